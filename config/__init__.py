@@ -1,0 +1,1 @@
+"""Settings and logging. Imports nothing of ours: everything else may import it."""

@@ -1,0 +1,266 @@
+"""Every setting of the worker, one frozen section a consumer, read from the environment and from `.env`.
+
+`load_settings` is the only way in: it builds all sections, collects every problem of all of them, and raises one
+`SettingsError` that names each variable. Secrets are `SecretStr`, so that a printed section never shows them.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import quote, urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+DEFAULT_MODEL_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+class SettingsError(Exception):
+    """One or more settings are missing or wrong; the message lists all of them, one a line."""
+
+
+def _split_commas(value: object) -> object:
+    """Turn `"a, b"` into `("a", "b")`, and leave what is no string for pydantic to judge."""
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+class _Section(BaseSettings):
+    # An empty variable means "not set": compose files and RunPod templates pass every name, filled in or not.
+    model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, env_ignore_empty=True)
+
+
+class BrokerSettings(_Section):
+    """RabbitMQ: where it is and the queue the jobs come from."""
+
+    url: SecretStr | None = Field(
+        None, validation_alias="RABBITMQ_URL", description="amqp:// or amqps:// URL; wins over the five names below"
+    )
+    host: str = Field("localhost", validation_alias="RABBITMQ_HOST", description="Broker host")
+    port: int = Field(5672, validation_alias="RABBITMQ_PORT", ge=1, le=65535, description="Broker port")
+    user: str = Field("guest", validation_alias="RABBITMQ_USER", description="Broker user")
+    password: SecretStr = Field(SecretStr("guest"), validation_alias="RABBITMQ_PASS", description="Broker password")
+    vhost: str = Field("/", validation_alias="RABBITMQ_VHOST", description="Virtual host")
+    queue: str = Field(
+        "image_generation",
+        validation_alias="RABBITMQ_QUEUE",
+        pattern=r"^[A-Za-z0-9_.\-]{1,100}$",
+        description="Queue of the jobs; the worker's own queues are named after it",
+    )
+    heartbeat_seconds: int = Field(
+        20, validation_alias="RABBITMQ_HEARTBEAT_SECONDS", ge=2, le=600, description="AMQP heartbeat"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _is_amqp_url(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None and urlsplit(url.get_secret_value()).scheme not in ("amqp", "amqps"):
+            raise ValueError("must begin with amqp:// or amqps://")
+        return url
+
+    @property
+    def amqp_url(self) -> str:
+        """The connection URL with the password in it. Never log it."""
+        if self.url is not None:
+            return self.url.get_secret_value()
+        password = quote(self.password.get_secret_value(), safe="")
+        return f"amqp://{quote(self.user, safe='')}:{password}@{self.host}:{self.port}/{quote(self.vhost, safe='')}"
+
+
+class StoreSettings(_Section):
+    """S3 or a store that speaks it: adapters and signatures in, pictures and job records out."""
+
+    access_key_id: str | None = Field(
+        None, validation_alias="AWS_ACCESS_KEY_ID", description="Access key; unset uses the instance's role"
+    )
+    secret_access_key: SecretStr | None = Field(
+        None, validation_alias="AWS_SECRET_ACCESS_KEY", description="Secret of the access key"
+    )
+    bucket: str = Field(
+        validation_alias="AWS_STORAGE_BUCKET_NAME",
+        min_length=3,
+        description="Private bucket: adapters, signatures, job records",
+    )
+    results_bucket_name: str | None = Field(
+        None, validation_alias="AWS_RESULTS_BUCKET_NAME", description="Bucket of the pictures, where it is another one"
+    )
+    region: str = Field("us-east-1", validation_alias="AWS_S3_REGION_NAME", description="Region of the buckets")
+    endpoint_url: str | None = Field(
+        None, validation_alias="AWS_S3_ENDPOINT_URL", description="Endpoint of an S3-compatible store; unset is AWS"
+    )
+    other_allowed_buckets: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), validation_alias="ALLOWED_BUCKETS", description="Buckets a job may read, comma-separated; default: its own"
+    )
+    result_url_base: str | None = Field(
+        None, validation_alias="RESULT_URL_BASE", description="Public URL in front of the key in `result_url`"
+    )
+    cache_dir: Path = Field(
+        Path("~/.cache/darkroom"), validation_alias="CACHE_DIR", description="Folder of downloaded adapters"
+    )
+    cache_max_gb: float = Field(
+        20.0, validation_alias="CACHE_MAX_GB", gt=0, description="Size the download cache is kept under, GB"
+    )
+
+    _split = field_validator("other_allowed_buckets", mode="before")(_split_commas)
+
+    @field_validator("endpoint_url", "result_url_base")
+    @classmethod
+    def _is_http_url(cls, url: str | None) -> str | None:
+        return None if url is None else _http_url(url)
+
+    @model_validator(mode="after")
+    def _has_both_keys_or_none(self) -> Self:
+        if (self.access_key_id is None) != (self.secret_access_key is None):
+            raise ValueError("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY belong together: set both or neither")
+        return self
+
+    @property
+    def results_bucket(self) -> str:
+        return self.results_bucket_name or self.bucket
+
+    @property
+    def allowed_buckets(self) -> frozenset[str]:
+        return frozenset(self.other_allowed_buckets) or frozenset((self.bucket, self.results_bucket))
+
+    @property
+    def cache_max_bytes(self) -> int:
+        return int(self.cache_max_gb * 1e9)
+
+
+class BackendSettings(_Section):
+    """The backend that hears of progress and ends."""
+
+    base_url: str = Field(validation_alias="BACKEND_API_URL", description="Base URL of the backend's webhooks")
+    token: SecretStr = Field(
+        validation_alias="INTERNAL_API_TOKEN", min_length=1, description="Bearer token the backend expects"
+    )
+    signing_secret: SecretStr | None = Field(
+        None,
+        validation_alias="WEBHOOK_SIGNING_SECRET",
+        description="Standard Webhooks secret (`whsec_…`); set, every webhook is signed",
+    )
+    progress_milestones: Annotated[tuple[int, ...], NoDecode] = Field(
+        (0, 25, 50, 75, 90), validation_alias="PROGRESS_MILESTONES", description="Percentages reported, comma-separated"
+    )
+
+    _split = field_validator("progress_milestones", mode="before")(_split_commas)
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_http_url(cls, url: str) -> str:
+        return _http_url(url)
+
+    @field_validator("progress_milestones")
+    @classmethod
+    def _rises(cls, milestones: tuple[int, ...]) -> tuple[int, ...]:
+        if list(milestones) != sorted(set(milestones)) or any(not 0 <= m < 100 for m in milestones):
+            raise ValueError("must rise from 0 to below 100, like 0,25,50,75,90")
+        return milestones
+
+
+class ModelSettings(_Section):
+    """The resident model and how it runs."""
+
+    model_id: str = Field(
+        DEFAULT_MODEL_ID, validation_alias="MODEL_ID", min_length=1, description="Folder or hub id of the model"
+    )
+    cuda_visible_devices: str | None = Field(
+        None, validation_alias="CUDA_VISIBLE_DEVICES", description="The GPU to use, as CUDA reads it"
+    )
+    device: str = Field(
+        "auto",
+        validation_alias="DEVICE",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="`auto`, `cpu`, `cuda` or `cuda:N`",
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", validation_alias="DTYPE", description="`auto` is float32 on a CPU, bfloat16 or float16 on a GPU"
+    )
+    isolation: Literal["process", "none"] = Field(
+        "process", validation_alias="ENGINE_ISOLATION", description="`process`: the engine has its own; `none`: tests"
+    )
+    max_concurrent_generations: int = Field(
+        10, validation_alias="MAX_CONCURRENT_GENERATIONS", ge=1, le=256, description="Jobs worked on at once"
+    )
+    inference_steps: int = Field(
+        50, validation_alias="INFERENCE_STEPS", ge=1, le=150, description="Denoise steps where a job names none"
+    )
+    guidance_scale: float = Field(
+        7.5, validation_alias="GUIDANCE_SCALE", ge=0, le=50, description="Guidance where a job names none"
+    )
+
+
+class ServiceSettings(_Section):
+    """The process itself: HTTP, logs, shutdown, fonts."""
+
+    metrics_port: int = Field(
+        9464,
+        validation_alias="METRICS_PORT",
+        ge=0,
+        le=65535,
+        description="Port of health and metrics; 0 takes a free one",
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", validation_alias="LOG_LEVEL", description="DEBUG, INFO, WARNING or ERROR"
+    )
+    shutdown_grace_seconds: float = Field(
+        120.0, validation_alias="SHUTDOWN_GRACE_SECONDS", ge=0, description="Time running jobs get after SIGTERM"
+    )
+    font_dirs: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (Path("/usr/share/fonts"), Path("/usr/local/share/fonts")),
+        validation_alias="FONT_DIRS",
+        description="Folders searched for text signatures' fonts, comma-separated",
+    )
+
+    _split = field_validator("font_dirs", mode="before")(_split_commas)
+
+
+class Settings(BaseModel):
+    """All sections."""
+
+    model_config = ConfigDict(frozen=True)
+
+    broker: BrokerSettings
+    store: StoreSettings
+    backend: BackendSettings
+    model: ModelSettings
+    service: ServiceSettings
+
+
+SECTIONS: dict[str, type[_Section]] = {
+    "broker": BrokerSettings,
+    "store": StoreSettings,
+    "backend": BackendSettings,
+    "model": ModelSettings,
+    "service": ServiceSettings,
+}
+
+
+def load_settings() -> Settings:
+    """Read every section from the environment (and `.env`); raise one `SettingsError` that lists every problem."""
+    sections: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, section in SECTIONS.items():
+        try:
+            sections[name] = section()
+        except ValidationError as error:
+            problems += [_describe(problem) for problem in error.errors(include_url=False, include_input=False)]
+
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return Settings(**sections)
+
+
+def _describe(problem: Any) -> str:
+    variable = str(problem["loc"][0]) if problem["loc"] else ""
+    message = "is not set and has no default" if problem["type"] == "missing" else problem["msg"]
+    return f"{variable}: {message}".removeprefix(": ")
+
+
+def _http_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be an http:// or https:// URL with a host")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("must not carry a user, a password, a query or a fragment")
+    return url.rstrip("/")
