@@ -1,0 +1,1 @@
+"""The supervisor: broker in, outcome out. It never imports torch."""

@@ -1,0 +1,133 @@
+"""A hard end for HTTP calls: urllib3's timeouts start again with every byte, so a server that drips never trips them.
+
+`deadline` sets the end for whatever its thread sends inside the block; connections that mix in `Guarded` report their
+sockets to it, and a timer shuts those down when the time is over. The blocked read then ends at once.
+"""
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class DeadlineExpired(Exception):  # noqa: N818 - says what happened
+    """The time of the enclosing `deadline` block is over."""
+
+
+class Watch:
+    """Owns duplicates of the sockets one thread uses inside one `deadline` block, and shuts them down at its end.
+
+    `was_sent` says whether a byte of a request may have left: before that, a failure cannot have had an effect.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.was_sent = False
+        self._lock = threading.Lock()
+        self._is_expired = False
+        self._duplicates: dict[int, socket.socket] = {}
+        self._timer = threading.Timer(max(seconds, 0.0), self._expire)
+        self._timer.daemon = True
+        self._timer.start()
+
+    @property
+    def is_expired(self) -> bool:
+        return self._is_expired
+
+    def refuse_if_expired(self) -> None:
+        if self._is_expired:
+            raise DeadlineExpired(f"not done within {self.seconds:g} s")
+
+    def guard(self, sock: socket.socket, *, is_new: bool) -> None:
+        """Shut `sock` down when the time is over; `is_new` where its descriptor may have been another's before."""
+        # A duplicate, because TLS detaches the plain socket it wraps, and http.client drops its own before the body.
+        descriptor = sock.fileno()
+        with self._lock:
+            if descriptor in self._duplicates and not is_new:
+                return
+            stale = self._duplicates.pop(descriptor, None)
+            self._duplicates[descriptor] = duplicate = socket.fromfd(descriptor, sock.family, sock.type)
+            if stale is not None:
+                stale.close()
+            if self._is_expired:
+                _shut(duplicate)
+
+    def close(self) -> None:
+        self._timer.cancel()
+        with self._lock:
+            for duplicate in self._duplicates.values():
+                duplicate.close()
+            self._duplicates.clear()
+
+    def _expire(self) -> None:
+        with self._lock:
+            self._is_expired = True
+            for duplicate in self._duplicates.values():
+                _shut(duplicate)
+
+
+class _Current(threading.local):
+    watch: Watch | None = None
+
+
+_current = _Current()
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[Watch]:
+    """End every guarded call of this thread `seconds` from now. Blocks do not nest.
+
+    Name resolution alone is outside it: the C library's resolver has timeouts of its own and cannot be interrupted.
+    """
+    watch = Watch(seconds)
+    _current.watch = watch
+    try:
+        yield watch
+    finally:
+        _current.watch = None
+        watch.close()
+
+
+def current_watch() -> Watch | None:
+    return _current.watch
+
+
+class Guarded:
+    """Mixin, first among the bases, for urllib3 connections: reports each socket to the current watch."""
+
+    sock: Any
+    connect: Any
+
+    def _new_conn(self) -> socket.socket:
+        sock: socket.socket = super()._new_conn()  # type: ignore[misc]
+        if _current.watch is not None:
+            # Here and not after `connect`: a TLS handshake may drip too.
+            _current.watch.guard(sock, is_new=True)
+        return sock
+
+    def send(self, content: Any) -> None:
+        if self.sock is None:
+            self.connect()
+        if _current.watch is not None:
+            _current.watch.guard(self.sock, is_new=False)
+            _current.watch.was_sent = True
+        super().send(content)  # type: ignore[misc]
+
+
+def guarded_pools(http: Any, https: Any) -> dict[str, Any]:
+    """urllib3's `pool_classes_by_scheme`, of pools like `http` and `https` but with guarded connections."""
+    return {"http": _guarded_pool(http), "https": _guarded_pool(https)}
+
+
+def _guarded_pool(pool: Any) -> Any:
+    connection = type(f"Guarded{pool.ConnectionCls.__name__}", (Guarded, pool.ConnectionCls), {})
+    return type(f"Guarded{pool.__name__}", (pool,), {"ConnectionCls": connection})
+
+
+def _shut(sock: socket.socket) -> None:
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        # The peer was faster: there is nothing left to shut.
+        return

@@ -1,0 +1,78 @@
+"""How full and how busy the GPU is, for the metrics."""
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import pynvml
+
+
+@dataclass(frozen=True)
+class GpuReading:
+    """One look at the GPU. `utilization_ratio` is 0 to 1, or None where the driver keeps none (MIG slices)."""
+
+    memory_used_bytes: int
+    memory_total_bytes: int
+    utilization_ratio: float | None
+
+
+class GpuReadings:
+    """Owns the NVML handle of the first visible GPU; thread-safe. NVML is opened on the first reading, once.
+
+    An index is counted in PCI order, as NVML counts: CUDA agrees where `CUDA_DEVICE_ORDER=PCI_BUS_ID` or all GPUs are
+    of one kind.
+    """
+
+    def __init__(self, cuda_visible_devices: str | None = None) -> None:
+        self._device = _first_device(cuda_visible_devices)
+        self._lock = threading.Lock()
+        self._is_opened = False
+        self._handle: Any = None
+
+    def read(self) -> GpuReading | None:
+        """The GPU now; None where there is no driver, no visible GPU, or no answer."""
+        try:
+            handle = self._open()
+            if handle is None:
+                return None
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        except pynvml.NVMLError:
+            return None
+        return GpuReading(int(memory.used), int(memory.total), _utilization_ratio(handle))
+
+    def _open(self) -> Any:
+        with self._lock:
+            if not self._is_opened:
+                self._is_opened = True
+                if self._device is not None:
+                    pynvml.nvmlInit()
+                    self._handle = _find(self._device)
+            return self._handle
+
+
+def _first_device(cuda_visible_devices: str | None) -> str | None:
+    """The first entry of `CUDA_VISIBLE_DEVICES`: an index or a UUID; None where the variable hides every GPU."""
+    if cuda_visible_devices is None:
+        return "0"
+    first = cuda_visible_devices.split(",")[0].strip()
+    return first if first and first != "-1" else None
+
+
+def _find(device: str) -> Any:
+    if device.isdecimal():
+        return pynvml.nvmlDeviceGetHandleByIndex(int(device))
+    if device.startswith("MIG-"):
+        return pynvml.nvmlDeviceGetHandleByUUID(device)
+    # CUDA takes the beginning of a UUID for the whole; NVML does not.
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        if pynvml.nvmlDeviceGetUUID(handle).startswith(device):
+            return handle
+    return None
+
+
+def _utilization_ratio(handle: Any) -> float | None:
+    try:
+        return float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu) / 100
+    except pynvml.NVMLError:
+        return None

@@ -1,0 +1,161 @@
+"""Where an object lies: the forms a job may name it in, and the refusal of everything else."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+from urllib.parse import unquote_to_bytes, urlsplit
+
+MAX_KEY_BYTES = 1024
+# A key may be percent-encoded threefold, beside a scheme and a host: longer than this is no location.
+MAX_TEXT_CHARS = 4096
+MAX_SHOWN_CHARS = 120
+
+# S3's naming rules. No colon and no slash: an ARN as bucket makes botocore dial another host.
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:")
+_ENCODED_ESCAPE = re.compile(r"%(2e|2f|5c)", re.IGNORECASE)
+
+FORMS = "write s3://bucket/key, gs://bucket/key, the store's own https form, or a key of the default bucket"
+
+
+class LocationForbidden(Exception):  # noqa: N818 - says what happened, like the storage errors
+    """The text names no object that a job may read; the message says which text and what would be right."""
+
+
+@dataclass(frozen=True)
+class ObjectRef:
+    """One object, or with a trailing slash in `key` the folder of that name."""
+
+    bucket: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.key}"
+
+    @property
+    def is_folder(self) -> bool:
+        return self.key.endswith("/")
+
+    def child(self, name: str) -> "ObjectRef":
+        """The object `name` inside this folder, whether or not the key was written with its slash."""
+        return ObjectRef(self.bucket, f"{self.key.rstrip('/')}/{name}")
+
+
+class _Parts(NamedTuple):
+    bucket: str
+    key: str
+
+
+def parse_location(
+    text: str, *, default_bucket: str, allowed_buckets: Iterable[str], endpoint_url: str | None, region: str
+) -> ObjectRef:
+    """The object that `text` names; raises `LocationForbidden` for all but the forms in `FORMS`.
+
+    https forms are percent-decoded once, the others are taken as they are. AWS https forms may name `region` only.
+    """
+    _check_text(text)
+    lower = text.lower()
+    if lower.startswith(("s3://", "gs://")):
+        bucket, key = _split_path(text[len("s3://") :])
+    elif lower.startswith(("https://", "http://")):
+        bucket, key = _split_url(text, endpoint_url, region)
+    else:
+        bucket, key = default_bucket, _bare_key(text)
+
+    _check_bucket(text, bucket, allowed_buckets)
+    _check_key(text, key)
+    return ObjectRef(bucket, key)
+
+
+def _check_text(text: str) -> None:
+    if not text or len(text) > MAX_TEXT_CHARS:
+        raise _forbidden(text, f"is empty or too long: {FORMS}")
+    if _CONTROL.search(text):
+        raise _forbidden(text, "has control characters: remove them")
+    if "\\" in text:
+        raise _forbidden(text, "has a backslash: separate folders by /")
+
+
+def _bare_key(text: str) -> str:
+    if text.startswith(("/", "~")) or _SCHEME.match(text):
+        raise _forbidden(text, f"is a local path or of an unknown scheme: {FORMS}")
+    return text
+
+
+def _split_path(path: str) -> _Parts:
+    bucket, _, key = path.partition("/")
+    return _Parts(bucket, key)
+
+
+def _split_url(text: str, endpoint_url: str | None, region: str) -> _Parts:
+    # Not left to urlsplit: it strips some characters, and the parser that decides must see what was written.
+    if any(sign in text for sign in "?#@ "):
+        raise _forbidden(text, "has a query, a fragment, a user or a space: write the plain address")
+    scheme, _, rest = text.partition("://")
+    host, _, path = rest.partition("/")
+    parts = _on_endpoint(scheme.lower(), host.lower(), path, endpoint_url)
+    if parts is None and scheme.lower() == "https":
+        parts = _on_aws(host.lower(), path, region)
+    if parts is None:
+        raise _forbidden(text, f"is not on the configured store: {FORMS}")
+    return _Parts(parts.bucket, _decoded(text, parts.key))
+
+
+def _on_endpoint(scheme: str, host: str, path: str, endpoint_url: str | None) -> _Parts | None:
+    if endpoint_url is None:
+        return None
+    endpoint = urlsplit(endpoint_url)
+    if scheme != endpoint.scheme:
+        return None
+    prefix = endpoint.path.strip("/")
+    if prefix:
+        if not path.startswith(prefix + "/"):
+            return None
+        path = path.removeprefix(prefix + "/")
+    netloc = endpoint.netloc.lower()
+    if host == netloc:
+        return _split_path(path)
+    bucket = host.removesuffix("." + netloc)
+    return _Parts(bucket, path) if bucket != host else None
+
+
+def _on_aws(host: str, path: str, region: str) -> _Parts | None:
+    for aws in (f"s3.{region}.amazonaws.com", "s3.amazonaws.com"):
+        if host == aws:
+            return _split_path(path)
+        if host.endswith("." + aws):
+            return _Parts(host.removesuffix("." + aws), path)
+    return None
+
+
+def _decoded(text: str, key: str) -> str:
+    try:
+        return unquote_to_bytes(key).decode()
+    except UnicodeDecodeError:
+        raise _forbidden(text, "is not percent-encoded UTF-8: encode the key as UTF-8") from None
+
+
+def _check_bucket(text: str, bucket: str, allowed_buckets: Iterable[str]) -> None:
+    if not _BUCKET.fullmatch(bucket):
+        raise _forbidden(text, "has no valid bucket name: lower-case letters, digits, dots and dashes")
+    allowed = sorted(allowed_buckets)
+    if bucket not in allowed:
+        raise _forbidden(text, f"is in a bucket that jobs may not read: use one of {', '.join(allowed)}")
+
+
+def _check_key(text: str, key: str) -> None:
+    if _CONTROL.search(key) or "\\" in key or _ENCODED_ESCAPE.search(key):
+        raise _forbidden(text, "hides control characters, slashes or dots in its key: write them plainly or not at all")
+    if any(segment in ("", ".", "..") for segment in key.removesuffix("/").split("/")):
+        raise _forbidden(text, "has an empty, `.` or `..` segment: write the full key")
+    if len(key.encode()) > MAX_KEY_BYTES:
+        raise _forbidden(text, f"has a key over {MAX_KEY_BYTES} bytes: use a shorter one")
+
+
+def _forbidden(text: str, problem: str) -> LocationForbidden:
+    shown = repr(text)
+    if len(shown) > MAX_SHOWN_CHARS:
+        shown = shown[: MAX_SHOWN_CHARS - 1] + "…"
+    return LocationForbidden(f"{shown} {problem}")

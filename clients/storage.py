@@ -1,0 +1,233 @@
+"""Objects in S3 or a store that speaks it: look, read, download, write. The only file that calls boto3's client."""
+
+import hashlib
+import random
+import re
+import time
+from base64 import b64encode
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import quote
+
+from clients.deadline import Watch, deadline
+from clients.location import ObjectRef
+from clients.storage_errors import (
+    BucketNotFound,
+    ObjectChanged,
+    ObjectDamaged,
+    ObjectNotFound,
+    ObjectTooLarge,
+    StorageError,
+    StorageUnavailable,
+    WriteConflict,
+    translated,
+)
+from clients.storage_wire import s3_client
+from config.settings import StoreSettings
+
+# All of a call but a download: four attempts, their pauses, and a few megabytes over a slow line.
+CALL_DEADLINE_SECONDS = 60.0
+# boto3 does not retry a body that breaks off; half a second lets a restarting proxy come back.
+MAX_DOWNLOAD_TRIES = 3
+RETRY_PAUSE_SECONDS = 0.5
+MAX_WRITE_TRIES = 4
+CHUNK_BYTES = 1 << 18
+# Slower than this, a download holds a job's place without hope of ending in useful time.
+MIN_RATE_BYTES_PER_SECOND = 64_000
+RATE_WINDOW_SECONDS = 10.0
+
+_PLAIN_MD5 = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class ObjectStat:
+    """What the store says of an object: its ETag without quotes, and its size."""
+
+    etag: str
+    size_bytes: int
+
+
+class Pace:
+    """Judges whether a stream keeps the minimum rate, window by window."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._window_start = clock()
+        self._window_bytes = 0
+
+    def is_too_slow(self, num_bytes: int) -> bool:
+        """Count `num_bytes` that just arrived; True at the end of a window that had too few."""
+        self._window_bytes += num_bytes
+        elapsed = self._clock() - self._window_start
+        if elapsed < RATE_WINDOW_SECONDS:
+            return False
+        rate = self._window_bytes / elapsed
+        self._window_start += elapsed
+        self._window_bytes = 0
+        return rate < MIN_RATE_BYTES_PER_SECOND
+
+
+class Storage:
+    """Owns the S3 client; thread-safe. Every method raises only `StorageError`s, and ends by its deadline."""
+
+    def __init__(self, settings: StoreSettings) -> None:
+        self._settings = settings
+        self._client = s3_client(settings)
+
+    def check_bucket(self, bucket: str) -> None:
+        """Raise `BucketNotFound`, `AccessDenied` or `StorageUnavailable` where `bucket` cannot be used."""
+        subject = f"s3://{bucket}"
+        try:
+            with deadline(CALL_DEADLINE_SECONDS), translated(subject):
+                self._client.head_bucket(Bucket=bucket)
+        except ObjectNotFound as error:
+            # A HEAD has no error code, so a missing bucket reads like a missing object.
+            raise BucketNotFound(f"{subject}: no such bucket") from error
+
+    def head(self, ref: ObjectRef) -> ObjectStat:
+        """ETag and size of the object; `ObjectNotFound` also where the bucket is missing: see `check_bucket`."""
+        with deadline(CALL_DEADLINE_SECONDS), translated(ref):
+            return _stat_of(ref, self._client.head_object(Bucket=ref.bucket, Key=ref.key))
+
+    def read(self, ref: ObjectRef, *, max_bytes: int) -> bytes:
+        """The whole object in memory; for small ones."""
+        sink = BytesIO()
+        self._fetch(ref, sink, stat=None, max_bytes=max_bytes, seconds=CALL_DEADLINE_SECONDS)
+        return sink.getvalue()
+
+    def download(
+        self, ref: ObjectRef, target: Path, *, stat: ObjectStat, max_bytes: int, deadline_seconds: float
+    ) -> None:
+        """Write the object that `stat` describes to `target`, in up to three tries within `deadline_seconds`.
+
+        `ObjectChanged` where it is another object by now. After an error `target` may hold a part: delete it. An
+        `OSError` is the disk's.
+        """
+        with target.open("wb") as sink:
+            self._fetch(ref, sink, stat=stat, max_bytes=max_bytes, seconds=deadline_seconds)
+
+    def put(self, ref: ObjectRef, body: bytes, *, content_type: str, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the object whole, in one request with its SHA-256. `metadata` is ASCII."""
+        with deadline(CALL_DEADLINE_SECONDS), translated(ref):
+            self._put(ref, body, content_type, Metadata=dict(metadata or {}))
+
+    def put_if_absent(self, ref: ObjectRef, body: bytes, *, content_type: str) -> bool:
+        """Write the object unless the key is taken; False where it is.
+
+        False may also mean that the answer to our own write was lost and the repeated request met it: compare what is
+        there with what was to be written.
+        """
+        for attempt in range(1, MAX_WRITE_TRIES + 1):
+            try:
+                with deadline(CALL_DEADLINE_SECONDS), translated(ref):
+                    self._put(ref, body, content_type, IfNoneMatch="*")
+            except ObjectChanged:
+                return False
+            except WriteConflict:
+                if attempt == MAX_WRITE_TRIES:
+                    raise
+                time.sleep(random.uniform(0.05, 0.2) * attempt)  # noqa: S311 - jitter
+            else:
+                return True
+        raise AssertionError("the last try returns or raises")
+
+    def delete(self, ref: ObjectRef) -> None:
+        """Remove the object; none there is no error."""
+        with deadline(CALL_DEADLINE_SECONDS), translated(ref):
+            self._client.delete_object(Bucket=ref.bucket, Key=ref.key)
+
+    def url_of(self, ref: ObjectRef) -> str:
+        """The address readers use: under `RESULT_URL_BASE`, or the endpoint's or AWS's https form."""
+        key = quote(ref.key)
+        if self._settings.result_url_base is not None:
+            return f"{self._settings.result_url_base}/{key}"
+        if self._settings.endpoint_url is not None:
+            return f"{self._settings.endpoint_url}/{ref.bucket}/{key}"
+        host = f"s3.{self._settings.region}.amazonaws.com"
+        # AWS's certificate covers one label before `s3`, so that a bucket with dots goes into the path.
+        return f"https://{host}/{ref.bucket}/{key}" if "." in ref.bucket else f"https://{ref.bucket}.{host}/{key}"
+
+    def _put(self, ref: ObjectRef, body: bytes, content_type: str, **options: Any) -> None:
+        self._client.put_object(
+            Bucket=ref.bucket,
+            Key=ref.key,
+            Body=body,
+            ContentType=content_type,
+            ChecksumSHA256=b64encode(hashlib.sha256(body).digest()).decode(),
+            **options,
+        )
+
+    def _fetch(
+        self, ref: ObjectRef, sink: BinaryIO, *, stat: ObjectStat | None, max_bytes: int, seconds: float
+    ) -> None:
+        if stat is not None:
+            check_size(ref, stat, max_bytes)
+        with deadline(seconds) as watch:
+            for attempt in range(1, MAX_DOWNLOAD_TRIES + 1):
+                try:
+                    self._fetch_once(ref, sink, stat, max_bytes, watch)
+                except (ObjectDamaged, StorageUnavailable) as error:
+                    if isinstance(error, ObjectChanged) or watch.is_expired or attempt == MAX_DOWNLOAD_TRIES:
+                        raise
+                    time.sleep(RETRY_PAUSE_SECONDS)
+                else:
+                    return
+
+    def _fetch_once(
+        self, ref: ObjectRef, sink: BinaryIO, stat: ObjectStat | None, max_bytes: int, watch: Watch
+    ) -> None:
+        condition = {} if stat is None else {"IfMatch": f'"{stat.etag}"'}
+        sink.seek(0)
+        sink.truncate()
+        with translated(ref):
+            answer = self._client.get_object(Bucket=ref.bucket, Key=ref.key, **condition)
+            with answer["Body"] as raw:
+                found = _stat_of(ref, answer)
+                if stat is not None and found != stat:
+                    raise ObjectChanged(f"{ref}: not the object that was there before")
+                check_size(ref, found, max_bytes)
+                md5 = _copy(ref, raw, sink, found.size_bytes, watch)
+        if _is_md5(found.etag, answer) and md5 != found.etag:
+            raise ObjectDamaged(f"{ref}: its MD5 is {md5}, not {found.etag}")
+
+
+def _copy(ref: ObjectRef, raw: Any, sink: BinaryIO, size_bytes: int, watch: Watch) -> str:
+    """Copy exactly `size_bytes` from `raw` to `sink`; returns their MD5 in hex."""
+    digest = hashlib.md5(usedforsecurity=False)
+    pace = Pace()
+    num_bytes = 0
+    # read1 gives what has arrived; read would wait for a full chunk, which a drip never makes.
+    while chunk := raw.read1(CHUNK_BYTES):
+        num_bytes += len(chunk)
+        if num_bytes > size_bytes:
+            break
+        digest.update(chunk)
+        sink.write(chunk)
+        if pace.is_too_slow(len(chunk)):
+            raise StorageUnavailable(f"{ref}: arrives at under {MIN_RATE_BYTES_PER_SECOND} bytes a second")
+    if num_bytes != size_bytes:
+        watch.refuse_if_expired()
+        raise ObjectDamaged(f"{ref}: {num_bytes} bytes arrived of {size_bytes}")
+    return digest.hexdigest()
+
+
+def _stat_of(ref: ObjectRef, answer: Mapping[str, Any]) -> ObjectStat:
+    etag, size_bytes = answer.get("ETag"), answer.get("ContentLength")
+    if etag is None or size_bytes is None:
+        raise StorageError(f"{ref}: the store tells no ETag or no size")
+    return ObjectStat(str(etag).removeprefix("W/").strip('"'), int(size_bytes))
+
+
+def check_size(ref: ObjectRef, stat: ObjectStat, max_bytes: int) -> None:
+    """Raise `ObjectTooLarge` where the object has more than `max_bytes`."""
+    if stat.size_bytes > max_bytes:
+        raise ObjectTooLarge(f"{ref}: {stat.size_bytes} bytes, over the limit of {max_bytes}")
+
+
+def _is_md5(etag: str, answer: Mapping[str, Any]) -> bool:
+    # Under KMS or a customer's key the ETag looks like an MD5 and is none; under plain AES256 it is one.
+    is_opaque = answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
+    return not is_opaque and _PLAIN_MD5.fullmatch(etag) is not None

@@ -1,0 +1,113 @@
+"""What can go wrong with the store, and the one place where boto3's and urllib3's errors become ours.
+
+Messages hold the location, the store's error code and the status: never a header, a URL or a credential.
+"""
+
+# ruff: noqa: N818 - the names say what happened; the base class says that it is an error
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import urllib3.exceptions
+from botocore import exceptions as boto
+
+from clients.deadline import DeadlineExpired
+
+# Codes that a status alone does not tell: AWS answers 400 to expired tokens and to a slow request body.
+ACCESS_CODES = frozenset(
+    {
+        "AccessDenied",
+        "AuthorizationHeaderMalformed",
+        "ExpiredToken",
+        "InvalidAccessKeyId",
+        "InvalidToken",
+        "RequestTimeTooSkewed",
+        "SignatureDoesNotMatch",
+        "TokenRefreshRequired",
+    }
+)
+UNAVAILABLE_CODES = frozenset({"RequestTimeout", "SlowDown", "Throttling", "RequestLimitExceeded"})
+# 501 is not among them: what the store cannot do now it cannot do later.
+UNAVAILABLE_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+
+
+class StorageError(Exception):
+    """The store refused or failed in a way that none of the classes below names."""
+
+
+class ObjectNotFound(StorageError):
+    """There is no object under this key."""
+
+
+class BucketNotFound(StorageError):
+    """The bucket does not exist at this endpoint and region."""
+
+
+class AccessDenied(StorageError):
+    """The store does not accept our credentials, clock or rights; no fault of the job."""
+
+
+class StorageUnavailable(StorageError):
+    """The store cannot be reached, is too slow or too busy; later it may work."""
+
+
+class WriteConflict(StorageUnavailable):
+    """Two conditional writes of one key met, and the store settled neither."""
+
+
+class ObjectTooLarge(StorageError):
+    """The object is larger than the caller allows."""
+
+
+class ObjectDamaged(StorageError):
+    """What arrived is not what the store says it holds: cut short, or with another checksum."""
+
+
+class ObjectChanged(ObjectDamaged):
+    """The object is not the one that was looked at before: its condition (`If-Match`, `If-None-Match`) failed."""
+
+
+_CODE_CLASSES: dict[str, type[StorageError]] = {
+    "NoSuchBucket": BucketNotFound,
+    "PermanentRedirect": BucketNotFound,
+    "NoSuchKey": ObjectNotFound,
+    "ConditionalRequestConflict": WriteConflict,
+    "OperationAborted": WriteConflict,
+    **dict.fromkeys(ACCESS_CODES, AccessDenied),
+    **dict.fromkeys(UNAVAILABLE_CODES, StorageUnavailable),
+}
+_STATUS_CLASSES: dict[int, type[StorageError]] = {
+    # Redirects are not followed: the bucket lives elsewhere.
+    **dict.fromkeys((301, 302, 303, 307, 308), BucketNotFound),
+    401: AccessDenied,
+    403: AccessDenied,
+    404: ObjectNotFound,
+    409: WriteConflict,
+    412: ObjectChanged,
+    **dict.fromkeys(UNAVAILABLE_STATUSES, StorageUnavailable),
+}
+
+
+@contextmanager
+def translated(subject: object) -> Iterator[None]:
+    """Raise a `StorageError` about `subject` for whatever boto3 or urllib3 raises inside the block."""
+    try:
+        yield
+    except boto.ClientError as error:
+        raise _of_answer(subject, error) from error
+    except DeadlineExpired as error:
+        raise StorageUnavailable(f"{subject}: {error}") from error
+    except (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError) as error:
+        raise AccessDenied(f"{subject}: no usable credentials ({type(error).__name__})") from error
+    except (boto.HTTPClientError, boto.ConnectionError, urllib3.exceptions.HTTPError) as error:
+        raise StorageUnavailable(f"{subject}: the store cannot be reached ({type(error).__name__})") from error
+    except boto.BotoCoreError as error:
+        raise StorageError(f"{subject}: {type(error).__name__}") from error
+
+
+def _of_answer(subject: object, error: boto.ClientError) -> StorageError:
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    # The answer to a HEAD has no body: boto3 then gives the status as code, and only the status tells.
+    found = _CODE_CLASSES.get(code) or _STATUS_CLASSES.get(status, StorageError)
+    return found(f"{subject}: the store answered {status} {code[:80]}".removesuffix(f" {status}"))

@@ -1,0 +1,170 @@
+"""A private RabbitMQ node on free ports, which touches no broker and no Erlang daemon of the machine."""
+
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from examples.parts.ports import free_port
+from examples.parts.processes import ServerError, ServerProcess
+
+# Debian's /usr/sbin/rabbitmq-server is a wrapper that insists on the user `rabbitmq`; the script below lib does not.
+SCRIPT_FOLDERS = (
+    Path("/usr/lib/rabbitmq/bin"),
+    Path("/opt/rabbitmq/sbin"),
+    Path("/usr/local/opt/rabbitmq/sbin"),
+    Path("/opt/homebrew/opt/rabbitmq/sbin"),
+)
+EPMD_PATTERN = "lib/erlang/erts-*/bin/epmd"
+
+START_SECONDS = 60.0
+STOP_SECONDS = 20.0
+CTL_SECONDS = 60.0
+
+AMQP_HEADER = b"AMQP\x00\x00\x09\x01"
+METHOD_FRAME = b"\x01"
+
+
+class RabbitMQ:
+    """One node, its data below `folder`. Owns a server process and its name daemon (epmd). Not thread-safe."""
+
+    host = "127.0.0.1"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.port = free_port()
+        self._dist_port = free_port()
+        self._epmd_port = free_port()
+        # A node's data belongs to its name: the same folder gives the same name.
+        self._node_name = f"darkroom-{hashlib.sha256(bytes(self.folder)).hexdigest()[:12]}@localhost"
+        self._epmd: ServerProcess | None = None
+        self._server: ServerProcess | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        return f"amqp://guest:guest@{self.host}:{self.port}/%2F"
+
+    @property
+    def pid(self) -> int:
+        """The process of the running node, for signals. Raises `ServerError` while it is stopped."""
+        return self._running().pid
+
+    def env(self) -> dict[str, str]:
+        """The variables that point a worker here."""
+        return {"RABBITMQ_HOST": self.host, "RABBITMQ_PORT": str(self.port)}
+
+    def start(self) -> None:
+        """Start the node, on the data an earlier run left; return once it speaks AMQP, else raise `ServerError`."""
+        if self._server is not None:
+            raise ServerError("the node runs already")
+        script, log = _script("rabbitmq-server"), self.folder / "server.log"
+        (self.folder / "plugins").write_text("[].\n")
+        # Ours, in the foreground: a node that finds none starts a daemon that would stay behind.
+        self._epmd = ServerProcess(
+            [_epmd(), "-port", str(self._epmd_port), "-address", "127.0.0.1"],
+            env=self._node_env(),
+            log=self.folder / "epmd.log",
+            cwd=self.folder,
+        )
+        self._server = ServerProcess([script], env=self._node_env(), log=log, cwd=self.folder)
+        try:
+            self._server.wait_until(self._speaks_amqp, timeout_seconds=START_SECONDS)
+        except ServerError:
+            self.kill()
+            raise
+
+    def stop(self) -> None:
+        """Shut the node down in order; nothing of it runs afterwards. Harmless where it is stopped."""
+        if self._server is not None:
+            self._server.stop(STOP_SECONDS)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the node by SIGKILL, as a power cut would. `start` brings it back on the same port and data."""
+        for process in (self._server, self._epmd):
+            if process is not None:
+                process.kill()
+        self._server = self._epmd = None
+
+    def ctl(self, *args: str) -> str:
+        """Run `rabbitmqctl args…` against the running node; return what it prints, raise `ServerError` if it fails."""
+        self._running()
+        done = subprocess.run(
+            [_script("rabbitmqctl"), *args],
+            env=self._node_env(),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=CTL_SECONDS,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise ServerError(f"rabbitmqctl {' '.join(args)}: {done.stdout}{done.stderr}")
+        return done.stdout
+
+    def _running(self) -> ServerProcess:
+        if self._server is None:
+            raise ServerError("the node is stopped")
+        return self._server
+
+    def _node_env(self) -> dict[str, str]:
+        return {
+            "PATH": os.environ["PATH"],
+            "LANG": "C.UTF-8",
+            "HOME": str(self.folder),  # the Erlang cookie lies there
+            "ERL_EPMD_PORT": str(self._epmd_port),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODENAME": self._node_name,
+            "RABBITMQ_NODE_IP_ADDRESS": self.host,
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(self._dist_port),
+            "RABBITMQ_MNESIA_BASE": str(self.folder / "data"),
+            "RABBITMQ_LOG_BASE": str(self.folder / "log"),
+            "RABBITMQ_LOGS": "-",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.folder / "plugins"),
+            "RABBITMQ_CONFIG_FILE": str(self.folder / "rabbitmq"),
+            "RABBITMQ_CONF_ENV_FILE": str(self.folder / "rabbitmq-env.conf"),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+            # The script then becomes the node by exec, so that a signal to our child reaches the node itself.
+            "RUNNING_UNDER_SYSTEMD": "true",
+        }
+
+    def _speaks_amqp(self) -> bool:
+        try:
+            with socket.create_connection((self.host, self.port), timeout=1) as connection:
+                connection.sendall(AMQP_HEADER)
+                return connection.recv(1) == METHOD_FRAME
+        except OSError:
+            return False
+
+
+def _script(name: str) -> str:
+    for folder in SCRIPT_FOLDERS:
+        if (folder / name).exists():
+            return str(folder / name)
+    raise ServerError(
+        f"{name} is in none of {', '.join(map(str, SCRIPT_FOLDERS))}: install rabbitmq-server (make install)"
+    )
+
+
+def _epmd() -> str:
+    found = shutil.which("epmd")
+    if found is None:
+        found = next((str(path) for root in ("/usr", "/usr/local") for path in Path(root).glob(EPMD_PATTERN)), None)
+    if found is None:
+        raise ServerError("epmd is not on the PATH: install rabbitmq-server (make install)")
+    return found

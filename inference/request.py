@@ -1,0 +1,140 @@
+"""What crosses the engine's boundary, free of torch: requests in, steps and pictures out, errors by name."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+class EngineError(Exception):
+    """Base of everything the engine reports."""
+
+
+class RequestFailed(EngineError):
+    """This request cannot be drawn, now or later: `code` for machines, the message for people."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class RequestCancelled(EngineError):
+    """The caller's `cancelled` said so between two denoise steps."""
+
+
+class EngineFault(EngineError):
+    """The engine met an error nobody foresaw; another try may succeed."""
+
+
+class EngineCrashed(EngineError):
+    """The engine's process died under this request as often as it was tried."""
+
+
+class EngineStartFailed(EngineError):
+    """The model could not be loaded; the message says what to do."""
+
+
+class EngineClosed(EngineError):
+    """The engine is shutting down, or has given up; the request was not drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """A LoRA adapter on the local disk: the safetensors file, a PEFT folder's config beside it, and its scale."""
+
+    weights: Path
+    config: Path | None
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One job's pictures: one lane for each seed. Sizes in pixels, already multiples of the family's."""
+
+    request_id: str
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    seeds: tuple[int, ...]
+    scheduler: str | None = None
+    adapters: tuple[AdapterFile, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """Step `step_index` of `num_steps` is done (0: denoising begins); `seconds` is what that step took."""
+
+    step_index: int
+    num_steps: int
+    num_lanes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A named stretch of time; `started_at` is `time.monotonic()`, which all processes of a Linux host share."""
+
+    name: str
+    started_at: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A finished picture: `rgb` holds `height` rows of `width` pixels of three bytes."""
+
+    width: int
+    height: int
+    rgb: bytes
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """The pictures in the order of the request's seeds, the scheduler that was used, and where the time went."""
+
+    pictures: tuple[Picture, ...]
+    scheduler: str
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the loaded model is. `base_size` (pixels) is the side of its 1:1 picture; sizes are multiples of
+    `size_multiple`; `step_seconds` was measured by a warm-up at base size. `model` is the name told to backends."""
+
+    model: str
+    family: str
+    base_size: int
+    size_multiple: int
+    schedulers: tuple[str, ...]
+    device: str
+    dtype: str
+    load_seconds: float
+    step_seconds: float
+
+
+OnStep = Callable[[StepReport], None]
+IsCancelled = Callable[[], bool]
+
+
+class Engine(Protocol):
+    """The engine's interface, the same in this process and in one of its own.
+
+    `generate` returns at once. The future ends with a `GenerationResult` or one of the errors above; cancelling it
+    works until drawing begins, and `is_cancelled` from then on. `on_step` runs on the engine's thread: be quick.
+    """
+
+    def generate(
+        self, request: GenerationRequest, on_step: OnStep, is_cancelled: IsCancelled
+    ) -> Future[GenerationResult]: ...
+
+    def close(self) -> None: ...

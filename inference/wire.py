@@ -1,0 +1,61 @@
+"""The messages between the supervisor and the engine's process, one dataclass each, over one socket pair."""
+
+from dataclasses import dataclass
+
+from config.settings import ModelSettings
+from inference.request import EngineError, GenerationRequest, GenerationResult, ModelFacts, StepReport
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """First message to the child: load this model."""
+
+    settings: ModelSettings
+    log_level: str
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    request: GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Last message to the child: nothing is running; leave."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    facts: ModelFacts
+
+
+@dataclass(frozen=True, slots=True)
+class StartFailed:
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    request_id: str
+    report: StepReport
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    request_id: str
+    result: GenerationResult
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    request_id: str
+    error: EngineError
+
+
+ToChild = Start | Generate | Cancel | Stop
+FromChild = Ready | StartFailed | Stepped | Finished | Failed

@@ -1,0 +1,72 @@
+"""Real servers for every test that asks: one broker and one object store a session, one backend and bucket a test."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from config.settings import SECTIONS, StoreSettings
+from examples.parts.backend import Backend
+from examples.parts.rabbitmq import RabbitMQ
+from examples.parts.seaweedfs import SeaweedFS
+
+# The machine's choice of GPU, which the engine's own tests must respect.
+KEPT_VARIABLES = {"CUDA_VISIBLE_DEVICES"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings_from_outside() -> Iterator[None]:
+    """Keep a developer's `.env` and environment out of every section built in this process or below it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for section in SECTIONS.values():
+            patch.setitem(section.model_config, "env_file", None)
+            for field in section.model_fields.values():
+                if field.validation_alias not in KEPT_VARIABLES:
+                    patch.delenv(str(field.validation_alias), raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
+    """A running private broker. A test that stops or breaks it leaves it running and without policies or alarms."""
+    with RabbitMQ(tmp_path_factory.mktemp("rabbitmq")) as node:
+        yield node
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    """A running private object store. A test that stops it starts it again."""
+    with SeaweedFS(tmp_path_factory.mktemp("seaweedfs")) as store:
+        yield store
+
+
+@pytest.fixture
+def bucket(s3_server: SeaweedFS) -> str:
+    """The name of a new, empty bucket."""
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    s3_server.make_bucket(name)
+    return name
+
+
+@pytest.fixture
+def store_settings(s3_server: SeaweedFS, bucket: str, tmp_path: Path) -> StoreSettings:
+    """Settings of the running store and the test's own bucket and cache."""
+    return StoreSettings(**s3_server.env(bucket), CACHE_DIR=tmp_path / "cache")  # type: ignore[call-arg, arg-type]
+
+
+@pytest.fixture
+def backend() -> Iterator[Backend]:
+    """A running backend with an empty journal."""
+    with Backend() as running:
+        yield running
+
+
+@pytest.fixture
+def queue_name() -> str:
+    """A queue name no other test uses. Nothing is declared."""
+    return f"test-{uuid.uuid4().hex[:12]}"

@@ -1,0 +1,212 @@
+"""Puts the artist's signature on a picture. Only what `sign` returns can be encoded.
+
+So a picture without its signature is a type error, not an oversight: a job that named none says so by `Unsigned()`.
+Pure: image in, image out, no I/O but the reading of fonts; the same input gives the same bytes.
+"""
+
+import io
+import math
+import zlib
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import NamedTuple, TypeAlias, assert_never, final
+
+import numpy as np
+from PIL import Image
+
+from watermark.decoding import to_rgba
+from watermark.errors import SignatureInvalid
+from watermark.fonts import find_font
+from watermark.text import clean_text, draw_text, is_visible
+
+# After PNG's row filters a picture has few repeats left to search for: run lengths alone are as small as level 4 to 6
+# of the default search and 2 to 3 times as fast (1024 px: 78 ms and 1.78 MB, against 228 ms and 1.78 MB at level 6).
+PNG_COMPRESS_LEVEL = 1
+PNG_COMPRESS_TYPE = zlib.Z_RLE
+
+MAX_MARGIN = 0.25
+
+# A single letter is not blown up to the width of a name.
+TEXT_HEIGHT_PER_WIDTH = 1 / 3
+
+
+class Position(StrEnum):
+    """Where the signature stands."""
+
+    TOP_LEFT = "top-left"
+    TOP_CENTER = "top-center"
+    TOP_RIGHT = "top-right"
+    CENTER_LEFT = "center-left"
+    CENTER = "center"
+    CENTER_RIGHT = "center-right"
+    BOTTOM_LEFT = "bottom-left"
+    BOTTOM_CENTER = "bottom-center"
+    BOTTOM_RIGHT = "bottom-right"
+
+
+class Size(StrEnum):
+    """How wide the signature is."""
+
+    SMALL = "small"
+    MEDIUM = "medium"
+    LARGE = "large"
+
+
+WIDTH_FRACTIONS = {Size.SMALL: 0.15, Size.MEDIUM: 0.25, Size.LARGE: 0.35}
+ANCHORS = {"top": 0.0, "left": 0.0, "center": 0.5, "bottom": 1.0, "right": 1.0}
+
+
+@dataclass(frozen=True)
+class SignatureStyle:
+    """How a signature is put on: `opacity` from 0 to 1, `margin` as a fraction of the picture's shorter side.
+
+    Raises `ValueError` for an opacity or a margin (at most 0.25) out of range.
+    """
+
+    position: Position = Position.BOTTOM_RIGHT
+    size: Size = Size.MEDIUM
+    opacity: float = 0.7
+    margin: float = 0.02
+
+    def __post_init__(self) -> None:
+        # Written so that NaN fails, which every comparison with it does.
+        if not 0 <= self.opacity <= 1:
+            raise ValueError(f"opacity must be from 0 to 1, not {self.opacity}")
+        if not 0 <= self.margin <= MAX_MARGIN:
+            raise ValueError(f"margin must be from 0 to {MAX_MARGIN}, not {self.margin}")
+
+
+@dataclass(frozen=True)
+class ImageSignature:
+    """A picture of the signature, kept as RGBA."""
+
+    image: Image.Image
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image", to_rgba(self.image))
+
+
+@dataclass(frozen=True)
+class TextSignature:
+    """The artist's name. One that exists can be drawn.
+
+    Raises `SignatureInvalid` where the text is no line of visible text of at most 100 characters, `FontMissing` where
+    no font in `font_dirs` has all of its characters.
+    """
+
+    text: str
+    font_dirs: tuple[Path, ...]
+    font: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", clean_text(self.text))
+        object.__setattr__(self, "font", find_font(self.text, self.font_dirs))
+        if not is_visible(self.text, self.font):
+            raise SignatureInvalid("the signature text has no visible character")
+
+
+@dataclass(frozen=True)
+class Unsigned:
+    """The job named no signature."""
+
+
+Signature: TypeAlias = ImageSignature | TextSignature | Unsigned
+
+
+@final
+class SignedPicture:
+    """A picture `sign` has dealt with, and the only kind that can be encoded."""
+
+    def __init__(self, pixels: Image.Image, seal: "_Seal") -> None:
+        if seal is not _SEAL:
+            raise TypeError("a SignedPicture is made by sign() alone")
+        self._pixels = pixels
+
+    @property
+    def width(self) -> int:
+        return self._pixels.width
+
+    @property
+    def height(self) -> int:
+        return self._pixels.height
+
+    def encode_png(self) -> bytes:
+        """Return the picture as an 8-bit RGB PNG without metadata."""
+        content = io.BytesIO()
+        self._pixels.save(content, "PNG", compress_level=PNG_COMPRESS_LEVEL, compress_type=PNG_COMPRESS_TYPE)
+        return content.getvalue()
+
+
+@final
+class _Seal:
+    """Proof that a `SignedPicture` comes from this file."""
+
+
+_SEAL = _Seal()
+
+
+def sign(picture: Image.Image, signature: Signature, style: SignatureStyle) -> SignedPicture:
+    """Return a signed RGB copy of `picture`; outside the signature's box every byte stays as it was."""
+    pixels = picture.convert("RGB")
+    pixels.info = {}
+    match signature:
+        case ImageSignature():
+            _put(pixels, _fit_image(signature.image, _room(pixels, style)), style)
+        case TextSignature():
+            _put(pixels, _fit_text(signature, _room(pixels, style)), style)
+        case Unsigned():
+            pass
+        case _:
+            assert_never(signature)
+    return SignedPicture(pixels, _SEAL)
+
+
+class _Room(NamedTuple):
+    """What a mark may take, in px: the width asked for, and the picture without its margins."""
+
+    wanted_width: int
+    width: int
+    height: int
+
+
+def _room(picture: Image.Image, style: SignatureStyle) -> _Room:
+    margin = _margin_px(picture, style)
+    width, height = picture.width - 2 * margin, picture.height - 2 * margin
+    return _Room(min(round(WIDTH_FRACTIONS[style.size] * picture.width), width), width, height)
+
+
+def _fit_image(image: Image.Image, room: _Room) -> Image.Image:
+    scale = min(room.wanted_width / image.width, room.height / image.height)
+    size = max(1, math.floor(image.width * scale + 0.5)), max(1, math.floor(image.height * scale + 0.5))
+    # Premultiplied, or the colour hidden in transparent pixels bleeds into the edges.
+    return image.convert("RGBa").resize(size, Image.Resampling.LANCZOS)
+
+
+def _fit_text(signature: TextSignature, room: _Room) -> Image.Image:
+    height = min(room.height, round(room.wanted_width * TEXT_HEIGHT_PER_WIDTH))
+    return draw_text(signature.text, signature.font, fit=(room.wanted_width, height), limit=(room.width, room.height))
+
+
+def _put(picture: Image.Image, mark: Image.Image, style: SignatureStyle) -> None:
+    """Blend a premultiplied mark onto `picture` in place: Porter and Duff's "over", under * (1 - alpha) + mark."""
+    left, top = _corner(picture, mark, style)
+    under = np.asarray(picture.crop((left, top, left + mark.width, top + mark.height)), dtype=np.float32)
+    over = np.asarray(mark, dtype=np.float32) * style.opacity
+    blended = under * (1 - over[..., 3:] / 255) + over[..., :3]
+    picture.paste(Image.fromarray(np.rint(blended).clip(0, 255).astype(np.uint8)), (left, top))
+
+
+def _corner(picture: Image.Image, mark: Image.Image, style: SignatureStyle) -> tuple[int, int]:
+    """Left and top px of the mark in the picture."""
+    vertical, _, horizontal = style.position.partition("-")
+    margin = _margin_px(picture, style)
+    free_width, free_height = picture.width - 2 * margin - mark.width, picture.height - 2 * margin - mark.height
+    return (
+        margin + round(free_width * ANCHORS[horizontal or vertical]),
+        margin + round(free_height * ANCHORS[vertical]),
+    )
+
+
+def _margin_px(picture: Image.Image, style: SignatureStyle) -> int:
+    return round(min(picture.size) * style.margin)

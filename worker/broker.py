@@ -1,0 +1,375 @@
+"""AMQP: the only file that knows pika.
+
+Two connections on two threads. The consuming one carries deliveries and acks and nothing else: behind a publish that
+the broker holds back (memory or disk alarm) an ack would be held back too. The publishing one confirms every message.
+`BlockingConnection` is not thread-safe; other threads cross over by `add_callback_threadsafe` or a queue only.
+"""
+
+import logging
+import queue
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pika
+import pika.exceptions
+
+from config.logs import log_event
+from config.settings import BrokerSettings
+from worker.queues import QueueNames
+
+logger = logging.getLogger(__name__)
+
+ATTEMPT_HEADER = "x-darkroom-attempt"
+REASON_HEADER = "x-darkroom-reason"
+SINCE_HEADER = "x-darkroom-since"
+MAX_REASON_CHARS = 500
+
+POLL_SECONDS = 0.5
+STACK_TIMEOUT_SECONDS = 5.0  # a broker that accepts and then says nothing must not hold us for ever
+BLOCKED_TIMEOUT_SECONDS = 5.0
+MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.2, 5.0
+REFUSED_BACKOFF_SECONDS = 30.0  # wrong password or vhost: a person must act, and brokers count such tries
+CLOSE_SECONDS = 10.0
+
+_Connection = Any  # pika has no type hints
+_Channel = Any
+_LOST = (pika.exceptions.AMQPError, OSError)
+_REFUSED = (pika.exceptions.ProbableAuthenticationError, pika.exceptions.ProbableAccessDeniedError)
+
+
+class PublishFailed(Exception):
+    """The broker did not confirm the message; it may or may not have it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One message under one delivery tag of one session. `since` is when it was parked, in epoch seconds."""
+
+    body: bytes
+    queue: str
+    is_redelivered: bool
+    attempt: int
+    num_deliveries: int
+    since: float
+    session: int
+    tag: int
+    channel_number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """`on_delivery` runs on the consuming thread: it must return at once and never raise."""
+
+    queue: str
+    prefetch: int
+    on_delivery: Callable[[Delivery], None]
+
+
+class _SessionLost(Exception):
+    """The broker cancelled a consumer or closed a channel while the connection stayed up."""
+
+
+class Consumer:
+    """Owner of the consuming connection and its thread. Reconnects for ever until closed."""
+
+    def __init__(self, settings: BrokerSettings, names: QueueNames, subscriptions: list[Subscription]) -> None:
+        self._settings = settings
+        self._names = names
+        self._subscriptions = subscriptions
+        self._connection: _Connection = None
+        self._channels: dict[int, _Channel] = {}
+        self._tags: dict[_Channel, str] = {}
+        self._session = 0
+        self._is_closing = False
+        self._is_draining = False
+        self._is_cancelled_by_broker = False
+        self._thread = threading.Thread(target=self._run, name="consumer", daemon=True)
+        self.is_connected = False
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop_consuming(self) -> None:
+        """Take no more deliveries; those in hand stay ours, heartbeats flow, settling goes on."""
+        self._is_draining = True
+        self._on_connection(self._cancel_consumers)
+
+    def close(self) -> None:
+        """Send what is still to be settled, then close; unsettled deliveries go back to their queues."""
+        self._is_closing = True
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_SECONDS)
+
+    def ack(self, delivery: Delivery) -> None:
+        """Tell the broker to forget the message. Nothing comes back: a lost ack shows as a redelivery."""
+        self._on_connection(partial(self._settle, delivery, "basic_ack", {}))
+
+    def requeue(self, delivery: Delivery) -> None:
+        """Give the message back for another consumer."""
+        self._on_connection(partial(self._settle, delivery, "basic_nack", {"requeue": True}))
+
+    def _on_connection(self, action: Callable[[], None]) -> None:
+        connection = self._connection
+        if connection is None:
+            return
+        # Lost meanwhile: what was to be settled will be delivered again.
+        with suppress(pika.exceptions.ConnectionWrongStateError):
+            connection.add_callback_threadsafe(action)
+
+    def _settle(self, delivery: Delivery, verb: str, options: Mapping[str, Any]) -> None:
+        # A tag means something only on the channel it came from: on another it would close that channel with 406.
+        channel = self._channels.get(delivery.channel_number)
+        if delivery.session == self._session and channel is not None and channel.is_open:
+            getattr(channel, verb)(delivery.tag, **options)
+
+    def _run(self) -> None:
+        backoff = _Backoff()
+        while not self._is_closing:
+            try:
+                self._open_session()
+                backoff.reset()
+                self._pump()
+            except (*_LOST, _SessionLost) as error:
+                log_event(logger, "broker connection lost", logging.WARNING, reason=_describe(error))
+                self._drop()
+                backoff.sleep(error, lambda: self._is_closing)
+        self._drop()
+
+    def _open_session(self) -> None:
+        self._connection = _connect(self._settings, "darkroom consumer")
+        self._session += 1
+        self._is_cancelled_by_broker = False
+        _ensure_queues(self._connection, self._names)
+        for subscription in self._subscriptions:
+            self._subscribe(subscription)
+        self.is_connected = True
+        log_event(logger, "consuming", queue=self._names.jobs, session=self._session)
+
+    def _subscribe(self, subscription: Subscription) -> None:
+        channel = self._connection.channel()
+        channel.basic_qos(prefetch_count=subscription.prefetch)
+        channel.add_on_cancel_callback(self._note_cancel)
+        self._channels[channel.channel_number] = channel
+        if not self._is_draining:
+            on_message = partial(self._on_message, subscription)
+            self._tags[channel] = channel.basic_consume(subscription.queue, on_message)
+
+    def _note_cancel(self, _frame: Any) -> None:
+        # The queue was deleted or moved: pika would go on happily with a consumer that gets nothing.
+        self._is_cancelled_by_broker = True
+
+    def _on_message(
+        self, subscription: Subscription, channel: _Channel, method: Any, properties: Any, body: bytes
+    ) -> None:
+        headers = properties.headers or {}
+        subscription.on_delivery(
+            Delivery(
+                body=body,
+                queue=subscription.queue,
+                is_redelivered=method.redelivered,
+                attempt=_whole(headers.get(ATTEMPT_HEADER), default=1),
+                num_deliveries=_whole(headers.get("x-delivery-count"), default=0),
+                since=float(_whole(headers.get(SINCE_HEADER), default=int(time.time()))),
+                session=self._session,
+                tag=method.delivery_tag,
+                channel_number=channel.channel_number,
+            )
+        )
+
+    def _pump(self) -> None:
+        while not self._is_closing:
+            self._connection.process_data_events(time_limit=POLL_SECONDS)
+            # process_data_events does not raise when only a channel was closed.
+            if self._is_cancelled_by_broker or not all(channel.is_open for channel in self._channels.values()):
+                raise _SessionLost("the broker closed a channel or cancelled a consumer")
+        self._connection.process_data_events(time_limit=0)
+
+    def _cancel_consumers(self) -> None:
+        for channel, tag in self._tags.items():
+            if channel.is_open:
+                channel.basic_cancel(tag)
+        self._tags.clear()
+
+    def _drop(self) -> None:
+        self.is_connected = False
+        self._channels.clear()
+        self._tags.clear()
+        connection, self._connection = self._connection, None
+        _close(connection)
+
+
+class Publisher:
+    """Owner of the publishing connection and its thread. Every message is persistent, mandatory and confirmed."""
+
+    def __init__(self, settings: BrokerSettings, names: QueueNames) -> None:
+        self._settings = settings
+        self._names = names
+        self._connection: _Connection = None
+        self._channel: _Channel = None
+        self._tasks: queue.Queue[tuple[Callable[[], Any], Future[Any]] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Publish what is queued, then close."""
+        self._tasks.put(None)
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_SECONDS)
+
+    def publish(
+        self, queue_name: str, body: bytes, *, attempt: int = 1, reason: str = "", since: float | None = None
+    ) -> None:
+        """Return once the broker has confirmed the message on disk; raise `PublishFailed` otherwise."""
+        headers: dict[str, Any] = {ATTEMPT_HEADER: attempt}
+        if reason:
+            headers[REASON_HEADER] = reason[:MAX_REASON_CHARS]
+        if since is not None:
+            headers[SINCE_HEADER] = int(since)
+        self._call(partial(self._publish, queue_name, body, headers))
+
+    def depths(self) -> dict[str, int]:
+        """Messages ready in each of the worker's queues."""
+        return self._call(self._count)  # type: ignore[no-any-return]
+
+    def _call(self, work: Callable[[], Any]) -> Any:
+        future: Future[Any] = Future()
+        self._tasks.put((work, future))
+        return future.result()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                task = self._tasks.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                self._keep_alive()
+                continue
+            if task is None:
+                _close(self._connection)
+                return
+            self._do(*task)
+
+    def _do(self, work: Callable[[], Any], future: Future[Any]) -> None:
+        try:
+            self._ensure_channel()
+            future.set_result(work())
+        except _LOST as error:
+            self._drop()
+            future.set_exception(PublishFailed(_describe(error)))
+
+    def _publish(self, queue_name: str, body: bytes, headers: dict[str, Any]) -> None:
+        properties = pika.BasicProperties(delivery_mode=2, content_type="application/json", headers=headers)
+        send = partial(self._channel.basic_publish, "", queue_name, body, properties, mandatory=True)
+        try:
+            send()
+        except pika.exceptions.UnroutableError:
+            _ensure_queues(self._connection, self._names)  # somebody deleted the queue
+            send()
+
+    def _count(self) -> dict[str, int]:
+        look = partial(self._channel.queue_declare, passive=True)
+        return {name: look(name).method.message_count for name in self._names.everything}
+
+    def _ensure_channel(self) -> None:
+        if self._channel is not None and self._channel.is_open:
+            return
+        self._drop()
+        self._connection = _connect(self._settings, "darkroom publisher")
+        _ensure_queues(self._connection, self._names)
+        self._channel = self._connection.channel()
+        self._channel.confirm_delivery()
+
+    def _keep_alive(self) -> None:
+        if self._connection is None:
+            return
+        try:
+            self._connection.process_data_events(time_limit=0)
+        except _LOST:
+            self._drop()
+
+    def _drop(self) -> None:
+        connection, self._connection, self._channel = self._connection, None, None
+        _close(connection)
+
+
+class _Backoff:
+    """Full jitter between tries, doubling up to a cap."""
+
+    def __init__(self) -> None:
+        self._ceiling = MIN_BACKOFF_SECONDS
+
+    def reset(self) -> None:
+        self._ceiling = MIN_BACKOFF_SECONDS
+
+    def sleep(self, error: Exception, is_over: Callable[[], bool]) -> None:
+        seconds = random.uniform(MIN_BACKOFF_SECONDS / 2, self._ceiling)  # noqa: S311 - jitter, not a secret
+        self._ceiling = min(MAX_BACKOFF_SECONDS, self._ceiling * 2)
+        deadline = time.monotonic() + (REFUSED_BACKOFF_SECONDS if isinstance(error, _REFUSED) else seconds)
+        while time.monotonic() < deadline and not is_over():
+            time.sleep(0.05)
+
+
+def _connect(settings: BrokerSettings, name: str) -> _Connection:
+    parameters = pika.URLParameters(settings.amqp_url)
+    parameters.heartbeat = settings.heartbeat_seconds
+    parameters.socket_timeout = STACK_TIMEOUT_SECONDS
+    parameters.stack_timeout = STACK_TIMEOUT_SECONDS
+    parameters.blocked_connection_timeout = BLOCKED_TIMEOUT_SECONDS
+    parameters.client_properties = {"connection_name": f"{name} on {socket.gethostname()}"}
+    parameters.tcp_options = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 15000}
+    return pika.BlockingConnection(parameters)
+
+
+def _ensure_queues(connection: _Connection, names: QueueNames) -> None:
+    """Make the queues that are missing and take the others as they are: a declaration never disturbs one."""
+    for name, arguments in names.arguments.items():
+        try:
+            with connection.channel() as channel:
+                channel.queue_declare(name, passive=True)
+        except pika.exceptions.ChannelClosedByBroker as error:
+            if error.reply_code != 404:
+                raise
+            with connection.channel() as channel:
+                channel.queue_declare(name, durable=True, arguments=arguments)
+
+
+def check_broker(settings: BrokerSettings) -> int:
+    """Connect, find the jobs' queue and return its depth; -1 where the queue does not exist yet. For `check`."""
+    try:
+        connection = _connect(settings, "darkroom check")
+        try:
+            return int(connection.channel().queue_declare(settings.queue, passive=True).method.message_count)
+        except pika.exceptions.ChannelClosedByBroker:
+            return -1
+        finally:
+            _close(connection)
+    except _LOST as error:
+        raise PublishFailed(_describe(error)) from error
+
+
+def _close(connection: _Connection) -> None:
+    if connection is None or not connection.is_open:
+        return
+    try:
+        connection.close()
+    except _LOST as error:
+        log_event(logger, "connection was gone before it was closed", logging.DEBUG, reason=_describe(error))
+
+
+def _describe(error: BaseException) -> str:
+    """What went wrong, without the URL: pika's texts may carry hosts, never passwords, but are long."""
+    return f"{type(error).__name__}: {error}"[:300]
+
+
+def _whole(given: Any, *, default: int) -> int:
+    """A header's whole number from 0 to 2^53, else `default`: headers can be forged, so nothing else is taken."""
+    return given if type(given) is int and 0 <= given < 2**53 else default

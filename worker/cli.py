@@ -1,0 +1,122 @@
+"""The command line: `darkroom run`, `generate`, `submit`, `check`, `demo`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from config.logs import configure_logging
+from config.settings import Settings, SettingsError, load_settings
+from worker.supervisor import ExitCode, Supervisor
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Headless image generation worker.")
+console = Console(stderr=True)
+
+
+def main() -> None:
+    """The `darkroom` command."""
+    app()
+
+
+@app.command()
+def run() -> None:
+    """Work: take jobs from RabbitMQ until SIGTERM. Settings come from the environment and .env."""
+    settings = _settings()
+    configure_logging(settings.service.log_level)
+    sys.exit(Supervisor(settings).run())
+
+
+@app.command()
+def check() -> None:
+    """Try every part, the broker, the bucket, the backend and the model, and say what to do about a bad one."""
+    from worker.checks import check_everything  # noqa: PLC0415 - each command imports only what it needs
+
+    sys.exit(0 if check_everything(_settings(), Console()) else 1)
+
+
+@app.command()
+def submit(
+    prompt: Annotated[str, typer.Argument(help="What to draw")],
+    generation_id: Annotated[int, typer.Option(help="Id of the generation at the backend", min=1)],
+    lora: Annotated[str, typer.Option(help="lora_path: s3://bucket/key, or a key of the bucket")] = "",
+    signature: Annotated[str, typer.Option(help="signature_path: s3://bucket/key, or a key of the bucket")] = "",
+    artist: Annotated[str, typer.Option(help="artist_name, written where there is no signature")] = "",
+    aspect: Annotated[str, typer.Option(help="aspect_ratio, like 1:2")] = "1:1",
+    steps: Annotated[int | None, typer.Option(help="Denoise steps")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed; unset, it is derived from the job's id")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to follow the job")] = 600.0,
+) -> None:
+    """Publish a job and follow it until it ends."""
+    from worker.submitting import submit_and_follow  # noqa: PLC0415
+
+    fields = {
+        "generation_id": generation_id,
+        "prompt": prompt,
+        "lora_path": lora,
+        "signature_path": signature,
+        "artist_name": artist,
+        "aspect_ratio": aspect,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "seed": seed,
+    }
+    sys.exit(0 if submit_and_follow(_settings(), fields, timeout_seconds=timeout, console=console) else 1)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="PNG to write; -2, -3 … are added for more pictures")],
+    model: Annotated[str | None, typer.Option(help="Folder or hub id; default MODEL_ID")] = None,
+    negative: Annotated[str, typer.Option(help="What not to draw")] = "",
+    lora: Annotated[list[Path] | None, typer.Option(help="A .safetensors file or a PEFT folder; repeatable")] = None,
+    scale: Annotated[float, typer.Option(help="Scale of the adapters")] = 1.0,
+    signature: Annotated[Path | None, typer.Option(help="Signature picture")] = None,
+    artist: Annotated[str | None, typer.Option(help="Signature as text")] = None,
+    aspect: Annotated[str, typer.Option(help="Aspect ratio, like 1:2")] = "1:1",
+    steps: Annotated[int | None, typer.Option(help="Denoise steps")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture", min=0)] = 0,
+    images: Annotated[int, typer.Option("-n", "--images", help="Number of pictures", min=1, max=8)] = 1,
+    scheduler: Annotated[str | None, typer.Option(help="Scheduler by name")] = None,
+) -> None:
+    """Draw with the worker's engine, without broker, store or backend."""
+    from worker.local import LocalOrder, draw  # noqa: PLC0415 - brings torch into this process, as no other command does
+
+    order = LocalOrder(
+        prompt=prompt,
+        negative_prompt=negative,
+        adapters=tuple(lora or ()),
+        adapter_scale=scale,
+        signature=signature,
+        artist_name=artist,
+        aspect_ratio=aspect,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        seeds=tuple(range(seed, seed + images)),
+        scheduler=scheduler,
+    )
+    sys.exit(0 if draw(order, model_id=model, out=out, console=console) else 1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the contact sheet and the timeline")] = Path("out"),
+) -> None:
+    """Run everything for real on this machine: a broker, a bucket, a backend, a worker and a dozen jobs."""
+    from examples.demo.main import run_demo  # noqa: PLC0415
+
+    sys.exit(run_demo(out))
+
+
+def _settings() -> Settings:
+    try:
+        return load_settings()
+    except SettingsError as error:
+        console.print("[bold red]The settings are not right:[/]")
+        console.print(str(error), markup=False, highlight=False)
+        console.print("The README lists every setting; .env.example is a file to begin with.")
+        sys.exit(ExitCode.SETTINGS)

@@ -1,0 +1,56 @@
+"""The terminal event: the one thing a job comes to, and what its record in the ledger holds."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from clients.webhooks import Webhook, WebhookKind
+
+
+@dataclass(frozen=True, slots=True)
+class TerminalEvent:
+    """How a job ended: `complete` or `failed`, and the exact body its backend is told.
+
+    `stages` (name, seconds since the job began, seconds) says where the time went; it stays in the record.
+    """
+
+    task_id: str
+    generation_id: int
+    kind: WebhookKind
+    body: Mapping[str, Any]
+    stages: tuple[tuple[str, float, float], ...] = ()
+    worker: str = ""
+    is_delivered: bool = False
+
+    @property
+    def webhook(self) -> Webhook:
+        """The call that tells it. Its id never changes, so a backend can drop a repeat."""
+        return Webhook(kind=self.kind, webhook_id=f"{self.task_id}:{self.kind.value}", body=self.body)
+
+    def to_json(self) -> bytes:
+        fields = {name: getattr(self, name) for name in self.__slots__} | {"kind": self.kind.value}
+        return json.dumps(fields, ensure_ascii=False, sort_keys=True).encode()
+
+    @classmethod
+    def from_json(cls, content: bytes) -> Self:
+        """Raises `ValueError` where `content` is no terminal event."""
+        try:
+            fields = json.loads(content)
+            stages = tuple((name, start, seconds) for name, start, seconds in fields.pop("stages"))
+            return cls(**fields | {"kind": WebhookKind(fields["kind"]), "stages": stages})
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"not a terminal event: {error}") from error
+
+
+def failed_event(
+    *, task_id: str, generation_id: int, code: str, message: str, retry_count: int, worker: str = ""
+) -> TerminalEvent:
+    """The end of a job that could not be done."""
+    body = {
+        "generation_id": generation_id,
+        "error_message": message,
+        "error_code": code,
+        "retry_count": retry_count,
+    }
+    return TerminalEvent(task_id, generation_id, WebhookKind.FAILED, body, worker=worker)

@@ -1,0 +1,42 @@
+"""Why the GPU is idle: one reason for each moment without denoising, from the outside in. Pure but for the tick."""
+
+import time
+from collections.abc import Callable, Collection
+
+from worker.metrics import Metrics
+
+# The reason nearest to the GPU wins: a job in `decode` matters more than another in `fetch`.
+REASON_OF_PHASE = {
+    "decode": "decoding",
+    "encode": "encoding",
+    "wait": "encoding",
+    "fetch": "fetching",
+    "ledger": "fetching",
+}
+
+
+def idle_reason(*, phases: Collection[str], is_engine_ready: bool, is_broker_connected: bool) -> str | None:
+    """None while something is being denoised, else what the GPU waits for."""
+    if not is_engine_ready:
+        return "engine_starting"
+    if "denoise" in phases:
+        return None
+    for phase, reason in REASON_OF_PHASE.items():
+        if phase in phases:
+            return reason
+    return "no_jobs" if is_broker_connected else "broker_down"
+
+
+class IdleWatch:
+    """Adds the time since the last tick to the reason that holds now."""
+
+    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
+        self._metrics = metrics
+        self._clock = clock
+        self._last = clock()
+
+    def tick(self, reason: str | None) -> None:
+        now = self._clock()
+        if reason is not None:
+            self._metrics.idle_seconds.labels(reason).inc(now - self._last)
+        self._last = now

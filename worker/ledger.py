@@ -1,0 +1,49 @@
+"""The ledger: one record for each job in the private bucket, written once. It makes the effect of a job single."""
+
+import dataclasses
+import logging
+
+from clients.location import ObjectRef
+from clients.storage import Storage
+from clients.storage_errors import ObjectNotFound, StorageError
+from config.logs import log_event
+from worker.events import TerminalEvent
+
+logger = logging.getLogger(__name__)
+
+MAX_RECORD_BYTES = 1024 * 1024
+CONTENT_TYPE = "application/json"
+
+
+class Ledger:
+    """`jobs/{task_id}.json`: how each job ended. The first writer wins; everybody else adopts what it wrote."""
+
+    def __init__(self, storage: Storage, bucket: str) -> None:
+        self._storage = storage
+        self._bucket = bucket
+
+    def find(self, task_id: str) -> TerminalEvent | None:
+        """The recorded end of the job, or None. Raises `StorageError`: not knowing is not the same as None."""
+        try:
+            content = self._storage.read(self._ref(task_id), max_bytes=MAX_RECORD_BYTES)
+        except ObjectNotFound:
+            return None
+        return TerminalEvent.from_json(content)
+
+    def record(self, event: TerminalEvent) -> TerminalEvent:
+        """Write `event` unless the job already has an end; return the end it has."""
+        if self._storage.put_if_absent(self._ref(event.task_id), event.to_json(), content_type=CONTENT_TYPE):
+            return event
+        existing = self.find(event.task_id)
+        return existing if existing is not None else self.record(event)
+
+    def mark_delivered(self, event: TerminalEvent) -> None:
+        """Note that the backend has heard. A lost note costs one repeat under the same webhook-id, so it only logs."""
+        delivered = dataclasses.replace(event, is_delivered=True)
+        try:
+            self._storage.put(self._ref(event.task_id), delivered.to_json(), content_type=CONTENT_TYPE)
+        except StorageError as error:
+            log_event(logger, "delivery not noted", logging.WARNING, reason=str(error))
+
+    def _ref(self, task_id: str) -> ObjectRef:
+        return ObjectRef(self._bucket, f"jobs/{task_id}.json")

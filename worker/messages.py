@@ -1,0 +1,324 @@
+"""From the bytes of a message to a `Job`: both dialects, every limit, one clear sentence for what is wrong.
+
+Pure: no I/O, no clock. Hostile bodies (FAULTS: size bombs, deep nesting, duplicate keys, forged ids) end as
+`Undecodable` or `JobRejected`, never as another exception.
+"""
+
+import hashlib
+import json
+import math
+import re
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from watermark.signature import Position, SignatureStyle, Size
+
+from clients.location import LocationForbidden, ObjectRef, parse_location
+from config.settings import ModelSettings, StoreSettings
+from worker.job import MAX_ASPECT, Job, JobAdapter, JobRejected, Undecodable
+
+MESSAGE_TYPE = "image_generation"
+
+# A real message is 1-2 kB; json.loads of an 11 MB one takes 256 MB of memory.
+MAX_BODY_BYTES = 256 * 1024
+MAX_PROMPT_CHARS = 4000
+MAX_LOCATION_CHARS = 2048
+MAX_ADAPTERS = 4
+MAX_IMAGES = 8
+MAX_STEPS = 150
+MIN_SIDE, MAX_SIDE = 64, 2048
+MAX_INT64 = 2**63 - 1
+# Seeds run to seed + num_images - 1 and must stay what a torch.Generator takes.
+MAX_SEED = MAX_INT64 - MAX_IMAGES
+MAX_REASON_CHARS = 400
+
+_TASK_NAMESPACE = uuid.UUID("5b3f0f3c-2f0e-4f0b-9a55-1d7f5be1c0de")
+_ASPECT = re.compile(r"([1-9]\d{0,3}):([1-9]\d{0,3})")
+_NOT_TEXT = re.compile(r"[\x00\ud800-\udfff]")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+_FIELD_CODES: dict[str | int, str] = {"prompt": "INVALID_PROMPT", "aspect_ratio": "UNSUPPORTED_ASPECT_RATIO"}
+
+_Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+_Side = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE)]
+_Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+_Guidance = Annotated[float, Field(ge=0, le=50)]
+_Scale = Annotated[float, Field(ge=-4, le=4)]
+_Location = Annotated[str, Field(max_length=MAX_LOCATION_CHARS)]
+_Name = Annotated[str, Field(max_length=100)]
+_Tag = Annotated[str, Field(max_length=200)]
+
+
+class _Wire(BaseModel):
+    # Strict: "50" is no number and true is no 1. Unknown fields are ignored: backends grow theirs before we do.
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+class WireLora(_Wire):
+    """One of several adapters."""
+
+    path: _Location
+    scale: _Scale = 1.0
+
+
+class WireParameters(_Wire):
+    """The documented dialect; what is set here wins over the flat fields."""
+
+    width: _Side | None = None
+    height: _Side | None = None
+    steps: _Steps | None = None
+    cfg_scale: _Guidance | None = None
+    seed: _Seed | None = None
+    scheduler: _Name | None = None
+
+
+class WireSignatureConfig(_Wire):
+    """How the artist's signature is placed."""
+
+    position: Position = Field(default=Position.BOTTOM_RIGHT, strict=False)
+    size: Size = Field(default=Size.MEDIUM, strict=False)
+    opacity: Annotated[float, Field(ge=0, le=1)] = 0.7
+
+
+class WireData(_Wire):
+    """`data` of a generation message; both dialects side by side."""
+
+    prompt: str
+    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] | None = None
+    lora_path: _Location | None = None
+    lora_scale: _Scale | None = None
+    loras: Annotated[list[WireLora], Field(max_length=MAX_ADAPTERS)] | None = None
+    aspect_ratio: str | None = None
+    seed: _Seed | None = None
+    num_images: Annotated[int, Field(ge=1, le=MAX_IMAGES)] | None = None
+    num_inference_steps: _Steps | None = None
+    guidance_scale: _Guidance | None = None
+    width: _Side | None = None
+    height: _Side | None = None
+    scheduler: _Name | None = None
+    parameters: WireParameters | None = None
+    signature_path: _Location | None = None
+    artist_name: _Name | None = None
+    signature_config: WireSignatureConfig | None = None
+    prompt_tags: Annotated[list[_Tag], Field(max_length=100)] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobRules:
+    """What the worker's settings say about jobs."""
+
+    default_steps: int
+    default_guidance: float
+    locate: Callable[[str], ObjectRef]
+
+
+class _Identity(NamedTuple):
+    task_id: str
+    generation_id: int
+
+
+def rules_from(model: ModelSettings, store: StoreSettings) -> JobRules:
+    """The rules of a worker with these settings."""
+
+    def locate(text: str) -> ObjectRef:
+        return parse_location(
+            text,
+            default_bucket=store.bucket,
+            allowed_buckets=store.allowed_buckets,
+            endpoint_url=store.endpoint_url,
+            region=store.region,
+        )
+
+    return JobRules(default_steps=model.inference_steps, default_guidance=model.guidance_scale, locate=locate)
+
+
+def decode(body: bytes, rules: JobRules) -> Job:
+    """The job in `body`. Raises `Undecodable` where there is no id to trust, `JobRejected` for all else."""
+    message = _parse(body)
+    identity = _identify(message, body)
+    reject = _Rejection(identity)
+    wire = _validate(message.get("data"), reject)
+    return _build(wire, message, identity, rules, reject)
+
+
+class _Rejection(NamedTuple):
+    """Makes `JobRejected`s that carry the job's ids."""
+
+    identity: _Identity
+
+    def __call__(self, code: str, message: str) -> JobRejected:
+        return JobRejected(code, message[:MAX_REASON_CHARS], **self.identity._asdict())
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    if len(body) > MAX_BODY_BYTES:
+        raise Undecodable(f"the body has {len(body)} bytes; at most {MAX_BODY_BYTES} are read")
+    try:
+        message = json.loads(body.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except UnicodeDecodeError as error:
+        raise Undecodable(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
+    except RecursionError as error:
+        raise Undecodable("the body is nested too deeply") from error
+    except ValueError as error:
+        raise Undecodable(f"the body is not JSON: {error}"[:MAX_REASON_CHARS]) from error
+
+    if not isinstance(message, dict):
+        raise Undecodable(f"the body is a JSON {type(message).__name__}, not an object")
+    if message.get("type", MESSAGE_TYPE) != MESSAGE_TYPE:
+        raise Undecodable(f"type is {message['type']!r:.80}; this queue takes {MESSAGE_TYPE!r}")
+    return message
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("an object names the same key twice")
+    return fields
+
+
+def _identify(message: Mapping[str, Any], body: bytes) -> _Identity:
+    fields = message.get("data")
+    holder = fields if isinstance(fields, dict) and "generation_id" in fields else message
+    generation_id = holder.get("generation_id")
+    if type(generation_id) is not int or not 1 <= generation_id <= MAX_INT64:
+        raise Undecodable(f"generation_id is {generation_id!r:.80}; it must be a whole number from 1 to 2^63-1")
+    return _Identity(_task_id(message.get("task_id"), body), generation_id)
+
+
+def _task_id(given: Any, body: bytes) -> str:
+    """The message's UUID in its canonical form, else one made of the body: the same message gets the same id."""
+    if isinstance(given, str) and len(given) <= 64:
+        try:
+            return str(uuid.UUID(given))
+        except ValueError:
+            pass  # not a UUID: it would end up in object keys and headers, so it is replaced, not cleaned
+    return str(uuid.uuid5(_TASK_NAMESPACE, hashlib.sha256(body).hexdigest()))
+
+
+def _validate(fields: Any, reject: _Rejection) -> WireData:
+    if not isinstance(fields, dict):
+        raise reject("INVALID_INPUT", "data is missing: it must be an object with generation_id and prompt")
+    try:
+        wire = WireData.model_validate({name: value for name, value in fields.items() if value is not None})
+    except ValidationError as error:
+        raise _rejection_of(error, reject) from error
+
+    if not wire.prompt.strip() or len(wire.prompt) > MAX_PROMPT_CHARS:
+        raise reject(
+            "INVALID_PROMPT", f"prompt must have 1 to {MAX_PROMPT_CHARS} characters; it has {len(wire.prompt)}"
+        )
+    for name in ("prompt", "negative_prompt", "artist_name"):
+        if _NOT_TEXT.search(getattr(wire, name) or ""):
+            raise reject("INVALID_PROMPT", f"{name} holds a NUL or half a surrogate pair: send plain Unicode text")
+    return wire
+
+
+def _rejection_of(error: ValidationError, reject: _Rejection) -> JobRejected:
+    """One sentence for all that is wrong: which field, what rule. Values stay out of it but for plain numbers."""
+    problems = error.errors(include_url=False, include_context=False)
+    sentences = []
+    for problem in problems[:5]:
+        field = ".".join(str(part) for part in problem["loc"])
+        value = problem["input"]
+        shown = f" (it is {value!r:.40})" if isinstance(value, int | float | str) else ""
+        sentences.append(f"data.{field}: {problem['msg']}{shown}")
+    return reject(_FIELD_CODES.get(problems[0]["loc"][0], "INVALID_INPUT"), "; ".join(sentences))
+
+
+def _build(wire: WireData, message: Mapping[str, Any], identity: _Identity, rules: JobRules, reject: _Rejection) -> Job:
+    parameters = wire.parameters or WireParameters()
+    style = wire.signature_config or WireSignatureConfig()
+    seed = _first(parameters.seed, wire.seed)
+    return Job(
+        task_id=identity.task_id,
+        generation_id=identity.generation_id,
+        prompt=wire.prompt.strip(),
+        negative_prompt=wire.negative_prompt or "",
+        adapters=_adapters(wire, rules, reject),
+        size=_size(_first(parameters.width, wire.width), _first(parameters.height, wire.height), reject),
+        aspect=_aspect(wire.aspect_ratio, reject),
+        seed=_derived_seed(identity.task_id) if seed is None else seed,
+        num_images=wire.num_images or 1,
+        num_inference_steps=_first(parameters.steps, wire.num_inference_steps) or rules.default_steps,
+        guidance_scale=_first(parameters.cfg_scale, wire.guidance_scale, rules.default_guidance) or 0.0,
+        scheduler=_first(parameters.scheduler, wire.scheduler) or None,
+        signature_ref=_located("signature_path", wire.signature_path, rules, reject),
+        artist_name=(wire.artist_name or "").strip() or None,
+        signature_style=SignatureStyle(position=style.position, size=style.size, opacity=style.opacity),
+        prompt_tags=tuple(wire.prompt_tags or ()),
+        created_at=_timestamp(message.get("created_at")),
+    )
+
+
+def _first(*candidates: Any) -> Any:
+    """The first candidate that is set. Zero is set."""
+    return next((candidate for candidate in candidates if candidate is not None), None)
+
+
+def _adapters(wire: WireData, rules: JobRules, reject: _Rejection) -> tuple[JobAdapter, ...]:
+    named = [(lora.path, lora.scale) for lora in wire.loras or ()]
+    if wire.lora_path:
+        named.insert(0, (wire.lora_path, _first(wire.lora_scale, 1.0)))
+    if len(named) > MAX_ADAPTERS:
+        raise reject(
+            "INVALID_INPUT", f"the job names {len(named)} adapters; at most {MAX_ADAPTERS} apply to one picture"
+        )
+
+    adapters = []
+    for path, scale in named:
+        ref = _located("lora_path", path, rules, reject)
+        if ref is None:
+            raise reject("INVALID_INPUT", "data.loras: path is empty: name a .safetensors object or a folder")
+        if ref.key.lower().endswith(_PICKLE_SUFFIXES):
+            raise reject("LORA_UNSAFE_FORMAT", f"lora_path {path!r:.200} may hold a pickle; only .safetensors is read")
+        adapters.append(JobAdapter(ref, scale))
+    return tuple(adapters)
+
+
+def _located(field: str, text: str | None, rules: JobRules, reject: _Rejection) -> ObjectRef | None:
+    if not text:
+        return None
+    try:
+        return rules.locate(text)
+    except LocationForbidden as error:
+        raise reject("INPUT_FORBIDDEN", f"{field}: {error}") from error
+
+
+def _size(width: int | None, height: int | None, reject: _Rejection) -> tuple[int, int] | None:
+    if width is None and height is None:
+        return None
+    if width is None or height is None:
+        raise reject("INVALID_INPUT", "width and height belong together: give both, or aspect_ratio")
+    return width, height
+
+
+def _aspect(text: str | None, reject: _Rejection) -> tuple[int, int]:
+    if not text:
+        return 1, 1
+    match = _ASPECT.fullmatch(text)
+    if match is not None:
+        width, height = int(match[1]), int(match[2])
+        if abs(math.log(width / height)) <= math.log(MAX_ASPECT) + 1e-9:
+            return width, height
+    known = f"1:1, 2:2, 1:2, 2:1 or another W:H of at most {MAX_ASPECT:.0f} to 1"
+    raise reject("UNSUPPORTED_ASPECT_RATIO", f"aspect_ratio {text!r:.40} is not supported; use {known}")
+
+
+def _derived_seed(task_id: str) -> int:
+    # 32 bits: a backend in JavaScript must be able to read the seed it is told.
+    return int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:4], "big")
+
+
+def _timestamp(given: Any) -> datetime | None:
+    """`created_at` where it is a time with a zone. It only feeds a metric, so a bad one is no reason to refuse."""
+    if not isinstance(given, str) or len(given) > 64:
+        return None
+    try:
+        parsed = datetime.fromisoformat(given)
+    except ValueError:
+        return None
+    return parsed if parsed.tzinfo else None

@@ -1,0 +1,41 @@
+"""The Prometheus metrics, by the names of the contract, in a registry of their own."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+JOB_BUCKETS = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
+STAGE_BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300)
+WAIT_BUCKETS = (0.1, 1, 5, 15, 60, 300, 900, 3600, 14400)
+
+
+class Metrics:
+    """Every metric of one worker. Thread-safe, as prometheus-client's are."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.jobs = self._counter("jobs", "Jobs by how they ended", "outcome")
+        self.job_seconds = self._histogram("job_seconds", "From delivery to settling", JOB_BUCKETS)
+        self.stage_seconds = self._histogram("stage_seconds", "Time in each stage of a job", STAGE_BUCKETS, "stage")
+        self.queue_wait_seconds = self._histogram(
+            "queue_wait_seconds", "From the job's created_at to its delivery", WAIT_BUCKETS
+        )
+        self.denoise_steps = self._counter("denoise_steps", "Forwards of the denoiser")
+        self.denoise_lane_steps = self._counter("denoise_lane_steps", "Steps of all lanes; over steps: the mean batch")
+        self.lanes = self._gauge("lanes", "Pictures being denoised")
+        self.adapter_slots = self._gauge("adapter_slots", "Adapters in the model by state", "state")
+        self.adapter_cache_bytes = self._gauge("adapter_cache_bytes", "Size of the download cache")
+        self.gpu_memory_bytes = self._gauge("gpu_memory_bytes", "Memory of the GPU", "kind")
+        self.gpu_utilization_ratio = self._gauge("gpu_utilization_ratio", "Utilization of the GPU, 0 to 1")
+        self.queue_messages = self._gauge("queue_messages", "Messages ready in each queue", "queue")
+        self.webhooks = self._counter("webhooks", "Webhook attempts", "kind", "result")
+        self.webhooks_ambiguous = self._counter("webhook_ambiguous", "Attempts whose answer was lost: maybe taken")
+        self.engine_restarts = self._counter("engine_restarts", "Engine processes started after a crash")
+        self.idle_seconds = self._counter("idle_seconds", "Time without denoising, by reason", "reason")
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"darkroom_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"darkroom_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"darkroom_{name}", text, labels, buckets=buckets, registry=self.registry)

@@ -1,0 +1,271 @@
+"""From a delivery to its settling: the one path every message takes, and the only place that settles."""
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import tenacity
+
+from clients.storage_errors import StorageError
+from config.logs import bind, log_event
+from worker.broker import Consumer, Delivery, Publisher, PublishFailed
+from worker.events import TerminalEvent, failed_event
+from worker.job import Job, JobRejected, Undecodable
+from worker.ledger import Ledger
+from worker.messages import JobRules, decode
+from worker.metrics import Metrics
+from worker.notifying import Notifier
+from worker.queues import QueueNames
+from worker.runs import Run, Runs
+from worker.settling import Disposition, Verdict, judge
+from worker.story import Storyteller
+
+logger = logging.getLogger(__name__)
+
+# Moving a redelivered message or burying a broken one must not wait for a job's thread.
+NUM_SPARE_THREADS = 2
+MAX_DEAD_BODY_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """What a run came to: how its deliveries are settled, and the word for it in logs and metrics."""
+
+    disposition: Disposition
+    outcome: str
+    code: str = ""
+    webhook: str = ""
+
+
+class Processor:
+    """Owner of the job threads. `on_delivery` is called by the consuming thread, all else happens on job threads."""
+
+    def __init__(
+        self,
+        *,
+        rules: JobRules,
+        storyteller: Storyteller,
+        ledger: Ledger,
+        notifier: Notifier,
+        publisher: Publisher,
+        names: QueueNames,
+        metrics: Metrics,
+        num_threads: int,
+        is_draining: threading.Event,
+    ) -> None:
+        self._rules = rules
+        self._storyteller = storyteller
+        self._ledger = ledger
+        self._notifier = notifier
+        self._publisher = publisher
+        self._names = names
+        self._metrics = metrics
+        self._is_draining = is_draining
+        self._threads = ThreadPoolExecutor(num_threads + NUM_SPARE_THREADS, thread_name_prefix="job")
+        self._consumer: Consumer | None = None
+        self.runs = Runs()
+
+    def start(self, consumer: Consumer) -> None:
+        """Name the consumer that deliveries come from and are settled with."""
+        self._consumer = consumer
+
+    def release_waiting(self) -> None:
+        """Give back every job that has not begun to be drawn."""
+        for run in self.runs.all():
+            if run.future is not None:
+                run.future.cancel()
+
+    def close(self) -> None:
+        """Wait for the job threads to end."""
+        self._threads.shutdown(wait=True)
+
+    def on_delivery(self, delivery: Delivery) -> None:
+        """Adopt, move on, bury or begin. Returns at once; the consuming thread has heartbeats to send."""
+        try:
+            asked = decode_any(delivery.body, self._rules)
+        except Undecodable as error:
+            self._begin(self._bury, delivery, str(error))
+            return
+
+        # A message that was delivered before may be what killed a worker: it goes on where deliveries are counted.
+        is_suspect = delivery.is_redelivered and delivery.queue == self._names.jobs
+        if is_suspect and asked.task_id not in self.runs:
+            self._begin(self._move_to_recover, delivery)
+            return
+        run = self.runs.join(asked, delivery)
+        if run is None:
+            self._metrics.jobs.labels("adopted").inc()
+            log_event(logger, "delivery adopted", task_id=asked.task_id, is_redelivered=delivery.is_redelivered)
+        else:
+            self._begin(self._work, run)
+
+    def _begin(self, work: Callable[..., None], *args: object) -> None:
+        self._threads.submit(_logging_failures, work, *args)
+
+    def _bury(self, delivery: Delivery, reason: str) -> None:
+        self._elsewhere_first(
+            delivery,
+            lambda: self._notifier.bury(delivery.body[:MAX_DEAD_BODY_BYTES], f"not a job: {reason}"),
+        )
+        self._metrics.jobs.labels("undecodable").inc()
+
+    def _move_to_recover(self, delivery: Delivery) -> None:
+        self._elsewhere_first(
+            delivery,
+            lambda: self._publisher.publish(self._names.recover, delivery.body, attempt=delivery.attempt),
+        )
+
+    def _elsewhere_first(self, delivery: Delivery, publish: Callable[[], None]) -> None:
+        """Ack once a copy is confirmed elsewhere; give the message back where that cannot be."""
+        try:
+            self._surely(publish)
+        except PublishFailed:
+            self._settle(delivery, Disposition.RELEASE)
+        else:
+            self._settle(delivery, Disposition.ACK)
+
+    def _surely(self, publish: Callable[[], None]) -> None:
+        """Publish until the broker confirms it; `PublishFailed` only once the worker is stopping."""
+        tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(PublishFailed),
+            wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),
+            stop=tenacity.stop_when_event_set(self._is_draining),
+            sleep=tenacity.sleep_using_event(self._is_draining),
+            reraise=True,
+        )(publish)
+
+    def _work(self, run: Run) -> None:
+        with bind(task_id=run.task_id, generation_id=run.generation_id):
+            self._note_arrival(run)
+            try:
+                ending = self._end(run)
+            except PublishFailed as error:
+                # Nothing is safe elsewhere, so the broker keeps it; the ledger stops a second effect.
+                ending = _Ending(Disposition.RELEASE, "released", code=str(error))
+            for delivery in self.runs.leave(run):
+                self._settle(delivery, ending.disposition)
+            self._note_departure(run, ending)
+
+    def _end(self, run: Run) -> _Ending:
+        try:
+            event = self._storyteller.tell(run)
+        except Exception as error:  # noqa: BLE001 - the job thread's boundary: whatever it was, the job must be settled
+            return self._end_badly(run, judge(error, run.attempt), error)
+        return self._tell(run, event, Disposition.ACK)
+
+    def _end_badly(self, run: Run, verdict: Verdict, error: Exception) -> _Ending:
+        if verdict.code not in ("", "CANCELLED"):
+            log_event(logger, "job broke off", logging.WARNING, code=verdict.code, reason=str(error))
+        if verdict.code == "INTERNAL_ERROR":
+            logger.exception("unforeseen error", exc_info=error)
+
+        match verdict.disposition:
+            case Disposition.RELEASE:
+                return _Ending(Disposition.RELEASE, "released")
+            case Disposition.RETRY:
+                return self._retry_later(run, verdict)
+            case _:
+                return self._fail(run, verdict)
+
+    def _retry_later(self, run: Run, verdict: Verdict) -> _Ending:
+        queue, body = self._names.retry(verdict.delay_seconds), run.deliveries[0].body
+        self._surely(lambda: self._publisher.publish(queue, body, attempt=run.attempt + 1, reason=verdict.message))
+        return _Ending(Disposition.RETRY, "retried", verdict.code)
+
+    def _fail(self, run: Run, verdict: Verdict) -> _Ending:
+        event = failed_event(
+            task_id=run.task_id,
+            generation_id=run.generation_id,
+            code=verdict.code,
+            message=verdict.message,
+            retry_count=run.attempt - 1,
+            worker=self._storyteller.worker,
+        )
+        try:
+            event = self._ledger.record(event)
+        except StorageError as error:
+            if verdict.disposition is Disposition.ACK:
+                return self._end_badly(run, judge(error, run.attempt), error)
+            # The budget of tries is spent on this very store: the failure is told without a record of it.
+            log_event(logger, "end not recorded", logging.ERROR, reason=str(error))
+        if verdict.disposition is Disposition.DEAD_LETTER:
+            body = run.deliveries[0].body
+            self._surely(lambda: self._notifier.bury(body, f"{verdict.code}: {verdict.message}"))
+        return self._tell(run, event, verdict.disposition)
+
+    def _tell(self, run: Run, event: TerminalEvent, disposition: Disposition) -> _Ending:
+        with run.stage("notify"):
+            told = ""
+
+            def tell() -> None:
+                nonlocal told
+                told = self._notifier.tell(event)
+
+            self._surely(tell)
+        code = str(event.body.get("error_code", ""))
+        return _Ending(disposition, event.kind.value, code, told)
+
+    def _settle(self, delivery: Delivery, disposition: Disposition) -> None:
+        assert self._consumer is not None, "deliveries come from a consumer"  # noqa: S101
+        if disposition is Disposition.RELEASE:
+            self._consumer.requeue(delivery)
+        else:
+            self._consumer.ack(delivery)
+
+    def _note_arrival(self, run: Run) -> None:
+        waited = _seconds_since_creation(run.asked)
+        if waited is not None:
+            self._metrics.queue_wait_seconds.observe(waited)
+        first = run.deliveries[0]
+        log_event(logger, "job in", attempt=run.attempt, queue=first.queue, num_deliveries=first.num_deliveries)
+
+    def _note_departure(self, run: Run, ending: _Ending) -> None:
+        seconds = {name: took for name, _, took in run.timeline()}
+        for name, took in seconds.items():
+            self._metrics.stage_seconds.labels(name).observe(took)
+        total = sum(seconds.values())
+        self._metrics.jobs.labels(ending.outcome).inc()
+        self._metrics.job_seconds.observe(total)
+        log_event(
+            logger,
+            "job out",
+            outcome=ending.outcome,
+            code=ending.code,
+            webhook=ending.webhook,
+            disposition=ending.disposition.name,
+            attempt=run.attempt,
+            seconds=round(total, 3),
+            stages=seconds,
+        )
+
+
+def decode_any(body: bytes, rules: JobRules) -> Job | JobRejected:
+    """The job, or the rejection it ends with. Raises `Undecodable`, and nothing else, where there is no id."""
+    try:
+        return decode(body, rules)
+    except JobRejected as rejection:
+        return rejection
+    except Undecodable:
+        raise
+    except Exception as error:
+        # The consuming thread's boundary: a hole in the decoder must not take the connection down with it.
+        logger.exception("the decoder failed")
+        raise Undecodable(f"the decoder failed: {type(error).__name__}") from error
+
+
+def _seconds_since_creation(asked: Job | JobRejected) -> float | None:
+    if isinstance(asked, JobRejected) or asked.created_at is None:
+        return None
+    return max(0.0, (datetime.now(UTC) - asked.created_at).total_seconds())
+
+
+def _logging_failures(work: Callable[..., None], *args: object) -> None:
+    """A thread pool keeps a task's exception in a future nobody reads; a bug must be seen."""
+    try:
+        work(*args)
+    except Exception:
+        logger.exception("a job thread failed; its delivery stays with the broker")
+        raise

@@ -1,0 +1,141 @@
+"""Progress to the backend: lossy, in order, never after the end, and never at the expense of denoising."""
+
+import logging
+import math
+import threading
+from collections import deque
+from typing import Any
+
+from clients.webhooks import Verdict, Webhook, WebhookClient, WebhookKind
+from config.logs import log_event
+from inference.request import StepReport
+from worker.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+CALL_DEADLINE_SECONDS = 5.0
+# Weight of the newest job's mean step time in the estimate a job starts with.
+NEWEST_WEIGHT = 0.3
+
+
+def milestones_between(before: float, now: float, milestones: tuple[int, ...]) -> tuple[int, ...]:
+    """The milestones in `(before, now]`, percentages; pure."""
+    return tuple(milestone for milestone in milestones if before < milestone <= now)
+
+
+class Track:
+    """One job's progress. `on_step` runs on the engine's owner thread and only ever takes a lock for a moment."""
+
+    def __init__(self, reporter: "ProgressReporter", task_id: str, generation_id: int) -> None:
+        self._reporter = reporter
+        self._task_id = task_id
+        self._generation_id = generation_id
+        self._percent = -1.0
+        self._denoised_seconds = 0.0
+        self.is_closed = False
+        self.is_sending = False
+        self.pending: deque[Webhook] = deque()
+
+    def on_step(self, report: StepReport) -> None:
+        self._denoised_seconds += report.seconds
+        percent = 100 * report.step_index / report.num_steps
+        crossed = milestones_between(self._percent, percent, self._reporter.milestones)
+        self._percent = max(self._percent, percent)
+        if crossed:
+            self._reporter.offer(self, [self._webhook(milestone, report) for milestone in crossed])
+        if report.step_index == report.num_steps:
+            self._reporter.learn(self._denoised_seconds / report.num_steps)
+
+    def close(self) -> None:
+        """Drop what is unsent and wait for a call in flight: nothing of this track is sent after this returns."""
+        self._reporter.retire(self)
+
+    def _webhook(self, milestone: int, report: StepReport) -> Webhook:
+        done = report.step_index
+        step_seconds = self._denoised_seconds / done if done else self._reporter.step_seconds
+        progress: dict[str, Any] = {
+            "current_step": done,
+            "total_steps": report.num_steps,
+            "progress_percent": milestone,
+            "estimated_seconds": math.ceil(step_seconds * (report.num_steps - done)),
+        }
+        body = {"generation_id": self._generation_id, "progress": progress}
+        return Webhook(WebhookKind.PROGRESS, f"{self._task_id}:progress:{milestone}", body)
+
+
+class ProgressReporter:
+    """Owner of the thread that sends progress. A newer report replaces one of the same job still unsent."""
+
+    def __init__(self, client: WebhookClient, milestones: tuple[int, ...], metrics: Metrics) -> None:
+        self._client = client
+        self._metrics = metrics
+        self._changed = threading.Condition()
+        self._waiting: deque[Track] = deque()
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+        self.milestones = milestones
+        self.step_seconds = 0.0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Drop what is unsent and end the thread."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(CALL_DEADLINE_SECONDS + 1)
+
+    def follow(self, task_id: str, generation_id: int) -> Track:
+        return Track(self, task_id, generation_id)
+
+    def learn(self, step_seconds: float) -> None:
+        """Take a measured step time into the estimate that jobs start with."""
+        known = self.step_seconds or step_seconds
+        self.step_seconds = known + NEWEST_WEIGHT * (step_seconds - known)
+
+    def offer(self, track: Track, webhooks: list[Webhook]) -> None:
+        with self._changed:
+            if track.is_closed:
+                return
+            if track not in self._waiting:
+                self._waiting.append(track)
+            track.pending = deque(webhooks)
+            self._changed.notify_all()
+
+    def retire(self, track: Track) -> None:
+        with self._changed:
+            track.is_closed = True
+            track.pending.clear()
+            self._changed.wait_for(lambda: not track.is_sending, timeout=CALL_DEADLINE_SECONDS + 1)
+
+    def _run(self) -> None:
+        while (taken := self._take()) is not None:
+            track, webhook = taken
+            self._send(webhook)
+            with self._changed:
+                track.is_sending = False
+                self._changed.notify_all()
+
+    def _take(self) -> tuple[Track, Webhook] | None:
+        """The next report to send; blocks until there is one. None: closing."""
+        with self._changed:
+            while True:
+                self._changed.wait_for(lambda: self._waiting or self._is_closing)
+                if self._is_closing:
+                    return None
+                track = self._waiting.popleft()
+                if not track.pending:
+                    continue
+                webhook = track.pending.popleft()
+                if track.pending:
+                    self._waiting.append(track)
+                track.is_sending = True
+                return track, webhook
+
+    def _send(self, webhook: Webhook) -> None:
+        attempt = self._client.send(webhook, deadline_seconds=CALL_DEADLINE_SECONDS)
+        self._metrics.webhooks.labels(webhook.kind.value, attempt.verdict.name.lower()).inc()
+        if attempt.verdict is not Verdict.DELIVERED:
+            log_event(logger, "progress not taken", logging.DEBUG, reason=attempt.reason)

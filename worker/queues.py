@@ -1,0 +1,55 @@
+"""The names of the worker's queues and what each is declared with."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from worker.settling import RETRY_DELAYS_SECONDS
+
+_QUORUM = {"x-queue-type": "quorum"}
+
+
+@dataclass(frozen=True, slots=True)
+class QueueNames:
+    """`jobs` belongs to the backend too, which declares it durable without arguments: so do we, or not at all."""
+
+    jobs: str
+
+    @property
+    def recover(self) -> str:
+        """Redelivered jobs: a quorum queue counts deliveries, which the classic queue of the jobs cannot."""
+        return f"{self.jobs}.recover"
+
+    @property
+    def outbox(self) -> str:
+        """Terminal events the backend has not taken yet."""
+        return f"{self.jobs}.outbox"
+
+    @property
+    def dead(self) -> str:
+        """Dead letters: what needs a person."""
+        return f"{self.jobs}.dead"
+
+    def retry(self, delay_seconds: int) -> str:
+        """Where a job waits `delay_seconds` before it returns to `jobs`."""
+        return f"{self.jobs}.retry.{delay_seconds}"
+
+    @property
+    def arguments(self) -> dict[str, dict[str, Any]]:
+        """Every queue and the arguments to declare it with where it is missing."""
+        own: dict[str, dict[str, Any]] = dict.fromkeys((self.recover, self.outbox, self.dead), _QUORUM)
+        waits = {self.retry(delay): self._waiting(delay) for delay in RETRY_DELAYS_SECONDS}
+        return {self.jobs: {}} | own | waits
+
+    @property
+    def everything(self) -> tuple[str, ...]:
+        return tuple(self.arguments)
+
+    def _waiting(self, delay_seconds: int) -> dict[str, Any]:
+        # At-least-once dead-lettering confirms the way back before the copy here goes; it demands reject-publish.
+        return _QUORUM | {
+            "x-message-ttl": delay_seconds * 1000,
+            "x-dead-letter-exchange": "",
+            "x-dead-letter-routing-key": self.jobs,
+            "x-dead-letter-strategy": "at-least-once",
+            "x-overflow": "reject-publish",
+        }

@@ -1,0 +1,89 @@
+"""The jobs at work here, and the deliveries that asked for each of them."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from inference.request import GenerationResult, Stage
+from worker.broker import Delivery
+from worker.job import Job, JobRejected
+
+
+@dataclass(slots=True)
+class Run:
+    """One job being worked on. Its job thread owns it; `phase` and `future` are read by others.
+
+    `asked` is the job, or the rejection that will be its end. `deliveries` grows when the broker delivers the same
+    task again (a lost connection, a double click); all of them are settled together.
+    """
+
+    task_id: str
+    generation_id: int
+    asked: Job | JobRejected
+    deliveries: list[Delivery]
+    started_at: float = field(default_factory=time.monotonic)
+    stages: list[Stage] = field(default_factory=list)
+    phase: str = ""
+    num_lanes: int = 0
+    num_adapters: int = 0
+    future: Future[GenerationResult] | None = None
+
+    @property
+    def attempt(self) -> int:
+        return self.deliveries[0].attempt
+
+    @property
+    def num_recoveries(self) -> int:
+        return max(delivery.num_deliveries for delivery in self.deliveries)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Account the block's time to stage `name`."""
+        started_at = time.monotonic()
+        self.phase = name
+        try:
+            yield
+        finally:
+            self.stages.append(Stage(name, started_at, time.monotonic() - started_at))
+
+    def timeline(self) -> tuple[tuple[str, float, float], ...]:
+        """Each stage's name, its start in seconds after the run's, and its seconds."""
+        return tuple(
+            (stage.name, round(stage.started_at - self.started_at, 4), round(stage.seconds, 4)) for stage in self.stages
+        )
+
+
+class Runs:
+    """Registry of the runs by task id. Thread-safe; a task is here once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._runs: dict[str, Run] = {}
+
+    def join(self, asked: Job | JobRejected, delivery: Delivery) -> Run | None:
+        """A new run for the job, or None if one is at work already: then it has adopted the delivery."""
+        with self._lock:
+            known = self._runs.get(asked.task_id)
+            if known is not None:
+                known.deliveries.append(delivery)
+                return None
+            run = Run(asked.task_id, asked.generation_id, asked, [delivery])
+            self._runs[asked.task_id] = run
+            return run
+
+    def leave(self, run: Run) -> list[Delivery]:
+        """Take the run out and return every delivery that must now be settled with it."""
+        with self._lock:
+            del self._runs[run.task_id]
+            return run.deliveries
+
+    def all(self) -> list[Run]:
+        with self._lock:
+            return list(self._runs.values())
+
+    def __contains__(self, task_id: str) -> bool:
+        with self._lock:
+            return task_id in self._runs

@@ -1,0 +1,80 @@
+"""Deciding, apart from doing: what becomes of a delivery once its job's story has ended. Pure."""
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from clients.storage_errors import StorageError
+from inference.request import EngineClosed, EngineCrashed, EngineFault, RequestCancelled, RequestFailed
+
+# Waits before another try of a job that is not to blame; after the last the job fails. Each is a queue of its own.
+RETRY_DELAYS_SECONDS = (30, 30, 300, 300)
+
+# Deliveries out of `.recover` before a job is taken for the one that kills supervisors. Generous: a job that merely
+# shared a worker with ten kills must still complete.
+MAX_RECOVERIES = 10
+
+
+class JobFailed(Exception):
+    """The job cannot be done: its backend is told `code` and the message."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class JobReleased(Exception):
+    """This worker stops before the job is done: another one shall do it."""
+
+
+class PoisonJob(Exception):
+    """The job was at work in too many workers that were killed: it is not tried again."""
+
+
+class Disposition(Enum):
+    """What happens to a delivery; each member says what must be safe before the broker forgets it."""
+
+    ACK = auto()  # the end is recorded and the backend was told, or a confirmed copy waits in the outbox
+    RETRY = auto()  # a confirmed copy waits in a retry queue
+    DEAD_LETTER = auto()  # a confirmed copy is in the dead letter queue
+    RELEASE = auto()  # nothing: the broker keeps it and gives it to somebody else
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How to go on after a story broke off: fail the job with a code, try it again later, or let it go."""
+
+    disposition: Disposition
+    code: str = ""
+    message: str = ""
+    delay_seconds: int = 0
+
+
+def judge(error: BaseException, attempt: int) -> Verdict:
+    """What `error`, met in attempt number `attempt` (1-based), means for the job.
+
+    ACK means: record and report the failure with the verdict's code, then ack. Whatever is not known to be the job's
+    own fault is tried again, and fails the job only once the budget of tries is spent.
+    """
+    match error:
+        case JobFailed() | RequestFailed():
+            return Verdict(Disposition.ACK, error.code, str(error))
+        case RequestCancelled():
+            return Verdict(Disposition.ACK, "CANCELLED", "the job was cancelled")
+        case EngineCrashed():
+            return Verdict(Disposition.DEAD_LETTER, "ENGINE_CRASHED", str(error))
+        case PoisonJob():
+            return Verdict(Disposition.DEAD_LETTER, "WORKER_CRASHED", str(error))
+        case JobReleased() | EngineClosed():
+            return Verdict(Disposition.RELEASE)
+        case StorageError():
+            return _again(attempt, "STORAGE_UNAVAILABLE", f"the object store failed {attempt} times: {error}")
+        case EngineFault():
+            return _again(attempt, "ENGINE_ERROR", f"the engine failed {attempt} times: {error}")
+        case _:
+            return _again(attempt, "INTERNAL_ERROR", f"the worker failed {attempt} times: {type(error).__name__}")
+
+
+def _again(attempt: int, code: str, message: str) -> Verdict:
+    if attempt > len(RETRY_DELAYS_SECONDS):
+        return Verdict(Disposition.DEAD_LETTER, code, message)
+    return Verdict(Disposition.RETRY, code, message, RETRY_DELAYS_SECONDS[attempt - 1])

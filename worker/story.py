@@ -1,0 +1,268 @@
+"""A job's story: consult the ledger, fetch, generate, sign, store, record. Here and nowhere else the siblings meet."""
+
+import hashlib
+from concurrent.futures import CancelledError
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from PIL import Image
+from watermark.fonts import FontMissing, find_font
+from watermark.signature import (
+    ImageSignature,
+    Signature,
+    SignatureInvalid,
+    SignedPicture,
+    TextSignature,
+    Unsigned,
+    decode_signature,
+    sign,
+)
+
+from clients.cache import DownloadCache
+from clients.location import ObjectRef
+from clients.storage import Storage
+from clients.storage_errors import ObjectDamaged, ObjectNotFound, ObjectTooLarge
+from clients.webhooks import WebhookKind
+from inference.request import (
+    AdapterFile,
+    Engine,
+    GenerationRequest,
+    GenerationResult,
+    ModelFacts,
+    Picture,
+    Stage,
+    StepReport,
+)
+from worker.events import TerminalEvent
+from worker.job import Job, JobAdapter, JobRejected, resolve_size
+from worker.ledger import Ledger
+from worker.metrics import Metrics
+from worker.progress import ProgressReporter, Track
+from worker.runs import Run
+from worker.settling import MAX_RECOVERIES, JobFailed, JobReleased, PoisonJob
+
+MAX_ADAPTER_BYTES = 1024**3
+MAX_CONFIG_BYTES = 64 * 1024
+MAX_SIGNATURE_BYTES = 10 * 1024 * 1024
+FETCH_DEADLINE_SECONDS = 300.0
+
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_PICKLE = "adapter_model.bin"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPicture:
+    """A picture in the results bucket."""
+
+    url: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Storyteller:
+    """Everything a job's story needs; one for all jobs. `tell` blocks and runs on the job's own thread."""
+
+    storage: Storage
+    cache: DownloadCache
+    ledger: Ledger
+    engine: Engine
+    facts: ModelFacts
+    progress: ProgressReporter
+    metrics: Metrics
+    results_bucket: str
+    font_dirs: tuple[Path, ...]
+    worker: str
+    is_draining: Event
+
+    def tell(self, run: Run) -> TerminalEvent:
+        """Do the job unless the ledger knows its end already; return that end, recorded. Raises what breaks it off."""
+        with run.stage("ledger"):
+            known = self.ledger.find(run.task_id)
+        if known is not None:
+            return known
+
+        job = _job_of(run)
+        with ExitStack() as pinned:
+            with run.stage("fetch"):
+                signature = self._fetch_signature(job)
+                adapters = tuple(self._fetch_adapter(adapter, pinned) for adapter in job.adapters)
+            result = self._generate(run, job, adapters)
+
+        with run.stage("sign"):
+            signed = [_sign(picture, signature, job) for picture in result.pictures]
+        with run.stage("store"):
+            stored = self._store(job, signed)
+        with run.stage("record"):
+            return self.ledger.record(self._complete(run, job, result, stored))
+
+    def _fetch_signature(self, job: Job) -> Signature:
+        """The signature, ready to draw: whatever is wrong with it is found before the GPU is asked for anything."""
+        try:
+            if job.signature_ref is not None:
+                return ImageSignature(decode_signature(self._read_signature(job.signature_ref)))
+            if job.artist_name is not None:
+                find_font(job.artist_name, self.font_dirs)
+                return TextSignature(job.artist_name, self.font_dirs)
+            return Unsigned()
+        except ObjectNotFound as error:
+            raise JobFailed("SIGNATURE_NOT_FOUND", f"the signature {job.signature_ref} does not exist") from error
+        except ObjectTooLarge as error:
+            raise JobFailed("INPUT_TOO_LARGE", str(error)) from error
+        except (ObjectDamaged, SignatureInvalid) as error:
+            raise JobFailed("SIGNATURE_INVALID", f"signature {job.signature_ref or 'artist_name'}: {error}") from error
+        except FontMissing as error:
+            raise JobFailed("FONT_MISSING", f"artist_name: {error}") from error
+
+    def _read_signature(self, ref: ObjectRef) -> bytes:
+        with self.cache.fetch(ref, max_bytes=MAX_SIGNATURE_BYTES, deadline_seconds=FETCH_DEADLINE_SECONDS) as path:
+            return path.read_bytes()
+
+    def _fetch_adapter(self, adapter: JobAdapter, pinned: ExitStack) -> AdapterFile:
+        """The adapter's files on the local disk, pinned in the cache until `pinned` closes."""
+        ref = adapter.ref
+        if ref.key.lower().endswith(".safetensors"):
+            return AdapterFile(self._fetch(ref, MAX_ADAPTER_BYTES, pinned), None, adapter.scale)
+        config = self._fetch(ref.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned)
+        weights = self._fetch_weights(ref, pinned)
+        return AdapterFile(weights, config, adapter.scale)
+
+    def _fetch_weights(self, folder: ObjectRef, pinned: ExitStack) -> Path:
+        try:
+            return self._fetch(folder.child(PEFT_WEIGHTS), MAX_ADAPTER_BYTES, pinned)
+        except JobFailed:
+            if self._exists(folder.child(PEFT_PICKLE)):
+                only = f"the adapter {folder} holds only {PEFT_PICKLE}, which may be a pickle"
+                raise JobFailed("LORA_UNSAFE_FORMAT", f"{only}; store {PEFT_WEIGHTS}") from None
+            raise
+
+    def _fetch(self, ref: ObjectRef, max_bytes: int, pinned: ExitStack) -> Path:
+        try:
+            return pinned.enter_context(
+                self.cache.fetch(ref, max_bytes=max_bytes, deadline_seconds=FETCH_DEADLINE_SECONDS)
+            )
+        except ObjectNotFound as error:
+            raise JobFailed("LORA_NOT_FOUND", f"the adapter {ref} does not exist") from error
+        except ObjectTooLarge as error:
+            raise JobFailed("INPUT_TOO_LARGE", str(error)) from error
+        except ObjectDamaged as error:
+            raise JobFailed("LORA_INVALID", str(error)) from error
+
+    def _exists(self, ref: ObjectRef) -> bool:
+        try:
+            self.storage.head(ref)
+        except ObjectNotFound:
+            return False
+        return True
+
+    def _generate(self, run: Run, job: Job, adapters: tuple[AdapterFile, ...]) -> GenerationResult:
+        request = self._request(job, adapters)
+        track = self.progress.follow(job.task_id, job.generation_id)
+        watcher = _Watcher(run, track, self.metrics, num_adapters=len(adapters))
+        run.phase = "wait"
+        try:
+            run.future = self.engine.generate(request, watcher.on_step, lambda: False)
+            if self.is_draining.is_set():
+                run.future.cancel()
+            result = run.future.result()
+        except CancelledError as error:
+            raise JobReleased("the worker is stopping") from error
+        finally:
+            watcher.leave()
+            track.close()
+        run.stages += _with_wait(run, result.stages)
+        return result
+
+    def _request(self, job: Job, adapters: tuple[AdapterFile, ...]) -> GenerationRequest:
+        if self.is_draining.is_set():
+            raise JobReleased("the worker is stopping")
+        width, height = resolve_size(job, base_size=self.facts.base_size, size_multiple=self.facts.size_multiple)
+        return GenerationRequest(
+            request_id=job.task_id,
+            prompt=job.prompt,
+            negative_prompt=job.negative_prompt,
+            width=width,
+            height=height,
+            num_inference_steps=job.num_inference_steps,
+            guidance_scale=job.guidance_scale,
+            seeds=job.seeds,
+            scheduler=job.scheduler,
+            adapters=adapters,
+        )
+
+    def _store(self, job: Job, signed: list[SignedPicture]) -> list[StoredPicture]:
+        stored = []
+        for number, (picture, seed) in enumerate(zip(signed, job.seeds, strict=True), start=1):
+            suffix = "" if number == 1 else f"-{number}"
+            ref = ObjectRef(self.results_bucket, f"generations/gen-{job.generation_id}{suffix}.png")
+            png = picture.encode_png()
+            metadata = {"task-id": job.task_id, "sha256": hashlib.sha256(png).hexdigest()}
+            self.storage.put(ref, png, content_type="image/png", metadata=metadata)
+            stored.append(StoredPicture(self.storage.url_of(ref), seed))
+        return stored
+
+    def _complete(self, run: Run, job: Job, result: GenerationResult, stored: list[StoredPicture]) -> TerminalEvent:
+        timeline = run.timeline()
+        metadata: dict[str, Any] = {
+            "seed": job.seed,
+            "steps": job.num_inference_steps,
+            "guidance_scale": job.guidance_scale,
+            "prompt_tags": list(job.prompt_tags),
+            "width": result.pictures[0].width,
+            "height": result.pictures[0].height,
+            "model": self.facts.model,
+            "scheduler": result.scheduler,
+            "task_id": job.task_id,
+            "seconds": round(sum(seconds for _, _, seconds in timeline), 3),
+        }
+        if len(stored) > 1:
+            metadata |= {"result_urls": [one.url for one in stored], "seeds": [one.seed for one in stored]}
+        body = {"generation_id": job.generation_id, "result_url": stored[0].url, "metadata": metadata}
+        return TerminalEvent(job.task_id, job.generation_id, WebhookKind.COMPLETE, body, timeline, self.worker)
+
+
+class _Watcher:
+    """Takes each step to the run's phase, the metrics and the progress. Runs on the engine's owner thread."""
+
+    def __init__(self, run: Run, track: Track, metrics: Metrics, *, num_adapters: int) -> None:
+        self._run = run
+        self._track = track
+        self._metrics = metrics
+        self._num_adapters = num_adapters
+
+    def on_step(self, report: StepReport) -> None:
+        run = self._run
+        is_last = report.step_index == report.num_steps
+        run.phase = "decode" if is_last else "denoise"
+        run.num_lanes = 0 if is_last else report.num_lanes
+        run.num_adapters = 0 if is_last else self._num_adapters
+        if report.step_index:
+            self._metrics.denoise_steps.inc()
+            self._metrics.denoise_lane_steps.inc(report.num_lanes)
+        self._track.on_step(report)
+
+    def leave(self) -> None:
+        self._run.num_lanes = self._run.num_adapters = 0
+
+
+def _job_of(run: Run) -> Job:
+    if isinstance(run.asked, JobRejected):
+        raise JobFailed(run.asked.code, str(run.asked)) from run.asked
+    if run.num_recoveries > MAX_RECOVERIES:
+        raise PoisonJob(f"the job was given up after {run.num_recoveries} workers stopped while doing it")
+    return run.asked
+
+
+def _sign(picture: Picture, signature: Signature, job: Job) -> SignedPicture:
+    image = Image.frombytes("RGB", (picture.width, picture.height), picture.rgb)
+    return sign(image, signature, job.signature_style)
+
+
+def _with_wait(run: Run, stages: tuple[Stage, ...]) -> list[Stage]:
+    """The engine's stages behind the time since the run's last own one: waiting for the engine to be free."""
+    fetched = run.stages[-1]
+    since = fetched.started_at + fetched.seconds
+    return [Stage("wait", since, max(0.0, stages[0].started_at - since)), *stages]

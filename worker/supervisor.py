@@ -1,0 +1,228 @@
+"""The worker as a whole: builds its parts, keeps them going, and takes them down in order."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from enum import IntEnum
+from types import FrameType
+
+from clients.cache import DownloadCache
+from clients.gpu import GpuReadings
+from clients.storage import Storage
+from clients.webhooks import WebhookClient
+from config.logs import log_event
+from config.settings import Settings
+from inference.process import EngineProcess, EngineState
+from inference.request import ModelFacts
+from worker.broker import Consumer, Publisher, PublishFailed, Subscription
+from worker.health import HealthServer
+from worker.idleness import IdleWatch, idle_reason
+from worker.ledger import Ledger
+from worker.messages import rules_from
+from worker.metrics import Metrics
+from worker.notifying import Notifier, Outbox
+from worker.processing import Processor
+from worker.progress import ProgressReporter
+from worker.queues import QueueNames
+from worker.story import Storyteller
+
+logger = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.1
+GAUGE_SECONDS = 5.0
+# Taken beyond the jobs that can be drawn, so that their adapters are fetched while others denoise.
+EXTRA_PREFETCH = 2
+# Redelivered jobs flow beside the fresh ones, but few at once: one of them may kill this process.
+RECOVER_PREFETCH = 2
+OUTBOX_PREFETCH = 200
+# The end of the grace period belongs to giving jobs back and closing connections.
+GRACE_RESERVE_SECONDS = 5.0
+
+
+class ExitCode(IntEnum):
+    """What the process ends with."""
+
+    OK = 0
+    SETTINGS = 2  # the settings are wrong: see the message
+    ENGINE = 3  # the model cannot be loaded, or the engine crashed too often
+    FORCED = 130  # a second signal
+
+
+class Supervisor:
+    """Owner of every part. `run` blocks on the main thread, which alone hears signals."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._metrics = Metrics()
+        self._is_draining = threading.Event()
+        self._num_signals = 0
+        self._names = QueueNames(settings.broker.queue)
+        self._storage = Storage(settings.store)
+        self._cache = DownloadCache(self._storage, settings.store.cache_dir, settings.store.cache_max_bytes)
+        self._ledger = Ledger(self._storage, settings.store.bucket)
+        self._client = WebhookClient(settings.backend)
+        self._publisher = Publisher(settings.broker, self._names)
+        self._notifier = Notifier(
+            client=self._client,
+            ledger=self._ledger,
+            publisher=self._publisher,
+            names=self._names,
+            metrics=self._metrics,
+            is_draining=self._is_draining,
+        )
+        self._outbox = Outbox(self._notifier, self._ledger, self._publisher, self._names)
+        self._progress = ProgressReporter(self._client, settings.backend.progress_milestones, self._metrics)
+        self._engine = EngineProcess(
+            settings.model, log_level=settings.service.log_level, on_restart=self._metrics.engine_restarts.inc
+        )
+        self._processor: Processor | None = None
+        self._consumer: Consumer | None = None
+        self._health = HealthServer(settings.service.metrics_port, self._metrics.registry, self._why_not_ready)
+        self._idle = IdleWatch(self._metrics)
+        self._gpu = GpuReadings(settings.model.cuda_visible_devices)
+
+    def run(self) -> ExitCode:
+        """Work until a signal or a fatal failure; the exit code says which."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        self._health.start()
+        log_event(logger, "starting", metrics_port=self._health.port, model=self._settings.model.model_id)
+        self._engine.start()
+        self._publisher.start()
+        self._progress.start()
+        gauges = threading.Thread(target=self._update_gauges, name="gauges", daemon=True)
+        gauges.start()
+
+        code = self._watch()
+        self._stop(code)
+        return code
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        # Nothing but a count here: a handler may interrupt the main thread while it holds any lock.
+        self._num_signals += 1
+        if self._num_signals > 1:
+            self._abandon()
+
+    def _watch(self) -> ExitCode:
+        while not self._num_signals:
+            if self._engine.state is EngineState.FAILED:
+                return ExitCode.ENGINE
+            if self._consumer is None and self._engine.facts is not None:
+                self._begin_consuming(self._engine.facts)
+            self._tick()
+            time.sleep(TICK_SECONDS)
+        return ExitCode.OK
+
+    def _begin_consuming(self, facts: ModelFacts) -> None:
+        """Only now: a worker that cannot load its model must leave the queue to those that can."""
+        num_jobs = self._settings.model.max_concurrent_generations + EXTRA_PREFETCH
+        self._progress.learn(facts.step_seconds)
+        self._processor = Processor(
+            rules=rules_from(self._settings.model, self._settings.store),
+            storyteller=self._storyteller(facts),
+            ledger=self._ledger,
+            notifier=self._notifier,
+            publisher=self._publisher,
+            names=self._names,
+            metrics=self._metrics,
+            num_threads=num_jobs + RECOVER_PREFETCH,
+            is_draining=self._is_draining,
+        )
+        subscriptions = [
+            Subscription(self._names.jobs, num_jobs, self._processor.on_delivery),
+            Subscription(self._names.recover, RECOVER_PREFETCH, self._processor.on_delivery),
+            Subscription(self._names.outbox, OUTBOX_PREFETCH, self._outbox.on_delivery),
+        ]
+        self._consumer = Consumer(self._settings.broker, self._names, subscriptions)
+        self._processor.start(self._consumer)
+        self._outbox.start(self._consumer)
+        self._consumer.start()
+
+    def _storyteller(self, facts: ModelFacts) -> Storyteller:
+        return Storyteller(
+            storage=self._storage,
+            cache=self._cache,
+            ledger=self._ledger,
+            engine=self._engine,
+            facts=facts,
+            progress=self._progress,
+            metrics=self._metrics,
+            results_bucket=self._settings.store.results_bucket,
+            font_dirs=self._settings.service.font_dirs,
+            worker=f"{socket.gethostname()}:{os.getpid()}",
+            is_draining=self._is_draining,
+        )
+
+    def _why_not_ready(self) -> str:
+        if self._num_signals:
+            return "stopping"
+        if self._engine.state is not EngineState.READY:
+            return "the engine is loading the model"
+        if self._consumer is None or not self._consumer.is_connected:
+            return "the broker is not connected"
+        return ""
+
+    def _tick(self) -> None:
+        runs = self._processor.runs.all() if self._processor else []
+        reason = idle_reason(
+            phases={run.phase for run in runs},
+            is_engine_ready=self._engine.state is EngineState.READY,
+            is_broker_connected=self._consumer is not None and self._consumer.is_connected,
+        )
+        self._idle.tick(reason)
+        self._metrics.lanes.set(sum(run.num_lanes for run in runs))
+        self._metrics.adapter_slots.labels("active").set(sum(run.num_adapters for run in runs))
+
+    def _update_gauges(self) -> None:
+        """The readings that take a call to somebody: never on the main thread, which hears signals."""
+        while not self._is_draining.wait(GAUGE_SECONDS):
+            self._metrics.adapter_cache_bytes.set(self._cache.size_bytes)
+            reading = self._gpu.read()
+            if reading is not None:
+                self._metrics.gpu_memory_bytes.labels("used").set(reading.memory_used_bytes)
+                self._metrics.gpu_memory_bytes.labels("total").set(reading.memory_total_bytes)
+                self._metrics.gpu_utilization_ratio.set(reading.utilization_ratio or 0.0)
+            try:
+                for name, depth in self._publisher.depths().items():
+                    self._metrics.queue_messages.labels(name).set(depth)
+            except PublishFailed as error:
+                log_event(logger, "queue depths unknown", logging.DEBUG, reason=str(error))
+
+    def _stop(self, code: ExitCode) -> None:
+        """Take no more, let what is being drawn end within the grace period, give back the rest, close."""
+        started_at = time.monotonic()
+        log_event(
+            logger, "stopping", exit_code=int(code), num_runs=len(self._processor.runs.all() if self._processor else ())
+        )
+        if self._consumer is not None:
+            self._consumer.stop_consuming()
+        self._is_draining.set()
+        if self._processor is not None:
+            self._drain(self._processor)
+        self._engine.close()
+        if self._processor is not None:
+            self._processor.close()
+        self._progress.close()
+        if self._consumer is not None:
+            self._outbox.close()
+            self._consumer.close()
+        self._publisher.close()
+        self._health.close()
+        log_event(logger, "stopped", seconds=round(time.monotonic() - started_at, 2))
+
+    def _drain(self, processor: Processor) -> None:
+        processor.release_waiting()
+        deadline = time.monotonic() + self._settings.service.shutdown_grace_seconds - GRACE_RESERVE_SECONDS
+        while processor.runs.all() and time.monotonic() < deadline:
+            processor.release_waiting()
+            self._tick()
+            time.sleep(TICK_SECONDS)
+
+    def _abandon(self) -> None:
+        """The second signal: end now. The broker gives back what was not settled."""
+        if self._engine.pid is not None:
+            os.kill(self._engine.pid, signal.SIGKILL)
+        os._exit(ExitCode.FORCED)
