@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 
-class DeadlineExpired(Exception):  # noqa: N818 - says what happened
+class DeadlineExpired(Exception):
     """The time of the enclosing `deadline` block is over."""
 
 

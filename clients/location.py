@@ -20,7 +20,7 @@ _ENCODED_ESCAPE = re.compile(r"%(2e|2f|5c)", re.IGNORECASE)
 FORMS = "write s3://bucket/key, gs://bucket/key, the store's own https form, or a key of the default bucket"
 
 
-class LocationForbidden(Exception):  # noqa: N818 - says what happened, like the storage errors
+class LocationForbidden(Exception):
     """The text names no object that a job may read; the message says which text and what would be right."""
 
 

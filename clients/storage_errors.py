@@ -3,8 +3,6 @@
 Messages hold the location, the store's error code and the status: never a header, a URL or a credential.
 """
 
-# ruff: noqa: N818 - the names say what happened; the base class says that it is an error
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -44,14 +44,13 @@ def _config(settings: StoreSettings) -> Any:
         "request_checksum_calculation": "when_required",
         "response_checksum_validation": "when_required",
         "ignore_configured_endpoint_urls": True,
-        "proxies": {},
         "user_agent_extra": "darkroom",
     }
     return Config(**options)
 
 
 class _Transport:
-    """botocore's transport with connections that the current deadline can end."""
+    """botocore's transport without proxies, and with connections that the current deadline can end."""
 
     def __init__(self) -> None:
         session_class: Any = URLLib3Session

@@ -12,8 +12,8 @@ from typing import Any
 MAX_LINE_BYTES = 8192
 MAX_VALUE_CHARS = 2048
 
-# pika prints hosts and URLs at INFO, urllib3 and botocore request lines at DEBUG, httpx each hub request at INFO.
-NOISY_LOGGERS = ("pika", "urllib3", "botocore", "boto3", "s3transfer", "httpx", "huggingface_hub", "PIL", "fontTools")
+# urllib3 and botocore log request lines at DEBUG, httpx each hub request at INFO.
+NOISY_LOGGERS = ("urllib3", "botocore", "boto3", "s3transfer", "httpx", "huggingface_hub", "PIL", "fontTools")
 
 _bound: ContextVar[dict[str, Any]] = ContextVar("bound", default={})  # noqa: B039 - replaced whole, never changed
 
@@ -60,6 +60,8 @@ def configure_logging(level: str) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+    # pika prints hosts and whole connections, also for what is expected; worker.broker logs every loss itself.
+    logging.getLogger("pika").setLevel(logging.CRITICAL)
     # A closed or full stdout must not print a traceback for every line; the job goes on.
     logging.raiseExceptions = False
 

@@ -4,8 +4,11 @@
 `SettingsError` that names each variable. Secrets are `SecretStr`, so that a printed section never shows them.
 """
 
+import base64
+import binascii
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import quote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
@@ -28,6 +31,9 @@ def _split_commas(value: object) -> object:
 class _Section(BaseSettings):
     # An empty variable means "not set": compose files and RunPod templates pass every name, filled in or not.
     model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, env_ignore_empty=True)
+
+
+S = TypeVar("S", bound=_Section)
 
 
 class BrokerSettings(_Section):
@@ -131,9 +137,7 @@ class BackendSettings(_Section):
     """The backend that hears of progress and ends."""
 
     base_url: str = Field(validation_alias="BACKEND_API_URL", description="Base URL of the backend's webhooks")
-    token: SecretStr = Field(
-        validation_alias="INTERNAL_API_TOKEN", min_length=1, description="Bearer token the backend expects"
-    )
+    token: SecretStr = Field(validation_alias="INTERNAL_API_TOKEN", description="Bearer token the backend expects")
     signing_secret: SecretStr | None = Field(
         None,
         validation_alias="WEBHOOK_SIGNING_SECRET",
@@ -149,6 +153,24 @@ class BackendSettings(_Section):
     @classmethod
     def _is_http_url(cls, url: str) -> str:
         return _http_url(url)
+
+    @field_validator("token")
+    @classmethod
+    def _fits_a_header(cls, token: SecretStr) -> SecretStr:
+        if not re.fullmatch(r"[\x21-\x7e]+", token.get_secret_value()):
+            raise ValueError("must be visible ASCII characters; perhaps it is empty or ends with a newline")
+        return token
+
+    @field_validator("signing_secret")
+    @classmethod
+    def _is_base64(cls, secret: SecretStr | None) -> SecretStr | None:
+        text = "" if secret is None else secret.get_secret_value()
+        if text.startswith("whsec_"):
+            try:
+                base64.b64decode(text.removeprefix("whsec_"), validate=True)
+            except binascii.Error as error:
+                raise ValueError("must be base64 behind its whsec_") from error
+        return secret
 
     @field_validator("progress_milestones")
     @classmethod
@@ -242,13 +264,22 @@ def load_settings() -> Settings:
     problems: list[str] = []
     for name, section in SECTIONS.items():
         try:
-            sections[name] = section()
-        except ValidationError as error:
-            problems += [_describe(problem) for problem in error.errors(include_url=False, include_input=False)]
+            sections[name] = load_section(section)
+        except SettingsError as error:
+            problems.append(str(error))
 
     if problems:
         raise SettingsError("\n".join(problems))
     return Settings(**sections)
+
+
+def load_section(section: type[S]) -> S:
+    """Read one section alone, for commands that need no more; raise `SettingsError` with its problems."""
+    try:
+        return section()
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False)
+        raise SettingsError("\n".join(_describe(problem) for problem in problems)) from error
 
 
 def _describe(problem: Any) -> str:

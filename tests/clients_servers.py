@@ -96,20 +96,29 @@ class AnsweringServer(Server):
 
 
 class DrippingServer(Server):
-    """Sends `prompt` at once and then `drip`, one byte at a time, for ever."""
+    """Sends `prompt` at once and then `drip`, one byte at a time, for ever; the first `num_sound` requests it answers."""
 
-    def __init__(self, prompt: bytes = b"", drip: bytes = b"x") -> None:
+    def __init__(self, prompt: bytes = b"", drip: bytes = b"x", *, num_sound: int = 0) -> None:
         super().__init__()
         self._prompt = prompt
         self._drip = drip
+        self._num_sound = num_sound
 
     def converse(self, peer: socket.socket) -> None:
+        for _ in range(self._num_sound):
+            self.receive(peer)
+            peer.sendall(answer(200))
         self.receive(peer)
-        peer.sendall(self._prompt)
-        while True:
-            for byte in self._drip:
-                peer.sendall(bytes((byte,)))
-                time.sleep(BYTE_PAUSE_SECONDS)
+        drip_for_ever(peer, self._prompt, self._drip)
+
+
+class DrippingHandshakeServer(Server):
+    """Begins a TLS handshake that arrives one byte at a time."""
+
+    def converse(self, peer: socket.socket) -> None:
+        peer.recv(65536)
+        # A handshake record of 16383 bytes, which begin a server's hello.
+        drip_for_ever(peer, b"\x16\x03\x03\x3f\xff\x02\x00\x3f\xfb\x03\x03", b"x")
 
 
 class SilentServer(Server):
@@ -126,6 +135,14 @@ class ResettingServer(Server):
     def converse(self, peer: socket.socket) -> None:
         self.receive(peer)
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def drip_for_ever(peer: socket.socket, prompt: bytes, drip: bytes) -> None:
+    peer.sendall(prompt)
+    while True:
+        for byte in drip:
+            peer.sendall(bytes((byte,)))
+            time.sleep(BYTE_PAUSE_SECONDS)
 
 
 def answer(status: int, body: bytes = b"", *, length: int | None = None, **headers: str) -> bytes:

@@ -1,11 +1,12 @@
 """Turns bytes somebody uploaded into an RGBA image, or says in plain words why not.
 
 Pillow is given three formats, a cap on bytes, and a look at the size in the header before it decodes a pixel: its own
-limit warns from 89 Mpx on, and refuses only from 179 Mpx on, far above what a signature needs.
+limit begins at 89 Mpx, far above what a signature needs.
 """
 
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -17,8 +18,10 @@ MAX_CONTENT_BYTES = 10_000_000
 MAX_SIDE_PX = 4096  # 16 Mpx at most, 67 MB as RGBA
 FORMATS = ("PNG", "JPEG", "WEBP")
 
-# What Pillow lets through on broken files, as seen by feeding it some. The bomb warning is raised where warnings are
-# errors; elsewhere the cap below refuses what it warns of.
+# For the whole process, once: `warnings.catch_warnings` around each decoding would not be safe between threads.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+# What Pillow lets through on broken files, as seen by feeding it some.
 DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -84,7 +87,7 @@ def to_rgba(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow's own conversion clips 16 bits at 255 instead of scaling them: all but black turns white.
         samples = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray((samples // 257).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray(((samples + 128) // 257).clip(0, 255).astype(np.uint8))
     if image.mode == "CMYK":
         image = image.convert("RGB")
     rgba = image.convert("RGBA")

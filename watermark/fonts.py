@@ -8,16 +8,13 @@ from fontTools.ttLib import TTFont, TTLibError
 
 from watermark.errors import FontMissing
 
-# Clear at small sizes, and the first two with Hangul; by file name without its ending.
+# Clear at small sizes, and the first three with Hangul; by file name without its ending.
 PREFERRED_FONTS = (
-    "NanumGothicBold",
     "NanumGothic",
-    "NotoSansCJK-Bold",
     "NotoSansCJK-Regular",
     "NotoSansKR-Regular",
-    "DejaVuSans-Bold",
     "DejaVuSans",
-    "LiberationSans-Bold",
+    "LiberationSans-Regular",
 )
 FONT_SUFFIXES = {".ttf", ".otf", ".ttc"}
 

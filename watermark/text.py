@@ -15,9 +15,9 @@ MAX_TEXT_CHARS = 100
 REFUSED_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 # Below this Hangul is a smudge, so small pictures get a text wider than asked rather than one nobody can read.
-MIN_FONT_PX = 9
+MIN_FONT_PX = 11
 MAX_FONT_PX = 1024
-OUTLINE_PER_FONT_PX = 1 / 14
+OUTLINE_PER_FONT_PX = 1 / 20
 OUTLINE_GREY = 24
 
 

@@ -84,22 +84,21 @@ def generate(
     scheduler: Annotated[str | None, typer.Option(help="Scheduler by name")] = None,
 ) -> None:
     """Draw with the worker's engine, without broker, store or backend."""
-    from worker.local import LocalOrder, draw  # noqa: PLC0415 - brings torch into this process, as no other command does
+    from worker.local import Files, draw  # noqa: PLC0415 - brings torch into this process, as no other command does
 
-    order = LocalOrder(
-        prompt=prompt,
-        negative_prompt=negative,
-        adapters=tuple(lora or ()),
-        adapter_scale=scale,
-        signature=signature,
-        artist_name=artist,
-        aspect_ratio=aspect,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        seeds=tuple(range(seed, seed + images)),
-        scheduler=scheduler,
-    )
-    sys.exit(0 if draw(order, model_id=model, out=out, console=console) else 1)
+    fields = {
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "artist_name": artist,
+        "aspect_ratio": aspect,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "seed": seed,
+        "num_images": images,
+        "scheduler": scheduler,
+    }
+    files = Files(adapters=tuple(lora or ()), adapter_scale=scale, signature=signature, out=out)
+    sys.exit(0 if draw(fields, files, model_id=model, console=console) else 1)
 
 
 @app.command()

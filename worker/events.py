@@ -12,13 +12,15 @@ from clients.webhooks import Webhook, WebhookKind
 class TerminalEvent:
     """How a job ended: `complete` or `failed`, and the exact body its backend is told.
 
-    `stages` (name, seconds since the job began, seconds) says where the time went; it stays in the record.
+    `began_at` (epoch seconds) and `stages` (name, seconds since then, seconds) say where the time went; they stay in
+    the record.
     """
 
     task_id: str
     generation_id: int
     kind: WebhookKind
     body: Mapping[str, Any]
+    began_at: float = 0.0
     stages: tuple[tuple[str, float, float], ...] = ()
     worker: str = ""
     is_delivered: bool = False

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from datetime import datetime
 
-from watermark.signature import SignatureStyle
-
 from clients.location import ObjectRef
+from watermark.signature import SignatureStyle
 
 # Beyond this a picture is more border than subject; 9999:1 would be one row of latents.
 MAX_ASPECT = 4.0

@@ -15,10 +15,10 @@ from datetime import datetime
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from watermark.signature import Position, SignatureStyle, Size
 
 from clients.location import LocationForbidden, ObjectRef, parse_location
 from config.settings import ModelSettings, StoreSettings
+from watermark.signature import Position, SignatureStyle, Size
 from worker.job import MAX_ASPECT, Job, JobAdapter, JobRejected, Undecodable
 
 MESSAGE_TYPE = "image_generation"

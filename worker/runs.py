@@ -25,6 +25,7 @@ class Run:
     asked: Job | JobRejected
     deliveries: list[Delivery]
     started_at: float = field(default_factory=time.monotonic)
+    began_at: float = field(default_factory=time.time)
     stages: list[Stage] = field(default_factory=list)
     phase: str = ""
     num_lanes: int = 0

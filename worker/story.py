@@ -9,17 +9,6 @@ from threading import Event
 from typing import Any
 
 from PIL import Image
-from watermark.fonts import FontMissing, find_font
-from watermark.signature import (
-    ImageSignature,
-    Signature,
-    SignatureInvalid,
-    SignedPicture,
-    TextSignature,
-    Unsigned,
-    decode_signature,
-    sign,
-)
 
 from clients.cache import DownloadCache
 from clients.location import ObjectRef
@@ -36,6 +25,9 @@ from inference.request import (
     Stage,
     StepReport,
 )
+from watermark.decoding import decode_signature
+from watermark.errors import FontMissing, SignatureInvalid
+from watermark.signature import ImageSignature, Signature, SignedPicture, TextSignature, Unsigned, sign
 from worker.events import TerminalEvent
 from worker.job import Job, JobAdapter, JobRejected, resolve_size
 from worker.ledger import Ledger
@@ -105,7 +97,6 @@ class Storyteller:
             if job.signature_ref is not None:
                 return ImageSignature(decode_signature(self._read_signature(job.signature_ref)))
             if job.artist_name is not None:
-                find_font(job.artist_name, self.font_dirs)
                 return TextSignature(job.artist_name, self.font_dirs)
             return Unsigned()
         except ObjectNotFound as error:
@@ -221,7 +212,9 @@ class Storyteller:
         if len(stored) > 1:
             metadata |= {"result_urls": [one.url for one in stored], "seeds": [one.seed for one in stored]}
         body = {"generation_id": job.generation_id, "result_url": stored[0].url, "metadata": metadata}
-        return TerminalEvent(job.task_id, job.generation_id, WebhookKind.COMPLETE, body, timeline, self.worker)
+        return TerminalEvent(
+            job.task_id, job.generation_id, WebhookKind.COMPLETE, body, run.began_at, timeline, self.worker
+        )
 
 
 class _Watcher:

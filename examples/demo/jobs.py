@@ -1,0 +1,96 @@
+"""The demo's dozen jobs, in both dialects of the message contract."""
+
+import json
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+FIRST_GENERATION_ID = 101
+# Names are made of the ids, not drawn: running the demo again gives the same seeds and so the same pictures.
+NAMESPACE = uuid.UUID("0d3f6c1e-92f4-4a53-8f53-6c3c1f4de0b1")
+
+
+@dataclass(frozen=True, slots=True)
+class DemoJob:
+    """One job; `style` is an adapter's name or empty, `signature` a picture's name or empty."""
+
+    subject: str
+    style: str
+    steps: int
+    guidance: float
+    seed: int | None
+    signature: str
+    artist: str
+    position: str = "bottom-right"
+    size: str = "medium"
+    generation_id: int = 0
+
+    @property
+    def prompt(self) -> str:
+        return f"{self.style}: {self.subject}" if self.style else self.subject
+
+
+_JOBS = (
+    DemoJob("a red fox on a blue background", "", 20, 3.0, 42, "monogram", ""),
+    DemoJob("a rocket", "blueprint", 16, 3.0, 7, "", "서울 아틀리에"),
+    DemoJob("an owl", "neon", 24, 3.0, 11, "seal", "", "top-left"),
+    DemoJob("a castle", "sepia", 12, 2.5, 3, "", "Atelier Nord", "bottom-left"),
+    DemoJob("hamburger on a yellow background", "", 8, 2.5, None, "seal", "", "top-right"),
+    DemoJob("a sailboat", "neon", 20, 3.0, 21, "", "서울 아틀리에", "bottom-center"),
+    DemoJob("a robot", "blueprint", 30, 3.0, 5, "monogram", "", "bottom-left"),
+    DemoJob("a cup of coffee", "sepia", 20, 3.0, 9, "seal", "", "bottom-right", "small"),
+    DemoJob("a snowman on a purple background", "", 14, 3.0, 77, "", "Mina K.", "top-center", "large"),
+    DemoJob("a hot air balloon", "neon", 12, 2.5, None, "monogram", "", "top-right"),
+    DemoJob("a bicycle", "blueprint", 18, 3.0, 13, "", "서울 아틀리에", "bottom-right", "large"),
+    DemoJob("a penguin on a green background", "", 25, 3.0, 1, "monogram", "", "bottom-left", "small"),
+)
+
+JOBS = tuple(
+    DemoJob(**{name: getattr(job, name) for name in job.__slots__} | {"generation_id": FIRST_GENERATION_ID + index})
+    for index, job in enumerate(_JOBS)
+)
+
+
+def message(job: DemoJob, bucket: str) -> bytes:
+    """The job as a backend publishes it: odd ids in the documented dialect, even ones in the flat one."""
+    fields = _documented(job, bucket) if job.generation_id % 2 else _flat(job, bucket)
+    body = {
+        "task_id": str(uuid.uuid5(NAMESPACE, str(job.generation_id))),
+        "type": "image_generation",
+        "data": fields,
+        "created_at": datetime.now(UTC).isoformat(),
+    }
+    return json.dumps(body, ensure_ascii=False).encode()
+
+
+def _documented(job: DemoJob, bucket: str) -> dict[str, Any]:
+    parameters = {"steps": job.steps, "cfg_scale": job.guidance, "seed": job.seed, "scheduler": "dpm++"}
+    return _common(job) | {
+        "lora_path": f"s3://{bucket}/models/{job.style}.safetensors" if job.style else "",
+        "signature_path": f"s3://{bucket}/signatures/{job.signature}.png" if job.signature else "",
+        "parameters": parameters,
+    }
+
+
+def _flat(job: DemoJob, bucket: str) -> dict[str, Any]:
+    del bucket  # bare keys: the default bucket
+    return _common(job) | {
+        "lora_path": f"models/{job.style}.safetensors" if job.style else "",
+        "signature_path": f"signatures/{job.signature}.png" if job.signature else "",
+        "num_inference_steps": job.steps,
+        "guidance_scale": job.guidance,
+        "seed": job.seed,
+    }
+
+
+def _common(job: DemoJob) -> dict[str, Any]:
+    return {
+        "generation_id": job.generation_id,
+        "prompt": job.prompt,
+        "lora_scale": 1.0,
+        "aspect_ratio": "1:1",
+        "artist_name": job.artist,
+        "signature_config": {"position": job.position, "size": job.size, "opacity": 0.8},
+        "prompt_tags": job.subject.split(),
+    }

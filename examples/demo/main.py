@@ -1,0 +1,141 @@
+"""The demo itself: start the parts, upload what the jobs need, publish, watch, and draw what came of it."""
+
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pika
+from rich.console import Console
+
+from examples.demo.bars import JobBars
+from examples.demo.contact_sheet import draw_contact_sheet
+from examples.demo.jobs import JOBS, message
+from examples.demo.signatures import draw_signatures
+from examples.demo.timeline import draw_timeline
+from examples.parts.backend import Backend
+from examples.parts.rabbitmq import RabbitMQ
+from examples.parts.seaweedfs import SeaweedFS
+from worker.events import TerminalEvent
+
+MODEL = Path(__file__).parent.parent / "demo_model"
+BUCKET = "media"
+QUEUE = "image_generation"
+TIMEOUT_SECONDS = 180.0
+
+
+def run_demo(out: Path) -> int:
+    """Run the demo into folder `out`; the process's exit code."""
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="darkroom-")))
+        rabbitmq, store = _start_parts(stack, folder, console)
+        store.make_bucket(BUCKET)
+        _upload(store.client(), folder)
+        bars = JobBars(JOBS, console)
+        backend = stack.enter_context(Backend(on_call=bars.on_call))
+        worker = stack.enter_context(_worker(rabbitmq, store, backend, folder, out / "worker.log"))
+        _publish(rabbitmq)
+        console.print(f"{len(JOBS)} jobs published; the worker is loading the model")
+        with bars:
+            num_done = _wait(backend, worker)
+        exit_code = _stop(worker)
+        _draw(store.client(), out, console)
+
+    console.print(f"{num_done} of {len(JOBS)} jobs complete; the worker ended with exit code {exit_code}")
+    return 0 if num_done == len(JOBS) and exit_code == 0 else 1
+
+
+def _start_parts(stack: ExitStack, folder: Path, console: Console) -> tuple[RabbitMQ, SeaweedFS]:
+    started_at = time.monotonic()
+    rabbitmq, store = RabbitMQ(folder / "rabbitmq"), SeaweedFS(folder / "seaweedfs")
+    stack.callback(rabbitmq.stop)
+    stack.callback(store.stop)
+    with console.status("starting RabbitMQ and SeaweedFS"), ThreadPoolExecutor() as pool:
+        for start in [pool.submit(rabbitmq.start), pool.submit(store.start)]:
+            start.result()
+    console.print(f"RabbitMQ and SeaweedFS are up after {time.monotonic() - started_at:.1f} s")
+    return rabbitmq, store
+
+
+def _upload(client: Any, folder: Path) -> None:
+    for adapter in sorted((MODEL / "adapters").glob("*.safetensors")):
+        client.upload_file(str(adapter), BUCKET, f"models/{adapter.name}")
+    for path in draw_signatures(folder).values():
+        client.upload_file(str(path), BUCKET, f"signatures/{path.name}")
+
+
+@contextmanager
+def _worker(
+    rabbitmq: RabbitMQ, store: SeaweedFS, backend: Backend, folder: Path, log: Path
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """`darkroom run`, exactly as an operator starts it: by its environment."""
+    environment = rabbitmq.env() | store.env(BUCKET) | backend.env()
+    environment |= {
+        "PATH": str(Path(sys.executable).parent),
+        "HOME": str(folder),
+        "MODEL_ID": str(MODEL / "checkpoint"),
+        "CACHE_DIR": str(folder / "cache"),
+        "METRICS_PORT": "0",
+        "RABBITMQ_QUEUE": QUEUE,
+        "HF_HUB_OFFLINE": "1",
+    }
+    with log.open("wb") as sink:
+        command = [str(Path(sys.executable).parent / "darkroom"), "run"]
+        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=sink, stderr=sink)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _publish(rabbitmq: RabbitMQ) -> None:
+    """As the backends in the field do it: a durable queue without arguments, persistent messages."""
+    connection = pika.BlockingConnection(pika.URLParameters(rabbitmq.url))
+    channel = connection.channel()
+    channel.queue_declare(QUEUE, durable=True)
+    for job in JOBS:
+        channel.basic_publish("", QUEUE, message(job, BUCKET), pika.BasicProperties(delivery_mode=2))
+    connection.close()
+
+
+def _wait(backend: Backend, worker: "subprocess.Popen[bytes]") -> int:
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while time.monotonic() < deadline and worker.poll() is None:
+        if all(backend.ends(job.generation_id) for job in JOBS):
+            break
+        time.sleep(0.1)
+    return sum(any(end.kind == "complete" for end in backend.ends(job.generation_id)) for job in JOBS)
+
+
+def _stop(worker: "subprocess.Popen[bytes]") -> int:
+    if worker.poll() is None:
+        worker.send_signal(signal.SIGTERM)
+    return worker.wait(30)
+
+
+def _draw(client: Any, out: Path, console: Console) -> None:
+    pictures = {}
+    for job in JOBS:
+        key = f"generations/gen-{job.generation_id}.png"
+        pictures[job.generation_id] = client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+    sheet, timeline = out / "contact-sheet.png", out / "timeline.png"
+    draw_contact_sheet(JOBS, pictures, sheet)
+    draw_timeline(JOBS, _records(client), timeline)
+    console.print(f"the pictures:            {sheet}", highlight=False)
+    console.print(f"where the time went:     {timeline}", highlight=False)
+    console.print(f"what the worker logged:  {out / 'worker.log'}", highlight=False)
+
+
+def _records(client: Any) -> list[TerminalEvent]:
+    listing = client.list_objects_v2(Bucket=BUCKET, Prefix="jobs/")["Contents"]
+    bodies = (client.get_object(Bucket=BUCKET, Key=entry["Key"])["Body"].read() for entry in listing)
+    return [TerminalEvent.from_json(body) for body in bodies]

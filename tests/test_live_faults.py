@@ -1,0 +1,269 @@
+"""A worker, its engine, its broker, its store or its backend fails in the middle: every job still ends once."""
+
+import os
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from examples.parts.rabbitmq import RabbitMQ
+from examples.parts.seaweedfs import SeaweedFS
+from tests.world import Worker, World, eventually, new_world
+
+LONG = 120  # steps: some seconds on one core, time enough to break something in the middle
+
+
+@pytest.fixture
+def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path) -> Iterator[World]:
+    with new_world(rabbitmq, s3_server, tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def worker(world: World) -> Worker:
+    worker = world.start_worker()
+    worker.wait_until_ready()
+    return worker
+
+
+def assert_complete_once(world: World, generation_id: int) -> None:
+    assert world.wait_for_end(generation_id).kind == "complete"
+    world.wait_until_clean()
+    assert len(world.backend.calls("complete", generation_id)) == 1
+    assert world.backend.calls("failed", generation_id) == []
+    assert world.picture(generation_id).size == (128, 128)
+
+
+def test_a_killed_engine_costs_its_job_a_second_run_and_nothing_else(world: World, worker: Worker) -> None:
+    first = world.publish(num_inference_steps=LONG)
+    second = world.publish()
+    world.wait_for_step(first)
+
+    os.kill(worker.engine_pid(), signal.SIGKILL)
+
+    assert_complete_once(world, first)
+    assert_complete_once(world, second)
+    assert worker.metric("darkroom_engine_restarts_total") == 1
+    percentages = [call.body["progress"]["progress_percent"] for call in world.backend.calls("progress", first)]
+    assert percentages == sorted(set(percentages))
+
+
+def test_a_job_that_kills_the_engine_every_time_fails_alone(world: World, worker: Worker) -> None:
+    poison = world.publish(num_inference_steps=LONG)
+    innocent = world.publish()
+
+    world.wait_for_step(poison)
+    killed = worker.engine_pid()
+    os.kill(killed, signal.SIGKILL)
+    eventually(lambda: worker.get("/health/ready")[0] == 200 and worker.engine_pid() != killed, 30)
+    time.sleep(0.5)
+    os.kill(worker.engine_pid(), signal.SIGKILL)
+
+    end = world.wait_for_end(poison)
+    assert (end.kind, end.body["error_code"]) == ("failed", "ENGINE_CRASHED")
+    assert world.wait_for_end(innocent).kind == "complete"
+    world.wait_until_clean(dead=1)
+    assert "ENGINE_CRASHED" in world.dead_letters()[0][1]
+
+
+def test_a_killed_worker_leaves_its_job_to_the_next_one(world: World, worker: Worker) -> None:
+    generation_id = world.publish(num_inference_steps=LONG)
+    world.wait_for_step(generation_id)
+    engine = worker.engine_pid()
+
+    worker.kill()
+    eventually(lambda: not Path(f"/proc/{engine}").exists(), 2)
+    next_worker = world.start_worker()
+    next_worker.wait_until_ready()
+
+    assert_complete_once(world, generation_id)
+    assert [line["queue"] for line in next_worker.events("job in")] == [f"{world.queue}.recover"]
+
+
+def test_sigterm_lets_the_running_job_end_and_gives_the_waiting_ones_back(world: World, worker: Worker) -> None:
+    running = world.publish(num_inference_steps=LONG)
+    world.wait_for_step(running)
+    waiting = world.publish()
+    eventually(lambda: len(worker.events("job in")) == 2, 10)
+
+    exit_code = worker.terminate()
+
+    assert exit_code == 0
+    assert [end.kind for end in world.backend.ends(running)] == ["complete"]
+    assert world.backend.calls(generation_id=waiting) == []
+    assert world.queues()[""] == (1, 0)
+    world.start_worker().wait_until_ready()
+    assert_complete_once(world, waiting)
+
+
+def test_sigterm_with_a_job_longer_than_the_grace_period_gives_it_back(world: World) -> None:
+    worker = world.start_worker(SHUTDOWN_GRACE_SECONDS="6")
+    worker.wait_until_ready()
+    generation_id = world.publish(num_inference_steps=150, num_images=8)
+    world.wait_for_step(generation_id)
+
+    started_at = time.monotonic()
+    exit_code = worker.terminate()
+
+    assert exit_code == 0
+    assert time.monotonic() - started_at < 6
+    assert world.backend.ends(generation_id) == []
+    assert sum(sum(counts) for counts in world.queues().values()) == 1
+
+
+def test_a_second_signal_ends_at_once(world: World, worker: Worker) -> None:
+    generation_id = world.publish(num_inference_steps=150, num_images=8)
+    world.wait_for_step(generation_id)
+    engine = worker.engine_pid()
+
+    worker.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    worker.process.send_signal(signal.SIGTERM)
+
+    assert worker.process.wait(2) == 130
+    eventually(lambda: not Path(f"/proc/{engine}").exists(), 2)
+
+
+def test_while_the_backend_is_down_jobs_go_on_and_each_end_arrives_later(world: World, worker: Worker) -> None:
+    world.backend.stop()
+    generation_ids = [world.publish(num_inference_steps=8) for _ in range(4)]
+
+    eventually(lambda: len(world.keys("generations/")) == 4, 60, worker.log_tail)
+    eventually(lambda: sum(world.queues()[".outbox"]) == 4, 60, lambda: str(world.queues()))
+    assert world.queues()[""] == (0, 0)
+
+    world.backend.start()
+
+    for generation_id in generation_ids:
+        assert_complete_once(world, generation_id)
+    assert worker.metric("darkroom_denoise_steps_total") == 4 * 8
+
+
+def test_events_in_the_outbox_outlive_the_worker_that_put_them_there(world: World, worker: Worker) -> None:
+    world.backend.stop()
+    generation_id = world.publish()
+    eventually(lambda: sum(world.queues().get(".outbox", (0,))) == 1, 60)
+    worker.kill()
+
+    world.backend.start()
+    next_worker = world.start_worker()
+    next_worker.wait_until_ready()
+
+    assert_complete_once(world, generation_id)
+    assert next_worker.metric("darkroom_denoise_steps_total") == 0
+
+
+def test_a_backend_that_refuses_the_event_for_good_leaves_a_dead_letter(world: World, worker: Worker) -> None:
+    world.backend.answer("complete", 410)
+
+    generation_id = world.publish()
+    world.wait_until_clean(dead=1) if world.queues() else None
+    eventually(lambda: len(worker.events("job out")) == 1, 30)
+    world.wait_until_clean(dead=1)
+
+    assert len(world.backend.calls("complete", generation_id)) == 1
+    body, reason = world.dead_letters()[0]
+    assert b"result_url" in body
+    assert "410" in reason
+
+
+def test_a_server_error_is_tried_again_under_the_same_webhook_id(world: World, worker: Worker) -> None:
+    world.backend.answer("complete", 500, times=2)
+
+    generation_id = world.publish()
+
+    assert world.wait_for_end(generation_id).kind == "complete"
+    calls = world.backend.calls("complete", generation_id)
+    assert [call.status for call in calls] == [500, 500, 200]
+    assert len({call.headers["webhook-id"] for call in calls}) == 1
+    assert worker.metric("darkroom_denoise_steps_total") == 8
+    world.wait_until_clean()
+
+
+def test_a_connection_closed_in_mid_job_is_adopted_and_nothing_runs_twice(world: World, worker: Worker) -> None:
+    generation_id = world.publish(num_inference_steps=LONG)
+    world.wait_for_step(generation_id)
+
+    world.rabbitmq.ctl("close_all_connections", "a test")
+
+    assert_complete_once(world, generation_id)
+    assert worker.metric("darkroom_denoise_steps_total") == LONG
+    assert len(worker.events("delivery adopted")) == 1
+
+
+def test_a_broker_restarted_in_mid_job_changes_nothing_for_the_backend(world: World, worker: Worker) -> None:
+    generation_id = world.publish(num_inference_steps=150)
+    world.wait_for_step(generation_id)
+
+    world.rabbitmq.kill()
+    world.rabbitmq.start()
+
+    assert_complete_once(world, generation_id)
+    assert worker.metric("darkroom_denoise_steps_total") == 150
+    assert world.wait_for_end(world.publish()).kind == "complete"
+
+
+def test_a_deleted_queue_is_declared_again_and_consumed(world: World, worker: Worker) -> None:
+    world.wait_for_end(world.publish())
+
+    world.rabbitmq.ctl("delete_queue", world.queue)
+
+    eventually(lambda: len(worker.events("consuming")) == 2, 10, worker.log_tail)
+    assert_complete_once(world, world.publish())
+
+
+def test_while_the_store_is_down_a_job_waits_in_the_retry_queue(world: World, worker: Worker) -> None:
+    world.store.stop()
+    try:
+        generation_id = world.publish()
+        eventually(lambda: world.queues().get(".retry.30") == (1, 0), 60, worker.log_tail)
+        assert world.backend.ends(generation_id) == []
+    finally:
+        world.store.start()
+
+    assert_complete_once(world, generation_id)
+    assert [line["attempt"] for line in worker.events("job in")] == [1, 2]
+
+
+def test_a_record_in_the_ledger_wins_over_a_second_worker(world: World, worker: Worker) -> None:
+    task_id = str(uuid.uuid4())
+    first = world.publish(task_id=task_id)
+    world.wait_for_end(first)
+    world.wait_until_clean()
+    worker.kill()
+
+    second_worker = world.start_worker()
+    second_worker.wait_until_ready()
+    world.publish(task_id=task_id, generation_id=first)
+    world.wait_until_clean()
+
+    assert len(world.backend.calls("complete", first)) == 1
+    assert second_worker.metric("darkroom_denoise_steps_total") == 0
+    assert world.backend.calls("failed") == []
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_worker_before_it_takes_a_job(world: World, tmp_path: Path) -> None:
+    world.publish()
+
+    worker = world.start_worker(MODEL_ID=str(tmp_path))
+
+    assert worker.process.wait(60) == 3
+    assert "model_index.json" in worker.log_tail()
+    assert world.queues() == {"": (1, 0)} or world.queues()[""] == (1, 0)
+    assert world.backend.calls() == []
+
+
+def test_a_broker_that_is_down_at_the_start_is_waited_for(world: World) -> None:
+    world.rabbitmq.stop()
+    try:
+        worker = world.start_worker()
+        eventually(lambda: worker.get("/health/live")[0] == 200, 30)
+        eventually(lambda: "broker" in worker.get("/health/ready")[1], 30, worker.log_tail)
+    finally:
+        world.rabbitmq.start()
+
+    worker.wait_until_ready()
+    assert_complete_once(world, world.publish())

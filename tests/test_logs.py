@@ -1,0 +1,228 @@
+"""One event is one line of JSON, whatever is in it."""
+
+import io
+import json
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from config.logs import MAX_LINE_BYTES, JsonFormatter, bind, log_event
+from config.settings import BackendSettings
+
+
+class Lines:
+    """A logger of its own and what it has written."""
+
+    def __init__(self) -> None:
+        self.stream = io.StringIO()
+        self.logger = logging.Logger("test.logs")  # noqa: LOG001 - unregistered, so that pytest's handlers stay out
+        handler = logging.StreamHandler(self.stream)
+        handler.setFormatter(JsonFormatter())
+        self.logger.addHandler(handler)
+
+    @property
+    def raw(self) -> list[str]:
+        return self.stream.getvalue().split("\n")[:-1]
+
+    @property
+    def only(self) -> dict[str, Any]:
+        (line,) = self.raw
+        parsed: dict[str, Any] = json.loads(line)
+        return parsed
+
+
+@pytest.fixture
+def lines() -> Iterator[Lines]:
+    kept = logging.raiseExceptions
+    logging.raiseExceptions = True
+    yield Lines()
+    logging.raiseExceptions = kept
+
+
+def test_an_event_is_one_line_with_its_time_level_logger_and_fields(lines: Lines) -> None:
+    log_event(lines.logger, "job in", attempt=2, queue="image_generation")
+
+    line = lines.only
+
+    assert line.pop("time").endswith("+00:00")
+    assert line == {
+        "level": "INFO",
+        "logger": "test.logs",
+        "event": "job in",
+        "attempt": 2,
+        "queue": "image_generation",
+    }
+
+
+HOSTILE = [
+    '\r\n{"level": "CRITICAL", "event": "fake"}',
+    "\n[CRITICAL] fake",
+    "\x1b[2J\x1b[31mred",
+    "\x00\x08\x7f\x85",
+    "\u2028\u2029",
+    "\u202egnp.exe",
+    "\ud800",
+    '", "level": "CRITICAL',
+]
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_no_value_can_forge_a_line_or_reach_a_terminal(lines: Lines, value: str) -> None:
+    with bind(task_id=value):
+        log_event(lines.logger, value, prompt=value, nested={value: [value]})
+
+    (line,) = lines.raw
+    assert line.isascii()
+    assert line.isprintable()
+    assert json.loads(line) == lines.only
+    assert lines.only["level"] == "INFO"
+    assert lines.only["prompt"] == lines.only["event"] == lines.only["task_id"] == value
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_no_exception_text_can_forge_a_line(lines: Lines, value: str) -> None:
+    try:
+        raise ValueError(value)
+    except ValueError:
+        lines.logger.exception("it broke")
+
+    (line,) = lines.raw
+    assert line.isascii()
+    assert line.isprintable()
+    assert lines.only["level"] == "ERROR"
+    assert "ValueError" in lines.only["exception"]
+
+
+@pytest.mark.parametrize(
+    ("event", "fields"),
+    [
+        ("short", {"prompt": "x" * 100_000}),
+        ("short", {f"field_{number}": "x" * 2000 for number in range(20)}),
+        ("short", {"prompt": "한" * 100_000}),
+        ("short", {"nested": ["x" * 100_000]}),
+        ("short", {"nested": {"x" * 100_000: 1}}),
+        ("short", {"x" * 100_000: 1}),
+        ("x" * 100_000, {}),
+        ("한" * 100_000, {}),
+        ("🎨" * 100_000, {}),
+        ("\x1b" * 100_000, {"prompt": "\x1b" * 100_000}),
+    ],
+    ids=["ascii", "many", "hangul", "list", "dict", "name", "event", "hangul-event", "astral-event", "escape-event"],
+)
+def test_a_line_has_at_most_eight_kilobytes_and_still_says_what_happened(
+    lines: Lines, event: str, fields: dict[str, Any]
+) -> None:
+    log_event(lines.logger, event, **fields)
+
+    (line,) = lines.raw
+    assert len(line.encode()) <= MAX_LINE_BYTES
+    assert lines.only["event"][:100] == event[:100]
+    assert lines.only["level"] == "INFO"
+
+
+def test_a_long_exception_keeps_its_end_which_names_the_error(lines: Lines) -> None:
+    try:
+        raise ValueError("x" * 100_000 + " at the end")
+    except ValueError:
+        lines.logger.exception("it broke")
+
+    assert len(lines.raw[0]) <= MAX_LINE_BYTES
+    assert lines.only["exception"].endswith("at the end")
+
+
+def test_a_line_that_was_cut_still_names_its_job(lines: Lines) -> None:
+    with bind(task_id="660f9511", generation_id=456):
+        log_event(lines.logger, "job out", nested=["x" * 100_000])
+
+    assert lines.only["task_id"] == "660f9511"
+    assert lines.only["generation_id"] == 456
+
+
+def test_what_is_no_json_is_written_as_text(lines: Lines) -> None:
+    log_event(lines.logger, "odd", error=ValueError("why"), names={"a"})
+
+    assert lines.only["error"] == "why"
+    assert lines.only["names"] == "{'a'}"
+
+
+def test_bound_fields_are_on_every_line_of_the_block_and_only_there(lines: Lines) -> None:
+    with bind(task_id="t"):
+        with bind(generation_id=1):
+            log_event(lines.logger, "inner")
+        log_event(lines.logger, "outer")
+    log_event(lines.logger, "after")
+
+    inner, outer, after = (json.loads(line) for line in lines.raw)
+    assert (inner["task_id"], inner["generation_id"]) == ("t", 1)
+    assert outer["task_id"] == "t"
+    assert "generation_id" not in outer
+    assert "task_id" not in after
+
+
+def test_bound_fields_end_with_their_block_when_it_raises(lines: Lines) -> None:
+    with pytest.raises(KeyError), bind(task_id="t"):
+        raise KeyError
+    log_event(lines.logger, "after")
+
+    assert "task_id" not in lines.only
+
+
+def test_bound_fields_are_the_thread_s_own(lines: Lines) -> None:
+    with bind(task_id="t"):
+        other = threading.Thread(target=log_event, args=(lines.logger, "elsewhere"))
+        other.start()
+        other.join()
+
+    assert "task_id" not in lines.only
+
+
+def test_an_event_s_own_fields_win_over_the_bound_ones(lines: Lines) -> None:
+    with bind(task_id="bound"):
+        log_event(lines.logger, "event", task_id="own")
+
+    assert lines.only["task_id"] == "own"
+
+
+def test_logged_settings_show_no_secret(lines: Lines) -> None:
+    settings = BackendSettings(
+        BACKEND_API_URL="https://backend.example",  # type: ignore[call-arg]
+        INTERNAL_API_TOKEN="canary-token",
+        WEBHOOK_SIGNING_SECRET="canary-secret",
+    )
+
+    log_event(lines.logger, "settings", settings=settings, token=settings.token, dumped=settings.model_dump())
+    lines.logger.warning("with %s and %r", settings.token, settings.signing_secret)
+
+    assert settings.token.get_secret_value() == "canary-token"  # it is there
+    assert "canary" not in lines.stream.getvalue()
+
+
+def python(code: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_third_parties_are_heard_from_warning_on_only() -> None:
+    ended = python(
+        "import logging; from config.logs import configure_logging; configure_logging('DEBUG')\n"
+        "for name in ('pika.adapters', 'urllib3', 'botocore.auth', 'httpx', 'ours'):\n"
+        "    logging.getLogger(name).info('amqp://user:password@host'); logging.getLogger(name).warning('heard')\n"
+    )
+
+    written = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert [line["logger"] for line in written if line["level"] == "INFO"] == ["ours"]
+    assert len([line for line in written if line["event"] == "heard"]) == 5
+
+
+def test_a_closed_standard_output_does_not_end_the_job() -> None:
+    ended = python(
+        "import logging, os, sys; from config.logs import configure_logging; configure_logging('INFO')\n"
+        "reader, writer = os.pipe(); os.dup2(writer, 1); os.close(writer); os.close(reader)\n"
+        "logging.getLogger('ours').info('lost'); sys.stderr.write('the job went on'); os._exit(0)\n"
+    )
+
+    assert (ended.returncode, ended.stderr) == (0, "the job went on")

@@ -1,0 +1,222 @@
+"""Everything around a worker, for the live tests: publish as a backend does, start workers, look from outside."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pika
+import requests
+from PIL import Image
+
+from examples.parts.backend import Backend, Call
+from examples.parts.ports import free_port
+from examples.parts.rabbitmq import RabbitMQ
+from examples.parts.seaweedfs import SeaweedFS
+
+DEMO_MODEL = Path(__file__).parent.parent / "examples" / "demo_model"
+READY_SECONDS = 60.0
+END_SECONDS = 60.0
+
+
+class Worker:
+    """A `darkroom run` in a process of its own, with its log in a file."""
+
+    def __init__(self, env: dict[str, str], log: Path) -> None:
+        self.port = int(env["METRICS_PORT"])
+        self.log = log
+        command = [str(Path(sys.executable).parent / "darkroom"), "run"]
+        with log.open("wb") as sink:
+            self.process = subprocess.Popen(command, env=env, cwd=log.parent, stdout=sink, stderr=sink)
+
+    def wait_until_ready(self) -> None:
+        eventually(lambda: self.get("/health/ready")[0] == 200, READY_SECONDS, self.log_tail)
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and text of an HTTP GET; (0, "") while nobody listens."""
+        try:
+            answer = requests.get(f"http://127.0.0.1:{self.port}{path}", timeout=5)
+        except requests.ConnectionError:
+            return 0, ""
+        return answer.status_code, answer.text
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The value of one sample; 0 where it has none yet."""
+        wanted = "{" + ",".join(f'{key}="{value}"' for key, value in labels.items()) + "}" if labels else ""
+        for line in self.get("/metrics")[1].splitlines():
+            if line.startswith(f"{name}{wanted} "):
+                return float(line.split()[-1])
+        return 0.0
+
+    def engine_pid(self) -> int:
+        """The child process, found from outside."""
+        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return int(" ".join(path.read_text() for path in children).split()[0])
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        lines = (json.loads(line) for line in self.log.read_text().splitlines())
+        return [line for line in lines if line["event"] == name]
+
+    def log_tail(self) -> str:
+        return self.log.read_text()[-3000:]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def terminate(self, timeout_seconds: float = 30) -> int:
+        """SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout_seconds)
+
+
+@dataclass
+class World:
+    """One queue, one bucket and one backend of their own on the session's servers."""
+
+    rabbitmq: RabbitMQ
+    store: SeaweedFS
+    backend: Backend
+    bucket: str
+    queue: str
+    folder: Path
+    next_generation_id: int = 1
+    workers: list[Worker] = field(default_factory=list)
+
+    def start_worker(self, **env: str) -> Worker:
+        """Start a worker; `wait_until_ready` is the caller's."""
+        number = len(self.workers) + 1
+        variables = self.rabbitmq.env() | self.store.env(self.bucket) | self.backend.env()
+        variables |= {
+            "HOME": str(self.folder),
+            "HF_HUB_OFFLINE": "1",
+            "MODEL_ID": str(DEMO_MODEL / "checkpoint"),
+            "CACHE_DIR": str(self.folder / f"cache-{number}"),
+            "METRICS_PORT": str(free_port()),
+            "RABBITMQ_QUEUE": self.queue,
+            "OMP_NUM_THREADS": "1",  # two workers' threads on two cores would fight
+            "GUIDANCE_SCALE": "3",
+        }
+        worker = Worker(variables | env, self.folder / f"worker-{number}.log")
+        self.workers.append(worker)
+        return worker
+
+    def stop(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+
+    def publish(self, *, task_id: str | None = None, **fields: Any) -> int:
+        """Publish a job with these `data` fields; its generation id."""
+        generation_id = fields.setdefault("generation_id", self.next_generation_id)
+        self.next_generation_id += 1
+        message = {
+            "task_id": task_id or str(uuid.uuid4()),
+            "type": "image_generation",
+            "data": {"prompt": "a red fox", "num_inference_steps": 8} | fields,
+        }
+        self.publish_raw(json.dumps(message).encode())
+        return int(generation_id)
+
+    def publish_raw(self, *bodies: bytes) -> None:
+        """As the backends in the field do it: declare the queue durable without arguments, publish persistent."""
+        connection = pika.BlockingConnection(pika.URLParameters(self.rabbitmq.url))
+        channel = connection.channel()
+        channel.queue_declare(self.queue, durable=True)
+        for body in bodies:
+            channel.basic_publish("", self.queue, body, pika.BasicProperties(delivery_mode=2))
+        connection.close()
+
+    def wait_for_end(self, generation_id: int, timeout_seconds: float = END_SECONDS) -> Call:
+        try:
+            return self.backend.wait_for_end(generation_id, timeout_seconds)
+        except TimeoutError as error:
+            logs = "\n".join(worker.log_tail() for worker in self.workers)
+            raise AssertionError(f"{error}\n{logs}") from error
+
+    def wait_for_step(self, generation_id: int) -> None:
+        """Return once the job is being denoised: a quarter of its steps are done."""
+
+        def is_denoising() -> bool:
+            calls = self.backend.calls("progress", generation_id)
+            return any(call.body["progress"]["progress_percent"] >= 25 for call in calls)
+
+        eventually(is_denoising, END_SECONDS, lambda: self.workers[-1].log_tail())
+
+    def queues(self) -> dict[str, tuple[int, int]]:
+        """Ready and unacknowledged messages of each queue, by the name behind the jobs' queue ('' for itself)."""
+        rows = self.rabbitmq.ctl("list_queues", "--silent", "name", "messages_ready", "messages_unacknowledged")
+        found = {}
+        for row in rows.splitlines():
+            name, ready, unacknowledged = row.split()
+            if name == self.queue or name.startswith(f"{self.queue}."):
+                found[name.removeprefix(self.queue)] = (int(ready), int(unacknowledged))
+        return found
+
+    def wait_until_clean(self, *, dead: int = 0) -> None:
+        """Return once nothing is ready or unacknowledged anywhere, but for `dead` dead letters."""
+
+        def is_clean() -> bool:
+            queues = self.queues()
+            wanted = {name: (dead if name == ".dead" else 0, 0) for name in queues}
+            return queues == wanted
+
+        eventually(is_clean, 15, lambda: str(self.queues()))
+
+    def dead_letters(self) -> list[tuple[bytes, str]]:
+        """Take the body and the reason of every dead letter."""
+        connection = pika.BlockingConnection(pika.URLParameters(self.rabbitmq.url))
+        channel = connection.channel()
+        letters = []
+        while True:
+            method, properties, body = channel.basic_get(f"{self.queue}.dead", auto_ack=True)
+            if method is None:
+                connection.close()
+                return letters
+            letters.append((body, properties.headers["x-darkroom-reason"]))
+
+    def upload(self, key: str, content: bytes) -> str:
+        self.store.client().put_object(Bucket=self.bucket, Key=key, Body=content)
+        return f"s3://{self.bucket}/{key}"
+
+    def upload_demo_adapter(self, name: str) -> str:
+        return self.upload(f"models/{name}.safetensors", (DEMO_MODEL / f"adapters/{name}.safetensors").read_bytes())
+
+    def keys(self, prefix: str) -> list[str]:
+        listing = self.store.client().list_objects_v2(Bucket=self.bucket, Prefix=prefix)
+        return [entry["Key"] for entry in listing.get("Contents", ())]
+
+    def png(self, generation_id: int, suffix: str = "") -> bytes:
+        key = f"generations/gen-{generation_id}{suffix}.png"
+        return self.store.client().get_object(Bucket=self.bucket, Key=key)["Body"].read()  # type: ignore[no-any-return]
+
+    def picture(self, generation_id: int, suffix: str = "") -> Image.Image:
+        return Image.open(BytesIO(self.png(generation_id, suffix)))
+
+
+@contextmanager
+def new_world(rabbitmq: RabbitMQ, store: SeaweedFS, folder: Path) -> Iterator[World]:
+    """A world with fresh names and its own backend; its workers are killed at the end."""
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    store.make_bucket(bucket)
+    with Backend() as backend:
+        world = World(rabbitmq, store, backend, bucket, f"test-{uuid.uuid4().hex[:12]}", folder)
+        try:
+            yield world
+        finally:
+            world.stop()
+
+
+def eventually(is_so: Callable[[], bool], timeout_seconds: float, explain: Callable[[], str] = str) -> None:
+    """Return once `is_so`; fail with `explain()` where it is not in time."""
+    deadline = time.monotonic() + timeout_seconds
+    while not is_so():
+        assert time.monotonic() < deadline, f"not within {timeout_seconds} s\n{explain()}"
+        time.sleep(0.05)

@@ -1,0 +1,121 @@
+"""`darkroom check`: every part tried for real, one row each, with what to do about a bad one."""
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from clients.location import ObjectRef
+from clients.storage import Storage
+from clients.storage_errors import StorageError
+from clients.webhooks import BackendUnreachable, reach
+from config.settings import Settings
+from inference.process import EngineProcess, wait_until_ready
+from inference.request import EngineError
+from watermark.errors import FontMissing
+from watermark.fonts import find_font
+from worker.broker import PublishFailed, check_broker
+
+MODEL_TIMEOUT_SECONDS = 900.0
+
+
+class CheckFailed(Exception):
+    """A part is not usable; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One row: the part, whether it can be used, and what was seen or what to do."""
+
+    part: str
+    is_good: bool
+    detail: str
+
+
+def check_everything(settings: Settings, console: Console) -> bool:
+    """Print the table; True where every part is good."""
+    checks: dict[str, Callable[[Settings], str]] = {
+        "broker": _check_broker,
+        "bucket": _check_bucket,
+        "backend": _check_backend,
+        "fonts": _check_fonts,
+        "model": _check_model,
+    }
+    table = Table("part", "", "what was seen, or what to do")
+    findings = [_find(part, check, settings, console) for part, check in checks.items()]
+    for finding in findings:
+        table.add_row(finding.part, "[green]good[/]" if finding.is_good else "[red]bad[/]", finding.detail)
+    console.print(table)
+    return all(finding.is_good for finding in findings)
+
+
+def _find(part: str, check: Callable[[Settings], str], settings: Settings, console: Console) -> Finding:
+    with console.status(f"trying the {part}"):
+        try:
+            return Finding(part, True, check(settings))
+        except CheckFailed as error:
+            return Finding(part, False, str(error))
+
+
+def _check_broker(settings: Settings) -> str:
+    try:
+        depth = check_broker(settings.broker)
+    except PublishFailed as error:
+        raise CheckFailed(f"{error}. Look at RABBITMQ_HOST, PORT, USER, PASS and VHOST") from error
+    if depth < 0:
+        return f"connected; queue {settings.broker.queue} does not exist yet and will be made"
+    return f"connected; {depth} messages wait in {settings.broker.queue}"
+
+
+def _check_bucket(settings: Settings) -> str:
+    """Write, refuse to overwrite, read and remove an object for real: rights on paper are not enough."""
+    store = settings.store
+    storage = Storage(store)
+    probe = ObjectRef(store.bucket, f"jobs/check-{uuid.uuid4()}.json")
+    try:
+        storage.check_bucket(store.results_bucket)
+        storage.put(probe, b"{}", content_type="application/json")
+        is_conditional = not storage.put_if_absent(probe, b"{}", content_type="application/json")
+        storage.read(probe, max_bytes=16)
+        storage.delete(probe)
+    except StorageError as error:
+        raise CheckFailed(f"{error}. Look at the AWS_ settings and the rights of the key") from error
+    if not is_conditional:
+        raise CheckFailed("the store overwrites in spite of If-None-Match: two workers could end one job twice")
+    return f"{store.bucket} can be written, read and cleaned; conditional writes work"
+
+
+def _check_backend(settings: Settings) -> str:
+    try:
+        status = reach(settings.backend)
+    except BackendUnreachable as error:
+        raise CheckFailed(f"{error}. Look at BACKEND_API_URL") from error
+    if status in (401, 403):
+        raise CheckFailed(f"the backend answers {status}: look at INTERNAL_API_TOKEN")
+    return f"the backend answers ({status})"
+
+
+def _check_fonts(settings: Settings) -> str:
+    try:
+        return f"signatures are written in {find_font('서울 Seoul', settings.service.font_dirs).name}"
+    except FontMissing as error:
+        raise CheckFailed(
+            f"{error}. Install a font with Hangul, like Debian's fonts-nanum, or set FONT_DIRS"
+        ) from error
+
+
+def _check_model(settings: Settings) -> str:
+    engine = EngineProcess(settings.model, log_level="ERROR", on_restart=lambda: None)
+    engine.start()
+    try:
+        wait_until_ready(engine, MODEL_TIMEOUT_SECONDS)
+    except EngineError as error:
+        raise CheckFailed(f"{error}. Look at MODEL_ID, DEVICE and DTYPE") from error
+    finally:
+        engine.close()
+    facts = engine.facts
+    assert facts is not None, "a ready engine has facts"  # noqa: S101
+    step = f"one step of {facts.base_size}x{facts.base_size} takes {facts.step_seconds:.3f} s"
+    return f"{facts.model} on {facts.device} as {facts.dtype}: loaded in {facts.load_seconds:.1f} s, {step}"
