@@ -245,7 +245,7 @@ def _root_name(error: BaseException | None) -> str:
 def _retry_after_seconds(value: str | None, now: float) -> float | None:
     if value is None:
         return None
-    if _SECONDS.fullmatch(value.strip()):
+    if _SECONDS.fullmatch(value.strip(" ")):
         return min(float(value), MAX_RETRY_AFTER_SECONDS)
     try:
         moment = parsedate_to_datetime(value).timestamp()

@@ -30,7 +30,9 @@ def _split_commas(value: object) -> object:
 
 class _Section(BaseSettings):
     # An empty variable means "not set": compose files and RunPod templates pass every name, filled in or not.
-    model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        env_file=".env", extra="ignore", frozen=True, env_ignore_empty=True, hide_input_in_errors=True
+    )
 
 
 S = TypeVar("S", bound=_Section)

@@ -57,19 +57,22 @@ class StableDiffusion:
     @contextmanager
     def adapters(self, request: GenerationRequest) -> Iterator[None]:
         """Have the request's adapters, and no others, active inside the block."""
-        names = []
+        adapters = [read_adapter(file.weights, file.config) for file in request.adapters]
+        for adapter in adapters:
+            # All before the first is loaded: loading wraps the very layers that are looked at.
+            check_fits(adapter, {"unet": self._pipeline.unet, "text_encoder": self._pipeline.text_encoder})
+        if not adapters:
+            yield
+            return
+
+        names = [f"adapter_{index}" for index in range(len(adapters))]
         try:
-            for index, file in enumerate(request.adapters):
-                adapter = read_adapter(file.weights, file.config)
-                check_fits(adapter, {"unet": self._pipeline.unet, "text_encoder": self._pipeline.text_encoder})
-                names.append(f"adapter_{index}")
-                self._pipeline.load_lora_weights(adapter.state_dict(), adapter_name=names[-1])
-            if names:
-                self._pipeline.set_adapters(names, [file.scale for file in request.adapters])
+            for name, adapter in zip(names, adapters, strict=True):
+                self._pipeline.load_lora_weights(adapter.state_dict(), adapter_name=name)
+            self._pipeline.set_adapters(names, [file.scale for file in request.adapters])
             yield
         finally:
-            if names:
-                self._pipeline.unload_lora_weights()
+            self._pipeline.unload_lora_weights()
 
     def encode(self, request: GenerationRequest) -> Embeddings:
         """The prompt's embeddings, `[lanes, tokens, width]`, and the negative prompt's where guidance is on."""

@@ -96,7 +96,7 @@ class AnsweringServer(Server):
 
 
 class DrippingServer(Server):
-    """Sends `prompt` at once and then `drip`, one byte at a time, for ever; the first `num_sound` requests it answers."""
+    """Answers `num_sound` requests, then sends `prompt` at once and `drip` one byte at a time, for ever."""
 
     def __init__(self, prompt: bytes = b"", drip: bytes = b"x", *, num_sound: int = 0) -> None:
         super().__init__()

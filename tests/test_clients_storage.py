@@ -32,6 +32,7 @@ from clients.storage_errors import (
 from config.settings import StoreSettings
 from tests.clients_servers import (
     AnsweringServer,
+    DrippingHandshakeServer,
     DrippingServer,
     ResettingServer,
     Server,
@@ -272,9 +273,13 @@ def test_a_download_below_the_minimum_rate_ends_long_before_its_deadline(
     assert server.num_connections == 3
 
 
-def test_a_silent_store_ends_at_the_deadline(tmp_path: Path) -> None:
-    with SilentServer() as server:
-        storage, started = storage_at(server), time.monotonic()
+@pytest.mark.parametrize("server_class", [SilentServer, DrippingHandshakeServer])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_store_without_an_answer_ends_at_the_deadline(
+    tmp_path: Path, server_class: type[Server], scheme: str
+) -> None:
+    with server_class() as server:
+        storage, started = Storage(settings_of(server.url.replace("http", scheme))), time.monotonic()
         with pytest.raises(StorageUnavailable):
             storage.download(MISSING, tmp_path / "file", stat=STAT, max_bytes=10**6, deadline_seconds=0.6)
 

@@ -149,6 +149,7 @@ def test_what_will_never_pass_is_rejected(status: int) -> None:
         (formatdate(NOW + 90, usegmt=True), 90.0),
         (formatdate(NOW - 90, usegmt=True), 0.0),
         (formatdate(NOW + 1e6, usegmt=True), 3600.0),
+        ("0\x1f", None),
         ("-5", None),
         ("7.5", None),
         ("soon", None),

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,9 +25,49 @@ def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path) -> Iterator[
 
 @pytest.fixture
 def worker(world: World) -> Worker:
+    """A worker of the test's own, to be killed."""
     worker = world.start_worker()
     worker.wait_until_ready()
     return worker
+
+
+@pytest.fixture(scope="module")
+def lasting_world(
+    rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[World]:
+    with new_world(rabbitmq, s3_server, tmp_path_factory.mktemp("world")) as made:
+        made.start_worker().wait_until_ready()
+        yield made
+
+
+@pytest.fixture
+def lasting_worker(lasting_world: World) -> Worker:
+    """One worker for all tests after which it must be as good as new: starting one takes seven seconds."""
+    worker = lasting_world.workers[0]
+    eventually(lambda: worker.get("/health/ready")[0] == 200, 30, worker.log_tail)
+    lasting_world.wait_until_clean()
+    return worker
+
+
+class Since:
+    """What a lasting worker has counted and logged since a test began."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._steps = worker.metric("darkroom_denoise_steps_total")
+        self._lines = len(worker.log.read_text().splitlines())
+
+    @property
+    def num_steps(self) -> float:
+        return self._worker.metric("darkroom_denoise_steps_total") - self._steps
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return self._worker.events(name, first_line=self._lines)
+
+
+@pytest.fixture
+def since(lasting_worker: Worker) -> Since:
+    return Since(lasting_worker)
 
 
 def assert_complete_once(world: World, generation_id: int) -> None:
@@ -37,7 +78,10 @@ def assert_complete_once(world: World, generation_id: int) -> None:
     assert world.picture(generation_id).size == (128, 128)
 
 
-def test_a_killed_engine_costs_its_job_a_second_run_and_nothing_else(world: World, worker: Worker) -> None:
+def test_a_killed_engine_costs_its_job_a_second_run_and_nothing_else(
+    lasting_world: World, lasting_worker: Worker, since: Since
+) -> None:
+    world, worker = lasting_world, lasting_worker
     first = world.publish(num_inference_steps=LONG)
     second = world.publish()
     world.wait_for_step(first)
@@ -46,12 +90,16 @@ def test_a_killed_engine_costs_its_job_a_second_run_and_nothing_else(world: Worl
 
     assert_complete_once(world, first)
     assert_complete_once(world, second)
-    assert worker.metric("darkroom_engine_restarts_total") == 1
+    assert len(since.events("engine crashed")) == 1
+    assert worker.metric("darkroom_engine_restarts_total") >= 1
     percentages = [call.body["progress"]["progress_percent"] for call in world.backend.calls("progress", first)]
     assert percentages == sorted(set(percentages))
 
 
-def test_a_job_that_kills_the_engine_every_time_fails_alone(world: World, worker: Worker) -> None:
+def test_a_job_that_kills_the_engine_every_time_fails_alone(
+    lasting_world: World, lasting_worker: Worker, since: Since
+) -> None:
+    world, worker = lasting_world, lasting_worker
     poison = world.publish(num_inference_steps=LONG)
     innocent = world.publish()
 
@@ -127,11 +175,15 @@ def test_a_second_signal_ends_at_once(world: World, worker: Worker) -> None:
     eventually(lambda: not Path(f"/proc/{engine}").exists(), 2)
 
 
-def test_while_the_backend_is_down_jobs_go_on_and_each_end_arrives_later(world: World, worker: Worker) -> None:
+def test_while_the_backend_is_down_jobs_go_on_and_each_end_arrives_later(
+    lasting_world: World, lasting_worker: Worker, since: Since
+) -> None:
+    world, worker = lasting_world, lasting_worker
     world.backend.stop()
     generation_ids = [world.publish(num_inference_steps=8) for _ in range(4)]
 
-    eventually(lambda: len(world.keys("generations/")) == 4, 60, worker.log_tail)
+    keys = {f"generations/gen-{generation_id}.png" for generation_id in generation_ids}
+    eventually(lambda: keys <= set(world.keys("generations/")), 60, worker.log_tail)
     eventually(lambda: sum(world.queues()[".outbox"]) == 4, 60, lambda: str(world.queues()))
     assert world.queues()[""] == (0, 0)
 
@@ -139,7 +191,7 @@ def test_while_the_backend_is_down_jobs_go_on_and_each_end_arrives_later(world: 
 
     for generation_id in generation_ids:
         assert_complete_once(world, generation_id)
-    assert worker.metric("darkroom_denoise_steps_total") == 4 * 8
+    assert since.num_steps == 4 * 8
 
 
 def test_events_in_the_outbox_outlive_the_worker_that_put_them_there(world: World, worker: Worker) -> None:
@@ -156,12 +208,14 @@ def test_events_in_the_outbox_outlive_the_worker_that_put_them_there(world: Worl
     assert next_worker.metric("darkroom_denoise_steps_total") == 0
 
 
-def test_a_backend_that_refuses_the_event_for_good_leaves_a_dead_letter(world: World, worker: Worker) -> None:
-    world.backend.answer("complete", 410)
+def test_a_backend_that_refuses_the_event_for_good_leaves_a_dead_letter(
+    lasting_world: World, lasting_worker: Worker, since: Since
+) -> None:
+    world, worker = lasting_world, lasting_worker
+    world.backend.answer("complete", 410, times=1)
 
     generation_id = world.publish()
-    world.wait_until_clean(dead=1) if world.queues() else None
-    eventually(lambda: len(worker.events("job out")) == 1, 30)
+    eventually(lambda: len(since.events("job out")) == 1, 30)
     world.wait_until_clean(dead=1)
 
     assert len(world.backend.calls("complete", generation_id)) == 1
@@ -170,7 +224,10 @@ def test_a_backend_that_refuses_the_event_for_good_leaves_a_dead_letter(world: W
     assert "410" in reason
 
 
-def test_a_server_error_is_tried_again_under_the_same_webhook_id(world: World, worker: Worker) -> None:
+def test_a_server_error_is_tried_again_under_the_same_webhook_id(
+    lasting_world: World, lasting_worker: Worker, since: Since
+) -> None:
+    world, worker = lasting_world, lasting_worker
     world.backend.answer("complete", 500, times=2)
 
     generation_id = world.publish()
@@ -179,22 +236,28 @@ def test_a_server_error_is_tried_again_under_the_same_webhook_id(world: World, w
     calls = world.backend.calls("complete", generation_id)
     assert [call.status for call in calls] == [500, 500, 200]
     assert len({call.headers["webhook-id"] for call in calls}) == 1
-    assert worker.metric("darkroom_denoise_steps_total") == 8
+    assert since.num_steps == 8
     world.wait_until_clean()
 
 
-def test_a_connection_closed_in_mid_job_is_adopted_and_nothing_runs_twice(world: World, worker: Worker) -> None:
+def test_a_connection_closed_in_mid_job_is_adopted_and_nothing_runs_twice(
+    lasting_world: World, lasting_worker: Worker, since: Since
+) -> None:
+    world, worker = lasting_world, lasting_worker
     generation_id = world.publish(num_inference_steps=LONG)
     world.wait_for_step(generation_id)
 
     world.rabbitmq.ctl("close_all_connections", "a test")
 
     assert_complete_once(world, generation_id)
-    assert worker.metric("darkroom_denoise_steps_total") == LONG
-    assert len(worker.events("delivery adopted")) == 1
+    assert since.num_steps == LONG
+    assert len(since.events("delivery adopted")) == 1
 
 
-def test_a_broker_restarted_in_mid_job_changes_nothing_for_the_backend(world: World, worker: Worker) -> None:
+def test_a_broker_restarted_in_mid_job_changes_nothing_for_the_backend(
+    lasting_world: World, lasting_worker: Worker, since: Since
+) -> None:
+    world, worker = lasting_world, lasting_worker
     generation_id = world.publish(num_inference_steps=150)
     world.wait_for_step(generation_id)
 
@@ -202,20 +265,26 @@ def test_a_broker_restarted_in_mid_job_changes_nothing_for_the_backend(world: Wo
     world.rabbitmq.start()
 
     assert_complete_once(world, generation_id)
-    assert worker.metric("darkroom_denoise_steps_total") == 150
+    assert since.num_steps == 150
     assert world.wait_for_end(world.publish()).kind == "complete"
 
 
-def test_a_deleted_queue_is_declared_again_and_consumed(world: World, worker: Worker) -> None:
+def test_a_deleted_queue_is_declared_again_and_consumed(
+    lasting_world: World, lasting_worker: Worker, since: Since
+) -> None:
+    world, worker = lasting_world, lasting_worker
     world.wait_for_end(world.publish())
 
     world.rabbitmq.ctl("delete_queue", world.queue)
 
-    eventually(lambda: len(worker.events("consuming")) == 2, 10, worker.log_tail)
+    eventually(lambda: len(since.events("consuming")) == 1, 10, worker.log_tail)
     assert_complete_once(world, world.publish())
 
 
-def test_while_the_store_is_down_a_job_waits_in_the_retry_queue(world: World, worker: Worker) -> None:
+def test_while_the_store_is_down_a_job_waits_in_the_retry_queue(
+    lasting_world: World, lasting_worker: Worker, since: Since
+) -> None:
+    world, worker = lasting_world, lasting_worker
     world.store.stop()
     try:
         generation_id = world.publish()
@@ -225,7 +294,7 @@ def test_while_the_store_is_down_a_job_waits_in_the_retry_queue(world: World, wo
         world.store.start()
 
     assert_complete_once(world, generation_id)
-    assert [line["attempt"] for line in worker.events("job in")] == [1, 2]
+    assert [line["attempt"] for line in since.events("job in")] == [1, 2]
 
 
 def test_a_record_in_the_ledger_wins_over_a_second_worker(world: World, worker: Worker) -> None:
@@ -252,7 +321,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_worker_before_it_takes_a_job(wor
 
     assert worker.process.wait(60) == 3
     assert "model_index.json" in worker.log_tail()
-    assert world.queues() == {"": (1, 0)} or world.queues()[""] == (1, 0)
+    assert world.queues()[""] == (1, 0)
     assert world.backend.calls() == []
 
 

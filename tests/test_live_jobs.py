@@ -194,7 +194,9 @@ BAD_JOBS = {
 @pytest.fixture(scope="module")
 def bad_files(world: World) -> None:
     world.upload("bad/page.png", b"<html><body>403 Forbidden</body></html>")
-    world.upload("bad/pickle.safetensors", b"\x80\x04\x95\x1d\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94" + b"\0" * 64)
+    world.upload(
+        "bad/pickle.safetensors", b"\x80\x04\x95\x1d\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94" + b"\0" * 64
+    )
     world.upload("bad/noise.safetensors", bytes(range(256)) * 8)
     world.upload("bad/peft/adapter_config.json", b'{"peft_type": "LORA", "r": 4, "lora_alpha": 4}')
     world.upload("bad/peft/adapter_model.bin", b"PK\x03\x04")
@@ -295,7 +297,9 @@ def test_no_secret_is_ever_logged(world: World, worker: Worker) -> None:
 
 def test_the_supervisor_holds_no_torch_and_little_memory(worker: Worker) -> None:
     process = Path(f"/proc/{worker.process.pid}")
-    resident_kb = int(next(line for line in (process / "status").read_text().splitlines() if "VmRSS" in line).split()[1])
+    resident_kb = int(
+        next(line for line in (process / "status").read_text().splitlines() if "VmRSS" in line).split()[1]
+    )
 
     assert "libtorch" not in (process / "maps").read_text()
     assert "libtorch" in Path(f"/proc/{worker.engine_pid()}/maps").read_text()

@@ -61,8 +61,9 @@ class Worker:
         children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
         return int(" ".join(path.read_text() for path in children).split()[0])
 
-    def events(self, name: str) -> list[dict[str, Any]]:
-        lines = (json.loads(line) for line in self.log.read_text().splitlines())
+    def events(self, name: str, *, first_line: int = 0) -> list[dict[str, Any]]:
+        """The log's lines of one event, from line number `first_line` on."""
+        lines = (json.loads(line) for line in self.log.read_text().splitlines()[first_line:])
         return [line for line in lines if line["event"] == name]
 
     def log_tail(self) -> str:

@@ -1,0 +1,250 @@
+"""The engine's pictures against plain diffusers', fp32 on a CPU: the same seed gives the same picture."""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import PeftModel
+from PIL import Image
+
+from config.settings import ModelSettings
+from inference.engine import LocalEngine
+from inference.request import AdapterFile, GenerationRequest, RequestFailed, StepReport
+from inference.schedulers import SCHEDULERS, make_scheduler
+from tests.tiny_models import build_tiny_sd, load_pipe, write_adapter
+
+DEMO = Path(__file__).parent.parent / "examples" / "demo_model"
+MIN_PSNR_DB = 42.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[LocalEngine]:
+    """The engine on the demo model."""
+    made = LocalEngine(ModelSettings(MODEL_ID=str(DEMO / "checkpoint"), DEVICE="cpu"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with random weights."""
+    return build_tiny_sd(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def tiny_engine(tiny: Path) -> Iterator[LocalEngine]:
+    made = LocalEngine(ModelSettings(MODEL_ID=str(tiny), DEVICE="cpu"))
+    yield made
+    made.close()
+
+
+def request_of(**fields: Any) -> GenerationRequest:
+    defaults: dict[str, Any] = {
+        "request_id": "r",
+        "prompt": "a red fox",
+        "negative_prompt": "blurry",
+        "width": 128,
+        "height": 128,
+        "num_inference_steps": 8,
+        "guidance_scale": 3.0,
+        "seeds": (42,),
+    }
+    return GenerationRequest(**defaults | fields)
+
+
+def draw(engine: LocalEngine, request: GenerationRequest, steps: list[StepReport] | None = None) -> list[Image.Image]:
+    on_step: Callable[[StepReport], None] = [].append if steps is None else steps.append
+    result = engine.generate(request, on_step, lambda: False).result()
+    return [Image.frombytes("RGB", (one.width, one.height), one.rgb) for one in result.pictures]
+
+
+def plain(pipe: Any, request: GenerationRequest) -> Image.Image:
+    """What a diffusers user gets for the request's first seed."""
+    _, pipe.scheduler = make_scheduler(request.scheduler, pipe.scheduler.config)
+    drawn = pipe(
+        request.prompt,
+        negative_prompt=request.negative_prompt,
+        width=request.width,
+        height=request.height,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(request.seeds[0]),
+    )
+    return drawn.images[0]  # type: ignore[no-any-return]
+
+
+def demo_pipe() -> Any:
+    return load_pipe(DEMO / "checkpoint")
+
+
+def psnr(one: Image.Image, other: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB; infinite for equal pictures."""
+    error = np.square(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).mean()
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_picture_without_an_adapter_equals_plain_diffusers(engine: LocalEngine, guidance: float) -> None:
+    request = request_of(guidance_scale=guidance)
+
+    assert psnr(draw(engine, request)[0], plain(demo_pipe(), request)) >= MIN_PSNR_DB
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_gives_the_picture_plain_diffusers_gives_with_it(engine: LocalEngine, name: str) -> None:
+    request = request_of(scheduler=name)
+
+    assert psnr(draw(engine, request)[0], plain(demo_pipe(), request)) >= MIN_PSNR_DB
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_picture_with_a_diffusers_adapter_equals_plain_diffusers(engine: LocalEngine, scale: float) -> None:
+    weights = DEMO / "adapters" / "neon.safetensors"
+    request = request_of(prompt="neon: a castle", adapters=(AdapterFile(weights, None, scale),))
+    pipe = demo_pipe()
+    pipe.load_lora_weights(weights.parent, weight_name=weights.name, adapter_name="neon")
+    pipe.set_adapters("neon", scale)
+
+    drawn = draw(engine, request)[0]
+
+    assert psnr(drawn, plain(pipe, request)) >= MIN_PSNR_DB
+    assert psnr(drawn, draw(engine, request_of(prompt="neon: a castle"))[0]) < 25
+
+
+@pytest.mark.parametrize("layout", ["diffusers_old", "diffusers_new"])
+def test_a_file_with_text_encoder_layers_equals_plain_diffusers(
+    tiny: Path, tiny_engine: LocalEngine, tmp_path: Path, layout: str
+) -> None:
+    pipe = load_pipe(tiny)
+    weights = write_adapter(tmp_path / "adapter.safetensors", pipe, layout=layout, rank=4, seed=1, text_encoder=True)
+    request = request_of(width=64, height=64, adapters=(AdapterFile(weights, None, 1.0),))
+    pipe.load_lora_weights(weights.parent, weight_name=weights.name)
+
+    drawn = draw(tiny_engine, request)[0]
+
+    assert psnr(drawn, plain(pipe, request)) >= MIN_PSNR_DB
+    assert psnr(drawn, plain(load_pipe(tiny), request)) < 35
+
+
+def test_a_peft_folder_equals_peft_itself(tiny: Path, tiny_engine: LocalEngine, tmp_path: Path) -> None:
+    pipe = load_pipe(tiny)
+    folder = write_adapter(tmp_path / "peft", pipe, layout="peft_folder", rank=4, alpha=8, seed=2)
+    adapter = AdapterFile(folder / "adapter_model.safetensors", folder / "adapter_config.json", 1.0)
+    request = request_of(width=64, height=64, adapters=(adapter,))
+    pipe = load_pipe(tiny)
+    pipe.unet = PeftModel.from_pretrained(pipe.unet, folder).get_base_model()
+
+    drawn = draw(tiny_engine, request)[0]
+
+    assert psnr(drawn, plain(pipe, request)) >= MIN_PSNR_DB
+    assert psnr(drawn, plain(load_pipe(tiny), request)) < 35
+
+
+def test_two_adapters_at_their_scales_equal_plain_diffusers(engine: LocalEngine) -> None:
+    files = [DEMO / "adapters" / f"{name}.safetensors" for name in ("neon", "sepia")]
+    request = request_of(adapters=(AdapterFile(files[0], None, 0.7), AdapterFile(files[1], None, 0.4)))
+    pipe = demo_pipe()
+    for file in files:
+        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=file.stem)
+    pipe.set_adapters(["neon", "sepia"], [0.7, 0.4])
+
+    assert psnr(draw(engine, request)[0], plain(pipe, request)) >= MIN_PSNR_DB
+
+
+def test_after_a_styled_picture_one_without_an_adapter_is_the_same_as_before(engine: LocalEngine) -> None:
+    weights = DEMO / "adapters" / "blueprint.safetensors"
+    request = request_of()
+
+    before = draw(engine, request)[0]
+    draw(engine, request_of(adapters=(AdapterFile(weights, None, 1.0),)))
+    after = draw(engine, request)[0]
+
+    assert before.tobytes() == after.tobytes()
+
+
+def test_several_seeds_give_what_each_gives_alone(engine: LocalEngine) -> None:
+    together = draw(engine, request_of(seeds=(1, 2, 3)))
+
+    alone = [draw(engine, request_of(seeds=(seed,)))[0] for seed in (1, 2, 3)]
+
+    assert all(psnr(one, other) >= MIN_PSNR_DB for one, other in zip(together, alone, strict=True))
+    assert psnr(together[0], together[1]) < MIN_PSNR_DB
+
+
+def test_every_step_is_reported_in_order_from_zero(engine: LocalEngine) -> None:
+    steps: list[StepReport] = []
+
+    draw(engine, request_of(num_inference_steps=6, seeds=(1, 2)), steps)
+
+    assert [step.step_index for step in steps] == list(range(7))
+    assert {(step.num_steps, step.num_lanes) for step in steps} == {(6, 2)}
+    assert all(step.seconds > 0 for step in steps[1:])
+
+
+def test_an_adapter_that_does_not_fit_fails_before_any_step_and_leaves_no_trace(
+    engine: LocalEngine, tiny: Path, tmp_path: Path
+) -> None:
+    weights = write_adapter(tmp_path / "adapter.safetensors", load_pipe(tiny), layout="diffusers_new", rank=4, seed=3)
+    steps: list[StepReport] = []
+    before = draw(engine, request_of())[0]
+
+    with pytest.raises(RequestFailed) as failure:
+        draw(engine, request_of(adapters=(AdapterFile(weights, None, 1.0),)), steps)
+
+    assert failure.value.code == "LORA_INCOMPATIBLE"
+    assert steps == []
+    assert draw(engine, request_of())[0].tobytes() == before.tobytes()
+
+
+def test_a_picture_of_numbers_that_are_none_is_never_returned(tiny: Path) -> None:
+    class BrokenEngine(LocalEngine):
+        def break_decoder(self) -> None:
+            with torch.no_grad():
+                self._model._pipeline.vae.decoder.conv_out.bias.fill_(math.nan)
+
+    engine = BrokenEngine(ModelSettings(MODEL_ID=str(tiny), DEVICE="cpu"))
+    engine.break_decoder()
+
+    with pytest.raises(RequestFailed) as failure:
+        draw(engine, request_of(width=64, height=64))
+
+    engine.close()
+    assert failure.value.code == "OUTPUT_INVALID"
+
+
+def test_running_out_of_memory_fails_the_request_and_the_next_one_runs(tiny: Path) -> None:
+    class SmallEngine(LocalEngine):
+        is_full = False
+
+        def _draw_pictures(self, *args: Any) -> Any:
+            if self.is_full:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super()._draw_pictures(*args)
+
+    engine = SmallEngine(ModelSettings(MODEL_ID=str(tiny), DEVICE="cpu"))
+    engine.is_full = True
+    with pytest.raises(RequestFailed) as failure:
+        draw(engine, request_of(width=64, height=64))
+    engine.is_full = False
+
+    assert failure.value.code == "GPU_OOM"
+    assert "64x64" in str(failure.value)
+    assert draw(engine, request_of(width=64, height=64))[0].size == (64, 64)
+    engine.close()
+
+
+def test_the_reference_is_the_plain_pipeline() -> None:
+    assert type(demo_pipe()) is StableDiffusionPipeline
