@@ -200,9 +200,6 @@ class ModelSettings(_Section):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", validation_alias="DTYPE", description="`auto` is float32 on a CPU, bfloat16 or float16 on a GPU"
     )
-    isolation: Literal["process", "none"] = Field(
-        "process", validation_alias="ENGINE_ISOLATION", description="`process`: the engine has its own; `none`: tests"
-    )
     max_concurrent_generations: int = Field(
         10, validation_alias="MAX_CONCURRENT_GENERATIONS", ge=1, le=256, description="Jobs worked on at once"
     )

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import selectors
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 
 from config.logs import log_event
 from config.settings import ModelSettings
@@ -127,6 +128,9 @@ class EngineProcess:
         try:
             while self._may_go_on():
                 self._live_one_life()
+        except Exception as error:
+            logger.exception("the engine's owner failed")
+            self._give_up(f"the engine's owner failed: {type(error).__name__}: {error}")
         finally:
             with self._lock:
                 if self.state is not EngineState.FAILED:
@@ -158,14 +162,18 @@ class EngineProcess:
             self._after_crash(child.returncode)
 
     def _serve(self, connection: "Connection[ToChild, FromChild]") -> None:
-        while not self._is_closing and self.state is not EngineState.FAILED:
-            ready = wait([connection, self._wake_reader], timeout=POLL_SECONDS)
-            if self._wake_reader in ready:
-                self._wake_reader.recv(4096)
-            if connection in ready:
-                self._handle(connection.recv())
-            self._dispatch(connection)
-            self._pass_on_cancel(connection)
+        # One selector for the child's life: multiprocessing.connection.wait would make one for every message.
+        with selectors.DefaultSelector() as selector:
+            selector.register(connection, selectors.EVENT_READ)
+            selector.register(self._wake_reader, selectors.EVENT_READ)
+            while not self._is_closing and self.state is not EngineState.FAILED:
+                ready = [key.fileobj for key, _ in selector.select(POLL_SECONDS)]
+                if self._wake_reader in ready:
+                    self._wake_reader.recv(4096)
+                if connection in ready:
+                    self._handle(connection.recv())
+                self._dispatch(connection)
+                self._pass_on_cancel(connection)
 
     def _handle(self, message: FromChild) -> None:
         match message:

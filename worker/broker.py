@@ -37,7 +37,7 @@ STACK_TIMEOUT_SECONDS = 5.0  # a broker that accepts and then says nothing must 
 BLOCKED_TIMEOUT_SECONDS = 5.0
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.2, 5.0
 REFUSED_BACKOFF_SECONDS = 30.0  # wrong password or vhost: a person must act, and brokers count such tries
-CLOSE_SECONDS = 10.0
+CLOSE_SECONDS = 3.0
 
 _Connection = Any  # pika has no type hints
 _Channel = Any
@@ -137,7 +137,7 @@ class Consumer:
                 self._open_session()
                 backoff.reset()
                 self._pump()
-            except (*_LOST, _SessionLost) as error:
+            except Exception as error:  # noqa: BLE001 - the thread's boundary; pika also raises what is no AMQPError
                 log_event(logger, "broker connection lost", logging.WARNING, reason=_describe(error))
                 self._drop()
                 backoff.sleep(error, lambda: self._is_closing)
@@ -176,13 +176,17 @@ class Consumer:
                 queue=subscription.queue,
                 is_redelivered=method.redelivered,
                 attempt=_whole(headers.get(ATTEMPT_HEADER), default=1),
-                num_deliveries=_whole(headers.get("x-delivery-count"), default=0),
+                num_deliveries=self._num_deliveries(subscription, headers),
                 since=float(_whole(headers.get(SINCE_HEADER), default=int(time.time()))),
                 session=self._session,
                 tag=method.delivery_tag,
                 channel_number=channel.channel_number,
             )
         )
+
+    def _num_deliveries(self, subscription: Subscription, headers: Mapping[str, Any]) -> int:
+        # On the jobs' classic queue the broker counts nothing: there the header could only be a publisher's own.
+        return _whole(headers.get("x-delivery-count"), default=0) if subscription.queue != self._names.jobs else 0
 
     def _pump(self) -> None:
         while not self._is_closing:
@@ -262,7 +266,7 @@ class Publisher:
         try:
             self._ensure_channel()
             future.set_result(work())
-        except _LOST as error:
+        except Exception as error:  # noqa: BLE001 - the thread's boundary; the caller must hear of it, whatever it was
             self._drop()
             future.set_exception(PublishFailed(_describe(error)))
 

@@ -25,7 +25,12 @@ def run() -> None:
     """Work: take jobs from RabbitMQ until SIGTERM. Settings come from the environment and .env."""
     settings = _settings()
     configure_logging(settings.service.log_level)
-    sys.exit(Supervisor(settings).run())
+    try:
+        supervisor = Supervisor(settings)
+    except OSError as error:
+        console.print(f"[bold red]METRICS_PORT or CACHE_DIR cannot be used:[/] {error}")
+        sys.exit(ExitCode.SETTINGS)
+    sys.exit(supervisor.run())
 
 
 @app.command()

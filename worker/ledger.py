@@ -5,7 +5,7 @@ import logging
 
 from clients.location import ObjectRef
 from clients.storage import Storage
-from clients.storage_errors import ObjectNotFound, StorageError
+from clients.storage_errors import ObjectDamaged, ObjectNotFound, StorageError
 from config.logs import log_event
 from worker.events import TerminalEvent
 
@@ -28,7 +28,19 @@ class Ledger:
             content = self._storage.read(self._ref(task_id), max_bytes=MAX_RECORD_BYTES)
         except ObjectNotFound:
             return None
-        return TerminalEvent.from_json(content)
+        try:
+            return TerminalEvent.from_json(content)
+        except ValueError as error:
+            raise ObjectDamaged(f"{self._ref(task_id)}: {error}") from error
+
+    def is_delivered(self, event: TerminalEvent) -> bool:
+        """Whether somebody has told the backend already. A store that does not answer counts as no."""
+        try:
+            known = self.find(event.task_id)
+        except StorageError as error:
+            log_event(logger, "ledger not asked", logging.WARNING, reason=str(error))
+            return False
+        return known is not None and known.is_delivered
 
     def record(self, event: TerminalEvent) -> TerminalEvent:
         """Write `event` unless the job already has an end; return the end it has."""

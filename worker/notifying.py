@@ -20,6 +20,7 @@ from worker.queues import QueueNames
 logger = logging.getLogger(__name__)
 
 CALL_DEADLINE_SECONDS = 20.0
+CLOSE_SECONDS = 2.0
 DELAYS_SECONDS = (1.0, 5.0, 15.0, 30.0)
 # A job's thread and its place in the prefetch are worth more than patience: the outbox is just as durable.
 PATIENCE_SECONDS = 10.0
@@ -188,7 +189,7 @@ class _Lane:
             self._is_closing = True
             self._changed.notify_all()
         if self._thread.is_alive():
-            self._thread.join(CALL_DEADLINE_SECONDS + 1)
+            self._thread.join(CLOSE_SECONDS)
 
     def add(self, parked: _Parked) -> None:
         with self._changed:
@@ -249,6 +250,10 @@ class _Lane:
             self._ack(delivery)
 
     def _try(self, parked: _Parked) -> None:
+        # After a lost connection another holder of this event may have been quicker.
+        if self._ledger.is_delivered(parked.event):
+            self._ack(parked.delivery)
+            return
         attempt = self._notifier.attempt(parked.event)
         if attempt.verdict is Verdict.DELIVERED:
             self._num_failures, self._due_at = 0, 0.0

@@ -55,6 +55,7 @@ class Processor:
         metrics: Metrics,
         num_threads: int,
         is_draining: threading.Event,
+        on_bug: Callable[[], None],
     ) -> None:
         self._rules = rules
         self._storyteller = storyteller
@@ -64,6 +65,7 @@ class Processor:
         self._names = names
         self._metrics = metrics
         self._is_draining = is_draining
+        self._on_bug = on_bug
         self._threads = ThreadPoolExecutor(num_threads + NUM_SPARE_THREADS, thread_name_prefix="job")
         self._consumer: Consumer | None = None
         self.runs = Runs()
@@ -103,7 +105,15 @@ class Processor:
             self._begin(self._work, run)
 
     def _begin(self, work: Callable[..., None], *args: object) -> None:
-        self._threads.submit(_logging_failures, work, *args)
+        self._threads.submit(self._do, work, *args)
+
+    def _do(self, work: Callable[..., None], *args: object) -> None:
+        """A thread pool keeps a task's exception in a future nobody reads; a bug must be seen."""
+        try:
+            work(*args)
+        except Exception:
+            logger.exception("a job thread failed; its delivery stays with the broker")
+            self._on_bug()
 
     def _bury(self, delivery: Delivery, reason: str) -> None:
         self._elsewhere_first(
@@ -260,12 +270,3 @@ def _seconds_since_creation(asked: Job | JobRejected) -> float | None:
     if isinstance(asked, JobRejected) or asked.created_at is None:
         return None
     return max(0.0, (datetime.now(UTC) - asked.created_at).total_seconds())
-
-
-def _logging_failures(work: Callable[..., None], *args: object) -> None:
-    """A thread pool keeps a task's exception in a future nobody reads; a bug must be seen."""
-    try:
-        work(*args)
-    except Exception:
-        logger.exception("a job thread failed; its delivery stays with the broker")
-        raise

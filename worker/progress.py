@@ -14,6 +14,7 @@ from worker.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 CALL_DEADLINE_SECONDS = 5.0
+CLOSE_SECONDS = 2.0
 # Weight of the newest job's mean step time in the estimate a job starts with.
 NEWEST_WEIGHT = 0.3
 
@@ -85,7 +86,7 @@ class ProgressReporter:
             self._is_closing = True
             self._changed.notify_all()
         if self._thread.is_alive():
-            self._thread.join(CALL_DEADLINE_SECONDS + 1)
+            self._thread.join(CLOSE_SECONDS)
 
     def follow(self, task_id: str, generation_id: int) -> Track:
         return Track(self, task_id, generation_id)

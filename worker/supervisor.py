@@ -40,6 +40,7 @@ RECOVER_PREFETCH = 2
 OUTBOX_PREFETCH = 200
 # The end of the grace period belongs to giving jobs back and closing connections.
 GRACE_RESERVE_SECONDS = 5.0
+MIN_STOP_SECONDS = 2.0
 
 
 class ExitCode(IntEnum):
@@ -47,6 +48,7 @@ class ExitCode(IntEnum):
 
     OK = 0
     SETTINGS = 2  # the settings are wrong: see the message
+    BUG = 1  # a thread ended by an error nobody foresaw
     ENGINE = 3  # the model cannot be loaded, or the engine crashed too often
     FORCED = 130  # a second signal
 
@@ -59,6 +61,7 @@ class Supervisor:
         self._metrics = Metrics()
         self._is_draining = threading.Event()
         self._num_signals = 0
+        self._has_bug = False
         self._names = QueueNames(settings.broker.queue)
         self._storage = Storage(settings.store)
         self._cache = DownloadCache(self._storage, settings.store.cache_dir, settings.store.cache_max_bytes)
@@ -88,6 +91,7 @@ class Supervisor:
         """Work until a signal or a fatal failure; the exit code says which."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        threading.excepthook = self._on_thread_failure
         self._health.start()
         log_event(logger, "starting", metrics_port=self._health.port, model=self._settings.model.model_id)
         self._engine.start()
@@ -106,10 +110,21 @@ class Supervisor:
         if self._num_signals > 1:
             self._abandon()
 
+    def _on_thread_failure(self, failure: threading.ExceptHookArgs) -> None:
+        """A worker short of a thread looks alive and is not: better to drain and be started anew."""
+        if failure.exc_value is not None:
+            logger.critical("a thread failed: %s", failure.thread and failure.thread.name, exc_info=failure.exc_value)
+        self._note_bug()
+
+    def _note_bug(self) -> None:
+        self._has_bug = True
+
     def _watch(self) -> ExitCode:
         while not self._num_signals:
             if self._engine.state is EngineState.FAILED:
                 return ExitCode.ENGINE
+            if self._has_bug:
+                return ExitCode.BUG
             if self._consumer is None and self._engine.facts is not None:
                 self._begin_consuming(self._engine.facts)
             self._tick()
@@ -130,6 +145,7 @@ class Supervisor:
             metrics=self._metrics,
             num_threads=num_jobs + RECOVER_PREFETCH,
             is_draining=self._is_draining,
+            on_bug=self._note_bug,
         )
         subscriptions = [
             Subscription(self._names.jobs, num_jobs, self._processor.on_delivery),
@@ -194,6 +210,7 @@ class Supervisor:
     def _stop(self, code: ExitCode) -> None:
         """Take no more, let what is being drawn end within the grace period, give back the rest, close."""
         started_at = time.monotonic()
+        self._end_by(started_at + self._settings.service.shutdown_grace_seconds, code)
         log_event(
             logger, "stopping", exit_code=int(code), num_runs=len(self._processor.runs.all() if self._processor else ())
         )
@@ -212,6 +229,12 @@ class Supervisor:
         self._publisher.close()
         self._health.close()
         log_event(logger, "stopped", seconds=round(time.monotonic() - started_at, 2))
+
+    def _end_by(self, deadline: float, code: ExitCode) -> None:
+        """A store or broker that hangs must not hold the process beyond its grace: what is unsettled goes back."""
+        guard = threading.Timer(max(MIN_STOP_SECONDS, deadline - time.monotonic()), os._exit, (int(code),))
+        guard.daemon = True
+        guard.start()
 
     def _drain(self, processor: Processor) -> None:
         processor.release_waiting()

@@ -1,0 +1,44 @@
+# Two commands do everything: `make demo` and `make test`. Both install what they need first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+APT_PACKAGES := rabbitmq-server fonts-nanum fonts-dejavu-core
+CODE := worker inference watermark clients config examples tests benchmarks
+
+.PHONY: help install demo test check bench clean
+.DEFAULT_GOAL := help
+
+help: ## List these targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed /usr/lib/rabbitmq/bin/rabbitmq-server /usr/share/fonts/truetype/nanum ## Make .venv and install what the demo and the tests need
+
+# torch goes first and alone: where no GPU is, any later chance to choose would bring gigabytes of CUDA.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# RUNLEVEL=1 keeps Debian from starting a broker of its own: demo and tests run a private one.
+/usr/lib/rabbitmq/bin/rabbitmq-server /usr/share/fonts/truetype/nanum:
+	$(SUDO) apt-get update -qq
+	$(SUDO) env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(APT_PACKAGES) >/dev/null
+
+demo: install ## Run a dozen jobs for real on this machine; pictures and timeline land in out/
+	HF_HUB_OFFLINE=1 $(BIN)/darkroom demo --out out
+
+check: install ## Style and types
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+
+test: check ## Everything, on a real broker, a real object store and real models
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+bench: install ## What a job costs beyond the bare pipeline, on the CPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.overhead
+
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

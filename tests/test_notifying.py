@@ -1,0 +1,516 @@
+"""An event is delivered, or a confirmed copy of it is elsewhere; and the outbox goes on until it is."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from clients.webhooks import Attempt, Verdict, Webhook, WebhookKind
+from worker.broker import Delivery, PublishFailed
+from worker.events import TerminalEvent, failed_event
+from worker.metrics import Metrics
+from worker.notifying import MAX_AGE_SECONDS, Notifier, Outbox
+from worker.queues import QueueNames
+
+NAMES = QueueNames("image_generation")
+PATIENCE_SECONDS = 2.0
+A_MOMENT_SECONDS = 0.15
+
+TAKEN = Attempt(Verdict.DELIVERED, 200, None, "HTTP 200", is_ambiguous=False)
+FAILING = Attempt(Verdict.RETRY, 500, None, "HTTP 500", is_ambiguous=False)
+LATER = Attempt(Verdict.RETRY, 503, 3600.0, "HTTP 503", is_ambiguous=False)
+UNKNOWN = Attempt(Verdict.RETRY, 404, None, "HTTP 404", is_ambiguous=False)
+REFUSED = Attempt(Verdict.REJECTED, 422, None, "HTTP 422", is_ambiguous=False)
+BROKEN = Attempt(Verdict.RETRY, None, None, "the connection broke", is_ambiguous=True)
+
+
+class ScriptedClient:
+    """Answers with its script, one attempt after the other, and with the last for ever."""
+
+    def __init__(self, *script: Attempt) -> None:
+        self.script = list(script)
+        self.sent: list[Webhook] = []
+
+    def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
+        assert 0 < deadline_seconds <= 20
+        self.sent.append(webhook)
+        return self.script.pop(0) if len(self.script) > 1 else self.script[0]
+
+    @property
+    def ids(self) -> list[str]:
+        return [webhook.webhook_id for webhook in self.sent]
+
+
+class HeldClient(ScriptedClient):
+    """Keeps each call waiting until it is let go."""
+
+    def __init__(self, *script: Attempt) -> None:
+        super().__init__(*script)
+        self.is_free = threading.Event()
+
+    def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
+        attempt = super().send(webhook, deadline_seconds=deadline_seconds)
+        assert self.is_free.wait(PATIENCE_SECONDS)
+        return attempt
+
+
+class NotingLedger:
+    """Knows which events were marked as delivered."""
+
+    def __init__(self) -> None:
+        self.marked: list[TerminalEvent] = []
+
+    def mark_delivered(self, event: TerminalEvent) -> None:
+        self.marked.append(event)
+
+
+@dataclass
+class Published:
+    queue: str
+    body: bytes
+    headers: dict[str, Any]
+
+
+@dataclass
+class KeepingPublisher:
+    """Keeps what is published, or confirms nothing."""
+
+    is_down: bool = False
+    num_calls: int = 0
+    kept: list[Published] = field(default_factory=list)
+
+    def publish(self, queue_name: str, body: bytes, **headers: Any) -> None:
+        self.num_calls += 1
+        if self.is_down:
+            raise PublishFailed("the broker is gone")
+        self.kept.append(Published(queue_name, body, headers))
+
+
+class AckingConsumer:
+    """Hands over each delivery that was acked."""
+
+    def __init__(self) -> None:
+        self.acked: queue.Queue[Delivery] = queue.Queue()
+
+    def ack(self, delivery: Delivery) -> None:
+        self.acked.put(delivery)
+
+    def next_tags(self, count: int) -> set[int]:
+        return {self.acked.get(timeout=PATIENCE_SECONDS).tag for _ in range(count)}
+
+
+class ImpatientEvent(threading.Event):
+    """Never set, and over at once: what would have been waited is only noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.waits.append(timeout or 0.0)
+        return False
+
+
+@dataclass
+class Parts:
+    """A notifier and everything around it."""
+
+    client: ScriptedClient
+    ledger: NotingLedger = field(default_factory=NotingLedger)
+    publisher: KeepingPublisher = field(default_factory=KeepingPublisher)
+    consumer: AckingConsumer = field(default_factory=AckingConsumer)
+    metrics: Metrics = field(default_factory=Metrics)
+    is_draining: threading.Event = field(default_factory=ImpatientEvent)
+
+    def __post_init__(self) -> None:
+        self.notifier = Notifier(
+            client=self.client,  # type: ignore[arg-type]
+            ledger=self.ledger,  # type: ignore[arg-type]
+            publisher=self.publisher,  # type: ignore[arg-type]
+            names=NAMES,
+            metrics=self.metrics,
+            is_draining=self.is_draining,
+        )
+        self.outbox = Outbox(self.notifier, self.ledger, self.publisher, NAMES)  # type: ignore[arg-type]
+
+
+def failed(task_id: str = "task") -> TerminalEvent:
+    return failed_event(task_id=task_id, generation_id=456, code="GPU_OOM", message="too large", retry_count=0)
+
+
+def complete(task_id: str = "task") -> TerminalEvent:
+    return TerminalEvent(task_id, 456, WebhookKind.COMPLETE, {"generation_id": 456, "result_url": "https://a"})
+
+
+# --- The notifier
+
+
+def test_a_delivered_event_is_marked_and_goes_nowhere_else() -> None:
+    parts = Parts(ScriptedClient(TAKEN))
+
+    assert parts.notifier.tell(complete()) == "delivered"
+
+    assert parts.client.ids == ["task:complete"]
+    assert parts.ledger.marked == [complete()]
+    assert parts.publisher.kept == []
+
+
+def test_an_event_known_to_be_delivered_is_not_sent_again() -> None:
+    parts = Parts(ScriptedClient(TAKEN))
+
+    assert parts.notifier.tell(replace(complete(), is_delivered=True)) == "known"
+
+    assert parts.client.sent == []
+    assert parts.ledger.marked == []
+
+
+def test_a_backend_that_fails_twice_is_tried_again_under_the_same_id_after_growing_waits() -> None:
+    waits = ImpatientEvent()
+    parts = Parts(ScriptedClient(FAILING, BROKEN, TAKEN), is_draining=waits)
+
+    assert parts.notifier.tell(complete()) == "delivered"
+
+    assert parts.client.ids == ["task:complete"] * 3
+    assert waits.waits == [pytest.approx(1.0, rel=0.2), pytest.approx(5.0, rel=0.2)]
+    assert parts.ledger.marked == [complete()]
+
+
+def test_patience_ends_before_the_third_wait_and_the_event_is_parked() -> None:
+    waits = ImpatientEvent()
+    parts = Parts(ScriptedClient(FAILING), is_draining=waits)
+    before = time.time()
+
+    assert parts.notifier.tell(complete()) == "parked"
+
+    assert len(parts.client.sent) == 3
+    assert len(waits.waits) == 2
+    (parked,) = parts.publisher.kept
+    assert parked.queue == NAMES.outbox
+    assert TerminalEvent.from_json(parked.body) == complete()
+    assert (parked.headers["attempt"], parked.headers["reason"]) == (4, "HTTP 500")
+    assert before <= parked.headers["since"] <= time.time()
+    assert parts.ledger.marked == []
+
+
+def test_a_backend_that_wants_to_be_left_alone_for_an_hour_is_not_waited_for() -> None:
+    parts = Parts(ScriptedClient(LATER))
+
+    assert parts.notifier.tell(complete()) == "parked"
+
+    assert len(parts.client.sent) == 1
+
+
+def test_a_worker_that_stops_parks_at_once() -> None:
+    is_draining = threading.Event()
+    is_draining.set()
+    parts = Parts(ScriptedClient(FAILING), is_draining=is_draining)
+
+    assert parts.notifier.tell(complete()) == "parked"
+
+    assert len(parts.client.sent) == 1
+
+
+def test_a_refused_event_is_a_dead_letter_with_its_reason() -> None:
+    parts = Parts(ScriptedClient(REFUSED))
+
+    assert parts.notifier.tell(failed()) == "refused"
+
+    (dead,) = parts.publisher.kept
+    assert dead.queue == NAMES.dead
+    assert TerminalEvent.from_json(dead.body) == failed()
+    assert "422" in dead.headers["reason"]
+    assert "failed" in dead.headers["reason"]
+    assert len(parts.client.sent) == 1
+    assert parts.ledger.marked == []
+
+
+def test_a_kind_that_was_just_parked_gets_one_try_until_one_is_taken() -> None:
+    # Given a backend that chokes on every `failed`
+    parts = Parts(ScriptedClient(FAILING))
+    parts.notifier.tell(failed("first"))
+    parts.client.sent.clear()
+
+    # When the next of that kind is told, and one of the other kind
+    assert parts.notifier.tell(failed("second")) == "parked"
+    tries_of_failed = len(parts.client.sent)
+    assert parts.notifier.tell(complete()) == "parked"
+    tries_of_complete = len(parts.client.sent) - tries_of_failed
+
+    # Then only the other kind is worth patience
+    assert (tries_of_failed, tries_of_complete) == (1, 3)
+
+    # And once one is taken, patience is back
+    parts.client.script = [TAKEN, FAILING]
+    parts.notifier.tell(failed("third"))
+    parts.client.sent.clear()
+    parts.notifier.tell(failed("fourth"))
+    assert len(parts.client.sent) == 3
+
+
+@pytest.mark.parametrize("attempt", [FAILING, REFUSED])
+def test_an_event_that_can_be_left_nowhere_is_the_caller_s_to_keep(attempt: Attempt) -> None:
+    parts = Parts(ScriptedClient(attempt), publisher=KeepingPublisher(is_down=True))
+
+    with pytest.raises(PublishFailed):
+        parts.notifier.tell(complete())
+
+    assert parts.ledger.marked == []
+
+
+def test_attempts_are_counted_by_kind_and_result_and_lost_answers_apart() -> None:
+    parts = Parts(ScriptedClient(BROKEN, TAKEN))
+
+    parts.notifier.tell(complete())
+
+    def count(name: str, **labels: str) -> float | None:
+        return parts.metrics.registry.get_sample_value(name, labels)
+
+    assert count("darkroom_webhooks_total", kind="complete", result="retry") == 1
+    assert count("darkroom_webhooks_total", kind="complete", result="delivered") == 1
+    assert count("darkroom_webhook_ambiguous_total") == 1
+
+
+# --- The outbox
+
+
+def delivered(body: bytes, tag: int = 1, *, age_seconds: float = 0.0, session: int = 1) -> Delivery:
+    return Delivery(
+        body=body,
+        queue=NAMES.outbox,
+        is_redelivered=False,
+        attempt=2,
+        num_deliveries=0,
+        since=time.time() - age_seconds,
+        session=session,
+        tag=tag,
+        channel_number=3,
+    )
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[[Parts], Parts]]:
+    """Starts the outbox of the parts it is given, and closes it in the end."""
+    running: list[Parts] = []
+
+    def start(parts: Parts) -> Parts:
+        running.append(parts)
+        parts.outbox.start(parts.consumer)  # type: ignore[arg-type]
+        return parts
+
+    yield start
+    for parts in running:
+        parts.publisher.is_down = False
+        parts.outbox.close()
+
+
+Start = Callable[[Parts], Parts]
+
+
+def no_ack_within_a_moment(parts: Parts) -> bool:
+    try:
+        parts.consumer.acked.get(timeout=A_MOMENT_SECONDS)
+    except queue.Empty:
+        return True
+    return False
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("event", [complete(), failed()])
+def test_a_parked_event_is_delivered_marked_and_then_acked(started: Start, event: TerminalEvent) -> None:
+    parts = started(Parts(ScriptedClient(TAKEN)))
+
+    parts.outbox.on_delivery(delivered(event.to_json(), tag=7))
+
+    assert parts.consumer.next_tags(1) == {7}
+    assert parts.ledger.marked == [event]
+    assert parts.client.ids == [f"task:{event.kind.value}"]
+    assert parts.publisher.kept == []
+
+
+@pytest.mark.parametrize(("attempt", "age_seconds"), [(UNKNOWN, 61.0), (REFUSED, 0.0), (FAILING, MAX_AGE_SECONDS + 1)])
+def test_an_event_without_hope_is_buried_and_acked(started: Start, attempt: Attempt, age_seconds: float) -> None:
+    parts = started(Parts(ScriptedClient(attempt)))
+
+    parts.outbox.on_delivery(delivered(failed().to_json(), age_seconds=age_seconds))
+
+    assert parts.consumer.next_tags(1) == {1}
+    (dead,) = parts.publisher.kept
+    assert (dead.queue, dead.body) == (NAMES.dead, failed().to_json())
+    assert str(attempt.status) in dead.headers["reason"]
+    assert parts.ledger.marked == []
+
+
+@pytest.mark.parametrize(("attempt", "age_seconds"), [(UNKNOWN, 30.0), (FAILING, 3600.0)])
+def test_an_event_with_hope_stays_with_the_broker(started: Start, attempt: Attempt, age_seconds: float) -> None:
+    parts = started(Parts(ScriptedClient(attempt)))
+
+    parts.outbox.on_delivery(delivered(complete().to_json(), age_seconds=age_seconds))
+    until(lambda: len(parts.client.sent) == 1)
+
+    assert no_ack_within_a_moment(parts)
+    assert len(parts.client.sent) == 1  # the next attempt is a second away
+    assert parts.publisher.kept == []
+
+
+def test_one_success_lets_the_whole_lane_through_and_the_waits_begin_anew(started: Start) -> None:
+    # Given four parked events, and a backend that fails once, then takes three, and fails once more
+    parts = started(Parts(ScriptedClient(FAILING, TAKEN, TAKEN, TAKEN, FAILING, TAKEN)))
+    for tag in range(1, 5):
+        parts.outbox.on_delivery(delivered(complete(f"task-{tag}").to_json(), tag=tag))
+
+    # When the lane's turn comes again
+    first = parts.consumer.next_tags(1)
+    came_at = time.monotonic()
+    others = parts.consumer.next_tags(2)
+
+    # Then one after the other goes through without a wait between them
+    assert time.monotonic() - came_at < 0.5
+
+    # And the next failure costs a second, not the five that a second one in a row costs
+    last = parts.consumer.next_tags(1)
+    assert first | others | last == {1, 2, 3, 4}
+    assert len(parts.client.sent) == 6
+
+
+def test_a_kind_the_backend_chokes_on_does_not_hold_up_the_other(started: Start) -> None:
+    class ChokingClient(ScriptedClient):
+        def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
+            super().send(webhook, deadline_seconds=deadline_seconds)
+            return FAILING if webhook.kind is WebhookKind.FAILED else TAKEN
+
+    parts = started(Parts(ChokingClient(TAKEN)))
+
+    parts.outbox.on_delivery(delivered(failed("first").to_json(), tag=1))
+    parts.outbox.on_delivery(delivered(complete("second").to_json(), tag=2))
+
+    assert parts.consumer.next_tags(1) == {2}
+    assert no_ack_within_a_moment(parts)
+
+
+def sendable(**changes: Any) -> bytes:
+    return replace(complete(), **changes).to_json()
+
+
+UNREADABLE = {
+    "empty": b"",
+    "no json": b"{",
+    "no utf-8": b"\xff\xfe",
+    "a list": b"[]",
+    "a job": b'{"data": {"generation_id": 1, "prompt": "a"}}',
+    "nested": b"[" * 100_000,
+    "progress": sendable(kind=WebhookKind.PROGRESS),
+    "body list": sendable(body=[1]),
+    "body nan": sendable(body={"generation_id": float("nan")}),
+    "task_id": sendable(task_id="two words"),
+}
+
+
+@pytest.mark.parametrize("body", UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_an_unreadable_event_is_buried_and_the_outbox_goes_on(started: Start, body: bytes) -> None:
+    parts = started(Parts(ScriptedClient(TAKEN)))
+
+    parts.outbox.on_delivery(delivered(body, tag=1))
+    parts.outbox.on_delivery(delivered(failed().to_json(), tag=2))
+    parts.outbox.on_delivery(delivered(complete().to_json(), tag=3))
+
+    assert parts.consumer.next_tags(3) == {1, 2, 3}
+    (dead,) = parts.publisher.kept
+    assert (dead.queue, dead.body) == (NAMES.dead, body)
+    assert dead.headers["reason"]
+
+
+def test_an_event_that_cannot_be_buried_now_stays_with_the_broker(started: Start) -> None:
+    parts = started(Parts(ScriptedClient(REFUSED), publisher=KeepingPublisher(is_down=True)))
+
+    parts.outbox.on_delivery(delivered(complete().to_json()))
+    until(lambda: parts.publisher.num_calls == 1)
+
+    assert no_ack_within_a_moment(parts)
+
+
+def test_an_unreadable_event_that_cannot_be_buried_is_not_tried_in_a_hot_loop(started: Start) -> None:
+    parts = started(Parts(ScriptedClient(TAKEN), publisher=KeepingPublisher(is_down=True)))
+
+    parts.outbox.on_delivery(delivered(b"unreadable"))
+    until(lambda: parts.publisher.num_calls > 0)
+
+    assert no_ack_within_a_moment(parts)
+    assert parts.publisher.num_calls <= 2
+
+
+def test_a_delivery_of_a_new_session_takes_the_place_of_the_lost_one(started: Start) -> None:
+    # Given a busy lane with an event behind the one that is being sent
+    client = HeldClient(TAKEN)
+    parts = started(Parts(client))
+    parts.outbox.on_delivery(delivered(complete("first").to_json(), tag=1))
+    until(lambda: len(client.sent) == 1)
+    parts.outbox.on_delivery(delivered(complete("second").to_json(), tag=2))
+
+    # When the connection was lost, and the broker delivers that one again
+    parts.outbox.on_delivery(delivered(complete("second").to_json(), tag=9, session=2))
+    client.is_free.set()
+
+    # Then it is sent once, and its new delivery is acked
+    until(lambda: 9 in parts.consumer.next_tags(1))
+    assert no_ack_within_a_moment(parts)
+    assert client.ids == ["first:complete", "second:complete"]
+
+
+def test_two_copies_of_an_event_are_both_acked(started: Start) -> None:
+    # A task delivered twice may be parked twice; a copy never acked holds the channel until the broker closes it.
+    client = HeldClient(TAKEN)
+    parts = started(Parts(client))
+    parts.outbox.on_delivery(delivered(complete("first").to_json(), tag=1))
+    until(lambda: len(client.sent) == 1)
+
+    parts.outbox.on_delivery(delivered(complete("second").to_json(), tag=2))
+    parts.outbox.on_delivery(delivered(complete("second").to_json(), tag=3))
+    client.is_free.set()
+
+    assert parts.consumer.next_tags(3) == {1, 2, 3}
+
+
+def test_a_copy_that_comes_while_the_first_is_being_sent_is_acked_too(started: Start) -> None:
+    client = HeldClient(FAILING, TAKEN)
+    parts = started(Parts(client))
+    parts.outbox.on_delivery(delivered(complete().to_json(), tag=1))
+    until(lambda: len(client.sent) == 1)
+
+    parts.outbox.on_delivery(delivered(complete().to_json(), tag=2))
+    client.is_free.set()
+
+    assert parts.consumer.next_tags(2) == {1, 2}
+
+
+def test_closing_makes_no_further_attempt(started: Start) -> None:
+    # A backend that hangs would hold the shutdown for the length of a call.
+    parts = started(Parts(ScriptedClient(FAILING)))
+    parts.outbox.on_delivery(delivered(complete().to_json()))
+    until(lambda: len(parts.client.sent) == 1)
+
+    parts.outbox.close()
+
+    assert len(parts.client.sent) == 1
+    assert no_ack_within_a_moment(parts)
+
+
+def test_an_unreadable_event_does_not_bring_another_one_s_turn_forward(started: Start) -> None:
+    parts = started(Parts(ScriptedClient(FAILING)))
+    parts.outbox.on_delivery(delivered(failed().to_json(), tag=1))
+    until(lambda: len(parts.client.sent) == 1)
+
+    parts.outbox.on_delivery(delivered(b"unreadable", tag=2))
+
+    assert parts.consumer.next_tags(1) == {2}
+    assert no_ack_within_a_moment(parts)
+    assert len(parts.client.sent) == 1

@@ -1,0 +1,126 @@
+"""A job is at work here once, and settles every delivery that asked for it."""
+
+import threading
+
+import pytest
+
+from inference.request import Stage
+from worker.broker import Delivery
+from worker.job import JobRejected
+from worker.runs import Run, Runs
+
+TASK_ID = "660f9511-f3ac-52e5-b827-557766551111"
+
+
+def asked_for(task_id: str = TASK_ID) -> JobRejected:
+    return JobRejected("INVALID_PROMPT", "prompt is empty", task_id=task_id, generation_id=456)
+
+
+def delivered(tag: int, *, attempt: int = 1, num_deliveries: int = 0) -> Delivery:
+    return Delivery(
+        body=b"{}",
+        queue="image_generation",
+        is_redelivered=tag > 1,
+        attempt=attempt,
+        num_deliveries=num_deliveries,
+        since=0.0,
+        session=tag,
+        tag=tag,
+        channel_number=1,
+    )
+
+
+def begun(runs: Runs, *, task_id: str = TASK_ID, tag: int = 1) -> Run:
+    run = runs.join(asked_for(task_id), delivered(tag))
+    assert run is not None
+    return run
+
+
+def test_the_first_delivery_of_a_task_begins_a_run() -> None:
+    runs = Runs()
+
+    run = begun(runs)
+
+    assert (run.task_id, run.generation_id) == (TASK_ID, 456)
+    assert runs.all() == [run]
+    assert TASK_ID in runs
+
+
+def test_another_delivery_of_the_same_task_is_adopted_and_settled_with_the_run() -> None:
+    # Given a job at work
+    runs = Runs()
+    run = begun(runs)
+
+    # When the broker delivers it twice more
+    adopted = [runs.join(asked_for(), delivered(tag)) for tag in (2, 3)]
+
+    # Then no second run begins, and the one run answers for all three
+    assert adopted == [None, None]
+    assert [delivery.tag for delivery in runs.leave(run)] == [1, 2, 3]
+    assert TASK_ID not in runs
+    assert runs.all() == []
+
+
+def test_a_task_that_has_left_may_begin_again() -> None:
+    runs = Runs()
+    first = begun(runs)
+    runs.leave(first)
+
+    second = begun(runs, tag=2)
+
+    assert second is not first
+    assert [delivery.tag for delivery in runs.leave(second)] == [2]
+
+
+def test_different_tasks_run_side_by_side() -> None:
+    runs = Runs()
+    first, second = begun(runs, task_id="a"), begun(runs, task_id="b")
+
+    runs.leave(first)
+
+    assert runs.all() == [second]
+
+
+def test_of_many_threads_that_bring_one_task_one_begins_it_and_no_delivery_is_lost() -> None:
+    runs, begun_runs, ready = Runs(), [], threading.Barrier(16)
+
+    def bring(tag: int) -> None:
+        ready.wait()
+        begun_runs.append(runs.join(asked_for(), delivered(tag)))
+
+    threads = [threading.Thread(target=bring, args=(tag,)) for tag in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    (run,) = [run for run in begun_runs if run is not None]
+    assert sorted(delivery.tag for delivery in runs.leave(run)) == list(range(16))
+
+
+def test_the_attempt_is_that_of_the_first_delivery_and_the_recoveries_are_the_most_counted() -> None:
+    run = Run(TASK_ID, 456, asked_for(), [delivered(1, attempt=3, num_deliveries=1)])
+
+    run.deliveries.append(delivered(2, attempt=1, num_deliveries=4))
+
+    assert (run.attempt, run.num_recoveries) == (3, 4)
+
+
+def test_a_stage_is_timed_and_names_the_phase_even_when_it_breaks_off() -> None:
+    run = Run(TASK_ID, 456, asked_for(), [delivered(1)])
+
+    with run.stage("ledger"):
+        assert run.phase == "ledger"
+    with pytest.raises(KeyError), run.stage("fetch"):
+        raise KeyError
+
+    assert [stage.name for stage in run.stages] == ["ledger", "fetch"]
+    assert run.stages[1].started_at >= run.stages[0].started_at + run.stages[0].seconds
+    assert all(0 <= stage.seconds < 1 for stage in run.stages)
+
+
+def test_the_timeline_counts_from_the_run_s_start() -> None:
+    run = Run(TASK_ID, 456, asked_for(), [delivered(1)], started_at=100.0)
+    run.stages += [Stage("ledger", 100.0, 0.0123456), Stage("denoise", 101.25, 12.5)]
+
+    assert run.timeline() == (("ledger", 0.0, 0.0123), ("denoise", 1.25, 12.5))
