@@ -11,6 +11,8 @@ from typing import Any
 
 MAX_LINE_BYTES = 8192
 MAX_VALUE_CHARS = 2048
+# In a line that was cut: one sign may take twelve bytes of escapes.
+MAX_CUT_CHARS = 128
 
 # urllib3 and botocore log request lines at DEBUG, httpx each hub request at INFO.
 NOISY_LOGGERS = ("urllib3", "botocore", "boto3", "s3transfer", "httpx", "huggingface_hub", "PIL", "fontTools")
@@ -49,8 +51,8 @@ class JsonFormatter(logging.Formatter):
         text = json.dumps({name: _short(value) for name, value in line.items()}, default=str)
         if len(text) <= MAX_LINE_BYTES:
             return text
-        kept = {name: line[name] for name in ("time", "level", "logger")}
-        return json.dumps(kept | {"event": _short(line["event"]), "cut": len(text)})
+        kept = {name: _short(line[name], MAX_CUT_CHARS) for name in ("time", "level", "logger", "event", *_bound.get())}
+        return json.dumps(kept | {"cut": len(text)}, default=str)
 
 
 def configure_logging(level: str) -> None:
@@ -66,7 +68,7 @@ def configure_logging(level: str) -> None:
     logging.raiseExceptions = False
 
 
-def _short(value: Any) -> Any:
-    if isinstance(value, str) and len(value) > MAX_VALUE_CHARS:
-        return value[:MAX_VALUE_CHARS] + "…"
+def _short(value: Any, max_chars: int = MAX_VALUE_CHARS) -> Any:
+    if isinstance(value, str) and len(value) > max_chars:
+        return value[:max_chars] + "…"
     return value

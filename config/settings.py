@@ -8,10 +8,10 @@ import base64
 import binascii
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
-from urllib.parse import quote, urlsplit
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import SplitResult, quote, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 DEFAULT_MODEL_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -31,7 +31,12 @@ def _split_commas(value: object) -> object:
 class _Section(BaseSettings):
     # An empty variable means "not set": compose files and RunPod templates pass every name, filled in or not.
     model_config = SettingsConfigDict(
-        env_file=".env", extra="ignore", frozen=True, env_ignore_empty=True, hide_input_in_errors=True
+        env_file=".env",
+        extra="ignore",
+        frozen=True,
+        env_ignore_empty=True,
+        hide_input_in_errors=True,
+        allow_inf_nan=False,
     )
 
 
@@ -62,7 +67,7 @@ class BrokerSettings(_Section):
     @field_validator("url")
     @classmethod
     def _is_amqp_url(cls, url: SecretStr | None) -> SecretStr | None:
-        if url is not None and urlsplit(url.get_secret_value()).scheme not in ("amqp", "amqps"):
+        if url is not None and _parts(url.get_secret_value()).scheme not in ("amqp", "amqps"):
             raise ValueError("must begin with amqp:// or amqps://")
         return url
 
@@ -116,11 +121,13 @@ class StoreSettings(_Section):
     def _is_http_url(cls, url: str | None) -> str | None:
         return None if url is None else _http_url(url)
 
-    @model_validator(mode="after")
-    def _has_both_keys_or_none(self) -> Self:
-        if (self.access_key_id is None) != (self.secret_access_key is None):
+    # On the field, not on the model: a model is judged only once all of its fields are right.
+    @field_validator("secret_access_key")
+    @classmethod
+    def _has_its_id(cls, secret: SecretStr | None, found: ValidationInfo) -> SecretStr | None:
+        if (found.data.get("access_key_id") is None) != (secret is None):
             raise ValueError("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY belong together: set both or neither")
-        return self
+        return secret
 
     @property
     def results_bucket(self) -> str:
@@ -283,12 +290,26 @@ def load_section(section: type[S]) -> S:
 
 def _describe(problem: Any) -> str:
     variable = str(problem["loc"][0]) if problem["loc"] else ""
-    message = "is not set and has no default" if problem["type"] == "missing" else problem["msg"]
+    message = (
+        "is not set and has no default"
+        if problem["type"] == "missing"
+        else problem["msg"].removeprefix("Value error, ")
+    )
     return f"{variable}: {message}".removeprefix(": ")
 
 
+def _parts(url: str) -> SplitResult:
+    # urlsplit's own complaints may quote user and password.
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        raise ValueError("is not a URL: look at its host and port") from None
+    return parts
+
+
 def _http_url(url: str) -> str:
-    parts = urlsplit(url)
+    parts = _parts(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("must be an http:// or https:// URL with a host")
     if parts.username or parts.password or parts.query or parts.fragment:

@@ -96,9 +96,7 @@ def test_a_killed_engine_costs_its_job_a_second_run_and_nothing_else(
     assert percentages == sorted(set(percentages))
 
 
-def test_a_job_that_kills_the_engine_every_time_fails_alone(
-    lasting_world: World, lasting_worker: Worker, since: Since
-) -> None:
+def test_a_job_that_kills_the_engine_every_time_fails_alone(lasting_world: World, lasting_worker: Worker) -> None:
     world, worker = lasting_world, lasting_worker
     poison = world.publish(num_inference_steps=LONG)
     innocent = world.publish()
@@ -211,7 +209,7 @@ def test_events_in_the_outbox_outlive_the_worker_that_put_them_there(world: Worl
 def test_a_backend_that_refuses_the_event_for_good_leaves_a_dead_letter(
     lasting_world: World, lasting_worker: Worker, since: Since
 ) -> None:
-    world, worker = lasting_world, lasting_worker
+    world = lasting_world
     world.backend.answer("complete", 410, times=1)
 
     generation_id = world.publish()
@@ -227,7 +225,7 @@ def test_a_backend_that_refuses_the_event_for_good_leaves_a_dead_letter(
 def test_a_server_error_is_tried_again_under_the_same_webhook_id(
     lasting_world: World, lasting_worker: Worker, since: Since
 ) -> None:
-    world, worker = lasting_world, lasting_worker
+    world = lasting_world
     world.backend.answer("complete", 500, times=2)
 
     generation_id = world.publish()
@@ -243,7 +241,7 @@ def test_a_server_error_is_tried_again_under_the_same_webhook_id(
 def test_a_connection_closed_in_mid_job_is_adopted_and_nothing_runs_twice(
     lasting_world: World, lasting_worker: Worker, since: Since
 ) -> None:
-    world, worker = lasting_world, lasting_worker
+    world = lasting_world
     generation_id = world.publish(num_inference_steps=LONG)
     world.wait_for_step(generation_id)
 
@@ -257,7 +255,7 @@ def test_a_connection_closed_in_mid_job_is_adopted_and_nothing_runs_twice(
 def test_a_broker_restarted_in_mid_job_changes_nothing_for_the_backend(
     lasting_world: World, lasting_worker: Worker, since: Since
 ) -> None:
-    world, worker = lasting_world, lasting_worker
+    world = lasting_world
     generation_id = world.publish(num_inference_steps=150)
     world.wait_for_step(generation_id)
 

@@ -266,9 +266,21 @@ def test_metrics_and_health_speak_the_names_of_the_contract(worker: Worker) -> N
 
     text = worker.get("/metrics")[1]
 
-    names = """jobs_total job_seconds_bucket stage_seconds_bucket queue_wait_seconds_bucket denoise_steps_total
-        denoise_lane_steps_total lanes adapter_slots adapter_cache_bytes queue_messages webhooks_total
-        engine_restarts_total idle_seconds_total""".split()
+    names = [
+        "jobs_total",
+        "job_seconds_bucket",
+        "stage_seconds_bucket",
+        "queue_wait_seconds_bucket",
+        "denoise_steps_total",
+        "denoise_lane_steps_total",
+        "lanes",
+        "adapter_slots",
+        "adapter_cache_bytes",
+        "queue_messages",
+        "webhooks_total",
+        "engine_restarts_total",
+        "idle_seconds_total",
+    ]
     missing = [name for name in names if f"\ndarkroom_{name}" not in text]
     assert missing == []
     assert worker.metric("darkroom_idle_seconds_total", reason="no_jobs") > 0
@@ -283,7 +295,7 @@ def test_every_job_logs_one_line_in_and_one_line_out_with_its_stages(world: Worl
     lines_out = [line for line in worker.events("job out") if line["generation_id"] == generation_id]
 
     assert [len(lines_in), len(lines_out)] == [1, 1]
-    stages = "ledger fetch wait adapt encode denoise decode sign store record notify".split()
+    stages = ["ledger", "fetch", "wait", "adapt", "encode", "denoise", "decode", "sign", "store", "record", "notify"]
     assert list(lines_out[0]["stages"]) == stages
     assert lines_out[0]["task_id"] == lines_in[0]["task_id"]
 

@@ -59,10 +59,14 @@ class HeldClient(ScriptedClient):
 
 
 class NotingLedger:
-    """Knows which events were marked as delivered."""
+    """Knows which events were marked as delivered, by us or, being `told`, by another worker."""
 
     def __init__(self) -> None:
         self.marked: list[TerminalEvent] = []
+        self.told: list[TerminalEvent] = []
+
+    def is_delivered(self, event: TerminalEvent) -> bool:
+        return event in self.told
 
     def mark_delivered(self, event: TerminalEvent) -> None:
         self.marked.append(event)
@@ -335,6 +339,17 @@ def test_a_parked_event_is_delivered_marked_and_then_acked(started: Start, event
     assert parts.ledger.marked == [event]
     assert parts.client.ids == [f"task:{event.kind.value}"]
     assert parts.publisher.kept == []
+
+
+def test_an_event_another_worker_has_delivered_meanwhile_is_acked_without_a_call(started: Start) -> None:
+    parts = Parts(ScriptedClient(TAKEN))
+    parts.ledger.told.append(failed())
+    started(parts)
+
+    parts.outbox.on_delivery(delivered(failed().to_json(), tag=7))
+
+    assert parts.consumer.next_tags(1) == {7}
+    assert parts.client.ids == []
 
 
 @pytest.mark.parametrize(("attempt", "age_seconds"), [(UNKNOWN, 61.0), (REFUSED, 0.0), (FAILING, MAX_AGE_SECONDS + 1)])

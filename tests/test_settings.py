@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from config.settings import (
     SECTIONS,
@@ -214,7 +215,6 @@ def test_problems_of_all_sections_are_reported_together(environment: pytest.Monk
         ("PROGRESS_MILESTONES", "0,100", "below 100"),
         ("DEVICE", "gpu", "cuda"),
         ("DTYPE", "half", "float16"),
-        ("ENGINE_ISOLATION", "thread", "process"),
         ("MAX_CONCURRENT_GENERATIONS", "0", "1"),
         ("INFERENCE_STEPS", "151", "150"),
         ("GUIDANCE_SCALE", "nan", ""),
@@ -406,3 +406,29 @@ def test_every_section_is_loaded() -> None:
 
     assert set(SECTIONS.values()) == classes
     assert set(SECTIONS) == set(Settings.model_fields)
+
+
+def default_in_words(default: object) -> str:
+    if default is PydanticUndefined:
+        return "**required**"
+    if default is None or default == ():
+        return ""
+    if isinstance(default, SecretStr):
+        return f"`{default.get_secret_value()}`"
+    if isinstance(default, tuple):
+        return "`" + ",".join(map(str, default)) + "`"
+    return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
+
+
+def test_the_readmes_table_has_a_row_for_every_setting_and_no_other() -> None:
+    readme = (ROOT / "README.md").read_text()
+    wanted = [
+        f"| `{field.validation_alias}` | {default_in_words(field.default)} | {field.description} |"
+        for section in SECTIONS.values()
+        for field in section.model_fields.values()
+    ]
+
+    table = readme.split("### Settings")[1].split("### Messages")[0]
+    found = [line for line in table.splitlines() if line.startswith("| `")]
+
+    assert found == wanted

@@ -92,21 +92,27 @@ class World:
     next_generation_id: int = 1
     workers: list[Worker] = field(default_factory=list)
 
+    def env(self) -> dict[str, str]:
+        """The settings of a worker here; its cache and port are its own."""
+        return (
+            self.rabbitmq.env()
+            | self.store.env(self.bucket)
+            | self.backend.env()
+            | {
+                "HOME": str(self.folder),
+                "HF_HUB_OFFLINE": "1",
+                "MODEL_ID": str(DEMO_MODEL / "checkpoint"),
+                "RABBITMQ_QUEUE": self.queue,
+                "OMP_NUM_THREADS": "1",  # two workers' threads on two cores would fight
+                "GUIDANCE_SCALE": "3",
+            }
+        )
+
     def start_worker(self, **env: str) -> Worker:
         """Start a worker; `wait_until_ready` is the caller's."""
         number = len(self.workers) + 1
-        variables = self.rabbitmq.env() | self.store.env(self.bucket) | self.backend.env()
-        variables |= {
-            "HOME": str(self.folder),
-            "HF_HUB_OFFLINE": "1",
-            "MODEL_ID": str(DEMO_MODEL / "checkpoint"),
-            "CACHE_DIR": str(self.folder / f"cache-{number}"),
-            "METRICS_PORT": str(free_port()),
-            "RABBITMQ_QUEUE": self.queue,
-            "OMP_NUM_THREADS": "1",  # two workers' threads on two cores would fight
-            "GUIDANCE_SCALE": "3",
-        }
-        worker = Worker(variables | env, self.folder / f"worker-{number}.log")
+        own = {"CACHE_DIR": str(self.folder / f"cache-{number}"), "METRICS_PORT": str(free_port())}
+        worker = Worker(self.env() | own | env, self.folder / f"worker-{number}.log")
         self.workers.append(worker)
         return worker
 
@@ -149,7 +155,7 @@ class World:
             calls = self.backend.calls("progress", generation_id)
             return any(call.body["progress"]["progress_percent"] >= 25 for call in calls)
 
-        eventually(is_denoising, END_SECONDS, lambda: self.workers[-1].log_tail())
+        eventually(is_denoising, END_SECONDS, self.workers[-1].log_tail)
 
     def queues(self) -> dict[str, tuple[int, int]]:
         """Ready and unacknowledged messages of each queue, by the name behind the jobs' queue ('' for itself)."""

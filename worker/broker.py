@@ -175,7 +175,7 @@ class Consumer:
                 body=body,
                 queue=subscription.queue,
                 is_redelivered=method.redelivered,
-                attempt=_whole(headers.get(ATTEMPT_HEADER), default=1),
+                attempt=max(1, _whole(headers.get(ATTEMPT_HEADER), default=1)),
                 num_deliveries=self._num_deliveries(subscription, headers),
                 since=float(_whole(headers.get(SINCE_HEADER), default=int(time.time()))),
                 session=self._session,

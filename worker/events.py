@@ -32,17 +32,22 @@ class TerminalEvent:
 
     def to_json(self) -> bytes:
         fields = {name: getattr(self, name) for name in self.__slots__} | {"kind": self.kind.value}
-        return json.dumps(fields, ensure_ascii=False, sort_keys=True).encode()
+        return json.dumps(fields, sort_keys=True).encode()
 
     @classmethod
     def from_json(cls, content: bytes) -> Self:
-        """Raises `ValueError` where `content` is no terminal event."""
+        """Raises `ValueError` where `content` is no terminal event that could be told."""
         try:
             fields = json.loads(content)
             stages = tuple((name, start, seconds) for name, start, seconds in fields.pop("stages"))
-            return cls(**fields | {"kind": WebhookKind(fields["kind"]), "stages": stages})
-        except (TypeError, KeyError, AttributeError) as error:
+            event = cls(**fields | {"kind": WebhookKind(fields["kind"]), "stages": stages})
+            # Now, and not on the thread that is to send it.
+            _ = event.webhook.payload
+        except (TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a terminal event: {error}") from error
+        if event.kind is WebhookKind.PROGRESS:
+            raise ValueError("not a terminal event: progress ends no job")
+        return event
 
 
 def failed_event(

@@ -37,11 +37,15 @@ MAX_SEED = MAX_INT64 - MAX_IMAGES
 MAX_REASON_CHARS = 400
 
 _TASK_NAMESPACE = uuid.UUID("5b3f0f3c-2f0e-4f0b-9a55-1d7f5be1c0de")
-_ASPECT = re.compile(r"([1-9]\d{0,3}):([1-9]\d{0,3})")
+_ASPECT = re.compile(r"([1-9][0-9]{0,3}):([1-9][0-9]{0,3})")
 _NOT_TEXT = re.compile(r"[\x00\ud800-\udfff]")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
-_FIELD_CODES: dict[str | int, str] = {"prompt": "INVALID_PROMPT", "aspect_ratio": "UNSUPPORTED_ASPECT_RATIO"}
+_FIELD_CODES: dict[str | int, str] = {
+    "prompt": "INVALID_PROMPT",
+    "negative_prompt": "INVALID_PROMPT",
+    "aspect_ratio": "UNSUPPORTED_ASPECT_RATIO",
+}
 
 _Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 _Side = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE)]
@@ -201,7 +205,7 @@ def _task_id(given: Any, body: bytes) -> str:
 
 def _validate(fields: Any, reject: _Rejection) -> WireData:
     if not isinstance(fields, dict):
-        raise reject("INVALID_INPUT", "data is missing: it must be an object with generation_id and prompt")
+        raise reject("INVALID_INPUT", "data must be an object with generation_id and prompt")
     try:
         wire = WireData.model_validate({name: value for name, value in fields.items() if value is not None})
     except ValidationError as error:
@@ -211,9 +215,11 @@ def _validate(fields: Any, reject: _Rejection) -> WireData:
         raise reject(
             "INVALID_PROMPT", f"prompt must have 1 to {MAX_PROMPT_CHARS} characters; it has {len(wire.prompt)}"
         )
-    for name in ("prompt", "negative_prompt", "artist_name"):
-        if _NOT_TEXT.search(getattr(wire, name) or ""):
-            raise reject("INVALID_PROMPT", f"{name} holds a NUL or half a surrogate pair: send plain Unicode text")
+    # Also what is only told back: a database that takes no NUL would refuse the job's end for a day.
+    for name in ("prompt", "negative_prompt", "artist_name", "scheduler", "prompt_tags"):
+        if _NOT_TEXT.search("".join(getattr(wire, name) or "")):
+            code = _FIELD_CODES.get(name, "INVALID_INPUT")
+            raise reject(code, f"{name} holds a NUL or half a surrogate pair: send plain Unicode text")
     return wire
 
 
@@ -225,7 +231,8 @@ def _rejection_of(error: ValidationError, reject: _Rejection) -> JobRejected:
         field = ".".join(str(part) for part in problem["loc"])
         value = problem["input"]
         shown = f" (it is {value!r:.40})" if isinstance(value, int | float | str) else ""
-        sentences.append(f"data.{field}: {problem['msg']}{shown}")
+        rule = "Input should be an object" if problem["type"] == "model_type" else problem["msg"]
+        sentences.append(f"data.{field}: {rule}{shown}")
     return reject(_FIELD_CODES.get(problems[0]["loc"][0], "INVALID_INPUT"), "; ".join(sentences))
 
 

@@ -194,9 +194,14 @@ class _Lane:
     def add(self, parked: _Parked) -> None:
         with self._changed:
             # A redelivery after a lost connection replaces the copy whose tag died with it.
-            others = [known for known in self._parked if known.event.task_id != parked.event.task_id]
-            self._parked = deque([*others, parked])
+            replaced = [known for known in self._parked if known.event.task_id == parked.event.task_id]
+            for known in replaced:
+                self._parked.remove(known)
+            self._parked.append(parked)
             self._changed.notify_all()
+        # Of the same session it was another copy of the event; a tag of a lost session is never sent.
+        for known in replaced:
+            self._ack(known.delivery)
 
     def refuse(self, delivery: Delivery, reason: str) -> None:
         with self._changed:
@@ -212,6 +217,7 @@ class _Lane:
             except PublishFailed as error:
                 log_event(logger, "outbox keeps its events", logging.WARNING, reason=str(error))
                 self._wait_longer(None)
+                self._pause()
 
     def _try_next(self) -> None:
         parked = self._take()
@@ -227,12 +233,19 @@ class _Lane:
     def _take(self) -> _Parked | None:
         """The next event if its turn comes within `SWEEP_SECONDS`."""
         with self._changed:
-            self._changed.wait_for(self._is_due_or_closing, timeout=self._seconds_to_wait())
-            return self._parked.popleft() if self._parked and self._is_due_or_closing() else None
+            self._changed.wait_for(self._has_work, timeout=self._seconds_to_wait())
+            return self._parked.popleft() if self._is_due() and not self._is_closing else None
 
-    def _is_due_or_closing(self) -> bool:
-        is_due = bool(self._parked) and time.monotonic() >= self._due_at
-        return self._is_closing or bool(self._unreadable) or is_due
+    def _is_due(self) -> bool:
+        return bool(self._parked) and time.monotonic() >= self._due_at
+
+    def _has_work(self) -> bool:
+        return self._is_closing or bool(self._unreadable) or self._is_due()
+
+    def _pause(self) -> None:
+        """Wait for the lane's next turn: a broker that confirms nothing is not asked in a loop."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closing, timeout=max(self._due_at - time.monotonic(), 0.0))
 
     def _seconds_to_wait(self) -> float:
         until_due = self._due_at - time.monotonic() if self._parked else SWEEP_SECONDS
@@ -246,7 +259,8 @@ class _Lane:
             delivery = parked.delivery
             self._publisher.publish(self._names.outbox, delivery.body, attempt=parked.attempt, since=delivery.since)
             with self._changed:
-                self._parked.remove(parked)
+                if parked in self._parked:  # else a redelivery took its place meanwhile
+                    self._parked.remove(parked)
             self._ack(delivery)
 
     def _try(self, parked: _Parked) -> None:
@@ -275,8 +289,11 @@ class _Lane:
 
     def _keep(self, parked: _Parked) -> None:
         with self._changed:
-            if all(known.event.task_id != parked.event.task_id for known in self._parked):
+            is_replaced = any(known.event.task_id == parked.event.task_id for known in self._parked)
+            if not is_replaced:
                 self._parked.append(parked)
+        if is_replaced:
+            self._ack(parked.delivery)
 
     def _bury_unreadable(self) -> None:
         while self._unreadable:

@@ -38,6 +38,8 @@ class Track:
         self.pending: deque[Webhook] = deque()
 
     def on_step(self, report: StepReport) -> None:
+        if report.step_index == 0:
+            self._denoised_seconds = 0.0  # the first start, or another one after a crash of the engine
         self._denoised_seconds += report.seconds
         percent = 100 * report.step_index / report.num_steps
         crossed = milestones_between(self._percent, percent, self._reporter.milestones)

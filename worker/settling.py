@@ -4,7 +4,14 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from clients.storage_errors import StorageError
-from inference.request import EngineClosed, EngineCrashed, EngineFault, RequestCancelled, RequestFailed
+from inference.request import (
+    EngineClosed,
+    EngineCrashed,
+    EngineFault,
+    EngineStartFailed,
+    RequestCancelled,
+    RequestFailed,
+)
 
 # Waits before another try of a job that is not to blame; after the last the job fails. Each is a queue of its own.
 RETRY_DELAYS_SECONDS = (30, 30, 300, 300)
@@ -64,7 +71,7 @@ def judge(error: BaseException, attempt: int) -> Verdict:
             return Verdict(Disposition.DEAD_LETTER, "ENGINE_CRASHED", str(error))
         case PoisonJob():
             return Verdict(Disposition.DEAD_LETTER, "WORKER_CRASHED", str(error))
-        case JobReleased() | EngineClosed():
+        case JobReleased() | EngineClosed() | EngineStartFailed():
             return Verdict(Disposition.RELEASE)
         case StorageError():
             return _again(attempt, "STORAGE_UNAVAILABLE", f"the object store failed {attempt} times: {error}")

@@ -1,0 +1,145 @@
+"""The commands beside `run`, as a person types them, on real parts."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from examples.parts.rabbitmq import RabbitMQ
+from examples.parts.seaweedfs import SeaweedFS
+from tests.world import DEMO_MODEL, World, eventually, new_world
+
+DARKROOM = str(Path(sys.executable).parent / "darkroom")
+ADAPTER = DEMO_MODEL / "adapters" / "neon.safetensors"
+
+
+def darkroom(*arguments: object, env: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end; both streams in `stdout`."""
+    return subprocess.run(
+        [DARKROOM, *map(str, arguments)],
+        env={"COLUMNS": "200", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | env,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with new_world(rabbitmq, s3_server, tmp_path_factory.mktemp("world")) as made:
+        yield made
+
+
+def test_generate_draws_signs_and_writes_pictures(tmp_path: Path) -> None:
+    env = {"MODEL_ID": str(DEMO_MODEL / "checkpoint")}
+    options = ["--lora", ADAPTER, "--artist", "서울", "--steps", 8, "--guidance", 3, "-n", 2]
+
+    done = darkroom("generate", "neon: a castle", "-o", tmp_path / "castle.png", *options, env=env, folder=tmp_path)
+
+    assert done.returncode == 0, done.stdout
+    assert [Image.open(tmp_path / name).size for name in ("castle.png", "castle-2.png")] == [(128, 128)] * 2
+    assert "seed 1" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--lora", "none.safetensors"], "none.safetensors"),
+        (["--aspect", "9:1"], "aspect_ratio"),
+        (["--scheduler", "magic"], "dpm++"),
+        (["--model", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_generate_says_what_is_wrong_in_a_sentence(tmp_path: Path, options: list[str], word: str) -> None:
+    env = {"MODEL_ID": str(DEMO_MODEL / "checkpoint")}
+
+    done = darkroom("generate", "a fox", "-o", tmp_path / "a.png", "--steps", 2, *options, env=env, folder=tmp_path)
+
+    assert done.returncode == 1
+    assert word in done.stdout
+    assert "Traceback" not in done.stdout
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_submit_publishes_a_job_and_follows_it_to_its_end(world: World, tmp_path: Path) -> None:
+    world.start_worker().wait_until_ready()
+    world.upload_demo_adapter("sepia")
+    options = ["--generation-id", 77, "--steps", 8, "--guidance", 3]
+
+    good = darkroom(
+        "submit", "sepia: an owl", *options, "--lora", "models/sepia.safetensors", env=world.env(), folder=tmp_path
+    )
+    bad = darkroom("submit", "an owl", *options, "--lora", "models/no.safetensors", env=world.env(), folder=tmp_path)
+    refused = darkroom("submit", "an owl", *options, "--lora", "/etc/passwd", env=world.env(), folder=tmp_path)
+
+    assert good.returncode == 0, good.stdout
+    assert "generations/gen-77.png" in good.stdout
+    assert "denoise" in good.stdout
+    assert (bad.returncode, "LORA_NOT_FOUND" in bad.stdout) == (1, True)
+    assert (refused.returncode, "/etc/passwd" in refused.stdout, "published" in refused.stdout) == (1, True, False)
+
+
+def test_check_finds_every_part_good_and_names_the_one_that_is_not(world: World, tmp_path: Path) -> None:
+    good = darkroom("check", env=world.env(), folder=tmp_path)
+    wrong_password = darkroom("check", env=world.env() | {"RABBITMQ_PASS": "wrong"}, folder=tmp_path)
+    wrong_rest = darkroom(
+        "check",
+        env=world.env() | {"AWS_STORAGE_BUCKET_NAME": "nobody", "MODEL_ID": str(tmp_path), "INTERNAL_API_TOKEN": "x"},
+        folder=tmp_path,
+    )
+
+    assert good.returncode == 0, good.stdout
+    assert good.stdout.count("good") == 5
+    assert (wrong_password.returncode, wrong_password.stdout.count("bad")) == (1, 1), wrong_password.stdout
+    assert "RABBITMQ_" in wrong_password.stdout
+    assert (wrong_rest.returncode, wrong_rest.stdout.count(" bad ")) == (1, 3), wrong_rest.stdout
+    assert all(word in wrong_rest.stdout for word in ("nobody", "model_index.json", "INTERNAL_API_TOKEN"))
+
+
+def test_run_says_so_where_its_port_is_taken(world: World, tmp_path: Path) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        done = darkroom("run", env=world.env() | {"METRICS_PORT": str(taken.getsockname()[1])}, folder=tmp_path)
+
+    assert done.returncode == 2
+    assert "METRICS_PORT" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_a_store_that_hangs_does_not_hold_the_worker_beyond_its_grace(
+    rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path
+) -> None:
+    with new_world(rabbitmq, s3_server, tmp_path) as world:
+        worker = world.start_worker(SHUTDOWN_GRACE_SECONDS="7")
+        worker.wait_until_ready()
+        os.kill(s3_server.pid, signal.SIGSTOP)
+        try:
+            world.publish()
+            eventually(lambda: len(worker.events("job in")) == 1, 10)
+            started_at = time.monotonic()
+            exit_code = worker.terminate()
+            seconds = time.monotonic() - started_at
+        finally:
+            os.kill(s3_server.pid, signal.SIGCONT)
+
+        assert exit_code == 0
+        assert seconds < 8
+        eventually(lambda: sum(world.queues()[""]) == 1, 5, lambda: str(world.queues()))
+
+
+def test_the_demo_runs_to_its_end_and_draws_what_it_promises(tmp_path: Path) -> None:
+    done = darkroom("demo", "--out", tmp_path / "out", env={"PATH": os.environ["PATH"]}, folder=tmp_path)
+
+    assert done.returncode == 0, done.stdout
+    assert "12 of 12 jobs complete" in done.stdout
+    for name in ("contact-sheet.png", "timeline.png"):
+        assert Image.open(tmp_path / "out" / name).width > 800
