@@ -35,7 +35,7 @@ check: install ## Style and types
 	$(BIN)/mypy
 
 test: check ## Everything, on a real broker, a real object store and real models
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 bench: install ## What a job costs beyond the bare pipeline, on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.overhead
