@@ -1,0 +1,45 @@
+"""A backend that is down for two minutes, which is what a deployment of it takes."""
+
+import time
+from pathlib import Path
+
+from examples.parts.rabbitmq import RabbitMQ
+from examples.parts.seaweedfs import SeaweedFS
+from tests.world import eventually, new_world
+
+OUTAGE_SECONDS = 120
+NUM_JOBS = 10
+STEPS = 8
+
+
+def test_a_backend_down_for_two_minutes_delays_no_picture_and_hears_of_every_one(
+    rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path
+) -> None:
+    with new_world(rabbitmq, s3_server, tmp_path) as world:
+        worker = world.start_worker()
+        worker.wait_until_ready()
+        # Given a backend that stops
+        world.backend.stop()
+        deadline = time.monotonic() + OUTAGE_SECONDS
+
+        # When jobs go on coming, each is drawn and stored at once, and leaves the queue
+        generation_ids = []
+        for _ in range(NUM_JOBS):
+            generation_id = world.publish(num_inference_steps=STEPS)
+            generation_ids.append(generation_id)
+            key = f"generations/gen-{generation_id}.png"
+            eventually(lambda wanted=key: wanted in world.keys("generations/"), 15, worker.log_tail)  # type: ignore[misc]
+            time.sleep(OUTAGE_SECONDS / NUM_JOBS / 2)
+        eventually(lambda: sum(world.queues()[".outbox"]) == NUM_JOBS, 30, lambda: str(world.queues()))
+        assert world.queues()[""] == (0, 0)
+        time.sleep(max(0.0, deadline - time.monotonic()))
+
+        # Then, once it is back, it hears of every one within a minute, once, and nothing is drawn again
+        world.backend.start()
+        back_at = time.monotonic()
+        for generation_id in generation_ids:
+            assert world.wait_for_end(generation_id).kind == "complete"
+        assert time.monotonic() - back_at < 60
+        world.wait_until_clean()
+        assert len(world.backend.calls("complete")) == NUM_JOBS
+        assert worker.metric("darkroom_denoise_steps_total") == NUM_JOBS * STEPS
