@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 APT_PACKAGES := rabbitmq-server fonts-nanum fonts-dejavu-core
+# Debian splits venv off its Python; other Pythons bring it along.
+APT_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo python3-venv)
+APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/share/fonts/truetype/nanum
 CODE := worker inference watermark clients config examples tests benchmarks
 
 .PHONY: help install demo test check bench clean
@@ -12,17 +15,17 @@ CODE := worker inference watermark clients config examples tests benchmarks
 help: ## List these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-install: $(VENV)/.installed /usr/lib/rabbitmq/bin/rabbitmq-server /usr/share/fonts/truetype/nanum ## Make .venv and install what the demo and the tests need
+install: $(VENV)/.installed ## Make .venv and install what the demo and the tests need
 
 # torch goes first and alone: where no GPU is, any later chance to choose would bring gigabytes of CUDA.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt | $(APT_MARKS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 # RUNLEVEL=1 keeps Debian from starting a broker of its own: demo and tests run a private one.
-/usr/lib/rabbitmq/bin/rabbitmq-server /usr/share/fonts/truetype/nanum:
+$(APT_MARKS) &:
 	$(SUDO) apt-get update -qq
 	$(SUDO) env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(APT_PACKAGES) >/dev/null
 

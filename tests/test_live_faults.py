@@ -119,6 +119,8 @@ def test_a_killed_worker_leaves_its_job_to_the_next_one(world: World, worker: Wo
     generation_id = world.publish(num_inference_steps=LONG)
     world.wait_for_step(generation_id)
     engine = worker.engine_pid()
+    # An engine that hangs sees no closed pipe: the kernel must end it with its parent.
+    os.kill(engine, signal.SIGSTOP)
 
     worker.kill()
     eventually(lambda: not Path(f"/proc/{engine}").exists(), 2)
@@ -158,6 +160,18 @@ def test_sigterm_with_a_job_longer_than_the_grace_period_gives_it_back(world: Wo
     assert time.monotonic() - started_at < 6
     assert world.backend.ends(generation_id) == []
     assert sum(sum(counts) for counts in world.queues().values()) == 1
+
+
+def test_sigterm_while_the_model_is_loading_ends_at_once(world: World) -> None:
+    worker = world.start_worker()
+    eventually(lambda: worker.get("/health/live")[0] == 200, 30)
+    assert worker.get("/health/ready")[0] == 503
+
+    started_at = time.monotonic()
+    exit_code = worker.terminate()
+
+    assert exit_code == 0
+    assert time.monotonic() - started_at < 3
 
 
 def test_a_second_signal_ends_at_once(world: World, worker: Worker) -> None:

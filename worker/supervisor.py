@@ -237,7 +237,6 @@ class Supervisor:
         guard.start()
 
     def _drain(self, processor: Processor) -> None:
-        processor.release_waiting()
         deadline = time.monotonic() + self._settings.service.shutdown_grace_seconds - GRACE_RESERVE_SECONDS
         while processor.runs.all() and time.monotonic() < deadline:
             processor.release_waiting()
