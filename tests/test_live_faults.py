@@ -266,6 +266,21 @@ def test_a_connection_closed_in_mid_job_is_adopted_and_nothing_runs_twice(
     assert len(since.events("delivery adopted")) == 1
 
 
+def test_heartbeats_flow_through_a_job_longer_than_the_broker_would_wait(world: World) -> None:
+    # Given a broker that gives a silent peer up after three heartbeats of two seconds
+    worker = world.start_worker(RABBITMQ_HEARTBEAT_SECONDS="2")
+    worker.wait_until_ready()
+
+    # When a job keeps the engine busy for longer than that
+    generation_id = world.publish(num_inference_steps=150, num_images=3)
+    assert_complete_once(world, generation_id)
+
+    # Then the connection was never lost
+    assert worker.events("job out")[0]["stages"]["denoise"] > 6
+    assert len(worker.events("consuming")) == 1
+    assert worker.events("broker connection lost") == []
+
+
 def test_a_broker_restarted_in_mid_job_changes_nothing_for_the_backend(
     lasting_world: World, lasting_worker: Worker, since: Since
 ) -> None:
