@@ -13,7 +13,8 @@ from clients.webhooks import Attempt, Verdict, Webhook, WebhookKind
 from worker.broker import Delivery, PublishFailed
 from worker.events import TerminalEvent, failed_event
 from worker.metrics import Metrics
-from worker.notifying import MAX_AGE_SECONDS, Notifier, Outbox
+from worker.notifying import MAX_AGE_SECONDS, Notifier
+from worker.outbox import Outbox
 from worker.queues import QueueNames
 
 NAMES = QueueNames("image_generation")

@@ -23,7 +23,8 @@ from worker.idleness import IdleWatch, idle_reason
 from worker.ledger import Ledger
 from worker.messages import rules_from
 from worker.metrics import Metrics
-from worker.notifying import Notifier, Outbox
+from worker.notifying import Notifier
+from worker.outbox import Outbox
 from worker.processing import Processor
 from worker.progress import ProgressReporter
 from worker.queues import QueueNames
@@ -173,7 +174,7 @@ class Supervisor:
         )
 
     def _why_not_ready(self) -> str:
-        if self._num_signals:
+        if self._num_signals or self._is_draining.is_set():
             return "stopping"
         if self._engine.state is not EngineState.READY:
             return "the engine is loading the model"
@@ -211,9 +212,8 @@ class Supervisor:
         """Take no more, let what is being drawn end within the grace period, give back the rest, close."""
         started_at = time.monotonic()
         self._end_by(started_at + self._settings.service.shutdown_grace_seconds, code)
-        log_event(
-            logger, "stopping", exit_code=int(code), num_runs=len(self._processor.runs.all() if self._processor else ())
-        )
+        num_runs = len(self._processor.runs.all()) if self._processor else 0
+        log_event(logger, "stopping", exit_code=int(code), num_runs=num_runs)
         if self._consumer is not None:
             self._consumer.stop_consuming()
         self._is_draining.set()
