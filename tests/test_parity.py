@@ -14,7 +14,7 @@ from PIL import Image
 
 from config.settings import ModelSettings
 from inference.engine import LocalEngine
-from inference.request import AdapterFile, GenerationRequest, RequestFailed, StepReport
+from inference.request import AdapterFile, EngineStartFailed, GenerationRequest, RequestFailed, StepReport
 from inference.schedulers import SCHEDULERS, make_scheduler
 from tests.tiny_models import build_tiny_sd, load_pipe, write_adapter
 
@@ -243,6 +243,32 @@ def test_running_out_of_memory_fails_the_request_and_the_next_one_runs(tiny: Pat
     assert failure.value.code == "GPU_OOM"
     assert "64x64" in str(failure.value)
     assert draw(engine, request_of(width=64, height=64))[0].size == (64, 64)
+    engine.close()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_asked_for_and_missing_is_said_so_at_the_start(tiny: Path) -> None:
+    with pytest.raises(EngineStartFailed, match="CUDA_VISIBLE_DEVICES"):
+        LocalEngine(ModelSettings(MODEL_ID=str(tiny), DEVICE="cuda"))
+
+
+def test_a_checkpoint_of_another_family_is_refused_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+
+    with pytest.raises(EngineStartFailed, match="FluxPipeline"):
+        LocalEngine(ModelSettings(MODEL_ID=str(tmp_path), DEVICE="cpu"))
+
+
+def test_the_model_s_weights_have_the_dtype_that_was_asked_for(tiny: Path) -> None:
+    engine = LocalEngine(ModelSettings(MODEL_ID=str(tiny), DEVICE="cpu", DTYPE="bfloat16"))
+
+    drawn = draw(engine, request_of(width=64, height=64))[0]
+
+    pipeline = engine._model._pipeline
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    assert {weight.dtype for part in parts for weight in part.parameters()} == {torch.bfloat16}
+    assert engine.facts.dtype == "bfloat16"
+    assert psnr(drawn, plain(load_pipe(tiny), request_of(width=64, height=64))) > 20
     engine.close()
 
 

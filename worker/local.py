@@ -11,13 +11,13 @@ from rich.progress import Progress
 
 from config.settings import ModelSettings, ServiceSettings, SettingsError, load_section
 from inference.engine import LocalEngine
-from inference.request import AdapterFile, EngineError, GenerationRequest, GenerationResult, ModelFacts, StepReport
+from inference.request import AdapterFile, EngineError, GenerationRequest, GenerationResult, StepReport
 from watermark.decoding import decode_signature
 from watermark.errors import FontMissing, SignatureInvalid
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned, sign
-from worker.job import Job, JobRejected, resolve_size
+from worker.job import Job, JobRejected
 from worker.messages import JobRules, decode
-from worker.story import PEFT_CONFIG, PEFT_WEIGHTS
+from worker.story import PEFT_CONFIG, PEFT_WEIGHTS, request_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,8 @@ def draw(fields: dict[str, Any], files: Files, *, model_id: str | None, console:
         signature = _signature(job, files)
         settings = load_section(ModelSettings)
         engine = LocalEngine(settings.model_copy(update={"model_id": model_id} if model_id else {}))
-        result = _generate(engine, _request(job, files, engine.facts), console)
+        adapters = tuple(_adapter(path, files.adapter_scale) for path in files.adapters)
+        result = _generate(engine, request_of(job, adapters, engine.facts), console)
         _write(job, result, signature, files.out, console)
     except (SettingsError, JobRejected, EngineError, SignatureInvalid, FontMissing, OSError) as error:
         console.print("[bold red]Not drawn:[/]", end=" ")
@@ -63,22 +64,6 @@ def _signature(job: Job, files: Files) -> Signature:
     if job.artist_name:
         return TextSignature(job.artist_name, load_section(ServiceSettings).font_dirs)
     return Unsigned()
-
-
-def _request(job: Job, files: Files, facts: ModelFacts) -> GenerationRequest:
-    width, height = resolve_size(job, base_size=facts.base_size, size_multiple=facts.size_multiple)
-    return GenerationRequest(
-        request_id=job.task_id,
-        prompt=job.prompt,
-        negative_prompt=job.negative_prompt,
-        width=width,
-        height=height,
-        num_inference_steps=job.num_inference_steps,
-        guidance_scale=job.guidance_scale,
-        seeds=job.seeds,
-        scheduler=job.scheduler,
-        adapters=tuple(_adapter(path, files.adapter_scale) for path in files.adapters),
-    )
 
 
 def _adapter(path: Path, scale: float) -> AdapterFile:

@@ -150,7 +150,9 @@ class Storyteller:
         return True
 
     def _generate(self, run: Run, job: Job, adapters: tuple[AdapterFile, ...]) -> GenerationResult:
-        request = self._request(job, adapters)
+        if self.is_draining.is_set():
+            raise JobReleased("the worker is stopping")
+        request = request_of(job, adapters, self.facts)
         track = self.progress.follow(job.task_id, job.generation_id)
         watcher = _Watcher(run, track, self.metrics, num_adapters=len(adapters))
         run.phase = "wait"
@@ -166,23 +168,6 @@ class Storyteller:
             track.close()
         run.stages += _with_wait(run, result.stages)
         return result
-
-    def _request(self, job: Job, adapters: tuple[AdapterFile, ...]) -> GenerationRequest:
-        if self.is_draining.is_set():
-            raise JobReleased("the worker is stopping")
-        width, height = resolve_size(job, base_size=self.facts.base_size, size_multiple=self.facts.size_multiple)
-        return GenerationRequest(
-            request_id=job.task_id,
-            prompt=job.prompt,
-            negative_prompt=job.negative_prompt,
-            width=width,
-            height=height,
-            num_inference_steps=job.num_inference_steps,
-            guidance_scale=job.guidance_scale,
-            seeds=job.seeds,
-            scheduler=job.scheduler,
-            adapters=adapters,
-        )
 
     def _store(self, job: Job, signed: list[SignedPicture]) -> list[StoredPicture]:
         stored = []
@@ -215,6 +200,23 @@ class Storyteller:
         return TerminalEvent(
             job.task_id, job.generation_id, WebhookKind.COMPLETE, body, run.began_at, timeline, self.worker
         )
+
+
+def request_of(job: Job, adapters: tuple[AdapterFile, ...], facts: ModelFacts) -> GenerationRequest:
+    """What the engine is asked for, the adapters being on the local disk by now."""
+    width, height = resolve_size(job, base_size=facts.base_size, size_multiple=facts.size_multiple)
+    return GenerationRequest(
+        request_id=job.task_id,
+        prompt=job.prompt,
+        negative_prompt=job.negative_prompt,
+        width=width,
+        height=height,
+        num_inference_steps=job.num_inference_steps,
+        guidance_scale=job.guidance_scale,
+        seeds=job.seeds,
+        scheduler=job.scheduler,
+        adapters=adapters,
+    )
 
 
 class _Watcher:
