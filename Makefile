@@ -9,7 +9,7 @@ APT_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo pyth
 APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/share/fonts/truetype/nanum
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo test check outage bench clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -38,7 +38,10 @@ check: install ## Style and types
 	$(BIN)/mypy
 
 test: check ## Everything, on a real broker, a real object store and real models
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+outage: install ## The long form of one test: the backend is down for two minutes
+	OMP_NUM_THREADS=1 OUTAGE_SECONDS=120 $(BIN)/pytest tests/test_live_outage.py
 
 bench: install ## What a job costs beyond the bare pipeline, on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.overhead
