@@ -20,7 +20,14 @@ KEPT_VARIABLES = {"CUDA_VISIBLE_DEVICES"}
 
 
 # The longest files first, so that the two test processes end at about the same time.
-SLOW_FILES = ("test_live_faults", "test_commands", "test_live_jobs", "test_engine_process", "test_live_outage")
+SLOW_FILES = (
+    "test_live_faults",
+    "test_commands",
+    "test_live_jobs",
+    "test_engine_process",
+    "test_live_outage",
+    "test_live_cancelling",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

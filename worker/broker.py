@@ -73,6 +73,14 @@ class Subscription:
     on_delivery: Callable[[Delivery], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """`on_message` hears every message of the fanout `exchange` while connected, on the consuming thread."""
+
+    exchange: str
+    on_message: Callable[[bytes], None]
+
+
 class _SessionLost(Exception):
     """The broker cancelled a consumer or closed a channel while the connection stayed up."""
 
@@ -80,10 +88,13 @@ class _SessionLost(Exception):
 class Consumer:
     """Owner of the consuming connection and its thread. Reconnects for ever until closed."""
 
-    def __init__(self, settings: BrokerSettings, names: QueueNames, subscriptions: list[Subscription]) -> None:
+    def __init__(
+        self, settings: BrokerSettings, names: QueueNames, subscriptions: list[Subscription], broadcast: Broadcast
+    ) -> None:
         self._settings = settings
         self._names = names
         self._subscriptions = subscriptions
+        self._broadcast = broadcast
         self._connection: _Connection = None
         self._channels: dict[int, _Channel] = {}
         self._tags: dict[_Channel, str] = {}
@@ -148,6 +159,7 @@ class Consumer:
         self._session += 1
         self._is_cancelled_by_broker = False
         _ensure_queues(self._connection, self._names)
+        self._listen(self._broadcast)
         for subscription in self._subscriptions:
             self._subscribe(subscription)
         self.is_connected = True
@@ -161,6 +173,18 @@ class Consumer:
         if not self._is_draining:
             on_message = partial(self._on_message, subscription)
             self._tags[channel] = channel.basic_consume(subscription.queue, on_message)
+
+    def _listen(self, broadcast: Broadcast) -> None:
+        """A queue of this connection's own, gone with it: an order is for the workers that are here."""
+        _ensure_fanout(self._connection, broadcast.exchange)
+        channel = self._connection.channel()
+        queue_name = channel.queue_declare("", exclusive=True).method.queue
+        channel.queue_bind(queue_name, broadcast.exchange)
+        channel.basic_consume(
+            queue_name, lambda _channel, _method, _properties, body: broadcast.on_message(body), auto_ack=True
+        )
+        channel.add_on_cancel_callback(self._note_cancel)
+        self._channels[channel.channel_number] = channel
 
     def _note_cancel(self, _frame: Any) -> None:
         # The queue was deleted or moved: pika would go on happily with a consumer that gets nothing.
@@ -344,6 +368,17 @@ def _ensure_queues(connection: _Connection, names: QueueNames) -> None:
                 raise
             with connection.channel() as channel:
                 channel.queue_declare(name, durable=True, arguments=arguments)
+
+
+def _ensure_fanout(connection: _Connection, exchange: str) -> None:
+    try:
+        with connection.channel() as channel:
+            channel.exchange_declare(exchange, passive=True)
+    except pika.exceptions.ChannelClosedByBroker as error:
+        if error.reply_code != 404:
+            raise
+        with connection.channel() as channel:
+            channel.exchange_declare(exchange, exchange_type="fanout", durable=True)
 
 
 def check_broker(settings: BrokerSettings) -> int:

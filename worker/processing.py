@@ -12,6 +12,7 @@ import tenacity
 from clients.storage_errors import StorageError
 from config.logs import bind, log_event
 from worker.broker import Consumer, Delivery, Publisher, PublishFailed
+from worker.cancelling import Cancellations, decode_cancel
 from worker.events import TerminalEvent, failed_event
 from worker.job import Job, JobRejected, Undecodable
 from worker.ledger import Ledger
@@ -55,6 +56,7 @@ class Processor:
         metrics: Metrics,
         num_threads: int,
         is_draining: threading.Event,
+        cancellations: Cancellations,
         on_bug: Callable[[], None],
     ) -> None:
         self._rules = rules
@@ -65,6 +67,7 @@ class Processor:
         self._names = names
         self._metrics = metrics
         self._is_draining = is_draining
+        self._cancellations = cancellations
         self._on_bug = on_bug
         self._threads = ThreadPoolExecutor(num_threads + NUM_SPARE_THREADS, thread_name_prefix="job")
         self._consumer: Consumer | None = None
@@ -103,6 +106,25 @@ class Processor:
             log_event(logger, "delivery adopted", task_id=asked.task_id, is_redelivered=delivery.is_redelivered)
         else:
             self._begin(self._work, run)
+
+    def on_cancel(self, body: bytes) -> None:
+        """Cancel what is here, and remember the order for what may come. Runs on the consuming thread."""
+        try:
+            order = decode_cancel(body)
+        except Undecodable as error:
+            log_event(logger, "cancel order ignored", logging.WARNING, reason=str(error))
+            return
+        self._cancellations.remember(order)
+        cancelled = [run for run in self.runs.all() if order.names(run.task_id, run.generation_id)]
+        for run in cancelled:
+            run.cancel()
+        log_event(
+            logger,
+            "cancel order",
+            task_id=order.task_id,
+            generation_id=order.generation_id,
+            num_runs=len(cancelled),
+        )
 
     def _begin(self, work: Callable[..., None], *args: object) -> None:
         self._threads.submit(self._do, work, *args)

@@ -29,6 +29,11 @@ class QueueNames:
         """Dead letters: what needs a person."""
         return f"{self.jobs}.dead"
 
+    @property
+    def cancel_exchange(self) -> str:
+        """Fanout exchange of the cancel orders: every worker hears each of them."""
+        return f"{self.jobs}.cancel"
+
     def retry(self, delay_seconds: int) -> str:
         """Where a job waits `delay_seconds` before it returns to `jobs`."""
         return f"{self.jobs}.retry.{delay_seconds}"

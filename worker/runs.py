@@ -31,6 +31,13 @@ class Run:
     num_lanes: int = 0
     num_adapters: int = 0
     future: Future[GenerationResult] | None = None
+    is_cancelled: bool = False
+
+    def cancel(self) -> None:
+        """They asked: a waiting job ends before it starts, a running one at its next step."""
+        self.is_cancelled = True
+        if self.future is not None:
+            self.future.cancel()
 
     @property
     def attempt(self) -> int:

@@ -22,12 +22,14 @@ from inference.request import (
     GenerationResult,
     ModelFacts,
     Picture,
+    RequestCancelled,
     Stage,
     StepReport,
 )
 from watermark.decoding import decode_signature
 from watermark.errors import FontMissing, SignatureInvalid
 from watermark.signature import ImageSignature, Signature, SignedPicture, TextSignature, Unsigned, sign
+from worker.cancelling import Cancellations
 from worker.events import TerminalEvent
 from worker.job import Job, JobAdapter, JobRejected, resolve_size
 from worker.ledger import Ledger
@@ -69,6 +71,7 @@ class Storyteller:
     font_dirs: tuple[Path, ...]
     worker: str
     is_draining: Event
+    cancellations: Cancellations
 
     def tell(self, run: Run) -> TerminalEvent:
         """Do the job unless the ledger knows its end already; return that end, recorded. Raises what breaks it off."""
@@ -78,6 +81,8 @@ class Storyteller:
             return known
 
         job = _job_of(run)
+        if self.cancellations.covers(job):
+            run.cancel()
         with ExitStack() as pinned:
             with run.stage("fetch"):
                 signature = self._fetch_signature(job)
@@ -150,24 +155,31 @@ class Storyteller:
         return True
 
     def _generate(self, run: Run, job: Job, adapters: tuple[AdapterFile, ...]) -> GenerationResult:
-        if self.is_draining.is_set():
-            raise JobReleased("the worker is stopping")
+        self._go_on_or_leave(run)
         request = request_of(job, adapters, self.facts)
         track = self.progress.follow(job.task_id, job.generation_id)
         watcher = _Watcher(run, track, self.metrics, num_adapters=len(adapters))
         run.phase = "wait"
         try:
-            run.future = self.engine.generate(request, watcher.on_step, lambda: False)
-            if self.is_draining.is_set():
+            run.future = self.engine.generate(request, watcher.on_step, lambda: run.is_cancelled)
+            if self.is_draining.is_set() or run.is_cancelled:
                 run.future.cancel()
             result = run.future.result()
-        except CancelledError as error:
-            raise JobReleased("the worker is stopping") from error
+        except CancelledError:
+            self._go_on_or_leave(run)
+            raise
         finally:
             watcher.leave()
             track.close()
         run.stages += _with_wait(run, result.stages)
         return result
+
+    def _go_on_or_leave(self, run: Run) -> None:
+        """Raise what a job that is not yet being drawn ends with, if it is not to be drawn at all."""
+        if run.is_cancelled:
+            raise RequestCancelled("cancelled before it was begun")
+        if self.is_draining.is_set():
+            raise JobReleased("the worker is stopping")
 
     def _store(self, job: Job, signed: list[SignedPicture]) -> list[StoredPicture]:
         stored = []

@@ -17,7 +17,8 @@ from config.logs import log_event
 from config.settings import Settings
 from inference.process import EngineProcess, EngineState
 from inference.request import ModelFacts
-from worker.broker import Consumer, Publisher, PublishFailed, Subscription
+from worker.broker import Broadcast, Consumer, Publisher, PublishFailed, Subscription
+from worker.cancelling import Cancellations
 from worker.health import HealthServer
 from worker.idleness import IdleWatch, idle_reason
 from worker.ledger import Ledger
@@ -60,6 +61,7 @@ class Supervisor:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._metrics = Metrics()
+        self._cancellations = Cancellations()
         self._is_draining = threading.Event()
         self._num_signals = 0
         self._has_bug = False
@@ -146,6 +148,7 @@ class Supervisor:
             metrics=self._metrics,
             num_threads=num_jobs + RECOVER_PREFETCH,
             is_draining=self._is_draining,
+            cancellations=self._cancellations,
             on_bug=self._note_bug,
         )
         subscriptions = [
@@ -153,7 +156,8 @@ class Supervisor:
             Subscription(self._names.recover, RECOVER_PREFETCH, self._processor.on_delivery),
             Subscription(self._names.outbox, OUTBOX_PREFETCH, self._outbox.on_delivery),
         ]
-        self._consumer = Consumer(self._settings.broker, self._names, subscriptions)
+        orders = Broadcast(self._names.cancel_exchange, self._processor.on_cancel)
+        self._consumer = Consumer(self._settings.broker, self._names, subscriptions, orders)
         self._processor.start(self._consumer)
         self._outbox.start(self._consumer)
         self._consumer.start()
@@ -171,6 +175,7 @@ class Supervisor:
             font_dirs=self._settings.service.font_dirs,
             worker=f"{socket.gethostname()}:{os.getpid()}",
             is_draining=self._is_draining,
+            cancellations=self._cancellations,
         )
 
     def _why_not_ready(self) -> str:

@@ -1,0 +1,103 @@
+"""Cancel orders on the fanout exchange, through a whole worker."""
+
+import json
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+import pika
+import pytest
+
+from examples.parts.rabbitmq import RabbitMQ
+from examples.parts.seaweedfs import SeaweedFS
+from tests.world import Worker, World, eventually, new_world
+
+LONG = 150
+# One lane and two jobs fetched ahead: with more than three jobs, some still wait in the queue.
+NUM_AHEAD = 3
+
+
+@pytest.fixture(scope="module")
+def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with new_world(rabbitmq, s3_server, tmp_path_factory.mktemp("world")) as made:
+        made.start_worker(MAX_CONCURRENT_GENERATIONS="1").wait_until_ready()
+        yield made
+
+
+@pytest.fixture
+def worker(world: World) -> Worker:
+    return world.workers[0]
+
+
+def cancel(world: World, **order: object) -> None:
+    connection = pika.BlockingConnection(pika.URLParameters(world.rabbitmq.url))
+    connection.channel().basic_publish(f"{world.queue}.cancel", "", json.dumps(order).encode())
+    connection.close()
+
+
+def assert_cancelled_once(world: World, generation_id: int) -> None:
+    end = world.wait_for_end(generation_id)
+    assert (end.kind, end.body["error_code"]) == ("failed", "CANCELLED")
+    assert world.backend.calls("complete", generation_id) == []
+    assert len(world.backend.calls("failed", generation_id)) == 1
+
+
+def test_a_running_job_leaves_within_two_steps_and_the_next_one_begins(world: World, worker: Worker) -> None:
+    steps_before = worker.metric("darkroom_denoise_steps_total")
+    task_id = str(uuid.uuid4())
+    running = world.publish(task_id=task_id, num_inference_steps=LONG)
+    next_one = world.publish()
+    world.wait_for_step(running)
+
+    cancel(world, task_id=task_id)
+
+    assert_cancelled_once(world, running)
+    assert world.wait_for_end(next_one).kind == "complete"
+    assert worker.metric("darkroom_denoise_steps_total") - steps_before < LONG
+    world.wait_until_clean()
+
+
+def test_jobs_that_wait_here_or_still_in_the_queue_never_reach_the_gpu(world: World, worker: Worker) -> None:
+    steps_before = worker.metric("darkroom_denoise_steps_total")
+    running = world.publish(num_inference_steps=60)
+    world.wait_for_step(running)
+    waiting = [world.publish() for _ in range(NUM_AHEAD + 2)]
+    eventually(lambda: world.queues()[""] == (3, NUM_AHEAD), 10, lambda: str(world.queues()))
+
+    for generation_id in (waiting[0], waiting[-1]):
+        cancel(world, generation_id=generation_id)
+
+    assert_cancelled_once(world, waiting[0])
+    assert_cancelled_once(world, waiting[-1])
+    for generation_id in (running, *waiting[1:-1]):
+        assert world.wait_for_end(generation_id).kind == "complete"
+    assert worker.metric("darkroom_denoise_steps_total") - steps_before == 60 + 8 * NUM_AHEAD
+    world.wait_until_clean()
+
+
+def test_a_new_try_of_a_cancelled_generation_is_drawn(world: World) -> None:
+    first = world.publish(num_inference_steps=LONG)
+    world.wait_for_step(first)
+    cancel(world, generation_id=first)
+    world.wait_for_end(first)
+
+    message = {
+        "task_id": str(uuid.uuid4()),
+        "data": {"generation_id": first, "prompt": "an owl", "num_inference_steps": 8},
+        "created_at": datetime.now(UTC).isoformat(),
+    }
+    world.publish_raw(json.dumps(message).encode())
+
+    eventually(lambda: len(world.backend.ends(first)) == 2, 30)
+    assert [end.kind for end in world.backend.ends(first)] == ["failed", "complete"]
+
+
+def test_an_order_that_cannot_be_read_is_ignored_and_the_next_is_heard(world: World, worker: Worker) -> None:
+    cancel(world, task_id="nonsense")
+    eventually(lambda: len(worker.events("cancel order ignored")) == 1, 10)
+
+    generation_id = world.publish(num_inference_steps=LONG)
+    world.wait_for_step(generation_id)
+    cancel(world, generation_id=generation_id)
+
+    assert_cancelled_once(world, generation_id)
