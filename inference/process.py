@@ -3,9 +3,8 @@
 import logging
 import os
 import selectors
+import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -17,9 +16,11 @@ from multiprocessing.connection import Connection
 
 from config.logs import log_event
 from config.settings import ModelSettings
+from inference.child_process import Child
 from inference.request import (
     EngineClosed,
     EngineCrashed,
+    EngineHung,
     GenerationRequest,
     GenerationResult,
     IsCancelled,
@@ -36,7 +37,6 @@ from inference.wire import (
     Start,
     StartFailed,
     Stepped,
-    Stop,
     ToChild,
 )
 
@@ -45,13 +45,10 @@ logger = logging.getLogger(__name__)
 MAX_CRASHES_PER_REQUEST = 2
 # Crashes in a row, no request finished between: a sick device or a broken install. Fail the process, not the queue.
 MAX_CONSECUTIVE_CRASHES = 5
+# Silence after which a request counts as hung: never less than this, and never less than what it could honestly take.
+MIN_HANG_SECONDS = 60.0
+MAX_STEP_FACTOR = 20.0
 POLL_SECONDS = 0.1
-STOP_SECONDS = 2.0
-
-# The child parses files that strangers wrote: it gets none of the supervisor's credentials.
-SECRET_VARIABLES = frozenset(
-    ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "INTERNAL_API_TOKEN", "WEBHOOK_SIGNING_SECRET")
-) | frozenset(("RABBITMQ_PASS", "RABBITMQ_URL"))
 
 
 class EngineState(Enum):
@@ -73,19 +70,30 @@ class _Pending:
     future: Future[GenerationResult] = field(default_factory=Future)
     crashes: int = 0
     cancel_sent: bool = False
+    is_hung: bool = False
 
 
 class EngineProcess:
     """`Engine` in a child process. Its one thread owns the child, the pipe and the pending requests.
 
     The child gets one request at a time, so a crash always has one culprit. That request is tried again in a fresh
-    child and fails as `EngineCrashed` after `MAX_CRASHES_PER_REQUEST`; those that wait never notice.
+    child and fails as `EngineCrashed` after `MAX_CRASHES_PER_REQUEST`; those that wait never notice. A child that falls
+    silent over a request is killed, which is one crash more.
     """
 
-    def __init__(self, settings: ModelSettings, *, log_level: str, on_restart: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        settings: ModelSettings,
+        *,
+        log_level: str,
+        on_restart: Callable[[], None],
+        min_hang_seconds: float = MIN_HANG_SECONDS,
+    ) -> None:
         self._settings = settings
         self._log_level = log_level
         self._on_restart = on_restart
+        self._min_hang_seconds = min_hang_seconds
+        self._heard_at = 0.0
         self._lock = threading.Lock()
         self._waiting: deque[_Pending] = deque()
         self._running: _Pending | None = None
@@ -148,18 +156,19 @@ class EngineProcess:
     def _live_one_life(self) -> None:
         """Spawn a child and serve it until it ends."""
         self.state = EngineState.STARTING
-        child, connection = _spawn()
-        self.pid = child.pid
+        child = Child.spawn()
+        self.pid = child.process.pid
         try:
-            connection.send(Start(self._settings, self._log_level))
-            self._serve(connection)
+            child.connection.send(Start(self._settings, self._log_level))
+            self._serve(child.connection)
         except (EOFError, ConnectionError):
             pass  # the child is gone; what it leaves behind is sorted out below
         finally:
-            self._end(child, connection)
+            child.end(is_idle=self._running is None and self.state is EngineState.READY)
+            self.pid = None
 
         if not self._is_closing and self.state is not EngineState.FAILED:
-            self._after_crash(child.returncode)
+            self._after_crash(child.process.returncode)
 
     def _serve(self, connection: "Connection[ToChild, FromChild]") -> None:
         # One selector for the child's life: multiprocessing.connection.wait would make one for every message.
@@ -171,9 +180,11 @@ class EngineProcess:
                 if self._wake_reader in ready:
                     self._wake_reader.recv(4096)
                 if connection in ready:
+                    self._heard_at = time.monotonic()
                     self._handle(connection.recv())
                 self._dispatch(connection)
                 self._pass_on_cancel(connection)
+                self._kill_if_hung()
 
     def _handle(self, message: FromChild) -> None:
         match message:
@@ -208,6 +219,7 @@ class EngineProcess:
                     self._running = pending
                     break
         if self._running is not None:
+            self._heard_at = time.monotonic()
             connection.send(Generate(self._running.request))
 
     def _pass_on_cancel(self, connection: "Connection[ToChild, FromChild]") -> None:
@@ -216,18 +228,21 @@ class EngineProcess:
             running.cancel_sent = True
             connection.send(Cancel(running.request.request_id))
 
-    def _end(self, child: "subprocess.Popen[bytes]", connection: "Connection[ToChild, FromChild]") -> None:
-        """Leave no child behind: ask an idle one, kill a busy one."""
-        if self._running is None and self.state is EngineState.READY:
-            try:
-                connection.send(Stop())
-                child.wait(STOP_SECONDS)
-            except (ConnectionError, subprocess.TimeoutExpired):
-                pass  # dead or stuck: the kill below settles both
-        connection.close()
-        child.kill()
-        child.wait()
-        self.pid = None
+    def _kill_if_hung(self) -> None:
+        """The watchdog. What it kills shows as a closed pipe on the next turn."""
+        if self._running is None or self._running.is_hung or self.pid is None:
+            return
+        silent_seconds = time.monotonic() - self._heard_at
+        if silent_seconds > max(self._min_hang_seconds, self._longest_step_seconds(self._running.request)):
+            log_event(logger, "engine hung", logging.ERROR, silent_seconds=round(silent_seconds, 1))
+            self._running.is_hung = True
+            os.kill(self.pid, signal.SIGKILL)
+
+    def _longest_step_seconds(self, request: GenerationRequest) -> float:
+        """What a step of `request` may take at the very worst, by the step measured at base size."""
+        assert self.facts is not None, "a request runs only in a ready engine"  # noqa: S101
+        area = request.width * request.height / self.facts.base_size**2
+        return MAX_STEP_FACTOR * self.facts.step_seconds * len(request.seeds) * max(1.0, area)
 
     def _after_crash(self, exit_code: int) -> None:
         self._consecutive_crashes += 1
@@ -239,9 +254,9 @@ class EngineProcess:
         victim.crashes += 1
         victim.cancel_sent = False
         if victim.crashes >= MAX_CRASHES_PER_REQUEST:
-            reason = f"the engine crashed {victim.crashes} times on this job (exit code {exit_code})"
-            victim.future.set_exception(EngineCrashed(reason))
+            victim.future.set_exception(_defeat(victim, exit_code))
         else:
+            victim.is_hung = False
             with self._lock:
                 self._waiting.appendleft(victim)
 
@@ -266,14 +281,10 @@ class EngineProcess:
         self._wake_writer.send(b"x")
 
 
-def _spawn() -> tuple["subprocess.Popen[bytes]", "Connection[ToChild, FromChild]"]:
-    """A child with its end of a socket pair, without secrets, in a session of its own so that Ctrl-C spares it."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        command = [sys.executable, "-m", "inference.child", str(theirs.fileno()), str(os.getpid())]
-        environment = {name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES}
-        child = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
-    return child, Connection(ours.detach())
+def _defeat(victim: _Pending, exit_code: int) -> EngineCrashed | EngineHung:
+    if victim.is_hung:
+        return EngineHung(f"the engine hung on this job; it was tried {victim.crashes} times")
+    return EngineCrashed(f"the engine crashed {victim.crashes} times on this job (exit code {exit_code})")
 
 
 def wait_until_ready(engine: EngineProcess, timeout_seconds: float) -> None:

@@ -35,6 +35,10 @@ class EngineCrashed(EngineError):
     """The engine's process died under this request as often as it was tried."""
 
 
+class EngineHung(EngineError):
+    """The engine made no step for far too long under this request, as often as it was tried."""
+
+
 class EngineStartFailed(EngineError):
     """The model could not be loaded; the message says what to do."""
 

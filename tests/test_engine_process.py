@@ -15,6 +15,7 @@ from inference.process import MAX_CONSECUTIVE_CRASHES, EngineProcess, EngineStat
 from inference.request import (
     EngineClosed,
     EngineCrashed,
+    EngineHung,
     GenerationRequest,
     RequestCancelled,
     RequestFailed,
@@ -142,6 +143,34 @@ def test_a_model_that_cannot_be_loaded_is_a_failure_with_a_reason(tmp_path: Path
         wait_until_ready(engine, READY_SECONDS)
 
     assert engine.state is EngineState.FAILED
+
+
+def test_an_engine_that_falls_silent_is_killed_and_the_request_drawn_by_the_next() -> None:
+    engine = EngineProcess(
+        ModelSettings(MODEL_ID=str(DEMO_MODEL / "checkpoint")),
+        log_level="INFO",
+        on_restart=lambda: None,
+        min_hang_seconds=2.0,
+    )
+    engine.start()
+    wait_until_ready(engine, READY_SECONDS)
+    num_stops = 0
+
+    def stop(report: StepReport) -> None:
+        nonlocal num_stops
+        if report.step_index == 2 and num_stops < 3:
+            num_stops += 1
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGSTOP)
+
+    hung = engine.generate(request_of(num_inference_steps=60), stop, never)
+    assert isinstance(hung.exception(), EngineHung)
+
+    # Once more, and then it goes well
+    survivor = engine.generate(request_of(num_inference_steps=60), stop, never)
+    assert len(survivor.result().pictures) == 1
+    assert num_stops == 3
+    engine.close()
 
 
 def test_an_engine_that_crashes_again_and_again_gives_up() -> None:

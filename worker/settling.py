@@ -8,6 +8,7 @@ from inference.request import (
     EngineClosed,
     EngineCrashed,
     EngineFault,
+    EngineHung,
     EngineStartFailed,
     RequestCancelled,
     RequestFailed,
@@ -35,6 +36,14 @@ class JobReleased(Exception):
 
 class PoisonJob(Exception):
     """The job was at work in too many workers that were killed: it is not tried again."""
+
+
+# What a job fails with that takes processes down; a person should look at such a job, so a copy is kept.
+_DEADLY_CODES: dict[type[Exception], str] = {
+    EngineCrashed: "ENGINE_CRASHED",
+    EngineHung: "JOB_TIMEOUT",
+    PoisonJob: "WORKER_CRASHED",
+}
 
 
 class Disposition(Enum):
@@ -67,10 +76,8 @@ def judge(error: BaseException, attempt: int) -> Verdict:
             return Verdict(Disposition.ACK, error.code, str(error))
         case RequestCancelled():
             return Verdict(Disposition.ACK, "CANCELLED", "the job was cancelled")
-        case EngineCrashed():
-            return Verdict(Disposition.DEAD_LETTER, "ENGINE_CRASHED", str(error))
-        case PoisonJob():
-            return Verdict(Disposition.DEAD_LETTER, "WORKER_CRASHED", str(error))
+        case EngineCrashed() | EngineHung() | PoisonJob():
+            return Verdict(Disposition.DEAD_LETTER, _DEADLY_CODES[type(error)], str(error))
         case JobReleased() | EngineClosed() | EngineStartFailed():
             return Verdict(Disposition.RELEASE)
         case StorageError():
