@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,11 +15,11 @@ from inference.request import (
     EngineClosed,
     EngineCrashed,
     EngineHung,
-    GenerationRequest,
     RequestCancelled,
     RequestFailed,
     StepReport,
 )
+from tests.engine_requests import request_of
 from tests.world import DEMO_MODEL, eventually
 
 READY_SECONDS = 60.0
@@ -38,20 +37,6 @@ def engine() -> Iterator[EngineProcess]:
     wait_until_ready(made, READY_SECONDS)
     yield made
     made.close()
-
-
-def request_of(**fields: Any) -> GenerationRequest:
-    defaults: dict[str, Any] = {
-        "request_id": "r",
-        "prompt": "a red fox",
-        "negative_prompt": "",
-        "width": 128,
-        "height": 128,
-        "num_inference_steps": 8,
-        "guidance_scale": 3.0,
-        "seeds": (42,),
-    }
-    return GenerationRequest(**defaults | fields)
 
 
 def ignore(_report: StepReport) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from clients.webhooks import Attempt, Verdict, Webhook, WebhookKind
-from worker.broker import Delivery, PublishFailed
+from worker.broker import PublishFailed
+from worker.delivery import Delivery
 from worker.events import TerminalEvent, failed_event
 from worker.metrics import Metrics
 from worker.notifying import MAX_AGE_SECONDS, Notifier

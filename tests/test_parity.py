@@ -16,6 +16,7 @@ from config.settings import ModelSettings
 from inference.engine import LocalEngine
 from inference.request import AdapterFile, EngineStartFailed, GenerationRequest, RequestFailed, StepReport
 from inference.schedulers import SCHEDULERS, make_scheduler
+from tests.engine_requests import request_of
 from tests.tiny_models import build_tiny_sd, load_pipe, write_adapter
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo_model"
@@ -49,20 +50,6 @@ def tiny_engine(tiny: Path) -> Iterator[LocalEngine]:
     made = LocalEngine(ModelSettings(MODEL_ID=str(tiny), DEVICE="cpu"))
     yield made
     made.close()
-
-
-def request_of(**fields: Any) -> GenerationRequest:
-    defaults: dict[str, Any] = {
-        "request_id": "r",
-        "prompt": "a red fox",
-        "negative_prompt": "blurry",
-        "width": 128,
-        "height": 128,
-        "num_inference_steps": 8,
-        "guidance_scale": 3.0,
-        "seeds": (42,),
-    }
-    return GenerationRequest(**defaults | fields)
 
 
 def draw(engine: LocalEngine, request: GenerationRequest, steps: list[StepReport] | None = None) -> list[Image.Image]:

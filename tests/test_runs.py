@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from inference.request import Stage
-from worker.broker import Delivery
+from worker.delivery import Delivery
 from worker.job import JobRejected
 from worker.runs import Run, Runs
 

@@ -7,7 +7,6 @@ the broker holds back (memory or disk alarm) an ack would be held back too. The 
 
 import logging
 import queue
-import random
 import socket
 import threading
 import time
@@ -23,6 +22,8 @@ import pika.exceptions
 
 from config.logs import log_event
 from config.settings import BrokerSettings
+from worker.backoff import Backoff
+from worker.delivery import Delivery
 from worker.queues import QueueNames
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,6 @@ MAX_REASON_CHARS = 500
 POLL_SECONDS = 0.5
 STACK_TIMEOUT_SECONDS = 5.0  # a broker that accepts and then says nothing must not hold us for ever
 BLOCKED_TIMEOUT_SECONDS = 5.0
-MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.2, 5.0
 REFUSED_BACKOFF_SECONDS = 30.0  # wrong password or vhost: a person must act, and brokers count such tries
 CLOSE_SECONDS = 3.0
 
@@ -47,21 +47,6 @@ _REFUSED = (pika.exceptions.ProbableAuthenticationError, pika.exceptions.Probabl
 
 class PublishFailed(Exception):
     """The broker did not confirm the message; it may or may not have it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """One message under one delivery tag of one session. `since` is when it was parked, in epoch seconds."""
-
-    body: bytes
-    queue: str
-    is_redelivered: bool
-    attempt: int
-    num_deliveries: int
-    since: float
-    session: int
-    tag: int
-    channel_number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +127,7 @@ class Consumer:
             getattr(channel, verb)(delivery.tag, **options)
 
     def _run(self) -> None:
-        backoff = _Backoff()
+        backoff = Backoff()
         while not self._is_closing:
             try:
                 self._open_session()
@@ -151,7 +136,8 @@ class Consumer:
             except Exception as error:  # noqa: BLE001 - the thread's boundary; pika also raises what is no AMQPError
                 log_event(logger, "broker connection lost", logging.WARNING, reason=_describe(error))
                 self._drop()
-                backoff.sleep(error, lambda: self._is_closing)
+                refused = REFUSED_BACKOFF_SECONDS if isinstance(error, _REFUSED) else 0.0
+                backoff.sleep(lambda: self._is_closing, at_least_seconds=refused)
         self._drop()
 
     def _open_session(self) -> None:
@@ -327,23 +313,6 @@ class Publisher:
     def _drop(self) -> None:
         connection, self._connection, self._channel = self._connection, None, None
         _close(connection)
-
-
-class _Backoff:
-    """Full jitter between tries, doubling up to a cap."""
-
-    def __init__(self) -> None:
-        self._ceiling = MIN_BACKOFF_SECONDS
-
-    def reset(self) -> None:
-        self._ceiling = MIN_BACKOFF_SECONDS
-
-    def sleep(self, error: Exception, is_over: Callable[[], bool]) -> None:
-        seconds = random.uniform(MIN_BACKOFF_SECONDS / 2, self._ceiling)  # noqa: S311 - jitter, not a secret
-        self._ceiling = min(MAX_BACKOFF_SECONDS, self._ceiling * 2)
-        deadline = time.monotonic() + (REFUSED_BACKOFF_SECONDS if isinstance(error, _REFUSED) else seconds)
-        while time.monotonic() < deadline and not is_over():
-            time.sleep(0.05)
 
 
 def _connect(settings: BrokerSettings, name: str) -> _Connection:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from clients.webhooks import Verdict, WebhookKind
 from config.logs import bind, log_event
-from worker.broker import Consumer, Delivery, Publisher, PublishFailed
+from worker.broker import Consumer, Publisher, PublishFailed
+from worker.delivery import Delivery
 from worker.events import TerminalEvent
 from worker.ledger import Ledger
 from worker.notifying import Notifier, delay_after, is_hopeless, jittered

@@ -11,8 +11,9 @@ import tenacity
 
 from clients.storage_errors import StorageError
 from config.logs import bind, log_event
-from worker.broker import Consumer, Delivery, Publisher, PublishFailed
+from worker.broker import Consumer, Publisher, PublishFailed
 from worker.cancelling import Cancellations, decode_cancel
+from worker.delivery import Delivery
 from worker.events import TerminalEvent, failed_event
 from worker.job import Job, JobRejected, Undecodable
 from worker.ledger import Ledger

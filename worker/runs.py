@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from inference.request import GenerationResult, Stage
-from worker.broker import Delivery
+from worker.delivery import Delivery
 from worker.job import Job, JobRejected
 
 

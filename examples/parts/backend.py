@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from examples.parts.part import Part
 from examples.parts.ports import free_port
 
 WEBHOOKS = {
@@ -51,7 +51,7 @@ class _Answer:
     delay_seconds: float
 
 
-class Backend:
+class Backend(Part):
     """The backend of one test or demo; stopped it refuses connections, started again it has the same port.
 
     Every public method may be called from any thread. `on_call` runs on the thread of the request, before the answer.
@@ -67,15 +67,6 @@ class Backend:
         self._answers: dict[str, _Answer] = {}
         self._changed = threading.Condition()
         self._server: _Server | None = None
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     @property
     def url(self) -> str:

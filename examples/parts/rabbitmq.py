@@ -6,9 +6,8 @@ import shutil
 import socket
 import subprocess
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from examples.parts.part import Part
 from examples.parts.ports import free_port
 from examples.parts.processes import ServerError, ServerProcess
 
@@ -29,7 +28,7 @@ AMQP_HEADER = b"AMQP\x00\x00\x09\x01"
 METHOD_FRAME = b"\x01"
 
 
-class RabbitMQ:
+class RabbitMQ(Part):
     """One node, its data below `folder`. Owns a server process and its name daemon (epmd). Not thread-safe."""
 
     host = "127.0.0.1"
@@ -44,15 +43,6 @@ class RabbitMQ:
         self._node_name = f"darkroom-{hashlib.sha256(bytes(self.folder)).hexdigest()[:12]}@localhost"
         self._epmd: ServerProcess | None = None
         self._server: ServerProcess | None = None
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     @property
     def url(self) -> str:

@@ -4,13 +4,13 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from examples.parts.part import Part
 from examples.parts.ports import free_port
 from examples.parts.processes import ServerError, ServerProcess
 
@@ -35,7 +35,7 @@ PORT_FLAGS = (
 )
 
 
-class SeaweedFS:
+class SeaweedFS(Part):
     """One server with one identity, its data below `folder`. Owns the process. Not thread-safe."""
 
     host = "127.0.0.1"
@@ -48,15 +48,6 @@ class SeaweedFS:
         self.port = free_port()
         self._other_ports = {flag: free_port() for flag in PORT_FLAGS}
         self._server: ServerProcess | None = None
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     @property
     def endpoint_url(self) -> str:
