@@ -208,7 +208,18 @@ class ModelSettings(_Section):
         "auto", validation_alias="DTYPE", description="`auto` is float32 on a CPU, bfloat16 or float16 on a GPU"
     )
     max_concurrent_generations: int = Field(
-        10, validation_alias="MAX_CONCURRENT_GENERATIONS", ge=1, le=256, description="Jobs worked on at once"
+        10, validation_alias="MAX_CONCURRENT_GENERATIONS", ge=1, le=256, description="Pictures denoised at once"
+    )
+    adapter_slots: int = Field(
+        16, validation_alias="ADAPTER_SLOTS", ge=4, le=1024, description="Adapters kept in the model at once"
+    )
+    adapter_max_rank: int = Field(
+        256,
+        validation_alias="ADAPTER_MAX_RANK",
+        ge=8,
+        le=512,
+        multiple_of=8,
+        description="Highest rank of an adapter; memory is taken as adapters of high rank come",
     )
     inference_steps: int = Field(
         50, validation_alias="INFERENCE_STEPS", ge=1, le=150, description="Denoise steps where a job names none"

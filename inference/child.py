@@ -11,48 +11,82 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
-from config.logs import configure_logging
-from inference.request import EngineError, EngineFault, EngineStartFailed, GenerationResult, StepReport
+from config.logs import configure_logging, log_event
+from config.settings import ModelSettings
+from inference.request import (
+    EngineError,
+    EngineFault,
+    EngineStartFailed,
+    GenerationRequest,
+    GenerationResult,
+    Occupancy,
+    OnOccupancy,
+    RequestCancelled,
+    StepReport,
+)
 from inference.wire import Cancel, Failed, Finished, FromChild, Generate, Ready, Start, StartFailed, Stepped, Stop
 
 logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
+# The device is beyond recovery in this process (sysexits' EX_SOFTWARE): what is inside is for the next one.
+EXIT_BROKEN = 70
+
+NOTHING = Occupancy(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0)
 
 
-def main() -> None:
+def _load_local_engine(settings: ModelSettings, on_occupancy: OnOccupancy) -> Any:
+    from inference.engine import LocalEngine  # noqa: PLC0415 - torch takes seconds: only once logging is set up
+
+    return LocalEngine(settings, on_occupancy)
+
+
+def main(load: Callable[[ModelSettings, OnOccupancy], Any] = _load_local_engine) -> None:
     """Load the model, say so, then serve until the pipe ends."""
     connection: Connection[FromChild, Any] = Connection(int(sys.argv[1]))
     _die_with(parent_pid=int(sys.argv[2]))
     start: Start = connection.recv()
     configure_logging(start.log_level)
+    server = _Server(connection)
     try:
-        from inference.engine import LocalEngine  # noqa: PLC0415 - torch takes seconds: only after the lines above
-
-        engine = LocalEngine(start.settings)
+        engine = load(start.settings, server.on_occupancy)
     except EngineStartFailed as error:
         connection.send(StartFailed(str(error)))
         return
 
     connection.send(Ready(engine.facts))
-    _Server(connection, engine).serve()
+    server.serve(engine)
     engine.close()
 
 
+class _Asked(NamedTuple):
+    """What is needed to cancel a request, whether it waits or is being drawn."""
+
+    cancelled: threading.Event
+    future: "Future[GenerationResult]"
+
+
 class _Server:
-    """Reads requests on the main thread; the engine's thread writes steps and results, one at a time."""
+    """Reads requests on the main thread. The engine's thread writes: the steps of a turn at its end or before the next
+    answer, so that no step follows its request's answer."""
 
-    def __init__(self, connection: "Connection[FromChild, Any]", engine: Any) -> None:
+    def __init__(self, connection: "Connection[FromChild, Any]") -> None:
         self._connection = connection
-        self._engine = engine
         self._writing = threading.Lock()
-        self._cancelled: dict[str, threading.Event] = {}
+        self._asked: dict[str, _Asked] = {}
+        self._has_begun = False
+        self._reports: list[tuple[str, StepReport]] = []
+        self._occupancy = NOTHING
 
-    def serve(self) -> None:
+    def serve(self, engine: Any) -> None:
+        """Do what is asked until the pipe ends or says so."""
         while True:
             try:
                 message = self._connection.recv()
@@ -60,38 +94,72 @@ class _Server:
                 return
             match message:
                 case Generate(request):
-                    self._generate(request.request_id, message)
+                    self._generate(engine, request)
                 case Cancel(request_id):
-                    if request_id in self._cancelled:
-                        self._cancelled[request_id].set()
+                    self._cancel(request_id)
                 case Stop():
                     return
 
-    def _generate(self, request_id: str, message: Generate) -> None:
-        cancelled = self._cancelled[request_id] = threading.Event()
-
-        def on_step(report: StepReport) -> None:
-            self._send(Stepped(request_id, report))
-
-        future = self._engine.generate(message.request, on_step, cancelled.is_set)
-        future.add_done_callback(lambda done: self._finish(request_id, done))
-
-    def _finish(self, request_id: str, done: "Future[GenerationResult]") -> None:
-        self._cancelled.pop(request_id, None)
-        error = done.exception()
-        if error is None:
-            self._send(Finished(request_id, done.result()))
-        elif isinstance(error, EngineError):
-            # Causes hold tensors and frames; the pipe carries what the error says, not where it came from.
-            error.__cause__ = None
-            self._send(Failed(request_id, error))
-        else:
-            logger.error("engine fault: %s", "".join(traceback.format_exception(error))[-4000:])
-            self._send(Failed(request_id, EngineFault(f"{type(error).__name__}: {error}")))
-
-    def _send(self, message: FromChild) -> None:
+    def on_occupancy(self, occupancy: Occupancy) -> None:
+        """A turn of the engine's loop has ended."""
+        if not self._has_begun:
+            return  # the warm-up's turns are nobody's
         with self._writing:
-            self._connection.send(message)
+            if self._reports or occupancy.num_batched or occupancy != self._occupancy:
+                self._occupancy = occupancy
+                self._send_reports(occupancy)
+
+    def _generate(self, engine: Any, request: GenerationRequest) -> None:
+        self._has_begun = True
+        cancelled = threading.Event()
+        try:
+            future = engine.generate(request, partial(self._on_step, request.request_id), cancelled.is_set)
+        except Exception as error:  # noqa: BLE001 - an answer like any other: the thread that reads must not end by it
+            future = Future()
+            future.set_exception(error)
+        # Before the callback is added: it may run at once, and takes this out again.
+        self._asked[request.request_id] = _Asked(cancelled, future)
+        future.add_done_callback(partial(self._answer, engine, request.request_id))
+
+    def _cancel(self, request_id: str) -> None:
+        asked = self._asked.get(request_id)
+        if asked is not None:
+            asked.cancelled.set()
+            asked.future.cancel()
+
+    def _on_step(self, request_id: str, report: StepReport) -> None:
+        with self._writing:
+            self._reports.append((request_id, report))
+
+    def _answer(self, engine: Any, request_id: str, done: "Future[GenerationResult]") -> None:
+        if engine.is_broken:
+            log_event(logger, "engine broken", logging.ERROR)
+            os._exit(EXIT_BROKEN)
+        del self._asked[request_id]
+        answer = _answer_of(request_id, done)
+        with self._writing:
+            if self._reports:
+                # The turn's forward is counted at its end, once.
+                self._send_reports(replace(self._occupancy, num_batched=0))
+            self._connection.send(answer)
+
+    def _send_reports(self, occupancy: Occupancy) -> None:
+        reports, self._reports = tuple(self._reports), []
+        self._connection.send(Stepped(reports, occupancy))
+
+
+def _answer_of(request_id: str, done: "Future[GenerationResult]") -> Finished | Failed:
+    if done.cancelled():
+        return Failed(request_id, RequestCancelled("cancelled before it was begun"))
+    error = done.exception()
+    if error is None:
+        return Finished(request_id, done.result())
+    if isinstance(error, EngineError):
+        # Causes hold tensors and frames; the pipe carries what the error says, not where it came from.
+        error.__cause__ = None
+        return Failed(request_id, error)
+    logger.error("engine fault: %s", "".join(traceback.format_exception(error))[-4000:])
+    return Failed(request_id, EngineFault(f"{type(error).__name__}: {error}"))
 
 
 def _die_with(*, parent_pid: int) -> None:

@@ -1,11 +1,10 @@
-"""The engine of this process: one thread that owns the model and draws one request at a time."""
+"""The engine of this process: one thread that owns the model and turns its loop."""
 
-import gc
 import logging
+import queue
+import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
 from pathlib import Path
 
 import diffusers
@@ -13,41 +12,64 @@ import torch
 import transformers
 
 from config.settings import ModelSettings
-from inference.adapters import AdapterError
+from inference.lane import Drawing
+from inference.preparing import AdapterKey
 from inference.request import (
+    EngineClosed,
+    EngineFault,
     EngineStartFailed,
     GenerationRequest,
     GenerationResult,
     IsCancelled,
     ModelFacts,
+    OnOccupancy,
     OnStep,
-    Picture,
     RequestFailed,
-    Stage,
     StepReport,
 )
 from inference.schedulers import SCHEDULERS
 from inference.stable_diffusion import StableDiffusion
+from inference.stepping import StepLoop
 
 logger = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 3
+POLL_SECONDS = 0.1
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class LocalEngine:
-    """`Engine` in this process. Owner of the model and of the one thread that may touch it."""
+    """`Engine` in this process. Owner of the thread that the model's loop runs on."""
 
-    def __init__(self, settings: ModelSettings) -> None:
-        """Load the model and warm it up; `EngineStartFailed` says why that cannot be."""
+    def __init__(self, settings: ModelSettings, on_occupancy: OnOccupancy = lambda _: None) -> None:
+        """Load the model and warm it up; `EngineStartFailed` says why that cannot be. `on_occupancy` is called on the
+        engine's thread after each turn of its loop."""
         _quieten_libraries()
         started_at = time.monotonic()
         device = _choose_device(settings.device)
         dtype = _choose_dtype(settings.dtype, device)
-        self._model = StableDiffusion(settings.model_id, device=device, dtype=dtype)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
-        step_seconds = self._warm_up()
+        self._model = self._load(settings.model_id, device, dtype)
+        self._on_occupancy = on_occupancy
+        self._inbox: queue.SimpleQueue[Drawing | None] = queue.SimpleQueue()
+        # What is in the inbox is answered: nothing may come in once the thread has looked into it for the last time.
+        self._taking_in = threading.Lock()
+        self._is_closing = False
+        self.is_broken = False
+        self._loop = StepLoop(
+            self._model,
+            max_lanes=settings.max_concurrent_generations,
+            num_slots=settings.adapter_slots,
+            max_rank=settings.adapter_max_rank,
+            on_ready=self._wake,
+        )
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+        try:
+            step_seconds = self._warm_up()
+        except RequestFailed as error:
+            self.close()
+            raise EngineStartFailed(f"MODEL_ID {settings.model_id!r} cannot draw a picture: {error}") from error
         self.facts = ModelFacts(
             model=_public_name(settings.model_id),
             family=self._model.family,
@@ -64,44 +86,71 @@ class LocalEngine:
         self, request: GenerationRequest, on_step: OnStep, is_cancelled: IsCancelled
     ) -> Future[GenerationResult]:
         """Queue `request`; see `Engine`."""
-        return self._thread.submit(self._draw, request, on_step, is_cancelled)
+        keys = tuple(AdapterKey.of(file) for file in request.adapters)
+        drawing = Drawing(request, on_step, is_cancelled, keys)
+        with self._taking_in:
+            if self._is_closing or self.is_broken:
+                raise EngineClosed("the engine is closed")
+            self._inbox.put(drawing)
+        return drawing.future
 
     def close(self) -> None:
         """Drop what waits, finish what is being drawn, and end the thread."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        with self._taking_in:
+            self._is_closing = True
+        self._wake()
+        self._thread.join()
 
-    def _draw(self, request: GenerationRequest, on_step: OnStep, is_cancelled: IsCancelled) -> GenerationResult:
+    def _load(self, model_id: str, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
+        return StableDiffusion(model_id, device=device, dtype=dtype)
+
+    def _wake(self) -> None:
+        self._inbox.put(None)
+
+    # Everything below runs on the engine's thread.
+
+    def _run(self) -> None:
         try:
-            return self._draw_pictures(request, on_step, is_cancelled)
-        except AdapterError as error:
-            raise RequestFailed(error.code, str(error)) from error
-        except torch.OutOfMemoryError as error:
-            logger.warning("out of memory: %s", error)
+            with torch.inference_mode():
+                self._turn_until_closed()
+        except Exception as error:
+            # The thread's boundary. After an error nobody foresaw, and after the device's own, nothing here is certain.
+            logger.exception("the engine failed")
+            self._break(EngineFault(f"the engine failed: {error}"))
+        finally:
+            self._loop.close()
 
-        # Only here, outside the except block, is the traceback gone and with it the tensors it held.
-        gc.collect()
-        torch.cuda.empty_cache()
-        size = f"{len(request.seeds)} picture(s) of {request.width}x{request.height}"
-        raise RequestFailed("GPU_OOM", f"{size} do not fit the GPU's memory: ask for smaller or fewer pictures")
+    def _turn_until_closed(self) -> None:
+        while True:
+            self._take_in()
+            if self._is_closing:
+                self._loop.withdraw_waiting()
+            self._on_occupancy(self._loop.step())
+            if self._is_closing and self._loop.is_empty and self._inbox.empty():
+                return
 
-    @torch.inference_mode()
-    def _draw_pictures(
-        self, request: GenerationRequest, on_step: OnStep, is_cancelled: IsCancelled
-    ) -> GenerationResult:
-        stages: list[Stage] = []
-        with _timed("adapt", stages), self._model.adapters(request):
-            with _timed("encode", stages):
-                embeddings = self._model.encode(request)
-            with _timed("denoise", stages):
-                latents, scheduler = self._model.denoise(request, embeddings, on_step, is_cancelled)
-        with _timed("decode", stages):
-            pixels = self._model.decode(latents)
+    def _take_in(self) -> None:
+        """Add what has come; wait for something to come while there is nothing to do."""
+        if not self._loop.has_work and not self._is_closing:
+            # What waits for its adapters may be cancelled meanwhile.
+            self._add_next(timeout_seconds=None if self._loop.is_empty else POLL_SECONDS)
+        while not self._inbox.empty():
+            self._add_next(timeout_seconds=0.0)
 
-        pictures = tuple(
-            Picture(width=image.shape[1], height=image.shape[0], rgb=image.tobytes(), seed=seed)
-            for image, seed in zip(pixels, request.seeds, strict=True)
-        )
-        return GenerationResult(pictures=pictures, scheduler=scheduler, stages=_without_overlap(stages))
+    def _add_next(self, timeout_seconds: float | None) -> None:
+        try:
+            drawing = self._inbox.get(timeout=timeout_seconds)
+        except queue.Empty:
+            return
+        if drawing is not None:
+            self._loop.add(drawing)
+
+    def _break(self, error: EngineFault) -> None:
+        with self._taking_in:
+            self.is_broken = True
+        while not self._inbox.empty():
+            self._add_next(timeout_seconds=0.0)
+        self._loop.fail_all(error)
 
     def _warm_up(self) -> float:
         """Draw a picture nobody sees: the first forwards are slow, and the rest give the first time estimate."""
@@ -121,23 +170,8 @@ class LocalEngine:
         def on_step(report: StepReport) -> None:
             seconds.append(report.seconds)
 
-        self._thread.submit(self._draw, request, on_step, lambda: False).result()
-        return min(seconds[1:])
-
-
-@contextmanager
-def _timed(name: str, stages: list[Stage]) -> Iterator[None]:
-    started_at = time.monotonic()
-    yield
-    stages.append(Stage(name, started_at, time.monotonic() - started_at))
-
-
-def _without_overlap(stages: list[Stage]) -> tuple[Stage, ...]:
-    """`adapt` spans loading, encoding, denoising and unloading: keep of it what lies before the encoding."""
-    by_name = {stage.name: stage for stage in stages}
-    adapt, encode = by_name["adapt"], by_name["encode"]
-    by_name["adapt"] = Stage("adapt", adapt.started_at, encode.started_at - adapt.started_at)
-    return tuple(sorted(by_name.values(), key=lambda stage: stage.started_at))
+        self.generate(request, on_step, lambda: False).result()
+        return min(seconds[2:])
 
 
 def _public_name(model_id: str) -> str:

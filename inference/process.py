@@ -1,32 +1,37 @@
 """The engine in a process of its own: started, fed, watched, and started again after a crash."""
 
 import logging
-import os
 import selectors
-import signal
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from contextlib import suppress
 from enum import Enum, auto
 from multiprocessing.connection import Connection
 
 from config.logs import log_event
 from config.settings import ModelSettings
 from inference.child_process import Child
+from inference.pending import Pending
 from inference.request import (
     EngineClosed,
     EngineCrashed,
+    EngineFault,
     EngineHung,
     GenerationRequest,
     GenerationResult,
     IsCancelled,
     ModelFacts,
+    Occupancy,
+    OnOccupancy,
     OnStep,
+    RequestCancelled,
+    StepReport,
 )
+from inference.suspects import MAX_CRASHES_ALONE, Lineup
+from inference.vitals import MIN_HANG_SECONDS, Vitals
 from inference.wire import (
     Cancel,
     Failed,
@@ -42,12 +47,6 @@ from inference.wire import (
 
 logger = logging.getLogger(__name__)
 
-MAX_CRASHES_PER_REQUEST = 2
-# Crashes in a row, no request finished between: a sick device or a broken install. Fail the process, not the queue.
-MAX_CONSECUTIVE_CRASHES = 5
-# Silence after which a request counts as hung: never less than this, and never less than what it could honestly take.
-MIN_HANG_SECONDS = 60.0
-MAX_STEP_FACTOR = 20.0
 POLL_SECONDS = 0.1
 
 
@@ -60,25 +59,21 @@ class EngineState(Enum):
     CLOSED = auto()
 
 
-@dataclass(slots=True)
-class _Pending:
-    """A request not yet answered."""
+class _End(Enum):
+    """Why a child is served no longer."""
 
-    request: GenerationRequest
-    on_step: OnStep
-    is_cancelled: IsCancelled
-    future: Future[GenerationResult] = field(default_factory=Future)
-    crashes: int = 0
-    cancel_sent: bool = False
-    is_hung: bool = False
+    CLOSED = auto()  # by us: the engine is closing or has given up
+    CRASHED = auto()
+    HUNG = auto()
+    SICK = auto()  # fault upon fault
 
 
 class EngineProcess:
     """`Engine` in a child process. Its one thread owns the child, the pipe and the pending requests.
 
-    The child gets one request at a time, so a crash always has one culprit. That request is tried again in a fresh
-    child and fails as `EngineCrashed` after `MAX_CRASHES_PER_REQUEST`; those that wait never notice. A child that falls
-    silent over a request is killed, which is one crash more.
+    The child gets every request at once and draws them together. A child that dies, falls silent or answers nothing but
+    faults is replaced, and what was inside it is drawn again; `Lineup` tells in which company, and which request is to
+    blame: that one fails as `EngineCrashed` or `EngineHung`, the others never notice.
     """
 
     def __init__(
@@ -87,19 +82,23 @@ class EngineProcess:
         *,
         log_level: str,
         on_restart: Callable[[], None],
+        on_occupancy: OnOccupancy = lambda _occupancy: None,
         min_hang_seconds: float = MIN_HANG_SECONDS,
+        spawn: Callable[[], Child] = Child.spawn,
     ) -> None:
+        """`on_restart` and `on_occupancy` run on the owner thread: be quick."""
         self._settings = settings
         self._log_level = log_level
         self._on_restart = on_restart
-        self._min_hang_seconds = min_hang_seconds
-        self._heard_at = 0.0
+        self._on_occupancy = on_occupancy
+        self._spawn = spawn
         self._lock = threading.Lock()
-        self._waiting: deque[_Pending] = deque()
-        self._running: _Pending | None = None
+        self._newcomers: list[Pending] = []
+        self._lineup: Lineup[Pending] = Lineup()
+        self._vitals = Vitals(min_hang_seconds)
+        self._occupancy: Occupancy | None = None
         self._is_closing = False
         self._wake_reader, self._wake_writer = socket.socketpair()
-        self._consecutive_crashes = 0
         # PR_SET_PDEATHSIG follows the spawning *thread*: the child lives as long as this one, not one moment longer.
         self._thread = threading.Thread(target=self._run, name="engine-owner", daemon=True)
         self.state = EngineState.STARTING
@@ -115,11 +114,11 @@ class EngineProcess:
         self, request: GenerationRequest, on_step: OnStep, is_cancelled: IsCancelled
     ) -> Future[GenerationResult]:
         """Queue `request`; see `Engine`."""
-        pending = _Pending(request, on_step, is_cancelled)
+        pending = Pending(request, on_step, is_cancelled)
         with self._lock:
             if self.state in (EngineState.FAILED, EngineState.CLOSED):
                 raise EngineClosed(self.failure or "the engine is closed")
-            self._waiting.append(pending)
+            self._newcomers.append(pending)
         self._wake()
         return pending.future
 
@@ -148,29 +147,29 @@ class EngineProcess:
     def _may_go_on(self) -> bool:
         if self._is_closing or self.state is EngineState.FAILED:
             return False
-        if self._consecutive_crashes >= MAX_CONSECUTIVE_CRASHES:
-            self._give_up(f"the engine crashed {self._consecutive_crashes} times in a row")
+        if self._vitals.is_hopeless:
+            self._give_up(f"the engine crashed {self._vitals.crashes_in_a_row} times in a row")
             return False
         return True
 
     def _live_one_life(self) -> None:
         """Spawn a child and serve it until it ends."""
         self.state = EngineState.STARTING
-        child = Child.spawn()
+        child = self._spawn()
         self.pid = child.process.pid
+        end = _End.CLOSED
         try:
-            child.connection.send(Start(self._settings, self._log_level))
-            self._serve(child.connection)
-        except (EOFError, ConnectionError):
-            pass  # the child is gone; what it leaves behind is sorted out below
+            _send(child.connection, Start(self._settings, self._log_level))
+            end = self._serve(child.connection)
         finally:
-            child.end(is_idle=self._running is None and self.state is EngineState.READY)
+            is_at_rest = self.state is EngineState.READY and not self._lineup.inside
+            child.end(is_idle=is_at_rest and end is _End.CLOSED)
             self.pid = None
 
-        if not self._is_closing and self.state is not EngineState.FAILED:
-            self._after_crash(child.process.returncode)
+        if end is not _End.CLOSED and not self._is_closing:
+            self._after_crash(end, child.process.returncode)
 
-    def _serve(self, connection: "Connection[ToChild, FromChild]") -> None:
+    def _serve(self, connection: "Connection[ToChild, FromChild]") -> _End:
         # One selector for the child's life: multiprocessing.connection.wait would make one for every message.
         with selectors.DefaultSelector() as selector:
             selector.register(connection, selectors.EVENT_READ)
@@ -180,11 +179,20 @@ class EngineProcess:
                 if self._wake_reader in ready:
                     self._wake_reader.recv(4096)
                 if connection in ready:
-                    self._heard_at = time.monotonic()
-                    self._handle(connection.recv())
+                    message = _receive(connection)
+                    if message is None:
+                        return _End.CRASHED
+                    self._vitals.note_sign()
+                    self._handle(message)
+                if self._is_sick():
+                    return _End.SICK
+                self._take_newcomers()
+                self._drop_unwanted()
+                self._pass_on_cancels(connection)
                 self._dispatch(connection)
-                self._pass_on_cancel(connection)
-                self._kill_if_hung()
+                if self._is_hung():
+                    return _End.HUNG
+        return _End.CLOSED
 
     def _handle(self, message: FromChild) -> None:
         match message:
@@ -194,71 +202,95 @@ class EngineProcess:
                 log_event(logger, "engine ready", device=facts.device, dtype=facts.dtype, model=facts.model)
             case StartFailed(reason):
                 self._give_up(reason)
-            case Stepped(request_id, report):
-                if self._running is not None and self._running.request.request_id == request_id:
-                    self._running.on_step(report)
-            case Finished() | Failed():
-                self._answer(message)
+            case Stepped(reports, occupancy):
+                for request_id, report in reports:
+                    self._pass_on_step(request_id, report)
+                self._occupancy = occupancy
+                self._on_occupancy(occupancy)
+            case Finished(request_id, result):
+                self._vitals.note_finished()
+                self._take_out(request_id).finish(result)
+            case Failed(request_id, error):
+                if isinstance(error, EngineFault):
+                    self._vitals.note_fault(request_id)
+                self._take_out(request_id).fail(error)
 
-    def _answer(self, message: Finished | Failed) -> None:
-        running, self._running = self._running, None
-        self._consecutive_crashes = 0
-        assert running is not None, "the child answered a request nobody sent"  # noqa: S101
-        if isinstance(message, Finished):
-            running.future.set_result(message.result)
-        else:
-            running.future.set_exception(message.error)
+    def _pass_on_step(self, request_id: str, report: StepReport) -> None:
+        pending = self._lineup.find(request_id)
+        if pending is not None and pending.begin():
+            pending.on_step(report)
+
+    def _take_out(self, request_id: str) -> Pending:
+        pending = self._lineup.find(request_id)
+        assert pending is not None, "the child answered a request nobody sent"  # noqa: S101
+        self._lineup.remove(pending)
+        return pending
+
+    def _take_newcomers(self) -> None:
+        with self._lock:
+            newcomers, self._newcomers = self._newcomers, []
+        for pending in newcomers:
+            self._lineup.add(pending)
+
+    def _drop_unwanted(self) -> None:
+        """Cancelled requests that are not inside never get there."""
+        for pending in self._lineup.outside:
+            if pending.is_unwanted:
+                self._lineup.remove(pending)
+                pending.fail(RequestCancelled("cancelled while it waited"))
+
+    def _pass_on_cancels(self, connection: "Connection[ToChild, FromChild]") -> None:
+        for pending in self._lineup.inside:
+            if not pending.is_cancel_sent and pending.is_unwanted:
+                pending.is_cancel_sent = True
+                _send(connection, Cancel(pending.request_id))
 
     def _dispatch(self, connection: "Connection[ToChild, FromChild]") -> None:
-        if self._running is not None or self.state is not EngineState.READY:
+        if self.state is not EngineState.READY:
             return
-        with self._lock:
-            while self._waiting:
-                pending = self._waiting.popleft()
-                if pending.crashes or pending.future.set_running_or_notify_cancel():
-                    self._running = pending
-                    break
-        if self._running is not None:
-            self._heard_at = time.monotonic()
-            connection.send(Generate(self._running.request))
+        if not self._lineup.inside:
+            self._vitals.note_sign()  # an idle child has nothing to say
+        for pending in self._lineup.take():
+            _send(connection, Generate(pending.request))
 
-    def _pass_on_cancel(self, connection: "Connection[ToChild, FromChild]") -> None:
-        running = self._running
-        if running is not None and not running.cancel_sent and running.is_cancelled():
-            running.cancel_sent = True
-            connection.send(Cancel(running.request.request_id))
+    def _is_sick(self) -> bool:
+        if not self._vitals.is_sick:
+            return False
+        log_event(logger, "engine sick", logging.ERROR)
+        return True
 
-    def _kill_if_hung(self) -> None:
-        """The watchdog. What it kills shows as a closed pipe on the next turn."""
-        if self._running is None or self._running.is_hung or self.pid is None:
-            return
-        silent_seconds = time.monotonic() - self._heard_at
-        if silent_seconds > max(self._min_hang_seconds, self._longest_step_seconds(self._running.request)):
-            log_event(logger, "engine hung", logging.ERROR, silent_seconds=round(silent_seconds, 1))
-            self._running.is_hung = True
-            os.kill(self.pid, signal.SIGKILL)
+    def _is_hung(self) -> bool:
+        inside = [pending.request for pending in self._lineup.inside]
+        if not inside or self.facts is None or not self._vitals.is_hung(inside, self.facts):
+            return False
+        log_event(logger, "engine hung", logging.ERROR, silent_seconds=round(self._vitals.silent_seconds, 1))
+        return True
 
-    def _longest_step_seconds(self, request: GenerationRequest) -> float:
-        """What a step of `request` may take at the very worst, by the step measured at base size."""
-        assert self.facts is not None, "a request runs only in a ready engine"  # noqa: S101
-        area = request.width * request.height / self.facts.base_size**2
-        return MAX_STEP_FACTOR * self.facts.step_seconds * len(request.seeds) * max(1.0, area)
-
-    def _after_crash(self, exit_code: int) -> None:
-        self._consecutive_crashes += 1
+    def _after_crash(self, end: _End, exit_code: int) -> None:
+        self._vitals.note_crash()
         self._on_restart()
-        log_event(logger, "engine crashed", logging.ERROR, exit_code=exit_code, in_a_row=self._consecutive_crashes)
-        victim, self._running = self._running, None
-        if victim is None:
+        self._tell_empty()
+        log_event(
+            logger,
+            "engine crashed",
+            logging.ERROR,
+            exit_code=exit_code,
+            in_a_row=self._vitals.crashes_in_a_row,
+            num_inside=len(self._lineup.inside),
+        )
+        if end is _End.SICK:
+            self._lineup.spare()
             return
-        victim.crashes += 1
-        victim.cancel_sent = False
-        if victim.crashes >= MAX_CRASHES_PER_REQUEST:
-            victim.future.set_exception(_defeat(victim, exit_code))
-        else:
-            victim.is_hung = False
-            with self._lock:
-                self._waiting.appendleft(victim)
+        culprit = self._lineup.blame()
+        if culprit is not None:
+            culprit.fail(_defeat(end, exit_code))
+
+    def _tell_empty(self) -> None:
+        """Nothing is in the next child yet."""
+        if self._occupancy is not None:
+            held = self._occupancy
+            num_slots = held.slots_active + held.slots_idle + held.slots_free
+            self._on_occupancy(Occupancy(0, 0, slots_active=0, slots_idle=0, slots_free=num_slots))
 
     def _give_up(self, reason: str) -> None:
         log_event(logger, "engine failed", logging.CRITICAL, reason=reason)
@@ -267,24 +299,31 @@ class EngineProcess:
             self.state = EngineState.FAILED
 
     def _refuse_all(self) -> None:
-        with self._lock:
-            unanswered = [*self._waiting, *([self._running] if self._running else [])]
-            self._waiting.clear()
-            self._running = None
-        for pending in unanswered:
-            try:
-                pending.future.set_exception(EngineClosed(self.failure or "the engine was closed"))
-            except InvalidStateError:
-                continue  # its owner cancelled it first
+        self._take_newcomers()
+        for pending in (*self._lineup.inside, *self._lineup.outside):
+            pending.fail(EngineClosed(self.failure or "the engine was closed"))
 
     def _wake(self) -> None:
         self._wake_writer.send(b"x")
 
 
-def _defeat(victim: _Pending, exit_code: int) -> EngineCrashed | EngineHung:
-    if victim.is_hung:
-        return EngineHung(f"the engine hung on this job; it was tried {victim.crashes} times")
-    return EngineCrashed(f"the engine crashed {victim.crashes} times on this job (exit code {exit_code})")
+def _send(connection: "Connection[ToChild, FromChild]", message: ToChild) -> None:
+    with suppress(OSError):  # a dead child shows where it is read, behind the last that it said
+        connection.send(message)
+
+
+def _receive(connection: "Connection[ToChild, FromChild]") -> FromChild | None:
+    """The next message; None: the child is gone, perhaps in the middle of a message."""
+    try:
+        return connection.recv()
+    except (EOFError, OSError):
+        return None
+
+
+def _defeat(end: _End, exit_code: int) -> EngineCrashed | EngineHung:
+    if end is _End.HUNG:
+        return EngineHung(f"the engine hung on this job; it was tried {MAX_CRASHES_ALONE} times alone")
+    return EngineCrashed(f"the engine crashed {MAX_CRASHES_ALONE} times on this job alone (exit code {exit_code})")
 
 
 def wait_until_ready(engine: EngineProcess, timeout_seconds: float) -> None:

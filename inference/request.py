@@ -58,7 +58,10 @@ class AdapterFile:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One job's pictures: one lane for each seed. Sizes in pixels, already multiples of the family's."""
+    """One job's pictures: one lane for each seed. Sizes in pixels, already multiples of the family's.
+
+    `arrived_at` (`time.monotonic()`) is when the job came in: the oldest gets the first free lane.
+    """
 
     request_id: str
     prompt: str
@@ -70,16 +73,31 @@ class GenerationRequest:
     seeds: tuple[int, ...]
     scheduler: str | None = None
     adapters: tuple[AdapterFile, ...] = ()
+    arrived_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """Step `step_index` of `num_steps` is done (0: denoising begins); `seconds` is what that step took."""
+    """Step `step_index` of `num_steps` is done by all of the request's lanes (0: denoising begins).
+
+    `seconds` have passed since the step before, other requests' turns included.
+    """
 
     step_index: int
     num_steps: int
-    num_lanes: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """What the engine holds after a turn of its loop: `num_batched` lanes shared the turn's forward (0: it had none),
+    `num_lanes` are being denoised now, and the adapter slots by state."""
+
+    num_batched: int
+    num_lanes: int
+    slots_active: int
+    slots_idle: int
+    slots_free: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +145,16 @@ class ModelFacts:
 
 
 OnStep = Callable[[StepReport], None]
+OnOccupancy = Callable[[Occupancy], None]
 IsCancelled = Callable[[], bool]
 
 
 class Engine(Protocol):
     """The engine's interface, the same in this process and in one of its own.
 
-    `generate` returns at once. The future ends with a `GenerationResult` or one of the errors above; cancelling it
-    works until drawing begins, and `is_cancelled` from then on. `on_step` runs on the engine's thread: be quick.
+    `generate` returns at once; requests are drawn together, as many lanes as there is room for. The future ends with a
+    `GenerationResult` or one of the errors above; cancelling it works until drawing begins (the report of step 0), and
+    `is_cancelled` from then on. `on_step` runs on the engine's thread: be quick.
     """
 
     def generate(

@@ -1,9 +1,7 @@
-"""Stable Diffusion 1.x and 2.x: load the checkpoint once, then encode, denoise and decode request by request."""
+"""Stable Diffusion 1.x and 2.x: load once, then encode prompts, denoise batches of lanes and decode pictures."""
 
 import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from inference.adapters import check_fits, read_adapter
-from inference.request import (
-    EngineStartFailed,
-    GenerationRequest,
-    IsCancelled,
-    OnStep,
-    RequestCancelled,
-    RequestFailed,
-    StepReport,
-)
-from inference.schedulers import make_scheduler
+from inference.adapters import Adapter, check_fits
+from inference.bank import AdapterBank, PackedAdapter, Row
+from inference.lane import Lane
+from inference.request import EngineStartFailed
+from inference.sampling import Sampler, Samplers
 
 PIPELINE_CLASS = "StableDiffusionPipeline"
 
-Embeddings = tuple[torch.Tensor, torch.Tensor | None]
-
 
 class StableDiffusion:
-    """Owner of the resident pipeline. Not thread-safe: the engine's one thread calls it."""
+    """Owner of the resident model and its adapter bank. The engine's one thread calls it; `pack` runs on any."""
 
     family = "stable-diffusion"
 
@@ -38,12 +28,14 @@ class StableDiffusion:
         _check_is_stable_diffusion(model_id)
         self.device = device
         self._pipeline = _load(model_id, dtype).to(device)
-        self._pipeline.set_progress_bar_config(disable=True)
-        self._scheduler_config = self._pipeline.scheduler.config
-        if device.type == "cuda":
-            # Convolutions run on tensor cores without a transpose around each of them.
-            self._pipeline.unet.to(memory_format=torch.channels_last)
-            self._pipeline.vae.to(memory_format=torch.channels_last)
+        _check_is_plain(self._pipeline.unet, model_id)
+        self._models = {"unet": self._pipeline.unet, "text_encoder": self._pipeline.text_encoder}
+        self.bank = AdapterBank(self._models, device=device, dtype=dtype)
+        self.samplers = Samplers(self._pipeline.scheduler.config)
+        # Convolutions run on tensor cores without a transpose around each of them.
+        self._memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        self._pipeline.unet.to(memory_format=self._memory_format)
+        self._pipeline.vae.to(memory_format=self._memory_format)
 
     @property
     def base_size(self) -> int:
@@ -54,81 +46,84 @@ class StableDiffusion:
     def size_multiple(self) -> int:
         return int(self._pipeline.vae_scale_factor)
 
-    @contextmanager
-    def adapters(self, request: GenerationRequest) -> Iterator[None]:
-        """Have the request's adapters, and no others, active inside the block."""
-        adapters = [read_adapter(file.weights, file.config) for file in request.adapters]
-        for adapter in adapters:
-            # All before the first is loaded: loading wraps the very layers that are looked at.
-            check_fits(adapter, {"unet": self._pipeline.unet, "text_encoder": self._pipeline.text_encoder})
-        if not adapters:
-            yield
-            return
+    def pack(self, adapter: Adapter) -> PackedAdapter:
+        """The adapter as the bank takes it; AdapterIncompatible unless every layer fits."""
+        check_fits(adapter, self._models)
+        return self.bank.pack(adapter)
 
-        names = [f"adapter_{index}" for index in range(len(adapters))]
-        try:
-            for name, adapter in zip(names, adapters, strict=True):
-                self._pipeline.load_lora_weights(adapter.state_dict(), adapter_name=name)
-            self._pipeline.set_adapters(names, [file.scale for file in request.adapters])
-            yield
-        finally:
-            self._pipeline.unload_lora_weights()
+    def encode(self, texts: Sequence[str], adapters: Sequence[Row]) -> torch.Tensor:
+        """Embeddings [texts, tokens, width], each under its own adapters."""
+        self.bank.route(adapters)
+        embeddings, _ = self._pipeline.encode_prompt(list(texts), self.device, 1, False)
+        return embeddings  # type: ignore[no-any-return]
 
-    def encode(self, request: GenerationRequest) -> Embeddings:
-        """The prompt's embeddings, `[lanes, tokens, width]`, and the negative prompt's where guidance is on."""
-        positive, negative = self._pipeline.encode_prompt(
-            request.prompt,
-            self.device,
-            num_images_per_prompt=len(request.seeds),
-            do_classifier_free_guidance=request.guidance_scale > 1,
-            negative_prompt=request.negative_prompt,
-        )
-        return positive, negative
+    def begin(self, lane: Lane) -> tuple[str, Sampler]:
+        """The lane's sampler at its first step, and its scheduler's name."""
+        request = lane.drawing.request
+        # Noise comes from the CPU and in 32 bits, so that a seed gives the same picture on any device.
+        generator = torch.Generator().manual_seed(lane.seed)
+        multiple = self.size_multiple
+        shape = (self._pipeline.unet.config.in_channels, request.height // multiple, request.width // multiple)
+        noise = torch.randn(shape, generator=generator).to(self.device)
+        return self.samplers.begin(request.scheduler, request.num_inference_steps, noise, generator)
 
-    def denoise(
-        self, request: GenerationRequest, embeddings: Embeddings, on_step: OnStep, is_cancelled: IsCancelled
-    ) -> tuple[torch.Tensor, str]:
-        """Latents `[lanes, channels, height / multiple, width / multiple]`, and the scheduler's name."""
-        name, self._pipeline.scheduler = make_scheduler(request.scheduler, self._scheduler_config)
-        # Noise comes from the CPU, so that a seed gives the same picture on any device.
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
-        on_step(StepReport(0, request.num_inference_steps, len(request.seeds), 0.0))
-        latents = self._pipeline(
-            prompt_embeds=embeddings[0],
-            negative_prompt_embeds=embeddings[1],
-            width=request.width,
-            height=request.height,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            generator=generators,
-            output_type="latent",
-            callback_on_step_end=_reporter(request, on_step, is_cancelled),
-        ).images
-        return latents, name
+    def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
+        """One forward for lanes of one shape: a guided prediction [channels, height, width] each, fp32.
 
-    def decode(self, latents: torch.Tensor) -> NDArray[np.uint8]:
-        """Pictures `[lanes, height, width, 3]` of latents, as the pipeline itself would round them."""
-        scaled = latents / self._pipeline.vae.config.scaling_factor
-        images = self._pipeline.vae.decode(scaled, return_dict=False)[0]
-        if not torch.isfinite(images).all():
-            raise RequestFailed("OUTPUT_INVALID", "the model drew a picture with values that are not numbers")
-        unit = self._pipeline.image_processor.postprocess(images, output_type="np")
-        return (unit * 255).round().astype(np.uint8)  # type: ignore[no-any-return]
+        Rows: the negative prompts of the guided lanes, their prompts, then the prompts of the others.
+        """
+        guided = [lane for lane in lanes if lane.num_rows == 2]
+        ordered = guided + [lane for lane in lanes if lane.num_rows == 1]
+        rows = guided + ordered
+        self.bank.route([lane.drawing.row for lane in rows])
+        latents = torch.stack([_sampler(lane).model_input() for lane in rows])
+        predictions = self._pipeline.unet(
+            latents.to(self._pipeline.unet.dtype, memory_format=self._memory_format),
+            self._upload([_sampler(lane).timestep for lane in rows]),
+            torch.stack([_embedding(lane, is_negative=i < len(guided)) for i, lane in enumerate(rows)]),
+            return_dict=False,
+        )[0].float()
+        negative, positive, unguided = predictions.split((len(guided), len(guided), len(lanes) - len(guided)))
+        scales = self._upload([lane.drawing.request.guidance_scale for lane in guided]).view(-1, 1, 1, 1)
+        drawn = torch.cat((negative + scales * (positive - negative), unguided)).unbind()
+        by_lane = {id(lane): prediction for lane, prediction in zip(ordered, drawn, strict=True)}
+        return [by_lane[id(lane)] for lane in lanes]
+
+    def decode(self, latents: torch.Tensor, *, in_tiles: bool = False) -> NDArray[np.uint8] | None:
+        """The picture [height, width, 3] of latents [channels, height, width], rounded as the pipeline would; None
+        where it came out as no numbers. Tiles take less memory and blend where they meet."""
+        vae = self._pipeline.vae
+        vae.use_tiling = in_tiles
+        scaled = latents[None].to(vae.dtype) / vae.config.scaling_factor
+        image = vae.decode(scaled, return_dict=False)[0][0].float()
+        pixels = ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+        return pixels.cpu().numpy() if image.isfinite().all() else None
+
+    def _upload(self, values: list[float]) -> torch.Tensor:
+        # From pinned memory: any other copy would wait for the step that is running.
+        host = torch.tensor(values, dtype=torch.float32, pin_memory=self.device.type == "cuda")
+        return host.to(self.device, non_blocking=True)
 
 
-def _reporter(request: GenerationRequest, on_step: OnStep, is_cancelled: IsCancelled) -> Any:
-    last = time.perf_counter()
+def _sampler(lane: Lane) -> Sampler:
+    assert lane.sampler is not None, "a lane has its sampler from joining on"  # noqa: S101
+    return lane.sampler
 
-    def after_step(_pipeline: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        nonlocal last
-        now = time.perf_counter()
-        on_step(StepReport(index + 1, request.num_inference_steps, len(request.seeds), now - last))
-        last = now
-        if is_cancelled():
-            raise RequestCancelled("cancelled by the caller")
-        return tensors
 
-    return after_step
+def _embedding(lane: Lane, *, is_negative: bool) -> torch.Tensor:
+    conditioning = lane.drawing.conditioning
+    assert conditioning is not None, "a lane has its conditioning from joining on"  # noqa: S101
+    embedding = conditioning.negative if is_negative else conditioning.positive
+    assert embedding is not None, "a guided lane has a negative prompt's embedding"  # noqa: S101
+    return embedding
+
+
+def _check_is_plain(unet: Any, model_id: str) -> None:
+    """The pipeline has more kinds of UNet than this file."""
+    config = unet.config
+    if config.time_cond_proj_dim is not None or config.in_channels != config.out_channels:
+        kind = "an inpainting or guidance-distilled UNet"
+        raise EngineStartFailed(f"MODEL_ID {model_id!r} has {kind}; this version draws pictures from text alone")
 
 
 def _load(model_id: str, dtype: torch.dtype) -> Any:

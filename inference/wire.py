@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from config.settings import ModelSettings
-from inference.request import EngineError, GenerationRequest, GenerationResult, ModelFacts, StepReport
+from inference.request import EngineError, GenerationRequest, GenerationResult, ModelFacts, Occupancy, StepReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,10 @@ class StartFailed:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    request_id: str
-    report: StepReport
+    """One turn of the engine's loop: the steps it brought, by request id, and what the engine holds after it."""
+
+    reports: tuple[tuple[str, StepReport], ...]
+    occupancy: Occupancy
 
 
 @dataclass(frozen=True, slots=True)

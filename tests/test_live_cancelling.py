@@ -43,7 +43,7 @@ def assert_cancelled_once(world: World, generation_id: int) -> None:
 
 
 def test_a_running_job_leaves_within_two_steps_and_the_next_one_begins(world: World, worker: Worker) -> None:
-    steps_before = worker.metric("darkroom_denoise_steps_total")
+    steps_before = worker.metric("darkroom_denoise_lane_steps_total")
     task_id = str(uuid.uuid4())
     running = world.publish(task_id=task_id, num_inference_steps=LONG)
     next_one = world.publish()
@@ -53,12 +53,12 @@ def test_a_running_job_leaves_within_two_steps_and_the_next_one_begins(world: Wo
 
     assert_cancelled_once(world, running)
     assert world.wait_for_end(next_one).kind == "complete"
-    assert worker.metric("darkroom_denoise_steps_total") - steps_before < LONG
+    assert worker.metric("darkroom_denoise_lane_steps_total") - steps_before < LONG
     world.wait_until_clean()
 
 
 def test_jobs_that_wait_here_or_still_in_the_queue_never_reach_the_gpu(world: World, worker: Worker) -> None:
-    steps_before = worker.metric("darkroom_denoise_steps_total")
+    steps_before = worker.metric("darkroom_denoise_lane_steps_total")
     running = world.publish(num_inference_steps=60)
     world.wait_for_step(running)
     waiting = [world.publish() for _ in range(NUM_AHEAD + 2)]
@@ -71,7 +71,7 @@ def test_jobs_that_wait_here_or_still_in_the_queue_never_reach_the_gpu(world: Wo
     assert_cancelled_once(world, waiting[-1])
     for generation_id in (running, *waiting[1:-1]):
         assert world.wait_for_end(generation_id).kind == "complete"
-    assert worker.metric("darkroom_denoise_steps_total") - steps_before == 60 + 8 * NUM_AHEAD
+    assert worker.metric("darkroom_denoise_lane_steps_total") - steps_before == 60 + 8 * NUM_AHEAD
     world.wait_until_clean()
 
 

@@ -54,12 +54,12 @@ class Since:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._steps = worker.metric("darkroom_denoise_steps_total")
+        self._steps = worker.metric("darkroom_denoise_lane_steps_total")
         self._lines = len(worker.log.read_text().splitlines())
 
     @property
     def num_steps(self) -> float:
-        return self._worker.metric("darkroom_denoise_steps_total") - self._steps
+        return self._worker.metric("darkroom_denoise_lane_steps_total") - self._steps
 
     def events(self, name: str) -> list[dict[str, Any]]:
         return self._worker.events(name, first_line=self._lines)
@@ -217,7 +217,7 @@ def test_events_in_the_outbox_outlive_the_worker_that_put_them_there(world: Worl
     next_worker.wait_until_ready()
 
     assert_complete_once(world, generation_id)
-    assert next_worker.metric("darkroom_denoise_steps_total") == 0
+    assert next_worker.metric("darkroom_denoise_lane_steps_total") == 0
 
 
 def test_a_backend_that_refuses_the_event_for_good_leaves_a_dead_letter(
@@ -337,7 +337,7 @@ def test_a_record_in_the_ledger_wins_over_a_second_worker(world: World, worker: 
     world.wait_until_clean()
 
     assert len(world.backend.calls("complete", first)) == 1
-    assert second_worker.metric("darkroom_denoise_steps_total") == 0
+    assert second_worker.metric("darkroom_denoise_lane_steps_total") == 0
     assert world.backend.calls("failed") == []
 
 

@@ -43,4 +43,4 @@ def test_an_outage_of_the_backend_delays_no_picture_and_it_hears_of_every_one(
         assert time.monotonic() - back_at < 60
         world.wait_until_clean()
         assert len(world.backend.calls("complete")) == NUM_JOBS
-        assert worker.metric("darkroom_denoise_steps_total") == NUM_JOBS * STEPS
+        assert worker.metric("darkroom_denoise_lane_steps_total") == NUM_JOBS * STEPS

@@ -1,40 +1,34 @@
 """The engine's pictures against plain diffusers', fp32 on a CPU: the same seed gives the same picture."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import PeftModel
-from PIL import Image
 
-from config.settings import ModelSettings
 from inference.engine import LocalEngine
-from inference.request import AdapterFile, EngineStartFailed, GenerationRequest, RequestFailed, StepReport
-from inference.schedulers import SCHEDULERS, make_scheduler
+from inference.request import AdapterFile, EngineStartFailed, RequestFailed, StepReport
+from inference.schedulers import SCHEDULERS
+from inference.stable_diffusion import StableDiffusion
 from tests.engine_requests import request_of
+from tests.pictures import DEMO, MIN_PSNR_DB, demo_pipe, draw, one_torch_thread, plain, psnr, settings_of
 from tests.tiny_models import build_tiny_sd, load_pipe, write_adapter
-
-DEMO = Path(__file__).parent.parent / "examples" / "demo_model"
-MIN_PSNR_DB = 42.0
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_torch_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[LocalEngine]:
     """The engine on the demo model."""
-    made = LocalEngine(ModelSettings(MODEL_ID=str(DEMO / "checkpoint"), DEVICE="cpu"))
+    made = LocalEngine(settings_of(DEMO / "checkpoint"))
     yield made
     made.close()
 
@@ -47,40 +41,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny_engine(tiny: Path) -> Iterator[LocalEngine]:
-    made = LocalEngine(ModelSettings(MODEL_ID=str(tiny), DEVICE="cpu"))
+    made = LocalEngine(settings_of(tiny))
     yield made
     made.close()
-
-
-def draw(engine: LocalEngine, request: GenerationRequest, steps: list[StepReport] | None = None) -> list[Image.Image]:
-    on_step: Callable[[StepReport], None] = [].append if steps is None else steps.append
-    result = engine.generate(request, on_step, lambda: False).result()
-    return [Image.frombytes("RGB", (one.width, one.height), one.rgb) for one in result.pictures]
-
-
-def plain(pipe: Any, request: GenerationRequest) -> Image.Image:
-    """What a diffusers user gets for the request's first seed."""
-    _, pipe.scheduler = make_scheduler(request.scheduler, pipe.scheduler.config)
-    drawn = pipe(
-        request.prompt,
-        negative_prompt=request.negative_prompt,
-        width=request.width,
-        height=request.height,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(request.seeds[0]),
-    )
-    return drawn.images[0]  # type: ignore[no-any-return]
-
-
-def demo_pipe() -> Any:
-    return load_pipe(DEMO / "checkpoint")
-
-
-def psnr(one: Image.Image, other: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB; infinite for equal pictures."""
-    error = np.square(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).mean()
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -177,7 +140,7 @@ def test_every_step_is_reported_in_order_from_zero(engine: LocalEngine) -> None:
     draw(engine, request_of(num_inference_steps=6, seeds=(1, 2)), steps)
 
     assert [step.step_index for step in steps] == list(range(7))
-    assert {(step.num_steps, step.num_lanes) for step in steps} == {(6, 2)}
+    assert {step.num_steps for step in steps} == {6}
     assert all(step.seconds > 0 for step in steps[1:])
 
 
@@ -202,7 +165,7 @@ def test_a_picture_of_numbers_that_are_none_is_never_returned(tiny: Path) -> Non
             with torch.no_grad():
                 self._model._pipeline.vae.decoder.conv_out.bias.fill_(math.nan)
 
-    engine = BrokenEngine(ModelSettings(MODEL_ID=str(tiny), DEVICE="cpu"))
+    engine = BrokenEngine(settings_of(tiny))
     engine.break_decoder()
 
     with pytest.raises(RequestFailed) as failure:
@@ -213,19 +176,23 @@ def test_a_picture_of_numbers_that_are_none_is_never_returned(tiny: Path) -> Non
 
 
 def test_running_out_of_memory_fails_the_request_and_the_next_one_runs(tiny: Path) -> None:
-    class SmallEngine(LocalEngine):
+    class SmallModel(StableDiffusion):
         is_full = False
 
-        def _draw_pictures(self, *args: Any) -> Any:
+        def denoise(self, *args: Any) -> Any:
             if self.is_full:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return super()._draw_pictures(*args)
+            return super().denoise(*args)
 
-    engine = SmallEngine(ModelSettings(MODEL_ID=str(tiny), DEVICE="cpu"))
-    engine.is_full = True
+    class SmallEngine(LocalEngine):
+        def _load(self, model_id: str, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
+            return SmallModel(model_id, device=device, dtype=dtype)
+
+    engine = SmallEngine(settings_of(tiny))
+    SmallModel.is_full = True
     with pytest.raises(RequestFailed) as failure:
         draw(engine, request_of(width=64, height=64))
-    engine.is_full = False
+    SmallModel.is_full = False
 
     assert failure.value.code == "GPU_OOM"
     assert "64x64" in str(failure.value)
@@ -233,21 +200,31 @@ def test_running_out_of_memory_fails_the_request_and_the_next_one_runs(tiny: Pat
     engine.close()
 
 
+def test_a_checkpoint_that_draws_no_numbers_is_refused_at_the_start(tmp_path: Path) -> None:
+    pipe = load_pipe(build_tiny_sd(tmp_path / "whole"))
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias.fill_(math.nan)
+    pipe.save_pretrained(tmp_path / "broken")
+
+    with pytest.raises(EngineStartFailed, match="not numbers"):
+        LocalEngine(settings_of(tmp_path / "broken"))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_asked_for_and_missing_is_said_so_at_the_start(tiny: Path) -> None:
     with pytest.raises(EngineStartFailed, match="CUDA_VISIBLE_DEVICES"):
-        LocalEngine(ModelSettings(MODEL_ID=str(tiny), DEVICE="cuda"))
+        LocalEngine(settings_of(tiny, DEVICE="cuda"))
 
 
 def test_a_checkpoint_of_another_family_is_refused_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
 
     with pytest.raises(EngineStartFailed, match="FluxPipeline"):
-        LocalEngine(ModelSettings(MODEL_ID=str(tmp_path), DEVICE="cpu"))
+        LocalEngine(settings_of(tmp_path))
 
 
 def test_the_model_s_weights_have_the_dtype_that_was_asked_for(tiny: Path) -> None:
-    engine = LocalEngine(ModelSettings(MODEL_ID=str(tiny), DEVICE="cpu", DTYPE="bfloat16"))
+    engine = LocalEngine(settings_of(tiny, DTYPE="bfloat16"))
 
     drawn = draw(engine, request_of(width=64, height=64))[0]
 

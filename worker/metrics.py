@@ -2,6 +2,8 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
+from inference.request import Occupancy
+
 # A _created series beside each counter doubles what Prometheus stores and serves no query of ours.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -33,6 +35,20 @@ class Metrics:
         self.webhooks_ambiguous = self._counter("webhook_ambiguous", "Attempts whose answer was lost: maybe taken")
         self.engine_restarts = self._counter("engine_restarts", "Engine processes started after a crash")
         self.idle_seconds = self._counter("idle_seconds", "Time without denoising, by reason", "reason")
+        self._show(Occupancy(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0))
+
+    def note_occupancy(self, occupancy: Occupancy) -> None:
+        """A turn of the engine's loop: count its forward, if it had one, and show what the engine holds now."""
+        if occupancy.num_batched:
+            self.denoise_steps.inc()
+            self.denoise_lane_steps.inc(occupancy.num_batched)
+        self._show(occupancy)
+
+    def _show(self, occupancy: Occupancy) -> None:
+        self.lanes.set(occupancy.num_lanes)
+        self.adapter_slots.labels("active").set(occupancy.slots_active)
+        self.adapter_slots.labels("idle").set(occupancy.slots_idle)
+        self.adapter_slots.labels("free").set(occupancy.slots_free)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"darkroom_{name}", text, labels, registry=self.registry)

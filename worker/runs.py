@@ -28,8 +28,6 @@ class Run:
     began_at: float = field(default_factory=time.time)
     stages: list[Stage] = field(default_factory=list)
     phase: str = ""
-    num_lanes: int = 0
-    num_adapters: int = 0
     future: Future[GenerationResult] | None = None
     is_cancelled: bool = False
 

@@ -3,7 +3,7 @@
 import hashlib
 from concurrent.futures import CancelledError
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -33,8 +33,7 @@ from worker.cancelling import Cancellations
 from worker.events import TerminalEvent
 from worker.job import Job, JobAdapter, JobRejected, resolve_size
 from worker.ledger import Ledger
-from worker.metrics import Metrics
-from worker.progress import ProgressReporter, Track
+from worker.progress import ProgressReporter
 from worker.runs import Run
 from worker.settling import MAX_RECOVERIES, JobFailed, JobReleased, PoisonJob
 
@@ -66,7 +65,6 @@ class Storyteller:
     engine: Engine
     facts: ModelFacts
     progress: ProgressReporter
-    metrics: Metrics
     results_bucket: str
     font_dirs: tuple[Path, ...]
     worker: str
@@ -156,12 +154,16 @@ class Storyteller:
 
     def _generate(self, run: Run, job: Job, adapters: tuple[AdapterFile, ...]) -> GenerationResult:
         self._go_on_or_leave(run)
-        request = request_of(job, adapters, self.facts)
+        request = request_of(job, adapters, self.facts, arrived_at=run.started_at)
         track = self.progress.follow(job.task_id, job.generation_id)
-        watcher = _Watcher(run, track, self.metrics, num_adapters=len(adapters))
+
+        def on_step(report: StepReport) -> None:
+            run.phase = "decode" if report.step_index == report.num_steps else "denoise"
+            track.on_step(report)
+
         run.phase = "wait"
         try:
-            run.future = self.engine.generate(request, watcher.on_step, lambda: run.is_cancelled)
+            run.future = self.engine.generate(request, on_step, lambda: run.is_cancelled)
             if self.is_draining.is_set() or run.is_cancelled:
                 run.future.cancel()
             result = run.future.result()
@@ -169,7 +171,6 @@ class Storyteller:
             self._go_on_or_leave(run)
             raise
         finally:
-            watcher.leave()
             track.close()
         run.stages += _with_wait(run, result.stages)
         return result
@@ -214,7 +215,9 @@ class Storyteller:
         )
 
 
-def request_of(job: Job, adapters: tuple[AdapterFile, ...], facts: ModelFacts) -> GenerationRequest:
+def request_of(
+    job: Job, adapters: tuple[AdapterFile, ...], facts: ModelFacts, *, arrived_at: float = 0.0
+) -> GenerationRequest:
     """What the engine is asked for, the adapters being on the local disk by now."""
     width, height = resolve_size(job, base_size=facts.base_size, size_multiple=facts.size_multiple)
     return GenerationRequest(
@@ -228,31 +231,8 @@ def request_of(job: Job, adapters: tuple[AdapterFile, ...], facts: ModelFacts) -
         seeds=job.seeds,
         scheduler=job.scheduler,
         adapters=adapters,
+        arrived_at=arrived_at,
     )
-
-
-class _Watcher:
-    """Takes each step to the run's phase, the metrics and the progress. Runs on the engine's owner thread."""
-
-    def __init__(self, run: Run, track: Track, metrics: Metrics, *, num_adapters: int) -> None:
-        self._run = run
-        self._track = track
-        self._metrics = metrics
-        self._num_adapters = num_adapters
-
-    def on_step(self, report: StepReport) -> None:
-        run = self._run
-        is_last = report.step_index == report.num_steps
-        run.phase = "decode" if is_last else "denoise"
-        run.num_lanes = 0 if is_last else report.num_lanes
-        run.num_adapters = 0 if is_last else self._num_adapters
-        if report.step_index:
-            self._metrics.denoise_steps.inc()
-            self._metrics.denoise_lane_steps.inc(report.num_lanes)
-        self._track.on_step(report)
-
-    def leave(self) -> None:
-        self._run.num_lanes = self._run.num_adapters = 0
 
 
 def _job_of(run: Run) -> Job:
@@ -269,7 +249,13 @@ def _sign(picture: Picture, signature: Signature, job: Job) -> SignedPicture:
 
 
 def _with_wait(run: Run, stages: tuple[Stage, ...]) -> list[Stage]:
-    """The engine's stages behind the time since the run's last own one: waiting for the engine to be free."""
+    """The engine's stages behind one more: all the waiting for the engine since the run's last own stage.
+
+    Part of it lay between `adapt` and `encode`, where loaded adapters wait for a lane. `adapt` is shown behind it all,
+    so that the stages follow one another without gaps and add up to the time that has passed.
+    """
     fetched = run.stages[-1]
     since = fetched.started_at + fetched.seconds
-    return [Stage("wait", since, max(0.0, stages[0].started_at - since)), *stages]
+    adapt, encode, *others = stages
+    waited = max(0.0, encode.started_at - adapt.seconds - since)
+    return [Stage("wait", since, waited), replace(adapt, started_at=since + waited), encode, *others]

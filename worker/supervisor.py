@@ -82,7 +82,10 @@ class Supervisor:
         self._outbox = Outbox(self._notifier, self._ledger, self._publisher, self._names)
         self._progress = ProgressReporter(self._client, settings.backend.progress_milestones, self._metrics)
         self._engine = EngineProcess(
-            settings.model, log_level=settings.service.log_level, on_restart=self._metrics.engine_restarts.inc
+            settings.model,
+            log_level=settings.service.log_level,
+            on_restart=self._metrics.engine_restarts.inc,
+            on_occupancy=self._metrics.note_occupancy,
         )
         self._processor: Processor | None = None
         self._consumer: Consumer | None = None
@@ -170,7 +173,6 @@ class Supervisor:
             engine=self._engine,
             facts=facts,
             progress=self._progress,
-            metrics=self._metrics,
             results_bucket=self._settings.store.results_bucket,
             font_dirs=self._settings.service.font_dirs,
             worker=f"{socket.gethostname()}:{os.getpid()}",
@@ -195,8 +197,6 @@ class Supervisor:
             is_broker_connected=self._consumer is not None and self._consumer.is_connected,
         )
         self._idle.tick(reason)
-        self._metrics.lanes.set(sum(run.num_lanes for run in runs))
-        self._metrics.adapter_slots.labels("active").set(sum(run.num_adapters for run in runs))
 
     def _update_gauges(self) -> None:
         """The readings that take a call to somebody: never on the main thread, which hears signals."""

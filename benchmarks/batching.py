@@ -1,0 +1,546 @@
+"""What the step-level batch is worth: many jobs with many adapters by plain diffusers and by the engine, side by side.
+
+`make bench` on a CPU, `make bench-gpu` on a CUDA machine (full-size SD 1.5 with random weights). Both sides run in
+one process, a round of each in turn, seeded; medians of the rounds. On a CPU: one thread and process time, since a
+neighbour on the other core would be measured with it. On a GPU: wall time, VAE and PNG included.
+
+Expected: one batch of ten costs far less than ten batches of one while one picture does not fill the device, and the
+engine loads an adapter with one copy where diffusers wraps every layer; ten different adapters cost a batch a few
+per cent, which is their arithmetic and, on small models, the calls that do it.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.models import ALL_LINEAR, ATTENTION, SIZES, build, write_adapter
+from config.settings import ModelSettings
+from inference.adapters import read_adapter
+from inference.bank import Applied
+from inference.engine import LocalEngine
+from inference.lane import Conditioning, Drawing, Lane
+from inference.request import AdapterFile, GenerationRequest, GenerationResult, Occupancy, StepReport
+from inference.stable_diffusion import StableDiffusion
+from tests.world import DEMO_MODEL
+
+NUM_JOBS = 10
+GUIDANCE = 5.0
+# The adapters of the ten jobs: rank, layers, text-encoder layers too? The last job but one has none, the last has two.
+ADAPTERS = (
+    (4, ATTENTION, False),
+    (8, ATTENTION, False),
+    (16, ATTENTION, False),
+    (32, ATTENTION, False),
+    (8, ALL_LINEAR, False),
+    (16, ALL_LINEAR, False),
+    (4, ATTENTION, True),
+    (16, ALL_LINEAR, True),
+)
+MAX_RANK = 128
+JOIN_ARRIVALS = 20
+POISSON_JOBS = 60
+POISSON_LOAD = 0.7
+MATMUL_SIDE = 8192
+# Counted on the standard config: one row of SD 1.5 at 512 pixels through the UNet.
+FLOPS_PER_ROW = {"sd15": 0.80e12}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One picture of the set; `adapters` are files with their scales."""
+
+    prompt: str
+    seed: int
+    adapters: tuple[tuple[Path, float], ...]
+
+
+@dataclass(slots=True)
+class Bench:
+    """One model on one device, and the jobs to draw with it."""
+
+    name: str
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype
+    pixels: int
+    steps: int
+    rounds: int
+    jobs: list[Job]
+
+    def clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+    def settings(self) -> ModelSettings:
+        return ModelSettings(
+            MODEL_ID=str(self.folder),
+            DEVICE=self.device.type,
+            DTYPE=str(self.dtype).removeprefix("torch."),
+            MAX_CONCURRENT_GENERATIONS=NUM_JOBS,
+        )
+
+    def request(self, job: Job, *, steps: int | None = None) -> GenerationRequest:
+        return GenerationRequest(
+            request_id=str(job.seed),
+            prompt=job.prompt,
+            negative_prompt="",
+            width=self.pixels,
+            height=self.pixels,
+            num_inference_steps=steps or self.steps,
+            guidance_scale=GUIDANCE,
+            seeds=(job.seed,),
+            adapters=tuple(AdapterFile(path, None, scale) for path, scale in job.adapters),
+            arrived_at=time.monotonic(),
+        )
+
+    def pipeline(self) -> Any:
+        pipe = StableDiffusionPipeline.from_pretrained(self.folder, dtype=self.dtype, safety_checker=None)
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type="dpmsolver++")
+        pipe.set_progress_bar_config(disable=True)
+        pipe.to(self.device)
+        if self.device.type == "cuda":
+            pipe.unet.to(memory_format=torch.channels_last)
+            pipe.vae.to(memory_format=torch.channels_last)
+        return pipe
+
+
+def main() -> None:
+    """Run every case that was asked for, print the tables and, last, the line of JSON."""
+    arguments = _arguments()
+    torch.set_num_threads(1)
+    device = torch.device(arguments.device)
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.models:
+            print(f"{name} …", flush=True)
+            results.append(_measure(_bench(name, Path(folder) / name, device, arguments)))
+        if arguments.swap:
+            results.append(_swap(Path(folder) / "swap", device, arguments.rounds))
+    _print_tables(results)
+    line = json.dumps({"benchmark": "batching", "device": _device_name(device), "jobs": NUM_JOBS, "results": results})
+    if arguments.out is not None:
+        arguments.out.write_text(line + "\n")
+    print(line)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--models", nargs="*", default=["tiny", "demo", "35m"], choices=("demo", *SIZES))
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--swap", action="store_true", help="also load adapters into a full-size SD 1.5")
+    parser.add_argument("--out", type=Path, help="file for the line of JSON")
+    return parser.parse_args()
+
+
+def _bench(name: str, folder: Path, device: torch.device, arguments: argparse.Namespace) -> Bench:
+    folder.mkdir()
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    checkpoint = DEMO_MODEL / "checkpoint" if name == "demo" else build(name, folder / "checkpoint", dtype)
+    pixels = 128 if name == "demo" else SIZES[name].pixels
+    bench = Bench(name, checkpoint, device, dtype, pixels, arguments.steps, arguments.rounds, [])
+    pipe = bench.pipeline()
+    files = [
+        write_adapter(folder / f"{i}.safetensors", pipe, rank=rank, targets=targets, seed=i, has_text=has_text)
+        for i, (rank, targets, has_text) in enumerate(ADAPTERS)
+    ]
+    worn: list[tuple[tuple[Path, float], ...]] = [((file, 1.0),) for file in files]
+    worn += [(), ((files[0], 0.5), (files[2], 0.8))]
+    bench.jobs = [Job(f"a picture of thing {i}", 100 + i, adapters) for i, adapters in enumerate(worn)]
+    return bench
+
+
+def _measure(bench: Bench) -> dict[str, Any]:
+    with Engine(bench) as engine:
+        pipe = bench.pipeline()
+        sides = {
+            "diffusers": lambda: _by_diffusers(bench, pipe),
+            "engine": lambda: _encoded(engine.draw_all(bench.jobs)),
+        }
+        pictures = {name: side() for name, side in sides.items()}  # warm-up, and the proof that both draw the same
+        engine.num_batched.clear()
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(bench.rounds):
+            for name, side in sides.items():
+                started_at = bench.clock()
+                side()
+                seconds[name].append(bench.clock() - started_at)
+        batched = [count for count in engine.num_batched if count]
+        result = {
+            "case": "ten jobs, ten adapters",
+            "model": bench.name,
+            "pixels": bench.pixels,
+            "steps": bench.steps,
+            "rounds": bench.rounds,
+            "seconds": {name: _spread(values) for name, values in seconds.items()},
+            "speedup": statistics.median(seconds["diffusers"]) / statistics.median(seconds["engine"]),
+            "mean_batch": statistics.mean(batched),
+            "min_psnr_db": min(map(_psnr, pictures["diffusers"], pictures["engine"])),
+            "preloaded": _preloaded(bench, statistics.median(seconds["engine"])),
+            "joining": _joining(bench, engine),
+            "overhead": _overhead(bench, engine),
+        }
+        if bench.device.type == "cuda":
+            result |= {"poisson": _poisson(bench, engine, statistics.median(seconds["engine"]))}
+    return result | {"adapters_cost": _adapters_cost(bench), "utilization": _utilization(bench)}
+
+
+class Engine:
+    """The engine under test, and how many lanes each of its forwards had."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self.num_batched: list[int] = []
+        self.local = LocalEngine(bench.settings(), self._note)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.local.close()
+
+    def _note(self, occupancy: Occupancy) -> None:
+        self.num_batched.append(occupancy.num_batched)
+
+    def submit(
+        self, job: Job, on_step: Callable[[Any], None] = lambda _: None, *, steps: int | None = None
+    ) -> Future[GenerationResult]:
+        return self.local.generate(self._bench.request(job, steps=steps), on_step, lambda: False)
+
+    def draw_all(self, jobs: Sequence[Job]) -> list[Image.Image]:
+        return [_image(future.result()) for future in [self.submit(job) for job in jobs]]
+
+
+def _by_diffusers(bench: Bench, pipe: Any) -> list[Image.Image]:
+    """What a diffusers user would write: load the adapters, draw, unload, one job after another."""
+    images = []
+    for job in bench.jobs:
+        names = [f"adapter_{i}" for i in range(len(job.adapters))]
+        for name, (path, _) in zip(names, job.adapters, strict=True):
+            pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+        if names:
+            pipe.set_adapters(names, [scale for _, scale in job.adapters])
+        images.append(_draw(bench, pipe, job))
+        if names:
+            pipe.unload_lora_weights()
+    return _encoded(images)
+
+
+def _preloaded(bench: Bench, engine_seconds: float) -> dict[str, Any]:
+    """The other thing a diffusers user would write: all adapters loaded for good, `set_adapters` for each job."""
+    pipe = bench.pipeline()
+    names: dict[Path, str] = {}
+    for path in dict.fromkeys(path for job in bench.jobs for path, _ in job.adapters):
+        names[path] = f"adapter_{len(names)}"
+        pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=names[path])
+
+    def draw() -> None:
+        for job in bench.jobs:
+            pipe.enable_lora() if job.adapters else pipe.disable_lora()
+            if job.adapters:
+                pipe.set_adapters([names[path] for path, _ in job.adapters], [scale for _, scale in job.adapters])
+            _encoded([_draw(bench, pipe, job)])
+
+    draw()
+    seconds = []
+    for _ in range(bench.rounds):
+        started_at = bench.clock()
+        draw()
+        seconds.append(bench.clock() - started_at)
+    return {"seconds": _spread(seconds), "speedup": statistics.median(seconds) / engine_seconds}
+
+
+def _draw(bench: Bench, pipe: Any, job: Job) -> Image.Image:
+    picture: Image.Image = pipe(
+        job.prompt,
+        negative_prompt="",
+        width=bench.pixels,
+        height=bench.pixels,
+        num_inference_steps=bench.steps,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator("cpu").manual_seed(job.seed),
+    ).images[0]
+    return picture
+
+
+def _joining(bench: Bench, engine: Engine) -> dict[str, Any]:
+    """A set is running with a lane free: how long does a job that arrives within a step wait for its own first one,
+    beside the reading and encoding that it needs in any case?"""
+    arrivals = [_arrival(bench, engine, number) for number in range(JOIN_ARRIVALS)]
+    waits = sorted(arrival.wait_steps for arrival in arrivals)
+    return {
+        "arrivals": len(waits),
+        "median_steps": statistics.median(waits),
+        "p99_steps": waits[math.ceil(0.99 * len(waits)) - 1],
+        "median_preparation_seconds": statistics.median(arrival.preparation_seconds for arrival in arrivals),
+        "step_seconds": statistics.median(arrival.step_seconds for arrival in arrivals),
+    }
+
+
+class Arrival(NamedTuple):
+    """A job that came while others were drawn; `wait_steps` without its preparation."""
+
+    wait_steps: float
+    preparation_seconds: float
+    step_seconds: float
+
+
+def _arrival(bench: Bench, engine: Engine, number: int) -> Arrival:
+    joiner = bench.jobs[number % NUM_JOBS]
+    are_running = threading.Event()
+    told: list[tuple[float, StepReport]] = []
+    step_seconds: list[float] = []
+
+    def watch(report: StepReport) -> None:
+        step_seconds.append(report.seconds)
+        if report.step_index == 3:
+            are_running.set()
+
+    futures = [engine.submit(job, watch) for job in bench.jobs if job is not joiner]
+    are_running.wait()
+    step = statistics.median(step_seconds[-NUM_JOBS:])
+    time.sleep(random.Random(number).random() * step)  # anywhere within a step
+    asked_at = time.perf_counter()
+    joined = engine.submit(joiner, lambda report: told.append((time.perf_counter(), report)), steps=3)
+    for future in [*futures, joined]:
+        future.result()
+    seconds = {stage.name: stage.seconds for stage in joined.result().stages}
+    preparation = seconds["adapt"] + seconds["encode"]
+    return Arrival((told[0][0] - asked_at - preparation) / step, preparation, step)
+
+
+def _overhead(bench: Bench, engine: Engine) -> dict[str, Any]:
+    """The share of the steady steps' time that is not spent in the UNet; encoding and decoding lie outside of them."""
+    unet = engine.local._model._pipeline.unet
+    inside: list[float] = []
+    plain_forward = unet.forward
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started_at = bench.clock()
+        try:
+            return plain_forward(*args, **kwargs)
+        finally:
+            inside.append(bench.clock() - started_at)
+
+    turns: list[float] = []
+    plain_step = engine.local._loop.step
+
+    def step() -> Occupancy:
+        started_at = bench.clock()
+        num_before = len(inside)
+        occupancy = plain_step()
+        is_steady = occupancy.num_batched == occupancy.num_lanes == NUM_JOBS and len(inside) == num_before + 1
+        (turns if is_steady else skipped).append(bench.clock() - started_at)
+        if not is_steady:
+            del inside[num_before:]
+        return occupancy
+
+    skipped: list[float] = []
+    unet.forward, engine.local._loop.step = timed, step  # type: ignore[method-assign]
+    try:
+        # The first turns bring the lanes in and the last take them out; what is between is steady.
+        engine.draw_all(bench.jobs)
+    finally:
+        unet.forward, engine.local._loop.step = plain_forward, plain_step  # type: ignore[method-assign]
+    return {"steps": len(turns), "share_beside_denoiser": 1 - sum(inside) / sum(turns)}
+
+
+def _adapters_cost(bench: Bench) -> dict[str, Any]:
+    """One forward of ten lanes with ten adapters against the same lanes without."""
+    model = StableDiffusion(str(bench.folder), device=bench.device, dtype=bench.dtype)
+    rows = _rows(bench, model)
+    with torch.inference_mode():
+        lanes = [_lane(bench, model, job) for job in bench.jobs]
+
+        def forward(*, is_styled: bool) -> float:
+            for lane, row in zip(lanes, rows, strict=True):
+                lane.drawing.row = row if is_styled else ()
+            started_at = bench.clock()
+            model.denoise(lanes)
+            return bench.clock() - started_at
+
+        for is_styled in (True, False, True, False):
+            forward(is_styled=is_styled)
+        styled, plain = [], []
+        for _ in range(3 * bench.rounds):
+            styled.append(forward(is_styled=True))
+            plain.append(forward(is_styled=False))
+    return {
+        "seconds": {"with": _spread(styled), "without": _spread(plain)},
+        "ratio": statistics.median(styled) / statistics.median(plain),
+        "bank_mb": model.bank.num_bytes / 1e6,
+    }
+
+
+def _rows(bench: Bench, model: StableDiffusion) -> list[tuple[Applied, ...]]:
+    """All adapters in the bank, and what each job wears of them."""
+    places: dict[Path, tuple[int, ...]] = {}
+    page = 1
+    for path in dict.fromkeys(path for job in bench.jobs for path, _ in job.adapters):
+        packed = model.pack(read_adapter(path))
+        places[path] = tuple(range(page, page + packed.num_pages))
+        page += packed.num_pages
+        model.bank.write(places[path], packed)
+    return [tuple(Applied(places[path], scale) for path, scale in job.adapters) for job in bench.jobs]
+
+
+def _lane(bench: Bench, model: StableDiffusion, job: Job) -> Lane:
+    drawing = Drawing(bench.request(job), lambda _: None, lambda: False, ())
+    embeddings = model.encode([job.prompt, ""], [(), ()])
+    drawing.conditioning = Conditioning(embeddings[0], embeddings[1])
+    lane = drawing.lanes[0]
+    _, lane.sampler = model.begin(lane)
+    return lane
+
+
+def _utilization(bench: Bench) -> float | None:
+    """FLOPs of the denoiser in a batch of ten over what a large matrix product reaches on this device."""
+    if bench.device.type != "cuda" or bench.name not in FLOPS_PER_ROW:
+        return None
+    a = torch.randn(MATMUL_SIDE, MATMUL_SIDE, device=bench.device, dtype=bench.dtype)
+    for _ in range(3):
+        a @ a
+    started_at = bench.clock()
+    for _ in range(10):
+        a @ a
+    peak = 10 * 2 * MATMUL_SIDE**3 / (bench.clock() - started_at)
+    model = StableDiffusion(str(bench.folder), device=bench.device, dtype=bench.dtype)
+    with torch.inference_mode():
+        lanes = [_lane(bench, model, job) for job in bench.jobs]
+        for _ in range(3):
+            model.denoise(lanes)
+        started_at = bench.clock()
+        for _ in range(10):
+            model.denoise(lanes)
+        seconds = (bench.clock() - started_at) / 10
+    return FLOPS_PER_ROW[bench.name] * 2 * NUM_JOBS / seconds / peak
+
+
+def _poisson(bench: Bench, engine: Engine, seconds_for_ten: float) -> dict[str, Any]:
+    """Random arrivals at `POISSON_LOAD` of the throughput measured above: how even are the times to a picture?"""
+    chance = random.Random(0)
+    rate = POISSON_LOAD * NUM_JOBS / seconds_for_ten
+    took: list[float] = []
+    futures = []
+    for number in range(POISSON_JOBS):
+        time.sleep(chance.expovariate(rate))
+        asked_at = time.perf_counter()
+        future = engine.submit(bench.jobs[number % NUM_JOBS])
+        future.add_done_callback(lambda _, asked_at=asked_at: took.append(time.perf_counter() - asked_at))
+        futures.append(future)
+    for future in futures:
+        future.result()
+    ordered = sorted(took)
+    p50, p99 = statistics.median(ordered), ordered[math.ceil(0.99 * len(ordered)) - 1]
+    return {"jobs": POISSON_JOBS, "load": POISSON_LOAD, "p50": p50, "p99": p99, "p99_over_p50": p99 / p50}
+
+
+def _swap(folder: Path, device: torch.device, rounds: int) -> dict[str, Any]:
+    """A rank-16 adapter into a full-size SD 1.5, from host memory to usable: diffusers' load and unload, and ours."""
+    folder.mkdir()
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    bench = Bench("sd15", build("sd15", folder / "checkpoint", dtype), device, dtype, 512, 1, rounds, [])
+    pipe = bench.pipeline()
+    path = write_adapter(folder / "a.safetensors", pipe, rank=16, targets=ATTENTION, seed=0)
+    state = safetensors.torch.load_file(path)
+    theirs: list[float] = []
+    for _ in range(rounds + 1):
+        started_at = bench.clock()
+        pipe.load_lora_weights(dict(state), adapter_name="a")
+        pipe.unload_lora_weights()
+        theirs.append(bench.clock() - started_at)
+    del pipe
+    model = StableDiffusion(str(bench.folder), device=device, dtype=dtype)
+    adapter = read_adapter(path)
+    reading: list[float] = []
+    ours: list[float] = []
+    stalls: list[float] = []
+    for number in range(rounds + 1):
+        started_at = bench.clock()
+        read_adapter(path)
+        read_at = bench.clock()
+        packed = model.pack(adapter)
+        packed_at = bench.clock()
+        first = 1 + number % 2 * packed.num_pages
+        model.bank.write(tuple(range(first, first + packed.num_pages)), packed)
+        done_at = bench.clock()
+        reading.append(read_at - started_at)
+        ours.append(done_at - read_at)
+        stalls.append(done_at - packed_at)
+    # The first of each makes room and warms caches.
+    theirs, reading, ours, stalls = theirs[1:], reading[1:], ours[1:], stalls[1:]
+    return {
+        "case": "an adapter from host memory to usable",
+        "model": "sd15",
+        "seconds": {
+            "diffusers load and unload": _spread(theirs),
+            "pack and write": _spread(ours),
+            "of that, while lanes wait": _spread(stalls),
+            "read and check the file": _spread(reading),
+        },
+        "speedup": statistics.median(theirs) / statistics.median(ours),
+    }
+
+
+def _encoded(images: list[Image.Image]) -> list[Image.Image]:
+    """PNG files of them all, as both sides would have to make."""
+    for image in images:
+        image.save(BytesIO(), format="PNG")
+    return images
+
+
+def _image(result: GenerationResult) -> Image.Image:
+    picture = result.pictures[0]
+    return Image.frombytes("RGB", (picture.width, picture.height), picture.rgb)
+
+
+def _psnr(one: Image.Image, other: Image.Image) -> float:
+    error = float(np.square(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).mean())
+    return 99.0 if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, 1 thread, {os.cpu_count()} cores"
+
+
+def _print_tables(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        table = Table("seconds", "median", "min", "max", title=f"{result['model']}: {result['case']}")
+        for name, spread in result["seconds"].items():
+            table.add_row(name, *(f"{spread[key]:.4f}" for key in ("median", "min", "max")))
+        Console().print(table)
+        print({key: value for key, value in result.items() if key not in ("seconds", "case", "model")}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

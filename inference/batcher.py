@@ -1,0 +1,123 @@
+"""Which lanes join, and which of them share the next forward. Pure: no torch, no clock, no thread."""
+
+from collections.abc import Callable, Hashable
+from enum import Enum, auto
+from typing import Generic, Protocol, TypeVar
+
+# Forwards at a cap that memory forced before one more lane is tried: the shortage may have been somebody else's.
+FORWARDS_UNTIL_RELAXED = 100
+
+
+class Batchable(Protocol):
+    """What the batcher must know of a lane. Only lanes of one `shape` share a forward; a guided lane has two rows."""
+
+    @property
+    def shape(self) -> Hashable: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def arrived_at(self) -> float: ...
+
+
+class Claim(Enum):
+    """The answer to a waiting lane that asks to join."""
+
+    GRANTED = auto()
+    NOT_YET = auto()  # its adapters are still being read: others may pass
+    NO_SLOT = auto()  # every slot is in use: nobody younger passes, or it might wait for ever
+    WITHDRAWN = auto()  # its request has ended meanwhile
+
+
+L = TypeVar("L", bound=Batchable)
+
+
+class Batcher(Generic[L]):
+    """Owner of the order of lanes: waiting ones, active ones, and whose turn it is."""
+
+    def __init__(self, max_lanes: int, max_rows: Callable[[Hashable], int]) -> None:
+        """`max_rows(shape)` tells how many rows of a shape fit the memory that is free now."""
+        self._max_lanes = max_lanes
+        self._max_rows = max_rows
+        self._waiting: list[L] = []
+        self._active: list[L] = []
+        self._turns: list[Hashable] = []  # the active shapes, the one that waited longest for its turn first
+        self._caps: dict[Hashable, int] = {}
+        self._good_forwards: dict[Hashable, int] = {}
+
+    @property
+    def waiting(self) -> tuple[L, ...]:
+        return tuple(self._waiting)
+
+    @property
+    def active(self) -> tuple[L, ...]:
+        return tuple(self._active)
+
+    def add(self, lane: L) -> None:
+        """Let `lane` wait, behind all that arrived before it."""
+        self._waiting.append(lane)
+        self._waiting.sort(key=lambda one: one.arrived_at)
+
+    def admit(self, claim: Callable[[L], Claim]) -> list[L]:
+        """Move waiting lanes, oldest first, among the active ones while there is room; return those that joined."""
+        joined: list[L] = []
+        for lane in self.waiting:
+            if len(self._active) >= self._max_lanes:
+                break
+            answer = claim(lane)
+            if answer is Claim.NO_SLOT:
+                break
+            if answer is Claim.GRANTED:
+                self._active.append(lane)
+                joined.append(lane)
+            # Whoever answered may have removed a withdrawn lane already.
+            if answer in (Claim.GRANTED, Claim.WITHDRAWN) and lane in self._waiting:
+                self._waiting.remove(lane)
+        return joined
+
+    def remove(self, lane: L) -> None:
+        """Take out a lane that is done or cancelled; one that is not here (any more) is no error."""
+        for lanes in (self._active, self._waiting):
+            if lane in lanes:
+                lanes.remove(lane)
+
+    def next_batch(self) -> list[L]:
+        """The lanes of the next forward: shapes take turns; of one shape the oldest, as many as fit, at least one."""
+        if not self._active:
+            return []
+        shape = self._next_shape()
+        max_rows = min(self._max_rows(shape), self._caps.get(shape, self._max_lanes * 2))
+        batch: list[L] = []
+        num_rows = 0
+        for lane in sorted((one for one in self._active if one.shape == shape), key=lambda one: one.arrived_at):
+            num_rows += lane.num_rows
+            if batch and num_rows > max_rows:
+                break
+            batch.append(lane)
+        return batch
+
+    def halve(self, batch: list[L]) -> list[L]:
+        """`batch` did not fit: the older half of it, the most that is tried from now on. Empty for one lane."""
+        half = batch[: len(batch) // 2]
+        if half:
+            self._caps[half[0].shape] = sum(lane.num_rows for lane in half)
+            self._good_forwards[half[0].shape] = 0
+        return half
+
+    def note_success(self, batch: list[L]) -> None:
+        """A forward went well; after enough of them a cap is raised by a lane, and at last forgotten."""
+        shape = batch[0].shape
+        if shape not in self._caps:
+            return
+        self._good_forwards[shape] += 1
+        if self._good_forwards[shape] == FORWARDS_UNTIL_RELAXED:
+            self._good_forwards[shape] = 0
+            self._caps[shape] += 2
+            if self._caps[shape] >= self._max_lanes * 2:
+                del self._caps[shape]
+
+    def _next_shape(self) -> Hashable:
+        shapes = dict.fromkeys(lane.shape for lane in self._active)
+        turns = [shape for shape in self._turns if shape in shapes]
+        turns += [shape for shape in shapes if shape not in turns]
+        self._turns = [*turns[1:], turns[0]]
+        return turns[0]

@@ -1,0 +1,99 @@
+"""The device's side of the work: what fits its memory, how far the host may run ahead, and what an error leaves."""
+
+import gc
+import logging
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+
+from inference.request import EngineError
+
+logger = logging.getLogger(__name__)
+
+# Fragmentation, other processes and the next adapter want some too.
+USABLE_SHARE = 0.9
+UNLIMITED = 1 << 30
+
+T = TypeVar("T")
+
+
+class DeviceBroken(Exception):
+    """The device answers nothing any more (a sticky CUDA error): this process is of no use."""
+
+
+class Attempt(NamedTuple, Generic[T]):
+    """Work that was tried: what came of it, or the error it ended with."""
+
+    made: T | None
+    error: Exception | None
+
+
+class Device:
+    """Owner of what is measured of the device. On a CPU everything fits: the kernel has swap, and nothing to ask."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._is_cuda = device.type == "cuda"
+        self._bytes_per_row: dict[Hashable, float] = {}
+        self._last_step: torch.cuda.Event | None = None
+
+    def max_rows(self, shape: Hashable) -> int:
+        """Rows of `shape` that fit the memory free now, at least one; no limit as long as none was measured."""
+        bytes_per_row = self._bytes_per_row.get(shape)
+        if not bytes_per_row:
+            return UNLIMITED
+        return max(1, int(USABLE_SHARE * self._free_bytes() / bytes_per_row))
+
+    @contextmanager
+    def measured(self, shape: Hashable, num_rows: int) -> Iterator[None]:
+        """Note what a forward of `num_rows` takes at its peak. Reads the allocator's counters: no synchronisation."""
+        if not self._is_cuda:
+            yield
+            return
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        yield
+        peak = torch.cuda.max_memory_allocated(self._device)
+        self._bytes_per_row[shape] = max(self._bytes_per_row.get(shape, 0.0), (peak - before) / num_rows)
+
+    def keep_pace(self) -> None:
+        """Wait for the step before the one just launched: the host prepares a step while the device does another."""
+        if not self._is_cuda:
+            return
+        if self._last_step is not None:
+            self._last_step.synchronize()
+        self._last_step = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._last_step.record()
+
+    def attempt(self, work: Callable[[], T]) -> Attempt[T]:
+        """Try `work`. Whatever goes wrong is told, not raised, but for `DeviceBroken`: the device is gone with it."""
+        try:
+            return Attempt(work(), None)
+        except EngineError as error:
+            return Attempt(None, error)
+        except Exception as error:
+            failure = error.with_traceback(None)
+            if not isinstance(error, torch.OutOfMemoryError):
+                logger.exception("the model failed")
+        # Only here, outside the except block, is the traceback gone and with it the tensors it held.
+        gc.collect()
+        if self._is_cuda:
+            torch.cuda.empty_cache()
+        self._check(failure)
+        return Attempt(None, failure)
+
+    def _check(self, failure: Exception) -> None:
+        try:
+            canary = torch.ones(8, 8, device=self._device)
+            is_alive = float((canary @ canary).sum()) == 512.0
+        except RuntimeError:
+            is_alive = False
+        if not is_alive:
+            raise DeviceBroken(f"the device answers nothing since: {failure}") from failure
+
+    def _free_bytes(self) -> int:
+        free, _ = torch.cuda.mem_get_info(self._device)
+        cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return int(free + cached)

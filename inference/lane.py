@@ -1,0 +1,143 @@
+"""A request while it is in the engine, and the lanes it is made of."""
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from inference.bank import Row
+from inference.preparing import AdapterKey, ReadAdapter
+from inference.request import GenerationRequest, GenerationResult, IsCancelled, OnStep, Picture, Stage, StepReport
+from inference.sampling import Sampler
+from inference.slots import Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """What guides a lane: embeddings [tokens, width] of the prompt and, under guidance, of the negative prompt."""
+
+    positive: torch.Tensor
+    negative: torch.Tensor | None
+
+
+@dataclass(eq=False)
+class Drawing:
+    """One request in the engine. Owned by the engine's thread; the future alone is shared.
+
+    `is_begun`, `held` (its adapters' slots), `row` (what they mean to the bank) and `conditioning` come with its first
+    lane's joining.
+    """
+
+    request: GenerationRequest
+    on_step: OnStep
+    is_cancelled: IsCancelled
+    keys: tuple[AdapterKey, ...]
+    future: Future[GenerationResult] = field(default_factory=Future)
+    scheduling: Future[None] = field(default_factory=Future)
+    readings: dict[AdapterKey, Future[ReadAdapter]] = field(default_factory=dict)
+    held: dict[AdapterKey, Slot] = field(default_factory=dict)
+    row: Row = ()
+    conditioning: Conditioning | None = None
+    scheduler: str = ""
+    stages: list[Stage] = field(default_factory=list)
+    pictures: dict[int, Picture] = field(default_factory=dict)
+    num_steps_told: int = 0
+    _last_told_at: float = 0.0
+    _is_begun: bool | None = None  # False: its future was cancelled before
+
+    @cached_property
+    def lanes(self) -> tuple["Lane", ...]:
+        """One lane for each of the request's seeds."""
+        return tuple(Lane(self, number) for number in range(len(self.request.seeds)))
+
+    @property
+    def is_guided(self) -> bool:
+        return self.request.guidance_scale > 1
+
+    @property
+    def is_begun(self) -> bool:
+        return bool(self._is_begun)
+
+    @property
+    def is_ended(self) -> bool:
+        return self.future.done()
+
+    @property
+    def is_denoised(self) -> bool:
+        return all(lane.is_denoised for lane in self.lanes)
+
+    @property
+    def is_drawn(self) -> bool:
+        return len(self.pictures) == len(self.lanes)
+
+    def begin(self) -> bool:
+        """From the first call on `future.cancel()` does nothing; False if it was used before."""
+        if self._is_begun is None:
+            self._is_begun = self.future.set_running_or_notify_cancel()
+        return self._is_begun
+
+    def note_stage(self, name: str, started_at: float) -> None:
+        """Stage `name` ends now."""
+        self.stages.append(Stage(name, started_at, time.monotonic() - started_at))
+
+    @property
+    def last_stage_ended_at(self) -> float:
+        return self.stages[-1].started_at + self.stages[-1].seconds
+
+    def tell_begin(self) -> None:
+        """Report step 0."""
+        self._last_told_at = time.monotonic()
+        self.on_step(StepReport(0, self.request.num_inference_steps, 0.0))
+
+    def tell_steps(self) -> None:
+        """Report the step that its lanes together have come to, if it is a new one."""
+        num_done = sum(lane.num_steps_done for lane in self.lanes) // len(self.lanes)
+        if num_done > self.num_steps_told:
+            now = time.monotonic()
+            self.num_steps_told = num_done
+            self.on_step(StepReport(num_done, self.request.num_inference_steps, now - self._last_told_at))
+            self._last_told_at = now
+
+    def result(self) -> GenerationResult:
+        """All pictures, in the order of the seeds."""
+        return GenerationResult(
+            pictures=tuple(self.pictures[lane.number] for lane in self.lanes),
+            scheduler=self.scheduler,
+            stages=tuple(self.stages),
+        )
+
+
+@dataclass(eq=False)
+class Lane:
+    """One picture being denoised. It has a `sampler` from joining on."""
+
+    drawing: Drawing
+    number: int
+    sampler: Sampler | None = None
+
+    @property
+    def seed(self) -> int:
+        return self.drawing.request.seeds[self.number]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.drawing.request.height, self.drawing.request.width
+
+    @property
+    def num_rows(self) -> int:
+        return 2 if self.drawing.is_guided else 1
+
+    @property
+    def arrived_at(self) -> float:
+        return self.drawing.request.arrived_at
+
+    @property
+    def num_steps_done(self) -> int:
+        return 0 if self.sampler is None else self.sampler.step_index
+
+    @property
+    def is_denoised(self) -> bool:
+        return self.sampler is not None and self.sampler.step_index == self.sampler.num_steps

@@ -1,0 +1,89 @@
+"""Where an adapter's weights lie in a page of the bank: the model's layers, grouped by the input they read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from inference.adapters import LowRank
+
+# Half of this is wasted on average by an adapter whose rank is no multiple of it.
+PAGE_RANK = 8
+# These read the same input, so that one product serves the A of all of them; diffusers' names, then CLIP's.
+SELF_ATTENTION = (("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj"))
+CROSS_ATTENTION = (("to_q",), ("to_k", "to_v"))
+
+
+@dataclass(eq=False)
+class LayerGroup:
+    """Layers of one input. `start` is where its part of a page begins: the A of all members, then the B of each."""
+
+    names: tuple[str, ...]
+    modules: tuple[Any, ...]
+    start: int = -1
+
+    @cached_property
+    def fan_in(self) -> int:
+        return int(self.modules[0].weight[0].numel())
+
+    @cached_property
+    def fan_outs(self) -> tuple[int, ...]:
+        return tuple(int(module.weight.shape[0]) for module in self.modules)
+
+    @cached_property
+    def a_width(self) -> int:
+        return len(self.names) * PAGE_RANK * self.fan_in
+
+    @property
+    def width(self) -> int:
+        return self.a_width + PAGE_RANK * sum(self.fan_outs)
+
+    def a_part(self, pages: torch.Tensor) -> torch.Tensor:
+        """[pages, members, PAGE_RANK, in] of whole pages: a view."""
+        part = pages[:, self.start : self.start + self.a_width]
+        return part.view(-1, len(self.names), PAGE_RANK, self.fan_in)
+
+    def b_span(self, member: int) -> tuple[int, int]:
+        """Where in a page the member's B begins, and its length."""
+        return self.start + self.a_width + PAGE_RANK * sum(self.fan_outs[:member]), PAGE_RANK * self.fan_outs[member]
+
+    def b_part(self, pages: torch.Tensor, member: int) -> torch.Tensor:
+        """[pages, PAGE_RANK, out] of whole pages: a view."""
+        start, length = self.b_span(member)
+        return pages[:, start : start + length].view(-1, PAGE_RANK, self.fan_outs[member])
+
+
+def layer_groups(models: Mapping[str, torch.nn.Module]) -> list[LayerGroup]:
+    """Every Linear and Conv2d of the models, those of one input together."""
+    layers = {
+        f"{model}.{name}": module
+        for model, root in models.items()
+        for name, module in root.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    }
+    attentions = [
+        (f"{model}.{name}.", bool(getattr(module, "is_cross_attention", False)))
+        for model, root in models.items()
+        for name, module in root.named_modules()
+    ]
+    groups: list[LayerGroup] = []
+    for prefix, is_cross in attentions:
+        for members in CROSS_ATTENTION if is_cross else SELF_ATTENTION:
+            names = tuple(prefix + member for member in members)
+            if all(name in layers for name in names):
+                groups.append(LayerGroup(names, tuple(layers.pop(name) for name in names)))
+    return groups + [LayerGroup((name,), (module,)) for name, module in layers.items()]
+
+
+def fill(pages: torch.Tensor, group: LayerGroup, member: int, layer: LowRank) -> None:
+    """Write a layer's A and B into their parts of the pages, rank by rank; what is beyond its rank stays zero."""
+    a = layer.a.flatten(1)
+    b = layer.b.flatten(1).T
+    num_full, rest = divmod(layer.rank, PAGE_RANK)
+    for part, weight in ((group.a_part(pages)[:, member], a), (group.b_part(pages, member), b)):
+        full = num_full * PAGE_RANK
+        part[:num_full] = weight[:full].reshape(num_full, PAGE_RANK, weight.shape[1])
+        if rest:
+            part[num_full, :rest] = weight[full:]

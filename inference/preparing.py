@@ -1,0 +1,78 @@
+"""What a request needs before it may join, made ready on a thread of its own while others denoise."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from inference.adapters import Adapter, AdapterError, AdapterUnsupported, read_adapter
+from inference.bank import PackedAdapter
+from inference.request import AdapterFile, RequestFailed, Stage
+
+Made = TypeVar("Made")
+
+
+class AdapterKey(NamedTuple):
+    """What an adapter is known by: its files as they are on the disk now, so that a replaced file is another one."""
+
+    weights: tuple[str, int, int, int]
+    config: tuple[str, int, int, int] | None
+
+    @classmethod
+    def of(cls, file: AdapterFile) -> "AdapterKey":
+        """Raises `OSError` where a file is not there."""
+        return cls(_identity(file.weights), None if file.config is None else _identity(file.config))
+
+
+class ReadAdapter(NamedTuple):
+    """A packed adapter, and the time that reading took."""
+
+    packed: PackedAdapter
+    stage: Stage
+
+
+class Preparer:
+    """Owner of the preparing thread. Adapters are read, checked and packed on it."""
+
+    def __init__(
+        self, pack: Callable[[Adapter], PackedAdapter], *, max_rank: int, on_ready: Callable[[], None]
+    ) -> None:
+        """`on_ready` is called on the preparing thread each time that something is ready."""
+        self._pack = pack
+        self._max_rank = max_rank
+        self._on_ready = on_ready
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="preparer")
+
+    def submit(self, make: Callable[[], Made]) -> Future[Made]:
+        """Have `make` called on the thread."""
+        future = self._thread.submit(make)
+        future.add_done_callback(lambda _: self._on_ready())
+        return future
+
+    def read(self, file: AdapterFile) -> Future[ReadAdapter]:
+        """Begin to read; the future ends with the packed adapter or `RequestFailed`."""
+        return self.submit(lambda: self._read(file))
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, file: AdapterFile) -> ReadAdapter:
+        started_at = time.monotonic()
+        try:
+            adapter = read_adapter(file.weights, file.config)
+            self._check_rank(adapter)
+            packed = self._pack(adapter)
+        except AdapterError as error:
+            raise RequestFailed(error.code, str(error)) from error
+        return ReadAdapter(packed, Stage("adapt", started_at, time.monotonic() - started_at))
+
+    def _check_rank(self, adapter: Adapter) -> None:
+        rank = max(layer.rank for layer in adapter.layers.values())
+        if rank > self._max_rank:
+            raise AdapterUnsupported(f"the adapter is of rank {rank}; this worker takes ranks up to {self._max_rank}")
+
+
+def _identity(path: Path) -> tuple[str, int, int, int]:
+    status = path.stat()
+    return str(path), status.st_ino, status.st_size, status.st_mtime_ns

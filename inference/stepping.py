@@ -1,0 +1,254 @@
+"""The engine's loop: admit, denoise, advance, finish. Lanes of many requests, styles and ages share each forward."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from inference.admission import Admission
+from inference.batcher import Batcher, Claim
+from inference.device import Attempt, Device
+from inference.lane import Drawing, Lane
+from inference.request import (
+    EngineError,
+    EngineFault,
+    GenerationResult,
+    Occupancy,
+    Picture,
+    RequestCancelled,
+    RequestFailed,
+)
+from inference.stable_diffusion import StableDiffusion
+
+logger = logging.getLogger(__name__)
+
+
+class StepLoop:
+    """Owner of every request in the engine and of what the model holds for them. One thread calls it."""
+
+    def __init__(
+        self, model: StableDiffusion, *, max_lanes: int, num_slots: int, max_rank: int, on_ready: Callable[[], None]
+    ) -> None:
+        """`on_ready` is called, on another thread, when a request may join that could not before."""
+        self._model = model
+        self._device = Device(model.device)
+        self._batcher: Batcher[Lane] = Batcher(max_lanes, self._device.max_rows)
+        self._admission = Admission(model, num_slots=num_slots, max_rank=max_rank, on_ready=on_ready)
+        self._drawings: list[Drawing] = []
+        self._denoised: list[Lane] = []
+        self._step_seconds = 0.0
+        self._was_busy = False
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._drawings
+
+    @property
+    def has_work(self) -> bool:
+        """Can a step do anything, or does everything here wait to be prepared?"""
+        # Where lanes have just left, those that waited for their places are to be asked once more.
+        return bool(self._batcher.active or self._denoised or (self._was_busy and self._batcher.waiting))
+
+    def add(self, drawing: Drawing) -> None:
+        """Take in a request."""
+        self._drawings.append(drawing)
+        for lane in drawing.lanes:
+            self._batcher.add(lane)
+        self._admission.prepare(drawing)
+
+    def step(self) -> Occupancy:
+        """One turn: lanes join, one batch takes a step, lanes that are done become pictures."""
+        self._admit()
+        self._was_busy = bool(self._batcher.active)
+        started_at = time.monotonic()
+        batch, predictions = self._denoise(self._batcher.next_batch())
+        self._advance(batch, predictions)
+        if batch:
+            self._step_seconds = time.monotonic() - started_at
+        self._finish()
+        return self._occupancy(len(batch))
+
+    def withdraw_waiting(self) -> None:
+        """Cancel every request that has not begun."""
+        for drawing in self._drawings:
+            drawing.future.cancel()
+
+    def fail_all(self, error: EngineError) -> None:
+        """End every request with `error`."""
+        for drawing in tuple(self._drawings):
+            self._end(drawing, error)
+
+    def close(self) -> None:
+        self._admission.close()
+
+    # Admit: cancelled requests leave, waiting ones join while there are lanes and slots.
+
+    def _admit(self) -> None:
+        for drawing in tuple(self._drawings):
+            if drawing.future.cancelled() or drawing.is_cancelled():
+                self._end(drawing, RequestCancelled("cancelled by the caller"))
+        self._admission.read_ahead(_drawings_of(self._batcher.waiting))
+        joined = self._batcher.admit(self._claim)
+        self._condition([drawing for drawing in _drawings_of(joined) if drawing.conditioning is None])
+        for lane in joined:
+            if not lane.drawing.is_ended:
+                self._begin(lane)
+
+    def _claim(self, lane: Lane) -> Claim:
+        """May this lane join now? A request's first lane brings all that the others need too."""
+        drawing = lane.drawing
+        if drawing.is_ended:
+            return Claim.WITHDRAWN
+        if drawing.is_begun:
+            return Claim.GRANTED
+        attempt = self._device.attempt(lambda: self._admission.claim(drawing))
+        if attempt.made is None:
+            self._fail(drawing, attempt.error)
+        return attempt.made or Claim.WITHDRAWN
+
+    def _condition(self, drawings: Sequence[Drawing]) -> None:
+        if not drawings:
+            return
+        error = self._device.attempt(lambda: self._admission.condition(drawings)).error
+        if error is None:
+            for drawing in drawings:
+                drawing.tell_begin()
+        elif len(drawings) > 1:
+            for drawing in drawings:
+                self._condition([drawing])
+        else:
+            self._fail(drawings[0], error)
+
+    def _begin(self, lane: Lane) -> None:
+        attempt = self._device.attempt(lambda: self._model.begin(lane))
+        if attempt.made is None:
+            self._fail(lane.drawing, attempt.error)
+        else:
+            lane.drawing.scheduler, lane.sampler = attempt.made
+
+    # Denoise: one forward, with fewer lanes where memory ends, lane by lane where something else goes wrong.
+
+    def _denoise(self, batch: list[Lane]) -> tuple[list[Lane], list[torch.Tensor]]:
+        if not batch:
+            return [], []
+        attempt = self._forward(batch)
+        while isinstance(attempt.error, torch.OutOfMemoryError) and len(batch) > 1:
+            logger.warning("out of memory with %d lanes: trying half of them", len(batch))
+            batch = self._batcher.halve(batch)
+            attempt = self._forward(batch)
+        if attempt.made is not None:
+            self._batcher.note_success(batch)
+            return batch, attempt.made
+        if len(batch) > 1:
+            return self._denoise_one_by_one(batch)
+        self._fail(batch[0].drawing, attempt.error)
+        return [], []
+
+    def _denoise_one_by_one(self, batch: list[Lane]) -> tuple[list[Lane], list[torch.Tensor]]:
+        """Somebody in the batch breaks it: whoever fails alone, and nobody else."""
+        lanes: list[Lane] = []
+        predictions: list[torch.Tensor] = []
+        for lane in batch:
+            if lane.drawing.is_ended:
+                continue
+            attempt = self._forward([lane])
+            if attempt.made is None:
+                self._fail(lane.drawing, attempt.error)
+            else:
+                lanes.append(lane)
+                predictions += attempt.made
+        survivors = [(one, made) for one, made in zip(lanes, predictions, strict=True) if not one.drawing.is_ended]
+        return [lane for lane, _ in survivors], [prediction for _, prediction in survivors]
+
+    def _forward(self, batch: list[Lane]) -> Attempt[list[torch.Tensor]]:
+        def forward() -> list[torch.Tensor]:
+            with self._device.measured(batch[0].shape, sum(lane.num_rows for lane in batch)):
+                return self._model.denoise(batch)
+
+        return self._device.attempt(forward)
+
+    # Advance: every lane of the batch takes its own scheduler's step.
+
+    def _advance(self, batch: list[Lane], predictions: list[torch.Tensor]) -> None:
+        for lane, prediction in zip(batch, predictions, strict=True):
+            assert lane.sampler is not None, "a lane has its sampler from joining on"  # noqa: S101
+            lane.sampler.advance(prediction)
+        for drawing in _drawings_of(batch):
+            drawing.tell_steps()
+        self._device.keep_pace()
+
+    # Finish: lanes that are done leave the batch and are decoded, as many as a step's time allows.
+
+    def _finish(self) -> None:
+        leaving = [lane for lane in self._batcher.active if lane.is_denoised]
+        for lane in leaving:
+            self._batcher.remove(lane)
+        self._denoised += leaving
+        for drawing in _drawings_of(leaving):
+            if drawing.is_denoised:
+                drawing.note_stage("denoise", drawing.last_stage_ended_at)
+        # The others wait no longer than a step takes, and one picture more.
+        started_at = time.monotonic()
+        while self._denoised and (not self._batcher.active or time.monotonic() - started_at < self._step_seconds):
+            self._decode(self._denoised.pop(0))
+
+    def _decode(self, lane: Lane) -> None:
+        assert lane.sampler is not None, "a denoised lane has a sampler"  # noqa: S101
+        latents, drawing = lane.sampler.latents, lane.drawing
+        attempt = self._device.attempt(lambda: self._model.decode(latents))
+        if isinstance(attempt.error, torch.OutOfMemoryError):
+            attempt = self._device.attempt(lambda: self._model.decode(latents, in_tiles=True))
+        if attempt.error is not None:
+            self._fail(drawing, attempt.error)
+        elif attempt.made is None:
+            reason = "the model drew a picture with values that are not numbers"
+            self._fail(drawing, RequestFailed("OUTPUT_INVALID", reason))
+        else:
+            height, width, _ = attempt.made.shape
+            drawing.pictures[lane.number] = Picture(width, height, attempt.made.tobytes(), lane.seed)
+            if drawing.is_drawn:
+                drawing.note_stage("decode", drawing.last_stage_ended_at)
+                self._end(drawing, drawing.result())
+
+    # Endings
+
+    def _fail(self, drawing: Drawing, error: Exception | None) -> None:
+        """End the request with what the device's error means for its owner."""
+        if isinstance(error, torch.OutOfMemoryError):
+            size = f"a picture of {drawing.request.width}x{drawing.request.height}"
+            reason = f"{size} does not fit the GPU's memory, even alone: ask for a smaller one"
+            self._end(drawing, RequestFailed("GPU_OOM", reason))
+        elif isinstance(error, EngineError):
+            self._end(drawing, error)
+        else:
+            self._end(drawing, EngineFault(f"{type(error).__name__}: {error}"))
+
+    def _end(self, drawing: Drawing, outcome: GenerationResult | Exception) -> None:
+        """Take the request out, free what it held, and answer it unless its owner cancelled it."""
+        self._drawings.remove(drawing)
+        for lane in drawing.lanes:
+            self._batcher.remove(lane)
+            if lane in self._denoised:
+                self._denoised.remove(lane)
+        self._admission.release(drawing)
+        if not drawing.begin():
+            return
+        if isinstance(outcome, Exception):
+            drawing.future.set_exception(outcome)
+        else:
+            drawing.future.set_result(outcome)
+
+    def _occupancy(self, num_batched: int) -> Occupancy:
+        return Occupancy(
+            num_batched=num_batched,
+            num_lanes=len(self._batcher.active),
+            slots_active=self._admission.slots.num_active,
+            slots_idle=self._admission.slots.num_idle,
+            slots_free=self._admission.slots.num_free,
+        )
+
+
+def _drawings_of(lanes: Sequence[Lane]) -> list[Drawing]:
+    """The requests that the lanes belong to, each once, in order."""
+    return list(dict.fromkeys(lane.drawing for lane in lanes))

@@ -1,0 +1,63 @@
+"""How the engine's process is doing: silent, sick, or dead too often. Pure but for the clock."""
+
+import time
+from collections.abc import Callable, Iterable
+
+from inference.request import GenerationRequest, ModelFacts
+
+# Crashes in a row, no request finished between: a sick device or a broken install. Fail the process, not the queue.
+# Generous: two poison requests, one convicted after the other, take six.
+MAX_CONSECUTIVE_CRASHES = 8
+# Requests in a row that met an unforeseen error: what they have in common may be the process.
+MAX_CONSECUTIVE_FAULTS = 3
+# Silence after which the engine counts as hung: never less than this, and never less than what is inside could take.
+MIN_HANG_SECONDS = 60.0
+MAX_STEP_FACTOR = 20.0
+
+
+class Vitals:
+    """The signs of life of one child after another. Not thread-safe."""
+
+    def __init__(self, min_hang_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._min_hang_seconds = min_hang_seconds
+        self._clock = clock
+        self._heard_at = clock()
+        self._faulted: set[str] = set()
+        self.crashes_in_a_row = 0
+
+    @property
+    def silent_seconds(self) -> float:
+        return self._clock() - self._heard_at
+
+    @property
+    def is_sick(self) -> bool:
+        return len(self._faulted) >= MAX_CONSECUTIVE_FAULTS
+
+    @property
+    def is_hopeless(self) -> bool:
+        return self.crashes_in_a_row >= MAX_CONSECUTIVE_CRASHES
+
+    def is_hung(self, inside: Iterable[GenerationRequest], facts: ModelFacts) -> bool:
+        """Has the child been silent for longer than a step of all that is inside could take?"""
+        return self.silent_seconds > max(self._min_hang_seconds, longest_step_seconds(inside, facts))
+
+    def note_sign(self) -> None:
+        """The child said something, or has nothing to say."""
+        self._heard_at = self._clock()
+
+    def note_finished(self) -> None:
+        self.crashes_in_a_row = 0
+        self._faulted.clear()
+
+    def note_fault(self, request_id: str) -> None:
+        self._faulted.add(request_id)
+
+    def note_crash(self) -> None:
+        self.crashes_in_a_row += 1
+        self._faulted.clear()
+
+
+def longest_step_seconds(requests: Iterable[GenerationRequest], facts: ModelFacts) -> float:
+    """What a step of each of them, one after another, may take at the very worst, by the step measured at base size."""
+    areas = ((len(one.seeds), one.width * one.height / facts.base_size**2) for one in requests)
+    return sum(MAX_STEP_FACTOR * facts.step_seconds * num_lanes * max(1.0, area) for num_lanes, area in areas)

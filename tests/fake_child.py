@@ -1,0 +1,183 @@
+"""The engine's process without torch: the real child around an engine that obeys what it reads in the prompt.
+
+Words of a prompt like `poison@3` are carried out when that request's step 3 begins; with `refuse` it is not even taken.
+`MODEL_ID` is the path of a journal of what the engine was asked and did: lines of process id, event and request id.
+"""
+
+import os
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from config.settings import ModelSettings
+from inference.child import main
+from inference.request import (
+    EngineFault,
+    EngineStartFailed,
+    GenerationRequest,
+    GenerationResult,
+    IsCancelled,
+    ModelFacts,
+    Occupancy,
+    OnOccupancy,
+    OnStep,
+    Picture,
+    RequestCancelled,
+    RequestFailed,
+    StepReport,
+)
+
+BASE_SIZE = 128
+STEP_SECONDS = 0.01
+TURN_SECONDS = 0.005
+PAUSE_SECONDS = 1.5
+NUM_SLOTS = 7
+EXIT_POISONED = 13
+
+
+@dataclass(eq=False)
+class Drawing:
+    """A request the engine has: waiting, then with all its lanes in every turn."""
+
+    request: GenerationRequest
+    on_step: OnStep
+    is_cancelled: IsCancelled
+    future: Future[GenerationResult] = field(default_factory=Future)
+    step_index: int = 0
+
+    def is_told(self, verb: str) -> bool:
+        return f"{verb}@{self.step_index}" in self.request.prompt.split()
+
+    def report(self) -> None:
+        self.on_step(StepReport(self.step_index, self.request.num_inference_steps, TURN_SECONDS))
+
+
+class FakeEngine:
+    """As `LocalEngine` to the process around it, one lane a request."""
+
+    def __init__(self, settings: ModelSettings, on_occupancy: OnOccupancy) -> None:
+        self._journal = Path(settings.model_id)
+        if not self._journal.parent.is_dir():
+            raise EngineStartFailed(f"no folder for {self._journal}")
+        self._num_lanes = settings.max_concurrent_generations
+        self._on_occupancy = on_occupancy
+        self._changed = threading.Condition()
+        self._waiting: list[Drawing] = []
+        self._active: list[Drawing] = []
+        self.is_broken = False
+        self.facts = ModelFacts(
+            model="fake",
+            family="fake",
+            base_size=BASE_SIZE,
+            size_multiple=8,
+            schedulers=("fake",),
+            device="cpu",
+            dtype="float32",
+            load_seconds=0.0,
+            step_seconds=STEP_SECONDS,
+        )
+        self._note("start")
+        on_occupancy(Occupancy(1, 1, 0, 0, 0))  # a warm-up: it must not be heard of outside
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def generate(
+        self, request: GenerationRequest, on_step: OnStep, is_cancelled: IsCancelled
+    ) -> Future[GenerationResult]:
+        self._note("generate", request)
+        if "refuse" in request.prompt.split():
+            raise FileNotFoundError("no adapter there")
+        drawing = Drawing(request, on_step, is_cancelled)
+        with self._changed:
+            self._waiting.append(drawing)
+            self._changed.notify()
+        return drawing.future
+
+    def close(self) -> None:
+        self._note("close")
+
+    def _note(self, event: str, request: GenerationRequest | None = None) -> None:
+        with self._journal.open("a") as journal:
+            journal.write(f"{os.getpid()} {event} {request.request_id if request else '-'}\n")
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._active)
+            time.sleep(TURN_SECONDS)
+            self._turn()
+
+    def _turn(self) -> None:
+        self._admit()
+        batch = list(self._active)
+        for drawing in batch:
+            self._step(drawing)
+        num_lanes = len(self._active)
+        self._on_occupancy(Occupancy(len(batch), num_lanes, num_lanes, 1, NUM_SLOTS - 1 - num_lanes))
+
+    def _admit(self) -> None:
+        with self._changed:
+            self._waiting.sort(key=lambda one: one.request.arrived_at)
+            while self._waiting and len(self._active) < self._num_lanes:
+                drawing = self._waiting.pop(0)
+                if drawing.future.set_running_or_notify_cancel():
+                    self._note("begin", drawing.request)
+                    self._active.append(drawing)
+                    drawing.report()
+
+    def _step(self, drawing: Drawing) -> None:
+        if drawing not in self._active:
+            return  # it went down with a broken device a moment ago
+        drawing.step_index += 1
+        if drawing.is_cancelled():
+            self._end(drawing, RequestCancelled("cancelled"))
+            return
+        for verb, deed in self._deeds().items():
+            if drawing.is_told(verb):
+                deed(drawing)
+        if drawing not in self._active:
+            return
+        drawing.report()
+        if drawing.step_index == drawing.request.num_inference_steps:
+            self._end(drawing, None)
+
+    def _deeds(self) -> dict[str, Callable[[Drawing], None]]:
+        return {
+            "poison": lambda _: os._exit(EXIT_POISONED),
+            "poison-in-company": lambda _: os._exit(EXIT_POISONED) if len(self._active) > 1 else None,
+            "tear": lambda _: die_in_the_middle_of_a_message(),
+            "hang": lambda _: time.sleep(600),
+            "pause": lambda _: time.sleep(PAUSE_SECONDS),
+            "fault": lambda drawing: self._end(drawing, ZeroDivisionError("a fault")),
+            "fail": lambda drawing: self._end(drawing, RequestFailed("INVALID_INPUT", "not to be drawn")),
+            "break": lambda _: self._break(),
+        }
+
+    def _break(self) -> None:
+        self.is_broken = True
+        for drawing in list(self._active):
+            self._end(drawing, EngineFault("the device is broken"))
+
+    def _end(self, drawing: Drawing, error: Exception | None) -> None:
+        request = drawing.request
+        self._active.remove(drawing)
+        self._note("end", request)
+        if error is not None:
+            drawing.future.set_exception(error)
+            return
+        pictures = tuple(Picture(1, 1, seed.to_bytes(3, "big"), seed) for seed in request.seeds)
+        drawing.future.set_result(GenerationResult(pictures, "fake", ()))
+
+
+def die_in_the_middle_of_a_message() -> None:
+    """Write the length of a message and less than that of it."""
+    os.write(int(sys.argv[1]), struct.pack("!i", 1000) + b"x")
+    os._exit(EXIT_POISONED)
+
+
+if __name__ == "__main__":
+    main(load=FakeEngine)

@@ -1,0 +1,103 @@
+"""Pictures for tests: the engine's, plain diffusers' own, and how much they differ."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from PIL import Image
+
+from config.settings import ModelSettings
+from inference.engine import LocalEngine
+from inference.request import AdapterFile, GenerationRequest, GenerationResult, StepReport
+from inference.schedulers import make_scheduler
+from tests.tiny_models import load_pipe
+
+DEMO = Path(__file__).parent.parent / "examples" / "demo_model"
+# What the design promises of a picture against plain diffusers', fp32 on a CPU.
+MIN_PSNR_DB = 42.0
+# Two pictures further apart than this are two pictures.
+DIFFERENT_DB = 35.0
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Two threads run slower than one where a neighbour is busy, and add up in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def settings_of(checkpoint: Path, **variables: Any) -> ModelSettings:
+    """An engine's settings for a checkpoint on the CPU, in fp32 unless `DTYPE` says otherwise."""
+    return ModelSettings.model_validate({"MODEL_ID": str(checkpoint), "DEVICE": "cpu"} | variables)
+
+
+def psnr(one: Image.Image, other: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB; infinite for equal pictures."""
+    error = np.square(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).mean()
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def images_of(result: GenerationResult) -> list[Image.Image]:
+    return [Image.frombytes("RGB", (one.width, one.height), one.rgb) for one in result.pictures]
+
+
+def draw(engine: LocalEngine, request: GenerationRequest, steps: list[StepReport] | None = None) -> list[Image.Image]:
+    """The engine's pictures of one request, waited for."""
+    on_step: Callable[[StepReport], None] = [].append if steps is None else steps.append
+    return images_of(engine.generate(request, on_step, lambda: False).result())
+
+
+def plain(pipe: Any, request: GenerationRequest, *, seed: int | None = None) -> Image.Image:
+    """What a diffusers user gets for one of the request's seeds (None: the first) from a pipeline made ready."""
+    _, pipe.scheduler = make_scheduler(request.scheduler, pipe.scheduler.config)
+    drawn = pipe(
+        request.prompt,
+        negative_prompt=request.negative_prompt,
+        width=request.width,
+        height=request.height,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(request.seeds[0] if seed is None else seed),
+    )
+    return drawn.images[0]  # type: ignore[no-any-return]
+
+
+def solo(checkpoint: Path, request: GenerationRequest, *, seed: int | None = None) -> Image.Image:
+    """The request drawn by a fresh plain pipeline with nothing in it but the request's own adapters."""
+    return plain(pipe_with(checkpoint, *request.adapters), request, seed=seed)
+
+
+def base(checkpoint: Path, request: GenerationRequest) -> Image.Image:
+    """As `solo`, without any adapter."""
+    return plain(load_pipe(checkpoint), request)
+
+
+def pipe_with(checkpoint: Path, *files: AdapterFile) -> Any:
+    """A fresh plain pipeline with these adapters, loaded as the libraries' users do. A PEFT folder comes alone."""
+    pipe: Any = load_pipe(checkpoint)
+    if any(file.config for file in files):
+        (folder,) = files
+        assert folder.scale == 1.0
+        pipe.unet = PeftModel.from_pretrained(pipe.unet, folder.weights.parent).get_base_model()
+        return pipe
+    names = [f"adapter{number}" for number in range(len(files))]
+    for name, file in zip(names, files, strict=True):
+        pipe.load_lora_weights(file.weights.parent, weight_name=file.weights.name, adapter_name=name)
+    if files:
+        pipe.set_adapters(names, [file.scale for file in files])
+    return pipe
+
+
+def demo_pipe() -> Any:
+    return load_pipe(DEMO / "checkpoint")
+
+
+def demo_adapter(name: str, scale: float = 1.0) -> AdapterFile:
+    return AdapterFile(DEMO / "adapters" / f"{name}.safetensors", None, scale)

@@ -1,0 +1,135 @@
+"""The engine with a window in it, for tests of its loop: what it asks of the model, its turns, and steps to act at."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from inference.bank import Row
+from inference.engine import LocalEngine
+from inference.lane import Lane
+from inference.request import GenerationRequest, GenerationResult, Occupancy, StepReport
+from inference.stable_diffusion import StableDiffusion
+from tests.engine_requests import request_of
+from tests.pictures import images_of, settings_of
+
+# Far above what any test waits for; below the suite's own limit, so that the failure says where it hung.
+PATIENCE_SECONDS = 60.0
+
+
+class WatchedModel(StableDiffusion):
+    """Notes what it is asked for. `batches`: the lanes of every forward that was tried."""
+
+    def __init__(self, model_id: str, *, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(model_id, device=device, dtype=dtype)
+        self.batches: list[list[Lane]] = []
+        self.encoded: list[str] = []
+
+    def encode(self, texts: Sequence[str], adapters: Sequence[Row]) -> torch.Tensor:
+        self.encoded += texts
+        return super().encode(texts, adapters)
+
+    def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
+        self.batches.append(list(lanes))
+        return super().denoise(lanes)
+
+
+class WatchedEngine(LocalEngine):
+    """The engine over a watched model. `turns`: what it told after each turn of its loop."""
+
+    def __init__(self, checkpoint: Path, model: type[WatchedModel] = WatchedModel, **variables: Any) -> None:
+        self._make_model = model
+        self.turns: list[Occupancy] = []
+        super().__init__(settings_of(checkpoint, **variables), self.turns.append)
+
+    def _load(self, model_id: str, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
+        self.model = self._make_model(model_id, device=device, dtype=dtype)
+        return self.model
+
+    @property
+    def is_prepared(self) -> bool:
+        """Is all done that was asked of the preparing thread? To be asked on the engine's thread."""
+        asked = [one for drawing in self._loop._drawings for one in (drawing.scheduling, *drawing.readings.values())]
+        return all(one.done() for one in asked)
+
+    def wait_until_prepared(self) -> None:
+        """Hold the engine's thread, which is the one to call this."""
+        wait_for(lambda: self.is_prepared)
+
+    def lose_the_device(self) -> None:
+        """From now on the device answers nothing: a "meta" tensor has a shape and no values."""
+        self._loop._device._device = torch.device("meta")
+
+
+class Order:
+    """A request handed to the engine, and what comes of it. `at` acts on the engine's thread after a step."""
+
+    def __init__(
+        self,
+        engine: WatchedEngine,
+        request: GenerationRequest,
+        at: Mapping[int, Callable[[], object]] | None = None,
+        is_cancelled: Callable[[], bool] | None = None,
+    ) -> None:
+        self.request = request
+        self.steps: list[StepReport] = []
+        self.is_cancelled = False
+        self._at = at or {}
+        self.future: Future[GenerationResult] = engine.generate(
+            request, self._on_step, is_cancelled or (lambda: self.is_cancelled)
+        )
+
+    def _on_step(self, report: StepReport) -> None:
+        self.steps.append(report)
+        self._at.get(report.step_index, lambda: None)()
+
+    def cancel(self) -> None:
+        """As the worker does it: the flag that the engine looks at, not the future."""
+        self.is_cancelled = True
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        return images_of(self.future.result(PATIENCE_SECONDS))
+
+    @property
+    def image(self) -> Image.Image:
+        (image,) = self.images
+        return image
+
+    @property
+    def error(self) -> BaseException | None:
+        return self.future.exception(PATIENCE_SECONDS)
+
+
+def order_together(
+    engine: WatchedEngine,
+    requests: Sequence[GenerationRequest],
+    at: Mapping[int, Mapping[int, Callable[[], object]]] | None = None,
+) -> list[Order]:
+    """Hand in all requests and have them begin at one and the same turn, if there are lanes and slots for all.
+
+    One more request, of three steps, holds the engine's thread until they are there and prepared: it shares their
+    first step. `at` names actions by the place of the request and the step.
+    """
+    everything_is_in = threading.Event()
+    Order(
+        engine,
+        request_of(request_id="usher", width=64, height=64, num_inference_steps=3),
+        at={0: lambda: everything_is_in.wait(PATIENCE_SECONDS), 2: engine.wait_until_prepared},
+    )
+    orders = [Order(engine, request, (at or {}).get(place)) for place, request in enumerate(requests)]
+    everything_is_in.set()
+    return orders
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    give_up_at = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < give_up_at, "waited in vain"
+        time.sleep(0.001)
