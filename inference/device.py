@@ -30,21 +30,26 @@ class Attempt(NamedTuple, Generic[T]):
     error: Exception | None
 
 
+class _Measured(NamedTuple):
+    num_rows: int
+    bytes_per_row: float
+
+
 class Device:
     """Owner of what is measured of the device. On a CPU everything fits: the kernel has swap, and nothing to ask."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._is_cuda = device.type == "cuda"
-        self._bytes_per_row: dict[Hashable, float] = {}
+        self._measured: dict[Hashable, _Measured] = {}
         self._last_step: torch.cuda.Event | None = None
 
     def max_rows(self, shape: Hashable) -> int:
         """Rows of `shape` that fit the memory free now, at least one; no limit as long as none was measured."""
-        bytes_per_row = self._bytes_per_row.get(shape)
-        if not bytes_per_row:
+        measured = self._measured.get(shape)
+        if measured is None:
             return UNLIMITED
-        return max(1, int(USABLE_SHARE * self._free_bytes() / bytes_per_row))
+        return max(1, int(USABLE_SHARE * self._free_bytes() / measured.bytes_per_row))
 
     @contextmanager
     def measured(self, shape: Hashable, num_rows: int) -> Iterator[None]:
@@ -55,8 +60,11 @@ class Device:
         torch.cuda.reset_peak_memory_stats(self._device)
         before = torch.cuda.memory_allocated(self._device)
         yield
-        peak = torch.cuda.max_memory_allocated(self._device)
-        self._bytes_per_row[shape] = max(self._bytes_per_row.get(shape, 0.0), (peak - before) / num_rows)
+        taken = torch.cuda.max_memory_allocated(self._device) - before
+        known = self._measured.get(shape)
+        # The more rows, the less of it is what a forward takes anyway.
+        if known is None or num_rows >= known.num_rows:
+            self._measured[shape] = _Measured(num_rows, max(taken, 1) / num_rows)
 
     def keep_pace(self) -> None:
         """Wait for the step before the one just launched: the host prepares a step while the device does another."""

@@ -74,11 +74,6 @@ def solo(checkpoint: Path, request: GenerationRequest, *, seed: int | None = Non
     return plain(pipe_with(checkpoint, *request.adapters), request, seed=seed)
 
 
-def base(checkpoint: Path, request: GenerationRequest) -> Image.Image:
-    """As `solo`, without any adapter."""
-    return plain(load_pipe(checkpoint), request)
-
-
 def pipe_with(checkpoint: Path, *files: AdapterFile) -> Any:
     """A fresh plain pipeline with these adapters, loaded as the libraries' users do. A PEFT folder comes alone."""
     pipe: Any = load_pipe(checkpoint)

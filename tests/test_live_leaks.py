@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import logging
 import os
 import statistics
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.tiny_models import load_pipe, write_adapter
 from tests.world import DEMO_MODEL, Worker, World, new_world
+
+logger = logging.getLogger(__name__)
 
 NUM_JOBS = int(os.environ.get("LEAK_JOBS", "60"))
 NUM_ADAPTERS = min(40, NUM_JOBS // 3)
@@ -82,6 +85,8 @@ def test_many_adapters_in_few_slots_leave_no_trace_in_memory_or_pictures(world: 
     jobs_done = [ROUND * (number + 1) for number in range(len(memory))]
     for name, values in zip(("supervisor", "engine"), zip(*memory, strict=True), strict=True):
         slope, _ = statistics.linear_regression(jobs_done[WARM_ROUNDS:], values[WARM_ROUNDS:])
-        print(f"{name}: {slope:.3f} MB a job, {values[0]:.0f} MB after {ROUND} jobs, {values[-1]:.0f} MB at the end")
+        logger.warning(
+            "%s: %.3f MB a job; %s MB after each %d jobs", name, slope, [round(one) for one in values], ROUND
+        )
         allowed = MAX_MB_PER_JOB + (0 if NUM_JOBS >= 200 else TOLERANCE_MB / (jobs_done[-1] - jobs_done[WARM_ROUNDS]))
         assert slope < allowed, f"the {name} grows by {slope:.3f} MB a job"

@@ -65,7 +65,7 @@ def reporter(backend: SlowBackend, metrics: Metrics) -> Iterator[ProgressReporte
 
 def step(track: Track, step_index: int, num_steps: int = 20, seconds: float = 2.0) -> None:
     took = seconds if step_index else 0.0
-    track.on_step(StepReport(step_index=step_index, num_steps=num_steps, num_lanes=1, seconds=took))
+    track.on_step(StepReport(step_index=step_index, num_steps=num_steps, seconds=took))
 
 
 def nothing_more(reporter: ProgressReporter, backend: SlowBackend) -> bool:

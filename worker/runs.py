@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from inference.request import GenerationResult, Stage
 from worker.delivery import Delivery
@@ -54,6 +54,17 @@ class Run:
             yield
         finally:
             self.stages.append(Stage(name, started_at, time.monotonic() - started_at))
+
+    def add_engine_stages(self, stages: tuple[Stage, ...]) -> None:
+        """Account the engine's time, behind one stage more: all the waiting since the run's last own stage.
+
+        Part of it lay between `adapt` and `encode`, where loaded adapters wait for a lane. `adapt` is shown behind it
+        all, so that the stages follow one another without gaps and add up to the time that has passed.
+        """
+        since = self.stages[-1].started_at + self.stages[-1].seconds
+        adapt, encode, *others = stages
+        waited = max(0.0, encode.started_at - adapt.seconds - since)
+        self.stages += [Stage("wait", since, waited), replace(adapt, started_at=since + waited), encode, *others]
 
     def timeline(self) -> tuple[tuple[str, float, float], ...]:
         """Each stage's name, its start in seconds after the run's, and its seconds."""

@@ -3,7 +3,7 @@
 import hashlib
 from concurrent.futures import CancelledError
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -23,7 +23,6 @@ from inference.request import (
     ModelFacts,
     Picture,
     RequestCancelled,
-    Stage,
     StepReport,
 )
 from watermark.decoding import decode_signature
@@ -172,7 +171,7 @@ class Storyteller:
             raise
         finally:
             track.close()
-        run.stages += _with_wait(run, result.stages)
+        run.add_engine_stages(result.stages)
         return result
 
     def _go_on_or_leave(self, run: Run) -> None:
@@ -246,16 +245,3 @@ def _job_of(run: Run) -> Job:
 def _sign(picture: Picture, signature: Signature, job: Job) -> SignedPicture:
     image = Image.frombytes("RGB", (picture.width, picture.height), picture.rgb)
     return sign(image, signature, job.signature_style)
-
-
-def _with_wait(run: Run, stages: tuple[Stage, ...]) -> list[Stage]:
-    """The engine's stages behind one more: all the waiting for the engine since the run's last own stage.
-
-    Part of it lay between `adapt` and `encode`, where loaded adapters wait for a lane. `adapt` is shown behind it all,
-    so that the stages follow one another without gaps and add up to the time that has passed.
-    """
-    fetched = run.stages[-1]
-    since = fetched.started_at + fetched.seconds
-    adapt, encode, *others = stages
-    waited = max(0.0, encode.started_at - adapt.seconds - since)
-    return [Stage("wait", since, waited), replace(adapt, started_at=since + waited), encode, *others]
