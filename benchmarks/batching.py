@@ -59,6 +59,7 @@ ADAPTERS = (
 )
 MAX_RANK = 128
 JOIN_ARRIVALS = 20
+JOIN_STEPS = 10
 POISSON_JOBS = 60
 POISSON_LOAD = 0.7
 MATMUL_SIDE = 8192
@@ -320,7 +321,7 @@ def _arrival(bench: Bench, engine: Engine, number: int) -> Arrival:
         if report.step_index == 3:
             are_running.set()
 
-    futures = [engine.submit(job, watch) for job in bench.jobs if job is not joiner]
+    futures = [engine.submit(job, watch, steps=JOIN_STEPS) for job in bench.jobs if job is not joiner]
     are_running.wait()
     step = statistics.median(step_seconds[-NUM_JOBS:])
     time.sleep(random.Random(number).random() * step)  # anywhere within a step
@@ -334,10 +335,12 @@ def _arrival(bench: Bench, engine: Engine, number: int) -> Arrival:
 
 
 def _overhead(bench: Bench, engine: Engine) -> dict[str, Any]:
-    """The share of the steady steps' time that is not spent in the UNet; encoding and decoding lie outside of them."""
-    unet = engine.local._model._pipeline.unet
+    """The share of the steady steps' time that is not spent in the UNet; joining and decoding lie outside of them."""
+    unet, loop = engine.local._model._pipeline.unet, engine.local._loop
+    plain_forward, plain_step = unet.forward, loop.step
     inside: list[float] = []
-    plain_forward = unet.forward
+    steady: list[tuple[float, float]] = []
+    num_lanes_before = 0
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         started_at = bench.clock()
@@ -346,27 +349,25 @@ def _overhead(bench: Bench, engine: Engine) -> dict[str, Any]:
         finally:
             inside.append(bench.clock() - started_at)
 
-    turns: list[float] = []
-    plain_step = engine.local._loop.step
-
     def step() -> Occupancy:
+        nonlocal num_lanes_before
+        inside.clear()
         started_at = bench.clock()
-        num_before = len(inside)
         occupancy = plain_step()
-        is_steady = occupancy.num_batched == occupancy.num_lanes == NUM_JOBS and len(inside) == num_before + 1
-        (turns if is_steady else skipped).append(bench.clock() - started_at)
-        if not is_steady:
-            del inside[num_before:]
+        seconds = bench.clock() - started_at
+        if num_lanes_before == occupancy.num_batched == occupancy.num_lanes == NUM_JOBS:
+            steady.append((sum(inside), seconds))
+        num_lanes_before = occupancy.num_lanes
         return occupancy
 
-    skipped: list[float] = []
-    unet.forward, engine.local._loop.step = timed, step  # type: ignore[method-assign]
+    unet.forward, loop.step = timed, step  # type: ignore[method-assign]
     try:
-        # The first turns bring the lanes in and the last take them out; what is between is steady.
-        engine.draw_all(bench.jobs)
+        for _ in range(bench.rounds):
+            engine.draw_all(bench.jobs)
     finally:
-        unet.forward, engine.local._loop.step = plain_forward, plain_step  # type: ignore[method-assign]
-    return {"steps": len(turns), "share_beside_denoiser": 1 - sum(inside) / sum(turns)}
+        unet.forward, loop.step = plain_forward, plain_step  # type: ignore[method-assign]
+    shares = [1 - forward / turn for forward, turn in steady]
+    return {"steps": len(steady), "share_beside_denoiser": statistics.median(shares)}
 
 
 def _adapters_cost(bench: Bench) -> dict[str, Any]:

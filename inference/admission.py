@@ -29,12 +29,17 @@ class Admission:
         self._preparer = Preparer(model.pack, max_rank=max_rank, on_ready=on_ready)
         self._conditioner = Conditioner(model.encode, model.bank)
 
-    def prepare(self, drawing: Drawing) -> None:
-        """Begin what takes no memory to speak of."""
+    def prepare(self, drawing: Drawing, *, num_ahead: int) -> None:
+        """Begin to make a new request ready. On the caller's thread: the loop's may be a whole step away.
+
+        Its adapters are not read yet where `num_ahead` others come first.
+        """
         request = drawing.request
         drawing.scheduling = self._preparer.submit(
             lambda: self._model.samplers.prepare(request.scheduler, request.num_inference_steps)
         )
+        if num_ahead < READ_AHEAD:
+            self._read_missing(drawing)
 
     def read_ahead(self, waiting: Sequence[Drawing]) -> None:
         """Begin to read the adapters of those that come next."""

@@ -84,6 +84,7 @@ def fill(pages: torch.Tensor, group: LayerGroup, member: int, layer: LowRank) ->
     num_full, rest = divmod(layer.rank, PAGE_RANK)
     for part, weight in ((group.a_part(pages)[:, member], a), (group.b_part(pages, member), b)):
         full = num_full * PAGE_RANK
-        part[:num_full] = weight[:full].reshape(num_full, PAGE_RANK, weight.shape[1])
+        # A view, not a reshape: that would first copy the transposed B.
+        part[:num_full] = weight[:full].view(num_full, PAGE_RANK, weight.shape[1])
         if rest:
             part[num_full, :rest] = weight[full:]

@@ -50,12 +50,16 @@ class StepLoop:
         # Where lanes have just left, those that waited for their places are to be asked once more.
         return bool(self._batcher.active or self._denoised or (self._was_busy and self._batcher.waiting))
 
+    def prepare(self, drawing: Drawing) -> None:
+        """Begin to make a request ready that will be added. Any thread may call it."""
+        num_waiting = len({id(lane.drawing) for lane in self._batcher.waiting})
+        self._admission.prepare(drawing, num_ahead=num_waiting)
+
     def add(self, drawing: Drawing) -> None:
-        """Take in a request."""
+        """Take in a request that was given to `prepare`."""
         self._drawings.append(drawing)
         for lane in drawing.lanes:
             self._batcher.add(lane)
-        self._admission.prepare(drawing)
 
     def step(self) -> Occupancy:
         """One turn: lanes join, one batch takes a step, lanes that are done become pictures."""

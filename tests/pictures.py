@@ -1,7 +1,7 @@
 """Pictures for tests: the engine's, plain diffusers' own, and how much they differ."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def images_of(result: GenerationResult) -> list[Image.Image]:
 
 def draw(engine: LocalEngine, request: GenerationRequest, steps: list[StepReport] | None = None) -> list[Image.Image]:
     """The engine's pictures of one request, waited for."""
-    on_step: Callable[[StepReport], None] = [].append if steps is None else steps.append
+    on_step = (steps if steps is not None else []).append
     return images_of(engine.generate(request, on_step, lambda: False).result())
 
 

@@ -13,7 +13,7 @@ from inference.request import AdapterFile, GenerationRequest, RequestFailed
 from tests.engine_requests import request_of
 from tests.pictures import DEMO, DIFFERENT_DB, MIN_PSNR_DB, demo_adapter, one_torch_thread, psnr, solo
 from tests.tiny_models import EVERY_LAYER, build_tiny_sd, load_pipe, write_adapter
-from tests.watched_engine import PATIENCE_SECONDS, Order, WatchedEngine, order_together
+from tests.watched_engine import PATIENCE_SECONDS, Order, WatchedEngine, arriving_together, order_together
 
 # Another batch adds up in another order, and that is all it may do.
 SAME_DB = 60.0
@@ -104,21 +104,21 @@ def mixed_requests(adapters: Adapters) -> list[GenerationRequest]:
 
     return [
         request(adapters["old"], num_inference_steps=8, guidance_scale=9.0, scheduler="euler_a", seeds=(1,)),
-        request(num_inference_steps=36, guidance_scale=7.5, prompt="no style", negative_prompt="", seeds=(2,)),
+        request(num_inference_steps=30, guidance_scale=7.5, prompt="no style", negative_prompt="", seeds=(2,)),
         request(
             at_scale(adapters["eight"], 0.7),
             at_scale(adapters["five"], 0.4),
-            num_inference_steps=24,
+            num_inference_steps=20,
             scheduler="ddim",
             negative_prompt="ugly",
             seeds=(3,),
         ),
-        request(at_scale(adapters["text"], 0.8), num_inference_steps=30, guidance_scale=5.0, seeds=(4,)),
-        request(adapters["kohya"], num_inference_steps=28, scheduler="unipc", negative_prompt="dark", seeds=(5,)),
-        request(adapters["folder"], num_inference_steps=20, guidance_scale=1.0, prompt="a blue house", seeds=(6,)),
-        request(adapters["every"], num_inference_steps=32, scheduler="dpm++_karras", guidance_scale=2.0, seeds=(7,)),
-        request(at_scale(adapters["sixty_four"], 0.6), num_inference_steps=22, scheduler="euler", seeds=(8,)),
-        request(adapters["everything"], num_inference_steps=18, guidance_scale=1.0, scheduler="euler_a", seeds=(9,)),
+        request(at_scale(adapters["text"], 0.8), num_inference_steps=22, guidance_scale=5.0, seeds=(4,)),
+        request(adapters["kohya"], num_inference_steps=18, scheduler="unipc", negative_prompt="dark", seeds=(5,)),
+        request(adapters["folder"], num_inference_steps=25, guidance_scale=1.0, prompt="a blue house", seeds=(6,)),
+        request(adapters["every"], num_inference_steps=16, scheduler="dpm++_karras", guidance_scale=2.0, seeds=(7,)),
+        request(at_scale(adapters["sixty_four"], 0.6), num_inference_steps=12, scheduler="euler", seeds=(8,)),
+        request(adapters["everything"], num_inference_steps=14, guidance_scale=1.0, scheduler="euler_a", seeds=(9,)),
         request(at_scale(adapters["convolutions"], 1.3), num_inference_steps=40, guidance_scale=4.0, seeds=(10,)),
     ]
 
@@ -145,11 +145,11 @@ def test_the_demo_model_s_styles_share_a_batch_at_scales_of_their_own() -> None:
     orders = order_together(
         engine,
         [
-            request_of(adapters=(demo_adapter("neon"),), prompt="neon: a castle"),
-            request_of(adapters=(demo_adapter("neon", 0.5),), prompt="neon: a castle"),
-            request_of(adapters=(demo_adapter("sepia", -0.7),), guidance_scale=1.0, num_inference_steps=10),
+            request_of(adapters=(demo_adapter("neon"),), prompt="neon: a castle", num_inference_steps=5),
+            request_of(adapters=(demo_adapter("neon", 0.5),), prompt="neon: a castle", num_inference_steps=5),
+            request_of(adapters=(demo_adapter("sepia", -0.7),), guidance_scale=1.0),
             request_of(adapters=(demo_adapter("blueprint"), demo_adapter("sepia", 0.4)), scheduler="euler_a"),
-            request_of(seeds=(7,), num_inference_steps=9),
+            request_of(seeds=(7,), num_inference_steps=6),
         ],
     )
 
@@ -184,7 +184,9 @@ def test_a_request_joins_at_the_next_step_and_the_others_pictures_do_not_change(
         engine.wait_until_prepared()
         turn_when_ready.append(len(engine.turns))
 
-    orders = order_together(engine, residents, at={0: {6: come, 7: be_ready}})
+    with arriving_together(engine):
+        orders = [Order(engine, residents[0], at={6: come, 7: be_ready})]
+        orders += [Order(engine, request) for request in residents[1:]]
 
     after = [order.image for order in orders]
     assert_right(tiny, newcomers)
@@ -278,19 +280,21 @@ def test_more_styles_than_slots_are_each_drawn_right_and_never_touch_the_others(
 def test_a_style_that_takes_over_another_s_pages_brings_layers_that_one_lacked(tiny: Path, adapters: Adapters) -> None:
     engine = WatchedEngine(tiny, ADAPTER_SLOTS=4)
     staying = [
-        tiny_request(adapters[name], num_inference_steps=24, seeds=(seed,)) for seed, name in enumerate(("old", "five"))
+        tiny_request(adapters[name], num_inference_steps=12, seeds=(seed,))
+        for seed, name in enumerate(("old", "five", "eight"))
     ]
-    staying.append(tiny_request(adapters["eight"], num_inference_steps=24, seeds=(2,)))
-    leaving = tiny_request(adapters["sixty_four"], num_inference_steps=8, seeds=(3,))
+    leaving = tiny_request(adapters["text"], num_inference_steps=8, seeds=(3,))
     coming: list[Order] = []
 
     def come() -> None:
         # Its prompts are known, and it takes the only slot and the place in the batch that become free.
         coming.append(Order(engine, tiny_request(adapters["convolutions"], num_inference_steps=9, seeds=(4,))))
 
-    orders = order_together(engine, [*staying, leaving], at={3: {4: come, 7: engine.wait_until_prepared}})
+    with arriving_together(engine):
+        orders = [Order(engine, request) for request in staying]
+        orders.append(Order(engine, leaving, at={4: come, 7: engine.wait_until_prepared}))
 
-    assert_right(tiny, [*orders, *coming])
+    assert_right(tiny, [*orders[2:], *coming])
     engine.close()
 
 

@@ -25,7 +25,15 @@ from inference.request import (
 from tests.engine_requests import request_of
 from tests.pictures import MIN_PSNR_DB, images_of, one_torch_thread, plain, psnr, solo
 from tests.tiny_models import EVERY_LAYER, build_tiny_sd, load_pipe, write_adapter
-from tests.watched_engine import PATIENCE_SECONDS, Order, WatchedEngine, WatchedModel, order_together
+from tests.watched_engine import (
+    PATIENCE_SECONDS,
+    Order,
+    WatchedEngine,
+    WatchedModel,
+    arriving_together,
+    order_together,
+    wait_for,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,8 +84,12 @@ def test_a_cancelled_request_leaves_within_a_turn_and_the_others_are_drawn_right
         cancelled_at.append(len(engine.turns))
         orders[1].cancel()
 
-    requests = [tiny_request(style, seeds=(1,)), *requests_with_seeds(2, 3, num_inference_steps=12)]
-    orders = order_together(engine, requests, at={1: {5: cancel}})
+    with arriving_together(engine):
+        orders = [
+            Order(engine, tiny_request(style, seeds=(1,))),
+            Order(engine, tiny_request(seeds=(2,)), at={5: cancel}),
+            Order(engine, tiny_request(seeds=(3,), num_inference_steps=12)),
+        ]
 
     assert isinstance(orders[1].error, RequestCancelled)
     assert orders[1].steps[-1].step_index == 5
@@ -94,8 +106,11 @@ def test_cancelling_takes_all_lanes_of_a_request_and_frees_its_slot(tiny: Path, 
         cancelled_at.append(len(engine.turns))
         orders[0].cancel()
 
-    several = tiny_request(style, seeds=(1, 2, 3, 4))
-    orders = order_together(engine, [several, *requests_with_seeds(5, num_inference_steps=12)], at={0: {4: cancel}})
+    with arriving_together(engine):
+        orders = [
+            Order(engine, tiny_request(style, seeds=(1, 2, 3, 4)), at={4: cancel}),
+            Order(engine, tiny_request(seeds=(5,), num_inference_steps=12)),
+        ]
 
     assert isinstance(orders[0].error, RequestCancelled)
     assert_right(tiny, [orders[1]])
@@ -108,19 +123,16 @@ def test_cancelling_takes_all_lanes_of_a_request_and_frees_its_slot(tiny: Path, 
 @pytest.mark.parametrize("way", ["by its future", "by its flag"])
 def test_a_waiting_request_is_cancelled_before_it_begins(tiny: Path, way: str) -> None:
     engine = WatchedEngine(tiny, MAX_CONCURRENT_GENERATIONS=1)
-    is_cancelled = threading.Event()
 
     def cancel() -> None:
-        assert not second.steps
-        second.future.cancel() if way == "by its future" else second.cancel()
-        is_cancelled.set()
+        if way == "by its future":
+            second.future.cancel()
+        else:
+            second.cancel()
 
-    # At step 4 the other two are there: at step 0 the engine's thread waits for them.
-    everything_is_in = threading.Event()
-    at = {0: lambda: everything_is_in.wait(PATIENCE_SECONDS), 4: cancel}
-    first = Order(engine, tiny_request(seeds=(1,)), at=at)
-    second, third = (Order(engine, request) for request in requests_with_seeds(2, 3))
-    everything_is_in.set()
+    with arriving_together(engine):
+        first = Order(engine, tiny_request(seeds=(1,)), at={4: cancel})
+        second, third = (Order(engine, request) for request in requests_with_seeds(2, 3))
 
     assert_right(tiny, [first, third])
     with pytest.raises(CancelledError if way == "by its future" else RequestCancelled):
@@ -131,19 +143,21 @@ def test_a_waiting_request_is_cancelled_before_it_begins(tiny: Path, way: str) -
 
 def test_a_future_that_is_cancelled_while_its_request_is_about_to_join_harms_nobody(tiny: Path) -> None:
     engine = WatchedEngine(tiny)
-    orders: list[Order] = []
 
     def cancel_when_ready() -> bool:
         """Asked at the beginning of a turn; the future is looked at once more when the lane joins."""
         if engine.is_prepared:
-            orders[0].future.cancel()
+            cancelled.future.cancel()
         return False
 
-    orders.append(Order(engine, tiny_request(), is_cancelled=cancel_when_ready))
+    with arriving_together(engine):
+        cancelled = Order(engine, tiny_request(), is_cancelled=cancel_when_ready)
+        other = Order(engine, tiny_request(seeds=(2,), num_inference_steps=12))
 
     with pytest.raises(CancelledError):
-        orders[0].future.result(PATIENCE_SECONDS)
-    assert_right(tiny, [Order(engine, tiny_request(seeds=(2,)))])
+        cancelled.future.result(PATIENCE_SECONDS)
+    assert_right(tiny, [other])
+    assert cancelled.steps == []
     engine.close()
 
 
@@ -164,20 +178,23 @@ class CrampedModel(WatchedModel):
 
 def test_lanes_that_do_not_fit_are_halved_and_the_cap_holds_for_a_while(tiny: Path) -> None:
     engine = WatchedEngine(tiny, CrampedModel, MAX_CONCURRENT_GENERATIONS=16)
-    engine.model.batches.clear()
+    requests = requests_with_seeds(*range(10), num_inference_steps=26)
+    roomy = WatchedEngine(tiny, MAX_CONCURRENT_GENERATIONS=16)
 
-    orders = order_together(engine, requests_with_seeds(*range(10), num_inference_steps=26))
+    orders = order_together(engine, requests)
 
-    pipe = load_pipe(tiny)
-    for order in orders:
-        assert psnr(order.image, plain(pipe, order.request)) >= MIN_PSNR_DB
+    assert_right(tiny, orders[::4])
+    for order, other in zip(orders, order_together(roomy, requests), strict=True):
+        assert psnr(order.image, other.image) >= MIN_PSNR_DB
         assert [report.step_index for report in order.steps] == list(range(27))
-    sizes = [len(batch) for batch in engine.model.batches][2:]
-    assert sizes[:3] == [11, 5, 2], "the usher's last step is the first of all others"
-    assert max(sizes[2 : 2 + FORWARDS_UNTIL_RELAXED]) == 2
-    assert sizes[2 + FORWARDS_UNTIL_RELAXED] == 3
-    assert sizes.count(11) == 1
+    sizes = [len(batch) for batch in engine.model.batches]
+    *alone, whole, half, quarter = sizes[:5]
+    assert (alone, whole, half, quarter) == ([1, 1], 11, 5, 2), "the usher's last step is the first of all others"
+    capped = sizes[4:]
+    assert set(capped[:FORWARDS_UNTIL_RELAXED]) == {2}
+    assert capped[FORWARDS_UNTIL_RELAXED] == 3
     engine.close()
+    roomy.close()
 
 
 class SmallModel(WatchedModel):
@@ -206,7 +223,7 @@ def test_a_picture_that_does_not_fit_alone_fails_by_its_size_and_smaller_ones_be
         assert "128x96" in str(order.error)
         assert [report.step_index for report in order.steps] == [0]
     assert_right(tiny, [after])
-    assert engine.turns[-1].slots_active == 0
+    wait_for(lambda: engine.turns[-1].slots_active == 0)
     engine.close()
 
 
@@ -277,7 +294,7 @@ def test_an_adapter_that_did_not_fit_is_not_taken_for_one_that_is_there(tiny: Pa
     again = Order(engine, tiny_request(style, seeds=(2,)))
 
     assert_right(tiny, [again])
-    assert (engine.turns[-1].slots_active, engine.turns[-1].slots_idle) == (0, 1)
+    wait_for(lambda: (engine.turns[-1].slots_active, engine.turns[-1].slots_idle) == (0, 1))
     engine.close()
 
 
@@ -318,9 +335,13 @@ def test_a_request_that_breaks_every_batch_it_is_in_is_the_only_one_to_fail(tiny
 
 def test_a_device_that_answers_nothing_ends_every_request_and_the_engine(tiny: Path, style: AdapterFile) -> None:
     engine = WatchedEngine(tiny, FussyModel, MAX_CONCURRENT_GENERATIONS=3)
-    requests = [tiny_request(style), tiny_request(seeds=(FussyModel.SEED,)), *requests_with_seeds(3, 4, 5)]
 
-    orders = order_together(engine, requests, at={1: {2: engine.lose_the_device}})
+    with arriving_together(engine):
+        orders = [
+            Order(engine, tiny_request(style)),
+            Order(engine, tiny_request(seeds=(FussyModel.SEED,)), at={2: engine.lose_the_device}),
+            *(Order(engine, request) for request in requests_with_seeds(3, 4, 5)),
+        ]
 
     assert all(isinstance(order.error, EngineFault) for order in orders)
     assert engine.is_broken

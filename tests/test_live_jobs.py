@@ -5,6 +5,7 @@ import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,12 @@ def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.Tem
 @pytest.fixture(scope="module")
 def worker(world: World) -> Worker:
     return world.workers[0]
+
+
+def publish_and_wait(world: World, **fields: Any) -> int:
+    generation_id = world.publish(**fields)
+    world.wait_for_end(generation_id)
+    return generation_id
 
 
 def milestones(world: World, generation_id: int) -> list[int]:
@@ -148,11 +155,10 @@ def test_a_job_without_an_adapter_shows_no_trace_of_the_style_before_it(world: W
     neon = world.upload_demo_adapter("neon")
     plain = {"prompt": "a castle", "seed": 3}
 
-    before = world.publish(**plain)
-    styled = world.publish(prompt="a castle", seed=3, lora_path=neon)
-    after = world.publish(**plain)
-    for generation_id in (before, styled, after):
-        world.wait_for_end(generation_id)
+    # One after another: in company a picture's last bits may differ.
+    before = publish_and_wait(world, **plain)
+    styled = publish_and_wait(world, prompt="a castle", seed=3, lora_path=neon)
+    after = publish_and_wait(world, **plain)
 
     assert world.png(before) == world.png(after)
     assert world.png(before) != world.png(styled)
@@ -162,10 +168,9 @@ def test_a_signature_changes_its_corner_and_nothing_else(world: World) -> None:
     signature = world.upload("signatures/b.png", SIGNATURE.read_bytes())
     job = {"prompt": "an owl", "seed": 8}
 
-    unsigned = world.publish(**job)
-    signed = world.publish(**job, signature_path=signature, signature_config={"position": "top-left", "size": "large"})
-    for generation_id in (unsigned, signed):
-        world.wait_for_end(generation_id)
+    unsigned = publish_and_wait(world, **job)
+    placed = {"position": "top-left", "size": "large"}
+    signed = publish_and_wait(world, **job, signature_path=signature, signature_config=placed)
 
     corner, rest = (0, 0, 64, 64), (64, 0, 128, 128)
     assert world.picture(unsigned).crop(corner).tobytes() != world.picture(signed).crop(corner).tobytes()
@@ -234,20 +239,20 @@ def test_a_body_without_an_id_to_trust_goes_to_the_dead_letters_and_nobody_is_to
 
 def test_the_same_message_five_times_is_one_job(world: World, worker: Worker) -> None:
     body = json.dumps({"task_id": str(uuid.uuid4()), "data": {"generation_id": 2001, "prompt": "an owl"}}).encode()
-    steps_before = worker.metric("darkroom_denoise_steps_total")
+    steps_before = worker.metric("darkroom_denoise_lane_steps_total")
 
     world.publish_raw(*[body] * 5)
     world.wait_for_end(2001)
     world.wait_until_clean()
 
     assert len(world.backend.calls("complete", 2001)) == 1
-    assert worker.metric("darkroom_denoise_steps_total") - steps_before == 50
+    assert worker.metric("darkroom_denoise_lane_steps_total") - steps_before == 50
 
     # And once more, long after it has ended: the ledger knows.
     world.publish_raw(body)
     world.wait_until_clean()
     assert len(world.backend.calls("complete", 2001)) == 1
-    assert worker.metric("darkroom_denoise_steps_total") - steps_before == 50
+    assert worker.metric("darkroom_denoise_lane_steps_total") - steps_before == 50
 
 
 def test_the_queue_of_the_backend_is_left_as_the_backend_declares_it(world: World) -> None:

@@ -16,7 +16,7 @@ from inference.schedulers import SCHEDULERS
 from inference.stable_diffusion import StableDiffusion
 from tests.engine_requests import request_of
 from tests.pictures import DEMO, MIN_PSNR_DB, demo_pipe, draw, one_torch_thread, plain, psnr, settings_of
-from tests.tiny_models import build_tiny_sd, load_pipe, write_adapter
+from tests.tiny_models import Layout, build_tiny_sd, load_pipe, write_adapter
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,7 +76,7 @@ def test_a_picture_with_a_diffusers_adapter_equals_plain_diffusers(engine: Local
 
 @pytest.mark.parametrize("layout", ["diffusers_old", "diffusers_new"])
 def test_a_file_with_text_encoder_layers_equals_plain_diffusers(
-    tiny: Path, tiny_engine: LocalEngine, tmp_path: Path, layout: str
+    tiny: Path, tiny_engine: LocalEngine, tmp_path: Path, layout: Layout
 ) -> None:
     pipe = load_pipe(tiny)
     weights = write_adapter(tmp_path / "adapter.safetensors", pipe, layout=layout, rank=4, seed=1, text_encoder=True)

@@ -2,8 +2,9 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,9 @@ class WatchedEngine(LocalEngine):
         self._make_model = model
         self.turns: list[Occupancy] = []
         super().__init__(settings_of(checkpoint, **variables), self.turns.append)
+        # The warm-up is nobody's.
+        self.model.batches.clear()
+        self.model.encoded.clear()
 
     def _load(self, model_id: str, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
         self.model = self._make_model(model_id, device=device, dtype=dtype)
@@ -55,8 +59,14 @@ class WatchedEngine(LocalEngine):
     @property
     def is_prepared(self) -> bool:
         """Is all done that was asked of the preparing thread? To be asked on the engine's thread."""
-        asked = [one for drawing in self._loop._drawings for one in (drawing.scheduling, *drawing.readings.values())]
+        asked: list[Future[Any]] = []
+        for drawing in self._loop._drawings:
+            asked += [drawing.scheduling, *drawing.readings.values()]
         return all(one.done() for one in asked)
+
+    def hold_preparing_until(self, is_over: threading.Event) -> None:
+        """Keep the preparing thread busy."""
+        self._loop._admission._preparer.submit(lambda: is_over.wait(PATIENCE_SECONDS))
 
     def wait_until_prepared(self) -> None:
         """Hold the engine's thread, which is the one to call this."""
@@ -107,25 +117,37 @@ class Order:
         return self.future.exception(PATIENCE_SECONDS)
 
 
-def order_together(
-    engine: WatchedEngine,
-    requests: Sequence[GenerationRequest],
-    at: Mapping[int, Mapping[int, Callable[[], object]]] | None = None,
-) -> list[Order]:
-    """Hand in all requests and have them begin at one and the same turn, if there are lanes and slots for all.
+@contextmanager
+def arriving_together(engine: WatchedEngine) -> Iterator[None]:
+    """Hand in requests inside: they begin at one and the same turn, as many as there are lanes and slots for.
 
-    One more request, of three steps, holds the engine's thread until they are there and prepared: it shares their
-    first step. `at` names actions by the place of the request and the step.
+    One more request, of three steps, holds the engine's threads until everything is there, and prepared: it shares the
+    others' first step.
     """
-    everything_is_in = threading.Event()
-    Order(
-        engine,
-        request_of(request_id="usher", width=64, height=64, num_inference_steps=3),
-        at={0: lambda: everything_is_in.wait(PATIENCE_SECONDS), 2: engine.wait_until_prepared},
-    )
-    orders = [Order(engine, request, (at or {}).get(place)) for place, request in enumerate(requests)]
-    everything_is_in.set()
-    return orders
+    is_held, everything_is_in, everything_is_asked_for = (threading.Event() for _ in range(3))
+
+    def hold() -> None:
+        engine.hold_preparing_until(everything_is_asked_for)
+        is_held.set()
+        everything_is_in.wait(PATIENCE_SECONDS)
+
+    def let_go() -> None:
+        everything_is_asked_for.set()
+        engine.wait_until_prepared()
+
+    usher = request_of(request_id="usher", width=64, height=64, num_inference_steps=3)
+    Order(engine, usher, at={0: hold, 2: let_go})
+    assert is_held.wait(PATIENCE_SECONDS)
+    try:
+        yield
+    finally:
+        everything_is_in.set()
+
+
+def order_together(engine: WatchedEngine, requests: Sequence[GenerationRequest]) -> list[Order]:
+    """Hand in all of them at once, see above."""
+    with arriving_together(engine):
+        return [Order(engine, request) for request in requests]
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

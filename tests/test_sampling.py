@@ -1,0 +1,196 @@
+"""A lane's denoise steps against plain diffusers' schedulers, driven by random predictions."""
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from inference import sampling
+from inference.request import RequestFailed
+from inference.sampling import Sampler, Samplers, SchedulerSampler, TrajectorySampler
+from inference.schedulers import SCHEDULERS, make_scheduler
+from tests.pictures import DEMO, one_torch_thread
+
+SHAPE = (4, 8, 8)
+MAX_RELATIVE_ERROR = 1e-4
+# Euler's course from pure noise begins at 4096 times the noise, nearly all of which is taken away again. What 32 bits
+# leave of the rest depends on the order of adding up.
+ROUNDING = 2.0**-22
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+CONFIGS: dict[str, Any] = {
+    "as Stable Diffusion 1.5": BETAS
+    | {"clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1},
+    "as the demo model": diffusers.DPMSolverMultistepScheduler.load_config(DEMO / "checkpoint" / "scheduler"),
+    "clipping": diffusers.DDIMScheduler(**BETAS, clip_sample=True, steps_offset=1).config,
+    "thresholding": diffusers.DDIMScheduler(**BETAS, clip_sample=False, thresholding=True).config,
+    "from pure noise": diffusers.DDIMScheduler(
+        **BETAS,
+        clip_sample=False,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+    ).config,
+}
+# diffusers' own mistake: the first two timesteps are equal, and it begins with the second and ends beyond the last.
+IMPOSSIBLE = ("dpm++_karras", "from pure noise", 30)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_torch_thread():
+        yield
+
+
+class Plain:
+    """What diffusers' own pipeline does with a scheduler, a step at a time."""
+
+    def __init__(self, name: str, config: Any, num_steps: int, noise: torch.Tensor, generator: torch.Generator) -> None:
+        _, self.scheduler = make_scheduler(name, config)
+        self.scheduler.set_timesteps(num_steps)
+        self.latents = noise[None] * self.scheduler.init_noise_sigma
+        self.extra = {"generator": generator} if name == "euler_a" else {}
+
+    def steps(self, predictions: Iterator[torch.Tensor]) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
+        """Each step's timestep, the model's input before it, and the latents after it."""
+        for now, prediction in zip(self.scheduler.timesteps, predictions, strict=False):
+            model_input = self.scheduler.scale_model_input(self.latents, now)
+            self.latents = self.scheduler.step(prediction[None], now, self.latents, return_dict=False, **self.extra)[0]
+            yield float(now), model_input[0], self.latents[0]
+
+
+def noise_of(seed: int) -> tuple[torch.Tensor, torch.Generator]:
+    """A lane's noise, and the generator where the noise left it."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(SHAPE, generator=generator), generator
+
+
+def predictions_of(seed: int) -> Iterator[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    while True:
+        yield torch.randn(SHAPE, generator=generator)
+
+
+def is_near(ours: torch.Tensor, theirs: torch.Tensor, *, largest: torch.Tensor) -> bool:
+    """Are they equal but for rounding, where the latents were as large as `largest` on the way?"""
+    allowed = MAX_RELATIVE_ERROR * theirs.abs().max() + ROUNDING * largest
+    return bool((ours - theirs).abs().max() <= allowed)
+
+
+def assert_follows(sampler: Sampler, plain: Plain, seed: int) -> None:
+    """At every step of the course the sampler is where the plain scheduler is."""
+    assert sampler.num_steps == len(plain.scheduler.timesteps)
+    ours = predictions_of(seed)
+    largest = sampler.latents.abs().max()
+    for index, (timestep, model_input, latents) in enumerate(plain.steps(predictions_of(seed))):
+        assert sampler.step_index == index
+        assert sampler.timestep == timestep
+        assert is_near(sampler.model_input(), model_input, largest=largest), f"input of step {index}"
+        sampler.advance(next(ours))
+        assert is_near(sampler.latents, latents, largest=largest), f"step {index}"
+        largest = largest.maximum(latents.abs().max())
+    assert sampler.step_index == sampler.num_steps
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "num_steps"), sorted(set(product(SCHEDULERS, CONFIGS, (1, 2, 8, 30))) - {IMPOSSIBLE})
+)
+def test_every_step_is_the_one_that_the_plain_scheduler_takes(name: str, config: str, num_steps: int) -> None:
+    noise, generator = noise_of(1)
+
+    told, sampler = Samplers(CONFIGS[config]).begin(name, num_steps, noise, generator)
+
+    assert told == name
+    assert_follows(sampler, Plain(name, CONFIGS[config], num_steps, *noise_of(1)), seed=1)
+
+
+def test_a_course_that_diffusers_itself_cannot_take_is_known_before_the_first_step() -> None:
+    name, config, num_steps = IMPOSSIBLE
+
+    with pytest.raises(IndexError):
+        list(Plain(name, CONFIGS[config], num_steps, *noise_of(1)).steps(predictions_of(1)))
+    with pytest.raises(IndexError):
+        Samplers(CONFIGS[config]).prepare(name, num_steps)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_only_what_is_linear_takes_the_short_way(name: str, config: str) -> None:
+    _, sampler = Samplers(CONFIGS[config]).begin(name, 12, *noise_of(1))
+
+    draws_noise = name == "euler_a"
+    clips = (config, name) == ("clipping", "ddim") or (config == "thresholding" and name != "euler")
+    assert type(sampler) is (SchedulerSampler if draws_noise or clips else TrajectorySampler)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_lanes_of_one_scheduler_advance_in_turns_without_a_trace_in_each_other(name: str) -> None:
+    config = CONFIGS["as Stable Diffusion 1.5"]
+    samplers = Samplers(config)
+    courses = [
+        (samplers.begin(name, num_steps, *noise_of(seed))[1], Plain(name, config, num_steps, *noise_of(seed)), seed)
+        for seed, num_steps in enumerate((9, 9, 9, 6))
+    ]
+
+    predictions = [predictions_of(seed) for _, _, seed in courses]
+    for step in range(9):
+        for (sampler, _, _), own in zip(courses, predictions, strict=True):
+            if step < sampler.num_steps:
+                sampler.advance(next(own))
+
+    for sampler, plain, seed in courses:
+        *_, (_, _, latents) = plain.steps(predictions_of(seed))
+        assert is_near(sampler.latents, latents, largest=latents.abs().max())
+
+
+def test_a_lane_s_latents_are_its_own_and_change_only_by_advancing() -> None:
+    noise, generator = noise_of(1)
+    _, sampler = Samplers(CONFIGS["as Stable Diffusion 1.5"]).begin("ddim", 4, noise, generator)
+    before, prediction = sampler.latents.clone(), torch.ones(SHAPE)
+
+    noise.zero_()
+    assert torch.equal(sampler.latents, before)
+    sampler.advance(prediction)
+    after = sampler.latents.clone()
+    prediction.zero_()
+    sampler.model_input()
+
+    assert torch.equal(sampler.latents, after)
+    assert not torch.equal(after, before)
+
+
+def test_a_trajectory_is_found_once_for_all_lanes_of_its_scheduler_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Counted, because the time it saves is no pass mark.
+    traced: list[int] = []
+
+    def trace(scheduler: Any, num_steps: int) -> Any:
+        traced.append(num_steps)
+        return plain_trace(scheduler, num_steps)
+
+    plain_trace = sampling._trace
+    monkeypatch.setattr(sampling, "_trace", trace)
+    samplers = Samplers(CONFIGS["as the demo model"])
+
+    samplers.prepare("unipc", 8)
+    for seed in range(3):
+        samplers.begin("unipc", 8, *noise_of(seed))
+    # That there is none is worth remembering as well.
+    for seed in range(3):
+        samplers.begin("euler_a", 9, *noise_of(seed))
+    samplers.begin("unipc", 7, *noise_of(0))
+    samplers.begin(None, 6, *noise_of(0))
+    samplers.begin("dpm++", 6, *noise_of(0))
+
+    assert traced == [8, 9, 7, 6]
+
+
+def test_an_unknown_scheduler_is_refused_by_name() -> None:
+    samplers = Samplers(CONFIGS["as the demo model"])
+
+    with pytest.raises(RequestFailed, match=r"plms.*known are dpm") as failure:
+        samplers.prepare("plms", 8)
+
+    assert failure.value.code == "INVALID_INPUT"
