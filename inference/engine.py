@@ -88,10 +88,10 @@ class LocalEngine:
         """Queue `request`; see `Engine`."""
         keys = tuple(AdapterKey.of(file) for file in request.adapters)
         drawing = Drawing(request, on_step, is_cancelled, keys)
-        self._loop.prepare(drawing)
         with self._taking_in:
             if self._is_closing or self.is_broken:
                 raise EngineClosed("the engine is closed")
+            self._loop.prepare(drawing)
             self._inbox.put(drawing)
         return drawing.future
 

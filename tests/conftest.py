@@ -25,6 +25,10 @@ SLOW_FILES = (
     "test_commands",
     "test_live_jobs",
     "test_engine_process",
+    "test_live_batching",
+    "test_batching",
+    "test_batching_faults",
+    "test_live_leaks",
     "test_live_outage",
     "test_live_cancelling",
 )
