@@ -1,17 +1,16 @@
 """Checkpoints of several sizes with random weights, and adapters for them: made here, nothing is downloaded."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
-import tokenizers
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-MAX_TOKENS = 77
+from tests.tiny_models import MAX_TOKENS, byte_tokenizer
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ALL_LINEAR = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -28,7 +27,6 @@ class Size:
     vae_widths: tuple[int, ...]
     layers_per_block: int = 2
     vae_layers_per_block: int = 1
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 SIZES = {
@@ -43,7 +41,7 @@ def build(name: str, folder: Path, dtype: torch.dtype) -> Path:
     """Write the checkpoint called `name` in SIZES; random but seeded."""
     size = SIZES[name]
     torch.manual_seed(0)
-    tokenizer = _tokenizer()
+    tokenizer = byte_tokenizer()
     pipe = StableDiffusionPipeline(
         unet=_unet(size),
         text_encoder=_text_encoder(size, tokenizer),
@@ -89,14 +87,6 @@ def _text_encoder(size: Size, tokenizer: CLIPTokenizer) -> CLIPTextModel:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-
-
-def _tokenizer() -> CLIPTokenizer:
-    """A token a byte: no merges but the one that the class insists on."""
-    characters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    words = [*characters, *(f"{character}</w>" for character in characters), "th", "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocabulary, merges=[("t", "h")], model_max_length=MAX_TOKENS)
 
 
 def _vae(size: Size) -> AutoencoderKL:

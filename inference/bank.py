@@ -246,6 +246,6 @@ class AdapterBank:
             # One group a row: every row is convolved with the kernels of its own adapters.
             down = functional.conv2d(
                 rows_as_channels, kernels, None, conv.stride, conv.padding, conv.dilation, groups=route.num_rows
-            ).view(route.num_rows, a.shape[1], -1)
+            ).reshape(route.num_rows, a.shape[1], -1)
         delta = torch.bmm(self._gather_b(route, group, member).mT, down)
         return output.add_(delta.view(output.shape))

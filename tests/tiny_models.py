@@ -29,7 +29,7 @@ def build_tiny_sd(folder: Path, *, seed: int = 0) -> Path:
     """Writes a Stable Diffusion 1.x checkpoint of random weights, native 64x64 px, and returns `folder`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = _tokenizer()
+        tokenizer = byte_tokenizer()
         pipe = StableDiffusionPipeline(
             unet=_unet(),
             text_encoder=_text_encoder(tokenizer),
@@ -76,7 +76,7 @@ def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def _tokenizer() -> CLIPTokenizer:
+def byte_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-level tokenizer without any merges but one: a token a byte."""
     characters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     words = [*characters, *(f"{character}</w>" for character in characters), "th", "<|startoftext|>", "<|endoftext|>"]
