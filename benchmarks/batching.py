@@ -33,6 +33,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.models import ALL_LINEAR, ATTENTION, SIZES, build, write_adapter
 from config.settings import ModelSettings
@@ -61,11 +62,9 @@ ADAPTERS = (
 LARGEST_RANK = {"sd15": 128}
 JOIN_ARRIVALS = 20
 JOIN_STEPS = 10
-POISSON_JOBS = 60
+POISSON_JOBS = 40
 POISSON_LOAD = 0.7
-MATMUL_SIDE = 8192
-# Counted on the standard config: one row of SD 1.5 at 512 pixels through the UNet.
-FLOPS_PER_ROW = {"sd15": 0.80e12}
+MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,9 +212,8 @@ def _measure(bench: Bench) -> dict[str, Any]:
             "preloaded": _preloaded(bench, statistics.median(seconds["engine"])),
             "joining": _joining(bench, engine),
             "overhead": _overhead(bench, engine),
+            "poisson": _poisson(bench, engine, statistics.median(seconds["engine"])),
         }
-        if bench.device.type == "cuda":
-            result |= {"poisson": _poisson(bench, engine, statistics.median(seconds["engine"]))}
     return result | {"adapters_cost": _adapters_cost(bench), "utilization": _utilization(bench)}
 
 
@@ -427,27 +425,26 @@ def _lane(bench: Bench, model: StableDiffusion, job: Job) -> Lane:
     return lane
 
 
-def _utilization(bench: Bench) -> float | None:
+def _utilization(bench: Bench) -> float:
     """FLOPs of the denoiser in a batch of ten over what a large matrix product reaches on this device."""
-    if bench.device.type != "cuda" or bench.name not in FLOPS_PER_ROW:
-        return None
-    a = torch.randn(MATMUL_SIDE, MATMUL_SIDE, device=bench.device, dtype=bench.dtype)
-    for _ in range(3):
-        a @ a
-    started_at = bench.clock()
-    for _ in range(10):
-        a @ a
-    peak = 10 * 2 * MATMUL_SIDE**3 / (bench.clock() - started_at)
+    side = MATMUL_SIDE[bench.device.type]
+    a = torch.randn(side, side, device=bench.device, dtype=bench.dtype)
+    peak = 2 * side**3 / _seconds_each(bench, lambda: a @ a)
     model = StableDiffusion(str(bench.folder), device=bench.device, dtype=bench.dtype)
     with torch.inference_mode():
         lanes = [_lane(bench, model, job) for job in bench.jobs]
-        for _ in range(3):
+        with FlopCounterMode(display=False) as counter:
             model.denoise(lanes)
-        started_at = bench.clock()
-        for _ in range(10):
-            model.denoise(lanes)
-        seconds = (bench.clock() - started_at) / 10
-    return FLOPS_PER_ROW[bench.name] * 2 * NUM_JOBS / seconds / peak
+        return counter.get_total_flops() / _seconds_each(bench, lambda: model.denoise(lanes)) / peak
+
+
+def _seconds_each(bench: Bench, work: Callable[[], object], *, repeats: int = 5) -> float:
+    """Seconds of one of `repeats` calls, after one that does not count."""
+    work()
+    started_at = bench.clock()
+    for _ in range(repeats):
+        work()
+    return (bench.clock() - started_at) / repeats
 
 
 def _poisson(bench: Bench, engine: Engine, seconds_for_ten: float) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from tests.world import DEMO_MODEL, Worker, World, new_world
 
 logger = logging.getLogger(__name__)
 
-NUM_JOBS = int(os.environ.get("LEAK_JOBS", "60"))
+NUM_JOBS = int(os.environ.get("LEAK_JOBS", "40"))
 NUM_ADAPTERS = min(40, NUM_JOBS // 3)
 NUM_SLOTS = 8
-ROUND = 20  # jobs between two looks at the memory
+ROUND = 10 if NUM_JOBS < 200 else 20  # jobs between two looks at the memory
 WARM_ROUNDS = 3 if NUM_JOBS >= 200 else 1  # caches, the bank and the allocator come to their size
 MAX_MB_PER_JOB = 0.2
 # The short form has few points, and an allocator's arena is larger than a job.
