@@ -59,7 +59,8 @@ def test_a_running_job_leaves_within_two_steps_and_the_next_one_begins(world: Wo
 
 def test_jobs_that_wait_here_or_still_in_the_queue_never_reach_the_gpu(world: World, worker: Worker) -> None:
     steps_before = worker.metric("darkroom_denoise_lane_steps_total")
-    running = world.publish(num_inference_steps=60)
+    # long enough for a broker's command line on a busy machine
+    running = world.publish(num_inference_steps=LONG, num_images=2)
     world.wait_for_step(running)
     waiting = [world.publish() for _ in range(NUM_AHEAD + 2)]
     eventually(lambda: world.queues()[""] == (3, NUM_AHEAD), 10, lambda: str(world.queues()))
@@ -71,7 +72,7 @@ def test_jobs_that_wait_here_or_still_in_the_queue_never_reach_the_gpu(world: Wo
     assert_cancelled_once(world, waiting[-1])
     for generation_id in (running, *waiting[1:-1]):
         assert world.wait_for_end(generation_id).kind == "complete"
-    assert worker.metric("darkroom_denoise_lane_steps_total") - steps_before == 60 + 8 * NUM_AHEAD
+    assert worker.metric("darkroom_denoise_lane_steps_total") - steps_before == 2 * LONG + 8 * NUM_AHEAD
     world.wait_until_clean()
 
 
