@@ -236,11 +236,18 @@ def test_three_pictures_with_two_lanes_are_the_seeds_own_and_every_step_is_told_
 ) -> None:
     engine = WatchedEngine(tiny, MAX_CONCURRENT_GENERATIONS=2)
 
-    order = Order(engine, tiny_request(adapters["text"], seeds=(5, 3, 4), num_inference_steps=9))
+    forwards_when_told: list[int] = []
+
+    order = Order(
+        engine,
+        tiny_request(adapters["text"], seeds=(5, 3, 4), num_inference_steps=9),
+        at={9: lambda: forwards_when_told.append(len(engine.model.batches))},
+    )
 
     assert_right(tiny, [order])
     assert [report.step_index for report in order.steps] == list(range(10))
     assert max(len(batch) for batch in engine.model.batches) == 2
+    assert forwards_when_told == [len(engine.model.batches)] == [18], "the last step is told when the last lane did it"
     engine.close()
 
 

@@ -1,7 +1,7 @@
 """What goes wrong for one request of a batch is that request's affair: cancelled, too large, broken, or all of it."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path, PosixPath
 from typing import Any
@@ -141,17 +141,21 @@ def test_a_waiting_request_is_cancelled_before_it_begins(tiny: Path, way: str) -
     engine.close()
 
 
-def test_a_future_that_is_cancelled_while_its_request_is_about_to_join_harms_nobody(tiny: Path) -> None:
+def test_a_future_that_is_cancelled_while_its_request_is_joining_harms_nobody(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = WatchedEngine(tiny)
+    # The last thing asked before the request begins, which nobody else could meet but by chance.
+    slots = engine._loop._admission.slots
+    has_room = slots.has_room
 
-    def cancel_when_ready() -> bool:
-        """Asked at the beginning of a turn; the future is looked at once more when the lane joins."""
-        if engine.is_prepared:
-            cancelled.future.cancel()
-        return False
+    def cancel_and_look(wanted: dict[Hashable, int]) -> bool:
+        cancelled.future.cancel()
+        return has_room(wanted)
 
     with arriving_together(engine):
-        cancelled = Order(engine, tiny_request(), is_cancelled=cancel_when_ready)
+        monkeypatch.setattr(slots, "has_room", cancel_and_look)
+        cancelled = Order(engine, tiny_request())
         other = Order(engine, tiny_request(seeds=(2,), num_inference_steps=12))
 
     with pytest.raises(CancelledError):

@@ -13,7 +13,7 @@ from tests.engine_requests import request_of
 from tests.pictures import DEMO, MIN_PSNR_DB, demo_adapter, psnr, solo
 from tests.world import Worker, World, eventually, new_world
 
-LONG = 100
+LONG = 60
 STYLES = ("neon", "blueprint", "sepia")
 POISON = Path(__file__).parent / "poison"
 
@@ -47,7 +47,7 @@ def test_ten_jobs_of_several_styles_share_their_steps_and_come_out_as_alone(worl
             prompt=f"{STYLES[number % 3]}: a castle",
             negative_prompt="",
             seeds=(number,),
-            num_inference_steps=12 + 2 * number,
+            num_inference_steps=8 + number,
             guidance_scale=1.0 + 0.5 * number,
             adapters=() if number == 9 else (demo_adapter(STYLES[number % 3], 0.5 + 0.1 * number),),
         )
@@ -77,7 +77,7 @@ def test_ten_jobs_of_several_styles_share_their_steps_and_come_out_as_alone(worl
 
 def test_a_job_joins_those_that_are_running_and_ends_long_before_them(lasting_world: World) -> None:
     world, worker = lasting_world, lasting_world.workers[0]
-    running = [world.publish(num_inference_steps=150, seed=number) for number in range(3)]
+    running = [world.publish(num_inference_steps=80, seed=number) for number in range(3)]
     for generation_id in running:
         world.wait_for_step(generation_id)
 
@@ -116,9 +116,9 @@ def test_a_cancelled_lane_leaves_the_others_running(lasting_world: World) -> Non
 
 def test_a_poison_job_fails_alone_and_nine_innocents_in_its_batch_complete(world: World) -> None:
     # Given ten jobs in the queue, one of which kills the engine at its third step
-    innocents = [world.publish(num_inference_steps=12, seed=number) for number in range(5)]
-    poison = world.publish(prompt="poison", num_inference_steps=12)
-    innocents += [world.publish(num_inference_steps=12, seed=number) for number in range(5, 9)]
+    innocents = [world.publish(num_inference_steps=6, seed=number) for number in range(5)]
+    poison = world.publish(prompt="poison", num_inference_steps=6)
+    innocents += [world.publish(num_inference_steps=6, seed=number) for number in range(5, 9)]
 
     worker = ready(world.start_worker(PYTHONPATH=str(POISON)))
 

@@ -85,15 +85,12 @@ class Order:
         engine: WatchedEngine,
         request: GenerationRequest,
         at: Mapping[int, Callable[[], object]] | None = None,
-        is_cancelled: Callable[[], bool] | None = None,
     ) -> None:
         self.request = request
         self.steps: list[StepReport] = []
         self.is_cancelled = False
         self._at = at or {}
-        self.future: Future[GenerationResult] = engine.generate(
-            request, self._on_step, is_cancelled or (lambda: self.is_cancelled)
-        )
+        self.future: Future[GenerationResult] = engine.generate(request, self._on_step, lambda: self.is_cancelled)
 
     def _on_step(self, report: StepReport) -> None:
         self.steps.append(report)
