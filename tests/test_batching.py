@@ -257,14 +257,10 @@ def test_three_pictures_with_two_lanes_are_the_seeds_own_and_every_step_is_told_
 def test_more_styles_than_slots_are_each_drawn_right_and_never_touch_the_others(tiny: Path, adapters: Adapters) -> None:
     engine = WatchedEngine(tiny, ADAPTER_SLOTS=4)
     names = ["sixty_four", "every", "old", "kohya", "everything", "convolutions", "folder", "every", "text", "five"]
-    requests = [
-        tiny_request(at_scale(adapters[name], 1.0 if name == "folder" else 0.9), request_id=name, seeds=(seed,))
-        for seed, name in enumerate(names)
-    ]
-    requests += [
-        tiny_request(adapters["old"], at_scale(adapters["sixty_four"], 0.5), seeds=(20,)),
-        tiny_request(adapters["every"], at_scale(adapters["everything"], 0.5), adapters["text"], seeds=(21,)),
-    ]
+    worn = [[at_scale(adapters[name], 1.0 if name == "folder" else 0.9)] for name in names]
+    worn.append([adapters["old"], at_scale(adapters["sixty_four"], 0.5)])
+    worn.append([adapters["every"], at_scale(adapters["everything"], 0.5), adapters["text"]])
+    requests = [tiny_request(*files, num_inference_steps=5, seeds=(seed,)) for seed, files in enumerate(worn)]
 
     def controls() -> list[bytes]:
         """Drawn alone: a picture without an adapter, and one whose adapter is evicted meanwhile."""

@@ -131,7 +131,9 @@ def test_a_killed_worker_leaves_its_job_to_the_next_one(world: World, worker: Wo
     assert [line["queue"] for line in next_worker.events("job in")] == [f"{world.queue}.recover"]
 
 
-def test_sigterm_lets_the_running_job_end_and_gives_the_waiting_ones_back(world: World, worker: Worker) -> None:
+def test_sigterm_lets_the_running_job_end_and_gives_the_waiting_ones_back(world: World) -> None:
+    worker = world.start_worker(MAX_CONCURRENT_GENERATIONS="1")
+    worker.wait_until_ready()
     running = world.publish(num_inference_steps=LONG)
     world.wait_for_step(running)
     waiting = world.publish()
