@@ -37,12 +37,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.models import ALL_LINEAR, ATTENTION, SIZES, build, write_adapter
 from config.settings import ModelSettings
-from inference.adapters import read_adapter
 from inference.bank import Applied
 from inference.engine import LocalEngine
+from inference.families.family import Family, Prompt
+from inference.families.loading import load_family
 from inference.lane import Conditioning, Drawing, Lane
 from inference.request import AdapterFile, GenerationRequest, GenerationResult, Occupancy, StepReport
-from inference.stable_diffusion import StableDiffusion
 from tests.world import DEMO_MODEL
 
 NUM_JOBS = 10
@@ -379,7 +379,7 @@ def _overhead(bench: Bench, engine: Engine) -> dict[str, Any]:
 
 def _adapters_cost(bench: Bench) -> dict[str, Any]:
     """One forward of ten lanes with ten adapters against the same lanes without."""
-    model = StableDiffusion(str(bench.folder), device=bench.device, dtype=bench.dtype)
+    model = _model(bench)
     rows = _rows(bench, model)
     with torch.inference_mode():
         lanes = [_lane(bench, model, job) for job in bench.jobs]
@@ -404,22 +404,27 @@ def _adapters_cost(bench: Bench) -> dict[str, Any]:
     }
 
 
-def _rows(bench: Bench, model: StableDiffusion) -> list[tuple[Applied, ...]]:
+def _model(bench: Bench) -> Family:
+    settings = ModelSettings.model_validate({"MODEL_ID": str(bench.folder)})
+    return load_family(settings, device=bench.device, dtype=bench.dtype)
+
+
+def _rows(bench: Bench, model: Family) -> list[tuple[Applied, ...]]:
     """All adapters in the bank, and what each job wears of them."""
     places: dict[Path, tuple[int, ...]] = {}
     page = 1
     for path in dict.fromkeys(path for job in bench.jobs for path, _ in job.adapters):
-        packed = model.pack(read_adapter(path))
+        packed = model.pack(model.read_adapter(path, None))
         places[path] = tuple(range(page, page + packed.num_pages))
         page += packed.num_pages
         model.bank.write(places[path], packed)
     return [tuple(Applied(places[path], scale) for path, scale in job.adapters) for job in bench.jobs]
 
 
-def _lane(bench: Bench, model: StableDiffusion, job: Job) -> Lane:
-    drawing = Drawing(bench.request(job), lambda _: None, lambda: False, ())
-    embeddings = model.encode([job.prompt, ""], [(), ()])
-    drawing.conditioning = Conditioning(embeddings[0], embeddings[1])
+def _lane(bench: Bench, model: Family, job: Job) -> Lane:
+    request = bench.request(job)
+    drawing = Drawing(request, model.kind_of(request), lambda _: None, lambda: False, ())
+    drawing.conditioning = Conditioning(*model.encode([Prompt(job.prompt), Prompt("", is_left_out=True)], [(), ()]))
     lane = drawing.lanes[0]
     _, lane.sampler = model.begin(lane)
     return lane
@@ -430,7 +435,7 @@ def _utilization(bench: Bench) -> float:
     side = MATMUL_SIDE[bench.device.type]
     a = torch.randn(side, side, device=bench.device, dtype=bench.dtype)
     peak = 2 * side**3 / _seconds_each(bench, lambda: a @ a)
-    model = StableDiffusion(str(bench.folder), device=bench.device, dtype=bench.dtype)
+    model = _model(bench)
     with torch.inference_mode():
         lanes = [_lane(bench, model, job) for job in bench.jobs]
         with FlopCounterMode(display=False) as counter:
@@ -481,14 +486,14 @@ def _swap(folder: Path, device: torch.device, rounds: int) -> dict[str, Any]:
         pipe.unload_lora_weights()
         theirs.append(bench.clock() - started_at)
     del pipe
-    model = StableDiffusion(str(bench.folder), device=device, dtype=dtype)
-    adapter = read_adapter(path)
+    model = _model(bench)
+    adapter = model.read_adapter(path, None)
     reading: list[float] = []
     ours: list[float] = []
     stalls: list[float] = []
     for number in range(rounds + 1):
         started_at = bench.clock()
-        read_adapter(path)
+        model.read_adapter(path, None)
         read_at = bench.clock()
         packed = model.pack(adapter)
         packed_at = bench.clock()

@@ -193,7 +193,15 @@ class ModelSettings(_Section):
     """The resident model and how it runs."""
 
     model_id: str = Field(
-        DEFAULT_MODEL_ID, validation_alias="MODEL_ID", min_length=1, description="Folder or hub id of the model"
+        DEFAULT_MODEL_ID,
+        validation_alias="MODEL_ID",
+        min_length=1,
+        description="Folder, hub id or single `.safetensors` file of the model",
+    )
+    config_source: str | None = Field(
+        None,
+        validation_alias="MODEL_CONFIG",
+        description="Folder or hub id of a single file's configs and tokenizers; unset asks the hub",
     )
     cuda_visible_devices: str | None = Field(
         None, validation_alias="CUDA_VISIBLE_DEVICES", description="The GPU to use, as CUDA reads it"
@@ -221,11 +229,19 @@ class ModelSettings(_Section):
         multiple_of=8,
         description="Highest rank of an adapter; memory is taken as adapters of high rank come",
     )
-    inference_steps: int = Field(
-        50, validation_alias="INFERENCE_STEPS", ge=1, le=150, description="Denoise steps where a job names none"
+    inference_steps: int | None = Field(
+        None,
+        validation_alias="INFERENCE_STEPS",
+        ge=1,
+        le=150,
+        description="Denoise steps where a job names none; unset is 50, for Z-Image 8",
     )
-    guidance_scale: float = Field(
-        7.5, validation_alias="GUIDANCE_SCALE", ge=0, le=50, description="Guidance where a job names none"
+    guidance_scale: float | None = Field(
+        None,
+        validation_alias="GUIDANCE_SCALE",
+        ge=0,
+        le=50,
+        description="Guidance where a job names none; unset is 7.5, for Z-Image 0",
     )
 
 

@@ -17,12 +17,13 @@ import torch
 
 # A rank-256 SDXL adapter with convolutions is about 900 MB; anything larger is a checkpoint, not an adapter.
 MAX_FILE_BYTES = 1_000_000_000
-# safetensors itself accepts 100 MB of JSON, which takes seconds and gigabytes to parse. 4000 tensors need about 600 kB.
-MAX_HEADER_BYTES = 1_000_000
-# A rank-16 SDXL adapter over every layer with alphas has about 3000.
+# safetensors itself accepts 100 MB of JSON, which takes seconds and gigabytes to parse. 4000 tensors need about 600 kB,
+# and training scripts write the tags of all their pictures beside them.
+MAX_HEADER_BYTES = 4_000_000
+# An SDXL adapter over every layer of the UNet and both text encoders, with alphas, has about 3200.
 MAX_TENSORS = 4000
-# The longest real name (SDXL, PEFT prefix and all) has about 130 characters.
-TENSOR_NAME = re.compile(r"[A-Za-z0-9_.]{1,256}")
+# The longest real name (SDXL, PEFT prefix and all) has about 130 characters. The hyphen is Z-Image's: x_embedder.2-1.
+TENSOR_NAME = re.compile(r"[A-Za-z0-9_.-]{1,256}")
 # What adapters are trained in. 64-bit or 8-bit floats would be converted silently, so they are refused.
 WEIGHT_DTYPES = frozenset({"F32", "F16", "BF16"})
 # diffusers' own kohya export writes its alphas as 64-bit integers.
@@ -42,7 +43,7 @@ PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 
 # PEFT takes the names of rank_pattern and alpha_pattern as regular expressions. Written by training scripts they are
 # plain module names, at most anchored, and only those are read.
-LITERAL_PATTERN = re.compile(r"\^?[A-Za-z0-9_.]{1,256}")
+LITERAL_PATTERN = re.compile(r"\^?[A-Za-z0-9_.-]{1,256}")
 # What PEFT assumes where the file is silent.
 PEFT_DEFAULT_RANK = PEFT_DEFAULT_ALPHA = 8
 # Settings of training, or of finding the layers that the tensors' names tell anyway. Whatever they hold, they do not

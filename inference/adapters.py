@@ -1,16 +1,14 @@
-"""LoRA adapters: one normal form for what diffusers, PEFT and kohya's scripts write."""
+"""LoRA adapters: one normal form for what the training scripts of each model family write."""
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
-from diffusers.utils.state_dict_utils import StateDictType
 
 from inference.adapter_files import (
     MAX_RANK,
@@ -27,6 +25,7 @@ from inference.adapter_files import (
     read_peft_config,
     read_weights,
 )
+from inference.dialects import DOWN, PEFT_PREFIX, UP, Dialect, stem_and_half
 
 __all__ = [
     "Adapter",
@@ -40,24 +39,31 @@ __all__ = [
     "read_adapter",
 ]
 
-Value = TypeVar("Value")
-
-MODELS = ("unet", "text_encoder", "text_encoder_2")
-# How a text encoder's layers begin where a file does not say whose they are; all else is the UNet's.
-TEXT_ENCODER_ROOTS = ("text_model.", "encoder.")
-PEFT_PREFIX = "base_model.model."
 # diffusers' own settings, a LoraConfig per model, in the safetensors metadata.
 SETTINGS_METADATA = "lora_adapter_metadata"
+ALPHA = ".alpha"
+# What may stand between a layer's stem and ".alpha", or, in the oldest files, is missing there.
+ALPHA_INFIXES = (".lora", ".lora_linear_layer")
+# By what is in the names of their tensors. Plain diffusers drops some of these and applies the rest.
+OTHER_METHODS = {
+    "DoRA": re.compile(r"dora_scale|magnitude_vector"),
+    "LoHa": re.compile(r"hada_"),
+    "LoKr": re.compile(r"lokr_"),
+    "LoCon in Tucker form": re.compile(r"lora_mid"),
+    "IA3": re.compile(r"ia3_"),
+    "OFT": re.compile(r"oft_"),
+    "GLoRA": re.compile(r"\.[ab][12]\.weight$"),
+    "full differences of weights": re.compile(r"\.diff(?:_b)?$"),
+    "trained biases": re.compile(r"\.bias$"),
+    "trained embeddings": re.compile(r"lora_embedding"),
+}
 
-DOWN, UP, ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
-KOHYA_NAME = re.compile(r"lora_(?:unet|te|te1|te2)_\w+\.lora_(?:down|up)\.weight")
-# An alpha's name without ".alpha" is its up tensor's name without one of these.
-UP_ENDINGS = (".lora_up.weight", ".lora.up.weight", ".up.weight", ".lora_linear_layer.up.weight", "_lora.up.weight", UP)
-# In the tensors' names of DoRA, LoHa, LoKr, LoCon's Tucker form, full differences, IA3, OFT, GLoRA, trained biases.
-# Plain diffusers drops some of these and applies the rest.
-OTHER_METHODS = re.compile(
-    r"dora_scale|magnitude_vector|hada_|lokr_|lora_mid|\.diff(?:_b)?$|ia3_|oft_|\.[ab][12]\.weight$|\.bias$|lora_embedding"
-)
+
+class Halves(NamedTuple):
+    """The names of a layer's two weights in the file."""
+
+    down: str
+    up: str
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Adapter:
     """A LoRA adapter with every alpha folded into b, so that it is applied as b @ a at scale 1.
 
     layers: keyed by model and layer as the loaded pipeline names them: "unet.down_blocks.0…to_q",
-    "text_encoder.encoder.layers.0…q_proj" (without the "text_model." that older files have in front).
+    "text_encoder.encoder.layers.0…q_proj", "text_encoder_2.text_model.encoder…", "transformer.layers.0.attention.to_q".
     """
 
     layers: Mapping[str, LowRank]
@@ -91,109 +97,85 @@ class Adapter:
         return downs | {f"{name}{UP}": layer.b for name, layer in self.layers.items()}
 
 
-def read_adapter(weights: Path, config: Path | None = None) -> Adapter:
+def read_adapter(weights: Path, config: Path | None, dialect: Dialect) -> Adapter:
     """The adapter in a local safetensors file; `config` is the adapter_config.json beside a PEFT folder's weights.
 
-    Raises AdapterUnsafe, AdapterUnsupported or AdapterInvalid: an adapter is read whole or not at all.
+    Raises AdapterUnsafe, AdapterUnsupported, AdapterInvalid or, where the names alone tell that it was made for another
+    model, AdapterIncompatible: an adapter is read whole or not at all.
     """
     tensors, metadata = read_weights(weights)
-    origins = _peft_names((name for name in tensors if not name.endswith(ALPHA)), is_peft_folder=config is not None)
-    alphas = _alphas_by_up(tensors)
-    scalings = dict.fromkeys(MODELS, read_peft_config(config)) if config else _stated_scalings(metadata)
+    stored = _halves_by_stem(name for name in tensors if not name.endswith(ALPHA))
+    if any(stem.startswith(PEFT_PREFIX) != (config is not None) for stem in stored):
+        raise AdapterInvalid("weights named by PEFT need their adapter_config.json, and no others have one")
+
+    alphas = _alphas_by_stem(tensors, stored)
+    scalings = dict.fromkeys(dialect.models, read_peft_config(config)) if config else _stated(metadata, dialect)
     if alphas and scalings:
         raise AdapterInvalid("the adapter states its alphas twice, in tensors and in settings")
 
     layers: dict[str, LowRank] = {}
-    for layer in sorted({name.removesuffix(DOWN).removesuffix(UP) for name in origins}):
-        pair = _pair(layer, origins, tensors)
-        scaling = scalings.get(layer.partition(".")[0])
-        alpha = alphas.get(origins[layer + UP], pair.rank)
-        scale = scaling.of(layer, rank=pair.rank) if scaling else alpha / pair.rank
-        layers[_flat(layer)] = _scaled(pair, scale, layer)
+    for stem, name in sorted(dialect.layer_names(stored).items(), key=itemgetter(1)):
+        pair = _pair(name, tensors[stored[stem].down], tensors[stored[stem].up])
+        scaling = scalings.get(dialect.owner(name).model)
+        alpha = alphas.get(stem, pair.rank)
+        # The settings' patterns are about the names in the file.
+        scale = scaling.of(stem.removeprefix(PEFT_PREFIX), rank=pair.rank) if scaling else alpha / pair.rank
+        layers |= _parts(dialect.parts_of(name), _scaled(pair, scale, name))
     return Adapter(layers)
 
 
-def _peft_names(names: Iterable[str], *, is_peft_folder: bool) -> dict[str, str]:
-    """The name in the file of every weight, by its normal name: "unet.….lora_A.weight" or "….lora_B.weight".
+def _halves_by_stem(names: Iterable[str]) -> dict[str, Halves]:
+    """The names of every layer's weights, by its stem. Raises unless all are of plain LoRA and come in pairs."""
+    downs: dict[str, str] = {}
+    ups: dict[str, str] = {}
+    unknown: list[str] = []
+    for name in names:
+        _refuse_other_methods(name)
+        if (found := stem_and_half(name)) is None:
+            unknown.append(name)
+        elif (ups if found.is_up else downs).setdefault(found.stem, name) != name:
+            raise AdapterInvalid(f"the adapter holds two weights for the same place: {name}")
 
-    diffusers' converters only move the values of a state dict to other names, so they are handed names for values.
-    """
-    state = {name: name for name in names}
-    if not state:
-        raise AdapterInvalid("the adapter holds no weights")
-    if others := [name for name in state if OTHER_METHODS.search(name)]:
-        raise AdapterUnsupported(f"the adapter is not plain LoRA: {listed(others)}")
-    if any(name.startswith(PEFT_PREFIX) != is_peft_folder for name in state):
-        raise AdapterInvalid("weights named by PEFT need their adapter_config.json, and no others have one")
-
-    unified = _from_kohya(state) if any(KOHYA_NAME.fullmatch(name) for name in state) else state
-    normal: dict[str, str] = {}
-    for model, own in _by_model(unified).items():
-        convert = convert_unet_state_dict_to_peft if model == "unet" else _text_encoder_names
-        normal |= {f"{model}.{name}": origin for name, origin in convert(own).items()}
-
-    if unknown := [origin for name, origin in normal.items() if not name.endswith((DOWN, UP))]:
+    if unknown:
         raise AdapterUnsupported(f"the adapter holds weights of an unknown kind: {listed(unknown)}")
-    if len({_flat(name) for name in normal}) < len(state):
-        raise AdapterInvalid("the adapter holds two weights for the same place")
-    return normal
+    if not downs and not ups:
+        raise AdapterInvalid("the adapter holds no weights")
+    if lonely := downs.keys() ^ ups.keys():
+        raise AdapterInvalid(f"layers lack one of their two weights: {listed(lonely)}")
+    return {stem: Halves(downs[stem], ups[stem]) for stem in downs}
 
 
-def _from_kohya(state: dict[str, str]) -> dict[str, str]:
-    if strangers := [name for name in state if not KOHYA_NAME.fullmatch(name)]:
-        raise AdapterUnsupported(f"the adapter holds weights of an unknown kind: {listed(strangers)}")
-    try:
-        converted, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(dict(state))
-    except (KeyError, ValueError) as error:
-        raise AdapterInvalid("the adapter's layers are named oddly, or one lacks half of its weights") from error
-    return dict(converted)
+def _refuse_other_methods(name: str) -> None:
+    for method, pattern in OTHER_METHODS.items():
+        if pattern.search(name):
+            raise AdapterUnsupported(f"the adapter is not plain LoRA but has {method}: {name}")
 
 
-def _text_encoder_names(state: dict[str, str]) -> dict[str, str]:
-    # Stating the type, because the converter's guess fails for adapters without an attention output. This one also
-    # covers the newer names.
-    return dict(convert_state_dict_to_peft(state, original_type=StateDictType.DIFFUSERS_OLD))
-
-
-def _by_model(entries: Mapping[str, Value]) -> dict[str, dict[str, Value]]:
-    """The entries of each model under their names within it; an unclaimed name belongs to the UNet."""
-    split: dict[str, dict[str, Value]] = {}
-    for name, entry in entries.items():
-        bare = name.removeprefix(PEFT_PREFIX)
-        model, _, rest = bare.partition(".")
-        if model not in MODELS:
-            model, rest = ("text_encoder" if bare.startswith(TEXT_ENCODER_ROOTS) else "unet"), bare
-        split.setdefault(model, {})[rest] = entry
-    return split
-
-
-def _flat(layer: str) -> str:
-    """The name without the level that transformers dropped from its CLIP text model: files have it or not."""
-    return re.sub(r"^text_encoder\.text_model\.", "text_encoder.", layer)
-
-
-def _alphas_by_up(tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """The alpha tensors' values by the names of the up weights they belong to."""
+def _alphas_by_stem(tensors: Mapping[str, torch.Tensor], stems: Collection[str]) -> dict[str, float]:
+    """The alpha tensors' values by the stems of the layers they belong to."""
     alphas: dict[str, float] = {}
     for name in (name for name in tensors if name.endswith(ALPHA)):
-        ups = [up for ending in UP_ENDINGS if (up := name.removesuffix(ALPHA) + ending) in tensors]
-        if len(ups) != 1 or ups[0] in alphas or tensors[name].numel() != 1:
+        bare = name.removesuffix(ALPHA)
+        candidates = {bare, f"{bare}_lora", *(bare.removesuffix(infix) for infix in ALPHA_INFIXES)}
+        owners = [stem for stem in candidates if stem in stems]
+        if len(owners) != 1 or owners[0] in alphas or tensors[name].numel() != 1:
             raise AdapterInvalid(f"{name} is not the one number of one layer")
-        alphas[ups[0]] = checked_alpha(float(tensors[name].item()))
+        alphas[owners[0]] = checked_alpha(float(tensors[name].item()))
     return alphas
 
 
-def _stated_scalings(metadata: Mapping[str, str]) -> dict[str, Scaling]:
+def _stated(metadata: Mapping[str, str], dialect: Dialect) -> dict[str, Scaling]:
+    """The scalings in diffusers' own settings, by model."""
     if SETTINGS_METADATA not in metadata:
         return {}
-    settings = parse_object(metadata[SETTINGS_METADATA], f"the adapter's {SETTINGS_METADATA}")
-    return {model: parse_scaling(own) for model, own in _by_model(settings).items()}
+    settings: dict[str, dict[str, Any]] = {}
+    for name, value in parse_object(metadata[SETTINGS_METADATA], f"the adapter's {SETTINGS_METADATA}").items():
+        model, setting = dialect.owner(name)
+        settings.setdefault(model, {})[setting] = value
+    return {model: parse_scaling(own) for model, own in settings.items()}
 
 
-def _pair(layer: str, origins: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> LowRank:
-    if layer + DOWN not in origins or layer + UP not in origins:
-        raise AdapterInvalid(f"{layer} lacks one of its two weights")
-    a, b = tensors[origins[layer + DOWN]], tensors[origins[layer + UP]]
+def _pair(layer: str, a: torch.Tensor, b: torch.Tensor) -> LowRank:
     if a.ndim not in (2, 4) or a.ndim != b.ndim or a.shape[0] != b.shape[1] or b.shape[2:].numel() != 1:
         raise AdapterInvalid(
             f"{layer} has weights of shapes {list(a.shape)} and {list(b.shape)}, which do not multiply"
@@ -201,6 +183,13 @@ def _pair(layer: str, origins: Mapping[str, str], tensors: Mapping[str, torch.Te
     if not 1 <= a.shape[0] <= MAX_RANK or 0 in (*a.shape, *b.shape):
         raise AdapterInvalid(f"{layer} is of rank {a.shape[0]} or empty; ranks from 1 to {MAX_RANK} are accepted")
     return LowRank(a, b)
+
+
+def _parts(names: Sequence[str], layer: LowRank) -> dict[str, LowRank]:
+    """Layers that were fused have one A, and as many rows of B each: taken apart, they are what they were."""
+    if layer.b.shape[0] % len(names):
+        raise AdapterInvalid(f"a layer of {layer.b.shape[0]} outputs cannot be {' and '.join(names)} in one")
+    return {name: LowRank(layer.a, b) for name, b in zip(names, layer.b.chunk(len(names)), strict=True)}
 
 
 def _scaled(pair: LowRank, scale: float, layer: str) -> LowRank:

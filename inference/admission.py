@@ -8,12 +8,12 @@ from typing import Any
 from inference.bank import Applied
 from inference.batcher import Claim
 from inference.conditioner import Conditioner
+from inference.families.family import Family
 from inference.lane import Drawing
 from inference.layers import PAGE_RANK
 from inference.preparing import AdapterKey, Preparer
 from inference.request import Stage
 from inference.slots import Slots
-from inference.stable_diffusion import StableDiffusion
 
 # Requests whose adapters are read before there is a lane for them. More would only fill the memory.
 READ_AHEAD = 4
@@ -22,22 +22,19 @@ READ_AHEAD = 4
 class Admission:
     """Owner of the slots and of the preparing thread. The loop's thread calls it."""
 
-    def __init__(self, model: StableDiffusion, *, num_slots: int, max_rank: int, on_ready: Callable[[], None]) -> None:
+    def __init__(self, model: Family, *, num_slots: int, max_rank: int, on_ready: Callable[[], None]) -> None:
         """`on_ready` is called, on another thread, when a request may join that could not before."""
         self._model = model
         self.slots = Slots(num_slots, num_slots * max_rank // PAGE_RANK)
-        self._preparer = Preparer(model.pack, max_rank=max_rank, on_ready=on_ready)
-        self._conditioner = Conditioner(model.encode, model.bank)
+        self._preparer = Preparer(read=model.read_adapter, pack=model.pack, max_rank=max_rank, on_ready=on_ready)
+        self._conditioner = Conditioner(model)
 
     def prepare(self, drawing: Drawing, *, num_ahead: int) -> None:
         """Begin to make a new request ready. On the caller's thread: the loop's may be a whole step away.
 
         Its adapters are not read yet where `num_ahead` others come first.
         """
-        request = drawing.request
-        drawing.scheduling = self._preparer.submit(
-            lambda: self._model.samplers.prepare(request.scheduler, request.num_inference_steps)
-        )
+        drawing.scheduling = self._preparer.submit(lambda: self._model.prepare(drawing.request))
         if num_ahead < READ_AHEAD:
             self._read_missing(drawing)
 

@@ -12,6 +12,7 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +79,7 @@ class AdapterBank:
         self._pages = torch.zeros(1, 0, device=device, dtype=dtype)
         self._contents: dict[int, frozenset[LayerGroup]] = {}
         self._routing: _Routing | None = None
+        self._token_counts: Mapping[str, Sequence[int]] = {}
         self._downs: dict[LayerGroup, tuple[torch.Tensor, torch.Tensor]] = {}
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
@@ -116,8 +118,12 @@ class AdapterBank:
         """Does the adapter in these pages change the model called so?"""
         return any(group.names[0].startswith(f"{model}.") for group in self._contents[applied.pages[0]])
 
-    def route(self, rows: Sequence[Row]) -> None:
-        """Have the next forwards apply these adapters to their rows, in order; `()` is a row without any."""
+    def route(self, rows: Sequence[Row], token_counts: Mapping[str, Sequence[int]] = MappingProxyType({})) -> None:
+        """Have the next forwards apply these adapters to their rows, in order; `()` is a row without any.
+
+        `token_counts`, by layer: an input [tokens of all rows, in] has so many of each row, one row behind the other.
+        """
+        self._token_counts = token_counts
         # Of a forward that broke off: what its layers read is not read again, and takes memory.
         self._downs.clear()
         wanted = tuple(rows)
@@ -216,10 +222,21 @@ class AdapterBank:
     def _apply_linear(
         self, route: _Route, group: LayerGroup, member: int, x: torch.Tensor, output: torch.Tensor
     ) -> torch.Tensor:
+        counts = self._token_counts.get(group.names[member])
+        if counts is not None:
+            return output.add_(self._change_of_strung(route, group, member, x, counts))
         tokens = x if x.ndim == 3 else x[:, None]
         down = self._down(route, group, member, tokens)
         flat = output if output.ndim == 3 else output[:, None]
         return flat.baddbmm_(down, self._gather_b(route, group, member)).view(output.shape)
+
+    def _change_of_strung(
+        self, route: _Route, group: LayerGroup, member: int, x: torch.Tensor, counts: Sequence[int]
+    ) -> torch.Tensor:
+        """What the adapters add where the rows' tokens are strung together, [tokens of all rows, out]."""
+        tokens = torch.nn.utils.rnn.pad_sequence(list(torch.split(x, list(counts))), batch_first=True)
+        change = torch.bmm(self._down(route, group, member, tokens), self._gather_b(route, group, member))
+        return torch.cat([row[:count] for row, count in zip(change, counts, strict=True)])
 
     def _down(self, route: _Route, group: LayerGroup, member: int, x: torch.Tensor) -> torch.Tensor:
         """x Aᵀ of one member, [rows, tokens, pages a row · PAGE_RANK]; computed for all members at the first."""

@@ -42,6 +42,7 @@ class Device:
         self._device = device
         self._is_cuda = device.type == "cuda"
         self._measured: dict[Hashable, _Measured] = {}
+        self._too_large: dict[int, int] = {}  # what did not fit, and the bytes that were free when it did not
         self._last_step: torch.cuda.Event | None = None
 
     def max_rows(self, shape: Hashable) -> int:
@@ -65,6 +66,16 @@ class Device:
         # The more rows, the less of it is what a forward takes anyway.
         if known is None or num_rows >= known.num_rows:
             self._measured[shape] = _Measured(num_rows, max(taken, 1) / num_rows)
+
+    def may_fit(self, size: int) -> bool:
+        """Is there more memory free than when work of this size, or less, last ran out of it?"""
+        shortages = [free for tried, free in self._too_large.items() if tried <= size]
+        return not shortages or self._free_bytes() > max(shortages)
+
+    def note_too_large(self, size: int) -> None:
+        """Work of this size has run out of memory. On a CPU that is somebody else's doing, and soon over."""
+        if self._is_cuda:
+            self._too_large[size] = self._free_bytes()
 
     def keep_pace(self) -> None:
         """Wait for the step before the one just launched: the host prepares a step while the device does another."""

@@ -12,6 +12,8 @@ import torch
 import transformers
 
 from config.settings import ModelSettings
+from inference.families.family import Family
+from inference.families.loading import load_family
 from inference.lane import Drawing
 from inference.preparing import AdapterKey
 from inference.request import (
@@ -27,8 +29,6 @@ from inference.request import (
     RequestFailed,
     StepReport,
 )
-from inference.schedulers import SCHEDULERS
-from inference.stable_diffusion import StableDiffusion
 from inference.stepping import StepLoop
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class LocalEngine:
         started_at = time.monotonic()
         device = _choose_device(settings.device)
         dtype = _choose_dtype(settings.dtype, device)
-        self._model = self._load(settings.model_id, device, dtype)
+        self._model = self._load(settings, device, dtype)
         self._on_occupancy = on_occupancy
         self._inbox: queue.SimpleQueue[Drawing | None] = queue.SimpleQueue()
         # What is in the inbox is answered: nothing may come in once the thread has looked into it for the last time.
@@ -72,10 +72,12 @@ class LocalEngine:
             raise EngineStartFailed(f"MODEL_ID {settings.model_id!r} cannot draw a picture: {error}") from error
         self.facts = ModelFacts(
             model=_public_name(settings.model_id),
-            family=self._model.family,
+            family=self._model.name,
             base_size=self._model.base_size,
             size_multiple=self._model.size_multiple,
-            schedulers=tuple(SCHEDULERS),
+            default_steps=self._model.default_steps,
+            default_guidance=self._model.default_guidance,
+            schedulers=self._model.samplers.names,
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
             load_seconds=time.monotonic() - started_at,
@@ -87,7 +89,7 @@ class LocalEngine:
     ) -> Future[GenerationResult]:
         """Queue `request`; see `Engine`."""
         keys = tuple(AdapterKey.of(file) for file in request.adapters)
-        drawing = Drawing(request, on_step, is_cancelled, keys)
+        drawing = Drawing(request, self._model.kind_of(request), on_step, is_cancelled, keys)
         with self._taking_in:
             if self._is_closing or self.is_broken:
                 raise EngineClosed("the engine is closed")
@@ -102,8 +104,8 @@ class LocalEngine:
         self._wake()
         self._thread.join()
 
-    def _load(self, model_id: str, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
-        return StableDiffusion(model_id, device=device, dtype=dtype)
+    def _load(self, settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> Family:
+        return load_family(settings, device=device, dtype=dtype)
 
     def _wake(self) -> None:
         self._inbox.put(None)

@@ -1,9 +1,11 @@
 """A request while it is in the engine, and the lanes it is made of."""
 
 import time
+from collections.abc import Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -15,11 +17,26 @@ from inference.slots import Slot
 
 
 @dataclass(frozen=True, slots=True)
-class Conditioning:
-    """What guides a lane: embeddings [tokens, width] of the prompt and, under guidance, of the negative prompt."""
+class Embedding:
+    """A text as the denoiser reads it: [tokens, width], and where the family has one a pooled [width]."""
 
-    positive: torch.Tensor
-    negative: torch.Tensor | None
+    tokens: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """What guides a lane: the prompt and, under guidance, the negative prompt."""
+
+    positive: Embedding
+    negative: Embedding | None
+
+
+class Kind(NamedTuple):
+    """What a family makes of a request: lanes of one `shape` share a forward, a guided lane has two rows in it."""
+
+    shape: Hashable
+    is_guided: bool
 
 
 @dataclass(eq=False)
@@ -31,6 +48,7 @@ class Drawing:
     """
 
     request: GenerationRequest
+    kind: Kind
     on_step: OnStep
     is_cancelled: IsCancelled
     keys: tuple[AdapterKey, ...]
@@ -54,7 +72,7 @@ class Drawing:
 
     @property
     def is_guided(self) -> bool:
-        return self.request.guidance_scale > 1
+        return self.kind.is_guided
 
     @property
     def is_begun(self) -> bool:
@@ -105,6 +123,8 @@ class Drawing:
         return GenerationResult(
             pictures=tuple(self.pictures[lane.number] for lane in self.lanes),
             scheduler=self.scheduler,
+            num_inference_steps=self.request.num_inference_steps,
+            guidance_scale=self.request.guidance_scale,
             stages=tuple(self.stages),
         )
 
@@ -122,9 +142,8 @@ class Lane:
         return self.drawing.request.seeds[self.number]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return self.drawing.request.height, self.drawing.request.width
+    def shape(self) -> Hashable:
+        return self.drawing.kind.shape
 
     @property
     def num_rows(self) -> int:
@@ -136,7 +155,10 @@ class Lane:
 
     @property
     def num_steps_done(self) -> int:
-        return 0 if self.sampler is None else self.sampler.step_index
+        """Of the steps that were asked for: a scheduler may take several forwards to one of them."""
+        if self.sampler is None:
+            return 0
+        return self.sampler.step_index * self.drawing.request.num_inference_steps // self.sampler.num_steps
 
     @property
     def is_denoised(self) -> bool:

@@ -14,6 +14,8 @@ PAGE_RANK = 8
 # These read the same input, so that one product serves the A of all of them; diffusers' names, then CLIP's.
 SELF_ATTENTION = (("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj"))
 CROSS_ATTENTION = (("to_q",), ("to_k", "to_v"))
+# Z-Image's feed-forward: what is gated and its gate.
+GATED = ("w1", "w3")
 
 
 @dataclass(eq=False)
@@ -70,7 +72,7 @@ def layer_groups(models: Mapping[str, torch.nn.Module]) -> list[LayerGroup]:
     ]
     groups: list[LayerGroup] = []
     for prefix, is_cross in attentions:
-        for members in CROSS_ATTENTION if is_cross else SELF_ATTENTION:
+        for members in CROSS_ATTENTION if is_cross else (*SELF_ATTENTION, GATED):
             names = tuple(prefix + member for member in members)
             if all(name in layers for name in names):
                 groups.append(LayerGroup(names, tuple(layers.pop(name) for name in names)))

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from inference.adapters import Adapter, AdapterError, AdapterUnsupported, read_adapter
+from inference.adapters import Adapter, AdapterError, AdapterUnsupported
 from inference.bank import PackedAdapter
 from inference.request import AdapterFile, RequestFailed, Stage
 
@@ -36,9 +36,15 @@ class Preparer:
     """Owner of the preparing thread. Adapters are read, checked and packed on it."""
 
     def __init__(
-        self, pack: Callable[[Adapter], PackedAdapter], *, max_rank: int, on_ready: Callable[[], None]
+        self,
+        *,
+        read: Callable[[Path, Path | None], Adapter],
+        pack: Callable[[Adapter], PackedAdapter],
+        max_rank: int,
+        on_ready: Callable[[], None],
     ) -> None:
-        """`on_ready` is called on the preparing thread each time that something is ready."""
+        """`read` raises `AdapterError`. `on_ready` is called on the preparing thread when something is ready."""
+        self._read_adapter = read
         self._pack = pack
         self._max_rank = max_rank
         self._on_ready = on_ready
@@ -60,7 +66,7 @@ class Preparer:
     def _read(self, file: AdapterFile) -> ReadAdapter:
         started_at = time.monotonic()
         try:
-            adapter = read_adapter(file.weights, file.config)
+            adapter = self._read_adapter(file.weights, file.config)
             self._check_rank(adapter)
             packed = self._pack(adapter)
         except AdapterError as error:

@@ -60,7 +60,8 @@ class AdapterFile:
 class GenerationRequest:
     """One job's pictures: one lane for each seed. Sizes in pixels, already multiples of the family's.
 
-    `arrived_at` (`time.monotonic()`) is when the job came in: the oldest gets the first free lane.
+    `cfg_normalization` (0: none) and `cfg_truncation` are Z-Image's, as its pipeline takes them. `arrived_at`
+    (`time.monotonic()`) is when the job came in: the oldest gets the first free lane.
     """
 
     request_id: str
@@ -73,6 +74,8 @@ class GenerationRequest:
     seeds: tuple[int, ...]
     scheduler: str | None = None
     adapters: tuple[AdapterFile, ...] = ()
+    cfg_normalization: float = 0.0
+    cfg_truncation: float = 1.0
     arrived_at: float = 0.0
 
 
@@ -121,22 +124,27 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """The pictures in the order of the request's seeds, the scheduler that was used, and where the time went."""
+    """The pictures in the order of the request's seeds, what they were drawn with, and where the time went."""
 
     pictures: tuple[Picture, ...]
     scheduler: str
+    num_inference_steps: int
+    guidance_scale: float
     stages: tuple[Stage, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What the loaded model is. `base_size` (pixels) is the side of its 1:1 picture; sizes are multiples of
-    `size_multiple`; `step_seconds` was measured by a warm-up at base size. `model` is the name told to backends."""
+    `size_multiple`; steps and guidance default to the family's. `step_seconds` was measured by a warm-up at base size.
+    `model` is the name told to backends."""
 
     model: str
     family: str
     base_size: int
     size_multiple: int
+    default_steps: int
+    default_guidance: float
     schedulers: tuple[str, ...]
     device: str
     dtype: str

@@ -6,15 +6,15 @@ are found by running the scheduler once over unit vectors; from then on a step i
 Whether a scheduler really is linear is tried out on random numbers, never assumed.
 """
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 
-from inference.schedulers import make_scheduler
+from inference.parameters import parameters_of
+from inference.request import RequestFailed
+from inference.schedulers import SchedulerTable, set_timesteps
 
 MAX_TRAJECTORIES = 256
 # fp32 rounding over a hundred steps stays below 1e-4; a step's own noise or a clipped value is far above.
@@ -90,7 +90,7 @@ class SchedulerSampler:
         """`scheduler` has its timesteps set; `generator` goes on where it drew `noise`."""
         self._scheduler = scheduler
         self._generator = generator
-        self.latents = noise * float(scheduler.init_noise_sigma)
+        self.latents = noise * _init_noise_sigma(scheduler)
         self.step_index = 0
 
     @property
@@ -104,8 +104,7 @@ class SchedulerSampler:
     def model_input(self) -> torch.Tensor:
         # The schedulers expect a batch dimension.
         now = self._scheduler.timesteps[self.step_index]
-        scaled: torch.Tensor = self._scheduler.scale_model_input(self.latents[None], now)
-        return scaled[0]
+        return _scale_model_input(self._scheduler, self.latents[None], now)[0]
 
     def advance(self, prediction: torch.Tensor) -> None:
         # Most schedulers look themselves up by timestep; few take a generator, the deterministic ones ignore it.
@@ -117,35 +116,57 @@ class SchedulerSampler:
 class Samplers:
     """Maker of samplers for one checkpoint. Remembers the trajectories it found."""
 
-    def __init__(self, scheduler_config: Any) -> None:
+    def __init__(self, table: SchedulerTable, scheduler_config: Any) -> None:
+        self._table = table
         self._config = scheduler_config
         self._trajectory = lru_cache(MAX_TRAJECTORIES)(self._find_trajectory)
 
-    def prepare(self, name: str | None, num_steps: int) -> None:
-        """Find the trajectory, which takes some milliseconds, ahead of `begin`. Raises what `make_scheduler` does."""
-        name, _ = make_scheduler(name, self._config)
-        self._trajectory(name, num_steps)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The schedulers a job may name."""
+        return self._table.names
+
+    def prepare(self, name: str | None, num_steps: int, shift: float | None = None) -> None:
+        """Find the trajectory, which takes some milliseconds, ahead of `begin`; `shift` as `set_timesteps` takes it.
+
+        Raises `RequestFailed` where there is no such scheduler, or it cannot take so many steps.
+        """
+        name, _ = self._table.make(name, self._config)
+        self._trajectory(name, num_steps, shift)
 
     def begin(
-        self, name: str | None, num_steps: int, noise: torch.Tensor, generator: torch.Generator
+        self,
+        name: str | None,
+        num_steps: int,
+        noise: torch.Tensor,
+        generator: torch.Generator,
+        shift: float | None = None,
     ) -> tuple[str, Sampler]:
         """A sampler at its first step, and the scheduler's name. `noise` is standard normal, fp32, on the device."""
-        name, scheduler = make_scheduler(name, self._config)
-        trajectory = self._trajectory(name, num_steps)
+        name, scheduler = self._table.make(name, self._config)
+        trajectory = self._trajectory(name, num_steps, shift)
         if trajectory is not None:
             return name, TrajectorySampler(trajectory, noise)
-        scheduler.set_timesteps(num_steps)
+        set_timesteps(scheduler, num_steps, shift)
         return name, SchedulerSampler(scheduler, noise, generator)
 
-    def _find_trajectory(self, name: str, num_steps: int) -> Trajectory | None:
-        found = _trace(make_scheduler(name, self._config)[1], num_steps)
-        _, scheduler = make_scheduler(name, self._config)
-        return found if _describes(found, scheduler, num_steps) else None
+    def _find_trajectory(self, name: str, num_steps: int, shift: float | None) -> Trajectory | None:
+        def scheduler() -> Any:
+            _, fresh = self._table.make(name, self._config)
+            set_timesteps(fresh, num_steps, shift)
+            return fresh
+
+        try:
+            found = _trace(scheduler())
+        except IndexError as error:
+            # diffusers' own mistake where two timesteps round to one: it begins with the second and runs off the end.
+            reason = f"scheduler {name!r} cannot take {num_steps} steps with this checkpoint: ask for other steps"
+            raise RequestFailed("INVALID_INPUT", reason) from error
+        return found if _describes(found, scheduler()) else None
 
 
-def _trace(scheduler: Any, num_steps: int) -> Trajectory:
+def _trace(scheduler: Any) -> Trajectory:
     """Run `scheduler` over unit vectors: the sample's components are then the weights of each input."""
-    scheduler.set_timesteps(num_steps)
     times = scheduler.timesteps
     units = torch.eye(len(times) + 1)[:, None, :, None, None]  # [input, batch 1, component, 1, 1]
     sample = units[0]
@@ -153,21 +174,20 @@ def _trace(scheduler: Any, num_steps: int) -> Trajectory:
     scales: list[float] = []
     weights: list[torch.Tensor] = []
     for time, unit in zip(times, units[1:], strict=True):
-        scales.append(float(scheduler.scale_model_input(torch.ones(1, 1, 1, 1), time)))
+        scales.append(float(_scale_model_input(scheduler, torch.ones(1, 1, 1, 1), time)))
         sample = _step(scheduler, unit, time, sample, generator)
         weights.append(sample.flatten())
     return Trajectory(
         timesteps=tuple(float(time) for time in times),
         scales=tuple(scales),
-        init_noise_sigma=float(scheduler.init_noise_sigma),
+        init_noise_sigma=_init_noise_sigma(scheduler),
         weights=torch.stack(weights),
     )
 
 
-def _describes(trajectory: Trajectory, scheduler: Any, num_steps: int) -> bool:
+def _describes(trajectory: Trajectory, scheduler: Any) -> bool:
     """Does the trajectory lead where `scheduler` leads, from random latents by random predictions?"""
     generator = torch.Generator().manual_seed(0)
-    scheduler.set_timesteps(num_steps)
     # Three times the usual size, so that what clips does clip.
     noise = 3 * torch.randn(4, 8, 8, generator=generator)
     ours: Sampler = TrajectorySampler(trajectory, noise)
@@ -185,11 +205,18 @@ def _step(
     scheduler: Any, prediction: torch.Tensor, time: Any, sample: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
     """One step of any diffusers scheduler; those that draw noise get `generator`."""
-    extra = {"generator": generator} if "generator" in _parameters(type(scheduler).step) else {}
+    extra = {"generator": generator} if "generator" in parameters_of(type(scheduler).step) else {}
     stepped: torch.Tensor = scheduler.step(prediction, time, sample, return_dict=False, **extra)[0]
     return stepped
 
 
-@lru_cache
-def _parameters(function: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)
+def _scale_model_input(scheduler: Any, sample: torch.Tensor, time: Any) -> torch.Tensor:
+    """As a diffusers pipeline scales it; a flow's schedulers have nothing to scale."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    scaled: torch.Tensor = sample if scale is None else scale(sample, time)
+    return scaled
+
+
+def _init_noise_sigma(scheduler: Any) -> float:
+    """What a course begins with: so many times the noise. A flow begins with the noise itself."""
+    return float(getattr(scheduler, "init_noise_sigma", 1.0))

@@ -9,6 +9,7 @@ import torch
 from inference.admission import Admission
 from inference.batcher import Batcher, Claim
 from inference.device import Attempt, Device
+from inference.families.family import Family
 from inference.lane import Drawing, Lane
 from inference.request import (
     EngineError,
@@ -19,7 +20,6 @@ from inference.request import (
     RequestCancelled,
     RequestFailed,
 )
-from inference.stable_diffusion import StableDiffusion
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class StepLoop:
     """Owner of every request in the engine and of what the model holds for them. One thread calls it."""
 
     def __init__(
-        self, model: StableDiffusion, *, max_lanes: int, num_slots: int, max_rank: int, on_ready: Callable[[], None]
+        self, model: Family, *, max_lanes: int, num_slots: int, max_rank: int, on_ready: Callable[[], None]
     ) -> None:
         """`on_ready` is called, on another thread, when a request may join that could not before."""
         self._model = model
@@ -200,8 +200,10 @@ class StepLoop:
     def _decode(self, lane: Lane) -> None:
         assert lane.sampler is not None, "a denoised lane has a sampler"  # noqa: S101
         latents, drawing = lane.sampler.latents, lane.drawing
-        attempt = self._device.attempt(lambda: self._model.decode(latents))
-        if isinstance(attempt.error, torch.OutOfMemoryError):
+        in_tiles = not self._device.may_fit(latents.numel())
+        attempt = self._device.attempt(lambda: self._model.decode(latents, in_tiles=in_tiles))
+        if isinstance(attempt.error, torch.OutOfMemoryError) and not in_tiles:
+            self._device.note_too_large(latents.numel())
             attempt = self._device.attempt(lambda: self._model.decode(latents, in_tiles=True))
         if attempt.error is not None:
             self._fail(drawing, attempt.error)

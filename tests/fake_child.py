@@ -75,6 +75,8 @@ class FakeEngine:
             family="fake",
             base_size=BASE_SIZE,
             size_multiple=8,
+            default_steps=1,
+            default_guidance=0.0,
             schedulers=("fake",),
             device="cpu",
             dtype="float32",
@@ -170,7 +172,7 @@ class FakeEngine:
             drawing.future.set_exception(error)
             return
         pictures = tuple(Picture(1, 1, seed.to_bytes(3, "big"), seed) for seed in request.seeds)
-        drawing.future.set_result(GenerationResult(pictures, "fake", ()))
+        drawing.future.set_result(GenerationResult(pictures, "fake", 1, 0.0, ()))
 
 
 def die_in_the_middle_of_a_message() -> None:

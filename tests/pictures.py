@@ -14,7 +14,7 @@ from PIL import Image
 from config.settings import ModelSettings
 from inference.engine import LocalEngine
 from inference.request import AdapterFile, GenerationRequest, GenerationResult, StepReport
-from inference.schedulers import make_scheduler
+from inference.schedulers import DIFFUSION
 from tests.tiny_models import load_pipe
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo_model"
@@ -56,7 +56,7 @@ def draw(engine: LocalEngine, request: GenerationRequest, steps: list[StepReport
 
 def plain(pipe: Any, request: GenerationRequest, *, seed: int | None = None) -> Image.Image:
     """What a diffusers user gets for one of the request's seeds (None: the first) from a pipeline made ready."""
-    _, pipe.scheduler = make_scheduler(request.scheduler, pipe.scheduler.config)
+    _, pipe.scheduler = DIFFUSION.make(request.scheduler, pipe.scheduler.config)
     drawn = pipe(
         request.prompt,
         negative_prompt=request.negative_prompt,

@@ -21,7 +21,7 @@ MAY_IMPORT = {
 }
 # Where all three siblings meet: a job's story, its local twin, and the check that tries every part.
 MEETINGS = {"worker.story", "worker.local", "worker.checks"}
-TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors"}
+TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "compel"}
 
 
 @cache

@@ -117,7 +117,7 @@ def mixed_requests(adapters: Adapters) -> list[GenerationRequest]:
         request(adapters["kohya"], num_inference_steps=18, scheduler="unipc", negative_prompt="dark", seeds=(5,)),
         request(adapters["folder"], num_inference_steps=25, guidance_scale=1.0, prompt="a blue house", seeds=(6,)),
         request(adapters["every"], num_inference_steps=16, scheduler="dpm++_karras", guidance_scale=2.0, seeds=(7,)),
-        request(at_scale(adapters["sixty_four"], 0.6), num_inference_steps=12, scheduler="euler", seeds=(8,)),
+        request(at_scale(adapters["sixty_four"], 0.9), num_inference_steps=12, scheduler="euler", seeds=(8,)),
         request(adapters["everything"], num_inference_steps=14, guidance_scale=1.0, scheduler="euler_a", seeds=(9,)),
         request(at_scale(adapters["convolutions"], 1.3), num_inference_steps=40, guidance_scale=4.0, seeds=(10,)),
     ]
@@ -360,7 +360,7 @@ def positive_of(engine: WatchedEngine, order: Order) -> torch.Tensor:
         lane.drawing for batch in engine.model.batches for lane in batch if lane.drawing.future is order.future
     )
     assert drawing.conditioning is not None
-    return drawing.conditioning.positive
+    return drawing.conditioning.positive.tokens
 
 
 def test_a_prompt_means_something_else_under_a_text_encoder_s_adapter_and_at_each_scale_of_it(

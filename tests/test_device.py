@@ -41,6 +41,26 @@ def run(device: Device, counters: Counters, *, num_rows: int, takes: int) -> Non
         counters.peak = counters.allocated + takes
 
 
+def test_what_did_not_fit_is_not_tried_again_until_more_memory_is_free(counters: Counters) -> None:
+    device = Device(torch.device("cuda"))
+    assert device.may_fit(4096)
+
+    counters.free = 2 * GB
+    device.note_too_large(4096)
+
+    assert [device.may_fit(size) for size in (1024, 4096, 8192)] == [True, False, False]
+    counters.free = 3 * GB
+    assert device.may_fit(4096)
+
+
+def test_a_cpu_forgets_what_did_not_fit() -> None:
+    device = Device(torch.device("cpu"))
+
+    device.note_too_large(4096)
+
+    assert device.may_fit(4096)
+
+
 def test_a_cpu_has_room_for_any_batch() -> None:
     device = Device(torch.device("cpu"))
 

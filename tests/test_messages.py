@@ -103,6 +103,8 @@ EXPECTED = Job(
     num_images=2,
     num_inference_steps=30,
     guidance_scale=5.5,
+    cfg_normalization=0.0,
+    cfg_truncation=1.0,
     scheduler="dpm++",
     signature_ref=ObjectRef("media", "signatures/a.png"),
     artist_name="서울 아틀리에",
@@ -150,8 +152,10 @@ BARE = Job(
     aspect=(1, 1),
     seed=SEED,
     num_images=1,
-    num_inference_steps=50,
-    guidance_scale=7.5,
+    num_inference_steps=None,
+    guidance_scale=None,
+    cfg_normalization=0.0,
+    cfg_truncation=1.0,
     scheduler=None,
     signature_ref=None,
     artist_name=None,
@@ -198,6 +202,18 @@ def test_several_adapters_keep_their_order_and_scales(rules: JobRules) -> None:
         ("s3://media/models/a.safetensors", 0.3),
         ("s3://media/models/b/", 1.0),
     ]
+
+
+def test_what_is_z_image_s_own_is_passed_on(rules: JobRules) -> None:
+    job = job_of(rules, message(parameters={"cfg_normalization": 0.7, "cfg_truncation": 0.5}))
+
+    assert (job.cfg_normalization, job.cfg_truncation) == (0.7, 0.5)
+
+
+def test_what_neither_job_nor_settings_name_is_left_to_the_model_s_family(rules: JobRules) -> None:
+    job = job_of(rules, message())
+
+    assert (job.num_inference_steps, job.guidance_scale) == (None, None)
 
 
 def test_the_worker_s_defaults_hold_where_a_job_names_nothing(rules: JobRules) -> None:
@@ -357,6 +373,8 @@ LIMITS: list[tuple[str, Any, Any]] = [
     ("prompt_tags", [[], ["a" * 200] * 100], [["a"] * 101, ["a" * 201]]),
     ("parameters", [{}, {"steps": 1}, {"steps": 150}], [{"steps": 0}, {"steps": 151}]),
     ("parameters", [{"cfg_scale": 0}, {"cfg_scale": 50}], [{"cfg_scale": -1}, {"cfg_scale": 51}]),
+    ("parameters", [{"cfg_normalization": 0}, {"cfg_normalization": 1.5}], [{"cfg_normalization": -1}]),
+    ("parameters", [{"cfg_truncation": 0}, {"cfg_truncation": 1}], [{"cfg_truncation": 1.5}]),
     ("parameters", [{"seed": 0}, {"seed": MAX_SEED}], [{"seed": -1}, {"seed": MAX_SEED + 1}]),
     ("parameters", [{"width": 64, "height": 2048}], [{"width": 63, "height": 64}, {"width": 64, "height": 2049}]),
     ("signature_config", [{"opacity": 0}, {"opacity": 1}], [{"opacity": -0.1}, {"opacity": 1.1}]),
@@ -829,8 +847,8 @@ def assert_within_limits(job: Job) -> None:
     assert 1 <= len(job.prompt) <= MAX_PROMPT_CHARS
     assert re.search(r"[\x00\ud800-\udfff]", job.prompt + job.negative_prompt) is None
     assert all(0 <= seed <= MAX_INT64 for seed in job.seeds)
-    assert 1 <= job.num_inference_steps <= 150
-    assert 0 <= job.guidance_scale <= 50
+    assert job.num_inference_steps is None or 1 <= job.num_inference_steps <= 150
+    assert job.guidance_scale is None or 0 <= job.guidance_scale <= 50
     assert all(adapter.ref.bucket == "media" and -4 <= adapter.scale <= 4 for adapter in job.adapters)
     assert all(64 <= side <= 2048 for side in resolve_size(job, base_size=512, size_multiple=8))
 

@@ -1,9 +1,8 @@
 """The engine's pictures against plain diffusers', fp32 on a CPU: the same seed gives the same picture."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,12 +10,13 @@ from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 
 from inference.engine import LocalEngine
+from inference.lane import Lane
 from inference.request import AdapterFile, EngineStartFailed, RequestFailed, StepReport
-from inference.schedulers import SCHEDULERS
-from inference.stable_diffusion import StableDiffusion
+from inference.schedulers import DIFFUSION
 from tests.engine_requests import request_of
 from tests.pictures import DEMO, MIN_PSNR_DB, demo_pipe, draw, one_torch_thread, plain, psnr, settings_of
 from tests.tiny_models import Layout, build_tiny_sd, load_pipe, write_adapter
+from tests.watched_engine import WatchedEngine, WatchedModel
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +53,7 @@ def test_a_picture_without_an_adapter_equals_plain_diffusers(engine: LocalEngine
     assert psnr(draw(engine, request)[0], plain(demo_pipe(), request)) >= MIN_PSNR_DB
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", DIFFUSION.makers)
 def test_every_scheduler_gives_the_picture_plain_diffusers_gives_with_it(engine: LocalEngine, name: str) -> None:
     request = request_of(scheduler=name)
 
@@ -176,19 +176,15 @@ def test_a_picture_of_numbers_that_are_none_is_never_returned(tiny: Path) -> Non
 
 
 def test_running_out_of_memory_fails_the_request_and_the_next_one_runs(tiny: Path) -> None:
-    class SmallModel(StableDiffusion):
+    class SmallModel(WatchedModel):
         is_full = False
 
-        def denoise(self, *args: Any) -> Any:
+        def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
             if self.is_full:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return super().denoise(*args)
+            return super().denoise(lanes)
 
-    class SmallEngine(LocalEngine):
-        def _load(self, model_id: str, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
-            return SmallModel(model_id, device=device, dtype=dtype)
-
-    engine = SmallEngine(settings_of(tiny))
+    engine = WatchedEngine(tiny, SmallModel)
     SmallModel.is_full = True
     with pytest.raises(RequestFailed) as failure:
         draw(engine, request_of(width=64, height=64))

@@ -93,8 +93,9 @@ def test_the_defaults_are_those_of_the_contract(environment: pytest.MonkeyPatch)
     assert settings.model.model_id == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert (settings.model.device, settings.model.dtype) == ("auto", "auto")
     assert settings.model.max_concurrent_generations == 10
-    assert settings.model.inference_steps == 50
-    assert settings.model.guidance_scale == 7.5
+    # 50 and 7.5 for Stable Diffusion: each family has its own.
+    assert settings.model.inference_steps is None
+    assert settings.model.guidance_scale is None
     assert settings.service.metrics_port == 9464
     assert settings.backend.progress_milestones == (0, 25, 50, 75, 90)
 

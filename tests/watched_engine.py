@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from PIL import Image
 
+from config.settings import ModelSettings
 from inference.bank import Row
 from inference.engine import LocalEngine
-from inference.lane import Lane
+from inference.families.family import Family, Prompt
+from inference.lane import Embedding, Lane
 from inference.request import GenerationRequest, GenerationResult, Occupancy, StepReport
-from inference.stable_diffusion import StableDiffusion
 from tests.engine_requests import request_of
 from tests.pictures import images_of, settings_of
 
@@ -24,36 +25,42 @@ from tests.pictures import images_of, settings_of
 PATIENCE_SECONDS = 60.0
 
 
-class WatchedModel(StableDiffusion):
-    """Notes what it is asked for. `batches`: the lanes of every forward that was tried."""
+class WatchedModel(Family):
+    """Laid over whatever family was loaded: notes what it is asked for. `batches`: the lanes of every forward tried."""
 
-    def __init__(self, model_id: str, *, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(model_id, device=device, dtype=dtype)
-        self.batches: list[list[Lane]] = []
-        self.encoded: list[str] = []
+    batches: list[list[Lane]]
+    encoded: list[str]
 
-    def encode(self, texts: Sequence[str], adapters: Sequence[Row]) -> torch.Tensor:
-        self.encoded += texts
-        return super().encode(texts, adapters)
+    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[Row]) -> list[Embedding]:
+        self.encoded += [prompt.text for prompt in prompts]
+        return super().encode(prompts, adapters)  # type: ignore[safe-super]
 
     def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
         self.batches.append(list(lanes))
-        return super().denoise(lanes)
+        return super().denoise(lanes)  # type: ignore[safe-super]
+
+
+def laid_over(model: Family, window: type[WatchedModel]) -> WatchedModel:
+    """The loaded model itself, from now on with the window's methods before its own."""
+    model.__class__ = type(window.__name__, (window, type(model)), {})
+    assert isinstance(model, window)
+    model.batches, model.encoded = [], []
+    return model
 
 
 class WatchedEngine(LocalEngine):
     """The engine over a watched model. `turns`: what it told after each turn of its loop."""
 
     def __init__(self, checkpoint: Path, model: type[WatchedModel] = WatchedModel, **variables: Any) -> None:
-        self._make_model = model
+        self._window = model
         self.turns: list[Occupancy] = []
         super().__init__(settings_of(checkpoint, **variables), self.turns.append)
         # The warm-up is nobody's.
         self.model.batches.clear()
         self.model.encoded.clear()
 
-    def _load(self, model_id: str, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
-        self.model = self._make_model(model_id, device=device, dtype=dtype)
+    def _load(self, settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> Family:
+        self.model = laid_over(super()._load(settings, device, dtype), self._window)
         return self.model
 
     @property

@@ -37,7 +37,7 @@ class Job:
     """What a message asks for, both dialects resolved, every value within its limits.
 
     `size` (width, height) wins over `aspect` where it is set. `seed` is never absent: a null one is derived from
-    `task_id`, so that a repeated run draws the same picture.
+    `task_id`, so that a repeated run draws the same picture. Steps and guidance that nobody named are the family's.
     """
 
     task_id: str
@@ -49,8 +49,10 @@ class Job:
     aspect: tuple[int, int]
     seed: int
     num_images: int
-    num_inference_steps: int
-    guidance_scale: float
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    cfg_normalization: float
+    cfg_truncation: float
     scheduler: str | None
     signature_ref: ObjectRef | None
     artist_name: str | None

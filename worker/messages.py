@@ -49,10 +49,10 @@ _FIELD_CODES: dict[str | int, str] = {
 
 @dataclass(frozen=True, slots=True)
 class JobRules:
-    """What the worker's settings say about jobs."""
+    """What the worker's settings say about jobs; None: the model's family knows."""
 
-    default_steps: int
-    default_guidance: float
+    default_steps: int | None
+    default_guidance: float | None
     locate: Callable[[str], ObjectRef]
 
 
@@ -187,7 +187,9 @@ def _build(wire: WireData, message: Mapping[str, Any], identity: _Identity, rule
         seed=_derived_seed(identity.task_id) if seed is None else seed,
         num_images=wire.num_images or 1,
         num_inference_steps=_first(parameters.steps, wire.num_inference_steps) or rules.default_steps,
-        guidance_scale=_first(parameters.cfg_scale, wire.guidance_scale, rules.default_guidance) or 0.0,
+        guidance_scale=_first(parameters.cfg_scale, wire.guidance_scale, rules.default_guidance),
+        cfg_normalization=parameters.cfg_normalization or 0.0,
+        cfg_truncation=_first(parameters.cfg_truncation, 1.0),
         scheduler=_first(parameters.scheduler, wire.scheduler) or None,
         signature_ref=_located("signature_path", wire.signature_path, rules, reject),
         artist_name=(wire.artist_name or "").strip() or None,

@@ -47,6 +47,8 @@ class WireParameters(_Wire):
     cfg_scale: _Guidance | None = None
     seed: _Seed | None = None
     scheduler: _Name | None = None
+    cfg_normalization: Annotated[float, Field(ge=0, le=10)] | None = None
+    cfg_truncation: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 class WireSignatureConfig(_Wire):

@@ -196,8 +196,8 @@ class Storyteller:
         timeline = run.timeline()
         metadata: dict[str, Any] = {
             "seed": job.seed,
-            "steps": job.num_inference_steps,
-            "guidance_scale": job.guidance_scale,
+            "steps": result.num_inference_steps,
+            "guidance_scale": result.guidance_scale,
             "prompt_tags": list(job.prompt_tags),
             "width": result.pictures[0].width,
             "height": result.pictures[0].height,
@@ -225,8 +225,10 @@ def request_of(
         negative_prompt=job.negative_prompt,
         width=width,
         height=height,
-        num_inference_steps=job.num_inference_steps,
-        guidance_scale=job.guidance_scale,
+        num_inference_steps=job.num_inference_steps or facts.default_steps,
+        guidance_scale=facts.default_guidance if job.guidance_scale is None else job.guidance_scale,
+        cfg_normalization=job.cfg_normalization,
+        cfg_truncation=job.cfg_truncation,
         seeds=job.seeds,
         scheduler=job.scheduler,
         adapters=adapters,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-POISONED = "inference.stable_diffusion"
+POISONED = "inference.families.unet"
 WORD = "poison"
 
 
@@ -30,7 +30,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
         def load_and_poison(module: ModuleType) -> None:
             load(module)
-            _poison(module.StableDiffusion)
+            _poison(module.UNetFamily)
 
         spec.loader.exec_module = load_and_poison  # type: ignore[method-assign]
         return spec

@@ -1,0 +1,254 @@
+"""A checkpoint by the operator's name for it: what it is, what it takes, and loading it.
+
+Only `load_pipeline` imports torch. What can be known to be wrong is said before gigabytes are read.
+"""
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config.logs import log_event
+from inference.hub import download_pipeline, find_on_hub, one_line
+from inference.request import EngineStartFailed
+from inference.single_files import family_of, split
+from inference.weight_files import (
+    FAVOURITE_VARIANT,
+    PICKLES,
+    SAFETENSORS,
+    Weights,
+    count_parameters,
+    find_weights,
+    read_json,
+    read_shapes,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+INDEX = "model_index.json"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+# What each kind of pipeline draws with and has weights. Safety checkers and image encoders are never loaded.
+COMPONENTS = {
+    "StableDiffusionPipeline": ("text_encoder", "unet", "vae"),
+    "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2", "unet", "vae"),
+    "ZImagePipeline": ("text_encoder", "transformer", "vae"),
+}
+# Given as None, they are neither looked for nor loaded, whatever the index says of them.
+UNUSED: dict[str, dict[str, Any]] = {
+    "StableDiffusionPipeline": dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+    | {"requires_safety_checker": False},
+    "StableDiffusionXLPipeline": dict.fromkeys(("feature_extractor", "image_encoder")),
+    "ZImagePipeline": {},
+}
+# Latent pixels a side, where the UNet's config leaves it out: 512 and 1024 px.
+SAMPLE_SIZES = {"StableDiffusionPipeline": 64, "StableDiffusionXLPipeline": 128}
+# Beyond this share, weights that no layer took are no leftovers of training but layers the config forgot.
+MAX_UNUSED_SHARE = 0.01
+
+
+class Where(Enum):
+    """Where a checkpoint lies."""
+
+    FOLDER = auto()
+    HUB = auto()  # its path is the cached snapshot
+    FILE = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint of a kind we run. `config`: folder or hub id with a single file's configs and tokenizers.
+    Until a hub id `is_fetched`, its weights may be missing."""
+
+    model_id: str
+    pipeline_class: str
+    where: Where
+    path: Path
+    config: str | None = None
+    is_fetched: bool = True
+
+    @property
+    def public_name(self) -> str:
+        """A hub id as it is, a path by its last part: the operator's folders are nobody else's business."""
+        return self.model_id if self.where is Where.HUB else self.path.resolve().name.removesuffix(SAFETENSORS)
+
+
+def identify(model_id: str, config: str | None) -> Checkpoint:
+    """Tell what MODEL_ID is by its index or its tensors' names alone. A hub id costs one small download.
+
+    EngineStartFailed where it is nothing we run.
+    """
+    path = Path(model_id).expanduser()
+    if path.suffix in PICKLES:
+        raise EngineStartFailed(f"MODEL_ID {model_id!r} is a pickle, which is never opened: convert it to safetensors")
+    if path.is_file():
+        return _identify_file(model_id, path, config)
+
+    index = _find_index(model_id, "MODEL_ID")
+    found = _class_in(index)
+    if found not in COMPONENTS:
+        raise EngineStartFailed(f"MODEL_ID {model_id!r} holds a {found}; this version runs {', '.join(COMPONENTS)}")
+    where = Where.FOLDER if path.is_dir() else Where.HUB
+    return Checkpoint(model_id, found, where, index.parent, is_fetched=where is Where.FOLDER)
+
+
+def weight_bytes(checkpoint: Checkpoint, bytes_each: int) -> dict[str, int] | None:
+    """Bytes of each component's weights in memory, with `bytes_each` for a parameter, by the files' headers.
+
+    None for a hub id whose weights are not in the cache yet. EngineStartFailed names a file that is damaged.
+    """
+    try:
+        counts = _parameters(checkpoint)
+    except EngineStartFailed:
+        if checkpoint.is_fetched:
+            raise
+        return None
+    return {name: count * bytes_each for name, count in counts.items()}
+
+
+def download(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with all of its files on this machine; nothing to do but for a hub id. EngineStartFailed where
+    the hub does not give them."""
+    if checkpoint.is_fetched:
+        return checkpoint
+    unused = UNUSED[checkpoint.pipeline_class]
+    try:
+        path = download_pipeline(checkpoint.model_id, variant=None, unused=unused)
+        found = replace(checkpoint, path=path, is_fetched=True)
+        _weights(found)
+    except EngineStartFailed as error:
+        # Some repositories have 16-bit files only, under that name.
+        try:
+            path = download_pipeline(checkpoint.model_id, variant=FAVOURITE_VARIANT, unused=unused)
+        except EngineStartFailed:
+            raise error from None
+        found = replace(checkpoint, path=path, is_fetched=True)
+    return found
+
+
+def load_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
+    """The pipeline on the CPU in `dtype`. Weights whose files have that dtype stay mapped from them, others are
+    converted tensor by tensor: neither makes a second copy. EngineStartFailed says what is wrong and what to do."""
+    checkpoint = download(checkpoint)
+    # Reads every header, and so names a damaged file before the libraries stumble over it.
+    counts = _parameters(checkpoint)
+    try:
+        pipeline = (_load_file if checkpoint.where is Where.FILE else _load_folder)(checkpoint, dtype)
+    # A config may say anything, and the libraries take it at its word.
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError) as error:
+        raise EngineStartFailed(
+            f"MODEL_ID {checkpoint.model_id!r} could not be loaded ({type(error).__name__}: {one_line(error)}): its"
+            " weight files are whole, so look at its configs and tokenizers, or copy or download them again"
+        ) from error
+    _check_counts(checkpoint, pipeline, counts)
+    _fill_in_sample_size(checkpoint, pipeline)
+    return pipeline
+
+
+def _load_folder(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
+    for name in _other_folders(checkpoint):
+        if not (checkpoint.path / name).is_dir():
+            raise EngineStartFailed(f"{checkpoint.path / name} is missing: copy or download the whole checkpoint")
+    return _class(checkpoint).from_pretrained(
+        checkpoint.path,
+        # Never left to the files: transformers would keep their dtype for the text encoder, diffusers take fp32.
+        dtype=dtype,
+        use_safetensors=True,
+        variant=_weights(checkpoint).variant,
+        local_files_only=True,
+        **UNUSED[checkpoint.pipeline_class],
+    )
+
+
+def _load_file(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
+    try:
+        return _class(checkpoint).from_single_file(
+            str(checkpoint.path), config=checkpoint.config, dtype=dtype, **UNUSED[checkpoint.pipeline_class]
+        )
+    except OSError as error:
+        if checkpoint.config is not None:
+            raise
+        # The file itself was read by now: what failed is asking the hub for what a single file does not hold.
+        raise EngineStartFailed(
+            f"MODEL_ID {checkpoint.model_id!r} is a single file, without configs and tokenizers, and the hub gives none"
+            f" ({one_line(error)}): set MODEL_CONFIG to a diffusers folder of a {checkpoint.pipeline_class}"
+        ) from error
+
+
+def _class(checkpoint: Checkpoint) -> Any:
+    import diffusers  # noqa: PLC0415 - brings torch, which the supervisor never imports
+
+    return getattr(diffusers, checkpoint.pipeline_class)
+
+
+def _other_folders(checkpoint: Checkpoint) -> list[str]:
+    """The folders without weights: a tokenizer for each text encoder, and the scheduler."""
+    encoders = [name for name in COMPONENTS[checkpoint.pipeline_class] if name.startswith("text_encoder")]
+    return [*(name.replace("text_encoder", "tokenizer") for name in encoders), "scheduler"]
+
+
+def _weights(checkpoint: Checkpoint) -> Weights:
+    return find_weights(checkpoint.path, COMPONENTS[checkpoint.pipeline_class])
+
+
+def _parameters(checkpoint: Checkpoint) -> dict[str, int]:
+    """How many parameters the files hold for each component."""
+    if checkpoint.where is Where.FILE:
+        parts = split(read_shapes(checkpoint.path), checkpoint.pipeline_class)
+        return {name: count_parameters(shapes) for name, shapes in parts.items()}
+    files = _weights(checkpoint).files
+    return {name: sum(count_parameters(read_shapes(path)) for path in paths) for name, paths in files.items()}
+
+
+def _check_counts(checkpoint: Checkpoint, pipeline: Any, counts: Mapping[str, int]) -> None:
+    """Layers that no file has weights for would be left random, without a word from the libraries."""
+    for name, count in counts.items():
+        wanted = sum(parameter.numel() for parameter in getattr(pipeline, name).parameters())
+        if count < wanted:
+            raise EngineStartFailed(
+                f"MODEL_ID {checkpoint.model_id!r}: the config of its {name} describes {wanted} parameters, its weights"
+                f" are {count}: they do not belong together"
+            )
+        # A single file of Stable Diffusion 2.x has a layer that is left out on purpose.
+        if checkpoint.where is not Where.FILE and count > wanted * (1 + MAX_UNUSED_SHARE):
+            log_event(logger, "weights left unused", logging.WARNING, component=name, unused=count - wanted)
+
+
+def _fill_in_sample_size(checkpoint: Checkpoint, pipeline: Any) -> None:
+    unet = getattr(pipeline, "unet", None)
+    if unet is not None and unet.config.sample_size is None:
+        sample_size = SAMPLE_SIZES[checkpoint.pipeline_class]
+        log_event(logger, "unet/config.json has no sample_size", logging.WARNING, assumed=sample_size)
+        unet.register_to_config(sample_size=sample_size)
+
+
+def _identify_file(model_id: str, path: Path, config: str | None) -> Checkpoint:
+    if path.suffix != SAFETENSORS:
+        raise EngineStartFailed(f"MODEL_ID {model_id!r} is neither a folder nor a {SAFETENSORS} file")
+    found = family_of(read_shapes(path), f"MODEL_ID {model_id!r}")
+    if config is not None and (other := _class_in(_find_index(config, "MODEL_CONFIG"))) != found:
+        raise EngineStartFailed(f"MODEL_CONFIG {config!r} holds a {other}, but MODEL_ID {model_id!r} is a {found}")
+    return Checkpoint(model_id, found, Where.FILE, path, config)
+
+
+def _class_in(index: Path) -> str:
+    """The pipeline's class by the index; a list where it brings code of its own, which is never run."""
+    return str(read_json(index).get("_class_name", "pipeline without a _class_name"))
+
+
+def _find_index(source: str, setting: str) -> Path:
+    """The index of a folder, or of a hub id: the one file of it that is fetched here."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / INDEX).is_file():
+            raise EngineStartFailed(f"{setting} {source!r} is a folder without {INDEX}: name a diffusers folder")
+        return folder / INDEX
+    if not HUB_ID.fullmatch(source):
+        raise EngineStartFailed(f"{setting} {source!r} is no folder or file here, and no hub id like owner/name")
+    return find_on_hub(source, INDEX, setting)

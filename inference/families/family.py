@@ -1,0 +1,150 @@
+"""What the engine's loop wants of a model: conditioning, a lane's first step, forwards of many lanes, pictures."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from inference.adapters import Adapter, check_fits, read_adapter
+from inference.bank import AdapterBank, PackedAdapter, Row
+from inference.dialects import Dialect
+from inference.lane import Embedding, Kind, Lane
+from inference.request import GenerationRequest, RequestFailed
+from inference.sampling import Sampler, Samplers
+from inference.schedulers import SchedulerTable
+
+
+class Prompt(NamedTuple):
+    """A text. `is_left_out`: an empty negative prompt, which is none at all to some families."""
+
+    text: str
+    is_left_out: bool = False
+
+
+class Family(ABC):
+    """Owner of the resident model and its adapter bank.
+
+    The engine's one thread calls it; `read_adapter` and `prepare` run on any.
+    """
+
+    name: ClassVar[str]
+    schedulers: ClassVar[SchedulerTable]
+    # Where neither job nor settings name any.
+    default_steps: ClassVar[int] = 50
+    default_guidance: ClassVar[float] = 7.5
+    # Those of the models that adapters change.
+    text_encoders: ClassVar[tuple[str, ...]] = ()
+    # Do embeddings come in chunks of one length, of which a lane's two rows must have equally many?
+    is_chunked: ClassVar[bool] = False
+
+    def __init__(
+        self, pipeline: Any, models: Mapping[str, torch.nn.Module], dialect: Dialect, *, device: torch.device
+    ) -> None:
+        """`pipeline` is loaded and where it is to stay; `models` are those that adapters change, by name."""
+        self.device = device
+        self._pipeline = pipeline
+        self._models = models
+        self._dialect = dialect
+        self.bank = AdapterBank(models, device=device, dtype=pipeline.dtype)
+        self.samplers = Samplers(self.schedulers, pipeline.scheduler.config)
+        if device.type == "cuda":
+            # Convolutions run on tensor cores without a transpose around each of them.
+            pipeline.vae.to(memory_format=torch.channels_last)
+
+    @property
+    @abstractmethod
+    def base_size(self) -> int:
+        """The side, in pixels, of the square picture the checkpoint was trained for."""
+
+    @property
+    @abstractmethod
+    def size_multiple(self) -> int:
+        """Width and height, in pixels, are multiples of it."""
+
+    @abstractmethod
+    def kind_of(self, request: GenerationRequest) -> Kind:
+        """Whom the request's lanes may share a forward with, and how many rows they take in it."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[Row]) -> list[Embedding]:
+        """Each prompt's embedding, under its own adapters. `RequestFailed` where the model cannot read one whole."""
+
+    @abstractmethod
+    def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
+        """One forward for lanes of one shape: a guided prediction [channels, height, width] each, fp32."""
+
+    @abstractmethod
+    def _latent_shape(self, request: GenerationRequest) -> tuple[int, int, int]:
+        """Channels, height and width of a picture's latents."""
+
+    def _shift(self, request: GenerationRequest) -> float | None:
+        """What the request's size moves its noise levels by, where it does."""
+        return None
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raise `RequestFailed` where the request asks for what the family cannot do."""
+        if request.cfg_normalization or request.cfg_truncation != 1:
+            reason = f"cfg_normalization and cfg_truncation belong to Z-Image; this worker runs {self.name}"
+            raise RequestFailed("INVALID_INPUT", reason)
+
+    def read_adapter(self, weights: Path, config: Path | None) -> Adapter:
+        """The adapter in a file; an `AdapterError` unless it is whole and every layer fits."""
+        adapter = read_adapter(weights, config, self._dialect)
+        check_fits(adapter, self._models)
+        return adapter
+
+    def pack(self, adapter: Adapter) -> PackedAdapter:
+        """The adapter as the bank takes it."""
+        return self.bank.pack(adapter)
+
+    def prepare(self, request: GenerationRequest) -> None:
+        """Find the request's course of noise levels ahead of `begin`. Raises what it ends with."""
+        self.check(request)
+        self.samplers.prepare(request.scheduler, request.num_inference_steps, self._shift(request))
+
+    def begin(self, lane: Lane) -> tuple[str, Sampler]:
+        """The lane's sampler at its first step, and its scheduler's name."""
+        request = lane.drawing.request
+        # Noise comes from the CPU and in 32 bits, so that a seed gives the same picture on any device.
+        generator = torch.Generator().manual_seed(lane.seed)
+        noise = torch.randn(self._latent_shape(request), generator=generator).to(self.device)
+        return self.samplers.begin(
+            request.scheduler, request.num_inference_steps, noise, generator, self._shift(request)
+        )
+
+    def decode(self, latents: torch.Tensor, *, in_tiles: bool = False) -> NDArray[np.uint8] | None:
+        """The picture [height, width, 3] of latents [channels, height, width], rounded as the pipeline would; None
+        where it came out as no numbers. Tiles take less memory and blend where they meet."""
+        vae = self._pipeline.vae
+        vae.use_tiling = in_tiles
+        image = vae.decode(self._unscaled(latents[None].to(vae.dtype)), return_dict=False)[0][0].float()
+        pixels = ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+        return pixels.cpu().numpy() if image.isfinite().all() else None
+
+    def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [1, channels, height, width] in the VAE's own scale."""
+        return latents / float(self._pipeline.vae.config.scaling_factor)
+
+    def _upload(self, values: Any) -> torch.Tensor:
+        # From pinned memory: any other copy would wait for the step that is running.
+        host = torch.tensor(values, dtype=torch.float32, pin_memory=self.device.type == "cuda")
+        return host.to(self.device, non_blocking=True)
+
+
+def sampler_of(lane: Lane) -> Sampler:
+    """A joined lane's sampler."""
+    assert lane.sampler is not None, "a lane has its sampler from joining on"  # noqa: S101
+    return lane.sampler
+
+
+def embedding_of(lane: Lane, *, is_negative: bool) -> Embedding:
+    """What guides one of a joined lane's rows."""
+    conditioning = lane.drawing.conditioning
+    assert conditioning is not None, "a lane has its conditioning from joining on"  # noqa: S101
+    embedding = conditioning.negative if is_negative else conditioning.positive
+    assert embedding is not None, "a guided lane has a negative prompt's embedding"  # noqa: S101
+    return embedding

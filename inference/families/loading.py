@@ -1,0 +1,37 @@
+"""From a checkpoint's name to its family, resident on the device."""
+
+from collections.abc import Callable
+
+import torch
+
+from config.settings import ModelSettings
+from inference.checkpoints import download, identify, load_pipeline, weight_bytes
+from inference.families.family import Family
+from inference.families.sdxl import StableDiffusionXL
+from inference.families.stable_diffusion import StableDiffusion
+from inference.families.z_image import ZImage
+from inference.fit import foresee, free_bytes, place
+from inference.request import EngineStartFailed
+
+FAMILIES: dict[str, Callable[..., Family]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "ZImagePipeline": ZImage,
+}
+
+
+def load_family(settings: ModelSettings, *, device: torch.device, dtype: torch.dtype) -> Family:
+    """The model that the settings name, whole on `device` or, where it does not fit, taking turns there.
+
+    `EngineStartFailed` says why it cannot be run.
+    """
+    checkpoint = download(identify(settings.model_id, settings.config_source))
+    needed = weight_bytes(checkpoint, dtype.itemsize)
+    assert needed is not None, "a downloaded checkpoint has its files"  # noqa: S101
+    residence = foresee(device.type, needed, free_bytes(device))
+    pipeline = load_pipeline(checkpoint, dtype)
+    try:
+        place(pipeline, device, residence)
+        return FAMILIES[checkpoint.pipeline_class](pipeline, device=device)
+    except torch.OutOfMemoryError as error:
+        raise EngineStartFailed(f"MODEL_ID {settings.model_id!r} does not fit the GPU's memory: {error}") from error

@@ -1,0 +1,30 @@
+"""Stable Diffusion 1.x and 2.x, with noise or velocity prediction: one CLIP encoder and a UNet."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from inference.dialects import STABLE_DIFFUSION
+from inference.families.family import Prompt
+from inference.families.unet import UNetFamily
+from inference.lane import Embedding
+from inference.prompts import LongPromptEncoder
+from inference.schedulers import DIFFUSION
+
+
+class StableDiffusion(UNetFamily):
+    """`StableDiffusionPipeline` checkpoints."""
+
+    name = "stable-diffusion"
+    schedulers = DIFFUSION
+    text_encoders = ("text_encoder",)
+
+    def __init__(self, pipeline: Any, *, device: torch.device) -> None:
+        models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+        super().__init__(pipeline, models, STABLE_DIFFUSION, device=device)
+        self._prompts = LongPromptEncoder([pipeline.tokenizer], [pipeline.text_encoder])
+
+    def _encode_ordinary(self, prompts: Sequence[Prompt]) -> list[Embedding]:
+        embeddings, _ = self._pipeline.encode_prompt([prompt.text for prompt in prompts], self.device, 1, False)
+        return [Embedding(tokens) for tokens in embeddings]

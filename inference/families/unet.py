@@ -1,0 +1,112 @@
+"""What the families with a UNet share: CLIP's prompts in chunks, and forwards of lanes of one size."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from inference.bank import Row
+from inference.families.family import Family, Prompt, embedding_of, sampler_of
+from inference.lane import Embedding, Kind, Lane
+from inference.prompts import LongPromptEncoder
+from inference.request import EngineStartFailed, GenerationRequest
+
+
+class UNetFamily(Family):
+    """Stable Diffusion and SDXL. Lanes of one size share a forward, however long their prompts are."""
+
+    is_chunked = True
+    _prompts: LongPromptEncoder
+
+    def __init__(self, pipeline: Any, *args: Any, device: torch.device) -> None:
+        _check_is_plain(pipeline.unet)
+        super().__init__(pipeline, *args, device=device)
+        self._memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        pipeline.unet.to(memory_format=self._memory_format)
+
+    @property
+    def base_size(self) -> int:
+        return int(self._pipeline.unet.config.sample_size * self.size_multiple)
+
+    @property
+    def size_multiple(self) -> int:
+        return int(self._pipeline.vae_scale_factor)
+
+    def kind_of(self, request: GenerationRequest) -> Kind:
+        return Kind((request.height, request.width), is_guided=request.guidance_scale > 1)
+
+    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[Row]) -> list[Embedding]:
+        """Ordinary prompts in one pass; those with weights, and those of several chunks, one by one."""
+        found: list[Embedding | None] = [None] * len(prompts)
+        ordinary = []
+        for index, (prompt, row) in enumerate(zip(prompts, adapters, strict=True)):
+            if self._prompts.is_ordinary(prompt.text):
+                ordinary.append(index)
+            else:
+                self.bank.route([row])
+                found[index] = Embedding(*self._prompts.encode(prompt.text))
+        if ordinary:
+            self.bank.route([adapters[index] for index in ordinary])
+            encoded = self._encode_ordinary([prompts[index] for index in ordinary])
+            for index, embedding in zip(ordinary, encoded, strict=True):
+                found[index] = embedding
+        return [embedding for embedding in found if embedding is not None]
+
+    @abstractmethod
+    def _encode_ordinary(self, prompts: Sequence[Prompt]) -> list[Embedding]:
+        """Prompts of one chunk without weights, as the plain pipeline encodes them."""
+
+    def _added_conditions(self, rows: Sequence[Lane], embeddings: Sequence[Embedding]) -> dict[str, torch.Tensor]:
+        """What the UNet is told beside the prompt."""
+        return {}
+
+    def _latent_shape(self, request: GenerationRequest) -> tuple[int, int, int]:
+        multiple = self.size_multiple
+        return self._pipeline.unet.config.in_channels, request.height // multiple, request.width // multiple
+
+    def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
+        """Rows: the negative prompts of the guided lanes, their prompts, then the prompts of the others."""
+        unet = self._pipeline.unet
+        guided = [lane for lane in lanes if lane.num_rows == 2]
+        ordered = guided + [lane for lane in lanes if lane.num_rows == 1]
+        rows = guided + ordered
+        embeddings = [embedding_of(lane, is_negative=i < len(guided)) for i, lane in enumerate(rows)]
+        tokens, mask = _stacked([embedding.tokens for embedding in embeddings])
+        self.bank.route([lane.drawing.row for lane in rows])
+        predictions = unet(
+            torch.stack([sampler_of(lane).model_input() for lane in rows]).to(
+                unet.dtype, memory_format=self._memory_format
+            ),
+            self._upload([sampler_of(lane).timestep for lane in rows]),
+            tokens,
+            encoder_attention_mask=mask,
+            added_cond_kwargs=self._added_conditions(rows, embeddings),
+            return_dict=False,
+        )[0].float()
+        negative, positive, unguided = predictions.split((len(guided), len(guided), len(lanes) - len(guided)))
+        scales = self._upload([lane.drawing.request.guidance_scale for lane in guided]).view(-1, 1, 1, 1)
+        drawn = torch.cat((negative + scales * (positive - negative), unguided)).unbind()
+        by_lane = {id(lane): prediction for lane, prediction in zip(ordered, drawn, strict=True)}
+        return [by_lane[id(lane)] for lane in lanes]
+
+
+def _stacked(tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Embeddings [rows, tokens, width], the shorter ones behind zeros that a mask [rows, tokens] hides; without a mask
+    where all are of one length, which is what attention is fastest at."""
+    lengths = [len(one) for one in tokens]
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return torch.stack(list(tokens)), None
+    mask = torch.zeros(len(lengths), longest, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        mask[row, :length] = True
+    return torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True), mask.to(tokens[0].device)
+
+
+def _check_is_plain(unet: Any) -> None:
+    """The pipelines have more kinds of UNet than this file."""
+    config = unet.config
+    if config.time_cond_proj_dim is not None or config.in_channels != config.out_channels:
+        kind = "an inpainting or guidance-distilled UNet"
+        raise EngineStartFailed(f"MODEL_ID has {kind}; this version draws pictures from text alone")

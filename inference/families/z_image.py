@@ -1,0 +1,146 @@
+"""Z-Image: a language model's hidden states, a transformer that reads pictures of any size as tokens, a flow."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
+
+from inference.bank import Row
+from inference.dialects import Z_IMAGE
+from inference.families.family import Family, Prompt, embedding_of, sampler_of
+from inference.lane import Embedding, Kind, Lane
+from inference.request import GenerationRequest, RequestFailed
+from inference.schedulers import FLOW
+
+# What the transformer was trained to read; the pipeline cuts here.
+MAX_TOKENS = 512
+# Tokens come in multiples of it, both the caption's and the picture's.
+TOKEN_MULTIPLE = 32
+TRAIN_TIMESTEPS = 1000
+# Latent pixels on a side of one token.
+PATCH = 2
+
+
+class ZImage(Family):
+    """`ZImagePipeline` checkpoints. Lanes share a forward where their areas are alike, whatever their shapes are."""
+
+    name = "z-image"
+    schedulers = FLOW
+    default_steps = 8
+    default_guidance = 0.0
+
+    def __init__(self, pipeline: Any, *, device: torch.device) -> None:
+        super().__init__(pipeline, {"transformer": pipeline.transformer}, Z_IMAGE, device=device)
+
+    @property
+    def base_size(self) -> int:
+        return int(self._pipeline.vae.config.sample_size)
+
+    @property
+    def size_multiple(self) -> int:
+        return int(self._pipeline.vae_scale_factor * PATCH)
+
+    def kind_of(self, request: GenerationRequest) -> Kind:
+        """Half-octaves of area, the base size in the middle of one: a forward takes as long as its largest picture."""
+        base = (self.base_size // self.size_multiple) ** 2
+        return Kind(round(2 * math.log2(self._num_patches(request) / base)), is_guided=request.guidance_scale > 0)
+
+    def check(self, request: GenerationRequest) -> None:
+        """There is nothing that a request may name and this family cannot do."""
+
+    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[Row]) -> list[Embedding]:
+        """The hidden states before the last layer; adapters leave the language model alone."""
+        tokenizer, encoder = self._pipeline.tokenizer, self._pipeline.text_encoder
+        chats = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt.text}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=True,
+            )
+            for prompt in prompts
+        ]
+        tokens = tokenizer(chats, padding=True, return_tensors="pt").to(self.device)
+        _check_lengths(tokens.attention_mask)
+        states = encoder(**tokens, output_hidden_states=True).hidden_states[-2]
+        return [Embedding(own[mask.bool()]) for own, mask in zip(states, tokens.attention_mask, strict=True)]
+
+    def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
+        """Rows: the prompts of all lanes, then the negative prompts of the guided ones."""
+        transformer = self._pipeline.transformer
+        guided = [lane for lane in lanes if lane.num_rows == 2]
+        rows = [*lanes, *guided]
+        captions = [embedding_of(lane, is_negative=i >= len(lanes)).tokens for i, lane in enumerate(rows)]
+        self.bank.route([lane.drawing.row for lane in rows], self._token_counts(rows, captions))
+        predictions = transformer(
+            [sampler_of(lane).model_input().to(transformer.dtype)[:, None] for lane in rows],
+            self._upload([(TRAIN_TIMESTEPS - sampler_of(lane).timestep) / TRAIN_TIMESTEPS for lane in rows]),
+            captions,
+            return_dict=False,
+        )[0]
+        negative = {id(lane): one.float() for lane, one in zip(guided, predictions[len(lanes) :], strict=True)}
+        drawn = []
+        for lane, positive in zip(lanes, predictions[: len(lanes)], strict=True):
+            prediction = positive.float()
+            if id(lane) in negative:
+                prediction = _guided(prediction, negative[id(lane)], lane)
+            # The model tells the way to the picture, schedulers expect the way to the noise.
+            drawn.append(-prediction[:, 0])
+        return drawn
+
+    def _num_patches(self, request: GenerationRequest) -> int:
+        return (request.height // self.size_multiple) * (request.width // self.size_multiple)
+
+    def _token_counts(self, rows: Sequence[Lane], captions: Sequence[torch.Tensor]) -> dict[str, list[int]]:
+        """Where the transformer strings all rows' tokens together, how many are whose."""
+        return {
+            "transformer.all_x_embedder.2-1": [_padded(self._num_patches(lane.drawing.request)) for lane in rows],
+            "transformer.cap_embedder.1": [_padded(len(caption)) for caption in captions],
+        }
+
+    def _latent_shape(self, request: GenerationRequest) -> tuple[int, int, int]:
+        multiple = self.size_multiple
+        channels = self._pipeline.transformer.config.in_channels
+        return channels, PATCH * (request.height // multiple), PATCH * (request.width // multiple)
+
+    def _shift(self, request: GenerationRequest) -> float | None:
+        config = self._pipeline.scheduler.config
+        if not config.use_dynamic_shifting:
+            return None
+        shift: float = calculate_shift(
+            self._num_patches(request),
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        return shift
+
+    def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
+        return super()._unscaled(latents) + float(self._pipeline.vae.config.shift_factor)
+
+
+def _guided(positive: torch.Tensor, negative: torch.Tensor, lane: Lane) -> torch.Tensor:
+    """The pipeline's guidance: off beyond the truncation, and no longer than the normalisation lets it be."""
+    request = lane.drawing.request
+    if (TRAIN_TIMESTEPS - sampler_of(lane).timestep) / TRAIN_TIMESTEPS > request.cfg_truncation:
+        return positive
+    guided = positive + request.guidance_scale * (positive - negative)
+    if request.cfg_normalization > 0:
+        longest = torch.linalg.vector_norm(positive) * request.cfg_normalization
+        # No branch: asking the device which one is longer would wait for it.
+        guided = guided * (longest / torch.linalg.vector_norm(guided)).clamp(max=1)
+    return guided
+
+
+def _check_lengths(masks: torch.Tensor) -> None:
+    num_tokens = int(masks.sum(1).max())
+    if num_tokens > MAX_TOKENS:
+        reason = f"the prompt has {num_tokens} tokens with the model's own around it; it reads {MAX_TOKENS}"
+        raise RequestFailed("INVALID_PROMPT", f"{reason}: ask with fewer words")
+
+
+def _padded(num_tokens: int) -> int:
+    return num_tokens + -num_tokens % TOKEN_MULTIPLE

@@ -1,0 +1,212 @@
+"""Prompts of more than 77 tokens and prompts with weights for the CLIP families, through the library compel."""
+
+import math
+import re
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from compel import EmbeddingsProvider, ReturnedEmbeddingsType, SplitLongTextMode
+
+from inference.request import RequestFailed
+
+# Beyond 1.6 or so pictures fall apart; a wider range would only take more text for weights.
+MAX_WEIGHT = 3.0
+# Whoever weighs writes "1.25". The bound keeps the parser linear.
+MAX_NUMBER_CHARS = 16
+# Of each text encoder for one text, one row at a time, while the lanes that are denoising wait.
+MAX_PASSES = 128
+
+_SYNTAX = re.compile(r"\\[():\\]|[():]")
+_NUMBER = re.compile(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*")
+_RATIO = re.compile(r"\s*[0-9]+\s*:\s*[0-9]+\s*")
+
+
+class Fragment(NamedTuple):
+    """A stretch of a prompt and the weight all of it has."""
+
+    text: str
+    weight: float
+
+
+class PromptEmbeddings(NamedTuple):
+    """`tokens` [chunks · 77, width] of a text and, where the family pools, its `pooled` [width]."""
+
+    tokens: torch.Tensor
+    pooled: torch.Tensor | None
+
+
+def parse_weights(prompt: str) -> tuple[Fragment, ...]:
+    """The prompt in stretches of one weight, without the syntax. Linear in its length; any text is a prompt.
+
+    `(a red fox:1.3)` weighs what it holds, as in AUTOMATIC1111's web UI; nested weights multiply, to at most
+    `MAX_WEIGHT`. All else is text: parentheses without a number, or with one outside 0 to `MAX_WEIGHT`, or that no
+    other closes; square brackets; two whole numbers, which are a ratio or a time: `(16:9)`. A backslash makes the
+    `( ) : \\` after it text and goes, but only in a prompt with a weight: one without comes back as it is.
+    """
+    groups = _find_groups(prompt)
+    return _cut(prompt, groups) if groups else (Fragment(prompt, 1.0),)
+
+
+def num_tokens(tokenizer: Any, text: str) -> int:
+    """Tokens of the text, start and end included."""
+    return len(tokenizer(text, verbose=False).input_ids)
+
+
+class LongPromptEncoder:
+    """Encodes, one at a time, what plain diffusers would cut off or take literally.
+
+    A text of more than 75 tokens is cut into chunks, each encoded alone between a start and an end of its own. A chunk
+    ends with the last full stop among the next 75 tokens; where there is none with the last comma, semicolon or colon;
+    else with the last word. That is compel's rule, and so are the weights: they move a token's embedding away from the
+    empty prompt's or towards it, and below 1 also move all embeddings towards those of the prompt whose other tokens
+    do not see that part.
+
+    Nothing is kept between calls, since adapters change the text encoders under us, and every pass of a text encoder
+    has one row: `AdapterBank.route` one row before `encode`.
+    """
+
+    def __init__(self, tokenizers: Sequence[Any], text_encoders: Sequence[Any]) -> None:
+        """One of each for Stable Diffusion 1.x and 2.x, two for SDXL, in the pipeline's order."""
+        self._pairs = list(zip(tokenizers, text_encoders, strict=True))
+        self._is_pooled = len(self._pairs) > 1
+        for tokenizer in tokenizers:
+            # transformers says once for each tokenizer that a text is too long, which here it is not.
+            tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+
+    def is_ordinary(self, text: str) -> bool:
+        """Does plain diffusers take it as it is meant: no weights, and no tokens beyond what any encoder reads?"""
+        is_plain = parse_weights(text) == (Fragment(text, 1.0),)
+        return is_plain and all(num_tokens(one, text) <= one.model_max_length for one, _ in self._pairs)
+
+    def encode(self, text: str) -> PromptEmbeddings:
+        """In the text encoders' dtype and on their device; of an ordinary text, what diffusers' `encode_prompt` gives.
+
+        SDXL's two encoders share `tokens` side by side; the one with fewer chunks is filled up with the empty prompt's.
+        `pooled` knows neither weights nor what is beyond the first 77 tokens. Raises `RequestFailed` where it would
+        take more than `MAX_PASSES`.
+        """
+        fragments = parse_weights(text)
+        # compel keeps the empty prompt's embedding in the provider: one that lives on would show another adapter's.
+        providers = [self._provider(tokenizer, encoder) for tokenizer, encoder in self._pairs]
+        for provider in providers:
+            _check_passes(provider, fragments)
+        embeddings = [_embed(provider, fragments) for provider in providers]
+        length = max(map(len, embeddings))
+        filled = [_fill_up(provider, one, length) for provider, one in zip(providers, embeddings, strict=True)]
+        pooled = _pool(providers[-1], fragments) if self._is_pooled else None
+        return PromptEmbeddings(torch.cat(filled, dim=-1), pooled)
+
+    def _provider(self, tokenizer: Any, text_encoder: Any) -> Any:
+        states = ReturnedEmbeddingsType
+        return EmbeddingsProvider(
+            tokenizer,
+            text_encoder,
+            truncate=False,
+            split_long_text_mode=SplitLongTextMode.SENTENCES,
+            # As StableDiffusionPipeline and StableDiffusionXLPipeline take them in `encode_prompt`.
+            returned_embeddings_type=states.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
+            if self._is_pooled
+            else states.LAST_HIDDEN_STATES_NORMALIZED,
+        )
+
+
+class _Group(NamedTuple):
+    """A weighted part of a prompt: where its "(", its last ":" and its ")" are."""
+
+    start: int
+    colon: int
+    end: int
+    weight: float
+
+
+def _find_groups(prompt: str) -> list[_Group]:
+    groups = []
+    colons: list[tuple[int, int]] = []
+    for found in _SYNTAX.finditer(prompt):
+        match found.group():
+            case "(":
+                colons.append((found.start(), -1))
+            case ":" if colons:
+                colons[-1] = (colons[-1][0], found.start())
+            case ")" if colons:
+                start, colon = colons.pop()
+                weight = _weight(prompt, start, colon, found.start())
+                if weight is not None:
+                    groups.append(_Group(start, colon, found.start(), weight))
+    return groups
+
+
+def _weight(prompt: str, start: int, colon: int, end: int) -> float | None:
+    if colon <= start + 1 or end - colon > MAX_NUMBER_CHARS:
+        return None
+    number = _NUMBER.fullmatch(prompt, colon + 1, end)
+    is_ratio = end - start <= MAX_NUMBER_CHARS and _RATIO.fullmatch(prompt, start + 1, end)
+    if number is None or is_ratio:
+        return None
+    weight = float(number[1])
+    return weight if weight <= MAX_WEIGHT else None
+
+
+def _cut(prompt: str, groups: list[_Group]) -> tuple[Fragment, ...]:
+    opened = {group.start: group.weight for group in groups}
+    closed = {group.colon: group.end for group in groups}
+    weights = [1.0]
+    characters: list[tuple[str, float]] = []
+    i = 0
+    while i < len(prompt):
+        if i in opened:
+            # Held in range at every level: a hundred levels of 3 around a 0 would come to no number.
+            weights.append(min(weights[-1] * opened[i], MAX_WEIGHT))
+        elif i in closed:
+            weights.pop()
+            i = closed[i]
+        else:
+            # Of the escapes, which are two characters long, only the second one.
+            escape = _SYNTAX.match(prompt, i)
+            i += len(escape[0]) - 1 if escape else 0
+            characters.append((prompt[i], weights[-1]))
+        i += 1
+    runs = groupby(characters, key=lambda one: one[1])
+    return tuple(Fragment("".join(character for character, _ in run), weight) for weight, run in runs)
+
+
+def _check_passes(provider: Any, fragments: Sequence[Fragment]) -> None:
+    """compel encodes the whole prompt once more for every part below 1."""
+    token_ids = _token_ids(provider, fragments)
+    num_chunks = math.ceil(sum(map(len, token_ids)) / (provider.max_token_count - 2))
+    num_faint = sum(fragment.weight < 1 for fragment in fragments)
+    num_passes = num_chunks * (1 + num_faint)
+    if num_passes > MAX_PASSES:
+        raise RequestFailed(
+            "INVALID_PROMPT",
+            f"a prompt of {num_chunks} times {provider.max_token_count} tokens with {num_faint} parts weighted below 1 "
+            f"takes {num_passes} passes of the text encoder; at most {MAX_PASSES} are made",
+        )
+
+
+def _embed(provider: Any, fragments: Sequence[Fragment]) -> torch.Tensor:
+    """[chunks · 77, width]"""
+    # compel fails on a part without tokens: spaces between two weights.
+    told = [fragment for fragment, ids in zip(fragments, _token_ids(provider, fragments), strict=True) if ids]
+    texts, weights = zip(*(told or [Fragment("", 1.0)]), strict=True)
+    embeddings = provider.get_embeddings_for_weighted_prompt_fragments(
+        [list(texts)], [list(weights)], device=provider.device
+    )
+    return embeddings[0]  # type: ignore[no-any-return]
+
+
+def _fill_up(provider: Any, embeddings: torch.Tensor, length: int) -> torch.Tensor:
+    num_missing = (length - len(embeddings)) // provider.max_token_count
+    return torch.cat([embeddings, *[provider.empty_z[0]] * num_missing]) if num_missing else embeddings
+
+
+def _pool(provider: Any, fragments: Sequence[Fragment]) -> torch.Tensor:
+    # With spaces, so that the tokens are those that the fragments have.
+    return provider.get_pooled_embeddings([" ".join(fragment.text for fragment in fragments)])[0]  # type: ignore[no-any-return]
+
+
+def _token_ids(provider: Any, fragments: Sequence[Fragment]) -> list[list[int]]:
+    texts = [fragment.text for fragment in fragments]
+    return provider.get_token_ids(texts, include_start_and_end_markers=False)  # type: ignore[no-any-return]

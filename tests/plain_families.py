@@ -1,0 +1,112 @@
+"""What plain diffusers draws for a request, whatever the checkpoint's family, by none of the engine's own choices."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+
+from inference.request import GenerationRequest
+from tests.pictures import pipe_with
+
+
+class Choice(NamedTuple):
+    """A scheduler as its users set it up: a class, and what they change in the checkpoint's own configuration."""
+
+    scheduler: Any
+    changes: Mapping[str, Any] = MappingProxyType({})
+
+
+DIFFUSION_CHOICES = {
+    "dpm++": Choice(diffusers.DPMSolverMultistepScheduler),
+    "dpm++_karras": Choice(diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "euler": Choice(diffusers.EulerDiscreteScheduler),
+    "euler_a": Choice(diffusers.EulerAncestralDiscreteScheduler),
+    "ddim": Choice(diffusers.DDIMScheduler),
+    "unipc": Choice(diffusers.UniPCMultistepScheduler),
+    "heun": Choice(diffusers.HeunDiscreteScheduler),
+    "lcm": Choice(diffusers.LCMScheduler),
+}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+FLOW_CHOICES = {
+    "euler": Choice(diffusers.FlowMatchEulerDiscreteScheduler),
+    "euler_a": Choice(diffusers.FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}),
+    "lcm": Choice(diffusers.FlowMatchLCMScheduler),
+    "unipc": Choice(diffusers.UniPCMultistepScheduler, FLOW),
+    "dpm++": Choice(diffusers.DPMSolverMultistepScheduler, FLOW),
+    "heun": Choice(diffusers.FlowMatchHeunDiscreteScheduler),
+}
+DEFAULTS = {
+    "StableDiffusionPipeline": "dpm++",
+    "StableDiffusionXLPipeline": "euler",
+    "ZImagePipeline": "euler",
+}
+
+
+def alone(checkpoint: Path, request: GenerationRequest, **embeddings: torch.Tensor) -> Image.Image:
+    """The request's first picture by a fresh pipeline with nothing in it but the request's own adapters.
+
+    `embeddings` take the prompts' place. No negative prompt is None, as a diffusers user leaves it out.
+    """
+    return drawn_by(pipe_with(checkpoint, *request.adapters), request, **embeddings)
+
+
+def drawn_by(pipe: Any, request: GenerationRequest, **embeddings: torch.Tensor) -> Image.Image:
+    """The same by a fresh pipeline that has the adapters already."""
+    generator = torch.Generator().manual_seed(request.seeds[0])
+    arguments: dict[str, Any] = {
+        "width": request.width,
+        "height": request.height,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "generator": generator,
+    }
+    arguments |= embeddings or {"prompt": request.prompt, "negative_prompt": request.negative_prompt or None}
+    name = request.scheduler or DEFAULTS[type(pipe).__name__]
+    if isinstance(pipe, diffusers.ZImagePipeline):
+        arguments |= {"cfg_normalization": request.cfg_normalization, "cfg_truncation": request.cfg_truncation}
+        pipe.scheduler = _flow_scheduler(name, pipe.scheduler.config, generator)
+    else:
+        choice = DIFFUSION_CHOICES[name]
+        pipe.scheduler = choice.scheduler.from_config(pipe.scheduler.config, **choice.changes)
+    return pipe(**arguments).images[0]  # type: ignore[no-any-return]
+
+
+def _flow_scheduler(name: str, config: Any, generator: torch.Generator) -> Any:
+    """The scheduler, made to take what `ZImagePipeline` hands it. Only its own ("euler") takes it as it is."""
+    choice = FLOW_CHOICES[name]
+    shift = {"flow_shift": config.shift} if choice.changes is FLOW else {}
+    scheduler = choice.scheduler.from_config(config, **choice.changes, **shift)
+    if name in {"euler_a", "lcm"}:
+        # The pipeline would have them draw from the process's own noise.
+        scheduler.step = partial(scheduler.step, generator=generator)
+    elif name == "unipc":
+        scheduler.set_timesteps = _with_array(scheduler.set_timesteps)
+    elif name == "dpm++":
+        scheduler.set_timesteps = _with_own_steps(scheduler.set_timesteps, takes_mu=config.use_dynamic_shifting)
+    elif name == "heun":
+        scheduler.set_timesteps = _with_own_steps(scheduler.set_timesteps, takes_mu=False)
+    return scheduler
+
+
+def _with_array(set_timesteps: Callable[..., None]) -> Callable[..., None]:
+    """UniPC calculates with what it is given; the pipeline gives a list."""
+
+    def set_by_array(*, sigmas: list[float], mu: float, device: Any) -> None:
+        set_timesteps(sigmas=np.array(sigmas), mu=mu, device=device)
+
+    return set_by_array
+
+
+def _with_own_steps(set_timesteps: Callable[..., None], *, takes_mu: bool) -> Callable[..., None]:
+    """Some take no noise levels, and spread theirs themselves."""
+
+    def set_by_number(*, sigmas: list[float], mu: float, device: Any) -> None:
+        set_timesteps(len(sigmas), device=device, **({"mu": mu} if takes_mu else {}))
+
+    return set_by_number
