@@ -46,9 +46,10 @@ outage: install ## The long form of one test: the backend is down for two minute
 leaks: install ## The long form of another: 300 jobs with 40 adapters in 8 slots, memory and pictures looked at
 	OMP_NUM_THREADS=1 LEAK_JOBS=300 $(BIN)/pytest tests/test_live_leaks.py --log-cli-level=WARNING
 
-bench: install ## Batching against plain diffusers, and what a job costs beyond the bare pipeline, on the CPU
+bench: install ## Batching against plain diffusers, what a job costs beyond the bare pipeline, and loading, on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.batching --swap
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.overhead
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loading
 
 bench-gpu: install ## Batching against plain diffusers on a CUDA machine, full-size SD 1.5 with random weights
 	$(BIN)/python -m benchmarks.batching --device cuda --models sd15 --swap

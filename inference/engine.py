@@ -5,7 +5,6 @@ import queue
 import threading
 import time
 from concurrent.futures import Future
-from pathlib import Path
 
 import diffusers
 import torch
@@ -71,7 +70,7 @@ class LocalEngine:
             self.close()
             raise EngineStartFailed(f"MODEL_ID {settings.model_id!r} cannot draw a picture: {error}") from error
         self.facts = ModelFacts(
-            model=_public_name(settings.model_id),
+            model=self._model.public_name,
             family=self._model.name,
             base_size=self._model.base_size,
             size_multiple=self._model.size_multiple,
@@ -175,11 +174,6 @@ class LocalEngine:
 
         self.generate(request, on_step, lambda: False).result()
         return min(seconds[2:])
-
-
-def _public_name(model_id: str) -> str:
-    """A hub id as it is, a folder by its last part: the operator's paths are nobody else's business."""
-    return Path(model_id).resolve().name if Path(model_id).is_dir() else model_id
 
 
 def _choose_device(name: str) -> torch.device:

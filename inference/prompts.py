@@ -67,8 +67,12 @@ class LongPromptEncoder:
     has one row: `AdapterBank.route` one row before `encode`.
     """
 
-    def __init__(self, tokenizers: Sequence[Any], text_encoders: Sequence[Any]) -> None:
-        """One of each for Stable Diffusion 1.x and 2.x, two for SDXL, in the pipeline's order."""
+    def __init__(self, tokenizers: Sequence[Any], text_encoders: Sequence[Any], device: torch.device) -> None:
+        """One of each for Stable Diffusion 1.x and 2.x, two for SDXL, in the pipeline's order.
+
+        `device` is where the encoders run, though they may rest elsewhere between their turns.
+        """
+        self._device = device
         self._pairs = list(zip(tokenizers, text_encoders, strict=True))
         self._is_pooled = len(self._pairs) > 1
         for tokenizer in tokenizers:
@@ -104,6 +108,7 @@ class LongPromptEncoder:
             tokenizer,
             text_encoder,
             truncate=False,
+            device=self._device,
             split_long_text_mode=SplitLongTextMode.SENTENCES,
             # As StableDiffusionPipeline and StableDiffusionXLPipeline take them in `encode_prompt`.
             returned_embeddings_type=states.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED

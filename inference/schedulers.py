@@ -71,9 +71,6 @@ FLOW = SchedulerTable(
     default="euler",
     makers={
         "euler": diffusers.FlowMatchEulerDiscreteScheduler.from_config,
-        "euler_a": lambda config: diffusers.FlowMatchEulerDiscreteScheduler.from_config(
-            config, stochastic_sampling=True
-        ),
         "heun": diffusers.FlowMatchHeunDiscreteScheduler.from_config,
         "dpm++": _flow_solver(diffusers.DPMSolverMultistepScheduler),
         "unipc": _flow_solver(diffusers.UniPCMultistepScheduler),

@@ -26,9 +26,12 @@ SLOW_FILES = (
     "test_live_jobs",
     "test_engine_process",
     "test_live_batching",
+    "test_families",
     "test_batching",
     "test_batching_faults",
+    "test_live_families",
     "test_live_leaks",
+    "test_checkpoints",
     "test_live_outage",
     "test_live_cancelling",
 )

@@ -35,7 +35,6 @@ DIFFUSION_CHOICES = {
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 FLOW_CHOICES = {
     "euler": Choice(diffusers.FlowMatchEulerDiscreteScheduler),
-    "euler_a": Choice(diffusers.FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}),
     "lcm": Choice(diffusers.FlowMatchLCMScheduler),
     "unipc": Choice(diffusers.UniPCMultistepScheduler, FLOW),
     "dpm++": Choice(diffusers.DPMSolverMultistepScheduler, FLOW),
@@ -66,7 +65,10 @@ def drawn_by(pipe: Any, request: GenerationRequest, **embeddings: torch.Tensor) 
         "guidance_scale": request.guidance_scale,
         "generator": generator,
     }
-    arguments |= embeddings or {"prompt": request.prompt, "negative_prompt": request.negative_prompt or None}
+    if embeddings:
+        arguments |= embeddings
+    else:
+        arguments |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt or None}
     name = request.scheduler or DEFAULTS[type(pipe).__name__]
     if isinstance(pipe, diffusers.ZImagePipeline):
         arguments |= {"cfg_normalization": request.cfg_normalization, "cfg_truncation": request.cfg_truncation}

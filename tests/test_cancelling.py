@@ -36,6 +36,8 @@ def job(*, task_id: str = TASK, generation_id: int = 7, created_at: float | None
         num_images=1,
         num_inference_steps=8,
         guidance_scale=3.0,
+        cfg_normalization=0.0,
+        cfg_truncation=1.0,
         scheduler=None,
         signature_ref=None,
         artist_name=None,

@@ -42,11 +42,12 @@ SCHEDULERS = {
     "z_image_dynamic": FLOW_CHOICES,
 }
 LONGEST_CAPTION = 512
-# Five chunks of 75 tokens: the tiny models' tokenizers make one of every letter.
+# 306 tokens in six chunks: the tiny models' tokenizers make one of every letter.
 SENTENCE = "a red fox sits on a green hill, under a wide sky, and looks at the sea. "
-LONG = SENTENCE * 4 + "a lamp burns far away in the dark over the sea"
-OTHER_END = SENTENCE * 4 + "a barn burns far away in the dark over the sea"
-# Pictures that differ by no more are the same but for rounding. A word among three hundred tokens does not change much.
+LONG = SENTENCE * 5 + "a lamp burns far away in the dark over the sea"
+OTHER_END = SENTENCE * 5 + "a barn burns far away in the dark over the sea"
+# What differs by no more is the same but for rounding. The promise is less, but these models are so tiny that a slip,
+# or a word among three hundred tokens, changes little: 42 dB would not show it.
 SAME_DB = 60.0
 
 
@@ -73,12 +74,12 @@ class Models:
     def assert_equal(self, name: str, request: GenerationRequest) -> None:
         """Alone in the engine the request gives the picture that plain diffusers draws."""
         drawn = draw(self.engine(name), request)[0]
-        assert psnr(drawn, alone(self.checkpoint(name), request)) >= MIN_PSNR_DB
+        assert psnr(drawn, alone(self.checkpoint(name), request)) >= SAME_DB
 
     def assert_matters(self, name: str, request: GenerationRequest, **changes: Any) -> None:
         """With other values the engine gives another picture."""
         first, second = (draw(self.engine(name), one)[0] for one in (request, replace(request, **changes)))
-        assert psnr(first, second) < MIN_PSNR_DB - 3
+        assert psnr(first, second) < MIN_PSNR_DB
 
     def close(self) -> None:
         for engine in self._engines.values():
@@ -89,6 +90,13 @@ class Models:
 def _one_thread() -> Iterator[None]:
     with one_torch_thread():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_forward_failed(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """The engine tries the lanes of a forward that failed in smaller ones, and so hides what was wrong with it."""
+    yield
+    assert [record.getMessage() for record in caplog.get_records("call") if record.levelname == "ERROR"] == []
 
 
 @pytest.fixture(scope="module")
@@ -236,25 +244,33 @@ def z_image_batch(models: Models, folder: Path) -> list[GenerationRequest]:
     few = adapter("few", layout="diffusers_new", rank=4, seed=1)
     blocks = adapter("blocks", layout="diffusers_new", rank=6, alpha=3, seed=2, targets=Z_IMAGE_BLOCKS, scale=0.8)
     every = adapter("every", layout="diffusers_new", rank=5, seed=3, targets=Z_IMAGE_EVERY_LAYER)
-    # All but one have nearly the area of 64x64: they share their forwards.
+    # All but the first have areas alike and share their forwards, some as 32 tokens, some filled up to 64.
     return [
-        tiny_request(few, num_inference_steps=5, scheduler="euler_a", seeds=(1,)),
-        tiny_request(blocks, num_inference_steps=12, width=80, height=48, negative_prompt="", seeds=(2,)),
-        tiny_request(every, num_inference_steps=7, width=48, height=96, guidance_scale=0.0, seeds=(3,)),
+        tiny_request(few, num_inference_steps=5, scheduler="lcm", seeds=(1,)),
+        tiny_request(blocks, num_inference_steps=12, width=80, height=96, negative_prompt="", seeds=(2,)),
+        tiny_request(every, num_inference_steps=7, width=112, height=80, guidance_scale=0.0, seeds=(3,)),
         tiny_request(
             few,
             replace(every, scale=0.4),
             num_inference_steps=9,
-            width=112,
-            height=32,
+            width=64,
+            height=128,
             prompt=LONG,
             guidance_scale=6.0,
             cfg_normalization=0.8,
             scheduler="unipc",
             seeds=(4,),
         ),
-        tiny_request(num_inference_steps=8, cfg_truncation=0.5, scheduler="heun", prompt="언덕 위의 여우", seeds=(5,)),
-        tiny_request(every, num_inference_steps=6, width=96, height=64, scheduler="dpm++", seeds=(6,)),
+        tiny_request(
+            num_inference_steps=8,
+            width=96,
+            height=96,
+            cfg_truncation=0.5,
+            scheduler="heun",
+            prompt="언덕 위의 여우",
+            seeds=(5,),
+        ),
+        tiny_request(every, num_inference_steps=6, width=144, height=48, scheduler="dpm++", seeds=(6,)),
     ]
 
 
@@ -269,24 +285,26 @@ def test_six_requests_that_share_nothing_give_together_what_each_gives_alone(
     engine = models.engine(name)
     requests = batch(models, tmp_path)
     engine.model.batches.clear()
+    start = len(engine.turns)
 
     orders = order_together(engine, requests)
 
     assert_right(models.checkpoint(name), orders)
-    assert max(len(lanes) for lanes in engine.model.batches) >= 4
+    assert max(turn.num_batched for turn in engine.turns[start:]) >= 4
     if name == "z_image":
-        shapes = [
-            {(lane.drawing.request.width, lane.drawing.request.height) for lane in lanes}
-            for lanes in engine.model.batches
-        ]
-        assert max(map(len, shapes)) >= 4
-        assert not any({(64, 64), (96, 64)} <= together for together in shapes)
+        together = [{_size(lane.drawing.request) for lane in lanes} for lanes in engine.model.batches]
+        assert max(map(len, together)) == 5
+        assert all(sizes == {(64, 64)} for sizes in together if (64, 64) in sizes), "the small one goes alone"
+
+
+def _size(request: GenerationRequest) -> tuple[int, int]:
+    return request.width, request.height
 
 
 def assert_right(checkpoint: Path, orders: list[Order]) -> None:
     """Every picture is the one that plain diffusers draws for its request alone."""
     ratios = {order.request.seeds: psnr(order.image, alone(checkpoint, order.request)) for order in orders}
-    assert {seeds: ratio for seeds, ratio in ratios.items() if ratio < MIN_PSNR_DB} == {}
+    assert {seeds: ratio for seeds, ratio in ratios.items() if ratio < SAME_DB} == {}
 
 
 # --- Adapters
@@ -336,11 +354,11 @@ def test_z_image_reads_512_tokens_to_the_last_and_refuses_one_more(models: Model
     chat = [{"role": "user", "content": ""}]
     own = len(tokenizer(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)).input_ids)
     longest = "".join("fox and hill"[i % 12] for i in range(LONGEST_CAPTION - own))
-    request = tiny_request(**{field: longest}, guidance_scale=6.0)
+    request, too_long = (tiny_request(**{field: text}, guidance_scale=6.0) for text in (longest, f"{longest}!"))
     steps: list[Any] = []
 
     with pytest.raises(RequestFailed) as failure:
-        draw(models.engine("z_image"), replace(request, **{field: f"{longest}!"}), steps)
+        draw(models.engine("z_image"), too_long, steps)
 
     assert failure.value.code == "INVALID_PROMPT"
     assert "513" in str(failure.value)
@@ -372,15 +390,15 @@ def test_lanes_with_long_and_short_prompts_share_forwards_and_each_is_right(mode
         tiny_request(prompt=LONG[:140], negative_prompt=LONG[:200], seeds=(4,)),
         tiny_request(prompt="a hill", num_inference_steps=9, seeds=(5,)),
     ]
-    engine.model.batches.clear()
+    start = len(engine.turns)
 
     orders = order_together(engine, requests)
 
     checkpoint = models.checkpoint(name)
     ratios = [psnr(order.image, with_compel(checkpoint, order.request)) for order in orders[:-1]]
-    assert min(ratios) >= MIN_PSNR_DB, ratios
+    assert min(ratios) >= SAME_DB, ratios
     assert_right(checkpoint, orders[-1:])
-    assert max(len(lanes) for lanes in engine.model.batches) >= 4
+    assert max(turn.num_batched for turn in engine.turns[start:]) >= 4
 
 
 def with_compel(checkpoint: Path, request: GenerationRequest) -> Any:

@@ -1,7 +1,6 @@
 """What fits is decided by figures alone; models that take turns are on the device one at a time, in any order."""
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,15 @@ import pytest
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from inference import fit
-from inference.checkpoints import identify, load_pipeline
-from inference.fit import RESERVE_BYTES, Residence, decide, foresee, free_bytes, free_host_bytes, place
-from inference.offload import take_turns
+from clients.gpu import GpuReading, GpuReadings
+from config.settings import ModelSettings
+from inference.checkpoints import fit
+from inference.checkpoints.checkpoint import identify, load_pipeline
+from inference.checkpoints.fit import RESERVE_BYTES, Residence, decide, foresee, free_bytes, free_host_bytes, place
+from inference.checkpoints.offload import take_turns
 from inference.request import EngineStartFailed
 from tests.tiny_models import build_tiny_sd
+from worker import checks
 
 SDXL = {"text_encoder": 246_000_000, "text_encoder_2": 1_389_000_000, "unet": 5_135_000_000, "vae": 167_000_000}
 TOTAL = sum(SDXL.values())
@@ -91,20 +93,15 @@ def test_this_machine_has_free_memory() -> None:
 # --- Taking turns
 
 
-class Stage(torch.nn.Module):
-    """A model that notes where it is sent."""
+# What is brought there is a copy, also where the device is this one: residence shows in the weights' addresses.
+DEVICE = torch.device("cpu:0")
 
-    def __init__(self, name: str, diary: list[tuple[str, str]]) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self._name, self._diary = name, diary
 
-    def to(self, *args: Any, **kwargs: Any) -> "Stage":
-        self._diary.append((self._name, "in" if args[0] == torch.device("cpu:0") else "out"))
-        return super().to(*args, **kwargs)
+class Stage(torch.nn.Linear):
+    """A model of one layer, which can be called as a VAE is."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.weight
+    def __init__(self) -> None:
+        super().__init__(2, 2)
 
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def decode(self, x: torch.Tensor) -> torch.Tensor:
@@ -114,77 +111,104 @@ class Stage(torch.nn.Module):
 class Pipeline:
     """As much of a pipeline as placing it needs."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.diary: list[tuple[str, str]] = []
-        self.components: dict[str, Any] = {name: Stage(name, self.diary) for name in names} | {"tokenizer": object()}
+    def __init__(self) -> None:
+        self.text_encoder, self.unet, self.vae = Stage(), Stage(), Stage()
         self.moved_to: torch.device | None = None
+        self._hosts = {name: model.weight.data_ptr() for name, model in self._models.items()}
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return {"text_encoder": self.text_encoder, "tokenizer": object(), "unet": self.unet, "vae": self.vae}
 
     def to(self, device: torch.device) -> None:
         self.moved_to = device
 
+    @property
+    def on_device(self) -> set[str]:
+        return {name for name, model in self._models.items() if model.weight.data_ptr() != self._hosts[name]}
 
-def offloaded() -> Pipeline:
-    """Its device is the CPU under another name, so that moving is seen and needs no GPU."""
-    pipeline = Pipeline(["text_encoder", "unet", "vae"])
-    take_turns(pipeline, torch.device("cpu:0"))
-    pipeline.diary.clear()
-    return pipeline
+    @property
+    def _models(self) -> dict[str, Stage]:
+        return {name: model for name, model in self.components.items() if isinstance(model, Stage)}
 
 
 def test_one_model_at_a_time_is_on_the_device_in_whatever_order_they_are_called() -> None:
-    pipeline = offloaded()
-    x = torch.zeros(1)
+    pipeline = Pipeline()
+    take_turns(pipeline, DEVICE)
 
     # As the engine does it: pictures end and prompts come in between two steps
-    for name in ("text_encoder", "unet", "unet", "vae", "unet", "text_encoder", "unet", "vae", "text_encoder"):
-        model = pipeline.components[name]
-        _ = model.decode(x) if name == "vae" else model(x)
+    with torch.inference_mode():
+        for name in ("text_encoder", "unet", "unet", "vae", "unet", "text_encoder", "unet", "vae", "text_encoder"):
+            model = pipeline.components[name]
+            _ = model.decode(torch.zeros(1, 2)) if name == "vae" else model(torch.zeros(1, 2))
 
-    on_device: set[str] = set()
-    for name, way in pipeline.diary:
-        on_device = on_device | {name} if way == "in" else on_device - {name}
-        assert len(on_device) <= 1
-    assert [name for name, way in pipeline.diary if way == "in"] == [
-        *("text_encoder", "unet", "vae", "unet", "text_encoder", "unet", "vae", "text_encoder")
-    ]
+            # Then what was there before is its own host memory again, and not a copy of it
+            assert pipeline.on_device == {name}
 
 
 def test_a_model_that_is_called_again_and_again_is_moved_once() -> None:
-    pipeline = offloaded()
+    pipeline = Pipeline()
+    take_turns(pipeline, DEVICE)
 
-    for _ in range(5):
-        pipeline.components["unet"](torch.zeros(1))
+    pipeline.unet(torch.zeros(1, 2))
+    there = pipeline.unet.weight.data_ptr()
+    pipeline.unet(torch.zeros(1, 2))
 
-    assert pipeline.diary == [("unet", "in")]
+    assert pipeline.unet.weight.data_ptr() == there
 
 
 def test_a_real_pipeline_that_takes_turns_draws_the_same(tmp_path: Path) -> None:
     folder = build_tiny_sd(tmp_path / "sd")
     resident, turning = (load_pipeline(identify(str(folder), None), torch.float32) for _ in range(2))
-    device = torch.device("cpu:0")
-    take_turns(turning, device)
+    take_turns(turning, DEVICE)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     drawn = []
     for pipe in (resident, turning):
         with torch.inference_mode():
-            embeddings, _ = pipe.encode_prompt(["a fox", "a crow"], device, 1, False)
+            embeddings, _ = pipe.encode_prompt(["a fox", "a crow"], DEVICE, 1, False)
             latents = pipe.unet(x, torch.tensor(3.0), embeddings, return_dict=False)[0]
             drawn.append(pipe.vae.decode(latents, return_dict=False)[0])
 
     assert turning.vae._hf_hook._seat._taken_by is turning.vae
-    assert turning._execution_device == device
+    assert turning._execution_device == DEVICE
     assert torch.equal(*drawn)
 
 
 def test_placing_does_as_decided() -> None:
-    resident, offloading = Pipeline(["unet"]), Pipeline(["unet"])
-    device = torch.device("cpu:0")
+    resident, offloaded = Pipeline(), Pipeline()
 
-    place(resident, device, Residence.RESIDENT)
-    place(offloading, device, Residence.OFFLOADED)
+    place(resident, DEVICE, Residence.RESIDENT)
+    place(offloaded, DEVICE, Residence.OFFLOADED)
+    offloaded.unet(torch.zeros(1, 2))
 
-    assert resident.moved_to == device
-    assert resident.diary == []
-    assert offloading.moved_to is None
-    assert offloading.diary == [("unet", "out")]
+    assert (resident.moved_to, offloaded.moved_to) == (DEVICE, None)
+    assert (resident.on_device, offloaded.on_device) == (set(), {"unet"})
+
+
+# --- What `darkroom check` foretells
+
+
+@pytest.mark.parametrize(
+    ("free", "words"),
+    [
+        (24_000_000_000, "24.0 GB of the GPU's are free: the model stays on the GPU"),
+        (2_001_000_000, None),
+        (2_003_000_000, "its parts take turns on the GPU"),
+    ],
+)
+def test_check_foretells_what_the_engine_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, words: str | None
+) -> None:
+    # Given a model of 3 MB of weights at 16 bits, 2.9 of them the UNet's, and a GPU
+    settings = ModelSettings.model_validate({"MODEL_ID": str(build_tiny_sd(tmp_path / "sd"))})
+    gpu = GpuReading(memory_used_bytes=1_000, memory_total_bytes=free + 1_000, utilization_ratio=None)
+    monkeypatch.setattr(GpuReadings, "read", lambda _: gpu)
+
+    if words is None:
+        with pytest.raises(EngineStartFailed, match="unet"):
+            checks.foretell_memory(settings)
+    else:
+        told = checks.foretell_memory(settings)
+        assert "0.00 GB of weights at 16 bits and 2.0 GB for a picture" in told
+        assert words in told

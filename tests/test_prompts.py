@@ -24,6 +24,7 @@ from tests.tiny_models import build_tiny_sd, build_tiny_sdxl, byte_tokenizer, lo
 CHUNK = 77
 CLOSE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-5}
 # 300 tokens: a letter each, in words of five.
+CPU = torch.device("cpu")
 LONG = "abcde " * 60
 
 
@@ -56,7 +57,7 @@ def pipe(request: pytest.FixtureRequest) -> Any:
 
 
 def encoder_of(pipe: Any) -> LongPromptEncoder:
-    return LongPromptEncoder(tokenizers_of(pipe), text_encoders_of(pipe))
+    return LongPromptEncoder(tokenizers_of(pipe), text_encoders_of(pipe), CPU)
 
 
 def tokenizers_of(pipe: Any) -> list[Any]:
@@ -210,7 +211,7 @@ def test_what_plain_diffusers_takes_as_it_is_meant_is_ordinary(pipe: Any, text: 
 
 
 def test_a_text_is_ordinary_only_if_every_encoder_reads_it_whole(sdxl: Any) -> None:
-    encoder = LongPromptEncoder([sdxl.tokenizer, coarse_tokenizer()], text_encoders_of(sdxl))
+    encoder = LongPromptEncoder([sdxl.tokenizer, coarse_tokenizer()], text_encoders_of(sdxl), CPU)
 
     assert encoder.is_ordinary("o" * 75)
     assert not encoder.is_ordinary("o" * 76)
@@ -324,7 +325,7 @@ def test_where_one_encoder_takes_fewer_chunks_empty_ones_fill_it_up(sdxl: Any) -
     coarse = copy.deepcopy(sdxl.text_encoder_2)
     coarse.resize_token_embeddings(len(coarse_tokenizer()))
     fine = copy.deepcopy(sdxl.text_encoder)
-    encoder = LongPromptEncoder([sdxl.tokenizer, coarse_tokenizer()], [fine, coarse])
+    encoder = LongPromptEncoder([sdxl.tokenizer, coarse_tokenizer()], [fine, coarse], CPU)
 
     tokens, _ = encoder.encode("o" * 140)
 
@@ -340,7 +341,7 @@ def test_where_one_encoder_takes_fewer_chunks_empty_ones_fill_it_up(sdxl: Any) -
 @pytest.mark.parametrize("text", ["a (red:1.3) fox", "a (red:0.5) fox", LONG])
 def test_nothing_is_remembered_from_under_another_adapter(pipe: Any, text: str) -> None:
     text_encoders = copy.deepcopy(text_encoders_of(pipe))
-    encoder = LongPromptEncoder(tokenizers_of(pipe), text_encoders)
+    encoder = LongPromptEncoder(tokenizers_of(pipe), text_encoders, CPU)
     before = encoder.encode(text)
     for parameter in (each for one in text_encoders for each in one.parameters()):
         parameter.add_(torch.ones_like(parameter).cumsum(-1), alpha=0.01)
@@ -348,7 +349,7 @@ def test_nothing_is_remembered_from_under_another_adapter(pipe: Any, text: str) 
     after = encoder.encode(text)
 
     torch.testing.assert_close(
-        after, LongPromptEncoder(tokenizers_of(pipe), text_encoders).encode(text), rtol=0.0, atol=0.0
+        after, LongPromptEncoder(tokenizers_of(pipe), text_encoders, CPU).encode(text), rtol=0.0, atol=0.0
     )
     assert not torch.allclose(before.tokens, after.tokens)
 
@@ -385,9 +386,9 @@ def test_every_chunk_wears_the_adapters_of_the_row_that_is_routed(sd: Any) -> No
     text = f"{LONG}. a (red:1.3) fox, (quick:0.6) and {LONG}"
 
     bank.route([(Applied((1,), 0.5),)])
-    adapted = LongPromptEncoder([sd.tokenizer], [worn]).encode(text).tokens
+    adapted = LongPromptEncoder([sd.tokenizer], [worn], CPU).encode(text).tokens
 
-    torch.testing.assert_close(adapted, LongPromptEncoder([sd.tokenizer], [merged]).encode(text).tokens, **CLOSE)
+    torch.testing.assert_close(adapted, LongPromptEncoder([sd.tokenizer], [merged], CPU).encode(text).tokens, **CLOSE)
     assert not torch.allclose(adapted, encoder_of(sd).encode(text).tokens, atol=1e-2)
 
 
@@ -396,7 +397,7 @@ def test_embeddings_come_in_the_encoders_dtype_and_are_numbers(pipe: Any, dtype:
     text_encoders = [copy.deepcopy(one).to(dtype) for one in text_encoders_of(pipe)]
     text = "(a:0) b (c:0.0) d (e:3) f (g:0)"
 
-    tokens, pooled = LongPromptEncoder(tokenizers_of(pipe), text_encoders).encode(text)
+    tokens, pooled = LongPromptEncoder(tokenizers_of(pipe), text_encoders, CPU).encode(text)
 
     assert tokens.dtype == dtype
     assert pooled is None or pooled.dtype == dtype
@@ -407,8 +408,9 @@ def test_nobody_is_told_that_a_long_prompt_is_too_long(
     sd: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("transformers"), "level", logging.WARNING)
     tokenizer = byte_tokenizer()
-    encoder = LongPromptEncoder([tokenizer], [sd.text_encoder])
+    encoder = LongPromptEncoder([tokenizer], [sd.text_encoder], CPU)
 
     encoder.is_ordinary(LONG)
     encoder.encode(LONG)

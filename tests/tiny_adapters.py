@@ -16,8 +16,10 @@ Layout = Literal["diffusers_old", "diffusers_new", "peft_folder", "kohya"]
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # Every kind of layer that adapters are trained on: attention, feed-forward, 1x1 and 3x3 convolutions, time embedding.
 EVERY_LAYER = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "time_emb_proj")
-# Z-Image's blocks, as its trainers choose them, and then the layers around the blocks too.
-Z_IMAGE_BLOCKS = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0")
+# Z-Image's blocks, as its trainers choose them, and then the layers around the blocks too. The modulation with its
+# block's number: in the last layer an activation has its name.
+Z_IMAGE_MODULATION = ("0.adaLN_modulation.0", "1.adaLN_modulation.0")
+Z_IMAGE_BLOCKS = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3", *Z_IMAGE_MODULATION)
 Z_IMAGE_EVERY_LAYER = (
     *Z_IMAGE_BLOCKS,
     "all_x_embedder.2-1",
@@ -27,8 +29,6 @@ Z_IMAGE_EVERY_LAYER = (
     "all_final_layer.2-1.linear",
     "all_final_layer.2-1.adaLN_modulation.1",
 )
-# An activation whose name ends as the name of a block's modulation does.
-NO_LAYER = "all_final_layer.2-1.adaLN_modulation.0"
 SGM_LAYERS = {
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
@@ -70,7 +70,6 @@ def write_adapter(
         rank_pattern=dict(rank_pattern or {}),
         alpha_pattern=dict(alpha_pattern or {}),
         use_rslora=use_rslora,
-        exclude_modules=[NO_LAYER] if denoiser == "transformer" else None,
     )
     if layout == "peft_folder":
         # A folder holds one model: the denoiser alone, as training scripts write it, or one made of all.
@@ -109,8 +108,7 @@ def _weights(adapted: peft.PeftModel) -> dict[str, torch.Tensor]:
 def _save_by_diffusers(
     path: Path, pipeline: Any, adapted: Mapping[str, peft.PeftModel], config: peft.LoraConfig
 ) -> None:
-    # What was left out is in the file no more, and PEFT would warn of that.
-    settings: dict[str, Any] = config.to_dict() | {"peft_type": "LORA", "exclude_modules": None}
+    settings: dict[str, Any] = config.to_dict() | {"peft_type": "LORA"}
     layers = {f"{name}_lora_layers": _weights(model) for name, model in adapted.items()}
     metadata = {f"{name}_lora_adapter_metadata": settings for name in adapted}
     pipeline.save_lora_weights(path.parent, weight_name=path.name, **layers, **metadata)

@@ -264,8 +264,8 @@ def _z_image_transformer() -> ZImageTransformer2DModel:
         n_kv_heads=2,
         cap_feat_dim=HIDDEN,
         axes_dims=[8, 12, 12],
-        # A caption of 512 tokens and the picture behind it; 64x64 patches.
-        axes_lens=[1024, 64, 64],
+        # A caption of 512 tokens and the picture behind it; 2048 pixels on a side.
+        axes_lens=[1024, 128, 128],
     )
     with torch.no_grad():
         # Zeros, as the class makes them, would hide where padding is forgotten or mixed up.

@@ -159,13 +159,11 @@ class World:
 
     def queues(self) -> dict[str, tuple[int, int]]:
         """Ready and unacknowledged messages of each queue, by the name behind the jobs' queue ('' for itself)."""
-        rows = self.rabbitmq.ctl("list_queues", "--silent", "name", "messages_ready", "messages_unacknowledged")
-        found = {}
-        for row in rows.splitlines():
-            name, ready, unacknowledged = row.split()
-            if name == self.queue or name.startswith(f"{self.queue}."):
-                found[name.removeprefix(self.queue)] = (int(ready), int(unacknowledged))
-        return found
+        return {
+            name.removeprefix(self.queue): depth
+            for name, depth in self.rabbitmq.queues().items()
+            if name == self.queue or name.startswith(f"{self.queue}.")
+        }
 
     def wait_until_clean(self, *, dead: int = 0) -> None:
         """Return once nothing is ready or unacknowledged anywhere, but for `dead` dead letters."""

@@ -3,15 +3,19 @@
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from rich.console import Console
 from rich.table import Table
 
+from clients.gpu import GpuReading, GpuReadings
 from clients.location import ObjectRef
 from clients.storage import Storage
 from clients.storage_errors import StorageError
 from clients.webhooks import BackendUnreachable, reach
-from config.settings import Settings
+from config.settings import ModelSettings, Settings
+from inference.checkpoints.checkpoint import identify, weight_bytes
+from inference.checkpoints.fit import GB, RESERVE_BYTES, Residence, decide, free_host_bytes
 from inference.process import EngineProcess, wait_until_ready
 from inference.request import EngineError
 from watermark.errors import FontMissing
@@ -19,6 +23,7 @@ from watermark.fonts import find_font
 from worker.broker import PublishFailed, check_broker
 
 MODEL_TIMEOUT_SECONDS = 900.0
+PARAMETER_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class CheckFailed(Exception):
@@ -41,7 +46,7 @@ def check_everything(settings: Settings, console: Console) -> bool:
         "bucket": _check_bucket,
         "backend": _check_backend,
         "fonts": _check_fonts,
-        "model": _check_model,
+        "model": partial(_check_model, console),
     }
     table = Table("part", "", "what was seen, or what to do")
     findings = [_find(part, check, settings, console) for part, check in checks.items()]
@@ -106,13 +111,48 @@ def _check_fonts(settings: Settings) -> str:
         ) from error
 
 
-def _check_model(settings: Settings) -> str:
-    engine = EngineProcess(settings.model, log_level="ERROR", on_restart=lambda: None)
+def _check_model(console: Console, settings: Settings) -> str:
+    """Foretell, before the minutes of loading, how the model fits; then load it and draw with it."""
+    try:
+        console.print(foretell_memory(settings.model), highlight=False, markup=False)
+        return _load_model(settings.model)
+    except EngineError as error:
+        raise CheckFailed(f"{error}. Look at MODEL_ID, DEVICE and DTYPE") from error
+
+
+def foretell_memory(settings: ModelSettings) -> str:
+    """What the weights take, what is free, and what comes of it; `EngineStartFailed` where they will not run."""
+    gpu = _gpu(settings)
+    bytes_each = PARAMETER_BYTES.get(settings.dtype, 4 if gpu is None else 2)
+    needed = weight_bytes(identify(settings.model_id, settings.config_source), bytes_each)
+    if needed is None:
+        return "memory: the weights are not on this machine yet; what they take is known once they are"
+    weights = f"memory: {sum(needed.values()) / GB:.2f} GB of weights at {8 * bytes_each} bits"
+    if gpu is None:
+        free = free_host_bytes()
+        fits = "they fit" if sum(needed.values()) <= free else "the machine will swap or kill the worker"
+        return f"{weights}, {free / GB:.1f} GB of the host's are free: {fits}"
+
+    free = gpu.memory_total_bytes - gpu.memory_used_bytes
+    is_resident = decide(needed, free) is Residence.RESIDENT
+    lives = "the model stays on the GPU" if is_resident else "its parts take turns on the GPU, which is slower"
+    return f"{weights} and {RESERVE_BYTES / GB:.1f} GB for a picture, {free / GB:.1f} GB of the GPU's are free: {lives}"
+
+
+def _gpu(settings: ModelSettings) -> GpuReading | None:
+    """The GPU that the engine will use; None where that is the CPU."""
+    if settings.device == "cpu":
+        return None
+    index = int(settings.device.partition(":")[2] or 0)
+    visible = settings.cuda_visible_devices
+    return GpuReadings(str(index) if visible is None else ",".join(visible.split(",")[index:])).read()
+
+
+def _load_model(settings: ModelSettings) -> str:
+    engine = EngineProcess(settings, log_level="ERROR", on_restart=lambda: None)
     engine.start()
     try:
         wait_until_ready(engine, MODEL_TIMEOUT_SECONDS)
-    except EngineError as error:
-        raise CheckFailed(f"{error}. Look at MODEL_ID, DEVICE and DTYPE") from error
     finally:
         engine.close()
     facts = engine.facts

@@ -7,6 +7,7 @@ import socket
 import subprocess
 from pathlib import Path
 
+from examples.parts.erlang_console import ErlangConsole, QueueDepth
 from examples.parts.part import Part
 from examples.parts.ports import free_port
 from examples.parts.processes import ServerError, ServerProcess
@@ -23,6 +24,7 @@ EPMD_PATTERN = "lib/erlang/erts-*/bin/epmd"
 START_SECONDS = 60.0
 STOP_SECONDS = 20.0
 CTL_SECONDS = 60.0
+QUORUM_TICK_MS = 200
 
 AMQP_HEADER = b"AMQP\x00\x00\x09\x01"
 METHOD_FRAME = b"\x01"
@@ -43,6 +45,7 @@ class RabbitMQ(Part):
         self._node_name = f"darkroom-{hashlib.sha256(bytes(self.folder)).hexdigest()[:12]}@localhost"
         self._epmd: ServerProcess | None = None
         self._server: ServerProcess | None = None
+        self._console: ErlangConsole | None = None
 
     @property
     def url(self) -> str:
@@ -89,6 +92,9 @@ class RabbitMQ(Part):
             if process is not None:
                 process.kill()
         self._server = self._epmd = None
+        if self._console is not None:
+            self._console.close()
+            self._console = None
 
     def ctl(self, *args: str) -> str:
         """Run `rabbitmqctl args…` against the running node; return what it prints, raise `ServerError` if it fails."""
@@ -105,6 +111,13 @@ class RabbitMQ(Part):
         if done.returncode != 0:
             raise ServerError(f"rabbitmqctl {' '.join(args)}: {done.stdout}{done.stderr}")
         return done.stdout
+
+    def queues(self) -> dict[str, QueueDepth]:
+        """The depth of every queue, within a millisecond but for the first time. Raises `ServerError`."""
+        self._running()
+        if self._console is None:
+            self._console = ErlangConsole(self._node_name, self._node_env(), self.folder)
+        return self._console.queues()
 
     def _running(self) -> ServerProcess:
         if self._server is None:
@@ -128,7 +141,9 @@ class RabbitMQ(Part):
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.folder / "plugins"),
             "RABBITMQ_CONFIG_FILE": str(self.folder / "rabbitmq"),
             "RABBITMQ_CONF_ENV_FILE": str(self.folder / "rabbitmq-env.conf"),
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+            # Quorum queues count their messages at every tick, five seconds apart unless told otherwise.
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}"
+            f" -rabbit quorum_tick_interval {QUORUM_TICK_MS}",
             # The script then becomes the node by exec, so that a signal to our child reaches the node itself.
             "RUNNING_UNDER_SYSTEMD": "true",
         }

@@ -40,6 +40,8 @@ class Family(ABC):
     text_encoders: ClassVar[tuple[str, ...]] = ()
     # Do embeddings come in chunks of one length, of which a lane's two rows must have equally many?
     is_chunked: ClassVar[bool] = False
+    # The checkpoint's, as everybody may hear it.
+    public_name = ""
 
     def __init__(
         self, pipeline: Any, models: Mapping[str, torch.nn.Module], dialect: Dialect, *, device: torch.device

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import torch
 
 from config.settings import ModelSettings
-from inference.checkpoints import download, identify, load_pipeline, weight_bytes
+from inference.checkpoints.checkpoint import download, identify, load_pipeline, weight_bytes
+from inference.checkpoints.fit import foresee, free_bytes, place
 from inference.families.family import Family
 from inference.families.sdxl import StableDiffusionXL
 from inference.families.stable_diffusion import StableDiffusion
 from inference.families.z_image import ZImage
-from inference.fit import foresee, free_bytes, place
 from inference.request import EngineStartFailed
 
 FAMILIES: dict[str, Callable[..., Family]] = {
@@ -32,6 +32,8 @@ def load_family(settings: ModelSettings, *, device: torch.device, dtype: torch.d
     pipeline = load_pipeline(checkpoint, dtype)
     try:
         place(pipeline, device, residence)
-        return FAMILIES[checkpoint.pipeline_class](pipeline, device=device)
+        family = FAMILIES[checkpoint.pipeline_class](pipeline, device=device)
     except torch.OutOfMemoryError as error:
         raise EngineStartFailed(f"MODEL_ID {settings.model_id!r} does not fit the GPU's memory: {error}") from error
+    family.public_name = checkpoint.public_name
+    return family

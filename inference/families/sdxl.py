@@ -31,7 +31,7 @@ class StableDiffusionXL(UNetFamily):
         }
         super().__init__(pipeline, models, sdxl(pipeline.unet.config), device=device)
         self._prompts = LongPromptEncoder(
-            [pipeline.tokenizer, pipeline.tokenizer_2], [pipeline.text_encoder, pipeline.text_encoder_2]
+            [pipeline.tokenizer, pipeline.tokenizer_2], [pipeline.text_encoder, pipeline.text_encoder_2], device
         )
 
     def _encode_ordinary(self, prompts: Sequence[Prompt]) -> list[Embedding]:

@@ -23,7 +23,7 @@ class StableDiffusion(UNetFamily):
     def __init__(self, pipeline: Any, *, device: torch.device) -> None:
         models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
         super().__init__(pipeline, models, STABLE_DIFFUSION, device=device)
-        self._prompts = LongPromptEncoder([pipeline.tokenizer], [pipeline.text_encoder])
+        self._prompts = LongPromptEncoder([pipeline.tokenizer], [pipeline.text_encoder], device)
 
     def _encode_ordinary(self, prompts: Sequence[Prompt]) -> list[Embedding]:
         embeddings, _ = self._pipeline.encode_prompt([prompt.text for prompt in prompts], self.device, 1, False)

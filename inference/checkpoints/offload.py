@@ -1,4 +1,4 @@
-"""Models that take turns on the device: one at a time, the others in host memory.
+"""Models that take turns on the device: one at a time, all of them in host memory.
 
 diffusers' own offload moves out only the model that comes before in the pipeline's order: enough where each runs in its
 turn. The engine encodes a prompt between two steps of others' pictures, and all would end up on the device together.
@@ -7,25 +7,36 @@ turn. The engine encodes a prompt between two steps of others' pictures, and all
 from typing import Any
 
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module  # type: ignore[import-untyped]
-from accelerate.utils import send_to_device  # type: ignore[import-untyped]
+from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.utils import send_to_device
 
 
 class Seat:
-    """The one place on the device, and owner of which model has it. Of the engine's one thread."""
+    """The one place on the device, and owner of which model has it. Of the engine's one thread.
+
+    Weights are never written, so those in host memory stay, and leaving the device costs no copy.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._taken_by: Any = None
+        self._taken_by: torch.nn.Module | None = None
+        self._in_host_memory: dict[torch.Tensor, torch.Tensor] = {}
 
-    def take(self, model: Any) -> None:
-        """Have `model` on the device and the one that was there back in host memory."""
+    def take(self, model: torch.nn.Module) -> None:
+        """Have `model` on the device, and none beside it."""
         if self._taken_by is model:
             return
-        if self._taken_by is not None:
-            self._taken_by.to("cpu")
+        self._clear()
         self._taken_by = model
-        model.to(self.device)
+        self._in_host_memory = {tensor: tensor.data for tensor in (*model.parameters(), *model.buffers())}
+        for tensor, host in self._in_host_memory.items():
+            tensor.data = host.to(self.device, copy=True)
+
+    def _clear(self) -> None:
+        self._taken_by = None
+        for tensor, host in self._in_host_memory.items():
+            tensor.data = host
+        self._in_host_memory = {}
 
 
 class _TakesSeat(ModelHook):  # type: ignore[misc]
@@ -42,9 +53,8 @@ class _TakesSeat(ModelHook):  # type: ignore[misc]
 
 
 def take_turns(pipeline: Any, device: torch.device) -> None:
-    """Put every model of the pipeline in host memory, and on the device whenever it is called."""
+    """From now on each model of the pipeline, which are in host memory, is on the device whenever it is called."""
     seat = Seat(device)
     for model in pipeline.components.values():
         if isinstance(model, torch.nn.Module):
-            model.to("cpu")
             add_hook_to_module(model, _TakesSeat(seat), append=True)

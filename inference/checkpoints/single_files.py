@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
+from inference.checkpoints.weight_files import Shapes
 from inference.request import EngineStartFailed
-from inference.weight_files import Shapes
 
 PREFIXES = {
     "StableDiffusionXLPipeline": {

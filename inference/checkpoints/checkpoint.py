@@ -3,19 +3,16 @@
 Only `load_pipeline` imports torch. What can be known to be wrong is said before gigabytes are read.
 """
 
-import logging
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config.logs import log_event
-from inference.hub import download_pipeline, find_on_hub, one_line
-from inference.request import EngineStartFailed
-from inference.single_files import family_of, split
-from inference.weight_files import (
+from inference.checkpoints.config_faults import check_counts, fill_in
+from inference.checkpoints.hub import download_pipeline, find_on_hub, one_line
+from inference.checkpoints.single_files import family_of, split
+from inference.checkpoints.weight_files import (
     FAVOURITE_VARIANT,
     PICKLES,
     SAFETENSORS,
@@ -25,11 +22,10 @@ from inference.weight_files import (
     read_json,
     read_shapes,
 )
+from inference.request import EngineStartFailed
 
 if TYPE_CHECKING:
     import torch
-
-logger = logging.getLogger(__name__)
 
 INDEX = "model_index.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -47,10 +43,6 @@ UNUSED: dict[str, dict[str, Any]] = {
     "StableDiffusionXLPipeline": dict.fromkeys(("feature_extractor", "image_encoder")),
     "ZImagePipeline": {},
 }
-# Latent pixels a side, where the UNet's config leaves it out: 512 and 1024 px.
-SAMPLE_SIZES = {"StableDiffusionPipeline": 64, "StableDiffusionXLPipeline": 128}
-# Beyond this share, weights that no layer took are no leftovers of training but layers the config forgot.
-MAX_UNUSED_SHARE = 0.01
 
 
 class Where(Enum):
@@ -138,21 +130,27 @@ def load_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
     checkpoint = download(checkpoint)
     # Reads every header, and so names a damaged file before the libraries stumble over it.
     counts = _parameters(checkpoint)
+    subject = f"MODEL_ID {checkpoint.model_id!r}"
     try:
         pipeline = (_load_file if checkpoint.where is Where.FILE else _load_folder)(checkpoint, dtype)
-    # A config may say anything, and the libraries take it at its word.
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError) as error:
+    except EngineStartFailed:
+        raise
+    except Exception as error:
+        # A config may say anything; the libraries take it at its word, and then fail in every way there is.
         raise EngineStartFailed(
-            f"MODEL_ID {checkpoint.model_id!r} could not be loaded ({type(error).__name__}: {one_line(error)}): its"
-            " weight files are whole, so look at its configs and tokenizers, or copy or download them again"
+            f"{subject} could not be loaded ({type(error).__name__}: {one_line(error)}): its weight files are whole,"
+            " so look at its configs and tokenizers, or copy or download them again"
         ) from error
-    _check_counts(checkpoint, pipeline, counts)
-    _fill_in_sample_size(checkpoint, pipeline)
+    check_counts(pipeline, counts, subject, may_have_more=checkpoint.where is Where.FILE)
+    fill_in(pipeline, checkpoint.pipeline_class, _configs(checkpoint))
     return pipeline
 
 
 def _load_folder(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
-    for name in _other_folders(checkpoint):
+    index = read_json(checkpoint.path / INDEX)
+    for name in (*COMPONENTS[checkpoint.pipeline_class], *_other_folders(checkpoint)):
+        if not any(index.get(name) or ()):
+            raise EngineStartFailed(f"{checkpoint.path / INDEX} names no {name}: copy or download the whole checkpoint")
         if not (checkpoint.path / name).is_dir():
             raise EngineStartFailed(f"{checkpoint.path / name} is missing: copy or download the whole checkpoint")
     return _class(checkpoint).from_pretrained(
@@ -206,26 +204,11 @@ def _parameters(checkpoint: Checkpoint) -> dict[str, int]:
     return {name: sum(count_parameters(read_shapes(path)) for path in paths) for name, paths in files.items()}
 
 
-def _check_counts(checkpoint: Checkpoint, pipeline: Any, counts: Mapping[str, int]) -> None:
-    """Layers that no file has weights for would be left random, without a word from the libraries."""
-    for name, count in counts.items():
-        wanted = sum(parameter.numel() for parameter in getattr(pipeline, name).parameters())
-        if count < wanted:
-            raise EngineStartFailed(
-                f"MODEL_ID {checkpoint.model_id!r}: the config of its {name} describes {wanted} parameters, its weights"
-                f" are {count}: they do not belong together"
-            )
-        # A single file of Stable Diffusion 2.x has a layer that is left out on purpose.
-        if checkpoint.where is not Where.FILE and count > wanted * (1 + MAX_UNUSED_SHARE):
-            log_event(logger, "weights left unused", logging.WARNING, component=name, unused=count - wanted)
-
-
-def _fill_in_sample_size(checkpoint: Checkpoint, pipeline: Any) -> None:
-    unet = getattr(pipeline, "unet", None)
-    if unet is not None and unet.config.sample_size is None:
-        sample_size = SAMPLE_SIZES[checkpoint.pipeline_class]
-        log_event(logger, "unet/config.json has no sample_size", logging.WARNING, assumed=sample_size)
-        unet.register_to_config(sample_size=sample_size)
+def _configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """The components' own config.json; of a single file those of MODEL_CONFIG, where that is a folder here."""
+    folder = checkpoint.path if checkpoint.where is not Where.FILE else Path(checkpoint.config or "").expanduser()
+    paths = {name: folder / name / "config.json" for name in COMPONENTS[checkpoint.pipeline_class]}
+    return {name: read_json(path) for name, path in paths.items() if path.is_file()}
 
 
 def _identify_file(model_id: str, path: Path, config: str | None) -> Checkpoint:

@@ -44,6 +44,10 @@ def download_pipeline(repo_id: str, *, variant: str | None, unused: Mapping[str,
         return Path(diffusers.DiffusionPipeline.download(repo_id, variant=variant, use_safetensors=True, **unused))
     except Exception as error:
         # The client's transport raises errors of its own, from a library that has changed its name before.
+        if "necessary `safetensors` weights" in str(error):
+            raise EngineStartFailed(
+                f"MODEL_ID {repo_id!r} has no safetensors weights, and pickles are never opened: convert them"
+            ) from error
         raise EngineStartFailed(f"MODEL_ID {repo_id!r} could not be downloaded: {one_line(error)}") from error
 
 

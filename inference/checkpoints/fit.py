@@ -73,7 +73,7 @@ def place(pipeline: Any, device: "torch.device", residence: Residence) -> None:
     if residence is Residence.RESIDENT:
         pipeline.to(device)
         return
-    from inference.offload import take_turns  # noqa: PLC0415 - brings torch, which the supervisor never imports
+    from inference.checkpoints.offload import take_turns  # noqa: PLC0415 - brings torch, which the supervisor never imports
 
     take_turns(pipeline, device)
 

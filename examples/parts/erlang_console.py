@@ -1,0 +1,81 @@
+"""Questions to a running RabbitMQ node by an Erlang process that stays: rabbitmqctl starts one for each."""
+
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from examples.parts.processes import ServerError
+
+# For every line on standard input: a line for each queue, then "end".
+PROGRAM = """
+Ask = fun(Ask) ->
+    case io:get_line("") of
+        eof -> halt(0);
+        _ ->
+            Items = [name, messages_ready, messages_unacknowledged],
+            case rpc:call('NODE', rabbit_amqqueue, info_all, [<<"/">>, Items], 10000) of
+                {badrpc, Why} -> io:format("error ~0p~n", [Why]);
+                Rows -> [io:format("~s ~p ~p~n", [element(4, Name), Ready, Unacked])
+                         || [{name, Name}, {messages_ready, Ready}, {messages_unacknowledged, Unacked}] <- Rows]
+            end,
+            io:format("end~n"),
+            Ask(Ask)
+    end
+end,
+Ask(Ask).
+"""
+
+
+class QueueDepth(NamedTuple):
+    """Messages of one queue: waiting, and delivered but not settled."""
+
+    ready: int
+    unacknowledged: int
+
+
+class ErlangConsole:
+    """Owner of the asking process. Not thread-safe; it outlives restarts of the node."""
+
+    def __init__(self, node_name: str, env: Mapping[str, str], folder: Path) -> None:
+        """`env` as the node's: its name daemon and its cookie."""
+        own_name = f"console-{node_name}"
+        self._process = subprocess.Popen(
+            ["erl", "-noinput", "-noshell", "-hidden", "-sname", own_name, "-eval", PROGRAM.replace("NODE", node_name)],
+            env=dict(env),
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def queues(self) -> dict[str, QueueDepth]:
+        """Every queue of the default virtual host. Raises `ServerError` where the node does not answer."""
+        found = {}
+        for line in self._ask():
+            name, _, rest = line.partition(" ")
+            if name == "error":
+                raise ServerError(f"the node tells nothing of its queues: {rest}")
+            ready, unacknowledged = rest.split()
+            found[name] = QueueDepth(int(ready), int(unacknowledged))
+        return found
+
+    def _ask(self) -> Iterator[str]:
+        """The answer's lines."""
+        if self._process.stdin is None or self._process.stdout is None:
+            raise ServerError("the console was started without pipes")
+        try:
+            self._process.stdin.write("?\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise ServerError("the node's console ended") from error
+        for line in self._process.stdout:
+            if line.strip() == "end":
+                return
+            yield line.strip()
+        raise ServerError("the node's console ended")
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()

@@ -1,0 +1,56 @@
+"""Faults of published configs that the libraries pass over in silence: filled in where the family tells the value,
+refused where the pictures would be noise.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from config.logs import log_event
+from inference.request import EngineStartFailed
+
+logger = logging.getLogger(__name__)
+
+# What diffusers would put in its place is another family's, or nothing. A UNet's size is in latent pixels of 8 px.
+FAMILY_VALUES: dict[str, dict[str, dict[str, Any]]] = {
+    "StableDiffusionPipeline": {"unet": {"sample_size": 64}},
+    "StableDiffusionXLPipeline": {"unet": {"sample_size": 128}, "vae": {"scaling_factor": 0.13025}},
+    "ZImagePipeline": {"vae": {"scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024}},
+}
+# Of these, every weight is needed; text encoders are published with heads that are for training.
+DENOISERS = ("unet", "transformer")
+MAX_UNUSED_SHARE = 0.01
+
+
+def fill_in(pipeline: Any, pipeline_class: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give the family's value to what a component's config.json leaves out, where there is one to look into, and CLIP's
+    tokenizers their length."""
+    for component, values in FAMILY_VALUES[pipeline_class].items():
+        config = configs.get(component, values)
+        left_out = {key: value for key, value in values.items() if config.get(key) is None}
+        if left_out:
+            log_event(logger, "a config leaves out values", logging.WARNING, component=component, assumed=left_out)
+            getattr(pipeline, component).register_to_config(**left_out)
+    for component in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(pipeline, component, None)
+        if encoder is not None and encoder.config.model_type.startswith("clip"):
+            tokenizer = getattr(pipeline, component.replace("text_encoder", "tokenizer"))
+            # Without a length of its own, a tokenizer says a number that no machine integer holds.
+            tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+
+
+def check_counts(pipeline: Any, counts: Mapping[str, int], subject: str, *, may_have_more: bool) -> None:
+    """Layers without weights are left random, weights without a layer are dropped: both without a word.
+
+    `counts`: parameters on the disk of each component. `may_have_more`: a layer may be left out on purpose.
+    """
+    for name, count in counts.items():
+        wanted = sum(parameter.numel() for parameter in getattr(pipeline, name).parameters())
+        is_more = not may_have_more and count > wanted * (1 + MAX_UNUSED_SHARE)
+        if count < wanted or (is_more and name in DENOISERS):
+            raise EngineStartFailed(
+                f"{subject}: the config of its {name} describes {wanted} parameters, its weights are {count}: they do"
+                " not belong together, copy or download them again"
+            )
+        if is_more:
+            log_event(logger, "weights left unused", logging.WARNING, component=name, unused=count - wanted)
