@@ -114,7 +114,15 @@ class Storage:
         with deadline(CALL_DEADLINE_SECONDS), translated(ref):
             self._put(ref, body, content_type, Metadata=dict(metadata or {}))
 
-    def put_if_absent(self, ref: ObjectRef, body: bytes, *, content_type: str) -> bool:
+    def metadata_of(self, ref: ObjectRef) -> Mapping[str, str]:
+        """What its writer noted beside the object."""
+        with deadline(CALL_DEADLINE_SECONDS), translated(ref):
+            answer = self._client.head_object(Bucket=ref.bucket, Key=ref.key)
+        return dict(answer.get("Metadata", {}))
+
+    def put_if_absent(
+        self, ref: ObjectRef, body: bytes, *, content_type: str, metadata: Mapping[str, str] | None = None
+    ) -> bool:
         """Write the object unless the key is taken; False where it is.
 
         False may also mean that the answer to our own write was lost and the repeated request met it: compare what is
@@ -123,7 +131,7 @@ class Storage:
         for attempt in range(1, MAX_WRITE_TRIES + 1):
             try:
                 with deadline(CALL_DEADLINE_SECONDS), translated(ref):
-                    self._put(ref, body, content_type, IfNoneMatch="*")
+                    self._put(ref, body, content_type, IfNoneMatch="*", Metadata=dict(metadata or {}))
             except ObjectChanged:
                 return False
             except WriteConflict:

@@ -49,6 +49,10 @@ class StorageUnavailable(StorageError):
     """The store cannot be reached, is too slow or too busy; later it may work."""
 
 
+class NotSupported(StorageError):
+    """The store does not know this kind of request."""
+
+
 class WriteConflict(StorageUnavailable):
     """Two conditional writes of one key met, and the store settled neither."""
 
@@ -66,6 +70,7 @@ class ObjectChanged(ObjectDamaged):
 
 
 _CODE_CLASSES: dict[str, type[StorageError]] = {
+    "NotImplemented": NotSupported,
     "NoSuchBucket": BucketNotFound,
     "PermanentRedirect": BucketNotFound,
     "NoSuchKey": ObjectNotFound,
@@ -82,6 +87,7 @@ _STATUS_CLASSES: dict[int, type[StorageError]] = {
     404: ObjectNotFound,
     409: WriteConflict,
     412: ObjectChanged,
+    501: NotSupported,
     **dict.fromkeys(UNAVAILABLE_STATUSES, StorageUnavailable),
 }
 

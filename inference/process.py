@@ -2,6 +2,7 @@
 
 import logging
 import selectors
+import signal
 import socket
 import threading
 import time
@@ -30,7 +31,7 @@ from inference.request import (
     RequestCancelled,
     StepReport,
 )
-from inference.suspects import MAX_CRASHES_ALONE, Lineup
+from inference.suspects import Lineup
 from inference.vitals import MIN_HANG_SECONDS, Vitals
 from inference.wire import (
     Cancel,
@@ -281,7 +282,7 @@ class EngineProcess:
         if end is _End.SICK:
             self._lineup.spare()
             return
-        culprit = self._lineup.blame()
+        culprit = self._lineup.blame(is_killed=end is _End.CRASHED and exit_code == -signal.SIGKILL)
         if culprit is not None:
             culprit.fail(_defeat(end, exit_code))
 
@@ -322,8 +323,8 @@ def _receive(connection: "Connection[ToChild, FromChild]") -> FromChild | None:
 
 def _defeat(end: _End, exit_code: int) -> EngineCrashed | EngineHung:
     if end is _End.HUNG:
-        return EngineHung(f"the engine hung on this job; it was tried {MAX_CRASHES_ALONE} times alone")
-    return EngineCrashed(f"the engine crashed {MAX_CRASHES_ALONE} times on this job alone (exit code {exit_code})")
+        return EngineHung("the engine hung on this job again and again while it ran alone")
+    return EngineCrashed(f"the engine died of this job again and again while it ran alone (exit code {exit_code})")
 
 
 def wait_until_ready(engine: EngineProcess, timeout_seconds: float) -> None:

@@ -2,8 +2,10 @@
 
 from typing import Generic, Protocol, TypeVar
 
-# One death under a request that was alone may be bad luck.
-MAX_CRASHES_ALONE = 2
+# One death under a request that was alone may be bad luck. A kill comes from outside, from an operator or from the
+# kernel where memory ends: it weighs half, so that innocents outlive a storm of them.
+DEATH_WEIGHT, KILL_WEIGHT = 2, 1
+CONVICTING_WEIGHT = 4
 
 
 class Triable(Protocol):
@@ -22,8 +24,8 @@ class Lineup(Generic[R]):
     """Owner of the place of each unanswered request: waiting, inside the process, or a suspect that waits to be tried.
 
     Requests are inside all together. When the process dies under several of them they are suspects, and are inside one
-    at a time with nothing beside them, until each was answered or one is convicted: by `MAX_CRASHES_ALONE` deaths of
-    the process with nothing else inside. The rest are then innocent, and go together again with all that wait.
+    at a time with nothing beside them, until each was answered or one is convicted: by two deaths of the process, or
+    four kills, with nothing else inside. The rest are then innocent, and go together again with all that wait.
     """
 
     def __init__(self) -> None:
@@ -31,7 +33,7 @@ class Lineup(Generic[R]):
         self._suspects: list[R] = []  # the next to be tried first
         self._inside: dict[str, R] = {}  # in the order they were sent
         self._is_trial = False
-        self._crashes_alone: dict[R, int] = {}
+        self._weights: dict[R, int] = {}  # against those under whom the process died while they were alone
 
     @property
     def inside(self) -> tuple[R, ...]:
@@ -64,13 +66,13 @@ class Lineup(Generic[R]):
             del self._inside[request.request_id]
         else:
             (self._suspects if request in self._suspects else self._waiting).remove(request)
-        self._crashes_alone.pop(request, None)
+        self._weights.pop(request, None)
 
-    def blame(self) -> R | None:
-        """The process died. Return the culprit, if this convicts one: it is here no more."""
+    def blame(self, *, is_killed: bool = False) -> R | None:
+        """The process died or was killed. Return the culprit, if this convicts one: it is here no more."""
         victims = self._empty()
         if len(victims) == 1:
-            return self._blame_alone(victims[0])
+            return self._blame_alone(victims[0], KILL_WEIGHT if is_killed else DEATH_WEIGHT)
         # What went well for long is the least suspect: the newest first. None inside: nobody is to blame.
         self._suspects = victims[::-1] + self._suspects
         return None
@@ -97,12 +99,12 @@ class Lineup(Generic[R]):
         self._inside.clear()
         return victims
 
-    def _blame_alone(self, victim: R) -> R | None:
-        self._crashes_alone[victim] = self._crashes_alone.get(victim, 0) + 1
-        if self._crashes_alone[victim] < MAX_CRASHES_ALONE:
+    def _blame_alone(self, victim: R, weight: int) -> R | None:
+        self._weights[victim] = self._weights.get(victim, 0) + weight
+        if self._weights[victim] < CONVICTING_WEIGHT:
             self._suspects.insert(0, victim)
             return None
-        del self._crashes_alone[victim]
+        del self._weights[victim]
         self._waiting = self._suspects[::-1] + self._waiting
         self._suspects = []
         return victim

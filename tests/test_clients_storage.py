@@ -20,6 +20,7 @@ from clients.storage import MIN_RATE_BYTES_PER_SECOND, RATE_WINDOW_SECONDS, Obje
 from clients.storage_errors import (
     AccessDenied,
     BucketNotFound,
+    NotSupported,
     ObjectChanged,
     ObjectDamaged,
     ObjectNotFound,
@@ -377,7 +378,7 @@ def test_a_store_that_refuses_connections_is_unavailable(tmp_path: Path) -> None
         (409, "ConditionalRequestConflict", WriteConflict),
         (412, "PreconditionFailed", ObjectChanged),
         (400, "InvalidRequest", StorageError),
-        (501, "NotImplemented", StorageError),
+        (501, "NotImplemented", NotSupported),
     ],
 )
 def test_every_answer_has_its_error(status: int, code: str, expected: type[StorageError]) -> None:

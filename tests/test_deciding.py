@@ -255,7 +255,21 @@ def test_every_delay_a_verdict_names_has_its_queue() -> None:
 def test_an_idle_gpu_has_one_reason(
     phases: set[str], is_engine_ready: bool, is_broker_connected: bool, reason: str | None
 ) -> None:
-    found = idle_reason(phases=phases, is_engine_ready=is_engine_ready, is_broker_connected=is_broker_connected)
+    found = idle_reason(
+        phases=phases, is_engine_ready=is_engine_ready, is_broker_connected=is_broker_connected, is_refused=False
+    )
+
+    assert found == reason
+
+
+@pytest.mark.parametrize(
+    ("phases", "is_broker_connected", "reason"),
+    [(set(), True, "refused"), (set(), False, "broker_down"), ({"fetch"}, True, "fetching"), ({"denoise"}, True, None)],
+)
+def test_refused_credentials_are_the_reason_where_no_nearer_one_is(
+    phases: set[str], is_broker_connected: bool, reason: str | None
+) -> None:
+    found = idle_reason(phases=phases, is_engine_ready=True, is_broker_connected=is_broker_connected, is_refused=True)
 
     assert found == reason
 

@@ -103,10 +103,10 @@ def test_a_job_that_kills_the_engine_every_time_fails_alone(lasting_world: World
 
     world.wait_for_step(poison)
     killed = worker.engine_pid()
-    os.kill(killed, signal.SIGKILL)
+    os.kill(killed, signal.SIGSEGV)
     eventually(lambda: worker.get("/health/ready")[0] == 200 and worker.engine_pid() != killed, 30)
     time.sleep(0.5)
-    os.kill(worker.engine_pid(), signal.SIGKILL)
+    os.kill(worker.engine_pid(), signal.SIGSEGV)
 
     end = world.wait_for_end(poison)
     assert (end.kind, end.body["error_code"]) == ("failed", "ENGINE_CRASHED")

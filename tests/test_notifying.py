@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from clients.webhooks import Attempt, Verdict, Webhook, WebhookKind
+from worker.breakers import BACKEND_THRESHOLD, Breaker
 from worker.broker import PublishFailed
 from worker.delivery import Delivery
 from worker.events import TerminalEvent, failed_event
@@ -130,6 +131,7 @@ class Parts:
     publisher: KeepingPublisher = field(default_factory=KeepingPublisher)
     consumer: AckingConsumer = field(default_factory=AckingConsumer)
     metrics: Metrics = field(default_factory=Metrics)
+    breaker: Breaker = field(default_factory=lambda: Breaker("the backend", BACKEND_THRESHOLD))
     is_draining: threading.Event = field(default_factory=ImpatientEvent)
 
     def __post_init__(self) -> None:
@@ -139,6 +141,7 @@ class Parts:
             publisher=self.publisher,  # type: ignore[arg-type]
             names=NAMES,
             metrics=self.metrics,
+            breaker=self.breaker,
             is_draining=self.is_draining,
         )
         self.outbox = Outbox(self.notifier, self.ledger, self.publisher, NAMES)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference.suspects import MAX_CRASHES_ALONE, Lineup
+from inference.suspects import CONVICTING_WEIGHT, DEATH_WEIGHT, KILL_WEIGHT, Lineup
 
 
 @dataclass(eq=False)
@@ -126,7 +126,7 @@ def test_who_crashes_alone_is_tried_again_at_once_and_convicted_by_the_second_ti
     lineup.take()
     lineup.blame()
 
-    assert MAX_CRASHES_ALONE == 2
+    assert CONVICTING_WEIGHT == 2 * DEATH_WEIGHT
     assert names(lineup.take()) == "c"
     assert lineup.blame() is None
     assert names(lineup.take()) == "c"
@@ -134,6 +134,28 @@ def test_who_crashes_alone_is_tried_again_at_once_and_convicted_by_the_second_ti
 
     assert lineup.find("c") is None
     assert c not in lineup.outside
+
+
+def test_kills_from_outside_weigh_half_of_a_death() -> None:
+    lineup, (a,) = lineup_of("a")
+
+    for _ in range(CONVICTING_WEIGHT // KILL_WEIGHT - 1):
+        lineup.take()
+        assert lineup.blame(is_killed=True) is None
+    lineup.take()
+
+    assert lineup.blame(is_killed=True) is a
+
+
+def test_a_kill_and_then_two_deaths_convict_no_sooner_than_two_deaths() -> None:
+    lineup, (a,) = lineup_of("a")
+    deaths = []
+
+    for is_killed in (True, False, False):
+        lineup.take()
+        deaths.append(lineup.blame(is_killed=is_killed))
+
+    assert deaths == [None, None, a]
 
 
 def test_after_a_conviction_the_others_are_innocent_and_go_in_together_the_oldest_first() -> None:

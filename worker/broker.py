@@ -1,4 +1,4 @@
-"""AMQP: the only file that knows pika.
+"""AMQP: the only file that knows pika, beside `inspection.py`.
 
 Two connections on two threads. The consuming one carries deliveries and acks and nothing else: behind a publish that
 the broker holds back (memory or disk alarm) an ack would be held back too. The publishing one confirms every message.
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 ATTEMPT_HEADER = "x-darkroom-attempt"
 REASON_HEADER = "x-darkroom-reason"
 SINCE_HEADER = "x-darkroom-since"
+COUNT_HEADER = "x-delivery-count"
 MAX_REASON_CHARS = 500
 
 POLL_SECONDS = 0.5
@@ -41,7 +42,7 @@ CLOSE_SECONDS = 3.0
 
 _Connection = Any  # pika has no type hints
 _Channel = Any
-_LOST = (pika.exceptions.AMQPError, OSError)
+LOST = (pika.exceptions.AMQPError, OSError)
 _REFUSED = (pika.exceptions.ProbableAuthenticationError, pika.exceptions.ProbableAccessDeniedError)
 
 
@@ -51,11 +52,13 @@ class PublishFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """`on_delivery` runs on the consuming thread: it must return at once and never raise."""
+    """`on_delivery` runs on the consuming thread: it must return at once and never raise. `is_work`: new deliveries
+    stop while the consumer is paused."""
 
     queue: str
     prefetch: int
     on_delivery: Callable[[Delivery], None]
+    is_work: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,9 @@ class Consumer:
         self._connection: _Connection = None
         self._channels: dict[int, _Channel] = {}
         self._tags: dict[_Channel, str] = {}
+        self._subscribed: dict[_Channel, Subscription] = {}
         self._session = 0
+        self._is_paused = False
         self._is_closing = False
         self._is_draining = False
         self._is_cancelled_by_broker = False
@@ -97,6 +102,12 @@ class Consumer:
         """Take no more deliveries; those in hand stay ours, heartbeats flow, settling goes on."""
         self._is_draining = True
         self._on_connection(self._cancel_consumers)
+
+    def pause(self, *, is_paused: bool) -> None:
+        """Take no more work, or take it again; what is no work flows on. Deliveries in hand stay ours."""
+        if is_paused != self._is_paused:
+            self._is_paused = is_paused
+            self._on_connection(self._apply_pause)
 
     def close(self) -> None:
         """Send what is still to be settled, then close; unsettled deliveries go back to their queues."""
@@ -134,14 +145,14 @@ class Consumer:
                 backoff.reset()
                 self._pump()
             except Exception as error:  # noqa: BLE001 - the thread's boundary; pika also raises what is no AMQPError
-                log_event(logger, "broker connection lost", logging.WARNING, reason=_describe(error))
+                log_event(logger, "broker connection lost", logging.WARNING, reason=describe(error))
                 self._drop()
                 refused = REFUSED_BACKOFF_SECONDS if isinstance(error, _REFUSED) else 0.0
                 backoff.sleep(lambda: self._is_closing, at_least_seconds=refused)
         self._drop()
 
     def _open_session(self) -> None:
-        self._connection = _connect(self._settings, "darkroom consumer")
+        self._connection = connect(self._settings, "darkroom consumer")
         self._session += 1
         self._is_cancelled_by_broker = False
         _ensure_queues(self._connection, self._names)
@@ -156,9 +167,22 @@ class Consumer:
         channel.basic_qos(prefetch_count=subscription.prefetch)
         channel.add_on_cancel_callback(self._note_cancel)
         self._channels[channel.channel_number] = channel
-        if not self._is_draining:
+        self._subscribed[channel] = subscription
+        self._consume_on(channel, subscription)
+
+    def _consume_on(self, channel: _Channel, subscription: Subscription) -> None:
+        if not self._is_draining and not (self._is_paused and subscription.is_work):
             on_message = partial(self._on_message, subscription)
             self._tags[channel] = channel.basic_consume(subscription.queue, on_message)
+
+    def _apply_pause(self) -> None:
+        for channel, subscription in self._subscribed.items():
+            if not channel.is_open or not subscription.is_work:
+                continue
+            if channel not in self._tags:
+                self._consume_on(channel, subscription)
+            elif self._is_paused:
+                channel.basic_cancel(self._tags.pop(channel))
 
     def _listen(self, broadcast: Broadcast) -> None:
         """A queue of this connection's own, gone with it: an order is for the workers that are here."""
@@ -185,9 +209,9 @@ class Consumer:
                 body=body,
                 queue=subscription.queue,
                 is_redelivered=method.redelivered,
-                attempt=max(1, _whole(headers.get(ATTEMPT_HEADER), default=1)),
+                attempt=max(1, whole_number(headers.get(ATTEMPT_HEADER), default=1)),
                 num_deliveries=self._num_deliveries(subscription, headers),
-                since=float(_whole(headers.get(SINCE_HEADER), default=int(time.time()))),
+                since=float(whole_number(headers.get(SINCE_HEADER), default=int(time.time()))),
                 session=self._session,
                 tag=method.delivery_tag,
                 channel_number=channel.channel_number,
@@ -196,7 +220,7 @@ class Consumer:
 
     def _num_deliveries(self, subscription: Subscription, headers: Mapping[str, Any]) -> int:
         # On the jobs' classic queue the broker counts nothing: there the header could only be a publisher's own.
-        return _whole(headers.get("x-delivery-count"), default=0) if subscription.queue != self._names.jobs else 0
+        return whole_number(headers.get(COUNT_HEADER), default=0) if subscription.queue != self._names.jobs else 0
 
     def _pump(self) -> None:
         while not self._is_closing:
@@ -216,8 +240,9 @@ class Consumer:
         self.is_connected = False
         self._channels.clear()
         self._tags.clear()
+        self._subscribed.clear()
         connection, self._connection = self._connection, None
-        _close(connection)
+        close_connection(connection)
 
 
 class Publisher:
@@ -241,10 +266,16 @@ class Publisher:
             self._thread.join(CLOSE_SECONDS)
 
     def publish(
-        self, queue_name: str, body: bytes, *, attempt: int = 1, reason: str = "", since: float | None = None
+        self,
+        queue_name: str,
+        body: bytes,
+        *,
+        attempt: int | None = None,
+        reason: str = "",
+        since: float | None = None,
     ) -> None:
         """Return once the broker has confirmed the message on disk; raise `PublishFailed` otherwise."""
-        headers: dict[str, Any] = {ATTEMPT_HEADER: attempt}
+        headers: dict[str, Any] = {} if attempt is None else {ATTEMPT_HEADER: attempt}
         if reason:
             headers[REASON_HEADER] = reason[:MAX_REASON_CHARS]
         if since is not None:
@@ -268,7 +299,7 @@ class Publisher:
                 self._keep_alive()
                 continue
             if task is None:
-                _close(self._connection)
+                close_connection(self._connection)
                 return
             self._do(*task)
 
@@ -278,10 +309,12 @@ class Publisher:
             future.set_result(work())
         except Exception as error:  # noqa: BLE001 - the thread's boundary; the caller must hear of it, whatever it was
             self._drop()
-            future.set_exception(PublishFailed(_describe(error)))
+            future.set_exception(PublishFailed(describe(error)))
 
     def _publish(self, queue_name: str, body: bytes, headers: dict[str, Any]) -> None:
-        properties = pika.BasicProperties(delivery_mode=2, content_type="application/json", headers=headers)
+        properties = pika.BasicProperties(
+            delivery_mode=2, content_type="application/json", headers=headers, timestamp=int(time.time())
+        )
         send = partial(self._channel.basic_publish, "", queue_name, body, properties, mandatory=True)
         try:
             send()
@@ -297,7 +330,7 @@ class Publisher:
         if self._channel is not None and self._channel.is_open:
             return
         self._drop()
-        self._connection = _connect(self._settings, "darkroom publisher")
+        self._connection = connect(self._settings, "darkroom publisher")
         _ensure_queues(self._connection, self._names)
         self._channel = self._connection.channel()
         self._channel.confirm_delivery()
@@ -307,15 +340,15 @@ class Publisher:
             return
         try:
             self._connection.process_data_events(time_limit=0)
-        except _LOST:
+        except LOST:
             self._drop()
 
     def _drop(self) -> None:
         connection, self._connection, self._channel = self._connection, None, None
-        _close(connection)
+        close_connection(connection)
 
 
-def _connect(settings: BrokerSettings, name: str) -> _Connection:
+def connect(settings: BrokerSettings, name: str) -> _Connection:
     parameters = pika.URLParameters(settings.amqp_url)
     parameters.heartbeat = settings.heartbeat_seconds
     parameters.socket_timeout = STACK_TIMEOUT_SECONDS
@@ -353,31 +386,33 @@ def _ensure_fanout(connection: _Connection, exchange: str) -> None:
 def check_broker(settings: BrokerSettings) -> int:
     """Connect, find the jobs' queue and return its depth; -1 where the queue does not exist yet. For `check`."""
     try:
-        connection = _connect(settings, "darkroom check")
+        connection = connect(settings, "darkroom check")
         try:
             return int(connection.channel().queue_declare(settings.queue, passive=True).method.message_count)
         except pika.exceptions.ChannelClosedByBroker:
             return -1
         finally:
-            _close(connection)
-    except _LOST as error:
-        raise PublishFailed(_describe(error)) from error
+            close_connection(connection)
+    except LOST as error:
+        raise PublishFailed(describe(error)) from error
 
 
-def _close(connection: _Connection) -> None:
+def close_connection(connection: _Connection) -> None:
     if connection is None or not connection.is_open:
         return
     try:
         connection.close()
-    except _LOST as error:
-        log_event(logger, "connection was gone before it was closed", logging.DEBUG, reason=_describe(error))
+    except LOST as error:
+        log_event(logger, "connection was gone before it was closed", logging.DEBUG, reason=describe(error))
 
 
-def _describe(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """What went wrong, without the URL: pika's texts may carry hosts, never passwords, but are long."""
     return f"{type(error).__name__}: {error}"[:300]
 
 
-def _whole(given: Any, *, default: int) -> int:
+def whole_number(given: Any, *, default: int) -> int:
     """A header's whole number from 0 to 2^53, else `default`: headers can be forged, so nothing else is taken."""
-    return given if type(given) is int and 0 <= given < 2**53 else default
+    # pika reads 64-bit numbers, and the broker's delivery count is one, as a subclass of int.
+    is_whole = isinstance(given, int) and not isinstance(given, bool)
+    return int(given) if is_whole and 0 <= given < 2**53 else default

@@ -15,7 +15,9 @@ REASON_OF_PHASE = {
 }
 
 
-def idle_reason(*, phases: Collection[str], is_engine_ready: bool, is_broker_connected: bool) -> str | None:
+def idle_reason(
+    *, phases: Collection[str], is_engine_ready: bool, is_broker_connected: bool, is_refused: bool
+) -> str | None:
     """None while something is being denoised, else what the GPU waits for."""
     if not is_engine_ready:
         return "engine_starting"
@@ -24,7 +26,9 @@ def idle_reason(*, phases: Collection[str], is_engine_ready: bool, is_broker_con
     for phase, reason in REASON_OF_PHASE.items():
         if phase in phases:
             return reason
-    return "no_jobs" if is_broker_connected else "broker_down"
+    if not is_broker_connected:
+        return "broker_down"
+    return "refused" if is_refused else "no_jobs"
 
 
 class IdleWatch:

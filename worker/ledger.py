@@ -2,10 +2,11 @@
 
 import dataclasses
 import logging
+import threading
 
 from clients.location import ObjectRef
 from clients.storage import Storage
-from clients.storage_errors import ObjectDamaged, ObjectNotFound, StorageError
+from clients.storage_errors import NotSupported, ObjectDamaged, ObjectNotFound, StorageError
 from config.logs import log_event
 from worker.events import TerminalEvent
 
@@ -13,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 MAX_RECORD_BYTES = 1024 * 1024
 CONTENT_TYPE = "application/json"
+PROBE_KEY = "jobs/.conditional-writes"
 
 
 class Ledger:
@@ -20,7 +22,9 @@ class Ledger:
 
     def __init__(self, storage: Storage, bucket: str) -> None:
         self._storage = storage
-        self._bucket = bucket
+        self.bucket = bucket
+        self._probing = threading.Lock()
+        self._is_conditional: bool | None = None  # None: the store was not tried yet
 
     def find(self, task_id: str) -> TerminalEvent | None:
         """The recorded end of the job, or None. Raises `StorageError`: not knowing is not the same as None."""
@@ -44,10 +48,32 @@ class Ledger:
 
     def record(self, event: TerminalEvent) -> TerminalEvent:
         """Write `event` unless the job already has an end; return the end it has."""
+        if not self._can_refuse():
+            # The store would overwrite. A look before leaves a gap of milliseconds between two workers.
+            existing = self.find(event.task_id)
+            if existing is not None:
+                return existing
         if self._storage.put_if_absent(self._ref(event.task_id), event.to_json(), content_type=CONTENT_TYPE):
             return event
         existing = self.find(event.task_id)
         return existing if existing is not None else self.record(event)
+
+    def _can_refuse(self) -> bool:
+        """Does the store refuse to overwrite where it is asked to? Tried out once."""
+        with self._probing:
+            if self._is_conditional is None:
+                self._is_conditional = self._probe()
+                if not self._is_conditional:
+                    log_event(logger, "the store has no conditional writes", logging.WARNING, bucket=self.bucket)
+            return self._is_conditional
+
+    def _probe(self) -> bool:
+        ref = ObjectRef(self.bucket, PROBE_KEY)
+        try:
+            # The second of two must be refused; from a worker before us, the first is.
+            return not all(self._storage.put_if_absent(ref, b"{}", content_type=CONTENT_TYPE) for _ in range(2))
+        except NotSupported:
+            return False
 
     def mark_delivered(self, event: TerminalEvent) -> None:
         """Note that the backend has heard. A lost note costs one repeat under the same webhook-id, so it only logs."""
@@ -58,4 +84,4 @@ class Ledger:
             log_event(logger, "delivery not noted", logging.WARNING, reason=str(error))
 
     def _ref(self, task_id: str) -> ObjectRef:
-        return ObjectRef(self._bucket, f"jobs/{task_id}.json")
+        return ObjectRef(self.bucket, f"jobs/{task_id}.json")

@@ -9,6 +9,7 @@ import tenacity
 
 from clients.webhooks import Attempt, Verdict, WebhookClient, WebhookKind
 from config.logs import log_event
+from worker.breakers import Breaker
 from worker.broker import Publisher
 from worker.events import TerminalEvent
 from worker.ledger import Ledger
@@ -24,6 +25,8 @@ PATIENCE_SECONDS = 10.0
 MAX_AGE_SECONDS = 24 * 3600.0
 # A backend may publish before its transaction commits: it does not know the generation yet, but will soon.
 UNKNOWN_IS_TRANSIENT_SECONDS = 60.0
+# What a wrong or expired token is answered with.
+REFUSING_STATUSES = frozenset({401, 403})
 
 
 def delay_after(num_attempts: int, retry_after_seconds: float | None) -> float:
@@ -50,9 +53,12 @@ class Notifier:
         publisher: Publisher,
         names: QueueNames,
         metrics: Metrics,
+        breaker: Breaker,
         is_draining: threading.Event,
     ) -> None:
+        """`breaker` hears whether the backend takes our token."""
         self._client = client
+        self._breaker = breaker
         self._ledger = ledger
         self._publisher = publisher
         self._names = names
@@ -85,6 +91,10 @@ class Notifier:
         """One attempt at delivering `event`, counted."""
         attempt = self._client.send(event.webhook, deadline_seconds=CALL_DEADLINE_SECONDS)
         self._metrics.webhooks.labels(event.kind.value, attempt.verdict.name.lower()).inc()
+        if attempt.status in REFUSING_STATUSES:
+            self._breaker.refuse(attempt.reason)
+        elif attempt.status is not None:
+            self._breaker.accept()
         if attempt.is_ambiguous:
             self._metrics.webhooks_ambiguous.inc()
         if attempt.verdict is Verdict.DELIVERED:

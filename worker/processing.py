@@ -11,6 +11,7 @@ import tenacity
 
 from clients.storage_errors import StorageError
 from config.logs import bind, log_event
+from worker.breakers import Gate
 from worker.broker import Consumer, Publisher, PublishFailed
 from worker.cancelling import Cancellations, decode_cancel
 from worker.delivery import Delivery
@@ -22,7 +23,7 @@ from worker.metrics import Metrics
 from worker.notifying import Notifier
 from worker.queues import QueueNames
 from worker.runs import Run, Runs
-from worker.settling import Disposition, Verdict, judge
+from worker.settling import Disposition, JobReleased, Verdict, judge
 from worker.story import Storyteller
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class Processor:
         num_threads: int,
         is_draining: threading.Event,
         cancellations: Cancellations,
+        gate: Gate,
         on_bug: Callable[[], None],
     ) -> None:
         self._rules = rules
@@ -69,6 +71,7 @@ class Processor:
         self._metrics = metrics
         self._is_draining = is_draining
         self._cancellations = cancellations
+        self._gate = gate
         self._on_bug = on_bug
         self._threads = ThreadPoolExecutor(num_threads + NUM_SPARE_THREADS, thread_name_prefix="job")
         self._consumer: Consumer | None = None
@@ -218,7 +221,9 @@ class Processor:
             worker=self._storyteller.worker,
         )
         try:
-            event = self._ledger.record(event)
+            event = self._gate.insist(lambda: self._ledger.record(event))
+        except JobReleased:
+            return _Ending(Disposition.RELEASE, "released")
         except StorageError as error:
             if verdict.disposition is Disposition.ACK:
                 return self._end_badly(run, judge(error, run.attempt), error)

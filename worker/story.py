@@ -1,20 +1,24 @@
 """A job's story: consult the ledger, fetch, generate, sign, store, record. Here and nowhere else the siblings meet."""
 
 import hashlib
+import logging
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from clients.cache import DownloadCache
 from clients.location import ObjectRef
 from clients.storage import Storage
-from clients.storage_errors import ObjectDamaged, ObjectNotFound, ObjectTooLarge
+from clients.storage_errors import AccessDenied, ObjectDamaged, ObjectNotFound, ObjectTooLarge
 from clients.webhooks import WebhookKind
+from config.logs import log_event
 from inference.request import (
     AdapterFile,
     Engine,
@@ -28,6 +32,7 @@ from inference.request import (
 from watermark.decoding import decode_signature
 from watermark.errors import FontMissing, SignatureInvalid
 from watermark.signature import ImageSignature, Signature, SignedPicture, TextSignature, Unsigned, sign
+from worker.breakers import Gate
 from worker.cancelling import Cancellations
 from worker.events import TerminalEvent
 from worker.job import Job, JobAdapter, JobRejected, resolve_size
@@ -36,14 +41,22 @@ from worker.progress import ProgressReporter
 from worker.runs import Run
 from worker.settling import MAX_RECOVERIES, JobFailed, JobReleased, PoisonJob
 
+logger = logging.getLogger(__name__)
+
 MAX_ADAPTER_BYTES = 1024**3
 MAX_CONFIG_BYTES = 64 * 1024
 MAX_SIGNATURE_BYTES = 10 * 1024 * 1024
 FETCH_DEADLINE_SECONDS = 300.0
+# Before an object that is not there is believed not to be.
+SECOND_LOOK_SECONDS = 2.0
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_PICKLE = "adapter_model.bin"
+
+PNG = "image/png"
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +82,12 @@ class Storyteller:
     worker: str
     is_draining: Event
     cancellations: Cancellations
+    gate: Gate
 
     def tell(self, run: Run) -> TerminalEvent:
         """Do the job unless the ledger knows its end already; return that end, recorded. Raises what breaks it off."""
         with run.stage("ledger"):
-            known = self.ledger.find(run.task_id)
+            known = self.gate.insist(lambda: self.ledger.find(run.task_id))
         if known is not None:
             return known
 
@@ -91,7 +105,8 @@ class Storyteller:
         with run.stage("store"):
             stored = self._store(job, signed)
         with run.stage("record"):
-            return self.ledger.record(self._complete(run, job, result, stored))
+            event = self._complete(run, job, result, stored)
+            return self.gate.insist(lambda: self.ledger.record(event))
 
     def _fetch_signature(self, job: Job) -> Signature:
         """The signature, ready to draw: whatever is wrong with it is found before the GPU is asked for anything."""
@@ -111,8 +126,11 @@ class Storyteller:
             raise JobFailed("FONT_MISSING", f"artist_name: {error}") from error
 
     def _read_signature(self, ref: ObjectRef) -> bytes:
-        with self.cache.fetch(ref, max_bytes=MAX_SIGNATURE_BYTES, deadline_seconds=FETCH_DEADLINE_SECONDS) as path:
-            return path.read_bytes()
+        def read() -> bytes:
+            with self.cache.fetch(ref, max_bytes=MAX_SIGNATURE_BYTES, deadline_seconds=FETCH_DEADLINE_SECONDS) as path:
+                return path.read_bytes()
+
+        return self._look_twice(ref, read)
 
     def _fetch_adapter(self, adapter: JobAdapter, pinned: ExitStack) -> AdapterFile:
         """The adapter's files on the local disk, pinned in the cache until `pinned` closes."""
@@ -134,8 +152,11 @@ class Storyteller:
 
     def _fetch(self, ref: ObjectRef, max_bytes: int, pinned: ExitStack) -> Path:
         try:
-            return pinned.enter_context(
-                self.cache.fetch(ref, max_bytes=max_bytes, deadline_seconds=FETCH_DEADLINE_SECONDS)
+            return self._look_twice(
+                ref,
+                lambda: pinned.enter_context(
+                    self.cache.fetch(ref, max_bytes=max_bytes, deadline_seconds=FETCH_DEADLINE_SECONDS)
+                ),
             )
         except ObjectNotFound as error:
             raise JobFailed("LORA_NOT_FOUND", f"the adapter {ref} does not exist") from error
@@ -143,6 +164,20 @@ class Storyteller:
             raise JobFailed("INPUT_TOO_LARGE", str(error)) from error
         except ObjectDamaged as error:
             raise JobFailed("LORA_INVALID", str(error)) from error
+
+    def _look_twice(self, ref: ObjectRef, fetch: Callable[[], Made]) -> Made:
+        """Fetch what a job names. A publisher may be quicker than its own upload, and a store's refusal may be of this
+        one object or of us altogether."""
+        try:
+            return fetch()
+        except ObjectNotFound:
+            self.is_draining.wait(SECOND_LOOK_SECONDS)
+        except AccessDenied:
+            self.gate.insist(lambda: self.storage.check_bucket(self.ledger.bucket))
+        try:
+            return fetch()
+        except AccessDenied as error:
+            raise JobFailed("INPUT_FORBIDDEN", f"the store does not let this worker read {ref}") from error
 
     def _exists(self, ref: ObjectRef) -> bool:
         try:
@@ -188,9 +223,19 @@ class Storyteller:
             ref = ObjectRef(self.results_bucket, f"generations/gen-{job.generation_id}{suffix}.png")
             png = picture.encode_png()
             metadata = {"task-id": job.task_id, "sha256": hashlib.sha256(png).hexdigest()}
-            self.storage.put(ref, png, content_type="image/png", metadata=metadata)
+            self._put_picture(ref, png, metadata)
             stored.append(StoredPicture(self.storage.url_of(ref), seed))
         return stored
+
+    def _put_picture(self, ref: ObjectRef, png: bytes, metadata: dict[str, str]) -> None:
+        """Write one picture. What another task left under the same generation gives way, but never in silence."""
+        write = partial(self.storage.put_if_absent, ref, png, content_type=PNG, metadata=metadata)
+        if self.gate.insist(write):
+            return
+        other = self.storage.metadata_of(ref).get("task-id", "")
+        if other != metadata["task-id"]:
+            log_event(logger, "another task's picture replaced", logging.WARNING, key=ref.key, other_task_id=other)
+        self.gate.insist(lambda: self.storage.put(ref, png, content_type=PNG, metadata=metadata))
 
     def _complete(self, run: Run, job: Job, result: GenerationResult, stored: list[StoredPicture]) -> TerminalEvent:
         timeline = run.timeline()

@@ -17,6 +17,7 @@ from config.logs import log_event
 from config.settings import Settings
 from inference.process import EngineProcess, EngineState
 from inference.request import ModelFacts
+from worker.breakers import BACKEND_THRESHOLD, STORE_THRESHOLD, Breaker, Gate
 from worker.broker import Broadcast, Consumer, Publisher, PublishFailed, Subscription
 from worker.cancelling import Cancellations
 from worker.health import HealthServer
@@ -71,12 +72,16 @@ class Supervisor:
         self._ledger = Ledger(self._storage, settings.store.bucket)
         self._client = WebhookClient(settings.backend)
         self._publisher = Publisher(settings.broker, self._names)
+        self._backend_breaker = Breaker("the backend", BACKEND_THRESHOLD)
+        self._store_breaker = Breaker("the store", STORE_THRESHOLD)
+        self._gate = Gate(self._store_breaker, self._is_draining)
         self._notifier = Notifier(
             client=self._client,
             ledger=self._ledger,
             publisher=self._publisher,
             names=self._names,
             metrics=self._metrics,
+            breaker=self._backend_breaker,
             is_draining=self._is_draining,
         )
         self._outbox = Outbox(self._notifier, self._ledger, self._publisher, self._names)
@@ -152,12 +157,13 @@ class Supervisor:
             num_threads=num_jobs + RECOVER_PREFETCH,
             is_draining=self._is_draining,
             cancellations=self._cancellations,
+            gate=self._gate,
             on_bug=self._note_bug,
         )
         subscriptions = [
             Subscription(self._names.jobs, num_jobs, self._processor.on_delivery),
             Subscription(self._names.recover, RECOVER_PREFETCH, self._processor.on_delivery),
-            Subscription(self._names.outbox, OUTBOX_PREFETCH, self._outbox.on_delivery),
+            Subscription(self._names.outbox, OUTBOX_PREFETCH, self._outbox.on_delivery, is_work=False),
         ]
         orders = Broadcast(self._names.cancel_exchange, self._processor.on_cancel)
         self._consumer = Consumer(self._settings.broker, self._names, subscriptions, orders)
@@ -178,7 +184,13 @@ class Supervisor:
             worker=f"{socket.gethostname()}:{os.getpid()}",
             is_draining=self._is_draining,
             cancellations=self._cancellations,
+            gate=self._gate,
         )
+
+    @property
+    def _refusal(self) -> str:
+        """Why no jobs are taken, where a part refuses this worker's credentials."""
+        return self._store_breaker.reason or self._backend_breaker.reason
 
     def _why_not_ready(self) -> str:
         if self._num_signals or self._is_draining.is_set():
@@ -187,14 +199,17 @@ class Supervisor:
             return "the engine is loading the model"
         if self._consumer is None or not self._consumer.is_connected:
             return "the broker is not connected"
-        return ""
+        return self._refusal
 
     def _tick(self) -> None:
+        if self._consumer is not None:
+            self._consumer.pause(is_paused=bool(self._refusal))
         runs = self._processor.runs.all() if self._processor else []
         reason = idle_reason(
             phases={run.phase for run in runs},
             is_engine_ready=self._engine.state is EngineState.READY,
             is_broker_connected=self._consumer is not None and self._consumer.is_connected,
+            is_refused=bool(self._refusal),
         )
         self._idle.tick(reason)
 

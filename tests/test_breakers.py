@@ -1,0 +1,121 @@
+"""Refused credentials: counted, waited out, and never a job's fault."""
+
+import threading
+
+import pytest
+
+from clients.storage_errors import AccessDenied, ObjectNotFound
+from worker.breakers import BACKEND_THRESHOLD, HALF_OPEN_SECONDS, STORE_THRESHOLD, Breaker, Gate
+from worker.settling import JobReleased
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class ImpatientEvent(threading.Event):
+    """Draining that is waited for in no time; `waits` are the seconds that were asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.waits.append(timeout or 0.0)
+        return self.is_set()
+
+
+class Refusing:
+    """Work that is denied `num_refusals` times, then done."""
+
+    def __init__(self, num_refusals: int) -> None:
+        self.num_refusals = num_refusals
+
+    def __call__(self) -> str:
+        if self.num_refusals:
+            self.num_refusals -= 1
+            raise AccessDenied("s3://media: the store answered InvalidAccessKeyId")
+        return "done"
+
+
+def test_three_refusals_in_a_row_open_the_backend_s_breaker_and_one_answer_closes_it() -> None:
+    breaker = Breaker("the backend", BACKEND_THRESHOLD)
+
+    reasons = []
+    for _ in range(BACKEND_THRESHOLD):
+        reasons.append(breaker.reason)
+        breaker.refuse("HTTP 401")
+
+    assert reasons == [""] * BACKEND_THRESHOLD
+    assert breaker.reason == "the backend refuses this worker: HTTP 401"
+    breaker.accept()
+    assert breaker.reason == ""
+
+
+def test_an_answer_between_two_refusals_begins_the_count_anew() -> None:
+    breaker = Breaker("the backend", BACKEND_THRESHOLD)
+
+    for _ in range(4):
+        breaker.refuse("HTTP 401")
+        breaker.refuse("HTTP 401")
+        breaker.accept()
+
+    assert breaker.reason == ""
+
+
+def test_where_nothing_asks_any_more_a_new_job_may_find_out() -> None:
+    clock = Clock()
+    breaker = Breaker("the backend", STORE_THRESHOLD, clock)
+    breaker.refuse("HTTP 403")
+
+    clock.now += HALF_OPEN_SECONDS - 1
+    assert breaker.reason
+    clock.now += 2
+    assert breaker.reason == ""
+    breaker.refuse("HTTP 403")
+    assert breaker.reason
+
+
+def test_what_the_store_denies_is_tried_until_it_is_done_and_the_breaker_is_open_meanwhile() -> None:
+    breaker, is_draining = Breaker("the store", STORE_THRESHOLD), ImpatientEvent()
+    reasons = []
+
+    class Watched(Refusing):
+        def __call__(self) -> str:
+            reasons.append(bool(breaker.reason))
+            return super().__call__()
+
+    assert Gate(breaker, is_draining).insist(Watched(7)) == "done"
+
+    assert reasons == [False] + [True] * 7
+    assert breaker.reason == ""
+    assert is_draining.waits == [1.0, 2.0, 5.0, 10.0, 20.0, 20.0, 20.0]
+
+
+def test_work_that_was_never_denied_closes_nothing() -> None:
+    breaker = Breaker("the store", STORE_THRESHOLD)
+    breaker.refuse("AccessDenied")
+
+    Gate(breaker, ImpatientEvent()).insist(Refusing(0))
+
+    assert breaker.reason
+
+
+def test_a_worker_that_stops_gives_the_job_back() -> None:
+    is_draining = ImpatientEvent()
+    is_draining.set()
+
+    with pytest.raises(JobReleased):
+        Gate(Breaker("the store", STORE_THRESHOLD), is_draining).insist(Refusing(1))
+
+
+def test_any_other_error_is_the_caller_s() -> None:
+    def work() -> None:
+        raise ObjectNotFound("s3://media/a: the store answered 404")
+
+    with pytest.raises(ObjectNotFound):
+        Gate(Breaker("the store", STORE_THRESHOLD), ImpatientEvent()).insist(work)

@@ -1,0 +1,144 @@
+"""Credentials that a part refuses: the worker stops taking jobs, fails none for it, and goes on by itself."""
+
+import socket
+import socketserver
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from examples.parts.rabbitmq import RabbitMQ
+from examples.parts.seaweedfs import SeaweedFS
+from tests.world import Worker, World, eventually, new_world
+
+# Within which the worker acts on what its readiness tells at once.
+TICK_SECONDS = 1.0
+DENIAL = b"<?xml version='1.0'?><Error><Code>ExpiredToken</Code><Message>expired</Message></Error>"
+
+
+class DenyingStore(socketserver.ThreadingTCPServer):
+    """In front of the store: passes every byte, or answers each request that the token has expired."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, store: SeaweedFS) -> None:
+        super().__init__(("127.0.0.1", 0), _Passage)
+        self.target = ("127.0.0.1", store.port)
+        self.is_denying = False
+        self.denied_path = b"?"  # no path has a question mark
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Passage(socketserver.BaseRequestHandler):
+    server: DenyingStore
+
+    def handle(self) -> None:
+        """One connection; while it is denied, a connection is one request."""
+        with socket.create_connection(self.server.target) as store:
+            threading.Thread(target=self._pass_back, args=(store,), daemon=True).start()
+            while content := self.request.recv(1 << 16):
+                if self.server.is_denying or self._is_read_of(content, self.server.denied_path):
+                    self._deny()
+                    return
+                store.sendall(content)
+
+    def _is_read_of(self, content: bytes, path: bytes) -> bool:
+        line, _, _ = content.partition(b"\r\n")
+        return line.startswith((b"GET ", b"HEAD ")) and path in line.split(b"?")[0]
+
+    def _pass_back(self, store: socket.socket) -> None:
+        try:
+            while content := store.recv(1 << 16):
+                self.request.sendall(content)
+        except OSError:
+            return  # the connection was denied meanwhile
+
+    def _deny(self) -> None:
+        head = f"HTTP/1.1 403 Forbidden\r\nContent-Type: application/xml\r\nContent-Length: {len(DENIAL)}\r\n"
+        self.request.sendall(head.encode() + b"Connection: close\r\n\r\n" + DENIAL)
+
+
+@contextmanager
+def world_of(rabbitmq: RabbitMQ, store: SeaweedFS, folder: Path, **env: str) -> Iterator[tuple[World, Worker]]:
+    with new_world(rabbitmq, store, folder) as world:
+        worker = world.start_worker(**env)
+        worker.wait_until_ready()
+        yield world, worker
+
+
+def is_refused(worker: Worker) -> bool:
+    status, body = worker.get("/health/ready")
+    return status == 503 and "refuses this worker" in body
+
+
+def test_a_backend_that_refuses_the_token_stops_the_taking_of_jobs_until_it_is_right_again(
+    rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path
+) -> None:
+    with world_of(rabbitmq, s3_server, tmp_path) as (world, worker):
+        right = world.backend.token
+        world.backend.token = "rotated"
+        drawn = [world.publish() for _ in range(3)]
+        eventually(lambda: is_refused(worker), 60, worker.log_tail)
+        time.sleep(TICK_SECONDS)
+        steps = worker.metric("darkroom_denoise_lane_steps_total")
+        waiting = [world.publish() for _ in range(3)]
+
+        # They stay in the queue, where another worker may take them, and the GPU does nothing for them.
+        eventually(lambda: world.queues()[""] == (3, 0), 10, lambda: str(world.queues()))
+        assert worker.metric("darkroom_denoise_lane_steps_total") == steps
+        assert worker.metric("darkroom_idle_seconds_total", reason="refused") > 0
+
+        world.backend.token = right
+        for generation_id in drawn + waiting:
+            assert world.wait_for_end(generation_id, 60).kind == "complete"
+        eventually(lambda: worker.get("/health/ready")[0] == 200, 10)
+        world.wait_until_clean()
+        assert all(len(world.backend.ends(generation_id)) == 1 for generation_id in drawn + waiting)
+
+
+def test_a_store_that_refuses_the_keys_fails_no_job_and_costs_no_picture_twice(
+    rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path
+) -> None:
+    store = DenyingStore(s3_server)
+    with world_of(rabbitmq, s3_server, tmp_path, AWS_S3_ENDPOINT_URL=store.url) as (world, worker):
+        # Given a job that is being drawn when the keys expire
+        running = world.publish(num_inference_steps=60)
+        world.wait_for_step(running)
+        store.is_denying = True
+
+        # When it comes to storing its picture, then the worker waits and takes no more
+        eventually(lambda: is_refused(worker), 60, worker.log_tail)
+        time.sleep(TICK_SECONDS)
+        waiting = world.publish()
+        eventually(lambda: world.queues()[""] == (1, 1), 10, lambda: str(world.queues()))
+
+        # And goes on once they are right, with the picture it has
+        store.is_denying = False
+        for generation_id in (running, waiting):
+            assert world.wait_for_end(generation_id, 60).kind == "complete"
+        assert worker.metric("darkroom_denoise_lane_steps_total") == 60 + 8
+        assert world.backend.calls("failed") == []
+        world.wait_until_clean()
+    store.shutdown()
+
+
+def test_one_object_that_may_not_be_read_is_its_own_job_s_failure(
+    rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path
+) -> None:
+    store = DenyingStore(s3_server)
+    store.denied_path = b"/private/"
+    with world_of(rabbitmq, s3_server, tmp_path, AWS_S3_ENDPOINT_URL=store.url) as (world, worker):
+        for field in ("lora_path", "signature_path"):
+            end = world.wait_for_end(world.publish(**{field: "private/a.safetensors"}))
+
+            assert (end.kind, end.body["error_code"]) == ("failed", "INPUT_FORBIDDEN")
+            assert "private/a.safetensors" in end.body["error_message"]
+        assert worker.get("/health/ready")[0] == 200
+        assert world.wait_for_end(world.publish()).kind == "complete"
+    store.shutdown()

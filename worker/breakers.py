@@ -1,0 +1,86 @@
+"""Breakers: a part that refuses this worker's credentials is no job's fault, so the worker takes no jobs meanwhile."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from clients.storage_errors import AccessDenied
+from config.logs import log_event
+from worker.settling import JobReleased
+
+logger = logging.getLogger(__name__)
+
+# A token is rotated in the middle of a request now and then; three in a row are a wrong token.
+BACKEND_THRESHOLD = 3
+STORE_THRESHOLD = 1
+# With nothing left to ask the part with, only a new job can find out that it is well again.
+HALF_OPEN_SECONDS = 300.0
+# Between two tries of what the store refused.
+PAUSES_SECONDS = (1.0, 2.0, 5.0, 10.0, 20.0)
+
+Made = TypeVar("Made")
+
+
+class Breaker:
+    """Counts refusals in a row by one part; open from `threshold` on, until it accepts something. Thread-safe."""
+
+    def __init__(self, part: str, threshold: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._part = part
+        self._threshold = threshold
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._num_refusals = 0
+        self._refused_at = 0.0
+        self._reason = ""
+
+    @property
+    def reason(self) -> str:
+        """Why the worker takes no jobs; empty while the breaker is closed."""
+        with self._lock:
+            is_recent = self._clock() - self._refused_at < HALF_OPEN_SECONDS
+            return self._reason if self._num_refusals >= self._threshold and is_recent else ""
+
+    def refuse(self, reason: str) -> None:
+        """The part refused us."""
+        with self._lock:
+            self._num_refusals += 1
+            self._refused_at = self._clock()
+            self._reason = f"{self._part} refuses this worker: {reason}"
+            is_new = self._num_refusals == self._threshold
+        if is_new:
+            log_event(logger, "breaker open", logging.ERROR, part=self._part, reason=reason)
+
+    def accept(self) -> None:
+        """The part took something."""
+        with self._lock:
+            was_open = self._num_refusals >= self._threshold
+            self._num_refusals = 0
+        if was_open:
+            log_event(logger, "breaker closed", part=self._part)
+
+
+class Gate:
+    """Stands before what the store must not refuse: waits where it does, rather than fail a job for it."""
+
+    def __init__(self, breaker: Breaker, is_draining: threading.Event) -> None:
+        self._breaker = breaker
+        self._is_draining = is_draining
+
+    def insist(self, work: Callable[[], Made]) -> Made:
+        """Do `work` again and again until the store no longer denies it; `JobReleased` where the worker stops first."""
+        num_refusals = 0
+        while True:
+            try:
+                made = work()
+            except AccessDenied as error:
+                self._breaker.refuse(str(error))
+                pause = PAUSES_SECONDS[min(num_refusals, len(PAUSES_SECONDS) - 1)]
+                num_refusals += 1
+                if self._is_draining.wait(pause):
+                    raise JobReleased("the worker is stopping, and the store refuses it") from error
+            else:
+                if num_refusals:
+                    self._breaker.accept()
+                return made
