@@ -3,14 +3,19 @@
 import json
 import logging
 import sys
+import threading
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 MAX_LINE_BYTES = 8192
 MAX_VALUE_CHARS = 2048
+# Some minutes of a busy worker's events, up to 80 MB.
+MAX_WAITING_LINES = 10_000
+FLUSH_SECONDS = 2.0
 # In a line that was cut: one sign may take twelve bytes of escapes.
 MAX_CUT_CHARS = 128
 
@@ -55,15 +60,66 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(kept | {"cut": len(text)}, default=str)
 
 
+class UnhurriedHandler(logging.Handler):
+    """Writes lines on a thread of its own: a pipe that nobody empties must stop no job. Lines beyond
+    `MAX_WAITING_LINES` are dropped, and counted in a line of their own once there is room."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self._changed = threading.Condition()
+        self._lines: deque[str] = deque()
+        self._num_dropped = 0
+        self._is_writing = False
+        threading.Thread(target=self._write_for_ever, name="logs", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Formatted here: what is bound belongs to this thread.
+        line = self.format(record)
+        with self._changed:
+            if len(self._lines) < MAX_WAITING_LINES:
+                self._lines.append(line)
+            else:
+                self._num_dropped += 1
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Wait for what was logged to be written, but not for ever."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._lines and not self._is_writing, FLUSH_SECONDS)
+
+    def _write_for_ever(self) -> None:
+        while True:
+            with self._changed:
+                self._is_writing = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: bool(self._lines))
+                text = self._take()
+                self._is_writing = True
+            with suppress(OSError, ValueError):  # closed, or its disk is full: the job goes on
+                self._stream.write(text)
+                self._stream.flush()
+
+    def _take(self) -> str:
+        lines = [*self._lines]
+        self._lines.clear()
+        if self._num_dropped:
+            lines.append(json.dumps({"level": "WARNING", "event": "log lines dropped", "count": self._num_dropped}))
+            self._num_dropped = 0
+        return "".join(f"{line}\n" for line in lines)
+
+
 def configure_logging(level: str) -> None:
     """Send every logger to standard output as JSON lines; third parties only from WARNING on."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = UnhurriedHandler(sys.stdout)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     # pika prints hosts and whole connections, also for what is expected; worker.broker logs every loss itself.
     logging.getLogger("pika").setLevel(logging.CRITICAL)
+    # Pillow warns of odd signatures by `warnings`, which would print plain lines between ours.
+    logging.captureWarnings(True)
     # A closed or full stdout must not print a traceback for every line; the job goes on.
     logging.raiseExceptions = False
 

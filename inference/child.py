@@ -134,6 +134,7 @@ class _Server:
     def _answer(self, engine: Any, request_id: str, done: "Future[GenerationResult]") -> None:
         if engine.is_broken:
             log_event(logger, "engine broken", logging.ERROR)
+            logging.shutdown()  # or nobody would hear of it
             os._exit(EXIT_BROKEN)
         del self._asked[request_id]
         answer = _answer_of(request_id, done)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from config.logs import MAX_LINE_BYTES, JsonFormatter, bind, log_event
+from config.logs import MAX_LINE_BYTES, MAX_WAITING_LINES, JsonFormatter, bind, log_event
 from config.settings import BackendSettings
 
 
@@ -231,3 +231,38 @@ def test_a_closed_standard_output_does_not_end_the_job() -> None:
     )
 
     assert (ended.returncode, ended.stderr) == (0, "the job went on")
+
+
+LOG_MUCH = """
+import logging, sys
+from config.logs import MAX_WAITING_LINES, configure_logging, log_event
+configure_logging("INFO")
+logger = logging.getLogger("test")
+for number in range(MAX_WAITING_LINES * 2):
+    log_event(logger, "step", number=number, padding="x" * 100)
+print("went on", file=sys.stderr, flush=True)
+sys.stdin.readline()
+log_event(logger, "the last")
+"""
+
+
+def test_a_pipe_that_nobody_empties_stops_nothing_and_what_was_dropped_is_counted() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", LOG_MUCH],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        # The pipe holds some hundred lines: without a thread of its own the process would stand still here.
+        assert process.stderr.readline() == "went on\n"
+        told, _ = process.communicate("\n", timeout=30)
+
+    parsed = [json.loads(line) for line in told.splitlines()]
+    dropped = sum(line["count"] for line in parsed if line["event"] == "log lines dropped")
+    steps = [line["number"] for line in parsed if line["event"] == "step"]
+    assert dropped > 0
+    assert len(steps) + dropped == 2 * MAX_WAITING_LINES
+    assert steps == sorted(steps)
+    assert parsed[-1]["event"] == "the last"
