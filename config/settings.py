@@ -64,6 +64,13 @@ class BrokerSettings(_Section):
         20, validation_alias="RABBITMQ_HEARTBEAT_SECONDS", ge=2, le=600, description="AMQP heartbeat"
     )
 
+    consumer_timeout_seconds: float = Field(
+        1800.0,
+        validation_alias="RABBITMQ_CONSUMER_TIMEOUT_SECONDS",
+        ge=6,
+        description="The broker's own `consumer_timeout`; jobs at work for a third of it go on lease",
+    )
+
     @field_validator("url")
     @classmethod
     def _is_amqp_url(cls, url: SecretStr | None) -> SecretStr | None:

@@ -81,8 +81,8 @@ def test_the_siblings_meet_only_where_a_job_s_story_is_told() -> None:
     assert meeting <= MEETINGS
 
 
-def test_pika_lives_in_one_file() -> None:
-    assert importers_of("pika") == {"worker.broker"}
+def test_pika_lives_in_two_files_one_to_work_and_one_to_look() -> None:
+    assert importers_of("pika") == {"worker.broker", "worker.inspection"}
 
 
 def test_torch_lives_in_the_engine() -> None:

@@ -201,6 +201,7 @@ def test_the_queues_are_named_after_that_of_the_jobs() -> None:
         "image_generation.recover",
         "image_generation.outbox",
         "image_generation.dead",
+        "image_generation.lease",
         "image_generation.retry.30",
         "image_generation.retry.300",
     }

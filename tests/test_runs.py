@@ -46,6 +46,25 @@ def test_the_first_delivery_of_a_task_begins_a_run() -> None:
     assert TASK_ID in runs
 
 
+def test_a_run_may_part_from_its_deliveries_and_still_knows_how_it_came() -> None:
+    runs = Runs()
+    run = begun(runs, tag=7)
+
+    assert [delivery.tag for delivery in runs.part_from_deliveries(run)] == [7]
+
+    assert run.deliveries == []
+    assert (run.first.tag, run.attempt, run.num_recoveries) == (7, 1, 0)
+    assert runs.leave(run) == []
+
+
+def test_one_that_has_left_parts_from_nothing() -> None:
+    runs = Runs()
+    run = begun(runs)
+    runs.leave(run)
+
+    assert runs.part_from_deliveries(run) == []
+
+
 def test_another_delivery_of_the_same_task_is_adopted_and_settled_with_the_run() -> None:
     # Given a job at work
     runs = Runs()

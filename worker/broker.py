@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 ATTEMPT_HEADER = "x-darkroom-attempt"
 REASON_HEADER = "x-darkroom-reason"
 SINCE_HEADER = "x-darkroom-since"
+LEASE_HEADER = "x-darkroom-lease"
 COUNT_HEADER = "x-delivery-count"
 MAX_REASON_CHARS = 500
 
@@ -215,6 +216,9 @@ class Consumer:
                 session=self._session,
                 tag=method.delivery_tag,
                 channel_number=channel.channel_number,
+                received_at=time.monotonic(),
+                # In the jobs' queue the header could only be a publisher's own.
+                is_leased=subscription.queue == self._names.recover and LEASE_HEADER in headers,
             )
         )
 
@@ -273,6 +277,7 @@ class Publisher:
         attempt: int | None = None,
         reason: str = "",
         since: float | None = None,
+        is_leased: bool = False,
     ) -> None:
         """Return once the broker has confirmed the message on disk; raise `PublishFailed` otherwise."""
         headers: dict[str, Any] = {} if attempt is None else {ATTEMPT_HEADER: attempt}
@@ -280,6 +285,8 @@ class Publisher:
             headers[REASON_HEADER] = reason[:MAX_REASON_CHARS]
         if since is not None:
             headers[SINCE_HEADER] = int(since)
+        if is_leased:
+            headers[LEASE_HEADER] = 1
         self._call(partial(self._publish, queue_name, body, headers))
 
     def depths(self) -> dict[str, int]:
@@ -408,7 +415,7 @@ def close_connection(connection: _Connection) -> None:
 
 def describe(error: BaseException) -> str:
     """What went wrong, without the URL: pika's texts may carry hosts, never passwords, but are long."""
-    return f"{type(error).__name__}: {error}"[:300]
+    return f"{type(error).__name__}: {error}".removesuffix(": ")[:300]
 
 
 def whole_number(given: Any, *, default: int) -> int:

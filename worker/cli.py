@@ -1,4 +1,4 @@
-"""The command line: `darkroom run`, `generate`, `submit`, `check`, `demo`."""
+"""The command line: `darkroom run`, `generate`, `submit`, `check`, `dead`, `demo`."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,14 @@ from config.settings import Settings, SettingsError, load_settings
 from worker.supervisor import ExitCode, Supervisor
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Headless image generation worker.")
+dead = typer.Typer(no_args_is_help=True, help="Look through the dead letters, try them again, throw them away.")
+app.add_typer(dead, name="dead")
 console = Console(stderr=True)
+
+# What the commands on dead letters have in common.
+TARGET = typer.Argument(metavar="N|TASK_ID", help="Number in `list`, or the id of a task")
+Everything = Annotated[bool, typer.Option("--all", help="All of them")]
+Reason = Annotated[str, typer.Option(help="With --all: only those whose reason holds this text")]
 
 
 def main() -> None:
@@ -106,6 +113,54 @@ def generate(
     sys.exit(0 if draw(fields, files, model_id=model, console=console) else 1)
 
 
+@dead.command("list")
+def dead_list(
+    reason: Annotated[str, typer.Option(help="Only those whose reason holds this text")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each")] = False,
+) -> None:
+    """List what ended in the dead letter queue, the oldest first."""
+    from worker.cli_dead import list_letters, sentences  # noqa: PLC0415
+
+    with sentences(console):
+        list_letters(_settings(), reason=reason, as_lines=as_json)
+
+
+@dead.command("show")
+def dead_show(target: Annotated[str, TARGET]) -> None:
+    """Show everything about a letter: its headers, its reason, its body."""
+    from worker.cli_dead import sentences, show_letters  # noqa: PLC0415
+
+    with sentences(console):
+        show_letters(_settings(), target)
+
+
+@dead.command("replay")
+def dead_replay(
+    target: Annotated[str | None, TARGET] = None, everything: Everything = False, reason: Reason = ""
+) -> None:
+    """Try letters again: a job as a new task of the same generation, a webhook for another day."""
+    from worker.cli_dead import replay_letters, sentences  # noqa: PLC0415
+
+    _one_of(target, everything, reason)
+    with sentences(console):
+        replay_letters(_settings(), target, reason)
+
+
+@dead.command("purge")
+def dead_purge(
+    target: Annotated[str | None, TARGET] = None,
+    everything: Everything = False,
+    reason: Reason = "",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask")] = False,
+) -> None:
+    """Throw letters away for good."""
+    from worker.cli_dead import purge_letters, sentences  # noqa: PLC0415
+
+    _one_of(target, everything, reason)
+    with sentences(console):
+        purge_letters(_settings(), target, reason, is_sure=yes)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the contact sheet and the timeline")] = Path("out"),
@@ -114,6 +169,13 @@ def demo(
     from examples.demo.main import run_demo  # noqa: PLC0415
 
     sys.exit(run_demo(out))
+
+
+def _one_of(target: str | None, everything: bool, reason: str) -> None:
+    if (target is None) is not everything:
+        raise typer.BadParameter("give either N|TASK_ID or --all")
+    if reason and not everything:
+        raise typer.BadParameter("--reason belongs to --all")
 
 
 def _settings() -> Settings:

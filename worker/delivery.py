@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One message under one delivery tag of one session. `since` is when it was parked, in epoch seconds."""
+    """One message under one delivery tag of one session. `since` is when it was parked, in epoch seconds;
+    `received_at` is `time.monotonic()`. `is_leased`: a copy kept for a job that may be at work somewhere."""
 
     body: bytes
     queue: str
@@ -16,3 +17,5 @@ class Delivery:
     session: int
     tag: int
     channel_number: int
+    received_at: float = 0.0
+    is_leased: bool = False

@@ -47,6 +47,8 @@ class TerminalEvent:
             raise ValueError(f"not a terminal event: {error}") from error
         if event.kind is WebhookKind.PROGRESS:
             raise ValueError("not a terminal event: progress ends no job")
+        if not (isinstance(event.task_id, str) and type(event.generation_id) is int and isinstance(event.body, dict)):
+            raise ValueError("not a terminal event: an id or the body is of a wrong kind")
         return event
 
 

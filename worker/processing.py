@@ -17,6 +17,7 @@ from worker.cancelling import Cancellations, decode_cancel
 from worker.delivery import Delivery
 from worker.events import TerminalEvent, failed_event
 from worker.job import Job, JobRejected, Undecodable
+from worker.leases import Leases
 from worker.ledger import Ledger
 from worker.messages import JobRules, decode
 from worker.metrics import Metrics
@@ -60,6 +61,7 @@ class Processor:
         is_draining: threading.Event,
         cancellations: Cancellations,
         gate: Gate,
+        leases: Leases,
         on_bug: Callable[[], None],
     ) -> None:
         self._rules = rules
@@ -72,6 +74,7 @@ class Processor:
         self._is_draining = is_draining
         self._cancellations = cancellations
         self._gate = gate
+        self._leases = leases
         self._on_bug = on_bug
         self._threads = ThreadPoolExecutor(num_threads + NUM_SPARE_THREADS, thread_name_prefix="job")
         self._consumer: Consumer | None = None
@@ -104,6 +107,12 @@ class Processor:
         if is_suspect and asked.task_id not in self.runs:
             self._begin(self._move_to_recover, delivery)
             return
+        if delivery.is_leased and asked.task_id not in self.runs:
+            self._begin(self._follow_lease, asked, delivery)
+            return
+        self._join_or_begin(asked, delivery)
+
+    def _join_or_begin(self, asked: Job | JobRejected, delivery: Delivery) -> None:
         run = self.runs.join(asked, delivery)
         if run is None:
             self._metrics.jobs.labels("adopted").inc()
@@ -154,6 +163,25 @@ class Processor:
             lambda: self._publisher.publish(self._names.recover, delivery.body, attempt=delivery.attempt),
         )
 
+    def _follow_lease(self, asked: Job | JobRejected, delivery: Delivery) -> None:
+        """A copy whose job is at work somewhere waits on; one whose worker is gone is a job like any other."""
+        if self._leases.is_held(asked.task_id):
+            self._elsewhere_first(delivery, lambda: self._leases.keep_copy(delivery.body, delivery.attempt))
+        else:
+            self._join_or_begin(asked, delivery)
+
+    def go_on_lease(self) -> None:
+        """Keep the messages of long jobs where no broker's timeout ends them, and say that the jobs are at work."""
+        for run in self.runs.all():
+            try:
+                if self._leases.take_or_renew(run):
+                    for delivery in self.runs.part_from_deliveries(run):
+                        self._settle(delivery, Disposition.ACK)
+                if run.lease_ends_at and run.task_id not in self.runs:
+                    self._leases.give_up(run)
+            except (PublishFailed, StorageError) as error:
+                log_event(logger, "lease not taken", logging.WARNING, task_id=run.task_id, reason=str(error))
+
     def _elsewhere_first(self, delivery: Delivery, publish: Callable[[], None]) -> None:
         """Ack once a copy is confirmed elsewhere; give the message back where that cannot be."""
         try:
@@ -181,7 +209,10 @@ class Processor:
             except PublishFailed as error:
                 # Nothing is safe elsewhere, so the broker keeps it; the ledger stops a second effect.
                 ending = _Ending(Disposition.RELEASE, "released", code=str(error))
-            for delivery in self.runs.leave(run):
+            deliveries = self.runs.leave(run)
+            if run.lease_ends_at:
+                self._leases.give_up(run)
+            for delivery in deliveries:
                 self._settle(delivery, ending.disposition)
             self._note_departure(run, ending)
 
@@ -207,7 +238,7 @@ class Processor:
                 return self._fail(run, verdict)
 
     def _retry_later(self, run: Run, verdict: Verdict) -> _Ending:
-        queue, body = self._names.retry(verdict.delay_seconds), run.deliveries[0].body
+        queue, body = self._names.retry(verdict.delay_seconds), run.first.body
         self._surely(lambda: self._publisher.publish(queue, body, attempt=run.attempt + 1, reason=verdict.message))
         return _Ending(Disposition.RETRY, "retried", verdict.code)
 
@@ -230,7 +261,7 @@ class Processor:
             # The budget of tries is spent on this very store: the failure is told without a record of it.
             log_event(logger, "end not recorded", logging.ERROR, reason=str(error))
         if verdict.disposition is Disposition.DEAD_LETTER:
-            body = run.deliveries[0].body
+            body = run.first.body
             self._surely(lambda: self._notifier.bury(body, f"{verdict.code}: {verdict.message}"))
         return self._tell(run, event, verdict.disposition)
 
@@ -257,7 +288,7 @@ class Processor:
         waited = _seconds_since_creation(run.asked)
         if waited is not None:
             self._metrics.queue_wait_seconds.observe(waited)
-        first = run.deliveries[0]
+        first = run.first
         log_event(logger, "job in", attempt=run.attempt, queue=first.queue, num_deliveries=first.num_deliveries)
 
     def _note_departure(self, run: Run, ending: _Ending) -> None:

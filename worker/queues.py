@@ -5,6 +5,8 @@ from typing import Any
 
 from worker.settling import RETRY_DELAYS_SECONDS
 
+# Of the broker's consumer timeout: how long a leased job's copy lies before somebody looks at it.
+COPY_SHARE = 1 / 6
 _QUORUM = {"x-queue-type": "quorum"}
 
 
@@ -13,6 +15,7 @@ class QueueNames:
     """`jobs` belongs to the backend too, which declares it durable without arguments: so do we, or not at all."""
 
     jobs: str
+    consumer_timeout_seconds: float = 1800.0
 
     @property
     def recover(self) -> str:
@@ -30,6 +33,11 @@ class QueueNames:
         return f"{self.jobs}.dead"
 
     @property
+    def lease(self) -> str:
+        """Copies of jobs that are longer at work than the broker waits; each comes by `recover` after a while."""
+        return f"{self.jobs}.lease"
+
+    @property
     def cancel_exchange(self) -> str:
         """Fanout exchange of the cancel orders: every worker hears each of them."""
         return f"{self.jobs}.cancel"
@@ -42,19 +50,20 @@ class QueueNames:
     def arguments(self) -> dict[str, dict[str, Any]]:
         """Every queue and the arguments to declare it with where it is missing."""
         own: dict[str, dict[str, Any]] = dict.fromkeys((self.recover, self.outbox, self.dead), _QUORUM)
-        waits = {self.retry(delay): self._waiting(delay) for delay in RETRY_DELAYS_SECONDS}
-        return {self.jobs: {}} | own | waits
+        waits = {self.retry(delay): self._waiting(delay, then=self.jobs) for delay in RETRY_DELAYS_SECONDS}
+        leases = {self.lease: self._waiting(self.consumer_timeout_seconds * COPY_SHARE, then=self.recover)}
+        return {self.jobs: {}} | own | waits | leases
 
     @property
     def everything(self) -> tuple[str, ...]:
         return tuple(self.arguments)
 
-    def _waiting(self, delay_seconds: int) -> dict[str, Any]:
+    def _waiting(self, delay_seconds: float, *, then: str) -> dict[str, Any]:
         # At-least-once dead-lettering confirms the way back before the copy here goes; it demands reject-publish.
         return _QUORUM | {
-            "x-message-ttl": delay_seconds * 1000,
+            "x-message-ttl": int(delay_seconds * 1000),
             "x-dead-letter-exchange": "",
-            "x-dead-letter-routing-key": self.jobs,
+            "x-dead-letter-routing-key": then,
             "x-dead-letter-strategy": "at-least-once",
             "x-overflow": "reject-publish",
         }

@@ -10,26 +10,33 @@ from dataclasses import dataclass, field, replace
 from inference.request import GenerationResult, Stage
 from worker.delivery import Delivery
 from worker.job import Job, JobRejected
+from worker.settling import MAX_ATTEMPTS
 
 
 @dataclass(slots=True)
 class Run:
     """One job being worked on. Its job thread owns it; `phase` and `future` are read by others.
 
-    `asked` is the job, or the rejection that will be its end. `deliveries` grows when the broker delivers the same
-    task again (a lost connection, a double click); all of them are settled together.
+    `asked` is the job, or the rejection that will be its end; it came by `first`. `deliveries` grows when the broker
+    delivers the same task again (a lost connection, a double click), and is empty while the job is on lease; all of
+    them are settled together.
     """
 
     task_id: str
     generation_id: int
     asked: Job | JobRejected
     deliveries: list[Delivery]
+    first: Delivery = field(init=False)
     started_at: float = field(default_factory=time.monotonic)
     began_at: float = field(default_factory=time.time)
     stages: list[Stage] = field(default_factory=list)
     phase: str = ""
     future: Future[GenerationResult] | None = None
     is_cancelled: bool = False
+    lease_ends_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.first = self.deliveries[0]
 
     def cancel(self) -> None:
         """They asked: a waiting job ends before it starts, a running one at its next step."""
@@ -39,11 +46,12 @@ class Run:
 
     @property
     def attempt(self) -> int:
-        return self.deliveries[0].attempt
+        # Nobody here counts further: a publisher wrote it.
+        return self.first.attempt if self.first.attempt <= MAX_ATTEMPTS else 1
 
     @property
     def num_recoveries(self) -> int:
-        return max(delivery.num_deliveries for delivery in self.deliveries)
+        return max(delivery.num_deliveries for delivery in (self.first, *self.deliveries))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -90,6 +98,14 @@ class Runs:
             run = Run(asked.task_id, asked.generation_id, asked, [delivery])
             self._runs[asked.task_id] = run
             return run
+
+    def part_from_deliveries(self, run: Run) -> list[Delivery]:
+        """Take a run's deliveries out of its hands, if it is still here; the caller settles them."""
+        with self._lock:
+            if run.task_id not in self._runs:
+                return []
+            deliveries, run.deliveries = run.deliveries, []
+            return deliveries
 
     def leave(self, run: Run) -> list[Delivery]:
         """Take the run out and return every delivery that must now be settled with it."""

@@ -16,6 +16,7 @@ from inference.request import (
 
 # Waits before another try of a job that is not to blame; after the last the job fails. Each is a queue of its own.
 RETRY_DELAYS_SECONDS = (30, 30, 300, 300)
+MAX_ATTEMPTS = len(RETRY_DELAYS_SECONDS) + 1
 
 # Deliveries out of `.recover` before a job is taken for the one that kills supervisors. Generous: a job that merely
 # shared a worker with ten kills must still complete.
@@ -89,6 +90,6 @@ def judge(error: BaseException, attempt: int) -> Verdict:
 
 
 def _again(attempt: int, code: str, message: str) -> Verdict:
-    if attempt > len(RETRY_DELAYS_SECONDS):
+    if attempt >= MAX_ATTEMPTS:
         return Verdict(Disposition.DEAD_LETTER, code, message)
     return Verdict(Disposition.RETRY, code, message, RETRY_DELAYS_SECONDS[attempt - 1])

@@ -43,9 +43,10 @@ from worker.settling import MAX_RECOVERIES, JobFailed, JobReleased, PoisonJob
 
 logger = logging.getLogger(__name__)
 
-MAX_ADAPTER_BYTES = 1024**3
-MAX_CONFIG_BYTES = 64 * 1024
-MAX_SIGNATURE_BYTES = 10 * 1024 * 1024
+# Those of the engine and of the signatures' decoder, which would refuse by another code what is over them.
+MAX_ADAPTER_BYTES = 1_000_000_000
+MAX_CONFIG_BYTES = 64_000
+MAX_SIGNATURE_BYTES = 10_000_000
 FETCH_DEADLINE_SECONDS = 300.0
 # Before an object that is not there is believed not to be.
 SECOND_LOOK_SECONDS = 2.0

@@ -22,6 +22,7 @@ from worker.broker import Broadcast, Consumer, Publisher, PublishFailed, Subscri
 from worker.cancelling import Cancellations
 from worker.health import HealthServer
 from worker.idleness import IdleWatch, idle_reason
+from worker.leases import Leases
 from worker.ledger import Ledger
 from worker.messages import rules_from
 from worker.metrics import Metrics
@@ -66,7 +67,7 @@ class Supervisor:
         self._is_draining = threading.Event()
         self._num_signals = 0
         self._has_bug = False
-        self._names = QueueNames(settings.broker.queue)
+        self._names = QueueNames(settings.broker.queue, settings.broker.consumer_timeout_seconds)
         self._storage = Storage(settings.store)
         self._cache = DownloadCache(self._storage, settings.store.cache_dir, settings.store.cache_max_bytes)
         self._ledger = Ledger(self._storage, settings.store.bucket)
@@ -75,6 +76,13 @@ class Supervisor:
         self._backend_breaker = Breaker("the backend", BACKEND_THRESHOLD)
         self._store_breaker = Breaker("the store", STORE_THRESHOLD)
         self._gate = Gate(self._store_breaker, self._is_draining)
+        self._leases = Leases(
+            self._storage,
+            settings.store.bucket,
+            self._publisher,
+            self._names,
+            settings.broker.consumer_timeout_seconds,
+        )
         self._notifier = Notifier(
             client=self._client,
             ledger=self._ledger,
@@ -158,6 +166,7 @@ class Supervisor:
             is_draining=self._is_draining,
             cancellations=self._cancellations,
             gate=self._gate,
+            leases=self._leases,
             on_bug=self._note_bug,
         )
         subscriptions = [
@@ -170,6 +179,11 @@ class Supervisor:
         self._processor.start(self._consumer)
         self._outbox.start(self._consumer)
         self._consumer.start()
+        threading.Thread(target=self._renew_leases, args=(self._processor,), name="leases", daemon=True).start()
+
+    def _renew_leases(self, processor: Processor) -> None:
+        while not self._is_draining.wait(self._leases.renew_every):
+            processor.go_on_lease()
 
     def _storyteller(self, facts: ModelFacts) -> Storyteller:
         return Storyteller(

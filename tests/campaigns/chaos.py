@@ -1,0 +1,190 @@
+"""What goes wrong in a campaign, one thing at a time, at random moments."""
+
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from examples.parts.processes import ServerError
+from tests.campaigns.journal import Acted, Journal
+from tests.campaigns.keeping import Keeper
+from tests.faults.proxy import Proxy
+from tests.world import World
+
+RETRY_SECONDS = 0.3
+# How far the chaos may run ahead of the jobs, as a share of both: workers that are killed faster than they start
+# would get nothing done.
+LEAD = 0.1
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What there is to break, and how often each thing was; a proxy goes by the name of the part behind it."""
+
+    world: World
+    keeper: Keeper
+    proxies: Mapping[str, Proxy]
+    num_done: Counter[str]
+
+
+Act = Callable[[Scene, random.Random], str | None]
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """One kind of chaos: after `gap_seconds` (from, to) it strikes again, `times` in all or as long as jobs flow.
+
+    `act` returns what it did, or None where there was nothing to do it to: then it is tried again at once.
+    """
+
+    name: str
+    act: Act
+    gap_seconds: tuple[float, float]
+    times: int | None = None
+
+
+def kill_something(scene: Scene, rng: random.Random) -> str | None:
+    """SIGKILL: a supervisor or an engine, evenly."""
+    if rng.random() < 0.5:
+        done = scene.keeper.kill_a_worker(rng)
+        return done and f"supervisor of {done}"
+    done = scene.keeper.kill_an_engine(rng)
+    return done and f"engine of {done}"
+
+
+def stop_a_worker(scene: Scene, rng: random.Random) -> str | None:
+    return scene.keeper.stop_a_worker(rng)
+
+
+def close_connections(scene: Scene, _rng: random.Random) -> str:
+    scene.world.rabbitmq.ctl("close_all_connections", "campaign")
+    return "all"
+
+
+def reset_connections(scene: Scene, rng: random.Random) -> str:
+    """RST to all that the workers have open to one of the parts, most often the broker."""
+    name = rng.choice(("broker", "broker", "store", "backend"))
+    scene.proxies[name].reset()
+    return name
+
+
+def restart_broker(scene: Scene, _rng: random.Random) -> str:
+    """In order and by SIGKILL, in turn."""
+    is_orderly = scene.num_done["broker restart"] % 2 == 0
+    rabbitmq = scene.world.rabbitmq
+    if is_orderly:
+        rabbitmq.stop()
+    else:
+        rabbitmq.kill()
+    rabbitmq.start()
+    return "in order" if is_orderly else "killed"
+
+
+def pause_store(scene: Scene, rng: random.Random) -> str:
+    """SIGSTOP for some seconds: it accepts connections and says nothing."""
+    seconds = rng.uniform(0.5, 5.0)
+    os.killpg(scene.world.store.pid, signal.SIGSTOP)
+    try:
+        time.sleep(seconds)
+    finally:
+        os.killpg(scene.world.store.pid, signal.SIGCONT)
+    return f"{seconds:.1f} s"
+
+
+def restart_store(scene: Scene, _rng: random.Random) -> str:
+    scene.world.store.kill()
+    scene.world.store.start()
+    return "killed"
+
+
+def backend_outage(seconds: float) -> Act:
+    """The backend refuses connections for a while."""
+
+    def act(scene: Scene, _rng: random.Random) -> str:
+        scene.world.backend.stop()
+        time.sleep(seconds)
+        scene.world.backend.start()
+        return f"{seconds:.0f} s"
+
+    return act
+
+
+class Chaos:
+    """Owner of the thread on which things go wrong; one after another, as the parts are not thread-safe."""
+
+    def __init__(
+        self,
+        rhythms: tuple[Rhythm, ...],
+        scene: Scene,
+        journal: Journal,
+        *,
+        seed: int,
+        share_ended: Callable[[], float],
+    ) -> None:
+        self._rhythms = rhythms
+        self._scene = scene
+        self._journal = journal
+        self._rng = random.Random(seed)
+        self._share_ended = share_ended
+        self._is_closing = threading.Event()
+        self._due_at = {rhythm.name: time.monotonic() + self._rng.uniform(*rhythm.gap_seconds) for rhythm in rhythms}
+        self._thread = threading.Thread(target=self._run, name="chaos", daemon=True)
+        self.failure: BaseException | None = None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Break nothing more; what was being broken is whole again."""
+        self._is_closing.set()
+        self._thread.join()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether everything has struck as often as it should."""
+        return all(self._num_left(rhythm) == 0 for rhythm in self._rhythms if rhythm.times is not None)
+
+    @property
+    def told(self) -> str:
+        """How often everything has struck, for the eye."""
+        return ", ".join(f"{name} {count}" for name, count in sorted(self._scene.num_done.items()))
+
+    @property
+    def share_done(self) -> float:
+        """The share of its times that the slowest rhythm has struck."""
+        return min((self._share(rhythm) for rhythm in self._rhythms if rhythm.times is not None), default=1.0)
+
+    def _run(self) -> None:
+        try:
+            while not self._is_closing.wait(RETRY_SECONDS / 3):
+                for rhythm in self._rhythms:
+                    if self._is_due(rhythm) and not self._is_closing.is_set():
+                        self._strike(rhythm)
+        except (OSError, ServerError, AssertionError) as error:
+            self.failure = error
+
+    def _is_due(self, rhythm: Rhythm) -> bool:
+        if time.monotonic() < self._due_at[rhythm.name]:
+            return False
+        if rhythm.times is None:
+            return True
+        return self._num_left(rhythm) > 0 and self._share(rhythm) <= self._share_ended() + LEAD
+
+    def _strike(self, rhythm: Rhythm) -> None:
+        detail = rhythm.act(self._scene, self._rng)
+        if detail is None:
+            self._due_at[rhythm.name] = time.monotonic() + RETRY_SECONDS
+            return
+        self._due_at[rhythm.name] = time.monotonic() + self._rng.uniform(*rhythm.gap_seconds)
+        self._scene.num_done[rhythm.name] += 1
+        self._journal.write(Acted(time.time(), rhythm.name, detail))
+
+    def _num_left(self, rhythm: Rhythm) -> int:
+        return max(0, (rhythm.times or 0) - self._scene.num_done[rhythm.name])
+
+    def _share(self, rhythm: Rhythm) -> float:
+        return self._scene.num_done[rhythm.name] / rhythm.times if rhythm.times else 1.0

@@ -1,0 +1,140 @@
+"""Workers and their keeper, which starts a new one wherever one ends, as Docker would."""
+
+import os
+import random
+import re
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import requests
+
+from examples.parts.ports import free_port
+from tests.campaigns.journal import Counted, Ended, Journal
+from tests.world import Worker, World
+
+# A kill may hide what was counted since the last look.
+LOOK_SECONDS = 0.25
+
+_LANE_STEPS = re.compile(r"^darkroom_denoise_lane_steps_total (\S+)$", re.MULTILINE)
+_IDLE_SECONDS = re.compile(r'^darkroom_idle_seconds_total\{reason="no_jobs"\} (\S+)$', re.MULTILINE)
+
+
+@dataclass
+class Place:
+    """Where one worker runs after another, with one cache on disk for all of them."""
+
+    number: int
+    worker: Worker
+    life: int
+    asked: str = ""
+    asked_at: float = field(default_factory=time.time)
+    was_ready: bool = False
+    num_lane_steps: float = -1.0
+
+
+class Keeper:
+    """Owner of the workers and of the thread that looks after them. Public methods may be called from any thread."""
+
+    def __init__(self, world: World, journal: Journal, *, num_workers: int, env: Mapping[str, str]) -> None:
+        self._world = world
+        self._journal = journal
+        self._env = dict(env)
+        self._lock = threading.Lock()
+        self._is_closing = threading.Event()
+        self._num_lives = max((counted.life for counted in journal.all(Counted)), default=0)
+        self._places = [self._occupy(number) for number in range(1, num_workers + 1)]
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def num_ready(self) -> int:
+        """Workers that have been ready in their present life and were not asked to end."""
+        return sum(place.was_ready and not place.asked for place in self._places)
+
+    @property
+    def num_lives(self) -> int:
+        return self._num_lives
+
+    def kill_a_worker(self, rng: random.Random) -> str | None:
+        """SIGKILL for some supervisor; whose, or None where none can be had at the moment."""
+        return self._signal(rng, signal.SIGKILL, "kill")
+
+    def stop_a_worker(self, rng: random.Random) -> str | None:
+        """SIGTERM for some supervisor; whose, or None where none can be had at the moment."""
+        return self._signal(rng, signal.SIGTERM, "sigterm")
+
+    def kill_an_engine(self, rng: random.Random) -> str | None:
+        """SIGKILL for the engine of some worker; whose, or None where there is none at the moment."""
+        with self._lock:
+            place = rng.choice(self._places)
+            try:
+                os.kill(place.worker.engine_pid(), signal.SIGKILL)
+            except (OSError, IndexError):
+                return None
+            return f"worker {place.life}"
+
+    def close(self) -> None:
+        """Take a last count, and end every worker."""
+        self._is_closing.set()
+        self._thread.join()
+        for place in self._places:
+            self._count(place)
+            place.worker.kill()
+
+    def _signal(self, rng: random.Random, number: signal.Signals, word: str) -> str | None:
+        with self._lock:
+            candidates = [place for place in self._places if not place.asked and place.worker.process.poll() is None]
+            if not candidates:
+                return None
+            place = rng.choice(candidates)
+            place.asked, place.asked_at = word, time.time()
+            place.worker.process.send_signal(number)
+            return f"worker {place.life}"
+
+    def _run(self) -> None:
+        while not self._is_closing.wait(LOOK_SECONDS):
+            for index, place in enumerate(self._places):
+                if place.worker.process.poll() is None:
+                    self._count(place)
+                    continue
+                self._note_end(place)
+                with self._lock:
+                    self._places[index] = self._occupy(place.number)
+
+    def _occupy(self, number: int) -> Place:
+        self._num_lives += 1
+        own = {"CACHE_DIR": str(self._world.folder / f"cache-{number}"), "METRICS_PORT": str(free_port())}
+        log = self._world.folder / f"worker-{self._num_lives}.log"
+        worker = Worker(self._world.env() | own | self._env, log)
+        self._world.workers.append(worker)
+        # Without an entry a campaign that goes on would give the number a second time.
+        self._journal.write(Counted(time.time(), self._num_lives, 0.0, 0.0))
+        return Place(number, worker, self._num_lives)
+
+    def _note_end(self, place: Place) -> None:
+        seconds = time.time() - place.asked_at if place.asked else 0.0
+        exit_code = place.worker.process.returncode
+        self._journal.write(
+            Ended(time.time(), place.life, exit_code, place.asked, round(seconds, 2), was_ready=place.was_ready)
+        )
+
+    def _count(self, place: Place) -> None:
+        """Journal the worker's counters where they have moved."""
+        with suppress(requests.RequestException):
+            text = place.worker.get("/metrics")[1]
+            place.was_ready = place.was_ready or place.worker.get("/health/ready")[0] == 200
+            steps, idle = _sample(_LANE_STEPS, text), _sample(_IDLE_SECONDS, text)
+            if text and steps != place.num_lane_steps:
+                place.num_lane_steps = steps
+                self._journal.write(Counted(time.time(), place.life, steps, idle))
+
+
+def _sample(pattern: re.Pattern[str], text: str) -> float:
+    found = pattern.search(text)
+    return float(found[1]) if found else 0.0

@@ -1,0 +1,108 @@
+"""The four campaigns: what goes wrong in each, how often, and what it may cost."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from tests.campaigns import chaos
+from tests.campaigns.backend import ERROR, HANG, LOSE, RESET
+from tests.campaigns.chaos import Rhythm
+from tests.campaigns.judging import Limits
+
+GRACE_SECONDS = 20
+# Behind the first tries of all ten lanes' threads, the outbox and the queue hold the rest.
+OUTAGE_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """Jobs, workers, chaos and limits. `num_actions` is how often the campaign's own fault strikes in all.
+
+    `depth` jobs are kept in the queue and at work beyond what the chaos is due; `steps` are those of one picture, from
+    and to; `patience_seconds` is how long nothing may end before the rest counts as lost. Without `has_real_engine` the
+    engines are stand-ins, which start in a second and draw noise.
+    """
+
+    name: str
+    num_jobs: int
+    num_actions: int
+    num_workers: int
+    rhythms: tuple[Rhythm, ...]
+    limits: Limits
+    steps: tuple[int, int]
+    depth: int = 20
+    patience_seconds: float = 420.0  # the longest retry queue holds a job for 300
+    mishaps: Mapping[str, float] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    has_proxies: bool = False
+    has_real_engine: bool = True
+
+
+def kill(num_jobs: int = 1000, num_actions: int = 200, num_workers: int = 2) -> Campaign:
+    """`kill -9` of supervisors and engines."""
+    return Campaign(
+        name="kill",
+        num_jobs=num_jobs,
+        num_actions=num_actions,
+        num_workers=num_workers,
+        rhythms=(Rhythm("kill", chaos.kill_something, (3.0, 13.0), num_actions),),
+        limits=Limits(max_repeat_share=0.005),
+        # Two seconds of work, so that most kills meet workers that are busy.
+        steps=(20, 80),
+    )
+
+
+def network(num_jobs: int = 500, num_actions: int = 3, num_workers: int = 2) -> Campaign:
+    """Connections that break, a broker and a store that stop, and a backend that fails three calls in ten."""
+    return Campaign(
+        name="network",
+        num_jobs=num_jobs,
+        num_actions=num_actions,
+        num_workers=num_workers,
+        rhythms=(
+            Rhythm("connections closed", chaos.close_connections, (10.0, 40.0)),
+            Rhythm("connections reset", chaos.reset_connections, (10.0, 40.0)),
+            Rhythm("broker restart", chaos.restart_broker, (5.0, 30.0), num_actions),
+            Rhythm("store paused", chaos.pause_store, (30.0, 60.0)),
+            Rhythm("store restart", chaos.restart_store, (5.0, 60.0), num_actions),
+        ),
+        limits=Limits(max_extra_share=0.03 if num_workers == 1 else 0.10),
+        steps=(8, 40),
+        mishaps={ERROR: 0.17, RESET: 0.05, HANG: 0.03, LOSE: 0.05},
+        has_proxies=True,
+    )
+
+
+def sigterm(num_jobs: int = 500, num_actions: int = 100, num_workers: int = 2) -> Campaign:
+    """Workers are stopped in order while jobs flow."""
+    return Campaign(
+        name="sigterm",
+        num_jobs=num_jobs,
+        num_actions=num_actions,
+        num_workers=num_workers,
+        rhythms=(Rhythm("sigterm", chaos.stop_a_worker, (3.0, 13.0), num_actions),),
+        limits=Limits(max_repeat_share=0.0, grace_seconds=GRACE_SECONDS),
+        steps=(10, 40),
+        env={"SHUTDOWN_GRACE_SECONDS": str(GRACE_SECONDS)},
+    )
+
+
+def outage(num_jobs: int = 50, num_actions: int = 1, num_workers: int = 1) -> Campaign:
+    """The backend is down for two minutes while all jobs are drawn."""
+    return Campaign(
+        name="outage",
+        num_jobs=num_jobs,
+        num_actions=num_actions,
+        num_workers=num_workers,
+        rhythms=(Rhythm("outage", chaos.backend_outage(OUTAGE_SECONDS), (0.0, 0.1), num_actions),),
+        limits=Limits(max_repeat_share=0.0, max_extra_share=0.0, max_late_seconds=60.0),
+        steps=(8, 40),
+        depth=num_jobs,
+    )
+
+
+CAMPAIGNS: dict[str, Callable[..., Campaign]] = {
+    "kill": kill,
+    "network": network,
+    "sigterm": sigterm,
+    "outage": outage,
+}

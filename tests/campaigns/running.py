@@ -1,0 +1,277 @@
+"""Running a campaign: publish, break, keep, and hand what happened to the judge."""
+
+import hashlib
+import json
+import math
+import os
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pika
+import pika.exceptions
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from examples.parts.rabbitmq import RabbitMQ
+from examples.parts.seaweedfs import SeaweedFS
+from tests.campaigns.backend import FlakyBackend
+from tests.campaigns.chaos import Chaos, Scene
+from tests.campaigns.jobs import ADAPTERS, PlannedJob, plan_jobs
+from tests.campaigns.journal import Acted, Began, Journal, Published
+from tests.campaigns.judging import Figures, StoredObject, judge
+from tests.campaigns.keeping import Keeper
+from tests.campaigns.plans import Campaign
+from tests.faults.proxy import Proxy
+from tests.faults.station import ROOT, SITE
+from tests.world import World, eventually
+
+TURN_SECONDS = 0.2
+START_SECONDS = 120.0
+SETTLE_SECONDS = 90.0  # an event whose copy waits in the outbox has its turn within 36
+
+
+@dataclass
+class Field:
+    """Everything a campaign is fought on, put together."""
+
+    campaign: Campaign
+    began: Began
+    journal: Journal
+    backend: FlakyBackend
+    world: World
+    keeper: Keeper
+    chaos: Chaos
+
+
+def run(
+    campaign: Campaign, rabbitmq: RabbitMQ, store: SeaweedFS, folder: Path, *, seed: int, console: Console
+) -> Figures:
+    """Run the campaign in `folder`, or go on with what an earlier run left there; the parts must be the same ones."""
+    with _field(campaign, rabbitmq, store, folder, seed) as field:
+        jobs = plan_jobs(campaign.num_jobs, seed=field.began.seed, steps=campaign.steps)
+        _wait_for_a_worker(field)
+        field.chaos.start()
+        try:
+            _work_through(field, jobs, console)
+        finally:
+            field.chaos.close()
+        if field.chaos.failure is not None:
+            raise field.chaos.failure
+        field.backend.heal()
+        left = _wait_until_settled(field.world)
+        field.keeper.close()
+        return judge(field.journal.entries(), _stored(field.world), left, limits=campaign.limits)
+
+
+@contextmanager
+def _field(campaign: Campaign, rabbitmq: RabbitMQ, store: SeaweedFS, folder: Path, seed: int) -> Iterator[Field]:
+    with ExitStack() as stack:
+        journal = Journal(folder / "journal.jsonl")
+        stack.callback(journal.close)
+        began = _begin(campaign, journal, store, seed)
+        backend = FlakyBackend(
+            journal, mishaps=campaign.mishaps, seed=seed, read_record=_record_reader(store, began.bucket)
+        )
+        stack.enter_context(backend)
+        world = World(rabbitmq, store, backend, began.bucket, began.queue, folder)
+        for name in ADAPTERS:
+            world.upload_demo_adapter(name)
+        proxies = _proxies(world) if campaign.has_proxies else {}
+        for proxy in proxies.values():
+            stack.enter_context(proxy)
+        stack.callback(world.stop)
+        env = (
+            _env_through(proxies) | ({} if campaign.has_real_engine else _env_of_stand_in(folder)) | dict(campaign.env)
+        )
+        keeper = Keeper(world, journal, num_workers=campaign.num_workers, env=env)
+        keeper.start()
+        num_done = Counter(acted.action for acted in journal.all(Acted))
+        chaos = Chaos(
+            campaign.rhythms,
+            Scene(world, keeper, proxies, num_done),
+            journal,
+            seed=seed,
+            share_ended=lambda: backend.num_ended / campaign.num_jobs,
+        )
+        yield Field(campaign, began, journal, backend, world, keeper, chaos)
+
+
+def _begin(campaign: Campaign, journal: Journal, store: SeaweedFS, seed: int) -> Began:
+    """What the first run began with; this one's beginning is noted, too."""
+    known = journal.all(Began)
+    began = known[0] if known else _beginning(campaign, seed)
+    if not known:
+        store.make_bucket(began.bucket)
+    journal.write(began)
+    return began
+
+
+def _beginning(campaign: Campaign, seed: int) -> Began:
+    name = f"campaign-{uuid.uuid4().hex[:12]}"
+    return Began(
+        at=time.time(),
+        campaign=campaign.name,
+        seed=seed,
+        num_jobs=campaign.num_jobs,
+        num_actions=campaign.num_actions,
+        num_workers=campaign.num_workers,
+        has_real_engine=campaign.has_real_engine,
+        bucket=name,
+        queue=name,
+    )
+
+
+def _proxies(world: World) -> dict[str, Proxy]:
+    return {
+        "broker": Proxy(world.rabbitmq.port),
+        "store": Proxy(world.store.port),
+        "backend": Proxy(world.backend.port),
+    }
+
+
+def _env_through(proxies: Mapping[str, Proxy]) -> dict[str, str]:
+    """What leads a worker through the proxies, where there are any."""
+    if not proxies:
+        return {}
+    return {
+        "RABBITMQ_PORT": str(proxies["broker"].port),
+        "AWS_S3_ENDPOINT_URL": f"http://{Proxy.host}:{proxies['store'].port}",
+        "BACKEND_API_URL": f"http://{Proxy.host}:{proxies['backend'].port}",
+    }
+
+
+def _env_of_stand_in(folder: Path) -> dict[str, str]:
+    """What gives a worker an engine without torch."""
+    return {
+        "PYTHONPATH": f"{SITE}{os.pathsep}{ROOT}",
+        "FAULTS_STAND_IN": "1",
+        "MODEL_ID": str(folder / "stand-in.log"),
+    }
+
+
+def _record_reader(store: SeaweedFS, bucket: str) -> Any:
+    client = store.client()
+
+    def read(task_id: str) -> tuple[dict[str, Any], float]:
+        """A task's record in the ledger and its age in seconds."""
+        answer = client.get_object(Bucket=bucket, Key=f"jobs/{task_id}.json")
+        age = (datetime.now(UTC) - answer["LastModified"]).total_seconds()
+        return json.loads(answer["Body"].read()), age
+
+    return read
+
+
+def _wait_for_a_worker(field: Field) -> None:
+    eventually(lambda: field.keeper.num_ready > 0, START_SECONDS, field.world.workers[0].log_tail)
+
+
+def _work_through(field: Field, jobs: list[PlannedJob], console: Console) -> None:
+    """Publish as the workers and the chaos allow, until all jobs have ended and all has gone wrong that should."""
+    published = {entry.generation_id for entry in field.journal.all(Published)}
+    waiting = [job for job in jobs if job.generation_id not in published]
+    watch = _Watch(field.campaign.patience_seconds)
+    with _progress(console) as progress:
+        bar = progress.add_task(field.campaign.name, total=len(jobs), done="")
+        while field.backend.num_ended < len(jobs) or not field.chaos.is_over:
+            num_published = len(jobs) - len(waiting)
+            batch = waiting[: max(0, _num_allowed(field) - num_published)]
+            if batch and _publish(field, batch):
+                waiting = waiting[len(batch) :]
+            done = f"{num_published} published, {field.chaos.told}"
+            progress.update(bar, completed=field.backend.num_ended, done=done)
+            if field.chaos.failure is not None or watch.is_over((field.backend.num_ended, done)):
+                return
+            time.sleep(TURN_SECONDS)
+        progress.update(bar, completed=field.backend.num_ended)
+
+
+class _Watch:
+    """Notices that nothing has changed for too long."""
+
+    def __init__(self, patience_seconds: float) -> None:
+        self._patience_seconds = patience_seconds
+        self._last: object = None
+        self._changed_at = time.monotonic()
+
+    def is_over(self, state: object) -> bool:
+        if state != self._last:
+            self._last, self._changed_at = state, time.monotonic()
+        return time.monotonic() - self._changed_at > self._patience_seconds
+
+
+def _num_allowed(field: Field) -> int:
+    """Jobs that may have been published by now: no more than the chaos is due, so that both end together."""
+    num_jobs, depth = field.campaign.num_jobs, field.campaign.depth
+    due = math.ceil(num_jobs * field.chaos.share_done) + depth
+    return min(num_jobs, due, field.backend.num_ended + depth)
+
+
+def _publish(field: Field, jobs: list[PlannedJob]) -> bool:
+    """Publish as a careful backend does, each confirmed; False where the broker is not there at the moment."""
+    try:
+        connection = pika.BlockingConnection(pika.URLParameters(field.world.rabbitmq.url))
+        channel = connection.channel()
+        channel.confirm_delivery()
+        channel.queue_declare(field.world.queue, durable=True)
+        for job in jobs:
+            properties = pika.BasicProperties(delivery_mode=2)
+            channel.basic_publish("", field.world.queue, job.message(field.world.bucket), properties)
+        connection.close()
+    except (pika.exceptions.AMQPError, OSError):
+        return False  # all of them again: the workers know a task they have seen
+    for job in jobs:
+        field.journal.write(
+            Published(
+                time.time(),
+                job.generation_id,
+                job.task_id,
+                job.num_images,
+                job.num_steps * (job.num_images if field.campaign.has_real_engine else 1),
+                must_fail=job.must_fail,
+            )
+        )
+    return True
+
+
+def _wait_until_settled(world: World) -> dict[str, int]:
+    """What is left in the queues once nothing but dead letters is, or the time has run out."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    num_clean = 0
+    while True:
+        left = {name: sum(depth) for name, depth in world.queues().items()}
+        # A message on its way from one queue to another is for a moment in neither count.
+        num_clean = 0 if any(count for name, count in left.items() if name != ".dead") else num_clean + 1
+        if num_clean == 3 or time.monotonic() > deadline:
+            return left
+        time.sleep(0.3)
+
+
+def _stored(world: World) -> dict[str, StoredObject]:
+    client = world.store.client()
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=world.bucket, Prefix="generations/")
+    keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+    return {key: _look(client.get_object(Bucket=world.bucket, Key=key)) for key in keys}
+
+
+def _look(answer: Any) -> StoredObject:
+    content = answer["Body"].read()
+    try:
+        Image.open(BytesIO(content)).load()
+        is_picture = True
+    except (UnidentifiedImageError, OSError):
+        is_picture = False
+    return StoredObject(hashlib.sha256(content).hexdigest(), answer["Metadata"].get("sha256", ""), is_picture)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    return Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[done]}"), console=console)

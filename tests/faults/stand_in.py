@@ -1,0 +1,50 @@
+"""The engine's process without torch, for whole workers: up in a fraction of a second, and it waits where it is told.
+
+A prompt's `hold@3` stops the engine when that request's step 3 begins, until the file `go-<task id>` appears beside the
+journal; the words of `tests.fake_child` are obeyed as well. Pictures are noise made of the seed: of the asked size,
+and as large a PNG as there can be.
+"""
+
+import random
+import time
+from typing import Any
+
+from inference.child import main
+from inference.request import GenerationResult, Picture, Stage
+from tests.fake_child import Drawing, FakeEngine
+
+POLL_SECONDS = 0.01
+
+
+class StandIn(FakeEngine):
+    """As `FakeEngine`, but its pictures have the size that was asked for and its results the stages of a real one."""
+
+    def _deeds(self) -> Any:
+        return super()._deeds() | {"hold": self._hold}
+
+    def _hold(self, drawing: Drawing) -> None:
+        self._note("held", drawing.request)
+        while not self._journal.with_name(f"go-{drawing.request.request_id}").exists():
+            time.sleep(POLL_SECONDS)
+
+    def _end(self, drawing: Drawing, error: Exception | None) -> None:
+        if error is not None:
+            super()._end(drawing, error)
+            return
+        self._active.remove(drawing)
+        self._note("end", drawing.request)
+        drawing.future.set_result(drawn(drawing))
+
+
+def drawn(drawing: Drawing) -> GenerationResult:
+    request, now = drawing.request, time.monotonic()
+    pictures = tuple(
+        Picture(request.width, request.height, random.Random(seed).randbytes(request.width * request.height * 3), seed)
+        for seed in request.seeds
+    )
+    stages = tuple(Stage(name, now, 0.0) for name in ("adapt", "encode", "denoise", "decode"))
+    return GenerationResult(pictures, "fake", request.num_inference_steps, request.guidance_scale, stages)
+
+
+if __name__ == "__main__":
+    main(load=StandIn)

@@ -1,0 +1,183 @@
+"""A world whose workers reach broker, store and backend through proxies, and draw with an engine that waits when told.
+
+`FAULTS_LONG=1` (`make faults`) asks for the tests that take long as well.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from PIL import Image
+
+from examples.parts.rabbitmq import RabbitMQ
+from examples.parts.seaweedfs import SeaweedFS
+from tests.faults.proxy import DOWN, UP, Link, Proxy, Sign
+from tests.world import Worker, World, eventually, new_world
+
+ROOT = Path(__file__).parent.parent.parent
+SITE = Path(__file__).parent / "site"
+
+# The broker gives a silent peer up after three of these, the worker a silent broker after 2 × (2 + 5) seconds.
+HEARTBEAT_SECONDS = 2
+# Where a test has to wait for it, the retry queue has this pause; a queue's name tells it.
+RETRY_SECONDS = 1
+QUICK_RETRIES = {"worker.settling:RETRY_DELAYS_SECONDS": [RETRY_SECONDS] * 4}
+
+long = pytest.mark.skipif("FAULTS_LONG" not in os.environ, reason="long: `make faults` runs it")
+
+
+class Job(NamedTuple):
+    """A published job."""
+
+    task_id: str
+    generation_id: int
+
+
+@dataclass
+class Station:
+    """A world and the proxies around it."""
+
+    world: World
+    broker: Proxy
+    store: Proxy
+    backend: Proxy
+
+    @property
+    def journal(self) -> Path:
+        return self.world.folder / "journal"
+
+    def env(self, *, constants: Mapping[str, Any] | None = None) -> dict[str, str]:
+        """What makes a worker one of this station; `constants` by module and name, see `site/sitecustomize.py`."""
+        return {
+            "PYTHONPATH": f"{SITE}{os.pathsep}{ROOT}",
+            "FAULTS_STAND_IN": "1",
+            "FAULTS_CONSTANTS": json.dumps(constants or {}),
+            "FAULTS_FOLDER": str(self.world.folder),
+            "FAULTS_CLOCK": str(self.world.folder / "clock"),
+            "MODEL_ID": str(self.journal),
+            "RABBITMQ_PORT": str(self.broker.port),
+            "RABBITMQ_HEARTBEAT_SECONDS": str(HEARTBEAT_SECONDS),
+            "AWS_S3_ENDPOINT_URL": f"http://{Proxy.host}:{self.store.port}",
+            "BACKEND_API_URL": f"http://{Proxy.host}:{self.backend.port}",
+        }
+
+    def start_worker(self, *, constants: Mapping[str, Any] | None = None, **env: str) -> Worker:
+        """Start a worker and return once it is ready."""
+        worker = self.world.start_worker(**self.env(constants=constants) | env)
+        worker.wait_until_ready()
+        return worker
+
+    def publish(self, prompt: str = "a red fox", **fields: Any) -> Job:
+        task_id = str(uuid.uuid4())
+        return Job(task_id, self.world.publish(task_id=task_id, prompt=prompt, **fields))
+
+    def publish_held(self, **fields: Any) -> Job:
+        """A job that the engine has begun and holds in its third step; so does everything beside it."""
+        job = self.publish("hold@3", **fields)
+        self.wait_until_held(job)
+        return job
+
+    def wait_until_held(self, job: Job, times: int = 1) -> None:
+        eventually(lambda: self._noted("held", job) == times, 20, self.world.workers[-1].log_tail)
+
+    def release(self, job: Job) -> None:
+        (self.world.folder / f"go-{job.task_id}").touch()
+
+    def num_runs(self, job: Job) -> int:
+        """How often the job was begun to be drawn, by all engines together."""
+        return self._noted("begin", job)
+
+    def num_finished(self, job: Job) -> int:
+        """How often it was drawn to its end."""
+        return self._noted("end", job)
+
+    def object_of(self, job: Job) -> str:
+        return f"generations/gen-{job.generation_id}.png"
+
+    def posts(self, job: Job, kind: str = "complete") -> int:
+        """How often the backend was told the job's end, whatever it answered."""
+        return len(self.world.backend.calls(kind, job.generation_id))
+
+    def assert_complete_once(self, job: Job, *, num_runs: int | None = 1, num_posts: int | None = 1) -> None:
+        """One end, of one webhook id; one whole picture; nothing left in any queue. None: any number."""
+        world = self.world
+        assert world.wait_for_end(job.generation_id).kind == "complete"
+        world.wait_until_clean()
+        assert len(world.backend.ends(job.generation_id)) == 1
+        assert world.backend.calls("failed", job.generation_id) == []
+        assert num_posts in (None, self.posts(job))
+        assert num_runs in (None, self.num_runs(job))
+        self.assert_picture_is_whole(job)
+
+    def assert_picture_is_whole(self, job: Job) -> None:
+        found = self.world.store.client().get_object(Bucket=self.world.bucket, Key=self.object_of(job))
+        content = found["Body"].read()
+        assert found["Metadata"] == {"task-id": job.task_id, "sha256": hashlib.sha256(content).hexdigest()}
+        with Image.open(BytesIO(content)) as picture:
+            picture.load()
+
+    def assert_failed_once(self, job: Job, code: str) -> None:
+        end = self.world.wait_for_end(job.generation_id)
+        assert (end.kind, end.body["error_code"]) == ("failed", code)
+        assert len(self.world.backend.ends(job.generation_id)) == 1
+        assert self.posts(job) == 0
+
+    def sign(self, verb: str, key: str) -> Sign:
+        """The start of a request to the store."""
+        return Sign(UP, f"{verb} /{self.world.bucket}/{key} ".encode())
+
+    def put_of_picture(self, job: Job) -> Sign:
+        return self.sign("PUT", self.object_of(job))
+
+    def put_of_record(self, job: Job) -> Sign:
+        return self.sign("PUT", f"jobs/{job.task_id}.json")
+
+    def _noted(self, event: str, job: Job) -> int:
+        lines = self.journal.read_text().splitlines() if self.journal.exists() else []
+        return sum(line.endswith(f" {event} {job.task_id}") for line in lines)
+
+
+# What the store and the backend say when they have done what was asked.
+DONE = Sign(DOWN, b"HTTP/1.1 200")
+POST_OF_COMPLETE = Sign(UP, b"POST /api/webhooks/inference/complete ")
+
+
+def kills(worker: Worker) -> Callable[[Link], None]:
+    """For a trigger: SIGKILL to the worker, and nothing more of what it was sending or should have heard."""
+
+    def kill(link: Link) -> None:
+        link.reset()
+        worker.kill()
+
+    return kill
+
+
+def answers(status: int, body: bytes = b"", **headers: str) -> Callable[[Link], None]:
+    """For a trigger: this HTTP answer in the server's place. Underscores in names become dashes."""
+    lines = [f"HTTP/1.1 {status} Whatever", f"Content-Length: {len(body)}", "Connection: close"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    content = "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+    return lambda link: link.answer(content)
+
+
+@contextmanager
+def new_station(rabbitmq: RabbitMQ, store: SeaweedFS, folder: Path) -> Iterator[Station]:
+    """A station of its own on the session's servers."""
+    with (
+        new_world(rabbitmq, store, folder) as world,
+        Proxy(rabbitmq.port) as to_broker,
+        Proxy(store.port) as to_store,
+        Proxy(world.backend.port) as to_backend,
+    ):
+        try:
+            yield Station(world, to_broker, to_store, to_backend)
+        finally:
+            world.stop()

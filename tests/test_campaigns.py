@@ -1,0 +1,58 @@
+"""Kills, broken connections and SIGTERMs at random: nothing lost, nothing twice. The long forms: `make campaign`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from examples.parts.rabbitmq import RabbitMQ
+from examples.parts.seaweedfs import SeaweedFS
+from tests.campaigns import chaos, plans
+from tests.campaigns.backend import ERROR, LOSE, RESET
+from tests.campaigns.chaos import Rhythm
+from tests.campaigns.judging import checks
+from tests.campaigns.plans import Campaign
+from tests.campaigns.running import run
+
+
+def short(campaign: Campaign, *rhythms: Rhythm, **fields: Any) -> Campaign:
+    """The campaign with quick chaos, engines that start at once, and few lanes, so that jobs wait."""
+    env = campaign.env | {"MAX_CONCURRENT_GENERATIONS": "3"}
+    return dataclasses.replace(
+        campaign,
+        rhythms=rhythms,
+        steps=(30, 150),
+        depth=8,
+        patience_seconds=60.0,
+        has_real_engine=False,
+        env=env,
+        **fields,
+    )
+
+
+KILL = short(
+    plans.kill(30, 8),
+    Rhythm("kill", chaos.kill_something, (0.2, 1.5), 8),
+    limits=plans.Limits(),  # one repeat of thirty is a large share
+)
+SIGTERM = short(plans.sigterm(30, 6), Rhythm("sigterm", chaos.stop_a_worker, (0.3, 2.0), 6))
+NETWORK = short(
+    plans.network(25, 1, num_workers=1),
+    Rhythm("connections closed", chaos.close_connections, (0.5, 2.0), 2),
+    Rhythm("connections reset", chaos.reset_connections, (0.2, 1.0), 6),
+    Rhythm("broker restart", chaos.restart_broker, (0.5, 1.0), 1),
+    # No calls that hang: one costs the worker's whole deadline.
+    mishaps={ERROR: 0.2, RESET: 0.05, LOSE: 0.05},
+)
+
+
+@pytest.mark.parametrize("campaign", [KILL, NETWORK, SIGTERM], ids=lambda campaign: campaign.name)
+def test_a_campaign_loses_nothing_and_does_nothing_twice(
+    rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path, campaign: Campaign
+) -> None:
+    figures = run(campaign, rabbitmq, s3_server, tmp_path, seed=1, console=Console(quiet=True))
+
+    assert [check for check in checks(figures, campaign.limits) if not check.is_met] == []
+    assert figures.num_published == campaign.num_jobs

@@ -1,0 +1,439 @@
+"""The worker's own process is killed, stopped, frozen or starved at every point of a job's story."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from examples.parts.rabbitmq import RabbitMQ
+from examples.parts.seaweedfs import SeaweedFS
+from tests.faults.proxy import UP, Sign
+from tests.faults.station import (
+    DONE,
+    POST_OF_COMPLETE,
+    QUICK_RETRIES,
+    Job,
+    Station,
+    kills,
+    long,
+    new_station,
+)
+from tests.world import Worker, eventually
+
+# The record, written once more to say that the backend has heard.
+MARK = Sign(UP, b'"is_delivered": true')
+LARGE = {"width": 512, "height": 512}  # nearly 800 kB of PNG
+PIPE_BYTES = 4096
+
+
+@pytest.fixture(scope="module")
+def station(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Station]:
+    with new_station(rabbitmq, s3_server, tmp_path_factory.mktemp("station")) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def _sound_and_clean(station: Station) -> None:
+    for proxy in (station.broker, station.store, station.backend):
+        proxy.pass_on()
+    for name in ("reached", "go", "clock"):
+        (station.world.folder / name).unlink(missing_ok=True)
+
+
+@pytest.fixture
+def worker(station: Station) -> Worker:
+    """The only worker: one that an earlier test has left alive, or a new one."""
+    alive = [one for one in station.world.workers if one.process.poll() is None]
+    for one in alive[1:]:
+        one.kill()
+    return alive[0] if alive and alive[0].get("/health/ready")[0] == 200 else start_worker(station)
+
+
+def start_worker(station: Station, **env: str) -> Worker:
+    """All share one folder of adapters, as workers do that a machine starts one after the other."""
+    return station.start_worker(constants=QUICK_RETRIES, CACHE_DIR=str(cache_of(station)), **env)
+
+
+@pytest.fixture
+def alone(station: Station) -> None:
+    """No worker but those the test starts itself."""
+    for one in station.world.workers:
+        one.kill()
+
+
+def cache_of(station: Station) -> Path:
+    return station.world.folder / "cache"
+
+
+# --- SIGKILL
+
+
+def in_download(station: Station, worker: Worker) -> Job:
+    path = station.world.upload("models/large.safetensors", os.urandom(300_000))
+    read = station.sign("GET", "models/large.safetensors")
+    station.store.when(read, DONE, do=kills(worker), after_bytes=100_000)
+    return station.publish(lora_path=path)
+
+
+def at_a_step(station: Station, worker: Worker) -> Job:
+    job = station.publish_held()
+    worker.kill()
+    station.release(job)
+    return job
+
+
+def before_the_picture(station: Station, worker: Worker) -> Job:
+    return killed_when(station, worker, lambda job: [station.put_of_picture(job)])
+
+
+def in_the_picture(station: Station, worker: Worker) -> Job:
+    job = killed_when(station, worker, lambda job: [station.put_of_picture(job)], after_bytes=300_000)
+    # Half a picture is none.
+    assert station.object_of(job) not in station.world.keys("generations/")
+    return job
+
+
+def behind_the_picture(station: Station, worker: Worker) -> Job:
+    return killed_when(station, worker, lambda job: [station.put_of_picture(job), DONE])
+
+
+def before_the_record(station: Station, worker: Worker) -> Job:
+    return killed_when(station, worker, lambda job: [station.put_of_record(job)])
+
+
+def behind_the_record(station: Station, worker: Worker) -> Job:
+    return killed_when(station, worker, lambda job: [station.put_of_record(job), DONE])
+
+
+def before_the_webhook(station: Station, worker: Worker) -> Job:
+    job = station.publish_held()
+    station.backend.when(POST_OF_COMPLETE, do=kills(worker))
+    station.release(job)
+    return job
+
+
+def behind_the_webhook(station: Station, worker: Worker) -> Job:
+    job = station.publish_held()
+    station.backend.when(POST_OF_COMPLETE, DONE, do=kills(worker))
+    station.release(job)
+    return job
+
+
+def before_the_mark(station: Station, worker: Worker) -> Job:
+    return killed_when(station, worker, lambda _: [MARK])
+
+
+def before_the_ack(station: Station, worker: Worker) -> Job:
+    return killed_when(station, worker, lambda _: [MARK, DONE])
+
+
+def killed_when(station: Station, worker: Worker, signs: Callable[[Job], list[Sign]], *, after_bytes: int = 0) -> Job:
+    """A job whose worker is killed at these signs on the way to the store."""
+    job = station.publish_held(**LARGE)
+    station.store.when(*signs(job), do=kills(worker), after_bytes=after_bytes)
+    station.release(job)
+    return job
+
+
+# How often the job is drawn, and how often the backend is told, the same each time.
+POINTS = {
+    in_download: (1, 1),
+    at_a_step: (2, 1),
+    before_the_picture: (2, 1),
+    in_the_picture: (2, 1),
+    behind_the_picture: (2, 1),
+    before_the_record: (2, 1),
+    behind_the_record: (1, 1),
+    before_the_webhook: (1, 1),
+    behind_the_webhook: (1, 2),
+    before_the_mark: (1, 2),
+    before_the_ack: (1, 1),
+}
+
+
+@pytest.mark.parametrize("point", POINTS, ids=lambda point: point.__name__)
+def test_a_worker_killed_at_any_point_leaves_one_end_and_one_whole_picture(
+    station: Station, worker: Worker, point: Callable[[Station, Worker], Job]
+) -> None:
+    job = point(station, worker)
+    assert worker.process.wait(10) == -signal.SIGKILL
+
+    start_worker(station)
+
+    num_runs, num_posts = POINTS[point]
+    station.assert_complete_once(job, num_runs=num_runs, num_posts=num_posts)
+    uploads = station.world.store.client().list_multipart_uploads(Bucket=station.world.bucket)
+    assert uploads.get("Uploads", []) == []
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_worker_killed_while_it_makes_the_png_leaves_one_end(station: Station) -> None:
+    worker = start_worker(station, FAULTS_HOLD="watermark.signature:SignedPicture.encode_png")
+    job = station.publish()
+    eventually((station.world.folder / "reached").exists, 10, worker.log_tail)
+    worker.kill()
+
+    start_worker(station)
+
+    station.assert_complete_once(job, num_runs=2)
+
+
+@long
+@pytest.mark.usefixtures("alone")
+def test_a_job_that_kills_every_worker_is_given_up_and_its_backend_told(station: Station) -> None:
+    job = station.publish("hold@3")
+    for number in range(12):
+        worker = start_worker(station)
+        if station.world.backend.ends(job.generation_id):
+            break
+        if number < 11:
+            station.wait_until_held(job, times=number + 1)
+        else:
+            station.world.wait_for_end(job.generation_id)
+        worker.kill()
+
+    station.assert_failed_once(job, "WORKER_CRASHED")
+    start_worker(station)
+    station.world.wait_until_clean(dead=1)
+    assert "WORKER_CRASHED" in station.world.dead_letters()[0][1]
+
+
+# --- Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_worker_ends_within_two_seconds(station: Station, worker: Worker, number: signal.Signals) -> None:
+    started_at = time.monotonic()
+    worker.process.send_signal(number)
+
+    assert worker.process.wait(5) == 0
+    assert time.monotonic() - started_at < 2
+
+
+def test_a_job_that_ends_within_the_grace_is_the_last_one_of_its_worker(station: Station, worker: Worker) -> None:
+    running = station.publish_held()
+    worker.process.send_signal(signal.SIGTERM)
+    eventually(lambda: worker.get("/health/ready")[1] == "stopping\n", 5)
+    time.sleep(0.5)
+    late = station.publish()
+    time.sleep(0.5)
+    station.release(running)
+
+    assert worker.process.wait(10) == 0
+    assert [end.kind for end in station.world.backend.ends(running.generation_id)] == ["complete"]
+    assert station.world.queues()[""] == (1, 0)
+    assert station.num_runs(late) == 0
+    start_worker(station)
+    station.assert_complete_once(running)
+    station.assert_complete_once(late)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_job_longer_than_the_grace_is_another_worker_s(station: Station) -> None:
+    worker = start_worker(station, SHUTDOWN_GRACE_SECONDS="6")
+    job = station.publish_held()
+    started_at = time.monotonic()
+    worker.process.send_signal(signal.SIGTERM)
+
+    assert worker.process.wait(7) == 0
+    assert time.monotonic() - started_at < 6
+    eventually(lambda: sum(ready for ready, _ in station.world.queues().values()) == 1, 1)
+    assert station.world.backend.calls("failed", job.generation_id) == []
+    station.release(job)
+    start_worker(station)
+    station.assert_complete_once(job, num_runs=2)
+
+
+def test_a_second_interrupt_ends_a_busy_worker_at_once(station: Station, worker: Worker) -> None:
+    job = station.publish_held()
+    engine = worker.engine_pid()
+    worker.process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    worker.process.send_signal(signal.SIGINT)
+
+    assert worker.process.wait(2) == 130
+    eventually(lambda: not Path(f"/proc/{engine}").exists(), 2)
+    station.release(job)
+    start_worker(station)
+    station.assert_complete_once(job, num_runs=2)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a PID namespace needs root")
+@pytest.mark.usefixtures("alone")
+def test_as_the_first_process_of_a_container_it_ends_by_sigterm_and_leaves_no_zombie(station: Station) -> None:
+    with started(station, prefix=["unshare", "--pid", "--fork", "--mount-proc"]) as outer:
+        outer.wait_until_ready()
+        (inner,) = children_of(outer.process.pid)
+        (engine,) = children_of(inner)
+        os.kill(engine, signal.SIGKILL)
+        eventually(lambda: children_of(inner) != [engine] and outer.get("/health/ready")[0] == 200, 10)
+        assert [state_of(child) for child in children_of(inner) if state_of(child) == "Z"] == []
+        station.assert_complete_once(station.publish())
+
+        os.kill(inner, signal.SIGTERM)
+        assert outer.process.wait(3) == 0
+
+
+def children_of(pid: int) -> list[int]:
+    found = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+    return [int(child) for child in found.split()]
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_worker_frozen_for_long_finds_that_its_job_has_ended(station: Station) -> None:
+    frozen = start_worker(station)
+    job = station.publish_held()
+    other = station.start_worker(CACHE_DIR=str(station.world.folder / "other"))
+    frozen.process.send_signal(signal.SIGSTOP)
+    try:
+        # The broker gives a worker up that it hears nothing of.
+        station.wait_until_held(job, times=2)
+        station.release(job)
+        station.world.wait_for_end(job.generation_id)
+        station.world.wait_until_clean()
+        other.kill()
+    finally:
+        frozen.process.send_signal(signal.SIGCONT)
+
+    # The thawed one's engine had drawn it as well.
+    eventually(lambda: frozen.metric("darkroom_jobs_total", outcome="complete") == 1, 20, frozen.log_tail)
+    station.assert_complete_once(job, num_runs=2, num_posts=1)
+
+
+@long
+@pytest.mark.usefixtures("alone")
+def test_a_job_that_hangs_the_engine_twice_fails_as_timed_out(station: Station) -> None:
+    worker = station.start_worker(constants={"inference.vitals:MIN_HANG_SECONDS": 2.0})
+    job = station.publish("hang@3")
+
+    station.assert_failed_once(job, "JOB_TIMEOUT")
+    station.world.wait_until_clean(dead=1)
+    station.world.dead_letters()
+    eventually(lambda: worker.get("/health/ready")[0] == 200, 10)
+    station.assert_complete_once(station.publish())
+
+
+# --- The host
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True, check=False)
+    if done.returncode != 0:
+        pytest.skip("a file system cannot be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_full_disk_leaves_no_half_file_and_the_job_to_another_worker(station: Station) -> None:
+    path = station.world.upload("models/too-large.safetensors", os.urandom(2_000_000))
+    small = station.world.folder / "small"
+    with mounted(small, "size=1m"):
+        worker = station.start_worker(constants=QUICK_RETRIES, CACHE_DIR=str(small))
+        job = station.publish(lora_path=path)
+        eventually(lambda: station.world.queues().get(".retry.1") == (1, 0), 10, worker.log_tail)
+        assert list(small.iterdir()) == []
+        worker.kill()
+
+    start_worker(station)
+    station.assert_complete_once(job)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_cache_that_cannot_be_written_ends_the_worker_before_it_takes_a_job(station: Station) -> None:
+    folder = station.world.folder / "read-only"
+    job = station.publish(lora_path=station.world.upload("models/any.safetensors", b"x" * 1000))
+    with mounted(folder, "size=1m,ro"):
+        worker = station.world.start_worker(**station.env(constants=QUICK_RETRIES) | {"CACHE_DIR": str(folder)})
+        assert worker.process.wait(10) == 2
+        assert "CACHE_DIR" in worker.log_tail()
+        assert station.world.queues()[""] == (1, 0)
+
+    start_worker(station)
+    station.assert_complete_once(job)
+
+
+@pytest.mark.parametrize("seconds", [3600, -3600])
+def test_a_clock_that_jumps_changes_no_wait_and_no_end(station: Station, worker: Worker, seconds: int) -> None:
+    world = station.world
+    drawn = station.publish_held()
+    parked = station.publish()
+    world.backend.answer("complete", 500, times=2)
+
+    (world.folder / "clock").write_text(str(seconds))
+    station.release(drawn)
+
+    for job in (drawn, parked):
+        station.assert_complete_once(job, num_posts=None)
+    assert worker.get("/health/ready")[0] == 200
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("is_read", [False, None], ids=["blocked", "closed"])
+def test_a_log_that_nobody_takes_holds_up_no_job(station: Station, is_read: bool | None) -> None:
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    if is_read is None:
+        os.close(reader)
+    with started(station, output=writer) as worker:
+        os.close(writer)
+        worker.wait_until_ready()
+        jobs = [station.publish() for _ in range(20)]
+        for job in jobs:
+            station.world.backend.wait_for_end(job.generation_id, 15)
+        station.world.wait_until_clean()
+        worker.process.send_signal(signal.SIGTERM)
+        assert worker.process.wait(10) == 0
+    if is_read is not None:
+        os.close(reader)
+
+
+class OtherwiseStarted(Worker):
+    """A worker behind another command, or with another standard output."""
+
+    def __init__(self, env: dict[str, str], log: Path, command: list[str], output: int | None) -> None:
+        self.port = int(env["METRICS_PORT"])
+        self.log = log
+        log.touch()
+        with log.open("wb") as sink:
+            out = sink if output is None else output
+            self.process = subprocess.Popen(command, env=env, cwd=log.parent, stdout=out, stderr=out)
+
+
+@contextmanager
+def started(station: Station, *, prefix: list[str] | None = None, output: int | None = None) -> Iterator[Worker]:
+    """A worker started by `prefix`, which writes to the descriptor `output`; ready when the caller has seen it so."""
+    import sys
+
+    from examples.parts.ports import free_port
+
+    world = station.world
+    own = {
+        "PATH": os.environ["PATH"],
+        "CACHE_DIR": str(cache_of(station)),
+        "METRICS_PORT": str(free_port()),
+    }
+    command = [*(prefix or []), str(Path(sys.executable).parent / "darkroom"), "run"]
+    env = world.env() | station.env(constants=QUICK_RETRIES) | own
+    worker = OtherwiseStarted(env, world.folder / f"worker-{len(world.workers) + 1}.log", command, output)
+    world.workers.append(worker)
+    try:
+        yield worker
+    finally:
+        for child in children_of(worker.process.pid) if worker.process.poll() is None else []:
+            os.kill(child, signal.SIGKILL)
+        worker.kill()

@@ -1,0 +1,261 @@
+"""What a dead letter is, what replaying it means, and how it is shown. Pure: no I/O, no clock."""
+
+import hashlib
+import itertools
+import json
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+
+from rich.table import Table
+from rich.text import Text
+
+from clients.webhooks import WebhookKind
+from worker.broker import ATTEMPT_HEADER, REASON_HEADER, whole_number
+from worker.events import TerminalEvent
+from worker.inspection import Held
+from worker.job import Job, JobRejected, Undecodable
+from worker.messages import MAX_BODY_BYTES, JobRules
+from worker.processing import decode_any
+
+MAX_LISTED_REASON_CHARS = 160
+
+
+class NoSuchLetter(Exception):
+    """Nothing among the dead letters goes by that number or task id."""
+
+
+class NotReplayable(Exception):
+    """A replay of the letter would do nothing, or the same again; the message says why."""
+
+
+class Kind(Enum):
+    """What a letter's body turns out to be."""
+
+    JOB = "job"
+    EVENT = "event"
+    OTHER = "not a job"
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A dead letter, read. `number` is 1-based, by the time of dying; `task_id` is empty where none can be trusted."""
+
+    number: int
+    held: Held
+    content: Job | JobRejected | TerminalEvent | None
+
+    @property
+    def kind(self) -> Kind:
+        match self.content:
+            case None:
+                return Kind.OTHER
+            case TerminalEvent():
+                return Kind.EVENT
+            case _:
+                return Kind.JOB
+
+    @property
+    def task_id(self) -> str:
+        return self.content.task_id if self.content is not None else ""
+
+    @property
+    def generation_id(self) -> int | None:
+        return self.content.generation_id if self.content is not None else None
+
+    @property
+    def reason(self) -> str:
+        return str(self.held.headers.get(REASON_HEADER, ""))
+
+    @property
+    def attempt(self) -> int | None:
+        return whole_number(self.held.headers.get(ATTEMPT_HEADER), default=0) or None
+
+    @property
+    def died_at(self) -> datetime | None:
+        try:
+            return datetime.fromtimestamp(self.held.published_at, UTC) if self.held.published_at else None
+        except (ValueError, OverflowError, OSError):
+            return None  # somebody else's letter: its stamp may be milliseconds, or anything
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells this letter from others, whatever place or delivery it comes by."""
+        told = f"{self.held.published_at} {self.reason}".encode()
+        return hashlib.sha256(told + b"\0" + self.held.body).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What to publish for a letter, for whom, and a sentence on what comes of it."""
+
+    kind: Kind
+    body: bytes
+    said: str
+
+
+def read_letters(taken: Iterable[Held], rules: JobRules) -> list[Letter]:
+    """The letters, the oldest first.
+
+    The broker gives messages back in any order, so the order comes from what is in them: a number stays with its letter
+    until an older one is gone.
+    """
+    unordered = [Letter(0, held, _content(held.body, rules)) for held in taken]
+    unordered.sort(key=lambda letter: (letter.held.published_at or 0, letter.fingerprint))
+    return [Letter(number, letter.held, letter.content) for number, letter in enumerate(unordered, 1)]
+
+
+def choose(letters: list[Letter], target: str | None, reason: str) -> list[Letter]:
+    """The letter of that number, or all of that task, or, without a target, all whose reason holds `reason`.
+
+    Raises `NoSuchLetter` where a target is given and nothing goes by it.
+    """
+    if target is None:
+        return [letter for letter in letters if reason.casefold() in letter.reason.casefold()]
+    if target.isdecimal() and len(target) <= len(str(len(letters))):
+        chosen = [letter for letter in letters if letter.number == int(target)]
+    else:
+        chosen = [letter for letter in letters if letter.task_id == target.lower()]
+    if not chosen:
+        raise NoSuchLetter(_none_by(target, len(letters)))
+    return chosen
+
+
+def plan_replay(letter: Letter, find: Callable[[str], TerminalEvent | None]) -> Replay:
+    """How `letter` comes to be tried again. `find` looks up a task's recorded end. Raises `NotReplayable`."""
+    match letter.content:
+        case None:
+            raise NotReplayable("it holds no job and no webhook that could be tried again")
+        case JobRejected() as rejection:
+            raise NotReplayable(f"it would only fail as {rejection.code}: {rejection}")
+        case TerminalEvent() as event:
+            return _plan_event(event, letter.held.body, find)
+        case Job() as job:
+            return _plan_job(job, letter.held.body, find)
+
+
+def _plan_event(event: TerminalEvent, body: bytes, find: Callable[[str], TerminalEvent | None]) -> Replay:
+    known = find(event.task_id)
+    if known is not None and known.is_delivered:
+        raise NotReplayable("the backend has taken a webhook for this job already")
+    return Replay(Kind.EVENT, body, f"webhook {event.webhook.webhook_id} goes out again, for up to a day")
+
+
+def _plan_job(job: Job, body: bytes, find: Callable[[str], TerminalEvent | None]) -> Replay:
+    """A job of a new id: under the old one its end is told and recorded, and a worker would draw nothing.
+
+    The new id is made of the old, so that a replay interrupted before its ack is the same job when it is repeated.
+    """
+    known = find(job.task_id)
+    if known is not None and known.kind is WebhookKind.COMPLETE:
+        raise NotReplayable("the job is recorded as complete")
+    task_id = _next_task_id(job.task_id, find)
+    message = json.loads(body) | {"task_id": task_id, "replay_of": job.task_id}
+    renamed = json.dumps(message).encode()
+    if len(renamed) > MAX_BODY_BYTES:
+        raise NotReplayable(f"with its new id the message would be longer than {MAX_BODY_BYTES} bytes")
+    return Replay(Kind.JOB, renamed, f"generation {job.generation_id} is tried again as task {task_id}")
+
+
+def _next_task_id(task_id: str, find: Callable[[str], TerminalEvent | None]) -> str:
+    """The first id made of `task_id` that has no recorded end."""
+    for count in itertools.count(1):
+        successor = str(uuid.uuid5(uuid.UUID(task_id), f"replay {count}"))
+        end = find(successor)
+        if end is None:
+            return successor
+        if end.kind is WebhookKind.COMPLETE:
+            raise NotReplayable(f"its replay, task {successor}, is recorded as complete")
+    raise AssertionError("a count has no end")
+
+
+def as_table(letters: Iterable[Letter]) -> Table:
+    """One row a letter."""
+    table = Table("#", "kind", "task", "generation", "died, UTC", "attempt", "reason")
+    for column in table.columns:
+        column.overflow = "fold"  # what is cut off cannot be copied
+    for letter in letters:
+        generation = "" if letter.generation_id is None else str(letter.generation_id)
+        died_at = "" if letter.died_at is None else f"{letter.died_at:%Y-%m-%d %H:%M:%S}"
+        attempt = "" if letter.attempt is None else str(letter.attempt)
+        reason = legible(letter.reason[:MAX_LISTED_REASON_CHARS])
+        cells = (
+            str(letter.number),
+            letter.kind.value,
+            legible(str(letter.task_id)),
+            generation,
+            died_at,
+            attempt,
+            reason,
+        )
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def as_json(letter: Letter) -> str:
+    """One line for scripts."""
+    fields = {
+        "number": letter.number,
+        "kind": letter.kind.value,
+        "task_id": letter.task_id or None,
+        "generation_id": letter.generation_id,
+        "died_at": letter.died_at.isoformat() if letter.died_at else None,
+        "attempt": letter.attempt,
+        "reason": letter.reason,
+        "body_bytes": len(letter.held.body),
+    }
+    return legible(json.dumps(fields))
+
+
+def as_text(letter: Letter) -> str:
+    """Everything about one letter, fit for a terminal."""
+    told: dict[str, object] = {
+        "task": letter.task_id,
+        "generation": letter.generation_id,
+        "died": letter.died_at,
+        "reason": letter.reason,
+    }
+    if isinstance(letter.content, TerminalEvent):
+        told["webhook-id"] = letter.content.webhook.webhook_id
+    told |= {f"header {name}": value for name, value in sorted(letter.held.headers.items())}
+    lines = [f"letter {letter.number}: {letter.kind.value}"]
+    lines += [f"  {legible(name)}: {legible(str(value))}" for name, value in told.items() if value not in ("", None)]
+    lines += [f"  body, {len(letter.held.body)} bytes:", *_body_lines(letter.held.body)]
+    return "\n".join(lines)
+
+
+def legible(text: str) -> str:
+    r"""`text` with everything that would steer a terminal or hide in it as `\u…`, which JSON reads back."""
+    return "".join(char if char.isprintable() else _escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    return "".join(f"\\u{unit:04x}" for unit in memoryview(char.encode("utf-16-le", "surrogatepass")).cast("H"))
+
+
+def _body_lines(body: bytes) -> list[str]:
+    try:
+        text = json.dumps(json.loads(body), indent=2, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        text = body.decode("utf-8", "backslashreplace")
+    return [legible(line) for line in text.split("\n")]
+
+
+def _content(body: bytes, rules: JobRules) -> Job | JobRejected | TerminalEvent | None:
+    try:
+        return TerminalEvent.from_json(body)
+    except ValueError:
+        pass
+    try:
+        return decode_any(body, rules)
+    except Undecodable:
+        return None
+
+
+def _none_by(target: str, num_letters: int) -> str:
+    if num_letters == 0:
+        return "nothing is dead"
+    count = "there is 1 dead letter" if num_letters == 1 else f"there are {num_letters} dead letters"
+    return f"no dead letter goes by {target!r:.80}; {count}"

@@ -1,0 +1,115 @@
+"""Looking through a queue over AMQP, for a person: messages are held for a moment, and go back unless settled."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import pika.exceptions
+
+from config.settings import BrokerSettings
+from worker.broker import (
+    COUNT_HEADER,
+    LOST,
+    PublishFailed,
+    close_connection,
+    connect,
+    describe,
+    whole_number,
+)
+
+MAX_LOOKS = 8  # well below 20: others look too, and not every version shows all that it counts
+
+
+class QueueBusy(Exception):
+    """The queue is being inspected by somebody else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A message of an `Inspection`. `published_at` is in epoch seconds, None where its publisher did not say."""
+
+    body: bytes
+    headers: Mapping[str, Any]
+    published_at: float | None
+    tag: int
+    properties: Any
+
+
+class Inspection:
+    """Owner of a connection that holds a queue's messages; what is not acked by the end goes back. Not thread-safe.
+
+    Whoever else looks meanwhile would find the queue empty, so a second inspection gets `QueueBusy`. Every method
+    raises `PublishFailed` where the broker does not answer.
+
+    A look is a delivery: AMQP has no other. Quorum queues count it, and so they do when a channel closes unsettled:
+    RabbitMQ 4 drops a message returned more than 20 times unless told otherwise, 3.x only where a policy says so. So a
+    message goes back by reject, which every version counts in a header (nack is not counted by the latest), and once
+    its count is high as a confirmed copy, which begins at nought. The order is lost: without a limit, 3.x returns
+    messages to the tail, and many at once in any order.
+    """
+
+    def __init__(self, settings: BrokerSettings, queue_name: str) -> None:
+        self._settings = settings
+        self._queue = queue_name
+        self._connection: Any = None  # pika has no type hints
+        self._channel: Any = None
+        self._held: dict[int, Held] = {}
+
+    def __enter__(self) -> "Inspection":
+        try:
+            self._connection = connect(self._settings, "darkroom dead")
+            self._channel = self._connection.channel()
+            self._channel.confirm_delivery()
+            self._lock()
+        except LOST as error:
+            close_connection(self._connection)
+            raise PublishFailed(describe(error)) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(*LOST):  # what cannot be given back goes back when the connection closes
+            for held in list(self._held.values()):
+                self._give_back(held)
+        close_connection(self._connection)
+
+    def take(self, max_messages: int) -> list[Held]:
+        """Everything that is in the queue, or as much; nothing where the queue does not exist yet."""
+        try:
+            while len(self._held) < max_messages:
+                method, properties, body = self._channel.basic_get(self._queue)
+                if method is None:
+                    break
+                headers, tag = properties.headers or {}, method.delivery_tag
+                self._held[tag] = Held(body, headers, properties.timestamp, tag, properties)
+        except pika.exceptions.ChannelClosedByBroker as error:
+            if error.reply_code != 404:
+                raise PublishFailed(describe(error)) from error
+        except LOST as error:
+            raise PublishFailed(describe(error)) from error
+        return list(self._held.values())
+
+    def ack(self, held: Held) -> None:
+        """Have the broker forget the message."""
+        try:
+            self._channel.basic_ack(held.tag)
+        except LOST as error:
+            raise PublishFailed(describe(error)) from error
+        del self._held[held.tag]
+
+    def _lock(self) -> None:
+        try:
+            self._channel.queue_declare(f"{self._queue}.inspection", exclusive=True)  # gone with the connection
+        except pika.exceptions.ChannelClosedByBroker as error:
+            if error.reply_code != 405:
+                raise
+            close_connection(self._connection)
+            raise QueueBusy(f"somebody else is at work on {self._queue}: try again in a moment") from error
+
+    def _give_back(self, held: Held) -> None:
+        if whole_number(held.headers.get(COUNT_HEADER), default=0) < MAX_LOOKS:
+            self._channel.basic_reject(held.tag, requeue=True)
+            return
+        held.properties.headers.pop(COUNT_HEADER)
+        self._channel.basic_publish("", self._queue, held.body, held.properties, mandatory=True)
+        self._channel.basic_ack(held.tag)

@@ -1,0 +1,82 @@
+"""Leases: a job longer at work than the broker waits for an ack is kept by a copy of its message, and a note.
+
+The copy lies in a queue that gives it back after a while; whoever gets it looks at the note. A note that is renewed
+says that the job is at work, and the copy goes back to its queue. One that has run out says that its worker is gone.
+"""
+
+import json
+import logging
+import time
+
+from clients.location import ObjectRef
+from clients.storage import Storage
+from clients.storage_errors import ObjectNotFound, StorageError
+from config.logs import log_event
+from worker.broker import Publisher
+from worker.queues import QueueNames
+from worker.runs import Run
+
+logger = logging.getLogger(__name__)
+
+CONTENT_TYPE = "application/json"
+MAX_LEASE_BYTES = 10_000
+# Shares of the broker's consumer timeout: when a job goes on lease, how long a note holds, when it is renewed.
+LEASE_AFTER_SHARE = 1 / 3
+VALID_SHARE = 1 / 10
+RENEW_SHARE = 1 / 30
+
+
+class Leases:
+    """Notes `jobs/{task_id}.lease` in the private bucket and copies in the lease queue. Thread-safe."""
+
+    def __init__(
+        self, storage: Storage, bucket: str, publisher: Publisher, names: QueueNames, consumer_timeout_seconds: float
+    ) -> None:
+        self._storage = storage
+        self._bucket = bucket
+        self._publisher = publisher
+        self._names = names
+        self._lease_after = consumer_timeout_seconds * LEASE_AFTER_SHARE
+        self._valid_for = consumer_timeout_seconds * VALID_SHARE
+        self.renew_every = consumer_timeout_seconds * RENEW_SHARE
+
+    def take_or_renew(self, run: Run) -> bool:
+        """Renew the run's note if it has one. True where a copy is safe now, so that its deliveries can be acked.
+
+        Raises `PublishFailed` or `StorageError`: the deliveries must then stay.
+        """
+        is_due = any(time.monotonic() - one.received_at > self._lease_after for one in run.deliveries)
+        if not is_due and not run.lease_ends_at:
+            return False
+        run.lease_ends_at = time.time() + self._valid_for
+        note = json.dumps({"until": run.lease_ends_at}).encode()
+        self._storage.put(self._ref(run.task_id), note, content_type=CONTENT_TYPE)
+        if is_due:
+            self.keep_copy(run.first.body, run.attempt)
+            log_event(logger, "on lease", task_id=run.task_id, generation_id=run.generation_id)
+        return is_due
+
+    def keep_copy(self, body: bytes, attempt: int) -> None:
+        """Put a confirmed copy of the job into the lease queue. Raises `PublishFailed`."""
+        self._publisher.publish(self._names.lease, body, attempt=attempt, is_leased=True)
+
+    def is_held(self, task_id: str) -> bool:
+        """Does somebody say that the job is at work? Where the store cannot tell, the ledger still fences the end."""
+        try:
+            note = json.loads(self._storage.read(self._ref(task_id), max_bytes=MAX_LEASE_BYTES))
+            return float(note["until"]) > time.time()
+        except ObjectNotFound:
+            return False
+        except (StorageError, ValueError, TypeError, KeyError) as error:
+            log_event(logger, "lease not read", logging.WARNING, task_id=task_id, reason=str(error))
+            return False
+
+    def give_up(self, run: Run) -> None:
+        """The run is over, or another worker shall have it."""
+        try:
+            self._storage.delete(self._ref(run.task_id))
+        except StorageError as error:
+            log_event(logger, "lease not given up: it runs out", logging.WARNING, reason=str(error))
+
+    def _ref(self, task_id: str) -> ObjectRef:
+        return ObjectRef(self._bucket, f"jobs/{task_id}.lease")
