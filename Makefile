@@ -9,7 +9,7 @@ APT_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo pyth
 APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/share/fonts/truetype/nanum
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo test check outage leaks bench bench-gpu clean
+.PHONY: help install demo test check outage leaks campaign bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -45,6 +45,16 @@ outage: install ## The long form of one test: the backend is down for two minute
 
 leaks: install ## The long form of another: 300 jobs with 40 adapters in 8 slots, memory and pictures looked at
 	OMP_NUM_THREADS=1 LEAK_JOBS=300 $(BIN)/pytest tests/test_live_leaks.py --log-cli-level=WARNING
+
+# CAMPAIGN is kill, network, sigterm or outage; without it all of them, one after another. RESUME is a folder below out/.
+campaign: install ## Hundreds of jobs while everything fails at random (CAMPAIGN=kill JOBS=1000 ACTIONS=200 WORKERS=2 SEED=1)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaigns $(CAMPAIGN) $(if $(JOBS),--jobs $(JOBS)) \
+		$(if $(ACTIONS),--actions $(ACTIONS)) $(if $(WORKERS),--workers $(WORKERS)) $(if $(SEED),--seed $(SEED)) \
+		$(if $(RESUME),--resume $(RESUME))
+
+hostile: install ## The long form of two more: every hostile input, 2000 fuzzed messages through a worker, 100000 through the decoder
+	OMP_NUM_THREADS=1 HOSTILE_VARIANTS=all HOSTILE_FUZZED=2000 $(BIN)/pytest tests/test_live_hostile.py --log-cli-level=WARNING
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing
 
 bench: install ## Batching against plain diffusers, what a job costs beyond the bare pipeline, and loading, on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.batching --swap

@@ -25,6 +25,7 @@ SLOW_FILES = (
     "test_commands",
     "test_live_jobs",
     "test_engine_process",
+    "test_live_hostile",
     "test_live_batching",
     "test_families",
     "test_batching",

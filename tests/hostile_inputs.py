@@ -455,9 +455,9 @@ CLASSES = (
         "weights and templates",
         {
             "100000 parentheses": failed("INVALID_PROMPT", prompt=ENDLESS),
+            "templates": draws(prompt="{{a|b}} {% for x in y %} ${HOME} `id` %s {0}"),
             "nested weights": draws(prompt="((((a:1.3))))" * 300),
             "4000 parentheses": draws(prompt=ENDLESS[:4000]),
-            "templates": draws(prompt="{{a|b}} {% for x in y %} ${HOME} `id` %s {0}"),
             "weights beyond numbers": draws(prompt="(a:1e999) (b:nan) (c:-1)"),
             "many templates": failed("INVALID_PROMPT", prompt="{{a|b}}" * 20_000),
         },
@@ -590,10 +590,10 @@ CLASSES = (
                 },
                 lora_path="hostile/odd/",
             ),
-            "200 others": runs(
+            "50 others": runs(
                 {
                     **folder("full", peft_config),
-                    **{f"hostile/full/{number}.safetensors": lambda: b"x" for number in range(200)},
+                    **{f"hostile/full/{number}.safetensors": lambda: b"x" for number in range(50)},
                 },
                 lora_path="hostile/full/",
                 same_as=STYLED,
@@ -616,19 +616,19 @@ CLASSES = (
             ),
         },
         note="two objects are asked for by their names, nothing is listed: LORA_NOT_FOUND where they are missing. "
-        "200 objects here for a million",
+        "50 objects here for a million",
     ),
     HostileClass(
         26,
         "names that begin like others",
         {
-            "style-1 where style-10 is": failed(
-                "LORA_NOT_FOUND", folder("style-10", peft_config), lora_path="hostile/style-1"
-            ),
             "style-2 beside style-20": runs(
                 folder("style-2", peft_config) | folder("style-20", lambda: b"{"),
                 lora_path="hostile/style-2",
                 same_as=STYLED,
+            ),
+            "style-1 where style-10 is": failed(
+                "LORA_NOT_FOUND", folder("style-10", peft_config), lora_path="hostile/style-1"
             ),
             "style-1/ where style-10 is": failed(
                 "LORA_NOT_FOUND", folder("style-10", peft_config), lora_path="hostile/style-1/"
@@ -650,12 +650,12 @@ CLASSES = (
         "pickles",
         {
             "a zip by torch": damaged("zip", torch_zip, "LORA_UNSAFE_FORMAT"),
+            "protocol 4": damaged("pickle4", lambda: pickled(4), "LORA_UNSAFE_FORMAT"),
             "a folder with a pickle alone": failed(
                 "LORA_UNSAFE_FORMAT",
                 {"hostile/bin/adapter_config.json": peft_config, "hostile/bin/adapter_model.bin": torch_zip},
                 lora_path="hostile/bin/",
             ),
-            "protocol 4": damaged("pickle4", lambda: pickled(4), "LORA_UNSAFE_FORMAT"),
             "protocol 2": damaged("pickle2", lambda: pickled(2), "LORA_UNSAFE_FORMAT"),
             "in a folder, by the right name": failed(
                 "LORA_UNSAFE_FORMAT", folder("disguised", peft_config, torch_zip), lora_path="hostile/disguised/"
@@ -844,11 +844,11 @@ CLASSES = (
         "headers and properties",
         {
             "10000 headers": runs_as(message(), headers=HEADERS_10000),
-            "forged tries": runs_as(
-                message(), headers={"x-death": FORGED_DEATHS, "x-delivery-count": 999, "x-darkroom-attempt": 999}
-            ),
             "forged tries of a job that fails": told(
                 "INVALID_INPUT", message(seed=-1), headers={"x-darkroom-attempt": 2**53 - 1}
+            ),
+            "forged tries": runs_as(
+                message(), headers={"x-death": FORGED_DEATHS, "x-delivery-count": 999, "x-darkroom-attempt": 999}
             ),
             "gzip": dead(zlib.compress(bytes(50_000_000), wbits=31), content_encoding="gzip"),
             "said to be gzip": runs_as(message(), content_encoding="gzip", content_type="application/x-evil"),

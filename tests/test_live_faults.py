@@ -1,5 +1,6 @@
 """A worker, its engine, its broker, its store or its backend fails in the middle: every job still ends once."""
 
+import json
 import os
 import signal
 import time
@@ -8,11 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pika
 import pytest
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.world import Worker, World, eventually, new_world
+from worker.queues import QueueNames
+from worker.settling import MAX_RECOVERIES
 
 LONG = 120  # steps: some seconds on one core, time enough to break something in the middle
 
@@ -113,6 +117,27 @@ def test_a_job_that_kills_the_engine_every_time_fails_alone(lasting_world: World
     assert world.wait_for_end(innocent).kind == "complete"
     world.wait_until_clean(dead=1)
     assert "ENGINE_CRASHED" in world.dead_letters()[0][1]
+
+
+def test_a_job_that_eleven_workers_were_killed_with_is_tried_no_more(world: World) -> None:
+    """The broker's own count of deliveries, which is all that outlives a supervisor."""
+    names = QueueNames(world.queue)
+    body = json.dumps({"task_id": str(uuid.uuid4()), "data": {"generation_id": 1, "prompt": "a fox"}}).encode()
+    with pika.BlockingConnection(pika.URLParameters(world.rabbitmq.url)) as connection:
+        channel = connection.channel()
+        channel.queue_declare(names.recover, durable=True, arguments=names.arguments[names.recover])
+        channel.basic_publish("", names.recover, body, pika.BasicProperties(delivery_mode=2))
+        # A killed worker's delivery comes back as one that is given back.
+        for _ in range(MAX_RECOVERIES + 1):
+            eventually(lambda: world.queues()[".recover"].ready == 1, 10)
+            method, _, _ = channel.basic_get(names.recover)
+            channel.basic_nack(method.delivery_tag, requeue=True)
+
+    world.start_worker().wait_until_ready()
+
+    end = world.wait_for_end(1)
+    assert (end.kind, end.body["error_code"]) == ("failed", "WORKER_CRASHED")
+    world.wait_until_clean(dead=1)
 
 
 def test_a_killed_worker_leaves_its_job_to_the_next_one(world: World, worker: Worker) -> None:

@@ -34,9 +34,7 @@ def station(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.T
 @pytest.fixture(autouse=True)
 def worker(station: Station) -> Worker:
     """One worker for all tests, after each of which it must be as good as new."""
-    station.backend.pass_on()
-    for kind in ("progress", "complete", "failed"):
-        station.world.backend.answer(kind, 200)
+    station.make_sound()
     worker = station.world.workers[0]
     eventually(lambda: worker.get("/health/ready")[0] == 200, 30, worker.log_tail)
     station.world.wait_until_clean()

@@ -40,10 +40,7 @@ def station(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.T
 
 @pytest.fixture(autouse=True)
 def _sound_and_clean(station: Station) -> None:
-    for proxy in (station.broker, station.store, station.backend):
-        proxy.pass_on()
-    for name in ("reached", "go", "clock"):
-        (station.world.folder / name).unlink(missing_ok=True)
+    station.make_sound()
 
 
 @pytest.fixture

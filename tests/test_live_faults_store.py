@@ -29,7 +29,7 @@ def station(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.T
 @pytest.fixture(autouse=True)
 def worker(station: Station) -> Worker:
     """One worker for all tests, after each of which it must be as good as new."""
-    station.store.pass_on()
+    station.make_sound()
     worker = station.world.workers[0]
     eventually(lambda: worker.get("/health/ready")[0] == 200, 30, worker.log_tail)
     station.world.wait_until_clean()

@@ -101,9 +101,9 @@ class Notifier:
             self._failing.discard(event.kind)
         return attempt
 
-    def bury(self, body: bytes, reason: str) -> None:
+    def bury(self, body: bytes, reason: str, *, attempt: int | None = None) -> None:
         """Leave a confirmed copy of an event or a job with the dead letters. Raises `PublishFailed`."""
-        self._publisher.publish(self._names.dead, body, reason=reason)
+        self._publisher.publish(self._names.dead, body, attempt=attempt, reason=reason)
         log_event(logger, "dead letter", logging.ERROR, reason=reason)
 
     def _try_patiently(self, event: TerminalEvent, attempts: list[Attempt]) -> Attempt:

@@ -262,7 +262,7 @@ class Processor:
             log_event(logger, "end not recorded", logging.ERROR, reason=str(error))
         if verdict.disposition is Disposition.DEAD_LETTER:
             body = run.first.body
-            self._surely(lambda: self._notifier.bury(body, f"{verdict.code}: {verdict.message}"))
+            self._surely(lambda: self._notifier.bury(body, f"{verdict.code}: {verdict.message}", attempt=run.attempt))
         return self._tell(run, event, verdict.disposition)
 
     def _tell(self, run: Run, event: TerminalEvent, disposition: Disposition) -> _Ending:

@@ -9,7 +9,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 from PIL import Image
 
+from examples.parts.backend import WEBHOOKS
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.proxy import DOWN, UP, Link, Proxy, Sign
@@ -49,6 +50,7 @@ class Station:
     broker: Proxy
     store: Proxy
     backend: Proxy
+    _published: list[Job] = field(default_factory=list)
 
     @property
     def journal(self) -> Path:
@@ -77,7 +79,9 @@ class Station:
 
     def publish(self, prompt: str = "a red fox", **fields: Any) -> Job:
         task_id = str(uuid.uuid4())
-        return Job(task_id, self.world.publish(task_id=task_id, prompt=prompt, **fields))
+        job = Job(task_id, self.world.publish(task_id=task_id, prompt=prompt, **fields))
+        self._published.append(job)
+        return job
 
     def publish_held(self, **fields: Any) -> Job:
         """A job that the engine has begun and holds in its third step; so does everything beside it."""
@@ -90,6 +94,18 @@ class Station:
 
     def release(self, job: Job) -> None:
         (self.world.folder / f"go-{job.task_id}").touch()
+
+    def make_sound(self) -> None:
+        """Take back whatever a test may have left behind: faults, held jobs, a wrong clock."""
+        for proxy in (self.broker, self.store, self.backend):
+            proxy.pass_on()
+        for kind in WEBHOOKS.values():
+            self.world.backend.answer(kind, 200)
+        for job in self._published:
+            self.release(job)
+        self._published.clear()
+        for name in ("reached", "go", "clock"):
+            (self.world.folder / name).unlink(missing_ok=True)
 
     def num_runs(self, job: Job) -> int:
         """How often the job was begun to be drawn, by all engines together."""
