@@ -115,7 +115,8 @@ def read_weights(path: Path) -> StoredWeights:
     try:
         tensors = safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
-        raise AdapterInvalid(f"the adapter file is damaged: {error}") from error
+        # It quotes what it met, which may be all of the header.
+        raise AdapterInvalid(f"the adapter file is damaged: {str(error)!a:.200}") from error
     return StoredWeights(tensors, metadata)
 
 

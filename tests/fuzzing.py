@@ -39,6 +39,7 @@ from worker.schema import WireData, WireParameters
 SEED = 20_261_121
 # What is told to a backend or written beside a dead letter has room for a sentence, and one line.
 MAX_TOLD_CHARS = MAX_REASON_CHARS + 100
+MAX_TOLD_OF_ADAPTERS = 1200  # up to three names of layers, of 256 characters each
 MAX_SHOWN_CRASHES = 5
 
 RULES = rules_from(ModelSettings(), StoreSettings(AWS_STORAGE_BUCKET_NAME="media"))  # type: ignore[call-arg]
@@ -214,9 +215,8 @@ def feed_message(body: bytes, rules: JobRules = RULES) -> str:
     return "a job"
 
 
-def _check_told(text: str) -> None:
-    text.encode()
-    assert len(text) <= MAX_TOLD_CHARS
+def _check_told(text: str, max_chars: int = MAX_TOLD_CHARS) -> None:
+    assert len(text) <= max_chars, f"{text[:100]!r}… has {len(text)} characters"
     assert text.isprintable(), f"{text!r} is no plain line"
 
 
@@ -391,9 +391,7 @@ class AdapterTarget:
             adapter = read_adapter(self._path, self._config if has_config else None, self._dialect)
             check_fits(adapter, self._modules)
         except AdapterError as error:
-            text = str(error)
-            text.encode()
-            assert len(text) < 1000, text
+            _check_told(str(error), MAX_TOLD_OF_ADAPTERS)
             return error.code
         return "an adapter"
 

@@ -692,6 +692,9 @@ CLASSES = (
             "unknown dtype": damaged(
                 "dtype", lambda: with_header({"x.lora_A.weight": entry(0, 4, dtype="Q9")}, bytes(4))
             ),
+            "an error that quotes 100 kB": damaged(
+                "quoted", lambda: with_header({"x.lora_A.weight": entry() | {"data_offsets": "a" * 100_000}})
+            ),
             "nested": damaged("nested", lambda: with_header('{"x":' + "[" * 400_000)),
             "100000 tensors": damaged(
                 "many", lambda: with_header({f"x{i}.lora_A.weight": entry(0, 0, shape=(0,)) for i in range(100_000)})

@@ -18,28 +18,25 @@ from tests.campaigns.running import run
 
 
 def short(campaign: Campaign, *rhythms: Rhythm, **fields: Any) -> Campaign:
-    """The campaign with quick chaos, engines that start at once, and few lanes, so that jobs wait."""
-    env = campaign.env | {"MAX_CONCURRENT_GENERATIONS": "3"}
+    """The campaign with quick chaos and short jobs."""
     return dataclasses.replace(
         campaign,
         rhythms=rhythms,
-        steps=(30, 150),
+        steps=(20, 60),
         depth=8,
         patience_seconds=60.0,
-        has_real_engine=False,
-        env=env,
         **fields,
     )
 
 
 KILL = short(
-    plans.kill(30, 8),
+    plans.kill(30, 8, has_real_engine=False),
     Rhythm("kill", chaos.kill_something, (0.2, 1.5), 8),
     limits=plans.Limits(),  # one repeat of thirty is a large share
 )
-SIGTERM = short(plans.sigterm(30, 6), Rhythm("sigterm", chaos.stop_a_worker, (0.3, 2.0), 6))
+SIGTERM = short(plans.sigterm(30, 6, has_real_engine=False), Rhythm("sigterm", chaos.stop_a_worker, (0.3, 2.0), 6))
 NETWORK = short(
-    plans.network(25, 1, num_workers=1),
+    plans.network(25, 1, num_workers=1, has_real_engine=False),
     Rhythm("connections closed", chaos.close_connections, (0.5, 2.0), 2),
     Rhythm("connections reset", chaos.reset_connections, (0.2, 1.0), 6),
     Rhythm("broker restart", chaos.restart_broker, (0.5, 1.0), 1),

@@ -69,7 +69,7 @@ def test_waits_between_tries_grow_also_when_the_event_moves_to_the_outbox(statio
 
 
 def test_a_backend_that_fails_for_ever_holds_no_job_and_leaves_a_dead_letter_after_a_day(station: Station) -> None:
-    world, clock = station.world, station.world.folder / "clock"
+    world = station.world
     world.backend.answer("complete", 500)
     jobs = [station.publish() for _ in range(3)]
     eventually(lambda: sum(world.queues()[".outbox"]) == 3, 20, lambda: str(world.queues()))
@@ -80,11 +80,8 @@ def test_a_backend_that_fails_for_ever_holds_no_job_and_leaves_a_dead_letter_aft
     failed = world.publish(prompt="fail@2")
     assert world.wait_for_end(failed, 5).kind == "failed"
 
-    clock.write_text(str(DAY_SECONDS + 60))
-    try:
-        world.wait_until_clean(dead=3)
-    finally:
-        clock.unlink()
+    station.set_clock(DAY_SECONDS + 60)
+    world.wait_until_clean(dead=3)
     assert all(b"result_url" in body and "500" in reason for body, reason in world.dead_letters())
     assert [world.backend.ends(job.generation_id) for job in jobs] == [[], [], []]
 

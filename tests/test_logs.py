@@ -242,6 +242,7 @@ for number in range(MAX_WAITING_LINES * 2):
     log_event(logger, "step", number=number, padding="x" * 100)
 print("went on", file=sys.stderr, flush=True)
 sys.stdin.readline()
+logging.getLogger().handlers[0].flush()  # until there is room again: the last would be dropped too
 log_event(logger, "the last")
 """
 

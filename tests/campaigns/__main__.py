@@ -73,7 +73,7 @@ def _asked(arguments: argparse.Namespace) -> list[tuple[str, dict[str, int]]]:
 
 
 def _begin(name: str, options: dict[str, int], arguments: argparse.Namespace, console: Console) -> tuple[str, bool]:
-    campaign = dataclasses.replace(CAMPAIGNS[name](**options), has_real_engine=not arguments.fake_gpu)
+    campaign = CAMPAIGNS[name](**options, has_real_engine=not arguments.fake_gpu)
     folder = arguments.out / f"{name}-{arguments.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     return _fight(campaign, folder, arguments.seed, console)
 
@@ -82,10 +82,10 @@ def _resume(folder: Path, console: Console) -> tuple[str, bool]:
     journal = Journal(folder / "journal.jsonl")
     journal.close()
     began = journal.all(Began)[0]
-    campaign = dataclasses.replace(
-        CAMPAIGNS[began.campaign](
-            num_jobs=began.num_jobs, num_actions=began.num_actions, num_workers=began.num_workers
-        ),
+    campaign = CAMPAIGNS[began.campaign](
+        num_jobs=began.num_jobs,
+        num_actions=began.num_actions,
+        num_workers=began.num_workers,
         has_real_engine=began.has_real_engine,
     )
     return _fight(campaign, folder, began.seed, console)

@@ -31,6 +31,7 @@ class Limits:
     max_repeat_share: float | None = None
     max_extra_share: float | None = None
     max_late_seconds: float | None = None
+    max_idle_seconds: float | None = None
     grace_seconds: float | None = None
 
 
@@ -162,7 +163,9 @@ def checks(figures: Figures, limits: Limits) -> list[Check]:
         _told("slowest exit after SIGTERM, seconds", f.slowest_exit_seconds),
         _at_most("denoising beyond need", f.extra_share, limits.max_extra_share),
         _at_most("last end behind the outage, seconds", f.late_seconds, limits.max_late_seconds, is_share=False),
-        _told("engines idle for want of jobs before the last step, seconds", round(f.idle_seconds, 1)),
+        _at_most(
+            "engines idle between first and last step, seconds", f.idle_seconds, limits.max_idle_seconds, is_share=False
+        ),
     ]
 
 

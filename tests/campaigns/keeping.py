@@ -80,7 +80,7 @@ class Keeper:
             return f"worker {place.life}"
 
     def close(self) -> None:
-        """Take a last count, and end every worker."""
+        """Take a last count, and end every worker. Harmless where it was done already."""
         self._is_closing.set()
         self._thread.join()
         for place in self._places:

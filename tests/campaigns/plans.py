@@ -9,7 +9,11 @@ from tests.campaigns.chaos import Rhythm
 from tests.campaigns.judging import Limits
 
 GRACE_SECONDS = 20
-# Behind the first tries of all ten lanes' threads, the outbox and the queue hold the rest.
+# A worker with a real engine needs six seconds and more to come up; with a stand-in, one or two.
+GAP_SECONDS = (3.0, 13.0)
+STAND_IN_GAP_SECONDS = (0.5, 3.0)
+# Each takes a stand-in 20 ms (`running.py`), with all its lanes together.
+STAND_IN_STEPS = (60, 150)
 OUTAGE_SECONDS = 120.0
 
 
@@ -37,21 +41,26 @@ class Campaign:
     has_real_engine: bool = True
 
 
-def kill(num_jobs: int = 1000, num_actions: int = 200, num_workers: int = 2) -> Campaign:
+def kill(
+    num_jobs: int = 1000, num_actions: int = 200, num_workers: int = 2, *, has_real_engine: bool = True
+) -> Campaign:
     """`kill -9` of supervisors and engines."""
     return Campaign(
         name="kill",
         num_jobs=num_jobs,
         num_actions=num_actions,
         num_workers=num_workers,
-        rhythms=(Rhythm("kill", chaos.kill_something, (3.0, 13.0), num_actions),),
+        rhythms=(Rhythm("kill", chaos.kill_something, _gap(has_real_engine), num_actions),),
         limits=Limits(max_repeat_share=0.005),
         # Two seconds of work, so that most kills meet workers that are busy.
-        steps=(20, 80),
+        steps=(20, 80) if has_real_engine else STAND_IN_STEPS,
+        has_real_engine=has_real_engine,
     )
 
 
-def network(num_jobs: int = 500, num_actions: int = 3, num_workers: int = 2) -> Campaign:
+def network(
+    num_jobs: int = 500, num_actions: int = 3, num_workers: int = 2, *, has_real_engine: bool = True
+) -> Campaign:
     """Connections that break, a broker and a store that stop, and a backend that fails three calls in ten."""
     return Campaign(
         name="network",
@@ -66,27 +75,31 @@ def network(num_jobs: int = 500, num_actions: int = 3, num_workers: int = 2) -> 
             Rhythm("store restart", chaos.restart_store, (5.0, 60.0), num_actions),
         ),
         limits=Limits(max_extra_share=0.03 if num_workers == 1 else 0.10),
-        steps=(8, 40),
+        steps=(8, 40) if has_real_engine else STAND_IN_STEPS,
         mishaps={ERROR: 0.17, RESET: 0.05, HANG: 0.03, LOSE: 0.05},
         has_proxies=True,
+        has_real_engine=has_real_engine,
     )
 
 
-def sigterm(num_jobs: int = 500, num_actions: int = 100, num_workers: int = 2) -> Campaign:
+def sigterm(
+    num_jobs: int = 500, num_actions: int = 100, num_workers: int = 2, *, has_real_engine: bool = True
+) -> Campaign:
     """Workers are stopped in order while jobs flow."""
     return Campaign(
         name="sigterm",
         num_jobs=num_jobs,
         num_actions=num_actions,
         num_workers=num_workers,
-        rhythms=(Rhythm("sigterm", chaos.stop_a_worker, (3.0, 13.0), num_actions),),
+        rhythms=(Rhythm("sigterm", chaos.stop_a_worker, _gap(has_real_engine), num_actions),),
         limits=Limits(max_repeat_share=0.0, grace_seconds=GRACE_SECONDS),
-        steps=(10, 40),
+        steps=(10, 40) if has_real_engine else STAND_IN_STEPS,
+        has_real_engine=has_real_engine,
         env={"SHUTDOWN_GRACE_SECONDS": str(GRACE_SECONDS)},
     )
 
 
-def outage(num_jobs: int = 50, num_actions: int = 1, num_workers: int = 1) -> Campaign:
+def outage(num_jobs: int = 50, num_actions: int = 1, num_workers: int = 1, *, has_real_engine: bool = True) -> Campaign:
     """The backend is down for two minutes while all jobs are drawn."""
     return Campaign(
         name="outage",
@@ -94,10 +107,15 @@ def outage(num_jobs: int = 50, num_actions: int = 1, num_workers: int = 1) -> Ca
         num_actions=num_actions,
         num_workers=num_workers,
         rhythms=(Rhythm("outage", chaos.backend_outage(OUTAGE_SECONDS), (0.0, 0.1), num_actions),),
-        limits=Limits(max_repeat_share=0.0, max_extra_share=0.0, max_late_seconds=60.0),
-        steps=(8, 40),
+        limits=Limits(max_repeat_share=0.0, max_extra_share=0.0, max_late_seconds=60.0, max_idle_seconds=1.0),
+        steps=(8, 40) if has_real_engine else STAND_IN_STEPS,
         depth=num_jobs,
+        has_real_engine=has_real_engine,
     )
+
+
+def _gap(has_real_engine: bool) -> tuple[float, float]:
+    return GAP_SECONDS if has_real_engine else STAND_IN_GAP_SECONDS
 
 
 CAMPAIGNS: dict[str, Callable[..., Campaign]] = {

@@ -36,6 +36,7 @@ from tests.world import World, eventually
 
 TURN_SECONDS = 0.2
 START_SECONDS = 120.0
+STAND_IN_STEP_SECONDS = 0.02
 SETTLE_SECONDS = 90.0  # an event whose copy waits in the outbox has its turn within 36
 
 
@@ -88,12 +89,12 @@ def _field(campaign: Campaign, rabbitmq: RabbitMQ, store: SeaweedFS, folder: Pat
         proxies = _proxies(world) if campaign.has_proxies else {}
         for proxy in proxies.values():
             stack.enter_context(proxy)
-        stack.callback(world.stop)
-        env = (
-            _env_through(proxies) | ({} if campaign.has_real_engine else _env_of_stand_in(folder)) | dict(campaign.env)
-        )
+        env = _env_through(proxies) | dict(campaign.env)
+        if not campaign.has_real_engine:
+            env |= _env_of_stand_in(folder)
         keeper = Keeper(world, journal, num_workers=campaign.num_workers, env=env)
         keeper.start()
+        stack.callback(keeper.close)
         num_done = Counter(acted.action for acted in journal.all(Acted))
         chaos = Chaos(
             campaign.rhythms,
@@ -154,6 +155,8 @@ def _env_of_stand_in(folder: Path) -> dict[str, str]:
     return {
         "PYTHONPATH": f"{SITE}{os.pathsep}{ROOT}",
         "FAULTS_STAND_IN": "1",
+        "FAULTS_CONSTANTS": json.dumps({"tests.fake_child:TURN_SECONDS": STAND_IN_STEP_SECONDS}),
+        "MAX_CONCURRENT_GENERATIONS": "3",  # so that jobs wait
         "MODEL_ID": str(folder / "stand-in.log"),
     }
 

@@ -90,7 +90,7 @@ class Station:
         return job
 
     def wait_until_held(self, job: Job, times: int = 1) -> None:
-        eventually(lambda: self._noted("held", job) == times, 20, self.world.workers[-1].log_tail)
+        eventually(lambda: self.num_held(job) == times, 20, self.world.workers[-1].log_tail)
 
     def release(self, job: Job) -> None:
         (self.world.folder / f"go-{job.task_id}").touch()
@@ -106,10 +106,22 @@ class Station:
         self._published.clear()
         for name in ("reached", "go", "clock"):
             (self.world.folder / name).unlink(missing_ok=True)
+        if sum(self.world.queues().get(".dead", ())):
+            self.world.dead_letters()
+
+    def set_clock(self, seconds: float) -> None:
+        """Have the workers' wall clock be wrong by that much, from one moment to the next."""
+        new = self.world.folder / "clock.new"
+        new.write_text(str(seconds))
+        new.replace(self.world.folder / "clock")
 
     def num_runs(self, job: Job) -> int:
         """How often the job was begun to be drawn, by all engines together."""
         return self._noted("begin", job)
+
+    def num_held(self, job: Job) -> int:
+        """How often an engine came to the step where it holds."""
+        return self._noted("held", job)
 
     def num_finished(self, job: Job) -> int:
         """How often it was drawn to its end."""
