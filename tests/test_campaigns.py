@@ -12,7 +12,7 @@ from examples.parts.seaweedfs import SeaweedFS
 from tests.campaigns import chaos, plans
 from tests.campaigns.backend import ERROR, LOSE, RESET
 from tests.campaigns.chaos import Rhythm
-from tests.campaigns.judging import checks
+from tests.campaigns.judging import Limits, checks
 from tests.campaigns.plans import Campaign
 from tests.campaigns.running import run
 
@@ -32,7 +32,7 @@ def short(campaign: Campaign, *rhythms: Rhythm, **fields: Any) -> Campaign:
 KILL = short(
     plans.kill(30, 8, has_real_engine=False),
     Rhythm("kill", chaos.kill_something, (0.2, 1.5), 8),
-    limits=plans.Limits(),  # one repeat of thirty is a large share
+    limits=Limits(),  # one repeat of thirty is a large share
 )
 SIGTERM = short(plans.sigterm(30, 6, has_real_engine=False), Rhythm("sigterm", chaos.stop_a_worker, (0.3, 2.0), 6))
 NETWORK = short(

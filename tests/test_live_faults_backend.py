@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 
@@ -45,7 +46,7 @@ def posted_at(station: Station, job: Job) -> list[float]:
     return [call.received_at for call in station.world.backend.calls("complete", job.generation_id)]
 
 
-def test_a_backend_that_fails_three_times_hears_the_same_four_times_and_has_one_end(station: Station) -> None:
+def test_a_backend_that_fails_three_times_hears_the_same_again_after_growing_waits(station: Station) -> None:
     station.world.backend.answer("complete", 500, times=3)
 
     job = station.publish()
@@ -55,17 +56,10 @@ def test_a_backend_that_fails_three_times_hears_the_same_four_times_and_has_one_
     assert [call.status for call in calls] == [500, 500, 500, 200]
     assert {call.headers["webhook-id"] for call in calls} == {f"{job.task_id}:complete"}
     assert all(call.body == calls[0].body for call in calls)
-
-
-def test_waits_between_tries_grow_also_when_the_event_moves_to_the_outbox(station: Station) -> None:
-    station.world.backend.answer("complete", 500, times=4)
-
-    job = station.publish()
-    station.assert_complete_once(job, num_posts=5)
-
+    # The last wait is more than a job's thread has patience for: the event moves to the outbox meanwhile.
     times = posted_at(station, job)
-    waits = [after - before for before, after in zip(times, times[1:], strict=False)]
-    assert all(wait >= 0.9 * planned for wait, planned in zip(waits, DELAYS_SECONDS, strict=False)), waits
+    waits = [after - before for before, after in pairwise(times)]
+    assert all(wait >= planned for wait, planned in zip(waits, DELAYS_SECONDS, strict=False)), waits
 
 
 def test_a_backend_that_fails_for_ever_holds_no_job_and_leaves_a_dead_letter_after_a_day(station: Station) -> None:

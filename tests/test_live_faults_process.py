@@ -304,8 +304,7 @@ def test_a_worker_frozen_for_long_finds_that_its_job_has_ended(station: Station)
         # The broker gives a worker up that it hears nothing of.
         station.wait_until_held(job, times=2)
         station.release(job)
-        station.world.wait_for_end(job.generation_id)
-        station.world.wait_until_clean()
+        eventually(lambda: station.is_marked(job), 20, other.log_tail)
         other.kill()
     finally:
         frozen.process.send_signal(signal.SIGCONT)

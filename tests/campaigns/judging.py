@@ -9,9 +9,6 @@ from tests.campaigns.journal import Acted, Counted, Ended, Entry, Heard, Publish
 
 # A worker that fell under suspicion is an engine's or a worker's doing; the jobs of a campaign are all harmless.
 POISON_CODES = {"ENGINE_CRASHED", "JOB_TIMEOUT", "WORKER_CRASHED"}
-# What a repeat may be late behind the ledger's mark: the mark's time is known to a second, and a repeat's sender read
-# the record a moment before it sent.
-MARK_TOLERANCE_SECONDS = 2.0
 OUTAGE = "outage"
 SIGTERM = "sigterm"
 
@@ -26,8 +23,13 @@ class StoredObject(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a campaign may cost; None: anything."""
+    """What a campaign may cost; None: anything.
 
+    A repeat may come `mark_tolerance_seconds` behind the ledger's mark: the mark's time is known to a second, and the
+    repeat's sender read the record before it sent.
+    """
+
+    mark_tolerance_seconds: float = 2.0
     max_repeat_share: float | None = None
     max_extra_share: float | None = None
     max_late_seconds: float | None = None
@@ -120,7 +122,7 @@ def judge(
             *(f"{number}: never published" for number in sorted(effects.keys() - published.keys())),
         ],
         failed_as_poison=[f"{end.generation_id}: {end.code}" for end in poison],
-        **_repeats(heard),
+        **_repeats(heard, limits.mark_tolerance_seconds),
         **_pictures([published[number] for number in complete if number in published], objects),
         left_in_queues={name: count for name, count in queues.items() if count and name != ".dead"},
         num_dead_letters=queues.get(".dead", 0),
@@ -184,7 +186,7 @@ def _must_fail(published: Mapping[int, Published], generation_id: int) -> bool:
     return generation_id in published and published[generation_id].must_fail
 
 
-def _repeats(heard: list[Heard]) -> dict[str, Any]:
+def _repeats(heard: list[Heard], tolerance_seconds: float) -> dict[str, Any]:
     first: dict[str, Heard] = {}
     provoked: set[str] = set()
     found: dict[str, Any] = {
@@ -200,7 +202,7 @@ def _repeats(heard: list[Heard]) -> dict[str, Any]:
             found["num_repeats"] += 1
             found["num_provoked_repeats"] += end.webhook_id in provoked
             found["num_unjudged_repeats"] += end.mark == "unknown"
-            if end.mark == "marked" and end.marked_seconds_ago > MARK_TOLERANCE_SECONDS:
+            if end.mark == "marked" and end.marked_seconds_ago > tolerance_seconds:
                 found["repeats_outside"].append(f"{end.webhook_id}, {end.marked_seconds_ago} s behind its mark")
             if end.digest != known.digest:
                 found["altered_repeats"].append(end.webhook_id)

@@ -9,6 +9,8 @@ from tests.campaigns.chaos import Rhythm
 from tests.campaigns.judging import Limits
 
 GRACE_SECONDS = 20
+# Where the backend fails, a worker goes on with its tries for ten seconds after it has read the job's record.
+BACKEND_PATIENCE_SECONDS = 12.0
 # A worker with a real engine needs six seconds and more to come up; with a stand-in, one or two.
 GAP_SECONDS = (3.0, 13.0)
 STAND_IN_GAP_SECONDS = (0.5, 3.0)
@@ -74,7 +76,9 @@ def network(
             Rhythm("store paused", chaos.pause_store, (30.0, 60.0)),
             Rhythm("store restart", chaos.restart_store, (5.0, 60.0), num_actions),
         ),
-        limits=Limits(max_extra_share=0.03 if num_workers == 1 else 0.10),
+        limits=Limits(
+            max_extra_share=0.03 if num_workers == 1 else 0.10, mark_tolerance_seconds=BACKEND_PATIENCE_SECONDS
+        ),
         steps=(8, 40) if has_real_engine else STAND_IN_STEPS,
         mishaps={ERROR: 0.17, RESET: 0.05, HANG: 0.03, LOSE: 0.05},
         has_proxies=True,
