@@ -76,7 +76,8 @@ class Webhook:
     @property
     def payload(self) -> bytes:
         """The body as it is sent and signed: the same bytes at every attempt."""
-        return json.dumps(dict(self.body), separators=(",", ":"), allow_nan=False).encode()
+        # Sorted: an event that comes back from the ledger or the outbox has its keys in another order.
+        return json.dumps(dict(self.body), separators=(",", ":"), allow_nan=False, sort_keys=True).encode()
 
 
 class Verdict(Enum):

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from clients.storage_errors import AccessDenied, ObjectNotFound
+from clients.storage_errors import AccessDenied, ObjectNotFound, StorageUnavailable
 from worker.breakers import BACKEND_THRESHOLD, HALF_OPEN_SECONDS, STORE_THRESHOLD, Breaker, Gate
 from worker.settling import JobReleased
 
@@ -94,6 +94,33 @@ def test_what_the_store_denies_is_tried_until_it_is_done_and_the_breaker_is_open
     assert reasons == [False] + [True] * 7
     assert breaker.reason == ""
     assert is_draining.waits == [1.0, 2.0, 5.0, 10.0, 20.0, 20.0, 20.0]
+
+
+def test_a_store_that_cannot_be_reached_is_asked_again_while_there_is_patience() -> None:
+    calls = []
+
+    def work() -> str:
+        calls.append(1)
+        if len(calls) < 4:
+            raise StorageUnavailable("s3://media: the store cannot be reached")
+        return "done"
+
+    breaker = Breaker("the store", STORE_THRESHOLD)
+
+    assert Gate(breaker, ImpatientEvent()).insist(work, patience_seconds=60) == "done"
+    assert (len(calls), breaker.reason) == (4, "")
+
+
+def test_without_patience_the_first_failure_to_reach_the_store_is_told() -> None:
+    calls = []
+
+    def work() -> None:
+        calls.append(1)
+        raise StorageUnavailable("s3://media: the store cannot be reached")
+
+    with pytest.raises(StorageUnavailable):
+        Gate(Breaker("the store", STORE_THRESHOLD), ImpatientEvent()).insist(work)
+    assert len(calls) == 1
 
 
 def test_work_that_was_never_denied_closes_nothing() -> None:

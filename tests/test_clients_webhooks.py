@@ -80,6 +80,14 @@ def test_each_kind_has_its_method_and_path(kind: WebhookKind, line: bytes) -> No
     assert server.requests[0].split(b"\r\n")[0] == line
 
 
+def test_the_bytes_of_a_webhook_do_not_depend_on_the_order_of_its_keys() -> None:
+    one, other = (
+        Webhook(WebhookKind.COMPLETE, "id", dict(items)) for items in ([("a", 1), ("b", 2)], [("b", 2), ("a", 1)])
+    )
+
+    assert one.payload == other.payload
+
+
 def test_a_webhook_carries_its_headers_and_its_body() -> None:
     with AnsweringServer([answer(204)]) as server:
         attempt = send(server)

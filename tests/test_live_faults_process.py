@@ -33,6 +33,10 @@ from worker.settling import MAX_RECOVERIES
 MARK = Sign(UP, b'"is_delivered": true')
 LARGE = {"width": 512, "height": 512}  # nearly 800 kB of PNG
 PIPE_BYTES = 4096
+CONSTANTS = QUICK_RETRIES | {
+    "worker.notifying:DELAYS_SECONDS": (0.3, 1.0, 1.0, 1.0),
+    "worker.notifying:PATIENCE_SECONDS": 0.5,
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,7 @@ def worker(station: Station) -> Worker:
 
 def start_worker(station: Station, **env: str) -> Worker:
     """All share one folder of adapters, as workers do that a machine starts one after the other."""
-    return station.start_worker(constants=QUICK_RETRIES, CACHE_DIR=str(cache_of(station)), **env)
+    return station.start_worker(constants=CONSTANTS, CACHE_DIR=str(cache_of(station)), **env)
 
 
 @pytest.fixture
@@ -142,7 +146,7 @@ def killed_when(station: Station, worker: Worker, signs: Callable[[Job], list[Si
 
 
 # How often the job is drawn, and how often the backend is told, the same each time.
-POINTS = {
+POINTS: dict[Callable[[Station, Worker], Job], tuple[int, int]] = {
     in_download: (1, 1),
     at_a_step: (2, 1),
     before_the_picture: (2, 1),
@@ -347,7 +351,7 @@ def test_a_full_disk_leaves_no_half_file_and_the_job_to_another_worker(station: 
     path = station.world.upload("models/too-large.safetensors", os.urandom(2_000_000))
     small = station.world.folder / "small"
     with mounted(small, "size=1m"):
-        worker = station.start_worker(constants=QUICK_RETRIES, CACHE_DIR=str(small))
+        worker = station.start_worker(constants=CONSTANTS, CACHE_DIR=str(small))
         job = station.publish(lora_path=path)
         eventually(lambda: station.world.queues().get(".retry.1") == (1, 0), 10, worker.log_tail)
         assert list(small.iterdir()) == []
@@ -362,7 +366,7 @@ def test_a_cache_that_cannot_be_written_ends_the_worker_before_it_takes_a_job(st
     folder = station.world.folder / "read-only"
     job = station.publish(lora_path=station.world.upload("models/any.safetensors", b"x" * 1000))
     with mounted(folder, "size=1m,ro"):
-        worker = station.world.start_worker(**station.env(constants=QUICK_RETRIES) | {"CACHE_DIR": str(folder)})
+        worker = station.world.start_worker(**station.env(constants=CONSTANTS) | {"CACHE_DIR": str(folder)})
         assert worker.process.wait(10) == 2
         assert "CACHE_DIR" in worker.log_tail()
         assert station.world.queues()[""] == (1, 0)
@@ -373,25 +377,29 @@ def test_a_cache_that_cannot_be_written_ends_the_worker_before_it_takes_a_job(st
 
 @pytest.mark.parametrize("seconds", [3600, -3600])
 def test_a_clock_that_jumps_changes_no_wait_and_no_end(station: Station, worker: Worker, seconds: int) -> None:
+    # Given a job in the middle, and the end of another in the outbox
     world = station.world
-    drawn = station.publish_held()
+    world.backend.answer("complete", 500, times=3)
     parked = station.publish()
-    world.backend.answer("complete", 500, times=2)
+    eventually(lambda: sum(world.queues()[".outbox"]) == 1, 5, lambda: str(world.queues()))
+    drawn = station.publish_held()
 
     station.set_clock(seconds)
     station.release(drawn)
 
+    jumped_at = time.monotonic()
     for job in (drawn, parked):
         station.assert_complete_once(job, num_posts=None)
+    assert time.monotonic() - jumped_at < 5
     assert worker.get("/health/ready")[0] == 200
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("is_read", [False, None], ids=["blocked", "closed"])
-def test_a_log_that_nobody_takes_holds_up_no_job(station: Station, is_read: bool | None) -> None:
+@pytest.mark.parametrize("is_closed", [False, True], ids=["blocked", "closed"])
+def test_a_log_that_nobody_takes_holds_up_no_job_and_no_end(station: Station, is_closed: bool) -> None:
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    if is_read is None:
+    if is_closed:
         os.close(reader)
     with started(station, output=writer) as worker:
         os.close(writer)
@@ -402,7 +410,7 @@ def test_a_log_that_nobody_takes_holds_up_no_job(station: Station, is_read: bool
         station.world.wait_until_clean()
         worker.process.send_signal(signal.SIGTERM)
         assert worker.process.wait(10) == 0
-    if is_read is not None:
+    if not is_closed:
         os.close(reader)
 
 
@@ -428,7 +436,7 @@ def started(station: Station, *, prefix: list[str] | None = None, output: int | 
         "METRICS_PORT": str(free_port()),
     }
     command = [*(prefix or []), str(Path(sys.executable).parent / "darkroom"), "run"]
-    env = world.env() | station.env(constants=QUICK_RETRIES) | own
+    env = world.env() | station.env(constants=CONSTANTS) | own
     worker = OtherwiseStarted(env, world.folder / f"worker-{len(world.workers) + 1}.log", command, output)
     world.workers.append(worker)
     try:

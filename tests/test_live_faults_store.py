@@ -13,6 +13,7 @@ from tests.world import Worker, eventually
 
 CONSTANTS = {
     "worker.settling:RETRY_DELAYS_SECONDS": [1, 1],
+    "worker.settling:MAX_ATTEMPTS": 3,
     "clients.storage:CALL_DEADLINE_SECONDS": 2.0,
 }
 SLOW_DOWN = b"<Error><Code>SlowDown</Code></Error>"
@@ -38,6 +39,10 @@ def worker(station: Station) -> Worker:
 
 def cache_of(station: Station) -> Path:
     return station.world.folder / "cache"
+
+
+def num_retried(worker: Worker) -> float:
+    return worker.metric("darkroom_jobs_total", outcome="retried")
 
 
 def adapter(station: Station, name: str, num_bytes: int = 100_000) -> str:
@@ -92,18 +97,20 @@ def multipart_uploads(station: Station) -> list[object]:
     return list(found.get("Uploads", ()))
 
 
-def test_an_adapter_cut_in_the_middle_of_its_way_is_fetched_again(station: Station) -> None:
+def test_an_adapter_cut_in_the_middle_of_its_way_is_fetched_again(station: Station, worker: Worker) -> None:
     path = adapter(station, "cut")
     cut = station.store.when(station.sign("GET", "models/cut.safetensors"), DONE, do=Link.close, after_bytes=HALF)
 
+    retried_before = num_retried(worker)
     station.assert_complete_once(station.publish(lora_path=path))
 
     assert cut.num_fired == 1
+    assert num_retried(worker) == retried_before
     assert 100_000 in [file.stat().st_size for file in cache_of(station).iterdir()]
     assert list(cache_of(station).glob("*.part")) == []
 
 
-def test_an_adapter_with_a_wrong_byte_is_fetched_again_and_never_used(station: Station) -> None:
+def test_an_adapter_with_a_wrong_byte_is_fetched_again_and_never_used(station: Station, worker: Worker) -> None:
     path = adapter(station, "wrong")
     wrong = b"y" * 100_000
     etag = station.world.store.client().head_object(Bucket=station.world.bucket, Key="models/wrong.safetensors")["ETag"]
@@ -111,9 +118,11 @@ def test_an_adapter_with_a_wrong_byte_is_fetched_again_and_never_used(station: S
         station.sign("GET", "models/wrong.safetensors"), do=answers(200, wrong, ETag=etag), times=1
     )
 
+    retried_before = num_retried(worker)
     station.assert_complete_once(station.publish(lora_path=path))
 
     assert given.num_fired == 1
+    assert num_retried(worker) == retried_before
     assert all(wrong != file.read_bytes() for file in cache_of(station).iterdir())
 
 

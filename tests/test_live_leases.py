@@ -72,3 +72,26 @@ def test_a_copy_waits_while_its_job_is_at_work_elsewhere_and_is_done_once_that_w
     assert end.received_at > held_until
     assert world.backend.calls(generation_id=1)[0].received_at > held_until
     world.wait_until_clean()
+
+
+def test_a_lost_connection_of_one_of_two_workers_costs_no_second_run(
+    rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path
+) -> None:
+    """The broker gives what was in its hands to the other worker, which finds that it is still at work."""
+    with new_world(rabbitmq, s3_server, tmp_path) as world:
+        # A timeout by which copies wait for ten seconds, not thirty.
+        env = {"MAX_CONCURRENT_GENERATIONS": "2", "RABBITMQ_CONSUMER_TIMEOUT_SECONDS": "60"}
+        workers = [world.start_worker(**env) for _ in range(2)]
+        for worker in workers:
+            worker.wait_until_ready()
+        jobs = [world.publish(num_inference_steps=120) for _ in range(4)]
+        for generation_id in jobs:
+            world.wait_for_step(generation_id)
+
+        rabbitmq.ctl("close_all_connections", "a network that breaks")
+
+        for generation_id in jobs:
+            assert world.wait_for_end(generation_id, 120).kind == "complete"
+        world.wait_until_clean(within_seconds=60)
+        assert all(len(world.backend.calls("complete", generation_id)) == 1 for generation_id in jobs)
+        assert sum(worker.metric("darkroom_denoise_lane_steps_total") for worker in workers) == 4 * 120

@@ -188,6 +188,16 @@ def test_a_backend_that_fails_twice_is_tried_again_under_the_same_id_after_growi
     assert parts.ledger.marked == [complete()]
 
 
+def test_an_event_that_another_holder_told_meanwhile_is_not_tried_again() -> None:
+    parts = Parts(ScriptedClient(FAILING))
+    parts.ledger.told.append(complete())
+
+    assert parts.notifier.tell(complete()) == "known"
+
+    assert len(parts.client.sent) == 1
+    assert parts.publisher.kept == []
+
+
 def test_patience_ends_before_the_third_wait_and_the_event_is_parked() -> None:
     waits = ImpatientEvent()
     parts = Parts(ScriptedClient(FAILING), is_draining=waits)

@@ -165,7 +165,7 @@ class World:
             if name == self.queue or name.startswith(f"{self.queue}.")
         }
 
-    def wait_until_clean(self, *, dead: int = 0) -> None:
+    def wait_until_clean(self, *, dead: int = 0, within_seconds: float = 15) -> None:
         """Return once nothing is ready or unacknowledged anywhere, but for `dead` dead letters."""
 
         def is_clean() -> bool:
@@ -173,7 +173,7 @@ class World:
             wanted = {name: (dead if name == ".dead" else 0, 0) for name in queues}
             return queues == wanted
 
-        eventually(is_clean, 15, lambda: str(self.queues()))
+        eventually(is_clean, within_seconds, lambda: str(self.queues()))
 
     def dead_letters(self) -> list[tuple[bytes, str]]:
         """Take the body and the reason of every dead letter."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from clients.storage_errors import AccessDenied
+from clients.storage_errors import AccessDenied, StorageUnavailable
 from config.logs import log_event
 from worker.settling import JobReleased
 
@@ -68,12 +68,19 @@ class Gate:
         self._breaker = breaker
         self._is_draining = is_draining
 
-    def insist(self, work: Callable[[], Made]) -> Made:
-        """Do `work` again and again until the store no longer denies it; `JobReleased` where the worker stops first."""
+    def insist(self, work: Callable[[], Made], *, patience_seconds: float = 0.0) -> Made:
+        """Do `work` again and again until the store no longer denies it; `JobReleased` where the worker stops first.
+
+        Where the store cannot be reached, `work` is tried again for `patience_seconds`: a picture in hand is worth it.
+        """
         num_refusals = 0
+        deadline = time.monotonic() + patience_seconds
         while True:
             try:
                 made = work()
+            except StorageUnavailable:
+                if time.monotonic() > deadline or self._is_draining.wait(PAUSES_SECONDS[1]):
+                    raise
             except AccessDenied as error:
                 self._breaker.refuse(str(error))
                 pause = PAUSES_SECONDS[min(num_refusals, len(PAUSES_SECONDS) - 1)]

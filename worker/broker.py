@@ -78,12 +78,19 @@ class Consumer:
     """Owner of the consuming connection and its thread. Reconnects for ever until closed."""
 
     def __init__(
-        self, settings: BrokerSettings, names: QueueNames, subscriptions: list[Subscription], broadcast: Broadcast
+        self,
+        settings: BrokerSettings,
+        names: QueueNames,
+        subscriptions: list[Subscription],
+        broadcast: Broadcast,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_lost` runs on the consuming thread when what was delivered may go to somebody else: it must be quick."""
         self._settings = settings
         self._names = names
         self._subscriptions = subscriptions
         self._broadcast = broadcast
+        self._on_lost = on_lost
         self._connection: _Connection = None
         self._channels: dict[int, _Channel] = {}
         self._tags: dict[_Channel, str] = {}
@@ -241,6 +248,8 @@ class Consumer:
         self._tags.clear()
 
     def _drop(self) -> None:
+        if self.is_connected and not self._is_closing:
+            self._on_lost()
         self.is_connected = False
         self._channels.clear()
         self._tags.clear()

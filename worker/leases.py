@@ -48,13 +48,17 @@ class Leases:
         is_due = any(time.monotonic() - one.received_at > self._lease_after for one in run.deliveries)
         if not is_due and not run.lease_ends_at:
             return False
-        run.lease_ends_at = time.time() + self._valid_for
-        note = json.dumps({"until": run.lease_ends_at}).encode()
-        self._storage.put(self._ref(run.task_id), note, content_type=CONTENT_TYPE)
+        self.note(run)
         if is_due:
             self.keep_copy(run.first.body, run.attempt)
             log_event(logger, "on lease", task_id=run.task_id, generation_id=run.generation_id)
         return is_due
+
+    def note(self, run: Run) -> None:
+        """Say that the run is at work here, whoever may have got its message meanwhile. Raises `StorageError`."""
+        run.lease_ends_at = time.time() + self._valid_for
+        until = json.dumps({"until": run.lease_ends_at}).encode()
+        self._storage.put(self._ref(run.task_id), until, content_type=CONTENT_TYPE)
 
     def keep_copy(self, body: bytes, attempt: int) -> None:
         """Put a confirmed copy of the job into the lease queue. Raises `PublishFailed`."""

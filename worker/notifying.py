@@ -42,6 +42,9 @@ def is_hopeless(attempt: Attempt, age_seconds: float) -> bool:
     return attempt.status == 404 and age_seconds > UNKNOWN_IS_TRANSIENT_SECONDS
 
 
+_TOLD_ELSEWHERE = Attempt(Verdict.REJECTED, None, None, "told by another holder", False)
+
+
 class Notifier:
     """Makes sure that an event is either delivered or confirmed elsewhere. Thread-safe."""
 
@@ -76,6 +79,8 @@ class Notifier:
         if last.verdict is Verdict.DELIVERED:
             self._ledger.mark_delivered(event)
             return "delivered"
+        if last is _TOLD_ELSEWHERE:
+            return "known"
         if last.verdict is Verdict.REJECTED:
             self.bury(event.to_json(), f"the backend refused the {event.kind.value} webhook: {last.reason}")
             return "refused"
@@ -108,7 +113,9 @@ class Notifier:
 
     def _try_patiently(self, event: TerminalEvent, attempts: list[Attempt]) -> Attempt:
         def once() -> Attempt:
-            attempts.append(self.attempt(event))
+            # While this one waited, another holder of the event may have been quicker.
+            is_told = bool(attempts) and self._ledger.is_delivered(event)
+            attempts.append(_TOLD_ELSEWHERE if is_told else self.attempt(event))
             return attempts[-1]
 
         patience = 0.0 if event.kind in self._failing else PATIENCE_SECONDS

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 # Moving a redelivered message or burying a broken one must not wait for a job's thread.
 NUM_SPARE_THREADS = 2
 MAX_DEAD_BODY_BYTES = 64 * 1024
+SECOND_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,8 @@ class Processor:
         if is_suspect and asked.task_id not in self.runs:
             self._begin(self._move_to_recover, delivery)
             return
-        if delivery.is_leased and asked.task_id not in self.runs:
+        # Where they come from, somebody may still be at work on it.
+        if delivery.queue == self._names.recover and asked.task_id not in self.runs:
             self._begin(self._follow_lease, asked, delivery)
             return
         self._join_or_begin(asked, delivery)
@@ -164,11 +166,32 @@ class Processor:
         )
 
     def _follow_lease(self, asked: Job | JobRejected, delivery: Delivery) -> None:
-        """A copy whose job is at work somewhere waits on; one whose worker is gone is a job like any other."""
-        if self._leases.is_held(asked.task_id):
+        """A message whose job is at work somewhere waits on; one whose worker is gone is a job like any other."""
+        # A worker that has just lost its connection needs a moment to say that it goes on.
+        is_held = self._leases.is_held(asked.task_id) or (
+            not delivery.is_leased
+            and not self._is_draining.wait(SECOND_LOOK_SECONDS)
+            and self._leases.is_held(asked.task_id)
+        )
+        if is_held:
             self._elsewhere_first(delivery, lambda: self._leases.keep_copy(delivery.body, delivery.attempt))
         else:
             self._join_or_begin(asked, delivery)
+
+    def on_lost(self) -> None:
+        """The broker may give our jobs to others: say that they are at work here. Runs on the consuming thread."""
+        if not self._is_draining.is_set():
+            self._begin(self._note_all)
+
+    def _note_all(self) -> None:
+        for run in self.runs.all():
+            try:
+                self._leases.note(run)
+                if run.task_id not in self.runs:
+                    self._leases.give_up(run)
+            except StorageError as error:
+                # Another worker may then draw it too; the ledger still lets only one end count.
+                log_event(logger, "lease not taken", logging.WARNING, task_id=run.task_id, reason=str(error))
 
     def go_on_lease(self) -> None:
         """Keep the messages of long jobs where no broker's timeout ends them, and say that the jobs are at work."""

@@ -5,8 +5,8 @@ from typing import Any
 
 from worker.settling import RETRY_DELAYS_SECONDS
 
-# Of the broker's consumer timeout: how long a leased job's copy lies before somebody looks at it.
-COPY_SHARE = 1 / 6
+# How long a leased job's copy lies before somebody looks at it: no longer than a sixth of the broker's timeout.
+MAX_COPY_SECONDS, COPY_SHARE = 30.0, 1 / 6
 _QUORUM = {"x-queue-type": "quorum"}
 
 
@@ -51,7 +51,8 @@ class QueueNames:
         """Every queue and the arguments to declare it with where it is missing."""
         own: dict[str, dict[str, Any]] = dict.fromkeys((self.recover, self.outbox, self.dead), _QUORUM)
         waits = {self.retry(delay): self._waiting(delay, then=self.jobs) for delay in RETRY_DELAYS_SECONDS}
-        leases = {self.lease: self._waiting(self.consumer_timeout_seconds * COPY_SHARE, then=self.recover)}
+        copy_seconds = min(MAX_COPY_SECONDS, self.consumer_timeout_seconds * COPY_SHARE)
+        leases = {self.lease: self._waiting(copy_seconds, then=self.recover)}
         return {self.jobs: {}} | own | waits | leases
 
     @property

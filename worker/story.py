@@ -50,6 +50,8 @@ MAX_SIGNATURE_BYTES = 10_000_000
 FETCH_DEADLINE_SECONDS = 300.0
 # Before an object that is not there is believed not to be.
 SECOND_LOOK_SECONDS = 2.0
+# A picture that is drawn is kept in hand over a restart of the store.
+PICTURE_PATIENCE_SECONDS = 45.0
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -107,7 +109,7 @@ class Storyteller:
             stored = self._store(job, signed)
         with run.stage("record"):
             event = self._complete(run, job, result, stored)
-            return self.gate.insist(lambda: self.ledger.record(event))
+            return self.gate.insist(lambda: self.ledger.record(event), patience_seconds=PICTURE_PATIENCE_SECONDS)
 
     def _fetch_signature(self, job: Job) -> Signature:
         """The signature, ready to draw: whatever is wrong with it is found before the GPU is asked for anything."""
@@ -231,12 +233,13 @@ class Storyteller:
     def _put_picture(self, ref: ObjectRef, png: bytes, metadata: dict[str, str]) -> None:
         """Write one picture. What another task left under the same generation gives way, but never in silence."""
         write = partial(self.storage.put_if_absent, ref, png, content_type=PNG, metadata=metadata)
-        if self.gate.insist(write):
+        if self.gate.insist(write, patience_seconds=PICTURE_PATIENCE_SECONDS):
             return
         other = self.storage.metadata_of(ref).get("task-id", "")
         if other != metadata["task-id"]:
             log_event(logger, "another task's picture replaced", logging.WARNING, key=ref.key, other_task_id=other)
-        self.gate.insist(lambda: self.storage.put(ref, png, content_type=PNG, metadata=metadata))
+        overwrite = partial(self.storage.put, ref, png, content_type=PNG, metadata=metadata)
+        self.gate.insist(overwrite, patience_seconds=PICTURE_PATIENCE_SECONDS)
 
     def _complete(self, run: Run, job: Job, result: GenerationResult, stored: list[StoredPicture]) -> TerminalEvent:
         timeline = run.timeline()

@@ -175,7 +175,9 @@ class Supervisor:
             Subscription(self._names.outbox, OUTBOX_PREFETCH, self._outbox.on_delivery, is_work=False),
         ]
         orders = Broadcast(self._names.cancel_exchange, self._processor.on_cancel)
-        self._consumer = Consumer(self._settings.broker, self._names, subscriptions, orders)
+        self._consumer = Consumer(
+            self._settings.broker, self._names, subscriptions, orders, on_lost=self._processor.on_lost
+        )
         self._processor.start(self._consumer)
         self._outbox.start(self._consumer)
         self._consumer.start()
