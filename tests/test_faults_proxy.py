@@ -7,14 +7,19 @@ from collections.abc import Iterator
 import pytest
 
 from tests.clients_servers import Server
-from tests.faults.proxy import DOWN, UP, Link, Proxy, Sign
+from tests.faults.proxy import DOWN, NO_LINGER, UP, Link, Proxy, Sign
 from tests.world import eventually
 
 
 class EchoingServer(Server):
     """Sends back what it gets."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.peers: list[socket.socket] = []
+
     def converse(self, peer: socket.socket) -> None:
+        self.peers.append(peer)
         while chunk := peer.recv(65536):
             self.requests.append(chunk)
             peer.sendall(chunk)
@@ -109,6 +114,20 @@ def test_a_black_hole_takes_everything_and_lets_no_end_out(proxy: Proxy, server:
         with connect(proxy) as client:
             client.sendall(b"b")
             assert client.recv(1) == b"b"
+
+
+def test_a_black_hole_hides_that_the_server_gave_up(proxy: Proxy, server: EchoingServer) -> None:
+    with connect(proxy) as client:
+        client.sendall(b"a")
+        assert client.recv(1) == b"a"
+        proxy.black_hole()
+        for peer in server.peers:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+            peer.shutdown(socket.SHUT_RD)  # its thread ends then, and closes it
+
+        client.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
 
 
 def test_a_reset_is_one_at_both_ends_and_new_connections_are_welcome(proxy: Proxy) -> None:

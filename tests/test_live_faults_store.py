@@ -14,6 +14,7 @@ from tests.world import Worker, eventually
 CONSTANTS = {
     "worker.settling:RETRY_DELAYS_SECONDS": [1, 1],
     "worker.settling:MAX_ATTEMPTS": 3,
+    "worker.story:PICTURE_PATIENCE_SECONDS": 0.0,
     "clients.storage:CALL_DEADLINE_SECONDS": 2.0,
 }
 SLOW_DOWN = b"<Error><Code>SlowDown</Code></Error>"

@@ -294,13 +294,15 @@ class Proxy:
             while chunk := await self._loop.sock_recv(source, CHUNK_BYTES):
                 self.num_bytes[direction] += len(chunk)
                 await self._take(link, direction, chunk)
-            if link.is_answered:
-                link.close()
-            elif link.is_swallowed:
-                await asyncio.Event().wait()  # an end is swallowed too: only a reset or our own end closes the link
-            sink.shutdown(socket.SHUT_WR)
+            if not link.is_swallowed:
+                sink.shutdown(socket.SHUT_WR)
         except OSError:
-            link.reset()
+            if not link.is_swallowed:
+                link.reset()
+        if link.is_answered:
+            link.close()
+        elif link.is_swallowed:
+            await asyncio.Event().wait()  # an end is swallowed too: only a reset or our own end closes the link
 
     async def _take(self, link: Link, direction: Direction, chunk: bytes) -> None:
         """Pass the chunk on, and stop for the triggers where they are to fire."""
