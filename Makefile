@@ -9,7 +9,7 @@ APT_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo pyth
 APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/share/fonts/truetype/nanum
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo test check outage leaks campaign bench bench-gpu clean
+.PHONY: help install demo test check outage leaks faults campaign bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -45,6 +45,10 @@ outage: install ## The long form of one test: the backend is down for two minute
 
 leaks: install ## The long form of another: 300 jobs with 40 adapters in 8 slots, memory and pictures looked at
 	OMP_NUM_THREADS=1 LEAK_JOBS=300 $(BIN)/pytest tests/test_live_leaks.py --log-cli-level=WARNING
+
+faults: install ## Every fault on the way to broker, store and backend, and in the process: those too that take long
+	OMP_NUM_THREADS=1 FAULTS_LONG=1 $(BIN)/pytest tests/test_faults_proxy.py tests/test_live_faults.py tests/test_live_faults_*.py \
+		tests/test_live_leases.py
 
 # CAMPAIGN is kill, network, sigterm or outage; without it all of them, one after another. RESUME is a folder below out/.
 campaign: install ## Hundreds of jobs while everything fails at random (CAMPAIGN=kill JOBS=1000 ACTIONS=200 WORKERS=2 SEED=1)

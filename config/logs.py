@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import threading
 from collections import deque
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import Any
 
 MAX_LINE_BYTES = 8192
 MAX_VALUE_CHARS = 2048
@@ -64,9 +65,10 @@ class UnhurriedHandler(logging.Handler):
     """Writes lines on a thread of its own: a pipe that nobody empties must stop no job. Lines beyond
     `MAX_WAITING_LINES` are dropped, and counted in a line of their own once there is room."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, descriptor: int) -> None:
+        """`descriptor` is written to past Python's own stream, whose lock would hold up the end of the process."""
         super().__init__()
-        self._stream = stream
+        self._descriptor = descriptor
         self._changed = threading.Condition()
         self._lines: deque[str] = deque()
         self._num_dropped = 0
@@ -96,22 +98,22 @@ class UnhurriedHandler(logging.Handler):
                 self._changed.wait_for(lambda: bool(self._lines))
                 text = self._take()
                 self._is_writing = True
-            with suppress(OSError, ValueError):  # closed, or its disk is full: the job goes on
-                self._stream.write(text)
-                self._stream.flush()
+            with suppress(OSError):  # closed, or its disk is full: the job goes on
+                while text:
+                    text = text[os.write(self._descriptor, text) :]
 
-    def _take(self) -> str:
+    def _take(self) -> bytes:
         lines = [*self._lines]
         self._lines.clear()
         if self._num_dropped:
             lines.append(json.dumps({"level": "WARNING", "event": "log lines dropped", "count": self._num_dropped}))
             self._num_dropped = 0
-        return "".join(f"{line}\n" for line in lines)
+        return "".join(f"{line}\n" for line in lines).encode()
 
 
 def configure_logging(level: str) -> None:
     """Send every logger to standard output as JSON lines; third parties only from WARNING on."""
-    handler = UnhurriedHandler(sys.stdout)
+    handler = UnhurriedHandler(sys.stdout.fileno())
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in NOISY_LOGGERS:

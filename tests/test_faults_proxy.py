@@ -161,7 +161,7 @@ def test_it_refuses_connections_and_accepts_them_again(proxy: Proxy) -> None:
 def test_where_nobody_listens_the_client_is_reset(server: EchoingServer) -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
-    with Proxy(port) as proxy, connect(proxy) as client, pytest.raises(ConnectionResetError):
+    with Proxy(port) as proxy, pytest.raises(ConnectionResetError), connect(proxy) as client:
         client.recv(1)
 
 

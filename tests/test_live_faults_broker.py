@@ -12,19 +12,23 @@ import pytest
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.proxy import DOWN, Link, Proxy, Sign
-from tests.faults.station import HEARTBEAT_SECONDS, Job, Station, new_station
+from tests.faults.station import HEARTBEAT_SECONDS, Job, Station, long, new_station
 from tests.world import Worker, eventually
+
+pytestmark = long  # `make faults` runs them
 
 # After so long the broker has given up a peer that it hears nothing of.
 GIVEN_UP_SECONDS = 3 * HEARTBEAT_SECONDS
 # pika looks every heartbeat and five seconds whether anything has come, and gives up at the second time.
 NOTICED_SECONDS = 2 * (HEARTBEAT_SECONDS + 5)
+# How long the worker waits for a broker that confirms nothing; five by default.
+BLOCKED_SECONDS = 1.0
 
 
 @pytest.fixture(scope="module")
 def station(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Station]:
     with new_station(rabbitmq, s3_server, tmp_path_factory.mktemp("station")) as made:
-        made.start_worker()
+        made.start_worker(constants={"worker.broker:BLOCKED_TIMEOUT_SECONDS": BLOCKED_SECONDS})
         yield made
 
 
@@ -32,7 +36,9 @@ def station(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.T
 def worker(station: Station) -> Worker:
     """One worker for all tests, after each of which it must be as good as new."""
     station.make_sound()
-    worker = station.world.workers[0]
+    worker, *others = station.world.workers
+    for other in others:
+        other.kill()
     eventually(lambda: worker.get("/health/ready")[0] == 200, 30, worker.log_tail)
     station.world.wait_until_clean()
     return worker
@@ -83,6 +89,7 @@ def test_a_reset_in_mid_job_is_adopted_and_no_tag_of_the_lost_session_is_sent(st
     assert station.broker.num_connections == connections_before + 1
 
 
+@long
 def test_a_broker_that_falls_silent_delays_no_end_and_has_nothing_drawn_twice(station: Station, worker: Worker) -> None:
     job = station.publish_held()
     connections_before = station.broker.num_connections
@@ -120,6 +127,7 @@ def test_a_job_behind_a_black_hole_goes_to_another_worker_and_one_end_wins(stati
     station.broker.reset()
 
 
+@long
 def test_a_slow_link_costs_time_and_no_connection(station: Station, worker: Worker) -> None:
     job, links = publish_followed(station)
     adopted_before = num_adopted(worker)
@@ -174,7 +182,7 @@ def test_in_an_alarm_acks_go_through_and_what_must_be_published_waits(station: S
 
         # Then the one needs none, and the other stays with the broker
         eventually(lambda: world.queues()[""] == (0, 1), 5, lambda: str(world.queues()))
-        time.sleep(1)
+        time.sleep(BLOCKED_SECONDS + 1.5)
         assert world.queues()[""] == (0, 1)
     finally:
         world.rabbitmq.ctl("set_vm_memory_high_watermark", "0.4")

@@ -29,6 +29,8 @@ from tests.faults.station import (
 from tests.world import Worker, eventually
 from worker.settling import MAX_RECOVERIES
 
+pytestmark = long  # `make faults` runs them
+
 # The record, written once more to say that the backend has heard.
 MARK = Sign(UP, b'"is_delivered": true')
 LARGE = {"width": 512, "height": 512}  # nearly 800 kB of PNG
@@ -161,7 +163,14 @@ POINTS: dict[Callable[[Station, Worker], Job], tuple[int, int]] = {
 }
 
 
-@pytest.mark.parametrize("point", POINTS, ids=lambda point: point.__name__)
+# The short form leaves out those whose job goes the same way as one beside it.
+OFTEN_ENOUGH = {at_a_step, before_the_picture, behind_the_picture, before_the_webhook}
+
+
+@pytest.mark.parametrize(
+    "point",
+    [pytest.param(point, marks=[long] if point in OFTEN_ENOUGH else [], id=point.__name__) for point in POINTS],
+)
 def test_a_worker_killed_at_any_point_leaves_one_end_and_one_whole_picture(
     station: Station, worker: Worker, point: Callable[[Station, Worker], Job]
 ) -> None:
@@ -243,6 +252,7 @@ def test_a_job_that_ends_within_the_grace_is_the_last_one_of_its_worker(station:
     station.assert_complete_once(late)
 
 
+@long
 @pytest.mark.usefixtures("alone")
 def test_a_job_longer_than_the_grace_is_another_worker_s(station: Station) -> None:
     worker = start_worker(station, SHUTDOWN_GRACE_SECONDS="6")

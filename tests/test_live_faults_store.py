@@ -8,8 +8,10 @@ import pytest
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.proxy import DOWN, Link, Sign
-from tests.faults.station import DONE, Job, Station, answers, new_station
+from tests.faults.station import DONE, Job, Station, answers, long, new_station
 from tests.world import Worker, eventually
+
+pytestmark = long  # `make faults` runs them
 
 CONSTANTS = {
     "worker.settling:RETRY_DELAYS_SECONDS": [1, 1],

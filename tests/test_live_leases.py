@@ -11,6 +11,7 @@ import pytest
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
+from tests.faults.station import long
 from tests.world import World, new_world
 from worker.broker import LEASE_HEADER
 
@@ -36,6 +37,7 @@ def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path) -> Iterator[
     wait_for_acks(1_800_000, 60_000)
 
 
+@long
 def test_a_job_longer_than_the_broker_waits_runs_once_beside_another_worker(world: World) -> None:
     env = {"RABBITMQ_CONSUMER_TIMEOUT_SECONDS": str(CONSUMER_TIMEOUT_SECONDS), "MAX_CONCURRENT_GENERATIONS": "1"}
     workers = [world.start_worker(**env) for _ in range(2)]
@@ -74,6 +76,7 @@ def test_a_copy_waits_while_its_job_is_at_work_elsewhere_and_is_done_once_that_w
     world.wait_until_clean()
 
 
+@long
 def test_a_lost_connection_of_one_of_two_workers_costs_no_second_run(
     rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path
 ) -> None:

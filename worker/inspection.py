@@ -1,5 +1,6 @@
 """Looking through a queue over AMQP, for a person: messages are held for a moment, and go back unless settled."""
 
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from worker.broker import (
 )
 
 MAX_LOOKS = 8  # well below 20: others look too, and not every version shows all that it counts
+
+SECOND_LOOK_SECONDS = 0.2
+BUSY_SECONDS = 2.0
 
 
 class QueueBusy(Exception):
@@ -57,6 +61,17 @@ class Inspection:
         self._held: dict[int, Held] = {}
 
     def __enter__(self) -> "Inspection":
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                return self._open()
+            except QueueBusy:
+                # The lock of the inspection before outlives it by a moment.
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(SECOND_LOOK_SECONDS)
+
+    def _open(self) -> "Inspection":
         try:
             self._connection = connect(self._settings, "darkroom dead")
             self._channel = self._connection.channel()
@@ -75,11 +90,17 @@ class Inspection:
 
     def take(self, max_messages: int) -> list[Held]:
         """Everything that is in the queue, or as much; nothing where the queue does not exist yet."""
+        has_looked_twice = False
         try:
             while len(self._held) < max_messages:
                 method, properties, body = self._channel.basic_get(self._queue)
                 if method is None:
-                    break
+                    if self._held or has_looked_twice:
+                        break
+                    # What the inspection before gave back is on its way.
+                    has_looked_twice = True
+                    time.sleep(SECOND_LOOK_SECONDS)
+                    continue
                 headers, tag = properties.headers or {}, method.delivery_tag
                 self._held[tag] = Held(body, headers, properties.timestamp, tag, properties)
         except pika.exceptions.ChannelClosedByBroker as error:

@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 
 MAX_RECORD_BYTES = 1024 * 1024
 CONTENT_TYPE = "application/json"
-PROBE_KEY = "jobs/.conditional-writes"
+# Not among the records: people list those.
+PROBE_KEY = ".darkroom/conditional-writes"
 
 
 class Ledger:
