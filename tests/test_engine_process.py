@@ -166,22 +166,16 @@ def test_an_engine_that_falls_silent_is_killed_and_the_request_drawn_by_the_next
     )
     engine.start()
     wait_until_ready(engine, READY_SECONDS)
-    num_stops = 0
+    hung = engine.pid
 
     def stop(report: StepReport) -> None:
-        nonlocal num_stops
-        if report.step_index == 2 and num_stops < 3:
-            num_stops += 1
-            assert engine.pid is not None
-            os.kill(engine.pid, signal.SIGSTOP)
+        if report.step_index == 2 and engine.pid == hung:
+            assert hung is not None
+            os.kill(hung, signal.SIGSTOP)
 
-    hung = engine.generate(request_of(num_inference_steps=60), stop, never)
-    assert isinstance(hung.exception(), EngineHung)
-
-    # Once more, and then it goes well
-    survivor = engine.generate(request_of(num_inference_steps=60), stop, never)
-    assert len(survivor.result().pictures) == 1
-    assert num_stops == 3
+    drawn_again = engine.generate(request_of(num_inference_steps=60), stop, never)
+    assert len(drawn_again.result().pictures) == 1
+    assert engine.pid != hung
     engine.close()
 
 

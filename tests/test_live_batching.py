@@ -1,6 +1,7 @@
 """Many jobs in one batch, through a whole worker."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.engine_requests import request_of
 from tests.pictures import DEMO, MIN_PSNR_DB, demo_adapter, psnr, solo
-from tests.world import Worker, World, eventually, new_world
+from tests.world import ROOT, Worker, World, eventually, new_world
 
 LONG = 60
 STYLES = ("neon", "blueprint", "sepia")
@@ -120,7 +121,7 @@ def test_a_poison_job_fails_alone_and_nine_innocents_in_its_batch_complete(world
     poison = world.publish(prompt="poison", num_inference_steps=6)
     innocents += [world.publish(num_inference_steps=6, seed=number) for number in range(5, 9)]
 
-    worker = ready(world.start_worker(PYTHONPATH=str(POISON)))
+    worker = ready(world.start_worker(PYTHONPATH=f"{POISON}{os.pathsep}{ROOT}"))
 
     # Then it fails, they complete, and the engine died once in company and twice over the culprit alone
     end = world.wait_for_end(poison, 120)

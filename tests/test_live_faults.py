@@ -1,4 +1,8 @@
-"""A worker, its engine, its broker, its store or its backend fails in the middle: every job still ends once."""
+"""A worker, its engine, its broker, its store or its backend fails in the middle: every job still ends once.
+
+With the real engine, which takes seconds to start; what has a twin in `test_live_faults_*.py`, where the engine is a
+stand-in, is left to `make faults`.
+"""
 
 import json
 import os
@@ -14,6 +18,7 @@ import pytest
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
+from tests.faults.station import long
 from tests.world import Worker, World, eventually, new_world
 from worker.queues import QueueNames
 from worker.settling import MAX_RECOVERIES
@@ -156,6 +161,7 @@ def test_a_killed_worker_leaves_its_job_to_the_next_one(world: World, worker: Wo
     assert [line["queue"] for line in next_worker.events("job in")] == [f"{world.queue}.recover"]
 
 
+@long
 def test_sigterm_lets_the_running_job_end_and_gives_the_waiting_ones_back(world: World) -> None:
     worker = world.start_worker(MAX_CONCURRENT_GENERATIONS="1")
     worker.wait_until_ready()
@@ -174,6 +180,7 @@ def test_sigterm_lets_the_running_job_end_and_gives_the_waiting_ones_back(world:
     assert_complete_once(world, waiting)
 
 
+@long
 def test_sigterm_with_a_job_longer_than_the_grace_period_gives_it_back(world: World) -> None:
     worker = world.start_worker(SHUTDOWN_GRACE_SECONDS="6")
     worker.wait_until_ready()
@@ -201,6 +208,7 @@ def test_sigterm_while_the_model_is_loading_ends_at_once(world: World) -> None:
     assert time.monotonic() - started_at < 3
 
 
+@long
 def test_a_second_signal_ends_at_once(world: World, worker: Worker) -> None:
     generation_id = world.publish(num_inference_steps=150, num_images=8)
     world.wait_for_step(generation_id)
@@ -214,6 +222,7 @@ def test_a_second_signal_ends_at_once(world: World, worker: Worker) -> None:
     eventually(lambda: not Path(f"/proc/{engine}").exists(), 2)
 
 
+@long
 def test_while_the_backend_is_down_jobs_go_on_and_each_end_arrives_later(
     lasting_world: World, lasting_worker: Worker, since: Since
 ) -> None:
@@ -284,15 +293,17 @@ def test_a_connection_closed_in_mid_job_is_adopted_and_nothing_runs_twice(
 ) -> None:
     world = lasting_world
     generation_id = world.publish(num_inference_steps=LONG)
+    world.queues()  # opens the console, which takes a second
     world.wait_for_step(generation_id)
 
-    world.rabbitmq.ctl("close_all_connections", "a test")
+    world.rabbitmq.close_connections()
 
     assert_complete_once(world, generation_id)
     assert since.num_steps == LONG
     assert len(since.events("delivery adopted")) == 1
 
 
+@long
 def test_heartbeats_flow_through_a_job_longer_than_the_broker_would_wait(world: World) -> None:
     # Given a broker that gives a silent peer up after three heartbeats of two seconds
     worker = world.start_worker(RABBITMQ_HEARTBEAT_SECONDS="2")
@@ -335,6 +346,7 @@ def test_a_deleted_queue_is_declared_again_and_consumed(
     assert_complete_once(world, world.publish())
 
 
+@long
 def test_while_the_store_is_down_a_job_waits_in_the_retry_queue(
     lasting_world: World, lasting_worker: Worker, since: Since
 ) -> None:
@@ -351,6 +363,7 @@ def test_while_the_store_is_down_a_job_waits_in_the_retry_queue(
     assert [line["attempt"] for line in since.events("job in")] == [1, 2]
 
 
+@long
 def test_a_record_in_the_ledger_wins_over_a_second_worker(world: World, worker: Worker) -> None:
     task_id = str(uuid.uuid4())
     first = world.publish(task_id=task_id)

@@ -472,7 +472,7 @@ def test_no_secret_is_in_any_log_webhook_dead_letter_record_metric_or_process_li
     # Given also a broker that cuts every connection, a backend in trouble, and a command that meets wrong secrets
     world.backend.answer("complete", 500, times=1)
     site.wire.close()
-    world.rabbitmq.ctl("close_all_connections", "test")
+    world.rabbitmq.close_connections()
     wrong = {name: f"{value}x" for name, value in site.secrets.items()}
     checked = check(world, wrong | {"WEBHOOK_SIGNING_SECRET": ""}) + check(world, wrong)
     assert site.draw({}) == site.picture_of({})

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 NUM_JOBS = int(os.environ.get("LEAK_JOBS", "40"))
 NUM_ADAPTERS = min(40, NUM_JOBS // 3)
 NUM_SLOTS = 8
+NUM_LANES = "4"  # a batch's size, and with it the memory of a step, must not depend on chance
 ROUND = 10 if NUM_JOBS < 200 else 20  # jobs between two looks at the memory
 WARM_ROUNDS = 3 if NUM_JOBS >= 200 else 1  # caches, the bank and the allocator come to their size
 MAX_MB_PER_JOB = 0.2
@@ -63,7 +64,7 @@ def resident_mb(worker: Worker) -> tuple[float, float]:
 
 
 def test_many_adapters_in_few_slots_leave_no_trace_in_memory_or_pictures(world: World, adapters: list[str]) -> None:
-    worker = world.start_worker(ADAPTER_SLOTS=str(NUM_SLOTS))
+    worker = world.start_worker(ADAPTER_SLOTS=str(NUM_SLOTS), MAX_CONCURRENT_GENERATIONS=NUM_LANES)
     worker.wait_until_ready()
     controls = [(control_hash(world, None), control_hash(world, adapters[0]))]
     memory: list[tuple[float, float]] = []

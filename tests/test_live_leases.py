@@ -91,7 +91,7 @@ def test_a_lost_connection_of_one_of_two_workers_costs_no_second_run(
         for generation_id in jobs:
             world.wait_for_step(generation_id)
 
-        rabbitmq.ctl("close_all_connections", "a network that breaks")
+        rabbitmq.close_connections()
 
         for generation_id in jobs:
             assert world.wait_for_end(generation_id, 120).kind == "complete"

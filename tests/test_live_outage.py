@@ -8,8 +8,8 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.world import eventually, new_world
 
-OUTAGE_SECONDS = float(os.environ.get("OUTAGE_SECONDS", "20"))
-NUM_JOBS = 10
+OUTAGE_SECONDS = float(os.environ.get("OUTAGE_SECONDS", "6"))
+NUM_JOBS = 6
 STEPS = 8
 
 

@@ -22,7 +22,8 @@ from examples.parts.ports import free_port
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 
-DEMO_MODEL = Path(__file__).parent.parent / "examples" / "demo_model"
+ROOT = Path(__file__).parent.parent
+DEMO_MODEL = ROOT / "examples" / "demo_model"
 READY_SECONDS = 60.0
 END_SECONDS = 60.0
 
@@ -100,6 +101,7 @@ class World:
             | self.backend.env()
             | {
                 "HOME": str(self.folder),
+                "PYTHONPATH": str(ROOT),  # the code beside these tests, whatever copy of it is installed
                 "HF_HUB_OFFLINE": "1",
                 "MODEL_ID": str(DEMO_MODEL / "checkpoint"),
                 "RABBITMQ_QUEUE": self.queue,

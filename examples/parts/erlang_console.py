@@ -1,4 +1,4 @@
-"""Questions to a running RabbitMQ node by an Erlang process that stays: rabbitmqctl starts one for each."""
+"""Questions and orders to a running RabbitMQ node by an Erlang process that stays: rabbitmqctl starts one for each."""
 
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -7,20 +7,27 @@ from typing import NamedTuple
 
 from examples.parts.processes import ServerError
 
-# For every line on standard input: a line for each queue, then "end".
+# For every line on standard input: what the node answers, in lines, then "end".
 PROGRAM = """
+Call = fun(Module, Function, Arguments) -> rpc:call('NODE', Module, Function, Arguments, 10000) end,
+Answer = fun
+    ("queues\\n") ->
+        Items = [name, messages_ready, messages_unacknowledged],
+        case Call(rabbit_amqqueue, info_all, [<<"/">>, Items]) of
+            {badrpc, Why} -> io:format("error ~0p~n", [Why]);
+            Rows -> [io:format("~s ~p ~p~n", [element(4, Name), Ready, Unacked])
+                     || [{name, Name}, {messages_ready, Ready}, {messages_unacknowledged, Unacked}] <- Rows]
+        end;
+    ("close\\n") ->
+        case Call(rabbit_networking, connections_local, []) of
+            {badrpc, Why} -> io:format("error ~0p~n", [Why]);
+            Pids -> Call(rabbit_networking, close_connections, [Pids, "closed from the console"])
+        end
+end,
 Ask = fun(Ask) ->
     case io:get_line("") of
         eof -> halt(0);
-        _ ->
-            Items = [name, messages_ready, messages_unacknowledged],
-            case rpc:call('NODE', rabbit_amqqueue, info_all, [<<"/">>, Items], 10000) of
-                {badrpc, Why} -> io:format("error ~0p~n", [Why]);
-                Rows -> [io:format("~s ~p ~p~n", [element(4, Name), Ready, Unacked])
-                         || [{name, Name}, {messages_ready, Ready}, {messages_unacknowledged, Unacked}] <- Rows]
-            end,
-            io:format("end~n"),
-            Ask(Ask)
+        Line -> Answer(Line), io:format("end~n"), Ask(Ask)
     end
 end,
 Ask(Ask).
@@ -53,26 +60,29 @@ class ErlangConsole:
     def queues(self) -> dict[str, QueueDepth]:
         """Every queue of the default virtual host. Raises `ServerError` where the node does not answer."""
         found = {}
-        for line in self._ask():
-            name, _, rest = line.partition(" ")
-            if name == "error":
-                raise ServerError(f"the node tells nothing of its queues: {rest}")
-            ready, unacknowledged = rest.split()
+        for line in self._ask("queues"):
+            name, ready, unacknowledged = line.rsplit(" ", 2)
             found[name] = QueueDepth(int(ready), int(unacknowledged))
         return found
 
-    def _ask(self) -> Iterator[str]:
+    def close_connections(self) -> None:
+        """Close every client's connection, as an operator may. Raises `ServerError` as above."""
+        list(self._ask("close"))
+
+    def _ask(self, question: str) -> Iterator[str]:
         """The answer's lines."""
         if self._process.stdin is None or self._process.stdout is None:
             raise ServerError("the console was started without pipes")
         try:
-            self._process.stdin.write("?\n")
+            self._process.stdin.write(f"{question}\n")
             self._process.stdin.flush()
         except BrokenPipeError as error:
             raise ServerError("the node's console ended") from error
         for line in self._process.stdout:
             if line.strip() == "end":
                 return
+            if line.startswith("error "):
+                raise ServerError(f"the node does not answer: {line.removeprefix('error ').strip()}")
             yield line.strip()
         raise ServerError("the node's console ended")
 

@@ -61,7 +61,7 @@ def stop_a_worker(scene: Scene, rng: random.Random) -> str | None:
 
 
 def close_connections(scene: Scene, _rng: random.Random) -> str:
-    scene.world.rabbitmq.ctl("close_all_connections", "campaign")
+    scene.world.rabbitmq.close_connections()
     return "all"
 
 

@@ -1,0 +1,122 @@
+"""`python -m tests.mutations [ROW …]`: take each row's mechanism out of a copy of the code and see its tests fail."""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+from tests.mutations.row import Mutation, Row
+from tests.mutations.rows import ROWS
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+class Verdict(NamedTuple):
+    """What became of a row without its mechanism."""
+
+    row: Row
+    failed: tuple[str, ...]
+    missed: tuple[str, ...]
+    seconds: float
+
+    @property
+    def is_caught(self) -> bool:
+        return not self.missed
+
+
+def copy_tree(folder: Path) -> None:
+    """What git has or would have of this checkout."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    ).stdout
+    for name in filter(None, listed.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
+def apply(mutation: Mutation, root: Path) -> None:
+    """Raises `ValueError` where the text to take out is not there exactly once."""
+    path = root / mutation.path
+    text = path.read_text()
+    if (found := text.count(mutation.old)) != 1:
+        raise ValueError(f"{mutation.path} holds {found} times, not once: {mutation.old!r}")
+    path.write_text(text.replace(mutation.old, mutation.new))
+
+
+def judge(row: Row) -> Verdict:
+    """Run the row's tests without its mechanism."""
+    started_at = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=f"darkroom-{row.name}-") as name:
+        folder = Path(name)
+        copy_tree(folder)
+        for mutation in row.without:
+            apply(mutation, folder)
+        report = folder / "report.xml"
+        options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}", f"--basetemp={folder / 'tmp'}"]
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, *row.tests],
+            cwd=folder,
+            env=os.environ | {"FAULTS_LONG": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if not report.exists():
+            raise RuntimeError(f"{row.name}: the tests did not run\n{done.stdout}{done.stderr}")
+        failed = failures(report)
+    missed = tuple(test for test in row.tests if not any(is_of(test, name) for name in failed))
+    return Verdict(row, tuple(sorted(failed)), missed, time.monotonic() - started_at)
+
+
+def failures(report: Path) -> set[str]:
+    """The ids of the tests that failed; one that could not be set up has shown nothing."""
+    cases = ElementTree.parse(report).getroot().iter("testcase")
+    return {
+        f"{(case.get('classname') or '').replace('.', '/')}.py::{case.get('name')}"
+        for case in cases
+        if case.find("failure") is not None
+    }
+
+
+def is_of(test: str, name: str) -> bool:
+    """Whether the failed `name` is `test` or one of its parameters."""
+    return name == test or name.startswith(f"{test}[")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="such as A1; all of them where none is named")
+    parser.add_argument("--jobs", type=int, default=2, help="rows looked at side by side")
+    options = parser.parse_args(arguments)
+    known = {row.name: row for row in ROWS}
+    if unknown := sorted(set(options.rows) - set(known)):
+        parser.error(f"no such row: {', '.join(unknown)}; known are {', '.join(known)}")
+
+    chosen = [row for row in ROWS if row.without and (not options.rows or row.name in options.rows)]
+    verdicts = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for verdict in pool.map(judge, chosen):
+            verdicts.append(verdict)
+            word = "caught" if verdict.is_caught else "NOT SEEN by " + ", ".join(verdict.missed)
+            print(f"{verdict.row.name:<5} {verdict.seconds:5.0f} s  {word}", flush=True)
+    missed = [verdict.row.name for verdict in verdicts if not verdict.is_caught]
+    print(f"{len(verdicts) - len(missed)} of {len(verdicts)} mechanisms are missed by their tests when taken out")
+    print(json.dumps({"rows": len(ROWS), "checked": len(verdicts), "caught": len(verdicts) - len(missed)}))
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

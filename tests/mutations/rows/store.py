@@ -1,0 +1,5 @@
+"""The object store, and the way to it."""
+
+from tests.mutations.row import Row
+
+ROWS: tuple[Row, ...] = ()
