@@ -4,7 +4,8 @@ import random
 import time
 from collections.abc import Callable
 
-MIN_SECONDS, MAX_SECONDS = 0.2, 5.0
+# A broker that is back has jobs waiting, and a try that is refused costs nobody anything.
+MIN_SECONDS, MAX_SECONDS = 0.2, 1.0
 POLL_SECONDS = 0.05
 
 
