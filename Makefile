@@ -9,7 +9,7 @@ APT_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo pyth
 APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/share/fonts/truetype/nanum
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo test check outage leaks faults campaign bench bench-gpu clean
+.PHONY: help install demo test check outage leaks faults mutations campaign hostile bench recovery bench-gpu clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -50,6 +50,9 @@ faults: install ## Every fault on the way to broker, store and backend, and in t
 	OMP_NUM_THREADS=1 FAULTS_LONG=1 $(BIN)/pytest tests/test_faults_proxy.py tests/test_live_faults.py tests/test_live_faults_*.py \
 		tests/test_live_leases.py
 
+mutations: install ## Take the mechanism behind each row of the fault matrix out of a copy, and see its tests fail
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutations
+
 # CAMPAIGN is kill, network, sigterm or outage; without it all of them, one after another. RESUME is a folder below out/.
 campaign: install ## Hundreds of jobs while everything fails at random (CAMPAIGN=kill JOBS=1000 ACTIONS=200 WORKERS=2 SEED=1)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaigns $(CAMPAIGN) $(if $(JOBS),--jobs $(JOBS)) \
@@ -64,6 +67,9 @@ bench: install ## Batching against plain diffusers, what a job costs beyond the 
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.batching --swap
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.overhead
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loading
+
+recovery: install ## How long it takes until a job is at work again after a part has failed
+	$(BIN)/python -m benchmarks.recovery
 
 bench-gpu: install ## Batching against plain diffusers on a CUDA machine, full-size SD 1.5 with random weights
 	$(BIN)/python -m benchmarks.batching --device cuda --models sd15 --swap

@@ -36,6 +36,7 @@ MAX_RANK = 512
 MAX_ALPHA = 1e6
 
 HEADER_LENGTH_BYTES = 8
+BEGINNING_BYTES = 256  # enough to tell what kind of file it is
 METADATA = "__metadata__"
 # A zip (torch.save today), a pickle of protocol 2 or later (torch.save once), a pickle of protocol 0 calling something.
 PICKLE_OR_ZIP = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]|\(?c[\w.]+\n")
@@ -109,8 +110,11 @@ def read_weights(path: Path) -> StoredWeights:
     if path.stat().st_size > MAX_FILE_BYTES:
         raise AdapterInvalid(f"the adapter file is larger than {MAX_FILE_BYTES} bytes")
 
-    # Read once, so that the bytes that were checked are the bytes that are used.
-    content = path.read_bytes()
+    with path.open("rb") as file:
+        _header_length(file.read(BEGINNING_BYTES), path.suffix)  # before half a gigabyte is read for nothing
+        file.seek(0)
+        # All of it once, so that the bytes that are checked are the bytes that are used.
+        content = file.read()
     metadata = _checked_header(content, path.suffix)
     try:
         tensors = safetensors.torch.load(content)
@@ -120,15 +124,20 @@ def read_weights(path: Path) -> StoredWeights:
     return StoredWeights(tensors, metadata)
 
 
-def _checked_header(content: bytes, suffix: str) -> dict[str, str]:
-    """The header's metadata, once every entry is within the limits; offsets and shapes are left to safetensors."""
+def _header_length(content: bytes, suffix: str) -> int:
+    """What a safetensors file, or its beginning, says of its header: bytes, within the limit."""
     length = int.from_bytes(content[:HEADER_LENGTH_BYTES], "little")
     is_safetensors = length <= MAX_HEADER_BYTES and content[HEADER_LENGTH_BYTES : HEADER_LENGTH_BYTES + 1] == b"{"
     if not is_safetensors and (suffix in PICKLE_SUFFIXES or PICKLE_OR_ZIP.match(content)):
         raise AdapterUnsafe("the adapter file is a pickle or an archive: only safetensors files are opened")
     if not is_safetensors:
         raise AdapterInvalid("the adapter file does not begin with a safetensors header of an acceptable size")
+    return length
 
+
+def _checked_header(content: bytes, suffix: str) -> dict[str, str]:
+    """The header's metadata, once every entry is within the limits; offsets and shapes are left to safetensors."""
+    length = _header_length(content, suffix)
     header = parse_object(content[HEADER_LENGTH_BYTES : HEADER_LENGTH_BYTES + length], "the adapter file's header")
     metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
