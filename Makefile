@@ -53,7 +53,7 @@ faults: install ## Every fault on the way to broker, store and backend, and in t
 mutations: install ## Take the mechanism behind each row of the fault matrix out of a copy, and see its tests fail
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutations
 
-# CAMPAIGN is kill, network, sigterm or outage; without it all of them, one after another. RESUME is a folder below out/.
+# CAMPAIGN is kill, network, sigterm, outage or storm; without it all of them, one after another. RESUME is a folder below out/.
 campaign: install ## Hundreds of jobs while everything fails at random (CAMPAIGN=kill JOBS=1000 ACTIONS=200 WORKERS=2 SEED=1)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaigns $(CAMPAIGN) $(if $(JOBS),--jobs $(JOBS)) \
 		$(if $(ACTIONS),--actions $(ACTIONS)) $(if $(WORKERS),--workers $(WORKERS)) $(if $(SEED),--seed $(SEED)) \

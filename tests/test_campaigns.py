@@ -15,6 +15,7 @@ from tests.campaigns.chaos import Rhythm
 from tests.campaigns.judging import Limits, checks
 from tests.campaigns.plans import Campaign
 from tests.campaigns.running import run
+from tests.faults.station import QUICK_RETRIES
 
 
 def short(campaign: Campaign, *rhythms: Rhythm, **fields: Any) -> Campaign:
@@ -43,9 +44,15 @@ NETWORK = short(
     # No calls that hang: one costs the worker's whole deadline.
     mishaps={ERROR: 0.2, RESET: 0.05, LOSE: 0.05},
 )
+STORM = short(
+    plans.storm(20, 4, has_real_engine=False),
+    Rhythm("kill", chaos.kill_something, (0.5, 2.0), 4),
+    Rhythm("connections closed", chaos.close_connections, (1.0, 3.0)),
+    constants=QUICK_RETRIES,
+)
 
 
-@pytest.mark.parametrize("campaign", [KILL, NETWORK, SIGTERM], ids=lambda campaign: campaign.name)
+@pytest.mark.parametrize("campaign", [KILL, NETWORK, SIGTERM, STORM], ids=lambda campaign: campaign.name)
 def test_a_campaign_loses_nothing_and_does_nothing_twice(
     rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path, campaign: Campaign
 ) -> None:

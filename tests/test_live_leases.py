@@ -82,9 +82,7 @@ def test_a_lost_connection_of_one_of_two_workers_costs_no_second_run(
 ) -> None:
     """The broker gives what was in its hands to the other worker, which finds that it is still at work."""
     with new_world(rabbitmq, s3_server, tmp_path) as world:
-        # A timeout by which copies wait for ten seconds, not thirty.
-        env = {"MAX_CONCURRENT_GENERATIONS": "2", "RABBITMQ_CONSUMER_TIMEOUT_SECONDS": "60"}
-        workers = [world.start_worker(**env) for _ in range(2)]
+        workers = [world.start_worker(MAX_CONCURRENT_GENERATIONS="2") for _ in range(2)]
         for worker in workers:
             worker.wait_until_ready()
         jobs = [world.publish(num_inference_steps=120) for _ in range(4)]

@@ -20,10 +20,12 @@ logger = logging.getLogger(__name__)
 
 CONTENT_TYPE = "application/json"
 MAX_LEASE_BYTES = 10_000
-# Shares of the broker's consumer timeout: when a job goes on lease, how long a note holds, when it is renewed.
+# Shares of the broker's consumer timeout: when a job goes on lease, and how long a note holds at most.
 LEASE_AFTER_SHARE = 1 / 3
 VALID_SHARE = 1 / 10
-RENEW_SHARE = 1 / 30
+# So long may a job lie that was on lease when its worker was killed, and the time of a copy in its queue.
+MAX_VALID_SECONDS = 30.0
+RENEW_SHARE = 1 / 3  # of the time that a note holds
 
 
 class Leases:
@@ -37,8 +39,8 @@ class Leases:
         self._publisher = publisher
         self._names = names
         self._lease_after = consumer_timeout_seconds * LEASE_AFTER_SHARE
-        self._valid_for = consumer_timeout_seconds * VALID_SHARE
-        self.renew_every = consumer_timeout_seconds * RENEW_SHARE
+        self._valid_for = min(MAX_VALID_SECONDS, consumer_timeout_seconds * VALID_SHARE)
+        self.renew_every = self._valid_for * RENEW_SHARE
 
     def take_or_renew(self, run: Run) -> bool:
         """Renew the run's note if it has one. True where a copy is safe now, so that its deliveries can be acked.

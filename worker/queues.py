@@ -6,7 +6,7 @@ from typing import Any
 from worker.settling import RETRY_DELAYS_SECONDS
 
 # How long a leased job's copy lies before somebody looks at it: no longer than a sixth of the broker's timeout.
-MAX_COPY_SECONDS, COPY_SHARE = 30.0, 1 / 6
+MAX_COPY_SECONDS, COPY_SHARE = 10.0, 1 / 6
 _QUORUM = {"x-queue-type": "quorum"}
 
 

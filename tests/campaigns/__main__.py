@@ -1,4 +1,4 @@
-"""`python -m tests.campaigns [kill|network|sigterm|outage]`: the long forms; without a name all of them in turn.
+"""`python -m tests.campaigns [kill|network|sigterm|outage|storm]`: the long forms; without a name all of them in turn.
 
 Prints a table for people and, last, a line of JSON for each campaign; exit code 1 where a limit is not kept. A campaign
 that was broken off goes on with `--resume FOLDER`.
@@ -34,6 +34,7 @@ ALL: tuple[tuple[str, dict[str, int]], ...] = (
     ("network", {"num_workers": 1}),
     ("sigterm", {}),
     ("outage", {}),
+    ("storm", {}),
 )
 
 

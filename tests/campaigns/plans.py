@@ -1,7 +1,8 @@
-"""The four campaigns: what goes wrong in each, how often, and what it may cost."""
+"""The five campaigns: what goes wrong in each, how often, and what it may cost."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from tests.campaigns import chaos
 from tests.campaigns.backend import ERROR, HANG, LOSE, RESET
@@ -25,7 +26,9 @@ class Campaign:
 
     `depth` jobs are kept in the queue and at work beyond what the chaos is due; `steps` are those of one picture, from
     and to; `patience_seconds` is how long nothing may end before the rest counts as lost. Without `has_real_engine` the
-    engines are stand-ins, which start in a second and draw noise.
+    engines are stand-ins, which start in a second and draw noise. `mishaps` are shares of the backend's calls,
+    `store_error_share` of the store's, which needs `has_proxies`;
+    `constants` of the worker are changed beside stand-ins, see `tests/faults/site`.
     """
 
     name: str
@@ -38,7 +41,9 @@ class Campaign:
     depth: int = 20
     patience_seconds: float = 420.0  # the longest retry queue holds a job for 300
     mishaps: Mapping[str, float] = field(default_factory=dict)
+    store_error_share: float = 0.0
     env: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
     has_proxies: bool = False
     has_real_engine: bool = True
 
@@ -118,6 +123,28 @@ def outage(num_jobs: int = 50, num_actions: int = 1, num_workers: int = 1, *, ha
     )
 
 
+def storm(
+    num_jobs: int = 1000, num_actions: int = 100, num_workers: int = 2, *, has_real_engine: bool = True
+) -> Campaign:
+    """All at once: kills, closed connections, and a store and a backend that answer some calls with errors."""
+    return Campaign(
+        name="storm",
+        num_jobs=num_jobs,
+        num_actions=num_actions,
+        num_workers=num_workers,
+        rhythms=(
+            Rhythm("kill", chaos.kill_something, (3.0, 23.0), num_actions),
+            Rhythm("connections closed", chaos.close_connections, (15.0, 25.0)),
+        ),
+        limits=Limits(mark_tolerance_seconds=BACKEND_PATIENCE_SECONDS),
+        steps=(20, 80) if has_real_engine else STAND_IN_STEPS,
+        mishaps={ERROR: 0.10},
+        store_error_share=0.05,
+        has_proxies=True,
+        has_real_engine=has_real_engine,
+    )
+
+
 def _gap(has_real_engine: bool) -> tuple[float, float]:
     return GAP_SECONDS if has_real_engine else STAND_IN_GAP_SECONDS
 
@@ -127,4 +154,5 @@ CAMPAIGNS: dict[str, Callable[..., Campaign]] = {
     "network": network,
     "sigterm": sigterm,
     "outage": outage,
+    "storm": storm,
 }

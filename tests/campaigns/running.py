@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import time
 import uuid
 from collections import Counter
@@ -31,7 +32,7 @@ from tests.campaigns.judging import Figures, StoredObject, judge
 from tests.campaigns.keeping import Keeper
 from tests.campaigns.plans import Campaign
 from tests.faults.proxy import Proxy
-from tests.faults.station import ROOT, SITE
+from tests.faults.station import ANY_REQUEST, ROOT, SITE, answers, sometimes
 from tests.world import World, eventually
 
 TURN_SECONDS = 0.2
@@ -89,9 +90,13 @@ def _field(campaign: Campaign, rabbitmq: RabbitMQ, store: SeaweedFS, folder: Pat
         proxies = _proxies(world) if campaign.has_proxies else {}
         for proxy in proxies.values():
             stack.enter_context(proxy)
-        env = _env_through(proxies) | dict(campaign.env)
+        if campaign.store_error_share:
+            refuse = sometimes(answers(500), campaign.store_error_share, random.Random(seed))
+            proxies["store"].when(ANY_REQUEST, do=refuse, times=None)
+        env = _env_through(proxies)
         if not campaign.has_real_engine:
-            env |= _env_of_stand_in(folder)
+            env |= _env_of_stand_in(folder, campaign.constants)
+        env |= campaign.env
         keeper = Keeper(world, journal, num_workers=campaign.num_workers, env=env)
         keeper.start()
         stack.callback(keeper.close)
@@ -150,12 +155,12 @@ def _env_through(proxies: Mapping[str, Proxy]) -> dict[str, str]:
     }
 
 
-def _env_of_stand_in(folder: Path) -> dict[str, str]:
+def _env_of_stand_in(folder: Path, constants: Mapping[str, Any]) -> dict[str, str]:
     """What gives a worker an engine without torch."""
     return {
         "PYTHONPATH": f"{SITE}{os.pathsep}{ROOT}",
         "FAULTS_STAND_IN": "1",
-        "FAULTS_CONSTANTS": json.dumps({"tests.fake_child:TURN_SECONDS": STAND_IN_STEP_SECONDS}),
+        "FAULTS_CONSTANTS": json.dumps({"tests.fake_child:TURN_SECONDS": STAND_IN_STEP_SECONDS} | dict(constants)),
         "MAX_CONCURRENT_GENERATIONS": "3",  # so that jobs wait
         "MODEL_ID": str(folder / "stand-in.log"),
     }

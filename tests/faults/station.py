@@ -6,6 +6,7 @@
 import hashlib
 import json
 import os
+import random
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -115,6 +116,10 @@ class Station:
         new.write_text(str(seconds))
         new.replace(self.world.folder / "clock")
 
+    def num_asked(self, job: Job) -> int:
+        """How often an engine was given the job."""
+        return self._noted("generate", job)
+
     def num_runs(self, job: Job) -> int:
         """How often the job was begun to be drawn, by all engines together."""
         return self._noted("begin", job)
@@ -185,6 +190,7 @@ class Station:
 
 # What the store and the backend say when they have done what was asked.
 DONE = Sign(DOWN, b"HTTP/1.1 200")
+ANY_REQUEST = Sign(UP, b" HTTP/1.1\r\n")
 POST_OF_COMPLETE = Sign(UP, b"POST /api/webhooks/inference/complete ")
 
 
@@ -204,6 +210,16 @@ def answers(status: int, body: bytes = b"", **headers: str) -> Callable[[Link], 
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     content = "\r\n".join(lines).encode() + b"\r\n\r\n" + body
     return lambda link: link.answer(content)
+
+
+def sometimes(do: Callable[[Link], None], share: float, rng: random.Random) -> Callable[[Link], None]:
+    """For a trigger: this in a share of the cases, else nothing."""
+
+    def act(link: Link) -> None:
+        if rng.random() < share:
+            do(link)
+
+    return act
 
 
 @contextmanager
