@@ -296,7 +296,9 @@ def test_attempts_are_counted_by_kind_and_result_and_lost_answers_apart() -> Non
 # --- The outbox
 
 
-def delivered(body: bytes, tag: int = 1, *, age_seconds: float = 0.0, session: int = 1) -> Delivery:
+def delivered(
+    body: bytes, tag: int = 1, *, age_seconds: float = 0.0, session: int = 1, due_in_seconds: float = 0.0
+) -> Delivery:
     return Delivery(
         body=body,
         queue=NAMES.outbox,
@@ -307,6 +309,7 @@ def delivered(body: bytes, tag: int = 1, *, age_seconds: float = 0.0, session: i
         session=session,
         tag=tag,
         channel_number=3,
+        due=time.time() + due_in_seconds,
     )
 
 
@@ -390,6 +393,19 @@ def test_an_event_with_hope_stays_with_the_broker(started: Start, attempt: Attem
     assert no_ack_within_a_moment(parts)
     assert len(parts.client.sent) == 1  # the next attempt is a second away
     assert parts.publisher.kept == []
+
+
+def test_an_event_that_must_wait_holds_up_no_other_and_goes_with_the_first_that_is_taken(started: Start) -> None:
+    # Given an event that the backend wants to hear of in an hour, and nothing else
+    parts = started(Parts(ScriptedClient(TAKEN, TAKEN)))
+    parts.outbox.on_delivery(delivered(complete("late").to_json(), tag=1, due_in_seconds=3600))
+    assert no_ack_within_a_moment(parts)
+
+    # When another comes, it is told; and as the backend listens, so is the first
+    parts.outbox.on_delivery(delivered(complete("now").to_json(), tag=2))
+
+    assert parts.consumer.next_tags(2) == {1, 2}
+    assert parts.client.ids == ["now:complete", "late:complete"]
 
 
 def test_one_success_lets_the_whole_lane_through_and_the_waits_begin_anew(started: Start) -> None:

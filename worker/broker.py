@@ -6,6 +6,7 @@ the broker holds back (memory or disk alarm) an ack would be held back too. The 
 """
 
 import logging
+import math
 import queue
 import socket
 import threading
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 ATTEMPT_HEADER = "x-darkroom-attempt"
 REASON_HEADER = "x-darkroom-reason"
 SINCE_HEADER = "x-darkroom-since"
+DUE_HEADER = "x-darkroom-due"
 LEASE_HEADER = "x-darkroom-lease"
 COUNT_HEADER = "x-delivery-count"
 MAX_REASON_CHARS = 500
@@ -226,6 +228,7 @@ class Consumer:
                 received_at=time.monotonic(),
                 # In the jobs' queue the header could only be a publisher's own.
                 is_leased=subscription.queue == self._names.recover and LEASE_HEADER in headers,
+                due=float(whole_number(headers.get(DUE_HEADER), default=0)),
             )
         )
 
@@ -286,6 +289,7 @@ class Publisher:
         attempt: int | None = None,
         reason: str = "",
         since: float | None = None,
+        due: float | None = None,
         is_leased: bool = False,
     ) -> None:
         """Return once the broker has confirmed the message on disk; raise `PublishFailed` otherwise."""
@@ -294,6 +298,8 @@ class Publisher:
             headers[REASON_HEADER] = reason[:MAX_REASON_CHARS]
         if since is not None:
             headers[SINCE_HEADER] = int(since)
+        if due is not None:
+            headers[DUE_HEADER] = math.ceil(due)
         if is_leased:
             headers[LEASE_HEADER] = 1
         self._call(partial(self._publish, queue_name, body, headers))

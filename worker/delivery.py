@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One message under one delivery tag of one session. `since` is when it was parked, in epoch seconds;
-    `received_at` is `time.monotonic()`. `is_leased`: a copy kept for a job that may be at work somewhere."""
+    """One message under one delivery tag of one session. `since` is when it was parked and `due` when it is to be told
+    next, in epoch seconds; `received_at` is `time.monotonic()`. `is_leased`: a copy kept for a job that may be at work
+    somewhere."""
 
     body: bytes
     queue: str
@@ -19,3 +20,4 @@ class Delivery:
     channel_number: int
     received_at: float = 0.0
     is_leased: bool = False
+    due: float = 0.0

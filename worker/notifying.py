@@ -86,8 +86,14 @@ class Notifier:
             return "refused"
 
         self._failing.add(event.kind)
+        now, wait = time.time(), jittered(delay_after(len(attempts), last.retry_after_seconds))
         self._publisher.publish(
-            self._names.outbox, event.to_json(), attempt=len(attempts) + 1, reason=last.reason, since=time.time()
+            self._names.outbox,
+            event.to_json(),
+            attempt=len(attempts) + 1,
+            reason=last.reason,
+            since=now,
+            due=now + wait,
         )
         log_event(logger, "webhook parked", logging.WARNING, kind=event.kind.value, reason=last.reason)
         return "parked"
@@ -130,5 +136,5 @@ class Notifier:
 
 
 def jittered(seconds: float) -> float:
-    """About `seconds`: workers that lost the same backend must not come back in step."""
-    return seconds * random.uniform(0.9, 1.2)  # noqa: S311 - jitter, not a secret
+    """`seconds` and a little more: workers that lost the same backend must not come back in step, nor too early."""
+    return seconds * random.uniform(1.0, 1.2)  # noqa: S311 - jitter, not a secret

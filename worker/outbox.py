@@ -6,7 +6,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from clients.webhooks import Verdict, WebhookKind
+from clients.webhooks import MAX_RETRY_AFTER_SECONDS, Verdict, WebhookKind
 from config.logs import bind, log_event
 from worker.broker import Consumer, Publisher, PublishFailed
 from worker.delivery import Delivery
@@ -32,6 +32,11 @@ class _Parked:
     delivery: Delivery
     attempt: int
     held_since: float = field(default_factory=time.monotonic)
+    due_at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Who parked it knows how long the backend wants to be left alone.
+        self.due_at = time.monotonic() + min(self.delivery.due - time.time(), MAX_RETRY_AFTER_SECONDS)
 
 
 class Outbox:
@@ -136,11 +141,24 @@ class _Lane:
     def _take(self) -> _Parked | None:
         """The next event if its turn comes within `SWEEP_SECONDS`."""
         with self._changed:
-            self._changed.wait_for(self._has_work, timeout=self._seconds_to_wait())
-            return self._parked.popleft() if self._is_due() and not self._is_closing else None
+            if not self._has_work():
+                self._changed.wait(self._seconds_to_wait())  # once: what comes meanwhile may be due earlier
+            if self._is_closing or not self._is_due():
+                return None
+            first = self._first()
+            self._parked.remove(first)
+            return first
 
     def _is_due(self) -> bool:
-        return bool(self._parked) and time.monotonic() >= self._due_at
+        return bool(self._parked) and time.monotonic() >= self._turn_at()
+
+    def _turn_at(self) -> float:
+        """When the lane's next event may be told."""
+        return max(self._due_at, self._first().due_at)
+
+    def _first(self) -> _Parked:
+        """The one that may be told next; of several the one that has waited longest."""
+        return min(self._parked, key=lambda parked: parked.due_at)
 
     def _has_work(self) -> bool:
         return self._is_closing or bool(self._unreadable) or self._is_due()
@@ -151,7 +169,7 @@ class _Lane:
             self._changed.wait_for(lambda: self._is_closing, timeout=max(self._due_at - time.monotonic(), 0.0))
 
     def _seconds_to_wait(self) -> float:
-        until_due = self._due_at - time.monotonic() if self._parked else SWEEP_SECONDS
+        until_due = self._turn_at() - time.monotonic() if self._parked else SWEEP_SECONDS
         return min(max(until_due, 0.0), SWEEP_SECONDS)
 
     def _return_stale(self) -> None:
@@ -160,7 +178,9 @@ class _Lane:
             stale = [parked for parked in self._parked if time.monotonic() - parked.held_since > MAX_HELD_SECONDS]
         for parked in stale:
             delivery = parked.delivery
-            self._publisher.publish(self._names.outbox, delivery.body, attempt=parked.attempt, since=delivery.since)
+            self._publisher.publish(
+                self._names.outbox, delivery.body, attempt=parked.attempt, since=delivery.since, due=delivery.due
+            )
             with self._changed:
                 if parked in self._parked:  # else a redelivery took its place meanwhile
                     self._parked.remove(parked)
@@ -173,7 +193,7 @@ class _Lane:
             return
         attempt = self._notifier.attempt(parked.event)
         if attempt.verdict is Verdict.DELIVERED:
-            self._num_failures, self._due_at = 0, 0.0
+            self._let_all_through()
             self._ledger.mark_delivered(parked.event)
             log_event(logger, "webhook delivered late", kind=parked.event.kind.value, attempt=parked.attempt)
             self._ack(parked.delivery)
@@ -185,6 +205,12 @@ class _Lane:
             self._wait_longer(attempt.retry_after_seconds)
             parked.attempt += 1
             self._keep(parked)
+
+    def _let_all_through(self) -> None:
+        with self._changed:
+            self._num_failures, self._due_at = 0, 0.0
+            for parked in self._parked:
+                parked.due_at = 0.0
 
     def _wait_longer(self, retry_after_seconds: float | None) -> None:
         self._num_failures += 1

@@ -238,6 +238,8 @@ class Supervisor:
                 self._metrics.gpu_memory_bytes.labels("used").set(reading.memory_used_bytes)
                 self._metrics.gpu_memory_bytes.labels("total").set(reading.memory_total_bytes)
                 self._metrics.gpu_utilization_ratio.set(reading.utilization_ratio or 0.0)
+            if self._consumer is None or not self._consumer.is_connected:
+                continue  # one connection's tries are enough: brokers count those with a wrong password
             try:
                 for name, depth in self._publisher.depths().items():
                     self._metrics.queue_messages.labels(name).set(depth)

@@ -1,5 +1,202 @@
 """The backend, and the way to it."""
 
-from tests.mutations.row import Row
+from tests.mutations.row import Mutation, Row
 
-ROWS: tuple[Row, ...] = ()
+FILE = "tests/test_live_faults_backend.py"
+REAL_ENGINE = "tests/test_live_faults.py"
+CLIENT = "tests/test_clients_webhooks.py"
+REFUSING = f"{FILE}::test_a_backend_that_refuses_the_worker_gets_no_more_work_drawn_until_it_takes_it_again"
+PAUSED = f"{FILE}::test_a_backend_that_asks_for_a_pause_gets_it"
+FOR_GOOD = f"{FILE}::test_an_event_refused_for_good_is_told_once_and_left_as_a_dead_letter"
+PROGRESS = f"{FILE}::test_progress_that_is_not_taken_delays_no_end_and_never_follows_it"
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        name="D1",
+        fault="it fails three times, then listens",
+        answer="four calls of one id and one body, after waits that grow",
+        tests=(f"{FILE}::test_a_backend_that_fails_three_times_hears_the_same_again_after_growing_waits",),
+        without=(
+            Mutation(
+                "worker/notifying.py",
+                "planned = DELAYS_SECONDS[min(num_attempts, len(DELAYS_SECONDS)) - 1]",
+                "planned = 0.0",
+            ),
+        ),
+        also=(f"{REAL_ENGINE}::test_a_server_error_is_tried_again_under_the_same_webhook_id",),
+    ),
+    Row(
+        name="D2",
+        fault="it fails for ever",
+        answer="the event waits in the outbox and no job for it; a dead letter after a day",
+        tests=(f"{FILE}::test_a_backend_that_fails_for_ever_holds_no_job_and_leaves_a_dead_letter_after_a_day",),
+        without=(
+            Mutation(
+                "worker/notifying.py",
+                "patience = 0.0 if event.kind in self._failing else PATIENCE_SECONDS",
+                "patience = 3600.0",
+            ),
+        ),
+    ),
+    Row(
+        name="D3",
+        fault="it is down",
+        answer="jobs go on; each end is told once it is back, and outlives a worker meanwhile",
+        tests=(f"{FILE}::test_a_backend_that_is_down_holds_no_job_and_hears_of_each_once_it_is_back",),
+        without=(
+            Mutation(
+                "clients/webhooks.py",
+                "return Attempt(Verdict.RETRY, None, None, reason, watch.was_sent)",
+                "return Attempt(Verdict.REJECTED, None, None, reason, watch.was_sent)",
+            ),
+        ),
+        also=(
+            f"{REAL_ENGINE}::test_while_the_backend_is_down_jobs_go_on_and_each_end_arrives_later",
+            f"{REAL_ENGINE}::test_events_in_the_outbox_outlive_the_worker_that_put_them_there",
+            "tests/test_live_outage.py::test_an_outage_of_the_backend_delays_no_picture_and_it_hears_of_every_one",
+        ),
+    ),
+    Row(
+        name="D4",
+        fault="it takes the call and never answers, or answers a byte at a time",
+        answer="the call ends in 20 seconds all told and is made again",
+        tests=(
+            f"{FILE}::test_a_backend_that_hangs_is_given_up_in_time_and_hears_of_it_later",
+            f"{FILE}::test_an_answer_that_drips_ends_with_the_call_and_the_end_is_told_again",
+        ),
+        without=(Mutation("clients/deadline.py", "self._timer.start()", "pass"),),
+        also=(
+            f"{CLIENT}::test_silence_ends_at_the_deadline_and_is_ambiguous",
+            f"{CLIENT}::test_dripping_headers_end_at_the_deadline_and_are_ambiguous",
+            f"{CLIENT}::test_a_dripping_body_ends_at_the_deadline_and_the_status_counts",
+        ),
+    ),
+    Row(
+        name="D5",
+        fault="it acts, and its answer is lost",
+        answer="told again under the same id, and counted as ambiguous",
+        tests=(f"{FILE}::test_an_answer_lost_after_the_backend_has_acted_is_told_again_under_the_same_id",),
+        without=(
+            Mutation(
+                "clients/webhooks.py",
+                '"webhook-id": webhook_id,',
+                '"webhook-id": f"{webhook_id}:{time.time_ns()}",',
+            ),
+        ),
+        also=(f"{CLIENT}::test_a_reset_after_the_request_is_ambiguous",),
+    ),
+    Row(
+        name="D6",
+        fault="it refuses the token",
+        answer="not ready, no new work; every end is kept, and all goes on once the token is right",
+        tests=(f"{REFUSING}[wrong_token]", f"{REFUSING}[forbidden]"),
+        without=(Mutation("worker/notifying.py", "if attempt.status in REFUSING_STATUSES:", "if False:"),),
+        also=(
+            "tests/test_live_breakers.py::"
+            "test_a_backend_that_refuses_the_token_stops_the_taking_of_jobs_until_it_is_right_again",
+        ),
+    ),
+    Row(
+        name="D7",
+        fault="it does not know the generation, yet or at all",
+        answer="told again for a minute, then a dead letter",
+        tests=(
+            f"{FILE}::test_a_generation_that_the_backend_does_not_know_yet_is_told_until_it_does",
+            f"{FILE}::test_a_generation_that_the_backend_never_knows_leaves_a_dead_letter",
+        ),
+        without=(
+            Mutation(
+                "clients/webhooks.py",
+                "RETRY_STATUSES = frozenset({401, 403, 404,",
+                "RETRY_STATUSES = frozenset({401, 403,",
+            ),
+        ),
+    ),
+    Row(
+        name="D8",
+        fault="it refuses the event for good: 400, 409, 410, 422",
+        answer="one call and a dead letter",
+        tests=(f"{FOR_GOOD}[400]", f"{FOR_GOOD}[422]"),
+        without=(
+            Mutation(
+                "clients/webhooks.py",
+                'return Attempt(Verdict.REJECTED, status, None, f"HTTP {status}", False)',
+                'return Attempt(Verdict.RETRY, status, None, f"HTTP {status}", False)',
+            ),
+        ),
+        also=(
+            f"{FOR_GOOD}[409]",
+            f"{FOR_GOOD}[410]",
+            f"{REAL_ENGINE}::test_a_backend_that_refuses_the_event_for_good_leaves_a_dead_letter",
+        ),
+    ),
+    Row(
+        name="D9",
+        fault="it asks for a pause, in seconds, by a date or in nonsense",
+        answer="left alone so long, but never longer than an hour, by the outbox too",
+        tests=(f"{PAUSED}[seconds]", f"{PAUSED}[a date]"),
+        without=(Mutation("worker/notifying.py", "return max(planned, retry_after_seconds or 0.0)", "return planned"),),
+        also=(
+            f"{PAUSED}[nonsense]",
+            f"{CLIENT}::test_retry_after_is_honoured_within_reason",
+            f"{CLIENT}::test_no_retry_after_breaks_the_judgement",
+        ),
+    ),
+    Row(
+        name="D10",
+        fault="it answers with a redirect to another host",
+        answer="not followed: a dead letter that says so; the token goes nowhere",
+        tests=(f"{FILE}::test_a_redirect_is_a_refusal_and_the_token_goes_nowhere",),
+        without=(Mutation("clients/webhooks.py", "allow_redirects=False", "allow_redirects=True"),),
+        also=(f"{CLIENT}::test_a_redirect_is_not_followed",),
+    ),
+    Row(
+        name="D11",
+        fault="it takes progress slowly or not at all",
+        answer="no step waits for it; reports rise, and none comes behind the end",
+        tests=(f"{PROGRESS}[200-5.0]",),
+        without=(
+            Mutation(
+                "worker/progress.py",
+                "self._reporter.offer(self, [self._webhook(milestone, report) for milestone in crossed])",
+                "[self._reporter._send(self._webhook(milestone, report)) for milestone in crossed]",
+            ),
+        ),
+        also=(
+            f"{PROGRESS}[500-0.0]",
+            "tests/test_progress.py::test_a_slow_backend_does_not_hold_up_the_steps",
+            "tests/test_progress.py::test_nothing_is_sent_after_close_which_waits_for_the_call_in_flight",
+        ),
+    ),
+    Row(
+        name="D12",
+        fault="it answers with a body of 200 MB",
+        answer="64 kB of it are read; the status counts",
+        tests=(f"{CLIENT}::test_a_long_body_is_cut_off",),
+        without=(Mutation("clients/webhooks.py", "while num_bytes < MAX_BODY_BYTES and (chunk", "while (chunk"),),
+    ),
+    Row(
+        name="D13",
+        fault="its name is unknown, its certificate nobody's, or it speaks no TLS where it should",
+        answer="told nothing, not even the token; tried again later",
+        tests=(f"{CLIENT}::test_a_certificate_that_nobody_vouches_for_is_not_trusted",),
+        without=(
+            Mutation(
+                "clients/webhooks.py",
+                "    session.trust_env = False\n",
+                "    session.trust_env = False\n    session.verify = False\n",
+            ),
+        ),
+        also=(
+            f"{CLIENT}::test_an_unknown_host_had_no_effect",
+            f"{FILE}::test_an_https_address_where_somebody_speaks_plain_http_is_told_nothing",
+        ),
+    ),
+    Row(
+        name="D14",
+        fault="a netrc file or a proxy in the worker's environment",
+        answer="not read: the token stays ours and the way direct",
+        tests=(f"{CLIENT}::test_the_environment_changes_nothing",),
+        without=(Mutation("clients/webhooks.py", "session.trust_env = False", "session.trust_env = True"),),
+    ),
+)

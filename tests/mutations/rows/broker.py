@@ -1,5 +1,215 @@
 """The broker, and the way to it."""
 
-from tests.mutations.row import Row
+from tests.mutations.row import Mutation, Row
 
-ROWS: tuple[Row, ...] = ()
+FILE = "tests/test_live_faults_broker.py"
+LOST = f"{FILE}::test_a_connection_lost_in_mid_job_is_adopted_and_no_tag_of_the_lost_session_is_sent"
+RESTARTED = f"{FILE}::test_a_broker_restarted_in_mid_job_has_kept_every_message_and_nothing_is_drawn_twice"
+REAL_ENGINE = "tests/test_live_faults.py"
+
+ADOPTING = Mutation("worker/runs.py", "            if known is not None:\n", "            if False:\n")
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        name="A1",
+        fault="an operator closes every connection in the middle of a job",
+        answer="the job goes on, its redelivered message is adopted, it is drawn and told once",
+        tests=(f"{LOST}[closed]",),
+        without=(ADOPTING,),
+        also=(
+            f"{REAL_ENGINE}::test_a_connection_closed_in_mid_job_is_adopted_and_nothing_runs_twice",
+            "tests/test_live_leases.py::test_a_lost_connection_of_one_of_two_workers_costs_no_second_run",
+        ),
+    ),
+    Row(
+        name="A2",
+        fault="the consuming connection is reset in the middle of a job",
+        answer="a new connection within two seconds, and as above",
+        tests=(f"{LOST}[reset]",),
+        without=(
+            Mutation("worker/backoff.py", "seconds = random.uniform(MIN_SECONDS / 2, self._ceiling)", "seconds = 30.0"),
+        ),
+    ),
+    Row(
+        name="A3",
+        fault="the broker is stopped and started in the middle of a job",
+        answer="no message of ours is gone; the worker comes back by itself and draws nothing twice",
+        tests=(f"{RESTARTED}[stopped]",),
+        without=(
+            Mutation(
+                "worker/broker.py",
+                "        while not self._is_closing:\n            try:\n",
+                "        for _ in range(1):\n            try:\n",
+            ),
+        ),
+    ),
+    Row(
+        name="A4",
+        fault="the broker is killed and started in the middle of a job",
+        answer="as above",
+        tests=(f"{RESTARTED}[killed]",),
+        without=(ADOPTING,),
+        also=(f"{REAL_ENGINE}::test_a_broker_restarted_in_mid_job_changes_nothing_for_the_backend",),
+    ),
+    Row(
+        name="A5",
+        fault="a job takes longer than the broker waits for an ack",
+        answer="its message goes on lease in time; a channel closed all the same is noticed, its job adopted",
+        tests=(
+            f"{FILE}::test_a_job_longer_than_the_broker_waits_goes_on_lease_and_keeps_its_connection",
+            f"{FILE}::test_a_channel_that_the_broker_closed_is_noticed_and_its_job_adopted",
+        ),
+        without=(
+            Mutation(
+                "worker/leases.py",
+                "self._lease_after = consumer_timeout_seconds * LEASE_AFTER_SHARE",
+                'self._lease_after = float("inf")',
+            ),
+            Mutation(
+                "worker/broker.py",
+                " or not all(channel.is_open for channel in self._channels.values()):",
+                ":",
+            ),
+        ),
+        also=(
+            "tests/test_live_leases.py::test_a_job_longer_than_the_broker_waits_runs_once_beside_another_worker",
+            f"{REAL_ENGINE}::test_heartbeats_flow_through_a_job_longer_than_the_broker_would_wait",
+        ),
+    ),
+    Row(
+        name="A6",
+        fault="the broker freezes and thaws",
+        answer="pictures are stored and told meanwhile; the silence is noticed; nothing is drawn twice",
+        tests=(f"{FILE}::test_a_broker_that_falls_silent_delays_no_end_and_has_nothing_drawn_twice",),
+        without=(
+            Mutation(
+                "worker/broker.py", "parameters.heartbeat = settings.heartbeat_seconds", "parameters.heartbeat = 0"
+            ),
+        ),
+    ),
+    Row(
+        name="A7",
+        fault="the way to the broker swallows everything, and another worker gets the job",
+        answer="both draw it; the first end recorded is the only one told",
+        tests=(f"{FILE}::test_a_job_behind_a_black_hole_goes_to_another_worker_and_one_end_wins",),
+        without=(
+            Mutation(
+                "worker/ledger.py",
+                "        if self._storage.put_if_absent(self._ref(event.task_id), event.to_json(),"
+                " content_type=CONTENT_TYPE):\n            return event\n",
+                "        self._storage.put(self._ref(event.task_id), event.to_json(), content_type=CONTENT_TYPE)\n"
+                "        return event\n",
+            ),
+        ),
+    ),
+    Row(
+        name="A8",
+        fault="the link is slow: a second for each chunk, or one byte at a time",
+        answer="heartbeats flow beside the work, so the connection lasts",
+        tests=(f"{FILE}::test_a_slow_link_costs_time_and_no_connection[by_chunks]",),
+        without=(
+            Mutation("worker/processing.py", "self._threads.submit(self._do, work, *args)", "self._do(work, *args)"),
+        ),
+        also=(f"{FILE}::test_a_slow_link_costs_time_and_no_connection[by_bytes]",),
+    ),
+    Row(
+        name="A9",
+        fault="the broker is down at the start, or knows neither the user nor the virtual host",
+        answer="not ready, but up; asks seldom where it is refused, logs no password, begins once let in",
+        tests=(
+            f"{FILE}::test_a_worker_that_the_broker_refuses_stays_up_asks_seldom_and_begins_once_it_is_let_in"
+            "[unknown_user]",
+            f"{FILE}::test_a_worker_that_the_broker_refuses_stays_up_asks_seldom_and_begins_once_it_is_let_in"
+            "[unknown_vhost]",
+        ),
+        without=(
+            Mutation(
+                "worker/broker.py",
+                "refused = REFUSED_BACKOFF_SECONDS if isinstance(error, _REFUSED) else 0.0",
+                "refused = 0.0",
+            ),
+        ),
+        also=(f"{REAL_ENGINE}::test_a_broker_that_is_down_at_the_start_is_waited_for",),
+    ),
+    Row(
+        name="A10",
+        fault="the broker accepts a connection and says nothing",
+        answer="the handshake is given up after five seconds and begun anew",
+        tests=(f"{FILE}::test_a_handshake_without_an_answer_is_given_up_and_begun_anew",),
+        without=(Mutation("worker/broker.py", "    parameters.stack_timeout = STACK_TIMEOUT_SECONDS\n", ""),),
+    ),
+    Row(
+        name="A11",
+        fault="the jobs' queue is deleted in the middle of a job",
+        answer="it is declared again as the backend declares it, and consumed; the job ends once",
+        tests=(f"{FILE}::test_a_queue_deleted_in_mid_job_is_there_again_and_the_job_ends_once",),
+        without=(Mutation("worker/broker.py", "self._is_cancelled_by_broker = True", "pass"),),
+        also=(f"{REAL_ENGINE}::test_a_deleted_queue_is_declared_again_and_consumed",),
+    ),
+    Row(
+        name="A12",
+        fault="the broker raises an alarm and takes no publishes",
+        answer="acks go through; what must be copied first is not acked before the copy is confirmed",
+        tests=(f"{FILE}::test_in_an_alarm_acks_go_through_and_what_must_be_published_is_not_lost",),
+        without=(Mutation("worker/broker.py", "self._channel.confirm_delivery()", "pass"),),
+    ),
+    Row(
+        name="A13",
+        fault="a policy sends the queue's dead letters nowhere",
+        answer="nothing: ours are confirmed copies in a queue of their own, by no policy",
+        tests=(f"{FILE}::test_a_policy_that_drops_dead_letters_takes_nothing_from_ours",),
+        without=(Mutation("worker/processing.py", "            self._surely(publish)\n", "            pass\n"),),
+    ),
+    Row(
+        name="A14",
+        fault="the queue a copy should go to has been deleted",
+        answer="the broker returns the copy; the queue is made again, and then it is sent once more",
+        tests=(f"{FILE}::test_a_copy_whose_queue_is_gone_finds_it_made_again",),
+        without=(Mutation("worker/broker.py", "properties, mandatory=True)", "properties, mandatory=False)"),),
+    ),
+    Row(
+        name="A15",
+        fault="the same message five times at once on two workers, and three times afterwards",
+        answer="drawn at most once by each, told with one body; afterwards neither drawn nor told",
+        tests=(f"{FILE}::test_the_same_job_five_times_on_two_workers_has_one_end",),
+        without=(Mutation("worker/story.py", "        if known is not None:\n", "        if False:\n"),),
+        also=(
+            "tests/test_live_jobs.py::test_the_same_message_five_times_is_one_job",
+            f"{REAL_ENGINE}::test_a_record_in_the_ledger_wins_over_a_second_worker",
+        ),
+    ),
+    Row(
+        name="A16",
+        fault="a failed generation is published again under a new task id",
+        answer="a new run with an end and a webhook id of its own",
+        tests=(f"{FILE}::test_every_new_try_of_a_generation_has_an_end_of_its_own",),
+        without=(
+            Mutation(
+                "worker/events.py",
+                'webhook_id=f"{self.task_id}:{self.kind.value}"',
+                'webhook_id=f"{self.generation_id}:{self.kind.value}"',
+            ),
+        ),
+        also=("tests/test_live_cancelling.py::test_a_new_try_of_a_cancelled_generation_is_drawn",),
+    ),
+    Row(
+        name="A17",
+        fault="a long job in front of a long queue",
+        answer="its worker holds as many messages as it can draw and two more; others take the rest",
+        tests=(f"{FILE}::test_a_worker_with_a_long_job_leaves_a_backlog_to_the_others",),
+        without=(
+            Mutation(
+                "worker/broker.py",
+                "channel.basic_qos(prefetch_count=subscription.prefetch)",
+                "channel.basic_qos(prefetch_count=0)",
+            ),
+        ),
+    ),
+    Row(
+        name="A18",
+        fault="a job ends that was delivered by a connection which is gone",
+        answer="the lost delivery's tag is never sent, so the new channel stays open",
+        tests=(f"{LOST}[closed]", f"{LOST}[reset]"),
+        without=(Mutation("worker/broker.py", "if delivery.session == self._session and channel", "if channel"),),
+    ),
+)
