@@ -264,12 +264,13 @@ def test_the_queue_of_the_backend_is_left_as_the_backend_declares_it(world: Worl
     world.publish_raw()  # declares it once more, as every publisher does: PRECONDITION_FAILED would raise here
 
 
-def test_metrics_and_health_speak_the_names_of_the_contract(worker: Worker) -> None:
+def test_metrics_and_health_speak_the_names_of_the_contract(world: World, worker: Worker) -> None:
+    world.wait_for_end(world.publish())
+    world.wait_until_clean()
+
     assert worker.get("/health/live") == (200, "live\n")
     assert worker.get("/health/ready") == (200, "ready\n")
     assert worker.get("/")[0] == 404
-
-    text = worker.get("/metrics")[1]
 
     names = [
         "jobs_total",
@@ -286,8 +287,12 @@ def test_metrics_and_health_speak_the_names_of_the_contract(worker: Worker) -> N
         "engine_restarts_total",
         "idle_seconds_total",
     ]
-    missing = [name for name in names if f"\ndarkroom_{name}" not in text]
-    assert missing == []
+
+    def missing() -> list[str]:
+        text = worker.get("/metrics")[1]
+        return [name for name in names if f"\ndarkroom_{name}" not in text]
+
+    eventually(lambda: missing() == [], 10, lambda: str(missing()))  # queues are counted every few seconds
     assert worker.metric("darkroom_idle_seconds_total", reason="no_jobs") > 0
 
 
