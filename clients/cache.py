@@ -65,13 +65,15 @@ class DownloadCache:
     """
 
     def __init__(self, storage: Storage, folder: Path, max_bytes: int) -> None:
-        """Create `folder` (`~` is the home) where it is missing; an `OSError` tells that it cannot be."""
+        """Create `folder` (`~` is the home) where it is missing; an `OSError` tells that it cannot be used."""
         self._storage = storage
         self._folder = folder.expanduser()
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
         self._folder.mkdir(parents=True, exist_ok=True)
+        with self._part():
+            pass  # better told at the start than by each job
         self._remove_stale_parts()
 
     @property

@@ -1,5 +1,6 @@
 """The way to the store breaks in the middle of a request or an answer: every object is whole, every job ends once."""
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,41 +8,55 @@ import pytest
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
-from tests.faults.proxy import DOWN, Link, Sign
+from tests.faults.proxy import DOWN, UP, Link, Proxy, Sign
 from tests.faults.station import DONE, Job, Station, answers, long, new_station
 from tests.world import Worker, eventually
-
-pytestmark = long  # `make faults` runs them
 
 CONSTANTS = {
     "worker.settling:RETRY_DELAYS_SECONDS": [1, 1],
     "worker.settling:MAX_ATTEMPTS": 3,
     "worker.story:PICTURE_PATIENCE_SECONDS": 0.0,
-    "clients.storage:CALL_DEADLINE_SECONDS": 2.0,
+    "worker.story:SECOND_LOOK_SECONDS": 0.5,
+    # After `SlowDown` boto3's pauses are of up to one and two seconds.
+    "clients.storage:CALL_DEADLINE_SECONDS": 4.0,
+    "clients.storage:RATE_WINDOW_SECONDS": 0.5,
 }
-SLOW_DOWN = b"<Error><Code>SlowDown</Code></Error>"
 HALF = 30_000  # bytes, about: a picture of 128 pixels squared is noise, and 49 kB of PNG
+PAUSE_SECONDS = 0.3  # in which a worker that refuses jobs has stopped to take them
 
 
 @pytest.fixture(scope="module")
 def station(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Station]:
     with new_station(rabbitmq, s3_server, tmp_path_factory.mktemp("station")) as made:
-        made.start_worker(constants=CONSTANTS, CACHE_DIR=str(cache_of(made)))
         yield made
 
 
 @pytest.fixture(autouse=True)
 def worker(station: Station) -> Worker:
-    """One worker for all tests, after each of which it must be as good as new."""
+    """One worker for all tests, after each of which it must be as good as new or gone."""
     station.make_sound()
-    worker = station.world.workers[0]
+    alive = [one for one in station.world.workers if one.process.poll() is None]
+    worker = alive[0] if alive else start_worker(station)
     eventually(lambda: worker.get("/health/ready")[0] == 200, 30, worker.log_tail)
     station.world.wait_until_clean()
     return worker
 
 
+def start_worker(station: Station) -> Worker:
+    return station.start_worker(constants=CONSTANTS, CACHE_DIR=str(cache_of(station)))
+
+
 def cache_of(station: Station) -> Path:
     return station.world.folder / "cache"
+
+
+def error(code: str) -> bytes:
+    """The body of an answer of the store that says no."""
+    return f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+
+
+def wait_for_retry(worker: Worker, num_before: float) -> None:
+    eventually(lambda: num_retried(worker) > num_before, 10, worker.log_tail)
 
 
 def num_retried(worker: Worker) -> float:
@@ -53,27 +68,26 @@ def adapter(station: Station, name: str, num_bytes: int = 100_000) -> str:
     return station.world.upload(f"models/{name}.safetensors", b"x" * num_bytes)
 
 
-def put_of_picture(station: Station, job: Job) -> Sign:
-    return station.put_of_picture(job)
-
-
-def put_of_record(station: Station, job: Job) -> Sign:
-    return station.put_of_record(job)
-
-
-@pytest.mark.parametrize("put", [put_of_picture, put_of_record])
+@pytest.mark.parametrize(
+    ("put", "answer"),
+    [
+        (Station.put_of_picture, answers(503, error("SlowDown"))),
+        (Station.put_of_record, answers(500, error("InternalError"))),
+    ],
+    ids=["picture", "record"],
+)
 def test_a_busy_store_is_asked_again_and_nobody_hears_of_it(
-    station: Station, put: Callable[[Station, Job], Sign]
+    station: Station, put: Callable[[Station, Job], Sign], answer: Callable[[Link], None]
 ) -> None:
     job = station.publish_held()
-    refused = station.store.when(put(station, job), do=answers(503, SLOW_DOWN), times=2)
+    refused = station.store.when(put(station, job), do=answer, times=2)
     station.release(job)
 
     station.assert_complete_once(job)
     assert refused.num_fired == 2
 
 
-@pytest.mark.parametrize("put", [put_of_picture, put_of_record])
+@pytest.mark.parametrize("put", [Station.put_of_picture, Station.put_of_record], ids=["picture", "record"])
 def test_a_write_whose_answer_is_lost_is_one_write_and_one_end(
     station: Station, put: Callable[[Station, Job], Sign]
 ) -> None:
@@ -129,14 +143,122 @@ def test_an_adapter_with_a_wrong_byte_is_fetched_again_and_never_used(station: S
     assert all(wrong != file.read_bytes() for file in cache_of(station).iterdir())
 
 
-def test_a_store_that_fails_one_job_for_ever_fails_it_once_and_no_other(station: Station) -> None:
+def test_an_adapter_that_arrives_too_slowly_is_asked_for_again_long_before_its_time_is_over(
+    station: Station, worker: Worker
+) -> None:
+    path = adapter(station, "slow")
+    read = station.sign("GET", "models/slow.safetensors")
+    reads: list[Link] = []
+
+    def be_quick_again(link: Link) -> None:
+        reads.append(link)
+        if len(reads) == 2:
+            station.store.pass_on()
+
+    station.store.when(read, DONE, do=lambda _: station.store.drip(0.01, DOWN), after_bytes=HALF)
+    station.store.when(read, do=be_quick_again, times=None)
+
+    retried_before = num_retried(worker)
+    job = station.publish(lora_path=path)
+    eventually(lambda: len(reads) == 2, 5, worker.log_tail)
+
+    station.assert_complete_once(job)
+    assert num_retried(worker) == retried_before
+
+
+def test_without_its_adapter_a_job_fails_and_nothing_is_drawn(station: Station) -> None:
+    job = station.publish(lora_path=f"s3://{station.world.bucket}/models/missing.safetensors")
+
+    station.assert_failed_once(job, "LORA_NOT_FOUND")
+    station.world.wait_until_clean()
+    assert station.num_runs(job) == 0
+    assert station.object_of(job) not in station.world.keys("generations/")
+
+
+def test_an_adapter_that_comes_a_moment_after_its_job_is_not_missing(station: Station) -> None:
+    look = station.sign("HEAD", "models/late.safetensors")
+    looked = station.store.when(look, Sign(DOWN, b"HTTP/1.1 404"), do=lambda _: None)
+    job = station.publish(lora_path=f"s3://{station.world.bucket}/models/late.safetensors")
+    assert looked.fired.wait(10)
+    adapter(station, "late")
+
+    station.assert_complete_once(job)
+
+
+@pytest.mark.parametrize("code", ["ExpiredToken", pytest.param("RequestTimeTooSkewed", marks=long)])
+def test_a_store_that_refuses_the_worker_itself_fails_no_job_and_stops_the_taking_of_jobs(
+    station: Station, worker: Worker, code: str
+) -> None:
+    drawn = station.publish_held()
+    station.store.when(Sign(UP), do=answers(403, error(code)), times=None)
+    station.release(drawn)
+    eventually(lambda: code in worker.get("/health/ready")[1], 10, worker.log_tail)
+    time.sleep(PAUSE_SECONDS)
+    waiting = station.publish()
+    time.sleep(PAUSE_SECONDS)
+    assert station.world.queues()[""] == (1, 1)
+
+    station.store.pass_on()
+
+    station.assert_complete_once(drawn)
+    station.assert_complete_once(waiting)
+    assert any(code in line["reason"] for line in worker.events("breaker open"))
+
+
+def test_a_picture_of_another_task_gives_way_and_the_log_says_so(station: Station, worker: Worker) -> None:
+    job = station.publish_held()
+    other = {"task-id": "another", "sha256": "another"}
+    station.world.store.client().put_object(
+        Bucket=station.world.bucket, Key=station.object_of(job), Body=b"another", Metadata=other
+    )
+    station.release(job)
+
+    station.assert_complete_once(job)
+    assert worker.events("another task's picture replaced")[-1]["other_task_id"] == "another"
+
+
+def test_a_store_that_knows_no_conditions_is_written_to_without_them(station: Station, worker: Worker) -> None:
+    # What a store can do is found out by each worker once.
+    worker.kill()
+    station.store.when(Sign(UP, b"If-None-Match: *"), do=answers(501, error("NotImplemented")), times=None)
+    worker = start_worker(station)
+
+    job = station.publish()
+    station.assert_complete_once(job)
+    assert len(worker.events("the store has no conditional writes")) == 1
+
+    # The record is a fence all the same.
+    station.world.publish(task_id=job.task_id, generation_id=job.generation_id)
+    eventually(lambda: len(worker.events("job out")) == 2, 10, worker.log_tail)
+    station.assert_complete_once(job)
+    worker.kill()
+
+
+def test_a_redirect_to_another_host_is_not_followed(station: Station, worker: Worker) -> None:
+    path = adapter(station, "moved")
+    with Proxy(station.world.store.port) as elsewhere:
+        there = f"http://{elsewhere.host}:{elsewhere.port}/{station.world.bucket}/models/moved.safetensors"
+        look = station.sign("HEAD", "models/moved.safetensors")
+        station.store.when(look, do=answers(307, Location=there), times=None)
+
+        retried_before = num_retried(worker)
+        job = station.publish(lora_path=path)
+        wait_for_retry(worker, retried_before)
+        station.store.pass_on()
+
+        station.assert_complete_once(job)
+        assert elsewhere.num_connections == 0
+
+
+def test_a_store_that_fails_one_job_for_ever_fails_it_once_and_no_other(station: Station, worker: Worker) -> None:
     world = station.world
     doomed = station.publish_held()
     station.store.when(station.put_of_picture(doomed), do=answers(500), times=None)
+    retried_before = num_retried(worker)
     station.release(doomed)
 
     # While that one goes round, others are drawn.
-    eventually(lambda: world.queues().get(".retry.1") == (1, 0), 20, world.workers[0].log_tail)
+    wait_for_retry(worker, retried_before)
     other = station.publish()
     assert world.wait_for_end(other.generation_id, 5).kind == "complete"
     station.assert_failed_once(doomed, "STORAGE_UNAVAILABLE")
@@ -148,11 +270,13 @@ def test_a_store_that_fails_one_job_for_ever_fails_it_once_and_no_other(station:
     assert world.backend.ends(doomed.generation_id)[0].body["retry_count"] == 2
 
 
-def test_a_store_that_hangs_is_given_up_in_time_and_the_job_tried_again(station: Station) -> None:
+@long
+def test_a_store_that_hangs_is_given_up_in_time_and_the_job_tried_again(station: Station, worker: Worker) -> None:
     job = station.publish_held()
+    retried_before = num_retried(worker)
     station.store.black_hole()
     station.release(job)
-    eventually(lambda: station.world.queues().get(".retry.1") == (1, 0), 10, station.world.workers[0].log_tail)
+    wait_for_retry(worker, retried_before)
     station.store.pass_on()
 
     station.assert_complete_once(job, num_runs=2)
@@ -161,14 +285,16 @@ def test_a_store_that_hangs_is_given_up_in_time_and_the_job_tried_again(station:
 def test_a_slow_store_costs_time_and_nothing_else(station: Station) -> None:
     station.store.delay(0.1)
 
-    station.assert_complete_once(station.publish(lora_path=adapter(station, "slow")))
+    station.assert_complete_once(station.publish(lora_path=adapter(station, "far")))
 
 
-def test_an_answer_that_drips_ends_with_the_call(station: Station) -> None:
+@long
+def test_an_answer_that_drips_ends_with_the_call(station: Station, worker: Worker) -> None:
     job = station.publish_held()
+    retried_before = num_retried(worker)
     station.store.drip(0.2, DOWN)
     station.release(job)
-    eventually(lambda: station.world.queues().get(".retry.1") == (1, 0), 10, station.world.workers[0].log_tail)
+    wait_for_retry(worker, retried_before)
     station.store.pass_on()
 
     station.assert_complete_once(job, num_runs=2)

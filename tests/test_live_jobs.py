@@ -11,7 +11,7 @@ import pytest
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
-from tests.world import Worker, World, new_world
+from tests.world import Worker, World, eventually, new_world
 
 SIGNATURE = Path(__file__).parent / "files" / "signature.png"
 

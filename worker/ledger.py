@@ -50,14 +50,18 @@ class Ledger:
     def record(self, event: TerminalEvent) -> TerminalEvent:
         """Write `event` unless the job already has an end; return the end it has."""
         if not self._can_refuse():
-            # The store would overwrite. A look before leaves a gap of milliseconds between two workers.
-            existing = self.find(event.task_id)
-            if existing is not None:
-                return existing
+            return self._record_unless_found(event)
         if self._storage.put_if_absent(self._ref(event.task_id), event.to_json(), content_type=CONTENT_TYPE):
             return event
         existing = self.find(event.task_id)
         return existing if existing is not None else self.record(event)
+
+    def _record_unless_found(self, event: TerminalEvent) -> TerminalEvent:
+        """For a store that would overwrite. The look before leaves a gap of milliseconds between two workers."""
+        existing = self.find(event.task_id)
+        if existing is None:
+            self._storage.put(self._ref(event.task_id), event.to_json(), content_type=CONTENT_TYPE)
+        return existing or event
 
     def _can_refuse(self) -> bool:
         """Does the store refuse to overwrite where it is asked to? Tried out once."""

@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from PIL import Image
 from clients.cache import DownloadCache
 from clients.location import ObjectRef
 from clients.storage import Storage
-from clients.storage_errors import AccessDenied, ObjectDamaged, ObjectNotFound, ObjectTooLarge
+from clients.storage_errors import AccessDenied, NotSupported, ObjectDamaged, ObjectNotFound, ObjectTooLarge
 from clients.webhooks import WebhookKind
 from config.logs import log_event
 from inference.request import (
@@ -233,11 +233,12 @@ class Storyteller:
     def _put_picture(self, ref: ObjectRef, png: bytes, metadata: dict[str, str]) -> None:
         """Write one picture. What another task left under the same generation gives way, but never in silence."""
         write = partial(self.storage.put_if_absent, ref, png, content_type=PNG, metadata=metadata)
-        if self.gate.insist(write, patience_seconds=PICTURE_PATIENCE_SECONDS):
-            return
-        other = self.storage.metadata_of(ref).get("task-id", "")
-        if other != metadata["task-id"]:
-            log_event(logger, "another task's picture replaced", logging.WARNING, key=ref.key, other_task_id=other)
+        with suppress(NotSupported):  # by a store without conditional writes, which only overwrites
+            if self.gate.insist(write, patience_seconds=PICTURE_PATIENCE_SECONDS):
+                return
+            other = self.storage.metadata_of(ref).get("task-id", "")
+            if other != metadata["task-id"]:
+                log_event(logger, "another task's picture replaced", logging.WARNING, key=ref.key, other_task_id=other)
         overwrite = partial(self.storage.put, ref, png, content_type=PNG, metadata=metadata)
         self.gate.insist(overwrite, patience_seconds=PICTURE_PATIENCE_SECONDS)
 

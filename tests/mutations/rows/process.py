@@ -1,5 +1,287 @@
 """The worker's processes, and the machine below them."""
 
-from tests.mutations.row import Row
+from tests.mutations.row import Mutation, Row
 
-ROWS: tuple[Row, ...] = ()
+LIVE = "tests/test_live_faults_process.py::"
+REAL_ENGINE = "tests/test_live_faults.py::"
+ENGINE = "tests/test_engine_process.py::"
+BATCHING = "tests/test_batching_faults.py::"
+PARITY = "tests/test_parity.py::"
+KILLED = f"{LIVE}test_a_worker_killed_at_any_point_leaves_one_end_and_one_whole_picture"
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        "B1",
+        "a worker is killed at any of eleven points between the download and the ack",
+        "the next one goes on where the record says: one end, one whole picture, no rest",
+        tests=(f"{KILLED}[behind_the_record]", f"{KILLED}[before_the_webhook]", f"{KILLED}[before_the_ack]"),
+        without=(Mutation("worker/story.py", "if known is not None:", "if False:"),),
+        also=(
+            KILLED,
+            f"{LIVE}test_a_worker_killed_while_it_makes_the_png_leaves_one_end",
+            f"{REAL_ENGINE}test_a_killed_worker_leaves_its_job_to_the_next_one",
+        ),
+    ),
+    Row(
+        "B2",
+        "the engine is killed in the middle of a job",
+        "its worker starts another and has the job drawn again, without a word to the broker",
+        tests=(f"{LIVE}test_a_killed_engine_costs_its_job_a_second_run_and_nothing_else",),
+        without=(Mutation("inference/suspects.py", "if self._weights[victim] < CONVICTING_WEIGHT:", "if False:"),),
+        also=(
+            f"{REAL_ENGINE}test_a_killed_engine_costs_its_job_a_second_run_and_nothing_else",
+            f"{ENGINE}test_a_crash_that_nobody_repeats_alone_is_nobody_s_fault",
+        ),
+    ),
+    Row(
+        "B3",
+        "a job crashes every engine it is in",
+        "it fails after dying twice alone, a copy is kept, and those beside it complete",
+        tests=(f"{LIVE}test_a_job_that_ends_the_engine_every_time_fails_alone[poison]",),
+        without=(Mutation("inference/suspects.py", "if self._weights[victim] < CONVICTING_WEIGHT:", "if True:"),),
+        also=(
+            "tests/test_live_batching.py::test_a_poison_job_fails_alone_and_nine_innocents_in_its_batch_complete",
+            f"{REAL_ENGINE}test_a_job_that_kills_the_engine_every_time_fails_alone",
+            f"{ENGINE}test_poison_among_nine_others_is_found_with_three_processes_and_fails_alone",
+        ),
+    ),
+    Row(
+        "B4",
+        "a job takes every worker down with it",
+        "counted by the broker, it fails after eleven workers, and its backend is told",
+        tests=(f"{REAL_ENGINE}test_a_job_that_eleven_workers_were_killed_with_is_tried_no_more",),
+        without=(Mutation("worker/story.py", "if run.num_recoveries > MAX_RECOVERIES:", "if False:"),),
+        also=(f"{LIVE}test_a_job_that_kills_every_worker_is_given_up_and_its_backend_told",),
+    ),
+    Row(
+        "B5",
+        "a worker is killed and leaves an engine that hangs",
+        "the kernel ends the engine within a second, and its job is the next worker's",
+        tests=(f"{LIVE}test_an_engine_that_hangs_dies_with_its_worker_and_ends_no_job",),
+        without=(Mutation("inference/child.py", "    _die_with(parent_pid=int(sys.argv[2]))\n", ""),),
+        also=(f"{REAL_ENGINE}test_a_killed_worker_leaves_its_job_to_the_next_one",),
+    ),
+    Row(
+        "B6",
+        "SIGTERM to a worker that has nothing to do",
+        "gone with exit code 0 within two seconds",
+        tests=(f"{LIVE}test_an_idle_worker_ends_within_two_seconds",),
+        without=(Mutation("worker/supervisor.py", "while not self._num_signals:", "while True:"),),
+    ),
+    Row(
+        "B7",
+        "SIGTERM in the middle of a job that ends within the grace",
+        "the job completes, nobody is given another one, exit code 0",
+        tests=(f"{LIVE}test_a_job_that_ends_within_the_grace_is_the_last_one_of_its_worker",),
+        without=(
+            Mutation(
+                "worker/supervisor.py",
+                "while processor.runs.all() and time.monotonic() < deadline:",
+                "while False:",
+            ),
+        ),
+        also=(f"{REAL_ENGINE}test_sigterm_lets_the_running_job_end_and_gives_the_waiting_ones_back",),
+    ),
+    Row(
+        "B8",
+        "SIGTERM in the middle of a job that is longer than the grace",
+        "the job goes back in time, unfailed, and another worker completes it",
+        tests=(f"{LIVE}test_a_job_longer_than_the_grace_is_another_worker_s",),
+        without=(
+            Mutation(
+                "worker/settling.py",
+                "return Verdict(Disposition.RELEASE)",
+                'return Verdict(Disposition.ACK, "STOPPED", "the worker stopped")',
+            ),
+        ),
+        also=(
+            f"{REAL_ENGINE}test_sigterm_with_a_job_longer_than_the_grace_period_gives_it_back",
+            "tests/test_commands.py::test_a_store_that_hangs_does_not_hold_the_worker_beyond_its_grace",
+        ),
+    ),
+    Row(
+        "B9",
+        "a second signal; one while the model loads; one to the first process of a container",
+        "ends at once, and leaves neither an engine nor a zombie",
+        tests=(
+            f"{LIVE}test_a_second_interrupt_ends_a_busy_worker_at_once",
+            f"{REAL_ENGINE}test_a_second_signal_ends_at_once",
+        ),
+        without=(Mutation("worker/supervisor.py", "if self._num_signals > 1:", "if False:"),),
+        also=(
+            f"{REAL_ENGINE}test_sigterm_while_the_model_is_loading_ends_at_once",
+            f"{LIVE}test_as_the_first_process_of_a_container_it_ends_by_sigterm_and_leaves_no_zombie",
+        ),
+    ),
+    Row(
+        "B10",
+        "a worker is frozen until another one has done its job, and thaws",
+        "its own run meets the record and tells nobody anything",
+        tests=(f"{LIVE}test_a_worker_frozen_for_long_finds_that_its_job_has_ended",),
+        without=(Mutation("worker/notifying.py", "if event.is_delivered:", "if False:"),),
+        also=(f"{REAL_ENGINE}test_a_record_in_the_ledger_wins_over_a_second_worker",),
+    ),
+    Row(
+        "B11",
+        "the engine hangs in a step",
+        "its silence is noticed, it is replaced; a job that hangs it twice alone fails",
+        tests=(f"{LIVE}test_a_job_that_hangs_the_engine_twice_fails_as_timed_out",),
+        without=(Mutation("inference/process.py", "if self._is_hung():", "if False:"),),
+        also=(
+            f"{ENGINE}test_an_engine_that_falls_silent_is_killed_and_the_request_drawn_by_the_next",
+            f"{ENGINE}test_a_request_that_hangs_alone_twice_fails_as_hung",
+            f"{ENGINE}test_a_hang_among_others_is_found_as_a_crash_is",
+        ),
+    ),
+    Row(
+        "B12",
+        "the GPU's memory does not hold the batch, or not even one picture",
+        "half the lanes, then half of those; decoded in tiles; one too large fails by its size",
+        tests=(f"{BATCHING}test_lanes_that_do_not_fit_are_halved_and_the_cap_holds_for_a_while",),
+        without=(
+            Mutation(
+                "inference/stepping.py",
+                "while isinstance(attempt.error, torch.OutOfMemoryError) and len(batch) > 1:",
+                "while False:",
+            ),
+        ),
+        also=(
+            f"{BATCHING}test_a_picture_that_does_not_fit_alone_fails_by_its_size_and_smaller_ones_beside_it_and_after_it_are_drawn",
+            f"{BATCHING}test_a_picture_too_large_to_decode_is_decoded_in_tiles_and_the_next_one_whole",
+            f"{BATCHING}test_an_adapter_that_did_not_fit_is_not_taken_for_one_that_is_there",
+            f"{PARITY}test_running_out_of_memory_fails_the_request_and_the_next_one_runs",
+        ),
+    ),
+    Row(
+        "B13",
+        "the device answers nothing any more, as after a sticky CUDA error",
+        "the engine leaves without an answer; all that was inside is tried again in a new one",
+        tests=(f"{LIVE}test_a_job_that_ends_the_engine_every_time_fails_alone[break]",),
+        without=(Mutation("inference/child.py", "if engine.is_broken:", "if False:"),),
+        also=(
+            f"{BATCHING}test_a_device_that_answers_nothing_ends_every_request_and_the_engine",
+            f"{ENGINE}test_a_broken_engine_gives_no_answers_and_its_requests_another_try",
+            f"{ENGINE}test_faults_in_a_row_cost_the_child_its_life_and_those_inside_are_no_suspects",
+        ),
+    ),
+    Row(
+        "B14",
+        "a GPU is asked for and there is none",
+        "the worker says so and ends before it takes a job",
+        tests=(
+            f"{LIVE}test_a_gpu_that_is_missing_ends_the_worker_before_it_takes_a_job",
+            f"{PARITY}test_a_gpu_that_is_asked_for_and_missing_is_said_so_at_the_start",
+        ),
+        without=(
+            Mutation(
+                "inference/engine.py",
+                'if name.startswith("cuda") and not torch.cuda.is_available():',
+                "if False:",
+            ),
+        ),
+    ),
+    Row(
+        "B15",
+        "what comes out are not numbers",
+        "no picture is made of it: the job fails, the next one completes",
+        tests=(
+            f"{LIVE}test_a_picture_of_values_that_are_no_numbers_is_stored_by_nobody",
+            f"{PARITY}test_a_picture_of_numbers_that_are_none_is_never_returned",
+        ),
+        without=(
+            Mutation(
+                "inference/families/family.py",
+                "return pixels.cpu().numpy() if image.isfinite().all() else None",
+                "return pixels.cpu().numpy()",
+            ),
+        ),
+        also=(f"{PARITY}test_a_checkpoint_that_draws_no_numbers_is_refused_at_the_start",),
+    ),
+    Row(
+        "B16",
+        "the model is missing, damaged or of another family",
+        "the worker says why and ends before it takes a job",
+        tests=(f"{LIVE}test_an_engine_that_cannot_load_its_model_ends_the_worker_before_it_takes_a_job",),
+        without=(Mutation("worker/supervisor.py", "if self._engine.state is EngineState.FAILED:", "if False:"),),
+        also=(
+            f"{REAL_ENGINE}test_a_model_that_cannot_be_loaded_ends_the_worker_before_it_takes_a_job",
+            "tests/test_checkpoints.py::test_damage_is_named_with_its_file",
+        ),
+    ),
+    Row(
+        "B17",
+        "hundreds of jobs with many more adapters than slots",
+        "memory stays flat, and no picture shows a trace of the style before it",
+        tests=("tests/test_live_jobs.py::test_a_job_without_an_adapter_shows_no_trace_of_the_style_before_it",),
+        without=(
+            Mutation(
+                "inference/bank.py",
+                "        if not any(wanted):\n            self._routing = None",
+                "        if not any(wanted):\n            pass",
+            ),
+        ),
+        also=("tests/test_live_leaks.py::test_many_adapters_in_few_slots_leave_no_trace_in_memory_or_pictures",),
+    ),
+    Row(
+        "E1",
+        "the disk is full",
+        "no half file is left, and the job is tried again, by another worker as well",
+        tests=(f"{LIVE}test_a_full_disk_leaves_no_half_file_and_the_job_to_another_worker",),
+        without=(Mutation("clients/cache.py", "part.unlink(missing_ok=True)", "pass"),),
+        also=("tests/test_clients_cache.py::test_a_full_disk_is_told_and_leaves_no_torso",),
+    ),
+    Row(
+        "E2",
+        "the cache cannot be written, or holds what a killed worker left",
+        "the worker says so and ends before it takes a job; parts are never taken for files",
+        tests=(f"{LIVE}test_a_cache_that_cannot_be_written_ends_the_worker_before_it_takes_a_job",),
+        without=(Mutation("clients/cache.py", "with self._part():\n", "if True:\n"),),
+        also=(
+            f"{KILLED}[in_download]",
+            "tests/test_clients_cache.py::test_only_stale_parts_are_removed_at_the_start",
+            "tests/test_clients_cache.py::test_a_file_of_the_wrong_size_is_fetched_again",
+        ),
+    ),
+    Row(
+        "E3",
+        "the process may open no more files or connections",
+        "the job is tried again, and the worker goes on once it may",
+        tests=(f"{LIVE}test_a_worker_without_a_descriptor_to_spare_ends_no_job_and_goes_on_once_it_has_some",),
+        without=(
+            Mutation(
+                "worker/settling.py",
+                'return _again(attempt, "STORAGE_UNAVAILABLE", f"the object store failed {attempt} times: {error}")',
+                'return Verdict(Disposition.ACK, "STORAGE_UNAVAILABLE", str(error))',
+            ),
+        ),
+    ),
+    Row(
+        "E4",
+        "the wall clock jumps by an hour, either way",
+        "no wait changes, nothing is cut short, ends in the outbox arrive as they would",
+        tests=(f"{LIVE}test_a_clock_that_jumps_changes_no_wait_and_no_end",),
+        without=(
+            Mutation(
+                "worker/supervisor.py", "import time\nfrom enum", "import time\n\ntime.monotonic = time.time\nfrom enum"
+            ),
+        ),
+    ),
+    Row(
+        "E5",
+        "nobody reads the log any more, or its pipe is closed",
+        "lines wait, and are dropped and counted; no job and no exit waits for them",
+        tests=(f"{LIVE}test_a_log_that_nobody_takes_holds_up_no_job_and_no_end[blocked]",),
+        without=(
+            Mutation(
+                "config/logs.py",
+                "        line = self.format(record)\n",
+                "        line = self.format(record)\n        os.write(self._descriptor, line.encode())\n",
+            ),
+        ),
+        also=(
+            f"{LIVE}test_a_log_that_nobody_takes_holds_up_no_job_and_no_end[closed]",
+            "tests/test_logs.py::test_a_closed_standard_output_does_not_end_the_job",
+            "tests/test_logs.py::test_a_pipe_that_nobody_empties_stops_nothing_and_what_was_dropped_is_counted",
+        ),
+    ),
+)
