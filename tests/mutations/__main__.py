@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             word = "caught" if verdict.is_caught else "NOT SEEN by " + ", ".join(verdict.missed)
             print(f"{verdict.row.name:<5} {verdict.seconds:5.0f} s  {word}", flush=True)
     missed = [verdict.row.name for verdict in verdicts if not verdict.is_caught]
-    print(f"{len(verdicts) - len(missed)} of {len(verdicts)} mechanisms are missed by their tests when taken out")
+    print(f"{len(verdicts) - len(missed)} of {len(verdicts)} rows have tests that fail without their mechanism")
     print(json.dumps({"rows": len(ROWS), "checked": len(verdicts), "caught": len(verdicts) - len(missed)}))
     return 1 if missed else 0
 
