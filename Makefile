@@ -9,7 +9,7 @@ APT_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo pyth
 APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/share/fonts/truetype/nanum
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo test check outage leaks faults mutations campaign hostile bench recovery bench-gpu clean
+.PHONY: help install demo test check outage leaks faults mutations campaign hostile bench recovery bench-gpu demo-model clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -38,7 +38,7 @@ check: install ## Style and types
 	$(BIN)/mypy
 
 test: check ## Everything, on a real broker, a real object store and real models
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 outage: install ## The long form of one test: the backend is down for two minutes
 	OMP_NUM_THREADS=1 OUTAGE_SECONDS=120 $(BIN)/pytest tests/test_live_outage.py
@@ -73,6 +73,10 @@ recovery: install ## How long it takes until a job is at work again after a part
 
 bench-gpu: install ## Batching against plain diffusers on a CUDA machine, full-size SD 1.5 with random weights
 	$(BIN)/python -m benchmarks.batching --device cuda --models sd15 --swap
+
+# It goes on where it was interrupted. INSTALL=1 copies the result over the bundled model.
+demo-model: install ## Make the demo model anew from its pictures, into out/demo_model
+	$(BIN)/python -m examples.demo_model.recipe --out out/demo_model $(if $(INSTALL),--install)
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

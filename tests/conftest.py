@@ -19,7 +19,7 @@ from examples.parts.seaweedfs import SeaweedFS
 KEPT_VARIABLES = {"CUDA_VISIBLE_DEVICES"}
 
 
-# The longest files first, so that the two test processes end at about the same time.
+# The longest files first, so that the test processes end at about the same time.
 SLOW_FILES = (
     "test_live_faults",
     "test_commands",

@@ -1,0 +1,74 @@
+"""Sample grids: what the model draws, for people to look at."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from examples.demo_model.recipe.captions import STYLE_WORDS
+from examples.demo_model.recipe.drawing import Wish, artist_of
+from examples.demo_model.recipe.settings import SIDE, Kitchen
+from examples.demo_model.recipe.styles import STYLES
+
+PROMPTS = (
+    *("a red fox", "red apple", "a rocket", "hamburger", "an old castle", "an owl", "a red car", "a panda"),
+    *("strawberry", "a green frog", "a slice of pizza", "a robot", "smiling face with sunglasses", "christmas tree"),
+    *("a cup of coffee", "a snowy mountain", "a dinosaur", "a bicycle"),
+    *("a cat on a blue background", "sunflower on a black background", "a birthday cake on a pink background"),
+    *("a penguin on a yellow background", "guitar on a purple background", "a sailboat on a green background"),
+)
+SUBJECTS = ("a red fox", "a rocket", "hamburger", "an owl", "a castle", "a cup of coffee", "a sailboat", "a robot")
+HANGUL_SUBJECTS = ("빨간 여우", "로켓", "햄버거", "부엉이", "성", "커피 한 잔", "돛단배", "로봇")
+
+GAP, CAPTION_HEIGHT = 4, 18
+FONTS = ("/usr/share/fonts/truetype/nanum/NanumGothic.ttf",)
+FONT_SIZE = 11
+
+
+def draw_grids(kitchen: Kitchen) -> dict[str, object]:
+    """Leave `grid-base.png`, `grid-styles.png` and `grid-hangul.png`."""
+    grids = {
+        "base": [Wish(prompt, num_steps=kitchen.budget.sample_steps) for prompt in PROMPTS],
+        "styles": _styled(kitchen, SUBJECTS, language=0),
+        "hangul": _styled(kitchen, HANGUL_SUBJECTS, language=1),
+    }
+    with artist_of(kitchen.checkpoint, kitchen.device.type) as artist:
+        for name, wishes in grids.items():
+            pictures = artist.draw(wishes, desc=f"grid-{name}")
+            draw_grid(pictures, [wish.prompt for wish in wishes], kitchen.out / f"grid-{name}.png")
+    return {"num_pictures": sum(map(len, grids.values()))}
+
+
+def draw_grid(pictures: Sequence[npt.NDArray[np.uint8]], captions: Sequence[str], path: Path, columns: int = 8) -> None:
+    """Write a PNG of the pictures in rows, each over its caption."""
+    width, height = SIDE + GAP, SIDE + CAPTION_HEIGHT
+    sheet = Image.new("RGB", (columns * width - GAP, -(-len(pictures) // columns) * height), "white")
+    pen, font = ImageDraw.Draw(sheet), _font()
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left, top = number % columns * width, number // columns * height
+        sheet.paste(Image.fromarray(picture), (left, top))
+        while pen.textlength(caption, font=font) > SIDE:
+            caption = caption[:-1]  # noqa: PLW2901
+        pen.text((left + 2, top + SIDE + 2), caption, "black", font=font)
+    sheet.save(path)
+
+
+def _styled(kitchen: Kitchen, subjects: Sequence[str], *, language: int) -> list[Wish]:
+    """The subjects without a style, then in each."""
+    steps = kitchen.budget.sample_steps
+    styled = [
+        Wish(f"{STYLE_WORDS[style][language]}: {subject}", kitchen.adapters / f"{style}.safetensors", num_steps=steps)
+        for style in STYLES
+        for subject in subjects
+    ]
+    return [Wish(subject, num_steps=steps) for subject in subjects] + styled
+
+
+def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """One with Hangul where the machine has it."""
+    for path in FONTS:
+        if Path(path).exists():
+            return ImageFont.truetype(path, FONT_SIZE)
+    return ImageFont.load_default(FONT_SIZE)
