@@ -396,4 +396,4 @@ def test_a_replayed_job_completes_and_its_backend_hears_of_it_once_more(operator
     assert (end.kind, end.headers["webhook-id"].endswith(":complete")) == ("complete", True)
     assert end.headers["webhook-id"].partition(":")[0] in done.stdout
     operator.world.wait_until_clean()
-    assert [event["attempt"] for event in worker.events("job out")] == [1]
+    eventually(lambda: [event["attempt"] for event in worker.events("job out")] == [1], 5, worker.log_tail)

@@ -185,7 +185,7 @@ def test_a_backend_that_refuses_the_worker_gets_no_more_work_drawn_until_it_take
         time.sleep(TICK_SECONDS)
         waiting = [station.publish() for _ in range(2)]
         time.sleep(TICK_SECONDS)
-        assert world.queues()[""] == (2, 0)
+        world.wait_for_depth(2, 0)
         assert [station.num_runs(job) for job in waiting] == [0, 0]
         assert world.backend.ends(drawn[0].generation_id) == []
 

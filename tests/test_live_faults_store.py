@@ -196,13 +196,13 @@ def test_a_store_that_refuses_the_worker_itself_fails_no_job_and_stops_the_takin
     time.sleep(PAUSE_SECONDS)
     waiting = station.publish()
     time.sleep(PAUSE_SECONDS)
-    assert station.world.queues()[""] == (1, 1)
+    station.world.wait_for_depth(1, 1)
 
     station.store.pass_on()
 
     station.assert_complete_once(drawn)
     station.assert_complete_once(waiting)
-    assert any(code in line["reason"] for line in worker.events("breaker open"))
+    eventually(lambda: any(code in line["reason"] for line in worker.events("breaker open")), 5)
 
 
 def test_a_picture_of_another_task_gives_way_and_the_log_says_so(station: Station, worker: Worker) -> None:
@@ -214,7 +214,8 @@ def test_a_picture_of_another_task_gives_way_and_the_log_says_so(station: Statio
     station.release(job)
 
     station.assert_complete_once(job)
-    assert worker.events("another task's picture replaced")[-1]["other_task_id"] == "another"
+    eventually(lambda: len(worker.events("another task's picture replaced")) == 1, 5, worker.log_tail)
+    assert worker.events("another task's picture replaced")[0]["other_task_id"] == "another"
 
 
 def test_a_store_that_knows_no_conditions_is_written_to_without_them(station: Station, worker: Worker) -> None:
@@ -225,7 +226,7 @@ def test_a_store_that_knows_no_conditions_is_written_to_without_them(station: St
 
     job = station.publish()
     station.assert_complete_once(job)
-    assert len(worker.events("the store has no conditional writes")) == 1
+    eventually(lambda: len(worker.events("the store has no conditional writes")) == 1, 5)
 
     # The record is a fence all the same.
     station.world.publish(task_id=job.task_id, generation_id=job.generation_id)

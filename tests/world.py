@@ -177,6 +177,11 @@ class World:
 
         eventually(is_clean, within_seconds, lambda: str(self.queues()))
 
+    def wait_for_depth(self, ready: int, unacknowledged: int, *, within_seconds: float = 5) -> None:
+        """Return once the jobs' queue holds so many: acks and publishes take the broker a moment."""
+        wanted = (ready, unacknowledged)
+        eventually(lambda: self.queues()[""] == wanted, within_seconds, lambda: str(self.queues()))
+
     def dead_letters(self) -> list[tuple[bytes, str]]:
         """Take the body and the reason of every dead letter."""
         connection = pika.BlockingConnection(pika.URLParameters(self.rabbitmq.url))
