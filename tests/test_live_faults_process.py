@@ -373,7 +373,8 @@ def test_a_job_that_ends_within_the_grace_is_the_last_one_of_its_worker(station:
     eventually(lambda: worker.get("/health/ready")[1] == "stopping\n", 5)
     time.sleep(0.3)
     late = station.publish()
-    time.sleep(0.3)
+    time.sleep(2.5)  # longer than a worker takes to end that waits for nothing
+    assert worker.process.poll() is None
     station.release(running)
 
     assert worker.process.wait(10) == 0
