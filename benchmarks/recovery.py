@@ -14,8 +14,7 @@ import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +87,10 @@ def _round(measure: Measure, rabbitmq: RabbitMQ, store: SeaweedFS, folder: Path)
 
 def _connection_closed(station: Station) -> float:
     _start_worker(station)
-    with _stopwatch() as elapsed:
-        station.world.rabbitmq.close_connections()
-        _wait_until_begun(station, station.publish())
-    return elapsed()
+    failed_at = time.monotonic()
+    station.world.rabbitmq.close_connections()
+    _wait_until_begun(station, station.publish())
+    return time.monotonic() - failed_at
 
 
 def _broker_killed(station: Station) -> float:
@@ -99,38 +98,38 @@ def _broker_killed(station: Station) -> float:
     station.world.rabbitmq.kill()
     eventually(lambda: "broker" in worker.get("/health/ready")[1], PATIENCE_SECONDS)
     station.world.rabbitmq.start()
-    with _stopwatch() as elapsed:
-        _wait_until_begun(station, station.publish())
-    return elapsed()
+    back_at = time.monotonic()
+    _wait_until_begun(station, station.publish())
+    return time.monotonic() - back_at
 
 
 def _engine_killed(station: Station) -> float:
     worker = _start_worker(station)
     job = station.publish_held()
-    with _stopwatch() as elapsed:
-        os.kill(worker.engine_pid(), signal.SIGKILL)
-        _wait_until_begun(station, job, times=2)
-    return elapsed()
+    failed_at = time.monotonic()
+    os.kill(worker.engine_pid(), signal.SIGKILL)
+    _wait_until_begun(station, job, times=2)
+    return time.monotonic() - failed_at
 
 
 def _worker_killed(station: Station) -> float:
     worker = _start_worker(station)
     job = station.publish_held()
     _start_worker(station)
-    with _stopwatch() as elapsed:
-        worker.kill()
-        _wait_until_begun(station, job, times=2)
-    return elapsed()
+    failed_at = time.monotonic()
+    worker.kill()
+    _wait_until_begun(station, job, times=2)
+    return time.monotonic() - failed_at
 
 
 def _worker_started_anew(station: Station) -> float:
     worker = _start_worker(station)
     job = station.publish_held()
-    with _stopwatch() as elapsed:
-        worker.kill()
-        station.world.start_worker(**station.env())
-        _wait_until_begun(station, job, times=2)
-    return elapsed()
+    failed_at = time.monotonic()
+    worker.kill()
+    station.world.start_worker(**station.env())
+    _wait_until_begun(station, job, times=2)
+    return time.monotonic() - failed_at
 
 
 def _broker_hangs(station: Station) -> float:
@@ -138,9 +137,9 @@ def _broker_hangs(station: Station) -> float:
     broker = station.world.rabbitmq.pid
     os.kill(broker, signal.SIGSTOP)
     try:
-        with _stopwatch() as elapsed:
-            eventually(lambda: "broker" in worker.get("/health/ready")[1], PATIENCE_SECONDS)
-        return elapsed()
+        failed_at = time.monotonic()
+        eventually(lambda: "broker" in worker.get("/health/ready")[1], PATIENCE_SECONDS)
+        return time.monotonic() - failed_at
     finally:
         os.kill(broker, signal.SIGCONT)
 
@@ -149,10 +148,10 @@ def _host_gone(station: Station) -> float:
     _start_worker(station)
     job = station.publish_held()
     _start_worker(station, RABBITMQ_PORT=str(station.world.rabbitmq.port))
-    with _stopwatch() as elapsed:
-        station.broker.black_hole()
-        _wait_until_begun(station, job, times=2)
-    return elapsed()
+    failed_at = time.monotonic()
+    station.broker.black_hole()
+    _wait_until_begun(station, job, times=2)
+    return time.monotonic() - failed_at
 
 
 def _start_worker(station: Station, **env: str) -> Worker:
@@ -164,15 +163,6 @@ def _wait_until_begun(station: Station, job: Job, times: int = 1) -> None:
     while station.num_runs(job) < times:
         assert time.monotonic() < deadline, station.world.workers[-1].log_tail()
         time.sleep(POLL_SECONDS)
-
-
-@contextmanager
-def _stopwatch() -> Iterator[Callable[[], float]]:
-    """Seconds from the block's beginning to its end."""
-    started_at = time.monotonic()
-    ended_at = [started_at]
-    yield lambda: ended_at[0] - started_at
-    ended_at[0] = time.monotonic()
 
 
 def _spread(values: list[float]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from tests.mutations.__main__ import apply, failures, is_of
 from tests.mutations.matrix import DOCUMENT, with_matrix
 from tests.mutations.row import Mutation, Row
 from tests.mutations.rows import ROWS
+from tests.world import ROOT
 
-ROOT = Path(__file__).parent.parent
 CORE = 40  # rows that must be held by tests
 
 

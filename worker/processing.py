@@ -184,25 +184,25 @@ class Processor:
             self._begin(self._note_all)
 
     def _note_all(self) -> None:
-        for run in self.runs.all():
-            try:
-                self._leases.note(run)
-                if run.task_id not in self.runs:
-                    self._leases.give_up(run)
-            except StorageError as error:
-                # Another worker may then draw it too; the ledger still lets only one end count.
-                log_event(logger, "lease not taken", logging.WARNING, task_id=run.task_id, reason=str(error))
+        self._lease_each(self._leases.note)
 
     def go_on_lease(self) -> None:
         """Keep the messages of long jobs where no broker's timeout ends them, and say that the jobs are at work."""
+        self._lease_each(self._take_or_renew)
+
+    def _take_or_renew(self, run: Run) -> None:
+        if self._leases.take_or_renew(run):
+            for delivery in self.runs.part_from_deliveries(run):
+                self._settle(delivery, Disposition.ACK)
+
+    def _lease_each(self, lease: Callable[[Run], None]) -> None:
         for run in self.runs.all():
             try:
-                if self._leases.take_or_renew(run):
-                    for delivery in self.runs.part_from_deliveries(run):
-                        self._settle(delivery, Disposition.ACK)
+                lease(run)
                 if run.lease_ends_at and run.task_id not in self.runs:
                     self._leases.give_up(run)
             except (PublishFailed, StorageError) as error:
+                # Another worker may then draw it too; the ledger still lets only one end count.
                 log_event(logger, "lease not taken", logging.WARNING, task_id=run.task_id, reason=str(error))
 
     def _elsewhere_first(self, delivery: Delivery, publish: Callable[[], None]) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import random
 import time
 import uuid
@@ -32,7 +31,7 @@ from tests.campaigns.judging import Figures, StoredObject, judge
 from tests.campaigns.keeping import Keeper
 from tests.campaigns.plans import Campaign
 from tests.faults.proxy import Proxy
-from tests.faults.station import ANY_REQUEST, ROOT, SITE, answers, sometimes
+from tests.faults.station import ANY_REQUEST, answers, sometimes, stand_in_env
 from tests.world import World, eventually
 
 TURN_SECONDS = 0.2
@@ -95,7 +94,9 @@ def _field(campaign: Campaign, rabbitmq: RabbitMQ, store: SeaweedFS, folder: Pat
             proxies["store"].when(ANY_REQUEST, do=refuse, times=None)
         env = _env_through(proxies)
         if not campaign.has_real_engine:
-            env |= _env_of_stand_in(folder, campaign.constants)
+            step = {"tests.fake_child:TURN_SECONDS": STAND_IN_STEP_SECONDS}
+            env |= stand_in_env(folder / "stand-in.log", step | campaign.constants)
+            env |= {"MAX_CONCURRENT_GENERATIONS": "3"}  # so that jobs wait
         env |= campaign.env
         keeper = Keeper(world, journal, num_workers=campaign.num_workers, env=env)
         keeper.start()
@@ -152,17 +153,6 @@ def _env_through(proxies: Mapping[str, Proxy]) -> dict[str, str]:
         "RABBITMQ_PORT": str(proxies["broker"].port),
         "AWS_S3_ENDPOINT_URL": f"http://{Proxy.host}:{proxies['store'].port}",
         "BACKEND_API_URL": f"http://{Proxy.host}:{proxies['backend'].port}",
-    }
-
-
-def _env_of_stand_in(folder: Path, constants: Mapping[str, Any]) -> dict[str, str]:
-    """What gives a worker an engine without torch."""
-    return {
-        "PYTHONPATH": f"{SITE}{os.pathsep}{ROOT}",
-        "FAULTS_STAND_IN": "1",
-        "FAULTS_CONSTANTS": json.dumps({"tests.fake_child:TURN_SECONDS": STAND_IN_STEP_SECONDS} | dict(constants)),
-        "MAX_CONCURRENT_GENERATIONS": "3",  # so that jobs wait
-        "MODEL_ID": str(folder / "stand-in.log"),
     }
 
 

@@ -22,9 +22,8 @@ from examples.parts.backend import WEBHOOKS
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.proxy import DOWN, UP, Link, Proxy, Sign
-from tests.world import Worker, World, eventually, new_world
+from tests.world import ROOT, Worker, World, eventually, new_world
 
-ROOT = Path(__file__).parent.parent.parent
 SITE = Path(__file__).parent / "site"
 
 # The broker gives a silent peer up after three of these, the worker a silent broker after 2 × (2 + 5) seconds.
@@ -60,12 +59,9 @@ class Station:
     def env(self, *, constants: Mapping[str, Any] | None = None) -> dict[str, str]:
         """What makes a worker one of this station; `constants` by module and name, see `site/sitecustomize.py`."""
         return {
-            "PYTHONPATH": f"{SITE}{os.pathsep}{ROOT}",
-            "FAULTS_STAND_IN": "1",
-            "FAULTS_CONSTANTS": json.dumps(constants or {}),
+            **stand_in_env(self.journal, constants or {}),
             "FAULTS_FOLDER": str(self.world.folder),
             "FAULTS_CLOCK": str(self.world.folder / "clock"),
-            "MODEL_ID": str(self.journal),
             "RABBITMQ_PORT": str(self.broker.port),
             "RABBITMQ_HEARTBEAT_SECONDS": str(HEARTBEAT_SECONDS),
             "AWS_S3_ENDPOINT_URL": f"http://{Proxy.host}:{self.store.port}",
@@ -186,6 +182,16 @@ class Station:
     def _noted(self, event: str, job: Job) -> int:
         lines = self.journal.read_text().splitlines() if self.journal.exists() else []
         return sum(line.endswith(f" {event} {job.task_id}") for line in lines)
+
+
+def stand_in_env(journal: Path, constants: Mapping[str, Any]) -> dict[str, str]:
+    """What gives a worker an engine without torch, which notes what it does in `journal`."""
+    return {
+        "PYTHONPATH": f"{SITE}{os.pathsep}{ROOT}",
+        "FAULTS_STAND_IN": "1",
+        "FAULTS_CONSTANTS": json.dumps(dict(constants)),
+        "MODEL_ID": str(journal),
+    }
 
 
 # What the store and the backend say when they have done what was asked.

@@ -16,8 +16,7 @@ from xml.etree import ElementTree
 
 from tests.mutations.row import Mutation, Row
 from tests.mutations.rows import ROWS
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.world import ROOT
 
 
 class Verdict(NamedTuple):

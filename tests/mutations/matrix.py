@@ -1,12 +1,12 @@
 """`python -m tests.mutations.matrix`: write the fault matrix into docs/reliability.md, from the rows themselves."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from tests.mutations.row import Row
 from tests.mutations.rows import ROWS
+from tests.world import ROOT
 
-DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "reliability.md"
+DOCUMENT = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- matrix -->\n", "<!-- end of matrix -->"
 
 
