@@ -46,9 +46,9 @@ FULL = Budget(
     "full",
     num_things=None,
     num_tokens=3500,
-    vae_steps=6000,
-    denoiser_steps=7500,
-    adapter_steps=600,
+    vae_steps=5000,
+    denoiser_steps=6600,
+    adapter_steps=500,
     sample_steps=20,
 )
 QUICK = Budget(
