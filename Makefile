@@ -9,7 +9,7 @@ APT_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo pyth
 APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/share/fonts/truetype/nanum
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo test check outage leaks faults mutations campaign hostile bench recovery bench-gpu demo-model clean
+.PHONY: help install demo styles test check outage leaks faults mutations campaign hostile bench recovery bench-gpu demo-model clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -31,6 +31,9 @@ $(APT_MARKS) &:
 
 demo: install ## Run a dozen jobs for real on this machine; pictures and timeline land in out/
 	HF_HUB_OFFLINE=1 $(BIN)/darkroom demo --out out
+
+styles: install ## Eight things, plain and in each style, drawn by a real worker; the sheet lands in out/styles
+	HF_HUB_OFFLINE=1 $(BIN)/python -m examples.demo.styles
 
 check: install ## Style and types
 	$(BIN)/ruff check $(CODE)

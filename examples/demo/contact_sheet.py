@@ -1,12 +1,15 @@
 """The contact sheet: every picture with its prompt, style, steps and seed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from examples.demo.jobs import DemoJob
+
+# Writes a PNG of the jobs' pictures (PNG bytes by generation id) to the path.
+Sheet = Callable[[Sequence[DemoJob], Mapping[int, bytes], Path], None]
 
 COLUMNS = 4
 PICTURE_SIDE = 256

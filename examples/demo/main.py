@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,8 +15,8 @@ import pika
 from rich.console import Console
 
 from examples.demo.bars import JobBars
-from examples.demo.contact_sheet import draw_contact_sheet
-from examples.demo.jobs import JOBS, message
+from examples.demo.contact_sheet import Sheet, draw_contact_sheet
+from examples.demo.jobs import JOBS, DemoJob, message
 from examples.demo.signatures import draw_signatures
 from examples.demo.timeline import draw_timeline
 from examples.parts.backend import Backend
@@ -30,8 +30,8 @@ QUEUE = "image_generation"
 TIMEOUT_SECONDS = 180.0
 
 
-def run_demo(out: Path) -> int:
-    """Run the demo into folder `out`; the process's exit code."""
+def run_demo(out: Path, jobs: Sequence[DemoJob] = JOBS, draw_sheet: Sheet = draw_contact_sheet) -> int:
+    """Run the jobs and leave their sheet and timeline in folder `out`; the process's exit code."""
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     with ExitStack() as stack:
@@ -39,18 +39,18 @@ def run_demo(out: Path) -> int:
         rabbitmq, store = _start_parts(stack, folder, console)
         store.make_bucket(BUCKET)
         _upload(store.client(), folder)
-        bars = JobBars(JOBS, console)
+        bars = JobBars(jobs, console)
         backend = stack.enter_context(Backend(on_call=bars.on_call))
         worker = stack.enter_context(_worker(rabbitmq, store, backend, folder, out / "worker.log"))
-        _publish(rabbitmq)
-        console.print(f"{len(JOBS)} jobs published; the worker is loading the model")
+        _publish(rabbitmq, jobs)
+        console.print(f"{len(jobs)} jobs published; the worker is loading the model")
         with bars:
-            num_done = _wait(backend, worker)
+            num_done = _wait(backend, worker, jobs)
         exit_code = _stop(worker)
-        _draw(store.client(), out, console)
+        _draw(store.client(), jobs, out, draw_sheet, console)
 
-    console.print(f"{num_done} of {len(JOBS)} jobs complete; the worker ended with exit code {exit_code}")
-    return 0 if num_done == len(JOBS) and exit_code == 0 else 1
+    console.print(f"{num_done} of {len(jobs)} jobs complete; the worker ended with exit code {exit_code}")
+    return 0 if num_done == len(jobs) and exit_code == 0 else 1
 
 
 def _start_parts(stack: ExitStack, folder: Path, console: Console) -> tuple[RabbitMQ, SeaweedFS]:
@@ -97,23 +97,23 @@ def _worker(
         process.wait()
 
 
-def _publish(rabbitmq: RabbitMQ) -> None:
+def _publish(rabbitmq: RabbitMQ, jobs: Sequence[DemoJob]) -> None:
     """As the backends in the field do it: a durable queue without arguments, persistent messages."""
     connection = pika.BlockingConnection(pika.URLParameters(rabbitmq.url))
     channel = connection.channel()
     channel.queue_declare(QUEUE, durable=True)
-    for job in JOBS:
+    for job in jobs:
         channel.basic_publish("", QUEUE, message(job, BUCKET), pika.BasicProperties(delivery_mode=2))
     connection.close()
 
 
-def _wait(backend: Backend, worker: "subprocess.Popen[bytes]") -> int:
+def _wait(backend: Backend, worker: "subprocess.Popen[bytes]", jobs: Sequence[DemoJob]) -> int:
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline and worker.poll() is None:
-        if all(backend.ends(job.generation_id) for job in JOBS):
+        if all(backend.ends(job.generation_id) for job in jobs):
             break
         time.sleep(0.1)
-    return sum(any(end.kind == "complete" for end in backend.ends(job.generation_id)) for job in JOBS)
+    return sum(any(end.kind == "complete" for end in backend.ends(job.generation_id)) for job in jobs)
 
 
 def _stop(worker: "subprocess.Popen[bytes]") -> int:
@@ -122,14 +122,14 @@ def _stop(worker: "subprocess.Popen[bytes]") -> int:
     return worker.wait(30)
 
 
-def _draw(client: Any, out: Path, console: Console) -> None:
+def _draw(client: Any, jobs: Sequence[DemoJob], out: Path, draw_sheet: Sheet, console: Console) -> None:
     pictures = {}
-    for job in JOBS:
+    for job in jobs:
         key = f"generations/gen-{job.generation_id}.png"
         pictures[job.generation_id] = client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
     sheet, timeline = out / "contact-sheet.png", out / "timeline.png"
-    draw_contact_sheet(JOBS, pictures, sheet)
-    draw_timeline(JOBS, _records(client), timeline)
+    draw_sheet(jobs, pictures, sheet)
+    draw_timeline(jobs, _records(client), timeline)
     console.print(f"the pictures:            {sheet}", highlight=False)
     console.print(f"where the time went:     {timeline}", highlight=False)
     console.print(f"what the worker logged:  {out / 'worker.log'}", highlight=False)
