@@ -65,7 +65,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class HostileClass:
-    """A row of the list. `note` says where the README differs from it, and holds."""
+    """A row of the list. `note` says where the documentation differs from it, and holds."""
 
     number: int
     title: str

@@ -184,5 +184,5 @@ def _settings() -> Settings:
     except SettingsError as error:
         console.print("[bold red]The settings are not right:[/]")
         console.print(str(error), markup=False, highlight=False)
-        console.print("The README lists every setting; .env.example is a file to begin with.")
+        console.print("docs/settings.md lists every setting; .env.example is a file to begin with.")
         sys.exit(ExitCode.SETTINGS)
