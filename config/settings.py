@@ -262,6 +262,11 @@ class ServiceSettings(_Section):
         le=65535,
         description="Port of health and metrics; 0 takes a free one",
     )
+    status_show_prompts: bool = Field(
+        False,
+        validation_alias="STATUS_SHOW_PROMPTS",
+        description="Show prompts, and errors that may quote them, on the status page, which has no password",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", validation_alias="LOG_LEVEL", description="DEBUG, INFO, WARNING or ERROR"
     )

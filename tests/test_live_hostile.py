@@ -484,6 +484,7 @@ def test_no_secret_is_in_any_log_webhook_dead_letter_record_metric_or_process_li
         "engine's environment": Path(f"/proc/{site.engine_pid}/environ").read_bytes(),
         "metrics": worker.get("/metrics")[1].encode(),
         "health": worker.get("/health/ready")[1].encode(),
+        "status": worker.get("/status.json")[1].encode(),
         "webhooks": json.dumps([call.body for call in world.backend.calls()]).encode(),
         "records": b"".join(site.record(key) for key in world.keys("jobs/")),
         "dead letters": json.dumps(site.wire.reasons).encode(),

@@ -271,7 +271,7 @@ def test_metrics_and_health_speak_the_names_of_the_contract(world: World, worker
 
     assert worker.get("/health/live") == (200, "live\n")
     assert worker.get("/health/ready") == (200, "ready\n")
-    assert worker.get("/")[0] == 404
+    assert worker.get("/nothing")[0] == 404
 
     names = [
         "jobs_total",

@@ -1,21 +1,40 @@
-"""Health and metrics over HTTP: `/health/live`, `/health/ready`, `/metrics`. Nothing else is answered."""
+"""Health, metrics and the status page over HTTP. `ADDRESSES` are answered and the page's own files, nothing else."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from worker.static import HEADERS, StaticFile, load_page
+from worker.status import Status
+
+ADDRESSES = "/ (the status page), /status.json, /health/live, /health/ready and /metrics"
+TEXT = "text/plain; charset=utf-8"
 REQUEST_TIMEOUT_SECONDS = 10.0
 
 
 class HealthServer:
-    """Owner of the HTTP port. `why_not_ready` gives the empty string once the worker takes jobs."""
+    """Owner of the HTTP port. `why_not_ready` gives the empty string once the worker takes jobs. Every request has a
+    thread of its own, on which both callables run."""
 
-    def __init__(self, port: int, registry: CollectorRegistry, why_not_ready: Callable[[], str]) -> None:
-        handler = type("Handler", (_Handler,), {"registry": registry, "why_not_ready": staticmethod(why_not_ready)})
+    def __init__(
+        self,
+        port: int,
+        registry: CollectorRegistry,
+        why_not_ready: Callable[[], str],
+        read_status: Callable[[], Status],
+    ) -> None:
+        given = {
+            "registry": registry,
+            "why_not_ready": staticmethod(why_not_ready),
+            "read_status": staticmethod(read_status),
+            "page": load_page(),
+        }
+        handler = type("Handler", (_Handler,), given)
         self._server = ThreadingHTTPServer(("0.0.0.0", port), handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
@@ -35,6 +54,8 @@ class HealthServer:
 class _Handler(BaseHTTPRequestHandler):
     registry: CollectorRegistry
     why_not_ready: Callable[[], str]
+    read_status: Callable[[], Status]
+    page: Mapping[str, StaticFile]
 
     timeout = REQUEST_TIMEOUT_SECONDS
     protocol_version = "HTTP/1.1"
@@ -42,22 +63,29 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         match self.path.split("?")[0]:
             case "/health/live":
-                self._answer(200, "live\n")
+                self._answer(200, b"live\n")
             case "/health/ready":
                 reason = type(self).why_not_ready()
-                self._answer(503 if reason else 200, f"{reason or 'ready'}\n")
+                self._answer(503 if reason else 200, f"{reason or 'ready'}\n".encode())
             case "/metrics":
-                self._answer(200, generate_latest(self.registry).decode(), CONTENT_TYPE_LATEST)
+                self._answer(200, generate_latest(self.registry), CONTENT_TYPE_LATEST)
+            case "/status.json":
+                self._answer(200, type(self).read_status().to_json().encode(), "application/json", HEADERS)
+            case path if path in self.page:
+                self._answer(200, self.page[path].content, self.page[path].content_type, HEADERS)
             case _:
-                self._answer(404, "there are /health/live, /health/ready and /metrics\n")
+                self._answer(404, f"there are {ADDRESSES}\n".encode())
 
     def log_message(self, format: str, *args: Any) -> None:
         """Probes come every few seconds: they are not worth a line each."""
 
-    def _answer(self, status: int, text: str, content_type: str = "text/plain; charset=utf-8") -> None:
-        content = text.encode()
+    def _answer(
+        self, status: int, content: bytes, content_type: str = TEXT, headers: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(content)))
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)

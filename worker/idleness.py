@@ -32,15 +32,20 @@ def idle_reason(
 
 
 class IdleWatch:
-    """Adds the time since the last tick to the reason that holds now."""
+    """Adds the time since the last tick to the reason that holds now. Ticked by one thread; any may read."""
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
         self._metrics = metrics
         self._clock = clock
         self._last = clock()
+        self.reason: str | None = "engine_starting"
+        self.denoising_seconds = 0.0
 
     def tick(self, reason: str | None) -> None:
         now = self._clock()
-        if reason is not None:
+        if reason is None:
+            self.denoising_seconds += now - self._last
+        else:
             self._metrics.idle_seconds.labels(reason).inc(now - self._last)
+        self.reason = reason
         self._last = now

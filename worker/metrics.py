@@ -10,6 +10,8 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 JOB_BUCKETS = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
 STAGE_BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300)
 WAIT_BUCKETS = (0.1, 1, 5, 15, 60, 300, 900, 3600, 14400)
+# Weight of the newest forward in the recent batch, which then looks back about fifty of them.
+NEWEST_WEIGHT = 0.02
 
 
 class Metrics:
@@ -35,6 +37,7 @@ class Metrics:
         self.webhooks_ambiguous = self._counter("webhook_ambiguous", "Attempts whose answer was lost: maybe taken")
         self.engine_restarts = self._counter("engine_restarts", "Engine processes started after a crash")
         self.idle_seconds = self._counter("idle_seconds", "Time without denoising, by reason", "reason")
+        self.recent_batch = 0.0  # lanes of a forward lately; Prometheus has `rate` for it
         self._show(Occupancy(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0))
 
     def note_occupancy(self, occupancy: Occupancy) -> None:
@@ -42,6 +45,8 @@ class Metrics:
         if occupancy.num_batched:
             self.denoise_steps.inc()
             self.denoise_lane_steps.inc(occupancy.num_batched)
+            known = self.recent_batch or occupancy.num_batched
+            self.recent_batch = known + NEWEST_WEIGHT * (occupancy.num_batched - known)
         self._show(occupancy)
 
     def _show(self, occupancy: Occupancy) -> None:

@@ -70,6 +70,11 @@ class Notifier:
         # Kinds that were just parked: the next event of such a kind gets one try, not ten seconds of them.
         self._failing: set[WebhookKind] = set()
 
+    @property
+    def failing(self) -> tuple[str, ...]:
+        """The kinds of webhooks that the backend did not take of late."""
+        return tuple(sorted(kind.value for kind in self._failing.copy()))
+
     def tell(self, event: TerminalEvent) -> str:
         """Deliver `event`, or park it; say which. Raises `PublishFailed` where neither was possible."""
         if event.is_delivered:

@@ -16,6 +16,7 @@ from worker.broker import Consumer, Publisher, PublishFailed
 from worker.cancelling import Cancellations, decode_cancel
 from worker.delivery import Delivery
 from worker.events import TerminalEvent, failed_event
+from worker.history import History
 from worker.job import Job, JobRejected, Undecodable
 from worker.leases import Leases
 from worker.ledger import Ledger
@@ -37,12 +38,14 @@ SECOND_LOOK_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class _Ending:
-    """What a run came to: how its deliveries are settled, and the word for it in logs and metrics."""
+    """What a run came to: how its deliveries are settled, and the word for it in logs and metrics. `message` says why
+    it failed."""
 
     disposition: Disposition
     outcome: str
     code: str = ""
     webhook: str = ""
+    message: str = ""
 
 
 class Processor:
@@ -63,6 +66,7 @@ class Processor:
         cancellations: Cancellations,
         gate: Gate,
         leases: Leases,
+        history: History,
         on_bug: Callable[[], None],
     ) -> None:
         self._rules = rules
@@ -76,6 +80,7 @@ class Processor:
         self._cancellations = cancellations
         self._gate = gate
         self._leases = leases
+        self._history = history
         self._on_bug = on_bug
         self._threads = ThreadPoolExecutor(num_threads + NUM_SPARE_THREADS, thread_name_prefix="job")
         self._consumer: Consumer | None = None
@@ -263,7 +268,7 @@ class Processor:
     def _retry_later(self, run: Run, verdict: Verdict) -> _Ending:
         queue, body = self._names.retry(verdict.delay_seconds), run.first.body
         self._surely(lambda: self._publisher.publish(queue, body, attempt=run.attempt + 1, reason=verdict.message))
-        return _Ending(Disposition.RETRY, "retried", verdict.code)
+        return _Ending(Disposition.RETRY, "retried", verdict.code, message=verdict.message)
 
     def _fail(self, run: Run, verdict: Verdict) -> _Ending:
         event = failed_event(
@@ -297,8 +302,8 @@ class Processor:
                 told = self._notifier.tell(event)
 
             self._surely(tell)
-        code = str(event.body.get("error_code", ""))
-        return _Ending(disposition, event.kind.value, code, told)
+        code, message = (str(event.body.get(name, "")) for name in ("error_code", "error_message"))
+        return _Ending(disposition, event.kind.value, code, told, message)
 
     def _settle(self, delivery: Delivery, disposition: Disposition) -> None:
         assert self._consumer is not None, "deliveries come from a consumer"  # noqa: S101
@@ -321,6 +326,7 @@ class Processor:
         total = sum(seconds.values())
         self._metrics.jobs.labels(ending.outcome).inc()
         self._metrics.job_seconds.observe(total)
+        self._history.add(run, ending.outcome, code=ending.code, message=ending.message)
         log_event(
             logger,
             "job out",

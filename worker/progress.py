@@ -49,18 +49,22 @@ class Track:
         if report.step_index == report.num_steps:
             self._reporter.learn(self._denoised_seconds / report.num_steps)
 
+    def seconds_left(self, report: StepReport) -> float:
+        """The estimate of what the steps behind `report`, the newest one, will take."""
+        done = report.step_index
+        step_seconds = self._denoised_seconds / done if done else self._reporter.step_seconds
+        return step_seconds * (report.num_steps - done)
+
     def close(self) -> None:
         """Drop what is unsent and wait for a call in flight: nothing of this track is sent after this returns."""
         self._reporter.retire(self)
 
     def _webhook(self, milestone: int, report: StepReport) -> Webhook:
-        done = report.step_index
-        step_seconds = self._denoised_seconds / done if done else self._reporter.step_seconds
         progress: dict[str, Any] = {
-            "current_step": done,
+            "current_step": report.step_index,
             "total_steps": report.num_steps,
             "progress_percent": milestone,
-            "estimated_seconds": math.ceil(step_seconds * (report.num_steps - done)),
+            "estimated_seconds": math.ceil(self.seconds_left(report)),
         }
         body = {"generation_id": self._generation_id, "progress": progress}
         return Webhook(WebhookKind.PROGRESS, f"{self._task_id}:progress:{milestone}", body)

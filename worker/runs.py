@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from inference.request import GenerationResult, Stage
 from worker.delivery import Delivery
@@ -13,9 +14,17 @@ from worker.job import Job, JobRejected
 from worker.settling import MAX_ATTEMPTS
 
 
+class Reached(NamedTuple):
+    """How far a job's denoising is, and the estimate of what is left of it."""
+
+    step_index: int
+    num_steps: int
+    seconds_left: float
+
+
 @dataclass(slots=True)
 class Run:
-    """One job being worked on. Its job thread owns it; `phase` and `future` are read by others.
+    """One job being worked on. Its job thread owns it; `phase`, `reached` and `future` are read by others.
 
     `asked` is the job, or the rejection that will be its end; it came by `first`. `deliveries` grows when the broker
     delivers the same task again (a lost connection, a double click), and is empty while the job is on lease; all of
@@ -31,6 +40,7 @@ class Run:
     began_at: float = field(default_factory=time.time)
     stages: list[Stage] = field(default_factory=list)
     phase: str = ""
+    reached: Reached | None = None
     future: Future[GenerationResult] | None = None
     is_cancelled: bool = False
     lease_ends_at: float = 0.0

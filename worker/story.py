@@ -38,7 +38,7 @@ from worker.events import TerminalEvent
 from worker.job import Job, JobAdapter, JobRejected, resolve_size
 from worker.ledger import Ledger
 from worker.progress import ProgressReporter
-from worker.runs import Run
+from worker.runs import Reached, Run
 from worker.settling import MAX_RECOVERIES, JobFailed, JobReleased, PoisonJob
 
 logger = logging.getLogger(__name__)
@@ -197,6 +197,7 @@ class Storyteller:
         def on_step(report: StepReport) -> None:
             run.phase = "decode" if report.step_index == report.num_steps else "denoise"
             track.on_step(report)
+            run.reached = Reached(report.step_index, report.num_steps, track.seconds_left(report))
 
         run.phase = "wait"
         try:

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from enum import IntEnum
+from importlib.metadata import version
 from types import FrameType
 
 from clients.cache import DownloadCache
@@ -17,10 +18,12 @@ from config.logs import log_event
 from config.settings import Settings
 from inference.process import EngineProcess, EngineState
 from inference.request import ModelFacts
+from worker.board import Board
 from worker.breakers import BACKEND_THRESHOLD, STORE_THRESHOLD, Breaker, Gate
 from worker.broker import Broadcast, Consumer, Publisher, PublishFailed, Subscription
 from worker.cancelling import Cancellations
 from worker.health import HealthServer
+from worker.history import History
 from worker.idleness import IdleWatch, idle_reason
 from worker.leases import Leases
 from worker.ledger import Ledger
@@ -31,6 +34,7 @@ from worker.outbox import Outbox
 from worker.processing import Processor
 from worker.progress import ProgressReporter
 from worker.queues import QueueNames
+from worker.runs import Run
 from worker.story import Storyteller
 
 logger = logging.getLogger(__name__)
@@ -102,8 +106,12 @@ class Supervisor:
         )
         self._processor: Processor | None = None
         self._consumer: Consumer | None = None
-        self._health = HealthServer(settings.service.metrics_port, self._metrics.registry, self._why_not_ready)
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._idle = IdleWatch(self._metrics)
+        self._history = History(shows_prompts=settings.service.status_show_prompts)
+        self._health = HealthServer(
+            settings.service.metrics_port, self._metrics.registry, self._why_not_ready, self._board().read
+        )
         self._gpu = GpuReadings(settings.model.cuda_visible_devices)
 
     def run(self) -> ExitCode:
@@ -167,6 +175,7 @@ class Supervisor:
             cancellations=self._cancellations,
             gate=self._gate,
             leases=self._leases,
+            history=self._history,
             on_bug=self._note_bug,
         )
         subscriptions = [
@@ -197,11 +206,33 @@ class Supervisor:
             progress=self._progress,
             results_bucket=self._settings.store.results_bucket,
             font_dirs=self._settings.service.font_dirs,
-            worker=f"{socket.gethostname()}:{os.getpid()}",
+            worker=self._name,
             is_draining=self._is_draining,
             cancellations=self._cancellations,
             gate=self._gate,
         )
+
+    def _board(self) -> Board:
+        return Board(
+            name=self._name,
+            version=version("darkroom"),
+            began_at=time.time(),
+            names=self._names,
+            metrics=self._metrics,
+            idle=self._idle,
+            history=self._history,
+            notifier=self._notifier,
+            progress=self._progress,
+            max_lanes=self._settings.model.max_concurrent_generations,
+            max_cache_bytes=self._settings.store.cache_max_bytes,
+            shows_prompts=self._settings.service.status_show_prompts,
+            why_not_ready=self._why_not_ready,
+            facts=lambda: self._engine.facts,
+            runs=self._runs,
+        )
+
+    def _runs(self) -> list[Run]:
+        return self._processor.runs.all() if self._processor else []
 
     @property
     def _refusal(self) -> str:
@@ -220,9 +251,8 @@ class Supervisor:
     def _tick(self) -> None:
         if self._consumer is not None:
             self._consumer.pause(is_paused=bool(self._refusal))
-        runs = self._processor.runs.all() if self._processor else []
         reason = idle_reason(
-            phases={run.phase for run in runs},
+            phases={run.phase for run in self._runs()},
             is_engine_ready=self._engine.state is EngineState.READY,
             is_broker_connected=self._consumer is not None and self._consumer.is_connected,
             is_refused=bool(self._refusal),
@@ -250,8 +280,7 @@ class Supervisor:
         """Take no more, let what is being drawn end within the grace period, give back the rest, close."""
         started_at = time.monotonic()
         self._end_by(started_at + self._settings.service.shutdown_grace_seconds, code)
-        num_runs = len(self._processor.runs.all()) if self._processor else 0
-        log_event(logger, "stopping", exit_code=int(code), num_runs=num_runs)
+        log_event(logger, "stopping", exit_code=int(code), num_runs=len(self._runs()))
         if self._consumer is not None:
             self._consumer.stop_consuming()
         self._is_draining.set()
