@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
-APT_PACKAGES := rabbitmq-server fonts-nanum fonts-dejavu-core
+APT_PACKAGES := rabbitmq-server fonts-nanum fonts-dejavu-core chromium
 # Debian splits venv off its Python; other Pythons bring it along.
 APT_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo python3-venv)
-APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/share/fonts/truetype/nanum
+APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/share/fonts/truetype/nanum /usr/bin/chromium
 CODE := worker inference watermark clients config examples tests benchmarks
 
 .PHONY: help install demo styles test check outage leaks faults mutations campaign hostile bench recovery bench-gpu demo-model clean

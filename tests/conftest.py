@@ -41,6 +41,7 @@ SLOW_FILES = (
     "test_live_families",
     "test_live_leaks",
     "test_checkpoints",
+    "test_live_status",
     "test_live_cancelling",
 )
 

@@ -1,0 +1,61 @@
+"""A real Chromium on our pages: Debian's, driven by playwright, with a journal of what it asks for and complains of."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
+
+CHROMIUM = "/usr/bin/chromium"
+PHONE = {"width": 360, "height": 780}
+DESKTOP = {"width": 1280, "height": 900}
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A browser without a window. Its sandbox is off, which a container's root cannot have."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+class Visit:
+    """One page in a context of its own. `complaints` are console errors and uncaught exceptions, `requested` URLs."""
+
+    def __init__(self, browser: Browser, **options: Any) -> None:
+        self._context = browser.new_context(**{"viewport": DESKTOP} | options)
+        self.page: Page = self._context.new_page()
+        self.complaints: list[str] = []
+        self.requested: list[str] = []
+        self.page.on("console", self._hear)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", self._note)
+
+    def __enter__(self) -> "Visit":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._context.close()
+
+    @property
+    def origins(self) -> set[str]:
+        return {f"{parts.scheme}://{parts.netloc}/" for parts in map(urlsplit, self.requested)}
+
+    @property
+    def text(self) -> str:
+        """All that can be read on the page, opened or not."""
+        return str(self.page.evaluate("document.body.textContent"))
+
+    def scrolls_sideways(self) -> bool:
+        return bool(self.page.evaluate("document.documentElement.scrollWidth > window.innerWidth"))
+
+    def _hear(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
+    def _note(self, request: Request) -> None:
+        self.requested.append(request.url)
