@@ -3,9 +3,10 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from clients.webhooks import Webhook, WebhookKind
+from worker.bodies import ErrorCode, FailedBody
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +57,11 @@ def failed_event(
     *, task_id: str, generation_id: int, code: str, message: str, retry_count: int, worker: str = ""
 ) -> TerminalEvent:
     """The end of a job that could not be done."""
-    body = {
+    body: FailedBody = {
         "generation_id": generation_id,
         "error_message": message,
-        "error_code": code,
+        # The engine's own come as plain text; a test holds that all there are in the source are in the list.
+        "error_code": cast(ErrorCode, code),
         "retry_count": retry_count,
     }
     return TerminalEvent(task_id, generation_id, WebhookKind.FAILED, body, worker=worker)

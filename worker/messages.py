@@ -21,6 +21,7 @@ from config.settings import ModelSettings, StoreSettings
 from watermark.signature import SignatureStyle
 from worker.job import MAX_ASPECT, Job, JobAdapter, JobRejected, Undecodable
 from worker.schema import (
+    ASPECT,
     MAX_ADAPTERS,
     MAX_INT64,
     MAX_PROMPT_CHARS,
@@ -36,7 +37,7 @@ MAX_BODY_BYTES = 256 * 1024
 MAX_REASON_CHARS = 400
 
 _TASK_NAMESPACE = uuid.UUID("5b3f0f3c-2f0e-4f0b-9a55-1d7f5be1c0de")
-_ASPECT = re.compile(r"([1-9][0-9]{0,3}):([1-9][0-9]{0,3})")
+_ASPECT = re.compile(ASPECT)
 _NOT_TEXT = re.compile(r"[\x00\ud800-\udfff]")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 

@@ -4,11 +4,11 @@ import logging
 import math
 import threading
 from collections import deque
-from typing import Any
 
 from clients.webhooks import Verdict, Webhook, WebhookClient, WebhookKind
 from config.logs import log_event
 from inference.request import StepReport
+from worker.bodies import ProgressBody
 from worker.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -60,13 +60,15 @@ class Track:
         self._reporter.retire(self)
 
     def _webhook(self, milestone: int, report: StepReport) -> Webhook:
-        progress: dict[str, Any] = {
-            "current_step": report.step_index,
-            "total_steps": report.num_steps,
-            "progress_percent": milestone,
-            "estimated_seconds": math.ceil(self.seconds_left(report)),
+        body: ProgressBody = {
+            "generation_id": self._generation_id,
+            "progress": {
+                "current_step": report.step_index,
+                "total_steps": report.num_steps,
+                "progress_percent": milestone,
+                "estimated_seconds": math.ceil(self.seconds_left(report)),
+            },
         }
-        body = {"generation_id": self._generation_id, "progress": progress}
         return Webhook(WebhookKind.PROGRESS, f"{self._task_id}:progress:{milestone}", body)
 
 

@@ -1,4 +1,8 @@
-"""What `data` of a generation message may hold, field by field, with its limits: both dialects side by side."""
+"""What `data` of a generation message may hold, field by field, with its limits: both dialects side by side.
+
+Descriptions and `json_schema_extra` go into the published schema (`contract.py`). What the latter says is checked by
+`messages.py` and not here, because the answer is a sentence or a code of its own.
+"""
 
 from typing import Annotated
 
@@ -16,14 +20,19 @@ MAX_INT64 = 2**63 - 1
 # Seeds run to seed + num_images - 1 and must stay what a torch.Generator takes.
 MAX_SEED = MAX_INT64 - MAX_IMAGES
 
+# Both kinds of text are searched for, not matched, so that one reading does for Python and for JavaScript.
+ASPECT = r"([1-9][0-9]{0,3}):([1-9][0-9]{0,3})"
+NO_NUL = {"pattern": r"^[^\u0000]*$"}
+NO_NUL_NOT_BLANK = {"pattern": r"^[^\u0000]*[^\s\u0000][^\u0000]*$"}
+
 _Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 _Side = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE)]
 _Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 _Guidance = Annotated[float, Field(ge=0, le=50)]
 _Scale = Annotated[float, Field(ge=-4, le=4)]
 _Location = Annotated[str, Field(max_length=MAX_LOCATION_CHARS)]
-_Name = Annotated[str, Field(max_length=100)]
-_Tag = Annotated[str, Field(max_length=200)]
+_Text = Annotated[str, Field(max_length=100, json_schema_extra=NO_NUL)]
+_Tag = Annotated[str, Field(max_length=200, json_schema_extra=NO_NUL)]
 
 
 class _Wire(BaseModel):
@@ -34,49 +43,63 @@ class _Wire(BaseModel):
 class WireLora(_Wire):
     """One of several adapters."""
 
-    path: _Location
+    path: Annotated[_Location, Field(description="As `lora_path`, but not empty", json_schema_extra={"minLength": 1})]
     scale: _Scale = 1.0
 
 
 class WireParameters(_Wire):
-    """The documented dialect; what is set here wins over the flat fields."""
+    """The documented dialect: what is set here wins over the flat fields."""
 
     width: _Side | None = None
     height: _Side | None = None
     steps: _Steps | None = None
     cfg_scale: _Guidance | None = None
     seed: _Seed | None = None
-    scheduler: _Name | None = None
-    cfg_normalization: Annotated[float, Field(ge=0, le=10)] | None = None
-    cfg_truncation: Annotated[float, Field(ge=0, le=1)] | None = None
+    scheduler: Annotated[str, Field(max_length=100)] | None = None
+    cfg_normalization: Annotated[float, Field(ge=0, le=10)] | None = Field(None, description="Z-Image's own")
+    cfg_truncation: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Z-Image's own")
 
 
 class WireSignatureConfig(_Wire):
     """How the artist's signature is placed."""
 
     position: Position = Field(default=Position.BOTTOM_RIGHT, strict=False)
-    size: Size = Field(default=Size.MEDIUM, strict=False)
+    size: Size = Field(default=Size.MEDIUM, strict=False, description="15, 25 or 35 % of the picture's width")
     opacity: Annotated[float, Field(ge=0, le=1)] = 0.7
 
 
 class WireData(_Wire):
     """`data` of a generation message; both dialects side by side."""
 
-    prompt: str
-    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] | None = None
-    lora_path: _Location | None = None
-    lora_scale: _Scale | None = None
-    loras: Annotated[list[WireLora], Field(max_length=MAX_ADAPTERS)] | None = None
-    aspect_ratio: str | None = None
-    seed: _Seed | None = None
-    num_images: Annotated[int, Field(ge=1, le=MAX_IMAGES)] | None = None
-    num_inference_steps: _Steps | None = None
-    guidance_scale: _Guidance | None = None
-    width: _Side | None = None
+    prompt: str = Field(
+        description="Plain Unicode, not only blanks",
+        json_schema_extra={"minLength": 1, "maxLength": MAX_PROMPT_CHARS} | NO_NUL_NOT_BLANK,
+    )
+    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS, json_schema_extra=NO_NUL)] | None = None
+    lora_path: _Location | None = Field(
+        None,
+        description="A .safetensors object or a PEFT folder: s3://bucket/key, gs://bucket/key, the store's https form, "
+        "or a key of the default bucket, in an allowed bucket. With `loras` at most four in all",
+    )
+    lora_scale: _Scale | None = Field(None, description="1 where it is not given")
+    loras: Annotated[list[WireLora], Field(max_length=MAX_ADAPTERS)] | None = Field(
+        None, description="Several adapters, behind the one of `lora_path`"
+    )
+    aspect_ratio: Annotated[str, Field(json_schema_extra={"pattern": f"^({ASPECT})?$"})] | None = Field(
+        None,
+        description="1:1 where it is not given; up to 4 to 1. 1:1, 2:2, 1:2 and 2:1 count in the model's base size",
+    )
+    seed: _Seed | None = Field(None, description="Derived from task_id where it is not given: a repeat draws the same")
+    num_images: Annotated[int, Field(ge=1, le=MAX_IMAGES)] | None = Field(None, description="Seeds in a row; else 1")
+    num_inference_steps: _Steps | None = Field(None, description="The worker's default where it is not given")
+    guidance_scale: _Guidance | None = Field(None, description="The worker's default where it is not given")
+    width: _Side | None = Field(None, description="Pixels, together with height; rounded to the model's multiple")
     height: _Side | None = None
-    scheduler: _Name | None = None
+    scheduler: _Text | None = Field(None, description="One of the model's family")
     parameters: WireParameters | None = None
-    signature_path: _Location | None = None
-    artist_name: _Name | None = None
+    signature_path: _Location | None = Field(None, description="PNG, JPEG or WebP; named like `lora_path`")
+    artist_name: _Text | None = Field(None, description="Written where there is no signature_path")
     signature_config: WireSignatureConfig | None = None
-    prompt_tags: Annotated[list[_Tag], Field(max_length=100)] | None = None
+    prompt_tags: Annotated[list[_Tag], Field(max_length=100)] | None = Field(
+        None, description="Told back with the picture"
+    )

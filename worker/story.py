@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from PIL import Image
 
@@ -32,6 +32,7 @@ from inference.request import (
 from watermark.decoding import decode_signature
 from watermark.errors import FontMissing, SignatureInvalid
 from watermark.signature import ImageSignature, Signature, SignedPicture, TextSignature, Unsigned, sign
+from worker.bodies import CompleteBody, PictureMetadata
 from worker.breakers import Gate
 from worker.cancelling import Cancellations
 from worker.events import TerminalEvent
@@ -245,7 +246,7 @@ class Storyteller:
 
     def _complete(self, run: Run, job: Job, result: GenerationResult, stored: list[StoredPicture]) -> TerminalEvent:
         timeline = run.timeline()
-        metadata: dict[str, Any] = {
+        metadata: PictureMetadata = {
             "seed": job.seed,
             "steps": result.num_inference_steps,
             "guidance_scale": result.guidance_scale,
@@ -258,8 +259,13 @@ class Storyteller:
             "seconds": round(sum(seconds for _, _, seconds in timeline), 3),
         }
         if len(stored) > 1:
-            metadata |= {"result_urls": [one.url for one in stored], "seeds": [one.seed for one in stored]}
-        body = {"generation_id": job.generation_id, "result_url": stored[0].url, "metadata": metadata}
+            metadata["result_urls"] = [one.url for one in stored]
+            metadata["seeds"] = [one.seed for one in stored]
+        body: CompleteBody = {
+            "generation_id": job.generation_id,
+            "result_url": stored[0].url,
+            "metadata": metadata,
+        }
         return TerminalEvent(
             job.task_id, job.generation_id, WebhookKind.COMPLETE, body, run.began_at, timeline, self.worker
         )

@@ -1,0 +1,91 @@
+"""The bodies of the three webhooks, field by field: what the worker builds is checked against them by type, and
+`contract.py` makes the published schemas of them."""
+
+from typing import Annotated, Literal, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict  # pydantic reads typing's own only from Python 3.12 on
+
+from worker.schema import MAX_INT64, MAX_SEED
+
+ErrorCode = Literal[
+    "INVALID_INPUT",
+    "INVALID_PROMPT",
+    "UNSUPPORTED_ASPECT_RATIO",
+    "INPUT_FORBIDDEN",
+    "INPUT_TOO_LARGE",
+    "LORA_NOT_FOUND",
+    "LORA_INVALID",
+    "LORA_INCOMPATIBLE",
+    "LORA_UNSUPPORTED",
+    "LORA_UNSAFE_FORMAT",
+    "SIGNATURE_NOT_FOUND",
+    "SIGNATURE_INVALID",
+    "FONT_MISSING",
+    "GPU_OOM",
+    "OUTPUT_INVALID",
+    "CANCELLED",
+    "ENGINE_CRASHED",
+    "JOB_TIMEOUT",
+    "WORKER_CRASHED",
+    "ENGINE_ERROR",
+    "STORAGE_UNAVAILABLE",
+    "INTERNAL_ERROR",
+]
+
+_GenerationId = Annotated[int, Field(ge=1, le=MAX_INT64, description="The job's own, as it came")]
+_Seed = Annotated[int, Field(ge=0, le=MAX_INT64)]
+_Url = Annotated[str, Field(min_length=1)]
+
+
+class ProgressNumbers(TypedDict):
+    """How far a job is."""
+
+    current_step: Annotated[int, Field(ge=0, description="Denoise steps done")]
+    total_steps: Annotated[int, Field(ge=1)]
+    progress_percent: Annotated[
+        int, Field(ge=0, lt=100, description="One of the milestones, 0, 25, 50, 75 and 90 unless configured otherwise")
+    ]
+    estimated_seconds: Annotated[int, Field(ge=0, description="Still to go, from measured step times; 0 where unknown")]
+
+
+class ProgressBody(TypedDict):
+    """Body of the progress webhook. Lossy: the newest replaces older ones, each at most once and in order, none behind
+    the end."""
+
+    generation_id: _GenerationId
+    progress: ProgressNumbers
+
+
+class PictureMetadata(TypedDict):
+    """What a picture was really drawn with."""
+
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED, description="The job's, or the one derived from task_id")]
+    steps: Annotated[int, Field(ge=1)]
+    guidance_scale: Annotated[float, Field(ge=0)]
+    prompt_tags: Annotated[list[str], Field(description="The job's own, as they came")]
+    width: Annotated[int, Field(ge=1, description="Of the stored picture, pixels")]
+    height: Annotated[int, Field(ge=1, description="Of the stored picture, pixels")]
+    model: Annotated[str, Field(description="The worker's model")]
+    scheduler: str
+    task_id: Annotated[str, Field(description="The job's, or the one that replaced what was no UUID")]
+    seconds: Annotated[float, Field(ge=0, description="Time at work, without waiting in the queue")]
+    result_urls: NotRequired[Annotated[list[_Url], Field(description="Of all pictures, where there are several")]]
+    seeds: NotRequired[Annotated[list[_Seed], Field(description="Of all pictures, where there are several")]]
+
+
+class CompleteBody(TypedDict):
+    """Body of the complete webhook: the pictures are stored."""
+
+    generation_id: _GenerationId
+    result_url: Annotated[str, Field(min_length=1, description="Of the picture, of several the first")]
+    metadata: PictureMetadata
+
+
+class FailedBody(TypedDict):
+    """Body of the failed webhook: there will be no picture."""
+
+    generation_id: _GenerationId
+    error_message: Annotated[str, Field(description="One sentence for people")]
+    error_code: ErrorCode
+    retry_count: Annotated[int, Field(ge=0, description="Tries beyond the first")]

@@ -1,0 +1,123 @@
+"""The JSON Schemas of every message in and out, made from the models: `python -m worker.contract` writes them.
+
+They are draft 7 and without references of their own, which is what AsyncAPI reads. Whatever a schema accepts is
+accepted, but for what no schema can say: sizes in bytes, repeated keys, half surrogate pairs, 5.0 where 5 is asked
+for, and the rules that compare fields or look into a location. `tests/test_contract.py` holds that.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core.core_schema import NullableSchema
+
+from worker.bodies import CompleteBody, FailedBody, ProgressBody
+from worker.messages import MESSAGE_TYPE
+from worker.schema import MAX_INT64, WireData
+
+FOLDER = Path(__file__).parents[1] / "docs" / "schemas"
+DIALECT = "http://json-schema.org/draft-07/schema#"
+UUID_PATTERN = r"^[0-9A-Fa-f]{8}-([0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}$"
+
+_GenerationId = Annotated[int, Field(ge=1, le=MAX_INT64, description="The backend's own number of the generation")]
+_Type = Annotated[str, Field(json_schema_extra={"const": MESSAGE_TYPE})]
+_Uuid = Annotated[str, Field(json_schema_extra={"format": "uuid", "pattern": UUID_PATTERN})]
+
+
+class JobData(WireData):
+    """What to draw. null, and "" for a text but the prompt, mean "not given". Unknown fields are ignored."""
+
+    generation_id: _GenerationId
+
+
+class JobMessage(BaseModel):
+    """A job, in UTF-8 and at most 256 kB. URLs in it are never called; unknown fields are ignored."""
+
+    task_id: Any = Field(
+        None,
+        description="A UUID; one task has one end, however often it is published. Anything else is replaced by a UUID "
+        "made of the message's bytes",
+    )
+    type: _Type = MESSAGE_TYPE
+    data: JobData
+    created_at: Any = Field(
+        None,
+        description="ISO 8601 with a zone; what is no such time counts as not given. A cancel order by generation "
+        "covers only jobs that are not newer",
+    )
+
+
+class CancelMessage(BaseModel):
+    """An order to cancel: by task_id, else by generation_id. At most 4 kB."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["task_id"], "properties": {"task_id": {"type": "string"}}},
+                {"required": ["generation_id"], "properties": {"generation_id": {"type": "integer"}}},
+            ]
+        },
+    )
+
+    task_id: _Uuid | None = Field(None, description="The job's; it wins where both are given")
+    generation_id: _GenerationId | None = None
+
+
+MODELS: dict[str, Any] = {
+    "job": JobMessage,
+    "cancel": CancelMessage,
+    "progress": ProgressBody,
+    "complete": CompleteBody,
+    "failed": FailedBody,
+}
+
+
+def schema_of(name: str) -> dict[str, Any]:
+    """The schema of one message, by its name in `MODELS`."""
+    made = TypeAdapter(MODELS[name]).json_schema(schema_generator=_Generator)
+    return {"$schema": DIALECT, "title": name.capitalize()} | _inlined(made, made.pop("$defs", {}))
+
+
+def as_text(schema: dict[str, Any]) -> str:
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+def write(folder: Path) -> None:
+    """Write `{name}.json` for every message."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in MODELS:
+        (folder / f"{name}.json").write_text(as_text(schema_of(name)), encoding="utf-8")
+
+
+class _Generator(GenerateJsonSchema):
+    """Pydantic's own, but shorter: no title for each field, and `"type": ["integer", "null"]` where that says it."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+    def nullable_schema(self, schema: NullableSchema) -> JsonSchemaValue:
+        inner = self.generate_inner(schema["schema"])
+        kind = inner.get("type")
+        return inner | {"type": [kind, "null"]} if isinstance(kind, str) else super().nullable_schema(schema)
+
+
+def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
+    """`node` with every reference replaced by what it means, and without the names of our classes."""
+    if isinstance(node, list):
+        return [_inlined(item, definitions) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        node = definitions[node["$ref"].rpartition("/")[2]] | {key: node[key] for key in node if key != "$ref"}
+    return {key: _inlined(value, definitions) for key, value in node.items() if not _is_noise(key, value)}
+
+
+def _is_noise(key: str, value: Any) -> bool:
+    return (key == "title" and isinstance(value, str)) or (key == "default" and value is None)
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
