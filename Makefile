@@ -29,6 +29,11 @@ $(APT_MARKS) &:
 	$(SUDO) apt-get update -qq
 	$(SUDO) env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(APT_PACKAGES) >/dev/null
 
+# The Node that a dev dependency brings: Debian's npm would bring hundreds of packages of its own.
+node_modules/.package-lock.json: package.json package-lock.json | install
+	PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --ignore-scripts --no-audit --no-fund --silent
+	touch $@
+
 demo: install ## Run a dozen jobs for real on this machine; pictures and timeline land in out/
 	HF_HUB_OFFLINE=1 $(BIN)/darkroom demo --out out
 
@@ -40,7 +45,7 @@ check: install ## Style and types
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
-test: check ## Everything, on a real broker, a real object store and real models
+test: check node_modules/.package-lock.json ## Everything, on a real broker, a real object store and real models
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 outage: install ## The long form of one test: the backend is down for two minutes
@@ -82,4 +87,4 @@ demo-model: install ## Make the demo model anew from its pictures, into out/demo
 	$(BIN)/python -m examples.demo_model.recipe --out out/demo_model $(if $(INSTALL),--install)
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) node_modules out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

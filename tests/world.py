@@ -24,6 +24,8 @@ from examples.parts.seaweedfs import SeaweedFS
 
 ROOT = Path(__file__).parent.parent
 DEMO_MODEL = ROOT / "examples" / "demo_model"
+# The one that a dev dependency brings.
+NODE = str(Path(sys.executable).with_name("node"))
 READY_SECONDS = 60.0
 END_SECONDS = 60.0
 
