@@ -78,7 +78,8 @@ MODELS: dict[str, Any] = {
 def schema_of(name: str) -> dict[str, Any]:
     """The schema of one message, by its name in `MODELS`."""
     made = TypeAdapter(MODELS[name]).json_schema(schema_generator=_Generator)
-    return {"$schema": DIALECT, "title": name.capitalize()} | _inlined(made, made.pop("$defs", {}))
+    inlined: dict[str, Any] = _inlined(made, made.pop("$defs", {}))
+    return {"$schema": DIALECT, "title": name.capitalize()} | inlined
 
 
 def as_text(schema: dict[str, Any]) -> str:
