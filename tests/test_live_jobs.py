@@ -11,6 +11,7 @@ import pytest
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
+from tests.contract_schemas import assert_webhook_fits
 from tests.world import Worker, World, eventually, new_world
 
 SIGNATURE = Path(__file__).parent / "files" / "signature.png"
@@ -127,6 +128,17 @@ def test_webhooks_carry_their_headers_and_an_id_that_names_job_and_kind(world: W
     assert headers["x-request-source"] == "inference-server"
     assert headers["webhook-id"] == f"{task_id}:complete"
     assert headers["webhook-timestamp"].isdigit()
+
+
+def test_every_webhook_of_the_worker_fits_the_published_schemas(world: World) -> None:
+    publish_and_wait(world, num_images=2, prompt_tags=["fox"])
+    publish_and_wait(world, lora_path="models/none.safetensors")
+
+    # Those of the tests before this one count too.
+    calls = world.backend.calls()
+    for call in calls:
+        assert_webhook_fits(call.kind, call.body, call.headers)
+    assert {call.kind for call in calls} == {"progress", "complete", "failed"}
 
 
 def test_the_stored_object_tells_its_task_and_its_checksum(world: World) -> None:
