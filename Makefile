@@ -84,7 +84,7 @@ bench-gpu: install ## Batching against plain diffusers on a CUDA machine, full-s
 
 # It goes on where it was interrupted. INSTALL=1 copies the result over the bundled model.
 demo-model: install ## Make the demo model anew from its pictures, into out/demo_model
-	$(BIN)/python -m examples.demo_model.recipe --out out/demo_model $(if $(INSTALL),--install)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m examples.demo_model.recipe --out out/demo_model $(if $(INSTALL),--install)
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) node_modules out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

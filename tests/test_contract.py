@@ -87,12 +87,13 @@ def json_blocks(markdown: str) -> list[Any]:
     return [json.loads(block) for block in re.findall(r"```json\n(.*?)```", markdown, re.DOTALL)]
 
 
-README_JOBS = [block for block in json_blocks((ROOT / "README.md").read_text()) if "data" in block]
-JOBS = [payload for name, _, payload in examples() if name == "job"] + README_JOBS + [FLAT, DOCUMENTED, message()]
+PAGES = (ROOT / "README.md", DOCS / "messages.md")
+SHOWN_JOBS = [block for page in PAGES for block in json_blocks(page.read_text()) if "data" in block]
+JOBS = [payload for name, _, payload in examples() if name == "job"] + SHOWN_JOBS + [FLAT, DOCUMENTED, message()]
 
 
-def test_readme_and_document_show_both_dialects() -> None:
-    assert len(README_JOBS) >= 1
+def test_the_pages_and_the_document_show_both_dialects() -> None:
+    assert len(SHOWN_JOBS) >= len(PAGES)
     assert {"parameters" in job["data"] for job in JOBS} == {True, False}
     assert {name for name, _, _ in examples()} == set(MODELS)
 
@@ -314,8 +315,8 @@ def test_the_list_of_error_codes_is_that_of_the_source() -> None:
 
 
 @pytest.mark.parametrize("code", get_args(ErrorCode))
-def test_every_error_code_is_explained_in_readme_and_document(code: str) -> None:
-    assert f"`{code}`" in (ROOT / "README.md").read_text()
+def test_every_error_code_is_explained_on_the_page_and_in_the_document(code: str) -> None:
+    assert f"`{code}`" in (DOCS / "messages.md").read_text()
     assert f"`{code}`" in document()["components"]["messages"]["failed"]["description"]
 
 
