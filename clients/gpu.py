@@ -40,6 +40,16 @@ class GpuReadings:
             return None
         return GpuReading(int(memory.used), int(memory.total), _utilization_ratio(handle))
 
+    def describe(self) -> str:
+        """The GPU's model and its driver's version; empty where `read` has nothing."""
+        try:
+            handle = self._open()
+            if handle is None:
+                return ""
+            return f"{pynvml.nvmlDeviceGetName(handle)}, driver {pynvml.nvmlSystemGetDriverVersion()}"
+        except pynvml.NVMLError:
+            return ""
+
     def _open(self) -> Any:
         with self._lock:
             if not self._is_opened:

@@ -5,12 +5,16 @@ import random
 import re
 import time
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote
+
+from botocore.exceptions import ClientError
 
 from clients.deadline import Watch, deadline
 from clients.location import ObjectRef
@@ -34,6 +38,8 @@ CALL_DEADLINE_SECONDS = 60.0
 MAX_DOWNLOAD_TRIES = 3
 RETRY_PAUSE_SECONDS = 0.5
 MAX_WRITE_TRIES = 4
+# The most that S3 gives of a listing in one answer.
+PAGE_KEYS = 1000
 CHUNK_BYTES = 1 << 18
 # Slower than this, a download holds a job's place without hope of ending in useful time.
 MIN_RATE_BYTES_PER_SECOND = 64_000
@@ -48,6 +54,14 @@ class ObjectStat:
 
     etag: str
     size_bytes: int
+
+
+@dataclass(frozen=True)
+class ListedObject:
+    """An object of a listing: what it is called and when it was last written."""
+
+    key: str
+    modified_at: datetime
 
 
 class Pace:
@@ -86,6 +100,28 @@ class Storage:
         except ObjectNotFound as error:
             # A HEAD has no error code, so a missing bucket reads like a missing object.
             raise BucketNotFound(f"{subject}: no such bucket") from error
+
+    def seconds_ahead(self, bucket: str) -> float | None:
+        """How far this machine's clock is ahead of the store's, to a second; None where the store tells no time."""
+        with deadline(CALL_DEADLINE_SECONDS), translated(f"s3://{bucket}"):
+            try:
+                answer = self._client.head_bucket(Bucket=bucket)
+            except ClientError as refusal:
+                # It has the time too, and to a wrong clock a refusal is all there is.
+                answer = refusal.response
+        date = answer["ResponseMetadata"].get("HTTPHeaders", {}).get("date")
+        return None if date is None else time.time() - parsedate_to_datetime(date).timestamp()
+
+    def each_below(self, bucket: str, prefix: str, *, page_keys: int = PAGE_KEYS) -> Iterator[ListedObject]:
+        """Every object whose key begins with `prefix`, in the order of the keys: S3 knows no other."""
+        asked: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": page_keys}
+        while True:
+            with deadline(CALL_DEADLINE_SECONDS), translated(f"s3://{bucket}/{prefix}"):
+                page = self._client.list_objects_v2(**asked)
+            yield from (ListedObject(entry["Key"], entry["LastModified"]) for entry in page.get("Contents", ()))
+            if "NextContinuationToken" not in page:
+                return
+            asked["ContinuationToken"] = page["NextContinuationToken"]
 
     def head(self, ref: ObjectRef) -> ObjectStat:
         """ETag and size of the object; `ObjectNotFound` also where the bucket is missing: see `check_bucket`."""

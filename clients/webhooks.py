@@ -160,12 +160,25 @@ class WebhookClient:
         return headers
 
 
-def reach(settings: BackendSettings) -> int:
-    """The status that a GET of the backend's base URL with our token gets; raises `BackendUnreachable` for none."""
-    attempt = WebhookClient(settings)._send(requests.Request("GET", settings.base_url), DEADLINE_SECONDS)
-    if attempt.status is None:
-        raise BackendUnreachable(attempt.reason)
-    return attempt.status
+class Reach(NamedTuple):
+    """The statuses that a GET of a webhook's address gets, which reports nothing: with our token, and with none."""
+
+    status: int
+    stranger_status: int
+
+
+def reach(settings: BackendSettings) -> Reach:
+    """Ask the backend without telling it anything; raises `BackendUnreachable` where no answer comes."""
+    client, url = WebhookClient(settings), settings.base_url + ROUTES[WebhookKind.COMPLETE].path
+
+    def status_of(headers: dict[str, Any]) -> int:
+        attempt = client._send(requests.Request("GET", url, headers=headers), DEADLINE_SECONDS)
+        if attempt.status is None:
+            raise BackendUnreachable(attempt.reason)
+        return attempt.status
+
+    # None takes the session's own header out.
+    return Reach(status_of({}), status_of({"Authorization": None}))
 
 
 def judge(status: int, headers: Mapping[str, str], now: float) -> Attempt:

@@ -19,8 +19,8 @@ MAY_IMPORT = {
     "clients": {"clients", "config"},
     "config": {"config"},
 }
-# Where all three siblings meet: a job's story, its local twin, and the check that tries every part.
-MEETINGS = {"worker.story", "worker.local", "worker.checks"}
+# Where all three siblings meet: a job's story and its local twin.
+MEETINGS = {"worker.story", "worker.local"}
 TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "compel"}
 
 
@@ -81,8 +81,8 @@ def test_the_siblings_meet_only_where_a_job_s_story_is_told() -> None:
     assert meeting <= MEETINGS
 
 
-def test_pika_lives_in_two_files_one_to_work_and_one_to_look() -> None:
-    assert importers_of("pika") == {"worker.broker", "worker.inspection"}
+def test_pika_lives_in_three_files_one_to_work_one_to_look_and_one_to_check() -> None:
+    assert importers_of("pika") == {"worker.broker", "worker.inspection", "worker.checks.broker"}
 
 
 def test_torch_lives_in_the_engine() -> None:

@@ -21,6 +21,7 @@ from pydantic import SecretStr
 from clients.webhooks import (
     Attempt,
     BackendUnreachable,
+    Reach,
     Verdict,
     Webhook,
     WebhookClient,
@@ -331,11 +332,11 @@ def test_a_connection_that_the_backend_closed_meanwhile_is_replaced() -> None:
     assert len(server.requests) == 4
 
 
-def test_the_backend_is_reached_when_it_answers_anything() -> None:
-    with AnsweringServer([answer(401)]) as server:
-        assert reach(settings_of(server.url)) == 401
-    assert server.requests[0].startswith(b"GET / HTTP/1.1")
-    assert header(server.requests[0], "Authorization") == f"Bearer {TOKEN}"
+def test_the_backend_is_asked_with_the_token_and_without_and_told_nothing() -> None:
+    with AnsweringServer([answer(405), answer(401)]) as server:
+        assert reach(settings_of(server.url)) == Reach(status=405, stranger_status=401)
+    assert all(request.startswith(b"GET /api/webhooks/inference/complete HTTP/1.1") for request in server.requests)
+    assert [header(request, "Authorization") for request in server.requests] == [f"Bearer {TOKEN}", None]
 
     with pytest.raises(BackendUnreachable, match="ConnectionRefusedError"):
         reach(settings_of(refused_url()))

@@ -16,7 +16,8 @@ from inference.checkpoints.fit import RESERVE_BYTES, Residence, decide, foresee,
 from inference.checkpoints.offload import take_turns
 from inference.request import EngineStartFailed
 from tests.tiny_models import build_tiny_sd
-from worker import checks
+from worker.checks.finding import CheckFailed
+from worker.checks.memory import look_at_memory
 
 SDXL = {"text_encoder": 246_000_000, "text_encoder_2": 1_389_000_000, "unet": 5_135_000_000, "vae": 167_000_000}
 TOTAL = sum(SDXL.values())
@@ -206,9 +207,9 @@ def test_check_foretells_what_the_engine_will_do(
     monkeypatch.setattr(GpuReadings, "read", lambda _: gpu)
 
     if words is None:
-        with pytest.raises(EngineStartFailed, match="unet"):
-            checks.foretell_memory(settings)
+        with pytest.raises(CheckFailed, match="unet"):
+            look_at_memory(settings)
     else:
-        told = checks.foretell_memory(settings)
+        told = look_at_memory(settings)
         assert "0.00 GB of weights at 16 bits and 2.0 GB for a picture" in told
         assert words in told

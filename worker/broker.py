@@ -1,4 +1,4 @@
-"""AMQP: the only file that knows pika, beside `inspection.py`.
+"""AMQP: the only file that knows pika, beside `inspection.py` and `checks/broker.py`.
 
 Two connections on two threads. The consuming one carries deliveries and acks and nothing else: behind a publish that
 the broker holds back (memory or disk alarm) an ack would be held back too. The publishing one confirms every message.
@@ -308,6 +308,10 @@ class Publisher:
         """Messages ready in each of the worker's queues."""
         return self._call(self._count)  # type: ignore[no-any-return]
 
+    def num_consumers(self) -> int:
+        """How many consumers the jobs' queue has: a worker that takes jobs is one."""
+        return self._call(partial(self._num_consumers, self._names.jobs))  # type: ignore[no-any-return]
+
     def _call(self, work: Callable[[], Any]) -> Any:
         future: Future[Any] = Future()
         self._tasks.put((work, future))
@@ -347,6 +351,9 @@ class Publisher:
     def _count(self) -> dict[str, int]:
         look = partial(self._channel.queue_declare, passive=True)
         return {name: look(name).method.message_count for name in self._names.everything}
+
+    def _num_consumers(self, name: str) -> int:
+        return int(self._channel.queue_declare(name, passive=True).method.consumer_count)
 
     def _ensure_channel(self) -> None:
         if self._channel is not None and self._channel.is_open:
@@ -403,20 +410,6 @@ def _ensure_fanout(connection: _Connection, exchange: str) -> None:
             raise
         with connection.channel() as channel:
             channel.exchange_declare(exchange, exchange_type="fanout", durable=True)
-
-
-def check_broker(settings: BrokerSettings) -> int:
-    """Connect, find the jobs' queue and return its depth; -1 where the queue does not exist yet. For `check`."""
-    try:
-        connection = connect(settings, "darkroom check")
-        try:
-            return int(connection.channel().queue_declare(settings.queue, passive=True).method.message_count)
-        except pika.exceptions.ChannelClosedByBroker:
-            return -1
-        finally:
-            close_connection(connection)
-    except LOST as error:
-        raise PublishFailed(describe(error)) from error
 
 
 def close_connection(connection: _Connection) -> None:

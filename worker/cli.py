@@ -1,6 +1,9 @@
-"""The command line: `darkroom run`, `generate`, `submit`, `check`, `dead`, `demo`."""
+"""The command line: `darkroom run`, `generate`, `submit`, `report`, `check`, `dead`, `demo`."""
 
+import logging
+import re
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +19,8 @@ dead = typer.Typer(no_args_is_help=True, help="Look through the dead letters, tr
 app.add_typer(dead, name="dead")
 console = Console(stderr=True)
 
+UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
 # What the commands on dead letters have in common.
 TARGET = typer.Argument(metavar="N|TASK_ID", help="Number in `list`, or the id of a task")
 Everything = Annotated[bool, typer.Option("--all", help="All of them")]
@@ -24,6 +29,8 @@ Reason = Annotated[str, typer.Option(help="With --all: only those whose reason h
 
 def main() -> None:
     """The `darkroom` command."""
+    # Every refusal is told in a sentence; pika would put a traceback before it. `run` sets up its own logs.
+    logging.getLogger("pika").setLevel(logging.CRITICAL)
     app()
 
 
@@ -41,11 +48,17 @@ def run() -> None:
 
 
 @app.command()
-def check() -> None:
-    """Try every part, the broker, the bucket, the backend and the model, and say what to do about a bad one."""
-    from worker.checks import check_everything  # noqa: PLC0415 - each command imports only what it needs
+def check(
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each part")] = False,
+) -> None:
+    """Try every part for real, from the broker to the model, and say what to do about a bad one.
 
-    sys.exit(0 if check_everything(_settings(), Console()) else 1)
+    What is written to the store is removed; no message is taken and no lasting queue made. Exit code 1 where a part is
+    not good.
+    """
+    from worker.checks.everything import check_everything  # noqa: PLC0415 - each command imports only what it needs
+
+    sys.exit(0 if check_everything(_settings(), as_lines=as_json, console=Console()) else 1)
 
 
 @app.command()
@@ -61,7 +74,10 @@ def submit(
     seed: Annotated[int | None, typer.Option(help="Seed; unset, it is derived from the job's id")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to follow the job")] = 600.0,
 ) -> None:
-    """Publish a job and follow it until it ends."""
+    """Publish a job and follow it until it ends: the address of its picture goes to standard output.
+
+    Ctrl-C ends the following and not the job. Exit code 1 where the job is not seen complete.
+    """
     from worker.submitting import submit_and_follow  # noqa: PLC0415
 
     fields = {
@@ -76,6 +92,25 @@ def submit(
         "seed": seed,
     }
     sys.exit(0 if submit_and_follow(_settings(), fields, timeout_seconds=timeout, console=console) else 1)
+
+
+@app.command()
+def report(
+    last: Annotated[int, typer.Option(help="How many jobs at most", min=1, max=1000)] = 20,
+    since: Annotated[str, typer.Option(help="Only jobs recorded within this time, like 90s, 30m, 1h or 2d")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each job")] = False,
+) -> None:
+    """Draw a timeline of the last jobs from their records in the bucket.
+
+    The newest are found by the listing's own times: all of `jobs/` is listed, a thousand names a request, and only the
+    newest are read. A record is written when its job ends, and once more when the backend has heard of it.
+    """
+    from worker.cli_dead import sentences  # noqa: PLC0415
+    from worker.report.command import report as print_report  # noqa: PLC0415
+
+    within = _duration(since)
+    with sentences(console):
+        print_report(_settings().store, last=last, since=within, as_lines=as_json, console=Console())
 
 
 @app.command()
@@ -176,6 +211,15 @@ def _one_of(target: str | None, everything: bool, reason: str) -> None:
         raise typer.BadParameter("give either N|TASK_ID or --all")
     if reason and not everything:
         raise typer.BadParameter("--reason belongs to --all")
+
+
+def _duration(text: str) -> timedelta | None:
+    if not text:
+        return None
+    found = re.fullmatch(r"(\d{1,5})([smhd])", text)
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no time like 90s, 30m, 1h or 2d", param_hint="--since")
+    return timedelta(**{UNITS[found[2]]: int(found[1])})
 
 
 def _settings() -> Settings:

@@ -13,8 +13,9 @@ from worker.bodies import ErrorCode, FailedBody
 class TerminalEvent:
     """How a job ended: `complete` or `failed`, and the exact body its backend is told.
 
-    `began_at` (epoch seconds) and `stages` (name, seconds since then, seconds) say where the time went; they stay in
-    the record.
+    `began_at` and `ended_at` (epoch seconds: delivered to the worker, ready to be recorded), `stages` (name, seconds
+    since `began_at`, seconds) and `attempt` say where the time went; they stay in the record. One that was written
+    before a field existed has its default.
     """
 
     task_id: str
@@ -25,6 +26,8 @@ class TerminalEvent:
     stages: tuple[tuple[str, float, float], ...] = ()
     worker: str = ""
     is_delivered: bool = False
+    attempt: int = 1
+    ended_at: float = 0.0
 
     @property
     def webhook(self) -> Webhook:
@@ -54,7 +57,16 @@ class TerminalEvent:
 
 
 def failed_event(
-    *, task_id: str, generation_id: int, code: str, message: str, retry_count: int, worker: str = ""
+    *,
+    task_id: str,
+    generation_id: int,
+    code: str,
+    message: str,
+    retry_count: int,
+    worker: str = "",
+    began_at: float = 0.0,
+    stages: tuple[tuple[str, float, float], ...] = (),
+    ended_at: float = 0.0,
 ) -> TerminalEvent:
     """The end of a job that could not be done."""
     body: FailedBody = {
@@ -64,4 +76,14 @@ def failed_event(
         "error_code": cast(ErrorCode, code),
         "retry_count": retry_count,
     }
-    return TerminalEvent(task_id, generation_id, WebhookKind.FAILED, body, worker=worker)
+    return TerminalEvent(
+        task_id,
+        generation_id,
+        WebhookKind.FAILED,
+        body,
+        began_at,
+        stages,
+        worker,
+        attempt=retry_count + 1,
+        ended_at=ended_at,
+    )

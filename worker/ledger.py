@@ -1,8 +1,11 @@
 """The ledger: one record for each job in the private bucket, written once. It makes the effect of a job single."""
 
 import dataclasses
+import heapq
 import logging
 import threading
+from datetime import UTC, datetime
+from typing import NamedTuple
 
 from clients.location import ObjectRef
 from clients.storage import Storage
@@ -14,8 +17,22 @@ logger = logging.getLogger(__name__)
 
 MAX_RECORD_BYTES = 1024 * 1024
 CONTENT_TYPE = "application/json"
+FOLDER, SUFFIX = "jobs/", ".json"
 # Not among the records: people list those.
 PROBE_KEY = ".darkroom/conditional-writes"
+LONG_AGO = datetime.min.replace(tzinfo=UTC)
+
+
+class Entry(NamedTuple):
+    """A record in the bucket's listing: whose, and when it was last written."""
+
+    modified_at: datetime
+    task_id: str
+
+
+def key_of(task_id: str) -> str:
+    """Where a job's record lies."""
+    return f"{FOLDER}{task_id}{SUFFIX}"
 
 
 class Ledger:
@@ -37,6 +54,19 @@ class Ledger:
             return TerminalEvent.from_json(content)
         except ValueError as error:
             raise ObjectDamaged(f"{self._ref(task_id)}: {error}") from error
+
+    def newest(self, count: int, *, since: datetime = LONG_AGO) -> list[Entry]:
+        """The records that were written last, the latest first. Raises `StorageError`.
+
+        S3 lists by name only: the whole listing is gone through, and of it never more than `count` entries and a page
+        are held. A record is written at the job's end, and once more when the backend has heard of it.
+        """
+        entries = (
+            Entry(found.modified_at, found.key.removeprefix(FOLDER).removesuffix(SUFFIX))
+            for found in self._storage.each_below(self.bucket, FOLDER)
+            if found.key.endswith(SUFFIX) and found.modified_at >= since
+        )
+        return heapq.nlargest(count, entries)
 
     def is_delivered(self, event: TerminalEvent) -> bool:
         """Whether somebody has told the backend already. A store that does not answer counts as no."""
@@ -89,4 +119,4 @@ class Ledger:
             log_event(logger, "delivery not noted", logging.WARNING, reason=str(error))
 
     def _ref(self, task_id: str) -> ObjectRef:
-        return ObjectRef(self.bucket, f"jobs/{task_id}.json")
+        return ObjectRef(self.bucket, key_of(task_id))

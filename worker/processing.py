@@ -278,6 +278,9 @@ class Processor:
             message=verdict.message,
             retry_count=run.attempt - 1,
             worker=self._storyteller.worker,
+            began_at=run.began_at,
+            stages=run.timeline(),
+            ended_at=run.reached_at,
         )
         try:
             event = self._gate.insist(lambda: self._ledger.record(event))

@@ -267,7 +267,15 @@ class Storyteller:
             "metadata": metadata,
         }
         return TerminalEvent(
-            job.task_id, job.generation_id, WebhookKind.COMPLETE, body, run.began_at, timeline, self.worker
+            job.task_id,
+            job.generation_id,
+            WebhookKind.COMPLETE,
+            body,
+            run.began_at,
+            timeline,
+            self.worker,
+            attempt=run.attempt,
+            ended_at=run.reached_at,
         )
 
 

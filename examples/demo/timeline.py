@@ -12,19 +12,7 @@ from matplotlib.patches import Patch
 
 from examples.demo.jobs import DemoJob
 from worker.events import TerminalEvent
-
-COLOURS = {
-    "ledger": "#9e9e9e",
-    "fetch": "#4e79a7",
-    "wait": "#e3e3e3",
-    "adapt": "#b07aa1",
-    "encode": "#f28e2b",
-    "denoise": "#59a14f",
-    "decode": "#edc948",
-    "sign": "#e15759",
-    "store": "#76b7b2",
-    "record": "#9c755f",
-}
+from worker.stages import STAGES, look_of
 
 
 def draw_timeline(jobs: Sequence[DemoJob], records: Sequence[TerminalEvent], path: Path) -> None:
@@ -35,14 +23,14 @@ def draw_timeline(jobs: Sequence[DemoJob], records: Sequence[TerminalEvent], pat
     for row, job in enumerate(jobs):
         record = by_id[job.generation_id]
         for name, start, seconds in record.stages:
-            axes.barh(row, seconds, left=record.began_at - begin + start, height=0.7, color=COLOURS.get(name, "black"))
+            axes.barh(row, seconds, left=record.began_at - begin + start, height=0.7, color=look_of(name).colour)
 
     axes.set_yticks(range(len(jobs)), [f"{job.prompt[:32]}  ({job.steps} steps)" for job in jobs])
     axes.invert_yaxis()
     axes.set_xlabel("seconds since the first job was taken")
     axes.legend(
-        handles=[Patch(color=colour, label=name) for name, colour in COLOURS.items()],
-        ncols=len(COLOURS),
+        handles=[Patch(color=look.colour, label=name) for name, look in STAGES.items()],
+        ncols=len(STAGES),
         loc="lower center",
         bbox_to_anchor=(0.5, 1.0),
         frameon=False,

@@ -1,0 +1,152 @@
+"""The broker as a worker and a backend need it: the login, the queue of the jobs, the right to make queues."""
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pika
+import pika.exceptions
+
+from config.settings import BrokerSettings
+from worker.broker import LOST, close_connection, connect, describe
+from worker.checks.finding import CheckFailed
+from worker.queues import QueueNames
+
+_Connection = Any  # pika has no type hints
+NOT_FOUND, ACCESS_REFUSED, PRECONDITION_FAILED = 404, 403, 406
+
+
+class BrokerProbe:
+    """Tries the broker, a connection for each question. A login that was refused is not tried again: brokers count.
+
+    Takes no message and leaves nothing: what queues it makes are exclusive, gone with its connection. Every question
+    returns what was seen or raises `CheckFailed`.
+    """
+
+    def __init__(self, settings: BrokerSettings) -> None:
+        self._settings = settings
+        self._names = QueueNames(settings.queue)
+        self._refusal: CheckFailed | None = None
+
+    def connection(self) -> str:
+        """Is the broker there, and does it take the user, the password and the virtual host?"""
+        with self._connected():
+            return f"connected to {self._place} as {self._user}, virtual host {self._vhost}"
+
+    def queue(self) -> str:
+        """Is the queue of the jobs declared as every backend declares it?"""
+        name = self._names.jobs
+        with self._connected() as connection:
+            found = self._look(connection, name)
+            if found is None:
+                return f"{name} does not exist yet: the first to come makes it"
+            try:
+                # Only of a queue that is there: of another it would be the making.
+                with connection.channel() as channel:
+                    channel.queue_declare(name, durable=True)
+            except pika.exceptions.ChannelClosedByBroker as error:
+                raise CheckFailed(self._why_refused(name, error)) from error
+        depth = f"{found.message_count} wait in it, for {found.consumer_count} consumers"
+        return f"{name} is durable without arguments, as backends declare it; {depth}"
+
+    def own_queues(self) -> str:
+        """Are the worker's own queues there, or may it make them?
+
+        What is missing stays missing: the rights are tried on queues that nobody else can see.
+        """
+        own = [name for name in self._names.everything if name != self._names.jobs]
+        with self._connected() as connection:
+            missing = [name for name in own if self._look(connection, name) is None]
+            # Without a name, as the queue that each worker hears of cancelled jobs by.
+            self._try_rights(connection, "")
+            if missing:
+                self._try_rights(connection, f"{self._names.jobs}.check-{uuid.uuid4().hex[:8]}")
+        if missing:
+            return f"{len(missing)} of {len(own)} do not exist yet; the user may make them"
+        return f"all {len(own)} are there"
+
+    def _try_rights(self, connection: _Connection, name: str) -> None:
+        """Make a queue of our own, publish into it and take that message out of it."""
+        try:
+            with connection.channel() as channel:
+                channel.confirm_delivery()
+                made = channel.queue_declare(name, exclusive=True).method.queue
+                channel.basic_publish("", made, b"", mandatory=True)
+                channel.basic_get(made, auto_ack=True)
+        except pika.exceptions.ChannelClosedByBroker as error:
+            raise CheckFailed(self._why_refused(f"{self._names.jobs}.*", error)) from error
+
+    def _look(self, connection: _Connection, name: str) -> Any:
+        """What the broker says of the queue; None where it does not exist."""
+        try:
+            with connection.channel() as channel:
+                return channel.queue_declare(name, passive=True).method
+        except pika.exceptions.ChannelClosedByBroker as error:
+            if error.reply_code == NOT_FOUND:
+                return None
+            raise CheckFailed(self._why_refused(name, error)) from error
+
+    @contextmanager
+    def _connected(self) -> Iterator[_Connection]:
+        if self._refusal is not None:
+            raise self._refusal
+        try:
+            connection = connect(self._settings, "darkroom check")
+        except LOST as error:
+            self._refusal = CheckFailed(self._why_not_connected(error))
+            raise self._refusal from error
+        try:
+            yield connection
+        except LOST as error:
+            raise CheckFailed(f"{self._place} closed the connection: {describe(error)}. Look at its log") from error
+        finally:
+            close_connection(connection)
+
+    def _why_not_connected(self, error: BaseException) -> str:
+        if isinstance(error, pika.exceptions.ProbableAuthenticationError):
+            local = " (a new broker lets guest in from its own machine only)" if self._user == "guest" else ""
+            asked = f"{self._place} refuses user {self._user} or the password{local}"
+            return f"{asked}: look at {self._settings_named('RABBITMQ_USER and RABBITMQ_PASS')}"
+        if isinstance(error, pika.exceptions.ProbableAccessDeniedError):
+            asked = f"{self._place} has no virtual host {self._vhost}, or user {self._user} may not use it"
+            make = f"rabbitmqctl add_vhost {self._vhost}; {self._grant}"
+            return f"{asked}: look at {self._settings_named('RABBITMQ_VHOST')}, or: {make}"
+        asked = f"no broker answers at {self._place} ({describe(error)})"
+        return f"{asked}: is it running? look at {self._settings_named('RABBITMQ_HOST and RABBITMQ_PORT')}"
+
+    def _why_refused(self, name: str, error: Any) -> str:
+        said = f"{name}: {error.reply_text}"
+        if error.reply_code == PRECONDITION_FAILED:
+            return (
+                f"{said}. Backends declare it durable without arguments and are refused: let it run empty and delete it"
+                f" (rabbitmqctl -p {self._vhost} delete_queue {name}); limits belong into a policy"
+            )
+        if error.reply_code == ACCESS_REFUSED:
+            return f"{said}. Give the user the right: {self._grant}"
+        return f"{said}. Look at who uses it, or at RABBITMQ_QUEUE"
+
+    def _settings_named(self, names: str) -> str:
+        return "RABBITMQ_URL" if self._settings.url is not None else names
+
+    # Of the URL, which wins over the single settings. The password is never asked for.
+
+    @property
+    def _parameters(self) -> Any:
+        return pika.URLParameters(self._settings.amqp_url)
+
+    @property
+    def _place(self) -> str:
+        return f"{self._parameters.host}:{self._parameters.port}"
+
+    @property
+    def _user(self) -> str:
+        return str(self._parameters.credentials.username)
+
+    @property
+    def _vhost(self) -> str:
+        return str(self._parameters.virtual_host)
+
+    @property
+    def _grant(self) -> str:
+        return f"rabbitmqctl set_permissions -p {self._vhost} {self._user} '.*' '.*' '.*'"

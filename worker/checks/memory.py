@@ -1,0 +1,73 @@
+"""The GPU and the memory, looked at from outside: how the model will fit, before the minutes of loading it."""
+
+from collections.abc import Mapping
+
+from clients.gpu import GpuReading, GpuReadings
+from config.settings import ModelSettings
+from inference.checkpoints.checkpoint import identify, weight_bytes
+from inference.checkpoints.fit import GB, RESERVE_BYTES, Residence, decide, free_host_bytes
+from inference.request import EngineStartFailed
+from worker.checks.finding import CheckFailed
+
+PARAMETER_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def look_at_gpu(settings: ModelSettings) -> str:
+    """Is the GPU that DEVICE asks for there? By its driver alone: torch is asked by the model's check."""
+    if settings.device == "cpu":
+        return "none is asked for: DEVICE is cpu"
+    readings = _readings(settings)
+    reading = readings.read()
+    if reading is None:
+        visible = settings.cuda_visible_devices
+        seen = "no NVIDIA GPU answers" + ("" if visible is None else f" to CUDA_VISIBLE_DEVICES={visible}")
+        if settings.device == "auto":
+            return f"{seen}: the CPU draws, as DEVICE is auto"
+        remedy = "look at nvidia-smi, start a container with --gpus all, or set DEVICE=cpu"
+        raise CheckFailed(f"DEVICE is {settings.device}, but {seen}: {remedy}")
+    free, total = reading.memory_total_bytes - reading.memory_used_bytes, reading.memory_total_bytes
+    return f"{readings.describe()}; {free / GB:.1f} of {total / GB:.1f} GB are free"
+
+
+def look_at_memory(settings: ModelSettings) -> str:
+    """What the weights take, what is free, and what comes of it."""
+    gpu = None if settings.device == "cpu" else _readings(settings).read()
+    bytes_each = PARAMETER_BYTES.get(settings.dtype, 4 if gpu is None else 2)
+    try:
+        needed = weight_bytes(identify(settings.model_id, settings.config_source), bytes_each)
+    except EngineStartFailed:
+        needed = None
+    if needed is None:
+        return f"{_free(gpu) / GB:.1f} GB are free; what the weights take is known once they are here and whole"
+
+    weights = f"{sum(needed.values()) / GB:.2f} GB of weights at {8 * bytes_each} bits"
+    return _in_host(weights, needed) if gpu is None else _on_gpu(weights, needed, _free(gpu))
+
+
+def _in_host(weights: str, needed: Mapping[str, int]) -> str:
+    free = free_host_bytes()
+    seen = f"{weights}, {free / GB:.1f} GB of the host's are free"
+    if sum(needed.values()) > free:
+        remedy = "free memory, raise the container's limit, or name a smaller MODEL_ID"
+        raise CheckFailed(f"{seen}: the machine would swap or kill the worker; {remedy}")
+    return f"{seen}: they fit"
+
+
+def _on_gpu(weights: str, needed: Mapping[str, int], free: int) -> str:
+    try:
+        is_resident = decide(needed, free) is Residence.RESIDENT
+    except EngineStartFailed as error:
+        raise CheckFailed(str(error)) from error
+    lives = "the model stays on the GPU" if is_resident else "its parts take turns on the GPU, which is slower"
+    return f"{weights} and {RESERVE_BYTES / GB:.1f} GB for a picture, {free / GB:.1f} GB of the GPU's are free: {lives}"
+
+
+def _free(gpu: GpuReading | None) -> int:
+    return free_host_bytes() if gpu is None else gpu.memory_total_bytes - gpu.memory_used_bytes
+
+
+def _readings(settings: ModelSettings) -> GpuReadings:
+    """Of the GPU that the engine will use, counted among the visible ones."""
+    index = int(settings.device.partition(":")[2] or 0)
+    visible = settings.cuda_visible_devices
+    return GpuReadings(str(index) if visible is None else ",".join(visible.split(",")[index:]))

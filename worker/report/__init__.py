@@ -1,0 +1,1 @@
+"""`darkroom report`: a timeline of the last jobs, drawn from the ledger's records."""
