@@ -3,15 +3,17 @@
 import logging
 import re
 import sys
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
 
 from config.logs import configure_logging
-from config.settings import Settings, SettingsError, load_settings
+from config.settings import Settings, SettingsError, StoreSettings, load_section, load_settings
 from worker.supervisor import ExitCode, Supervisor
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Headless image generation worker.")
@@ -19,6 +21,7 @@ dead = typer.Typer(no_args_is_help=True, help="Look through the dead letters, tr
 app.add_typer(dead, name="dead")
 console = Console(stderr=True)
 
+Loaded = TypeVar("Loaded")
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 # What the commands on dead letters have in common.
@@ -109,8 +112,9 @@ def report(
     from worker.report.command import report as print_report  # noqa: PLC0415
 
     within = _duration(since)
+    store = _or_exit(partial(load_section, StoreSettings))
     with sentences(console):
-        print_report(_settings().store, last=last, since=within, as_lines=as_json, console=Console())
+        print_report(store, last=last, since=within, as_lines=as_json, console=Console())
 
 
 @app.command()
@@ -223,8 +227,12 @@ def _duration(text: str) -> timedelta | None:
 
 
 def _settings() -> Settings:
+    return _or_exit(load_settings)
+
+
+def _or_exit(load: Callable[[], Loaded]) -> Loaded:
     try:
-        return load_settings()
+        return load()
     except SettingsError as error:
         console.print("[bold red]The settings are not right:[/]")
         console.print(str(error), markup=False, highlight=False)

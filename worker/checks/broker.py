@@ -46,6 +46,8 @@ class BrokerProbe:
                 with connection.channel() as channel:
                     channel.queue_declare(name, durable=True)
             except pika.exceptions.ChannelClosedByBroker as error:
+                if error.reply_code == ACCESS_REFUSED:
+                    return f"{name} is there; how it is declared is told only to users who may declare it"
                 raise CheckFailed(self._why_refused(name, error)) from error
         depth = f"{found.message_count} wait in it, for {found.consumer_count} consumers"
         return f"{name} is durable without arguments, as backends declare it; {depth}"

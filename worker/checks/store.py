@@ -50,6 +50,8 @@ class StoreProbe:
         probe = ObjectRef(self._settings.bucket, f".darkroom/check-{uuid.uuid4()}")
         danger = "two workers could end one job twice. Update the store, or run one worker on this bucket"
         try:
+            # First: there are stores that make a missing bucket when its owner writes to it.
+            self._storage.check_bucket(self._settings.bucket)
             wrote = [self._storage.put_if_absent(probe, b"{}", content_type=CONTENT_TYPE) for _ in range(2)]
         except NotSupported as error:
             raise CheckFailed(f"{error}: it has no If-None-Match, and {danger}") from error
@@ -66,7 +68,7 @@ class StoreProbe:
         """Do each kind of call for real: rights on paper are not enough."""
         probe, storage = ObjectRef(bucket, f"{folder}/check-{uuid.uuid4()}"), self._storage
         steps: dict[str, Callable[[], object]] = {
-            # First: there are stores that make a missing bucket when its owner writes to it.
+            # First, as above.
             "listed": lambda: storage.check_bucket(bucket),
             "written": lambda: storage.put(probe, b"{}", content_type=CONTENT_TYPE),
             "read": lambda: storage.read(probe, max_bytes=MAX_PROBE_BYTES),
