@@ -278,7 +278,7 @@ def test_a_store_that_overwrites_in_spite_of_the_condition_is_found() -> None:
         with pytest.raises(CheckFailed, match=f"{server.url} overwrites in spite of If-None-Match"):
             probe_of(server).conditional_writes()
 
-        assert [request.split(b" ")[0] for request in server.requests] == [b"HEAD", b"PUT", b"PUT", b"DELETE"]
+        assert [request.split(b" ")[0] for request in server.requests] == [b"GET", b"PUT", b"PUT", b"DELETE"]
 
 
 @pytest.mark.parametrize(("seconds", "word"), [(1200, "ahead of"), (-1200, "behind")])

@@ -11,6 +11,7 @@ def test_a_gpu_that_is_hidden_or_missing_has_no_reading(hidden: str) -> None:
 
     assert readings.read() is None
     assert readings.read() is None
+    assert readings.describe() == ""
 
 
 def test_a_reading_is_whole_or_absent() -> None:
@@ -18,5 +19,6 @@ def test_a_reading_is_whole_or_absent() -> None:
 
     if reading is None:
         pytest.skip("no NVIDIA driver here")
+    assert "driver" in GpuReadings().describe()
     assert 0 < reading.memory_used_bytes <= reading.memory_total_bytes
     assert reading.utilization_ratio is None or 0 <= reading.utilization_ratio <= 1

@@ -1,5 +1,6 @@
 """The commands beside `run`, as a person types them, on real parts."""
 
+import json
 import os
 import signal
 import socket
@@ -87,7 +88,7 @@ def test_generate_names_what_is_wrong(
     assert not (tmp_path / "a.png").exists()
 
 
-def test_submit_publishes_a_job_and_follows_it_to_its_end(world: World, tmp_path: Path) -> None:
+def test_submit_publishes_a_job_and_follows_it_to_its_end_and_report_draws_it(world: World, tmp_path: Path) -> None:
     world.start_worker().wait_until_ready()
     world.upload_demo_adapter("sepia")
     options = ["--generation-id", 77, "--steps", 8, "--guidance", 3]
@@ -97,27 +98,75 @@ def test_submit_publishes_a_job_and_follows_it_to_its_end(world: World, tmp_path
     )
     bad = darkroom("submit", "an owl", *options, "--lora", "models/no.safetensors", env=world.env(), folder=tmp_path)
     refused = darkroom("submit", "an owl", *options, "--lora", "/etc/passwd", env=world.env(), folder=tmp_path)
+    drawn = darkroom("report", env=world.env(), folder=tmp_path)
+    told = darkroom("report", "--json", env=world.env(), folder=tmp_path)
 
     assert good.returncode == 0, good.stdout
-    assert "generations/gen-77.png" in good.stdout
+    assert good.stdout.splitlines()[-1].endswith("generations/gen-77.png")
     assert "denoise" in good.stdout
     assert (bad.returncode, "LORA_NOT_FOUND" in bad.stdout) == (1, True)
     assert (refused.returncode, "/etc/passwd" in refused.stdout, "published" in refused.stdout) == (1, True, False)
 
+    assert drawn.returncode == 0, drawn.stdout
+    assert "2 jobs: 1 complete, 1 failed" in drawn.stdout
+    assert "an owl" not in drawn.stdout + told.stdout
+    complete, failed = map(json.loads, told.stdout.splitlines())
+    names = [name for name, _, _ in complete["stages"]]
+    assert names[:9] == ["ledger", "fetch", "wait", "adapt", "encode", "denoise", "decode", "sign", "store"]
+    assert complete["seconds"] >= max(start + seconds for _, start, seconds in complete["stages"]) - 0.01
+    assert (failed["error_code"], failed["attempt"], failed["worker"]) == ("LORA_NOT_FOUND", 1, complete["worker"])
+    assert {"ledger", "fetch"} <= {name for name, _, _ in failed["stages"]}
+
+
+def test_submit_says_that_nobody_takes_the_job_and_that_it_goes_on(world: World, tmp_path: Path) -> None:
+    env = world.env() | {"RABBITMQ_QUEUE": "nobody-listens"}
+
+    done = darkroom("submit", "an owl", "--generation-id", 78, "--timeout", 1, env=env, folder=tmp_path)
+
+    assert done.returncode == 1
+    assert "no worker takes jobs from nobody-listens" in done.stdout
+    assert "The job goes on" in done.stdout
+    assert "nobody-listens.cancel" in done.stdout
+    assert world.rabbitmq.queues()["nobody-listens"].ready == 1
+
+
+def test_a_submit_that_is_interrupted_leaves_the_job_and_says_how_to_cancel_it(world: World, tmp_path: Path) -> None:
+    env = world.env() | {"RABBITMQ_QUEUE": "nobody-listens-here", "COLUMNS": "200"}
+    command = [DARKROOM, "submit", "an owl", "--generation-id", "79"]
+    process = subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    published = process.stderr.readline()
+
+    time.sleep(1)  # it is being followed by now, or about to be
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+
+    task_id = published.split()[-1]
+    assert process.returncode == 1, said
+    assert "No longer followed. The job goes on" in said
+    assert f'{{"task_id": "{task_id}"}}' in said
+    assert "Traceback" not in said
+    assert world.rabbitmq.queues()["nobody-listens-here"].ready == 1
+
 
 def test_check_finds_every_part_good_and_names_the_one_that_is_not(world: World, tmp_path: Path) -> None:
-    good = darkroom("check", env=world.env(), folder=tmp_path)
-    wrong_password = darkroom("check", env=world.env() | {"RABBITMQ_PASS": "wrong"}, folder=tmp_path)
+    env = world.env() | {"CACHE_MAX_GB": "0.1"}
+
+    good = darkroom("check", env=env, folder=tmp_path)
+    lines = darkroom("check", "--json", env=env | {"RABBITMQ_PASS": "wrong", "MODEL_ID": "/nowhere"}, folder=tmp_path)
     wrong_rest = darkroom(
         "check",
-        env=world.env() | {"AWS_STORAGE_BUCKET_NAME": "nobody", "MODEL_ID": str(tmp_path), "INTERNAL_API_TOKEN": "x"},
+        env=env | {"AWS_STORAGE_BUCKET_NAME": "nobody", "MODEL_ID": str(tmp_path), "INTERNAL_API_TOKEN": "x"},
         folder=tmp_path,
     )
 
     assert good.returncode == 0, good.stdout
-    assert good.stdout.count("good") == 5
-    assert (wrong_password.returncode, wrong_password.stdout.count("bad")) == (1, 1), wrong_password.stdout
-    assert "RABBITMQ_" in wrong_password.stdout
+    assert good.stdout.count(" good ") == 13
+    states = {row["part"]: row["state"] for row in map(json.loads, lines.stdout.splitlines())}
+    assert lines.returncode == 1
+    assert {part for part, state in states.items() if state == "bad"} == {"broker", "model"}
+    assert {part for part, state in states.items() if state == "blocked"} == {"queue", "own queues"}
+    assert len(states) == 13
     assert (wrong_rest.returncode, wrong_rest.stdout.count(" bad ")) == (1, 3), wrong_rest.stdout
     assert all(word in wrong_rest.stdout for word in ("nobody", "model_index.json", "INTERNAL_API_TOKEN"))
 

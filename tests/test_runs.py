@@ -1,6 +1,7 @@
 """A job is at work here once, and settles every delivery that asked for it."""
 
 import threading
+import time
 
 import pytest
 
@@ -159,3 +160,9 @@ def test_the_engine_s_stages_follow_the_run_s_own_without_gaps_behind_one_wait()
         ("encode", 16.5, 0.25),
         ("denoise", 16.75, 4.0),
     ]
+
+
+def test_where_a_run_has_come_to_is_told_by_the_clock_that_nobody_sets() -> None:
+    run = Run(TASK_ID, 456, asked_for(), [delivered(1)], started_at=time.monotonic() - 5.0, began_at=1000.0)
+
+    assert run.reached_at == pytest.approx(1005.0, abs=1.0)

@@ -124,7 +124,7 @@ class _Follower:
             f"{why}. The job goes on; its end will be in s3://{self.ledger.bucket}/{key_of(self.task_id)}",
             f"To cancel it, publish {order} to the exchange {self.names.cancel_exchange}",
         ):
-            self.console.print(Text(line))
+            self.console.print(Text(line), soft_wrap=True)
 
 
 def _report(event: TerminalEvent, console: Console) -> bool:

@@ -27,7 +27,7 @@ class BrokerProbe:
     def __init__(self, settings: BrokerSettings) -> None:
         self._settings = settings
         self._names = QueueNames(settings.queue)
-        self._refusal: CheckFailed | None = None
+        self._is_refused = False
 
     def connection(self) -> str:
         """Is the broker there, and does it take the user, the password and the virtual host?"""
@@ -91,13 +91,13 @@ class BrokerProbe:
 
     @contextmanager
     def _connected(self) -> Iterator[_Connection]:
-        if self._refusal is not None:
-            raise self._refusal
+        if self._is_refused:
+            raise CheckFailed("no connection")
         try:
             connection = connect(self._settings, "darkroom check")
         except LOST as error:
-            self._refusal = CheckFailed(self._why_not_connected(error))
-            raise self._refusal from error
+            self._is_refused = True
+            raise CheckFailed(self._why_not_connected(error)) from error
         try:
             yield connection
         except LOST as error:

@@ -14,6 +14,8 @@ from worker.checks.finding import CheckFailed
 # Stores refuse a clock that is wrong by 900 seconds; receivers of signed webhooks one that is by 300.
 MAX_SKEW_SECONDS = 300.0
 MAX_PROBE_BYTES = 16
+# Where the ledger tries conditional writes too.
+PROBE_FOLDER = ".darkroom/"
 CONTENT_TYPE = "application/json"
 
 
@@ -39,19 +41,19 @@ class StoreProbe:
 
     def bucket(self) -> str:
         """May the private bucket be listed, written, read and cleaned?"""
-        return self._try(self._settings.bucket, "jobs", "AWS_STORAGE_BUCKET_NAME")
+        return self._try(self._settings.bucket, "jobs/", "AWS_STORAGE_BUCKET_NAME")
 
     def results_bucket(self) -> str:
         """The same of where the pictures go."""
-        return self._try(self._settings.results_bucket, "generations", "AWS_RESULTS_BUCKET_NAME")
+        return self._try(self._settings.results_bucket, "generations/", "AWS_RESULTS_BUCKET_NAME")
 
     def conditional_writes(self) -> str:
         """Does the store refuse to overwrite where it is asked to? The ledger stands on it."""
-        probe = ObjectRef(self._settings.bucket, f".darkroom/check-{uuid.uuid4()}")
+        probe = ObjectRef(self._settings.bucket, f"{PROBE_FOLDER}check-{uuid.uuid4()}")
         danger = "two workers could end one job twice. Update the store, or run one worker on this bucket"
         try:
             # First: there are stores that make a missing bucket when its owner writes to it.
-            self._storage.check_bucket(self._settings.bucket)
+            self._list(probe.bucket, PROBE_FOLDER)
             wrote = [self._storage.put_if_absent(probe, b"{}", content_type=CONTENT_TYPE) for _ in range(2)]
         except NotSupported as error:
             raise CheckFailed(f"{error}: it has no If-None-Match, and {danger}") from error
@@ -66,10 +68,10 @@ class StoreProbe:
 
     def _try(self, bucket: str, folder: str, setting: str) -> str:
         """Do each kind of call for real: rights on paper are not enough."""
-        probe, storage = ObjectRef(bucket, f"{folder}/check-{uuid.uuid4()}"), self._storage
+        probe, storage = ObjectRef(bucket, f"{folder}check-{uuid.uuid4()}"), self._storage
         steps: dict[str, Callable[[], object]] = {
             # First, as above.
-            "listed": lambda: storage.check_bucket(bucket),
+            "listed": lambda: self._list(bucket, folder),
             "written": lambda: storage.put(probe, b"{}", content_type=CONTENT_TYPE),
             "read": lambda: storage.read(probe, max_bytes=MAX_PROBE_BYTES),
             "cleaned": lambda: storage.delete(probe),
@@ -84,6 +86,10 @@ class StoreProbe:
                 seen = f"{bucket} cannot be {verb}: {error}.{left}"
                 raise CheckFailed(f"{seen} {self._remedy(error, setting)}") from error
         return f"{bucket} can be listed, written, read and cleaned"
+
+    def _list(self, bucket: str, folder: str) -> None:
+        # Not by a HEAD, whose refusal has no code to tell a wrong key from a missing right.
+        next(self._storage.each_below(bucket, folder, page_keys=1), None)
 
     def _is_removed(self, probe: ObjectRef) -> bool:
         try:
