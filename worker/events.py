@@ -44,7 +44,9 @@ class TerminalEvent:
         try:
             fields = json.loads(content)
             stages = tuple((name, start, seconds) for name, start, seconds in fields.pop("stages"))
-            event = cls(**fields | {"kind": WebhookKind(fields["kind"]), "stages": stages})
+            # Workers of several versions share a bucket while they are replaced: what a newer one added is left out.
+            known = {name: value for name, value in fields.items() if name in cls.__slots__}
+            event = cls(**known | {"kind": WebhookKind(known["kind"]), "stages": stages})
             # Now, and not on the thread that is to send it.
             _ = event.webhook.payload
         except (TypeError, KeyError, AttributeError, RecursionError) as error:
