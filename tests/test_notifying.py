@@ -461,6 +461,25 @@ UNREADABLE = {
 }
 
 
+def test_the_backlog_is_what_is_in_hand_the_event_being_told_among_it(started: Start) -> None:
+    # Given a backend that has not answered yet
+    client = HeldClient(TAKEN)
+    parts = started(Parts(client))
+    assert parts.outbox.backlog() == (0, 0.0)
+
+    # When one event is being told and another waits behind it
+    parts.outbox.on_delivery(delivered(complete("first").to_json(), tag=1, age_seconds=600))
+    until(lambda: client.ids == ["first:complete"])
+    parts.outbox.on_delivery(delivered(complete("second").to_json(), tag=2, age_seconds=60))
+
+    # Then both count, with the age of the older one, until they are delivered
+    assert parts.outbox.backlog() == (2, pytest.approx(600, abs=5))
+    client.is_free.set()
+    assert parts.consumer.next_tags(2) == {1, 2}
+    parts.outbox.close()
+    assert parts.outbox.backlog() == (0, 0.0)
+
+
 @pytest.mark.parametrize("body", UNREADABLE.values(), ids=UNREADABLE.keys())
 def test_an_unreadable_event_is_buried_and_the_outbox_goes_on(started: Start, body: bytes) -> None:
     parts = started(Parts(ScriptedClient(TAKEN)))

@@ -13,12 +13,16 @@ WAIT_BUCKETS = (0.1, 1, 5, 15, 60, 300, 900, 3600, 14400)
 # Weight of the newest forward in the recent batch, which then looks back about fifty of them.
 NEWEST_WEIGHT = 0.02
 
+# There from the start, at 0: Prometheus sees no increase in a counter that appears with its first job.
+OUTCOMES = ("complete", "failed", "retried", "released", "adopted", "undecodable")
+
 
 class Metrics:
     """Every metric of one worker. Thread-safe, as prometheus-client's are."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.ready = self._gauge("ready", "1 while jobs are taken, as /health/ready says")
         self.jobs = self._counter("jobs", "Jobs by how they ended", "outcome")
         self.job_seconds = self._histogram("job_seconds", "From delivery to settling", JOB_BUCKETS)
         self.stage_seconds = self._histogram("stage_seconds", "Time in each stage of a job", STAGE_BUCKETS, "stage")
@@ -33,10 +37,14 @@ class Metrics:
         self.gpu_memory_bytes = self._gauge("gpu_memory_bytes", "Memory of the GPU", "kind")
         self.gpu_utilization_ratio = self._gauge("gpu_utilization_ratio", "Utilization of the GPU, 0 to 1")
         self.queue_messages = self._gauge("queue_messages", "Messages ready in each queue", "queue")
+        self.outbox_events = self._gauge("outbox_events", "Ends this worker holds that the backend has not taken yet")
+        self.outbox_age_seconds = self._gauge("outbox_age_seconds", "Since the oldest of them was parked, or 0")
         self.webhooks = self._counter("webhooks", "Webhook attempts", "kind", "result")
         self.webhooks_ambiguous = self._counter("webhook_ambiguous", "Attempts whose answer was lost: maybe taken")
         self.engine_restarts = self._counter("engine_restarts", "Engine processes started after a crash")
         self.idle_seconds = self._counter("idle_seconds", "Time without denoising, by reason", "reason")
+        for outcome in OUTCOMES:
+            self.jobs.labels(outcome)
         self.recent_batch = 0.0  # lanes of a forward lately; Prometheus has `rate` for it
         self._show(Occupancy(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0))
 

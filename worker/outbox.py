@@ -5,6 +5,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from clients.webhooks import MAX_RETRY_AFTER_SECONDS, Verdict, WebhookKind
 from config.logs import bind, log_event
@@ -22,6 +23,13 @@ MAX_HELD_SECONDS = 600.0
 SWEEP_SECONDS = 5.0
 CLOSE_SECONDS = 2.0
 TERMINAL_KINDS = (WebhookKind.COMPLETE, WebhookKind.FAILED)
+
+
+class Backlog(NamedTuple):
+    """What is in hand and undelivered: how many events, and seconds since the oldest was parked (0 without one)."""
+
+    num_events: int
+    age_seconds: float
 
 
 @dataclass(slots=True)
@@ -59,6 +67,11 @@ class Outbox:
         for lane in self._lanes.values():
             lane.close()
 
+    def backlog(self) -> Backlog:
+        """The events in hand. The broker counts none of them as ready, so its queue depth does not show them."""
+        since = [moment for lane in self._lanes.values() for moment in lane.parked_since()]
+        return Backlog(len(since), max(0.0, time.time() - min(since)) if since else 0.0)
+
     def on_delivery(self, delivery: Delivery) -> None:
         """Take an event out of the outbox. Runs on the consuming thread."""
         try:
@@ -81,6 +94,7 @@ class _Lane:
         self._names = names
         self._changed = threading.Condition()
         self._parked: deque[_Parked] = deque()
+        self._in_turn: _Parked | None = None
         self._unreadable: deque[tuple[Delivery, str]] = deque()
         self._num_failures = 0
         self._due_at = 0.0
@@ -111,6 +125,14 @@ class _Lane:
         for known in replaced:
             self._ack(known.delivery)
 
+    def parked_since(self) -> list[float]:
+        """When each event in hand was parked, the one being told among them."""
+        with self._changed:
+            held = list(self._parked)
+            if self._in_turn is not None and self._in_turn not in held:
+                held.append(self._in_turn)
+        return [parked.delivery.since for parked in held]
+
     def refuse(self, delivery: Delivery, reason: str) -> None:
         with self._changed:
             self._unreadable.append((delivery, reason))
@@ -137,6 +159,8 @@ class _Lane:
             except PublishFailed:
                 self._keep(parked)
                 raise
+            finally:
+                self._in_turn = None
 
     def _take(self) -> _Parked | None:
         """The next event if its turn comes within `SWEEP_SECONDS`."""
@@ -147,6 +171,7 @@ class _Lane:
                 return None
             first = self._first()
             self._parked.remove(first)
+            self._in_turn = first
             return first
 
     def _is_due(self) -> bool:

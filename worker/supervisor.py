@@ -107,6 +107,7 @@ class Supervisor:
         self._processor: Processor | None = None
         self._consumer: Consumer | None = None
         self._name = f"{socket.gethostname()}:{os.getpid()}"
+        self._metrics.ready.set_function(lambda: float(not self._why_not_ready()))
         self._idle = IdleWatch(self._metrics)
         self._history = History(shows_prompts=settings.service.status_show_prompts)
         self._health = HealthServer(
@@ -263,6 +264,9 @@ class Supervisor:
         """The readings that take a call to somebody: never on the main thread, which hears signals."""
         while not self._is_draining.wait(GAUGE_SECONDS):
             self._metrics.adapter_cache_bytes.set(self._cache.size_bytes)
+            backlog = self._outbox.backlog()
+            self._metrics.outbox_events.set(backlog.num_events)
+            self._metrics.outbox_age_seconds.set(backlog.age_seconds)
             reading = self._gpu.read()
             if reading is not None:
                 self._metrics.gpu_memory_bytes.labels("used").set(reading.memory_used_bytes)
