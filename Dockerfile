@@ -83,9 +83,10 @@ ENV PATH=/opt/darkroom/bin:/opt/python/bin:/usr/local/sbin:/usr/local/bin:/usr/s
 VOLUME ["/models", "/cache"]
 EXPOSE 9464
 WORKDIR /home/darkroom
-# No tini. As PID 1 the worker gets the signals itself: it handles SIGTERM and SIGINT, waits for the engine, its one
-# child, and reaps it however it ends; the engine starts no processes that could be left to PID 1. What is lost is the
-# first second of a start: until its handlers stand, PID 1 hears no SIGTERM. `docker run --init` closes that as well.
+# No tini. As PID 1 the worker gets the signals itself: it handles SIGTERM and SIGINT, and waits for the engine, its one
+# child, however that ends; the engine starts no processes that could be left to PID 1. (A test runs it as the first
+# process of a container.) What is lost is the first second of a start: until its handlers stand, PID 1 hears no
+# SIGTERM. `docker run --init` closes that as well.
 USER 10001:10001
 STOPSIGNAL SIGTERM
 # Whether the process answers at all. Whether it takes jobs is /health/ready, and no reason to be restarted.
