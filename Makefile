@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
-APT_PACKAGES := rabbitmq-server fonts-nanum fonts-dejavu-core chromium
+APT_PACKAGES := rabbitmq-server prometheus chromium fonts-nanum fonts-dejavu-core
 # Debian splits venv off its Python; other Pythons bring it along.
 APT_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo python3-venv)
-APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/share/fonts/truetype/nanum /usr/bin/chromium
+APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/bin/promtool /usr/bin/chromium /usr/share/fonts/truetype/nanum
 CODE := worker inference watermark clients config examples tests benchmarks
 
 .PHONY: help install demo styles test check outage leaks faults mutations campaign hostile bench recovery bench-gpu demo-model clean
@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(APT_MARKS)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# RUNLEVEL=1 keeps Debian from starting a broker of its own: demo and tests run a private one.
+# RUNLEVEL=1 keeps Debian from starting a broker and a Prometheus of its own: demo and tests run private ones.
 $(APT_MARKS) &:
 	$(SUDO) apt-get update -qq
 	$(SUDO) env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(APT_PACKAGES) >/dev/null
