@@ -1,4 +1,4 @@
-"""The queries of the dashboard and of the alert rules, as they lie in deploy/, and what the worker's metrics allow."""
+"""The queries of the dashboard, the alert rules and the documentation, and what the worker's metrics allow."""
 
 import json
 import re
@@ -15,7 +15,7 @@ DASHBOARD = DEPLOY / "grafana" / "dashboards" / "darkroom.json"
 PROMETHEUS = DEPLOY / "prometheus"
 
 # What Grafana puts in for its variables.
-VARIABLES = {"$job": ".*", "$instance": ".*", "$__rate_interval": "1m"}
+VARIABLES = {"$job": ".*", "$instance": ".*", "$__rate_interval": "5m"}
 # Labels that a scrape adds, and the buckets' own.
 SCRAPE_LABELS = frozenset({"job", "instance"})
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
@@ -42,6 +42,13 @@ def dashboard_queries() -> Iterator[tuple[str, str]]:
             for variable, value in VARIABLES.items():
                 query = query.replace(variable, value)
             yield panel["title"], query
+
+
+def documented_queries() -> Iterator[tuple[str, str]]:
+    """Every query that docs/operating.md gives, with the number of its place there."""
+    text = (ROOT / "docs" / "operating.md").read_text()
+    for number, query in enumerate(re.findall(r"^```promql\n(.+?)^```", text, re.MULTILINE | re.DOTALL)):
+        yield f"docs/operating.md {number}", query
 
 
 def alert_rules() -> list[dict[str, Any]]:

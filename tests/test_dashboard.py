@@ -1,4 +1,4 @@
-"""The dashboard and the alerts ask for metrics that exist, by labels that exist; Prometheus's own tool agrees."""
+"""Dashboard, alerts and documentation ask for metrics and labels that exist; Prometheus's own tool agrees."""
 
 import re
 import subprocess
@@ -14,6 +14,7 @@ from tests.promql import (
     alert_rules,
     dashboard,
     dashboard_queries,
+    documented_queries,
     groupings,
     panels,
     samples,
@@ -24,7 +25,11 @@ from worker.idleness import REASON_OF_PHASE
 from worker.metrics import OUTCOMES, Metrics
 from worker.queues import QueueNames
 
-QUERIES = [*dashboard_queries(), *((rule["alert"], rule["expr"]) for rule in alert_rules())]
+QUERIES = [
+    *dashboard_queries(),
+    *documented_queries(),
+    *((rule["alert"], rule["expr"]) for rule in alert_rules()),
+]
 IDS = [f"{title}-{number}" for number, (title, _) in enumerate(QUERIES)]
 REASONS = {*REASON_OF_PHASE.values(), "engine_starting", "broker_down", "refused", "no_jobs"}
 
@@ -106,9 +111,9 @@ def test_every_panel_says_what_it_shows_and_uses_the_chosen_source_and_workers()
     assert set(re.findall(r"\$\{?([a-z]+)", DASHBOARD.read_text())) <= variables
 
 
-def test_prometheus_reads_every_query_of_the_dashboard(tmp_path: Path) -> None:
-    rules = [{"record": f"query:{number}", "expr": query} for number, (_, query) in enumerate(dashboard_queries())]
-    groups = {"groups": [{"name": "dashboard", "rules": rules}]}
+def test_prometheus_reads_every_query(tmp_path: Path) -> None:
+    rules = [{"record": f"query:{number}", "expr": query} for number, (_, query) in enumerate(QUERIES)]
+    groups = {"groups": [{"name": "queries", "rules": rules}]}
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(groups))
 
     assert f"{len(rules)} rules found" in promtool("check", "rules", tmp_path / "rules.yaml")
@@ -141,3 +146,11 @@ def test_every_alert_has_a_story_that_fires_it_one_that_does_not_and_a_section_t
     path, anchor = notes["runbook"].split("#")
     headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(), re.MULTILINE)
     assert anchor in {heading.lower().replace(" ", "-") for heading in headings}
+
+
+def test_the_documentation_has_a_line_for_every_metric_and_every_idle_reason() -> None:
+    text = (ROOT / "docs" / "operating.md").read_text()
+    documented = set(re.findall(r"^\| `(darkroom_\w+)`", text, re.MULTILINE))
+
+    assert documented == {re.sub("_(bucket|sum|count)$", "", name) for name in samples()}
+    assert set(re.findall(r"^\| `([a-z_]+)` \|", text, re.MULTILINE)) - documented == REASONS
