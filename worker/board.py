@@ -109,7 +109,9 @@ class Board:
         )
 
     def _webhooks(self, readings: Readings) -> WebhooksNow:
-        return WebhooksNow(int(readings.value("queue_messages", self.names.outbox)), self.notifier.failing)
+        # Those in this worker's hands are not ready, so the broker's count lacks them.
+        num_waiting = readings.value("outbox_events") + readings.value("queue_messages", self.names.outbox)
+        return WebhooksNow(int(num_waiting), self.notifier.failing)
 
     def _idle(self, readings: Readings) -> IdleNow:
         seconds = {reason: round(spent, 1) for reason, spent in readings.by_label("idle_seconds_total").items()}
