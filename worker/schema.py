@@ -56,8 +56,8 @@ class WireParameters(_Wire):
     cfg_scale: _Guidance | None = None
     seed: _Seed | None = None
     scheduler: Annotated[str, Field(max_length=100)] | None = None
-    cfg_normalization: Annotated[float, Field(ge=0, le=10)] | None = Field(None, description="Z-Image's own")
-    cfg_truncation: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Z-Image's own")
+    cfg_normalization: Annotated[float, Field(ge=0, le=10)] | None = Field(default=None, description="Z-Image's own")
+    cfg_truncation: Annotated[float, Field(ge=0, le=1)] | None = Field(default=None, description="Z-Image's own")
 
 
 class WireSignatureConfig(_Wire):
@@ -73,33 +73,39 @@ class WireData(_Wire):
 
     prompt: str = Field(
         description="Plain Unicode, not only blanks",
-        json_schema_extra={"minLength": 1, "maxLength": MAX_PROMPT_CHARS} | NO_NUL_NOT_BLANK,
+        json_schema_extra={"minLength": 1, "maxLength": MAX_PROMPT_CHARS, **NO_NUL_NOT_BLANK},
     )
     negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS, json_schema_extra=NO_NUL)] | None = None
     lora_path: _Location | None = Field(
-        None,
+        default=None,
         description="A .safetensors object or a PEFT folder: s3://bucket/key, gs://bucket/key, the store's https form, "
         "or a key of the default bucket, in an allowed bucket. With `loras` at most four in all",
     )
-    lora_scale: _Scale | None = Field(None, description="1 where it is not given")
+    lora_scale: _Scale | None = Field(default=None, description="1 where it is not given")
     loras: Annotated[list[WireLora], Field(max_length=MAX_ADAPTERS)] | None = Field(
-        None, description="Several adapters, behind the one of `lora_path`"
+        default=None, description="Several adapters, behind the one of `lora_path`"
     )
     aspect_ratio: Annotated[str, Field(json_schema_extra={"pattern": f"^({ASPECT})?$"})] | None = Field(
-        None,
+        default=None,
         description="1:1 where it is not given; up to 4 to 1. 1:1, 2:2, 1:2 and 2:1 count in the model's base size",
     )
-    seed: _Seed | None = Field(None, description="Derived from task_id where it is not given: a repeat draws the same")
-    num_images: Annotated[int, Field(ge=1, le=MAX_IMAGES)] | None = Field(None, description="Seeds in a row; else 1")
-    num_inference_steps: _Steps | None = Field(None, description="The worker's default where it is not given")
-    guidance_scale: _Guidance | None = Field(None, description="The worker's default where it is not given")
-    width: _Side | None = Field(None, description="Pixels, together with height; rounded to the model's multiple")
+    seed: _Seed | None = Field(
+        default=None, description="Derived from task_id where it is not given: a repeat draws the same"
+    )
+    num_images: Annotated[int, Field(ge=1, le=MAX_IMAGES)] | None = Field(
+        default=None, description="Seeds in a row; else 1"
+    )
+    num_inference_steps: _Steps | None = Field(default=None, description="The worker's default where it is not given")
+    guidance_scale: _Guidance | None = Field(default=None, description="The worker's default where it is not given")
+    width: _Side | None = Field(
+        default=None, description="Pixels, together with height; rounded to the model's multiple"
+    )
     height: _Side | None = None
-    scheduler: _Text | None = Field(None, description="One of the model's family")
+    scheduler: _Text | None = Field(default=None, description="One of the model's family")
     parameters: WireParameters | None = None
-    signature_path: _Location | None = Field(None, description="PNG, JPEG or WebP; named like `lora_path`")
-    artist_name: _Text | None = Field(None, description="Written where there is no signature_path")
+    signature_path: _Location | None = Field(default=None, description="PNG, JPEG or WebP; named like `lora_path`")
+    artist_name: _Text | None = Field(default=None, description="Written where there is no signature_path")
     signature_config: WireSignatureConfig | None = None
     prompt_tags: Annotated[list[_Tag], Field(max_length=100)] | None = Field(
-        None, description="Told back with the picture"
+        default=None, description="Told back with the picture"
     )
