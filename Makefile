@@ -9,7 +9,7 @@ APT_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo pyth
 APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/bin/promtool /usr/bin/chromium /usr/share/fonts/truetype/nanum
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo styles test check outage leaks faults mutations campaign hostile bench recovery bench-gpu demo-model clean
+.PHONY: help install demo styles test check coverage outage leaks faults mutations campaign hostile bench recovery bench-gpu image demo-model clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -48,6 +48,14 @@ check: install ## Style and types
 test: check node_modules/.package-lock.json ## Everything, on a real broker, a real object store and real models
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
+# Killed processes say nothing of what they ran, so the figures are a little low.
+coverage: install node_modules/.package-lock.json ## Which branches the tests take, in workers and engines too; the pages land in out/coverage
+	rm -f .coverage .coverage.*
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage html --quiet --directory out/coverage
+	$(BIN)/coverage report --skip-covered
+
 outage: install ## The long form of one test: the backend is down for two minutes
 	OMP_NUM_THREADS=1 OUTAGE_SECONDS=120 $(BIN)/pytest tests/test_live_outage.py
 
@@ -81,6 +89,11 @@ recovery: install ## How long it takes until a job is at work again after a part
 
 bench-gpu: install ## Batching against plain diffusers on a CUDA machine, full-size SD 1.5 with random weights
 	$(BIN)/python -m benchmarks.batching --device cuda --models sd15 --swap
+
+# IMAGE_MOUNTS (host:container, comma-separated) are shown to the build's steps: a /etc/pip.conf, a mirror's certificates.
+image: install ## As root: build the image for CPUs without an engine, in chroots, then run `darkroom check` in it
+	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends buildah debootstrap >/dev/null
+	$(SUDO) env PATH="$$PATH" IMAGE_MOUNTS="$(IMAGE_MOUNTS)" $(BIN)/python -m tests.image
 
 # It goes on where it was interrupted. INSTALL=1 copies the result over the bundled model.
 demo-model: install ## Make the demo model anew from its pictures, into out/demo_model

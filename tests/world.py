@@ -1,6 +1,7 @@
 """Everything around a worker, for the live tests: publish as a backend does, start workers, look from outside."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -110,6 +111,7 @@ class World:
                 "OMP_NUM_THREADS": "1",  # two workers' threads on two cores would fight
                 "GUIDANCE_SCALE": "3",
             }
+            | {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
         )
 
     def start_worker(self, **env: str) -> Worker:
