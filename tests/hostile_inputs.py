@@ -23,8 +23,8 @@ import numpy as np
 import safetensors.numpy
 from PIL import Image
 
-# How the demo's adapters, in diffusers' old names, call a layer's two weights.
-DOWN, UP = ".lora.down.weight", ".lora.up.weight"
+# How the demo's adapters, in diffusers' new names, call a layer's two weights.
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 ADAPTERS = Path(__file__).parent.parent / "examples" / "demo_model" / "adapters"
 # What every pickle among the inputs would make if anybody opened it.
 CANARY_FOLDER = Path(tempfile.gettempdir()) / f"darkroom-canary-{os.getpid()}"
@@ -196,12 +196,7 @@ def entry(*offsets: int, dtype: str = "F32", shape: tuple[int, ...] = (1, 1)) ->
 
 def peft_weights() -> bytes:
     """The demo's adapter as a PEFT folder names its tensors."""
-    renames = (("unet.", "base_model.model."), (DOWN, ".lora_A.weight"), (UP, ".lora_B.weight"))
-    tensors = {}
-    for name, tensor in _tensors().items():
-        for old, new in renames:
-            name = name.replace(old, new)  # noqa: PLW2901
-        tensors[name] = tensor
+    tensors = {name.replace("unet.", "base_model.model.", 1): tensor for name, tensor in _tensors().items()}
     return safetensors.numpy.save(tensors)
 
 

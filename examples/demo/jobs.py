@@ -41,7 +41,7 @@ _JOBS = (
     DemoJob("a sailboat", "blueprint", 30, 3.0, 5, "monogram", "", "bottom-left"),
     DemoJob("a cup of coffee", "sepia", 20, 3.0, 9, "seal", "", "bottom-right", "small"),
     DemoJob("a snowman on a purple background", "", 14, 3.0, 77, "", "Mina K.", "top-center", "large"),
-    DemoJob("a pineapple", "neon", 12, 3.0, None, "monogram", "", "top-right"),
+    DemoJob("a pineapple", "pixel", 12, 3.0, None, "monogram", "", "top-right"),
     DemoJob("a bicycle", "blueprint", 18, 3.0, 13, "", "서울 아틀리에", "bottom-right", "large"),
     DemoJob("a penguin on a green background", "", 25, 3.0, 1, "monogram", "", "bottom-left", "small"),
 )
