@@ -28,6 +28,13 @@ SLOW_FILES = (
     "test_live_batching",
     "test_families",
     "test_live_jobs",
+    "test_demo_model",
+    "test_live_status",
+    "test_examples",
+    "test_status",
+    "test_prometheus",
+    "test_checks",
+    "test_live_sharing",
     "test_live_outage",
     "test_batching",
     "test_live_breakers",
@@ -41,7 +48,6 @@ SLOW_FILES = (
     "test_live_families",
     "test_live_leaks",
     "test_checkpoints",
-    "test_live_status",
     "test_live_cancelling",
 )
 

@@ -22,7 +22,7 @@ from worker.history import MAX_ENDED, History, presentable
 from worker.idleness import IdleWatch
 from worker.job import JobRejected
 from worker.messages import JobRules, decode
-from worker.metrics import Metrics
+from worker.metrics import OUTCOMES, Metrics
 from worker.readings import Readings
 from worker.runs import Reached, Run
 from worker.static import NAMES
@@ -192,7 +192,7 @@ def test_the_readings_are_what_prometheus_is_told() -> None:
 
     readings = Readings.of(metrics.registry)
 
-    assert readings.by_label("jobs_total") == {"complete": 3.0}
+    assert readings.by_label("jobs_total") == dict.fromkeys(OUTCOMES, 0.0) | {"complete": 3.0}
     assert (readings.value("denoise_steps_total"), readings.value("denoise_lane_steps_total")) == (2.0, 6.0)
     assert readings.by_label("adapter_slots") == {"active": 2.0, "idle": 1.0, "free": 5.0}
     assert readings.value("queue_messages", "nowhere") == 0.0
