@@ -46,12 +46,12 @@ check: install ## Style and types
 	$(BIN)/mypy
 
 test: check node_modules/.package-lock.json ## Everything, on a real broker, a real object store and real models
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Killed processes say nothing of what they ran, so the figures are a little low.
 coverage: install node_modules/.package-lock.json ## Which branches the tests take, in workers and engines too; the pages land in out/coverage
 	rm -f .coverage .coverage.*
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage html --quiet --directory out/coverage
 	$(BIN)/coverage report --skip-covered

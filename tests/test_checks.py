@@ -285,7 +285,8 @@ def test_a_store_that_overwrites_in_spite_of_the_condition_is_found() -> None:
 def test_a_clock_that_the_store_refuses_is_found_by_the_refusal_itself(seconds: int, word: str) -> None:
     theirs = formatdate(time.time() - seconds, usegmt=True)
 
-    said = rf"(1199|1200|1201) s {word} the store's.*RequestTimeTooSkewed.*NTP"
+    # Not to the second: the machine may be busy between the two looks at the clock.
+    said = rf"1(19|20|21)\d s {word} the store's.*RequestTimeTooSkewed.*NTP"
     with AnsweringServer([answer(403, Date=theirs)]) as server, pytest.raises(CheckFailed, match=said):
         probe_of(server).answer()
 

@@ -26,8 +26,8 @@ ADAPTERS = DEMO / "adapters"
 MAX_ADAPTER_BYTES = 300_000
 MAX_SECONDS = 4.0  # of one core, for twenty steps
 
-NUM_NAMES = os.environ.get("DEMO_MODEL_NAMES", "48")
-NUM_HANGUL_NAMES = "24" if NUM_NAMES == "48" else NUM_NAMES
+NUM_NAMES = os.environ.get("DEMO_MODEL_NAMES", "24")
+NUM_HANGUL_NAMES = "12" if NUM_NAMES == "24" else NUM_NAMES
 MIN_TOP_1 = 0.95
 
 Picture = npt.NDArray[np.floating]  # RGB in 0..1, shape (SIDE, SIDE, 3)

@@ -34,7 +34,7 @@ def num_complete(worker: Worker) -> int:
 
 
 def test_two_workers_share_forty_jobs_within_a_fifth_of_evenly(world: World, pair: tuple[Worker, Worker]) -> None:
-    ids = [world.publish() for _ in range(NUM_JOBS)]
+    ids = [world.publish(num_inference_steps=4) for _ in range(NUM_JOBS)]
 
     assert {world.wait_for_end(generation_id).kind for generation_id in ids} == {"complete"}
     world.wait_until_clean()
@@ -46,7 +46,7 @@ def test_two_workers_share_forty_jobs_within_a_fifth_of_evenly(world: World, pai
 def test_stopping_one_of_two_loses_nothing_and_repeats_nothing(world: World, pair: tuple[Worker, Worker]) -> None:
     leaving, staying = pair
     before = [num_complete(worker) for worker in pair]
-    ids = [world.publish(num_inference_steps=20) for _ in range(NUM_JOBS)]
+    ids = [world.publish() for _ in range(NUM_JOBS)]
     eventually(lambda: num_complete(leaving) > before[0], 60, leaving.log_tail)
 
     assert leaving.terminate() == 0
