@@ -7,6 +7,8 @@ APT_PACKAGES := rabbitmq-server prometheus chromium fonts-nanum fonts-dejavu-cor
 # Debian splits venv off its Python; other Pythons bring it along.
 APT_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo python3-venv)
 APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/bin/promtool /usr/bin/chromium /usr/share/fonts/truetype/nanum
+# A file's tests share its world, so a file stays with one process; conftest.py sorts the files.
+SHARED_OUT := -n 3 --dist loadfile --no-loadscope-reorder
 CODE := worker inference watermark clients config examples tests benchmarks
 
 .PHONY: help install demo styles test check coverage outage leaks faults mutations campaign hostile bench recovery bench-gpu image demo-model clean
@@ -46,12 +48,12 @@ check: install ## Style and types
 	$(BIN)/mypy
 
 test: check node_modules/.package-lock.json ## Everything, on a real broker, a real object store and real models
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SHARED_OUT)
 
 # Killed processes say nothing of what they ran, so the figures are a little low.
 coverage: install node_modules/.package-lock.json ## Which branches the tests take, in workers and engines too; the pages land in out/coverage
 	rm -f .coverage .coverage.*
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest $(SHARED_OUT)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage html --quiet --directory out/coverage
 	$(BIN)/coverage report --skip-covered

@@ -15,8 +15,8 @@ import pytest
 
 from examples.demo_model.recipe.drawing import Artist, Wish, artist_of
 from examples.demo_model.recipe.export import MAX_CHECKPOINT_BYTES, bytes_in
-from examples.demo_model.recipe.grid import SUBJECTS
 from examples.demo_model.recipe.reference import load_references
+from examples.demo_model.recipe.samples import SUBJECTS
 from examples.demo_model.recipe.score import REFERENCES, english_prompts, hangul_prompts, known_names, score
 from examples.demo_model.recipe.settings import SIDE
 from tests.pictures import DEMO, one_torch_thread

@@ -11,9 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 from examples.demo.contact_sheet import BACKGROUND, FAINT, GAP, INK
 from examples.demo.jobs import DemoJob
 from examples.demo.main import run_demo
+from examples.demo_model.recipe.captions import STYLE_WORDS
+from examples.demo_model.recipe.samples import SUBJECTS
 
-SUBJECTS = ("a red fox", "a rocket", "hamburger", "an owl", "a castle", "a cup of coffee", "a sailboat", "a robot")
-STYLES = ("", "blueprint", "neon", "sepia", "pixel")
+STYLES = ("", *STYLE_WORDS)
 FIRST_GENERATION_ID = 201
 NUM_STEPS, GUIDANCE, SEED = 20, 3.0, 1
 
