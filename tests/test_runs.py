@@ -165,4 +165,4 @@ def test_the_engine_s_stages_follow_the_run_s_own_without_gaps_behind_one_wait()
 def test_where_a_run_has_come_to_is_told_by_the_clock_that_nobody_sets() -> None:
     run = Run(TASK_ID, 456, asked_for(), [delivered(1)], started_at=time.monotonic() - 5.0, began_at=1000.0)
 
-    assert run.reached_at == pytest.approx(1005.0, abs=1.0)
+    assert run.now == pytest.approx(1005.0, abs=1.0)

@@ -280,7 +280,7 @@ class Processor:
             worker=self._storyteller.worker,
             began_at=run.began_at,
             stages=run.timeline(),
-            ended_at=run.reached_at,
+            ended_at=run.now,
         )
         try:
             event = self._gate.insist(lambda: self._ledger.record(event))

@@ -60,7 +60,7 @@ class Run:
         return self.first.attempt if self.first.attempt <= MAX_ATTEMPTS else 1
 
     @property
-    def reached_at(self) -> float:
+    def now(self) -> float:
         """Now, in epoch seconds, counted from the run's beginning: the wall clock may have been set meanwhile."""
         return round(self.began_at + time.monotonic() - self.started_at, 4)
 

@@ -275,7 +275,7 @@ class Storyteller:
             timeline,
             self.worker,
             attempt=run.attempt,
-            ended_at=run.reached_at,
+            ended_at=run.now,
         )
 
 
