@@ -250,6 +250,48 @@ class ModelSettings(_Section):
         le=50,
         description="Guidance where a job names none; unset is 7.5, for Z-Image 0",
     )
+    controlnets: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        validation_alias="CONTROLNETS",
+        description="ControlNets that jobs may name, comma-separated: `name=folder` or `name=hub id`",
+    )
+    controlnet_memory_gb: float = Field(
+        4.0,
+        validation_alias="CONTROLNET_MEMORY_GB",
+        gt=0,
+        description="Memory the resident ControlNets are kept under, GB; the least recently used goes first",
+    )
+    preview_every: int = Field(
+        0, validation_alias="PREVIEW_EVERY", ge=0, le=150, description="Steps between two previews; 0 makes none"
+    )
+    safety_checker: bool = Field(
+        False,
+        validation_alias="SAFETY_CHECKER",
+        description="`on` fails jobs whose pictures the checkpoint's own safety checker flags",
+    )
+
+    _split = field_validator("controlnets", mode="before")(_split_commas)
+
+    @field_validator("controlnets")
+    @classmethod
+    def _are_named(cls, controlnets: tuple[str, ...]) -> tuple[str, ...]:
+        names = [one.partition("=")[0] for one in controlnets]
+        if not all(re.fullmatch(r"[\w.-]{1,100}=.+", one) for one in controlnets) or len(set(names)) < len(names):
+            raise ValueError("must be name=folder or name=owner/hub-id, comma-separated, each name once")
+        return controlnets
+
+    @field_validator("safety_checker")
+    @classmethod
+    def _goes_without_previews(cls, is_on: bool, found: ValidationInfo) -> bool:
+        if is_on and found.data.get("preview_every"):
+            raise ValueError("cannot be on with PREVIEW_EVERY: a preview is stored before the picture can be checked")
+        return is_on
+
+    @property
+    def controlnet_sources(self) -> dict[str, str]:
+        """Folder or hub id of each ControlNet by its name."""
+        pairs = (one.partition("=") for one in self.controlnets)
+        return {name: source for name, _, source in pairs}
 
 
 class ServiceSettings(_Section):
@@ -282,6 +324,39 @@ class ServiceSettings(_Section):
     _split = field_validator("font_dirs", mode="before")(_split_commas)
 
 
+class PictureSettings(_Section):
+    """What pictures are made of beside the model, and what they carry."""
+
+    embed_metadata: Literal["none", "provenance", "full"] = Field(
+        "provenance",
+        validation_alias="EMBED_METADATA",
+        description="`provenance` says in the file that a model drew it, `full` the prompts too, `none` nothing",
+    )
+    c2pa_certificate: Path | None = Field(
+        None,
+        validation_alias="C2PA_CERTIFICATE",
+        description="PEM chain; set, every picture has a signed C2PA manifest",
+    )
+    c2pa_private_key: Path | None = Field(
+        None, validation_alias="C2PA_PRIVATE_KEY", description="PEM key of the certificate, PKCS #8"
+    )
+    presets_file: Path | None = Field(
+        None, validation_alias="PRESETS_FILE", description="YAML of styles and industries in place of the built-in one"
+    )
+    cutout_model: Path | None = Field(
+        None,
+        validation_alias="CUTOUT_MODEL",
+        description="ONNX file (U2-Net's interface) that cuts products out; unset, they need alpha of their own",
+    )
+
+    @field_validator("c2pa_private_key")
+    @classmethod
+    def _has_its_certificate(cls, key: Path | None, found: ValidationInfo) -> Path | None:
+        if (found.data.get("c2pa_certificate") is None) != (key is None):
+            raise ValueError("C2PA_CERTIFICATE and C2PA_PRIVATE_KEY belong together: set both or neither")
+        return key
+
+
 class Settings(BaseModel):
     """All sections."""
 
@@ -291,6 +366,7 @@ class Settings(BaseModel):
     store: StoreSettings
     backend: BackendSettings
     model: ModelSettings
+    pictures: PictureSettings
     service: ServiceSettings
 
 
@@ -299,6 +375,7 @@ SECTIONS: dict[str, type[_Section]] = {
     "store": StoreSettings,
     "backend": BackendSettings,
     "model": ModelSettings,
+    "pictures": PictureSettings,
     "service": ServiceSettings,
 }
 

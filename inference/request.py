@@ -57,6 +57,35 @@ class AdapterFile:
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """The picture that lanes begin from, of the request's size: `rgb` holds rows of pixels of three bytes.
+
+    `strength` from above 0 to 1: the part of the steps that is taken. Where there is a `mask`, a byte a pixel, only
+    what is 255 in it is repainted.
+    """
+
+    rgb: bytes
+    strength: float
+    mask: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A picture of the request's size (`rgb` as in `Source`) that the drawing follows, by the ControlNet `model`.
+
+    `start` and `end` are fractions of the steps; `scale` 1 is as the ControlNet was trained. With `finds_edges` it is
+    shown not the picture but its edges, as Canny finds them.
+    """
+
+    model: str
+    rgb: bytes
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    finds_edges: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One job's pictures: one lane for each seed. Sizes in pixels, already multiples of the family's.
 
@@ -74,6 +103,8 @@ class GenerationRequest:
     seeds: tuple[int, ...]
     scheduler: str | None = None
     adapters: tuple[AdapterFile, ...] = ()
+    source: Source | None = None
+    control: Control | None = None
     cfg_normalization: float = 0.0
     cfg_truncation: float = 1.0
     arrived_at: float = 0.0

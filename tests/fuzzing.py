@@ -33,7 +33,8 @@ from watermark.errors import SignatureInvalid
 from worker.cancelling import decode_cancel
 from worker.events import TerminalEvent, failed_event
 from worker.job import JobRejected, Undecodable, resolve_size
-from worker.messages import MAX_REASON_CHARS, JobRules, decode, rules_from
+from worker.messages import MAX_REASON_CHARS, decode, rules_from
+from worker.rejecting import JobRules
 from worker.schema import WireData, WireParameters
 
 SEED = 20_261_121

@@ -32,7 +32,8 @@ from worker.cancelling import decode_cancel
 from worker.contract import MODELS, as_text, schema_of, write
 from worker.events import TerminalEvent, failed_event
 from worker.job import JobRejected, Undecodable
-from worker.messages import MAX_BODY_BYTES, JobRules, decode, rules_from
+from worker.messages import MAX_BODY_BYTES, decode, rules_from
+from worker.rejecting import JobRules
 from worker.schema import WireData
 
 # What the decoder refuses and no schema can: the rules that look into a location.

@@ -17,7 +17,8 @@ from clients.location import ObjectRef
 from config.settings import ModelSettings, StoreSettings
 from watermark.signature import Position, SignatureStyle, Size
 from worker.job import Job, JobAdapter, JobRejected, Undecodable, resolve_size
-from worker.messages import MAX_BODY_BYTES, MAX_REASON_CHARS, JobRules, decode, rules_from
+from worker.messages import MAX_BODY_BYTES, MAX_REASON_CHARS, decode, rules_from
+from worker.rejecting import JobRules
 from worker.schema import MAX_INT64, MAX_PROMPT_CHARS, MAX_SEED, WireData, WireParameters
 
 TASK_ID = "660f9511-f3ac-52e5-b827-557766551111"

@@ -18,6 +18,7 @@ from config.settings import (
     BackendSettings,
     BrokerSettings,
     ModelSettings,
+    PictureSettings,
     ServiceSettings,
     Settings,
     SettingsError,
@@ -403,7 +404,7 @@ def test_the_worker_refuses_to_start_with_missing_settings_and_prints_all_of_the
 
 
 def test_every_section_is_loaded() -> None:
-    classes = {BrokerSettings, StoreSettings, BackendSettings, ModelSettings, ServiceSettings}
+    classes = {BrokerSettings, StoreSettings, BackendSettings, ModelSettings, PictureSettings, ServiceSettings}
 
     assert set(SECTIONS.values()) == classes
     assert set(SECTIONS) == set(Settings.model_fields)

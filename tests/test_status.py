@@ -21,9 +21,10 @@ from worker.delivery import Delivery
 from worker.history import MAX_ENDED, History, presentable
 from worker.idleness import IdleWatch
 from worker.job import JobRejected
-from worker.messages import JobRules, decode
+from worker.messages import decode
 from worker.metrics import OUTCOMES, Metrics
 from worker.readings import Readings
+from worker.rejecting import JobRules
 from worker.runs import Reached, Run
 from worker.static import NAMES
 from worker.status import BatchNow, SlotsNow, WorkerNow, job_now, without_details

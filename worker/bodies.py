@@ -14,6 +14,9 @@ ErrorCode = Literal[
     "UNSUPPORTED_ASPECT_RATIO",
     "INPUT_FORBIDDEN",
     "INPUT_TOO_LARGE",
+    "UNSUPPORTED_BY_MODEL",
+    "IMAGE_NOT_FOUND",
+    "IMAGE_INVALID",
     "LORA_NOT_FOUND",
     "LORA_INVALID",
     "LORA_INCOMPATIBLE",
@@ -24,6 +27,7 @@ ErrorCode = Literal[
     "FONT_MISSING",
     "GPU_OOM",
     "OUTPUT_INVALID",
+    "NSFW_CONTENT",
     "CANCELLED",
     "ENGINE_CRASHED",
     "JOB_TIMEOUT",
@@ -55,6 +59,7 @@ class ProgressBody(TypedDict):
 
     generation_id: _GenerationId
     progress: ProgressNumbers
+    preview_url: NotRequired[Annotated[str, Field(min_length=1, description="A small JPEG of how far the picture is")]]
 
 
 class PictureMetadata(TypedDict):
@@ -68,6 +73,10 @@ class PictureMetadata(TypedDict):
     height: Annotated[int, Field(ge=1, description="Of the stored picture, pixels")]
     model: Annotated[str, Field(description="The worker's model")]
     scheduler: str
+    kind: NotRequired[Annotated[str, Field(description="The job's, where it is not text2image")]]
+    stages: NotRequired[
+        Annotated[dict[str, str], Field(description="Of a product: each stage's picture, as a job may name it again")]
+    ]
     task_id: Annotated[str, Field(description="The job's, or the one that replaced what was no UUID")]
     seconds: Annotated[float, Field(ge=0, description="Time at work, without waiting in the queue")]
     result_urls: NotRequired[Annotated[list[_Url], Field(description="Of all pictures, where there are several")]]

@@ -17,8 +17,9 @@ from worker.broker import ATTEMPT_HEADER, REASON_HEADER, whole_number
 from worker.events import TerminalEvent
 from worker.inspection import Held
 from worker.job import Job, JobRejected, Undecodable
-from worker.messages import MAX_BODY_BYTES, JobRules
+from worker.messages import MAX_BODY_BYTES
 from worker.processing import decode_any
+from worker.rejecting import JobRules
 
 MAX_LISTED_REASON_CHARS = 160
 

@@ -2,12 +2,31 @@
 
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 
 from clients.location import ObjectRef
-from watermark.signature import SignatureStyle
+from watermark.fitting import Fit
+from watermark.overlay import TextOverlay
+from watermark.signature import Position, SignatureStyle
 
 # Beyond this a picture is more border than subject; 9999:1 would be one row of latents.
 MAX_ASPECT = 4.0
+
+
+class Kind(StrEnum):
+    """What sort of picture a job asks for."""
+
+    TEXT2IMAGE = "text2image"
+    IMAGE2IMAGE = "image2image"
+    INPAINT = "inpaint"
+    PRODUCT = "product"
+
+
+class Preprocess(StrEnum):
+    """What is made of a control picture before a ControlNet sees it."""
+
+    NONE = "none"
+    CANNY = "canny"
 
 
 class Undecodable(Exception):
@@ -33,11 +52,55 @@ class JobAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class JobSource:
+    """The picture that a job's drawing begins from; with `mask_ref` only what is white there is repainted."""
+
+    image_ref: ObjectRef
+    mask_ref: ObjectRef | None
+    strength: float
+
+
+@dataclass(frozen=True, slots=True)
+class JobControl:
+    """The picture that a job's drawing follows, and how. See `inference.request.Control`."""
+
+    image_ref: ObjectRef
+    model: str
+    scale: float
+    start: float
+    end: float
+    preprocess: Preprocess
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a product stands: it fills at most `scale` of the picture each way; None is the background's calm side."""
+
+    scale: float
+    position: Position | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobProduct:
+    """A product job's own. What a person brings for a stage is not made: `composite_ref` comes with `cutout_ref`."""
+
+    image_ref: ObjectRef | None
+    cutout_ref: ObjectRef | None
+    background_ref: ObjectRef | None
+    composite_ref: ObjectRef | None
+    layout: Layout
+    shadow: float
+    refine_strength: float
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """What a message asks for, both dialects resolved, every value within its limits.
 
     `size` (width, height) wins over `aspect` where it is set. `seed` is never absent: a null one is derived from
     `task_id`, so that a repeated run draws the same picture. Steps and guidance that nobody named are the family's.
+    `source` is there for image2image and inpaint, `product` for product, and for no other kind. `fit` is for every
+    reference picture.
     """
 
     task_id: str
@@ -59,6 +122,14 @@ class Job:
     signature_style: SignatureStyle
     prompt_tags: tuple[str, ...]
     created_at: datetime | None
+    kind: Kind = Kind.TEXT2IMAGE
+    source: JobSource | None = None
+    control: JobControl | None = None
+    product: JobProduct | None = None
+    fit: Fit = Fit.COVER
+    overlays: tuple[TextOverlay, ...] = ()
+    style: str | None = None
+    industry: str | None = None
 
     @property
     def seeds(self) -> tuple[int, ...]:

@@ -16,7 +16,8 @@ from watermark.decoding import decode_signature
 from watermark.errors import FontMissing, SignatureInvalid
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned, sign
 from worker.job import Job, JobRejected
-from worker.messages import JobRules, decode
+from worker.messages import decode
+from worker.rejecting import JobRules
 from worker.story import PEFT_CONFIG, PEFT_WEIGHTS, request_of
 
 

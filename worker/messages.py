@@ -9,17 +9,19 @@ import json
 import math
 import re
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import ValidationError
 
-from clients.location import LocationForbidden, ObjectRef, parse_location
+from clients.location import ObjectRef, parse_location
 from config.settings import ModelSettings, StoreSettings
+from watermark.fitting import Fit
 from watermark.signature import SignatureStyle
 from worker.job import MAX_ASPECT, Job, JobAdapter, JobRejected, Undecodable
+from worker.kinds import control_of, kind_of, overlay_of, overlays_in, product_of, source_of
+from worker.rejecting import MAX_REASON_CHARS, Identity, JobRules, Rejection, located
 from worker.schema import (
     ASPECT,
     MAX_ADAPTERS,
@@ -34,7 +36,6 @@ MESSAGE_TYPE = "image_generation"
 
 # A real message is 1-2 kB; json.loads of an 11 MB one takes 256 MB of memory.
 MAX_BODY_BYTES = 256 * 1024
-MAX_REASON_CHARS = 400
 
 _TASK_NAMESPACE = uuid.UUID("5b3f0f3c-2f0e-4f0b-9a55-1d7f5be1c0de")
 _ASPECT = re.compile(ASPECT)
@@ -46,20 +47,6 @@ _FIELD_CODES: dict[str | int, str] = {
     "negative_prompt": "INVALID_PROMPT",
     "aspect_ratio": "UNSUPPORTED_ASPECT_RATIO",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class JobRules:
-    """What the worker's settings say about jobs; None: the model's family knows."""
-
-    default_steps: int | None
-    default_guidance: float | None
-    locate: Callable[[str], ObjectRef]
-
-
-class _Identity(NamedTuple):
-    task_id: str
-    generation_id: int
 
 
 def rules_from(model: ModelSettings, store: StoreSettings) -> JobRules:
@@ -81,18 +68,9 @@ def decode(body: bytes, rules: JobRules) -> Job:
     """The job in `body`. Raises `Undecodable` where there is no id to trust, `JobRejected` for all else."""
     message = _parse(body)
     identity = _identify(message, body)
-    reject = _Rejection(identity)
+    reject = Rejection(identity)
     wire = _validate(message.get("data"), reject)
     return _build(wire, message, identity, rules, reject)
-
-
-class _Rejection(NamedTuple):
-    """Makes `JobRejected`s that carry the job's ids."""
-
-    identity: _Identity
-
-    def __call__(self, code: str, message: str) -> JobRejected:
-        return JobRejected(code, message[:MAX_REASON_CHARS], **self.identity._asdict())
 
 
 def _parse(body: bytes) -> dict[str, Any]:
@@ -121,13 +99,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _identify(message: Mapping[str, Any], body: bytes) -> _Identity:
+def _identify(message: Mapping[str, Any], body: bytes) -> Identity:
     fields = message.get("data")
     holder = fields if isinstance(fields, dict) and "generation_id" in fields else message
     generation_id = holder.get("generation_id")
     if type(generation_id) is not int or not 1 <= generation_id <= MAX_INT64:
         raise Undecodable(f"generation_id is {generation_id!r:.80}; it must be a whole number from 1 to 2^63-1")
-    return _Identity(_task_id(message.get("task_id"), body), generation_id)
+    return Identity(_task_id(message.get("task_id"), body), generation_id)
 
 
 def _task_id(given: Any, body: bytes) -> str:
@@ -140,7 +118,7 @@ def _task_id(given: Any, body: bytes) -> str:
     return str(uuid.uuid5(_TASK_NAMESPACE, hashlib.sha256(body).hexdigest()))
 
 
-def _validate(fields: Any, reject: _Rejection) -> WireData:
+def _validate(fields: Any, reject: Rejection) -> WireData:
     if not isinstance(fields, dict):
         raise reject("INVALID_INPUT", "data must be an object with generation_id and prompt")
     try:
@@ -153,14 +131,20 @@ def _validate(fields: Any, reject: _Rejection) -> WireData:
             "INVALID_PROMPT", f"prompt must have 1 to {MAX_PROMPT_CHARS} characters; it has {len(wire.prompt)}"
         )
     # Also what is only told back: a database that takes no NUL would refuse the job's end for a day.
-    for name in ("prompt", "negative_prompt", "artist_name", "scheduler", "prompt_tags"):
-        if _NOT_TEXT.search("".join(getattr(wire, name) or "")):
-            code = _FIELD_CODES.get(name, "INVALID_INPUT")
-            raise reject(code, f"{name} holds a NUL or half a surrogate pair: send plain Unicode text")
+    for name in ("prompt", "negative_prompt", "artist_name", "scheduler", "style", "industry", "prompt_tags"):
+        _check_text(name, "".join(getattr(wire, name) or ""), reject)
+    for overlay in overlays_in(wire):
+        _check_text("text_overlay", overlay.text + (overlay.font or ""), reject)
     return wire
 
 
-def _rejection_of(error: ValidationError, reject: _Rejection) -> JobRejected:
+def _check_text(name: str, text: str, reject: Rejection) -> None:
+    if _NOT_TEXT.search(text):
+        code = _FIELD_CODES.get(name, "INVALID_INPUT")
+        raise reject(code, f"{name} holds a NUL or half a surrogate pair: send plain Unicode text")
+
+
+def _rejection_of(error: ValidationError, reject: Rejection) -> JobRejected:
     """One sentence for all that is wrong: which field, what rule. Values stay out of it but for plain numbers."""
     problems = error.errors(include_url=False, include_context=False)
     sentences = []
@@ -173,7 +157,7 @@ def _rejection_of(error: ValidationError, reject: _Rejection) -> JobRejected:
     return reject(_FIELD_CODES.get(problems[0]["loc"][0], "INVALID_INPUT"), "; ".join(sentences))
 
 
-def _build(wire: WireData, message: Mapping[str, Any], identity: _Identity, rules: JobRules, reject: _Rejection) -> Job:
+def _build(wire: WireData, message: Mapping[str, Any], identity: Identity, rules: JobRules, reject: Rejection) -> Job:
     parameters = wire.parameters or WireParameters()
     style = wire.signature_config or WireSignatureConfig()
     seed = _first(parameters.seed, wire.seed)
@@ -192,9 +176,17 @@ def _build(wire: WireData, message: Mapping[str, Any], identity: _Identity, rule
         cfg_normalization=parameters.cfg_normalization or 0.0,
         cfg_truncation=_first(parameters.cfg_truncation, 1.0),
         scheduler=_first(parameters.scheduler, wire.scheduler) or None,
-        signature_ref=_located("signature_path", wire.signature_path, rules, reject),
+        signature_ref=located("signature_path", wire.signature_path, rules, reject),
         artist_name=(wire.artist_name or "").strip() or None,
         signature_style=SignatureStyle(position=style.position, size=style.size, opacity=style.opacity),
+        kind=kind_of(wire),
+        source=source_of(wire, rules, reject),
+        control=control_of(wire.control, rules, reject),
+        product=product_of(wire, rules, reject),
+        fit=wire.fit or Fit.COVER,
+        overlays=tuple(overlay_of(one) for one in overlays_in(wire)),
+        style=wire.style or None,
+        industry=wire.industry or None,
         prompt_tags=tuple(wire.prompt_tags or ()),
         created_at=_timestamp(message.get("created_at")),
     )
@@ -205,7 +197,7 @@ def _first(*candidates: Any) -> Any:
     return next((candidate for candidate in candidates if candidate is not None), None)
 
 
-def _adapters(wire: WireData, rules: JobRules, reject: _Rejection) -> tuple[JobAdapter, ...]:
+def _adapters(wire: WireData, rules: JobRules, reject: Rejection) -> tuple[JobAdapter, ...]:
     named = [(lora.path, lora.scale) for lora in wire.loras or ()]
     if wire.lora_path:
         named.insert(0, (wire.lora_path, _first(wire.lora_scale, 1.0)))
@@ -216,7 +208,7 @@ def _adapters(wire: WireData, rules: JobRules, reject: _Rejection) -> tuple[JobA
 
     adapters = []
     for path, scale in named:
-        ref = _located("lora_path", path, rules, reject)
+        ref = located("lora_path", path, rules, reject)
         if ref is None:
             raise reject("INVALID_INPUT", "data.loras: path is empty: name a .safetensors object or a folder")
         if ref.key.lower().endswith(_PICKLE_SUFFIXES):
@@ -225,16 +217,7 @@ def _adapters(wire: WireData, rules: JobRules, reject: _Rejection) -> tuple[JobA
     return tuple(adapters)
 
 
-def _located(field: str, text: str | None, rules: JobRules, reject: _Rejection) -> ObjectRef | None:
-    if not text:
-        return None
-    try:
-        return rules.locate(text)
-    except LocationForbidden as error:
-        raise reject("INPUT_FORBIDDEN", f"{field}: {error}") from error
-
-
-def _size(width: int | None, height: int | None, reject: _Rejection) -> tuple[int, int] | None:
+def _size(width: int | None, height: int | None, reject: Rejection) -> tuple[int, int] | None:
     if width is None and height is None:
         return None
     if width is None or height is None:
@@ -242,7 +225,7 @@ def _size(width: int | None, height: int | None, reject: _Rejection) -> tuple[in
     return width, height
 
 
-def _aspect(text: str | None, reject: _Rejection) -> tuple[int, int]:
+def _aspect(text: str | None, reject: Rejection) -> tuple[int, int]:
     if not text:
         return 1, 1
     match = _ASPECT.fullmatch(text)

@@ -20,10 +20,11 @@ from worker.history import History
 from worker.job import Job, JobRejected, Undecodable
 from worker.leases import Leases
 from worker.ledger import Ledger
-from worker.messages import JobRules, decode
+from worker.messages import decode
 from worker.metrics import Metrics
 from worker.notifying import Notifier
 from worker.queues import QueueNames
+from worker.rejecting import JobRules
 from worker.runs import Run, Runs
 from worker.settling import Disposition, JobReleased, Verdict, judge
 from worker.story import Storyteller

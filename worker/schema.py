@@ -4,11 +4,13 @@ Descriptions and `json_schema_extra` go into the published schema (`contract.py`
 `messages.py` and not here, because the answer is a sentence or a code of its own.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from watermark.fitting import Fit
 from watermark.signature import Position, Size
+from worker.job import Kind, Preprocess
 
 MAX_PROMPT_CHARS = 4000
 MAX_LOCATION_CHARS = 2048
@@ -16,6 +18,8 @@ MAX_ADAPTERS = 4
 MAX_IMAGES = 8
 MAX_STEPS = 150
 MIN_SIDE, MAX_SIDE = 64, 2048
+MAX_OVERLAYS = 8
+MAX_OVERLAY_CHARS = 300
 MAX_INT64 = 2**63 - 1
 # Seeds run to seed + num_images - 1 and must stay what a torch.Generator takes.
 MAX_SEED = MAX_INT64 - MAX_IMAGES
@@ -24,6 +28,8 @@ MAX_SEED = MAX_INT64 - MAX_IMAGES
 ASPECT = r"([1-9][0-9]{0,3}):([1-9][0-9]{0,3})"
 NO_NUL = {"pattern": r"^[^\u0000]*$"}
 NO_NUL_NOT_BLANK = {"pattern": r"^[^\u0000]*[^\s\u0000][^\u0000]*$"}
+COLOUR = r"^#[0-9A-Fa-f]{6}$"
+COLOUR_OR_AUTO = r"^(auto|#[0-9A-Fa-f]{6})$"
 
 _Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 _Side = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE)]
@@ -33,6 +39,14 @@ _Scale = Annotated[float, Field(ge=-4, le=4)]
 _Location = Annotated[str, Field(max_length=MAX_LOCATION_CHARS)]
 _Text = Annotated[str, Field(max_length=100, json_schema_extra=NO_NUL)]
 _Tag = Annotated[str, Field(max_length=200, json_schema_extra=NO_NUL)]
+_Fraction = Annotated[float, Field(ge=0, le=1)]
+# Of the steps, how many are taken: none would be the reference itself.
+_Strength = Annotated[float, Field(gt=0, le=1)]
+_Image = Annotated[_Location, Field(description="PNG, JPEG or WebP; named like `lora_path`")]
+_ImageNotEmpty = Annotated[
+    _Location, Field(description="PNG, JPEG or WebP; named like `lora_path`", json_schema_extra={"minLength": 1})
+]
+_ColourOrAuto = Annotated[str, Field(pattern=COLOUR_OR_AUTO)]
 
 
 class _Wire(BaseModel):
@@ -66,6 +80,80 @@ class WireSignatureConfig(_Wire):
     position: Position = Field(default=Position.BOTTOM_RIGHT, strict=False)
     size: Size = Field(default=Size.MEDIUM, strict=False, description="15, 25 or 35 % of the picture's width")
     opacity: Annotated[float, Field(ge=0, le=1)] = 0.7
+
+
+class WireControl(_Wire):
+    """A picture whose edges, pose or depth the drawing follows, by one of the worker's ControlNets."""
+
+    image_path: _ImageNotEmpty
+    model: Annotated[str, Field(min_length=1, max_length=100, description="One of the worker's CONTROLNETS")]
+    scale: Annotated[float, Field(ge=0, le=2, description="How strongly it is followed")] = 1.0
+    start: Annotated[float, Field(ge=0, lt=1, description="Fraction of the steps at which it begins")] = 0.0
+    end: Annotated[float, Field(gt=0, le=1, description="Fraction of the steps at which it ends; behind start")] = 1.0
+    preprocess: Preprocess = Field(
+        default=Preprocess.NONE, strict=False, description="canny: the worker finds the picture's edges first"
+    )
+
+
+class WireLayout(_Wire):
+    """Where the product stands on its background."""
+
+    scale: Annotated[float, Field(gt=0, le=1, description="Part of the picture that it fills at most, each way")] = 0.6
+    position: Annotated[str, Field(pattern=f"^(auto|{'|'.join(Position)})$")] = Field(
+        default="auto", description="auto: in the middle of the background's calm side"
+    )
+
+
+class WireProduct(_Wire):
+    """A product on a generated background. Any stage's picture may be brought instead of made."""
+
+    image_path: Annotated[_Image, Field(description="The product's picture, whose cut-out is made")] | None = None
+    cutout_path: Annotated[_Image, Field(description="The product cut out: a picture with alpha")] | None = None
+    background_image_path: Annotated[_Image, Field(description="The background, not drawn then")] | None = None
+    composite_path: (
+        Annotated[
+            _Image, Field(description="The product on its background; goes with `cutout_path`, whose place it has")
+        ]
+        | None
+    ) = None
+    layout: WireLayout | None = None
+    shadow: Annotated[_Fraction, Field(description="Opacity of the contact shadow")] = 0.5
+    refine_strength: Annotated[
+        float, Field(ge=0, le=0.6, description="Strength of the pass that blends the two; 0 leaves it out")
+    ] = 0.0
+
+
+class WireStroke(_Wire):
+    """The outline of a headline's letters."""
+
+    width: Annotated[float, Field(ge=0, le=0.2, description="Of the letters' size")] = 0.05
+    color: _ColourOrAuto = "auto"
+
+
+class WireBox(_Wire):
+    """The panel behind a headline."""
+
+    color: _ColourOrAuto = "auto"
+    opacity: _Fraction = 0.6
+
+
+class WireTextOverlay(_Wire):
+    """A headline on the finished picture, under the signature."""
+
+    text: Annotated[
+        str, Field(description="Lines may be broken by \\n; others wrap", json_schema_extra=NO_NUL_NOT_BLANK)
+    ] = Field(min_length=1, max_length=MAX_OVERLAY_CHARS)
+    font: Annotated[_Text, Field(description="Family name, as `darkroom fonts` lists it")] | None = None
+    size: Annotated[float, Field(gt=0, le=0.5)] | Literal["fit"] = Field(
+        default="fit", description="Of the letters, as a fraction of the picture's height; fit: as large as is good"
+    )
+    color: Annotated[_ColourOrAuto, Field(description="auto: black or white, by contrast")] = "auto"
+    stroke: WireStroke | None = None
+    shadow: bool = False
+    box: WireBox | None = None
+    position: Annotated[str, Field(pattern=f"^(auto|{'|'.join(Position)})$")] = Field(
+        default="auto", description="auto: the calmest region"
+    )
 
 
 class WireData(_Wire):
@@ -106,6 +194,24 @@ class WireData(_Wire):
     signature_path: _Location | None = Field(default=None, description="PNG, JPEG or WebP; named like `lora_path`")
     artist_name: _Text | None = Field(default=None, description="Written where there is no signature_path")
     signature_config: WireSignatureConfig | None = None
+    kind: Kind | None = Field(default=None, strict=False, description="What sort of picture this is; else text2image")
+    init_image_path: _Image | None = Field(
+        default=None, description="image2image, inpaint: the picture to begin from; PNG, JPEG or WebP"
+    )
+    mask_path: _Image | None = Field(default=None, description="inpaint: white is repainted; fitted like the picture")
+    strength: _Strength | None = Field(
+        default=None, description="How far from the init image; 0.8 for image2image, 1 for inpaint where not given"
+    )
+    fit: Fit | None = Field(
+        default=None, strict=False, description="How reference pictures come to the picture's size; else cover"
+    )
+    control: WireControl | None = None
+    product: WireProduct | None = None
+    text_overlay: WireTextOverlay | Annotated[list[WireTextOverlay], Field(max_length=MAX_OVERLAYS)] | None = Field(
+        default=None, description="One headline or several"
+    )
+    style: _Text | None = Field(default=None, description="A preset of the worker, like anime")
+    industry: _Text | None = Field(default=None, description="A preset of the worker, like cafe")
     prompt_tags: Annotated[list[_Tag], Field(max_length=100)] | None = Field(
         default=None, description="Told back with the picture"
     )

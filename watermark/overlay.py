@@ -1,0 +1,36 @@
+"""A headline on a picture: what is asked for."""
+
+from dataclasses import dataclass
+
+from watermark.signature import Position
+
+
+@dataclass(frozen=True, slots=True)
+class Stroke:
+    """The outline of the letters: `width` as a fraction of their size; `colour` None is chosen by contrast."""
+
+    width: float
+    colour: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """The panel behind the letters; `colour` None is chosen by contrast."""
+
+    colour: str | None
+    opacity: float
+
+
+@dataclass(frozen=True, slots=True)
+class TextOverlay:
+    """One headline. `size` is a fraction of the picture's height, None as large as is good; `colour` is `#rrggbb`,
+    None black or white by contrast; `position` None is the calmest region; `font` None any that has the glyphs."""
+
+    text: str
+    font: str | None = None
+    size: float | None = None
+    colour: str | None = None
+    stroke: Stroke | None = None
+    shadow: bool = False
+    box: Box | None = None
+    position: Position | None = None
