@@ -168,7 +168,7 @@ class GenerationResult:
 class ModelFacts:
     """What the loaded model is. `base_size` (pixels) is the side of its 1:1 picture; sizes are multiples of
     `size_multiple`; steps and guidance default to the family's. `step_seconds` was measured by a warm-up at base size.
-    `model` is the name told to backends."""
+    `model` is the name told to backends; `kinds` are those it can draw, `controls` the ControlNets a request may name."""
 
     model: str
     family: str
@@ -181,6 +181,8 @@ class ModelFacts:
     dtype: str
     load_seconds: float
     step_seconds: float
+    kinds: tuple[str, ...] = ("text2image",)
+    controls: tuple[str, ...] = ()
 
 
 OnStep = Callable[[StepReport], None]

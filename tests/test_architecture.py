@@ -19,8 +19,8 @@ MAY_IMPORT = {
     "clients": {"clients", "config"},
     "config": {"config"},
 }
-# Where all three siblings meet: a job's story and its local twin.
-MEETINGS = {"worker.story", "worker.local"}
+# Where all three siblings meet: a job's story, what is fetched for it, and its local twin.
+MEETINGS = {"worker.story", "worker.fetching", "worker.local"}
 TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "compel"}
 
 

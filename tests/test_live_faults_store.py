@@ -15,8 +15,8 @@ from tests.world import Worker, eventually
 CONSTANTS = {
     "worker.settling:RETRY_DELAYS_SECONDS": [1, 1],
     "worker.settling:MAX_ATTEMPTS": 3,
-    "worker.story:PICTURE_PATIENCE_SECONDS": 0.0,
-    "worker.story:SECOND_LOOK_SECONDS": 0.5,
+    "worker.storing:PICTURE_PATIENCE_SECONDS": 0.0,
+    "worker.fetching:SECOND_LOOK_SECONDS": 0.5,
     # After `SlowDown` boto3's pauses are of up to one and two seconds.
     "clients.storage:CALL_DEADLINE_SECONDS": 4.0,
     "clients.storage:RATE_WINDOW_SECONDS": 0.5,

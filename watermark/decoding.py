@@ -1,22 +1,38 @@
-"""Turns bytes somebody uploaded into an RGBA image, or says in plain words why not.
+"""Turns bytes somebody uploaded into an upright image without metadata, or says in plain words why not.
 
 Pillow is given three formats, a cap on bytes, and a look at the size in the header before it decodes a pixel: its own
-limit begins at 89 Mpx, far above what a signature needs.
+limit is far above what is needed.
 """
 
 import io
 import struct
 import warnings
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from watermark.errors import SignatureInvalid
+from watermark.errors import PictureInvalid, PictureTooLarge, SignatureInvalid
 
 MAX_CONTENT_BYTES = 10_000_000
 MAX_SIDE_PX = 4096  # 16 Mpx at most, 67 MB as RGBA
 FORMATS = ("PNG", "JPEG", "WEBP")
+
+# Of a reference picture, as it is held in memory: what most cameras take. 100 MB as RGBA, and twice that for a moment.
+MAX_PICTURE_PX = 25_000_000
+# A baseline JPEG is decoded at an eighth, a quarter or half of its size, which is as much as a drawing can use.
+USEFUL_SIDE_PX = 2048
+MAX_SCALED_JPEG_PX = 250_000_000
+# Transparent parts of a picture are shown on white, those of a mask are no part of it.
+BACKGROUNDS = {"RGB": (255, 255, 255, 255), "L": (0, 0, 0, 255)}
+
+PictureMode = Literal["RGB", "RGBA", "L"]
+
+# Pillow's own limit is of 89 Mpx, before there is a chance to look at what it will take.
+Image.MAX_IMAGE_PIXELS = MAX_SCALED_JPEG_PX
 
 # For the whole process, once: `warnings.catch_warnings` around each decoding would not be safe between threads.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -70,16 +86,26 @@ def decode_signature(content: bytes) -> Image.Image:
         raise SignatureInvalid(
             f"the signature image has {len(content) / 1e6:.1f} MB; at most {MAX_CONTENT_BYTES / 1e6:.0f} MB are read"
         )
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-            _check_header(opened)
-            image = to_rgba(ImageOps.exif_transpose(opened))
-    except DECODE_ERRORS as error:
-        raise SignatureInvalid(_explain(content, error)) from error
-
+    with _opened(content, "the signature", SignatureInvalid) as opened:
+        _check_signature_size(opened)
+        image = to_rgba(ImageOps.exif_transpose(opened))
     if image.getchannel("A").getbbox() is None:
         raise SignatureInvalid("the signature image is fully transparent: nothing of it would be seen")
     return image
+
+
+def decode_picture(content: bytes, mode: PictureMode) -> Image.Image:
+    """Decode a PNG, JPEG or WebP of at most 25 Mpx into a still, upright image of `mode` without metadata.
+
+    A baseline JPEG may have ten times as many pixels: it comes out smaller, no side below 2048 px by that. Without
+    alpha asked for, RGB is on white and L on black. Raises `PictureInvalid` or `PictureTooLarge`.
+    """
+    with _opened(content, "the picture", PictureInvalid) as opened:
+        _scale_jpeg(opened)
+        if opened.width * opened.height > MAX_PICTURE_PX:
+            size = f"{opened.width}x{opened.height} px, {opened.width * opened.height / 1e6:.0f} Mpx"
+            raise PictureTooLarge(f"the picture has {size}; at most {MAX_PICTURE_PX / 1e6:.0f} Mpx are read")
+        return _as_mode(ImageOps.exif_transpose(opened), mode)
 
 
 def to_rgba(image: Image.Image) -> Image.Image:
@@ -95,22 +121,48 @@ def to_rgba(image: Image.Image) -> Image.Image:
     return rgba
 
 
-def _check_header(image: Image.Image) -> None:
+@contextmanager
+def _opened(content: bytes, subject: str, invalid: Callable[[str], Exception]) -> Iterator[Image.Image]:
+    """The image in `content`, nothing but its header read; what its decoding stumbles over is told as `invalid`."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+            if getattr(opened, "is_animated", False):
+                raise invalid(f"{subject} is an animation or holds several pictures; send a still one")
+            yield opened
+    except DECODE_ERRORS as error:
+        raise invalid(_explain(content, error, subject)) from error
+
+
+def _scale_jpeg(image: Image.Image) -> None:
+    # A progressive one is held whole by the decoder, whatever comes out of it.
+    if image.format == "JPEG" and not image.info.get("progressive") and image.mode in ("RGB", "L"):
+        image.draft(image.mode, (USEFUL_SIDE_PX, USEFUL_SIDE_PX))
+
+
+def _as_mode(image: Image.Image, mode: PictureMode) -> Image.Image:
+    if image.mode == mode:
+        image.info = {}
+        return image
+    rgba = to_rgba(image)
+    if mode == "RGBA":
+        return rgba
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, BACKGROUNDS[mode]), rgba).convert(mode)
+
+
+def _check_signature_size(image: Image.Image) -> None:
     """Judge what the header tells, before a pixel is decoded."""
     width, height = image.size
     if max(width, height) > MAX_SIDE_PX:
         raise SignatureInvalid(
             f"the signature image is {width}x{height} px; at most {MAX_SIDE_PX}x{MAX_SIDE_PX} px are read"
         )
-    if getattr(image, "is_animated", False):
-        raise SignatureInvalid("the signature image is an animation or holds several pictures; send a still one")
 
 
-def _explain(content: bytes, error: Exception) -> str:
+def _explain(content: bytes, error: Exception, subject: str) -> str:
     start = content[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     look = next((words for prefix, words in LOOKS if start.startswith(prefix)), "no image")
     if not content:
         look = "an empty file"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         look = "far too large an image"
-    return f"the signature is no PNG, JPEG or WebP image that can be read: it looks like {look}"
+    return f"{subject} is no PNG, JPEG or WebP image that can be read: it looks like {look}"

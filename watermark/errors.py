@@ -1,8 +1,8 @@
-"""What can be wrong with a signature. Each message is for the person whose signature it is."""
+"""What can be wrong with a picture that somebody sent. Each message is for the person whose picture it is."""
 
 
 class WatermarkError(Exception):
-    """The signature cannot be put on a picture."""
+    """Base of what can be wrong."""
 
 
 class SignatureInvalid(WatermarkError):
@@ -11,3 +11,11 @@ class SignatureInvalid(WatermarkError):
 
 class FontMissing(WatermarkError):
     """No installed font has every character of the signature text."""
+
+
+class PictureInvalid(WatermarkError):
+    """A reference picture is not one we read: wrong format, broken, or an animation."""
+
+
+class PictureTooLarge(WatermarkError):
+    """A reference picture has more pixels than are decoded."""

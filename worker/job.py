@@ -97,10 +97,10 @@ class JobProduct:
 class Job:
     """What a message asks for, both dialects resolved, every value within its limits.
 
-    `size` (width, height) wins over `aspect` where it is set. `seed` is never absent: a null one is derived from
-    `task_id`, so that a repeated run draws the same picture. Steps and guidance that nobody named are the family's.
-    `source` is there for image2image and inpaint, `product` for product, and for no other kind. `fit` is for every
-    reference picture.
+    `size` (width, height) wins over `aspect` where it is set; without both a reference picture's proportions hold.
+    `seed` is never absent: a null one is derived from `task_id`, so that a repeated run draws the same picture. Steps
+    and guidance that nobody named are the family's. `source` is there for image2image and inpaint, `product` for
+    product, and for no other kind. `fit` is for every reference picture.
     """
 
     task_id: str
@@ -109,7 +109,7 @@ class Job:
     negative_prompt: str
     adapters: tuple[JobAdapter, ...]
     size: tuple[int, int] | None
-    aspect: tuple[int, int]
+    aspect: tuple[int, int] | None
     seed: int
     num_images: int
     num_inference_steps: int | None
@@ -136,17 +136,21 @@ class Job:
         return tuple(self.seed + index for index in range(self.num_images))
 
 
-def resolve_size(job: Job, *, base_size: int, size_multiple: int) -> tuple[int, int]:
+def resolve_size(
+    job: Job, *, base_size: int, size_multiple: int, reference: tuple[int, int] | None = None
+) -> tuple[int, int]:
     """The width and height, in pixels, this job's pictures really get on a model of that base size.
 
-    1:1, 2:2, 1:2 and 2:1 count in base sizes; any other ratio keeps the area of the base square.
+    1:1, 2:2, 1:2 and 2:1 count in base sizes; any other ratio keeps the area of the base square. Where the job names
+    none, it is that of its `reference` picture, within the limits, or 1:1.
     """
     if job.size is not None:
         width, height = (float(side) for side in job.size)
-    elif max(job.aspect) <= 2:
+    elif job.aspect is not None and max(job.aspect) <= 2:
         width, height = (float(base_size * side) for side in job.aspect)
     else:
-        ratio = job.aspect[0] / job.aspect[1]
+        across, down = job.aspect or reference or (1, 1)
+        ratio = min(MAX_ASPECT, max(1 / MAX_ASPECT, across / down))
         width, height = base_size * ratio**0.5, base_size / ratio**0.5
     return _to_multiple(width, size_multiple), _to_multiple(height, size_multiple)
 

@@ -31,6 +31,8 @@ def source_of(wire: WireData, rules: JobRules, reject: Rejection) -> JobSource |
         if getattr(wire, field) and kind not in kinds:
             of = " or ".join(sorted(kinds))
             raise reject("INVALID_INPUT", f"data.{field} belongs to kind {of}, but kind is {kind}")
+    if kind is Kind.PRODUCT and wire.control:
+        raise reject("INVALID_INPUT", "data.control does not go with kind product")
     if kind not in DEFAULT_STRENGTH:
         return None
     return JobSource(

@@ -15,10 +15,11 @@ from inference.request import AdapterFile, EngineError, GenerationRequest, Gener
 from watermark.decoding import decode_signature
 from watermark.errors import FontMissing, SignatureInvalid
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned, sign
+from worker.fetching import PEFT_CONFIG, PEFT_WEIGHTS
 from worker.job import Job, JobRejected
 from worker.messages import decode
 from worker.rejecting import JobRules
-from worker.story import PEFT_CONFIG, PEFT_WEIGHTS, request_of
+from worker.story import request_of
 
 
 @dataclass(frozen=True, slots=True)

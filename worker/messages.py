@@ -225,9 +225,9 @@ def _size(width: int | None, height: int | None, reject: Rejection) -> tuple[int
     return width, height
 
 
-def _aspect(text: str | None, reject: Rejection) -> tuple[int, int]:
+def _aspect(text: str | None, reject: Rejection) -> tuple[int, int] | None:
     if not text:
-        return 1, 1
+        return None
     match = _ASPECT.fullmatch(text)
     if match is not None:
         width, height = int(match[1]), int(match[2])

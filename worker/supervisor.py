@@ -22,6 +22,8 @@ from worker.board import Board
 from worker.breakers import BACKEND_THRESHOLD, STORE_THRESHOLD, Breaker, Gate
 from worker.broker import Broadcast, Consumer, Publisher, PublishFailed, Subscription
 from worker.cancelling import Cancellations
+from worker.drawing import Drawer
+from worker.fetching import Fetcher
 from worker.health import HealthServer
 from worker.history import History
 from worker.idleness import IdleWatch, idle_reason
@@ -35,6 +37,7 @@ from worker.processing import Processor
 from worker.progress import ProgressReporter
 from worker.queues import QueueNames
 from worker.runs import Run
+from worker.storing import PictureStore
 from worker.story import Storyteller
 
 logger = logging.getLogger(__name__)
@@ -199,16 +202,21 @@ class Supervisor:
 
     def _storyteller(self, facts: ModelFacts) -> Storyteller:
         return Storyteller(
-            storage=self._storage,
-            cache=self._cache,
             ledger=self._ledger,
-            engine=self._engine,
+            fetcher=Fetcher(
+                storage=self._storage,
+                cache=self._cache,
+                private_bucket=self._settings.store.bucket,
+                font_dirs=self._settings.service.font_dirs,
+                is_draining=self._is_draining,
+                gate=self._gate,
+            ),
+            drawer=Drawer(self._engine, self._is_draining),
+            store=PictureStore(self._storage, self._gate),
             facts=facts,
             progress=self._progress,
             results_bucket=self._settings.store.results_bucket,
-            font_dirs=self._settings.service.font_dirs,
             worker=self._name,
-            is_draining=self._is_draining,
             cancellations=self._cancellations,
             gate=self._gate,
         )

@@ -46,7 +46,7 @@ ROWS: tuple[Row, ...] = (
         "the adapter is not there, or not yet",
         "looked for once more after a moment; then the job fails undrawn, never without its style",
         tests=(f"{LIVE}test_an_adapter_that_comes_a_moment_after_its_job_is_not_missing",),
-        without=(Mutation("worker/story.py", "self.is_draining.wait(SECOND_LOOK_SECONDS)", "raise"),),
+        without=(Mutation("worker/fetching.py", "self.is_draining.wait(SECOND_LOOK_SECONDS)", "raise"),),
         also=(f"{LIVE}test_without_its_adapter_a_job_fails_and_nothing_is_drawn",),
     ),
     Row(
@@ -124,7 +124,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{LIVE}test_a_picture_of_another_task_gives_way_and_the_log_says_so",),
         without=(
             Mutation(
-                "worker/story.py", "self.gate.insist(overwrite, patience_seconds=PICTURE_PATIENCE_SECONDS)", "return"
+                "worker/storing.py", "self.gate.insist(overwrite, patience_seconds=PICTURE_PATIENCE_SECONDS)", "return"
             ),
         ),
         also=(

@@ -1,0 +1,47 @@
+"""Asking the engine for a job's pictures: cancelled, drained and reported on as the job is."""
+
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from threading import Event
+
+from inference.request import Engine, GenerationRequest, GenerationResult, RequestCancelled, StepReport
+from worker.progress import Track
+from worker.runs import Reached, Run
+from worker.settling import JobReleased
+
+
+@dataclass(frozen=True, slots=True)
+class Drawer:
+    """The way to the engine, for all jobs. `draw` blocks on the job's own thread."""
+
+    engine: Engine
+    is_draining: Event
+
+    def draw(self, run: Run, request: GenerationRequest, track: Track) -> GenerationResult:
+        """The pictures, `track` hearing of every step. Raises what the engine ends with, and what ends a job that is
+        not to be drawn: it was cancelled, or the worker is stopping."""
+        self._go_on_or_leave(run)
+
+        def on_step(report: StepReport) -> None:
+            run.phase = "decode" if report.step_index == report.num_steps else "denoise"
+            track.on_step(report)
+            run.reached = Reached(report.step_index, report.num_steps, track.seconds_left(report))
+
+        run.phase = "wait"
+        try:
+            run.future = self.engine.generate(request, on_step, lambda: run.is_cancelled)
+            if self.is_draining.is_set() or run.is_cancelled:
+                run.future.cancel()
+            result = run.future.result()
+        except CancelledError:
+            self._go_on_or_leave(run)
+            raise
+        run.add_engine_stages(result.stages)
+        return result
+
+    def _go_on_or_leave(self, run: Run) -> None:
+        """Raise what a job that is not yet being drawn ends with, if it is not to be drawn at all."""
+        if run.is_cancelled:
+            raise RequestCancelled("cancelled before it was begun")
+        if self.is_draining.is_set():
+            raise JobReleased("the worker is stopping")

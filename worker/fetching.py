@@ -1,0 +1,173 @@
+"""What a job names in the store, fetched and checked before the GPU is asked for anything."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Lock
+from typing import TypeVar
+
+from PIL import Image
+
+from clients.cache import DownloadCache
+from clients.location import ObjectRef
+from clients.storage import Storage
+from clients.storage_errors import AccessDenied, ObjectDamaged, ObjectNotFound, ObjectTooLarge
+from inference.request import AdapterFile
+from watermark.decoding import PictureMode, decode_picture, decode_signature
+from watermark.errors import FontMissing, PictureInvalid, PictureTooLarge, SignatureInvalid
+from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
+from worker.breakers import Gate
+from worker.job import Job, JobAdapter
+from worker.references import References, check_mask
+from worker.settling import JobFailed
+
+# Those of the engine and of the pictures' decoders, which would refuse by another code what is over them.
+MAX_ADAPTER_BYTES = 1_000_000_000
+MAX_CONFIG_BYTES = 64_000
+MAX_SIGNATURE_BYTES = 10_000_000
+MAX_PICTURE_BYTES = 50_000_000
+FETCH_DEADLINE_SECONDS = 300.0
+# Before an object that is not there is believed not to be.
+SECOND_LOOK_SECONDS = 2.0
+
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_PICKLE = "adapter_model.bin"
+
+Made = TypeVar("Made")
+
+
+# A decoded one may take 200 MB for a moment: a dozen job threads must not do that at once.
+_ONE_PICTURE_AT_A_TIME = Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """All that a job named, ready for use."""
+
+    signature: Signature
+    references: References
+    adapters: tuple[AdapterFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fetcher:
+    """Fetching for all jobs. Every method blocks, and raises `JobFailed` with the code of what is wrong."""
+
+    storage: Storage
+    cache: DownloadCache
+    private_bucket: str
+    font_dirs: tuple[Path, ...]
+    is_draining: Event
+    gate: Gate
+
+    def everything(self, job: Job, pinned: ExitStack) -> Fetched:
+        """All that the job names. Adapters stay on the disk until `pinned` closes."""
+        return Fetched(
+            signature=self.signature(job),
+            references=self._references(job),
+            adapters=tuple(self.adapter(adapter, pinned) for adapter in job.adapters),
+        )
+
+    def _references(self, job: Job) -> References:
+        init = mask = control = None
+        if job.source is not None:
+            init = self.picture(job.source.image_ref, "init_image_path", "RGB")
+            if job.source.mask_ref is not None:
+                mask = self.picture(job.source.mask_ref, "mask_path", "L")
+                check_mask(mask, init.size)
+        if job.control is not None:
+            control = self.picture(job.control.image_ref, "control.image_path", "RGB")
+        return References(init, mask, control)
+
+    def picture(self, ref: ObjectRef, field: str, mode: PictureMode) -> Image.Image:
+        """A picture that the job names in `field`, upright; of a huge JPEG only as much as a drawing can use."""
+        try:
+            content = self._read(ref, MAX_PICTURE_BYTES)
+            with _ONE_PICTURE_AT_A_TIME:
+                return decode_picture(content, mode)
+        except ObjectNotFound as error:
+            raise JobFailed("IMAGE_NOT_FOUND", f"{field}: the picture {ref} does not exist") from error
+        except (ObjectTooLarge, PictureTooLarge) as error:
+            raise JobFailed("INPUT_TOO_LARGE", f"{field}: {error}") from error
+        except (ObjectDamaged, PictureInvalid) as error:
+            raise JobFailed("IMAGE_INVALID", f"{field}: {error}") from error
+
+    def signature(self, job: Job) -> Signature:
+        """The signature, ready to draw: whatever is wrong with it is found before the GPU is asked for anything."""
+        try:
+            if job.signature_ref is not None:
+                return ImageSignature(decode_signature(self._read(job.signature_ref, MAX_SIGNATURE_BYTES)))
+            if job.artist_name is not None:
+                return TextSignature(job.artist_name, self.font_dirs)
+            return Unsigned()
+        except ObjectNotFound as error:
+            raise JobFailed("SIGNATURE_NOT_FOUND", f"the signature {job.signature_ref} does not exist") from error
+        except ObjectTooLarge as error:
+            raise JobFailed("INPUT_TOO_LARGE", str(error)) from error
+        except (ObjectDamaged, SignatureInvalid) as error:
+            raise JobFailed("SIGNATURE_INVALID", f"signature {job.signature_ref or 'artist_name'}: {error}") from error
+        except FontMissing as error:
+            raise JobFailed("FONT_MISSING", f"artist_name: {error}") from error
+
+    def _read(self, ref: ObjectRef, max_bytes: int) -> bytes:
+        def read() -> bytes:
+            with self.cache.fetch(ref, max_bytes=max_bytes, deadline_seconds=FETCH_DEADLINE_SECONDS) as path:
+                return path.read_bytes()
+
+        return self._look_twice(ref, read)
+
+    def adapter(self, adapter: JobAdapter, pinned: ExitStack) -> AdapterFile:
+        """The adapter's files on the local disk, pinned in the cache until `pinned` closes."""
+        ref = adapter.ref
+        if ref.key.lower().endswith(".safetensors"):
+            return AdapterFile(self._fetch(ref, MAX_ADAPTER_BYTES, pinned), None, adapter.scale)
+        config = self._fetch(ref.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned)
+        weights = self._fetch_weights(ref, pinned)
+        return AdapterFile(weights, config, adapter.scale)
+
+    def _fetch_weights(self, folder: ObjectRef, pinned: ExitStack) -> Path:
+        try:
+            return self._fetch(folder.child(PEFT_WEIGHTS), MAX_ADAPTER_BYTES, pinned)
+        except JobFailed:
+            if self._exists(folder.child(PEFT_PICKLE)):
+                only = f"the adapter {folder} holds only {PEFT_PICKLE}, which may be a pickle"
+                raise JobFailed("LORA_UNSAFE_FORMAT", f"{only}; store {PEFT_WEIGHTS}") from None
+            raise
+
+    def _fetch(self, ref: ObjectRef, max_bytes: int, pinned: ExitStack) -> Path:
+        try:
+            return self._look_twice(
+                ref,
+                lambda: pinned.enter_context(
+                    self.cache.fetch(ref, max_bytes=max_bytes, deadline_seconds=FETCH_DEADLINE_SECONDS)
+                ),
+            )
+        except ObjectNotFound as error:
+            raise JobFailed("LORA_NOT_FOUND", f"the adapter {ref} does not exist") from error
+        except ObjectTooLarge as error:
+            raise JobFailed("INPUT_TOO_LARGE", str(error)) from error
+        except ObjectDamaged as error:
+            raise JobFailed("LORA_INVALID", str(error)) from error
+
+    def _look_twice(self, ref: ObjectRef, fetch: Callable[[], Made]) -> Made:
+        """Fetch what a job names. A publisher may be quicker than its own upload, and a store's refusal may be of this
+        one object or of us altogether."""
+        try:
+            return fetch()
+        except ObjectNotFound:
+            self.is_draining.wait(SECOND_LOOK_SECONDS)
+        except AccessDenied:
+            self.gate.insist(lambda: self.storage.check_bucket(self.private_bucket))
+        try:
+            return fetch()
+        except AccessDenied as error:
+            raise JobFailed("INPUT_FORBIDDEN", f"the store does not let this worker read {ref}") from error
+
+    def _exists(self, ref: ObjectRef) -> bool:
+        try:
+            self.storage.head(ref)
+        except ObjectNotFound:
+            return False
+        return True

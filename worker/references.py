@@ -1,0 +1,87 @@
+"""The pictures a job brings for its drawing, and what the engine is told of them."""
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from inference.request import Control, ModelFacts, Source
+from watermark.fitting import Fit, fit
+from worker.job import Job, Kind, Preprocess
+from worker.settling import JobFailed
+
+# A mask drawn over a smaller copy of the picture is a pixel off here and there.
+MASK_TOLERANCE = 0.02
+# What is greyer than this is kept.
+MASK_THRESHOLD = 128
+WHITE = 255
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """Decoded pictures: init and control RGB, mask L. They are of any size; the engine's are of the drawing's."""
+
+    init: Image.Image | None = None
+    mask: Image.Image | None = None
+    control: Image.Image | None = None
+
+    @property
+    def proportions(self) -> tuple[int, int] | None:
+        """Width and height of what the drawing takes after, where the job names no size."""
+        shown = self.init or self.control
+        return shown.size if shown else None
+
+    def source_for(self, job: Job, size: tuple[int, int]) -> Source | None:
+        """What the drawing begins from."""
+        if self.init is None or job.source is None:
+            return None
+        mask = None if self.mask is None else mask_at(self.mask, size, job.fit).tobytes()
+        return Source(fit(self.init, size, job.fit).tobytes(), job.source.strength, mask)
+
+    def control_for(self, job: Job, size: tuple[int, int]) -> Control | None:
+        """What the drawing follows."""
+        if self.control is None or job.control is None:
+            return None
+        asked = job.control
+        return Control(
+            model=asked.model,
+            rgb=fit(self.control, size, job.fit).tobytes(),
+            scale=asked.scale,
+            start=asked.start,
+            end=asked.end,
+            finds_edges=asked.preprocess is Preprocess.CANNY,
+        )
+
+
+NO_REFERENCES = References()
+
+
+def check_can(job: Job, facts: ModelFacts) -> None:
+    """Raise `JobFailed` where the loaded model cannot do what the job asks for; nothing was fetched for it yet."""
+    # A product is a background drawn from text; refining it repaints around the product.
+    needed = {Kind.PRODUCT: Kind.TEXT2IMAGE}.get(job.kind, job.kind)
+    if needed.value not in facts.kinds:
+        can = ", ".join(facts.kinds)
+        raise JobFailed("UNSUPPORTED_BY_MODEL", f"kind {job.kind}: the loaded model {facts.model} can only {can}")
+    if job.control is not None and job.control.model not in facts.controls:
+        known = f"knows {', '.join(facts.controls)}" if facts.controls else "has no ControlNets"
+        reason = f"control.model {job.control.model!r:.110} is not known: this worker {known}"
+        raise JobFailed("UNSUPPORTED_BY_MODEL", reason)
+
+
+def check_mask(mask: Image.Image, size: tuple[int, int]) -> None:
+    """Raise `JobFailed` where a mask is of other proportions than its picture of `size`, or asks for nothing."""
+    difference = (mask.width * size[1]) / (mask.height * size[0])
+    if not 1 - MASK_TOLERANCE <= difference <= 1 + MASK_TOLERANCE:
+        reason = f"the mask is {mask.width}x{mask.height} px and the picture {size[0]}x{size[1]}"
+        raise JobFailed("IMAGE_INVALID", f"mask_path: {reason}: both must have the same proportions")
+    if mask.point(_black_or_white).getbbox() is None:
+        raise JobFailed("IMAGE_INVALID", "mask_path: nothing in the mask is white, so nothing would be repainted")
+
+
+def mask_at(mask: Image.Image, size: tuple[int, int], how: Fit) -> Image.Image:
+    """The mask at the drawing's size, black and white alone."""
+    return fit(mask, size, how).point(_black_or_white)
+
+
+def _black_or_white(value: int) -> int:
+    return WHITE if value >= MASK_THRESHOLD else 0

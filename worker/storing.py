@@ -1,0 +1,42 @@
+"""Pictures into the store: each once, and never over another task's in silence."""
+
+import hashlib
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+from clients.location import ObjectRef
+from clients.storage import Storage
+from clients.storage_errors import NotSupported
+from config.logs import log_event
+from worker.breakers import Gate
+
+logger = logging.getLogger(__name__)
+
+# A picture that is drawn is kept in hand over a restart of the store.
+PICTURE_PATIENCE_SECONDS = 45.0
+
+PNG = "image/png"
+
+
+@dataclass(frozen=True, slots=True)
+class PictureStore:
+    """The way of every picture into a bucket, for all jobs. `put` blocks over a short outage of the store."""
+
+    storage: Storage
+    gate: Gate
+
+    def put(self, ref: ObjectRef, png: bytes, *, task_id: str) -> str:
+        """Write one picture, and return its URL. What another task left there gives way, and the log says so."""
+        metadata = {"task-id": task_id, "sha256": hashlib.sha256(png).hexdigest()}
+        write = partial(self.storage.put_if_absent, ref, png, content_type=PNG, metadata=metadata)
+        with suppress(NotSupported):  # by a store without conditional writes, which only overwrites
+            if self.gate.insist(write, patience_seconds=PICTURE_PATIENCE_SECONDS):
+                return self.storage.url_of(ref)
+            other = self.storage.metadata_of(ref).get("task-id", "")
+            if other != task_id:
+                log_event(logger, "another task's picture replaced", logging.WARNING, key=ref.key, other_task_id=other)
+        overwrite = partial(self.storage.put, ref, png, content_type=PNG, metadata=metadata)
+        self.gate.insist(overwrite, patience_seconds=PICTURE_PATIENCE_SECONDS)
+        return self.storage.url_of(ref)
