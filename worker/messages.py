@@ -135,6 +135,8 @@ def _validate(fields: Any, reject: Rejection) -> WireData:
         _check_text(name, "".join(getattr(wire, name) or ""), reject)
     for overlay in overlays_in(wire):
         _check_text("text_overlay", overlay.text + (overlay.font or ""), reject)
+        if not overlay.text.strip():
+            raise reject("INVALID_INPUT", "text_overlay: text is blank: give it words, or leave it out")
     return wire
 
 
