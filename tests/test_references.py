@@ -77,6 +77,18 @@ def test_a_camera_s_picture_stands_upright() -> None:
     assert upright.getpixel((19, 0)) == (255, 0, 0)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_picture_larger_than_is_useful_comes_out_smaller_and_upright(mode: PictureMode) -> None:
+    image = Image.new(mode, (4200, 5000), (90, 60, 30))
+    image.paste((255, 0, 0), (0, 0, 400, 400))
+
+    upright = decode_picture(turned(image, 6), mode)
+
+    assert upright.size == (2500, 2100)
+    assert upright.getpixel((2490, 9))[:3] == (255, 0, 0)  # type: ignore[index]
+    assert upright.info == {}
+
+
 def test_a_jpeg_of_100_megapixels_is_read_at_a_part_of_its_size() -> None:
     content = png(Image.new("RGB", (12_000, 8_400), (200, 100, 50)), format="JPEG")
 

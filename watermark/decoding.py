@@ -97,7 +97,8 @@ def decode_signature(content: bytes) -> Image.Image:
 def decode_picture(content: bytes, mode: PictureMode) -> Image.Image:
     """Decode a PNG, JPEG or WebP of at most 25 Mpx into a still, upright image of `mode` without metadata.
 
-    A baseline JPEG may have ten times as many pixels: it comes out smaller, no side below 2048 px by that. Without
+    What is larger than is useful comes out smaller, no side below 2048 px by that; so a baseline JPEG may have ten
+    times as many pixels. Without
     alpha asked for, RGB is on white and L on black. Raises `PictureInvalid` or `PictureTooLarge`.
     """
     with _opened(content, "the picture", PictureInvalid) as opened:
@@ -105,7 +106,7 @@ def decode_picture(content: bytes, mode: PictureMode) -> Image.Image:
         if opened.width * opened.height > MAX_PICTURE_PX:
             size = f"{opened.width}x{opened.height} px, {opened.width * opened.height / 1e6:.0f} Mpx"
             raise PictureTooLarge(f"the picture has {size}; at most {MAX_PICTURE_PX / 1e6:.0f} Mpx are read")
-        return _as_mode(ImageOps.exif_transpose(opened), mode)
+        return _as_mode(ImageOps.exif_transpose(_reduced(opened)), mode)
 
 
 def to_rgba(image: Image.Image) -> Image.Image:
@@ -137,6 +138,18 @@ def _scale_jpeg(image: Image.Image) -> None:
     # A progressive one is held whole by the decoder, whatever comes out of it.
     if image.format == "JPEG" and not image.info.get("progressive") and image.mode in ("RGB", "L"):
         image.draft(image.mode, (USEFUL_SIDE_PX, USEFUL_SIDE_PX))
+
+
+def _reduced(image: Image.Image) -> Image.Image:
+    """What is twice as large as is useful or more, at a whole part of its size: all that follows takes copies."""
+    factor = min(image.size) // USEFUL_SIDE_PX
+    if factor < 2 or image.mode not in ("L", "RGB", "RGBA"):
+        return image
+    orientation = image.getexif()
+    # Premultiplied, or the colour hidden in transparent pixels bleeds into the edges.
+    small = image.convert("RGBa").reduce(factor).convert("RGBA") if image.mode == "RGBA" else image.reduce(factor)
+    small.info["exif"] = orientation.tobytes()
+    return small
 
 
 def _as_mode(image: Image.Image, mode: PictureMode) -> Image.Image:
