@@ -14,6 +14,8 @@ from urllib.parse import SplitResult, quote, urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from config.presets import load_presets
+
 DEFAULT_MODEL_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -348,6 +350,13 @@ class PictureSettings(_Section):
         validation_alias="CUTOUT_MODEL",
         description="ONNX file (U2-Net's interface) that cuts products out; unset, they need alpha of their own",
     )
+
+    @field_validator("presets_file")
+    @classmethod
+    def _holds_presets(cls, path: Path | None) -> Path | None:
+        if path is not None:
+            load_presets(path)
+        return path
 
     @field_validator("c2pa_private_key")
     @classmethod

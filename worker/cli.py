@@ -14,6 +14,7 @@ from rich.console import Console
 
 from config.logs import configure_logging
 from config.settings import Settings, SettingsError, StoreSettings, load_section, load_settings
+from worker.messages import rules_from
 from worker.supervisor import ExitCode, Supervisor
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Headless image generation worker.")
@@ -227,7 +228,14 @@ def _duration(text: str) -> timedelta | None:
 
 
 def _settings() -> Settings:
-    return _or_exit(load_settings)
+    return _or_exit(_whole_settings)
+
+
+def _whole_settings() -> Settings:
+    settings = load_settings()
+    # Sections that are each right can disagree: a preset's adapter in a bucket that jobs may not read.
+    rules_from(settings.model, settings.store, settings.pictures)
+    return settings
 
 
 def _or_exit(load: Callable[[], Loaded]) -> Loaded:

@@ -135,7 +135,7 @@ def _letters(settings: Settings) -> Iterator[tuple[Inspection, list[Letter]]]:
         taken = inspection.take(MAX_LETTERS)
         if len(taken) == MAX_LETTERS:
             typer.echo(f"only {MAX_LETTERS} letters were looked at; there may be more", err=True)
-        yield inspection, read_letters(taken, rules_from(settings.model, settings.store))
+        yield inspection, read_letters(taken, rules_from(settings.model, settings.store, settings.pictures))
 
 
 def _publish(publisher: Publisher, names: QueueNames, replay: Replay) -> None:

@@ -16,12 +16,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from clients.location import ObjectRef, parse_location
-from config.settings import ModelSettings, StoreSettings
+from config.settings import ModelSettings, PictureSettings, StoreSettings
 from watermark.fitting import Fit
 from watermark.signature import SignatureStyle
 from worker.job import MAX_ASPECT, Job, JobAdapter, JobRejected, Undecodable
 from worker.kinds import control_of, kind_of, overlay_of, overlays_in, product_of, source_of
-from worker.rejecting import MAX_REASON_CHARS, Identity, JobRules, Rejection, located
+from worker.presets import adapters_of, presets_in_force, styled_of
+from worker.rejecting import MAX_REASON_CHARS, PICKLE_SUFFIXES, Identity, JobRules, Rejection, located
 from worker.schema import (
     ASPECT,
     MAX_ADAPTERS,
@@ -40,7 +41,6 @@ MAX_BODY_BYTES = 256 * 1024
 _TASK_NAMESPACE = uuid.UUID("5b3f0f3c-2f0e-4f0b-9a55-1d7f5be1c0de")
 _ASPECT = re.compile(ASPECT)
 _NOT_TEXT = re.compile(r"[\x00\ud800-\udfff]")
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 _FIELD_CODES: dict[str | int, str] = {
     "prompt": "INVALID_PROMPT",
@@ -49,8 +49,8 @@ _FIELD_CODES: dict[str | int, str] = {
 }
 
 
-def rules_from(model: ModelSettings, store: StoreSettings) -> JobRules:
-    """The rules of a worker with these settings."""
+def rules_from(model: ModelSettings, store: StoreSettings, pictures: PictureSettings | None = None) -> JobRules:
+    """The rules of a worker with these settings. Raises `SettingsError` where its presets cannot be used."""
 
     def locate(text: str) -> ObjectRef:
         return parse_location(
@@ -61,7 +61,12 @@ def rules_from(model: ModelSettings, store: StoreSettings) -> JobRules:
             region=store.region,
         )
 
-    return JobRules(default_steps=model.inference_steps, default_guidance=model.guidance_scale, locate=locate)
+    return JobRules(
+        default_steps=model.inference_steps,
+        default_guidance=model.guidance_scale,
+        locate=locate,
+        presets=presets_in_force(pictures, locate),
+    )
 
 
 def decode(body: bytes, rules: JobRules) -> Job:
@@ -162,19 +167,20 @@ def _rejection_of(error: ValidationError, reject: Rejection) -> JobRejected:
 def _build(wire: WireData, message: Mapping[str, Any], identity: Identity, rules: JobRules, reject: Rejection) -> Job:
     parameters = wire.parameters or WireParameters()
     style = wire.signature_config or WireSignatureConfig()
+    made = styled_of(wire, rules, reject)
     seed = _first(parameters.seed, wire.seed)
     return Job(
         task_id=identity.task_id,
         generation_id=identity.generation_id,
-        prompt=wire.prompt.strip(),
-        negative_prompt=wire.negative_prompt or "",
-        adapters=_adapters(wire, rules, reject),
+        prompt=made.prompt,
+        negative_prompt=made.negative_prompt,
+        adapters=_adapters(wire, rules, reject) or adapters_of(made, rules, reject),
         size=_size(_first(parameters.width, wire.width), _first(parameters.height, wire.height), reject),
         aspect=_aspect(wire.aspect_ratio, reject),
         seed=_derived_seed(identity.task_id) if seed is None else seed,
         num_images=wire.num_images or 1,
-        num_inference_steps=_first(parameters.steps, wire.num_inference_steps) or rules.default_steps,
-        guidance_scale=_first(parameters.cfg_scale, wire.guidance_scale, rules.default_guidance),
+        num_inference_steps=_first(parameters.steps, wire.num_inference_steps, made.steps, rules.default_steps),
+        guidance_scale=_first(parameters.cfg_scale, wire.guidance_scale, made.guidance_scale, rules.default_guidance),
         cfg_normalization=parameters.cfg_normalization or 0.0,
         cfg_truncation=_first(parameters.cfg_truncation, 1.0),
         scheduler=_first(parameters.scheduler, wire.scheduler) or None,
@@ -213,7 +219,7 @@ def _adapters(wire: WireData, rules: JobRules, reject: Rejection) -> tuple[JobAd
         ref = located("lora_path", path, rules, reject)
         if ref is None:
             raise reject("INVALID_INPUT", "data.loras: path is empty: name a .safetensors object or a folder")
-        if ref.key.lower().endswith(_PICKLE_SUFFIXES):
+        if ref.key.lower().endswith(PICKLE_SUFFIXES):
             raise reject("LORA_UNSAFE_FORMAT", f"lora_path {path!r:.200} may hold a pickle; only .safetensors is read")
         adapters.append(JobAdapter(ref, scale))
     return tuple(adapters)

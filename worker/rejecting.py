@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from clients.location import LocationForbidden, ObjectRef
+from config.presets import Presets, builtin_presets
 from worker.job import JobRejected
 
 MAX_REASON_CHARS = 400
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +19,7 @@ class JobRules:
     default_steps: int | None
     default_guidance: float | None
     locate: Callable[[str], ObjectRef]
+    presets: Callable[[], Presets] = builtin_presets
 
 
 class Identity(NamedTuple):

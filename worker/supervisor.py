@@ -110,6 +110,7 @@ class Supervisor:
         self._processor: Processor | None = None
         self._consumer: Consumer | None = None
         self._name = f"{socket.gethostname()}:{os.getpid()}"
+        self._rules = rules_from(settings.model, settings.store, settings.pictures)
         self._metrics.ready.set_function(lambda: float(not self._why_not_ready()))
         self._idle = IdleWatch(self._metrics)
         self._history = History(shows_prompts=settings.service.status_show_prompts)
@@ -167,7 +168,7 @@ class Supervisor:
         num_jobs = self._settings.model.max_concurrent_generations + EXTRA_PREFETCH
         self._progress.learn(facts.step_seconds)
         self._processor = Processor(
-            rules=rules_from(self._settings.model, self._settings.store),
+            rules=self._rules,
             storyteller=self._storyteller(facts),
             ledger=self._ledger,
             notifier=self._notifier,
