@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from config.plain_yaml import MAX_BYTES, YamlRefused, parse_yaml
 
@@ -60,7 +60,8 @@ class Preset(_Entry):
         return f"{before}{prompt}{after}"
 
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,40}\z")]
+# As it stands: "a" and "a " must not become one.
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,40}\z", strip_whitespace=False)]
 
 
 class Presets(_Entry):
@@ -70,12 +71,17 @@ class Presets(_Entry):
     industries: dict[Name, Preset] = {}
 
     @property
+    def by_field(self) -> dict[str, dict[str, Preset]]:
+        """The presets by the field of a job that names them."""
+        return {"style": self.styles, "industry": self.industries}
+
+    @property
     def adapters(self) -> dict[str, PresetAdapter]:
-        """The adapters by the place in the file that names them."""
+        """The adapters by the preset that brings them."""
         return {
-            f"{section}.{name}.adapter": preset.adapter
-            for section in ("styles", "industries")
-            for name, preset in getattr(self, section).items()
+            f"{field} {name}": preset.adapter
+            for field, known in self.by_field.items()
+            for name, preset in known.items()
             if preset.adapter is not None
         }
 

@@ -161,12 +161,12 @@ def test_check_finds_every_part_good_and_names_the_one_that_is_not(world: World,
     )
 
     assert good.returncode == 0, good.stdout
-    assert good.stdout.count(" good ") == 13
+    assert good.stdout.count(" good ") == 14
     states = {row["part"]: row["state"] for row in map(json.loads, lines.stdout.splitlines())}
     assert lines.returncode == 1
     assert {part for part, state in states.items() if state == "bad"} == {"broker", "model"}
     assert {part for part, state in states.items() if state == "blocked"} == {"queue", "own queues"}
-    assert len(states) == 13
+    assert len(states) == 14
     assert (wrong_rest.returncode, wrong_rest.stdout.count(" bad ")) == (1, 3), wrong_rest.stdout
     assert all(word in wrong_rest.stdout for word in ("nobody", "model_index.json", "INTERNAL_API_TOKEN"))
 

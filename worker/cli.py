@@ -1,4 +1,4 @@
-"""The command line: `darkroom run`, `generate`, `submit`, `report`, `check`, `dead`, `demo`."""
+"""The command line: `darkroom run`, `generate`, `submit`, `report`, `check`, `dead`, `presets`, `demo`."""
 
 import logging
 import re
@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from config.logs import configure_logging
-from config.settings import Settings, SettingsError, StoreSettings, load_section, load_settings
+from config.settings import PictureSettings, Settings, SettingsError, StoreSettings, load_section, load_settings
 from worker.messages import rules_from
 from worker.supervisor import ExitCode, Supervisor
 
@@ -199,6 +199,16 @@ def dead_purge(
     _one_of(target, everything, reason)
     with sentences(console):
         purge_letters(_settings(), target, reason, is_sure=yes)
+
+
+@app.command()
+def presets(
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each, with all that it says")] = False,
+) -> None:
+    """List the styles and industries that jobs may name."""
+    from worker.cli_presets import print_presets  # noqa: PLC0415
+
+    print_presets(_or_exit(partial(load_section, PictureSettings)), as_lines=as_json, console=Console())
 
 
 @app.command()

@@ -48,9 +48,9 @@ def _check_adapters(presets: Presets, locate: Callable[[str], ObjectRef]) -> Non
         try:
             ref = locate(adapter.path)
         except LocationForbidden as error:
-            raise PresetsInvalid(f"{place}.path: {error}") from error
+            raise PresetsInvalid(f"the adapter of {place}: {error}") from error
         if ref.key.lower().endswith(PICKLE_SUFFIXES):
-            raise PresetsInvalid(f"{place}.path: {ref} may hold a pickle; only .safetensors is read")
+            raise PresetsInvalid(f"the adapter of {place}: {ref} may hold a pickle; only .safetensors is read")
 
 
 def styled(prompt: str, negative_prompt: str, *, style: Preset | None, industry: Preset | None) -> Styled:

@@ -17,6 +17,7 @@ from worker.checks.finding import Check, Finding, State, try_each
 from worker.checks.machine import look_at_disk, look_at_fonts
 from worker.checks.memory import look_at_gpu, look_at_memory
 from worker.checks.model import Load, load_in_own_process, look_at_model
+from worker.checks.presets import look_at_presets
 from worker.checks.store import StoreProbe
 from worker.dead_letters import legible
 
@@ -42,6 +43,7 @@ def every_part(settings: Settings, load: Load = load_in_own_process) -> tuple[Ch
         Check("bucket", store.bucket, ("store",)),
         Check("results bucket", store.results_bucket, ("store", "bucket") if is_one_bucket else ("store",)),
         Check("conditional writes", store.conditional_writes, ("bucket",)),
+        Check("presets", partial(look_at_presets, settings), ("bucket",)),
         Check("backend", partial(look_at_backend, settings.backend)),
         Check("fonts", partial(look_at_fonts, settings.service.font_dirs)),
         Check("disk", partial(look_at_disk, settings.store)),

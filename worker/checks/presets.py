@@ -1,0 +1,28 @@
+"""The presets: how many there are, and whether the adapters they name are in the store."""
+
+from clients.location import ObjectRef
+from clients.storage import Storage
+from clients.storage_errors import StorageError
+from config.settings import Settings
+from worker.checks.finding import CheckFailed
+from worker.fetching import PEFT_WEIGHTS
+from worker.messages import rules_from
+
+
+def look_at_presets(settings: Settings) -> str:
+    """Can every preset be drawn with?"""
+    rules = rules_from(settings.model, settings.store, settings.pictures)
+    presets, storage = rules.presets(), Storage(settings.store)
+    for place, adapter in presets.adapters.items():
+        try:
+            storage.head(_weights_of(rules.locate(adapter.path)))
+        except StorageError as error:
+            raise CheckFailed(
+                f"the adapter of {place}: {error}. Store the adapter there, or take it out of PRESETS_FILE"
+            ) from error
+    source = settings.pictures.presets_file or "the built-in file"
+    return f"{len(presets.styles)} styles and {len(presets.industries)} industries in {source}"
+
+
+def _weights_of(ref: ObjectRef) -> ObjectRef:
+    return ref if ref.key.lower().endswith(".safetensors") else ref.child(PEFT_WEIGHTS)
