@@ -26,6 +26,7 @@ from inference.request import (
     OnOccupancy,
     OnStep,
     RequestFailed,
+    Source,
     StepReport,
 )
 from inference.stepping import StepLoop
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 3
 POLL_SECONDS = 0.1
+GREY, WHITE = b"\x80", b"\xff"
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -81,6 +83,7 @@ class LocalEngine:
             dtype=str(dtype).removeprefix("torch."),
             load_seconds=time.monotonic() - started_at,
             step_seconds=step_seconds,
+            kinds=self._model.kinds,
         )
 
     def generate(
@@ -167,6 +170,8 @@ class LocalEngine:
             num_inference_steps=WARM_UP_STEPS,
             guidance_scale=7.5,
             seeds=(0,),
+            # What can only repaint is given a grey picture to repaint.
+            source=None if "text2image" in self._model.kinds else Source(GREY * 3 * size**2, 1.0, WHITE * size**2),
         )
 
         def on_step(report: StepReport) -> None:

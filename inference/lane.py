@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from inference.bank import Row
+from inference.origins import EncodedSource
 from inference.preparing import AdapterKey, ReadAdapter
 from inference.request import GenerationRequest, GenerationResult, IsCancelled, OnStep, Picture, Stage, StepReport
 from inference.sampling import Sampler
@@ -33,10 +34,14 @@ class Conditioning:
 
 
 class Kind(NamedTuple):
-    """What a family makes of a request: lanes of one `shape` share a forward, a guided lane has two rows in it."""
+    """What a family makes of a request: lanes of one `shape` share a forward, a guided lane has two rows in it.
+
+    `num_steps` are taken of those that were asked for.
+    """
 
     shape: Hashable
     is_guided: bool
+    num_steps: int
 
 
 @dataclass(eq=False)
@@ -44,7 +49,7 @@ class Drawing:
     """One request in the engine. Owned by the engine's thread; the future alone is shared.
 
     `is_begun`, `held` (its adapters' slots), `row` (what they mean to the bank) and `conditioning` come with its first
-    lane's joining.
+    lane's joining, and `source` where there is one.
     """
 
     request: GenerationRequest
@@ -58,6 +63,7 @@ class Drawing:
     held: dict[AdapterKey, Slot] = field(default_factory=dict)
     row: Row = ()
     conditioning: Conditioning | None = None
+    source: EncodedSource | None = None
     scheduler: str = ""
     stages: list[Stage] = field(default_factory=list)
     pictures: dict[int, Picture] = field(default_factory=dict)
@@ -107,7 +113,7 @@ class Drawing:
     def tell_begin(self) -> None:
         """Report step 0."""
         self._last_told_at = time.monotonic()
-        self.on_step(StepReport(0, self.request.num_inference_steps, 0.0))
+        self.on_step(StepReport(0, self.kind.num_steps, 0.0))
 
     def tell_steps(self) -> None:
         """Report the step that its lanes together have come to, if it is a new one."""
@@ -115,7 +121,7 @@ class Drawing:
         if num_done > self.num_steps_told:
             now = time.monotonic()
             self.num_steps_told = num_done
-            self.on_step(StepReport(num_done, self.request.num_inference_steps, now - self._last_told_at))
+            self.on_step(StepReport(num_done, self.kind.num_steps, now - self._last_told_at))
             self._last_told_at = now
 
     def result(self) -> GenerationResult:
@@ -155,10 +161,10 @@ class Lane:
 
     @property
     def num_steps_done(self) -> int:
-        """Of the steps that were asked for: a scheduler may take several forwards to one of them."""
+        """Of the steps that are taken: a scheduler may take several forwards to one of them."""
         if self.sampler is None:
             return 0
-        return self.sampler.step_index * self.drawing.request.num_inference_steps // self.sampler.num_steps
+        return self.sampler.step_index * self.drawing.kind.num_steps // self.sampler.num_steps
 
     @property
     def is_denoised(self) -> bool:

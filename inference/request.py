@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Protocol
 
 
+# What a request is by the source it brings: none, a picture, a picture and a mask.
+KINDS = ("text2image", "image2image", "inpaint")
+
+
 class EngineError(Exception):
     """Base of everything the engine reports."""
 
@@ -61,7 +65,7 @@ class Source:
     """The picture that lanes begin from, of the request's size: `rgb` holds rows of pixels of three bytes.
 
     `strength` from above 0 to 1: the part of the steps that is taken. Where there is a `mask`, a byte a pixel, only
-    what is 255 in it is repainted.
+    what is 255 in it is repainted (as diffusers rounds it, from 128 on).
     """
 
     rgb: bytes
@@ -109,10 +113,18 @@ class GenerationRequest:
     cfg_truncation: float = 1.0
     arrived_at: float = 0.0
 
+    @property
+    def kind(self) -> str:
+        """Which of the `KINDS` it is."""
+        if self.source is None:
+            return "text2image"
+        return "image2image" if self.source.mask is None else "inpaint"
+
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """Step `step_index` of `num_steps` is done by all of the request's lanes (0: denoising begins).
+    """Step `step_index` of `num_steps` is done by all of the request's lanes (0: denoising begins). Only the steps that
+    are really taken count: with a source fewer than were asked for.
 
     `seconds` have passed since the step before, other requests' turns included.
     """
@@ -155,7 +167,10 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """The pictures in the order of the request's seeds, what they were drawn with, and where the time went."""
+    """The pictures in the order of the request's seeds, what they were drawn with, and where the time went.
+
+    `num_inference_steps` are those that were asked for.
+    """
 
     pictures: tuple[Picture, ...]
     scheduler: str
@@ -181,7 +196,7 @@ class ModelFacts:
     dtype: str
     load_seconds: float
     step_seconds: float
-    kinds: tuple[str, ...] = ("text2image",)
+    kinds: tuple[str, ...] = KINDS
     controls: tuple[str, ...] = ()
 
 

@@ -1,20 +1,18 @@
 """The arithmetic of one lane's denoise steps, around the denoiser.
 
-A diffusers scheduler's step costs some 200 µs of Python, ten lanes' steps 2 ms. But for those that neither draw noise
-nor clip, every sample is a fixed linear combination of the initial latents and the predictions so far. Its weights
-are found by running the scheduler once over unit vectors; from then on a step is one product of a row with a matrix.
-Whether a scheduler really is linear is tried out on random numbers, never assumed.
+Where a scheduler's steps are linear they are taken from a trajectory found once, see `courses.py`. Whether a scheduler
+really is linear is tried out on random numbers, never assumed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 
-from inference.parameters import parameters_of
+from inference.courses import Course, Trajectory, scale_model_input, take_step, trace
 from inference.request import RequestFailed
-from inference.schedulers import SchedulerTable, set_timesteps
+from inference.schedulers import SchedulerTable
 
 MAX_TRAJECTORIES = 256
 # fp32 rounding over a hundred steps stays below 1e-4; a step's own noise or a clipped value is far above.
@@ -24,8 +22,8 @@ LINEAR_TOLERANCE = 1e-3
 class Sampler(Protocol):
     """The denoise steps of one lane. `latents` [channels, height, width], fp32, change only by `advance`."""
 
-    latents: torch.Tensor
-
+    @property
+    def latents(self) -> torch.Tensor: ...
     @property
     def num_steps(self) -> int: ...
     @property
@@ -34,7 +32,7 @@ class Sampler(Protocol):
     def timestep(self) -> float: ...
 
     def model_input(self) -> torch.Tensor:
-        """The latents as the denoiser wants them at `timestep`."""
+        """All that the denoiser reads at `timestep`: the latents as it wants them, and what else it has channels for."""
         ...
 
     def advance(self, prediction: torch.Tensor) -> None:
@@ -43,25 +41,58 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Trajectory:
-    """A linear scheduler's whole course. `weights[i]` combines (initial latents, prediction 0 … prediction i) into the
-    latents after step i; `scales[i]` is what `scale_model_input` multiplies by."""
+class Origin:
+    """What a lane with a source begins from, [channels, height, width] each.
 
-    timesteps: tuple[float, ...]
-    scales: tuple[float, ...]
-    init_noise_sigma: float
-    weights: torch.Tensor
+    `latents` are the encoded picture's (None: the lane begins from noise and keeps nothing). Where `mask` (bool, one
+    channel) is false, the picture is kept; None: nowhere. `is_hidden`: the lane begins from noise all the same.
+    `channels`: what the denoiser reads behind the latents at every step.
+    """
+
+    latents: torch.Tensor | None
+    mask: torch.Tensor | None = None
+    is_hidden: bool = False
+    channels: torch.Tensor | None = None
+
+
+NO_SOURCE = Origin(latents=None)
+
+
+class _Backdrop:
+    """What a lane is drawn on: how it begins, and what stays as it was."""
+
+    def __init__(self, trajectory: Trajectory, noise: torch.Tensor, origin: Origin) -> None:
+        self._levels = trajectory.levels
+        self._noise = noise
+        self._origin = origin
+        if origin.latents is None or origin.is_hidden:
+            self.start = noise * trajectory.init_noise_sigma
+        else:
+            self.start = self._levels[0].applied(origin.latents, noise)
+
+    def extended(self, model_input: torch.Tensor) -> torch.Tensor:
+        """The model's input with the channels that denoising does not change."""
+        channels = self._origin.channels
+        return model_input if channels is None else torch.cat((model_input, channels))
+
+    def blended(self, latents: torch.Tensor, step_index: int) -> torch.Tensor:
+        """`latents` before step `step_index`, the picture as noisy as they are where it is kept."""
+        picture, mask = self._origin.latents, self._origin.mask
+        if picture is None or mask is None:
+            return latents
+        return torch.where(mask, latents, self._levels[step_index].applied(picture, self._noise))
 
 
 class TrajectorySampler:
-    """A lane on a known trajectory. Keeps all predictions: one latents' size a step, 16 kB × 4 at 512 pixels."""
+    """A lane on a known trajectory. Keeps the samples and predictions that its scheduler looks back to."""
 
-    def __init__(self, trajectory: Trajectory, noise: torch.Tensor) -> None:
+    def __init__(self, trajectory: Trajectory, backdrop: _Backdrop) -> None:
+        assert trajectory.weights is not None, "a linear scheduler's"  # noqa: S101
         self._trajectory = trajectory
-        self._weights = trajectory.weights.to(noise.device)
-        self._course = noise.new_zeros(self.num_steps + 1, noise.numel())
-        self._course[0] = noise.flatten() * trajectory.init_noise_sigma
-        self.latents = self._course[0].view(noise.shape)
+        self._backdrop = backdrop
+        self.latents = backdrop.start
+        self._weights = trajectory.weights.to(self.latents.device)
+        self._recent = self.latents.new_zeros(self._weights.shape[1], self.latents.numel())
         self.step_index = 0
 
     @property
@@ -74,43 +105,49 @@ class TrajectorySampler:
 
     def model_input(self) -> torch.Tensor:
         scale = self._trajectory.scales[self.step_index]
-        return self.latents if scale == 1.0 else self.latents * scale
+        return self._backdrop.extended(self.latents if scale == 1.0 else self.latents * scale)
 
     def advance(self, prediction: torch.Tensor) -> None:
         index = self.step_index
-        self._course[index + 1] = prediction.flatten()
-        self.latents = (self._weights[index, : index + 2] @ self._course[: index + 2]).view(self.latents.shape)
+        row, num_filled = 2 * index % len(self._recent), min(2 * index + 2, len(self._recent))
+        self._recent[row] = self.latents.flatten()
+        self._recent[row + 1] = prediction.flatten()
+        stepped = (self._weights[index, :num_filled] @ self._recent[:num_filled]).view(self.latents.shape)
         self.step_index = index + 1
+        self.latents = self._backdrop.blended(stepped, self.step_index)
 
 
 class SchedulerSampler:
     """A lane with a diffusers scheduler of its own, for those that draw noise or clip at every step."""
 
-    def __init__(self, scheduler: Any, noise: torch.Tensor, generator: torch.Generator) -> None:
-        """`scheduler` has its timesteps set; `generator` goes on where it drew `noise`."""
+    def __init__(self, scheduler: Any, times: torch.Tensor, backdrop: _Backdrop, generator: torch.Generator) -> None:
+        """`scheduler` is set up to take `times`; `generator` goes on where it drew the lane's noise."""
         self._scheduler = scheduler
+        self._times = times
+        self._backdrop = backdrop
         self._generator = generator
-        self.latents = noise * _init_noise_sigma(scheduler)
+        self.latents = backdrop.start
         self.step_index = 0
 
     @property
     def num_steps(self) -> int:
-        return len(self._scheduler.timesteps)
+        return len(self._times)
 
     @property
     def timestep(self) -> float:
-        return float(self._scheduler.timesteps[self.step_index])
+        return float(self._times[self.step_index])
 
     def model_input(self) -> torch.Tensor:
         # The schedulers expect a batch dimension.
-        now = self._scheduler.timesteps[self.step_index]
-        return _scale_model_input(self._scheduler, self.latents[None], now)[0]
+        scaled = scale_model_input(self._scheduler, self.latents[None], self._times[self.step_index])[0]
+        return self._backdrop.extended(scaled)
 
     def advance(self, prediction: torch.Tensor) -> None:
         # Most schedulers look themselves up by timestep; few take a generator, the deterministic ones ignore it.
-        now = self._scheduler.timesteps[self.step_index]
-        self.latents = _step(self._scheduler, prediction[None], now, self.latents[None], self._generator)[0]
+        now = self._times[self.step_index]
+        stepped = take_step(self._scheduler, prediction[None], now, self.latents[None], self._generator)[0]
         self.step_index += 1
+        self.latents = self._backdrop.blended(stepped, self.step_index)
 
 
 class Samplers:
@@ -126,72 +163,45 @@ class Samplers:
         """The schedulers a job may name."""
         return self._table.names
 
-    def prepare(self, name: str | None, num_steps: int, shift: float | None = None) -> None:
-        """Find the trajectory, which takes some milliseconds, ahead of `begin`; `shift` as `set_timesteps` takes it.
+    def prepare(self, course: Course) -> None:
+        """Find the trajectory, which takes some milliseconds, ahead of `begin`.
 
         Raises `RequestFailed` where there is no such scheduler, or it cannot take so many steps.
         """
-        name, _ = self._table.make(name, self._config)
-        self._trajectory(name, num_steps, shift)
+        name, _ = self._table.make(course.scheduler, self._config)
+        self._trajectory(course.named(name))
 
     def begin(
-        self,
-        name: str | None,
-        num_steps: int,
-        noise: torch.Tensor,
-        generator: torch.Generator,
-        shift: float | None = None,
+        self, course: Course, noise: torch.Tensor, generator: torch.Generator, origin: Origin = NO_SOURCE
     ) -> tuple[str, Sampler]:
         """A sampler at its first step, and the scheduler's name. `noise` is standard normal, fp32, on the device."""
-        name, scheduler = self._table.make(name, self._config)
-        trajectory = self._trajectory(name, num_steps, shift)
-        if trajectory is not None:
-            return name, TrajectorySampler(trajectory, noise)
-        set_timesteps(scheduler, num_steps, shift)
-        return name, SchedulerSampler(scheduler, noise, generator)
+        name, scheduler = self._table.make(course.scheduler, self._config)
+        trajectory = self._trajectory(course.named(name))
+        backdrop = _Backdrop(trajectory, noise, origin)
+        if trajectory.weights is not None:
+            return name, TrajectorySampler(trajectory, backdrop)
+        return name, SchedulerSampler(scheduler, course.set_up(scheduler), backdrop, generator)
 
-    def _find_trajectory(self, name: str, num_steps: int, shift: float | None) -> Trajectory | None:
+    def _find_trajectory(self, course: Course) -> Trajectory:
         def scheduler() -> Any:
-            _, fresh = self._table.make(name, self._config)
-            set_timesteps(fresh, num_steps, shift)
-            return fresh
+            return self._table.make(course.scheduler, self._config)[1]
 
         try:
-            found = _trace(scheduler())
+            found = trace(course, scheduler())
         except IndexError as error:
             # diffusers' own mistake where two timesteps round to one: it begins with the second and runs off the end.
-            reason = f"scheduler {name!r} cannot take {num_steps} steps with this checkpoint: ask for other steps"
-            raise RequestFailed("INVALID_INPUT", reason) from error
-        return found if _describes(found, scheduler()) else None
+            steps = f"{course.num_steps} steps with this checkpoint: ask for other steps"
+            raise RequestFailed("INVALID_INPUT", f"scheduler {course.scheduler!r} cannot take {steps}") from error
+        return found if _describes(found, course, scheduler()) else replace(found, weights=None)
 
 
-def _trace(scheduler: Any) -> Trajectory:
-    """Run `scheduler` over unit vectors: the sample's components are then the weights of each input."""
-    times = scheduler.timesteps
-    units = torch.eye(len(times) + 1)[:, None, :, None, None]  # [input, batch 1, component, 1, 1]
-    sample = units[0]
-    generator = torch.Generator()
-    scales: list[float] = []
-    weights: list[torch.Tensor] = []
-    for time, unit in zip(times, units[1:], strict=True):
-        scales.append(float(_scale_model_input(scheduler, torch.ones(1, 1, 1, 1), time)))
-        sample = _step(scheduler, unit, time, sample, generator)
-        weights.append(sample.flatten())
-    return Trajectory(
-        timesteps=tuple(float(time) for time in times),
-        scales=tuple(scales),
-        init_noise_sigma=_init_noise_sigma(scheduler),
-        weights=torch.stack(weights),
-    )
-
-
-def _describes(trajectory: Trajectory, scheduler: Any) -> bool:
+def _describes(trajectory: Trajectory, course: Course, scheduler: Any) -> bool:
     """Does the trajectory lead where `scheduler` leads, from random latents by random predictions?"""
     generator = torch.Generator().manual_seed(0)
     # Three times the usual size, so that what clips does clip.
-    noise = 3 * torch.randn(4, 8, 8, generator=generator)
-    ours: Sampler = TrajectorySampler(trajectory, noise)
-    theirs: Sampler = SchedulerSampler(scheduler, noise, generator)
+    backdrop = _Backdrop(trajectory, 3 * torch.randn(4, 8, 8, generator=generator), NO_SOURCE)
+    ours: Sampler = TrajectorySampler(trajectory, backdrop)
+    theirs: Sampler = SchedulerSampler(scheduler, course.set_up(scheduler), backdrop, generator)
     for _ in trajectory.timesteps:
         theirs.model_input()  # some schedulers insist on being asked
         prediction = torch.randn(4, 8, 8, generator=generator)
@@ -199,24 +209,3 @@ def _describes(trajectory: Trajectory, scheduler: Any) -> bool:
         theirs.advance(prediction)
     error = (ours.latents - theirs.latents).abs().max() / theirs.latents.abs().max()
     return bool(error < LINEAR_TOLERANCE)
-
-
-def _step(
-    scheduler: Any, prediction: torch.Tensor, time: Any, sample: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
-    """One step of any diffusers scheduler; those that draw noise get `generator`."""
-    extra = {"generator": generator} if "generator" in parameters_of(type(scheduler).step) else {}
-    stepped: torch.Tensor = scheduler.step(prediction, time, sample, return_dict=False, **extra)[0]
-    return stepped
-
-
-def _scale_model_input(scheduler: Any, sample: torch.Tensor, time: Any) -> torch.Tensor:
-    """As a diffusers pipeline scales it; a flow's schedulers have nothing to scale."""
-    scale = getattr(scheduler, "scale_model_input", None)
-    scaled: torch.Tensor = sample if scale is None else scale(sample, time)
-    return scaled
-
-
-def _init_noise_sigma(scheduler: Any) -> float:
-    """What a course begins with: so many times the noise. A flow begins with the noise itself."""
-    return float(getattr(scheduler, "init_noise_sigma", 1.0))

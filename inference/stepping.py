@@ -39,6 +39,7 @@ class StepLoop:
         self._denoised: list[Lane] = []
         self._step_seconds = 0.0
         self._was_busy = False
+        self._is_encoding = False
 
     @property
     def is_empty(self) -> bool:
@@ -93,6 +94,7 @@ class StepLoop:
             if drawing.future.cancelled() or drawing.is_cancelled():
                 self._end(drawing, RequestCancelled("cancelled by the caller"))
         self._admission.read_ahead(_drawings_of(self._batcher.waiting))
+        self._is_encoding = False
         joined = self._batcher.admit(self._claim)
         self._condition([drawing for drawing in _drawings_of(joined) if drawing.conditioning is None])
         for lane in joined:
@@ -106,9 +108,14 @@ class StepLoop:
             return Claim.WITHDRAWN
         if drawing.is_begun:
             return Claim.GRANTED
+        has_source = drawing.request.source is not None
+        if has_source and self._is_encoding and any(one.sampler is not None for one in self._batcher.active):
+            # Encoding a picture takes as long as a step: those that are being denoised wait for one at a time.
+            return Claim.NOT_YET
         attempt = self._device.attempt(lambda: self._admission.claim(drawing))
         if attempt.made is None:
             self._fail(drawing, attempt.error)
+        self._is_encoding |= has_source and attempt.made is Claim.GRANTED
         return attempt.made or Claim.WITHDRAWN
 
     def _condition(self, drawings: Sequence[Drawing]) -> None:

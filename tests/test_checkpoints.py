@@ -258,11 +258,11 @@ def test_another_family_is_refused_before_anything_is_read(folder: Path, found: 
         ({"lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight": (4, 4)}, ("whole checkpoint",)),
         (
             {
-                "model.diffusion_model.input_blocks.0.0.weight": (8, 9, 3, 3),
+                "model.diffusion_model.input_blocks.0.0.weight": (8, 8, 3, 3),
                 "first_stage_model.decoder.conv_in.bias": (4,),
                 "cond_stage_model.transformer.text_model.final_layer_norm.bias": (4,),
             },
-            ("inpainting", "9 input channels"),
+            ("editing", "8 input channels"),
         ),
     ],
 )

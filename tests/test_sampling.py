@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from inference import sampling
+from inference.courses import Course
 from inference.request import RequestFailed
 from inference.sampling import Sampler, Samplers, SchedulerSampler, TrajectorySampler
 from inference.schedulers import DIFFUSION, FLOW, SchedulerTable, set_timesteps
@@ -61,7 +62,7 @@ def begin(config: str, name: str, num_steps: int, seed: int) -> tuple[str, Sampl
     """A sampler from a checkpoint of this scheduler config."""
     found = (CONFIGS | FLOWS)[config]
     shift = SHIFT if found.get("use_dynamic_shifting") else None
-    return Samplers(table_of(found), found).begin(name, num_steps, *noise_of(seed), shift)
+    return Samplers(table_of(found), found).begin(Course(name, num_steps, shift), *noise_of(seed))
 
 
 class Plain:
@@ -133,13 +134,13 @@ def test_a_course_that_diffusers_itself_cannot_take_is_known_before_the_first_st
     with pytest.raises(IndexError):
         list(Plain(name, CONFIGS[config], num_steps, *noise_of(1)).steps(predictions_of(1)))
     with pytest.raises(RequestFailed, match="30 steps") as failure:
-        Samplers(DIFFUSION, CONFIGS[config]).prepare(name, num_steps)
+        Samplers(DIFFUSION, CONFIGS[config]).prepare(Course(name, num_steps))
     assert failure.value.code == "INVALID_INPUT"
 
 
 def test_more_steps_than_a_scheduler_can_take_are_refused_before_the_first() -> None:
     with pytest.raises(RequestFailed, match="60 steps") as failure:
-        Samplers(DIFFUSION, CONFIGS["as Stable Diffusion 1.5"]).prepare("lcm", 60)
+        Samplers(DIFFUSION, CONFIGS["as Stable Diffusion 1.5"]).prepare(Course("lcm", 60))
 
     assert failure.value.code == "INVALID_INPUT"
 
@@ -159,7 +160,7 @@ def test_lanes_of_one_scheduler_advance_in_turns_without_a_trace_in_each_other(n
     config = CONFIGS["as Stable Diffusion 1.5"]
     samplers = Samplers(DIFFUSION, config)
     courses = [
-        (samplers.begin(name, num_steps, *noise_of(seed))[1], Plain(name, config, num_steps, *noise_of(seed)), seed)
+        (samplers.begin(Course(name, num_steps), *noise_of(seed))[1], Plain(name, config, num_steps, *noise_of(seed)), seed)
         for seed, num_steps in enumerate((9, 9, 9, 6))
     ]
 
@@ -176,7 +177,7 @@ def test_lanes_of_one_scheduler_advance_in_turns_without_a_trace_in_each_other(n
 
 def test_a_lane_s_latents_are_its_own_and_change_only_by_advancing() -> None:
     noise, generator = noise_of(1)
-    _, sampler = Samplers(DIFFUSION, CONFIGS["as Stable Diffusion 1.5"]).begin("ddim", 4, noise, generator)
+    _, sampler = Samplers(DIFFUSION, CONFIGS["as Stable Diffusion 1.5"]).begin(Course("ddim", 4), noise, generator)
     before, prediction = sampler.latents.clone(), torch.ones(SHAPE)
 
     noise.zero_()
@@ -194,23 +195,23 @@ def test_a_trajectory_is_found_once_for_all_lanes_of_its_scheduler_and_steps(mon
     # Counted, because the time it saves is no pass mark.
     traced: list[int] = []
 
-    def trace(scheduler: Any) -> Any:
-        traced.append(len(scheduler.timesteps))
-        return plain_trace(scheduler)
+    def trace(course: Course, scheduler: Any) -> Any:
+        traced.append(course.num_steps)
+        return plain_trace(course, scheduler)
 
-    plain_trace = sampling._trace
-    monkeypatch.setattr(sampling, "_trace", trace)
+    plain_trace = sampling.trace
+    monkeypatch.setattr(sampling, "trace", trace)
     samplers = Samplers(DIFFUSION, CONFIGS["as the demo model"])
 
-    samplers.prepare("unipc", 8)
+    samplers.prepare(Course("unipc", 8))
     for seed in range(3):
-        samplers.begin("unipc", 8, *noise_of(seed))
+        samplers.begin(Course("unipc", 8), *noise_of(seed))
     # That there is none is worth remembering as well.
     for seed in range(3):
-        samplers.begin("euler_a", 9, *noise_of(seed))
-    samplers.begin("unipc", 7, *noise_of(0))
-    samplers.begin(None, 6, *noise_of(0))
-    samplers.begin("dpm++", 6, *noise_of(0))
+        samplers.begin(Course("euler_a", 9), *noise_of(seed))
+    samplers.begin(Course("unipc", 7), *noise_of(0))
+    samplers.begin(Course(None, 6), *noise_of(0))
+    samplers.begin(Course("dpm++", 6), *noise_of(0))
 
     assert traced == [8, 9, 7, 6]
 
@@ -219,6 +220,6 @@ def test_an_unknown_scheduler_is_refused_by_name() -> None:
     samplers = Samplers(DIFFUSION, CONFIGS["as the demo model"])
 
     with pytest.raises(RequestFailed, match=r"plms.*known are dpm") as failure:
-        samplers.prepare("plms", 8)
+        samplers.prepare(Course("plms", 8))
 
     assert failure.value.code == "INVALID_INPUT"

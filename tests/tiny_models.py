@@ -12,7 +12,9 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     ZImagePipeline,
@@ -50,7 +52,9 @@ __all__ = [
     "Layout",
     "build_tiny_sd",
     "build_tiny_sd2",
+    "build_tiny_sd_inpaint",
     "build_tiny_sdxl",
+    "build_tiny_sdxl_inpaint",
     "build_tiny_z_image",
     "byte_tokenizer",
     "load_pipe",
@@ -102,15 +106,28 @@ def build_tiny_sd2(folder: Path, *, seed: int = 0) -> Path:
     return _build_sd(folder, scheduler, seed=seed, hidden_act="gelu", use_linear_projection=True)
 
 
+def build_tiny_sd_inpaint(folder: Path, *, seed: int = 0) -> Path:
+    """Writes a Stable Diffusion 1.x checkpoint for inpainting, whose UNet reads a mask and what is to be kept."""
+    scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1)
+    return _build_sd(folder, scheduler, seed=seed, pipeline=StableDiffusionInpaintPipeline)
+
+
 def _build_sd(
-    folder: Path, scheduler: Any, *, seed: int, hidden_act: str = "quick_gelu", use_linear_projection: bool = False
+    folder: Path,
+    scheduler: Any,
+    *,
+    seed: int,
+    pipeline: Any = StableDiffusionPipeline,
+    hidden_act: str = "quick_gelu",
+    use_linear_projection: bool = False,
 ) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = byte_tokenizer()
-        pipe = StableDiffusionPipeline(
+        pipe = pipeline(
             unet=UNet2DConditionModel(
                 sample_size=PIXELS // 8,
+                in_channels=_in_channels(pipeline),
                 block_out_channels=(HIDDEN, 64, 64),
                 layers_per_block=1,
                 down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -133,7 +150,18 @@ def _build_sd(
     return folder
 
 
-def build_tiny_sdxl(folder: Path, *, seed: int = 0, force_zeros: bool = True) -> Path:
+def build_tiny_sdxl_inpaint(folder: Path, *, seed: int = 0) -> Path:
+    """Writes an SDXL checkpoint for inpainting, whose UNet reads a mask and what is to be kept."""
+    return build_tiny_sdxl(folder, seed=seed, pipeline=StableDiffusionXLInpaintPipeline)
+
+
+def _in_channels(pipeline: Any) -> int:
+    return 9 if "Inpaint" in pipeline.__name__ else 4
+
+
+def build_tiny_sdxl(
+    folder: Path, *, seed: int = 0, force_zeros: bool = True, pipeline: Any = StableDiffusionXLPipeline
+) -> Path:
     """Writes an SDXL checkpoint of random weights, its blocks in SDXL's own order, and returns `folder`.
 
     `force_zeros`: whether no negative prompt means zeros, as in the base checkpoint, or the encoding of "".
@@ -141,8 +169,8 @@ def build_tiny_sdxl(folder: Path, *, seed: int = 0, force_zeros: bool = True) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer, tokenizer_2 = byte_tokenizer(), byte_tokenizer(pad_token="!")
-        pipe = StableDiffusionXLPipeline(
-            unet=_sdxl_unet(),
+        pipe = pipeline(
+            unet=_sdxl_unet(_in_channels(pipeline)),
             text_encoder=CLIPTextModel(_clip_config(tokenizer, num_hidden_layers=3)),
             text_encoder_2=CLIPTextModelWithProjection(
                 _clip_config(
@@ -166,10 +194,11 @@ def build_tiny_sdxl(folder: Path, *, seed: int = 0, force_zeros: bool = True) ->
     return folder
 
 
-def _sdxl_unet() -> UNet2DConditionModel:
+def _sdxl_unet(in_channels: int) -> UNet2DConditionModel:
     size_dim = 8
     return UNet2DConditionModel(
         sample_size=PIXELS // 8,
+        in_channels=in_channels,
         block_out_channels=(HIDDEN, 48, 64),
         layers_per_block=2,
         transformer_layers_per_block=(1, 1, 2),

@@ -36,6 +36,11 @@ COMPONENTS = {
     "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2", "unet", "vae"),
     "ZImagePipeline": ("text_encoder", "transformer", "vae"),
 }
+# The same models around a UNet that reads a mask too: what it has channels for is asked of the UNet, not of the name.
+LOADED_AS = {
+    "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
+    "StableDiffusionXLInpaintPipeline": "StableDiffusionXLPipeline",
+}
 # Given as None, they are neither looked for nor loaded, whatever the index says of them.
 UNUSED: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
@@ -221,8 +226,9 @@ def _identify_file(model_id: str, path: Path, config: str | None) -> Checkpoint:
 
 
 def _class_in(index: Path) -> str:
-    """The pipeline's class by the index; a list where it brings code of its own, which is never run."""
-    return str(read_json(index).get("_class_name", "pipeline without a _class_name"))
+    """The class that runs what the index names; a list where it brings code of its own, which is never run."""
+    found = str(read_json(index).get("_class_name", "pipeline without a _class_name"))
+    return LOADED_AS.get(found, found)
 
 
 def _find_index(source: str, setting: str) -> Path:

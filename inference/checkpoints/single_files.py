@@ -22,6 +22,8 @@ PREFIXES = {
 Z_IMAGE_MARKS = ("cap_embedder.0.weight", "layers.0.attention.qkv.weight", "layers.0.attention.to_q.weight")
 FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
 LATENT_CHANNELS = 4
+# The latents, a mask, and the latents of what is to be kept.
+INPAINTING_CHANNELS = 2 * LATENT_CHANNELS + 1
 
 
 def family_of(shapes: Shapes, subject: str) -> str:
@@ -37,10 +39,10 @@ def family_of(shapes: Shapes, subject: str) -> str:
             " name a whole checkpoint or a diffusers folder"
         )
     _, channels, *_ = shapes.get(FIRST_CONVOLUTION, (0, LATENT_CHANNELS))
-    if channels != LATENT_CHANNELS:
+    if channels not in (LATENT_CHANNELS, INPAINTING_CHANNELS):
         raise EngineStartFailed(
-            f"{subject} is for inpainting or editing ({channels} input channels); this version draws pictures from text"
-            " alone"
+            f"{subject} is for editing or upscaling ({channels} input channels); this version runs ordinary and"
+            " inpainting checkpoints"
         )
     return found
 

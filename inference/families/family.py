@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from inference.adapters import Adapter, check_fits, read_adapter
 from inference.bank import AdapterBank, PackedAdapter, Row
 from inference.dialects import Dialect
+from inference.courses import Course
 from inference.lane import Embedding, Kind, Lane
-from inference.request import GenerationRequest, RequestFailed
+from inference.origins import EncodedSource, check_size, encode
+from inference.request import KINDS, GenerationRequest, RequestFailed, Source
 from inference.sampling import Sampler, Samplers
 from inference.schedulers import SchedulerTable
 
@@ -38,6 +40,10 @@ class Family(ABC):
     default_guidance: ClassVar[float] = 7.5
     # Those of the models that adapters change.
     text_encoders: ClassVar[tuple[str, ...]] = ()
+    # The kinds of request that the checkpoint can draw.
+    kinds: tuple[str, ...] = KINDS
+    # Does its denoiser read the mask, and what is to be kept of the picture?
+    _reads_rest = False
     # Do embeddings come in chunks of one length, of which a lane's two rows must have equally many?
     is_chunked: ClassVar[bool] = False
     # The checkpoint's, as everybody may hear it.
@@ -103,20 +109,33 @@ class Family(ABC):
         """The adapter as the bank takes it."""
         return self.bank.pack(adapter)
 
+    def num_steps_of(self, request: GenerationRequest) -> int:
+        """The steps that are taken of those asked for: with a source the last ones, as many as its strength says."""
+        if request.source is None:
+            return request.num_inference_steps
+        return min(int(request.num_inference_steps * request.source.strength), request.num_inference_steps)
+
     def prepare(self, request: GenerationRequest) -> None:
         """Find the request's course of noise levels ahead of `begin`. Raises what it ends with."""
         self.check(request)
-        self.samplers.prepare(request.scheduler, request.num_inference_steps, self._shift(request))
+        self._check_kind(request)
+        self.samplers.prepare(self._course(request))
 
     def begin(self, lane: Lane) -> tuple[str, Sampler]:
         """The lane's sampler at its first step, and its scheduler's name."""
         request = lane.drawing.request
         # Noise comes from the CPU and in 32 bits, so that a seed gives the same picture on any device.
         generator = torch.Generator().manual_seed(lane.seed)
-        noise = torch.randn(self._latent_shape(request), generator=generator).to(self.device)
-        return self.samplers.begin(
-            request.scheduler, request.num_inference_steps, noise, generator, self._shift(request)
-        )
+
+        def draw() -> torch.Tensor:
+            return torch.randn(self._latent_shape(request), generator=generator).to(self.device)
+
+        if request.source is None:
+            return self.samplers.begin(self._course(request), draw(), generator)
+        if lane.drawing.source is None:
+            lane.drawing.source = self._encoded(request, request.source)
+        noise, origin = lane.drawing.source.begin(draw, self._scaled)
+        return self.samplers.begin(self._course(request), noise, generator, origin)
 
     def decode(self, latents: torch.Tensor, *, in_tiles: bool = False) -> NDArray[np.uint8] | None:
         """The picture [height, width, 3] of latents [channels, height, width], rounded as the pipeline would; None
@@ -130,6 +149,40 @@ class Family(ABC):
     def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [1, channels, height, width] in the VAE's own scale."""
         return latents / float(self._pipeline.vae.config.scaling_factor)
+
+    def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """The VAE's latents [channels, height, width] in the denoiser's scale: the way back."""
+        return latents * float(self._pipeline.vae.config.scaling_factor)
+
+    def _course(self, request: GenerationRequest) -> Course:
+        num_steps = request.num_inference_steps
+        num_skipped = None if request.source is None else num_steps - self.num_steps_of(request)
+        return Course(request.scheduler, num_steps, self._shift(request), num_skipped)
+
+    def _begins_from_noise(self, source: Source) -> bool:
+        """Does a lane at full strength leave its picture out, but for what is kept? diffusers' inpainting does."""
+        return source.mask is not None and source.strength >= 1
+
+    def _encoded(self, request: GenerationRequest, source: Source) -> EncodedSource:
+        return encode(
+            self._pipeline.vae,
+            source,
+            size=(request.height, request.width),
+            is_hidden=self._begins_from_noise(source),
+            reads_rest=self._reads_rest,
+            device=self.device,
+        )
+
+    def _check_kind(self, request: GenerationRequest) -> None:
+        if request.kind not in self.kinds:
+            reason = f"this worker's model draws {', '.join(self.kinds)} and nothing else: not {request.kind}"
+            raise RequestFailed("UNSUPPORTED_BY_MODEL", reason)
+        if request.source is None:
+            return
+        check_size(request.source, size=(request.height, request.width))
+        if self.num_steps_of(request) < 1:
+            given = f"strength {request.source.strength} of {request.num_inference_steps} steps"
+            raise RequestFailed("INVALID_INPUT", f"{given} leaves no step: ask for a higher strength or for more steps")
 
     def _upload(self, values: Any) -> torch.Tensor:
         # From pinned memory: any other copy would wait for the step that is running.

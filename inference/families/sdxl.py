@@ -63,3 +63,12 @@ class StableDiffusionXL(UNetFamily):
         shape = (1, -1, 1, 1)
         scale = latents.new_tensor(deviation).view(shape) / float(config.scaling_factor)
         return latents * scale + latents.new_tensor(mean).view(shape)
+
+    def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        config = self._pipeline.vae.config
+        mean, deviation = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or deviation is None:
+            return super()._scaled(latents)
+        shape = (-1, 1, 1)
+        centred = latents - latents.new_tensor(mean).view(shape)
+        return super()._scaled(centred) / latents.new_tensor(deviation).view(shape)

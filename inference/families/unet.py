@@ -22,6 +22,9 @@ class UNetFamily(Family):
     def __init__(self, pipeline: Any, *args: Any, device: torch.device) -> None:
         _check_is_plain(pipeline.unet)
         super().__init__(pipeline, *args, device=device)
+        self._reads_rest = pipeline.unet.config.in_channels != pipeline.unet.config.out_channels
+        if self._reads_rest:
+            self.kinds = ("inpaint",)
         self._memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         pipeline.unet.to(memory_format=self._memory_format)
 
@@ -34,7 +37,11 @@ class UNetFamily(Family):
         return int(self._pipeline.vae_scale_factor)
 
     def kind_of(self, request: GenerationRequest) -> Kind:
-        return Kind((request.height, request.width), is_guided=request.guidance_scale > 1)
+        return Kind(
+            (request.height, request.width),
+            is_guided=request.guidance_scale > 1,
+            num_steps=self.num_steps_of(request),
+        )
 
     def encode(self, prompts: Sequence[Prompt], adapters: Sequence[Row]) -> list[Embedding]:
         """Ordinary prompts in one pass; those with weights, and those of several chunks, one by one."""
@@ -63,7 +70,7 @@ class UNetFamily(Family):
 
     def _latent_shape(self, request: GenerationRequest) -> tuple[int, int, int]:
         multiple = self.size_multiple
-        return self._pipeline.unet.config.in_channels, request.height // multiple, request.width // multiple
+        return self._pipeline.unet.config.out_channels, request.height // multiple, request.width // multiple
 
     def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
         """Rows: the negative prompts of the guided lanes, their prompts, then the prompts of the others."""
@@ -105,8 +112,10 @@ def _stacked(tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _check_is_plain(unet: Any) -> None:
-    """The pipelines have more kinds of UNet than this file."""
+    """The pipelines have more kinds of UNet than this file: an inpainting one reads a mask and a second picture."""
     config = unet.config
-    if config.time_cond_proj_dim is not None or config.in_channels != config.out_channels:
-        kind = "an inpainting or guidance-distilled UNet"
-        raise EngineStartFailed(f"MODEL_ID has {kind}; this version draws pictures from text alone")
+    if config.time_cond_proj_dim is not None:
+        raise EngineStartFailed("MODEL_ID has a guidance-distilled UNet, which this version cannot run")
+    if config.in_channels not in (config.out_channels, 2 * config.out_channels + 1):
+        kind = f"a UNet for editing or upscaling ({config.in_channels} input channels)"
+        raise EngineStartFailed(f"MODEL_ID has {kind}; this version runs ordinary and inpainting ones")

@@ -11,7 +11,7 @@ from inference.bank import Row
 from inference.dialects import Z_IMAGE
 from inference.families.family import Family, Prompt, embedding_of, sampler_of
 from inference.lane import Embedding, Kind, Lane
-from inference.request import GenerationRequest, RequestFailed
+from inference.request import GenerationRequest, RequestFailed, Source
 from inference.schedulers import FLOW
 
 # What the transformer was trained to read; the pipeline cuts here.
@@ -45,7 +45,15 @@ class ZImage(Family):
     def kind_of(self, request: GenerationRequest) -> Kind:
         """Half-octaves of area, the base size in the middle of one: a forward takes as long as its largest picture."""
         base = (self.base_size // self.size_multiple) ** 2
-        return Kind(round(2 * math.log2(self._num_patches(request) / base)), is_guided=request.guidance_scale > 0)
+        shape = round(2 * math.log2(self._num_patches(request) / base))
+        return Kind(shape, is_guided=request.guidance_scale > 0, num_steps=self.num_steps_of(request))
+
+    def num_steps_of(self, request: GenerationRequest) -> int:
+        """Its pipelines round the steps that are left out, the others' those that are taken."""
+        if request.source is None:
+            return request.num_inference_steps
+        num_steps = request.num_inference_steps
+        return num_steps - int(max(num_steps - num_steps * request.source.strength, 0))
 
     def check(self, request: GenerationRequest) -> None:
         """There is nothing that a request may name and this family cannot do."""
@@ -120,6 +128,12 @@ class ZImage(Family):
 
     def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
         return super()._unscaled(latents) + float(self._pipeline.vae.config.shift_factor)
+
+    def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        return super()._scaled(latents - float(self._pipeline.vae.config.shift_factor))
+
+    def _begins_from_noise(self, source: Source) -> bool:
+        return False
 
 
 def _guided(positive: torch.Tensor, negative: torch.Tensor, lane: Lane) -> torch.Tensor:

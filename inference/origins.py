@@ -1,0 +1,105 @@
+"""A source picture on its way into latents: encoded once for a request, drawn from by each of its lanes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from inference.request import Source
+from inference.sampling import Origin
+
+# Of a mask's bytes, as diffusers rounds them: from here on the picture is repainted.
+REPAINTED = 128
+
+
+class Posterior(NamedTuple):
+    """What a VAE makes of a picture, [channels, height, width] each, fp32."""
+
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
+    def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        return self.mean + self.deviation * noise
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSource:
+    """A request's source as its lanes need it.
+
+    `picture` is None where the denoiser never sees it; `rest`, the picture without what is repainted, is there for a
+    denoiser that reads it. `mask` [1, height, width] of the latents' size: true where it is repainted. `is_hidden` as
+    `Origin` has it.
+    """
+
+    picture: Posterior | None
+    rest: Posterior | None
+    mask: torch.Tensor | None
+    is_hidden: bool
+
+    def begin(
+        self, draw: Callable[[], torch.Tensor], scale: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, Origin]:
+        """A lane's noise, and where it begins.
+
+        `draw` gives standard normal noise of the latents' shape, asked as often and in the order as diffusers' pipelines
+        ask, so that what is drawn later is the same too; `scale` brings the VAE's latents to the denoiser's scale.
+        """
+        latents = None if self.picture is None else scale(self.picture.sample(draw()))
+        noise = draw()
+        if self.mask is None:
+            return noise, Origin(latents)
+        # Its pipelines encode the rest of the picture even for a denoiser that does not read it.
+        rest_noise = draw()
+        if self.rest is None:
+            return noise, Origin(latents, self.mask, self.is_hidden)
+        channels = torch.cat((self.mask.to(noise.dtype), scale(self.rest.sample(rest_noise))))
+        return noise, Origin(latents, is_hidden=self.is_hidden, channels=channels)
+
+
+def encode(
+    vae: Any,
+    source: Source,
+    *,
+    size: tuple[int, int],
+    is_hidden: bool,
+    reads_rest: bool,
+    device: torch.device,
+) -> EncodedSource:
+    """The source of pictures of this height and width."""
+    pixels = _tensor(source.rgb, (*size, 3)).to(device).movedim(-1, 0) / 255 * 2 - 1
+    mask = None if source.mask is None else _tensor(source.mask, (1, *size)).to(device) >= REPAINTED
+    rest = None
+    if reads_rest and mask is not None:
+        rest = _posterior(vae, pixels * ~mask)
+    return EncodedSource(
+        picture=None if reads_rest and is_hidden else _posterior(vae, pixels),
+        rest=rest,
+        mask=None if mask is None else _shrunk(mask, vae),
+        is_hidden=is_hidden,
+    )
+
+
+def check_size(source: Source, *, size: tuple[int, int]) -> None:
+    """ValueError unless the source is of a picture's size: whoever asks has fitted it."""
+    num_pixels = size[0] * size[1]
+    if len(source.rgb) != 3 * num_pixels or (source.mask is not None and len(source.mask) != num_pixels):
+        raise ValueError(f"the source is not of the picture's size, {size[1]}x{size[0]}")
+
+
+def _tensor(values: bytes, shape: tuple[int, ...]) -> torch.Tensor:
+    # A copy: bytes are read-only, which a tensor cannot be.
+    return torch.frombuffer(bytearray(values), dtype=torch.uint8).view(shape)
+
+
+def _posterior(vae: Any, pixels: torch.Tensor) -> Posterior:
+    """Pixels [3, height, width] between -1 and 1, encoded."""
+    vae.use_tiling = False
+    found = vae.encode(pixels[None].to(vae.dtype)).latent_dist
+    return Posterior(found.mean[0].float(), found.std[0].float())
+
+
+def _shrunk(mask: torch.Tensor, vae: Any) -> torch.Tensor:
+    """The mask [1, height, width] in latent pixels: as the first of the pixels that each stands for."""
+    step = 2 ** (len(vae.config.block_out_channels) - 1)
+    return mask[:, ::step, ::step]
