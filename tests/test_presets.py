@@ -508,3 +508,17 @@ def test_the_command_lists_every_preset_as_a_table_and_as_json(own: Path, monkey
     told = [json.loads(line) for line in lines.stdout.splitlines()]
     assert [(row["kind"], row["name"]) for row in told] == [("style", "neon"), ("style", "plain"), ("industry", "cafe")]
     assert told[0]["adapter"] == {"path": "models/neon.safetensors", "scale": 0.8}
+
+
+# --- The page
+
+
+def test_the_page_s_job_reads_as_it_says_and_its_file_is_a_good_one(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "presets.md").read_text()
+    [job], [file] = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("json", "yaml"))
+    [read] = re.findall(r"^> (.*?)\n\n", page, re.DOTALL | re.MULTILINE)
+    own = tmp_path / "presets.yaml"
+    own.write_text(file)
+
+    assert job_of(rules_from(ModelSettings(), STORE), json.loads(job)).prompt == read.replace("\n> ", " ")
+    assert rules_with(own).presets().adapters["industry tteok"].path == "styles/tteok/"
