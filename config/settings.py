@@ -358,6 +358,13 @@ class PictureSettings(_Section):
             load_presets(path)
         return path
 
+    @field_validator("c2pa_certificate")
+    @classmethod
+    def _has_what_to_sign(cls, certificate: Path | None, found: ValidationInfo) -> Path | None:
+        if certificate is not None and found.data.get("embed_metadata") == "none":
+            raise ValueError("cannot be used with EMBED_METADATA=none, which writes nothing: change one of the two")
+        return certificate
+
     @field_validator("c2pa_private_key")
     @classmethod
     def _has_its_certificate(cls, key: Path | None, found: ValidationInfo) -> Path | None:

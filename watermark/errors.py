@@ -1,4 +1,4 @@
-"""What can be wrong with a picture that somebody sent. Each message is for the person whose picture it is."""
+"""What can be wrong with a picture that somebody sent, or with its manifest. Each message is for the person whose picture it is."""
 
 
 class WatermarkError(Exception):
@@ -19,3 +19,7 @@ class PictureInvalid(WatermarkError):
 
 class PictureTooLarge(WatermarkError):
     """A reference picture has more pixels than are decoded."""
+
+
+class ManifestNotSigned(WatermarkError):
+    """The picture's C2PA manifest cannot be signed, as with a certificate that ended while the worker ran."""

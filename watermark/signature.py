@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeAlias, assert_never, final
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from watermark.decoding import to_rgba
 from watermark.errors import SignatureInvalid
@@ -131,10 +132,12 @@ class SignedPicture:
     def height(self) -> int:
         return self._pixels.height
 
-    def encode_png(self) -> bytes:
-        """Return the picture as an 8-bit RGB PNG without metadata."""
+    def encode_png(self, text: PngInfo | None = None) -> bytes:
+        """Return the picture as an 8-bit RGB PNG, with no metadata but `text`."""
         content = io.BytesIO()
-        self._pixels.save(content, "PNG", compress_level=PNG_COMPRESS_LEVEL, compress_type=PNG_COMPRESS_TYPE)
+        self._pixels.save(
+            content, "PNG", compress_level=PNG_COMPRESS_LEVEL, compress_type=PNG_COMPRESS_TYPE, pnginfo=text
+        )
         return content.getvalue()
 
 

@@ -44,7 +44,7 @@ def run() -> None:
     settings = _settings()
     configure_logging(settings.service.log_level)
     try:
-        supervisor = Supervisor(settings)
+        supervisor = _or_exit(partial(Supervisor, settings))
     except OSError as error:
         console.print(f"[bold red]METRICS_PORT or CACHE_DIR cannot be used:[/] {error}")
         sys.exit(ExitCode.SETTINGS)

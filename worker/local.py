@@ -1,7 +1,7 @@
 """`darkroom generate`: the same engine and the same limits, without broker, store or backend."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,15 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from config.settings import ModelSettings, ServiceSettings, SettingsError, load_section
+from config.settings import ModelSettings, PictureSettings, ServiceSettings, SettingsError, load_section
 from inference.engine import LocalEngine
 from inference.request import AdapterFile, EngineError, GenerationRequest, GenerationResult, StepReport
 from watermark.decoding import decode_signature
-from watermark.errors import FontMissing, SignatureInvalid
+from watermark.errors import WatermarkError
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned, sign
 from worker.fetching import PEFT_CONFIG, PEFT_WEIGHTS
 from worker.job import Job, JobRejected
+from worker.labelling import Labeller, provenance_of
 from worker.messages import decode
 from worker.rejecting import JobRules
 from worker.story import request_of
@@ -37,12 +38,13 @@ def draw(fields: dict[str, Any], files: Files, *, model_id: str | None, console:
     try:
         job = _job(fields)
         signature = _signature(job, files)
+        labeller = Labeller(load_section(PictureSettings))
         settings = load_section(ModelSettings)
         engine = LocalEngine(settings.model_copy(update={"model_id": model_id} if model_id else {}))
         adapters = tuple(_adapter(path, files.adapter_scale) for path in files.adapters)
         result = _generate(engine, request_of(job, adapters, engine.facts), console)
-        _write(job, result, signature, files.out, console)
-    except (SettingsError, JobRejected, EngineError, SignatureInvalid, FontMissing, OSError) as error:
+        _write(job, result, signature, files, labeller, model=engine.facts.model, console=console)
+    except (SettingsError, JobRejected, EngineError, WatermarkError, OSError) as error:
         console.print("[bold red]Not drawn:[/]", end=" ")
         console.print(str(error), markup=False, highlight=False)
         return False
@@ -87,9 +89,21 @@ def _generate(engine: LocalEngine, request: GenerationRequest, console: Console)
             engine.close()
 
 
-def _write(job: Job, result: GenerationResult, signature: Signature, out: Path, console: Console) -> None:
+def _write(
+    job: Job,
+    result: GenerationResult,
+    signature: Signature,
+    files: Files,
+    labeller: Labeller,
+    *,
+    model: str,
+    console: Console,
+) -> None:
+    adapters = tuple(path.stem for path in files.adapters)
     for number, picture in enumerate(result.pictures, start=1):
-        path = out if number == 1 else out.with_stem(f"{out.stem}-{number}")
+        path = files.out if number == 1 else files.out.with_stem(f"{files.out.stem}-{number}")
         image = Image.frombytes("RGB", (picture.width, picture.height), picture.rgb)
-        path.write_bytes(sign(image, signature, job.signature_style).encode_png())
+        signed = sign(image, signature, job.signature_style)
+        provenance = replace(provenance_of(job, result, picture, model=model), adapters=adapters)
+        path.write_bytes(labeller.encode(signed, provenance))
         console.print(f"{path}: {picture.width}x{picture.height}, seed {picture.seed}, {result.scheduler}")

@@ -16,6 +16,7 @@ from worker.drawing import Drawer
 from worker.events import TerminalEvent
 from worker.fetching import Fetched, Fetcher
 from worker.job import Job, JobRejected, Kind, resolve_size
+from worker.labelling import Labeller, provenance_of
 from worker.ledger import Ledger
 from worker.progress import ProgressReporter
 from worker.references import NO_REFERENCES, References, check_can
@@ -42,6 +43,7 @@ class Storyteller:
     store: PictureStore
     facts: ModelFacts
     progress: ProgressReporter
+    labeller: Labeller
     results_bucket: str
     worker: str
     cancellations: Cancellations
@@ -66,7 +68,7 @@ class Storyteller:
         with run.stage("sign"):
             signed = [_sign(picture, fetched.signature, job) for picture in result.pictures]
         with run.stage("store"):
-            stored = self._store(job, signed)
+            stored = self._store(job, result, signed)
         with run.stage("record"):
             event = self._complete(run, job, result, stored)
             return self.gate.insist(lambda: self.ledger.record(event), patience_seconds=PICTURE_PATIENCE_SECONDS)
@@ -79,12 +81,13 @@ class Storyteller:
         finally:
             track.close()
 
-    def _store(self, job: Job, signed: list[SignedPicture]) -> list[StoredPicture]:
+    def _store(self, job: Job, result: GenerationResult, signed: list[SignedPicture]) -> list[StoredPicture]:
         stored = []
-        for number, (picture, seed) in enumerate(zip(signed, job.seeds, strict=True), start=1):
+        for number, (picture, drawn) in enumerate(zip(signed, result.pictures, strict=True), start=1):
             suffix = "" if number == 1 else f"-{number}"
             ref = ObjectRef(self.results_bucket, f"generations/gen-{job.generation_id}{suffix}.png")
-            stored.append(StoredPicture(self.store.put(ref, picture.encode_png(), task_id=job.task_id), seed))
+            png = self.labeller.encode(picture, provenance_of(job, result, drawn, model=self.facts.model))
+            stored.append(StoredPicture(self.store.put(ref, png, task_id=job.task_id), drawn.seed))
         return stored
 
     def _complete(self, run: Run, job: Job, result: GenerationResult, stored: list[StoredPicture]) -> TerminalEvent:

@@ -27,6 +27,7 @@ from worker.fetching import Fetcher
 from worker.health import HealthServer
 from worker.history import History
 from worker.idleness import IdleWatch, idle_reason
+from worker.labelling import Labeller
 from worker.leases import Leases
 from worker.ledger import Ledger
 from worker.messages import rules_from
@@ -69,6 +70,7 @@ class Supervisor:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._labeller = Labeller(settings.pictures)
         self._metrics = Metrics()
         self._cancellations = Cancellations()
         self._is_draining = threading.Event()
@@ -216,6 +218,7 @@ class Supervisor:
             store=PictureStore(self._storage, self._gate),
             facts=facts,
             progress=self._progress,
+            labeller=self._labeller,
             results_bucket=self._settings.store.results_bucket,
             worker=self._name,
             cancellations=self._cancellations,
@@ -246,8 +249,8 @@ class Supervisor:
 
     @property
     def _refusal(self) -> str:
-        """Why no jobs are taken, where a part refuses this worker's credentials."""
-        return self._store_breaker.reason or self._backend_breaker.reason
+        """Why no jobs are taken, where a part refuses this worker's credentials or would refuse its pictures."""
+        return self._store_breaker.reason or self._backend_breaker.reason or self._labeller.refusal
 
     def _why_not_ready(self) -> str:
         if self._num_signals or self._is_draining.is_set():

@@ -18,6 +18,7 @@ from worker.checks.machine import look_at_disk, look_at_fonts
 from worker.checks.memory import look_at_gpu, look_at_memory
 from worker.checks.model import Load, load_in_own_process, look_at_model
 from worker.checks.presets import look_at_presets
+from worker.checks.provenance import look_at_certificate
 from worker.checks.store import StoreProbe
 from worker.dead_letters import legible
 
@@ -46,6 +47,7 @@ def every_part(settings: Settings, load: Load = load_in_own_process) -> tuple[Ch
         Check("presets", partial(look_at_presets, settings), ("bucket",)),
         Check("backend", partial(look_at_backend, settings.backend)),
         Check("fonts", partial(look_at_fonts, settings.service.font_dirs)),
+        Check("certificate", partial(look_at_certificate, settings.pictures)),
         Check("disk", partial(look_at_disk, settings.store)),
         Check("GPU", partial(look_at_gpu, settings.model)),
         Check("memory", partial(look_at_memory, settings.model), ("GPU",)),

@@ -1,0 +1,20 @@
+"""The certificate that C2PA manifests are signed with: signs it, and for how long yet?"""
+
+from datetime import UTC, datetime
+
+from config.settings import PictureSettings, SettingsError
+from worker.checks.finding import CheckFailed
+from worker.labelling import load_signer
+
+
+def look_at_certificate(settings: PictureSettings) -> str:
+    """Sign a picture of one pixel, as every worker does before its first job."""
+    try:
+        signer = load_signer(settings)
+    except SettingsError as error:
+        raise CheckFailed(str(error)) from error
+    if signer is None:
+        return "none is configured: pictures carry no C2PA manifest"
+    credentials = signer.credentials
+    days = (credentials.expires_at - datetime.now(UTC)).days
+    return f"{credentials.subject} signs by {credentials.algorithm}, for {days} days yet"

@@ -1,0 +1,92 @@
+"""What a picture's file says of itself: how a job was drawn, written into its PNG as the settings will have it."""
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from config.settings import PictureSettings
+from inference.request import GenerationResult, Picture
+from watermark.provenance import Prompts, Provenance, SourceType, png_text
+from watermark.signature import SignedPicture
+from worker.job import Job, Kind
+
+if TYPE_CHECKING:
+    from watermark.manifest import ManifestSigner
+
+SOFTWARE = "Darkroom"
+# A picture that somebody sent is part of all but the first.
+SOURCE_TYPES = {
+    Kind.TEXT2IMAGE: SourceType.GENERATED,
+    Kind.IMAGE2IMAGE: SourceType.COMPOSITE,
+    Kind.INPAINT: SourceType.COMPOSITE,
+    Kind.PRODUCT: SourceType.COMPOSITE,
+}
+
+
+class Labeller:
+    """Makes the file of a signed picture. One for all jobs; any thread may call it."""
+
+    def __init__(self, settings: PictureSettings) -> None:
+        """Raises `SettingsError` for a certificate or a key that nobody can sign manifests with."""
+        self._level = settings.embed_metadata
+        self._signer = load_signer(settings)
+
+    def encode(self, picture: SignedPicture, provenance: Provenance) -> bytes:
+        """The PNG, whole: nothing may be changed in it any more. Raises `ManifestNotSigned`."""
+        if self._level == "none":
+            return picture.encode_png()
+        told = provenance if self._level == "full" else replace(provenance, prompts=None)
+        png = picture.encode_png(png_text(told))
+        return png if self._signer is None else self._signer.sign(png, told)
+
+    @property
+    def refusal(self) -> str:
+        """Why no picture can be labelled any more, or nothing."""
+        if self._signer is None or datetime.now(UTC) <= self._signer.credentials.expires_at:
+            return ""
+        return f"the certificate of C2PA_CERTIFICATE expired on {self._signer.credentials.expires_at:%Y-%m-%d}"
+
+
+def load_signer(settings: PictureSettings) -> "ManifestSigner | None":
+    """The signer of C2PA manifests where a certificate is configured; raises `SettingsError`."""
+    if settings.c2pa_certificate is None or settings.c2pa_private_key is None:
+        return None
+    # Some 20 MB of libraries, for those only who have a certificate.
+    from watermark.credentials import read_credentials  # noqa: PLC0415
+    from watermark.manifest import ManifestSigner  # noqa: PLC0415
+
+    return ManifestSigner(read_credentials(settings.c2pa_certificate, settings.c2pa_private_key))
+
+
+def provenance_of(job: Job, result: GenerationResult, picture: Picture, *, model: str) -> Provenance:
+    """How `picture`, one of the result's, was made; now is taken for the time when."""
+    return Provenance(
+        software=SOFTWARE,
+        version=_version(),
+        model=model,
+        created_at=datetime.now(UTC),
+        kind=job.kind,
+        source_type=SOURCE_TYPES[job.kind],
+        task_id=job.task_id,
+        seed=picture.seed,
+        num_inference_steps=result.num_inference_steps,
+        guidance_scale=result.guidance_scale,
+        scheduler=result.scheduler,
+        width=picture.width,
+        height=picture.height,
+        adapters=tuple(_name(adapter.ref.key) for adapter in job.adapters),
+        artist_name=job.artist_name,
+        prompts=Prompts(job.prompt, job.negative_prompt),
+    )
+
+
+@cache
+def _version() -> str:
+    return version("darkroom")
+
+
+def _name(key: str) -> str:
+    """The last part of a key: what is before it may name customers."""
+    return key.rstrip("/").rpartition("/")[2].removesuffix(".safetensors")
