@@ -94,7 +94,14 @@ def test_torch_lives_in_the_engine() -> None:
 
 @pytest.mark.parametrize(
     ("library", "package"),
-    [("boto3", "clients"), ("botocore", "clients"), ("requests", "clients"), ("fontTools", "watermark")],
+    [
+        ("boto3", "clients"),
+        ("botocore", "clients"),
+        ("requests", "clients"),
+        ("fontTools", "watermark"),
+        ("c2pa", "watermark"),
+        ("cryptography", "watermark"),
+    ],
 )
 def test_a_client_library_stays_in_its_package(library: str, package: str) -> None:
     assert {name.split(".")[0] for name in importers_of(library)} == {package}
@@ -120,6 +127,8 @@ def test_the_supervisor_loads_no_torch() -> None:
     loaded = set(ended.stdout.split())
     assert {"worker", "inference", "clients", "pika"} <= loaded
     assert loaded & TORCH == set()
+    # For those alone who have a certificate
+    assert loaded & {"c2pa", "cryptography"} == set()
 
 
 def test_every_module_says_what_it_is_for() -> None:

@@ -99,6 +99,12 @@ def test_the_documented_dialect_gives_progress_then_one_complete_and_a_signed_pi
     assert [call.kind for call in world.backend.calls(generation_id=1001)] == ["progress"] * 5 + ["complete"]
     picture = world.picture(1001)
     assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (128, 128))
+    told = json.loads(picture.info["Darkroom"])
+    assert {name: told[name] for name in told if name in metadata} == {
+        name: metadata[name] for name in metadata if name in told
+    }
+    assert (told["kind"], told["adapters"]) == ("text2image", ["neon"])
+    assert b"red fox" not in world.png(1001)
     world.wait_until_clean()
     assert len(world.backend.ends(1001)) == 1
     world.wait_until_clean()
