@@ -1,4 +1,4 @@
-"""What can be wrong with a picture that somebody sent, or with its manifest. Each message is for the person whose picture it is."""
+"""What can be wrong with a picture somebody sent or its manifest. Each message is for the person whose it is."""
 
 
 class WatermarkError(Exception):
