@@ -72,7 +72,9 @@ def _shared(starts: NDArray[np.int64], length: int, low: int, high: int) -> NDAr
 
 
 def _distance(places: NDArray[np.int64], towards: float) -> NDArray[np.float64]:
-    return np.abs(places - (places[0] + (places[-1] - places[0]) * towards))
+    wanted = float(places[0] + (places[-1] - places[0]) * towards)
+    away: NDArray[np.float64] = np.abs(places - wanted)
+    return away
 
 
 def _mean_energy(

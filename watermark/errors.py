@@ -9,8 +9,12 @@ class SignatureInvalid(WatermarkError):
     """The signature image or text is not one we draw: wrong format, too large, broken, or nothing would be seen."""
 
 
+class OverlayInvalid(WatermarkError):
+    """The text of a headline is not one we draw: control characters, or nothing would be seen."""
+
+
 class FontMissing(WatermarkError):
-    """No installed font has every character of the signature text."""
+    """No installed font has every character of a text, or none has the name that is asked for."""
 
 
 class PictureInvalid(WatermarkError):

@@ -3,6 +3,7 @@
 import struct
 from array import array
 from bisect import bisect_left
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +20,11 @@ PREFERRED_FONTS = (
     "LiberationSans-Regular",
 )
 FONT_SUFFIXES = {".ttf", ".otf", ".ttc"}
+OUTLINES = {"glyf", "CFF ", "CFF2"}
+# Glyphs in colours of their own, as emoji have: they are not drawn.
+COLOURED = {"CBDT", "COLR", "SVG ", "sbix"}
+# What fontTools lets through on broken files.
+FONT_ERRORS = (TTLibError, OSError, struct.error, AssertionError)
 
 
 def find_font(text: str, font_dirs: tuple[Path, ...]) -> Path:
@@ -26,20 +32,31 @@ def find_font(text: str, font_dirs: tuple[Path, ...]) -> Path:
 
     Raises `FontMissing`, naming the characters the nearest font lacks. Folders and fonts are read once a process.
     """
-    wanted = frozenset(ord(character) for character in text if not character.isspace())
+    wanted = wanted_of(text)
     nearest = wanted
-    for font in _list_fonts(font_dirs):
-        missing = _missing(wanted, _code_points(font))
+    for font in list_fonts(font_dirs):
+        missing = missing_from(code_points(font), wanted)
         if not missing:
             return font
         nearest = min(nearest, missing, key=len)
 
     folders = ", ".join(map(str, font_dirs))
-    raise FontMissing(f"no font in {folders} can write {' '.join(map(_name, sorted(nearest)))}")
+    raise FontMissing(f"no font in {folders} can write {named(nearest)}")
+
+
+def wanted_of(text: str) -> frozenset[int]:
+    """The code points of `text` that need a glyph."""
+    return frozenset(ord(character) for character in text if not character.isspace())
+
+
+def named(code_points: Iterable[int]) -> str:
+    """Characters as a person and a machine read them."""
+    return " ".join(f"{chr(code_point)!r} (U+{code_point:04X})" for code_point in sorted(code_points))
 
 
 @lru_cache(maxsize=8)
-def _list_fonts(font_dirs: tuple[Path, ...]) -> tuple[Path, ...]:
+def list_fonts(font_dirs: tuple[Path, ...]) -> tuple[Path, ...]:
+    """The font files under `font_dirs`, the preferred ones first."""
     found = {path for folder in font_dirs for path in folder.rglob("*") if path.suffix.lower() in FONT_SUFFIXES}
     return tuple(sorted(found, key=_preference))
 
@@ -50,19 +67,17 @@ def _preference(font: Path) -> tuple[int, str]:
 
 
 @lru_cache(maxsize=4096)
-def _code_points(font: Path) -> "array[int]":
-    """The characters a font has, sorted, four bytes each: as sets, those of fifty fonts would take 30 MB."""
+def code_points(font: Path, index: int = 0) -> "array[int]":
+    """The characters a face has, sorted, four bytes each: as sets, those of fifty fonts would take 30 MB."""
     try:
-        with TTFont(font, lazy=True, fontNumber=0) as opened:
-            return array("I", sorted(opened.getBestCmap() or ()))
-    except (TTLibError, OSError, struct.error, AssertionError):
+        with TTFont(font, lazy=True, fontNumber=index) as opened:
+            is_drawn = OUTLINES & set(opened.keys()) and not COLOURED & set(opened.keys())
+            return array("I", sorted(opened.getBestCmap() or ()) if is_drawn else ())
+    except FONT_ERRORS:
         return array("I")  # a broken font covers nothing; the next one is tried
 
 
-def _missing(wanted: frozenset[int], covered: "array[int]") -> frozenset[int]:
+def missing_from(covered: "array[int]", wanted: frozenset[int]) -> frozenset[int]:
+    """Those of `wanted` that are not among the sorted `covered`."""
     places = {code_point: bisect_left(covered, code_point) for code_point in wanted}
     return frozenset(code_point for code_point, at in places.items() if at == len(covered) or covered[at] != code_point)
-
-
-def _name(code_point: int) -> str:
-    return f"{chr(code_point)!r} (U+{code_point:04X})"

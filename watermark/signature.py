@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from watermark.calm import Rect
 from watermark.decoding import to_rgba
 from watermark.errors import SignatureInvalid
 from watermark.fonts import find_font
@@ -33,7 +34,7 @@ TEXT_HEIGHT_PER_WIDTH = 1 / 3
 
 
 class Position(StrEnum):
-    """Where the signature stands."""
+    """Where a signature or a headline stands."""
 
     TOP_LEFT = "top-left"
     TOP_CENTER = "top-center"
@@ -44,6 +45,12 @@ class Position(StrEnum):
     BOTTOM_LEFT = "bottom-left"
     BOTTOM_CENTER = "bottom-center"
     BOTTOM_RIGHT = "bottom-right"
+
+    @property
+    def fractions(self) -> tuple[float, float]:
+        """How far from the left and from the top, 0 to 1."""
+        vertical, _, horizontal = self.value.partition("-")
+        return ANCHORS[horizontal or vertical], ANCHORS[vertical]
 
 
 class Size(StrEnum):
@@ -153,16 +160,32 @@ def sign(picture: Image.Image, signature: Signature, style: SignatureStyle) -> S
     """Return a signed RGB copy of `picture`; outside the signature's box every byte stays as it was."""
     pixels = picture.convert("RGB")
     pixels.info = {}
+    mark = _mark(pixels.size, signature, style)
+    if mark is not None:
+        _put(pixels, mark, style)
+    return SignedPicture(pixels, _SEAL)
+
+
+def signature_place(size: tuple[int, int], signature: Signature, style: SignatureStyle) -> Rect | None:
+    """Where `sign` will put the signature on a picture of `size` (width, height) in px; None for no signature."""
+    mark = _mark(size, signature, style)
+    if mark is None:
+        return None
+    left, top = _corner(size, mark, style)
+    return Rect(left, top, left + mark.width, top + mark.height)
+
+
+def _mark(size: tuple[int, int], signature: Signature, style: SignatureStyle) -> Image.Image | None:
+    """The signature, premultiplied, at its size on a picture of `size`."""
     match signature:
         case ImageSignature():
-            _put(pixels, _fit_image(signature.image, _room(pixels, style)), style)
+            return _fit_image(signature.image, _room(size, style))
         case TextSignature():
-            _put(pixels, _fit_text(signature, _room(pixels, style)), style)
+            return _fit_text(signature, _room(size, style))
         case Unsigned():
-            pass
+            return None
         case _:
             assert_never(signature)
-    return SignedPicture(pixels, _SEAL)
 
 
 class _Room(NamedTuple):
@@ -173,10 +196,10 @@ class _Room(NamedTuple):
     height: int
 
 
-def _room(picture: Image.Image, style: SignatureStyle) -> _Room:
-    margin = _margin_px(picture, style)
-    width, height = picture.width - 2 * margin, picture.height - 2 * margin
-    return _Room(min(round(WIDTH_FRACTIONS[style.size] * picture.width), width), width, height)
+def _room(size: tuple[int, int], style: SignatureStyle) -> _Room:
+    margin = _margin_px(size, style)
+    width, height = size[0] - 2 * margin, size[1] - 2 * margin
+    return _Room(min(round(WIDTH_FRACTIONS[style.size] * size[0]), width), width, height)
 
 
 def _fit_image(image: Image.Image, room: _Room) -> Image.Image:
@@ -193,23 +216,20 @@ def _fit_text(signature: TextSignature, room: _Room) -> Image.Image:
 
 def _put(picture: Image.Image, mark: Image.Image, style: SignatureStyle) -> None:
     """Blend a premultiplied mark onto `picture` in place: Porter and Duff's "over", under * (1 - alpha) + mark."""
-    left, top = _corner(picture, mark, style)
+    left, top = _corner(picture.size, mark, style)
     under = np.asarray(picture.crop((left, top, left + mark.width, top + mark.height)), dtype=np.float32)
     over = np.asarray(mark, dtype=np.float32) * style.opacity
     blended = under * (1 - over[..., 3:] / 255) + over[..., :3]
     picture.paste(Image.fromarray(np.rint(blended).clip(0, 255).astype(np.uint8)), (left, top))
 
 
-def _corner(picture: Image.Image, mark: Image.Image, style: SignatureStyle) -> tuple[int, int]:
-    """Left and top px of the mark in the picture."""
-    vertical, _, horizontal = style.position.partition("-")
-    margin = _margin_px(picture, style)
-    free_width, free_height = picture.width - 2 * margin - mark.width, picture.height - 2 * margin - mark.height
-    return (
-        margin + round(free_width * ANCHORS[horizontal or vertical]),
-        margin + round(free_height * ANCHORS[vertical]),
-    )
+def _corner(size: tuple[int, int], mark: Image.Image, style: SignatureStyle) -> tuple[int, int]:
+    """Left and top px of the mark in a picture of `size`."""
+    across, down = style.position.fractions
+    margin = _margin_px(size, style)
+    free_width, free_height = size[0] - 2 * margin - mark.width, size[1] - 2 * margin - mark.height
+    return margin + round(free_width * across), margin + round(free_height * down)
 
 
-def _margin_px(picture: Image.Image, style: SignatureStyle) -> int:
-    return round(min(picture.size) * style.margin)
+def _margin_px(size: tuple[int, int], style: SignatureStyle) -> int:
+    return round(min(size) * style.margin)

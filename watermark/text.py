@@ -1,4 +1,4 @@
-"""A line of text as a mark: white with a thin dark outline, readable on light and on dark pictures."""
+"""What may be written, and a line of it as a mark: white with a thin dark outline, for light and for dark pictures."""
 
 import unicodedata
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from watermark.errors import SignatureInvalid
+from watermark.errors import OverlayInvalid, SignatureInvalid
 
 MAX_TEXT_CHARS = 100
 
@@ -23,10 +23,9 @@ OUTLINE_GREY = 24
 
 def clean_text(text: str) -> str:
     """Return `text` in Unicode NFC with single plain spaces; raise `SignatureInvalid` where it is no line of text."""
-    refused = sorted({f"U+{ord(char):04X}" for char in text if unicodedata.category(char) in REFUSED_CATEGORIES})
-    if refused:
-        raise SignatureInvalid(f"the signature text has characters that cannot be drawn: {', '.join(refused[:5])}")
-    line = " ".join(unicodedata.normalize("NFC", text).split())
+    if refused := _refused(text):
+        raise SignatureInvalid(f"the signature text has characters that cannot be drawn: {refused}")
+    line = _plain(text)
     if not line:
         raise SignatureInvalid("the signature text is empty")
     if len(line) > MAX_TEXT_CHARS:
@@ -34,9 +33,36 @@ def clean_text(text: str) -> str:
     return line
 
 
-def is_visible(text: str, font: Path) -> bool:
+def clean_lines(text: str) -> tuple[str, ...]:
+    r"""The lines of a headline, broken at \n, each as `clean_text` would have it; at most one empty one in a row.
+
+    Raises `OverlayInvalid` where there are characters that are not drawn, or none that is.
+    """
+    lines = text.replace("\r\n", "\n").split("\n")
+    if refused := _refused("".join(lines)):
+        raise OverlayInvalid(f"the text has characters that cannot be drawn: {refused}")
+    plain = [_plain(line) for line in lines]
+    kept = [line for line, before in zip(plain, ["", *plain], strict=False) if line or before]
+    while kept and not kept[-1]:
+        kept.pop()
+    if not kept:
+        raise OverlayInvalid("the text is empty")
+    return tuple(kept)
+
+
+def _refused(text: str) -> str:
+    """Characters of `text` that are not drawn, up to five."""
+    refused = sorted({f"U+{ord(char):04X}" for char in text if unicodedata.category(char) in REFUSED_CATEGORIES})
+    return ", ".join(refused[:5])
+
+
+def _plain(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def is_visible(text: str, font: Path, index: int = 0) -> bool:
     """Whether `text` leaves any ink: fillers such as U+3164 are letters to Unicode, and empty to the eye."""
-    return ImageFont.truetype(font, MIN_FONT_PX).getmask(text).getbbox() is not None
+    return ImageFont.truetype(font, MIN_FONT_PX, index=index).getmask(text).getbbox() is not None
 
 
 def draw_text(text: str, font: Path, *, fit: tuple[int, int], limit: tuple[int, int]) -> Image.Image:
