@@ -24,6 +24,12 @@ class Rect(NamedTuple):
     def size(self) -> tuple[int, int]:
         return self.right - self.left, self.bottom - self.top
 
+    def overlaps(self, other: "Rect") -> bool:
+        """Whether the two share a pixel."""
+        return max(self.left, other.left) < min(self.right, other.right) and max(self.top, other.top) < min(
+            self.bottom, other.bottom
+        )
+
 
 def calmest(
     image: Image.Image,
