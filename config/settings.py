@@ -290,6 +290,10 @@ class ModelSettings(_Section):
         return is_on
 
     @property
+    def controlnet_max_bytes(self) -> int:
+        return int(self.controlnet_memory_gb * 1e9)
+
+    @property
     def controlnet_sources(self) -> dict[str, str]:
         """Folder or hub id of each ControlNet by its name."""
         pairs = (one.partition("=") for one in self.controlnets)

@@ -1,4 +1,4 @@
-"""What a request needs before its first step: adapters read and in their slots, a scheduler known, prompts encoded."""
+"""What a request needs before its first step: adapters and ControlNets there, a scheduler known, prompts encoded."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 from inference.bank import Applied
 from inference.batcher import Claim
 from inference.conditioner import Conditioner
+from inference.controls.desk import ControlDesk
 from inference.families.family import Family
 from inference.lane import Drawing
 from inference.layers import PAGE_RANK
@@ -27,6 +28,7 @@ class Admission:
         self._model = model
         self.slots = Slots(num_slots, num_slots * max_rank // PAGE_RANK)
         self._preparer = Preparer(read=model.read_adapter, pack=model.pack, max_rank=max_rank, on_ready=on_ready)
+        self._controls = ControlDesk(model, self._preparer.submit)
         self._conditioner = Conditioner(model)
 
     def prepare(self, drawing: Drawing, *, num_ahead: int) -> None:
@@ -35,11 +37,13 @@ class Admission:
         Its adapters are not read yet where `num_ahead` others come first.
         """
         drawing.scheduling = self._preparer.submit(lambda: self._model.prepare(drawing.request))
+        self._controls.prepare(drawing)
         if num_ahead < READ_AHEAD:
             self._read_missing(drawing)
 
     def read_ahead(self, waiting: Sequence[Drawing]) -> None:
-        """Begin to read the adapters of those that come next."""
+        """Begin to read the adapters and ControlNets of those that come next, of all that wait."""
+        self._controls.begin_round(waiting[:READ_AHEAD])
         for drawing in waiting[:READ_AHEAD]:
             self._read_missing(drawing)
 
@@ -49,6 +53,10 @@ class Admission:
         self._read_missing(drawing)
         needed: list[Future[Any]] = [drawing.scheduling]
         needed += [drawing.readings[key] for key in self._new_keys(drawing)]
+        of_control = self._controls.needs(drawing)
+        if of_control is None:
+            return Claim.NO_SLOT
+        needed += of_control
         if not all(one.done() for one in needed):
             return Claim.NOT_YET
         for one in needed:
@@ -58,6 +66,7 @@ class Admission:
         if not drawing.begin():
             return Claim.WITHDRAWN
         self._load(drawing)
+        self._controls.attach(drawing)
         return Claim.GRANTED
 
     def condition(self, drawings: Sequence[Drawing]) -> None:
@@ -71,6 +80,7 @@ class Admission:
         """The request ends: its adapters stay until their slots are needed."""
         for key in drawing.held:
             self.slots.release(key)
+        self._controls.release(drawing)
 
     def close(self) -> None:
         self._preparer.close()

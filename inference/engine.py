@@ -84,6 +84,7 @@ class LocalEngine:
             load_seconds=time.monotonic() - started_at,
             step_seconds=step_seconds,
             kinds=self._model.kinds,
+            controls=self._model.controlnets.names,
         )
 
     def generate(

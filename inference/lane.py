@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from inference.bank import Row
+from inference.controls.guide import Guide
 from inference.origins import EncodedSource
 from inference.preparing import AdapterKey, ReadAdapter
 from inference.request import GenerationRequest, GenerationResult, IsCancelled, OnStep, Picture, Stage, StepReport
@@ -48,8 +49,8 @@ class Kind(NamedTuple):
 class Drawing:
     """One request in the engine. Owned by the engine's thread; the future alone is shared.
 
-    `is_begun`, `held` (its adapters' slots), `row` (what they mean to the bank) and `conditioning` come with its first
-    lane's joining, and `source` where there is one.
+    `is_begun`, `held` (its adapters' slots), `row` (what they mean to the bank), `guide` (of one with a control) and
+    `conditioning` come with its first lane's joining, and `source` where there is one.
     """
 
     request: GenerationRequest
@@ -60,8 +61,10 @@ class Drawing:
     future: Future[GenerationResult] = field(default_factory=Future)
     scheduling: Future[None] = field(default_factory=Future)
     readings: dict[AdapterKey, Future[ReadAdapter]] = field(default_factory=dict)
+    control_picture: Future[torch.Tensor] | None = None
     held: dict[AdapterKey, Slot] = field(default_factory=dict)
     row: Row = ()
+    guide: Guide | None = None
     conditioning: Conditioning | None = None
     source: EncodedSource | None = None
     scheduler: str = ""
@@ -165,6 +168,14 @@ class Lane:
         if self.sampler is None:
             return 0
         return self.sampler.step_index * self.drawing.kind.num_steps // self.sampler.num_steps
+
+    @property
+    def guide(self) -> Guide | None:
+        """What the coming step follows beside the prompt."""
+        guide, sampler = self.drawing.guide, self.sampler
+        if guide is None or sampler is None or not guide.is_active(sampler.step_index, sampler.num_steps):
+            return None
+        return guide
 
     @property
     def is_denoised(self) -> bool:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-
 # What a request is by the source it brings: none, a picture, a picture and a mask.
 KINDS = ("text2image", "image2image", "inpaint")
 

@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from inference.adapters import Adapter, check_fits, read_adapter
 from inference.bank import AdapterBank, PackedAdapter, Row
-from inference.dialects import Dialect
+from inference.controls.controlnets import ControlNets
+from inference.controls.guide import Guide
 from inference.courses import Course
+from inference.dialects import Dialect
 from inference.lane import Embedding, Kind, Lane
 from inference.origins import EncodedSource, check_size, encode
 from inference.request import KINDS, GenerationRequest, RequestFailed, Source
@@ -46,6 +48,8 @@ class Family(ABC):
     _reads_rest = False
     # Do embeddings come in chunks of one length, of which a lane's two rows must have equally many?
     is_chunked: ClassVar[bool] = False
+    # diffusers' class of the ControlNets that it takes.
+    controlnet_class: ClassVar[str]
     # The checkpoint's, as everybody may hear it.
     public_name = ""
 
@@ -59,6 +63,7 @@ class Family(ABC):
         self._dialect = dialect
         self.bank = AdapterBank(models, device=device, dtype=pipeline.dtype)
         self.samplers = Samplers(self.schedulers, pipeline.scheduler.config)
+        self.controlnets = ControlNets({}, max_bytes=0, device=device, dtype=pipeline.dtype)
         if device.type == "cuda":
             # Convolutions run on tensor cores without a transpose around each of them.
             pipeline.vae.to(memory_format=torch.channels_last)
@@ -86,6 +91,14 @@ class Family(ABC):
         """One forward for lanes of one shape: a guided prediction [channels, height, width] each, fp32."""
 
     @abstractmethod
+    def show(self, picture: torch.Tensor) -> torch.Tensor:
+        """What a ControlNet reads at every step for a picture [3, height, width] from 0 to 1, on the device."""
+
+    @abstractmethod
+    def _why_no_control(self, config: Any) -> str | None:
+        """What of a ControlNet's config does not go with the model; None where all does."""
+
+    @abstractmethod
     def _latent_shape(self, request: GenerationRequest) -> tuple[int, int, int]:
         """Channels, height and width of a picture's latents."""
 
@@ -98,6 +111,19 @@ class Family(ABC):
         if request.cfg_normalization or request.cfg_truncation != 1:
             reason = f"cfg_normalization and cfg_truncation belong to Z-Image; this worker runs {self.name}"
             raise RequestFailed("INVALID_INPUT", reason)
+
+    def take_controlnets(self, controlnets: ControlNets) -> None:
+        """Let jobs name these. EngineStartFailed where one was not made for this model."""
+        controlnets.check(self.controlnet_class, self._why_no_control)
+        self.controlnets = controlnets
+
+    def check_control(self, request: GenerationRequest) -> None:
+        """Raise `RequestFailed` where the request asks for a ControlNet that is not there."""
+        names = self.controlnets.names
+        if request.control is not None and request.control.model not in names:
+            known = f"has {', '.join(names)}" if names else "has none"
+            reason = f"control model {request.control.model!r} is not known; this worker {known}"
+            raise RequestFailed("UNSUPPORTED_BY_MODEL", reason)
 
     def read_adapter(self, weights: Path, config: Path | None) -> Adapter:
         """The adapter in a file; an `AdapterError` unless it is whole and every layer fits."""
@@ -119,6 +145,7 @@ class Family(ABC):
         """Find the request's course of noise levels ahead of `begin`. Raises what it ends with."""
         self.check(request)
         self._check_kind(request)
+        self.check_control(request)
         self.samplers.prepare(self._course(request))
 
     def begin(self, lane: Lane) -> tuple[str, Sampler]:
@@ -185,15 +212,24 @@ class Family(ABC):
             raise RequestFailed("INVALID_INPUT", f"{given} leaves no step: ask for a higher strength or for more steps")
 
     def _upload(self, values: Any) -> torch.Tensor:
+        return self._uploaded(torch.tensor(values, dtype=torch.float32))
+
+    def _uploaded(self, host: torch.Tensor) -> torch.Tensor:
         # From pinned memory: any other copy would wait for the step that is running.
-        host = torch.tensor(values, dtype=torch.float32, pin_memory=self.device.type == "cuda")
-        return host.to(self.device, non_blocking=True)
+        pinned = host.pin_memory() if self.device.type == "cuda" else host
+        return pinned.to(self.device, non_blocking=True)
 
 
 def sampler_of(lane: Lane) -> Sampler:
     """A joined lane's sampler."""
     assert lane.sampler is not None, "a lane has its sampler from joining on"  # noqa: S101
     return lane.sampler
+
+
+def guides_of(rows: Sequence[Lane]) -> dict[int, Guide]:
+    """What each row, by its number, follows at the coming step, where it has something to follow."""
+    guides = {number: lane.guide for number, lane in enumerate(rows)}
+    return {number: guide for number, guide in guides.items() if guide is not None}
 
 
 def embedding_of(lane: Lane, *, is_negative: bool) -> Embedding:

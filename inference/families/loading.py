@@ -6,7 +6,9 @@ import torch
 
 from config.settings import ModelSettings
 from inference.checkpoints.checkpoint import download, identify, load_pipeline, weight_bytes
+from inference.checkpoints.controlnets import find_controlnets
 from inference.checkpoints.fit import foresee, free_bytes, place
+from inference.controls.controlnets import ControlNets
 from inference.families.family import Family
 from inference.families.sdxl import StableDiffusionXL
 from inference.families.stable_diffusion import StableDiffusion
@@ -28,7 +30,9 @@ def load_family(settings: ModelSettings, *, device: torch.device, dtype: torch.d
     checkpoint = download(identify(settings.model_id, settings.config_source))
     needed = weight_bytes(checkpoint, dtype.itemsize)
     assert needed is not None, "a downloaded checkpoint has its files"  # noqa: S101
-    residence = foresee(device.type, needed, free_bytes(device))
+    files = find_controlnets(settings.controlnet_sources)
+    controlnets = ControlNets(files, max_bytes=settings.controlnet_max_bytes, device=device, dtype=dtype)
+    residence = foresee(device.type, needed, free_bytes(device) - controlnets.most_bytes)
     pipeline = load_pipeline(checkpoint, dtype)
     try:
         place(pipeline, device, residence)
@@ -36,4 +40,5 @@ def load_family(settings: ModelSettings, *, device: torch.device, dtype: torch.d
     except torch.OutOfMemoryError as error:
         raise EngineStartFailed(f"MODEL_ID {settings.model_id!r} does not fit the GPU's memory: {error}") from error
     family.public_name = checkpoint.public_name
+    family.take_controlnets(controlnets)
     return family

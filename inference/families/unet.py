@@ -7,16 +7,28 @@ from typing import Any
 import torch
 
 from inference.bank import Row
-from inference.families.family import Family, Prompt, embedding_of, sampler_of
+from inference.controls.residuals import Inputs, residuals_of
+from inference.families.family import Family, Prompt, embedding_of, guides_of, sampler_of
 from inference.lane import Embedding, Kind, Lane
 from inference.prompts import LongPromptEncoder
 from inference.request import EngineStartFailed, GenerationRequest
+
+# What a ControlNet's config has in common with its UNet's: otherwise their blocks do not meet.
+SHARED_WITH_CONTROLNETS = (
+    "cross_attention_dim",
+    "block_out_channels",
+    "layers_per_block",
+    "addition_embed_type",
+    "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
+)
 
 
 class UNetFamily(Family):
     """Stable Diffusion and SDXL. Lanes of one size share a forward, however long their prompts are."""
 
     is_chunked = True
+    controlnet_class = "ControlNetModel"
     _prompts: LongPromptEncoder
 
     def __init__(self, pipeline: Any, *args: Any, device: torch.device) -> None:
@@ -72,6 +84,18 @@ class UNetFamily(Family):
         multiple = self.size_multiple
         return self._pipeline.unet.config.out_channels, request.height // multiple, request.width // multiple
 
+    def show(self, picture: torch.Tensor) -> torch.Tensor:
+        """The picture as it is: these ControlNets have an encoder of their own."""
+        return self._uploaded(picture).to(self._pipeline.unet.dtype)
+
+    def _why_no_control(self, config: Any) -> str | None:
+        if config.global_pool_conditions or config.conditioning_channels != 3:
+            return "it is shown something other than a colour picture, or reads it as a whole"
+        latent_channels = self._pipeline.vae.config.latent_channels
+        if config.in_channels != latent_channels:
+            return f"its in_channels is {config.in_channels}, the VAE's latents have {latent_channels}"
+        return _difference(self._pipeline.unet.config, config)
+
     def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
         """Rows: the negative prompts of the guided lanes, their prompts, then the prompts of the others."""
         unet = self._pipeline.unet
@@ -80,22 +104,42 @@ class UNetFamily(Family):
         rows = guided + ordered
         embeddings = [embedding_of(lane, is_negative=i < len(guided)) for i, lane in enumerate(rows)]
         tokens, mask = _stacked([embedding.tokens for embedding in embeddings])
+        latents = torch.stack([sampler_of(lane).model_input() for lane in rows])
+        inputs = Inputs(
+            latents.to(unet.dtype, memory_format=self._memory_format),
+            self._upload([sampler_of(lane).timestep for lane in rows]),
+            [embedding.tokens for embedding in embeddings],
+            self._added_conditions(rows, embeddings),
+        )
         self.bank.route([lane.drawing.row for lane in rows])
         predictions = unet(
-            torch.stack([sampler_of(lane).model_input() for lane in rows]).to(
-                unet.dtype, memory_format=self._memory_format
-            ),
-            self._upload([sampler_of(lane).timestep for lane in rows]),
+            inputs.latents,
+            inputs.timesteps,
             tokens,
             encoder_attention_mask=mask,
-            added_cond_kwargs=self._added_conditions(rows, embeddings),
+            added_cond_kwargs=inputs.added,
             return_dict=False,
+            **residuals_of(guides_of(rows), inputs, self._upload),
         )[0].float()
         negative, positive, unguided = predictions.split((len(guided), len(guided), len(lanes) - len(guided)))
         scales = self._upload([lane.drawing.request.guidance_scale for lane in guided]).view(-1, 1, 1, 1)
         drawn = torch.cat((negative + scales * (positive - negative), unguided)).unbind()
         by_lane = {id(lane): prediction for lane, prediction in zip(ordered, drawn, strict=True)}
         return [by_lane[id(lane)] for lane in lanes]
+
+
+def _difference(ours: Any, theirs: Any) -> str | None:
+    """What of a ControlNet's config differs from its UNet's where it must not."""
+    for name in SHARED_WITH_CONTROLNETS:
+        wanted, found = (_plain(getattr(config, name)) for config in (ours, theirs))
+        if wanted != found:
+            return f"its {name} is {found}, the UNet's is {wanted}"
+    return None
+
+
+def _plain(value: Any) -> Any:
+    # Tuples come back from JSON as lists.
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _stacked(tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:

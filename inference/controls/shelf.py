@@ -1,0 +1,77 @@
+"""Which ControlNets are kept, and which of them give way to another. Pure bookkeeping, no torch."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Place(Generic[T]):
+    kept: T
+    num_bytes: int
+    num_users: int = 0
+
+
+class Shelf(Generic[T]):
+    """Owner of the places. What is in use never gives way; of the rest the least recently used goes first.
+
+    Those that wait ask in rounds, the oldest first, and none takes what an older one waits for: so two of them cannot
+    push each other's out for ever, nor wait for each other.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._places: OrderedDict[str, _Place[T]] = OrderedDict()
+        self._spoken_for: set[str] = set()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(place.num_bytes for place in self._places.values())
+
+    def begin_round(self) -> None:
+        """All that wait are going to ask again."""
+        self._spoken_for.clear()
+
+    def find(self, name: str) -> T | None:
+        """What is kept under that name."""
+        place = self._places.get(name)
+        return place.kept if place else None
+
+    def want(self, name: str, num_bytes: int, bring: Callable[[], T]) -> T | None:
+        """What is kept under `name`, or what `bring` gives to be kept there; None where there is no room for it now."""
+        if name not in self._places:
+            if not self._make_room(num_bytes):
+                return None
+            self._places[name] = _Place(bring(), num_bytes)
+        self._spoken_for.add(name)
+        return self._places[name].kept
+
+    def acquire(self, name: str) -> None:
+        """Use what is there once more."""
+        self._places[name].num_users += 1
+
+    def release(self, name: str) -> None:
+        """One request fewer uses it. It stays until its place is needed."""
+        self._places[name].num_users -= 1
+        self._places.move_to_end(name)
+
+    def forget(self, name: str) -> None:
+        """Keep it no longer; nobody uses it."""
+        del self._places[name]
+
+    def _make_room(self, num_bytes: int) -> bool:
+        """Let go of as many as must be; of none where that would not be enough."""
+        going: list[str] = []
+        missing = self.num_bytes + num_bytes - self._max_bytes
+        for name, place in self._places.items():
+            if missing > 0 and not place.num_users and name not in self._spoken_for:
+                going.append(name)
+                missing -= place.num_bytes
+        if missing > 0:
+            return False
+        for name in going:
+            self.forget(name)
+        return True
