@@ -62,6 +62,7 @@ class LocalEngine:
             max_lanes=settings.max_concurrent_generations,
             num_slots=settings.adapter_slots,
             max_rank=settings.adapter_max_rank,
+            preview_every=settings.preview_every,
             on_ready=self._wake,
         )
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)

@@ -13,7 +13,16 @@ from inference.bank import Row
 from inference.controls.guide import Guide
 from inference.origins import EncodedSource
 from inference.preparing import AdapterKey, ReadAdapter
-from inference.request import GenerationRequest, GenerationResult, IsCancelled, OnStep, Picture, Stage, StepReport
+from inference.request import (
+    GenerationRequest,
+    GenerationResult,
+    IsCancelled,
+    OnStep,
+    Picture,
+    Preview,
+    Stage,
+    StepReport,
+)
 from inference.sampling import Sampler
 from inference.slots import Slot
 
@@ -71,6 +80,7 @@ class Drawing:
     stages: list[Stage] = field(default_factory=list)
     pictures: dict[int, Picture] = field(default_factory=dict)
     num_steps_told: int = 0
+    preview: Preview | None = None  # for the next report
     _last_told_at: float = 0.0
     _is_begun: bool | None = None  # False: its future was cancelled before
 
@@ -124,7 +134,9 @@ class Drawing:
         if num_done > self.num_steps_told:
             now = time.monotonic()
             self.num_steps_told = num_done
-            self.on_step(StepReport(num_done, self.kind.num_steps, now - self._last_told_at))
+            seconds, preview = now - self._last_told_at, self.preview
+            self.preview = None
+            self.on_step(StepReport(num_done, self.kind.num_steps, seconds, preview))
             self._last_told_at = now
 
     def result(self) -> GenerationResult:

@@ -121,16 +121,26 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Preview:
+    """How far a request's first picture is, at the size of its latents; `rgb` as in `Picture`."""
+
+    width: int
+    height: int
+    rgb: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """Step `step_index` of `num_steps` is done by all of the request's lanes (0: denoising begins). Only the steps that
     are really taken count: with a source fewer than were asked for.
 
-    `seconds` have passed since the step before, other requests' turns included.
+    `seconds` have passed since the step before, other requests' turns included. A `preview` may be of a step before.
     """
 
     step_index: int
     num_steps: int
     seconds: float
+    preview: Preview | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +192,7 @@ class GenerationResult:
 class ModelFacts:
     """What the loaded model is. `base_size` (pixels) is the side of its 1:1 picture; sizes are multiples of
     `size_multiple`; steps and guidance default to the family's. `step_seconds` was measured by a warm-up at base size.
-    `model` is the name told to backends; `kinds` are those it can draw, `controls` the ControlNets a request may name."""
+    `model` is the name told to backends; `kinds` are those it draws, `controls` the ControlNets a request may name."""
 
     model: str
     family: str

@@ -11,6 +11,7 @@ from inference.batcher import Batcher, Claim
 from inference.device import Attempt, Device
 from inference.families.family import Family
 from inference.lane import Drawing, Lane
+from inference.previews import Previews
 from inference.request import (
     EngineError,
     EngineFault,
@@ -28,13 +29,21 @@ class StepLoop:
     """Owner of every request in the engine and of what the model holds for them. One thread calls it."""
 
     def __init__(
-        self, model: Family, *, max_lanes: int, num_slots: int, max_rank: int, on_ready: Callable[[], None]
+        self,
+        model: Family,
+        *,
+        max_lanes: int,
+        num_slots: int,
+        max_rank: int,
+        preview_every: int,
+        on_ready: Callable[[], None],
     ) -> None:
         """`on_ready` is called, on another thread, when a request may join that could not before."""
         self._model = model
         self._device = Device(model.device)
         self._batcher: Batcher[Lane] = Batcher(max_lanes, self._device.max_rows)
         self._admission = Admission(model, num_slots=num_slots, max_rank=max_rank, on_ready=on_ready)
+        self._previews = Previews(model, self._device, preview_every)
         self._drawings: list[Drawing] = []
         self._denoised: list[Lane] = []
         self._step_seconds = 0.0
@@ -184,7 +193,9 @@ class StepLoop:
     def _advance(self, batch: list[Lane], predictions: list[torch.Tensor]) -> None:
         for lane, prediction in zip(batch, predictions, strict=True):
             assert lane.sampler is not None, "a lane has its sampler from joining on"  # noqa: S101
+            self._previews.look_at(lane, prediction)
             lane.sampler.advance(prediction)
+        self._previews.hand_over()
         for drawing in _drawings_of(batch):
             drawing.tell_steps()
         self._device.keep_pace()

@@ -15,8 +15,10 @@ from inference.controls.controlnets import ControlNets
 from inference.controls.guide import Guide
 from inference.courses import Course
 from inference.dialects import Dialect
+from inference.foresight import denoised
 from inference.lane import Embedding, Kind, Lane
 from inference.origins import EncodedSource, check_size, encode
+from inference.projection import Projection, find_projection
 from inference.request import KINDS, GenerationRequest, RequestFailed, Source
 from inference.sampling import Sampler, Samplers
 from inference.schedulers import SchedulerTable
@@ -172,6 +174,16 @@ class Family(ABC):
         image = vae.decode(self._unscaled(latents[None].to(vae.dtype)), return_dict=False)[0][0].float()
         pixels = ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
         return pixels.cpu().numpy() if image.isfinite().all() else None
+
+    def find_projection(self) -> Projection:
+        """What makes a small picture of latents, by a small encoding of the VAE's."""
+        with torch.inference_mode():
+            return find_projection(self._pipeline.vae, self._unscaled, self.device)
+
+    def denoised(self, lane: Lane, prediction: torch.Tensor) -> torch.Tensor:
+        """The finished latents as far as they can be told before the lane takes its step by `prediction`."""
+        sampler = sampler_of(lane)
+        return denoised(sampler.model_input(), sampler.timestep, prediction, self._pipeline.scheduler)
 
     def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [1, channels, height, width] in the VAE's own scale."""
