@@ -145,10 +145,21 @@ class Storage:
         with target.open("wb") as sink:
             self._fetch(ref, sink, stat=stat, max_bytes=max_bytes, seconds=deadline_seconds)
 
-    def put(self, ref: ObjectRef, body: bytes, *, content_type: str, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the object whole, in one request with its SHA-256. `metadata` is ASCII."""
-        with deadline(CALL_DEADLINE_SECONDS), translated(ref):
-            self._put(ref, body, content_type, Metadata=dict(metadata or {}))
+    def put(
+        self,
+        ref: ObjectRef,
+        body: bytes,
+        *,
+        content_type: str,
+        metadata: Mapping[str, str] | None = None,
+        cache_control: str | None = None,
+        deadline_seconds: float = CALL_DEADLINE_SECONDS,
+    ) -> None:
+        """Write the object whole, in one request with its SHA-256. `metadata` is ASCII; `cache_control` is what its
+        readers are told by that header."""
+        options: dict[str, Any] = {} if cache_control is None else {"CacheControl": cache_control}
+        with deadline(deadline_seconds), translated(ref):
+            self._put(ref, body, content_type, Metadata=dict(metadata or {}), **options)
 
     def metadata_of(self, ref: ObjectRef) -> Mapping[str, str]:
         """What its writer noted beside the object."""

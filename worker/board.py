@@ -9,6 +9,7 @@ from worker.history import History
 from worker.idleness import IdleWatch
 from worker.metrics import Metrics
 from worker.notifying import Notifier
+from worker.previews import Previewer
 from worker.progress import ProgressReporter
 from worker.queues import QueueNames
 from worker.readings import Readings
@@ -18,6 +19,7 @@ from worker.status import (
     CacheNow,
     GpuNow,
     IdleNow,
+    JobNow,
     ModelNow,
     QueueNow,
     SlotsNow,
@@ -42,6 +44,7 @@ class Board:
     history: History
     notifier: Notifier
     progress: ProgressReporter
+    previewer: Previewer
     max_lanes: int
     max_cache_bytes: int
     shows_prompts: bool
@@ -58,7 +61,7 @@ class Board:
             at=at,
             worker=self._worker(at),
             model=self._model(),
-            jobs=tuple(job_now(run, now, shows_prompts=self.shows_prompts) for run in runs),
+            jobs=tuple(self._job(run, now) for run in runs),
             batch=self._batch(readings),
             slots=_slots(readings),
             cache=CacheNow(int(readings.value("adapter_cache_bytes")), self.max_cache_bytes),
@@ -70,6 +73,17 @@ class Board:
             idle=self._idle(readings),
             last_jobs=self.history.newest_first(),
         )
+
+    def read_preview(self, task_id: str) -> bytes | None:
+        """The newest preview of a job at work, a JPEG; None where there is none, or none may be shown.
+
+        It shows what the prompt says, so that what holds for prompts holds for it.
+        """
+        shown = self.previewer.latest(task_id) if self.shows_prompts else None
+        return shown.jpeg if shown else None
+
+    def _job(self, run: Run, now: float) -> JobNow:
+        return job_now(run, now, shows_prompts=self.shows_prompts, preview=self.previewer.latest(run.task_id))
 
     def _worker(self, at: float) -> WorkerNow:
         return WorkerNow(

@@ -1,4 +1,5 @@
-"""Health, metrics and the status page over HTTP. `ADDRESSES` are answered and the page's own files, nothing else."""
+"""Health, metrics and the status page over HTTP. `ADDRESSES` are answered and the page's own files and
+previews, nothing else."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -9,8 +10,9 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from worker.previews import JPEG
 from worker.static import HEADERS, StaticFile, load_page
-from worker.status import Status
+from worker.status import PREVIEW_FOLDER, Status
 
 ADDRESSES = "/ (the status page), /status.json, /health/live, /health/ready and /metrics"
 TEXT = "text/plain; charset=utf-8"
@@ -19,7 +21,7 @@ REQUEST_TIMEOUT_SECONDS = 10.0
 
 class HealthServer:
     """Owner of the HTTP port. `why_not_ready` gives the empty string once the worker takes jobs. Every request has a
-    thread of its own, on which both callables run."""
+    thread of its own, on which the callables run."""
 
     def __init__(
         self,
@@ -27,11 +29,13 @@ class HealthServer:
         registry: CollectorRegistry,
         why_not_ready: Callable[[], str],
         read_status: Callable[[], Status],
+        read_preview: Callable[[str], bytes | None],
     ) -> None:
         given = {
             "registry": registry,
             "why_not_ready": staticmethod(why_not_ready),
             "read_status": staticmethod(read_status),
+            "read_preview": staticmethod(read_preview),
             "page": load_page(),
         }
         handler = type("Handler", (_Handler,), given)
@@ -55,6 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
     registry: CollectorRegistry
     why_not_ready: Callable[[], str]
     read_status: Callable[[], Status]
+    read_preview: Callable[[str], bytes | None]
     page: Mapping[str, StaticFile]
 
     timeout = REQUEST_TIMEOUT_SECONDS
@@ -73,8 +78,14 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(200, type(self).read_status().to_json().encode(), "application/json", HEADERS)
             case path if path in self.page:
                 self._answer(200, self.page[path].content, self.page[path].content_type, HEADERS)
+            case path if (jpeg := self._preview(path)) is not None:
+                self._answer(200, jpeg, JPEG, HEADERS)
             case _:
                 self._answer(404, f"there are {ADDRESSES}\n".encode())
+
+    def _preview(self, path: str) -> bytes | None:
+        folder, name = f"/{PREVIEW_FOLDER}", path.removesuffix(".jpg")
+        return type(self).read_preview(name.removeprefix(folder)) if name.startswith(folder) else None
 
     def log_message(self, format: str, *args: Any) -> None:
         """Probes come every few seconds: they are not worth a line each."""

@@ -10,6 +10,7 @@ from config.logs import log_event
 from inference.request import StepReport
 from worker.bodies import ProgressBody
 from worker.metrics import Metrics
+from worker.previews import Previewer, PreviewTrack
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,9 @@ def milestones_between(before: float, now: float, milestones: tuple[int, ...]) -
 class Track:
     """One job's progress. `on_step` runs on the engine's owner thread and only ever takes a lock for a moment."""
 
-    def __init__(self, reporter: "ProgressReporter", task_id: str, generation_id: int) -> None:
+    def __init__(self, reporter: "ProgressReporter", previews: PreviewTrack, task_id: str, generation_id: int) -> None:
         self._reporter = reporter
+        self._previews = previews
         self._task_id = task_id
         self._generation_id = generation_id
         self._percent = -1.0
@@ -41,6 +43,7 @@ class Track:
         if report.step_index == 0:
             self._denoised_seconds = 0.0  # the first start, or another one after a crash of the engine
         self._denoised_seconds += report.seconds
+        self._previews.on_step(report)
         percent = 100 * report.step_index / report.num_steps
         crossed = milestones_between(self._percent, percent, self._reporter.milestones)
         self._percent = max(self._percent, percent)
@@ -57,6 +60,7 @@ class Track:
 
     def close(self) -> None:
         """Drop what is unsent and wait for a call in flight: nothing of this track is sent after this returns."""
+        self._previews.close()
         self._reporter.retire(self)
 
     def _webhook(self, milestone: int, report: StepReport) -> Webhook:
@@ -69,14 +73,19 @@ class Track:
                 "estimated_seconds": math.ceil(self.seconds_left(report)),
             },
         }
+        if self._previews.url is not None:
+            body["preview_url"] = self._previews.url
         return Webhook(WebhookKind.PROGRESS, f"{self._task_id}:progress:{milestone}", body)
 
 
 class ProgressReporter:
     """Owner of the thread that sends progress. A newer report replaces one of the same job still unsent."""
 
-    def __init__(self, client: WebhookClient, milestones: tuple[int, ...], metrics: Metrics) -> None:
+    def __init__(
+        self, client: WebhookClient, previewer: Previewer, milestones: tuple[int, ...], metrics: Metrics
+    ) -> None:
         self._client = client
+        self._previewer = previewer
         self._metrics = metrics
         self._changed = threading.Condition()
         self._waiting: deque[Track] = deque()
@@ -97,7 +106,7 @@ class ProgressReporter:
             self._thread.join(CLOSE_SECONDS)
 
     def follow(self, task_id: str, generation_id: int) -> Track:
-        return Track(self, task_id, generation_id)
+        return Track(self, self._previewer.follow(task_id, generation_id), task_id, generation_id)
 
     def learn(self, step_seconds: float) -> None:
         """Take a measured step time into the estimate that jobs start with."""

@@ -6,7 +6,11 @@ from dataclasses import asdict, dataclass
 
 from worker.history import EndedJob
 from worker.job import Job
+from worker.previews import ShownPreview
 from worker.runs import Run
+
+# Where the worker serves previews; the page's address goes before it.
+PREVIEW_FOLDER = "status/preview/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,8 @@ class ModelNow:
 @dataclass(frozen=True, slots=True)
 class JobNow:
     """A job at work. `generation_id` is text, as JavaScript cannot hold all of its numbers; the steps are 0 of 0 before
-    denoising, and `seconds_left` is the estimate for those to come. `prompt` is None unless it may be shown."""
+    denoising, and `seconds_left` is the estimate for those to come. `prompt` is None unless it may be shown, and so is
+    `preview`, the address of the newest one at this worker."""
 
     generation_id: str
     task_id: str
@@ -52,6 +57,7 @@ class JobNow:
     adapters: tuple[str, ...]
     is_cancelled: bool
     prompt: str | None
+    preview: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +146,7 @@ class Status:
         return json.dumps(asdict(self), allow_nan=False)
 
 
-def job_now(run: Run, now: float, *, shows_prompts: bool) -> JobNow:
+def job_now(run: Run, now: float, *, shows_prompts: bool, preview: ShownPreview | None) -> JobNow:
     """What is shown of a job at work; `now` is `time.monotonic()`. Pure."""
     job = run.asked if isinstance(run.asked, Job) else None
     reached = run.reached
@@ -157,6 +163,7 @@ def job_now(run: Run, now: float, *, shows_prompts: bool) -> JobNow:
         adapters=tuple(adapter.ref.key for adapter in job.adapters) if job else (),
         is_cancelled=run.is_cancelled,
         prompt=job.prompt if job and shows_prompts else None,
+        preview=f"{PREVIEW_FOLDER}{run.task_id}.jpg?step={preview.step_index}" if preview and shows_prompts else None,
     )
 
 

@@ -34,6 +34,7 @@ from worker.messages import rules_from
 from worker.metrics import Metrics
 from worker.notifying import Notifier
 from worker.outbox import Outbox
+from worker.previews import Previewer
 from worker.processing import Processor
 from worker.progress import ProgressReporter
 from worker.queues import QueueNames
@@ -102,7 +103,10 @@ class Supervisor:
             is_draining=self._is_draining,
         )
         self._outbox = Outbox(self._notifier, self._ledger, self._publisher, self._names)
-        self._progress = ProgressReporter(self._client, settings.backend.progress_milestones, self._metrics)
+        self._previewer = Previewer(self._storage, settings.store.results_bucket)
+        self._progress = ProgressReporter(
+            self._client, self._previewer, settings.backend.progress_milestones, self._metrics
+        )
         self._engine = EngineProcess(
             settings.model,
             log_level=settings.service.log_level,
@@ -116,8 +120,9 @@ class Supervisor:
         self._metrics.ready.set_function(lambda: float(not self._why_not_ready()))
         self._idle = IdleWatch(self._metrics)
         self._history = History(shows_prompts=settings.service.status_show_prompts)
+        board = self._board()
         self._health = HealthServer(
-            settings.service.metrics_port, self._metrics.registry, self._why_not_ready, self._board().read
+            settings.service.metrics_port, self._metrics.registry, self._why_not_ready, board.read, board.read_preview
         )
         self._gpu = GpuReadings(settings.model.cuda_visible_devices)
 
@@ -131,6 +136,7 @@ class Supervisor:
         self._engine.start()
         self._publisher.start()
         self._progress.start()
+        self._previewer.start()
         gauges = threading.Thread(target=self._update_gauges, name="gauges", daemon=True)
         gauges.start()
 
@@ -236,6 +242,7 @@ class Supervisor:
             history=self._history,
             notifier=self._notifier,
             progress=self._progress,
+            previewer=self._previewer,
             max_lanes=self._settings.model.max_concurrent_generations,
             max_cache_bytes=self._settings.store.cache_max_bytes,
             shows_prompts=self._settings.service.status_show_prompts,
@@ -306,6 +313,7 @@ class Supervisor:
         if self._processor is not None:
             self._processor.close()
         self._progress.close()
+        self._previewer.close()
         if self._consumer is not None:
             self._outbox.close()
             self._consumer.close()

@@ -255,10 +255,23 @@ function makeJob() {
     progress(bar, share, steps ? `${phaseText}, ${steps}` : phaseText);
     text(more, notes(job).join(" · "));
     text(prompt, job.prompt ?? "");
+    showPreview(node, job);
     attribute(node, "data-task", job.task_id);
   }
 
   return { node, update };
+}
+
+/** Show the job's newest preview; its address changes with every step it is of. */
+function showPreview(node, job) {
+  const known = node.querySelector(".preview");
+  if (job.preview === null) {
+    known?.remove();
+    return;
+  }
+  const image = known ?? node.insertBefore(make("img", "preview"), node.firstChild);
+  attribute(image, "alt", `Preview of job ${job.generation_id}`);
+  attribute(image, "src", job.preview);
 }
 
 function notes(job) {
