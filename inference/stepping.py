@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -228,6 +229,8 @@ class StepLoop:
         elif attempt.made is None:
             reason = "the model drew a picture with values that are not numbers"
             self._fail(drawing, RequestFailed("OUTPUT_INVALID", reason))
+        elif (refusal := self._device.attempt(partial(self._model.check_picture, attempt.made)).error) is not None:
+            self._fail(drawing, refusal)
         else:
             height, width, _ = attempt.made.shape
             drawing.pictures[lane.number] = Picture(width, height, attempt.made.tobytes(), lane.seed)

@@ -23,6 +23,7 @@ from inference.checkpoints.weight_files import (
     read_shapes,
 )
 from inference.request import EngineStartFailed
+from inference.safety import CHECKER, EXTRACTOR, add_checker, find_checker, insist_on_checker
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 INDEX = "model_index.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-# What each kind of pipeline draws with and has weights. Safety checkers and image encoders are never loaded.
+# What each kind of pipeline draws with and has weights. A safety checker may come on top.
 COMPONENTS = {
     "StableDiffusionPipeline": ("text_encoder", "unet", "vae"),
     "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2", "unet", "vae"),
@@ -61,7 +62,7 @@ class Where(Enum):
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint of a kind we run. `config`: folder or hub id with a single file's configs and tokenizers.
-    Until a hub id `is_fetched`, its weights may be missing."""
+    Until a hub id `is_fetched`, its weights may be missing. With `has_checker` its safety checker is loaded too."""
 
     model_id: str
     pipeline_class: str
@@ -69,6 +70,7 @@ class Checkpoint:
     path: Path
     config: str | None = None
     is_fetched: bool = True
+    has_checker: bool = False
 
     @property
     def public_name(self) -> str:
@@ -76,11 +78,19 @@ class Checkpoint:
         return self.model_id if self.where is Where.HUB else self.path.resolve().name.removesuffix(SAFETENSORS)
 
 
-def identify(model_id: str, config: str | None) -> Checkpoint:
+def identify(model_id: str, config: str | None, *, has_checker: bool = False) -> Checkpoint:
     """Tell what MODEL_ID is by its index or its tensors' names alone. A hub id costs one small download.
 
-    EngineStartFailed where it is nothing we run.
+    EngineStartFailed where it is nothing we run, or `has_checker` asks for a safety checker that it has not.
     """
+    found = _identify(model_id, config)
+    if has_checker:
+        index = None if found.where is Where.FILE else read_json(found.path / INDEX)
+        insist_on_checker(f"MODEL_ID {model_id!r}", found.pipeline_class, index)
+    return replace(found, has_checker=has_checker)
+
+
+def _identify(model_id: str, config: str | None) -> Checkpoint:
     path = Path(model_id).expanduser()
     if path.suffix in PICKLES:
         raise EngineStartFailed(f"MODEL_ID {model_id!r} is a pickle, which is never opened: convert it to safetensors")
@@ -114,7 +124,7 @@ def download(checkpoint: Checkpoint) -> Checkpoint:
     the hub does not give them."""
     if checkpoint.is_fetched:
         return checkpoint
-    unused = UNUSED[checkpoint.pipeline_class]
+    unused = _unused(checkpoint)
     try:
         path = download_pipeline(checkpoint.model_id, variant=None, unused=unused)
         found = replace(checkpoint, path=path, is_fetched=True)
@@ -138,6 +148,8 @@ def load_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
     subject = f"MODEL_ID {checkpoint.model_id!r}"
     try:
         pipeline = (_load_file if checkpoint.where is Where.FILE else _load_folder)(checkpoint, dtype)
+        if checkpoint.has_checker:
+            add_checker(pipeline, checkpoint.path, dtype)
     except EngineStartFailed:
         raise
     except Exception as error:
@@ -205,8 +217,15 @@ def _parameters(checkpoint: Checkpoint) -> dict[str, int]:
     if checkpoint.where is Where.FILE:
         parts = split(read_shapes(checkpoint.path), checkpoint.pipeline_class)
         return {name: count_parameters(shapes) for name, shapes in parts.items()}
-    files = _weights(checkpoint).files
+    files = dict(_weights(checkpoint).files)
+    if checkpoint.has_checker:
+        files |= find_checker(checkpoint.path).files
     return {name: sum(count_parameters(read_shapes(path)) for path in paths) for name, paths in files.items()}
+
+
+def _unused(checkpoint: Checkpoint) -> dict[str, Any]:
+    needed = (CHECKER, EXTRACTOR) if checkpoint.has_checker else ()
+    return {name: value for name, value in UNUSED[checkpoint.pipeline_class].items() if name not in needed}
 
 
 def _configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ from inference.lane import Embedding, Kind, Lane
 from inference.origins import EncodedSource, check_size, encode
 from inference.projection import Projection, find_projection
 from inference.request import KINDS, GenerationRequest, RequestFailed, Source
+from inference.safety import SafetyChecker
 from inference.sampling import Sampler, Samplers
 from inference.schedulers import SchedulerTable
 
@@ -64,6 +65,9 @@ class Family(ABC):
         self._models = models
         self._dialect = dialect
         self.bank = AdapterBank(models, device=device, dtype=pipeline.dtype)
+        # None unless it was asked for: a pipeline is loaded without.
+        is_checked = getattr(pipeline, "safety_checker", None) is not None
+        self.safety_checker = SafetyChecker(pipeline, device) if is_checked else None
         self.samplers = Samplers(self.schedulers, pipeline.scheduler.config)
         self.controlnets = ControlNets({}, max_bytes=0, device=device, dtype=pipeline.dtype)
         if device.type == "cuda":
@@ -174,6 +178,11 @@ class Family(ABC):
         image = vae.decode(self._unscaled(latents[None].to(vae.dtype)), return_dict=False)[0][0].float()
         pixels = ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
         return pixels.cpu().numpy() if image.isfinite().all() else None
+
+    def check_picture(self, pixels: NDArray[np.uint8]) -> None:
+        """Raise `RequestFailed` where a safety checker is loaded and flags the picture [height, width, 3]."""
+        if self.safety_checker is not None:
+            self.safety_checker.check(pixels)
 
     def find_projection(self) -> Projection:
         """What makes a small picture of latents, by a small encoding of the VAE's."""

@@ -27,7 +27,8 @@ def load_family(settings: ModelSettings, *, device: torch.device, dtype: torch.d
 
     `EngineStartFailed` says why it cannot be run.
     """
-    checkpoint = download(identify(settings.model_id, settings.config_source))
+    found = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)
+    checkpoint = download(found)
     needed = weight_bytes(checkpoint, dtype.itemsize)
     assert needed is not None, "a downloaded checkpoint has its files"  # noqa: S101
     files = find_controlnets(settings.controlnet_sources)

@@ -34,7 +34,8 @@ def look_at_memory(settings: ModelSettings) -> str:
     gpu = None if settings.device == "cpu" else _readings(settings).read()
     bytes_each = PARAMETER_BYTES.get(settings.dtype, 4 if gpu is None else 2)
     try:
-        needed = weight_bytes(identify(settings.model_id, settings.config_source), bytes_each)
+        found = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)
+        needed = weight_bytes(found, bytes_each)
     except EngineStartFailed:
         needed = None
     if needed is None:

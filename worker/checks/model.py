@@ -18,7 +18,8 @@ Load = Callable[[ModelSettings], ModelFacts]
 def look_at_model(settings: ModelSettings, load: Load) -> str:
     """Read every file's header first: what is cut off or missing is known before gigabytes are read."""
     try:
-        weight_bytes(identify(settings.model_id, settings.config_source), SINGLE_PRECISION_BYTES)
+        found = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)
+        weight_bytes(found, SINGLE_PRECISION_BYTES)
         facts = load(settings)
     except EngineError as error:
         raise CheckFailed(f"{error}. Look at MODEL_ID {settings.model_id}, DEVICE and DTYPE") from error
