@@ -42,6 +42,7 @@ def job(number: int, **changes: Any) -> JobNow:
         adapters=(f"models/style-{number}/lora_weights.safetensors",),
         is_cancelled=False,
         prompt=None,
+        preview=None,
     )
     return replace(made, **changes)
 
@@ -109,9 +110,9 @@ def status(**changes: Any) -> Status:
 
 
 @contextmanager
-def served(read: Callable[[], Status]) -> Iterator[str]:
-    """The page of a worker whose status `read` gives; its address."""
-    server = HealthServer(0, CollectorRegistry(), lambda: "", read)
+def served(read: Callable[[], Status], read_preview: Callable[[str], bytes | None] = lambda _: None) -> Iterator[str]:
+    """The page of a worker whose status `read` gives, and its previews by their task; its address."""
+    server = HealthServer(0, CollectorRegistry(), lambda: "", read, read_preview)
     server.start()
     try:
         yield f"http://127.0.0.1:{server.port}/"

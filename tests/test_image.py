@@ -114,7 +114,7 @@ def test_the_exposed_port_is_the_one_the_worker_takes() -> None:
 
 @pytest.mark.parametrize("is_there", [True, False])
 def test_the_health_check_tells_a_worker_that_answers_from_one_that_does_not(is_there: bool) -> None:
-    server = HealthServer(0, CollectorRegistry(), lambda: "the engine is loading the model", status)
+    server = HealthServer(0, CollectorRegistry(), lambda: "the engine is loading the model", status, lambda _: None)
     port = server.port
     server.start()
     if not is_there:

@@ -62,23 +62,23 @@ def test_a_job_at_work_is_shown_with_its_steps_its_adapters_and_its_time_but_not
     run = run_of(lora_path="models/style.safetensors", num_images=2)
     run.phase, run.reached = "denoise", Reached(12, 30, 4.44)
 
-    shown = job_now(run, 107.5, shows_prompts=False)
+    shown = job_now(run, 107.5, shows_prompts=False, preview=None)
 
     assert (shown.phase, shown.step_index, shown.num_steps, shown.seconds_left) == ("denoise", 12, 30, 4.4)
     assert (shown.seconds, shown.num_images, shown.adapters) == (7.5, 2, ("models/style.safetensors",))
     assert shown.prompt is None
-    assert job_now(run, 107.5, shows_prompts=True).prompt == PROMPT
+    assert job_now(run, 107.5, shows_prompts=True, preview=None).prompt == PROMPT
 
 
 def test_a_generation_id_that_javascript_would_round_is_text() -> None:
-    assert job_now(run_of(), 101.0, shows_prompts=False).generation_id == "9223372036854775807"
+    assert job_now(run_of(), 101.0, shows_prompts=False, preview=None).generation_id == "9223372036854775807"
 
 
 def test_a_message_that_was_rejected_has_a_row_too() -> None:
     rejected = rejection_of(prompt="")
     run = Run(TASK_ID, 456, rejected, [delivered(b"")], started_at=100.0)
 
-    shown = job_now(run, 101.0, shows_prompts=True)
+    shown = job_now(run, 101.0, shows_prompts=True, preview=None)
 
     assert (shown.adapters, shown.num_images, shown.num_steps, shown.prompt) == ((), 0, 0, None)
 
