@@ -35,6 +35,10 @@ class JobReleased(Exception):
     """This worker stops before the job is done: another one shall do it."""
 
 
+class CuttingFailed(Exception):
+    """The process that cuts products out crashed, hung or cannot use its model; the message says how."""
+
+
 class PoisonJob(Exception):
     """The job was at work in too many workers that were killed: it is not tried again."""
 
@@ -85,6 +89,8 @@ def judge(error: BaseException, attempt: int) -> Verdict:
             return _again(attempt, "STORAGE_UNAVAILABLE", f"the object store failed {attempt} times: {error}")
         case EngineFault():
             return _again(attempt, "ENGINE_ERROR", f"the engine failed {attempt} times: {error}")
+        case CuttingFailed():
+            return _again(attempt, "INTERNAL_ERROR", f"cutting the product out failed {attempt} times: {error}")
         case _:
             return _again(attempt, "INTERNAL_ERROR", f"the worker failed {attempt} times: {type(error).__name__}")
 
