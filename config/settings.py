@@ -369,6 +369,13 @@ class PictureSettings(_Section):
             raise ValueError("cannot be used with EMBED_METADATA=none, which writes nothing: change one of the two")
         return certificate
 
+    @field_validator("cutout_model")
+    @classmethod
+    def _is_there(cls, model: Path | None) -> Path | None:
+        if model is not None and not model.is_file():
+            raise ValueError(f"{model} is no file")
+        return model
+
     @field_validator("c2pa_private_key")
     @classmethod
     def _has_its_certificate(cls, key: Path | None, found: ValidationInfo) -> Path | None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from inference.request import AdapterFile, GenerationRequest, RequestFailed
+from inference.request import AdapterFile, GenerationRequest
 from tests.engine_requests import request_of
 from tests.pictures import DIFFERENT_DB, MIN_PSNR_DB, draw, one_torch_thread, psnr
 from tests.plain_families import alone
-from tests.tiny_controls import control_of, plainly_controlled, speckles, square, write_controlnet
-from tests.tiny_models import EVERY_LAYER, build_tiny_sd, build_tiny_sdxl, load_pipe, write_adapter
-from tests.watched_engine import Order, WatchedEngine, order_together
+from tests.tiny_controls import control_of, plainly_controlled, speckles, write_controlnet
+from tests.tiny_models import build_tiny_sd, build_tiny_sdxl, load_pipe
+from tests.watched_engine import WatchedEngine
 
 BUILD = {"sd": build_tiny_sd, "sdxl": build_tiny_sdxl}
 PICTURE = speckles(1)
@@ -67,7 +67,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
     made.close()
 
 
-def controlled_request(model: str = "pose", *, adapters: tuple[AdapterFile, ...] = (), **fields: Any) -> GenerationRequest:
+def controlled_request(
+    model: str = "pose", *, adapters: tuple[AdapterFile, ...] = (), **fields: Any
+) -> GenerationRequest:
     """A short request in the tiny checkpoints' native size, with a control of these fields."""
     control = {name: fields.pop(name) for name in ("scale", "start", "end") if name in fields}
     made = {"width": 64, "height": 64, "num_inference_steps": 6, "adapters": adapters} | fields

@@ -160,7 +160,11 @@ def test_lanes_of_one_scheduler_advance_in_turns_without_a_trace_in_each_other(n
     config = CONFIGS["as Stable Diffusion 1.5"]
     samplers = Samplers(DIFFUSION, config)
     courses = [
-        (samplers.begin(Course(name, num_steps), *noise_of(seed))[1], Plain(name, config, num_steps, *noise_of(seed)), seed)
+        (
+            samplers.begin(Course(name, num_steps), *noise_of(seed))[1],
+            Plain(name, config, num_steps, *noise_of(seed)),
+            seed,
+        )
         for seed, num_steps in enumerate((9, 9, 9, 6))
     ]
 

@@ -13,6 +13,7 @@ from rich.text import Text
 from config.settings import Settings
 from worker.checks.backend import look_at_backend
 from worker.checks.broker import BrokerProbe
+from worker.checks.cutout import look_at_cutout
 from worker.checks.finding import Check, Finding, State, try_each
 from worker.checks.machine import look_at_disk, look_at_fonts
 from worker.checks.memory import look_at_gpu, look_at_memory
@@ -48,6 +49,7 @@ def every_part(settings: Settings, load: Load = load_in_own_process) -> tuple[Ch
         Check("backend", partial(look_at_backend, settings.backend)),
         Check("fonts", partial(look_at_fonts, settings.service.font_dirs)),
         Check("certificate", partial(look_at_certificate, settings.pictures)),
+        Check("cut-outs", partial(look_at_cutout, settings.pictures)),
         Check("disk", partial(look_at_disk, settings.store)),
         Check("GPU", partial(look_at_gpu, settings.model)),
         Check("memory", partial(look_at_memory, settings.model), ("GPU",)),

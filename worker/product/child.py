@@ -46,7 +46,7 @@ def mask_of(picture: Image.Image, model: Path) -> Image.Image:
     session = rembg.new_session(
         _session_name(model), model_path=str(model.resolve()), providers=["CPUExecutionProvider"]
     )
-    (mask,) = session.predict(picture)
+    mask: Image.Image = session.predict(picture)[0]
     return mask
 
 

@@ -1,0 +1,61 @@
+"""Keeps a product as it is while the picture around it is drawn over. Pure."""
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+from watermark.calm import Rect
+from worker.product.cutout import CLEAR, resized
+
+# How far inside its outline a product comes over gradually from the refined picture, and how far outside it the engine
+# keeps off, so that it draws no second outline; parts of the picture's shorter side.
+SOFT_EDGE = 0.006
+DISTANCE = 0.008
+
+_Mask = NDArray[np.bool_]
+
+
+def product_mask(size: tuple[int, int], product: Image.Image, place: Rect) -> Image.Image:
+    """Mode L at the picture's `size`: 255 where the product is, 0 elsewhere."""
+    alpha = resized(product, place.size).getchannel("A")
+    mask = Image.new("L", size)
+    mask.paste(alpha.point([0] * CLEAR + [255] * (256 - CLEAR)), place[:2])
+    return mask
+
+
+def around(mask: Image.Image) -> Image.Image:
+    """What an engine may repaint, mode L: white, but for the product and a little around it."""
+    kept = ~_eroded(np.asarray(mask) == 0, _radius(mask, DISTANCE))
+    return _image(~kept)
+
+
+def eroded(mask: Image.Image) -> Image.Image:
+    """The part of the product's mask in which no pixel changes."""
+    return _image(_eroded(np.asarray(mask) > 0, 2 * _radius(mask, SOFT_EDGE)))
+
+
+def put_back(refined: Image.Image, composite: Image.Image, mask: Image.Image) -> Image.Image:
+    """`refined` with the product of `composite`: to the byte inside the eroded mask, gradually towards its outline."""
+    radius = _radius(mask, SOFT_EDGE)
+    core = _image(_eroded(np.asarray(mask) > 0, radius))
+    # The window of the blur ends at the outline, so that outside the product nothing is put back.
+    weight = core.filter(ImageFilter.BoxBlur(radius))
+    weight.paste(255, mask=eroded(mask))
+    return Image.composite(composite, refined, weight)
+
+
+def _radius(mask: Image.Image, part: float) -> int:
+    return max(1, round(part * min(mask.size)))
+
+
+def _eroded(inside: _Mask, radius: int) -> _Mask:
+    """True where all pixels of the square of `radius` around are; what is outside the picture counts as its rim."""
+    for axis in (0, 1):
+        padded = np.pad(inside, [(radius, radius) if one == axis else (0, 0) for one in (0, 1)], mode="edge")
+        windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * radius + 1, axis=axis)
+        inside = np.logical_and.reduce(windows, axis=-1)
+    return inside
+
+
+def _image(mask: _Mask) -> Image.Image:
+    return Image.fromarray(mask.astype(np.uint8) * 255)
