@@ -11,19 +11,35 @@ from worker.settling import JobReleased
 
 
 @dataclass(frozen=True, slots=True)
+class Leg:
+    """One request's part of the way of a job that makes several: its `num_steps` come behind `before` of `total`."""
+
+    before: int
+    num_steps: int
+    total: int
+
+    def within(self, report: StepReport) -> StepReport:
+        """The request's own report as one of the job. It may count its steps otherwise than was expected."""
+        done = self.before + report.step_index * self.num_steps // report.num_steps
+        return StepReport(done, self.total, report.seconds)
+
+
+@dataclass(frozen=True, slots=True)
 class Drawer:
     """The way to the engine, for all jobs. `draw` blocks on the job's own thread."""
 
     engine: Engine
     is_draining: Event
 
-    def draw(self, run: Run, request: GenerationRequest, track: Track) -> GenerationResult:
-        """The pictures, `track` hearing of every step. Raises what the engine ends with, and what ends a job that is
-        not to be drawn: it was cancelled, or the worker is stopping."""
-        self._go_on_or_leave(run)
+    def draw(self, run: Run, request: GenerationRequest, track: Track, leg: Leg | None = None) -> GenerationResult:
+        """The pictures, `track` hearing of every step, as of a `leg` where the request is not all of the job. Raises
+        what the engine ends with, and what ends a job that is not to be drawn: it was cancelled, or the worker stops.
+        """
+        self.go_on_or_leave(run)
 
         def on_step(report: StepReport) -> None:
             run.phase = "decode" if report.step_index == report.num_steps else "denoise"
+            report = leg.within(report) if leg else report
             track.on_step(report)
             run.reached = Reached(report.step_index, report.num_steps, track.seconds_left(report))
 
@@ -34,12 +50,12 @@ class Drawer:
                 run.future.cancel()
             result = run.future.result()
         except CancelledError:
-            self._go_on_or_leave(run)
+            self.go_on_or_leave(run)
             raise
         run.add_engine_stages(result.stages)
         return result
 
-    def _go_on_or_leave(self, run: Run) -> None:
+    def go_on_or_leave(self, run: Run) -> None:
         """Raise what a job that is not yet being drawn ends with, if it is not to be drawn at all."""
         if run.is_cancelled:
             raise RequestCancelled("cancelled before it was begun")

@@ -324,7 +324,9 @@ class Processor:
         log_event(logger, "job in", attempt=run.attempt, queue=first.queue, num_deliveries=first.num_deliveries)
 
     def _note_departure(self, run: Run, ending: _Ending) -> None:
-        seconds = {name: took for name, _, took in run.timeline()}
+        seconds: dict[str, float] = {}
+        for name, _, took in run.timeline():
+            seconds[name] = round(seconds.get(name, 0.0) + took, 4)
         for name, took in seconds.items():
             self._metrics.stage_seconds.labels(name).observe(took)
         total = sum(seconds.values())

@@ -6,7 +6,7 @@ from PIL import Image
 
 from inference.request import Control, ModelFacts, Source
 from watermark.fitting import Fit, fit
-from worker.job import Job, Kind, Preprocess
+from worker.job import Job, JobProduct, Kind, Preprocess
 from worker.settling import JobFailed
 
 # A mask drawn over a smaller copy of the picture is a pixel off here and there.
@@ -57,15 +57,20 @@ NO_REFERENCES = References()
 
 def check_can(job: Job, facts: ModelFacts) -> None:
     """Raise `JobFailed` where the loaded model cannot do what the job asks for; nothing was fetched for it yet."""
-    # A product is a background drawn from text; refining it repaints around the product.
-    needed = {Kind.PRODUCT: Kind.TEXT2IMAGE}.get(job.kind, job.kind)
-    if needed.value not in facts.kinds:
+    needed = _product_kinds(job.product) if job.product else {job.kind}
+    if not needed <= set(facts.kinds):
         can = ", ".join(facts.kinds)
         raise JobFailed("UNSUPPORTED_BY_MODEL", f"kind {job.kind}: the loaded model {facts.model} can only {can}")
     if job.control is not None and job.control.model not in facts.controls:
         known = f"knows {', '.join(facts.controls)}" if facts.controls else "has no ControlNets"
         reason = f"control.model {job.control.model!r:.110} is not known: this worker {known}"
         raise JobFailed("UNSUPPORTED_BY_MODEL", reason)
+
+
+def _product_kinds(product: JobProduct) -> set[Kind]:
+    """A product's background is drawn from text unless it is brought; refining repaints around the product."""
+    has_background = product.background_ref is not None or product.composite_ref is not None
+    return (set() if has_background else {Kind.TEXT2IMAGE}) | ({Kind.INPAINT} if product.refine_strength > 0 else set())
 
 
 def check_mask(mask: Image.Image, size: tuple[int, int]) -> None:

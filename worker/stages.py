@@ -19,6 +19,8 @@ STAGES: dict[str, Look] = {
     "encode": Look("#f28e2b", "e"),
     "denoise": Look("#59a14f", "#"),
     "decode": Look("#edc948", "d"),
+    "cut": Look("#9c755f", "c"),
+    "compose": Look("#ff9da7", "o"),
     "sign": Look("#e15759", "s"),
     "store": Look("#76b7b2", "p"),
 }

@@ -2,9 +2,11 @@
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 from clients.location import ObjectRef
 from clients.storage import Storage
@@ -19,6 +21,10 @@ PICTURE_PATIENCE_SECONDS = 45.0
 
 PNG = "image/png"
 
+# What is noted beside a picture, as the store names it.
+TASK_ID, SHA256 = "task-id", "sha256"
+NO_NOTES: Mapping[str, str] = MappingProxyType({})
+
 
 @dataclass(frozen=True, slots=True)
 class PictureStore:
@@ -27,14 +33,17 @@ class PictureStore:
     storage: Storage
     gate: Gate
 
-    def put(self, ref: ObjectRef, png: bytes, *, task_id: str) -> str:
-        """Write one picture, and return its URL. What another task left there gives way, and the log says so."""
-        metadata = {"task-id": task_id, "sha256": hashlib.sha256(png).hexdigest()}
+    def put(self, ref: ObjectRef, png: bytes, *, task_id: str, notes: Mapping[str, str] = NO_NOTES) -> str:
+        """Write one picture, and return its URL. What another task left there gives way, and the log says so.
+
+        Beside it are noted the task, the picture's SHA-256 and the `notes`, which are ASCII.
+        """
+        metadata = {**notes, TASK_ID: task_id, SHA256: hashlib.sha256(png).hexdigest()}
         write = partial(self.storage.put_if_absent, ref, png, content_type=PNG, metadata=metadata)
         with suppress(NotSupported):  # by a store without conditional writes, which only overwrites
             if self.gate.insist(write, patience_seconds=PICTURE_PATIENCE_SECONDS):
                 return self.storage.url_of(ref)
-            other = self.storage.metadata_of(ref).get("task-id", "")
+            other = self.storage.metadata_of(ref).get(TASK_ID, "")
             if other != task_id:
                 log_event(logger, "another task's picture replaced", logging.WARNING, key=ref.key, other_task_id=other)
         overwrite = partial(self.storage.put, ref, png, content_type=PNG, metadata=metadata)

@@ -18,6 +18,9 @@ from worker.fetching import Fetched, Fetcher
 from worker.job import Job, JobRejected, Kind, resolve_size
 from worker.labelling import Labeller, provenance_of
 from worker.ledger import Ledger
+from worker.product.brought import Brought
+from worker.product.shelf import Shelf, Stage
+from worker.product.story import ProductTeller
 from worker.progress import ProgressReporter
 from worker.references import NO_REFERENCES, References, check_can
 from worker.runs import Run
@@ -40,6 +43,7 @@ class Storyteller:
     ledger: Ledger
     fetcher: Fetcher
     drawer: Drawer
+    products: ProductTeller
     store: PictureStore
     facts: ModelFacts
     progress: ProgressReporter
@@ -63,34 +67,47 @@ class Storyteller:
         with ExitStack() as pinned:
             with run.stage("fetch"):
                 fetched = self.fetcher.everything(job, pinned)
-            result = self._generate(run, job, fetched)
+                brought = self.products.fetch(job)
+            shelf = self.products.shelf(job)
+            result = self._generate(run, job, fetched, brought, shelf)
 
         with run.stage("sign"):
             signed = [_sign(picture, fetched.signature, job) for picture in result.pictures]
         with run.stage("store"):
-            stored = self._store(job, result, signed)
+            stored = self._store(job, result, signed, shelf)
         with run.stage("record"):
-            event = self._complete(run, job, result, stored)
+            event = self._complete(run, job, result, stored, shelf)
             return self.gate.insist(lambda: self.ledger.record(event), patience_seconds=PICTURE_PATIENCE_SECONDS)
 
-    def _generate(self, run: Run, job: Job, fetched: Fetched) -> GenerationResult:
-        request = request_of(job, fetched.adapters, self.facts, fetched.references, arrived_at=run.started_at)
+    def _generate(
+        self, run: Run, job: Job, fetched: Fetched, brought: Brought | None, shelf: Shelf
+    ) -> GenerationResult:
+        references = brought.references if brought else fetched.references
+        request = request_of(job, fetched.adapters, self.facts, references, arrived_at=run.started_at)
         track = self.progress.follow(job.task_id, job.generation_id)
         try:
+            if brought is not None:
+                return self.products.make(run, brought, request, track, shelf)
             return self.drawer.draw(run, request, track)
         finally:
             track.close()
 
-    def _store(self, job: Job, result: GenerationResult, signed: list[SignedPicture]) -> list[StoredPicture]:
+    def _store(
+        self, job: Job, result: GenerationResult, signed: list[SignedPicture], shelf: Shelf
+    ) -> list[StoredPicture]:
         stored = []
         for number, (picture, drawn) in enumerate(zip(signed, result.pictures, strict=True), start=1):
             suffix = "" if number == 1 else f"-{number}"
             ref = ObjectRef(self.results_bucket, f"generations/gen-{job.generation_id}{suffix}.png")
             png = self.labeller.encode(picture, provenance_of(job, result, drawn, model=self.facts.model))
             stored.append(StoredPicture(self.store.put(ref, png, task_id=job.task_id), drawn.seed))
+            if job.product is not None:
+                shelf.keep_png(Stage.FINAL, png)
         return stored
 
-    def _complete(self, run: Run, job: Job, result: GenerationResult, stored: list[StoredPicture]) -> TerminalEvent:
+    def _complete(
+        self, run: Run, job: Job, result: GenerationResult, stored: list[StoredPicture], shelf: Shelf
+    ) -> TerminalEvent:
         timeline = run.timeline()
         metadata: PictureMetadata = {
             "seed": job.seed,
@@ -106,6 +123,8 @@ class Storyteller:
         }
         if job.kind is not Kind.TEXT2IMAGE:
             metadata["kind"] = job.kind.value
+        if shelf.listing:
+            metadata["stages"] = shelf.listing
         if len(stored) > 1:
             metadata["result_urls"] = [one.url for one in stored]
             metadata["seeds"] = [one.seed for one in stored]

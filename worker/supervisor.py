@@ -36,6 +36,8 @@ from worker.notifying import Notifier
 from worker.outbox import Outbox
 from worker.previews import Previewer
 from worker.processing import Processor
+from worker.product.cutting import Cutter
+from worker.product.story import ProductTeller
 from worker.progress import ProgressReporter
 from worker.queues import QueueNames
 from worker.runs import Run
@@ -210,18 +212,23 @@ class Supervisor:
             processor.go_on_lease()
 
     def _storyteller(self, facts: ModelFacts) -> Storyteller:
+        fetcher = Fetcher(
+            storage=self._storage,
+            cache=self._cache,
+            private_bucket=self._settings.store.bucket,
+            font_dirs=self._settings.service.font_dirs,
+            is_draining=self._is_draining,
+            gate=self._gate,
+        )
+        drawer = Drawer(self._engine, self._is_draining)
+        store = PictureStore(self._storage, self._gate)
+        cutter = Cutter(self._settings.pictures.cutout_model)
         return Storyteller(
             ledger=self._ledger,
-            fetcher=Fetcher(
-                storage=self._storage,
-                cache=self._cache,
-                private_bucket=self._settings.store.bucket,
-                font_dirs=self._settings.service.font_dirs,
-                is_draining=self._is_draining,
-                gate=self._gate,
-            ),
-            drawer=Drawer(self._engine, self._is_draining),
-            store=PictureStore(self._storage, self._gate),
+            fetcher=fetcher,
+            drawer=drawer,
+            products=ProductTeller(fetcher, drawer, store, cutter, self._settings.store.bucket),
+            store=store,
             facts=facts,
             progress=self._progress,
             labeller=self._labeller,
