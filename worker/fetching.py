@@ -15,7 +15,8 @@ from clients.storage import Storage
 from clients.storage_errors import AccessDenied, ObjectDamaged, ObjectNotFound, ObjectTooLarge
 from inference.request import AdapterFile
 from watermark.decoding import PictureMode, decode_picture, decode_signature
-from watermark.errors import FontMissing, PictureInvalid, PictureTooLarge, SignatureInvalid
+from watermark.errors import FontMissing, OverlayInvalid, PictureInvalid, PictureTooLarge, SignatureInvalid
+from watermark.headline import Headline, headlines_of
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
 from worker.breakers import Gate
 from worker.job import Job, JobAdapter
@@ -47,6 +48,7 @@ class Fetched:
     """All that a job named, ready for use."""
 
     signature: Signature
+    headlines: tuple[Headline, ...]
     references: References
     adapters: tuple[AdapterFile, ...]
 
@@ -66,9 +68,18 @@ class Fetcher:
         """All that the job names. Adapters stay on the disk until `pinned` closes."""
         return Fetched(
             signature=self.signature(job),
+            headlines=self._headlines(job),
             references=self._references(job),
             adapters=tuple(self.adapter(adapter, pinned) for adapter in job.adapters),
         )
+
+    def _headlines(self, job: Job) -> tuple[Headline, ...]:
+        try:
+            return headlines_of(job.overlays, self.font_dirs)
+        except FontMissing as error:
+            raise JobFailed("FONT_MISSING", str(error)) from error
+        except OverlayInvalid as error:
+            raise JobFailed("INVALID_INPUT", str(error)) from error
 
     def _references(self, job: Job) -> References:
         init = mask = control = None

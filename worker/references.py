@@ -30,12 +30,17 @@ class References:
         shown = self.init or self.control
         return shown.size if shown else None
 
+    def init_at(self, size: tuple[int, int], how: Fit) -> Image.Image:
+        """The init image at the drawing's size."""
+        assert self.init is not None, "asked for where there is one"  # noqa: S101
+        return fit(self.init, size, how)
+
     def source_for(self, job: Job, size: tuple[int, int]) -> Source | None:
         """What the drawing begins from."""
         if self.init is None or job.source is None:
             return None
         mask = None if self.mask is None else mask_at(self.mask, size, job.fit).tobytes()
-        return Source(fit(self.init, size, job.fit).tobytes(), job.source.strength, mask)
+        return Source(self.init_at(size, job.fit).tobytes(), job.source.strength, mask)
 
     def control_for(self, job: Job, size: tuple[int, int]) -> Control | None:
         """What the drawing follows."""

@@ -2,19 +2,19 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-
-from PIL import Image
+from functools import partial
 
 from clients.location import ObjectRef
 from clients.webhooks import WebhookKind
 from inference.request import AdapterFile, GenerationRequest, GenerationResult, ModelFacts, Picture
-from watermark.signature import Signature, SignedPicture, sign
+from watermark.signature import SignedPicture
 from worker.bodies import CompleteBody, PictureMetadata
 from worker.breakers import Gate
 from worker.cancelling import Cancellations
 from worker.drawing import Drawer
 from worker.events import TerminalEvent
 from worker.fetching import Fetched, Fetcher
+from worker.finishing import finish
 from worker.job import Job, JobRejected, Kind, resolve_size
 from worker.labelling import Labeller, provenance_of
 from worker.ledger import Ledger
@@ -72,7 +72,7 @@ class Storyteller:
             result = self._generate(run, job, fetched, brought, shelf)
 
         with run.stage("sign"):
-            signed = [_sign(picture, fetched.signature, job) for picture in result.pictures]
+            signed = [self._finish(picture, job, fetched, shelf) for picture in result.pictures]
         with run.stage("store"):
             stored = self._store(job, result, signed, shelf)
         with run.stage("record"):
@@ -91,6 +91,16 @@ class Storyteller:
             return self.drawer.draw(run, request, track)
         finally:
             track.close()
+
+    def _finish(self, picture: Picture, job: Job, fetched: Fetched, shelf: Shelf) -> SignedPicture:
+        return finish(
+            picture,
+            job,
+            fetched.references,
+            headlines=fetched.headlines,
+            signature=fetched.signature,
+            on_headlines=partial(shelf.keep, Stage.HEADLINE) if job.product else lambda _: None,
+        )
 
     def _store(
         self, job: Job, result: GenerationResult, signed: list[SignedPicture], shelf: Shelf
@@ -183,8 +193,3 @@ def _job_of(run: Run) -> Job:
     if run.num_recoveries > MAX_RECOVERIES:
         raise PoisonJob(f"the job was given up after {run.num_recoveries} workers stopped while doing it")
     return run.asked
-
-
-def _sign(picture: Picture, signature: Signature, job: Job) -> SignedPicture:
-    image = Image.frombytes("RGB", (picture.width, picture.height), picture.rgb)
-    return sign(image, signature, job.signature_style)

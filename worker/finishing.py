@@ -1,0 +1,40 @@
+"""From a drawn picture to a signed one: what was to be kept is put back, headlines and the signature are put on."""
+
+from collections.abc import Callable
+
+from PIL import Image
+
+from inference.request import Picture
+from watermark.headline import Headline, put_headlines
+from watermark.signature import Signature, SignedPicture, sign, signature_place
+from worker.job import Job
+from worker.product.protecting import put_back
+from worker.references import References, mask_at
+
+BLACK_FOR_WHITE = [255 - value for value in range(256)]
+
+
+def finish(
+    drawn: Picture,
+    job: Job,
+    references: References,
+    *,
+    headlines: tuple[Headline, ...],
+    signature: Signature,
+    on_headlines: Callable[[Image.Image], None] = lambda picture: None,
+) -> SignedPicture:
+    """The picture as it is stored. `on_headlines` is shown the one with headlines, where the job has any, unsigned."""
+    picture = _kept(Image.frombytes("RGB", (drawn.width, drawn.height), drawn.rgb), job, references)
+    if headlines:
+        place = signature_place(picture.size, signature, job.signature_style)
+        picture = put_headlines(picture, headlines, avoid=() if place is None else (place,))
+        on_headlines(picture)
+    return sign(picture, signature, job.signature_style)
+
+
+def _kept(picture: Image.Image, job: Job, references: References) -> Image.Image:
+    """What a mask keeps comes back to the byte, which no model gives it."""
+    if references.mask is None or references.init is None:
+        return picture
+    kept = mask_at(references.mask, picture.size, job.fit).point(BLACK_FOR_WHITE)
+    return put_back(picture, references.init_at(picture.size, job.fit), kept)
