@@ -14,6 +14,7 @@ from rich.console import Console
 
 from config.logs import configure_logging
 from config.settings import PictureSettings, Settings, SettingsError, StoreSettings, load_section, load_settings
+from worker.cli_options import Order, fields_of, with_order
 from worker.messages import rules_from
 from worker.supervisor import ExitCode, Supervisor
 
@@ -66,35 +67,20 @@ def check(
 
 
 @app.command()
+@with_order
 def submit(
-    prompt: Annotated[str, typer.Argument(help="What to draw")],
+    order: Order,
     generation_id: Annotated[int, typer.Option(help="Id of the generation at the backend", min=1)],
-    lora: Annotated[str, typer.Option(help="lora_path: s3://bucket/key, or a key of the bucket")] = "",
-    signature: Annotated[str, typer.Option(help="signature_path: s3://bucket/key, or a key of the bucket")] = "",
-    artist: Annotated[str, typer.Option(help="artist_name, written where there is no signature")] = "",
-    aspect: Annotated[str, typer.Option(help="aspect_ratio, like 1:2")] = "1:1",
-    steps: Annotated[int | None, typer.Option(help="Denoise steps")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed; unset, it is derived from the job's id")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to follow the job")] = 600.0,
 ) -> None:
     """Publish a job and follow it until it ends: the address of its picture goes to standard output.
 
-    Ctrl-C ends the following and not the job. Exit code 1 where the job is not seen complete.
+    Adapters and pictures are in the store: s3://bucket/key, or a key of the bucket. Without a seed the job's id gives
+    one. Ctrl-C ends the following and not the job. Exit code 1 where the job is not seen complete.
     """
     from worker.submitting import submit_and_follow  # noqa: PLC0415
 
-    fields = {
-        "generation_id": generation_id,
-        "prompt": prompt,
-        "lora_path": lora,
-        "signature_path": signature,
-        "artist_name": artist,
-        "aspect_ratio": aspect,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "seed": seed,
-    }
+    fields = {"generation_id": generation_id, **fields_of(order)}
     sys.exit(0 if submit_and_follow(_settings(), fields, timeout_seconds=timeout, console=console) else 1)
 
 
@@ -119,38 +105,20 @@ def report(
 
 
 @app.command()
+@with_order
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw")],
+    order: Order,
     out: Annotated[Path, typer.Option("-o", "--out", help="PNG to write; -2, -3 … are added for more pictures")],
     model: Annotated[str | None, typer.Option(help="Folder or hub id; default MODEL_ID")] = None,
-    negative: Annotated[str, typer.Option(help="What not to draw")] = "",
-    lora: Annotated[list[Path] | None, typer.Option(help="A .safetensors file or a PEFT folder; repeatable")] = None,
-    scale: Annotated[float, typer.Option(help="Scale of the adapters")] = 1.0,
-    signature: Annotated[Path | None, typer.Option(help="Signature picture")] = None,
-    artist: Annotated[str | None, typer.Option(help="Signature as text")] = None,
-    aspect: Annotated[str, typer.Option(help="Aspect ratio, like 1:2")] = "1:1",
-    steps: Annotated[int | None, typer.Option(help="Denoise steps")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture", min=0)] = 0,
-    images: Annotated[int, typer.Option("-n", "--images", help="Number of pictures", min=1, max=8)] = 1,
-    scheduler: Annotated[str | None, typer.Option(help="Scheduler by name")] = None,
 ) -> None:
-    """Draw with the worker's engine, without broker, store or backend."""
-    from worker.local import Files, draw  # noqa: PLC0415 - brings torch into this process, as no other command does
+    """Draw with the worker's engine, without broker, store or backend.
 
-    fields = {
-        "prompt": prompt,
-        "negative_prompt": negative,
-        "artist_name": artist,
-        "aspect_ratio": aspect,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "seed": seed,
-        "num_images": images,
-        "scheduler": scheduler,
-    }
-    files = Files(adapters=tuple(lora or ()), adapter_scale=scale, signature=signature, out=out)
-    sys.exit(0 if draw(fields, files, model_id=model, console=console) else 1)
+    Adapters and pictures are files of this machine. Without a seed it is 0.
+    """
+    from worker.local import draw  # noqa: PLC0415 - brings torch into this process, as no other command does
+
+    fields = {"seed": 0, **fields_of(order)}
+    sys.exit(0 if draw(fields, out, model_id=model, console=console) else 1)
 
 
 @dead.command("list")

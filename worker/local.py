@@ -1,7 +1,8 @@
 """`darkroom generate`: the same engine and the same limits, without broker, store or backend."""
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,42 +10,53 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
+from clients.location import LocationForbidden, ObjectRef
 from config.settings import ModelSettings, PictureSettings, ServiceSettings, SettingsError, load_section
 from inference.engine import LocalEngine
-from inference.request import AdapterFile, EngineError, GenerationRequest, GenerationResult, StepReport
-from watermark.decoding import decode_signature
+from inference.request import AdapterFile, EngineError, GenerationRequest, GenerationResult, ModelFacts, StepReport
+from watermark.decoding import decode_picture, decode_signature
 from watermark.errors import WatermarkError
-from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned, sign
+from watermark.headline import headlines_of
+from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
 from worker.fetching import PEFT_CONFIG, PEFT_WEIGHTS
-from worker.job import Job, JobRejected
+from worker.finishing import finish
+from worker.job import Job, JobAdapter, JobRejected
 from worker.labelling import Labeller, provenance_of
 from worker.messages import decode
+from worker.presets import presets_in_force
+from worker.references import References, check_can, check_mask
 from worker.rejecting import JobRules
+from worker.settling import JobFailed
 from worker.story import request_of
 
-
-@dataclass(frozen=True, slots=True)
-class Files:
-    """The local files of an order."""
-
-    adapters: tuple[Path, ...]
-    adapter_scale: float
-    signature: Path | None
-    out: Path
+# A file of this machine, as an object of no bucket: its path is the key.
+NO_BUCKET = ""
 
 
-def draw(fields: dict[str, Any], files: Files, *, model_id: str | None, console: Console) -> bool:
-    """Draw what the message `fields` ask for into `files.out`; where it cannot be, say why and return False."""
+class NotDrawn(Exception):
+    """A file cannot be used, or the order asks for what only a worker does; the message says which."""
+
+
+def draw(fields: dict[str, Any], out: Path, *, model_id: str | None, console: Console) -> bool:
+    """Draw what the message `fields` ask for into `out`; where it cannot be, say why and return False.
+
+    Adapters and pictures that the fields name are files of this machine.
+    """
     try:
         job = _job(fields)
-        signature = _signature(job, files)
+        font_dirs = load_section(ServiceSettings).font_dirs
+        signature, headlines = _signature(job, font_dirs), headlines_of(job.overlays, font_dirs)
+        references = _references(job)
         labeller = Labeller(load_section(PictureSettings))
         settings = load_section(ModelSettings)
         engine = LocalEngine(settings.model_copy(update={"model_id": model_id} if model_id else {}))
-        adapters = tuple(_adapter(path, files.adapter_scale) for path in files.adapters)
-        result = _generate(engine, request_of(job, adapters, engine.facts), console)
-        _write(job, result, signature, files, labeller, model=engine.facts.model, console=console)
-    except (SettingsError, JobRejected, EngineError, WatermarkError, OSError) as error:
+        result = _generate(engine, job, references, console)
+        facts = engine.facts
+        for drawn, path in zip(result.pictures, _paths(out, len(result.pictures)), strict=True):
+            signed = finish(drawn, job, references, headlines=headlines, signature=signature)
+            path.write_bytes(labeller.encode(signed, provenance_of(job, result, drawn, model=facts.model)))
+            console.print(f"{path}: {drawn.width}x{drawn.height}, seed {drawn.seed}, {result.scheduler}")
+    except (SettingsError, JobRejected, JobFailed, NotDrawn, EngineError, WatermarkError, OSError) as error:
         console.print("[bold red]Not drawn:[/]", end=" ")
         console.print(str(error), markup=False, highlight=False)
         return False
@@ -54,56 +66,74 @@ def draw(fields: dict[str, Any], files: Files, *, model_id: str | None, console:
 def _job(fields: dict[str, Any]) -> Job:
     """The order as the job it would be: every limit of the queue holds here too."""
     settings = load_section(ModelSettings)
+    presets = presets_in_force(load_section(PictureSettings), locate=None)
     body = json.dumps({"data": {"generation_id": 1, **fields}}).encode()
-    return decode(body, JobRules(settings.inference_steps, settings.guidance_scale, locate=_nowhere))
+    job = decode(body, JobRules(settings.inference_steps, settings.guidance_scale, _here, presets))
+    if job.product is not None:
+        raise NotDrawn("products are not drawn here: submit the job to a worker")
+    return job
 
 
-def _nowhere(text: str) -> Any:
-    raise AssertionError(f"a local order names no object, yet {text!r} was to be located")
+def _here(text: str) -> ObjectRef:
+    if "://" in text:
+        raise LocationForbidden(f"{text!r:.120} is in a store, which is not read here: name a file")
+    return ObjectRef(NO_BUCKET, text)
 
 
-def _signature(job: Job, files: Files) -> Signature:
-    if files.signature is not None:
-        return ImageSignature(decode_signature(files.signature.read_bytes()))
+def _signature(job: Job, font_dirs: tuple[Path, ...]) -> Signature:
+    if job.signature_ref is not None:
+        return ImageSignature(_decoded(job.signature_ref, decode_signature))
     if job.artist_name:
-        return TextSignature(job.artist_name, load_section(ServiceSettings).font_dirs)
+        return TextSignature(job.artist_name, font_dirs)
     return Unsigned()
 
 
-def _adapter(path: Path, scale: float) -> AdapterFile:
+def _references(job: Job) -> References:
+    init = mask = control = None
+    if job.source is not None:
+        init = _decoded(job.source.image_ref, partial(decode_picture, mode="RGB"))
+        if job.source.mask_ref is not None:
+            mask = _decoded(job.source.mask_ref, partial(decode_picture, mode="L"))
+            check_mask(mask, init.size)
+    if job.control is not None:
+        control = _decoded(job.control.image_ref, partial(decode_picture, mode="RGB"))
+    return References(init, mask, control)
+
+
+def _decoded(ref: ObjectRef, decode_bytes: Callable[[bytes], Image.Image]) -> Image.Image:
+    path = Path(ref.key)
+    try:
+        return decode_bytes(path.read_bytes())
+    except WatermarkError as error:
+        raise NotDrawn(f"{path}: {error}") from error
+
+
+def _adapter(adapter: JobAdapter) -> AdapterFile:
+    path = Path(adapter.ref.key)
     if path.is_dir():
-        return AdapterFile(path / PEFT_WEIGHTS, path / PEFT_CONFIG, scale)
-    return AdapterFile(path, None, scale)
+        return AdapterFile(path / PEFT_WEIGHTS, path / PEFT_CONFIG, adapter.scale)
+    return AdapterFile(path, None, adapter.scale)
 
 
-def _generate(engine: LocalEngine, request: GenerationRequest, console: Console) -> GenerationResult:
-    with Progress(console=console) as bars:
-        bar = bars.add_task("denoising", total=request.num_inference_steps)
+def _request(job: Job, references: References, facts: ModelFacts) -> GenerationRequest:
+    check_can(job, facts)
+    return request_of(job, tuple(_adapter(adapter) for adapter in job.adapters), facts, references)
 
-        def on_step(report: StepReport) -> None:
-            bars.update(bar, completed=report.step_index)
 
-        try:
+def _generate(engine: LocalEngine, job: Job, references: References, console: Console) -> GenerationResult:
+    try:
+        request = _request(job, references, engine.facts)
+        with Progress(console=console) as bars:
+            bar = bars.add_task("denoising", total=request.num_inference_steps)
+
+            def on_step(report: StepReport) -> None:
+                bars.update(bar, completed=report.step_index)
+
             return engine.generate(request, on_step, lambda: False).result()
-        finally:
-            engine.close()
+    finally:
+        engine.close()
 
 
-def _write(
-    job: Job,
-    result: GenerationResult,
-    signature: Signature,
-    files: Files,
-    labeller: Labeller,
-    *,
-    model: str,
-    console: Console,
-) -> None:
-    adapters = tuple(path.stem for path in files.adapters)
-    for number, picture in enumerate(result.pictures, start=1):
-        path = files.out if number == 1 else files.out.with_stem(f"{files.out.stem}-{number}")
-        image = Image.frombytes("RGB", (picture.width, picture.height), picture.rgb)
-        signed = sign(image, signature, job.signature_style)
-        provenance = replace(provenance_of(job, result, picture, model=model), adapters=adapters)
-        path.write_bytes(labeller.encode(signed, provenance))
-        console.print(f"{path}: {picture.width}x{picture.height}, seed {picture.seed}, {result.scheduler}")
+def _paths(out: Path, number: int) -> list[Path]:
+    """`out`, and with -2, -3 … behind its name for more pictures."""
+    return [out, *(out.with_stem(f"{out.stem}-{index}") for index in range(2, number + 1))]

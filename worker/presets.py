@@ -28,13 +28,19 @@ class Styled:
     adapter: PresetAdapter | None
 
 
-def presets_in_force(pictures: PictureSettings | None, locate: Callable[[str], ObjectRef]) -> Callable[[], Presets]:
-    """Asked at each job: the operator's presets, else the built-in ones. A broken file raises `SettingsError`."""
+def presets_in_force(
+    pictures: PictureSettings | None, locate: Callable[[str], ObjectRef] | None
+) -> Callable[[], Presets]:
+    """Asked at each job: the operator's presets, else the built-in ones. A broken file raises `SettingsError`.
+
+    Without `locate` their adapters are not judged before a job wants them.
+    """
     if pictures is None or pictures.presets_file is None:
         return builtin_presets
 
     def judge(presets: Presets) -> None:
-        _check_adapters(presets, locate)
+        if locate is not None:
+            _check_adapters(presets, locate)
 
     try:
         return PresetFile(pictures.presets_file, judge).current
