@@ -44,7 +44,7 @@ def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.Tem
 
 
 def test_generate_draws_signs_and_writes_pictures(tmp_path: Path) -> None:
-    env = {"MODEL_ID": str(DEMO_MODEL / "checkpoint")}
+    env = {"MODEL_ID": str(DEMO_MODEL / "checkpoint"), "EMBED_METADATA": "full"}
     options = ["--lora", ADAPTER, "--artist", "서울", "--steps", 8, "--guidance", 3, "-n", 2]
 
     done = darkroom("generate", "neon: a castle", "-o", tmp_path / "castle.png", *options, env=env, folder=tmp_path)
@@ -52,6 +52,9 @@ def test_generate_draws_signs_and_writes_pictures(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert [Image.open(tmp_path / name).size for name in ("castle.png", "castle-2.png")] == [(128, 128)] * 2
     assert "seed 1" in done.stdout
+    told = Image.open(tmp_path / "castle-2.png").info
+    assert told["parameters"].startswith("neon: a castle\nSteps: 8, ")
+    assert (json.loads(told["Darkroom"])["seed"], json.loads(told["Darkroom"])["adapters"]) == (1, [Path(ADAPTER).stem])
 
 
 def test_generate_says_what_is_wrong_in_a_sentence_and_no_traceback(tmp_path: Path) -> None:

@@ -23,7 +23,15 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from PIL import Image
 
-from config.settings import ModelSettings, PictureSettings, SettingsError, StoreSettings, load_section
+from config.settings import (
+    SECTIONS,
+    ModelSettings,
+    PictureSettings,
+    Settings,
+    SettingsError,
+    StoreSettings,
+    load_section,
+)
 from inference.request import GenerationResult, Picture
 from tests.certificates import Chain, Key, make_chain
 from watermark.errors import ManifestNotSigned
@@ -34,6 +42,7 @@ from worker.checks.provenance import look_at_certificate
 from worker.job import Job, Kind
 from worker.labelling import Labeller, provenance_of
 from worker.messages import decode, rules_from
+from worker.supervisor import Supervisor
 
 ROOT = Path(__file__).parents[1]
 DARKROOM = Path(sys.executable).with_name("darkroom")
@@ -413,14 +422,29 @@ def test_what_nobody_can_sign_with_is_refused_in_one_sentence_that_names_the_set
         look_at_certificate(PictureSettings(**chain.env()))  # type: ignore[arg-type]
 
 
+def env_of(folder: Path, chain: Chain) -> dict[str, str]:
+    """A worker's that finds nobody."""
+    return {
+        "BACKEND_API_URL": "http://127.0.0.1:9",
+        "INTERNAL_API_TOKEN": "t",
+        "AWS_STORAGE_BUCKET_NAME": "media",
+        "CACHE_DIR": str(folder / "cache"),
+        "METRICS_PORT": "0",
+        **chain.env(),
+    }
+
+
+def settings_of(folder: Path, chain: Chain) -> Settings:
+    env = env_of(folder, chain)
+    return Settings(**{name: section(**env) for name, section in SECTIONS.items()})  # type: ignore[arg-type]
+
+
 def test_a_worker_that_cannot_sign_does_not_start(tmp_path: Path) -> None:
     chain = make_chain(tmp_path, starts_in=timedelta(days=-9), ends_in=timedelta(days=-2))
-    needed = {"BACKEND_API_URL": "http://b.example", "INTERNAL_API_TOKEN": "t", "AWS_STORAGE_BUCKET_NAME": "media"}
-
     ended = subprocess.run(
         [DARKROOM, "run"],
         cwd=tmp_path,
-        env={**needed, **chain.env(), "METRICS_PORT": "0", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        env={**env_of(tmp_path, chain), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=30,
@@ -443,12 +467,15 @@ def test_the_check_says_who_signs_and_for_how_long(chain: Chain) -> None:
 def test_a_certificate_that_ends_while_the_worker_runs_signs_no_more(tmp_path: Path) -> None:
     # Dates in certificates are whole seconds, and the last of them counts
     seconds = 3
-    ending = labeller("provenance", make_chain(tmp_path, ends_in=timedelta(seconds=seconds)))
-    assert ending.refusal == ""
+    chain = make_chain(tmp_path, ends_in=timedelta(seconds=seconds))
+    supervisor = Supervisor(settings_of(tmp_path, chain))
+    ending = labeller("provenance", chain)
+    assert supervisor._refusal == ending.refusal == ""
 
     time.sleep(seconds + 1)
 
     assert re.fullmatch(r"the certificate of C2PA_CERTIFICATE expired on \d{4}-\d\d-\d\d", ending.refusal)
+    assert supervisor._refusal == ending.refusal  # as with any refusal, it takes no more jobs and is not ready
     with pytest.raises(ManifestNotSigned, match="not valid at time of signing"):
         ending.encode(picture(), TOLD)
 
