@@ -464,6 +464,16 @@ def test_the_check_says_who_signs_and_for_how_long(chain: Chain) -> None:
     assert seen == "CN=Test Signer,O=Test Studio signs by es256, for 29 days yet"
 
 
+@pytest.mark.parametrize(("days", "level"), [(29, "WARNING"), (31, "INFO")])
+def test_a_certificate_that_ends_soon_is_told_at_the_start(
+    days: int, level: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="worker.labelling"):
+        labeller("provenance", make_chain(tmp_path, ends_in=timedelta(days=days, hours=1)))
+
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [(level, "manifests are signed")]
+
+
 def test_a_certificate_that_ends_while_the_worker_runs_signs_no_more(tmp_path: Path) -> None:
     # Dates in certificates are whole seconds, and the last of them counts
     seconds = 3

@@ -28,13 +28,17 @@ class Credentials:
     subject: str
     expires_at: datetime
 
+    @property
+    def days_left(self) -> int:
+        return (self.expires_at - datetime.now(UTC)).days
+
 
 def read_credentials(certificate: Path, private_key: Path) -> Credentials:
     """Read both files. Raises `SettingsError`, one sentence that names the setting, for what nobody can sign with."""
     chain = _chain(certificate)
     key = _key(private_key)
     signer = chain[0]
-    if _public_bytes(signer.public_key()) != _public_bytes(key.public_key()):
+    if signer.public_key() != key.public_key():
         belongs = "does not belong to the first certificate of C2PA_CERTIFICATE"
         raise SettingsError(f"C2PA_PRIVATE_KEY: {private_key} {belongs}: the chain begins with the one that signs")
     _insist_on_dates(signer, certificate)
@@ -95,9 +99,3 @@ def _algorithm(key: PrivateKeyTypes, path: Path) -> str:
         case _:
             allowed = f"ECDSA on P-256, P-384 or P-521, Ed25519, or RSA of {MIN_RSA_BITS} bits or more"
             raise SettingsError(f"C2PA_PRIVATE_KEY: {path} is no key that C2PA signs with: {allowed}")
-
-
-def _public_bytes(key: object) -> bytes:
-    return key.public_bytes(  # type: ignore[attr-defined,no-any-return]
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )

@@ -1,11 +1,13 @@
 """What a picture's file says of itself: how a job was drawn, written into its PNG as the settings will have it."""
 
+import logging
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from config.logs import log_event
 from config.settings import PictureSettings
 from inference.request import GenerationResult, Picture
 from watermark.provenance import Prompts, Provenance, SourceType, png_text
@@ -15,7 +17,11 @@ from worker.job import Job, Kind
 if TYPE_CHECKING:
     from watermark.manifest import ManifestSigner
 
+logger = logging.getLogger(__name__)
+
 SOFTWARE = "Darkroom"
+# Certificates are renewed by people.
+MIN_DAYS_LEFT = 30
 # A picture that somebody sent is part of all but the first.
 SOURCE_TYPES = {
     Kind.TEXT2IMAGE: SourceType.GENERATED,
@@ -32,6 +38,10 @@ class Labeller:
         """Raises `SettingsError` for a certificate or a key that nobody can sign manifests with."""
         self._level = settings.embed_metadata
         self._signer = load_signer(settings)
+        if self._signer is not None:
+            days_left = self._signer.credentials.days_left
+            level = logging.INFO if days_left >= MIN_DAYS_LEFT else logging.WARNING
+            log_event(logger, "manifests are signed", level, days_left=days_left)
 
     def encode(self, picture: SignedPicture, provenance: Provenance) -> bytes:
         """The PNG, whole: nothing may be changed in it any more. Raises `ManifestNotSigned`."""

@@ -1,7 +1,5 @@
 """The certificate that C2PA manifests are signed with: signs it, and for how long yet?"""
 
-from datetime import UTC, datetime
-
 from config.settings import PictureSettings, SettingsError
 from worker.checks.finding import CheckFailed
 from worker.labelling import load_signer
@@ -16,5 +14,4 @@ def look_at_certificate(settings: PictureSettings) -> str:
     if signer is None:
         return "none is configured: pictures carry no C2PA manifest"
     credentials = signer.credentials
-    days = (credentials.expires_at - datetime.now(UTC)).days
-    return f"{credentials.subject} signs by {credentials.algorithm}, for {days} days yet"
+    return f"{credentials.subject} signs by {credentials.algorithm}, for {credentials.days_left} days yet"
