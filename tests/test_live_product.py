@@ -1,0 +1,221 @@
+"""Product jobs on real parts: queue, store, rembg, engine, backend."""
+
+import hashlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from examples.parts.rabbitmq import RabbitMQ
+from examples.parts.seaweedfs import SeaweedFS
+from tests.onnx_files import write_dark_finder
+from tests.product_pictures import bottle
+from tests.world import Worker, World, eventually, new_world
+from worker.job import Layout
+from worker.product.placing import place
+from worker.product.protecting import eroded, product_mask
+
+PROMPT = "a beach"
+STEPS = 8
+LONG = 100  # steps: some seconds on one core
+
+
+@pytest.fixture(scope="module")
+def cutout_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dark_finder(tmp_path_factory.mktemp("onnx") / "dark.onnx")
+
+
+@pytest.fixture(scope="module")
+def world(
+    rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory, cutout_model: Path
+) -> Iterator[World]:
+    with new_world(rabbitmq, s3_server, tmp_path_factory.mktemp("world")) as made:
+        made.start_worker(CUTOUT_MODEL=str(cutout_model)).wait_until_ready()
+        yield made
+
+
+@pytest.fixture
+def worker(world: World) -> Worker:
+    return world.workers[-1]
+
+
+def png_of(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
+def on_white(product: Image.Image) -> Image.Image:
+    """A photograph of the product in poor light, without alpha."""
+    photo = Image.new("RGB", (product.width + 200, product.height + 100), "white")
+    photo.paste(product.convert("RGB").point(lambda value: value // 2), (100, 50), product)
+    return photo
+
+
+def stage(world: World, generation_id: int, name: str) -> Image.Image:
+    return Image.open(io.BytesIO(stage_bytes(world, generation_id, name)))
+
+
+def stage_bytes(world: World, generation_id: int, name: str) -> bytes:
+    key = f"stages/gen-{generation_id}/{name}.png"
+    return world.store.client().get_object(Bucket=world.bucket, Key=key)["Body"].read()  # type: ignore[no-any-return]
+
+
+def etag_and_time(world: World, generation_id: int, name: str) -> tuple[Any, Any]:
+    head = world.store.client().head_object(Bucket=world.bucket, Key=f"stages/gen-{generation_id}/{name}.png")
+    return head["ETag"], head["LastModified"]
+
+
+def lane_steps(worker: Worker) -> float:
+    return worker.metric("darkroom_denoise_lane_steps_total")
+
+
+def assert_lane_steps(worker: Worker, steps: int, since: float = 0.0) -> None:
+    """The last one is counted a moment after its picture is there."""
+    eventually(lambda: lane_steps(worker) - since == steps, 5, lambda: str(lane_steps(worker) - since))
+
+
+def metadata_of(world: World, generation_id: int) -> dict[str, Any]:
+    end = world.wait_for_end(generation_id)
+    assert end.kind == "complete", end.body
+    return end.body["metadata"]  # type: ignore[no-any-return]
+
+
+def pixels(image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.int16]]:
+    return np.asarray(image.convert("RGB")).astype(np.int16)
+
+
+def test_a_product_with_all_its_stages(world: World, worker: Worker) -> None:
+    photo = world.upload("uploads/bottle.png", png_of(on_white(bottle())))
+
+    job = world.publish(
+        kind="product",
+        prompt=PROMPT,
+        num_inference_steps=STEPS,
+        product={"image_path": photo, "refine_strength": 0.5},
+        text_overlay={"text": "Sale"},
+        artist_name="Darkroom",
+    )
+
+    told = metadata_of(world, job)
+    names = ["cutout", "background", "composite", "refined", "headline", "final"]
+    assert told["stages"] == {name: f"s3://{world.bucket}/stages/gen-{job}/{name}.png" for name in names}
+    assert sorted(world.keys(f"stages/gen-{job}/")) == sorted(f"stages/gen-{job}/{name}.png" for name in names)
+    assert stage_bytes(world, job, "final") == world.png(job)
+    assert len({hashlib.sha256(stage_bytes(world, job, name)).digest() for name in names}) == len(names)
+    assert (told["kind"], told["steps"], told["width"]) == ("product", STEPS, 128)
+    assert stage(world, job, "cutout").mode == "RGBA"
+
+    background, composite, cutout = (stage(world, job, name) for name in ("background", "composite", "cutout"))
+    at = place(background, cutout.size, Layout(0.6, None))
+    inside = np.asarray(eroded(product_mask(composite.size, cutout, at))) > 0
+    refined = pixels(stage(world, job, "refined"))
+    assert inside.sum() > 100
+    assert (refined[inside] == pixels(composite)[inside]).all()
+    assert (refined != pixels(composite)).any()
+
+    percentages = [call.body["progress"] for call in world.backend.calls("progress", job)]
+    assert {one["total_steps"] for one in percentages} == {STEPS + STEPS // 2}
+    shown = [one["progress_percent"] for one in percentages]
+    assert shown == sorted(set(shown))
+    assert len(worker.events("job out")[-1]["stages"]) >= 8
+
+
+def test_a_background_changed_by_hand_is_kept_and_nothing_is_drawn(world: World, worker: Worker) -> None:
+    bottle_at = world.upload("uploads/cut.png", png_of(bottle()))
+    first = world.publish(kind="product", prompt=PROMPT, product={"image_path": bottle_at})
+    stages = metadata_of(world, first)["stages"]
+    background = stage(world, first, "background")
+    background.paste((250, 10, 10), (0, 0, 30, 30))
+    world.upload(f"stages/gen-{first}/background.png", png_of(background))
+    before = lane_steps(worker)
+
+    second = world.publish(
+        kind="product",
+        prompt=PROMPT,
+        product={"cutout_path": stages["cutout"], "background_image_path": stages["background"], "shadow": 0},
+    )
+
+    told = metadata_of(world, second)
+    assert lane_steps(worker) == before
+    assert (pixels(world.picture(second))[:30, :30] == (250, 10, 10)).all()
+    assert stage(world, first, "background").tobytes() == background.tobytes()
+    assert told["stages"]["background"] == stages["background"]
+    assert sorted(world.keys(f"stages/gen-{second}/")) == [
+        f"stages/gen-{second}/{name}.png" for name in ("composite", "final")
+    ]
+
+
+def test_a_composite_changed_by_hand_is_refined_around_the_product_where_it_stands_now(
+    world: World, worker: Worker
+) -> None:
+    cutout = world.upload("uploads/cut.png", png_of(bottle()))
+    moved = Image.new("RGB", (128, 128), (200, 190, 160))
+    product = bottle().convert("RGBa").resize((26, 77)).convert("RGBA")
+    moved.paste(product, (7, 40), product)
+    before = lane_steps(worker)
+
+    job = world.publish(
+        kind="product",
+        prompt=PROMPT,
+        num_inference_steps=STEPS,
+        product={
+            "cutout_path": cutout,
+            "composite_path": world.upload("uploads/composite.png", png_of(moved)),
+            "refine_strength": 0.5,
+        },
+    )
+
+    assert set(metadata_of(world, job)["stages"]) == {"cutout", "composite", "refined", "final"}
+    assert_lane_steps(worker, STEPS // 2, since=before)
+    middle = (slice(80, 110), slice(12, 28))
+    assert (pixels(world.picture(job))[middle] == pixels(moved)[middle]).all()
+
+
+@pytest.mark.parametrize(
+    ("product", "code", "message"),
+    [
+        ({"image_path": "uploads/none.png"}, "IMAGE_NOT_FOUND", "product.image_path"),
+        ({"image_path": "uploads/white.png"}, "IMAGE_INVALID", "product.image_path: no product was found"),
+        ({"cutout_path": "uploads/white.png"}, "IMAGE_INVALID", "product.cutout_path has no transparent part"),
+        (
+            {"cutout_path": "uploads/cut.png", "composite_path": "uploads/white.png", "refine_strength": 0.3},
+            "IMAGE_INVALID",
+            "product.composite_path: the cut-out is not to be found",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_product_is_told_before_anything_is_drawn(
+    world: World, worker: Worker, product: dict[str, Any], code: str, message: str
+) -> None:
+    world.upload("uploads/white.png", png_of(Image.new("RGB", (128, 128), "white")))
+    world.upload("uploads/cut.png", png_of(bottle()))
+    before = lane_steps(worker)
+
+    end = world.wait_for_end(world.publish(kind="product", prompt=PROMPT, product=product))
+
+    assert (end.kind, end.body["error_code"]) == ("failed", code)
+    assert message in end.body["error_message"]
+    assert lane_steps(worker) == before
+
+
+def test_killed_behind_the_background_a_retried_job_does_not_draw_it_again(world: World, cutout_model: Path) -> None:
+    """The last of this file: it kills the worker of all."""
+    cut = world.upload("uploads/cut.png", png_of(bottle()))
+    task = {"kind": "product", "prompt": PROMPT, "num_inference_steps": LONG, "guidance_scale": 0}
+    job = world.publish(**task, product={"image_path": cut, "refine_strength": 0.6})
+    key = f"stages/gen-{job}/background.png"
+    eventually(lambda: key in world.keys("stages/"), 60, world.workers[-1].log_tail)
+    world.workers[-1].kill()
+    kept = etag_and_time(world, job, "background")
+
+    second = world.start_worker(CUTOUT_MODEL=str(cutout_model))
+
+    assert "refined" in metadata_of(world, job)["stages"]
+    assert etag_and_time(world, job, "background") == kept
+    assert_lane_steps(second, LONG * 6 // 10)
+    assert [line["stage"] for line in second.events("stage resumed")][:2] == ["cutout", "background"]
