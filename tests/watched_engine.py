@@ -69,6 +69,7 @@ class WatchedEngine(LocalEngine):
         asked: list[Future[Any]] = []
         for drawing in self._loop._drawings:
             asked += [drawing.scheduling, *drawing.readings.values()]
+            asked += self._loop._admission._controls.needs(drawing) or []
         return all(one.done() for one in asked)
 
     def hold_preparing_until(self, is_over: threading.Event) -> None:

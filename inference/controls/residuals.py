@@ -56,8 +56,10 @@ def _groups(guides: Mapping[int, Guide], prompts: Sequence[torch.Tensor]) -> lis
 
 def _forward(guides: Sequence[Guide], inputs: Inputs, upload: Upload) -> list[torch.Tensor]:
     """The residuals of rows with these guides, all of one ControlNet; those of the middle block are the last."""
-    down, middle = guides[0].net(
-        inputs.latents,
+    net = guides[0].net
+    down, middle = net(
+        # What a UNet for inpainting reads behind its latents is not for the ControlNet.
+        inputs.latents[:, : net.config.in_channels],
         inputs.timesteps,
         torch.stack(list(inputs.prompts)),
         controlnet_cond=torch.stack([guide.picture for guide in guides]),
