@@ -13,7 +13,8 @@ ENV LANG=C.UTF-8 \
 # Versions are Debian stable's: its security updates are wanted at every build, so none is pinned.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates fonts-dejavu-core fonts-nanum libstdc++6 python3 \
+    && apt-get install -y --no-install-recommends ca-certificates fonts-dejavu-core fonts-nanum fonts-vlgothic fonts-wqy-microhei \
+        libstdc++6 python3 \
     && rm -rf /var/lib/apt/lists/*
 
 

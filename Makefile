@@ -3,15 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
-APT_PACKAGES := rabbitmq-server prometheus chromium libimage-exiftool-perl fonts-nanum fonts-dejavu-core
+APT_PACKAGES := rabbitmq-server prometheus chromium libimage-exiftool-perl fonts-nanum fonts-dejavu-core fonts-vlgothic fonts-wqy-microhei
 # Debian splits venv off its Python; other Pythons bring it along.
 APT_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo python3-venv)
-APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/bin/promtool /usr/bin/chromium /usr/bin/exiftool /usr/share/fonts/truetype/nanum
+APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/bin/promtool /usr/bin/chromium /usr/bin/exiftool \
+	/usr/share/fonts/truetype/nanum /usr/share/fonts/truetype/vlgothic /usr/share/fonts/truetype/wqy
 # A file's tests share its world, so a file stays with one process; conftest.py sorts the files.
 SHARED_OUT := -n 3 --dist loadfile --no-loadscope-reorder
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo styles test check coverage outage leaks faults mutations campaign hostile bench recovery bench-gpu image demo-model clean
+.PHONY: help install demo styles overlays test check coverage outage leaks faults mutations campaign hostile bench recovery bench-gpu image demo-model clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -41,6 +42,9 @@ demo: install ## Run a dozen jobs for real on this machine; pictures and timelin
 
 styles: install ## Eight things, plain and in each style, drawn by a real worker; the sheet lands in out/styles
 	HF_HUB_OFFLINE=1 $(BIN)/python -m examples.demo.styles
+
+overlays: install ## Sheets of headlines: places, scripts, grounds and dresses, for the eye; they land in out/overlays
+	$(BIN)/python -m examples.overlays out/overlays
 
 check: install ## Style and types
 	$(BIN)/ruff check $(CODE)

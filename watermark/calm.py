@@ -8,8 +8,10 @@ from PIL import Image, ImageChops
 
 # Sums are kept for cells rather than for pixels: half a megabyte instead of 34 for the largest picture.
 MAX_CELLS = 256
-# Places whose mean gradients differ by less look equally calm.
-NOTICEABLE_GREY_LEVELS = 0.5
+# Places look equally calm whose mean gradients differ by less than a twentieth or, where next to nothing is, than a
+# two-hundredth of a grey level.
+STEPS_PER_E_FOLD = 20
+FAINTEST_GREY_LEVELS = 0.1
 
 
 class Rect(NamedTuple):
@@ -23,6 +25,10 @@ class Rect(NamedTuple):
     @property
     def size(self) -> tuple[int, int]:
         return self.right - self.left, self.bottom - self.top
+
+    def moved(self, across: int, down: int) -> "Rect":
+        """The same, so many px further to the right and further down."""
+        return Rect(self.left + across, self.top + down, self.right + across, self.bottom + down)
 
     def overlaps(self, other: "Rect") -> bool:
         """Whether the two share a pixel."""
@@ -58,7 +64,8 @@ def calmest(
         covered += np.outer(
             _shared(tops, size[1], rect.top, rect.bottom), _shared(lefts, size[0], rect.left, rect.right)
         )
-    unrest = np.rint(_mean_energy(image, size, lefts, tops, cell) / NOTICEABLE_GREY_LEVELS)
+    energy = _mean_energy(image, size, lefts, tops, cell)
+    unrest = np.rint(np.log1p(energy.clip(min=0) / FAINTEST_GREY_LEVELS) * STEPS_PER_E_FOLD)
     away = np.add.outer(_distance(tops, towards[1]) ** 2, _distance(lefts, towards[0]) ** 2)
 
     # Sorted by its last key first, and stable: what is equal stays in reading order.

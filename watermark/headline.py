@@ -24,9 +24,13 @@ HEADLINE_PLACE = (0.5, 0.15)
 # Tried one after another where a headline that looks for its own place would lie on what is there already.
 SHARES = (1.0, 0.75, 0.5, 0.35)
 SHADOW_OPACITY = 0.6
-# In letter sizes: the corners of panels, and how far the panel that nobody asked for fades out.
+# In letter sizes: the corners of panels, how far the panel that nobody asked for fades out, and the calm that a
+# headline wants around it where it looks for its own place.
 CORNER = 0.2
-FADE = 0.35
+FADE = 0.6
+CALM_AROUND = 0.4
+# Of the picture's width: with less to its sides a headline stands in the middle, whatever is to be seen of them.
+ROOM_TO_LEAN = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +107,26 @@ def _room(size: tuple[int, int]) -> Rect:
 def _anchored(room: Rect, size: tuple[int, int], fractions: tuple[float, float]) -> Rect:
     left = room.left + round((room.size[0] - size[0]) * fractions[0])
     top = room.top + round((room.size[1] - size[1]) * fractions[1])
-    return Rect(left, top, left + size[0], top + size[1])
+    return Rect(0, 0, *size).moved(left, top)
+
+
+def _grown(rect: Rect, by: int) -> Rect:
+    return Rect(rect.left - by, rect.top - by, rect.right + by, rect.bottom + by)
 
 
 def _calm_place(picture: Image.Image, setter: Typesetter, room: Rect, avoid: tuple[Rect, ...]) -> tuple[Block, Rect]:
     """The calmest place, for a smaller block where a larger one would lie on something."""
     for share in SHARES:
         block = setter.set(picture.size, room.size, share)
-        left, top = calmest(picture, block.size, within=room, avoid=avoid, towards=HEADLINE_PLACE)
-        place = Rect(left, top, left + block.size[0], top + block.size[1])
+        around = round(CALM_AROUND * block.font_px)
+        left, top = calmest(
+            picture,
+            _grown(Rect(0, 0, *block.size), around).size,
+            within=_grown(room, around),
+            avoid=avoid,
+            towards=HEADLINE_PLACE,
+        )
+        place = Rect(0, 0, *block.size).moved(left + around, top + around)
         if not any(place.overlaps(other) for other in avoid):
             break
     return block, place
@@ -137,8 +152,10 @@ def _alignment(overlay: TextOverlay, place: Rect, width: int) -> float:
     """How the lines stand to each other: as the headline stands on the picture."""
     if overlay.position is not None:
         return overlay.position.fractions[0]
-    thirds = (place.left + place.right) / 2 / width * 3
-    return (0.0, 0.5, 1.0)[min(2, int(thirds))]
+    free = width - place.size[0]
+    if free < ROOM_TO_LEAN * width:
+        return 0.5
+    return (0.0, 0.5, 1.0)[min(2, int(place.left / free * 3))]
 
 
 def _paint_panel(picture: Image.Image, overlay: TextOverlay, block: Block, ink: Rect, colours: Colours) -> None:

@@ -25,6 +25,8 @@ FIT_WIDTH, FIT_HEIGHT, FIT_LINES = 0.9, 1 / 3, 3
 LONG_HEIGHT = 0.6
 # And a short word is not blown up beyond this, of the square root of the picture's area.
 LARGEST_FRACTION = 0.16
+# A phrase that is torn apart by a break is made whole by letters that are this much smaller.
+WORTH_A_PHRASE = 0.7
 
 # All in letter sizes.
 BOX_PADDING = (0.5, 0.35)
@@ -76,7 +78,7 @@ class Block:
     def letters(self, alignment: float, *, stroke_px: int = 0) -> Image.Image:
         """The coverage of the letters, grown by `stroke_px`: mode L, `ink_size` large; 0 aligns left and 1 right."""
         left, top, right, bottom = self._ink
-        canvas = Image.new("L", (int(right - left), int(bottom - top)))
+        canvas = Image.new("L", (max(1, int(right - left)), max(1, int(bottom - top))))
         draw = ImageDraw.Draw(canvas)
         for number, (line, ink) in enumerate(zip(self.lines, self._inks, strict=True)):
             start = round((right - left - (ink.right - ink.left)) * alignment) - ink.left
@@ -91,7 +93,13 @@ class Block:
 
     @cached_property
     def _inks(self) -> tuple[Ink, ...]:
-        return tuple(Ink(*self.font.getbbox(line, anchor="ls", stroke_width=self.stroke_px)) for line in self.lines)
+        return tuple(self._inked(line) for line in self.lines)
+
+    def _inked(self, line: str) -> Ink:
+        # Not `getbbox`, which counts the blank to a letter's sides and down to the baseline as ink.
+        mask, (left, top) = self.font.getmask2(line, "L", anchor="ls", stroke_width=self.stroke_px)
+        box = mask.getbbox() or (0, 0, 0, 0)
+        return Ink(left + box[0], top + box[1], left + box[2], top + box[3])
 
     @cached_property
     def _ink(self) -> Ink:
@@ -130,8 +138,15 @@ class Typesetter:
         for attempt in self._attempts(picture, room, share):
             block = self._try(attempt)
             if block is not None:
-                return block
+                return self._phrased(attempt, block)
         return self._crowded(room)
+
+    def _phrased(self, attempt: _Attempt, block: Block) -> Block:
+        """A block that breaks between phrases alone, where it need not be much smaller or longer for it."""
+        font_px = int(block.font.size)
+        min_px = font_px if self._overlay.size else math.ceil(font_px * WORTH_A_PHRASE)
+        max_lines = min(attempt.max_lines, len(block.lines) + 1)
+        return self._try(_Attempt(*attempt[:2], max_lines, Breaking.PHRASES, min_px, font_px)) or block
 
     def _attempts(self, picture: tuple[int, int], room: tuple[int, int], share: float) -> tuple[_Attempt, ...]:
         mean_side = math.sqrt(picture[0] * picture[1])
@@ -146,8 +161,9 @@ class Typesetter:
             )
         width, lines = room[0] * FIT_WIDTH, max(FIT_LINES, len(self._lines))
         return (
-            _Attempt(width, room[1] * FIT_HEIGHT * share, lines, Breaking.NONE, readable, largest),
-            _Attempt(width, room[1] * LONG_HEIGHT * share, any_lines, Breaking.SYLLABLES, readable, largest),
+            _Attempt(width, room[1] * FIT_HEIGHT * share, lines, Breaking.WORDS, readable, largest),
+            _Attempt(width, room[1] * FIT_HEIGHT * share, lines, Breaking.ALL, readable, largest),
+            _Attempt(width, room[1] * LONG_HEIGHT * share, any_lines, Breaking.ALL, readable, largest),
             _Attempt(*room, any_lines, Breaking.ALL, MIN_FONT_PX, largest),
         )
 

@@ -26,17 +26,20 @@ _IS_KATAKANA = re.compile(r"[\u30a1-\u30ff\u31f0-\u31ff\uff66-\uff9d]")
 _IS_HIRAGANA = re.compile(r"[\u3041-\u309f]")
 
 # What it costs to break where words may go on, as a fraction of a whole empty line: between Han and Han or inside
-# Hiragana more than where Hiragana ends, as most phrases of Japanese do. A guess, tuned by eye on headlines.
+# Hiragana more than where Katakana begin or end, as foreign words do, and there more than where Hiragana ends, as most
+# phrases of Japanese do. A guess, tuned by eye on headlines.
 PHRASE_GOES_ON = 0.1
+WORD_ENDS = 0.03
 PHRASE_ENDS = 0.01
 
 
 class Breaking(IntEnum):
-    """Which words may be broken inside where one alone is wider than the line."""
+    """Where lines may break; each also where those before it may."""
 
-    NONE = 0
-    SYLLABLES = 1  # of Hangul and of Katakana
-    ALL = 2
+    PHRASES = 0  # at spaces, at punctuation, where Hiragana ends, and around Katakana
+    WORDS = 1  # between any Han and Hiragana
+    SYLLABLES = 2  # inside a word of Hangul or Katakana that is wider than the line
+    ALL = 3  # inside any word that is wider than the line
 
 
 class Piece(NamedTuple):
@@ -66,10 +69,13 @@ def wrap(line: str, width: float, measure: Callable[[str], float], breaking: Bre
     `measure` tells the width of a text. Where a single sign is wider, it stands alone. Evened out means that the sum
     of the squares of what is left free, and of what the breaks cost, is least (Knuth and Plass 1981).
     """
-    pieces = _broken(pieces_of(line), width, measure, breaking)
-    if pieces is None:
+    pieces = pieces_of(line)
+    if breaking is Breaking.PHRASES:
+        pieces = _phrases(pieces)
+    fitting = _broken(pieces, width, measure, breaking)
+    if fitting is None:
         return None
-    row = _Row(pieces, measure)
+    row = _Row(fitting, measure)
     fewest = _fewest(row, width)
     return [row.text(start, stop) for start, stop in pairwise(_evened(row, len(fewest) - 1, width))]
 
@@ -128,6 +134,17 @@ def _evened(row: _Row, num_lines: int, width: float) -> list[int]:
     return best[len(row)][1]
 
 
+def _phrases(pieces: list[Piece]) -> list[Piece]:
+    """`pieces` put together again where a phrase goes on."""
+    found = pieces[:1]
+    for piece in pieces[1:]:
+        if found[-1].cost >= PHRASE_GOES_ON:
+            found[-1] = piece._replace(text=found[-1].text + piece.text)
+        else:
+            found.append(piece)
+    return found
+
+
 def _broken(
     pieces: list[Piece], width: float, measure: Callable[[str], float], breaking: Breaking
 ) -> list[Piece] | None:
@@ -176,7 +193,8 @@ def _cost(before: str, after: str) -> float:
         return 0.0
     if _IS_HIRAGANA.match(before) and not _IS_HIRAGANA.match(after):
         return PHRASE_ENDS
-    return PHRASE_GOES_ON
+    is_edge = bool(_IS_KATAKANA.match(before)) is not bool(_IS_KATAKANA.match(after))
+    return WORD_ENDS if is_edge else PHRASE_GOES_ON
 
 
 def _has_syllables(text: str) -> bool:

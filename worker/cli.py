@@ -1,4 +1,4 @@
-"""The command line: `darkroom run`, `generate`, `submit`, `report`, `check`, `dead`, `presets`, `demo`."""
+"""The command line: `darkroom run`, `generate`, `submit`, `report`, `check`, `fonts`, `presets`, `dead`, `demo`."""
 
 import logging
 import re
@@ -13,7 +13,15 @@ import typer
 from rich.console import Console
 
 from config.logs import configure_logging
-from config.settings import PictureSettings, Settings, SettingsError, StoreSettings, load_section, load_settings
+from config.settings import (
+    PictureSettings,
+    ServiceSettings,
+    Settings,
+    SettingsError,
+    StoreSettings,
+    load_section,
+    load_settings,
+)
 from worker.cli_options import Order, fields_of, with_order
 from worker.messages import rules_from
 from worker.supervisor import ExitCode, Supervisor
@@ -119,6 +127,17 @@ def generate(
 
     fields = {"seed": 0, **fields_of(order)}
     sys.exit(0 if draw(fields, out, model_id=model, console=console) else 1)
+
+
+@app.command()
+def fonts(
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each family")] = False,
+) -> None:
+    """List the font families that headlines can be set in, with their styles and scripts. Exit code 1 for none."""
+    from worker.fonts_listing import list_fonts  # noqa: PLC0415
+
+    font_dirs = _or_exit(partial(load_section, ServiceSettings)).font_dirs
+    sys.exit(0 if list_fonts(font_dirs, as_lines=as_json, console=Console()) else 1)
 
 
 @dead.command("list")
