@@ -10,12 +10,15 @@ import pytest
 from clients.webhooks import Attempt, Verdict, Webhook, WebhookKind
 from inference.request import StepReport
 from worker.metrics import Metrics
+from worker.previews import Previewer
 from worker.progress import ProgressReporter, Track
 
 MILESTONES = (0, 25, 50, 75, 90)
 TAKEN = Attempt(Verdict.DELIVERED, 200, None, "HTTP 200", is_ambiguous=False)
 REFUSED = Attempt(Verdict.REJECTED, 404, None, "HTTP 404", is_ambiguous=False)
 PATIENCE_SECONDS = 5.0
+# Nothing is stored by it, as no report has a preview.
+NO_PREVIEWS = Previewer(storage=None, bucket="results")  # type: ignore[arg-type]
 
 
 class SlowBackend:
@@ -56,7 +59,7 @@ def metrics() -> Metrics:
 
 @pytest.fixture
 def reporter(backend: SlowBackend, metrics: Metrics) -> Iterator[ProgressReporter]:
-    running = ProgressReporter(backend, MILESTONES, metrics)  # type: ignore[arg-type]
+    running = ProgressReporter(backend, NO_PREVIEWS, MILESTONES, metrics)  # type: ignore[arg-type]
     running.start()
     yield running
     backend.is_free.set()
@@ -286,7 +289,7 @@ def test_a_refused_report_is_counted_and_not_repeated(
 
 
 def test_without_milestones_nothing_is_told(backend: SlowBackend, metrics: Metrics) -> None:
-    silent = ProgressReporter(backend, (), metrics)  # type: ignore[arg-type]
+    silent = ProgressReporter(backend, NO_PREVIEWS, (), metrics)  # type: ignore[arg-type]
     silent.start()
     track = silent.follow("task", 456)
 

@@ -1,0 +1,405 @@
+"""Previews: what they show and cost in the engine, and that they are lossy, quick and never late in the worker."""
+
+import json
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import requests
+import torch
+from PIL import Image
+
+from clients.location import ObjectRef
+from clients.storage_errors import StorageUnavailable
+from clients.webhooks import Attempt, Verdict, Webhook
+from inference.engine import LocalEngine
+from inference.families.loading import load_family
+from inference.foresight import denoised
+from inference.lane import Lane
+from inference.projection import Projection, find_projection
+from inference.request import Preview, StepReport
+from tests.engine_requests import request_of
+from tests.pictures import DEMO, draw, one_torch_thread, settings_of
+from tests.status_pages import served, status
+from tests.tiny_models import BETAS, build_tiny_sd, build_tiny_sdxl, build_tiny_z_image
+from tests.watched_engine import Order, WatchedEngine, WatchedModel
+from worker.metrics import Metrics
+from worker.previews import Previewer, encode
+from worker.progress import ProgressReporter
+
+PATIENCE_SECONDS = 5.0
+CPU = torch.device("cpu")
+DIFFUSION = BETAS | {"clip_sample": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_torch_thread():
+        yield
+
+
+# --- What the denoiser takes the finished latents to be
+
+
+def latents(seed: int) -> torch.Tensor:
+    return torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_a_diffusion_s_foresight_is_what_diffusers_itself_takes_the_picture_to_be(prediction_type: str) -> None:
+    scheduler = diffusers.DDIMScheduler(**DIFFUSION, prediction_type=prediction_type)
+    scheduler.set_timesteps(20)
+    noisy, prediction = latents(0), latents(1)
+
+    for time_step in scheduler.timesteps:
+        theirs = scheduler.step(prediction, time_step, noisy).pred_original_sample
+        torch.testing.assert_close(denoised(noisy, float(time_step), prediction, scheduler), theirs)
+
+
+def test_foresight_holds_for_a_scheduler_that_keeps_its_latents_in_a_scale_of_its_own() -> None:
+    checkpoint = diffusers.PNDMScheduler(**BETAS)
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(checkpoint.config)
+    scheduler.set_timesteps(20)
+    noisy, prediction = 14 * latents(0), latents(1)
+
+    for time_step in scheduler.timesteps[:-1]:
+        scaled = scheduler.scale_model_input(noisy, time_step)
+        theirs = scheduler.step(prediction, time_step, noisy).pred_original_sample
+        ours = denoised(scaled, float(time_step), prediction, checkpoint)
+        # Its timesteps lie between those of training: what is looked up is of the nearest.
+        assert float((ours - theirs).norm() / theirs.norm()) < 0.02
+
+
+def test_a_flow_s_foresight_is_the_picture_that_the_noise_was_mixed_with() -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(8)
+    picture, noise = latents(0), latents(1)
+
+    for time_step in scheduler.timesteps:
+        noisy = scheduler.scale_noise(picture, time_step[None], noise)
+        torch.testing.assert_close(denoised(noisy, float(time_step), noise - picture, scheduler), picture)
+
+
+# --- The projection
+
+
+def test_colours_of_latents_are_bytes_in_rows_of_pixels() -> None:
+    projection = Projection(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), torch.tensor([0.0, 0.0, 9.0]))
+    found = projection(torch.tensor([[[-1.0, 1.0, 0.0]], [[0.0, -2.0, 2.0]]]))
+
+    assert found.tolist() == [[[0, 128, 255], [255, 0, 255], [128, 255, 255]]]
+
+
+def with_means(folder: Path) -> Path:
+    """As SDXL's successors: latents are shifted and scaled channel by channel."""
+    config = folder / "vae" / "config.json"
+    changed = json.loads(config.read_text()) | {"latents_mean": [0.1, -0.3, 0.0, 0.5], "latents_std": [2.0, 1.0, 3, 4]}
+    config.write_text(json.dumps(changed))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "build",
+    [build_tiny_sd, lambda folder: with_means(build_tiny_sdxl(folder)), build_tiny_z_image],
+    ids=["sd", "sdxl", "z-image"],
+)
+def test_each_family_s_projection_reads_latents_in_the_sampler_s_scale(
+    build: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    family = load_family(settings_of(build(tmp_path / "model")), device=CPU, dtype=torch.float32)
+    vae = family._pipeline.vae
+    shape = (1, vae.config.latent_channels, 8, 8)
+    sampled = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+    with torch.inference_mode():
+        in_its_own_scale = find_projection(vae, lambda same: same, CPU)(family._unscaled(sampled)[0])
+        found = family.find_projection()(sampled[0])
+
+    assert found.shape == (8, 8, 3)
+    assert int((found.int() - in_its_own_scale.int()).abs().max()) <= 1
+    assert found.float().std() > 1
+
+
+# --- The engine
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[LocalEngine]:
+    made = LocalEngine(settings_of(DEMO / "checkpoint", PREVIEW_EVERY=2))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_sd(tmp_path_factory.mktemp("tiny") / "tiny-sd")
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Path) -> Iterator[LocalEngine]:
+    made = LocalEngine(settings_of(tiny, PREVIEW_EVERY=3))
+    yield made
+    made.close()
+
+
+def tiny_request(**fields: Any) -> Any:
+    return request_of(width=64, height=64, **fields)
+
+
+def with_previews(steps: list[StepReport]) -> list[int]:
+    return [report.step_index for report in steps if report.preview]
+
+
+def likeness(preview: Preview, picture: Image.Image) -> float:
+    """Correlation of the preview with the picture made as small."""
+    small = np.asarray(picture.resize((preview.width, preview.height), Image.Resampling.BOX)).ravel()
+    return float(np.corrcoef(np.frombuffer(preview.rgb, np.uint8), small)[0, 1])
+
+
+def test_previews_look_like_the_picture_from_the_second_step_on(demo: LocalEngine) -> None:
+    steps: list[StepReport] = []
+    (picture,) = draw(demo, request_of(seeds=(3,), num_inference_steps=10), steps)
+
+    previews = [report.preview for report in steps if report.preview]
+    assert [(one.width, one.height) for one in previews] == [(16, 16)] * 4
+    # The best matrix there is for this VAE, found on the model's own pictures, comes to 0.91 with finished latents.
+    assert min(likeness(one, picture) for one in previews) > 0.75
+
+
+@pytest.mark.parametrize("scheduler", ["dpm++", "heun", "euler_a"])
+def test_they_come_every_so_many_steps_but_not_with_the_last(engine: LocalEngine, scheduler: str) -> None:
+    steps: list[StepReport] = []
+    draw(engine, tiny_request(num_inference_steps=9, scheduler=scheduler), steps)
+
+    assert with_previews(steps) == [3, 6]
+
+
+def test_of_several_pictures_the_first_is_shown(engine: LocalEngine) -> None:
+    alone: list[StepReport] = []
+    together: list[StepReport] = []
+    draw(engine, tiny_request(num_inference_steps=5, seeds=(1,)), alone)
+    draw(engine, tiny_request(num_inference_steps=5, seeds=(1, 2)), together)
+
+    assert with_previews(together) == [3]
+    seen, wanted = (np.frombuffer(steps[3].preview.rgb, np.uint8).astype(int) for steps in (together, alone))  # type: ignore[union-attr]
+    assert np.abs(seen - wanted).max() <= 1
+
+
+def test_previews_change_no_picture_and_none_are_made_unless_asked_for(engine: LocalEngine, tiny: Path) -> None:
+    plain = LocalEngine(settings_of(tiny))
+    steps: list[StepReport] = []
+    request = tiny_request(num_inference_steps=7)
+
+    (wanted,) = draw(plain, request, steps)
+    plain.close()
+
+    assert with_previews(steps) == []
+    assert draw(engine, request)[0].tobytes() == wanted.tobytes()
+
+
+class Blind(WatchedModel):
+    """A model of which no preview can be made."""
+
+    def denoised(self, lane: Lane, prediction: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room for a preview")
+
+
+def test_a_preview_that_cannot_be_made_costs_the_request_nothing(tiny: Path) -> None:
+    engine = WatchedEngine(tiny, Blind, PREVIEW_EVERY=1)
+
+    order = Order(engine, tiny_request(num_inference_steps=4))
+    assert order.image.size == (64, 64)
+    engine.close()
+
+    assert with_previews(order.steps) == []
+
+
+# --- The worker
+
+
+class SlowStore:
+    """A store whose writes last while it is held, and fail where they are to."""
+
+    def __init__(self) -> None:
+        self.is_free = threading.Event()
+        self.is_free.set()
+        self.is_broken = False
+        self.begun: queue.Queue[tuple[str, bytes]] = queue.Queue()
+        self.written: list[tuple[str, bytes]] = []
+
+    def put(
+        self, ref: ObjectRef, body: bytes, *, content_type: str, cache_control: str, deadline_seconds: float
+    ) -> None:
+        assert (content_type, cache_control) == ("image/jpeg", "no-store")
+        assert 0 < deadline_seconds <= 5
+        self.begun.put((str(ref), body))
+        assert self.is_free.wait(PATIENCE_SECONDS)
+        if self.is_broken:
+            raise StorageUnavailable("the store is down")
+        self.written.append((str(ref), body))
+
+    def url_of(self, ref: ObjectRef) -> str:
+        return f"https://pictures/{ref.key}"
+
+
+class Listener:
+    """A backend that takes every progress call."""
+
+    def __init__(self) -> None:
+        self.calls: queue.Queue[Webhook] = queue.Queue()
+
+    def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
+        self.calls.put(webhook)
+        return Attempt(Verdict.DELIVERED, 200, None, "HTTP 200", is_ambiguous=False)
+
+    def next(self) -> Any:
+        return self.calls.get(timeout=PATIENCE_SECONDS).body
+
+
+@pytest.fixture
+def store() -> SlowStore:
+    return SlowStore()
+
+
+@pytest.fixture
+def previewer(store: SlowStore) -> Iterator[Previewer]:
+    running = Previewer(store, "results")  # type: ignore[arg-type]
+    running.start()
+    yield running
+    store.is_free.set()
+    running.close()
+
+
+def reported(step_index: int, colour: int, num_steps: int = 20) -> StepReport:
+    return StepReport(step_index, num_steps, 0.1, Preview(8, 4, bytes([colour]) * 96))
+
+
+def colour_of(jpeg: bytes) -> int:
+    return int(Image.open(BytesIO(jpeg)).convert("L").getpixel((3, 3)))  # type: ignore[arg-type]
+
+
+def wait_until(is_so: Callable[[], Any]) -> None:
+    give_up_at = time.monotonic() + PATIENCE_SECONDS
+    while not is_so():
+        assert time.monotonic() < give_up_at, "waited in vain"
+        time.sleep(0.002)
+
+
+def test_a_preview_is_a_small_jpeg_of_the_picture_s_shape() -> None:
+    sizes = [(16, 16), (64, 128), (128, 128), (96, 192), (256, 320)]
+    jpegs = [Image.open(BytesIO(encode(Preview(*size, bytes(3 * size[0] * size[1]))))) for size in sizes]
+
+    assert {image.format for image in jpegs} == {"JPEG"}
+    assert [image.size for image in jpegs] == [(64, 64), (128, 256), (256, 256), (96, 192), (256, 320)]
+
+
+def test_the_newest_preview_wins_while_the_store_is_slow(previewer: Previewer, store: SlowStore) -> None:
+    # Given a store busy with the first
+    track = previewer.follow("task", 456)
+    store.is_free.clear()
+    track.on_step(reported(5, 50))
+    assert store.begun.get(timeout=PATIENCE_SECONDS)[0] == "s3://results/previews/gen-456.jpg"
+
+    # When three more come, nobody waits, and then only the last of them is written
+    for step_index, colour in ((6, 100), (7, 150), (8, 200)):
+        track.on_step(reported(step_index, colour))
+    assert track.url is None
+    store.is_free.set()
+    wait_until(lambda: len(store.written) == 2)
+
+    assert [colour_of(body) for _, body in store.written] == pytest.approx([50, 200], abs=2)
+    assert track.url == "https://pictures/previews/gen-456.jpg"
+
+
+def test_nothing_is_written_after_the_end(previewer: Previewer, store: SlowStore) -> None:
+    track, other = previewer.follow("task", 456), previewer.follow("other", 457)
+    store.is_free.clear()
+    track.on_step(reported(5, 50))
+    store.begun.get(timeout=PATIENCE_SECONDS)
+    track.on_step(reported(6, 100))
+
+    # When the job ends, then its end waits for the write that has begun, and the next is dropped
+    with ThreadPoolExecutor(1) as thread:
+        closing = thread.submit(track.close)
+        time.sleep(0.05)
+        assert not closing.done()
+        store.is_free.set()
+        closing.result(PATIENCE_SECONDS)
+    track.on_step(reported(7, 150))
+    other.on_step(reported(1, 10))
+    wait_until(lambda: len(store.written) == 2)
+
+    assert [key for key, _ in store.written] == [
+        f"s3://results/previews/gen-{generation_id}.jpg" for generation_id in (456, 457)
+    ]
+    assert previewer.latest("task") is None
+
+
+def test_a_store_that_fails_costs_a_line_in_the_log(
+    previewer: Previewer, store: SlowStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.is_broken = True
+    track = previewer.follow("task", 456)
+
+    with caplog.at_level(logging.WARNING):
+        track.on_step(reported(5, 50))
+        wait_until(lambda: "preview not stored" in caplog.text)
+
+    # And the page has it still, the backend is told no address, and the next one is tried
+    assert track.url is None
+    shown = previewer.latest("task")
+    assert shown is not None
+    assert (shown.step_index, colour_of(shown.jpeg)) == (5, pytest.approx(50, abs=2))
+    store.is_broken = False
+    track.on_step(reported(10, 100))
+    wait_until(lambda: track.url)
+
+
+def test_progress_names_the_preview_once_it_is_stored_and_never_waits_for_it(
+    previewer: Previewer, store: SlowStore
+) -> None:
+    backend = Listener()
+    reporter = ProgressReporter(backend, previewer, (0, 25, 50, 75), Metrics())  # type: ignore[arg-type]
+    reporter.start()
+    track = reporter.follow("task", 456)
+    store.is_free.clear()
+
+    # While the first is being stored, progress goes on without it
+    track.on_step(StepReport(0, 20, 0.0))
+    track.on_step(reported(4, 50))
+    track.on_step(reported(5, 60))
+    told = [backend.next() for _ in range(2)]
+    assert [body["progress"]["progress_percent"] for body in told] == [0, 25]
+    assert not any("preview_url" in body for body in told)
+    store.is_free.set()
+    wait_until(lambda: track._previews.url)
+
+    track.on_step(StepReport(10, 20, 0.1))
+    assert backend.next()["preview_url"] == "https://pictures/previews/gen-456.jpg"
+    track.close()
+    reporter.close()
+
+
+# --- The status page
+
+
+def test_the_page_s_server_gives_the_preview_of_a_job_and_of_nobody_else() -> None:
+    task_id = "660f9511-f3ac-52e5-b827-557766551111"
+    jpeg = encode(Preview(8, 8, bytes(192)))
+
+    with served(status, {task_id: jpeg}.get) as address:
+        found = requests.get(f"{address}status/preview/{task_id}.jpg?step=5", timeout=5)
+        missing = [requests.get(address + path, timeout=5) for path in ("status/preview/x.jpg", f"{task_id}.jpg")]
+
+    assert (found.status_code, found.headers["Content-Type"], found.content) == (200, "image/jpeg", jpeg)
+    assert found.headers["Cache-Control"] == "no-store"
+    assert [answer.status_code for answer in missing] == [404, 404]
