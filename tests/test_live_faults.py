@@ -1,7 +1,7 @@
 """A worker, its engine, its broker, its store or its backend fails in the middle: every job still ends once.
 
-With the real engine, which takes seconds to start; what has a twin in `test_live_faults_*.py`, where the engine is a
-stand-in, is left to `make faults`.
+With the real engine, which takes seconds to start, but for what is no business of it; what has a twin in
+`test_live_faults_*.py`, where the engine is a stand-in, is left to `make faults`.
 """
 
 import json
@@ -18,7 +18,7 @@ import pytest
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
-from tests.faults.station import long
+from tests.faults.station import long, stand_in_env, start_light_worker
 from tests.world import Worker, World, eventually, new_world
 from worker.queues import QueueNames
 from worker.settling import MAX_RECOVERIES
@@ -105,6 +105,7 @@ def test_a_killed_engine_costs_its_job_a_second_run_and_nothing_else(
     assert percentages == sorted(set(percentages))
 
 
+@long
 def test_a_job_that_kills_the_engine_every_time_fails_alone(lasting_world: World, lasting_worker: Worker) -> None:
     world, worker = lasting_world, lasting_worker
     poison = world.publish(num_inference_steps=LONG)
@@ -124,6 +125,14 @@ def test_a_job_that_kills_the_engine_every_time_fails_alone(lasting_world: World
     assert "ENGINE_CRASHED" in world.dead_letters()[0][1]
 
 
+def is_given_back(channel: Any, queue: str) -> bool:
+    """Whether a message was there to be taken and given back: so comes back what a killed worker had."""
+    method, _, _ = channel.basic_get(queue)
+    if method is not None:
+        channel.basic_nack(method.delivery_tag, requeue=True)
+    return method is not None
+
+
 def test_a_job_that_eleven_workers_were_killed_with_is_tried_no_more(world: World) -> None:
     """The broker's own count of deliveries, which is all that outlives a supervisor."""
     names = QueueNames(world.queue)
@@ -132,19 +141,17 @@ def test_a_job_that_eleven_workers_were_killed_with_is_tried_no_more(world: Worl
         channel = connection.channel()
         channel.queue_declare(names.recover, durable=True, arguments=names.arguments[names.recover])
         channel.basic_publish("", names.recover, body, pika.BasicProperties(delivery_mode=2))
-        # A killed worker's delivery comes back as one that is given back.
         for _ in range(MAX_RECOVERIES + 1):
-            eventually(lambda: world.queues()[".recover"].ready == 1, 10)
-            method, _, _ = channel.basic_get(names.recover)
-            channel.basic_nack(method.delivery_tag, requeue=True)
+            eventually(lambda: is_given_back(channel, names.recover), 10)
 
-    world.start_worker().wait_until_ready()
+    start_light_worker(world)
 
     end = world.wait_for_end(1)
     assert (end.kind, end.body["error_code"]) == ("failed", "WORKER_CRASHED")
     world.wait_until_clean(dead=1)
 
 
+@long
 def test_a_killed_worker_leaves_its_job_to_the_next_one(world: World, worker: Worker) -> None:
     generation_id = world.publish(num_inference_steps=LONG)
     world.wait_for_step(generation_id)
@@ -242,15 +249,15 @@ def test_while_the_backend_is_down_jobs_go_on_and_each_end_arrives_later(
     assert since.num_steps == 4 * 8
 
 
-def test_events_in_the_outbox_outlive_the_worker_that_put_them_there(world: World, worker: Worker) -> None:
+def test_events_in_the_outbox_outlive_the_worker_that_put_them_there(world: World) -> None:
+    worker = start_light_worker(world, constants={"worker.notifying:PATIENCE_SECONDS": 1.0})
     world.backend.stop()
     generation_id = world.publish()
     eventually(lambda: sum(world.queues().get(".outbox", (0,))) == 1, 60)
     worker.kill()
 
     world.backend.start()
-    next_worker = world.start_worker()
-    next_worker.wait_until_ready()
+    next_worker = start_light_worker(world)
 
     assert_complete_once(world, generation_id)
     assert next_worker.metric("darkroom_denoise_lane_steps_total") == 0
@@ -381,6 +388,7 @@ def test_a_record_in_the_ledger_wins_over_a_second_worker(world: World, worker: 
     assert world.backend.calls("failed") == []
 
 
+@long
 def test_a_model_that_cannot_be_loaded_ends_the_worker_before_it_takes_a_job(world: World, tmp_path: Path) -> None:
     world.publish()
 
@@ -395,7 +403,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_worker_before_it_takes_a_job(wor
 def test_a_broker_that_is_down_at_the_start_is_waited_for(world: World) -> None:
     world.rabbitmq.stop()
     try:
-        worker = world.start_worker()
+        worker = world.start_worker(**stand_in_env(world.folder / "journal", {}))
         eventually(lambda: worker.get("/health/live")[0] == 200, 30)
         eventually(lambda: "broker" in worker.get("/health/ready")[1], 30, worker.log_tail)
     finally:

@@ -303,7 +303,6 @@ def test_a_job_that_hangs_the_engine_twice_fails_as_timed_out(station: Station) 
     worker.kill()
 
 
-@long
 @pytest.mark.usefixtures("alone")
 def test_an_engine_that_cannot_load_its_model_ends_the_worker_before_it_takes_a_job(station: Station) -> None:
     job = station.publish()

@@ -194,6 +194,13 @@ def stand_in_env(journal: Path, constants: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def start_light_worker(world: World, *, constants: Mapping[str, Any] | None = None, **env: str) -> Worker:
+    """A worker without proxies and with the stand-in for an engine: ready in a second, where a real one takes seven."""
+    worker = world.start_worker(**stand_in_env(world.folder / "journal", constants or {}) | env)
+    worker.wait_until_ready()
+    return worker
+
+
 # What the store and the backend say when they have done what was asked.
 DONE = Sign(DOWN, b"HTTP/1.1 200")
 ANY_REQUEST = Sign(UP, b" HTTP/1.1\r\n")
