@@ -70,7 +70,7 @@ leaks: install ## The long form of another: 300 jobs with 40 adapters in 8 slots
 
 faults: install ## Every fault on the way to broker, store and backend, and in the process: those too that take long
 	OMP_NUM_THREADS=1 FAULTS_LONG=1 $(BIN)/pytest tests/test_faults_proxy.py tests/test_live_faults.py tests/test_live_faults_*.py \
-		tests/test_live_leases.py
+		tests/test_live_leases.py tests/test_live_batching.py tests/test_engine_process.py tests/test_campaigns.py
 
 mutations: install ## Take the mechanism behind each row of the fault matrix out of a copy, and see its tests fail
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutations

@@ -37,6 +37,7 @@ from inference.request import (
 from inference.vitals import MAX_CONSECUTIVE_CRASHES, MAX_CONSECUTIVE_FAULTS
 from tests.engine_requests import request_of
 from tests.fake_child import EXIT_POISONED, NUM_SLOTS
+from tests.faults.station import long
 from tests.world import DEMO_MODEL, eventually
 from worker.metrics import Metrics
 
@@ -57,18 +58,29 @@ def never() -> bool:
 # --- The real child and the demo model
 
 
-def new_engine(model: Path = DEMO_MODEL / "checkpoint", **settings: Any) -> EngineProcess:
-    engine = EngineProcess(ModelSettings(MODEL_ID=str(model), **settings), log_level="INFO", on_restart=lambda: None)
-    engine.start()
-    return engine
-
-
 @pytest.fixture(scope="module")
-def engine() -> Iterator[EngineProcess]:
-    made = new_engine()
-    wait_until_ready(made, READY_SECONDS)
+def engines() -> Iterator[list[EngineProcess]]:
+    """Those that the tests of this module have made; torch takes each five seconds to import."""
+    made: list[EngineProcess] = []
     yield made
-    made.close()
+    for engine in made:
+        engine.close()
+
+
+@pytest.fixture
+def engine(engines: list[EngineProcess]) -> EngineProcess:
+    """The one that is there, or a new one where a test has closed it."""
+    if not engines or engines[-1].state is EngineState.CLOSED:
+        engines.append(ready_engine())
+    return engines[-1]
+
+
+def ready_engine(min_hang_seconds: float = 60.0) -> EngineProcess:
+    settings = ModelSettings(MODEL_ID=str(DEMO_MODEL / "checkpoint"))
+    engine = EngineProcess(settings, log_level="INFO", on_restart=lambda: None, min_hang_seconds=min_hang_seconds)
+    engine.start()
+    wait_until_ready(engine, READY_SECONDS)
+    return engine
 
 
 def test_a_ready_engine_tells_what_it_holds(engine: EngineProcess) -> None:
@@ -113,26 +125,40 @@ def test_a_cancelled_request_ends_within_two_steps_and_the_next_one_runs(engine:
     assert len(engine.generate(request_of(), ignore, never).result().pictures) == 1
 
 
-def test_a_waiting_request_can_be_withdrawn_and_a_running_one_cannot() -> None:
-    engine = new_engine(MAX_CONCURRENT_GENERATIONS=1)
-    wait_until_ready(engine, READY_SECONDS)
+def test_a_waiting_request_can_be_withdrawn_and_a_running_one_cannot(engine: EngineProcess) -> None:
     reports: list[StepReport] = []
-    running = engine.generate(request_of(request_id="running", num_inference_steps=40), reports.append, never)
+    all_lanes = tuple(range(ModelSettings().max_concurrent_generations))
+    running = engine.generate(
+        request_of(request_id="running", seeds=all_lanes, num_inference_steps=4), reports.append, never
+    )
     waiting = engine.generate(request_of(request_id="waiting", arrived_at=1.0), ignore, never)
     eventually(lambda: len(reports) > 0, 10)
 
     assert waiting.cancel()
     assert not running.cancel()
 
-    assert len(running.result().pictures) == 1
+    assert len(running.result().pictures) == len(all_lanes)
     with pytest.raises(CancelledError):
         waiting.result()
+
+
+@long
+def test_an_engine_that_falls_silent_is_killed_and_the_request_drawn_by_the_next() -> None:
+    engine = ready_engine(min_hang_seconds=2.0)
+    hung = engine.pid
+
+    def stop(report: StepReport) -> None:
+        if report.step_index == 2 and engine.pid == hung:
+            assert hung is not None
+            os.kill(hung, signal.SIGSTOP)
+
+    drawn_again = engine.generate(request_of(num_inference_steps=60), stop, never)
+    assert len(drawn_again.result().pictures) == 1
+    assert engine.pid != hung
     engine.close()
 
 
-def test_closing_ends_a_running_request_and_leaves_no_process() -> None:
-    engine = new_engine()
-    wait_until_ready(engine, READY_SECONDS)
+def test_closing_ends_a_running_request_and_leaves_no_process(engine: EngineProcess) -> None:
     reports: list[StepReport] = []
     running = engine.generate(request_of(num_inference_steps=150, seeds=(1, 2, 3, 4)), reports.append, never)
     eventually(lambda: len(reports) > 1, 10)
@@ -146,37 +172,6 @@ def test_closing_ends_a_running_request_and_leaves_no_process() -> None:
     assert not Path(f"/proc/{pid}").exists()
     with pytest.raises(EngineClosed):
         engine.generate(request_of(), ignore, never)
-
-
-def test_a_model_that_cannot_be_loaded_is_a_failure_with_a_reason(tmp_path: Path) -> None:
-    engine = new_engine(tmp_path)
-
-    with pytest.raises(EngineClosed, match=r"model_index\.json"):
-        wait_until_ready(engine, READY_SECONDS)
-
-    assert engine.state is EngineState.FAILED
-
-
-def test_an_engine_that_falls_silent_is_killed_and_the_request_drawn_by_the_next() -> None:
-    engine = EngineProcess(
-        ModelSettings(MODEL_ID=str(DEMO_MODEL / "checkpoint")),
-        log_level="INFO",
-        on_restart=lambda: None,
-        min_hang_seconds=2.0,
-    )
-    engine.start()
-    wait_until_ready(engine, READY_SECONDS)
-    hung = engine.pid
-
-    def stop(report: StepReport) -> None:
-        if report.step_index == 2 and engine.pid == hung:
-            assert hung is not None
-            os.kill(hung, signal.SIGSTOP)
-
-    drawn_again = engine.generate(request_of(num_inference_steps=60), stop, never)
-    assert len(drawn_again.result().pictures) == 1
-    assert engine.pid != hung
-    engine.close()
 
 
 # --- The same process boundary around an engine that obeys its prompts: see tests/fake_child.py

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.engine_requests import request_of
+from tests.faults.station import long
 from tests.pictures import DEMO, MIN_PSNR_DB, demo_adapter, psnr, solo
 from tests.world import ROOT, Worker, World, eventually, new_world
 
@@ -40,7 +42,9 @@ def ready(worker: Worker) -> Worker:
     return worker
 
 
-def test_ten_jobs_of_several_styles_share_their_steps_and_come_out_as_alone(world: World) -> None:
+def test_ten_jobs_of_several_styles_share_their_steps_and_come_out_as_alone(lasting_world: World) -> None:
+    world, worker = lasting_world, lasting_world.workers[0]
+    turns_before = worker.metric("darkroom_denoise_steps_total")
     for style in STYLES:
         world.upload_demo_adapter(style)
     asked = [
@@ -54,6 +58,8 @@ def test_ten_jobs_of_several_styles_share_their_steps_and_come_out_as_alone(worl
         )
         for number in range(10)
     ]
+    # A worker that finds all ten in the queue
+    worker.process.send_signal(signal.SIGSTOP)
     jobs = [
         world.publish(
             prompt=one.prompt,
@@ -66,11 +72,11 @@ def test_ten_jobs_of_several_styles_share_their_steps_and_come_out_as_alone(worl
         for one in asked
     ]
 
-    # A worker that finds all ten in the queue
-    worker = ready(world.start_worker())
+    worker.process.send_signal(signal.SIGCONT)
     assert {world.wait_for_end(job).kind for job in jobs} == {"complete"}
 
-    assert worker.metric("darkroom_denoise_lane_steps_total") / worker.metric("darkroom_denoise_steps_total") >= 4
+    num_turns = worker.metric("darkroom_denoise_steps_total") - turns_before
+    assert sum(one.num_inference_steps for one in asked) / num_turns >= 4
     for job, one in zip(jobs, asked, strict=True):
         assert psnr(world.picture(job), solo(DEMO / "checkpoint", one)) >= MIN_PSNR_DB
     world.wait_until_clean()
@@ -115,6 +121,7 @@ def test_a_cancelled_lane_leaves_the_others_running(lasting_world: World) -> Non
     assert worker.metric("darkroom_denoise_lane_steps_total") - steps_before < 3 * LONG
 
 
+@long
 def test_a_poison_job_fails_alone_and_nine_innocents_in_its_batch_complete(world: World) -> None:
     # Given ten jobs in the queue, one of which kills the engine at its third step
     innocents = [world.publish(num_inference_steps=6, seed=number) for number in range(5)]
