@@ -1,4 +1,7 @@
-"""Kills, broken connections and SIGTERMs at random: nothing lost, nothing twice. The long forms: `make campaign`."""
+"""Kills, broken connections and SIGTERMs at random: nothing lost, nothing twice. The long forms: `make campaign`.
+
+Kills and a breaking network are in `make test`; SIGTERMs, and all at once, are left to `make faults`.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +18,7 @@ from tests.campaigns.chaos import Rhythm
 from tests.campaigns.judging import Limits, checks
 from tests.campaigns.plans import Campaign
 from tests.campaigns.running import run
-from tests.faults.station import QUICK_RETRIES
+from tests.faults.station import QUICK_RETRIES, long
 
 
 def short(campaign: Campaign, *rhythms: Rhythm, **fields: Any) -> Campaign:
@@ -31,9 +34,9 @@ def short(campaign: Campaign, *rhythms: Rhythm, **fields: Any) -> Campaign:
 
 
 KILL = short(
-    plans.kill(30, 8, has_real_engine=False),
-    Rhythm("kill", chaos.kill_something, (0.2, 1.5), 8),
-    limits=Limits(),  # one repeat of thirty is a large share
+    plans.kill(20, 6, has_real_engine=False),
+    Rhythm("kill", chaos.kill_something, (0.2, 1.5), 6),
+    limits=Limits(),  # one repeat of twenty is a large share
 )
 SIGTERM = short(plans.sigterm(30, 6, has_real_engine=False), Rhythm("sigterm", chaos.stop_a_worker, (0.3, 2.0), 6))
 NETWORK = short(
@@ -52,7 +55,13 @@ STORM = short(
 )
 
 
-@pytest.mark.parametrize("campaign", [KILL, NETWORK, SIGTERM, STORM], ids=lambda campaign: campaign.name)
+@pytest.mark.parametrize(
+    "campaign",
+    [
+        pytest.param(campaign, marks=[long] if campaign in (SIGTERM, STORM) else [], id=campaign.name)
+        for campaign in (KILL, NETWORK, SIGTERM, STORM)
+    ],
+)
 def test_a_campaign_loses_nothing_and_does_nothing_twice(
     rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path, campaign: Campaign
 ) -> None:
