@@ -213,8 +213,8 @@ def test_submit_publishes_nothing_that_would_be_refused() -> None:
         (["--init", "s3://media/a.png"], "is in a store, which is not read here"),
         (["--signature", "black.png", "--init", "torn.png"], "torn"),
         (["--init", "black.png", "--mask", "black.png"], "nothing in the mask is white"),
-        (["--text", "Open"], "headlines are not drawn here"),
-        (["--product", "black.png"], "products and headlines are not drawn here"),
+        (["--text", "\ue000"], "U+E000"),
+        (["--product", "black.png"], "products are not drawn here"),
         (["--control", "black.png", "--control-model", "canny"], "control.model 'canny'"),
     ],
 )

@@ -74,6 +74,8 @@ class PictureMetadata(TypedDict):
     model: Annotated[str, Field(description="The worker's model")]
     scheduler: str
     kind: NotRequired[Annotated[str, Field(description="The job's, where it is not text2image")]]
+    style: NotRequired[Annotated[str, Field(description="The job's preset, where it named one")]]
+    industry: NotRequired[Annotated[str, Field(description="The job's preset, where it named one")]]
     stages: NotRequired[
         Annotated[dict[str, str], Field(description="Of a product: each stage's picture, as a job may name it again")]
     ]

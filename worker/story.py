@@ -133,6 +133,10 @@ class Storyteller:
         }
         if job.kind is not Kind.TEXT2IMAGE:
             metadata["kind"] = job.kind.value
+        if job.style is not None:
+            metadata["style"] = job.style
+        if job.industry is not None:
+            metadata["industry"] = job.industry
         if shelf.listing:
             metadata["stages"] = shelf.listing
         if len(stored) > 1:
