@@ -32,9 +32,12 @@ from config.presets import (
     builtin_presets,
     load_presets,
 )
-from config.settings import ModelSettings, PictureSettings, SettingsError, StoreSettings
+from config.settings import ModelSettings, PictureSettings, SettingsError, StoreSettings, load_settings
+from examples.parts.seaweedfs import SeaweedFS
 from tests.test_messages import job_of, message, rejection_of
 from tests.world import ROOT
+from worker.checks.finding import CheckFailed
+from worker.checks.presets import look_at_presets
 from worker.cli import app
 from worker.contract import schema_of
 from worker.job import JobAdapter
@@ -522,3 +525,21 @@ def test_the_page_s_job_reads_as_it_says_and_its_file_is_a_good_one(tmp_path: Pa
 
     assert job_of(rules_from(ModelSettings(), STORE), json.loads(job)).prompt == read.replace("\n> ", " ")
     assert rules_with(own).presets().adapters["industry tteok"].path == "styles/tteok/"
+
+
+# --- darkroom check
+
+
+def test_check_finds_the_adapter_that_is_not_in_the_store(
+    own: Path, s3_server: SeaweedFS, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = s3_server.env(bucket) | {"BACKEND_API_URL": "http://b", "INTERNAL_API_TOKEN": "t"}
+    for name, value in (variables | {"PRESETS_FILE": str(own)}).items():
+        monkeypatch.setenv(name, value)
+    s3_server.client().put_object(Bucket=bucket, Key="models/neon.safetensors", Body=b"x")
+
+    with pytest.raises(CheckFailed, match=r"the adapter of industry cafe: .*models/cafe/adapter_model.safetensors"):
+        look_at_presets(load_settings())
+    s3_server.client().put_object(Bucket=bucket, Key="models/cafe/adapter_model.safetensors", Body=b"x")
+
+    assert look_at_presets(load_settings()) == f"2 styles and 1 industries in {own}"
