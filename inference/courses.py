@@ -1,4 +1,4 @@
-"""A scheduler's steps as plain numbers: when they are, how much noise there is at each, and what each makes of the last.
+"""A scheduler's steps as plain numbers: when they are, how much noise is left, and what each makes of those before it.
 
 A diffusers scheduler's step costs some 200 µs of Python, ten lanes' steps 2 ms. But for those that neither draw noise
 nor clip, every step is a fixed linear combination of the samples it was given and the predictions made of them. The
@@ -34,12 +34,13 @@ class Course:
     def set_up(self, scheduler: Any) -> torch.Tensor:
         """Have a fresh diffusers scheduler begin the course, and return the timesteps that it will take."""
         set_timesteps(scheduler, self.num_steps, self.shift)
+        times: torch.Tensor = scheduler.timesteps
         if self.num_skipped is None:
-            return scheduler.timesteps  # type: ignore[no-any-return]
+            return times
         begin = self.num_skipped * scheduler.order
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(begin)
-        return scheduler.timesteps[begin:]  # type: ignore[no-any-return]
+        return times[begin:]
 
 
 class NoiseLevel(NamedTuple):

@@ -42,8 +42,8 @@ class EncodedSource:
     ) -> tuple[torch.Tensor, Origin]:
         """A lane's noise, and where it begins.
 
-        `draw` gives standard normal noise of the latents' shape, asked as often and in the order as diffusers' pipelines
-        ask, so that what is drawn later is the same too; `scale` brings the VAE's latents to the denoiser's scale.
+        `draw` gives standard normal noise of the latents' shape. It is asked as often as diffusers' pipelines draw, in
+        their order: what is drawn later is then the same too. `scale` brings the VAE's latents to the denoiser's scale.
         """
         latents = None if self.picture is None else scale(self.picture.sample(draw()))
         noise = draw()

@@ -32,7 +32,7 @@ class Sampler(Protocol):
     def timestep(self) -> float: ...
 
     def model_input(self) -> torch.Tensor:
-        """All that the denoiser reads at `timestep`: the latents as it wants them, and what else it has channels for."""
+        """What the denoiser reads at `timestep`: the latents as it wants them, and what else it has channels for."""
         ...
 
     def advance(self, prediction: torch.Tensor) -> None:

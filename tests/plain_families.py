@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from inference.request import GenerationRequest
+from inference.request import GenerationRequest, Source
 from tests.pictures import pipe_with
 
 
@@ -44,6 +44,21 @@ DEFAULTS = {
     "StableDiffusionPipeline": "dpm++",
     "StableDiffusionXLPipeline": "euler",
     "ZImagePipeline": "euler",
+    "StableDiffusionInpaintPipeline": "dpm++",
+    "StableDiffusionXLInpaintPipeline": "euler",
+}
+# The pipelines that begin with a picture, and those that repaint a part of one, by the pipeline that draws from text.
+FROM_PICTURE = {
+    "StableDiffusionPipeline": diffusers.StableDiffusionImg2ImgPipeline,
+    "StableDiffusionXLPipeline": diffusers.StableDiffusionXLImg2ImgPipeline,
+    "ZImagePipeline": diffusers.ZImageImg2ImgPipeline,
+}
+REPAINTING = {
+    "StableDiffusionPipeline": diffusers.StableDiffusionInpaintPipeline,
+    "StableDiffusionInpaintPipeline": diffusers.StableDiffusionInpaintPipeline,
+    "StableDiffusionXLPipeline": diffusers.StableDiffusionXLInpaintPipeline,
+    "StableDiffusionXLInpaintPipeline": diffusers.StableDiffusionXLInpaintPipeline,
+    "ZImagePipeline": diffusers.ZImageInpaintPipeline,
 }
 
 
@@ -70,13 +85,40 @@ def drawn_by(pipe: Any, request: GenerationRequest, **embeddings: torch.Tensor) 
     else:
         arguments |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt or None}
     name = request.scheduler or DEFAULTS[type(pipe).__name__]
-    if isinstance(pipe, diffusers.ZImagePipeline):
+    is_flow = isinstance(pipe, diffusers.ZImagePipeline)
+    if request.source is not None:
+        # Before the scheduler is chosen: some of them change the configuration of the one they are made with.
+        pipe = _with_source(pipe, scheduler=name, is_masked=request.source.mask is not None)
+        arguments |= _source_arguments(request, request.source)
+        if request.kind == "image2image" and not is_flow:
+            # They take the picture's size.
+            del arguments["width"], arguments["height"]
+    if is_flow:
         arguments |= {"cfg_normalization": request.cfg_normalization, "cfg_truncation": request.cfg_truncation}
         pipe.scheduler = _flow_scheduler(name, pipe.scheduler.config, generator)
     else:
         choice = DIFFUSION_CHOICES[name]
         pipe.scheduler = choice.scheduler.from_config(pipe.scheduler.config, **choice.changes)
     return pipe(**arguments).images[0]  # type: ignore[no-any-return]
+
+
+def _with_source(pipe: Any, *, scheduler: str, is_masked: bool) -> Any:
+    """The pipeline's models in the pipeline that takes a picture."""
+    made = (REPAINTING if is_masked else FROM_PICTURE)[type(pipe).__name__].from_pipe(pipe, dtype=torch.float32)
+    made.set_progress_bar_config(disable=True)
+    if scheduler == "heun" and isinstance(pipe, diffusers.ZImagePipeline):
+        # It counts two timesteps to a step; the pipeline takes them for as many steps.
+        plain = made.get_timesteps
+        made.get_timesteps = lambda num_timesteps, *rest: plain((num_timesteps + 1) // 2, *rest)
+    return made
+
+
+def _source_arguments(request: GenerationRequest, source: Source) -> dict[str, Any]:
+    size = (request.width, request.height)
+    arguments: dict[str, Any] = {"image": Image.frombytes("RGB", size, source.rgb), "strength": source.strength}
+    if source.mask is not None:
+        arguments["mask_image"] = Image.frombytes("L", size, source.mask)
+    return arguments
 
 
 def _flow_scheduler(name: str, config: Any, generator: torch.Generator) -> Any:
@@ -89,11 +131,22 @@ def _flow_scheduler(name: str, config: Any, generator: torch.Generator) -> Any:
         scheduler.step = partial(scheduler.step, generator=generator)
     elif name == "unipc":
         scheduler.set_timesteps = _with_array(scheduler.set_timesteps)
+        scheduler.scale_noise = _with_its_own_name(scheduler.add_noise)
     elif name == "dpm++":
         scheduler.set_timesteps = _with_own_steps(scheduler.set_timesteps, takes_mu=config.use_dynamic_shifting)
+        scheduler.scale_noise = _with_its_own_name(scheduler.add_noise)
     elif name == "heun":
         scheduler.set_timesteps = _with_own_steps(scheduler.set_timesteps, takes_mu=False)
     return scheduler
+
+
+def _with_its_own_name(add_noise: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """What a flow's schedulers call scaling, others call adding, and want in another order."""
+
+    def scale_noise(sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return add_noise(sample, noise, timestep)
+
+    return scale_noise
 
 
 def _with_array(set_timesteps: Callable[..., None]) -> Callable[..., None]:
