@@ -11,11 +11,12 @@ import torch
 from inference import sampling
 from inference.courses import Course
 from inference.request import RequestFailed
-from inference.sampling import Sampler, Samplers, SchedulerSampler, TrajectorySampler
+from inference.sampling import Origin, Sampler, Samplers, SchedulerSampler, TrajectorySampler
 from inference.schedulers import DIFFUSION, FLOW, SchedulerTable, set_timesteps
 from tests.pictures import DEMO, one_torch_thread
 
 SHAPE = (4, 8, 8)
+MASK = (torch.arange(8) < 5).float().expand(1, 8, 8)
 MAX_RELATIVE_ERROR = 1e-4
 # Euler's course from pure noise begins at 4096 times the noise, nearly all of which is taken away again. What 32 bits
 # leave of the rest depends on the order of adding up.
@@ -73,14 +74,46 @@ class Plain:
         _, self.scheduler = table_of(config).make(name, config)
         # The pipelines' tests hold the noise levels of a flow; here they only have to be the same.
         set_timesteps(self.scheduler, num_steps, SHIFT if config.get("use_dynamic_shifting") else None)
+        self.times = self.scheduler.timesteps
         self.latents = noise[None] * (1 if self.is_flow else self.scheduler.init_noise_sigma)
         self.extra = {"generator": generator} if name in DRAWS_NOISE else {}
 
     def steps(self, predictions: Iterator[torch.Tensor]) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
         """Each step's timestep, the model's input before it, and the latents after it."""
-        for now, prediction in zip(self.scheduler.timesteps, predictions, strict=False):
+        for now, prediction in zip(self.times, predictions, strict=False):
             model_input = self.latents if self.is_flow else self.scheduler.scale_model_input(self.latents, now)
             self.latents = self.scheduler.step(prediction[None], now, self.latents, return_dict=False, **self.extra)[0]
+            yield float(now), model_input[0], self.latents[0]
+
+
+class PlainInpainting(Plain):
+    """What diffusers' inpainting pipelines do: without the first steps, the picture kept where the mask is 0."""
+
+    def __init__(self, name: str, config: Any, num_steps: int, num_skipped: int, picture: torch.Tensor) -> None:
+        self.noise, generator = noise_of(1)
+        super().__init__(name, config, num_steps, self.noise, generator)
+        begin = num_skipped * self.scheduler.order
+        self.times = self.scheduler.timesteps[begin:]
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(begin)
+        self.picture = picture
+        self.latents = self.noised(self.times[:1])
+
+    def noised(self, times: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor
+        if hasattr(self.scheduler, "scale_noise"):
+            made = self.scheduler.scale_noise(self.picture[None], times, self.noise[None])
+        else:
+            made = self.scheduler.add_noise(self.picture[None], self.noise[None], times)
+        return made
+
+    def steps(self, predictions: Iterator[torch.Tensor]) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
+        for index, (now, prediction) in enumerate(zip(self.times, predictions, strict=False)):
+            model_input = self.latents if self.is_flow else self.scheduler.scale_model_input(self.latents, now)
+            stepped = self.scheduler.step(prediction[None], now, self.latents, return_dict=False, **self.extra)[0]
+            is_last = index == len(self.times) - 1
+            kept = self.picture[None] if is_last else self.noised(self.times[index + 1 : index + 2])
+            self.latents = (1 - MASK) * kept + MASK * stepped
             yield float(now), model_input[0], self.latents[0]
 
 
@@ -104,7 +137,7 @@ def is_near(ours: torch.Tensor, theirs: torch.Tensor, *, largest: torch.Tensor) 
 
 def assert_follows(sampler: Sampler, plain: Plain, seed: int) -> None:
     """At every step of the course the sampler is where the plain scheduler is."""
-    assert sampler.num_steps == len(plain.scheduler.timesteps)
+    assert sampler.num_steps == len(plain.times)
     ours = predictions_of(seed)
     largest = sampler.latents.abs().max()
     for index, (timestep, model_input, latents) in enumerate(plain.steps(predictions_of(seed))):
@@ -126,6 +159,18 @@ def test_every_step_is_the_one_that_the_plain_scheduler_takes(name: str, config:
 
     assert told == name
     assert_follows(sampler, Plain(name, (CONFIGS | FLOWS)[config], num_steps, *noise_of(1)), seed=1)
+
+
+@pytest.mark.parametrize(("name", "config"), CASES)
+def test_a_lane_with_a_source_and_a_mask_is_always_where_plain_diffusers_inpainting_is(name: str, config: str) -> None:
+    num_skipped = 3
+    found = (CONFIGS | FLOWS)[config]
+    picture = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
+    course = Course(name, 8, SHIFT if found.get("use_dynamic_shifting") else None, num_skipped)
+
+    _, sampler = Samplers(table_of(found), found).begin(course, *noise_of(1), Origin(picture, mask=MASK == 1))
+
+    assert_follows(sampler, PlainInpainting(name, found, 8, num_skipped, picture), seed=1)
 
 
 def test_a_course_that_diffusers_itself_cannot_take_is_known_before_the_first_step() -> None:
