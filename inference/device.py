@@ -61,7 +61,9 @@ class Device:
         torch.cuda.reset_peak_memory_stats(self._device)
         before = torch.cuda.memory_allocated(self._device)
         yield
-        taken = torch.cuda.max_memory_allocated(self._device) - before
+        # What another thread has loaded meanwhile stays, and is no part of what a forward takes.
+        staying = max(before, torch.cuda.memory_allocated(self._device))
+        taken = torch.cuda.max_memory_allocated(self._device) - staying
         known = self._measured.get(shape)
         # The more rows, the less of it is what a forward takes anyway.
         if known is None or num_rows >= known.num_rows:

@@ -23,13 +23,21 @@ from tests.engine_requests import request_of
 from tests.pictures import DIFFERENT_DB, MIN_PSNR_DB, draw, one_torch_thread, psnr, settings_of
 from tests.plain_families import alone
 from tests.tiny_controls import control_of, plainly_controlled, speckles, square, write_controlnet
-from tests.tiny_models import EVERY_LAYER, build_tiny_sd, build_tiny_sdxl, load_pipe, write_adapter
+from tests.tiny_models import (
+    EVERY_LAYER,
+    Z_IMAGE_EVERY_LAYER,
+    build_tiny_sd,
+    build_tiny_sdxl,
+    build_tiny_z_image,
+    load_pipe,
+    write_adapter,
+)
 from tests.watched_engine import Order, WatchedEngine, order_together
 
 # Another batch adds up in another order, and that is all it may do.
 SAME_DB = 60.0
 
-BUILD = {"sd": build_tiny_sd, "sdxl": build_tiny_sdxl}
+BUILD = {"sd": build_tiny_sd, "sdxl": build_tiny_sdxl, "z_image": build_tiny_z_image}
 
 
 class Models:
@@ -46,7 +54,10 @@ class Models:
     def controlnet(self, family: str, name: str) -> Path:
         path = self._folder / f"{family}-{name}"
         if not path.is_dir():
-            write_controlnet(path, load_pipe(self.checkpoint(family)), seed=len(name))
+            # Z-Image's first ControlNets read less, and refined nothing.
+            first = {"control_in_dim": 16, "add_control_noise_refiner": None}
+            config = first if (family, name) == ("z_image", "depth") else {}
+            write_controlnet(path, load_pipe(self.checkpoint(family)), seed=len(name), **config)
         return path
 
     def engine(self, family: str) -> WatchedEngine:
@@ -93,14 +104,12 @@ def picture_for(request: GenerationRequest) -> Image.Image:
     return Image.frombytes("RGB", (request.width, request.height), request.control.rgb)
 
 
-def controlled_request(
-    model: str = "pose", *adapters: AdapterFile, width: int = 64, **fields: Any
-) -> GenerationRequest:
+def controlled_request(model: str = "pose", *adapters: AdapterFile, **fields: Any) -> GenerationRequest:
     """A short request in the tiny checkpoints' native size, with a control of these fields."""
     control = {name: fields.pop(name) for name in ("scale", "start", "end") if name in fields}
-    picture = speckles(len(model), size=(width, 64))
-    made = {"width": width, "height": 64, "num_inference_steps": 5, "adapters": adapters} | fields
-    return request_of(control=control_of(model, picture, **control), **made)
+    made = request_of(**{"width": 64, "height": 64, "num_inference_steps": 5, "adapters": adapters} | fields)
+    picture = speckles(len(model), size=(made.width, made.height))
+    return replace(made, control=control_of(model, picture, **control))
 
 
 # --- Alone
@@ -113,6 +122,7 @@ def controlled_request(
         ("sd", {"guidance_scale": 1.0, "scale": 0.4}),
         ("sd", {"start": 0.2, "end": 0.7, "scheduler": "heun"}),
         ("sdxl", {"negative_prompt": "", "end": 0.8}),
+        ("z_image", {"guidance_scale": 2.0, "scale": 0.75, "width": 48}),
     ],
 )
 def test_a_controlled_picture_equals_plain_diffusers(models: Models, family: str, fields: dict[str, Any]) -> None:
@@ -179,6 +189,33 @@ def test_an_sdxl_batch_gives_each_lane_its_own_control(models: Models) -> None:
     orders = order_together(models.engine("sdxl"), requests)
 
     models.assert_right("sdxl", orders)
+
+
+def test_a_z_image_batch_of_other_shapes_and_lengths_gives_each_lane_its_own_control(
+    models: Models, tmp_path: Path
+) -> None:
+    write_adapter(
+        tmp_path / "style.safetensors",
+        load_pipe(models.checkpoint("z_image")),
+        layout="diffusers_new",
+        targets=Z_IMAGE_EVERY_LAYER,
+    )
+    style = AdapterFile(tmp_path / "style.safetensors", None, 1.0)
+    engine = models.engine("z_image")
+
+    orders = order_together(
+        engine,
+        [
+            controlled_request("depth", style, seeds=(1,), guidance_scale=0.0),
+            controlled_request("pose", seeds=(2,), guidance_scale=1.5, width=80, height=48, prompt="a fox " * 9),
+            replace(controlled_request("pose", style, seeds=(3,), guidance_scale=0.0), control=None),
+            controlled_request("pose", style, seeds=(4,), guidance_scale=2.0, scale=0.5),
+        ],
+    )
+
+    models.assert_right("z_image", orders)
+    together = [{lane.drawing.request.seeds[0] for lane in batch} for batch in engine.model.batches]
+    assert {1, 2, 3, 4} in together
 
 
 def test_where_no_lane_is_guided_now_the_denoiser_is_given_nothing_more(models: Models) -> None:

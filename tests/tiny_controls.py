@@ -6,34 +6,45 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, ZImageControlNetModel
 from PIL import Image
 
 from inference.request import Control, GenerationRequest
 from tests.pictures import pipe_with
 from tests.plain_families import DEFAULTS, DIFFUSION_CHOICES
 
-# Of diffusers' own pipelines, by the one that a checkpoint names.
-PIPELINES = {
-    "StableDiffusionPipeline": diffusers.StableDiffusionControlNetPipeline,
-    "StableDiffusionXLPipeline": diffusers.StableDiffusionXLControlNetPipeline,
-}
 # A new ControlNet's last layers are zeros: it says nothing yet.
 SILENT = ("controlnet_down_blocks", "controlnet_mid_block", "controlnet_cond_embedding.conv_out")
+SILENT_IN_Z_IMAGE = ("before_proj", "after_proj")
 
 
 def write_controlnet(folder: Path, pipe: Any, *, seed: int = 0, **config: Any) -> Path:
-    """Writes a ControlNet made for the pipeline's UNet and returns `folder`."""
-    with torch.random.fork_rng(devices=[]):
+    """Writes a ControlNet made for the pipeline's denoiser, its config changed like that, and returns `folder`."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        net = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 8, 8, 16))
-        with torch.no_grad():
-            for name, weight in net.named_parameters():
-                if name.startswith(SILENT):
-                    weight.normal_()
-    net.register_to_config(**config)
+        if isinstance(pipe, diffusers.ZImagePipeline):
+            net = _z_image_controlnet(**config)
+        else:
+            net = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 8, 8, 16))
+            net.register_to_config(**config)
+        for name, weight in net.named_parameters():
+            if name.startswith(SILENT):
+                weight.normal_()
+            elif any(part in name for part in SILENT_IN_Z_IMAGE):
+                weight.normal_(std=0.3)
     net.save_pretrained(folder)
     return folder
+
+
+def _z_image_controlnet(**config: Any) -> ZImageControlNetModel:
+    """As the second version of Z-Image's: for repainting too, and with refiners of its own."""
+    usual: dict[str, Any] = {
+        "control_layers_places": [0, 1],
+        "control_refiner_layers_places": [0],
+        "control_in_dim": 33,
+        "add_control_noise_refiner": "control_noise_refiner",
+    }
+    return ZImageControlNetModel(dim=64, n_refiner_layers=1, n_heads=2, n_kv_heads=2, **usual | config)
 
 
 def square(left: int, top: int, side: int, *, size: tuple[int, int] = (64, 64)) -> Image.Image:
@@ -58,25 +69,34 @@ def plainly_controlled(
 ) -> Image.Image:
     """What plain diffusers draws for the request alone with this ControlNet, which is shown this picture."""
     plain = pipe_with(checkpoint, *request.adapters)
-    net = ControlNetModel.from_pretrained(controlnet, dtype=torch.float32, local_files_only=True)
-    name = type(plain).__name__
-    choice = DIFFUSION_CHOICES[request.scheduler or DEFAULTS[name]]
-    pipe: Any = PIPELINES[name].from_pipe(plain, controlnet=net)
+    arguments: dict[str, Any] = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt or None,
+        "width": request.width,
+        "height": request.height,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "generator": torch.Generator().manual_seed(request.seeds[0]),
+    }
+    assert request.control is not None
+    arguments["controlnet_conditioning_scale"] = request.control.scale
+    if isinstance(plain, diffusers.ZImagePipeline):
+        pipe = _with(ZImageControlNetModel, diffusers.ZImageControlNetPipeline, plain, controlnet)
+        arguments["control_image"] = shown
+    else:
+        is_xl = isinstance(plain, diffusers.StableDiffusionXLPipeline)
+        made = diffusers.StableDiffusionXLControlNetPipeline if is_xl else diffusers.StableDiffusionControlNetPipeline
+        pipe = _with(ControlNetModel, made, plain, controlnet)
+        choice = DIFFUSION_CHOICES[request.scheduler or DEFAULTS[type(plain).__name__]]
+        pipe.scheduler = choice.scheduler.from_config(pipe.scheduler.config, **choice.changes)
+        arguments |= {"image": shown, "control_guidance_start": request.control.start}
+        arguments["control_guidance_end"] = request.control.end
+    return pipe(**arguments).images[0]  # type: ignore[no-any-return]
+
+
+def _with(net: Any, pipeline: Any, plain: Any, folder: Path) -> Any:
+    """The plain pipeline's parts and a ControlNet in a pipeline of another class."""
+    loaded = net.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    pipe = pipeline.from_pipe(plain, controlnet=loaded)
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = choice.scheduler.from_config(pipe.scheduler.config, **choice.changes)
-    control = request.control
-    assert control is not None
-    drawn = pipe(
-        request.prompt,
-        image=shown,
-        negative_prompt=request.negative_prompt or None,
-        width=request.width,
-        height=request.height,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        controlnet_conditioning_scale=control.scale,
-        control_guidance_start=control.start,
-        control_guidance_end=control.end,
-        generator=torch.Generator().manual_seed(request.seeds[0]),
-    )
-    return drawn.images[0]  # type: ignore[no-any-return]
+    return pipe

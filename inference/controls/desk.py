@@ -40,7 +40,7 @@ class ControlDesk:
         if name is None or picture is None:
             return []
         size = self._model.controlnets.num_bytes(name)
-        net = self._shelf.want(name, size, lambda: self._submit(partial(self._model.controlnets.load, name)))
+        net = self._shelf.want(name, size, lambda: self._submit(partial(self._model.load_control, name)))
         return None if net is None else [picture, net]
 
     def attach(self, drawing: Drawing) -> None:

@@ -123,6 +123,10 @@ class Family(ABC):
         controlnets.check(self.controlnet_class, self._why_no_control)
         self.controlnets = controlnets
 
+    def load_control(self, name: str) -> Any:
+        """The ControlNet, ready on the device. On the preparing thread; `EngineFault` where it cannot be read."""
+        return self.controlnets.load(name)
+
     def check_control(self, request: GenerationRequest) -> None:
         """Raise `RequestFailed` where the request asks for a ControlNet that is not there."""
         names = self.controlnets.names

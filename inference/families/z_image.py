@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import ZImageControlNetModel
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 
 from inference.bank import Row
+from inference.controls.hints import Inputs, hints_of
 from inference.dialects import Z_IMAGE
-from inference.families.family import Family, Prompt, embedding_of, sampler_of
+from inference.families.family import Family, Prompt, embedding_of, guides_of, sampler_of
 from inference.lane import Embedding, Kind, Lane
 from inference.request import GenerationRequest, RequestFailed, Source
 from inference.schedulers import FLOW
@@ -19,6 +21,8 @@ MAX_TOKENS = 512
 # Tokens come in multiples of it, both the caption's and the picture's.
 TOKEN_MULTIPLE = 32
 TRAIN_TIMESTEPS = 1000
+# What a ControlNet's config has in common with its transformer's.
+SHARED_WITH_CONTROLNETS = ("dim", "n_heads", "n_kv_heads", "n_refiner_layers")
 # Latent pixels on a side of one token.
 PATCH = 2
 
@@ -28,6 +32,7 @@ class ZImage(Family):
 
     name = "z-image"
     schedulers = FLOW
+    controlnet_class = "ZImageControlNetModel"
     default_steps = 8
     default_guidance = 0.0
 
@@ -75,18 +80,49 @@ class ZImage(Family):
         states = encoder(**tokens, output_hidden_states=True).hidden_states[-2]
         return [Embedding(own[mask.bool()]) for own, mask in zip(states, tokens.attention_mask, strict=True)]
 
+    def load_control(self, name: str) -> Any:
+        """With the transformer's own layers where it lacks some."""
+        return ZImageControlNetModel.from_transformer(super().load_control(name), self._pipeline.transformer)
+
+    def show(self, picture: torch.Tensor) -> torch.Tensor:
+        """The picture as latents [channels, 1, height, width], the likeliest of those that the VAE makes of it."""
+        vae = self._pipeline.vae
+        vae.use_tiling = False
+        encoded = vae.encode((self._uploaded(picture)[None] * 2 - 1).to(vae.dtype)).latent_dist.mode()
+        latents = (encoded - vae.config.shift_factor) * vae.config.scaling_factor
+        shown: torch.Tensor = latents[0, :, None].to(self._pipeline.transformer.dtype)
+        return shown
+
+    def _why_no_control(self, config: Any) -> str | None:
+        ours = self._pipeline.transformer.config
+        for name in SHARED_WITH_CONTROLNETS:
+            if config[name] != ours[name]:
+                return f"its {name} is {config[name]}, the transformer's is {ours[name]}"
+        if config.control_in_dim < ours.in_channels or max(config.control_layers_places) >= ours.n_layers:
+            return "it reads fewer channels, or is for more layers, than the transformer has"
+        return None
+
     def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
         """Rows: the prompts of all lanes, then the negative prompts of the guided ones."""
         transformer = self._pipeline.transformer
         guided = [lane for lane in lanes if lane.num_rows == 2]
         rows = [*lanes, *guided]
         captions = [embedding_of(lane, is_negative=i >= len(lanes)).tokens for i, lane in enumerate(rows)]
-        self.bank.route([lane.drawing.row for lane in rows], self._token_counts(rows, captions))
-        predictions = transformer(
+        counts = [self._num_tokens(*one) for one in zip(rows, captions, strict=True)]
+        inputs = Inputs(
             [sampler_of(lane).model_input().to(transformer.dtype)[:, None] for lane in rows],
             self._upload([(TRAIN_TIMESTEPS - sampler_of(lane).timestep) / TRAIN_TIMESTEPS for lane in rows]),
             captions,
-            return_dict=False,
+            [picture + caption for picture, caption in counts],
+        )
+
+        def wear(numbers: Sequence[int]) -> None:
+            self.bank.route([rows[i].drawing.row for i in numbers], _strung([counts[i] for i in numbers]))
+
+        hints = hints_of(guides_of(rows), inputs, wear, self._upload)
+        wear(range(len(rows)))
+        predictions = transformer(
+            inputs.latents, inputs.times, captions, return_dict=False, controlnet_block_samples=hints or None
         )[0]
         negative = {id(lane): one.float() for lane, one in zip(guided, predictions[len(lanes) :], strict=True)}
         drawn = []
@@ -101,12 +137,9 @@ class ZImage(Family):
     def _num_patches(self, request: GenerationRequest) -> int:
         return (request.height // self.size_multiple) * (request.width // self.size_multiple)
 
-    def _token_counts(self, rows: Sequence[Lane], captions: Sequence[torch.Tensor]) -> dict[str, list[int]]:
-        """Where the transformer strings all rows' tokens together, how many are whose."""
-        return {
-            "transformer.all_x_embedder.2-1": [_padded(self._num_patches(lane.drawing.request)) for lane in rows],
-            "transformer.cap_embedder.1": [_padded(len(caption)) for caption in captions],
-        }
+    def _num_tokens(self, lane: Lane, caption: torch.Tensor) -> tuple[int, int]:
+        """A row's, of its picture and of its caption."""
+        return _padded(self._num_patches(lane.drawing.request)), _padded(len(caption))
 
     def _latent_shape(self, request: GenerationRequest) -> tuple[int, int, int]:
         multiple = self.size_multiple
@@ -134,6 +167,12 @@ class ZImage(Family):
 
     def _begins_from_noise(self, source: Source) -> bool:
         return False
+
+
+def _strung(counts: Sequence[tuple[int, int]]) -> dict[str, list[int]]:
+    """Where the transformer strings all rows' tokens together, how many are whose."""
+    pictures, captions = ([one[half] for one in counts] for half in (0, 1))
+    return {"transformer.all_x_embedder.2-1": pictures, "transformer.cap_embedder.1": captions}
 
 
 def _guided(positive: torch.Tensor, negative: torch.Tensor, lane: Lane) -> torch.Tensor:
