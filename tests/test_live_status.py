@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, expect
 
 from examples.parts.rabbitmq import RabbitMQ
@@ -168,17 +169,34 @@ def test_what_an_error_quotes_of_the_message_stays_out(world: World, worker: Wor
     assert "nobody-shall" not in text
 
 
-def test_prompts_are_shown_where_the_setting_says_so(
+def test_prompts_and_previews_are_shown_where_the_setting_says_so(
     rabbitmq: RabbitMQ, s3_server: SeaweedFS, browser: Browser, tmp_path: Path
 ) -> None:
-    with new_world(rabbitmq, s3_server, tmp_path) as own:
-        worker = own.start_worker(STATUS_SHOW_PROMPTS="true")
+    with new_world(rabbitmq, s3_server, tmp_path) as own, Visit(browser) as visit:
+        worker = own.start_worker(STATUS_SHOW_PROMPTS="true", PREVIEW_EVERY="2")
         worker.wait_until_ready()
-        generation_id = own.publish(prompt=PROMPT, task_id=str(uuid.uuid4()))
-        own.wait_for_end(generation_id)
+        visit.page.goto(f"http://127.0.0.1:{worker.port}/")
+        generation_id = own.publish(prompt=PROMPT, task_id=str(uuid.uuid4()), num_inference_steps=100)
+
+        # While the job is at work its newest preview is on the page, of its shape and from the worker itself
+        preview = visit.page.get_by_role("img", name=f"Preview of job {generation_id}")
+        expect(preview).to_have_js_property("naturalWidth", 64, timeout=30_000)
+        first = preview.get_attribute("src")
+        visit.page.screenshot(path=tmp_path / "preview.png", full_page=True)
+        expect(preview).not_to_have_attribute("src", str(first), timeout=15_000)
+        assert visit.origins == {f"http://127.0.0.1:{worker.port}/"}
+
+        # And the backend is told where it is in the bucket
+        assert own.wait_for_end(generation_id).kind == "complete"
+        told = [call.body.get("preview_url") for call in own.backend.calls("progress", generation_id)]
+        key = f"previews/gen-{generation_id}.jpg"
+        assert told[-1] == f"{own.store.endpoint_url}/{own.bucket}/{key}"
+        stored = own.store.client().get_object(Bucket=own.bucket, Key=key)
+        assert (stored["ContentType"], stored["CacheControl"]) == ("image/jpeg", "no-store")
+        image = Image.open(stored["Body"])
+        assert (image.format, image.size) == ("JPEG", (64, 64))
 
         assert wait_for_row(worker, generation_id)["prompt"] == PROMPT
-        with Visit(browser) as visit:
-            visit.page.goto(f"http://127.0.0.1:{worker.port}/")
-            visit.page.locator("#last summary").click()
-            expect(visit.page.locator("#last .facts")).to_contain_text(PROMPT)
+        visit.page.locator("#last summary").click()
+        expect(visit.page.locator("#last .facts")).to_contain_text(PROMPT)
+        expect(preview).to_have_count(0)
