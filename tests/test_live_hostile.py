@@ -190,7 +190,7 @@ class Site:
         generation_id = self.world.publish(**PLAIN | dict(fields))
         end = self.world.wait_for_end(generation_id)
         assert end.kind == "complete", end.body
-        return self.world.png(generation_id)
+        return self.world.pixels(generation_id)
 
     def picture_of(self, fields: Mapping[str, Any]) -> bytes:
         """The same, drawn once."""
@@ -352,7 +352,7 @@ def test_every_variant_gets_its_answer_and_the_next_job_its_picture(site: Site, 
             assert site.num_steps() == steps_before, f"{name} was drawn"
         if expected is not None:
             last = site.world.next_generation_id - 1
-            assert site.world.png(last) == expected, f"{name} is another picture"
+            assert site.world.pixels(last) == expected, f"{name} is another picture"
         row.seconds.append(answer.seconds)
 
     if hostile.number % CONTROL_EVERY == 0:

@@ -186,7 +186,7 @@ def test_several_images_have_seeds_in_a_row_and_urls_of_their_own(world: World) 
     base = f"{world.store.endpoint_url}/{world.bucket}/generations/gen-{generation_id}"
     assert metadata["seeds"] == [5, 6, 7]
     assert metadata["result_urls"] == [f"{base}.png", f"{base}-2.png", f"{base}-3.png"]
-    assert len({world.png(generation_id, suffix) for suffix in ("", "-2", "-3")}) == 3
+    assert len({world.pixels(generation_id, suffix) for suffix in ("", "-2", "-3")}) == 3
 
 
 def test_a_job_without_an_adapter_shows_no_trace_of_the_style_before_it(world: World) -> None:
@@ -198,8 +198,8 @@ def test_a_job_without_an_adapter_shows_no_trace_of_the_style_before_it(world: W
     styled = publish_and_wait(world, prompt="a castle", seed=3, lora_path=neon)
     after = publish_and_wait(world, **plain)
 
-    assert world.png(before) == world.png(after)
-    assert world.png(before) != world.png(styled)
+    assert world.pixels(before) == world.pixels(after)
+    assert world.pixels(before) != world.pixels(styled)
 
 
 def test_a_signature_changes_its_corner_and_nothing_else(world: World) -> None:
