@@ -7,10 +7,12 @@ from PIL import Image, ImageFilter
 from watermark.calm import Rect
 from worker.product.cutout import CLEAR, resized
 
-# How far inside its outline a product comes over gradually from the refined picture, and how far outside it the engine
-# keeps off, so that it draws no second outline; parts of the picture's shorter side.
+# Half of how far inside its outline a product comes over gradually from the refined picture, as a part of the picture's
+# shorter side.
 SOFT_EDGE = 0.006
-DISTANCE = 0.008
+# How far outside it the engine keeps off: a latent's cell, which is black or white as a whole, or a second outline
+# would be drawn in those that the product's own runs through.
+DISTANCE_PX = 8
 
 _Mask = NDArray[np.bool_]
 
@@ -25,18 +27,17 @@ def product_mask(size: tuple[int, int], product: Image.Image, place: Rect) -> Im
 
 def around(mask: Image.Image) -> Image.Image:
     """What an engine may repaint, mode L: white, but for the product and a little around it."""
-    kept = ~_eroded(np.asarray(mask) == 0, _radius(mask, DISTANCE))
-    return _image(~kept)
+    return _image(_eroded(np.asarray(mask) == 0, DISTANCE_PX))
 
 
 def eroded(mask: Image.Image) -> Image.Image:
     """The part of the product's mask in which no pixel changes."""
-    return _image(_eroded(np.asarray(mask) > 0, 2 * _radius(mask, SOFT_EDGE)))
+    return _image(_eroded(np.asarray(mask) > 0, 2 * _radius(mask)))
 
 
 def put_back(refined: Image.Image, composite: Image.Image, mask: Image.Image) -> Image.Image:
     """`refined` with the product of `composite`: to the byte inside the eroded mask, gradually towards its outline."""
-    radius = _radius(mask, SOFT_EDGE)
+    radius = _radius(mask)
     core = _image(_eroded(np.asarray(mask) > 0, radius))
     # The window of the blur ends at the outline, so that outside the product nothing is put back.
     weight = core.filter(ImageFilter.BoxBlur(radius))
@@ -44,8 +45,8 @@ def put_back(refined: Image.Image, composite: Image.Image, mask: Image.Image) ->
     return Image.composite(composite, refined, weight)
 
 
-def _radius(mask: Image.Image, part: float) -> int:
-    return max(1, round(part * min(mask.size)))
+def _radius(mask: Image.Image) -> int:
+    return max(1, round(SOFT_EDGE * min(mask.size)))
 
 
 def _eroded(inside: _Mask, radius: int) -> _Mask:
