@@ -1,10 +1,12 @@
 """Asking the engine for a job's pictures: cancelled, drained and reported on as the job is."""
 
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event
+from typing import NamedTuple
 
 from inference.request import Engine, GenerationRequest, GenerationResult, RequestCancelled, StepReport
+from watermark.calm import Rect
 from worker.progress import Track
 from worker.runs import Reached, Run
 from worker.settling import JobReleased
@@ -21,7 +23,14 @@ class Leg:
     def within(self, report: StepReport) -> StepReport:
         """The request's own report as one of the job. It may count its steps otherwise than was expected."""
         done = self.before + report.step_index * self.num_steps // report.num_steps
-        return StepReport(done, self.total, report.seconds)
+        return replace(report, step_index=done, num_steps=self.total)
+
+
+class Drawn(NamedTuple):
+    """A job's pictures before they are finished, and the parts of them that headlines are to keep off."""
+
+    result: GenerationResult
+    keep_off: tuple[Rect, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

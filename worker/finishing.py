@@ -5,6 +5,7 @@ from collections.abc import Callable
 from PIL import Image
 
 from inference.request import Picture
+from watermark.calm import Rect
 from watermark.headline import Headline, put_headlines
 from watermark.signature import Signature, SignedPicture, sign, signature_place
 from worker.job import Job
@@ -21,13 +22,15 @@ def finish(
     *,
     headlines: tuple[Headline, ...],
     signature: Signature,
+    keep_off: tuple[Rect, ...] = (),
     on_headlines: Callable[[Image.Image], None] = lambda picture: None,
 ) -> SignedPicture:
-    """The picture as it is stored. `on_headlines` is shown the one with headlines, where the job has any, unsigned."""
+    """The picture as it is stored. Headlines without a place of their own keep off the parts of it in `keep_off`, and
+    off the signature. `on_headlines` is shown the one with headlines, where the job has any, unsigned."""
     picture = _kept(Image.frombytes("RGB", (drawn.width, drawn.height), drawn.rgb), job, references)
     if headlines:
         place = signature_place(picture.size, signature, job.signature_style)
-        picture = put_headlines(picture, headlines, avoid=() if place is None else (place,))
+        picture = put_headlines(picture, headlines, avoid=keep_off if place is None else (*keep_off, place))
         on_headlines(picture)
     return sign(picture, signature, job.signature_style)
 

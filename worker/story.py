@@ -7,11 +7,12 @@ from functools import partial
 from clients.location import ObjectRef
 from clients.webhooks import WebhookKind
 from inference.request import AdapterFile, GenerationRequest, GenerationResult, ModelFacts, Picture
+from watermark.calm import Rect
 from watermark.signature import SignedPicture
 from worker.bodies import CompleteBody, PictureMetadata
 from worker.breakers import Gate
 from worker.cancelling import Cancellations
-from worker.drawing import Drawer
+from worker.drawing import Drawer, Drawn
 from worker.events import TerminalEvent
 from worker.fetching import Fetched, Fetcher
 from worker.finishing import finish
@@ -69,36 +70,37 @@ class Storyteller:
                 fetched = self.fetcher.everything(job, pinned)
                 brought = self.products.fetch(job)
             shelf = self.products.shelf(job)
-            result = self._generate(run, job, fetched, brought, shelf)
+            result, keep_off = self._generate(run, job, fetched, brought, shelf)
 
         with run.stage("sign"):
-            signed = [self._finish(picture, job, fetched, shelf) for picture in result.pictures]
+            signed = [self._finish(picture, job, fetched, shelf, keep_off) for picture in result.pictures]
         with run.stage("store"):
             stored = self._store(job, result, signed, shelf)
         with run.stage("record"):
             event = self._complete(run, job, result, stored, shelf)
             return self.gate.insist(lambda: self.ledger.record(event), patience_seconds=PICTURE_PATIENCE_SECONDS)
 
-    def _generate(
-        self, run: Run, job: Job, fetched: Fetched, brought: Brought | None, shelf: Shelf
-    ) -> GenerationResult:
+    def _generate(self, run: Run, job: Job, fetched: Fetched, brought: Brought | None, shelf: Shelf) -> Drawn:
         references = brought.references if brought else fetched.references
         request = request_of(job, fetched.adapters, self.facts, references, arrived_at=run.started_at)
         track = self.progress.follow(job.task_id, job.generation_id)
         try:
             if brought is not None:
                 return self.products.make(run, brought, request, track, shelf)
-            return self.drawer.draw(run, request, track)
+            return Drawn(self.drawer.draw(run, request, track))
         finally:
             track.close()
 
-    def _finish(self, picture: Picture, job: Job, fetched: Fetched, shelf: Shelf) -> SignedPicture:
+    def _finish(
+        self, picture: Picture, job: Job, fetched: Fetched, shelf: Shelf, keep_off: tuple[Rect, ...]
+    ) -> SignedPicture:
         return finish(
             picture,
             job,
             fetched.references,
             headlines=fetched.headlines,
             signature=fetched.signature,
+            keep_off=keep_off,
             on_headlines=partial(shelf.keep, Stage.HEADLINE) if job.product else lambda _: None,
         )
 

@@ -9,7 +9,7 @@ from PIL import Image
 from inference.request import GenerationRequest, GenerationResult, Picture, Source
 from watermark.calm import Rect
 from watermark.fitting import fit
-from worker.drawing import Drawer, Leg
+from worker.drawing import Drawer, Drawn, Leg
 from worker.fetching import Fetcher
 from worker.job import Job, JobProduct
 from worker.product.brought import Brought, fetch
@@ -48,21 +48,21 @@ class ProductTeller:
         """Where the job's stages are kept."""
         return Shelf(self.store, self.private_bucket, job)
 
-    def make(
-        self, run: Run, brought: Brought, request: GenerationRequest, track: Track, shelf: Shelf
-    ) -> GenerationResult:
-        """The picture without headline and signature, as the engine's result of a job that it draws alone.
+    def make(self, run: Run, brought: Brought, request: GenerationRequest, track: Track, shelf: Shelf) -> Drawn:
+        """The picture without headline and signature, as the engine's result of a job that it draws alone, and where
+        the product stands in it.
 
         `request` is for the background: its size is the picture's. Raises what breaks the job off.
         """
         brought.note(shelf)
         fitted = brought.fitted(shelf.job, (request.width, request.height))
         telling = _Telling(self, run, shelf, request, track, fitted, request.scheduler or "")
-        picture = telling.picture()
+        picture, at = telling.picture()
         drawn = Picture(picture.width, picture.height, picture.tobytes(), request.seeds[0])
-        return GenerationResult(
+        result = GenerationResult(
             (drawn,), telling.scheduler, request.num_inference_steps, request.guidance_scale, stages=()
         )
+        return Drawn(result, () if at is None else (at,))
 
 
 @dataclass(slots=True)
@@ -78,10 +78,19 @@ class _Telling:
     scheduler: str
     background_steps: int = 0
 
-    def picture(self) -> Image.Image:
+    def picture(self) -> tuple[Image.Image, Rect | None]:
+        """The picture, and where the product stands in it, where that is known."""
         cutout = self._cutout()
         composite, at = self._composite(cutout)
-        return composite if at is None else self._refined(composite, cutout, at)
+        if self._product.refine_strength == 0:
+            return composite, at
+        if at is None:
+            raise JobFailed(
+                "IMAGE_INVALID",
+                "product.composite_path: the cut-out is not to be found in it at the size of layout.scale, so nothing"
+                " could protect it: give the scale at which it stands there, or refine_strength 0",
+            )
+        return self._refined(composite, cutout, at), at
 
     def _cutout(self) -> Image.Image:
         if self.brought.cutout is not None:
@@ -96,7 +105,7 @@ class _Telling:
             return cutout
 
     def _composite(self, cutout: Image.Image) -> tuple[Image.Image, Rect | None]:
-        """The composite, and where the product stands in it; None where nothing is refined and nobody has to know."""
+        """The composite, and where the product stands in it; None where a person put it elsewhere."""
         if self.brought.composite is not None:
             with self._stage("compose"):
                 return self.brought.composite, self._place_in(self.brought.composite, cutout)
@@ -108,11 +117,10 @@ class _Telling:
                 return composite, self._place_in(composite, cutout)
             at = place(background, cutout.size, self._product.layout)
             if kept is not None:
-                composite = kept.picture
-            else:
-                composite = compose(background, cutout, at, shadow=self._product.shadow)
-                self.shelf.keep(Stage.COMPOSITE, composite)
-            return composite, at if self._refines else None
+                return kept.picture, at
+            composite = compose(background, cutout, at, shadow=self._product.shadow)
+            self.shelf.keep(Stage.COMPOSITE, composite)
+            return composite, at
 
     def _background(self) -> Image.Image:
         if self.brought.background is not None:
@@ -147,16 +155,7 @@ class _Telling:
 
     def _place_in(self, composite: Image.Image, cutout: Image.Image) -> Rect | None:
         """Where the product stands in a composite that a person made or changed."""
-        if not self._refines:
-            return None
-        at = find(composite, cutout, size_in(composite.size, cutout.size, self._product.layout.scale))
-        if at is None:
-            raise JobFailed(
-                "IMAGE_INVALID",
-                "product.composite_path: the cut-out is not to be found in it at the size of layout.scale, so nothing"
-                " could protect it: give the scale at which it stands there, or refine_strength 0",
-            )
-        return at
+        return find(composite, cutout, size_in(composite.size, cutout.size, self._product.layout.scale))
 
     def _drawn(self, request: GenerationRequest, leg: Leg) -> Image.Image:
         result = self.teller.drawer.draw(self.run, request, self.track, leg)
@@ -183,17 +182,13 @@ class _Telling:
         return self.brought.product
 
     @property
-    def _refines(self) -> bool:
-        return self._product.refine_strength > 0
-
-    @property
     def _strength(self) -> float:
         """As asked for, but of few steps at least one is taken."""
         return max(self._product.refine_strength, 1 / self.request.num_inference_steps + A_HAIR)
 
     @property
     def _refining_steps(self) -> int:
-        return int(self.request.num_inference_steps * self._strength) if self._refines else 0
+        return int(self.request.num_inference_steps * self._strength) if self._product.refine_strength > 0 else 0
 
     @property
     def _num_steps(self) -> int:
