@@ -88,7 +88,7 @@ def json_blocks(markdown: str) -> list[Any]:
     return [json.loads(block) for block in re.findall(r"```json\n(.*?)```", markdown, re.DOTALL)]
 
 
-PAGES = (ROOT / "README.md", DOCS / "messages.md", DOCS / "kinds.md")
+PAGES = (ROOT / "README.md", DOCS / "messages.md", DOCS / "kinds.md", DOCS / "product.md")
 SHOWN_JOBS = [block for page in PAGES for block in json_blocks(page.read_text()) if "data" in block]
 JOBS = [payload for name, _, payload in examples() if name == "job"] + SHOWN_JOBS + [FLAT, DOCUMENTED, message()]
 

@@ -42,7 +42,7 @@ def main() -> None:
 def mask_of(picture: Image.Image, model: Path) -> Image.Image:
     """Where the model sees the product, mode L."""
     # rembg opens only models below its home.
-    os.environ["U2NET_HOME"] = str(model.resolve().parent)
+    os.environ["REMBG_HOME"] = str(model.resolve().parent)
     session = rembg.new_session(
         _session_name(model), model_path=str(model.resolve()), providers=["CPUExecutionProvider"]
     )
