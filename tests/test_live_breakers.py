@@ -4,16 +4,21 @@ import socket
 import socketserver
 import threading
 import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+
+import pytest
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
+from tests.faults.station import start_light_worker
 from tests.world import Worker, World, eventually, new_world
 
 # Within which the worker acts on what its readiness tells at once.
 TICK_SECONDS = 1.0
+# Otherwise it is looked again, and told again, after 5 and 20 seconds.
+QUICK = {"worker.breakers:PAUSES_SECONDS": (0.5, 1.0), "worker.notifying:DELAYS_SECONDS": (0.5, 1.0)}
+NO_PATH = b"?"  # none has a question mark
 DENIAL = b"<?xml version='1.0'?><Error><Code>ExpiredToken</Code><Message>expired</Message></Error>"
 
 
@@ -27,7 +32,7 @@ class DenyingStore(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), _Passage)
         self.target = ("127.0.0.1", store.port)
         self.is_denying = False
-        self.denied_path = b"?"  # no path has a question mark
+        self.denied_path = NO_PATH
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
@@ -64,12 +69,37 @@ class _Passage(socketserver.BaseRequestHandler):
         self.request.sendall(head.encode() + b"Connection: close\r\n\r\n" + DENIAL)
 
 
-@contextmanager
-def world_of(rabbitmq: RabbitMQ, store: SeaweedFS, folder: Path, **env: str) -> Iterator[tuple[World, Worker]]:
-    with new_world(rabbitmq, store, folder) as world:
-        worker = world.start_worker(**env)
-        worker.wait_until_ready()
-        yield world, worker
+@pytest.fixture(scope="module")
+def passage(s3_server: SeaweedFS) -> Iterator[DenyingStore]:
+    made = DenyingStore(s3_server)
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def lasting_world(
+    rabbitmq: RabbitMQ, s3_server: SeaweedFS, passage: DenyingStore, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[World]:
+    with new_world(rabbitmq, s3_server, tmp_path_factory.mktemp("world")) as made:
+        start_light_worker(made, constants=QUICK, AWS_S3_ENDPOINT_URL=passage.url)
+        yield made
+
+
+@pytest.fixture
+def world(lasting_world: World, passage: DenyingStore) -> Iterator[World]:
+    """One for all tests, with one worker, whose engine is a stand-in; each leaves them as good as new."""
+    token = lasting_world.backend.token
+    yield lasting_world
+    lasting_world.backend.token = token
+    passage.is_denying, passage.denied_path = False, NO_PATH
+    worker = lasting_world.workers[0]
+    eventually(lambda: worker.get("/health/ready")[0] == 200, 60, worker.log_tail)
+    lasting_world.wait_until_clean()
+
+
+@pytest.fixture
+def worker(world: World) -> Worker:
+    return world.workers[0]
 
 
 def is_refused(worker: Worker) -> bool:
@@ -77,68 +107,67 @@ def is_refused(worker: Worker) -> bool:
     return status == 503 and "refuses this worker" in body
 
 
+def num_steps(worker: Worker) -> float:
+    return worker.metric("darkroom_denoise_lane_steps_total")
+
+
 def test_a_backend_that_refuses_the_token_stops_the_taking_of_jobs_until_it_is_right_again(
-    rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path
+    world: World, worker: Worker
 ) -> None:
-    with world_of(rabbitmq, s3_server, tmp_path) as (world, worker):
-        right = world.backend.token
-        world.backend.token = "rotated"
-        drawn = [world.publish() for _ in range(3)]
-        eventually(lambda: is_refused(worker), 60, worker.log_tail)
-        time.sleep(TICK_SECONDS)
-        steps = worker.metric("darkroom_denoise_lane_steps_total")
-        waiting = [world.publish() for _ in range(3)]
+    right = world.backend.token
+    world.backend.token = "rotated"
+    drawn = [world.publish() for _ in range(3)]
+    eventually(lambda: is_refused(worker), 60, worker.log_tail)
+    time.sleep(TICK_SECONDS)
+    steps = num_steps(worker)
+    waiting = [world.publish() for _ in range(3)]
 
-        # They stay in the queue, where another worker may take them, and the GPU does nothing for them.
-        eventually(lambda: world.queues()[""] == (3, 0), 10, lambda: str(world.queues()))
-        assert worker.metric("darkroom_denoise_lane_steps_total") == steps
-        assert worker.metric("darkroom_idle_seconds_total", reason="refused") > 0
+    # They stay in the queue, where another worker may take them, and the GPU does nothing for them.
+    eventually(lambda: world.queues()[""] == (3, 0), 10, lambda: str(world.queues()))
+    assert num_steps(worker) == steps
+    assert worker.metric("darkroom_idle_seconds_total", reason="refused") > 0
 
-        world.backend.token = right
-        for generation_id in drawn + waiting:
-            assert world.wait_for_end(generation_id, 60).kind == "complete"
-        eventually(lambda: worker.get("/health/ready")[0] == 200, 10)
-        world.wait_until_clean()
-        assert all(len(world.backend.ends(generation_id)) == 1 for generation_id in drawn + waiting)
+    world.backend.token = right
+    for generation_id in drawn + waiting:
+        assert world.wait_for_end(generation_id, 60).kind == "complete"
+    eventually(lambda: worker.get("/health/ready")[0] == 200, 10)
+    world.wait_until_clean()
+    assert all(len(world.backend.ends(generation_id)) == 1 for generation_id in drawn + waiting)
 
 
 def test_a_store_that_refuses_the_keys_fails_no_job_and_costs_no_picture_twice(
-    rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path
+    world: World, worker: Worker, passage: DenyingStore
 ) -> None:
-    store = DenyingStore(s3_server)
-    with world_of(rabbitmq, s3_server, tmp_path, AWS_S3_ENDPOINT_URL=store.url) as (world, worker):
-        # Given a job that is being drawn when the keys expire
-        running = world.publish(num_inference_steps=60)
-        world.wait_for_step(running)
-        store.is_denying = True
+    # Given a job that is being drawn when the keys expire
+    steps, task_id = num_steps(worker), str(uuid.uuid4())
+    running = world.publish(task_id=task_id, prompt="hold@30", num_inference_steps=60)
+    world.wait_for_step(running)
+    passage.is_denying = True
+    (world.folder / f"go-{task_id}").touch()
 
-        # When it comes to storing its picture, then the worker waits and takes no more
-        eventually(lambda: is_refused(worker), 60, worker.log_tail)
-        time.sleep(TICK_SECONDS)
-        waiting = world.publish()
-        eventually(lambda: world.queues()[""] == (1, 1), 10, lambda: str(world.queues()))
+    # When it comes to storing its picture, then the worker waits and takes no more
+    eventually(lambda: is_refused(worker), 60, worker.log_tail)
+    time.sleep(TICK_SECONDS)
+    waiting = world.publish()
+    eventually(lambda: world.queues()[""] == (1, 1), 10, lambda: str(world.queues()))
 
-        # And goes on once they are right, with the picture it has
-        store.is_denying = False
-        for generation_id in (running, waiting):
-            assert world.wait_for_end(generation_id, 60).kind == "complete"
-        assert worker.metric("darkroom_denoise_lane_steps_total") == 60 + 8
-        assert world.backend.calls("failed") == []
-        world.wait_until_clean()
-    store.shutdown()
+    # And goes on once they are right, with the picture it has
+    passage.is_denying = False
+    for generation_id in (running, waiting):
+        assert world.wait_for_end(generation_id, 60).kind == "complete"
+        assert world.backend.calls("failed", generation_id) == []
+    assert num_steps(worker) - steps == 60 + 8
+    world.wait_until_clean()
 
 
 def test_one_object_that_may_not_be_read_is_its_own_job_s_failure(
-    rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path
+    world: World, worker: Worker, passage: DenyingStore
 ) -> None:
-    store = DenyingStore(s3_server)
-    store.denied_path = b"/private/"
-    with world_of(rabbitmq, s3_server, tmp_path, AWS_S3_ENDPOINT_URL=store.url) as (world, worker):
-        for field in ("lora_path", "signature_path"):
-            end = world.wait_for_end(world.publish(**{field: "private/a.safetensors"}))
+    passage.denied_path = b"/private/"
+    for field in ("lora_path", "signature_path"):
+        end = world.wait_for_end(world.publish(**{field: "private/a.safetensors"}))
 
-            assert (end.kind, end.body["error_code"]) == ("failed", "INPUT_FORBIDDEN")
-            assert "private/a.safetensors" in end.body["error_message"]
-        assert worker.get("/health/ready")[0] == 200
-        assert world.wait_for_end(world.publish()).kind == "complete"
-    store.shutdown()
+        assert (end.kind, end.body["error_code"]) == ("failed", "INPUT_FORBIDDEN")
+        assert "private/a.safetensors" in end.body["error_message"]
+    assert worker.get("/health/ready")[0] == 200
+    assert world.wait_for_end(world.publish()).kind == "complete"
