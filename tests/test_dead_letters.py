@@ -18,6 +18,7 @@ from clients.webhooks import WebhookKind
 from config.settings import BrokerSettings, StoreSettings
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
+from tests.faults.station import start_light_worker
 from tests.test_commands import darkroom
 from tests.world import World, eventually, new_world
 from worker.broker import Publisher
@@ -385,7 +386,7 @@ def test_purging_takes_only_what_was_shown_and_is_still_there(
 
 
 def test_a_replayed_job_completes_and_its_backend_hears_of_it_once_more(operator: Operator, tmp_path: Path) -> None:
-    worker = operator.world.start_worker()
+    worker = start_light_worker(operator.world)
     operator.ledger.record(crashed())
     operator.bury(job(generation_id=456))
 

@@ -20,6 +20,7 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.contract_schemas import examples, validator_of
 from tests.example_programs import PUBLISHERS, RECEIVERS, SECRET, TOKEN, Receiver, run_publisher
+from tests.faults.station import start_light_worker
 from tests.world import ROOT, World, eventually, new_world
 from worker.messages import decode, rules_from
 
@@ -236,9 +237,9 @@ def test_the_demo_s_parts_stay_until_they_are_interrupted_and_say_where_they_are
 def world(
     receiver: Receiver, rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[World]:
-    """A running worker whose backend is the receiver."""
+    """A running worker, its engine a stand-in, whose backend is the receiver."""
     with new_world(rabbitmq, s3_server, tmp_path_factory.mktemp("world")) as made:
-        made.start_worker(**receiver.env()).wait_until_ready()
+        start_light_worker(made, **receiver.env())
         yield made
 
 

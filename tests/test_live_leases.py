@@ -11,7 +11,7 @@ import pytest
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
-from tests.faults.station import long
+from tests.faults.station import long, start_light_worker
 from tests.world import World, new_world
 from worker.broker import LEASE_HEADER
 
@@ -58,10 +58,9 @@ def test_a_job_longer_than_the_broker_waits_runs_once_beside_another_worker(worl
 
 def test_a_copy_waits_while_its_job_is_at_work_elsewhere_and_is_done_once_that_worker_is_gone(world: World) -> None:
     """What a killed worker leaves: a copy in the broker, and a note in the bucket that nobody renews."""
-    worker = world.start_worker(RABBITMQ_CONSUMER_TIMEOUT_SECONDS=str(CONSUMER_TIMEOUT_SECONDS))
-    worker.wait_until_ready()
+    start_light_worker(world, RABBITMQ_CONSUMER_TIMEOUT_SECONDS=str(CONSUMER_TIMEOUT_SECONDS))
     task_id = str(uuid.uuid4())
-    held_until = time.time() + 5
+    held_until = time.time() + 3
     world.upload(f"jobs/{task_id}.lease", json.dumps({"until": held_until}).encode())
     body = json.dumps({"task_id": task_id, "data": {"generation_id": 1, "prompt": "a fox", "num_inference_steps": 8}})
 

@@ -1,4 +1,7 @@
-"""A backend that is down for a while, as deployments are: the short form here, two minutes by `make outage`."""
+"""A backend that is down for a while, as deployments are: the short form here, two minutes by `make outage`.
+
+The engine is a stand-in: what counts is how long jobs and ends wait.
+"""
 
 import os
 import time
@@ -6,6 +9,7 @@ from pathlib import Path
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
+from tests.faults.station import start_light_worker
 from tests.world import eventually, new_world
 
 OUTAGE_SECONDS = float(os.environ.get("OUTAGE_SECONDS", "6"))
@@ -17,8 +21,7 @@ def test_an_outage_of_the_backend_delays_no_picture_and_it_hears_of_every_one(
     rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path
 ) -> None:
     with new_world(rabbitmq, s3_server, tmp_path) as world:
-        worker = world.start_worker()
-        worker.wait_until_ready()
+        worker = start_light_worker(world)
         # Given a backend that stops
         world.backend.stop()
         deadline = time.monotonic() + OUTAGE_SECONDS

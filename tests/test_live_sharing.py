@@ -1,4 +1,4 @@
-"""Two workers on one queue: they share its jobs, and stopping one loses none."""
+"""Two workers on one queue: they share its jobs, and stopping one loses none. Their engines are stand-ins."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,11 +7,13 @@ import pytest
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
+from tests.faults.station import start_light_worker
 from tests.world import Worker, World, eventually, new_world
 
 NUM_JOBS = 40
 EVEN_SHARE = NUM_JOBS / 2
 UNEVENNESS = 0.2  # of the even share
+STEPS, STEP_SECONDS = 8, 0.05
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +25,8 @@ def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.Tem
 
 @pytest.fixture(scope="module")
 def pair(world: World) -> tuple[Worker, Worker]:
-    one, other = world.start_worker(), world.start_worker()
-    for worker in (one, other):
-        worker.wait_until_ready()
-    return one, other
+    step = {"tests.fake_child:TURN_SECONDS": STEP_SECONDS}
+    return start_light_worker(world, constants=step), start_light_worker(world, constants=step)
 
 
 def num_complete(worker: Worker) -> int:
@@ -34,7 +34,7 @@ def num_complete(worker: Worker) -> int:
 
 
 def test_two_workers_share_forty_jobs_within_a_fifth_of_evenly(world: World, pair: tuple[Worker, Worker]) -> None:
-    ids = [world.publish(num_inference_steps=4) for _ in range(NUM_JOBS)]
+    ids = [world.publish(num_inference_steps=STEPS) for _ in range(NUM_JOBS)]
 
     assert {world.wait_for_end(generation_id).kind for generation_id in ids} == {"complete"}
     world.wait_until_clean()
@@ -46,7 +46,7 @@ def test_two_workers_share_forty_jobs_within_a_fifth_of_evenly(world: World, pai
 def test_stopping_one_of_two_loses_nothing_and_repeats_nothing(world: World, pair: tuple[Worker, Worker]) -> None:
     leaving, staying = pair
     before = [num_complete(worker) for worker in pair]
-    ids = [world.publish() for _ in range(NUM_JOBS)]
+    ids = [world.publish(num_inference_steps=3 * STEPS) for _ in range(NUM_JOBS)]
     eventually(lambda: num_complete(leaving) > before[0], 60, leaving.log_tail)
 
     assert leaving.terminate() == 0
