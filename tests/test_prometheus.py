@@ -1,4 +1,7 @@
-"""A real Prometheus scrapes a real worker and answers the dashboard's queries; and what a broker shows of itself."""
+"""A real Prometheus scrapes a real worker and answers the dashboard's queries; and what a broker shows of itself.
+
+The worker's engine is a stand-in: all that is scraped is the supervisor's.
+"""
 
 import json
 import math
@@ -18,9 +21,9 @@ from examples.parts.ports import free_port
 from examples.parts.processes import ServerProcess
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
+from tests.faults.station import start_light_worker
 from tests.promql import PROMETHEUS, alert_rules, dashboard_queries
 from tests.world import World, eventually, new_world
-from worker.queues import QueueNames
 
 START_SECONDS = 30.0
 SCRAPED_SECONDS = 30.0
@@ -98,8 +101,7 @@ def prometheus(
 ) -> Iterator[Prometheus]:
     """Prometheus after it has seen a worker draw its jobs."""
     with new_world(rabbitmq, s3_server, tmp_path_factory.mktemp("world")) as world:
-        worker = world.start_worker()
-        worker.wait_until_ready()
+        worker = start_light_worker(world)
         with Prometheus(tmp_path_factory.mktemp("prometheus"), f"127.0.0.1:{worker.port}") as running:
             eventually(lambda: running.query("darkroom_ready") == [1.0], SCRAPED_SECONDS)
             # One after the other: Prometheus sees an increase only in a series that was there before.
@@ -161,40 +163,52 @@ def test_every_alert_rule_is_evaluated_and_none_fires_for_a_healthy_worker(prome
         assert (rule["name"], rule["health"], rule["state"]) == (rule["name"], "ok", "inactive")
 
 
-def test_the_broker_shows_each_queues_messages_and_consumers_as_the_alert_asks_for_them(tmp_path: Path) -> None:
+@pytest.fixture
+def broker_metrics(rabbitmq: RabbitMQ) -> Iterator[int]:
+    """The port on which the broker shows its metrics while the test runs."""
+
+    def use_plugins(names: str, prepare: str = "") -> None:
+        plugins = rabbitmq.folder / "plugins"
+        plugins.write_text(f"[{names}].\n")
+        rabbitmq.ctl("eval", f'{prepare} rabbit_plugins:ensure("{plugins}").')
+
+    port = free_port()
+    address = f'[{{ip,"127.0.0.1"}},{{port,{port}}}]'
+    use_plugins("rabbitmq_prometheus", f"application:set_env(rabbitmq_prometheus,tcp_config,{address}),")
+    yield port
+    use_plugins("")
+
+
+def test_the_broker_shows_each_queues_messages_and_consumers_as_the_alert_asks_for_them(
+    rabbitmq: RabbitMQ, broker_metrics: int, queue_name: str
+) -> None:
     # Given a broker with the plugin, asked as prometheus.yml says
     [job] = [
         job
         for job in yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]
         if job["job_name"] == "rabbitmq"
     ]
-    folder, port, names = tmp_path / "node", free_port(), QueueNames("image_generation")
-    folder.mkdir()
-    (folder / "rabbitmq.conf").write_text(f"prometheus.tcp.ip = 127.0.0.1\nprometheus.tcp.port = {port}\n")
-    with RabbitMQ(folder) as node:
-        (folder / "plugins").write_text("[rabbitmq_prometheus].\n")
-        node.ctl("eval", f'rabbit_plugins:ensure("{folder / "plugins"}").')
 
-        # When three jobs wait and nobody consumes
-        connection = pika.BlockingConnection(pika.URLParameters(node.url))
-        channel = connection.channel()
-        channel.queue_declare(names.jobs, durable=True)
-        for _ in range(3):
-            channel.basic_publish("", names.jobs, b"{}")
-        connection.close()
+    # When three jobs wait and nobody consumes
+    connection = pika.BlockingConnection(pika.URLParameters(rabbitmq.url))
+    channel = connection.channel()
+    channel.queue_declare(queue_name, durable=True)
+    for _ in range(3):
+        channel.basic_publish("", queue_name, b"{}")
+    connection.close()
 
-        # Then the two samples of the alert say so, with the labels they are joined by
-        def shown() -> dict[str, float]:
-            url = f"http://127.0.0.1:{port}{job['metrics_path']}"
-            lines = requests.get(url, params=job["params"], timeout=10).text.splitlines()
-            wanted = f'{{vhost="/",queue="{names.jobs}"}}'
-            return {line.split(wanted)[0]: float(line.split()[-1]) for line in lines if wanted in line}
+    # Then the two samples of the alert say so, with the labels they are joined by
+    def shown() -> dict[str, float]:
+        url = f"http://127.0.0.1:{broker_metrics}{job['metrics_path']}"
+        lines = requests.get(url, params=job["params"], timeout=10).text.splitlines()
+        wanted = f'{{vhost="/",queue="{queue_name}"}}'
+        return {line.split(wanted)[0]: float(line.split()[-1]) for line in lines if wanted in line}
 
-        eventually(
-            lambda: (
-                shown().get("rabbitmq_detailed_queue_messages_ready") == 3
-                and shown().get("rabbitmq_detailed_queue_consumers") == 0
-            ),
-            SCRAPED_SECONDS,
-            lambda: str(shown()),
-        )
+    eventually(
+        lambda: (
+            shown().get("rabbitmq_detailed_queue_messages_ready") == 3
+            and shown().get("rabbitmq_detailed_queue_consumers") == 0
+        ),
+        SCRAPED_SECONDS,
+        lambda: str(shown()),
+    )
