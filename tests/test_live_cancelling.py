@@ -1,4 +1,7 @@
-"""Cancel orders on the fanout exchange, through a whole worker."""
+"""Cancel orders on the fanout exchange, through a whole worker whose engine is a stand-in.
+
+With the real engine: `test_live_batching.py`.
+"""
 
 import json
 import uuid
@@ -10,9 +13,11 @@ import pytest
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
+from tests.faults.station import start_light_worker
 from tests.world import Worker, World, eventually, new_world
 
-LONG = 150
+LONG = 150  # steps: three seconds
+STEP_SECONDS = 0.02
 # One lane and two jobs fetched ahead: with more than three jobs, some still wait in the queue.
 NUM_AHEAD = 3
 
@@ -20,7 +25,9 @@ NUM_AHEAD = 3
 @pytest.fixture(scope="module")
 def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with new_world(rabbitmq, s3_server, tmp_path_factory.mktemp("world")) as made:
-        made.start_worker(MAX_CONCURRENT_GENERATIONS="1").wait_until_ready()
+        start_light_worker(
+            made, constants={"tests.fake_child:TURN_SECONDS": STEP_SECONDS}, MAX_CONCURRENT_GENERATIONS="1"
+        )
         yield made
 
 
@@ -59,8 +66,8 @@ def test_a_running_job_leaves_within_two_steps_and_the_next_one_begins(world: Wo
 
 def test_jobs_that_wait_here_or_still_in_the_queue_never_reach_the_gpu(world: World, worker: Worker) -> None:
     steps_before = worker.metric("darkroom_denoise_lane_steps_total")
-    # long enough for a broker's command line on a busy machine
-    running = world.publish(num_inference_steps=LONG, num_images=2)
+    task_id = str(uuid.uuid4())
+    running = world.publish(task_id=task_id, prompt=f"hold@{LONG}", num_inference_steps=LONG)
     world.wait_for_step(running)
     waiting = [world.publish() for _ in range(NUM_AHEAD + 2)]
     eventually(lambda: world.queues()[""] == (3, NUM_AHEAD), 10, lambda: str(world.queues()))
@@ -69,10 +76,11 @@ def test_jobs_that_wait_here_or_still_in_the_queue_never_reach_the_gpu(world: Wo
         cancel(world, generation_id=generation_id)
 
     assert_cancelled_once(world, waiting[0])
+    (world.folder / f"go-{task_id}").touch()
     assert_cancelled_once(world, waiting[-1])
     for generation_id in (running, *waiting[1:-1]):
         assert world.wait_for_end(generation_id).kind == "complete"
-    assert worker.metric("darkroom_denoise_lane_steps_total") - steps_before == 2 * LONG + 8 * NUM_AHEAD
+    assert worker.metric("darkroom_denoise_lane_steps_total") - steps_before == LONG + 8 * NUM_AHEAD
     world.wait_until_clean()
 
 
