@@ -4,16 +4,13 @@ import hashlib
 import json
 import uuid
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import c2pa
 import pytest
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
-from tests.certificates import Chain, make_chain
 from tests.contract_schemas import assert_webhook_fits
 from tests.world import Worker, World, eventually, new_world
 
@@ -21,16 +18,9 @@ SIGNATURE = Path(__file__).parent / "files" / "signature.png"
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    return make_chain(tmp_path_factory.mktemp("chain"))
-
-
-@pytest.fixture(scope="module")
-def world(
-    rabbitmq: RabbitMQ, s3_server: SeaweedFS, chain: Chain, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[World]:
+def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with new_world(rabbitmq, s3_server, tmp_path_factory.mktemp("world")) as made:
-        made.start_worker(**chain.env()).wait_until_ready()
+        made.start_worker().wait_until_ready()
         yield made
 
 
@@ -114,7 +104,7 @@ def test_the_documented_dialect_gives_progress_then_one_complete_and_a_signed_pi
     world.wait_until_clean()
 
 
-def test_a_stored_picture_says_how_it_was_made_and_is_signed_for_it(world: World, chain: Chain) -> None:
+def test_a_stored_picture_says_how_it_was_made_and_not_by_what_prompt(world: World) -> None:
     generation_id = publish_and_wait(world, prompt="neon: a red fox", lora_path=world.upload_demo_adapter("neon"))
 
     png = world.png(generation_id)
@@ -123,10 +113,6 @@ def test_a_stored_picture_says_how_it_was_made_and_is_signed_for_it(world: World
     assert (told.pop("kind"), told.pop("adapters")) == ("text2image", ["neon"])
     assert told == {name: metadata[name] for name in told}
     assert b"red fox" not in png
-    trust = c2pa.Context.from_dict({"trust": {"trust_anchors": chain.anchor}})
-    assert c2pa.Reader("image/png", BytesIO(png), context=trust).get_validation_state() == "Trusted"
-    stored = world.store.client().head_object(Bucket=world.bucket, Key=f"generations/gen-{generation_id}.png")
-    assert stored["Metadata"]["sha256"] == hashlib.sha256(png).hexdigest()
 
 
 def test_the_flat_dialect_with_null_seed_and_empty_paths_gives_the_same(world: World) -> None:

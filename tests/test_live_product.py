@@ -1,16 +1,19 @@
 """Product jobs on real parts: queue, store, rembg, engine, backend."""
 
+import hashlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import c2pa
 import numpy as np
 import pytest
 from PIL import Image
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
+from tests.certificates import Chain, make_chain
 from tests.onnx_files import write_dark_finder
 from tests.product_pictures import bottle
 from tests.world import Worker, World, eventually, new_world
@@ -29,11 +32,16 @@ def cutout_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    return make_chain(tmp_path_factory.mktemp("chain"))
+
+
+@pytest.fixture(scope="module")
 def world(
-    rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory, cutout_model: Path
+    rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory, cutout_model: Path, chain: Chain
 ) -> Iterator[World]:
     with new_world(rabbitmq, s3_server, tmp_path_factory.mktemp("world")) as made:
-        made.start_worker(CUTOUT_MODEL=str(cutout_model)).wait_until_ready()
+        made.start_worker(CUTOUT_MODEL=str(cutout_model), **chain.env()).wait_until_ready()
         yield made
 
 
@@ -93,7 +101,7 @@ def pixels(image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.int16]
     return np.asarray(image.convert("RGB")).astype(np.int16)
 
 
-def test_a_product_with_all_its_stages(world: World, worker: Worker) -> None:
+def test_a_product_with_all_its_stages(world: World, worker: Worker, chain: Chain) -> None:
     photo = world.upload("uploads/bottle.png", png_of(on_white(bottle())))
 
     job = world.publish(
@@ -131,6 +139,15 @@ def test_a_product_with_all_its_stages(world: World, worker: Worker) -> None:
     shown = [one["progress_percent"] for one in percentages]
     assert shown == sorted(set(shown))
     assert len(worker.events("job out")[-1]["stages"]) >= 8
+
+    trust = c2pa.Context.from_dict({"trust": {"trust_anchors": chain.anchor}})
+    manifest = c2pa.Reader("image/png", io.BytesIO(world.png(job)), context=trust)
+    assert manifest.get_validation_state() == "Trusted"
+    (action,) = manifest.get_active_manifest()["assertions"][0]["data"]["actions"]
+    assert action["digitalSourceType"].endswith("/compositeWithTrainedAlgorithmicMedia")
+    assert PROMPT.encode() not in world.png(job)
+    stored = world.store.client().head_object(Bucket=world.bucket, Key=f"generations/gen-{job}.png")
+    assert stored["Metadata"]["sha256"] == hashlib.sha256(world.png(job)).hexdigest()
 
 
 def test_a_background_changed_by_hand_is_kept_and_nothing_is_drawn(world: World, worker: Worker) -> None:
