@@ -119,7 +119,6 @@ def controlled_request(model: str = "pose", *adapters: AdapterFile, **fields: An
     ("family", "fields"),
     [
         ("sd", {"scheduler": "euler_a", "width": 96}),
-        ("sd", {"guidance_scale": 1.0, "scale": 0.4}),
         ("sd", {"start": 0.2, "end": 0.7, "scheduler": "heun"}),
         ("sdxl", {"negative_prompt": "", "end": 0.8}),
         ("z_image", {"guidance_scale": 2.0, "scale": 0.75, "width": 48}),

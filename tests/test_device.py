@@ -102,6 +102,17 @@ def test_the_largest_batch_that_was_measured_tells_best_what_a_row_takes(counter
     assert device.max_rows(SHAPE) == int(USABLE_SHARE * 20)
 
 
+def test_what_was_loaded_during_a_forward_is_no_part_of_what_a_row_takes(counters: Counters) -> None:
+    device = Device(torch.device("cuda"))
+
+    with device.measured(SHAPE, 2):
+        counters.allocated += 5 * GB
+        counters.peak = counters.allocated + 2 * GB
+    counters.reserved = counters.allocated
+
+    assert device.max_rows(SHAPE) == int(USABLE_SHARE * 20)
+
+
 def test_the_host_waits_for_the_step_before_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
     waited_for: list[int] = []
     num_made = 0
