@@ -81,22 +81,38 @@ def plainly_controlled(
     assert request.control is not None
     arguments["controlnet_conditioning_scale"] = request.control.scale
     if isinstance(plain, diffusers.ZImagePipeline):
-        pipe = _with(ZImageControlNetModel, diffusers.ZImageControlNetPipeline, plain, controlnet)
+        pipe = _with(ZImageControlNetModel, "ZImageControlNetPipeline", plain, controlnet)
         arguments["control_image"] = shown
     else:
-        is_xl = isinstance(plain, diffusers.StableDiffusionXLPipeline)
-        made = diffusers.StableDiffusionXLControlNetPipeline if is_xl else diffusers.StableDiffusionControlNetPipeline
-        pipe = _with(ControlNetModel, made, plain, controlnet)
+        pipe = _with(ControlNetModel, _pipeline_for(plain, request), plain, controlnet)
         choice = DIFFUSION_CHOICES[request.scheduler or DEFAULTS[type(plain).__name__]]
         pipe.scheduler = choice.scheduler.from_config(pipe.scheduler.config, **choice.changes)
-        arguments |= {"image": shown, "control_guidance_start": request.control.start}
-        arguments["control_guidance_end"] = request.control.end
+        arguments |= {"control_guidance_start": request.control.start, "control_guidance_end": request.control.end}
+        arguments |= _pictures(request, shown)
     return pipe(**arguments).images[0]  # type: ignore[no-any-return]
 
 
-def _with(net: Any, pipeline: Any, plain: Any, folder: Path) -> Any:
+def _pipeline_for(plain: Any, request: GenerationRequest) -> str:
+    """Of diffusers' UNet pipelines with a ControlNet, the one for the request's kind."""
+    family = "StableDiffusionXL" if hasattr(plain, "text_encoder_2") else "StableDiffusion"
+    kind = {"text2image": "", "image2image": "Img2Img", "inpaint": "Inpaint"}[request.kind]
+    return f"{family}ControlNet{kind}Pipeline"
+
+
+def _pictures(request: GenerationRequest, shown: Image.Image) -> dict[str, Any]:
+    source = request.source
+    if source is None:
+        return {"image": shown}
+    size = (request.width, request.height)
+    pictures = {"image": Image.frombytes("RGB", size, source.rgb), "control_image": shown, "strength": source.strength}
+    if source.mask is not None:
+        pictures["mask_image"] = Image.frombytes("L", size, source.mask)
+    return pictures
+
+
+def _with(net: Any, pipeline: str, plain: Any, folder: Path) -> Any:
     """The plain pipeline's parts and a ControlNet in a pipeline of another class."""
     loaded = net.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    pipe = pipeline.from_pipe(plain, controlnet=loaded)
+    pipe = getattr(diffusers, pipeline).from_pipe(plain, controlnet=loaded, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
