@@ -85,10 +85,11 @@ hostile: install ## The long form of two more: every hostile input, 2000 fuzzed 
 	OMP_NUM_THREADS=1 HOSTILE_VARIANTS=all HOSTILE_FUZZED=2000 $(BIN)/pytest tests/test_live_hostile.py --log-cli-level=WARNING
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing
 
-bench: install ## Batching against plain diffusers, what a job costs beyond the bare pipeline, and loading, on the CPU
+bench: install ## Batching against plain diffusers, what a job costs beyond the bare pipeline, loading, and what previews cost, on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.batching --swap
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.overhead
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loading
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.previews
 
 recovery: install ## How long it takes until a job is at work again after a part has failed
 	$(BIN)/python -m benchmarks.recovery
