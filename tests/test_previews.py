@@ -21,10 +21,12 @@ from PIL import Image
 from clients.location import ObjectRef
 from clients.storage_errors import StorageUnavailable
 from clients.webhooks import Attempt, Verdict, Webhook
+from inference.device import Device
 from inference.engine import LocalEngine
 from inference.families.loading import load_family
 from inference.foresight import denoised
-from inference.lane import Lane
+from inference.lane import Drawing, Kind, Lane
+from inference.previews import Previews, _Copy
 from inference.projection import Projection, find_projection
 from inference.request import Preview, StepReport
 from tests.engine_requests import request_of
@@ -221,6 +223,29 @@ def test_a_preview_that_cannot_be_made_costs_the_request_nothing(tiny: Path) -> 
     engine.close()
 
     assert with_previews(order.steps) == []
+
+
+class Late:
+    """An event of the device that comes when it is let."""
+
+    has_come = False
+
+    def query(self) -> bool:
+        return self.has_come
+
+
+def test_what_has_not_arrived_from_the_device_is_waited_for_by_nobody_and_comes_with_a_later_step(tiny: Path) -> None:
+    family = load_family(settings_of(tiny), device=CPU, dtype=torch.float32)
+    drawing = Drawing(tiny_request(), Kind((64, 64), is_guided=True), lambda _: None, lambda: False, ())
+    previews, arrival = Previews(family, Device(CPU), every=1), Late()
+    previews._copies.append(_Copy(drawing, torch.full((2, 3, 3), 7, dtype=torch.uint8), arrival))  # type: ignore[arg-type]
+
+    previews.hand_over()
+    assert drawing.preview is None
+    arrival.has_come = True
+    previews.hand_over()
+
+    assert drawing.preview == Preview(3, 2, bytes([7]) * 18)
 
 
 # --- The worker

@@ -5,7 +5,7 @@ import re
 import time
 import tomllib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from clients.location import ObjectRef
 from inference.request import Occupancy, Stage
 from tests.browsing import PHONE, Visit, chromium
 from tests.status_pages import ended, failed, job, served, status
+from worker.board import Board
 from worker.delivery import Delivery
 from worker.history import MAX_ENDED, History, presentable
 from worker.idleness import IdleWatch
 from worker.job import JobRejected
 from worker.messages import decode
 from worker.metrics import OUTCOMES, Metrics
+from worker.previews import Previewer, ShownPreview
 from worker.readings import Readings
 from worker.rejecting import JobRules
 from worker.runs import Reached, Run
@@ -68,6 +70,26 @@ def test_a_job_at_work_is_shown_with_its_steps_its_adapters_and_its_time_but_not
     assert (shown.seconds, shown.num_images, shown.adapters) == (7.5, 2, ("models/style.safetensors",))
     assert shown.prompt is None
     assert job_now(run, 107.5, shows_prompts=True, preview=None).prompt == PROMPT
+
+
+def test_a_preview_shows_what_the_prompt_says_and_is_shown_only_where_that_is() -> None:
+    preview = ShownPreview(12, b"a JPEG")
+    run = run_of()
+
+    assert job_now(run, 107.5, shows_prompts=False, preview=preview).preview is None
+    shown = job_now(run, 107.5, shows_prompts=True, preview=preview)
+    assert shown.preview == f"status/preview/{TASK_ID}.jpg?step=12"
+
+
+@pytest.mark.parametrize(("shows_prompts", "found"), [(True, b"a JPEG"), (False, None)])
+def test_the_board_hands_out_previews_only_where_prompts_are_shown(*, shows_prompts: bool, found: bytes | None) -> None:
+    previewer = Previewer(storage=None, bucket="results")  # type: ignore[arg-type]
+    previewer.follow(TASK_ID, 456).shown = ShownPreview(12, b"a JPEG")
+    parts: dict[str, Any] = dict.fromkeys(field.name for field in fields(Board))
+    board = Board(**parts | {"previewer": previewer, "shows_prompts": shows_prompts})
+
+    assert board.read_preview(TASK_ID) == found
+    assert board.read_preview("another") is None
 
 
 def test_a_generation_id_that_javascript_would_round_is_text() -> None:
