@@ -162,6 +162,7 @@ def test_in_a_sound_world_every_part_is_good_and_says_what_was_seen(place: Place
         "bucket",
         "results bucket",
         "conditional writes",
+        "presets",
         "backend",
         "fonts",
         "certificate",

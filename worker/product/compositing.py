@@ -1,8 +1,6 @@
 """Puts a product with its shadow on a background. Pure: the same input gives the same bytes."""
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageFilter
+from PIL import Image, ImageChops, ImageFilter
 
 from watermark.calm import Rect
 from worker.product.cutout import resized
@@ -25,19 +23,19 @@ def compose(background: Image.Image, product: Image.Image, place: Rect, *, shado
     placed = resized(product, place.size)
     if shadow > 0:
         _darken(picture, placed.getchannel("A"), place, shadow)
-    _put(picture, placed, place)
+    # Porter and Duff's "over", exact where alpha is 0 or 255.
+    picture.paste(placed, place[:2], placed)
     return picture
 
 
 def _darken(picture: Image.Image, alpha: Image.Image, place: Rect, opacity: float) -> None:
     """Multiply the light around the product's foot, in place."""
     around = _around(place, picture.size)
-    contact = _shade(alpha, place, around, CONTACT_HEIGHT, CONTACT_BLUR)
-    soft = _shade(alpha, place, around, SOFT_HEIGHT, SOFT_BLUR) * SOFT_DARKNESS
-    light = 1 - opacity * np.maximum(contact, soft)[..., None]
-    lit = np.asarray(picture.crop(around), dtype=np.float32) * light
-    # Down, not to the nearest: a shadow makes nothing lighter.
-    picture.paste(Image.fromarray(lit.astype(np.uint8)), around[:2])
+    contact = _shade(alpha, place, around, CONTACT_HEIGHT, CONTACT_BLUR, darkness=1.0)
+    soft = _shade(alpha, place, around, SOFT_HEIGHT, SOFT_BLUR, darkness=SOFT_DARKNESS)
+    light = ImageChops.lighter(contact, soft).point([round(255 - opacity * shade) for shade in range(256)])
+    lit = ImageChops.multiply(picture.crop(around), Image.merge("RGB", [light] * 3))
+    picture.paste(lit, around[:2])
 
 
 def _around(place: Rect, picture: tuple[int, int]) -> Rect:
@@ -53,21 +51,17 @@ def _around(place: Rect, picture: tuple[int, int]) -> Rect:
     )
 
 
-def _shade(alpha: Image.Image, place: Rect, around: Rect, height: float, blur: float) -> NDArray[np.float32]:
-    """The shadow over `around`, 1 where it is darkest: the product's foot as seen from above, flat, and blurred."""
+def _shade(
+    alpha: Image.Image, place: Rect, around: Rect, height: float, blur: float, *, darkness: float
+) -> Image.Image:
+    """The shadow over `around`, mode L, `darkness` of 255 where it is darkest: the product's foot as seen from above,
+    flat, and blurred."""
     width, tall = place.size
     foot = alpha.crop((0, tall - max(1, round(tall * FOOT)), width, tall))
     flat = foot.resize((width, max(1, round(width * height))), Image.Resampling.BOX)
     shade = Image.new("L", around.size)
     shade.paste(flat, (place.left - around.left, place.bottom - around.top - (flat.height + 1) // 2))
-    blurred = np.asarray(shade.filter(ImageFilter.GaussianBlur(width * blur)), dtype=np.float32)
-    return blurred / max(1.0, float(blurred.max()))
-
-
-def _put(picture: Image.Image, placed: Image.Image, place: Rect) -> None:
-    """Porter and Duff's "over", in place: under * (1 - alpha) + product * alpha."""
-    under = np.asarray(picture.crop(place), dtype=np.float32)
-    over = np.asarray(placed, dtype=np.float32)
-    alpha = over[..., 3:] / 255
-    blended = under * (1 - alpha) + over[..., :3] * alpha
-    picture.paste(Image.fromarray(np.rint(blended).clip(0, 255).astype(np.uint8)), place[:2])
+    blurred = shade.filter(ImageFilter.GaussianBlur(width * blur))
+    _, darkest = blurred.getextrema()
+    factor = darkness * 255 / max(1, int(darkest))  # type: ignore[arg-type]
+    return blurred.point([min(255, round(value * factor)) for value in range(256)])
