@@ -214,7 +214,7 @@ def test_submit_publishes_nothing_that_would_be_refused() -> None:
         (["--signature", "black.png", "--init", "torn.png"], "torn"),
         (["--init", "black.png", "--mask", "black.png"], "nothing in the mask is white"),
         (["--text", "\ue000"], "U+E000"),
-        (["--product", "black.png"], "products are not drawn here"),
+        (["--cutout", "black.png"], "product.cutout_path has no transparent part"),
         (["--control", "black.png", "--control-model", "canny"], "control.model 'canny'"),
     ],
 )

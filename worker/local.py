@@ -1,32 +1,40 @@
 """`darkroom generate`: the same engine and the same limits, without broker, store or backend."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from clients.location import LocationForbidden, ObjectRef
 from config.settings import ModelSettings, PictureSettings, ServiceSettings, SettingsError, load_section
 from inference.engine import LocalEngine
 from inference.request import AdapterFile, EngineError, GenerationRequest, GenerationResult, ModelFacts, StepReport
-from watermark.decoding import decode_picture, decode_signature
+from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import WatermarkError
 from watermark.headline import headlines_of
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
+from worker.drawing import Drawn, Leg
 from worker.fetching import PEFT_CONFIG, PEFT_WEIGHTS
 from worker.finishing import finish
 from worker.job import Job, JobAdapter, JobRejected
 from worker.labelling import Labeller, provenance_of
 from worker.messages import decode
 from worker.presets import presets_in_force
+from worker.product.brought import Brought, bring
+from worker.product.cutting import Cutter
+from worker.product.making import Making
+from worker.product.shelf import Stage
 from worker.references import References, check_can, check_mask
 from worker.rejecting import JobRules
-from worker.settling import JobFailed
+from worker.settling import CuttingFailed, JobFailed
+from worker.storing import NO_NOTES
 from worker.story import request_of
 
 # A file of this machine, as an object of no bucket: its path is the key.
@@ -34,7 +42,7 @@ NO_BUCKET = ""
 
 
 class NotDrawn(Exception):
-    """A file cannot be used, or the order asks for what only a worker does; the message says which."""
+    """A file cannot be used; the message says which."""
 
 
 def draw(fields: dict[str, Any], out: Path, *, model_id: str | None, console: Console) -> bool:
@@ -46,17 +54,29 @@ def draw(fields: dict[str, Any], out: Path, *, model_id: str | None, console: Co
         job = _job(fields)
         font_dirs = load_section(ServiceSettings).font_dirs
         signature, headlines = _signature(job, font_dirs), headlines_of(job.overlays, font_dirs)
-        references = _references(job)
-        labeller = Labeller(load_section(PictureSettings))
+        pictures = load_section(PictureSettings)
+        brought = bring(job.product, job.fit, _product_picture) if job.product else None
+        references = brought.references if brought else _references(job)
+        labeller = Labeller(pictures)
         settings = load_section(ModelSettings)
         engine = LocalEngine(settings.model_copy(update={"model_id": model_id} if model_id else {}))
-        result = _generate(engine, job, references, console)
+        cutter = Cutter(pictures.cutout_model)
+        result, keep_off = _generate(engine, job, references, console, brought=brought, cutter=cutter)
         facts = engine.facts
         for drawn, path in zip(result.pictures, _paths(out, len(result.pictures)), strict=True):
-            signed = finish(drawn, job, references, headlines=headlines, signature=signature)
+            signed = finish(drawn, job, references, headlines=headlines, signature=signature, keep_off=keep_off)
             path.write_bytes(labeller.encode(signed, provenance_of(job, result, drawn, model=facts.model)))
             console.print(f"{path}: {drawn.width}x{drawn.height}, seed {drawn.seed}, {result.scheduler}")
-    except (SettingsError, JobRejected, JobFailed, NotDrawn, EngineError, WatermarkError, OSError) as error:
+    except (
+        SettingsError,
+        JobRejected,
+        JobFailed,
+        CuttingFailed,
+        NotDrawn,
+        EngineError,
+        WatermarkError,
+        OSError,
+    ) as error:
         console.print("[bold red]Not drawn:[/]", end=" ")
         console.print(str(error), markup=False, highlight=False)
         return False
@@ -68,10 +88,7 @@ def _job(fields: dict[str, Any]) -> Job:
     settings = load_section(ModelSettings)
     presets = presets_in_force(load_section(PictureSettings), locate=None)
     body = json.dumps({"data": {"generation_id": 1, **fields}}).encode()
-    job = decode(body, JobRules(settings.inference_steps, settings.guidance_scale, _here, presets))
-    if job.product is not None:
-        raise NotDrawn("products are not drawn here: submit the job to a worker")
-    return job
+    return decode(body, JobRules(settings.inference_steps, settings.guidance_scale, _here, presets))
 
 
 def _here(text: str) -> ObjectRef:
@@ -100,6 +117,10 @@ def _references(job: Job) -> References:
     return References(init, mask, control)
 
 
+def _product_picture(ref: ObjectRef, _field: str, mode: PictureMode) -> Image.Image:
+    return _decoded(ref, partial(decode_picture, mode=mode))
+
+
 def _decoded(ref: ObjectRef, decode_bytes: Callable[[bytes], Image.Image]) -> Image.Image:
     path = Path(ref.key)
     try:
@@ -120,18 +141,57 @@ def _request(job: Job, references: References, facts: ModelFacts) -> GenerationR
     return request_of(job, tuple(_adapter(adapter) for adapter in job.adapters), facts, references)
 
 
-def _generate(engine: LocalEngine, job: Job, references: References, console: Console) -> GenerationResult:
+def _generate(
+    engine: LocalEngine,
+    job: Job,
+    references: References,
+    console: Console,
+    *,
+    brought: Brought | None,
+    cutter: Cutter,
+) -> Drawn:
     try:
         request = _request(job, references, engine.facts)
         with Progress(console=console) as bars:
-            bar = bars.add_task("denoising", total=request.num_inference_steps)
-
-            def on_step(report: StepReport) -> None:
-                bars.update(bar, completed=report.step_index)
-
-            return engine.generate(request, on_step, lambda: False).result()
+            workshop = _Workshop(engine, bars, bars.add_task("denoising"))
+            if brought is None:
+                return Drawn(workshop.draw(request))
+            fitted = brought.at((request.width, request.height))
+            return Making(workshop, _Unkept(), cutter, request, fitted, request.scheduler or "").drawn()
     finally:
         engine.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Workshop:
+    """The engine of this process, before the eyes of whoever typed the command."""
+
+    engine: LocalEngine
+    bars: Progress
+    bar: TaskID
+
+    def draw(self, request: GenerationRequest, leg: Leg | None = None) -> GenerationResult:
+        def on_step(report: StepReport) -> None:
+            shown = leg.within(report) if leg else report
+            self.bars.update(self.bar, completed=shown.step_index, total=shown.num_steps)
+
+        return self.engine.generate(request, on_step, lambda: False).result()
+
+    def stage(self, _name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def go_on_or_leave(self) -> None:
+        pass
+
+
+class _Unkept:
+    """No stage of a product is kept: what is wanted of it is one file."""
+
+    def find(self, _stage: Stage, _mode: PictureMode) -> None:
+        return None
+
+    def keep(self, _stage: Stage, _picture: Image.Image, _notes: Mapping[str, str] = NO_NOTES) -> None:
+        pass
 
 
 def _paths(out: Path, number: int) -> list[Path]:

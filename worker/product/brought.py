@@ -1,24 +1,33 @@
 """What a product job brings, fetched and checked before anything is made."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self
 
 from PIL import Image
 
+from clients.location import ObjectRef
 from watermark.decoding import PictureMode
-from watermark.fitting import fit
-from worker.fetching import Fetcher
-from worker.job import Job, JobProduct
+from watermark.fitting import Fit, fit
+from worker.job import JobProduct
 from worker.product.cutout import NothingCut, bounded, has_own_alpha, trimmed
 from worker.product.shelf import Shelf, Stage
 from worker.references import References
 from worker.settling import JobFailed
 
+# The picture at a place that a field of the message names, in a mode.
+Read = Callable[[ObjectRef, str, PictureMode], Image.Image]
+
 
 @dataclass(frozen=True, slots=True)
 class Brought:
-    """Decoded pictures: of the product itself and its cut-out RGBA, of the rest RGB, and of any size."""
+    """Decoded pictures: of the product itself and its cut-out RGBA, of the rest RGB, and of any size.
+
+    `fit` says how background and composite come to the drawing's size.
+    """
 
     product: JobProduct
+    fit: Fit
     image: Image.Image | None
     cutout: Image.Image | None
     background: Image.Image | None
@@ -40,16 +49,16 @@ class Brought:
             if ref is not None:
                 shelf.note_brought(stage, ref)
 
-    def fitted(self, job: Job, size: tuple[int, int]) -> "Brought":
-        """Background and composite at the drawing's size."""
+    def at(self, size: tuple[int, int]) -> Self:
+        """The same with background and composite at the drawing's size."""
         background, composite = (
-            None if picture is None else fit(picture, size, job.fit) for picture in (self.background, self.composite)
+            None if picture is None else fit(picture, size, self.fit) for picture in (self.background, self.composite)
         )
-        return Brought(self.product, self.image, self.cutout, background, composite)
+        return replace(self, background=background, composite=composite)
 
 
-def fetch(product: JobProduct, fetcher: Fetcher) -> Brought:
-    """All that the job names for its stages. Raises `JobFailed` that names the field."""
+def bring(product: JobProduct, how: Fit, read: Read) -> Brought:
+    """All that the job names for its stages. Raises `JobFailed` that names the field, and what `read` raises."""
 
     def picture(field: str, mode: PictureMode) -> Image.Image | None:
         ref = {
@@ -58,11 +67,12 @@ def fetch(product: JobProduct, fetcher: Fetcher) -> Brought:
             "background_image_path": None if product.composite_ref else product.background_ref,
             "composite_path": product.composite_ref,
         }[field]
-        return None if ref is None else fetcher.picture(ref, f"product.{field}", mode)
+        return None if ref is None else read(ref, f"product.{field}", mode)
 
     image, cutout = picture("image_path", "RGBA"), picture("cutout_path", "RGBA")
     return Brought(
         product,
+        how,
         None if image is None else bounded(image),
         None if cutout is None else _cut(cutout),
         picture("background_image_path", "RGB"),
