@@ -170,11 +170,11 @@ class Typesetter:
     def _try(self, attempt: _Attempt) -> Block | None:
         """The largest size that fits, found by halving, and by ones where the drawn letters are wider than thought."""
         low, high = attempt.min_px, attempt.max_px
-        if self._wrapped(attempt, low) is None:
+        if self._wrapped(attempt, low, evenly=False) is None:
             return None
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (low, middle - 1) if self._wrapped(attempt, middle) is None else (middle, high)
+            low, high = (low, middle - 1) if self._wrapped(attempt, middle, evenly=False) is None else (middle, high)
 
         for font_px in range(low, attempt.min_px - 1, -1):
             lines = self._wrapped(attempt, font_px)
@@ -183,23 +183,23 @@ class Typesetter:
                 return block
         return None
 
-    def _wrapped(self, attempt: _Attempt, font_px: int) -> list[str] | None:
+    def _wrapped(self, attempt: _Attempt, font_px: int, *, evenly: bool = True) -> list[str] | None:
         """The lines at `font_px`; None where they do not fit, as far as can be told from the reference."""
         across, down = (2 * (pad + self._stroke(font_px)) for pad in self._padding(font_px))
         width, height = (attempt.width - across) / font_px, (attempt.height - down) / font_px
         if width <= 0 or height <= 0:
             return None
-        lines = self._broken(width, attempt.breaking)
+        lines = self._broken(width, attempt.breaking, evenly=evenly)
         if lines is None or len(lines) > attempt.max_lines:
             return None
         ink = _together([self._ink(line) for line in lines], self._pitch)
         return lines if ink.right - ink.left <= width and ink.bottom - ink.top <= height else None
 
-    def _broken(self, width: float, breaking: Breaking) -> list[str] | None:
+    def _broken(self, width: float, breaking: Breaking, *, evenly: bool = True) -> list[str] | None:
         """Every line broken into those that are at most `width` letter sizes wide."""
         found: list[str] = []
         for line in self._lines:
-            broken = wrap(line, width, self._width, breaking) if line else [""]
+            broken = wrap(line, width, self._width, breaking, evenly=evenly) if line else [""]
             if broken is None:
                 return None
             found += broken

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from enum import IntEnum
 from itertools import accumulate, pairwise
@@ -63,11 +63,14 @@ def pieces_of(line: str) -> list[Piece]:
     return found
 
 
-def wrap(line: str, width: float, measure: Callable[[str], float], breaking: Breaking) -> list[str] | None:
+def wrap(
+    line: str, width: float, measure: Callable[[str], float], breaking: Breaking, *, evenly: bool = True
+) -> list[str] | None:
     """The fewest lines of at most `width`, evened out; None where a word that may not be broken is wider.
 
     `measure` tells the width of a text. Where a single sign is wider, it stands alone. Evened out means that the sum
-    of the squares of what is left free, and of what the breaks cost, is least (Knuth and Plass 1981).
+    of the squares of what is left free, and of what the breaks cost, is least (Knuth and Plass 1981); not `evenly`,
+    each line takes what it can, which is as many lines and quicker told.
     """
     pieces = pieces_of(line)
     if breaking is Breaking.PHRASES:
@@ -76,8 +79,10 @@ def wrap(line: str, width: float, measure: Callable[[str], float], breaking: Bre
     if fitting is None:
         return None
     row = _Row(fitting, measure)
-    fewest = _fewest(row, width)
-    return [row.text(start, stop) for start, stop in pairwise(_evened(row, len(fewest) - 1, width))]
+    starts = _fewest(row, width)
+    if evenly and len(starts) > 2:
+        starts = _evened(row, starts, width)
+    return [row.text(start, stop) for start, stop in pairwise(starts)]
 
 
 class _Row:
@@ -119,14 +124,18 @@ def _fewest(row: _Row, width: float) -> list[int]:
     return starts
 
 
-def _evened(row: _Row, num_lines: int, width: float) -> list[int]:
-    """Where `num_lines` lines of at most `width` begin, as even as can be, and the end."""
-    # best[stop] of `line` lines: (cost, starts) of the pieces before `stop`.
+def _evened(row: _Row, latest: list[int], width: float) -> list[int]:
+    """Where as many lines begin as in `latest`, which is as late as can be, but as even as can be; and the end."""
+    earliest = [len(row)]
+    for _ in latest[2:]:
+        earliest.append(bisect_left(range(len(row)), earliest[-1], key=lambda start: row.reach(start, width)))
+
+    # best[start]: (cost of the lines before, where they begin).
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [0])}
-    for _ in range(num_lines):
+    for low, high in zip(reversed(earliest), latest[1:], strict=True):
         further: dict[int, tuple[float, list[int]]] = {}
         for start, (cost, starts) in best.items():
-            for stop in range(start + 1, (row.reach(start, width) if start < len(row) else start) + 1):
+            for stop in range(max(low, start + 1), min(high, row.reach(start, width)) + 1):
                 total = cost + (1 - row.width(start, stop) / width) ** 2 + row.cost(stop)
                 if stop not in further or total < further[stop][0]:
                     further[stop] = total, [*starts, stop]
