@@ -17,6 +17,8 @@ MIN_CONTRAST = 4.5
 AIMED_CONTRAST = 4.6
 # An outline of less than this part of the letters' size does not set them off.
 MIN_STROKE = 0.03
+# So many pixels are looked at again and again where a panel's opacity is sought.
+NUM_WORST = 4096
 
 _SCALE = np.arange(256) / 255
 _LINEAR = np.where(_SCALE <= 0.04045, _SCALE / 12.92, ((_SCALE + 0.055) / 1.055) ** 2.4)
@@ -100,18 +102,22 @@ def _is_set_off(text: Colour, overlay: TextOverlay) -> bool:
 
 def _needed(under: NDArray[np.uint8], text: Colour, panel: Colour, least: int) -> int | None:
     """The opacity from `least` at which every pixel contrasts enough; None where the panel itself does not."""
-    if contrasts(under, text, panel, least).min() >= AIMED_CONTRAST:
+    plain = contrasts(under, text, panel, least)
+    if plain.min() >= AIMED_CONTRAST:
         return least
     if _contrast(text, panel) < MIN_CONTRAST:
         return None
+    # The worst pixels tell about how dense the panel must be, and a few levels more make sure of all.
+    worst = under.reshape(1, -1, 3)[:, np.argsort(plain, axis=None)[:NUM_WORST]]
     low, high = least, 255
     while high - low > 1:
         middle = (low + high) // 2
-        if contrasts(under, text, panel, middle).min() >= AIMED_CONTRAST:
-            high = middle
-        else:
-            low = middle
-    return high
+        low, high = (low, middle) if _is_clear(worst, text, panel, middle) else (middle, high)
+    return next(opacity for opacity in range(high, 256) if opacity == 255 or _is_clear(under, text, panel, opacity))
+
+
+def _is_clear(under: NDArray[np.uint8], text: Colour, panel: Colour, opacity: int) -> bool:
+    return bool(contrasts(under, text, panel, opacity).min() >= AIMED_CONTRAST)
 
 
 def _contrast(one: Colour, other: Colour) -> float:
