@@ -74,6 +74,11 @@ def calmest(
     return int(lefts[column]), int(tops[row])
 
 
+def unrest(image: Image.Image, rect: Rect) -> float:
+    """The mean gradient energy inside `rect`, in grey levels per px: 0 where all is of one colour."""
+    return float(_cells(image.crop(rect), 1 + max(rect.size) // MAX_CELLS).sum()) / (rect.size[0] * rect.size[1])
+
+
 def _places(first: int, last: int, step: int) -> NDArray[np.int64]:
     """Where a block may begin, from `first` to `last` and at least at `first`."""
     return np.append(np.arange(first, last, step), max(first, last))

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from watermark.calm import Rect, calmest
+from watermark.calm import Rect, calmest, unrest
 from watermark.contrast import Colours, choose_colours, opposite
 from watermark.errors import FontMissing, OverlayInvalid
 from watermark.overlay import TextOverlay
@@ -23,6 +23,9 @@ MARGIN = 0.04
 HEADLINE_PLACE = (0.5, 0.15)
 # Tried one after another where a headline that looks for its own place would lie on what is there already.
 SHARES = (1.0, 0.75, 0.5, 0.35)
+# Where even the calmest place has more than this, one whose size is free becomes smaller for a place with so much less.
+STIR_GREY_LEVELS = 0.5
+WORTH_A_MOVE = 0.25
 SHADOW_OPACITY = 0.6
 # In letter sizes: the corners of panels, how far the panel that nobody asked for fades out, and the calm that a
 # headline wants around it where it looks for its own place.
@@ -115,21 +118,32 @@ def _grown(rect: Rect, by: int) -> Rect:
 
 
 def _calm_place(picture: Image.Image, setter: Typesetter, room: Rect, avoid: tuple[Rect, ...]) -> tuple[Block, Rect]:
-    """The calmest place, for a smaller block where a larger one would lie on something."""
+    """The calmest place, for a smaller block where a larger one would lie on something or in a stir."""
     for share in SHARES:
-        block = setter.set(picture.size, room.size, share)
-        around = round(CALM_AROUND * block.font_px)
-        left, top = calmest(
-            picture,
-            _grown(Rect(0, 0, *block.size), around).size,
-            within=_grown(room, around),
-            avoid=avoid,
-            towards=HEADLINE_PLACE,
-        )
-        place = Rect(0, 0, *block.size).moved(left + around, top + around)
+        block, place = _calmest_block(picture, setter, room, avoid, share)
         if not any(place.overlaps(other) for other in avoid):
             break
+    stir = unrest(picture, place)
+    if setter.is_free and share == SHARES[0] and stir > STIR_GREY_LEVELS:
+        smaller, elsewhere = _calmest_block(picture, setter, room, avoid, SHARES[1])
+        if unrest(picture, elsewhere) < WORTH_A_MOVE * stir:
+            return smaller, elsewhere
     return block, place
+
+
+def _calmest_block(
+    picture: Image.Image, setter: Typesetter, room: Rect, avoid: tuple[Rect, ...], share: float
+) -> tuple[Block, Rect]:
+    block = setter.set(picture.size, room.size, share)
+    around = round(CALM_AROUND * block.font_px)
+    left, top = calmest(
+        picture,
+        _grown(Rect(0, 0, *block.size), around).size,
+        within=_grown(room, around),
+        avoid=avoid,
+        towards=HEADLINE_PLACE,
+    )
+    return block, Rect(0, 0, *block.size).moved(left + around, top + around)
 
 
 def _paint(picture: Image.Image, overlay: TextOverlay, block: Block, place: Rect) -> None:

@@ -129,6 +129,11 @@ class Typesetter:
         self._widths: dict[str, float] = {}
         self._inks: dict[str, Ink] = {}
 
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody said how large the letters are to be."""
+        return self._overlay.size is None
+
     def set(self, picture: tuple[int, int], room: tuple[int, int], share: float = 1.0) -> Block:
         """The headline at its best size for a picture of (width, height), all of it inside `room`.
 
@@ -152,7 +157,10 @@ class Typesetter:
         mean_side = math.sqrt(picture[0] * picture[1])
         size, any_lines = self._overlay.size, len("".join(self._lines)) + len(self._lines)
         wanted = LARGEST_FRACTION * mean_side if size is None else size * picture[1]
-        largest = min(MAX_FONT_PX, max(MIN_FONT_PX, round(wanted * share)))
+        if share < 1:
+            # Of what it would be: where the width is short, less height alone makes nothing smaller.
+            wanted = self.set(picture, room).font_px * share
+        largest = min(MAX_FONT_PX, max(MIN_FONT_PX, round(wanted)))
         readable = min(largest, max(READABLE_PX, round(READABLE_FRACTION * mean_side)))
         if size is not None:
             return (
