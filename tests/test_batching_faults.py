@@ -12,8 +12,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+import inference.batcher
 from inference.bank import AdapterBank, PackedAdapter
-from inference.batcher import FORWARDS_UNTIL_RELAXED
 from inference.lane import Lane
 from inference.request import (
     AdapterFile,
@@ -181,9 +181,12 @@ class CrampedModel(WatchedModel):
         return drawn
 
 
-def test_lanes_that_do_not_fit_are_halved_and_the_cap_holds_for_a_while(tiny: Path) -> None:
+def test_lanes_that_do_not_fit_are_halved_and_the_cap_holds_for_a_while(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference.batcher, "FORWARDS_UNTIL_RELAXED", 20)
     engine = WatchedEngine(tiny, CrampedModel, MAX_CONCURRENT_GENERATIONS=16)
-    requests = requests_with_seeds(*range(10), num_inference_steps=26)
+    requests = requests_with_seeds(*range(10), num_inference_steps=8)
     roomy = WatchedEngine(tiny, MAX_CONCURRENT_GENERATIONS=16)
 
     orders = order_together(engine, requests)
@@ -191,13 +194,13 @@ def test_lanes_that_do_not_fit_are_halved_and_the_cap_holds_for_a_while(tiny: Pa
     assert_right(tiny, orders[::4])
     for order, other in zip(orders, order_together(roomy, requests), strict=True):
         assert psnr(order.image, other.image) >= MIN_PSNR_DB
-        assert [report.step_index for report in order.steps] == list(range(27))
+        assert [report.step_index for report in order.steps] == list(range(9))
     sizes = [len(batch) for batch in engine.model.batches]
     *alone, whole, half, quarter = sizes[:5]
     assert (alone, whole, half, quarter) == ([1, 1], 11, 5, 2), "the usher's last step is the first of all others"
     capped = sizes[4:]
-    assert set(capped[:FORWARDS_UNTIL_RELAXED]) == {2}
-    assert capped[FORWARDS_UNTIL_RELAXED] == 3
+    assert set(capped[:20]) == {2}
+    assert capped[20] == 3
     engine.close()
     roomy.close()
 
