@@ -127,7 +127,7 @@ def test_a_restyled_picture_is_nearer_to_its_reference_the_lower_the_strength(
 ) -> None:
     near, far = (psnr(rgb(world, drawn[name]), ball()) for name in ("near", "far"))
 
-    assert near > 18
+    assert near > 12
     assert near > far + 3
 
 
@@ -152,7 +152,7 @@ def test_every_webhook_of_the_kinds_fits_the_published_schemas(world: World, dra
     calls = [call for generation_id in drawn.values() for call in world.backend.calls(generation_id=generation_id)]
 
     for call in calls:
-        assert_webhook_fits(call)
+        assert_webhook_fits(call.kind, call.body, call.headers)
     assert {call.kind for call in calls} == {"progress", "complete"}
 
 
