@@ -37,7 +37,7 @@ node_modules/.package-lock.json: package.json package-lock.json | install
 	PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --ignore-scripts --no-audit --no-fund --silent
 	touch $@
 
-demo: install ## Run a dozen jobs for real on this machine; pictures and timeline land in out/
+demo: install ## Run sixteen jobs for real on this machine; pictures and timeline land in out/
 	HF_HUB_OFFLINE=1 $(BIN)/darkroom demo --out out
 
 styles: install ## Eight things, plain and in each style, drawn by a real worker; the sheet lands in out/styles

@@ -324,7 +324,7 @@ class ServiceSettings(_Section):
     font_dirs: Annotated[tuple[Path, ...], NoDecode] = Field(
         (Path("/usr/share/fonts"), Path("/usr/local/share/fonts")),
         validation_alias="FONT_DIRS",
-        description="Folders searched for text signatures' fonts, comma-separated",
+        description="Folders searched for the fonts of signatures and headlines, comma-separated",
     )
 
     _split = field_validator("font_dirs", mode="before")(_split_commas)

@@ -194,6 +194,6 @@ def test_the_demo_runs_to_its_end_and_draws_what_it_promises(tmp_path: Path) -> 
     done = darkroom("demo", "--out", tmp_path / "out", env={"PATH": os.environ["PATH"]}, folder=tmp_path)
 
     assert done.returncode == 0, done.stdout
-    assert "12 of 12 jobs complete" in done.stdout
+    assert "16 of 16 jobs complete" in done.stdout
     for name in ("contact-sheet.png", "timeline.png"):
         assert Image.open(tmp_path / "out" / name).width > 800

@@ -202,7 +202,7 @@ def presets(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the contact sheet and the timeline")] = Path("out"),
 ) -> None:
-    """Run everything for real on this machine: a broker, a bucket, a backend, a worker and a dozen jobs."""
+    """Run everything for real on this machine: a broker, a bucket, a backend, a worker and sixteen jobs."""
     from examples.demo.main import run_demo  # noqa: PLC0415
 
     sys.exit(run_demo(out))

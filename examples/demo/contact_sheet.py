@@ -29,7 +29,7 @@ def draw_contact_sheet(jobs: Sequence[DemoJob], pictures: Mapping[int, bytes], p
         picture = Image.open(BytesIO(pictures[job.generation_id])).convert("RGB")
         sheet.paste(picture.resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS), (left, top))
         seed = "derived seed" if job.seed is None else f"seed {job.seed}"
-        detail = f"{job.style or 'no adapter'}, {job.steps} steps, {seed}"
+        detail = f"{job.kind or job.style or 'no adapter'}, {job.steps} steps, {seed}"
         draw.text((left, top + PICTURE_SIDE + 4), job.subject, INK, font=ImageFont.load_default(15))
         draw.text((left, top + PICTURE_SIDE + 24), detail, FAINT, font=ImageFont.load_default(13))
     sheet.save(path)

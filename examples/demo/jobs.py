@@ -1,8 +1,9 @@
-"""The demo's dozen jobs, in both dialects of the message contract."""
+"""The demo's jobs: a dozen of text to image in both dialects of the message contract, and one of each other kind."""
 
 import json
 import uuid
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,7 +14,8 @@ NAMESPACE = uuid.UUID("0d3f6c1e-92f4-4a53-8f53-6c3c1f4de0b1")
 
 @dataclass(frozen=True, slots=True)
 class DemoJob:
-    """One job; `style` is an adapter's name or empty, `signature` a picture's name or empty."""
+    """One job; `style` is an adapter's name or empty, `signature` a picture's name or empty. `more` are fields of its
+    message that only its kind has, and `kind` what the sheet calls it."""
 
     subject: str
     style: str
@@ -25,6 +27,8 @@ class DemoJob:
     position: str = "bottom-right"
     size: str = "medium"
     generation_id: int = 0
+    kind: str = ""
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def prompt(self) -> str:
@@ -44,6 +48,55 @@ _JOBS = (
     DemoJob("a pineapple", "pixel", 12, 3.0, None, "monogram", "", "top-right"),
     DemoJob("a bicycle", "blueprint", 18, 3.0, 13, "", "서울 아틀리에", "bottom-right", "large"),
     DemoJob("a penguin on a green background", "", 25, 3.0, 1, "monogram", "", "bottom-left", "small"),
+    DemoJob(
+        "a basketball",
+        "",
+        20,
+        3.0,
+        1,
+        "",
+        "Mina K.",
+        kind="image to image",
+        more={"kind": "image2image", "init_image_path": "uploads/ball.png", "strength": 0.6},
+    ),
+    DemoJob(
+        "a red apple",
+        "",
+        20,
+        3.0,
+        1,
+        "",
+        "Mina K.",
+        kind="left half repainted",
+        more={"kind": "inpaint", "init_image_path": "uploads/ball.png", "mask_path": "uploads/left-half.png"},
+    ),
+    DemoJob(
+        "a rocket on a blue background",
+        "",
+        20,
+        3.0,
+        1,
+        "seal",
+        "",
+        size="small",
+        kind="a headline",
+        more={"text_overlay": {"text": "출발", "position": "auto"}},
+    ),
+    DemoJob(
+        "a rainbow on a blue background",
+        "",
+        20,
+        3.0,
+        3,
+        "",
+        "Atelier Nord",
+        "top-right",
+        kind="a product on it",
+        more={
+            "kind": "product",
+            "product": {"cutout_path": "uploads/bottle.png", "layout": {"scale": 0.6, "position": "bottom-center"}},
+        },
+    ),
 )
 
 JOBS = tuple(
@@ -93,4 +146,5 @@ def _common(job: DemoJob) -> dict[str, Any]:
         "artist_name": job.artist,
         "signature_config": {"position": job.position, "size": job.size, "opacity": 0.8},
         "prompt_tags": job.subject.split(),
+        **job.more,
     }

@@ -17,6 +17,7 @@ from rich.console import Console
 from examples.demo.bars import JobBars
 from examples.demo.contact_sheet import Sheet, draw_contact_sheet
 from examples.demo.jobs import JOBS, DemoJob, message
+from examples.demo.references import draw_references
 from examples.demo.signatures import draw_signatures
 from examples.demo.timeline import draw_timeline
 from examples.parts.backend import Backend
@@ -70,6 +71,8 @@ def _upload(client: Any, folder: Path) -> None:
         client.upload_file(str(adapter), BUCKET, f"models/{adapter.name}")
     for path in draw_signatures(folder).values():
         client.upload_file(str(path), BUCKET, f"signatures/{path.name}")
+    for path in draw_references(folder).values():
+        client.upload_file(str(path), BUCKET, f"uploads/{path.name}")
 
 
 @contextmanager
