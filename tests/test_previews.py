@@ -334,14 +334,16 @@ def test_the_newest_preview_wins_while_the_store_is_slow(previewer: Previewer, s
     track.on_step(reported(5, 50))
     assert store.begun.get(timeout=PATIENCE_SECONDS)[0] == "s3://results/previews/gen-456.jpg"
 
-    # When three more come, nobody waits, and then only the last of them is written
+    # When three more come, nobody waits, and then only the last of them is written, and what follows it
     for step_index, colour in ((6, 100), (7, 150), (8, 200)):
         track.on_step(reported(step_index, colour))
     assert track.url is None
     store.is_free.set()
     wait_until(lambda: len(store.written) == 2)
+    track.on_step(reported(9, 250))
+    wait_until(lambda: len(store.written) == 3)
 
-    assert [colour_of(body) for _, body in store.written] == pytest.approx([50, 200], abs=2)
+    assert [colour_of(body) for _, body in store.written] == pytest.approx([50, 200, 250], abs=2)
     assert track.url == "https://pictures/previews/gen-456.jpg"
 
 
