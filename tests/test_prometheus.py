@@ -30,6 +30,7 @@ SCRAPED_SECONDS = 30.0
 NUM_JOBS = 2
 # A machine without a GPU shows nothing of one.
 GPU_PANELS = {"GPU memory"}
+STEPS = "darkroom_denoise_lane_steps_total"
 COMPLETE = 'darkroom_jobs_total{outcome="complete"}'
 
 
@@ -109,6 +110,7 @@ def prometheus(
                 publish_dated(world, num_jobs)
                 world.wait_for_end(num_jobs)
                 eventually(lambda n=num_jobs: running.query(COMPLETE) == [n], SCRAPED_SECONDS, worker.log_tail)
+            eventually(lambda: running.query(STEPS) == [NUM_JOBS * 8], SCRAPED_SECONDS, worker.log_tail)
             yield running
 
 
