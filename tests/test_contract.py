@@ -290,7 +290,7 @@ def test_a_failed_event_s_body_fits_before_and_after_its_record() -> None:
 CODE = re.compile(r"[A-Z]+(_[A-Z]+)+|CANCELLED")
 # Who makes a failure out of a code, and what codes are looked up in.
 MAKERS = {"JobFailed", "JobRejected", "RequestFailed", "Verdict", "reject", "_again"}
-HOLDERS = {"code", "_FIELD_CODES", "_DEADLY_CODES"}
+HOLDERS = {"code", "CODE", "_FIELD_CODES", "_DEADLY_CODES"}
 
 
 def codes_in(source: str) -> Iterator[str]:

