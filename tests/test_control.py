@@ -15,7 +15,7 @@ import torch
 from diffusers import ControlNetModel
 from PIL import Image
 
-from inference.checkpoints.controlnets import find_controlnets
+from inference.checkpoints.controlnets import find_controlnets, most_bytes
 from inference.controls.edges import find_edges
 from inference.families.loading import load_family
 from inference.request import AdapterFile, EngineFault, EngineStartFailed, GenerationRequest, RequestFailed, Source
@@ -34,6 +34,7 @@ from tests.tiny_models import (
     write_adapter,
 )
 from tests.watched_engine import Order, WatchedEngine, order_together
+from worker.checks.memory import look_at_memory
 
 # Another batch adds up in another order, and that is all it may do.
 SAME_DB = 60.0
@@ -149,7 +150,9 @@ def test_a_controlled_picture_equals_plain_diffusers(models: Models, family: str
     assert psnr(drawn, draw(engine, replace(request, control=None))[0]) < DIFFERENT_DB
 
 
-@pytest.mark.parametrize(("family", "mask"), [("sd", None), ("sd_inpaint", b"\x00\xff" * 32)])
+@pytest.mark.parametrize(
+    ("family", "mask"), [("sd", None), ("sd_inpaint", b"\x00\xff" * 32)], ids=["image2image", "inpaint"]
+)
 def test_a_control_guides_the_steps_that_a_picture_from_a_picture_takes(
     models: Models, family: str, mask: bytes | None
 ) -> None:
@@ -424,6 +427,21 @@ def test_a_controlnet_over_the_memory_s_limit_is_refused_at_start(models: Models
     told = refusal(models, models.controlnet("sd", "pose"), CONTROLNET_MEMORY_GB=0.0001)
 
     assert "CONTROLNET_MEMORY_GB is 0.00" in told
+
+
+def test_the_memory_that_is_kept_for_controlnets_is_what_all_take_or_the_limit(models: Models) -> None:
+    found = find_controlnets({name: str(models.controlnet("sd", name)) for name in ("pose", "depth")})
+    each = found["pose"].num_bytes(4)
+
+    assert [most_bytes(found, 4, limit) for limit in (each, 10 * each)] == [each, 2 * each]
+    assert most_bytes(found, 2, 10 * each) == each
+
+
+def test_check_tells_of_the_memory_for_controlnets(models: Models) -> None:
+    named = f"pose={models.controlnet('sd', 'pose')},depth={models.controlnet('sd', 'depth')}"
+
+    assert "GB kept for ControlNets" in look_at_memory(settings_of(models.checkpoint("sd"), CONTROLNETS=named))
+    assert "ControlNets" not in look_at_memory(settings_of(models.checkpoint("sd")))
 
 
 # --- Edges

@@ -44,6 +44,11 @@ def find_controlnets(sources: Mapping[str, str]) -> dict[str, ControlNetFiles]:
     return {name: _find(f"CONTROLNETS {name}={source}", source) for name, source in sources.items()}
 
 
+def most_bytes(found: Mapping[str, ControlNetFiles], bytes_each: int, max_bytes: int) -> int:
+    """What those that are loaded at once can come to, of which `max_bytes` are the limit."""
+    return min(max_bytes, sum(one.num_bytes(bytes_each) for one in found.values()))
+
+
 def _find(subject: str, source: str) -> ControlNetFiles:
     folder = Path(source).expanduser()
     if folder.is_dir():

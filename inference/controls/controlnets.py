@@ -7,7 +7,7 @@ import diffusers
 import safetensors
 import torch
 
-from inference.checkpoints.controlnets import ControlNetFiles
+from inference.checkpoints.controlnets import ControlNetFiles, most_bytes
 from inference.checkpoints.fit import GB
 from inference.checkpoints.hub import one_line
 from inference.request import EngineFault, EngineStartFailed
@@ -41,7 +41,7 @@ class ControlNets:
     @property
     def most_bytes(self) -> int:
         """What those that are loaded can come to."""
-        return min(self.max_bytes, sum(self.num_bytes(name) for name in self._files))
+        return most_bytes(self._files, self._dtype.itemsize, self.max_bytes)
 
     def num_bytes(self, name: str) -> int:
         """What it takes on the device."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from clients.gpu import GpuReading, GpuReadings
 from config.settings import ModelSettings
 from inference.checkpoints.checkpoint import identify, weight_bytes
+from inference.checkpoints.controlnets import find_controlnets, most_bytes
 from inference.checkpoints.fit import GB, RESERVE_BYTES, Residence, decide, free_host_bytes
 from inference.request import EngineStartFailed
 from worker.checks.finding import CheckFailed
@@ -36,17 +37,21 @@ def look_at_memory(settings: ModelSettings) -> str:
     try:
         found = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)
         needed = weight_bytes(found, bytes_each)
+        controlnets = find_controlnets(settings.controlnet_sources)
     except EngineStartFailed:
         needed = None
     if needed is None:
         return f"{_free(gpu) / GB:.1f} GB are free; what the weights take is known once they are here and whole"
 
     weights = f"{sum(needed.values()) / GB:.2f} GB of weights at {8 * bytes_each} bits"
-    return _in_host(weights, needed) if gpu is None else _on_gpu(weights, needed, _free(gpu))
+    kept = most_bytes(controlnets, bytes_each, settings.controlnet_max_bytes)
+    if kept:
+        weights += f", with {kept / GB:.2f} GB kept for ControlNets"
+    free = _free(gpu) - kept
+    return _in_host(weights, needed, free) if gpu is None else _on_gpu(weights, needed, free)
 
 
-def _in_host(weights: str, needed: Mapping[str, int]) -> str:
-    free = free_host_bytes()
+def _in_host(weights: str, needed: Mapping[str, int], free: int) -> str:
     seen = f"{weights}, {free / GB:.1f} GB of the host's are free"
     if sum(needed.values()) > free:
         remedy = "free memory, raise the container's limit, or name a smaller MODEL_ID"
