@@ -39,10 +39,8 @@ def put_back(refined: Image.Image, composite: Image.Image, mask: Image.Image) ->
     """`refined` with the product of `composite`: to the byte inside the eroded mask, gradually towards its outline."""
     radius = _radius(mask)
     core = _image(_eroded(np.asarray(mask) > 0, radius))
-    # The window of the blur ends at the outline, so that outside the product nothing is put back.
-    weight = core.filter(ImageFilter.BoxBlur(radius))
-    weight.paste(255, mask=eroded(mask))
-    return Image.composite(composite, refined, weight)
+    # The blur's window has one value inside the eroded mask, and another outside the mask.
+    return Image.composite(composite, refined, core.filter(ImageFilter.BoxBlur(radius)))
 
 
 def _radius(mask: Image.Image) -> int:
