@@ -236,7 +236,7 @@ class Late:
 
 def test_what_has_not_arrived_from_the_device_is_waited_for_by_nobody_and_comes_with_a_later_step(tiny: Path) -> None:
     family = load_family(settings_of(tiny), device=CPU, dtype=torch.float32)
-    drawing = Drawing(tiny_request(), Kind((64, 64), is_guided=True), lambda _: None, lambda: False, ())
+    drawing = Drawing(tiny_request(), Kind((64, 64), is_guided=True, num_steps=4), lambda _: None, lambda: False, ())
     previews, arrival = Previews(family, Device(CPU), every=1), Late()
     previews._copies.append(_Copy(drawing, torch.full((2, 3, 3), 7, dtype=torch.uint8), arrival))  # type: ignore[arg-type]
 
