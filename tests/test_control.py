@@ -306,6 +306,23 @@ def test_one_that_finds_no_room_waits_for_another_s_lanes_to_end(models: Models)
     engine.close()
 
 
+def test_one_that_is_refused_for_something_else_waits_for_no_room(models: Models) -> None:
+    engine = SmallEngine(models)
+    refused: list[Order] = []
+    is_answered: list[bool] = []
+
+    def come() -> None:
+        refused.append(Order(engine, controlled_request("depth", scheduler="none such")))
+
+    acts = {1: come, 2: engine.wait_until_prepared, 4: lambda: is_answered.append(refused[0].future.done())}
+    runner = Order(engine, controlled_request("pose"), at=acts)
+
+    assert runner.image.size == (64, 64)
+    assert is_answered == [True]
+    assert isinstance(refused[0].error, RequestFailed)
+    engine.close()
+
+
 def test_one_that_gives_way_leaves_the_memory(models: Models) -> None:
     engine = SmallEngine(models)
     gc.collect()

@@ -37,7 +37,8 @@ class ControlDesk:
     def needs(self, drawing: Drawing) -> list[Future[Any]] | None:
         """What the request waits for; None where its ControlNet finds no place beside those that others use."""
         name, picture = self._name_of(drawing), drawing.control_picture
-        if name is None or picture is None:
+        is_refused = drawing.scheduling.done() and drawing.scheduling.exception() is not None
+        if name is None or picture is None or is_refused:
             return []
         size = self._model.controlnets.num_bytes(name)
         net = self._shelf.want(name, size, lambda: self._submit(partial(self._model.load_control, name)))
