@@ -1,4 +1,7 @@
-"""Product jobs on real parts: queue, store, rembg, engine, backend."""
+"""Product jobs on real parts: queue, store, rembg, engine, backend.
+
+What breaks in the middle of one: `test_live_faults_product.py`.
+"""
 
 import hashlib
 import io
@@ -23,7 +26,6 @@ from worker.product.protecting import eroded, product_mask
 
 PROMPT = "a beach"
 STEPS = 8
-LONG = 100  # steps: some seconds on one core
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +72,6 @@ def stage(world: World, generation_id: int, name: str) -> Image.Image:
 def stage_bytes(world: World, generation_id: int, name: str) -> bytes:
     key = f"stages/gen-{generation_id}/{name}.png"
     return world.store.client().get_object(Bucket=world.bucket, Key=key)["Body"].read()  # type: ignore[no-any-return]
-
-
-def etag_and_time(world: World, generation_id: int, name: str) -> tuple[Any, Any]:
-    head = world.store.client().head_object(Bucket=world.bucket, Key=f"stages/gen-{generation_id}/{name}.png")
-    return head["ETag"], head["LastModified"]
 
 
 def kept_stages(world: World, generation_id: int) -> set[str]:
@@ -224,21 +221,3 @@ def test_what_is_wrong_with_a_product_is_told_before_anything_is_drawn(
     assert (end.kind, end.body["error_code"]) == ("failed", code)
     assert message in end.body["error_message"]
     assert lane_steps(worker) == before
-
-
-def test_killed_behind_the_background_a_retried_job_does_not_draw_it_again(world: World, cutout_model: Path) -> None:
-    """The last of this file: it kills the worker of all."""
-    cut = world.upload("uploads/cut.png", png_of(bottle()))
-    task = {"kind": "product", "prompt": PROMPT, "num_inference_steps": LONG, "guidance_scale": 0}
-    job = world.publish(**task, product={"image_path": cut, "refine_strength": 0.6})
-    key = f"stages/gen-{job}/background.png"
-    eventually(lambda: key in world.keys("stages/"), 60, world.workers[-1].log_tail)
-    world.workers[-1].kill()
-    kept = etag_and_time(world, job, "background")
-
-    second = world.start_worker(CUTOUT_MODEL=str(cutout_model))
-
-    assert "refined" in metadata_of(world, job)["stages"]
-    assert etag_and_time(world, job, "background") == kept
-    assert_lane_steps(second, LONG * 6 // 10)
-    assert [line["stage"] for line in second.events("stage resumed")][:2] == ["cutout", "background"]
