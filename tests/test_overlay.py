@@ -22,6 +22,7 @@ from watermark.headline import MARGIN, headline_of, headlines_of, put_headlines
 from watermark.overlay import Box, Stroke, TextOverlay
 from watermark.scripts import Script, scripts_in
 from watermark.signature import Position, SignatureStyle, TextSignature, Unsigned, sign, signature_place
+from watermark.text import is_visible
 from watermark.typefaces import choose_typeface, list_typefaces
 from watermark.typesetting import Typesetter
 from watermark.wrapping import Breaking, wrap
@@ -479,3 +480,11 @@ def test_the_command_lists_families_styles_and_scripts(monkeypatch: pytest.Monke
     monkeypatch.setenv("FONT_DIRS", str(tmp_path))
     none = CliRunner().invoke(app, ["fonts"])
     assert (none.exit_code, "no fonts in" in none.stdout) == (1, True)
+
+
+def test_a_font_that_draws_nothing_for_a_character_it_claims_to_have_is_passed_over() -> None:
+    # NanumSquare, the first choice for Hangul, has such a one; the others of its family write it.
+    headline = headline_of(TextOverlay("\ud7a3"), FONT_DIRS)
+
+    assert headline.typeface.family.startswith("Nanum")
+    assert is_visible("\ud7a3", headline.typeface.path, headline.typeface.index)

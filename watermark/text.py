@@ -1,6 +1,7 @@
 """What may be written, and a line of it as a mark: white with a thin dark outline, for light and for dark pictures."""
 
 import unicodedata
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,7 @@ def _plain(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
+@lru_cache(maxsize=4096)
 def is_visible(text: str, font: Path, index: int = 0) -> bool:
     """Whether `text` leaves any ink: fillers such as U+3164 are letters to Unicode, and empty to the eye."""
     return ImageFont.truetype(font, MIN_FONT_PX, index=index).getmask(text).getbbox() is not None

@@ -12,6 +12,7 @@ from fontTools.ttLib.ttCollection import TTCollection
 from watermark.errors import FontMissing
 from watermark.fonts import FONT_ERRORS, code_points, list_fonts, missing_from, named, wanted_of
 from watermark.scripts import Script, script_of
+from watermark.text import is_visible
 
 # Clear in headlines, and of the country whose signs these are: Han differ between Japan and China.
 PREFERRED_FAMILIES = {
@@ -66,7 +67,7 @@ def choose_typeface(text: str, family: str | None, font_dirs: tuple[Path, ...]) 
     if family is None:
         return _covering(text, font_dirs)
     face = _named_face(family, font_dirs)
-    if missing := _missing(text, face):
+    if missing := _missing(text, face) or _blank(text, face):
         raise FontMissing(f"the font {family} ({face.path.name}) cannot write {named(missing)}")
     return face
 
@@ -86,11 +87,17 @@ def _covering(text: str, font_dirs: tuple[Path, ...]) -> Typeface:
         return rank, face.is_italic, abs(face.weight - BOLD_WEIGHT)
 
     nearest = wanted_of(text)
+    with_gaps: list[Typeface] = []
     for face in sorted(list_typefaces(font_dirs), key=preference):
         missing = _missing(text, face)
-        if not missing:
+        if missing:
+            nearest = min(nearest, missing, key=len)
+        elif _blank(text, face):
+            with_gaps.append(face)
+        else:
             return face
-        nearest = min(nearest, missing, key=len)
+    if with_gaps:
+        return with_gaps[0]  # fillers are blank in every font
     raise FontMissing(f"no font in {', '.join(map(str, font_dirs))} can write {named(nearest)}")
 
 
@@ -112,6 +119,11 @@ def _near(key: str, faces: Iterable[Typeface]) -> str:
 
 def _missing(text: str, face: Typeface) -> frozenset[int]:
     return missing_from(code_points(face.path, face.index), wanted_of(text))
+
+
+def _blank(text: str, face: Typeface) -> frozenset[int]:
+    """Characters that the font has, and draws nothing for: NanumSquare has such a U+D7A3."""
+    return frozenset(one for one in wanted_of(text) if not is_visible(chr(one), face.path, face.index))
 
 
 def _key(name: str) -> str:
