@@ -30,6 +30,9 @@ TYPOGRAPHIC_FAMILY, TYPOGRAPHIC_STYLE, FAMILY, STYLE, FULL = 16, 17, 1, 2, 4
 ENGLISH = 0x409
 ITALIC = 1 << 1
 
+# Letters to Unicode, and blank in every font that does right by them.
+FILLERS = frozenset((0x115F, 0x1160, 0x3164, 0xFFA0))
+
 
 @dataclass(frozen=True, slots=True)
 class Typeface:
@@ -87,17 +90,11 @@ def _covering(text: str, font_dirs: tuple[Path, ...]) -> Typeface:
         return rank, face.is_italic, abs(face.weight - BOLD_WEIGHT)
 
     nearest = wanted_of(text)
-    with_gaps: list[Typeface] = []
     for face in sorted(list_typefaces(font_dirs), key=preference):
-        missing = _missing(text, face)
-        if missing:
-            nearest = min(nearest, missing, key=len)
-        elif _blank(text, face):
-            with_gaps.append(face)
-        else:
+        missing = _missing(text, face) or _blank(text, face)
+        if not missing:
             return face
-    if with_gaps:
-        return with_gaps[0]  # fillers are blank in every font
+        nearest = min(nearest, missing, key=len)
     raise FontMissing(f"no font in {', '.join(map(str, font_dirs))} can write {named(nearest)}")
 
 
@@ -123,7 +120,7 @@ def _missing(text: str, face: Typeface) -> frozenset[int]:
 
 def _blank(text: str, face: Typeface) -> frozenset[int]:
     """Characters that the font has, and draws nothing for: NanumSquare has such a U+D7A3."""
-    return frozenset(one for one in wanted_of(text) if not is_visible(chr(one), face.path, face.index))
+    return frozenset(one for one in wanted_of(text) - FILLERS if not is_visible(chr(one), face.path, face.index))
 
 
 def _key(name: str) -> str:
