@@ -18,13 +18,13 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 
-# The dependencies as a file of their own: as long as they stay the same, so do the large layers below,
+# The dependencies, with those of cut-outs, as a file of their own: as long as they stay the same, so do the large layers below,
 # whatever else changes in pyproject.toml.
 FROM base AS requirements
 WORKDIR /build
 COPY pyproject.toml ./
-RUN python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-    > requirements.txt
+RUN python3 -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+    print(*project['dependencies'], *project['optional-dependencies']['cutout'], sep='\n')" > requirements.txt
 
 
 FROM base AS build
