@@ -15,7 +15,7 @@ from tests.product_pictures import bottle, scene
 from worker.breakers import STORE_THRESHOLD, Breaker, Gate
 from worker.job import Job
 from worker.messages import decode
-from worker.product.shelf import Shelf, Stage
+from worker.product.shelf import MAX_STAGE_BYTES, Shelf, Stage
 from worker.rejecting import JobRules
 from worker.storing import PictureStore
 
@@ -106,6 +106,17 @@ def test_what_is_no_picture_any_more_is_made_again(shelves: Shelves) -> None:
     first = shelves()
     first.keep(Stage.CUTOUT, bottle())
     first.keep_png(Stage.BACKGROUND, b"broken")
+
+    again = shelves()
+
+    assert again.find(Stage.CUTOUT, "RGBA") is not None
+    assert again.find(Stage.BACKGROUND, "RGB") is None
+
+
+def test_what_became_too_large_to_read_is_made_again(shelves: Shelves) -> None:
+    first = shelves()
+    first.keep(Stage.CUTOUT, bottle())
+    first.keep_png(Stage.BACKGROUND, bytes(MAX_STAGE_BYTES + 1))
 
     again = shelves()
 

@@ -108,6 +108,12 @@ def test_a_jpeg_of_100_megapixels_is_read_at_a_part_of_its_size() -> None:
             id="100 Mpx png",
         ),
         pytest.param(
+            png_chunks(png_header(20_000_000, 1), (b"IDAT", b""), (b"IEND", b"")),
+            PictureTooLarge,
+            "20000000x1 px; at most 65535 px",
+            id="one endless row",
+        ),
+        pytest.param(
             png(Image.new("L", (6000, 5000)), format="JPEG", progressive=True),
             PictureTooLarge,
             "6000x5000 px, 30 Mpx",
@@ -151,6 +157,15 @@ def test_a_fitted_picture_has_the_size_that_is_asked_for(mode: str, how: Fit, si
     fitted = fit(gradient(100, 50).convert(mode), size, how)
 
     assert (fitted.size, fitted.mode) == (size, mode)
+
+
+@pytest.mark.parametrize("how", list(Fit))
+@pytest.mark.parametrize("strip", [(2000, 1), (1, 2000)])
+def test_a_strip_thinner_than_a_pixel_of_the_drawing_fits_as_well(strip: tuple[int, int], how: Fit) -> None:
+    fitted = fit(Image.new("RGB", strip, "red"), (512, 256), how)
+
+    assert fitted.size == (512, 256)
+    assert fitted.getextrema() == ((255, 255), (0, 0), (0, 0))
 
 
 def test_cover_cuts_off_and_contain_shows_all_and_goes_on() -> None:

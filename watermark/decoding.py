@@ -23,6 +23,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 
 # Of a reference picture, as it is held in memory: what most cameras take. 100 MB as RGBA, and twice that for a moment.
 MAX_PICTURE_PX = 25_000_000
+# JPEG's own. Making a strip of 25 million px in one row smaller would take a gigabyte for the filter alone.
+MAX_PICTURE_SIDE_PX = 65_535
 # A baseline JPEG is decoded at an eighth, a quarter or half of its size, which is as much as a drawing can use.
 USEFUL_SIDE_PX = 2048
 MAX_SCALED_JPEG_PX = 250_000_000
@@ -103,6 +105,9 @@ def decode_picture(content: bytes, mode: PictureMode) -> Image.Image:
     """
     with _opened(content, "the picture", PictureInvalid) as opened:
         _scale_jpeg(opened)
+        if max(opened.size) > MAX_PICTURE_SIDE_PX:
+            size = f"{opened.width}x{opened.height} px"
+            raise PictureTooLarge(f"the picture has {size}; at most {MAX_PICTURE_SIDE_PX} px are read on a side")
         if opened.width * opened.height > MAX_PICTURE_PX:
             size = f"{opened.width}x{opened.height} px, {opened.width * opened.height / 1e6:.0f} Mpx"
             raise PictureTooLarge(f"the picture has {size}; at most {MAX_PICTURE_PX / 1e6:.0f} Mpx are read")

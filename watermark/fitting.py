@@ -19,8 +19,10 @@ def fit(image: Image.Image, size: tuple[int, int], how: Fit) -> Image.Image:
         return image
     if how is Fit.COVER:
         return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-    inside = ImageOps.contain(image, size, Image.Resampling.LANCZOS)
-    return _continued(inside, size)
+    share = min(size[0] / image.width, size[1] / image.height)
+    # Of a picture that is a strip, not nothing.
+    inside = max(1, round(image.width * share)), max(1, round(image.height * share))
+    return _continued(image.resize(inside, Image.Resampling.LANCZOS), size)
 
 
 def _continued(inside: Image.Image, size: tuple[int, int]) -> Image.Image:

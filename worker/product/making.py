@@ -112,7 +112,7 @@ class Making:
                 return composite, self._place_in(composite, cutout)
             at = place(background, cutout.size, self._product.layout)
             if kept is not None:
-                return kept.picture, at
+                return self._fitted(kept.picture), at
             composite = compose(background, cutout, at, shadow=self._product.shadow)
             self.stages.keep(Stage.COMPOSITE, composite)
             return composite, at

@@ -11,7 +11,7 @@ from PIL import Image
 
 from clients.location import ObjectRef
 from clients.storage import Storage
-from clients.storage_errors import ObjectNotFound
+from clients.storage_errors import ObjectNotFound, ObjectTooLarge
 from config.logs import log_event
 from watermark.decoding import PictureMode, decode_picture
 from watermark.errors import PictureInvalid, PictureTooLarge
@@ -100,7 +100,7 @@ class Shelf:
             picture = decode_picture(content, mode)
         except ObjectNotFound:
             return None
-        except (PictureInvalid, PictureTooLarge) as error:
+        except (ObjectTooLarge, PictureInvalid, PictureTooLarge) as error:
             log_event(logger, "stage made again", logging.WARNING, stage=stage.value, reason=str(error))
             return None
         return Kept(picture, notes, is_changed=hashlib.sha256(content).hexdigest() != notes.get(SHA256))
