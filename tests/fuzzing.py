@@ -23,19 +23,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jsonschema import Draft7Validator
 from PIL import Image, PngImagePlugin
 from rich.console import Console
 from rich.table import Table
 
+from clients.location import ObjectRef
 from config.settings import ModelSettings, StoreSettings
 from watermark.decoding import decode_signature
 from watermark.errors import SignatureInvalid
 from worker.cancelling import decode_cancel
+from worker.contract import schema_of
 from worker.events import TerminalEvent, failed_event
-from worker.job import JobRejected, Undecodable, resolve_size
+from worker.job import Job, JobRejected, Kind, Undecodable, resolve_size
 from worker.messages import MAX_REASON_CHARS, decode, rules_from
 from worker.rejecting import JobRules
-from worker.schema import WireData, WireParameters
+from worker.schema import (
+    WireBox,
+    WireControl,
+    WireData,
+    WireLayout,
+    WireLora,
+    WireParameters,
+    WireProduct,
+    WireSignatureConfig,
+    WireStroke,
+    WireTextOverlay,
+)
 
 SEED = 20_261_121
 # What is told to a backend or written beside a dead letter has room for a sentence, and one line.
@@ -142,6 +156,9 @@ def _wrapped(rng: random.Random, value: Any) -> Any:
 # --- messages -------------------------------------------------------------------------------------------------------
 
 FIELD_NAMES = (*WireData.model_fields, *WireParameters.model_fields, "generation_id", "task_id", "type", "created_at")
+NESTED = (WireControl, WireProduct, WireLayout, WireTextOverlay, WireStroke, WireBox, WireSignatureConfig, WireLora)
+ALL_NAMES = (*FIELD_NAMES, *(name for model in NESTED for name in model.model_fields))
+PUBLISHED = Draft7Validator(schema_of("job"))
 
 
 def valid_message(rng: random.Random, generation_id: int, *, bucket: str = "media") -> dict[str, Any]:
@@ -168,9 +185,41 @@ def valid_message(rng: random.Random, generation_id: int, *, bucket: str = "medi
         "style_id": 123,
     }
     fields |= {name: extras[name] for name in rng.sample(sorted(extras), rng.randrange(5))}
+    if rng.random() < 0.6:
+        fields |= _more_than_text(rng, bucket)
     task_id = str(uuid.UUID(int=rng.getrandbits(128), version=4))
     outer = {"task_id": task_id, "type": "image_generation", "data": fields, "created_at": "2025-01-20T11:30:00Z"}
     return outer | ({"webhook_url": "http://169.254.169.254/"} if rng.random() < 0.2 else {})
+
+
+def _more_than_text(rng: random.Random, bucket: str) -> dict[str, Any]:
+    """Fields of the other kinds, with something in every place of theirs."""
+    path = f"s3://{bucket}/uploads/none.png"
+    headline = {
+        "text": "서울의 밤\nNight",
+        "font": "Noto Sans",
+        "size": 0.1,
+        "color": "auto",
+        "stroke": {"width": 0.05, "color": "#000000"},
+        "box": {"color": "#ffffff", "opacity": 0.5},
+        "shadow": True,
+        "position": "top-left",
+    }
+    product = {name: path for name in WireProduct.model_fields if name.endswith("_path")} | {
+        "layout": {"scale": 0.5, "position": "auto"},
+        "shadow": 0.5,
+        "refine_strength": 0.3,
+    }
+    control = {"image_path": path, "model": "edges", "scale": 0.8, "start": 0.1, "end": 0.9, "preprocess": "canny"}
+    init = {"init_image_path": "uploads/none.png", "strength": 0.5, "fit": "contain"}
+    kinds: tuple[dict[str, Any], ...] = (
+        {"kind": "image2image", **init, "control": control},
+        {"kind": "inpaint", **init, "mask_path": path},
+        {"kind": "product", "product": product, "text_overlay": headline},
+        {"kind": "text2image", "control": control, "style": "anime"},
+        {"text_overlay": [headline, {"text": "cafe", "size": "fit"}], "style": "anime", "industry": "cafe"},
+    )
+    return rng.choice(kinds)
 
 
 def fuzzed_message(rng: random.Random, *, generation_id: int = 456, bucket: str = "media") -> bytes:
@@ -188,7 +237,7 @@ def fuzzed_message(rng: random.Random, *, generation_id: int = 456, bucket: str 
             message["data"] = _mutated_field(rng, message["data"])
         else:
             message = _mutated_field(rng, message)
-    return json.dumps(message if rng.random() < 0.98 else mutated_json(rng, message, FIELD_NAMES)).encode()
+    return json.dumps(message if rng.random() < 0.98 else mutated_json(rng, message, ALL_NAMES)).encode()
 
 
 def _mutated_field(rng: random.Random, fields: dict[str, Any]) -> dict[str, Any]:
@@ -196,11 +245,11 @@ def _mutated_field(rng: random.Random, fields: dict[str, Any]) -> dict[str, Any]
     names = [name for name in FIELD_NAMES if name not in ("generation_id", "type") or rng.random() < 0.1]
     name = rng.choice(([name for name in fields if name in names] if rng.random() < 0.7 else []) or names)
     held = fields.get(name)
-    return fields | {name: mutated_json(rng, held, FIELD_NAMES) if held else rng.choice(EVIL_VALUES)}
+    return fields | {name: mutated_json(rng, held, ALL_NAMES) if held else rng.choice(EVIL_VALUES)}
 
 
 def feed_message(body: bytes, rules: JobRules = RULES) -> str:
-    """Decode it; the word for what came of it."""
+    """Decode it; the word for what came of it. What is taken, the published schema takes too."""
     try:
         job = decode(body, rules)
     except Undecodable as error:
@@ -211,9 +260,23 @@ def feed_message(body: bytes, rules: JobRules = RULES) -> str:
         return error.code
     width, height = resolve_size(job, base_size=512, size_multiple=8)
     assert 64 <= min(width, height) <= max(width, height) <= 2048
-    assert all(adapter.ref.bucket == "media" for adapter in job.adapters)
+    assert {ref.bucket for ref in _refs_of(job)} <= {"media"}
     assert str(uuid.UUID(job.task_id)) == job.task_id
-    return "a job"
+    assert PUBLISHED.is_valid(json.loads(body)), "the schema refuses what the decoder takes"
+    return "a job" if job.kind is Kind.TEXT2IMAGE else f"a job of kind {job.kind}"
+
+
+def _refs_of(job: Job) -> list[ObjectRef]:
+    """All that the job makes the worker read."""
+    source, control, product = job.source, job.control, job.product
+    named = [
+        *(adapter.ref for adapter in job.adapters),
+        job.signature_ref,
+        *((source.image_ref, source.mask_ref) if source else ()),
+        *((control.image_ref,) if control else ()),
+        *((product.image_ref, product.cutout_ref, product.background_ref, product.composite_ref) if product else ()),
+    ]
+    return [ref for ref in named if ref is not None]
 
 
 def _check_told(text: str, max_chars: int = MAX_TOLD_CHARS) -> None:

@@ -407,7 +407,7 @@ CLASSES = (
         "data",
         {
             "missing": told("INVALID_INPUT", {"task_id": TASK, "generation_id": ID}),
-            "unknown fields": runs(style="oil", __class__="Job", deep=[[[{}]]] * 100),
+            "unknown fields": runs(brush="oil", __class__="Job", deep=[[[{}]]] * 100),
             "list": told("INVALID_INPUT", {"task_id": TASK, "generation_id": ID, "data": []}),
             "text": told("INVALID_INPUT", {"task_id": TASK, "generation_id": ID, "data": "prompt"}),
             "steps in text": failed("INVALID_INPUT", num_inference_steps="50"),

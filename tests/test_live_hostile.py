@@ -53,6 +53,7 @@ from tests.hostile_inputs import (
     demo_adapter,
     torch_zip,
 )
+from tests.hostile_kinds import KIND_CLASSES
 from tests.world import Worker, World, eventually
 from worker.job import Job, JobRejected, Undecodable, resolve_size
 from worker.messages import MAX_REASON_CHARS, decode, rules_from
@@ -336,7 +337,7 @@ def site(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.Temp
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("hostile", CLASSES, ids=lambda hostile: hostile.name)
+@pytest.mark.parametrize("hostile", (*CLASSES, *KIND_CLASSES), ids=lambda hostile: hostile.name)
 def test_every_variant_gets_its_answer_and_the_next_job_its_picture(site: Site, hostile: HostileClass) -> None:
     row = Row(hostile.name, [], (0.0, 0.0))
     for name, variant in islice(hostile.variants.items(), NUM_VARIANTS):
