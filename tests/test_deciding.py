@@ -245,6 +245,8 @@ def test_every_delay_a_verdict_names_has_its_queue() -> None:
         ({"wait", "fetch"}, True, True, "encoding"),
         ({"encode"}, True, True, "encoding"),
         ({"fetch", "store"}, True, True, "fetching"),
+        ({"cut"}, True, True, "fetching"),
+        ({"compose"}, True, True, "fetching"),
         ({"ledger", "notify"}, True, False, "fetching"),
         ({"sign", "store", "record", "notify", ""}, True, True, "no_jobs"),
         (set(), True, True, "no_jobs"),

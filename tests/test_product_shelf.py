@@ -15,7 +15,7 @@ from tests.product_pictures import bottle, scene
 from worker.breakers import STORE_THRESHOLD, Breaker, Gate
 from worker.job import Job
 from worker.messages import decode
-from worker.product.shelf import MAX_STAGE_BYTES, Shelf, Stage
+from worker.product.shelf import ProductStage, Shelf
 from worker.rejecting import JobRules
 from worker.storing import PictureStore
 
@@ -38,7 +38,7 @@ def shelves(store_settings: StoreSettings, bucket: str) -> Shelves:
     return lambda: Shelf(store, bucket, a_job())
 
 
-def change(shelf: Shelf, stage: Stage, picture: Image.Image) -> None:
+def change(shelf: Shelf, stage: ProductStage, picture: Image.Image) -> None:
     """As a person does it: the tools know nothing of notes."""
     content = io.BytesIO()
     picture.save(content, "PNG")
@@ -48,12 +48,12 @@ def change(shelf: Shelf, stage: Stage, picture: Image.Image) -> None:
 
 def test_a_task_finds_what_it_kept_and_nothing_behind_the_first_gap(shelves: Shelves) -> None:
     first = shelves()
-    first.keep(Stage.CUTOUT, bottle())
-    first.keep(Stage.BACKGROUND, scene(SIZE), {"scheduler": "ddim"})
-    first.keep(Stage.REFINED, scene(SIZE))
+    first.keep(ProductStage.CUTOUT, bottle())
+    first.keep(ProductStage.BACKGROUND, scene(SIZE), {"scheduler": "ddim"})
+    first.keep(ProductStage.REFINED, scene(SIZE))
 
     again = shelves()
-    cutout, background = again.find(Stage.CUTOUT, "RGBA"), again.find(Stage.BACKGROUND, "RGB")
+    cutout, background = again.find(ProductStage.CUTOUT, "RGBA"), again.find(ProductStage.BACKGROUND, "RGB")
 
     assert cutout is not None
     assert cutout.picture.tobytes() == bottle().tobytes()
@@ -62,8 +62,8 @@ def test_a_task_finds_what_it_kept_and_nothing_behind_the_first_gap(shelves: She
     assert not background.is_changed
     assert background.notes["scheduler"] == "ddim"
     assert background.notes["stage"] == "background"
-    assert again.find(Stage.COMPOSITE, "RGB") is None
-    assert again.find(Stage.REFINED, "RGB") is None
+    assert again.find(ProductStage.COMPOSITE, "RGB") is None
+    assert again.find(ProductStage.REFINED, "RGB") is None
     assert again.listing == {
         "cutout": f"s3://{again.bucket}/stages/gen-7/cutout.png",
         "background": f"s3://{again.bucket}/stages/gen-7/background.png",
@@ -71,54 +71,47 @@ def test_a_task_finds_what_it_kept_and_nothing_behind_the_first_gap(shelves: She
 
 
 def test_another_task_of_the_generation_uses_nothing_and_replaces_it(shelves: Shelves) -> None:
-    shelves().keep(Stage.CUTOUT, bottle())
+    shelves().keep(ProductStage.CUTOUT, bottle())
     other = shelves()
     other.job = replace(other.job, task_id="770f9511-f3ac-52e5-b827-557766551111")
 
-    assert other.find(Stage.CUTOUT, "RGBA") is None
-    other.keep(Stage.CUTOUT, bottle(60))
-    assert shelves().find(Stage.CUTOUT, "RGBA") is None
+    assert other.find(ProductStage.CUTOUT, "RGBA") is None
+    other.keep(ProductStage.CUTOUT, bottle(60))
+    assert shelves().find(ProductStage.CUTOUT, "RGBA") is None
 
 
 def test_what_somebody_changed_is_used_and_what_was_made_of_it_before_is_not(shelves: Shelves) -> None:
     first = shelves()
-    for stage, picture in ((Stage.CUTOUT, bottle()), (Stage.BACKGROUND, scene(SIZE)), (Stage.COMPOSITE, scene(SIZE))):
+    for stage, picture in (
+        (ProductStage.CUTOUT, bottle()),
+        (ProductStage.BACKGROUND, scene(SIZE)),
+        (ProductStage.COMPOSITE, scene(SIZE)),
+    ):
         first.keep(stage, picture)
-    change(first, Stage.BACKGROUND, Image.new("RGB", SIZE, "red"))
+    change(first, ProductStage.BACKGROUND, Image.new("RGB", SIZE, "red"))
 
     again = shelves()
-    again.find(Stage.CUTOUT, "RGBA")
-    background = again.find(Stage.BACKGROUND, "RGB")
+    again.find(ProductStage.CUTOUT, "RGBA")
+    background = again.find(ProductStage.BACKGROUND, "RGB")
 
     assert background is not None
     assert background.is_changed
     assert background.picture.getpixel((0, 0)) == (255, 0, 0)
-    assert again.find(Stage.COMPOSITE, "RGB") is None
+    assert again.find(ProductStage.COMPOSITE, "RGB") is None
 
 
 def test_what_nobody_s_task_kept_is_no_beginning(shelves: Shelves) -> None:
-    change(shelves(), Stage.CUTOUT, bottle())
+    change(shelves(), ProductStage.CUTOUT, bottle())
 
-    assert shelves().find(Stage.CUTOUT, "RGBA") is None
+    assert shelves().find(ProductStage.CUTOUT, "RGBA") is None
 
 
 def test_what_is_no_picture_any_more_is_made_again(shelves: Shelves) -> None:
     first = shelves()
-    first.keep(Stage.CUTOUT, bottle())
-    first.keep_png(Stage.BACKGROUND, b"broken")
+    first.keep(ProductStage.CUTOUT, bottle())
+    first.keep_png(ProductStage.BACKGROUND, b"broken")
 
     again = shelves()
 
-    assert again.find(Stage.CUTOUT, "RGBA") is not None
-    assert again.find(Stage.BACKGROUND, "RGB") is None
-
-
-def test_what_became_too_large_to_read_is_made_again(shelves: Shelves) -> None:
-    first = shelves()
-    first.keep(Stage.CUTOUT, bottle())
-    first.keep_png(Stage.BACKGROUND, bytes(MAX_STAGE_BYTES + 1))
-
-    again = shelves()
-
-    assert again.find(Stage.CUTOUT, "RGBA") is not None
-    assert again.find(Stage.BACKGROUND, "RGB") is None
+    assert again.find(ProductStage.CUTOUT, "RGBA") is not None
+    assert again.find(ProductStage.BACKGROUND, "RGB") is None

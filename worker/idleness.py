@@ -10,6 +10,8 @@ REASON_OF_PHASE = {
     "decode": "decoding",
     "encode": "encoding",
     "wait": "encoding",
+    "compose": "fetching",
+    "cut": "fetching",
     "fetch": "fetching",
     "ledger": "fetching",
 }

@@ -30,7 +30,7 @@ from worker.presets import presets_in_force
 from worker.product.brought import Brought, bring
 from worker.product.cutting import Cutter
 from worker.product.making import Making
-from worker.product.shelf import Stage
+from worker.product.shelf import ProductStage
 from worker.references import References, check_can, check_mask
 from worker.rejecting import JobRules
 from worker.settling import CuttingFailed, JobFailed
@@ -187,10 +187,10 @@ class _Workshop:
 class _Unkept:
     """No stage of a product is kept: what is wanted of it is one file."""
 
-    def find(self, _stage: Stage, _mode: PictureMode) -> None:
+    def find(self, _stage: ProductStage, _mode: PictureMode) -> None:
         return None
 
-    def keep(self, _stage: Stage, _picture: Image.Image, _notes: Mapping[str, str] = NO_NOTES) -> None:
+    def keep(self, _stage: ProductStage, _picture: Image.Image, _notes: Mapping[str, str] = NO_NOTES) -> None:
         pass
 
 

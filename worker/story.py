@@ -20,7 +20,7 @@ from worker.job import Job, JobRejected, Kind, resolve_size
 from worker.labelling import Labeller, provenance_of
 from worker.ledger import Ledger
 from worker.product.brought import Brought
-from worker.product.shelf import Shelf, Stage
+from worker.product.shelf import ProductStage, Shelf
 from worker.product.story import ProductTeller
 from worker.progress import ProgressReporter
 from worker.references import NO_REFERENCES, References, check_can
@@ -101,7 +101,7 @@ class Storyteller:
             headlines=fetched.headlines,
             signature=fetched.signature,
             keep_off=keep_off,
-            on_headlines=partial(shelf.keep, Stage.HEADLINE) if job.product else lambda _: None,
+            on_headlines=partial(shelf.keep, ProductStage.HEADLINE) if job.product else lambda _: None,
         )
 
     def _store(
@@ -114,7 +114,7 @@ class Storyteller:
             png = self.labeller.encode(picture, provenance_of(job, result, drawn, model=self.facts.model))
             stored.append(StoredPicture(self.store.put(ref, png, task_id=job.task_id), drawn.seed))
             if job.product is not None:
-                shelf.keep_png(Stage.FINAL, png)
+                shelf.keep_png(ProductStage.FINAL, png)
         return stored
 
     def _complete(

@@ -7,15 +7,15 @@ const ANSWER_MS = 5000;
 const STALE_MS = 4000;
 const MANY_SLOTS = 64;
 
-// Eleven stages in seven colours, in the order of a job's life.
+// Thirteen stages in seven colours, in the order of a job's life; cut and compose are of products.
 const GROUPS = [
   ["ledger", "ledger", ["ledger"]],
-  ["fetch", "fetch", ["fetch"]],
+  ["fetch", "fetch, cut", ["fetch", "cut"]],
   ["wait", "wait for a lane", ["wait"]],
   ["prepare", "adapt, encode", ["adapt", "encode"]],
   ["denoise", "denoise", ["denoise"]],
   ["decode", "decode", ["decode"]],
-  ["deliver", "sign, store, record, notify", ["sign", "store", "record", "notify"]],
+  ["deliver", "compose, sign, store, record, notify", ["compose", "sign", "store", "record", "notify"]],
 ];
 const GROUP_OF = new Map(GROUPS.flatMap(([group, , stages]) => stages.map((stage) => [stage, group])));
 
@@ -35,9 +35,11 @@ const PHASES = {
   "": "beginning",
   ledger: "asking the ledger",
   fetch: "fetching files",
+  cut: "cutting out",
   wait: "waiting for a lane",
   denoise: "denoising",
   decode: "decoding",
+  compose: "composing",
   sign: "signing",
   store: "storing",
   record: "recording",

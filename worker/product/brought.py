@@ -11,7 +11,7 @@ from watermark.decoding import PictureMode
 from watermark.fitting import Fit, fit
 from worker.job import JobProduct
 from worker.product.cutout import NothingCut, bounded, has_own_alpha, trimmed
-from worker.product.shelf import Shelf, Stage
+from worker.product.shelf import ProductStage, Shelf
 from worker.references import References
 from worker.settling import JobFailed
 
@@ -42,9 +42,9 @@ class Brought:
         """List what need not be made."""
         product = self.product
         for stage, ref in (
-            (Stage.CUTOUT, product.cutout_ref),
-            (Stage.BACKGROUND, product.background_ref),
-            (Stage.COMPOSITE, product.composite_ref),
+            (ProductStage.CUTOUT, product.cutout_ref),
+            (ProductStage.BACKGROUND, product.background_ref),
+            (ProductStage.COMPOSITE, product.composite_ref),
         ):
             if ref is not None:
                 shelf.note_brought(stage, ref)

@@ -1,5 +1,6 @@
 """Puts a product with its shadow on a background. Pure: the same input gives the same bytes."""
 
+import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
 from watermark.calm import Rect
@@ -62,6 +63,5 @@ def _shade(
     shade = Image.new("L", around.size)
     shade.paste(flat, (place.left - around.left, place.bottom - around.top - (flat.height + 1) // 2))
     blurred = shade.filter(ImageFilter.GaussianBlur(width * blur))
-    _, darkest = blurred.getextrema()
-    factor = darkness * 255 / max(1, int(darkest))  # type: ignore[arg-type]
+    factor = darkness * 255 / max(1, int(np.asarray(blurred).max()))
     return blurred.point([min(255, round(value * factor)) for value in range(256)])

@@ -19,8 +19,7 @@ class NothingCut(Exception):
 
 def has_own_alpha(picture: Image.Image) -> bool:
     """Is some part of an RGBA picture transparent?"""
-    lowest, _ = picture.getchannel("A").getextrema()
-    return int(lowest) < CLEAR  # type: ignore[arg-type]
+    return bool(np.asarray(picture.getchannel("A")).min() < CLEAR)
 
 
 def trimmed(picture: Image.Image) -> Image.Image:

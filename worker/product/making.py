@@ -19,7 +19,7 @@ from worker.product.cutting import Cutter
 from worker.product.finding import find
 from worker.product.placing import place, size_in
 from worker.product.protecting import around, product_mask, put_back
-from worker.product.shelf import Kept, Stage
+from worker.product.shelf import Kept, ProductStage
 from worker.settling import JobFailed
 from worker.storing import NO_NOTES
 
@@ -45,9 +45,9 @@ class Workshop(Protocol):
 class Stages(Protocol):
     """Where the stages' pictures are kept, if they are. See `Shelf`."""
 
-    def find(self, stage: Stage, mode: PictureMode) -> Kept | None: ...
+    def find(self, stage: ProductStage, mode: PictureMode) -> Kept | None: ...
 
-    def keep(self, stage: Stage, picture: Image.Image, notes: Mapping[str, str] = NO_NOTES) -> None: ...
+    def keep(self, stage: ProductStage, picture: Image.Image, notes: Mapping[str, str] = NO_NOTES) -> None: ...
 
 
 @dataclass(slots=True)
@@ -91,12 +91,12 @@ class Making:
         if self.brought.cutout is not None:
             return self.brought.cutout
         with self._stage("cut"):
-            kept = self.stages.find(Stage.CUTOUT, "RGBA")
+            kept = self.stages.find(ProductStage.CUTOUT, "RGBA")
             if kept is not None:
                 return kept.picture
             assert self.brought.image is not None, "a job brings one or the other"  # noqa: S101
             cutout = self.cutter.cut(self.brought.image, "product.image_path", self.workshop.go_on_or_leave)
-            self.stages.keep(Stage.CUTOUT, cutout)
+            self.stages.keep(ProductStage.CUTOUT, cutout)
             return cutout
 
     def _composite(self, cutout: Image.Image) -> tuple[Image.Image, Rect | None]:
@@ -106,7 +106,7 @@ class Making:
                 return self.brought.composite, self._place_in(self.brought.composite, cutout)
         background = self._background()
         with self._stage("compose"):
-            kept = self.stages.find(Stage.COMPOSITE, "RGB")
+            kept = self.stages.find(ProductStage.COMPOSITE, "RGB")
             if kept is not None and kept.is_changed:
                 composite = self._fitted(kept.picture)
                 return composite, self._place_in(composite, cutout)
@@ -114,26 +114,26 @@ class Making:
             if kept is not None:
                 return self._fitted(kept.picture), at
             composite = compose(background, cutout, at, shadow=self._product.shadow)
-            self.stages.keep(Stage.COMPOSITE, composite)
+            self.stages.keep(ProductStage.COMPOSITE, composite)
             return composite, at
 
     def _background(self) -> Image.Image:
         if self.brought.background is not None:
             return self.brought.background
         with self._stage("fetch"):
-            kept = self.stages.find(Stage.BACKGROUND, "RGB")
+            kept = self.stages.find(ProductStage.BACKGROUND, "RGB")
         if kept is not None:
             self.scheduler = kept.notes.get(SCHEDULER, self.scheduler)
             return self._fitted(kept.picture)
         self.background_steps = self.request.num_inference_steps
         background = self._drawn(self.request, Leg(0, self.background_steps, self._num_steps))
         with self.workshop.stage("store"):
-            self.stages.keep(Stage.BACKGROUND, background, {SCHEDULER: self.scheduler})
+            self.stages.keep(ProductStage.BACKGROUND, background, {SCHEDULER: self.scheduler})
         return background
 
     def _refined(self, composite: Image.Image, cutout: Image.Image, at: Rect) -> Image.Image:
         with self._stage("fetch"):
-            kept = self.stages.find(Stage.REFINED, "RGB")
+            kept = self.stages.find(ProductStage.REFINED, "RGB")
         if kept is not None:
             return self._fitted(kept.picture)
         mask = product_mask(composite.size, cutout, at)
@@ -145,7 +145,7 @@ class Making:
         refined = self._drawn(request, Leg(self.background_steps, self._refining_steps, self._num_steps))
         with self.workshop.stage("compose"):
             refined = put_back(refined, composite, mask)
-            self.stages.keep(Stage.REFINED, refined)
+            self.stages.keep(ProductStage.REFINED, refined)
             return refined
 
     def _place_in(self, composite: Image.Image, cutout: Image.Image) -> Rect | None:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 MAX_STAGE_BYTES = 50_000_000
 
 
-class Stage(StrEnum):
+class ProductStage(StrEnum):
     """The stages in their order, as their objects are called."""
 
     CUTOUT = "cutout"
@@ -60,7 +60,7 @@ class Shelf:
     _is_resuming: bool = False
     _is_over: bool = False
 
-    def find(self, stage: Stage, mode: PictureMode) -> Kept | None:
+    def find(self, stage: ProductStage, mode: PictureMode) -> Kept | None:
         """The stage's picture, as this task kept it or somebody changed it since; None where it has to be made."""
         kept = None if self._is_over else self._kept(stage, mode)
         self._is_over = kept is None or kept.is_changed
@@ -70,26 +70,26 @@ class Shelf:
             log_event(logger, "stage resumed", stage=stage.value, is_changed=kept.is_changed)
         return kept
 
-    def keep(self, stage: Stage, picture: Image.Image, notes: Mapping[str, str] = NO_NOTES) -> None:
+    def keep(self, stage: ProductStage, picture: Image.Image, notes: Mapping[str, str] = NO_NOTES) -> None:
         """Store the stage's picture, RGB or RGBA."""
         content = io.BytesIO()
         picture.save(content, "PNG", compress_level=PNG_COMPRESS_LEVEL, compress_type=PNG_COMPRESS_TYPE)
         self.keep_png(stage, content.getvalue(), notes)
 
-    def keep_png(self, stage: Stage, png: bytes, notes: Mapping[str, str] = NO_NOTES) -> None:
+    def keep_png(self, stage: ProductStage, png: bytes, notes: Mapping[str, str] = NO_NOTES) -> None:
         """Store the stage's picture as it is."""
         ref = self._ref(stage)
         self.store.put(ref, png, task_id=self.job.task_id, notes={**notes, "stage": stage.value})
         self.listing[stage] = str(ref)
 
-    def note_brought(self, stage: Stage, ref: ObjectRef) -> None:
+    def note_brought(self, stage: ProductStage, ref: ObjectRef) -> None:
         """The job brought the stage's picture, which stays where it is."""
         self.listing[stage] = str(ref)
 
-    def _ref(self, stage: Stage) -> ObjectRef:
+    def _ref(self, stage: ProductStage) -> ObjectRef:
         return ObjectRef(self.bucket, f"stages/gen-{self.job.generation_id}/{stage}.png")
 
-    def _kept(self, stage: Stage, mode: PictureMode) -> Kept | None:
+    def _kept(self, stage: ProductStage, mode: PictureMode) -> Kept | None:
         ref = self._ref(stage)
         try:
             notes = self._gate.insist(lambda: self._storage.metadata_of(ref))
