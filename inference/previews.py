@@ -56,7 +56,7 @@ class Previews:
         if lane.number > 0 or sampler.step_index + 1 >= sampler.num_steps:
             return False
         # A scheduler may take several forwards to one step.
-        num_steps = lane.drawing.request.num_inference_steps
+        num_steps = lane.drawing.kind.num_steps
         before, after = (
             index * num_steps // sampler.num_steps for index in (sampler.step_index, sampler.step_index + 1)
         )

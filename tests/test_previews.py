@@ -28,11 +28,11 @@ from inference.foresight import denoised
 from inference.lane import Drawing, Kind, Lane
 from inference.previews import Previews, _Copy
 from inference.projection import Projection, find_projection
-from inference.request import Preview, StepReport
+from inference.request import Preview, Source, StepReport
 from tests.engine_requests import request_of
 from tests.pictures import DEMO, draw, one_torch_thread, settings_of
 from tests.status_pages import served, status
-from tests.tiny_models import BETAS, build_tiny_sd, build_tiny_sdxl, build_tiny_z_image
+from tests.tiny_models import BETAS, build_tiny_sd, build_tiny_sd_inpaint, build_tiny_sdxl, build_tiny_z_image
 from tests.watched_engine import Order, WatchedEngine, WatchedModel
 from worker.metrics import Metrics
 from worker.previews import Previewer, encode
@@ -185,6 +185,25 @@ def test_they_come_every_so_many_steps_but_not_with_the_last(engine: LocalEngine
     assert with_previews(steps) == [3, 6]
 
 
+def test_a_lane_with_a_source_has_a_preview_every_so_many_of_the_steps_that_it_takes(engine: LocalEngine) -> None:
+    steps: list[StepReport] = []
+    source = Source(bytes(64 * 64 * 3), 0.4)
+    draw(engine, tiny_request(num_inference_steps=20, source=source), steps)
+
+    assert with_previews(steps) == [3, 6]
+
+
+def test_a_checkpoint_that_reads_a_mask_has_previews_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = LocalEngine(settings_of(build_tiny_sd_inpaint(tmp_path / "inpaint"), PREVIEW_EVERY=3))
+    steps: list[StepReport] = []
+    source = Source(bytes(64 * 64 * 3), 1.0, bytes([255]) * 64 * 64)
+    draw(engine, tiny_request(source=source), steps)
+    engine.close()
+
+    assert with_previews(steps) == [3, 6]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 def test_of_several_pictures_the_first_is_shown(engine: LocalEngine) -> None:
     alone: list[StepReport] = []
     together: list[StepReport] = []
@@ -236,7 +255,7 @@ class Late:
 
 def test_what_has_not_arrived_from_the_device_is_waited_for_by_nobody_and_comes_with_a_later_step(tiny: Path) -> None:
     family = load_family(settings_of(tiny), device=CPU, dtype=torch.float32)
-    drawing = Drawing(tiny_request(), Kind((64, 64), is_guided=True, num_steps=4), lambda _: None, lambda: False, ())
+    drawing = Drawing(tiny_request(), Kind((64, 64), is_guided=True, num_steps=8), lambda _: None, lambda: False, ())
     previews, arrival = Previews(family, Device(CPU), every=1), Late()
     previews._copies.append(_Copy(drawing, torch.full((2, 3, 3), 7, dtype=torch.uint8), arrival))  # type: ignore[arg-type]
 

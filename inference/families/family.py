@@ -196,7 +196,9 @@ class Family(ABC):
     def denoised(self, lane: Lane, prediction: torch.Tensor) -> torch.Tensor:
         """The finished latents as far as they can be told before the lane takes its step by `prediction`."""
         sampler = sampler_of(lane)
-        return denoised(sampler.model_input(), sampler.timestep, prediction, self._pipeline.scheduler)
+        # What it read behind the latents tells nothing of the noise.
+        latents = sampler.model_input()[: len(prediction)]
+        return denoised(latents, sampler.timestep, prediction, self._pipeline.scheduler)
 
     def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [1, channels, height, width] in the VAE's own scale."""
