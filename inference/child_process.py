@@ -1,10 +1,12 @@
 """The engine's child as its parent holds it: a process and this end of the pipe."""
 
 import os
+import queue
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+import threading
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Self
 
@@ -26,12 +28,16 @@ SECRET_VARIABLES = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
 class Child:
-    """One child process. It dies with the *thread* that spawned it: see `inference.child`."""
+    """One child process, and owner of the thread that sends to it. It dies with the *thread* that spawned it: see
+    `inference.child`."""
 
-    process: "subprocess.Popen[bytes]"
-    connection: "Connection[ToChild, FromChild]"
+    def __init__(self, process: "subprocess.Popen[bytes]", connection: "Connection[ToChild, FromChild]") -> None:
+        self.process = process
+        self.connection = connection
+        self._outbox: queue.SimpleQueue[ToChild | None] = queue.SimpleQueue()
+        self._sender = threading.Thread(target=self._send_all, name="engine-sender", daemon=True)
+        self._sender.start()
 
     @classmethod
     def spawn(cls) -> Self:
@@ -43,14 +49,25 @@ class Child:
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
         return cls(process, Connection(ours.detach()))
 
+    def send(self, message: ToChild) -> None:
+        """Have it sent, behind those before it. Requests with pictures are larger than the pipe: whoever waited for the
+        child to read them could not read what it says meanwhile, and never learn that it hangs."""
+        self._outbox.put(message)
+
     def end(self, *, is_idle: bool) -> None:
         """Leave no process behind: ask an idle child to go, kill any that is there after that."""
         if is_idle:
-            try:
-                self.connection.send(Stop())
+            self.send(Stop())
+            with suppress(subprocess.TimeoutExpired):  # stuck: the kill below settles it
                 self.process.wait(STOP_SECONDS)
-            except (ConnectionError, subprocess.TimeoutExpired):
-                pass  # dead or stuck: the kill below settles both
-        self.connection.close()
         self.process.kill()
         self.process.wait()
+        # With nobody there to read it, what is being sent has ended too.
+        self._outbox.put(None)
+        self._sender.join()
+        self.connection.close()
+
+    def _send_all(self) -> None:
+        while (message := self._outbox.get()) is not None:
+            with suppress(OSError):  # a dead child shows where it is read, behind the last that it said
+                self.connection.send(message)

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from enum import Enum, auto
 from multiprocessing.connection import Connection
 
@@ -160,8 +159,8 @@ class EngineProcess:
         self.pid = child.process.pid
         end = _End.CLOSED
         try:
-            _send(child.connection, Start(self._settings, self._log_level))
-            end = self._serve(child.connection)
+            child.send(Start(self._settings, self._log_level))
+            end = self._serve(child)
         finally:
             is_at_rest = self.state is EngineState.READY and not self._lineup.inside
             child.end(is_idle=is_at_rest and end is _End.CLOSED)
@@ -170,7 +169,8 @@ class EngineProcess:
         if end is not _End.CLOSED and not self._is_closing:
             self._after_crash(end, child.process.returncode)
 
-    def _serve(self, connection: "Connection[ToChild, FromChild]") -> _End:
+    def _serve(self, child: Child) -> _End:
+        connection = child.connection
         # One selector for the child's life: multiprocessing.connection.wait would make one for every message.
         with selectors.DefaultSelector() as selector:
             selector.register(connection, selectors.EVENT_READ)
@@ -189,8 +189,8 @@ class EngineProcess:
                     return _End.SICK
                 self._take_newcomers()
                 self._drop_unwanted()
-                self._pass_on_cancels(connection)
-                self._dispatch(connection)
+                self._pass_on_cancels(child)
+                self._dispatch(child)
                 if self._is_hung():
                     return _End.HUNG
         return _End.CLOSED
@@ -240,19 +240,19 @@ class EngineProcess:
                 self._lineup.remove(pending)
                 pending.fail(RequestCancelled("cancelled while it waited"))
 
-    def _pass_on_cancels(self, connection: "Connection[ToChild, FromChild]") -> None:
+    def _pass_on_cancels(self, child: Child) -> None:
         for pending in self._lineup.inside:
             if not pending.is_cancel_sent and pending.is_unwanted:
                 pending.is_cancel_sent = True
-                _send(connection, Cancel(pending.request_id))
+                child.send(Cancel(pending.request_id))
 
-    def _dispatch(self, connection: "Connection[ToChild, FromChild]") -> None:
+    def _dispatch(self, child: Child) -> None:
         if self.state is not EngineState.READY:
             return
         if not self._lineup.inside:
             self._vitals.note_sign()  # an idle child has nothing to say
         for pending in self._lineup.take():
-            _send(connection, Generate(pending.request))
+            child.send(Generate(pending.request))
 
     def _is_sick(self) -> bool:
         if not self._vitals.is_sick:
@@ -306,11 +306,6 @@ class EngineProcess:
 
     def _wake(self) -> None:
         self._wake_writer.send(b"x")
-
-
-def _send(connection: "Connection[ToChild, FromChild]", message: ToChild) -> None:
-    with suppress(OSError):  # a dead child shows where it is read, behind the last that it said
-        connection.send(message)
 
 
 def _receive(connection: "Connection[ToChild, FromChild]") -> FromChild | None:

@@ -32,6 +32,7 @@ from inference.request import (
     Occupancy,
     RequestCancelled,
     RequestFailed,
+    Source,
     StepReport,
 )
 from inference.vitals import MAX_CONSECUTIVE_CRASHES, MAX_CONSECUTIVE_FAULTS
@@ -43,6 +44,7 @@ from worker.metrics import Metrics
 
 READY_SECONDS = 60.0
 END_SECONDS = 20.0
+PICTURE_BYTES = 4_000_000  # many times what the pipe holds
 # Steps of the fake engine, 5 ms each: still there when something happens in the first few.
 LONG = 40
 
@@ -696,6 +698,32 @@ def test_closing_ends_what_is_drawn_and_what_waits(new_fake: Callable[..., Fake]
     assert not Path(f"/proc/{pid}").exists()
     with pytest.raises(EngineClosed):
         fake.ask("late")
+
+
+def test_a_silent_child_that_reads_no_picture_is_seen_to_be_silent(new_fake: Callable[..., Fake]) -> None:
+    fake = new_fake(min_hang_seconds=1.0)
+    wait_until_ready(fake.engine, READY_SECONDS)
+    silent = fake.engine.pid
+    assert silent is not None
+    os.kill(silent, signal.SIGSTOP)
+
+    fake.ask("a", num_inference_steps=2, source=Source(bytes(PICTURE_BYTES), 1.0))
+
+    assert fake.outcomes() == drawn("a")
+    assert fake.engine.pid != silent
+
+
+def test_closing_waits_for_no_picture_that_a_child_does_not_read(new_fake: Callable[..., Fake]) -> None:
+    fake = new_fake()
+    wait_until_ready(fake.engine, READY_SECONDS)
+    assert fake.engine.pid is not None
+    os.kill(fake.engine.pid, signal.SIGSTOP)
+    fake.ask("a", source=Source(bytes(PICTURE_BYTES), 1.0))
+    eventually(lambda: fake.engine._lineup.inside, END_SECONDS)
+
+    threading.Thread(target=fake.engine.close, daemon=True).start()
+
+    assert fake.outcomes() == {"a": EngineClosed}
 
 
 def test_an_idle_child_is_asked_to_leave(fake: Fake) -> None:
