@@ -294,7 +294,7 @@ def test_a_worker_that_the_broker_refuses_stays_up_asks_seldom_and_begins_once_i
 ) -> None:
     constants = {
         "worker.broker:REFUSED_BACKOFF_SECONDS": REFUSED_BACKOFF_SECONDS,
-        "worker.supervisor:GAUGE_SECONDS": 0.3,
+        "worker.gauges:GAUGE_SECONDS": 0.3,
     }
     name = f"late-{uuid.uuid4().hex[:8]}"
     asked_at: list[float] = []

@@ -20,10 +20,9 @@ from inference.process import EngineProcess, EngineState
 from inference.request import ModelFacts
 from worker.board import Board
 from worker.breakers import BACKEND_THRESHOLD, STORE_THRESHOLD, Breaker, Gate
-from worker.broker import Broadcast, Consumer, Publisher, PublishFailed, Subscription
+from worker.broker import Broadcast, Consumer, Publisher, Subscription
 from worker.cancelling import Cancellations
-from worker.drawing import Drawer
-from worker.fetching import Fetcher
+from worker.gauges import Gauges
 from worker.health import HealthServer
 from worker.history import History
 from worker.idleness import IdleWatch, idle_reason
@@ -36,18 +35,15 @@ from worker.notifying import Notifier
 from worker.outbox import Outbox
 from worker.previews import Previewer
 from worker.processing import Processor
-from worker.product.cutting import Cutter
-from worker.product.story import ProductTeller
 from worker.progress import ProgressReporter
 from worker.queues import QueueNames
+from worker.readiness import Readiness
 from worker.runs import Run
-from worker.storing import PictureStore
-from worker.story import Storyteller
+from worker.storytelling import storyteller_of
 
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.1
-GAUGE_SECONDS = 5.0
 # Taken beyond the jobs that can be drawn, so that their adapters are fetched while others denoise.
 EXTRA_PREFETCH = 2
 # Redelivered jobs flow beside the fresh ones, but few at once: one of them may kill this process.
@@ -119,14 +115,32 @@ class Supervisor:
         self._consumer: Consumer | None = None
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._rules = rules_from(settings.model, settings.store, settings.pictures)
-        self._metrics.ready.set_function(lambda: float(not self._why_not_ready()))
+        self._readiness = Readiness(
+            self._engine,
+            (self._store_breaker, self._backend_breaker),
+            self._labeller,
+            is_stopping=lambda: self._is_stopping,
+        )
+        self._metrics.ready.set_function(lambda: float(not self._readiness.why_not()))
         self._idle = IdleWatch(self._metrics)
         self._history = History(shows_prompts=settings.service.status_show_prompts)
         board = self._board()
         self._health = HealthServer(
-            settings.service.metrics_port, self._metrics.registry, self._why_not_ready, board.read, board.read_preview
+            settings.service.metrics_port,
+            self._metrics.registry,
+            self._readiness.why_not,
+            board.read,
+            board.read_preview,
         )
-        self._gpu = GpuReadings(settings.model.cuda_visible_devices)
+        self._gauges = Gauges(
+            self._metrics,
+            cache=self._cache,
+            outbox=self._outbox,
+            publisher=self._publisher,
+            gpu=GpuReadings(settings.model.cuda_visible_devices),
+            is_connected=lambda: self._readiness.is_connected,
+            is_draining=self._is_draining,
+        )
 
     def run(self) -> ExitCode:
         """Work until a signal or a fatal failure; the exit code says which."""
@@ -139,8 +153,7 @@ class Supervisor:
         self._publisher.start()
         self._progress.start()
         self._previewer.start()
-        gauges = threading.Thread(target=self._update_gauges, name="gauges", daemon=True)
-        gauges.start()
+        self._gauges.start()
 
         code = self._watch()
         self._stop(code)
@@ -179,7 +192,20 @@ class Supervisor:
         self._progress.learn(facts.step_seconds)
         self._processor = Processor(
             rules=self._rules,
-            storyteller=self._storyteller(facts),
+            storyteller=storyteller_of(
+                self._settings,
+                facts,
+                worker=self._name,
+                engine=self._engine,
+                storage=self._storage,
+                cache=self._cache,
+                ledger=self._ledger,
+                progress=self._progress,
+                labeller=self._labeller,
+                cancellations=self._cancellations,
+                gate=self._gate,
+                is_draining=self._is_draining,
+            ),
             ledger=self._ledger,
             notifier=self._notifier,
             publisher=self._publisher,
@@ -202,6 +228,7 @@ class Supervisor:
         self._consumer = Consumer(
             self._settings.broker, self._names, subscriptions, orders, on_lost=self._processor.on_lost
         )
+        self._readiness.consumer = self._consumer
         self._processor.start(self._consumer)
         self._outbox.start(self._consumer)
         self._consumer.start()
@@ -210,33 +237,6 @@ class Supervisor:
     def _renew_leases(self, processor: Processor) -> None:
         while not self._is_draining.wait(self._leases.renew_every):
             processor.go_on_lease()
-
-    def _storyteller(self, facts: ModelFacts) -> Storyteller:
-        fetcher = Fetcher(
-            storage=self._storage,
-            cache=self._cache,
-            private_bucket=self._settings.store.bucket,
-            font_dirs=self._settings.service.font_dirs,
-            is_draining=self._is_draining,
-            gate=self._gate,
-        )
-        drawer = Drawer(self._engine, self._is_draining)
-        store = PictureStore(self._storage, self._gate)
-        cutter = Cutter(self._settings.pictures.cutout_model)
-        return Storyteller(
-            ledger=self._ledger,
-            fetcher=fetcher,
-            drawer=drawer,
-            products=ProductTeller(fetcher, drawer, store, cutter, self._settings.store.bucket),
-            store=store,
-            facts=facts,
-            progress=self._progress,
-            labeller=self._labeller,
-            results_bucket=self._settings.store.results_bucket,
-            worker=self._name,
-            cancellations=self._cancellations,
-            gate=self._gate,
-        )
 
     def _board(self) -> Board:
         return Board(
@@ -253,7 +253,7 @@ class Supervisor:
             max_lanes=self._settings.model.max_concurrent_generations,
             max_cache_bytes=self._settings.store.cache_max_bytes,
             shows_prompts=self._settings.service.status_show_prompts,
-            why_not_ready=self._why_not_ready,
+            why_not_ready=self._readiness.why_not,
             facts=lambda: self._engine.facts,
             runs=self._runs,
         )
@@ -262,49 +262,19 @@ class Supervisor:
         return self._processor.runs.all() if self._processor else []
 
     @property
-    def _refusal(self) -> str:
-        """Why no jobs are taken, where a part refuses this worker's credentials or would refuse its pictures."""
-        return self._store_breaker.reason or self._backend_breaker.reason or self._labeller.refusal
-
-    def _why_not_ready(self) -> str:
-        if self._num_signals or self._is_draining.is_set():
-            return "stopping"
-        if self._engine.state is not EngineState.READY:
-            return "the engine is loading the model"
-        if self._consumer is None or not self._consumer.is_connected:
-            return "the broker is not connected"
-        return self._refusal
+    def _is_stopping(self) -> bool:
+        return bool(self._num_signals) or self._is_draining.is_set()
 
     def _tick(self) -> None:
         if self._consumer is not None:
-            self._consumer.pause(is_paused=bool(self._refusal))
+            self._consumer.pause(is_paused=bool(self._readiness.refusal))
         reason = idle_reason(
             phases={run.phase for run in self._runs()},
             is_engine_ready=self._engine.state is EngineState.READY,
-            is_broker_connected=self._consumer is not None and self._consumer.is_connected,
-            is_refused=bool(self._refusal),
+            is_broker_connected=self._readiness.is_connected,
+            is_refused=bool(self._readiness.refusal),
         )
         self._idle.tick(reason)
-
-    def _update_gauges(self) -> None:
-        """The readings that take a call to somebody: never on the main thread, which hears signals."""
-        while not self._is_draining.wait(GAUGE_SECONDS):
-            self._metrics.adapter_cache_bytes.set(self._cache.size_bytes)
-            backlog = self._outbox.backlog()
-            self._metrics.outbox_events.set(backlog.num_events)
-            self._metrics.outbox_age_seconds.set(backlog.age_seconds)
-            reading = self._gpu.read()
-            if reading is not None:
-                self._metrics.gpu_memory_bytes.labels("used").set(reading.memory_used_bytes)
-                self._metrics.gpu_memory_bytes.labels("total").set(reading.memory_total_bytes)
-                self._metrics.gpu_utilization_ratio.set(reading.utilization_ratio or 0.0)
-            if self._consumer is None or not self._consumer.is_connected:
-                continue  # one connection's tries are enough: brokers count those with a wrong password
-            try:
-                for name, depth in self._publisher.depths().items():
-                    self._metrics.queue_messages.labels(name).set(depth)
-            except PublishFailed as error:
-                log_event(logger, "queue depths unknown", logging.DEBUG, reason=str(error))
 
     def _stop(self, code: ExitCode) -> None:
         """Take no more, let what is being drawn end within the grace period, give back the rest, close."""

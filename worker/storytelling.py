@@ -1,0 +1,62 @@
+"""The storyteller of a worker whose model is loaded, put together of the worker's own parts."""
+
+from threading import Event
+
+from clients.cache import DownloadCache
+from clients.storage import Storage
+from config.settings import Settings
+from inference.request import Engine, ModelFacts
+from worker.breakers import Gate
+from worker.cancelling import Cancellations
+from worker.drawing import Drawer
+from worker.fetching import Fetcher
+from worker.labelling import Labeller
+from worker.ledger import Ledger
+from worker.product.cutting import Cutter
+from worker.product.story import ProductTeller
+from worker.progress import ProgressReporter
+from worker.storing import PictureStore
+from worker.story import Storyteller
+
+
+def storyteller_of(
+    settings: Settings,
+    facts: ModelFacts,
+    *,
+    worker: str,
+    engine: Engine,
+    storage: Storage,
+    cache: DownloadCache,
+    ledger: Ledger,
+    progress: ProgressReporter,
+    labeller: Labeller,
+    cancellations: Cancellations,
+    gate: Gate,
+    is_draining: Event,
+) -> Storyteller:
+    """One for all jobs; `worker` is its name in the records."""
+    fetcher = Fetcher(
+        storage=storage,
+        cache=cache,
+        private_bucket=settings.store.bucket,
+        font_dirs=settings.service.font_dirs,
+        is_draining=is_draining,
+        gate=gate,
+    )
+    drawer = Drawer(engine, is_draining)
+    store = PictureStore(storage, gate)
+    cutter = Cutter(settings.pictures.cutout_model)
+    return Storyteller(
+        ledger=ledger,
+        fetcher=fetcher,
+        drawer=drawer,
+        products=ProductTeller(fetcher, drawer, store, cutter, settings.store.bucket),
+        store=store,
+        facts=facts,
+        progress=progress,
+        labeller=labeller,
+        results_bucket=settings.store.results_bucket,
+        worker=worker,
+        cancellations=cancellations,
+        gate=gate,
+    )
