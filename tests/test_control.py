@@ -15,8 +15,11 @@ import torch
 from diffusers import ControlNetModel
 from PIL import Image
 
+from config.settings import ModelSettings
 from inference.checkpoints.controlnets import find_controlnets, most_bytes
+from inference.checkpoints.offload import take_turns
 from inference.controls.edges import find_edges
+from inference.families.family import Family
 from inference.families.loading import load_family
 from inference.request import AdapterFile, EngineFault, EngineStartFailed, GenerationRequest, RequestFailed, Source
 from tests.engine_requests import request_of
@@ -262,6 +265,35 @@ def test_where_no_lane_is_guided_now_the_denoiser_is_given_nothing_more(models: 
     handle.remove()
 
     assert given == [False, False, True, True, False]
+
+
+class TurningEngine(WatchedEngine):
+    """Its models take turns on the device. `seated`: which has its turn when a ControlNet runs."""
+
+    def _load(self, settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> Family:
+        model = super()._load(settings, device, dtype)
+        take_turns(model._pipeline, device)
+        self.seated: list[str] = []
+        seat = model._pipeline.transformer._hf_hook._seat
+        load = model.load_control
+
+        def load_watched(name: str) -> Any:
+            net = load(name)
+            net.register_forward_pre_hook(lambda *_: self.seated.append(type(seat._taken_by).__name__))
+            return net
+
+        model.load_control = load_watched  # type: ignore[method-assign]
+        return model
+
+
+def test_a_z_image_controlnet_finds_the_transformer_on_the_device_where_models_take_turns(models: Models) -> None:
+    named = f"pose={models.controlnet('z_image', 'pose')}"
+    engine = TurningEngine(models.checkpoint("z_image"), CONTROLNETS=named)
+
+    models.assert_right("z_image", [Order(engine, controlled_request("pose", num_inference_steps=2))])
+    engine.close()
+
+    assert set(engine.seated) == {"ZImageTransformer2DModel"}
 
 
 # --- Coming and going

@@ -58,3 +58,10 @@ def take_turns(pipeline: Any, device: torch.device) -> None:
     for model in pipeline.components.values():
         if isinstance(model, torch.nn.Module):
             add_hook_to_module(model, _TakesSeat(seat), append=True)
+
+
+def bring(model: torch.nn.Module) -> None:
+    """Have the model on the device where models take turns: for those who call parts of it and not the whole."""
+    hook = getattr(model, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(model)

@@ -9,6 +9,7 @@ from diffusers import ZImageControlNetModel
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 
 from inference.bank import Row
+from inference.checkpoints.offload import bring
 from inference.controls.hints import Inputs, hints_of
 from inference.dialects import Z_IMAGE
 from inference.families.family import Family, Prompt, embedding_of, guides_of, sampler_of
@@ -119,6 +120,7 @@ class ZImage(Family):
         def wear(numbers: Sequence[int]) -> None:
             self.bank.route([rows[i].drawing.row for i in numbers], _strung([counts[i] for i in numbers]))
 
+        bring(transformer)  # the ControlNets run layers of it before it is called itself
         hints = hints_of(guides_of(rows), inputs, wear, self._upload)
         wear(range(len(rows)))
         predictions = transformer(
