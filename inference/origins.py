@@ -65,8 +65,10 @@ def encode(
     is_hidden: bool,
     reads_rest: bool,
     device: torch.device,
+    in_tiles: bool,
 ) -> EncodedSource:
-    """The source of pictures of this height and width."""
+    """The source of pictures of this height and width. Tiles take less memory and blend where they meet."""
+    vae.use_tiling = in_tiles
     pixels = _tensor(source.rgb, (*size, 3)).to(device).movedim(-1, 0) / 255 * 2 - 1
     mask = None if source.mask is None else _tensor(source.mask, (1, *size)).to(device) >= REPAINTED
     rest = None
@@ -94,7 +96,6 @@ def _tensor(values: bytes, shape: tuple[int, ...]) -> torch.Tensor:
 
 def _posterior(vae: Any, pixels: torch.Tensor) -> Posterior:
     """Pixels [3, height, width] between -1 and 1, encoded."""
-    vae.use_tiling = False
     found = vae.encode(pixels[None].to(vae.dtype)).latent_dist
     return Posterior(found.mean[0].float(), found.std[0].float())
 

@@ -143,6 +143,8 @@ class StepLoop:
 
     def _begin(self, lane: Lane) -> None:
         attempt = self._device.attempt(lambda: self._model.begin(lane))
+        if isinstance(attempt.error, torch.OutOfMemoryError):
+            attempt = self._device.attempt(lambda: self._model.begin(lane, in_tiles=True))
         if attempt.made is None:
             self._fail(lane.drawing, attempt.error)
         else:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from inference.request import KINDS, AdapterFile, GenerationRequest, RequestFailed, Source
 from tests.engine_requests import request_of
@@ -239,9 +240,9 @@ class EncodingModel(WatchedModel):
 
     encodings: list[tuple[int, str]]
 
-    def _encoded(self, request: GenerationRequest, source: Source) -> Any:
+    def _encoded(self, request: GenerationRequest, source: Source, *, in_tiles: bool) -> Any:
         self.encodings.append((len(self.batches), request.request_id))
-        return super()._encoded(request, source)
+        return super()._encoded(request, source, in_tiles=in_tiles)
 
 
 def test_while_others_denoise_one_picture_is_encoded_at_a_time_and_once_for_all_lanes(models: Models) -> None:
@@ -261,6 +262,27 @@ def test_while_others_denoise_one_picture_is_encoded_at_a_time_and_once_for_all_
     turns = [turn for turn, _ in engine.model.encodings]
     assert [name for _, name in engine.model.encodings] == ["one", "two", "three"]
     assert len(set(turns)) == 3
+    engine.close()
+
+
+class FullModel(WatchedModel):
+    """Without memory to encode a picture whole."""
+
+    def _encoded(self, request: GenerationRequest, source: Source, *, in_tiles: bool) -> Any:
+        if not in_tiles:
+            raise torch.OutOfMemoryError("no room to encode the picture whole")
+        encoded = super()._encoded(request, source, in_tiles=in_tiles)
+        assert self._pipeline.vae.use_tiling
+        return encoded
+
+
+def test_a_picture_too_large_to_encode_is_encoded_in_tiles(models: Models) -> None:
+    engine = WatchedEngine(models.checkpoint("sd"), FullModel)
+
+    # One tile is all of a picture as small as this.
+    order = Order(engine, tiny_request(source=Source(gradients(), 0.8)))
+
+    assert psnr(order.image, alone(models.checkpoint("sd"), order.request)) >= MIN_PSNR_DB
     engine.close()
 
 

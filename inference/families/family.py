@@ -158,8 +158,8 @@ class Family(ABC):
         self.check_control(request)
         self.samplers.prepare(self._course(request))
 
-    def begin(self, lane: Lane) -> tuple[str, Sampler]:
-        """The lane's sampler at its first step, and its scheduler's name."""
+    def begin(self, lane: Lane, *, in_tiles: bool = False) -> tuple[str, Sampler]:
+        """The lane's sampler at its first step, and its scheduler's name. `in_tiles`: how a source is encoded."""
         request = lane.drawing.request
         # Noise comes from the CPU and in 32 bits, so that a seed gives the same picture on any device.
         generator = torch.Generator().manual_seed(lane.seed)
@@ -170,7 +170,7 @@ class Family(ABC):
         if request.source is None:
             return self.samplers.begin(self._course(request), draw(), generator)
         if lane.drawing.source is None:
-            lane.drawing.source = self._encoded(request, request.source)
+            lane.drawing.source = self._encoded(request, request.source, in_tiles=in_tiles)
         noise, origin = lane.drawing.source.begin(draw, self._scaled)
         return self.samplers.begin(self._course(request), noise, generator, origin)
 
@@ -217,7 +217,7 @@ class Family(ABC):
         """Does a lane at full strength leave its picture out, but for what is kept? diffusers' inpainting does."""
         return source.mask is not None and source.strength >= 1
 
-    def _encoded(self, request: GenerationRequest, source: Source) -> EncodedSource:
+    def _encoded(self, request: GenerationRequest, source: Source, *, in_tiles: bool) -> EncodedSource:
         return encode(
             self._pipeline.vae,
             source,
@@ -225,6 +225,7 @@ class Family(ABC):
             is_hidden=self._begins_from_noise(source),
             reads_rest=self._reads_rest,
             device=self.device,
+            in_tiles=in_tiles,
         )
 
     def _check_kind(self, request: GenerationRequest) -> None:
