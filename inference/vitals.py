@@ -13,6 +13,8 @@ MAX_CONSECUTIVE_FAULTS = 3
 # Silence after which the engine counts as hung: never less than this, and never less than what is inside could take.
 MIN_HANG_SECONDS = 60.0
 MAX_STEP_FACTOR = 20.0
+# Nothing is said either while all that is inside waits for a ControlNet: SDXL's 2.5 GB, from a slow network's disk.
+MAX_LOADING_SECONDS = 240.0
 
 
 class Vitals:
@@ -38,8 +40,11 @@ class Vitals:
         return self.crashes_in_a_row >= MAX_CONSECUTIVE_CRASHES
 
     def is_hung(self, inside: Iterable[GenerationRequest], facts: ModelFacts) -> bool:
-        """Has the child been silent for longer than a step of all that is inside could take?"""
-        return self.silent_seconds > max(self._min_hang_seconds, longest_step_seconds(inside, facts))
+        """Has the child been silent for longer than a step of all that is inside could take, and what they load?"""
+        requests = list(inside)
+        loading_seconds = MAX_LOADING_SECONDS if any(one.control for one in requests) else 0.0
+        longest_seconds = max(self._min_hang_seconds, longest_step_seconds(requests, facts))
+        return self.silent_seconds > longest_seconds + loading_seconds
 
     def note_sign(self) -> None:
         """The child said something, or has nothing to say."""

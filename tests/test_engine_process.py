@@ -24,6 +24,7 @@ from inference.child import EXIT_BROKEN
 from inference.child_process import Child
 from inference.process import EngineProcess, EngineState, wait_until_ready
 from inference.request import (
+    Control,
     EngineClosed,
     EngineCrashed,
     EngineFault,
@@ -35,7 +36,7 @@ from inference.request import (
     Source,
     StepReport,
 )
-from inference.vitals import MAX_CONSECUTIVE_CRASHES, MAX_CONSECUTIVE_FAULTS
+from inference.vitals import MAX_CONSECUTIVE_CRASHES, MAX_CONSECUTIVE_FAULTS, Vitals
 from tests.engine_requests import request_of
 from tests.fake_child import EXIT_POISONED, NUM_SLOTS
 from tests.faults.station import long
@@ -724,6 +725,21 @@ def test_closing_waits_for_no_picture_that_a_child_does_not_read(new_fake: Calla
     threading.Thread(target=fake.engine.close, daemon=True).start()
 
     assert fake.outcomes() == {"a": EngineClosed}
+
+
+def test_a_request_with_a_control_has_time_to_load_its_controlnet(fake: Fake) -> None:
+    wait_until_ready(fake.engine, READY_SECONDS)
+    assert fake.engine.facts is not None
+    now = [0.0]
+    vitals = Vitals(60.0, lambda: now[0])
+    plain, controlled = request_of(), request_of(control=Control("pose", b""))
+
+    now[0] = 100.0
+    assert vitals.is_hung([plain], fake.engine.facts)
+    assert not vitals.is_hung([plain, controlled], fake.engine.facts)
+
+    now[0] = 1000.0
+    assert vitals.is_hung([plain, controlled], fake.engine.facts)
 
 
 def test_an_idle_child_is_asked_to_leave(fake: Fake) -> None:
