@@ -21,14 +21,14 @@ READ_AHEAD = 4
 
 
 class Admission:
-    """Owner of the slots and of the preparing thread. The loop's thread calls it."""
+    """Owner of the slots and of the preparer. The loop's thread calls it."""
 
     def __init__(self, model: Family, *, num_slots: int, max_rank: int, on_ready: Callable[[], None]) -> None:
         """`on_ready` is called, on another thread, when a request may join that could not before."""
         self._model = model
         self.slots = Slots(num_slots, num_slots * max_rank // PAGE_RANK)
         self._preparer = Preparer(read=model.read_adapter, pack=model.pack, max_rank=max_rank, on_ready=on_ready)
-        self._controls = ControlDesk(model, self._preparer.submit)
+        self._controls = ControlDesk(model, prepare=self._preparer.submit, load=self._preparer.load)
         self._conditioner = Conditioner(model)
 
     def prepare(self, drawing: Drawing, *, num_ahead: int) -> None:

@@ -1,4 +1,4 @@
-"""What a request needs before it may join, made ready on a thread of its own while others denoise."""
+"""What a request needs before it may join, made ready on threads of their own while others denoise."""
 
 import time
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class ReadAdapter(NamedTuple):
 
 
 class Preparer:
-    """Owner of the preparing thread. Adapters are read, checked and packed on it."""
+    """Owner of the preparing thread, on which adapters are read, checked and packed, and of the loading thread."""
 
     def __init__(
         self,
@@ -43,18 +43,21 @@ class Preparer:
         max_rank: int,
         on_ready: Callable[[], None],
     ) -> None:
-        """`read` raises `AdapterError`. `on_ready` is called on the preparing thread when something is ready."""
+        """`read` raises `AdapterError`. `on_ready` is called on one of the threads when something is ready."""
         self._read_adapter = read
         self._pack = pack
         self._max_rank = max_rank
         self._on_ready = on_ready
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="preparer")
+        self._loading_thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
 
     def submit(self, make: Callable[[], Made]) -> Future[Made]:
-        """Have `make` called on the thread."""
-        future = self._thread.submit(make)
-        future.add_done_callback(lambda _: self._on_ready())
-        return future
+        """Have `make` called on the preparing thread, which every request waits for."""
+        return self._submit_to(self._thread, make)
+
+    def load(self, make: Callable[[], Made]) -> Future[Made]:
+        """Have `make`, which may take many seconds, called on the loading thread."""
+        return self._submit_to(self._loading_thread, make)
 
     def read(self, file: AdapterFile) -> Future[ReadAdapter]:
         """Begin to read; the future ends with the packed adapter or `RequestFailed`."""
@@ -62,6 +65,12 @@ class Preparer:
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._loading_thread.shutdown(wait=True, cancel_futures=True)
+
+    def _submit_to(self, thread: ThreadPoolExecutor, make: Callable[[], Made]) -> Future[Made]:
+        future = thread.submit(make)
+        future.add_done_callback(lambda _: self._on_ready())
+        return future
 
     def _read(self, file: AdapterFile) -> ReadAdapter:
         started_at = time.monotonic()

@@ -36,7 +36,7 @@ from tests.tiny_models import (
     load_pipe,
     write_adapter,
 )
-from tests.watched_engine import Order, WatchedEngine, order_together
+from tests.watched_engine import PATIENCE_SECONDS, Order, WatchedEngine, WatchedModel, order_together
 from worker.checks.memory import look_at_memory
 
 # Another batch adds up in another order, and that is all it may do.
@@ -390,6 +390,33 @@ def test_the_others_go_on_while_a_controlnet_is_loaded(models: Models) -> None:
     assert runner.image.size == (64, 64)
     assert steps_meanwhile == [0]
     models.assert_right("sd", waiting)
+    engine.close()
+
+
+class SlowModel(WatchedModel):
+    """Loads ControlNets when it is let."""
+
+    is_loading, may_load = threading.Event(), threading.Event()
+
+    def load_control(self, name: str) -> Any:
+        self.is_loading.set()
+        assert self.may_load.wait(PATIENCE_SECONDS)
+        return super().load_control(name)
+
+
+def test_others_come_and_go_while_a_controlnet_is_loaded(models: Models) -> None:
+    engine = WatchedEngine(models.checkpoint("sd"), SlowModel, CONTROLNETS=f"pose={models.controlnet('sd', 'pose')}")
+
+    waiting = Order(engine, controlled_request("pose"))
+    assert SlowModel.is_loading.wait(PATIENCE_SECONDS)
+    try:
+        other = Order(engine, replace(controlled_request("pose"), control=None))
+        assert len(other.future.result(PATIENCE_SECONDS / 4).pictures) == 1
+        assert waiting.steps == []
+    finally:
+        SlowModel.may_load.set()
+
+    models.assert_right("sd", [waiting])
     engine.close()
 
 

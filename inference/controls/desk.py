@@ -10,16 +10,18 @@ from inference.controls.shelf import Shelf
 from inference.families.family import Family
 from inference.lane import Drawing
 
-# Has work done on the preparing thread.
+# Has work done on another thread.
 Submit = Callable[[Callable[[], Any]], Future[Any]]
 
 
 class ControlDesk:
     """Owner of the shelf of loaded ControlNets. The loop's thread calls it, but for `prepare`."""
 
-    def __init__(self, model: Family, submit: Submit) -> None:
+    def __init__(self, model: Family, *, prepare: Submit, load: Submit) -> None:
+        """A `load` takes seconds: nothing that other requests wait for is to stand behind it."""
         self._model = model
-        self._submit = submit
+        self._submit = prepare
+        self._load = load
         self._shelf: Shelf[Future[Any]] = Shelf(model.controlnets.max_bytes)
 
     def prepare(self, drawing: Drawing) -> None:
@@ -41,7 +43,7 @@ class ControlDesk:
         if name is None or picture is None or is_refused:
             return []
         size = self._model.controlnets.num_bytes(name)
-        net = self._shelf.want(name, size, lambda: self._submit(partial(self._model.load_control, name)))
+        net = self._shelf.want(name, size, lambda: self._load(partial(self._model.load_control, name)))
         return None if net is None else [picture, net]
 
     def attach(self, drawing: Drawing) -> None:

@@ -124,7 +124,7 @@ class Family(ABC):
         self.controlnets = controlnets
 
     def load_control(self, name: str) -> Any:
-        """The ControlNet, ready on the device. On the preparing thread; `EngineFault` where it cannot be read."""
+        """The ControlNet, ready on the device. On the loading thread; `EngineFault` where it cannot be read."""
         return self.controlnets.load(name)
 
     def check_control(self, request: GenerationRequest) -> None:
