@@ -12,6 +12,8 @@ from config.presets import Presets, PresetsInvalid, load_presets
 
 # A look is one stat: cheap, but not for each of a thousand jobs.
 LOOK_SECONDS = 1.0
+# Who asks may have a connection to keep alive: a disk that hangs holds it up no longer than that.
+PATIENCE_SECONDS = 0.2
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +28,8 @@ class _Stamp(NamedTuple):
 
 
 class PresetFile:
-    """Owns what was last read of one file of presets that was right. Any thread may ask; none waits for another."""
+    """Owns what was last read of one file of presets that was right. Any thread may ask; none waits for another, nor
+    long for the disk."""
 
     def __init__(
         self,
@@ -46,19 +49,22 @@ class PresetFile:
 
     def current(self) -> Presets:
         """The presets as the file has them, or as it last had them right."""
+        now = self._clock()
         # Whoever comes while another looks takes what was right a moment ago.
-        if self._looking.acquire(blocking=False):
-            try:
-                self._look()
-            finally:
-                self._looking.release()
+        if now - self._looked_at >= LOOK_SECONDS and self._looking.acquire(blocking=False):
+            self._looked_at = now
+            look = threading.Thread(target=self._look_and_release, name="presets", daemon=True)
+            look.start()
+            look.join(PATIENCE_SECONDS)
         return self._presets
 
+    def _look_and_release(self) -> None:
+        try:
+            self._look()
+        finally:
+            self._looking.release()
+
     def _look(self) -> None:
-        now = self._clock()
-        if now - self._looked_at < LOOK_SECONDS:
-            return
-        self._looked_at = now
         stamp = _stamp_of(self._path)
         if stamp == self._stamp:
             return

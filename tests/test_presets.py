@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import re
+import threading
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +37,7 @@ from config.presets import (
 from config.settings import ModelSettings, PictureSettings, SettingsError, StoreSettings, load_settings
 from examples.parts.seaweedfs import SeaweedFS
 from tests.test_messages import job_of, message, rejection_of
-from tests.world import ROOT
+from tests.world import ROOT, eventually
 from worker.checks.finding import CheckFailed
 from worker.checks.presets import look_at_presets
 from worker.cli import app
@@ -495,6 +497,28 @@ def test_nobody_waits_for_the_one_who_reads(own: Path) -> None:
 
     assert file.current() is not first
     assert seen == [first]
+
+
+def test_a_disk_that_hangs_holds_nobody_up(own: Path) -> None:
+    """Messages are decoded where heartbeats are sent."""
+    clock, is_read = Clock(), threading.Event()
+
+    def judge(_presets: Presets) -> None:
+        if clock.now:
+            is_read.wait(30)
+
+    file = PresetFile(own, judge, clock)
+    first = file.current()
+    own.write_text(OWN.replace("neon sign", "big neon sign"))
+    clock.pass_on()
+    began_at = time.monotonic()
+
+    assert file.current() is first
+    clock.pass_on()
+    assert file.current() is first
+    assert time.monotonic() - began_at < 10
+    is_read.set()
+    eventually(lambda: file.current() is not first, 5)
 
 
 # --- The command

@@ -1,22 +1,32 @@
 """The pictures a job brings: read whatever they are, or refused in words that say why; and fitted to what is drawn."""
 
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from threading import Event
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from clients.cache import DownloadCache
+from clients.location import ObjectRef
+from clients.storage import Storage
+from config.settings import StoreSettings
 from inference.request import Control, ModelFacts, Source
 from tests.test_kind_messages import INIT, MASK, job_of, rules
 from tests.test_watermark_decoding import noise, png, png_chunks, png_header
 from watermark.decoding import PictureMode, decode_picture
 from watermark.errors import PictureInvalid, PictureTooLarge, WatermarkError
 from watermark.fitting import Fit, fit
-from worker.job import resolve_size
-from worker.references import References, check_can, check_mask
+from worker.breakers import STORE_THRESHOLD, Breaker, Gate
+from worker.fetching import Fetcher
+from worker.job import JobControl, JobSource, Kind, Preprocess, resolve_size
+from worker.references import References, check_can, check_mask, drawing_size
 from worker.rejecting import JobRules
 from worker.settling import JobFailed
+from worker.story import request_of
 
 __all__ = ["rules"]
 
@@ -230,6 +240,41 @@ def test_control_is_told_as_it_was_asked_for(rules: JobRules) -> None:
     told = References(control=noise(64, 64)).control_for(job, (64, 64))
 
     assert told == Control("edges", noise(64, 64).tobytes(), 0.5, 0.2, 0.7, finds_edges=True)
+
+
+def test_what_a_job_holds_is_as_small_as_its_drawing_and_keeps_its_proportions(
+    rules: JobRules, store_settings: StoreSettings, bucket: str
+) -> None:
+    """A dozen jobs with a camera's pictures would take half a gigabyte."""
+    storage, is_draining = Storage(store_settings), Event()
+    for key, picture in (("i.png", noise(1201, 801)), ("m.png", Image.new("L", (600, 400), 255)), ("c.png", noise())):
+        storage.put(ObjectRef(bucket, key), png(picture), content_type="image/png")
+    fetcher = Fetcher(
+        storage=storage,
+        cache=DownloadCache(storage, store_settings.cache_dir, 10_000_000),
+        private_bucket=bucket,
+        font_dirs=(),
+        facts=FACTS,
+        is_draining=is_draining,
+        gate=Gate(Breaker("the store", STORE_THRESHOLD), is_draining),
+    )
+    at = partial(ObjectRef, bucket)
+    job = replace(
+        job_of(rules),
+        kind=Kind.INPAINT,
+        source=JobSource(at("i.png"), at("m.png"), 1.0),
+        control=JobControl(at("c.png"), "edges", 1.0, 0.0, 1.0, Preprocess.NONE),
+    )
+
+    with ExitStack() as pinned:
+        found = fetcher.everything(job, pinned).references
+
+    assert found.proportions == (1201, 801)
+    size = drawing_size(job, FACTS, found.proportions)
+    assert [one.size for one in (found.init, found.mask, found.control) if one] == [size] * 3
+    assert request_of(job, (), FACTS, found).source == References(
+        noise(1201, 801), Image.new("L", (9, 6), 255)
+    ).source_for(job, size)
 
 
 def test_a_job_without_references_brings_none(rules: JobRules) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Lock
 from typing import TypeVar
@@ -13,14 +13,14 @@ from clients.cache import DownloadCache
 from clients.location import ObjectRef
 from clients.storage import Storage
 from clients.storage_errors import AccessDenied, ObjectDamaged, ObjectNotFound, ObjectTooLarge
-from inference.request import AdapterFile
+from inference.request import AdapterFile, ModelFacts
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import FontMissing, OverlayInvalid, PictureInvalid, PictureTooLarge, SignatureInvalid
 from watermark.headline import Headline, headlines_of
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
 from worker.breakers import Gate
 from worker.job import Job, JobAdapter
-from worker.references import References, check_mask
+from worker.references import NO_REFERENCES, References, check_mask, drawing_size
 from worker.settling import JobFailed
 
 # Those of the engine and of the pictures' decoders, which would refuse by another code what is over them.
@@ -61,6 +61,7 @@ class Fetcher:
     cache: DownloadCache
     private_bucket: str
     font_dirs: tuple[Path, ...]
+    facts: ModelFacts
     is_draining: Event
     gate: Gate
 
@@ -82,15 +83,21 @@ class Fetcher:
             raise JobFailed("INVALID_INPUT", str(error)) from error
 
     def _references(self, job: Job) -> References:
-        init = mask = control = None
+        """Each is brought to the drawing's size before the next is read: a dozen jobs hold theirs until they end."""
+
+        def at_size(references: References) -> References:
+            return references.at(drawing_size(job, self.facts, references.proportions), job.fit)
+
+        found = NO_REFERENCES
         if job.source is not None:
-            init = self.picture(job.source.image_ref, "init_image_path", "RGB")
+            found = at_size(References(self.picture(job.source.image_ref, "init_image_path", "RGB")))
             if job.source.mask_ref is not None:
                 mask = self.picture(job.source.mask_ref, "mask_path", "L")
-                check_mask(mask, init.size)
+                check_mask(mask, found.proportions or mask.size)
+                found = at_size(replace(found, mask=mask))
         if job.control is not None:
-            control = self.picture(job.control.image_ref, "control.image_path", "RGB")
-        return References(init, mask, control)
+            found = at_size(replace(found, control=self.picture(job.control.image_ref, "control.image_path", "RGB")))
+        return found
 
     def picture(self, ref: ObjectRef, field: str, mode: PictureMode) -> Image.Image:
         """A picture that the job names in `field`, upright; of a huge JPEG only as much as a drawing can use."""

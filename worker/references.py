@@ -1,12 +1,12 @@
 """The pictures a job brings for its drawing, and what the engine is told of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
 from inference.request import Control, ModelFacts, Source
 from watermark.fitting import Fit, fit
-from worker.job import Job, JobProduct, Kind, Preprocess
+from worker.job import Job, JobProduct, Kind, Preprocess, resolve_size
 from worker.settling import JobFailed
 
 # A mask drawn over a smaller copy of the picture is a pixel off here and there.
@@ -18,17 +18,31 @@ WHITE = 255
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """Decoded pictures: init and control RGB, mask L. They are of any size; the engine's are of the drawing's."""
+    """Decoded pictures: init and control RGB, mask L. They are of any size; the engine's are of the drawing's.
+
+    `original` is the size of the one that the drawing takes after, where that is not what is here any more.
+    """
 
     init: Image.Image | None = None
     mask: Image.Image | None = None
     control: Image.Image | None = None
+    original: tuple[int, int] | None = None
 
     @property
     def proportions(self) -> tuple[int, int] | None:
         """Width and height of what the drawing takes after, where the job names no size."""
         shown = self.init or self.control
-        return shown.size if shown else None
+        return self.original or (shown.size if shown else None)
+
+    def at(self, size: tuple[int, int], how: Fit) -> "References":
+        """The same at the drawing's size: what a job may hold for minutes. The proportions stay."""
+        return replace(
+            self,
+            init=None if self.init is None else fit(self.init, size, how),
+            mask=None if self.mask is None else mask_at(self.mask, size, how),
+            control=None if self.control is None else fit(self.control, size, how),
+            original=self.proportions,
+        )
 
     def init_at(self, size: tuple[int, int], how: Fit) -> Image.Image:
         """The init image at the drawing's size."""
@@ -58,6 +72,11 @@ class References:
 
 
 NO_REFERENCES = References()
+
+
+def drawing_size(job: Job, facts: ModelFacts, reference: tuple[int, int] | None) -> tuple[int, int]:
+    """Width and height, in px, of the job's pictures, which take after a `reference` where the job names no size."""
+    return resolve_size(job, base_size=facts.base_size, size_multiple=facts.size_multiple, reference=reference)
 
 
 def check_can(job: Job, facts: ModelFacts) -> None:

@@ -16,14 +16,14 @@ from worker.drawing import Drawer, Drawn
 from worker.events import TerminalEvent
 from worker.fetching import Fetched, Fetcher
 from worker.finishing import finish
-from worker.job import Job, JobRejected, Kind, resolve_size
+from worker.job import Job, JobRejected, Kind
 from worker.labelling import Labeller, provenance_of
 from worker.ledger import Ledger
 from worker.product.brought import Brought
 from worker.product.shelf import ProductStage, Shelf
 from worker.product.story import ProductTeller
 from worker.progress import ProgressReporter
-from worker.references import NO_REFERENCES, References, check_can
+from worker.references import NO_REFERENCES, References, check_can, drawing_size
 from worker.runs import Run
 from worker.settling import MAX_RECOVERIES, JobFailed, PoisonJob
 from worker.storing import PICTURE_PATIENCE_SECONDS, PictureStore
@@ -171,9 +171,7 @@ def request_of(
     arrived_at: float = 0.0,
 ) -> GenerationRequest:
     """What the engine is asked for, the adapters being on the local disk by now."""
-    size = resolve_size(
-        job, base_size=facts.base_size, size_multiple=facts.size_multiple, reference=references.proportions
-    )
+    size = drawing_size(job, facts, references.proportions)
     return GenerationRequest(
         request_id=job.task_id,
         prompt=job.prompt,

@@ -40,6 +40,7 @@ def storyteller_of(
         cache=cache,
         private_bucket=settings.store.bucket,
         font_dirs=settings.service.font_dirs,
+        facts=facts,
         is_draining=is_draining,
         gate=gate,
     )

@@ -23,7 +23,8 @@ Read = Callable[[ObjectRef, str, PictureMode], Image.Image]
 class Brought:
     """Decoded pictures: of the product itself and its cut-out RGBA, of the rest RGB, and of any size.
 
-    `fit` says how background and composite come to the drawing's size.
+    `fit` says how background and composite come to the drawing's size, `proportions` is the size of that of the two
+    which is used, as it came.
     """
 
     product: JobProduct
@@ -32,11 +33,12 @@ class Brought:
     cutout: Image.Image | None
     background: Image.Image | None
     composite: Image.Image | None
+    proportions: tuple[int, int] | None
 
     @property
     def references(self) -> References:
         """What the drawing takes its proportions from, where the job names no size."""
-        return References(init=self.composite or self.background)
+        return References(original=self.proportions)
 
     def note(self, shelf: Shelf) -> None:
         """List what need not be made."""
@@ -70,14 +72,10 @@ def bring(product: JobProduct, how: Fit, read: Read) -> Brought:
         return None if ref is None else read(ref, f"product.{field}", mode)
 
     image, cutout = picture("image_path", "RGBA"), picture("cutout_path", "RGBA")
-    return Brought(
-        product,
-        how,
-        None if image is None else bounded(image),
-        None if cutout is None else _cut(cutout),
-        picture("background_image_path", "RGB"),
-        picture("composite_path", "RGB"),
-    )
+    image, cutout = None if image is None else bounded(image), None if cutout is None else _cut(cutout)
+    background, composite = picture("background_image_path", "RGB"), picture("composite_path", "RGB")
+    used = composite or background
+    return Brought(product, how, image, cutout, background, composite, proportions=used.size if used else None)
 
 
 def _cut(cutout: Image.Image) -> Image.Image:

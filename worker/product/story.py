@@ -12,6 +12,7 @@ from worker.product.cutting import Cutter
 from worker.product.making import Making
 from worker.product.shelf import Shelf
 from worker.progress import Track
+from worker.references import drawing_size
 from worker.runs import Run
 from worker.storing import PictureStore
 
@@ -27,8 +28,11 @@ class ProductTeller:
     private_bucket: str
 
     def fetch(self, job: Job) -> Brought | None:
-        """What a product job brings; None for a job of another kind."""
-        return None if job.product is None else bring(job.product, job.fit, self.fetcher.picture)
+        """What a product job brings, at the drawing's size; None for a job of another kind."""
+        if job.product is None:
+            return None
+        brought = bring(job.product, job.fit, self.fetcher.picture)
+        return brought.at(drawing_size(job, self.fetcher.facts, brought.proportions))
 
     def shelf(self, job: Job) -> Shelf:
         """Where the job's stages are kept."""
@@ -38,8 +42,7 @@ class ProductTeller:
         """What `Making` makes of it, in this run and with this shelf."""
         brought.note(shelf)
         workshop = _RunsWorkshop(self.drawer, run, track)
-        fitted = brought.at((request.width, request.height))
-        return Making(workshop, shelf, self.cutter, request, fitted, request.scheduler or "").drawn()
+        return Making(workshop, shelf, self.cutter, request, brought, request.scheduler or "").drawn()
 
 
 @dataclass(frozen=True, slots=True)
