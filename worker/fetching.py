@@ -83,28 +83,40 @@ class Fetcher:
             raise JobFailed("INVALID_INPUT", str(error)) from error
 
     def _references(self, job: Job) -> References:
-        """Each is brought to the drawing's size before the next is read: a dozen jobs hold theirs until they end."""
+        """Each is brought to the drawing's size before the next is decoded: a dozen jobs hold theirs until they end."""
 
         def at_size(references: References) -> References:
             return references.at(drawing_size(job, self.facts, references.proportions), job.fit)
 
+        def with_mask(mask: Image.Image) -> References:
+            check_mask(mask, found.proportions or mask.size)
+            return at_size(replace(found, mask=mask))
+
         found = NO_REFERENCES
         if job.source is not None:
-            found = at_size(References(self.picture(job.source.image_ref, "init_image_path", "RGB")))
+            ref = job.source.image_ref
+            found = self._of_picture(ref, "init_image_path", "RGB", lambda init: at_size(References(init)))
             if job.source.mask_ref is not None:
-                mask = self.picture(job.source.mask_ref, "mask_path", "L")
-                check_mask(mask, found.proportions or mask.size)
-                found = at_size(replace(found, mask=mask))
+                found = self._of_picture(job.source.mask_ref, "mask_path", "L", with_mask)
         if job.control is not None:
-            found = at_size(replace(found, control=self.picture(job.control.image_ref, "control.image_path", "RGB")))
+            found = self._of_picture(
+                job.control.image_ref,
+                "control.image_path",
+                "RGB",
+                lambda control: at_size(replace(found, control=control)),
+            )
         return found
 
     def picture(self, ref: ObjectRef, field: str, mode: PictureMode) -> Image.Image:
         """A picture that the job names in `field`, upright; of a huge JPEG only as much as a drawing can use."""
+        return self._of_picture(ref, field, mode, lambda picture: picture)
+
+    def _of_picture(self, ref: ObjectRef, field: str, mode: PictureMode, make: Callable[[Image.Image], Made]) -> Made:
+        """What `make` makes of a picture, before the next one is decoded."""
         try:
             content = self._read(ref, MAX_PICTURE_BYTES)
             with _ONE_PICTURE_AT_A_TIME:
-                return decode_picture(content, mode)
+                return make(decode_picture(content, mode))
         except ObjectNotFound as error:
             raise JobFailed("IMAGE_NOT_FOUND", f"{field}: the picture {ref} does not exist") from error
         except (ObjectTooLarge, PictureTooLarge) as error:
