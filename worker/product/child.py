@@ -1,10 +1,11 @@
-"""The process that cuts products out: `python -m worker.product.child MODEL SECONDS`, started by `Cutter` alone.
+"""The process that cuts products out: `python -m worker.product.child MODEL PARENT`, started by `Cutter` alone.
 
 It reads a PNG from its standard input, writes the RGBA PNG of what was cut out to its standard output, and ends. So a
 model's memory is taken for one picture only, and what goes wrong in a native library costs that picture only.
 """
 
 import contextlib
+import ctypes
 import io
 import os
 import signal
@@ -18,6 +19,7 @@ import rembg
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+PR_SET_PDEATHSIG = 1
 # rembg's sessions for a file of one's own by the side of the picture that the model takes, with its way of scaling
 # colours: U2-Net's and IS-Net's (DIS).
 SESSIONS = {320: "u2net_custom", 1024: "dis_custom"}
@@ -31,8 +33,8 @@ _Pixels = Any  # numpy's arrays of float32: height, width, channels
 
 def main() -> None:
     """Cut one picture out; the last line on standard error says what went wrong."""
-    model, seconds = Path(sys.argv[1]), int(sys.argv[2])
-    signal.alarm(seconds)  # whoever asked may be gone by then
+    model, parent_pid = Path(sys.argv[1]), int(sys.argv[2])
+    _die_with(parent_pid)
     answer = _own_standard_output()
     picture = Image.open(io.BytesIO(sys.stdin.buffer.read()), formats=("PNG",)).convert("RGB")
     with answer:
@@ -82,6 +84,14 @@ def _session_name(model: Path) -> str:
     if name is None:
         raise SystemExit(f"takes pictures of {side} px; known are {' and '.join(map(str, SESSIONS))}")
     return name
+
+
+def _die_with(parent_pid: int) -> None:
+    """Have the kernel end this process with the thread that waits for its answer."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        # It ended before the line above took hold.
+        raise SystemExit("whoever asked is gone")
 
 
 def _own_standard_output() -> BinaryIO:

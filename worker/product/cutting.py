@@ -65,7 +65,7 @@ class Cutter:
     def _in_process(self, model: Path, picture: Image.Image, go_on_or_leave: Callable[[], None]) -> Image.Image:
         content = io.BytesIO()
         picture.save(content, "PNG", compress_level=1)
-        command = [sys.executable, "-m", "worker.product.child", str(model), str(self._deadline_seconds)]
+        command = [sys.executable, "-m", "worker.product.child", str(model), str(os.getpid())]
         pipe = subprocess.PIPE
         # In a session of its own, so that Ctrl-C in a terminal spares it.
         with subprocess.Popen(
