@@ -101,7 +101,7 @@ class StoreSettings(_Section):
     bucket: str = Field(
         validation_alias="AWS_STORAGE_BUCKET_NAME",
         min_length=3,
-        description="Private bucket: adapters, signatures, job records",
+        description="Private bucket: adapters, signatures, job records, products' stages",
     )
     results_bucket_name: str | None = Field(
         None, validation_alias="AWS_RESULTS_BUCKET_NAME", description="Bucket of the pictures, where it is another one"
@@ -352,7 +352,8 @@ class PictureSettings(_Section):
     cutout_model: Path | None = Field(
         None,
         validation_alias="CUTOUT_MODEL",
-        description="ONNX file (U2-Net's interface) that cuts products out; unset, they need alpha of their own",
+        description="ONNX file (U2-Net's or IS-Net's interface) that cuts products out; unset, they need alpha "
+        "of their own",
     )
 
     @field_validator("presets_file")

@@ -83,7 +83,7 @@ def test_every_package_that_the_worker_needs_is_one_that_is_copied() -> None:
     assert {pattern.rstrip("*") for pattern in found} - WORKER_PACKAGES == {"examples"}
 
 
-def test_the_list_of_dependencies_that_it_makes_is_that_of_the_project() -> None:
+def test_the_list_of_dependencies_that_it_makes_is_that_of_the_project_and_of_cut_outs() -> None:
     [command] = [text for text in arguments("RUN") if "tomllib" in text]
 
     made = subprocess.run(
@@ -95,7 +95,8 @@ def test_the_list_of_dependencies_that_it_makes_is_that_of_the_project() -> None
         check=True,
     )
 
-    assert made.stdout.splitlines() == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert made.stdout.splitlines() == [*project["dependencies"], *project["optional-dependencies"]["cutout"]]
 
 
 def test_its_variables_are_settings_or_known_to_others() -> None:

@@ -175,7 +175,8 @@ class WireData(_Wire):
     )
     aspect_ratio: Annotated[str, Field(json_schema_extra={"pattern": f"^({ASPECT})?$"})] | None = Field(
         default=None,
-        description="1:1 where it is not given; up to 4 to 1. 1:1, 2:2, 1:2 and 2:1 count in the model's base size",
+        description="Else a reference picture's, or 1:1; up to 4 to 1. 1:1, 2:2, 1:2 and 2:1 count in the model's base "
+        "size",
     )
     seed: _Seed | None = Field(
         default=None, description="Derived from task_id where it is not given: a repeat draws the same"
