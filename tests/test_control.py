@@ -23,6 +23,7 @@ from inference.families.family import Family
 from inference.families.loading import load_family
 from inference.request import AdapterFile, EngineFault, EngineStartFailed, GenerationRequest, RequestFailed, Source
 from tests.engine_requests import request_of
+from tests.family_models import FamilyModels
 from tests.pictures import DIFFERENT_DB, MIN_PSNR_DB, draw, one_torch_thread, psnr, settings_of
 from tests.plain_families import alone
 from tests.tiny_controls import control_of, plainly_controlled, speckles, square, write_controlnet
@@ -50,16 +51,10 @@ BUILD = {
 }
 
 
-class Models:
-    """A checkpoint of each family with two ControlNets, and an engine for each that a test asks for."""
+class Models(FamilyModels):
+    """A checkpoint of each family with two ControlNets."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._engines: dict[str, WatchedEngine] = {}
-
-    def checkpoint(self, family: str) -> Path:
-        path = self._folder / family
-        return path if path.is_dir() else BUILD[family](path)
+    builders = BUILD
 
     def controlnet(self, family: str, name: str) -> Path:
         # One for a checkpoint that reads a mask is the same: it is shown latents alone.
@@ -72,11 +67,8 @@ class Models:
             write_controlnet(path, load_pipe(self.checkpoint(family)), seed=len(name), **config)
         return path
 
-    def engine(self, family: str) -> WatchedEngine:
-        if family not in self._engines:
-            named = [f"{name}={self.controlnet(family, name)}" for name in ("pose", "depth")]
-            self._engines[family] = WatchedEngine(self.checkpoint(family), CONTROLNETS=",".join(named))
-        return self._engines[family]
+    def settings_for(self, name: str) -> dict[str, str]:
+        return {"CONTROLNETS": ",".join(f"{control}={self.controlnet(name, control)}" for control in ("pose", "depth"))}
 
     def plain(self, family: str, request: GenerationRequest) -> Any:
         """What plain diffusers draws for the request alone."""
@@ -91,10 +83,6 @@ class Models:
         drawn = [order.image for order in orders]
         ratios = [psnr(one, self.plain(family, order.request)) for one, order in zip(drawn, orders, strict=True)]
         assert min(ratios) >= MIN_PSNR_DB, ratios
-
-    def close(self) -> None:
-        for engine in self._engines.values():
-            engine.close()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,6 +11,7 @@ from compel import CompelForSD, CompelForSDXL
 
 from inference.request import AdapterFile, GenerationRequest, RequestFailed
 from tests.engine_requests import request_of
+from tests.family_models import FamilyModels
 from tests.pictures import DIFFERENT_DB, MIN_PSNR_DB, draw, one_torch_thread, pipe_with, psnr
 from tests.plain_families import DIFFUSION_CHOICES, FLOW_CHOICES, alone
 from tests.tiny_models import (
@@ -25,7 +26,7 @@ from tests.tiny_models import (
     load_pipe,
     write_adapter,
 )
-from tests.watched_engine import Order, WatchedEngine, order_together
+from tests.watched_engine import Order, order_together
 
 # By name, how each checkpoint is made. "sd" is Stable Diffusion 2.x; the other tests of the engine are about 1.x.
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
@@ -51,21 +52,10 @@ OTHER_END = SENTENCE * 5 + "a barn burns far away in the dark over the sea"
 SAME_DB = 60.0
 
 
-class Models:
-    """The checkpoints, and an engine for each that a test asks for."""
+class Models(FamilyModels):
+    """The checkpoints of this file."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._engines: dict[str, WatchedEngine] = {}
-
-    def checkpoint(self, name: str) -> Path:
-        path = self._folder / name
-        return path if path.is_dir() else CHECKPOINTS[name](path)
-
-    def engine(self, name: str) -> WatchedEngine:
-        if name not in self._engines:
-            self._engines[name] = WatchedEngine(self.checkpoint(name))
-        return self._engines[name]
+    builders = CHECKPOINTS
 
     def adapter(self, name: str, path: Path, *, scale: float = 1.0, **kind: Any) -> AdapterFile:
         """A random adapter for a checkpoint."""
@@ -80,10 +70,6 @@ class Models:
         """With other values the engine gives another picture."""
         first, second = (draw(self.engine(name), one)[0] for one in (request, replace(request, **changes)))
         assert psnr(first, second) < MIN_PSNR_DB
-
-    def close(self) -> None:
-        for engine in self._engines.values():
-            engine.close()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,6 +12,7 @@ import torch
 
 from inference.request import KINDS, AdapterFile, GenerationRequest, RequestFailed, Source
 from tests.engine_requests import request_of
+from tests.family_models import FamilyModels
 from tests.ldm_layout import write_single_file
 from tests.pictures import DEMO, DIFFERENT_DB, MIN_PSNR_DB, demo_adapter, draw, one_torch_thread, psnr
 from tests.plain_families import alone
@@ -58,25 +59,10 @@ REPAINTED = [
 ]
 
 
-class Models:
-    """The checkpoints, and an engine for each that a test asks for."""
+class Models(FamilyModels):
+    """The checkpoints of this file."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._engines: dict[str, WatchedEngine] = {}
-
-    def checkpoint(self, name: str) -> Path:
-        path = self._folder / name
-        return path if path.is_dir() else CHECKPOINTS[name](path)
-
-    def engine(self, name: str) -> WatchedEngine:
-        if name not in self._engines:
-            self._engines[name] = WatchedEngine(self.checkpoint(name))
-        return self._engines[name]
-
-    def close(self) -> None:
-        for engine in self._engines.values():
-            engine.close()
+    builders = CHECKPOINTS
 
 
 @pytest.fixture(scope="module", autouse=True)
