@@ -54,6 +54,7 @@ class ControlDesk:
         picture, net = (one.result() for one in needed)
         drawing.guide = Guide(net, self._model.show(picture), control.scale, control.start, control.end)
         self._shelf.acquire(control.model)
+        drawing.control_picture = None  # on the host it is 50 MB of 2048x2048
 
     def release(self, drawing: Drawing) -> None:
         """The request ends, begun or not."""

@@ -156,7 +156,7 @@ def _stacked(tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _check_is_plain(unet: Any) -> None:
-    """The pipelines have more kinds of UNet than this file: an inpainting one reads a mask and a second picture."""
+    """The pipelines have more kinds of UNet than this file: some know the guidance, some read a picture to edit."""
     config = unet.config
     if config.time_cond_proj_dim is not None:
         raise EngineStartFailed("MODEL_ID has a guidance-distilled UNet, which this version cannot run")
