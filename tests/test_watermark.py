@@ -264,7 +264,11 @@ def test_characters_no_font_has_are_named(font_dirs: tuple[Path, ...]) -> None:
 def test_a_broken_font_file_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "NanumGothicBold.ttf").write_bytes(b"\x00\x01\x00\x00" + b"\xff" * 40)
     (tmp_path / "NanumGothic.ttf").write_bytes(b"no font")
-    assert find_font("서", (tmp_path, *FONT_DIRS)).parent != tmp_path
+    whole = find_font("서", FONT_DIRS).read_bytes()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "NanumGothic.ttf").write_bytes(whole.replace(b"maxp", b"mbxp", 1).replace(b"post", b"pbst", 1))
+    found = find_font("서", (tmp_path, *FONT_DIRS))
+    assert found.parent not in {tmp_path, tmp_path / "a"}
 
 
 @pytest.mark.parametrize("text", ["", " \u3000", "a\nb", "a\x00", "a\u202eb", "\u200b", "\ud800", "\ufdd0", "x" * 101])

@@ -23,8 +23,8 @@ FONT_SUFFIXES = {".ttf", ".otf", ".ttc"}
 OUTLINES = {"glyf", "CFF ", "CFF2"}
 # Glyphs in colours of their own, as emoji have: they are not drawn.
 COLOURED = {"CBDT", "COLR", "SVG ", "sbix"}
-# What fontTools lets through on broken files.
-FONT_ERRORS = (TTLibError, OSError, struct.error, AssertionError)
+# What fontTools lets through on broken files; a missing table is a missing key.
+FONT_ERRORS = (TTLibError, OSError, struct.error, AssertionError, KeyError)
 
 
 def find_font(text: str, font_dirs: tuple[Path, ...]) -> Path:

@@ -135,7 +135,7 @@ def _faces(path: Path) -> list[Typeface]:
                 return _face(path, 0, font)
         with TTCollection(path, lazy=True) as collection:
             return [face for index, font in enumerate(collection.fonts) for face in _face(path, index, font)]
-    except (*FONT_ERRORS, KeyError):
+    except FONT_ERRORS:
         return []  # a broken font, or one without a table of names
 
 
