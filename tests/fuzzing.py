@@ -1,4 +1,4 @@
-"""Seeded fuzzing of everything that reads what strangers wrote: messages, orders, records, adapters, signatures.
+"""Seeded fuzzing of everything that reads what strangers wrote: messages, orders, records, adapters, pictures.
 
 `python -m tests.fuzzing` runs the long form, prints a table and, last, one line of JSON. Every input follows from the
 seed, its target's name and its number, so a failure can be made again: `python -m tests.fuzzing --only NAME --from N`.
@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jsonschema import Draft7Validator
 from PIL import Image, PngImagePlugin
@@ -30,8 +30,8 @@ from rich.table import Table
 
 from clients.location import ObjectRef
 from config.settings import ModelSettings, StoreSettings
-from watermark.decoding import decode_signature
-from watermark.errors import SignatureInvalid
+from watermark.decoding import PictureMode, decode_picture, decode_signature
+from watermark.errors import PictureInvalid, PictureTooLarge, SignatureInvalid
 from worker.cancelling import decode_cancel
 from worker.contract import schema_of
 from worker.events import TerminalEvent, failed_event
@@ -388,6 +388,19 @@ def feed_image(content: bytes) -> str:
     return "an image"
 
 
+def feed_picture(content: bytes) -> str:
+    """Decode it as a picture to draw from, as a product, and as a mask: all of them take it or none does."""
+    words = []
+    for mode in get_args(PictureMode):
+        try:
+            words.append("a picture" if decode_picture(content, mode).mode == mode else "another mode")
+        except (PictureInvalid, PictureTooLarge) as error:
+            _check_told(str(error))
+            words.append("refused")
+    assert len(set(words)) == 1, words
+    return words[0]
+
+
 # --- adapters -------------------------------------------------------------------------------------------------------
 
 Files = dict[str, tuple[bytes, bytes | None]]
@@ -602,6 +615,7 @@ def pure_targets() -> dict[str, Target]:
         Target("cancel orders", fuzzed_order, feed_order),
         Target("records", fuzzed_event, feed_event),
         Target("signatures", lambda rng: fuzzed_image(rng, images), feed_image),
+        Target("reference pictures", lambda rng: fuzzed_image(rng, images), feed_picture),
     )
     return {target.name: target for target in targets}
 
@@ -641,7 +655,9 @@ def main() -> int:
     """Fuzz every target; the exit status is 1 where anything crashed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--messages", type=int, default=100_000, help="messages through the decoder")
-    parser.add_argument("--others", type=int, default=50_000, help="orders, records and signatures each")
+    parser.add_argument(
+        "--others", type=int, default=50_000, help="orders, records, signatures and reference pictures each"
+    )
     parser.add_argument("--adapters", type=int, default=5000, help="adapter files of each family")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--only", default="", help="the one target to fuzz")
