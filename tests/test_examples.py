@@ -26,7 +26,7 @@ from worker.messages import decode, rules_from
 
 BODIES = {name: payload for name, _, payload in examples()}
 URL = BODIES["complete"]["result_url"]
-EFFECTS = {"progress": "50 %", "complete": URL, "failed": "CANCELLED"}
+EFFECTS = {"progress": "75 %", "complete": URL, "failed": "CANCELLED"}
 COMPLETE_PATH = "/api/webhooks/inference/complete"
 NUM_AT_ONCE = 8
 LATE_SECONDS = 30.0

@@ -262,7 +262,9 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{LIVE}test_a_clock_that_jumps_changes_no_wait_and_no_end",),
         without=(
             Mutation(
-                "worker/supervisor.py", "import time\nfrom enum", "import time\n\ntime.monotonic = time.time\nfrom enum"
+                "worker/supervisor.py",
+                "import time\nfrom contextlib",
+                "import time\n\ntime.monotonic = time.time\nfrom contextlib",
             ),
         ),
     ),
