@@ -28,7 +28,9 @@ class Order:
     scale: Annotated[float | None, typer.Option(help="Scale of the adapters; else 1")] = None
     signature: Annotated[str | None, typer.Option(help="Signature picture")] = None
     artist: Annotated[str | None, typer.Option(help="Signature as text, where there is no picture")] = None
-    aspect: Annotated[str | None, typer.Option(help="Aspect ratio, like 1:2; else that of the picture to begin from, or 1:1")] = None
+    aspect: Annotated[
+        str | None, typer.Option(help="Aspect ratio, like 1:2; else that of the picture to begin from, or 1:1")
+    ] = None
     steps: Annotated[int | None, typer.Option(help="Denoise steps")] = None
     guidance: Annotated[float | None, typer.Option(help="Guidance scale")] = None
     seed: Annotated[int | None, typer.Option(help="Seed of the first picture", min=0)] = None
