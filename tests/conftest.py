@@ -116,3 +116,19 @@ def backend() -> Iterator[Backend]:
 def queue_name() -> str:
     """A queue name no other test uses. Nothing is declared."""
     return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """The test process computes on one thread."""
+    from tests.pictures import one_torch_thread  # brings torch, which most tests do without
+
+    with one_torch_thread():
+        yield
+
+
+@pytest.fixture
+def no_forward_failed(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """The engine tries the lanes of a forward that failed in smaller ones, and so hides what was wrong with it."""
+    yield
+    assert [record.getMessage() for record in caplog.get_records("call") if record.levelname == "ERROR"] == []

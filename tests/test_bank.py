@@ -12,19 +12,14 @@ from torch import nn
 
 from inference.adapters import DOWN, UP, Adapter, LowRank
 from inference.bank import AdapterBank, Applied, PackedAdapter, Row
-from tests.pictures import one_torch_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 WIDTH, TEXT_WIDTH, TOKENS, SIDE = 16, 12, 5, 6
 ATTENTION = ("to_q", "to_k", "to_v", "to_out")
 CONVOLUTIONS = ("conv", "shortcut", "downsampler")
 EVERY_LAYER = (*ATTENTION, *CONVOLUTIONS, "time_emb_proj")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_torch_thread():
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,11 @@ import torch
 
 from inference.request import AdapterFile, GenerationRequest, RequestFailed
 from tests.engine_requests import request_of
-from tests.pictures import DEMO, DIFFERENT_DB, MIN_PSNR_DB, demo_adapter, one_torch_thread, psnr, solo
+from tests.pictures import DEMO, DIFFERENT_DB, MIN_PSNR_DB, demo_adapter, psnr, solo
 from tests.tiny_models import EVERY_LAYER, build_tiny_sd, load_pipe, write_adapter
 from tests.watched_engine import PATIENCE_SECONDS, Order, WatchedEngine, arriving_together, order_together
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Another batch adds up in another order, and that is all it may do.
 SAME_DB = 60.0
@@ -33,12 +35,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 Adapters = dict[str, AdapterFile]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_torch_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """What goes wrong for one request of a batch is that request's affair: cancelled, too large, broken, or all of it."""
 
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import CancelledError
 from functools import cached_property
 from pathlib import Path, PosixPath
@@ -24,7 +24,7 @@ from inference.request import (
     RequestFailed,
 )
 from tests.engine_requests import request_of
-from tests.pictures import MIN_PSNR_DB, images_of, one_torch_thread, plain, psnr, solo
+from tests.pictures import MIN_PSNR_DB, images_of, plain, psnr, solo
 from tests.tiny_models import EVERY_LAYER, build_tiny_sd, load_pipe, write_adapter
 from tests.watched_engine import (
     PATIENCE_SECONDS,
@@ -36,11 +36,7 @@ from tests.watched_engine import (
     wait_for,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_torch_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from inference.families.loading import load_family
 from inference.request import AdapterFile, EngineFault, EngineStartFailed, GenerationRequest, RequestFailed, Source
 from tests.engine_requests import request_of
 from tests.family_models import FamilyModels
-from tests.pictures import DIFFERENT_DB, MIN_PSNR_DB, draw, one_torch_thread, psnr, settings_of
+from tests.pictures import DIFFERENT_DB, MIN_PSNR_DB, draw, psnr, settings_of
 from tests.plain_families import alone
 from tests.tiny_controls import control_of, plainly_controlled, speckles, square, write_controlnet
 from tests.tiny_models import (
@@ -39,6 +39,8 @@ from tests.tiny_models import (
 )
 from tests.watched_engine import PATIENCE_SECONDS, Order, WatchedEngine, WatchedModel, order_together
 from worker.checks.memory import look_at_memory
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_forward_failed")
 
 # Another batch adds up in another order, and that is all it may do.
 SAME_DB = 60.0
@@ -83,19 +85,6 @@ class Models(FamilyModels):
         drawn = [order.image for order in orders]
         ratios = [psnr(one, self.plain(family, order.request)) for one, order in zip(drawn, orders, strict=True)]
         assert min(ratios) >= MIN_PSNR_DB, ratios
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_torch_thread():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _no_forward_failed(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """The engine tries the lanes of a forward that failed in smaller ones, and so hides what was wrong with it."""
-    yield
-    assert [record.getMessage() for record in caplog.get_records("call") if record.levelname == "ERROR"] == []
 
 
 @pytest.fixture(scope="module")

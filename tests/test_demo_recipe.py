@@ -41,7 +41,8 @@ from examples.demo_model.recipe.tokenizer import END, Reader, learn_tokenizer, m
 from examples.demo_model.recipe.training import Course, train
 from examples.demo_model.recipe.vae import build_vae, normalise, train_vae
 from examples.demo_model.recipe.workers import Workers
-from tests.pictures import one_torch_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 THINGS = read_things()
@@ -55,12 +56,6 @@ MOMENT = Budget(
     adapter_steps=2,
     sample_steps=2,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_torch_thread():
-        yield
 
 
 # --- Names and captions

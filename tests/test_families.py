@@ -12,7 +12,7 @@ from compel import CompelForSD, CompelForSDXL
 from inference.request import AdapterFile, GenerationRequest, RequestFailed
 from tests.engine_requests import request_of
 from tests.family_models import FamilyModels
-from tests.pictures import DIFFERENT_DB, MIN_PSNR_DB, draw, one_torch_thread, pipe_with, psnr
+from tests.pictures import DIFFERENT_DB, MIN_PSNR_DB, draw, pipe_with, psnr
 from tests.plain_families import DIFFUSION_CHOICES, FLOW_CHOICES, alone
 from tests.tiny_models import (
     EVERY_LAYER,
@@ -27,6 +27,8 @@ from tests.tiny_models import (
     write_adapter,
 )
 from tests.watched_engine import Order, order_together
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_forward_failed")
 
 # By name, how each checkpoint is made. "sd" is Stable Diffusion 2.x; the other tests of the engine are about 1.x.
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
@@ -70,19 +72,6 @@ class Models(FamilyModels):
         """With other values the engine gives another picture."""
         first, second = (draw(self.engine(name), one)[0] for one in (request, replace(request, **changes)))
         assert psnr(first, second) < MIN_PSNR_DB
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_torch_thread():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _no_forward_failed(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """The engine tries the lanes of a forward that failed in smaller ones, and so hides what was wrong with it."""
-    yield
-    assert [record.getMessage() for record in caplog.get_records("call") if record.levelname == "ERROR"] == []
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from inference.request import KINDS, AdapterFile, GenerationRequest, RequestFail
 from tests.engine_requests import request_of
 from tests.family_models import FamilyModels
 from tests.ldm_layout import write_single_file
-from tests.pictures import DEMO, DIFFERENT_DB, MIN_PSNR_DB, demo_adapter, draw, one_torch_thread, psnr
+from tests.pictures import DEMO, DIFFERENT_DB, MIN_PSNR_DB, demo_adapter, draw, psnr
 from tests.plain_families import alone
 from tests.tiny_models import (
     build_tiny_sd,
@@ -26,6 +26,8 @@ from tests.tiny_models import (
     write_adapter,
 )
 from tests.watched_engine import Order, WatchedEngine, WatchedModel, order_together
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_forward_failed")
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "sd": build_tiny_sd,
@@ -63,19 +65,6 @@ class Models(FamilyModels):
     """The checkpoints of this file."""
 
     builders = CHECKPOINTS
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_torch_thread():
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _no_forward_failed(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """The engine tries the lanes of a forward that failed in smaller ones, and so hides what was wrong with it."""
-    yield
-    assert [record.getMessage() for record in caplog.get_records("call") if record.levelname == "ERROR"] == []
 
 
 @pytest.fixture(scope="module")

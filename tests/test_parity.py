@@ -14,15 +14,11 @@ from inference.lane import Lane
 from inference.request import AdapterFile, EngineStartFailed, RequestFailed, StepReport
 from inference.schedulers import DIFFUSION
 from tests.engine_requests import request_of
-from tests.pictures import DEMO, MIN_PSNR_DB, demo_pipe, draw, one_torch_thread, plain, psnr, settings_of
+from tests.pictures import DEMO, MIN_PSNR_DB, demo_pipe, draw, plain, psnr, settings_of
 from tests.tiny_models import Layout, build_tiny_sd, load_pipe, write_adapter
 from tests.watched_engine import WatchedEngine, WatchedModel
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_torch_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from inference.previews import Previews, _Copy
 from inference.projection import Projection, find_projection
 from inference.request import Preview, Source, StepReport
 from tests.engine_requests import request_of
-from tests.pictures import DEMO, draw, one_torch_thread, settings_of
+from tests.pictures import DEMO, draw, settings_of
 from tests.status_pages import served, status
 from tests.tiny_models import BETAS, build_tiny_sd, build_tiny_sd_inpaint, build_tiny_sdxl, build_tiny_z_image
 from tests.watched_engine import Order, WatchedEngine, WatchedModel
@@ -38,15 +38,11 @@ from worker.metrics import Metrics
 from worker.previews import Previewer, encode
 from worker.progress import ProgressReporter
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PATIENCE_SECONDS = 5.0
 CPU = torch.device("cpu")
 DIFFUSION = BETAS | {"clip_sample": False}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_torch_thread():
-        yield
 
 
 # --- What the denoiser takes the finished latents to be

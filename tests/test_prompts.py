@@ -18,20 +18,15 @@ from inference.adapters import Adapter, LowRank
 from inference.bank import AdapterBank, Applied
 from inference.prompts import MAX_PASSES, MAX_WEIGHT, Fragment, LongPromptEncoder, num_tokens, parse_weights
 from inference.request import RequestFailed
-from tests.pictures import one_torch_thread
 from tests.tiny_models import build_tiny_sd, build_tiny_sdxl, byte_tokenizer, load_pipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CHUNK = 77
 CLOSE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-5}
 # 300 tokens: a letter each, in words of five.
 CPU = torch.device("cpu")
 LONG = "abcde " * 60
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_torch_thread():
-        yield
 
 
 @pytest.fixture(autouse=True)

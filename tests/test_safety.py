@@ -17,18 +17,14 @@ from inference.engine import LocalEngine
 from inference.request import EngineStartFailed, GenerationRequest, RequestFailed
 from tests.engine_requests import request_of
 from tests.ldm_layout import write_single_file
-from tests.pictures import MIN_PSNR_DB, draw, one_torch_thread, plain, psnr, settings_of
+from tests.pictures import MIN_PSNR_DB, draw, plain, psnr, settings_of
 from tests.tiny_models import build_tiny_sd, load_pipe
 from tests.tiny_safety import EVERYTHING, NOTHING, add_tiny_checker, nearness
 from tests.world import new_world
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SEEDS = tuple(range(6))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_torch_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,9 @@ from inference.courses import Course
 from inference.request import RequestFailed
 from inference.sampling import Origin, Sampler, Samplers, SchedulerSampler, TrajectorySampler
 from inference.schedulers import DIFFUSION, FLOW, SchedulerTable, set_timesteps
-from tests.pictures import DEMO, one_torch_thread
+from tests.pictures import DEMO
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPE = (4, 8, 8)
 MASK = (torch.arange(8) < 5).float().expand(1, 8, 8)
@@ -47,12 +49,6 @@ CASES += [(name, config) for config in FLOWS for name in FLOW.makers]
 DRAWS_NOISE = ("euler_a", "lcm")
 # diffusers' own mistake: the first two timesteps are equal, and it begins with the second and ends beyond the last.
 IMPOSSIBLE = ("dpm++_karras", "from pure noise", 30)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_torch_thread():
-        yield
 
 
 def table_of(config: Any) -> SchedulerTable:

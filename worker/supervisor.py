@@ -89,6 +89,25 @@ class Supervisor:
         self._backend_breaker = Breaker("the backend", BACKEND_THRESHOLD)
         self._store_breaker = Breaker("the store", STORE_THRESHOLD)
         self._gate = Gate(self._store_breaker, self._is_draining)
+        self._build_deliveries(settings)
+        self._previewer = Previewer(self._storage, settings.store.results_bucket)
+        self._progress = ProgressReporter(
+            self._client, self._previewer, settings.backend.progress_milestones, self._metrics
+        )
+        self._engine = EngineProcess(
+            settings.model,
+            log_level=settings.service.log_level,
+            on_restart=self._metrics.engine_restarts.inc,
+            on_occupancy=self._metrics.note_occupancy,
+        )
+        self._processor: Processor | None = None
+        self._consumer: Consumer | None = None
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
+        self._rules = rules_from(settings.model, settings.store, settings.pictures)
+        self._build_views(settings)
+
+    def _build_deliveries(self, settings: Settings) -> None:
+        """What keeps messages and ends safe elsewhere."""
         self._leases = Leases(
             self._storage,
             settings.store.bucket,
@@ -106,20 +125,9 @@ class Supervisor:
             is_draining=self._is_draining,
         )
         self._outbox = Outbox(self._notifier, self._ledger, self._publisher, self._names)
-        self._previewer = Previewer(self._storage, settings.store.results_bucket)
-        self._progress = ProgressReporter(
-            self._client, self._previewer, settings.backend.progress_milestones, self._metrics
-        )
-        self._engine = EngineProcess(
-            settings.model,
-            log_level=settings.service.log_level,
-            on_restart=self._metrics.engine_restarts.inc,
-            on_occupancy=self._metrics.note_occupancy,
-        )
-        self._processor: Processor | None = None
-        self._consumer: Consumer | None = None
-        self._name = f"{socket.gethostname()}:{os.getpid()}"
-        self._rules = rules_from(settings.model, settings.store, settings.pictures)
+
+    def _build_views(self, settings: Settings) -> None:
+        """What others see of the worker: is it ready, its metrics, its page."""
         self._readiness = Readiness(
             self._engine,
             (self._store_breaker, self._backend_breaker),
