@@ -28,7 +28,7 @@ END_SECONDS = 120.0
 REQUEST = b"GET /health/live HTTP/1.1\r\nHost: worker\r\n\r\n"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def port() -> Iterator[int]:
     server = HealthServer(0, CollectorRegistry(), lambda: "", status, lambda _: None)
     server.start()
