@@ -234,7 +234,7 @@ def test_the_numbers_that_workers_write_are_read(consumed: Consumed) -> None:
 
 
 def test_what_was_parked_in_the_future_was_parked_now(consumed: Consumed) -> None:
-    """An event expires a day after it was parked: of this one nobody would ever be told."""
+    """An event expires a day after it was parked: this one would never expire."""
     delivery = consumed.deliver(own(b"since", b"l", (2**53 - 1).to_bytes(8)))
 
     assert delivery.since <= time.time()

@@ -302,7 +302,7 @@ ROWS: tuple[Row, ...] = (
         "E11",
         "clients of the metrics port leave before their answer, or send what is no request",
         "an answer where one can be given, and no traceback between the lines of the log",
-        tests=(f"{HEALTH}test_clients_that_leave_before_their_answer_leave_no_word",),
+        tests=(f"{HEALTH}test_clients_that_leave_before_their_answer_print_no_traceback",),
         without=(
             Mutation(
                 "worker/bounded_server.py",
@@ -311,8 +311,8 @@ ROWS: tuple[Row, ...] = (
             ),
         ),
         also=(
-            f"{HEALTH}test_odd_requests_have_one_answer_and_leave_no_word",
-            f"{HEALTH}test_fuzzed_requests_leave_no_word",
+            f"{HEALTH}test_odd_requests_have_one_answer_and_print_no_traceback",
+            f"{HEALTH}test_fuzzed_requests_print_no_traceback",
         ),
     ),
     Row(
