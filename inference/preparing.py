@@ -76,16 +76,18 @@ class Preparer:
         started_at = time.monotonic()
         try:
             adapter = self._read_adapter(file.weights, file.config)
-            self._check_rank(adapter)
+            check_rank(adapter, self._max_rank)
             packed = self._pack(adapter)
         except AdapterError as error:
             raise RequestFailed(error.code, str(error)) from error
         return ReadAdapter(packed, Stage("adapt", started_at, time.monotonic() - started_at))
 
-    def _check_rank(self, adapter: Adapter) -> None:
-        rank = max(layer.rank for layer in adapter.layers.values())
-        if rank > self._max_rank:
-            raise AdapterUnsupported(f"the adapter is of rank {rank}; this worker takes ranks up to {self._max_rank}")
+
+def check_rank(adapter: Adapter, max_rank: int) -> None:
+    """Raise `AdapterUnsupported` for a higher rank than the worker takes."""
+    rank = max(layer.rank for layer in adapter.layers.values())
+    if rank > max_rank:
+        raise AdapterUnsupported(f"the adapter is of rank {rank}; this worker takes ranks up to {max_rank}")
 
 
 def _identity(path: Path) -> tuple[str, int, int, int]:

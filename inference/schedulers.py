@@ -28,10 +28,14 @@ class SchedulerTable:
 
         Fresh each time: a diffusers scheduler keeps a hidden step index and must never be shared.
         """
+        self.check(name)
         name = name or self.default
-        if name not in self.makers:
-            raise RequestFailed("INVALID_INPUT", f"scheduler {name!r} is not known; known are {', '.join(self.makers)}")
         return name, self.makers[name](config)
+
+    def check(self, name: str | None) -> None:
+        """Raise `RequestFailed` where there is none by `name`."""
+        if name and name not in self.makers:
+            raise RequestFailed("INVALID_INPUT", f"scheduler {name!r} is not known; known are {', '.join(self.makers)}")
 
 
 DIFFUSION = SchedulerTable(

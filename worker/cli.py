@@ -116,7 +116,9 @@ def report(
 @with_order
 def generate(
     order: Order,
-    out: Annotated[Path, typer.Option("-o", "--out", help="PNG to write; -2, -3 … are added for more pictures")],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="PNG or JPEG to write; -2, -3 … are added for more pictures")
+    ],
     model: Annotated[str | None, typer.Option(help="Folder or hub id; default MODEL_ID")] = None,
 ) -> None:
     """Draw with the worker's engine, without broker, store or backend.
@@ -240,6 +242,7 @@ def _or_exit(load: Callable[[], Loaded]) -> Loaded:
         return load()
     except SettingsError as error:
         console.print("[bold red]The settings are not right:[/]")
-        console.print(str(error), markup=False, highlight=False)
+        # Not folded at the terminal's width: a person copies these lines, and programs look for words in them.
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         console.print("docs/settings.md lists every setting; .env.example is a file to begin with.")
         sys.exit(ExitCode.SETTINGS)
