@@ -8,6 +8,9 @@ from typing import Any, Self, cast
 from clients.webhooks import Webhook, WebhookKind
 from worker.bodies import ErrorCode, FailedBody
 
+CANCELLED = "CANCELLED"
+CANCELLED_OUTCOME = "cancelled"
+
 
 @dataclass(frozen=True, slots=True)
 class TerminalEvent:
@@ -33,6 +36,11 @@ class TerminalEvent:
     def webhook(self) -> Webhook:
         """The call that tells it. Its id never changes, so a backend can drop a repeat."""
         return Webhook(kind=self.kind, webhook_id=f"{self.task_id}:{self.kind.value}", body=self.body)
+
+    @property
+    def outcome(self) -> str:
+        """`complete`, `failed` or, of a job that was asked to end, `cancelled`: to a backend that is `failed` too."""
+        return CANCELLED_OUTCOME if self.body.get("error_code") == CANCELLED else self.kind.value
 
     def to_json(self) -> bytes:
         fields = {name: getattr(self, name) for name in self.__slots__} | {"kind": self.kind.value}

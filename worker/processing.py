@@ -15,7 +15,7 @@ from worker.breakers import Gate
 from worker.broker import Consumer, Publisher, PublishFailed
 from worker.cancelling import Cancellations, decode_cancel
 from worker.delivery import Delivery
-from worker.events import TerminalEvent, failed_event
+from worker.events import CANCELLED, TerminalEvent, failed_event
 from worker.history import History
 from worker.job import Job, JobRejected, Undecodable
 from worker.leases import Leases
@@ -253,7 +253,7 @@ class Processor:
         return self._tell(run, event, Disposition.ACK)
 
     def _end_badly(self, run: Run, verdict: Verdict, error: Exception) -> _Ending:
-        if verdict.code not in ("", "CANCELLED"):
+        if verdict.code not in ("", CANCELLED):
             log_event(logger, "job broke off", logging.WARNING, code=verdict.code, reason=str(error))
         if verdict.code == "INTERNAL_ERROR":
             logger.exception("unforeseen error", exc_info=error)
@@ -284,7 +284,8 @@ class Processor:
             ended_at=run.now,
         )
         try:
-            event = self._gate.insist(lambda: self._ledger.record(event))
+            with run.stage("record"):
+                event = self._gate.insist(lambda: self._ledger.record(event))
         except JobReleased:
             return _Ending(Disposition.RELEASE, "released")
         except StorageError as error:
@@ -307,7 +308,7 @@ class Processor:
 
             self._surely(tell)
         code, message = (str(event.body.get(name, "")) for name in ("error_code", "error_message"))
-        return _Ending(disposition, event.kind.value, code, told, message)
+        return _Ending(disposition, event.outcome, code, told, message)
 
     def _settle(self, delivery: Delivery, disposition: Disposition) -> None:
         assert self._consumer is not None, "deliveries come from a consumer"  # noqa: S101
@@ -329,7 +330,7 @@ class Processor:
             seconds[name] = round(seconds.get(name, 0.0) + took, 4)
         for name, took in seconds.items():
             self._metrics.stage_seconds.labels(name).observe(took)
-        total = sum(seconds.values())
+        total = run.seconds
         self._metrics.jobs.labels(ending.outcome).inc()
         self._metrics.job_seconds.observe(total)
         self._history.add(run, ending.outcome, code=ending.code, message=ending.message)
@@ -341,7 +342,7 @@ class Processor:
             webhook=ending.webhook,
             disposition=ending.disposition.name,
             attempt=run.attempt,
-            seconds=round(total, 3),
+            seconds=total,
             stages=seconds,
         )
 

@@ -9,6 +9,7 @@ from clients.webhooks import Verdict, Webhook, WebhookClient, WebhookKind
 from config.logs import log_event
 from inference.request import StepReport
 from worker.bodies import ProgressBody
+from worker.lately import RecentMean
 from worker.metrics import Metrics
 from worker.previews import Previewer, PreviewTrack
 
@@ -42,6 +43,8 @@ class Track:
     def on_step(self, report: StepReport) -> None:
         if report.step_index == 0:
             self._denoised_seconds = 0.0  # the first start, or another one after a crash of the engine
+        else:
+            self._reporter.note_step(report.seconds)
         self._denoised_seconds += report.seconds
         self._previews.on_step(report)
         percent = 100 * report.step_index / report.num_steps
@@ -91,6 +94,7 @@ class ProgressReporter:
         self._waiting: deque[Track] = deque()
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+        self._steps_lately = RecentMean()
         self.milestones = milestones
         self.step_seconds = 0.0
 
@@ -112,6 +116,15 @@ class ProgressReporter:
         """Take a measured step time into the estimate that jobs start with."""
         known = self.step_seconds or step_seconds
         self.step_seconds = known + NEWEST_WEIGHT * (step_seconds - known)
+
+    def note_step(self, seconds: float) -> None:
+        """Take one step of any job into `recent_step_seconds`."""
+        self._steps_lately.note(seconds)
+
+    @property
+    def recent_step_seconds(self) -> float:
+        """What jobs' steps take lately, whether or not one of them has ended; before the first, as `learn` heard."""
+        return self._steps_lately.value or self.step_seconds
 
     def offer(self, track: Track, webhooks: list[Webhook]) -> None:
         with self._changed:

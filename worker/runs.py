@@ -44,6 +44,7 @@ class Run:
     future: Future[GenerationResult] | None = None
     is_cancelled: bool = False
     lease_ends_at: float = 0.0
+    _entered: list[tuple[str, float]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self.first = self.deliveries[0]
@@ -65,6 +66,11 @@ class Run:
         return round(self.began_at + time.monotonic() - self.started_at, 4)
 
     @property
+    def seconds(self) -> float:
+        """Since the job was delivered here. Stages account for most of it, and for no more than what they enclose."""
+        return round(time.monotonic() - self.started_at, 3)
+
+    @property
     def num_recoveries(self) -> int:
         return max(delivery.num_deliveries for delivery in (self.first, *self.deliveries))
 
@@ -77,6 +83,32 @@ class Run:
             yield
         finally:
             self.stages.append(Stage(name, started_at, time.monotonic() - started_at))
+
+    def enter(self, phase: str) -> None:
+        """Note the phase that the engine is in. Any thread may call it."""
+        if not self._entered or self._entered[-1][0] != phase:
+            self._entered.append((phase, time.monotonic()))
+        self.phase = phase
+
+    @contextmanager
+    def inside_engine(self) -> Iterator[None]:
+        """Account the block's time: by the engine's own stages where it adds them, else by the phases it entered.
+
+        The engine times its stages in its result, and a request that is cancelled, fails or is given back has none.
+        """
+        num_before = len(self.stages)
+        self._entered = []
+        self.enter("wait")
+        try:
+            yield
+        finally:
+            if len(self.stages) == num_before:
+                self.stages += self._stages_of_phases()
+
+    def _stages_of_phases(self) -> list[Stage]:
+        entered = self._entered.copy()
+        ends = [at for _, at in entered[1:]] + [time.monotonic()]
+        return [Stage(phase, at, end - at) for (phase, at), end in zip(entered, ends, strict=True)]
 
     def add_engine_stages(self, stages: tuple[Stage, ...]) -> None:
         """Account the engine's time, behind one stage more: all the waiting since the run's last own stage.

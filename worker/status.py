@@ -62,7 +62,7 @@ class JobNow:
 
 @dataclass(frozen=True, slots=True)
 class BatchNow:
-    """The lanes, and how many of them shared a forward: since the start and lately."""
+    """The lanes, and how many of them shared a forward: since the start and lately, 0 where there was none lately."""
 
     num_lanes: int
     max_lanes: int

@@ -131,7 +131,7 @@ class Storyteller:
             "model": self.facts.model,
             "scheduler": result.scheduler,
             "task_id": job.task_id,
-            "seconds": round(sum(seconds for _, _, seconds in timeline), 3),
+            "seconds": run.seconds,
         }
         if job.kind is not Kind.TEXT2IMAGE:
             metadata["kind"] = job.kind.value
