@@ -84,9 +84,10 @@ campaign: install ## Hundreds of jobs while everything fails at random (CAMPAIGN
 		$(if $(ACTIONS),--actions $(ACTIONS)) $(if $(WORKERS),--workers $(WORKERS)) $(if $(SEED),--seed $(SEED)) \
 		$(if $(RESUME),--resume $(RESUME))
 
-hostile: install ## The long form of two more: every hostile input, 2000 fuzzed messages through a worker, 100000 through the decoder
+hostile: install ## The long form of more: every hostile input, 2000 fuzzed messages through a worker, 200000 with fuzzed properties, 100000 through the decoder
 	OMP_NUM_THREADS=1 HOSTILE_VARIANTS=all HOSTILE_FUZZED=2000 $(BIN)/pytest tests/test_live_hostile.py --log-cli-level=WARNING
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzed_deliveries
 
 bench: install ## Batching against plain diffusers, what a job costs beyond the bare pipeline, loading, and what previews cost, on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.batching --swap

@@ -23,6 +23,8 @@ import numpy as np
 import safetensors.numpy
 from PIL import Image
 
+from tests.raw_properties import FROM_THE_FIELD
+
 # How the demo's adapters, in diffusers' new names, call a layer's two weights.
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 ADAPTERS = Path(__file__).parent.parent / "examples" / "demo_model" / "adapters"
@@ -853,6 +855,7 @@ CLASSES = (
             "transient with a priority": runs_as(
                 message(), delivery_mode=1, priority=255, expiration="60000", reply_to="evil", correlation_id="../x"
             ),
+            **{name: runs_as(message(), raw=encoded) for name, encoded in FROM_THE_FIELD.items()},
             "headers of other kinds": runs_as(
                 message(), headers={"x-darkroom-attempt": "9", "x-darkroom-since": -1, "x-darkroom-reason": ["\r\n"]}
             ),

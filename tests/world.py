@@ -140,13 +140,13 @@ class World:
         self.publish_raw(json.dumps(message).encode())
         return int(generation_id)
 
-    def publish_raw(self, *bodies: bytes) -> None:
+    def publish_raw(self, *bodies: bytes, properties: Any = pika.BasicProperties(delivery_mode=2)) -> None:  # noqa: B008
         """As the backends in the field do it: declare the queue durable without arguments, publish persistent."""
         connection = pika.BlockingConnection(pika.URLParameters(self.rabbitmq.url))
         channel = connection.channel()
         channel.queue_declare(self.queue, durable=True)
         for body in bodies:
-            channel.basic_publish("", self.queue, body, pika.BasicProperties(delivery_mode=2))
+            channel.basic_publish("", self.queue, body, properties)
         connection.close()
 
     def wait_for_end(self, generation_id: int, timeout_seconds: float = END_SECONDS) -> Call:
