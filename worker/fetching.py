@@ -12,7 +12,7 @@ from PIL import Image
 from clients.cache import DownloadCache
 from clients.location import ObjectRef
 from clients.storage import Storage
-from clients.storage_errors import AccessDenied, ObjectDamaged, ObjectNotFound, ObjectTooLarge
+from clients.storage_errors import AccessDenied, ObjectChanged, ObjectDamaged, ObjectNotFound, ObjectTooLarge
 from inference.request import AdapterFile, ModelFacts
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import FontMissing, OverlayInvalid, PictureInvalid, PictureTooLarge, SignatureInvalid
@@ -29,6 +29,8 @@ MAX_CONFIG_BYTES = 64_000
 MAX_SIGNATURE_BYTES = 10_000_000
 MAX_PICTURE_BYTES = 50_000_000
 FETCH_DEADLINE_SECONDS = 300.0
+# A folder whose config changed while its weights were fetched is fetched again, so often.
+MAX_FOLDER_LOOKS = 3
 # Before an object that is not there is believed not to be.
 SECOND_LOOK_SECONDS = 2.0
 
@@ -152,10 +154,20 @@ class Fetcher:
         """The adapter's files on the local disk, pinned in the cache until `pinned` closes."""
         ref = adapter.ref
         if ref.key.lower().endswith(".safetensors"):
-            return AdapterFile(self._fetch(ref, MAX_ADAPTER_BYTES, pinned), None, adapter.scale)
-        config = self._fetch(ref.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned)
-        weights = self._fetch_weights(ref, pinned)
-        return AdapterFile(weights, config, adapter.scale)
+            weights = self._fetch(ref, MAX_ADAPTER_BYTES, pinned)
+            return AdapterFile(weights, None, adapter.scale, version=weights.name)
+        return self._folder(ref, adapter.scale, pinned)
+
+    def _folder(self, folder: ObjectRef, scale: float, pinned: ExitStack) -> AdapterFile:
+        """Both files of a PEFT folder, of one moment: a publisher may be replacing them one after the other."""
+        config = self._fetch(folder.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned)
+        for _ in range(MAX_FOLDER_LOOKS):
+            weights = self._fetch_weights(folder, pinned)
+            before, config = config, self._fetch(folder.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned)
+            if config == before:
+                # The cache names a file for the version of its object: key, ETag and size.
+                return AdapterFile(weights, config, scale, version=f"{config.name} {weights.name}")
+        raise ObjectChanged(f"the adapter {folder} is being replaced")
 
     def _fetch_weights(self, folder: ObjectRef, pinned: ExitStack) -> Path:
         try:

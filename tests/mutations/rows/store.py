@@ -4,6 +4,8 @@ from tests.mutations.row import Mutation, Row
 
 LIVE = "tests/test_live_faults_store.py::"
 STORAGE = "tests/test_clients_storage.py::"
+BATCHING = "tests/test_batching.py::"
+FETCHING = "tests/test_fetching.py::"
 
 ROWS: tuple[Row, ...] = (
     Row(
@@ -163,6 +165,32 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation("clients/storage_errors.py", '        "RequestTimeTooSkewed",\n', ""),
             Mutation("clients/storage_errors.py", "    403: AccessDenied,\n", ""),
+        ),
+    ),
+    Row(
+        "C15",
+        "many jobs name one adapter, whose file on the disk is touched at every use",
+        "it is identified by its object's key, ETag and size: one reading, one slot; replaced at its key it is read anew",
+        tests=(f"{BATCHING}test_an_adapter_of_one_version_is_read_once_however_its_file_is_touched",),
+        without=(
+            Mutation("inference/preparing.py", "        if file.version:\n", "        if False:\n"),
+            Mutation("inference/preparing.py", "            if reading is None:\n", "            if True:\n"),
+        ),
+        also=(
+            f"{BATCHING}test_another_version_under_the_same_path_is_another_adapter",
+            "tests/test_live_jobs.py::test_five_jobs_of_one_style_read_its_adapter_once_into_one_slot",
+            "tests/test_live_jobs.py::test_an_adapter_replaced_at_its_key_is_read_anew_and_the_one_before_is_not_drawn",
+        ),
+    ),
+    Row(
+        "C16",
+        "both files of an adapter's folder are replaced while they are fetched",
+        "the config is looked at again behind the weights: no job draws with the files of two versions",
+        tests=(f"{FETCHING}test_an_adapter_folder_replaced_during_the_fetch_gives_both_files_of_one_version",),
+        without=(Mutation("worker/fetching.py", "            if config == before:\n", "            if True:\n"),),
+        also=(
+            f"{FETCHING}test_an_adapter_folder_that_is_replaced_without_end_is_tried_again_later",
+            f"{FETCHING}test_a_job_keeps_the_adapter_that_it_fetched_when_the_object_is_replaced",
         ),
     ),
 )
