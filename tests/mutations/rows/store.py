@@ -170,7 +170,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "C15",
         "many jobs name one adapter, whose file on the disk is touched at every use",
-        "it is identified by its object's key, ETag and size: one reading, one slot; replaced at its key it is read anew",
+        "it is identified by its object's key, ETag and size: one reading, one slot; a replaced one is read anew",
         tests=(f"{BATCHING}test_an_adapter_of_one_version_is_read_once_however_its_file_is_touched",),
         without=(
             Mutation("inference/preparing.py", "        if file.version:\n", "        if False:\n"),
