@@ -10,13 +10,14 @@ import pytest
 from clients.cache import DownloadCache
 from clients.location import ObjectRef
 from clients.storage import ObjectStat, Storage
-from clients.storage_errors import ObjectChanged
+from clients.storage_errors import BucketNotFound, ObjectChanged, ObjectDamaged, ObjectNotFound, StorageError
 from config.settings import StoreSettings
 from inference.request import AdapterFile
 from tests.test_references import FACTS
 from worker.breakers import STORE_THRESHOLD, Breaker, Gate
 from worker.fetching import Fetcher
 from worker.job import JobAdapter
+from worker.settling import Disposition, JobFailed, judge
 
 FOLDER = "models/style-1/"
 CONFIG, WEIGHTS = f"{FOLDER}adapter_config.json", f"{FOLDER}adapter_model.safetensors"
@@ -122,3 +123,71 @@ def test_an_adapter_that_is_fetched_again_has_the_version_it_had(
     versions |= {fetcher.adapter(style(store_settings), pinned).version}
 
     assert len(versions - {""}) == 1
+
+
+# --- Whose fault it is
+
+
+class RefusingStorage(Storage):
+    """The real store, of which `bucket` is missing until it was looked at `num_looks` times."""
+
+    def __init__(self, settings: StoreSettings, bucket: str, *, num_looks: int) -> None:
+        super().__init__(settings)
+        self._missing = bucket
+        self.num_looks = num_looks
+
+    def check_bucket(self, bucket: str) -> None:
+        if bucket == self._missing and self.num_looks:
+            self.num_looks -= 1
+            raise BucketNotFound(f"s3://{bucket}: no such bucket")
+        super().check_bucket(bucket)
+
+    def head(self, ref: ObjectRef) -> ObjectStat:
+        if ref.bucket == self._missing and self.num_looks:
+            raise ObjectNotFound(f"{ref}: the store answered 404")
+        return super().head(ref)
+
+
+def test_a_bucket_that_only_the_job_names_and_that_does_not_exist_is_its_own_failure(
+    store_settings: StoreSettings, pinned: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.fetching.SECOND_LOOK_SECONDS", 0.0)
+    fetcher = fetcher_of(Storage(store_settings), store_settings)
+
+    with pytest.raises(JobFailed, match="no-such-bucket") as refusal:
+        fetcher.adapter(JobAdapter(ObjectRef("no-such-bucket", "a.safetensors"), 1.0), pinned)
+
+    assert refusal.value.code == "LORA_NOT_FOUND"
+
+
+def test_a_bucket_of_the_worker_s_own_that_is_missing_is_waited_for(
+    store_settings: StoreSettings, pinned: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.fetching.SECOND_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("worker.breakers.PAUSES_SECONDS", (0.0, 0.0))
+    put_style(store_settings, "here")
+    storage = RefusingStorage(store_settings, store_settings.bucket, num_looks=3)
+
+    file = fetcher_of(storage, store_settings).adapter(style(store_settings), pinned)
+
+    assert (contents(file), storage.num_looks) == (("here", "here"), 0)
+
+
+@pytest.mark.parametrize("error", [ObjectDamaged("cut short"), ObjectChanged("replaced again")])
+def test_what_the_store_damages_on_the_way_is_no_fault_of_the_job(
+    store_settings: StoreSettings, pinned: ExitStack, error: StorageError
+) -> None:
+    class DamagingStorage(Storage):
+        def download(
+            self, ref: ObjectRef, target: Path, *, stat: ObjectStat, max_bytes: int, deadline_seconds: float
+        ) -> None:
+            raise error
+
+    put_style(store_settings, "good")
+    fetcher = fetcher_of(DamagingStorage(store_settings), store_settings)
+
+    with pytest.raises(ObjectDamaged) as raised:
+        fetcher.adapter(style(store_settings), pinned)
+    assert judge(raised.value, 1).disposition is Disposition.RETRY
+    with pytest.raises(ObjectDamaged):
+        fetcher.picture(ObjectRef(store_settings.bucket, WEIGHTS), "init_image_path", "RGB")

@@ -1,8 +1,8 @@
 """What a job names in the store, fetched and checked before the GPU is asked for anything."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event, Lock
 from typing import TypeVar
@@ -12,7 +12,14 @@ from PIL import Image
 from clients.cache import DownloadCache
 from clients.location import ObjectRef
 from clients.storage import Storage
-from clients.storage_errors import AccessDenied, ObjectChanged, ObjectDamaged, ObjectNotFound, ObjectTooLarge
+from clients.storage_errors import (
+    AccessDenied,
+    BucketNotFound,
+    ObjectChanged,
+    ObjectNotFound,
+    ObjectTooLarge,
+    StoreRefused,
+)
 from inference.request import AdapterFile, ModelFacts
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import FontMissing, OverlayInvalid, PictureInvalid, PictureTooLarge, SignatureInvalid
@@ -20,6 +27,7 @@ from watermark.headline import Headline, headlines_of
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
 from worker.breakers import Gate
 from worker.job import Job, JobAdapter
+from worker.places import Places
 from worker.references import NO_REFERENCES, References, check_mask, drawing_size
 from worker.settling import JobFailed
 
@@ -66,6 +74,8 @@ class Fetcher:
     facts: ModelFacts
     is_draining: Event
     gate: Gate
+    results_bucket: str = ""  # where it is another one than the private bucket
+    places: Places = field(default_factory=Places)
 
     def everything(self, job: Job, pinned: ExitStack) -> Fetched:
         """All that the job names. Adapters stay on the disk until `pinned` closes."""
@@ -123,7 +133,7 @@ class Fetcher:
             raise JobFailed("IMAGE_NOT_FOUND", f"{field}: the picture {ref} does not exist") from error
         except (ObjectTooLarge, PictureTooLarge) as error:
             raise JobFailed("INPUT_TOO_LARGE", f"{field}: {error}") from error
-        except (ObjectDamaged, PictureInvalid) as error:
+        except PictureInvalid as error:
             raise JobFailed("IMAGE_INVALID", f"{field}: {error}") from error
 
     def signature(self, job: Job) -> Signature:
@@ -138,7 +148,7 @@ class Fetcher:
             raise JobFailed("SIGNATURE_NOT_FOUND", f"the signature {job.signature_ref} does not exist") from error
         except ObjectTooLarge as error:
             raise JobFailed("INPUT_TOO_LARGE", str(error)) from error
-        except (ObjectDamaged, SignatureInvalid) as error:
+        except SignatureInvalid as error:
             raise JobFailed("SIGNATURE_INVALID", f"signature {job.signature_ref or 'artist_name'}: {error}") from error
         except FontMissing as error:
             raise JobFailed("FONT_MISSING", f"artist_name: {error}") from error
@@ -190,22 +200,39 @@ class Fetcher:
             raise JobFailed("LORA_NOT_FOUND", f"the adapter {ref} does not exist") from error
         except ObjectTooLarge as error:
             raise JobFailed("INPUT_TOO_LARGE", str(error)) from error
-        except ObjectDamaged as error:
-            raise JobFailed("LORA_INVALID", str(error)) from error
 
     def _look_twice(self, ref: ObjectRef, fetch: Callable[[], Made]) -> Made:
-        """Fetch what a job names. A publisher may be quicker than its own upload, and a store's refusal may be of this
-        one object or of us altogether."""
+        """Fetch, retrying once: a 404 may be an upload still in progress, and a refusal may concern this object or the
+        worker itself, which waits for its own buckets and its rights."""
         try:
-            return fetch()
+            with self.places.waiting_for(ref):
+                return fetch()
         except ObjectNotFound:
             self.is_draining.wait(SECOND_LOOK_SECONDS)
-        except AccessDenied:
+            self.gate.insist(lambda: self._check_exists(ref.bucket))
+        except StoreRefused:
             self.gate.insist(lambda: self.storage.check_bucket(self.private_bucket))
+            self.gate.insist(lambda: self._check_exists(ref.bucket))
         try:
-            return fetch()
+            with self.places.waiting_for(ref):
+                return fetch()
         except AccessDenied as error:
             raise JobFailed("INPUT_FORBIDDEN", f"the store does not let this worker read {ref}") from error
+        except BucketNotFound as error:
+            if ref.bucket in self._own_buckets:
+                raise
+            raise ObjectNotFound(str(error)) from error
+
+    def _check_exists(self, bucket: str) -> None:
+        """Raise `BucketNotFound` where one of the worker's own buckets is missing. Another one is its job's affair."""
+        if bucket in self._own_buckets:
+            # A key may read objects without the right to look at their bucket.
+            with suppress(AccessDenied):
+                self.storage.check_bucket(bucket)
+
+    @property
+    def _own_buckets(self) -> tuple[str, ...]:
+        return self.private_bucket, self.results_bucket or self.private_bucket
 
     def _exists(self, ref: ObjectRef) -> bool:
         try:
