@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from clients.deadline import acquire
+from clients.cutoff import acquire
 from clients.location import ObjectRef
 from clients.storage import ObjectStat, Storage, check_size
 from clients.storage_errors import ObjectChanged, StorageError, StorageUnavailable

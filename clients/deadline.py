@@ -6,12 +6,11 @@ sockets to it, and a timer shuts those down when the time is over. The blocked r
 
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# A lock cannot be given up from outside, so a thread that waits for one looks at its cutoff now and then.
-LOCK_POLL_SECONDS = 0.2
+from clients.cutoff import current_cutoff
 
 
 class DeadlineExpired(Exception):
@@ -64,50 +63,15 @@ class Watch:
             self._duplicates.clear()
 
     def expire(self) -> None:
+        """End the block's calls now; those that follow end at once."""
         with self._lock:
             self._is_expired = True
             for duplicate in self._duplicates.values():
                 _shut(duplicate)
 
 
-class Cutoff:
-    """Ends one thread's calls before their deadlines, unless it may go on when asked once. See `cutoff`."""
-
-    def __init__(self, seconds: float, may_go_on: Callable[[], bool]) -> None:
-        self.is_over = False
-        self._may_go_on = may_go_on
-        self._lock = threading.Lock()
-        self._is_closed = False
-        self._watch: Watch | None = None
-        self._timer = threading.Timer(seconds, self._decide)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def follow(self, watch: Watch) -> None:
-        """Expire `watch`, the thread's current one, when the cutoff comes."""
-        with self._lock:
-            self._watch = watch
-            if self.is_over:
-                watch.expire()
-
-    def close(self) -> None:
-        """`may_go_on` is not asked any more when this returns."""
-        self._timer.cancel()
-        with self._lock:
-            self._is_closed = True
-
-    def _decide(self) -> None:
-        with self._lock:
-            if self._is_closed or self._may_go_on():
-                return
-            self.is_over = True
-            if self._watch is not None:
-                self._watch.expire()
-
-
 class _Current(threading.local):
     watch: Watch | None = None
-    cutoff: Cutoff | None = None
 
 
 _current = _Current()
@@ -120,8 +84,8 @@ def deadline(seconds: float) -> Iterator[Watch]:
     Name resolution alone is outside it: the C library's resolver has timeouts of its own and cannot be interrupted.
     """
     watch = Watch(seconds)
-    if _current.cutoff is not None:
-        _current.cutoff.follow(watch)
+    if (cutoff := current_cutoff()) is not None:
+        cutoff.follow(watch.expire)
     _current.watch = watch
     try:
         yield watch
@@ -132,27 +96,6 @@ def deadline(seconds: float) -> Iterator[Watch]:
 
 def current_watch() -> Watch | None:
     return _current.watch
-
-
-@contextmanager
-def cutoff(seconds: float, may_go_on: Callable[[], bool]) -> Iterator[Cutoff]:
-    """Ask `may_go_on`, on another thread, if the block still runs after `seconds`. Where it says no, every `deadline`
-    of this thread inside the block is over at once. Blocks do not nest."""
-    made = Cutoff(seconds, may_go_on)
-    _current.cutoff = made
-    try:
-        yield made
-    finally:
-        _current.cutoff = None
-        made.close()
-
-
-def acquire(lock: threading.Lock) -> bool:
-    """Acquire `lock`; False where the thread's cutoff comes first."""
-    while not lock.acquire(timeout=LOCK_POLL_SECONDS):
-        if _current.cutoff is not None and _current.cutoff.is_over:
-            return False
-    return True
 
 
 class Guarded:

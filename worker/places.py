@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from clients.deadline import cutoff
+from clients.cutoff import cutoff
 from clients.location import ObjectRef
 from clients.storage_errors import StorageUnavailable
 
