@@ -388,6 +388,30 @@ def test_an_error_inside_a_good_answer_to_a_write_is_an_error() -> None:
     assert len(server.requests) == 2
 
 
+INTERIM = b"HTTP/1.1 102 Processing\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+
+
+@pytest.mark.parametrize("interim", INTERIM, ids=["102", "103"])
+@pytest.mark.parametrize(
+    ("final", "is_written"),
+    [(answer(200, ETag=ETAG), True), (answer(412, b"<Error><Code>PreconditionFailed</Code></Error>"), False)],
+    ids=["written", "taken"],
+)
+def test_an_interim_answer_does_not_decide_what_a_conditional_write_did(
+    interim: bytes,
+    final: bytes,
+    is_written: bool,  # noqa: FBT001
+) -> None:
+    with AnsweringServer([interim + final, answer(404)]) as server:
+        storage = storage_at(server)
+        assert storage.put_if_absent(MISSING, BODY, content_type="text/plain") is is_written
+
+        # Nor is what follows on the connection an answer to the next request.
+        with pytest.raises(ObjectNotFound):
+            storage.head(MISSING)
+    assert len(server.requests) == 2
+
+
 def test_a_write_whose_bucket_is_missing_says_so_by_whatever_code() -> None:
     with AnsweringServer([GONE]) as server, pytest.raises(BucketNotFound):
         storage_at(server).put(MISSING, BODY, content_type="text/plain")
