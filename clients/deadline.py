@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from clients.answers import FinalAnswer
+from clients.cutoff import current_cutoff
 
 
 class DeadlineExpired(Exception):
@@ -30,7 +31,7 @@ class Watch:
         self._lock = threading.Lock()
         self._is_expired = False
         self._duplicates: dict[int, socket.socket] = {}
-        self._timer = threading.Timer(max(seconds, 0.0), self._expire)
+        self._timer = threading.Timer(max(seconds, 0.0), self.expire)
         self._timer.daemon = True
         self._timer.start()
 
@@ -63,7 +64,8 @@ class Watch:
                 duplicate.close()
             self._duplicates.clear()
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
+        """End the block's calls now; those that follow end at once."""
         with self._lock:
             self._is_expired = True
             for duplicate in self._duplicates.values():
@@ -84,6 +86,8 @@ def deadline(seconds: float) -> Iterator[Watch]:
     Name resolution alone is outside it: the C library's resolver has timeouts of its own and cannot be interrupted.
     """
     watch = Watch(seconds)
+    if (cutoff := current_cutoff()) is not None:
+        cutoff.follow(watch.expire)
     _current.watch = watch
     try:
         yield watch
