@@ -1,7 +1,7 @@
 """What a job names in the store, fetched and checked before the GPU is asked for anything."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Lock
@@ -11,6 +11,7 @@ from PIL import Image
 
 from clients.cache import DownloadCache
 from clients.location import ObjectRef
+from clients.spelling import spellings_of
 from clients.storage import Storage
 from clients.storage_errors import AccessDenied, ObjectDamaged, ObjectNotFound, ObjectTooLarge
 from inference.request import AdapterFile, ModelFacts
@@ -20,6 +21,7 @@ from watermark.headline import Headline, headlines_of
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
 from worker.breakers import Gate
 from worker.job import Job, JobAdapter
+from worker.peft_folders import PEFT_CONFIG, PEFT_PICKLE, PEFT_WEIGHTS, WANTS_CONFIG, is_named_by_peft
 from worker.references import NO_REFERENCES, References, check_mask, drawing_size
 from worker.settling import JobFailed
 
@@ -32,9 +34,7 @@ FETCH_DEADLINE_SECONDS = 300.0
 # Before an object that is not there is believed not to be.
 SECOND_LOOK_SECONDS = 2.0
 
-PEFT_CONFIG = "adapter_config.json"
-PEFT_WEIGHTS = "adapter_model.safetensors"
-PEFT_PICKLE = "adapter_model.bin"
+SAFETENSORS = ".safetensors"
 
 Made = TypeVar("Made")
 
@@ -142,7 +142,7 @@ class Fetcher:
             raise JobFailed("FONT_MISSING", f"artist_name: {error}") from error
 
     def _read(self, ref: ObjectRef, max_bytes: int) -> bytes:
-        def read() -> bytes:
+        def read(ref: ObjectRef) -> bytes:
             with self.cache.fetch(ref, max_bytes=max_bytes, deadline_seconds=FETCH_DEADLINE_SECONDS) as path:
                 return path.read_bytes()
 
@@ -151,10 +151,25 @@ class Fetcher:
     def adapter(self, adapter: JobAdapter, pinned: ExitStack) -> AdapterFile:
         """The adapter's files on the local disk, pinned in the cache until `pinned` closes."""
         ref = adapter.ref
-        if ref.key.lower().endswith(".safetensors"):
-            return AdapterFile(self._fetch(ref, MAX_ADAPTER_BYTES, pinned), None, adapter.scale)
-        config = self._fetch(ref.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned)
-        weights = self._fetch_weights(ref, pinned)
+        if ref.key.lower().endswith(SAFETENSORS):
+            return self._adapter_file(adapter, pinned)
+        # Trainers that upload a folder may name any file of it.
+        folder = ref.parent if ref.name == PEFT_CONFIG else ref
+        config = self._fetch(folder.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned)
+        weights = self._fetch_weights(folder, pinned)
+        return AdapterFile(weights, config, adapter.scale)
+
+    def _adapter_file(self, adapter: JobAdapter, pinned: ExitStack) -> AdapterFile:
+        """A file by itself, or the weights inside a PEFT folder: these mean nothing without the config beside them."""
+        weights = self._fetch(adapter.ref, MAX_ADAPTER_BYTES, pinned)
+        if not is_named_by_peft(weights):
+            return AdapterFile(weights, None, adapter.scale)
+        try:
+            config = self._fetch(adapter.ref.parent.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned)
+        except JobFailed as error:
+            if error.code != "LORA_NOT_FOUND":
+                raise
+            raise JobFailed("LORA_INVALID", f"the adapter {adapter.ref} {WANTS_CONFIG}") from error
         return AdapterFile(weights, config, adapter.scale)
 
     def _fetch_weights(self, folder: ObjectRef, pinned: ExitStack) -> Path:
@@ -170,7 +185,7 @@ class Fetcher:
         try:
             return self._look_twice(
                 ref,
-                lambda: pinned.enter_context(
+                lambda ref: pinned.enter_context(
                     self.cache.fetch(ref, max_bytes=max_bytes, deadline_seconds=FETCH_DEADLINE_SECONDS)
                 ),
             )
@@ -181,17 +196,17 @@ class Fetcher:
         except ObjectDamaged as error:
             raise JobFailed("LORA_INVALID", str(error)) from error
 
-    def _look_twice(self, ref: ObjectRef, fetch: Callable[[], Made]) -> Made:
+    def _look_twice(self, ref: ObjectRef, fetch: Callable[[ObjectRef], Made]) -> Made:
         """Fetch what a job names. A publisher may be quicker than its own upload, and a store's refusal may be of this
         one object or of us altogether."""
         try:
-            return fetch()
+            return _by_any_spelling(ref, fetch)
         except ObjectNotFound:
             self.is_draining.wait(SECOND_LOOK_SECONDS)
         except AccessDenied:
             self.gate.insist(lambda: self.storage.check_bucket(self.private_bucket))
         try:
-            return fetch()
+            return _by_any_spelling(ref, fetch)
         except AccessDenied as error:
             raise JobFailed("INPUT_FORBIDDEN", f"the store does not let this worker read {ref}") from error
 
@@ -201,3 +216,15 @@ class Fetcher:
         except ObjectNotFound:
             return False
         return True
+
+
+def _by_any_spelling(ref: ObjectRef, fetch: Callable[[ObjectRef], Made]) -> Made:
+    """Fetch `ref` as it is named, else by another spelling of its key."""
+    first, *others = spellings_of(ref)
+    try:
+        return fetch(first)
+    except ObjectNotFound:
+        for other in others:
+            with suppress(ObjectNotFound):
+                return fetch(other)
+        raise
