@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from clients.cutoff import acquire
 from clients.location import ObjectRef
 from clients.storage import ObjectStat, Storage, check_size
 from clients.storage_errors import ObjectChanged, StorageError, StorageUnavailable
@@ -117,7 +118,7 @@ class DownloadCache:
 
     def _ensure(self, entry: _Entry, wanted: _Wanted) -> Path:
         path = self._folder / wanted.file_name
-        with entry.lock:
+        with _held(entry.lock, wanted.ref):
             if not _is_complete(path, wanted.stat):
                 if entry.error is not None:
                     raise type(entry.error)(*entry.error.args) from entry.error
@@ -188,6 +189,16 @@ class DownloadCache:
             status = _status(path)
             if status is not None and time.time() - status.st_mtime > STALE_PART_SECONDS:
                 path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _held(lock: threading.Lock, ref: ObjectRef) -> Iterator[None]:
+    if not acquire(lock):
+        raise StorageUnavailable(f"{ref}: another download of it takes too long")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _is_complete(path: Path, stat: ObjectStat) -> bool:

@@ -134,7 +134,10 @@ class WebhookClient:
         session = self._session()
         # No read timeout: it would race with the watch, which ends silence and drips alike.
         timeout = (min(CONNECT_TIMEOUT_SECONDS, watch.seconds), None)
-        response = session.send(session.prepare_request(request), timeout=timeout, allow_redirects=False, stream=True)
+        prepared = session.prepare_request(request)
+        # Not by the session, which reads the whole body of a redirect, and raises for a `Location` that it cannot read.
+        adapter = session.get_adapter(request.url)
+        response = adapter.send(prepared, timeout=timeout, stream=True)
         if watch.is_expired:
             # The headers were cut off, which http.client takes for their end.
             response.close()

@@ -6,6 +6,8 @@ from urllib.parse import SplitResult, urlsplit
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from config.redacting import redacted
+
 
 class SettingsError(Exception):
     """One or more settings are missing or wrong; the message lists all of them, one a line."""
@@ -72,4 +74,4 @@ def _describe(problem: Any) -> str:
         if problem["type"] == "missing"
         else problem["msg"].removeprefix("Value error, ")
     )
-    return f"{variable}: {message}".removeprefix(": ")
+    return redacted(f"{variable}: {message}".removeprefix(": "))

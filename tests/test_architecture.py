@@ -81,8 +81,9 @@ def test_the_siblings_meet_only_where_a_job_s_story_is_told() -> None:
     assert meeting <= MEETINGS
 
 
-def test_pika_lives_in_three_files_one_to_work_one_to_look_and_one_to_check() -> None:
-    assert importers_of("pika") == {"worker.broker", "worker.inspection", "worker.checks.broker"}
+def test_pika_lives_in_four_files_for_work_decoding_inspection_and_the_check() -> None:
+    homes = {"worker.broker", "worker.content_headers", "worker.inspection", "worker.checks.broker"}
+    assert importers_of("pika") == homes
 
 
 def test_torch_lives_in_the_engine() -> None:

@@ -97,7 +97,7 @@ def test_a_checkpoint_without_weights_is_refused_only_once_it_is_loaded(hollow: 
         (["--scheduler", "magic"], ["magic", "dpm++"]),
         (["--model", "/nowhere"], ["/nowhere"]),
         (["--lora", "none.safetensors"], ["--lora none.safetensors", "no such file"]),
-        (["--lora", "work"], ["--lora work", "adapter_model.safetensors", "adapter_config.json"]),
+        (["--lora", "work"], ["--lora: the folder work", "adapter_model.safetensors"]),
         (["--lora", "made/torso.safetensors"], ["made/torso.safetensors", "safetensors header"]),
         (["--lora", "made/foreign.safetensors"], ["made/foreign.safetensors", "another model"]),
         (["--lora", "made/peft"], ["made/peft", "adapter_config.json"]),

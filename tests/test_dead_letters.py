@@ -19,12 +19,13 @@ from config.settings import BrokerSettings, StoreSettings
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import start_light_worker
+from tests.raw_properties import FROM_THE_FIELD, Raw, field, headers, long
 from tests.test_commands import darkroom
 from tests.world import World, eventually, new_world
 from worker.broker import Publisher
 from worker.cli import app
 from worker.events import TerminalEvent, failed_event
-from worker.inspection import Inspection
+from worker.inspection import MAX_LOOKS, Inspection
 from worker.ledger import Ledger
 from worker.queues import QueueNames
 
@@ -166,6 +167,40 @@ def test_looking_often_uses_no_letter_up(operator: Operator) -> None:
 
     assert {letter["died_at"] for letter in operator.listed()} == died_at
     assert {letter["reason"] for letter in operator.listed()} == {"ENGINE_CRASHED: it died twice"}
+
+
+def test_letters_whose_headers_pika_cannot_decode_are_listed_shown_copied_and_replayed(operator: Operator) -> None:
+    operator.declare(operator.names.dead, **{"x-queue-type": "quorum"})
+    for number, encoded in enumerate(FROM_THE_FIELD.values()):
+        operator.put(operator.names.dead, Raw(encoded), job(str(uuid.UUID(int=number)), number + 1))
+    listed = operator.listed()
+
+    # Each look takes them all, and after eight they go back as copies.
+    shown = [operator.types("show", number + 1) for number in range(len(FROM_THE_FIELD))]
+    again = operator.listed()
+    replayed = operator.types("replay", "--all")
+
+    assert len(shown) > MAX_LOOKS
+    assert listed == again
+    assert [done.exit_code for done in shown] == [0] * len(shown)
+    assert is_harmless("".join(done.stdout for done in shown))
+    assert any("header sent_at: 1772000000000\n" in done.stdout for done in shown)
+    assert f"{len(FROM_THE_FIELD)} of {len(FROM_THE_FIELD)} letters replayed" in replayed.stdout
+    operator.wait_for(dead=0, jobs=len(FROM_THE_FIELD))
+
+
+def test_a_letter_copied_goes_to_no_queue_that_its_headers_name(operator: Operator) -> None:
+    """The broker sends a message to the queues in its header `CC` as well, a copy like any other."""
+    operator.bury(BROKEN)
+    operator.declare(elsewhere := f"{operator.world.queue}.elsewhere")
+    copied_to = headers(field(b"CC", b"A", long(b"S" + long(elsewhere.encode()))))
+    operator.put(operator.names.dead, Raw(copied_to), b"a copy")
+    operator.wait_for(dead=2, elsewhere=1)
+
+    for _ in range(2 * MAX_LOOKS):
+        with Inspection(operator.broker, operator.names.dead) as inspection:
+            assert len(inspection.take(10)) == 2
+    operator.wait_for(dead=2, elsewhere=1)
 
 
 def test_a_letter_is_shown_whole_and_steers_no_terminal(operator: Operator) -> None:

@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from examples.parts.rabbitmq import RabbitMQ
+from tests.fuzzed_deliveries import run
 from tests.fuzzing import Tally, adapter_target, fuzz, pure_targets
 
 NUM_MESSAGES = 3000
 NUM_OTHERS = 1500
 NUM_ADAPTERS = 150
+NUM_DELIVERIES = 1000
 # A hostile input is refused in milliseconds; what it aims at takes minutes or gigabytes.
 MAX_SECONDS = 2.0
 MAX_GROWTH_MB = 200.0
@@ -30,3 +33,11 @@ def test_damaged_text_and_pictures_are_read_or_refused(name: str) -> None:
 @pytest.mark.parametrize("family", ["sd", "sdxl", "z-image"])
 def test_damaged_adapters_are_read_or_refused(family: str, tmp_path: Path) -> None:
     assert_harmless(fuzz(adapter_target(tmp_path, family), NUM_ADAPTERS))
+
+
+def test_deliveries_with_fuzzed_properties_all_end_on_one_connection(rabbitmq: RabbitMQ) -> None:
+    figures = run(rabbitmq, NUM_DELIVERIES)
+
+    assert figures["deliveries"] == NUM_DELIVERIES
+    assert figures["connections lost"] == 0
+    assert min(figures["outcomes"].values()) > 0

@@ -7,6 +7,7 @@ import json
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from typing import Any
 
 import pika
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import start_light_worker
+from tests.raw_properties import FROM_THE_FIELD, Raw
 from tests.world import Worker, World, eventually, new_world
 
 LONG = 150  # steps: three seconds
@@ -39,9 +41,9 @@ def worker(world: World) -> Worker:
     return world.workers[0]
 
 
-def cancel(world: World, **order: object) -> None:
+def cancel(world: World, *, properties: Any = None, **order: object) -> None:
     connection = pika.BlockingConnection(pika.URLParameters(world.rabbitmq.url))
-    connection.channel().basic_publish(f"{world.queue}.cancel", "", json.dumps(order).encode())
+    connection.channel().basic_publish(f"{world.queue}.cancel", "", json.dumps(order).encode(), properties)
     connection.close()
 
 
@@ -140,3 +142,15 @@ def test_an_order_that_cannot_be_read_is_ignored_and_the_next_is_heard(world: Wo
     cancel(world, generation_id=generation_id)
 
     assert_cancelled_once(world, generation_id)
+
+
+@pytest.mark.parametrize("name", FROM_THE_FIELD)
+def test_an_order_is_obeyed_whatever_its_headers_are(world: World, worker: Worker, name: str) -> None:
+    num_lost = len(worker.events("broker connection lost"))
+    generation_id = world.publish(num_inference_steps=LONG)
+    world.wait_for_step(generation_id)
+
+    cancel(world, properties=Raw(FROM_THE_FIELD[name]), generation_id=generation_id)
+
+    assert_cancelled_once(world, generation_id)
+    assert len(worker.events("broker connection lost")) == num_lost

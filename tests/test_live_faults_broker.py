@@ -16,6 +16,7 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.proxy import DOWN, UP, Link, Proxy, Sign
 from tests.faults.station import HEARTBEAT_SECONDS, Job, Station, long, new_station
+from tests.raw_properties import FROM_THE_FIELD, Raw
 from tests.world import Worker, eventually
 
 # After so long the broker has given up a peer that it hears nothing of.
@@ -395,6 +396,28 @@ def test_a_copy_whose_queue_is_gone_finds_it_made_again(station: Station, worker
 
     world.wait_until_clean(dead=1)
     assert [body for body, _ in world.dead_letters()] == [b"none either"]
+
+
+# --- Strange wrappings
+
+
+def test_a_message_whose_headers_pika_cannot_decode_is_done_and_so_is_what_is_behind_it(
+    station: Station, worker: Worker
+) -> None:
+    world, num_lines = station.world, len(worker.log.read_text().splitlines())
+    generation_ids = range(10**6, 10**6 + len(FROM_THE_FIELD))
+
+    for generation_id, encoded in zip(generation_ids, FROM_THE_FIELD.values(), strict=True):
+        fields = {"generation_id": generation_id, "prompt": "a fox", "num_inference_steps": 4}
+        job = json.dumps({"task_id": str(uuid.uuid4()), "data": fields}).encode()
+        world.publish_raw(b"no job", job, properties=Raw(encoded))
+    behind = station.publish()
+
+    for generation_id in (*generation_ids, behind.generation_id):
+        assert world.wait_for_end(generation_id).kind == "complete"
+    world.wait_until_clean(dead=len(FROM_THE_FIELD))
+    assert [body for body, _ in world.dead_letters()] == [b"no job"] * len(FROM_THE_FIELD)
+    assert worker.events("broker connection lost", first_line=num_lines) == []
 
 
 # --- The same again, and much of it

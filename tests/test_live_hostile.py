@@ -54,6 +54,7 @@ from tests.hostile_inputs import (
     torch_zip,
 )
 from tests.hostile_kinds import KIND_CLASSES
+from tests.raw_properties import Raw
 from tests.world import Worker, World, eventually
 from worker.job import Job, JobRejected, Undecodable, resolve_size
 from worker.messages import MAX_REASON_CHARS, decode, rules_from
@@ -113,8 +114,8 @@ class Wire:
         self.letters.append(body)
         self.reasons.append(properties.headers["x-darkroom-reason"])
 
-    def publish(self, body: bytes, *, exchange: str = "", **properties: Any) -> None:
-        wrapping = pika.BasicProperties(**{"delivery_mode": 2, **properties})
+    def publish(self, body: bytes, *, exchange: str = "", raw: bytes | None = None, **properties: Any) -> None:
+        wrapping = pika.BasicProperties(**{"delivery_mode": 2, **properties}) if raw is None else Raw(raw)
         self._channel.basic_publish(exchange, "" if exchange else self._queue, body, wrapping)
 
     def listen(self, seconds: float = 0.005) -> None:

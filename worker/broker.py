@@ -1,4 +1,4 @@
-"""AMQP: the only file that knows pika, beside `inspection.py` and `checks/broker.py`.
+"""AMQP: the only file that knows pika, beside `content_headers.py`, `inspection.py` and `checks/broker.py`.
 
 Two connections on two threads. The consuming one carries deliveries and acks and nothing else: behind a publish that
 the broker holds back (memory or disk alarm) an ack would be held back too. The publishing one confirms every message.
@@ -22,8 +22,10 @@ import pika
 import pika.exceptions
 
 from config.logs import log_event
+from config.redacting import redacted
 from config.settings import BrokerSettings
 from worker.backoff import Backoff
+from worker.content_headers import TolerantConnection
 from worker.delivery import Delivery
 from worker.queues import QueueNames
 
@@ -213,7 +215,7 @@ class Consumer:
     def _on_message(
         self, subscription: Subscription, channel: _Channel, method: Any, properties: Any, body: bytes
     ) -> None:
-        headers = properties.headers or {}
+        headers, now = properties.headers, int(time.time())
         subscription.on_delivery(
             Delivery(
                 body=body,
@@ -221,7 +223,7 @@ class Consumer:
                 is_redelivered=method.redelivered,
                 attempt=max(1, whole_number(headers.get(ATTEMPT_HEADER), default=1)),
                 num_deliveries=self._num_deliveries(subscription, headers),
-                since=float(whole_number(headers.get(SINCE_HEADER), default=int(time.time()))),
+                since=float(min(whole_number(headers.get(SINCE_HEADER), default=now), now)),
                 session=self._session,
                 tag=method.delivery_tag,
                 channel_number=channel.channel_number,
@@ -295,7 +297,7 @@ class Publisher:
         """Return once the broker has confirmed the message on disk; raise `PublishFailed` otherwise."""
         headers: dict[str, Any] = {} if attempt is None else {ATTEMPT_HEADER: attempt}
         if reason:
-            headers[REASON_HEADER] = reason[:MAX_REASON_CHARS]
+            headers[REASON_HEADER] = redacted(reason)[:MAX_REASON_CHARS]
         if since is not None:
             headers[SINCE_HEADER] = int(since)
         if due is not None:
@@ -385,7 +387,7 @@ def connect(settings: BrokerSettings, name: str) -> _Connection:
     parameters.blocked_connection_timeout = BLOCKED_TIMEOUT_SECONDS
     parameters.client_properties = {"connection_name": f"{name} on {socket.gethostname()}"}
     parameters.tcp_options = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 15000}
-    return pika.BlockingConnection(parameters)
+    return pika.BlockingConnection(parameters, _impl_class=TolerantConnection)
 
 
 def _ensure_queues(connection: _Connection, names: QueueNames) -> None:
@@ -423,7 +425,7 @@ def close_connection(connection: _Connection) -> None:
 
 def describe(error: BaseException) -> str:
     """What went wrong, without the URL: pika's texts may carry hosts, never passwords, but are long."""
-    return f"{type(error).__name__}: {error}".removesuffix(": ")[:300]
+    return redacted(f"{type(error).__name__}: {error}".removesuffix(": "))[:300]
 
 
 def whole_number(given: Any, *, default: int) -> int:

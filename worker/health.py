@@ -3,20 +3,20 @@ previews, nothing else."""
 
 import threading
 from collections.abc import Callable, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from types import MappingProxyType
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from worker.bounded_server import BoundedServer
 from worker.previews import JPEG
 from worker.static import HEADERS, StaticFile, load_page
 from worker.status import PREVIEW_FOLDER, Status
 
 ADDRESSES = "/ (the status page), /status.json, /health/live, /health/ready and /metrics"
 TEXT = "text/plain; charset=utf-8"
-REQUEST_TIMEOUT_SECONDS = 10.0
 
 
 class HealthServer:
@@ -39,8 +39,7 @@ class HealthServer:
             "page": load_page(),
         }
         handler = type("Handler", (_Handler,), given)
-        self._server = ThreadingHTTPServer(("0.0.0.0", port), handler)
-        self._server.daemon_threads = True
+        self._server = BoundedServer(("0.0.0.0", port), handler)
         self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
 
     @property
@@ -56,14 +55,14 @@ class HealthServer:
 
 
 class _Handler(BaseHTTPRequestHandler):
+    server: BoundedServer
+    protocol_version = "HTTP/1.1"
+    default_request_version = "HTTP/1.0"  # the library answers what it cannot read as HTTP/0.9: without a status
     registry: CollectorRegistry
     why_not_ready: Callable[[], str]
     read_status: Callable[[], Status]
     read_preview: Callable[[str], bytes | None]
     page: Mapping[str, StaticFile]
-
-    timeout = REQUEST_TIMEOUT_SECONDS
-    protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         match self.path.split("?")[0]:
@@ -87,6 +86,13 @@ class _Handler(BaseHTTPRequestHandler):
         folder, name = f"/{PREVIEW_FOLDER}", path.removesuffix(".jpg")
         return type(self).read_preview(name.removeprefix(folder)) if name.startswith(folder) else None
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def handle_one_request(self) -> None:
+        super().handle_one_request()
+        self.server.note_answer(self.connection)
+
     def log_message(self, format: str, *args: Any) -> None:
         """Probes come every few seconds: they are not worth a line each."""
 
@@ -98,5 +104,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         for name, value in headers.items():
             self.send_header(name, value)
+        if self._has_body:
+            self.send_header("Connection", "close")  # what it holds is not read, nor taken for a request
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    @property
+    def _has_body(self) -> bool:
+        return "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"

@@ -18,7 +18,9 @@ from worker.broker import (
     describe,
     whole_number,
 )
+from worker.content_headers import Properties
 
+NOT_COPIED = (COUNT_HEADER, "CC", "BCC")  # the last two would have the broker send a copy to other queues again
 MAX_LOOKS = 8  # well below 20: others look too, and not every version shows all that it counts
 
 SECOND_LOOK_SECONDS = 0.2
@@ -37,7 +39,7 @@ class Held:
     headers: Mapping[str, Any]
     published_at: float | None
     tag: int
-    properties: Any
+    properties: Properties
 
 
 class Inspection:
@@ -101,8 +103,8 @@ class Inspection:
                     has_looked_twice = True
                     time.sleep(SECOND_LOOK_SECONDS)
                     continue
-                headers, tag = properties.headers or {}, method.delivery_tag
-                self._held[tag] = Held(body, headers, properties.timestamp, tag, properties)
+                tag = method.delivery_tag
+                self._held[tag] = Held(body, properties.headers, properties.timestamp, tag, properties)
         except pika.exceptions.ChannelClosedByBroker as error:
             if error.reply_code != 404:
                 raise PublishFailed(describe(error)) from error
@@ -131,6 +133,6 @@ class Inspection:
         if whole_number(held.headers.get(COUNT_HEADER), default=0) < MAX_LOOKS:
             self._channel.basic_reject(held.tag, requeue=True)
             return
-        held.properties.headers.pop(COUNT_HEADER)
-        self._channel.basic_publish("", self._queue, held.body, held.properties, mandatory=True)
+        properties = held.properties.for_copy(without=NOT_COPIED)
+        self._channel.basic_publish("", self._queue, held.body, properties, mandatory=True)
         self._channel.basic_ack(held.tag)

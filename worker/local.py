@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from clients.location import LocationForbidden, ObjectRef
+from clients.location import LocationForbidden, ObjectRef, shown_location
 from config.settings import ModelSettings, PictureSettings, ServiceSettings, SettingsError, load_section
 from inference.engine import LocalEngine
 from inference.prechecks import foresee_model
@@ -22,12 +22,12 @@ from watermark.errors import WatermarkError
 from watermark.headline import Headline, headlines_of
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
 from worker.drawing import Drawn, Leg
-from worker.fetching import PEFT_CONFIG, PEFT_WEIGHTS
 from worker.finishing import finish
 from worker.job import Job, JobAdapter, JobProduct, JobRejected
 from worker.labelling import Labeller, provenance_of
 from worker.messages import decode
 from worker.outputs import Output, OutputRefused, outputs_of
+from worker.peft_folders import PEFT_CONFIG, PEFT_WEIGHTS, WANTS_CONFIG, is_named_by_peft
 from worker.presets import presets_in_force
 from worker.product.brought import Brought, bring
 from worker.product.cutting import Cutter
@@ -142,7 +142,7 @@ def _job(fields: dict[str, Any]) -> Job:
 
 def _here(text: str) -> ObjectRef:
     if "://" in text:
-        raise LocationForbidden(f"{text!r:.120} is in a store, which is not read here: name a file")
+        raise LocationForbidden(f"{shown_location(text)} is in a store, which is not read here: name a file")
     return ObjectRef(NO_BUCKET, text)
 
 
@@ -189,15 +189,23 @@ def _decoded(ref: ObjectRef, decode_bytes: Callable[[bytes], Image.Image]) -> Im
 
 def _adapter(adapter: JobAdapter) -> AdapterFile:
     path = Path(adapter.ref.key)
-    if not path.is_dir():
-        if not path.is_file():
-            raise NotDrawn(f"--lora {path}: there is no such file or folder")
+    folder = path.parent if path.name == PEFT_CONFIG else path
+    if folder.is_dir():
+        return AdapterFile(_found(folder / PEFT_WEIGHTS), _found(folder / PEFT_CONFIG), adapter.scale)
+    if not is_named_by_peft(_found(path)):
         return AdapterFile(path, None, adapter.scale)
-    file = AdapterFile(path / PEFT_WEIGHTS, path / PEFT_CONFIG, adapter.scale)
-    missing = [name for name in (PEFT_WEIGHTS, PEFT_CONFIG) if not (path / name).is_file()]
-    if missing:
-        raise NotDrawn(f"--lora {path}: the folder is no PEFT adapter, as it holds no {' and no '.join(missing)}")
-    return file
+    config = path.with_name(PEFT_CONFIG)
+    if not config.is_file():
+        raise NotDrawn(f"the adapter {path} {WANTS_CONFIG}")
+    return AdapterFile(path, config, adapter.scale)
+
+
+def _found(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if path.parent.is_dir() and path.name in (PEFT_CONFIG, PEFT_WEIGHTS):
+        raise NotDrawn(f"--lora: the folder {path.parent} is no PEFT adapter, as it holds no {path.name}")
+    raise NotDrawn(f"--lora {path}: there is no such file or folder")
 
 
 def _generate(engine: LocalEngine, plan: _Plan, console: Console) -> Drawn:

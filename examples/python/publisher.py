@@ -54,7 +54,8 @@ def main() -> None:
         # Made and stored together with the generation: to publish a task again, even in doubt, does it only once.
         "task_id": str(uuid.uuid4()),
         "type": "image_generation",
-        "data": {"generation_id": int(generation_id), "prompt": prompt} | fields,
+        "data": {"generation_id": int(generation_id) if generation_id.isdecimal() else generation_id, "prompt": prompt}
+        | fields,
         "created_at": datetime.now(UTC).isoformat(),
     }
     publish(message)

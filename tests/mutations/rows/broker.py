@@ -212,4 +212,48 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{LOST}[closed]", f"{LOST}[reset]"),
         without=(Mutation("worker/broker.py", "if delivery.session == self._session and channel", "if channel"),),
     ),
+    Row(
+        name="A25",
+        fault="a message's properties or headers hold what pika cannot decode: a time in milliseconds, deep nesting",
+        answer="the job is done or its body a dead letter, the connection stays, and so is what is behind it",
+        tests=(
+            f"{FILE}::test_a_message_whose_headers_pika_cannot_decode_is_done_and_so_is_what_is_behind_it",
+            "tests/test_fuzzing.py::test_deliveries_with_fuzzed_properties_all_end_on_one_connection",
+        ),
+        without=(
+            Mutation(
+                "worker/content_headers.py",
+                "return _read_header_frame(self._frame_buffer) or super()._read_frame()",
+                "return super()._read_frame()",
+            ),
+        ),
+        also=("tests/test_content_headers.py::test_any_bytes_are_read",),
+    ),
+    Row(
+        name="A26",
+        fault="a cancel order's headers are nested thousands of levels deep",
+        answer="the order is obeyed: what is deeper than sixteen levels is not decoded",
+        tests=("tests/test_live_cancelling.py::test_an_order_is_obeyed_whatever_its_headers_are",),
+        without=(Mutation("worker/content_headers.py", "if depth > MAX_DEPTH:", "if False:"),),
+        also=("tests/test_content_headers.py::test_nesting_ends_in_bytes_however_deep_it_is",),
+    ),
+    Row(
+        name="A27",
+        fault="dead letters whose headers pika cannot decode or encode, or that name other queues for copies",
+        answer="they are listed, shown and replayed, and go back byte by byte, to no other queue",
+        tests=(
+            "tests/test_dead_letters.py::test_letters_whose_headers_pika_cannot_decode_are_listed_shown_copied_and_replayed",
+            "tests/test_dead_letters.py::test_a_letter_copied_goes_to_no_queue_that_its_headers_name",
+        ),
+        without=(
+            Mutation(
+                "worker/inspection.py",
+                "held.properties.for_copy(without=NOT_COPIED)",
+                "pika.BasicProperties(headers=dict(held.headers))",
+            ),
+        ),
+        also=(
+            "tests/test_content_headers.py::test_a_copy_has_all_properties_byte_by_byte_but_the_user_and_what_is_left_out",
+        ),
+    ),
 )

@@ -6,6 +6,7 @@ LIVE = "tests/test_live_faults_process.py::"
 REAL_ENGINE = "tests/test_live_faults.py::"
 ENGINE = "tests/test_engine_process.py::"
 BATCHING = "tests/test_batching_faults.py::"
+HEALTH = "tests/test_health.py::"
 PARITY = "tests/test_parity.py::"
 KILLED = f"{LIVE}test_a_worker_killed_at_any_point_leaves_one_end_and_one_whole_picture"
 
@@ -284,6 +285,34 @@ ROWS: tuple[Row, ...] = (
             f"{LIVE}test_a_log_that_nobody_takes_holds_up_no_job_and_no_end[closed]",
             "tests/test_logs.py::test_a_closed_standard_output_does_not_end_the_job",
             "tests/test_logs.py::test_a_pipe_that_nobody_empties_stops_nothing_and_what_was_dropped_is_counted",
+        ),
+    ),
+    Row(
+        "E10",
+        "hundreds of connections to the metrics port ask nothing, or a byte at a time, and come again when cut",
+        "probes are answered: a new connection takes the place of the one longest without an answer",
+        tests=(
+            f"{HEALTH}test_probes_are_answered_beside_any_number_of_idle_connections",
+            f"{HEALTH}test_probes_are_answered_beside_clients_that_drip_and_come_again",
+        ),
+        without=(Mutation("worker/bounded_server.py", "if self._places.acquire(blocking=False):", "if True:"),),
+        also=(f"{HEALTH}test_a_request_that_takes_too_long_is_cut_however_often_a_byte_comes",),
+    ),
+    Row(
+        "E11",
+        "clients of the metrics port leave before their answer, or send what is no request",
+        "an answer where one can be given, and no traceback between the lines of the log",
+        tests=(f"{HEALTH}test_clients_that_leave_before_their_answer_leave_no_word",),
+        without=(
+            Mutation(
+                "worker/bounded_server.py",
+                'logger.exception("a request to the metrics port failed")',
+                "pass\n        super().handle_error(request, client_address)",
+            ),
+        ),
+        also=(
+            f"{HEALTH}test_odd_requests_have_one_answer_and_leave_no_word",
+            f"{HEALTH}test_fuzzed_requests_leave_no_word",
         ),
     ),
 )

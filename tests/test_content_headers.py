@@ -1,0 +1,136 @@
+"""Content headers are decoded whatever is in them: the properties alone, and through a real broker."""
+
+import random
+import struct
+from datetime import UTC, datetime
+from decimal import Decimal
+
+import pytest
+from pika.data import encode_table
+
+from tests.fuzzing import Target, fuzz
+from tests.raw_properties import (
+    FROM_THE_FIELD,
+    HEADERS,
+    TIMESTAMP,
+    USER_ID,
+    damaged_properties,
+    feed_properties,
+    field,
+    fuzzed_properties,
+    headers,
+    long,
+    nested,
+    properties,
+    short,
+)
+from worker.content_headers import MAX_DEPTH, Properties
+
+NUM_FUZZED = 3000
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload", "value"),
+    [
+        (b"t", b"\x02", True),
+        (b"b", b"\xff", -1),
+        (b"B", b"\xff", 255),
+        (b"s", b"\xff\xfe", -2),
+        (b"U", b"\xff\xfe", -2),
+        (b"u", b"\xff\xfe", 65534),
+        (b"I", b"\xff\xff\xff\xff", -1),
+        (b"i", b"\xff\xff\xff\xff", 2**32 - 1),
+        (b"l", b"\xff" * 8, -1),
+        (b"L", b"\xff" * 8, -1),
+        (b"f", struct.pack(">f", 1.5), 1.5),
+        (b"d", struct.pack(">d", 1e300), 1e300),
+        (b"D", b"\x02\x00\x00\x00\x7b", Decimal("1.23")),
+        (b"S", long("서울".encode()), "서울"),
+        (b"S", long(b"\xff"), b"\xff"),
+        (b"x", long(b"text"), b"text"),
+        (b"T", struct.pack(">Q", 1_772_000_000), datetime.fromtimestamp(1_772_000_000, UTC)),
+        (b"T", struct.pack(">Q", 1_772_000_000_000), 1_772_000_000_000),
+        (b"T", struct.pack(">Q", 2**64 - 14_256_000), 2**64 - 14_256_000),
+        (b"V", b"", None),
+        (b"F", long(field(b"a", b"V", b"") + field(b"b", b"t", b"\0")), {"a": None, "b": False}),
+        (b"A", long(b"V" + b"b\x01" + b"A" + long(b"V")), [None, 1, [None]]),
+    ],
+)
+def test_every_field_type_of_the_broker_has_its_value(kind: bytes, payload: bytes, value: object) -> None:
+    assert Properties(headers(field(b"it", kind, payload))).headers == {"it": value}
+
+
+def test_what_pika_writes_is_read_as_it_was_meant() -> None:
+    table = {"text": "a", "small": -7, "big": 2**40, "is": True, "none": None, "list": [1, "b", {"c": [None]}]}
+    pieces: list[bytes] = []
+    encode_table(pieces, table)
+
+    assert Properties(properties({HEADERS: b"".join(pieces)})).headers == table
+
+
+def test_a_field_without_a_known_end_costs_those_behind_it_and_none_before() -> None:
+    table = field(b"first", b"B", b"\x01") + field(b"odd", b"?", b"\x07") + field(b"last", b"B", b"\x02")
+    inner = field(b"around", b"F", long(table)) + field(b"behind", b"B", b"\x03")
+
+    assert Properties(headers(table)).headers == {"first": 1}
+    assert Properties(headers(inner)).headers == {"around": {"first": 1}, "behind": 3}
+    assert Properties(headers(field(b"first", b"B", b"\x01") + b"\xff")).headers == {"first": 1}
+
+
+def test_properties_cut_anywhere_keep_what_is_whole() -> None:
+    whole = properties({HEADERS: long(field(b"a", b"B", b"\x01")), TIMESTAMP: (2**64 - 1).to_bytes(8)})
+    assert (Properties(whole).headers, Properties(whole).timestamp) == ({"a": 1}, 2**64 - 1)
+
+    cut = [Properties(whole[:end]) for end in range(len(whole))]
+
+    assert [one.timestamp for one in cut] == [None] * len(cut)
+    assert cut[-1].headers == {"a": 1}
+    assert cut[0].headers == {}
+
+
+def test_flags_of_a_second_word_change_nothing() -> None:
+    table = long(field(b"a", b"B", b"\x01"))
+
+    assert Properties(b"\x20\x01\xff\xff\x00\x00" + table).headers == {"a": 1}
+    assert Properties(b"\xff\xff" * 50).headers == {}
+
+
+@pytest.mark.parametrize("kind", [b"F", b"A"])
+def test_nesting_ends_in_bytes_however_deep_it_is(kind: bytes) -> None:
+    value = Properties(headers(field(b"deep", kind, nested(20_000, kind)), field(b"b", b"B", b"\x01"))).headers["deep"]
+
+    for _ in range(MAX_DEPTH):
+        (value,) = value.values() if kind == b"F" else value
+    assert isinstance(value, bytes)
+
+
+def test_of_fields_with_one_name_the_first_counts() -> None:
+    """The broker puts its own count in the place of the first."""
+    twice = headers(field(b"x-delivery-count", b"B", b"\x05"), field(b"x-delivery-count", b"B", b"\xff"))
+
+    assert Properties(twice).headers == {"x-delivery-count": 5}
+
+
+def test_a_copy_has_all_properties_byte_by_byte_but_the_user_and_what_is_left_out() -> None:
+    odd = field(b"\xff", b"T", b"\xff" * 8)
+    whole = {HEADERS: long(odd + field(b"CC", b"A", long(b""))), TIMESTAMP: b"\xff" * 8, USER_ID: short(b"guest")}
+
+    copy = Properties(properties(whole)).for_copy(without=("CC",))
+
+    assert b"".join(copy.encode()) == properties({HEADERS: long(odd), TIMESTAMP: b"\xff" * 8})
+    assert b"".join(Properties(b"").for_copy(without=("CC",)).encode()) == b"\0\0"
+
+
+@pytest.mark.parametrize("make", [fuzzed_properties, damaged_properties])
+def test_any_bytes_are_read(make: object) -> None:
+    tally = fuzz(Target("properties", make, feed_properties), NUM_FUZZED)  # type: ignore[arg-type]
+
+    assert tally.crashes == []
+    assert len(tally.outcomes) > 5
+
+
+def test_what_comes_from_the_field_is_read_whole() -> None:
+    for name, encoded in FROM_THE_FIELD.items():
+        assert Properties(encoded).headers, name
+    assert Properties(FROM_THE_FIELD["milliseconds"]).headers == {"sent_at": 1_772_000_000_000}
+    assert feed_properties(random.Random(1).randbytes(100_000))

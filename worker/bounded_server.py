@@ -1,0 +1,84 @@
+"""An HTTP server that no number of idle, slow or impatient clients can use up."""
+
+import logging
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+# A thread and a descriptor each. Probes, a Prometheus and a few browsers with the status page need a dozen.
+MAX_CONNECTIONS = 64
+# From one answer to the end of the next, and from the connection's beginning to the end of the first. A deadline for
+# all of it: a timeout of single reads never ends a client that sends a byte now and then.
+REQUEST_SECONDS = 10.0
+# A connection that was cut gives its place free within milliseconds.
+PLACE_SECONDS = 1.0
+ACCEPT_BACKLOG = 128  # the library's five make clients wait a second whenever more come at once
+
+
+class BoundedServer(ThreadingHTTPServer):
+    """Owner of its connections, of which there are never more than `MAX_CONNECTIONS`.
+
+    A new connection takes the place of the one that has gone longest without an answer: a probe asks at once, and is
+    answered before it is the oldest. Clients that go away while they are answered are no error.
+    """
+
+    daemon_threads = True
+    request_queue_size = ACCEPT_BACKLOG
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self._lock = threading.Lock()
+        self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._answered_at: dict[socket.socket, float] = {}  # or when it began
+        super().__init__(address, handler)
+
+    def note_answer(self, connection: socket.socket) -> None:
+        """Begin the connection's deadline anew."""
+        with self._lock:
+            if connection in self._answered_at:
+                self._answered_at[connection] = time.monotonic()
+
+    def service_actions(self) -> None:
+        """Cut the connections whose time is up. Called by `serve_forever` after each connection, and twice a second."""
+        with self._lock:
+            oldest = time.monotonic() - REQUEST_SECONDS
+            for connection in [one for one, at in self._answered_at.items() if at < oldest]:
+                self._cut(connection)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._take_place():
+            super().shutdown_request(request)
+            return
+        with self._lock:
+            self._answered_at[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:  # so that nothing is cut whose descriptor is another's by now
+            self._answered_at.pop(request, None)
+            super().shutdown_request(request)
+        self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # The library prints tracebacks to standard error, between the lines of JSON.
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            logger.exception("a request to the metrics port failed")
+
+    def _take_place(self) -> bool:
+        if self._places.acquire(blocking=False):
+            return True
+        with self._lock:
+            if self._answered_at:
+                self._cut(min(self._answered_at, key=self._answered_at.__getitem__))
+        return self._places.acquire(timeout=PLACE_SECONDS)
+
+    def _cut(self, connection: socket.socket) -> None:
+        """Have the connection's thread find it closed."""
+        del self._answered_at[connection]
+        with suppress(OSError):  # its client was quicker
+            connection.shutdown(socket.SHUT_RDWR)
