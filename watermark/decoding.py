@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-import numpy as np
 from PIL import ExifTags, Image, JpegImagePlugin, TiffImagePlugin
 
 from watermark.colours import in_srgb
 from watermark.errors import PictureInvalid, PictureTooLarge, SignatureInvalid
 from watermark.png_chunks import SIGNATURE as PNG_SIGNATURE
 from watermark.png_chunks import bare_png
+from watermark.samples import expanded, is_read
 
 MAX_CONTENT_BYTES = 10_000_000
 MAX_SIDE_PX = 4096  # 16 Mpx at most, 67 MB as RGBA
@@ -53,10 +53,6 @@ TRANSPOSED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What other modes of Pillow become before anything else; 16 bits are scaled, 32 are refused.
-EXPANDED = {"1": "L", "YCbCr": "RGB", "RGBX": "RGB", "RGBa": "RGBA", "La": "LA", "PA": "RGBA"}
-PLAIN_MODES = frozenset({"RGB", "RGBA", "L", "LA", "CMYK", "LAB"})
-
 # Pillow's own limit is of 89 Mpx, before there is a chance to look at what it will take.
 Image.MAX_IMAGE_PIXELS = MAX_SCALED_JPEG_PX
 
@@ -143,7 +139,7 @@ def decode_picture(content: bytes, mode: PictureMode) -> Image.Image:
 
 def to_rgba(image: Image.Image) -> Image.Image:
     """Return a copy of `image`, of any mode that is decoded, as RGBA in sRGB without metadata."""
-    rgba = in_srgb(_expanded(image.copy())).convert("RGBA")
+    rgba = in_srgb(expanded(image.copy())).convert("RGBA")
     rgba.info = {}
     return rgba
 
@@ -196,7 +192,7 @@ def _refusal(image: Image.Image) -> str:
             return "holds several pages; send one"
     elif getattr(image, "is_animated", False):
         return "is an animation or holds several pictures; send a still one"
-    if image.mode not in PLAIN_MODES | EXPANDED.keys() | {"P"} and not image.mode.startswith("I;16"):
+    if not is_read(image.mode):
         return f"has samples of a kind that is not read (Pillow's mode {image.mode}); 1 to 16 bits without a sign are"
     return ""
 
@@ -229,29 +225,6 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(TRANSPOSED[orientation]) if orientation in TRANSPOSED else image
 
 
-def _expanded(image: Image.Image) -> Image.Image:
-    """`image` in 8 bits a sample: RGB, RGBA, L, LA, CMYK or LAB; a colour that counts as transparent becomes alpha."""
-    if image.mode.startswith("I;16"):
-        return _from_16_bits(image)
-    if image.mode == "P":
-        return image.convert("RGBA" if image.has_transparency_data else "RGB")
-    if image.mode in EXPANDED:
-        image = image.convert(EXPANDED[image.mode])
-    if image.info.get("transparency") is not None and image.mode in ("L", "RGB"):
-        return image.convert("LA" if image.mode == "L" else "RGBA")
-    return image
-
-
-def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Scaled: Pillow's own conversion clips 16 bits at 255, so that all but black turns white."""
-    samples = np.asarray(image).astype(np.uint32)
-    grey = Image.fromarray(((samples + 128) // 257).clip(0, 255).astype(np.uint8))
-    if (key := image.info.get("transparency")) is not None:
-        grey.putalpha(Image.fromarray(np.where(samples == key, 0, 255).astype(np.uint8)))
-    grey.info = {name: value for name, value in image.info.items() if name != "transparency"}
-    return grey
-
-
 def _scale_jpeg(image: Image.Image) -> None:
     # A progressive one is held whole by the decoder, whatever comes out of it.
     if image.format == "JPEG" and not image.info.get("progressive") and image.mode in ("RGB", "L"):
@@ -263,7 +236,7 @@ def _reduced(image: Image.Image) -> Image.Image:
     factor = min(image.size) // USEFUL_SIDE_PX
     if factor < 2:
         return image
-    image = _expanded(image)
+    image = expanded(image)
     if image.mode not in ("L", "RGB", "RGBA"):
         return image
     # Premultiplied, or the colour hidden in transparent pixels bleeds into the edges.
@@ -271,7 +244,7 @@ def _reduced(image: Image.Image) -> Image.Image:
 
 
 def _as_mode(image: Image.Image, mode: PictureMode) -> Image.Image:
-    image = _expanded(image)
+    image = expanded(image)
     if mode == "L" and image.mode == "L":
         pass  # the levels of a mask are amounts, and no colours
     elif (image := in_srgb(image)).mode != mode:
