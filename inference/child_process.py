@@ -46,6 +46,8 @@ class Child:
         with theirs:
             command = [sys.executable, "-m", "inference.child", str(theirs.fileno()), str(os.getpid())]
             environment = {name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES}
+            # `-m` puts the working directory on the path, whose config.py or json.py would be imported for ours.
+            environment["PYTHONSAFEPATH"] = "1"
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
         return cls(process, Connection(ours.detach()))
 

@@ -84,7 +84,8 @@ class Drippers(threading.Thread):
             client.close()
 
 
-def test_probes_are_answered_beside_any_number_of_idle_connections(port: int) -> None:
+def test_probes_are_answered_beside_any_number_of_idle_connections(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_server, "REQUEST_SECONDS", 1000.0)
     num_before, threads_before = num_descriptors(), threading.active_count()
     idle = [connected(port) for _ in range(NUM_CLIENTS)]
     assert probe(port)[0] == 200
@@ -101,7 +102,10 @@ def test_probes_are_answered_beside_any_number_of_idle_connections(port: int) ->
     eventually(lambda: threading.active_count() <= threads_before, END_SECONDS)
 
 
-def test_probes_are_answered_beside_clients_that_drip_and_come_again(port: int) -> None:
+def test_probes_are_answered_beside_clients_that_drip_and_come_again(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounded_server, "REQUEST_SECONDS", 1000.0)
     threads_before = threading.active_count()
     drippers = Drippers(port)
     drippers.start()

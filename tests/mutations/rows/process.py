@@ -315,4 +315,17 @@ ROWS: tuple[Row, ...] = (
             f"{HEALTH}test_fuzzed_requests_leave_no_word",
         ),
     ),
+    Row(
+        "E12",
+        "the worker is started in a folder that holds a config.py, a json.py or other modules of such names",
+        "its children find their own modules, as it does: the working directory is not on their path",
+        tests=(
+            f"{LIVE}test_a_worker_started_in_a_folder_of_modules_with_its_own_names_draws",
+            "tests/test_product.py::test_a_folder_of_modules_with_the_names_of_ours_disturbs_no_cutting",
+        ),
+        without=(
+            Mutation("inference/child_process.py", 'environment["PYTHONSAFEPATH"] = "1"', "pass"),
+            Mutation("worker/product/cutting.py", ', "PYTHONSAFEPATH": "1"}', "}"),
+        ),
+    ),
 )
