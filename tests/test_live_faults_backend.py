@@ -31,6 +31,9 @@ CONSTANTS = {
     "worker.notifying:UNKNOWN_IS_TRANSIENT_SECONDS": TRANSIENT_SECONDS,
     "worker.notifying:CALL_DEADLINE_SECONDS": CALL_SECONDS,
     "worker.progress:CALL_DEADLINE_SECONDS": PROGRESS_CALL_SECONDS,
+    "worker.pacing:KNOWN_DELAYS_SECONDS": DELAYS_SECONDS,
+    # With three events parked one is behind those in hand.
+    "worker.outbox:PREFETCH": 2,
 }
 MILESTONES = range(0, 100, 10)
 # Within which the worker acts on what its readiness tells at once.
@@ -115,6 +118,40 @@ def test_a_backend_that_is_down_holds_no_job_and_hears_of_each_once_it_is_back(s
 
     for job in jobs:
         station.assert_complete_once(job)
+
+
+def never_taken(station: Station, job: Job) -> None:
+    """From now on the backend answers 500 to whatever it is told of the job."""
+    sign = Sign(UP, f'"generation_id":{job.generation_id}'.encode())
+    station.backend.when(sign, do=answers(500), times=None)
+
+
+def test_events_that_are_never_taken_hold_up_none_that_an_outage_parked(station: Station) -> None:
+    world = station.world
+    # Given as many events that are never taken as the broker gives at once
+    bad = [station.publish_held(), station.publish_held()]
+    for job in bad:
+        never_taken(station, job)
+        station.release(job)
+    wait_until_parked(station, 2)
+
+    # When an outage parks two more
+    world.backend.stop()
+    good = [station.publish() for _ in range(2)]
+    wait_until_parked(station, 4)
+    world.backend.start()
+
+    # Then these are told, and those stay
+    for job in good:
+        assert world.wait_for_end(job.generation_id, 15).kind == "complete"
+    eventually(lambda: num_parked(station) == 2, 8, lambda: str(world.queues()))
+    assert [len(world.backend.ends(job.generation_id)) for job in (*good, *bad)] == [1, 1, 0, 0]
+
+    # And once the backend takes them, they are told as well, none twice
+    station.backend.pass_on()
+    for job in bad:
+        station.assert_complete_once(job)
+    assert [len(world.backend.ends(job.generation_id)) for job in (*good, *bad)] == [1, 1, 1, 1]
 
 
 @long

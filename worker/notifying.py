@@ -1,6 +1,7 @@
 """Telling the backend how a job ended: at once where it listens, by way of the outbox where it does not."""
 
 import logging
+import math
 import random
 import threading
 import time
@@ -69,11 +70,16 @@ class Notifier:
         self._is_draining = is_draining
         # Kinds that were just parked: the next event of such a kind gets one try, not ten seconds of them.
         self._failing: set[WebhookKind] = set()
+        self._taken_at = dict.fromkeys(WebhookKind, -math.inf)
 
     @property
     def failing(self) -> tuple[str, ...]:
         """The kinds of webhooks that the backend did not take of late."""
         return tuple(sorted(kind.value for kind in self._failing.copy()))
+
+    def taken_at(self, kind: WebhookKind) -> float:
+        """When the backend last took an event of the kind, by `time.monotonic()`."""
+        return self._taken_at[kind]
 
     def tell(self, event: TerminalEvent) -> str:
         """Deliver `event`, or park it; say which. Raises `PublishFailed` where neither was possible."""
@@ -115,6 +121,7 @@ class Notifier:
             self._metrics.webhooks_ambiguous.inc()
         if attempt.verdict is Verdict.DELIVERED:
             self._failing.discard(event.kind)
+            self._taken_at[event.kind] = time.monotonic()
         return attempt
 
     def bury(self, body: bytes, reason: str, *, attempt: int | None = None) -> None:
