@@ -17,6 +17,7 @@ from tests.clients_servers import AnsweringServer, Server, answer
 from tests.faults.proxy import DOWN, UP, Link, Sign
 from tests.faults.station import DONE, POST_OF_COMPLETE, Job, Station, answers, long, new_station
 from tests.world import Worker, eventually
+from worker.refusals import REFUSED_ENDS
 
 DELAYS_SECONDS = (0.2, 0.4, 1.2, 1.2)
 # Less than the third wait: the outbox waits that one out.
@@ -305,6 +306,34 @@ def test_an_event_refused_for_good_is_told_once_and_left_as_a_dead_letter(statio
 
     assert station.posts(job) == 1
     assert str(status) in world.dead_letters()[0][1]
+
+
+@pytest.mark.parametrize(("status", "words"), [(400, "ALLOWED_HOSTS"), (404, "BACKEND_API_URL")])
+def test_a_backend_that_refuses_every_end_gets_no_more_work_drawn_and_hears_of_what_was_drawn(
+    station: Station, worker: Worker, status: int, words: str
+) -> None:
+    world = station.world
+    station.assert_complete_once(station.publish())
+    station.backend.when(POST_OF_COMPLETE, do=answers(status), times=None)
+
+    # When ends are refused in a row, then jobs stay where another worker may take them
+    drawn = [station.publish() for _ in range(REFUSED_ENDS)]
+    eventually(lambda: "refuses this worker" in worker.get("/health/ready")[1], 20, worker.log_tail)
+    assert words in worker.get("/health/ready")[1]
+    assert worker.metric("darkroom_ready") == 0
+    time.sleep(TICK_SECONDS)
+    waiting = [station.publish() for _ in range(2)]
+    world.wait_for_depth(2, 0)
+    time.sleep(2 * TRANSIENT_SECONDS)
+
+    # And what was refused since the breaker opened is told once the address is right, as are those that waited
+    station.backend.pass_on()
+    eventually(lambda: worker.get("/health/ready")[0] == 200, 20, worker.log_tail)
+    dead = world.dead_letters()
+    assert len(dead) < REFUSED_ENDS
+    told = [job for job in drawn if not any(str(job.generation_id).encode() in body for body, _ in dead)]
+    for job in (*told, *waiting):
+        station.assert_complete_once(job, num_posts=None)
 
 
 @pytest.mark.parametrize(("status", "delay_seconds"), [(500, 0.0), (200, 5.0)])

@@ -5,6 +5,8 @@ import math
 import random
 import threading
 import time
+from dataclasses import replace
+from typing import cast
 
 import tenacity
 
@@ -16,6 +18,7 @@ from worker.events import TerminalEvent
 from worker.ledger import Ledger
 from worker.metrics import Metrics
 from worker.queues import QueueNames
+from worker.refusals import ADDRESS_STATUSES, AddressBreaker
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +74,7 @@ class Notifier:
         # Kinds that were just parked: the next event of such a kind gets one try, not ten seconds of them.
         self._failing: set[WebhookKind] = set()
         self._taken_at = dict.fromkeys(WebhookKind, -math.inf)
+        self.address_breaker = AddressBreaker()
 
     @property
     def failing(self) -> tuple[str, ...]:
@@ -122,7 +126,21 @@ class Notifier:
         if attempt.verdict is Verdict.DELIVERED:
             self._failing.discard(event.kind)
             self._taken_at[event.kind] = time.monotonic()
+            self.address_breaker.accept()
+        elif attempt.status in ADDRESS_STATUSES:
+            return self._doubted(attempt, event)
         return attempt
+
+    def is_hopeless(self, attempt: Attempt, age_seconds: float) -> bool:
+        """Whether an event of that age should go to the dead letters after `attempt`."""
+        if attempt.status == 404 and self.address_breaker.is_open:
+            return age_seconds > MAX_AGE_SECONDS
+        return is_hopeless(attempt, age_seconds)
+
+    def _doubted(self, attempt: Attempt, event: TerminalEvent) -> Attempt:
+        """`attempt`, in vain by its status, but not for good where the backend refuses every end."""
+        self.address_breaker.refuse(event.webhook.webhook_id, cast(int, attempt.status))
+        return replace(attempt, verdict=Verdict.RETRY) if self.address_breaker.is_open else attempt
 
     def bury(self, body: bytes, reason: str, *, attempt: int | None = None) -> None:
         """Leave a confirmed copy of an event or a job with the dead letters. Raises `PublishFailed`."""

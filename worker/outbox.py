@@ -14,7 +14,7 @@ from worker.broker import Consumer, Publisher, PublishFailed
 from worker.delivery import Delivery
 from worker.events import TerminalEvent
 from worker.ledger import Ledger
-from worker.notifying import MAX_AGE_SECONDS, Notifier, is_hopeless
+from worker.notifying import MAX_AGE_SECONDS, Notifier
 from worker.pacing import MAX_CALLS, Pacing, Parked, first_due
 from worker.queues import QueueNames
 
@@ -264,7 +264,7 @@ class _Lane:
             self._ledger.mark_delivered(parked.event)
             log_event(logger, "webhook delivered late", kind=parked.event.kind.value, attempt=parked.attempt)
             self._ack(parked.delivery)
-        elif is_hopeless(attempt, parked.age_seconds):
+        elif self._notifier.is_hopeless(attempt, parked.age_seconds):
             self._bury(parked, attempt.reason)
             self._ack(parked.delivery)
         else:

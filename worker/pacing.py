@@ -31,8 +31,8 @@ BACKEND_STATUSES = frozenset({401, 403, 429})
 class Parked:
     """An event in hand out of the outbox; the broker keeps it until it is settled.
 
-    `rank` counts the tries that may have failed by the event itself; `num_tries` are all of this worker's. `num_failures` are those since the backend last took an event, `num_known` those
-    between two that it took.
+    `rank` counts the tries that may have failed by the event itself; `num_tries` are all of this worker's.
+    `num_failures` are those since the backend last took an event, `num_known` those between two that it took.
     """
 
     event: TerminalEvent

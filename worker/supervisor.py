@@ -130,7 +130,7 @@ class Supervisor:
         """What others see of the worker: is it ready, its metrics, its page."""
         self._readiness = Readiness(
             self._engine,
-            (self._store_breaker, self._backend_breaker),
+            (self._store_breaker, self._backend_breaker, self._notifier.address_breaker),
             self._labeller,
             is_stopping=lambda: self._is_stopping,
         )
