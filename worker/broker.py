@@ -231,6 +231,7 @@ class Consumer:
                 # In the jobs' queue the header could only be a publisher's own.
                 is_leased=subscription.queue == self._names.recover and LEASE_HEADER in headers,
                 due=float(whole_number(headers.get(DUE_HEADER), default=0)),
+                reason=str(headers.get(REASON_HEADER, ""))[:MAX_REASON_CHARS],
             )
         )
 

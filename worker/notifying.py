@@ -1,9 +1,12 @@
 """Telling the backend how a job ended: at once where it listens, by way of the outbox where it does not."""
 
 import logging
+import math
 import random
 import threading
 import time
+from dataclasses import replace
+from typing import cast
 
 import tenacity
 
@@ -15,6 +18,7 @@ from worker.events import TerminalEvent
 from worker.ledger import Ledger
 from worker.metrics import Metrics
 from worker.queues import QueueNames
+from worker.refusals import ADDRESS_STATUSES, AddressBreaker
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +73,17 @@ class Notifier:
         self._is_draining = is_draining
         # Kinds that were just parked: the next event of such a kind gets one try, not ten seconds of them.
         self._failing: set[WebhookKind] = set()
+        self._taken_at = dict.fromkeys(WebhookKind, -math.inf)
+        self.address_breaker = AddressBreaker()
 
     @property
     def failing(self) -> tuple[str, ...]:
         """The kinds of webhooks that the backend did not take of late."""
         return tuple(sorted(kind.value for kind in self._failing.copy()))
+
+    def taken_at(self, kind: WebhookKind) -> float:
+        """When the backend last took an event of the kind, by `time.monotonic()`."""
+        return self._taken_at[kind]
 
     def tell(self, event: TerminalEvent) -> str:
         """Deliver `event`, or park it; say which. Raises `PublishFailed` where neither was possible."""
@@ -115,7 +125,22 @@ class Notifier:
             self._metrics.webhooks_ambiguous.inc()
         if attempt.verdict is Verdict.DELIVERED:
             self._failing.discard(event.kind)
+            self._taken_at[event.kind] = time.monotonic()
+            self.address_breaker.accept()
+        elif attempt.status in ADDRESS_STATUSES:
+            return self._doubted(attempt, event)
         return attempt
+
+    def is_hopeless(self, attempt: Attempt, age_seconds: float) -> bool:
+        """Whether an event of that age should go to the dead letters after `attempt`."""
+        if attempt.status == 404 and self.address_breaker.is_open:
+            return age_seconds > MAX_AGE_SECONDS
+        return is_hopeless(attempt, age_seconds)
+
+    def _doubted(self, attempt: Attempt, event: TerminalEvent) -> Attempt:
+        """`attempt`, in vain by its status, but not for good where the backend refuses every end."""
+        self.address_breaker.refuse(event.webhook.webhook_id, cast(int, attempt.status))
+        return replace(attempt, verdict=Verdict.RETRY) if self.address_breaker.is_open else attempt
 
     def bury(self, body: bytes, reason: str, *, attempt: int | None = None) -> None:
         """Leave a confirmed copy of an event or a job with the dead letters. Raises `PublishFailed`."""
