@@ -5,6 +5,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -16,7 +17,7 @@ from urllib.parse import quote
 from botocore.exceptions import ClientError
 
 from clients.deadline import Watch, deadline
-from clients.location import ObjectRef
+from clients.location import ObjectRef, aws_url
 from clients.storage_errors import (
     BucketNotFound,
     ObjectChanged,
@@ -199,7 +200,8 @@ class Storage:
 
     def delete(self, ref: ObjectRef) -> None:
         """Remove the object; none there is no error."""
-        with deadline(CALL_DEADLINE_SECONDS), translated(ref):
+        # S3 answers 204 where there is none, Google 404.
+        with deadline(CALL_DEADLINE_SECONDS), suppress(ObjectNotFound), translated(ref):
             self._client.delete_object(Bucket=ref.bucket, Key=ref.key)
 
     def url_of(self, ref: ObjectRef) -> str:
@@ -209,9 +211,7 @@ class Storage:
             return f"{self._settings.result_url_base}/{key}"
         if self._settings.endpoint_url is not None:
             return f"{self._settings.endpoint_url}/{ref.bucket}/{key}"
-        host = f"s3.{self._settings.region}.amazonaws.com"
-        # AWS's certificate covers one label before `s3`, so that a bucket with dots goes into the path.
-        return f"https://{host}/{ref.bucket}/{key}" if "." in ref.bucket else f"https://{ref.bucket}.{host}/{key}"
+        return aws_url(ref.bucket, key, self._settings.region)
 
     def _put(self, ref: ObjectRef, content: Content, **condition: str) -> bool:
         """Send the object. False where the answer is no refusal, and no store's word for a write either."""

@@ -400,7 +400,7 @@ INTERIM = b"HTTP/1.1 102 Processing\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink
 def test_an_interim_answer_does_not_decide_what_a_conditional_write_did(
     interim: bytes,
     final: bytes,
-    is_written: bool,  # noqa: FBT001
+    is_written: bool,
 ) -> None:
     with AnsweringServer([interim + final, answer(404)]) as server:
         storage = storage_at(server)

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 PICTURE_PATIENCE_SECONDS = 45.0
 
 PNG = "image/png"
+# A generation drawn again lies under the key it had: readers ask whether theirs is still the one. Without it Google's
+# public objects are kept for an hour by every cache, and others as long as a reader likes.
+CACHE_CONTROL = "no-cache"
 
 # What is noted beside a picture, as the store names it.
 TASK_ID, SHA256 = "task-id", "sha256"
@@ -39,13 +42,14 @@ class PictureStore:
         Beside it are noted the task, the picture's SHA-256 and the `notes`, which are ASCII.
         """
         metadata = {**notes, TASK_ID: task_id, SHA256: hashlib.sha256(png).hexdigest()}
-        write = partial(self.storage.put_if_absent, ref, png, content_type=PNG, metadata=metadata)
+        content = {"content_type": PNG, "metadata": metadata, "cache_control": CACHE_CONTROL}
+        write = partial(self.storage.put_if_absent, ref, png, **content)
         with suppress(NotSupported):  # by a store without conditional writes, which only overwrites
             if self.gate.insist(write, patience_seconds=PICTURE_PATIENCE_SECONDS):
                 return self.storage.url_of(ref)
             other = self.storage.metadata_of(ref).get(TASK_ID, "")
             if other != task_id:
                 log_event(logger, "another task's picture replaced", logging.WARNING, key=ref.key, other_task_id=other)
-        overwrite = partial(self.storage.put, ref, png, content_type=PNG, metadata=metadata)
+        overwrite = partial(self.storage.put, ref, png, **content)
         self.gate.insist(overwrite, patience_seconds=PICTURE_PATIENCE_SECONDS)
         return self.storage.url_of(ref)

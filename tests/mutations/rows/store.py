@@ -5,6 +5,7 @@ from tests.mutations.row import Mutation, Row
 LIVE = "tests/test_live_faults_store.py::"
 STORAGE = "tests/test_clients_storage.py::"
 BATCHING = "tests/test_batching.py::"
+GOOGLE = "tests/test_google_storage.py::"
 FETCHING = "tests/test_fetching.py::"
 
 ROWS: tuple[Row, ...] = (
@@ -262,5 +263,25 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(Mutation("clients/storage_wire.py", '    return "ETag" in answer\n', "    return True\n"),),
         also=(f"{STORAGE}test_an_error_inside_a_good_answer_to_a_write_is_an_error",),
+    ),
+    Row(
+        "C22",
+        "the store is Google's, which passes over If-None-Match on a write",
+        "requests go in Google's dialect, whose own condition lets one of two writers win",
+        tests=(
+            f"{GOOGLE}test_of_many_writers_of_one_key_one_wins_by_google_s_own_condition",
+            f"{GOOGLE}test_the_ledger_has_its_fence_and_the_probe_says_so",
+        ),
+        without=(
+            Mutation(
+                "clients/google_dialect.py",
+                '            kept["x-goog-if-generation-match"] = "0"\n',
+                "            pass\n",
+            ),
+        ),
+        also=(
+            "tests/test_live_google.py::test_a_job_is_drawn_stored_and_recorded_once_behind_google_s_condition",
+            f"{GOOGLE}test_a_picture_is_not_kept_by_caches_without_asking",
+        ),
     ),
 )
