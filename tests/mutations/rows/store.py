@@ -6,6 +6,7 @@ LIVE = "tests/test_live_faults_store.py::"
 STORAGE = "tests/test_clients_storage.py::"
 BATCHING = "tests/test_batching.py::"
 GOOGLE = "tests/test_google_storage.py::"
+CACHE = "tests/test_clients_cache.py::"
 FETCHING = "tests/test_fetching.py::"
 
 ROWS: tuple[Row, ...] = (
@@ -283,5 +284,18 @@ ROWS: tuple[Row, ...] = (
             "tests/test_live_google.py::test_a_job_is_drawn_stored_and_recorded_once_behind_google_s_condition",
             f"{GOOGLE}test_a_picture_is_not_kept_by_caches_without_asking",
         ),
+    ),
+    Row(
+        "C23",
+        "two workers on one host have one folder for their downloads",
+        "each locks one of its own inside it, so that none evicts what another uses; a killed worker's is free at once",
+        tests=(
+            f"{CACHE}test_a_second_cache_has_a_folder_of_its_own_until_the_first_is_gone",
+            f"{CACHE}test_a_worker_s_folder_is_free_once_its_process_was_killed",
+        ),
+        without=(
+            Mutation("clients/claimed_folder.py", "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+        ),
+        also=("tests/test_live_sharing.py::test_two_workers_share_forty_jobs_within_a_fifth_of_evenly",),
     ),
 )
