@@ -8,6 +8,7 @@ GOOG4-HMAC-SHA256, can carry `x-goog-if-generation-match: 0`, which is Google's 
 import base64
 import hashlib
 import hmac
+import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +21,8 @@ LOCATION = "auto"
 SERVICE, REQUEST_TYPE = "storage", "goog4_request"
 AMAZON, GOOGLE = "x-amz-", "x-goog-"
 META = "meta-"
+GENERATION, IF_GENERATION = "x-goog-generation", "x-goog-if-generation-match"
+_GENERATION_ETAG = re.compile(r'"g([0-9]+)"')
 # Headers of AWS's that have no counterpart: an MD5 takes the checksums' place.
 UNTRANSLATABLE = ("x-amz-checksum-", "x-amz-sdk-", "x-amz-trailer", "amz-sdk-")
 # Google's front end changes some of the others on their way, and a signature must not cover those.
@@ -50,9 +53,14 @@ class GoogleDialect:
             request.headers[name] = value
 
     def put_answer(self, answer: Any) -> None:
-        """Give an answer's metadata the names that botocore reads, and learn from it whose it is."""
+        """Give an answer's metadata the names that botocore reads, and learn from it whose it is.
+
+        An object's generation takes the ETag's place: Google conditions writes on that alone, not on `If-Match`.
+        """
         google = [name for name in answer.headers if name.lower().startswith(GOOGLES_HEADERS)]
         self._is_spoken = self._is_spoken or bool(google)
+        if GENERATION in answer.headers:
+            answer.headers["ETag"] = f'"g{answer.headers[GENERATION]}"'
         for name in google:
             if name.lower().startswith(GOOGLE + META):
                 answer.headers[AMAZON + name.lower().removeprefix(GOOGLE)] = answer.headers[name]
@@ -91,8 +99,11 @@ def _translated(headers: Mapping[str, str], method: str, body: Any) -> dict[str,
     kept["x-goog-content-sha256"] = hashlib.sha256(content).hexdigest()
     if method == "PUT":
         kept["content-md5"] = base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
-        if kept.pop("if-none-match", "") == "*":
-            kept["x-goog-if-generation-match"] = "0"
+    if kept.pop("if-none-match", "") == "*":
+        kept[IF_GENERATION] = "0"
+    if generation := _GENERATION_ETAG.fullmatch(kept.get("if-match", "")):
+        del kept["if-match"]
+        kept[IF_GENERATION] = generation[1]
     return kept
 
 

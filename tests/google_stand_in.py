@@ -3,7 +3,8 @@
 - Requests in AWS's signature and `x-amz-` headers are taken, but `If-None-Match` does not condition a write of them.
 - A request with headers of both dialects is refused (400 ExcessHeaderValues).
 - A request signed as GOOG4-HMAC-SHA256 is verified, from the documentation of the V4 signing process.
-- `x-goog-if-generation-match: 0` conditions a write on a free key (412 PreconditionFailed).
+- `x-goog-if-generation-match` conditions a request on the object's generation, 0 on a free key (412
+  PreconditionFailed). `If-Match` conditions reads alone.
 - Every answer has `x-guploader-uploadid`; objects have `x-goog-generation` and `x-goog-hash`.
 - Custom metadata comes back in the dialect of the request that asks; deleting what is not there is a 404.
 """
@@ -106,7 +107,7 @@ class GoogleStandIn(Server):
         return answer(200, listing.encode(), x_guploader_uploadid="A")
 
     def _put(self, request: Request, bucket: str, key: str) -> bytes:
-        if request.headers.get("x-goog-if-generation-match") == "0" and (bucket, key) in self.objects:
+        if not self._is_met(request, bucket, key):
             return _refusal(412, "PreconditionFailed")
         told = request.headers.get("content-md5")
         md5 = hashlib.md5(request.body, usedforsecurity=False).digest()
@@ -117,6 +118,11 @@ class GoogleStandIn(Server):
         metadata = {name.removeprefix(meta): text for name, text in request.headers.items() if name.startswith(meta)}
         stored = self._store(bucket, key, request.body, kept, metadata)
         return answer(200, **_told(stored, request))
+
+    def _is_met(self, request: Request, bucket: str, key: str) -> bool:
+        stored = self.objects.get((bucket, key))
+        generation = "0" if stored is None else str(stored.generation)
+        return request.headers.get("x-goog-if-generation-match", generation) == generation
 
     def _store(
         self,
@@ -139,7 +145,7 @@ class GoogleStandIn(Server):
         if stored is None:
             return _refusal(404, "NoSuchKey", has_body=has_body)
         told = _told(stored, request)
-        if request.headers.get("if-match", told["ETag"]) != told["ETag"]:
+        if request.headers.get("if-match", told["ETag"]) != told["ETag"] or not self._is_met(request, bucket, key):
             return _refusal(412, "PreconditionFailed", has_body=has_body)
         return answer(200, stored.body if has_body else b"", length=len(stored.body), **told)
 

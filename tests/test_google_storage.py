@@ -12,7 +12,7 @@ import pytest
 from clients.cache import DownloadCache
 from clients.location import LocationForbidden, ObjectRef, parse_location
 from clients.storage import Storage
-from clients.storage_errors import AccessDenied, BucketNotFound, ObjectNotFound
+from clients.storage_errors import AccessDenied, BucketNotFound, ObjectChanged, ObjectNotFound
 from config.settings import StoreSettings
 from tests.google_stand_in import KEY_ID, SECRET, GoogleStandIn
 from tests.test_ledger import event
@@ -94,6 +94,18 @@ def test_what_is_put_is_found_read_listed_and_deleted(storage: Storage, tmp_path
     storage.delete(ref)
     with pytest.raises(ObjectNotFound):
         storage.read(ref, max_bytes=1)
+
+
+def test_an_object_replaced_after_the_look_is_not_taken(
+    google: GoogleStandIn, storage: Storage, tmp_path: Path
+) -> None:
+    ref = ObjectRef(BUCKET, "models/a.safetensors")
+    google.put(BUCKET, ref.key, b"before")
+    stat = storage.head(ref)
+    google.put(BUCKET, ref.key, b"after!")
+
+    with pytest.raises(ObjectChanged):
+        storage.download(ref, tmp_path / "file", stat=stat, max_bytes=10, deadline_seconds=5)
 
 
 def test_an_object_composed_of_others_has_no_md5_and_is_fetched(
