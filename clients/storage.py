@@ -57,6 +57,15 @@ class ObjectStat:
 
 
 @dataclass(frozen=True)
+class ObjectNotes:
+    """An object as its writer left it: its ETag exactly as the store gives it, for `put_if_unchanged`, and what was
+    noted beside it."""
+
+    etag: str
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class ListedObject:
     """An object of a listing: what it is called and when it was last written."""
 
@@ -161,11 +170,11 @@ class Storage:
         with deadline(deadline_seconds), translated(ref):
             self._put(ref, body, content_type, Metadata=dict(metadata or {}), **options)
 
-    def metadata_of(self, ref: ObjectRef) -> Mapping[str, str]:
-        """What its writer noted beside the object."""
+    def notes_of(self, ref: ObjectRef) -> ObjectNotes:
+        """The object's ETag, and what its writer noted beside it."""
         with deadline(CALL_DEADLINE_SECONDS), translated(ref):
             answer = self._client.head_object(Bucket=ref.bucket, Key=ref.key)
-        return dict(answer.get("Metadata", {}))
+        return ObjectNotes(str(answer.get("ETag", "")), dict(answer.get("Metadata", {})))
 
     def put_if_absent(
         self, ref: ObjectRef, body: bytes, *, content_type: str, metadata: Mapping[str, str] | None = None
@@ -175,10 +184,39 @@ class Storage:
         False may also mean that the answer to our own write was lost and the repeated request met it: compare what is
         there with what was to be written.
         """
+        return self._put_if({"IfNoneMatch": "*"}, ref, body, content_type, metadata)
+
+    def put_if_unchanged(
+        self,
+        ref: ObjectRef,
+        body: bytes,
+        *,
+        etag: str,
+        content_type: str,
+        metadata: Mapping[str, str] | None = None,
+    ) -> bool:
+        """Overwrite the object that has this ETag; False where another one is there by now, or none.
+
+        The condition holds when the store commits the write, however long the request took. False may also mean that
+        the answer to our own write was lost, as with `put_if_absent`.
+        """
+        try:
+            return self._put_if({"IfMatch": etag}, ref, body, content_type, metadata)
+        except ObjectNotFound:
+            return False  # S3's answer where the object has been deleted
+
+    def _put_if(
+        self,
+        condition: Mapping[str, str],
+        ref: ObjectRef,
+        body: bytes,
+        content_type: str,
+        metadata: Mapping[str, str] | None,
+    ) -> bool:
         for attempt in range(1, MAX_WRITE_TRIES + 1):
             try:
                 with deadline(CALL_DEADLINE_SECONDS), translated(ref):
-                    self._put(ref, body, content_type, IfNoneMatch="*", Metadata=dict(metadata or {}))
+                    self._put(ref, body, content_type, Metadata=dict(metadata or {}), **condition)
             except ObjectChanged:
                 return False
             except WriteConflict:

@@ -45,7 +45,7 @@ def storyteller_of(
         gate=gate,
     )
     drawer = Drawer(engine, is_draining)
-    store = PictureStore(storage, gate)
+    store = PictureStore(storage, gate, ledger.find)
     cutter = Cutter(settings.pictures.cutout_model)
     return Storyteller(
         ledger=ledger,
