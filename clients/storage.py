@@ -58,6 +58,15 @@ class ObjectStat:
 
 
 @dataclass(frozen=True)
+class ObjectNotes:
+    """An object as its writer left it: its ETag exactly as the store gives it, for `put_if_unchanged`, and what was
+    noted beside it."""
+
+    etag: str
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class ListedObject:
     """An object of a listing: what it is called and when it was last written."""
 
@@ -164,11 +173,11 @@ class Storage:
         if not is_certain and not self._holds(ref, body):
             raise StorageUnavailable(f"{ref}: not written, though the store said nothing against it")
 
-    def metadata_of(self, ref: ObjectRef) -> Mapping[str, str]:
-        """What its writer noted beside the object."""
+    def notes_of(self, ref: ObjectRef) -> ObjectNotes:
+        """The object's ETag, and what its writer noted beside it."""
         with deadline(CALL_DEADLINE_SECONDS), translated(ref):
             answer = self._client.head_object(Bucket=ref.bucket, Key=ref.key)
-        return dict(answer.get("Metadata", {}))
+        return ObjectNotes(str(answer.get("ETag", "")), dict(answer.get("Metadata", {})))
 
     def put_if_absent(
         self,
@@ -184,12 +193,35 @@ class Storage:
         False may also mean that the answer to our own write was lost and the repeated request met it: compare what is
         there with what was to be written.
         """
+        return self._put_if({"IfNoneMatch": "*"}, ref, Content(body, content_type, metadata or {}, cache_control))
+
+    def put_if_unchanged(
+        self,
+        ref: ObjectRef,
+        body: bytes,
+        *,
+        etag: str,
+        content_type: str,
+        metadata: Mapping[str, str] | None = None,
+        cache_control: str | None = None,
+    ) -> bool:
+        """Overwrite the object that has this ETag; False where another one is there by now, or none.
+
+        The condition holds when the store commits the write, however long the request took. False may also mean that
+        the answer to our own write was lost, as with `put_if_absent`.
+        """
         content = Content(body, content_type, metadata or {}, cache_control)
+        try:
+            return self._put_if({"IfMatch": etag}, ref, content)
+        except ObjectNotFound:
+            return False  # S3's answer where the object has been deleted
+
+    def _put_if(self, condition: Mapping[str, str], ref: ObjectRef, content: Content) -> bool:
         for attempt in range(1, MAX_WRITE_TRIES + 1):
             try:
                 with deadline(CALL_DEADLINE_SECONDS):
-                    is_certain = self._put(ref, content, IfNoneMatch="*")
-                return is_certain or self._holds(ref, body)
+                    is_certain = self._put(ref, content, **condition)
+                return is_certain or self._holds(ref, content.body)
             except ObjectChanged:
                 return False
             except WriteConflict:
@@ -219,7 +251,9 @@ class Storage:
             with translated(ref):
                 return put_object(self._client, ref, content, **condition)
         except ObjectNotFound as error:
-            # A write looks for no object: what is missing is the bucket.
+            if "IfMatch" in condition:
+                raise
+            # Such a write looks for no object: what is missing is the bucket.
             raise BucketNotFound(str(error)) from error
 
     def _holds(self, ref: ObjectRef, body: bytes) -> bool:

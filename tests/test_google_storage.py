@@ -85,7 +85,7 @@ def test_what_is_put_is_found_read_listed_and_deleted(storage: Storage, tmp_path
 
     stat = storage.head(ref)
     assert stat.size_bytes == 7
-    assert storage.metadata_of(ref) == {"task-id": "660f9511"}
+    assert storage.notes_of(ref).metadata == {"task-id": "660f9511"}
     storage.download(ref, tmp_path / "file", stat=stat, max_bytes=10, deadline_seconds=5)
     assert (tmp_path / "file").read_bytes() == b"weights"
     assert [found.key for found in storage.each_below(BUCKET, "models/")] == [KEY]
@@ -137,6 +137,17 @@ def test_a_picture_is_not_kept_by_caches_without_asking(google: GoogleStandIn, s
 
         assert google.objects[BUCKET, ref.key].headers["cache-control"] == "no-cache"
     assert google.objects[BUCKET, ref.key].metadata["task-id"] == "1"
+
+
+def test_an_object_replaced_after_the_look_is_not_overwritten(google: GoogleStandIn, storage: Storage) -> None:
+    ref = ObjectRef(BUCKET, "generations/gen-1.png")
+    google.put(BUCKET, ref.key, b"before")
+    etag = storage.notes_of(ref).etag
+    google.put(BUCKET, ref.key, b"replaced")
+
+    assert not storage.put_if_unchanged(ref, b"late", etag=etag, content_type="image/png")
+    assert storage.put_if_unchanged(ref, b"new", etag=storage.notes_of(ref).etag, content_type="image/png")
+    assert google.objects[BUCKET, ref.key].body == b"new"
 
 
 def test_a_wrong_secret_and_a_missing_bucket_are_refusals(google: GoogleStandIn, settings: StoreSettings) -> None:

@@ -7,13 +7,14 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from clients.storage_errors import StorageError
 from clients.webhooks import MAX_RETRY_AFTER_SECONDS, Verdict, WebhookKind
 from config.logs import bind, log_event
 from worker.broker import Consumer, Publisher, PublishFailed
 from worker.delivery import Delivery
 from worker.events import TerminalEvent
-from worker.ledger import Ledger
-from worker.notifying import Notifier, delay_after, is_hopeless, jittered
+from worker.ledger import Ledger, RecordUnreadable
+from worker.notifying import MAX_AGE_SECONDS, Notifier, delay_after, is_hopeless, jittered
 from worker.queues import QueueNames
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 MAX_HELD_SECONDS = 600.0
 SWEEP_SECONDS = 5.0
 CLOSE_SECONDS = 2.0
+# Between two tries of having an end recorded.
+STORE_PAUSE_SECONDS = 15.0
 TERMINAL_KINDS = (WebhookKind.COMPLETE, WebhookKind.FAILED)
 
 
@@ -212,6 +215,8 @@ class _Lane:
             self._ack(delivery)
 
     def _try(self, parked: _Parked) -> None:
+        if not parked.event.is_recorded and not self._record(parked):
+            return
         # After a lost connection another holder of this event may have been quicker.
         if self._ledger.is_delivered(parked.event):
             self._ack(parked.delivery)
@@ -223,13 +228,41 @@ class _Lane:
             log_event(logger, "webhook delivered late", kind=parked.event.kind.value, attempt=parked.attempt)
             self._ack(parked.delivery)
         elif is_hopeless(attempt, time.time() - parked.delivery.since):
-            reason = f"the {parked.event.kind.value} webhook was not taken: {attempt.reason}"
-            self._notifier.bury(parked.delivery.body, reason)
-            self._ack(parked.delivery)
+            self._bury(parked, f"the {parked.event.kind.value} webhook was not taken: {attempt.reason}")
         else:
             self._wait_longer(attempt.retry_after_seconds)
             parked.attempt += 1
             self._keep(parked)
+
+    def _record(self, parked: _Parked) -> bool:
+        """Record an end that the store did not take before. False: it is not to be sent, or not yet."""
+        try:
+            recorded = self._ledger.record_late(parked.event)
+        except RecordUnreadable as error:
+            self._bury(parked, f"the end cannot be recorded: {error}")
+            return False
+        except StorageError as error:
+            self._wait_for_store(parked, error)
+            return False
+        if recorded is None:
+            log_event(logger, "end dropped: the job has had another since", logging.WARNING)
+            self._ack(parked.delivery)
+            return False
+        parked.event = recorded
+        return True
+
+    def _wait_for_store(self, parked: _Parked, error: StorageError) -> None:
+        if time.time() - parked.delivery.since > MAX_AGE_SECONDS:
+            self._bury(parked, f"the end could not be recorded for a day: {error}")
+            return
+        log_event(logger, "end not recorded yet", logging.WARNING, reason=str(error))
+        # Its own wait, not the lane's: the backend may be well.
+        parked.due_at = time.monotonic() + jittered(STORE_PAUSE_SECONDS)
+        self._keep(parked)
+
+    def _bury(self, parked: _Parked, reason: str) -> None:
+        self._notifier.bury(parked.delivery.body, reason)
+        self._ack(parked.delivery)
 
     def _let_all_through(self) -> None:
         with self._changed:
