@@ -16,6 +16,7 @@ from botocore.config import Config
 from botocore.httpsession import URLLib3Session
 
 from clients.deadline import current_watch, guarded_pools
+from clients.google_dialect import GoogleDialect
 from clients.location import ObjectRef
 from clients.storage_errors import ObjectDamaged
 from config.settings import StoreSettings
@@ -42,7 +43,7 @@ def s3_client(settings: StoreSettings) -> Any:
         config=_config(settings),
     )
     # A handler of `before-send` that answers takes the place of botocore's own transport.
-    client.meta.events.register("before-send.s3", _Transport().answer)
+    client.meta.events.register("before-send.s3", _Transport(_dialect(settings)).answer)
     return client
 
 
@@ -139,10 +140,19 @@ def _config(settings: StoreSettings) -> Any:
     return Config(**options)
 
 
+def _dialect(settings: StoreSettings) -> GoogleDialect | None:
+    """Google's, for a store that may turn out to be Google's; only its HMAC keys can sign in it."""
+    if settings.access_key_id is None or settings.secret_access_key is None:
+        return None
+    secret = settings.secret_access_key.get_secret_value()
+    return GoogleDialect(settings.endpoint_url, settings.access_key_id, secret)
+
+
 class _Transport:
     """botocore's transport without proxies, and with connections that the current deadline can end."""
 
-    def __init__(self) -> None:
+    def __init__(self, dialect: GoogleDialect | None) -> None:
+        self._dialect = dialect
         session_class: Any = URLLib3Session
         self._session = session_class(
             verify=os.environ.get("AWS_CA_BUNDLE") or True,
@@ -153,6 +163,14 @@ class _Transport:
 
     def answer(self, request: Any, **_event: Any) -> Any:
         """Send `request`; raises `DeadlineExpired`, which botocore does not retry, when the time is over."""
+        if self._dialect is None:
+            return self._send(request)
+        self._dialect.put_request(request)
+        answer = self._send(request)
+        self._dialect.put_answer(answer)
+        return answer
+
+    def _send(self, request: Any) -> Any:
         watch = current_watch()
         if watch is None:
             return self._session.send(request)

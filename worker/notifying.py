@@ -29,6 +29,8 @@ PATIENCE_SECONDS = 10.0
 MAX_AGE_SECONDS = 24 * 3600.0
 # A backend may publish before its transaction commits: it does not know the generation yet, but will soon.
 UNKNOWN_IS_TRANSIENT_SECONDS = 60.0
+# An end this old may be another worker's by now; a younger one cannot, as the broker first has to miss heartbeats.
+FRESH_SECONDS = 1.0
 # What a wrong or expired token is answered with.
 REFUSING_STATUSES = frozenset({401, 403})
 
@@ -113,6 +115,16 @@ class Notifier:
         log_event(logger, "webhook parked", logging.WARNING, kind=event.kind.value, reason=last.reason)
         return "parked"
 
+    def park_unrecorded(self, event: TerminalEvent, reason: str) -> str:
+        """Leave an end that the store does not record to the outbox, which records it before it sends it.
+
+        Raises `PublishFailed`.
+        """
+        waiting = replace(event, is_recorded=False)
+        self._publisher.publish(self._names.outbox, waiting.to_json(), attempt=1, reason=reason, since=time.time())
+        log_event(logger, "end not recorded yet", logging.ERROR, kind=event.kind.value, reason=reason)
+        return "parked"
+
     def attempt(self, event: TerminalEvent) -> Attempt:
         """One attempt at delivering `event`, counted."""
         attempt = self._client.send(event.webhook, deadline_seconds=CALL_DEADLINE_SECONDS)
@@ -149,8 +161,8 @@ class Notifier:
 
     def _try_patiently(self, event: TerminalEvent, attempts: list[Attempt]) -> Attempt:
         def once() -> Attempt:
-            # While this one waited, another holder of the event may have been quicker.
-            is_told = bool(attempts) and self._ledger.is_delivered(event)
+            # While this one waited, or its process was frozen behind the record, another holder may have been quicker.
+            is_told = (bool(attempts) or _is_stale(event)) and self._ledger.is_delivered(event)
             attempts.append(_TOLD_ELSEWHERE if is_told else self.attempt(event))
             return attempts[-1]
 
@@ -163,6 +175,11 @@ class Notifier:
             retry_error_callback=lambda _state: attempts[-1],
         )
         return tries(once)
+
+
+def _is_stale(event: TerminalEvent) -> bool:
+    """Whether the event was made long ago, or the clock was set since. One without a time counts as made just now."""
+    return event.ended_at > 0 and not 0 <= time.time() - event.ended_at < FRESH_SECONDS
 
 
 def jittered(seconds: float) -> float:

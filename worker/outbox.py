@@ -8,13 +8,14 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+from clients.storage_errors import StorageError
 from clients.webhooks import Attempt, Verdict, WebhookKind
 from config.logs import bind, log_event
 from worker.broker import Consumer, Publisher, PublishFailed
 from worker.delivery import Delivery
 from worker.events import TerminalEvent
-from worker.ledger import Ledger
-from worker.notifying import MAX_AGE_SECONDS, Notifier
+from worker.ledger import Ledger, RecordUnreadable
+from worker.notifying import MAX_AGE_SECONDS, Notifier, jittered
 from worker.pacing import MAX_CALLS, Pacing, Parked, first_due
 from worker.queues import QueueNames
 
@@ -26,6 +27,8 @@ PREFETCH = 200
 MAX_HELD_SECONDS = 600.0
 SWEEP_SECONDS = 5.0
 CLOSE_SECONDS = 2.0
+# Between two tries of having an end recorded.
+STORE_PAUSE_SECONDS = 15.0
 TERMINAL_KINDS = (WebhookKind.COMPLETE, WebhookKind.FAILED)
 
 
@@ -249,10 +252,12 @@ class _Lane:
         with self._changed:
             expired = [one for one in self._parked if one.num_tries and one.age_seconds > MAX_AGE_SECONDS]
         for parked in expired:
-            self._bury(parked, parked.reason)
+            self._bury(parked, _not_taken(parked, parked.reason))
             self._forget(parked)
 
     def _try(self, parked: Parked) -> None:
+        if not parked.event.is_recorded and not self._record(parked):
+            return
         # After a lost connection another holder of this event may have been quicker.
         if self._ledger.is_delivered(parked.event):
             self._ack(parked.delivery)
@@ -265,7 +270,7 @@ class _Lane:
             log_event(logger, "webhook delivered late", kind=parked.event.kind.value, attempt=parked.attempt)
             self._ack(parked.delivery)
         elif self._notifier.is_hopeless(attempt, parked.age_seconds):
-            self._bury(parked, attempt.reason)
+            self._bury(parked, _not_taken(parked, attempt.reason))
             self._ack(parked.delivery)
         else:
             self._note_failure(parked, attempt)
@@ -281,6 +286,34 @@ class _Lane:
             self._put_back(parked)
         else:
             self._keep(parked)
+
+    def _record(self, parked: Parked) -> bool:
+        """Record an end that the store did not take before. False: it is not to be sent, or not yet."""
+        try:
+            recorded = self._ledger.record_late(parked.event)
+        except RecordUnreadable as error:
+            self._bury(parked, f"the end cannot be recorded: {error}")
+            self._ack(parked.delivery)
+            return False
+        except StorageError as error:
+            self._wait_for_store(parked, error)
+            return False
+        if recorded is None:
+            log_event(logger, "end dropped: the job has had another since", logging.WARNING)
+            self._ack(parked.delivery)
+            return False
+        parked.event = recorded
+        return True
+
+    def _wait_for_store(self, parked: Parked, error: StorageError) -> None:
+        if parked.age_seconds > MAX_AGE_SECONDS:
+            self._bury(parked, f"the end could not be recorded for a day: {error}")
+            self._ack(parked.delivery)
+            return
+        log_event(logger, "end not recorded yet", logging.WARNING, reason=str(error))
+        # Its own wait, not the lane's: the backend may be well.
+        parked.due_at = time.monotonic() + jittered(STORE_PAUSE_SECONDS)
+        self._keep(parked)
 
     def _note_taken(self, heard_at: float) -> None:
         self._heard_at = heard_at
@@ -301,8 +334,7 @@ class _Lane:
             self._ack(parked.delivery)
 
     def _bury(self, parked: Parked, reason: str) -> None:
-        told = f"the {parked.event.kind.value} webhook was not taken: {reason}"
-        self._notifier.bury(parked.delivery.body, told)
+        self._notifier.bury(parked.delivery.body, reason)
 
     def _bury_unreadable(self) -> None:
         while self._unreadable:
@@ -314,3 +346,7 @@ class _Lane:
     def _ack(self, delivery: Delivery) -> None:
         assert self._consumer is not None, "a lane settles only what its consumer gave it"  # noqa: S101
         self._consumer.ack(delivery)
+
+
+def _not_taken(parked: Parked, reason: str) -> str:
+    return f"the {parked.event.kind.value} webhook was not taken: {reason}"

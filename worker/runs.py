@@ -11,6 +11,7 @@ from typing import NamedTuple
 from inference.request import GenerationResult, Stage
 from worker.delivery import Delivery
 from worker.generation_id import GenerationId
+from worker.identity import check_same, fingerprint
 from worker.job import Job, JobRejected
 from worker.settling import MAX_ATTEMPTS
 
@@ -60,6 +61,10 @@ class Run:
     def attempt(self) -> int:
         # Nobody here counts further: a publisher wrote it.
         return self.first.attempt if self.first.attempt <= MAX_ATTEMPTS else 1
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.first.body)
 
     @property
     def now(self) -> float:
@@ -137,10 +142,15 @@ class Runs:
         self._runs: dict[str, Run] = {}
 
     def join(self, asked: Job | JobRejected, delivery: Delivery) -> Run | None:
-        """A new run for the job, or None if one is at work already: then it has adopted the delivery."""
+        """A new run for the job, or None if one is at work already: then it has adopted the delivery.
+
+        Raises `TaskIdTaken` or `DataDiffers` where the run that is at work under the id is another message's.
+        """
         with self._lock:
             known = self._runs.get(asked.task_id)
             if known is not None:
+                if delivery.body != known.first.body:
+                    check_same(asked, delivery.body, known.generation_id, known.fingerprint)
                 known.deliveries.append(delivery)
                 return None
             run = Run(asked.task_id, asked.generation_id, asked, [delivery])
