@@ -229,7 +229,9 @@ class WireData(_Wire):
     height: _Side | None = None
     scheduler: _Text | None = Field(default=None, description="One of the model's family")
     parameters: WireParameters | None = None
-    signature_path: _Location | None = Field(default=None, description="PNG, JPEG or WebP; named like `lora_path`")
+    signature_path: _Location | None = Field(
+        default=None, description="PNG, JPEG, WebP, GIF, BMP or TIFF; named like `lora_path`"
+    )
     artist_name: _Text | None = Field(default=None, description="Written where there is no signature_path")
     signature_config: WireSignatureConfig | None = None
     kind: Kind | None = Field(default=None, strict=False, description="What sort of picture this is; else text2image")
