@@ -802,6 +802,7 @@ CLASSES = (
             "SVG": signed("svg", lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>'),
             "half a TIFF": signed("tiff", lambda: noise("TIFF")[:2000]),
             "TIFF": signs("whole-tiff", lambda: noise("TIFF")),
+            "TIFF of two pages": signed("pages", lambda: animated("TIFF")),
             "PSD": signed("psd", lambda: b"8BPS\0\x01" + bytes(40)),
             "animated GIF": signed("gif", lambda: animated("GIF")),
             "animated WebP": signed("webp", lambda: animated("WEBP")),
