@@ -12,7 +12,7 @@ APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/bin/promtool /usr/bin/ch
 SHARED_OUT := -n 3 --dist loadfile --no-loadscope-reorder
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo styles overlays test check coverage outage leaks faults mutations campaign hostile bench recovery bench-gpu image demo-model clean
+.PHONY: help install demo styles overlays test check coverage outage leaks field faults mutations campaign hostile bench recovery bench-gpu image demo-model clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -67,6 +67,9 @@ outage: install ## The long form of one test: the backend is down for two minute
 
 leaks: install ## The long form of another: 300 jobs with 40 adapters in 8 slots, memory and pictures looked at
 	OMP_NUM_THREADS=1 LEAK_JOBS=300 $(BIN)/pytest tests/test_live_leaks.py --log-cli-level=WARNING
+
+field: install ## The backend that the worker was made for: its messages, its trainer's folders, its answers and faults
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/live/test_field.py
 
 faults: install ## Every fault on the way to broker, store and backend, and in the process: those too that take long
 	OMP_NUM_THREADS=1 FAULTS_LONG=1 $(BIN)/pytest tests/test_faults_proxy.py tests/test_live_faults.py tests/test_live_faults_*.py \

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from clients.claimed_folder import ClaimedFolder
+from clients.cutoff import acquire
 from clients.location import ObjectRef
 from clients.storage import ObjectStat, Storage, check_size
 from clients.storage_errors import ObjectChanged, StorageError, StorageUnavailable
@@ -23,6 +25,8 @@ PART_SUFFIX = ".part"
 MAX_LOOKS = 2
 
 _SAFE_SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,16}")
+# Of complete files. What else lies in the folder is not the cache's to count or to remove.
+_FILE_NAME = re.compile(r"[0-9a-f]{40}(\.[A-Za-z0-9]{1,16})?")
 _FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -58,7 +62,7 @@ class _Wanted:
 
 
 class DownloadCache:
-    """Owns the folder, of which it is the only user; thread-safe.
+    """Owns its folder, which is one inside `folder` where another process has that; thread-safe.
 
     A file is one version of an object: bucket, key, ETag and size are in its name, its extension is the key's. The last
     use is the file's modification time, so that the order of eviction survives a restart.
@@ -67,11 +71,11 @@ class DownloadCache:
     def __init__(self, storage: Storage, folder: Path, max_bytes: int) -> None:
         """Create `folder` (`~` is the home) where it is missing; an `OSError` tells that it cannot be used."""
         self._storage = storage
-        self._folder = folder.expanduser()
+        self._claim = ClaimedFolder(folder.expanduser())
+        self._folder = self._claim.path
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
-        self._folder.mkdir(parents=True, exist_ok=True)
         with self._part():
             pass  # better told at the start than by each job
         self._remove_stale_parts()
@@ -117,7 +121,7 @@ class DownloadCache:
 
     def _ensure(self, entry: _Entry, wanted: _Wanted) -> Path:
         path = self._folder / wanted.file_name
-        with entry.lock:
+        with _held(entry.lock, wanted.ref):
             if not _is_complete(path, wanted.stat):
                 if entry.error is not None:
                     raise type(entry.error)(*entry.error.args) from entry.error
@@ -180,7 +184,7 @@ class DownloadCache:
         return [
             (path, status.st_size, status.st_mtime)
             for path in self._folder.iterdir()
-            if path.suffix != PART_SUFFIX and (status := _status(path)) is not None
+            if _FILE_NAME.fullmatch(path.name) and (status := _status(path)) is not None
         ]
 
     def _remove_stale_parts(self) -> None:
@@ -188,6 +192,16 @@ class DownloadCache:
             status = _status(path)
             if status is not None and time.time() - status.st_mtime > STALE_PART_SECONDS:
                 path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _held(lock: threading.Lock, ref: ObjectRef) -> Iterator[None]:
+    if not acquire(lock):
+        raise StorageUnavailable(f"{ref}: another download of it takes too long")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _is_complete(path: Path, stat: ObjectStat) -> bool:

@@ -1,7 +1,8 @@
 """A hard end for HTTP calls: urllib3's timeouts start again with every byte, so a server that drips never trips them.
 
 `deadline` sets the end for whatever its thread sends inside the block; connections that mix in `Guarded` report their
-sockets to it, and a timer shuts those down when the time is over. The blocked read then ends at once.
+sockets to it, and a timer shuts those down when the time is over. The blocked read then ends at once. Guarded
+connections also read answers as `clients.answers` does: none takes an interim answer for the final one.
 """
 
 import socket
@@ -9,6 +10,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from clients.answers import FinalAnswer
+from clients.cutoff import current_cutoff
 
 
 class DeadlineExpired(Exception):
@@ -27,7 +31,7 @@ class Watch:
         self._lock = threading.Lock()
         self._is_expired = False
         self._duplicates: dict[int, socket.socket] = {}
-        self._timer = threading.Timer(max(seconds, 0.0), self._expire)
+        self._timer = threading.Timer(max(seconds, 0.0), self.expire)
         self._timer.daemon = True
         self._timer.start()
 
@@ -60,7 +64,8 @@ class Watch:
                 duplicate.close()
             self._duplicates.clear()
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
+        """End the block's calls now; those that follow end at once."""
         with self._lock:
             self._is_expired = True
             for duplicate in self._duplicates.values():
@@ -81,6 +86,8 @@ def deadline(seconds: float) -> Iterator[Watch]:
     Name resolution alone is outside it: the C library's resolver has timeouts of its own and cannot be interrupted.
     """
     watch = Watch(seconds)
+    if (cutoff := current_cutoff()) is not None:
+        cutoff.follow(watch.expire)
     _current.watch = watch
     try:
         yield watch
@@ -94,10 +101,12 @@ def current_watch() -> Watch | None:
 
 
 class Guarded:
-    """Mixin, first among the bases, for urllib3 connections: reports each socket to the current watch."""
+    """Mixin, first among the bases, for urllib3 connections: reports each socket to the current watch, and reads whole
+    answers, after `Expect: 100-continue` too."""
 
     sock: Any
     connect: Any
+    response_class: Any = FinalAnswer
 
     def _new_conn(self) -> socket.socket:
         sock: socket.socket = super()._new_conn()  # type: ignore[misc]
@@ -113,6 +122,22 @@ class Guarded:
             _current.watch.guard(self.sock, is_new=False)
             _current.watch.was_sent = True
         super().send(content)  # type: ignore[misc]
+
+    def _handle_expect_response(self, message_body: Any) -> None:
+        """Read what came while a request with `Expect: 100-continue` waits with its body; botocore calls it.
+
+        botocore's own takes whatever is not 100 for the final answer and then sends no body; a status line without a
+        reason it drops, and a connection that ends behind a 100 it reads for ever.
+        """
+        answer = self.response_class(self.sock, method=self._method)  # type: ignore[attr-defined]
+        # The reader may hold more than it was asked for, so that it has to read the rest too.
+        self.response_class = lambda *_arguments, **_options: answer
+        if answer.is_interim_next():
+            # Any interim answer will do: RFC 9110 10.1.1 has nobody wait for the 100.
+            if message_body is not None:
+                self.send(message_body)
+        else:
+            self._response_received = True
 
 
 def guarded_pools(http: Any, https: Any) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Objects in S3 or a store that speaks it: look, read, download, write. The only file that calls boto3's client."""
 
 import hashlib
+import logging
 import random
-import re
 import time
-from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -17,7 +17,7 @@ from urllib.parse import quote
 from botocore.exceptions import ClientError
 
 from clients.deadline import Watch, deadline
-from clients.location import ObjectRef
+from clients.location import ObjectRef, aws_url
 from clients.storage_errors import (
     BucketNotFound,
     ObjectChanged,
@@ -29,7 +29,8 @@ from clients.storage_errors import (
     WriteConflict,
     translated,
 )
-from clients.storage_wire import s3_client
+from clients.storage_wire import Content, DigestCheck, etag_of, put_object, s3_client
+from config.logs import log_event
 from config.settings import StoreSettings
 
 # All of a call but a download: four attempts, their pauses, and a few megabytes over a slow line.
@@ -45,7 +46,7 @@ CHUNK_BYTES = 1 << 18
 MIN_RATE_BYTES_PER_SECOND = 64_000
 RATE_WINDOW_SECONDS = 10.0
 
-_PLAIN_MD5 = re.compile(r"[0-9a-f]{32}")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,15 @@ class ObjectStat:
 
     etag: str
     size_bytes: int
+
+
+@dataclass(frozen=True)
+class ObjectNotes:
+    """An object as its writer left it: its ETag exactly as the store gives it, for `put_if_unchanged`, and what was
+    noted beside it."""
+
+    etag: str
+    metadata: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -157,41 +167,73 @@ class Storage:
     ) -> None:
         """Write the object whole, in one request with its SHA-256. `metadata` is ASCII; `cache_control` is what its
         readers are told by that header."""
-        options: dict[str, Any] = {} if cache_control is None else {"CacheControl": cache_control}
-        with deadline(deadline_seconds), translated(ref):
-            self._put(ref, body, content_type, Metadata=dict(metadata or {}), **options)
+        content = Content(body, content_type, metadata or {}, cache_control)
+        with deadline(deadline_seconds):
+            is_certain = self._put(ref, content)
+        if not is_certain and not self._holds(ref, body):
+            raise StorageUnavailable(f"{ref}: not written, though the store said nothing against it")
 
-    def metadata_of(self, ref: ObjectRef) -> Mapping[str, str]:
-        """What its writer noted beside the object."""
+    def notes_of(self, ref: ObjectRef) -> ObjectNotes:
+        """The object's ETag, and what its writer noted beside it."""
         with deadline(CALL_DEADLINE_SECONDS), translated(ref):
             answer = self._client.head_object(Bucket=ref.bucket, Key=ref.key)
-        return dict(answer.get("Metadata", {}))
+        return ObjectNotes(str(answer.get("ETag", "")), dict(answer.get("Metadata", {})))
 
     def put_if_absent(
-        self, ref: ObjectRef, body: bytes, *, content_type: str, metadata: Mapping[str, str] | None = None
+        self,
+        ref: ObjectRef,
+        body: bytes,
+        *,
+        content_type: str,
+        metadata: Mapping[str, str] | None = None,
+        cache_control: str | None = None,
     ) -> bool:
         """Write the object unless the key is taken; False where it is.
 
         False may also mean that the answer to our own write was lost and the repeated request met it: compare what is
         there with what was to be written.
         """
+        return self._put_if({"IfNoneMatch": "*"}, ref, Content(body, content_type, metadata or {}, cache_control))
+
+    def put_if_unchanged(
+        self,
+        ref: ObjectRef,
+        body: bytes,
+        *,
+        etag: str,
+        content_type: str,
+        metadata: Mapping[str, str] | None = None,
+        cache_control: str | None = None,
+    ) -> bool:
+        """Overwrite the object that has this ETag; False where another one is there by now, or none.
+
+        The condition holds when the store commits the write, however long the request took. False may also mean that
+        the answer to our own write was lost, as with `put_if_absent`.
+        """
+        content = Content(body, content_type, metadata or {}, cache_control)
+        try:
+            return self._put_if({"IfMatch": etag}, ref, content)
+        except ObjectNotFound:
+            return False  # S3's answer where the object has been deleted
+
+    def _put_if(self, condition: Mapping[str, str], ref: ObjectRef, content: Content) -> bool:
         for attempt in range(1, MAX_WRITE_TRIES + 1):
             try:
-                with deadline(CALL_DEADLINE_SECONDS), translated(ref):
-                    self._put(ref, body, content_type, IfNoneMatch="*", Metadata=dict(metadata or {}))
+                with deadline(CALL_DEADLINE_SECONDS):
+                    is_certain = self._put(ref, content, **condition)
+                return is_certain or self._holds(ref, content.body)
             except ObjectChanged:
                 return False
             except WriteConflict:
                 if attempt == MAX_WRITE_TRIES:
                     raise
                 time.sleep(random.uniform(0.05, 0.2) * attempt)  # noqa: S311 - jitter
-            else:
-                return True
         raise AssertionError("the last try returns or raises")
 
     def delete(self, ref: ObjectRef) -> None:
         """Remove the object; none there is no error."""
-        with deadline(CALL_DEADLINE_SECONDS), translated(ref):
+        # S3 answers 204 where there is none, Google 404.
+        with deadline(CALL_DEADLINE_SECONDS), suppress(ObjectNotFound), translated(ref):
             self._client.delete_object(Bucket=ref.bucket, Key=ref.key)
 
     def url_of(self, ref: ObjectRef) -> str:
@@ -201,29 +243,40 @@ class Storage:
             return f"{self._settings.result_url_base}/{key}"
         if self._settings.endpoint_url is not None:
             return f"{self._settings.endpoint_url}/{ref.bucket}/{key}"
-        host = f"s3.{self._settings.region}.amazonaws.com"
-        # AWS's certificate covers one label before `s3`, so that a bucket with dots goes into the path.
-        return f"https://{host}/{ref.bucket}/{key}" if "." in ref.bucket else f"https://{ref.bucket}.{host}/{key}"
+        return aws_url(ref.bucket, key, self._settings.region)
 
-    def _put(self, ref: ObjectRef, body: bytes, content_type: str, **options: Any) -> None:
-        self._client.put_object(
-            Bucket=ref.bucket,
-            Key=ref.key,
-            Body=body,
-            ContentType=content_type,
-            ChecksumSHA256=b64encode(hashlib.sha256(body).digest()).decode(),
-            **options,
-        )
+    def _put(self, ref: ObjectRef, content: Content, **condition: str) -> bool:
+        """Send the object. False where the answer is no refusal, and no store's word for a write either."""
+        try:
+            with translated(ref):
+                return put_object(self._client, ref, content, **condition)
+        except ObjectNotFound as error:
+            if "IfMatch" in condition:
+                raise
+            # Such a write looks for no object: what is missing is the bucket.
+            raise BucketNotFound(str(error)) from error
+
+    def _holds(self, ref: ObjectRef, body: bytes) -> bool:
+        """Whether `body` is what the store has under the key; raises `StorageUnavailable` where it has nothing."""
+        log_event(logger, "write read back", logging.WARNING, key=ref.key)
+        try:
+            return self.read(ref, max_bytes=len(body)) == body
+        except ObjectTooLarge:
+            return False
+        except ObjectNotFound as error:
+            raise StorageUnavailable(f"{ref}: not written, though the store said nothing against it") from error
 
     def _fetch(
         self, ref: ObjectRef, sink: BinaryIO, *, stat: ObjectStat | None, max_bytes: int, seconds: float
     ) -> None:
         if stat is not None:
             check_size(ref, stat, max_bytes)
+        check = DigestCheck(ref)
         with deadline(seconds) as watch:
             for attempt in range(1, MAX_DOWNLOAD_TRIES + 1):
                 try:
-                    self._fetch_once(ref, sink, stat, max_bytes, watch)
+                    answer, md5 = self._fetch_once(ref, sink, stat, max_bytes, watch)
+                    check.refuse_damage(answer, md5)
                 except (ObjectDamaged, StorageUnavailable) as error:
                     if isinstance(error, ObjectChanged) or watch.is_expired or attempt == MAX_DOWNLOAD_TRIES:
                         raise
@@ -233,7 +286,8 @@ class Storage:
 
     def _fetch_once(
         self, ref: ObjectRef, sink: BinaryIO, stat: ObjectStat | None, max_bytes: int, watch: Watch
-    ) -> None:
+    ) -> tuple[Mapping[str, Any], str]:
+        """The answer, and the MD5 of its body in hex."""
         condition = {} if stat is None else {"IfMatch": f'"{stat.etag}"'}
         sink.seek(0)
         sink.truncate()
@@ -244,9 +298,7 @@ class Storage:
                 if stat is not None and found != stat:
                     raise ObjectChanged(f"{ref}: not the object that was there before")
                 check_size(ref, found, max_bytes)
-                md5 = _copy(ref, raw, sink, found.size_bytes, watch)
-        if _is_md5(found.etag, answer) and md5 != found.etag:
-            raise ObjectDamaged(f"{ref}: its MD5 is {md5}, not {found.etag}")
+                return answer, _copy(ref, raw, sink, found.size_bytes, watch)
 
 
 def _copy(ref: ObjectRef, raw: Any, sink: BinaryIO, size_bytes: int, watch: Watch) -> str:
@@ -270,19 +322,13 @@ def _copy(ref: ObjectRef, raw: Any, sink: BinaryIO, size_bytes: int, watch: Watc
 
 
 def _stat_of(ref: ObjectRef, answer: Mapping[str, Any]) -> ObjectStat:
-    etag, size_bytes = answer.get("ETag"), answer.get("ContentLength")
-    if etag is None or size_bytes is None:
+    size_bytes = answer.get("ContentLength")
+    if "ETag" not in answer or size_bytes is None:
         raise StorageError(f"{ref}: the store tells no ETag or no size")
-    return ObjectStat(str(etag).removeprefix("W/").strip('"'), int(size_bytes))
+    return ObjectStat(etag_of(answer), int(size_bytes))
 
 
 def check_size(ref: ObjectRef, stat: ObjectStat, max_bytes: int) -> None:
     """Raise `ObjectTooLarge` where the object has more than `max_bytes`."""
     if stat.size_bytes > max_bytes:
         raise ObjectTooLarge(f"{ref}: {stat.size_bytes} bytes, over the limit of {max_bytes}")
-
-
-def _is_md5(etag: str, answer: Mapping[str, Any]) -> bool:
-    # Under KMS or a customer's key the ETag looks like an MD5 and is none; under plain AES256 it is one.
-    is_opaque = answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
-    return not is_opaque and _PLAIN_MD5.fullmatch(etag) is not None

@@ -3,11 +3,14 @@
 Messages hold the location, the store's error code and the status: never a header, a URL or a credential.
 """
 
+import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import urllib3.exceptions
 from botocore import exceptions as boto
+from botocore.parsers import ResponseParserError
 
 from clients.deadline import DeadlineExpired
 
@@ -15,18 +18,61 @@ from clients.deadline import DeadlineExpired
 ACCESS_CODES = frozenset(
     {
         "AccessDenied",
+        "AccountProblem",
+        "AllAccessDisabled",
         "AuthorizationHeaderMalformed",
         "ExpiredToken",
+        "ExpiredTokenException",
         "InvalidAccessKeyId",
+        "InvalidClientTokenId",
+        "InvalidSecurity",
         "InvalidToken",
+        "KMS.DisabledException",
+        "KMS.KMSInvalidStateException",
+        "KMS.NotFoundException",
+        "MalformedSecurityHeader",
+        "MissingSecurityHeader",
+        "NotSignedUp",
+        "QuotaExceeded",
+        "RequestExpired",
         "RequestTimeTooSkewed",
         "SignatureDoesNotMatch",
         "TokenRefreshRequired",
+        "UnauthorizedAccess",
+        "UnrecognizedClientException",
+        "UserProjectAccountProblem",
+        "XMinioAdminBucketQuotaExceeded",
     }
 )
-UNAVAILABLE_CODES = frozenset({"RequestTimeout", "SlowDown", "Throttling", "RequestLimitExceeded"})
+# The bucket is not at this endpoint and in this region, whatever is asked of it.
+BUCKET_CODES = frozenset(
+    {
+        "IllegalLocationConstraintException",
+        "IncorrectEndpoint",
+        "InvalidBucketName",
+        "InvalidRegion",
+        "NoSuchBucket",
+        "PermanentRedirect",
+        "Redirect",
+        "TemporaryRedirect",
+    }
+)
+# Also what arrived damaged at the store, which the store told us in time.
+UNAVAILABLE_CODES = frozenset(
+    {
+        "BadDigest",
+        "IncompleteBody",
+        "RequestLimitExceeded",
+        "RequestTimeout",
+        "SlowDown",
+        "Throttling",
+        "XAmzContentChecksumMismatch",
+        "XAmzContentSHA256Mismatch",
+        "XMinioStorageFull",
+    }
+)
 # 501 is not among them: what the store cannot do now it cannot do later.
-UNAVAILABLE_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+UNAVAILABLE_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 507})
 
 
 class StorageError(Exception):
@@ -37,12 +83,21 @@ class ObjectNotFound(StorageError):
     """There is no object under this key."""
 
 
-class BucketNotFound(StorageError):
+class StoreRefused(StorageError):
+    """The store as it is configured serves no request of this kind, whichever job it is for: no fault of the job, and
+    another try fails until a person mends the configuration or the store."""
+
+
+class BucketNotFound(StoreRefused):
     """The bucket does not exist at this endpoint and region."""
 
 
-class AccessDenied(StorageError):
-    """The store does not accept our credentials, clock or rights; no fault of the job."""
+class AccessDenied(StoreRefused):
+    """The store does not accept our credentials, clock or rights."""
+
+
+class NotAStore(StoreRefused):
+    """What answers at the endpoint is no object store, or cannot prove to be the configured one."""
 
 
 class StorageUnavailable(StorageError):
@@ -71,12 +126,11 @@ class ObjectChanged(ObjectDamaged):
 
 _CODE_CLASSES: dict[str, type[StorageError]] = {
     "NotImplemented": NotSupported,
-    "NoSuchBucket": BucketNotFound,
-    "PermanentRedirect": BucketNotFound,
     "NoSuchKey": ObjectNotFound,
     "ConditionalRequestConflict": WriteConflict,
     "OperationAborted": WriteConflict,
     **dict.fromkeys(ACCESS_CODES, AccessDenied),
+    **dict.fromkeys(BUCKET_CODES, BucketNotFound),
     **dict.fromkeys(UNAVAILABLE_CODES, StorageUnavailable),
 }
 _STATUS_CLASSES: dict[int, type[StorageError]] = {
@@ -85,6 +139,7 @@ _STATUS_CLASSES: dict[int, type[StorageError]] = {
     401: AccessDenied,
     403: AccessDenied,
     404: ObjectNotFound,
+    405: NotAStore,
     409: WriteConflict,
     412: ObjectChanged,
     501: NotSupported,
@@ -103,10 +158,28 @@ def translated(subject: object) -> Iterator[None]:
         raise StorageUnavailable(f"{subject}: {error}") from error
     except (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError) as error:
         raise AccessDenied(f"{subject}: no usable credentials ({type(error).__name__})") from error
+    except ResponseParserError as error:
+        raise NotAStore(f"{subject}: what answers is no S3 store: look at AWS_S3_ENDPOINT_URL") from error
     except (boto.HTTPClientError, boto.ConnectionError, urllib3.exceptions.HTTPError) as error:
-        raise StorageUnavailable(f"{subject}: the store cannot be reached ({type(error).__name__})") from error
+        raise _of_connection(subject, error) from error
     except boto.BotoCoreError as error:
         raise StorageError(f"{subject}: {type(error).__name__}") from error
+
+
+def _of_connection(subject: object, error: Exception) -> StorageError:
+    for cause in _causes(error):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return NotAStore(f"{subject}: the certificate at the store's address is not accepted ({cause.args[-1]})")
+        # EAI_AGAIN, a name server that does not answer, passes by itself.
+        if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME:
+            return NotAStore(f"{subject}: the store's host name does not exist")
+    return StorageUnavailable(f"{subject}: the store cannot be reached ({type(error).__name__})")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _of_answer(subject: object, error: boto.ClientError) -> StorageError:

@@ -1,10 +1,18 @@
 """What the sections of the settings are made of: where they are read, how values are judged, how problems are told."""
 
+import re
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from config.redacting import redacted
+
+# What S3, its older buckets and Google Cloud Storage take, so that settings and jobs agree. No colon and no slash: an
+# ARN as bucket makes botocore dial another host.
+BUCKET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,220}[A-Za-z0-9]")
+BUCKET_RULE = "3 to 222 letters, digits, dots, dashes and underscores, a letter or digit at both ends"
 
 
 class SettingsError(Exception):
@@ -44,6 +52,13 @@ def split_commas(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
+def bucket_name(name: str) -> str:
+    """`name`; raises `ValueError` where no bucket can be called so."""
+    if not BUCKET_NAME.fullmatch(name):
+        raise ValueError(f"{name[:80]!r} is no bucket name: {BUCKET_RULE}")
+    return name
+
+
 def http_url(url: str) -> str:
     """`url` without a slash at its end; raises `ValueError` where it is none that a path can be put behind."""
     parts = url_parts(url)
@@ -72,4 +87,4 @@ def _describe(problem: Any) -> str:
         if problem["type"] == "missing"
         else problem["msg"].removeprefix("Value error, ")
     )
-    return f"{variable}: {message}".removeprefix(": ")
+    return redacted(f"{variable}: {message}".removeprefix(": "))

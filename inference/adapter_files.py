@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import safetensors
 import safetensors.torch
@@ -23,11 +23,12 @@ MAX_HEADER_BYTES = 4_000_000
 # An SDXL adapter over every layer of the UNet and both text encoders, with alphas, has about 3200.
 MAX_TENSORS = 4000
 # The longest real name (SDXL, PEFT prefix and all) has about 130 characters. The hyphen is Z-Image's: x_embedder.2-1.
-TENSOR_NAME = re.compile(r"[A-Za-z0-9_.-]{1,256}")
-# What adapters are trained in. 64-bit or 8-bit floats would be converted silently, so they are refused.
-WEIGHT_DTYPES = frozenset({"F32", "F16", "BF16"})
-# diffusers' own kohya export writes its alphas as 64-bit integers.
-ALPHA_DTYPES = WEIGHT_DTYPES | {"F64", "I64", "I32"}
+LAYER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,256}")
+# What adapters are trained in, and what tools save them in: 8-bit floats are exact in 32 bits, 64-bit ones are rounded
+# to what the model computes in. Integers would need a scale that safetensors has no place for.
+WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+# diffusers' own kohya export writes its alphas as 64-bit integers, other tools in the smallest that holds them.
+ALPHA_DTYPES = WEIGHT_DTYPES | {"I64", "I32", "I16", "I8", "U8"}
 # A target_modules list that names every layer of SDXL has about 45 kB.
 MAX_CONFIG_BYTES = 64_000
 # Adapters of rank 256 are published; beyond 512 one would rather publish the model.
@@ -91,21 +92,51 @@ class AdapterIncompatible(AdapterError):
     code = "LORA_INCOMPATIBLE"
 
 
-class StoredWeights(NamedTuple):
-    tensors: dict[str, torch.Tensor]
-    metadata: dict[str, str]
+@dataclass(frozen=True)
+class WeightFile:
+    """A safetensors file whose header was read, and nothing of it judged but its size.
+
+    entries: what the header says of each tensor, by its name, which may be any text.
+    """
+
+    entries: Mapping[str, Any]
+    metadata: Mapping[str, str]
+    content: bytes
+
+    def load(self, stems: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Load the tensors on the CPU. `stems` are the layers' names within those of the tensors.
+
+        Raises AdapterInvalid for anything damaged, absurd or of a foreign dtype.
+        """
+        if len(self.entries) > MAX_TENSORS:
+            raise AdapterInvalid(f"the adapter file holds {len(self.entries)} tensors, more than {MAX_TENSORS}")
+        for stem in stems:
+            if not LAYER_NAME.fullmatch(stem):
+                raise AdapterInvalid(f"the adapter file holds a layer with an odd name: {shown(stem)}")
+        for name, entry in self.entries.items():
+            _check_entry(name, entry)
+        try:
+            return safetensors.torch.load(self.content)
+        except safetensors.SafetensorError as error:
+            # It quotes what it met, which may be all of the header.
+            raise AdapterInvalid(f"the adapter file is damaged: {str(error)!a:.200}") from error
+
+
+def shown(name: str) -> str:
+    """Return `name` for a message: a file's names may be any text of any length."""
+    return name if LAYER_NAME.fullmatch(name) else ascii(name[:64])
 
 
 def listed(names: Iterable[str]) -> str:
     """The first few names and how many there are, for a message."""
     ordered = sorted(names)
-    return f"{', '.join(ordered[:3])}{', …' if len(ordered) > 3 else ''} ({len(ordered)} in all)"
+    return f"{', '.join(map(shown, ordered[:3]))}{', …' if len(ordered) > 3 else ''} ({len(ordered)} in all)"
 
 
-def read_weights(path: Path) -> StoredWeights:
-    """A safetensors file within the limits, as CPU tensors that no longer need the file.
+def open_weights(path: Path) -> WeightFile:
+    """Read a safetensors file, which is no longer needed then.
 
-    Raises AdapterUnsafe for a pickle or zip, AdapterInvalid for anything damaged, absurd or of a foreign dtype.
+    Raises AdapterUnsafe for a pickle or zip, AdapterInvalid where it is too large or has no proper header.
     """
     if path.stat().st_size > MAX_FILE_BYTES:
         raise AdapterInvalid(f"the adapter file is larger than {MAX_FILE_BYTES} bytes")
@@ -115,13 +146,12 @@ def read_weights(path: Path) -> StoredWeights:
         file.seek(0)
         # All of it once, so that the bytes that are checked are the bytes that are used.
         content = file.read()
-    metadata = _checked_header(content, path.suffix)
-    try:
-        tensors = safetensors.torch.load(content)
-    except safetensors.SafetensorError as error:
-        # It quotes what it met, which may be all of the header.
-        raise AdapterInvalid(f"the adapter file is damaged: {str(error)!a:.200}") from error
-    return StoredWeights(tensors, metadata)
+    length = _header_length(content, path.suffix)
+    header = parse_object(content[HEADER_LENGTH_BYTES : HEADER_LENGTH_BYTES + length], "the adapter file's header")
+    metadata = header.pop(METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise AdapterInvalid("the adapter file's metadata are not text")
+    return WeightFile(header, metadata, content)
 
 
 def _header_length(content: bytes, suffix: str) -> int:
@@ -135,29 +165,14 @@ def _header_length(content: bytes, suffix: str) -> int:
     return length
 
 
-def _checked_header(content: bytes, suffix: str) -> dict[str, str]:
-    """The header's metadata, once every entry is within the limits; offsets and shapes are left to safetensors."""
-    length = _header_length(content, suffix)
-    header = parse_object(content[HEADER_LENGTH_BYTES : HEADER_LENGTH_BYTES + length], "the adapter file's header")
-    metadata = header.pop(METADATA, {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise AdapterInvalid("the adapter file's metadata are not text")
-    if len(header) > MAX_TENSORS:
-        raise AdapterInvalid(f"the adapter file holds {len(header)} tensors, more than {MAX_TENSORS}")
-    for name, entry in header.items():
-        _check_entry(name, entry)
-    return metadata
-
-
 def _check_entry(name: str, entry: Any) -> None:
-    if not TENSOR_NAME.fullmatch(name):
-        raise AdapterInvalid(f"the adapter file holds a tensor with an odd name: {name[:64]!a}")
     if not isinstance(entry, dict):
-        raise AdapterInvalid(f"the adapter file's header has no proper entry for {name}")
+        raise AdapterInvalid(f"the adapter file's header has no proper entry for {shown(name)}")
     dtypes = ALPHA_DTYPES if name.endswith(".alpha") else WEIGHT_DTYPES
     dtype = entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in dtypes:
-        raise AdapterInvalid(f"the adapter's {name} is of type {dtype!a:.20}, not one of {', '.join(sorted(dtypes))}")
+        known = ", ".join(sorted(dtypes))
+        raise AdapterInvalid(f"the adapter's {shown(name)} is of type {dtype!a:.20}, not one of {known}")
 
 
 def parse_object(text: bytes | str, what: str) -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """LoRA adapters: one normal form for what the training scripts of each model family write."""
 
 import math
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -20,12 +19,14 @@ from inference.adapter_files import (
     Scaling,
     checked_alpha,
     listed,
+    open_weights,
     parse_object,
     parse_scaling,
     read_peft_config,
-    read_weights,
+    shown,
 )
-from inference.dialects import DOWN, PEFT_PREFIX, UP, Dialect, stem_and_half
+from inference.dialects import DOWN, PEFT_PREFIX, UP, Dialect
+from inference.tensor_names import SortedNames, sort_names
 
 __all__ = [
     "Adapter",
@@ -41,29 +42,10 @@ __all__ = [
 
 # diffusers' own settings, a LoraConfig per model, in the safetensors metadata.
 SETTINGS_METADATA = "lora_adapter_metadata"
-ALPHA = ".alpha"
 # What may stand between a layer's stem and ".alpha", or, in the oldest files, is missing there.
 ALPHA_INFIXES = (".lora", ".lora_linear_layer")
-# By what is in the names of their tensors. Plain diffusers drops some of these and applies the rest.
-OTHER_METHODS = {
-    "DoRA": re.compile(r"dora_scale|magnitude_vector"),
-    "LoHa": re.compile(r"hada_"),
-    "LoKr": re.compile(r"lokr_"),
-    "LoCon in Tucker form": re.compile(r"lora_mid"),
-    "IA3": re.compile(r"ia3_"),
-    "OFT": re.compile(r"oft_"),
-    "GLoRA": re.compile(r"\.[ab][12]\.weight$"),
-    "full differences of weights": re.compile(r"\.diff(?:_b)?$"),
-    "trained biases": re.compile(r"\.bias$"),
-    "trained embeddings": re.compile(r"lora_embedding"),
-}
-
-
-class Halves(NamedTuple):
-    """The names of a layer's two weights in the file."""
-
-    down: str
-    up: str
+# Of what is stored in other types, 32 bits hold all that the model computes with.
+COMPUTED_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
 @dataclass(frozen=True)
@@ -71,6 +53,7 @@ class LowRank:
     """The change of one layer's weight: scale · b @ a, for a Conv2d over flattened kernels.
 
     a: [rank, in] or [rank, in, height, width]; b: [out, rank] or [out, rank, 1, 1]; both of one floating dtype, finite.
+    A Linear's may have kernels of one pixel, and a 1x1 convolution's none: it is the same matrix.
     """
 
     a: torch.Tensor
@@ -103,65 +86,66 @@ def read_adapter(weights: Path, config: Path | None, dialect: Dialect) -> Adapte
     Raises AdapterUnsafe, AdapterUnsupported, AdapterInvalid or, where the names alone tell that it was made for another
     model, AdapterIncompatible: an adapter is read whole or not at all.
     """
-    tensors, metadata = read_weights(weights)
-    stored = _halves_by_stem(name for name in tensors if not name.endswith(ALPHA))
-    if any(stem.startswith(PEFT_PREFIX) != (config is not None) for stem in stored):
-        raise AdapterInvalid("weights named by PEFT need their adapter_config.json, and no others have one")
+    file = open_weights(weights)
+    names = sort_names(file.entries)
+    layer_names = dialect.layer_names(names.halves)
+    tensors = file.load(names.halves)
 
-    alphas = _alphas_by_stem(tensors, stored)
-    scalings = dict.fromkeys(dialect.models, read_peft_config(config)) if config else _stated(metadata, dialect)
+    alphas = _alphas_by_stem(tensors, names, dialect)
+    scalings = dict.fromkeys(dialect.models, read_peft_config(config)) if config else _stated(file.metadata, dialect)
     if alphas and scalings:
         raise AdapterInvalid("the adapter states its alphas twice, in tensors and in settings")
+    if not alphas and not scalings and any(stem.startswith(PEFT_PREFIX) for stem in names.halves):
+        raise AdapterInvalid("weights named by PEFT need the adapter_config.json that states their scale beside them")
 
     layers: dict[str, LowRank] = {}
-    for stem, name in sorted(dialect.layer_names(stored).items(), key=itemgetter(1)):
-        pair = _pair(name, tensors[stored[stem].down], tensors[stored[stem].up])
+    for stem, name in sorted(layer_names.items(), key=itemgetter(1)):
+        pair = _pair(name, tensors[names.halves[stem].down], tensors[names.halves[stem].up])
+        if pair is None:
+            continue
         scaling = scalings.get(dialect.owner(name).model)
         alpha = alphas.get(stem, pair.rank)
         # The settings' patterns are about the names in the file.
         scale = scaling.of(stem.removeprefix(PEFT_PREFIX), rank=pair.rank) if scaling else alpha / pair.rank
-        layers |= _parts(dialect.parts_of(name), _scaled(pair, scale, name))
+        layers |= _parts(dialect.parts_of(name), _scaled(pair, scale * _scalar(tensors, names, stem), name))
+    if not layers:
+        raise AdapterInvalid("the adapter holds no weights: all of its layers are of rank 0")
     return Adapter(layers)
 
 
-def _halves_by_stem(names: Iterable[str]) -> dict[str, Halves]:
-    """The names of every layer's weights, by its stem. Raises unless all are of plain LoRA and come in pairs."""
-    downs: dict[str, str] = {}
-    ups: dict[str, str] = {}
-    unknown: list[str] = []
-    for name in names:
-        _refuse_other_methods(name)
-        if (found := stem_and_half(name)) is None:
-            unknown.append(name)
-        elif (ups if found.is_up else downs).setdefault(found.stem, name) != name:
-            raise AdapterInvalid(f"the adapter holds two weights for the same place: {name}")
+def _alphas_by_stem(tensors: Mapping[str, torch.Tensor], names: SortedNames, dialect: Dialect) -> dict[str, float]:
+    """The alpha tensors' values by the stems of the layers they belong to.
 
-    if unknown:
-        raise AdapterUnsupported(f"the adapter holds weights of an unknown kind: {listed(unknown)}")
-    if not downs and not ups:
-        raise AdapterInvalid("the adapter holds no weights")
-    if lonely := downs.keys() ^ ups.keys():
-        raise AdapterInvalid(f"layers lack one of their two weights: {listed(lonely)}")
-    return {stem: Halves(downs[stem], ups[stem]) for stem in downs}
-
-
-def _refuse_other_methods(name: str) -> None:
-    for method, pattern in OTHER_METHODS.items():
-        if pattern.search(name):
-            raise AdapterUnsupported(f"the adapter is not plain LoRA but has {method}: {name}")
-
-
-def _alphas_by_stem(tensors: Mapping[str, torch.Tensor], stems: Collection[str]) -> dict[str, float]:
-    """The alpha tensors' values by the stems of the layers they belong to."""
+    One without weights, as tools leave that take layers out, changes nothing; one that only names its layer otherwise
+    than the weights do is refused.
+    """
     alphas: dict[str, float] = {}
-    for name in (name for name in tensors if name.endswith(ALPHA)):
-        bare = name.removesuffix(ALPHA)
+    layers = set(dialect.layer_names(names.halves).values())
+    for bare, name in names.alphas.items():
         candidates = {bare, f"{bare}_lora", *(bare.removesuffix(infix) for infix in ALPHA_INFIXES)}
-        owners = [stem for stem in candidates if stem in stems]
-        if len(owners) != 1 or owners[0] in alphas or tensors[name].numel() != 1:
-            raise AdapterInvalid(f"{name} is not the one number of one layer")
-        alphas[owners[0]] = checked_alpha(float(tensors[name].item()))
+        owners = [stem for stem in candidates if stem in names.halves]
+        is_alone = not owners and _names_another_layer(bare, names, layers, dialect)
+        if tensors[name].numel() != 1 or (not is_alone and (len(owners) != 1 or owners[0] in alphas)):
+            raise AdapterInvalid(f"{shown(name)} is not the one number of one layer")
+        alpha = checked_alpha(float(tensors[name].item()))
+        alphas |= dict.fromkeys(owners, alpha)
     return alphas
+
+
+def _names_another_layer(bare: str, names: SortedNames, layers: set[str], dialect: Dialect) -> bool:
+    if any(bare.startswith(f"{stem}.") for stem in names.halves):
+        return False
+    return dialect.layer_name(bare) not in layers
+
+
+def _scalar(tensors: Mapping[str, torch.Tensor], names: SortedNames, stem: str) -> float:
+    """The factor that early LyCORIS trained for each layer beside its alpha; 1 where there is none."""
+    if stem not in names.scalars:
+        return 1.0
+    scalar = tensors[names.scalars[stem]]
+    if scalar.numel() != 1:
+        raise AdapterInvalid(f"{shown(names.scalars[stem])} is not the one number of one layer")
+    return checked_alpha(float(scalar.item()))
 
 
 def _stated(metadata: Mapping[str, str], dialect: Dialect) -> dict[str, Scaling]:
@@ -175,14 +159,15 @@ def _stated(metadata: Mapping[str, str], dialect: Dialect) -> dict[str, Scaling]
     return {model: parse_scaling(own) for model, own in settings.items()}
 
 
-def _pair(layer: str, a: torch.Tensor, b: torch.Tensor) -> LowRank:
-    if a.ndim not in (2, 4) or a.ndim != b.ndim or a.shape[0] != b.shape[1] or b.shape[2:].numel() != 1:
+def _pair(layer: str, a: torch.Tensor, b: torch.Tensor) -> LowRank | None:
+    """The layer's weights, unscaled; None where they are of rank 0, as tools leave that make adapters smaller."""
+    if not {a.ndim, b.ndim} <= {2, 4} or a.shape[0] != b.shape[1] or b.shape[2:].numel() != 1:
         raise AdapterInvalid(
             f"{layer} has weights of shapes {list(a.shape)} and {list(b.shape)}, which do not multiply"
         )
-    if not 1 <= a.shape[0] <= MAX_RANK or 0 in (*a.shape, *b.shape):
-        raise AdapterInvalid(f"{layer} is of rank {a.shape[0]} or empty; ranks from 1 to {MAX_RANK} are accepted")
-    return LowRank(a, b)
+    if a.shape[0] > MAX_RANK or 0 in (*a.shape[1:], *b.shape[::2]):
+        raise AdapterInvalid(f"{layer} is of rank {a.shape[0]} or empty; ranks up to {MAX_RANK} are accepted")
+    return LowRank(a, b) if a.shape[0] else None
 
 
 def _parts(names: Sequence[str], layer: LowRank) -> dict[str, LowRank]:
@@ -194,7 +179,7 @@ def _parts(names: Sequence[str], layer: LowRank) -> dict[str, LowRank]:
 
 def _scaled(pair: LowRank, scale: float, layer: str) -> LowRank:
     """The pair with `scale` folded into b: as stored where that changes nothing, else in 32 bits."""
-    if scale != 1.0 or pair.a.dtype != pair.b.dtype:
+    if scale != 1.0 or pair.a.dtype != pair.b.dtype or pair.a.dtype not in COMPUTED_DTYPES:
         pair = LowRank(pair.a.float(), pair.b.float() * scale)
     if not (_is_finite(pair.a) and _is_finite(pair.b)):
         raise AdapterInvalid(f"{layer} holds weights that are not finite")
@@ -218,6 +203,11 @@ def check_fits(adapter: Adapter, modules: Mapping[str, torch.nn.Module]) -> None
 
 
 def _fits(layer: LowRank, module: torch.nn.Module | None) -> bool:
-    if not isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+    if not isinstance(module, torch.nn.Linear | torch.nn.Conv2d) or layer.b.shape[0] != module.weight.shape[0]:
         return False
-    return layer.a.shape[1:] == module.weight.shape[1:] and layer.b.shape[0] == module.weight.shape[0]
+    return _reads(layer.a) == _reads(module.weight)
+
+
+def _reads(weight: torch.Tensor) -> tuple[int, ...]:
+    """What a row of the matrix reads: [in], and the height and width of a kernel that is not one pixel."""
+    return tuple(weight.shape[1:2]) if weight.shape[2:].numel() == 1 else tuple(weight.shape[1:])

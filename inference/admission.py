@@ -88,7 +88,7 @@ class Admission:
     def _read_missing(self, drawing: Drawing) -> None:
         for key, file in zip(drawing.keys, drawing.request.adapters, strict=True):
             if key not in drawing.readings and self.slots.find(key) is None:
-                drawing.readings[key] = self._preparer.read(file)
+                drawing.readings[key] = self._preparer.read(key, file)
 
     def _new_keys(self, drawing: Drawing) -> list[AdapterKey]:
         return [key for key in dict.fromkeys(drawing.keys) if self.slots.find(key) is None]

@@ -1,28 +1,38 @@
 """What a request needs before it may join, made ready on threads of their own while others denoise."""
 
+import logging
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
+from config.logs import log_event
 from inference.adapters import Adapter, AdapterError, AdapterUnsupported
 from inference.bank import PackedAdapter
 from inference.request import AdapterFile, RequestFailed, Stage
+
+logger = logging.getLogger(__name__)
 
 Made = TypeVar("Made")
 
 
 class AdapterKey(NamedTuple):
-    """What an adapter is known by: its files as they are on the disk now, so that a replaced file is another one."""
+    """Identity of an adapter in the bank: its version where it has one, else its files as they are on the disk now."""
 
-    weights: tuple[str, int, int, int]
-    config: tuple[str, int, int, int] | None
+    version: str
+    weights: tuple[str, int, int, int] | None = None
+    config: tuple[str, int, int, int] | None = None
 
     @classmethod
     def of(cls, file: AdapterFile) -> "AdapterKey":
-        """Raises `OSError` where a file is not there."""
-        return cls(_identity(file.weights), None if file.config is None else _identity(file.config))
+        """Raises `OSError` where a file without a version is missing."""
+        # A download cache touches its files at every use: their times say nothing of their content.
+        if file.version:
+            return cls(file.version)
+        return cls("", _identity(file.weights), None if file.config is None else _identity(file.config))
 
 
 class ReadAdapter(NamedTuple):
@@ -48,6 +58,9 @@ class Preparer:
         self._pack = pack
         self._max_rank = max_rank
         self._on_ready = on_ready
+        self._sharing = threading.Lock()
+        # Weak: a packed adapter is held in memory only by the requests that wait for it.
+        self._readings: WeakValueDictionary[AdapterKey, Future[ReadAdapter]] = WeakValueDictionary()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="preparer")
         self._loading_thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
 
@@ -59,9 +72,16 @@ class Preparer:
         """Have `make`, which may take many seconds, called on the loading thread."""
         return self._submit_to(self._loading_thread, make)
 
-    def read(self, file: AdapterFile) -> Future[ReadAdapter]:
-        """Begin to read; the future ends with the packed adapter or `RequestFailed`."""
-        return self.submit(lambda: self._read(file))
+    def read(self, key: AdapterKey, file: AdapterFile) -> Future[ReadAdapter]:
+        """Begin to read, or share the reading of `key` that a waiting request still holds. Thread-safe.
+
+        The future ends with the packed adapter or `RequestFailed`.
+        """
+        with self._sharing:
+            reading = self._readings.get(key)
+            if reading is None:
+                self._readings[key] = reading = self.submit(lambda: self._read(file))
+            return reading
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -76,16 +96,20 @@ class Preparer:
         started_at = time.monotonic()
         try:
             adapter = self._read_adapter(file.weights, file.config)
-            self._check_rank(adapter)
+            check_rank(adapter, self._max_rank)
             packed = self._pack(adapter)
         except AdapterError as error:
             raise RequestFailed(error.code, str(error)) from error
-        return ReadAdapter(packed, Stage("adapt", started_at, time.monotonic() - started_at))
+        seconds = time.monotonic() - started_at
+        log_event(logger, "adapter read", file=file.weights.name, seconds=round(seconds, 3))
+        return ReadAdapter(packed, Stage("adapt", started_at, seconds))
 
-    def _check_rank(self, adapter: Adapter) -> None:
-        rank = max(layer.rank for layer in adapter.layers.values())
-        if rank > self._max_rank:
-            raise AdapterUnsupported(f"the adapter is of rank {rank}; this worker takes ranks up to {self._max_rank}")
+
+def check_rank(adapter: Adapter, max_rank: int) -> None:
+    """Raise `AdapterUnsupported` for a higher rank than the worker takes."""
+    rank = max(layer.rank for layer in adapter.layers.values())
+    if rank > max_rank:
+        raise AdapterUnsupported(f"the adapter is of rank {rank}; this worker takes ranks up to {max_rank}")
 
 
 def _identity(path: Path) -> tuple[str, int, int, int]:

@@ -52,11 +52,16 @@ class EngineClosed(EngineError):
 
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
-    """A LoRA adapter on the local disk: the safetensors file, a PEFT folder's config beside it, and its scale."""
+    """A LoRA adapter on the local disk: the safetensors file, a PEFT folder's config beside it, and its scale.
+
+    `version` identifies the content wherever it came from: equal versions are the same bytes, however often the files
+    were fetched or touched. Empty for local files, which are identified by path, inode, size and modification time.
+    """
 
     weights: Path
     config: Path | None
     scale: float
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import numpy as np
 
+from config.redacting import quoted
 from inference.parameters import parameters_of
 from inference.request import RequestFailed
 
@@ -28,10 +29,15 @@ class SchedulerTable:
 
         Fresh each time: a diffusers scheduler keeps a hidden step index and must never be shared.
         """
+        self.check(name)
         name = name or self.default
-        if name not in self.makers:
-            raise RequestFailed("INVALID_INPUT", f"scheduler {name!r} is not known; known are {', '.join(self.makers)}")
         return name, self.makers[name](config)
+
+    def check(self, name: str | None) -> None:
+        """Raise `RequestFailed` where there is none by `name`."""
+        if name and name not in self.makers:
+            known = ", ".join(self.makers)
+            raise RequestFailed("INVALID_INPUT", f"scheduler {quoted(name)} is not known; known are {known}")
 
 
 DIFFUSION = SchedulerTable(

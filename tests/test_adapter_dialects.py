@@ -440,9 +440,15 @@ def test_every_layer_is_found_by_its_name_in_underscores(family: str, request: p
     assert dialect_of(pipe).layer_names(list(stems)) == stems
 
 
-def test_blocks_named_in_two_ways_are_refused_where_diffusers_drops_one_of_them(sdxl_pipe: Any, tmp_path: Path) -> None:
+def test_blocks_named_in_two_ways_are_read_where_diffusers_drops_one_of_them(sdxl_pipe: Any, tmp_path: Path) -> None:
     tensors = layer("lora_unet_input_blocks_4_1_proj_in") | layer("lora_unet_down_blocks_1_attentions_0_proj_out")
-    with pytest.raises(AdapterInvalid, match="in two ways"):
+    adapter = read_adapter(save(tmp_path / "a.safetensors", tensors), None, dialect_of(sdxl_pipe))
+    assert list(adapter.layers) == [f"unet.down_blocks.1.attentions.0.proj_{way}" for way in ("in", "out")]
+
+
+def test_one_layer_named_in_two_ways_is_refused(sdxl_pipe: Any, tmp_path: Path) -> None:
+    tensors = layer("lora_unet_input_blocks_4_1_proj_in") | layer("lora_unet_down_blocks_1_attentions_0_proj_in")
+    with pytest.raises(AdapterInvalid, match="two names for one layer"):
         read_adapter(save(tmp_path / "a.safetensors", tensors), None, dialect_of(sdxl_pipe))
 
 
@@ -473,7 +479,7 @@ STRANGERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "SD's text encoder by PEFT": ("text_encoder.encoder.layers.{}.mlp.fc1", ("z_pipe",)),
     "a text encoder's layer of no known kind": ("lora_te_text_model_x{}", FAMILIES),
     "SDXL's second text encoder": ("lora_te2_text_model_encoder_layers_{}_mlp_fc1", ("sd_pipe", "z_pipe")),
-    "SDXL by ComfyUI": ("diffusion_model.input_blocks.4.1.proj_in", ("sd_pipe", "z_pipe")),
+    "SDXL by ComfyUI": ("diffusion_model.label_emb.0.{}", ("sd_pipe", "z_pipe")),
     "more blocks than SDXL has": ("lora_unet_input_blocks_1{}_1_proj_in", FAMILIES),
     "blocks within blocks that SDXL has not": ("lora_unet_output_blocks_2_{}_7_proj_in", FAMILIES),
     "blocks without numbers": ("lora_unet_output_blocks_x{}_proj_in", FAMILIES),

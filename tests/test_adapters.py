@@ -277,8 +277,9 @@ DAMAGED = {
     "truncated": GOOD[:-1],
     "shape overflow": with_header({"x.lora_A.weight": entry(0, 4, shape=(2**62, 8))}, bytes(4)),
     "negative shape": with_header({"x.lora_A.weight": entry(0, 4, shape=(-1, -1))}, bytes(4)),
-    "64-bit floats": with_header({"x.lora_A.weight": entry(0, 8, dtype="F64")}, bytes(8)),
-    "8-bit floats": with_header({"x.lora_A.weight": entry(0, 1, dtype="F8_E4M3")}, bytes(1)),
+    "8-bit integers": with_header(
+        {"x.lora_A.weight": entry(0, 1, dtype="I8"), "x.lora_B.weight": entry(1, 2, dtype="I8")}, bytes(2)
+    ),
     "unknown dtype": with_header({"x.lora_A.weight": entry(0, 4, dtype="Q9")}, bytes(4)),
     "dtype that is no text": with_header({"x.lora_A.weight": entry(0, 4) | {"dtype": ["F32"]}}, bytes(4)),
     "odd name": with_header({"../x.lora_A.weight": entry(0, 4)}, bytes(4)),
@@ -334,7 +335,7 @@ BROKEN: dict[str, dict[str, torch.Tensor]] = {
     "ranks that differ": to_q(rank=4) | {f"{TO_Q}.lora_B.weight": torch.ones(MID, 5)},
     "vectors": {f"{TO_Q}.lora_A.weight": torch.ones(4), f"{TO_Q}.lora_B.weight": torch.ones(4)},
     "no outputs": to_q() | {f"{TO_Q}.lora_B.weight": torch.ones(0, 4)},
-    "alpha of no layer": to_q() | {"unet.nothing.alpha": torch.tensor(1.0)},
+    "alpha of a layer by another name": to_q() | {f"lora_{TO_Q.replace('.', '_')}.alpha": torch.tensor(1.0)},
     "alpha that is a vector": to_q() | {f"{TO_Q}.alpha": torch.ones(4)},
     "two alphas": to_q() | {f"{TO_Q}.alpha": torch.tensor(1.0), f"{TO_Q}.lora_A.alpha": torch.tensor(1.0)},
     "a layer under two names": to_q() | {f"{TO_Q}.lora.down.weight": torch.ones(4, MID)},
@@ -384,7 +385,7 @@ def layer_of(a: tuple[int, ...], b: tuple[int, ...]) -> LowRank:
 MISFITS = {
     "another width": {TO_Q: layer_of((4, 1280), (1280, 4))},
     "another output": {TO_Q: layer_of((4, MID), (MID + 1, 4))},
-    "a convolution where a Linear is": {TO_Q: layer_of((4, MID, 1, 1), (MID, 4, 1, 1))},
+    "a kernel where a Linear is": {TO_Q: layer_of((4, MID, 3, 3), (MID, 4, 1, 1))},
     "a Linear where a convolution is": {"unet.mid_block.resnets.0.conv1": layer_of((4, MID), (MID, 4))},
     "another kernel": {"unet.mid_block.resnets.0.conv1": layer_of((4, MID, 1, 1), (MID, 4, 1, 1))},
     "no such layer": {"unet.down_blocks.9.to_q": layer_of((4, MID), (MID, 4))},

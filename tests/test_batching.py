@@ -1,5 +1,7 @@
 """Requests of many styles, ages and shapes in one batch: each picture is the one that its request alone would give."""
 
+import logging
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from inference.request import AdapterFile, GenerationRequest, RequestFailed
+from inference.request import AdapterFile, GenerationRequest, Occupancy, RequestFailed
 from tests.engine_requests import request_of
 from tests.pictures import DEMO, DIFFERENT_DB, MIN_PSNR_DB, demo_adapter, psnr, solo
 from tests.tiny_models import EVERY_LAYER, build_tiny_sd, load_pipe, write_adapter
@@ -335,6 +337,49 @@ def test_an_adapter_that_is_replaced_under_its_path_is_another_adapter(
 
     assert_right(tiny, [second])
     assert psnr(first.image, second.image) < DIFFERENT_DB
+
+
+def test_an_adapter_of_one_version_is_read_once_however_its_file_is_touched(
+    tiny: Path, adapters: Adapters, engine: WatchedEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "inference.preparing")
+    path = tmp_path / "style.safetensors"
+    path.write_bytes(adapters["text"].weights.read_bytes())
+    file = AdapterFile(path, None, 1.0, version="etag-1")
+
+    together = order_together(engine, [tiny_request(file, seeds=(seed,)) for seed in range(3)])
+    assert_right(tiny, together)
+    os.utime(path, (1, 1))
+    later = Order(engine, tiny_request(file, seeds=(7,)))
+    assert_right(tiny, [later])
+
+    assert num_readings(caplog) == 1
+    assert slots_in_use(engine.turns[-1]) == 1
+
+
+def test_another_version_under_the_same_path_is_another_adapter(
+    tiny: Path, adapters: Adapters, engine: WatchedEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "inference.preparing")
+    path = tmp_path / "style.safetensors"
+    path.write_bytes(adapters["text"].weights.read_bytes())
+    first = Order(engine, tiny_request(AdapterFile(path, None, 1.0, version="etag-1")))
+    assert_right(tiny, [first])
+
+    write_adapter(path, load_pipe(tiny), seed=99, **ADAPTERS["text"])
+    second = Order(engine, tiny_request(AdapterFile(path, None, 1.0, version="etag-2")))
+
+    assert_right(tiny, [second])
+    assert psnr(first.image, second.image) < DIFFERENT_DB
+    assert num_readings(caplog) == 2
+
+
+def num_readings(caplog: pytest.LogCaptureFixture) -> int:
+    return sum(record.message == "adapter read" for record in caplog.records)
+
+
+def slots_in_use(occupancy: Occupancy) -> int:
+    return occupancy.slots_active + occupancy.slots_idle
 
 
 # --- Conditioning

@@ -1,6 +1,8 @@
 """The store, real where it works, and imitated on a socket where it must misbehave."""
 
 import hashlib
+import socket
+import ssl
 import time
 from base64 import b64encode
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import urllib3.exceptions
 from botocore import exceptions as boto
+from botocore.parsers import ResponseParserError
 from pydantic import SecretStr
 
 import clients.storage
@@ -20,6 +23,7 @@ from clients.storage import MIN_RATE_BYTES_PER_SECOND, RATE_WINDOW_SECONDS, Obje
 from clients.storage_errors import (
     AccessDenied,
     BucketNotFound,
+    NotAStore,
     NotSupported,
     ObjectChanged,
     ObjectDamaged,
@@ -202,32 +206,55 @@ def test_a_body_cut_short_is_fetched_again(tmp_path: Path) -> None:
     assert [header(request, "If-Match") for request in server.requests] == [ETAG, ETAG]
 
 
+MD5 = b64encode(bytes.fromhex(ETAG.strip('"'))).decode()
+OPAQUE_ETAG = '"0123456789abcdef0123456789abcdef"'
+
+
 @pytest.mark.parametrize(
     "damaged",
     [
-        answer(200, BODY[:4000], length=len(BODY), ETag=ETAG, Connection="close"),
-        answer(200, BODY[:-1] + b"y", ETag=ETAG),
+        [answer(200, BODY[:4000], length=len(BODY), ETag=ETAG, Connection="close")],
+        [answer(200, BODY[:-1] + byte, ETag=ETAG) for byte in (b"a", b"b", b"c")],
+        [answer(200, BODY[:-1] + b"y", ETag=OPAQUE_ETAG, x_goog_hash=f"crc32c=AAAAAA==,md5={MD5}")],
+        [answer(200, BODY[:-1] + b"y", ETag=OPAQUE_ETAG, Content_MD5=MD5)],
     ],
-    ids=["cut short", "another byte"],
+    ids=["cut short", "another byte each time", "not Google's hash", "not its Content-MD5"],
 )
-def test_a_body_that_stays_damaged_is_told_after_three_tries(damaged: bytes) -> None:
-    with AnsweringServer([damaged]) as server, pytest.raises(ObjectDamaged):
+def test_a_body_that_stays_damaged_is_told_after_three_tries(damaged: list[bytes]) -> None:
+    with AnsweringServer(damaged) as server, pytest.raises(ObjectDamaged):
         storage_at(server).read(MISSING, max_bytes=len(BODY))
 
     assert len(server.requests) == 3
+
+
+def test_a_body_that_comes_twice_the_same_is_whole_and_its_etag_no_md5() -> None:
+    with AnsweringServer([answer(200, BODY, ETag=OPAQUE_ETAG)]) as server:
+        assert storage_at(server).read(MISSING, max_bytes=len(BODY)) == BODY
+
+    assert len(server.requests) == 2
+
+
+def test_a_body_with_a_wrong_byte_is_not_taken_for_the_one_that_follows_it() -> None:
+    wrong, whole = answer(200, BODY[:-1] + b"y", ETag=ETAG), answer(200, BODY, ETag=ETAG)
+    with AnsweringServer([wrong, whole]) as server:
+        assert storage_at(server).read(MISSING, max_bytes=len(BODY)) == BODY
 
 
 @pytest.mark.parametrize(
     "whole",
     [
         answer(200, BODY, ETag='"0123456789abcdef0123456789abcdef-2"'),
-        answer(200, BODY, ETag='"0123456789abcdef0123456789abcdef"', x_amz_server_side_encryption="aws:kms"),
+        answer(200, BODY, ETag=OPAQUE_ETAG, x_amz_server_side_encryption="aws:kms"),
+        answer(200, BODY, ETag=OPAQUE_ETAG, x_goog_hash=f"crc32c=AAAAAA==,md5={MD5}"),
+        answer(200, BODY, ETag='"-CKicn4fknL0CEAE="', x_goog_hash="crc32c=AAAAAA=="),
     ],
-    ids=["multipart", "kms"],
+    ids=["multipart", "kms", "google's with a hash", "google's composed of others"],
 )
 def test_an_etag_that_is_no_md5_is_not_taken_for_one(whole: bytes) -> None:
     with AnsweringServer([whole]) as server:
         assert storage_at(server).read(MISSING, max_bytes=len(BODY)) == BODY
+
+    assert len(server.requests) == 1
 
 
 def test_a_body_longer_than_allowed_is_not_read() -> None:
@@ -330,6 +357,91 @@ def test_a_put_is_one_plain_request_with_its_sha256() -> None:
     assert body_of(request) == BODY
 
 
+PAGE = answer(200, b"<html><body>welcome</body></html>", Content_Type="text/html")
+GONE = answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
+
+
+@pytest.mark.parametrize(
+    ("held", "is_ours"),
+    [(WHOLE, True), (answer(200, b"other", ETag=OPAQUE_ETAG), False)],
+    ids=["what was to be written", "something else"],
+)
+def test_a_conditional_write_that_nothing_confirms_is_read_back(held: bytes, is_ours: bool) -> None:
+    with AnsweringServer([PAGE, held]) as server:
+        assert storage_at(server).put_if_absent(MISSING, BODY, content_type="text/plain") is is_ours
+
+    assert [request.split(b" ", 1)[0] for request in server.requests][:2] == [b"PUT", b"GET"]
+
+
+@pytest.mark.parametrize("held", [GONE, answer(200, b"other", ETag=OPAQUE_ETAG)], ids=["nothing", "something else"])
+def test_a_write_that_was_not_done_is_told_whatever_answered_it(held: bytes) -> None:
+    with AnsweringServer([PAGE, held]) as server, pytest.raises(StorageUnavailable, match="not written"):
+        storage_at(server).put(MISSING, BODY, content_type="text/plain")
+
+
+def test_an_error_inside_a_good_answer_to_a_write_is_an_error() -> None:
+    failed = answer(200, b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>InternalError</Code></Error>')
+    written = answer(200, ETag=ETAG)
+    with AnsweringServer([failed, written]) as server:
+        assert storage_at(server).put_if_absent(MISSING, BODY, content_type="text/plain")
+
+    assert len(server.requests) == 2
+
+
+INTERIM = b"HTTP/1.1 102 Processing\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+
+
+@pytest.mark.parametrize("interim", INTERIM, ids=["102", "103"])
+@pytest.mark.parametrize(
+    ("final", "is_written"),
+    [(answer(200, ETag=ETAG), True), (answer(412, b"<Error><Code>PreconditionFailed</Code></Error>"), False)],
+    ids=["written", "taken"],
+)
+def test_an_interim_answer_does_not_decide_what_a_conditional_write_did(
+    interim: bytes,
+    final: bytes,
+    is_written: bool,
+) -> None:
+    with AnsweringServer([interim + final, answer(404)]) as server:
+        storage = storage_at(server)
+        assert storage.put_if_absent(MISSING, BODY, content_type="text/plain") is is_written
+
+        # Nor is what follows on the connection an answer to the next request.
+        with pytest.raises(ObjectNotFound):
+            storage.head(MISSING)
+    assert len(server.requests) == 2
+
+
+def test_a_write_whose_bucket_is_missing_says_so_by_whatever_code() -> None:
+    with AnsweringServer([GONE]) as server, pytest.raises(BucketNotFound):
+        storage_at(server).put(MISSING, BODY, content_type="text/plain")
+
+
+def test_a_page_of_another_server_is_no_answer_of_a_store() -> None:
+    with pytest.raises(NotAStore, match="AWS_S3_ENDPOINT_URL"), translated(MISSING):
+        raise ResponseParserError("Unable to parse response")
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), NotAStore),
+        (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), StorageUnavailable),
+        (ssl.SSLCertVerificationError("self-signed certificate"), NotAStore),
+        (ssl.SSLEOFError("EOF occurred"), StorageUnavailable),
+    ],
+    ids=["no such host", "name server busy", "wrong certificate", "cut handshake"],
+)
+def test_what_only_a_person_can_mend_is_told_from_what_passes(cause: Exception, expected: type[StorageError]) -> None:
+    with pytest.raises(StorageError) as raised, translated(MISSING):
+        try:
+            raise cause
+        except OSError as error:
+            raise boto.EndpointConnectionError(endpoint_url="https://s3.example", error=error) from error
+
+    assert type(raised.value) is expected
+
+
 def test_a_conflict_of_conditional_writes_is_tried_again() -> None:
     conflict = answer(409, b"<Error><Code>ConditionalRequestConflict</Code></Error>")
     with AnsweringServer([conflict, conflict, answer(200, ETag=ETAG)]) as server:
@@ -371,6 +483,17 @@ def test_a_store_that_refuses_connections_is_unavailable(tmp_path: Path) -> None
         (403, "SignatureDoesNotMatch", AccessDenied),
         (403, "RequestTimeTooSkewed", AccessDenied),
         (400, "ExpiredToken", AccessDenied),
+        (400, "AuthorizationHeaderMalformed", AccessDenied),
+        (400, "IllegalLocationConstraintException", BucketNotFound),
+        (400, "InvalidBucketName", BucketNotFound),
+        (307, "TemporaryRedirect", BucketNotFound),
+        (403, "AccountProblem", AccessDenied),
+        (403, "AllAccessDisabled", AccessDenied),
+        (403, "QuotaExceeded", AccessDenied),
+        (405, "MethodNotAllowed", NotAStore),
+        (400, "BadDigest", StorageUnavailable),
+        (400, "IncompleteBody", StorageUnavailable),
+        (507, "XMinioStorageFull", StorageUnavailable),
         (400, "RequestTimeout", StorageUnavailable),
         (429, "TooManyRequests", StorageUnavailable),
         (500, "InternalError", StorageUnavailable),

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from examples.parts.rabbitmq import RabbitMQ
@@ -22,6 +24,7 @@ from worker.cli import app
 
 DARKROOM = str(Path(sys.executable).parent / "darkroom")
 ADAPTER = DEMO_MODEL / "adapters" / "neon.safetensors"
+NO_WEIGHTS = "diffusion_pytorch_model.safetensors (or model.safetensors) is missing"
 
 
 def darkroom(*arguments: object, env: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -58,27 +61,95 @@ def test_generate_draws_signs_and_writes_pictures(tmp_path: Path) -> None:
     assert (json.loads(told["Darkroom"])["seed"], json.loads(told["Darkroom"])["adapters"]) == (1, [Path(ADAPTER).stem])
 
 
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        (["--aspect", "9:1"], "aspect_ratio"),
-        (["--scheduler", "magic"], "dpm++"),
-        (["--model", "/nowhere"], "/nowhere"),
-        (["--lora", "none.safetensors"], "none.safetensors"),
-    ],
-)
-def test_generate_says_what_is_wrong_in_a_sentence_and_no_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], word: str
-) -> None:
-    # In this process: each new one would spend five seconds on imports.
-    monkeypatch.setenv("MODEL_ID", str(DEMO_MODEL / "checkpoint"))
+@pytest.fixture
+def hollow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint of configs without a byte of weights: loading it is refused. Work goes on in a folder of its own."""
+    model = tmp_path / "hollow"
+    for path in (DEMO_MODEL / "checkpoint").rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors":
+            copy = model / path.relative_to(DEMO_MODEL / "checkpoint")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    monkeypatch.setenv("MODEL_ID", str(model))
+    monkeypatch.setenv("COLUMNS", "500")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"
 
-    done = CliRunner().invoke(app, ["generate", "a fox", "-o", str(tmp_path / "a.png"), "--steps", "2", *options])
+
+def refused(options: list[str]) -> str:
+    """What `generate` says, in this process: each new one would spend five seconds on imports."""
+    done = CliRunner().invoke(app, ["generate", "a fox", "--steps", "2", *options])
 
     assert done.exit_code == 1
     assert isinstance(done.exception, SystemExit)
-    assert word in done.output
-    assert not (tmp_path / "a.png").exists()
+    return done.output
+
+
+def test_a_checkpoint_without_weights_is_refused_only_once_it_is_loaded(hollow: Path) -> None:
+    assert NO_WEIGHTS in refused(["-o", "work/a.png"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--aspect", "9:1"], ["aspect_ratio"]),
+        (["--scheduler", "magic"], ["magic", "dpm++"]),
+        (["--model", "/nowhere"], ["/nowhere"]),
+        (["--lora", "none.safetensors"], ["--lora none.safetensors", "no such file"]),
+        (["--lora", "work"], ["--lora: the folder work", "adapter_model.safetensors"]),
+        (["--lora", "made/torso.safetensors"], ["made/torso.safetensors", "safetensors header"]),
+        (["--lora", "made/foreign.safetensors"], ["made/foreign.safetensors", "another model"]),
+        (["--lora", "made/peft"], ["made/peft", "adapter_config.json"]),
+        (["--init", "none.png"], ["none.png", "No such file"]),
+        (["--signature", "made/torso.safetensors"], ["torso.safetensors"]),
+        (["--control", "made/white.png", "--control-model", "canny"], ["canny", "has no ControlNets"]),
+        (["--product", "made/white.png"], ["product.image_path", "CUTOUT_MODEL"]),
+        (["-o", "missing/a.png"], ["missing", "does not exist"]),
+        (["-o", "made/white.png/a.png"], ["made/white.png", "is a file"]),
+        (["-o", "work"], ["work is a folder", "work/picture.png"]),
+        (["-o", "work/a"], ["work/a has no suffix", ".png", ".jpg", ".jpeg"]),
+        (["-o", "work/a.webp"], [".webp", ".png", ".jpg", ".jpeg"]),
+        (["-o", "work/a.png.txt"], [".txt", ".png"]),
+        (["-o", "/proc/a.png"], ["/proc"]),
+        (["-o", "made/b.png", "-n", "2"], ["made/b-2.png", "is no file"]),
+        (["-o", f"work/{'x' * 300}.png"], ["too long"]),
+    ],
+)
+def test_generate_says_what_is_wrong_in_a_sentence_before_it_loads_a_model(
+    hollow: Path, options: list[str], words: list[str]
+) -> None:
+    made = hollow.parent / "made"
+    (made / "peft").mkdir(parents=True)
+    (made / "b-2.png").mkdir()
+    (made / "peft" / "adapter_model.safetensors").write_bytes(ADAPTER.read_bytes())
+    (made / "torso.safetensors").write_bytes(b"\x01")
+    Image.new("RGB", (64, 64), "white").save(made / "white.png")
+    layer = "transformer.layers.0.attention.to_q"
+    weights = {f"{layer}.lora_A.weight": torch.zeros(2, 8), f"{layer}.lora_B.weight": torch.zeros(8, 2)}
+    save_file(weights, made / "foreign.safetensors")
+
+    said = refused(["-o", "work/a.png", *options])
+
+    for word in words:
+        assert word in said
+    assert NO_WEIGHTS not in said
+    assert list(hollow.iterdir()) == []
+
+
+def test_generate_writes_a_jpeg_by_its_suffix_that_says_how_it_was_made(tmp_path: Path) -> None:
+    env = {"MODEL_ID": str(DEMO_MODEL / "checkpoint"), "EMBED_METADATA": "full"}
+    (tmp_path / "owl-2.JPG").write_bytes(b"written over")
+
+    done = darkroom("generate", "an owl", "-o", "owl.JPG", "--steps", 2, "-n", 2, env=env, folder=tmp_path)
+
+    assert done.returncode == 0, done.stdout
+    for name in ("owl.JPG", "owl-2.JPG"):
+        with Image.open(tmp_path / name) as picture:
+            assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (128, 128))
+            packet = picture.info["xmp"].decode()
+        assert "trainedAlgorithmicMedia" in packet
+        assert "an owl" in packet
 
 
 def test_submit_publishes_a_job_and_follows_it_to_its_end_and_report_draws_it(world: World, tmp_path: Path) -> None:

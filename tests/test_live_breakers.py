@@ -19,11 +19,11 @@ TICK_SECONDS = 1.0
 # Otherwise it is looked again, and told again, after 5 and 20 seconds.
 QUICK = {"worker.breakers:PAUSES_SECONDS": (0.5, 1.0), "worker.notifying:DELAYS_SECONDS": (0.5, 1.0)}
 NO_PATH = b"?"  # none has a question mark
-DENIAL = b"<?xml version='1.0'?><Error><Code>ExpiredToken</Code><Message>expired</Message></Error>"
+EXPIRED, NO_BUCKET = (403, "ExpiredToken"), (404, "NoSuchBucket")
 
 
 class DenyingStore(socketserver.ThreadingTCPServer):
-    """In front of the store: passes every byte, or answers each request that the token has expired."""
+    """In front of the store: passes every byte, or answers each request with `denial`, a status and a code."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -32,6 +32,7 @@ class DenyingStore(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), _Passage)
         self.target = ("127.0.0.1", store.port)
         self.is_denying = False
+        self.denial = EXPIRED
         self.denied_path = NO_PATH
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -65,8 +66,10 @@ class _Passage(socketserver.BaseRequestHandler):
             return  # the connection was denied meanwhile
 
     def _deny(self) -> None:
-        head = f"HTTP/1.1 403 Forbidden\r\nContent-Type: application/xml\r\nContent-Length: {len(DENIAL)}\r\n"
-        self.request.sendall(head.encode() + b"Connection: close\r\n\r\n" + DENIAL)
+        status, code = self.server.denial
+        body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+        head = f"HTTP/1.1 {status} No\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n"
+        self.request.sendall(head.encode() + b"Connection: close\r\n\r\n" + body)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +94,7 @@ def world(lasting_world: World, passage: DenyingStore) -> Iterator[World]:
     token = lasting_world.backend.token
     yield lasting_world
     lasting_world.backend.token = token
-    passage.is_denying, passage.denied_path = False, NO_PATH
+    passage.is_denying, passage.denied_path, passage.denial = False, NO_PATH, EXPIRED
     worker = lasting_world.workers[0]
     eventually(lambda: worker.get("/health/ready")[0] == 200, 60, worker.log_tail)
     lasting_world.wait_until_clean()
@@ -135,10 +138,12 @@ def test_a_backend_that_refuses_the_token_stops_the_taking_of_jobs_until_it_is_r
     assert all(len(world.backend.ends(generation_id)) == 1 for generation_id in drawn + waiting)
 
 
+@pytest.mark.parametrize("denial", [EXPIRED, NO_BUCKET], ids=["the keys", "the bucket"])
 def test_a_store_that_refuses_the_keys_fails_no_job_and_costs_no_picture_twice(
-    world: World, worker: Worker, passage: DenyingStore
+    world: World, worker: Worker, passage: DenyingStore, denial: tuple[int, str]
 ) -> None:
-    # Given a job that is being drawn when the keys expire
+    # Given a job that is being drawn when the keys expire, or the bucket goes
+    passage.denial = denial
     steps, task_id = num_steps(worker), str(uuid.uuid4())
     running = world.publish(task_id=task_id, prompt="hold@30", num_inference_steps=60)
     world.wait_for_step(running)
@@ -147,6 +152,7 @@ def test_a_store_that_refuses_the_keys_fails_no_job_and_costs_no_picture_twice(
 
     # When it comes to storing its picture, then the worker waits and takes no more
     eventually(lambda: is_refused(worker), 60, worker.log_tail)
+    assert denial[1] in worker.get("/health/ready")[1]
     time.sleep(TICK_SECONDS)
     waiting = world.publish()
     eventually(lambda: world.queues()[""] == (1, 1), 10, lambda: str(world.queues()))

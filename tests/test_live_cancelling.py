@@ -22,6 +22,9 @@ LONG = 150  # steps: three seconds
 STEP_SECONDS = 0.02
 # One lane and two jobs fetched ahead: with more than three jobs, some still wait in the queue.
 NUM_AHEAD = 3
+END_SECONDS = 120
+JOBS_FAILED, JOBS_CANCELLED = (f'darkroom_jobs_total{{outcome="{outcome}"}}' for outcome in ("failed", "cancelled"))
+JOB_SECONDS = "darkroom_job_seconds_sum"
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,31 @@ def test_a_running_job_leaves_within_two_steps_and_the_next_one_begins(world: Wo
     assert world.wait_for_end(next_one).kind == "complete"
     assert worker.metric("darkroom_denoise_lane_steps_total") - steps_before < LONG
     world.wait_until_clean()
+
+
+def test_a_cancelled_job_is_no_failed_one_and_its_seconds_are_those_that_passed(world: World, worker: Worker) -> None:
+    before = {name: worker.metric(name) for name in (JOBS_FAILED, JOBS_CANCELLED, JOB_SECONDS)}
+    running = world.publish(num_inference_steps=LONG)
+    world.wait_for_step(running)
+    # A quarter of its steps are done, each of which takes so long at least.
+    denoised_seconds = 0.9 * LONG / 4 * STEP_SECONDS
+
+    cancel(world, generation_id=running)
+
+    assert_cancelled_once(world, running)
+    eventually(lambda: any(one["generation_id"] == running for one in worker.events("job out")), END_SECONDS)
+    (line,) = (one for one in worker.events("job out") if one["generation_id"] == running)
+    ended = json.loads(worker.get("/status.json")[1])["last_jobs"]
+    (row,) = (one for one in ended if one["generation_id"] == str(running))
+    assert (line["outcome"], row["outcome"]) == ("cancelled", "cancelled")
+    assert line["seconds"] > denoised_seconds
+    assert row["seconds"] == pytest.approx(line["seconds"], abs=0.1)
+    assert line["stages"]["denoise"] >= denoised_seconds
+    # Nearly all of it is accounted to a stage.
+    assert sum(line["stages"].values()) == pytest.approx(line["seconds"], abs=0.5)
+    assert worker.metric(JOB_SECONDS) - before[JOB_SECONDS] == pytest.approx(line["seconds"], abs=0.01)
+    assert worker.metric(JOBS_CANCELLED) - before[JOBS_CANCELLED] == 1
+    assert worker.metric(JOBS_FAILED) == before[JOBS_FAILED]
 
 
 def test_jobs_that_wait_here_or_still_in_the_queue_never_reach_the_gpu(world: World, worker: Worker) -> None:

@@ -17,11 +17,14 @@ CONSTANTS = {
     "worker.settling:MAX_ATTEMPTS": 3,
     "worker.storing:PICTURE_PATIENCE_SECONDS": 0.0,
     "worker.fetching:SECOND_LOOK_SECONDS": 0.5,
+    "worker.places:SLOW_AFTER_SECONDS": 1.0,
     # After `SlowDown` boto3's pauses are of up to one and two seconds.
     "clients.storage:CALL_DEADLINE_SECONDS": 4.0,
     "clients.storage:RATE_WINDOW_SECONDS": 0.5,
 }
 HALF = 30_000  # bytes, about: a picture of 128 pixels squared is noise, and 49 kB of PNG
+NUM_PLACES = 12  # ten lanes, and two jobs more whose adapters are fetched while others are drawn
+LONG_SECONDS = 120.0  # a guard against a hang
 PAUSE_SECONDS = 0.3  # in which a worker that refuses jobs has stopped to take them
 
 
@@ -281,6 +284,25 @@ def test_a_store_that_hangs_is_given_up_in_time_and_the_job_tried_again(station:
     station.store.pass_on()
 
     station.assert_complete_once(job, num_runs=2)
+
+
+def test_an_object_that_never_comes_holds_half_of_the_places_and_other_jobs_are_drawn(
+    station: Station, worker: Worker
+) -> None:
+    path = adapter(station, "hung")
+    station.store.when(station.sign("GET", "models/hung.safetensors"), do=Link.swallow, times=None)
+    hung = [station.publish(lora_path=path) for _ in range(NUM_PLACES)]
+    station.world.wait_for_depth(0, NUM_PLACES, within_seconds=LONG_SECONDS)
+
+    good = station.publish(lora_path=adapter(station, "good"))
+
+    assert station.world.wait_for_end(good.generation_id).kind == "complete"
+    # Those that hold on do so for minutes.
+    assert sum(len(station.world.backend.ends(job.generation_id)) for job in hung) < NUM_PLACES
+    station.store.pass_on()
+    station.store.reset()
+    for job in hung:
+        station.world.wait_for_end(job.generation_id)
 
 
 def test_a_slow_store_costs_time_and_nothing_else(station: Station) -> None:

@@ -12,7 +12,7 @@ import pytest
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.contract_schemas import assert_webhook_fits
-from tests.world import Worker, World, eventually, new_world
+from tests.world import DEMO_MODEL, END_SECONDS, Worker, World, eventually, new_world
 
 SIGNATURE = Path(__file__).parent / "files" / "signature.png"
 
@@ -186,6 +186,43 @@ def test_a_job_without_an_adapter_shows_no_trace_of_the_style_before_it(world: W
 
     assert world.pixels(before) == world.pixels(after)
     assert world.pixels(before) != world.pixels(styled)
+
+
+def test_five_jobs_of_one_style_read_its_adapter_once_into_one_slot(world: World, worker: Worker) -> None:
+    style = world.upload("models/five.safetensors", (DEMO_MODEL / "adapters/blueprint.safetensors").read_bytes())
+    slots_before, readings_before = slots_in_use(worker), num_readings(worker)
+
+    # Some come together, and some one after another.
+    together = [world.publish(lora_path=style, seed=seed) for seed in range(3)]
+    assert {world.wait_for_end(one).kind for one in together} == {"complete"}
+    for seed in (3, 4):
+        publish_and_wait(world, lora_path=style, seed=seed)
+
+    assert num_readings(worker) == readings_before + 1
+    eventually(lambda: slots_in_use(worker) == slots_before + 1, END_SECONDS, worker.log_tail)
+
+
+def test_an_adapter_replaced_at_its_key_is_read_anew_and_the_one_before_is_not_drawn(
+    world: World, worker: Worker
+) -> None:
+    neon, sepia = ((DEMO_MODEL / f"adapters/{name}.safetensors").read_bytes() for name in ("neon", "sepia"))
+    job = {"prompt": "a castle", "seed": 5}
+    expected = publish_and_wait(world, lora_path=world.upload("models/other.safetensors", sepia), **job)
+    before = publish_and_wait(world, lora_path=world.upload("models/replaced.safetensors", neon), **job)
+    readings_before = num_readings(worker)
+
+    after = publish_and_wait(world, lora_path=world.upload("models/replaced.safetensors", sepia), **job)
+
+    assert world.pixels(after) == world.pixels(expected) != world.pixels(before)
+    assert num_readings(worker) == readings_before + 1
+
+
+def num_readings(worker: Worker) -> int:
+    return len(worker.events("adapter read"))
+
+
+def slots_in_use(worker: Worker) -> float:
+    return sum(worker.metric("darkroom_adapter_slots", state=state) for state in ("active", "idle"))
 
 
 def test_a_signature_changes_its_corner_and_nothing_else(world: World) -> None:

@@ -36,7 +36,7 @@ from inference.request import GenerationResult, Picture
 from tests.certificates import Chain, Key, make_chain
 from watermark.errors import ManifestNotSigned
 from watermark.provenance import Prompts, Provenance, SourceType
-from watermark.signature import SignatureStyle, SignedPicture, Unsigned, sign
+from watermark.signature import PictureFormat, SignatureStyle, SignedPicture, Unsigned, sign
 from worker.checks.finding import CheckFailed
 from worker.checks.provenance import look_at_certificate
 from worker.job import Job, Kind
@@ -273,6 +273,27 @@ def test_c2pa_s_reader_finds_the_manifest_whole_and_trusts_it_where_it_trusts_th
     assert (stranger.get_validation_state(), failures(stranger)) == ("Valid", ["signingCredential.untrusted"])
     assert (friend.get_validation_state(), failures(friend)) == ("Trusted", [])
     assert friend.get_active_manifest()["signature_info"]["alg"] == algorithm
+
+
+def test_a_jpeg_carries_the_packet_and_the_manifest_and_says_nothing_where_nothing_is_to_be_said(chain: Chain) -> None:
+    jpeg = labeller("provenance", chain).encode(picture(), TOLD, PictureFormat.JPEG)
+
+    told, reader = exiftool(jpeg), c2pa.Reader("image/jpeg", io.BytesIO(jpeg))
+    assert told["XMP-iptcExt:DigitalSourceType"].endswith("trainedAlgorithmicMedia")
+    assert told["XMP-iptcExt:AISystemUsed"] == TOLD.model
+    assert PROMPT not in str(told)
+    assert (reader.get_validation_state(), failures(reader)) == ("Valid", ["signingCredential.untrusted"])
+
+    bare = labeller("none").encode(picture(), TOLD, PictureFormat.JPEG)
+    assert opened(bare).info.keys() <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
+
+
+def test_the_longest_prompts_fit_into_a_jpeg() -> None:
+    longest = replace(TOLD, prompts=Prompts("\U0001f98a" * 4000, "&" * 4000))
+
+    jpeg = labeller("full").encode(picture(), longest, PictureFormat.JPEG)
+
+    assert opened(jpeg).info["xmp"].decode().count("\U0001f98a") == 4000
 
 
 def test_the_manifest_says_that_a_model_created_the_picture_and_by_what(chain: Chain) -> None:

@@ -82,6 +82,15 @@ def test_what_no_stage_accounts_for_in_a_failed_job_is_shown_as_the_rest() -> No
     assert made.seconds == 6.0
 
 
+def test_a_cancelled_job_is_shown_as_cancelled_and_not_as_failed() -> None:
+    event = replace(failed(7), body={"generation_id": 7, "error_code": "CANCELLED"})
+
+    made = row(event)
+
+    assert (made.outcome, made.end, made.as_object()["outcome"]) == ("cancelled", "cancelled", "cancelled")
+    assert event.kind is WebhookKind.FAILED  # as its backend is told
+
+
 def test_a_record_of_an_older_worker_is_read_and_has_no_bar() -> None:
     fields = json.loads(failed(7).to_json())
     for name in ("attempt", "ended_at", "began_at"):

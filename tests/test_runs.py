@@ -1,5 +1,6 @@
 """A job is at work here once, and settles every delivery that asked for it."""
 
+import itertools
 import threading
 import time
 
@@ -160,6 +161,33 @@ def test_the_engine_s_stages_follow_the_run_s_own_without_gaps_behind_one_wait()
         ("encode", 16.5, 0.25),
         ("denoise", 16.75, 4.0),
     ]
+
+
+def test_time_in_the_engine_that_ends_without_a_result_is_accounted_by_the_phases_it_entered() -> None:
+    run = begun(Runs())
+    run.stages = [Stage("fetch", run.started_at, 0.0)]
+
+    with pytest.raises(KeyError), run.inside_engine():
+        run.enter("denoise")
+        run.enter("denoise")
+        run.enter("decode")
+        raise KeyError
+
+    stages = run.stages[1:]
+    assert [stage.name for stage in stages] == ["wait", "denoise", "decode"]
+    for before, after in itertools.pairwise(stages):
+        assert before.started_at + before.seconds == pytest.approx(after.started_at)
+
+
+def test_time_in_the_engine_is_accounted_once_where_the_engine_tells_its_own_stages() -> None:
+    run = begun(Runs())
+    run.stages = [Stage("fetch", 10.0, 2.0)]
+
+    with run.inside_engine():
+        run.enter("denoise")
+        run.add_engine_stages((Stage("adapt", 13.0, 0.5), Stage("encode", 16.5, 0.25), Stage("denoise", 16.75, 4.0)))
+
+    assert [stage.name for stage in run.stages] == ["fetch", "wait", "adapt", "encode", "denoise"]
 
 
 def test_where_a_run_has_come_to_is_told_by_the_clock_that_nobody_sets() -> None:

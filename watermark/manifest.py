@@ -1,4 +1,4 @@
-"""A C2PA manifest in a PNG: who made it by what, signed, so that a changed byte shows. Without any network."""
+"""A C2PA manifest in a picture's file: who made it by what, signed, so that changes show. Without any network."""
 
 import io
 import json
@@ -11,9 +11,9 @@ from config.settings import SettingsError
 from watermark.credentials import Credentials
 from watermark.errors import ManifestNotSigned
 from watermark.provenance import Prompts, Provenance, SourceType
+from watermark.signature import PictureFormat
 from watermark.xmp import IPTC_EXTENSION
 
-PNG = "image/png"
 # Nothing is fetched: no revocation lists, no remote manifests. A thumbnail would be the picture once more.
 CONTEXT = {
     "builder": {"thumbnail": {"enabled": False}},
@@ -33,23 +33,24 @@ class ManifestSigner:
             self._signer = c2pa.Signer.from_info(
                 c2pa.C2paSignerInfo(credentials.algorithm, credentials.chain, credentials.key, None)
             )
-            self._embed(_one_pixel(), _manifest({"name": "trial"}, {"digitalSourceType": SourceType.GENERATED}))
+            trial = _manifest({"name": "trial"}, {"digitalSourceType": SourceType.GENERATED})
+            self._embed(_one_pixel(), trial, PictureFormat.PNG)
         except c2pa.C2paError as error:
             usages = "its key usage must be digitalSignature, its extended key usage one of C2PA's"
             refusal = f"C2PA signs by no such certificate ({error}): {usages}; docs/provenance.md says how to make one"
             raise SettingsError(f"C2PA_CERTIFICATE: {refusal}") from error
 
-    def sign(self, png: bytes, provenance: Provenance) -> bytes:
-        """The PNG with a manifest over all of its bytes. Raises `ManifestNotSigned`."""
+    def sign(self, content: bytes, provenance: Provenance, picture_format: PictureFormat) -> bytes:
+        """The file with a manifest over all of its bytes. Raises `ManifestNotSigned`."""
         try:
-            return self._embed(png, manifest_of(provenance))
+            return self._embed(content, manifest_of(provenance), picture_format)
         except c2pa.C2paError as error:
             raise ManifestNotSigned(f"the C2PA manifest cannot be signed: {error}") from error
 
-    def _embed(self, png: bytes, manifest: dict[str, Any]) -> bytes:
+    def _embed(self, content: bytes, manifest: dict[str, Any], picture_format: PictureFormat) -> bytes:
         signed = io.BytesIO()
         with c2pa.Builder(json.dumps(manifest), self._context) as builder:
-            builder.sign(self._signer, PNG, io.BytesIO(png), signed)
+            builder.sign(self._signer, picture_format.value, io.BytesIO(content), signed)
         return signed.getvalue()
 
 

@@ -95,7 +95,7 @@ def png_text(provenance: Provenance) -> PngInfo:
     text.add_itxt("Creation Time", provenance.created)
     text.add_itxt("Source", provenance.model)
     text.add_itxt(SETTINGS_KEYWORD, _settings(provenance))
-    text.add_itxt(XMP_KEYWORD, _packet(provenance))
+    text.add_itxt(XMP_KEYWORD, packet_of(provenance))
     if provenance.prompts is not None:
         text.add_itxt(PARAMETERS_KEYWORD, _parameters(provenance, provenance.prompts))
     return text
@@ -118,7 +118,8 @@ def _settings(provenance: Provenance) -> str:
     return json.dumps(settings, ensure_ascii=False)
 
 
-def _packet(provenance: Provenance) -> str:
+def packet_of(provenance: Provenance) -> str:
+    """The XMP packet, wrapper included."""
     return xmp_packet(
         creator_tool=provenance.creator_tool,
         created=provenance.created,

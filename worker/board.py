@@ -106,7 +106,7 @@ class Board:
             base_size=facts.base_size,
             load_seconds=facts.load_seconds,
             step_seconds=facts.step_seconds,
-            recent_step_seconds=self.progress.step_seconds,
+            recent_step_seconds=self.progress.recent_step_seconds,
         )
 
     def _batch(self, readings: Readings) -> BatchNow:

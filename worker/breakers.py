@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from clients.storage_errors import AccessDenied, StorageUnavailable
+from clients.storage_errors import StorageUnavailable, StoreRefused
 from config.logs import log_event
 from worker.settling import JobReleased
 
@@ -69,7 +69,7 @@ class Gate:
         self._is_draining = is_draining
 
     def insist(self, work: Callable[[], Made], *, patience_seconds: float = 0.0) -> Made:
-        """Do `work` again and again until the store no longer denies it; `JobReleased` where the worker stops first.
+        """Do `work` again and again until the store no longer refuses it; `JobReleased` where the worker stops first.
 
         Where the store cannot be reached, `work` is tried again for `patience_seconds`: a picture in hand is worth it.
         """
@@ -81,7 +81,7 @@ class Gate:
             except StorageUnavailable:
                 if time.monotonic() > deadline or self._is_draining.wait(PAUSES_SECONDS[1]):
                     raise
-            except AccessDenied as error:
+            except StoreRefused as error:
                 self._breaker.refuse(str(error))
                 pause = PAUSES_SECONDS[min(num_refusals, len(PAUSES_SECONDS) - 1)]
                 num_refusals += 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Delivery:
     """One message under one delivery tag of one session. `since` is when it was parked and `due` when it is to be told
     next, in epoch seconds; `received_at` is `time.monotonic()`. `is_leased`: a copy kept for a job that may be at work
-    somewhere."""
+    somewhere. `reason` is why it was parked."""
 
     body: bytes
     queue: str
@@ -21,3 +21,4 @@ class Delivery:
     received_at: float = 0.0
     is_leased: bool = False
     due: float = 0.0
+    reason: str = ""

@@ -47,21 +47,21 @@ class Drawer:
         self.go_on_or_leave(run)
 
         def on_step(report: StepReport) -> None:
-            run.phase = "decode" if report.step_index == report.num_steps else "denoise"
+            run.enter("decode" if report.step_index == report.num_steps else "denoise")
             report = leg.within(report) if leg else report
             track.on_step(report)
             run.reached = Reached(report.step_index, report.num_steps, track.seconds_left(report))
 
-        run.phase = "wait"
-        try:
-            run.future = self.engine.generate(request, on_step, lambda: run.is_cancelled)
-            if self.is_draining.is_set() or run.is_cancelled:
-                run.future.cancel()
-            result = run.future.result()
-        except CancelledError:
-            self.go_on_or_leave(run)
-            raise
-        run.add_engine_stages(result.stages)
+        with run.inside_engine():
+            try:
+                run.future = self.engine.generate(request, on_step, lambda: run.is_cancelled)
+                if self.is_draining.is_set() or run.is_cancelled:
+                    run.future.cancel()
+                result = run.future.result()
+            except CancelledError:
+                self.go_on_or_leave(run)
+                raise
+            run.add_engine_stages(result.stages)
         return result
 
     def go_on_or_leave(self, run: Run) -> None:

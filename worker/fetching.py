@@ -1,8 +1,8 @@
 """What a job names in the store, fetched and checked before the GPU is asked for anything."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event, Lock
 from typing import TypeVar
@@ -11,8 +11,16 @@ from PIL import Image
 
 from clients.cache import DownloadCache
 from clients.location import ObjectRef
+from clients.spelling import spellings_of
 from clients.storage import Storage
-from clients.storage_errors import AccessDenied, ObjectDamaged, ObjectNotFound, ObjectTooLarge
+from clients.storage_errors import (
+    AccessDenied,
+    BucketNotFound,
+    ObjectChanged,
+    ObjectNotFound,
+    ObjectTooLarge,
+    StoreRefused,
+)
 from inference.request import AdapterFile, ModelFacts
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import FontMissing, OverlayInvalid, PictureInvalid, PictureTooLarge, SignatureInvalid
@@ -20,6 +28,8 @@ from watermark.headline import Headline, headlines_of
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
 from worker.breakers import Gate
 from worker.job import Job, JobAdapter
+from worker.peft_folders import PEFT_CONFIG, PEFT_PICKLE, PEFT_WEIGHTS, WANTS_CONFIG, is_named_by_peft
+from worker.places import Places
 from worker.references import NO_REFERENCES, References, check_mask, drawing_size
 from worker.settling import JobFailed
 
@@ -29,12 +39,12 @@ MAX_CONFIG_BYTES = 64_000
 MAX_SIGNATURE_BYTES = 10_000_000
 MAX_PICTURE_BYTES = 50_000_000
 FETCH_DEADLINE_SECONDS = 300.0
+# A folder whose config changed while its weights were fetched is fetched again, so often.
+MAX_FOLDER_LOOKS = 3
 # Before an object that is not there is believed not to be.
 SECOND_LOOK_SECONDS = 2.0
 
-PEFT_CONFIG = "adapter_config.json"
-PEFT_WEIGHTS = "adapter_model.safetensors"
-PEFT_PICKLE = "adapter_model.bin"
+SAFETENSORS = ".safetensors"
 
 Made = TypeVar("Made")
 
@@ -64,6 +74,8 @@ class Fetcher:
     facts: ModelFacts
     is_draining: Event
     gate: Gate
+    results_bucket: str = ""  # where it is another one than the private bucket
+    places: Places = field(default_factory=Places)
 
     def everything(self, job: Job, pinned: ExitStack) -> Fetched:
         """All that the job names. Adapters stay on the disk until `pinned` closes."""
@@ -121,7 +133,7 @@ class Fetcher:
             raise JobFailed("IMAGE_NOT_FOUND", f"{field}: the picture {ref} does not exist") from error
         except (ObjectTooLarge, PictureTooLarge) as error:
             raise JobFailed("INPUT_TOO_LARGE", f"{field}: {error}") from error
-        except (ObjectDamaged, PictureInvalid) as error:
+        except PictureInvalid as error:
             raise JobFailed("IMAGE_INVALID", f"{field}: {error}") from error
 
     def signature(self, job: Job) -> Signature:
@@ -136,13 +148,13 @@ class Fetcher:
             raise JobFailed("SIGNATURE_NOT_FOUND", f"the signature {job.signature_ref} does not exist") from error
         except ObjectTooLarge as error:
             raise JobFailed("INPUT_TOO_LARGE", str(error)) from error
-        except (ObjectDamaged, SignatureInvalid) as error:
+        except SignatureInvalid as error:
             raise JobFailed("SIGNATURE_INVALID", f"signature {job.signature_ref or 'artist_name'}: {error}") from error
         except FontMissing as error:
             raise JobFailed("FONT_MISSING", f"artist_name: {error}") from error
 
     def _read(self, ref: ObjectRef, max_bytes: int) -> bytes:
-        def read() -> bytes:
+        def read(ref: ObjectRef) -> bytes:
             with self.cache.fetch(ref, max_bytes=max_bytes, deadline_seconds=FETCH_DEADLINE_SECONDS) as path:
                 return path.read_bytes()
 
@@ -151,11 +163,38 @@ class Fetcher:
     def adapter(self, adapter: JobAdapter, pinned: ExitStack) -> AdapterFile:
         """The adapter's files on the local disk, pinned in the cache until `pinned` closes."""
         ref = adapter.ref
-        if ref.key.lower().endswith(".safetensors"):
-            return AdapterFile(self._fetch(ref, MAX_ADAPTER_BYTES, pinned), None, adapter.scale)
-        config = self._fetch(ref.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned)
-        weights = self._fetch_weights(ref, pinned)
-        return AdapterFile(weights, config, adapter.scale)
+        if ref.key.lower().endswith(SAFETENSORS):
+            return self._adapter_file(adapter, pinned)
+        # Trainers that upload a folder may name any file of it.
+        folder = ref.parent if ref.name == PEFT_CONFIG else ref
+        config = self._fetch(folder.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned)
+        return self._folder(config, folder, lambda: self._fetch_weights(folder, pinned), adapter.scale, pinned)
+
+    def _adapter_file(self, adapter: JobAdapter, pinned: ExitStack) -> AdapterFile:
+        """A file by itself, or the weights inside a PEFT folder: these mean nothing without the config beside them."""
+        ref, folder = adapter.ref, adapter.ref.parent
+        weights = self._fetch(ref, MAX_ADAPTER_BYTES, pinned)
+        if not is_named_by_peft(weights):
+            return AdapterFile(weights, None, adapter.scale, version=weights.name)
+        try:
+            config = self._fetch(folder.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned)
+        except JobFailed as error:
+            if error.code != "LORA_NOT_FOUND":
+                raise
+            raise JobFailed("LORA_INVALID", f"the adapter {ref} {WANTS_CONFIG}") from error
+        return self._folder(config, folder, lambda: self._fetch(ref, MAX_ADAPTER_BYTES, pinned), adapter.scale, pinned)
+
+    def _folder(
+        self, config: Path, folder: ObjectRef, fetch_weights: Callable[[], Path], scale: float, pinned: ExitStack
+    ) -> AdapterFile:
+        """Both files of a PEFT folder, of one moment: a publisher may be replacing them one after the other."""
+        for _ in range(MAX_FOLDER_LOOKS):
+            weights = fetch_weights()
+            before, config = config, self._fetch(folder.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned)
+            if config == before:
+                # The cache names a file for the version of its object: key, ETag and size.
+                return AdapterFile(weights, config, scale, version=f"{config.name} {weights.name}")
+        raise ObjectChanged(f"the adapter {folder} is being replaced")
 
     def _fetch_weights(self, folder: ObjectRef, pinned: ExitStack) -> Path:
         try:
@@ -170,7 +209,7 @@ class Fetcher:
         try:
             return self._look_twice(
                 ref,
-                lambda: pinned.enter_context(
+                lambda ref: pinned.enter_context(
                     self.cache.fetch(ref, max_bytes=max_bytes, deadline_seconds=FETCH_DEADLINE_SECONDS)
                 ),
             )
@@ -178,22 +217,39 @@ class Fetcher:
             raise JobFailed("LORA_NOT_FOUND", f"the adapter {ref} does not exist") from error
         except ObjectTooLarge as error:
             raise JobFailed("INPUT_TOO_LARGE", str(error)) from error
-        except ObjectDamaged as error:
-            raise JobFailed("LORA_INVALID", str(error)) from error
 
-    def _look_twice(self, ref: ObjectRef, fetch: Callable[[], Made]) -> Made:
-        """Fetch what a job names. A publisher may be quicker than its own upload, and a store's refusal may be of this
-        one object or of us altogether."""
+    def _look_twice(self, ref: ObjectRef, fetch: Callable[[ObjectRef], Made]) -> Made:
+        """Fetch, retrying once: a 404 may be an upload still in progress, and a refusal may concern this object or the
+        worker itself, which waits for its own buckets and its rights."""
         try:
-            return fetch()
+            with self.places.waiting_for(ref):
+                return _by_any_spelling(ref, fetch)
         except ObjectNotFound:
             self.is_draining.wait(SECOND_LOOK_SECONDS)
-        except AccessDenied:
+            self.gate.insist(lambda: self._check_exists(ref.bucket))
+        except StoreRefused:
             self.gate.insist(lambda: self.storage.check_bucket(self.private_bucket))
+            self.gate.insist(lambda: self._check_exists(ref.bucket))
         try:
-            return fetch()
+            with self.places.waiting_for(ref):
+                return _by_any_spelling(ref, fetch)
         except AccessDenied as error:
             raise JobFailed("INPUT_FORBIDDEN", f"the store does not let this worker read {ref}") from error
+        except BucketNotFound as error:
+            if ref.bucket in self._own_buckets:
+                raise
+            raise ObjectNotFound(str(error)) from error
+
+    def _check_exists(self, bucket: str) -> None:
+        """Raise `BucketNotFound` where one of the worker's own buckets is missing. Another one is its job's affair."""
+        if bucket in self._own_buckets:
+            # A key may read objects without the right to look at their bucket.
+            with suppress(AccessDenied):
+                self.storage.check_bucket(bucket)
+
+    @property
+    def _own_buckets(self) -> tuple[str, ...]:
+        return self.private_bucket, self.results_bucket or self.private_bucket
 
     def _exists(self, ref: ObjectRef) -> bool:
         try:
@@ -201,3 +257,15 @@ class Fetcher:
         except ObjectNotFound:
             return False
         return True
+
+
+def _by_any_spelling(ref: ObjectRef, fetch: Callable[[ObjectRef], Made]) -> Made:
+    """Fetch `ref` as it is named, else by another spelling of its key."""
+    first, *others = spellings_of(ref)
+    try:
+        return fetch(first)
+    except ObjectNotFound:
+        for other in others:
+            with suppress(ObjectNotFound):
+                return fetch(other)
+        raise

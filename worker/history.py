@@ -57,7 +57,7 @@ class History:
         self._ended: deque[EndedJob] = deque(maxlen=MAX_ENDED)
 
     def add(self, run: Run, outcome: str, *, code: str, message: str) -> None:
-        """Note how `run` ended; its stages are complete."""
+        """Note how `run` ended, just now."""
         stages = tuple(StageTime(name, seconds) for name, _, seconds in run.timeline())
         job = run.asked if isinstance(run.asked, Job) else None
         ended = EndedJob(
@@ -67,7 +67,7 @@ class History:
             code=code if _CODE.fullmatch(code) else "",
             message=presentable(code, message, may_quote=self._shows_prompts),
             finished_at=self._clock(),
-            seconds=round(sum(stage.seconds for stage in stages), 3),
+            seconds=run.seconds,
             stages=stages,
             num_steps=_num_steps(run),
             num_images=job.num_images if job else 0,

@@ -1,4 +1,4 @@
-"""What a picture's file says of itself: how a job was drawn, written into its PNG as the settings will have it."""
+"""What a picture's file says of itself: how a job was drawn, written into it as the settings will have it."""
 
 import logging
 from dataclasses import replace
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from config.logs import log_event
 from config.settings import PictureSettings
 from inference.request import GenerationResult, Picture
-from watermark.provenance import Prompts, Provenance, SourceType, png_text
-from watermark.signature import SignedPicture
+from watermark.provenance import Prompts, Provenance, SourceType, packet_of, png_text
+from watermark.signature import PictureFormat, SignedPicture
 from worker.job import Job, Kind
 
 if TYPE_CHECKING:
@@ -43,13 +43,20 @@ class Labeller:
             level = logging.INFO if days_left >= MIN_DAYS_LEFT else logging.WARNING
             log_event(logger, "manifests are signed", level, days_left=days_left)
 
-    def encode(self, picture: SignedPicture, provenance: Provenance) -> bytes:
-        """The PNG, whole: nothing may be changed in it any more. Raises `ManifestNotSigned`."""
-        if self._level == "none":
-            return picture.encode_png()
+    def encode(
+        self, picture: SignedPicture, provenance: Provenance, picture_format: PictureFormat = PictureFormat.PNG
+    ) -> bytes:
+        """The file, whole: nothing may be changed in it any more. Raises `ManifestNotSigned`.
+
+        A JPEG has no place for PNG's text: it carries the XMP packet and the manifest.
+        """
         told = provenance if self._level == "full" else replace(provenance, prompts=None)
-        png = picture.encode_png(png_text(told))
-        return png if self._signer is None else self._signer.sign(png, told)
+        is_labelled = self._level != "none"
+        if picture_format is PictureFormat.JPEG:
+            content = picture.encode_jpeg(packet_of(told).encode() if is_labelled else b"")
+        else:
+            content = picture.encode_png(png_text(told) if is_labelled else None)
+        return content if self._signer is None else self._signer.sign(content, told, picture_format)
 
     @property
     def refusal(self) -> str:
@@ -86,7 +93,7 @@ def provenance_of(job: Job, result: GenerationResult, picture: Picture, *, model
         scheduler=result.scheduler,
         width=picture.width,
         height=picture.height,
-        adapters=tuple(_name(adapter.ref.key) for adapter in job.adapters),
+        adapters=tuple(_name(adapter.ref.shown_key) for adapter in job.adapters),
         artist_name=job.artist_name,
         prompts=Prompts(job.prompt, job.negative_prompt),
     )

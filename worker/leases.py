@@ -7,6 +7,7 @@ says that the job is at work, and the copy goes back to its queue. One that has 
 import json
 import logging
 import time
+from typing import Any
 
 from clients.location import ObjectRef
 from clients.storage import Storage
@@ -15,6 +16,7 @@ from config.logs import log_event
 from worker.broker import Publisher
 from worker.queues import QueueNames
 from worker.runs import Run
+from worker.strict_json import is_number, strict_json
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,9 @@ VALID_SHARE = 1 / 10
 # So long may a job lie that was on lease when its worker was killed, and the time of a copy in its queue.
 MAX_VALID_SECONDS = 30.0
 RENEW_SHARE = 1 / 3  # of the time that a note holds
+# How far the clocks of two workers may be apart. A note that holds for longer than a worker could have meant is none:
+# one until the year 9999 would keep its job for ever.
+MAX_SKEW_SECONDS = 60.0
 
 
 class Leases:
@@ -69,11 +74,11 @@ class Leases:
     def is_held(self, task_id: str) -> bool:
         """Does somebody say that the job is at work? Where the store cannot tell, the ledger still fences the end."""
         try:
-            note = json.loads(self._storage.read(self._ref(task_id), max_bytes=MAX_LEASE_BYTES))
-            return float(note["until"]) > time.time()
+            note = strict_json(self._storage.read(self._ref(task_id), max_bytes=MAX_LEASE_BYTES))
+            return 0 < _until(note) - time.time() < MAX_VALID_SECONDS + MAX_SKEW_SECONDS
         except ObjectNotFound:
             return False
-        except (StorageError, ValueError, TypeError, KeyError) as error:
+        except (StorageError, ValueError) as error:
             log_event(logger, "lease not read", logging.WARNING, task_id=task_id, reason=str(error))
             return False
 
@@ -86,3 +91,11 @@ class Leases:
 
     def _ref(self, task_id: str) -> ObjectRef:
         return ObjectRef(self._bucket, f"jobs/{task_id}.lease")
+
+
+def _until(note: Any) -> float:
+    """When a note runs out, in epoch seconds. Raises `ValueError` where no worker wrote it."""
+    until = note.get("until") if isinstance(note, dict) else None
+    if not is_number(until):
+        raise ValueError("not a lease note")
+    return float(until)

@@ -12,20 +12,22 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from clients.location import LocationForbidden, ObjectRef
+from clients.location import LocationForbidden, ObjectRef, shown_location
 from config.settings import ModelSettings, PictureSettings, ServiceSettings, SettingsError, load_section
 from inference.engine import LocalEngine
-from inference.request import AdapterFile, EngineError, GenerationRequest, GenerationResult, ModelFacts, StepReport
+from inference.prechecks import foresee_model
+from inference.request import AdapterFile, EngineError, GenerationRequest, GenerationResult, StepReport
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import WatermarkError
-from watermark.headline import headlines_of
+from watermark.headline import Headline, headlines_of
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
 from worker.drawing import Drawn, Leg
-from worker.fetching import PEFT_CONFIG, PEFT_WEIGHTS
 from worker.finishing import finish
-from worker.job import Job, JobAdapter, JobRejected
+from worker.job import Job, JobAdapter, JobProduct, JobRejected
 from worker.labelling import Labeller, provenance_of
 from worker.messages import decode
+from worker.outputs import Output, OutputRefused, outputs_of
+from worker.peft_folders import PEFT_CONFIG, PEFT_WEIGHTS, WANTS_CONFIG, is_named_by_peft
 from worker.presets import presets_in_force
 from worker.product.brought import Brought, bring
 from worker.product.cutting import Cutter
@@ -51,28 +53,14 @@ def draw(fields: dict[str, Any], out: Path, *, model_id: str | None, console: Co
     Adapters and pictures that the fields name are files of this machine.
     """
     try:
-        job = _job(fields)
-        font_dirs = load_section(ServiceSettings).font_dirs
-        signature, headlines = _signature(job, font_dirs), headlines_of(job.overlays, font_dirs)
-        pictures = load_section(PictureSettings)
-        brought = bring(job.product, job.fit, _product_picture) if job.product else None
-        references = brought.references if brought else _references(job)
-        labeller = Labeller(pictures)
-        settings = load_section(ModelSettings)
-        engine = LocalEngine(settings.model_copy(update={"model_id": model_id} if model_id else {}))
-        cutter = Cutter(pictures.cutout_model)
-        result, keep_off = _generate(engine, job, references, console, brought=brought, cutter=cutter)
-        facts = engine.facts
-        for drawn, path in zip(result.pictures, _paths(out, len(result.pictures)), strict=True):
-            signed = finish(drawn, job, references, headlines=headlines, signature=signature, keep_off=keep_off)
-            path.write_bytes(labeller.encode(signed, provenance_of(job, result, drawn, model=facts.model)))
-            console.print(f"{path}: {drawn.width}x{drawn.height}, seed {drawn.seed}, {result.scheduler}")
+        _draw(_planned(fields, out, model_id), console)
     except (
         SettingsError,
         JobRejected,
         JobFailed,
         CuttingFailed,
         NotDrawn,
+        OutputRefused,
         EngineError,
         WatermarkError,
         OSError,
@@ -81,6 +69,67 @@ def draw(fields: dict[str, Any], out: Path, *, model_id: str | None, console: Co
         console.print(str(error), markup=False, highlight=False)
         return False
     return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A job with all that it needs but the model, read and checked."""
+
+    job: Job
+    settings: ModelSettings
+    outputs: list[Output]
+    signature: Signature
+    headlines: tuple[Headline, ...]
+    references: References
+    brought: Brought | None
+    adapters: tuple[AdapterFile, ...]
+    labeller: Labeller
+    cutter: Cutter
+
+
+def _planned(fields: dict[str, Any], out: Path, model_id: str | None) -> _Plan:
+    """Find all that can be wrong without the model, which takes minutes to load."""
+    job = _job(fields)
+    outputs = outputs_of(out, job.num_images)
+    font_dirs, pictures = load_section(ServiceSettings).font_dirs, load_section(PictureSettings)
+    cutter = Cutter(pictures.cutout_model)
+    brought = _brought(job, job.product, cutter) if job.product else None
+    settings = load_section(ModelSettings)
+    plan = _Plan(
+        job=job,
+        settings=settings.model_copy(update={"model_id": model_id} if model_id else {}),
+        outputs=outputs,
+        signature=_signature(job, font_dirs),
+        headlines=headlines_of(job.overlays, font_dirs),
+        references=brought.references if brought else _references(job),
+        brought=brought,
+        adapters=tuple(_adapter(adapter) for adapter in job.adapters),
+        labeller=Labeller(pictures),
+        cutter=cutter,
+    )
+    foreseen = foresee_model(plan.settings)
+    check_can(job, foreseen)
+    foreseen.check(job.scheduler, plan.adapters)
+    return plan
+
+
+def _draw(plan: _Plan, console: Console) -> None:
+    with console.status(f"loading {plan.settings.model_id}"):
+        engine = LocalEngine(plan.settings)
+    result, keep_off = _generate(engine, plan, console)
+    for drawn, output in zip(result.pictures, plan.outputs, strict=True):
+        signed = finish(
+            drawn,
+            plan.job,
+            plan.references,
+            headlines=plan.headlines,
+            signature=plan.signature,
+            keep_off=keep_off,
+        )
+        provenance = provenance_of(plan.job, result, drawn, model=engine.facts.model)
+        output.path.write_bytes(plan.labeller.encode(signed, provenance, output.format))
+        shown = f"{output.path}: {drawn.width}x{drawn.height}, seed {drawn.seed}, {result.scheduler}"
+        console.print(shown, markup=False, highlight=False, soft_wrap=True)
 
 
 def _job(fields: dict[str, Any]) -> Job:
@@ -93,7 +142,7 @@ def _job(fields: dict[str, Any]) -> Job:
 
 def _here(text: str) -> ObjectRef:
     if "://" in text:
-        raise LocationForbidden(f"{text!r:.120} is in a store, which is not read here: name a file")
+        raise LocationForbidden(f"{shown_location(text)} is in a store, which is not read here: name a file")
     return ObjectRef(NO_BUCKET, text)
 
 
@@ -117,6 +166,13 @@ def _references(job: Job) -> References:
     return References(init, mask, control)
 
 
+def _brought(job: Job, product: JobProduct, cutter: Cutter) -> Brought:
+    brought = bring(product, job.fit, _product_picture)
+    if brought.image is not None and brought.cutout is None:
+        cutter.check(brought.image, "product.image_path")
+    return brought
+
+
 def _product_picture(ref: ObjectRef, _field: str, mode: PictureMode) -> Image.Image:
     return _decoded(ref, partial(decode_picture, mode=mode))
 
@@ -125,39 +181,43 @@ def _decoded(ref: ObjectRef, decode_bytes: Callable[[bytes], Image.Image]) -> Im
     path = Path(ref.key)
     try:
         return decode_bytes(path.read_bytes())
+    except OSError as error:
+        raise NotDrawn(f"{path} cannot be read ({error.strerror})") from error
     except WatermarkError as error:
         raise NotDrawn(f"{path}: {error}") from error
 
 
 def _adapter(adapter: JobAdapter) -> AdapterFile:
     path = Path(adapter.ref.key)
-    if path.is_dir():
-        return AdapterFile(path / PEFT_WEIGHTS, path / PEFT_CONFIG, adapter.scale)
-    return AdapterFile(path, None, adapter.scale)
+    folder = path.parent if path.name == PEFT_CONFIG else path
+    if folder.is_dir():
+        return AdapterFile(_found(folder / PEFT_WEIGHTS), _found(folder / PEFT_CONFIG), adapter.scale)
+    if not is_named_by_peft(_found(path)):
+        return AdapterFile(path, None, adapter.scale)
+    config = path.with_name(PEFT_CONFIG)
+    if not config.is_file():
+        raise NotDrawn(f"the adapter {path} {WANTS_CONFIG}")
+    return AdapterFile(path, config, adapter.scale)
 
 
-def _request(job: Job, references: References, facts: ModelFacts) -> GenerationRequest:
-    check_can(job, facts)
-    return request_of(job, tuple(_adapter(adapter) for adapter in job.adapters), facts, references)
+def _found(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if path.parent.is_dir() and path.name in (PEFT_CONFIG, PEFT_WEIGHTS):
+        raise NotDrawn(f"--lora: the folder {path.parent} is no PEFT adapter, as it holds no {path.name}")
+    raise NotDrawn(f"--lora {path}: there is no such file or folder")
 
 
-def _generate(
-    engine: LocalEngine,
-    job: Job,
-    references: References,
-    console: Console,
-    *,
-    brought: Brought | None,
-    cutter: Cutter,
-) -> Drawn:
+def _generate(engine: LocalEngine, plan: _Plan, console: Console) -> Drawn:
     try:
-        request = _request(job, references, engine.facts)
+        check_can(plan.job, engine.facts)
+        request = request_of(plan.job, plan.adapters, engine.facts, plan.references)
         with Progress(console=console) as bars:
             workshop = _Workshop(engine, bars, bars.add_task("denoising"))
-            if brought is None:
+            if plan.brought is None:
                 return Drawn(workshop.draw(request))
-            fitted = brought.at((request.width, request.height))
-            return Making(workshop, _Unkept(), cutter, request, fitted, request.scheduler or "").drawn()
+            fitted = plan.brought.at((request.width, request.height))
+            return Making(workshop, _Unkept(), plan.cutter, request, fitted, request.scheduler or "").drawn()
     finally:
         engine.close()
 
@@ -192,8 +252,3 @@ class _Unkept:
 
     def keep(self, _stage: ProductStage, _picture: Image.Image, _notes: Mapping[str, str] = NO_NOTES) -> None:
         pass
-
-
-def _paths(out: Path, number: int) -> list[Path]:
-    """`out`, and with -2, -3 … behind its name for more pictures."""
-    return [out, *(out.with_stem(f"{out.stem}-{index}") for index in range(2, number + 1))]

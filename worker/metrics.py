@@ -1,8 +1,12 @@
 """The Prometheus metrics, by the names of the contract, in a registry of their own."""
 
+import time
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from inference.request import Occupancy
+from worker.lately import RecentMean
 
 # A _created series beside each counter doubles what Prometheus stores and serves no query of ours.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -10,17 +14,17 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 JOB_BUCKETS = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
 STAGE_BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300)
 WAIT_BUCKETS = (0.1, 1, 5, 15, 60, 300, 900, 3600, 14400)
-# Weight of the newest forward in the recent batch, which then looks back about fifty of them.
-NEWEST_WEIGHT = 0.02
+# With no lane left for this long, there is no recent batch any more.
+STALE_SECONDS = 60.0
 
 # There from the start, at 0: Prometheus sees no increase in a counter that appears with its first job.
-OUTCOMES = ("complete", "failed", "retried", "released", "adopted", "undecodable")
+OUTCOMES = ("complete", "failed", "cancelled", "retried", "released", "adopted", "undecodable")
 
 
 class Metrics:
     """Every metric of one worker. Thread-safe, as prometheus-client's are."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = CollectorRegistry()
         self.ready = self._gauge("ready", "1 while jobs are taken, as /health/ready says")
         self.jobs = self._counter("jobs", "Jobs by how they ended", "outcome")
@@ -41,11 +45,13 @@ class Metrics:
         self.outbox_age_seconds = self._gauge("outbox_age_seconds", "Since the oldest of them was parked, or 0")
         self.webhooks = self._counter("webhooks", "Webhook attempts", "kind", "result")
         self.webhooks_ambiguous = self._counter("webhook_ambiguous", "Attempts whose answer was lost: maybe taken")
+        self.ignored_fields = self._counter("ignored_fields", "Fields of jobs that no worker knows")
         self.engine_restarts = self._counter("engine_restarts", "Engine processes started after a crash")
         self.idle_seconds = self._counter("idle_seconds", "Time without denoising, by reason", "reason")
         for outcome in OUTCOMES:
             self.jobs.labels(outcome)
-        self.recent_batch = 0.0  # lanes of a forward lately; Prometheus has `rate` for it
+        # Prometheus has `rate` for it.
+        self._batch_lately = RecentMean(clock)
         self._show(Occupancy(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0))
 
     def note_occupancy(self, occupancy: Occupancy) -> None:
@@ -53,11 +59,17 @@ class Metrics:
         if occupancy.num_batched:
             self.denoise_steps.inc()
             self.denoise_lane_steps.inc(occupancy.num_batched)
-            known = self.recent_batch or occupancy.num_batched
-            self.recent_batch = known + NEWEST_WEIGHT * (occupancy.num_batched - known)
+            self._batch_lately.note(occupancy.num_batched)
         self._show(occupancy)
 
+    @property
+    def recent_batch(self) -> float:
+        """Lanes of a forward lately; 0 where there was none lately."""
+        is_stale = self._num_lanes == 0 and self._batch_lately.age_seconds > STALE_SECONDS
+        return 0.0 if is_stale else self._batch_lately.value
+
     def _show(self, occupancy: Occupancy) -> None:
+        self._num_lanes = occupancy.num_lanes
         self.lanes.set(occupancy.num_lanes)
         self.adapter_slots.labels("active").set(occupancy.slots_active)
         self.adapter_slots.labels("idle").set(occupancy.slots_idle)

@@ -15,11 +15,12 @@ from worker.breakers import Gate
 from worker.broker import Consumer, Publisher, PublishFailed
 from worker.cancelling import Cancellations, decode_cancel
 from worker.delivery import Delivery
-from worker.events import TerminalEvent, failed_event
+from worker.events import CANCELLED, TerminalEvent, failed_event
 from worker.history import History
+from worker.identity import DataDiffers, TaskIdTaken, check_same, with_own_id
 from worker.job import Job, JobRejected, Undecodable
 from worker.leases import Leases
-from worker.ledger import Ledger
+from worker.ledger import Ledger, RecordUnreadable
 from worker.messages import decode
 from worker.metrics import Metrics
 from worker.notifying import Notifier
@@ -121,12 +122,32 @@ class Processor:
         self._join_or_begin(asked, delivery)
 
     def _join_or_begin(self, asked: Job | JobRejected, delivery: Delivery) -> None:
-        run = self.runs.join(asked, delivery)
+        try:
+            run = self.runs.join(asked, delivery)
+        except TaskIdTaken as error:
+            self._begin_under_own_id(asked, delivery, error)
+            return
+        except DataDiffers as error:
+            self._begin(self._bury_unlike, delivery, str(error))
+            return
         if run is None:
             self._metrics.jobs.labels("adopted").inc()
             log_event(logger, "delivery adopted", task_id=asked.task_id, is_redelivered=delivery.is_redelivered)
         else:
             self._begin(self._work, run)
+
+    def _begin_under_own_id(self, asked: Job | JobRejected, delivery: Delivery, why: TaskIdTaken) -> None:
+        """Another generation has the message's task id: its job is done as if it had come without one."""
+        renamed = with_own_id(asked)
+        log_event(
+            logger,
+            "task id replaced",
+            logging.WARNING,
+            task_id=renamed.task_id,
+            generation_id=renamed.generation_id,
+            reason=str(why),
+        )
+        self._join_or_begin(renamed, delivery)
 
     def on_cancel(self, body: bytes) -> None:
         """Cancel what is here, and remember the order for what may come. Runs on the consuming thread."""
@@ -165,6 +186,13 @@ class Processor:
         )
         self._metrics.jobs.labels("undecodable").inc()
 
+    def _bury_unlike(self, delivery: Delivery, reason: str) -> None:
+        """Keep a message that asks for something else under the id of a job which has its one end, or will have it."""
+        self._elsewhere_first(
+            delivery, lambda: self._notifier.bury(delivery.body, f"not done: {reason}", attempt=delivery.attempt)
+        )
+        self._metrics.jobs.labels("undecodable").inc()
+
     def _move_to_recover(self, delivery: Delivery) -> None:
         self._elsewhere_first(
             delivery,
@@ -190,7 +218,14 @@ class Processor:
             self._begin(self._note_all)
 
     def _note_all(self) -> None:
-        self._lease_each(self._leases.note)
+        self._lease_each(self._note_or_cancel)
+
+    def _note_or_cancel(self, run: Run) -> None:
+        """Say that the run goes on here, unless another worker ended its job while this one was frozen or cut off."""
+        self._leases.note(run)
+        if self._ledger.find(run.task_id) is not None:
+            # The end of a cancelled run gives way to the one that is recorded.
+            run.cancel()
 
     def go_on_lease(self) -> None:
         """Keep the messages of long jobs where no broker's timeout ends them, and say that the jobs are at work."""
@@ -235,6 +270,9 @@ class Processor:
             self._note_arrival(run)
             try:
                 ending = self._end(run)
+            except TaskIdTaken as error:
+                self._begin_anew(run, error)
+                return
             except PublishFailed as error:
                 # Nothing is safe elsewhere, so the broker keeps it; the ledger stops a second effect.
                 ending = _Ending(Disposition.RELEASE, "released", code=str(error))
@@ -245,15 +283,35 @@ class Processor:
                 self._settle(delivery, ending.disposition)
             self._note_departure(run, ending)
 
+    def _begin_anew(self, run: Run, why: TaskIdTaken) -> None:
+        """Begin a run's job again under an id of its own. On lease it has no delivery; its copy comes back for it."""
+        deliveries = self.runs.leave(run)
+        if run.lease_ends_at:
+            self._leases.give_up(run)
+        for delivery in deliveries:
+            self._begin_under_own_id(run.asked, delivery, why)
+
     def _end(self, run: Run) -> _Ending:
         try:
             event = self._storyteller.tell(run)
+        except TaskIdTaken:
+            raise
+        except DataDiffers as error:
+            return self._leave_to_a_person(run, f"not done: {error}")
+        except RecordUnreadable as error:
+            # It may have been reported before: neither drawing nor reporting anything can be right.
+            return self._leave_to_a_person(run, f"the record of the job's end cannot be read: {error}")
         except Exception as error:  # noqa: BLE001 - the job thread's boundary: whatever it was, the job must be settled
             return self._end_badly(run, judge(error, run.attempt), error)
         return self._tell(run, event, Disposition.ACK)
 
+    def _leave_to_a_person(self, run: Run, reason: str) -> _Ending:
+        """Keep the message with the dead letters and report nothing."""
+        self._surely(lambda: self._notifier.bury(run.first.body, reason, attempt=run.attempt))
+        return _Ending(Disposition.DEAD_LETTER, "undecodable", message=reason)
+
     def _end_badly(self, run: Run, verdict: Verdict, error: Exception) -> _Ending:
-        if verdict.code not in ("", "CANCELLED"):
+        if verdict.code not in ("", CANCELLED):
             log_event(logger, "job broke off", logging.WARNING, code=verdict.code, reason=str(error))
         if verdict.code == "INTERNAL_ERROR":
             logger.exception("unforeseen error", exc_info=error)
@@ -282,32 +340,42 @@ class Processor:
             began_at=run.began_at,
             stages=run.timeline(),
             ended_at=run.now,
+            fingerprint=run.fingerprint,
         )
+        unrecorded = ""
         try:
-            event = self._gate.insist(lambda: self._ledger.record(event))
+            with run.stage("record"):
+                event = self._gate.insist(lambda: self._ledger.record(event))
+            check_same(run.asked, run.first.body, event.generation_id, event.fingerprint)
         except JobReleased:
             return _Ending(Disposition.RELEASE, "released")
+        except DataDiffers as error:
+            return self._leave_to_a_person(run, f"not done: {error}")
+        except RecordUnreadable as error:
+            return self._leave_to_a_person(run, f"the record of the job's end cannot be read: {error}")
         except StorageError as error:
             if verdict.disposition is Disposition.ACK:
                 return self._end_badly(run, judge(error, run.attempt), error)
-            # The budget of tries is spent on this very store: the failure is told without a record of it.
-            log_event(logger, "end not recorded", logging.ERROR, reason=str(error))
+            # The budget of tries is spent on this very store. Sent without a record, the failure could be followed by
+            # another end of the same task.
+            unrecorded = str(error)
         if verdict.disposition is Disposition.DEAD_LETTER:
             body = run.first.body
             self._surely(lambda: self._notifier.bury(body, f"{verdict.code}: {verdict.message}", attempt=run.attempt))
-        return self._tell(run, event, verdict.disposition)
+        return self._tell(run, event, verdict.disposition, unrecorded)
 
-    def _tell(self, run: Run, event: TerminalEvent, disposition: Disposition) -> _Ending:
+    def _tell(self, run: Run, event: TerminalEvent, disposition: Disposition, unrecorded: str = "") -> _Ending:
+        """Send the event, or have the outbox do it. `unrecorded` says why the store has no record of it."""
         with run.stage("notify"):
             told = ""
 
             def tell() -> None:
                 nonlocal told
-                told = self._notifier.tell(event)
+                told = self._notifier.park_unrecorded(event, unrecorded) if unrecorded else self._notifier.tell(event)
 
             self._surely(tell)
         code, message = (str(event.body.get(name, "")) for name in ("error_code", "error_message"))
-        return _Ending(disposition, event.kind.value, code, told, message)
+        return _Ending(disposition, event.outcome, code, told, message)
 
     def _settle(self, delivery: Delivery, disposition: Disposition) -> None:
         assert self._consumer is not None, "deliveries come from a consumer"  # noqa: S101
@@ -322,6 +390,9 @@ class Processor:
             self._metrics.queue_wait_seconds.observe(waited)
         first = run.first
         log_event(logger, "job in", attempt=run.attempt, queue=first.queue, num_deliveries=first.num_deliveries)
+        if isinstance(run.asked, Job) and run.asked.ignored:
+            self._metrics.ignored_fields.inc(len(run.asked.ignored))
+            log_event(logger, "fields ignored", logging.WARNING, names=", ".join(run.asked.ignored))
 
     def _note_departure(self, run: Run, ending: _Ending) -> None:
         seconds: dict[str, float] = {}
@@ -329,7 +400,7 @@ class Processor:
             seconds[name] = round(seconds.get(name, 0.0) + took, 4)
         for name, took in seconds.items():
             self._metrics.stage_seconds.labels(name).observe(took)
-        total = sum(seconds.values())
+        total = run.seconds
         self._metrics.jobs.labels(ending.outcome).inc()
         self._metrics.job_seconds.observe(total)
         self._history.add(run, ending.outcome, code=ending.code, message=ending.message)
@@ -341,7 +412,7 @@ class Processor:
             webhook=ending.webhook,
             disposition=ending.disposition.name,
             attempt=run.attempt,
-            seconds=round(total, 3),
+            seconds=total,
             stages=seconds,
         )
 
@@ -361,6 +432,7 @@ def decode_any(body: bytes, rules: JobRules) -> Job | JobRejected:
 
 
 def _seconds_since_creation(asked: Job | JobRejected) -> float | None:
-    if isinstance(asked, JobRejected) or asked.created_at is None:
+    # A time without a zone may be hours off, which a histogram and its alerts would take for waiting.
+    if isinstance(asked, JobRejected) or asked.created_at is None or asked.created_at.tzinfo is None:
         return None
     return max(0.0, (datetime.now(UTC) - asked.created_at).total_seconds())

@@ -9,6 +9,8 @@ from clients.webhooks import Verdict, Webhook, WebhookClient, WebhookKind
 from config.logs import log_event
 from inference.request import StepReport
 from worker.bodies import ProgressBody
+from worker.generation_id import GenerationId
+from worker.lately import RecentMean
 from worker.metrics import Metrics
 from worker.previews import Previewer, PreviewTrack
 
@@ -28,7 +30,9 @@ def milestones_between(before: float, now: float, milestones: tuple[int, ...]) -
 class Track:
     """One job's progress. `on_step` runs on the engine's owner thread and only ever takes a lock for a moment."""
 
-    def __init__(self, reporter: "ProgressReporter", previews: PreviewTrack, task_id: str, generation_id: int) -> None:
+    def __init__(
+        self, reporter: "ProgressReporter", previews: PreviewTrack, task_id: str, generation_id: GenerationId
+    ) -> None:
         self._reporter = reporter
         self._previews = previews
         self._task_id = task_id
@@ -42,6 +46,8 @@ class Track:
     def on_step(self, report: StepReport) -> None:
         if report.step_index == 0:
             self._denoised_seconds = 0.0  # the first start, or another one after a crash of the engine
+        else:
+            self._reporter.note_step(report.seconds)
         self._denoised_seconds += report.seconds
         self._previews.on_step(report)
         percent = 100 * report.step_index / report.num_steps
@@ -91,6 +97,7 @@ class ProgressReporter:
         self._waiting: deque[Track] = deque()
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+        self._steps_lately = RecentMean()
         self.milestones = milestones
         self.step_seconds = 0.0
 
@@ -105,13 +112,22 @@ class ProgressReporter:
         if self._thread.is_alive():
             self._thread.join(CLOSE_SECONDS)
 
-    def follow(self, task_id: str, generation_id: int) -> Track:
+    def follow(self, task_id: str, generation_id: GenerationId) -> Track:
         return Track(self, self._previewer.follow(task_id, generation_id), task_id, generation_id)
 
     def learn(self, step_seconds: float) -> None:
         """Take a measured step time into the estimate that jobs start with."""
         known = self.step_seconds or step_seconds
         self.step_seconds = known + NEWEST_WEIGHT * (step_seconds - known)
+
+    def note_step(self, seconds: float) -> None:
+        """Take one step of any job into `recent_step_seconds`."""
+        self._steps_lately.note(seconds)
+
+    @property
+    def recent_step_seconds(self) -> float:
+        """What jobs' steps take lately, whether or not one of them has ended; before the first, as `learn` heard."""
+        return self._steps_lately.value or self.step_seconds
 
     def offer(self, track: Track, webhooks: list[Webhook]) -> None:
         with self._changed:

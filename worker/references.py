@@ -1,9 +1,11 @@
 """The pictures a job brings for its drawing, and what the engine is told of them."""
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from PIL import Image
 
+from config.redacting import quoted
 from inference.request import Control, ModelFacts, Source
 from watermark.fitting import Fit, fit
 from worker.job import Job, JobProduct, Kind, Preprocess, resolve_size
@@ -79,15 +81,28 @@ def drawing_size(job: Job, facts: ModelFacts, reference: tuple[int, int] | None)
     return resolve_size(job, base_size=facts.base_size, size_multiple=facts.size_multiple, reference=reference)
 
 
-def check_can(job: Job, facts: ModelFacts) -> None:
-    """Raise `JobFailed` where the loaded model cannot do what the job asks for; nothing was fetched for it yet."""
+class Abilities(Protocol):
+    """What a model can do, loaded or not: its name, its kinds of request, and the ControlNets one may name."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def kinds(self) -> tuple[str, ...]: ...
+
+    @property
+    def controls(self) -> tuple[str, ...]: ...
+
+
+def check_can(job: Job, facts: Abilities) -> None:
+    """Raise `JobFailed` where the model cannot do what the job asks for; nothing was fetched for it yet."""
     needed = _product_kinds(job.product) if job.product else {job.kind}
     if not needed <= set(facts.kinds):
         can = ", ".join(facts.kinds)
         raise JobFailed("UNSUPPORTED_BY_MODEL", f"kind {job.kind}: the loaded model {facts.model} can only {can}")
     if job.control is not None and job.control.model not in facts.controls:
         known = f"knows {', '.join(facts.controls)}" if facts.controls else "has no ControlNets"
-        reason = f"control.model {job.control.model!r:.110} is not known: this worker {known}"
+        reason = f"control.model {quoted(job.control.model)} is not known: this worker {known}"
         raise JobFailed("UNSUPPORTED_BY_MODEL", reason)
 
 

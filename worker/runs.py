@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from inference.request import GenerationResult, Stage
 from worker.delivery import Delivery
+from worker.generation_id import GenerationId
+from worker.identity import check_same, fingerprint
 from worker.job import Job, JobRejected
 from worker.settling import MAX_ATTEMPTS
 
@@ -32,7 +34,7 @@ class Run:
     """
 
     task_id: str
-    generation_id: int
+    generation_id: GenerationId
     asked: Job | JobRejected
     deliveries: list[Delivery]
     first: Delivery = field(init=False)
@@ -44,6 +46,7 @@ class Run:
     future: Future[GenerationResult] | None = None
     is_cancelled: bool = False
     lease_ends_at: float = 0.0
+    _entered: list[tuple[str, float]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self.first = self.deliveries[0]
@@ -60,9 +63,18 @@ class Run:
         return self.first.attempt if self.first.attempt <= MAX_ATTEMPTS else 1
 
     @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.first.body)
+
+    @property
     def now(self) -> float:
         """Now, in epoch seconds, counted from the run's beginning: the wall clock may have been set meanwhile."""
         return round(self.began_at + time.monotonic() - self.started_at, 4)
+
+    @property
+    def seconds(self) -> float:
+        """Since the job was delivered here. Stages account for most of it, and for no more than what they enclose."""
+        return round(time.monotonic() - self.started_at, 3)
 
     @property
     def num_recoveries(self) -> int:
@@ -77,6 +89,32 @@ class Run:
             yield
         finally:
             self.stages.append(Stage(name, started_at, time.monotonic() - started_at))
+
+    def enter(self, phase: str) -> None:
+        """Note the phase that the engine is in. Any thread may call it."""
+        if not self._entered or self._entered[-1][0] != phase:
+            self._entered.append((phase, time.monotonic()))
+        self.phase = phase
+
+    @contextmanager
+    def inside_engine(self) -> Iterator[None]:
+        """Account the block's time: by the engine's own stages where it adds them, else by the phases it entered.
+
+        The engine times its stages in its result, and a request that is cancelled, fails or is given back has none.
+        """
+        num_before = len(self.stages)
+        self._entered = []
+        self.enter("wait")
+        try:
+            yield
+        finally:
+            if len(self.stages) == num_before:
+                self.stages += self._stages_of_phases()
+
+    def _stages_of_phases(self) -> list[Stage]:
+        entered = self._entered.copy()
+        ends = [at for _, at in entered[1:]] + [time.monotonic()]
+        return [Stage(phase, at, end - at) for (phase, at), end in zip(entered, ends, strict=True)]
 
     def add_engine_stages(self, stages: tuple[Stage, ...]) -> None:
         """Account the engine's time, behind one stage more: all the waiting since the run's last own stage.
@@ -104,10 +142,15 @@ class Runs:
         self._runs: dict[str, Run] = {}
 
     def join(self, asked: Job | JobRejected, delivery: Delivery) -> Run | None:
-        """A new run for the job, or None if one is at work already: then it has adopted the delivery."""
+        """A new run for the job, or None if one is at work already: then it has adopted the delivery.
+
+        Raises `TaskIdTaken` or `DataDiffers` where the run that is at work under the id is another message's.
+        """
         with self._lock:
             known = self._runs.get(asked.task_id)
             if known is not None:
+                if delivery.body != known.first.body:
+                    check_same(asked, delivery.body, known.generation_id, known.fingerprint)
                 known.deliveries.append(delivery)
                 return None
             run = Run(asked.task_id, asked.generation_id, asked, [delivery])

@@ -16,6 +16,8 @@ from worker.drawing import Drawer, Drawn
 from worker.events import TerminalEvent
 from worker.fetching import Fetched, Fetcher
 from worker.finishing import finish
+from worker.generation_id import picture_key
+from worker.identity import check_same
 from worker.job import Job, JobRejected, Kind
 from worker.labelling import Labeller, provenance_of
 from worker.ledger import Ledger
@@ -26,7 +28,7 @@ from worker.progress import ProgressReporter
 from worker.references import NO_REFERENCES, References, check_can, drawing_size
 from worker.runs import Run
 from worker.settling import MAX_RECOVERIES, JobFailed, PoisonJob
-from worker.storing import PICTURE_PATIENCE_SECONDS, PictureStore
+from worker.storing import PICTURE_PATIENCE_SECONDS, AlreadyEnded, PictureStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +57,21 @@ class Storyteller:
     gate: Gate
 
     def tell(self, run: Run) -> TerminalEvent:
-        """Do the job unless the ledger knows its end already; return that end, recorded. Raises what breaks it off."""
-        with run.stage("ledger"):
-            known = self.gate.insist(lambda: self.ledger.find(run.task_id))
-        if known is not None:
-            return known
+        """Do the job unless the ledger knows its end already; return that end, recorded.
 
+        Raises what breaks it off, and `TaskIdTaken` or `DataDiffers` where the end is that of another message.
+        """
+        with run.stage("ledger"):
+            end = self.gate.insist(lambda: self.ledger.find(run.task_id))
+        if end is None:
+            try:
+                end = self._draw(run)
+            except AlreadyEnded as elsewhere:
+                end = elsewhere.end
+        check_same(run.asked, run.first.body, end.generation_id, end.fingerprint)
+        return end
+
+    def _draw(self, run: Run) -> TerminalEvent:
         job = _job_of(run)
         check_can(job, self.facts)
         if self.cancellations.covers(job):
@@ -75,6 +86,7 @@ class Storyteller:
         with run.stage("sign"):
             signed = [self._finish(picture, job, fetched, shelf, keep_off) for picture in result.pictures]
         with run.stage("store"):
+            self.store.check_open(job.task_id)
             stored = self._store(job, result, signed, shelf)
         with run.stage("record"):
             event = self._complete(run, job, result, stored, shelf)
@@ -109,8 +121,7 @@ class Storyteller:
     ) -> list[StoredPicture]:
         stored = []
         for number, (picture, drawn) in enumerate(zip(signed, result.pictures, strict=True), start=1):
-            suffix = "" if number == 1 else f"-{number}"
-            ref = ObjectRef(self.results_bucket, f"generations/gen-{job.generation_id}{suffix}.png")
+            ref = ObjectRef(self.results_bucket, picture_key(job.generation_id, number))
             png = self.labeller.encode(picture, provenance_of(job, result, drawn, model=self.facts.model))
             stored.append(StoredPicture(self.store.put(ref, png, task_id=job.task_id), drawn.seed))
             if job.product is not None:
@@ -131,7 +142,7 @@ class Storyteller:
             "model": self.facts.model,
             "scheduler": result.scheduler,
             "task_id": job.task_id,
-            "seconds": round(sum(seconds for _, _, seconds in timeline), 3),
+            "seconds": run.seconds,
         }
         if job.kind is not Kind.TEXT2IMAGE:
             metadata["kind"] = job.kind.value
@@ -141,6 +152,8 @@ class Storyteller:
             metadata["industry"] = job.industry
         if shelf.listing:
             metadata["stages"] = shelf.listing
+        if job.ignored:
+            metadata["ignored"] = list(job.ignored)
         if len(stored) > 1:
             metadata["result_urls"] = [one.url for one in stored]
             metadata["seeds"] = [one.seed for one in stored]
@@ -159,6 +172,7 @@ class Storyteller:
             self.worker,
             attempt=run.attempt,
             ended_at=run.now,
+            fingerprint=run.fingerprint,
         )
 
 

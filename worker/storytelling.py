@@ -12,6 +12,7 @@ from worker.drawing import Drawer
 from worker.fetching import Fetcher
 from worker.labelling import Labeller
 from worker.ledger import Ledger
+from worker.places import Places
 from worker.product.cutting import Cutter
 from worker.product.story import ProductTeller
 from worker.progress import ProgressReporter
@@ -43,9 +44,11 @@ def storyteller_of(
         facts=facts,
         is_draining=is_draining,
         gate=gate,
+        results_bucket=settings.store.results_bucket,
+        places=Places(settings.model.max_concurrent_generations // 2),
     )
     drawer = Drawer(engine, is_draining)
-    store = PictureStore(storage, gate)
+    store = PictureStore(storage, gate, ledger.find)
     cutter = Cutter(settings.pictures.cutout_model)
     return Storyteller(
         ledger=ledger,

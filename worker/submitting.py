@@ -21,7 +21,7 @@ from clients.storage_errors import StorageError, StorageUnavailable
 from clients.webhooks import WebhookKind
 from config.settings import Settings
 from worker.broker import Publisher, PublishFailed
-from worker.events import TerminalEvent
+from worker.events import CANCELLED_OUTCOME, TerminalEvent
 from worker.job import JobRejected
 from worker.ledger import Ledger, key_of
 from worker.messages import decode, rules_from
@@ -128,6 +128,9 @@ class _Follower:
 
 
 def _report(event: TerminalEvent, console: Console) -> bool:
+    if event.outcome == CANCELLED_OUTCOME:
+        console.print("[yellow]cancelled[/]")
+        return False
     if event.kind is WebhookKind.FAILED:
         console.print(f"[bold red]failed:[/] {event.body['error_code']}", end=" ")
         console.print(str(event.body["error_message"]), markup=False, highlight=False)

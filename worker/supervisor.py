@@ -34,6 +34,7 @@ from worker.ledger import Ledger
 from worker.messages import rules_from
 from worker.metrics import Metrics
 from worker.notifying import Notifier
+from worker.outbox import PREFETCH as OUTBOX_PREFETCH
 from worker.outbox import Outbox
 from worker.previews import Previewer
 from worker.processing import Processor
@@ -50,7 +51,6 @@ TICK_SECONDS = 0.1
 EXTRA_PREFETCH = 2
 # Redelivered jobs flow beside the fresh ones, but few at once: one of them may kill this process.
 RECOVER_PREFETCH = 2
-OUTBOX_PREFETCH = 200
 # The end of the grace period belongs to giving jobs back and closing connections.
 GRACE_RESERVE_SECONDS = 5.0
 MIN_STOP_SECONDS = 2.0
@@ -130,7 +130,7 @@ class Supervisor:
         """What others see of the worker: is it ready, its metrics, its page."""
         self._readiness = Readiness(
             self._engine,
-            (self._store_breaker, self._backend_breaker),
+            (self._store_breaker, self._backend_breaker, self._notifier.address_breaker),
             self._labeller,
             is_stopping=lambda: self._is_stopping,
         )

@@ -1,7 +1,5 @@
 """From a checkpoint's name to its family, resident on the device."""
 
-from collections.abc import Callable
-
 import torch
 
 from config.settings import ModelSettings
@@ -15,7 +13,7 @@ from inference.families.stable_diffusion import StableDiffusion
 from inference.families.z_image import ZImage
 from inference.request import EngineStartFailed
 
-FAMILIES: dict[str, Callable[..., Family]] = {
+FAMILIES: dict[str, type[StableDiffusion] | type[StableDiffusionXL] | type[ZImage]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "ZImagePipeline": ZImage,

@@ -23,7 +23,7 @@ from worker.checks.provenance import look_at_certificate
 from worker.checks.store import StoreProbe
 from worker.dead_letters import legible
 
-STYLES = {State.GOOD: "green", State.BAD: "bold red", State.BLOCKED: "yellow"}
+STYLES = {State.GOOD: "green", State.BAD: "bold red", State.BLOCKED: "yellow", State.UNSURE: "yellow"}
 
 
 def check_everything(settings: Settings, *, as_lines: bool, console: Console) -> bool:

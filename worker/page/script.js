@@ -111,7 +111,11 @@ function make(tag, className = "", ...children) {
   return node;
 }
 
-/** Make `list`'s children those of `items`: one `{node, update}` a key, kept as long as its key is there. */
+/**
+ * Make `list`'s children those of `items`: one `{node, update}` a key, kept as long as its key is there.
+ *
+ * `makeRow` and its `update` are called at different answers, so `update` takes all that changes from its own item.
+ */
 function keyed(list, items, keyOf, makeRow) {
   const known = rowsOf.get(list) ?? new Map();
   const keys = items.map(keyOf);
@@ -192,19 +196,22 @@ function showIdle({ idle, batch }) {
 
   const seconds = { denoising: idle.denoising_seconds, ...idle.seconds };
   const total = Object.values(seconds).reduce((sum, one) => sum + one, 0) || 1;
-  const parts = DOINGS.filter(([name]) => seconds[name] > 0 || name === "denoising");
-  const described = parts.map(([name, , said]) => `${said} ${percent((seconds[name] ?? 0) / total)}`).join(", ");
-  stack($("idle-bar"), parts.map(([name, kind]) => [kind, seconds[name] ?? 0]), `Since the start: ${described}`);
-  keyed($("idle-legend"), parts, ([name]) => name, ([, kind, said]) => {
-    const share = make("b");
-    const spent = make("span");
-    const node = make("li", "", swatch(kind), `${said} `, share, spent);
-    const update = ([name]) => {
-      text(share, percent((seconds[name] ?? 0) / total));
-      text(spent, long(seconds[name] ?? 0));
-    };
-    return { node, update };
-  });
+  const parts = DOINGS.filter(([name]) => seconds[name] > 0 || name === "denoising")
+    .map(([name, kind, said]) => ({ kind, said, spent: seconds[name] ?? 0, share: (seconds[name] ?? 0) / total }));
+  const described = parts.map(({ said, share }) => `${said} ${percent(share)}`).join(", ");
+  stack($("idle-bar"), parts.map(({ kind, spent }) => [kind, spent]), `Since the start: ${described}`);
+  keyed($("idle-legend"), parts, ({ kind }) => kind, makeDoing);
+}
+
+function makeDoing({ kind, said }) {
+  const shareText = make("b");
+  const spentText = make("span");
+  const node = make("li", "", swatch(kind), `${said} `, shareText, spentText);
+  const update = ({ share, spent }) => {
+    text(shareText, percent(share));
+    text(spentText, long(spent));
+  };
+  return { node, update };
 }
 
 function showTiles({ batch, queues, webhooks, outcomes, engine_restarts: restarts, model }) {
@@ -217,13 +224,14 @@ function showTiles({ batch, queues, webhooks, outcomes, engine_restarts: restart
   const step = model && model.recent_step_seconds > 0 ? `${span(model.recent_step_seconds)} a step` : "";
   text($("lanes-more"), step || "no step measured yet");
   text($("batch"), batch.mean.toFixed(2));
-  text($("batch-more"), `${batch.recent.toFixed(2)} lately`);
+  text($("batch-more"), batch.recent ? `${batch.recent.toFixed(2)} lately` : "no forward lately");
   text($("queue"), ready("jobs") === undefined ? "–" : whole.format(ready("jobs")));
   text($("queue-more"), numRetries ? `${plural(numRetries, "waits", "wait")} for another try` : "waiting jobs");
   text($("done"), whole.format(count("complete")));
   text($("done-more"), `${plural(batch.num_steps, "forward", "forwards")}`);
   text($("failed"), whole.format(count("failed")));
-  text($("failed-more"), `${plural(count("retried"), "retry", "retries")}, ${plural(restarts, "restart", "restarts")}`);
+  const cancelled = count("cancelled") ? `${whole.format(count("cancelled"))} cancelled, ` : "";
+  text($("failed-more"), `${cancelled}${plural(count("retried"), "retry", "retries")}, ${plural(restarts, "restart", "restarts")}`);
   text($("webhooks"), whole.format(webhooks.num_waiting));
   $("webhooks").classList.toggle("is-bad", webhooks.num_waiting > 0);
   text($("webhooks-more"), webhooks.failing.length ? `failing: ${webhooks.failing.join(", ")}` : "all taken");

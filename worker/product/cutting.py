@@ -42,17 +42,21 @@ class Cutter:
         where there is nothing to cut with or nothing to cut out, `CuttingFailed` where the process came to grief.
         """
         try:
-            if has_own_alpha(picture):
+            self.check(picture, field)
+            if self._model is None or has_own_alpha(picture):
                 return trimmed(picture)
-            if self._model is None:
-                raise JobFailed(
-                    "UNSUPPORTED_BY_MODEL",
-                    f"{field} has no alpha and this worker has no CUTOUT_MODEL: send a cut-out with alpha as"
-                    " product.cutout_path",
-                )
             return judged(self._by_model(self._model, bounded(picture.convert("RGB")), go_on_or_leave))
         except NothingCut as error:
             raise JobFailed("IMAGE_INVALID", f"{field}: {error}; send a cut-out as product.cutout_path") from error
+
+    def check(self, picture: Image.Image, field: str) -> None:
+        """Raise `JobFailed` where there is nothing to cut the picture out with."""
+        if self._model is None and not has_own_alpha(picture):
+            raise JobFailed(
+                "UNSUPPORTED_BY_MODEL",
+                f"{field} has no alpha and this worker has no CUTOUT_MODEL: send a cut-out with alpha as"
+                " product.cutout_path",
+            )
 
     def _by_model(self, model: Path, picture: Image.Image, go_on_or_leave: Callable[[], None]) -> Image.Image:
         while not self._turn.acquire(timeout=LOOK_SECONDS):

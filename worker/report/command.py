@@ -22,7 +22,7 @@ from worker.report.row import Row, row_of, unreadable
 from worker.report.summary import summarise
 
 NUM_READERS = 8
-OUTCOME_STYLES = {"complete": "green", "failed": "bold red", "unreadable": "yellow"}
+OUTCOME_STYLES = {"complete": "green", "failed": "bold red", "cancelled": "yellow", "unreadable": "yellow"}
 MAX_WORKER_CHARS = 24
 MIN_BAR_CELLS = 16
 MIN_IDLE_SECONDS = 1.0
@@ -60,7 +60,7 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
             began,
             "" if row.generation_id is None else str(row.generation_id),
             f"{row.seconds:.2f}" if row.stretches else "",
-            Text(legible(row.error_code or row.outcome), OUTCOME_STYLES.get(row.outcome, "")),
+            Text(legible(row.end), OUTCOME_STYLES.get(row.outcome, "")),
             str(row.attempt) if row.is_readable else "",
             ("yes" if row.is_delivered else "no") if row.is_readable else "",
             Text(legible(row.worker[-MAX_WORKER_CHARS:])),

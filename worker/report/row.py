@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from worker.events import TerminalEvent
+from worker.generation_id import GenerationId
 from worker.ledger import Entry
 from worker.stages import REST
 
@@ -27,7 +28,7 @@ class Stretch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One job. `outcome` is complete, failed or, of a record that cannot be read, unreadable.
+    """One job. `outcome` is complete, failed, cancelled or, of a record that cannot be read, unreadable.
 
     `stretches` are empty where the record has no times, as those of older workers.
     """
@@ -35,7 +36,7 @@ class Row:
     task_id: str
     modified_at: float
     outcome: str
-    generation_id: int | None = None
+    generation_id: GenerationId | None = None
     error_code: str = ""
     worker: str = ""
     attempt: int = 1
@@ -45,6 +46,11 @@ class Row:
     @property
     def is_readable(self) -> bool:
         return self.generation_id is not None
+
+    @property
+    def end(self) -> str:
+        """The outcome in a word: of a failed job its code."""
+        return self.error_code if self.outcome == "failed" and self.error_code else self.outcome
 
     @property
     def began_at(self) -> float:
@@ -86,7 +92,7 @@ def row_of(entry: Entry, event: TerminalEvent) -> Row:
     return Row(
         task_id=entry.task_id,
         modified_at=entry.modified_at.timestamp(),
-        outcome=event.kind.value,
+        outcome=event.outcome,
         generation_id=event.generation_id,
         error_code=str(event.body.get("error_code", "")),
         worker=str(event.worker),

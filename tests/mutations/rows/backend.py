@@ -4,9 +4,11 @@ from tests.mutations.row import Mutation, Row
 
 FILE = "tests/test_live_faults_backend.py"
 REAL_ENGINE = "tests/test_live_faults.py"
+ANSWERS = "tests/test_clients_answers.py"
 CLIENT = "tests/test_clients_webhooks.py"
 REFUSING = f"{FILE}::test_a_backend_that_refuses_the_worker_gets_no_more_work_drawn_until_it_takes_it_again"
 PAUSED = f"{FILE}::test_a_backend_that_asks_for_a_pause_gets_it"
+CUT_OFF = f"{ANSWERS}::test_what_is_no_whole_head_of_an_answer_is_ambiguous"
 FOR_GOOD = f"{FILE}::test_an_event_refused_for_good_is_told_once_and_left_as_a_dead_letter"
 PROGRESS = f"{FILE}::test_progress_that_is_not_taken_delays_no_end_and_never_follows_it"
 
@@ -147,7 +149,7 @@ ROWS: tuple[Row, ...] = (
         fault="it answers with a redirect to another host",
         answer="not followed: a dead letter that says so; the token goes nowhere",
         tests=(f"{FILE}::test_a_redirect_is_a_refusal_and_the_token_goes_nowhere",),
-        without=(Mutation("clients/webhooks.py", "allow_redirects=False", "allow_redirects=True"),),
+        without=(Mutation("clients/webhooks.py", "adapter.send(prepared,", "session.send(prepared,"),),
         also=(f"{CLIENT}::test_a_redirect_is_not_followed",),
     ),
     Row(
@@ -180,13 +182,7 @@ ROWS: tuple[Row, ...] = (
         fault="its name is unknown, its certificate nobody's, or it speaks no TLS where it should",
         answer="told nothing, not even the token; tried again later",
         tests=(f"{CLIENT}::test_a_certificate_that_nobody_vouches_for_is_not_trusted",),
-        without=(
-            Mutation(
-                "clients/webhooks.py",
-                "    session.trust_env = False\n",
-                "    session.trust_env = False\n    session.verify = False\n",
-            ),
-        ),
+        without=(Mutation("clients/webhooks.py", "adapter.send(prepared,", "adapter.send(prepared, verify=False,"),),
         also=(
             f"{CLIENT}::test_an_unknown_host_had_no_effect",
             f"{FILE}::test_an_https_address_where_somebody_speaks_plain_http_is_told_nothing",
@@ -198,5 +194,46 @@ ROWS: tuple[Row, ...] = (
         answer="not read: the token stays ours and the way direct",
         tests=(f"{CLIENT}::test_the_environment_changes_nothing",),
         without=(Mutation("clients/webhooks.py", "session.trust_env = False", "session.trust_env = True"),),
+    ),
+    Row(
+        name="D15",
+        fault="interim answers, 100 to 199, come before its answer",
+        answer="the final one counts, for the store as well; a switch of protocol that nobody asked for is no answer",
+        tests=(
+            f"{ANSWERS}::test_the_final_answer_has_the_verdict_whatever_comes_before_it",
+            f"{ANSWERS}::test_an_interim_answer_that_comes_alone_is_skipped",
+        ),
+        without=(Mutation("clients/deadline.py", "response_class: Any = FinalAnswer", "_unused: Any = FinalAnswer"),),
+        also=(
+            f"{ANSWERS}::test_an_interim_answer_to_a_conditional_write_is_not_its_result",
+            f"{ANSWERS}::test_a_final_answer_before_the_body_is_the_result_with_or_without_a_reason",
+        ),
+    ),
+    Row(
+        name="D16",
+        fault="the connection ends inside the head of its answer",
+        answer="no answer, so told again under the same id; a body cut off changes nothing",
+        tests=(f"{CUT_OFF}[cut off behind the status]", f"{CUT_OFF}[cut off in a header]"),
+        without=(
+            Mutation(
+                "clients/answers.py",
+                'raise IncompleteHead("the connection ended inside the head of an answer")',
+                "pass",
+            ),
+        ),
+        also=(
+            f"{CUT_OFF}[cut off in an interim answer]",
+            f"{ANSWERS}::test_a_whole_head_of_2xx_is_delivered_whatever_its_body_is",
+        ),
+    ),
+    Row(
+        name="D17",
+        fault="it redirects to what is no address, or with a body without end",
+        answer="a refusal like any other, and the thread that asked goes on",
+        tests=(f"{ANSWERS}::test_a_redirect_to_no_address_is_a_refusal_like_any_other",),
+        without=(
+            Mutation("clients/webhooks.py", "adapter.send(prepared,", "session.send(prepared, allow_redirects=False,"),
+        ),
+        also=(f"{ANSWERS}::test_the_body_of_a_redirect_is_cut_off_as_any_other",),
     ),
 )

@@ -4,6 +4,10 @@ from tests.mutations.row import Mutation, Row
 
 LIVE = "tests/test_live_faults_store.py::"
 STORAGE = "tests/test_clients_storage.py::"
+BATCHING = "tests/test_batching.py::"
+GOOGLE = "tests/test_google_storage.py::"
+CACHE = "tests/test_clients_cache.py::"
+FETCHING = "tests/test_fetching.py::"
 
 ROWS: tuple[Row, ...] = (
     Row(
@@ -65,7 +69,7 @@ ROWS: tuple[Row, ...] = (
         "a download has its length and a wrong byte",
         "its MD5 is not the ETag: fetched again, and the wrong one never used",
         tests=(f"{LIVE}test_an_adapter_with_a_wrong_byte_is_fetched_again_and_never_used",),
-        without=(Mutation("clients/storage.py", "if _is_md5(found.etag, answer) and md5 != found.etag:", "if False:"),),
+        without=(Mutation("clients/storage_wire.py", "        if not is_right:\n", "        if False:\n"),),
         also=(f"{STORAGE}test_a_body_that_stays_damaged_is_told_after_three_tries",),
     ),
     Row(
@@ -164,5 +168,128 @@ ROWS: tuple[Row, ...] = (
             Mutation("clients/storage_errors.py", '        "RequestTimeTooSkewed",\n', ""),
             Mutation("clients/storage_errors.py", "    403: AccessDenied,\n", ""),
         ),
+    ),
+    Row(
+        "C15",
+        "many jobs name one adapter, whose file on the disk is touched at every use",
+        "it is identified by its object's key, ETag and size: one reading, one slot; a replaced one is read anew",
+        tests=(f"{BATCHING}test_an_adapter_of_one_version_is_read_once_however_its_file_is_touched",),
+        without=(
+            Mutation("inference/preparing.py", "        if file.version:\n", "        if False:\n"),
+            Mutation("inference/preparing.py", "            if reading is None:\n", "            if True:\n"),
+        ),
+        also=(
+            f"{BATCHING}test_another_version_under_the_same_path_is_another_adapter",
+            "tests/test_live_jobs.py::test_five_jobs_of_one_style_read_its_adapter_once_into_one_slot",
+            "tests/test_live_jobs.py::test_an_adapter_replaced_at_its_key_is_read_anew_and_the_one_before_is_not_drawn",
+        ),
+    ),
+    Row(
+        "C16",
+        "both files of an adapter's folder are replaced while they are fetched",
+        "the config is looked at again behind the weights: no job draws with the files of two versions",
+        tests=(f"{FETCHING}test_an_adapter_folder_replaced_during_the_fetch_gives_both_files_of_one_version",),
+        without=(Mutation("worker/fetching.py", "            if config == before:\n", "            if True:\n"),),
+        also=(
+            f"{FETCHING}test_an_adapter_folder_that_is_replaced_without_end_is_tried_again_later",
+            f"{FETCHING}test_a_job_keeps_the_adapter_that_it_fetched_when_the_object_is_replaced",
+        ),
+    ),
+    Row(
+        "C17",
+        "one of the worker's own buckets is missing, in another region or behind another server",
+        "as with refused keys: no job fails, the worker is not ready and says why, and goes on once it is there",
+        tests=(
+            "tests/test_live_breakers.py::test_a_store_that_refuses_the_keys_fails_no_job_and_costs_no_picture_twice",
+        ),
+        without=(
+            Mutation(
+                "worker/breakers.py",
+                "            except StoreRefused as error:\n",
+                "            except FileExistsError as error:\n",
+            ),
+        ),
+        also=(
+            f"{FETCHING}test_a_bucket_of_the_worker_s_own_that_is_missing_is_waited_for",
+            f"{FETCHING}test_a_bucket_that_only_the_job_names_and_that_does_not_exist_is_its_own_failure",
+            f"{STORAGE}test_what_only_a_person_can_mend_is_told_from_what_passes",
+        ),
+    ),
+    Row(
+        "C18",
+        "an object is never answered for, and more jobs name it than the worker has places",
+        "half of the places wait for it; the other jobs that name it go to the retry queue and others are drawn",
+        tests=(
+            f"{LIVE}test_an_object_that_never_comes_holds_half_of_the_places_and_other_jobs_are_drawn",
+            "tests/test_places.py::test_of_many_that_wait_for_an_object_that_never_comes_only_some_go_on",
+        ),
+        without=(
+            Mutation(
+                "worker/places.py",
+                "            if self._slow.total() >= self._num_slow:\n                return False\n",
+                "",
+            ),
+        ),
+        also=("tests/test_places.py::test_an_object_known_to_be_slow_is_not_waited_for_where_no_more_may_wait",),
+    ),
+    Row(
+        "C19",
+        "what the store sends is damaged or cut short, time and again",
+        "trouble of the store: the job is tried again later, and fails for want of the store, not for its input",
+        tests=(f"{FETCHING}test_what_the_store_damages_on_the_way_is_no_fault_of_the_job",),
+        without=(
+            Mutation(
+                "worker/fetching.py",
+                "        except PictureInvalid as error:",
+                "        except (ObjectChanged.__base__, PictureInvalid) as error:",
+            ),
+        ),
+        also=(f"{STORAGE}test_a_body_that_stays_damaged_is_told_after_three_tries",),
+    ),
+    Row(
+        "C20",
+        "the store's ETags look like MD5s and are none",
+        "bytes that come twice the same are the store's own; a header made for it is believed before the ETag",
+        tests=(f"{STORAGE}test_a_body_that_comes_twice_the_same_is_whole_and_its_etag_no_md5",),
+        without=(Mutation("clients/storage_wire.py", " or md5 == etag or md5 in self._refused", " or md5 == etag"),),
+        also=(f"{STORAGE}test_an_etag_that_is_no_md5_is_not_taken_for_one",),
+    ),
+    Row(
+        "C21",
+        "a write is answered by something that neither refuses nor confirms it: an interim answer, a proxy's page",
+        "what lies under the key is read back: written, taken by another, or to be tried again",
+        tests=(
+            f"{STORAGE}test_a_conditional_write_that_nothing_confirms_is_read_back",
+            f"{STORAGE}test_a_write_that_was_not_done_is_told_whatever_answered_it",
+        ),
+        without=(Mutation("clients/storage_wire.py", '    return "ETag" in answer\n', "    return True\n"),),
+        also=(f"{STORAGE}test_an_error_inside_a_good_answer_to_a_write_is_an_error",),
+    ),
+    Row(
+        "C22",
+        "the store is Google's, which passes over If-None-Match on a write",
+        "requests go in Google's dialect, whose own condition lets one of two writers win",
+        tests=(
+            f"{GOOGLE}test_of_many_writers_of_one_key_one_wins_by_google_s_own_condition",
+            f"{GOOGLE}test_the_ledger_has_its_fence_and_the_probe_says_so",
+        ),
+        without=(Mutation("clients/google_dialect.py", 'kept[IF_GENERATION] = "0"', "pass"),),
+        also=(
+            "tests/test_live_google.py::test_a_job_is_drawn_stored_and_recorded_once_behind_google_s_condition",
+            f"{GOOGLE}test_a_picture_is_not_kept_by_caches_without_asking",
+        ),
+    ),
+    Row(
+        "C23",
+        "two workers on one host have one folder for their downloads",
+        "each locks one of its own inside it, so that none evicts what another uses; a killed worker's is free at once",
+        tests=(
+            f"{CACHE}test_a_second_cache_has_a_folder_of_its_own_until_the_first_is_gone",
+            f"{CACHE}test_a_worker_s_folder_is_free_once_its_process_was_killed",
+        ),
+        without=(
+            Mutation("clients/claimed_folder.py", "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+        ),
+        also=("tests/test_live_sharing.py::test_two_workers_share_forty_jobs_within_a_fifth_of_evenly",),
     ),
 )

@@ -1,0 +1,115 @@
+"""HTTP answers read whole: interim ones are skipped, and a head that is cut off is an error.
+
+`http.client` skips 100 alone and takes every other 1xx for the answer, and the end of the connection for the end of the
+headers. RFC 9110 15.2 has a client parse any number of 1xx before the final answer; RFC 9112 8 has it treat a head that
+was cut off as incomplete.
+"""
+
+import http.client
+from typing import Any
+
+SWITCHING_PROTOCOLS = 101
+NO_CONTENT, NOT_MODIFIED = 204, 304
+# A server that reports every second that it is still at work stays below both for as long as any deadline lasts.
+MAX_INTERIM_ANSWERS = 100
+MAX_HEAD_BYTES = 1 << 20
+MAX_LINE_BYTES = 1 << 16
+
+
+class IncompleteHead(ConnectionResetError):
+    """The connection ended inside an answer's head."""
+
+
+class FinalAnswer(http.client.HTTPResponse):
+    """The final answer to a request. Raises `http.client.HTTPException` where there is none that HTTP allows."""
+
+    fp: Any
+    headers: Any
+    will_close: Any
+
+    def __init__(self, sock: Any, *arguments: Any, **options: Any) -> None:
+        super().__init__(sock, *arguments, **options)
+        self.fp = _Head(self.fp)
+        self._num_interim = 0
+        self._status_line: tuple[str, int, str] | None = None
+
+    def begin(self) -> None:
+        if self.headers is not None:
+            return
+        head = self.fp
+        super().begin()
+        self.fp = head.content
+        # Such an answer has no body, whatever its headers say: what follows is not the next answer's beginning.
+        if self.status in (NO_CONTENT, NOT_MODIFIED) and _claims_body(self.headers):
+            self.will_close = True
+
+    def is_interim_next(self) -> bool:
+        """Read one answer's beginning: True where it was an interim one, which is gone then."""
+        self._status_line = self._read_one_status()
+        if not _is_interim(self._status_line[1]):
+            return False
+        self._status_line = None
+        self._skip_interim()
+        return True
+
+    def _read_status(self) -> tuple[str, int, str]:
+        """The final answer's status line. `begin` of the base class asks for it, and skips no more than 100 itself."""
+        while self._status_line is None and self.is_interim_next():
+            pass
+        assert self._status_line is not None, "what is not interim was kept"  # noqa: S101
+        found, self._status_line = self._status_line, None
+        return found
+
+    def _read_one_status(self) -> tuple[str, int, str]:
+        self.fp.begin_answer()
+        status_line: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+        if status_line[1] == SWITCHING_PROTOCOLS:
+            # Nothing asks for another protocol, so whatever follows cannot be read.
+            raise http.client.BadStatusLine("101 where no other protocol was asked for")
+        return status_line
+
+    def _skip_interim(self) -> None:
+        self._num_interim += 1
+        if self._num_interim > MAX_INTERIM_ANSWERS:
+            raise http.client.HTTPException(f"more than {MAX_INTERIM_ANSWERS} interim answers")
+        while self.fp.readline(MAX_LINE_BYTES) not in (b"\r\n", b"\n"):
+            pass
+
+
+class _Head:
+    """A reader of the lines before an answer's body: `readline` raises where they end too early or do not end.
+
+    Only in front of a status line may the connection be over: `http.client` tells that case itself.
+    """
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+        self._is_at_status = True
+        self._num_bytes = 0
+
+    def begin_answer(self) -> None:
+        self._is_at_status = True
+
+    def readline(self, max_bytes: int) -> bytes:
+        line: bytes = self.content.readline(max_bytes)
+        self._num_bytes += len(line)
+        if self._num_bytes > MAX_HEAD_BYTES:
+            raise http.client.HTTPException(f"more than {MAX_HEAD_BYTES} bytes of headers")
+        if not line.endswith(b"\n") and len(line) < max_bytes and not (self._is_at_status and not line):
+            raise IncompleteHead("the connection ended inside the head of an answer")
+        self._is_at_status = False
+        return line
+
+    def flush(self) -> None:
+        """For `http.client`, which flushes what it closes."""
+
+    def close(self) -> None:
+        self.content.close()
+
+
+def _is_interim(status: int) -> bool:
+    return 100 <= status < 200
+
+
+def _claims_body(headers: Any) -> bool:
+    return headers.get("Content-Length", "0").strip() != "0" or "Transfer-Encoding" in headers

@@ -1,0 +1,140 @@
+"""The worker behind the backend that it was made for: its messages, its trainer's folders, its answers, its faults."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy
+import pytest
+
+from examples.parts.rabbitmq import RabbitMQ
+from examples.parts.seaweedfs import SeaweedFS
+from tests.support.style_backend import StyleBackend, train_style
+from tests.world import DEMO_MODEL, END_SECONDS, Worker, World, eventually, new_world
+
+NUM_STYLES = int(os.environ.get("FIELD_STYLES", "10"))
+SIGNATURE = Path(__file__).parent.parent / "files" / "signature.png"
+SIGNATURE_KEY = "signatures/서울 아틀리에 #1.png"
+MISSING_STYLE, UNSIGNED_STYLE = 999, 1000
+TAGS = ("수채화", "red fox", "밤 하늘")
+
+
+@pytest.fixture(scope="module")
+def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with new_world(rabbitmq, s3_server, tmp_path_factory.mktemp("world")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def backend(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StyleBackend]:
+    """The backend with its styles trained and uploaded, and one whose weights were deleted since."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(DEMO_MODEL / "checkpoint" / "unet")
+    world.upload(SIGNATURE_KEY, SIGNATURE.read_bytes())
+    signature_url = f"{world.store.endpoint_url}/{world.bucket}/{quote(SIGNATURE_KEY)}"
+    with StyleBackend(world, tmp_path_factory.mktemp("backend")) as running:
+        for style_id in range(1, NUM_STYLES + 1):
+            model_path = train_style(world, unet, style_id, tmp_path_factory.mktemp("style"))
+            running.add_style(style_id, model_path=model_path, signature_url=signature_url)
+        gone = f"gs://{world.bucket}/models/style-{MISSING_STYLE}/adapter_model.safetensors"
+        running.add_style(MISSING_STYLE, model_path=gone, signature_url=signature_url)
+        first = f"gs://{world.bucket}/models/style-1/adapter_model.safetensors"
+        running.add_style(UNSIGNED_STYLE, model_path=first, signature_url="")
+        yield running
+
+
+@pytest.fixture(scope="module")
+def worker(world: World, backend: StyleBackend) -> Worker:
+    started = world.start_worker(**backend.env(), INFERENCE_STEPS="8")
+    started.wait_until_ready()
+    return started
+
+
+def wait_for_status(backend: StyleBackend, status: str, *generation_ids: int, worker: Worker) -> None:
+    eventually(
+        lambda: all(backend.generation(one)["status"] == status for one in generation_ids),
+        END_SECONDS,
+        lambda: f"{[backend.generation(one) for one in generation_ids]}\n{worker.log_tail()}\n{backend.log()[-2000:]}",
+    )
+
+
+def pixels(world: World, generation_id: int) -> numpy.ndarray:
+    return numpy.asarray(world.picture(generation_id).convert("RGB"), dtype=float)
+
+
+def test_each_style_that_the_trainer_left_draws_its_own_picture(
+    world: World, backend: StyleBackend, worker: Worker
+) -> None:
+    ordered = [backend.order(style_id, *TAGS) for style_id in range(1, NUM_STYLES + 1)]
+
+    wait_for_status(backend, "completed", *ordered, worker=worker)
+
+    for generation_id in ordered:
+        told = backend.generation(generation_id)
+        assert told["result_url"].endswith(f"/generations/gen-{generation_id}.png")
+        assert told["progress"]["prompt_tags"] == list(TAGS)
+    pictures = [pixels(world, generation_id) for generation_id in ordered]
+    for number, picture in enumerate(pictures[1:]):
+        assert abs(picture - pictures[number]).mean() > 1.0
+    world.wait_until_clean()
+
+
+def test_each_ratio_that_the_backend_sells_is_drawn(world: World, backend: StyleBackend, worker: Worker) -> None:
+    ordered = {ratio: backend.order(1, *TAGS, aspect_ratio=ratio) for ratio in ("1:1", "1:2", "2:2")}
+
+    wait_for_status(backend, "completed", *ordered.values(), worker=worker)
+
+    sizes = {ratio: world.picture(generation_id).size for ratio, generation_id in ordered.items()}
+    width, height = sizes["1:1"]
+    assert sizes == {"1:1": (width, height), "1:2": (width, height * 2), "2:2": (width * 2, height * 2)}
+
+
+def test_a_backend_that_chokes_on_failures_refunds_each_once_after_its_repair(
+    world: World, backend: StyleBackend, worker: Worker
+) -> None:
+    failing = [backend.order(MISSING_STYLE, *TAGS) for _ in range(3)]
+    eventually(
+        lambda: len({event["generation_id"] for event in worker.events("webhook parked")} & set(failing)) == 3,
+        END_SECONDS,
+        worker.log_tail,
+    )
+    good = backend.order(2, *TAGS)
+    wait_for_status(backend, "completed", good, worker=worker)
+    assert backend.refunds() == []
+
+    backend.restart(is_repaired=True)
+
+    wait_for_status(backend, "failed", *failing, worker=worker)
+    world.wait_until_clean(within_seconds=END_SECONDS)
+    assert sorted(backend.refunds()) == [(generation_id, 50) for generation_id in failing]
+    assert {backend.generation(one)["error_code"] for one in failing} == {"LORA_NOT_FOUND"}
+
+
+def test_a_backend_that_does_not_know_its_own_host_gets_every_end_once_it_does(
+    world: World, backend: StyleBackend, worker: Worker
+) -> None:
+    ordered = [backend.order(style_id, *TAGS) for style_id in (1, 2, 3, 4)]
+    backend.restart(allowed_hosts="api.example.com", is_repaired=True)
+    eventually(lambda: worker.get("/health/ready")[0] == 503, END_SECONDS, worker.log_tail)
+    assert "ALLOWED_HOSTS" in worker.get("/health/ready")[1]
+
+    backend.restart(is_repaired=True)
+
+    wait_for_status(backend, "completed", *ordered, worker=worker)
+    eventually(lambda: worker.get("/health/ready")[0] == 200, END_SECONDS, worker.log_tail)
+    world.wait_until_clean(within_seconds=END_SECONDS)
+
+
+def test_the_signature_at_a_percent_encoded_address_is_on_the_picture(
+    world: World, backend: StyleBackend, worker: Worker
+) -> None:
+    signed, unsigned = (backend.order(style_id, *TAGS, seed=7) for style_id in (1, UNSIGNED_STYLE))
+
+    wait_for_status(backend, "completed", signed, unsigned, worker=worker)
+
+    changed = abs(pixels(world, signed) - pixels(world, unsigned)).max(axis=2) > 8
+    height, width = changed.shape
+    assert changed[height // 2 :, width // 2 :].any()
+    assert not changed[: height // 2, : width // 2].any()
