@@ -176,7 +176,7 @@ def test_a_backend_without_a_connection_is_asked_with_one_event_each_half_minute
     assert 600 / 36 - 2 <= len(lane.calls) <= 600 / 30 + 1
 
 
-def test_a_backend_that_fails_all_is_asked_with_a_handful_of_events_each_half_minute_and_with_each_in_turn() -> None:
+def test_a_backend_that_fails_all_is_asked_with_a_handful_of_events_each_half_minute() -> None:
     lane = Lane(lambda _name, _now: FAILURES["500"])
     lane.add(*names("good", 40))
     lane.run(120)
