@@ -1,6 +1,7 @@
 """Turns of parked events: none waits for those that the backend never takes, and one that is down is left alone."""
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ import pytest
 from clients.webhooks import Attempt, Verdict, WebhookKind
 from worker.delivery import Delivery
 from worker.events import TerminalEvent
-from worker.pacing import Pacing, Parked, first_due
+from worker.pacing import SLOW_SECONDS, TRIES_A_TURN, Pacing, Parked
 
 A_MINUTE = 60.0
 ANSWER_SECONDS, HANG_SECONDS = 0.05, 20.0
@@ -58,7 +59,7 @@ class Lane:
     def run(self, seconds: float) -> None:
         end = self.now + seconds
         while self.now < end:
-            first = first_due(self.parked, self.now) if self.pacing.may_try(self.now, num_calls=0) else None
+            first = self.pacing.next_of(self.parked, [], self.now)
             if first is None:
                 self.now = min(end, max(self.now, self.pacing.turn_at, self._next_due()) + 0.001)
             else:
@@ -146,9 +147,21 @@ def test_so_they_are_where_the_failures_were_parked_in_the_outage_too(kind: str,
 
 
 def test_two_that_the_backend_is_silent_on_cost_the_others_two_calls() -> None:
+    random.seed("silence")
     lane = after_an_outage(FAILURES["silence"], 2, 5, REFUSED_CONNECTION, are_known=False)
+    lane.run(2 * HANG_SECONDS)
 
     assert len([name for name in lane.told if name.startswith("good")]) == 5
+
+
+def test_beside_a_call_that_is_not_answered_another_one_begins() -> None:
+    pacing, silent, other = Pacing(), parked("silent"), parked("other")
+    silent.begun_at = now = time.monotonic()
+
+    assert pacing.next_of([other], [silent], now + SLOW_SECONDS - 0.1) is None
+    assert pacing.seconds_to_wait([other], [silent], now, at_most=60) == pytest.approx(SLOW_SECONDS)
+    assert pacing.next_of([other], [silent], now + SLOW_SECONDS + 0.1) is other
+    assert pacing.next_of([other], [silent] * TRIES_A_TURN, now + 3600) is None
 
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
@@ -176,7 +189,7 @@ def test_a_backend_without_a_connection_is_asked_with_one_event_each_half_minute
     assert 600 / 36 - 2 <= len(lane.calls) <= 600 / 30 + 1
 
 
-def test_a_backend_that_fails_all_is_asked_with_a_handful_of_events_each_half_minute_and_with_each_in_turn() -> None:
+def test_a_backend_that_fails_all_is_asked_with_a_handful_of_events_each_half_minute() -> None:
     lane = Lane(lambda _name, _now: FAILURES["500"])
     lane.add(*names("good", 40))
     lane.run(120)

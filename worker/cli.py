@@ -1,4 +1,5 @@
-"""The command line: `darkroom run`, `generate`, `submit`, `report`, `check`, `fonts`, `presets`, `dead`, `demo`."""
+"""The command line: `darkroom run`, `generate`, `submit`, `report`, `check`, `fonts`, `presets`, `dead`,
+`outbox`, `demo`."""
 
 import logging
 import re
@@ -31,6 +32,8 @@ from worker.supervisor import ExitCode, Supervisor
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Headless image generation worker.")
 dead = typer.Typer(no_args_is_help=True, help="Look through the dead letters, try them again, throw them away.")
 app.add_typer(dead, name="dead")
+outbox = typer.Typer(no_args_is_help=True, help="Look through the ends that the backend has not taken yet.")
+app.add_typer(outbox, name="outbox")
 console = Console(stderr=True)
 
 Loaded = TypeVar("Loaded")
@@ -190,6 +193,18 @@ def dead_purge(
     _one_of(target, everything, reason)
     with sentences(console):
         purge_letters(_settings(), target, reason, is_sure=yes)
+
+
+@outbox.command("list")
+def outbox_list(
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each")] = False,
+) -> None:
+    """List the ends that wait for the backend, in the queue and in workers' hands, the oldest first."""
+    from worker.cli_dead import sentences  # noqa: PLC0415
+    from worker.cli_outbox import list_waiting  # noqa: PLC0415
+
+    with sentences(console):
+        list_waiting(_settings(), as_lines=as_json)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -24,6 +25,7 @@ from worker.processing import decode_any
 from worker.rejecting import JobRules
 
 MAX_LISTED_REASON_CHARS = 160
+UUID_CHARS = 36
 
 
 class NoSuchLetter(Exception):
@@ -40,6 +42,10 @@ class Kind(Enum):
     JOB = "job"
     EVENT = "event"
     OTHER = "not a job"
+
+
+# As docs/dead-letters.md calls them; in --json they keep the names that scripts know.
+WORDS = {Kind.JOB: "job", Kind.EVENT: "webhook", Kind.OTHER: "not a job"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,25 +183,23 @@ def _next_task_id(task_id: str, find: Callable[[str], TerminalEvent | None]) -> 
 
 
 def as_table(letters: Iterable[Letter]) -> Table:
-    """One row a letter."""
-    table = Table("#", "kind", "task", "generation", "died, UTC", "attempt", "reason")
-    for column in table.columns:
-        column.overflow = "fold"  # what is cut off cannot be copied
+    """One row a letter, readable at 80 columns; `show` has its attempt."""
+    table = narrow_table("#", "letter", "generation", "died, UTC", "reason, and the task")
     for letter in letters:
         generation = "" if letter.generation_id is None else str(letter.generation_id)
-        died_at = "" if letter.died_at is None else f"{letter.died_at:%Y-%m-%d %H:%M:%S}"
-        attempt = "" if letter.attempt is None else str(letter.attempt)
-        reason = legible(letter.reason[:MAX_LISTED_REASON_CHARS])
-        cells = (
-            str(letter.number),
-            letter.kind.value,
-            legible(str(letter.task_id)),
-            generation,
-            died_at,
-            attempt,
-            reason,
-        )
-        table.add_row(*map(Text, cells))
+        died_at = "" if letter.died_at is None else f"{letter.died_at:%Y-%m-%d\n%H:%M:%S}"
+        told = (letter.reason[:MAX_LISTED_REASON_CHARS], str(letter.task_id))
+        cells = (str(letter.number), WORDS[letter.kind], generation, died_at)
+        table.add_row(*map(Text, cells), Text("\n".join(legible(text) for text in told if text)))
+    return table
+
+
+def narrow_table(*columns: str) -> Table:
+    """A table in which the last column has room for a task's id at 80 columns, whatever else there is."""
+    table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 0))
+    for column in table.columns:
+        column.overflow = "fold"  # what is cut off cannot be copied
+    table.columns[-1].min_width = UUID_CHARS
     return table
 
 
@@ -225,7 +229,7 @@ def as_text(letter: Letter) -> str:
     if isinstance(letter.content, TerminalEvent):
         told["webhook-id"] = letter.content.webhook.webhook_id
     told |= {f"header {name}": value for name, value in sorted(letter.held.headers.items())}
-    lines = [f"letter {letter.number}: {letter.kind.value}"]
+    lines = [f"letter {letter.number}: {WORDS[letter.kind]}"]
     lines += [f"  {legible(name)}: {legible(str(value))}" for name, value in told.items() if value not in ("", None)]
     lines += [f"  body, {len(letter.held.body)} bytes:", *_body_lines(letter.held.body)]
     return "\n".join(lines)

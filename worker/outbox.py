@@ -1,7 +1,6 @@
 """The outbox: parked events go on being told until the backend takes them or a day has passed."""
 
 import logging
-import math
 import threading
 import time
 from collections import deque
@@ -16,7 +15,7 @@ from worker.delivery import Delivery
 from worker.events import TerminalEvent
 from worker.ledger import Ledger, RecordUnreadable
 from worker.notifying import MAX_AGE_SECONDS, Notifier, jittered
-from worker.pacing import MAX_CALLS, Pacing, Parked, first_due
+from worker.pacing import MAX_CALLS, Pacing, Parked
 from worker.queues import QueueNames
 
 logger = logging.getLogger(__name__)
@@ -161,12 +160,14 @@ class _Lane:
                 self._bury_unreadable()
                 self._bury_expired()
                 self._return_stale()
-                with self._changed:
-                    self._changed.wait_for(lambda: self._is_closing or self._unreadable, timeout=SWEEP_SECONDS)
+                self._wait_for(lambda: self._is_closing or bool(self._unreadable))
             except PublishFailed as error:
                 log_event(logger, "outbox keeps its events", logging.WARNING, reason=str(error))
-                with self._changed:
-                    self._changed.wait_for(lambda: self._is_closing, timeout=SWEEP_SECONDS)
+                self._wait_for(lambda: self._is_closing)
+
+    def _wait_for(self, is_so: Callable[[], bool]) -> None:
+        with self._changed:
+            self._changed.wait_for(is_so, timeout=SWEEP_SECONDS)
 
     def _send(self) -> None:
         while not self._is_closing:
@@ -200,19 +201,16 @@ class _Lane:
                 self._changed.wait(self._seconds_to_wait())  # once: what comes meanwhile may be due earlier
             first = None if self._is_closing else self._next()
             if first is not None:
+                first.begun_at = time.monotonic()
                 self._parked.remove(first)
                 self._in_turn.append(first)
             return first
 
     def _next(self) -> Parked | None:
-        now = time.monotonic()
-        return first_due(self._parked, now) if self._pacing.may_try(now, num_calls=len(self._in_turn)) else None
+        return self._pacing.next_of(self._parked, self._in_turn, time.monotonic())
 
     def _seconds_to_wait(self) -> float:
-        due_at = max(self._pacing.turn_at, min((parked.due_at for parked in self._parked), default=math.inf))
-        until_due = due_at - time.monotonic()
-        # Where it is due already, only a call under way is waited for, and its end is told.
-        return min(until_due, SWEEP_SECONDS) if until_due > 0 else SWEEP_SECONDS
+        return self._pacing.seconds_to_wait(self._parked, self._in_turn, time.monotonic(), at_most=SWEEP_SECONDS)
 
     def _hear_of_others(self) -> None:
         """An end that a job's own thread delivered says as well that the backend takes events."""

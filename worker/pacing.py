@@ -6,12 +6,13 @@ every event has a wait of its own. An event that failed between two that were ta
 is no news of the backend, comes behind all others and waits longer.
 """
 
+import math
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from clients.webhooks import MAX_RETRY_AFTER_SECONDS, Attempt
+from clients.webhooks import CONNECT_TIMEOUT_SECONDS, MAX_RETRY_AFTER_SECONDS, Attempt
 from worker.delivery import Delivery
 from worker.events import TerminalEvent
 from worker.notifying import delay_after, jittered
@@ -21,6 +22,9 @@ from worker.notifying import delay_after, jittered
 TRIES_A_TURN = 4
 # Calls at once while the backend takes events: each event that it answers with silence holds one for 20 seconds.
 MAX_CALLS = 4
+# While nothing is known of the backend there is one call at a time, and another beside one that is not answered so
+# long: it may be that event. Longer than it takes to see that there is no connection.
+SLOW_SECONDS = CONNECT_TIMEOUT_SECONDS + 1.0
 # Waits of an event that is known to fail, by how often it was seen to.
 KNOWN_DELAYS_SECONDS = (5.0, 15.0, 30.0, 60.0, 120.0, 300.0)
 # Of these the event is not the cause: a token that is not taken, and a limit on all calls.
@@ -46,6 +50,7 @@ class Parked:
     num_known: int = 0
     rank: int = field(init=False)
     due_at: float = field(init=False)
+    begun_at: float = 0.0
     # Among equals the order is random: no order of arrival has the bad ones first for ever.
     order: float = field(default_factory=random.random)
 
@@ -82,12 +87,6 @@ class Parked:
             self.due_at, self.num_failures = 0.0, 0
 
 
-def first_due(parked: Iterable[Parked], now: float) -> Parked | None:
-    """The event to try next: of those due, known failures last, and the one that was tried least before the others."""
-    due = (one for one in parked if one.due_at <= now)
-    return min(due, key=lambda one: (one.num_known, one.rank, one.order), default=None)
-
-
 class Pacing:
     """Decides when a lane may try its next event. Not thread-safe; `now` is `time.monotonic()`."""
 
@@ -99,9 +98,32 @@ class Pacing:
         self._num_allowed = TRIES_A_TURN
         self._failed: dict[str, Parked] = {}
 
-    def may_try(self, now: float, *, num_calls: int) -> bool:
-        """Whether another call may begin beside the `num_calls` under way."""
-        return now >= self.turn_at and num_calls < (MAX_CALLS if self._is_taking else 1)
+    def next_of(self, parked: Iterable[Parked], calls: Sequence[Parked], now: float) -> Parked | None:
+        """The event to try beside the `calls` under way; None where none may be tried.
+
+        Of those due, known failures come last, and the one that was tried least before the others.
+        """
+        if now < self._free_at(calls):
+            return None
+        due = (one for one in parked if one.due_at <= now)
+        return min(due, key=lambda one: (one.num_known, one.rank, one.order), default=None)
+
+    def seconds_to_wait(
+        self, parked: Iterable[Parked], calls: Sequence[Parked], now: float, *, at_most: float
+    ) -> float:
+        """How long until there may be a next one; where it is a call under way that is waited for, `at_most`."""
+        due_at = max(self._free_at(calls), min((one.due_at for one in parked), default=math.inf))
+        return min(due_at - now, at_most) if due_at > now else at_most
+
+    def _free_at(self, calls: Sequence[Parked]) -> float:
+        """When another call may begin."""
+        if len(calls) >= MAX_CALLS:
+            return math.inf
+        if self._is_taking or not calls:
+            return self.turn_at
+        if len(self._failed) + len(calls) >= self._num_allowed:
+            return math.inf
+        return max(self.turn_at, max(call.begun_at for call in calls) + SLOW_SECONDS)
 
     def note_taken(self) -> None:
         """The backend took an event. Whatever failed since the one before, failed by itself."""

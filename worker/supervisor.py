@@ -43,6 +43,7 @@ from worker.queues import QueueNames
 from worker.readiness import Readiness
 from worker.runs import Run
 from worker.storytelling import storyteller_of
+from worker.waiting import WaitingNotes, WaitingReporter
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,8 @@ class Supervisor:
             is_connected=lambda: self._readiness.is_connected,
             is_draining=self._is_draining,
         )
+        notes = WaitingNotes(self._storage, settings.store.bucket)
+        self._waiting = WaitingReporter(self._name, notes, self._outbox.in_hand, self._is_draining)
 
     def run(self) -> ExitCode:
         """Work until a signal or a fatal failure; the exit code says which."""
@@ -168,6 +171,7 @@ class Supervisor:
         self._progress.start()
         self._previewer.start()
         self._gauges.start()
+        self._waiting.start()
 
         code = self._watch()
         self._stop(code)
