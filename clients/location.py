@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import unquote_to_bytes, urlsplit
 
+from config.redacting import CUT
 from config.section import BUCKET_NAME, BUCKET_RULE
 
 MAX_KEY_BYTES = 1024
@@ -17,6 +18,10 @@ _HOST_LABEL = re.compile(r"[a-z0-9-]{1,63}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:")
 _ENCODED_ESCAPE = re.compile(r"%(2e|2f|5c)", re.IGNORECASE)
+# Where a location ends for people: a presigned URL's query, however it is encoded, or parameters without their mark.
+_QUERY = re.compile(r"(?:[?#]|%(?:25)*(?:3f|23)|(?:[;&]|%(?:25)*(?:3b|26))[\w.%-]+(?:=|%(?:25)*3d)).*", re.I | re.S)
+_USER = re.compile(r".*(?:@|%(?:25)*40)", re.I | re.S)
+_USER_IN_KEY = re.compile(r"[^/]*:[^/]*@")
 
 # Of Google's console ("authenticated URL"), and the name that its endpoint had before.
 GOOGLES_HOST = "storage.googleapis.com"
@@ -31,13 +36,36 @@ class LocationForbidden(Exception):
 
 @dataclass(frozen=True)
 class ObjectRef:
-    """One object, or with a trailing slash in `key` the folder of that name."""
+    """One object, or with a trailing slash in `key` the folder of that name.
+
+    As text it is for people: without what looks like a presigned URL's query in the key. `uri` has all of it.
+    """
 
     bucket: str
     key: str
 
     def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.shown_key}"
+
+    @property
+    def uri(self) -> str:
+        """The location as a job may name it."""
         return f"s3://{self.bucket}/{self.key}"
+
+    @property
+    def shown_key(self) -> str:
+        """The key without a query and without a user before an @, which somebody may have copied out of a URL."""
+        return _QUERY.sub(CUT, _USER_IN_KEY.sub(f"{CUT}@", self.key))
+
+    @property
+    def name(self) -> str:
+        """The last part of the key; empty for a folder with its slash."""
+        return self.key.rpartition("/")[2]
+
+    @property
+    def parent(self) -> "ObjectRef":
+        """The folder that the object is in, with its slash; for one at the top its bucket, whose key is empty."""
+        return ObjectRef(self.bucket, self.key[: len(self.key) - len(self.name)])
 
     @property
     def is_folder(self) -> bool:
@@ -45,7 +73,7 @@ class ObjectRef:
 
     def child(self, name: str) -> "ObjectRef":
         """The object `name` inside this folder, whether or not the key was written with its slash."""
-        return ObjectRef(self.bucket, f"{self.key.rstrip('/')}/{name}")
+        return ObjectRef(self.bucket, f"{self.key.rstrip('/')}/{name}".lstrip("/"))
 
 
 class _Parts(NamedTuple):
@@ -70,7 +98,7 @@ def parse_location(
         bucket, key = default_bucket, _bare_key(text)
 
     _check_bucket(text, bucket, allowed_buckets)
-    _check_key(text, key)
+    check_key(text, key)
     return ObjectRef(bucket, key)
 
 
@@ -172,7 +200,8 @@ def _check_bucket(text: str, bucket: str, allowed_buckets: Iterable[str]) -> Non
         raise _forbidden(text, f"is in a bucket that jobs may not read: use one of {', '.join(allowed)}")
 
 
-def _check_key(text: str, key: str) -> None:
+def check_key(text: str, key: str) -> None:
+    """Raise `LocationForbidden` about `text` where `key` could mean another object to some part on the way."""
     if _CONTROL.search(key) or "\\" in key or _ENCODED_ESCAPE.search(key):
         raise _forbidden(text, "hides control characters, slashes or dots in its key: write them plainly or not at all")
     if any(segment in ("", ".", "..") for segment in key.removesuffix("/").split("/")):
@@ -181,8 +210,17 @@ def _check_key(text: str, key: str) -> None:
         raise _forbidden(text, f"has a key over {MAX_KEY_BYTES} bytes: use a shorter one")
 
 
+def shown_location(text: str) -> str:
+    """A location that somebody wrote, in quotes and short: scheme, host and path, without user, query and fragment.
+
+    What is before the last @ counts as the user, so that no password is shown for a slash in it.
+    """
+    scheme, mark, rest = text.partition("://")
+    if not mark or not _SCHEME.fullmatch(f"{scheme}:"):
+        scheme, mark, rest = "", "", text
+    shown = repr(scheme + mark + _USER.sub(f"{CUT}@", _QUERY.sub(CUT, rest)))
+    return shown if len(shown) <= MAX_SHOWN_CHARS else shown[: MAX_SHOWN_CHARS - 1] + CUT
+
+
 def _forbidden(text: str, problem: str) -> LocationForbidden:
-    shown = repr(text)
-    if len(shown) > MAX_SHOWN_CHARS:
-        shown = shown[: MAX_SHOWN_CHARS - 1] + "…"
-    return LocationForbidden(f"{shown} {problem}")
+    return LocationForbidden(f"{shown_location(text)} {problem}")

@@ -12,6 +12,8 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
+from config.redacting import redacted
+
 MAX_LINE_BYTES = 8192
 MAX_VALUE_CHARS = 2048
 # Some minutes of a busy worker's events, up to 80 MB.
@@ -53,7 +55,8 @@ class JsonFormatter(logging.Formatter):
         }
         line |= _bound.get() | getattr(record, "fields", {})
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)[-MAX_VALUE_CHARS:]
+            # Before it is cut: half a URL does not look like one.
+            line["exception"] = redacted(self.formatException(record.exc_info))[-MAX_VALUE_CHARS:]
         text = json.dumps({name: _short(value) for name, value in line.items()}, default=str)
         if len(text) <= MAX_LINE_BYTES:
             return text
@@ -127,6 +130,8 @@ def configure_logging(level: str) -> None:
 
 
 def _short(value: Any, max_chars: int = MAX_VALUE_CHARS) -> Any:
-    if isinstance(value, str) and len(value) > max_chars:
-        return value[:max_chars] + "…"
-    return value
+    """Of text as much as a line takes, without the secrets of URLs: third parties log requests whole."""
+    if not isinstance(value, str):
+        return value
+    shown = redacted(value)
+    return shown if len(shown) <= max_chars else shown[:max_chars] + "…"

@@ -7,6 +7,8 @@ from urllib.parse import SplitResult, urlsplit
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from config.redacting import redacted
+
 # What S3, its older buckets and Google Cloud Storage take, so that settings and jobs agree. No colon and no slash: an
 # ARN as bucket makes botocore dial another host.
 BUCKET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,220}[A-Za-z0-9]")
@@ -85,4 +87,4 @@ def _describe(problem: Any) -> str:
         if problem["type"] == "missing"
         else problem["msg"].removeprefix("Value error, ")
     )
-    return f"{variable}: {message}".removeprefix(": ")
+    return redacted(f"{variable}: {message}".removeprefix(": "))

@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import numpy as np
 
+from config.redacting import quoted
 from inference.parameters import parameters_of
 from inference.request import RequestFailed
 
@@ -30,7 +31,9 @@ class SchedulerTable:
         """
         name = name or self.default
         if name not in self.makers:
-            raise RequestFailed("INVALID_INPUT", f"scheduler {name!r} is not known; known are {', '.join(self.makers)}")
+            raise RequestFailed(
+                "INVALID_INPUT", f"scheduler {quoted(name)} is not known; known are {', '.join(self.makers)}"
+            )
         return name, self.makers[name](config)
 
 

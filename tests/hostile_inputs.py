@@ -348,9 +348,9 @@ CLASSES = (
         "size",
         {
             "11 MB of objects": dead(lambda: b"[" + b"{}," * 3_600_000 + b"{}]"),
-            "blanks behind a job": dead(lambda: to_bytes(message()) + b" " * 256 * 1024),
+            "blanks behind a job": Variant("INVALID_INPUT", lambda: to_bytes(message()) + b" " * 256 * 1024),
             "blanks": dead(lambda: b" " * 300_000),
-            "a field of 1 MB": dead(lambda: to_bytes(message(unknown="x" * 1_000_000))),
+            "a field of 1 MB": Variant("INVALID_INPUT", lambda: to_bytes(message(unknown="x" * 1_000_000))),
             "128 MB": dead(lambda: b"[" + b"{}," * 42_666_000 + b"{}]"),
         },
     ),
@@ -358,7 +358,7 @@ CLASSES = (
         8,
         "other encodings",
         {
-            "BOM": dead(b"\xef\xbb\xbf" + to_bytes(message())),
+            "BOM": runs_as(b"\xef\xbb\xbf" + to_bytes(message())),
             "UTF-16": dead(to_bytes(message()).decode().encode("utf-16")),
             "UTF-16 without BOM": dead(to_bytes(message()).decode().encode("utf-16-le")),
             "UTF-32": dead(to_bytes(message()).decode().encode("utf-32")),
@@ -396,10 +396,10 @@ CLASSES = (
         "generation_id",
         {
             "true": dead(message(generation_id=True)),
-            "text": dead(message(generation_id="5")),
+            "text": dead(message(generation_id="a/5")),
             **{repr(value): dead(message(generation_id=value)) for value in (5.0, 0, -1, 2**63, None, [5], {})},
             "missing": dead(message(generation_id=ABSENT)),
-            "wrong inside, right outside": dead(message(generation_id="5") | {"generation_id": 5}),
+            "wrong inside, right outside": dead(message(generation_id="../5") | {"generation_id": 5}),
         },
     ),
     HostileClass(
@@ -416,7 +416,7 @@ CLASSES = (
             "a list of adapters' names": failed("INVALID_INPUT", loras=["a.safetensors"]),
             "unknown parameters": runs(parameters={"strange": 1, "\ud800": 1}, signature_config={"font": "x"}),
         },
-        note="unknown fields are ignored and not counted",
+        note="unknown fields are ignored, counted and told back by name",
     ),
     HostileClass(
         13,
@@ -427,10 +427,11 @@ CLASSES = (
             "none": failed("INVALID_PROMPT", prompt=ABSENT),
             "empty": failed("INVALID_PROMPT", prompt=""),
             "a number": failed("INVALID_PROMPT", prompt=5),
-            "10 MB": dead(lambda: to_bytes(message(prompt="x" * 10_000_000))),
+            "10 MB": Variant("INVALID_INPUT", lambda: to_bytes(message(prompt="x" * 10_000_000))),
             "far beyond 77 tokens": draws(prompt="a red fox in the snow, " * 40),
         },
-        note="10 MB is over the body's 256 kB; beyond 77 tokens nothing is truncated, it is read in chunks (compel)",
+        note="10 MB is over the body's 256 kB, of which the ids are read; beyond 77 tokens nothing is truncated, it is "
+        "read in chunks (compel)",
     ),
     HostileClass(
         14,
@@ -488,7 +489,9 @@ CLASSES = (
         18,
         "seed",
         {
-            "-1": failed("INVALID_INPUT", seed=-1),
+            "-2": failed("INVALID_INPUT", seed=-2),
+            "-1": draws(seed=-1),
+            "in text": runs(seed="7"),
             "null": draws(seed=None),
             "2^64": failed("INVALID_INPUT", seed=2**64),
             "text": failed("INVALID_INPUT", seed="x"),
@@ -795,7 +798,8 @@ CLASSES = (
             "CMYK": signs("cmyk", lambda: image("JPEG", "CMYK")),
             "a web page": signed("page", lambda: b"<html><body>403 Forbidden</body></html>"),
             "SVG": signed("svg", lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>'),
-            "TIFF": signed("tiff", lambda: noise("TIFF")),
+            "TIFF": signs("tiff", lambda: noise("TIFF")),
+            "TIFF of two pages": signed("pages", lambda: animated("TIFF")),
             "PSD": signed("psd", lambda: b"8BPS\0\x01" + bytes(40)),
             "animated GIF": signed("gif", lambda: animated("GIF")),
             "animated WebP": signed("webp", lambda: animated("WEBP")),
@@ -820,7 +824,7 @@ CLASSES = (
             "position __class__": failed("INVALID_INPUT", signature_config={"position": "__class__"}),
             "opacity NaN": told("INVALID_INPUT", raw("signature_config", '{"opacity": NaN}')),
             "opacity in text": failed("INVALID_INPUT", signature_config={"opacity": "0.7"}),
-            "size null": failed("INVALID_INPUT", signature_config={"size": None}),
+            "size null": runs(signature_config={"size": None}),
             "text": failed("INVALID_INPUT", signature_config="bottom-right"),
         },
     ),
@@ -843,7 +847,7 @@ CLASSES = (
         {
             "10000 headers": runs_as(message(), headers=HEADERS_10000),
             "forged tries of a job that fails": told(
-                "INVALID_INPUT", message(seed=-1), headers={"x-darkroom-attempt": 2**53 - 1}
+                "INVALID_INPUT", message(seed=-2), headers={"x-darkroom-attempt": 2**53 - 1}
             ),
             "forged tries": runs_as(
                 message(), headers={"x-death": FORGED_DEATHS, "x-delivery-count": 999, "x-darkroom-attempt": 999}

@@ -43,6 +43,7 @@ HALF_PAIR = re.compile("[\ud800-\udfff]")
 # takes for 1:1.
 UNSAID: list[dict[str, Any]] = [
     {"generation_id": 5.0},
+    {"generation_id": "5\n"},
     {"num_inference_steps": 50.0},
     {"width": 512},
     *({"aspect_ratio": aspect} for aspect in ("9999:1", "1:9999", "4001:1000", "1:5", "1:1\n")),
@@ -181,7 +182,7 @@ def test_a_null_field_fits_the_schema(field: str) -> None:
     validator_of("job").validate(message(**{field: None}))
 
 
-@pytest.mark.parametrize("field", ["negative_prompt", "lora_path", "aspect_ratio", "signature_path", "artist_name"])
+@pytest.mark.parametrize("field", sorted(set(WireData.model_fields) - {"prompt"}))
 def test_an_empty_text_fits_the_schema(field: str) -> None:
     validator_of("job").validate(message(**{field: ""}))
 
@@ -255,7 +256,12 @@ def test_an_order_that_fits_the_schema_is_understood(order: dict[str, Any]) -> N
         ({"task_id": "job-5", "generation_id": 5}, False),
         ({"generation_id": 0}, False),
         ({"generation_id": 2**63}, False),
-        ({"generation_id": "5"}, False),
+        ({"generation_id": "5"}, True),
+        ({"generation_id": "a.B-c_9"}, True),
+        ({"task_id": "", "generation_id": "5"}, True),
+        ({"generation_id": ""}, False),
+        ({"generation_id": "a/b"}, False),
+        ({"generation_id": "a" * 129}, False),
         ({"generation_id": True}, False),
         ([], False),
     ],

@@ -5,6 +5,7 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from clients.location import ObjectRef
 from config.settings import ModelSettings, StoreSettings
 from watermark.signature import Position, SignatureStyle, Size
+from worker.generation_id import is_generation_id
 from worker.job import Job, JobAdapter, JobRejected, Undecodable, resolve_size
 from worker.messages import MAX_BODY_BYTES, MAX_REASON_CHARS, decode, rules_from
 from worker.rejecting import JobRules
@@ -175,9 +177,7 @@ def test_a_null_field_is_no_field(rules: JobRules, field: str) -> None:
     assert job_of(rules, message(**{field: None})) == job_of(rules, message())
 
 
-@pytest.mark.parametrize(
-    "field", ["negative_prompt", "lora_path", "aspect_ratio", "scheduler", "signature_path", "artist_name"]
-)
+@pytest.mark.parametrize("field", sorted(set(WireData.model_fields) - {"prompt"}))
 def test_an_empty_string_is_no_field(rules: JobRules, field: str) -> None:
     assert job_of(rules, message(**{field: ""})) == job_of(rules, message())
 
@@ -308,7 +308,7 @@ def test_h10_a_message_without_an_id_gets_one(rules: JobRules) -> None:
 
 
 def test_a_rejected_job_carries_its_ids(rules: JobRules) -> None:
-    rejected = rejection_of(rules, message(seed=-1))
+    rejected = rejection_of(rules, message(seed=-2))
 
     assert (rejected.task_id, rejected.generation_id) == (TASK_ID, 456)
 
@@ -365,18 +365,22 @@ LIMITS: list[tuple[str, Any, Any]] = [
     ("lora_path", ["a" * 1024], ["a" * 1025, "a" * 2049]),
     ("signature_path", ["a" * 1024], ["a" * 1025, "a" * 2049]),
     ("aspect_ratio", ["4:1", "1:4", "4000:1000"], ["4001:1000", "1:5", "0:1", "01:1"]),
-    ("seed", [0, MAX_SEED], [-1, MAX_SEED + 1]),
+    ("seed", [0, MAX_SEED, -1, -1.0, 42.0, "42", "-1", "42.0", str(MAX_SEED), ""], [-2, MAX_SEED + 1, "x", 1.5, "4_2"]),
     ("num_images", [1, 8], [0, 9]),
     ("num_inference_steps", [1, 150], [0, 151]),
     ("guidance_scale", [0, 0.0, 50], [-0.1, 50.1]),
     ("scheduler", ["a" * 100], ["a" * 101]),
     ("artist_name", ["a" * 100], ["a" * 101]),
-    ("prompt_tags", [[], ["a" * 200] * 100], [["a"] * 101, ["a" * 201]]),
+    ("prompt_tags", [[], ["a" * 200] * 100, ["a"] * 1000, ["", " "], [None], ""], [["a"] * 1001, ["a" * 201], [5]]),
     ("parameters", [{}, {"steps": 1}, {"steps": 150}], [{"steps": 0}, {"steps": 151}]),
     ("parameters", [{"cfg_scale": 0}, {"cfg_scale": 50}], [{"cfg_scale": -1}, {"cfg_scale": 51}]),
     ("parameters", [{"cfg_normalization": 0}, {"cfg_normalization": 1.5}], [{"cfg_normalization": -1}]),
     ("parameters", [{"cfg_truncation": 0}, {"cfg_truncation": 1}], [{"cfg_truncation": 1.5}]),
-    ("parameters", [{"seed": 0}, {"seed": MAX_SEED}], [{"seed": -1}, {"seed": MAX_SEED + 1}]),
+    (
+        "parameters",
+        [{"seed": 0}, {"seed": MAX_SEED}, {"seed": "7"}, {"seed": -1}],
+        [{"seed": -2}, {"seed": MAX_SEED + 1}],
+    ),
     ("parameters", [{"width": 64, "height": 2048}], [{"width": 63, "height": 64}, {"width": 64, "height": 2049}]),
     ("signature_config", [{"opacity": 0}, {"opacity": 1}], [{"opacity": -0.1}, {"opacity": 1.1}]),
 ]
@@ -402,8 +406,9 @@ def test_a_body_may_have_256_kilobytes_and_not_one_byte_more(rules: JobRules) ->
     longest = start + b" " * (MAX_BODY_BYTES - len(start))
 
     assert job_of(rules, longest).generation_id == 456
-    with pytest.raises(Undecodable, match=f"{MAX_BODY_BYTES + 1} bytes; at most {MAX_BODY_BYTES}"):
-        job_of(rules, longest + b" ")
+    rejected = rejection_of(rules, longest + b" ")
+    assert (rejected.code, rejected.task_id, rejected.generation_id) == ("INVALID_INPUT", TASK_ID, 456)
+    assert f"{MAX_BODY_BYTES + 1} bytes; at most {MAX_BODY_BYTES}" in str(rejected)
 
 
 def test_lora_path_counts_among_the_adapters(rules: JobRules) -> None:
@@ -470,7 +475,7 @@ def test_data_of_a_wrong_kind_is_not_called_missing(rules: JobRules, given_data:
         (b"\xff", "UTF-8", "byte 0"),
         (message() | {"type": "training"}, "'training'", "'image_generation'"),
         (message(generation_id=True), "True", "1 to 2^63-1"),
-        (message(generation_id="5"), "'5'", "1 to 2^63-1"),
+        (message(generation_id="5 6"), "'5 6'", "1 to 2^63-1"),
     ],
 )
 def test_an_undecodable_message_says_why(rules: JobRules, body: bytes | dict[str, Any], named: str, right: str) -> None:
@@ -539,11 +544,11 @@ HOSTILE: dict[str, list[tuple[bytes | Mapping[str, Any], str]]] = {
     "H7 size": [
         (b"[" + b"{}," * 3_600_000 + b"{}]", DEAD),
         (b" " * (MAX_BODY_BYTES + 1), DEAD),
-        (UTF8 + b" " * MAX_BODY_BYTES, DEAD),
-        (message(prompt="x" * 10_000_000), DEAD),
+        (UTF8 + b" " * MAX_BODY_BYTES, "INVALID_INPUT"),
+        (message(prompt="x" * 10_000_000), "INVALID_INPUT"),
     ],
     "H8 encodings": [
-        (b"\xef\xbb\xbf" + UTF8, DEAD),
+        (b"\xef\xbb\xbf" * 2 + UTF8, DEAD),
         (UTF8.decode().encode("utf-16"), DEAD),
         (UTF8.decode().encode("utf-16-le"), DEAD),
         (UTF8.decode().encode("utf-32"), DEAD),
@@ -561,11 +566,14 @@ HOSTILE: dict[str, list[tuple[bytes | Mapping[str, Any], str]]] = {
         ({"task_id": TASK_ID, "type": "model_training", "data": {"style_id": 1, "images": ["s3://media/1.png"]}}, DEAD),
     ],
     "H11 generation_id": [
-        *((message(generation_id=given_id), DEAD) for given_id in (True, "5", 5.0, 0, -1, 2**63, None, [5], {}, "")),
+        *(
+            (message(generation_id=given_id), DEAD)
+            for given_id in (True, 5.0, 0, -1, 2**63, None, [5], {}, "", "a/b", "../x", "a b", "한", "5\n", "a" * 129)
+        ),
         ({"task_id": TASK_ID, "data": {"prompt": "a"}}, DEAD),
         ({"task_id": TASK_ID}, DEAD),
         # One inside `data` that is wrong is not replaced by one beside it.
-        ({"task_id": TASK_ID, "generation_id": 5, "data": {"generation_id": "5", "prompt": "a"}}, DEAD),
+        ({"task_id": TASK_ID, "generation_id": 5, "data": {"generation_id": "a/5", "prompt": "a"}}, DEAD),
     ],
     "H12 data": [
         ({"task_id": TASK_ID, "generation_id": 5}, "INVALID_INPUT"),
@@ -648,8 +656,8 @@ HOSTILE: dict[str, list[tuple[bytes | Mapping[str, Any], str]]] = {
         (message(loras=[{"path": "a.safetensors"}] * 5000), "INVALID_INPUT"),
     ],
     "H18 seed": [
-        *((message(seed=seed), "INVALID_INPUT") for seed in (-1, 2**63, 2**64, "x", "42", 1.5, True, [1])),
-        (message(parameters={"seed": -1}), "INVALID_INPUT"),
+        *((message(seed=seed), "INVALID_INPUT") for seed in (-2, 2**63, 2**64, "x", "4 2", 1.5, True, [1])),
+        (message(parameters={"seed": -2}), "INVALID_INPUT"),
     ],
     "H21 local paths": [
         *(
@@ -719,7 +727,6 @@ HOSTILE: dict[str, list[tuple[bytes | Mapping[str, Any], str]]] = {
         (message(signature_config={"position": 5}), "INVALID_INPUT"),
         (message(signature_config={"position": ["center"]}), "INVALID_INPUT"),
         (message(signature_config={"position": "BOTTOM_RIGHT"}), "INVALID_INPUT"),
-        (message(signature_config={"size": None}), "INVALID_INPUT"),
         (message(signature_config={"size": "gigantic"}), "INVALID_INPUT"),
         (message(signature_config="bottom-right"), "INVALID_INPUT"),
         (message(signature_config=[]), "INVALID_INPUT"),
@@ -777,7 +784,18 @@ def test_h12_unknown_fields_are_ignored_wherever_they_are(rules: JobRules) -> No
     strange = {"mood": "oil", "__class__": "Job", "task_id": "other", "\ud800": 1, "deep": [[[{}]]] * 100}
     body = message(**strange, parameters={"strange": 1, "\ud800": 1}, signature_config={"font": "x"}) | {"priority": 9}
 
-    assert job_of(rules, body) == job_of(rules, message())
+    job = job_of(rules, body)
+
+    assert replace(job, ignored=()) == job_of(rules, message())
+    assert job.ignored == (
+        "mood",
+        "__class__",
+        "?",
+        "deep",
+        "parameters.strange",
+        "parameters.?",
+        "signature_config.font",
+    )
 
 
 @pytest.mark.parametrize(
@@ -844,7 +862,7 @@ BODIES = st.binary(max_size=500) | st.text(max_size=200).map(str.encode) | MESSA
 
 def assert_within_limits(job: Job) -> None:
     assert str(uuid.UUID(job.task_id)) == job.task_id
-    assert 1 <= job.generation_id <= MAX_INT64
+    assert is_generation_id(job.generation_id)
     assert 1 <= len(job.prompt) <= MAX_PROMPT_CHARS
     assert re.search(r"[\x00\ud800-\udfff]", job.prompt + job.negative_prompt) is None
     assert all(0 <= seed <= MAX_INT64 for seed in job.seeds)

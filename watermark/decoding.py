@@ -1,6 +1,6 @@
 """Turns bytes somebody uploaded into an upright image without metadata, or says in plain words why not.
 
-Pillow is given three formats, a cap on bytes, and a look at the size in the header before it decodes a pixel: its own
+Pillow is given a few formats, a cap on bytes, and a look at the size in the header before it decodes a pixel: its own
 limit is far above what is needed.
 """
 
@@ -20,6 +20,8 @@ from watermark.errors import PictureInvalid, PictureTooLarge, SignatureInvalid
 MAX_CONTENT_BYTES = 10_000_000
 MAX_SIDE_PX = 4096  # 16 Mpx at most, 67 MB as RGBA
 FORMATS = ("PNG", "JPEG", "WEBP")
+# Scanners and old editors write these; a reference picture comes from a publisher's own tools.
+SIGNATURE_FORMATS = (*FORMATS, "GIF", "BMP", "TIFF")
 
 # Of a reference picture, as it is held in memory: what most cameras take. 100 MB as RGBA, and twice that for a moment.
 MAX_PICTURE_PX = 25_000_000
@@ -80,15 +82,15 @@ LOOKS = (
 
 
 def decode_signature(content: bytes) -> Image.Image:
-    """Decode a PNG, JPEG or WebP of at most 10 MB and 4096 px a side into a still, upright RGBA image without metadata.
+    """Decode one of `SIGNATURE_FORMATS`, of at most 10 MB and 4096 px a side, to a still, upright RGBA image.
 
-    Raises `SignatureInvalid` for everything else, and for an image nothing of which would be seen.
+    It has no metadata. Raises `SignatureInvalid` for everything else, and for an image nothing of which would be seen.
     """
     if len(content) > MAX_CONTENT_BYTES:
         raise SignatureInvalid(
             f"the signature image has {len(content) / 1e6:.1f} MB; at most {MAX_CONTENT_BYTES / 1e6:.0f} MB are read"
         )
-    with _opened(content, "the signature", SignatureInvalid) as opened:
+    with _opened(content, "the signature", SignatureInvalid, SIGNATURE_FORMATS) as opened:
         _check_signature_size(opened)
         image = to_rgba(ImageOps.exif_transpose(opened))
     if image.getchannel("A").getbbox() is None:
@@ -128,15 +130,17 @@ def to_rgba(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _opened(content: bytes, subject: str, invalid: Callable[[str], Exception]) -> Iterator[Image.Image]:
+def _opened(
+    content: bytes, subject: str, invalid: Callable[[str], Exception], formats: tuple[str, ...] = FORMATS
+) -> Iterator[Image.Image]:
     """The image in `content`, nothing but its header read; what its decoding stumbles over is told as `invalid`."""
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+        with Image.open(io.BytesIO(content), formats=formats) as opened:
             if getattr(opened, "is_animated", False):
                 raise invalid(f"{subject} is an animation or holds several pictures; send a still one")
             yield opened
     except DECODE_ERRORS as error:
-        raise invalid(_explain(content, error, subject)) from error
+        raise invalid(_explain(content, error, subject, formats)) from error
 
 
 def _scale_jpeg(image: Image.Image) -> None:
@@ -176,11 +180,16 @@ def _check_signature_size(image: Image.Image) -> None:
         )
 
 
-def _explain(content: bytes, error: Exception, subject: str) -> str:
+def _explain(content: bytes, error: Exception, subject: str, formats: tuple[str, ...]) -> str:
     start = content[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     look = next((words for prefix, words in LOOKS if start.startswith(prefix)), "no image")
     if not content:
         look = "an empty file"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         look = "far too large an image"
-    return f"{subject} is no PNG, JPEG or WebP image that can be read: it looks like {look}"
+    return f"{subject} is no {_listed(formats)} image that can be read: it looks like {look}"
+
+
+def _listed(formats: tuple[str, ...]) -> str:
+    *others, last = (name.replace("WEBP", "WebP") for name in formats)
+    return f"{', '.join(others)} or {last}"

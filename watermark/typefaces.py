@@ -9,6 +9,7 @@ from pathlib import Path
 from fontTools.ttLib import TTFont
 from fontTools.ttLib.ttCollection import TTCollection
 
+from config.redacting import quoted
 from watermark.errors import FontMissing
 from watermark.fonts import FONT_ERRORS, code_points, list_fonts, missing_from, named, wanted_of
 from watermark.scripts import Script, script_of
@@ -104,7 +105,7 @@ def _named_face(name: str, font_dirs: tuple[Path, ...]) -> Typeface:
         face for face in faces if face.answers(key)
     ]
     if not of_family:
-        raise FontMissing(f"no font family {name!r} is installed{_near(key, faces)}; `darkroom fonts` lists them")
+        raise FontMissing(f"no font family {quoted(name)} is installed{_near(key, faces)}; `darkroom fonts` lists them")
     return min(of_family, key=lambda face: (face.is_italic, abs(face.weight - REGULAR_WEIGHT)))
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic reads typing's own only from Python 3.12 on
 
+from worker.generation_id import MAX_NUMBER, TEXT
 from worker.schema import MAX_INT64, MAX_SEED
 
 ErrorCode = Literal[
@@ -37,7 +38,10 @@ ErrorCode = Literal[
     "INTERNAL_ERROR",
 ]
 
-_GenerationId = Annotated[int, Field(ge=1, le=MAX_INT64, description="The job's own, as it came")]
+_GenerationId = Annotated[
+    Annotated[int, Field(ge=1, le=MAX_NUMBER)] | Annotated[str, Field(pattern=f"^{TEXT}$")],
+    Field(description="The job's own, as it came: a number or text"),
+]
 _Seed = Annotated[int, Field(ge=0, le=MAX_INT64)]
 _Url = Annotated[str, Field(min_length=1)]
 
@@ -78,6 +82,9 @@ class PictureMetadata(TypedDict):
     industry: NotRequired[Annotated[str, Field(description="The job's preset, where it named one")]]
     stages: NotRequired[
         Annotated[dict[str, str], Field(description="Of a product: each stage's picture, as a job may name it again")]
+    ]
+    ignored: NotRequired[
+        Annotated[list[str], Field(description="Fields of the job's data that no worker knows, where there are any")]
     ]
     task_id: Annotated[str, Field(description="The job's, or the one that replaced what was no UUID")]
     seconds: Annotated[float, Field(ge=0, description="Time at work, without waiting in the queue")]

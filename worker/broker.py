@@ -22,6 +22,7 @@ import pika
 import pika.exceptions
 
 from config.logs import log_event
+from config.redacting import redacted
 from config.settings import BrokerSettings
 from worker.backoff import Backoff
 from worker.delivery import Delivery
@@ -295,7 +296,7 @@ class Publisher:
         """Return once the broker has confirmed the message on disk; raise `PublishFailed` otherwise."""
         headers: dict[str, Any] = {} if attempt is None else {ATTEMPT_HEADER: attempt}
         if reason:
-            headers[REASON_HEADER] = reason[:MAX_REASON_CHARS]
+            headers[REASON_HEADER] = redacted(reason)[:MAX_REASON_CHARS]
         if since is not None:
             headers[SINCE_HEADER] = int(since)
         if due is not None:
@@ -423,7 +424,7 @@ def close_connection(connection: _Connection) -> None:
 
 def describe(error: BaseException) -> str:
     """What went wrong, without the URL: pika's texts may carry hosts, never passwords, but are long."""
-    return f"{type(error).__name__}: {error}".removesuffix(": ")[:300]
+    return redacted(f"{type(error).__name__}: {error}".removesuffix(": "))[:300]
 
 
 def whole_number(given: Any, *, default: int) -> int:

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from config.logs import configure_logging
+from config.redacting import quoted
 from config.settings import (
     PictureSettings,
     ServiceSettings,
@@ -23,6 +24,7 @@ from config.settings import (
     load_settings,
 )
 from worker.cli_options import Order, fields_of, with_order
+from worker.generation_id import RIGHT, GenerationId, is_generation_id
 from worker.messages import rules_from
 from worker.supervisor import ExitCode, Supervisor
 
@@ -78,7 +80,7 @@ def check(
 @with_order
 def submit(
     order: Order,
-    generation_id: Annotated[int, typer.Option(help="Id of the generation at the backend", min=1)],
+    generation_id: Annotated[str, typer.Option(help="Id of the generation at the backend, a number or text")],
     timeout: Annotated[float, typer.Option(help="Seconds to follow the job")] = 600.0,
 ) -> None:
     """Publish a job and follow it until it ends: the address of its picture goes to standard output.
@@ -88,7 +90,7 @@ def submit(
     """
     from worker.submitting import submit_and_follow  # noqa: PLC0415
 
-    fields = {"generation_id": generation_id, **fields_of(order)}
+    fields = {"generation_id": _generation_id(generation_id), **fields_of(order)}
     sys.exit(0 if submit_and_follow(_settings(), fields, timeout_seconds=timeout, console=console) else 1)
 
 
@@ -213,6 +215,13 @@ def _one_of(target: str | None, everything: bool, reason: str) -> None:
         raise typer.BadParameter("give either N|TASK_ID or --all")
     if reason and not everything:
         raise typer.BadParameter("--reason belongs to --all")
+
+
+def _generation_id(text: str) -> GenerationId:
+    given = int(text) if re.fullmatch(r"[0-9]{1,19}", text) else text
+    if not is_generation_id(given):
+        raise typer.BadParameter(f"{quoted(text)} is not {RIGHT}", param_hint="--generation-id")
+    return given
 
 
 def _duration(text: str) -> timedelta | None:

@@ -2,10 +2,12 @@
 
 They are draft 7 and without references of their own, which is what AsyncAPI reads. Whatever a schema accepts is
 accepted, but for what no schema can say: sizes in bytes, repeated keys, half surrogate pairs, 5.0 where 5 is asked
-for, and the rules that compare fields or look into a location. `tests/test_contract.py` holds that.
+for, a seed in text beyond 2^63-1, and the rules that compare fields or look into a location.
+`tests/test_contract.py` holds that.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,20 +17,25 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core.core_schema import NullableSchema
 
 from worker.bodies import CompleteBody, FailedBody, ProgressBody
+from worker.generation_id import MAX_NUMBER, TEXT
 from worker.messages import MESSAGE_TYPE
-from worker.schema import MAX_INT64, WireData
+from worker.schema import WireData
 
 FOLDER = Path(__file__).parents[1] / "docs" / "schemas"
 DIALECT = "http://json-schema.org/draft-07/schema#"
-UUID_PATTERN = r"^[0-9A-Fa-f]{8}-([0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}$"
+UUID_PATTERN = r"^([0-9A-Fa-f]{8}-([0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12})?$"
+NOT_GIVEN = {"enum": [None, ""]}
 
-_GenerationId = Annotated[int, Field(ge=1, le=MAX_INT64, description="The backend's own number of the generation")]
+_GenerationId = Annotated[
+    Annotated[int, Field(ge=1, le=MAX_NUMBER)] | Annotated[str, Field(pattern=f"^{TEXT}$")],
+    Field(description="The backend's own id of the generation, told back as it came"),
+]
 _Type = Annotated[str, Field(json_schema_extra={"const": MESSAGE_TYPE})]
-_Uuid = Annotated[str, Field(json_schema_extra={"format": "uuid", "pattern": UUID_PATTERN})]
+_UuidOrNothing = Annotated[str, Field(json_schema_extra={"pattern": UUID_PATTERN})]
 
 
 class JobData(WireData):
-    """What to draw. null, and "" for a text but the prompt, mean "not given". Unknown fields are ignored."""
+    """What to draw. null and "" mean "not given", at every depth. Unknown fields are ignored, and told back by name."""
 
     generation_id: _GenerationId
 
@@ -56,13 +63,13 @@ class CancelMessage(BaseModel):
     model_config = ConfigDict(
         json_schema_extra={
             "anyOf": [
-                {"required": ["task_id"], "properties": {"task_id": {"type": "string"}}},
-                {"required": ["generation_id"], "properties": {"generation_id": {"type": "integer"}}},
+                {"required": ["task_id"], "properties": {"task_id": {"type": "string", "minLength": 1}}},
+                {"required": ["generation_id"], "properties": {"generation_id": {"type": ["integer", "string"]}}},
             ]
         },
     )
 
-    task_id: _Uuid | None = Field(None, description="The job's; it wins where both are given")
+    task_id: _UuidOrNothing | None = Field(None, description="The job's UUID; it wins where both are given")
     generation_id: _GenerationId | None = None
 
 
@@ -79,6 +86,8 @@ def schema_of(name: str) -> dict[str, Any]:
     """The schema of one message, by its name in `MODELS`."""
     made = TypeAdapter(MODELS[name]).json_schema(schema_generator=_Generator)
     inlined: dict[str, Any] = _inlined(made, made.pop("$defs", {}))
+    if name == "job":
+        inlined["properties"]["data"] = _with_gaps(inlined["properties"]["data"])
     return {"$schema": DIALECT, "title": name.capitalize()} | inlined
 
 
@@ -114,6 +123,35 @@ def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
     if "$ref" in node:
         node = definitions[node["$ref"].rpartition("/")[2]] | {key: node[key] for key in node if key != "$ref"}
     return {key: _inlined(value, definitions) for key, value in node.items() if not _is_noise(key, value)}
+
+
+def _with_gaps(node: Any) -> Any:
+    """`node` with null and "" allowed for every field that is not required, at every depth, and null in every list."""
+    if isinstance(node, list):
+        return [_with_gaps(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    node = {key: _with_gaps(value) for key, value in node.items()}
+    for name in set(node.get("properties", ())) - set(node.get("required", ())):
+        node["properties"][name] = _or_nothing(node["properties"][name])
+    if isinstance(node.get("items"), dict):
+        node["items"] |= {"type": [node["items"]["type"], "null"]}
+    return node
+
+
+def _or_nothing(node: dict[str, Any]) -> dict[str, Any]:
+    """What `node` accepts, and null and ""."""
+    if "anyOf" in node:
+        others = [choice for choice in node["anyOf"] if choice != {"type": "null"}]
+        return node | {"anyOf": [*others, NOT_GIVEN]}
+    if "enum" in node:
+        return node | {"enum": [*node["enum"], None, ""], "type": ["string", "null"]}
+    types = [node["type"]] if isinstance(node["type"], str) else [kind for kind in node["type"] if kind != "null"]
+    if "string" not in types:
+        # The bounds of numbers and lists do not touch a text.
+        return node | {"type": [*types, "string", "null"], "maxLength": 0}
+    pattern = {"pattern": f"^$|{node['pattern']}"} if "pattern" in node and not re.search(node["pattern"], "") else {}
+    return node | {"type": [*types, "null"]} | pattern
 
 
 def _is_noise(key: str, value: Any) -> bool:

@@ -15,6 +15,7 @@ from rich.text import Text
 from clients.webhooks import WebhookKind
 from worker.broker import ATTEMPT_HEADER, REASON_HEADER, whole_number
 from worker.events import TerminalEvent
+from worker.generation_id import GenerationId
 from worker.identity import fingerprint
 from worker.inspection import Held
 from worker.job import Job, JobRejected, Undecodable
@@ -64,7 +65,7 @@ class Letter:
         return self.content.task_id if self.content is not None else ""
 
     @property
-    def generation_id(self) -> int | None:
+    def generation_id(self) -> GenerationId | None:
         return self.content.generation_id if self.content is not None else None
 
     @property

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Self, cast
 
 from clients.webhooks import Webhook, WebhookKind
+from config.redacting import redacted
 from worker.bodies import ErrorCode, FailedBody
+from worker.generation_id import GenerationId, is_generation_id
 from worker.strict_json import is_number, strict_json
 
 
@@ -21,7 +23,7 @@ class TerminalEvent:
     """
 
     task_id: str
-    generation_id: int
+    generation_id: GenerationId
     kind: WebhookKind
     body: Mapping[str, Any]
     began_at: float = 0.0
@@ -57,7 +59,9 @@ class TerminalEvent:
             raise ValueError(f"not a terminal event: {error}") from error
         if event.kind is WebhookKind.PROGRESS:
             raise ValueError("not a terminal event: progress ends no job")
-        if not (isinstance(event.task_id, str) and type(event.generation_id) is int and isinstance(event.body, dict)):
+        if not (
+            isinstance(event.task_id, str) and is_generation_id(event.generation_id) and isinstance(event.body, dict)
+        ):
             raise ValueError("not a terminal event: an id or the body is of a wrong kind")
         _check_types(event)
         return event
@@ -80,7 +84,7 @@ def _check_types(event: TerminalEvent) -> None:
 def failed_event(
     *,
     task_id: str,
-    generation_id: int,
+    generation_id: GenerationId,
     code: str,
     message: str,
     retry_count: int,
@@ -93,7 +97,7 @@ def failed_event(
     """The end of a job that could not be done."""
     body: FailedBody = {
         "generation_id": generation_id,
-        "error_message": message,
+        "error_message": redacted(message),
         # The engine's own come as plain text; a test holds that all there are in the source are in the list.
         "error_code": cast(ErrorCode, code),
         "retry_count": retry_count,

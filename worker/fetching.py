@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from threading import Event, Lock
 from typing import TypeVar
@@ -11,6 +12,7 @@ from PIL import Image
 
 from clients.cache import DownloadCache
 from clients.location import ObjectRef
+from clients.spelling import spellings_of
 from clients.storage import Storage
 from clients.storage_errors import (
     AccessDenied,
@@ -27,6 +29,7 @@ from watermark.headline import Headline, headlines_of
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
 from worker.breakers import Gate
 from worker.job import Job, JobAdapter
+from worker.peft_folders import PEFT_CONFIG, PEFT_PICKLE, PEFT_WEIGHTS, WANTS_CONFIG, is_named_by_peft
 from worker.places import Places
 from worker.references import NO_REFERENCES, References, check_mask, drawing_size
 from worker.settling import JobFailed
@@ -42,9 +45,7 @@ MAX_FOLDER_LOOKS = 3
 # Before an object that is not there is believed not to be.
 SECOND_LOOK_SECONDS = 2.0
 
-PEFT_CONFIG = "adapter_config.json"
-PEFT_WEIGHTS = "adapter_model.safetensors"
-PEFT_PICKLE = "adapter_model.bin"
+SAFETENSORS = ".safetensors"
 
 Made = TypeVar("Made")
 
@@ -154,7 +155,7 @@ class Fetcher:
             raise JobFailed("FONT_MISSING", f"artist_name: {error}") from error
 
     def _read(self, ref: ObjectRef, max_bytes: int) -> bytes:
-        def read() -> bytes:
+        def read(ref: ObjectRef) -> bytes:
             with self.cache.fetch(ref, max_bytes=max_bytes, deadline_seconds=FETCH_DEADLINE_SECONDS) as path:
                 return path.read_bytes()
 
@@ -163,21 +164,42 @@ class Fetcher:
     def adapter(self, adapter: JobAdapter, pinned: ExitStack) -> AdapterFile:
         """The adapter's files on the local disk, pinned in the cache until `pinned` closes."""
         ref = adapter.ref
-        if ref.key.lower().endswith(".safetensors"):
-            weights = self._fetch(ref, MAX_ADAPTER_BYTES, pinned)
-            return AdapterFile(weights, None, adapter.scale, version=weights.name)
-        return self._folder(ref, adapter.scale, pinned)
+        if ref.key.lower().endswith(SAFETENSORS):
+            return self._adapter_file(adapter, pinned)
+        # Trainers that upload a folder may name any file of it.
+        folder = ref.parent if ref.name == PEFT_CONFIG else ref
+        return self._of_one_version(
+            partial(self._fetch, folder.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned),
+            partial(self._fetch_weights, folder, pinned),
+            adapter,
+        )
 
-    def _folder(self, folder: ObjectRef, scale: float, pinned: ExitStack) -> AdapterFile:
+    def _adapter_file(self, adapter: JobAdapter, pinned: ExitStack) -> AdapterFile:
+        """A file by itself, or the weights inside a PEFT folder: these mean nothing without the config beside them."""
+        fetch_weights = partial(self._fetch, adapter.ref, MAX_ADAPTER_BYTES, pinned)
+        weights = fetch_weights()
+        if not is_named_by_peft(weights):
+            return AdapterFile(weights, None, adapter.scale, version=weights.name)
+        fetch_config = partial(self._fetch, adapter.ref.parent.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned)
+        try:
+            return self._of_one_version(fetch_config, fetch_weights, adapter)
+        except JobFailed as error:
+            if error.code != "LORA_NOT_FOUND":
+                raise
+            raise JobFailed("LORA_INVALID", f"the adapter {adapter.ref} {WANTS_CONFIG}") from error
+
+    def _of_one_version(
+        self, fetch_config: Callable[[], Path], fetch_weights: Callable[[], Path], adapter: JobAdapter
+    ) -> AdapterFile:
         """Both files of a PEFT folder, of one moment: a publisher may be replacing them one after the other."""
-        config = self._fetch(folder.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned)
+        config = fetch_config()
         for _ in range(MAX_FOLDER_LOOKS):
-            weights = self._fetch_weights(folder, pinned)
-            before, config = config, self._fetch(folder.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned)
+            weights = fetch_weights()
+            before, config = config, fetch_config()
             if config == before:
                 # The cache names a file for the version of its object: key, ETag and size.
-                return AdapterFile(weights, config, scale, version=f"{config.name} {weights.name}")
-        raise ObjectChanged(f"the adapter {folder} is being replaced")
+                return AdapterFile(weights, config, adapter.scale, version=f"{config.name} {weights.name}")
+        raise ObjectChanged(f"the adapter {adapter.ref} is being replaced")
 
     def _fetch_weights(self, folder: ObjectRef, pinned: ExitStack) -> Path:
         try:
@@ -192,7 +214,7 @@ class Fetcher:
         try:
             return self._look_twice(
                 ref,
-                lambda: pinned.enter_context(
+                lambda ref: pinned.enter_context(
                     self.cache.fetch(ref, max_bytes=max_bytes, deadline_seconds=FETCH_DEADLINE_SECONDS)
                 ),
             )
@@ -201,12 +223,12 @@ class Fetcher:
         except ObjectTooLarge as error:
             raise JobFailed("INPUT_TOO_LARGE", str(error)) from error
 
-    def _look_twice(self, ref: ObjectRef, fetch: Callable[[], Made]) -> Made:
+    def _look_twice(self, ref: ObjectRef, fetch: Callable[[ObjectRef], Made]) -> Made:
         """Fetch, retrying once: a 404 may be an upload still in progress, and a refusal may concern this object or the
         worker itself, which waits for its own buckets and its rights."""
         try:
             with self.places.waiting_for(ref):
-                return fetch()
+                return _by_any_spelling(ref, fetch)
         except ObjectNotFound:
             self.is_draining.wait(SECOND_LOOK_SECONDS)
             self.gate.insist(lambda: self._check_exists(ref.bucket))
@@ -215,7 +237,7 @@ class Fetcher:
             self.gate.insist(lambda: self._check_exists(ref.bucket))
         try:
             with self.places.waiting_for(ref):
-                return fetch()
+                return _by_any_spelling(ref, fetch)
         except AccessDenied as error:
             raise JobFailed("INPUT_FORBIDDEN", f"the store does not let this worker read {ref}") from error
         except BucketNotFound as error:
@@ -240,3 +262,15 @@ class Fetcher:
         except ObjectNotFound:
             return False
         return True
+
+
+def _by_any_spelling(ref: ObjectRef, fetch: Callable[[ObjectRef], Made]) -> Made:
+    """Fetch `ref` as it is named, else by another spelling of its key."""
+    first, *others = spellings_of(ref)
+    try:
+        return fetch(first)
+    except ObjectNotFound:
+        for other in others:
+            with suppress(ObjectNotFound):
+                return fetch(other)
+        raise

@@ -8,9 +8,11 @@ from clients.location import ObjectRef
 from watermark.fitting import Fit
 from watermark.overlay import TextOverlay
 from watermark.signature import Position, SignatureStyle
+from worker.generation_id import GenerationId
 
 # Beyond this a picture is more border than subject; 9999:1 would be one row of latents.
 MAX_ASPECT = 4.0
+NUM_SEEDS = 2**63
 
 
 class Kind(StrEnum):
@@ -36,7 +38,7 @@ class Undecodable(Exception):
 class JobRejected(Exception):
     """The job is known but asks for what cannot be done: its backend is told `code` and the message."""
 
-    def __init__(self, code: str, message: str, *, task_id: str, generation_id: int) -> None:
+    def __init__(self, code: str, message: str, *, task_id: str, generation_id: GenerationId) -> None:
         super().__init__(message)
         self.code = code
         self.task_id = task_id
@@ -100,11 +102,11 @@ class Job:
     `size` (width, height) wins over `aspect` where it is set; without both a reference picture's proportions hold.
     `seed` is never absent: a null one is derived from `task_id`, so that a repeated run draws the same picture. Steps
     and guidance that nobody named are the family's. `source` is there for image2image and inpaint, `product` for
-    product, and for no other kind. `fit` is for every reference picture.
+    product, and for no other kind. `fit` is for every reference picture. `ignored` names fields that no worker knows.
     """
 
     task_id: str
-    generation_id: int
+    generation_id: GenerationId
     prompt: str
     negative_prompt: str
     adapters: tuple[JobAdapter, ...]
@@ -130,10 +132,12 @@ class Job:
     overlays: tuple[TextOverlay, ...] = ()
     style: str | None = None
     industry: str | None = None
+    ignored: tuple[str, ...] = ()
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        return tuple(self.seed + index for index in range(self.num_images))
+        # Behind the highest seed comes 0: all of them fit a signed 64-bit column and a torch.Generator.
+        return tuple((self.seed + index) % NUM_SEEDS for index in range(self.num_images))
 
 
 def resolve_size(

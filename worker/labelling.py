@@ -86,7 +86,7 @@ def provenance_of(job: Job, result: GenerationResult, picture: Picture, *, model
         scheduler=result.scheduler,
         width=picture.width,
         height=picture.height,
-        adapters=tuple(_name(adapter.ref.key) for adapter in job.adapters),
+        adapters=tuple(_name(adapter.ref.shown_key) for adapter in job.adapters),
         artist_name=job.artist_name,
         prompts=Prompts(job.prompt, job.negative_prompt),
     )

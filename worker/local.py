@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from clients.location import LocationForbidden, ObjectRef
+from clients.location import LocationForbidden, ObjectRef, shown_location
 from config.settings import ModelSettings, PictureSettings, ServiceSettings, SettingsError, load_section
 from inference.engine import LocalEngine
 from inference.request import AdapterFile, EngineError, GenerationRequest, GenerationResult, ModelFacts, StepReport
@@ -21,11 +21,11 @@ from watermark.errors import WatermarkError
 from watermark.headline import headlines_of
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
 from worker.drawing import Drawn, Leg
-from worker.fetching import PEFT_CONFIG, PEFT_WEIGHTS
 from worker.finishing import finish
 from worker.job import Job, JobAdapter, JobRejected
 from worker.labelling import Labeller, provenance_of
 from worker.messages import decode
+from worker.peft_folders import PEFT_CONFIG, PEFT_WEIGHTS, WANTS_CONFIG, is_named_by_peft
 from worker.presets import presets_in_force
 from worker.product.brought import Brought, bring
 from worker.product.cutting import Cutter
@@ -93,7 +93,7 @@ def _job(fields: dict[str, Any]) -> Job:
 
 def _here(text: str) -> ObjectRef:
     if "://" in text:
-        raise LocationForbidden(f"{text!r:.120} is in a store, which is not read here: name a file")
+        raise LocationForbidden(f"{shown_location(text)} is in a store, which is not read here: name a file")
     return ObjectRef(NO_BUCKET, text)
 
 
@@ -131,9 +131,15 @@ def _decoded(ref: ObjectRef, decode_bytes: Callable[[bytes], Image.Image]) -> Im
 
 def _adapter(adapter: JobAdapter) -> AdapterFile:
     path = Path(adapter.ref.key)
-    if path.is_dir():
-        return AdapterFile(path / PEFT_WEIGHTS, path / PEFT_CONFIG, adapter.scale)
-    return AdapterFile(path, None, adapter.scale)
+    folder = path.parent if path.name == PEFT_CONFIG else path
+    if folder.is_dir():
+        return AdapterFile(folder / PEFT_WEIGHTS, folder / PEFT_CONFIG, adapter.scale)
+    if not is_named_by_peft(path):
+        return AdapterFile(path, None, adapter.scale)
+    config = path.with_name(PEFT_CONFIG)
+    if not config.is_file():
+        raise NotDrawn(f"the adapter {path} {WANTS_CONFIG}")
+    return AdapterFile(path, config, adapter.scale)
 
 
 def _request(job: Job, references: References, facts: ModelFacts) -> GenerationRequest:

@@ -15,18 +15,21 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from clients.location import ObjectRef, parse_location
+from clients.location import ObjectRef, parse_location, shown_location
+from config.redacting import quoted
 from config.settings import ModelSettings, PictureSettings, StoreSettings
 from watermark.fitting import Fit
 from watermark.signature import SignatureStyle
+from worker.generation_id import RIGHT, is_generation_id
+from worker.ignoring import ignored_in
 from worker.job import MAX_ASPECT, Job, JobAdapter, JobRejected, Undecodable
 from worker.kinds import control_of, kind_of, overlay_of, overlays_in, product_of, source_of
+from worker.outline import outline_of
 from worker.presets import adapters_of, presets_in_force, styled_of
 from worker.rejecting import MAX_REASON_CHARS, PICKLE_SUFFIXES, Identity, JobRules, Rejection, located
 from worker.schema import (
     ASPECT,
     MAX_ADAPTERS,
-    MAX_INT64,
     MAX_PROMPT_CHARS,
     WireData,
     WireParameters,
@@ -71,6 +74,8 @@ def rules_from(model: ModelSettings, store: StoreSettings, pictures: PictureSett
 
 def decode(body: bytes, rules: JobRules) -> Job:
     """The job in `body`. Raises `Undecodable` where there is no id to trust, `JobRejected` for all else."""
+    if len(body) > MAX_BODY_BYTES:
+        raise _too_large(body)
     message = _parse(body)
     identity = _identify(message, body)
     reject = Rejection(identity)
@@ -78,11 +83,21 @@ def decode(body: bytes, rules: JobRules) -> Job:
     return _build(wire, message, identity, rules, reject)
 
 
-def _parse(body: bytes) -> dict[str, Any]:
-    if len(body) > MAX_BODY_BYTES:
-        raise Undecodable(f"the body has {len(body)} bytes; at most {MAX_BODY_BYTES} are read")
+def _too_large(body: bytes) -> JobRejected:
+    """The rejection of a body beyond the limit, whose ids alone are read. Raises `Undecodable` where they cannot be."""
+    size = f"the body has {len(body)} bytes; at most {MAX_BODY_BYTES} are read"
     try:
-        message = json.loads(body.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        outline = outline_of(body, MAX_BODY_BYTES)
+        identity = _identify(_parse(outline), body)
+    except (ValueError, Undecodable) as error:
+        raise Undecodable(f"{size}, and its ids cannot be found: {error}"[:MAX_REASON_CHARS]) from error
+    return Rejection(identity)("INVALID_INPUT", f"{size}: shorten the message")
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    try:
+        # Some editors and .NET put a byte order mark before UTF-8.
+        message = json.loads(body.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
     except UnicodeDecodeError as error:
         raise Undecodable(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
     except RecursionError as error:
@@ -93,7 +108,7 @@ def _parse(body: bytes) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise Undecodable(f"the body is a JSON {type(message).__name__}, not an object")
     if message.get("type", MESSAGE_TYPE) != MESSAGE_TYPE:
-        raise Undecodable(f"type is {message['type']!r:.80}; this queue takes {MESSAGE_TYPE!r}")
+        raise Undecodable(f"type is {_shown(message['type'])}; this queue takes {MESSAGE_TYPE!r}")
     return message
 
 
@@ -108,8 +123,8 @@ def _identify(message: Mapping[str, Any], body: bytes) -> Identity:
     fields = message.get("data")
     holder = fields if isinstance(fields, dict) and "generation_id" in fields else message
     generation_id = holder.get("generation_id")
-    if type(generation_id) is not int or not 1 <= generation_id <= MAX_INT64:
-        raise Undecodable(f"generation_id is {generation_id!r:.80}; it must be a whole number from 1 to 2^63-1")
+    if not is_generation_id(generation_id):
+        raise Undecodable(f"generation_id is {_shown(generation_id)}; it must be {RIGHT}")
     return Identity(_task_id(message.get("task_id"), body), generation_id)
 
 
@@ -127,7 +142,7 @@ def _validate(fields: Any, reject: Rejection) -> WireData:
     if not isinstance(fields, dict):
         raise reject("INVALID_INPUT", "data must be an object with generation_id and prompt")
     try:
-        wire = WireData.model_validate({name: value for name, value in fields.items() if value is not None})
+        wire = WireData.model_validate(fields)
     except ValidationError as error:
         raise _rejection_of(error, reject) from error
 
@@ -152,13 +167,13 @@ def _check_text(name: str, text: str, reject: Rejection) -> None:
 
 
 def _rejection_of(error: ValidationError, reject: Rejection) -> JobRejected:
-    """One sentence for all that is wrong: which field, what rule. Values stay out of it but for plain numbers."""
+    """One sentence for all that is wrong: which field, what rule, and the value where it is short and plain."""
     problems = error.errors(include_url=False, include_context=False)
     sentences = []
     for problem in problems[:5]:
         field = ".".join(str(part) for part in problem["loc"])
         value = problem["input"]
-        shown = f" (it is {value!r:.40})" if isinstance(value, int | float | str) else ""
+        shown = f" (it is {_shown(value)})" if isinstance(value, int | float | str) else ""
         rule = "Input should be an object" if problem["type"] == "model_type" else problem["msg"]
         sentences.append(f"data.{field}: {rule}{shown}")
     return reject(_FIELD_CODES.get(problems[0]["loc"][0], "INVALID_INPUT"), "; ".join(sentences))
@@ -197,6 +212,7 @@ def _build(wire: WireData, message: Mapping[str, Any], identity: Identity, rules
         industry=wire.industry or None,
         prompt_tags=tuple(wire.prompt_tags or ()),
         created_at=_timestamp(message.get("created_at")),
+        ignored=ignored_in(message["data"], wire),
     )
 
 
@@ -220,7 +236,9 @@ def _adapters(wire: WireData, rules: JobRules, reject: Rejection) -> tuple[JobAd
         if ref is None:
             raise reject("INVALID_INPUT", "data.loras: path is empty: name a .safetensors object or a folder")
         if ref.key.lower().endswith(PICKLE_SUFFIXES):
-            raise reject("LORA_UNSAFE_FORMAT", f"lora_path {path!r:.200} may hold a pickle; only .safetensors is read")
+            raise reject(
+                "LORA_UNSAFE_FORMAT", f"lora_path {shown_location(path)} may hold a pickle; only .safetensors is read"
+            )
         adapters.append(JobAdapter(ref, scale))
     return tuple(adapters)
 
@@ -242,7 +260,16 @@ def _aspect(text: str | None, reject: Rejection) -> tuple[int, int] | None:
         if abs(math.log(width / height)) <= math.log(MAX_ASPECT) + 1e-9:
             return width, height
     known = f"1:1, 2:2, 1:2, 2:1 or another W:H of at most {MAX_ASPECT:.0f} to 1"
-    raise reject("UNSUPPORTED_ASPECT_RATIO", f"aspect_ratio {text!r:.40} is not supported; use {known}")
+    raise reject("UNSUPPORTED_ASPECT_RATIO", f"aspect_ratio {quoted(text)} is not supported; use {known}")
+
+
+def _shown(value: Any) -> str:
+    """A value of the message as a sentence may hold it; of what is no text at most 40 characters, of lists none."""
+    if isinstance(value, str):
+        return quoted(value)
+    if isinstance(value, list | dict):
+        return f"a {'list' if isinstance(value, list) else 'JSON object'}"
+    return f"{value!r:.40}"
 
 
 def _derived_seed(task_id: str) -> int:

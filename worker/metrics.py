@@ -41,6 +41,7 @@ class Metrics:
         self.outbox_age_seconds = self._gauge("outbox_age_seconds", "Since the oldest of them was parked, or 0")
         self.webhooks = self._counter("webhooks", "Webhook attempts", "kind", "result")
         self.webhooks_ambiguous = self._counter("webhook_ambiguous", "Attempts whose answer was lost: maybe taken")
+        self.ignored_fields = self._counter("ignored_fields", "Fields of jobs that no worker knows")
         self.engine_restarts = self._counter("engine_restarts", "Engine processes started after a crash")
         self.idle_seconds = self._counter("idle_seconds", "Time without denoising, by reason", "reason")
         for outcome in OUTCOMES:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from clients.location import LocationForbidden, ObjectRef
 from config.preset_file import PresetFile
 from config.presets import Preset, PresetAdapter, Presets, PresetsInvalid, builtin_presets
+from config.redacting import quoted
 from config.settings import PictureSettings, SettingsError
 from worker.job import JobAdapter
 from worker.rejecting import MAX_REASON_CHARS, PICKLE_SUFFIXES, JobRules, Rejection, located
@@ -109,7 +110,7 @@ def _known(field: str, name: str | None, presets: Mapping[str, Preset], reject: 
         return None
     if name not in presets:
         there_are = f"there are {', '.join(sorted(presets))}" if presets else "there is none"
-        sentence = f"data.{field} {name!r:.60} is not known to this worker; {there_are}"
+        sentence = f"data.{field} {quoted(name)} is not known to this worker; {there_are}"
         raise reject("INVALID_INPUT", textwrap.shorten(sentence, MAX_REASON_CHARS, placeholder=" …"))
     return presets[name]
 

@@ -13,6 +13,7 @@ from clients.storage import Storage
 from clients.storage_errors import StorageError
 from config.logs import log_event
 from inference.request import Preview, StepReport
+from worker.generation_id import GenerationId
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class Previewer:
         if self._thread.is_alive():
             self._thread.join(CLOSE_SECONDS)
 
-    def follow(self, task_id: str, generation_id: int) -> PreviewTrack:
+    def follow(self, task_id: str, generation_id: GenerationId) -> PreviewTrack:
         track = PreviewTrack(self, task_id, ObjectRef(self._bucket, f"previews/gen-{generation_id}.jpg"))
         with self._changed:
             self._tracks[task_id] = track

@@ -389,6 +389,9 @@ class Processor:
             self._metrics.queue_wait_seconds.observe(waited)
         first = run.first
         log_event(logger, "job in", attempt=run.attempt, queue=first.queue, num_deliveries=first.num_deliveries)
+        if isinstance(run.asked, Job) and run.asked.ignored:
+            self._metrics.ignored_fields.inc(len(run.asked.ignored))
+            log_event(logger, "fields ignored", logging.WARNING, names=", ".join(run.asked.ignored))
 
     def _note_departure(self, run: Run, ending: _Ending) -> None:
         seconds: dict[str, float] = {}

@@ -9,6 +9,7 @@ from clients.webhooks import Verdict, Webhook, WebhookClient, WebhookKind
 from config.logs import log_event
 from inference.request import StepReport
 from worker.bodies import ProgressBody
+from worker.generation_id import GenerationId
 from worker.metrics import Metrics
 from worker.previews import Previewer, PreviewTrack
 
@@ -28,7 +29,9 @@ def milestones_between(before: float, now: float, milestones: tuple[int, ...]) -
 class Track:
     """One job's progress. `on_step` runs on the engine's owner thread and only ever takes a lock for a moment."""
 
-    def __init__(self, reporter: "ProgressReporter", previews: PreviewTrack, task_id: str, generation_id: int) -> None:
+    def __init__(
+        self, reporter: "ProgressReporter", previews: PreviewTrack, task_id: str, generation_id: GenerationId
+    ) -> None:
         self._reporter = reporter
         self._previews = previews
         self._task_id = task_id
@@ -105,7 +108,7 @@ class ProgressReporter:
         if self._thread.is_alive():
             self._thread.join(CLOSE_SECONDS)
 
-    def follow(self, task_id: str, generation_id: int) -> Track:
+    def follow(self, task_id: str, generation_id: GenerationId) -> Track:
         return Track(self, self._previewer.follow(task_id, generation_id), task_id, generation_id)
 
     def learn(self, step_seconds: float) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
+from config.redacting import quoted
 from inference.request import Control, ModelFacts, Source
 from watermark.fitting import Fit, fit
 from worker.job import Job, JobProduct, Kind, Preprocess, resolve_size
@@ -87,7 +88,7 @@ def check_can(job: Job, facts: ModelFacts) -> None:
         raise JobFailed("UNSUPPORTED_BY_MODEL", f"kind {job.kind}: the loaded model {facts.model} can only {can}")
     if job.control is not None and job.control.model not in facts.controls:
         known = f"knows {', '.join(facts.controls)}" if facts.controls else "has no ControlNets"
-        reason = f"control.model {job.control.model!r:.110} is not known: this worker {known}"
+        reason = f"control.model {quoted(job.control.model)} is not known: this worker {known}"
         raise JobFailed("UNSUPPORTED_BY_MODEL", reason)
 
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from clients.location import LocationForbidden, ObjectRef
 from config.presets import Presets, builtin_presets
+from config.redacting import redacted
+from worker.generation_id import GenerationId
 from worker.job import JobRejected
 
 MAX_REASON_CHARS = 400
@@ -26,7 +28,7 @@ class Identity(NamedTuple):
     """The ids a job is known by."""
 
     task_id: str
-    generation_id: int
+    generation_id: GenerationId
 
 
 class Rejection(NamedTuple):
@@ -35,7 +37,7 @@ class Rejection(NamedTuple):
     identity: Identity
 
     def __call__(self, code: str, message: str) -> JobRejected:
-        return JobRejected(code, message[:MAX_REASON_CHARS], **self.identity._asdict())
+        return JobRejected(code, redacted(message)[:MAX_REASON_CHARS], **self.identity._asdict())
 
 
 def located(field: str, text: str | None, rules: JobRules, reject: Rejection) -> ObjectRef | None:

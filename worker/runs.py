@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from inference.request import GenerationResult, Stage
 from worker.delivery import Delivery
+from worker.generation_id import GenerationId
 from worker.identity import check_same, fingerprint
 from worker.job import Job, JobRejected
 from worker.settling import MAX_ATTEMPTS
@@ -33,7 +34,7 @@ class Run:
     """
 
     task_id: str
-    generation_id: int
+    generation_id: GenerationId
     asked: Job | JobRejected
     deliveries: list[Delivery]
     first: Delivery = field(init=False)

@@ -4,9 +4,10 @@ Descriptions and `json_schema_extra` go into the published schema (`contract.py`
 `messages.py` and not here, because the answer is a sentence or a code of its own.
 """
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from watermark.fitting import Fit
 from watermark.signature import Position, Size
@@ -21,8 +22,12 @@ MIN_SIDE, MAX_SIDE = 64, 2048
 MAX_OVERLAYS = 8
 MAX_OVERLAY_CHARS = 300
 MAX_INT64 = 2**63 - 1
-# Seeds run to seed + num_images - 1 and must stay what a torch.Generator takes.
-MAX_SEED = MAX_INT64 - MAX_IMAGES
+MAX_SEED = MAX_INT64
+# They are only told back: a number that no publisher meets, but for one that loops.
+MAX_TAGS = 1000
+# What most tools take for "any": it counts as not given.
+ANY_SEED = -1
+SEED_TEXT = r"(-1|[0-9]{1,19})(\.0)?"
 
 # Both kinds of text are searched for, not matched, so that one reading does for Python and for JavaScript.
 ASPECT = r"([1-9][0-9]{0,3}):([1-9][0-9]{0,3})"
@@ -33,7 +38,6 @@ COLOUR_OR_AUTO = r"^(auto|#[0-9A-Fa-f]{6})$"
 
 _Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 _Side = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE)]
-_Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 _Guidance = Annotated[float, Field(ge=0, le=50)]
 _Scale = Annotated[float, Field(ge=-4, le=4)]
 _Location = Annotated[str, Field(max_length=MAX_LOCATION_CHARS)]
@@ -44,14 +48,47 @@ _Fraction = Annotated[float, Field(ge=0, le=1)]
 _Strength = Annotated[float, Field(gt=0, le=1)]
 _Image = Annotated[_Location, Field(description="PNG, JPEG or WebP; named like `lora_path`")]
 _ImageNotEmpty = Annotated[
-    _Location, Field(description="PNG, JPEG or WebP; named like `lora_path`", json_schema_extra={"minLength": 1})
+    _Location,
+    Field(description="PNG, JPEG or WebP; named like `lora_path`", json_schema_extra={"minLength": 1}),
 ]
 _ColourOrAuto = Annotated[str, Field(pattern=COLOUR_OR_AUTO)]
+
+
+def seed_given(value: Any) -> Any:
+    """A seed as its publisher meant it: text and 42.0 as the whole number, -1 as none. What is neither stays as it is.
+
+    64-bit numbers travel as text where JavaScript reads them, and as floats where a table with gaps held them.
+    """
+    if isinstance(value, str) and re.fullmatch(SEED_TEXT, value):
+        value = int(value.removesuffix(".0"))
+    elif isinstance(value, float) and value.is_integer():
+        value = int(value)
+    # Not by ==: true is 1.
+    return None if type(value) is int and value == ANY_SEED else value
+
+
+_Seed = Annotated[
+    Annotated[int, Field(ge=0, le=MAX_SEED)] | None,
+    BeforeValidator(seed_given),
+    Field(json_schema_extra={"type": ["integer", "string", "null"], "minimum": ANY_SEED, "pattern": f"^{SEED_TEXT}$"}),
+]
+
+
+def _without_nulls(value: Any) -> Any:
+    return [item for item in value if item is not None] if isinstance(value, list) else value
 
 
 class _Wire(BaseModel):
     # Strict: "50" is no number and true is no 1. Unknown fields are ignored: backends grow theirs before we do.
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_is_not_given(cls, fields: Any) -> Any:
+        """Take null and "" for "not given", at every depth; so is a null among the items of a list."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: _without_nulls(value) for name, value in fields.items() if value is not None and value != ""}
 
 
 class WireLora(_Wire):
@@ -68,7 +105,7 @@ class WireParameters(_Wire):
     height: _Side | None = None
     steps: _Steps | None = None
     cfg_scale: _Guidance | None = None
-    seed: _Seed | None = None
+    seed: _Seed = None
     scheduler: Annotated[str, Field(max_length=100)] | None = None
     cfg_normalization: Annotated[float, Field(ge=0, le=10)] | None = Field(default=None, description="Z-Image's own")
     cfg_truncation: Annotated[float, Field(ge=0, le=1)] | None = Field(default=None, description="Z-Image's own")
@@ -178,8 +215,8 @@ class WireData(_Wire):
         description="Else a reference picture's, or 1:1; up to 4 to 1. 1:1, 2:2, 1:2 and 2:1 count in the model's base "
         "size",
     )
-    seed: _Seed | None = Field(
-        default=None, description="Derived from task_id where it is not given: a repeat draws the same"
+    seed: _Seed = Field(
+        default=None, description="Derived from task_id where it is not given or -1: a repeat draws the same"
     )
     num_images: Annotated[int, Field(ge=1, le=MAX_IMAGES)] | None = Field(
         default=None, description="Seeds in a row; else 1"
@@ -192,7 +229,9 @@ class WireData(_Wire):
     height: _Side | None = None
     scheduler: _Text | None = Field(default=None, description="One of the model's family")
     parameters: WireParameters | None = None
-    signature_path: _Location | None = Field(default=None, description="PNG, JPEG or WebP; named like `lora_path`")
+    signature_path: _Location | None = Field(
+        default=None, description="PNG, JPEG, WebP, GIF, BMP or TIFF; named like `lora_path`"
+    )
     artist_name: _Text | None = Field(default=None, description="Written where there is no signature_path")
     signature_config: WireSignatureConfig | None = None
     kind: Kind | None = Field(default=None, strict=False, description="What sort of picture this is; else text2image")
@@ -213,6 +252,6 @@ class WireData(_Wire):
     )
     style: _Text | None = Field(default=None, description="A preset of the worker, like anime")
     industry: _Text | None = Field(default=None, description="A preset of the worker, like cafe")
-    prompt_tags: Annotated[list[_Tag], Field(max_length=100)] | None = Field(
+    prompt_tags: Annotated[list[_Tag], Field(max_length=MAX_TAGS)] | None = Field(
         default=None, description="Told back with the picture"
     )

@@ -160,7 +160,7 @@ def job_now(run: Run, now: float, *, shows_prompts: bool, preview: ShownPreview 
         seconds=round(now - run.started_at, 1),
         num_images=job.num_images if job else 0,
         attempt=run.attempt,
-        adapters=tuple(adapter.ref.key for adapter in job.adapters) if job else (),
+        adapters=tuple(adapter.ref.shown_key for adapter in job.adapters) if job else (),
         is_cancelled=run.is_cancelled,
         prompt=job.prompt if job and shows_prompts else None,
         preview=f"{PREVIEW_FOLDER}{run.task_id}.jpg?step={preview.step_index}" if preview and shows_prompts else None,

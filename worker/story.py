@@ -16,6 +16,7 @@ from worker.drawing import Drawer, Drawn
 from worker.events import TerminalEvent
 from worker.fetching import Fetched, Fetcher
 from worker.finishing import finish
+from worker.generation_id import picture_key
 from worker.identity import check_same
 from worker.job import Job, JobRejected, Kind
 from worker.labelling import Labeller, provenance_of
@@ -120,8 +121,7 @@ class Storyteller:
     ) -> list[StoredPicture]:
         stored = []
         for number, (picture, drawn) in enumerate(zip(signed, result.pictures, strict=True), start=1):
-            suffix = "" if number == 1 else f"-{number}"
-            ref = ObjectRef(self.results_bucket, f"generations/gen-{job.generation_id}{suffix}.png")
+            ref = ObjectRef(self.results_bucket, picture_key(job.generation_id, number))
             png = self.labeller.encode(picture, provenance_of(job, result, drawn, model=self.facts.model))
             stored.append(StoredPicture(self.store.put(ref, png, task_id=job.task_id), drawn.seed))
             if job.product is not None:
@@ -152,6 +152,8 @@ class Storyteller:
             metadata["industry"] = job.industry
         if shelf.listing:
             metadata["stages"] = shelf.listing
+        if job.ignored:
+            metadata["ignored"] = list(job.ignored)
         if len(stored) > 1:
             metadata["result_urls"] = [one.url for one in stored]
             metadata["seeds"] = [one.seed for one in stored]

@@ -42,7 +42,7 @@ const message = {
   // Made and stored together with the generation: to publish a task again, even in doubt, does it only once.
   task_id: randomUUID(),
   type: 'image_generation',
-  data: { generation_id: Number(generationId), prompt, ...JSON.parse(more) },
+  data: { generation_id: /^[0-9]+$/.test(generationId) ? Number(generationId) : generationId, prompt, ...JSON.parse(more) },
   created_at: new Date().toISOString(),
 };
 await publish(message);

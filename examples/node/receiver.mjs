@@ -17,7 +17,7 @@ const TOLERANCE_SECONDS = 300;
 
 const database = new DatabaseSync(env.DATABASE || 'receiver.sqlite3');
 database.exec(`
-  CREATE TABLE IF NOT EXISTS generations (id INTEGER PRIMARY KEY, state TEXT NOT NULL, detail TEXT NOT NULL);
+  CREATE TABLE IF NOT EXISTS generations (id TEXT PRIMARY KEY, state TEXT NOT NULL, detail TEXT NOT NULL);
   CREATE TABLE IF NOT EXISTS webhooks (id TEXT PRIMARY KEY);
 `);
 const find = database.prepare('SELECT 1 FROM generations WHERE id = ?');
@@ -71,11 +71,12 @@ function actOnce(webhookId, state, generationId, detail) {
 function take(state, detailOf) {
   return (request, response) => {
     const body = JSON.parse(request.body);
-    if (!find.get(body.generation_id)) {
+    const generationId = String(body.generation_id); // a number or text, as it was published
+    if (!find.get(generationId)) {
       response.status(404).json({ detail: 'no such generation yet' }); // tried again for a minute
       return;
     }
-    actOnce(request.get('webhook-id'), state, body.generation_id, detailOf(body));
+    actOnce(request.get('webhook-id'), state, generationId, detailOf(body));
     response.json({ success: true });
   };
 }
@@ -84,7 +85,7 @@ const app = express();
 app.use(checkToken);
 // What an application does in the transaction after which it publishes the job.
 app.put('/generations/:id', (request, response) => {
-  expect.run(Number(request.params.id));
+  expect.run(request.params.id);
   response.json({ success: true });
 });
 const webhook = [express.raw({ type: 'application/json', limit: '1mb' }), verify];

@@ -24,7 +24,7 @@ TOLERANCE_SECONDS = 300
 app = FastAPI()
 database = sqlite3.connect(os.environ.get("DATABASE", "receiver.sqlite3"))
 database.executescript(
-    "CREATE TABLE IF NOT EXISTS generations (id INTEGER PRIMARY KEY, state TEXT NOT NULL, detail TEXT NOT NULL);"
+    "CREATE TABLE IF NOT EXISTS generations (id TEXT PRIMARY KEY, state TEXT NOT NULL, detail TEXT NOT NULL);"
     "CREATE TABLE IF NOT EXISTS webhooks (id TEXT PRIMARY KEY);"
 )
 
@@ -71,7 +71,7 @@ def act_once(webhook: Webhook, state: str, detail: str) -> dict[str, bool]:
 
     What takes long belongs into a queue: the worker waits twenty seconds for an answer, for progress five.
     """
-    generation_id = webhook.body["generation_id"]
+    generation_id = str(webhook.body["generation_id"])  # a number or text, as it was published
     with database:  # one transaction: the effect, and the note that it was had
         if database.execute("SELECT 1 FROM generations WHERE id = ?", (generation_id,)).fetchone() is None:
             raise HTTPException(404, "no such generation yet")  # tried again for a minute
@@ -99,7 +99,7 @@ async def failed(webhook: Verified) -> dict[str, bool]:
 
 
 @app.put("/generations/{generation_id}", dependencies=[Depends(check_token)])
-async def expect(generation_id: int) -> dict[str, bool]:
+async def expect(generation_id: str) -> dict[str, bool]:
     """What an application does in the transaction after which it publishes the job."""
     with database:
         database.execute("INSERT INTO generations VALUES (?, 'published', '') ON CONFLICT DO NOTHING", (generation_id,))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from config.redacting import quoted
 from inference.adapters import Adapter, check_fits, read_adapter
 from inference.bank import AdapterBank, PackedAdapter, Row
 from inference.controls.controlnets import ControlNets
@@ -132,7 +133,7 @@ class Family(ABC):
         names = self.controlnets.names
         if request.control is not None and request.control.model not in names:
             known = f"has {', '.join(names)}" if names else "has none"
-            reason = f"control model {request.control.model!r} is not known; this worker {known}"
+            reason = f"control model {quoted(request.control.model)} is not known; this worker {known}"
             raise RequestFailed("UNSUPPORTED_BY_MODEL", reason)
 
     def read_adapter(self, weights: Path, config: Path | None) -> Adapter:

@@ -5,8 +5,8 @@ from clients.storage import Storage
 from clients.storage_errors import StorageError
 from config.settings import Settings
 from worker.checks.finding import CheckFailed
-from worker.fetching import PEFT_WEIGHTS
 from worker.messages import rules_from
+from worker.peft_folders import PEFT_CONFIG, PEFT_WEIGHTS
 
 
 def look_at_presets(settings: Settings) -> str:
@@ -25,4 +25,6 @@ def look_at_presets(settings: Settings) -> str:
 
 
 def _weights_of(ref: ObjectRef) -> ObjectRef:
-    return ref if ref.key.lower().endswith(".safetensors") else ref.child(PEFT_WEIGHTS)
+    if ref.key.lower().endswith(".safetensors"):
+        return ref
+    return (ref.parent if ref.name == PEFT_CONFIG else ref).child(PEFT_WEIGHTS)

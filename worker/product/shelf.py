@@ -66,7 +66,7 @@ class Shelf:
         self._is_over = kept is None or kept.is_changed
         if kept is not None:
             self._is_resuming = True
-            self.listing[stage] = str(self._ref(stage))
+            self.listing[stage] = self._ref(stage).uri
             log_event(logger, "stage resumed", stage=stage.value, is_changed=kept.is_changed)
         return kept
 
@@ -80,11 +80,11 @@ class Shelf:
         """Store the stage's picture as it is."""
         ref = self._ref(stage)
         self.store.put(ref, png, task_id=self.job.task_id, notes={**notes, "stage": stage.value})
-        self.listing[stage] = str(ref)
+        self.listing[stage] = ref.uri
 
     def note_brought(self, stage: ProductStage, ref: ObjectRef) -> None:
         """The job brought the stage's picture, which stays where it is."""
-        self.listing[stage] = str(ref)
+        self.listing[stage] = ref.uri
 
     def _ref(self, stage: ProductStage) -> ObjectRef:
         return ObjectRef(self.bucket, f"stages/gen-{self.job.generation_id}/{stage}.png")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from worker.events import TerminalEvent
+from worker.generation_id import GenerationId
 from worker.ledger import Entry
 from worker.stages import REST
 
@@ -35,7 +36,7 @@ class Row:
     task_id: str
     modified_at: float
     outcome: str
-    generation_id: int | None = None
+    generation_id: GenerationId | None = None
     error_code: str = ""
     worker: str = ""
     attempt: int = 1
