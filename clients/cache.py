@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from clients.claimed_folder import ClaimedFolder
-from clients.cutoff import acquire
+from clients.cutoff import acquire, is_cut_off
 from clients.location import ObjectRef
 from clients.storage import ObjectStat, Storage, check_size
 from clients.storage_errors import ObjectChanged, StorageError, StorageUnavailable
@@ -129,8 +129,10 @@ class DownloadCache:
                     self._make_room(entry, wanted.stat.size_bytes)
                     self._download(path, wanted)
                 except StorageError as error:
-                    # The entry lives as long as somebody waits: they hear of it, a later job tries afresh.
-                    entry.error = error
+                    # The entry lives as long as somebody waits: they hear of it, a later job tries afresh. Who had to
+                    # give up says nothing of the object: the next of those that may wait takes over.
+                    if not is_cut_off():
+                        entry.error = error
                     raise
                 finally:
                     entry.incoming_bytes = 0

@@ -29,7 +29,7 @@ from clients.storage_errors import (
     WriteConflict,
     translated,
 )
-from clients.storage_wire import Content, DigestCheck, etag_of, put_object, s3_client
+from clients.storage_wire import WEAK, Content, DigestCheck, etag_of, put_object, s3_client
 from config.logs import log_event
 from config.settings import StoreSettings
 
@@ -288,7 +288,7 @@ class Storage:
         self, ref: ObjectRef, sink: BinaryIO, stat: ObjectStat | None, max_bytes: int, watch: Watch
     ) -> tuple[Mapping[str, Any], str]:
         """The answer, and the MD5 of its body in hex."""
-        condition = {} if stat is None else {"IfMatch": f'"{stat.etag}"'}
+        condition = {} if stat is None or stat.etag.startswith(WEAK) else {"IfMatch": f'"{stat.etag}"'}
         sink.seek(0)
         sink.truncate()
         with translated(ref):

@@ -113,11 +113,13 @@ class GoogleStandIn(Server):
         md5 = hashlib.md5(request.body, usedforsecurity=False).digest()
         if told is not None and told != base64.b64encode(md5).decode():
             return _refusal(400, "BadDigest")
-        kept = {name: request.headers[name] for name in ("content-type", "cache-control") if name in request.headers}
+        kept: dict[str, str] = {
+            name: request.headers[name] for name in ("content-type", "cache-control") if name in request.headers
+        }
         meta = "x-goog-meta-" if request.is_google else "x-amz-meta-"
         metadata = {name.removeprefix(meta): text for name, text in request.headers.items() if name.startswith(meta)}
         stored = self._store(bucket, key, request.body, kept, metadata)
-        return answer(200, **_told(stored, request))
+        return answer(200, b"", length=0, **_told(stored, request))
 
     def _is_met(self, request: Request, bucket: str, key: str) -> bool:
         stored = self.objects.get((bucket, key))

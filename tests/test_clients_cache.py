@@ -13,6 +13,7 @@ import pytest
 
 from clients.cache import STALE_PART_SECONDS, CacheFull, DownloadCache
 from clients.claimed_folder import ClaimedFolder
+from clients.cutoff import cutoff, is_cut_off
 from clients.location import ObjectRef
 from clients.storage import ObjectStat, Storage
 from clients.storage_errors import ObjectChanged, ObjectNotFound, ObjectTooLarge, StorageUnavailable
@@ -253,6 +254,40 @@ def test_threads_that_wait_for_a_failing_download_get_its_error(store_settings: 
     with pytest.raises(StorageUnavailable):
         fetch(cache, ref)
     assert storage.num_downloads == 2
+
+
+class SlowFirstStorage(CountingStorage):
+    """The first download hangs until its thread is cut off; the next is quick."""
+
+    def download(
+        self, ref: ObjectRef, target: Path, *, stat: ObjectStat, max_bytes: int, deadline_seconds: float
+    ) -> None:
+        super().download(ref, target, stat=stat, max_bytes=max_bytes, deadline_seconds=deadline_seconds)
+        while self.num_downloads == 1:
+            time.sleep(0.01)
+            if is_cut_off():
+                raise StorageUnavailable("cut off")
+
+
+def test_a_thread_that_gives_up_its_download_leaves_it_to_one_that_may_wait(
+    store_settings: StoreSettings, ref: ObjectRef
+) -> None:
+    storage = SlowFirstStorage(store_settings)
+    cache = DownloadCache(storage, store_settings.cache_dir, LIMIT_BYTES)
+    put(storage, ref, b"weights")
+
+    def fetch_within(seconds: float) -> bytes:
+        with cutoff(seconds, lambda: False):
+            return fetch(cache, ref)
+
+    with ThreadPoolExecutor(2) as pool:
+        impatient = pool.submit(fetch_within, 1.0)
+        while storage.num_downloads == 0:
+            time.sleep(0.01)
+        patient = pool.submit(fetch_within, 120.0)
+
+        assert str(impatient.exception(120)) == "cut off"
+        assert patient.result(120) == b"weights"
 
 
 def wait_for_heads(storage: HeldStorage, num_heads: int) -> None:
