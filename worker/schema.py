@@ -44,7 +44,8 @@ _Fraction = Annotated[float, Field(ge=0, le=1)]
 _Strength = Annotated[float, Field(gt=0, le=1)]
 _Image = Annotated[_Location, Field(description="PNG, JPEG, WebP, GIF, BMP or TIFF; named like `lora_path`")]
 _ImageNotEmpty = Annotated[
-    _Location, Field(description="PNG, JPEG, WebP, GIF, BMP or TIFF; named like `lora_path`", json_schema_extra={"minLength": 1})
+    _Location,
+    Field(description="PNG, JPEG, WebP, GIF, BMP or TIFF; named like `lora_path`", json_schema_extra={"minLength": 1}),
 ]
 _ColourOrAuto = Annotated[str, Field(pattern=COLOUR_OR_AUTO)]
 
@@ -192,7 +193,9 @@ class WireData(_Wire):
     height: _Side | None = None
     scheduler: _Text | None = Field(default=None, description="One of the model's family")
     parameters: WireParameters | None = None
-    signature_path: _Location | None = Field(default=None, description="PNG, JPEG, WebP, GIF, BMP or TIFF; named like `lora_path`")
+    signature_path: _Location | None = Field(
+        default=None, description="PNG, JPEG, WebP, GIF, BMP or TIFF; named like `lora_path`"
+    )
     artist_name: _Text | None = Field(default=None, description="Written where there is no signature_path")
     signature_config: WireSignatureConfig | None = None
     kind: Kind | None = Field(default=None, strict=False, description="What sort of picture this is; else text2image")
