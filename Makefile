@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
-APT_PACKAGES := rabbitmq-server prometheus chromium libimage-exiftool-perl fonts-nanum fonts-dejavu-core fonts-vlgothic fonts-wqy-microhei
+APT_PACKAGES := rabbitmq-server prometheus chromium libimage-exiftool-perl fonts-nanum fonts-dejavu-core fonts-vlgothic fonts-wqy-microhei \
+	libfribidi0
 # Debian splits venv off its Python; other Pythons bring it along.
 APT_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo python3-venv)
 APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/bin/promtool /usr/bin/chromium /usr/bin/exiftool \
-	/usr/share/fonts/truetype/nanum /usr/share/fonts/truetype/vlgothic /usr/share/fonts/truetype/wqy
+	/usr/share/fonts/truetype/nanum /usr/share/fonts/truetype/vlgothic /usr/share/fonts/truetype/wqy \
+	/usr/share/doc/libfribidi0
 # A file's tests share its world, so a file stays with one process; conftest.py sorts the files.
 SHARED_OUT := -n 3 --dist loadfile --no-loadscope-reorder
 CODE := worker inference watermark clients config examples tests benchmarks
