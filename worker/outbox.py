@@ -15,6 +15,7 @@ from worker.events import TerminalEvent
 from worker.ledger import Ledger
 from worker.notifying import Notifier, delay_after, is_hopeless, jittered
 from worker.queues import QueueNames
+from worker.renewing import Renewer
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +58,16 @@ class Outbox:
 
     def __init__(self, notifier: Notifier, ledger: Ledger, publisher: Publisher, names: QueueNames) -> None:
         self._lanes = {kind: _Lane(kind, notifier, ledger, publisher, names) for kind in TERMINAL_KINDS}
+        self._renewer = Renewer(publisher)
 
     def start(self, consumer: Consumer) -> None:
+        self._renewer.start(consumer)
         for lane in self._lanes.values():
             lane.start(consumer)
 
     def close(self) -> None:
         """End the threads; what is in hand stays with the broker."""
+        self._renewer.close()
         for lane in self._lanes.values():
             lane.close()
 
@@ -74,6 +78,9 @@ class Outbox:
 
     def on_delivery(self, delivery: Delivery) -> None:
         """Take an event out of the outbox. Runs on the consuming thread."""
+        if delivery.num_deliveries > 0:
+            self._renewer.add(delivery)  # its copy comes next, with nothing counted
+            return
         try:
             event = TerminalEvent.from_json(delivery.body)
         except ValueError as error:
