@@ -15,6 +15,7 @@ import pika
 import pytest
 import torch
 
+from clients.management import effective_policies
 from clients.webhooks import Reach
 from config.settings import SECTIONS, ModelSettings, Settings, StoreSettings
 from examples.parts.backend import Backend
@@ -32,6 +33,7 @@ from worker.broker import Publisher
 from worker.checks.backend import judge_backend
 from worker.checks.everything import every_part
 from worker.checks.finding import Check, CheckFailed, CheckUnsure, Finding, State, try_each
+from worker.checks.policies import limits_told
 from worker.checks.store import MAX_SKEW_SECONDS, StoreProbe
 from worker.queues import QueueNames
 
@@ -251,6 +253,42 @@ def test_a_user_without_the_right_to_make_queues_is_found(place: Place) -> None:
     found = place.check(RABBITMQ_USER=NARROW, RABBITMQ_PASS=NARROWS_PASSWORD)
 
     assert_only(found, "own queues", "ACCESS_REFUSED", NARROW, "set_permissions")
+
+
+def test_a_policy_that_limits_the_worker_s_queues_is_found(place: Place) -> None:
+    place.rabbitmq.ctl("set_policy", "limits", f"^{place.queue}", '{"delivery-limit": 3, "max-length": 10}')
+    try:
+        found = place.check()
+    finally:
+        place.rabbitmq.ctl("clear_policy", "limits")
+
+    assert_only(found, "own queues", "10 were kept", "returned 4 times", f"^{place.queue}$", "list_operator_policies")
+
+
+def test_what_the_management_interface_tells_of_policies_is_said_of_the_worker_s_queues_alone() -> None:
+    names = QueueNames("jobs")
+    limited = {"delivery-limit": 3, "expires": 1000, "ha-mode": "all"}
+    told = [
+        {"name": names.outbox, "effective_policy_definition": limited},
+        {"name": names.dead, "effective_policy_definition": []},
+        {"name": names.recover},
+        {"name": names.jobs, "effective_policy_definition": limited},
+        {"name": "of-another-service", "effective_policy_definition": limited},
+    ]
+    with AnsweringServer([answer(200, json.dumps(told).encode())]) as server:
+        definitions = effective_policies("127.0.0.1", "/", user="guest", password="guest", port=server.port)
+
+    assert server.requests[0].startswith(b"GET /api/queues/%2F HTTP/1.1")
+    assert limits_told(definitions, names) == [f"{names.outbox} has delivery-limit: 3, expires: 1000"]
+
+
+@pytest.mark.parametrize(
+    "said", [answer(401), answer(200, b"<html>"), answer(200, b'{"queues": 1}'), answer(200, b"[1]")]
+)
+def test_a_port_with_another_service_tells_nothing_of_policies(said: bytes) -> None:
+    with AnsweringServer([said]) as server:
+        assert effective_policies("127.0.0.1", "/", user="guest", password="guest", port=server.port) == {}
+    assert effective_policies("127.0.0.1", "/", user="guest", password="guest", port=server.port) == {}
 
 
 # --- The store

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -76,7 +77,8 @@ class Letter:
 
     @property
     def reason(self) -> str:
-        return str(self.held.headers.get(REASON_HEADER, ""))
+        """Why a worker put it there, or the broker, at a limit that a policy sets."""
+        return str(self.held.headers.get(REASON_HEADER) or _reason_of_broker(self.held.headers.get("x-death")))
 
     @property
     def attempt(self) -> int | None:
@@ -114,6 +116,14 @@ def read_letters(taken: Iterable[Held], rules: JobRules) -> list[Letter]:
     unordered = [Letter(0, held, _content(held.body, rules)) for held in taken]
     unordered.sort(key=lambda letter: (letter.held.published_at or 0, letter.fingerprint))
     return [Letter(number, letter.held, letter.content) for number, letter in enumerate(unordered, 1)]
+
+
+def _reason_of_broker(deaths: Any) -> str:
+    """Of its list of dead-letterings, the newest first, what the newest says; nothing of a list of another shape."""
+    newest = deaths[0] if isinstance(deaths, list) and deaths else None
+    if not isinstance(newest, dict):
+        return ""
+    return f"the broker gave it up in {newest.get('queue')}: {newest.get('reason')} (look at its policies)"
 
 
 def choose(letters: list[Letter], target: str | None, reason: str) -> list[Letter]:

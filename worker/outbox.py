@@ -17,6 +17,7 @@ from worker.ledger import Ledger, RecordUnreadable
 from worker.notifying import MAX_AGE_SECONDS, Notifier, jittered
 from worker.pacing import MAX_CALLS, Pacing, Parked
 from worker.queues import QueueNames
+from worker.renewing import Renewer
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +51,17 @@ class Outbox:
         self._lanes = {
             kind: _Lane(kind, notifier, ledger, publisher, names, is_full=self._is_full) for kind in TERMINAL_KINDS
         }
+        self._renewer = Renewer(publisher)
 
     def start(self, consumer: Consumer) -> None:
+        self._renewer.start(consumer)
         for lane in self._lanes.values():
             lane.start(consumer)
 
     def close(self) -> None:
         """End the threads; what is in hand stays with the broker."""
         deadline = time.monotonic() + CLOSE_SECONDS
+        self._renewer.close()
         for lane in self._lanes.values():
             lane.close()
         for lane in self._lanes.values():
@@ -74,6 +78,9 @@ class Outbox:
 
     def on_delivery(self, delivery: Delivery) -> None:
         """Take an event out of the outbox. Runs on the consuming thread."""
+        if delivery.num_deliveries > 0:
+            self._renewer.add(delivery)  # its copy comes next, with nothing counted
+            return
         try:
             event = TerminalEvent.from_json(delivery.body)
         except ValueError as error:

@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import tenacity
@@ -25,6 +25,7 @@ from worker.messages import decode
 from worker.metrics import Metrics
 from worker.notifying import Notifier
 from worker.queues import QueueNames
+from worker.recovering import OwnReturns, Quarantine, is_suspect
 from worker.rejecting import JobRules
 from worker.runs import Run, Runs
 from worker.settling import Disposition, JobReleased, Verdict, judge
@@ -86,6 +87,8 @@ class Processor:
         self._on_bug = on_bug
         self._threads = ThreadPoolExecutor(num_threads + NUM_SPARE_THREADS, thread_name_prefix="job")
         self._consumer: Consumer | None = None
+        self._own_returns = OwnReturns()
+        self._quarantine = Quarantine()
         self.runs = Runs()
 
     def start(self, consumer: Consumer) -> None:
@@ -111,15 +114,30 @@ class Processor:
             return
 
         # A message that was delivered before may be what killed a worker: it goes on where deliveries are counted.
-        is_suspect = delivery.is_redelivered and delivery.queue == self._names.jobs
-        if is_suspect and asked.task_id not in self.runs:
-            self._begin(self._move_to_recover, delivery)
+        is_recovered = delivery.is_redelivered and delivery.queue == self._names.jobs
+        if is_recovered and asked.task_id not in self.runs:
+            self._begin(self._copy_to, self._names.recover, delivery)
             return
-        # Where they come from, somebody may still be at work on it.
-        if delivery.queue == self._names.recover and asked.task_id not in self.runs:
-            self._begin(self._follow_lease, asked, delivery)
+        if delivery.queue == self._names.recover:
+            self._recover(asked, delivery)
             return
         self._join_or_begin(asked, delivery)
+
+    def _recover(self, asked: Job | JobRejected, delivery: Delivery) -> None:
+        """Adopt, renew, put off or begin a message out of `recover`."""
+        num_crashes = self._own_returns.num_crashes(delivery)
+        is_admitted = self._quarantine.enter(delivery)
+        if delivery.num_deliveries > 0 or num_crashes != delivery.num_crashes:
+            # The count goes on in the copy's header: a broker or a policy may drop a message at any count of its own.
+            counted = replace(delivery, num_crashes=num_crashes, num_deliveries=0)
+            self._begin(self._copy_to, self._names.recover, counted)
+        elif asked.task_id in self.runs:
+            self._join_or_begin(asked, delivery)
+        elif not is_admitted:
+            self._begin(self._copy_to, self._names.lease, delivery)  # back in some seconds, here or elsewhere
+        else:
+            # Where it comes from, another worker may still be at work on it.
+            self._begin(self._follow_lease, asked, delivery)
 
     def _join_or_begin(self, asked: Job | JobRejected, delivery: Delivery) -> None:
         try:
@@ -193,24 +211,45 @@ class Processor:
         )
         self._metrics.jobs.labels("undecodable").inc()
 
-    def _move_to_recover(self, delivery: Delivery) -> None:
-        self._elsewhere_first(
-            delivery,
-            lambda: self._publisher.publish(self._names.recover, delivery.body, attempt=delivery.attempt),
-        )
+    def _copy_to(self, queue: str, delivery: Delivery) -> None:
+        """Replace the message by a confirmed copy, of which the broker has counted nothing."""
+
+        def publish() -> None:
+            # Of a lost session: the broker has the message itself again.
+            if self._holds(delivery):
+                self._publisher.publish(
+                    queue,
+                    delivery.body,
+                    attempt=delivery.attempt,
+                    is_leased=delivery.is_leased,
+                    num_crashes=delivery.num_recoveries,
+                )
+
+        self._elsewhere_first(delivery, publish)
 
     def _follow_lease(self, asked: Job | JobRejected, delivery: Delivery) -> None:
         """A message whose job is at work somewhere waits on; one whose worker is gone is a job like any other."""
+        lease = self._leases.find(asked.task_id)
         # A worker that has just lost its connection needs a moment to say that it goes on.
-        is_held = self._leases.is_held(asked.task_id) or (
-            not delivery.is_leased
-            and not self._is_draining.wait(SECOND_LOOK_SECONDS)
-            and self._leases.is_held(asked.task_id)
-        )
-        if is_held:
-            self._elsewhere_first(delivery, lambda: self._leases.keep_copy(delivery.body, delivery.attempt))
-        else:
+        if not (delivery.is_leased or (lease and lease.is_held) or self._is_draining.wait(SECOND_LOOK_SECONDS)):
+            lease = self._leases.find(asked.task_id)
+        if lease is not None and lease.is_held:
+            self._keep_waiting(delivery, lease.num_crashes)
+            return
+        if delivery.is_leased and lease is not None:
+            # A worker that stops in order takes its note away: this one was killed while its copy was in the queue.
+            delivery = replace(delivery, num_crashes=delivery.num_crashes + 1, is_leased=False)
+        if is_suspect(delivery) and not self._quarantine.isolate(delivery, self._is_draining):
+            self._copy_to(self._names.lease, delivery)
+        elif self._holds(delivery):
             self._join_or_begin(asked, delivery)
+        else:
+            self._settle(delivery, Disposition.RELEASE)  # it comes again
+
+    def _keep_waiting(self, delivery: Delivery, num_crashes: int) -> None:
+        self._elsewhere_first(
+            delivery, lambda: self._leases.keep_copy(delivery.body, delivery.attempt, num_crashes=num_crashes)
+        )
 
     def on_lost(self) -> None:
         """The broker may give our jobs to others: say that they are at work here. Runs on the consuming thread."""
@@ -280,7 +319,7 @@ class Processor:
             if run.lease_ends_at:
                 self._leases.give_up(run)
             for delivery in deliveries:
-                self._settle(delivery, ending.disposition)
+                self._part_from(delivery, ending.disposition)
             self._note_departure(run, ending)
 
     def _begin_anew(self, run: Run, why: TaskIdTaken) -> None:
@@ -290,6 +329,17 @@ class Processor:
             self._leases.give_up(run)
         for delivery in deliveries:
             self._begin_under_own_id(run.asked, delivery, why)
+
+    def _part_from(self, delivery: Delivery, disposition: Disposition) -> None:
+        if disposition is Disposition.RELEASE and delivery.queue == self._names.recover:
+            # Given back it would be counted, and the job given up after so many deployments.
+            self._copy_to(self._names.recover, replace(delivery, is_leased=False))
+        else:
+            self._settle(delivery, disposition)
+
+    def _holds(self, delivery: Delivery) -> bool:
+        assert self._consumer is not None, "deliveries come from a consumer"  # noqa: S101
+        return self._consumer.holds(delivery)
 
     def _end(self, run: Run) -> _Ending:
         try:
@@ -379,6 +429,9 @@ class Processor:
 
     def _settle(self, delivery: Delivery, disposition: Disposition) -> None:
         assert self._consumer is not None, "deliveries come from a consumer"  # noqa: S101
+        if self._consumer.holds(delivery):
+            self._own_returns.forget(delivery)
+        self._quarantine.leave(delivery)
         if disposition is Disposition.RELEASE:
             self._consumer.requeue(delivery)
         else:

@@ -78,7 +78,8 @@ class Run:
 
     @property
     def num_recoveries(self) -> int:
-        return max(delivery.num_deliveries for delivery in (self.first, *self.deliveries))
+        """How many workers were killed with the job before, as its messages tell."""
+        return max(delivery.num_recoveries for delivery in (self.first, *self.deliveries))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

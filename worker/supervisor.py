@@ -50,8 +50,9 @@ logger = logging.getLogger(__name__)
 TICK_SECONDS = 0.1
 # Taken beyond the jobs that can be drawn, so that their adapters are fetched while others denoise.
 EXTRA_PREFETCH = 2
-# Redelivered jobs flow beside the fresh ones, but few at once: one of them may kill this process.
-RECOVER_PREFETCH = 2
+# Redelivered jobs flow beside the fresh ones, as many as can be drawn. One of them may kill this process: those that
+# several workers were killed with are done one at a time, see `recovering.py`.
+MIN_RECOVER_PREFETCH = 2
 # The end of the grace period belongs to giving jobs back and closing connections.
 GRACE_RESERVE_SECONDS = 5.0
 MIN_STOP_SECONDS = 2.0
@@ -206,7 +207,8 @@ class Supervisor:
 
     def _begin_consuming(self, facts: ModelFacts) -> None:
         """Only now: a worker that cannot load its model must leave the queue to those that can."""
-        num_jobs = self._settings.model.max_concurrent_generations + EXTRA_PREFETCH
+        num_lanes = self._settings.model.max_concurrent_generations
+        num_jobs, num_recovered = num_lanes + EXTRA_PREFETCH, max(num_lanes, MIN_RECOVER_PREFETCH)
         self._progress.learn(facts.step_seconds)
         self._processor = Processor(
             rules=self._rules,
@@ -229,7 +231,7 @@ class Supervisor:
             publisher=self._publisher,
             names=self._names,
             metrics=self._metrics,
-            num_threads=num_jobs + RECOVER_PREFETCH,
+            num_threads=num_jobs + num_recovered,
             is_draining=self._is_draining,
             cancellations=self._cancellations,
             gate=self._gate,
@@ -239,7 +241,7 @@ class Supervisor:
         )
         subscriptions = [
             Subscription(self._names.jobs, num_jobs, self._processor.on_delivery),
-            Subscription(self._names.recover, RECOVER_PREFETCH, self._processor.on_delivery),
+            Subscription(self._names.recover, num_recovered, self._processor.on_delivery),
             Subscription(self._names.outbox, OUTBOX_PREFETCH, self._outbox.on_delivery, is_work=False),
         ]
         orders = Broadcast(self._names.cancel_exchange, self._processor.on_cancel)

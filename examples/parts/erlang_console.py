@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from examples.parts.installation import Installation
 from examples.parts.processes import ServerError
 
 # For every line on standard input: what the node answers, in lines, then "end".
@@ -44,11 +45,13 @@ class QueueDepth(NamedTuple):
 class ErlangConsole:
     """Owner of the asking process. Not thread-safe; it outlives restarts of the node."""
 
-    def __init__(self, node_name: str, env: Mapping[str, str], folder: Path) -> None:
+    def __init__(self, node_name: str, env: Mapping[str, str], folder: Path, installation: Installation) -> None:
         """`env` as the node's: its name daemon and its cookie."""
         own_name = f"console-{node_name}"
+        program = PROGRAM.replace("NODE", node_name)
+        command = ["erl", "-noinput", "-noshell", "-hidden", "-sname", own_name, "-eval", program]
         self._process = subprocess.Popen(
-            ["erl", "-noinput", "-noshell", "-hidden", "-sname", own_name, "-eval", PROGRAM.replace("NODE", node_name)],
+            installation.command(command, folder=folder),
             env=dict(env),
             cwd=folder,
             stdin=subprocess.PIPE,
