@@ -20,7 +20,7 @@ Answer = fun
                      || [{name, Name}, {messages_ready, Ready}, {messages_unacknowledged, Unacked}] <- Rows]
         end;
     ("close\\n") ->
-        case Call(rabbit_networking, connections_local, []) of
+        case Call(rabbit_networking, local_connections, []) of
             {badrpc, Why} -> io:format("error ~0p~n", [Why]);
             Pids -> Call(rabbit_networking, close_connections, [Pids, "closed from the console"])
         end
@@ -85,6 +85,7 @@ class ErlangConsole:
             if line.strip() == "end":
                 return
             if line.startswith("error "):
+                self._process.stdout.readline()  # its "end", which the next answer would seem to begin with
                 raise ServerError(f"the node does not answer: {line.removeprefix('error ').strip()}")
             yield line.strip()
         raise ServerError("the node's console ended")
