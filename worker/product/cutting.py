@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from inference.child_process import path_variables
 from worker.product.cutout import NothingCut, bounded, has_own_alpha, judged, trimmed
 from worker.settling import CuttingFailed, JobFailed
 
@@ -106,9 +107,8 @@ def is_installed() -> bool:
 
 def _environment() -> dict[str, str]:
     kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-    # rembg imports a library that compiles for a minute, and that the cutting does not call. `-m` would put the working
-    # directory on the path, whose modules may have the names of ours.
-    return kept | {"NUMBA_DISABLE_JIT": "1", "PYTHONSAFEPATH": "1"}
+    # rembg imports a library that compiles for a minute, and that the cutting does not call.
+    return kept | path_variables() | {"NUMBA_DISABLE_JIT": "1"}
 
 
 def _reason(returncode: int, said: bytes) -> str:
