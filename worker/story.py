@@ -85,8 +85,12 @@ class Storyteller:
         with run.stage("sign"):
             signed = [self._finish(picture, job, fetched, shelf, keep_off) for picture in result.pictures]
         with run.stage("store"):
+            files = [
+                self.labeller.encode(picture, provenance_of(job, result, drawn, model=self.facts.model))
+                for picture, drawn in zip(signed, result.pictures, strict=True)
+            ]
             self.store.check_open(job.task_id)
-            stored = self._store(job, result, signed, shelf)
+            stored = self._store(job, result, files, shelf)
         with run.stage("record"):
             event = self._complete(run, job, result, stored, shelf)
             return self.gate.insist(lambda: self.ledger.record(event), patience_seconds=PICTURE_PATIENCE_SECONDS)
@@ -115,14 +119,11 @@ class Storyteller:
             on_headlines=partial(shelf.keep, ProductStage.HEADLINE) if job.product else lambda _: None,
         )
 
-    def _store(
-        self, job: Job, result: GenerationResult, signed: list[SignedPicture], shelf: Shelf
-    ) -> list[StoredPicture]:
+    def _store(self, job: Job, result: GenerationResult, files: list[bytes], shelf: Shelf) -> list[StoredPicture]:
         stored = []
-        for number, (picture, drawn) in enumerate(zip(signed, result.pictures, strict=True), start=1):
+        for number, (png, drawn) in enumerate(zip(files, result.pictures, strict=True), start=1):
             suffix = "" if number == 1 else f"-{number}"
             ref = ObjectRef(self.results_bucket, f"generations/gen-{job.generation_id}{suffix}.png")
-            png = self.labeller.encode(picture, provenance_of(job, result, drawn, model=self.facts.model))
             stored.append(StoredPicture(self.store.put(ref, png, task_id=job.task_id), drawn.seed))
             if job.product is not None:
                 shelf.keep_png(ProductStage.FINAL, png)

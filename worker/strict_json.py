@@ -2,7 +2,7 @@
 
 import json
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 MAX_INT64 = 2**63 - 1
 
@@ -15,7 +15,7 @@ def strict_json(content: bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Whether the value is a JSON number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
