@@ -140,12 +140,14 @@ def test_a_worker_that_thaws_changes_no_picture_and_repeats_no_end(
     new = station.publish(generation_id=old.generation_id, **shape)
     wait_until_marked(station, new)
     shown = pictures_of(station, new)
+    reported = station.world.backend.calls("progress", old.generation_id)
 
     worker.process.send_signal(signal.SIGCONT)
     eventually(lambda: len(events_of(worker, "job out", old)) == 1, END_SECONDS, worker.log_tail)
     station.world.wait_until_clean(within_seconds=END_SECONDS)
 
     assert pictures_of(station, new) == shown
+    assert station.world.backend.calls("progress", old.generation_id) == reported
     told = [call.body["metadata"]["task_id"] for call in station.world.backend.calls("complete", old.generation_id)]
     assert told == [old.task_id, new.task_id]
     assert station.world.backend.calls("failed", old.generation_id) == []
