@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from worker.identity import own_task_id
 END_SECONDS = 120.0
 NUM_TRIES = 3
 STORE_PAUSE_SECONDS = 1.0
+# For what a worker takes besides: threads, connections, small pictures.
+SPARE_BYTES = 60_000_000
 CONSTANTS = {
     "worker.settling:RETRY_DELAYS_SECONDS": [1, 1],
     "worker.settling:MAX_ATTEMPTS": NUM_TRIES,
@@ -95,6 +98,12 @@ def in_the_picture(station: Station, worker: Worker, job: Job) -> None:
     station.store.when(station.put_of_picture(job), do=freezes(worker), after_bytes=300_000)
 
 
+def in_the_replacement(station: Station, worker: Worker, job: Job) -> None:
+    """An earlier task's picture was looked at, and is being replaced."""
+    station.world.upload(station.object_of(job), b"an earlier one")
+    station.store.when(Sign(UP, b"If-Match: "), do=freezes(worker), after_bytes=300_000)
+
+
 def between_two_pictures(station: Station, worker: Worker, job: Job) -> None:
     station.store.when(station.put_of_picture(job), DONE, do=freezes(worker))
 
@@ -113,7 +122,8 @@ def is_frozen(worker: Worker) -> bool:
 
 
 @pytest.mark.parametrize(
-    "freeze", [in_a_step, before_the_picture, in_the_picture, between_two_pictures, behind_the_record]
+    "freeze",
+    [in_a_step, before_the_picture, in_the_picture, in_the_replacement, between_two_pictures, behind_the_record],
 )
 def test_a_worker_that_thaws_changes_no_picture_and_repeats_no_end(
     station: Station, worker: Worker, freeze: Callable[[Station, Worker, Job], None]
@@ -130,12 +140,14 @@ def test_a_worker_that_thaws_changes_no_picture_and_repeats_no_end(
     new = station.publish(generation_id=old.generation_id, **shape)
     wait_until_marked(station, new)
     shown = pictures_of(station, new)
+    reported = station.world.backend.calls("progress", old.generation_id)
 
     worker.process.send_signal(signal.SIGCONT)
     eventually(lambda: len(events_of(worker, "job out", old)) == 1, END_SECONDS, worker.log_tail)
     station.world.wait_until_clean(within_seconds=END_SECONDS)
 
     assert pictures_of(station, new) == shown
+    assert station.world.backend.calls("progress", old.generation_id) == reported
     told = [call.body["metadata"]["task_id"] for call in station.world.backend.calls("complete", old.generation_id)]
     assert told == [old.task_id, new.task_id]
     assert station.world.backend.calls("failed", old.generation_id) == []
@@ -250,9 +262,10 @@ def test_a_job_whose_task_id_another_worker_recorded_for_another_generation_ends
     renamed = record["Body"].read().replace(other.task_id.encode(), job.task_id.encode())
     station.world.upload(f"jobs/{job.task_id}.json", renamed)
 
-    station.release(job)
-
     own = Job(own_task_id(job.task_id, job.generation_id), job.generation_id)
+    for one in (job, own):
+        station.release(one)
+
     assert wait_for_end(station, own).body["metadata"]["task_id"] == own.task_id
     station.assert_complete_once(own)
 
@@ -281,6 +294,25 @@ def test_a_task_id_with_other_data_is_a_dead_letter_that_says_so(
     assert f"not done: task_id {job.task_id} was used before with other data" in reason
     assert station.posts(job) == 1
     assert station.num_runs(job) == 1
+
+
+# --- More pixels than memory
+
+
+def test_a_result_beyond_the_supervisor_s_memory_ends_its_job_and_no_worker(station: Station, worker: Worker) -> None:
+    small = station.publish()
+    station.assert_complete_once(small)
+    status = Path(f"/proc/{worker.process.pid}/statm").read_text()
+    used = int(status.split()[0]) * resource.getpagesize()
+    resource.prlimit(worker.process.pid, resource.RLIMIT_AS, (used + SPARE_BYTES, resource.RLIM_INFINITY))
+
+    job = station.publish(num_images=8, width=2048, height=2048)  # 100 MB of pixels
+
+    station.assert_failed_once(job, "GPU_OOM")
+    assert station.num_finished(job) == 2
+    assert worker.metric("darkroom_engine_restarts_total") == 0
+    station.assert_complete_once(station.publish())
+    worker.kill()
 
 
 # --- Notes and records that no worker wrote

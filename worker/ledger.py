@@ -25,7 +25,7 @@ LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
 class RecordUnreadable(ObjectDamaged):
-    """What lies under a record's key arrived whole and is no end of that job: no worker wrote it."""
+    """The object under a record's key arrived whole and is no end of that job: no worker wrote it."""
 
 
 class Entry(NamedTuple):

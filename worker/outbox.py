@@ -304,7 +304,7 @@ class _Lane:
             self._wait_for_store(parked, error)
             return False
         if recorded is None:
-            log_event(logger, "end dropped: the job has had another since", logging.WARNING)
+            log_event(logger, "end dropped", logging.WARNING, reason="the job has had another since")
             self._ack(parked.delivery)
             return False
         parked.event = recorded

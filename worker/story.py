@@ -86,8 +86,12 @@ class Storyteller:
         with run.stage("sign"):
             signed = [self._finish(picture, job, fetched, shelf, keep_off) for picture in result.pictures]
         with run.stage("store"):
+            files = [
+                self.labeller.encode(picture, provenance_of(job, result, drawn, model=self.facts.model))
+                for picture, drawn in zip(signed, result.pictures, strict=True)
+            ]
             self.store.check_open(job.task_id)
-            stored = self._store(job, result, signed, shelf)
+            stored = self._store(job, result, files, shelf)
         with run.stage("record"):
             event = self._complete(run, job, result, stored, shelf)
             return self.gate.insist(lambda: self.ledger.record(event), patience_seconds=PICTURE_PATIENCE_SECONDS)
@@ -116,13 +120,10 @@ class Storyteller:
             on_headlines=partial(shelf.keep, ProductStage.HEADLINE) if job.product else lambda _: None,
         )
 
-    def _store(
-        self, job: Job, result: GenerationResult, signed: list[SignedPicture], shelf: Shelf
-    ) -> list[StoredPicture]:
+    def _store(self, job: Job, result: GenerationResult, files: list[bytes], shelf: Shelf) -> list[StoredPicture]:
         stored = []
-        for number, (picture, drawn) in enumerate(zip(signed, result.pictures, strict=True), start=1):
+        for number, (png, drawn) in enumerate(zip(files, result.pictures, strict=True), start=1):
             ref = ObjectRef(self.results_bucket, picture_key(job.generation_id, number))
-            png = self.labeller.encode(picture, provenance_of(job, result, drawn, model=self.facts.model))
             stored.append(StoredPicture(self.store.put(ref, png, task_id=job.task_id), drawn.seed))
             if job.product is not None:
                 shelf.keep_png(ProductStage.FINAL, png)

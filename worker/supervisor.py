@@ -94,7 +94,7 @@ class Supervisor:
         self._build_deliveries(settings)
         self._previewer = Previewer(self._storage, settings.store.results_bucket)
         self._progress = ProgressReporter(
-            self._client, self._previewer, settings.backend.progress_milestones, self._metrics
+            self._client, self._previewer, settings.backend.progress_milestones, self._metrics, self._ledger.find
         )
         self._engine = EngineProcess(
             settings.model,

@@ -173,7 +173,7 @@ ROWS: tuple[Row, ...] = (
         fault="the same message five times at once on two workers, and three times afterwards",
         answer="drawn at most once by each, told with one body; afterwards neither drawn nor told",
         tests=(f"{FILE}::test_the_same_job_five_times_on_two_workers_has_one_end",),
-        without=(Mutation("worker/story.py", "        if known is not None:\n", "        if False:\n"),),
+        without=(Mutation("worker/story.py", "        if end is None:\n", "        if True:\n"),),
         also=(
             "tests/test_live_jobs.py::test_the_same_message_five_times_is_one_job",
             f"{REAL_ENGINE}::test_a_record_in_the_ledger_wins_over_a_second_worker",

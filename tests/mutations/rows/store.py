@@ -124,11 +124,13 @@ ROWS: tuple[Row, ...] = (
     Row(
         "C11",
         "another task's picture lies under the generation's key",
-        "it gives way to the newer one, and a warning names both; our own is no conflict",
+        "it gives way to a task that has no recorded end, and a warning names both; our own is no conflict",
         tests=(f"{LIVE}test_a_picture_of_another_task_gives_way_and_the_log_says_so",),
         without=(
             Mutation(
-                "worker/storing.py", "self.gate.insist(overwrite, patience_seconds=PICTURE_PATIENCE_SECONDS)", "return"
+                "worker/storing.py",
+                "            if self._overwrite(file, found):\n                return\n",
+                "            return\n",
             ),
         ),
         also=(
