@@ -638,6 +638,11 @@ CLASSES = (
                 lora_path="hostile/a.safetensors",
                 same_as=STYLED,
             ),
+            "weights inside their folder": runs(
+                folder("inside", peft_config),
+                lora_path="hostile/inside/adapter_model.safetensors",
+                same_as=STYLED,
+            ),
             "a file beside a folder of its name": runs(
                 weights_at("b", demo_adapter) | folder("b", lambda: b"{"),
                 lora_path="hostile/b.safetensors",

@@ -200,7 +200,13 @@ def test_a_gif_keeps_what_is_transparent() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.sampled_from([PHOTO, with_text(noise(40, 40)), png(noise(40, 40), format="WEBP"), palette_with_transparency()]),
+    st.sampled_from(
+        [
+            *(PHOTO, with_text(noise(40, 40)), palette_with_transparency()),
+            *(png(noise(40, 40), format=kind) for kind in ("WEBP", "GIF", "BMP", "TIFF")),
+            png(noise(40, 40), format="TIFF", compression="tiff_lzw"),
+        ]
+    ),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8),
 )
 def test_damaged_files_decode_or_are_refused_and_nothing_else(content: bytes, damage: list[tuple[float, int]]) -> None:

@@ -16,7 +16,8 @@ from worker.identity import own_task_id
 
 logger = logging.getLogger(__name__)
 
-MAX_RECORD_BYTES = 1024 * 1024
+# Tags are told back, and of a message of 256 kB JSON may make six times as much.
+MAX_RECORD_BYTES = 2 * 1024 * 1024
 CONTENT_TYPE = "application/json"
 FOLDER, SUFFIX = "jobs/", ".json"
 # Not among the records: people list those.
