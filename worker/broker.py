@@ -416,11 +416,12 @@ def _ensure_queues(connection: _Connection, names: QueueNames) -> None:
 
 
 def make_queue(connection: _Connection, name: str, arguments: Mapping[str, Any]) -> None:
+    """Make the queue. One that was made otherwise since it was found missing stays as it is."""
     try:
         with connection.channel() as channel:
             channel.queue_declare(name, durable=True, arguments=dict(arguments))
     except pika.exceptions.ChannelClosedByBroker as error:
-        # Made by a worker of another version since we looked: as good as ours.
+        # A worker of another version was quicker.
         if error.reply_code != PRECONDITION_FAILED:
             raise
 

@@ -51,7 +51,7 @@ class Outbox:
         self._lanes = {
             kind: _Lane(kind, notifier, ledger, publisher, names, is_full=self._is_full) for kind in TERMINAL_KINDS
         }
-        self._renewer = Renewer(publisher)
+        self._renewer = Renewer(publisher, self._take)
 
     def start(self, consumer: Consumer) -> None:
         self._renewer.start(consumer)
@@ -80,7 +80,10 @@ class Outbox:
         """Take an event out of the outbox. Runs on the consuming thread."""
         if delivery.num_deliveries > 0:
             self._renewer.add(delivery)  # its copy comes next, with nothing counted
-            return
+        else:
+            self._take(delivery)
+
+    def _take(self, delivery: Delivery) -> None:
         try:
             event = TerminalEvent.from_json(delivery.body)
         except ValueError as error:

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 
 from config.logs import log_event
 from worker.backoff import Backoff
@@ -12,17 +13,20 @@ from worker.delivery import Delivery
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 2.0
+# Together with the consumer's connection the publisher's may be lost: the first try then fails.
+NUM_TRIES = 3
 
 
 class Renewer:
     """Owner of a thread that replaces returned messages by confirmed copies, whose count begins at 0.
 
     A thread of its own, since a call to the backend takes up to 20 s: meanwhile a breaking connection could return a
-    message more often than any limit allows.
+    message more often than any limit allows. Where the broker takes no copies, `take` gets the messages as they are.
     """
 
-    def __init__(self, publisher: Publisher) -> None:
+    def __init__(self, publisher: Publisher, take: Callable[[Delivery], None]) -> None:
         self._publisher = publisher
+        self._take = take
         self._consumer: Consumer | None = None
         self._changed = threading.Condition()
         self._returned: deque[Delivery] = deque()
@@ -47,21 +51,35 @@ class Renewer:
             self._changed.notify_all()
 
     def _run(self) -> None:
-        backoff = Backoff()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._is_closing or self._returned)
                 if self._is_closing:
                     return
-                delivery = self._returned[0]
+                delivery = self._returned.popleft()
+            if not self._is_renewed(delivery):
+                self._let_through(delivery)
+
+    def _is_renewed(self, delivery: Delivery) -> bool:
+        backoff = Backoff()
+        for _ in range(NUM_TRIES):
             try:
                 self._renew(delivery)
             except PublishFailed as error:
-                log_event(logger, "returned event not renewed yet", logging.WARNING, reason=str(error))
+                log_event(logger, "returned event not renewed yet", logging.DEBUG, reason=str(error))
                 backoff.sleep(lambda: self._is_closing)
             else:
-                self._returned.popleft()
-                backoff.reset()
+                return True
+        return False
+
+    def _let_through(self, first: Delivery) -> None:
+        """An end is told rather than kept waiting for a broker in alarm."""
+        with self._changed:
+            deliveries = [first, *self._returned]
+            self._returned.clear()
+        log_event(logger, "returned events not renewed", logging.WARNING, num_events=len(deliveries))
+        for delivery in deliveries:
+            self._take(delivery)
 
     def _renew(self, delivery: Delivery) -> None:
         assert self._consumer is not None, "deliveries come from a consumer"  # noqa: S101
