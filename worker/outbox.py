@@ -217,10 +217,32 @@ class _Lane:
 
     def _return_stale(self) -> None:
         """Put events held too long back at the tail of the outbox, so that others behind them get a turn."""
+        stale = self._set_aside(lambda parked: time.monotonic() - parked.held_since > MAX_HELD_SECONDS)
+        self._see_to(stale, self._put_back)
+
+    def _bury_expired(self) -> None:
+        """Leave what was tried here in vain and is over a day old with the dead letters, however rare its turns are."""
+        expired = self._set_aside(lambda parked: parked.num_tries > 0 and parked.age_seconds > MAX_AGE_SECONDS)
+        self._see_to(expired, self._bury)
+
+    def _set_aside(self, is_chosen: Callable[[Parked], bool]) -> list[Parked]:
+        """Take events out of hand, so that no call begins for one that is being settled."""
         with self._changed:
-            stale = [parked for parked in self._parked if time.monotonic() - parked.held_since > MAX_HELD_SECONDS]
-        for parked in stale:
-            self._put_back(parked)
+            chosen = [parked for parked in self._parked if is_chosen(parked)]
+            for parked in chosen:
+                self._parked.remove(parked)
+        return chosen
+
+    def _see_to(self, chosen: list[Parked], settle: Callable[[Parked], None]) -> None:
+        """Settle each; where the broker takes no copy, those that are left stay in hand. Raises `PublishFailed`."""
+        left = deque(chosen)
+        try:
+            while left:
+                settle(left[0])
+                left.popleft()
+        finally:
+            for parked in left:
+                self._keep(parked)
 
     def _put_back(self, parked: Parked) -> None:
         """Have the event come again behind all others. Raises `PublishFailed`."""
@@ -233,22 +255,7 @@ class _Lane:
             since=delivery.since,
             due=time.time() + max(0.0, parked.due_at - time.monotonic()),
         )
-        self._forget(parked)
-
-    def _forget(self, parked: Parked) -> None:
-        """Settle an event in hand of which there is a confirmed copy elsewhere."""
-        with self._changed:
-            if parked in self._parked:  # else a redelivery took its place meanwhile
-                self._parked.remove(parked)
-        self._ack(parked.delivery)
-
-    def _bury_expired(self) -> None:
-        """Leave what was tried here in vain and is over a day old with the dead letters, however rare its turns are."""
-        with self._changed:
-            expired = [one for one in self._parked if one.num_tries and one.age_seconds > MAX_AGE_SECONDS]
-        for parked in expired:
-            self._bury(parked, parked.reason)
-            self._forget(parked)
+        self._ack(delivery)
 
     def _try(self, parked: Parked) -> None:
         # After a lost connection another holder of this event may have been quicker.
@@ -263,8 +270,8 @@ class _Lane:
             log_event(logger, "webhook delivered late", kind=parked.event.kind.value, attempt=parked.attempt)
             self._ack(parked.delivery)
         elif self._notifier.is_hopeless(attempt, parked.age_seconds):
-            self._bury(parked, attempt.reason)
-            self._ack(parked.delivery)
+            parked.reason = attempt.reason
+            self._bury(parked)
         else:
             self._note_failure(parked, attempt)
 
@@ -298,9 +305,11 @@ class _Lane:
         if is_replaced:
             self._ack(parked.delivery)
 
-    def _bury(self, parked: Parked, reason: str) -> None:
-        told = f"the {parked.event.kind.value} webhook was not taken: {reason}"
-        self._notifier.bury(parked.delivery.body, told)
+    def _bury(self, parked: Parked) -> None:
+        """Leave a confirmed copy with the dead letters. Raises `PublishFailed`."""
+        reason = f"the {parked.event.kind.value} webhook was not taken: {parked.reason}"
+        self._notifier.bury(parked.delivery.body, reason)
+        self._ack(parked.delivery)
 
     def _bury_unreadable(self) -> None:
         while self._unreadable:
