@@ -264,7 +264,7 @@ ROWS: tuple[Row, ...] = (
         fault="as many ends that it never takes are in hand as the broker gives at once",
         answer="each that failed goes to the tail of the queue by a confirmed copy, and those behind come in",
         tests=(f"{OUTBOX}::test_with_as_many_in_hand_as_the_broker_gives_what_failed_goes_to_the_tail_of_the_queue",),
-        without=(Mutation("worker/outbox.py", "if self._is_full():", "if False:"),),
+        without=(Mutation("worker/outbox_lane.py", "if self._is_full():", "if False:"),),
         also=(NEVER_TAKEN,),
     ),
     Row(
