@@ -25,6 +25,7 @@ class FinalAnswer(http.client.HTTPResponse):
 
     fp: Any
     headers: Any
+    length: Any
     will_close: Any
 
     def __init__(self, sock: Any, *arguments: Any, **options: Any) -> None:
@@ -39,8 +40,13 @@ class FinalAnswer(http.client.HTTPResponse):
         head = self.fp
         super().begin()
         self.fp = head.content
+        headers: Any = self.headers
+        if len(_lengths(headers)) > 1:
+            # Where the body ends is not known, so that it ends with the connection (RFC 9112 6.3).
+            del headers["Content-Length"]
+            self.length, self.will_close = None, True
         # Such an answer has no body, whatever its headers say: what follows is not the next answer's beginning.
-        if self.status in (NO_CONTENT, NOT_MODIFIED) and _claims_body(self.headers):
+        if self.status in (NO_CONTENT, NOT_MODIFIED) and _claims_body(headers):
             self.will_close = True
 
     def is_interim_next(self) -> bool:
@@ -109,6 +115,10 @@ class _Head:
 
 def _is_interim(status: int) -> bool:
     return 100 <= status < 200
+
+
+def _lengths(headers: Any) -> set[str]:
+    return {length.strip() for line in headers.get_all("Content-Length", ()) for length in line.split(",")}
 
 
 def _claims_body(headers: Any) -> bool:

@@ -107,6 +107,8 @@ DELIVERED = {
     "a body shorter than said": b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nwell",
     "a length that is none": b"HTTP/1.1 200 OK\r\nContent-Length: ten\r\n\r\nwell",
     "a negative length": b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\nwell",
+    "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 5, 6\r\n\r\nwell",
+    "two lines of lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nwell",
     "a broken chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nwell\r\n",
     "a body that is no gzip": b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\nwell",
 }

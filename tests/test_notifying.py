@@ -498,7 +498,7 @@ def test_one_that_the_backend_is_silent_on_holds_up_no_other_once_some_are_taken
 def test_an_end_that_a_job_s_own_thread_delivers_lets_the_lane_through(
     started: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.outbox.SWEEP_SECONDS", 0.05)
+    monkeypatch.setattr("worker.outbox_lane.SWEEP_SECONDS", 0.05)
     parts = started(Parts(ScriptedClient(TAKEN)))
     parts.outbox.on_delivery(delivered(complete("late").to_json(), tag=1, due_in_seconds=3600))
     assert no_ack_within_a_moment(parts)
@@ -529,7 +529,7 @@ def test_with_as_many_in_hand_as_the_broker_gives_what_failed_goes_to_the_tail_o
 def test_an_event_over_a_day_old_is_buried_however_far_its_next_turn_is(
     started: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.outbox.SWEEP_SECONDS", 0.05)
+    monkeypatch.setattr("worker.outbox_lane.SWEEP_SECONDS", 0.05)
     parts = started(Parts(ScriptedClient(LATER)))
     parts.outbox.on_delivery(delivered(complete().to_json(), age_seconds=MAX_AGE_SECONDS - 0.5))
 

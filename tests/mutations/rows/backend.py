@@ -245,12 +245,13 @@ ROWS: tuple[Row, ...] = (
         name="D18",
         fault="it never takes one end of a kind, by 500, 404, 503 with a pause, or a reset",
         answer="it goes behind the others, which are told within a minute of an outage's end, and is dead after a day",
-        tests=(f"{OUTBOX}::test_events_that_are_never_taken_do_not_hold_up_others_of_their_kind", NEVER_TAKEN),
+        tests=(f"{OUTBOX}::test_events_that_are_never_taken_do_not_hold_up_others_of_their_kind",),
         without=(
             Mutation("worker/pacing.py", "self.due_at = now + jittered(planned)", "pass"),
             Mutation("worker/pacing.py", "(one.num_known, one.rank, one.order)", "one.due_at"),
         ),
         also=(
+            NEVER_TAKEN,
             f"{OUTBOX}::test_an_event_over_a_day_old_is_buried_however_far_its_next_turn_is",
             f"{OUTBOX}::test_one_that_the_backend_is_silent_on_holds_up_no_other_once_some_are_taken",
             f"{PACING}::test_after_an_outage_all_are_told_within_a_minute_whatever_known_failures_are_among_them",
@@ -263,7 +264,7 @@ ROWS: tuple[Row, ...] = (
         fault="as many ends that it never takes are in hand as the broker gives at once",
         answer="each that failed goes to the tail of the queue by a confirmed copy, and those behind come in",
         tests=(f"{OUTBOX}::test_with_as_many_in_hand_as_the_broker_gives_what_failed_goes_to_the_tail_of_the_queue",),
-        without=(Mutation("worker/outbox.py", "if self._is_full():", "if False:"),),
+        without=(Mutation("worker/outbox_lane.py", "if self._is_full():", "if False:"),),
         also=(NEVER_TAKEN,),
     ),
     Row(
