@@ -19,6 +19,7 @@ from inference.request import (
     EngineStartFailed,
     RequestCancelled,
     RequestFailed,
+    ResultTooLarge,
 )
 from worker.events import TerminalEvent, failed_event
 from worker.idleness import IdleWatch, idle_reason
@@ -92,6 +93,15 @@ def test_no_engine_error_is_taken_for_an_internal_one(cls: type[Exception]) -> N
 @pytest.mark.parametrize("cls", [StorageError, *tree(StorageError)], ids=lambda cls: cls.__name__)
 def test_no_storage_error_is_taken_for_an_internal_one(cls: type[Exception]) -> None:
     assert judge(sample(cls), 1).code == "STORAGE_UNAVAILABLE"
+
+
+@pytest.mark.parametrize("error", [ResultTooLarge("8 pictures"), MemoryError()], ids=["pixels", "anything"])
+def test_a_job_without_room_in_memory_is_tried_once_more_and_then_fails_by_its_size(error: Exception) -> None:
+    first, second = judge(error, 1), judge(error, 2)
+
+    assert (first.disposition, first.delay_seconds) == (Disposition.RETRY, RETRY_DELAYS_SECONDS[0])
+    assert (second.disposition, second.code) == (Disposition.ACK, "GPU_OOM")
+    assert second.message
 
 
 def test_a_model_that_cannot_be_loaded_is_no_fault_of_the_job() -> None:

@@ -18,7 +18,6 @@ from clients.webhooks import WebhookKind
 from worker.broker import ATTEMPT_HEADER, REASON_HEADER, whole_number
 from worker.events import TerminalEvent
 from worker.generation_id import GenerationId
-from worker.identity import fingerprint
 from worker.inspection import Held
 from worker.job import Job, JobRejected, Undecodable
 from worker.messages import MAX_BODY_BYTES
@@ -168,9 +167,7 @@ def _plan_job(job: Job, body: bytes, find: Callable[[str], TerminalEvent | None]
     The new id is made of the old, so that a replay interrupted before its ack is the same job when it is repeated.
     """
     known = find(job.task_id)
-    # One that was never done, its id being another message's, is replayed whatever became of that one.
-    is_same = known is not None and (not known.fingerprint or known.fingerprint == fingerprint(body))
-    if known is not None and is_same and known.kind is WebhookKind.COMPLETE:
+    if known is not None and known.kind is WebhookKind.COMPLETE:
         raise NotReplayable("the job is recorded as complete")
     task_id = _next_task_id(job.task_id, find)
     message = json.loads(body) | {"task_id": task_id, "replay_of": job.task_id}

@@ -2,20 +2,20 @@
 
 import hashlib
 import json
+import logging
 import uuid
 from dataclasses import replace
 
+from config.logs import log_event
 from worker.job import Job, JobRejected
 from worker.messages import MAX_BODY_BYTES
 from worker.schema import WireData
 
+logger = logging.getLogger(__name__)
+
 
 class TaskIdTaken(Exception):
     """The `task_id` belongs to a job of another generation: this message needs an id of its own."""
-
-
-class DataDiffers(Exception):
-    """The `task_id` belongs to a job of the same generation that was asked for with other data."""
 
 
 def fingerprint(body: bytes) -> str:
@@ -36,14 +36,22 @@ def fingerprint(body: bytes) -> str:
 
 
 def check_same(asked: Job | JobRejected, body: bytes, known_generation_id: object, known_fingerprint: str) -> None:
-    """Raise `TaskIdTaken` or `DataDiffers` where `body`'s task id is known with another generation or other data.
+    """Raise `TaskIdTaken` where `body`'s task id is known with another generation.
 
-    An empty fingerprint, as in records of older workers, is that of any data.
+    With other data of the same generation the known job's end is this message's too, which the log says. An empty
+    fingerprint, as in records of older workers, is that of any data.
     """
     if str(asked.generation_id) != str(known_generation_id):
         raise TaskIdTaken(f"task_id {asked.task_id} is generation {known_generation_id}'s")
     if known_fingerprint and known_fingerprint != fingerprint(body):
-        raise DataDiffers(f"task_id {asked.task_id} was used before with other data")
+        log_event(
+            logger,
+            "message dropped",
+            logging.WARNING,
+            task_id=asked.task_id,
+            generation_id=asked.generation_id,
+            reason="its task_id was used before with other data of this generation, and one task has one end",
+        )
 
 
 def own_task_id(task_id: str, generation_id: object) -> str:

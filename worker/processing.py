@@ -17,7 +17,7 @@ from worker.cancelling import Cancellations, decode_cancel
 from worker.delivery import Delivery
 from worker.events import CANCELLED, TerminalEvent, failed_event
 from worker.history import History
-from worker.identity import DataDiffers, TaskIdTaken, check_same, with_own_id
+from worker.identity import TaskIdTaken, check_same, with_own_id
 from worker.job import Job, JobRejected, Undecodable
 from worker.leases import Leases
 from worker.ledger import Ledger, RecordUnreadable
@@ -145,9 +145,6 @@ class Processor:
         except TaskIdTaken as error:
             self._begin_under_own_id(asked, delivery, error)
             return
-        except DataDiffers as error:
-            self._begin(self._bury_unlike, delivery, str(error))
-            return
         if run is None:
             self._metrics.jobs.labels("adopted").inc()
             log_event(logger, "delivery adopted", task_id=asked.task_id, is_redelivered=delivery.is_redelivered)
@@ -201,13 +198,6 @@ class Processor:
         self._elsewhere_first(
             delivery,
             lambda: self._notifier.bury(delivery.body[:MAX_DEAD_BODY_BYTES], f"not a job: {reason}"),
-        )
-        self._metrics.jobs.labels("undecodable").inc()
-
-    def _bury_unlike(self, delivery: Delivery, reason: str) -> None:
-        """Keep a message that asks for something else under the id of a job which has its one end, or will have it."""
-        self._elsewhere_first(
-            delivery, lambda: self._notifier.bury(delivery.body, f"not done: {reason}", attempt=delivery.attempt)
         )
         self._metrics.jobs.labels("undecodable").inc()
 
@@ -346,8 +336,6 @@ class Processor:
             event = self._storyteller.tell(run)
         except TaskIdTaken:
             raise
-        except DataDiffers as error:
-            return self._leave_to_a_person(run, f"not done: {error}")
         except RecordUnreadable as error:
             # It may have been reported before: neither drawing nor reporting anything can be right.
             return self._leave_to_a_person(run, f"the record of the job's end cannot be read: {error}")
@@ -399,8 +387,6 @@ class Processor:
             check_same(run.asked, run.first.body, event.generation_id, event.fingerprint)
         except JobReleased:
             return _Ending(Disposition.RELEASE, "released")
-        except DataDiffers as error:
-            return self._leave_to_a_person(run, f"not done: {error}")
         except RecordUnreadable as error:
             return self._leave_to_a_person(run, f"the record of the job's end cannot be read: {error}")
         except StorageError as error:

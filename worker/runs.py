@@ -145,7 +145,7 @@ class Runs:
     def join(self, asked: Job | JobRejected, delivery: Delivery) -> Run | None:
         """A new run for the job, or None if one is at work already: then it has adopted the delivery.
 
-        Raises `TaskIdTaken` or `DataDiffers` where the run that is at work under the id is another message's.
+        Raises `TaskIdTaken` where the run that is at work under the id is another generation's.
         """
         with self._lock:
             known = self._runs.get(asked.task_id)

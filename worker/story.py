@@ -59,7 +59,7 @@ class Storyteller:
     def tell(self, run: Run) -> TerminalEvent:
         """Do the job unless the ledger knows its end already; return that end, recorded.
 
-        Raises what breaks it off, and `TaskIdTaken` or `DataDiffers` where the end is that of another message.
+        Raises what breaks it off, and `TaskIdTaken` where the end is another generation's.
         """
         with run.stage("ledger"):
             end = self.gate.insist(lambda: self.ledger.find(run.task_id))
