@@ -10,7 +10,8 @@ CUT = "…"
 # As much of a value as a sentence quotes: names of schedulers, presets and fonts are shorter.
 MAX_QUOTED_CHARS = 40
 
-_PLAIN_WORD = re.compile(r"[\w:.,+*()'\"\\!-]+")
+# No part of a URL or of a query. What would steer a terminal is shown escaped, as Python writes it.
+_PLAIN_WORD = re.compile(r"[^@?=&%#/;$~]+")
 # A key or a token has some length and digits, or much length.
 _TOKEN = re.compile(r"(?=[A-Za-z_.-]*[0-9])[A-Za-z0-9_.-]{16,}|[A-Za-z0-9]{24,}")
 

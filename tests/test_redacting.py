@@ -89,13 +89,15 @@ def test_what_is_no_secret_is_kept(text: str) -> None:
     assert redacted(text) == text
 
 
-@pytest.mark.parametrize("text", ["lucky", "a heron's", "dpm++ 2m sde karras", "9999:1", "Noto Sans CJK KR", "", "5 6"])
+@pytest.mark.parametrize(
+    "text", ["lucky", "a heron's", "dpm++ 2m sde karras", "9999:1", "Noto Sans CJK KR", "", "5 6", "no\u202epe"]
+)
 def test_a_short_plain_value_is_quoted(text: str) -> None:
     assert quoted(text) == repr(text)
 
 
 @pytest.mark.parametrize(
-    "text", ["AKIAIOSFODNN7EXAMPLE", "ghp_16C7e42F292c6912E7710c838347Ae178B4a", "x" * 41, "a/b", PRESIGNED, "\x1b[31m"]
+    "text", ["AKIAIOSFODNN7EXAMPLE", "ghp_16C7e42F292c6912E7710c838347Ae178B4a", "x" * 41, "a/b", PRESIGNED, "a;b=c"]
 )
 def test_of_anything_else_only_the_length_is_told(text: str) -> None:
     assert quoted(text) == f"text of {len(text)} characters"
