@@ -97,6 +97,14 @@ def cut() -> bytes:
     return content.getvalue()
 
 
+def camera_jpeg() -> bytes:
+    """A JPEG with a smaller one behind it."""
+    content = io.BytesIO()
+    preview = Image.new("RGB", (16, 16), "blue")
+    Image.new("RGB", (64, 64), "red").save(content, "MPO", save_all=True, append_images=[preview])
+    return content.getvalue()
+
+
 def nothing() -> bytes:
     """A picture all of which is transparent."""
     content = io.BytesIO()
@@ -202,6 +210,9 @@ KIND_CLASSES = (
             "nothing to be seen": headed("\u3164"),
             "isolates": headed("\u2066a\u2069"),
             "a tag's letters": headed("a\U000e0061"),
+            "right to left, with a joiner": draws(
+                text_overlay={"text": "\u05e9\u05dc\u05d5\u05dd \u0645\u06cc\u200c\u062e"}
+            ),
             "no font has it": headed("\U00012000", "FONT_MISSING"),
             "300 lines": draws(text_overlay={"text": "a\n" * 149 + "a", "size": 0.5}),
             "a letter under 299 accents": draws(text_overlay={"text": "a" + "\u0301" * 299}),
@@ -261,6 +272,7 @@ KIND_CLASSES = (
             "a cut-out without alpha": composed_of("opaque.png", image, "cutout_path"),
             "an empty cut-out": composed_of("nothing.png", nothing, "cutout_path"),
             "a composite that is none": composed_of("gif.png", lambda: animated("GIF"), "composite_path"),
+            "a camera's picture with a preview behind it": draws_from("mpo.jpg", camera_jpeg),
             "16 bits": draws_from("16bit.png", lambda: image(mode="I;16")),
             "CMYK": draws_from("cmyk.jpg", lambda: image("JPEG", "CMYK")),
             "one pixel": draws_from("pixel.png", lambda: image(size=(1, 1))),

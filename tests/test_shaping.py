@@ -7,6 +7,7 @@ import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,9 +69,9 @@ COMPLEX = {
 }
 
 
-def ink(image: Image.Image) -> NDArray[np.bool_]:
+def ink(image: Image.Image) -> NDArray[Any]:
     """Where a mark of white letters with an outline is white."""
-    return np.greater(np.asarray(image.convert("RGBA").getchannel("R")), 128)
+    return np.asarray(np.asarray(image.convert("RGBA").getchannel("R")) > 128)
 
 
 def mark(text: str) -> Image.Image:
@@ -79,7 +80,7 @@ def mark(text: str) -> Image.Image:
 
 def gaps(text: str) -> int:
     """How many times blank columns part the letters."""
-    columns = ink(mark(text)).any(axis=0)
+    columns = np.asarray(ink(mark(text)).any(axis=0))
     starts = np.flatnonzero(columns[1:] & ~columns[:-1])
     return len(starts)
 

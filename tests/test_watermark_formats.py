@@ -407,6 +407,7 @@ def large_tiff() -> bytes:
 REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "gif of 4 Gpx": (large_gif, "far too large"),
     "bmp of 1.6 Gpx": (large_bmp, "far too large"),
+    "png of 800000 chunks": (lambda: png_chunks() + png_chunks((b"teSt", b""))[8:] * 800_000, "broken"),
     "tiff of 5000 px": (large_tiff, "5000x8 px"),
     "tiff with a jpeg inside": (lambda: png(noise(), format="TIFF", compression="jpeg"), "compressed by jpeg; LZW"),
     "tiff of a fax": (lambda: png(noise().convert("1"), format="TIFF", compression="group4"), "compressed by group4"),

@@ -16,6 +16,8 @@ KEPT = frozenset({b"tRNS", b"acTL"})
 # CMYK profiles of printers have up to 3 MB.
 MAX_PROFILE_BYTES = 4_000_000
 MAX_EXIF_BYTES = 64_000
+# Programs cut pixels into chunks of 8 kB; of empty chunks 50 MB would hold four million, and take seconds.
+MAX_CHUNKS = 50_000
 # ImageMagick writes EXIF as a text of hexadecimal digits behind three lines; older cameras' tools have no other.
 RAW_EXIF = b"Raw profile type exif\0"
 XMP = b"XML:com.adobe.xmp\0"
@@ -36,7 +38,9 @@ def bare_png(content: bytes) -> BarePng:
     kept = [SIGNATURE]
     profile = exif = xmp = None
     at = len(SIGNATURE)
-    while at + FRAME_BYTES <= len(content):
+    for _ in range(MAX_CHUNKS):
+        if at + FRAME_BYTES > len(content):
+            break
         length, kind = struct.unpack_from(">I4s", content, at)
         chunk = content[at : at + FRAME_BYTES + length]
         at += len(chunk)
