@@ -17,12 +17,12 @@ from clients.gpu import GpuReadings
 from clients.storage import Storage
 from clients.webhooks import WebhookClient
 from config.logs import log_event
-from config.settings import Settings
+from config.settings import Settings, doubtful_names
 from inference.process import EngineProcess, EngineState
 from inference.request import ModelFacts
 from worker.board import Board
 from worker.breakers import BACKEND_THRESHOLD, STORE_THRESHOLD, Breaker, Gate
-from worker.broker import Broadcast, Consumer, Publisher, Subscription
+from worker.broker import Broadcast, Consumer, Publisher, Subscription, why_not_usable
 from worker.cancelling import Cancellations
 from worker.gauges import Gauges
 from worker.health import HealthServer
@@ -97,6 +97,7 @@ class Supervisor:
         self._engine = EngineProcess(
             settings.model,
             log_level=settings.service.log_level,
+            log_format=settings.service.log_format,
             on_restart=self._metrics.engine_restarts.inc,
             on_occupancy=self._metrics.note_occupancy,
         )
@@ -162,7 +163,14 @@ class Supervisor:
         threading.excepthook = self._on_thread_failure
         _give_large_blocks_back()
         self._health.start()
+        log_event(logger, "status page", url=f"http://localhost:{self._health.port}/")
         log_event(logger, "starting", metrics_port=self._health.port, model=self._settings.model.model_id)
+        for doubt in doubtful_names():
+            log_event(logger, "setting not known", logging.WARNING, reason=doubt)
+        # Told before the model is loaded, which takes minutes; the consumer tries again for ever.
+        if reason := why_not_usable(self._settings.broker):
+            log_event(logger, "broker not usable", logging.WARNING, reason=reason)
+        log_event(logger, "loading", model=self._settings.model.model_id)
         self._engine.start()
         self._publisher.start()
         self._progress.start()
