@@ -14,7 +14,7 @@ ENV LANG=C.UTF-8 \
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates fonts-dejavu-core fonts-nanum fonts-vlgothic fonts-wqy-microhei \
-        libstdc++6 python3 \
+        libfribidi0 libstdc++6 python3 \
     && rm -rf /var/lib/apt/lists/*
 
 

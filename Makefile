@@ -3,20 +3,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
-APT_PACKAGES := rabbitmq-server prometheus chromium libimage-exiftool-perl fonts-nanum fonts-dejavu-core fonts-vlgothic fonts-wqy-microhei
+APT_PACKAGES := rabbitmq-server prometheus chromium libimage-exiftool-perl fonts-nanum fonts-dejavu-core fonts-vlgothic fonts-wqy-microhei \
+	libfribidi0
 # Debian splits venv off its Python; other Pythons bring it along.
 APT_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo python3-venv)
 APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/bin/promtool /usr/bin/chromium /usr/bin/exiftool \
-	/usr/share/fonts/truetype/nanum /usr/share/fonts/truetype/vlgothic /usr/share/fonts/truetype/wqy
+	/usr/share/fonts/truetype/nanum /usr/share/fonts/truetype/vlgothic /usr/share/fonts/truetype/wqy \
+	/usr/share/doc/libfribidi0
 # A file's tests share its world, so a file stays with one process; conftest.py sorts the files.
 SHARED_OUT := -n 3 --dist loadfile --no-loadscope-reorder
+RABBITMQ4_ROOT ?= $(CURDIR)/out/rabbitmq4
+DEBIAN_MIRROR ?= http://deb.debian.org/debian
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo styles overlays test check coverage outage leaks field faults mutations campaign hostile bench recovery bench-gpu image demo-model clean
+.PHONY: help install demo styles overlays test check coverage outage leaks field faults rabbitmq4 mutations campaign hostile bench recovery bench-gpu image demo-model clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 install: $(VENV)/.installed ## Make .venv and install what the demo and the tests need
 
@@ -74,6 +78,17 @@ field: install ## The backend that the worker was made for: its messages, its tr
 faults: install ## Every fault on the way to broker, store and backend, and in the process: those too that take long
 	OMP_NUM_THREADS=1 FAULTS_LONG=1 $(BIN)/pytest tests/test_faults_proxy.py tests/test_live_faults.py tests/test_live_faults_*.py \
 		tests/test_live_leases.py tests/test_live_batching.py tests/test_engine_process.py tests/test_campaigns.py
+
+# RABBITMQ4_ROOT may be any root folder with another RabbitMQ in it.
+rabbitmq4: install $(RABBITMQ4_ROOT)/.installed ## As root: what a broker counts and drops, on the RabbitMQ 4 of Debian 13 in a chroot
+	OMP_NUM_THREADS=1 FAULTS_LONG=1 RABBITMQ_ROOT=$(RABBITMQ4_ROOT) $(BIN)/pytest tests/test_live_returns.py tests/test_dead_letters.py
+
+$(RABBITMQ4_ROOT)/.installed:
+	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends debootstrap >/dev/null
+	rm -rf $(RABBITMQ4_ROOT)
+	mkdir -p $(dir $(RABBITMQ4_ROOT))
+	$(SUDO) debootstrap --variant=minbase --include=rabbitmq-server trixie $(RABBITMQ4_ROOT) $(DEBIAN_MIRROR) >/dev/null
+	touch $@
 
 mutations: install ## Take the mechanism behind each row of the fault matrix out of a copy, and see its tests fail
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutations

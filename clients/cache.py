@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from clients.cutoff import acquire
+from clients.claimed_folder import ClaimedFolder
+from clients.cutoff import acquire, is_cut_off
 from clients.location import ObjectRef
 from clients.storage import ObjectStat, Storage, check_size
 from clients.storage_errors import ObjectChanged, StorageError, StorageUnavailable
@@ -24,6 +25,8 @@ PART_SUFFIX = ".part"
 MAX_LOOKS = 2
 
 _SAFE_SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,16}")
+# Of complete files. What else lies in the folder is not the cache's to count or to remove.
+_FILE_NAME = re.compile(r"[0-9a-f]{40}(\.[A-Za-z0-9]{1,16})?")
 _FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -59,7 +62,7 @@ class _Wanted:
 
 
 class DownloadCache:
-    """Owns the folder, of which it is the only user; thread-safe.
+    """Owns its folder, which is one inside `folder` where another process has that; thread-safe.
 
     A file is one version of an object: bucket, key, ETag and size are in its name, its extension is the key's. The last
     use is the file's modification time, so that the order of eviction survives a restart.
@@ -68,11 +71,11 @@ class DownloadCache:
     def __init__(self, storage: Storage, folder: Path, max_bytes: int) -> None:
         """Create `folder` (`~` is the home) where it is missing; an `OSError` tells that it cannot be used."""
         self._storage = storage
-        self._folder = folder.expanduser()
+        self._claim = ClaimedFolder(folder.expanduser())
+        self._folder = self._claim.path
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
-        self._folder.mkdir(parents=True, exist_ok=True)
         with self._part():
             pass  # better told at the start than by each job
         self._remove_stale_parts()
@@ -126,8 +129,10 @@ class DownloadCache:
                     self._make_room(entry, wanted.stat.size_bytes)
                     self._download(path, wanted)
                 except StorageError as error:
-                    # The entry lives as long as somebody waits: they hear of it, a later job tries afresh.
-                    entry.error = error
+                    # The entry lives as long as somebody waits: they hear of it, a later job tries afresh. Who had to
+                    # give up says nothing of the object: the next of those that may wait takes over.
+                    if not is_cut_off():
+                        entry.error = error
                     raise
                 finally:
                     entry.incoming_bytes = 0
@@ -181,7 +186,7 @@ class DownloadCache:
         return [
             (path, status.st_size, status.st_mtime)
             for path in self._folder.iterdir()
-            if path.suffix != PART_SUFFIX and (status := _status(path)) is not None
+            if _FILE_NAME.fullmatch(path.name) and (status := _status(path)) is not None
         ]
 
     def _remove_stale_parts(self) -> None:

@@ -67,9 +67,14 @@ def current_cutoff() -> Cutoff | None:
     return _current.cutoff
 
 
+def is_cut_off() -> bool:
+    """Whether this thread's cutoff has come: what it was doing failed for that, and for no other reason."""
+    return _current.cutoff is not None and _current.cutoff.is_over
+
+
 def acquire(lock: threading.Lock) -> bool:
     """Acquire `lock`; False where the thread's cutoff comes first."""
     while not lock.acquire(timeout=LOCK_POLL_SECONDS):
-        if _current.cutoff is not None and _current.cutoff.is_over:
+        if is_cut_off():
             return False
     return True

@@ -7,14 +7,14 @@ from typing import NamedTuple
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from config.redacting import CUT
+from config.section import BUCKET_NAME, BUCKET_RULE
 
 MAX_KEY_BYTES = 1024
 # A key may be percent-encoded threefold, beside a scheme and a host: longer than this is no location.
 MAX_TEXT_CHARS = 4096
 MAX_SHOWN_CHARS = 120
 
-# S3's naming rules. No colon and no slash: an ARN as bucket makes botocore dial another host.
-_BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]")
+_HOST_LABEL = re.compile(r"[a-z0-9-]{1,63}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:")
 _ENCODED_ESCAPE = re.compile(r"%(2e|2f|5c)", re.IGNORECASE)
@@ -22,6 +22,10 @@ _ENCODED_ESCAPE = re.compile(r"%(2e|2f|5c)", re.IGNORECASE)
 _QUERY = re.compile(r"(?:[?#]|%(?:25)*(?:3f|23)|(?:[;&]|%(?:25)*(?:3b|26))[\w.%-]+(?:=|%(?:25)*3d)).*", re.I | re.S)
 _USER = re.compile(r".*(?:@|%(?:25)*40)", re.I | re.S)
 _USER_IN_KEY = re.compile(r"[^/]*:[^/]*@")
+
+# Of Google's console ("authenticated URL"), and the name that its endpoint had before.
+GOOGLES_HOST = "storage.googleapis.com"
+GOOGLES_PATH_HOSTS = (GOOGLES_HOST, "storage.cloud.google.com", "commondatastorage.googleapis.com")
 
 FORMS = "write s3://bucket/key, gs://bucket/key, the store's own https form, or a key of the default bucket"
 
@@ -127,6 +131,8 @@ def _split_url(text: str, endpoint_url: str | None, region: str) -> _Parts:
     parts = _on_endpoint(scheme.lower(), host.lower(), path, endpoint_url)
     if parts is None and scheme.lower() == "https":
         parts = _on_aws(host.lower(), path, region)
+    if parts is None and scheme.lower() == "https" and is_google_host(urlsplit(endpoint_url or "").hostname or ""):
+        parts = _on_google(host.lower(), path)
     if parts is None:
         raise _forbidden(text, f"is not on the configured store: {FORMS}")
     return _Parts(parts.bucket, _decoded(text, parts.key))
@@ -159,6 +165,26 @@ def _on_aws(host: str, path: str, region: str) -> _Parts | None:
     return None
 
 
+def aws_url(bucket: str, encoded_key: str, region: str) -> str:
+    """AWS's https form of an object."""
+    host = f"s3.{region}.amazonaws.com"
+    # AWS's certificate covers one label before `s3`, so that what is no label goes into the path.
+    is_label = _HOST_LABEL.fullmatch(bucket) is not None
+    return f"https://{bucket}.{host}/{encoded_key}" if is_label else f"https://{host}/{bucket}/{encoded_key}"
+
+
+def is_google_host(host: str) -> bool:
+    """True for Google Cloud Storage's global, regional and private endpoints."""
+    return host.lower() == GOOGLES_HOST or host.lower().endswith(".googleapis.com")
+
+
+def _on_google(host: str, path: str) -> _Parts | None:
+    if host in GOOGLES_PATH_HOSTS:
+        return _split_path(path)
+    bucket = host.removesuffix(f".{GOOGLES_HOST}")
+    return _Parts(bucket, path) if bucket != host else None
+
+
 def _decoded(text: str, key: str) -> str:
     try:
         return unquote_to_bytes(key).decode()
@@ -167,8 +193,8 @@ def _decoded(text: str, key: str) -> str:
 
 
 def _check_bucket(text: str, bucket: str, allowed_buckets: Iterable[str]) -> None:
-    if not _BUCKET.fullmatch(bucket):
-        raise _forbidden(text, "has no valid bucket name: lower-case letters, digits, dots and dashes")
+    if not BUCKET_NAME.fullmatch(bucket):
+        raise _forbidden(text, f"has no valid bucket name: {BUCKET_RULE}")
     allowed = sorted(allowed_buckets)
     if bucket not in allowed:
         raise _forbidden(text, f"is in a bucket that jobs may not read: use one of {', '.join(allowed)}")

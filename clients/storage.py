@@ -5,6 +5,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -16,7 +17,7 @@ from urllib.parse import quote
 from botocore.exceptions import ClientError
 
 from clients.deadline import Watch, deadline
-from clients.location import ObjectRef
+from clients.location import ObjectRef, aws_url
 from clients.storage_errors import (
     BucketNotFound,
     ObjectChanged,
@@ -28,7 +29,7 @@ from clients.storage_errors import (
     WriteConflict,
     translated,
 )
-from clients.storage_wire import Content, DigestCheck, etag_of, put_object, s3_client
+from clients.storage_wire import WEAK, Content, DigestCheck, etag_of, put_object, s3_client
 from config.logs import log_event
 from config.settings import StoreSettings
 
@@ -54,6 +55,15 @@ class ObjectStat:
 
     etag: str
     size_bytes: int
+
+
+@dataclass(frozen=True)
+class ObjectNotes:
+    """An object as its writer left it: its ETag exactly as the store gives it, for `put_if_unchanged`, and what was
+    noted beside it."""
+
+    etag: str
+    metadata: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -163,11 +173,11 @@ class Storage:
         if not is_certain and not self._holds(ref, body):
             raise StorageUnavailable(f"{ref}: not written, though the store said nothing against it")
 
-    def metadata_of(self, ref: ObjectRef) -> Mapping[str, str]:
-        """What its writer noted beside the object."""
+    def notes_of(self, ref: ObjectRef) -> ObjectNotes:
+        """The object's ETag, and what its writer noted beside it."""
         with deadline(CALL_DEADLINE_SECONDS), translated(ref):
             answer = self._client.head_object(Bucket=ref.bucket, Key=ref.key)
-        return dict(answer.get("Metadata", {}))
+        return ObjectNotes(str(answer.get("ETag", "")), dict(answer.get("Metadata", {})))
 
     def put_if_absent(
         self,
@@ -183,12 +193,35 @@ class Storage:
         False may also mean that the answer to our own write was lost and the repeated request met it: compare what is
         there with what was to be written.
         """
+        return self._put_if({"IfNoneMatch": "*"}, ref, Content(body, content_type, metadata or {}, cache_control))
+
+    def put_if_unchanged(
+        self,
+        ref: ObjectRef,
+        body: bytes,
+        *,
+        etag: str,
+        content_type: str,
+        metadata: Mapping[str, str] | None = None,
+        cache_control: str | None = None,
+    ) -> bool:
+        """Overwrite the object that has this ETag; False where another one is there by now, or none.
+
+        The condition holds when the store commits the write, however long the request took. False may also mean that
+        the answer to our own write was lost, as with `put_if_absent`.
+        """
         content = Content(body, content_type, metadata or {}, cache_control)
+        try:
+            return self._put_if({"IfMatch": etag}, ref, content)
+        except ObjectNotFound:
+            return False  # S3's answer where the object has been deleted
+
+    def _put_if(self, condition: Mapping[str, str], ref: ObjectRef, content: Content) -> bool:
         for attempt in range(1, MAX_WRITE_TRIES + 1):
             try:
                 with deadline(CALL_DEADLINE_SECONDS):
-                    is_certain = self._put(ref, content, IfNoneMatch="*")
-                return is_certain or self._holds(ref, body)
+                    is_certain = self._put(ref, content, **condition)
+                return is_certain or self._holds(ref, content.body)
             except ObjectChanged:
                 return False
             except WriteConflict:
@@ -199,7 +232,8 @@ class Storage:
 
     def delete(self, ref: ObjectRef) -> None:
         """Remove the object; none there is no error."""
-        with deadline(CALL_DEADLINE_SECONDS), translated(ref):
+        # S3 answers 204 where there is none, Google 404.
+        with deadline(CALL_DEADLINE_SECONDS), suppress(ObjectNotFound), translated(ref):
             self._client.delete_object(Bucket=ref.bucket, Key=ref.key)
 
     def url_of(self, ref: ObjectRef) -> str:
@@ -209,9 +243,7 @@ class Storage:
             return f"{self._settings.result_url_base}/{key}"
         if self._settings.endpoint_url is not None:
             return f"{self._settings.endpoint_url}/{ref.bucket}/{key}"
-        host = f"s3.{self._settings.region}.amazonaws.com"
-        # AWS's certificate covers one label before `s3`, so that a bucket with dots goes into the path.
-        return f"https://{host}/{ref.bucket}/{key}" if "." in ref.bucket else f"https://{ref.bucket}.{host}/{key}"
+        return aws_url(ref.bucket, key, self._settings.region)
 
     def _put(self, ref: ObjectRef, content: Content, **condition: str) -> bool:
         """Send the object. False where the answer is no refusal, and no store's word for a write either."""
@@ -219,7 +251,9 @@ class Storage:
             with translated(ref):
                 return put_object(self._client, ref, content, **condition)
         except ObjectNotFound as error:
-            # A write looks for no object: what is missing is the bucket.
+            if "IfMatch" in condition:
+                raise
+            # Such a write looks for no object: what is missing is the bucket.
             raise BucketNotFound(str(error)) from error
 
     def _holds(self, ref: ObjectRef, body: bytes) -> bool:
@@ -254,7 +288,7 @@ class Storage:
         self, ref: ObjectRef, sink: BinaryIO, stat: ObjectStat | None, max_bytes: int, watch: Watch
     ) -> tuple[Mapping[str, Any], str]:
         """The answer, and the MD5 of its body in hex."""
-        condition = {} if stat is None else {"IfMatch": f'"{stat.etag}"'}
+        condition = {} if stat is None or stat.etag.startswith(WEAK) else {"IfMatch": f'"{stat.etag}"'}
         sink.seek(0)
         sink.truncate()
         with translated(ref):

@@ -16,6 +16,7 @@ from botocore.config import Config
 from botocore.httpsession import URLLib3Session
 
 from clients.deadline import current_watch, guarded_pools
+from clients.google_dialect import GoogleDialect
 from clients.location import ObjectRef
 from clients.storage_errors import ObjectDamaged
 from config.settings import StoreSettings
@@ -27,6 +28,8 @@ MAX_ATTEMPTS = 4
 # One for each job's thread, or threads throw connections away and shake hands again.
 MAX_CONNECTIONS = 32
 
+# Proxies that pack bodies weaken ETags so; a condition on a weak one is never met (RFC 9110 13.1.1).
+WEAK = "W/"
 _PLAIN_MD5 = re.compile(r"[0-9a-f]{32}")
 
 
@@ -42,7 +45,7 @@ def s3_client(settings: StoreSettings) -> Any:
         config=_config(settings),
     )
     # A handler of `before-send` that answers takes the place of botocore's own transport.
-    client.meta.events.register("before-send.s3", _Transport().answer)
+    client.meta.events.register("before-send.s3", _Transport(_dialect(settings)).answer)
     return client
 
 
@@ -76,8 +79,9 @@ def put_object(client: Any, ref: ObjectRef, content: Content, **condition: str) 
 
 
 def etag_of(answer: Mapping[str, Any]) -> str:
-    """The ETag without its quotes."""
-    return str(answer["ETag"]).removeprefix("W/").strip('"')
+    """The ETag without its quotes; a weak one keeps its `W/`."""
+    text = str(answer["ETag"])
+    return WEAK * text.startswith(WEAK) + text.removeprefix(WEAK).strip('"')
 
 
 class DigestCheck:
@@ -93,7 +97,7 @@ class DigestCheck:
         if told:
             self._raise_unless(md5 in told, md5, told[0])
             return
-        etag = etag_of(answer)
+        etag = etag_of(answer).removeprefix(WEAK)
         # Damage on the way is not the same twice; the store's own bytes are, and then its ETag is no MD5.
         is_right = not _may_be_md5(etag, answer) or md5 == etag or md5 in self._refused
         self._refused.add(md5)
@@ -139,10 +143,19 @@ def _config(settings: StoreSettings) -> Any:
     return Config(**options)
 
 
+def _dialect(settings: StoreSettings) -> GoogleDialect | None:
+    """Google's, for a store that may turn out to be Google's; only its HMAC keys can sign in it."""
+    if settings.access_key_id is None or settings.secret_access_key is None:
+        return None
+    secret = settings.secret_access_key.get_secret_value()
+    return GoogleDialect(settings.endpoint_url, settings.access_key_id, secret)
+
+
 class _Transport:
     """botocore's transport without proxies, and with connections that the current deadline can end."""
 
-    def __init__(self) -> None:
+    def __init__(self, dialect: GoogleDialect | None) -> None:
+        self._dialect = dialect
         session_class: Any = URLLib3Session
         self._session = session_class(
             verify=os.environ.get("AWS_CA_BUNDLE") or True,
@@ -153,6 +166,14 @@ class _Transport:
 
     def answer(self, request: Any, **_event: Any) -> Any:
         """Send `request`; raises `DeadlineExpired`, which botocore does not retry, when the time is over."""
+        if self._dialect is None:
+            return self._send(request)
+        self._dialect.put_request(request)
+        answer = self._send(request)
+        self._dialect.put_answer(answer)
+        return answer
+
+    def _send(self, request: Any) -> Any:
         watch = current_watch()
         if watch is None:
             return self._session.send(request)

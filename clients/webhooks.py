@@ -27,6 +27,7 @@ CONNECT_TIMEOUT_SECONDS = 5.0
 # Read only so that the connection can be used again; a longer body is cut off with its connection.
 MAX_BODY_BYTES = 64 * 1024
 MAX_RETRY_AFTER_SECONDS = 3600.0
+NOT_FOUND = 404
 SECRET_PREFIX = "whsec_"  # noqa: S105 - the marker, not a secret
 
 # 401 and 403 are a token being rotated, 404 a generation not committed yet: all may be well in a minute.
@@ -164,24 +165,35 @@ class WebhookClient:
 
 
 class Reach(NamedTuple):
-    """The statuses that a GET of a webhook's address gets, which reports nothing: with our token, and with none."""
+    """The statuses that a GET of a webhook's address gets, which reports nothing: with our token, and with none.
+
+    `other_status` tells more where there is a doubt: for a 404 what OPTIONS gets there, for a 2xx what a GET gets below
+    that address, where nothing is.
+    """
 
     status: int
     stranger_status: int
+    other_status: int | None = None
 
 
 def reach(settings: BackendSettings) -> Reach:
     """Ask the backend without telling it anything; raises `BackendUnreachable` where no answer comes."""
     client, url = WebhookClient(settings), settings.base_url + ROUTES[WebhookKind.COMPLETE].path
 
-    def status_of(headers: dict[str, Any]) -> int:
-        attempt = client._send(requests.Request("GET", url, headers=headers), DEADLINE_SECONDS)
+    def status_of(method: str, url: str, headers: Mapping[str, str | None]) -> int:
+        attempt = client._send(requests.Request(method, url, headers=headers), DEADLINE_SECONDS)
         if attempt.status is None:
             raise BackendUnreachable(attempt.reason)
         return attempt.status
 
     # None takes the session's own header out.
-    return Reach(status_of({}), status_of({"Authorization": None}))
+    status, stranger_status = status_of("GET", url, {}), status_of("GET", url, {"Authorization": None})
+    other_status = None
+    if status == NOT_FOUND:
+        other_status = status_of("OPTIONS", url, {})
+    elif 200 <= status < 300:
+        other_status = status_of("GET", f"{url}/darkroom-check", {})
+    return Reach(status, stranger_status, other_status)
 
 
 def judge(status: int, headers: Mapping[str, str], now: float) -> Attempt:

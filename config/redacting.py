@@ -21,6 +21,7 @@ _WORD = re.compile(r"[^\s'\"`<>]+")
 _USER = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:[^/?#]*|[^/?#:@]*:(?![0-9]{1,5}/)[^?#@]*)(?:@|%(?:25)*40)", re.IGNORECASE
 )
+_ENCODED_USER = re.compile(r"%(?:25)*3a(?:%(?:25)*2f){2}.*%(?:25)*40", re.IGNORECASE)
 _USER_WITHOUT_SCHEME = re.compile(r"[^/:@=,(]+:[^/@]+@")
 _QUERY = re.compile(r"(?:\?|%(?:25)*3f).*", re.IGNORECASE)
 _FRAGMENT = re.compile(r"#.*")
@@ -45,6 +46,7 @@ def _without_secrets(word: str) -> str:
     if not _SUSPECT.search(word):
         return word
     word = _USER.sub(rf"\g<scheme>{CUT}@", word)
+    word = _ENCODED_USER.sub(f"{CUT}@", word)
     word = _USER_WITHOUT_SCHEME.sub(f"{CUT}@", word)
     if "://" in word:
         word = _FRAGMENT.sub(CUT, _QUERY.sub(CUT, word))

@@ -1,6 +1,7 @@
 """What the sections of the settings are made of: where they are read, how values are judged, how problems are told."""
 
 import os
+import re
 from typing import TypeVar
 from urllib.parse import SplitResult, urlsplit
 
@@ -14,6 +15,11 @@ from config.problems import describe
 ENV_FILE = ".env"
 # As editors of Windows write it: the sign that they begin with would be part of the first name.
 ENV_ENCODING = "utf-8-sig"
+
+# What S3, its older buckets and Google Cloud Storage take, so that settings and jobs agree. No colon and no slash: an
+# ARN as bucket makes botocore dial another host.
+BUCKET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,220}[A-Za-z0-9]")
+BUCKET_RULE = "3 to 222 letters, digits, dots, dashes and underscores, a letter or digit at both ends"
 
 
 class SettingsError(Exception):
@@ -72,6 +78,13 @@ def split_commas(value: object) -> object:
     if not isinstance(value, str):
         return value
     return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def bucket_name(name: str) -> str:
+    """`name`; raises `ValueError` where no bucket can be called so."""
+    if not BUCKET_NAME.fullmatch(name):
+        raise ValueError(f"{name[:80]!r} is no bucket name: {BUCKET_RULE}")
+    return name
 
 
 def http_url(url: str) -> str:

@@ -18,7 +18,16 @@ from config.logs import LogFormat
 from config.model_settings import ModelSettings
 from config.near_names import near_names
 from config.picture_settings import PictureSettings
-from config.section import Section, SettingsError, given_names, http_url, load_section, split_commas, url_parts
+from config.section import (
+    Section,
+    SettingsError,
+    bucket_name,
+    given_names,
+    http_url,
+    load_section,
+    split_commas,
+    url_parts,
+)
 
 # The larger sections have files of their own; whoever reads settings finds all of them here.
 __all__ = [
@@ -92,7 +101,6 @@ class StoreSettings(Section):
     )
     bucket: str = Field(
         validation_alias="AWS_STORAGE_BUCKET_NAME",
-        min_length=3,
         description="Private bucket: adapters, signatures, job records, products' stages",
     )
     results_bucket_name: str | None = Field(
@@ -116,6 +124,16 @@ class StoreSettings(Section):
     )
 
     _split = field_validator("other_allowed_buckets", mode="before")(split_commas)
+
+    @field_validator("bucket", "results_bucket_name")
+    @classmethod
+    def _is_bucket_name(cls, name: str | None) -> str | None:
+        return None if name is None else bucket_name(name)
+
+    @field_validator("other_allowed_buckets")
+    @classmethod
+    def _are_bucket_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(bucket_name(name) for name in names)
 
     @field_validator("endpoint_url", "result_url_base")
     @classmethod

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from config.logs import configure_logging, log_event
 from config.settings import ModelSettings
+from inference.pixels import send_finished
 from inference.request import (
     EngineError,
     EngineFault,
@@ -142,7 +143,10 @@ class _Server:
             if self._reports:
                 # The turn's forward is counted at its end, once.
                 self._send_reports(replace(self._occupancy, num_batched=0))
-            self._connection.send(answer)
+            if isinstance(answer, Finished):
+                send_finished(self._connection, request_id, answer.result)
+            else:
+                self._connection.send(answer)
 
     def _send_reports(self, occupancy: Occupancy) -> None:
         reports, self._reports = tuple(self._reports), []

@@ -8,11 +8,13 @@ import sys
 import threading
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Self
 
 from inference.wire import FromChild, Stop, ToChild
 
 STOP_SECONDS = 2.0
+ROOT = str(Path(__file__).parent.parent)
 
 # The child parses files that strangers wrote: it gets none of the supervisor's credentials.
 SECRET_VARIABLES = frozenset(
@@ -26,6 +28,18 @@ SECRET_VARIABLES = frozenset(
         "WEBHOOK_SIGNING_SECRET",
     )
 )
+
+
+def path_variables() -> dict[str, str]:
+    """Variables that have a child find our modules, and none of the working directory.
+
+    `-m` puts that directory on the path, and its config.py or json.py would be imported in place of ours. Where this
+    process itself was started by `-m` in a checkout that is not installed, the child is given the checkout by name.
+    """
+    variables = {"PYTHONSAFEPATH": "1"}
+    if sys.path[0] == ROOT:
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
+    return variables
 
 
 class Child:
@@ -46,6 +60,7 @@ class Child:
         with theirs:
             command = [sys.executable, "-m", "inference.child", str(theirs.fileno()), str(os.getpid())]
             environment = {name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES}
+            environment |= path_variables()
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
         return cls(process, Connection(ours.detach()))
 

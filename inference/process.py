@@ -15,6 +15,7 @@ from config.logs import LogFormat, log_event
 from config.settings import ModelSettings
 from inference.child_process import Child
 from inference.pending import Pending
+from inference.pixels import receive_pixels
 from inference.request import (
     EngineClosed,
     EngineCrashed,
@@ -311,10 +312,11 @@ class EngineProcess:
 
 
 def _receive(connection: "Connection[ToChild, FromChild]") -> FromChild | None:
-    """The next message; None: the child is gone, perhaps in the middle of a message."""
+    """The next message; None: the child is gone, perhaps in the middle of a message, or can be followed no more."""
     try:
-        return connection.recv()
-    except (EOFError, OSError):
+        message = connection.recv()
+        return receive_pixels(connection, message) if isinstance(message, Finished) else message
+    except (EOFError, OSError, MemoryError):
         return None
 
 

@@ -34,6 +34,10 @@ class EngineFault(EngineError):
     """The engine met an error nobody foresaw; another try may succeed."""
 
 
+class ResultTooLarge(EngineError):
+    """The pictures were drawn, and the process that asked for them has no memory to take them."""
+
+
 class EngineCrashed(EngineError):
     """The engine's process died under this request as often as it was tried."""
 

@@ -51,8 +51,11 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
+    """On the pipe its pictures have no pixels: `num_bytes` of each follow the message, see `inference.pixels`."""
+
     request_id: str
     result: GenerationResult
+    num_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""Deliveries whose properties and headers are fuzzed bytes, through a real broker into a real consumer and processor.
+"""Deliver fuzzed properties and headers through a real broker into a real consumer and processor.
 
-`python -m tests.fuzzed_deliveries` runs the long form on a broker of its own, and prints, last, one line of JSON. Only
-what a job draws and whom it tells is a stand-in. Every delivery follows from the seed and its number.
+`python -m tests.fuzzed_deliveries` runs the long form on a broker of its own, and prints one line of JSON. The engine,
+the store and the backend are stand-ins. Every delivery follows from the seed and its number.
 """
 
 import argparse
@@ -54,12 +54,11 @@ NUM_LETTERS = 200
 
 @dataclass
 class Desk:
-    """What came of the jobs: a stand-in for the story, the ledger and the notifier of a `Processor`."""
+    """Stand-in for the story, the ledger and the notifier of a `Processor`; keeps what they are given."""
 
     publisher: Publisher
     names: QueueNames
     cancellations: Cancellations
-    worker: str = "fuzzed"
     ends: Counter[tuple[str, str]] = field(default_factory=Counter)
     dead: Counter[bytes] = field(default_factory=Counter)
     num_bugs: int = 0
@@ -95,7 +94,7 @@ class _Story:
     """The story of a `Desk`, which tells it to its caller."""
 
     def __init__(self, desk: Desk) -> None:
-        self.worker = desk.worker
+        self.worker = "fuzzed"
         self.tell = desk.draw
 
 
@@ -229,7 +228,7 @@ class Wanted:
 
 
 def run(rabbitmq: RabbitMQ, num_deliveries: int, *, seed: int = SEED) -> dict[str, Any]:
-    """Publish so many, see each of them ended as it should be, and return the figures."""
+    """Publish so many, check that each ends as it should, and return the figures."""
     started_at, wanted = time.monotonic(), Wanted()
     with Bench(rabbitmq) as bench:
         number = 0

@@ -638,6 +638,11 @@ CLASSES = (
                 lora_path="hostile/a.safetensors",
                 same_as=STYLED,
             ),
+            "weights inside their folder": runs(
+                folder("inside", peft_config),
+                lora_path="hostile/inside/adapter_model.safetensors",
+                same_as=STYLED,
+            ),
             "a file beside a folder of its name": runs(
                 weights_at("b", demo_adapter) | folder("b", lambda: b"{"),
                 lora_path="hostile/b.safetensors",
@@ -800,7 +805,9 @@ CLASSES = (
             "CMYK": signs("cmyk", lambda: image("JPEG", "CMYK")),
             "a web page": signed("page", lambda: b"<html><body>403 Forbidden</body></html>"),
             "SVG": signed("svg", lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>'),
-            "TIFF": signed("tiff", lambda: noise("TIFF")),
+            "half a TIFF": signed("tiff", lambda: noise("TIFF")[:2000]),
+            "TIFF": signs("whole-tiff", lambda: noise("TIFF")),
+            "TIFF of two pages": signed("pages", lambda: animated("TIFF")),
             "PSD": signed("psd", lambda: b"8BPS\0\x01" + bytes(40)),
             "animated GIF": signed("gif", lambda: animated("GIF")),
             "animated WebP": signed("webp", lambda: animated("WEBP")),

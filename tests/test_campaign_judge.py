@@ -207,3 +207,15 @@ def test_the_same_seed_plans_the_same_jobs() -> None:
     assert len({one.task_id for one in jobs}) == 40
     assert {one.num_images for one in jobs} == {1, 2}
     assert sum(one.must_fail for one in jobs) == 2
+
+
+def test_an_end_that_the_backend_never_takes_must_be_parked_and_told_to_nobody() -> None:
+    entries = [job(1), job(2), job(3, must_fail=True), end(1)]
+
+    def unmet_of(parked: list[int], *more: Entry) -> list[str]:
+        figures = judge([*entries, *more], pictures(1, 2), {}, limits=Limits(), poisoned={2, 3}, parked=parked)
+        return [check.name for check in checks(figures, Limits()) if not check.is_met]
+
+    assert unmet_of([3, 2]) == []
+    assert unmet_of([3]) == ["no longer parked of these"]
+    assert unmet_of([3, 2], end(2)) == ["told of these"]

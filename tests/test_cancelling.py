@@ -1,6 +1,7 @@
 """Cancel orders: what they may say, which jobs they cover, and for how long."""
 
 import uuid
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -95,6 +96,15 @@ def test_an_order_by_generation_covers_jobs_created_before_it_and_not_the_next_t
     assert cancellations.covers(job())
     assert not cancellations.covers(job(created_at=NOW + 1))
     assert not cancellations.covers(job(generation_id=8, created_at=NOW - 60))
+
+
+@pytest.mark.parametrize(("seconds", "is_covered"), [(-60, True), (1, False)])
+def test_a_created_at_without_a_zone_is_compared_as_utc(seconds: int, is_covered: bool) -> None:
+    cancellations = Cancellations(Clock())
+    cancellations.remember(CancelOrder(None, 7))
+    naive = datetime.fromtimestamp(NOW + seconds, UTC).replace(tzinfo=None)
+
+    assert cancellations.covers(replace(job(), created_at=naive)) is is_covered
 
 
 def test_orders_are_forgotten_after_an_hour_and_beyond_the_cap() -> None:

@@ -15,6 +15,7 @@ import pika
 import pytest
 import torch
 
+from clients.management import effective_policies
 from clients.webhooks import Reach
 from config.settings import SECTIONS, ModelSettings, Settings, StoreSettings
 from examples.parts.backend import Backend
@@ -31,7 +32,8 @@ from tests.world import eventually
 from worker.broker import Publisher
 from worker.checks.backend import judge_backend
 from worker.checks.everything import every_part
-from worker.checks.finding import Check, CheckFailed, Finding, State, try_each
+from worker.checks.finding import Check, CheckFailed, CheckUnsure, Finding, State, try_each
+from worker.checks.policies import limits_told
 from worker.checks.store import MAX_SKEW_SECONDS, StoreProbe
 from worker.queues import QueueNames
 
@@ -254,6 +256,42 @@ def test_a_user_without_the_right_to_make_queues_is_found(place: Place) -> None:
     assert_only(found, "own queues", "ACCESS_REFUSED", NARROW, "set_permissions")
 
 
+def test_a_policy_that_limits_the_worker_s_queues_is_found(place: Place) -> None:
+    place.rabbitmq.ctl("set_policy", "limits", f"^{place.queue}", '{"delivery-limit": 3, "max-length": 10}')
+    try:
+        found = place.check()
+    finally:
+        place.rabbitmq.ctl("clear_policy", "limits")
+
+    assert_only(found, "own queues", "10 were kept", "returned 4 times", f"^{place.queue}$", "list_operator_policies")
+
+
+def test_what_the_management_interface_tells_of_policies_is_said_of_the_worker_s_queues_alone() -> None:
+    names = QueueNames("jobs")
+    limited = {"delivery-limit": 3, "expires": 1000, "ha-mode": "all"}
+    told = [
+        {"name": names.outbox, "effective_policy_definition": limited},
+        {"name": names.dead, "effective_policy_definition": []},
+        {"name": names.recover},
+        {"name": names.jobs, "effective_policy_definition": limited},
+        {"name": "of-another-service", "effective_policy_definition": limited},
+    ]
+    with AnsweringServer([answer(200, json.dumps(told).encode())]) as server:
+        definitions = effective_policies("127.0.0.1", "/", user="guest", password="guest", port=server.port)
+
+    assert server.requests[0].startswith(b"GET /api/queues/%2F HTTP/1.1")
+    assert limits_told(definitions, names) == [f"{names.outbox} has delivery-limit: 3, expires: 1000"]
+
+
+@pytest.mark.parametrize(
+    "said", [answer(401), answer(200, b"<html>"), answer(200, b'{"queues": 1}'), answer(200, b"[1]")]
+)
+def test_a_port_with_another_service_tells_nothing_of_policies(said: bytes) -> None:
+    with AnsweringServer([said]) as server:
+        assert effective_policies("127.0.0.1", "/", user="guest", password="guest", port=server.port) == {}
+    assert effective_policies("127.0.0.1", "/", user="guest", password="guest", port=server.port) == {}
+
+
 # --- The store
 
 
@@ -343,7 +381,6 @@ def test_a_refused_token_is_found(place: Place) -> None:
     [
         (405, 401, "takes the token"),
         (200, 403, "takes the token"),
-        (404, 404, "BACKEND_API_URL has a wrong path"),
         (405, 405, "whether it takes the token, the first webhook will tell"),
         (501, 501, "whether it takes the token, the first webhook will tell"),
     ],
@@ -353,11 +390,58 @@ def test_of_a_backend_is_said_what_was_seen_and_no_more(status: int, stranger_st
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(403, "INTERNAL_API_TOKEN"), (302, "final address"), (500, "log"), (503, "outbox")]
+    ("status", "words"),
+    [
+        (403, "INTERNAL_API_TOKEN"),
+        (301, "final address"),
+        (302, "final address"),
+        (400, "ALLOWED_HOSTS.*Name backend there"),
+        (410, "given up"),
+        (421, "does not serve this host"),
+        (426, "https"),
+        (500, "log"),
+        (503, "outbox"),
+    ],
 )
 def test_a_backend_that_would_take_no_webhook_is_bad(status: int, words: str) -> None:
     with pytest.raises(CheckFailed, match=rf"http://backend answers {status}.*{words}"):
         judge_backend("http://backend", Reach(status, status))
+
+
+def test_a_path_twice_in_the_address_is_found(place: Place) -> None:
+    found = place.check(BACKEND_API_URL=f"{place.backend.url}/api")
+
+    assert parts(found, State.UNSURE) == {"backend"}
+    assert "must not end in a part of it" in found["backend"].detail
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (Reach(404, 404, 404), "BACKEND_API_URL has a wrong path.*/api"),
+        (Reach(404, 401, 404), "BACKEND_API_URL has a wrong path.*/api"),
+        (Reach(404, 401, 501), "BACKEND_API_URL has a wrong path.*/api"),
+        (Reach(200, 200, 200), "web pages"),
+        (Reach(429, 429), "later"),
+    ],
+)
+def test_of_a_backend_in_doubt_is_said_what_either_would_mean(found: Reach, words: str) -> None:
+    with pytest.raises(CheckUnsure, match=rf"http://backend answers {found.status}.*{words}"):
+        judge_backend("http://backend", found)
+
+
+@pytest.mark.parametrize("found", [Reach(404, 404, 200), Reach(404, 401, 405), Reach(200, 200, 404)])
+def test_a_server_that_tells_its_routes_otherwise_than_by_a_get_is_good(found: Reach) -> None:
+    assert judge_backend("http://backend", found)
+
+
+def test_a_doubt_is_yellow_and_not_good() -> None:
+    def look() -> str:
+        raise CheckUnsure("either way")
+
+    (found,) = try_each([Check("a", look)])
+
+    assert (found.state, found.detail) == (State.UNSURE, "either way")
 
 
 # --- The machine and the model

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +12,23 @@ from pathlib import Path
 import pytest
 
 from clients.cache import STALE_PART_SECONDS, CacheFull, DownloadCache
+from clients.claimed_folder import ClaimedFolder
+from clients.cutoff import cutoff, is_cut_off
 from clients.location import ObjectRef
 from clients.storage import ObjectStat, Storage
 from clients.storage_errors import ObjectChanged, ObjectNotFound, ObjectTooLarge, StorageUnavailable
 from config.settings import StoreSettings
+from tests.world import ROOT
 
 LIMIT_BYTES = 1000
+CLAIM = """
+import sys, time
+from pathlib import Path
+from clients.claimed_folder import ClaimedFolder
+held = ClaimedFolder(Path(sys.argv[1]))
+print("claimed", flush=True)
+time.sleep(600)
+"""
 
 
 class CountingStorage(Storage):
@@ -243,6 +256,40 @@ def test_threads_that_wait_for_a_failing_download_get_its_error(store_settings: 
     assert storage.num_downloads == 2
 
 
+class SlowFirstStorage(CountingStorage):
+    """The first download hangs until its thread is cut off; the next is quick."""
+
+    def download(
+        self, ref: ObjectRef, target: Path, *, stat: ObjectStat, max_bytes: int, deadline_seconds: float
+    ) -> None:
+        super().download(ref, target, stat=stat, max_bytes=max_bytes, deadline_seconds=deadline_seconds)
+        while self.num_downloads == 1:
+            time.sleep(0.01)
+            if is_cut_off():
+                raise StorageUnavailable("cut off")
+
+
+def test_a_thread_that_gives_up_its_download_leaves_it_to_one_that_may_wait(
+    store_settings: StoreSettings, ref: ObjectRef
+) -> None:
+    storage = SlowFirstStorage(store_settings)
+    cache = DownloadCache(storage, store_settings.cache_dir, LIMIT_BYTES)
+    put(storage, ref, b"weights")
+
+    def fetch_within(seconds: float) -> bytes:
+        with cutoff(seconds, lambda: False):
+            return fetch(cache, ref)
+
+    with ThreadPoolExecutor(2) as pool:
+        impatient = pool.submit(fetch_within, 1.0)
+        while storage.num_downloads == 0:
+            time.sleep(0.01)
+        patient = pool.submit(fetch_within, 120.0)
+
+        assert str(impatient.exception(120)) == "cut off"
+        assert patient.result(120) == b"weights"
+
+
 def wait_for_heads(storage: HeldStorage, num_heads: int) -> None:
     while storage.num_heads < num_heads:
         time.sleep(0.01)
@@ -317,3 +364,52 @@ def test_the_folder_is_made_below_the_home(
     DownloadCache(storage, Path("~/a/b"), LIMIT_BYTES)
 
     assert (tmp_path / "a" / "b").is_dir()
+
+
+# --- Two workers with one folder
+
+
+def test_a_second_cache_has_a_folder_of_its_own_until_the_first_is_gone(
+    storage: CountingStorage, ref: ObjectRef, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = put_many(storage, ref, num_bytes=900, names="ab")
+    first = DownloadCache(storage, folder, LIMIT_BYTES)
+    fetch(first, a)
+    second = DownloadCache(storage, folder, LIMIT_BYTES)
+    assert "folder shared" in caplog.messages
+
+    # What one evicts is not the other's, even while it is in use.
+    with first.fetch(a, max_bytes=1000, deadline_seconds=5) as used:
+        fetch(second, b)
+        assert used.read_bytes() == b"a" * 900
+    assert (first.size_bytes, second.size_bytes) == (900, 900)
+
+    del first
+    fetch(DownloadCache(storage, folder, LIMIT_BYTES), a)
+    assert storage.num_downloads == 2
+
+
+def test_a_worker_s_folder_is_free_once_its_process_was_killed(storage: CountingStorage, folder: Path) -> None:
+    other = subprocess.Popen([sys.executable, "-c", CLAIM, str(folder)], cwd=ROOT, stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"claimed\n"
+    assert ClaimedFolder(folder).path == folder / "worker-2"
+
+    other.kill()
+    other.wait()
+
+    assert ClaimedFolder(folder).path == folder
+
+
+def test_what_the_cache_did_not_write_is_not_counted_and_not_removed(
+    storage: CountingStorage, ref: ObjectRef, folder: Path
+) -> None:
+    folder.mkdir()
+    (folder / "notes.txt").write_bytes(b"x" * 2 * LIMIT_BYTES)
+    cache = DownloadCache(storage, folder, LIMIT_BYTES)
+
+    (only,) = put_many(storage, ref, num_bytes=900, names="a")
+    fetch(cache, only)
+
+    assert cache.size_bytes == 900
+    assert "notes.txt" in names_in(folder)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clients.location import LocationForbidden, ObjectRef, parse_location
+from config.settings import StoreSettings
 
 ENDPOINT = "https://objects.example.com:9000"
 KEY = "models/style-1/lora_weights.safetensors"
@@ -52,6 +53,16 @@ def test_an_endpoint_may_have_a_path() -> None:
 
 def test_a_bucket_with_dots_keeps_them() -> None:
     assert parse("https://other.media.s3.amazonaws.com/a.png") == ObjectRef("other.media", "a.png")
+
+
+@pytest.mark.parametrize("bucket", ["style_media", "Legacy_Bucket", "a.b.c" + ".d" * 60])
+def test_a_bucket_that_the_settings_take_may_be_named_by_jobs(bucket: str) -> None:
+    assert StoreSettings(AWS_STORAGE_BUCKET_NAME=bucket, ALLOWED_BUCKETS=bucket).allowed_buckets == {bucket}
+    for text in ("a.png", f"s3://{bucket}/a.png", f"gs://{bucket}/a.png", f"{ENDPOINT}/{bucket}/a.png"):
+        ref = parse_location(
+            text, default_bucket=bucket, allowed_buckets={bucket}, endpoint_url=ENDPOINT, region="eu-west-1"
+        )
+        assert ref == ObjectRef(bucket, "a.png")
 
 
 def test_a_trailing_slash_names_a_folder() -> None:

@@ -234,6 +234,17 @@ def test_a_body_that_comes_twice_the_same_is_whole_and_its_etag_no_md5() -> None
     assert len(server.requests) == 2
 
 
+def test_a_weak_etag_is_compared_after_the_download_and_not_made_its_condition(tmp_path: Path) -> None:
+    weak = answer(200, BODY, ETag=f"W/{ETAG}")
+    with AnsweringServer([answer(200, length=len(BODY), ETag=f"W/{ETAG}"), weak]) as server:
+        storage = storage_at(server)
+        stat = storage.head(MISSING)
+        storage.download(MISSING, tmp_path / "file", stat=stat, max_bytes=10**6, deadline_seconds=5)
+
+    assert header(server.requests[1], "if-match") is None
+    assert (tmp_path / "file").read_bytes() == BODY
+
+
 def test_a_body_with_a_wrong_byte_is_not_taken_for_the_one_that_follows_it() -> None:
     wrong, whole = answer(200, BODY[:-1] + b"y", ETag=ETAG), answer(200, BODY, ETag=ETAG)
     with AnsweringServer([wrong, whole]) as server:

@@ -342,6 +342,21 @@ def test_the_backend_is_asked_with_the_token_and_without_and_told_nothing() -> N
         reach(settings_of(refused_url()))
 
 
+@pytest.mark.parametrize(
+    ("status", "line"),
+    [
+        (404, b"OPTIONS /api/webhooks/inference/complete HTTP/1.1"),
+        (200, b"GET /api/webhooks/inference/complete/darkroom-check HTTP/1.1"),
+    ],
+)
+def test_where_the_answer_leaves_a_doubt_another_question_is_asked(status: int, line: bytes) -> None:
+    with AnsweringServer([answer(status), answer(status), answer(501)]) as server:
+        assert reach(settings_of(server.url)) == Reach(status, status, 501)
+
+    assert server.requests[2].split(b"\r\n")[0] == line
+    assert all(body_of(request) == b"" for request in server.requests)
+
+
 def test_threads_share_a_client() -> None:
     with AnsweringServer([answer(200)]) as server, ThreadPoolExecutor(8) as pool:
         client = client_of(server.url)

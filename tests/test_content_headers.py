@@ -1,19 +1,28 @@
 """Content headers are decoded whatever is in them: the properties alone, and through a real broker."""
 
+import queue
 import random
 import struct
+import time
+import uuid
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
 
+import pika
 import pytest
 from pika.data import encode_table
 
+from config.settings import BrokerSettings
+from examples.parts.rabbitmq import RabbitMQ
 from tests.fuzzing import Target, fuzz
 from tests.raw_properties import (
+    DEEP,
     FROM_THE_FIELD,
     HEADERS,
     TIMESTAMP,
     USER_ID,
+    Raw,
     damaged_properties,
     feed_properties,
     field,
@@ -24,9 +33,63 @@ from tests.raw_properties import (
     properties,
     short,
 )
+from tests.world import eventually
+from worker.broker import Broadcast, Consumer, Subscription
 from worker.content_headers import MAX_DEPTH, Properties
+from worker.delivery import Delivery
+from worker.queues import QueueNames
 
 NUM_FUZZED = 3000
+END_SECONDS = 120.0
+# A text, a truth, negatives, what no double holds exactly, fractions, moments and containers.
+ODD_NUMBERS = (
+    (b"S", long(b"3")),
+    (b"t", b"\x01"),
+    (b"I", b"\xff\xff\xff\xff"),
+    (b"l", (2**63 - 1).to_bytes(8)),
+    (b"d", struct.pack(">d", 1e300)),
+    (b"d", struct.pack(">d", 3.5)),
+    (b"D", b"\x00\x00\x00\x00\x03"),
+    (b"T", (3).to_bytes(8)),
+    (b"T", b"\xff" * 8),
+    (b"F", nested(3)),
+    (b"A", nested(DEEP, b"A")),
+    (b"V", b""),
+)
+
+
+class Consumed:
+    """A consumer on the outbox of a queue of its own."""
+
+    def __init__(self, rabbitmq: RabbitMQ) -> None:
+        names = QueueNames(f"test-{uuid.uuid4().hex[:12]}")
+        self._deliveries: queue.Queue[Delivery] = queue.Queue()
+        self._queue = names.outbox
+        self.consumer = Consumer(
+            BrokerSettings(**rabbitmq.env()),  # type: ignore[arg-type]
+            names,
+            [Subscription(names.outbox, 10, self._deliveries.put)],
+            Broadcast(names.cancel_exchange, lambda _: None),
+        )
+        self.consumer.start()
+        eventually(lambda: self.consumer.is_connected, END_SECONDS)
+        self.connection = pika.BlockingConnection(pika.URLParameters(f"{rabbitmq.url}?heartbeat=0"))
+        self._channel = self.connection.channel()
+
+    def deliver(self, encoded: bytes) -> Delivery:
+        """What comes of a message with these properties."""
+        self._channel.basic_publish("", self._queue, b"", Raw(encoded))
+        delivery = self._deliveries.get(timeout=END_SECONDS)
+        self.consumer.ack(delivery)
+        return delivery
+
+
+@pytest.fixture(scope="module")
+def consumed(rabbitmq: RabbitMQ) -> Iterator[Consumed]:
+    made = Consumed(rabbitmq)
+    yield made
+    made.consumer.close()
+    made.connection.close()
 
 
 @pytest.mark.parametrize(
@@ -134,3 +197,44 @@ def test_what_comes_from_the_field_is_read_whole() -> None:
         assert Properties(encoded).headers, name
     assert Properties(FROM_THE_FIELD["milliseconds"]).headers == {"sent_at": 1_772_000_000_000}
     assert feed_properties(random.Random(1).randbytes(100_000))
+
+
+def own(name: bytes, kind: bytes, payload: bytes) -> bytes:
+    return headers(field(b"x-darkroom-" + name, kind, payload))
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        *(own(b"attempt", kind, payload) for kind, payload in ODD_NUMBERS),
+        *(own(b"since", kind, payload) for kind, payload in ODD_NUMBERS),
+        *(own(b"due", kind, payload) for kind, payload in ODD_NUMBERS),
+        *(headers(field(b"x-delivery-count", kind, payload)) for kind, payload in ODD_NUMBERS),
+    ],
+)
+def test_a_number_of_ours_that_is_none_counts_as_absent(consumed: Consumed, encoded: bytes) -> None:
+    before = int(time.time())
+
+    delivery = consumed.deliver(encoded)
+
+    assert (delivery.attempt, delivery.num_deliveries, delivery.due) == (1, 0, 0.0)
+    assert before <= delivery.since <= time.time()
+
+
+def test_the_numbers_that_workers_write_are_read(consumed: Consumed) -> None:
+    fields = (
+        field(b"x-darkroom-attempt", b"I", (3).to_bytes(4)),
+        field(b"x-darkroom-since", b"l", (1_700_000_000).to_bytes(8)),
+        field(b"x-darkroom-due", b"I", (1_700_000_060).to_bytes(4)),
+    )
+
+    delivery = consumed.deliver(headers(*fields))
+
+    assert (delivery.attempt, delivery.since, delivery.due) == (3, 1_700_000_000.0, 1_700_000_060.0)
+
+
+def test_what_was_parked_in_the_future_was_parked_now(consumed: Consumed) -> None:
+    """An event expires a day after it was parked: this one would never expire."""
+    delivery = consumed.deliver(own(b"since", b"l", (2**53 - 1).to_bytes(8)))
+
+    assert delivery.since <= time.time()

@@ -1,6 +1,8 @@
 """`darkroom dead`, as a person types it, on a real broker and a real store."""
 
 import json
+import re
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from clients.location import ObjectRef
 from clients.storage import Storage
 from clients.webhooks import WebhookKind
 from config.settings import BrokerSettings, StoreSettings
@@ -24,10 +27,13 @@ from tests.test_commands import darkroom
 from tests.world import World, eventually, new_world
 from worker.broker import Publisher
 from worker.cli import app
+from worker.delivery import Delivery
 from worker.events import TerminalEvent, failed_event
 from worker.inspection import MAX_LOOKS, Inspection
 from worker.ledger import Ledger
+from worker.pacing import Parked
 from worker.queues import QueueNames
+from worker.waiting import WaitingNotes, WaitingReporter
 
 TASK_ID = "660f9511-f3ac-52e5-b827-557766551111"
 BROKEN = b"\x89PNG\x00\x1b[31m\xff not JSON"
@@ -41,12 +47,12 @@ class Operator:
         self.world = world
         self.names = QueueNames(world.queue)
         self.broker = BrokerSettings(**world.env())  # type: ignore[arg-type]
-        store = StoreSettings(**world.env())  # type: ignore[arg-type]
-        self.ledger = Ledger(Storage(store), store.bucket)
+        self.store = StoreSettings(**world.env())  # type: ignore[arg-type]
+        self.ledger = Ledger(Storage(self.store), self.store.bucket)
 
-    def types(self, *arguments: object, answer: str | None = None) -> Result:
-        """Run `darkroom dead …` in this process."""
-        return CliRunner().invoke(app, ["dead", *map(str, arguments)], input=answer, env={"COLUMNS": "200"})
+    def types(self, *arguments: object, answer: str | None = None, columns: int = 200, of: str = "dead") -> Result:
+        """Run `darkroom dead …` in this process, or another group of commands."""
+        return CliRunner().invoke(app, [of, *map(str, arguments)], input=answer, env={"COLUMNS": str(columns)})
 
     def listed(self) -> list[dict[str, Any]]:
         done = self.types("list", "--json")
@@ -128,7 +134,9 @@ def test_every_kind_of_letter_is_listed_and_stays(operator: Operator) -> None:
     letters = {letter["kind"]: letter for letter in operator.listed()}
 
     assert table.exit_code == 0
-    assert all(word in table.stdout for word in (TASK_ID, "456", "ENGINE_CRASHED", "event", "not a job", "\\u001b[31m"))
+    assert all(
+        word in table.stdout for word in (TASK_ID, "456", "ENGINE_CRASHED", "webhook", "not a job", "\\u001b[31m")
+    )
     assert is_harmless(table.stdout)
     assert (letters["job"]["task_id"], letters["job"]["generation_id"]) == (TASK_ID, 456)
     assert letters["event"]["task_id"] == str(uuid.UUID(int=7))
@@ -433,3 +441,94 @@ def test_a_replayed_job_completes_and_its_backend_hears_of_it_once_more(operator
     assert end.headers["webhook-id"].partition(":")[0] in done.stdout
     operator.world.wait_until_clean()
     eventually(lambda: [event["attempt"] for event in worker.events("job out")] == [1], 5, worker.log_tail)
+
+
+# --- The ends that wait
+
+
+def parked(number: int, reason: str, age_seconds: float) -> Parked:
+    event = crashed(str(uuid.UUID(int=number)))
+    delivery = Delivery(
+        body=event.to_json(),
+        queue="outbox",
+        is_redelivered=False,
+        attempt=4,
+        num_deliveries=0,
+        since=time.time() - age_seconds,
+        session=1,
+        tag=number,
+        channel_number=1,
+        reason=reason,
+    )
+    return Parked(event, delivery, 4)
+
+
+def test_ends_that_wait_in_the_queue_and_in_a_worker_s_hands_are_listed(operator: Operator) -> None:
+    # Given one in the queue, and two that a worker holds, which nobody sees in RabbitMQ
+    assert operator.types("list", of="outbox").stdout == "no end waits for the backend\n"
+    publisher = Publisher(operator.broker, operator.names)
+    publisher.start()
+    ready = crashed(str(uuid.UUID(int=3)))
+    publisher.publish(operator.names.outbox, ready.to_json(), attempt=2, reason="HTTP 503", since=time.time() - 60)
+    publisher.close()
+    held = [parked(1, "HTTP 500", 7200), parked(2, "no answer within 20 s", 600)]
+    notes = WaitingNotes(Storage(operator.store), operator.store.bucket)
+    WaitingReporter("gpu-1:7", notes, lambda: held, threading.Event()).report()
+
+    # When they are listed, then with what came of the last try, and the oldest first
+    lines = [json.loads(line) for line in operator.types("list", "--json", of="outbox").stdout.splitlines()]
+    assert [one["reason"] for one in lines] == ["HTTP 500", "no answer within 20 s", "HTTP 503"]
+    assert [one["worker"] for one in lines] == ["gpu-1:7", "gpu-1:7", ""]
+    assert [one["num_tries"] for one in lines] == [3, 3, 1]
+
+    # And at 80 columns every id is whole
+    table = operator.types("list", of="outbox", columns=80).stdout
+    assert all(str(uuid.UUID(int=number)) in table for number in (1, 2, 3))
+    assert re.search(r"3 ends wait, failing since \d{4}-\d\d-\d\d \d\d:\d\d UTC: HTTP 500", table)
+    assert max(map(len, table.splitlines())) <= 80
+
+    # And whoever looks for dead letters hears of them
+    assert "3 ends wait, failing since" in operator.types("list").stdout
+    operator.wait_for(outbox=1)
+
+
+def test_a_note_that_no_worker_wrote_hides_no_other(operator: Operator) -> None:
+    storage = Storage(operator.store)
+    for number, content in enumerate([b"", b"[" * 5000, b"{}", b'{"waiting": [1]}', b'{"waiting": [{"since": "x"}]}']):
+        ref = ObjectRef(operator.store.bucket, f".darkroom/outbox/strange-{number}.json")
+        storage.put(ref, content, content_type="application/json")
+    notes = WaitingNotes(storage, operator.store.bucket)
+    WaitingReporter("gpu-1:7", notes, lambda: [parked(1, "HTTP 500", 60)], threading.Event()).report()
+
+    assert [one.task_id for one in notes.read_all()] == [str(uuid.UUID(int=1))]
+
+
+def test_a_worker_whose_hands_are_empty_takes_its_note_away(operator: Operator) -> None:
+    notes = WaitingNotes(Storage(operator.store), operator.store.bucket)
+    held = [parked(1, "HTTP 500", 60)]
+    reporter = WaitingReporter("gpu-1:7", notes, lambda: held, threading.Event())
+    reporter.report()
+    held.clear()
+    reporter.report()
+
+    assert notes.read_all() == []
+
+
+def test_waiting_ends_are_warned_of_once_an_hour(operator: Operator, caplog: pytest.LogCaptureFixture) -> None:
+    notes = WaitingNotes(Storage(operator.store), operator.store.bucket)
+    now = 0.0
+    reporter = WaitingReporter("a:1", notes, lambda: [parked(1, "HTTP 500", 60)], threading.Event(), lambda: now)
+    for now in (0.0, 30.0, 3570.0, 3600.0, 3630.0):  # noqa: B007 - the clock reads it
+        reporter.report()
+
+    warnings = [record for record in caplog.records if record.getMessage() == "ends wait for the backend"]
+    assert len(warnings) == 2
+
+
+def test_the_list_of_dead_letters_fits_eighty_columns(operator: Operator) -> None:
+    operator.bury(job(), crashed(str(uuid.UUID(int=7))).to_json(), reason="the complete webhook was not taken: " * 3)
+
+    table = operator.types("list", columns=80).stdout
+
+    assert max(map(len, table.splitlines())) <= 80
+    assert all(word in table for word in (TASK_ID, str(uuid.UUID(int=7)), "webhook", "456"))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -40,7 +41,7 @@ from inference.vitals import MAX_CONSECUTIVE_CRASHES, MAX_CONSECUTIVE_FAULTS, Vi
 from tests.engine_requests import request_of
 from tests.fake_child import EXIT_POISONED, NUM_SLOTS
 from tests.faults.station import long
-from tests.world import DEMO_MODEL, eventually
+from tests.world import DEMO_MODEL, ROOT, eventually
 from worker.metrics import Metrics
 
 READY_SECONDS = 60.0
@@ -771,3 +772,19 @@ def kill(engine: EngineProcess) -> None:
 @pytest.fixture(autouse=True)
 def _hear_the_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
+
+
+def test_a_child_of_a_checkout_started_by_its_module_finds_the_checkout(tmp_path: Path) -> None:
+    """As `python -m worker` does it where nothing, or another version, is installed."""
+    shutil.copytree(ROOT / "inference", tmp_path / "inference", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "inference" / "place.py").write_text("print(__file__)")
+    (tmp_path / "started.py").write_text(
+        "import os, subprocess, sys\n"
+        "from inference.child_process import path_variables\n"
+        "subprocess.run([sys.executable, '-m', 'inference.place'], env=os.environ | path_variables(), check=True)\n"
+    )
+    started = [sys.executable, "-m", "started"]
+
+    told = subprocess.run(started, cwd=tmp_path, env={"PYTHONPATH": ""}, capture_output=True, text=True, check=True)
+
+    assert told.stdout.strip() == str(tmp_path / "inference" / "place.py")

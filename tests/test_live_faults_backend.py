@@ -17,6 +17,7 @@ from tests.clients_servers import AnsweringServer, Server, answer
 from tests.faults.proxy import DOWN, UP, Link, Sign
 from tests.faults.station import DONE, POST_OF_COMPLETE, Job, Station, answers, long, new_station
 from tests.world import Worker, eventually
+from worker.refusals import REFUSED_ENDS
 
 DELAYS_SECONDS = (0.2, 0.4, 1.2, 1.2)
 # Less than the third wait: the outbox waits that one out.
@@ -31,6 +32,9 @@ CONSTANTS = {
     "worker.notifying:UNKNOWN_IS_TRANSIENT_SECONDS": TRANSIENT_SECONDS,
     "worker.notifying:CALL_DEADLINE_SECONDS": CALL_SECONDS,
     "worker.progress:CALL_DEADLINE_SECONDS": PROGRESS_CALL_SECONDS,
+    "worker.pacing:KNOWN_DELAYS_SECONDS": DELAYS_SECONDS,
+    # With three events parked one is behind those in hand.
+    "worker.outbox:PREFETCH": 2,
 }
 MILESTONES = range(0, 100, 10)
 # Within which the worker acts on what its readiness tells at once.
@@ -115,6 +119,41 @@ def test_a_backend_that_is_down_holds_no_job_and_hears_of_each_once_it_is_back(s
 
     for job in jobs:
         station.assert_complete_once(job)
+
+
+def never_taken(station: Station, job: Job) -> None:
+    """From now on the backend answers 500 to whatever it is told of the job."""
+    sign = Sign(UP, f'"generation_id":{job.generation_id}'.encode())
+    station.backend.when(sign, do=answers(500), times=None)
+
+
+def test_events_that_are_never_taken_hold_up_none_that_an_outage_parked(station: Station) -> None:
+    world = station.world
+    # Given as many events that are never taken as the broker gives at once
+    world.backend.answer("complete", 500)
+    bad = [station.publish(), station.publish()]
+    wait_until_parked(station, 2)
+    for job in bad:
+        never_taken(station, job)
+    world.backend.answer("complete", 200)
+
+    # When an outage parks two more
+    world.backend.stop()
+    good = [station.publish() for _ in range(2)]
+    wait_until_parked(station, 4)
+    world.backend.start()
+
+    # Then these are told, and those stay
+    for job in good:
+        assert world.wait_for_end(job.generation_id, 15).kind == "complete"
+    eventually(lambda: num_parked(station) == 2, 8, lambda: str(world.queues()))
+    assert [len(world.backend.ends(job.generation_id)) for job in (*good, *bad)] == [1, 1, 0, 0]
+
+    # And once the backend takes them, they are told as well, none twice
+    station.backend.pass_on()
+    for job in bad:
+        station.assert_complete_once(job, num_posts=None)
+    assert [len(world.backend.ends(job.generation_id)) for job in (*good, *bad)] == [1, 1, 1, 1]
 
 
 @long
@@ -268,6 +307,34 @@ def test_an_event_refused_for_good_is_told_once_and_left_as_a_dead_letter(statio
 
     assert station.posts(job) == 1
     assert str(status) in world.dead_letters()[0][1]
+
+
+@pytest.mark.parametrize(("status", "words"), [(400, "ALLOWED_HOSTS"), (404, "BACKEND_API_URL")])
+def test_a_backend_that_refuses_every_end_gets_no_more_work_drawn_and_hears_of_what_was_drawn(
+    station: Station, worker: Worker, status: int, words: str
+) -> None:
+    world = station.world
+    station.assert_complete_once(station.publish())
+    station.backend.when(POST_OF_COMPLETE, do=answers(status), times=None)
+
+    # When ends are refused in a row, then jobs stay where another worker may take them
+    drawn = [station.publish() for _ in range(REFUSED_ENDS)]
+    eventually(lambda: "refuses this worker" in worker.get("/health/ready")[1], 20, worker.log_tail)
+    assert words in worker.get("/health/ready")[1]
+    assert worker.metric("darkroom_ready") == 0
+    time.sleep(TICK_SECONDS)
+    waiting = [station.publish() for _ in range(2)]
+    world.wait_for_depth(2, 0)
+    time.sleep(2 * TRANSIENT_SECONDS)
+
+    # And what was refused since the breaker opened is told once the address is right, as are those that waited
+    station.backend.pass_on()
+    eventually(lambda: worker.get("/health/ready")[0] == 200, 20, worker.log_tail)
+    dead = world.dead_letters()
+    assert len(dead) < REFUSED_ENDS
+    told = [job for job in drawn if not any(str(job.generation_id).encode() in body for body, _ in dead)]
+    for job in (*told, *waiting):
+        station.assert_complete_once(job, num_posts=None)
 
 
 @pytest.mark.parametrize(("status", "delay_seconds"), [(500, 0.0), (200, 5.0)])

@@ -29,8 +29,9 @@ from tests.faults.station import (
     kills,
     long,
     new_station,
+    start_light_worker,
 )
-from tests.world import DEMO_MODEL, Worker, eventually
+from tests.world import DEMO_MODEL, Worker, eventually, new_world, shadow_modules
 from worker.settling import MAX_RECOVERIES
 from worker.supervisor import ExitCode
 
@@ -602,3 +603,13 @@ def started(station: Station, *, prefix: list[str] | None = None, output: int | 
         for child in children_of(worker.process.pid) if worker.process.poll() is None else []:
             os.kill(child, signal.SIGKILL)
         worker.kill()
+
+
+def test_a_worker_started_in_a_folder_of_modules_with_its_own_names_draws(
+    rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path
+) -> None:
+    shadow_modules(tmp_path)
+    with new_world(rabbitmq, s3_server, tmp_path) as world:
+        start_light_worker(world)
+
+        assert world.wait_for_end(world.publish()).kind == "complete"

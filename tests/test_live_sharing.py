@@ -26,7 +26,12 @@ def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.Tem
 @pytest.fixture(scope="module")
 def pair(world: World) -> tuple[Worker, Worker]:
     step = {"tests.fake_child:TURN_SECONDS": STEP_SECONDS}
-    return start_light_worker(world, constants=step), start_light_worker(world, constants=step)
+    # By default all workers of a user on a host have one.
+    cache = str(world.folder / "cache")
+    return (
+        start_light_worker(world, constants=step, CACHE_DIR=cache),
+        start_light_worker(world, constants=step, CACHE_DIR=cache),
+    )
 
 
 def num_complete(worker: Worker) -> int:
@@ -34,10 +39,13 @@ def num_complete(worker: Worker) -> int:
 
 
 def test_two_workers_share_forty_jobs_within_a_fifth_of_evenly(world: World, pair: tuple[Worker, Worker]) -> None:
-    ids = [world.publish(num_inference_steps=STEPS) for _ in range(NUM_JOBS)]
+    style = world.upload("models/style.safetensors", b"weights")
+    ids = [world.publish(num_inference_steps=STEPS, lora_path=style) for _ in range(NUM_JOBS)]
 
     assert {world.wait_for_end(generation_id).kind for generation_id in ids} == {"complete"}
     world.wait_until_clean()
+    caches = (world.folder / "cache", world.folder / "cache" / "worker-2")
+    assert [len(list(folder.glob("*.safetensors"))) for folder in caches] == [1, 1]
     shares = [num_complete(worker) for worker in pair]
     assert sum(shares) == NUM_JOBS
     assert all(abs(share - EVEN_SHARE) <= UNEVENNESS * EVEN_SHARE for share in shares), shares

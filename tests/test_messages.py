@@ -225,11 +225,16 @@ def test_the_worker_s_defaults_hold_where_a_job_names_nothing(rules: JobRules) -
     assert (job.num_inference_steps, job.guidance_scale) == (8, 0.0)
 
 
-@pytest.mark.parametrize(
-    "created_at", [None, "", "yesterday", "2025-01-20T11:30:00", 5, "x" * 10_000, "\ud800", ["2025-01-20T11:30:00Z"]]
-)
+@pytest.mark.parametrize("created_at", [None, "", "yesterday", 5, "x" * 10_000, "\ud800", ["2025-01-20T11:30:00Z"]])
 def test_a_time_that_is_none_does_not_stop_a_job(rules: JobRules, created_at: object) -> None:
     assert job_of(rules, message() | {"created_at": created_at}).created_at is None
+
+
+@pytest.mark.parametrize("said", ["2025-01-20T11:30:00", "2025-01-20 11:30:00.000", " 20250120T113000 "])
+def test_a_time_without_a_zone_is_kept_as_it_says(rules: JobRules, said: str) -> None:
+    created_at = job_of(rules, message() | {"created_at": said}).created_at
+
+    assert created_at == datetime(2025, 1, 20, 11, 30)
 
 
 def test_a_time_keeps_its_zone(rules: JobRules) -> None:

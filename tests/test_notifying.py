@@ -443,6 +443,112 @@ def test_a_kind_the_backend_chokes_on_does_not_hold_up_the_other(started: Start)
     assert no_ack_within_a_moment(parts)
 
 
+class ChoosyClient(ScriptedClient):
+    """Takes every event but those of the tasks in `bad`."""
+
+    def __init__(self, bad: dict[str, Attempt]) -> None:
+        super().__init__(TAKEN)
+        self._bad = bad
+
+    def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
+        taken = super().send(webhook, deadline_seconds=deadline_seconds)
+        return self._bad.get(webhook.webhook_id.partition(":")[0], taken)
+
+
+@pytest.mark.parametrize("bad", [FAILING, LATER, UNKNOWN, BROKEN], ids=lambda bad: bad.reason)
+def test_events_that_are_never_taken_do_not_hold_up_others_of_their_kind(started: Start, bad: Attempt) -> None:
+    parts = started(Parts(ChoosyClient({f"bad-{number}": bad for number in range(3)})))
+    for number in range(3):
+        parts.outbox.on_delivery(delivered(complete(f"bad-{number}").to_json(), tag=number))
+    until(lambda: len(parts.client.sent) == 3)
+
+    for number in range(3):
+        parts.outbox.on_delivery(delivered(complete(f"good-{number}").to_json(), tag=10 + number))
+
+    assert parts.consumer.next_tags(3) == {10, 11, 12}
+    assert no_ack_within_a_moment(parts)
+
+
+def test_one_that_the_backend_is_silent_on_holds_up_no_other_once_some_are_taken(started: Start) -> None:
+    # Given a backend that takes events, and one that it answers with silence
+    class SilentOnOne(ScriptedClient):
+        is_free = threading.Event()
+
+        def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
+            taken = super().send(webhook, deadline_seconds=deadline_seconds)
+            if webhook.webhook_id.startswith("bad"):
+                assert self.is_free.wait(PATIENCE_SECONDS * 10)
+            return taken
+
+    client = SilentOnOne(TAKEN)
+    parts = started(Parts(client))
+    parts.outbox.on_delivery(delivered(complete("good").to_json(), tag=1))
+    assert parts.consumer.next_tags(1) == {1}
+    parts.outbox.on_delivery(delivered(complete("bad").to_json(), tag=2))
+    until(lambda: "bad:complete" in client.ids)
+
+    # Then those behind it are told
+    for tag in range(3, 6):
+        parts.outbox.on_delivery(delivered(complete(f"good-{tag}").to_json(), tag=tag))
+    assert parts.consumer.next_tags(3) == {3, 4, 5}
+    client.is_free.set()
+    assert parts.consumer.next_tags(1) == {2}
+
+
+def test_an_end_that_a_job_s_own_thread_delivers_lets_the_lane_through(
+    started: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.outbox.SWEEP_SECONDS", 0.05)
+    parts = started(Parts(ScriptedClient(TAKEN)))
+    parts.outbox.on_delivery(delivered(complete("late").to_json(), tag=1, due_in_seconds=3600))
+    assert no_ack_within_a_moment(parts)
+
+    parts.notifier.tell(complete("now"))
+
+    assert parts.consumer.next_tags(1) == {1}
+
+
+def test_with_as_many_in_hand_as_the_broker_gives_what_failed_goes_to_the_tail_of_the_queue(
+    started: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.outbox.PREFETCH", 2)
+    parts = started(Parts(ScriptedClient(LATER)))
+    parts.outbox.on_delivery(delivered(failed("first").to_json(), tag=1, due_in_seconds=3600))
+    parts.outbox.on_delivery(delivered(complete("second").to_json(), tag=2, age_seconds=60))
+
+    # A confirmed copy comes first, which knows how old it is, how often it was tried, why in vain, and when it is due.
+    assert parts.consumer.next_tags(1) == {2}
+    (back,) = parts.publisher.kept
+    assert (back.queue, TerminalEvent.from_json(back.body)) == (NAMES.outbox, complete("second"))
+    assert (back.headers["attempt"], back.headers["reason"]) == (3, "HTTP 503")
+    assert back.headers["since"] == pytest.approx(time.time() - 60, abs=5)
+    assert back.headers["due"] == pytest.approx(time.time() + 3600, rel=0.2, abs=800)
+    assert no_ack_within_a_moment(parts)
+
+
+def test_an_event_over_a_day_old_is_buried_however_far_its_next_turn_is(
+    started: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.outbox.SWEEP_SECONDS", 0.05)
+    parts = started(Parts(ScriptedClient(LATER)))
+    parts.outbox.on_delivery(delivered(complete().to_json(), age_seconds=MAX_AGE_SECONDS - 0.5))
+
+    assert parts.consumer.next_tags(1) == {1}
+    assert len(parts.client.sent) == 1
+    (dead,) = parts.publisher.kept
+    assert dead.queue == NAMES.dead
+    assert "503" in dead.headers["reason"]
+
+
+def test_an_old_event_that_was_not_tried_here_yet_is_told_and_not_buried(started: Start) -> None:
+    # All workers were away over the week-end.
+    parts = started(Parts(ScriptedClient(TAKEN)))
+    parts.outbox.on_delivery(delivered(complete().to_json(), age_seconds=2 * MAX_AGE_SECONDS))
+
+    assert parts.consumer.next_tags(1) == {1}
+    assert parts.publisher.kept == []
+
+
 def sendable(**changes: Any) -> bytes:
     return replace(complete(), **changes).to_json()
 

@@ -51,7 +51,7 @@ def fetch(cache: DownloadCache, places: Places, ref: ObjectRef, seconds: float =
         return path.read_bytes()
 
 
-def errors_of(fetches: list[Future[bytes]]) -> list[type[BaseException]]:
+def errors_of(fetches: list[Future[bytes]]) -> list[object]:
     return [type(one.exception(HANG_SECONDS)) for one in fetches]
 
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from config.settings import PictureSettings, SettingsError, load_section
 from tests.onnx_files import write_dark_finder
 from tests.product_pictures import bottle, scene
-from tests.world import ROOT, eventually
+from tests.world import ROOT, eventually, shadow_modules
 from watermark.calm import Rect
 from watermark.signature import Position
 from worker.checks.cutout import look_at_cutout
@@ -130,6 +130,16 @@ def test_a_file_that_is_no_model_costs_tries_and_says_so(tmp_path: Path) -> None
 
     assert judge(failed.value, attempt=1).disposition is Disposition.RETRY
     assert "cutting the product out failed 5 times" in judge(failed.value, attempt=5).message
+
+
+def test_a_folder_of_modules_with_the_names_of_ours_disturbs_no_cutting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shadow_modules(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(CuttingFailed, match="INVALID_PROTOBUF"):
+        Cutter(tmp_path / "json.py").cut(photo(), FIELD, wanted)
 
 
 def test_a_cutting_that_hangs_ends_by_its_deadline(tmp_path: Path) -> None:

@@ -139,10 +139,11 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "too many bytes": (lambda: PHOTO + b"\0" * MAX_CONTENT_BYTES, "10 MB"),
     "animated webp": (lambda: animated("WEBP"), "animation"),
     "animated png": (lambda: animated("PNG"), "animation"),
-    "animated gif": (lambda: animated("GIF"), "GIF"),
-    "gif": (lambda: png(noise(), format="GIF"), "GIF"),
-    "tiff": (lambda: png(noise(), format="TIFF"), "TIFF"),
-    "bmp": (lambda: png(noise(), format="BMP"), "BMP"),
+    "animated gif": (lambda: animated("GIF"), "animation"),
+    "tiff of several pages": (lambda: animated("TIFF"), "several pages"),
+    "truncated gif": (lambda: png(noise(), format="GIF")[:300], "GIF"),
+    "truncated tiff": (lambda: png(noise(), format="TIFF")[:60], "TIFF"),
+    "truncated bmp": (lambda: png(noise(), format="BMP")[:60], "BMP"),
     "eps": (lambda: png(noise(), format="EPS"), "PostScript"),
     "pdf": (lambda: png(noise(), format="PDF"), "PDF"),
     "psd": (lambda: b"8BPS\0\x01" + b"\0" * 40, "Photoshop"),
@@ -175,9 +176,37 @@ def test_hostile_content_is_refused_at_once_in_words_a_person_understands(name: 
     assert time.process_time() - started < 1
 
 
+@pytest.mark.parametrize("options", [{}, {"compression": "tiff_lzw"}, {"compression": "group4"}], ids=str)
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF"])
+def test_a_still_signature_of_a_scanner_or_an_old_editor_is_read(kind: str, options: dict[str, str]) -> None:
+    drawn = Image.new("1" if options.get("compression") == "group4" else "RGB", (40, 20), 0)
+    drawn.paste(1 if drawn.mode == "1" else (255, 255, 255), (0, 0, 20, 20))
+
+    read = decode_signature(png(drawn, format=kind, **(options if kind == "TIFF" else {})))
+
+    assert (read.mode, read.size) == ("RGBA", (40, 20))
+    assert (read.getpixel((5, 5)), read.getpixel((35, 5))) == ((255, 255, 255, 255), (0, 0, 0, 255))
+
+
+def test_a_gif_keeps_what_is_transparent() -> None:
+    drawn = Image.new("P", (8, 8), 1)
+    drawn.putpalette([0, 0, 0, 200, 30, 40])
+    drawn.paste(0, (0, 0, 4, 8))
+
+    read = decode_signature(png(drawn, format="GIF", transparency=0))
+
+    assert (read.getpixel((1, 1))[3], read.getpixel((6, 6))) == (0, (200, 30, 40, 255))  # type: ignore[index]
+
+
 @settings(max_examples=300, deadline=None)
 @given(
-    st.sampled_from([PHOTO, with_text(noise(40, 40)), png(noise(40, 40), format="WEBP"), palette_with_transparency()]),
+    st.sampled_from(
+        [
+            *(PHOTO, with_text(noise(40, 40)), palette_with_transparency()),
+            *(png(noise(40, 40), format=kind) for kind in ("WEBP", "GIF", "BMP", "TIFF")),
+            png(noise(40, 40), format="TIFF", compression="tiff_lzw"),
+        ]
+    ),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8),
 )
 def test_damaged_files_decode_or_are_refused_and_nothing_else(content: bytes, damage: list[tuple[float, int]]) -> None:

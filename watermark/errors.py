@@ -17,6 +17,10 @@ class FontMissing(WatermarkError):
     """No installed font has every character of a text, or none has the name that is asked for."""
 
 
+class ShapingMissing(FontMissing):
+    """A text is in a script that this process cannot draw, whatever fonts are there."""
+
+
 class PictureInvalid(WatermarkError):
     """A reference picture is not one we read: wrong format, broken, or an animation."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from fontTools.ttLib import TTFont, TTLibError
 
 from watermark.errors import FontMissing
+from watermark.shaping import check_shaping, is_ignorable, unshaped
 
 # Clear at small sizes, and the first three with Hangul; by file name without its ending.
 PREFERRED_FONTS = (
@@ -28,14 +29,16 @@ FONT_ERRORS = (TTLibError, OSError, struct.error, AssertionError, KeyError)
 
 
 def find_font(text: str, font_dirs: tuple[Path, ...]) -> Path:
-    """Return the first font under `font_dirs` with a glyph for every character of `text`, the preferred ones first.
+    """Return the first font under `font_dirs` that can write every character of `text`, the preferred ones first.
 
-    Raises `FontMissing`, naming the characters the nearest font lacks. Folders and fonts are read once a process.
+    Raises `FontMissing`, naming the characters the nearest font lacks, or `ShapingMissing`. Folders and fonts are read
+    once a process.
     """
+    check_shaping(text)
     wanted = wanted_of(text)
     nearest = wanted
     for font in list_fonts(font_dirs):
-        missing = missing_from(code_points(font), wanted)
+        missing = lacking(font, wanted)
         if not missing:
             return font
         nearest = min(nearest, missing, key=len)
@@ -46,7 +49,7 @@ def find_font(text: str, font_dirs: tuple[Path, ...]) -> Path:
 
 def wanted_of(text: str) -> frozenset[int]:
     """The code points of `text` that need a glyph."""
-    return frozenset(ord(character) for character in text if not character.isspace())
+    return frozenset(ord(char) for char in text if not char.isspace() and not is_ignorable(char))
 
 
 def named(code_points: Iterable[int]) -> str:
@@ -75,6 +78,22 @@ def code_points(font: Path, index: int = 0) -> "array[int]":
             return array("I", sorted(opened.getBestCmap() or ()) if is_drawn else ())
     except FONT_ERRORS:
         return array("I")  # a broken font covers nothing; the next one is tried
+
+
+@lru_cache(maxsize=4096)
+def shaped_scripts(font: Path, index: int = 0) -> frozenset[str]:
+    """The OpenType tags of the scripts whose letters a face joins, stacks or places."""
+    try:
+        with TTFont(font, lazy=True, fontNumber=index) as opened:
+            lists = [opened[table].table.ScriptList for table in ("GSUB", "GPOS") if table in opened]
+            return frozenset(record.ScriptTag for one in lists if one for record in one.ScriptRecord)
+    except FONT_ERRORS:
+        return frozenset()
+
+
+def lacking(font: Path, wanted: frozenset[int], index: int = 0) -> frozenset[int]:
+    """Those of `wanted` that a face has no glyph for, or only the bare letters of a script that has to be shaped."""
+    return missing_from(code_points(font, index), wanted) | unshaped(wanted, shaped_scripts(font, index))
 
 
 def missing_from(covered: "array[int]", wanted: frozenset[int]) -> frozenset[int]:

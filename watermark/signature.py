@@ -110,7 +110,7 @@ class TextSignature:
     """The artist's name. One that exists can be drawn.
 
     Raises `SignatureInvalid` where the text is no line of visible text of at most 100 characters, `FontMissing` where
-    no font in `font_dirs` has all of its characters.
+    no font in `font_dirs` can write it, or nothing here can.
     """
 
     text: str

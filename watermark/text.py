@@ -9,10 +9,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from watermark.errors import OverlayInvalid, SignatureInvalid
+from watermark.shaping import ENCLOSING, HINTS, SPELLING, without_hints
 
 MAX_TEXT_CHARS = 100
 
 # Controls, invisible formatting (bidirectional overrides forge names), surrogates, private and unassigned, line breaks.
+# What of formatting is spelling is drawn, and what hints at breaks is left out: see `shaping`.
 REFUSED_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 # Below this Hangul is a smudge, so small pictures get a text wider than asked rather than one nobody can read.
@@ -53,12 +55,16 @@ def clean_lines(text: str) -> tuple[str, ...]:
 
 def _refused(text: str) -> str:
     """Characters of `text` that are not drawn, up to five."""
-    refused = sorted({f"U+{ord(char):04X}" for char in text if unicodedata.category(char) in REFUSED_CATEGORIES})
+    refused = sorted({f"U+{ord(char):04X}" for char in text if _is_refused(char)})
     return ", ".join(refused[:5])
 
 
+def _is_refused(char: str) -> bool:
+    return unicodedata.category(char) in REFUSED_CATEGORIES and char not in SPELLING | ENCLOSING | HINTS
+
+
 def _plain(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    return " ".join(unicodedata.normalize("NFC", without_hints(text)).split())
 
 
 @lru_cache(maxsize=4096)

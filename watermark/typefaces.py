@@ -11,8 +11,9 @@ from fontTools.ttLib.ttCollection import TTCollection
 
 from config.redacting import quoted
 from watermark.errors import FontMissing
-from watermark.fonts import FONT_ERRORS, code_points, list_fonts, missing_from, named, wanted_of
+from watermark.fonts import FONT_ERRORS, lacking, list_fonts, named, wanted_of
 from watermark.scripts import Script, script_of
+from watermark.shaping import check_shaping
 from watermark.text import is_visible
 
 # Clear in headlines, and of the country whose signs these are: Han differ between Japan and China.
@@ -66,8 +67,10 @@ def choose_typeface(text: str, family: str | None, font_dirs: tuple[Path, ...]) 
     """The face of `family` (its regular one, or a style behind the name: "Nanum Gothic Bold"), which must have every
     character of `text`; without a family the first that has them all, bold ones and those of the text's script first.
 
-    Raises `FontMissing`, naming the characters that lack, or the nearest families where none has that name.
+    Raises `FontMissing`, naming the characters that lack, or the nearest families where none has that name, or
+    `ShapingMissing`.
     """
+    check_shaping(text)
     if family is None:
         return _covering(text, font_dirs)
     face = _named_face(family, font_dirs)
@@ -116,7 +119,7 @@ def _near(key: str, faces: Iterable[Typeface]) -> str:
 
 
 def _missing(text: str, face: Typeface) -> frozenset[int]:
-    return missing_from(code_points(face.path, face.index), wanted_of(text))
+    return lacking(face.path, wanted_of(text), face.index)
 
 
 def _blank(text: str, face: Typeface) -> frozenset[int]:

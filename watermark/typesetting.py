@@ -9,6 +9,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from watermark.overlay import TextOverlay
+from watermark.shaping import in_direction_of
 from watermark.typefaces import Typeface
 from watermark.wrapping import Breaking, wrap
 
@@ -210,7 +211,7 @@ class Typesetter:
             broken = wrap(line, width, self._width, breaking, evenly=evenly) if line else [""]
             if broken is None:
                 return None
-            found += broken
+            found += [in_direction_of(line, part) for part in broken]
         return found
 
     def _crowded(self, room: tuple[int, int]) -> Block:

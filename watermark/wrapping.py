@@ -8,11 +8,15 @@ from enum import IntEnum
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+from watermark.shaping import MARKS, ZWJ, is_ignorable
+
 # Han, Kana and their neighbours: lines may break between any two of them. Hangul is not among them: words stay whole.
 IDEOGRAPHIC = (
     r"\u2e80-\u2fdf\u3003-\u3007\u3012\u3013\u3020-\u302d\u3031-\u312f\u31a0-\u31ff\u3220-\u33ff\u3400-\u4dbf"
     r"\u4e00-\ua4cf\uf900-\ufaff\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\uff66-\uff9d\U0001b000-\U0001b16f\U00020000-\U0003ffff"
 )
+# The combining class of what joins two consonants of Indian scripts.
+VIRAMA_CLASS = 9
 _HANGUL = r"\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff\uffa0-\uffdc"
 # Kinsoku shori (JIS X 4051, as in JLREQ): what must not begin a line, and what must not end one.
 NOT_FIRST = frozenset(
@@ -211,11 +215,24 @@ def _has_syllables(text: str) -> bool:
 
 
 def _signs(text: str) -> list[str]:
-    """Characters together with the marks that combine with them."""
+    """Characters together with the marks that combine with them, and those that a virama or a joiner binds.
+
+    Near to the extended grapheme clusters of UAX #29, from what Python knows of characters.
+    """
     signs: list[str] = []
     for character in text:
-        if signs and unicodedata.category(character) in {"Mn", "Me", "Mc"}:
+        is_bound = bool(signs) and (_binds(signs[-1][-1]) or is_ignorable(character) or _combines(character))
+        if is_bound:
             signs[-1] += character
         else:
             signs.append(character)
     return signs
+
+
+def _combines(character: str) -> bool:
+    return unicodedata.category(character) in MARKS
+
+
+def _binds(character: str) -> bool:
+    """Whether what comes behind it belongs to it."""
+    return character == ZWJ or unicodedata.combining(character) == VIRAMA_CLASS

@@ -38,8 +38,11 @@ REASON_HEADER = "x-darkroom-reason"
 SINCE_HEADER = "x-darkroom-since"
 DUE_HEADER = "x-darkroom-due"
 LEASE_HEADER = "x-darkroom-lease"
+CRASHES_HEADER = "x-darkroom-crashes"
 COUNT_HEADER = "x-delivery-count"
 MAX_REASON_CHARS = 500
+
+NOT_FOUND, PRECONDITION_FAILED = 404, 406  # AMQP's reply codes
 
 POLL_SECONDS = 0.5
 STACK_TIMEOUT_SECONDS = 5.0  # a broker that accepts and then says nothing must not hold us for ever
@@ -50,6 +53,7 @@ CLOSE_SECONDS = 3.0
 _Connection = Any  # pika has no type hints
 _Channel = Any
 LOST = (pika.exceptions.AMQPError, OSError)
+NOT_TAKEN = pika.exceptions.NackError  # by a queue that is full
 _REFUSED = (pika.exceptions.ProbableAuthenticationError, pika.exceptions.ProbableAccessDeniedError)
 
 
@@ -134,8 +138,12 @@ class Consumer:
         """Tell the broker to forget the message. Nothing comes back: a lost ack shows as a redelivery."""
         self._on_connection(partial(self._settle, delivery, "basic_ack", {}))
 
+    def holds(self, delivery: Delivery) -> bool:
+        """Whether the message is still ours to settle; after a lost connection the broker has it again."""
+        return delivery.session == self._session and self.is_connected
+
     def requeue(self, delivery: Delivery) -> None:
-        """Give the message back for another consumer."""
+        """Give the message back for another consumer. RabbitMQ up to 4.2 counts it as a delivery of the message."""
         self._on_connection(partial(self._settle, delivery, "basic_nack", {"requeue": True}))
 
     def _on_connection(self, action: Callable[[], None]) -> None:
@@ -226,21 +234,23 @@ class Consumer:
                 queue=subscription.queue,
                 is_redelivered=method.redelivered,
                 attempt=max(1, whole_number(headers.get(ATTEMPT_HEADER), default=1)),
-                num_deliveries=self._num_deliveries(subscription, headers),
+                num_deliveries=self._number_of_ours(subscription, headers, COUNT_HEADER),
                 since=float(min(whole_number(headers.get(SINCE_HEADER), default=now), now)),
                 session=self._session,
                 tag=method.delivery_tag,
                 channel_number=channel.channel_number,
                 received_at=time.monotonic(),
-                # In the jobs' queue the header could only be a publisher's own.
+                # In the jobs' queue the headers could only be a publisher's own.
                 is_leased=subscription.queue == self._names.recover and LEASE_HEADER in headers,
                 due=float(whole_number(headers.get(DUE_HEADER), default=0)),
+                reason=str(headers.get(REASON_HEADER, ""))[:MAX_REASON_CHARS],
+                num_crashes=self._number_of_ours(subscription, headers, CRASHES_HEADER),
             )
         )
 
-    def _num_deliveries(self, subscription: Subscription, headers: Mapping[str, Any]) -> int:
-        # On the jobs' classic queue the broker counts nothing: there the header could only be a publisher's own.
-        return whole_number(headers.get(COUNT_HEADER), default=0) if subscription.queue != self._names.jobs else 0
+    def _number_of_ours(self, subscription: Subscription, headers: Mapping[str, Any], name: str) -> int:
+        # Neither we nor the broker write these in the jobs' classic queue: there they could only be a publisher's own.
+        return whole_number(headers.get(name), default=0) if subscription.queue != self._names.jobs else 0
 
     def _pump(self) -> None:
         while not self._is_closing:
@@ -298,6 +308,7 @@ class Publisher:
         since: float | None = None,
         due: float | None = None,
         is_leased: bool = False,
+        num_crashes: int = 0,
     ) -> None:
         """Return once the broker has confirmed the message on disk; raise `PublishFailed` otherwise."""
         headers: dict[str, Any] = {} if attempt is None else {ATTEMPT_HEADER: attempt}
@@ -309,6 +320,8 @@ class Publisher:
             headers[DUE_HEADER] = math.ceil(due)
         if is_leased:
             headers[LEASE_HEADER] = 1
+        if num_crashes:
+            headers[CRASHES_HEADER] = num_crashes
         self._call(partial(self._publish, queue_name, body, headers))
 
     def depths(self) -> dict[str, int]:
@@ -431,10 +444,19 @@ def _ensure_queues(connection: _Connection, names: QueueNames) -> None:
             with connection.channel() as channel:
                 channel.queue_declare(name, passive=True)
         except pika.exceptions.ChannelClosedByBroker as error:
-            if error.reply_code != 404:
+            if error.reply_code != NOT_FOUND:
                 raise
-            with connection.channel() as channel:
-                channel.queue_declare(name, durable=True, arguments=arguments)
+            make_queue(connection, name, arguments)
+
+
+def make_queue(connection: _Connection, name: str, arguments: Mapping[str, Any]) -> None:
+    try:
+        with connection.channel() as channel:
+            channel.queue_declare(name, durable=True, arguments=dict(arguments))
+    except pika.exceptions.ChannelClosedByBroker as error:
+        # Made by a worker of another version since we looked: as good as ours.
+        if error.reply_code != PRECONDITION_FAILED:
+            raise
 
 
 def _ensure_fanout(connection: _Connection, exchange: str) -> None:
@@ -442,7 +464,7 @@ def _ensure_fanout(connection: _Connection, exchange: str) -> None:
         with connection.channel() as channel:
             channel.exchange_declare(exchange, passive=True)
     except pika.exceptions.ChannelClosedByBroker as error:
-        if error.reply_code != 404:
+        if error.reply_code != NOT_FOUND:
             raise
         with connection.channel() as channel:
             channel.exchange_declare(exchange, exchange_type="fanout", durable=True)

@@ -60,18 +60,18 @@ class Refusals:
 
     @property
     def place(self) -> str:
-        return f"{self._parameters.host}:{self._parameters.port}"
+        return f"{self.parameters.host}:{self.parameters.port}"
 
     @property
     def user(self) -> str:
-        return str(self._parameters.credentials.username)
+        return str(self.parameters.credentials.username)
 
     @property
     def vhost(self) -> str:
-        return str(self._parameters.virtual_host)
+        return str(self.parameters.virtual_host)
 
     @property
-    def _parameters(self) -> Any:
+    def parameters(self) -> Any:
         return pika.URLParameters(self.settings.amqp_url)
 
     @property

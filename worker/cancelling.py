@@ -7,6 +7,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from config.redacting import quoted
 from worker.generation_id import RIGHT, GenerationId, is_generation_id, is_same
@@ -66,14 +67,17 @@ class Cancellations:
             self._forget_old()
 
     def covers(self, job: Job) -> bool:
-        """Whether `job` was cancelled before it came. One created after the order is another try: it goes on."""
+        """Whether `job` was cancelled before it came. One created after the order is another try: it goes on.
+
+        A `created_at` without a zone is UTC; a job without one may be as old as any order.
+        """
         with self._lock:
             self._forget_old()
             received = [
                 self._received_at.get(CancelOrder(job.task_id, None)),
                 self._received_at.get(CancelOrder(None, str(job.generation_id))),
             ]
-        created_at = job.created_at.timestamp() if job.created_at is not None else 0.0
+        created_at = _epoch_seconds(job.created_at) if job.created_at is not None else 0.0
         return any(at is not None and created_at <= at for at in received)
 
     def _forget_old(self) -> None:
@@ -83,3 +87,7 @@ class Cancellations:
             if at >= oldest and len(self._received_at) <= MAX_REMEMBERED:
                 return
             del self._received_at[order]
+
+
+def _epoch_seconds(moment: datetime) -> float:
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

@@ -1,5 +1,5 @@
-"""The command line: `darkroom run`, `generate`, `submit`, `report`, `check`, `fonts`, `presets`, `dead`, `demo`,
-`cancel`."""
+"""The command line: `darkroom run`, `generate`, `submit`, `cancel`, `report`, `check`, `fonts`, `presets`, `dead`,
+`outbox`, `demo`."""
 
 import logging
 import re
@@ -36,6 +36,8 @@ app = typer.Typer(
 )
 dead = typer.Typer(no_args_is_help=True, help="Look through the dead letters, try them again, throw them away.")
 app.add_typer(dead, name="dead")
+outbox = typer.Typer(no_args_is_help=True, help="Look through the ends that the backend has not taken yet.")
+app.add_typer(outbox, name="outbox")
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 # What the commands on dead letters have in common.
@@ -236,6 +238,18 @@ def dead_purge(
     _one_of(target, everything, reason)
     with sentences(console):
         purge_letters(_settings(), target, reason, is_sure=yes)
+
+
+@outbox.command("list")
+def outbox_list(
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each")] = False,
+) -> None:
+    """List the ends that wait for the backend, in the queue and in workers' hands, the oldest first."""
+    from worker.cli_dead import sentences  # noqa: PLC0415
+    from worker.cli_outbox import list_waiting  # noqa: PLC0415
+
+    with sentences(console):
+        list_waiting(_settings(), as_lines=as_json)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from clients.storage import Storage
 from clients.storage_errors import StorageError
 from config.settings import Settings
 from worker.broker import Publisher, PublishFailed
+from worker.cli_outbox import print_summary
 from worker.dead_letters import (
     Kind,
     Letter,
@@ -47,10 +48,13 @@ def list_letters(settings: Settings, *, reason: str, as_lines: bool) -> None:
     if as_lines:
         for letter in chosen:
             typer.echo(as_json(letter))
-    elif chosen:
+        return
+    if chosen:
         Console().print(as_table(chosen))
     else:
         typer.echo(_nothing(letters))
+    # What waits is not dead yet, but may be tomorrow.
+    print_summary(settings)
 
 
 def show_letters(settings: Settings, target: str) -> None:

@@ -1,9 +1,9 @@
-"""Content headers of AMQP messages, decoded so that nothing a publisher wrote can end a connection.
+"""Decode the content headers of AMQP messages, whatever bytes a publisher put into them.
 
-pika decodes all properties of a message before it hands the message over, and what it cannot decode ends the
-connection: the broker delivers the message again, and the same happens to every worker, for ever. RabbitMQ takes far
-more than pika decodes: timestamps of any 64 bits, tables nested thousands deep, names that are no UTF-8. Here a value
-that has no Python form stays bytes or a number, and what is behind a field without a known end is left out.
+pika decodes all properties of a message before it delivers the message, and an exception there ends the connection:
+the broker delivers the message again, which ends the next one, without end. RabbitMQ takes far more than pika decodes:
+timestamps of any 64 bits, tables nested thousands deep, names that are no UTF-8. Here a value that has no Python form
+stays bytes or a number, and what is behind a field without a known end is left out.
 
 The field types are those of RabbitMQ: AMQP 0-9-1 errata, section 3. `l` and `L` are signed there, `s` is a short
 integer. `U` is the specification's own short integer, which RabbitMQ refuses and other brokers may pass on.

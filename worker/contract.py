@@ -46,14 +46,14 @@ class JobMessage(BaseModel):
     task_id: Any = Field(
         None,
         description="A UUID; one task has one end, however often it is published. Anything else is replaced by a UUID "
-        "made of the message's bytes",
+        "made of the message's bytes, and one that another generation has used by a UUID made of both",
     )
     type: _Type = MESSAGE_TYPE
     data: JobData
     created_at: Any = Field(
         None,
-        description="ISO 8601 with a zone; what is no such time counts as not given. A cancel order by generation "
-        "covers only jobs that are not newer",
+        description="ISO 8601, without a zone in UTC; what is no such time counts as not given. A cancel order by "
+        "generation covers only jobs that are not newer",
     )
 
 

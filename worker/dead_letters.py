@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
+from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +18,7 @@ from clients.webhooks import WebhookKind
 from worker.broker import ATTEMPT_HEADER, REASON_HEADER, whole_number
 from worker.events import TerminalEvent
 from worker.generation_id import GenerationId
+from worker.identity import fingerprint
 from worker.inspection import Held
 from worker.job import Job, JobRejected, Undecodable
 from worker.messages import MAX_BODY_BYTES
@@ -23,6 +26,7 @@ from worker.processing import decode_any
 from worker.rejecting import JobRules
 
 MAX_LISTED_REASON_CHARS = 160
+UUID_CHARS = 36
 
 
 class NoSuchLetter(Exception):
@@ -39,6 +43,10 @@ class Kind(Enum):
     JOB = "job"
     EVENT = "event"
     OTHER = "not a job"
+
+
+# As docs/dead-letters.md calls them; in --json they keep the names that scripts know.
+WORDS = {Kind.JOB: "job", Kind.EVENT: "webhook", Kind.OTHER: "not a job"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +77,8 @@ class Letter:
 
     @property
     def reason(self) -> str:
-        return str(self.held.headers.get(REASON_HEADER, ""))
+        """Why a worker put it there, or the broker, at a limit that a policy sets."""
+        return str(self.held.headers.get(REASON_HEADER) or _reason_of_broker(self.held.headers.get("x-death")))
 
     @property
     def attempt(self) -> int | None:
@@ -107,6 +116,14 @@ def read_letters(taken: Iterable[Held], rules: JobRules) -> list[Letter]:
     unordered = [Letter(0, held, _content(held.body, rules)) for held in taken]
     unordered.sort(key=lambda letter: (letter.held.published_at or 0, letter.fingerprint))
     return [Letter(number, letter.held, letter.content) for number, letter in enumerate(unordered, 1)]
+
+
+def _reason_of_broker(deaths: Any) -> str:
+    """Of its list of dead-letterings, the newest first, what the newest says; nothing of a list of another shape."""
+    newest = deaths[0] if isinstance(deaths, list) and deaths else None
+    if not isinstance(newest, dict):
+        return ""
+    return f"the broker gave it up in {newest.get('queue')}: {newest.get('reason')} (look at its policies)"
 
 
 def choose(letters: list[Letter], target: str | None, reason: str) -> list[Letter]:
@@ -151,7 +168,9 @@ def _plan_job(job: Job, body: bytes, find: Callable[[str], TerminalEvent | None]
     The new id is made of the old, so that a replay interrupted before its ack is the same job when it is repeated.
     """
     known = find(job.task_id)
-    if known is not None and known.kind is WebhookKind.COMPLETE:
+    # One that was never done, its id being another message's, is replayed whatever became of that one.
+    is_same = known is not None and (not known.fingerprint or known.fingerprint == fingerprint(body))
+    if known is not None and is_same and known.kind is WebhookKind.COMPLETE:
         raise NotReplayable("the job is recorded as complete")
     task_id = _next_task_id(job.task_id, find)
     message = json.loads(body) | {"task_id": task_id, "replay_of": job.task_id}
@@ -174,25 +193,23 @@ def _next_task_id(task_id: str, find: Callable[[str], TerminalEvent | None]) -> 
 
 
 def as_table(letters: Iterable[Letter]) -> Table:
-    """One row a letter."""
-    table = Table("#", "kind", "task", "generation", "died, UTC", "attempt", "reason")
-    for column in table.columns:
-        column.overflow = "fold"  # what is cut off cannot be copied
+    """One row a letter, readable at 80 columns; `show` has its attempt."""
+    table = narrow_table("#", "letter", "generation", "died, UTC", "reason, and the task")
     for letter in letters:
         generation = "" if letter.generation_id is None else str(letter.generation_id)
-        died_at = "" if letter.died_at is None else f"{letter.died_at:%Y-%m-%d %H:%M:%S}"
-        attempt = "" if letter.attempt is None else str(letter.attempt)
-        reason = legible(letter.reason[:MAX_LISTED_REASON_CHARS])
-        cells = (
-            str(letter.number),
-            letter.kind.value,
-            legible(str(letter.task_id)),
-            generation,
-            died_at,
-            attempt,
-            reason,
-        )
-        table.add_row(*map(Text, cells))
+        died_at = "" if letter.died_at is None else f"{letter.died_at:%Y-%m-%d\n%H:%M:%S}"
+        told = (letter.reason[:MAX_LISTED_REASON_CHARS], str(letter.task_id))
+        cells = (str(letter.number), WORDS[letter.kind], generation, died_at)
+        table.add_row(*map(Text, cells), Text("\n".join(legible(text) for text in told if text)))
+    return table
+
+
+def narrow_table(*columns: str) -> Table:
+    """A table in which the last column has room for a task's id at 80 columns, whatever else there is."""
+    table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 0))
+    for column in table.columns:
+        column.overflow = "fold"  # what is cut off cannot be copied
+    table.columns[-1].min_width = UUID_CHARS
     return table
 
 
@@ -222,7 +239,7 @@ def as_text(letter: Letter) -> str:
     if isinstance(letter.content, TerminalEvent):
         told["webhook-id"] = letter.content.webhook.webhook_id
     told |= {f"header {name}": value for name, value in sorted(letter.held.headers.items())}
-    lines = [f"letter {letter.number}: {letter.kind.value}"]
+    lines = [f"letter {letter.number}: {WORDS[letter.kind]}"]
     lines += [f"  {legible(name)}: {legible(str(value))}" for name, value in told.items() if value not in ("", None)]
     lines += [f"  body, {len(letter.held.body)} bytes:", *_body_lines(letter.held.body)]
     return "\n".join(lines)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 class Delivery:
     """One message under one delivery tag of one session. `since` is when it was parked and `due` when it is to be told
     next, in epoch seconds; `received_at` is `time.monotonic()`. `is_leased`: a copy kept for a job that may be at work
-    somewhere."""
+    somewhere. `reason` is why it was parked. `num_deliveries` counts earlier deliveries of this copy that were
+    returned, by the broker; `num_crashes` the workers that were killed with copies before it, by our own header. Both
+    are 0 but in our own queues."""
 
     body: bytes
     queue: str
@@ -21,3 +23,10 @@ class Delivery:
     received_at: float = 0.0
     is_leased: bool = False
     due: float = 0.0
+    reason: str = ""
+    num_crashes: int = 0
+
+    @property
+    def num_recoveries(self) -> int:
+        """How many workers may have been killed with the message, as far as broker and header tell."""
+        return self.num_crashes + self.num_deliveries

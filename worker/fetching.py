@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from threading import Event, Lock
 from typing import TypeVar
@@ -167,34 +168,38 @@ class Fetcher:
             return self._adapter_file(adapter, pinned)
         # Trainers that upload a folder may name any file of it.
         folder = ref.parent if ref.name == PEFT_CONFIG else ref
-        config = self._fetch(folder.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned)
-        return self._folder(config, folder, lambda: self._fetch_weights(folder, pinned), adapter.scale, pinned)
+        return self._of_one_version(
+            partial(self._fetch, folder.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned),
+            partial(self._fetch_weights, folder, pinned),
+            adapter,
+        )
 
     def _adapter_file(self, adapter: JobAdapter, pinned: ExitStack) -> AdapterFile:
         """A file by itself, or the weights inside a PEFT folder: these mean nothing without the config beside them."""
-        ref, folder = adapter.ref, adapter.ref.parent
-        weights = self._fetch(ref, MAX_ADAPTER_BYTES, pinned)
+        fetch_weights = partial(self._fetch, adapter.ref, MAX_ADAPTER_BYTES, pinned)
+        weights = fetch_weights()
         if not is_named_by_peft(weights):
             return AdapterFile(weights, None, adapter.scale, version=weights.name)
+        fetch_config = partial(self._fetch, adapter.ref.parent.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned)
         try:
-            config = self._fetch(folder.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned)
+            return self._of_one_version(fetch_config, fetch_weights, adapter)
         except JobFailed as error:
             if error.code != "LORA_NOT_FOUND":
                 raise
-            raise JobFailed("LORA_INVALID", f"the adapter {ref} {WANTS_CONFIG}") from error
-        return self._folder(config, folder, lambda: self._fetch(ref, MAX_ADAPTER_BYTES, pinned), adapter.scale, pinned)
+            raise JobFailed("LORA_INVALID", f"the adapter {adapter.ref} {WANTS_CONFIG}") from error
 
-    def _folder(
-        self, config: Path, folder: ObjectRef, fetch_weights: Callable[[], Path], scale: float, pinned: ExitStack
+    def _of_one_version(
+        self, fetch_config: Callable[[], Path], fetch_weights: Callable[[], Path], adapter: JobAdapter
     ) -> AdapterFile:
         """Both files of a PEFT folder, of one moment: a publisher may be replacing them one after the other."""
+        config = fetch_config()
         for _ in range(MAX_FOLDER_LOOKS):
             weights = fetch_weights()
-            before, config = config, self._fetch(folder.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned)
+            before, config = config, fetch_config()
             if config == before:
                 # The cache names a file for the version of its object: key, ETag and size.
-                return AdapterFile(weights, config, scale, version=f"{config.name} {weights.name}")
-        raise ObjectChanged(f"the adapter {folder} is being replaced")
+                return AdapterFile(weights, config, adapter.scale, version=f"{config.name} {weights.name}")
+        raise ObjectChanged(f"the adapter {adapter.ref} is being replaced")
 
     def _fetch_weights(self, folder: ObjectRef, pinned: ExitStack) -> Path:
         try:

@@ -20,11 +20,12 @@ from worker.broker import (
 from worker.broker_refusals import Refusals, describe
 from worker.content_headers import Properties
 
-NOT_COPIED = (COUNT_HEADER, "CC", "BCC")  # the last two would have the broker send a copy to other queues again
-MAX_LOOKS = 8  # well below 20: others look too, and not every version shows all that it counts
+MAX_LOOKS = 1  # a policy may set any limit, and not every version shows all that it counts
 
 SECOND_LOOK_SECONDS = 0.2
 BUSY_SECONDS = 2.0
+# The last two would have the broker send a copy to other queues again.
+NOT_COPIED = (COUNT_HEADER, "CC", "BCC")
 
 
 class QueueBusy(Exception):

@@ -50,7 +50,9 @@ def control_of(wire: WireControl | None, rules: JobRules, reject: Rejection) -> 
         raise reject("INVALID_INPUT", f"data.control: start {wire.start} must be before end {wire.end}")
     ref = located("control.image_path", wire.image_path, rules, reject)
     if ref is None:
-        raise reject("INVALID_INPUT", "data.control: image_path is empty: name a PNG, JPEG or WebP picture")
+        raise reject(
+            "INVALID_INPUT", "data.control: image_path is empty: name a PNG, JPEG, WebP, GIF, BMP or TIFF picture"
+        )
     return JobControl(ref, wire.model, wire.scale, wire.start, wire.end, wire.preprocess)
 
 
@@ -108,7 +110,9 @@ def overlay_of(wire: WireTextOverlay) -> TextOverlay:
 def _needed(field: str, text: str | None, kind: Kind, rules: JobRules, reject: Rejection) -> ObjectRef:
     ref = located(field, text, rules, reject)
     if ref is None:
-        raise reject("INVALID_INPUT", f"kind {kind} needs data.{field}: name a PNG, JPEG or WebP picture")
+        raise reject(
+            "INVALID_INPUT", f"kind {kind} needs data.{field}: name a PNG, JPEG, WebP, GIF, BMP or TIFF picture"
+        )
     return ref
 
 

@@ -7,14 +7,16 @@ says that the job is at work, and the copy goes back to its queue. One that has 
 import json
 import logging
 import time
+from typing import Any, NamedTuple
 
 from clients.location import ObjectRef
 from clients.storage import Storage
 from clients.storage_errors import ObjectNotFound, StorageError
 from config.logs import log_event
-from worker.broker import Publisher
+from worker.broker import Publisher, whole_number
 from worker.queues import QueueNames
 from worker.runs import Run
+from worker.strict_json import is_number, strict_json
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,20 @@ VALID_SHARE = 1 / 10
 # So long may a job lie that was on lease when its worker was killed, and the time of a copy in its queue.
 MAX_VALID_SECONDS = 30.0
 RENEW_SHARE = 1 / 3  # of the time that a note holds
+# How far the clocks of two workers may be apart. A note that holds for longer than a worker could have meant is none:
+# one until the year 9999 would keep its job for ever.
+MAX_SKEW_SECONDS = 60.0
+
+
+class Lease(NamedTuple):
+    """A note: the epoch second until which the job is at work, and how many workers were killed with it before."""
+
+    until: float
+    num_crashes: int
+
+    @property
+    def is_held(self) -> bool:
+        return self.until > time.time()
 
 
 class Leases:
@@ -52,30 +68,30 @@ class Leases:
             return False
         self.note(run)
         if is_due:
-            self.keep_copy(run.first.body, run.attempt)
+            self.keep_copy(run.first.body, run.attempt, num_crashes=run.num_recoveries)
             log_event(logger, "on lease", task_id=run.task_id, generation_id=run.generation_id)
         return is_due
 
     def note(self, run: Run) -> None:
         """Say that the run is at work here, whoever may have got its message meanwhile. Raises `StorageError`."""
         run.lease_ends_at = time.time() + self._valid_for
-        until = json.dumps({"until": run.lease_ends_at}).encode()
-        self._storage.put(self._ref(run.task_id), until, content_type=CONTENT_TYPE)
+        note = json.dumps({"until": run.lease_ends_at, "num_crashes": run.num_recoveries}).encode()
+        self._storage.put(self._ref(run.task_id), note, content_type=CONTENT_TYPE)
 
-    def keep_copy(self, body: bytes, attempt: int) -> None:
+    def keep_copy(self, body: bytes, attempt: int, *, num_crashes: int) -> None:
         """Put a confirmed copy of the job into the lease queue. Raises `PublishFailed`."""
-        self._publisher.publish(self._names.lease, body, attempt=attempt, is_leased=True)
+        self._publisher.publish(self._names.lease, body, attempt=attempt, is_leased=True, num_crashes=num_crashes)
 
-    def is_held(self, task_id: str) -> bool:
-        """Does somebody say that the job is at work? Where the store cannot tell, the ledger still fences the end."""
+    def find(self, task_id: str) -> Lease | None:
+        """The job's note, run out or not. Where the store cannot tell, the ledger still fences the end."""
         try:
-            note = json.loads(self._storage.read(self._ref(task_id), max_bytes=MAX_LEASE_BYTES))
-            return float(note["until"]) > time.time()
+            note = strict_json(self._storage.read(self._ref(task_id), max_bytes=MAX_LEASE_BYTES))
+            return Lease(_until(note), whole_number(note.get("num_crashes"), default=0))
         except ObjectNotFound:
-            return False
-        except (StorageError, ValueError, TypeError, KeyError) as error:
+            return None
+        except (StorageError, ValueError) as error:
             log_event(logger, "lease not read", logging.WARNING, task_id=task_id, reason=str(error))
-            return False
+            return None
 
     def give_up(self, run: Run) -> None:
         """The run is over, or another worker shall have it."""
@@ -86,3 +102,11 @@ class Leases:
 
     def _ref(self, task_id: str) -> ObjectRef:
         return ObjectRef(self._bucket, f"jobs/{task_id}.lease")
+
+
+def _until(note: Any) -> float:
+    """When a note runs out, in epoch seconds. Raises `ValueError` where no worker wrote it."""
+    until = note.get("until") if isinstance(note, dict) else None
+    if not is_number(until) or until > time.time() + MAX_VALID_SECONDS + MAX_SKEW_SECONDS:
+        raise ValueError("not a lease note")
+    return float(until)

@@ -9,18 +9,24 @@ from typing import NamedTuple
 
 from clients.location import ObjectRef
 from clients.storage import Storage
-from clients.storage_errors import NotSupported, ObjectDamaged, ObjectNotFound, StorageError
+from clients.storage_errors import NotSupported, ObjectDamaged, ObjectNotFound, ObjectTooLarge, StorageError
 from config.logs import log_event
 from worker.events import TerminalEvent
+from worker.identity import own_task_id
 
 logger = logging.getLogger(__name__)
 
-MAX_RECORD_BYTES = 1024 * 1024
+# Tags are told back, and of a message of 256 kB JSON may make six times as much.
+MAX_RECORD_BYTES = 2 * 1024 * 1024
 CONTENT_TYPE = "application/json"
 FOLDER, SUFFIX = "jobs/", ".json"
 # Not among the records: people list those.
 PROBE_KEY = ".darkroom/conditional-writes"
 LONG_AGO = datetime.min.replace(tzinfo=UTC)
+
+
+class RecordUnreadable(ObjectDamaged):
+    """The object under a record's key arrived whole and is no end of that job: no worker wrote it."""
 
 
 class Entry(NamedTuple):
@@ -46,14 +52,16 @@ class Ledger:
 
     def find(self, task_id: str) -> TerminalEvent | None:
         """The recorded end of the job, or None. Raises `StorageError`: not knowing is not the same as None."""
+        ref = self._ref(task_id)
         try:
-            content = self._storage.read(self._ref(task_id), max_bytes=MAX_RECORD_BYTES)
+            event = TerminalEvent.from_json(self._storage.read(ref, max_bytes=MAX_RECORD_BYTES))
         except ObjectNotFound:
             return None
-        try:
-            return TerminalEvent.from_json(content)
-        except ValueError as error:
-            raise ObjectDamaged(f"{self._ref(task_id)}: {error}") from error
+        except (ValueError, ObjectTooLarge) as error:
+            raise RecordUnreadable(f"{ref}: {error}") from error
+        if event.task_id != task_id:
+            raise RecordUnreadable(f"{ref}: it is the end of task {event.task_id!r:.80}")
+        return event
 
     def newest(self, count: int, *, since: datetime = LONG_AGO) -> list[Entry]:
         """The records that were written last, the latest first. Raises `StorageError`.
@@ -85,6 +93,20 @@ class Ledger:
             return event
         existing = self.find(event.task_id)
         return existing if existing is not None else self.record(event)
+
+    def record_late(self, event: TerminalEvent) -> TerminalEvent | None:
+        """Record an end that waited for the store; None where the job has had another one since. Raises `StorageError`.
+
+        The writer of that other one sends it. Where it is another generation's, this end is recorded under an id of its
+        own.
+        """
+        event = dataclasses.replace(event, is_recorded=True)
+        existing = self.record(event)
+        if str(existing.generation_id) != str(event.generation_id):
+            event = dataclasses.replace(event, task_id=own_task_id(event.task_id, event.generation_id))
+            existing = self.record(event)
+        is_ours = dataclasses.replace(existing, is_delivered=False) == event
+        return existing if is_ours else None
 
     def _record_unless_found(self, event: TerminalEvent) -> TerminalEvent:
         """For a store that would overwrite. The look before leaves a gap of milliseconds between two workers."""

@@ -278,11 +278,10 @@ def _derived_seed(task_id: str) -> int:
 
 
 def _timestamp(given: Any) -> datetime | None:
-    """`created_at` where it is a time with a zone. It only feeds a metric, so a bad one is no reason to refuse."""
+    """`created_at` as it says, with or without a zone; None where it is no ISO 8601 time, which refuses no job."""
     if not isinstance(given, str) or len(given) > 64:
         return None
     try:
-        parsed = datetime.fromisoformat(given)
+        return datetime.fromisoformat(given.strip())
     except ValueError:
         return None
-    return parsed if parsed.tzinfo else None

@@ -1,9 +1,12 @@
 """Telling the backend how a job ended: at once where it listens, by way of the outbox where it does not."""
 
 import logging
+import math
 import random
 import threading
 import time
+from dataclasses import replace
+from typing import cast
 
 import tenacity
 
@@ -15,6 +18,7 @@ from worker.events import TerminalEvent
 from worker.ledger import Ledger
 from worker.metrics import Metrics
 from worker.queues import QueueNames
+from worker.refusals import ADDRESS_STATUSES, AddressBreaker
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +29,8 @@ PATIENCE_SECONDS = 10.0
 MAX_AGE_SECONDS = 24 * 3600.0
 # A backend may publish before its transaction commits: it does not know the generation yet, but will soon.
 UNKNOWN_IS_TRANSIENT_SECONDS = 60.0
+# An end this old may be another worker's by now; a younger one cannot, as the broker first has to miss heartbeats.
+FRESH_SECONDS = 1.0
 # What a wrong or expired token is answered with.
 REFUSING_STATUSES = frozenset({401, 403})
 
@@ -69,11 +75,17 @@ class Notifier:
         self._is_draining = is_draining
         # Kinds that were just parked: the next event of such a kind gets one try, not ten seconds of them.
         self._failing: set[WebhookKind] = set()
+        self._taken_at = dict.fromkeys(WebhookKind, -math.inf)
+        self.address_breaker = AddressBreaker()
 
     @property
     def failing(self) -> tuple[str, ...]:
         """The kinds of webhooks that the backend did not take of late."""
         return tuple(sorted(kind.value for kind in self._failing.copy()))
+
+    def taken_at(self, kind: WebhookKind) -> float:
+        """When the backend last took an event of the kind, by `time.monotonic()`."""
+        return self._taken_at[kind]
 
     def tell(self, event: TerminalEvent) -> str:
         """Deliver `event`, or park it; say which. Raises `PublishFailed` where neither was possible."""
@@ -103,6 +115,16 @@ class Notifier:
         log_event(logger, "webhook parked", logging.WARNING, kind=event.kind.value, reason=last.reason)
         return "parked"
 
+    def park_unrecorded(self, event: TerminalEvent, reason: str) -> str:
+        """Leave an end that the store does not record to the outbox, which records it before it sends it.
+
+        Raises `PublishFailed`.
+        """
+        waiting = replace(event, is_recorded=False)
+        self._publisher.publish(self._names.outbox, waiting.to_json(), attempt=1, reason=reason, since=time.time())
+        log_event(logger, "end not recorded yet", logging.ERROR, kind=event.kind.value, reason=reason)
+        return "parked"
+
     def attempt(self, event: TerminalEvent) -> Attempt:
         """One attempt at delivering `event`, counted."""
         attempt = self._client.send(event.webhook, deadline_seconds=CALL_DEADLINE_SECONDS)
@@ -115,7 +137,22 @@ class Notifier:
             self._metrics.webhooks_ambiguous.inc()
         if attempt.verdict is Verdict.DELIVERED:
             self._failing.discard(event.kind)
+            self._taken_at[event.kind] = time.monotonic()
+            self.address_breaker.accept()
+        elif attempt.status in ADDRESS_STATUSES:
+            return self._doubted(attempt, event)
         return attempt
+
+    def is_hopeless(self, attempt: Attempt, age_seconds: float) -> bool:
+        """Whether an event of that age should go to the dead letters after `attempt`."""
+        if attempt.status == 404 and self.address_breaker.is_open:
+            return age_seconds > MAX_AGE_SECONDS
+        return is_hopeless(attempt, age_seconds)
+
+    def _doubted(self, attempt: Attempt, event: TerminalEvent) -> Attempt:
+        """`attempt`, in vain by its status, but not for good where the backend refuses every end."""
+        self.address_breaker.refuse(event.webhook.webhook_id, cast(int, attempt.status))
+        return replace(attempt, verdict=Verdict.RETRY) if self.address_breaker.is_open else attempt
 
     def bury(self, body: bytes, reason: str, *, attempt: int | None = None) -> None:
         """Leave a confirmed copy of an event or a job with the dead letters. Raises `PublishFailed`."""
@@ -124,8 +161,8 @@ class Notifier:
 
     def _try_patiently(self, event: TerminalEvent, attempts: list[Attempt]) -> Attempt:
         def once() -> Attempt:
-            # While this one waited, another holder of the event may have been quicker.
-            is_told = bool(attempts) and self._ledger.is_delivered(event)
+            # While this one waited, or its process was frozen behind the record, another holder may have been quicker.
+            is_told = (bool(attempts) or _is_stale(event)) and self._ledger.is_delivered(event)
             attempts.append(_TOLD_ELSEWHERE if is_told else self.attempt(event))
             return attempts[-1]
 
@@ -138,6 +175,11 @@ class Notifier:
             retry_error_callback=lambda _state: attempts[-1],
         )
         return tries(once)
+
+
+def _is_stale(event: TerminalEvent) -> bool:
+    """Whether the event was made long ago, or the clock was set since. One without a time counts as made just now."""
+    return event.ended_at > 0 and not 0 <= time.time() - event.ended_at < FRESH_SECONDS
 
 
 def jittered(seconds: float) -> float:

@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import tenacity
@@ -17,13 +17,15 @@ from worker.cancelling import Cancellations, decode_cancel
 from worker.delivery import Delivery
 from worker.events import CANCELLED, TerminalEvent, failed_event
 from worker.history import History
+from worker.identity import DataDiffers, TaskIdTaken, check_same, with_own_id
 from worker.job import Job, JobRejected, Undecodable
 from worker.leases import Leases
-from worker.ledger import Ledger
+from worker.ledger import Ledger, RecordUnreadable
 from worker.messages import decode
 from worker.metrics import Metrics
 from worker.notifying import Notifier
 from worker.queues import QueueNames
+from worker.recovering import OwnReturns, Quarantine, is_suspect
 from worker.rejecting import JobRules
 from worker.runs import Run, Runs
 from worker.settling import Disposition, JobReleased, Verdict, judge
@@ -85,6 +87,8 @@ class Processor:
         self._on_bug = on_bug
         self._threads = ThreadPoolExecutor(num_threads + NUM_SPARE_THREADS, thread_name_prefix="job")
         self._consumer: Consumer | None = None
+        self._own_returns = OwnReturns()
+        self._quarantine = Quarantine()
         self.runs = Runs()
 
     def start(self, consumer: Consumer) -> None:
@@ -110,23 +114,58 @@ class Processor:
             return
 
         # A message that was delivered before may be what killed a worker: it goes on where deliveries are counted.
-        is_suspect = delivery.is_redelivered and delivery.queue == self._names.jobs
-        if is_suspect and asked.task_id not in self.runs:
-            self._begin(self._move_to_recover, delivery)
+        is_recovered = delivery.is_redelivered and delivery.queue == self._names.jobs
+        if is_recovered and asked.task_id not in self.runs:
+            self._begin(self._copy_to, self._names.recover, delivery)
             return
-        # Where they come from, somebody may still be at work on it.
-        if delivery.queue == self._names.recover and asked.task_id not in self.runs:
-            self._begin(self._follow_lease, asked, delivery)
+        if delivery.queue == self._names.recover:
+            self._recover(asked, delivery)
             return
         self._join_or_begin(asked, delivery)
 
+    def _recover(self, asked: Job | JobRejected, delivery: Delivery) -> None:
+        """Adopt, renew, put off or begin a message out of `recover`."""
+        num_crashes = self._own_returns.num_crashes(delivery)
+        is_admitted = self._quarantine.enter(delivery)
+        if delivery.num_deliveries > 0 or num_crashes != delivery.num_crashes:
+            # The count goes on in the copy's header: a broker or a policy may drop a message at any count of its own.
+            counted = replace(delivery, num_crashes=num_crashes, num_deliveries=0)
+            self._begin(self._copy_to, self._names.recover, counted)
+        elif asked.task_id in self.runs:
+            self._join_or_begin(asked, delivery)
+        elif not is_admitted:
+            self._begin(self._copy_to, self._names.lease, delivery)  # back in some seconds, here or elsewhere
+        else:
+            # Where it comes from, another worker may still be at work on it.
+            self._begin(self._follow_lease, asked, delivery)
+
     def _join_or_begin(self, asked: Job | JobRejected, delivery: Delivery) -> None:
-        run = self.runs.join(asked, delivery)
+        try:
+            run = self.runs.join(asked, delivery)
+        except TaskIdTaken as error:
+            self._begin_under_own_id(asked, delivery, error)
+            return
+        except DataDiffers as error:
+            self._begin(self._bury_unlike, delivery, str(error))
+            return
         if run is None:
             self._metrics.jobs.labels("adopted").inc()
             log_event(logger, "delivery adopted", task_id=asked.task_id, is_redelivered=delivery.is_redelivered)
         else:
             self._begin(self._work, run)
+
+    def _begin_under_own_id(self, asked: Job | JobRejected, delivery: Delivery, why: TaskIdTaken) -> None:
+        """Another generation has the message's task id: its job is done as if it had come without one."""
+        renamed = with_own_id(asked)
+        log_event(
+            logger,
+            "task id replaced",
+            logging.WARNING,
+            task_id=renamed.task_id,
+            generation_id=renamed.generation_id,
+            reason=str(why),
+        )
+        self._join_or_begin(renamed, delivery)
 
     def on_cancel(self, body: bytes) -> None:
         """Cancel what is here, and remember the order for what may come. Runs on the consuming thread."""
@@ -165,24 +204,52 @@ class Processor:
         )
         self._metrics.jobs.labels("undecodable").inc()
 
-    def _move_to_recover(self, delivery: Delivery) -> None:
+    def _bury_unlike(self, delivery: Delivery, reason: str) -> None:
+        """Keep a message that asks for something else under the id of a job which has its one end, or will have it."""
         self._elsewhere_first(
-            delivery,
-            lambda: self._publisher.publish(self._names.recover, delivery.body, attempt=delivery.attempt),
+            delivery, lambda: self._notifier.bury(delivery.body, f"not done: {reason}", attempt=delivery.attempt)
         )
+        self._metrics.jobs.labels("undecodable").inc()
+
+    def _copy_to(self, queue: str, delivery: Delivery) -> None:
+        """Replace the message by a confirmed copy, of which the broker has counted nothing."""
+
+        def publish() -> None:
+            # Of a lost session: the broker has the message itself again.
+            if self._holds(delivery):
+                self._publisher.publish(
+                    queue,
+                    delivery.body,
+                    attempt=delivery.attempt,
+                    is_leased=delivery.is_leased,
+                    num_crashes=delivery.num_recoveries,
+                )
+
+        self._elsewhere_first(delivery, publish)
 
     def _follow_lease(self, asked: Job | JobRejected, delivery: Delivery) -> None:
         """A message whose job is at work somewhere waits on; one whose worker is gone is a job like any other."""
+        lease = self._leases.find(asked.task_id)
         # A worker that has just lost its connection needs a moment to say that it goes on.
-        is_held = self._leases.is_held(asked.task_id) or (
-            not delivery.is_leased
-            and not self._is_draining.wait(SECOND_LOOK_SECONDS)
-            and self._leases.is_held(asked.task_id)
-        )
-        if is_held:
-            self._elsewhere_first(delivery, lambda: self._leases.keep_copy(delivery.body, delivery.attempt))
-        else:
+        if not (delivery.is_leased or (lease and lease.is_held) or self._is_draining.wait(SECOND_LOOK_SECONDS)):
+            lease = self._leases.find(asked.task_id)
+        if lease is not None and lease.is_held:
+            self._keep_waiting(delivery, lease.num_crashes)
+            return
+        if delivery.is_leased and lease is not None:
+            # A worker that stops in order takes its note away: this one was killed while its copy was in the queue.
+            delivery = replace(delivery, num_crashes=delivery.num_crashes + 1, is_leased=False)
+        if is_suspect(delivery) and not self._quarantine.isolate(delivery, self._is_draining):
+            self._copy_to(self._names.lease, delivery)
+        elif self._holds(delivery):
             self._join_or_begin(asked, delivery)
+        else:
+            self._settle(delivery, Disposition.RELEASE)  # it comes again
+
+    def _keep_waiting(self, delivery: Delivery, num_crashes: int) -> None:
+        self._elsewhere_first(
+            delivery, lambda: self._leases.keep_copy(delivery.body, delivery.attempt, num_crashes=num_crashes)
+        )
 
     def on_lost(self) -> None:
         """The broker may give our jobs to others: say that they are at work here. Runs on the consuming thread."""
@@ -190,7 +257,14 @@ class Processor:
             self._begin(self._note_all)
 
     def _note_all(self) -> None:
-        self._lease_each(self._leases.note)
+        self._lease_each(self._note_or_cancel)
+
+    def _note_or_cancel(self, run: Run) -> None:
+        """Say that the run goes on here, unless another worker ended its job while this one was frozen or cut off."""
+        self._leases.note(run)
+        if self._ledger.find(run.task_id) is not None:
+            # The end of a cancelled run gives way to the one that is recorded.
+            run.cancel()
 
     def go_on_lease(self) -> None:
         """Keep the messages of long jobs where no broker's timeout ends them, and say that the jobs are at work."""
@@ -235,6 +309,9 @@ class Processor:
             self._note_arrival(run)
             try:
                 ending = self._end(run)
+            except TaskIdTaken as error:
+                self._begin_anew(run, error)
+                return
             except PublishFailed as error:
                 # Nothing is safe elsewhere, so the broker keeps it; the ledger stops a second effect.
                 ending = _Ending(Disposition.RELEASE, "released", code=str(error))
@@ -242,15 +319,46 @@ class Processor:
             if run.lease_ends_at:
                 self._leases.give_up(run)
             for delivery in deliveries:
-                self._settle(delivery, ending.disposition)
+                self._part_from(delivery, ending.disposition)
             self._note_departure(run, ending)
+
+    def _begin_anew(self, run: Run, why: TaskIdTaken) -> None:
+        """Begin a run's job again under an id of its own. On lease it has no delivery; its copy comes back for it."""
+        deliveries = self.runs.leave(run)
+        if run.lease_ends_at:
+            self._leases.give_up(run)
+        for delivery in deliveries:
+            self._begin_under_own_id(run.asked, delivery, why)
+
+    def _part_from(self, delivery: Delivery, disposition: Disposition) -> None:
+        if disposition is Disposition.RELEASE and delivery.queue == self._names.recover:
+            # Given back it would be counted, and the job given up after so many deployments.
+            self._copy_to(self._names.recover, replace(delivery, is_leased=False))
+        else:
+            self._settle(delivery, disposition)
+
+    def _holds(self, delivery: Delivery) -> bool:
+        assert self._consumer is not None, "deliveries come from a consumer"  # noqa: S101
+        return self._consumer.holds(delivery)
 
     def _end(self, run: Run) -> _Ending:
         try:
             event = self._storyteller.tell(run)
+        except TaskIdTaken:
+            raise
+        except DataDiffers as error:
+            return self._leave_to_a_person(run, f"not done: {error}")
+        except RecordUnreadable as error:
+            # It may have been reported before: neither drawing nor reporting anything can be right.
+            return self._leave_to_a_person(run, f"the record of the job's end cannot be read: {error}")
         except Exception as error:  # noqa: BLE001 - the job thread's boundary: whatever it was, the job must be settled
             return self._end_badly(run, judge(error, run.attempt), error)
         return self._tell(run, event, Disposition.ACK)
+
+    def _leave_to_a_person(self, run: Run, reason: str) -> _Ending:
+        """Keep the message with the dead letters and report nothing."""
+        self._surely(lambda: self._notifier.bury(run.first.body, reason, attempt=run.attempt))
+        return _Ending(Disposition.DEAD_LETTER, "undecodable", message=reason)
 
     def _end_badly(self, run: Run, verdict: Verdict, error: Exception) -> _Ending:
         if verdict.code not in ("", CANCELLED):
@@ -282,29 +390,38 @@ class Processor:
             began_at=run.began_at,
             stages=run.timeline(),
             ended_at=run.now,
+            fingerprint=run.fingerprint,
         )
+        unrecorded = ""
         try:
             with run.stage("record"):
                 event = self._gate.insist(lambda: self._ledger.record(event))
+            check_same(run.asked, run.first.body, event.generation_id, event.fingerprint)
         except JobReleased:
             return _Ending(Disposition.RELEASE, "released")
+        except DataDiffers as error:
+            return self._leave_to_a_person(run, f"not done: {error}")
+        except RecordUnreadable as error:
+            return self._leave_to_a_person(run, f"the record of the job's end cannot be read: {error}")
         except StorageError as error:
             if verdict.disposition is Disposition.ACK:
                 return self._end_badly(run, judge(error, run.attempt), error)
-            # The budget of tries is spent on this very store: the failure is told without a record of it.
-            log_event(logger, "end not recorded", logging.ERROR, reason=str(error))
+            # The budget of tries is spent on this very store. Sent without a record, the failure could be followed by
+            # another end of the same task.
+            unrecorded = str(error)
         if verdict.disposition is Disposition.DEAD_LETTER:
             body = run.first.body
             self._surely(lambda: self._notifier.bury(body, f"{verdict.code}: {verdict.message}", attempt=run.attempt))
-        return self._tell(run, event, verdict.disposition)
+        return self._tell(run, event, verdict.disposition, unrecorded)
 
-    def _tell(self, run: Run, event: TerminalEvent, disposition: Disposition) -> _Ending:
+    def _tell(self, run: Run, event: TerminalEvent, disposition: Disposition, unrecorded: str = "") -> _Ending:
+        """Send the event, or have the outbox do it. `unrecorded` says why the store has no record of it."""
         with run.stage("notify"):
             told = ""
 
             def tell() -> None:
                 nonlocal told
-                told = self._notifier.tell(event)
+                told = self._notifier.park_unrecorded(event, unrecorded) if unrecorded else self._notifier.tell(event)
 
             self._surely(tell)
         code, message = (str(event.body.get(name, "")) for name in ("error_code", "error_message"))
@@ -312,6 +429,9 @@ class Processor:
 
     def _settle(self, delivery: Delivery, disposition: Disposition) -> None:
         assert self._consumer is not None, "deliveries come from a consumer"  # noqa: S101
+        if self._consumer.holds(delivery):
+            self._own_returns.forget(delivery)
+        self._quarantine.leave(delivery)
         if disposition is Disposition.RELEASE:
             self._consumer.requeue(delivery)
         else:
@@ -365,6 +485,7 @@ def decode_any(body: bytes, rules: JobRules) -> Job | JobRejected:
 
 
 def _seconds_since_creation(asked: Job | JobRejected) -> float | None:
-    if isinstance(asked, JobRejected) or asked.created_at is None:
+    # A time without a zone may be hours off, which a histogram and its alerts would take for waiting.
+    if isinstance(asked, JobRejected) or asked.created_at is None or asked.created_at.tzinfo is None:
         return None
     return max(0.0, (datetime.now(UTC) - asked.created_at).total_seconds())

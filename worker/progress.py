@@ -3,12 +3,16 @@
 import logging
 import math
 import threading
+import time
 from collections import deque
+from collections.abc import Callable
 
+from clients.storage_errors import StorageError
 from clients.webhooks import Verdict, Webhook, WebhookClient, WebhookKind
 from config.logs import log_event
 from inference.request import StepReport
 from worker.bodies import ProgressBody
+from worker.events import TerminalEvent
 from worker.generation_id import GenerationId
 from worker.lately import RecentMean
 from worker.metrics import Metrics
@@ -18,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 CALL_DEADLINE_SECONDS = 5.0
 CLOSE_SECONDS = 2.0
+# The thread looks at the clock this often, and takes a look that comes so late for a sign that the process was frozen.
+PULSE_SECONDS, FREEZE_SECONDS = 0.25, 1.0
 # Weight of the newest job's mean step time in the estimate a job starts with.
 NEWEST_WEIGHT = 0.3
 
@@ -35,12 +41,13 @@ class Track:
     ) -> None:
         self._reporter = reporter
         self._previews = previews
-        self._task_id = task_id
+        self.task_id = task_id
         self._generation_id = generation_id
         self._percent = -1.0
         self._denoised_seconds = 0.0
         self.is_closed = False
         self.is_sending = False
+        self.is_doubtful = False  # another worker may have ended the job while this process was frozen
         self.pending: deque[Webhook] = deque()
 
     def on_step(self, report: StepReport) -> None:
@@ -81,15 +88,23 @@ class Track:
         }
         if self._previews.url is not None:
             body["preview_url"] = self._previews.url
-        return Webhook(WebhookKind.PROGRESS, f"{self._task_id}:progress:{milestone}", body)
+        return Webhook(WebhookKind.PROGRESS, f"{self.task_id}:progress:{milestone}", body)
 
 
 class ProgressReporter:
     """Owner of the thread that sends progress. A newer report replaces one of the same job still unsent."""
 
     def __init__(
-        self, client: WebhookClient, previewer: Previewer, milestones: tuple[int, ...], metrics: Metrics
+        self,
+        client: WebhookClient,
+        previewer: Previewer,
+        milestones: tuple[int, ...],
+        metrics: Metrics,
+        end_of: Callable[[str], TerminalEvent | None] = lambda _task_id: None,
     ) -> None:
+        """`end_of` finds a task's recorded end; it raises `StorageError` where the store does not tell."""
+        self._end_of = end_of
+        self._tracks: set[Track] = set()
         self._client = client
         self._previewer = previewer
         self._metrics = metrics
@@ -113,7 +128,10 @@ class ProgressReporter:
             self._thread.join(CLOSE_SECONDS)
 
     def follow(self, task_id: str, generation_id: GenerationId) -> Track:
-        return Track(self, self._previewer.follow(task_id, generation_id), task_id, generation_id)
+        track = Track(self, self._previewer.follow(task_id, generation_id), task_id, generation_id)
+        with self._changed:
+            self._tracks.add(track)
+        return track
 
     def learn(self, step_seconds: float) -> None:
         """Take a measured step time into the estimate that jobs start with."""
@@ -141,13 +159,15 @@ class ProgressReporter:
     def retire(self, track: Track) -> None:
         with self._changed:
             track.is_closed = True
+            self._tracks.discard(track)
             track.pending.clear()
             self._changed.wait_for(lambda: not track.is_sending, timeout=CALL_DEADLINE_SECONDS + 1)
 
     def _run(self) -> None:
         while (taken := self._take()) is not None:
             track, webhook = taken
-            self._send(webhook)
+            if not track.is_doubtful or self._is_open(track):
+                self._send(webhook)
             with self._changed:
                 track.is_sending = False
                 self._changed.notify_all()
@@ -156,7 +176,7 @@ class ProgressReporter:
         """The next report to send; blocks until there is one. None: closing."""
         with self._changed:
             while True:
-                self._changed.wait_for(lambda: self._waiting or self._is_closing)
+                self._wait_for_work()
                 if self._is_closing:
                     return None
                 track = self._waiting.popleft()
@@ -167,6 +187,24 @@ class ProgressReporter:
                     self._waiting.append(track)
                 track.is_sending = True
                 return track, webhook
+
+    def _wait_for_work(self) -> None:
+        while True:
+            looked_at = time.monotonic()
+            self._changed.wait_for(lambda: self._waiting or self._is_closing, timeout=PULSE_SECONDS)
+            if time.monotonic() - looked_at > FREEZE_SECONDS:
+                for track in self._tracks:
+                    track.is_doubtful = True
+            if self._waiting or self._is_closing:
+                return
+
+    def _is_open(self, track: Track) -> bool:
+        """Whether the job still has no end; a report of one that may have an end is dropped."""
+        try:
+            track.is_doubtful = self._end_of(track.task_id) is not None
+        except StorageError as error:
+            log_event(logger, "progress not sent", logging.WARNING, task_id=track.task_id, reason=str(error))
+        return not track.is_doubtful
 
     def _send(self, webhook: Webhook) -> None:
         attempt = self._client.send(webhook, deadline_seconds=CALL_DEADLINE_SECONDS)

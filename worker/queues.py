@@ -7,7 +7,11 @@ from worker.settling import RETRY_DELAYS_SECONDS
 
 # How long a leased job's copy lies before somebody looks at it: no longer than a sixth of the broker's timeout.
 MAX_COPY_SECONDS, COPY_SHARE = 10.0, 1 / 6
-_QUORUM = {"x-queue-type": "quorum"}
+# RabbitMQ 4 drops a message returned more than 20 times from a quorum queue without a limit of its own. Never -1, which
+# it would take for "no limit": 3.10 then drops at the first return.
+DELIVERY_LIMIT = 1_000_000
+# A full queue refuses what is published, and the publisher keeps it; the default drops the oldest message.
+_QUORUM = {"x-queue-type": "quorum", "x-delivery-limit": DELIVERY_LIMIT, "x-overflow": "reject-publish"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,9 @@ class QueueNames:
     @property
     def arguments(self) -> dict[str, dict[str, Any]]:
         """Every queue and the arguments to declare it with where it is missing."""
-        own: dict[str, dict[str, Any]] = dict.fromkeys((self.recover, self.outbox, self.dead), _QUORUM)
+        # What a policy's limits would drop (`delivery-limit`, `message-ttl`) becomes a dead letter instead.
+        held = _QUORUM | self._dead_lettering(to=self.dead)
+        own: dict[str, dict[str, Any]] = {self.recover: held, self.outbox: held, self.dead: _QUORUM}
         waits = {self.retry(delay): self._waiting(delay, then=self.jobs) for delay in RETRY_DELAYS_SECONDS}
         copy_seconds = min(MAX_COPY_SECONDS, self.consumer_timeout_seconds * COPY_SHARE)
         leases = {self.lease: self._waiting(copy_seconds, then=self.recover)}
@@ -60,11 +66,12 @@ class QueueNames:
         return tuple(self.arguments)
 
     def _waiting(self, delay_seconds: float, *, then: str) -> dict[str, Any]:
-        # At-least-once dead-lettering confirms the way back before the copy here goes; it demands reject-publish.
-        return _QUORUM | {
-            "x-message-ttl": int(delay_seconds * 1000),
+        return _QUORUM | {"x-message-ttl": int(delay_seconds * 1000)} | self._dead_lettering(to=then)
+
+    def _dead_lettering(self, *, to: str) -> dict[str, Any]:
+        # At-least-once confirms the copy before the original goes; it demands reject-publish.
+        return {
             "x-dead-letter-exchange": "",
-            "x-dead-letter-routing-key": then,
+            "x-dead-letter-routing-key": to,
             "x-dead-letter-strategy": "at-least-once",
-            "x-overflow": "reject-publish",
         }

@@ -7,6 +7,7 @@ from inference.process import EngineProcess, EngineState
 from worker.breakers import Breaker
 from worker.broker import Consumer
 from worker.labelling import Labeller
+from worker.refusals import AddressBreaker
 
 
 @dataclass(slots=True)
@@ -14,7 +15,7 @@ class Readiness:
     """What the worker's parts say of it. `consumer` comes once the model is loaded."""
 
     engine: EngineProcess
-    breakers: tuple[Breaker, ...]
+    breakers: tuple[Breaker | AddressBreaker, ...]
     labeller: Labeller
     is_stopping: Callable[[], bool]
     consumer: Consumer | None = None
@@ -25,7 +26,7 @@ class Readiness:
 
     @property
     def refusal(self) -> str:
-        """Why no jobs are taken, where a part refuses this worker's credentials or would refuse its pictures."""
+        """Why no jobs are taken, where a part refuses this worker or would refuse its pictures."""
         reasons = (breaker.reason for breaker in self.breakers)
         return next(filter(None, reasons), "") or self.labeller.refusal
 

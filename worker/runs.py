@@ -11,6 +11,7 @@ from typing import NamedTuple
 from inference.request import GenerationResult, Stage
 from worker.delivery import Delivery
 from worker.generation_id import GenerationId
+from worker.identity import check_same, fingerprint
 from worker.job import Job, JobRejected
 from worker.settling import MAX_ATTEMPTS
 
@@ -62,6 +63,10 @@ class Run:
         return self.first.attempt if self.first.attempt <= MAX_ATTEMPTS else 1
 
     @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.first.body)
+
+    @property
     def now(self) -> float:
         """Now, in epoch seconds, counted from the run's beginning: the wall clock may have been set meanwhile."""
         return round(self.began_at + time.monotonic() - self.started_at, 4)
@@ -73,7 +78,8 @@ class Run:
 
     @property
     def num_recoveries(self) -> int:
-        return max(delivery.num_deliveries for delivery in (self.first, *self.deliveries))
+        """How many workers were killed with the job before, as its messages tell."""
+        return max(delivery.num_recoveries for delivery in (self.first, *self.deliveries))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -137,10 +143,15 @@ class Runs:
         self._runs: dict[str, Run] = {}
 
     def join(self, asked: Job | JobRejected, delivery: Delivery) -> Run | None:
-        """A new run for the job, or None if one is at work already: then it has adopted the delivery."""
+        """A new run for the job, or None if one is at work already: then it has adopted the delivery.
+
+        Raises `TaskIdTaken` or `DataDiffers` where the run that is at work under the id is another message's.
+        """
         with self._lock:
             known = self._runs.get(asked.task_id)
             if known is not None:
+                if delivery.body != known.first.body:
+                    check_same(asked, delivery.body, known.generation_id, known.fingerprint)
                 known.deliveries.append(delivery)
                 return None
             run = Run(asked.task_id, asked.generation_id, asked, [delivery])

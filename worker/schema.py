@@ -46,10 +46,10 @@ _Tag = Annotated[str, Field(max_length=200, json_schema_extra=NO_NUL)]
 _Fraction = Annotated[float, Field(ge=0, le=1)]
 # Of the steps, how many are taken: none would be the reference itself.
 _Strength = Annotated[float, Field(gt=0, le=1)]
-_Image = Annotated[_Location, Field(description="PNG, JPEG or WebP; named like `lora_path`")]
+_Image = Annotated[_Location, Field(description="PNG, JPEG, WebP, GIF, BMP or TIFF; named like `lora_path`")]
 _ImageNotEmpty = Annotated[
     _Location,
-    Field(description="PNG, JPEG or WebP; named like `lora_path`", json_schema_extra={"minLength": 1}),
+    Field(description="PNG, JPEG, WebP, GIF, BMP or TIFF; named like `lora_path`", json_schema_extra={"minLength": 1}),
 ]
 _ColourOrAuto = Annotated[str, Field(pattern=COLOUR_OR_AUTO)]
 
@@ -229,12 +229,14 @@ class WireData(_Wire):
     height: _Side | None = None
     scheduler: _Text | None = Field(default=None, description="One of the model's family")
     parameters: WireParameters | None = None
-    signature_path: _Location | None = Field(default=None, description="PNG, JPEG or WebP; named like `lora_path`")
+    signature_path: _Location | None = Field(
+        default=None, description="PNG, JPEG, WebP, GIF, BMP or TIFF; named like `lora_path`"
+    )
     artist_name: _Text | None = Field(default=None, description="Written where there is no signature_path")
     signature_config: WireSignatureConfig | None = None
     kind: Kind | None = Field(default=None, strict=False, description="What sort of picture this is; else text2image")
     init_image_path: _Image | None = Field(
-        default=None, description="image2image, inpaint: the picture to begin from; PNG, JPEG or WebP"
+        default=None, description="image2image, inpaint: the picture to begin from; PNG, JPEG, WebP, GIF, BMP or TIFF"
     )
     mask_path: _Image | None = Field(default=None, description="inpaint: white is repainted; fitted like the picture")
     strength: _Strength | None = Field(

@@ -12,6 +12,7 @@ from inference.request import (
     EngineStartFailed,
     RequestCancelled,
     RequestFailed,
+    ResultTooLarge,
 )
 
 # Waits before another try of a job that is not to blame; after the last the job fails. Each is a queue of its own.
@@ -89,13 +90,26 @@ def judge(error: BaseException, attempt: int) -> Verdict:
             return _again(attempt, "STORAGE_UNAVAILABLE", f"the object store failed {attempt} times: {error}")
         case EngineFault():
             return _again(attempt, "ENGINE_ERROR", f"the engine failed {attempt} times: {error}")
-        case CuttingFailed():
-            return _again(attempt, "INTERNAL_ERROR", f"cutting the product out failed {attempt} times: {error}")
+        case ResultTooLarge() | MemoryError():
+            return _once_more(attempt, error)
         case _:
-            return _again(attempt, "INTERNAL_ERROR", f"the worker failed {attempt} times: {type(error).__name__}")
+            what = f"cutting the product out failed {attempt} times: {error}"
+            if not isinstance(error, CuttingFailed):
+                what = f"the worker failed {attempt} times: {type(error).__name__}"
+            return _again(attempt, "INTERNAL_ERROR", what)
 
 
 def _again(attempt: int, code: str, message: str) -> Verdict:
     if attempt >= MAX_ATTEMPTS:
         return Verdict(Disposition.DEAD_LETTER, code, message)
     return Verdict(Disposition.RETRY, code, message, RETRY_DELAYS_SECONDS[attempt - 1])
+
+
+def _once_more(attempt: int, error: ResultTooLarge | MemoryError) -> Verdict:
+    """For want of memory: the jobs beside it may have taken it the first time, and are done by the second."""
+    message = "the worker has no memory for the job's pictures: ask for fewer or smaller ones"
+    if isinstance(error, ResultTooLarge):
+        message = str(error)
+    if attempt > 1:
+        return Verdict(Disposition.ACK, "GPU_OOM", message)
+    return Verdict(Disposition.RETRY, "GPU_OOM", message, RETRY_DELAYS_SECONDS[0])

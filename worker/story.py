@@ -17,6 +17,7 @@ from worker.events import TerminalEvent
 from worker.fetching import Fetched, Fetcher
 from worker.finishing import finish
 from worker.generation_id import picture_key
+from worker.identity import check_same
 from worker.job import Job, JobRejected, Kind
 from worker.labelling import Labeller, provenance_of
 from worker.ledger import Ledger
@@ -27,7 +28,7 @@ from worker.progress import ProgressReporter
 from worker.references import NO_REFERENCES, References, check_can, drawing_size
 from worker.runs import Run
 from worker.settling import MAX_RECOVERIES, JobFailed, PoisonJob
-from worker.storing import PICTURE_PATIENCE_SECONDS, PictureStore
+from worker.storing import PICTURE_PATIENCE_SECONDS, AlreadyEnded, PictureStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +57,21 @@ class Storyteller:
     gate: Gate
 
     def tell(self, run: Run) -> TerminalEvent:
-        """Do the job unless the ledger knows its end already; return that end, recorded. Raises what breaks it off."""
-        with run.stage("ledger"):
-            known = self.gate.insist(lambda: self.ledger.find(run.task_id))
-        if known is not None:
-            return known
+        """Do the job unless the ledger knows its end already; return that end, recorded.
 
+        Raises what breaks it off, and `TaskIdTaken` or `DataDiffers` where the end is that of another message.
+        """
+        with run.stage("ledger"):
+            end = self.gate.insist(lambda: self.ledger.find(run.task_id))
+        if end is None:
+            try:
+                end = self._draw(run)
+            except AlreadyEnded as elsewhere:
+                end = elsewhere.end
+        check_same(run.asked, run.first.body, end.generation_id, end.fingerprint)
+        return end
+
+    def _draw(self, run: Run) -> TerminalEvent:
         job = _job_of(run)
         check_can(job, self.facts)
         if self.cancellations.covers(job):
@@ -76,7 +86,12 @@ class Storyteller:
         with run.stage("sign"):
             signed = [self._finish(picture, job, fetched, shelf, keep_off) for picture in result.pictures]
         with run.stage("store"):
-            stored = self._store(job, result, signed, shelf)
+            files = [
+                self.labeller.encode(picture, provenance_of(job, result, drawn, model=self.facts.model))
+                for picture, drawn in zip(signed, result.pictures, strict=True)
+            ]
+            self.store.check_open(job.task_id)
+            stored = self._store(job, result, files, shelf)
         with run.stage("record"):
             event = self._complete(run, job, result, stored, shelf)
             return self.gate.insist(lambda: self.ledger.record(event), patience_seconds=PICTURE_PATIENCE_SECONDS)
@@ -105,13 +120,10 @@ class Storyteller:
             on_headlines=partial(shelf.keep, ProductStage.HEADLINE) if job.product else lambda _: None,
         )
 
-    def _store(
-        self, job: Job, result: GenerationResult, signed: list[SignedPicture], shelf: Shelf
-    ) -> list[StoredPicture]:
+    def _store(self, job: Job, result: GenerationResult, files: list[bytes], shelf: Shelf) -> list[StoredPicture]:
         stored = []
-        for number, (picture, drawn) in enumerate(zip(signed, result.pictures, strict=True), start=1):
+        for number, (png, drawn) in enumerate(zip(files, result.pictures, strict=True), start=1):
             ref = ObjectRef(self.results_bucket, picture_key(job.generation_id, number))
-            png = self.labeller.encode(picture, provenance_of(job, result, drawn, model=self.facts.model))
             stored.append(StoredPicture(self.store.put(ref, png, task_id=job.task_id), drawn.seed))
             if job.product is not None:
                 shelf.keep_png(ProductStage.FINAL, png)
@@ -161,6 +173,7 @@ class Storyteller:
             self.worker,
             attempt=run.attempt,
             ended_at=run.now,
+            fingerprint=run.fingerprint,
         )
 
 

@@ -48,7 +48,7 @@ def storyteller_of(
         places=Places(settings.model.max_concurrent_generations // 2),
     )
     drawer = Drawer(engine, is_draining)
-    store = PictureStore(storage, gate)
+    store = PictureStore(storage, gate, ledger.find)
     cutter = Cutter(settings.pictures.cutout_model)
     return Storyteller(
         ledger=ledger,

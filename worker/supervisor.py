@@ -34,6 +34,7 @@ from worker.ledger import Ledger
 from worker.messages import rules_from
 from worker.metrics import Metrics
 from worker.notifying import Notifier
+from worker.outbox import PREFETCH as OUTBOX_PREFETCH
 from worker.outbox import Outbox
 from worker.previews import Previewer
 from worker.processing import Processor
@@ -42,15 +43,16 @@ from worker.queues import QueueNames
 from worker.readiness import Readiness
 from worker.runs import Run
 from worker.storytelling import storyteller_of
+from worker.waiting import WaitingNotes, WaitingReporter
 
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.1
 # Taken beyond the jobs that can be drawn, so that their adapters are fetched while others denoise.
 EXTRA_PREFETCH = 2
-# Redelivered jobs flow beside the fresh ones, but few at once: one of them may kill this process.
-RECOVER_PREFETCH = 2
-OUTBOX_PREFETCH = 200
+# Redelivered jobs flow beside the fresh ones, as many as can be drawn. One of them may kill this process: those that
+# several workers were killed with are done one at a time, see `recovering.py`.
+MIN_RECOVER_PREFETCH = 2
 # The end of the grace period belongs to giving jobs back and closing connections.
 GRACE_RESERVE_SECONDS = 5.0
 MIN_STOP_SECONDS = 2.0
@@ -92,7 +94,7 @@ class Supervisor:
         self._build_deliveries(settings)
         self._previewer = Previewer(self._storage, settings.store.results_bucket)
         self._progress = ProgressReporter(
-            self._client, self._previewer, settings.backend.progress_milestones, self._metrics
+            self._client, self._previewer, settings.backend.progress_milestones, self._metrics, self._ledger.find
         )
         self._engine = EngineProcess(
             settings.model,
@@ -131,7 +133,7 @@ class Supervisor:
         """What others see of the worker: is it ready, its metrics, its page."""
         self._readiness = Readiness(
             self._engine,
-            (self._store_breaker, self._backend_breaker),
+            (self._store_breaker, self._backend_breaker, self._notifier.address_breaker),
             self._labeller,
             is_stopping=lambda: self._is_stopping,
         )
@@ -155,6 +157,8 @@ class Supervisor:
             is_connected=lambda: self._readiness.is_connected,
             is_draining=self._is_draining,
         )
+        notes = WaitingNotes(self._storage, settings.store.bucket)
+        self._waiting = WaitingReporter(self._name, notes, self._outbox.in_hand, self._is_draining)
 
     def run(self) -> ExitCode:
         """Work until a signal or a fatal failure; the exit code says which."""
@@ -176,6 +180,7 @@ class Supervisor:
         self._progress.start()
         self._previewer.start()
         self._gauges.start()
+        self._waiting.start()
 
         code = self._watch()
         self._stop(code)
@@ -210,7 +215,8 @@ class Supervisor:
 
     def _begin_consuming(self, facts: ModelFacts) -> None:
         """Only now: a worker that cannot load its model must leave the queue to those that can."""
-        num_jobs = self._settings.model.max_concurrent_generations + EXTRA_PREFETCH
+        num_lanes = self._settings.model.max_concurrent_generations
+        num_jobs, num_recovered = num_lanes + EXTRA_PREFETCH, max(num_lanes, MIN_RECOVER_PREFETCH)
         self._progress.learn(facts.step_seconds)
         self._processor = Processor(
             rules=self._rules,
@@ -233,7 +239,7 @@ class Supervisor:
             publisher=self._publisher,
             names=self._names,
             metrics=self._metrics,
-            num_threads=num_jobs + RECOVER_PREFETCH,
+            num_threads=num_jobs + num_recovered,
             is_draining=self._is_draining,
             cancellations=self._cancellations,
             gate=self._gate,
@@ -243,7 +249,7 @@ class Supervisor:
         )
         subscriptions = [
             Subscription(self._names.jobs, num_jobs, self._processor.on_delivery),
-            Subscription(self._names.recover, RECOVER_PREFETCH, self._processor.on_delivery),
+            Subscription(self._names.recover, num_recovered, self._processor.on_delivery),
             Subscription(self._names.outbox, OUTBOX_PREFETCH, self._outbox.on_delivery, is_work=False),
         ]
         orders = Broadcast(self._names.cancel_exchange, self._processor.on_cancel)

@@ -85,7 +85,7 @@ const app = express();
 app.use(checkToken);
 // What an application does in the transaction after which it publishes the job.
 app.put('/generations/:id', (request, response) => {
-  expect.run(Number(request.params.id));
+  expect.run(request.params.id);
   response.json({ success: true });
 });
 const webhook = [express.raw({ type: 'application/json', limit: '1mb' }), verify];

@@ -18,6 +18,7 @@ WEBHOOKS = {
     ("POST", "/api/webhooks/inference/complete"): "complete",
     ("POST", "/api/webhooks/inference/failed"): "failed",
 }
+PATHS = frozenset(path for _, path in WEBHOOKS)
 ENDS = ("complete", "failed")
 
 
@@ -136,7 +137,7 @@ class Backend(Part):
         if not hmac.compare_digest(headers.get("authorization", "").encode(), f"Bearer {self.token}".encode()):
             return 401, 0.0
         if kind not in WEBHOOKS.values():
-            return 404, 0.0
+            return 405 if kind.partition(" ")[2] in PATHS else 404, 0.0
         with self._changed:
             answer = self._answers.get(kind)
             if answer is None or answer.num_left == 0:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from examples.parts.installation import Installation
 from examples.parts.processes import ServerError
 
 # For every line on standard input: what the node answers, in lines, then "end".
@@ -19,7 +20,7 @@ Answer = fun
                      || [{name, Name}, {messages_ready, Ready}, {messages_unacknowledged, Unacked}] <- Rows]
         end;
     ("close\\n") ->
-        case Call(rabbit_networking, connections_local, []) of
+        case Call(rabbit_networking, local_connections, []) of
             {badrpc, Why} -> io:format("error ~0p~n", [Why]);
             Pids -> Call(rabbit_networking, close_connections, [Pids, "closed from the console"])
         end
@@ -44,11 +45,13 @@ class QueueDepth(NamedTuple):
 class ErlangConsole:
     """Owner of the asking process. Not thread-safe; it outlives restarts of the node."""
 
-    def __init__(self, node_name: str, env: Mapping[str, str], folder: Path) -> None:
+    def __init__(self, node_name: str, env: Mapping[str, str], folder: Path, installation: Installation) -> None:
         """`env` as the node's: its name daemon and its cookie."""
         own_name = f"console-{node_name}"
+        program = PROGRAM.replace("NODE", node_name)
+        command = ["erl", "-noinput", "-noshell", "-hidden", "-sname", own_name, "-eval", program]
         self._process = subprocess.Popen(
-            ["erl", "-noinput", "-noshell", "-hidden", "-sname", own_name, "-eval", PROGRAM.replace("NODE", node_name)],
+            installation.command(command, folder=folder),
             env=dict(env),
             cwd=folder,
             stdin=subprocess.PIPE,
@@ -82,6 +85,7 @@ class ErlangConsole:
             if line.strip() == "end":
                 return
             if line.startswith("error "):
+                self._process.stdout.readline()  # its "end", which the next answer would seem to begin with
                 raise ServerError(f"the node does not answer: {line.removeprefix('error ').strip()}")
             yield line.strip()
         raise ServerError("the node's console ended")

@@ -2,24 +2,15 @@
 
 import hashlib
 import os
-import shutil
 import socket
 import subprocess
 from pathlib import Path
 
 from examples.parts.erlang_console import ErlangConsole, QueueDepth
+from examples.parts.installation import Installation
 from examples.parts.part import Part
 from examples.parts.ports import free_port
 from examples.parts.processes import ServerError, ServerProcess
-
-# Debian's /usr/sbin/rabbitmq-server is a wrapper that insists on the user `rabbitmq`; the script below lib does not.
-SCRIPT_FOLDERS = (
-    Path("/usr/lib/rabbitmq/bin"),
-    Path("/opt/rabbitmq/sbin"),
-    Path("/usr/local/opt/rabbitmq/sbin"),
-    Path("/opt/homebrew/opt/rabbitmq/sbin"),
-)
-EPMD_PATTERN = "lib/erlang/erts-*/bin/epmd"
 
 START_SECONDS = 60.0
 STOP_SECONDS = 20.0
@@ -39,6 +30,7 @@ class RabbitMQ(Part):
         self.folder = folder.resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
+        self._installation = Installation()
         self._dist_port = free_port()
         self._epmd_port = free_port()
         # A node's data belongs to its name: the same folder gives the same name.
@@ -64,21 +56,20 @@ class RabbitMQ(Part):
         """Start the node, on the data an earlier run left; return once it speaks AMQP, else raise `ServerError`."""
         if self._server is not None:
             raise ServerError("the node runs already")
-        script, log = _script("rabbitmq-server"), self.folder / "server.log"
         (self.folder / "plugins").write_text("[].\n")
         # Ours, in the foreground: a node that finds none starts a daemon that would stay behind.
-        self._epmd = ServerProcess(
-            [_epmd(), "-port", str(self._epmd_port), "-address", "127.0.0.1"],
-            env=self._node_env(),
-            log=self.folder / "epmd.log",
-            cwd=self.folder,
-        )
-        self._server = ServerProcess([script], env=self._node_env(), log=log, cwd=self.folder)
+        epmd = [self._installation.epmd(), "-port", str(self._epmd_port), "-address", "127.0.0.1"]
+        self._epmd = self._launch(epmd, log=self.folder / "epmd.log")
+        self._server = self._launch([self._installation.script("rabbitmq-server")], log=self.folder / "server.log")
         try:
             self._server.wait_until(self._speaks_amqp, timeout_seconds=START_SECONDS)
         except ServerError:
             self.kill()
             raise
+
+    def _launch(self, command: list[str], *, log: Path) -> ServerProcess:
+        command = self._installation.command(command, folder=self.folder)
+        return ServerProcess(command, env=self._node_env(), log=log, cwd=self.folder)
 
     def stop(self) -> None:
         """Shut the node down in order; nothing of it runs afterwards. Harmless where it is stopped."""
@@ -100,7 +91,7 @@ class RabbitMQ(Part):
         """Run `rabbitmqctl args…` against the running node; return what it prints, raise `ServerError` if it fails."""
         self._running()
         done = subprocess.run(
-            [_script("rabbitmqctl"), *args],
+            self._installation.command([self._installation.script("rabbitmqctl"), *args], folder=self.folder),
             env=self._node_env(),
             cwd=self.folder,
             capture_output=True,
@@ -123,7 +114,7 @@ class RabbitMQ(Part):
     def _opened_console(self) -> ErlangConsole:
         self._running()
         if self._console is None:
-            self._console = ErlangConsole(self._node_name, self._node_env(), self.folder)
+            self._console = ErlangConsole(self._node_name, self._node_env(), self.folder, self._installation)
         return self._console
 
     def _running(self) -> ServerProcess:
@@ -162,21 +153,3 @@ class RabbitMQ(Part):
                 return connection.recv(1) == METHOD_FRAME
         except OSError:
             return False
-
-
-def _script(name: str) -> str:
-    for folder in SCRIPT_FOLDERS:
-        if (folder / name).exists():
-            return str(folder / name)
-    raise ServerError(
-        f"{name} is in none of {', '.join(map(str, SCRIPT_FOLDERS))}: install rabbitmq-server (make install)"
-    )
-
-
-def _epmd() -> str:
-    found = shutil.which("epmd")
-    if found is None:
-        found = next((str(path) for root in ("/usr", "/usr/local") for path in Path(root).glob(EPMD_PATTERN)), None)
-    if found is None:
-        raise ServerError("epmd is not on the PATH: install rabbitmq-server (make install)")
-    return found

@@ -48,14 +48,14 @@ def publish(message: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    generation_id, prompt, *more = sys.argv[1:]
+    given_id, prompt, *more = sys.argv[1:]
     fields = json.loads(more[0]) if more else {}
     message = {
         # Made and stored together with the generation: to publish a task again, even in doubt, does it only once.
         "task_id": str(uuid.uuid4()),
         "type": "image_generation",
-        "data": {"generation_id": int(generation_id) if generation_id.isdecimal() else generation_id, "prompt": prompt}
-        | fields,
+        # A number or text: it is told back as it is published.
+        "data": {"generation_id": int(given_id) if given_id.isdecimal() else given_id, "prompt": prompt} | fields,
         "created_at": datetime.now(UTC).isoformat(),
     }
     publish(message)

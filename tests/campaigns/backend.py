@@ -6,20 +6,21 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LookedTooLong
 from typing import Any, NamedTuple
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from examples.parts.backend import WEBHOOKS, Backend
+from examples.parts.backend import ENDS, WEBHOOKS, Backend
 from tests.campaigns.journal import Heard, Journal
 
 ERROR = "error"
 RESET = "reset"
 HANG = "hang"
 LOSE = "lose"
+POISON = "poison"
 STATUSES = (500, 503)
 
 HANG_SECONDS = 30.0  # longer than the worker's deadline for a call
@@ -36,6 +37,7 @@ class Mark(NamedTuple):
 class FlakyBackend(Backend):
     """Keeps the ids of what it has taken, as a backend should: an end has an effect once. Journals every webhook.
 
+    It answers 500 for ever to the ends of `poisoned` generations, and takes none of them.
     `mishaps` are the shares of calls that come to grief, by kind of grief. `read_record` reads a task's record in the
     ledger and the seconds since it was written; it may raise botocore's errors.
     """
@@ -47,12 +49,14 @@ class FlakyBackend(Backend):
         mishaps: Mapping[str, float],
         seed: int,
         read_record: Callable[[str], tuple[dict[str, Any], float]],
+        poisoned: Collection[int] = (),
     ) -> None:
         super().__init__()
         self._journal_file = journal
         self._mishaps = dict(mishaps)
         self._rng = random.Random(seed)
         self._read_record = read_record
+        self._poisoned = frozenset(poisoned)
         self._lock = threading.Lock()
         self._looks = ThreadPoolExecutor(4, thread_name_prefix="look")
         ends = [heard for heard in journal.all(Heard) if heard.is_end]
@@ -71,8 +75,8 @@ class FlakyBackend(Backend):
     def take(self, method: str, path: str, headers: dict[str, str], content: bytes) -> int:
         """As the base class, but for the mishaps. Raises `ConnectionError` to cut the call off."""
         kind = WEBHOOKS.get((method, path), f"{method} {path}")
-        mishap = self._draw()
-        if mishap in (ERROR, RESET, HANG):
+        mishap = POISON if self._is_poisoned(kind, content) else self._draw()
+        if mishap in (ERROR, RESET, HANG, POISON):
             self._note(kind, headers, content, "refused", Mark(""))
             return self._refuse(mishap)
 
@@ -84,6 +88,9 @@ class FlakyBackend(Backend):
             raise ConnectionError("the answer is lost")
         return status
 
+    def _is_poisoned(self, kind: str, content: bytes) -> bool:
+        return kind in ENDS and json.loads(content).get("generation_id") in self._poisoned
+
     def _draw(self) -> str:
         with self._lock:
             point = self._rng.random()
@@ -94,6 +101,8 @@ class FlakyBackend(Backend):
             return ""
 
     def _refuse(self, mishap: str) -> int:
+        if mishap == POISON:
+            return 500
         if mishap == ERROR:
             return self._rng.choice(STATUSES)
         if mishap == HANG:

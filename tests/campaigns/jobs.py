@@ -3,6 +3,7 @@
 import json
 import random
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,13 @@ def plan_jobs(num_jobs: int, *, seed: int, steps: tuple[int, int]) -> list[Plann
     """Jobs 1 to `num_jobs`: most with an adapter, some signed, some of two pictures, some that cannot be done."""
     rng = random.Random(seed)
     return [_plan(number, rng, steps) for number in range(1, num_jobs + 1)]
+
+
+def poisoned_of(jobs: Iterable[PlannedJob]) -> frozenset[int]:
+    """The generations whose ends the backend of some campaigns never takes: one of each kind of end."""
+    jobs = list(jobs)
+    fails, completes = [job for job in jobs if job.must_fail], [job for job in jobs if not job.must_fail]
+    return frozenset(job.generation_id for job in (*fails[:1], *completes[:1]))
 
 
 def _plan(number: int, rng: random.Random, steps: tuple[int, int]) -> PlannedJob:

@@ -1,7 +1,7 @@
 """The judge: from the journal, the bucket and the queues to figures, and from those to verdicts. Pure."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -70,6 +70,9 @@ class Figures:
     late_seconds: float
     idle_seconds: float
     seconds: float
+    poisoned: list[int]
+    poisoned_told: list[int]
+    poisoned_gone: list[int]
 
     @property
     def repeat_share(self) -> float:
@@ -97,8 +100,13 @@ def judge(
     queues: Mapping[str, int],
     *,
     limits: Limits,
+    poisoned: Collection[int] = (),
+    parked: Collection[int] = (),
 ) -> Figures:
-    """`objects` by their keys, `queues`: messages left by the name behind the jobs' queue."""
+    """`objects` by their keys, `queues`: messages left by the name behind the jobs' queue, without the `parked` ones.
+
+    `parked` are the generations whose ends are left in the outbox, as those of all `poisoned` ones should be.
+    """
     entries = list(entries)
     published = {job.generation_id: job for job in only(entries, Published)}
     heard = [one for one in only(entries, Heard) if one.is_end]
@@ -108,12 +116,13 @@ def judge(
     failed = [end for ends in effects.values() for end in ends if end.kind == "failed"]
     innocent = [end for end in failed if not _must_fail(published, end.generation_id)]
     poison = [end for end in innocent if end.code in POISON_CODES]
-    needed = sum(published[number].num_steps for number in complete if number in published)
+    waiting = [number for number in poisoned if number in published and not published[number].must_fail]
+    drawn = [published[number] for number in {*complete, *waiting} if number in published]
     return Figures(
         num_published=len(published),
         num_complete=len(complete),
         num_failed_as_meant=len(failed) - len(innocent),
-        lost=sorted(published.keys() - effects.keys()),
+        lost=sorted(published.keys() - effects.keys() - set(poisoned)),
         both_ends=sorted(number for number, found in kinds.items() if len(found) > 1),
         duplicate_effects=sorted(number for number, ends in effects.items() if len(ends) > 1),
         wrong_ends=[
@@ -123,13 +132,16 @@ def judge(
         ],
         failed_as_poison=[f"{end.generation_id}: {end.code}" for end in poison],
         **_repeats(heard, limits.mark_tolerance_seconds),
-        **_pictures([published[number] for number in complete if number in published], objects),
+        **_pictures(drawn, objects),
         left_in_queues={name: count for name, count in queues.items() if count and name != ".dead"},
         num_dead_letters=queues.get(".dead", 0),
         **_workers(entries, limits),
-        needed_steps=needed,
+        needed_steps=sum(job.num_steps for job in drawn),
         late_seconds=_late_seconds(entries, heard),
         seconds=_span(entries),
+        poisoned=sorted(poisoned),
+        poisoned_told=sorted(effects.keys() & set(poisoned)),
+        poisoned_gone=sorted(set(poisoned) - set(parked)),
     )
 
 
@@ -158,6 +170,9 @@ def checks(figures: Figures, limits: Limits) -> list[Check]:
         _zero("pictures of no complete job", f.surplus_objects),
         _zero("pictures that cannot be decoded", f.broken_objects),
         _zero("pictures with another sha256 than their metadata", f.wrong_hashes),
+        _told("ends that the backend never takes", _listed(f.poisoned)),
+        _zero("told of these", f.poisoned_told),
+        _zero("no longer parked of these", f.poisoned_gone),
         _zero("left in queues", [f"{name or 'jobs'}: {count}" for name, count in f.left_in_queues.items()]),
         _zero("dead letters without a reason", [unexplained] if unexplained else []),
         _zero("workers that ended without being asked", f.own_exits),

@@ -28,6 +28,7 @@ class Campaign:
     and to; `patience_seconds` is how long nothing may end before the rest counts as lost. Without `has_real_engine` the
     engines are stand-ins, which start in a second and draw noise. `mishaps` are shares of the backend's calls,
     `store_error_share` of the store's, which needs `has_proxies`;
+    With `has_poison` the backend never takes one end of each kind, which must wait for it without holding up others.
     `constants` of the worker are changed beside stand-ins, see `tests/faults/site`.
     """
 
@@ -45,6 +46,7 @@ class Campaign:
     env: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
     has_proxies: bool = False
+    has_poison: bool = False
     has_real_engine: bool = True
 
 
@@ -61,6 +63,7 @@ def kill(
         limits=Limits(max_repeat_share=0.005),
         # Two seconds of work, so that most kills meet workers that are busy.
         steps=(20, 80) if has_real_engine else STAND_IN_STEPS,
+        has_poison=True,
         has_real_engine=has_real_engine,
     )
 
@@ -87,6 +90,7 @@ def network(
         steps=(8, 40) if has_real_engine else STAND_IN_STEPS,
         mishaps={ERROR: 0.17, RESET: 0.05, HANG: 0.03, LOSE: 0.05},
         has_proxies=True,
+        has_poison=True,
         has_real_engine=has_real_engine,
     )
 
@@ -119,6 +123,7 @@ def outage(num_jobs: int = 50, num_actions: int = 1, num_workers: int = 1, *, ha
         limits=Limits(max_repeat_share=0.0, max_extra_share=0.0, max_late_seconds=60.0, max_idle_seconds=1.0),
         steps=(8, 40) if has_real_engine else STAND_IN_STEPS,
         depth=num_jobs,
+        has_poison=True,
         has_real_engine=has_real_engine,
     )
 

@@ -1,6 +1,5 @@
 """Running a campaign: publish, break, keep, and hand what happened to the judge."""
 
-import hashlib
 import json
 import math
 import random
@@ -11,13 +10,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pika
 import pika.exceptions
-from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -25,10 +22,11 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.campaigns.backend import FlakyBackend
 from tests.campaigns.chaos import Chaos, Scene
-from tests.campaigns.jobs import ADAPTERS, PlannedJob, plan_jobs
+from tests.campaigns.jobs import ADAPTERS, PlannedJob, plan_jobs, poisoned_of
 from tests.campaigns.journal import Acted, Began, Journal, Published
-from tests.campaigns.judging import Figures, StoredObject, judge
+from tests.campaigns.judging import Figures, judge
 from tests.campaigns.keeping import Keeper
+from tests.campaigns.leftovers import stored, take_parked, wait_until_settled
 from tests.campaigns.plans import Campaign
 from tests.faults.proxy import Proxy
 from tests.faults.station import ANY_REQUEST, answers, sometimes, stand_in_env
@@ -37,7 +35,6 @@ from tests.world import World, eventually
 TURN_SECONDS = 0.2
 START_SECONDS = 120.0
 STAND_IN_STEP_SECONDS = 0.02
-SETTLE_SECONDS = 90.0  # an event whose copy waits in the outbox has its turn within 36
 
 
 @dataclass
@@ -58,19 +55,37 @@ def run(
 ) -> Figures:
     """Run the campaign in `folder`, or go on with what an earlier run left there; the parts must be the same ones."""
     with _field(campaign, rabbitmq, store, folder, seed) as field:
-        jobs = plan_jobs(campaign.num_jobs, seed=field.began.seed, steps=campaign.steps)
+        jobs = _planned(campaign, field.began.seed)
+        poisoned = _poisoned(campaign, field.began.seed)
         _wait_for_a_worker(field)
         field.chaos.start()
         try:
-            _work_through(field, jobs, console)
+            _work_through(field, jobs, console, num_to_end=len(jobs) - len(poisoned))
         finally:
             field.chaos.close()
         if field.chaos.failure is not None:
             raise field.chaos.failure
         field.backend.heal()
-        left = _wait_until_settled(field.world)
+        left = wait_until_settled(field.world, num_parked=len(poisoned))
         field.keeper.close()
-        return judge(field.journal.entries(), _stored(field.world), left, limits=campaign.limits)
+        parked = take_parked(field.world)
+        left[".outbox"] = sum(generation_id not in poisoned for generation_id in parked)
+        return judge(
+            field.journal.entries(),
+            stored(field.world),
+            left,
+            limits=campaign.limits,
+            poisoned=poisoned,
+            parked=parked,
+        )
+
+
+def _planned(campaign: Campaign, seed: int) -> list[PlannedJob]:
+    return plan_jobs(campaign.num_jobs, seed=seed, steps=campaign.steps)
+
+
+def _poisoned(campaign: Campaign, seed: int) -> frozenset[int]:
+    return poisoned_of(_planned(campaign, seed)) if campaign.has_poison else frozenset()
 
 
 @contextmanager
@@ -80,7 +95,11 @@ def _field(campaign: Campaign, rabbitmq: RabbitMQ, store: SeaweedFS, folder: Pat
         stack.callback(journal.close)
         began = _begin(campaign, journal, store, seed)
         backend = FlakyBackend(
-            journal, mishaps=campaign.mishaps, seed=seed, read_record=_record_reader(store, began.bucket)
+            journal,
+            mishaps=campaign.mishaps,
+            seed=seed,
+            read_record=_record_reader(store, began.bucket),
+            poisoned=_poisoned(campaign, began.seed),
         )
         stack.enter_context(backend)
         world = World(rabbitmq, store, backend, began.bucket, began.queue, folder)
@@ -172,14 +191,14 @@ def _wait_for_a_worker(field: Field) -> None:
     eventually(lambda: field.keeper.num_ready > 0, START_SECONDS, field.world.workers[0].log_tail)
 
 
-def _work_through(field: Field, jobs: list[PlannedJob], console: Console) -> None:
-    """Publish as the workers and the chaos allow, until all jobs have ended and all has gone wrong that should."""
+def _work_through(field: Field, jobs: list[PlannedJob], console: Console, *, num_to_end: int) -> None:
+    """Publish as the workers and the chaos allow, until so many have ended and all has gone wrong that should."""
     published = {entry.generation_id for entry in field.journal.all(Published)}
     waiting = [job for job in jobs if job.generation_id not in published]
     watch = _Watch(field.campaign.patience_seconds)
     with _progress(console) as progress:
         bar = progress.add_task(field.campaign.name, total=len(jobs), done="")
-        while field.backend.num_ended < len(jobs) or not field.chaos.is_over:
+        while waiting or field.backend.num_ended < num_to_end or not field.chaos.is_over:
             num_published = len(jobs) - len(waiting)
             batch = waiting[: max(0, _num_allowed(field) - num_published)]
             if batch and _publish(field, batch):
@@ -238,36 +257,6 @@ def _publish(field: Field, jobs: list[PlannedJob]) -> bool:
             )
         )
     return True
-
-
-def _wait_until_settled(world: World) -> dict[str, int]:
-    """What is left in the queues once nothing but dead letters is, or the time has run out."""
-    deadline = time.monotonic() + SETTLE_SECONDS
-    num_clean = 0
-    while True:
-        left = {name: sum(depth) for name, depth in world.queues().items()}
-        # A message on its way from one queue to another is for a moment in neither count.
-        num_clean = 0 if any(count for name, count in left.items() if name != ".dead") else num_clean + 1
-        if num_clean == 3 or time.monotonic() > deadline:
-            return left
-        time.sleep(0.3)
-
-
-def _stored(world: World) -> dict[str, StoredObject]:
-    client = world.store.client()
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=world.bucket, Prefix="generations/")
-    keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
-    return {key: _look(client.get_object(Bucket=world.bucket, Key=key)) for key in keys}
-
-
-def _look(answer: Any) -> StoredObject:
-    content = answer["Body"].read()
-    try:
-        Image.open(BytesIO(content)).load()
-        is_picture = True
-    except (UnidentifiedImageError, OSError):
-        is_picture = False
-    return StoredObject(hashlib.sha256(content).hexdigest(), answer["Metadata"].get("sha256", ""), is_picture)
 
 
 def _progress(console: Console) -> Progress:

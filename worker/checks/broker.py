@@ -1,28 +1,29 @@
 """The broker as a worker and a backend need it: the login, the queue of the jobs, the right to make queues."""
 
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pika
 import pika.exceptions
 
+from clients.management import effective_policies
 from config.settings import BrokerSettings
-from worker.broker import LOST, close_connection, connect
+from worker.broker import LOST, NOT_FOUND, close_connection, connect
 from worker.broker_refusals import ACCESS_REFUSED, Refusals, describe
 from worker.checks.finding import CheckFailed
+from worker.checks.policies import limits_met, limits_told
 from worker.queues import QueueNames
 
 _Connection = Any  # pika has no type hints
-NOT_FOUND = 404
 
 
 class BrokerProbe:
     """Tries the broker, a connection for each question. A login that was refused is not tried again: brokers count.
 
-    Takes no message and leaves nothing: what queues it makes are exclusive, gone with its connection. Every question
-    returns what was seen or raises `CheckFailed`.
+    Takes no message and leaves nothing: what queues it makes are deleted again. Every question returns what was seen or
+    raises `CheckFailed`.
     """
 
     def __init__(self, settings: BrokerSettings) -> None:
@@ -55,9 +56,9 @@ class BrokerProbe:
         return f"{name} is durable without arguments, as backends declare it; {depth}"
 
     def own_queues(self) -> str:
-        """Are the worker's own queues there, or may it make them?
+        """Are the worker's own queues there, or may it make them? Does no policy limit what they hold?
 
-        What is missing stays missing: the rights are tried on queues that nobody else can see.
+        What is missing stays missing: rights and limits are tried on queues that no worker knows.
         """
         own = [name for name in self._names.everything if name != self._names.jobs]
         with self._connected() as connection:
@@ -66,6 +67,7 @@ class BrokerProbe:
             self._try_rights(connection, "")
             if missing:
                 self._try_rights(connection, f"{self._names.jobs}.check-{uuid.uuid4().hex[:8]}")
+            self._look_for_limits(connection)
         if missing:
             return f"{len(missing)} of {len(own)} do not exist yet; the user may make them"
         return f"all {len(own)} are there"
@@ -80,6 +82,26 @@ class BrokerProbe:
                 channel.basic_get(made, auto_ack=True)
         except pika.exceptions.ChannelClosedByBroker as error:
             raise CheckFailed(self._why_refused(f"{self._names.jobs}.*", error)) from error
+
+    def _look_for_limits(self, connection: _Connection) -> None:
+        limits = limits_told(self._policies(), self._names)
+        # A user may have the right to make the worker's queues alone: then it is not tried.
+        with suppress(pika.exceptions.ChannelClosedByBroker):
+            limits = limits or limits_met(connection, self._names)
+        if limits:
+            asked = f"a policy limits what queues named {self._names.jobs}.* hold: {'; '.join(limits)}"
+            look = f"rabbitmqctl -p {self._vhost} list_policies, and list_operator_policies"
+            raise CheckFailed(
+                f"{asked}. Ends and jobs would be lost at the limit. Have its pattern leave them out,"
+                f" as ^{self._names.jobs}$ does: {look}"
+            )
+
+    def _policies(self) -> Mapping[str, Mapping[str, Any]]:
+        asked = self._refusals.parameters
+        if asked.ssl_options is not None:
+            return {}  # the interface's usual port would have the password in the clear
+        login = asked.credentials
+        return effective_policies(asked.host, asked.virtual_host, user=login.username, password=login.password)
 
     def _look(self, connection: _Connection, name: str) -> Any:
         """What the broker says of the queue; None where it does not exist."""

@@ -15,7 +15,7 @@ from worker.checks.backend import look_at_backend
 from worker.checks.broker import BrokerProbe
 from worker.checks.cutout import look_at_cutout
 from worker.checks.finding import Check, Finding, State, try_each
-from worker.checks.machine import look_at_disk, look_at_fonts
+from worker.checks.machine import look_at_disk, look_at_fonts, look_at_shaping
 from worker.checks.memory import look_at_gpu, look_at_memory
 from worker.checks.model import Load, load_in_own_process, look_at_model
 from worker.checks.port import look_at_port
@@ -24,7 +24,7 @@ from worker.checks.provenance import look_at_certificate
 from worker.checks.store import StoreProbe
 from worker.dead_letters import legible
 
-STYLES = {State.GOOD: "green", State.BAD: "bold red", State.BLOCKED: "yellow"}
+STYLES = {State.GOOD: "green", State.BAD: "bold red", State.BLOCKED: "yellow", State.UNSURE: "yellow"}
 
 
 def check_everything(settings: Settings, *, as_lines: bool, console: Console) -> bool:
@@ -50,6 +50,7 @@ def every_part(settings: Settings, load: Load = load_in_own_process) -> tuple[Ch
         Check("backend", partial(look_at_backend, settings.backend)),
         Check("port", partial(look_at_port, settings.service.metrics_port)),
         Check("fonts", partial(look_at_fonts, settings.service.font_dirs)),
+        Check("shaping", look_at_shaping),
         Check("certificate", partial(look_at_certificate, settings.pictures)),
         Check("cut-outs", partial(look_at_cutout, settings.pictures)),
         Check("disk", partial(look_at_disk, settings.store)),

@@ -12,11 +12,16 @@ class CheckFailed(Exception):
     """A part is not usable; the message says what was seen and what to do."""
 
 
+class CheckUnsure(CheckFailed):
+    """A part may be usable or not; the message says what was seen, and what each would mean."""
+
+
 class State(StrEnum):
     """What a part was found to be."""
 
     GOOD = "good"
     BAD = "bad"
+    UNSURE = "unsure"  # what was seen is seen of a good part as well as of a bad one
     BLOCKED = "blocked"  # it fails too, but it stands on a part that is not good: that one first
 
 
@@ -53,10 +58,12 @@ def try_each(checks: Iterable[Check], on_begin: Callable[[str], None] = lambda _
 
 
 def _try(check: Check, not_good: set[str]) -> Finding:
+    state = State.BAD
     try:
         return Finding(check.part, State.GOOD, check.look())
     except CheckFailed as error:
         detail = str(error)
+        state = State.UNSURE if isinstance(error, CheckUnsure) else State.BAD
     except Exception as error:
         # A part's boundary: a bug in one check must not hide the parts behind it.
         logger.debug("a check failed unforeseen", exc_info=error)
@@ -64,4 +71,4 @@ def _try(check: Check, not_good: set[str]) -> Finding:
     causes = [part for part in check.stands_on if part in not_good]
     if causes:
         return Finding(check.part, State.BLOCKED, f"first the {causes[0]}; seen here: {detail}")
-    return Finding(check.part, State.BAD, detail)
+    return Finding(check.part, state, detail)

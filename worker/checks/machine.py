@@ -4,10 +4,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from PIL import features
+
 from config.settings import StoreSettings
 from inference.checkpoints.fit import GB
 from watermark.errors import FontMissing
 from watermark.fonts import find_font
+from watermark.shaping import is_shaping_here
 from worker.checks.finding import CheckFailed
 
 SAMPLE = "서울 Seoul"
@@ -21,6 +24,17 @@ def look_at_fonts(font_dirs: tuple[Path, ...]) -> str:
     except FontMissing as error:
         remedy = "install a font with Hangul, like Debian's fonts-nanum, or name its folder in FONT_DIRS"
         raise CheckFailed(f"{error}: {remedy}") from error
+
+
+def look_at_shaping() -> str:
+    """Are letters joined, and drawn from right to left, where the script wants it?"""
+    if not is_shaping_here():
+        raise CheckFailed(
+            "libfribidi is missing: texts in Arabic, Hebrew, Devanagari, Thai and their like are refused with "
+            "FONT_MISSING; install Debian's libfribidi0 or what the system calls it"
+        )
+    versions = ", ".join(f"{library} {features.version(library)}" for library in ("raqm", "harfbuzz", "fribidi"))
+    return f"letters are joined, and drawn from right to left, by {versions}"
 
 
 def look_at_disk(settings: StoreSettings) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from inference.child_process import path_variables
 from worker.product.cutout import NothingCut, bounded, has_own_alpha, judged, trimmed
 from worker.settling import CuttingFailed, JobFailed
 
@@ -107,7 +108,7 @@ def is_installed() -> bool:
 def _environment() -> dict[str, str]:
     kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     # rembg imports a library that compiles for a minute, and that the cutting does not call.
-    return kept | {"NUMBA_DISABLE_JIT": "1"}
+    return kept | path_variables() | {"NUMBA_DISABLE_JIT": "1"}
 
 
 def _reason(returncode: int, said: bytes) -> str:

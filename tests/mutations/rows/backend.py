@@ -8,6 +8,11 @@ ANSWERS = "tests/test_clients_answers.py"
 CLIENT = "tests/test_clients_webhooks.py"
 REFUSING = f"{FILE}::test_a_backend_that_refuses_the_worker_gets_no_more_work_drawn_until_it_takes_it_again"
 PAUSED = f"{FILE}::test_a_backend_that_asks_for_a_pause_gets_it"
+OUTBOX = "tests/test_notifying.py"
+PACING = "tests/test_pacing.py"
+REFUSALS = "tests/test_refusals.py"
+NEVER_TAKEN = f"{FILE}::test_events_that_are_never_taken_hold_up_none_that_an_outage_parked"
+EVERY_END = f"{FILE}::test_a_backend_that_refuses_every_end_gets_no_more_work_drawn_and_hears_of_what_was_drawn"
 CUT_OFF = f"{ANSWERS}::test_what_is_no_whole_head_of_an_answer_is_ambiguous"
 FOR_GOOD = f"{FILE}::test_an_event_refused_for_good_is_told_once_and_left_as_a_dead_letter"
 PROGRESS = f"{FILE}::test_progress_that_is_not_taken_delays_no_end_and_never_follows_it"
@@ -235,5 +240,71 @@ ROWS: tuple[Row, ...] = (
             Mutation("clients/webhooks.py", "adapter.send(prepared,", "session.send(prepared, allow_redirects=False,"),
         ),
         also=(f"{ANSWERS}::test_the_body_of_a_redirect_is_cut_off_as_any_other",),
+    ),
+    Row(
+        name="D18",
+        fault="it never takes one end of a kind, by 500, 404, 503 with a pause, or a reset",
+        answer="it goes behind the others, which are told within a minute of an outage's end, and is dead after a day",
+        tests=(f"{OUTBOX}::test_events_that_are_never_taken_do_not_hold_up_others_of_their_kind", NEVER_TAKEN),
+        without=(
+            Mutation("worker/pacing.py", "self.due_at = now + jittered(planned)", "pass"),
+            Mutation("worker/pacing.py", "(one.num_known, one.rank, one.order)", "one.due_at"),
+        ),
+        also=(
+            f"{OUTBOX}::test_an_event_over_a_day_old_is_buried_however_far_its_next_turn_is",
+            f"{OUTBOX}::test_one_that_the_backend_is_silent_on_holds_up_no_other_once_some_are_taken",
+            f"{PACING}::test_after_an_outage_all_are_told_within_a_minute_whatever_known_failures_are_among_them",
+            f"{PACING}::test_where_one_is_known_to_fail_a_new_event_is_told_at_once",
+            "tests/test_campaigns.py::test_a_campaign_loses_nothing_and_does_nothing_twice[kill]",
+        ),
+    ),
+    Row(
+        name="D19",
+        fault="as many ends that it never takes are in hand as the broker gives at once",
+        answer="each that failed goes to the tail of the queue by a confirmed copy, and those behind come in",
+        tests=(f"{OUTBOX}::test_with_as_many_in_hand_as_the_broker_gives_what_failed_goes_to_the_tail_of_the_queue",),
+        without=(Mutation("worker/outbox.py", "if self._is_full():", "if False:"),),
+        also=(NEVER_TAKEN,),
+    ),
+    Row(
+        name="D20",
+        fault="it comes back from an outage in which as many ends were parked that it never takes as others",
+        answer="its first answer, whatever it says, gives every end one try: all others are told within a minute",
+        tests=(f"{PACING}::test_so_they_are_where_the_failures_were_parked_in_the_outage_too",),
+        without=(Mutation("worker/pacing.py", "self._num_allowed = max(TRIES_A_TURN, num_parked)", "pass"),),
+    ),
+    Row(
+        name="D21",
+        fault="it refuses every end: 400 for its ALLOWED_HOSTS, 404 for a path twice in its address, redirects",
+        answer="after five in a row not ready, with what to look at; no new work, and no end more is a dead letter",
+        tests=(
+            f"{EVERY_END}[400-ALLOWED_HOSTS]",
+            f"{REFUSALS}::test_ends_refused_in_a_row_open_the_breaker_and_from_then_on_none_is_a_dead_letter",
+        ),
+        without=(
+            Mutation(
+                "worker/refusals.py",
+                "self._is_open = was_open or len(self._refused) >= REFUSED_ENDS",
+                "self._is_open = False",
+            ),
+        ),
+        also=(
+            f"{EVERY_END}[404-BACKEND_API_URL]",
+            f"{REFUSALS}::test_one_that_is_taken_between_begins_the_count_anew",
+        ),
+    ),
+    Row(
+        name="D22",
+        fault="it is down, and hundreds of ends are parked",
+        answer="it is asked with one of them each half minute",
+        tests=(f"{PACING}::test_a_backend_without_a_connection_is_asked_with_one_event_each_half_minute",),
+        without=(
+            Mutation(
+                "worker/pacing.py",
+                "            self._is_away = True\n            self.hold(now)\n",
+                "            self._is_away = True\n",
+            ),
+        ),
+        also=(f"{PACING}::test_a_backend_that_fails_all_is_asked_with_a_handful_of_events_each_half_minute",),
     ),
 )

@@ -6,6 +6,7 @@ FILE = "tests/test_live_faults_broker.py"
 LOST = f"{FILE}::test_a_connection_lost_in_mid_job_is_adopted_and_no_tag_of_the_lost_session_is_sent"
 RESTARTED = f"{FILE}::test_a_broker_restarted_in_mid_job_has_kept_every_message_and_nothing_is_drawn_twice"
 REAL_ENGINE = "tests/test_live_faults.py"
+RETURNS = "tests/test_live_returns.py"
 
 ADOPTING = Mutation("worker/runs.py", "            if known is not None:\n", "            if False:\n")
 
@@ -172,7 +173,7 @@ ROWS: tuple[Row, ...] = (
         fault="the same message five times at once on two workers, and three times afterwards",
         answer="drawn at most once by each, told with one body; afterwards neither drawn nor told",
         tests=(f"{FILE}::test_the_same_job_five_times_on_two_workers_has_one_end",),
-        without=(Mutation("worker/story.py", "        if known is not None:\n", "        if False:\n"),),
+        without=(Mutation("worker/story.py", "        if end is None:\n", "        if True:\n"),),
         also=(
             "tests/test_live_jobs.py::test_the_same_message_five_times_is_one_job",
             f"{REAL_ENGINE}::test_a_record_in_the_ledger_wins_over_a_second_worker",
@@ -211,6 +212,77 @@ ROWS: tuple[Row, ...] = (
         answer="the lost delivery's tag is never sent, so the new channel stays open",
         tests=(f"{LOST}[closed]", f"{LOST}[reset]"),
         without=(Mutation("worker/broker.py", "if delivery.session == self._session and channel", "if channel"),),
+    ),
+    Row(
+        name="A19",
+        fault="connections break more often than the broker returns a message, in queues that an older worker made",
+        answer="what was returned is replaced by a copy of which nothing is counted; ends are told and jobs drawn",
+        tests=(f"{RETURNS}::test_connections_lost_again_and_again_lose_neither_a_parked_event_nor_a_recovered_job",),
+        without=(
+            Mutation("worker/outbox.py", "        if delivery.num_deliveries > 0:\n", "        if False:\n"),
+            Mutation(
+                "worker/processing.py", "if delivery.num_deliveries > 0 or num_crashes", "if False and num_crashes"
+            ),
+        ),
+        also=(
+            f"{RETURNS}::test_an_event_parked_outlives_forty_restarts",
+            "tests/test_dead_letters.py::test_looking_often_uses_no_letter_up",
+        ),
+    ),
+    Row(
+        name="A20",
+        fault="a policy limits the length of the worker's queues, the age of their messages and their returns",
+        answer="a full queue refuses and the job keeps its end; what the broker gives up is a dead letter",
+        tests=(
+            f"{RETURNS}::test_a_full_queue_refuses_what_is_published_and_keeps_what_it_has",
+            f"{RETURNS}::test_a_message_at_a_policy_s_limit_becomes_a_dead_letter",
+        ),
+        without=(
+            Mutation("worker/queues.py", ', "x-overflow": "reject-publish"}', "}"),
+            Mutation("worker/queues.py", "held = _QUORUM | self._dead_lettering(to=self.dead)", "held = _QUORUM"),
+        ),
+        also=(
+            f"{RETURNS}::test_a_policy_with_every_limit_loses_no_end",
+            "tests/test_checks.py::test_a_policy_that_limits_the_worker_s_queues_is_found",
+        ),
+    ),
+    Row(
+        name="A21",
+        fault="workers are stopped in order, one after another, in the middle of a recovered job",
+        answer="its copy carries the number of killed workers, which is no higher; the next one draws it",
+        tests=(f"{RETURNS}::test_deployments_in_the_middle_of_a_long_job_are_no_crashes[3]",),
+        without=(
+            Mutation(
+                "worker/processing.py",
+                "if disposition is Disposition.RELEASE and delivery.queue",
+                "if False and delivery.queue",
+            ),
+        ),
+    ),
+    Row(
+        name="A22",
+        fault="ten jobs come back at once after a kill, while nothing else waits",
+        answer="as many are drawn at once as there are lanes",
+        tests=(f"{RETURNS}::test_recovered_jobs_come_as_many_at_once_as_there_are_lanes",),
+        without=(Mutation("worker/supervisor.py", "max(num_lanes, MIN_RECOVER_PREFETCH)", "MIN_RECOVER_PREFETCH"),),
+    ),
+    Row(
+        name="A23",
+        fault="one of several recovered jobs kills every worker that it is in",
+        answer="from the third time on it is done with no recovered job beside it, so that those are not given up",
+        tests=(f"{RETURNS}::test_a_job_that_several_workers_were_killed_with_is_done_with_no_recovered_one_beside_it",),
+        without=(Mutation("worker/processing.py", "if is_suspect(delivery) and not self", "if False and not self"),),
+    ),
+    Row(
+        name="A24",
+        fault="a job on lease kills its worker: its message was acked, so that the broker counts nothing",
+        answer="a note that has run out and was not taken away counts as a crash",
+        tests=(f"{RETURNS}::test_a_job_on_lease_whose_worker_was_killed_has_one_crash_more",),
+        without=(
+            Mutation(
+                "worker/processing.py", "num_crashes=delivery.num_crashes + 1", "num_crashes=delivery.num_crashes"
+            ),
+        ),
     ),
     Row(
         name="A25",

@@ -8,6 +8,10 @@ ENGINE = "tests/test_engine_process.py::"
 BATCHING = "tests/test_batching_faults.py::"
 HEALTH = "tests/test_health.py::"
 PARITY = "tests/test_parity.py::"
+EFFECT = "tests/test_live_effect.py::"
+THAWS = f"{EFFECT}test_a_worker_that_thaws_changes_no_picture_and_repeats_no_end"
+TWO_GENERATIONS = f"{EFFECT}test_a_task_id_of_two_generations_gives_each_its_own_end"
+OTHER_DATA = f"{EFFECT}test_a_task_id_with_other_data_is_a_dead_letter_that_says_so"
 KILLED = f"{LIVE}test_a_worker_killed_at_any_point_leaves_one_end_and_one_whole_picture"
 
 ROWS: tuple[Row, ...] = (
@@ -16,7 +20,7 @@ ROWS: tuple[Row, ...] = (
         "a worker is killed at any of eleven points between the download and the ack",
         "the next one goes on where the record says: one end, one whole picture, no rest",
         tests=(f"{KILLED}[behind_the_record]", f"{KILLED}[before_the_webhook]", f"{KILLED}[before_the_ack]"),
-        without=(Mutation("worker/story.py", "if known is not None:", "if False:"),),
+        without=(Mutation("worker/story.py", "if end is None:", "if True:"),),
         also=(
             KILLED,
             f"{LIVE}test_a_worker_killed_while_it_makes_the_png_leaves_one_end",
@@ -119,7 +123,14 @@ ROWS: tuple[Row, ...] = (
         "a worker is frozen until another one has done its job, and thaws",
         "its own run meets the record and tells nobody anything",
         tests=(f"{LIVE}test_a_worker_frozen_for_long_finds_that_its_job_has_ended",),
-        without=(Mutation("worker/notifying.py", "if event.is_delivered:", "if False:"),),
+        without=(
+            Mutation("worker/notifying.py", "if event.is_delivered:", "if False:"),
+            Mutation(
+                "worker/notifying.py",
+                "is_told = (bool(attempts) or _is_stale(event)) and self._ledger.is_delivered(event)",
+                "is_told = False",
+            ),
+        ),
         also=(f"{REAL_ENGINE}test_a_record_in_the_ledger_wins_over_a_second_worker",),
     ),
     Row(
@@ -224,6 +235,99 @@ ROWS: tuple[Row, ...] = (
         also=("tests/test_live_leaks.py::test_many_adapters_in_few_slots_leave_no_trace_in_memory_or_pictures",),
     ),
     Row(
+        "B18",
+        "a worker thaws whose job has ended elsewhere, and a newer task of the same generation too",
+        "it finds its job's end before it stores anything: the newer picture stays",
+        tests=(f"{THAWS}[in_a_step]", f"{THAWS}[before_the_picture]", f"{THAWS}[between_two_pictures]"),
+        without=(
+            Mutation(
+                "worker/storing.py",
+                "        if end is not None:\n            raise AlreadyEnded(end)\n",
+                "        pass\n",
+            ),
+        ),
+        also=(f"{THAWS}[in_the_picture]",),
+    ),
+    Row(
+        "B19",
+        "it was frozen in the middle of replacing an earlier picture",
+        "the store takes the write only over the very picture that was looked at",
+        tests=(f"{THAWS}[in_the_replacement]",),
+        without=(Mutation("clients/storage.py", '{"IfMatch": etag}', "{}"),),
+    ),
+    Row(
+        "B20",
+        "it was frozen between the record and the webhook",
+        "it looks whether the end was reported since: one call",
+        tests=(f"{THAWS}[behind_the_record]",),
+        without=(Mutation("worker/notifying.py", "(bool(attempts) or _is_stale(event))", "bool(attempts)"),),
+    ),
+    Row(
+        "B21",
+        "the store takes no record of a failure for all tries of its job, then the same message comes again",
+        "the failure waits in the outbox until it is recorded; whichever end is recorded first is the only one",
+        tests=(f"{EFFECT}test_a_failure_that_cannot_be_recorded_is_reported_once_the_store_records_it",),
+        without=(Mutation("worker/processing.py", "unrecorded = str(error)", "pass"),),
+        also=(f"{EFFECT}test_a_failure_that_was_not_recorded_gives_way_to_the_same_message_s_completion",),
+    ),
+    Row(
+        "B22",
+        "two generations' messages have one task_id",
+        "the second is done under an id of its own: two ends",
+        tests=(f"{TWO_GENERATIONS}[at_once]", f"{TWO_GENERATIONS}[one_after_the_other]"),
+        without=(
+            Mutation("worker/identity.py", "if str(asked.generation_id) != str(known_generation_id):", "if False:"),
+        ),
+        also=(f"{EFFECT}test_a_job_whose_task_id_another_worker_recorded_for_another_generation_ends_under_its_own",),
+    ),
+    Row(
+        "B23",
+        "two messages of one generation have one task_id and other data",
+        "one end, and a dead letter for the other that says why",
+        tests=(f"{OTHER_DATA}[at_once]", f"{OTHER_DATA}[one_after_the_other]"),
+        without=(
+            Mutation(
+                "worker/identity.py", "if known_fingerprint and known_fingerprint != fingerprint(body):", "if False:"
+            ),
+        ),
+    ),
+    Row(
+        "B24",
+        "a lease note that no worker wrote: nested deeply, huge numbers, until the year 9999",
+        "it counts as none: the job is done",
+        tests=(
+            f"{EFFECT}test_a_lease_note_that_no_worker_wrote_keeps_no_job[deep]",
+            f"{EFFECT}test_a_lease_note_that_no_worker_wrote_keeps_no_job[far_ahead]",
+        ),
+        without=(
+            Mutation("worker/strict_json.py", "except RecursionError as error:", "except ZeroDivisionError as error:"),
+            Mutation("worker/leases.py", " < MAX_VALID_SECONDS + MAX_SKEW_SECONDS", ""),
+        ),
+    ),
+    Row(
+        "B25",
+        "a record that no worker wrote",
+        "an end that cannot be read: a dead letter that says so, nothing drawn, nothing reported",
+        tests=(
+            f"{EFFECT}test_a_record_that_no_worker_wrote_is_an_end_that_cannot_be_read[list]",
+            f"{EFFECT}test_a_record_that_no_worker_wrote_is_an_end_that_cannot_be_read[too_long]",
+        ),
+        without=(
+            Mutation(
+                "worker/ledger.py",
+                'raise RecordUnreadable(f"{ref}: {error}") from error',
+                'raise ObjectDamaged(f"{ref}: {error}") from error',
+            ),
+        ),
+    ),
+    Row(
+        "B26",
+        "a job's pictures do not fit the supervisor's memory",
+        "they are read past, and the job fails by its size at the second try; no worker ends",
+        tests=(f"{EFFECT}test_a_result_beyond_the_supervisor_s_memory_ends_its_job_and_no_worker",),
+        without=(Mutation("inference/pixels.py", "except MemoryError:", "except ZeroDivisionError:"),),
+    ),
+    Row(
         "E1",
         "the disk is full",
         "no half file is left, and the job is tried again, by another worker as well",
@@ -302,7 +406,7 @@ ROWS: tuple[Row, ...] = (
         "E11",
         "clients of the metrics port leave before their answer, or send what is no request",
         "an answer where one can be given, and no traceback between the lines of the log",
-        tests=(f"{HEALTH}test_clients_that_leave_before_their_answer_leave_no_word",),
+        tests=(f"{HEALTH}test_clients_that_leave_before_their_answer_print_no_traceback",),
         without=(
             Mutation(
                 "worker/bounded_server.py",
@@ -311,8 +415,18 @@ ROWS: tuple[Row, ...] = (
             ),
         ),
         also=(
-            f"{HEALTH}test_odd_requests_have_one_answer_and_leave_no_word",
-            f"{HEALTH}test_fuzzed_requests_leave_no_word",
+            f"{HEALTH}test_odd_requests_have_one_answer_and_print_no_traceback",
+            f"{HEALTH}test_fuzzed_requests_print_no_traceback",
         ),
+    ),
+    Row(
+        "E12",
+        "the worker is started in a folder that holds a config.py, a json.py or other modules of such names",
+        "its children find their own modules, as it does: the working directory is not on their path",
+        tests=(
+            f"{LIVE}test_a_worker_started_in_a_folder_of_modules_with_its_own_names_draws",
+            "tests/test_product.py::test_a_folder_of_modules_with_the_names_of_ours_disturbs_no_cutting",
+        ),
+        without=(Mutation("inference/child_process.py", 'variables = {"PYTHONSAFEPATH": "1"}', "variables = {}"),),
     ),
 )

@@ -5,6 +5,8 @@ from tests.mutations.row import Mutation, Row
 LIVE = "tests/test_live_faults_store.py::"
 STORAGE = "tests/test_clients_storage.py::"
 BATCHING = "tests/test_batching.py::"
+GOOGLE = "tests/test_google_storage.py::"
+CACHE = "tests/test_clients_cache.py::"
 FETCHING = "tests/test_fetching.py::"
 
 ROWS: tuple[Row, ...] = (
@@ -122,11 +124,13 @@ ROWS: tuple[Row, ...] = (
     Row(
         "C11",
         "another task's picture lies under the generation's key",
-        "it gives way to the newer one, and a warning names both; our own is no conflict",
+        "it gives way to a task that has no recorded end, and a warning names both; our own is no conflict",
         tests=(f"{LIVE}test_a_picture_of_another_task_gives_way_and_the_log_says_so",),
         without=(
             Mutation(
-                "worker/storing.py", "self.gate.insist(overwrite, patience_seconds=PICTURE_PATIENCE_SECONDS)", "return"
+                "worker/storing.py",
+                "            if self._overwrite(file, found):\n                return\n",
+                "            return\n",
             ),
         ),
         also=(
@@ -262,5 +266,32 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(Mutation("clients/storage_wire.py", '    return "ETag" in answer\n', "    return True\n"),),
         also=(f"{STORAGE}test_an_error_inside_a_good_answer_to_a_write_is_an_error",),
+    ),
+    Row(
+        "C22",
+        "the store is Google's, which passes over If-None-Match on a write",
+        "requests go in Google's dialect, whose own condition lets one of two writers win",
+        tests=(
+            f"{GOOGLE}test_of_many_writers_of_one_key_one_wins_by_google_s_own_condition",
+            f"{GOOGLE}test_the_ledger_has_its_fence_and_the_probe_says_so",
+        ),
+        without=(Mutation("clients/google_dialect.py", 'kept[IF_GENERATION] = "0"', "pass"),),
+        also=(
+            "tests/test_live_google.py::test_a_job_is_drawn_stored_and_recorded_once_behind_google_s_condition",
+            f"{GOOGLE}test_a_picture_is_not_kept_by_caches_without_asking",
+        ),
+    ),
+    Row(
+        "C23",
+        "two workers on one host have one folder for their downloads",
+        "each locks one of its own inside it, so that none evicts what another uses; a killed worker's is free at once",
+        tests=(
+            f"{CACHE}test_a_second_cache_has_a_folder_of_its_own_until_the_first_is_gone",
+            f"{CACHE}test_a_worker_s_folder_is_free_once_its_process_was_killed",
+        ),
+        without=(
+            Mutation("clients/claimed_folder.py", "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+        ),
+        also=("tests/test_live_sharing.py::test_two_workers_share_forty_jobs_within_a_fifth_of_evenly",),
     ),
 )

@@ -1,0 +1,212 @@
+"""Turns of parked events: none waits for those that the backend never takes, and one that is down is left alone."""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from clients.webhooks import Attempt, Verdict, WebhookKind
+from worker.delivery import Delivery
+from worker.events import TerminalEvent
+from worker.pacing import SLOW_SECONDS, TRIES_A_TURN, Pacing, Parked
+
+A_MINUTE = 60.0
+ANSWER_SECONDS, HANG_SECONDS = 0.05, 20.0
+
+TAKEN = Attempt(Verdict.DELIVERED, 200, None, "HTTP 200", is_ambiguous=False)
+REFUSED_CONNECTION = Attempt(Verdict.RETRY, None, None, "no connection", is_ambiguous=False)
+FAILURES = {
+    "500": Attempt(Verdict.RETRY, 500, None, "HTTP 500", is_ambiguous=False),
+    "404": Attempt(Verdict.RETRY, 404, None, "HTTP 404", is_ambiguous=False),
+    "503 and a pause of an hour": Attempt(Verdict.RETRY, 503, 3600.0, "HTTP 503", is_ambiguous=False),
+    "a reset": Attempt(Verdict.RETRY, None, None, "the connection broke", is_ambiguous=True),
+    "silence": Attempt(Verdict.RETRY, None, None, "no answer within 20 s", is_ambiguous=True),
+}
+
+
+def parked(name: str) -> Parked:
+    event = TerminalEvent(name, 1, WebhookKind.COMPLETE, {"generation_id": 1})
+    delivery = Delivery(
+        body=b"",
+        queue="outbox",
+        is_redelivered=False,
+        attempt=2,
+        num_deliveries=0,
+        since=0.0,
+        session=1,
+        tag=1,
+        channel_number=1,
+    )
+    return Parked(event, delivery, 2)
+
+
+@dataclass
+class Lane:
+    """A lane with one call at a time, by a clock of its own. `answer` says what the backend makes of an event now."""
+
+    answer: Callable[[str, float], Attempt]
+    now: float = 1e9
+    pacing: Pacing = field(default_factory=Pacing)
+    parked: list[Parked] = field(default_factory=list)
+    told: dict[str, float] = field(default_factory=dict)
+    calls: list[tuple[str, float]] = field(default_factory=list)
+
+    def add(self, *names: str) -> None:
+        self.parked += [parked(name) for name in names]
+
+    def run(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            first = self.pacing.next_of(self.parked, [], self.now)
+            if first is None:
+                self.now = min(end, max(self.now, self.pacing.turn_at, self._next_due()) + 0.001)
+            else:
+                self._call(first)
+
+    def _next_due(self) -> float:
+        return min((one.due_at for one in self.parked), default=float("inf"))
+
+    def _call(self, one: Parked) -> None:
+        name = one.event.task_id
+        attempt = self.answer(name, self.now)
+        self.calls.append((name, self.now))
+        self.now += HANG_SECONDS if "no answer" in attempt.reason else ANSWER_SECONDS
+        if attempt is TAKEN:
+            self.told[name] = self.now
+            self.parked.remove(one)
+            self.pacing.note_taken()
+            self._let_through(one, is_taking=True)
+        else:
+            is_back = self.pacing.note_failed(one, attempt, self.now, num_parked=len(self.parked))
+            one.fail(attempt, self.now)
+            if is_back:
+                self._let_through(one, is_taking=False)
+
+    def _let_through(self, called: Parked, *, is_taking: bool) -> None:
+        for other in self.parked:
+            if other is not called:
+                other.let_through(is_taking=is_taking)
+
+
+def names(kind: str, count: int) -> list[str]:
+    return [f"{kind} {number}" for number in range(count)]
+
+
+OUTAGE_SECONDS = 200.0
+
+
+def after_an_outage(bad: Attempt, num_bad: int, num_good: int, outage: Attempt, *, are_known: bool) -> Lane:
+    """A lane a minute after the backend's return; the bad ones were parked before the outage where `are_known`."""
+    outage_at, back_at = 1e9 + 100, 1e9 + 100 + OUTAGE_SECONDS
+
+    def answer(name: str, now: float) -> Attempt:
+        if outage_at <= now < back_at:
+            return outage
+        return bad if name.startswith("bad") else TAKEN
+
+    lane = Lane(answer)
+    if are_known:
+        lane.add(*names("bad", num_bad), "first", "second")
+    lane.run(outage_at - lane.now)
+    lane.now = max(lane.now, outage_at)
+    if not are_known:
+        lane.add(*names("bad", num_bad))
+    lane.add(*names("good", num_good))
+    lane.run(back_at - lane.now)
+    lane.run(back_at + A_MINUTE - lane.now)
+    return lane
+
+
+RATIOS = [(1, 1), (3, 1), (3, 2), (3, 50), (1, 199), (50, 50), (50, 1)]
+OUTAGES = {"no connection": REFUSED_CONNECTION, "502 to all": Attempt(Verdict.RETRY, 502, None, "HTTP 502", False)}
+
+
+@pytest.mark.parametrize("outage", OUTAGES.values(), ids=OUTAGES.keys())
+@pytest.mark.parametrize(("num_bad", "num_good"), RATIOS[:-1])
+@pytest.mark.parametrize("kind", ["500", "404", "503 and a pause of an hour", "a reset"])
+def test_after_an_outage_all_are_told_within_a_minute_whatever_known_failures_are_among_them(
+    kind: str, num_bad: int, num_good: int, outage: Attempt
+) -> None:
+    random.seed(f"{kind} {num_bad} {num_good}")
+
+    lane = after_an_outage(FAILURES[kind], num_bad, num_good, outage, are_known=True)
+
+    assert {name for name in lane.told if name.startswith("good")} == set(names("good", num_good))
+
+
+@pytest.mark.parametrize(("num_bad", "num_good"), RATIOS)
+@pytest.mark.parametrize("kind", ["500", "404", "503 and a pause of an hour", "a reset"])
+def test_so_they_are_where_the_failures_were_parked_in_the_outage_too(kind: str, num_bad: int, num_good: int) -> None:
+    random.seed(f"{kind} {num_bad} {num_good}")
+
+    lane = after_an_outage(FAILURES[kind], num_bad, num_good, REFUSED_CONNECTION, are_known=False)
+
+    assert {name for name in lane.told if name.startswith("good")} == set(names("good", num_good))
+
+
+def test_two_that_the_backend_is_silent_on_cost_the_others_two_calls() -> None:
+    random.seed("silence")
+    lane = after_an_outage(FAILURES["silence"], 2, 5, REFUSED_CONNECTION, are_known=False)
+    lane.run(2 * HANG_SECONDS)
+
+    assert len([name for name in lane.told if name.startswith("good")]) == 5
+
+
+def test_beside_a_call_that_is_not_answered_another_one_begins() -> None:
+    pacing, silent, other = Pacing(), parked("silent"), parked("other")
+    silent.begun_at = now = time.monotonic()
+
+    assert pacing.next_of([other], [silent], now + SLOW_SECONDS - 0.1) is None
+    assert pacing.seconds_to_wait([other], [silent], now, at_most=60) == pytest.approx(SLOW_SECONDS)
+    assert pacing.next_of([other], [silent], now + SLOW_SECONDS + 0.1) is other
+    assert pacing.next_of([other], [silent] * TRIES_A_TURN, now + 3600) is None
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
+def test_where_one_is_known_to_fail_a_new_event_is_told_at_once(failure: Attempt) -> None:
+    lane = Lane(lambda name, _now: TAKEN if name.startswith("good") else failure)
+    lane.add("good 0", "bad", "good 1", "good 2")
+    lane.run(600)
+
+    began_at = lane.now
+    lane.add("good 9")
+    lane.run(A_MINUTE)
+
+    assert lane.told["good 9"] - began_at < 1
+
+
+@pytest.mark.parametrize("num_parked", [1, 5, 200])
+def test_a_backend_without_a_connection_is_asked_with_one_event_each_half_minute(num_parked: int) -> None:
+    lane = Lane(lambda _name, _now: REFUSED_CONNECTION)
+    lane.add(*names("good", num_parked))
+    lane.run(120)
+    lane.calls.clear()
+
+    lane.run(600)
+
+    assert 600 / 36 - 2 <= len(lane.calls) <= 600 / 30 + 1
+
+
+def test_a_backend_that_fails_all_is_asked_with_a_handful_of_events_each_half_minute() -> None:
+    lane = Lane(lambda _name, _now: FAILURES["500"])
+    lane.add(*names("good", 40))
+    lane.run(120)
+    lane.calls.clear()
+
+    lane.run(600)
+
+    assert len(lane.calls) <= 4 * (600 / 30 + 1)
+    assert {name for name, _ in lane.calls} == set(names("good", 40))
+
+
+def test_one_that_is_known_to_fail_is_asked_with_more_and_more_rarely_whatever_is_taken_beside_it() -> None:
+    lane = Lane(lambda name, _now: TAKEN if name.startswith("good") else FAILURES["500"])
+    lane.add("bad")
+    for number in range(3600):
+        lane.add(f"good {number}")
+        lane.run(1)
+
+    assert sum(name == "bad" for name, _ in lane.calls) <= 25
+    assert len(lane.told) == 3600

@@ -1,0 +1,115 @@
+"""Pictures of one generation, written by several tasks and several runs, in a real store."""
+
+import threading
+import uuid
+from io import BytesIO
+
+import pytest
+from PIL import Image, PngImagePlugin
+
+from clients.location import ObjectRef
+from clients.storage import Storage
+from config.settings import StoreSettings
+from worker.breakers import STORE_THRESHOLD, Breaker, Gate
+from worker.events import TerminalEvent, failed_event
+from worker.storing import AlreadyEnded, PictureStore
+
+TASK, OTHER = str(uuid.uuid4()), str(uuid.uuid4())
+
+
+def png(colour: str, said: str = "") -> bytes:
+    """A picture of one colour whose file says something of itself."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", said)
+    sink = BytesIO()
+    Image.new("RGB", (8, 8), colour).save(sink, "PNG", pnginfo=text)
+    return sink.getvalue()
+
+
+class Shelf:
+    """A key of a real store, and tasks' ends that a test sets."""
+
+    def __init__(self, settings: StoreSettings, bucket: str) -> None:
+        self.ref = ObjectRef(bucket, "generations/gen-7.png")
+        self.ends: dict[str, TerminalEvent] = {}
+        self.others: list[tuple[str, bytes]] = []
+        self.storage = Storage(settings)
+        gate = Gate(Breaker("the store", STORE_THRESHOLD), threading.Event())
+        self.store = PictureStore(self.storage, gate, self.end_of)
+
+    def end_of(self, task_id: str) -> TerminalEvent | None:
+        """Asked between the look and the write: here others may write."""
+        end = self.ends.get(task_id)
+        if self.others:
+            self.write(*self.others.pop())
+        return end
+
+    def write(self, task_id: str, content: bytes) -> None:
+        self.storage.put(self.ref, content, content_type="image/png", metadata={"task-id": task_id})
+
+    def put(self, content: bytes) -> None:
+        self.store.put(self.ref, content, task_id=TASK)
+
+    def end(self, task_id: str) -> None:
+        self.ends[task_id] = failed_event(
+            task_id=task_id, generation_id=7, code="GPU_OOM", message="too large", retry_count=0
+        )
+
+    @property
+    def shown(self) -> bytes:
+        return self.storage.read(self.ref, max_bytes=10_000)
+
+
+@pytest.fixture
+def shelf(store_settings: StoreSettings, bucket: str) -> Shelf:
+    return Shelf(store_settings, bucket)
+
+
+def test_another_task_s_picture_is_replaced_by_a_task_that_has_no_end(shelf: Shelf) -> None:
+    shelf.write(OTHER, png("red"))
+
+    shelf.put(png("blue"))
+
+    assert shelf.shown == png("blue")
+    assert shelf.storage.notes_of(shelf.ref).metadata["task-id"] == TASK
+
+
+def test_a_task_that_has_ended_elsewhere_replaces_nothing(shelf: Shelf) -> None:
+    shelf.write(OTHER, png("red"))
+    shelf.end(TASK)
+
+    with pytest.raises(AlreadyEnded) as raised:
+        shelf.put(png("blue"))
+
+    assert raised.value.end == shelf.ends[TASK]
+    assert shelf.shown == png("red")
+
+
+def test_a_picture_that_was_written_behind_the_look_is_looked_at_again(shelf: Shelf) -> None:
+    shelf.write(OTHER, png("red"))
+    shelf.others = [(OTHER, png("green")), (str(uuid.uuid4()), png("yellow"))]
+
+    shelf.put(png("blue"))
+
+    assert shelf.others == []
+    assert shelf.shown == png("blue")
+
+
+def test_another_run_s_picture_of_the_task_stays_where_it_shows_the_same(shelf: Shelf) -> None:
+    """It may have been reported, and its bytes with it."""
+    shelf.put(png("blue", "at noon"))
+
+    shelf.put(png("blue", "at one"))
+
+    assert shelf.shown == png("blue", "at noon")
+
+
+@pytest.mark.parametrize("earlier", [png("red"), b"not a picture", b""], ids=["red", "no_picture", "empty"])
+def test_another_run_s_picture_of_the_task_is_replaced_where_it_shows_something_else(
+    shelf: Shelf, earlier: bytes
+) -> None:
+    shelf.write(TASK, earlier)
+
+    shelf.put(png("blue"))
+
+    assert shelf.shown == png("blue")

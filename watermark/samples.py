@@ -1,0 +1,36 @@
+"""Bring the samples of a decoded picture to 8 bits, and a colour that counts as transparent to alpha."""
+
+import numpy as np
+from PIL import Image
+
+# What other modes of Pillow become before anything else; 16 bits are scaled, 32 are refused.
+EXPANDED = {"1": "L", "YCbCr": "RGB", "RGBX": "RGB", "RGBa": "RGBA", "La": "LA", "PA": "RGBA"}
+PLAIN_MODES = frozenset({"RGB", "RGBA", "L", "LA", "CMYK", "LAB"})
+
+
+def is_read(mode: str) -> bool:
+    """Whether `expanded` takes pictures of Pillow's `mode`."""
+    return mode in PLAIN_MODES | EXPANDED.keys() | {"P"} or mode.startswith("I;16")
+
+
+def expanded(image: Image.Image) -> Image.Image:
+    """`image` in 8 bits a sample: RGB, RGBA, L, LA, CMYK or LAB; a colour that counts as transparent becomes alpha."""
+    if image.mode.startswith("I;16"):
+        return _from_16_bits(image)
+    if image.mode == "P":
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if image.mode in EXPANDED:
+        image = image.convert(EXPANDED[image.mode])
+    if image.info.get("transparency") is not None and image.mode in ("L", "RGB"):
+        return image.convert("LA" if image.mode == "L" else "RGBA")
+    return image
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """Scaled: Pillow's own conversion clips 16 bits at 255, so that all but black turns white."""
+    samples = np.asarray(image).astype(np.uint32)
+    grey = Image.fromarray(((samples + 128) // 257).clip(0, 255).astype(np.uint8))
+    if (key := image.info.get("transparency")) is not None:
+        grey.putalpha(Image.fromarray(np.where(samples == key, 0, 255).astype(np.uint8)))
+    grey.info = {name: value for name, value in image.info.items() if name != "transparency"}
+    return grey

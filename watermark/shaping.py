@@ -1,0 +1,123 @@
+"""Scripts whose letters join, stack or run from right to left: what drawing them takes, and whether it is here.
+
+Pillow's wheels bring raqm and HarfBuzz, and load fribidi from the system. Without it they draw one glyph a character
+from left to right, in silence.
+"""
+
+import unicodedata
+from collections.abc import Collection, Iterable
+
+from PIL import features
+
+from watermark.errors import ShapingMissing
+
+ZWNJ, ZWJ, LRM, RLM = "\u200c", "\u200d", "\u200e", "\u200f"
+GRAPHEME_JOINER = "\u034f"
+# Format characters that are part of a text's spelling or order; overrides and isolates, which forge names, are not.
+SPELLING = frozenset({ZWNJ, ZWJ, LRM, RLM, "\u061c"})
+# Signs that enclose or precede digits: format characters to Unicode, and drawn (its Prepended_Concatenation_Mark).
+ENCLOSING = frozenset(map(chr, (*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD)))
+# By the beginning of their names.
+VARIATION_SELECTORS = ("VARIATION SELECTOR-", "MONGOLIAN FREE VARIATION SELECTOR", "MONGOLIAN VOWEL SEPARATOR")
+# Hints where a line may break or must not: nothing of them is drawn.
+HINTS = frozenset("\u00ad\u200b\u2060\ufeff")
+
+# Blocks in which one glyph a character is wrong: Hebrew to Myanmar, old Hangul, Tagalog to Mongolian, Limbu to Vedic, …
+COMPLEX_BLOCKS = (
+    *((0x0590, 0x109F), (0x1100, 0x11FF), (0x1700, 0x18AF), (0x1900, 0x1CFF), (0xA800, 0xAAFF), (0xABC0, 0xABFF)),
+    *((0xD7B0, 0xD7FF), (0xFB1D, 0xFDFF), (0xFE70, 0xFEFE), (0x10800, 0x11FFF), (0x1E800, 0x1EFFF)),
+)
+MARKS = frozenset({"Mn", "Mc", "Me"})
+RIGHT_TO_LEFT = frozenset({"R", "AL"})
+# Of these scripts a font must say that it shapes them, by OpenType's tags, old and new: with the letters alone it draws
+# what nobody can read.
+SHAPED = (
+    ((0x0600, 0x06FF), ("arab",)),
+    ((0x0700, 0x074F), ("syrc",)),
+    ((0x0750, 0x077F), ("arab",)),
+    ((0x08A0, 0x08FF), ("arab",)),
+    ((0x0900, 0x097F), ("deva", "dev2", "dev3")),
+    ((0x0980, 0x09FF), ("beng", "bng2", "bng3")),
+    ((0x0A00, 0x0A7F), ("guru", "gur2", "gur3")),
+    ((0x0A80, 0x0AFF), ("gujr", "gjr2", "gjr3")),
+    ((0x0B00, 0x0B7F), ("orya", "ory2", "ory3")),
+    ((0x0B80, 0x0BFF), ("taml", "tml2", "tml3")),
+    ((0x0C00, 0x0C7F), ("telu", "tel2", "tel3")),
+    ((0x0C80, 0x0CFF), ("knda", "knd2", "knd3")),
+    ((0x0D00, 0x0D7F), ("mlym", "mlm2", "mlm3")),
+    ((0x0D80, 0x0DFF), ("sinh",)),
+    ((0x0F00, 0x0FFF), ("tibt",)),
+    ((0x1000, 0x109F), ("mymr", "mym2")),
+    ((0x1780, 0x17FF), ("khmr",)),
+)
+
+
+def is_shaping_here() -> bool:
+    """Whether raqm draws texts in this process; it cannot without fribidi."""
+    return bool(features.check("raqm"))
+
+
+def check_shaping(text: str) -> None:
+    """Raise `ShapingMissing` where `text` would be drawn wrong in this process."""
+    if not is_shaping_here() and (complex_ones := [char for char in text if needs_shaping(char)]):
+        shown = " ".join(sorted({f"U+{ord(char):04X}" for char in complex_ones})[:5])
+        raise ShapingMissing(
+            f"the text has letters that join or run from right to left ({shown}), which this worker cannot draw: "
+            "libfribidi is missing"
+        )
+
+
+def needs_shaping(text: str) -> bool:
+    """Whether a glyph for each character, from left to right, is wrong for `text`."""
+    return any(
+        is_ignorable(char)
+        or unicodedata.category(char) in MARKS
+        or unicodedata.bidirectional(char) in RIGHT_TO_LEFT
+        or any(first <= ord(char) <= last for first, last in COMPLEX_BLOCKS)
+        for char in text
+    )
+
+
+def is_ignorable(char: str) -> bool:
+    """Whether a font needs no glyph for it: joiners, directional marks and variation selectors."""
+    return char in SPELLING or _is_selector(char)
+
+
+def without_hints(text: str) -> str:
+    """`text` without what hints at line breaks, and without selectors that select nothing: alone they are drawn."""
+    kept: list[str] = []
+    for char in text:
+        is_stray = _is_selector(char) and (not kept or kept[-1].isspace())
+        if char not in HINTS and not is_stray:
+            kept.append(char)
+    return "".join(kept)
+
+
+def _is_selector(char: str) -> bool:
+    return char == GRAPHEME_JOINER or unicodedata.name(char, "").startswith(VARIATION_SELECTORS)
+
+
+def unshaped(code_points: Iterable[int], tags: Collection[str]) -> frozenset[int]:
+    """The letters that a font draws without joining or stacking them; `tags` are the scripts that it shapes."""
+    return frozenset(one for one in code_points if not _is_shaped(one, tags))
+
+
+def _is_shaped(code_point: int, tags: Collection[str]) -> bool:
+    if unicodedata.category(chr(code_point))[0] not in "LM":
+        return True
+    wanted = next((tags for (first, last), tags in SHAPED if first <= code_point <= last), ())
+    return not wanted or any(tag in tags for tag in wanted)
+
+
+def in_direction_of(line: str, part: str) -> str:
+    """`part`, which was broken off `line`, so that it runs as the whole line does: by its first letter (UAX #9, P2)."""
+    is_leftwards = bool(_runs_left(line))
+    if bool(_runs_left(part)) is is_leftwards:
+        return part
+    return (RLM if is_leftwards else LRM) + part
+
+
+def _runs_left(text: str) -> bool | None:
+    """Whether the first letter runs from right to left; None where there is none."""
+    kinds = (unicodedata.bidirectional(char) for char in text)
+    return next((kind in RIGHT_TO_LEFT for kind in kinds if kind == "L" or kind in RIGHT_TO_LEFT), None)

@@ -1,0 +1,38 @@
+"""Read JSON that a worker wrote, from where others can write too: a value comes of it, or a `ValueError`."""
+
+import json
+import math
+from typing import Any, TypeGuard
+
+MAX_INT64 = 2**63 - 1
+
+
+def strict_json(content: bytes) -> Any:
+    """Parse UTF-8 JSON without NaN, infinities and integers beyond 64 bits. Raises `ValueError` for all else."""
+    try:
+        return json.loads(content.decode(), parse_int=_int64, parse_float=_finite, parse_constant=_refuse)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether the value is a JSON number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _int64(digits: str) -> int:
+    value = int(digits) if len(digits) <= len(str(MAX_INT64)) + 1 else MAX_INT64 + 1
+    if abs(value) > MAX_INT64:
+        raise ValueError(f"a whole number of {len(digits)} characters is beyond 64 bits")
+    return value
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {digits:.40} is beyond what a float holds")
+    return value
+
+
+def _refuse(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
