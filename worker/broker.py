@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pika
 import pika.exceptions
@@ -94,14 +94,17 @@ class Consumer:
         subscriptions: list[Subscription],
         broadcast: Broadcast,
         on_lost: Callable[[], None] = lambda: None,
+        not_before: float = 0.0,
     ) -> None:
-        """`on_lost` runs on the consuming thread when what was delivered may go to somebody else: it must be quick."""
+        """`on_lost` runs on the consuming thread when what was delivered may go to somebody else: it must be quick.
+        The broker is not asked `not_before` a moment of `time.monotonic()`."""
         self._settings = settings
         self._refusals = Refusals(settings)
         self._names = names
         self._subscriptions = subscriptions
         self._broadcast = broadcast
         self._on_lost = on_lost
+        self._not_before = not_before
         self._connection: _Connection = None
         self._channels: dict[int, _Channel] = {}
         self._tags: dict[_Channel, str] = {}
@@ -162,6 +165,8 @@ class Consumer:
 
     def _run(self) -> None:
         backoff = Backoff()
+        if (wait := self._not_before - time.monotonic()) > 0:
+            backoff.sleep(lambda: self._is_closing, at_least_seconds=wait)
         while not self._is_closing:
             try:
                 self._open_session()
@@ -409,13 +414,21 @@ def connect(settings: BrokerSettings, name: str) -> _Connection:
     return pika.BlockingConnection(parameters, _impl_class=TolerantConnection)
 
 
-def why_not_usable(settings: BrokerSettings) -> str:
-    """Connect once; why that cannot be, or nothing where it can."""
+class FirstTry(NamedTuple):
+    """Why the broker cannot be used, empty where it can, and when it may be asked again, in `time.monotonic()`."""
+
+    reason: str = ""
+    again_at: float = 0.0
+
+
+def try_broker(settings: BrokerSettings) -> FirstTry:
+    """Connect once and close."""
     try:
         close_connection(connect(settings, "darkroom start"))
     except Exception as error:  # noqa: BLE001 - pika raises also what is no AMQPError; the consumer tries again for ever
-        return Refusals(settings).no_connection(error)
-    return ""
+        refused = REFUSED_BACKOFF_SECONDS if isinstance(error, _REFUSED) else 0.0
+        return FirstTry(Refusals(settings).no_connection(error), time.monotonic() + refused)
+    return FirstTry()
 
 
 def broadcast(settings: BrokerSettings, exchange: str, bodies: Sequence[bytes]) -> bool:

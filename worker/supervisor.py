@@ -22,7 +22,7 @@ from inference.process import EngineProcess, EngineState
 from inference.request import ModelFacts
 from worker.board import Board
 from worker.breakers import BACKEND_THRESHOLD, STORE_THRESHOLD, Breaker, Gate
-from worker.broker import Broadcast, Consumer, Publisher, Subscription, why_not_usable
+from worker.broker import Broadcast, Consumer, Publisher, FirstTry, Subscription, try_broker
 from worker.cancelling import Cancellations
 from worker.gauges import Gauges
 from worker.health import HealthServer
@@ -82,6 +82,7 @@ class Supervisor:
         self._is_draining = threading.Event()
         self._num_signals = 0
         self._has_bug = False
+        self._first_try = FirstTry()
         self._names = QueueNames(settings.broker.queue, settings.broker.consumer_timeout_seconds)
         self._storage = Storage(settings.store)
         self._cache = DownloadCache(self._storage, settings.store.cache_dir, settings.store.cache_max_bytes)
@@ -172,8 +173,9 @@ class Supervisor:
         for doubt in doubtful_names():
             log_event(logger, "setting not known", logging.WARNING, reason=doubt)
         # Told before the model is loaded, which takes minutes; the consumer tries again for ever.
-        if reason := why_not_usable(self._settings.broker):
-            log_event(logger, "broker not usable", logging.WARNING, reason=reason)
+        self._first_try = try_broker(self._settings.broker)
+        if self._first_try.reason:
+            log_event(logger, "broker not usable", logging.WARNING, reason=self._first_try.reason)
         log_event(logger, "loading", model=self._settings.model.model_id)
         self._engine.start()
         self._publisher.start()
@@ -254,7 +256,12 @@ class Supervisor:
         ]
         orders = Broadcast(self._names.cancel_exchange, self._processor.on_cancel)
         self._consumer = Consumer(
-            self._settings.broker, self._names, subscriptions, orders, on_lost=self._processor.on_lost
+            self._settings.broker,
+            self._names,
+            subscriptions,
+            orders,
+            on_lost=self._processor.on_lost,
+            not_before=self._first_try.again_at,
         )
         self._readiness.consumer = self._consumer
         self._processor.start(self._consumer)
