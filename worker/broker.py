@@ -94,6 +94,7 @@ class Consumer:
         subscriptions: list[Subscription],
         broadcast: Broadcast,
         on_lost: Callable[[], None] = lambda: None,
+        *,
         not_before: float = 0.0,
     ) -> None:
         """`on_lost` runs on the consuming thread when what was delivered may go to somebody else: it must be quick.
@@ -426,8 +427,8 @@ def try_broker(settings: BrokerSettings) -> FirstTry:
     try:
         close_connection(connect(settings, "darkroom start"))
     except Exception as error:  # noqa: BLE001 - pika raises also what is no AMQPError; the consumer tries again for ever
-        refused = REFUSED_BACKOFF_SECONDS if isinstance(error, _REFUSED) else 0.0
-        return FirstTry(Refusals(settings).no_connection(error), time.monotonic() + refused)
+        again_at = time.monotonic() + REFUSED_BACKOFF_SECONDS if isinstance(error, _REFUSED) else 0.0
+        return FirstTry(Refusals(settings).no_connection(error), again_at)
     return FirstTry()
 
 

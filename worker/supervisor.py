@@ -22,7 +22,7 @@ from inference.process import EngineProcess, EngineState
 from inference.request import ModelFacts
 from worker.board import Board
 from worker.breakers import BACKEND_THRESHOLD, STORE_THRESHOLD, Breaker, Gate
-from worker.broker import Broadcast, Consumer, Publisher, FirstTry, Subscription, try_broker
+from worker.broker import Broadcast, Consumer, FirstTry, Publisher, Subscription, try_broker
 from worker.cancelling import Cancellations
 from worker.gauges import Gauges
 from worker.health import HealthServer
