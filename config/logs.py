@@ -1,4 +1,7 @@
-"""One event, one line of JSON, at most 8 kB, with the job's ids bound once for everything its thread logs."""
+"""One event, one line of at most 8 kB, with the job's ids bound once for everything its thread logs.
+
+JSON for programs, on standard output; text for people, on standard error.
+"""
 
 import json
 import logging
@@ -10,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
-from config.redacting import redacted
+from config.redacting import CUT, redacted
 
 MAX_LINE_BYTES = 8192
 MAX_VALUE_CHARS = 2048
@@ -24,6 +27,9 @@ MAX_CUT_CHARS = 128
 
 # urllib3 and botocore log request lines at DEBUG, httpx each hub request at INFO.
 NOISY_LOGGERS = ("urllib3", "botocore", "boto3", "s3transfer", "httpx", "huggingface_hub", "PIL", "fontTools")
+
+# `auto`: text where standard error is a terminal, and JSON unless that terminal would show it beside the text.
+LogFormat = Literal["auto", "json", "text"]
 
 _bound: ContextVar[dict[str, Any]] = ContextVar("bound", default={})  # noqa: B039 - replaced whole, never changed
 
@@ -53,7 +59,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "event": record.getMessage(),
         }
-        line |= _bound.get() | getattr(record, "fields", {})
+        line |= _fields_of(record)
         if record.exc_info:
             # Before it is cut: half a URL does not look like one.
             line["exception"] = redacted(self.formatException(record.exc_info))[-MAX_VALUE_CHARS:]
@@ -62,6 +68,23 @@ class JsonFormatter(logging.Formatter):
             return text
         kept = {name: _short(line[name], MAX_CUT_CHARS) for name in ("time", "level", "logger", "event", *_bound.get())}
         return json.dumps(kept | {"cut": len(text)}, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """`12:34:56 WARNING event  name=value …` in local time; what a terminal would act on is escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S")
+        level = "" if record.levelno == logging.INFO else f"{record.levelname} "
+        event = _legible(_short(record.getMessage()))
+        line = f"{moment} {level}{event}"
+        if fields := " ".join(f"{_legible(name)}={_in_words(value)}" for name, value in _fields_of(record).items()):
+            line += f"  {fields}"
+        if record.exc_info:
+            trace = redacted(self.formatException(record.exc_info))[-MAX_VALUE_CHARS:]
+            line += "".join(f"\n    {_legible(one)}" for one in trace.splitlines())
+        # One sign takes four bytes at most.
+        return line if len(line) <= MAX_LINE_BYTES // 4 else line[: MAX_LINE_BYTES // 4] + CUT
 
 
 class UnhurriedHandler(logging.Handler):
@@ -109,16 +132,15 @@ class UnhurriedHandler(logging.Handler):
         lines = [*self._lines]
         self._lines.clear()
         if self._num_dropped:
-            lines.append(json.dumps({"level": "WARNING", "event": "log lines dropped", "count": self._num_dropped}))
+            dropped = {"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING", "msg": "log lines dropped"}
+            lines.append(self.format(logging.makeLogRecord(dropped | {"fields": {"count": self._num_dropped}})))
             self._num_dropped = 0
         return "".join(f"{line}\n" for line in lines).encode()
 
 
-def configure_logging(level: str) -> None:
-    """Send every logger to standard output as JSON lines; third parties only from WARNING on."""
-    handler = UnhurriedHandler(sys.stdout.fileno())
-    handler.setFormatter(JsonFormatter())
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+def configure_logging(level: str, log_format: LogFormat = "auto") -> None:
+    """Send every logger to where `log_format` says; third parties only from WARNING on."""
+    logging.basicConfig(level=level, handlers=_handlers(log_format), force=True)
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     # pika prints hosts and whole connections, also for what is expected; worker.broker logs every loss itself.
@@ -127,6 +149,36 @@ def configure_logging(level: str) -> None:
     logging.captureWarnings(True)
     # A closed or full stdout must not print a traceback for every line; the job goes on.
     logging.raiseExceptions = False
+
+
+def _handlers(log_format: LogFormat) -> list[logging.Handler]:
+    has_text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
+    has_json = log_format == "json" or (log_format == "auto" and not (has_text and sys.stdout.isatty()))
+    handlers: list[logging.Handler] = []
+    if has_json:
+        handlers.append(UnhurriedHandler(sys.stdout.fileno()))
+        handlers[-1].setFormatter(JsonFormatter())
+    if has_text:
+        handlers.append(UnhurriedHandler(sys.stderr.fileno()))
+        handlers[-1].setFormatter(TextFormatter())
+    return handlers
+
+
+def _fields_of(record: logging.LogRecord) -> dict[str, Any]:
+    return _bound.get() | getattr(record, "fields", {})
+
+
+def _in_words(value: Any) -> str:
+    """A field's value: text as it is, in quotes where it has spaces or is empty; what is nested as JSON."""
+    if isinstance(value, str):
+        text = _legible(_short(value))
+        return text if text and " " not in text else f'"{text}"'
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return _legible(_short(text))
+
+
+def _legible(text: str) -> str:
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def _short(value: Any, max_chars: int = MAX_VALUE_CHARS) -> Any:

@@ -1,13 +1,20 @@
 """What the sections of the settings are made of: where they are read, how values are judged, how problems are told."""
 
+import os
 import re
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import SplitResult, urlsplit
 
+from dotenv import dotenv_values
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from config.redacting import redacted
+from config.near_names import near_names
+from config.problems import describe
+
+ENV_FILE = ".env"
+# As editors of Windows write it: the sign that they begin with would be part of the first name.
+ENV_ENCODING = "utf-8-sig"
 
 # What S3, its older buckets and Google Cloud Storage take, so that settings and jobs agree. No colon and no slash: an
 # ARN as bucket makes botocore dial another host.
@@ -24,7 +31,8 @@ class Section(BaseSettings):
 
     # An empty variable means "not set": compose files and RunPod templates pass every name, filled in or not.
     model_config = SettingsConfigDict(
-        env_file=".env",
+        env_file=ENV_FILE,
+        env_file_encoding=ENV_ENCODING,
         extra="ignore",
         frozen=True,
         env_ignore_empty=True,
@@ -38,11 +46,31 @@ S = TypeVar("S", bound=Section)
 
 def load_section(section: type[S]) -> S:
     """Read one section alone, for commands that need no more; raise `SettingsError` with its problems."""
+    names = given_names(section)
     try:
         return section()
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_input=False)
-        raise SettingsError("\n".join(_describe(problem) for problem in problems)) from error
+        problems = error.errors(include_url=False)
+        fields = {str(field.validation_alias): field for field in section.model_fields.values()}
+        meant_by = {meant: name for name, meant in near_names(names, fields).items()}
+        raise SettingsError("\n".join(describe(problem, fields, meant_by) for problem in problems)) from error
+    except OSError as error:
+        # A name that no file can have.
+        raise SettingsError(f"a file that a setting names cannot be used: {error.strerror}") from error
+
+
+def given_names(section: type[Section] = Section) -> set[str]:
+    """The names of all variables in the environment and in the section's file that are not empty, for any program.
+
+    Raises `SettingsError` where the file cannot be read.
+    """
+    file = section.model_config.get("env_file")
+    try:
+        in_file = dotenv_values(ENV_FILE, encoding=ENV_ENCODING) if file is not None else {}
+    except (UnicodeDecodeError, OSError) as error:
+        raise SettingsError(f"{ENV_FILE} cannot be read as UTF-8: {error}") from error
+    pairs = {**in_file, **os.environ}
+    return {name for name, value in pairs.items() if value}
 
 
 def split_commas(value: object) -> object:
@@ -78,13 +106,3 @@ def url_parts(url: str) -> SplitResult:
     except ValueError:
         raise ValueError("is not a URL: look at its host and port") from None
     return parts
-
-
-def _describe(problem: Any) -> str:
-    variable = str(problem["loc"][0]) if problem["loc"] else ""
-    message = (
-        "is not set and has no default"
-        if problem["type"] == "missing"
-        else problem["msg"].removeprefix("Value error, ")
-    )
-    return redacted(f"{variable}: {message}".removeprefix(": "))

@@ -14,9 +14,20 @@ from urllib.parse import quote
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import NoDecode
 
+from config.logs import LogFormat
 from config.model_settings import ModelSettings
+from config.near_names import near_names
 from config.picture_settings import PictureSettings
-from config.section import Section, SettingsError, bucket_name, http_url, load_section, split_commas, url_parts
+from config.section import (
+    Section,
+    SettingsError,
+    bucket_name,
+    given_names,
+    http_url,
+    load_section,
+    split_commas,
+    url_parts,
+)
 
 # The larger sections have files of their own; whoever reads settings finds all of them here.
 __all__ = [
@@ -29,6 +40,7 @@ __all__ = [
     "Settings",
     "SettingsError",
     "StoreSettings",
+    "doubtful_names",
     "load_section",
     "load_settings",
 ]
@@ -214,6 +226,11 @@ class ServiceSettings(Section):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", validation_alias="LOG_LEVEL", description="DEBUG, INFO, WARNING or ERROR"
     )
+    log_format: LogFormat = Field(
+        "auto",
+        validation_alias="LOG_FORMAT",
+        description="`json` (on stdout), `text` (on stderr, for people) or `auto`: text where stderr is a terminal",
+    )
     shutdown_grace_seconds: float = Field(
         120.0, validation_alias="SHUTDOWN_GRACE_SECONDS", ge=0, description="Time running jobs get after SIGTERM"
     )
@@ -260,5 +277,13 @@ def load_settings() -> Settings:
             problems.append(str(error))
 
     if problems:
-        raise SettingsError("\n".join(problems))
+        # What is wrong with `.env` itself is wrong with it for each section.
+        raise SettingsError("\n".join(dict.fromkeys(problems)))
     return Settings(**sections)
+
+
+def doubtful_names() -> list[str]:
+    """A sentence on each variable that is set and is no setting, but nearly one that is not set."""
+    known = [str(field.validation_alias) for section in SECTIONS.values() for field in section.model_fields.values()]
+    near = near_names(given_names(), known)
+    return [f"{name} is set and is no setting of Darkroom: is {meant} meant?" for name, meant in near.items()]

@@ -54,7 +54,7 @@ def main(load: Callable[[ModelSettings, OnOccupancy], Any] = _load_local_engine)
     connection: Connection[FromChild, Any] = Connection(int(sys.argv[1]))
     _die_with(parent_pid=int(sys.argv[2]))
     start: Start = connection.recv()
-    configure_logging(start.log_level)
+    configure_logging(start.log_level, start.log_format)
     server = _Server(connection)
     try:
         engine = load(start.settings, server.on_occupancy)

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from enum import Enum, auto
 from multiprocessing.connection import Connection
 
-from config.logs import log_event
+from config.logs import LogFormat, log_event
 from config.settings import ModelSettings
 from inference.child_process import Child
 from inference.pending import Pending
@@ -82,6 +82,7 @@ class EngineProcess:
         settings: ModelSettings,
         *,
         log_level: str,
+        log_format: LogFormat = "auto",
         on_restart: Callable[[], None],
         on_occupancy: OnOccupancy = lambda _occupancy: None,
         min_hang_seconds: float = MIN_HANG_SECONDS,
@@ -90,6 +91,7 @@ class EngineProcess:
         """`on_restart` and `on_occupancy` run on the owner thread: be quick."""
         self._settings = settings
         self._log_level = log_level
+        self._log_format = log_format
         self._on_restart = on_restart
         self._on_occupancy = on_occupancy
         self._spawn = spawn
@@ -160,7 +162,7 @@ class EngineProcess:
         self.pid = child.process.pid
         end = _End.CLOSED
         try:
-            child.send(Start(self._settings, self._log_level))
+            child.send(Start(self._settings, self._log_level, self._log_format))
             end = self._serve(child)
         finally:
             is_at_rest = self.state is EngineState.READY and not self._lineup.inside

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from config.logs import LogFormat
 from config.settings import ModelSettings
 from inference.request import EngineError, GenerationRequest, GenerationResult, ModelFacts, Occupancy, StepReport
 
@@ -12,6 +13,7 @@ class Start:
 
     settings: ModelSettings
     log_level: str
+    log_format: LogFormat = "auto"
 
 
 @dataclass(frozen=True, slots=True)

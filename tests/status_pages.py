@@ -91,7 +91,7 @@ def status(**changes: Any) -> Status:
             QueueNow(f"{queue}.{role}" if role else queue, role or "jobs", depth) for role, depth in depths.items()
         ),
         webhooks=WebhooksNow(2, ("complete",)),
-        outcomes={"complete": 1284, "failed": 17, "retried": 3},
+        outcomes={"complete": 1284, "failed": 17, "cancelled": 2, "retried": 3},
         engine_restarts=1,
         idle=IdleNow(
             None,
@@ -103,7 +103,8 @@ def status(**changes: Any) -> Status:
             failed(1, "LORA_NOT_FOUND", "the adapter s3://media/models/style-9.safetensors does not exist"),
             *(ended(number) for number in range(2, 9)),
             ended(9, outcome="retried", code="ENGINE_ERROR", message="the engine failed 1 times", attempt=1),
-            *(ended(number) for number in range(10, 14)),
+            ended(10, outcome="cancelled", code="CANCELLED", message="the job was cancelled"),
+            *(ended(number) for number in range(11, 14)),
         ),
     )
     return replace(made, **changes)

@@ -81,9 +81,9 @@ def test_the_siblings_meet_only_where_a_job_s_story_is_told() -> None:
     assert meeting <= MEETINGS
 
 
-def test_pika_lives_in_four_files_for_work_decoding_inspection_and_the_check() -> None:
-    homes = {"worker.broker", "worker.content_headers", "worker.inspection", "worker.checks.broker"}
-    assert importers_of("pika") == homes
+def test_pika_lives_in_five_files_for_work_its_refusals_decoding_inspection_and_the_check() -> None:
+    names = ("broker", "broker_refusals", "content_headers", "inspection", "checks.broker")
+    assert importers_of("pika") == {f"worker.{name}" for name in names}
 
 
 def test_torch_lives_in_the_engine() -> None:

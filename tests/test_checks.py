@@ -83,6 +83,7 @@ class Place:
                 "RABBITMQ_QUEUE": self.queue,
                 "MODEL_ID": str(self.model),
                 "DEVICE": "cpu",
+                "METRICS_PORT": "0",
                 "CACHE_DIR": str(self.folder / "cache" / "not-made-yet"),
                 "CACHE_MAX_GB": "0.001",
             }

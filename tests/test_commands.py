@@ -226,9 +226,9 @@ def test_check_finds_every_part_good_and_names_those_that_are_not(world: World, 
     bad = darkroom("check", env=env | wrong, folder=tmp_path)
 
     assert good.returncode == 0, good.stdout
-    assert [row["state"] for row in map(json.loads, good.stdout.splitlines())] == ["good"] * 16
+    assert [row["state"] for row in map(json.loads, good.stdout.splitlines())] == ["good"] * 17
     counts = [bad.stdout.count(f" {state} ") for state in ("bad", "blocked", "good")]
-    assert (bad.returncode, counts) == (1, [4, 4, 8]), bad.stdout
+    assert (bad.returncode, counts) == (1, [4, 4, 9]), bad.stdout
     assert all(word in bad.stdout for word in ("RABBITMQ_PASS", "nobody", "model_index.json", "INTERNAL_API_TOKEN"))
 
 
@@ -239,6 +239,36 @@ def test_run_says_so_where_its_port_is_taken(world: World, tmp_path: Path) -> No
     assert done.returncode == 2
     assert "METRICS_PORT" in done.stdout
     assert "Traceback" not in done.stdout
+
+
+def test_run_says_first_where_its_page_is_and_why_the_broker_refuses_before_it_loads_the_model(
+    world: World, hollow: Path
+) -> None:
+    env = world.env() | {"RABBITMQ_PASS": "wrong", "MODEL_ID": str(hollow.parent / "hollow"), "RABITMQ_HOST": "x"}
+
+    done = darkroom("run", env=env, folder=hollow)
+
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    events = [line["event"] for line in lines]
+    assert done.returncode == 3, done.stdout  # the checkpoint has no weights
+    assert events[0] == "status page"
+    assert lines[0]["url"] == f"http://localhost:{env['METRICS_PORT']}/"
+    refusal = lines[events.index("broker not usable")]["reason"]
+    assert f"{env['RABBITMQ_HOST']}:{env['RABBITMQ_PORT']} refuses user {env['RABBITMQ_USER']}" in refusal
+    assert "look at RABBITMQ_USER and RABBITMQ_PASS" in refusal
+    assert events.index("broker not usable") < events.index("loading")
+
+
+def test_cancel_is_heard_by_a_worker_and_says_so_where_there_is_none(world: World, tmp_path: Path) -> None:
+    worker = start_light_worker(world)
+    worker.wait_until_ready()
+
+    heard = darkroom("cancel", "gen_7", env=world.env(), folder=tmp_path)
+    lonely = darkroom("cancel", "gen_7", env=world.env() | {"RABBITMQ_QUEUE": "nobody-cancels"}, folder=tmp_path)
+
+    assert (heard.returncode, '{"generation_id": "gen_7"} was sent' in heard.stdout) == (0, True), heard.stdout
+    eventually(lambda: [one["generation_id"] for one in worker.events("cancel order")] == ["gen_7"], 120)
+    assert (lonely.returncode, "no worker listens on" in lonely.stdout) == (1, True), lonely.stdout
 
 
 def test_a_store_that_hangs_does_not_hold_the_worker_beyond_its_grace(

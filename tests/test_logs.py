@@ -3,15 +3,20 @@
 import io
 import json
 import logging
+import os
+import pty
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from config.logs import MAX_LINE_BYTES, MAX_WAITING_LINES, JsonFormatter, bind, log_event
+from config.logs import MAX_LINE_BYTES, MAX_WAITING_LINES, JsonFormatter, TextFormatter, bind, log_event
 from config.settings import BackendSettings
 
 
@@ -208,6 +213,90 @@ def test_logged_settings_show_no_secret(lines: Lines) -> None:
 
 def python(code: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+
+
+class Terminal:
+    """A pseudo-terminal; what a program writes to `slave` is read back."""
+
+    def __init__(self) -> None:
+        self.master, self.slave = pty.openpty()
+
+    def text(self) -> str:
+        os.close(self.slave)
+        found = b""
+        with suppress(OSError):  # the other end is closed
+            while chunk := os.read(self.master, 65536):
+                found += chunk
+        os.close(self.master)
+        return found.decode()
+
+
+LOG_ONE = """
+import logging
+from config.logs import configure_logging, log_event
+configure_logging("INFO", "{}")
+log_event(logging.getLogger("ours"), "job out", seconds=1.5, note="two words", stages={{"denoise": 1.0}})
+logging.getLogger().handlers[0].flush(); logging.getLogger().handlers[-1].flush()
+"""
+TEXT_LINE = r'\d\d:\d\d:\d\d job out  seconds=1\.5 note="two words" stages=\{"denoise": 1\.0\}'
+
+
+@pytest.mark.parametrize(
+    ("log_format", "out_is_terminal", "err_is_terminal", "has_json", "has_text"),
+    [
+        ("auto", False, False, True, False),
+        ("auto", True, True, False, True),
+        # What is piped on is for a program, whoever looks on.
+        ("auto", False, True, True, True),
+        ("auto", True, False, True, False),
+        ("json", True, True, True, False),
+        ("text", False, False, False, True),
+    ],
+)
+def test_people_read_text_on_standard_error_and_programs_json_on_standard_output(
+    *, log_format: str, out_is_terminal: bool, err_is_terminal: bool, has_json: bool, has_text: bool, tmp_path: Path
+) -> None:
+    terminals = {"out": Terminal() if out_is_terminal else None, "err": Terminal() if err_is_terminal else None}
+    with (tmp_path / "out").open("wb") as out, (tmp_path / "err").open("wb") as err:
+        subprocess.run(
+            [sys.executable, "-c", LOG_ONE.format(log_format)],
+            stdout=terminals["out"].slave if terminals["out"] else out,
+            stderr=terminals["err"].slave if terminals["err"] else err,
+            timeout=60,
+            check=True,
+        )
+    told = {
+        name: terminal.text() if terminal else (tmp_path / name).read_text() for name, terminal in terminals.items()
+    }
+
+    assert [json.loads(line)["event"] for line in told["out"].splitlines()] == (["job out"] if has_json else [])
+    assert bool(re.fullmatch(TEXT_LINE, told["err"].strip())) == has_text
+    assert has_text or told["err"] == ""
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_no_value_acts_on_the_terminal_of_a_person_who_reads_the_log(lines: Lines, value: str) -> None:
+    lines.logger.handlers[0].setFormatter(TextFormatter())
+
+    with bind(task_id=value):
+        log_event(lines.logger, value, logging.WARNING, prompt=value, nested={value: [value]})
+    log_failure(lines, value)
+
+    assert all(line.isprintable() for line in lines.raw)
+    first, second, *trace = lines.raw
+    assert " WARNING " in first
+    assert second.endswith(" ERROR it broke")
+    assert all(line.startswith("    ") for line in trace)
+    lines.stream.getvalue().encode()
+
+
+def test_text_is_cut_as_json_is_and_shows_no_secret_of_a_url() -> None:
+    record = logging.makeLogRecord({"msg": "한" * 100_000, "fields": {"url": "amqp://worker:canary@host/"}})
+    short = logging.makeLogRecord({"msg": "x", "fields": {"url": "amqp://worker:canary@host/"}})
+
+    assert len(TextFormatter().format(record).encode()) <= MAX_LINE_BYTES
+    assert "canary" not in TextFormatter().format(short)
+    assert "host" in TextFormatter().format(short)
 
 
 def test_third_parties_are_heard_from_warning_on_only_and_pika_not_at_all() -> None:

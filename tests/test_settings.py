@@ -13,6 +13,7 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from config.redacting import redacted
 from config.settings import (
     SECTIONS,
     BackendSettings,
@@ -239,6 +240,31 @@ def test_a_wrong_value_is_one_problem_that_names_the_variable_and_what_is_right(
     assert len(problems) == 1
     assert problems[0].startswith(f"{variable}: ")
     assert right in problems[0]
+    # In our own words, not pydantic's, and with the value unless it is a secret.
+    assert "nput should" not in problems[0]
+    assert "tring should" not in problems[0]
+    is_secret = variable in SECRETS or "@" in value
+    shown = redacted(value)
+    assert is_secret or f"; it is {shown!r}" in problems[0] or shown.rpartition(",")[2] in problems[0]
+
+
+def test_a_port_that_kubernetes_sets_for_a_service_is_told_from_a_slip(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("RABBITMQ_PORT", "tcp://10.0.0.1:5672")
+
+    (problem,) = problems_of_all()
+
+    assert "must be an integer; it is 'tcp://10.0.0.1:5672', as Kubernetes sets it" in problem
+
+
+def test_every_kind_of_error_that_a_setting_can_have_has_a_sentence_of_its_own(
+    environment: pytest.MonkeyPatch,
+) -> None:
+    for value in ("x", "-1", "0", "1e9", "1.5", "nan", "9" * 5000, " ", "tr\u00fce", "9, 9"):
+        for variable in FIELDS:
+            environment.setenv(variable, value)
+        text = "\n".join(problems_of_all())
+        assert not re.search(r"[Ii]nput should|[Ss]tring should|Value error", text), text
+        assert all(len(line) <= 500 for line in text.splitlines())
 
 
 @pytest.mark.parametrize("lonely", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])

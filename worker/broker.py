@@ -1,4 +1,5 @@
-"""AMQP: the only file that knows pika, beside `content_headers.py`, `inspection.py` and `checks/broker.py`.
+"""AMQP: the only file that knows pika, beside `broker_refusals.py`, `content_headers.py`, `inspection.py` and
+`checks/broker.py`.
 
 Two connections on two threads. The consuming one carries deliveries and acks and nothing else: behind a publish that
 the broker holds back (memory or disk alarm) an ack would be held back too. The publishing one confirms every message.
@@ -11,12 +12,12 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pika
 import pika.exceptions
@@ -25,6 +26,7 @@ from config.logs import log_event
 from config.redacting import redacted
 from config.settings import BrokerSettings
 from worker.backoff import Backoff
+from worker.broker_refusals import Refusals, describe
 from worker.content_headers import TolerantConnection
 from worker.delivery import Delivery
 from worker.queues import QueueNames
@@ -92,13 +94,18 @@ class Consumer:
         subscriptions: list[Subscription],
         broadcast: Broadcast,
         on_lost: Callable[[], None] = lambda: None,
+        *,
+        not_before: float = 0.0,
     ) -> None:
-        """`on_lost` runs on the consuming thread when what was delivered may go to somebody else: it must be quick."""
+        """`on_lost` runs on the consuming thread when what was delivered may go to somebody else: it must be quick.
+        The broker is not asked `not_before` a moment of `time.monotonic()`."""
         self._settings = settings
+        self._refusals = Refusals(settings)
         self._names = names
         self._subscriptions = subscriptions
         self._broadcast = broadcast
         self._on_lost = on_lost
+        self._not_before = not_before
         self._connection: _Connection = None
         self._channels: dict[int, _Channel] = {}
         self._tags: dict[_Channel, str] = {}
@@ -159,13 +166,16 @@ class Consumer:
 
     def _run(self) -> None:
         backoff = Backoff()
+        if (wait := self._not_before - time.monotonic()) > 0:
+            backoff.sleep(lambda: self._is_closing, at_least_seconds=wait)
         while not self._is_closing:
             try:
                 self._open_session()
                 backoff.reset()
                 self._pump()
             except Exception as error:  # noqa: BLE001 - the thread's boundary; pika also raises what is no AMQPError
-                log_event(logger, "broker connection lost", logging.WARNING, reason=describe(error))
+                reason = self._refusals.no_session(error, is_connected=self._connection is not None)
+                log_event(logger, "broker connection lost", logging.WARNING, reason=reason)
                 self._drop()
                 refused = REFUSED_BACKOFF_SECONDS if isinstance(error, _REFUSED) else 0.0
                 backoff.sleep(lambda: self._is_closing, at_least_seconds=refused)
@@ -278,6 +288,7 @@ class Publisher:
 
     def __init__(self, settings: BrokerSettings, names: QueueNames) -> None:
         self._settings = settings
+        self._refusals = Refusals(settings)
         self._names = names
         self._connection: _Connection = None
         self._channel: _Channel = None
@@ -349,8 +360,9 @@ class Publisher:
             self._ensure_channel()
             future.set_result(work())
         except Exception as error:  # noqa: BLE001 - the thread's boundary; the caller must hear of it, whatever it was
+            reason = self._refusals.no_session(error, is_connected=self._connection is not None)
             self._drop()
-            future.set_exception(PublishFailed(describe(error)))
+            future.set_exception(PublishFailed(reason))
 
     def _publish(self, queue_name: str, body: bytes, headers: dict[str, Any]) -> None:
         properties = pika.BasicProperties(
@@ -403,6 +415,42 @@ def connect(settings: BrokerSettings, name: str) -> _Connection:
     return pika.BlockingConnection(parameters, _impl_class=TolerantConnection)
 
 
+class FirstTry(NamedTuple):
+    """Why the broker cannot be used, empty where it can, and when it may be asked again, in `time.monotonic()`."""
+
+    reason: str = ""
+    again_at: float = 0.0
+
+
+def try_broker(settings: BrokerSettings) -> FirstTry:
+    """Connect once and close."""
+    try:
+        close_connection(connect(settings, "darkroom start"))
+    except Exception as error:  # noqa: BLE001 - pika raises also what is no AMQPError; the consumer tries again for ever
+        again_at = time.monotonic() + REFUSED_BACKOFF_SECONDS if isinstance(error, _REFUSED) else 0.0
+        return FirstTry(Refusals(settings).no_connection(error), again_at)
+    return FirstTry()
+
+
+def broadcast(settings: BrokerSettings, exchange: str, bodies: Sequence[bytes]) -> bool:
+    """Publish to all that listen on the fanout `exchange`; False where nothing does. Raises `PublishFailed`."""
+    connection: _Connection = None
+    try:
+        connection = connect(settings, "darkroom cancel")
+        _ensure_fanout(connection, exchange)
+        with connection.channel() as channel:
+            channel.confirm_delivery()
+            for body in bodies:
+                channel.basic_publish(exchange, "", body, mandatory=True)
+    except pika.exceptions.UnroutableError:
+        return False
+    except LOST as error:
+        raise PublishFailed(Refusals(settings).no_session(error, is_connected=connection is not None)) from error
+    finally:
+        close_connection(connection)
+    return True
+
+
 def _ensure_queues(connection: _Connection, names: QueueNames) -> None:
     """Make the queues that are missing and take the others as they are: a declaration never disturbs one."""
     for name, arguments in names.arguments.items():
@@ -444,11 +492,6 @@ def close_connection(connection: _Connection) -> None:
         connection.close()
     except LOST as error:
         log_event(logger, "connection was gone before it was closed", logging.DEBUG, reason=describe(error))
-
-
-def describe(error: BaseException) -> str:
-    """What went wrong, without the URL: pika's texts may carry hosts, never passwords, but are long."""
-    return redacted(f"{type(error).__name__}: {error}".removesuffix(": "))[:300]
 
 
 def whole_number(given: Any, *, default: int) -> int:

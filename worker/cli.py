@@ -1,14 +1,14 @@
-"""The command line: `darkroom run`, `generate`, `submit`, `report`, `check`, `fonts`, `presets`, `dead`,
+"""The command line: `darkroom run`, `generate`, `submit`, `cancel`, `report`, `check`, `fonts`, `presets`, `dead`,
 `outbox`, `demo`."""
 
 import logging
 import re
 import sys
-from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -16,27 +16,28 @@ from rich.console import Console
 from config.logs import configure_logging
 from config.redacting import quoted
 from config.settings import (
+    BrokerSettings,
     PictureSettings,
     ServiceSettings,
-    Settings,
-    SettingsError,
     StoreSettings,
     load_section,
-    load_settings,
 )
 from worker.cli_options import Order, fields_of, with_order
+from worker.cli_settings import console, whole_settings
+from worker.cli_settings import or_exit as _or_exit
+from worker.cli_settings import settings_or_exit as _settings
 from worker.generation_id import RIGHT, GenerationId, is_generation_id
-from worker.messages import rules_from
 from worker.supervisor import ExitCode, Supervisor
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Headless image generation worker.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Headless image generation worker.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 dead = typer.Typer(no_args_is_help=True, help="Look through the dead letters, try them again, throw them away.")
 app.add_typer(dead, name="dead")
 outbox = typer.Typer(no_args_is_help=True, help="Look through the ends that the backend has not taken yet.")
 app.add_typer(outbox, name="outbox")
-console = Console(stderr=True)
-
-Loaded = TypeVar("Loaded")
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 # What the commands on dead letters have in common.
@@ -52,15 +53,36 @@ def main() -> None:
     app()
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"darkroom {version('darkroom')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit")
+    ] = False,
+) -> None:
+    """Options in front of a command."""
+
+
 @app.command()
 def run() -> None:
     """Work: take jobs from RabbitMQ until SIGTERM. Settings come from the environment and .env."""
-    settings = _settings()
-    configure_logging(settings.service.log_level)
+    settings = _or_exit(whole_settings)
+    configure_logging(settings.service.log_level, settings.service.log_format)
     try:
         supervisor = _or_exit(partial(Supervisor, settings))
     except OSError as error:
-        console.print(f"[bold red]METRICS_PORT or CACHE_DIR cannot be used:[/] {error}")
+        from worker.checks.port import why_no_port  # noqa: PLC0415
+
+        # An error of a file names it.
+        is_port = error.filename is None
+        why = why_no_port(settings.service.metrics_port, error) if is_port else f"CACHE_DIR cannot be used: {error}"
+        console.print("[bold red]Not started:[/]", end=" ")
+        console.print(why, markup=False, highlight=False, soft_wrap=True)
         sys.exit(ExitCode.SETTINGS)
     sys.exit(supervisor.run())
 
@@ -95,6 +117,29 @@ def submit(
 
     fields = {"generation_id": _generation_id(generation_id), **fields_of(order)}
     sys.exit(0 if submit_and_follow(_settings(), fields, timeout_seconds=timeout, console=console) else 1)
+
+
+@app.command()
+def cancel(
+    job: Annotated[str, typer.Argument(metavar="ID", help="Id of a task, or of a generation")],
+    task: Annotated[bool, typer.Option("--task", help="It is a task's")] = False,
+    generation: Annotated[bool, typer.Option("--generation", help="It is a generation's")] = False,
+) -> None:
+    """Ask all workers to end a job: it fails with CANCELLED, unless it has ended already.
+
+    A UUID may be either's id: without --task or --generation both are asked for. Exit code 1 where no worker hears it.
+    """
+    from worker.cli_cancel import NoId, orders_of  # noqa: PLC0415
+    from worker.cli_cancel import cancel as send  # noqa: PLC0415
+
+    if task and generation:
+        raise typer.BadParameter("give --task or --generation, not both")
+    try:
+        orders = orders_of(job, is_task=task, is_generation=generation)
+    except NoId as error:
+        raise typer.BadParameter(str(error), param_hint="ID") from error
+    broker = _or_exit(partial(load_section, BrokerSettings))
+    sys.exit(0 if send(broker, orders, console) else 1)
 
 
 @app.command()
@@ -248,25 +293,3 @@ def _duration(text: str) -> timedelta | None:
     if found is None:
         raise typer.BadParameter(f"{text!r} is no time like 90s, 30m, 1h or 2d", param_hint="--since")
     return timedelta(**{UNITS[found[2]]: int(found[1])})
-
-
-def _settings() -> Settings:
-    return _or_exit(_whole_settings)
-
-
-def _whole_settings() -> Settings:
-    settings = load_settings()
-    # Sections that are each right can disagree: a preset's adapter in a bucket that jobs may not read.
-    rules_from(settings.model, settings.store, settings.pictures)
-    return settings
-
-
-def _or_exit(load: Callable[[], Loaded]) -> Loaded:
-    try:
-        return load()
-    except SettingsError as error:
-        console.print("[bold red]The settings are not right:[/]")
-        # Not folded at the terminal's width: a person copies these lines, and programs look for words in them.
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        console.print("docs/settings.md lists every setting; .env.example is a file to begin with.")
-        sys.exit(ExitCode.SETTINGS)

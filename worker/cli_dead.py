@@ -122,7 +122,7 @@ def sentences(console: Console) -> Iterator[None]:
     try:
         yield
     except PublishFailed as error:
-        _fail(console, f"the broker cannot be used: {error}. Look at RABBITMQ_HOST, PORT, USER, PASS and VHOST")
+        _fail(console, f"the broker cannot be used: {error}")
     except (Refused, NoSuchLetter, QueueBusy, StorageError) as error:
         _fail(console, str(error))
 

@@ -15,9 +15,9 @@ from worker.broker import (
     PublishFailed,
     close_connection,
     connect,
-    describe,
     whole_number,
 )
+from worker.broker_refusals import Refusals, describe
 from worker.content_headers import Properties
 
 MAX_LOOKS = 1  # a policy may set any limit, and not every version shows all that it counts
@@ -81,8 +81,9 @@ class Inspection:
             self._channel.confirm_delivery()
             self._lock()
         except LOST as error:
+            reason = Refusals(self._settings).no_session(error, is_connected=self._connection is not None)
             close_connection(self._connection)
-            raise PublishFailed(describe(error)) from error
+            raise PublishFailed(reason) from error
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -122,7 +122,8 @@ class _Follower:
         order = json.dumps({"task_id": self.task_id})
         for line in (
             f"{why}. The job goes on; its end will be in s3://{self.ledger.bucket}/{key_of(self.task_id)}",
-            f"To cancel it, publish {order} to the exchange {self.names.cancel_exchange}",
+            f"To cancel it: darkroom cancel {self.task_id}",
+            f"(it publishes {order} to the exchange {self.names.cancel_exchange})",
         ):
             self.console.print(Text(line), soft_wrap=True)
 

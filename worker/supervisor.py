@@ -17,12 +17,12 @@ from clients.gpu import GpuReadings
 from clients.storage import Storage
 from clients.webhooks import WebhookClient
 from config.logs import log_event
-from config.settings import Settings
+from config.settings import Settings, doubtful_names
 from inference.process import EngineProcess, EngineState
 from inference.request import ModelFacts
 from worker.board import Board
 from worker.breakers import BACKEND_THRESHOLD, STORE_THRESHOLD, Breaker, Gate
-from worker.broker import Broadcast, Consumer, Publisher, Subscription
+from worker.broker import Broadcast, Consumer, FirstTry, Publisher, Subscription, try_broker
 from worker.cancelling import Cancellations
 from worker.gauges import Gauges
 from worker.health import HealthServer
@@ -82,6 +82,7 @@ class Supervisor:
         self._is_draining = threading.Event()
         self._num_signals = 0
         self._has_bug = False
+        self._first_try = FirstTry()
         self._names = QueueNames(settings.broker.queue, settings.broker.consumer_timeout_seconds)
         self._storage = Storage(settings.store)
         self._cache = DownloadCache(self._storage, settings.store.cache_dir, settings.store.cache_max_bytes)
@@ -99,6 +100,7 @@ class Supervisor:
         self._engine = EngineProcess(
             settings.model,
             log_level=settings.service.log_level,
+            log_format=settings.service.log_format,
             on_restart=self._metrics.engine_restarts.inc,
             on_occupancy=self._metrics.note_occupancy,
         )
@@ -166,7 +168,15 @@ class Supervisor:
         threading.excepthook = self._on_thread_failure
         _give_large_blocks_back()
         self._health.start()
+        log_event(logger, "status page", url=f"http://localhost:{self._health.port}/")
         log_event(logger, "starting", metrics_port=self._health.port, model=self._settings.model.model_id)
+        for doubt in doubtful_names():
+            log_event(logger, "setting not known", logging.WARNING, reason=doubt)
+        # Told before the model is loaded, which takes minutes; the consumer tries again for ever.
+        self._first_try = try_broker(self._settings.broker)
+        if self._first_try.reason:
+            log_event(logger, "broker not usable", logging.WARNING, reason=self._first_try.reason)
+        log_event(logger, "loading", model=self._settings.model.model_id)
         self._engine.start()
         self._publisher.start()
         self._progress.start()
@@ -246,7 +256,12 @@ class Supervisor:
         ]
         orders = Broadcast(self._names.cancel_exchange, self._processor.on_cancel)
         self._consumer = Consumer(
-            self._settings.broker, self._names, subscriptions, orders, on_lost=self._processor.on_lost
+            self._settings.broker,
+            self._names,
+            subscriptions,
+            orders,
+            on_lost=self._processor.on_lost,
+            not_before=self._first_try.again_at,
         )
         self._readiness.consumer = self._consumer
         self._processor.start(self._consumer)

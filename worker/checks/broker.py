@@ -10,13 +10,13 @@ import pika.exceptions
 
 from clients.management import effective_policies
 from config.settings import BrokerSettings
-from worker.broker import LOST, NOT_FOUND, PRECONDITION_FAILED, close_connection, connect, describe
+from worker.broker import LOST, NOT_FOUND, close_connection, connect
+from worker.broker_refusals import ACCESS_REFUSED, Refusals, describe
 from worker.checks.finding import CheckFailed
 from worker.checks.policies import limits_met, limits_told
 from worker.queues import QueueNames
 
 _Connection = Any  # pika has no type hints
-ACCESS_REFUSED = 403
 
 
 class BrokerProbe:
@@ -28,6 +28,7 @@ class BrokerProbe:
 
     def __init__(self, settings: BrokerSettings) -> None:
         self._settings = settings
+        self._refusals = Refusals(settings)
         self._names = QueueNames(settings.queue)
         self._is_refused = False
 
@@ -96,7 +97,7 @@ class BrokerProbe:
             )
 
     def _policies(self) -> Mapping[str, Mapping[str, Any]]:
-        asked = self._parameters
+        asked = self._refusals.parameters
         if asked.ssl_options is not None:
             return {}  # the interface's usual port would have the password in the clear
         login = asked.credentials
@@ -120,7 +121,7 @@ class BrokerProbe:
             connection = connect(self._settings, "darkroom check")
         except LOST as error:
             self._is_refused = True
-            raise CheckFailed(self._why_not_connected(error)) from error
+            raise CheckFailed(self._refusals.no_connection(error)) from error
         try:
             yield connection
         except LOST as error:
@@ -128,50 +129,17 @@ class BrokerProbe:
         finally:
             close_connection(connection)
 
-    def _why_not_connected(self, error: BaseException) -> str:
-        if isinstance(error, pika.exceptions.ProbableAuthenticationError):
-            local = " (a new broker lets guest in from its own machine only)" if self._user == "guest" else ""
-            asked = f"{self._place} refuses user {self._user} or the password{local}"
-            return f"{asked}: look at {self._settings_named('RABBITMQ_USER and RABBITMQ_PASS')}"
-        if isinstance(error, pika.exceptions.ProbableAccessDeniedError):
-            asked = f"{self._place} has no virtual host {self._vhost}, or user {self._user} may not use it"
-            make = f"rabbitmqctl add_vhost {self._vhost}; {self._grant}"
-            return f"{asked}: look at {self._settings_named('RABBITMQ_VHOST')}, or: {make}"
-        asked = f"no broker answers at {self._place} ({describe(error)})"
-        return f"{asked}: is it running? look at {self._settings_named('RABBITMQ_HOST and RABBITMQ_PORT')}"
-
     def _why_refused(self, name: str, error: Any) -> str:
-        said = f"{name}: {error.reply_text}"
-        if error.reply_code == PRECONDITION_FAILED:
-            return (
-                f"{said}. Backends declare it durable without arguments and are refused: let it run empty and delete it"
-                f" (rabbitmqctl -p {self._vhost} delete_queue {name}); limits belong into a policy"
-            )
-        if error.reply_code == ACCESS_REFUSED:
-            return f"{said}. Give the user the right: {self._grant}"
-        return f"{said}. Look at who uses it, or at RABBITMQ_QUEUE"
-
-    def _settings_named(self, names: str) -> str:
-        return "RABBITMQ_URL" if self._settings.url is not None else names
-
-    # Of the URL, which wins over the single settings. The password is never asked for.
-
-    @property
-    def _parameters(self) -> Any:
-        return pika.URLParameters(self._settings.amqp_url)
+        return self._refusals.no_queue(name, error)
 
     @property
     def _place(self) -> str:
-        return f"{self._parameters.host}:{self._parameters.port}"
+        return self._refusals.place
 
     @property
     def _user(self) -> str:
-        return str(self._parameters.credentials.username)
+        return self._refusals.user
 
     @property
     def _vhost(self) -> str:
-        return str(self._parameters.virtual_host)
-
-    @property
-    def _grant(self) -> str:
-        return f"rabbitmqctl set_permissions -p {self._vhost} {self._user} '.*' '.*' '.*'"
+        return self._refusals.vhost

@@ -18,6 +18,7 @@ from worker.checks.finding import Check, Finding, State, try_each
 from worker.checks.machine import look_at_disk, look_at_fonts, look_at_shaping
 from worker.checks.memory import look_at_gpu, look_at_memory
 from worker.checks.model import Load, load_in_own_process, look_at_model
+from worker.checks.port import look_at_port
 from worker.checks.presets import look_at_presets
 from worker.checks.provenance import look_at_certificate
 from worker.checks.store import StoreProbe
@@ -47,6 +48,7 @@ def every_part(settings: Settings, load: Load = load_in_own_process) -> tuple[Ch
         Check("conditional writes", store.conditional_writes, ("bucket",)),
         Check("presets", partial(look_at_presets, settings), ("bucket",)),
         Check("backend", partial(look_at_backend, settings.backend)),
+        Check("port", partial(look_at_port, settings.service.metrics_port)),
         Check("fonts", partial(look_at_fonts, settings.service.font_dirs)),
         Check("shaping", look_at_shaping),
         Check("certificate", partial(look_at_certificate, settings.pictures)),

@@ -1,0 +1,99 @@
+"""Names in the environment and in `.env` that are nearly a setting's: typing mistakes, and what other tools call it.
+
+A setting that is misspelt keeps its default, and nothing fails until a wrong host does not answer. But most names in an
+environment belong to other programs, so that a name is near only by one slip a word, or by the table below. Pure.
+"""
+
+from collections.abc import Collection, Mapping
+
+# What boto3's users, django-storages, MinIO's and RabbitMQ's clients and other workers call the same.
+ALIASES: Mapping[str, str] = {
+    alias: name
+    for name, aliases in {
+        "RABBITMQ_URL": "RABBITMQ_URI AMQP_URL AMQP_URI RABBIT_URL RMQ_URL CLOUDAMQP_URL RABBITMQ_BROKER_URL",
+        "RABBITMQ_HOST": "RABBITMQ_HOSTNAME RABBITMQ_ADDRESS",
+        "RABBITMQ_USER": "RABBITMQ_USERNAME RABBITMQ_LOGIN",
+        "RABBITMQ_PASS": "RABBITMQ_PASSWORD RABBITMQ_PASSWD RABBITMQ_PWD",
+        "RABBITMQ_VHOST": "RABBITMQ_VIRTUAL_HOST RABBITMQ_VIRTUALHOST",
+        "RABBITMQ_QUEUE": "RABBITMQ_QUEUE_NAME",
+        "AWS_ACCESS_KEY_ID": "AWS_ACCESS_KEY AWS_ACCESS_ID AWS_S3_ACCESS_KEY_ID S3_ACCESS_KEY S3_ACCESS_KEY_ID "
+        "S3_KEY MINIO_ACCESS_KEY",
+        "AWS_SECRET_ACCESS_KEY": "AWS_SECRET_KEY AWS_SECRET AWS_ACCESS_SECRET_KEY AWS_S3_SECRET_ACCESS_KEY "
+        "S3_SECRET_KEY S3_SECRET_ACCESS_KEY S3_SECRET MINIO_SECRET_KEY",
+        "AWS_STORAGE_BUCKET_NAME": "AWS_BUCKET AWS_BUCKET_NAME AWS_S3_BUCKET AWS_S3_BUCKET_NAME AWS_STORAGE_BUCKET "
+        "S3_BUCKET S3_BUCKET_NAME MINIO_BUCKET MINIO_BUCKET_NAME",
+        "AWS_RESULTS_BUCKET_NAME": "AWS_RESULTS_BUCKET AWS_RESULT_BUCKET_NAME S3_RESULTS_BUCKET RESULTS_BUCKET",
+        "AWS_S3_REGION_NAME": "AWS_REGION AWS_REGION_NAME AWS_S3_REGION S3_REGION S3_REGION_NAME",
+        "AWS_S3_ENDPOINT_URL": "AWS_ENDPOINT AWS_ENDPOINT_URL AWS_ENDPOINT_URL_S3 AWS_S3_ENDPOINT S3_ENDPOINT "
+        "S3_ENDPOINT_URL S3_URL MINIO_ENDPOINT MINIO_URL",
+        "BACKEND_API_URL": "BACKEND_URL BACKEND_BASE_URL BACKEND_API BACKEND_API_BASE_URL BACKEND_HOST "
+        "WEBHOOK_URL WEBHOOK_BASE_URL",
+        "INTERNAL_API_TOKEN": "INTERNAL_TOKEN INTERNAL_API_KEY BACKEND_TOKEN BACKEND_API_TOKEN WEBHOOK_TOKEN",
+        "WEBHOOK_SIGNING_SECRET": "WEBHOOK_SECRET WEBHOOK_SIGNING_KEY",
+        "MODEL_ID": "MODEL_NAME MODEL_PATH BASE_MODEL SD_MODEL SD_MODEL_ID HF_MODEL_ID",
+        "INFERENCE_STEPS": "NUM_INFERENCE_STEPS",
+        "GUIDANCE_SCALE": "CFG_SCALE",
+        "MAX_CONCURRENT_GENERATIONS": "MAX_CONCURRENCY MAX_CONCURRENT_JOBS",
+        "METRICS_PORT": "HEALTH_PORT",
+        "LOG_LEVEL": "LOGGING_LEVEL",
+        "LOG_FORMAT": "LOGGING_FORMAT",
+    }.items()
+    for alias in aliases.split()
+}
+PREFIXES = {"RABBIT_": "RABBITMQ_", "RMQ_": "RABBITMQ_", "AMQP_": "RABBITMQ_", "DARKROOM_": ""}
+# They win over, and so say, what the single ones would.
+WHOLE_URL = "RABBITMQ_URL"
+PARTS_OF_URL = frozenset(f"RABBITMQ_{part}" for part in ("HOST", "PORT", "USER", "PASS", "VHOST"))
+
+# In a short word one slip makes another word: HOST and HOME, PASS and BASE.
+MIN_SLIP_CHARS = 4
+MAX_SLIPS = 2
+
+
+def near_names(given: Collection[str], known: Collection[str]) -> dict[str, str]:
+    """The setting of `known` that is meant by each name of `given` that is none; one that is given itself is not meant.
+
+    Two that are as near are both named.
+    """
+    upper = {name.upper() for name in given}
+    moot = upper | (PARTS_OF_URL if WHOLE_URL in upper else set())
+    missing = [name for name in known if name not in moot]
+    found = {name: _meant(name.upper(), missing) for name in sorted(given) if name.upper() not in known}
+    return {name: meant for name, meant in found.items() if meant}
+
+
+def _meant(name: str, missing: Collection[str]) -> str:
+    spellings = [name, *(ours + name.removeprefix(one) for one, ours in PREFIXES.items() if name.startswith(one))]
+    for spelling in spellings:
+        if spelling in missing:
+            return spelling
+        if ALIASES.get(spelling) in missing:
+            return ALIASES[spelling]
+    slips = {one: count for one in missing if (count := _num_slips(name, one)) is not None}
+    return " or ".join(sorted(one for one, count in slips.items() if count == min(slips.values())))
+
+
+def _num_slips(name: str, meant: str) -> int | None:
+    """In how many words `name` differs from `meant` by a slip of the fingers; None where it differs by more.
+
+    A dash too many or too few is none.
+    """
+    if name.replace("_", "") == meant.replace("_", ""):
+        return 0
+    words = list(zip(name.split("_"), meant.split("_"), strict=False))
+    if name.count("_") != meant.count("_") or name[0] != meant[0]:
+        return None
+    wrong = [(one, other) for one, other in words if one != other]
+    is_near = all(max(len(one), len(other)) >= MIN_SLIP_CHARS and _is_one_slip(one, other) for one, other in wrong)
+    return len(wrong) if is_near and len(wrong) <= MAX_SLIPS else None
+
+
+def _is_one_slip(one: str, other: str) -> bool:
+    """One sign more, one less, one other, or two that changed places."""
+    if len(one) > len(other):
+        one, other = other, one
+    start = next((index for index, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(one))
+    if len(one) < len(other):
+        return one[start:] == other[start + 1 :]
+    is_swap = one[start : start + 2] == other[start : start + 2][::-1]
+    return one[start + 1 :] == other[start + 1 :] or (is_swap and one[start + 2 :] == other[start + 2 :])
