@@ -12,9 +12,9 @@ from examples.parts.part import Part
 from examples.parts.ports import free_port
 from examples.parts.processes import ServerError, ServerProcess
 
-START_SECONDS = 60.0
-STOP_SECONDS = 20.0
-CTL_SECONDS = 60.0
+START_SECONDS = 180.0
+STOP_SECONDS = 120.0
+CTL_SECONDS = 180.0
 QUORUM_TICK_MS = 200
 
 AMQP_HEADER = b"AMQP\x00\x00\x09\x01"

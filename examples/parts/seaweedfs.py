@@ -14,7 +14,7 @@ from examples.parts.part import Part
 from examples.parts.ports import free_port
 from examples.parts.processes import ServerError, ServerProcess
 
-START_SECONDS = 60.0
+START_SECONDS = 180.0
 
 REGION = "us-east-1"
 PROBE_BUCKET = "darkroom-probe"
