@@ -208,11 +208,8 @@ def test_sigterm_while_the_model_is_loading_ends_at_once(world: World) -> None:
     eventually(lambda: worker.get("/health/live")[0] == 200)
     assert worker.get("/health/ready")[0] == 503
 
-    started_at = time.monotonic()
-    exit_code = worker.terminate()
-
-    assert exit_code == 0
-    assert time.monotonic() - started_at < 3
+    assert worker.terminate() == 0
+    assert worker.events("engine ready") == []
 
 
 @long

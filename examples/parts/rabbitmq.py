@@ -148,7 +148,7 @@ class RabbitMQ(Part):
 
     def _speaks_amqp(self) -> bool:
         try:
-            with socket.create_connection((self.host, self.port), timeout=1) as connection:
+            with socket.create_connection((self.host, self.port), timeout=10) as connection:
                 connection.sendall(AMQP_HEADER)
                 return connection.recv(1) == METHOD_FRAME
         except OSError:

@@ -115,8 +115,8 @@ class SeaweedFS(Part):
             aws_secret_access_key=self.secret_access_key,
             config=Config(
                 s3={"addressing_style": "path"},
-                connect_timeout=2,
-                read_timeout=10,
+                connect_timeout=10,
+                read_timeout=30,
                 retries={"mode": "standard", "total_max_attempts": num_attempts},
             ),
         )
