@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
 
 CHROMIUM = "/usr/bin/chromium"
 PHONE = {"width": 360, "height": 780}
 DESKTOP = {"width": 1280, "height": 900}
+HANG_MILLISECONDS = 180_000
+expect.set_options(timeout=HANG_MILLISECONDS)
 
 
 @contextmanager
@@ -28,6 +30,7 @@ class Visit:
 
     def __init__(self, browser: Browser, **options: Any) -> None:
         self._context = browser.new_context(**{"viewport": DESKTOP} | options)
+        self._context.set_default_timeout(HANG_MILLISECONDS)
         self.page: Page = self._context.new_page()
         self.complaints: list[str] = []
         self.requested: list[str] = []

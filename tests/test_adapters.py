@@ -34,7 +34,7 @@ from tests.tiny_models import EVERY_LAYER, HIDDEN, build_tiny_sd, load_pipe, wri
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo_model"
 # A hostile file is refused in milliseconds; what it aims at takes minutes. Between them, whatever the neighbours do.
-REFUSAL_SECONDS = 10.0
+REFUSAL_SECONDS = 100.0
 TO_Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 MID = 64  # channels of the tiny UNet's middle block
 

@@ -22,7 +22,7 @@ NAMES = QueueNames("image_generation")
 
 def parser_says(path: Path) -> dict[str, Any]:
     command = [NODE, "tests/asyncapi_problems.mjs", str(path)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, f"{ended.stderr}\nIs node_modules there? make test installs it."
     said: dict[str, Any] = json.loads(ended.stdout)
     return said

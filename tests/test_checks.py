@@ -94,7 +94,7 @@ class Place:
         before = self.contents()
         settings = settings_of(self.env() | {name: str(value) for name, value in env.items()})
         found = {finding.part: finding for finding in try_each(every_part(settings, load_here))}
-        eventually(lambda: self.contents() == before, 5, lambda: f"{before} became {self.contents()}")
+        eventually(lambda: self.contents() == before, lambda: f"{before} became {self.contents()}")
         assert not (self.folder / "cache").exists()
         return found
 

@@ -59,7 +59,7 @@ class HeldStorage(CountingStorage):
     def download(
         self, ref: ObjectRef, target: Path, *, stat: ObjectStat, max_bytes: int, deadline_seconds: float
     ) -> None:
-        self.release.wait(5)
+        self.release.wait(120)
         super().download(ref, target, stat=stat, max_bytes=max_bytes, deadline_seconds=deadline_seconds)
         if self._error is not None:
             raise self._error

@@ -204,7 +204,7 @@ def test_a_submit_that_is_interrupted_leaves_the_job_and_says_how_to_cancel_it(w
 
     time.sleep(1)  # it is being followed by now, or about to be
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=120)
 
     task_id = published.split()[-1]
     assert process.returncode == 1, said
@@ -269,7 +269,7 @@ def test_cancel_is_heard_by_a_worker_and_says_so_where_there_is_none(world: Worl
     lonely = darkroom("cancel", "gen_7", env=world.env() | {"RABBITMQ_QUEUE": "nobody-cancels"}, folder=tmp_path)
 
     assert (heard.returncode, '{"generation_id": "gen_7"} was sent' in heard.stdout) == (0, True), heard.stdout
-    eventually(lambda: [one["generation_id"] for one in worker.events("cancel order")] == ["gen_7"], 120)
+    eventually(lambda: [one["generation_id"] for one in worker.events("cancel order")] == ["gen_7"])
     assert (lonely.returncode, "no worker listens on" in lonely.stdout) == (1, True), lonely.stdout
 
 
@@ -281,7 +281,7 @@ def test_a_store_that_hangs_does_not_hold_the_worker_beyond_its_grace(
         os.kill(s3_server.pid, signal.SIGSTOP)
         try:
             world.publish()
-            eventually(lambda: len(worker.events("job in")) == 1, 10)
+            eventually(lambda: len(worker.events("job in")) == 1)
             started_at = time.monotonic()
             exit_code = worker.terminate()
             seconds = time.monotonic() - started_at
@@ -289,8 +289,8 @@ def test_a_store_that_hangs_does_not_hold_the_worker_beyond_its_grace(
             os.kill(s3_server.pid, signal.SIGCONT)
 
         assert exit_code == 0
-        assert seconds < 8
-        eventually(lambda: sum(world.queues()[""]) == 1, 5, lambda: str(world.queues()))
+        assert seconds < 20
+        eventually(lambda: sum(world.queues()[""]) == 1, lambda: str(world.queues()))
 
 
 def test_the_demo_runs_to_its_end_and_draws_what_it_promises(tmp_path: Path) -> None:

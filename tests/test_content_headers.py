@@ -33,14 +33,13 @@ from tests.raw_properties import (
     properties,
     short,
 )
-from tests.world import eventually
+from tests.world import HANG_SECONDS, eventually
 from worker.broker import Broadcast, Consumer, Subscription, connect
 from worker.content_headers import MAX_DEPTH, Properties
 from worker.delivery import Delivery
 from worker.queues import QueueNames
 
 NUM_FUZZED = 3000
-END_SECONDS = 120.0
 # A text, a truth, negatives, what no double holds exactly, fractions, moments and containers.
 ODD_NUMBERS = (
     (b"S", long(b"3")),
@@ -72,14 +71,14 @@ class Consumed:
             Broadcast(names.cancel_exchange, lambda _: None),
         )
         self.consumer.start()
-        eventually(lambda: self.consumer.is_connected, END_SECONDS)
+        eventually(lambda: self.consumer.is_connected)
         self.connection = pika.BlockingConnection(pika.URLParameters(f"{rabbitmq.url}?heartbeat=0"))
         self._channel = self.connection.channel()
 
     def deliver(self, encoded: bytes) -> Delivery:
         """What comes of a message with these properties."""
         self._channel.basic_publish("", self._queue, b"", Raw(encoded))
-        delivery = self._deliveries.get(timeout=END_SECONDS)
+        delivery = self._deliveries.get(timeout=HANG_SECONDS)
         self.consumer.ack(delivery)
         return delivery
 

@@ -35,7 +35,7 @@ REASONS = {*REASON_OF_PHASE.values(), "engine_starting", "broker_down", "refused
 
 
 def promtool(*args: str | Path) -> str:
-    done = subprocess.run(["promtool", *map(str, args)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(["promtool", *map(str, args)], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

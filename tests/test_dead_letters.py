@@ -92,7 +92,7 @@ class Operator:
     def wait_for(self, **depths: int) -> None:
         """Return once these of the queues have so many messages ready, and none unacknowledged."""
         wanted = {f".{name}".replace(".jobs", ""): (depth, 0) for name, depth in depths.items()}
-        eventually(lambda: wanted.items() <= self.world.queues().items(), 5, lambda: str(self.world.queues()))
+        eventually(lambda: wanted.items() <= self.world.queues().items(), lambda: str(self.world.queues()))
 
 
 @pytest.fixture
@@ -440,7 +440,7 @@ def test_a_replayed_job_completes_and_its_backend_hears_of_it_once_more(operator
     assert (end.kind, end.headers["webhook-id"].endswith(":complete")) == ("complete", True)
     assert end.headers["webhook-id"].partition(":")[0] in done.stdout
     operator.world.wait_until_clean()
-    eventually(lambda: [event["attempt"] for event in worker.events("job out")] == [1], 5, worker.log_tail)
+    eventually(lambda: [event["attempt"] for event in worker.events("job out")] == [1], worker.log_tail)
 
 
 # --- The ends that wait

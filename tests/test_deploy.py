@@ -191,7 +191,7 @@ def composed_store(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 def _answers(url: str) -> bool:
-    script = f"import urllib.request as r; r.urlopen({url!r}, timeout=5)"
+    script = f"import urllib.request as r; r.urlopen({url!r}, timeout=120)"
     return subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
 
 
@@ -210,7 +210,7 @@ def test_the_bucket_is_made_once_it_is_healthy_and_a_second_time_nothing_happens
             env=environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr

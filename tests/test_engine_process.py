@@ -41,11 +41,9 @@ from inference.vitals import MAX_CONSECUTIVE_CRASHES, MAX_CONSECUTIVE_FAULTS, Vi
 from tests.engine_requests import request_of
 from tests.fake_child import EXIT_POISONED, NUM_SLOTS
 from tests.faults.station import long
-from tests.world import DEMO_MODEL, ROOT, eventually
+from tests.world import DEMO_MODEL, HANG_SECONDS, ROOT, eventually
 from worker.metrics import Metrics
 
-READY_SECONDS = 60.0
-END_SECONDS = 20.0
 PICTURE_BYTES = 4_000_000  # many times what the pipe holds
 # Steps of the fake engine, 5 ms each: still there when something happens in the first few.
 LONG = 40
@@ -83,7 +81,7 @@ def ready_engine(min_hang_seconds: float = 60.0) -> EngineProcess:
     settings = ModelSettings(MODEL_ID=str(DEMO_MODEL / "checkpoint"))
     engine = EngineProcess(settings, log_level="INFO", on_restart=lambda: None, min_hang_seconds=min_hang_seconds)
     engine.start()
-    wait_until_ready(engine, READY_SECONDS)
+    wait_until_ready(engine, HANG_SECONDS)
     return engine
 
 
@@ -136,7 +134,7 @@ def test_a_waiting_request_can_be_withdrawn_and_a_running_one_cannot(engine: Eng
         request_of(request_id="running", seeds=all_lanes, num_inference_steps=4), reports.append, never
     )
     waiting = engine.generate(request_of(request_id="waiting", arrived_at=1.0), ignore, never)
-    eventually(lambda: len(reports) > 0, 10)
+    eventually(lambda: len(reports) > 0)
 
     assert waiting.cancel()
     assert not running.cancel()
@@ -165,7 +163,7 @@ def test_an_engine_that_falls_silent_is_killed_and_the_request_drawn_by_the_next
 def test_closing_ends_a_running_request_and_leaves_no_process(engine: EngineProcess) -> None:
     reports: list[StepReport] = []
     running = engine.generate(request_of(num_inference_steps=150, seeds=(1, 2, 3, 4)), reports.append, never)
-    eventually(lambda: len(reports) > 1, 10)
+    eventually(lambda: len(reports) > 1)
     pid = engine.pid
 
     engine.close()
@@ -212,7 +210,7 @@ class Fake:
 
     def outcomes(self) -> dict[str, type[BaseException] | None]:
         """How each request ended; None where it was drawn."""
-        found = {name: future.exception(END_SECONDS) for name, future in self.futures.items()}
+        found = {name: future.exception(HANG_SECONDS) for name, future in self.futures.items()}
         return {name: error and type(error) for name, error in found.items()}
 
     def lives(self) -> list[list[str]]:
@@ -279,7 +277,7 @@ def test_many_requests_are_drawn_together_each_with_its_own_steps_and_pictures(f
     for number, name in enumerate("abcdefghij"):
         fake.ask(name, num_inference_steps=3 + number, seeds=(number, 100 + number))
 
-    results = {name: future.result(END_SECONDS) for name, future in fake.futures.items()}
+    results = {name: future.result(HANG_SECONDS) for name, future in fake.futures.items()}
 
     for number, name in enumerate("abcdefghij"):
         assert [picture.seed for picture in results[name].pictures] == [number, 100 + number]
@@ -290,9 +288,9 @@ def test_many_requests_are_drawn_together_each_with_its_own_steps_and_pictures(f
 
 def test_a_request_joins_those_that_are_being_drawn(fake: Fake) -> None:
     fake.ask("a", num_inference_steps=100)
-    eventually(lambda: len(fake.steps["a"]) > 2, END_SECONDS)
+    eventually(lambda: len(fake.steps["a"]) > 2)
 
-    fake.ask("b", num_inference_steps=5).result(END_SECONDS)
+    fake.ask("b", num_inference_steps=5).result(HANG_SECONDS)
 
     assert not fake.futures["a"].done()
     assert fake.outcomes() == drawn("a", "b")
@@ -312,7 +310,7 @@ def test_all_steps_of_a_request_come_before_its_end_and_in_order(fake: Fake) -> 
         request_of(num_inference_steps=20), lambda report: seen.append(report.step_index), never
     ).add_done_callback(lambda _: seen.append("end"))
 
-    eventually(lambda: "end" in seen, END_SECONDS)
+    eventually(lambda: "end" in seen)
 
     assert seen == [*range(21), "end"]
 
@@ -322,7 +320,7 @@ def test_every_forward_is_counted_once_and_the_gauges_follow(fake: Fake) -> None
     fake.ask("a", num_inference_steps=10)
     fake.ask("b", num_inference_steps=30)
     assert fake.outcomes() == drawn("a", "b")
-    eventually(lambda: fake.occupancies[-1].num_lanes == 0, END_SECONDS)
+    eventually(lambda: fake.occupancies[-1].num_lanes == 0)
     for occupancy in fake.occupancies:
         metrics.note_occupancy(occupancy)
 
@@ -368,7 +366,7 @@ def test_a_request_can_be_withdrawn_until_its_first_step_wherever_it_waits(new_f
     fake.ask("a", num_inference_steps=60)
     fake.ask("b")
     fake.ask("c", num_inference_steps=5)
-    eventually(lambda: len(fake.steps["a"]) > 2, END_SECONDS)
+    eventually(lambda: len(fake.steps["a"]) > 2)
     assert fake.asked(0) == "abc"
 
     # When the first of those is withdrawn
@@ -377,7 +375,7 @@ def test_a_request_can_be_withdrawn_until_its_first_step_wherever_it_waits(new_f
 
     # Then it is never begun, and the lane goes to the one behind it
     for name in "ac":
-        fake.futures[name].result(END_SECONDS)
+        fake.futures[name].result(HANG_SECONDS)
     (life,) = fake.lives()
     assert (names("begin", life), fake.steps["b"]) == ("ac", [])
     with pytest.raises(CancelledError):
@@ -389,11 +387,11 @@ def test_a_request_that_waits_inside_is_withdrawn_by_its_own_word_too(new_fake: 
     cancelled = threading.Event()
     fake.ask("a", num_inference_steps=100)
     fake.ask("b", is_cancelled=cancelled.is_set)
-    eventually(lambda: len(fake.steps["a"]) > 2, END_SECONDS)
+    eventually(lambda: len(fake.steps["a"]) > 2)
 
     cancelled.set()
 
-    assert isinstance(fake.futures["b"].exception(END_SECONDS), RequestCancelled)
+    assert isinstance(fake.futures["b"].exception(HANG_SECONDS), RequestCancelled)
     assert not fake.futures["a"].done()
     assert fake.outcomes()["a"] is None
     assert names("begin", fake.lives()[0]) == "a"
@@ -404,8 +402,8 @@ def test_what_is_cancelled_before_it_is_handed_over_never_reaches_the_child(fake
     fake.ask("b").cancel()
     fake.ask("c", is_cancelled=lambda: True)
 
-    assert isinstance(fake.futures["c"].exception(END_SECONDS), RequestCancelled)
-    fake.futures["a"].result(END_SECONDS)
+    assert isinstance(fake.futures["c"].exception(HANG_SECONDS), RequestCancelled)
+    fake.futures["a"].result(HANG_SECONDS)
 
     assert fake.asked(0) == "a"
     assert fake.futures["b"].cancelled()
@@ -416,11 +414,11 @@ def test_a_request_withdrawn_as_it_finishes_does_no_harm(fake: Fake) -> None:
     for number in range(60):
         future = fake.ask(str(number), num_inference_steps=1)
         if number == 0:
-            future.result(END_SECONDS)
+            future.result(HANG_SECONDS)
         time.sleep(number * 0.0002)
         future.cancel()
 
-    fake.ask("last").result(END_SECONDS)
+    fake.ask("last").result(HANG_SECONDS)
 
     assert all(future.done() for future in fake.futures.values())
     assert fake.engine.state is EngineState.READY
@@ -450,7 +448,7 @@ def test_poison_among_nine_others_is_found_with_three_processes_and_fails_alone(
 def test_suspects_are_alone_in_the_child(fake: Fake) -> None:
     for name, prompt in (("P", "poison@3"), ("a", ""), ("b", ""), ("c", "")):
         fake.ask(name, prompt, num_inference_steps=10)
-    eventually(lambda: len(fake.lives()) > 1, END_SECONDS)
+    eventually(lambda: len(fake.lives()) > 1)
     fake.ask("d")
 
     assert fake.outcomes() == drawn("a", "b", "c", "d") | {"P": EngineCrashed}
@@ -479,13 +477,13 @@ def test_a_crash_that_nobody_repeats_alone_is_nobody_s_fault(fake: Fake) -> None
     assert (len(fake.restarts), fake.asked(1)) == (1, "bPa")
     # All is as before: what comes now is drawn together.
     fake.ask("c", num_inference_steps=100)
-    fake.ask("d", num_inference_steps=5).result(END_SECONDS)
+    fake.ask("d", num_inference_steps=5).result(HANG_SECONDS)
     assert not fake.futures["c"].done()
 
 
 def test_one_that_was_alone_by_chance_is_tried_once_more_and_takes_nobody_down(fake: Fake) -> None:
     fake.ask("P", "poison@3")
-    eventually(lambda: len(fake.restarts) == 1, END_SECONDS)
+    eventually(lambda: len(fake.restarts) == 1)
     fake.ask("a", arrived_at=-1.0)
 
     assert fake.outcomes() == {"P": EngineCrashed, "a": None}
@@ -494,9 +492,9 @@ def test_one_that_was_alone_by_chance_is_tried_once_more_and_takes_nobody_down(f
 
 def test_a_request_starts_over_in_the_next_child_and_cannot_be_withdrawn_then(fake: Fake) -> None:
     fake.ask("a")
-    eventually(lambda: len(fake.steps["a"]) > 3, END_SECONDS)
+    eventually(lambda: len(fake.steps["a"]) > 3)
     kill(fake.engine)
-    eventually(lambda: len(fake.restarts) == 1, END_SECONDS)
+    eventually(lambda: len(fake.restarts) == 1)
 
     assert not fake.futures["a"].cancel()
 
@@ -511,11 +509,11 @@ def test_a_suspect_that_is_cancelled_while_another_is_tried_ends_at_once(fake: F
     fake.ask("P", "poison-in-company@3")
     fake.ask("a", is_cancelled=cancelled.is_set)
     fake.ask("b", num_inference_steps=200)
-    eventually(lambda: fake.steps["b"].count(0) == 2, END_SECONDS)
+    eventually(lambda: fake.steps["b"].count(0) == 2)
 
     cancelled.set()
 
-    assert isinstance(fake.futures["a"].exception(END_SECONDS), RequestCancelled)
+    assert isinstance(fake.futures["a"].exception(HANG_SECONDS), RequestCancelled)
     assert not fake.futures["b"].done()
     assert fake.outcomes() == {"P": None, "a": RequestCancelled, "b": None}
     assert fake.all_asked() == {"P": 2, "a": 1, "b": 2}
@@ -523,9 +521,9 @@ def test_a_suspect_that_is_cancelled_while_another_is_tried_ends_at_once(fake: F
 
 def test_a_child_that_dies_with_nothing_inside_is_replaced_and_blames_nobody(fake: Fake) -> None:
     for number in range(3):
-        wait_until_ready(fake.engine, READY_SECONDS)
+        wait_until_ready(fake.engine, HANG_SECONDS)
         kill(fake.engine)
-        eventually(lambda number=number: len(fake.restarts) == number + 1, END_SECONDS)
+        eventually(lambda number=number: len(fake.restarts) == number + 1)
 
     fake.ask("a")
     assert fake.outcomes() == drawn("a")
@@ -597,17 +595,17 @@ def test_faults_in_a_row_cost_the_child_its_life_and_those_inside_are_no_suspect
 
 def test_faults_with_a_finished_request_between_them_or_of_one_request_are_no_sickness(fake: Fake) -> None:
     for name in ("F", "G", "a", "H", "I"):
-        fake.ask(name, "" if name == "a" else "fault@1", num_inference_steps=3).exception(END_SECONDS)
+        fake.ask(name, "" if name == "a" else "fault@1", num_inference_steps=3).exception(HANG_SECONDS)
     for _ in range(4):
-        fake.ask("I", "fault@1").exception(END_SECONDS)
+        fake.ask("I", "fault@1").exception(HANG_SECONDS)
 
     assert fake.restarts == []
 
 
 def test_a_sick_child_gets_nothing_more(fake: Fake) -> None:
     for name in "FGH":
-        fake.ask(name, "fault@1").exception(END_SECONDS)
-    fake.ask("a").result(END_SECONDS)
+        fake.ask(name, "fault@1").exception(HANG_SECONDS)
+    fake.ask("a").result(HANG_SECONDS)
 
     assert [fake.asked(life) for life in range(2)] == ["FGH", "a"]
 
@@ -645,7 +643,7 @@ def test_a_hang_among_others_is_found_as_a_crash_is(new_fake: Callable[..., Fake
 
 def test_an_idle_engine_may_be_silent(new_fake: Callable[..., Fake]) -> None:
     fake = new_fake(min_hang_seconds=0.2)
-    fake.ask("a").result(END_SECONDS)
+    fake.ask("a").result(HANG_SECONDS)
     time.sleep(1.0)
 
     assert fake.restarts == []
@@ -687,7 +685,7 @@ def test_closing_ends_what_is_drawn_and_what_waits(new_fake: Callable[..., Fake]
     fake = new_fake(MAX_CONCURRENT_GENERATIONS=1)
     for name in "abc":
         fake.ask(name, num_inference_steps=1000)
-    eventually(lambda: len(fake.steps["a"]) > 1, END_SECONDS)
+    eventually(lambda: len(fake.steps["a"]) > 1)
     fake.futures["c"].cancel()
     pid = fake.engine.pid
 
@@ -704,7 +702,7 @@ def test_closing_ends_what_is_drawn_and_what_waits(new_fake: Callable[..., Fake]
 
 def test_a_silent_child_that_reads_no_picture_is_seen_to_be_silent(new_fake: Callable[..., Fake]) -> None:
     fake = new_fake(min_hang_seconds=1.0)
-    wait_until_ready(fake.engine, READY_SECONDS)
+    wait_until_ready(fake.engine, HANG_SECONDS)
     silent = fake.engine.pid
     assert silent is not None
     os.kill(silent, signal.SIGSTOP)
@@ -717,11 +715,11 @@ def test_a_silent_child_that_reads_no_picture_is_seen_to_be_silent(new_fake: Cal
 
 def test_closing_waits_for_no_picture_that_a_child_does_not_read(new_fake: Callable[..., Fake]) -> None:
     fake = new_fake()
-    wait_until_ready(fake.engine, READY_SECONDS)
+    wait_until_ready(fake.engine, HANG_SECONDS)
     assert fake.engine.pid is not None
     os.kill(fake.engine.pid, signal.SIGSTOP)
     fake.ask("a", source=Source(bytes(PICTURE_BYTES), 1.0))
-    eventually(lambda: fake.engine._lineup.inside, END_SECONDS)
+    eventually(lambda: fake.engine._lineup.inside)
 
     threading.Thread(target=fake.engine.close, daemon=True).start()
 
@@ -729,7 +727,7 @@ def test_closing_waits_for_no_picture_that_a_child_does_not_read(new_fake: Calla
 
 
 def test_a_request_with_a_control_has_time_to_load_its_controlnet(fake: Fake) -> None:
-    wait_until_ready(fake.engine, READY_SECONDS)
+    wait_until_ready(fake.engine, HANG_SECONDS)
     assert fake.engine.facts is not None
     now = [0.0]
     vitals = Vitals(60.0, lambda: now[0])
@@ -744,7 +742,7 @@ def test_a_request_with_a_control_has_time_to_load_its_controlnet(fake: Fake) ->
 
 
 def test_an_idle_child_is_asked_to_leave(fake: Fake) -> None:
-    fake.ask("a").result(END_SECONDS)
+    fake.ask("a").result(HANG_SECONDS)
 
     fake.engine.close()
 
@@ -758,9 +756,9 @@ def test_a_child_that_cannot_start_says_why(tmp_path: Path) -> None:
     waiting = engine.generate(request_of(), ignore, never)
 
     with pytest.raises(EngineClosed, match="no folder"):
-        wait_until_ready(engine, READY_SECONDS)
+        wait_until_ready(engine, HANG_SECONDS)
     with pytest.raises(EngineClosed, match="no folder"):
-        waiting.result(END_SECONDS)
+        waiting.result(HANG_SECONDS)
     assert engine.state is EngineState.FAILED
 
 

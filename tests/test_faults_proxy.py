@@ -42,7 +42,7 @@ def proxy(server: EchoingServer) -> Iterator[Proxy]:
 
 
 def connect(proxy: Proxy) -> socket.socket:
-    return socket.create_connection((proxy.host, proxy.port), timeout=2)
+    return socket.create_connection((proxy.host, proxy.port), timeout=120)
 
 
 def receive(client: socket.socket, num_bytes: int) -> bytes:
@@ -63,29 +63,29 @@ def test_bytes_and_ends_pass_and_are_counted(proxy: Proxy) -> None:
 
     assert proxy.num_connections == 1
     assert proxy.num_bytes == {UP: len(content), DOWN: len(content)}
-    eventually(lambda: proxy.num_open == 0, 2)
+    eventually(lambda: proxy.num_open == 0)
 
 
 def test_a_delay_holds_one_direction_back_and_ends_when_it_is_told(proxy: Proxy, server: EchoingServer) -> None:
     with connect(proxy) as client:
-        proxy.delay(0.3, DOWN)
+        proxy.delay(2.0, DOWN)
         started_at = time.monotonic()
         client.sendall(b"a")
-        eventually(lambda: server.heard == b"a", 0.2)
+        eventually(lambda: server.heard == b"a", within_seconds=1.9)
         assert client.recv(1) == b"a"
-        assert 0.3 <= time.monotonic() - started_at < 1
+        assert time.monotonic() - started_at >= 2
 
         proxy.pass_on()
         client.sendall(b"b")
         assert client.recv(1) == b"b"
-        assert time.monotonic() - started_at < 1
+        assert time.monotonic() - started_at < 4
 
 
 def test_a_drip_sends_single_bytes_until_it_ends(proxy: Proxy, server: EchoingServer) -> None:
     with connect(proxy) as client:
         proxy.drip(0.05, UP)
         client.sendall(b"x" * 1000)
-        eventually(lambda: len(server.heard) >= 3, 2)
+        eventually(lambda: len(server.heard) >= 3)
         assert len(server.heard) < 100
 
         proxy.pass_on()
@@ -171,7 +171,7 @@ def test_a_cut_comes_behind_exactly_so_many_bytes_of_each_connection(proxy: Prox
         with connect(proxy) as client:
             client.sendall(b"x" * 5000)
             receive(client, 5000)
-        eventually(lambda wanted=1000 * (number + 1): len(server.heard) == wanted, 2)  # type: ignore[misc]
+        eventually(lambda wanted=1000 * (number + 1): len(server.heard) == wanted)  # type: ignore[misc]
 
 
 def test_a_trigger_fires_once_between_what_was_passed_on_and_what_was_not(proxy: Proxy, server: EchoingServer) -> None:
@@ -207,4 +207,4 @@ def test_a_trigger_may_answer_in_the_server_s_place(proxy: Proxy, server: Echoin
         assert receive(client, 3) == b"no"
 
     assert server.heard == b""
-    eventually(lambda: proxy.num_open == 0, 2)
+    eventually(lambda: proxy.num_open == 0)

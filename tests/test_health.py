@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from tests.fuzzing import mutated_bytes
 from tests.status_pages import status
-from tests.world import eventually
+from tests.world import HANG_SECONDS, eventually
 from worker import bounded_server
 from worker.bounded_server import MAX_CONNECTIONS
 from worker.health import HealthServer
@@ -24,7 +24,6 @@ NUM_CLIENTS = 500
 NUM_PROBES = 30
 # Of the test process and of the server's own: the listening socket, the selector's, the probe's.
 SPARE = 20
-END_SECONDS = 120.0
 REQUEST = b"GET /health/live HTTP/1.1\r\nHost: worker\r\n\r\n"
 
 
@@ -37,12 +36,12 @@ def port() -> Iterator[int]:
 
 
 def connected(port: int) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", port), timeout=END_SECONDS)
+    return socket.create_connection(("127.0.0.1", port), timeout=HANG_SECONDS)
 
 
 def probe(port: int, path: str = "/health/live", method: str = "GET") -> tuple[int, bytes, int]:
     """Status, body and the length that the headers name, on a connection of its own."""
-    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=END_SECONDS)) as connection:
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=HANG_SECONDS)) as connection:
         connection.request(method, path)
         answer = connection.getresponse()
         return answer.status, answer.read(), int(answer.headers["Content-Length"])
@@ -91,15 +90,15 @@ def test_probes_are_answered_beside_any_number_of_idle_connections(port: int, mo
     assert probe(port)[0] == 200
     # The test's own ends of the connections are descriptors too.
     ours = NUM_CLIENTS + SPARE
-    eventually(lambda: num_descriptors() - num_before <= MAX_CONNECTIONS + ours, END_SECONDS)
-    eventually(lambda: threading.active_count() - threads_before <= MAX_CONNECTIONS + 1, END_SECONDS)
+    eventually(lambda: num_descriptors() - num_before <= MAX_CONNECTIONS + ours)
+    eventually(lambda: threading.active_count() - threads_before <= MAX_CONNECTIONS + 1)
 
     for path in ("/health/live", "/health/ready", "/metrics", "/status.json") * 5:
         assert probe(port, path)[0] == 200
     for client in idle:
         client.close()
 
-    eventually(lambda: threading.active_count() <= threads_before, END_SECONDS)
+    eventually(lambda: threading.active_count() <= threads_before)
 
 
 def test_probes_are_answered_beside_clients_that_drip_and_come_again(
@@ -109,7 +108,7 @@ def test_probes_are_answered_beside_clients_that_drip_and_come_again(
     threads_before = threading.active_count()
     drippers = Drippers(port)
     drippers.start()
-    eventually(lambda: drippers.num_sent > NUM_CLIENTS, END_SECONDS)
+    eventually(lambda: drippers.num_sent > NUM_CLIENTS)
 
     statuses = [probe(port)[0] for _ in range(NUM_PROBES)]
 
@@ -124,7 +123,7 @@ def test_a_request_that_takes_too_long_is_cut_however_often_a_byte_comes(
 ) -> None:
     monkeypatch.setattr(bounded_server, "REQUEST_SECONDS", 1.0)
     with connected(port) as client, pytest.raises(OSError):
-        deadline = time.monotonic() + END_SECONDS
+        deadline = time.monotonic() + HANG_SECONDS
         while time.monotonic() < deadline:
             client.sendall(b"G")
             time.sleep(0.05)
@@ -132,7 +131,7 @@ def test_a_request_that_takes_too_long_is_cut_however_often_a_byte_comes(
 
 def test_an_idle_connection_is_closed_and_one_that_asks_again_stays(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded_server, "REQUEST_SECONDS", 1.0)
-    with connected(port) as idle, closing(http.client.HTTPConnection("127.0.0.1", port, timeout=END_SECONDS)) as used:
+    with connected(port) as idle, closing(http.client.HTTPConnection("127.0.0.1", port, timeout=HANG_SECONDS)) as used:
         used.connect()
         first = used.sock
         began_at = time.monotonic()

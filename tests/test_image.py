@@ -46,7 +46,7 @@ def health_command() -> list[str]:
 def test_the_linter_has_nothing_to_say() -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
 
-    done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, timeout=120, check=False)
 
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
@@ -91,7 +91,7 @@ def test_the_list_of_dependencies_that_it_makes_is_that_of_the_project_and_of_cu
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=True,
     )
 
@@ -123,7 +123,7 @@ def test_the_health_check_tells_a_worker_that_answers_from_one_that_does_not(is_
     _, *script = health_command()
 
     done = subprocess.run(
-        [sys.executable, *script], env={"METRICS_PORT": str(port)}, capture_output=True, timeout=30, check=False
+        [sys.executable, *script], env={"METRICS_PORT": str(port)}, capture_output=True, timeout=120, check=False
     )
 
     assert (done.returncode == 0) is is_there

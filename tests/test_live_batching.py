@@ -112,7 +112,7 @@ def test_a_cancelled_lane_leaves_the_others_running(lasting_world: World) -> Non
 
     end = world.wait_for_end(jobs[1])
     assert end.body["error_code"] == "CANCELLED"
-    eventually(lambda: worker.metric("darkroom_lanes") == 2, 5)
+    eventually(lambda: worker.metric("darkroom_lanes") == 2)
     assert [world.backend.ends(generation_id) for generation_id in (jobs[0], jobs[2])] == [[], []]
     for generation_id in (jobs[0], jobs[2]):
         assert world.wait_for_end(generation_id).kind == "complete"
@@ -131,10 +131,10 @@ def test_a_poison_job_fails_alone_and_nine_innocents_in_its_batch_complete(world
     worker = ready(world.start_worker(PYTHONPATH=f"{POISON}{os.pathsep}{ROOT}"))
 
     # Then it fails, they complete, and the engine died once in company and twice over the culprit alone
-    end = world.wait_for_end(poison, 120)
+    end = world.wait_for_end(poison)
     assert (end.kind, end.body["error_code"]) == ("failed", "ENGINE_CRASHED")
     for generation_id in innocents:
-        assert world.wait_for_end(generation_id, 120).kind == "complete"
+        assert world.wait_for_end(generation_id).kind == "complete"
     assert worker.metric("darkroom_engine_restarts_total") == 3
     world.wait_until_clean(dead=1)
     for generation_id in (*innocents, poison):

@@ -96,7 +96,7 @@ def world(lasting_world: World, passage: DenyingStore) -> Iterator[World]:
     lasting_world.backend.token = token
     passage.is_denying, passage.denied_path, passage.denial = False, NO_PATH, EXPIRED
     worker = lasting_world.workers[0]
-    eventually(lambda: worker.get("/health/ready")[0] == 200, 60, worker.log_tail)
+    eventually(lambda: worker.get("/health/ready")[0] == 200, worker.log_tail)
     lasting_world.wait_until_clean()
 
 
@@ -120,20 +120,20 @@ def test_a_backend_that_refuses_the_token_stops_the_taking_of_jobs_until_it_is_r
     right = world.backend.token
     world.backend.token = "rotated"
     drawn = [world.publish() for _ in range(3)]
-    eventually(lambda: is_refused(worker), 60, worker.log_tail)
+    eventually(lambda: is_refused(worker), worker.log_tail)
     time.sleep(TICK_SECONDS)
     steps = num_steps(worker)
     waiting = [world.publish() for _ in range(3)]
 
     # They stay in the queue, where another worker may take them, and the GPU does nothing for them.
-    eventually(lambda: world.queues()[""] == (3, 0), 10, lambda: str(world.queues()))
+    eventually(lambda: world.queues()[""] == (3, 0), lambda: str(world.queues()))
     assert num_steps(worker) == steps
     assert worker.metric("darkroom_idle_seconds_total", reason="refused") > 0
 
     world.backend.token = right
     for generation_id in drawn + waiting:
-        assert world.wait_for_end(generation_id, 60).kind == "complete"
-    eventually(lambda: worker.get("/health/ready")[0] == 200, 10)
+        assert world.wait_for_end(generation_id).kind == "complete"
+    eventually(lambda: worker.get("/health/ready")[0] == 200)
     world.wait_until_clean()
     assert all(len(world.backend.ends(generation_id)) == 1 for generation_id in drawn + waiting)
 
@@ -151,20 +151,20 @@ def test_a_store_that_refuses_the_keys_fails_no_job_and_costs_no_picture_twice(
     (world.folder / f"go-{task_id}").touch()
 
     # When it comes to storing its picture, then the worker waits and takes no more
-    eventually(lambda: is_refused(worker), 60, worker.log_tail)
+    eventually(lambda: is_refused(worker), worker.log_tail)
     assert denial[1] in worker.get("/health/ready")[1]
     time.sleep(TICK_SECONDS)
     waiting = world.publish()
-    eventually(lambda: world.queues()[""] == (1, 1), 10, lambda: str(world.queues()))
+    eventually(lambda: world.queues()[""] == (1, 1), lambda: str(world.queues()))
 
     # And goes on once they are right, with the picture it has
     passage.is_denying = False
     for generation_id in (running, waiting):
-        assert world.wait_for_end(generation_id, 60).kind == "complete"
+        assert world.wait_for_end(generation_id).kind == "complete"
         assert world.backend.calls("failed", generation_id) == []
     world.wait_until_clean()
     # A turn is counted behind its answers.
-    eventually(lambda: num_steps(worker) == steps + 60 + 8, 5, lambda: str(num_steps(worker)))
+    eventually(lambda: num_steps(worker) == steps + 60 + 8, lambda: str(num_steps(worker)))
 
 
 def test_one_object_that_may_not_be_read_is_its_own_job_s_failure(

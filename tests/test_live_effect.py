@@ -21,7 +21,6 @@ from tests.world import Worker, eventually
 from worker.identity import own_task_id
 
 # A guard against a hang, no measure of anything.
-END_SECONDS = 120.0
 NUM_TRIES = 3
 STORE_PAUSE_SECONDS = 1.0
 # For what a worker takes besides: threads, connections, small pictures.
@@ -55,8 +54,8 @@ def worker(station: Station) -> Worker:
     for one in alive[1:]:
         one.kill()
     worker = alive[0] if alive else start_worker(station)
-    eventually(lambda: worker.get("/health/ready")[0] == 200, END_SECONDS, worker.log_tail)
-    station.world.wait_until_clean(within_seconds=END_SECONDS)
+    eventually(lambda: worker.get("/health/ready")[0] == 200, worker.log_tail)
+    station.world.wait_until_clean()
     return worker
 
 
@@ -65,11 +64,11 @@ def start_worker(station: Station) -> Worker:
 
 
 def wait_for_end(station: Station, job: Job) -> Any:
-    return station.world.wait_for_end(job.generation_id, END_SECONDS)
+    return station.world.wait_for_end(job.generation_id)
 
 
 def wait_until_marked(station: Station, job: Job) -> None:
-    eventually(lambda: station.is_marked(job), END_SECONDS, station.world.workers[-1].log_tail)
+    eventually(lambda: station.is_marked(job), station.world.workers[-1].log_tail)
 
 
 def events_of(worker: Worker, name: str, job: Job) -> list[dict[str, Any]]:
@@ -134,7 +133,7 @@ def test_a_worker_that_thaws_changes_no_picture_and_repeats_no_end(
     other = start_worker(station)
     freeze(station, worker, old)
     station.release(old)
-    eventually(partial(is_frozen, worker), END_SECONDS, worker.log_tail)
+    eventually(partial(is_frozen, worker), worker.log_tail)
     station.broker.reset()
     wait_until_marked(station, old)
     new = station.publish(generation_id=old.generation_id, **shape)
@@ -143,8 +142,8 @@ def test_a_worker_that_thaws_changes_no_picture_and_repeats_no_end(
     reported = station.world.backend.calls("progress", old.generation_id)
 
     worker.process.send_signal(signal.SIGCONT)
-    eventually(lambda: len(events_of(worker, "job out", old)) == 1, END_SECONDS, worker.log_tail)
-    station.world.wait_until_clean(within_seconds=END_SECONDS)
+    eventually(lambda: len(events_of(worker, "job out", old)) == 1, worker.log_tail)
+    station.world.wait_until_clean()
 
     assert pictures_of(station, new) == shown
     assert station.world.backend.calls("progress", old.generation_id) == reported
@@ -184,9 +183,9 @@ def test_a_failure_that_cannot_be_recorded_is_reported_once_the_store_records_it
     wait_until_marked(station, job)
     # The same message again has its end.
     station.world.publish(task_id=job.task_id, generation_id=job.generation_id, prompt="a red fox")
-    eventually(lambda: "known" in webhooks_of(worker, job), END_SECONDS, worker.log_tail)
+    eventually(lambda: "known" in webhooks_of(worker, job), worker.log_tail)
     station.assert_failed_once(job, "STORAGE_UNAVAILABLE")
-    station.world.wait_until_clean(dead=1, within_seconds=END_SECONDS)
+    station.world.wait_until_clean(dead=1)
 
 
 def test_a_failure_that_was_not_recorded_gives_way_to_the_same_message_s_completion(
@@ -204,8 +203,8 @@ def test_a_failure_that_was_not_recorded_gives_way_to_the_same_message_s_complet
 
     station.store.pass_on()
 
-    eventually(lambda: len(worker.events("end dropped")) == 1, END_SECONDS, worker.log_tail)
-    station.world.wait_until_clean(dead=1, within_seconds=END_SECONDS)
+    eventually(lambda: len(worker.events("end dropped")) == 1, worker.log_tail)
+    station.world.wait_until_clean(dead=1)
     station.world.dead_letters()
     assert [call.kind for call in station.world.backend.ends(job.generation_id)] == ["complete"]
     assert station.world.backend.calls("failed", job.generation_id) == []
@@ -217,9 +216,9 @@ def wait_until_parked(station: Station, worker: Worker, job: Job) -> None:
     def num_refused() -> int:
         return len(events_of(worker, "end not recorded yet", job))
 
-    eventually(lambda: num_refused() > 0, END_SECONDS, worker.log_tail)
+    eventually(lambda: num_refused() > 0, worker.log_tail)
     known = num_refused()
-    eventually(lambda: num_refused() > known, END_SECONDS, worker.log_tail)
+    eventually(lambda: num_refused() > known, worker.log_tail)
 
 
 def webhooks_of(worker: Worker, job: Job) -> list[str]:
@@ -240,7 +239,7 @@ def test_a_task_id_of_two_generations_gives_each_its_own_end(
         wait_until_marked(station, first)
     second = Job(first.task_id, world.publish(task_id=first.task_id))
     own = Job(own_task_id(first.task_id, second.generation_id), second.generation_id)
-    eventually(lambda: station.num_asked(own) == 1, END_SECONDS, worker.log_tail)
+    eventually(lambda: station.num_asked(own) == 1, worker.log_tail)
     station.release(first)
 
     assert wait_for_end(station, own).body["metadata"]["task_id"] == own.task_id
@@ -248,7 +247,7 @@ def test_a_task_id_of_two_generations_gives_each_its_own_end(
     station.assert_complete_once(own)
     # And again, which is neither drawn nor reported
     world.publish(task_id=first.task_id, generation_id=second.generation_id)
-    eventually(lambda: "known" in webhooks_of(worker, own), END_SECONDS, worker.log_tail)
+    eventually(lambda: "known" in webhooks_of(worker, own), worker.log_tail)
     station.assert_complete_once(own)
 
 
@@ -284,11 +283,11 @@ def test_a_task_id_with_other_data_has_one_end_and_a_word_in_the_log(
     known = {"generation_id": job.generation_id, "num_inference_steps": 8}
     world.publish_raw(json.dumps(again | {"data": {"prompt": "hold@3", "tries": 2} | known}).encode())
     world.publish_raw(json.dumps(again | {"data": {"prompt": "a blue whale"} | known}).encode())
-    eventually(lambda: len(events_of(worker, "message dropped", job)) == 1, END_SECONDS, worker.log_tail)
+    eventually(lambda: len(events_of(worker, "message dropped", job)) == 1, worker.log_tail)
     station.release(job)
 
     wait_until_marked(station, job)
-    world.wait_until_clean(within_seconds=END_SECONDS)
+    world.wait_until_clean()
     assert len(events_of(worker, "message dropped", job)) == 1
     assert station.posts(job) == 1
     assert station.num_runs(job) == 1
@@ -369,7 +368,7 @@ def test_a_record_that_no_worker_wrote_is_an_end_that_cannot_be_read(
     station.world.upload(f"jobs/{task_id}.json", content.replace(b"{task_id}", task_id.encode()))
     station.world.publish(task_id=task_id)
 
-    station.world.wait_until_clean(dead=1, within_seconds=END_SECONDS)
+    station.world.wait_until_clean(dead=1)
 
     ((_, reason),) = station.world.dead_letters()
     assert f"jobs/{task_id}.json" in reason

@@ -24,7 +24,7 @@ DELAYS_SECONDS = (0.2, 0.4, 1.2, 1.2)
 PATIENCE_SECONDS = 1.0
 TRANSIENT_SECONDS = 1.0
 CALL_SECONDS = 1.0
-PROGRESS_CALL_SECONDS = 0.5
+PROGRESS_CALL_SECONDS = 2.0
 DAY_SECONDS = 24 * 3600
 CONSTANTS = {
     "worker.notifying:DELAYS_SECONDS": DELAYS_SECONDS,
@@ -53,7 +53,7 @@ def worker(station: Station) -> Worker:
     """One worker for all tests, after each of which it must be as good as new."""
     station.make_sound()
     worker = station.world.workers[0]
-    eventually(lambda: worker.get("/health/ready")[0] == 200, 30, worker.log_tail)
+    eventually(lambda: worker.get("/health/ready")[0] == 200, worker.log_tail)
     station.world.wait_until_clean()
     return worker
 
@@ -69,12 +69,12 @@ def num_parked(station: Station) -> int:
 def wait_until_parked(station: Station, count: int) -> None:
     """Return once so many ends are in the outbox and no job is in hand."""
     world = station.world
-    eventually(lambda: num_parked(station) == count, 8, lambda: f"{world.queues()}\n{world.workers[0].log_tail()}")
-    eventually(lambda: world.queues()[""] == (0, 0), 2, lambda: str(world.queues()))
+    eventually(lambda: num_parked(station) == count, lambda: f"{world.queues()}\n{world.workers[0].log_tail()}")
+    eventually(lambda: world.queues()[""] == (0, 0), lambda: str(world.queues()))
 
 
 def wait_for_dead_letters(station: Station, count: int = 1) -> None:
-    station.world.wait_until_clean(dead=count, within_seconds=8)
+    station.world.wait_until_clean(dead=count)
 
 
 def test_a_backend_that_fails_three_times_hears_the_same_again_after_growing_waits(station: Station) -> None:
@@ -100,7 +100,7 @@ def test_a_backend_that_fails_for_ever_holds_no_job_and_leaves_a_dead_letter_aft
 
     # The other kind of end goes through meanwhile.
     failed = world.publish(prompt="fail@2")
-    assert world.wait_for_end(failed, 5).kind == "failed"
+    assert world.wait_for_end(failed).kind == "failed"
 
     station.set_clock(DAY_SECONDS + 60)
     wait_for_dead_letters(station, 3)
@@ -145,8 +145,8 @@ def test_events_that_are_never_taken_hold_up_none_that_an_outage_parked(station:
 
     # Then these are told, and those stay
     for job in good:
-        assert world.wait_for_end(job.generation_id, 15).kind == "complete"
-    eventually(lambda: num_parked(station) == 2, 8, lambda: str(world.queues()))
+        assert world.wait_for_end(job.generation_id).kind == "complete"
+    eventually(lambda: num_parked(station) == 2, lambda: str(world.queues()))
     assert [len(world.backend.ends(job.generation_id)) for job in (*good, *bad)] == [1, 1, 0, 0]
 
     # And once the backend takes them, they are told as well, none twice
@@ -175,7 +175,7 @@ def test_an_answer_that_drips_ends_with_the_call_and_the_end_is_told_again(stati
     job = station.publish_held()
     station.backend.drip(0.4, DOWN)
     station.release(job)
-    eventually(lambda: station.posts(job) == 2, 2 * CALL_SECONDS + 1, station.world.workers[0].log_tail)
+    eventually(lambda: station.posts(job) == 2, station.world.workers[0].log_tail)
     station.backend.pass_on()
 
     station.assert_complete_once(job, num_posts=None)
@@ -220,7 +220,7 @@ def test_a_backend_that_refuses_the_worker_gets_no_more_work_drawn_until_it_take
     world = station.world
     with refusal(station):
         drawn = [station.publish() for _ in range(3)]
-        eventually(lambda: "refuses this worker" in worker.get("/health/ready")[1], 8, worker.log_tail)
+        eventually(lambda: "refuses this worker" in worker.get("/health/ready")[1], worker.log_tail)
         time.sleep(TICK_SECONDS)
         waiting = [station.publish() for _ in range(2)]
         time.sleep(TICK_SECONDS)
@@ -238,7 +238,7 @@ def test_a_generation_that_the_backend_does_not_know_yet_is_told_until_it_does(s
     station.world.backend.answer("complete", 404, times=3)
 
     job = station.publish()
-    eventually(lambda: station.posts(job) == 4, 8, lambda: str(station.world.queues()))
+    eventually(lambda: station.posts(job) == 4, lambda: str(station.world.queues()))
     station.assert_complete_once(job, num_posts=4)
 
 
@@ -282,7 +282,7 @@ def test_a_backend_that_asks_for_a_pause_gets_it(station: Station, name: str) ->
     station.assert_complete_once(job)
 
     waited = posted_at(station, job)[0] - refused_at[0]
-    assert at_least_seconds <= waited < at_least_seconds + 3
+    assert waited >= at_least_seconds
 
 
 def test_a_redirect_is_a_refusal_and_the_token_goes_nowhere(station: Station) -> None:
@@ -319,7 +319,7 @@ def test_a_backend_that_refuses_every_end_gets_no_more_work_drawn_and_hears_of_w
 
     # When ends are refused in a row, then jobs stay where another worker may take them
     drawn = [station.publish() for _ in range(REFUSED_ENDS)]
-    eventually(lambda: "refuses this worker" in worker.get("/health/ready")[1], 20, worker.log_tail)
+    eventually(lambda: "refuses this worker" in worker.get("/health/ready")[1], worker.log_tail)
     assert words in worker.get("/health/ready")[1]
     assert worker.metric("darkroom_ready") == 0
     time.sleep(TICK_SECONDS)
@@ -329,7 +329,7 @@ def test_a_backend_that_refuses_every_end_gets_no_more_work_drawn_and_hears_of_w
 
     # And what was refused since the breaker opened is told once the address is right, as are those that waited
     station.backend.pass_on()
-    eventually(lambda: worker.get("/health/ready")[0] == 200, 20, worker.log_tail)
+    eventually(lambda: worker.get("/health/ready")[0] == 200, worker.log_tail)
     dead = world.dead_letters()
     assert len(dead) < REFUSED_ENDS
     told = [job for job in drawn if not any(str(job.generation_id).encode() in body for body, _ in dead)]
@@ -347,7 +347,7 @@ def test_progress_that_is_not_taken_delays_no_end_and_never_follows_it(
     # Drawn while the first report is under way: the next one waits behind it.
     started_at = time.monotonic()
     job = station.publish(num_inference_steps=40)
-    assert backend.wait_for_end(job.generation_id, 20).kind == "complete"
+    assert station.world.wait_for_end(job.generation_id).kind == "complete"
 
     # No more of them than one were waited for.
     assert time.monotonic() - started_at < len(MILESTONES) * PROGRESS_CALL_SECONDS / 2

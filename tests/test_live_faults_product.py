@@ -18,7 +18,7 @@ from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import Job, Station, new_station
 from tests.product_pictures import bottle
 from tests.test_live_cancelling import cancel
-from tests.world import Worker, eventually
+from tests.world import HANG_SECONDS, Worker, eventually
 
 RED = (250, 10, 10)
 # Of the refining, which takes three steps at least.
@@ -136,12 +136,12 @@ def test_an_engine_killed_at_the_refining_costs_the_background_nothing(station: 
 def test_a_worker_that_stops_gives_a_product_away_behind_its_background(station: Station, worker: Worker) -> None:
     job = publish_held(station)
     worker.process.send_signal(signal.SIGTERM)
-    eventually(lambda: bool(worker.events("stopping")), 10, worker.log_tail)
+    eventually(lambda: bool(worker.events("stopping")), worker.log_tail)
     time.sleep(0.5)  # a busy machine may still let it refine first: then it ends here, which is as well
     station.release(job)
     station.release(refining(job))
 
-    assert worker.process.wait(30) == 0
+    assert worker.process.wait(HANG_SECONDS) == 0
     station.start_worker()
 
     assert_complete(station, job, num_refinings=1)
@@ -152,7 +152,7 @@ def test_cancelled_at_its_refining_a_product_ends_there(station: Station, worker
     go_on_to_refining(station, job)
 
     cancel(station.world, task_id=job.task_id)
-    eventually(lambda: bool(worker.events("cancel order")), 10, worker.log_tail)
+    eventually(lambda: bool(worker.events("cancel order")), worker.log_tail)
     station.release(refining(job))
 
     station.assert_failed_once(job, "CANCELLED")

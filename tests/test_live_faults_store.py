@@ -10,7 +10,7 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.proxy import DOWN, UP, Link, Proxy, Sign
 from tests.faults.station import DONE, Job, Station, answers, long, new_station
-from tests.world import Worker, eventually
+from tests.world import HANG_SECONDS, Worker, eventually
 
 CONSTANTS = {
     "worker.settling:RETRY_DELAYS_SECONDS": [1, 1],
@@ -24,7 +24,6 @@ CONSTANTS = {
 }
 HALF = 30_000  # bytes, about: a picture of 128 pixels squared is noise, and 49 kB of PNG
 NUM_PLACES = 12  # ten lanes, and two jobs more whose adapters are fetched while others are drawn
-LONG_SECONDS = 120.0  # a guard against a hang
 PAUSE_SECONDS = 0.3  # in which a worker that refuses jobs has stopped to take them
 
 
@@ -40,7 +39,7 @@ def worker(station: Station) -> Worker:
     station.make_sound()
     alive = [one for one in station.world.workers if one.process.poll() is None]
     worker = alive[0] if alive else start_worker(station)
-    eventually(lambda: worker.get("/health/ready")[0] == 200, 30, worker.log_tail)
+    eventually(lambda: worker.get("/health/ready")[0] == 200, worker.log_tail)
     station.world.wait_until_clean()
     return worker
 
@@ -59,7 +58,7 @@ def error(code: str) -> bytes:
 
 
 def wait_for_retry(worker: Worker, num_before: float) -> None:
-    eventually(lambda: num_retried(worker) > num_before, 10, worker.log_tail)
+    eventually(lambda: num_retried(worker) > num_before, worker.log_tail)
 
 
 def num_retried(worker: Worker) -> float:
@@ -163,7 +162,7 @@ def test_an_adapter_that_arrives_too_slowly_is_asked_for_again_long_before_its_t
 
     retried_before = num_retried(worker)
     job = station.publish(lora_path=path)
-    eventually(lambda: len(reads) == 2, 5, worker.log_tail)
+    eventually(lambda: len(reads) == 2, worker.log_tail)
 
     station.assert_complete_once(job)
     assert num_retried(worker) == retried_before
@@ -182,7 +181,7 @@ def test_an_adapter_that_comes_a_moment_after_its_job_is_not_missing(station: St
     look = station.sign("HEAD", "models/late.safetensors")
     looked = station.store.when(look, Sign(DOWN, b"HTTP/1.1 404"), do=lambda _: None)
     job = station.publish(lora_path=f"s3://{station.world.bucket}/models/late.safetensors")
-    assert looked.fired.wait(10)
+    assert looked.fired.wait(HANG_SECONDS)
     adapter(station, "late")
 
     station.assert_complete_once(job)
@@ -195,7 +194,7 @@ def test_a_store_that_refuses_the_worker_itself_fails_no_job_and_stops_the_takin
     drawn = station.publish_held()
     station.store.when(Sign(UP), do=answers(403, error(code)), times=None)
     station.release(drawn)
-    eventually(lambda: code in worker.get("/health/ready")[1], 10, worker.log_tail)
+    eventually(lambda: code in worker.get("/health/ready")[1], worker.log_tail)
     time.sleep(PAUSE_SECONDS)
     waiting = station.publish()
     time.sleep(PAUSE_SECONDS)
@@ -205,7 +204,7 @@ def test_a_store_that_refuses_the_worker_itself_fails_no_job_and_stops_the_takin
 
     station.assert_complete_once(drawn)
     station.assert_complete_once(waiting)
-    eventually(lambda: any(code in line["reason"] for line in worker.events("breaker open")), 5)
+    eventually(lambda: any(code in line["reason"] for line in worker.events("breaker open")))
 
 
 def test_a_picture_of_another_task_gives_way_and_the_log_says_so(station: Station, worker: Worker) -> None:
@@ -217,7 +216,7 @@ def test_a_picture_of_another_task_gives_way_and_the_log_says_so(station: Statio
     station.release(job)
 
     station.assert_complete_once(job)
-    eventually(lambda: len(worker.events("another task's picture replaced")) == 1, 5, worker.log_tail)
+    eventually(lambda: len(worker.events("another task's picture replaced")) == 1, worker.log_tail)
     assert worker.events("another task's picture replaced")[0]["other_task_id"] == "another"
 
 
@@ -229,11 +228,11 @@ def test_a_store_that_knows_no_conditions_is_written_to_without_them(station: St
 
     job = station.publish()
     station.assert_complete_once(job)
-    eventually(lambda: len(worker.events("the store has no conditional writes")) == 1, 5)
+    eventually(lambda: len(worker.events("the store has no conditional writes")) == 1)
 
     # The record is a fence all the same.
     station.world.publish(task_id=job.task_id, generation_id=job.generation_id)
-    eventually(lambda: len(worker.events("job out")) == 2, 10, worker.log_tail)
+    eventually(lambda: len(worker.events("job out")) == 2, worker.log_tail)
     station.assert_complete_once(job)
     worker.kill()
 
@@ -264,7 +263,7 @@ def test_a_store_that_fails_one_job_for_ever_fails_it_once_and_no_other(station:
     # While that one goes round, others are drawn.
     wait_for_retry(worker, retried_before)
     other = station.publish()
-    assert world.wait_for_end(other.generation_id, 5).kind == "complete"
+    assert world.wait_for_end(other.generation_id).kind == "complete"
     station.assert_failed_once(doomed, "STORAGE_UNAVAILABLE")
 
     world.wait_until_clean(dead=1)
@@ -292,7 +291,7 @@ def test_an_object_that_never_comes_holds_half_of_the_places_and_other_jobs_are_
     path = adapter(station, "hung")
     station.store.when(station.sign("GET", "models/hung.safetensors"), do=Link.swallow, times=None)
     hung = [station.publish(lora_path=path) for _ in range(NUM_PLACES)]
-    station.world.wait_for_depth(0, NUM_PLACES, within_seconds=LONG_SECONDS)
+    station.world.wait_for_depth(0, NUM_PLACES)
 
     good = station.publish(lora_path=adapter(station, "good"))
 

@@ -10,7 +10,7 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import start_light_worker
 from tests.google_stand_in import KEY_ID, SECRET, GoogleStandIn
-from tests.world import END_SECONDS, World, eventually, new_world
+from tests.world import World, eventually, new_world
 
 BUCKET = "style_media"
 
@@ -54,5 +54,5 @@ def test_a_job_is_drawn_stored_and_recorded_once_behind_google_s_condition(world
 
     # The same message again meets the record.
     world.publish(task_id=task_id, generation_id=generation_id)
-    eventually(lambda: len(world.workers[0].events("job out")) == 2, END_SECONDS, world.workers[0].log_tail)
+    eventually(lambda: len(world.workers[0].events("job out")) == 2, world.workers[0].log_tail)
     assert len(world.backend.ends(generation_id)) == 1

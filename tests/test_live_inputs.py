@@ -19,7 +19,6 @@ from tests.hostile_inputs import demo_adapter, image, peft_config, peft_weights
 from tests.world import Worker, World, eventually, new_world
 from worker.messages import MAX_BODY_BYTES
 
-END_SECONDS = 120
 LONG = 150  # steps: three seconds
 STATUS_PATHS = ("/status.json", "/metrics", "/health/ready")
 
@@ -49,7 +48,7 @@ def body_of(generation_id: Any, **fields: Any) -> bytes:
 def end_of(world: World, generation_id: Any, **fields: Any) -> Call:
     """Publish a job and wait for its end, which fits the contract."""
     world.publish_raw(body_of(generation_id, **fields))
-    end = world.backend.wait_for_end(generation_id, END_SECONDS)
+    end = world.wait_for_end(generation_id)
     assert_webhook_fits(end.kind, end.body, end.headers)
     return end
 
@@ -94,14 +93,14 @@ def test_a_cancel_order_names_a_generation_by_number_or_text(
     world: World, given_id: int | str, ordered: int | str
 ) -> None:
     world.publish_raw(body_of(given_id, num_inference_steps=LONG))
-    eventually(lambda: world.backend.calls("progress", given_id) != [], END_SECONDS)
+    eventually(lambda: world.backend.calls("progress", given_id) != [])
 
     connection = pika.BlockingConnection(pika.URLParameters(world.rabbitmq.url))
     order = json.dumps({"generation_id": ordered}).encode()
     connection.channel().basic_publish(f"{world.queue}.cancel", "", order)
     connection.close()
 
-    end = world.backend.wait_for_end(given_id, END_SECONDS)
+    end = world.wait_for_end(given_id)
     assert (end.kind, end.body["error_code"]) == ("failed", "CANCELLED")
 
 
@@ -122,7 +121,7 @@ def test_a_byte_order_mark_and_what_is_not_given_are_no_reason_to_refuse(world: 
     tags = ["", "  ", *(f"tag {number}" for number in range(150))]
     world.publish_raw(b"\xef\xbb\xbf" + body_of("bom", prompt_tags=tags, scheduler="", aspect_ratio="", **empty))
 
-    end = world.backend.wait_for_end("bom", END_SECONDS)
+    end = world.wait_for_end("bom")
 
     assert end.kind == "complete"
     assert end.body["metadata"]["prompt_tags"] == tags
@@ -245,8 +244,8 @@ def test_no_secret_of_a_location_comes_back_from_any_field(world: World, worker:
     world.publish_raw(*(body_of(text) for text in presigned(world)))  # no ids: dead letters
 
     # When all of them have ended
-    ends = [world.backend.wait_for_end(given_id, END_SECONDS) for given_id in ids]
-    eventually(lambda: world.queues()[".dead"][0] == len(presigned(world)), END_SECONDS, lambda: str(world.queues()))
+    ends = [world.wait_for_end(given_id) for given_id in ids]
+    eventually(lambda: world.queues()[".dead"][0] == len(presigned(world)), lambda: str(world.queues()))
 
     # Then no part of a secret is in a webhook, a record, the log, the pages or a dead letter's reason
     seen = [json.dumps([call.body for call in world.backend.calls()]), worker.log.read_text()]

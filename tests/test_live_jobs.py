@@ -12,7 +12,7 @@ import pytest
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.contract_schemas import assert_webhook_fits
-from tests.world import DEMO_MODEL, END_SECONDS, Worker, World, eventually, new_world
+from tests.world import DEMO_MODEL, Worker, World, eventually, new_world
 
 SIGNATURE = Path(__file__).parent / "files" / "signature.png"
 
@@ -199,7 +199,7 @@ def test_five_jobs_of_one_style_read_its_adapter_once_into_one_slot(world: World
         publish_and_wait(world, lora_path=style, seed=seed)
 
     assert num_readings(worker) == readings_before + 1
-    eventually(lambda: slots_in_use(worker) == slots_before + 1, END_SECONDS, worker.log_tail)
+    eventually(lambda: slots_in_use(worker) == slots_before + 1, worker.log_tail)
 
 
 def test_an_adapter_replaced_at_its_key_is_read_anew_and_the_one_before_is_not_drawn(
@@ -353,7 +353,7 @@ def test_metrics_and_health_speak_the_names_of_the_contract(world: World, worker
         text = worker.get("/metrics")[1]
         return [name for name in names if f"\ndarkroom_{name}" not in text]
 
-    eventually(lambda: missing() == [], 10, lambda: str(missing()))  # queues are counted every few seconds
+    eventually(lambda: missing() == [], lambda: str(missing()))  # queues are counted every few seconds
     assert worker.metric("darkroom_idle_seconds_total", reason="no_jobs") > 0
 
 
@@ -364,7 +364,7 @@ def test_every_job_logs_one_line_in_and_one_line_out_with_its_stages(world: Worl
     def lines(event: str) -> list[dict[str, Any]]:
         return [line for line in worker.events(event) if line["generation_id"] == generation_id]
 
-    eventually(lambda: len(lines("job out")) > 0, 5, worker.log_tail)  # behind the ack
+    eventually(lambda: len(lines("job out")) > 0, worker.log_tail)  # behind the ack
     lines_in, lines_out = lines("job in"), lines("job out")
 
     assert [len(lines_in), len(lines_out)] == [1, 1]

@@ -86,7 +86,7 @@ def test_many_adapters_in_few_slots_leave_no_trace_in_memory_or_pictures(world: 
     assert controls[0][0] != controls[0][1]
     # The gauges follow the last answer.
     settled = {"active": 0, "idle": NUM_SLOTS, "free": 0}
-    eventually(lambda: slots_of(worker) == settled, 5, lambda: str(slots_of(worker)))
+    eventually(lambda: slots_of(worker) == settled, lambda: str(slots_of(worker)))
     assert worker.metric("darkroom_engine_restarts_total") == 0
     jobs_done = [ROUND * (number + 1) for number in range(len(memory))]
     for name, values in zip(("supervisor", "engine"), zip(*memory, strict=True), strict=True):

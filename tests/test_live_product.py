@@ -85,7 +85,7 @@ def lane_steps(worker: Worker) -> float:
 
 def assert_lane_steps(worker: Worker, steps: int, since: float = 0.0) -> None:
     """The last one is counted a moment after its picture is there."""
-    eventually(lambda: lane_steps(worker) - since == steps, 5, lambda: str(lane_steps(worker) - since))
+    eventually(lambda: lane_steps(worker) - since == steps, lambda: str(lane_steps(worker) - since))
 
 
 def metadata_of(world: World, generation_id: int) -> dict[str, Any]:

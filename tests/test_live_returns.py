@@ -21,7 +21,7 @@ from config.settings import BrokerSettings
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import Job, long, start_light_worker
-from tests.world import END_SECONDS, Worker, World, eventually, new_world
+from tests.world import Worker, World, eventually, new_world
 from worker.broker import CRASHES_HEADER, LEASE_HEADER, make_queue
 from worker.dead_letters import Letter
 from worker.inspection import Inspection
@@ -33,7 +33,6 @@ IS_LONG = "FAULTS_LONG" in os.environ
 BROKERS_LIMIT = 20 if IS_LONG else 6
 NUM_LOSSES = 40 if IS_LONG else BROKERS_LIMIT + 2
 NUM_LANES = 10
-HANG_SECONDS = 120.0
 # Short waits between tries of a webhook, and an engine that may be held for long.
 CONSTANTS = {
     "worker.notifying:PATIENCE_SECONDS": 0.0,
@@ -106,7 +105,7 @@ def lose_connections(world: World, worker: Worker) -> None:
             return False
         return len(worker.events("consuming")) > len(worker.events("broker connection lost"))
 
-    eventually(is_back, HANG_SECONDS, worker.log_tail)
+    eventually(is_back, worker.log_tail)
 
 
 def go_on(world: World, job: Job) -> None:
@@ -116,7 +115,7 @@ def go_on(world: World, job: Job) -> None:
 def wait_for(world: World, **depths: tuple[int, int]) -> None:
     """Return once these of the worker's queues have so many messages ready and in a worker's hands."""
     wanted = {f".{name}": depth for name, depth in depths.items()}
-    eventually(lambda: wanted.items() <= world.queues().items(), HANG_SECONDS, lambda: str(world.queues()))
+    eventually(lambda: wanted.items() <= world.queues().items(), lambda: str(world.queues()))
 
 
 def wait_until_in_hand(world: World, *suffixes: str) -> None:
@@ -126,14 +125,14 @@ def wait_until_in_hand(world: World, *suffixes: str) -> None:
         depths = world.queues()
         return all(depths[suffix][0] == 0 and depths[suffix][1] >= 1 for suffix in suffixes)
 
-    eventually(are_in_hand, HANG_SECONDS, lambda: str(world.queues()))
+    eventually(are_in_hand, lambda: str(world.queues()))
 
 
 def assert_complete(world: World, *jobs: Job) -> None:
     """Each was told once, and nothing is left anywhere."""
     for job in jobs:
-        assert world.wait_for_end(job.generation_id, HANG_SECONDS).kind == "complete"
-    world.wait_until_clean(within_seconds=END_SECONDS)
+        assert world.wait_for_end(job.generation_id).kind == "complete"
+    world.wait_until_clean()
     assert all(len(world.backend.ends(job.generation_id)) == 1 for job in jobs)
 
 
@@ -149,7 +148,7 @@ def test_connections_lost_again_and_again_lose_neither_a_parked_event_nor_a_reco
         world.publish_raw(message(parked))
         wait_for(world, outbox=(0, 1))
         put_into_recover(world, message(broken, "hold@3"))
-        eventually(lambda: f" held {broken.task_id}" in journal(world), HANG_SECONDS, worker.log_tail)
+        eventually(lambda: f" held {broken.task_id}" in journal(world), worker.log_tail)
 
         # When every connection is closed more often than the broker gives a message back
         for _ in range(NUM_LOSSES):
@@ -162,8 +161,8 @@ def test_connections_lost_again_and_again_lose_neither_a_parked_event_nor_a_reco
         go_on(world, broken)
         world.backend.answer("complete", 200)
         for job in (parked, broken):
-            eventually(lambda: "complete" in outcomes(world, job), HANG_SECONDS, world.workers[-1].log_tail)  # noqa: B023
-        world.wait_until_clean(within_seconds=END_SECONDS)
+            eventually(lambda: "complete" in outcomes(world, job), world.workers[-1].log_tail)  # noqa: B023
+        world.wait_until_clean()
         assert world.backend.calls("failed") == []
 
 
@@ -181,8 +180,8 @@ def test_deployments_in_the_middle_of_a_long_job_are_no_crashes(world: World, nu
     for number in range(num_deployments):
         worker = start(world, constants, SHUTDOWN_GRACE_SECONDS="1")
         held = f" held {job.task_id}"
-        eventually(lambda: journal(world).count(held) == number + 1, HANG_SECONDS, worker.log_tail)  # noqa: B023
-        assert worker.terminate(HANG_SECONDS) == 0
+        eventually(lambda: journal(world).count(held) == number + 1, worker.log_tail)  # noqa: B023
+        assert worker.terminate() == 0
         wait_for(world, recover=(1, 0))
 
     # Then the next one draws it
@@ -207,14 +206,14 @@ def test_an_event_parked_outlives_forty_restarts(world: World) -> None:
             worker = start(world)
             wait_for(world, outbox=(0, 1))
             if number % 4:
-                assert worker.terminate(HANG_SECONDS) == 0
+                assert worker.terminate() == 0
             else:
                 worker.kill()
 
         start(world)
         world.backend.answer("complete", 200)
-        eventually(lambda: "complete" in outcomes(world, job), HANG_SECONDS, world.workers[-1].log_tail)
-        world.wait_until_clean(within_seconds=END_SECONDS)
+        eventually(lambda: "complete" in outcomes(world, job), world.workers[-1].log_tail)
+        world.wait_until_clean()
 
 
 def test_a_policy_with_every_limit_loses_no_end(world: World) -> None:
@@ -225,8 +224,8 @@ def test_a_policy_with_every_limit_loses_no_end(world: World) -> None:
         world.backend.answer("complete", 500)
         worker = start(world)
         world.publish_raw(*(message(job) for job in jobs))
-        eventually(lambda: len(world.keys("generations/")) == len(jobs), HANG_SECONDS, worker.log_tail)
-        eventually(lambda: bool(worker.events("webhook parked")), HANG_SECONDS, worker.log_tail)
+        eventually(lambda: len(world.keys("generations/")) == len(jobs), worker.log_tail)
+        eventually(lambda: bool(worker.events("webhook parked")), worker.log_tail)
         for _ in range(3):
             lose_connections(world, worker)
         world.backend.answer("complete", 200)
@@ -235,7 +234,7 @@ def test_a_policy_with_every_limit_loses_no_end(world: World) -> None:
             dead = {json.loads(body)["generation_id"] for body in bodies_of_dead_letters(world)}
             return all(len(outcomes(world, job)) == 1 or job.generation_id in dead for job in jobs)
 
-        eventually(all_told, HANG_SECONDS, worker.log_tail)
+        eventually(all_told, worker.log_tail)
         assert all(len(outcomes(world, job)) <= 1 for job in jobs)
 
 
@@ -256,7 +255,7 @@ def test_a_message_at_a_policy_s_limit_becomes_a_dead_letter(world: World) -> No
             make_queue(channel.connection, name, names.arguments[name])
         with limits(world, r"\.outbox$", **{"delivery-limit": 0}):
             channel.basic_publish("", names.outbox, b"an event", pika.BasicProperties(delivery_mode=2))
-            eventually(lambda: is_given_back(channel, names.outbox), HANG_SECONDS)
+            eventually(lambda: is_given_back(channel, names.outbox))
             wait_for(world, dead=(1, 0), outbox=(0, 0))
     with Inspection(BrokerSettings(**world.rabbitmq.env()), names.dead) as inspection:  # type: ignore[arg-type]
         (held,) = inspection.take(10)
@@ -325,9 +324,9 @@ def test_a_job_that_several_workers_were_killed_with_is_done_with_no_recovered_o
 
     worker = start(world, RABBITMQ_CONSUMER_TIMEOUT_SECONDS="6")  # copies are put off for a second
 
-    eventually(lambda: " held " in journal(world), HANG_SECONDS, worker.log_tail)
+    eventually(lambda: " held " in journal(world), worker.log_tail)
     first = journal(world).split(" held ")[1].split()[0]
-    eventually(lambda: world.queues()[".recover"][1] == 1, HANG_SECONDS, lambda: str(world.queues()))
+    eventually(lambda: world.queues()[".recover"][1] == 1, lambda: str(world.queues()))
     assert len(worker.events("job in")) == 1
     for job in (suspect, *others):
         go_on(world, job)
@@ -344,7 +343,7 @@ def test_a_job_on_lease_whose_worker_was_killed_has_one_crash_more(world: World)
 
     start(world, {"worker.settling:MAX_RECOVERIES": 2})
 
-    end = world.wait_for_end(1, HANG_SECONDS)
+    end = world.wait_for_end(1)
     assert (end.kind, end.body.get("error_code")) == ("failed", "WORKER_CRASHED")
 
 

@@ -57,12 +57,12 @@ def wait_for_row(worker: Worker, generation_id: int) -> dict[str, Any]:
     def rows() -> list[dict[str, Any]]:
         return [job for job in told(worker)["last_jobs"] if job["generation_id"] == str(generation_id)]
 
-    eventually(lambda: bool(rows()), 10, worker.log_tail)
+    eventually(lambda: bool(rows()), worker.log_tail)
     return rows()[0]
 
 
 def test_a_worker_at_rest_tells_who_it_is_and_why_it_is_idle(world: World, worker: Worker) -> None:
-    eventually(lambda: told(worker)["idle"]["reason"] == "no_jobs" and bool(told(worker)["queues"]), 15)
+    eventually(lambda: told(worker)["idle"]["reason"] == "no_jobs" and bool(told(worker)["queues"]))
 
     status = told(worker)
 
@@ -89,26 +89,26 @@ def test_a_job_moves_on_in_the_json_and_on_the_page(
         slow = world.publish(prompt=PROMPT, num_inference_steps=SLOW, num_images=3, lora_path="models/neon.safetensors")
 
         # When it is being denoised, then its steps are told and grow
-        eventually(lambda: at_work(worker, slow).get("step_index", 0) > 0, 30, worker.log_tail)
+        eventually(lambda: at_work(worker, slow).get("step_index", 0) > 0, worker.log_tail)
         first = at_work(worker, slow)
         assert (first["phase"], first["num_steps"], first["num_images"]) == ("denoise", SLOW, 3)
         assert first["adapters"] == ["models/neon.safetensors"]
-        eventually(lambda: at_work(worker, slow).get("step_index", 0) > first["step_index"], 30, worker.log_tail)
+        eventually(lambda: at_work(worker, slow).get("step_index", 0) > first["step_index"], worker.log_tail)
 
         # And the page shows the same, without having been loaded again
         bar = visit.page.get_by_role("progressbar", name=f"Job {slow}")
-        expect(bar).to_have_attribute("aria-valuetext", re.compile(rf"denoising, step \d+ of {SLOW}"), timeout=15_000)
+        expect(bar).to_have_attribute("aria-valuetext", re.compile(rf"denoising, step \d+ of {SLOW}"))
         seen = int(bar.get_attribute("aria-valuenow") or 0)
         visit.page.screenshot(path=tmp_path / "at-work.png", full_page=True)
         expect(visit.page.locator("#lanes")).to_have_text("3 of 3")
         expect(visit.page.locator("#idle-answer")).to_have_text(re.compile("It is not"))
-        expect(bar).not_to_have_attribute("aria-valuenow", str(seen), timeout=15_000)
+        expect(bar).not_to_have_attribute("aria-valuenow", str(seen))
         assert PROMPT not in visit.text
 
         # And once it has ended it is the newest of the last jobs, with every stage
         assert world.wait_for_end(slow).kind == "complete"
         row = visit.page.locator("#last > li").first
-        expect(row.locator(".id")).to_have_text(f"#{slow}", timeout=15_000)
+        expect(row.locator(".id")).to_have_text(f"#{slow}")
         expect(row.locator(".pill")).to_have_text("complete")
         row.locator("summary").click()
         expect(row.locator(".stages li")).to_have_text([re.compile(f"^{stage}") for stage in STAGES])
@@ -177,10 +177,10 @@ def test_prompts_and_previews_are_shown_where_the_setting_says_so(
 
         # While the job is at work its newest preview is on the page, of its shape and from the worker itself
         preview = visit.page.get_by_role("img", name=f"Preview of job {generation_id}")
-        expect(preview).to_have_js_property("naturalWidth", 64, timeout=30_000)
+        expect(preview).to_have_js_property("naturalWidth", 64)
         first = preview.get_attribute("src")
         visit.page.screenshot(path=tmp_path / "preview.png", full_page=True)
-        expect(preview).not_to_have_attribute("src", str(first), timeout=15_000)
+        expect(preview).not_to_have_attribute("src", str(first))
         assert visit.origins == {f"http://127.0.0.1:{worker.port}/"}
 
         # And the backend is told where it is in the bucket

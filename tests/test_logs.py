@@ -212,7 +212,7 @@ def test_logged_settings_show_no_secret(lines: Lines) -> None:
 
 
 def python(code: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
 
 
 class Terminal:
@@ -262,7 +262,7 @@ def test_people_read_text_on_standard_error_and_programs_json_on_standard_output
             [sys.executable, "-c", LOG_ONE.format(log_format)],
             stdout=terminals["out"].slave if terminals["out"] else out,
             stderr=terminals["err"].slave if terminals["err"] else err,
-            timeout=60,
+            timeout=120,
             check=True,
         )
     told = {
@@ -347,7 +347,7 @@ def test_a_pipe_that_nobody_empties_stops_nothing_and_what_was_dropped_is_counte
         assert process.stderr is not None
         # The pipe holds some hundred lines: without a thread of its own the process would stand still here.
         assert process.stderr.readline() == "went on\n"
-        told, _ = process.communicate("\n", timeout=30)
+        told, _ = process.communicate("\n", timeout=120)
 
     parsed = [json.loads(line) for line in told.splitlines()]
     dropped = sum(line["count"] for line in parsed if line["event"] == "log lines dropped")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from clients.webhooks import Attempt, Verdict, Webhook, WebhookKind
+from tests.world import HANG_SECONDS
 from worker.breakers import BACKEND_THRESHOLD, Breaker
 from worker.broker import PublishFailed
 from worker.delivery import Delivery
@@ -20,7 +21,6 @@ from worker.outbox import Outbox
 from worker.queues import QueueNames
 
 NAMES = QueueNames("image_generation")
-PATIENCE_SECONDS = 2.0
 A_MOMENT_SECONDS = 0.15
 
 TAKEN = Attempt(Verdict.DELIVERED, 200, None, "HTTP 200", is_ambiguous=False)
@@ -57,7 +57,7 @@ class HeldClient(ScriptedClient):
 
     def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
         attempt = super().send(webhook, deadline_seconds=deadline_seconds)
-        assert self.is_free.wait(PATIENCE_SECONDS)
+        assert self.is_free.wait(HANG_SECONDS)
         return attempt
 
 
@@ -107,7 +107,7 @@ class AckingConsumer:
         self.acked.put(delivery)
 
     def next_tags(self, count: int) -> set[int]:
-        return {self.acked.get(timeout=PATIENCE_SECONDS).tag for _ in range(count)}
+        return {self.acked.get(timeout=HANG_SECONDS).tag for _ in range(count)}
 
 
 class ImpatientEvent(threading.Event):
@@ -341,7 +341,7 @@ def no_ack_within_a_moment(parts: Parts) -> bool:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -477,7 +477,7 @@ def test_one_that_the_backend_is_silent_on_holds_up_no_other_once_some_are_taken
         def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
             taken = super().send(webhook, deadline_seconds=deadline_seconds)
             if webhook.webhook_id.startswith("bad"):
-                assert self.is_free.wait(PATIENCE_SECONDS * 10)
+                assert self.is_free.wait(HANG_SECONDS)
             return taken
 
     client = SilentOnOne(TAKEN)

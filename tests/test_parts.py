@@ -69,7 +69,7 @@ def test_a_server_dies_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     parent.communicate()
 
     # Then the server ends too
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while server.is_running() and server.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the server outlived its parent"
         time.sleep(0.02)
@@ -78,7 +78,7 @@ def test_a_server_dies_with_a_parent_that_was_killed(tmp_path: Path) -> None:
 def test_a_server_that_ends_at_once_is_an_error_with_its_log(tmp_path: Path) -> None:
     server = ServerProcess(["sh", "-c", "echo no such disk; exit 3"], env={}, log=tmp_path / "log", cwd=tmp_path)
     with pytest.raises(ServerError, match=r"status 3\nno such disk"):
-        server.wait_until(lambda: False, timeout_seconds=10)
+        server.wait_until(lambda: False, timeout_seconds=120)
     server.kill()
 
 
@@ -108,7 +108,7 @@ def test_the_object_store_keeps_its_objects_over_a_kill_and_leaves_no_process_be
 def call(backend: Backend, path: str, body: object, **headers: str) -> int:
     headers = {"Authorization": f"Bearer {backend.token}"} | headers
     return requests.post(
-        f"{backend.url}/api/webhooks/inference/{path}", json=body, headers=headers, timeout=5
+        f"{backend.url}/api/webhooks/inference/{path}", json=body, headers=headers, timeout=120
     ).status_code
 
 
@@ -120,7 +120,7 @@ def test_a_backend_answers_as_scripted_and_counts_ends_once(backend: Backend) ->
     assert statuses == [503, 503, 200, 200]
     assert [entry.status for entry in backend.calls("complete", 7)] == statuses
     assert len(backend.ends(7)) == 1
-    assert backend.wait_for_end(7, 1) == backend.ends(7)[0]
+    assert backend.wait_for_end(7, 0) == backend.ends(7)[0]
     with pytest.raises(TimeoutError, match="generation 8"):
         backend.wait_for_end(8, 0.05)
 
@@ -135,12 +135,12 @@ def test_a_stopped_backend_refuses_even_open_connections_and_comes_back_on_its_p
     with requests.Session() as session:
         url = f"{backend.url}/api/webhooks/inference/complete"
         session.headers["Authorization"] = f"Bearer {backend.token}"
-        session.post(url, json={"generation_id": 1}, timeout=5)
+        session.post(url, json={"generation_id": 1}, timeout=120)
 
         backend.stop()
         with pytest.raises(requests.ConnectionError):
-            session.post(url, json={"generation_id": 2}, timeout=5)
+            session.post(url, json={"generation_id": 2}, timeout=120)
 
         backend.start()
-        assert session.post(url, json={"generation_id": 3}, timeout=5).status_code == 200
+        assert session.post(url, json={"generation_id": 3}, timeout=120).status_code == 200
     assert [entry.generation_id for entry in backend.calls()] == [1, 3]

@@ -37,7 +37,7 @@ from config.presets import (
 from config.settings import ModelSettings, PictureSettings, SettingsError, StoreSettings, load_settings
 from examples.parts.seaweedfs import SeaweedFS
 from tests.test_messages import job_of, message, rejection_of
-from tests.world import ROOT, eventually
+from tests.world import HANG_SECONDS, ROOT, eventually
 from worker.checks.finding import CheckFailed
 from worker.checks.presets import look_at_presets
 from worker.cli import app
@@ -505,7 +505,7 @@ def test_a_disk_that_hangs_holds_nobody_up(own: Path) -> None:
 
     def judge(_presets: Presets) -> None:
         if clock.now:
-            is_read.wait(30)
+            is_read.wait(HANG_SECONDS)
 
     file = PresetFile(own, judge, clock)
     first = file.current()
@@ -516,9 +516,9 @@ def test_a_disk_that_hangs_holds_nobody_up(own: Path) -> None:
     assert file.current() is first
     clock.pass_on()
     assert file.current() is first
-    assert time.monotonic() - began_at < 10
+    assert time.monotonic() - began_at < 60
     is_read.set()
-    eventually(lambda: file.current() is not first, 5)
+    eventually(lambda: file.current() is not first)
 
 
 # --- The command

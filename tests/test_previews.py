@@ -34,13 +34,13 @@ from tests.pictures import DEMO, draw, settings_of
 from tests.status_pages import served, status
 from tests.tiny_models import BETAS, build_tiny_sd, build_tiny_sd_inpaint, build_tiny_sdxl, build_tiny_z_image
 from tests.watched_engine import Order, WatchedEngine, WatchedModel
+from tests.world import HANG_SECONDS
 from worker.metrics import Metrics
 from worker.previews import Previewer, encode
 from worker.progress import ProgressReporter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PATIENCE_SECONDS = 5.0
 CPU = torch.device("cpu")
 DIFFUSION = BETAS | {"clip_sample": False}
 
@@ -282,7 +282,7 @@ class SlowStore:
         assert (content_type, cache_control) == ("image/jpeg", "no-store")
         assert 0 < deadline_seconds <= 5
         self.begun.put((str(ref), body))
-        assert self.is_free.wait(PATIENCE_SECONDS)
+        assert self.is_free.wait(HANG_SECONDS)
         if self.is_broken:
             raise StorageUnavailable("the store is down")
         self.written.append((str(ref), body))
@@ -302,7 +302,7 @@ class Listener:
         return Attempt(Verdict.DELIVERED, 200, None, "HTTP 200", is_ambiguous=False)
 
     def next(self) -> Any:
-        return self.calls.get(timeout=PATIENCE_SECONDS).body
+        return self.calls.get(timeout=HANG_SECONDS).body
 
 
 @pytest.fixture
@@ -328,7 +328,7 @@ def colour_of(jpeg: bytes) -> int:
 
 
 def wait_until(is_so: Callable[[], Any]) -> None:
-    give_up_at = time.monotonic() + PATIENCE_SECONDS
+    give_up_at = time.monotonic() + HANG_SECONDS
     while not is_so():
         assert time.monotonic() < give_up_at, "waited in vain"
         time.sleep(0.002)
@@ -347,7 +347,7 @@ def test_the_newest_preview_wins_while_the_store_is_slow(previewer: Previewer, s
     track = previewer.follow("task", 456)
     store.is_free.clear()
     track.on_step(reported(5, 50))
-    assert store.begun.get(timeout=PATIENCE_SECONDS)[0] == "s3://results/previews/gen-456.jpg"
+    assert store.begun.get(timeout=HANG_SECONDS)[0] == "s3://results/previews/gen-456.jpg"
 
     # When three more come, nobody waits, and then only the last of them is written, and what follows it
     for step_index, colour in ((6, 100), (7, 150), (8, 200)):
@@ -366,7 +366,7 @@ def test_nothing_is_written_after_the_end(previewer: Previewer, store: SlowStore
     track, other = previewer.follow("task", 456), previewer.follow("other", 457)
     store.is_free.clear()
     track.on_step(reported(5, 50))
-    store.begun.get(timeout=PATIENCE_SECONDS)
+    store.begun.get(timeout=HANG_SECONDS)
     track.on_step(reported(6, 100))
 
     # When the job ends, then its end waits for the write that has begun, and the next is dropped
@@ -375,7 +375,7 @@ def test_nothing_is_written_after_the_end(previewer: Previewer, store: SlowStore
         time.sleep(0.05)
         assert not closing.done()
         store.is_free.set()
-        closing.result(PATIENCE_SECONDS)
+        closing.result(HANG_SECONDS)
     track.on_step(reported(7, 150))
     other.on_step(reported(1, 10))
     wait_until(lambda: len(store.written) == 2)
@@ -417,7 +417,7 @@ def test_progress_names_the_preview_once_it_is_stored_and_never_waits_for_it(
 
     # While the first is being stored, progress goes on without it
     track.on_step(reported(4, 50))
-    store.begun.get(timeout=PATIENCE_SECONDS)
+    store.begun.get(timeout=HANG_SECONDS)
     track.on_step(reported(5, 60))
     told = backend.next()
     assert told["progress"]["progress_percent"] == 25
@@ -439,8 +439,8 @@ def test_the_page_s_server_gives_the_preview_of_a_job_and_of_nobody_else() -> No
     jpeg = encode(Preview(8, 8, bytes(192)))
 
     with served(status, {task_id: jpeg}.get) as address:
-        found = requests.get(f"{address}status/preview/{task_id}.jpg?step=5", timeout=5)
-        missing = [requests.get(address + path, timeout=5) for path in ("status/preview/x.jpg", f"{task_id}.jpg")]
+        found = requests.get(f"{address}status/preview/{task_id}.jpg?step=5", timeout=120)
+        missing = [requests.get(address + path, timeout=120) for path in ("status/preview/x.jpg", f"{task_id}.jpg")]
 
     assert (found.status_code, found.headers["Content-Type"], found.content) == (200, "image/jpeg", jpeg)
     assert found.headers["Cache-Control"] == "no-store"

@@ -9,6 +9,7 @@ import pytest
 
 from clients.webhooks import Attempt, Verdict, Webhook, WebhookKind
 from inference.request import StepReport
+from tests.world import HANG_SECONDS
 from worker.metrics import Metrics
 from worker.previews import Previewer
 from worker.progress import ProgressReporter, Track
@@ -16,7 +17,6 @@ from worker.progress import ProgressReporter, Track
 MILESTONES = (0, 25, 50, 75, 90)
 TAKEN = Attempt(Verdict.DELIVERED, 200, None, "HTTP 200", is_ambiguous=False)
 REFUSED = Attempt(Verdict.REJECTED, 404, None, "HTTP 404", is_ambiguous=False)
-PATIENCE_SECONDS = 5.0
 # Nothing is stored by it, as no report has a preview.
 NO_PREVIEWS = Previewer(storage=None, bucket="results")  # type: ignore[arg-type]
 
@@ -34,13 +34,13 @@ class SlowBackend:
     def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
         assert 0 < deadline_seconds <= 5
         self.begun.put(webhook)
-        assert self.is_free.wait(PATIENCE_SECONDS)
+        assert self.is_free.wait(HANG_SECONDS)
         self.ended.append(webhook)
         return self.answer
 
     def next(self) -> dict[str, Any]:
         """The progress of the next call."""
-        body: dict[str, Any] = self.begun.get(timeout=PATIENCE_SECONDS).body["progress"]
+        body: dict[str, Any] = self.begun.get(timeout=HANG_SECONDS).body["progress"]
         return body
 
     def next_percents(self, count: int) -> list[int]:
@@ -75,7 +75,7 @@ def nothing_more(reporter: ProgressReporter, backend: SlowBackend) -> bool:
     """Whether the sender has nothing left: reports of another job, sent behind, arrive next."""
     marker = reporter.follow("marker", 999)
     step(marker, 0)
-    return backend.begun.get(timeout=PATIENCE_SECONDS).webhook_id == "marker:progress:0"
+    return backend.begun.get(timeout=HANG_SECONDS).webhook_id == "marker:progress:0"
 
 
 def test_each_milestone_is_told_once_and_in_order(reporter: ProgressReporter, backend: SlowBackend) -> None:
@@ -84,7 +84,7 @@ def test_each_milestone_is_told_once_and_in_order(reporter: ProgressReporter, ba
     for step_index in range(21):
         step(track, step_index)
         if 5 * step_index in MILESTONES:
-            told.append(backend.begun.get(timeout=PATIENCE_SECONDS))
+            told.append(backend.begun.get(timeout=HANG_SECONDS))
 
     assert [webhook.webhook_id for webhook in told] == [f"task:progress:{percent}" for percent in MILESTONES]
     assert {webhook.kind for webhook in told} == {WebhookKind.PROGRESS}
@@ -153,7 +153,7 @@ def test_nothing_is_sent_after_close_which_waits_for_the_call_in_flight(
     was_waiting = closing.is_alive()
     step(track, 10)
     backend.is_free.set()
-    closing.join(PATIENCE_SECONDS)
+    closing.join(HANG_SECONDS)
 
     # Then closing took as long as the call, and nothing followed
     assert was_waiting
@@ -172,7 +172,7 @@ def test_closing_one_job_leaves_the_others_their_reports(reporter: ProgressRepor
     step(first, 5)
     step(second, 0)
 
-    assert backend.begun.get(timeout=PATIENCE_SECONDS).webhook_id == "second:progress:0"
+    assert backend.begun.get(timeout=HANG_SECONDS).webhook_id == "second:progress:0"
 
 
 def test_jobs_take_turns(reporter: ProgressReporter, backend: SlowBackend) -> None:
@@ -185,7 +185,7 @@ def test_jobs_take_turns(reporter: ProgressReporter, backend: SlowBackend) -> No
     step(second, 0)
     backend.is_free.set()
 
-    told = [backend.begun.get(timeout=PATIENCE_SECONDS).webhook_id for _ in range(5)]
+    told = [backend.begun.get(timeout=HANG_SECONDS).webhook_id for _ in range(5)]
     assert told.index("second:progress:0") == 1
 
 
@@ -227,7 +227,7 @@ def test_a_finished_job_teaches_the_next_one_s_first_estimate(reporter: Progress
     step(reporter.follow("next", 457), 0)
 
     # Then its first estimate lies between the two
-    while (webhook := backend.begun.get(timeout=PATIENCE_SECONDS)).webhook_id != "next:progress:0":
+    while (webhook := backend.begun.get(timeout=HANG_SECONDS)).webhook_id != "next:progress:0":
         pass
     assert 20 < webhook.body["progress"]["estimated_seconds"] < 40
 

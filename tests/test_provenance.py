@@ -100,7 +100,7 @@ def text_of(png: bytes) -> dict[str, Any]:
 def exiftool(png: bytes) -> dict[str, Any]:
     """What exiftool reads, by group and name."""
     ended = subprocess.run(
-        ["exiftool", "-json", "-G1", "-struct", "-"], input=png, capture_output=True, check=True, timeout=30
+        ["exiftool", "-json", "-G1", "-struct", "-"], input=png, capture_output=True, check=True, timeout=120
     )
     found: dict[str, Any] = json.loads(ended.stdout)[0]
     return found
@@ -468,7 +468,7 @@ def test_a_worker_that_cannot_sign_does_not_start(tmp_path: Path) -> None:
         env={**env_of(tmp_path, chain), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=False,
     )
 
@@ -571,7 +571,7 @@ def test_every_kind_has_a_source_type_and_one_with_another_s_picture_in_it_is_a_
 def test_the_page_s_commands_make_a_chain_that_signs(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "provenance.md").read_text()
     (commands,) = re.findall(r"```sh\n(openssl .*?)```", page, re.DOTALL)
-    subprocess.run(["bash", "-euc", commands], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    subprocess.run(["bash", "-euc", commands], cwd=tmp_path, check=True, capture_output=True, timeout=120)
     chain = Chain(tmp_path / "chain.pem", tmp_path / "key.pem", (tmp_path / "ca.pem").read_text())
 
     png = labeller("provenance", chain).encode(picture(), TOLD)

@@ -417,7 +417,7 @@ def darkroom_run(folder: Path, **variables: str) -> "subprocess.CompletedProcess
         env=kept | variables,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
 

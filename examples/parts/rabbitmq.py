@@ -12,9 +12,9 @@ from examples.parts.part import Part
 from examples.parts.ports import free_port
 from examples.parts.processes import ServerError, ServerProcess
 
-START_SECONDS = 60.0
-STOP_SECONDS = 20.0
-CTL_SECONDS = 60.0
+START_SECONDS = 180.0
+STOP_SECONDS = 120.0
+CTL_SECONDS = 180.0
 QUORUM_TICK_MS = 200
 
 AMQP_HEADER = b"AMQP\x00\x00\x09\x01"
@@ -148,7 +148,7 @@ class RabbitMQ(Part):
 
     def _speaks_amqp(self) -> bool:
         try:
-            with socket.create_connection((self.host, self.port), timeout=1) as connection:
+            with socket.create_connection((self.host, self.port), timeout=10) as connection:
                 connection.sendall(AMQP_HEADER)
                 return connection.recv(1) == METHOD_FRAME
         except OSError:

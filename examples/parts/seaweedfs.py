@@ -14,7 +14,7 @@ from examples.parts.part import Part
 from examples.parts.ports import free_port
 from examples.parts.processes import ServerError, ServerProcess
 
-START_SECONDS = 60.0
+START_SECONDS = 180.0
 
 REGION = "us-east-1"
 PROBE_BUCKET = "darkroom-probe"
@@ -115,8 +115,8 @@ class SeaweedFS(Part):
             aws_secret_access_key=self.secret_access_key,
             config=Config(
                 s3={"addressing_style": "path"},
-                connect_timeout=2,
-                read_timeout=10,
+                connect_timeout=10,
+                read_timeout=30,
                 retries={"mode": "standard", "total_max_attempts": num_attempts},
             ),
         )

@@ -10,10 +10,9 @@ import pika
 from PIL import Image, UnidentifiedImageError
 
 from tests.campaigns.judging import StoredObject
-from tests.world import World
+from tests.world import HANG_SECONDS, World
 
 SETTLE_SECONDS = 90.0  # an event whose copy waits in the outbox has its turn within 36
-RETURN_SECONDS = 120.0
 
 
 def wait_until_settled(world: World, *, num_parked: int) -> dict[str, int]:
@@ -37,7 +36,7 @@ def take_parked(world: World, *, num_parked: int) -> list[int]:
     """
     connection = pika.BlockingConnection(pika.URLParameters(world.rabbitmq.url))
     channel = connection.channel()
-    deadline = time.monotonic() + RETURN_SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     taken: list[int] = []
     while True:
         method, _, body = channel.basic_get(f"{world.queue}.outbox", auto_ack=True)

@@ -33,7 +33,6 @@ from tests.faults.station import ANY_REQUEST, answers, sometimes, stand_in_env
 from tests.world import World, eventually
 
 TURN_SECONDS = 0.2
-START_SECONDS = 120.0
 STAND_IN_STEP_SECONDS = 0.02
 
 
@@ -188,7 +187,7 @@ def _record_reader(store: SeaweedFS, bucket: str) -> Any:
 
 
 def _wait_for_a_worker(field: Field) -> None:
-    eventually(lambda: field.keeper.num_ready > 0, START_SECONDS, field.world.workers[0].log_tail)
+    eventually(lambda: field.keeper.num_ready > 0, field.world.workers[0].log_tail)
 
 
 def _work_through(field: Field, jobs: list[PlannedJob], console: Console, *, num_to_end: int) -> None:

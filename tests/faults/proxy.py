@@ -18,7 +18,7 @@ from typing import NamedTuple, Self
 from examples.parts.ports import free_port
 
 CHUNK_BYTES = 65536
-CALL_SECONDS = 10.0
+CALL_SECONDS = 120.0
 NO_LINGER = struct.pack("ii", 1, 0)  # close then sends RST
 
 

@@ -87,7 +87,7 @@ class Station:
         return job
 
     def wait_until_held(self, job: Job, times: int = 1) -> None:
-        eventually(lambda: self.num_held(job) == times, 20, self.world.workers[-1].log_tail)
+        eventually(lambda: self.num_held(job) == times, self.world.workers[-1].log_tail)
 
     def release(self, job: Job) -> None:
         (self.world.folder / f"go-{job.task_id}").touch()
@@ -148,7 +148,7 @@ class Station:
         world = self.world
         assert world.wait_for_end(job.generation_id).kind == "complete"
         # A quorum queue's counts come late; behind the mark nobody tells the end again.
-        eventually(lambda: self.is_marked(job), 20, world.workers[-1].log_tail)
+        eventually(lambda: self.is_marked(job), world.workers[-1].log_tail)
         world.wait_until_clean()
         assert len(world.backend.ends(job.generation_id)) == 1
         assert world.backend.calls("failed", job.generation_id) == []

@@ -11,7 +11,7 @@ import pytest
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.support.style_backend import StyleBackend, train_style
-from tests.world import DEMO_MODEL, END_SECONDS, Worker, World, eventually, new_world
+from tests.world import DEMO_MODEL, Worker, World, eventually, new_world
 
 NUM_STYLES = int(os.environ.get("FIELD_STYLES", "10"))
 SIGNATURE = Path(__file__).parent.parent / "files" / "signature.png"
@@ -55,7 +55,6 @@ def worker(world: World, backend: StyleBackend) -> Worker:
 def wait_for_status(backend: StyleBackend, status: str, *generation_ids: int, worker: Worker) -> None:
     eventually(
         lambda: all(backend.generation(one)["status"] == status for one in generation_ids),
-        END_SECONDS,
         lambda: f"{[backend.generation(one) for one in generation_ids]}\n{worker.log_tail()}\n{backend.log()[-2000:]}",
     )
 
@@ -97,7 +96,6 @@ def test_a_backend_that_chokes_on_failures_refunds_each_once_after_its_repair(
     failing = [backend.order(MISSING_STYLE, *TAGS) for _ in range(3)]
     eventually(
         lambda: len({event["generation_id"] for event in worker.events("webhook parked")} & set(failing)) == 3,
-        END_SECONDS,
         worker.log_tail,
     )
     good = backend.order(2, *TAGS)
@@ -107,7 +105,7 @@ def test_a_backend_that_chokes_on_failures_refunds_each_once_after_its_repair(
     backend.restart(is_repaired=True)
 
     wait_for_status(backend, "failed", *failing, worker=worker)
-    world.wait_until_clean(within_seconds=END_SECONDS)
+    world.wait_until_clean()
     assert sorted(backend.refunds()) == [(generation_id, 50) for generation_id in failing]
     assert {backend.generation(one)["error_code"] for one in failing} == {"LORA_NOT_FOUND"}
 
@@ -117,14 +115,14 @@ def test_a_backend_that_does_not_know_its_own_host_gets_every_end_once_it_does(
 ) -> None:
     ordered = [backend.order(style_id, *TAGS) for style_id in (1, 2, 3, 4)]
     backend.restart(allowed_hosts="api.example.com", is_repaired=True)
-    eventually(lambda: worker.get("/health/ready")[0] == 503, END_SECONDS, worker.log_tail)
+    eventually(lambda: worker.get("/health/ready")[0] == 503, worker.log_tail)
     assert "ALLOWED_HOSTS" in worker.get("/health/ready")[1]
 
     backend.restart(is_repaired=True)
 
     wait_for_status(backend, "completed", *ordered, worker=worker)
-    eventually(lambda: worker.get("/health/ready")[0] == 200, END_SECONDS, worker.log_tail)
-    world.wait_until_clean(within_seconds=END_SECONDS)
+    eventually(lambda: worker.get("/health/ready")[0] == 200, worker.log_tail)
+    world.wait_until_clean()
 
 
 def test_the_signature_at_a_percent_encoded_address_is_on_the_picture(

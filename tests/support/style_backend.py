@@ -12,11 +12,10 @@ import requests
 from examples.parts.part import Part
 from examples.parts.ports import free_port
 from examples.parts.processes import ServerProcess
-from tests.world import ROOT, World
+from tests.world import HANG_SECONDS, ROOT, World
 
 TOKEN = "internal-token"
 HOST = "127.0.0.1"
-START_SECONDS = 180.0
 # What the trainer's LoraConfig says.
 RANK, ALPHA = 8, 32
 TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -58,7 +57,7 @@ class StyleBackend(Part):
         command = [sys.executable, "-m", "tests.support.style_service"]
         log = self._folder / "backend.log"
         self._server = ServerProcess(command, env=os.environ | own, log=log, cwd=ROOT)
-        self._server.wait_until(self._answers, timeout_seconds=START_SECONDS)
+        self._server.wait_until(self._answers, timeout_seconds=HANG_SECONDS)
 
     def stop(self) -> None:
         if self._server is not None:
@@ -76,13 +75,13 @@ class StyleBackend(Part):
         self._execute("INSERT INTO styles VALUES (?, 'training', NULL, ?)", style_id, signature_url)
         headers = {"Authorization": f"Bearer {TOKEN}", "X-Request-Source": "training-server"}
         body = {"style_id": style_id, "model_path": model_path, "training_metric": {"loss": 0.05, "epochs": 200}}
-        answer = requests.post(f"{self.url}/api/webhooks/training/complete", json=body, headers=headers, timeout=60)
+        answer = requests.post(f"{self.url}/api/webhooks/training/complete", json=body, headers=headers, timeout=120)
         answer.raise_for_status()
 
     def order(self, style_id: int, *prompt_tags: str, aspect_ratio: str = "1:1", seed: int | None = None) -> int:
         """Buy a generation as the frontend does; its id."""
         body = {"style_id": style_id, "prompt_tags": prompt_tags, "aspect_ratio": aspect_ratio, "seed": seed}
-        answer = requests.post(f"{self.url}/api/generations", json=body, timeout=60)
+        answer = requests.post(f"{self.url}/api/generations", json=body, timeout=120)
         answer.raise_for_status()
         return int(answer.json()["data"]["id"])
 
@@ -101,12 +100,12 @@ class StyleBackend(Part):
         return (self._folder / "backend.log").read_text()
 
     def _execute(self, query: str, *values: Any) -> list[Any]:
-        with sqlite3.connect(self._folder / "db.sqlite3", timeout=60) as database:
+        with sqlite3.connect(self._folder / "db.sqlite3", timeout=120) as database:
             return database.execute(query, values).fetchall()
 
     def _answers(self) -> bool:
         try:
-            return requests.get(self.url, timeout=5).status_code > 0
+            return requests.get(self.url, timeout=120).status_code > 0
         except requests.ConnectionError:
             return False
 
