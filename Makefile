@@ -13,7 +13,6 @@ APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/bin/promtool /usr/bin/ch
 # A file's tests share its world, so a file stays with one process; conftest.py sorts the files.
 SHARED_OUT := -n 3 --dist loadfile --no-loadscope-reorder
 RABBITMQ4_ROOT ?= $(CURDIR)/out/rabbitmq4
-DEBIAN_MIRROR ?= http://deb.debian.org/debian
 CODE := worker inference watermark clients config examples tests benchmarks
 
 .PHONY: help install demo styles overlays test check coverage outage leaks field faults rabbitmq4 mutations campaign hostile bench recovery bench-gpu image demo-model clean
@@ -79,7 +78,7 @@ faults: install ## Every fault on the way to broker, store and backend, and in t
 	OMP_NUM_THREADS=1 FAULTS_LONG=1 $(BIN)/pytest tests/test_faults_proxy.py tests/test_live_faults.py tests/test_live_faults_*.py \
 		tests/test_live_leases.py tests/test_live_batching.py tests/test_engine_process.py tests/test_campaigns.py
 
-# RABBITMQ4_ROOT may be any root folder with another RabbitMQ in it.
+# RABBITMQ4_ROOT may be any root folder with another RabbitMQ in it; DEBIAN_MIRROR is for where debootstrap's own is not reached.
 rabbitmq4: install $(RABBITMQ4_ROOT)/.installed ## As root: what a broker counts and drops, on the RabbitMQ 4 of Debian 13 in a chroot
 	OMP_NUM_THREADS=1 FAULTS_LONG=1 RABBITMQ_ROOT=$(RABBITMQ4_ROOT) $(BIN)/pytest tests/test_live_returns.py tests/test_dead_letters.py
 

@@ -10,7 +10,7 @@ import pika
 from PIL import Image, UnidentifiedImageError
 
 from tests.campaigns.judging import StoredObject
-from tests.world import World, eventually
+from tests.world import World
 
 SETTLE_SECONDS = 90.0  # an event whose copy waits in the outbox has its turn within 36
 RETURN_SECONDS = 120.0
@@ -30,18 +30,24 @@ def wait_until_settled(world: World, *, num_parked: int) -> dict[str, int]:
         time.sleep(0.3)
 
 
-def take_parked(world: World) -> list[int]:
-    """The generations of the events in the outbox, which is empty then; 0 for what cannot be read."""
+def take_parked(world: World, *, num_parked: int) -> list[int]:
+    """The generations of the events in the outbox, which is empty then; 0 for what cannot be read.
+
+    Those that killed workers held come back in a moment: `num_parked` are waited for.
+    """
     connection = pika.BlockingConnection(pika.URLParameters(world.rabbitmq.url))
     channel = connection.channel()
-    name = f"{world.queue}.outbox"
-    # A killed worker's come back in a moment.
-    eventually(lambda: world.queues()[".outbox"][1] == 0, RETURN_SECONDS, lambda: str(world.queues()))
-    taken = []
-    while (got := channel.basic_get(name, auto_ack=True))[0] is not None:
-        taken.append(int(json.loads(got[2]).get("generation_id", 0)))
-    connection.close()
-    return taken
+    deadline = time.monotonic() + RETURN_SECONDS
+    taken: list[int] = []
+    while True:
+        method, _, body = channel.basic_get(f"{world.queue}.outbox", auto_ack=True)
+        if method is not None:
+            taken.append(int(json.loads(body).get("generation_id", 0)))
+        elif len(taken) >= num_parked or time.monotonic() > deadline:
+            connection.close()
+            return taken
+        else:
+            time.sleep(0.3)
 
 
 def stored(world: World) -> dict[str, StoredObject]:

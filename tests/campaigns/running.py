@@ -68,7 +68,7 @@ def run(
         field.backend.heal()
         left = wait_until_settled(field.world, num_parked=len(poisoned))
         field.keeper.close()
-        parked = take_parked(field.world)
+        parked = take_parked(field.world, num_parked=len(poisoned))
         left[".outbox"] = sum(generation_id not in poisoned for generation_id in parked)
         return judge(
             field.journal.entries(),
