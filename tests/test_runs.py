@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -194,3 +195,15 @@ def test_where_a_run_has_come_to_is_told_by_the_clock_that_nobody_sets() -> None
     run = Run(TASK_ID, 456, asked_for(), [delivered(1)], started_at=time.monotonic() - 5.0, began_at=1000.0)
 
     assert run.now == pytest.approx(1005.0, abs=1.0)
+
+
+def test_a_second_copy_of_a_message_in_hand_is_not_needed() -> None:
+    runs = Runs()
+    held = replace(delivered(1), num_crashes=1)
+    runs.join(asked_for(), held)
+
+    assert runs.has_copy_of(TASK_ID, replace(held, tag=2))
+    assert not runs.has_copy_of(TASK_ID, replace(held, tag=2, num_crashes=2))  # it knows of more crashes
+    assert not runs.has_copy_of(TASK_ID, replace(held, tag=2, session=2))  # ours went back to the broker
+    assert not runs.has_copy_of(TASK_ID, replace(held, tag=2, body=b"another message"))
+    assert not runs.has_copy_of("another", held)

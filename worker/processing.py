@@ -126,6 +126,10 @@ class Processor:
     def _recover(self, asked: Job | JobRejected, delivery: Delivery) -> None:
         """Adopt, renew, put off or begin a message out of `recover`."""
         num_crashes = self._own_returns.num_crashes(delivery)
+        if self.runs.has_copy_of(asked.task_id, replace(delivery, num_crashes=num_crashes, num_deliveries=0)):
+            # A lost ack leaves a second copy of a message, and each further loss would double them.
+            self._settle(delivery, Disposition.ACK)
+            return
         is_admitted = self._quarantine.enter(delivery)
         if delivery.num_deliveries > 0 or num_crashes != delivery.num_crashes:
             # The count goes on in the copy's header: a broker or a policy may drop a message at any count of its own.
@@ -423,8 +427,6 @@ class Processor:
 
     def _settle(self, delivery: Delivery, disposition: Disposition) -> None:
         assert self._consumer is not None, "deliveries come from a consumer"  # noqa: S101
-        if self._consumer.holds(delivery):
-            self._own_returns.forget(delivery)
         self._quarantine.leave(delivery)
         if disposition is Disposition.RELEASE:
             self._consumer.requeue(delivery)

@@ -15,12 +15,11 @@ POLL_SECONDS = 0.1
 
 @dataclass(slots=True)
 class _Seen:
-    """A message here: the session of its last delivery, the unsettled deliveries in it, the crashes counted of it, and
-    the returns that we caused since."""
+    """A message here: the session of its last delivery, the crashes counted of it, and how many sessions that it was
+    delivered in were lost."""
 
     session: int
     num_crashes: int
-    num_in_hand: int = 0
     num_returns: int = 0
 
 
@@ -28,8 +27,9 @@ class OwnReturns:
     """Tells how many workers were killed with a message from how often it was returned. Thread-safe.
 
     The broker counts a return by a lost connection and one by a killed worker alike, and so does another worker that
-    gets it. But a message that comes here again in a later session was returned once by the end of the one before,
-    unless it was settled. Copies of a message have one body.
+    gets it. But a message that was delivered here in a session that was lost may have been returned by its end: it was
+    not settled, or its ack was lost with the connection. Copies of a message have one body, and none of them can have
+    been returned more often by this worker than it lost sessions.
     """
 
     def __init__(self) -> None:
@@ -37,28 +37,17 @@ class OwnReturns:
         self._seen: OrderedDict[bytes, _Seen] = OrderedDict()
 
     def num_crashes(self, delivery: Delivery) -> int:
-        """Note that the message is in hand; its recoveries without those that this worker caused while alive."""
+        """Note that the message was delivered; its recoveries without those that this worker may have caused."""
         with self._lock:
             seen = self._seen.setdefault(_key(delivery), _Seen(delivery.session, delivery.num_recoveries))
             if seen.session < delivery.session:
-                seen.session, seen.num_in_hand, seen.num_returns = delivery.session, 0, seen.num_returns + 1
-            seen.num_in_hand += 1
+                seen.session, seen.num_returns = delivery.session, seen.num_returns + 1
             num_new = max(0, delivery.num_recoveries - seen.num_crashes)
             seen.num_crashes = delivery.num_recoveries - min(num_new, seen.num_returns)
             self._seen.move_to_end(_key(delivery))
             if len(self._seen) > MAX_REMEMBERED:
                 self._seen.popitem(last=False)
             return seen.num_crashes
-
-    def forget(self, delivery: Delivery) -> None:
-        """Note that the message was settled; what was returned before is counted in its copy."""
-        with self._lock:
-            seen = self._seen.get(_key(delivery))
-            if seen is None or seen.session != delivery.session:
-                return
-            seen.num_in_hand, seen.num_returns = seen.num_in_hand - 1, 0
-            if seen.num_in_hand <= 0:
-                del self._seen[_key(delivery)]
 
 
 class Quarantine:

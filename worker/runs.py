@@ -158,6 +158,17 @@ class Runs:
             self._runs[asked.task_id] = run
             return run
 
+    def has_copy_of(self, task_id: str, delivery: Delivery) -> bool:
+        """Whether the run holds another copy of the message, out of the same queue and session and with no fewer
+        crashes: it is settled with the run, so that this one is not needed."""
+        with self._lock:
+            known = self._runs.get(task_id)
+            return known is not None and any(
+                (one.session, one.queue, one.body) == (delivery.session, delivery.queue, delivery.body)
+                and one.num_recoveries >= delivery.num_recoveries
+                for one in known.deliveries
+            )
+
     def part_from_deliveries(self, run: Run) -> list[Delivery]:
         """Take a run's deliveries out of its hands, if it is still here; the caller settles them."""
         with self._lock:
