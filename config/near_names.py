@@ -1,7 +1,8 @@
 """Names in the environment and in `.env` that are nearly a setting's: typing mistakes, and what other tools call it.
 
 A setting that is misspelt keeps its default, and nothing fails until a wrong host does not answer. But most names in an
-environment belong to other programs, so that a name is near only by one slip a word, or by the table below. Pure.
+environment belong to other programs, so that a name is near only by one slip a word, to a setting or to one of the table
+below. Pure.
 """
 
 from collections.abc import Collection, Mapping
@@ -69,8 +70,11 @@ def _meant(name: str, missing: Collection[str]) -> str:
             return spelling
         if ALIASES.get(spelling) in missing:
             return ALIASES[spelling]
-    slips = {one: count for one in missing if (count := _num_slips(name, one)) is not None}
-    return " or ".join(sorted(one for one, count in slips.items() if count == min(slips.values())))
+    written = dict(zip(missing, missing, strict=True)) | {
+        alias: one for alias, one in ALIASES.items() if one in missing
+    }
+    slips = {one: count for one in written if (count := _num_slips(name, one)) is not None}
+    return " or ".join(sorted({written[one] for one, count in slips.items() if count == min(slips.values())}))
 
 
 def _num_slips(name: str, meant: str) -> int | None:

@@ -17,6 +17,8 @@ _TOKEN = re.compile(r"(?=[A-Za-z_.-]*[0-9])[A-Za-z0-9_.-]{16,}|[A-Za-z0-9]{24,}"
 
 # What may hold a secret at all, so that a plain line costs one look.
 _SUSPECT = re.compile(r"[@?=]|%(?:25)*(?:3f|3d|40)", re.IGNORECASE)
+# Credentials as an Authorization header holds them. A word of fewer letters, or without a digit, may be a plain one.
+_AUTHORIZATION = re.compile(r"\b(?P<scheme>bearer|basic) +(?=[\w.~+/=-]*[0-9=])[\w.~+/=-]{8,}", re.IGNORECASE)
 _WORD = re.compile(r"[^\s'\"`<>]+")
 # A password may hold a slash; a port may not be one.
 _USER = re.compile(
@@ -38,6 +40,7 @@ def redacted(text: str) -> str:
 
     Pure; a text that holds none of them comes back as it is.
     """
+    text = _AUTHORIZATION.sub(rf"\g<scheme> {CUT}", text)
     if not _SUSPECT.search(text):
         return text
     return _WORD.sub(lambda found: _without_secrets(found[0]), text)

@@ -785,6 +785,23 @@ def test_h14_h15_a_strange_prompt_is_plain_text(rules: JobRules, prompt: str) ->
     assert time.thread_time() - started_at < 0.5
 
 
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_an_id_beside_data_counts_where_the_one_in_data_is_not_given(rules: JobRules, nothing: object) -> None:
+    body = {"task_id": TASK_ID, "generation_id": 7, "data": {"generation_id": nothing, "prompt": "a"}}
+
+    assert job_of(rules, body).generation_id == 7
+    assert rejection_of(rules, body | {"data": {"generation_id": nothing, "prompt": "x" * 300_000}}).generation_id == 7
+
+
+@pytest.mark.parametrize("token", ["AKIAIOSFODNN7EXAMPLE", "sk_live_51Habcdefghijklmnop", "x-0123456789abcdef"])
+def test_a_token_for_a_name_is_not_told_back(rules: JobRules, token: str) -> None:
+    assert job_of(rules, message(**{token: 1, "num_inference_steps_2": 2, "stlye": 1})).ignored == (
+        "?",
+        "num_inference_steps_2",
+        "stlye",
+    )
+
+
 def test_h12_unknown_fields_are_ignored_wherever_they_are(rules: JobRules) -> None:
     strange = {"mood": "oil", "__class__": "Job", "task_id": "other", "\ud800": 1, "deep": [[[{}]]] * 100}
     body = message(**strange, parameters={"strange": 1, "\ud800": 1}, signature_config={"font": "x"}) | {"priority": 9}

@@ -59,6 +59,13 @@ def test_an_object_is_shown_without_the_secret_in_its_key_and_named_with_it(key:
     assert ref.uri == f"s3://media/{key}"
 
 
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "Basic"])
+def test_what_logs_in_is_in_no_text(scheme: str) -> None:
+    assert redacted(f"sent 'Authorization: {scheme} {SECRET}.x-y', got 401") == (
+        f"sent 'Authorization: {scheme} …', got 401"
+    )
+
+
 @pytest.mark.parametrize("text", HOLDERS)
 def test_a_secret_is_in_no_line_of_the_log(text: str) -> None:
     record = logging.LogRecord("urllib3", logging.WARNING, __file__, 1, "Retrying: %s", (text,), None)
@@ -83,6 +90,7 @@ def test_a_secret_is_in_no_line_of_the_log(text: str) -> None:
         "a=b, c == d and key=generations/gen-5.png",
         "letter #3 of 7",
         "서울의 밤?",
+        "the basic settings, and a bearer of good news",
     ],
 )
 def test_what_is_no_secret_is_kept(text: str) -> None:

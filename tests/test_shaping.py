@@ -58,6 +58,7 @@ COMPLEX = {
     "Myanmar": "မြန်မာ",
     "Khmer": "ខ្មែរ",
     "Mongolian": "ᠮᠣᠩᠭᠣᠯ",
+    "Mongolian with its vowel separator": "ᠬᠠᠯᠠ\u180eᠠ",
     "Javanese": "ꦗꦮ",
     "Adlam": "𞤀𞤣",
     "old Hangul": "\u1112\u119e\u11ab",
@@ -181,6 +182,11 @@ def test_joiners_and_selectors_alone_are_no_name(text: str) -> None:
         TextSignature(text, FONT_DIRS)
     with pytest.raises(OverlayInvalid, match=r"no visible character|is empty"):
         headline_of(TextOverlay(text), FONT_DIRS)
+
+
+def test_the_vowel_separator_of_mongolian_is_spelling() -> None:
+    text = COMPLEX["Mongolian with its vowel separator"]
+    assert (clean_text(text), clean_lines(text)) == (text, (text,))
 
 
 def test_selectors_that_select_nothing_are_left_out() -> None:

@@ -155,6 +155,11 @@ def jpeg_with_exif(exif: bytes) -> bytes:
     return png(halves("RGB", "red", "blue"), format="JPEG", quality=100, subsampling=0, exif=b"Exif\0\0" + exif)
 
 
+def jpeg_with_segment(kind: int, body: bytes) -> bytes:
+    content = png(halves("RGB", "red", "blue"), format="JPEG", quality=100, subsampling=0)
+    return content[:2] + b"\xff\xff" + struct.pack(">BH", kind, len(body) + 2) + body + content[2:]
+
+
 JUNK = bytes(range(1, 200))
 BROKEN = {
     "a text of junk": with_chunk(b"tEXt", b"Raw profile type exif\0\nexif\n    8\nno hexadecimal digits\n"),
@@ -184,6 +189,12 @@ BROKEN = {
         b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0\0\0\0\0"
     ),
     "a JPEG's profile of junk": png(halves("RGB", "red", "blue"), format="JPEG", quality=100, icc_profile=JUNK),
+    "a JPEG's profile that is cut": jpeg_with_segment(0xE2, b"ICC_PROFILE\0"),
+    "a JPEG's first segment that is cut": jpeg_with_segment(0xE0, b"JFIF\0\1"),
+    "a JPEG's Adobe segment that is cut": jpeg_with_segment(0xEE, b"Adobe\0"),
+    "a JPEG's Photoshop segment that is cut": jpeg_with_segment(0xED, b"Photoshop 3.0\x008BIM\x03\xed"),
+    "an animation's chunk that is cut": with_chunk(b"acTL", b"\0\0"),
+    "an animation of no picture": with_chunk(b"acTL", bytes(8)),
     "a WebP's EXIF of junk": png(halves("RGB", "red", "blue"), format="WEBP", lossless=True, exif=JUNK),
     "a WebP's profile of junk": png(halves("RGB", "red", "blue"), format="WEBP", lossless=True, icc_profile=JUNK),
 }
@@ -404,6 +415,23 @@ def large_tiff() -> bytes:
     return png(Image.new("L", (5000, 8)), format="TIFF", compression="tiff_lzw")
 
 
+def tiff_of_16_bits(*, photometric: int, samples: int = 1, planar: int = 1, bits: int = 16) -> bytes:
+    """A TIFF of 8 by 8 px by hand, without compression."""
+    size = 8 * 8 * bits // 8
+    tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: photometric, 277: samples, 278: 8, 279: size, 284: planar}
+    count, end = len(tags) + 1, 8 + 2 + 12 * (len(tags) + 1) + 4
+    lists = {258: (3, [bits] * 3), 273: (4, [end + 64 + size * n for n in range(3)]), 279: (4, [size] * 3)}
+    out, behind = b"II*\0" + struct.pack("<IH", 8, count), b""
+    for tag, value in sorted((tags | {273: end + 64}).items()):
+        if samples == 1 or tag not in lists:
+            out += struct.pack("<HHII", tag, 4, 1, value)
+        else:
+            kind, values = lists[tag]
+            out += struct.pack("<HHII", tag, kind, 3, end + len(behind))
+            behind += struct.pack("<3" + ("H" if kind == 3 else "I"), *values)
+    return out + bytes(4) + behind.ljust(64, b"\0") + b"\xff\x80" * (size * samples // 2)
+
+
 REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "gif of 4 Gpx": (large_gif, "far too large"),
     "bmp of 1.6 Gpx": (large_bmp, "far too large"),
@@ -413,6 +441,9 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "tiff of a fax": (lambda: png(noise().convert("1"), format="TIFF", compression="group4"), "compressed by group4"),
     "tiff of floats": (lambda: png(Image.new("F", (8, 8)), format="TIFF"), "samples of a kind"),
     "tiff of 32 bits": (lambda: png(Image.new("I", (8, 8)), format="TIFF"), "samples of a kind"),
+    "tiff of 16 bits with white as 0": (lambda: tiff_of_16_bits(photometric=0), "16 with white as 0"),
+    "tiff of 16 bits in planes": (lambda: tiff_of_16_bits(photometric=2, samples=3, planar=2), "16 in planes"),
+    "tiff of 12 bits": (lambda: tiff_of_16_bits(photometric=1, bits=12), "of 12 bits"),
     "half a tiff": (lambda: png(noise(), format="TIFF", compression="tiff_lzw")[:3000], "broken"),
     "half a bmp": (lambda: png(noise(), format="BMP")[:3000], "broken"),
     "half a gif": (lambda: png(noise(), format="GIF")[:3000], "broken"),
@@ -430,6 +461,12 @@ def test_what_is_too_large_or_of_an_odd_kind_is_refused_at_once(name: str) -> No
     with pytest.raises(SignatureInvalid, match=words):
         decode_signature(content)
     assert time.process_time() - started < 1
+
+
+@both
+def test_animation_of_one_picture_is_that_picture(decode: str) -> None:
+    image = as_image(decode, with_chunk(b"acTL", struct.pack(">II", 1, 0)))
+    assert image.getpixel((2, 8))[0] > 240  # type: ignore[index]
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])

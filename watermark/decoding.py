@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, JpegImagePlugin, TiffImagePlugin
 
 from watermark.colours import in_srgb
 from watermark.errors import PictureInvalid, PictureTooLarge, SignatureInvalid
+from watermark.jpeg_segments import without_broken_segments
 from watermark.png_chunks import SIGNATURE as PNG_SIGNATURE
 from watermark.png_chunks import bare_png
 from watermark.samples import expanded, is_read
@@ -31,6 +32,11 @@ TIFF_COMPRESSIONS = frozenset({"raw", "packbits", "tiff_lzw", "tiff_deflate", "t
 MAX_TIFF_PREVIEWS = 4
 # The tag that says what a page is, and its bit for a smaller copy of the first.
 NEW_SUBFILE_TYPE, REDUCED_RESOLUTION = 254, 1
+BITS_PER_SAMPLE = 258
+PHOTOMETRIC_INTERPRETATION, WHITE_IS_ZERO = 262, 0
+PLANAR_CONFIGURATION, SEPARATE = 284, 2
+# The compressions whose planes are not libtiff's to decode.
+MISREAD_PLANES = frozenset({"raw", "packbits"})
 
 # Of a reference picture, as it is held in memory: what most cameras take. 100 MB as RGBA, and twice that for a moment.
 MAX_PICTURE_PX = 25_000_000
@@ -163,7 +169,10 @@ def _open(content: bytes) -> Image.Image:
     if content.startswith(JPEG_SIGNATURE):
         # Not by Pillow's factory, which makes an animation of a camera's picture with a preview behind it, and a broken
         # file of one whose list of previews is broken.
-        return JpegImagePlugin.JpegImageFile(io.BytesIO(content))
+        try:
+            return JpegImagePlugin.JpegImageFile(io.BytesIO(content))
+        except DECODE_ERRORS:
+            return JpegImagePlugin.JpegImageFile(io.BytesIO(without_broken_segments(content)))
     if not content.startswith(PNG_SIGNATURE):
         return Image.open(io.BytesIO(content), formats=FORMATS)
     bare = bare_png(content)
@@ -188,6 +197,8 @@ def _refusal(image: Image.Image) -> str:
         compression = image.info.get("compression")
         if compression not in TIFF_COMPRESSIONS:
             return f"is a TIFF image compressed by {compression}; LZW, deflate, PackBits or none are read"
+        if _is_misread(image):
+            return "is a TIFF image of 12 bits, of 16 in planes, or of 16 with white as 0; send one of 8 bits a sample"
         if not _is_one_page(image):
             return "holds several pages; send one"
     elif getattr(image, "is_animated", False):
@@ -195,6 +206,14 @@ def _refusal(image: Image.Image) -> str:
     if not is_read(image.mode):
         return f"has samples of a kind that is not read (Pillow's mode {image.mode}); 1 to 16 bits without a sign are"
     return ""
+
+
+def _is_misread(image: TiffImagePlugin.TiffImageFile) -> bool:
+    """Whether Pillow would decode other samples than the file holds, in silence."""
+    bits = max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))
+    in_planes = image.tag_v2.get(PLANAR_CONFIGURATION) == SEPARATE and image.info.get("compression") in MISREAD_PLANES
+    is_negative = image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
+    return bits == 12 or (bits > 8 and (in_planes or is_negative))
 
 
 def _is_one_page(image: TiffImagePlugin.TiffImageFile) -> bool:

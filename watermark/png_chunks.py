@@ -11,8 +11,8 @@ from typing import NamedTuple
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Length, kind and checksum around a chunk's content.
 FRAME_BYTES = 12
-# The animation's own chunk is kept so that an animation is known as one.
-KEPT = frozenset({b"tRNS", b"acTL"})
+TRANSPARENCY, ANIMATION = b"tRNS", b"acTL"
+ANIMATION_BYTES = 8
 # CMYK profiles of printers have up to 3 MB.
 MAX_PROFILE_BYTES = 4_000_000
 MAX_EXIF_BYTES = 64_000
@@ -46,7 +46,7 @@ def bare_png(content: bytes) -> BarePng:
         at += len(chunk)
         body = chunk[8 : 8 + length]
         is_critical = not kind[0] & 0x20
-        if is_critical or kind in KEPT:
+        if is_critical or kind == TRANSPARENCY or (kind == ANIMATION and _num_frames(body) > 1):
             kept.append(chunk)
         elif len(chunk) == FRAME_BYTES + length and zlib.crc32(chunk[4:-4]) == struct.unpack(">I", chunk[-4:])[0]:
             profile = profile or (_profile(body) if kind == b"iCCP" else None)
@@ -56,6 +56,11 @@ def bare_png(content: bytes) -> BarePng:
             break
     # Bits of a sample: the ninth byte of the first chunk, which is the header.
     return BarePng(b"".join(kept), content[24] if len(content) > 24 else 8, profile, exif, xmp)
+
+
+def _num_frames(body: bytes) -> int:
+    """How many pictures an animation says that it has: it is kept to be known as one, unless it is of one."""
+    return struct.unpack_from(">I", body)[0] if len(body) == ANIMATION_BYTES else 0
 
 
 def _profile(body: bytes) -> bytes | None:

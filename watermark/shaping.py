@@ -13,12 +13,13 @@ from watermark.errors import ShapingMissing
 
 ZWNJ, ZWJ, LRM, RLM = "\u200c", "\u200d", "\u200e", "\u200f"
 GRAPHEME_JOINER = "\u034f"
+MONGOLIAN_VOWEL_SEPARATOR = "\u180e"
 # Format characters that are part of a text's spelling or order; overrides and isolates, which forge names, are not.
-SPELLING = frozenset({ZWNJ, ZWJ, LRM, RLM, "\u061c"})
+SPELLING = frozenset({ZWNJ, ZWJ, LRM, RLM, "\u061c", MONGOLIAN_VOWEL_SEPARATOR})
 # Signs that enclose or precede digits: format characters to Unicode, and drawn (its Prepended_Concatenation_Mark).
 ENCLOSING = frozenset(map(chr, (*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD)))
 # By the beginning of their names.
-VARIATION_SELECTORS = ("VARIATION SELECTOR-", "MONGOLIAN FREE VARIATION SELECTOR", "MONGOLIAN VOWEL SEPARATOR")
+VARIATION_SELECTORS = ("VARIATION SELECTOR-", "MONGOLIAN FREE VARIATION SELECTOR")
 # Hints where a line may break or must not: nothing of them is drawn.
 HINTS = frozenset("\u00ad\u200b\u2060\ufeff")
 

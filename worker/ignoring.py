@@ -14,14 +14,15 @@ MAX_IGNORED = 20
 UNUSED = frozenset({"generation_id", "style_id", "task_id", "type", "created_at", "webhook_url", "callback_url"})
 NO_NAME = "?"
 
-# Told to the backend and logged: no control characters, no URLs and no tokens of somebody's.
+# Told to the backend and logged: no control characters, no URLs, and no tokens, which mix letters and digits.
 _NAME = re.compile(r"[\w-]{1,64}")
+_TOKEN = re.compile(r"(?=[A-Za-z]*[0-9])(?=[0-9]*[A-Za-z])[A-Za-z0-9]{16,}")
 
 
 def ignored_in(fields: Mapping[str, Any], wire: WireData) -> tuple[str, ...]:
     """The names of the fields in `data` that are given and not known, each once: "stlye", "signature_config.colour".
 
-    What is no plain name of up to 64 characters is "?".
+    What is no plain name of up to 64 characters, or holds what looks like a token, is "?".
     """
     return tuple(dict.fromkeys(_unknown(fields, wire, "", UNUSED)))[:MAX_IGNORED]
 
@@ -33,7 +34,7 @@ def _unknown(fields: Mapping[str, Any], wire: BaseModel, place: str, unused: fro
         if name in type(wire).model_fields:
             yield from _unknown_within(value, getattr(wire, name), f"{place}{name}.")
         else:
-            yield place + (name if _NAME.fullmatch(name) else NO_NAME)
+            yield place + (name if _NAME.fullmatch(name) and not _TOKEN.search(name) else NO_NAME)
 
 
 def _unknown_within(value: Any, known: Any, place: str) -> Iterator[str]:

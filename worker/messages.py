@@ -121,8 +121,9 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _identify(message: Mapping[str, Any], body: bytes) -> Identity:
     fields = message.get("data")
-    holder = fields if isinstance(fields, dict) and "generation_id" in fields else message
-    generation_id = holder.get("generation_id")
+    generation_id = fields.get("generation_id") if isinstance(fields, dict) else None
+    if generation_id in (None, ""):
+        generation_id = message.get("generation_id")
     if not is_generation_id(generation_id):
         raise Undecodable(f"generation_id is {_shown(generation_id)}; it must be {RIGHT}")
     return Identity(_task_id(message.get("task_id"), body), generation_id)
