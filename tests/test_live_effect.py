@@ -30,7 +30,7 @@ CONSTANTS = {
     "worker.settling:MAX_ATTEMPTS": NUM_TRIES,
     "worker.storing:PICTURE_PATIENCE_SECONDS": 0.0,
     "worker.processing:SECOND_LOOK_SECONDS": 0.2,
-    "worker.outbox:STORE_PAUSE_SECONDS": STORE_PAUSE_SECONDS,
+    "worker.outbox_lane:STORE_PAUSE_SECONDS": STORE_PAUSE_SECONDS,
     "clients.storage:CALL_DEADLINE_SECONDS": 4.0,
 }
 FAILED_RECORD = Sign(UP, b'"kind": "failed"')
