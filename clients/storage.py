@@ -20,11 +20,11 @@ from clients.deadline import Watch, deadline
 from clients.location import ObjectRef, aws_url
 from clients.storage_errors import (
     BucketNotFound,
+    NotAStore,
     ObjectChanged,
     ObjectDamaged,
     ObjectNotFound,
     ObjectTooLarge,
-    StorageError,
     StorageUnavailable,
     WriteConflict,
     translated,
@@ -324,7 +324,7 @@ def _copy(ref: ObjectRef, raw: Any, sink: BinaryIO, size_bytes: int, watch: Watc
 def _stat_of(ref: ObjectRef, answer: Mapping[str, Any]) -> ObjectStat:
     size_bytes = answer.get("ContentLength")
     if "ETag" not in answer or size_bytes is None:
-        raise StorageError(f"{ref}: the store tells no ETag or no size")
+        raise NotAStore(f"{ref}: the answer has no ETag or no size, as no store's: look at AWS_S3_ENDPOINT_URL")
     return ObjectStat(etag_of(answer), int(size_bytes))
 
 

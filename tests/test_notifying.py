@@ -1,5 +1,6 @@
 """An event is delivered, or a confirmed copy of it is elsewhere; and the outbox goes on until it is."""
 
+import json
 import queue
 import threading
 import time
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from clients.storage_errors import StorageUnavailable
 from clients.webhooks import Attempt, Verdict, Webhook, WebhookKind
 from tests.world import HANG_SECONDS
 from worker.breakers import BACKEND_THRESHOLD, Breaker
@@ -28,6 +30,7 @@ FAILING = Attempt(Verdict.RETRY, 500, None, "HTTP 500", is_ambiguous=False)
 LATER = Attempt(Verdict.RETRY, 503, 3600.0, "HTTP 503", is_ambiguous=False)
 UNKNOWN = Attempt(Verdict.RETRY, 404, None, "HTTP 404", is_ambiguous=False)
 REFUSED = Attempt(Verdict.REJECTED, 422, None, "HTTP 422", is_ambiguous=False)
+FORBIDDEN = Attempt(Verdict.RETRY, 403, None, "HTTP 403", is_ambiguous=False)
 BROKEN = Attempt(Verdict.RETRY, None, None, "the connection broke", is_ambiguous=True)
 
 
@@ -75,6 +78,13 @@ class NotingLedger:
         self.marked.append(event)
 
 
+class AwayLedger(NotingLedger):
+    """Its store does not answer."""
+
+    def record_late(self, event: TerminalEvent) -> TerminalEvent | None:
+        raise StorageUnavailable("away")
+
+
 @dataclass
 class Published:
     queue: str
@@ -84,24 +94,29 @@ class Published:
 
 @dataclass
 class KeepingPublisher:
-    """Keeps what is published, or confirms nothing."""
+    """Keeps what is published, or confirms nothing, or nothing that goes to `full_queue`."""
 
     is_down: bool = False
+    full_queue: str = ""
     num_calls: int = 0
     kept: list[Published] = field(default_factory=list)
 
     def publish(self, queue_name: str, body: bytes, **headers: Any) -> None:
         self.num_calls += 1
-        if self.is_down:
+        if self.is_down or queue_name == self.full_queue:
             raise PublishFailed("the broker is gone")
         self.kept.append(Published(queue_name, body, headers))
 
 
 class AckingConsumer:
-    """Hands over each delivery that was acked."""
+    """Hands over each delivery that was acked. What came in a session before `session` is not its any more."""
 
     def __init__(self) -> None:
         self.acked: queue.Queue[Delivery] = queue.Queue()
+        self.session = 1
+
+    def holds(self, delivery: Delivery) -> bool:
+        return delivery.session >= self.session
 
     def ack(self, delivery: Delivery) -> None:
         self.acked.put(delivery)
@@ -325,7 +340,7 @@ def started() -> Iterator[Callable[[Parts], Parts]]:
 
     yield start
     for parts in running:
-        parts.publisher.is_down = False
+        parts.publisher.is_down, parts.publisher.full_queue = False, ""
         parts.outbox.close()
 
 
@@ -561,6 +576,8 @@ UNREADABLE = {
     "a list": b"[]",
     "a job": b'{"data": {"generation_id": 1, "prompt": "a"}}',
     "nested": b"[" * 100_000,
+    # What one thread can just read another may not be able to write.
+    "nested within Python's limit": sendable(body={"generation_id": 456, "x": [json.loads("[" * 200 + "]" * 200)]}),
     "progress": sendable(kind=WebhookKind.PROGRESS),
     "body list": sendable(body=[1]),
     "body nan": sendable(body={"generation_id": float("nan")}),
@@ -608,6 +625,74 @@ def test_an_event_that_cannot_be_buried_now_stays_with_the_broker(started: Start
     until(lambda: parts.publisher.num_calls == 1)
 
     assert no_ack_within_a_moment(parts)
+
+
+def test_events_that_a_full_queue_of_dead_letters_does_not_take_hold_up_no_other(started: Start) -> None:
+    # Given several events that the backend refuses for good
+    client = ChoosyClient({f"bad-{number}": REFUSED for number in range(1, 9)})
+    parts = started(Parts(client, publisher=KeepingPublisher(full_queue=NAMES.dead)))
+    for number in range(1, 9):
+        parts.outbox.on_delivery(delivered(complete(f"bad-{number}").to_json(), tag=number))
+    until(lambda: len(parts.client.sent) >= 4)
+
+    # When more come
+    parts.outbox.on_delivery(delivered(complete("good-1").to_json(), tag=21))
+    parts.outbox.on_delivery(delivered(complete("good-2").to_json(), tag=22))
+
+    # Then these are told at once, and the others are asked with now and then, and stay with the broker
+    assert parts.consumer.next_tags(2) == {21, 22}
+    assert no_ack_within_a_moment(parts)
+    assert len(parts.client.sent) <= 8 + 2
+
+
+def test_an_unreadable_event_that_cannot_be_buried_keeps_no_other_from_the_tail_of_the_queue(
+    started: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.outbox_lane.MAX_HELD_SECONDS", 0.05)
+    monkeypatch.setattr("worker.outbox_lane.SWEEP_SECONDS", 0.05)
+    parts = started(Parts(ScriptedClient(LATER), publisher=KeepingPublisher(full_queue=NAMES.dead)))
+
+    parts.outbox.on_delivery(delivered(b"unreadable", tag=1))
+    parts.outbox.on_delivery(delivered(failed().to_json(), tag=2, due_in_seconds=3600))
+
+    assert parts.consumer.next_tags(1) == {2}
+
+
+def test_an_event_of_a_lost_session_is_copied_nowhere(started: Start) -> None:
+    # The broker has given it to somebody, and a copy for each lost connection would fill the queues.
+    parts = started(Parts(ScriptedClient(REFUSED)))
+    parts.consumer.session = 2
+    parts.outbox.on_delivery(delivered(complete("lost").to_json(), tag=1, session=1))
+    until(lambda: len(parts.client.sent) == 1)
+    parts.outbox.on_delivery(delivered(complete("ours").to_json(), tag=2, session=2))
+
+    assert parts.consumer.next_tags(1) == {2}
+    assert [TerminalEvent.from_json(dead.body).task_id for dead in parts.publisher.kept] == ["ours"]
+
+
+def test_ends_that_wait_for_the_store_do_not_fill_the_hands_either(
+    started: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.outbox.PREFETCH", 1)
+    parts = started(Parts(ScriptedClient(TAKEN), ledger=AwayLedger()))
+    parts.outbox.on_delivery(delivered(sendable(is_recorded=False), tag=1))
+
+    assert parts.consumer.next_tags(1) == {1}
+    (back,) = parts.publisher.kept
+    assert back.queue == NAMES.outbox
+    assert back.headers["due"] > time.time() + 5
+
+
+def test_an_end_refused_again_and_again_for_its_token_keeps_no_worker_from_its_jobs(started: Start) -> None:
+    # A firewall's rule may answer 403 to one body, and that one is tried for a day.
+    parts = Parts(ScriptedClient(FORBIDDEN))
+    for _ in range(2 * BACKEND_THRESHOLD):
+        parts.notifier.attempt(complete("one"))
+    assert parts.breaker.reason == ""
+
+    for number in range(BACKEND_THRESHOLD):
+        parts.notifier.attempt(complete(f"other-{number}"))
+    assert "403" in parts.breaker.reason
 
 
 def test_an_unreadable_event_that_cannot_be_buried_is_not_tried_in_a_hot_loop(started: Start) -> None:

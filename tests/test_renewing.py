@@ -58,7 +58,7 @@ def test_a_returned_event_is_acked_once_its_copy_is_confirmed_and_keeps_its_age_
 
     assert broker.has_acked.acquire(timeout=HANG_SECONDS)
     renewer.close()
-    assert broker.published == [("jobs.outbox", b"event 1", {"attempt": 7, "since": 100.0, "due": 200.0})]
+    assert broker.published == [("jobs.outbox", b"event 1", {"attempt": 7, "reason": "", "since": 100.0, "due": 200.0})]
     assert (broker.acked, taken) == ([1], [])
 
 

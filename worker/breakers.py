@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from clients.storage_errors import StorageUnavailable, StoreRefused
+from clients.storage_errors import StorageError, StorageUnavailable, StoreRefused
 from config.logs import log_event
 from worker.settling import JobReleased
 
@@ -32,6 +32,7 @@ class Breaker:
         self._clock = clock
         self._lock = threading.Lock()
         self._num_refusals = 0
+        self._refused: set[str] = set()
         self._refused_at = 0.0
         self._reason = ""
 
@@ -42,9 +43,14 @@ class Breaker:
             is_recent = self._clock() - self._refused_at < HALF_OPEN_SECONDS
             return self._reason if self._num_refusals >= self._threshold and is_recent else ""
 
-    def refuse(self, reason: str) -> None:
-        """The part refused us."""
+    def refuse(self, reason: str, *, of: str = "") -> None:
+        """The part refused us, or `of` us the message with that id. One that is refused again is no news: it alone may
+        be what is refused, and must not keep a worker from its jobs."""
         with self._lock:
+            if of in self._refused:
+                return
+            if of:
+                self._refused.add(of)
             self._num_refusals += 1
             self._refused_at = self._clock()
             self._reason = f"{self._part} refuses this worker: {reason}"
@@ -57,6 +63,7 @@ class Breaker:
         with self._lock:
             was_open = self._num_refusals >= self._threshold
             self._num_refusals = 0
+            self._refused.clear()
         if was_open:
             log_event(logger, "breaker closed", part=self._part)
 
@@ -87,6 +94,11 @@ class Gate:
                 num_refusals += 1
                 if self._is_draining.wait(pause):
                     raise JobReleased("the worker is stopping, and the store refuses it") from error
+            except StorageError:
+                # It serves us again, though what it says of this object is no good news.
+                if num_refusals:
+                    self._breaker.accept()
+                raise
             else:
                 if num_refusals:
                     self._breaker.accept()

@@ -57,14 +57,14 @@ class _Field(NamedTuple):
     encoded: bytes
 
 
-class Properties:
+class Properties(pika.spec.BasicProperties):  # type: ignore[misc]
     """The properties of a message. Takes any bytes; what they do not hold is absent.
+
+    One of pika's own, since pika asserts that of a message which the broker returns; all it knows of them is replaced.
 
     `headers` holds text, whole numbers, floats, `Decimal`, `datetime`, bytes, None, and lists and dicts of them. Of
     fields with one name the first counts, as for the broker. `timestamp` is the property: whatever number was given.
     """
-
-    INDEX = _BASIC.INDEX
 
     def __init__(self, encoded: bytes) -> None:
         self._parts: dict[int, bytes] = {}  # by flag, as they came

@@ -18,6 +18,7 @@ from clients.webhooks import WebhookKind
 from worker.broker import ATTEMPT_HEADER, REASON_HEADER, whole_number
 from worker.events import TerminalEvent
 from worker.generation_id import GenerationId
+from worker.identity import own_task_id
 from worker.inspection import Held
 from worker.job import Job, JobRejected, Undecodable
 from worker.messages import MAX_BODY_BYTES
@@ -156,7 +157,8 @@ def plan_replay(letter: Letter, find: Callable[[str], TerminalEvent | None]) -> 
 
 def _plan_event(event: TerminalEvent, body: bytes, find: Callable[[str], TerminalEvent | None]) -> Replay:
     known = find(event.task_id)
-    if known is not None and known.is_delivered:
+    # Another generation's end under the id says nothing of this one, which is recorded under an id of its own.
+    if known is not None and known.is_delivered and str(known.generation_id) == str(event.generation_id):
         raise NotReplayable("the backend has taken a webhook for this job already")
     return Replay(Kind.EVENT, body, f"webhook {event.webhook.webhook_id} goes out again, for up to a day")
 
@@ -166,11 +168,15 @@ def _plan_job(job: Job, body: bytes, find: Callable[[str], TerminalEvent | None]
 
     The new id is made of the old, so that a replay interrupted before its ack is the same job when it is repeated.
     """
-    known = find(job.task_id)
+    old_id = job.task_id
+    known = find(old_id)
+    if known is not None and str(known.generation_id) != str(job.generation_id):
+        old_id = own_task_id(old_id, job.generation_id)
+        known = find(old_id)
     if known is not None and known.kind is WebhookKind.COMPLETE:
         raise NotReplayable("the job is recorded as complete")
-    task_id = _next_task_id(job.task_id, find)
-    message = json.loads(body) | {"task_id": task_id, "replay_of": job.task_id}
+    task_id = _next_task_id(old_id, find)
+    message = json.loads(body) | {"task_id": task_id, "replay_of": old_id}
     renamed = json.dumps(message).encode()
     if len(renamed) > MAX_BODY_BYTES:
         raise NotReplayable(f"with its new id the message would be longer than {MAX_BODY_BYTES} bytes")

@@ -13,6 +13,8 @@ from worker.schema import WireData
 
 logger = logging.getLogger(__name__)
 
+_OWN_IDS = uuid.UUID("1c1ab1f4-6f5e-4c39-9d0c-6a1a6b6e2b57")
+
 
 class TaskIdTaken(Exception):
     """The `task_id` belongs to a job of another generation: this message needs an id of its own."""
@@ -56,7 +58,8 @@ def check_same(asked: Job | JobRejected, body: bytes, known_generation_id: objec
 
 def own_task_id(task_id: str, generation_id: object) -> str:
     """The id that a generation's job gets where another generation has its `task_id`; the same each time."""
-    return str(uuid.uuid5(uuid.UUID(task_id), f"generation {generation_id}"))
+    # As text, which any id is: an end in the outbox may name one that no worker wrote.
+    return str(uuid.uuid5(_OWN_IDS, f"{task_id} of generation {generation_id}"))
 
 
 def with_own_id(asked: Job | JobRejected) -> Job | JobRejected:

@@ -130,7 +130,7 @@ class Notifier:
         attempt = self._client.send(event.webhook, deadline_seconds=CALL_DEADLINE_SECONDS)
         self._metrics.webhooks.labels(event.kind.value, attempt.verdict.name.lower()).inc()
         if attempt.status in REFUSING_STATUSES:
-            self._breaker.refuse(attempt.reason)
+            self._breaker.refuse(attempt.reason, of=event.webhook.webhook_id)
         elif attempt.status is not None:
             self._breaker.accept()
         if attempt.is_ambiguous:

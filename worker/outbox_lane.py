@@ -95,14 +95,17 @@ class Lane:
     def _tidy(self) -> None:
         """See to the events that no call is made for."""
         while not self._is_closing:
-            try:
-                self._bury_unreadable()
-                self._bury_expired()
-                self._return_stale()
-                self._wait_for(lambda: self._is_closing or bool(self._unreadable))
-            except PublishFailed as error:
-                log_event(logger, "outbox keeps its events", logging.WARNING, reason=str(error))
-                self._wait_for(lambda: self._is_closing)
+            # Each by itself: a queue of dead letters that is full takes none, and the outbox takes events.
+            is_done = [self._is_done(work) for work in (self._return_stale, self._bury_expired, self._bury_unreadable)]
+            self._wait_for(lambda: self._is_closing or (all(is_done) and bool(self._unreadable)))  # noqa: B023
+
+    def _is_done(self, work: Callable[[], None]) -> bool:
+        try:
+            work()
+        except PublishFailed as error:
+            _note_kept(error)
+            return False
+        return True
 
     def _wait_for(self, is_so: Callable[[], bool]) -> None:
         with self._changed:
@@ -110,12 +113,7 @@ class Lane:
 
     def _send(self) -> None:
         while not self._is_closing:
-            try:
-                self._try_next()
-            except PublishFailed as error:
-                log_event(logger, "outbox keeps its events", logging.WARNING, reason=str(error))
-                with self._changed:
-                    self._pacing.hold(time.monotonic())
+            self._try_next()
 
     def _try_next(self) -> None:
         parked = self._take()
@@ -124,9 +122,10 @@ class Lane:
         with bind(task_id=parked.event.task_id, generation_id=parked.event.generation_id):
             try:
                 self._try(parked)
-            except PublishFailed:
+            except PublishFailed as error:
+                # Its own wait, not the lane's: the others need no copy where the backend takes them.
+                _note_kept(error)
                 self._keep(parked)
-                raise
             finally:
                 with self._changed:
                     self._in_turn.remove(parked)
@@ -189,6 +188,8 @@ class Lane:
     def _put_back(self, parked: Parked) -> None:
         """Have the event come again behind all others. Raises `PublishFailed`."""
         delivery = parked.delivery
+        if not self._holds(delivery):
+            return  # of a lost session: the broker has the message itself again
         self._publisher.publish(
             self._names.outbox,
             delivery.body,
@@ -243,7 +244,7 @@ class Lane:
         log_event(logger, "end not recorded yet", logging.WARNING, reason=str(error))
         # Its own wait, not the lane's: the backend may be well.
         parked.due_at = time.monotonic() + jittered(STORE_PAUSE_SECONDS)
-        self._keep(parked)
+        self._keep_in_turn(parked)
 
     def _note_failure(self, parked: Parked, attempt: Attempt) -> None:
         now = time.monotonic()
@@ -252,6 +253,10 @@ class Lane:
             parked.fail(attempt, now)
             if is_back:
                 self._let_through(is_taking=False)
+        self._keep_in_turn(parked)
+
+    def _keep_in_turn(self, parked: Parked) -> None:
+        """Keep what failed, or where the broker gives no more, have those behind it come in. Raises `PublishFailed`."""
         if self._is_full():
             self._put_back(parked)
         else:
@@ -280,7 +285,13 @@ class Lane:
 
     def _bury(self, parked: Parked, reason: str) -> None:
         """Leave a confirmed copy with the dead letters. Raises `PublishFailed`."""
-        self._notifier.bury(parked.delivery.body, reason)
+        if not self._holds(parked.delivery):
+            return  # of a lost session: the broker has the message itself again
+        try:
+            self._notifier.bury(parked.delivery.body, reason)
+        except PublishFailed:
+            parked.note_unburied(time.monotonic())
+            raise
         self._ack(parked.delivery)
 
     def _bury_unreadable(self) -> None:
@@ -290,6 +301,14 @@ class Lane:
             self._ack(delivery)
             self._unreadable.popleft()
 
+    def _holds(self, delivery: Delivery) -> bool:
+        assert self._consumer is not None, "a lane settles only what its consumer gave it"  # noqa: S101
+        return self._consumer.holds(delivery)
+
     def _ack(self, delivery: Delivery) -> None:
         assert self._consumer is not None, "a lane settles only what its consumer gave it"  # noqa: S101
         self._consumer.ack(delivery)
+
+
+def _note_kept(error: PublishFailed) -> None:
+    log_event(logger, "outbox keeps its events", logging.WARNING, reason=str(error))

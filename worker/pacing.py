@@ -75,8 +75,17 @@ class Parked:
         self._is_asked_to_wait = attempt.retry_after_seconds is not None
         planned = delay_after(self.num_failures, attempt.retry_after_seconds)
         if self.num_known:
-            planned = max(planned, KNOWN_DELAYS_SECONDS[min(self.num_known, len(KNOWN_DELAYS_SECONDS)) - 1])
+            planned = max(planned, self._known_delay)
         self.due_at = now + jittered(planned)
+
+    def note_unburied(self, now: float) -> None:
+        """Note that the dead letters did not take it: it fails without doubt, and must hold up no other."""
+        self.num_known += 1
+        self.due_at = now + jittered(self._known_delay)
+
+    @property
+    def _known_delay(self) -> float:
+        return KNOWN_DELAYS_SECONDS[min(self.num_known, len(KNOWN_DELAYS_SECONDS)) - 1]
 
     def let_through(self, *, is_taking: bool) -> None:
         """The backend takes events, or answers again: this one is due, unless it is known to fail.

@@ -17,9 +17,9 @@ from worker.cancelling import Cancellations, decode_cancel
 from worker.delivery import Delivery
 from worker.events import CANCELLED, TerminalEvent, failed_event
 from worker.history import History
-from worker.identity import TaskIdTaken, check_same, with_own_id
+from worker.identity import TaskIdTaken, check_same, own_task_id, with_own_id
 from worker.job import Job, JobRejected, Undecodable
-from worker.leases import Leases
+from worker.leases import Lease, Leases
 from worker.ledger import Ledger, RecordUnreadable
 from worker.messages import decode
 from worker.metrics import Metrics
@@ -219,10 +219,10 @@ class Processor:
 
     def _follow_lease(self, asked: Job | JobRejected, delivery: Delivery) -> None:
         """A message whose job is at work somewhere waits on; one whose worker is gone is a job like any other."""
-        lease = self._leases.find(asked.task_id)
+        lease = self._lease_of(asked)
         # A worker that has just lost its connection needs a moment to say that it goes on.
         if not (delivery.is_leased or (lease and lease.is_held) or self._is_draining.wait(SECOND_LOOK_SECONDS)):
-            lease = self._leases.find(asked.task_id)
+            lease = self._lease_of(asked)
         if lease is not None and lease.is_held:
             self._keep_waiting(delivery, lease.num_crashes)
             return
@@ -236,10 +236,18 @@ class Processor:
         else:
             self._settle(delivery, Disposition.RELEASE)  # it comes again
 
+    def _lease_of(self, asked: Job | JobRejected) -> Lease | None:
+        """The note on the job, which may be at work under the id that it got for one that was taken."""
+        own_id = own_task_id(asked.task_id, asked.generation_id)
+        return self._leases.find(asked.task_id) or self._leases.find(own_id)
+
     def _keep_waiting(self, delivery: Delivery, num_crashes: int) -> None:
-        self._elsewhere_first(
-            delivery, lambda: self._leases.keep_copy(delivery.body, delivery.attempt, num_crashes=num_crashes)
-        )
+        def keep() -> None:
+            # Of a lost session: the broker has the message itself again.
+            if self._holds(delivery):
+                self._leases.keep_copy(delivery.body, delivery.attempt, num_crashes=num_crashes)
+
+        self._elsewhere_first(delivery, keep)
 
     def on_lost(self) -> None:
         """The broker may give our jobs to others: say that they are at work here. Runs on the consuming thread."""

@@ -5,19 +5,34 @@ import math
 from typing import Any, TypeGuard
 
 MAX_INT64 = 2**63 - 1
+# What a worker writes is nested a few levels. Near Python's own limit a value could be read on one thread, and then not
+# be written on another, which has less stack left.
+MAX_DEPTH = 32
 
 
 def strict_json(content: bytes) -> Any:
-    """Parse UTF-8 JSON without NaN, infinities and integers beyond 64 bits. Raises `ValueError` for all else."""
+    """Parse UTF-8 JSON without NaN, infinities, integers beyond 64 bits and deep nesting. Raises `ValueError` for all
+    else."""
     try:
-        return json.loads(content.decode(), parse_int=_int64, parse_float=_finite, parse_constant=_refuse)
+        value = json.loads(content.decode(), parse_int=_int64, parse_float=_finite, parse_constant=_refuse)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    _check_depth(value)
+    return value
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether the value is a JSON number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        nested = [one for one in level if isinstance(one, list | dict)]
+        level = [inner for one in nested for inner in (one.values() if isinstance(one, dict) else one)]
+    if any(isinstance(one, list | dict) for one in level):
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
 
 
 def _int64(digits: str) -> int:
