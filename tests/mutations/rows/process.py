@@ -70,7 +70,7 @@ ROWS: tuple[Row, ...] = (
         "B6",
         "SIGTERM to a worker that has nothing to do",
         "gone with exit code 0 within two seconds",
-        tests=(f"{LIVE}test_an_idle_worker_ends_within_two_seconds",),
+        tests=(f"{LIVE}test_an_idle_worker_ends_without_delay",),
         without=(Mutation("worker/supervisor.py", "while not self._num_signals:", "while True:"),),
     ),
     Row(
