@@ -1,8 +1,8 @@
 """Names in the environment and in `.env` that are nearly a setting's: typing mistakes, and what other tools call it.
 
 A setting that is misspelt keeps its default, and nothing fails until a wrong host does not answer. But most names in an
-environment belong to other programs, so that a name is near only by one slip a word, to a setting or to one of the
-table below. Pure.
+environment belong to other programs, so that a name is near only by one slip a word, to a setting or to the table's.
+Pure.
 """
 
 from collections.abc import Collection, Mapping

@@ -10,7 +10,14 @@ import pytest
 from clients.cache import DownloadCache
 from clients.location import ObjectRef
 from clients.storage import ObjectStat, Storage
-from clients.storage_errors import BucketNotFound, ObjectChanged, ObjectDamaged, ObjectNotFound, StorageError
+from clients.storage_errors import (
+    AccessDenied,
+    BucketNotFound,
+    ObjectChanged,
+    ObjectDamaged,
+    ObjectNotFound,
+    StorageError,
+)
 from config.settings import StoreSettings
 from inference.request import AdapterFile
 from tests.test_references import FACTS
@@ -123,6 +130,35 @@ def test_an_adapter_that_is_fetched_again_has_the_version_it_had(
     versions |= {fetcher.adapter(style(store_settings), pinned).version}
 
     assert len(versions - {""}) == 1
+
+
+@pytest.mark.parametrize("key", [WEIGHTS, CONFIG])
+def test_a_key_named_as_peft_names_weights_is_its_folder_where_a_config_is_beside_it(
+    store_settings: StoreSettings, pinned: ExitStack, key: str
+) -> None:
+    # Weights by the model's own names, as a trainer writes them that adds its adapter without PEFT's wrapper.
+    put_style(store_settings, "unwrapped")
+    fetcher = fetcher_of(Storage(store_settings), store_settings)
+
+    assert contents(fetcher.adapter(style(store_settings, key), pinned)) == ("unwrapped", "unwrapped")
+
+
+class UnlistableStorage(Storage):
+    """A store that denies what does not exist, as AWS does without the right to list a bucket."""
+
+    def head(self, ref: ObjectRef) -> ObjectStat:
+        try:
+            return super().head(ref)
+        except ObjectNotFound as error:
+            raise AccessDenied(str(error)) from error
+
+
+def test_a_file_of_that_name_without_a_config_is_a_file(store_settings: StoreSettings, pinned: ExitStack) -> None:
+    alone = ObjectRef(store_settings.bucket, "models/alone/adapter_model.safetensors")
+    Storage(store_settings).put(alone, b"plain", content_type="text/plain")
+
+    for storage in (Storage(store_settings), UnlistableStorage(store_settings)):
+        assert fetcher_of(storage, store_settings).adapter(JobAdapter(alone, 1.0), pinned).config is None
 
 
 # --- Whose fault it is

@@ -35,6 +35,15 @@ def test_weights_of_another_name_take_the_config_beside_them_where_peft_named_th
     assert files_of(folder / "diffusers.safetensors") == (folder / "diffusers.safetensors", None)
 
 
+def test_weights_by_the_model_s_own_names_under_the_file_name_of_peft_take_the_config_beside_them(folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(demo_adapter())
+
+    assert files_of(weights) == (weights, folder / "adapter_config.json")
+    (folder / "adapter_config.json").unlink()
+    assert files_of(weights) == (weights, None)
+
+
 def test_weights_of_peft_alone_are_refused_by_what_is_missing(folder: Path) -> None:
     (folder / "adapter_config.json").unlink()
 

@@ -175,12 +175,17 @@ class Fetcher:
         )
 
     def _adapter_file(self, adapter: JobAdapter, pinned: ExitStack) -> AdapterFile:
-        """A file by itself, or the weights inside a PEFT folder: these mean nothing without the config beside them."""
+        """A file by itself, or the weights inside a PEFT folder: these mean nothing without the config beside them.
+
+        Some trainers write weights under PEFT's file name, with its config beside them, but by the model's own names.
+        """
         fetch_weights = partial(self._fetch, adapter.ref, MAX_ADAPTER_BYTES, pinned)
         weights = fetch_weights()
-        if not is_named_by_peft(weights):
+        config_ref = adapter.ref.parent.child(PEFT_CONFIG)
+        has_config = adapter.ref.name == PEFT_WEIGHTS and self._exists(config_ref)
+        if not has_config and not is_named_by_peft(weights):
             return AdapterFile(weights, None, adapter.scale, version=weights.name)
-        fetch_config = partial(self._fetch, adapter.ref.parent.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned)
+        fetch_config = partial(self._fetch, config_ref, MAX_CONFIG_BYTES, pinned)
         try:
             return self._of_one_version(fetch_config, fetch_weights, adapter)
         except JobFailed as error:
@@ -259,7 +264,8 @@ class Fetcher:
     def _exists(self, ref: ObjectRef) -> bool:
         try:
             self.storage.head(ref)
-        except ObjectNotFound:
+        except (ObjectNotFound, AccessDenied):
+            # Without the right to list a bucket, AWS denies what does not exist.
             return False
         return True
 

@@ -192,9 +192,10 @@ def _adapter(adapter: JobAdapter) -> AdapterFile:
     folder = path.parent if path.name == PEFT_CONFIG else path
     if folder.is_dir():
         return AdapterFile(_found(folder / PEFT_WEIGHTS), _found(folder / PEFT_CONFIG), adapter.scale)
-    if not is_named_by_peft(_found(path)):
-        return AdapterFile(path, None, adapter.scale)
     config = path.with_name(PEFT_CONFIG)
+    has_config = path.name == PEFT_WEIGHTS and config.is_file()
+    if not is_named_by_peft(_found(path)) and not has_config:
+        return AdapterFile(path, None, adapter.scale)
     if not config.is_file():
         raise NotDrawn(f"the adapter {path} {WANTS_CONFIG}")
     return AdapterFile(path, config, adapter.scale)
