@@ -167,6 +167,7 @@ def test_in_a_sound_world_every_part_is_good_and_says_what_was_seen(place: Place
         "conditional writes",
         "presets",
         "backend",
+        "port",
         "fonts",
         "shaping",
         "certificate",
