@@ -70,7 +70,7 @@ def test_an_order_names_a_task_or_a_generation(body: bytes, order: CancelOrder) 
         b"[" * 4000,
         b'{"task_id": "../x"}',
         b'{"generation_id": true}',
-        b'{"generation_id": "7"}',
+        b'{"generation_id": "a b"}',
         b'{"a": "' + b"x" * 5000 + b'"}',
         b'{"generation_id": ' + b"9" * 4050 + b"}",
     ],

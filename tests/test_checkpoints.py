@@ -143,7 +143,8 @@ def test_a_single_file_draws_what_the_folder_draws(
     pipe = load_pipeline(checkpoint, torch.float32)
 
     assert (checkpoint.pipeline_class, checkpoint.where, checkpoint.public_name) == (CLASSES[name], Where.FILE, name)
-    assert torch.equal(draw(pipe), draw(load(checkpoints[name])))
+    # Not to the bit: some processors' kernels depend on where in memory the weights lie.
+    assert (draw(pipe) - draw(load(checkpoints[name]))).abs().max() < 1e-5
     assert weight_bytes(checkpoint, 4) == weight_bytes(identify(str(checkpoints[name]), None), 4)
 
 
