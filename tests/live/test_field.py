@@ -1,6 +1,8 @@
 """The worker behind the backend that it was made for: its messages, its trainer's folders, its answers, its faults."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -11,7 +13,8 @@ import pytest
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.support.style_backend import StyleBackend, train_style
-from tests.world import DEMO_MODEL, Worker, World, eventually, new_world
+from tests.world import DEMO_MODEL, HANG_SECONDS, Worker, World, eventually, new_world
+from worker.refusals import REFUSED_ENDS
 
 NUM_STYLES = int(os.environ.get("FIELD_STYLES", "10"))
 SIGNATURE = Path(__file__).parent.parent / "files" / "signature.png"
@@ -111,17 +114,21 @@ def test_a_backend_that_chokes_on_failures_refunds_each_once_after_its_repair(
 
 
 def test_a_backend_that_does_not_know_its_own_host_gets_every_end_once_it_does(
-    world: World, backend: StyleBackend, worker: Worker
+    world: World, backend: StyleBackend, worker: Worker, tmp_path: Path
 ) -> None:
-    ordered = [backend.order(style_id, *TAGS) for style_id in (1, 2, 3, 4)]
+    ordered = [backend.order(style_id, *TAGS) for style_id in range(1, REFUSED_ENDS + 3)]
     backend.restart(allowed_hosts="api.example.com", is_repaired=True)
     eventually(lambda: worker.get("/health/ready")[0] == 503, worker.log_tail)
     assert "ALLOWED_HOSTS" in worker.get("/health/ready")[1]
 
+    # The ends that were refused before that was plain are dead letters, which a person replays
     backend.restart(is_repaired=True)
+    eventually(lambda: worker.get("/health/ready")[0] == 200, worker.log_tail)
+    env = world.env() | backend.env()
+    command = [str(Path(sys.executable).parent / "darkroom"), "dead", "replay", "--all"]
+    subprocess.run(command, env=env, cwd=tmp_path, check=True, timeout=HANG_SECONDS)
 
     wait_for_status(backend, "completed", *ordered, worker=worker)
-    eventually(lambda: worker.get("/health/ready")[0] == 200, worker.log_tail)
     world.wait_until_clean()
 
 
