@@ -220,7 +220,29 @@ class Supervisor:
         num_lanes = self._settings.model.max_concurrent_generations
         num_jobs, num_recovered = num_lanes + EXTRA_PREFETCH, max(num_lanes, MIN_RECOVER_PREFETCH)
         self._progress.learn(facts.step_seconds)
-        self._processor = Processor(
+        self._processor = self._new_processor(facts, num_threads=num_jobs + num_recovered)
+        subscriptions = [
+            Subscription(self._names.jobs, num_jobs, self._processor.on_delivery),
+            Subscription(self._names.recover, num_recovered, self._processor.on_delivery),
+            Subscription(self._names.outbox, OUTBOX_PREFETCH, self._outbox.on_delivery, is_work=False),
+        ]
+        orders = Broadcast(self._names.cancel_exchange, self._processor.on_cancel)
+        self._consumer = Consumer(
+            self._settings.broker,
+            self._names,
+            subscriptions,
+            orders,
+            on_lost=self._processor.on_lost,
+            not_before=self._first_try.again_at,
+        )
+        self._readiness.consumer = self._consumer
+        self._processor.start(self._consumer)
+        self._outbox.start(self._consumer)
+        self._consumer.start()
+        threading.Thread(target=self._renew_leases, args=(self._processor,), name="leases", daemon=True).start()
+
+    def _new_processor(self, facts: ModelFacts, *, num_threads: int) -> Processor:
+        return Processor(
             rules=self._rules,
             storyteller=storyteller_of(
                 self._settings,
@@ -241,7 +263,7 @@ class Supervisor:
             publisher=self._publisher,
             names=self._names,
             metrics=self._metrics,
-            num_threads=num_jobs + num_recovered,
+            num_threads=num_threads,
             is_draining=self._is_draining,
             cancellations=self._cancellations,
             gate=self._gate,
@@ -249,25 +271,6 @@ class Supervisor:
             history=self._history,
             on_bug=self._note_bug,
         )
-        subscriptions = [
-            Subscription(self._names.jobs, num_jobs, self._processor.on_delivery),
-            Subscription(self._names.recover, num_recovered, self._processor.on_delivery),
-            Subscription(self._names.outbox, OUTBOX_PREFETCH, self._outbox.on_delivery, is_work=False),
-        ]
-        orders = Broadcast(self._names.cancel_exchange, self._processor.on_cancel)
-        self._consumer = Consumer(
-            self._settings.broker,
-            self._names,
-            subscriptions,
-            orders,
-            on_lost=self._processor.on_lost,
-            not_before=self._first_try.again_at,
-        )
-        self._readiness.consumer = self._consumer
-        self._processor.start(self._consumer)
-        self._outbox.start(self._consumer)
-        self._consumer.start()
-        threading.Thread(target=self._renew_leases, args=(self._processor,), name="leases", daemon=True).start()
 
     def _renew_leases(self, processor: Processor) -> None:
         while not self._is_draining.wait(self._leases.renew_every):
