@@ -231,7 +231,7 @@ class Lane:
             self._wait_for_store(parked, error)
             return False
         if recorded is None:
-            log_event(logger, "end dropped: the job has had another since", logging.WARNING)
+            log_event(logger, "end dropped", logging.WARNING, reason="the job has had another end since")
             self._ack(parked.delivery)
             return False
         parked.event = recorded
