@@ -1,0 +1,1 @@
+"""Models of full size without a file."""
