@@ -232,9 +232,16 @@ class Family(ABC):
             size=(request.height, request.width),
             is_hidden=self._begins_from_noise(source),
             reads_rest=self._reads_rest,
-            device=self.device,
+            upload=self._uploaded,
+            dtype=self._encoding_dtype,
             in_tiles=in_tiles,
         )
+
+    @property
+    def _encoding_dtype(self) -> torch.dtype:
+        """What the VAE encodes a source in."""
+        dtype: torch.dtype = self._pipeline.vae.dtype
+        return dtype
 
     def _check_kind(self, request: GenerationRequest) -> None:
         if request.kind not in self.kinds:
