@@ -24,6 +24,7 @@ from inference.request import KINDS, GenerationRequest, RequestFailed, Source
 from inference.safety import SafetyChecker
 from inference.sampling import Sampler, Samplers
 from inference.schedulers import SchedulerTable
+from inference.uploads import upload
 
 
 class Prompt(NamedTuple):
@@ -166,7 +167,7 @@ class Family(ABC):
         generator = torch.Generator().manual_seed(lane.seed)
 
         def draw() -> torch.Tensor:
-            return torch.randn(self._latent_shape(request), generator=generator).to(self.device)
+            return self._uploaded(torch.randn(self._latent_shape(request), generator=generator))
 
         if request.source is None:
             return self.samplers.begin(self._course(request), draw(), generator)
@@ -244,9 +245,7 @@ class Family(ABC):
         return self._uploaded(torch.tensor(values, dtype=torch.float32))
 
     def _uploaded(self, host: torch.Tensor) -> torch.Tensor:
-        # From pinned memory: any other copy would wait for the step that is running.
-        pinned = host.pin_memory() if self.device.type == "cuda" else host
-        return pinned.to(self.device, non_blocking=True)
+        return upload(host, self.device)
 
 
 def sampler_of(lane: Lane) -> Sampler:

@@ -104,7 +104,8 @@ class UNetFamily(Family):
         rows = guided + ordered
         embeddings = [embedding_of(lane, is_negative=i < len(guided)) for i, lane in enumerate(rows)]
         tokens, mask = _stacked([embedding.tokens for embedding in embeddings])
-        latents = torch.stack([sampler_of(lane).model_input() for lane in rows])
+        read = [sampler_of(lane).model_input() for lane in ordered]
+        latents = torch.stack(read[: len(guided)] + read)
         inputs = Inputs(
             latents.to(unet.dtype, memory_format=self._memory_format),
             self._upload([sampler_of(lane).timestep for lane in rows]),

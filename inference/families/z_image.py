@@ -110,8 +110,9 @@ class ZImage(Family):
         rows = [*lanes, *guided]
         captions = [embedding_of(lane, is_negative=i >= len(lanes)).tokens for i, lane in enumerate(rows)]
         counts = [self._num_tokens(*one) for one in zip(rows, captions, strict=True)]
+        read = {id(lane): sampler_of(lane).model_input().to(transformer.dtype)[:, None] for lane in lanes}
         inputs = Inputs(
-            [sampler_of(lane).model_input().to(transformer.dtype)[:, None] for lane in rows],
+            [read[id(lane)] for lane in rows],
             self._upload([(TRAIN_TIMESTEPS - sampler_of(lane).timestep) / TRAIN_TIMESTEPS for lane in rows]),
             captions,
             [picture + caption for picture, caption in counts],
