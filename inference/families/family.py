@@ -16,6 +16,7 @@ from inference.bank import AdapterBank, PackedAdapter, Row
 from inference.controls.controlnets import ControlNets
 from inference.controls.guide import Guide
 from inference.courses import Course
+from inference.decoded_image import DecodedImage, image_of
 from inference.dialects import Dialect
 from inference.foresight import denoised
 from inference.lane import Embedding, Kind, Lane
@@ -182,14 +183,15 @@ class Family(ABC):
         noise, origin = lane.drawing.source.begin(draw, self._scaled)
         return self.samplers.begin(self._course(request), noise, generator, origin)
 
-    def decode(self, latents: torch.Tensor, *, in_tiles: bool = False) -> NDArray[np.uint8] | None:
-        """The picture [height, width, 3] of latents [channels, height, width], rounded as the pipeline would; None
-        where it came out as no numbers. Tiles take less memory and blend where they meet."""
+    def decode(self, latents: torch.Tensor, *, in_tiles: bool = False) -> DecodedImage:
+        """Launch the decoding of latents [channels, height, width]. Tiles take less memory and blend where they meet.
+
+        Raises out of memory at once; what else goes wrong on the device shows when the image is waited for.
+        """
         vae = self._pipeline.vae
         vae.use_tiling = in_tiles
-        image = vae.decode(self._unscaled(latents[None].to(vae.dtype)), return_dict=False)[0][0].float()
-        pixels = ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
-        return pixels.cpu().numpy() if image.isfinite().all() else None
+        decoded = vae.decode(self._unscaled(latents[None].to(vae.dtype)), return_dict=False)[0][0]
+        return image_of(decoded.float())
 
     def check_picture(self, pixels: NDArray[np.uint8]) -> None:
         """Raise `RequestFailed` where a safety checker is loaded and flags the picture [height, width, 3]."""
