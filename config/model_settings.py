@@ -49,7 +49,13 @@ class ModelSettings(Section):
         ge=8,
         le=512,
         multiple_of=8,
-        description="Highest rank of an adapter; memory is taken as adapters of high rank come",
+        description="Highest rank of an adapter",
+    )
+    adapter_memory_gb: float | None = Field(
+        None,
+        validation_alias="ADAPTER_MEMORY_GB",
+        gt=0,
+        description="Memory the adapters may take on the device, GB; unset is a quarter of what the weights leave free",
     )
     inference_steps: int | None = Field(
         None,
@@ -101,6 +107,10 @@ class ModelSettings(Section):
         if is_on and found.data.get("preview_every"):
             raise ValueError("cannot be on with PREVIEW_EVERY: a preview is stored before the picture can be checked")
         return is_on
+
+    @property
+    def adapter_max_bytes(self) -> int | None:
+        return None if self.adapter_memory_gb is None else int(self.adapter_memory_gb * 1e9)
 
     @property
     def controlnet_max_bytes(self) -> int:

@@ -79,6 +79,8 @@ class Drawing:
     scheduler: str = ""
     stages: list[Stage] = field(default_factory=list)
     pictures: dict[int, Picture] = field(default_factory=dict)
+    num_shortages: int = 0  # times that there was no memory for it to begin, beside others and alone
+    num_shortages_alone: int = 0
     num_steps_told: int = 0
     preview: Preview | None = None  # for the next report
     _last_told_at: float = 0.0
