@@ -22,6 +22,7 @@ from inference.request import (
     RequestCancelled,
     RequestFailed,
 )
+from inference.shortages import Shortages
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,10 @@ class StepLoop:
     ) -> None:
         """`on_ready` is called, on another thread, when a request may join that could not before."""
         self._model = model
-        self._device = Device(model.device)
+        self._device = Device(model.device, lambda: self._admission.num_bytes_to_come)
         self._batcher: Batcher[Lane] = Batcher(max_lanes, self._device.max_rows)
         self._admission = Admission(model, num_slots=num_slots, max_rank=max_rank, on_ready=on_ready)
+        self._shortages = Shortages(self._batcher, self._admission, lambda: [*self._batcher.active, *self._denoised])
         self._previews = Previews(model, self._device, preview_every)
         self._decoder = Decoder(model, self._device)
         self._drawings: list[Drawing] = []
@@ -115,7 +117,8 @@ class StepLoop:
         joined = self._batcher.admit(self._claim)
         self._condition([drawing for drawing in _drawings_of(joined) if drawing.conditioning is None])
         for lane in joined:
-            if not lane.drawing.is_ended:
+            # Some may have ended meanwhile, and others wait again.
+            if lane in self._batcher.active:
                 self._begin(lane)
 
     def _claim(self, lane: Lane) -> Claim:
@@ -123,6 +126,8 @@ class StepLoop:
         drawing = lane.drawing
         if drawing.is_ended:
             return Claim.WITHDRAWN
+        if self._shortages.is_to_be_alone(drawing):
+            return Claim.NO_SLOT
         if drawing.is_begun:
             return Claim.GRANTED
         has_source = drawing.request.source is not None
@@ -130,6 +135,11 @@ class StepLoop:
             # Encoding a picture takes as long as a step: those that are being denoised wait for one at a time.
             return Claim.NOT_YET
         attempt = self._device.attempt(lambda: self._admission.claim(drawing))
+        if isinstance(attempt.error, torch.OutOfMemoryError):
+            answer = self._shortages.answer(drawing, _drawings_of(self._batcher.waiting))
+            if answer is Claim.WITHDRAWN:
+                self._end(drawing, RequestFailed("GPU_OOM", self._admission.why_short(drawing)))
+            return answer
         if attempt.made is None:
             self._fail(drawing, attempt.error)
         self._is_encoding |= has_source and attempt.made is Claim.GRANTED
@@ -145,17 +155,17 @@ class StepLoop:
         elif len(drawings) > 1:
             for drawing in drawings:
                 self._condition([drawing])
-        else:
+        elif not self._shortages.postpone(drawings[0], error):
             self._fail(drawings[0], error)
 
     def _begin(self, lane: Lane) -> None:
         attempt = self._device.attempt(lambda: self._model.begin(lane))
         if isinstance(attempt.error, torch.OutOfMemoryError):
             attempt = self._device.attempt(lambda: self._model.begin(lane, in_tiles=True))
-        if attempt.made is None:
-            self._fail(lane.drawing, attempt.error)
-        else:
+        if attempt.made is not None:
             lane.drawing.scheduler, lane.sampler = attempt.made
+        elif not self._shortages.postpone(lane.drawing, attempt.error):
+            self._fail(lane.drawing, attempt.error)
 
     # Denoise: one forward, with fewer lanes where memory ends, lane by lane where something else goes wrong.
 

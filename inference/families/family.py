@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from config.redacting import quoted
+from inference.adapter_memory import AdapterMemory
 from inference.adapters import Adapter, blank_adapter, check_fits, read_adapter
 from inference.attention import AttentionOrder
 from inference.bank import AdapterBank, PackedAdapter, Row
@@ -61,7 +62,13 @@ class Family(ABC):
     public_name = ""
 
     def __init__(
-        self, pipeline: Any, models: Mapping[str, torch.nn.Module], dialect: Dialect, *, device: torch.device
+        self,
+        pipeline: Any,
+        models: Mapping[str, torch.nn.Module],
+        dialect: Dialect,
+        *,
+        device: torch.device,
+        memory: AdapterMemory,
     ) -> None:
         """`pipeline` is loaded and where it is to stay; `models` are those that adapters change, by name."""
         self.device = device
@@ -69,7 +76,7 @@ class Family(ABC):
         self._models = models
         self._dialect = dialect
         self._attention = AttentionOrder(device)
-        self.bank = AdapterBank(models, device=device, dtype=pipeline.dtype)
+        self.bank = AdapterBank(models, device=device, dtype=pipeline.dtype, memory=memory)
         # None unless it was asked for: a pipeline is loaded without.
         is_checked = getattr(pipeline, "safety_checker", None) is not None
         self.safety_checker = SafetyChecker(pipeline, device) if is_checked else None
