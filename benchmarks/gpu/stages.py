@@ -1,0 +1,28 @@
+"""The stages, in the order of what blocks what: correctness before speed, a small model before a large one."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`seconds`: its time box. `measures_speed`: of no use where nothing is right. `needs_engine`: more than torch."""
+
+    number: int
+    name: str
+    seconds: float
+    module: str
+    measures_speed: bool = False
+    needs_engine: bool = True
+
+
+# The last one's box is what the budget leaves.
+STAGES = (
+    Stage(0, "ceilings", 35, "benchmarks.gpu.ceilings", needs_engine=False),
+    Stage(1, "correctness", 60, "benchmarks.gpu.correctness"),
+    Stage(2, "sd15", 95, "benchmarks.gpu.sd15", measures_speed=True),
+    Stage(3, "sdxl", 100, "benchmarks.gpu.sdxl", measures_speed=True),
+    Stage(4, "z-image", 80, "benchmarks.gpu.z_image", measures_speed=True),
+    Stage(5, "shortage", 35, "benchmarks.gpu.shortage"),
+    Stage(6, "toggles", float("inf"), "benchmarks.gpu.toggles", measures_speed=True),
+)
+NUMBERS = tuple(stage.number for stage in STAGES)
