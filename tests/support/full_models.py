@@ -22,7 +22,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Qwen3Config, Qwen3Model
 
 from inference.adapters import Adapter, LowRank
-from inference.bank import Applied, PackedAdapter, Row
+from inference.bank import Applied, Row
 from inference.conditioner import Conditioner
 from inference.controls.guide import Guide
 from inference.families.family import Family, sampler_of
@@ -30,7 +30,6 @@ from inference.families.sdxl import StableDiffusionXL
 from inference.families.stable_diffusion import StableDiffusion
 from inference.families.z_image import ZImage
 from inference.lane import Drawing, Lane
-from inference.layers import PAGE_RANK
 from inference.request import GenerationRequest
 from tests.fake_cuda import DEVICE, FakeCuda, Tally
 from tests.tiny_models import BETAS, byte_tokenizer, chat_tokenizer
@@ -67,21 +66,17 @@ class FullModel:
         self.family: Family = family(pipeline, device=DEVICE)
         self.denoiser = pipeline.transformer if family is ZImage else pipeline.unet
         cuda.watch(self.denoiser, "denoiser")
-        self._packed: dict[tuple[str, ...], PackedAdapter] = {}
         self._next_page = 1
         self._conditioner = Conditioner(self.family)
         self._mix: list[Row] = []
 
     def adapted(self, rank: int, endings: tuple[str, ...], scale: float = 1.0) -> Row:
         """A row's adapters: one of this rank on the denoiser's layers that end so, new in the bank."""
-        if endings not in self._packed:
-            with self.cuda.without_host_memory():
-                self._packed[endings] = self.family.pack(self._adapter(endings))
-        packed, num_pages = self._packed[endings], -(-rank // PAGE_RANK)
-        pages = torch.empty(num_pages, packed.pages.shape[1], dtype=packed.pages.dtype, device=DEVICE)
-        place = tuple(range(self._next_page, self._next_page + num_pages))
-        self._next_page += num_pages
-        self.family.bank.write(place, PackedAdapter(pages, packed.groups))
+        with self.cuda.without_host_memory():
+            packed = self.family.pack(self._adapter(rank, endings))
+        place = tuple(range(self._next_page, self._next_page + packed.num_pages))
+        self._next_page += packed.num_pages
+        self.family.bank.write(place, packed)
         return (Applied(place, scale),)
 
     def mixed(self, num_lanes: int) -> list[Row]:
@@ -149,12 +144,10 @@ class FullModel:
                 sampler_of(lane).advance(prediction)
         return tally
 
-    def _adapter(self, endings: tuple[str, ...]) -> Adapter:
+    def _adapter(self, rank: int, endings: tuple[str, ...]) -> Adapter:
         root = "transformer" if isinstance(self.family, ZImage) else "unet"
         layers = {
-            f"{root}.{name}": LowRank(
-                torch.empty(PAGE_RANK, module.in_features), torch.empty(module.out_features, PAGE_RANK)
-            )
+            f"{root}.{name}": LowRank(torch.empty(rank, module.in_features), torch.empty(module.out_features, rank))
             for name, module in self.denoiser.named_modules()
             if isinstance(module, torch.nn.Linear) and name.endswith(endings)
         }
