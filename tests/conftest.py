@@ -68,10 +68,15 @@ SLOW_FILES = (
 )
 
 
+def has_gpu_tests(path: Path) -> bool:
+    """True of a file with tests that are marked `gpu`."""
+    return re.search(r"mark\.gpu\b|on_gpu\(", path.read_text()) is not None
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Under `-m gpu` read no file without such a test: it may need what a GPU machine does not have installed."""
     if config.getoption("markexpr") == "gpu" and collection_path.match("test_*.py"):
-        return not re.search(r"mark\.gpu|on_gpu\(", collection_path.read_text())
+        return not has_gpu_tests(collection_path)
     return None
 
 
