@@ -3,12 +3,12 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 
 from inference.admission import Admission
 from inference.batcher import Batcher, Claim
+from inference.decoding import Decoder
 from inference.device import Attempt, Device
 from inference.families.family import Family
 from inference.lane import Drawing, Lane
@@ -18,7 +18,6 @@ from inference.request import (
     EngineFault,
     GenerationResult,
     Occupancy,
-    Picture,
     RequestCancelled,
     RequestFailed,
 )
@@ -45,6 +44,7 @@ class StepLoop:
         self._batcher: Batcher[Lane] = Batcher(max_lanes, self._device.max_rows)
         self._admission = Admission(model, num_slots=num_slots, max_rank=max_rank, on_ready=on_ready)
         self._previews = Previews(model, self._device, preview_every)
+        self._decoder = Decoder(model, self._device)
         self._drawings: list[Drawing] = []
         self._denoised: list[Lane] = []
         self._step_seconds = 0.0
@@ -59,7 +59,8 @@ class StepLoop:
     def has_work(self) -> bool:
         """Can a step do anything, or does everything here wait to be prepared?"""
         # Where lanes have just left, those that waited for their places are to be asked once more.
-        return bool(self._batcher.active or self._denoised or (self._was_busy and self._batcher.waiting))
+        is_decoding = bool(self._denoised) or self._decoder.is_busy
+        return is_decoding or bool(self._batcher.active or (self._was_busy and self._batcher.waiting))
 
     def prepare(self, drawing: Drawing) -> None:
         """Begin to make a request ready that will be added. Any thread may call it."""
@@ -213,29 +214,29 @@ class StepLoop:
         for drawing in _drawings_of(leaving):
             if drawing.is_denoised:
                 drawing.note_stage("denoise", drawing.last_stage_ended_at)
+        # Those that were begun in the turn before. This turn's forward runs behind them: the device has work meanwhile.
+        self._end_decoded(num_left=0)
         # The others wait no longer than a step takes, and one picture more.
         started_at = time.monotonic()
         while self._denoised and (not self._batcher.active or time.monotonic() - started_at < self._step_seconds):
             self._decode(self._denoised.pop(0))
+            # One alone may be ahead, or the clock would tell how long launching takes.
+            self._end_decoded(num_left=1)
 
     def _decode(self, lane: Lane) -> None:
-        assert lane.sampler is not None, "a denoised lane has a sampler"  # noqa: S101
-        latents, drawing = lane.sampler.latents, lane.drawing
-        in_tiles = not self._device.may_fit(latents.numel())
-        attempt = self._device.attempt(lambda: self._model.decode(latents, in_tiles=in_tiles))
-        if isinstance(attempt.error, torch.OutOfMemoryError) and not in_tiles:
-            self._device.note_too_large(latents.numel())
-            attempt = self._device.attempt(lambda: self._model.decode(latents, in_tiles=True))
-        if attempt.error is not None:
-            self._fail(drawing, attempt.error)
-        elif attempt.made is None:
-            reason = "the model drew a picture with values that are not numbers"
-            self._fail(drawing, RequestFailed("OUTPUT_INVALID", reason))
-        elif (refusal := self._device.attempt(partial(self._model.check_picture, attempt.made)).error) is not None:
-            self._fail(drawing, refusal)
-        else:
-            height, width, _ = attempt.made.shape
-            drawing.pictures[lane.number] = Picture(width, height, attempt.made.tobytes(), lane.seed)
+        error = self._decoder.begin(lane)
+        if error is not None:
+            self._fail(lane.drawing, error)
+
+    def _end_decoded(self, *, num_left: int) -> None:
+        """Take in the images that have come from the device, and wait for others until `num_left` are on their way."""
+        while self._decoder.is_due(num_left=num_left):
+            lane, attempt = self._decoder.end_oldest()
+            drawing = lane.drawing
+            if attempt.made is None:
+                self._fail(drawing, attempt.error)
+                continue
+            drawing.pictures[lane.number] = attempt.made
             if drawing.is_drawn:
                 drawing.note_stage("decode", drawing.last_stage_ended_at)
                 self._end(drawing, drawing.result())
@@ -260,6 +261,7 @@ class StepLoop:
             self._batcher.remove(lane)
             if lane in self._denoised:
                 self._denoised.remove(lane)
+        self._decoder.drop(drawing)
         self._admission.release(drawing)
         if not drawing.begin():
             return

@@ -7,13 +7,12 @@ from functools import cached_property
 from pathlib import Path, PosixPath
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 import inference.batcher
 from inference.bank import AdapterBank, PackedAdapter
+from inference.decoded_image import DecodedImage
 from inference.lane import Lane
 from inference.request import (
     AdapterFile,
@@ -238,7 +237,7 @@ class PoorDecoder(WatchedModel):
     is_tiled: ClassVar[list[bool]] = []
     is_full = False
 
-    def decode(self, latents: torch.Tensor, *, in_tiles: bool = False) -> NDArray[np.uint8] | None:
+    def decode(self, latents: torch.Tensor, *, in_tiles: bool = False) -> DecodedImage:
         if self.is_full and not in_tiles:
             raise torch.OutOfMemoryError("CUDA out of memory")
         self.is_tiled.append(in_tiles)

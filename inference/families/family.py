@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from config.redacting import quoted
 from inference.adapters import Adapter, check_fits, read_adapter
+from inference.attention import AttentionOrder
 from inference.bank import AdapterBank, PackedAdapter, Row
 from inference.controls.controlnets import ControlNets
 from inference.controls.guide import Guide
 from inference.courses import Course
+from inference.decoded_image import DecodedImage, image_of
 from inference.dialects import Dialect
 from inference.foresight import denoised
 from inference.lane import Embedding, Kind, Lane
@@ -24,6 +26,7 @@ from inference.request import KINDS, GenerationRequest, RequestFailed, Source
 from inference.safety import SafetyChecker
 from inference.sampling import Sampler, Samplers
 from inference.schedulers import SchedulerTable
+from inference.uploads import upload
 
 
 class Prompt(NamedTuple):
@@ -65,6 +68,7 @@ class Family(ABC):
         self._pipeline = pipeline
         self._models = models
         self._dialect = dialect
+        self._attention = AttentionOrder(device)
         self.bank = AdapterBank(models, device=device, dtype=pipeline.dtype)
         # None unless it was asked for: a pipeline is loaded without.
         is_checked = getattr(pipeline, "safety_checker", None) is not None
@@ -94,8 +98,8 @@ class Family(ABC):
         """Each prompt's embedding, under its own adapters. `RequestFailed` where the model cannot read one whole."""
 
     @abstractmethod
-    def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
-        """One forward for lanes of one shape: a guided prediction [channels, height, width] each, fp32."""
+    def _denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
+        """Run the forward of `denoise`, the ControlNets' before it."""
 
     @abstractmethod
     def show(self, picture: torch.Tensor) -> torch.Tensor:
@@ -112,6 +116,11 @@ class Family(ABC):
     def _shift(self, request: GenerationRequest) -> float | None:
         """What the request's size moves its noise levels by, where it does."""
         return None
+
+    def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
+        """One forward for lanes of one shape: a guided prediction [channels, height, width] each, fp32."""
+        with self._attention.applied():
+            return self._denoise(lanes)
 
     def check(self, request: GenerationRequest) -> None:
         """Raise `RequestFailed` where the request asks for what the family cannot do."""
@@ -166,7 +175,7 @@ class Family(ABC):
         generator = torch.Generator().manual_seed(lane.seed)
 
         def draw() -> torch.Tensor:
-            return torch.randn(self._latent_shape(request), generator=generator).to(self.device)
+            return self._uploaded(torch.randn(self._latent_shape(request), generator=generator))
 
         if request.source is None:
             return self.samplers.begin(self._course(request), draw(), generator)
@@ -175,14 +184,15 @@ class Family(ABC):
         noise, origin = lane.drawing.source.begin(draw, self._scaled)
         return self.samplers.begin(self._course(request), noise, generator, origin)
 
-    def decode(self, latents: torch.Tensor, *, in_tiles: bool = False) -> NDArray[np.uint8] | None:
-        """The picture [height, width, 3] of latents [channels, height, width], rounded as the pipeline would; None
-        where it came out as no numbers. Tiles take less memory and blend where they meet."""
+    def decode(self, latents: torch.Tensor, *, in_tiles: bool = False) -> DecodedImage:
+        """Launch the decoding of latents [channels, height, width]. Tiles take less memory and blend where they meet.
+
+        Raises out of memory at once; what else goes wrong on the device shows when the image is waited for.
+        """
         vae = self._pipeline.vae
         vae.use_tiling = in_tiles
-        image = vae.decode(self._unscaled(latents[None].to(vae.dtype)), return_dict=False)[0][0].float()
-        pixels = ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
-        return pixels.cpu().numpy() if image.isfinite().all() else None
+        decoded = vae.decode(self._unscaled(latents[None].to(vae.dtype)), return_dict=False)[0][0]
+        return image_of(decoded.float())
 
     def check_picture(self, pixels: NDArray[np.uint8]) -> None:
         """Raise `RequestFailed` where a safety checker is loaded and flags the picture [height, width, 3]."""
@@ -225,9 +235,16 @@ class Family(ABC):
             size=(request.height, request.width),
             is_hidden=self._begins_from_noise(source),
             reads_rest=self._reads_rest,
-            device=self.device,
+            upload=self._uploaded,
+            dtype=self._encoding_dtype,
             in_tiles=in_tiles,
         )
+
+    @property
+    def _encoding_dtype(self) -> torch.dtype:
+        """What the VAE encodes a source in."""
+        dtype: torch.dtype = self._pipeline.vae.dtype
+        return dtype
 
     def _check_kind(self, request: GenerationRequest) -> None:
         if request.kind not in self.kinds:
@@ -244,9 +261,7 @@ class Family(ABC):
         return self._uploaded(torch.tensor(values, dtype=torch.float32))
 
     def _uploaded(self, host: torch.Tensor) -> torch.Tensor:
-        # From pinned memory: any other copy would wait for the step that is running.
-        pinned = host.pin_memory() if self.device.type == "cuda" else host
-        return pinned.to(self.device, non_blocking=True)
+        return upload(host, self.device)
 
 
 def sampler_of(lane: Lane) -> Sampler:
