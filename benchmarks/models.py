@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
@@ -14,6 +15,27 @@ from tests.tiny_models import MAX_TOKENS, byte_tokenizer
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ALL_LINEAR = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+class AdapterKind(NamedTuple):
+    """What an adapter of a set changes: all linear layers of the denoiser or its attention's, and text encoders too?"""
+
+    rank: int
+    is_all_linear: bool = False
+    has_text: bool = False
+
+
+# The adapters of ten jobs. The last job but one has none, the last has two.
+ADAPTERS = (
+    AdapterKind(4),
+    AdapterKind(8),
+    AdapterKind(16),
+    AdapterKind(32),
+    AdapterKind(8, is_all_linear=True),
+    AdapterKind(16, is_all_linear=True),
+    AdapterKind(4, has_text=True),
+    AdapterKind(16, is_all_linear=True, has_text=True),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,13 @@
 """A source picture on its way into latents: encoded once for a request, drawn from by each of its lanes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
+from inference.checkpoints.offload import bring
 from inference.request import Source
 from inference.sampling import Origin
 
@@ -64,22 +66,23 @@ def encode(
     size: tuple[int, int],
     is_hidden: bool,
     reads_rest: bool,
-    device: torch.device,
+    upload: Callable[[torch.Tensor], torch.Tensor],
+    dtype: torch.dtype,
     in_tiles: bool,
 ) -> EncodedSource:
-    """The source of pictures of this height and width. Tiles take less memory and blend where they meet."""
+    """The source of pictures of this height and width. Tiles take less memory and blend where they meet.
+
+    `upload` brings a tensor to the device. The encoder runs in `dtype`, whatever its weights are kept in.
+    """
     vae.use_tiling = in_tiles
-    pixels = _tensor(source.rgb, (*size, 3)).to(device).movedim(-1, 0) / 255 * 2 - 1
-    mask = None if source.mask is None else _tensor(source.mask, (1, *size)).to(device) >= REPAINTED
+    pixels = upload(_tensor(source.rgb, (*size, 3))).movedim(-1, 0) / 255 * 2 - 1
+    mask = None if source.mask is None else upload(_tensor(source.mask, (1, *size))) >= REPAINTED
     rest = None
-    if reads_rest and mask is not None:
-        rest = _posterior(vae, pixels * ~mask)
-    return EncodedSource(
-        picture=None if reads_rest and is_hidden else _posterior(vae, pixels),
-        rest=rest,
-        mask=None if mask is None else _shrunk(mask, vae),
-        is_hidden=is_hidden,
-    )
+    with _encoder_in(vae, dtype):
+        if reads_rest and mask is not None:
+            rest = _posterior(vae, pixels * ~mask, dtype)
+        picture = None if reads_rest and is_hidden else _posterior(vae, pixels, dtype)
+    return EncodedSource(picture, rest, mask=None if mask is None else _shrunk(mask, vae), is_hidden=is_hidden)
 
 
 def check_size(source: Source, *, size: tuple[int, int]) -> None:
@@ -94,9 +97,24 @@ def _tensor(values: bytes, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.frombuffer(bytearray(values), dtype=torch.uint8).view(shape)
 
 
-def _posterior(vae: Any, pixels: torch.Tensor) -> Posterior:
+@contextmanager
+def _encoder_in(vae: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Have the weights that encode in `dtype` inside. They are put back as they were, which takes no memory."""
+    bring(vae)  # or its turn on the device would come inside, and end with the weights of another dtype
+    parts = [part for part in (vae.encoder, vae.quant_conv) if part is not None]
+    kept = [(weight, weight.data) for part in parts for weight in part.parameters()]
+    try:
+        for weight, own in kept:
+            weight.data = own.to(dtype)
+        yield
+    finally:
+        for weight, own in kept:
+            weight.data = own
+
+
+def _posterior(vae: Any, pixels: torch.Tensor, dtype: torch.dtype) -> Posterior:
     """Pixels [3, height, width] between -1 and 1, encoded."""
-    found = vae.encode(pixels[None].to(vae.dtype)).latent_dist
+    found = vae.encode(pixels[None].to(dtype)).latent_dist
     return Posterior(found.mean[0].float(), found.std[0].float())
 
 

@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from inference.families.family import Family
+from inference.families.loading import load_family
 from inference.request import KINDS, AdapterFile, GenerationRequest, RequestFailed, Source
 from tests.engine_requests import request_of
 from tests.family_models import FamilyModels
 from tests.ldm_layout import write_single_file
-from tests.pictures import DEMO, DIFFERENT_DB, MIN_PSNR_DB, demo_adapter, draw, psnr
+from tests.pictures import DEMO, DIFFERENT_DB, MIN_PSNR_DB, demo_adapter, draw, psnr, settings_of
+from tests.plain_families import FROM_PICTURE as PIPELINES_FROM_PICTURE
 from tests.plain_families import alone
 from tests.tiny_models import (
     build_tiny_sd,
@@ -166,6 +170,67 @@ def test_the_demo_model_restyles_and_repaints_as_plain_diffusers_does() -> None:
     painted = np.asarray(orders[1].image, float)[48:80, 48:80] - np.asarray(photo, float)[48:80, 48:80]
     assert np.abs(kept).mean() < np.abs(painted).mean() / 3
     engine.close()
+
+
+# --- In 16 bits
+
+
+@cache
+def checkers() -> bytes:
+    """Black and white, which 16 bits hold exactly."""
+    return (255 * (np.indices((64, 64)).sum(0) // 8 % 2)).astype(np.uint8).repeat(3).tobytes()
+
+
+def encoded_by_diffusers(checkpoint: Path, dtype: torch.dtype) -> torch.Tensor:
+    """The picture as SDXL's own pipeline encodes it, one draw of noise into its generator."""
+    pipe = PIPELINES_FROM_PICTURE["StableDiffusionXLPipeline"].from_pipe(load_pipe(checkpoint).to(dtype), dtype=dtype)
+    pixels = pipe.image_processor.preprocess(Image.frombytes("RGB", (64, 64), checkers()))
+    generator = torch.Generator().manual_seed(1)
+    with torch.inference_mode():
+        return pipe.prepare_latents(pixels, None, 1, 1, dtype, "cpu", generator, add_noise=False)  # type: ignore[no-any-return]
+
+
+def encoded_by_us(family: Family) -> torch.Tensor:
+    request = tiny_request(source=Source(checkers(), 0.8))
+    assert request.source is not None
+    with torch.inference_mode():
+        picture = family._encoded(request, request.source, in_tiles=False).picture
+    assert picture is not None
+    noise = torch.randn(picture.mean.shape, generator=torch.Generator().manual_seed(1))
+    return picture.sample(noise)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sdxl_encodes_a_picture_in_32_bits_as_its_own_pipelines_do(models: Models, dtype: torch.dtype) -> None:
+    checkpoint = models.checkpoint("sdxl")
+    family = load_family(settings_of(checkpoint), device=torch.device("cpu"), dtype=dtype)
+    vae = family._pipeline.vae
+    before = [weight.dtype for weight in vae.parameters()]
+
+    ours = encoded_by_us(family)
+
+    theirs = encoded_by_diffusers(checkpoint, dtype)
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(ours.to(dtype)[None] * vae.config.scaling_factor, theirs, rtol=rounding, atol=1e-4)
+    assert [weight.dtype for weight in vae.parameters()] == before
+
+
+def test_an_encoder_out_of_memory_leaves_the_vae_s_weights_as_they_were(models: Models) -> None:
+    dtype = torch.bfloat16
+    family = load_family(settings_of(models.checkpoint("sdxl")), device=torch.device("cpu"), dtype=dtype)
+    vae = family._pipeline.vae
+    weights = [weight.data_ptr() for weight in vae.parameters()]
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no room for a picture in 32 bits")
+
+    handle = vae.encoder.register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        encoded_by_us(family)
+    handle.remove()
+
+    assert [weight.data_ptr() for weight in vae.parameters()] == weights
+    assert {weight.dtype for weight in vae.parameters()} == {dtype}
 
 
 # --- Together

@@ -248,7 +248,7 @@ def build_tiny_z_image(folder: Path, *, seed: int = 0, shift: float = 3.0, dynam
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = _chat_tokenizer()
+        tokenizer = chat_tokenizer()
         pipe = ZImagePipeline(
             transformer=_z_image_transformer(),
             text_encoder=Qwen3Model(
@@ -304,7 +304,7 @@ def _z_image_transformer() -> ZImageTransformer2DModel:
     return transformer
 
 
-def _chat_tokenizer() -> Qwen2Tokenizer:
+def chat_tokenizer() -> Qwen2Tokenizer:
     """Qwen's byte-level tokenizer without any merges, and its chat template: a token a byte, one a special token."""
     characters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: index for index, character in enumerate(characters)}

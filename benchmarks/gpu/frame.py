@@ -136,7 +136,8 @@ class Frame:
 def start_method() -> str:
     """ "fork" while that is safe, else "spawn"."""
     num_threads = len(list(Path("/proc/self/task").iterdir()))
-    return "spawn" if num_threads > 1 or torch.cuda.is_initialized() else "fork"
+    has_context = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return "spawn" if num_threads > 1 or has_context else "fork"
 
 
 def _is_nothing_right(records: Sequence[dict[str, Any]]) -> bool:

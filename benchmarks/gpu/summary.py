@@ -4,7 +4,7 @@ import importlib.metadata
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,8 +52,8 @@ def print_tables(summary: Mapping[str, Any]) -> None:
         rows = [(name, _short(figures)) for name, figures in stage["figures"].items()]
         if rows:
             _print_table(f"{stage['number']} {stage['name']}", ("measurement", "figures"), rows)
-    rows = [_ending(stage) for stage in summary["stages"]]
-    _print_table(f"{summary['device']}", ("stage", "state", "seconds", "measurements", "failed", "reason"), rows)
+    endings = [_ending(stage) for stage in summary["stages"]]
+    _print_table(f"{summary['device']}", ("stage", "state", "seconds", "measurements", "failed", "reason"), endings)
 
 
 def _stage(stage: Stage, end: StageEnd, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _ending(stage: Mapping[str, Any]) -> tuple[str, ...]:
     return (name, stage["state"], f"{stage['seconds']:.1f}", *counts, stage["reason"])
 
 
-def _print_table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _print_table(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """By rich where it is installed, else in columns."""
     if find_spec("rich"):
         from rich.console import Console  # noqa: PLC0415 - not on every machine

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from config.redacting import quoted
 from inference.adapters import Adapter, check_fits, read_adapter
+from inference.attention import AttentionOrder
 from inference.bank import AdapterBank, PackedAdapter, Row
 from inference.controls.controlnets import ControlNets
 from inference.controls.guide import Guide
@@ -65,6 +66,7 @@ class Family(ABC):
         self._pipeline = pipeline
         self._models = models
         self._dialect = dialect
+        self._attention = AttentionOrder(device)
         self.bank = AdapterBank(models, device=device, dtype=pipeline.dtype)
         # None unless it was asked for: a pipeline is loaded without.
         is_checked = getattr(pipeline, "safety_checker", None) is not None
@@ -94,8 +96,8 @@ class Family(ABC):
         """Each prompt's embedding, under its own adapters. `RequestFailed` where the model cannot read one whole."""
 
     @abstractmethod
-    def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
-        """One forward for lanes of one shape: a guided prediction [channels, height, width] each, fp32."""
+    def _denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
+        """Run the forward of `denoise`, the ControlNets' before it."""
 
     @abstractmethod
     def show(self, picture: torch.Tensor) -> torch.Tensor:
@@ -112,6 +114,11 @@ class Family(ABC):
     def _shift(self, request: GenerationRequest) -> float | None:
         """What the request's size moves its noise levels by, where it does."""
         return None
+
+    def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
+        """One forward for lanes of one shape: a guided prediction [channels, height, width] each, fp32."""
+        with self._attention.applied():
+            return self._denoise(lanes)
 
     def check(self, request: GenerationRequest) -> None:
         """Raise `RequestFailed` where the request asks for what the family cannot do."""
@@ -225,9 +232,16 @@ class Family(ABC):
             size=(request.height, request.width),
             is_hidden=self._begins_from_noise(source),
             reads_rest=self._reads_rest,
-            device=self.device,
+            upload=self._uploaded,
+            dtype=self._encoding_dtype,
             in_tiles=in_tiles,
         )
+
+    @property
+    def _encoding_dtype(self) -> torch.dtype:
+        """What the VAE encodes a source in."""
+        dtype: torch.dtype = self._pipeline.vae.dtype
+        return dtype
 
     def _check_kind(self, request: GenerationRequest) -> None:
         if request.kind not in self.kinds:

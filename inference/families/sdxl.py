@@ -33,6 +33,9 @@ class StableDiffusionXL(UNetFamily):
         self._prompts = LongPromptEncoder(
             [pipeline.tokenizer, pipeline.tokenizer_2], [pipeline.text_encoder, pipeline.text_encoder_2], device
         )
+        # On the device from the start: they are wanted between steps.
+        self._latents_mean = self._find_latents_statistic("latents_mean")
+        self._latents_std = self._find_latents_statistic("latents_std")
 
     def _encode_ordinary(self, prompts: Sequence[Prompt]) -> list[Embedding]:
         """An empty negative prompt is none, which most checkpoints were trained to read as zeros."""
@@ -43,9 +46,10 @@ class StableDiffusionXL(UNetFamily):
             do_classifier_free_guidance=False,
         )
         if self._pipeline.config.force_zeros_for_empty_prompt:
-            left_out = [index for index, prompt in enumerate(prompts) if prompt.is_left_out]
-            tokens[left_out] = 0
-            pooled[left_out] = 0
+            # One by one: a list of indices would be uploaded, behind the step that is running.
+            for index in (index for index, prompt in enumerate(prompts) if prompt.is_left_out):
+                tokens[index].zero_()
+                pooled[index].zero_()
         return [Embedding(*both) for both in zip(tokens, pooled, strict=True)]
 
     def _added_conditions(self, rows: Sequence[Lane], embeddings: Sequence[Embedding]) -> dict[str, torch.Tensor]:
@@ -55,20 +59,24 @@ class StableDiffusionXL(UNetFamily):
         pooled = torch.stack([embedding.pooled for embedding in embeddings if embedding.pooled is not None])
         return {"text_embeds": pooled, "time_ids": self._upload(sizes).to(pooled.dtype)}
 
+    @property
+    def _encoding_dtype(self) -> torch.dtype:
+        """32 bits where the checkpoint asks for them, though with bfloat16 it decodes in that: so do its pipelines."""
+        return torch.float32 if self._pipeline.vae.config.force_upcast else super()._encoding_dtype
+
     def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
-        config = self._pipeline.vae.config
-        mean, deviation = config.get("latents_mean"), config.get("latents_std")
-        if mean is None or deviation is None:
+        if self._latents_mean is None or self._latents_std is None:
             return super()._unscaled(latents)
-        shape = (1, -1, 1, 1)
-        scale = latents.new_tensor(deviation).view(shape) / float(config.scaling_factor)
-        return latents * scale + latents.new_tensor(mean).view(shape)
+        mean, deviation = self._latents_mean.to(latents), self._latents_std.to(latents)
+        return latents * (deviation / float(self._pipeline.vae.config.scaling_factor)) + mean
 
     def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
-        config = self._pipeline.vae.config
-        mean, deviation = config.get("latents_mean"), config.get("latents_std")
-        if mean is None or deviation is None:
+        if self._latents_mean is None or self._latents_std is None:
             return super()._scaled(latents)
-        shape = (-1, 1, 1)
-        centred = latents - latents.new_tensor(mean).view(shape)
-        return super()._scaled(centred) / latents.new_tensor(deviation).view(shape)
+        mean, deviation = self._latents_mean.to(latents), self._latents_std.to(latents)
+        return super()._scaled(latents - mean) / deviation
+
+    def _find_latents_statistic(self, name: str) -> torch.Tensor | None:
+        """What the VAE's config says of each channel, [channels, 1, 1] on the device, where it says anything."""
+        values = self._pipeline.vae.config.get(name)
+        return None if values is None else self._upload(values).view(-1, 1, 1)

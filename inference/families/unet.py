@@ -96,7 +96,7 @@ class UNetFamily(Family):
             return f"its in_channels is {config.in_channels}, the VAE's latents have {latent_channels}"
         return _difference(self._pipeline.unet.config, config)
 
-    def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
+    def _denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
         """Rows: the negative prompts of the guided lanes, their prompts, then the prompts of the others."""
         unet = self._pipeline.unet
         guided = [lane for lane in lanes if lane.num_rows == 2]
@@ -116,7 +116,7 @@ class UNetFamily(Family):
             inputs.latents,
             inputs.timesteps,
             tokens,
-            encoder_attention_mask=mask,
+            encoder_attention_mask=None if mask is None else self._uploaded(mask),
             added_cond_kwargs=inputs.added,
             return_dict=False,
             **residuals_of(guides_of(rows), inputs, self._upload),
@@ -143,8 +143,8 @@ def _plain(value: Any) -> Any:
 
 
 def _stacked(tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Embeddings [rows, tokens, width], the shorter ones behind zeros that a mask [rows, tokens] hides; without a mask
-    where all are of one length, which is what attention is fastest at."""
+    """Embeddings [rows, tokens, width], the shorter ones filled up with zeros that a mask [rows, tokens], on the host,
+    hides; without a mask where all are of one length, which is what attention is fastest at."""
     lengths = [len(one) for one in tokens]
     longest = max(lengths)
     if min(lengths) == longest:
@@ -152,7 +152,7 @@ def _stacked(tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor
     mask = torch.zeros(len(lengths), longest, dtype=torch.bool)
     for row, length in enumerate(lengths):
         mask[row, :length] = True
-    return torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True), mask.to(tokens[0].device)
+    return torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True), mask
 
 
 def _check_is_plain(unet: Any) -> None:

@@ -13,6 +13,12 @@ from inference.checkpoints.offload import bring
 from inference.controls.hints import Inputs, hints_of
 from inference.dialects import Z_IMAGE
 from inference.families.family import Family, Prompt, embedding_of, guides_of, sampler_of
+from inference.families.z_image_attention import (
+    RowLengths,
+    RowTokens,
+    attend_to_own_tokens,
+    attend_to_own_tokens_in_controlnet,
+)
 from inference.lane import Embedding, Kind, Lane
 from inference.request import GenerationRequest, RequestFailed, Source
 from inference.schedulers import FLOW
@@ -39,6 +45,8 @@ class ZImage(Family):
 
     def __init__(self, pipeline: Any, *, device: torch.device) -> None:
         super().__init__(pipeline, {"transformer": pipeline.transformer}, Z_IMAGE, device=device)
+        self._row_lengths = RowLengths()
+        attend_to_own_tokens(pipeline.transformer, self._row_lengths)
 
     @property
     def base_size(self) -> int:
@@ -76,14 +84,19 @@ class ZImage(Family):
             )
             for prompt in prompts
         ]
-        tokens = tokenizer(chats, padding=True, return_tensors="pt").to(self.device)
-        _check_lengths(tokens.attention_mask)
-        states = encoder(**tokens, output_hidden_states=True).hidden_states[-2]
-        return [Embedding(own[mask.bool()]) for own, mask in zip(states, tokens.attention_mask, strict=True)]
+        tokens = tokenizer(chats, padding=True, padding_side="right", return_tensors="pt")
+        lengths = tokens.attention_mask.sum(1).tolist()
+        _check_length(max(lengths))
+        # No mask: a token reads those before it, and what fills up a shorter text comes behind all of its own. With one
+        # transformers would ask the device whether it hides anything.
+        states = encoder(input_ids=self._uploaded(tokens.input_ids), output_hidden_states=True).hidden_states[-2]
+        return [Embedding(own[:length]) for own, length in zip(states, lengths, strict=True)]
 
     def load_control(self, name: str) -> Any:
         """With the transformer's own layers where it lacks some."""
-        return ZImageControlNetModel.from_transformer(super().load_control(name), self._pipeline.transformer)
+        net = ZImageControlNetModel.from_transformer(super().load_control(name), self._pipeline.transformer)
+        attend_to_own_tokens_in_controlnet(net, self._row_lengths)
+        return net
 
     def show(self, picture: torch.Tensor) -> torch.Tensor:
         """The picture as latents [channels, 1, height, width], the likeliest of those that the VAE makes of it."""
@@ -103,29 +116,11 @@ class ZImage(Family):
             return "it reads fewer channels, or is for more layers, than the transformer has"
         return None
 
-    def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
+    def _denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
         """Rows: the prompts of all lanes, then the negative prompts of the guided ones."""
-        transformer = self._pipeline.transformer
         guided = [lane for lane in lanes if lane.num_rows == 2]
-        rows = [*lanes, *guided]
-        captions = [embedding_of(lane, is_negative=i >= len(lanes)).tokens for i, lane in enumerate(rows)]
-        counts = [self._num_tokens(*one) for one in zip(rows, captions, strict=True)]
-        inputs = Inputs(
-            [sampler_of(lane).model_input().to(transformer.dtype)[:, None] for lane in rows],
-            self._upload([(TRAIN_TIMESTEPS - sampler_of(lane).timestep) / TRAIN_TIMESTEPS for lane in rows]),
-            captions,
-            [picture + caption for picture, caption in counts],
-        )
-
-        def wear(numbers: Sequence[int]) -> None:
-            self.bank.route([rows[i].drawing.row for i in numbers], _strung([counts[i] for i in numbers]))
-
-        bring(transformer)  # the ControlNets run layers of it before it is called itself
-        hints = hints_of(guides_of(rows), inputs, wear, self._upload)
-        wear(range(len(rows)))
-        predictions = transformer(
-            inputs.latents, inputs.times, captions, return_dict=False, controlnet_block_samples=hints or None
-        )[0]
+        with self._row_lengths.forgotten_afterwards():
+            predictions = self._forward([*lanes, *guided], num_positive=len(lanes))
         negative = {id(lane): one.float() for lane, one in zip(guided, predictions[len(lanes) :], strict=True)}
         drawn = []
         for lane, positive in zip(lanes, predictions[: len(lanes)], strict=True):
@@ -136,12 +131,36 @@ class ZImage(Family):
             drawn.append(-prediction[:, 0])
         return drawn
 
+    def _forward(self, rows: Sequence[Lane], *, num_positive: int) -> list[torch.Tensor]:
+        """The transformer's prediction for each row, behind the first `num_positive` by the negative prompt."""
+        transformer = self._pipeline.transformer
+        captions = [embedding_of(lane, is_negative=i >= num_positive).tokens for i, lane in enumerate(rows)]
+        tokens = [self._row_tokens(*one) for one in zip(rows, captions, strict=True)]
+        inputs = Inputs(
+            [sampler_of(lane).model_input().to(transformer.dtype)[:, None] for lane in rows],
+            self._upload([(TRAIN_TIMESTEPS - sampler_of(lane).timestep) / TRAIN_TIMESTEPS for lane in rows]),
+            captions,
+            [one.image + one.caption for one in tokens],
+        )
+
+        def wear(numbers: Sequence[int]) -> None:
+            chosen = [tokens[i] for i in numbers]
+            self._row_lengths.set(chosen)
+            self.bank.route([rows[i].drawing.row for i in numbers], _strung(chosen))
+
+        bring(transformer)  # the ControlNets run layers of it before it is called itself
+        hints = hints_of(guides_of(rows), inputs, wear, self._upload)
+        wear(range(len(rows)))
+        predictions: list[torch.Tensor] = transformer(
+            inputs.latents, inputs.times, captions, return_dict=False, controlnet_block_samples=hints or None
+        )[0]
+        return predictions
+
     def _num_patches(self, request: GenerationRequest) -> int:
         return (request.height // self.size_multiple) * (request.width // self.size_multiple)
 
-    def _num_tokens(self, lane: Lane, caption: torch.Tensor) -> tuple[int, int]:
-        """A row's, of its picture and of its caption."""
-        return _padded(self._num_patches(lane.drawing.request)), _padded(len(caption))
+    def _row_tokens(self, lane: Lane, caption: torch.Tensor) -> RowTokens:
+        return RowTokens(_padded(self._num_patches(lane.drawing.request)), _padded(len(caption)))
 
     def _latent_shape(self, request: GenerationRequest) -> tuple[int, int, int]:
         multiple = self.size_multiple
@@ -171,10 +190,12 @@ class ZImage(Family):
         return False
 
 
-def _strung(counts: Sequence[tuple[int, int]]) -> dict[str, list[int]]:
+def _strung(rows: Sequence[RowTokens]) -> dict[str, list[int]]:
     """Where the transformer strings all rows' tokens together, how many are whose."""
-    pictures, captions = ([one[half] for one in counts] for half in (0, 1))
-    return {"transformer.all_x_embedder.2-1": pictures, "transformer.cap_embedder.1": captions}
+    return {
+        "transformer.all_x_embedder.2-1": [row.image for row in rows],
+        "transformer.cap_embedder.1": [row.caption for row in rows],
+    }
 
 
 def _guided(positive: torch.Tensor, negative: torch.Tensor, lane: Lane) -> torch.Tensor:
@@ -190,8 +211,7 @@ def _guided(positive: torch.Tensor, negative: torch.Tensor, lane: Lane) -> torch
     return guided
 
 
-def _check_lengths(masks: torch.Tensor) -> None:
-    num_tokens = int(masks.sum(1).max())
+def _check_length(num_tokens: int) -> None:
     if num_tokens > MAX_TOKENS:
         reason = f"the prompt has {num_tokens} tokens with the model's own around it; it reads {MAX_TOKENS}"
         raise RequestFailed("INVALID_PROMPT", f"{reason}: ask with fewer words")

@@ -1,0 +1,155 @@
+"""Z-Image's attention, computed row by row over each row's own tokens.
+
+Rows of a batch differ in length by their captions and image sizes, and diffusers hides what fills up the shorter ones
+behind a mask, which keeps torch from its fastest kernels. How long each row is, is known on the host.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+
+
+class RowTokens(NamedTuple):
+    """How many tokens a row has, of its image and of its caption, each with what diffusers fills it up by."""
+
+    image: int
+    caption: int
+
+
+class Stream(Enum):
+    """Which tokens of a row a block reads."""
+
+    IMAGE = "image"
+    CAPTION = "caption"
+    BOTH = "both"
+
+
+class RowLengths:
+    """The lengths of the rows of the forward that is running; none between forwards. Of the engine's thread."""
+
+    def __init__(self) -> None:
+        self._lengths: dict[Stream, list[int]] = {}
+
+    def set(self, rows: Sequence[RowTokens]) -> None:
+        """The next forward has these rows, in order."""
+        self._lengths = {
+            Stream.IMAGE: [row.image for row in rows],
+            Stream.CAPTION: [row.caption for row in rows],
+            Stream.BOTH: [row.image + row.caption for row in rows],
+        }
+
+    @contextmanager
+    def forgotten_afterwards(self) -> Iterator[None]:
+        """Leave nothing behind, however the forwards inside end: the next might have other rows."""
+        try:
+            yield
+        finally:
+            self._lengths = {}
+
+    def find(self, streams: Sequence[Stream], num_rows: int, longest: int) -> list[int] | None:
+        """The lengths of rows filled up to `longest` tokens of one of the streams; None where none fits."""
+        for stream in streams:
+            lengths = self._lengths.get(stream, [])
+            if len(lengths) == num_rows and max(lengths) == longest:
+                return lengths
+        return None
+
+
+class OwnTokensAttnProcessor:
+    """diffusers' `ZSingleStreamAttnProcessor`, with the mask left out wherever the rows' lengths are known."""
+
+    def __init__(self, lengths: RowLengths, streams: Sequence[Stream]) -> None:
+        """`streams`: what the block may be given. A mask counts only for rows whose lengths fit none of them."""
+        self._lengths = lengths
+        self._streams = streams
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        freqs_cis: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend within `hidden_states` [rows, tokens, width]. diffusers passes arguments by these names."""
+        # Whole batches: the adapters' hooks on these layers count the rows.
+        query = _by_heads(attn.to_q(hidden_states), attn.heads)
+        key = _by_heads(attn.to_k(hidden_states), attn.heads)
+        value = _by_heads(attn.to_v(hidden_states), attn.heads)
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        if freqs_cis is not None:
+            query, key = _rotated(query, freqs_cis), _rotated(key, freqs_cis)
+        attended = self._attend(query, key, value, attention_mask).flatten(2)
+        for layer in attn.to_out:
+            attended = layer(attended)
+        return attended
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[rows, tokens, heads, width] each."""
+        num_rows, longest = query.shape[:2]
+        lengths = self._lengths.find(self._streams, num_rows, longest)
+        if mask is None or lengths is None:
+            return _sdpa(query, key, value, None if mask is None else mask[:, None, None])
+        if min(lengths) == longest:
+            return _sdpa(query, key, value)
+        return _row_by_row(query, key, value, lengths)
+
+
+def attend_to_own_tokens(transformer: Any, lengths: RowLengths) -> None:
+    """Set the processor on every block of a `ZImageTransformer2DModel`."""
+    _set(transformer.noise_refiner, lengths, [Stream.IMAGE])
+    _set(transformer.context_refiner, lengths, [Stream.CAPTION])
+    _set(transformer.layers, lengths, [Stream.BOTH])
+
+
+def attend_to_own_tokens_in_controlnet(net: Any, lengths: RowLengths) -> None:
+    """The same on the blocks that a `ZImageControlNetModel` has beside its transformer's."""
+    _set(net.control_noise_refiner or [], lengths, [Stream.IMAGE])
+    # Some ControlNets refine the image by their layers too. A row of both streams is longer than its image alone.
+    _set(net.control_layers, lengths, [Stream.BOTH, Stream.IMAGE])
+
+
+def _set(blocks: Sequence[Any], lengths: RowLengths, streams: Sequence[Stream]) -> None:
+    for block in blocks:
+        block.attention.set_processor(OwnTokensAttnProcessor(lengths, streams))
+
+
+def _by_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    return x.unflatten(-1, (num_heads, -1))
+
+
+def _rotated(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
+    """Rotary positions: neighbours in [rows, tokens, heads, width] are a complex number each, turned in 32 bits."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * freqs_cis[:, :, None]).flatten(3).type_as(x)
+
+
+def _row_by_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Zeros behind a row's own tokens: nothing there is read, but it must be numbers.
+
+    Rows of one length do not share a call. cuDNN plans anew, in tenths of a second, for each shape and for each stride:
+    a row alone, as if it had been alone in its batch, has one plan for its length, whatever it is drawn with.
+    """
+    attended = torch.zeros_like(query)
+    for row, length in enumerate(lengths):
+        # Not `[row : row + 1]`, which would keep the batch's stride.
+        own = (one[row, :length][None] for one in (query, key, value))
+        attended[row, :length] = _sdpa(*own)[0]
+    return attended
+
+
+def _sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[rows, tokens, heads, width] each, as torch does not have it."""
+    query, key, value = (one.transpose(1, 2) for one in (query, key, value))
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
