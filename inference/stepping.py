@@ -12,6 +12,7 @@ from inference.batcher import Batcher, Claim
 from inference.device import Attempt, Device
 from inference.families.family import Family
 from inference.lane import Drawing, Lane
+from inference.preparing import AdapterKey
 from inference.previews import Previews
 from inference.request import (
     EngineError,
@@ -94,6 +95,11 @@ class StepLoop:
         for drawing in tuple(self._drawings):
             self._end(drawing, error)
 
+    def forget(self, key: AdapterKey) -> None:
+        """Take an adapter that no request uses out of its slot, if it is in one."""
+        if self._admission.slots.find(key) is not None:
+            self._admission.slots.unload(key)
+
     def close(self) -> None:
         self._admission.close()
 
@@ -134,7 +140,7 @@ class StepLoop:
         error = self._device.attempt(lambda: self._admission.condition(drawings)).error
         if error is None:
             for drawing in drawings:
-                drawing.tell_begin()
+                drawing.tell_begin(self._device.mark())
         elif len(drawings) > 1:
             for drawing in drawings:
                 self._condition([drawing])
@@ -199,9 +205,12 @@ class StepLoop:
             self._previews.look_at(lane, prediction)
             lane.sampler.advance(prediction)
         self._previews.hand_over()
+        launched = self._device.mark()
         for drawing in _drawings_of(batch):
+            drawing.note_steps(launched)
+        self._device.keep_pace(launched)
+        for drawing in self._drawings:
             drawing.tell_steps()
-        self._device.keep_pace()
 
     # Finish: lanes that are done leave the batch and are decoded, as many as a step's time allows.
 
@@ -266,6 +275,8 @@ class StepLoop:
         if isinstance(outcome, Exception):
             drawing.future.set_exception(outcome)
         else:
+            # The device has ended the last one for certain: its pixels are here.
+            drawing.tell_steps()
             drawing.future.set_result(outcome)
 
     def _occupancy(self, num_batched: int) -> Occupancy:

@@ -35,7 +35,7 @@ MARGIN = 1.2
 # Against the set's size: its single forward takes more than ten of the set's lanes.
 TOO_LARGE = 4
 CONV_RANK = 8
-# The steps of the request beside which an adapter waits; it comes after the first of these, the memory after the second.
+# The steps of a request beside which an adapter waits: it comes at the second of these, the memory at the third.
 STEPS_BESIDE, SHORT_FROM, SHORT_TO = 8, 1, 5
 RESULT_SECONDS = 120.0
 

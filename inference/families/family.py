@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from config.redacting import quoted
-from inference.adapters import Adapter, check_fits, read_adapter
+from inference.adapters import Adapter, blank_adapter, check_fits, read_adapter
 from inference.attention import AttentionOrder
 from inference.bank import AdapterBank, PackedAdapter, Row
 from inference.controls.controlnets import ControlNets
@@ -152,6 +152,10 @@ class Family(ABC):
     def pack(self, adapter: Adapter) -> PackedAdapter:
         """The adapter as the bank takes it."""
         return self.bank.pack(adapter)
+
+    def blank_adapter(self) -> Adapter:
+        """An adapter that changes nothing and is computed like any other."""
+        return blank_adapter({name: one for name, one in self._models.items() if name not in self.text_encoders})
 
     def num_steps_of(self, request: GenerationRequest) -> int:
         """The steps that are taken of those asked for: with a source the last ones, as many as its strength says."""

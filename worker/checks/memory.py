@@ -17,7 +17,7 @@ def look_at_gpu(settings: ModelSettings) -> str:
     """Is the GPU that DEVICE asks for there? By its driver alone: torch is asked by the model's check."""
     if settings.device == "cpu":
         return "none is asked for: DEVICE is cpu"
-    readings = _readings(settings)
+    readings = GpuReadings(settings.visible_gpu)
     reading = readings.read()
     if reading is None:
         visible = settings.cuda_visible_devices
@@ -32,7 +32,7 @@ def look_at_gpu(settings: ModelSettings) -> str:
 
 def look_at_memory(settings: ModelSettings) -> str:
     """What the weights take, what is free, and what comes of it."""
-    gpu = None if settings.device == "cpu" else _readings(settings).read()
+    gpu = None if settings.device == "cpu" else GpuReadings(settings.visible_gpu).read()
     bytes_each = PARAMETER_BYTES.get(settings.dtype, 4 if gpu is None else 2)
     try:
         found = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)
@@ -70,10 +70,3 @@ def _on_gpu(weights: str, needed: Mapping[str, int], free: int) -> str:
 
 def _free(gpu: GpuReading | None) -> int:
     return free_host_bytes() if gpu is None else gpu.memory_total_bytes - gpu.memory_used_bytes
-
-
-def _readings(settings: ModelSettings) -> GpuReadings:
-    """Of the GPU that the engine will use, counted among the visible ones."""
-    index = int(settings.device.partition(":")[2] or 0)
-    visible = settings.cuda_visible_devices
-    return GpuReadings(str(index) if visible is None else ",".join(visible.split(",")[index:]))
