@@ -53,7 +53,13 @@ class ModelSettings(Section):
         ge=8,
         le=512,
         multiple_of=8,
-        description="Highest rank of an adapter; memory is taken as adapters of high rank come",
+        description="Highest rank of an adapter",
+    )
+    adapter_memory_gb: float | None = Field(
+        None,
+        validation_alias="ADAPTER_MEMORY_GB",
+        gt=0,
+        description="Memory the adapters may take on the device, GB; unset is a quarter of what the weights leave free",
     )
     inference_steps: int | None = Field(
         None,
@@ -131,6 +137,10 @@ class ModelSettings(Section):
     def visible_gpu(self) -> str | None:
         """The one GPU that is drawn on, see `config.visible_gpus`."""
         return visible_gpu(self.device, self.cuda_visible_devices)
+
+    @property
+    def adapter_max_bytes(self) -> int | None:
+        return None if self.adapter_memory_gb is None else int(self.adapter_memory_gb * 1e9)
 
     @property
     def controlnet_max_bytes(self) -> int:

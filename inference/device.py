@@ -71,8 +71,10 @@ class Mark:
 class Device:
     """Owner of what is measured of the device. On a CPU everything fits: the kernel has swap, and nothing to ask."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, reserved_bytes: Callable[[], int] = lambda: 0) -> None:
+        """`reserved_bytes()`: what is free and spoken for by others than forwards."""
         self._device = device
+        self._reserved_bytes = reserved_bytes
         self._is_cuda = device.type == "cuda"
         self._measured: dict[Hashable, _Measured] = {}
         self._too_large: dict[int, int] = {}  # what did not fit, and the bytes that were free when it did not
@@ -83,7 +85,7 @@ class Device:
         measured = self._measured.get(shape)
         if measured is None:
             return UNLIMITED
-        return max(1, int(USABLE_SHARE * self._free_bytes() / measured.bytes_per_row))
+        return max(1, int(USABLE_SHARE * (self._free_bytes() - self._reserved_bytes()) / measured.bytes_per_row))
 
     @contextmanager
     def measured(self, shape: Hashable, num_rows: int) -> Iterator[None]:

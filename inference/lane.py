@@ -81,6 +81,8 @@ class Drawing:
     scheduler: str = ""
     stages: list[Stage] = field(default_factory=list)
     pictures: dict[int, Picture] = field(default_factory=dict)
+    num_shortages: int = 0  # times that there was no memory for it to begin, beside others and alone
+    num_shortages_alone: int = 0
     preview: Preview | None = None  # for the next report
     _num_steps_noted: int = 0
     _untold: deque[tuple[int, Mark]] = field(default_factory=deque)

@@ -419,6 +419,40 @@ def test_one_that_cannot_be_loaded_any_more_fails_its_own_job_and_is_tried_again
     engine.close()
 
 
+class FullModel(WatchedModel):
+    """No memory for a ControlNet, as often as `num_failures` says."""
+
+    num_failures = 0
+
+    def load_control(self, name: str) -> Any:
+        if self.num_failures:
+            self.num_failures -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().load_control(name)
+
+
+def test_one_that_finds_no_memory_is_loaded_once_there_is_and_fails_by_its_name_where_there_never_is(
+    models: Models,
+) -> None:
+    engine = WatchedEngine(models.checkpoint("sd"), FullModel, CONTROLNETS=f"pose={models.controlnet('sd', 'pose')}")
+    model = engine.model
+    assert isinstance(model, FullModel)
+    other = replace(controlled_request("pose"), control=None)
+
+    model.num_failures = 1_000_000
+    failed, beside = order_together(engine, [controlled_request("pose"), other])
+    assert isinstance(failed.error, RequestFailed)
+    model.num_failures = 1
+    drawn = Order(engine, controlled_request("pose"))
+
+    assert failed.error.code == "GPU_OOM"
+    assert "the ControlNet 'pose'" in str(failed.error)
+    assert "lower ADAPTER_MEMORY_GB or CONTROLNET_MEMORY_GB" in str(failed.error)
+    assert beside.image.size == (64, 64)
+    models.assert_right("sd", [drawn])
+    engine.close()
+
+
 # --- What is refused
 
 

@@ -108,6 +108,14 @@ def test_the_rows_that_fit_are_those_that_the_free_memory_holds_by_what_a_row_to
     assert device.max_rows(SHAPE) == 1
 
 
+def test_rows_leave_room_for_what_is_still_to_be_loaded(counters: Counters) -> None:
+    device = Device(torch.device("cuda"), reserved_bytes=lambda: 5 * GB)
+
+    run(device, counters, num_rows=2, takes=2 * GB)
+
+    assert device.max_rows(SHAPE) == int(USABLE_SHARE * 15)
+
+
 def test_the_largest_batch_that_was_measured_tells_best_what_a_row_takes(counters: Counters) -> None:
     device = Device(torch.device("cuda"))
 

@@ -3,11 +3,16 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
+from inference.families.family import Family, Prompt
+from inference.lane import Conditioning, Drawing, Lane
 from inference.request import AdapterFile, GenerationRequest, RequestFailed
+from inference.sampling import Sampler
+from tests.copies import NOWHERE, Copies
 from tests.engine_requests import request_of
 from tests.family_models import FamilyModels
 from tests.pictures import DIFFERENT_DB, MIN_PSNR_DB, draw, pipe_with, psnr
@@ -377,3 +382,58 @@ def test_lanes_with_long_and_short_prompts_share_forwards_and_each_is_right(mode
 def with_compel(checkpoint: Path, request: GenerationRequest) -> Any:
     """What plain diffusers draws given the embeddings that compel's own wrapper makes of the prompts."""
     return alone(checkpoint, request, **embeddings_by_compel(pipe_with(checkpoint), request))
+
+
+# --- What a lane costs the device beside its forward
+
+
+class CountedSampler:
+    """A lane's sampler. `num_inputs`: how often it was asked for the model's input."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+        self.num_inputs = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)
+
+    def model_input(self) -> torch.Tensor:
+        self.num_inputs += 1
+        return self._sampler.model_input()
+
+
+def guided_lane(model: Family) -> Lane:
+    """A lane that has not joined; only its conditioning is there."""
+    request = tiny_request(guidance_scale=4.0, scheduler="euler", num_inference_steps=4)
+    drawing = Drawing(request, model.kind_of(request), lambda _: None, lambda: False, ())
+    with torch.inference_mode():
+        drawing.conditioning = Conditioning(*model.encode([Prompt("a hill"), Prompt("dark")], [(), ()]))
+    return drawing.lanes[0]
+
+
+@pytest.mark.parametrize("name", ["sd", "z_image"])
+def test_a_guided_lane_s_input_is_made_once_for_both_of_its_rows(models: Models, name: str) -> None:
+    model = models.engine(name).model
+    lane = guided_lane(model)
+    sampler = CountedSampler(model.begin(lane)[1])
+    lane.sampler = cast(Sampler, sampler)
+
+    with torch.inference_mode():
+        model.denoise([lane])
+
+    assert sampler.num_inputs == 1
+
+
+@pytest.mark.parametrize("name", ["sd", "z_image"])
+def test_a_lane_joins_without_waiting_for_the_device(
+    models: Models, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.engine(name).model
+    lane = guided_lane(model)
+    monkeypatch.setattr(model, "device", NOWHERE)
+
+    with Copies() as copies:
+        model.begin(lane)
+
+    assert copies.num_async > 0
+    assert not copies.blocking

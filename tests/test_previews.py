@@ -25,8 +25,9 @@ from inference.device import Device
 from inference.engine import LocalEngine
 from inference.families.loading import load_family
 from inference.foresight import denoised
+from inference.host_copy import HostCopy
 from inference.lane import Drawing, Kind, Lane
-from inference.previews import Previews, _Copy
+from inference.previews import Previews, _Projected
 from inference.projection import Projection, find_projection
 from inference.request import Preview, Source, StepReport
 from tests.engine_requests import request_of
@@ -248,12 +249,16 @@ class Late:
     def query(self) -> bool:
         return self.has_come
 
+    def synchronize(self) -> None:
+        raise AssertionError("a preview is waited for by nobody")
+
 
 def test_what_has_not_arrived_from_the_device_is_waited_for_by_nobody_and_comes_with_a_later_step(tiny: Path) -> None:
     family = load_family(settings_of(tiny), device=CPU, dtype=torch.float32)
     drawing = Drawing(tiny_request(), Kind((64, 64), is_guided=True, num_steps=8), lambda _: None, lambda: False, ())
     previews, arrival = Previews(family, Device(CPU), every=1), Late()
-    previews._copies.append(_Copy(drawing, torch.full((2, 3, 3), 7, dtype=torch.uint8), arrival))  # type: ignore[arg-type]
+    copy = HostCopy(torch.full((2, 3, 3), 7, dtype=torch.uint8), arrival)
+    previews._copies.append(_Projected(drawing, copy))
 
     previews.hand_over()
     assert drawing.preview is None

@@ -62,6 +62,13 @@ class Shelf(Generic[T]):
         """Keep it no longer; nobody uses it."""
         del self._places[name]
 
+    def drop_idle(self, keep: str | None) -> bool:
+        """Keep nothing that is not in use, but for `keep`; was there anything?"""
+        idle = [name for name, place in self._places.items() if not place.num_users and name != keep]
+        for name in idle:
+            self.forget(name)
+        return bool(idle)
+
     def _make_room(self, num_bytes: int) -> bool:
         """Let go of as many as must be; of none where that would not be enough."""
         going: list[str] = []

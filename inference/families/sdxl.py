@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from inference.adapter_memory import UNLIMITED, AdapterMemory
 from inference.dialects import sdxl
 from inference.families.family import Prompt
 from inference.families.unet import UNetFamily
@@ -20,7 +21,7 @@ class StableDiffusionXL(UNetFamily):
     schedulers = SDXL
     text_encoders = ("text_encoder", "text_encoder_2")
 
-    def __init__(self, pipeline: Any, *, device: torch.device) -> None:
+    def __init__(self, pipeline: Any, *, device: torch.device, memory: AdapterMemory = UNLIMITED) -> None:
         if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
             # Its activations overflow 16 bits: the picture would be black.
             pipeline.vae.to(dtype=torch.float32)
@@ -29,7 +30,7 @@ class StableDiffusionXL(UNetFamily):
             "text_encoder": pipeline.text_encoder,
             "text_encoder_2": pipeline.text_encoder_2,
         }
-        super().__init__(pipeline, models, sdxl(pipeline.unet.config), device=device)
+        super().__init__(pipeline, models, sdxl(pipeline.unet.config), device=device, memory=memory)
         self._prompts = LongPromptEncoder(
             [pipeline.tokenizer, pipeline.tokenizer_2], [pipeline.text_encoder, pipeline.text_encoder_2], device
         )

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from inference.adapter_memory import UNLIMITED, AdapterMemory
 from inference.dialects import STABLE_DIFFUSION
 from inference.families.family import Prompt
 from inference.families.unet import UNetFamily
@@ -20,9 +21,9 @@ class StableDiffusion(UNetFamily):
     schedulers = DIFFUSION
     text_encoders = ("text_encoder",)
 
-    def __init__(self, pipeline: Any, *, device: torch.device) -> None:
+    def __init__(self, pipeline: Any, *, device: torch.device, memory: AdapterMemory = UNLIMITED) -> None:
         models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-        super().__init__(pipeline, models, STABLE_DIFFUSION, device=device)
+        super().__init__(pipeline, models, STABLE_DIFFUSION, device=device, memory=memory)
         self._prompts = LongPromptEncoder([pipeline.tokenizer], [pipeline.text_encoder], device)
 
     def _encode_ordinary(self, prompts: Sequence[Prompt]) -> list[Embedding]:

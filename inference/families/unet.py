@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from inference.adapter_memory import AdapterMemory
 from inference.bank import Row
 from inference.controls.residuals import Inputs, residuals_of
 from inference.families.family import Family, Prompt, embedding_of, guides_of, sampler_of
@@ -31,9 +32,9 @@ class UNetFamily(Family):
     controlnet_class = "ControlNetModel"
     _prompts: LongPromptEncoder
 
-    def __init__(self, pipeline: Any, *args: Any, device: torch.device) -> None:
+    def __init__(self, pipeline: Any, *args: Any, device: torch.device, memory: AdapterMemory) -> None:
         _check_is_plain(pipeline.unet)
-        super().__init__(pipeline, *args, device=device)
+        super().__init__(pipeline, *args, device=device, memory=memory)
         self._reads_rest = pipeline.unet.config.in_channels != pipeline.unet.config.out_channels
         if self._reads_rest:
             self.kinds = ("inpaint",)
@@ -104,7 +105,8 @@ class UNetFamily(Family):
         rows = guided + ordered
         embeddings = [embedding_of(lane, is_negative=i < len(guided)) for i, lane in enumerate(rows)]
         tokens, mask = _stacked([embedding.tokens for embedding in embeddings])
-        latents = torch.stack([sampler_of(lane).model_input() for lane in rows])
+        read = [sampler_of(lane).model_input() for lane in ordered]
+        latents = torch.stack(read[: len(guided)] + read)
         inputs = Inputs(
             latents.to(unet.dtype, memory_format=self._memory_format),
             self._upload([sampler_of(lane).timestep for lane in rows]),

@@ -124,12 +124,12 @@ def _set(blocks: Sequence[Any], lengths: RowLengths, streams: Sequence[Stream]) 
 
 
 def _by_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    return x.unflatten(-1, (num_heads, -1))
+    return x.view(*x.shape[:-1], num_heads, -1)
 
 
 def _rotated(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
     """Rotary positions: neighbours in [rows, tokens, heads, width] are a complex number each, turned in 32 bits."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * freqs_cis[:, :, None]).flatten(3).type_as(x)
 
 

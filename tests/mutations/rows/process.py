@@ -160,7 +160,9 @@ ROWS: tuple[Row, ...] = (
         also=(
             f"{BATCHING}test_a_picture_that_does_not_fit_alone_fails_by_its_size_and_smaller_ones_beside_it_and_after_it_are_drawn",
             f"{BATCHING}test_a_picture_too_large_to_decode_is_decoded_in_tiles_and_the_next_one_whole",
-            f"{BATCHING}test_an_adapter_that_did_not_fit_is_not_taken_for_one_that_is_there",
+            f"{BATCHING}test_an_adapter_that_found_no_memory_once_is_drawn_right_at_the_next_try",
+            f"{BATCHING}test_an_adapter_that_finds_no_memory_alone_either_fails_by_its_name_and_the_others_are_drawn_right",
+            f"{BATCHING}test_a_request_that_finds_no_memory_beside_others_waits_and_is_drawn_right[encode]",
             f"{PARITY}test_running_out_of_memory_fails_the_request_and_the_next_one_runs",
         ),
     ),
@@ -202,9 +204,9 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(
             Mutation(
-                "inference/families/family.py",
-                "return pixels.cpu().numpy() if image.isfinite().all() else None",
-                "return pixels.cpu().numpy()",
+                "inference/decoded_image.py",
+                "numpy() if host[-1] else None",
+                "numpy()",
             ),
         ),
         also=(f"{PARITY}test_a_checkpoint_that_draws_no_numbers_is_refused_at_the_start",),
