@@ -10,6 +10,8 @@ import torch
 from benchmarks.gpu.stage import Context
 
 CLOCK_UP_SECONDS = 1.0
+# A rehearsal makes do with one.
+LEAST_REPEATS = 3
 
 
 class Times(NamedTuple):
@@ -26,7 +28,7 @@ class Times(NamedTuple):
 
 
 def raise_clocks(context: Context) -> None:
-    """Keep the device busy for a second: an idle GPU runs at a fraction of its clock, and the ramp is no measurement."""
+    """Keep the device busy for a second: an idle GPU runs at a fraction of its clock, and takes time to get up."""
     if not context.is_cuda:
         return
     side = torch.randn(4096, 4096, device=context.device, dtype=torch.bfloat16)
@@ -40,15 +42,19 @@ def raise_clocks(context: Context) -> None:
 def time_calls(
     context: Context, work: Callable[[], Any], *, warm_ups: int = 2, repeats: int = 7, seconds: float = 1.5
 ) -> Times:
-    """Time `work` up to `repeats` times, and at least three times within about `seconds`."""
+    """Time `work` up to `repeats` times, and at least `LEAST_REPEATS` times within about `seconds`."""
+    least = 1 if context.is_tiny else LEAST_REPEATS
+    if context.is_tiny:
+        warm_ups, repeats = 1, 1
     for _ in range(warm_ups):
         work()
     context.synchronize()
     singles: list[tuple[float, float]] = []
     started_at = time.monotonic()
-    while len(singles) < 3 or (len(singles) < repeats and time.monotonic() - started_at < seconds):
+    while len(singles) < least or (len(singles) < repeats and time.monotonic() - started_at < seconds):
         singles.append(_time_one(context, work))
-    num_steady = max(2, min(repeats, int(seconds * 1000 / max(statistics.median(one[0] for one in singles), 0.001))))
+    median = statistics.median(device for device, _ in singles)
+    num_steady = max(least, min(repeats, int(seconds * 1000 / max(median, 0.001))))
     started_at = time.perf_counter()
     for _ in range(num_steady):
         work()

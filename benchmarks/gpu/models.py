@@ -159,7 +159,7 @@ def _draw(weight: torch.Tensor, *, is_scale: bool, generator: torch.Generator) -
     if weight.ndim > 1:
         weight.normal_(0, weight[0].numel() ** -0.5, generator=generator)
     elif is_scale:
-        weight.fill_(1)
+        weight.normal_(1, BIAS_DEVIATION, generator=generator)
     else:
         weight.normal_(0, BIAS_DEVIATION, generator=generator)
 
@@ -183,7 +183,7 @@ def _sd15(*, is_tiny: bool) -> Any:
 
 def _sdxl(*, is_tiny: bool) -> Any:
     """As stabilityai's configs: UNet 2.6 B, text encoders 123 M and 695 M, VAE 84 M parameters."""
-    tokenizer, tokenizer_2 = byte_tokenizer(), byte_tokenizer(pad_token="!")
+    tokenizer, tokenizer_2 = byte_tokenizer(), byte_tokenizer(pad_token="!")  # noqa: S106 - of text
     full = {
         "sample_size": 128,
         "block_out_channels": (320, 640, 1280),
@@ -292,7 +292,7 @@ def _vae(*, is_tiny: bool, sample_size: int, **config: Any) -> AutoencoderKL:
 
 
 _TINY_UNET: dict[str, Any] = {
-    "block_out_channels": (32, 64, 64),
+    "block_out_channels": (16, 32, 32),
     "layers_per_block": 1,
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),

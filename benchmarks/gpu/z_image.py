@@ -1,8 +1,66 @@
-"""Stage z_image."""
+"""Stage 4: Z-Image, 1024x1024, 8 steps, captions of 32 to 160 tokens; the baselines draw three jobs."""
 
-from benchmarks.gpu.stage import Context
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.models.normalization import RMSNorm
+from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
+from torch.nn import functional
+
+from benchmarks.gpu.clocks import time_calls
+from benchmarks.gpu.forwards import Forwards
+from benchmarks.gpu.jobs import NUM_JOBS
+from benchmarks.gpu.speed import Speed, run_speed
+from benchmarks.gpu.stage import Context, Figures
 
 
 def run(context: Context) -> None:
-    """Measure nothing yet."""
-    context.record("nothing", skipped="not written yet")
+    """Measure the model, and beside what every family has its mask and its norms."""
+    run_speed(context, "z-image", _measure_own)
+
+
+def _measure_own(speed: Speed, forwards: Forwards) -> None:
+    context = speed.context
+
+    def against(change: Callable[[Any], None]) -> Figures:
+        changed = Forwards(speed.model, speed.copied(), context.device, speed.jobs)
+        change(changed.denoiser)
+        return compare(context, forwards, changed)
+
+    context.measure("attention behind a mask", lambda: against(_use_mask))
+    context.measure("norms by F.rms_norm", lambda: against(_use_fused_norms))
+
+
+def compare(context: Context, usual: Forwards, changed: Forwards) -> Figures:
+    """A plain step of ten lanes as it is and as it is changed: time, and how far apart the predictions are."""
+    before, after = (one.step(NUM_JOBS, has_adapters=False) for one in (usual, changed))
+    differences = [float((one - other).norm() / one.norm()) for one, other in zip(before, after, strict=True)]
+    times = [
+        time_calls(context, lambda one=one: one.step(NUM_JOBS, has_adapters=False), warm_ups=1)
+        for one in (usual, changed)
+    ]
+    return {
+        "usual_ms": times[0].steady_ms,
+        "changed_ms": times[1].steady_ms,
+        "ratio": times[1].steady_ms / times[0].steady_ms,
+        "largest_difference": max(differences),
+    }
+
+
+def _use_mask(transformer: Any) -> None:
+    """diffusers' own attention, which hides the ends of the shorter rows."""
+    for blocks in (transformer.noise_refiner, transformer.context_refiner, transformer.layers):
+        for block in blocks:
+            block.attention.set_processor(ZSingleStreamAttnProcessor())
+
+
+def _use_fused_norms(transformer: Any) -> None:
+    """One kernel in place of six."""
+    for module in transformer.modules():
+        if isinstance(module, RMSNorm):
+            module.forward = _fused(module)
+
+
+def _fused(norm: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: functional.rms_norm(x, norm.dim, norm.weight, norm.eps)

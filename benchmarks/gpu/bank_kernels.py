@@ -1,0 +1,82 @@
+"""The adapter bank's four kernels at SDXL's shapes: twenty rows of adapters on a layer that is 1280 wide."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import conv2d
+
+from benchmarks.gpu.clocks import time_calls
+from benchmarks.gpu.stage import Context
+
+ROWS, TOKENS, WIDTH = 20, 1024, 1280
+# Members of a group that reads one input (q, k, v), and the ranks of a page.
+MEMBERS, PAGE_RANK = 3, 8
+CHANNELS, SIDE = 320, 128
+# A page of SDXL with every linear layer, in elements of 16 bits.
+PAGE_WIDTH = 20_950_000
+NUM_PAGES = 33
+# What the estimates were made with.
+TB_PER_SECOND = 4.2
+
+
+def measure(context: Context) -> None:
+    """Each for adapters of rank 8 and of rank 64, which are one page and eight."""
+    for rank in (8, 64):
+        pages = rank // PAGE_RANK
+        for name, make in (("index_select", _index_select), ("bmm", _bmm), ("baddbmm_", _baddbmm)):
+            context.measure(
+                f"bank {name} rank {rank}", lambda make=make, pages=pages: _time(context, *make(context, pages))
+            )
+    context.measure("bank grouped convolution rank 8", lambda: _time(context, *_grouped_conv(context)))
+
+
+Work = tuple[Callable[[], Any], int]
+
+
+def _time(context: Context, work: Callable[[], Any], num_bytes: int) -> dict[str, Any]:
+    with torch.inference_mode():
+        times = time_calls(context, work, repeats=20, seconds=0.2)
+    return {"ms": times.steady_ms, "bytes": num_bytes, "ms_by_bytes": num_bytes / TB_PER_SECOND / 1e9}
+
+
+def _index_select(context: Context, pages: int) -> Work:
+    """The A of a group's members, out of the whole matrix of pages."""
+    page_width = PAGE_WIDTH if context.is_cuda else 4 * MEMBERS * PAGE_RANK * WIDTH
+    matrix = torch.zeros(NUM_PAGES, page_width, dtype=torch.bfloat16, device=context.device)
+    part = matrix.narrow(1, PAGE_RANK, MEMBERS * PAGE_RANK * WIDTH)
+    index = torch.arange(ROWS * pages, device=context.device) % NUM_PAGES
+    return lambda: part.index_select(0, index), 2 * index.numel() * part.shape[1] * 2
+
+
+def _bmm(context: Context, pages: int) -> Work:
+    """x Aᵀ of all members."""
+    x = _drawn(context, _rows(context), TOKENS, WIDTH)
+    a = _drawn(context, _rows(context), pages * MEMBERS * PAGE_RANK, WIDTH)
+    num_out = x.shape[0] * TOKENS * a.shape[1]
+    return lambda: torch.bmm(x, a.mT), 2 * (x.numel() + a.numel() + num_out)
+
+
+def _baddbmm(context: Context, pages: int) -> Work:
+    """The change added to a layer's output, which is read and written."""
+    output = _drawn(context, _rows(context), TOKENS, WIDTH)
+    down = _drawn(context, _rows(context), TOKENS, pages * PAGE_RANK)
+    b = _drawn(context, _rows(context), pages * PAGE_RANK, WIDTH)
+    return lambda: output.baddbmm_(down, b), 2 * (2 * output.numel() + down.numel() + b.numel())
+
+
+def _grouped_conv(context: Context) -> Work:
+    """Every row's own kernels, 3x3: the rows are the convolution's groups."""
+    rows, side = _rows(context), SIDE if context.is_cuda else 8
+    x = _drawn(context, 1, rows * CHANNELS, side, side)
+    kernels = _drawn(context, rows * PAGE_RANK, CHANNELS, 3, 3)
+    num_out = rows * PAGE_RANK * side * side
+    return lambda: conv2d(x, kernels, padding=1, groups=rows), 2 * (x.numel() + kernels.numel() + num_out)
+
+
+def _rows(context: Context) -> int:
+    return ROWS if context.is_cuda else 2
+
+
+def _drawn(context: Context, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=context.device).to(torch.bfloat16)

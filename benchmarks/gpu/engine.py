@@ -1,0 +1,101 @@
+"""The engine under test, and what a worker does around it: PNG files made in threads while others are drawn."""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from io import BytesIO
+from typing import Any, Self
+
+import torch
+from PIL import Image
+
+from benchmarks.gpu.jobs import NUM_JOBS, Job
+from benchmarks.gpu.models import BenchModel
+from config.settings import ModelSettings
+from inference.engine import LocalEngine
+from inference.families.family import Family
+from inference.request import GenerationResult, Occupancy, StepReport
+
+NUM_ENCODERS = 4
+
+
+class BenchEngine(LocalEngine):
+    """`LocalEngine` over a pipeline that is there already, in place of a checkpoint's files."""
+
+    def __init__(self, model: BenchModel, pipeline: Any, device: torch.device) -> None:
+        self._bench_model = model
+        self.family = model.family_of(pipeline, device)
+        self.num_batched: list[int] = []
+        denoiser = getattr(pipeline, model.denoiser)
+        settings = ModelSettings(
+            MODEL_ID=model.name,
+            DEVICE=device.type,
+            DTYPE=str(denoiser.dtype).removeprefix("torch."),
+            MAX_CONCURRENT_GENERATIONS=NUM_JOBS,
+        )
+        super().__init__(settings, self._note)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(
+        self, job: Job, on_step: Callable[[StepReport], None] = lambda _: None, *, steps: int | None = None
+    ) -> "Future[GenerationResult]":
+        """Ask for a job's image."""
+        return self.generate(job.request(self._bench_model, steps=steps), on_step, lambda: False)
+
+    def draw_all(self, jobs: Sequence[Job], encoder: "Encoder") -> list[Image.Image]:
+        """All jobs at once; each image is encoded as it comes."""
+        futures = [self.submit(job) for job in jobs]
+        images = {}
+        for future in as_completed(futures):
+            images[future] = image_of(future.result())
+            encoder.submit(images[future])
+        encoder.wait()
+        return [images[future] for future in futures]
+
+    def _load(self, settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> Family:
+        return self.family
+
+    def _note(self, occupancy: Occupancy) -> None:
+        self.num_batched.append(occupancy.num_batched)
+
+
+class Encoder:
+    """Makes PNG files in threads while others are drawn, as the worker's supervisor does."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(NUM_ENCODERS)
+        self._pending: list[Future[None]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def submit(self, image: Image.Image) -> None:
+        """Begin to encode."""
+        self._pending.append(self._pool.submit(image.save, BytesIO(), "PNG"))
+
+    def wait(self) -> None:
+        """Until everything so far is encoded."""
+        for one in self._pending:
+            one.result()
+        self._pending.clear()
+
+
+def image_of(result: GenerationResult) -> Image.Image:
+    """The one image of a job."""
+    drawn = result.pictures[0]
+    return Image.frombytes("RGB", (drawn.width, drawn.height), drawn.rgb)
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What `work` returns, and the seconds it took."""
+    started_at = time.perf_counter()
+    returned = work()
+    return returned, time.perf_counter() - started_at

@@ -1,0 +1,92 @@
+"""Single forwards of a family: its bank filled with a set's adapters, and a lane for every job of the set."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.jobs import Job, distinct_files
+from benchmarks.gpu.models import BenchModel
+from inference.bank import Applied, Row
+from inference.conditioner import Conditioner
+from inference.families.family import Family
+from inference.lane import Conditioning, Drawing, Embedding, Lane
+from inference.preparing import AdapterKey
+
+
+class Forwards:
+    """Owner of a family of its own, on modules that nothing else runs."""
+
+    def __init__(
+        self,
+        model: BenchModel,
+        pipeline: Any,
+        device: torch.device,
+        jobs: Sequence[Job],
+        conditionings: Sequence[Conditioning] | None = None,
+    ) -> None:
+        """`conditionings`: the jobs' prompts encoded before, so that two families can read the same ones."""
+        self.model = model
+        self.pipeline = pipeline
+        self.family: Family = model.family_of(pipeline, device)
+        with torch.inference_mode():
+            self.rows = fill_bank(self.family, jobs)
+            self.lanes = [self._lane(job, row) for job, row in zip(jobs, self.rows, strict=True)]
+            if conditionings is None:
+                conditionings = Conditioner(self.family).condition([lane.drawing for lane in self.lanes])
+            for lane, conditioning in zip(self.lanes, conditionings, strict=True):
+                lane.drawing.conditioning = conditioning
+
+    @property
+    def denoiser(self) -> Any:
+        return getattr(self.pipeline, self.model.denoiser)
+
+    @property
+    def conditionings(self) -> list[Conditioning]:
+        return [lane.drawing.conditioning for lane in self.lanes if lane.drawing.conditioning is not None]
+
+    def step(self, num_lanes: int, *, has_adapters: bool) -> list[torch.Tensor]:
+        """One forward of the first lanes: a guided prediction each. No lane moves on."""
+        for lane, row in zip(self.lanes, self.rows, strict=True):
+            lane.drawing.row = row if has_adapters else ()
+        with torch.inference_mode():
+            return self.family.denoise(self.lanes[:num_lanes])
+
+    def step_alone(self, number: int) -> torch.Tensor:
+        """One forward of one lane without the bank: by what the modules themselves are."""
+        self.lanes[number].drawing.row = ()
+        with torch.inference_mode():
+            return self.family.denoise([self.lanes[number]])[0]
+
+    def _lane(self, job: Job, row: Row) -> Lane:
+        request = job.request(self.model)
+        self.family.prepare(request)
+        keys = tuple(AdapterKey.of(file) for file in request.adapters)
+        drawing = Drawing(request, self.family.kind_of(request), lambda _: None, lambda: False, keys)
+        drawing.row = row
+        (lane,) = drawing.lanes
+        _, lane.sampler = self.family.begin(lane)
+        return lane
+
+
+def fill_bank(family: Family, jobs: Sequence[Job]) -> list[Row]:
+    """Write every adapter into pages of its own; each job's row."""
+    places: dict[Any, tuple[int, ...]] = {}
+    next_page = 1  # page 0 is zero
+    for path in distinct_files(jobs):
+        packed = family.pack(family.read_adapter(path, None))
+        places[path] = tuple(range(next_page, next_page + packed.num_pages))
+        next_page += packed.num_pages
+        family.bank.write(places[path], packed)
+    return [tuple(Applied(places[path], scale) for path, scale in job.adapters) for job in jobs]
+
+
+def cast(conditioning: Conditioning, dtype: torch.dtype) -> Conditioning:
+    """The same embeddings in another dtype."""
+    negative = conditioning.negative
+    return Conditioning(_cast(conditioning.positive, dtype), None if negative is None else _cast(negative, dtype))
+
+
+def _cast(embedding: Embedding, dtype: torch.dtype) -> Embedding:
+    pooled = embedding.pooled
+    return Embedding(embedding.tokens.to(dtype), None if pooled is None else pooled.to(dtype))

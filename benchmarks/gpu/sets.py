@@ -1,0 +1,92 @@
+"""The ten jobs as a set: by the engine, and by diffusers in the ways of `benchmarks.gpu.baselines`."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.gpu.baselines import Baseline, CompiledBaseline
+from benchmarks.gpu.engine import BenchEngine, Encoder, timed
+from benchmarks.gpu.jobs import NUM_JOBS, Job
+from benchmarks.gpu.stage import Context, Figures
+
+EQUAL_DB = 99.0
+ENGINE_ROUNDS = 2
+# With fewer jobs these stand for all: ranks 4 and 16, and text-encoder layers where the family has them.
+THREE_JOBS = (0, 5, 7)
+
+Draw = Callable[[Sequence[Job], Encoder], list[Image.Image]]
+
+
+class Sets:
+    """Owner of the images of the first set, which the baselines' are compared with."""
+
+    def __init__(self, context: Context, jobs: Sequence[Job], *, has_all: bool) -> None:
+        """`has_all`: whether a baseline draws all ten jobs, or three of them for ten thirds of their time."""
+        self._context = context
+        self._jobs = jobs
+        self._chosen = range(NUM_JOBS) if has_all else THREE_JOBS
+        self._images: list[Image.Image] = []
+        self._seconds = math.nan
+
+    def by_engine(self, engine: BenchEngine) -> Figures:
+        """The whole set at once, after one that does not count."""
+        rounds = 1 if self._context.is_tiny else ENGINE_ROUNDS
+        with Encoder() as encoder:
+            self._images, first = timed(lambda: engine.draw_all(self._jobs, encoder))
+            engine.num_batched.clear()
+            seconds = [timed(lambda: engine.draw_all(self._jobs, encoder))[1] for _ in range(rounds)]
+        self._seconds = statistics.median(seconds)
+        batched = [count for count in engine.num_batched if count]
+        return {
+            "seconds": self._seconds,
+            "rounds": seconds,
+            "first_seconds": first,
+            "mean_batch": statistics.mean(batched),
+            "jobs": NUM_JOBS,
+        }
+
+    def by_loading(self, baseline: Baseline) -> Figures:
+        """Load, draw, unload."""
+        return self._compared(baseline.draw_by_loading, are_comparable=True)
+
+    def by_preloaded(self, baseline: Baseline) -> Figures:
+        """All adapters loaded before, which is not counted but told."""
+        _, loading = timed(lambda: baseline.preload([self._jobs[number] for number in self._chosen]))
+        return {**self._compared(baseline.draw_preloaded, are_comparable=True), "preload_seconds": loading}
+
+    def by_compiled(self, baseline: CompiledBaseline, *, backend: str = "inductor") -> Figures:
+        """Hot-swapped adapters in compiled blocks; compiling is not counted but told."""
+
+        def compile_and_draw() -> None:
+            baseline.compile(self._jobs, backend=backend)
+            baseline.draw(self._jobs[0], steps=2)
+            self._context.synchronize()
+
+        _, compiling = timed(compile_and_draw)
+        figures = self._compared(baseline.draw_hotswapped, are_comparable=False)
+        return {**figures, "compile_seconds": compiling}
+
+    def _compared(self, draw: Draw, *, are_comparable: bool) -> Figures:
+        jobs = [self._jobs[number] for number in self._chosen]
+        with Encoder() as encoder:
+            images, seconds = timed(lambda: draw(jobs, encoder))
+        in_full = seconds * NUM_JOBS / len(jobs)
+        figures = {
+            "seconds": in_full,
+            "jobs_drawn": len(jobs),
+            "seconds_drawn": seconds,
+            "engine_is_faster_by": in_full / self._seconds,
+        }
+        if are_comparable and self._images:
+            pairs = zip(images, (self._images[number] for number in self._chosen), strict=True)
+            figures["psnr_db"] = [psnr_db(*pair) for pair in pairs]
+        return figures
+
+
+def psnr_db(one: Image.Image, other: Image.Image) -> float:
+    """Peak signal-to-noise ratio; `EQUAL_DB` for equal images."""
+    error = float(np.square(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).mean())
+    return EQUAL_DB if error == 0 else 10 * math.log10(255**2 / error)
