@@ -1,6 +1,7 @@
 """Pictures for tests: the engine's, plain diffusers' own, and how much they differ."""
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from inference.request import AdapterFile, GenerationRequest, GenerationResult, 
 from inference.schedulers import DIFFUSION
 from tests.tiny_models import load_pipe
 
+# What the engines of the tests draw on. The pictures that theirs are held against are drawn on the CPU.
+TEST_DEVICE = os.environ.get("DARKROOM_TEST_DEVICE", "cpu")
 DEMO = Path(__file__).parent.parent / "examples" / "demo_model"
 # What the design promises of a picture against plain diffusers', fp32 on a CPU.
 MIN_PSNR_DB = 42.0
@@ -34,8 +37,9 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def settings_of(checkpoint: Path, **variables: Any) -> ModelSettings:
-    """An engine's settings for a checkpoint on the CPU, in fp32 unless `DTYPE` says otherwise."""
-    return ModelSettings.model_validate({"MODEL_ID": str(checkpoint), "DEVICE": "cpu"} | variables)
+    """An engine's settings for a checkpoint on the tests' device, in fp32 unless `DTYPE` says otherwise."""
+    usual = {"MODEL_ID": str(checkpoint), "DEVICE": TEST_DEVICE, "DTYPE": "float32"}
+    return ModelSettings.model_validate(usual | variables)
 
 
 def psnr(one: Image.Image, other: Image.Image) -> float:

@@ -1,0 +1,308 @@
+"""The families at full size over fake CUDA tensors, with adapters, ControlNets and lanes: without memory or weights."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    ZImageControlNetModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Qwen3Config, Qwen3Model
+
+from inference.adapters import Adapter, LowRank
+from inference.bank import Applied, PackedAdapter, Row
+from inference.conditioner import Conditioner
+from inference.controls.guide import Guide
+from inference.families.family import Family, sampler_of
+from inference.families.sdxl import StableDiffusionXL
+from inference.families.stable_diffusion import StableDiffusion
+from inference.families.z_image import ZImage
+from inference.lane import Drawing, Lane
+from inference.layers import PAGE_RANK
+from inference.request import GenerationRequest
+from tests.fake_cuda import DEVICE, FakeCuda, Tally
+from tests.tiny_models import BETAS, byte_tokenizer, chat_tokenizer
+
+CLIP_VOCABULARY = 49408
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+LINEAR = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+# Ranks and layers of ten jobs' adapters: all ranks in use, feed-forward layers in three, one job without any.
+MIX = (
+    (4, ATTENTION),
+    (8, ATTENTION),
+    (16, ATTENTION),
+    (128, ATTENTION),
+    (8, LINEAR),
+    (16, LINEAR),
+    (4, ATTENTION),
+    (16, LINEAR),
+    None,
+    (8, ATTENTION),
+)
+
+
+class FullModel:
+    """A family at full size, in bf16, whose denoiser's kernels are counted apart."""
+
+    def __init__(self, cuda: FakeCuda, name: str) -> None:
+        self.name = name
+        self.cuda = cuda
+        pipeline = PIPELINES[name]()
+        for component in pipeline.components.values():
+            if isinstance(component, torch.nn.Module):
+                _bring(component)
+        family = FAMILIES[name.removesuffix("-inpaint")]
+        self.family: Family = family(pipeline, device=DEVICE)
+        self.denoiser = pipeline.transformer if family is ZImage else pipeline.unet
+        cuda.watch(self.denoiser, "denoiser")
+        self._packed: dict[tuple[str, ...], PackedAdapter] = {}
+        self._next_page = 1
+        self._conditioner = Conditioner(self.family)
+        self._mix: list[Row] = []
+
+    def adapted(self, rank: int, endings: tuple[str, ...], scale: float = 1.0) -> Row:
+        """A row's adapters: one of this rank on the denoiser's layers that end so, new in the bank."""
+        if endings not in self._packed:
+            with self.cuda.without_host_memory():
+                self._packed[endings] = self.family.pack(self._adapter(endings))
+        packed, num_pages = self._packed[endings], -(-rank // PAGE_RANK)
+        pages = torch.empty(num_pages, packed.pages.shape[1], dtype=packed.pages.dtype, device=DEVICE)
+        place = tuple(range(self._next_page, self._next_page + num_pages))
+        self._next_page += num_pages
+        self.family.bank.write(place, PackedAdapter(pages, packed.groups))
+        return (Applied(place, scale),)
+
+    def mixed(self, num_lanes: int) -> list[Row]:
+        """Adapters for so many lanes: all of the mix, or those from its middle, which touch the most layers."""
+        if not self._mix:
+            self._mix = [self.adapted(*one) if one else () for one in MIX]
+        first = 0 if num_lanes > 5 else 5 - (num_lanes + 1) // 2
+        return self._mix[first : first + num_lanes]
+
+    def request(self, number: int, **fields: Any) -> GenerationRequest:
+        """Job `number` of a batch, at the model's own size, with these fields changed."""
+        size, is_flow = self.family.base_size, isinstance(self.family, ZImage)
+        defaults: dict[str, Any] = {
+            "request_id": str(number),
+            "prompt": f"a picture of thing {number}, " + "very " * number + "red",
+            "negative_prompt": "",
+            "width": size,
+            "height": size,
+            "num_inference_steps": 8 if is_flow else 20,
+            "guidance_scale": 0.0 if is_flow else 5.0,
+            "seeds": (100 + number,),
+        }
+        return GenerationRequest(**defaults | fields)
+
+    def join(
+        self, requests: Sequence[GenerationRequest], rows: Sequence[Row], guides: Sequence[Guide | None]
+    ) -> list[Lane]:
+        """The requests' lanes before their first steps, as the engine's loop would have them begin together."""
+        drawings = []
+        for request, row, guide in zip(requests, rows, guides, strict=True):
+            self.family.prepare(request)
+            keys: Any = row  # embeddings are remembered by them: what they are is no matter
+            drawings.append(Drawing(request, self.family.kind_of(request), lambda _: None, lambda: False, keys))
+            drawings[-1].row, drawings[-1].guide = row, guide
+        for drawing, conditioning in zip(drawings, self._conditioner.condition(drawings), strict=True):
+            drawing.conditioning = conditioning
+        lanes = [lane for drawing in drawings for lane in drawing.lanes]
+        for lane in lanes:
+            _, lane.sampler = self.family.begin(lane)
+        return lanes
+
+    def lanes(
+        self, num_lanes: int, rows: Sequence[Row] = (), guides: Sequence[Guide | None] = (), **fields: Any
+    ) -> list[Lane]:
+        """The lanes of so many jobs with their adapters and ControlNets, none where there are none left."""
+        requests = [self.request(number, **fields) for number in range(num_lanes)]
+        rows = (*rows, *[()] * num_lanes)[:num_lanes]
+        guides = (*guides, *[None] * num_lanes)[:num_lanes]
+        return self.join(requests, rows, guides)
+
+    def guide(self) -> Guide:
+        """A full-size ControlNet made for the model, and a picture that it is shown."""
+        net = CONTROLNETS[self.name](self.denoiser)
+        _bring(net)
+        if isinstance(self.family, ZImage):
+            net = ZImageControlNetModel.from_transformer(net, self.denoiser)
+        picture = torch.zeros(3, self.family.base_size, self.family.base_size)
+        return Guide(net, self.family.show(picture), scale=0.7, start=0.0, end=1.0)
+
+    def step(self, lanes: Sequence[Lane]) -> Tally:
+        """One denoise step of these lanes, counted."""
+        with self.cuda.counting() as tally:
+            predictions = self.family.denoise(lanes)
+            for lane, prediction in zip(lanes, predictions, strict=True):
+                sampler_of(lane).advance(prediction)
+        return tally
+
+    def _adapter(self, endings: tuple[str, ...]) -> Adapter:
+        root = "transformer" if isinstance(self.family, ZImage) else "unet"
+        layers = {
+            f"{root}.{name}": LowRank(
+                torch.empty(PAGE_RANK, module.in_features), torch.empty(module.out_features, PAGE_RANK)
+            )
+            for name, module in self.denoiser.named_modules()
+            if isinstance(module, torch.nn.Linear) and name.endswith(endings)
+        }
+        return Adapter(layers)
+
+
+def _bring(model: torch.nn.Module) -> None:
+    """Move a model of meta tensors to the fake device, in bf16."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
+        return torch.empty(tensor.shape, dtype=dtype, device=DEVICE)
+
+    model._apply(moved).eval()
+
+
+def _sd15(pipeline: Any = StableDiffusionPipeline) -> Any:
+    """As runwayml's configs have it."""
+    tokenizer = byte_tokenizer()
+    with torch.device("meta"):
+        models = {
+            "unet": UNet2DConditionModel(
+                sample_size=64,
+                in_channels=9 if pipeline is StableDiffusionInpaintPipeline else 4,
+                cross_attention_dim=768,
+            ),
+            "text_encoder": CLIPTextModel(_clip_config(tokenizer, 768, num_hidden_layers=12, num_attention_heads=12)),
+            "vae": _vae(sample_size=512),
+        }
+    return pipeline(
+        **models,
+        tokenizer=tokenizer,
+        scheduler=PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _sdxl(pipeline: Any = StableDiffusionXLPipeline) -> Any:
+    """As stabilityai's configs have it."""
+    tokenizer, tokenizer_2 = byte_tokenizer(), byte_tokenizer(pad_token="!")
+    second = {"num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280, "hidden_act": "gelu"}
+    with torch.device("meta"):
+        models = {
+            "unet": UNet2DConditionModel(
+                sample_size=128,
+                in_channels=9 if pipeline is StableDiffusionXLInpaintPipeline else 4,
+                block_out_channels=(320, 640, 1280),
+                transformer_layers_per_block=(1, 2, 10),
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                cross_attention_dim=2048,
+                attention_head_dim=(5, 10, 20),
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=256,
+                projection_class_embeddings_input_dim=2816,
+            ),
+            "text_encoder": CLIPTextModel(_clip_config(tokenizer, 768, num_hidden_layers=12, num_attention_heads=12)),
+            "text_encoder_2": CLIPTextModelWithProjection(_clip_config(tokenizer_2, 1280, **second)),
+            "vae": _vae(sample_size=1024, scaling_factor=0.13025),
+        }
+    return pipeline(
+        **models,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        scheduler=EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+
+
+def _z_image() -> Any:
+    """As Tongyi-MAI's configs have it: a Qwen3 of 4 B parameters before a transformer of 6 B."""
+    tokenizer = chat_tokenizer()
+    with torch.device("meta"):
+        models = {
+            "transformer": ZImageTransformer2DModel(),
+            "text_encoder": Qwen3Model(
+                Qwen3Config(
+                    hidden_size=2560,
+                    intermediate_size=9728,
+                    num_hidden_layers=36,
+                    num_key_value_heads=8,
+                    bos_token_id=None,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            ),
+            "vae": _vae(
+                sample_size=1024,
+                latent_channels=16,
+                scaling_factor=0.3611,
+                shift_factor=0.1159,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+            ),
+        }
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
+    return ZImagePipeline(**models, tokenizer=tokenizer, scheduler=scheduler)
+
+
+def _clip_config(tokenizer: Any, width: int, **sizes: Any) -> CLIPTextConfig:
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    usual = {"vocab_size": CLIP_VOCABULARY, "hidden_size": width, "intermediate_size": 4 * width}
+    return CLIPTextConfig(**usual, **special, **sizes)
+
+
+def _vae(**config: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        **config,
+    )
+
+
+def _unet_controlnet(unet: Any) -> Any:
+    shared = ("cross_attention_dim", "block_out_channels", "layers_per_block", "attention_head_dim", "down_block_types")
+    more = ("transformer_layers_per_block", "use_linear_projection", "addition_embed_type", "addition_time_embed_dim")
+    names = (*shared, *more, "projection_class_embeddings_input_dim")
+    with torch.device("meta"):
+        return ControlNetModel(**{name: unet.config[name] for name in names})
+
+
+def _z_image_controlnet(_: Any) -> Any:
+    """As the second version of Z-Image's union ControlNet."""
+    with torch.device("meta"):
+        return ZImageControlNetModel(
+            control_layers_places=list(range(0, 30, 2)),
+            control_refiner_layers_places=[0, 1],
+            control_in_dim=33,
+            add_control_noise_refiner="control_noise_refiner",
+        )
+
+
+FAMILIES: dict[str, Callable[..., Family]] = {"sd15": StableDiffusion, "sdxl": StableDiffusionXL, "z-image": ZImage}
+PIPELINES: dict[str, Callable[[], Any]] = {
+    "sd15": _sd15,
+    "sdxl": _sdxl,
+    "z-image": _z_image,
+    "sd15-inpaint": lambda: _sd15(StableDiffusionInpaintPipeline),
+    "sdxl-inpaint": lambda: _sdxl(StableDiffusionXLInpaintPipeline),
+}
+CONTROLNETS: dict[str, Callable[[Any], Any]] = {
+    "sd15": _unet_controlnet,
+    "sdxl": _unet_controlnet,
+    "z-image": _z_image_controlnet,
+}
