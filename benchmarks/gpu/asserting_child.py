@@ -49,9 +49,10 @@ class _FusedEngine(LocalEngine):
         return family
 
 
-def _load_engine(settings: ModelSettings, on_occupancy: OnOccupancy) -> LocalEngine:
+def load_engine(settings: ModelSettings, on_occupancy: OnOccupancy) -> LocalEngine:
+    """The engine with the fuse."""
     return _FusedEngine(settings, on_occupancy)
 
 
 if __name__ == "__main__":
-    main(_load_engine)
+    main(load_engine)

@@ -42,18 +42,24 @@ RESULT_SECONDS = 120.0
 
 def run(context: Context) -> None:
     """Measure each shortage, then what is left of the memory, then the process that loses its device."""
-    with tempfile.TemporaryDirectory() as folder, Lives(Path(folder) / "lives", context.device.type) as lives:
+    with tempfile.TemporaryDirectory() as folder, Lives(Path(folder) / "lives", context) as lives:
         context.measure("engine process begins", lives.begin)
-        case = _begin(context, Path(folder) / "adapters")
-        if context.measure("reference", case.draw_reference):
-            context.measure("half the lanes", case.halve)
-            context.measure("one that never fits", case.draw_too_large)
-            context.measure("decoding in tiles", case.decode_in_tiles)
-            context.measure("an adapter without room", case.refuse_adapter)
-            context.measure("an adapter that waits for room", case.wait_with_adapter)
-            context.measure("memory afterwards", case.compare_memory, needs_cuda=True)
-        case.engine.close()
-        context.measure("device assert", lives.end)
+        try:
+            _measure_shortages(context, Path(folder) / "adapters")
+        finally:
+            context.measure("device assert", lives.end)
+
+
+def _measure_shortages(context: Context, folder: Path) -> None:
+    case = _begin(context, folder)
+    if context.measure("reference", case.draw_reference):
+        context.measure("half the lanes", case.halve)
+        context.measure("one that never fits", case.draw_too_large)
+        context.measure("decoding in tiles", case.decode_in_tiles)
+        context.measure("an adapter without room", case.refuse_adapter)
+        context.measure("an adapter that waits for room", case.wait_with_adapter)
+        context.measure("memory afterwards", case.compare_memory, needs_cuda=True)
+    case.engine.close()
 
 
 @dataclass

@@ -15,7 +15,7 @@ from tests.plain_families import drawn_by, embeddings_by_compel
 from tests.tiny_models import build_tiny_sd, build_tiny_sdxl, build_tiny_z_image, load_pipe, write_adapter
 from tests.watched_engine import PATIENCE_SECONDS
 
-pytestmark = pytest.mark.usefixtures("one_thread", "no_forward_failed")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_thread", "no_forward_failed")]
 
 # Both sides round after each operation, but not after the same ones: the engine adds an adapter by other products and
 # keeps latents in 32 bits between steps.
