@@ -79,26 +79,28 @@ class Admission:
         # Not before: one that found no memory may still be withdrawn. What this one holds goes when its end is noticed.
         return Claim.GRANTED if drawing.begin() else Claim.WITHDRAWN
 
-    def relieve(self, drawing: Drawing, others: Sequence[Drawing]) -> bool:
-        """Free what is kept for nobody that draws, so that a request finds memory for what it claims; was there any?
+    def relieve(self, older: Sequence[Drawing], drawing: Drawing, younger: Sequence[Drawing]) -> bool:
+        """Free what is kept for none that draws or is older, so that a waiting request finds memory for what it claims;
+        was there any? What of the request itself found no memory is prepared anew.
 
-        Of `others`, which wait behind it, nothing is read ahead until some request has ended.
+        Nothing is read ahead for younger ones until some request has ended.
         """
         self._num_ahead = 1
-        is_relieved = any(other.readings for other in others)
-        for other in others:
+        is_relieved = any(other.readings for other in younger)
+        for other in younger:
             other.readings.clear()
         for key in [key for key, reading in drawing.readings.items() if ran_out_of_memory(reading)]:
             del drawing.readings[key]
-        return self._controls.relieve(drawing) or is_relieved
+        return self._controls.relieve(older, drawing) or is_relieved
 
     def why_short(self, drawing: Drawing) -> str:
         """Says what of the request finds no memory, and what would be right."""
-        files = zip(drawing.keys, drawing.request.adapters, strict=True)
-        missing = [f"the adapter {quoted(file.weights.name)}" for key, file in files if self.slots.find(key) is None]
+        # By their numbers: what the job called them is not known here.
+        total, new = len(drawing.keys), self._new_keys(drawing)
+        missing = [f"adapter {number} of {total}" for number, key in enumerate(drawing.keys, 1) if key in new]
         if drawing.request.control is not None:
             missing.append(f"the ControlNet {quoted(drawing.request.control.model)}")
-        what = " and ".join(dict.fromkeys(missing)) or "what the request needs"
+        what = " and ".join(missing) or "what the request needs"
         settings = "ADAPTER_MEMORY_GB" + (" or CONTROLNET_MEMORY_GB" if drawing.request.control else "")
         remedy = f"lower {settings}, end what else runs there or use a larger GPU"
         return f"the GPU's memory does not hold {what} beside the model, even alone: {remedy}"

@@ -5,8 +5,8 @@ ceil(r / PAGE_RANK) pages, loading one is one copy, and several adapters of one 
 0 is zero. In a forward every row of the batch names its pages; each layer gathers their A and B and adds (x Aᵀ) B with
 two batched matrix products. The base weights are never written.
 
-The number of pages is fixed. Layers that an adapter is the first to touch get a slab, one tensor [pages, width of these
-layers], and keep it: the bank grows without a copy, and no page is ever moved.
+The number of pages is fixed. Layers that an adapter is the first to touch get a slab for each kind of them, one tensor
+[pages, width of these layers], and keep it: the bank grows without a copy, and no page is ever moved.
 
 The paging follows S-LoRA (Sheng et al., 2023), the batched gather Punica's BGMV (Chen et al., 2023).
 """
@@ -25,7 +25,7 @@ from torch.nn import functional
 from config.logs import log_event
 from inference.adapter_memory import UNLIMITED, AdapterMemory
 from inference.adapters import Adapter
-from inference.layers import PAGE_RANK, LayerGroup, Slab, fill, layer_groups
+from inference.layers import PAGE_RANK, LayerGroup, Slab, by_kind, fill, layer_groups
 from inference.slabs import split, zeros
 from inference.slots import ZERO_PAGE
 
@@ -194,11 +194,10 @@ class AdapterBank:
         return host.to(self._device, non_blocking=True)
 
     def _lay_out(self, groups: frozenset[LayerGroup]) -> list[Slab]:
-        """The slabs of the groups; those that have none yet share a new one, which is allocated when it is written."""
+        """The slabs of the groups; those that have none yet get new ones, which are allocated when they are written."""
         with self._laying_out:
             new = [group for group in self._groups if group in groups and group.start < 0]
-            if new:
-                self._slabs.append(Slab(new))
+            self._slabs += map(Slab, by_kind(new))
             return [slab for slab in self._slabs if not groups.isdisjoint(slab.groups)]
 
     def _pages_of(self, slab: Slab) -> torch.Tensor:

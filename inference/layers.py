@@ -16,11 +16,13 @@ SELF_ATTENTION = (("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj"))
 CROSS_ATTENTION = (("to_q",), ("to_k", "to_v"))
 # Z-Image's feed-forward: what is gated and its gate.
 GATED = ("w1", "w3")
+# The modules that attention layers belong to, by diffusers' names and CLIP's.
+ATTENTIONS = frozenset({"attn1", "attn2", "self_attn", "attention"})
 
 
 class Slab:
-    """The pages of layer groups that one adapter was the first to touch: one tensor [pages, width], allocated once and
-    never moved."""
+    """The pages of layer groups of one kind that one adapter was the first to touch: one tensor [pages, width],
+    allocated once and never moved."""
 
     def __init__(self, groups: Sequence["LayerGroup"]) -> None:
         self.groups = tuple(groups)
@@ -103,6 +105,17 @@ def layer_groups(models: Mapping[str, torch.nn.Module]) -> list[LayerGroup]:
             if all(name in layers for name in names):
                 groups.append(LayerGroup(names, tuple(layers.pop(name) for name in names)))
     return groups + [LayerGroup((name,), (module,)) for name, module in layers.items()]
+
+
+def by_kind(groups: Sequence[LayerGroup]) -> list[list[LayerGroup]]:
+    """The groups apart by model and by what adapters are trained on or leave out as a whole: attention, convolutions,
+    the rest."""
+    kinds: dict[tuple[str, bool, bool], list[LayerGroup]] = {}
+    for group in groups:
+        model, *path = group.names[0].split(".")
+        kind = model, not ATTENTIONS.isdisjoint(path), isinstance(group.modules[0], torch.nn.Conv2d)
+        kinds.setdefault(kind, []).append(group)
+    return list(kinds.values())
 
 
 def fill(pages: torch.Tensor, group: LayerGroup, member: int, layer: LowRank) -> None:

@@ -35,7 +35,7 @@ class Shortages:
     def answer(self, drawing: Drawing, waiting: Sequence[Drawing]) -> Claim:
         """The answer to a claim that ran out of memory, of one of those waiting; WITHDRAWN where it is to fail."""
         place = waiting.index(drawing)
-        is_relieved = self._admission.relieve(drawing, waiting[place + 1 :])
+        is_relieved = self._admission.relieve(waiting[:place], drawing, waiting[place + 1 :])
         if place or self._is_beside_others(drawing):
             self._note(drawing)
             return Claim.NOT_YET
@@ -56,7 +56,8 @@ class Shortages:
         return True
 
     def _is_beside_others(self, drawing: Drawing) -> bool:
-        return any(lane.drawing is not drawing for lane in self._drawn())
+        # Lanes of its own that have begun are others too: they hold memory, and end.
+        return any(lane.drawing is not drawing or lane.sampler is not None for lane in self._drawn())
 
     def _note(self, drawing: Drawing) -> None:
         drawing.num_shortages += 1

@@ -360,7 +360,19 @@ def test_pages_stay_where_they_are_whatever_comes() -> None:
         assert before.items() <= addresses().items()
         before = addresses()
 
-    assert len(before) == 3
+    assert sum(slab.width for slab in before) == sum(group.width for group in wardrobe.bank._groups)
+
+
+def test_an_adapter_of_attention_layers_is_packed_without_the_layers_of_one_that_came_before() -> None:
+    wardrobe = Wardrobe()
+    alone = wardrobe.bank.pack(trained(ATTENTION, rank=8, seed=1).adapter)
+    other = Wardrobe()
+    other.load(trained(rank=8, seed=2))
+
+    beside = other.bank.pack(trained(ATTENTION, rank=8, seed=1).adapter)
+
+    sizes = [sum(part.numel() for part in one.parts.values()) for one in (alone, beside)]
+    assert sizes[0] == sizes[1] < sum(group.width for group in other.bank._groups)
 
 
 def test_the_widest_adapters_keep_within_the_limit() -> None:

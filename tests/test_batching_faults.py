@@ -322,7 +322,7 @@ def test_an_adapter_that_finds_no_memory_alone_either_fails_by_its_name_and_the_
 
     assert failed.error.code == "GPU_OOM"
     assert str(failed.error) == (
-        "the GPU's memory does not hold the adapter 'style.safetensors' beside the model, even alone:"
+        "the GPU's memory does not hold adapter 1 of 1 beside the model, even alone:"
         " lower ADAPTER_MEMORY_GB, end what else runs there or use a larger GPU"
     )
     assert failed.steps == []

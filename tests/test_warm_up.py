@@ -1,12 +1,16 @@
 """What is drawn before the first job."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from rich.console import Console
 
+import worker.local
 from inference.engine import _choose_device, _choose_dtype
 from inference.lane import Lane
 from inference.request import EngineFault, EngineStartFailed
@@ -159,3 +163,17 @@ def test_a_gpu_that_torch_does_not_see_is_named_as_it_was_asked_for(monkeypatch:
 
     with pytest.raises(EngineStartFailed, match=f"DEVICE is '{name}' but torch sees no GPU"):
         _choose_device(name)
+
+
+def test_an_engine_without_a_process_of_its_own_is_given_its_gpu_too(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, value in {"DEVICE": "cuda:1", "CUDA_VISIBLE_DEVICES": "2,5", "CUDA_DEVICE_ORDER": ""}.items():
+        monkeypatch.setenv(name, value)
+    console = Console(file=StringIO())
+
+    assert not worker.local.draw({"prompt": "a fox"}, tmp_path / "fox.png", model_id=str(tiny), console=console)
+
+    assert console.file.getvalue().startswith("Not drawn: DEVICE is 'cuda:1'")  # type: ignore[attr-defined]
+    assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["CUDA_DEVICE_ORDER"]) == ("5", "PCI_BUS_ID")

@@ -61,11 +61,11 @@ class ControlDesk:
         """What ControlNets that are not loaded may still take on the device."""
         return max(0, self._model.controlnets.most_bytes - self._shelf.num_bytes)
 
-    def relieve(self, drawing: Drawing) -> bool:
-        """Free the memory of ControlNets that are not in use, but for the request's own; was there any? Its own is
-        loaded anew where that failed."""
+    def relieve(self, older: Sequence[Drawing], drawing: Drawing) -> bool:
+        """Free the memory of ControlNets that are not in use, but for the request's own and those of older ones; was
+        there any? Its own is loaded anew where that failed."""
         self._forget_failed(drawing)
-        return self._shelf.drop_idle(keep=self._name_of(drawing))
+        return self._shelf.drop_idle(keep={self._name_of(one) for one in (*older, drawing)})
 
     def release(self, drawing: Drawing) -> None:
         """The request ends, begun or not."""

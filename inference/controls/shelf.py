@@ -1,7 +1,7 @@
 """Which ControlNets are kept, and which of them give way to another. Pure bookkeeping, no torch."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -62,9 +62,9 @@ class Shelf(Generic[T]):
         """Keep it no longer; nobody uses it."""
         del self._places[name]
 
-    def drop_idle(self, keep: str | None) -> bool:
-        """Keep nothing that is not in use, but for `keep`; was there anything?"""
-        idle = [name for name, place in self._places.items() if not place.num_users and name != keep]
+    def drop_idle(self, keep: Collection[str | None]) -> bool:
+        """Forget all that are not in use, but for those in `keep`; were there any?"""
+        idle = [name for name, place in self._places.items() if not place.num_users and name not in keep]
         for name in idle:
             self.forget(name)
         return bool(idle)
