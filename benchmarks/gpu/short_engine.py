@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.gpu.engine import BenchEngine
 from benchmarks.gpu.memory import Memory
 from benchmarks.gpu.models import BenchModel
 from config.settings import ModelSettings
 from inference.adapters import Adapter
 from inference.bank import PackedAdapter
-from inference.engine import LocalEngine
 from inference.families.family import Family
 from inference.lane import Lane
 from inference.request import GenerationRequest, GenerationResult, StepReport
@@ -49,20 +49,14 @@ class NotedFamily(Family):
         return super().pack(adapter)
 
 
-class ShortEngine(LocalEngine):
-    """`LocalEngine` on a pipeline that is there already."""
+class ShortEngine(BenchEngine):
+    """The engine over such a model."""
 
     family: NotedFamily
 
-    def __init__(self, model: BenchModel, pipeline: Any, device: torch.device, memory: Memory, max_lanes: int) -> None:
-        self._parts = model, pipeline, memory
-        settings = {
-            "MODEL_ID": model.name,
-            "DEVICE": device.type,
-            "DTYPE": str(pipeline.dtype).removeprefix("torch."),
-            "MAX_CONCURRENT_GENERATIONS": max_lanes,
-        }
-        super().__init__(ModelSettings.model_validate(settings))
+    def __init__(self, model: BenchModel, pipeline: Any, device: torch.device, memory: Memory) -> None:
+        self._memory = memory
+        super().__init__(model, pipeline, device)
         self.forget()
 
     def forget(self) -> None:
@@ -70,19 +64,17 @@ class ShortEngine(LocalEngine):
         self.family.batches.clear()
         self.family.tiles.clear()
 
-    def submit(
+    def ask(
         self, request: GenerationRequest, on_step: Callable[[StepReport], None] = lambda _: None
-    ) -> Future[GenerationResult]:
+    ) -> "Future[GenerationResult]":
+        """Ask for what is no job of a set."""
         return self.generate(request, on_step, lambda: False)
 
     def _load(self, settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> Family:
-        model, pipeline, memory = self._parts
-        family = model.family_of(pipeline, device)
+        family: Any = self.family
         family.__class__ = type(NotedFamily.__name__, (NotedFamily, type(family)), {})
-        assert isinstance(family, NotedFamily)
-        family.memory, family.batches, family.tiles = memory, [], []
-        self.family = family
-        return family
+        family.memory, family.batches, family.tiles = self._memory, [], []
+        return self.family
 
 
 def _num_values(width: int, height: int) -> int:

@@ -4,7 +4,6 @@ The limits are this process's own, by what was measured just before: the set is 
 stand-in counts what the model asks for, and raises what CUDA's allocator raises.
 """
 
-import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,15 +12,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
-from numpy.typing import NDArray
+from PIL import Image
 
+from benchmarks.gpu.engine import image_of
 from benchmarks.gpu.jobs import NUM_JOBS, Job, make_jobs
 from benchmarks.gpu.lives import Lives
 from benchmarks.gpu.memory import Memory, memory_of
 from benchmarks.gpu.models import BenchModel, model_of
+from benchmarks.gpu.sets import psnr_db
 from benchmarks.gpu.short_engine import ShortEngine
 from benchmarks.gpu.stage import Context, Figures
 from inference.request import AdapterFile, GenerationRequest, GenerationResult, RequestFailed, StepReport
@@ -71,7 +71,7 @@ class Case:
     engine: ShortEngine
     jobs: Sequence[Job]
     conv_adapter: Path
-    reference: list[NDArray[np.float64]] = field(default_factory=list)
+    reference: list[Image.Image] = field(default_factory=list)
     num_bytes_before: int = 0
 
     def draw_reference(self) -> Figures:
@@ -86,7 +86,7 @@ class Case:
         room = self._room_for_half()
         with self.memory.limited(room):
             drawn = [image_of(result) for result in self._draw_all()]
-        ratios = [psnr(one, other) for one, other in zip(drawn, self.reference, strict=True)]
+        ratios = [psnr_db(one, other) for one, other in zip(drawn, self.reference, strict=True)]
         return {"room": room, "num_right": sum(ratio >= RIGHT_DB for ratio in ratios), "min_psnr_db": min(ratios)} | (
             self._forwards()
         )
@@ -96,10 +96,10 @@ class Case:
         room = self._room_for_half()
         side = TOO_LARGE * self.model.pixels
         with self.memory.limited(room):
-            too_large = self.engine.submit(self._request(0, width=side, height=side))
+            too_large = self.engine.ask(self._request(0, width=side, height=side))
             refusal = refusal_of(too_large.exception(RESULT_SECONDS))
             following = image_of(self._draw(self._request(0)))
-        return {"room": room, "pixels": side, **refusal, "psnr_db_of_the_next": psnr(following, self.reference[0])}
+        return {"room": room, "pixels": side, **refusal, "psnr_db_of_the_next": psnr_db(following, self.reference[0])}
 
     def decode_in_tiles(self) -> Figures:
         """Draw an image of twice the size with room for its forward and its tiles, not for decoding it whole."""
@@ -111,15 +111,15 @@ class Case:
         with self.memory.limited(room):
             tiled = image_of(self._draw(request))
         tried = list(self.engine.family.tiles)
-        return {"room": room, "tried_in_tiles": tried, "psnr_db": psnr(whole, tiled)}
+        return {"room": room, "tried_in_tiles": tried, "psnr_db": psnr_db(whole, tiled)}
 
     def refuse_adapter(self) -> Figures:
         """Ask, alone, for an adapter whose layers are new to the bank, with room for a forward and no more."""
         with self.memory.limited(self._room_for_one()):
-            ended = self.engine.submit(self._request_with_conv_adapter())
+            ended = self.engine.ask(self._request_with_conv_adapter())
             refusal = refusal_of(ended.exception(RESULT_SECONDS))
             following = image_of(self._draw(self._request(1)))
-        return {**refusal, "psnr_db_of_the_next": psnr(following, self.reference[1])}
+        return {**refusal, "psnr_db_of_the_next": psnr_db(following, self.reference[1])}
 
     def wait_with_adapter(self) -> Figures:
         """Ask for it while another is drawn, and give the memory back before that one ends."""
@@ -129,11 +129,11 @@ class Case:
         alone = image_of(self._draw(request))
         with self.memory.limited(self._room_for_one()):
             beside = _Beside(self.engine, self._request_with_conv_adapter(), self.memory.lift_limit)
-            other = image_of(self.engine.submit(request, beside.on_step).result(RESULT_SECONDS))
+            other = image_of(self.engine.ask(request, beside.on_step).result(RESULT_SECONDS))
             image_of(beside.newcomer.result(RESULT_SECONDS))
         return {
             "began_after_steps_of_the_other": beside.began_after_steps,
-            "psnr_db_of_the_other": psnr(other, alone),
+            "psnr_db_of_the_other": psnr_db(other, alone),
             "bank_grew_by_bytes": bank.num_bytes - bytes_before,
         }
 
@@ -144,11 +144,11 @@ class Case:
 
     def _draw_all(self) -> list[GenerationResult]:
         self.engine.forget()
-        futures = [self.engine.submit(self._request(number)) for number in range(NUM_JOBS)]
+        futures = [self.engine.ask(self._request(number)) for number in range(NUM_JOBS)]
         return [future.result(RESULT_SECONDS) for future in futures]
 
     def _draw(self, request: GenerationRequest) -> GenerationResult:
-        return self.engine.submit(request).result(RESULT_SECONDS)
+        return self.engine.ask(request).result(RESULT_SECONDS)
 
     def _request(self, number: int, **changes: Any) -> GenerationRequest:
         return replace(self.jobs[number].request(self.model, steps=STEPS), **changes)
@@ -203,7 +203,7 @@ class _Beside:
         """A step of the other request."""
         self._steps_of_other = report.step_index
         if report.step_index == SHORT_FROM:
-            self.newcomer = self._engine.submit(self._request, self._on_newcomer_s_step)
+            self.newcomer = self._engine.ask(self._request, self._on_newcomer_s_step)
         elif report.step_index == SHORT_TO:
             self._lift_limit()
 
@@ -219,7 +219,7 @@ def _begin(context: Context, folder: Path) -> Case:
     jobs = make_jobs(model, pipeline, folder)
     conv_adapter = write_conv_adapter(folder / "conv.safetensors", pipeline.unet)
     memory = memory_of(context.device)
-    engine = ShortEngine(model, pipeline, context.device, memory, NUM_JOBS)
+    engine = ShortEngine(model, pipeline, context.device, memory)
     return Case(model, memory, engine, jobs, conv_adapter)
 
 
@@ -237,21 +237,9 @@ def write_conv_adapter(path: Path, unet: torch.nn.Module) -> Path:
     return path
 
 
-def image_of(result: GenerationResult) -> NDArray[np.float64]:
-    """The first image, [height, width, 3]."""
-    image = result.pictures[0]
-    return np.frombuffer(image.rgb, np.uint8).reshape(image.height, image.width, 3).astype(np.float64)
-
-
 def refusal_of(error: BaseException | None) -> Figures:
     """What a request was refused with. Raises where it was drawn, or ended with an error that is no refusal."""
     assert error is not None, "it was drawn although there was no room"
     if not isinstance(error, RequestFailed):
         raise error
     return {"code": error.code, "message": error.message}
-
-
-def psnr(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    """In dB; infinite for equal images."""
-    error = float(np.square(one - other).mean())
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)

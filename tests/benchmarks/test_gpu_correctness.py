@@ -35,7 +35,8 @@ def run_tests(
     monkeypatch: pytest.MonkeyPatch, folder: Path, text: str, seconds_left: float = 1000.0
 ) -> tuple[TestResults, dict[str, dict[str, Any]]]:
     """Run a file of tests in a session of its own; what was recorded of them, by the tests' names."""
-    path = folder / "test_some.py"
+    # pytest imports each name once a process.
+    path = folder / f"test_{folder.name}.py"
     path.write_text(text)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     recorded: dict[str, dict[str, Any]] = {}
@@ -52,7 +53,6 @@ def run_tests(
         "no:cacheprovider",
         "-c",
         "/dev/null",
-        "--import-mode=importlib",
         "--rootdir",
         str(folder),
     ]
