@@ -71,7 +71,8 @@ def draw(engine: LocalEngine, request: GenerationRequest, steps: list[StepReport
 
 
 def plain(pipe: Any, request: GenerationRequest, *, seed: int | None = None) -> Image.Image:
-    """What a diffusers user gets for one of the request's seeds (None: the first) from a pipeline made ready."""
+    """What a diffusers user gets for one of the request's seeds (None: the first) from a pipeline made ready, in fp32:
+    see `tests.plain_families.noise_of` for other dtypes."""
     _, pipe.scheduler = DIFFUSION.make(request.scheduler, pipe.scheduler.config)
     drawn = pipe(
         request.prompt,
@@ -90,9 +91,9 @@ def solo(checkpoint: Path, request: GenerationRequest, *, seed: int | None = Non
     return plain(pipe_with(checkpoint, *request.adapters), request, seed=seed)
 
 
-def pipe_with(checkpoint: Path, *files: AdapterFile) -> Any:
+def pipe_with(checkpoint: Path, *files: AdapterFile, dtype: torch.dtype = torch.float32) -> Any:
     """A fresh plain pipeline with these adapters, loaded as the libraries' users do. A PEFT folder comes alone."""
-    pipe: Any = load_pipe(checkpoint)
+    pipe: Any = load_pipe(checkpoint, dtype)
     if any(file.config for file in files):
         (folder,) = files
         assert folder.scale == 1.0

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from compel import CompelForSD, CompelForSDXL
 
 from inference.families.family import Family, Prompt
 from inference.lane import Conditioning, Drawing, Lane
@@ -17,7 +16,7 @@ from tests.copies import NOWHERE, Copies
 from tests.engine_requests import request_of
 from tests.family_models import FamilyModels
 from tests.pictures import DIFFERENT_DB, MIN_PSNR_DB, TEST_DEVICE, draw, pipe_with, psnr
-from tests.plain_families import DIFFUSION_CHOICES, FLOW_CHOICES, alone
+from tests.plain_families import DIFFUSION_CHOICES, FLOW_CHOICES, alone, embeddings_by_compel
 from tests.support.on_gpu import on_gpu
 from tests.tiny_models import (
     EVERY_LAYER,
@@ -391,17 +390,7 @@ def test_lanes_with_long_and_short_prompts_share_forwards_and_each_is_right(mode
 
 def with_compel(checkpoint: Path, request: GenerationRequest) -> Any:
     """What plain diffusers draws given the embeddings that compel's own wrapper makes of the prompts."""
-    pipe = pipe_with(checkpoint)
-    compel = (CompelForSDXL if hasattr(pipe, "text_encoder_2") else CompelForSD)(pipe)
-    with torch.no_grad():
-        made = compel(request.prompt, negative_prompt=request.negative_prompt)
-    embeddings = {"prompt_embeds": made.embeds, "negative_prompt_embeds": made.negative_embeds}
-    if made.pooled_embeds is not None:
-        embeddings |= {
-            "pooled_prompt_embeds": made.pooled_embeds,
-            "negative_pooled_prompt_embeds": made.negative_pooled_embeds,
-        }
-    return alone(checkpoint, request, **embeddings)
+    return alone(checkpoint, request, **embeddings_by_compel(pipe_with(checkpoint), request))
 
 
 # --- What a lane costs the device beside its forward
