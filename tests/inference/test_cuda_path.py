@@ -32,13 +32,13 @@ class Ceiling(NamedTuple):
 
 
 CEILINGS = {
-    ("sd15", 1): Ceiling(727, 544, 11),
+    ("sd15", 1): Ceiling(727, 624, 11),
     ("sd15", 4): Ceiling(727, 624, 20),
     ("sd15", 10): Ceiling(727, 624, 38),
-    ("sdxl", 1): Ceiling(1854, 2380, 15),
+    ("sdxl", 1): Ceiling(1854, 2730, 15),
     ("sdxl", 4): Ceiling(1854, 2730, 30),
     ("sdxl", 10): Ceiling(1854, 2730, 60),
-    ("z-image", 1): Ceiling(2621, 748, 6),
+    ("z-image", 1): Ceiling(2621, 918, 6),
     ("z-image", 4): Ceiling(2729, 918, 24),
     ("z-image", 10): Ceiling(2967, 918, 60),
 }
