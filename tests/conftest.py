@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,10 +68,15 @@ SLOW_FILES = (
 )
 
 
+def has_gpu_tests(path: Path) -> bool:
+    """True of a file with tests that are marked `gpu`."""
+    return re.search(r"mark\.gpu\b|on_gpu\(", path.read_text()) is not None
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Under `-m gpu` read no file without such a test: it may need what a GPU machine does not have installed."""
     if config.getoption("markexpr") == "gpu" and collection_path.match("test_*.py"):
-        return "mark.gpu" not in collection_path.read_text()
+        return not has_gpu_tests(collection_path)
     return None
 
 
@@ -141,10 +147,10 @@ def queue_name() -> str:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """The test process computes on one thread."""
-    from tests.pictures import one_torch_thread  # brings torch, which most tests do without
+    """The test process computes on one thread, and on a GPU with all digits."""
+    from tests.pictures import one_torch_thread, whole_fp32  # bring torch, which most tests do without
 
-    with one_torch_thread():
+    with one_torch_thread(), whole_fp32():
         yield
 
 

@@ -8,7 +8,6 @@ from the device is zeros. `python -m tests.fake_cuda` prints how many kernels a 
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tests.support.cuda_stand_ins import guarded, replaced, replacements
+from tests.support.operators import is_composed, is_mask, is_on_device, likeness, outline, tensors_in
 from tests.support.tally import Event, Tally
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +87,7 @@ class FakeCuda(FakeTensorMode):
     def counting(self) -> Iterator[Tally]:
         """Tally what runs inside."""
         before, self._tally = self._tally, Tally()
+        self._part = "outside"  # a forward may have ended in an error
         try:
             yield self._tally
         finally:
@@ -128,12 +129,12 @@ class FakeCuda(FakeTensorMode):
         is_pinned = bool(kwargs.get("pin_memory"))
         if is_pinned:
             kwargs = kwargs | {"pin_memory": False}
-        tensors = list(_tensors_in((*args, *kwargs.values())))
+        tensors = list(tensors_in((*args, *kwargs.values())))
         if self._is_real(tensors, kwargs.get("device")):
-            made = self._decomposed(func, args, kwargs) if _is_composed(func) else func(*args, **kwargs)
+            made = self._decomposed(func, args, kwargs) if is_composed(func) else func(*args, **kwargs)
         else:
             made = self._remembered(func, types, args, kwargs)
-        for view in _tensors_in((made,)):
+        for view in tensors_in((made,)):
             if is_pinned or (tensors and func.is_view and tensors[0] in self._pinned):
                 self._pin(view)
         return made
@@ -145,7 +146,7 @@ class FakeCuda(FakeTensorMode):
 
     def _remembered(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """As `_made`, which takes its time, unless it was done before with arguments of the same shapes."""
-        key = (func, *map(_likeness, args), *((name, _likeness(value)) for name, value in kwargs.items()))
+        key = (func, *map(likeness, args), *((name, likeness(value)) for name, value in kwargs.items()))
         known = self._known.get(key)
         if known is not None:
             self._launch(known.kernels)
@@ -153,7 +154,7 @@ class FakeCuda(FakeTensorMode):
         num_events, num_launched = len(self._tally.events), len(self._launched)
         made = self._made(func, types, args, kwargs)
         if num_events == len(self._tally.events):
-            self._known[key] = Known(tuple(self._launched[num_launched:]), _outline(made, args))
+            self._known[key] = Known(tuple(self._launched[num_launched:]), outline(made, args))
         return made
 
     def _again(self, made: Any, args: Sequence[Any]) -> Any:
@@ -171,13 +172,13 @@ class FakeCuda(FakeTensorMode):
     def _made(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if func in self._handlers:
             return self._handlers[func](func, types, args, kwargs)
-        if func not in WHOLE and _is_composed(func):
+        if func not in WHOLE and is_composed(func):
             return self._decomposed(func, args, kwargs)
         return self._ran(func, types, args, kwargs)
 
     def _ran(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         made = self._faked(func, types, args, kwargs)
-        if func not in NO_KERNEL and not func.is_view and _is_on_device(made, args):
+        if func not in NO_KERNEL and not func.is_view and is_on_device(made, args):
             self._launch((func.overloadpacket.__name__,))
         return made
 
@@ -216,14 +217,14 @@ class FakeCuda(FakeTensorMode):
         for index in args[1]:
             if index is not None and index.device.type == "cpu" and args[0].device.type == "cuda":
                 self._note_copy(index, index, to_host=False, is_blocking=True)
-            elif _is_mask(index):
+            elif is_mask(index):
                 self.note_sync("nonzero of a mask")
-        if func is aten.index.Tensor and _is_mask(args[1][0]):
+        if func is aten.index.Tensor and is_mask(args[1][0]):
             return args[0].flatten(0, args[1][0].ndim - 1).clone()
         return self._ran(func, types, args, kwargs)
 
     def _attended(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        tensors = list(_tensors_in((*args, *kwargs.values())))
+        tensors = list(tensors_in((*args, *kwargs.values())))
         if {one.device for one in tensors} != {DEVICE}:
             raise RuntimeError(f"attention over tensors on {sorted({str(one.device) for one in tensors})}")
         self._launch(("masked_attention" if len(tensors) > 3 else "attention",))
@@ -261,47 +262,6 @@ class FakeCuda(FakeTensorMode):
     def note_sync(self, name: str) -> None:
         """The host waits for the device."""
         self._tally.events.append(Event("sync", _where(), name))
-
-
-@cache
-def _is_composed(func: Any) -> bool:
-    """True of an operator that torch makes of others, and that runs no kernel of its own."""
-    return bool(func._can_decompose())
-
-
-def _tensors_in(values: Sequence[Any]) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from (one for one in value if isinstance(one, torch.Tensor))
-
-
-def _likeness(value: Any) -> Any:
-    """What of an argument decides what an operator does with it."""
-    if isinstance(value, torch.Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
-    if isinstance(value, list | tuple):
-        return tuple(map(_likeness, value))
-    return type(value), value
-
-
-def _outline(made: Any, args: Sequence[Any]) -> Any:
-    """What `FakeCuda._again` makes the like of."""
-    for number, argument in enumerate(args):
-        if made is argument:
-            return number
-    if isinstance(made, list | tuple):
-        return [_outline(one, args) for one in made]
-    return None if made is None else (made.shape, made.stride(), made.dtype, made.device)
-
-
-def _is_on_device(made: Any, args: Sequence[Any]) -> bool:
-    return any(one.device.type == "cuda" for one in _tensors_in((made, *args)))
-
-
-def _is_mask(index: Any) -> bool:
-    return index is not None and index.dtype in {torch.bool, torch.uint8}
 
 
 def _where() -> str:

@@ -36,6 +36,18 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@contextmanager
+def whole_fp32() -> Iterator[None]:
+    """On a GPU products of 32-bit numbers round theirs to 19 bits, unless they are told not to."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    yield
+    for backend, is_allowed in zip(backends, before, strict=True):
+        backend.allow_tf32 = is_allowed
+
+
 def settings_of(checkpoint: Path, **variables: Any) -> ModelSettings:
     """An engine's settings for a checkpoint on the tests' device, in fp32 unless `DTYPE` says otherwise."""
     usual = {"MODEL_ID": str(checkpoint), "DEVICE": TEST_DEVICE, "DTYPE": "float32"}

@@ -38,7 +38,6 @@ from tests.tiny_models import (
     write_adapter,
 )
 from tests.watched_engine import PATIENCE_SECONDS, Order, WatchedEngine, WatchedModel, order_together
-from worker.checks.memory import look_at_memory
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_forward_failed")
 
@@ -111,6 +110,7 @@ def controlled_request(model: str = "pose", *adapters: AdapterFile, **fields: An
 # --- Alone
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("family", "fields"),
     [
@@ -159,6 +159,7 @@ def style(models: Models, tmp_path_factory: pytest.TempPathFactory) -> AdapterFi
     return AdapterFile(path, None, 0.8)
 
 
+@pytest.mark.gpu
 def test_lanes_with_two_controls_and_without_share_forwards_and_each_is_right(
     models: Models, style: AdapterFile
 ) -> None:
@@ -525,6 +526,8 @@ def test_the_memory_that_is_kept_for_controlnets_is_what_all_take_or_the_limit(m
 
 
 def test_check_tells_of_the_memory_for_controlnets(models: Models) -> None:
+    from worker.checks.memory import look_at_memory  # it brings what a GPU machine may not have
+
     named = f"pose={models.controlnet('sd', 'pose')},depth={models.controlnet('sd', 'depth')}"
 
     assert "GB kept for ControlNets" in look_at_memory(settings_of(models.checkpoint("sd"), CONTROLNETS=named))

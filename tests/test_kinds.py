@@ -22,6 +22,7 @@ from tests.ldm_layout import write_single_file
 from tests.pictures import DEMO, DIFFERENT_DB, MIN_PSNR_DB, demo_adapter, draw, psnr, settings_of
 from tests.plain_families import FROM_PICTURE as PIPELINES_FROM_PICTURE
 from tests.plain_families import alone
+from tests.support.on_gpu import on_gpu
 from tests.tiny_models import (
     build_tiny_sd,
     build_tiny_sd_inpaint,
@@ -108,14 +109,22 @@ def assert_equal(models: Models, name: str, request: GenerationRequest) -> None:
 # --- Alone
 
 
-@pytest.mark.parametrize(("name", "scheduler", "strength"), FROM_PICTURE)
+@pytest.mark.parametrize(
+    ("name", "scheduler", "strength"),
+    on_gpu(FROM_PICTURE, ("sd", "euler_a", 1.0), ("sdxl", "unipc", 0.8), ("z_image", "euler", 0.3)),
+)
 def test_a_picture_from_a_picture_equals_plain_diffusers(
     models: Models, name: str, scheduler: str, strength: float
 ) -> None:
     assert_equal(models, name, tiny_request(scheduler=scheduler, source=Source(gradients(), strength)))
 
 
-@pytest.mark.parametrize(("name", "scheduler", "strength"), REPAINTED)
+@pytest.mark.parametrize(
+    ("name", "scheduler", "strength"),
+    on_gpu(
+        REPAINTED, ("sd", "unipc", 0.3), ("sdxl", "lcm", 0.8), ("z_image", "heun", 0.8), ("sd_inpaint", "dpm++", 1.0)
+    ),
+)
 def test_a_picture_of_which_a_part_is_repainted_equals_plain_diffusers(
     models: Models, name: str, scheduler: str, strength: float
 ) -> None:

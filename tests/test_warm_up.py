@@ -104,21 +104,33 @@ def test_a_forward_that_fails_otherwise_is_not_passed_over(
 
 def test_a_cpu_draws_one_image_and_no_batches_before_it_is_ready(tiny: Path) -> None:
     made = WatchedEngine(tiny)
+    made.close()
 
     assert sum(turn.num_batched for turn in made.turns) == 3
 
+
+@pytest.fixture(scope="module")
+def z_image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WatchedEngine]:
+    made = WatchedEngine(build_tiny_z_image(tmp_path_factory.mktemp("z_image")), MAX_CONCURRENT_GENERATIONS=2)
+    yield made
     made.close()
 
 
-def test_the_measured_step_is_guided_as_the_family_s_jobs_are(engine: WatchedEngine, tmp_path: Path) -> None:
-    unguided = WatchedEngine(build_tiny_z_image(tmp_path))
-    for one in (engine, unguided):
+def test_the_measured_step_is_guided_as_the_family_s_jobs_are(engine: WatchedEngine, z_image: WatchedEngine) -> None:
+    for one in (engine, z_image):
         one.model.batches.clear()
         warm_up_of(one).measure_step()
-    unguided.close()
 
     assert {lane.num_rows for batch in engine.model.batches for lane in batch} == {2}
-    assert {lane.num_rows for batch in unguided.model.batches for lane in batch} == {1}
+    assert {lane.num_rows for batch in z_image.model.batches for lane in batch} == {1}
+
+
+def test_the_adapter_of_zeros_fits_a_model_that_is_no_unet(z_image: WatchedEngine) -> None:
+    z_image.model.batches.clear()
+
+    warm_up_of(z_image).load_kernels(max_lanes=2)
+
+    assert forwards_of(z_image) == [(2, False), (2, True)]
 
 
 # --- The device and its dtype

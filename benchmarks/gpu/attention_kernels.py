@@ -1,6 +1,7 @@
 """Attention at the shapes that a step of ten lanes has: torch's kernels, and ways to leave Z-Image's mask out."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,9 @@ SHAPES = {"sd15": Shape(20, 8, 4096, 40), "sdxl 64": Shape(20, 10, 4096, 64), "s
 Z_IMAGE = Shape(10, 30, IMAGE_TOKENS + max(CAPTIONS), 128)
 
 
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 def measure(context: Context) -> None:
     """Every kernel on every shape in bf16."""
     shrunk = not context.is_cuda
@@ -47,11 +51,8 @@ def measure(context: Context) -> None:
     shapes = {name: shape._replace(rows=2, tokens=64) if shrunk else shape for name, shape in SHAPES.items()}
     for name, shape in {**shapes, "z-image": z_image}.items():
         for kernel, backend in KERNELS.items():
-            context.measure(
-                f"attention {name} {kernel}",
-                lambda shape=shape, backend=backend: _time(context, shape, lambda *all_: _sdpa(backend, *all_)),
-                needs_cuda=True,
-            )
+            work = partial(_time, context, shape, _by_kernel(backend))
+            context.measure(f"attention {name} {kernel}", work, needs_cuda=True)
     _measure_ragged(context, z_image, lengths)
 
 
@@ -61,25 +62,17 @@ def _measure_ragged(context: Context, shape: Shape, lengths: list[int]) -> None:
     for row, length in enumerate(lengths):
         mask[row, ..., :length] = True
     for kernel in ("efficient", "cudnn"):
-        context.measure(
-            f"attention z-image masked {kernel}",
-            lambda kernel=kernel: _time(context, shape, lambda *all_: _sdpa(KERNELS[kernel], *all_, mask=mask)),
-            needs_cuda=True,
-        )
-    context.measure(
-        "attention z-image masked, torch's choice",
-        lambda: _time(context, shape, lambda *all_: scaled_dot_product_attention(*all_, attn_mask=mask)),
-    )
+        work = partial(_time, context, shape, _by_kernel(KERNELS[kernel], mask))
+        context.measure(f"attention z-image masked {kernel}", work, needs_cuda=True)
+    by_choice = partial(scaled_dot_product_attention, attn_mask=mask)
+    context.measure("attention z-image masked, torch's choice", partial(_time, context, shape, by_choice))
     for kernel in ("flash", "cudnn"):
-        context.measure(
-            f"attention z-image row by row {kernel}",
-            lambda kernel=kernel: _time(context, shape, lambda *all_: _row_by_row(KERNELS[kernel], lengths, *all_)),
-            needs_cuda=True,
-        )
-    context.measure("attention z-image varlen", lambda: _time_varlen(context, shape, lengths), needs_cuda=True)
+        work = partial(_time, context, shape, _row_by_row(KERNELS[kernel], lengths))
+        context.measure(f"attention z-image row by row {kernel}", work, needs_cuda=True)
+    context.measure("attention z-image varlen", partial(_time_varlen, context, shape, lengths), needs_cuda=True)
 
 
-def _time(context: Context, shape: Shape, attend: Callable[..., Any]) -> dict[str, Any]:
+def _time(context: Context, shape: Shape, attend: Attend) -> dict[str, Any]:
     # [rows, tokens, heads, width] in memory, as the projections leave it.
     drawn = [torch.randn(shape.rows, shape.tokens, shape.heads, shape.width, device=context.device) for _ in range(3)]
     query, key, value = (one.to(torch.bfloat16).transpose(1, 2) for one in drawn)
@@ -103,15 +96,21 @@ def _time_varlen(context: Context, shape: Shape, lengths: list[int]) -> dict[str
     return {"shape": list(shape), "ms": times.steady_ms, "tflops": shape.flops / times.steady_ms / 1e9}
 
 
-def _sdpa(backend: SDPBackend, *all_: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    with sdpa_kernel(backend):
-        return scaled_dot_product_attention(*all_, attn_mask=mask)
+def _by_kernel(backend: SDPBackend, mask: torch.Tensor | None = None) -> Attend:
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    return attend
 
 
-def _row_by_row(backend: SDPBackend, lengths: list[int], *all_: torch.Tensor) -> torch.Tensor:
-    attended = torch.zeros_like(all_[0])
-    with sdpa_kernel(backend):
-        for row, length in enumerate(lengths):
-            own = (one[row, :, :length][None] for one in all_)
-            attended[row, :, :length] = scaled_dot_product_attention(*own)[0]
-    return attended
+def _row_by_row(backend: SDPBackend, lengths: list[int]) -> Attend:
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        attended = torch.zeros_like(query)
+        with sdpa_kernel(backend):
+            for row, length in enumerate(lengths):
+                own_query, own_key, own_value = (one[row, :, :length][None] for one in (query, key, value))
+                attended[row, :, :length] = scaled_dot_product_attention(own_query, own_key, own_value)[0]
+        return attended
+
+    return attend

@@ -1,6 +1,7 @@
 """The adapter bank's four kernels at SDXL's shapes: twenty rows of adapters on a layer that is 1280 wide."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,16 +26,15 @@ def measure(context: Context) -> None:
     for rank in (8, 64):
         pages = rank // PAGE_RANK
         for name, make in (("index_select", _index_select), ("bmm", _bmm), ("baddbmm_", _baddbmm)):
-            context.measure(
-                f"bank {name} rank {rank}", lambda make=make, pages=pages: _time(context, *make(context, pages))
-            )
-    context.measure("bank grouped convolution rank 8", lambda: _time(context, *_grouped_conv(context)))
+            context.measure(f"bank {name} rank {rank}", partial(_time, context, make, pages))
+    context.measure("bank grouped convolution rank 8", partial(_time, context, _grouped_conv, 1))
 
 
 Work = tuple[Callable[[], Any], int]
 
 
-def _time(context: Context, work: Callable[[], Any], num_bytes: int) -> dict[str, Any]:
+def _time(context: Context, make: Callable[[Context, int], Work], pages: int) -> dict[str, Any]:
+    work, num_bytes = make(context, pages)
     with torch.inference_mode():
         times = time_calls(context, work, repeats=20, seconds=0.2)
     return {"ms": times.steady_ms, "bytes": num_bytes, "ms_by_bytes": num_bytes / TB_PER_SECOND / 1e9}
@@ -65,12 +65,12 @@ def _baddbmm(context: Context, pages: int) -> Work:
     return lambda: output.baddbmm_(down, b), 2 * (2 * output.numel() + down.numel() + b.numel())
 
 
-def _grouped_conv(context: Context) -> Work:
+def _grouped_conv(context: Context, pages: int) -> Work:
     """Every row's own kernels, 3x3: the rows are the convolution's groups."""
     rows, side = _rows(context), SIDE if context.is_cuda else 8
     x = _drawn(context, 1, rows * CHANNELS, side, side)
-    kernels = _drawn(context, rows * PAGE_RANK, CHANNELS, 3, 3)
-    num_out = rows * PAGE_RANK * side * side
+    kernels = _drawn(context, rows * pages * PAGE_RANK, CHANNELS, 3, 3)
+    num_out = rows * pages * PAGE_RANK * side * side
     return lambda: conv2d(x, kernels, padding=1, groups=rows), 2 * (x.numel() + kernels.numel() + num_out)
 
 

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def run(context: Context) -> None:
     context.measure("machine", lambda: _machine(context))
     raise_clocks(context)
     for name, dtype in DTYPES.items():
-        context.measure(f"matmul {name}", lambda dtype=dtype: _matmul(context, dtype))
+        context.measure(f"matmul {name}", partial(_matmul, context, dtype))
     context.measure("copy on the device", lambda: _copy(context))
     context.measure("launches", lambda: _launches(context))
     context.measure("host to device", lambda: _transfers(context), needs_cuda=True)
@@ -57,7 +58,7 @@ def _machine(context: Context) -> dict[str, Any]:
         "device": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "free_bytes": free,
         "total_bytes": total,
         "nvidia_smi": _nvidia_smi(),
@@ -103,7 +104,7 @@ def _transfers(context: Context) -> dict[str, Any]:
     pinned.copy_(pageable)
     figures = {"bytes": PINNED_BYTES, "pin_ms": pin_seconds * 1000}
     for name, host in (("pinned", pinned), ("pageable", pageable)):
-        times = time_calls(context, lambda host=host: there.copy_(host, non_blocking=True), repeats=5)
+        times = time_calls(context, partial(there.copy_, host, non_blocking=True), repeats=5)
         figures[f"{name}_gb_per_second"] = PINNED_BYTES / times.steady_ms / 1e6
         figures[f"{name}_host_ms"] = times.host_ms
     return figures

@@ -27,13 +27,13 @@ class BenchEngine(LocalEngine):
         self.family = model.family_of(pipeline, device)
         self.num_batched: list[int] = []
         denoiser = getattr(pipeline, model.denoiser)
-        settings = ModelSettings(
-            MODEL_ID=model.name,
-            DEVICE=device.type,
-            DTYPE=str(denoiser.dtype).removeprefix("torch."),
-            MAX_CONCURRENT_GENERATIONS=NUM_JOBS,
-        )
-        super().__init__(settings, self._note)
+        settings = {
+            "MODEL_ID": model.name,
+            "DEVICE": device.type,
+            "DTYPE": str(denoiser.dtype).removeprefix("torch."),
+            "MAX_CONCURRENT_GENERATIONS": NUM_JOBS,
+        }
+        super().__init__(ModelSettings.model_validate(settings), self._note)
 
     def __enter__(self) -> Self:
         return self

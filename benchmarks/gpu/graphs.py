@@ -21,7 +21,7 @@ class Call(NamedTuple):
 def measure_graph(context: Context, forwards: Forwards, num_lanes: int) -> Figures:
     """Capture the forward of a step of these lanes with adapters, and replay it beside the eager one.
 
-    Its inputs are the step's own tensors, which stay where they are; the bank's routes are on the device since the step.
+    Its inputs are the step's own tensors, which stay where they are; the bank has its routes on the device already.
     """
     call = _call_of(forwards, num_lanes)
     denoiser = forwards.denoiser

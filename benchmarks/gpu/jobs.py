@@ -96,10 +96,10 @@ def distinct_files(jobs: Sequence[Job]) -> list[Path]:
 
 
 def _low_rank(layer: torch.nn.Linear, rank: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    kept = {"generator": generator, "device": layer.weight.device}
-    down = torch.randn(rank, layer.in_features, **kept) * layer.in_features**-0.5
-    up = torch.randn(layer.out_features, rank, **kept) * UP_DEVIATION * rank**-0.5
-    return down.to(layer.weight.dtype).cpu(), up.to(layer.weight.dtype).cpu()
+    down, up = (layer.weight.new_empty(shape) for shape in ((rank, layer.in_features), (layer.out_features, rank)))
+    down.normal_(0, layer.in_features**-0.5, generator=generator)
+    up.normal_(0, UP_DEVIATION * rank**-0.5, generator=generator)
+    return down.cpu(), up.cpu()
 
 
 def _prompts(model: BenchModel, pipeline: Any) -> list[str]:

@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,8 @@ class Speed:
     def _measure_joins(self, engine: BenchEngine) -> None:
         running = self.jobs[: NUM_JOBS - 1]
         for number in range(1 if self.model.is_tiny else NUM_JOINS):
-            joiner = self._new_job(number)
-            self.context.measure(
-                f"arrival {number}", lambda joiner=joiner: measure_join(engine, running, joiner), needs_seconds=10
-            )
+            work = partial(measure_join, engine, running, self._new_job(number))
+            self.context.measure(f"arrival {number}", work, needs_seconds=10)
 
     def _new_job(self, number: int) -> Job:
         """A job whose adapter the engine has not seen: a copy of a file is another adapter."""

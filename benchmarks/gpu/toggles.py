@@ -4,6 +4,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,8 @@ class _Toggles:
         self._measure(f"{name} cuDNN's attention first", lambda: self._both_ways(self._other_attention))
         self._measure(f"{name} cudnn.benchmark", lambda: self._both_ways(_cudnn_benchmark))
         for lanes in GRAPH_LANES:
-            rows = lanes * self._model.rows_per_lane
-            self._measure(
-                f"{name} CUDA graph of {rows} rows",
-                lambda lanes=lanes: measure_graph(self._context, self._forwards, lanes),
-            )
+            work = partial(measure_graph, self._context, self._forwards, lanes)
+            self._measure(f"{name} CUDA graph of {lanes * self._model.rows_per_lane} rows", work)
 
     def measure_compiled_blocks(self) -> None:
         self._measure(f"{self._model.name} compiled blocks", self._compiled_blocks)

@@ -1,6 +1,7 @@
 """Stage 4: Z-Image, 1024x1024, 8 steps, captions of 32 to 160 tokens; the baselines draw three jobs."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,10 +37,8 @@ def compare(context: Context, usual: Forwards, changed: Forwards) -> Figures:
     """A plain step of ten lanes as it is and as it is changed: time, and how far apart the predictions are."""
     before, after = (one.step(NUM_JOBS, has_adapters=False) for one in (usual, changed))
     differences = [float((one - other).norm() / one.norm()) for one, other in zip(before, after, strict=True)]
-    times = [
-        time_calls(context, lambda one=one: one.step(NUM_JOBS, has_adapters=False), warm_ups=1)
-        for one in (usual, changed)
-    ]
+    steps = [partial(one.step, NUM_JOBS, has_adapters=False) for one in (usual, changed)]
+    times = [time_calls(context, step, warm_ups=1) for step in steps]
     return {
         "usual_ms": times[0].steady_ms,
         "changed_ms": times[1].steady_ms,

@@ -40,13 +40,14 @@ class StableDiffusionXL(UNetFamily):
 
     def _encode_ordinary(self, prompts: Sequence[Prompt]) -> list[Embedding]:
         """An empty negative prompt is none, which most checkpoints were trained to read as zeros."""
-        tokens, _, pooled, _ = self._pipeline.encode_prompt(
-            [prompt.text for prompt in prompts],
-            device=self.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )
-        if self._pipeline.config.force_zeros_for_empty_prompt:
+        pipeline = self._pipeline
+        pairs = [(pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2)]
+        encoded = [
+            encoder(self._tokenized(tokenizer, prompts)[0], output_hidden_states=True) for tokenizer, encoder in pairs
+        ]
+        tokens = torch.cat([one.hidden_states[-2] for one in encoded], dim=-1)
+        pooled = encoded[1].text_embeds
+        if pipeline.config.force_zeros_for_empty_prompt:
             # One by one: a list of indices would be uploaded, behind the step that is running.
             for index in (index for index, prompt in enumerate(prompts) if prompt.is_left_out):
                 tokens[index].zero_()

@@ -27,5 +27,9 @@ class StableDiffusion(UNetFamily):
         self._prompts = LongPromptEncoder([pipeline.tokenizer], [pipeline.text_encoder], device)
 
     def _encode_ordinary(self, prompts: Sequence[Prompt]) -> list[Embedding]:
-        embeddings, _ = self._pipeline.encode_prompt([prompt.text for prompt in prompts], self.device, 1, False)
+        encoder = self._pipeline.text_encoder
+        ids, mask = self._tokenized(self._pipeline.tokenizer, prompts)
+        # Few encoders were trained to leave out what fills up a prompt.
+        is_masked = getattr(encoder.config, "use_attention_mask", False)
+        embeddings = encoder(ids, attention_mask=self._uploaded(mask) if is_masked else None)[0]
         return [Embedding(tokens) for tokens in embeddings]

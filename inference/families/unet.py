@@ -75,7 +75,14 @@ class UNetFamily(Family):
 
     @abstractmethod
     def _encode_ordinary(self, prompts: Sequence[Prompt]) -> list[Embedding]:
-        """Prompts of one chunk without weights, as the plain pipeline encodes them."""
+        """Prompts of one chunk without weights, as by the plain pipeline's `encode_prompt`, which waits for uploads."""
+
+    def _tokenized(self, tokenizer: Any, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and their mask, [prompts, 77] each, the ids on the device and the mask on the host."""
+        texts = [prompt.text for prompt in prompts]
+        length = tokenizer.model_max_length
+        found = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return self._uploaded(found.input_ids), found.attention_mask
 
     def _added_conditions(self, rows: Sequence[Lane], embeddings: Sequence[Embedding]) -> dict[str, torch.Tensor]:
         """What the UNet is told beside the prompt."""

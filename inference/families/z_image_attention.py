@@ -139,12 +139,15 @@ def _row_by_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, len
     Rows of one length do not share a call. cuDNN plans anew, in tenths of a second, for each shape and for each stride:
     a row alone, as if it had been alone in its batch, has one plan for its length, whatever it is drawn with.
     """
-    attended = torch.zeros_like(query)
+    longest = query.shape[1]
+    padding = query.new_zeros(longest - min(lengths), *query.shape[2:])
+    parts = []
     for row, length in enumerate(lengths):
         # Not `[row : row + 1]`, which would keep the batch's stride.
         own = (one[row, :length][None] for one in (query, key, value))
-        attended[row, :length] = _sdpa(*own)[0]
-    return attended
+        parts += [_sdpa(*own)[0], padding[: longest - length]]
+    # One kernel for all rows.
+    return torch.cat(parts).view(query.shape)
 
 
 def _sdpa(

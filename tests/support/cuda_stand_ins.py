@@ -15,6 +15,8 @@ import torch
 
 GUARD_SOURCE = Path(__file__).parent / "cuda_guard.cpp"
 BUILDS = Path(__file__).parents[2] / "build"
+# Free and never less so: nothing is allocated.
+MEMORY_BYTES = 140 * 10**9
 
 
 class _NoStream:
@@ -54,6 +56,9 @@ def replacements(note_sync: Callable[[str], None]) -> Iterator[tuple[Any, str, A
     yield torch.cuda, "default_stream", stream
     yield torch.Tensor, "record_stream", lambda *_: None
     yield torch.cuda, "synchronize", lambda *_: note_sync("device")
+    yield torch.cuda, "mem_get_info", lambda *_: (MEMORY_BYTES, MEMORY_BYTES)
+    for counter in ("memory_allocated", "max_memory_allocated", "memory_reserved", "reset_peak_memory_stats"):
+        yield torch.cuda, counter, lambda *_: 0
     # torch would swap the tensors in place, which it does not do to fake ones that anything refers to.
     yield torch.nn.Module, "_apply", _apply
     # What is done on Hopper alone is done here too.

@@ -30,7 +30,6 @@ from inference.families.sdxl import StableDiffusionXL
 from inference.families.stable_diffusion import StableDiffusion
 from inference.families.z_image import ZImage
 from inference.lane import Drawing, Lane
-from inference.layers import PAGE_RANK
 from inference.request import GenerationRequest
 from tests.fake_cuda import DEVICE, FakeCuda, Tally
 from tests.tiny_models import BETAS, byte_tokenizer, chat_tokenizer
@@ -38,15 +37,16 @@ from tests.tiny_models import BETAS, byte_tokenizer, chat_tokenizer
 CLIP_VOCABULARY = 49408
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 LINEAR = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
-# Ranks and layers of ten jobs' adapters: all ranks in use, feed-forward layers in three, one job without any.
+# Ranks and layers of ten jobs' adapters: of one page and of many, feed-forward layers in three, one job without any.
+# Three different ones, written into pages of their own: packing is what takes long here.
 MIX = (
-    (4, ATTENTION),
     (8, ATTENTION),
-    (16, ATTENTION),
+    (8, ATTENTION),
+    (8, ATTENTION),
     (128, ATTENTION),
-    (8, LINEAR),
     (16, LINEAR),
-    (4, ATTENTION),
+    (16, LINEAR),
+    (8, ATTENTION),
     (16, LINEAR),
     None,
     (8, ATTENTION),
@@ -67,21 +67,20 @@ class FullModel:
         self.family: Family = family(pipeline, device=DEVICE)
         self.denoiser = pipeline.transformer if family is ZImage else pipeline.unet
         cuda.watch(self.denoiser, "denoiser")
-        self._packed: dict[tuple[str, ...], PackedAdapter] = {}
         self._next_page = 1
         self._conditioner = Conditioner(self.family)
         self._mix: list[Row] = []
+        self._packed: dict[tuple[int, tuple[str, ...]], PackedAdapter] = {}
 
     def adapted(self, rank: int, endings: tuple[str, ...], scale: float = 1.0) -> Row:
         """A row's adapters: one of this rank on the denoiser's layers that end so, new in the bank."""
-        if endings not in self._packed:
+        if (rank, endings) not in self._packed:
             with self.cuda.without_host_memory():
-                self._packed[endings] = self.family.pack(self._adapter(endings))
-        packed, num_pages = self._packed[endings], -(-rank // PAGE_RANK)
-        pages = torch.empty(num_pages, packed.pages.shape[1], dtype=packed.pages.dtype, device=DEVICE)
-        place = tuple(range(self._next_page, self._next_page + num_pages))
-        self._next_page += num_pages
-        self.family.bank.write(place, PackedAdapter(pages, packed.groups))
+                self._packed[rank, endings] = self.family.pack(self._adapter(rank, endings))
+        packed = self._packed[rank, endings]
+        place = tuple(range(self._next_page, self._next_page + packed.num_pages))
+        self._next_page += packed.num_pages
+        self.family.bank.write(place, packed)
         return (Applied(place, scale),)
 
     def mixed(self, num_lanes: int) -> list[Row]:
@@ -149,12 +148,10 @@ class FullModel:
                 sampler_of(lane).advance(prediction)
         return tally
 
-    def _adapter(self, endings: tuple[str, ...]) -> Adapter:
+    def _adapter(self, rank: int, endings: tuple[str, ...]) -> Adapter:
         root = "transformer" if isinstance(self.family, ZImage) else "unet"
         layers = {
-            f"{root}.{name}": LowRank(
-                torch.empty(PAGE_RANK, module.in_features), torch.empty(module.out_features, PAGE_RANK)
-            )
+            f"{root}.{name}": LowRank(torch.empty(rank, module.in_features), torch.empty(module.out_features, rank))
             for name, module in self.denoiser.named_modules()
             if isinstance(module, torch.nn.Linear) and name.endswith(endings)
         }

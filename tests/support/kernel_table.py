@@ -10,21 +10,27 @@ NUM_LANES = (1, 4, 10)
 
 
 class Step(NamedTuple):
-    """Kernels of one step: of the plain denoiser, of what the adapters add to it, and of all else."""
+    """Kernels of one step: of the plain denoiser, of what the adapters add to it, and of all else; and what the host
+    waited for."""
 
     denoiser: int
     bank: int
     outside: int
+    num_masked_attentions: int
+    stalls: tuple[str, ...]
 
 
-def steps_of(model: FullModel, num_lanes: int) -> Step:
-    """Count a plain step and one with the adapters of the mix. What either stalls on is printed."""
+def count_step(model: FullModel, num_lanes: int) -> Step:
+    """Count a plain step and one with the adapters of the mix."""
     plain = model.step(model.lanes(num_lanes))
     adapted = model.step(model.lanes(num_lanes, model.mixed(num_lanes)))
-    for stall in (*plain.stalls, *adapted.stalls):
-        print(f"{model.name}, {num_lanes} lanes: {stall}")
-    added = adapted.num_kernels("denoiser") - plain.num_kernels("denoiser")
-    return Step(plain.num_kernels("denoiser"), added, plain.num_kernels("outside"))
+    return Step(
+        plain.num_kernels("denoiser"),
+        adapted.num_kernels("denoiser") - plain.num_kernels("denoiser"),
+        max(plain.num_kernels("outside"), adapted.num_kernels("outside")),
+        plain.num_masked_attentions,
+        (*plain.stalls, *adapted.stalls),
+    )
 
 
 def main() -> None:
@@ -38,7 +44,7 @@ def main() -> None:
             model = FullModel(cuda, name)
             model.step(model.lanes(1))  # what is computed once and kept
             for num_lanes in NUM_LANES:
-                step = steps_of(model, num_lanes)
+                step = count_step(model, num_lanes)
                 plain = step.denoiser + step.outside
                 counts = f"{step.denoiser:9} {step.bank:10} {step.outside:8} {plain:7} {plain + step.bank:8}"
-                print(f"{name:10} {num_lanes:5} {counts}", flush=True)
+                print(f"{name:10} {num_lanes:5} {counts}", *step.stalls, sep="\n  ", flush=True)
