@@ -10,16 +10,16 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks.gpu.asserting_child import FUSE, load_engine
 from benchmarks.gpu.stage import Context, Figures
 from config.settings import ModelSettings
 from inference.child import main
 from inference.child_process import Child
 from inference.process import EngineProcess, wait_until_ready
 from inference.request import GenerationRequest, GenerationResult
+from tests.support.asserting_child import FUSE, load_engine
 from tests.tiny_models import build_tiny_sd
 
-MODULE = "benchmarks.gpu.asserting_child"
+MODULE = "tests.support.asserting_child"
 NUM_PROCESSES = 2
 # The processes import torch and diffusers beside the rest of the stage.
 READY_SECONDS = RESULT_SECONDS = 120.0

@@ -1,25 +1,21 @@
 """What only a real GPU can do to the engine: run out of memory, and break."""
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 
+from config.settings import ModelSettings
 from inference.child import EXIT_BROKEN
-from inference.child_process import Child, path_variables
+from inference.child_process import Child
 from inference.lane import Lane
 from inference.process import EngineProcess, wait_until_ready
 from inference.request import GenerationRequest, RequestFailed
 from tests.engine_requests import request_of
 from tests.pictures import MIN_PSNR_DB, TEST_DEVICE, draw, images_of, psnr, settings_of
-from tests.support.asserting_child import FAULT_FILE
+from tests.support.asserting_child import FUSE
 from tests.tiny_models import build_tiny_sd
 from tests.watched_engine import PATIENCE_SECONDS, WatchedEngine, WatchedModel, order_together
 
@@ -109,23 +105,17 @@ def test_a_picture_that_fits_no_memory_fails_alone_and_the_next_is_drawn(engine:
     assert small.size == (64, 64)
 
 
-def test_an_assertion_on_the_device_ends_the_child_and_the_next_one_draws(tiny: Path, tmp_path: Path) -> None:
-    fault = tmp_path / "fault"
-    fault.touch()
+def test_an_assertion_on_the_device_ends_the_child_and_the_next_one_draws(tiny: Path) -> None:
     children: list[Child] = []
 
-    def spawn(*_: object) -> Child:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-m", "tests.support.asserting_child", str(theirs.fileno()), str(os.getpid())]
-            environment = os.environ | path_variables() | {FAULT_FILE: str(fault)}
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
-        children.append(Child(process, Connection(ours.detach())))
+    def spawn(settings: ModelSettings) -> Child:
+        children.append(Child.spawn(settings, module="tests.support.asserting_child"))
         return children[-1]
 
     engine = EngineProcess(settings_of(tiny), log_level="INFO", on_restart=lambda: None, spawn=spawn)
     engine.start()
     wait_until_ready(engine, PATIENCE_SECONDS)
+    (tiny / FUSE).touch()
 
     future = engine.generate(request_of(width=64, height=64), lambda _: None, lambda: False)
     (picture,) = images_of(future.result(PATIENCE_SECONDS))

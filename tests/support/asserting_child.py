@@ -1,40 +1,58 @@
-"""The engine's real child, whose device fails an assertion: once, as long as the file of `FAULT_FILE` is there."""
+"""The engine's process with a fuse: where a file lies beside the checkpoint, its next forward fails the device.
 
-import os
+`python -m tests.support.asserting_child FD PARENT_PID`, started by `EngineProcess`. The fuse burns once.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from config.settings import ModelSettings
 from inference.child import main
+from inference.engine import LocalEngine
+from inference.families.family import Family
+from inference.lane import Lane
 from inference.request import OnOccupancy
 
-FAULT_FILE = "DARKROOM_TEST_FAULT_FILE"
+FUSE = "fuse"
 
 
-def load_asserting_engine(settings: ModelSettings, on_occupancy: OnOccupancy) -> Any:
-    """The engine over a model that reads beyond a tensor's end on the device."""
-    import torch  # brought by the child alone
+class _FusedFamily(Family):
+    """Laid over a loaded family."""
 
-    from inference.engine import LocalEngine
-    from inference.families.family import Family
-    from inference.lane import Lane
+    fuse: Path
+    engine: "_FusedEngine"
 
-    class AssertingModel(Family):
-        def denoise(self, lanes: list[Lane]) -> list[torch.Tensor]:
-            fault = Path(os.environ[FAULT_FILE])
-            if fault.exists() and lanes[0].drawing.request.request_id != "warm-up":
-                fault.unlink()
-                torch.zeros(4, device=self.device)[torch.tensor([9], device=self.device)]
-            return super().denoise(lanes)  # type: ignore[safe-super]
+    def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
+        if self.fuse.exists():
+            self.fuse.unlink()
+            self.engine.fail_device()
+        return super().denoise(lanes)  # type: ignore[safe-super]
 
-    class AssertingEngine(LocalEngine):
-        def _load(self, settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> Family:
-            model = super()._load(settings, device, dtype)
-            model.__class__ = type("Asserting", (AssertingModel, type(model)), {})
-            return model
 
-    return AssertingEngine(settings, on_occupancy)
+class _FusedEngine(LocalEngine):
+    def fail_device(self) -> None:
+        """Read beyond the end of a tensor in a kernel: every call into CUDA fails from then on."""
+        device = self._model.device
+        if device.type == "cuda":
+            torch.zeros(4, device=device)[torch.full((4,), 99, device=device)].sum().item()
+        # The stand-in: a "meta" tensor has a shape and no values.
+        self._loop._device._device = torch.device("meta")
+        raise RuntimeError("the device failed (a stand-in for a device assert)")
+
+    def _load(self, settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> Family:
+        family = super()._load(settings, device, dtype)
+        family.__class__ = type(_FusedFamily.__name__, (_FusedFamily, type(family)), {})
+        assert isinstance(family, _FusedFamily)
+        family.fuse, family.engine = Path(settings.model_id) / FUSE, self
+        return family
+
+
+def load_engine(settings: ModelSettings, on_occupancy: OnOccupancy) -> LocalEngine:
+    """The engine with the fuse."""
+    return _FusedEngine(settings, on_occupancy)
 
 
 if __name__ == "__main__":
-    main(load_asserting_engine)
+    main(load_engine)
