@@ -13,9 +13,13 @@ APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/bin/promtool /usr/bin/ch
 # A file's tests share its world, so a file stays with one process; conftest.py sorts the files.
 SHARED_OUT := -n 3 --dist loadfile --no-loadscope-reorder
 RABBITMQ4_ROOT ?= $(CURDIR)/out/rabbitmq4
+PYTHON312 ?= python3.12
+OUT ?= out/gpu
+REHEARSAL := $(CURDIR)/out/gpu-rehearsal
+MACHINE_PYTHON ?= $(REHEARSAL)/machine/bin/python
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo styles overlays test check coverage outage leaks field faults rabbitmq4 mutations campaign hostile bench recovery bench-gpu image demo-model clean
+.PHONY: help install demo styles overlays test check coverage outage leaks field faults rabbitmq4 mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -112,8 +116,31 @@ bench: install ## Batching against plain diffusers, what a job costs beyond the 
 recovery: install ## How long it takes until a job is at work again after a part has failed
 	$(BIN)/python -m benchmarks.recovery
 
-bench-gpu: install ## Batching against plain diffusers on a CUDA machine, full-size SD 1.5 with random weights
-	$(BIN)/python -m benchmarks.batching --device cuda --models sd15 --swap
+# Without `install`: a CUDA machine may have no network. It needs torch there and what gpu-wheels fetches.
+bench-gpu: ## Everything that is promised of a GPU, measured on one in under eight minutes; figures land in OUT
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.gpu --out $(OUT) --budget 460
+
+# For Python 3.12 on x86-64, whatever runs here. pip takes each of these tags by its exact name.
+gpu-wheels: ## Fetch into .whl/ what bench-gpu needs beside torch on a machine without network
+	rm -rf .whl
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+		--dest .whl --requirement benchmarks/gpu/wheels.txt
+	du -sh .whl
+
+# MACHINE_PYTHON may be the Python of another environment that holds what machine.txt lists; nothing is installed into it.
+gpu-rehearsal: gpu-wheels $(MACHINE_PYTHON) ## What bench-gpu does on such a machine, at tiny size on the CPU: a clean export, those wheels alone
+	rm -rf $(REHEARSAL)/site $(REHEARSAL)/tree $(REHEARSAL)/results
+	mkdir -p $(REHEARSAL)/tree
+	git archive HEAD | tar -x -C $(REHEARSAL)/tree
+	$(MACHINE_PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --target $(REHEARSAL)/site .whl/*.whl
+	cd $(REHEARSAL)/tree && PYTHONPATH=../site:. PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
+		$(MACHINE_PYTHON) -m benchmarks.gpu --device cpu --size tiny --out ../results
+
+$(REHEARSAL)/machine/bin/python: benchmarks/gpu/machine.txt
+	$(PYTHON312) -m venv $(REHEARSAL)/machine
+	$(REHEARSAL)/machine/bin/pip install --quiet --requirement benchmarks/gpu/machine.txt
+	touch $@
 
 # IMAGE_MOUNTS (host:container, comma-separated) are shown to the build's steps: a /etc/pip.conf, a mirror's certificates.
 image: install ## As root: build the image for CPUs without an engine, in chroots, then run `darkroom check` in it
@@ -125,4 +152,4 @@ demo-model: install ## Make the demo model anew from its pictures, into out/demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m examples.demo_model.recipe --out out/demo_model $(if $(INSTALL),--install)
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) node_modules out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) node_modules .whl out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

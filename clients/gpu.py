@@ -19,8 +19,8 @@ class GpuReading:
 class GpuReadings:
     """Owns the NVML handle of the first visible GPU; thread-safe. NVML is opened on the first reading, once.
 
-    An index is counted in PCI order, as NVML counts: CUDA agrees where `CUDA_DEVICE_ORDER=PCI_BUS_ID` or all GPUs are
-    of one kind.
+    An index is counted in PCI order, as NVML counts: CUDA agrees where `CUDA_DEVICE_ORDER=PCI_BUS_ID`, which the
+    engine's process has.
     """
 
     def __init__(self, cuda_visible_devices: str | None = None) -> None:

@@ -1,12 +1,14 @@
 """The section of the settings that the engine is given."""
 
+import os
 import re
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
-from pydantic_settings import NoDecode
+from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource
 
 from config.section import Section, split_commas
+from config.visible_gpus import visible_gpu
 
 DEFAULT_MODEL_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
@@ -26,13 +28,15 @@ class ModelSettings(Section):
         description="Folder or hub id of a single file's configs and tokenizers; unset asks the hub",
     )
     cuda_visible_devices: str | None = Field(
-        None, validation_alias="CUDA_VISIBLE_DEVICES", description="The GPU to use, as CUDA reads it"
+        None,
+        validation_alias="CUDA_VISIBLE_DEVICES",
+        description="GPUs to choose from, numbered in PCI order; the first one draws unless DEVICE says which",
     )
     device: str = Field(
         "auto",
         validation_alias="DEVICE",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="`auto`, `cpu`, `cuda` or `cuda:N`",
+        description="`auto`, `cpu`, `cuda` or `cuda:N`: N counts from 0, within CUDA_VISIBLE_DEVICES where that is set",
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", validation_alias="DTYPE", description="`auto` is float32 on a CPU, bfloat16 or float16 on a GPU"
@@ -49,7 +53,13 @@ class ModelSettings(Section):
         ge=8,
         le=512,
         multiple_of=8,
-        description="Highest rank of an adapter; memory is taken as adapters of high rank come",
+        description="Highest rank of an adapter",
+    )
+    adapter_memory_gb: float | None = Field(
+        None,
+        validation_alias="ADAPTER_MEMORY_GB",
+        gt=0,
+        description="Memory the adapters may take on the device, GB; unset is a quarter of what the weights leave free",
     )
     inference_steps: int | None = Field(
         None,
@@ -87,6 +97,27 @@ class ModelSettings(Section):
 
     _split = field_validator("controlnets", mode="before")(split_commas)
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read an empty CUDA_VISIBLE_DEVICES of the environment as CUDA does, which hides every GPU for it."""
+        name = "CUDA_VISIBLE_DEVICES"
+        hidden = {name: ""} if os.environ.get(name) == "" else {}
+        empty = InitSettingsSource(settings_cls, hidden)
+        return init_settings, env_settings, empty, dotenv_settings, file_secret_settings
+
+    @field_validator("device")
+    @classmethod
+    def _is_visible(cls, device: str, found: ValidationInfo) -> str:
+        visible_gpu(device, found.data.get("cuda_visible_devices"))
+        return device
+
     @field_validator("controlnets")
     @classmethod
     def _are_named(cls, controlnets: tuple[str, ...]) -> tuple[str, ...]:
@@ -101,6 +132,15 @@ class ModelSettings(Section):
         if is_on and found.data.get("preview_every"):
             raise ValueError("cannot be on with PREVIEW_EVERY: a preview is stored before the picture can be checked")
         return is_on
+
+    @property
+    def visible_gpu(self) -> str | None:
+        """The one GPU that is drawn on, see `config.visible_gpus`."""
+        return visible_gpu(self.device, self.cuda_visible_devices)
+
+    @property
+    def adapter_max_bytes(self) -> int | None:
+        return None if self.adapter_memory_gb is None else int(self.adapter_memory_gb * 1e9)
 
     @property
     def controlnet_max_bytes(self) -> int:

@@ -36,6 +36,7 @@ __all__ = [
     "AdapterUnsafe",
     "AdapterUnsupported",
     "LowRank",
+    "blank_adapter",
     "check_fits",
     "read_adapter",
 ]
@@ -46,6 +47,8 @@ SETTINGS_METADATA = "lora_adapter_metadata"
 ALPHA_INFIXES = (".lora", ".lora_linear_layer")
 # Of what is stored in other types, 32 bits hold all that the model computes with.
 COMPUTED_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+# The denoiser's layers that nearly every adapter changes, whatever the family.
+ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,21 @@ class Adapter:
         """The weights by PEFT's names, which `pipe.load_lora_weights` takes and applies at scale 1."""
         downs = {f"{name}{DOWN}": layer.a for name, layer in self.layers.items()}
         return downs | {f"{name}{UP}": layer.b for name, layer in self.layers.items()}
+
+
+def blank_adapter(models: Mapping[str, torch.nn.Module]) -> Adapter:
+    """Make an adapter of zeros for the attention of the models. No other layer: the bank's pages keep their width."""
+    layers = {
+        f"{model}.{name}": module
+        for model, root in models.items()
+        for name, module in root.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.endswith(ATTENTION)
+    }
+    zeros = {
+        name: LowRank(torch.zeros(1, module.in_features), torch.zeros(module.out_features, 1))
+        for name, module in layers.items()
+    }
+    return Adapter(zeros)
 
 
 def read_adapter(weights: Path, config: Path | None, dialect: Dialect) -> Adapter:

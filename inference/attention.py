@@ -30,7 +30,8 @@ class Hardware(NamedTuple):
 
 def probe(device: torch.device) -> Hardware:
     """Ask torch what the device is."""
-    return Hardware(torch.cuda.get_device_capability(device)[0], torch.backends.cudnn.version() or 0)
+    cudnn_version = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return Hardware(torch.cuda.get_device_capability(device)[0], cudnn_version or 0)
 
 
 class AttentionOrder:

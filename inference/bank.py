@@ -1,13 +1,17 @@
 """The adapters inside the model: banks of low-rank weights beside the base weights, and the hooks that apply them.
 
-The bank is one matrix of pages. A page holds `PAGE_RANK` ranks of *every* layer that any adapter has touched, so that
-an adapter of rank r is ceil(r / PAGE_RANK) pages, loading one is one copy, and several adapters of one lane are their
-pages side by side. Page 0 is zero. In a forward every row of the batch names its pages; each layer gathers their A and
-B and adds (x Aᵀ) B with two batched matrix products. The base weights are never written.
+A page holds `PAGE_RANK` ranks of *every* layer that any adapter has touched, so that an adapter of rank r is
+ceil(r / PAGE_RANK) pages, loading one is one copy, and several adapters of one lane are their pages side by side. Page
+0 is zero. In a forward every row of the batch names its pages; each layer gathers their A and B and adds (x Aᵀ) B with
+two batched matrix products. The base weights are never written.
+
+The number of pages is fixed. Layers that an adapter is the first to touch get a slab for each kind of them, one tensor
+[pages, width of these layers], and keep it: the bank grows without a copy, and no page is ever moved.
 
 The paging follows S-LoRA (Sheng et al., 2023), the batched gather Punica's BGMV (Chen et al., 2023).
 """
 
+import logging
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -18,9 +22,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
+from config.logs import log_event
+from inference.adapter_memory import UNLIMITED, AdapterMemory
 from inference.adapters import Adapter
-from inference.layers import PAGE_RANK, LayerGroup, fill, layer_groups
+from inference.layers import PAGE_RANK, LayerGroup, Slab, by_kind, fill, layer_groups
+from inference.slabs import split, zeros
 from inference.slots import ZERO_PAGE
+
+logger = logging.getLogger(__name__)
 
 
 class Applied(NamedTuple):
@@ -35,14 +44,12 @@ Row = tuple[Applied, ...]
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """An adapter laid out in pages, [pages, width], in the bank's dtype and on its device."""
+    """An adapter laid out in pages: its part of each slab, [pages, width], in the bank's dtype and on its device, or in
+    pinned host memory where the device had no room for a copy."""
 
-    pages: torch.Tensor
+    num_pages: int
+    parts: Mapping[Slab, torch.Tensor]
     groups: frozenset[LayerGroup]
-
-    @property
-    def num_pages(self) -> int:
-        return self.pages.shape[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +74,26 @@ class _Routing:
 class AdapterBank:
     """Owner of the pages and of the hooks. `pack` may run on any thread, all else on the engine's alone."""
 
-    def __init__(self, models: Mapping[str, torch.nn.Module], *, device: torch.device, dtype: torch.dtype) -> None:
-        """`models` by the names that adapters' layers begin with."""
+    def __init__(
+        self,
+        models: Mapping[str, torch.nn.Module],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        memory: AdapterMemory = UNLIMITED,
+    ) -> None:
+        """`models` by the names that adapters' layers begin with. EngineStartFailed where `memory` holds too little."""
         self._device = device
         self._dtype = dtype
-        self._places = {name: (group, i) for group in layer_groups(models) for i, name in enumerate(group.names)}
-        self._growing = threading.Lock()
-        self._laid_out: list[LayerGroup] = []
-        self._width = 0
-        self._num_hooked = 0
-        self._pages = torch.zeros(1, 0, device=device, dtype=dtype)
+        self._groups = layer_groups(models)
+        self._places = {name: (group, i) for group in self._groups for i, name in enumerate(group.names)}
+        page_bytes = sum(group.width for group in self._groups) * dtype.itemsize
+        self.num_pages = memory.num_pages(page_bytes)
+        self._max_bytes = (self.num_pages + 1) * page_bytes
+        self._laying_out = threading.Lock()
+        self._slabs: list[Slab] = []
         self._contents: dict[int, frozenset[LayerGroup]] = {}
+        self._written: dict[int, tuple[Slab, ...]] = {}
         self._routing: _Routing | None = None
         self._token_counts: Mapping[str, Sequence[int]] = {}
         self._downs: dict[LayerGroup, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -85,31 +101,44 @@ class AdapterBank:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the pages, on the device."""
-        return self._pages.numel() * self._pages.element_size()
+        """Memory of the pages that are allocated, on the device."""
+        return sum(slab.pages.nbytes for slab in self._slabs if slab.pages is not None)
+
+    @property
+    def num_bytes_to_come(self) -> int:
+        """What pages of layers that no adapter has touched yet may still take there."""
+        return self._max_bytes - self.num_bytes
 
     def pack(self, adapter: Adapter) -> PackedAdapter:
-        """Lay the adapter out in pages, and make room in every page for layers not seen before."""
+        """Lay the adapter out in pages, with a new slab for layers not seen before."""
         places = {name: self._places[name] for name in adapter.layers}
         groups = frozenset(group for group, _ in places.values())
-        width = self._lay_out(groups)
+        slabs = self._lay_out(groups)
         num_pages = math.ceil(max(layer.rank for layer in adapter.layers.values()) / PAGE_RANK)
-        pages = torch.zeros(num_pages, width, dtype=self._dtype, pin_memory=self._copy_stream is not None)
+        size = num_pages * sum(slab.width for slab in slabs)
+        staged = torch.zeros(size, dtype=self._dtype, pin_memory=self._copy_stream is not None)
+        parts = split(staged, slabs, num_pages)
         for name, layer in adapter.layers.items():
-            fill(pages, *places[name], layer)
-        return PackedAdapter(self._to_device(pages), groups)
+            group, member = places[name]
+            fill(parts[group.slab], group, member, layer)
+        return PackedAdapter(num_pages, split(self._to_device(staged), slabs, num_pages), groups)
 
     def write(self, place: tuple[int, ...], packed: PackedAdapter) -> None:
-        """Put a packed adapter into the pages numbered `place`, over whatever was there."""
-        self._grow(max(place) + 1)
-        width = packed.pages.shape[1]
-        # Page by page: three times as fast as index_copy_ on a CPU.
-        for page, content in zip(place, packed.pages, strict=True):
-            self._pages[page, :width] = content
-            # Layers that came up after the packing: this adapter does not touch them, the one before it may have.
-            self._pages[page, width:] = 0
-        if packed.pages.is_cuda:
-            packed.pages.record_stream(torch.cuda.current_stream(self._device))
+        """Put a packed adapter into the pages numbered `place`, over whatever was there. `torch.OutOfMemoryError`, with
+        nothing written, where the device has no room for a new slab."""
+        pages = {slab: self._pages_of(slab) for slab in packed.parts}
+        for slab, part in packed.parts.items():
+            # Page by page: three times as fast as index_copy_ on a CPU.
+            for page, content in zip(place, part, strict=True):
+                pages[slab][page].copy_(content, non_blocking=True)
+            if part.is_cuda:
+                part.record_stream(torch.cuda.current_stream(self._device))
+        for page in place:
+            # The adapter that was in this page before may have touched layers that this one leaves alone.
+            for slab in self._written.get(page, ()):
+                if slab not in pages:
+                    self._pages_of(slab)[page].zero_()
+            self._written[page] = tuple(pages)
         self._contents[place[0]] = packed.groups
         # The same pages may touch other layers now.
         self._routing = None
@@ -164,28 +193,21 @@ class AdapterBank:
         host = torch.tensor(values, dtype=dtype, pin_memory=self._copy_stream is not None)
         return host.to(self._device, non_blocking=True)
 
-    def _lay_out(self, groups: frozenset[LayerGroup]) -> int:
-        """Give every group its part of the page. Pages only ever get wider, so that what was packed stays right."""
-        with self._growing:
-            for group in groups:
-                if group.start < 0:
-                    group.start = self._width
-                    self._width += group.width
-                    self._laid_out.append(group)
-            return self._width
+    def _lay_out(self, groups: frozenset[LayerGroup]) -> list[Slab]:
+        """The slabs of the groups; those that have none yet get new ones, which are allocated when they are written."""
+        with self._laying_out:
+            new = [group for group in self._groups if group in groups and group.start < 0]
+            self._slabs += map(Slab, by_kind(new))
+            return [slab for slab in self._slabs if not groups.isdisjoint(slab.groups)]
 
-    def _grow(self, num_pages: int) -> None:
-        """Make the matrix as wide as the layout and at least `num_pages` high, and hook what it now covers."""
-        width = self._width
-        height = self._pages.shape[0]
-        if num_pages > height or width > self._pages.shape[1]:
-            height = max(height, num_pages + (num_pages // 4 if num_pages > height else 0))
-            grown = torch.zeros(height, width, device=self._device, dtype=self._dtype)
-            grown[: self._pages.shape[0], : self._pages.shape[1]] = self._pages
-            self._pages = grown
-        for group in self._laid_out[self._num_hooked :]:
-            self._hook(group)
-            self._num_hooked += 1
+    def _pages_of(self, slab: Slab) -> torch.Tensor:
+        """The slab's pages, allocated at the first call."""
+        if slab.pages is None:
+            slab.allocate(zeros(self.num_pages + 1, slab.width, device=self._device, dtype=self._dtype))
+            for group in slab.groups:
+                self._hook(group)
+        assert slab.pages is not None, "it was allocated"  # noqa: S101
+        return slab.pages
 
     def _hook(self, group: LayerGroup) -> None:
         for member, module in enumerate(group.modules):
@@ -197,23 +219,31 @@ class AdapterBank:
 
             module.register_forward_hook(hook)
 
-    def _to_device(self, pages: torch.Tensor) -> torch.Tensor:
+    def _to_device(self, staged: torch.Tensor) -> torch.Tensor:
+        """A copy on the device; what was staged itself where there is no room for one beside the steps."""
+        try:
+            return self._copied(staged)
+        except torch.OutOfMemoryError:
+            # The slabs have their memory already: they are written from the host, at the cost of a pause.
+            log_event(logger, "no memory for a copy of an adapter", logging.WARNING, num_bytes=staged.nbytes)
+            return staged
+
+    def _copied(self, staged: torch.Tensor) -> torch.Tensor:
         """On a stream of its own, beside the steps that are running; done when this returns."""
         if self._copy_stream is None:
-            return pages
+            return staged
         with torch.cuda.stream(self._copy_stream):
-            there = pages.to(self._device, non_blocking=True)
+            there = staged.to(self._device, non_blocking=True)
         self._copy_stream.synchronize()
         return there
 
     def _gather_a(self, route: _Route, group: LayerGroup) -> torch.Tensor:
         """[rows, pages a row · members · PAGE_RANK, in]"""
-        part = self._pages.narrow(1, group.start, group.a_width)
-        return part.index_select(0, route.index).view(route.num_rows, -1, group.fan_in)
+        return group.a_pages.index_select(0, route.index).view(route.num_rows, -1, group.fan_in)
 
     def _gather_b(self, route: _Route, group: LayerGroup, member: int) -> torch.Tensor:
         """[rows, pages a row · PAGE_RANK, out], scaled."""
-        part = self._pages.narrow(1, *group.b_span(member)).index_select(0, route.index)
+        part = group.b_pages[member].index_select(0, route.index)
         b = part.view(route.num_rows, -1, PAGE_RANK, group.fan_outs[member])
         if route.scales is not None:
             b.mul_(route.scales)

@@ -23,8 +23,8 @@ class Claim(Enum):
     """The answer to a waiting lane that asks to join."""
 
     GRANTED = auto()
-    NOT_YET = auto()  # its adapters are still being read: others may pass
-    NO_SLOT = auto()  # every slot is in use: nobody younger passes, or it might wait for ever
+    NOT_YET = auto()  # its adapters are still being read, or memory is short: others may pass
+    NO_SLOT = auto()  # it waits for what others hold: nobody younger passes, or it might wait for ever
     WITHDRAWN = auto()  # its request has ended meanwhile
 
 
@@ -84,16 +84,7 @@ class Batcher(Generic[L]):
         """The lanes of the next forward: shapes take turns; of one shape the oldest, as many as fit, at least one."""
         if not self._active:
             return []
-        shape = self._next_shape()
-        max_rows = min(self._max_rows(shape), self._caps.get(shape, self._max_lanes * 2))
-        batch: list[L] = []
-        num_rows = 0
-        for lane in sorted((one for one in self._active if one.shape == shape), key=lambda one: one.arrived_at):
-            num_rows += lane.num_rows
-            if batch and num_rows > max_rows:
-                break
-            batch.append(lane)
-        return batch
+        return self._fitting(self._next_shape())
 
     def halve(self, batch: list[L]) -> list[L]:
         """`batch` did not fit: the older half of it, the most that is tried from now on. Empty for one lane."""
@@ -102,6 +93,11 @@ class Batcher(Generic[L]):
             self._caps[half[0].shape] = sum(lane.num_rows for lane in half)
             self._good_forwards[half[0].shape] = 0
         return half
+
+    def make_room(self) -> None:
+        """Something beside the forwards does not find its memory: halve what one of each active shape may hold."""
+        for shape in {lane.shape for lane in self._active}:
+            self.halve(self._fitting(shape))
 
     def note_success(self, batch: list[L]) -> None:
         """A forward went well; after enough of them a cap is raised by a lane, and at last forgotten."""
@@ -121,3 +117,14 @@ class Batcher(Generic[L]):
         turns += [shape for shape in shapes if shape not in turns]
         self._turns = [*turns[1:], turns[0]]
         return turns[0]
+
+    def _fitting(self, shape: Hashable) -> list[L]:
+        max_rows = min(self._max_rows(shape), self._caps.get(shape, self._max_lanes * 2))
+        batch: list[L] = []
+        num_rows = 0
+        for lane in sorted((one for one in self._active if one.shape == shape), key=lambda one: one.arrived_at):
+            num_rows += lane.num_rows
+            if batch and num_rows > max_rows:
+                break
+            batch.append(lane)
+        return batch

@@ -11,6 +11,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Self
 
+from config.settings import ModelSettings
+from config.visible_gpus import gpu_variables
 from inference.wire import FromChild, Stop, ToChild
 
 STOP_SECONDS = 2.0
@@ -54,13 +56,15 @@ class Child:
         self._sender.start()
 
     @classmethod
-    def spawn(cls) -> Self:
-        """A child without secrets, in a session of its own, so that Ctrl-C in a terminal spares it."""
+    def spawn(cls, settings: ModelSettings, *, module: str = "inference.child") -> Self:
+        """Start a child without secrets, in a session of its own, so that Ctrl-C in a terminal spares it."""
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", "inference.child", str(theirs.fileno()), str(os.getpid())]
+            command = [sys.executable, "-m", module, str(theirs.fileno()), str(os.getpid())]
             environment = {name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES}
-            environment |= path_variables()
+            # The settings read `.env` without exporting it. The child sees one GPU, as number 0: whatever is done on
+            # the current device (events, pinned memory, streams, what a library asks of it) is done on the right one.
+            environment |= path_variables() | gpu_variables(settings.device, settings.cuda_visible_devices)
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
         return cls(process, Connection(ours.detach()))
 

@@ -1,7 +1,7 @@
 """A scheduler's steps as plain numbers: when they are, how much noise is left, and what each makes of those before it.
 
-A diffusers scheduler's step costs some 200 µs of Python, ten lanes' steps 2 ms. But for those that neither draw noise
-nor clip, every step is a fixed linear combination of the samples it was given and the predictions made of them. The
+A diffusers scheduler's step costs some 200 µs of Python, ten lanes' steps 2 ms. But for those that do not clip, every
+step is a fixed linear combination of the samples it was given, the predictions made of them and the noise it draws. The
 weights are found by running the scheduler once over unit vectors; from then on a step is one product of a row with a
 matrix, whatever was done to the samples in between.
 """
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from inference.noise import SuppliedNoise
 from inference.parameters import parameters_of
 from inference.schedulers import set_timesteps
 
@@ -58,15 +59,17 @@ class Trajectory:
     """What is known of a course ahead.
 
     `scales[i]` is what `scale_model_input` multiplies by. `levels[i]` is a picture's noise level before step i, the
-    last one that of the finished picture; none where the course has no source. `weights[i]` combines the samples and
-    predictions of the last steps into the sample after step i: those of step j stand at 2j and 2j + 1, modulo the
-    number of columns. None of a scheduler whose steps are not linear.
+    last one that of the finished picture; none where the course has no source. `draws[i]`: step i draws noise, of the
+    sample's shape. `weights[i]` [last steps, 2 or 3] combines what the last steps were given into the sample after step
+    i: that of step j is at j modulo their number, its sample, its prediction and, where any step draws, its noise. None
+    of a scheduler whose steps are not linear.
     """
 
     timesteps: tuple[float, ...]
     scales: tuple[float, ...]
     init_noise_sigma: float
     levels: tuple[NoiseLevel, ...]
+    draws: tuple[bool, ...]
     weights: torch.Tensor | None
 
 
@@ -74,34 +77,49 @@ def trace(course: Course, scheduler: Any) -> Trajectory:
     """Run a fresh `scheduler` over unit vectors: what it makes of them are the weights."""
     times = course.set_up(scheduler)
     is_noised = course.num_skipped is not None
-    units = torch.eye(2 * len(times))[:, None, :, None, None]  # [sample or prediction, batch 1, component, 1, 1]
-    generator = torch.Generator()
+    # [step, sample or prediction or noise, batch 1, component, 1, 1]
+    units = torch.eye(3 * len(times)).view(len(times), 3, 1, -1, 1, 1)
     scales: list[float] = []
     levels: list[NoiseLevel] = []
+    draws: list[bool] = []
     weights: list[torch.Tensor] = []
-    for index, time in enumerate(times):
+    for index, (time, (sample, prediction, noise)) in enumerate(zip(times, units, strict=True)):
         if is_noised:
             levels.append(_noise_level(scheduler, times[index : index + 1]))
         scales.append(float(scale_model_input(scheduler, torch.ones(1, 1, 1, 1), time)))
-        weights.append(take_step(scheduler, units[2 * index + 1], time, units[2 * index], generator).flatten())
+        stepped, is_drawn = _step_with(noise, scheduler, prediction, time, sample)
+        draws.append(is_drawn)
+        weights.append(stepped.view(len(times), 3))
     return Trajectory(
         timesteps=tuple(float(time) for time in times),
         scales=tuple(scales),
         # A flow begins with the noise itself.
         init_noise_sigma=float(getattr(scheduler, "init_noise_sigma", 1.0)),
         levels=(*levels, NoiseLevel(1.0, 0.0)) if is_noised else (),
-        weights=_wrapped(torch.stack(weights)),
+        draws=tuple(draws),
+        weights=_wrapped(torch.stack(weights)[..., : 3 if any(draws) else 2]),
     )
 
 
+def _step_with(
+    noise: torch.Tensor, scheduler: Any, prediction: torch.Tensor, time: Any, sample: torch.Tensor
+) -> tuple[torch.Tensor, bool]:
+    """Take a step for which `noise` is what the scheduler draws. Returns the next sample, and whether it drew."""
+    generator = torch.Generator()
+    with SuppliedNoise(generator, lambda _: noise) as supplied:
+        stepped = take_step(scheduler, prediction, time, sample, generator)
+    return stepped, supplied.num_supplied > 0
+
+
 def _wrapped(weights: torch.Tensor) -> torch.Tensor:
-    """Weights [steps, 2 · steps] of all samples and predictions, cut to those that the scheduler looks back to."""
-    oldest = [min(row.nonzero().flatten().tolist(), default=2 * index) // 2 for index, row in enumerate(weights)]
+    """Weights [steps, steps, 2 or 3] of what all steps were given, cut to the steps that are looked back to."""
+    is_used = weights.any(-1)
+    oldest = [min(row.nonzero().flatten().tolist(), default=index) for index, row in enumerate(is_used)]
     reach = max(index - step + 1 for index, step in enumerate(oldest))
-    wrapped = weights[:, : 2 * reach].clone()
+    wrapped = weights[:, :reach].clone()
     for index in range(reach, len(weights)):
-        first = 2 * (index - reach + 1)
-        wrapped[index] = weights[index, first : first + 2 * reach].roll(first)
+        first = index - reach + 1
+        wrapped[index] = weights[index, first : first + reach].roll(first, dims=0)
     return wrapped
 
 

@@ -11,7 +11,6 @@ import torch
 import transformers
 
 from config.settings import ModelSettings
-from inference import safety
 from inference.families.family import Family
 from inference.families.loading import load_family
 from inference.lane import Drawing
@@ -27,16 +26,13 @@ from inference.request import (
     OnOccupancy,
     OnStep,
     RequestFailed,
-    Source,
-    StepReport,
 )
 from inference.stepping import StepLoop
+from inference.warm_up import WarmUp
 
 logger = logging.getLogger(__name__)
 
-WARM_UP_STEPS = 3
 POLL_SECONDS = 0.1
-GREY, WHITE = b"\x80", b"\xff"
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -46,7 +42,7 @@ class LocalEngine:
 
     def __init__(self, settings: ModelSettings, on_occupancy: OnOccupancy = lambda _: None) -> None:
         """Load the model and warm it up; `EngineStartFailed` says why that cannot be. `on_occupancy` is called on the
-        engine's thread after each turn of its loop."""
+        engine's thread after each turn of its loop. The process was given `gpu_variables`: `cuda:N` is not counted."""
         _quieten_libraries()
         started_at = time.monotonic()
         device = _choose_device(settings.device)
@@ -69,7 +65,7 @@ class LocalEngine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
         try:
-            step_seconds = self._warm_up()
+            step_seconds = self._warm_up(settings.max_concurrent_generations)
         except RequestFailed as error:
             self.close()
             raise EngineStartFailed(f"MODEL_ID {settings.model_id!r} cannot draw a picture: {error}") from error
@@ -95,11 +91,7 @@ class LocalEngine:
         """Queue `request`; see `Engine`."""
         keys = tuple(AdapterKey.of(file) for file in request.adapters)
         drawing = Drawing(request, self._model.kind_of(request), on_step, is_cancelled, keys)
-        with self._taking_in:
-            if self._is_closing or self.is_broken:
-                raise EngineClosed("the engine is closed")
-            self._loop.prepare(drawing)
-            self._inbox.put(drawing)
+        self._enqueue(drawing)
         return drawing.future
 
     def close(self) -> None:
@@ -111,6 +103,22 @@ class LocalEngine:
 
     def _load(self, settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> Family:
         return load_family(settings, device=device, dtype=dtype)
+
+    def _warm_up(self, max_lanes: int) -> float:
+        """The seconds of a step."""
+        warm_up = WarmUp(self._model, self._enqueue, self._loop.forget)
+        step_seconds = warm_up.measure_step()
+        # On a CPU there is nothing to load: it would only put off the first job.
+        if self._model.device.type == "cuda":
+            warm_up.load_kernels(max_lanes)
+        return step_seconds
+
+    def _enqueue(self, drawing: Drawing) -> None:
+        with self._taking_in:
+            if self._is_closing or self.is_broken:
+                raise EngineClosed("the engine is closed")
+            self._loop.prepare(drawing)
+            self._inbox.put(drawing)
 
     def _wake(self) -> None:
         self._inbox.put(None)
@@ -160,40 +168,13 @@ class LocalEngine:
             self._add_next(timeout_seconds=0.0)
         self._loop.fail_all(error)
 
-    def _warm_up(self) -> float:
-        """Draw a picture nobody sees: the first forwards are slow, and the rest give the first time estimate."""
-        size = self._model.base_size
-        seconds: list[float] = []
-        request = GenerationRequest(
-            request_id="warm-up",
-            prompt="",
-            negative_prompt="",
-            width=size,
-            height=size,
-            num_inference_steps=WARM_UP_STEPS,
-            guidance_scale=7.5,
-            seeds=(0,),
-            # What can only repaint is given a grey picture to repaint.
-            source=None if "text2image" in self._model.kinds else Source(GREY * 3 * size**2, 1.0, WHITE * size**2),
-        )
-
-        def on_step(report: StepReport) -> None:
-            seconds.append(report.seconds)
-
-        try:
-            self.generate(request, on_step, lambda: False).result()
-        except RequestFailed as error:
-            if error.code != safety.CODE:  # what a picture of no prompt looks like is no matter
-                raise
-        return min(seconds[2:])
-
 
 def _choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if name != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda")  # of `cuda:N` too: this process sees that GPU alone
+    if name.startswith("cuda"):
         raise EngineStartFailed(f"DEVICE is {name!r} but torch sees no GPU: check the driver and CUDA_VISIBLE_DEVICES")
-    return torch.device(name)
+    return torch.device("cpu")
 
 
 def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -201,7 +182,8 @@ def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
         return DTYPES[name]
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    # Before Ampere bfloat16 is emulated, many times slower than float16.
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def _quieten_libraries() -> None:

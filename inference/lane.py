@@ -1,6 +1,7 @@
 """A request while it is in the engine, and the lanes it is made of."""
 
 import time
+from collections import deque
 from collections.abc import Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 
 from inference.bank import Row
 from inference.controls.guide import Guide
+from inference.device import Mark
 from inference.origins import EncodedSource
 from inference.preparing import AdapterKey, ReadAdapter
 from inference.request import (
@@ -79,9 +81,12 @@ class Drawing:
     scheduler: str = ""
     stages: list[Stage] = field(default_factory=list)
     pictures: dict[int, Picture] = field(default_factory=dict)
-    num_steps_told: int = 0
+    num_shortages: int = 0  # times that there was no memory for it to begin, beside others and alone
+    num_shortages_alone: int = 0
     preview: Preview | None = None  # for the next report
-    _last_told_at: float = 0.0
+    _num_steps_noted: int = 0
+    _untold: deque[tuple[int, Mark]] = field(default_factory=deque)
+    _told_until: Mark | None = None
     _is_begun: bool | None = None  # False: its future was cancelled before
 
     @cached_property
@@ -123,21 +128,30 @@ class Drawing:
     def last_stage_ended_at(self) -> float:
         return self.stages[-1].started_at + self.stages[-1].seconds
 
-    def tell_begin(self) -> None:
+    def tell_begin(self, now: Mark) -> None:
         """Report step 0."""
-        self._last_told_at = time.monotonic()
+        self._told_until = now
         self.on_step(StepReport(0, self.kind.num_steps, 0.0))
 
-    def tell_steps(self) -> None:
-        """Report the step that its lanes together have come to, if it is a new one."""
+    def note_steps(self, launched: Mark) -> None:
+        """Its lanes together have come to a step, if it is a new one, which the device ends at `launched`."""
         num_done = sum(lane.num_steps_done for lane in self.lanes) // len(self.lanes)
-        if num_done > self.num_steps_told:
-            now = time.monotonic()
-            self.num_steps_told = num_done
-            seconds, preview = now - self._last_told_at, self.preview
-            self.preview = None
+        if num_done > self._num_steps_noted:
+            self._num_steps_noted = num_done
+            self._untold.append((num_done, launched))
+
+    def tell_steps(self) -> None:
+        """Report the steps that the device has ended; of those that were launched that may leave out the last.
+
+        A step's seconds are the device's, from the end of the step before: together they are those of the whole, which
+        the estimate of what is left needs. By the host's clock a step on a GPU takes what launching it takes.
+        """
+        while self._untold and self._untold[0][1].is_past:
+            num_done, ended = self._untold.popleft()
+            assert self._told_until is not None, "step 0 was told"  # noqa: S101
+            seconds, preview = ended.seconds_since(self._told_until), self.preview
+            self.preview, self._told_until = None, ended
             self.on_step(StepReport(num_done, self.kind.num_steps, seconds, preview))
-            self._last_told_at = now
 
     def result(self) -> GenerationResult:
         """All pictures, in the order of the seeds."""

@@ -1,7 +1,7 @@
 """Where an adapter's weights lie in a page of the bank: the model's layers, grouped by the input they read."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,15 +16,43 @@ SELF_ATTENTION = (("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj"))
 CROSS_ATTENTION = (("to_q",), ("to_k", "to_v"))
 # Z-Image's feed-forward: what is gated and its gate.
 GATED = ("w1", "w3")
+# The modules that attention layers belong to, by diffusers' names and CLIP's.
+ATTENTIONS = frozenset({"attn1", "attn2", "self_attn", "attention"})
+
+
+class Slab:
+    """The pages of layer groups of one kind that one adapter was the first to touch: one tensor [pages, width],
+    allocated once and never moved."""
+
+    def __init__(self, groups: Sequence["LayerGroup"]) -> None:
+        self.groups = tuple(groups)
+        self.width = 0
+        self.pages: torch.Tensor | None = None
+        for group in groups:
+            group.slab, group.start = self, self.width
+            self.width += group.width
+
+    def allocate(self, pages: torch.Tensor) -> None:
+        """Keep the adapters in `pages`, which are zero."""
+        self.pages = pages
+        for group in self.groups:
+            # Views made once: every gather of every step begins with one.
+            group.a_pages = pages.narrow(1, group.start, group.a_width)
+            group.b_pages = [pages.narrow(1, *group.b_span(member)) for member in range(len(group.names))]
 
 
 @dataclass(eq=False)
 class LayerGroup:
-    """Layers of one input. `start` is where its part of a page begins: the A of all members, then the B of each."""
+    """Layers of one input. `start` is where its part of its slab's pages begins: the A of all members, then the B of
+    each. There is a `slab` once an adapter was laid out that touches them, and `a_pages` and `b_pages`, by member, once
+    the slab is allocated."""
 
     names: tuple[str, ...]
     modules: tuple[Any, ...]
     start: int = -1
+    slab: Slab = field(init=False)
+    a_pages: torch.Tensor = field(init=False)
+    b_pages: list[torch.Tensor] = field(init=False)
 
     @cached_property
     def fan_in(self) -> int:
@@ -43,16 +71,16 @@ class LayerGroup:
         return self.a_width + PAGE_RANK * sum(self.fan_outs)
 
     def a_part(self, pages: torch.Tensor) -> torch.Tensor:
-        """[pages, members, PAGE_RANK, in] of whole pages: a view."""
+        """[pages, members, PAGE_RANK, in] of the slab's pages: a view."""
         part = pages[:, self.start : self.start + self.a_width]
         return part.view(-1, len(self.names), PAGE_RANK, self.fan_in)
 
     def b_span(self, member: int) -> tuple[int, int]:
-        """Where in a page the member's B begins, and its length."""
+        """Where in the slab's pages the member's B begins, and its length."""
         return self.start + self.a_width + PAGE_RANK * sum(self.fan_outs[:member]), PAGE_RANK * self.fan_outs[member]
 
     def b_part(self, pages: torch.Tensor, member: int) -> torch.Tensor:
-        """[pages, PAGE_RANK, out] of whole pages: a view."""
+        """[pages, PAGE_RANK, out] of the slab's pages: a view."""
         start, length = self.b_span(member)
         return pages[:, start : start + length].view(-1, PAGE_RANK, self.fan_outs[member])
 
@@ -79,8 +107,19 @@ def layer_groups(models: Mapping[str, torch.nn.Module]) -> list[LayerGroup]:
     return groups + [LayerGroup((name,), (module,)) for name, module in layers.items()]
 
 
+def by_kind(groups: Sequence[LayerGroup]) -> list[list[LayerGroup]]:
+    """The groups apart by model and by what adapters are trained on or leave out as a whole: attention, convolutions,
+    the rest."""
+    kinds: dict[tuple[str, bool, bool], list[LayerGroup]] = {}
+    for group in groups:
+        model, *path = group.names[0].split(".")
+        kind = model, not ATTENTIONS.isdisjoint(path), isinstance(group.modules[0], torch.nn.Conv2d)
+        kinds.setdefault(kind, []).append(group)
+    return list(kinds.values())
+
+
 def fill(pages: torch.Tensor, group: LayerGroup, member: int, layer: LowRank) -> None:
-    """Write a layer's A and B into their parts of the pages, rank by rank; what is beyond its rank stays zero."""
+    """Write a layer's A and B into their parts of a slab's pages, rank by rank; beyond its rank they stay zero."""
     a = layer.a.flatten(1)
     b = layer.b.flatten(1).T
     num_full, rest = divmod(layer.rank, PAGE_RANK)

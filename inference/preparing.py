@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
+
+import torch
 
 from config.logs import log_event
 from inference.adapters import Adapter, AdapterError, AdapterUnsupported
@@ -75,11 +77,11 @@ class Preparer:
     def read(self, key: AdapterKey, file: AdapterFile) -> Future[ReadAdapter]:
         """Begin to read, or share the reading of `key` that a waiting request still holds. Thread-safe.
 
-        The future ends with the packed adapter or `RequestFailed`.
+        The future ends with the packed adapter or `RequestFailed`; one that ran out of memory is shared no longer.
         """
         with self._sharing:
             reading = self._readings.get(key)
-            if reading is None:
+            if reading is None or ran_out_of_memory(reading):
                 self._readings[key] = reading = self.submit(lambda: self._read(file))
             return reading
 
@@ -103,6 +105,11 @@ class Preparer:
         seconds = time.monotonic() - started_at
         log_event(logger, "adapter read", file=file.weights.name, seconds=round(seconds, 3))
         return ReadAdapter(packed, Stage("adapt", started_at, seconds))
+
+
+def ran_out_of_memory(future: Future[Any]) -> bool:
+    """Did it end for want of the device's memory, which may be there the next time?"""
+    return future.done() and not future.cancelled() and isinstance(future.exception(), torch.OutOfMemoryError)
 
 
 def check_rank(adapter: Adapter, max_rank: int) -> None:

@@ -7,20 +7,16 @@ import torch
 
 from inference.device import Device
 from inference.families.family import Family, sampler_of
+from inference.host_copy import HostCopy, copy_to_host
 from inference.lane import Drawing, Lane
 from inference.request import Preview
 
 
-class _Copy(NamedTuple):
-    """A picture [height, width, 3] on its way to host memory, for `drawing`. `arrival` is None where it is there."""
+class _Projected(NamedTuple):
+    """A picture [height, width, 3] on its way to host memory, for `drawing`."""
 
     drawing: Drawing
-    rgb: torch.Tensor
-    arrival: torch.cuda.Event | None
-
-    @property
-    def has_arrived(self) -> bool:
-        return self.arrival is None or bool(self.arrival.query())  # type: ignore[no-untyped-call]
+    rgb: HostCopy
 
 
 class Previews:
@@ -32,7 +28,7 @@ class Previews:
         self._device = device
         self._every = every
         self._projection = model.find_projection() if every else None
-        self._copies: list[_Copy] = []
+        self._copies: list[_Projected] = []
 
     def look_at(self, lane: Lane, prediction: torch.Tensor) -> None:
         """Project the lane's picture if one is due with the step that it is about to take by `prediction`."""
@@ -44,9 +40,9 @@ class Previews:
         """Give the requests what has arrived from the device, for their next reports. Waits for nothing."""
         waiting, self._copies = self._copies, []
         for copy in waiting:
-            if copy.has_arrived:
-                height, width, _ = copy.rgb.shape
-                copy.drawing.preview = Preview(width, height, copy.rgb.numpy().tobytes())
+            if copy.rgb.has_arrived:
+                height, width, _ = copy.rgb.host.shape
+                copy.drawing.preview = Preview(width, height, copy.rgb.host.numpy().tobytes())
             else:
                 self._copies.append(copy)
 
@@ -65,11 +61,4 @@ class Previews:
     def _begin_copy(self, lane: Lane, prediction: torch.Tensor) -> None:
         assert self._projection is not None, "previews are due where there is a projection"  # noqa: S101
         rgb = self._projection(self._model.denoised(lane, prediction))
-        if rgb.device.type == "cpu":
-            self._copies.append(_Copy(lane.drawing, rgb, None))
-            return
-        host = torch.empty(rgb.shape, dtype=rgb.dtype, pin_memory=True)
-        host.copy_(rgb, non_blocking=True)
-        arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrival.record()
-        self._copies.append(_Copy(lane.drawing, host, arrival))
+        self._copies.append(_Projected(lane.drawing, copy_to_host(rgb)))

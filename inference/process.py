@@ -86,7 +86,7 @@ class EngineProcess:
         on_restart: Callable[[], None],
         on_occupancy: OnOccupancy = lambda _occupancy: None,
         min_hang_seconds: float = MIN_HANG_SECONDS,
-        spawn: Callable[[], Child] = Child.spawn,
+        spawn: Callable[[ModelSettings], Child] = Child.spawn,
     ) -> None:
         """`on_restart` and `on_occupancy` run on the owner thread: be quick."""
         self._settings = settings
@@ -158,7 +158,7 @@ class EngineProcess:
     def _live_one_life(self) -> None:
         """Spawn a child and serve it until it ends."""
         self.state = EngineState.STARTING
-        child = self._spawn()
+        child = self._spawn(self._settings)
         self.pid = child.process.pid
         end = _End.CLOSED
         try:

@@ -4,6 +4,8 @@ Where a scheduler's steps are linear they are taken from a trajectory found once
 really is linear is tried out on random numbers, never assumed.
 """
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -11,11 +13,13 @@ from typing import Any, Protocol
 import torch
 
 from inference.courses import Course, Trajectory, scale_model_input, take_step, trace
+from inference.noise import SuppliedNoise
 from inference.request import RequestFailed
 from inference.schedulers import SchedulerTable
+from inference.uploads import pinned, upload
 
 MAX_TRAJECTORIES = 256
-# fp32 rounding over a hundred steps stays below 1e-4; a step's own noise or a clipped value is far above.
+# fp32 rounding over a hundred steps stays below 1e-4; a clipped value is far above.
 LINEAR_TOLERANCE = 1e-3
 
 
@@ -84,14 +88,17 @@ class _Backdrop:
 
 
 class TrajectorySampler:
-    """A lane on a known trajectory. Keeps the samples and predictions that its scheduler looks back to."""
+    """A lane on a known trajectory. Keeps what its scheduler looks back to: samples, predictions and noise."""
 
-    def __init__(self, trajectory: Trajectory, backdrop: _Backdrop) -> None:
+    def __init__(self, trajectory: Trajectory, backdrop: _Backdrop, generator: torch.Generator) -> None:
+        """The weights of `trajectory` are on the lane's device; `generator` goes on where it drew the lane's noise."""
         assert trajectory.weights is not None, "a linear scheduler's"  # noqa: S101
         self._trajectory = trajectory
         self._backdrop = backdrop
+        self._generator = generator
         self.latents = backdrop.start
-        self._weights = trajectory.weights.to(self.latents.device)
+        self._num_parts = trajectory.weights.shape[-1]
+        self._weights = trajectory.weights.flatten(1)
         self._recent = self.latents.new_zeros(self._weights.shape[1], self.latents.numel())
         self.step_index = 0
 
@@ -109,21 +116,36 @@ class TrajectorySampler:
 
     def advance(self, prediction: torch.Tensor) -> None:
         index = self.step_index
-        row, num_filled = 2 * index % len(self._recent), min(2 * index + 2, len(self._recent))
+        row = index * self._num_parts % len(self._recent)
         self._recent[row] = self.latents.flatten()
         self._recent[row + 1] = prediction.flatten()
+        if self._trajectory.draws[index]:
+            noise = torch.randn(self.latents.numel(), generator=self._generator)
+            self._recent[row + 2].copy_(pinned(noise, self.latents.device), non_blocking=True)
+        num_filled = min((index + 1) * self._num_parts, len(self._recent))
         stepped = (self._weights[index, :num_filled] @ self._recent[:num_filled]).view(self.latents.shape)
         self.step_index = index + 1
         self.latents = self._backdrop.blended(stepped, self.step_index)
 
 
 class SchedulerSampler:
-    """A lane with a diffusers scheduler of its own, for those that draw noise or clip at every step."""
+    """A lane with a diffusers scheduler of its own, for those that clip at every step."""
 
-    def __init__(self, scheduler: Any, times: torch.Tensor, backdrop: _Backdrop, generator: torch.Generator) -> None:
-        """`scheduler` is set up to take `times`; `generator` goes on where it drew the lane's noise."""
+    def __init__(
+        self,
+        scheduler: Any,
+        times: torch.Tensor,
+        draws: Sequence[bool],
+        backdrop: _Backdrop,
+        generator: torch.Generator,
+    ) -> None:
+        """`scheduler` is set up to take `times`; `generator` goes on where it drew the lane's noise.
+
+        `draws`: which of the steps draw noise.
+        """
         self._scheduler = scheduler
         self._times = times
+        self._draws = draws
         self._backdrop = backdrop
         self._generator = generator
         self.latents = backdrop.start
@@ -145,9 +167,15 @@ class SchedulerSampler:
     def advance(self, prediction: torch.Tensor) -> None:
         # Most schedulers look themselves up by timestep; few take a generator, the deterministic ones ignore it.
         now = self._times[self.step_index]
-        stepped = take_step(self._scheduler, prediction[None], now, self.latents[None], self._generator)[0]
+        # Not at every step: it makes each call of torch some microseconds slower.
+        with SuppliedNoise(self._generator, self._draw) if self._draws[self.step_index] else nullcontext():
+            stepped = take_step(self._scheduler, prediction[None], now, self.latents[None], self._generator)[0]
         self.step_index += 1
         self.latents = self._backdrop.blended(stepped, self.step_index)
+
+    def _draw(self, shape: Sequence[int]) -> torch.Tensor:
+        # The scheduler's own copy of it to the device would wait for the step that is running.
+        return upload(torch.randn(shape, generator=self._generator), self.latents.device)
 
 
 class Samplers:
@@ -157,6 +185,8 @@ class Samplers:
         self._table = table
         self._config = scheduler_config
         self._trajectory = lru_cache(MAX_TRAJECTORIES)(self._find_trajectory)
+        # Lanes of one course share them on the device.
+        self._weights = lru_cache(MAX_TRAJECTORIES)(self._upload_weights)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -168,44 +198,59 @@ class Samplers:
 
         Raises `RequestFailed` where there is no such scheduler, or it cannot take so many steps.
         """
-        name, _ = self._table.make(course.scheduler, self._config)
-        self._trajectory(course.named(name))
+        self._trajectory(self._named(course))
 
     def begin(
         self, course: Course, noise: torch.Tensor, generator: torch.Generator, origin: Origin = NO_SOURCE
     ) -> tuple[str, Sampler]:
         """A sampler at its first step, and the scheduler's name. `noise` is standard normal, fp32, on the device."""
-        name, scheduler = self._table.make(course.scheduler, self._config)
-        trajectory = self._trajectory(course.named(name))
+        named = self._named(course)
+        trajectory = self._trajectory(named)
         backdrop = _Backdrop(trajectory, noise, origin)
-        if trajectory.weights is not None:
-            return name, TrajectorySampler(trajectory, backdrop)
-        return name, SchedulerSampler(scheduler, course.set_up(scheduler), backdrop, generator)
+        return str(named.scheduler), self._sampler(named, trajectory, backdrop, generator)
+
+    def _named(self, course: Course) -> Course:
+        self._table.check(course.scheduler)
+        return course.named(course.scheduler or self._table.default)
+
+    def _sampler(
+        self, course: Course, trajectory: Trajectory, backdrop: _Backdrop, generator: torch.Generator
+    ) -> Sampler:
+        weights = self._weights(course, backdrop.start.device)
+        if weights is not None:
+            return TrajectorySampler(replace(trajectory, weights=weights), backdrop, generator)
+        scheduler = self._scheduler(course)
+        return SchedulerSampler(scheduler, course.set_up(scheduler), trajectory.draws, backdrop, generator)
+
+    def _upload_weights(self, course: Course, device: torch.device) -> torch.Tensor | None:
+        weights = self._trajectory(course).weights
+        return None if weights is None else upload(weights, device)
 
     def _find_trajectory(self, course: Course) -> Trajectory:
-        def scheduler() -> Any:
-            return self._table.make(course.scheduler, self._config)[1]
-
         try:
-            found = trace(course, scheduler())
+            found = trace(course, self._scheduler(course))
         except IndexError as error:
             # diffusers' own mistake where two timesteps round to one: it begins with the second and runs off the end.
             steps = f"{course.num_steps} steps with this checkpoint: ask for other steps"
             raise RequestFailed("INVALID_INPUT", f"scheduler {course.scheduler!r} cannot take {steps}") from error
-        return found if _describes(found, course, scheduler()) else replace(found, weights=None)
+        return found if _describes(found, course, self._scheduler(course)) else replace(found, weights=None)
+
+    def _scheduler(self, course: Course) -> Any:
+        return self._table.make(course.scheduler, self._config)[1]
 
 
 def _describes(trajectory: Trajectory, course: Course, scheduler: Any) -> bool:
-    """Does the trajectory lead where `scheduler` leads, from random latents by random predictions?"""
-    generator = torch.Generator().manual_seed(0)
+    """Does the trajectory lead where `scheduler` leads, from random latents by random predictions and equal noise?"""
+    generator, ours_drawn_by, theirs_drawn_by = (torch.Generator().manual_seed(seed) for seed in (0, 1, 1))
     # Three times the usual size, so that what clips does clip.
     backdrop = _Backdrop(trajectory, 3 * torch.randn(4, 8, 8, generator=generator), NO_SOURCE)
-    ours: Sampler = TrajectorySampler(trajectory, backdrop)
-    theirs: Sampler = SchedulerSampler(scheduler, course.set_up(scheduler), backdrop, generator)
-    for _ in trajectory.timesteps:
-        theirs.model_input()  # some schedulers insist on being asked
+    ours: Sampler = TrajectorySampler(trajectory, backdrop, ours_drawn_by)
+    theirs = backdrop.start[None]
+    for time in course.set_up(scheduler):
+        scale_model_input(scheduler, theirs, time)  # some schedulers insist on being asked
         prediction = torch.randn(4, 8, 8, generator=generator)
         ours.advance(prediction)
-        theirs.advance(prediction)
-    error = (ours.latents - theirs.latents).abs().max() / theirs.latents.abs().max()
-    return bool(error < LINEAR_TOLERANCE)
+        theirs = take_step(scheduler, prediction[None], time, theirs, theirs_drawn_by)
+    error = (ours.latents - theirs[0]).abs().max() / theirs.abs().max()
+    drew_alike = torch.equal(ours_drawn_by.get_state(), theirs_drawn_by.get_state())
+    return bool(error < LINEAR_TOLERANCE) and drew_alike

@@ -22,6 +22,7 @@ class Slots:
     def __init__(self, num_slots: int, num_pages: int) -> None:
         """`num_pages` beside the zero page."""
         self._num_slots = num_slots
+        self.num_pages = num_pages
         self._slots: OrderedDict[Hashable, Slot] = OrderedDict()
         self._free = list(range(num_pages, 0, -1))
 
@@ -47,8 +48,7 @@ class Slots:
         resident = [slot for key, slot in self._slots.items() if key in wanted]
         num_held = sum(len(slot.pages) for slot in others + resident)
         num_new = sum(num_pages for key, num_pages in wanted.items() if key not in self._slots)
-        num_pages = len(self._free) + sum(len(slot.pages) for slot in self._slots.values())
-        return len(others) + len(wanted) <= self._num_slots and num_held + num_new <= num_pages
+        return len(others) + len(wanted) <= self._num_slots and num_held + num_new <= self.num_pages
 
     def acquire(self, key: Hashable) -> Slot:
         """Use a resident adapter once more."""

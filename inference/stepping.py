@@ -3,25 +3,26 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 
 from inference.admission import Admission
 from inference.batcher import Batcher, Claim
+from inference.decoding import Decoder
 from inference.device import Attempt, Device
 from inference.families.family import Family
 from inference.lane import Drawing, Lane
+from inference.preparing import AdapterKey
 from inference.previews import Previews
 from inference.request import (
     EngineError,
     EngineFault,
     GenerationResult,
     Occupancy,
-    Picture,
     RequestCancelled,
     RequestFailed,
 )
+from inference.shortages import Shortages
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +42,12 @@ class StepLoop:
     ) -> None:
         """`on_ready` is called, on another thread, when a request may join that could not before."""
         self._model = model
-        self._device = Device(model.device)
+        self._device = Device(model.device, lambda: self._admission.num_bytes_to_come)
         self._batcher: Batcher[Lane] = Batcher(max_lanes, self._device.max_rows)
         self._admission = Admission(model, num_slots=num_slots, max_rank=max_rank, on_ready=on_ready)
+        self._shortages = Shortages(self._batcher, self._admission, lambda: [*self._batcher.active, *self._denoised])
         self._previews = Previews(model, self._device, preview_every)
+        self._decoder = Decoder(model, self._device)
         self._drawings: list[Drawing] = []
         self._denoised: list[Lane] = []
         self._step_seconds = 0.0
@@ -59,7 +62,8 @@ class StepLoop:
     def has_work(self) -> bool:
         """Can a step do anything, or does everything here wait to be prepared?"""
         # Where lanes have just left, those that waited for their places are to be asked once more.
-        return bool(self._batcher.active or self._denoised or (self._was_busy and self._batcher.waiting))
+        is_decoding = bool(self._denoised) or self._decoder.is_busy
+        return is_decoding or bool(self._batcher.active or (self._was_busy and self._batcher.waiting))
 
     def prepare(self, drawing: Drawing) -> None:
         """Begin to make a request ready that will be added. Any thread may call it."""
@@ -94,6 +98,11 @@ class StepLoop:
         for drawing in tuple(self._drawings):
             self._end(drawing, error)
 
+    def forget(self, key: AdapterKey) -> None:
+        """Take an adapter that no request uses out of its slot, if it is in one."""
+        if self._admission.slots.find(key) is not None:
+            self._admission.slots.unload(key)
+
     def close(self) -> None:
         self._admission.close()
 
@@ -108,7 +117,8 @@ class StepLoop:
         joined = self._batcher.admit(self._claim)
         self._condition([drawing for drawing in _drawings_of(joined) if drawing.conditioning is None])
         for lane in joined:
-            if not lane.drawing.is_ended:
+            # Some may have ended meanwhile, and others wait again.
+            if lane in self._batcher.active:
                 self._begin(lane)
 
     def _claim(self, lane: Lane) -> Claim:
@@ -116,6 +126,8 @@ class StepLoop:
         drawing = lane.drawing
         if drawing.is_ended:
             return Claim.WITHDRAWN
+        if self._shortages.is_to_be_alone(drawing):
+            return Claim.NO_SLOT
         if drawing.is_begun:
             return Claim.GRANTED
         has_source = drawing.request.source is not None
@@ -123,6 +135,11 @@ class StepLoop:
             # Encoding a picture takes as long as a step: those that are being denoised wait for one at a time.
             return Claim.NOT_YET
         attempt = self._device.attempt(lambda: self._admission.claim(drawing))
+        if isinstance(attempt.error, torch.OutOfMemoryError):
+            answer = self._shortages.answer(drawing, _drawings_of(self._batcher.waiting))
+            if answer is Claim.WITHDRAWN:
+                self._end(drawing, RequestFailed("GPU_OOM", self._admission.why_short(drawing)))
+            return answer
         if attempt.made is None:
             self._fail(drawing, attempt.error)
         self._is_encoding |= has_source and attempt.made is Claim.GRANTED
@@ -134,21 +151,21 @@ class StepLoop:
         error = self._device.attempt(lambda: self._admission.condition(drawings)).error
         if error is None:
             for drawing in drawings:
-                drawing.tell_begin()
+                drawing.tell_begin(self._device.mark())
         elif len(drawings) > 1:
             for drawing in drawings:
                 self._condition([drawing])
-        else:
+        elif not self._shortages.postpone(drawings[0], error):
             self._fail(drawings[0], error)
 
     def _begin(self, lane: Lane) -> None:
         attempt = self._device.attempt(lambda: self._model.begin(lane))
         if isinstance(attempt.error, torch.OutOfMemoryError):
             attempt = self._device.attempt(lambda: self._model.begin(lane, in_tiles=True))
-        if attempt.made is None:
-            self._fail(lane.drawing, attempt.error)
-        else:
+        if attempt.made is not None:
             lane.drawing.scheduler, lane.sampler = attempt.made
+        elif not self._shortages.postpone(lane.drawing, attempt.error):
+            self._fail(lane.drawing, attempt.error)
 
     # Denoise: one forward, with fewer lanes where memory ends, lane by lane where something else goes wrong.
 
@@ -199,9 +216,12 @@ class StepLoop:
             self._previews.look_at(lane, prediction)
             lane.sampler.advance(prediction)
         self._previews.hand_over()
+        launched = self._device.mark()
         for drawing in _drawings_of(batch):
+            drawing.note_steps(launched)
+        self._device.keep_pace(launched)
+        for drawing in self._drawings:
             drawing.tell_steps()
-        self._device.keep_pace()
 
     # Finish: lanes that are done leave the batch and are decoded, as many as a step's time allows.
 
@@ -213,29 +233,29 @@ class StepLoop:
         for drawing in _drawings_of(leaving):
             if drawing.is_denoised:
                 drawing.note_stage("denoise", drawing.last_stage_ended_at)
+        # Those that were begun in the turn before. This turn's forward runs behind them: the device has work meanwhile.
+        self._end_decoded(num_left=0)
         # The others wait no longer than a step takes, and one picture more.
         started_at = time.monotonic()
         while self._denoised and (not self._batcher.active or time.monotonic() - started_at < self._step_seconds):
             self._decode(self._denoised.pop(0))
+            # One alone may be ahead, or the clock would tell how long launching takes.
+            self._end_decoded(num_left=1)
 
     def _decode(self, lane: Lane) -> None:
-        assert lane.sampler is not None, "a denoised lane has a sampler"  # noqa: S101
-        latents, drawing = lane.sampler.latents, lane.drawing
-        in_tiles = not self._device.may_fit(latents.numel())
-        attempt = self._device.attempt(lambda: self._model.decode(latents, in_tiles=in_tiles))
-        if isinstance(attempt.error, torch.OutOfMemoryError) and not in_tiles:
-            self._device.note_too_large(latents.numel())
-            attempt = self._device.attempt(lambda: self._model.decode(latents, in_tiles=True))
-        if attempt.error is not None:
-            self._fail(drawing, attempt.error)
-        elif attempt.made is None:
-            reason = "the model drew a picture with values that are not numbers"
-            self._fail(drawing, RequestFailed("OUTPUT_INVALID", reason))
-        elif (refusal := self._device.attempt(partial(self._model.check_picture, attempt.made)).error) is not None:
-            self._fail(drawing, refusal)
-        else:
-            height, width, _ = attempt.made.shape
-            drawing.pictures[lane.number] = Picture(width, height, attempt.made.tobytes(), lane.seed)
+        error = self._decoder.begin(lane)
+        if error is not None:
+            self._fail(lane.drawing, error)
+
+    def _end_decoded(self, *, num_left: int) -> None:
+        """Take in the images that have come from the device, and wait for others until `num_left` are on their way."""
+        while self._decoder.is_due(num_left=num_left):
+            lane, attempt = self._decoder.end_oldest()
+            drawing = lane.drawing
+            if attempt.made is None:
+                self._fail(drawing, attempt.error)
+                continue
+            drawing.pictures[lane.number] = attempt.made
             if drawing.is_drawn:
                 drawing.note_stage("decode", drawing.last_stage_ended_at)
                 self._end(drawing, drawing.result())
@@ -260,12 +280,15 @@ class StepLoop:
             self._batcher.remove(lane)
             if lane in self._denoised:
                 self._denoised.remove(lane)
+        self._decoder.drop(drawing)
         self._admission.release(drawing)
         if not drawing.begin():
             return
         if isinstance(outcome, Exception):
             drawing.future.set_exception(outcome)
         else:
+            # The device has ended the last one for certain: its pixels are here.
+            drawing.tell_steps()
             drawing.future.set_result(outcome)
 
     def _occupancy(self, num_batched: int) -> Occupancy:

@@ -4,16 +4,21 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from config.settings import SECTIONS, StoreSettings
-from examples.parts.backend import Backend
-from examples.parts.rabbitmq import RabbitMQ
-from examples.parts.seaweedfs import SeaweedFS
+
+if TYPE_CHECKING:
+    # Each fixture imports its server: the engine's tests run where neither these nor their clients are installed.
+    from examples.parts.backend import Backend
+    from examples.parts.rabbitmq import RabbitMQ
+    from examples.parts.seaweedfs import SeaweedFS
 
 # The machine's choice of GPU, which the engine's own tests must respect.
 KEPT_VARIABLES = {"CUDA_VISIBLE_DEVICES"}
@@ -63,6 +68,18 @@ SLOW_FILES = (
 )
 
 
+def has_gpu_tests(path: Path) -> bool:
+    """True of a file with tests that are marked `gpu`."""
+    return re.search(r"mark\.gpu\b|on_gpu\(", path.read_text()) is not None
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Under `-m gpu` read no file without such a test: it may need what a GPU machine does not have installed."""
+    if config.getoption("markexpr") == "gpu" and collection_path.match("test_*.py"):
+        return not has_gpu_tests(collection_path)
+    return None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the files; within a file the order stays as written."""
     rank = {name: number for number, name in enumerate(SLOW_FILES)}
@@ -82,21 +99,25 @@ def _no_settings_from_outside() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[RabbitMQ]":
     """A running private broker. A test that stops or breaks it leaves it running and without policies or alarms."""
+    from examples.parts.rabbitmq import RabbitMQ
+
     with RabbitMQ(tmp_path_factory.mktemp("rabbitmq")) as node:
         yield node
 
 
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[SeaweedFS]":
     """A running private object store. A test that stops it starts it again."""
+    from examples.parts.seaweedfs import SeaweedFS
+
     with SeaweedFS(tmp_path_factory.mktemp("seaweedfs")) as store:
         yield store
 
 
 @pytest.fixture
-def bucket(s3_server: SeaweedFS) -> str:
+def bucket(s3_server: "SeaweedFS") -> str:
     """The name of a new, empty bucket."""
     name = f"test-{uuid.uuid4().hex[:12]}"
     s3_server.make_bucket(name)
@@ -104,14 +125,16 @@ def bucket(s3_server: SeaweedFS) -> str:
 
 
 @pytest.fixture
-def store_settings(s3_server: SeaweedFS, bucket: str, tmp_path: Path) -> StoreSettings:
+def store_settings(s3_server: "SeaweedFS", bucket: str, tmp_path: Path) -> StoreSettings:
     """Settings of the running store and the test's own bucket and cache."""
     return StoreSettings(**s3_server.env(bucket), CACHE_DIR=tmp_path / "cache")  # type: ignore[call-arg, arg-type]
 
 
 @pytest.fixture
-def backend() -> Iterator[Backend]:
+def backend() -> "Iterator[Backend]":
     """A running backend with an empty journal."""
+    from examples.parts.backend import Backend
+
     with Backend() as running:
         yield running
 
@@ -124,10 +147,10 @@ def queue_name() -> str:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """The test process computes on one thread."""
-    from tests.pictures import one_torch_thread  # brings torch, which most tests do without
+    """The test process computes on one thread, and on a GPU with all digits."""
+    from tests.pictures import one_torch_thread, whole_fp32  # bring torch, which most tests do without
 
-    with one_torch_thread():
+    with one_torch_thread(), whole_fp32():
         yield
 
 

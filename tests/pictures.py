@@ -1,6 +1,7 @@
 """Pictures for tests: the engine's, plain diffusers' own, and how much they differ."""
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from inference.request import AdapterFile, GenerationRequest, GenerationResult, 
 from inference.schedulers import DIFFUSION
 from tests.tiny_models import load_pipe
 
+# What the engines of the tests draw on. The pictures that theirs are held against are drawn on the CPU.
+TEST_DEVICE = os.environ.get("DARKROOM_TEST_DEVICE", "cpu")
 DEMO = Path(__file__).parent.parent / "examples" / "demo_model"
 # What the design promises of a picture against plain diffusers', fp32 on a CPU.
 MIN_PSNR_DB = 42.0
@@ -33,9 +36,22 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@contextmanager
+def whole_fp32() -> Iterator[None]:
+    """On a GPU products of 32-bit numbers round theirs to 19 bits, unless they are told not to."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    yield
+    for backend, is_allowed in zip(backends, before, strict=True):
+        backend.allow_tf32 = is_allowed
+
+
 def settings_of(checkpoint: Path, **variables: Any) -> ModelSettings:
-    """An engine's settings for a checkpoint on the CPU, in fp32 unless `DTYPE` says otherwise."""
-    return ModelSettings.model_validate({"MODEL_ID": str(checkpoint), "DEVICE": "cpu"} | variables)
+    """An engine's settings for a checkpoint on the tests' device, in fp32 unless `DTYPE` says otherwise."""
+    usual = {"MODEL_ID": str(checkpoint), "DEVICE": TEST_DEVICE, "DTYPE": "float32"}
+    return ModelSettings.model_validate(usual | variables)
 
 
 def psnr(one: Image.Image, other: Image.Image) -> float:
@@ -55,7 +71,8 @@ def draw(engine: LocalEngine, request: GenerationRequest, steps: list[StepReport
 
 
 def plain(pipe: Any, request: GenerationRequest, *, seed: int | None = None) -> Image.Image:
-    """What a diffusers user gets for one of the request's seeds (None: the first) from a pipeline made ready."""
+    """What a diffusers user gets for one of the request's seeds (None: the first) from a pipeline made ready, in fp32:
+    see `tests.plain_families.noise_of` for other dtypes."""
     _, pipe.scheduler = DIFFUSION.make(request.scheduler, pipe.scheduler.config)
     drawn = pipe(
         request.prompt,
@@ -74,9 +91,9 @@ def solo(checkpoint: Path, request: GenerationRequest, *, seed: int | None = Non
     return plain(pipe_with(checkpoint, *request.adapters), request, seed=seed)
 
 
-def pipe_with(checkpoint: Path, *files: AdapterFile) -> Any:
+def pipe_with(checkpoint: Path, *files: AdapterFile, dtype: torch.dtype = torch.float32) -> Any:
     """A fresh plain pipeline with these adapters, loaded as the libraries' users do. A PEFT folder comes alone."""
-    pipe: Any = load_pipe(checkpoint)
+    pipe: Any = load_pipe(checkpoint, dtype)
     if any(file.config for file in files):
         (folder,) = files
         assert folder.scale == 1.0

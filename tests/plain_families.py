@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import diffusers
 import numpy as np
 import torch
+from compel import CompelForSD, CompelForSDXL
 from PIL import Image
 
 from inference.request import GenerationRequest, Source
@@ -71,7 +72,7 @@ def alone(checkpoint: Path, request: GenerationRequest, **embeddings: torch.Tens
 
 
 def drawn_by(pipe: Any, request: GenerationRequest, **embeddings: torch.Tensor) -> Image.Image:
-    """The same by a fresh pipeline that has the adapters already."""
+    """The same by a fresh pipeline that has the adapters already, in the dtype that it was loaded in."""
     generator = torch.Generator().manual_seed(request.seeds[0])
     arguments: dict[str, Any] = {
         "width": request.width,
@@ -86,6 +87,8 @@ def drawn_by(pipe: Any, request: GenerationRequest, **embeddings: torch.Tensor) 
         arguments |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt or None}
     name = request.scheduler or DEFAULTS[type(pipe).__name__]
     is_flow = isinstance(pipe, diffusers.ZImagePipeline)
+    if pipe.dtype != torch.float32:
+        arguments["latents"] = noise_of(pipe, request, generator)
     if request.source is not None:
         # Before the scheduler is chosen: some of them change the configuration of the one they are made with.
         pipe = _with_source(pipe, scheduler=name, is_masked=request.source.mask is not None)
@@ -100,6 +103,33 @@ def drawn_by(pipe: Any, request: GenerationRequest, **embeddings: torch.Tensor) 
         choice = DIFFUSION_CHOICES[name]
         pipe.scheduler = choice.scheduler.from_config(pipe.scheduler.config, **choice.changes)
     return pipe(**arguments).images[0]  # type: ignore[no-any-return]
+
+
+def embeddings_by_compel(pipe: Any, request: GenerationRequest) -> dict[str, torch.Tensor]:
+    """What compel's own wrapper makes of the prompts, whatever their length, as `drawn_by` takes it."""
+    compel = (CompelForSDXL if hasattr(pipe, "text_encoder_2") else CompelForSD)(pipe)
+    with torch.no_grad():
+        made = compel(request.prompt, negative_prompt=request.negative_prompt)
+    embeddings = {"prompt_embeds": made.embeds, "negative_prompt_embeds": made.negative_embeds}
+    if made.pooled_embeds is not None:
+        embeddings |= {
+            "pooled_prompt_embeds": made.pooled_embeds,
+            "negative_pooled_prompt_embeds": made.negative_pooled_embeds,
+        }
+    return embeddings
+
+
+def noise_of(pipe: Any, request: GenerationRequest, generator: torch.Generator) -> torch.Tensor:
+    """The noise that a pipeline of 16 bits is to begin with: drawn in fp32, as the engine draws it in every dtype.
+
+    The pipelines with a UNet draw it in their own dtype. Before torch 2.12 the CPU's generator makes other noise of a
+    seed in 16 bits than in 32: without this the pictures are as different as those of two seeds.
+    """
+    is_flow = isinstance(pipe, diffusers.ZImagePipeline)
+    channels = pipe.transformer.in_channels if is_flow else pipe.unet.config.in_channels
+    height, width = (side // pipe.vae_scale_factor for side in (request.height, request.width))
+    noise = torch.randn((1, channels, height, width), generator=generator)
+    return noise if is_flow else noise.to(pipe.dtype)
 
 
 def _with_source(pipe: Any, *, scheduler: str, is_masked: bool) -> Any:

@@ -1,17 +1,22 @@
 """The adapter bank beside a small model, against peft applied to each row alone."""
 
 import copy
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from inference.adapter_memory import AdapterMemory
 from inference.adapters import DOWN, UP, Adapter, LowRank
 from inference.bank import AdapterBank, Applied, PackedAdapter, Row
+from inference.layers import layer_groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -311,6 +316,112 @@ def test_growing_in_pages_and_in_width_keeps_what_is_loaded() -> None:
         assert_each_row_is_its_own(wardrobe, rows)
 
     assert sizes == sorted(set(sizes)), "every one of them made it grow"
+
+
+class Allocations(TorchDispatchMode):
+    """Adds up the bytes of the tensors that operators make, views and what they write in place left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        is_new = isinstance(made, torch.Tensor) and not any(one.alias_info for one in func._schema.returns)
+        self.num_bytes += made.nbytes if is_new else 0
+        return made
+
+
+def test_growing_takes_the_new_layers_memory_alone_and_moves_no_page() -> None:
+    # Given a bank, of tensors that have a size and no memory, and an adapter in it
+    bank = AdapterBank({"unet": Block()}, device=torch.device("meta"), dtype=torch.float32)
+    narrow, wide = trained(["to_q"], rank=8, seed=1), trained(EVERY_LAYER, rank=16, seed=2)
+    bank.write((1,), bank.pack(narrow.adapter))
+    first = bank.num_bytes
+
+    # When one comes that touches more layers
+    packed = bank.pack(wide.adapter)
+    with Allocations() as made:
+        bank.write((2, 3), packed)
+
+    # Then there was never an old and a new bank at once
+    assert made.num_bytes == bank.num_bytes - first > first
+
+
+def test_pages_stay_where_they_are_whatever_comes() -> None:
+    wardrobe = Wardrobe()
+
+    def addresses() -> dict[Any, int]:
+        return {slab: slab.pages.data_ptr() for slab in wardrobe.bank._slabs if slab.pages is not None}
+
+    before: dict[Any, int] = {}
+    for number, targets in enumerate((["to_q"], ["to_q", "conv"], EVERY_LAYER, ATTENTION)):
+        wardrobe.load(trained(targets, rank=20, seed=number))
+        assert before.items() <= addresses().items()
+        before = addresses()
+
+    assert sum(slab.width for slab in before) == sum(group.width for group in wardrobe.bank._groups)
+
+
+def test_an_adapter_of_attention_layers_is_packed_without_the_layers_of_one_that_came_before() -> None:
+    wardrobe = Wardrobe()
+    alone = wardrobe.bank.pack(trained(ATTENTION, rank=8, seed=1).adapter)
+    other = Wardrobe()
+    other.load(trained(rank=8, seed=2))
+
+    beside = other.bank.pack(trained(ATTENTION, rank=8, seed=1).adapter)
+
+    sizes = [sum(part.numel() for part in one.parts.values()) for one in (alone, beside)]
+    assert sizes[0] == sizes[1] < sum(group.width for group in other.bank._groups)
+
+
+def test_the_widest_adapters_keep_within_the_limit() -> None:
+    block = Block()
+    page_bytes = 4 * sum(group.width for group in layer_groups({"unet": block}))
+    memory = AdapterMemory(num_slots=16, max_rank=32, max_bytes=10 * page_bytes)
+    bank = AdapterBank({"unet": block}, device=CPU, dtype=torch.float32, memory=memory)
+    assert (bank.num_pages, bank.num_bytes_to_come) == (9, 10 * page_bytes)
+
+    for number, target in enumerate(EVERY_LAYER):
+        bank.write((number + 1,), bank.pack(trained([target], rank=8, seed=number).adapter))
+        assert bank.num_bytes + bank.num_bytes_to_come == 10 * page_bytes
+    bank.write((9,), bank.pack(trained(rank=8, seed=9).adapter))
+
+    assert (bank.num_bytes, bank.num_bytes_to_come) == (10 * page_bytes, 0)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_cpu_s_pages_take_memory_only_as_they_are_written() -> None:
+    memory = AdapterMemory(num_slots=1000, max_rank=128)
+    bank = AdapterBank({"unet": Block()}, device=CPU, dtype=torch.float32, memory=memory)
+    packed = bank.pack(trained(rank=8, seed=1).adapter)
+    before = resident_bytes()
+
+    bank.write((1,), packed)
+
+    assert bank.num_bytes > 200_000_000
+    assert resident_bytes() - before < 0.2 * bank.num_bytes
+
+
+class CrowdedBank(AdapterBank):
+    """Beside the steps that run there is no room for a copy of an adapter."""
+
+    def _copied(self, staged: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_an_adapter_without_room_for_a_copy_is_written_from_the_host(caplog: pytest.LogCaptureFixture) -> None:
+    wardrobe = Wardrobe()
+    wardrobe.bank.__class__ = CrowdedBank
+    one = trained(rank=12, seed=1)
+
+    row: tuple[Row, Worn] = ((Applied(wardrobe.load(one), 1.0),), [(one, 1.0)])
+
+    assert "no memory for a copy of an adapter" in caplog.text
+    assert_each_row_is_its_own(wardrobe, [row, ((), [])])
 
 
 def test_an_adapter_that_was_packed_before_the_pages_became_wider_is_right_beside_the_others() -> None:

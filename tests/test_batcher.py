@@ -152,6 +152,21 @@ def test_a_lane_that_was_passed_by_is_asked_first_the_next_time() -> None:
     assert batcher.next_batch() == [slow, quick]
 
 
+# --- Memory that something beside the forwards needs
+
+
+def test_making_room_halves_the_forwards_of_every_active_shape_each_time_and_never_raises_a_cap() -> None:
+    lanes = [Lane(shape, arrived_at=float(age)) for age in range(8) for shape in SHAPES[:2]]
+    batcher = batcher_of(*lanes, max_lanes=16)
+    sizes = []
+
+    for _ in range(5):
+        sizes.append([len(batcher.next_batch()) for _ in range(2)])
+        batcher.make_room()
+
+    assert sizes == [[8, 8], [4, 4], [2, 2], [1, 1], [1, 1]]
+
+
 # --- Leaving
 
 

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from inference.layers import layer_groups
 from inference.request import AdapterFile, GenerationRequest, Occupancy, RequestFailed
 from tests.engine_requests import request_of
 from tests.pictures import DEMO, DIFFERENT_DB, MIN_PSNR_DB, demo_adapter, psnr, solo
@@ -314,6 +315,26 @@ def test_an_adapter_over_the_rank_limit_is_refused_by_name_of_both_ranks(tiny: P
     assert "up to 8" in str(refused.error)
     assert refused.steps == []
     assert_right(tiny, [accepted])
+    engine.close()
+
+
+def test_adapters_that_are_more_than_the_pages_hold_together_are_refused_rather_than_waited_for(
+    tiny: Path, adapters: Adapters
+) -> None:
+    pipe = load_pipe(tiny)
+    groups = layer_groups({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
+    page_bytes = 4 * sum(group.width for group in groups)
+    # Pages for rank 64, and the zero page.
+    engine = WatchedEngine(tiny, ADAPTER_MAX_RANK=64, ADAPTER_MEMORY_GB=9.5 * page_bytes / 1e9)
+
+    refused = Order(engine, tiny_request(adapters["sixty_four"], adapters["eight"]))
+    accepted = [Order(engine, tiny_request(adapters[name])) for name in ("sixty_four", "eight")]
+
+    assert isinstance(refused.error, RequestFailed)
+    assert refused.error.code == "LORA_UNSUPPORTED"
+    assert "ranks 72 together; this worker holds 64 at once (ADAPTER_MEMORY_GB)" in str(refused.error)
+    assert_right(tiny, accepted)
+    assert engine.model.bank.num_bytes <= 9.5 * page_bytes
     engine.close()
 
 

@@ -3,18 +3,20 @@
 import threading
 from collections.abc import Hashable, Sequence
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PosixPath
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 import inference.batcher
-from inference.bank import AdapterBank, PackedAdapter
-from inference.lane import Lane
+from inference.adapters import Adapter
+from inference.bank import AdapterBank, PackedAdapter, Row
+from inference.decoded_image import DecodedImage
+from inference.families.family import Prompt
+from inference.lane import Embedding, Lane
 from inference.request import (
     AdapterFile,
     EngineClosed,
@@ -23,6 +25,8 @@ from inference.request import (
     RequestCancelled,
     RequestFailed,
 )
+from inference.sampling import Sampler
+from inference.shortages import TRIES_ALONE, TRIES_BESIDE_OTHERS
 from tests.engine_requests import request_of
 from tests.pictures import MIN_PSNR_DB, images_of, plain, psnr, solo
 from tests.tiny_models import EVERY_LAYER, build_tiny_sd, load_pipe, write_adapter
@@ -238,7 +242,7 @@ class PoorDecoder(WatchedModel):
     is_tiled: ClassVar[list[bool]] = []
     is_full = False
 
-    def decode(self, latents: torch.Tensor, *, in_tiles: bool = False) -> NDArray[np.uint8] | None:
+    def decode(self, latents: torch.Tensor, *, in_tiles: bool = False) -> DecodedImage:
         if self.is_full and not in_tiles:
             raise torch.OutOfMemoryError("CUDA out of memory")
         self.is_tiled.append(in_tiles)
@@ -269,8 +273,10 @@ class FullBank(AdapterBank):
     """No memory for another adapter, as often as `num_failures` says."""
 
     num_failures = 0
+    num_tries = 0
 
     def write(self, place: tuple[int, ...], packed: PackedAdapter) -> None:
+        self.num_tries += 1
         if self.num_failures:
             self.num_failures -= 1
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -287,19 +293,91 @@ class FullModel(WatchedModel):
         return self.bank
 
 
-def test_an_adapter_that_did_not_fit_is_not_taken_for_one_that_is_there(tiny: Path, style: AdapterFile) -> None:
+def test_an_adapter_that_found_no_memory_once_is_drawn_right_at_the_next_try(tiny: Path, style: AdapterFile) -> None:
     engine = WatchedEngine(tiny, FullModel)
     assert isinstance(engine.model, FullModel)
 
     engine.model.full_bank.num_failures = 1
-    failed = Order(engine, tiny_request(style, seeds=(1,)))
-    assert isinstance(failed.error, RequestFailed)
-    assert failed.error.code == "GPU_OOM"
-    assert failed.steps == []
-    again = Order(engine, tiny_request(style, seeds=(2,)))
+    order = Order(engine, tiny_request(style, seeds=(1,)))
 
-    assert_right(tiny, [again])
+    assert_right(tiny, [order])
+    assert engine.model.full_bank.num_tries == 2
     wait_for(lambda: (engine.turns[-1].slots_active, engine.turns[-1].slots_idle) == (0, 1))
+    engine.close()
+
+
+def test_an_adapter_that_finds_no_memory_alone_either_fails_by_its_name_and_the_others_are_drawn_right(
+    tiny: Path, style: AdapterFile
+) -> None:
+    engine = WatchedEngine(tiny, FullModel, MAX_CONCURRENT_GENERATIONS=3)
+    assert isinstance(engine.model, FullModel)
+    bank = engine.model.full_bank
+    bank.num_failures = 1_000_000
+
+    with arriving_together(engine):
+        before = Order(engine, tiny_request(seeds=(1,)))
+        failed = Order(engine, tiny_request(style, seeds=(2,)))
+        after = [Order(engine, request) for request in requests_with_seeds(3, 4, num_inference_steps=8)]
+    assert isinstance(failed.error, RequestFailed)
+
+    assert failed.error.code == "GPU_OOM"
+    assert str(failed.error) == (
+        "the GPU's memory does not hold adapter 1 of 1 beside the model, even alone:"
+        " lower ADAPTER_MEMORY_GB, end what else runs there or use a larger GPU"
+    )
+    assert failed.steps == []
+    assert bank.num_tries <= TRIES_BESIDE_OTHERS + TRIES_ALONE
+    assert_right(tiny, [before, *after])
+    bank.num_failures = 0
+    assert_right(tiny, [Order(engine, tiny_request(style, seeds=(5,)))])
+    engine.close()
+
+
+class ShortModel(FullModel):
+    """Finds no memory at `place` for the request in need of it, as often as `num_failures` says."""
+
+    NEEDY = "a fox in need of memory"
+    place = ""
+    num_failures = 0
+
+    def pack(self, adapter: Adapter) -> PackedAdapter:
+        self._run_short("pack")
+        return super().pack(adapter)
+
+    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[Row]) -> list[Embedding]:
+        if any(prompt.text == self.NEEDY for prompt in prompts):
+            self._run_short("encode")
+        return super().encode(prompts, adapters)
+
+    def begin(self, lane: Lane, *, in_tiles: bool = False) -> tuple[str, Sampler]:
+        if lane.drawing.request.prompt == self.NEEDY:
+            self._run_short("begin")
+        return super().begin(lane, in_tiles=in_tiles)  # type: ignore[safe-super]
+
+    def _run_short(self, place: str) -> None:
+        if place == self.place and self.num_failures:
+            self.num_failures -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("place", ["pack", "encode", "begin"])
+def test_a_request_that_finds_no_memory_beside_others_waits_and_is_drawn_right(
+    tiny: Path, style: AdapterFile, place: str
+) -> None:
+    engine = WatchedEngine(tiny, ShortModel)
+    model = engine.model
+    assert isinstance(model, ShortModel)
+
+    # Twice: prompts are encoded together and then alone, a lane begins as it is and then in tiles.
+    model.place, model.num_failures = place, 2
+    needy = tiny_request(style, seeds=(7, 8), prompt=ShortModel.NEEDY)
+    orders = order_together(engine, [tiny_request(seeds=(1,)), needy, tiny_request(seeds=(2,))])
+
+    assert_right(tiny, [orders[0], orders[2]])
+    first, second = orders[1].images
+    assert psnr(first, solo(tiny, replace(needy, seeds=(7,)))) >= MIN_PSNR_DB
+    assert psnr(second, solo(tiny, replace(needy, seeds=(8,)))) >= MIN_PSNR_DB
+    assert model.num_failures == 0
     engine.close()
 
 

@@ -38,7 +38,6 @@ from tests.tiny_models import (
     write_adapter,
 )
 from tests.watched_engine import PATIENCE_SECONDS, Order, WatchedEngine, WatchedModel, order_together
-from worker.checks.memory import look_at_memory
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_forward_failed")
 
@@ -111,6 +110,7 @@ def controlled_request(model: str = "pose", *adapters: AdapterFile, **fields: An
 # --- Alone
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("family", "fields"),
     [
@@ -159,6 +159,7 @@ def style(models: Models, tmp_path_factory: pytest.TempPathFactory) -> AdapterFi
     return AdapterFile(path, None, 0.8)
 
 
+@pytest.mark.gpu
 def test_lanes_with_two_controls_and_without_share_forwards_and_each_is_right(
     models: Models, style: AdapterFile
 ) -> None:
@@ -419,6 +420,40 @@ def test_one_that_cannot_be_loaded_any_more_fails_its_own_job_and_is_tried_again
     engine.close()
 
 
+class FullModel(WatchedModel):
+    """No memory for a ControlNet, as often as `num_failures` says."""
+
+    num_failures = 0
+
+    def load_control(self, name: str) -> Any:
+        if self.num_failures:
+            self.num_failures -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().load_control(name)
+
+
+def test_one_that_finds_no_memory_is_loaded_once_there_is_and_fails_by_its_name_where_there_never_is(
+    models: Models,
+) -> None:
+    engine = WatchedEngine(models.checkpoint("sd"), FullModel, CONTROLNETS=f"pose={models.controlnet('sd', 'pose')}")
+    model = engine.model
+    assert isinstance(model, FullModel)
+    other = replace(controlled_request("pose"), control=None)
+
+    model.num_failures = 1_000_000
+    failed, beside = order_together(engine, [controlled_request("pose"), other])
+    assert isinstance(failed.error, RequestFailed)
+    model.num_failures = 1
+    drawn = Order(engine, controlled_request("pose"))
+
+    assert failed.error.code == "GPU_OOM"
+    assert "the ControlNet 'pose'" in str(failed.error)
+    assert "lower ADAPTER_MEMORY_GB or CONTROLNET_MEMORY_GB" in str(failed.error)
+    assert beside.image.size == (64, 64)
+    models.assert_right("sd", [drawn])
+    engine.close()
+
+
 # --- What is refused
 
 
@@ -491,6 +526,8 @@ def test_the_memory_that_is_kept_for_controlnets_is_what_all_take_or_the_limit(m
 
 
 def test_check_tells_of_the_memory_for_controlnets(models: Models) -> None:
+    from worker.checks.memory import look_at_memory  # it brings what a GPU machine may not have
+
     named = f"pose={models.controlnet('sd', 'pose')},depth={models.controlnet('sd', 'depth')}"
 
     assert "GB kept for ControlNets" in look_at_memory(settings_of(models.checkpoint("sd"), CONTROLNETS=named))

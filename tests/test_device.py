@@ -1,10 +1,13 @@
 """What the engine asks of its device. A GPU's counters are stood in for: there is none where these tests must run."""
 
+import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 
+from config.visible_gpus import HIDDEN, visible_gpu
 from inference.device import USABLE_SHARE, Device
 from inference.request import RequestFailed
 
@@ -21,12 +24,25 @@ class Counters:
     reserved: int = 4 * GB
     peak: int = 4 * GB
 
+    num_read: int = 0
+
     def install(self, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(torch.cuda, "mem_get_info", lambda _device: (self.free, 24 * GB))
-        patch.setattr(torch.cuda, "memory_allocated", lambda _device: self.allocated)
-        patch.setattr(torch.cuda, "memory_reserved", lambda _device: self.reserved)
-        patch.setattr(torch.cuda, "max_memory_allocated", lambda _device: self.peak)
+        patch.setattr(torch.cuda, "memory_stats_as_nested_dict", self._read)
         patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _device: None)
+        # These flatten all statistics for a single number
+        for name in ("memory_stats", "memory_allocated", "max_memory_allocated", "memory_reserved"):
+            patch.setattr(torch.cuda, name, self._refuse)
+
+    def _read(self, _device: torch.device) -> dict[str, dict[str, dict[str, int]]]:
+        self.num_read += 1
+        return {
+            "allocated_bytes": {"all": {"current": self.allocated, "peak": self.peak}},
+            "reserved_bytes": {"all": {"current": self.reserved, "peak": self.reserved}},
+        }
+
+    def _refuse(self, _device: torch.device) -> int:
+        raise AssertionError("all statistics are flattened for one number")
 
 
 @pytest.fixture
@@ -92,6 +108,14 @@ def test_the_rows_that_fit_are_those_that_the_free_memory_holds_by_what_a_row_to
     assert device.max_rows(SHAPE) == 1
 
 
+def test_rows_leave_room_for_what_is_still_to_be_loaded(counters: Counters) -> None:
+    device = Device(torch.device("cuda"), reserved_bytes=lambda: 5 * GB)
+
+    run(device, counters, num_rows=2, takes=2 * GB)
+
+    assert device.max_rows(SHAPE) == int(USABLE_SHARE * 15)
+
+
 def test_the_largest_batch_that_was_measured_tells_best_what_a_row_takes(counters: Counters) -> None:
     device = Device(torch.device("cuda"))
 
@@ -113,29 +137,99 @@ def test_what_was_loaded_during_a_forward_is_no_part_of_what_a_row_takes(counter
     assert device.max_rows(SHAPE) == int(USABLE_SHARE * 20)
 
 
-def test_the_host_waits_for_the_step_before_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    waited_for: list[int] = []
-    num_made = 0
-
-    class Event:
-        def __init__(self) -> None:
-            nonlocal num_made
-            num_made += 1
-            self.number = num_made
-
-        def record(self) -> None:
-            pass
-
-        def synchronize(self) -> None:
-            waited_for.append(self.number)
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+def test_a_smaller_batch_than_one_that_was_measured_is_not_measured(counters: Counters) -> None:
     device = Device(torch.device("cuda"))
+    run(device, counters, num_rows=10, takes=10 * GB)
+    counters.num_read = 0
+
+    run(device, counters, num_rows=9, takes=10 * GB)
+
+    assert counters.num_read == 0
+
+
+class Event:
+    """torch.cuda.Event of a device that does its work when it is waited for; each event takes a second."""
+
+    made: ClassVar[list["Event"]] = []
+    num_done = 0
+
+    def __init__(self, *, enable_timing: bool = False) -> None:
+        self.has_time = enable_timing
+
+    def record(self) -> None:
+        self.made.append(self)
+        self.number = len(self.made)
+
+    def query(self) -> bool:
+        return Event.num_done >= self.number
+
+    def synchronize(self) -> None:
+        Event.num_done = max(Event.num_done, self.number)
+
+    def elapsed_time(self, end: "Event") -> float:
+        assert self.has_time
+        return 1000.0 * (end.number - self.number)
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> type[Event]:
+    monkeypatch.setattr(Event, "made", [])
+    monkeypatch.setattr(Event, "num_done", 0)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    return Event
+
+
+def test_the_host_waits_for_the_step_before_the_last_one(events: type[Event]) -> None:
+    device = Device(torch.device("cuda"))
+    done: list[int] = []
 
     for _ in range(4):
-        device.keep_pace()
+        device.keep_pace(device.mark())
+        done.append(events.num_done)
 
-    assert waited_for == [1, 2, 3]
+    assert done == [0, 1, 2, 3]
+
+
+def test_a_mark_is_past_when_the_device_has_come_to_it_and_tells_the_device_s_time(events: type[Event]) -> None:
+    device = Device(torch.device("cuda"))
+    first, _, third = device.mark(), device.mark(), device.mark()
+    assert not first.is_past
+
+    third.wait()
+
+    assert first.is_past
+    assert third.seconds_since(first) == 2.0
+
+
+def test_a_mark_on_a_cpu_is_past_at_once_and_tells_the_host_s_time() -> None:
+    device = Device(torch.device("cpu"))
+    began_at = time.monotonic()
+
+    first, second = device.mark(), device.mark()
+
+    device.keep_pace(second)
+    assert first.is_past
+    assert second.is_past
+    assert 0 <= second.seconds_since(first) <= time.monotonic() - began_at
+
+
+LISTS = ("", "-1", "0", "2,5", " 2 , 5", "0,-1,3", "-1,0", "1,1", "1gpu,2x", "x,1", "+3,4", ",1", "1,,2", "007,8")
+UUID_LISTS = ("GPU-a,GPU-b", "GPU-a,1", "GPU-a,GPU-a", "MIG-x", "MIG-x,GPU-a", "1,GPU-a")
+
+
+@pytest.mark.parametrize("listed", [*LISTS, *UUID_LISTS])
+def test_the_list_of_gpus_is_read_as_torch_reads_it(monkeypatch: pytest.MonkeyPatch, listed: str) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+
+    expected = [str(one) for one in torch.cuda._parse_visible_devices()]
+
+    found = [visible_gpu(f"cuda:{number}", listed) for number in range(len(expected))]
+    assert found == expected
+    if expected:
+        with pytest.raises(ValueError, match="counts within"):
+            visible_gpu(f"cuda:{len(expected)}", listed)
+    else:
+        assert visible_gpu("cuda", listed) == HIDDEN
 
 
 def test_an_attempt_tells_errors_and_keeps_nothing_of_what_raised_them() -> None:

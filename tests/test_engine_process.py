@@ -4,7 +4,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -179,13 +177,9 @@ def test_closing_ends_a_running_request_and_leaves_no_process(engine: EngineProc
 # --- The same process boundary around an engine that obeys its prompts: see tests/fake_child.py
 
 
-def spawn_fake() -> Child:
+def spawn_fake(settings: ModelSettings) -> Child:
     """A fake child, started as the real one is."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        command = [sys.executable, "-m", "tests.fake_child", str(theirs.fileno()), str(os.getpid())]
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
-    return Child(process, Connection(ours.detach()))
+    return Child.spawn(settings, module="tests.fake_child")
 
 
 @dataclass

@@ -3,17 +3,21 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from compel import CompelForSD, CompelForSDXL
 
+from inference.families.family import Family, Prompt
+from inference.lane import Conditioning, Drawing, Lane
 from inference.request import AdapterFile, GenerationRequest, RequestFailed
+from inference.sampling import Sampler
+from tests.copies import NOWHERE, Copies
 from tests.engine_requests import request_of
 from tests.family_models import FamilyModels
-from tests.pictures import DIFFERENT_DB, MIN_PSNR_DB, draw, pipe_with, psnr
-from tests.plain_families import DIFFUSION_CHOICES, FLOW_CHOICES, alone
+from tests.pictures import DIFFERENT_DB, MIN_PSNR_DB, TEST_DEVICE, draw, pipe_with, psnr
+from tests.plain_families import DIFFUSION_CHOICES, FLOW_CHOICES, alone, embeddings_by_compel
+from tests.support.on_gpu import on_gpu
 from tests.tiny_models import (
     EVERY_LAYER,
     Z_IMAGE_BLOCKS,
@@ -51,7 +55,8 @@ LONG = SENTENCE * 5 + "a lamp burns far away in the dark over the sea"
 OTHER_END = SENTENCE * 5 + "a barn burns far away in the dark over the sea"
 # What differs by no more is the same but for rounding. The promise is less, but these models are so tiny that a slip,
 # or a word among three hundred tokens, changes little: 42 dB would not show it.
-SAME_DB = 60.0
+# Another device rounds otherwise.
+SAME_DB = 60.0 if TEST_DEVICE == "cpu" else MIN_PSNR_DB
 
 
 class Models(FamilyModels):
@@ -90,7 +95,7 @@ def tiny_request(*adapters: AdapterFile, **fields: Any) -> GenerationRequest:
 
 
 @pytest.mark.parametrize("negative_prompt", ["", "blurry"])
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", on_gpu(CHECKPOINTS, "sdxl", "z_image"))
 def test_a_guided_picture_equals_plain_diffusers(models: Models, name: str, negative_prompt: str) -> None:
     models.assert_equal(name, tiny_request(negative_prompt=negative_prompt))
 
@@ -106,7 +111,8 @@ def test_guidance_begins_where_the_family_s_pipeline_lets_it_begin(models: Model
 
 
 @pytest.mark.parametrize(
-    ("name", "width", "height"), [("sdxl", 104, 56), ("z_image", 112, 48), ("z_image_dynamic", 112, 48)]
+    ("name", "width", "height"),
+    on_gpu([("sdxl", 104, 56), ("z_image", 112, 48), ("z_image_dynamic", 112, 48)], ("z_image", 112, 48)),
 )
 def test_a_picture_that_is_not_square_equals_plain_diffusers(
     models: Models, name: str, width: int, height: int
@@ -144,7 +150,13 @@ def test_the_prompts_of_the_tiny_models_show_in_their_pictures(models: Models, n
 # --- Schedulers
 
 
-@pytest.mark.parametrize(("name", "scheduler"), [(name, one) for name, table in SCHEDULERS.items() for one in table])
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    on_gpu(
+        [(name, one) for name, table in SCHEDULERS.items() for one in table],
+        *[("z_image", one) for one in FLOW_CHOICES],
+    ),
+)
 def test_every_scheduler_gives_the_picture_plain_diffusers_gives_with_it(
     models: Models, name: str, scheduler: str
 ) -> None:
@@ -251,7 +263,7 @@ def z_image_batch(models: Models, folder: Path) -> list[GenerationRequest]:
 
 @pytest.mark.parametrize(
     ("name", "batch"),
-    [("sd", sd_batch), ("sdxl", sdxl_batch), ("z_image", z_image_batch)],
+    on_gpu([("sd", sd_batch), ("sdxl", sdxl_batch), ("z_image", z_image_batch)], ("z_image", z_image_batch)),
     ids=["sd", "sdxl", "z_image"],
 )
 def test_six_requests_that_share_nothing_give_together_what_each_gives_alone(
@@ -285,7 +297,7 @@ def assert_right(checkpoint: Path, orders: list[Order]) -> None:
 # --- Adapters
 
 
-@pytest.mark.parametrize("layout", ["diffusers_new", "kohya"])
+@pytest.mark.parametrize("layout", on_gpu(["diffusers_new", "kohya"], "diffusers_new"))
 @pytest.mark.parametrize(("name", "targets"), [("sdxl", EVERY_LAYER), ("z_image", Z_IMAGE_EVERY_LAYER)])
 def test_an_adapter_of_every_layer_equals_plain_diffusers(
     models: Models, tmp_path: Path, name: str, targets: tuple[str, ...], layout: Layout
@@ -355,7 +367,7 @@ def test_a_prompt_of_three_hundred_tokens_is_read_to_its_end_as_compel_reads_it(
     assert psnr(drawn, drawn_other) < SAME_DB
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("name", on_gpu(["sd", "sdxl"], "sd"))
 def test_lanes_with_long_and_short_prompts_share_forwards_and_each_is_right(models: Models, name: str) -> None:
     engine = models.engine(name)
     requests = [
@@ -378,14 +390,59 @@ def test_lanes_with_long_and_short_prompts_share_forwards_and_each_is_right(mode
 
 def with_compel(checkpoint: Path, request: GenerationRequest) -> Any:
     """What plain diffusers draws given the embeddings that compel's own wrapper makes of the prompts."""
-    pipe = pipe_with(checkpoint)
-    compel = (CompelForSDXL if hasattr(pipe, "text_encoder_2") else CompelForSD)(pipe)
-    with torch.no_grad():
-        made = compel(request.prompt, negative_prompt=request.negative_prompt)
-    embeddings = {"prompt_embeds": made.embeds, "negative_prompt_embeds": made.negative_embeds}
-    if made.pooled_embeds is not None:
-        embeddings |= {
-            "pooled_prompt_embeds": made.pooled_embeds,
-            "negative_pooled_prompt_embeds": made.negative_pooled_embeds,
-        }
-    return alone(checkpoint, request, **embeddings)
+    return alone(checkpoint, request, **embeddings_by_compel(pipe_with(checkpoint), request))
+
+
+# --- What a lane costs the device beside its forward
+
+
+class CountedSampler:
+    """A lane's sampler. `num_inputs`: how often it was asked for the model's input."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+        self.num_inputs = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)
+
+    def model_input(self) -> torch.Tensor:
+        self.num_inputs += 1
+        return self._sampler.model_input()
+
+
+def guided_lane(model: Family) -> Lane:
+    """A lane that has not joined; only its conditioning is there."""
+    request = tiny_request(guidance_scale=4.0, scheduler="euler", num_inference_steps=4)
+    drawing = Drawing(request, model.kind_of(request), lambda _: None, lambda: False, ())
+    with torch.inference_mode():
+        drawing.conditioning = Conditioning(*model.encode([Prompt("a hill"), Prompt("dark")], [(), ()]))
+    return drawing.lanes[0]
+
+
+@pytest.mark.parametrize("name", ["sd", "z_image"])
+def test_a_guided_lane_s_input_is_made_once_for_both_of_its_rows(models: Models, name: str) -> None:
+    model = models.engine(name).model
+    lane = guided_lane(model)
+    sampler = CountedSampler(model.begin(lane)[1])
+    lane.sampler = cast(Sampler, sampler)
+
+    with torch.inference_mode():
+        model.denoise([lane])
+
+    assert sampler.num_inputs == 1
+
+
+@pytest.mark.parametrize("name", ["sd", "z_image"])
+def test_a_lane_joins_without_waiting_for_the_device(
+    models: Models, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.engine(name).model
+    lane = guided_lane(model)
+    monkeypatch.setattr(model, "device", NOWHERE)
+
+    with Copies() as copies:
+        model.begin(lane)
+
+    assert copies.num_async > 0
+    assert not copies.blocking

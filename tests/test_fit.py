@@ -12,7 +12,16 @@ from clients.gpu import GpuReading, GpuReadings
 from config.settings import ModelSettings
 from inference.checkpoints import fit
 from inference.checkpoints.checkpoint import identify, load_pipeline
-from inference.checkpoints.fit import RESERVE_BYTES, Residence, decide, foresee, free_bytes, free_host_bytes, place
+from inference.checkpoints.fit import (
+    RESERVE_BYTES,
+    Residence,
+    decide,
+    foresee,
+    free_bytes,
+    free_host_bytes,
+    most_adapter_bytes,
+    place,
+)
 from inference.checkpoints.offload import take_turns
 from inference.request import EngineStartFailed
 from tests.tiny_models import build_tiny_sd
@@ -63,6 +72,42 @@ def test_a_cpu_s_model_stays_and_memory_that_is_short_is_only_told(caplog: pytes
         assert foresee("cpu", SDXL, TOTAL - 1) is Residence.RESIDENT
 
     assert "larger than the free memory" in caplog.text
+
+
+# --- Adapters
+
+
+def test_memory_that_is_kept_for_adapters_is_part_of_what_must_be_free() -> None:
+    adapters = 4_000_000_000
+
+    assert decide(SDXL, TOTAL + RESERVE_BYTES + adapters, adapters) is Residence.RESIDENT
+    assert decide(SDXL, TOTAL + RESERVE_BYTES + adapters - 1, adapters) is Residence.OFFLOADED
+    with pytest.raises(EngineStartFailed) as caught:
+        decide(SDXL, SDXL["unet"] + RESERVE_BYTES + adapters - 1, adapters)
+    assert all(words in str(caught.value) for words in ("and ADAPTER_MEMORY_GB 4.0 GB,", "lower ADAPTER_MEMORY_GB"))
+
+
+def test_adapters_for_whose_sake_models_take_turns_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    assert foresee("cuda", SDXL, TOTAL + RESERVE_BYTES, 1_000_000_000) is Residence.OFFLOADED
+
+    told = vars(caplog.records[0])["fields"]
+    assert told["adapters_gb"] == 1.0
+    assert told["advice"].endswith("lower ADAPTER_MEMORY_GB")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "free", "residence", "most"),
+    [
+        (5_000_000_000, 24_000_000_000, Residence.RESIDENT, 5_000_000_000),
+        (None, TOTAL + 4_000_000_000, Residence.RESIDENT, 1_000_000_000),
+        (None, SDXL["unet"] + 4_000_000_000, Residence.OFFLOADED, 1_000_000_000),
+        (None, TOTAL - 1, Residence.RESIDENT, 0),
+    ],
+)
+def test_adapters_take_what_is_chosen_or_a_quarter_of_what_the_weights_leave(
+    chosen: int | None, free: int, residence: Residence, most: int
+) -> None:
+    assert most_adapter_bytes(chosen, SDXL, free, residence) == most
 
 
 # --- Free memory
@@ -193,9 +238,9 @@ def test_placing_does_as_decided() -> None:
 @pytest.mark.parametrize(
     ("free", "words"),
     [
-        (24_000_000_000, "24.0 GB of the GPU's are free: the model stays on the GPU"),
+        (24_000_000_000, "24.0 GB of the GPU's are free: the model stays on the GPU, with up to 6.0 GB for adapters"),
         (2_001_000_000, None),
-        (2_003_000_000, "its parts take turns on the GPU"),
+        (2_003_000_000, "its parts take turns on the GPU, which is slower, with up to 0.5 GB for adapters"),
     ],
 )
 def test_check_foretells_what_the_engine_will_do(

@@ -15,6 +15,7 @@ from inference.request import AdapterFile, EngineStartFailed, RequestFailed, Ste
 from inference.schedulers import DIFFUSION
 from tests.engine_requests import request_of
 from tests.pictures import DEMO, MIN_PSNR_DB, demo_pipe, draw, plain, psnr, settings_of
+from tests.support.on_gpu import on_gpu
 from tests.tiny_models import Layout, build_tiny_sd, load_pipe, write_adapter
 from tests.watched_engine import WatchedEngine, WatchedModel
 
@@ -42,6 +43,7 @@ def tiny_engine(tiny: Path) -> Iterator[LocalEngine]:
     made.close()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_picture_without_an_adapter_equals_plain_diffusers(engine: LocalEngine, guidance: float) -> None:
     request = request_of(guidance_scale=guidance)
@@ -49,6 +51,7 @@ def test_a_picture_without_an_adapter_equals_plain_diffusers(engine: LocalEngine
     assert psnr(draw(engine, request)[0], plain(demo_pipe(), request)) >= MIN_PSNR_DB
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", DIFFUSION.makers)
 def test_every_scheduler_gives_the_picture_plain_diffusers_gives_with_it(engine: LocalEngine, name: str) -> None:
     request = request_of(scheduler=name)
@@ -56,7 +59,7 @@ def test_every_scheduler_gives_the_picture_plain_diffusers_gives_with_it(engine:
     assert psnr(draw(engine, request)[0], plain(demo_pipe(), request)) >= MIN_PSNR_DB
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("scale", on_gpu([1.0, 0.5], 0.5))
 def test_a_picture_with_a_diffusers_adapter_equals_plain_diffusers(engine: LocalEngine, scale: float) -> None:
     weights = DEMO / "adapters" / "neon.safetensors"
     request = request_of(prompt="neon: a castle", adapters=(AdapterFile(weights, None, scale),))
@@ -70,7 +73,7 @@ def test_a_picture_with_a_diffusers_adapter_equals_plain_diffusers(engine: Local
     assert psnr(drawn, draw(engine, request_of(prompt="neon: a castle"))[0]) < 25
 
 
-@pytest.mark.parametrize("layout", ["diffusers_old", "diffusers_new"])
+@pytest.mark.parametrize("layout", on_gpu(["diffusers_old", "diffusers_new"], "diffusers_new"))
 def test_a_file_with_text_encoder_layers_equals_plain_diffusers(
     tiny: Path, tiny_engine: LocalEngine, tmp_path: Path, layout: Layout
 ) -> None:
@@ -85,6 +88,7 @@ def test_a_file_with_text_encoder_layers_equals_plain_diffusers(
     assert psnr(drawn, plain(load_pipe(tiny), request)) < 35
 
 
+@pytest.mark.gpu
 def test_a_peft_folder_equals_peft_itself(tiny: Path, tiny_engine: LocalEngine, tmp_path: Path) -> None:
     pipe = load_pipe(tiny)
     folder = write_adapter(tmp_path / "peft", pipe, layout="peft_folder", rank=4, alpha=8, seed=2)
@@ -99,6 +103,7 @@ def test_a_peft_folder_equals_peft_itself(tiny: Path, tiny_engine: LocalEngine, 
     assert psnr(drawn, plain(load_pipe(tiny), request)) < 35
 
 
+@pytest.mark.gpu
 def test_two_adapters_at_their_scales_equal_plain_diffusers(engine: LocalEngine) -> None:
     files = [DEMO / "adapters" / f"{name}.safetensors" for name in ("neon", "sepia")]
     request = request_of(adapters=(AdapterFile(files[0], None, 0.7), AdapterFile(files[1], None, 0.4)))
@@ -121,6 +126,7 @@ def test_after_a_styled_picture_one_without_an_adapter_is_the_same_as_before(eng
     assert before.tobytes() == after.tobytes()
 
 
+@pytest.mark.gpu
 def test_several_seeds_give_what_each_gives_alone(engine: LocalEngine) -> None:
     together = draw(engine, request_of(seeds=(1, 2, 3)))
 

@@ -16,6 +16,9 @@ from transformers import CLIPTokenizer
 
 from inference.adapters import Adapter, LowRank
 from inference.bank import AdapterBank, Applied
+from inference.families.family import Prompt
+from inference.families.sdxl import StableDiffusionXL
+from inference.families.stable_diffusion import StableDiffusion
 from inference.prompts import MAX_PASSES, MAX_WEIGHT, Fragment, LongPromptEncoder, num_tokens, parse_weights
 from inference.request import RequestFailed
 from tests.tiny_models import build_tiny_sd, build_tiny_sdxl, byte_tokenizer, load_pipe
@@ -440,3 +443,26 @@ def test_any_text_is_encoded(sdxl: Any, text: str) -> None:
     assert len(tokens) % CHUNK == 0
     assert tokens.isfinite().all()
     assert pooled.isfinite().all()
+
+
+# What plain diffusers takes as it is meant.
+
+
+FAMILY_OF = {"StableDiffusionPipeline": StableDiffusion, "StableDiffusionXLPipeline": StableDiffusionXL}
+
+
+def test_ordinary_prompts_are_encoded_together_as_by_diffusers(pipe: Any) -> None:
+    texts = ["a red fox", "", "a crow in the " + "a" * 50]
+    family = FAMILY_OF[type(pipe).__name__](pipe, device=CPU)
+    encoder = pipe.text_encoder.config
+
+    # SDXL's pipeline never masks.
+    for is_masked in (False,) if hasattr(pipe, "text_encoder_2") else (False, True):
+        encoder.use_attention_mask = is_masked
+        found = family.encode([Prompt(text) for text in texts], [()] * len(texts))
+        theirs = [by_diffusers(pipe, text) for text in texts]
+        encoder.use_attention_mask = False
+
+        for ours, (tokens, pooled) in zip(found, theirs, strict=True):
+            torch.testing.assert_close(ours.tokens, tokens, **CLOSE)
+            torch.testing.assert_close(ours.pooled, pooled, **CLOSE)

@@ -113,3 +113,12 @@ def test_what_is_forgotten_is_loaded_anew(shelf: Shelf[str]) -> None:
     shelf.forget("a")
 
     assert shelf.want("a", 4, lambda: "again") == "again"
+
+
+def test_all_but_those_in_use_and_those_to_be_kept_can_be_given_up_at_once(shelf: Shelf[str]) -> None:
+    shelf.acquire("a")
+
+    assert not shelf.drop_idle(keep={"b", None})
+    assert shelf.drop_idle(keep={None})
+    assert residents(shelf) == "a"
+    assert not shelf.drop_idle(keep=set())

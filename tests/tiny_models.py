@@ -334,8 +334,8 @@ def _vae(latent_channels: int = 4, **settings: Any) -> AutoencoderKL:
     return vae
 
 
-def load_pipe(folder: Path) -> Any:
-    """The checkpoint as plain diffusers loads it: 32 bits, on the CPU, without a progress bar."""
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+def load_pipe(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The checkpoint as plain diffusers loads it: on the CPU, without a progress bar."""
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -1,6 +1,7 @@
 """`darkroom generate`: the same engine and the same limits, without broker, store or backend."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from rich.progress import Progress, TaskID
 
 from clients.location import LocationForbidden, ObjectRef, shown_location
 from config.settings import ModelSettings, PictureSettings, ServiceSettings, SettingsError, load_section
+from config.visible_gpus import gpu_variables
 from inference.engine import LocalEngine
 from inference.prechecks import foresee_model
 from inference.request import AdapterFile, EngineError, GenerationRequest, GenerationResult, StepReport
@@ -114,6 +116,8 @@ def _planned(fields: dict[str, Any], out: Path, model_id: str | None) -> _Plan:
 
 
 def _draw(plan: _Plan, console: Console) -> None:
+    # Here the engine has no process of its own. CUDA reads them when it is first asked for something: not before this.
+    os.environ.update(gpu_variables(plan.settings.device, plan.settings.cuda_visible_devices))
     with console.status(f"loading {plan.settings.model_id}"):
         engine = LocalEngine(plan.settings)
     result, keep_off = _generate(engine, plan, console)

@@ -154,7 +154,7 @@ class Supervisor:
             cache=self._cache,
             outbox=self._outbox,
             publisher=self._publisher,
-            gpu=GpuReadings(settings.model.cuda_visible_devices),
+            gpu=GpuReadings(settings.model.visible_gpu),
             is_connected=lambda: self._readiness.is_connected,
             is_draining=self._is_draining,
         )

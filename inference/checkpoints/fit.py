@@ -21,6 +21,8 @@ GB = 1e9
 # What a picture of base size takes beside the weights: a guided forward, and the decoder in tiles. Pictures beyond the
 # first are the batcher's business, which measures what they take.
 RESERVE_BYTES = 2_000_000_000
+# What the pages of adapters may take of that which the weights leave free, where ADAPTER_MEMORY_GB is unset.
+ADAPTER_SHARE = 0.25
 
 MEMINFO = Path("/proc/meminfo")
 # Limit, use and the file of statistics with what of the use is file pages that can go, of cgroups 2 and 1.
@@ -37,32 +39,51 @@ class Residence(Enum):
     OFFLOADED = "offloaded"  # in host memory, and on the device one at a time
 
 
-def decide(needed: Mapping[str, int], free: int) -> Residence:
-    """How models of `needed` bytes run with `free` bytes on the device; EngineStartFailed where not even one fits."""
-    if sum(needed.values()) + RESERVE_BYTES <= free:
+def decide(needed: Mapping[str, int], free: int, adapter_bytes: int | None = None) -> Residence:
+    """How models of `needed` bytes run with `free` bytes on the device; EngineStartFailed where not even one fits.
+
+    `adapter_bytes` of them are kept for adapters, where ADAPTER_MEMORY_GB is set.
+    """
+    reserve = RESERVE_BYTES + (adapter_bytes or 0)
+    if sum(needed.values()) + reserve <= free:
         return Residence.RESIDENT
     largest = max(needed, key=lambda name: needed[name])
-    if needed[largest] + RESERVE_BYTES <= free:
+    if needed[largest] + reserve <= free:
         return Residence.OFFLOADED
+    kept = f" and ADAPTER_MEMORY_GB {adapter_bytes / GB:.1f} GB" if adapter_bytes else ""
+    lower = "lower ADAPTER_MEMORY_GB, " if adapter_bytes else ""
     raise EngineStartFailed(
         f"the model does not fit the GPU: its {largest} takes {needed[largest] / GB:.1f} GB and a picture"
-        f" {RESERVE_BYTES / GB:.1f} GB, {free / GB:.1f} GB are free: end what else runs there, set DTYPE to a 16-bit"
-        " type, name a smaller MODEL_ID or use a larger GPU"
+        f" {RESERVE_BYTES / GB:.1f} GB{kept}, {free / GB:.1f} GB are free: {lower}end what else runs there, set"
+        " DTYPE to a 16-bit type, name a smaller MODEL_ID or use a larger GPU"
     )
 
 
-def foresee(device_type: str, needed: Mapping[str, int], free: int) -> Residence:
+def most_adapter_bytes(chosen: int | None, needed: Mapping[str, int], free: int, residence: Residence) -> int:
+    """What the pages of adapters may take: what ADAPTER_MEMORY_GB says, or a share of what the weights leave free."""
+    if chosen is not None:
+        return chosen
+    there = sum(needed.values()) if residence is Residence.RESIDENT else max(needed.values())
+    return max(0, int(ADAPTER_SHARE * (free - there)))
+
+
+def foresee(device_type: str, needed: Mapping[str, int], free: int, adapter_bytes: int | None = None) -> Residence:
     """Decide, before the weights are read, and say loudly what is not as one would want it."""
+    kept = adapter_bytes or 0
     figures = {"needed_gb": round(sum(needed.values()) / GB, 2), "free_gb": round(free / GB, 2)}
+    if kept:
+        figures["adapters_gb"] = round(kept / GB, 2)
     if device_type == "cpu":
-        if sum(needed.values()) > free:
+        if sum(needed.values()) + kept > free:
             advice = "the machine will swap or kill the worker: free memory, or name a smaller MODEL_ID"
             log_event(logger, "the model is larger than the free memory", logging.WARNING, **figures, advice=advice)
         return Residence.RESIDENT
 
-    residence = decide(needed, free)
+    residence = decide(needed, free, adapter_bytes)
     if residence is Residence.OFFLOADED:
         advice = "models take turns on the GPU, every picture is slower: end what else runs there or use a larger GPU"
+        if sum(needed.values()) + RESERVE_BYTES <= free:
+            advice = "models take turns on the GPU, every picture is slower: lower ADAPTER_MEMORY_GB"
         figures["reserve_gb"] = RESERVE_BYTES / GB
         log_event(logger, "the model does not fit the GPU as a whole", logging.WARNING, **figures, advice=advice)
     return residence

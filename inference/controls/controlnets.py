@@ -64,7 +64,8 @@ class ControlNets:
                 raise EngineStartFailed(f"{found.subject}: {reason}: copy or download it again")
 
     def load(self, name: str) -> Any:
-        """The ControlNet on the device. `EngineFault` where its files, whole at start, cannot be read any more."""
+        """The ControlNet on the device. `EngineFault` where its files, whole at start, cannot be read any more, and
+        `torch.OutOfMemoryError` where there is no memory for it now."""
         found = self._files[name]
         net = _without_weights(found)
         try:
@@ -72,9 +73,8 @@ class ControlNets:
             with torch.cuda.stream(self._copy_stream):
                 net.load_state_dict(self._read(found), assign=True)
                 net.to(memory_format=torch.contiguous_format if self._copy_stream is None else torch.channels_last)
-        except torch.OutOfMemoryError as error:
-            reason = "the GPU's memory does not hold it beside what is there: lower CONTROLNET_MEMORY_GB"
-            raise EngineFault(f"{found.subject} could not be loaded: {reason}") from error
+        except torch.OutOfMemoryError:
+            raise
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             raise EngineFault(f"{found.subject} could not be loaded: {one_line(error)}") from error
         self._hand_over(net)

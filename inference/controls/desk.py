@@ -56,6 +56,17 @@ class ControlDesk:
         self._shelf.acquire(control.model)
         drawing.control_picture = None  # on the host it is 50 MB of 2048x2048
 
+    @property
+    def num_bytes_to_come(self) -> int:
+        """What ControlNets that are not loaded may still take on the device."""
+        return max(0, self._model.controlnets.most_bytes - self._shelf.num_bytes)
+
+    def relieve(self, older: Sequence[Drawing], drawing: Drawing) -> bool:
+        """Free the memory of ControlNets that are not in use, but for the request's own and those of older ones; was
+        there any? Its own is loaded anew where that failed."""
+        self._forget_failed(drawing)
+        return self._shelf.drop_idle(keep={self._name_of(one) for one in (*older, drawing)})
+
     def release(self, drawing: Drawing) -> None:
         """The request ends, begun or not."""
         name = self._name_of(drawing)
@@ -65,9 +76,13 @@ class ControlDesk:
             drawing.guide = None
             self._shelf.release(name)
             return
-        net = self._shelf.find(name)
-        if net is not None and net.done() and net.exception() is not None:
-            # Perhaps that is why it ends. Whoever comes next tries once more.
+        # Perhaps that is why it ends. Whoever comes next tries once more.
+        self._forget_failed(drawing)
+
+    def _forget_failed(self, drawing: Drawing) -> None:
+        name = self._name_of(drawing)
+        net = None if name is None else self._shelf.find(name)
+        if name is not None and net is not None and net.done() and net.exception() is not None:
             self._shelf.forget(name)
 
     def _name_of(self, drawing: Drawing) -> str | None:

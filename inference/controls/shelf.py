@@ -1,7 +1,7 @@
 """Which ControlNets are kept, and which of them give way to another. Pure bookkeeping, no torch."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -61,6 +61,13 @@ class Shelf(Generic[T]):
     def forget(self, name: str) -> None:
         """Keep it no longer; nobody uses it."""
         del self._places[name]
+
+    def drop_idle(self, keep: Collection[str | None]) -> bool:
+        """Forget all that are not in use, but for those in `keep`; were there any?"""
+        idle = [name for name, place in self._places.items() if not place.num_users and name not in keep]
+        for name in idle:
+            self.forget(name)
+        return bool(idle)
 
     def _make_room(self, num_bytes: int) -> bool:
         """Let go of as many as must be; of none where that would not be enough."""

@@ -10,12 +10,14 @@ import torch
 from numpy.typing import NDArray
 
 from config.redacting import quoted
-from inference.adapters import Adapter, check_fits, read_adapter
+from inference.adapter_memory import AdapterMemory
+from inference.adapters import Adapter, blank_adapter, check_fits, read_adapter
 from inference.attention import AttentionOrder
 from inference.bank import AdapterBank, PackedAdapter, Row
 from inference.controls.controlnets import ControlNets
 from inference.controls.guide import Guide
 from inference.courses import Course
+from inference.decoded_image import DecodedImage, image_of
 from inference.dialects import Dialect
 from inference.foresight import denoised
 from inference.lane import Embedding, Kind, Lane
@@ -25,6 +27,7 @@ from inference.request import KINDS, GenerationRequest, RequestFailed, Source
 from inference.safety import SafetyChecker
 from inference.sampling import Sampler, Samplers
 from inference.schedulers import SchedulerTable
+from inference.uploads import upload
 
 
 class Prompt(NamedTuple):
@@ -59,7 +62,13 @@ class Family(ABC):
     public_name = ""
 
     def __init__(
-        self, pipeline: Any, models: Mapping[str, torch.nn.Module], dialect: Dialect, *, device: torch.device
+        self,
+        pipeline: Any,
+        models: Mapping[str, torch.nn.Module],
+        dialect: Dialect,
+        *,
+        device: torch.device,
+        memory: AdapterMemory,
     ) -> None:
         """`pipeline` is loaded and where it is to stay; `models` are those that adapters change, by name."""
         self.device = device
@@ -67,7 +76,7 @@ class Family(ABC):
         self._models = models
         self._dialect = dialect
         self._attention = AttentionOrder(device)
-        self.bank = AdapterBank(models, device=device, dtype=pipeline.dtype)
+        self.bank = AdapterBank(models, device=device, dtype=pipeline.dtype, memory=memory)
         # None unless it was asked for: a pipeline is loaded without.
         is_checked = getattr(pipeline, "safety_checker", None) is not None
         self.safety_checker = SafetyChecker(pipeline, device) if is_checked else None
@@ -153,6 +162,10 @@ class Family(ABC):
         """The adapter as the bank takes it."""
         return self.bank.pack(adapter)
 
+    def blank_adapter(self) -> Adapter:
+        """An adapter that changes nothing and is computed like any other."""
+        return blank_adapter({name: one for name, one in self._models.items() if name not in self.text_encoders})
+
     def num_steps_of(self, request: GenerationRequest) -> int:
         """The steps that are taken of those asked for: with a source the last ones, as many as its strength says."""
         if request.source is None:
@@ -173,7 +186,7 @@ class Family(ABC):
         generator = torch.Generator().manual_seed(lane.seed)
 
         def draw() -> torch.Tensor:
-            return torch.randn(self._latent_shape(request), generator=generator).to(self.device)
+            return self._uploaded(torch.randn(self._latent_shape(request), generator=generator))
 
         if request.source is None:
             return self.samplers.begin(self._course(request), draw(), generator)
@@ -182,14 +195,15 @@ class Family(ABC):
         noise, origin = lane.drawing.source.begin(draw, self._scaled)
         return self.samplers.begin(self._course(request), noise, generator, origin)
 
-    def decode(self, latents: torch.Tensor, *, in_tiles: bool = False) -> NDArray[np.uint8] | None:
-        """The picture [height, width, 3] of latents [channels, height, width], rounded as the pipeline would; None
-        where it came out as no numbers. Tiles take less memory and blend where they meet."""
+    def decode(self, latents: torch.Tensor, *, in_tiles: bool = False) -> DecodedImage:
+        """Launch the decoding of latents [channels, height, width]. Tiles take less memory and blend where they meet.
+
+        Raises out of memory at once; what else goes wrong on the device shows when the image is waited for.
+        """
         vae = self._pipeline.vae
         vae.use_tiling = in_tiles
-        image = vae.decode(self._unscaled(latents[None].to(vae.dtype)), return_dict=False)[0][0].float()
-        pixels = ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
-        return pixels.cpu().numpy() if image.isfinite().all() else None
+        decoded = vae.decode(self._unscaled(latents[None].to(vae.dtype)), return_dict=False)[0][0]
+        return image_of(decoded.float())
 
     def check_picture(self, pixels: NDArray[np.uint8]) -> None:
         """Raise `RequestFailed` where a safety checker is loaded and flags the picture [height, width, 3]."""
@@ -258,9 +272,7 @@ class Family(ABC):
         return self._uploaded(torch.tensor(values, dtype=torch.float32))
 
     def _uploaded(self, host: torch.Tensor) -> torch.Tensor:
-        # From pinned memory: any other copy would wait for the step that is running.
-        pinned = host.pin_memory() if self.device.type == "cuda" else host
-        return pinned.to(self.device, non_blocking=True)
+        return upload(host, self.device)
 
 
 def sampler_of(lane: Lane) -> Sampler:

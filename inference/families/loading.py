@@ -3,9 +3,10 @@
 import torch
 
 from config.settings import ModelSettings
+from inference.adapter_memory import AdapterMemory
 from inference.checkpoints.checkpoint import download, identify, load_pipeline, weight_bytes
 from inference.checkpoints.controlnets import find_controlnets
-from inference.checkpoints.fit import foresee, free_bytes, place
+from inference.checkpoints.fit import foresee, free_bytes, most_adapter_bytes, place
 from inference.controls.controlnets import ControlNets
 from inference.families.family import Family
 from inference.families.sdxl import StableDiffusionXL
@@ -31,11 +32,18 @@ def load_family(settings: ModelSettings, *, device: torch.device, dtype: torch.d
     assert needed is not None, "a downloaded checkpoint has its files"  # noqa: S101
     files = find_controlnets(settings.controlnet_sources)
     controlnets = ControlNets(files, max_bytes=settings.controlnet_max_bytes, device=device, dtype=dtype)
-    residence = foresee(device.type, needed, free_bytes(device) - controlnets.most_bytes)
+    free, chosen = free_bytes(device) - controlnets.most_bytes, settings.adapter_max_bytes
+    residence = foresee(device.type, needed, free, chosen)
+    memory = AdapterMemory(
+        settings.adapter_slots,
+        settings.adapter_max_rank,
+        most_adapter_bytes(chosen, needed, free, residence),
+        is_chosen=chosen is not None,
+    )
     pipeline = load_pipeline(checkpoint, dtype)
     try:
         place(pipeline, device, residence)
-        family = FAMILIES[checkpoint.pipeline_class](pipeline, device=device)
+        family = FAMILIES[checkpoint.pipeline_class](pipeline, device=device, memory=memory)
     except torch.OutOfMemoryError as error:
         raise EngineStartFailed(f"MODEL_ID {settings.model_id!r} does not fit the GPU's memory: {error}") from error
     family.public_name = checkpoint.public_name

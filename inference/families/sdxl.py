@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from inference.adapter_memory import UNLIMITED, AdapterMemory
 from inference.dialects import sdxl
 from inference.families.family import Prompt
 from inference.families.unet import UNetFamily
@@ -20,7 +21,7 @@ class StableDiffusionXL(UNetFamily):
     schedulers = SDXL
     text_encoders = ("text_encoder", "text_encoder_2")
 
-    def __init__(self, pipeline: Any, *, device: torch.device) -> None:
+    def __init__(self, pipeline: Any, *, device: torch.device, memory: AdapterMemory = UNLIMITED) -> None:
         if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
             # Its activations overflow 16 bits: the picture would be black.
             pipeline.vae.to(dtype=torch.float32)
@@ -29,7 +30,7 @@ class StableDiffusionXL(UNetFamily):
             "text_encoder": pipeline.text_encoder,
             "text_encoder_2": pipeline.text_encoder_2,
         }
-        super().__init__(pipeline, models, sdxl(pipeline.unet.config), device=device)
+        super().__init__(pipeline, models, sdxl(pipeline.unet.config), device=device, memory=memory)
         self._prompts = LongPromptEncoder(
             [pipeline.tokenizer, pipeline.tokenizer_2], [pipeline.text_encoder, pipeline.text_encoder_2], device
         )
@@ -39,13 +40,14 @@ class StableDiffusionXL(UNetFamily):
 
     def _encode_ordinary(self, prompts: Sequence[Prompt]) -> list[Embedding]:
         """An empty negative prompt is none, which most checkpoints were trained to read as zeros."""
-        tokens, _, pooled, _ = self._pipeline.encode_prompt(
-            [prompt.text for prompt in prompts],
-            device=self.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )
-        if self._pipeline.config.force_zeros_for_empty_prompt:
+        pipeline = self._pipeline
+        pairs = [(pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2)]
+        encoded = [
+            encoder(self._tokenized(tokenizer, prompts)[0], output_hidden_states=True) for tokenizer, encoder in pairs
+        ]
+        tokens = torch.cat([one.hidden_states[-2] for one in encoded], dim=-1)
+        pooled = encoded[1].text_embeds
+        if pipeline.config.force_zeros_for_empty_prompt:
             # One by one: a list of indices would be uploaded, behind the step that is running.
             for index in (index for index, prompt in enumerate(prompts) if prompt.is_left_out):
                 tokens[index].zero_()

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from inference.adapter_memory import UNLIMITED, AdapterMemory
 from inference.dialects import STABLE_DIFFUSION
 from inference.families.family import Prompt
 from inference.families.unet import UNetFamily
@@ -20,11 +21,15 @@ class StableDiffusion(UNetFamily):
     schedulers = DIFFUSION
     text_encoders = ("text_encoder",)
 
-    def __init__(self, pipeline: Any, *, device: torch.device) -> None:
+    def __init__(self, pipeline: Any, *, device: torch.device, memory: AdapterMemory = UNLIMITED) -> None:
         models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-        super().__init__(pipeline, models, STABLE_DIFFUSION, device=device)
+        super().__init__(pipeline, models, STABLE_DIFFUSION, device=device, memory=memory)
         self._prompts = LongPromptEncoder([pipeline.tokenizer], [pipeline.text_encoder], device)
 
     def _encode_ordinary(self, prompts: Sequence[Prompt]) -> list[Embedding]:
-        embeddings, _ = self._pipeline.encode_prompt([prompt.text for prompt in prompts], self.device, 1, False)
+        encoder = self._pipeline.text_encoder
+        ids, mask = self._tokenized(self._pipeline.tokenizer, prompts)
+        # Few encoders were trained to leave out what fills up a prompt.
+        is_masked = getattr(encoder.config, "use_attention_mask", False)
+        embeddings = encoder(ids, attention_mask=self._uploaded(mask) if is_masked else None)[0]
         return [Embedding(tokens) for tokens in embeddings]

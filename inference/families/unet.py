@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from inference.adapter_memory import AdapterMemory
 from inference.bank import Row
 from inference.controls.residuals import Inputs, residuals_of
 from inference.families.family import Family, Prompt, embedding_of, guides_of, sampler_of
@@ -31,9 +32,9 @@ class UNetFamily(Family):
     controlnet_class = "ControlNetModel"
     _prompts: LongPromptEncoder
 
-    def __init__(self, pipeline: Any, *args: Any, device: torch.device) -> None:
+    def __init__(self, pipeline: Any, *args: Any, device: torch.device, memory: AdapterMemory) -> None:
         _check_is_plain(pipeline.unet)
-        super().__init__(pipeline, *args, device=device)
+        super().__init__(pipeline, *args, device=device, memory=memory)
         self._reads_rest = pipeline.unet.config.in_channels != pipeline.unet.config.out_channels
         if self._reads_rest:
             self.kinds = ("inpaint",)
@@ -74,7 +75,14 @@ class UNetFamily(Family):
 
     @abstractmethod
     def _encode_ordinary(self, prompts: Sequence[Prompt]) -> list[Embedding]:
-        """Prompts of one chunk without weights, as the plain pipeline encodes them."""
+        """Prompts of one chunk without weights, as by the plain pipeline's `encode_prompt`, which waits for uploads."""
+
+    def _tokenized(self, tokenizer: Any, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and their mask, [prompts, 77] each, the ids on the device and the mask on the host."""
+        texts = [prompt.text for prompt in prompts]
+        length = tokenizer.model_max_length
+        found = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return self._uploaded(found.input_ids), found.attention_mask
 
     def _added_conditions(self, rows: Sequence[Lane], embeddings: Sequence[Embedding]) -> dict[str, torch.Tensor]:
         """What the UNet is told beside the prompt."""
@@ -104,7 +112,8 @@ class UNetFamily(Family):
         rows = guided + ordered
         embeddings = [embedding_of(lane, is_negative=i < len(guided)) for i, lane in enumerate(rows)]
         tokens, mask = _stacked([embedding.tokens for embedding in embeddings])
-        latents = torch.stack([sampler_of(lane).model_input() for lane in rows])
+        read = [sampler_of(lane).model_input() for lane in ordered]
+        latents = torch.stack(read[: len(guided)] + read)
         inputs = Inputs(
             latents.to(unet.dtype, memory_format=self._memory_format),
             self._upload([sampler_of(lane).timestep for lane in rows]),

@@ -8,6 +8,7 @@ import torch
 from diffusers import ZImageControlNetModel
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 
+from inference.adapter_memory import UNLIMITED, AdapterMemory
 from inference.bank import Row
 from inference.checkpoints.offload import bring
 from inference.controls.hints import Inputs, hints_of
@@ -43,8 +44,8 @@ class ZImage(Family):
     default_steps = 8
     default_guidance = 0.0
 
-    def __init__(self, pipeline: Any, *, device: torch.device) -> None:
-        super().__init__(pipeline, {"transformer": pipeline.transformer}, Z_IMAGE, device=device)
+    def __init__(self, pipeline: Any, *, device: torch.device, memory: AdapterMemory = UNLIMITED) -> None:
+        super().__init__(pipeline, {"transformer": pipeline.transformer}, Z_IMAGE, device=device, memory=memory)
         self._row_lengths = RowLengths()
         attend_to_own_tokens(pipeline.transformer, self._row_lengths)
 
@@ -136,8 +137,9 @@ class ZImage(Family):
         transformer = self._pipeline.transformer
         captions = [embedding_of(lane, is_negative=i >= num_positive).tokens for i, lane in enumerate(rows)]
         tokens = [self._row_tokens(*one) for one in zip(rows, captions, strict=True)]
+        read = {id(lane): sampler_of(lane).model_input().to(transformer.dtype)[:, None] for lane in rows[:num_positive]}
         inputs = Inputs(
-            [sampler_of(lane).model_input().to(transformer.dtype)[:, None] for lane in rows],
+            [read[id(lane)] for lane in rows],
             self._upload([(TRAIN_TIMESTEPS - sampler_of(lane).timestep) / TRAIN_TIMESTEPS for lane in rows]),
             captions,
             [one.image + one.caption for one in tokens],

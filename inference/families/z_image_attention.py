@@ -124,12 +124,12 @@ def _set(blocks: Sequence[Any], lengths: RowLengths, streams: Sequence[Stream]) 
 
 
 def _by_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    return x.unflatten(-1, (num_heads, -1))
+    return x.view(*x.shape[:-1], num_heads, -1)
 
 
 def _rotated(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
     """Rotary positions: neighbours in [rows, tokens, heads, width] are a complex number each, turned in 32 bits."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * freqs_cis[:, :, None]).flatten(3).type_as(x)
 
 
@@ -139,12 +139,15 @@ def _row_by_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, len
     Rows of one length do not share a call. cuDNN plans anew, in tenths of a second, for each shape and for each stride:
     a row alone, as if it had been alone in its batch, has one plan for its length, whatever it is drawn with.
     """
-    attended = torch.zeros_like(query)
+    longest = query.shape[1]
+    padding = query.new_zeros(longest - min(lengths), *query.shape[2:])
+    parts = []
     for row, length in enumerate(lengths):
         # Not `[row : row + 1]`, which would keep the batch's stride.
         own = (one[row, :length][None] for one in (query, key, value))
-        attended[row, :length] = _sdpa(*own)[0]
-    return attended
+        parts += [_sdpa(*own)[0], padding[: longest - length]]
+    # One kernel for all rows.
+    return torch.cat(parts).view(query.shape)
 
 
 def _sdpa(

@@ -6,7 +6,7 @@ from clients.gpu import GpuReading, GpuReadings
 from config.settings import ModelSettings
 from inference.checkpoints.checkpoint import identify, weight_bytes
 from inference.checkpoints.controlnets import find_controlnets, most_bytes
-from inference.checkpoints.fit import GB, RESERVE_BYTES, Residence, decide, free_host_bytes
+from inference.checkpoints.fit import GB, RESERVE_BYTES, Residence, decide, free_host_bytes, most_adapter_bytes
 from inference.request import EngineStartFailed
 from worker.checks.finding import CheckFailed
 
@@ -17,7 +17,7 @@ def look_at_gpu(settings: ModelSettings) -> str:
     """Is the GPU that DEVICE asks for there? By its driver alone: torch is asked by the model's check."""
     if settings.device == "cpu":
         return "none is asked for: DEVICE is cpu"
-    readings = _readings(settings)
+    readings = GpuReadings(settings.visible_gpu)
     reading = readings.read()
     if reading is None:
         visible = settings.cuda_visible_devices
@@ -32,7 +32,7 @@ def look_at_gpu(settings: ModelSettings) -> str:
 
 def look_at_memory(settings: ModelSettings) -> str:
     """What the weights take, what is free, and what comes of it."""
-    gpu = None if settings.device == "cpu" else _readings(settings).read()
+    gpu = None if settings.device == "cpu" else GpuReadings(settings.visible_gpu).read()
     bytes_each = PARAMETER_BYTES.get(settings.dtype, 4 if gpu is None else 2)
     try:
         found = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)
@@ -48,32 +48,33 @@ def look_at_memory(settings: ModelSettings) -> str:
     if kept:
         weights += f", with {kept / GB:.2f} GB kept for ControlNets"
     free = _free(gpu) - kept
-    return _in_host(weights, needed, free) if gpu is None else _on_gpu(weights, needed, free)
+    judge = _in_host if gpu is None else _on_gpu
+    return judge(weights, needed, free, settings.adapter_max_bytes)
 
 
-def _in_host(weights: str, needed: Mapping[str, int], free: int) -> str:
+def _in_host(weights: str, needed: Mapping[str, int], free: int, chosen: int | None) -> str:
     seen = f"{weights}, {free / GB:.1f} GB of the host's are free"
-    if sum(needed.values()) > free:
+    if sum(needed.values()) + (chosen or 0) > free:
         remedy = "free memory, raise the container's limit, or name a smaller MODEL_ID"
         raise CheckFailed(f"{seen}: the machine would swap or kill the worker; {remedy}")
-    return f"{seen}: they fit"
+    return f"{seen}: they fit{_with_adapters(chosen, needed, free, Residence.RESIDENT)}"
 
 
-def _on_gpu(weights: str, needed: Mapping[str, int], free: int) -> str:
+def _on_gpu(weights: str, needed: Mapping[str, int], free: int, chosen: int | None) -> str:
     try:
-        is_resident = decide(needed, free) is Residence.RESIDENT
+        residence = decide(needed, free, chosen)
     except EngineStartFailed as error:
         raise CheckFailed(str(error)) from error
+    is_resident = residence is Residence.RESIDENT
     lives = "the model stays on the GPU" if is_resident else "its parts take turns on the GPU, which is slower"
-    return f"{weights} and {RESERVE_BYTES / GB:.1f} GB for a picture, {free / GB:.1f} GB of the GPU's are free: {lives}"
+    seen = f"{weights} and {RESERVE_BYTES / GB:.1f} GB for a picture, {free / GB:.1f} GB of the GPU's are free"
+    return f"{seen}: {lives}{_with_adapters(chosen, needed, free, residence)}"
+
+
+def _with_adapters(chosen: int | None, needed: Mapping[str, int], free: int, residence: Residence) -> str:
+    most = most_adapter_bytes(chosen, needed, free, residence)
+    return f", with up to {most / GB:.1f} GB for adapters (ADAPTER_MEMORY_GB)"
 
 
 def _free(gpu: GpuReading | None) -> int:
     return free_host_bytes() if gpu is None else gpu.memory_total_bytes - gpu.memory_used_bytes
-
-
-def _readings(settings: ModelSettings) -> GpuReadings:
-    """Of the GPU that the engine will use, counted among the visible ones."""
-    index = int(settings.device.partition(":")[2] or 0)
-    visible = settings.cuda_visible_devices
-    return GpuReadings(str(index) if visible is None else ",".join(visible.split(",")[index:]))

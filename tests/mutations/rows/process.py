@@ -160,7 +160,6 @@ ROWS: tuple[Row, ...] = (
         also=(
             f"{BATCHING}test_a_picture_that_does_not_fit_alone_fails_by_its_size_and_smaller_ones_beside_it_and_after_it_are_drawn",
             f"{BATCHING}test_a_picture_too_large_to_decode_is_decoded_in_tiles_and_the_next_one_whole",
-            f"{BATCHING}test_an_adapter_that_did_not_fit_is_not_taken_for_one_that_is_there",
             f"{PARITY}test_running_out_of_memory_fails_the_request_and_the_next_one_runs",
         ),
     ),
@@ -187,7 +186,7 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "inference/engine.py",
-                'if name.startswith("cuda") and not torch.cuda.is_available():',
+                'if name.startswith("cuda"):',
                 "if False:",
             ),
         ),
@@ -202,9 +201,9 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(
             Mutation(
-                "inference/families/family.py",
-                "return pixels.cpu().numpy() if image.isfinite().all() else None",
-                "return pixels.cpu().numpy()",
+                "inference/decoded_image.py",
+                "numpy() if host[-1] else None",
+                "numpy()",
             ),
         ),
         also=(f"{PARITY}test_a_checkpoint_that_draws_no_numbers_is_refused_at_the_start",),
@@ -321,6 +320,26 @@ ROWS: tuple[Row, ...] = (
         "they are read past, and the job fails by its size at the second try; no worker ends",
         tests=(f"{EFFECT}test_a_result_beyond_the_supervisor_s_memory_ends_its_job_and_no_worker",),
         without=(Mutation("inference/pixels.py", "except MemoryError:", "except ZeroDivisionError:"),),
+    ),
+    Row(
+        "B27",
+        "the GPU's memory has no room for what a job loads: an adapter, a ControlNet, its prompts",
+        "it waits, beside smaller batches, and is drawn; alone it fails by the name of what does not fit",
+        tests=(
+            f"{BATCHING}test_an_adapter_that_found_no_memory_once_is_drawn_right_at_the_next_try",
+            f"{BATCHING}test_an_adapter_that_finds_no_memory_alone_either_fails_by_its_name_and_the_others_are_drawn_right",
+        ),
+        without=(
+            Mutation(
+                "inference/stepping.py",
+                "if isinstance(attempt.error, torch.OutOfMemoryError):\n            answer = ",
+                "if False:\n            answer = ",
+            ),
+        ),
+        also=(
+            f"{BATCHING}test_a_request_that_finds_no_memory_beside_others_waits_and_is_drawn_right[encode]",
+            "tests/test_control.py::test_one_that_finds_no_memory_is_loaded_once_there_is_and_fails_by_its_name_where_there_never_is",
+        ),
     ),
     Row(
         "E1",

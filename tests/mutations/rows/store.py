@@ -178,7 +178,11 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{BATCHING}test_an_adapter_of_one_version_is_read_once_however_its_file_is_touched",),
         without=(
             Mutation("inference/preparing.py", "        if file.version:\n", "        if False:\n"),
-            Mutation("inference/preparing.py", "            if reading is None:\n", "            if True:\n"),
+            Mutation(
+                "inference/preparing.py",
+                "            if reading is None or ran_out_of_memory(reading):\n",
+                "            if True:\n",
+            ),
         ),
         also=(
             f"{BATCHING}test_another_version_under_the_same_path_is_another_adapter",

@@ -1,0 +1,45 @@
+"""What the GPU command takes along to a machine without network: exact pins, ours, and with all that they need."""
+
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+# diffusers names it and takes the standard library's.
+NOT_NEEDED = {"importlib-metadata"}
+
+
+def pins(path: Path) -> dict[str, str]:
+    """The versions of a list of exact pins, by canonical names."""
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    pairs = [line.split("==") for line in lines]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+WHEELS = pins(ROOT / "benchmarks" / "gpu" / "wheels.txt")
+MACHINE = pins(ROOT / "benchmarks" / "gpu" / "machine.txt")
+
+
+@pytest.mark.parametrize("name", WHEELS)
+def test_a_wheel_has_the_version_that_everything_else_here_is_tested_with(name: str) -> None:
+    assert WHEELS[name] == pins(ROOT / "constraints.txt")[name]
+
+
+@pytest.mark.parametrize("name", WHEELS)
+def test_what_a_wheel_requires_is_another_wheel_or_on_the_machine_in_a_version_that_it_takes(name: str) -> None:
+    versions = MACHINE | WHEELS
+    required = [Requirement(text) for text in metadata.requires(name) or () if "extra ==" not in text]
+    on_the_machine = {"python_version": "3.12", "python_full_version": "3.12.1"}
+    needed = [one for one in required if one.marker is None or one.marker.evaluate(on_the_machine)]
+
+    missing = [
+        str(one)
+        for one in needed
+        if canonicalize_name(one.name) not in NOT_NEEDED
+        and not one.specifier.contains(versions.get(canonicalize_name(one.name), ""), prereleases=True)
+    ]
+
+    assert missing == []

@@ -1,0 +1,75 @@
+"""`pytest -m gpu` runs with torch and the engine's packages alone: read from the source, what its files import."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from tests.conftest import has_gpu_tests
+
+ROOT = Path(__file__).parents[2]
+OURS = {"config", "inference", "tests", "worker", "clients", "watermark", "examples"}
+# What a machine with a GPU has, or is brought: see docs/benchmarks.md.
+ENGINE_PACKAGES = {
+    "PIL",
+    "accelerate",
+    "compel",
+    "diffusers",
+    "dotenv",
+    "huggingface_hub",
+    "numpy",
+    "peft",
+    "pydantic",
+    "pydantic_core",
+    "pydantic_settings",
+    "pytest",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "yaml",
+}
+
+
+def imported_at_once(body: list[ast.stmt]) -> Iterator[str]:
+    """The dotted names that a module's import brings: those inside of functions and for type checkers come later."""
+    for node in body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ClassDef | ast.With | ast.Try):
+            yield from imported_at_once(node.body)
+
+
+@cache
+def file_of(name: str) -> Path | None:
+    """Our module called `name`, or the one that the name is in."""
+    path = ROOT / name.replace(".", "/")
+    found = [one for one in (path.with_suffix(".py"), path / "__init__.py") if one.is_file()]
+    return found[0] if found else None
+
+
+def packages_of(files: list[Path]) -> set[str]:
+    """Others' packages that importing these files brings, by whatever way."""
+    packages: set[str] = set()
+    seen: set[Path] = set()
+    while files:
+        path = files.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for name in imported_at_once(ast.parse(path.read_text()).body):
+            if name.partition(".")[0] in OURS:
+                files += [one for one in (file_of(name), file_of(name.rpartition(".")[0])) if one]
+            else:
+                packages.add(name.partition(".")[0])
+    return packages - set(sys.stdlib_module_names)
+
+
+def test_the_tests_for_a_gpu_import_nothing_but_the_engine_s_packages() -> None:
+    files = [path for path in (ROOT / "tests").rglob("test_*.py") if has_gpu_tests(path)]
+
+    assert {"test_parity.py", "test_families.py", "test_real_device.py"} <= {path.name for path in files}
+    assert packages_of([*files, ROOT / "tests" / "conftest.py"]) <= ENGINE_PACKAGES

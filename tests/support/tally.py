@@ -1,0 +1,47 @@
+"""What code asks of a device: kernels it launches, copies it makes, and where the host waits."""
+
+from collections import Counter, defaultdict
+from typing import NamedTuple
+
+
+class Event(NamedTuple):
+    """Something that the host does to the device beside launching kernels, and the project's line that does it.
+
+    `what`: "upload", "download" or "sync", and of a sync which operation; `detail` of a copy is its shape.
+    """
+
+    what: str
+    where: str
+    detail: str
+    is_pinned: bool = False
+    is_blocking: bool = True
+
+    @property
+    def stalls(self) -> bool:
+        """True where the host waits for the device to finish all that it was given."""
+        return self.is_blocking or not self.is_pinned
+
+    def __str__(self) -> str:
+        if self.what == "sync":
+            return f"sync {self.detail} at {self.where}"
+        manner = f"{'pinned' if self.is_pinned else 'pageable'}, {'blocking' if self.is_blocking else 'non-blocking'}"
+        return f"{self.what} {self.detail} ({manner}) at {self.where}"
+
+
+class Tally:
+    """What ran inside `FakeCuda.counting`: kernels by the part that launched them, and events."""
+
+    def __init__(self) -> None:
+        self.kernels: dict[str, Counter[str]] = defaultdict(Counter)
+        self.events: list[Event] = []
+
+    def num_kernels(self, part: str) -> int:
+        return self.kernels[part].total()
+
+    @property
+    def num_masked_attentions(self) -> int:
+        return sum(kernels["masked_attention"] for kernels in self.kernels.values())
+
+    @property
+    def stalls(self) -> list[str]:
+        return [str(event) for event in self.events if event.stalls]
