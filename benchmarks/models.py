@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tests.tiny_models import MAX_TOKENS, byte_tokenizer
 
+DEMO_MODEL = Path(__file__).parent.parent / "examples" / "demo_model"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ALL_LINEAR = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
