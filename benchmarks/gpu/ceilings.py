@@ -68,7 +68,7 @@ def _machine(context: Context) -> dict[str, Any]:
 def _matmul(context: Context, dtype: torch.dtype) -> dict[str, Any]:
     side = MATMUL_SIDE if context.is_cuda else 256
     one, other = (torch.randn(side, side, device=context.device).to(dtype) for _ in range(2))
-    times = time_calls(context, lambda: torch.mm(one, other), repeats=20, seconds=1.0)
+    times = time_calls(context, lambda: torch.mm(one, other), repeats=100, seconds=1.0)
     return {"side": side, **times._asdict(), "tflops": 2 * side**3 / times.steady_ms / 1e9}
 
 

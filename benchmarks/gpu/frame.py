@@ -137,8 +137,16 @@ class Frame:
 def start_method() -> str:
     """ "fork" while that is safe, else "spawn"."""
     num_threads = len(list(Path("/proc/self/task").iterdir()))
-    has_context = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return "spawn" if num_threads > 1 or has_context else "fork"
+    return "spawn" if num_threads > 1 or not _would_fork_well() else "fork"
+
+
+def _would_fork_well() -> bool:
+    """Whether torch, asked in a forked child, would open CUDA there: it does not once the driver was asked here."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(int(torch.cuda._is_in_bad_fork()))
+    _, status = os.waitpid(pid, 0)
+    return status == 0
 
 
 def _is_nothing_right(records: Sequence[dict[str, Any]]) -> bool:

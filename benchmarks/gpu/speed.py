@@ -1,6 +1,7 @@
 """Stages 2, 3 and 4: one model at full size, from whether it is right in 16 bits to what a set of ten jobs takes."""
 
 import gc
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +27,9 @@ from benchmarks.gpu.steps import measure_memory, measure_steps, profile_step
 # An adapter of rank 16 on all linear layers.
 SWAPPED = 5
 NUM_JOINS = 3
+# In containers it is often of 64 MB, which writing beyond ends the process.
+MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108 - a folder of our own is made in it
+ADAPTER_ROOM_BYTES = 8e9
 # Compiling takes longer than this; what is left of the box ends it otherwise.
 COMPILE_SECONDS = 30.0
 
@@ -137,7 +141,7 @@ class Speed:
 
 
 def run_speed(context: Context, name: str, more: Callable[[Speed, Forwards], None] = lambda *_: None) -> None:
-    """Measure the model called so. Its adapters live in memory where the system has a folder for that."""
-    memory = Path("/dev/shm")  # noqa: S108 - a folder of our own is made in it
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+    """Measure the model called so. Its adapters are in memory where the system has a folder with room for that."""
+    has_room = MEMORY_FOLDER.is_dir() and shutil.disk_usage(MEMORY_FOLDER).free > ADAPTER_ROOM_BYTES
+    with tempfile.TemporaryDirectory(dir=MEMORY_FOLDER if has_room else None) as folder:
         Speed(context, name, Path(folder)).run(more)
