@@ -16,7 +16,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tests.support.cuda_stand_ins import guarded, replaced, replacements
-from tests.support.operators import is_composed, is_mask, is_on_device, likeness, outline, tensors_in
+from tests.support.operators import (
+    is_composed,
+    is_made_of_tensors,
+    is_mask,
+    is_on_device,
+    likeness,
+    outline,
+    tensors_in,
+)
 from tests.support.tally import Event, Tally
 
 ROOT = Path(__file__).parents[1]
@@ -153,7 +161,7 @@ class FakeCuda(FakeTensorMode):
             return self._again(known.made, args)
         num_events, num_launched = len(self._tally.events), len(self._launched)
         made = self._made(func, types, args, kwargs)
-        if num_events == len(self._tally.events):
+        if num_events == len(self._tally.events) and is_made_of_tensors(made):
             self._known[key] = Known(tuple(self._launched[num_launched:]), outline(made, args))
         return made
 
@@ -164,10 +172,9 @@ class FakeCuda(FakeTensorMode):
                 return args[made]
             case list():
                 return [self._again(one, args) for one in made]
-            case (shape, stride, dtype, device):
-                return FakeTensor(self, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), device)
             case _:
-                return None
+                shape, stride, dtype, device = made
+                return FakeTensor(self, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), device)
 
     def _made(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if func in self._handlers:

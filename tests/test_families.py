@@ -354,7 +354,7 @@ def test_z_image_reads_512_tokens_to_the_last_and_refuses_one_more(models: Model
     models.assert_equal("z_image", request)
 
 
-@pytest.mark.parametrize("name", on_gpu(["sd", "sdxl"], "sdxl"))
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
 def test_a_prompt_of_three_hundred_tokens_is_read_to_its_end_as_compel_reads_it(models: Models, name: str) -> None:
     request = tiny_request(prompt=LONG)
 

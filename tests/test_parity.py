@@ -59,8 +59,7 @@ def test_every_scheduler_gives_the_picture_plain_diffusers_gives_with_it(engine:
     assert psnr(draw(engine, request)[0], plain(demo_pipe(), request)) >= MIN_PSNR_DB
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("scale", on_gpu([1.0, 0.5], 0.5))
 def test_a_picture_with_a_diffusers_adapter_equals_plain_diffusers(engine: LocalEngine, scale: float) -> None:
     weights = DEMO / "adapters" / "neon.safetensors"
     request = request_of(prompt="neon: a castle", adapters=(AdapterFile(weights, None, scale),))

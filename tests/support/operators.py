@@ -37,7 +37,11 @@ def outline(made: Any, args: Sequence[Any]) -> Any:
             return number
     if isinstance(made, list | tuple):
         return [outline(one, args) for one in made]
-    return None if made is None else (made.shape, made.stride(), made.dtype, made.device)
+    return made.shape, made.stride(), made.dtype, made.device
+
+
+def is_made_of_tensors(made: Any) -> bool:
+    return all(isinstance(one, torch.Tensor) for one in (made if isinstance(made, list | tuple) else [made]))
 
 
 def is_on_device(made: Any, args: Sequence[Any]) -> bool:
