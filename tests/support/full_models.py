@@ -39,7 +39,9 @@ MIX = (
 
 
 class OnDisk:
-    """The one ControlNet there is to be loaded."""
+    """The one ControlNet there is to be loaded. No request names it."""
+
+    names = ()
 
     def __init__(self, net: Any) -> None:
         self._net = net
