@@ -63,7 +63,7 @@ def _sdxl(*, is_tiny: bool) -> Any:
     tiny: dict[str, Any] = {
         **TINY_UNET,
         "sample_size": 8,
-        "transformer_layers_per_block": (1, 1, 2),
+        "transformer_layers_per_block": (1, 1, 1),
         "cross_attention_dim": 64,
         "attention_head_dim": (2, 2, 4),
         "addition_time_embed_dim": 8,

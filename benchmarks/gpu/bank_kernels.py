@@ -51,16 +51,16 @@ def _index_select(context: Context, pages: int) -> Work:
 
 def _bmm(context: Context, pages: int) -> Work:
     """x Aᵀ of all members."""
-    x = _drawn(context, _rows(context), TOKENS, WIDTH)
+    x = _drawn(context, _rows(context), _tokens(context), WIDTH)
     a = _drawn(context, _rows(context), pages * MEMBERS * PAGE_RANK, WIDTH)
-    num_out = x.shape[0] * TOKENS * a.shape[1]
+    num_out = x.shape[0] * x.shape[1] * a.shape[1]
     return lambda: torch.bmm(x, a.mT), 2 * (x.numel() + a.numel() + num_out)
 
 
 def _baddbmm(context: Context, pages: int) -> Work:
     """The change added to a layer's output, which is read and written."""
-    output = _drawn(context, _rows(context), TOKENS, WIDTH)
-    down = _drawn(context, _rows(context), TOKENS, pages * PAGE_RANK)
+    output = _drawn(context, _rows(context), _tokens(context), WIDTH)
+    down = _drawn(context, _rows(context), _tokens(context), pages * PAGE_RANK)
     b = _drawn(context, _rows(context), pages * PAGE_RANK, WIDTH)
     return lambda: output.baddbmm_(down, b), 2 * (2 * output.numel() + down.numel() + b.numel())
 
@@ -76,6 +76,10 @@ def _grouped_conv(context: Context, pages: int) -> Work:
 
 def _rows(context: Context) -> int:
     return ROWS if context.is_cuda else 2
+
+
+def _tokens(context: Context) -> int:
+    return TOKENS if context.is_cuda else 16
 
 
 def _drawn(context: Context, *shape: int) -> torch.Tensor:

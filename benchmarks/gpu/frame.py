@@ -63,9 +63,9 @@ class Plan:
 class Frame:
     """Owner of the children. `run` is called once for each stage, in order."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, stages: Sequence[Stage] = STAGES) -> None:
         self._plan = plan
-        self._is_imported = False
+        self._needs_libraries = any(one.needs_engine for one in stages if one.number in plan.numbers)
 
     def run(self, stage: Stage) -> StageEnd:
         """Run the stage if it is wanted and can be of use."""
@@ -110,9 +110,9 @@ class Frame:
 
     def _import_libraries(self) -> None:
         """Import what the later stages need. An error costs those that need it, each of which names it again."""
-        if self._is_imported or not any(one.needs_engine for one in STAGES if one.number in self._plan.numbers):
+        if not self._needs_libraries:
             return
-        self._is_imported = True
+        self._needs_libraries = False
         for name in HEAVY_IMPORTS:
             try:
                 importlib.import_module(name)

@@ -19,7 +19,7 @@ from benchmarks.gpu.engine import BenchEngine
 from benchmarks.gpu.forwards import Forwards
 from benchmarks.gpu.jobs import NUM_JOBS, Job, make_jobs
 from benchmarks.gpu.models import model_of, shared_copy
-from benchmarks.gpu.sets import Sets
+from benchmarks.gpu.sets import TINY_JOBS, Sets
 from benchmarks.gpu.stage import Context, Figures
 from benchmarks.gpu.steps import measure_memory, measure_steps, profile_step
 
@@ -83,7 +83,7 @@ class Speed:
 
     def _measure_sets(self) -> None:
         context, model, device = self.context, self.model, self.context.device
-        sets = Sets(context, self.jobs, has_all=model.name == "sd15" and not model.is_tiny)
+        sets = Sets(context, self.jobs, TINY_JOBS if model.is_tiny else model.baseline_jobs)
         started_at = time.monotonic()
         with BenchEngine(model, self.copied(), device) as engine:
             context.record(
