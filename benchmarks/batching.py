@@ -1,8 +1,8 @@
 """What the step-level batch is worth: many jobs with many adapters by plain diffusers and by the engine, side by side.
 
-`make bench` on a CPU, `make bench-gpu` on a CUDA machine (full-size SD 1.5 with random weights). Both sides run in
-one process, a round of each in turn, seeded; medians of the rounds. On a CPU: one thread and process time, since a
-neighbour on the other core would be measured with it. On a GPU: wall time, VAE and PNG included.
+`make bench`, on a CPU in fp32; `benchmarks.gpu` is its like for a CUDA machine. Both sides run in one process, a round
+of each in turn, seeded; medians of the rounds. One thread and process time, since a neighbour on the other core would
+be measured with it.
 
 Expected: one batch of ten costs far less than ten batches of one while one picture does not fill the device, and the
 engine loads an adapter with one copy where diffusers wraps every layer; ten different adapters cost a batch a few
@@ -64,7 +64,9 @@ JOIN_ARRIVALS = 20
 JOIN_STEPS = 10
 POISSON_JOBS = 40
 POISSON_LOAD = 0.7
-MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
+MATMUL_SIDE = 1024
+CPU = torch.device("cpu")
+DEVICE_NAME = f"{platform.machine()} CPU, 1 thread, {os.cpu_count()} cores"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,28 +80,23 @@ class Job:
 
 @dataclass(slots=True)
 class Bench:
-    """One model on one device, and the jobs to draw with it."""
+    """One model, and the jobs to draw with it."""
 
     name: str
     folder: Path
-    device: torch.device
-    dtype: torch.dtype
     pixels: int
     steps: int
     rounds: int
     jobs: list[Job]
 
     def clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            return time.perf_counter()
         return time.process_time()
 
     def settings(self) -> ModelSettings:
         return ModelSettings(
             MODEL_ID=str(self.folder),
-            DEVICE=self.device.type,
-            DTYPE=str(self.dtype).removeprefix("torch."),
+            DEVICE="cpu",
+            DTYPE="float32",
             MAX_CONCURRENT_GENERATIONS=NUM_JOBS,
         )
 
@@ -118,13 +115,9 @@ class Bench:
         )
 
     def pipeline(self) -> Any:
-        pipe = StableDiffusionPipeline.from_pretrained(self.folder, dtype=self.dtype, safety_checker=None)
+        pipe = StableDiffusionPipeline.from_pretrained(self.folder, dtype=torch.float32, safety_checker=None)
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type="dpmsolver++")
         pipe.set_progress_bar_config(disable=True)
-        pipe.to(self.device)
-        if self.device.type == "cuda":
-            pipe.unet.to(memory_format=torch.channels_last)
-            pipe.vae.to(memory_format=torch.channels_last)
         return pipe
 
 
@@ -132,16 +125,15 @@ def main() -> None:
     """Run every case that was asked for, print the tables and, last, the line of JSON."""
     arguments = _arguments()
     torch.set_num_threads(1)
-    device = torch.device(arguments.device)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.models:
             print(f"{name} …", flush=True)
-            results.append(_measure(_bench(name, Path(folder) / name, device, arguments)))
+            results.append(_measure(_bench(name, Path(folder) / name, arguments)))
         if arguments.swap:
-            results.append(_swap(Path(folder) / "swap", device, arguments.rounds))
+            results.append(_swap(Path(folder) / "swap", arguments.rounds))
     _print_tables(results)
-    line = json.dumps({"benchmark": "batching", "device": _device_name(device), "jobs": NUM_JOBS, "results": results})
+    line = json.dumps({"benchmark": "batching", "device": DEVICE_NAME, "jobs": NUM_JOBS, "results": results})
     if arguments.out is not None:
         arguments.out.write_text(line + "\n")
     print(line)
@@ -149,7 +141,6 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--models", nargs="*", default=["tiny", "demo", "35m"], choices=("demo", *SIZES))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
@@ -158,12 +149,11 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _bench(name: str, folder: Path, device: torch.device, arguments: argparse.Namespace) -> Bench:
+def _bench(name: str, folder: Path, arguments: argparse.Namespace) -> Bench:
     folder.mkdir()
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    checkpoint = DEMO_MODEL / "checkpoint" if name == "demo" else build(name, folder / "checkpoint", dtype)
+    checkpoint = DEMO_MODEL / "checkpoint" if name == "demo" else build(name, folder / "checkpoint", torch.float32)
     pixels = 128 if name == "demo" else SIZES[name].pixels
-    bench = Bench(name, checkpoint, device, dtype, pixels, arguments.steps, arguments.rounds, [])
+    bench = Bench(name, checkpoint, pixels, arguments.steps, arguments.rounds, [])
     pipe = bench.pipeline()
     files = [
         write_adapter(folder / f"{i}.safetensors", pipe, rank=rank, targets=targets, seed=i, has_text=has_text)
@@ -283,10 +273,6 @@ def _preloaded(bench: Bench, engine_seconds: float) -> dict[str, Any]:
 
 
 def _draw(bench: Bench, pipe: Any, job: Job) -> Image.Image:
-    side = bench.pixels // pipe.vae_scale_factor
-    shape = (1, pipe.unet.config.in_channels, side, side)
-    # In fp32, as the engine draws it: in 16 bits a seed gives other noise before torch 2.12.
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(job.seed))
     picture: Image.Image = pipe(
         job.prompt,
         negative_prompt="",
@@ -294,7 +280,7 @@ def _draw(bench: Bench, pipe: Any, job: Job) -> Image.Image:
         height=bench.pixels,
         num_inference_steps=bench.steps,
         guidance_scale=GUIDANCE,
-        latents=noise.to(bench.device, bench.dtype),
+        generator=torch.Generator().manual_seed(job.seed),
     ).images[0]
     return picture
 
@@ -410,7 +396,7 @@ def _adapters_cost(bench: Bench) -> dict[str, Any]:
 
 def _model(bench: Bench) -> Family:
     settings = ModelSettings.model_validate({"MODEL_ID": str(bench.folder)})
-    return load_family(settings, device=bench.device, dtype=bench.dtype)
+    return load_family(settings, device=CPU, dtype=torch.float32)
 
 
 def _rows(bench: Bench, model: Family) -> list[tuple[Applied, ...]]:
@@ -435,10 +421,9 @@ def _lane(bench: Bench, model: Family, job: Job) -> Lane:
 
 
 def _utilization(bench: Bench) -> float:
-    """FLOPs of the denoiser in a batch of ten over what a large matrix product reaches on this device."""
-    side = MATMUL_SIDE[bench.device.type]
-    a = torch.randn(side, side, device=bench.device, dtype=bench.dtype)
-    peak = 2 * side**3 / _seconds_each(bench, lambda: a @ a)
+    """FLOPs of the denoiser in a batch of ten over what a large matrix product reaches on this CPU."""
+    a = torch.randn(MATMUL_SIDE, MATMUL_SIDE)
+    peak = 2 * MATMUL_SIDE**3 / _seconds_each(bench, lambda: a @ a)
     model = _model(bench)
     with torch.inference_mode():
         lanes = [_lane(bench, model, job) for job in bench.jobs]
@@ -475,11 +460,10 @@ def _poisson(bench: Bench, engine: Engine, seconds_for_ten: float) -> dict[str, 
     return {"jobs": POISSON_JOBS, "load": POISSON_LOAD, "p50": p50, "p99": p99, "p99_over_p50": p99 / p50}
 
 
-def _swap(folder: Path, device: torch.device, rounds: int) -> dict[str, Any]:
+def _swap(folder: Path, rounds: int) -> dict[str, Any]:
     """A rank-16 adapter into a full-size SD 1.5, from host memory to usable: diffusers' load and unload, and ours."""
     folder.mkdir()
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    bench = Bench("sd15", build("sd15", folder / "checkpoint", dtype), device, dtype, 512, 1, rounds, [])
+    bench = Bench("sd15", build("sd15", folder / "checkpoint", torch.float32), 512, 1, rounds, [])
     pipe = bench.pipeline()
     path = write_adapter(folder / "a.safetensors", pipe, rank=16, targets=ATTENTION, seed=0)
     state = safetensors.torch.load_file(path)
@@ -541,12 +525,6 @@ def _psnr(one: Image.Image, other: Image.Image) -> float:
 
 def _spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, 1 thread, {os.cpu_count()} cores"
 
 
 def _print_tables(results: list[dict[str, Any]]) -> None:
