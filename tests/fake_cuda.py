@@ -263,6 +263,8 @@ class FakeCuda(FakeTensorMode):
         return tensor
 
     def _note_copy(self, source: torch.Tensor, host: torch.Tensor, *, to_host: bool, is_blocking: bool) -> None:
+        if not source.numel():
+            return  # torch copies nothing
         what = "download" if to_host else "upload"
         self._tally.events.append(Event(what, _where(), str(tuple(source.shape)), host in self._pinned, is_blocking))
 

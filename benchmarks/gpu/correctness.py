@@ -4,6 +4,7 @@ In this process, which has torch and diffusers loaded: another would import them
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from benchmarks.gpu.stage import Context
 ROOT = Path(__file__).parent.parent.parent
 # What blocks most comes first, should the time box end before the tests do. The others follow.
 ORDER = ("test_parity", "test_half_precision", "test_families", "test_bank", "test_kinds", "test_control")
+# Memory that ends and a device assert are stage 5's, on a model of full size.
+ALL = ("tests", "--ignore=tests/inference/test_real_device.py")
 # A rehearsal takes one engine and one test of its parts.
 REHEARSED = ("tests/inference/test_half_precision.py", "-k", "sd and bfloat16 and not sdxl")
 # The last test that is begun must end, and the verdict be written, within the box.
@@ -34,12 +37,13 @@ OPTIONS = (
 
 def run(context: Context) -> None:
     """Run the tests on the device. A verdict without a passed test keeps the stages from measuring speed."""
+    assert "tests.pictures" not in sys.modules, "it has read DARKROOM_TEST_DEVICE already"
     os.environ["DARKROOM_TEST_DEVICE"] = context.device.type
     # Whatever else is installed beside pytest takes time, and may take the stage's alarm.
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.chdir(ROOT)
     results = TestResults(context)
-    code = pytest.main([*OPTIONS, *(REHEARSED if context.is_tiny else ("tests",))], plugins=[results])
+    code = pytest.main([*OPTIONS, *(REHEARSED if context.is_tiny else ALL)], plugins=[results])
     context.record("verdict", **results.counts, exit_code=int(code))
 
 

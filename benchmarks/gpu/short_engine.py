@@ -4,9 +4,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from benchmarks.gpu.engine import BenchEngine
 from benchmarks.gpu.memory import Memory
@@ -14,6 +12,7 @@ from benchmarks.gpu.models import BenchModel
 from config.settings import ModelSettings
 from inference.adapters import Adapter
 from inference.bank import PackedAdapter
+from inference.decoded_image import DecodedImage
 from inference.families.family import Family
 from inference.lane import Lane
 from inference.request import GenerationRequest, GenerationResult, StepReport
@@ -35,9 +34,9 @@ class NotedFamily(Family):
         request = lanes[0].drawing.request
         values = sum(lane.num_rows for lane in lanes) * _num_values(request.width, request.height)
         with self.memory.noting(("forward", len(lanes), request.width), values):
-            return super().denoise(lanes)  # type: ignore[safe-super]
+            return super().denoise(lanes)
 
-    def decode(self, latents: torch.Tensor, *, in_tiles: bool = False) -> NDArray[np.uint8] | None:
+    def decode(self, latents: torch.Tensor, *, in_tiles: bool = False) -> DecodedImage:
         self.tiles.append(in_tiles)
         values = latents.numel() * (DECODING_TILES if in_tiles else DECODING_WHOLE)
         with self.memory.noting(("decoding", in_tiles, latents.shape[-1]), values):
@@ -58,6 +57,7 @@ class ShortEngine(BenchEngine):
         self._memory = memory
         super().__init__(model, pipeline, device)
         self.forget()
+        memory.peaks.clear()
 
     def forget(self) -> None:
         """Forget what was noted until now."""

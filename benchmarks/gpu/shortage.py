@@ -35,8 +35,9 @@ MARGIN = 1.2
 # Against the set's size: its single forward takes more than ten of the set's lanes.
 TOO_LARGE = 4
 CONV_RANK = 8
-# The steps of a request beside which an adapter waits: it comes at the second of these, the memory at the third.
-STEPS_BESIDE, SHORT_FROM, SHORT_TO = 8, 1, 5
+# The steps of a request beside which an adapter waits: it comes at the second of these, the memory at the third. Time
+# enough to read it, and to ask for room several times.
+STEPS_BESIDE, SHORT_FROM, SHORT_TO = 24, 1, 16
 RESULT_SECONDS = 120.0
 
 
@@ -75,11 +76,16 @@ class Case:
     num_bytes_before: int = 0
 
     def draw_reference(self) -> Figures:
-        """Draw the set without a limit, and note what it takes: twice, so that all find their adapters loaded."""
+        """Draw the set without a limit, and note what it takes: twice, so that all find their adapters loaded; and one
+        job alone."""
         self._draw_all()
+        self._draw(self._request(0))
         self.reference = [image_of(result) for result in self._draw_all()]
         self.num_bytes_before = self._num_bytes_without_bank()
-        return {"peaks": {str(what): taken for what, taken in self.memory.peaks.items()}, **self._forwards()}
+        return {
+            "peaks": {" ".join(map(str, what)): taken for what, taken in self.memory.peaks.items()},
+            **self._forwards(),
+        }
 
     def halve(self) -> Figures:
         """Draw the set with room for less than half of its lanes."""
@@ -87,9 +93,8 @@ class Case:
         with self.memory.limited(room):
             drawn = [image_of(result) for result in self._draw_all()]
         ratios = [psnr_db(one, other) for one, other in zip(drawn, self.reference, strict=True)]
-        return {"room": room, "num_right": sum(ratio >= RIGHT_DB for ratio in ratios), "min_psnr_db": min(ratios)} | (
-            self._forwards()
-        )
+        num_right = sum(ratio >= RIGHT_DB for ratio in ratios)
+        return {"room": room, "num_right": num_right, "min_psnr_db": min(ratios), **self._forwards()}
 
     def draw_too_large(self) -> Figures:
         """Ask for an image that does not fit even alone, and for one of the set behind it."""
@@ -132,6 +137,7 @@ class Case:
             other = image_of(self.engine.ask(request, beside.on_step).result(RESULT_SECONDS))
             image_of(beside.newcomer.result(RESULT_SECONDS))
         return {
+            "memory_was_back_after_steps": SHORT_TO,
             "began_after_steps_of_the_other": beside.began_after_steps,
             "psnr_db_of_the_other": psnr_db(other, alone),
             "bank_grew_by_bytes": bank.num_bytes - bytes_before,

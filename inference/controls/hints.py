@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from inference.controls.guide import Guide
+from inference.controls.masked_writes import MaskedWrites
 from inference.controls.residuals import Upload
 
 
@@ -53,14 +54,16 @@ def _forward(
 ) -> dict[int, torch.Tensor]:
     net = guides[0].net
     latents = [inputs.latents[number] for number in numbers]
-    hints: dict[int, torch.Tensor] = net(
-        latents,
-        inputs.times[rows],
-        [inputs.captions[number] for number in numbers],
-        [_filled(guide.picture, net.config.control_in_dim) for guide in guides],
-        # Its dtype decides that of the layers behind it.
-        conditioning_scale=upload([guide.scale for guide in guides]).to(latents[0].dtype).view(-1, 1, 1),
-    )
+    # Its forward puts the padding in by boolean masks.
+    with MaskedWrites():
+        hints: dict[int, torch.Tensor] = net(
+            latents,
+            inputs.times[rows],
+            [inputs.captions[number] for number in numbers],
+            [_filled(guide.picture, net.config.control_in_dim) for guide in guides],
+            # Its dtype decides that of the layers behind it.
+            conditioning_scale=upload([guide.scale for guide in guides]).to(latents[0].dtype).view(-1, 1, 1),
+        )
     return hints
 
 

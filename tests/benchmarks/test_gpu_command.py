@@ -8,13 +8,16 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from benchmarks.gpu.records import RESULTS, SUMMARY, Recorder, drop_torn_line, read_records
 from benchmarks.gpu.stages import NUMBERS
 from tests.world import HANG_SECONDS, ROOT, eventually
+
+# As far as an image in another batch may differ, in 32 bits.
+SAME_DB = 42.0
 
 
 def start(*arguments: object, module: str = "benchmarks.gpu") -> "subprocess.Popen[str]":
@@ -51,17 +54,33 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_the_command_brings_every_stage_to_its_end_on_a_cpu(tmp_path: Path) -> None:
-    process = start(*command(tmp_path / "out"))
+class Rehearsal(NamedTuple):
+    """What the command left behind and printed after a whole run at tiny size."""
 
+    records: list[dict[str, Any]]
+    summary: dict[str, Any]
+    output: str
+    exit_code: int
+
+    def figures(self, stage: int, name: str) -> dict[str, Any]:
+        figures: dict[str, Any] = self.summary["stages"][stage]["figures"][name]
+        return figures
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Rehearsal:
+    out = tmp_path_factory.mktemp("rehearsal") / "out"
+    process = start(*command(out))
     output, _ = process.communicate(timeout=HANG_SECONDS)
+    return Rehearsal(read_records(out), json.loads((out / SUMMARY).read_text()), output, process.returncode)
 
-    records = read_records(tmp_path / "out")
-    summary = json.loads((tmp_path / "out" / SUMMARY).read_text())
+
+def test_the_command_brings_every_stage_to_its_end_on_a_cpu(rehearsal: Rehearsal) -> None:
+    records, summary, output, exit_code = rehearsal
     last_line = json.loads(output.splitlines()[-1])
     errors = {(one["stage"], one["name"]): one["error"] for one in records if "error" in one}
     assert errors == {}, output
-    assert process.returncode == 0, output
+    assert exit_code == 0, output
     assert last_line["is_complete"]
     assert {stage["number"]: stage["state"] for stage in summary["stages"]} == dict.fromkeys(NUMBERS, "done")
     names = Counter((one["stage"], one["name"]) for one in records)
@@ -69,6 +88,36 @@ def test_the_command_brings_every_stage_to_its_end_on_a_cpu(tmp_path: Path) -> N
     told = {(stage["number"], name) for stage in summary["stages"] for name in stage["figures"]}
     assert told == {key for key in names if key[1] not in ("start", "end")}
     assert {summary["device"], last_line["device"]} == {"CPU"}
+
+
+def test_a_rehearsal_runs_a_test_of_the_gpu_s_and_passes_it(rehearsal: Rehearsal) -> None:
+    verdict = rehearsal.figures(1, "verdict")
+
+    assert (verdict["passed"], verdict["failed"], verdict["left_out"]) == (1, 0, 0)
+
+
+def test_where_memory_ends_the_rehearsal_s_images_are_right_or_refused_and_the_next_ones_are_drawn(
+    rehearsal: Rehearsal,
+) -> None:
+    halved = rehearsal.figures(5, "half the lanes")
+    too_large, without_room = (
+        rehearsal.figures(5, name) for name in ("one that never fits", "an adapter without room")
+    )
+
+    assert halved["num_right"] == 10
+    assert {"10", "5", "2"} <= set(halved["forwards_by_lanes"])
+    assert too_large["code"] == without_room["code"] == "GPU_OOM"
+    assert "adapter 1 of 1" in without_room["message"]
+    assert min(too_large["psnr_db_of_the_next"], without_room["psnr_db_of_the_next"]) >= SAME_DB
+    assert rehearsal.figures(5, "decoding in tiles")["tried_in_tiles"] == [False, True]
+    waited = rehearsal.figures(5, "an adapter that waits for room")
+    assert waited["began_after_steps_of_the_other"] >= waited["memory_was_back_after_steps"]
+
+
+def test_a_device_assert_ends_the_engine_s_process_and_the_next_one_draws(rehearsal: Rehearsal) -> None:
+    figures = rehearsal.figures(5, "device assert")
+
+    assert (figures["exit_code"], figures["num_processes"], figures["is_drawn"]) == (70, 2, True)
 
 
 def test_the_lines_so_far_are_whole_when_the_command_is_killed(tmp_path: Path) -> None:

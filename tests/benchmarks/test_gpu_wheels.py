@@ -7,7 +7,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parents[2]
+from tests.conftest import has_gpu_tests
+from tests.support.imports import ROOT, packages_of
+
 # diffusers names it and takes the standard library's.
 NOT_NEEDED = {"importlib-metadata"}
 
@@ -43,3 +45,18 @@ def test_what_a_wheel_requires_is_another_wheel_or_on_the_machine_in_a_version_t
     ]
 
     assert missing == []
+
+
+def test_the_command_and_the_tests_for_a_gpu_import_nothing_but_the_wheels_and_what_the_machine_has() -> None:
+    tests = [path for path in (ROOT / "tests").rglob("test_*.py") if has_gpu_tests(path)]
+    assert {"test_parity.py", "test_families.py", "test_real_device.py"} <= {path.name for path in tests}
+    command = [*(ROOT / "benchmarks" / "gpu").glob("*.py")]
+    distributions = metadata.packages_distributions()
+
+    packages = packages_of([*command, *tests, ROOT / "tests" / "conftest.py"])
+
+    assert {"torch", "compel", "pydantic", "pytest"} <= packages
+    there = WHEELS | MACHINE
+    assert {
+        name for name in packages if not any(canonicalize_name(one) in there for one in distributions[name])
+    } == set()

@@ -31,17 +31,13 @@ class Ceiling(NamedTuple):
     outside: int
 
 
-# diffusers' Z-Image ControlNet puts its padding in by boolean masks: three nonzeros a step.
-Z_IMAGE_CONTROLNET_WAITS = pytest.mark.xfail(
-    reason="diffusers' ControlNet asks the device where padding is", strict=True
-)
 CEILINGS = {
     ("sd15", 1): Ceiling(727, 624, 11),
     ("sd15", 4): Ceiling(727, 624, 20),
     ("sd15", 10): Ceiling(727, 624, 38),
-    ("sdxl", 1): Ceiling(1854, 2730, 15),
-    ("sdxl", 4): Ceiling(1854, 2730, 30),
-    ("sdxl", 10): Ceiling(1854, 2730, 60),
+    ("sdxl", 1): Ceiling(1854, 2730, 14),
+    ("sdxl", 4): Ceiling(1854, 2730, 26),
+    ("sdxl", 10): Ceiling(1854, 2730, 50),
     ("z-image", 1): Ceiling(2621, 918, 6),
     ("z-image", 4): Ceiling(2729, 918, 24),
     ("z-image", 10): Ceiling(3309, 918, 60),
@@ -149,7 +145,7 @@ def test_a_step_that_repaints_a_part_of_a_picture_waits_for_nothing(model: FullM
     assert stalls_of(model, lanes) == []
 
 
-@pytest.mark.parametrize("name", [*UNET_FAMILIES, pytest.param("z-image", marks=Z_IMAGE_CONTROLNET_WAITS)])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_with_a_controlnet_for_one_of_two_lanes_waits_for_nothing(model: FullModel, name: str) -> None:
     lanes = model.lanes(2, [(), *model.mixed(1)], [model.guide()])
 

@@ -28,7 +28,7 @@ class _FusedFamily(Family):
         if self.fuse.exists():
             self.fuse.unlink()
             self.engine.fail_device()
-        return super().denoise(lanes)  # type: ignore[safe-super]
+        return super().denoise(lanes)
 
 
 class _FusedEngine(LocalEngine):

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import ZImageControlNetModel
 
 from inference.adapters import Adapter, LowRank
 from inference.bank import Applied, PackedAdapter, Row
@@ -37,6 +36,18 @@ MIX = (
     None,
     (8, ATTENTION),
 )
+
+
+class OnDisk:
+    """The one ControlNet there is to be loaded. No request names it."""
+
+    names = ()
+
+    def __init__(self, net: Any) -> None:
+        self._net = net
+
+    def load(self, _: str) -> Any:
+        return self._net
 
 
 class FullModel:
@@ -121,8 +132,9 @@ class FullModel:
         """A full-size ControlNet made for the model, and a picture that it is shown."""
         net = CONTROLNETS[self.name](self.denoiser)
         _bring(net)
-        if isinstance(self.family, ZImage):
-            net = ZImageControlNetModel.from_transformer(net, self.denoiser)
+        on_disk: Any = OnDisk(net)
+        self.family.controlnets = on_disk
+        net = self.family.load_control("full")
         picture = torch.zeros(3, self.family.base_size, self.family.base_size)
         return Guide(net, self.family.show(picture), scale=0.7, start=0.0, end=1.0)
 

@@ -1,4 +1,4 @@
-"""`pytest -m gpu` runs with torch and the engine's packages alone: read from the source, what its files import."""
+"""What importing our files brings, read from the source."""
 
 import ast
 import sys
@@ -6,30 +6,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from tests.conftest import has_gpu_tests
-
 ROOT = Path(__file__).parents[2]
-OURS = {"config", "inference", "tests", "worker", "clients", "watermark", "examples"}
-# What a machine with a GPU has, or is brought: see docs/benchmarks.md.
-ENGINE_PACKAGES = {
-    "PIL",
-    "accelerate",
-    "compel",
-    "diffusers",
-    "dotenv",
-    "huggingface_hub",
-    "numpy",
-    "peft",
-    "pydantic",
-    "pydantic_core",
-    "pydantic_settings",
-    "pytest",
-    "safetensors",
-    "tokenizers",
-    "torch",
-    "transformers",
-    "yaml",
-}
+OURS = {"benchmarks", "config", "inference", "tests", "worker", "clients", "watermark", "examples"}
 
 
 def imported_at_once(body: list[ast.stmt]) -> Iterator[str]:
@@ -66,10 +44,3 @@ def packages_of(files: list[Path]) -> set[str]:
             else:
                 packages.add(name.partition(".")[0])
     return packages - set(sys.stdlib_module_names)
-
-
-def test_the_tests_for_a_gpu_import_nothing_but_the_engine_s_packages() -> None:
-    files = [path for path in (ROOT / "tests").rglob("test_*.py") if has_gpu_tests(path)]
-
-    assert {"test_parity.py", "test_families.py", "test_real_device.py"} <= {path.name for path in files}
-    assert packages_of([*files, ROOT / "tests" / "conftest.py"]) <= ENGINE_PACKAGES
