@@ -2,6 +2,7 @@
 
 import faulthandler
 import importlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -68,6 +69,12 @@ def _run(assignment: Assignment, recorder: Recorder) -> None:
     device = torch.device(assignment.device)
     torch.ones(1, device=device).sum().item()  # a CUDA context, or the reason why there is none
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    recorder.record(START, device=name, torch=torch.__version__, seconds_to_device=time.monotonic() - started_at)
+    recorder.record(
+        START,
+        device=name,
+        torch=torch.__version__,
+        process=type(multiprocessing.current_process()).__name__,
+        seconds_to_device=time.monotonic() - started_at,
+    )
     context = Context(device, assignment.size, assignment.out, assignment.deadline, recorder.record)
     importlib.import_module(assignment.stage.module).run(context)

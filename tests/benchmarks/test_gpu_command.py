@@ -6,12 +6,14 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from benchmarks.gpu.frame import start_method
 from benchmarks.gpu.records import RESULTS, SUMMARY, Recorder, drop_torn_line, read_records
 from benchmarks.gpu.stages import NUMBERS
 from tests.world import HANG_SECONDS, ROOT, eventually
@@ -88,6 +90,23 @@ def test_the_command_brings_every_stage_to_its_end_on_a_cpu(rehearsal: Rehearsal
     told = {(stage["number"], name) for stage in summary["stages"] for name in stage["figures"]}
     assert told == {key for key in names if key[1] not in ("start", "end")}
     assert {summary["device"], last_line["device"]} == {"CPU"}
+
+
+def test_stages_are_forked_so_that_none_imports_anew(rehearsal: Rehearsal) -> None:
+    started_by = {one["process"] for one in rehearsal.records if one["name"] == "start"}
+
+    assert started_by == {"ForkProcess"}
+
+
+def test_stages_are_spawned_where_a_library_has_started_a_thread() -> None:
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    try:
+        assert start_method() == "spawn"
+    finally:
+        end.set()
+        thread.join()
 
 
 def test_a_rehearsal_runs_a_test_of_the_gpu_s_and_passes_it(rehearsal: Rehearsal) -> None:
