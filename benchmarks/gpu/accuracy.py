@@ -18,7 +18,7 @@ from benchmarks.gpu.models import BenchModel, cast_pipeline, shared_copy
 from benchmarks.gpu.stage import Context, Figures
 
 # A small rank, the largest, all linear layers, none and two adapters. A forward of Z-Image in 32 bits takes a second.
-CHECKED = (0, 3, 5, 8, 9)
+CHECKED = {"sd15": (0, 3, 5, 8, 9), "sdxl": (0, 3, 5, 8, 9), "z-image": (5, 8, 9)}
 TINY_CHECKED = (8, 9)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,7 +54,7 @@ class Accuracy:
         self._pipeline = pipeline
         self._jobs = jobs
         self._references: list[torch.Tensor] = []
-        self._checked = TINY_CHECKED if model.is_tiny else CHECKED
+        self._checked = TINY_CHECKED if model.is_tiny else CHECKED[model.name]
         with torch.inference_mode():
             encoder = Forwards(model, shared_copy(pipeline), context.device, jobs)
         self._conditionings = encoder.conditionings

@@ -12,6 +12,8 @@ from benchmarks.gpu.stage import Context
 CLOCK_UP_SECONDS = 1.0
 # A rehearsal makes do with one.
 LEAST_REPEATS = 3
+# Calls of more seconds are timed less often: a step of ten lanes of Z-Image takes more than one.
+LONG_SECONDS, LONG_REPEATS = 0.4, 2
 
 
 class Times(NamedTuple):
@@ -42,11 +44,16 @@ def raise_clocks(context: Context) -> None:
 def time_calls(
     context: Context, work: Callable[[], Any], *, warm_ups: int = 2, repeats: int = 7, seconds: float = 1.5
 ) -> Times:
-    """Time `work` up to `repeats` times, and at least `LEAST_REPEATS` times within about `seconds`."""
+    """Time `work` up to `repeats` times, and at least `LEAST_REPEATS` times, within about `seconds`; long ones less."""
     least = 1 if context.is_tiny else LEAST_REPEATS
     if context.is_tiny:
         warm_ups, repeats = 1, 1
-    for _ in range(warm_ups):
+    began_at = time.monotonic()
+    work()
+    context.synchronize()
+    if time.monotonic() - began_at > LONG_SECONDS:
+        warm_ups, least = 1, min(least, LONG_REPEATS)
+    for _ in range(warm_ups - 1):
         work()
     context.synchronize()
     singles: list[tuple[float, float]] = []

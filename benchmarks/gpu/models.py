@@ -32,7 +32,8 @@ THREE_JOBS = (0, 5, 7)
 class BenchModel:
     """A model and what is drawn with it. `attention` and `linear`: the layers that adapters of either kind change.
 
-    `baseline_jobs`: those of the ten that diffusers draws, in ten thirds of whose time it would draw all of them.
+    `baseline_jobs`: those of the ten that diffusers draws, counted up to ten. `engine_rounds`: of the set by the engine
+    behind a first one, which is the figure where there are none: a time box holds no more of the larger models.
     """
 
     name: str
@@ -44,6 +45,8 @@ class BenchModel:
     guidance: float
     largest_rank: int
     baseline_jobs: Sequence[int]
+    engine_rounds: int
+    num_joins: int
     attention: tuple[str, ...] = UNET_ATTENTION
     linear: tuple[str, ...] = UNET_LINEAR
     is_tiny: bool = False
@@ -77,7 +80,7 @@ def model_of(name: str, *, is_tiny: bool) -> BenchModel:
     model = MODELS[name]
     if not is_tiny:
         return model
-    sizes = {"pixels": 64, "steps": 3, "largest_rank": 8, "is_tiny": True}
+    sizes = {"pixels": 64, "steps": 3, "largest_rank": 8, "engine_rounds": 1, "num_joins": 1, "is_tiny": True}
     return BenchModel(**{**{one: getattr(model, one) for one in model.__dataclass_fields__}, **sizes})
 
 
@@ -162,11 +165,11 @@ def _draw(weight: torch.Tensor, *, is_scale: bool, generator: torch.Generator) -
 
 
 MODELS = {
-    "sd15": BenchModel("sd15", StableDiffusion, "unet", ("text_encoder",), 512, 20, 5.0, 128, range(10)),
+    "sd15": BenchModel("sd15", StableDiffusion, "unet", ("text_encoder",), 512, 20, 5.0, 128, range(10), 2, 3),
     "sdxl": BenchModel(
-        "sdxl", StableDiffusionXL, "unet", ("text_encoder", "text_encoder_2"), 1024, 20, 5.0, 32, THREE_JOBS
+        "sdxl", StableDiffusionXL, "unet", ("text_encoder", "text_encoder_2"), 1024, 20, 5.0, 32, THREE_JOBS, 1, 1
     ),
     "z-image": BenchModel(
-        "z-image", ZImage, "transformer", (), 1024, 8, 0.0, 32, THREE_JOBS, Z_IMAGE_ATTENTION, Z_IMAGE_LINEAR
+        "z-image", ZImage, "transformer", (), 1024, 8, 0.0, 32, THREE_JOBS, 0, 1, Z_IMAGE_ATTENTION, Z_IMAGE_LINEAR
     ),
 }

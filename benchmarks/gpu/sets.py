@@ -14,7 +14,6 @@ from benchmarks.gpu.jobs import NUM_JOBS, Job
 from benchmarks.gpu.stage import Context, Figures
 
 EQUAL_DB = 99.0
-ENGINE_ROUNDS = 2
 # One with an adapter and the one without.
 TINY_JOBS = (3, 8)
 
@@ -32,13 +31,11 @@ class Sets:
         self._images: list[Image.Image] = []
         self._seconds = math.nan
 
-    def by_engine(self, engine: BenchEngine) -> Figures:
-        """The whole set at once, after one that does not count."""
-        rounds = 1 if self._context.is_tiny else ENGINE_ROUNDS
+    def by_engine(self, engine: BenchEngine, *, rounds: int) -> Figures:
+        """The whole set at once; the first counts where there are no more `rounds`."""
         with Encoder() as encoder:
             self._images, first = timed(lambda: engine.draw_all(self._jobs, encoder))
-            engine.num_batched.clear()
-            seconds = [timed(lambda: engine.draw_all(self._jobs, encoder))[1] for _ in range(rounds)]
+            seconds = [timed(lambda: engine.draw_all(self._jobs, encoder))[1] for _ in range(rounds)] or [first]
         self._seconds = statistics.median(seconds)
         batched = [count for count in engine.num_batched if count]
         return {

@@ -26,7 +26,6 @@ from benchmarks.gpu.steps import measure_memory, measure_steps, profile_step
 
 # An adapter of rank 16 on all linear layers.
 SWAPPED = 5
-NUM_JOINS = 3
 # In containers it is often of 64 MB, which writing beyond ends the process.
 MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108 - a folder of our own is made in it
 ADAPTER_ROOM_BYTES = 8e9
@@ -48,9 +47,9 @@ class Speed:
         context.record("model", **self._described(folder), seconds=time.monotonic() - started_at)
         raise_clocks(context)
 
-    def run(self, more: Callable[["Speed", Forwards], None] = lambda *_: None) -> None:
+    def run(self, more: Callable[["Speed"], None] = lambda _: None) -> None:
         """Measure in the order of what matters most; `more` is the family's own."""
-        for part in (self._measure_accuracy, lambda: self._measure_steps(more), self._measure_sets):
+        for part in (self._measure_accuracy, self._measure_steps, lambda: self._measure_sets(more)):
             part()
             self._free()
 
@@ -75,7 +74,7 @@ class Speed:
         context.measure("error in bf16", lambda: accuracy.compare("bf16"))
         context.measure("error in fp16", lambda: accuracy.compare("fp16"))
 
-    def _measure_steps(self, more: Callable[["Speed", Forwards], None]) -> None:
+    def _measure_steps(self) -> None:
         context = self.context
         forwards = Forwards(self.model, self.copied(), context.device, self.jobs)
         measure_steps(context, self.model, forwards)
@@ -83,9 +82,8 @@ class Speed:
         context.measure("memory", lambda: measure_memory(context, forwards), needs_cuda=True)
         context.measure("adapter swap", lambda: measure_swaps(context, forwards, self._adapter(SWAPPED)))
         context.measure("profile", lambda: profile_step(context, forwards))
-        more(self, forwards)
 
-    def _measure_sets(self) -> None:
+    def _measure_sets(self, more: Callable[["Speed"], None]) -> None:
         context, model, device = self.context, self.model, self.context.device
         sets = Sets(context, self.jobs, TINY_JOBS if model.is_tiny else model.baseline_jobs)
         started_at = time.monotonic()
@@ -93,12 +91,13 @@ class Speed:
             context.record(
                 "engine", seconds_to_start=time.monotonic() - started_at, step_seconds=engine.facts.step_seconds
             )
-            context.measure("ten jobs: engine", lambda: sets.by_engine(engine))
+            context.measure("ten jobs: engine", lambda: sets.by_engine(engine, rounds=model.engine_rounds))
             baseline = Baseline(model, self.copied(), device)
             context.measure("ten jobs: diffusers, load and unload", lambda: sets.by_loading(baseline))
             swapped = self._adapter(SWAPPED)
             context.measure("adapter swap by diffusers", lambda: measure_diffusers_swaps(context, baseline, swapped))
             context.measure("ten jobs: diffusers, preloaded", lambda: sets.by_preloaded(baseline))
+            more(self)
             self._measure_joins(engine)
         context.measure(
             "ten jobs: diffusers, compiled and hot-swapped",
@@ -109,7 +108,7 @@ class Speed:
 
     def _measure_joins(self, engine: BenchEngine) -> None:
         running = self.jobs[: NUM_JOBS - 1]
-        for number in range(1 if self.model.is_tiny else NUM_JOINS):
+        for number in range(self.model.num_joins):
             work = partial(measure_join, engine, running, self._new_job(number))
             self.context.measure(f"arrival {number}", work, needs_seconds=10)
 
@@ -140,7 +139,7 @@ class Speed:
         return time_calls(self.context, decode, repeats=5)._asdict()
 
 
-def run_speed(context: Context, name: str, more: Callable[[Speed, Forwards], None] = lambda *_: None) -> None:
+def run_speed(context: Context, name: str, more: Callable[[Speed], None] = lambda _: None) -> None:
     """Measure the model called so. Its adapters are in memory where the system has a folder with room for that."""
     has_room = MEMORY_FOLDER.is_dir() and shutil.disk_usage(MEMORY_FOLDER).free > ADAPTER_ROOM_BYTES
     with tempfile.TemporaryDirectory(dir=MEMORY_FOLDER if has_room else None) as folder:
