@@ -14,7 +14,7 @@ from benchmarks.gpu.stage import Context
 
 ROOT = Path(__file__).parent.parent.parent
 # What blocks most comes first, should the time box end before the tests do. The others follow.
-ORDER = ("test_parity", "test_half_precision", "test_families", "test_bank", "test_kinds", "test_control")
+ORDER = ("test_parity", "test_half_precision", "test_families", "test_kinds", "test_control")
 # Memory that ends and a device assert are stage 5's, on a model of full size.
 ALL = ("tests", "--ignore=tests/inference/test_real_device.py")
 # A rehearsal takes one engine and one test of its parts.

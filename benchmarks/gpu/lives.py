@@ -28,7 +28,7 @@ READY_SECONDS = RESULT_SECONDS = 120.0
 class Lives:
     """Owner of the engine's process, and of what is asked of it.
 
-    Starting one takes long: `begin` does not wait, and the second is started with the first, to import meanwhile.
+    Starting one takes long: `begin` does not wait, and the second process starts with the first.
     """
 
     def __init__(self, folder: Path, context: Context) -> None:
@@ -70,7 +70,7 @@ class Lives:
         return self._engine.generate(request, lambda _: None, lambda: False).result(RESULT_SECONDS)
 
     def _next(self, settings: ModelSettings) -> Child:
-        """On the engine's owner thread, with which those that it spawns end."""
+        """Return the process for the engine's next start. Those spawned here end with the calling thread, its owner."""
         if not self._children:
             spawned = [] if self._is_forked else [Child.spawn(settings, module=MODULE) for _ in range(NUM_PROCESSES)]
             self._spares = [forked.child() for forked in self._forked] + spawned

@@ -5,6 +5,7 @@ stand-in counts what the model asks for, and raises what CUDA's allocator raises
 """
 
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -149,8 +150,17 @@ class Case:
         return {"num_bytes": now, "num_bytes_before": self.num_bytes_before, "ratio": now / self.num_bytes_before}
 
     def _draw_all(self) -> list[GenerationResult]:
+        """Draw all jobs at once: the first holds the engine's thread where it begins until the others are asked for."""
         self.engine.forget()
-        futures = [self.engine.ask(self._request(number)) for number in range(NUM_JOBS)]
+        are_asked = threading.Event()
+
+        def hold(report: StepReport) -> None:
+            if report.step_index == 0:
+                are_asked.wait(RESULT_SECONDS)
+
+        futures = [self.engine.ask(self._request(0), hold)]
+        futures += [self.engine.ask(self._request(number)) for number in range(1, NUM_JOBS)]
+        are_asked.set()
         return [future.result(RESULT_SECONDS) for future in futures]
 
     def _draw(self, request: GenerationRequest) -> GenerationResult:
@@ -195,7 +205,7 @@ class Case:
 
 
 class _Beside:
-    """Asks for `request` while another is drawn, whose steps it is told, and gives the memory back a little later."""
+    """Asks for `request` at a step of another one, and gives the memory back at a later step."""
 
     def __init__(self, engine: ShortEngine, request: GenerationRequest, lift_limit: Callable[[], None]) -> None:
         self._engine = engine

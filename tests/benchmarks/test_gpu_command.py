@@ -124,7 +124,9 @@ def test_where_memory_ends_the_rehearsal_s_images_are_right_or_refused_and_the_n
     )
 
     assert halved["num_right"] == 10
-    assert {"10", "5", "2"} <= set(halved["forwards_by_lanes"])
+    # The stand-in has room for four.
+    lanes_tried = sorted(map(int, halved["forwards_by_lanes"]))
+    assert lanes_tried[0] <= 4 < lanes_tried[-1]
     assert too_large["code"] == without_room["code"] == "GPU_OOM"
     assert "adapter 1 of 1" in without_room["message"]
     assert min(too_large["psnr_db_of_the_next"], without_room["psnr_db_of_the_next"]) >= SAME_DB
