@@ -28,6 +28,7 @@ KEPT_VARIABLES = {"CUDA_VISIBLE_DEVICES"}
 SLOW_FILES = (
     "test_live_status",
     "test_commands",
+    "test_gpu_command",
     "test_live_faults",
     "test_live_batching",
     "test_families",
