@@ -129,7 +129,7 @@ gpu-wheels: ## Fetch into .whl/ what bench-gpu needs beside torch on a machine w
 	du -sh .whl
 
 # MACHINE_PYTHON may be the Python of another environment that holds what machine.txt lists; nothing is installed into it.
-gpu-rehearsal: gpu-wheels $(MACHINE_PYTHON) ## What bench-gpu does on such a machine, at tiny size on the CPU: a clean export, those wheels alone
+gpu-rehearsal: gpu-wheels $(if $(filter $(REHEARSAL)/%,$(MACHINE_PYTHON)),$(REHEARSAL)/machine/.installed) ## What bench-gpu does on such a machine, at tiny size on the CPU: a clean export, those wheels alone
 	rm -rf $(REHEARSAL)/site $(REHEARSAL)/tree $(REHEARSAL)/results
 	mkdir -p $(REHEARSAL)/tree
 	git archive HEAD | tar -x -C $(REHEARSAL)/tree
@@ -137,7 +137,7 @@ gpu-rehearsal: gpu-wheels $(MACHINE_PYTHON) ## What bench-gpu does on such a mac
 	cd $(REHEARSAL)/tree && PYTHONPATH=../site:. PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
 		$(MACHINE_PYTHON) -m benchmarks.gpu --device cpu --size tiny --out ../results
 
-$(REHEARSAL)/machine/bin/python: benchmarks/gpu/machine.txt
+$(REHEARSAL)/machine/.installed: benchmarks/gpu/machine.txt
 	$(PYTHON312) -m venv $(REHEARSAL)/machine
 	$(REHEARSAL)/machine/bin/pip install --quiet --requirement benchmarks/gpu/machine.txt
 	touch $@
