@@ -84,3 +84,12 @@ def test_torch_is_as_it_was_once_the_device_is_gone() -> None:
     if not torch.cuda.is_available():
         with pytest.raises((AssertionError, RuntimeError)):
             on_device(1)
+
+
+def test_a_device_context_holds_for_torch_s_own_functions_afterwards() -> None:
+    torch.utils._device._device_constructors.cache_clear()
+    with FakeCuda().installed(), torch.device("meta"):
+        torch.ones(1)
+
+    with torch.device("meta"):
+        assert torch.tensor([1.0]).is_meta

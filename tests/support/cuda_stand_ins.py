@@ -42,6 +42,8 @@ class _NoStream:
 def replacements(note_sync: Callable[[str], None]) -> Iterator[tuple[Any, str, Any]]:
     """What of torch asks for a real device before any operator runs, and what takes its place."""
     stream = type("Stream", (_NoStream,), {"note_wait": staticmethod(note_sync)})
+    # torch lists once, for good, what `with torch.device(...)` applies to: the stand-ins must not be in that list.
+    torch.utils._device._device_constructors()
     make_tensor = torch.tensor
 
     def tensor(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
