@@ -25,7 +25,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import safetensors.torch
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
@@ -35,13 +34,14 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.models import ADAPTERS, ALL_LINEAR, ATTENTION, DEMO_MODEL, SIZES, AdapterKind, build, write_adapter
+from benchmarks.sets import Job, activate, image_of, psnr_db
 from config.settings import ModelSettings
 from inference.bank import Applied
 from inference.engine import LocalEngine
 from inference.families.family import Family, Prompt
 from inference.families.loading import load_family
 from inference.lane import Conditioning, Drawing, Lane
-from inference.request import AdapterFile, GenerationRequest, GenerationResult, Occupancy, StepReport
+from inference.request import GenerationRequest, GenerationResult, Occupancy, StepReport
 
 NUM_JOBS = 10
 GUIDANCE = 5.0
@@ -54,15 +54,6 @@ POISSON_LOAD = 0.7
 MATMUL_SIDE = 1024
 DEVICE = torch.device("cpu")
 DTYPE = torch.float32
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One picture of the set; `adapters` are files with their scales."""
-
-    prompt: str
-    seed: int
-    adapters: tuple[tuple[Path, float], ...]
 
 
 @dataclass(slots=True)
@@ -87,18 +78,7 @@ class Bench:
         )
 
     def request(self, job: Job, *, steps: int | None = None) -> GenerationRequest:
-        return GenerationRequest(
-            request_id=str(job.seed),
-            prompt=job.prompt,
-            negative_prompt="",
-            width=self.pixels,
-            height=self.pixels,
-            num_inference_steps=steps or self.steps,
-            guidance_scale=GUIDANCE,
-            seeds=(job.seed,),
-            adapters=tuple(AdapterFile(path, None, scale) for path, scale in job.adapters),
-            arrived_at=time.monotonic(),
-        )
+        return job.request(pixels=self.pixels, steps=steps or self.steps, guidance=GUIDANCE)
 
     def pipeline(self) -> Any:
         pipe = StableDiffusionPipeline.from_pretrained(self.folder, dtype=DTYPE, safety_checker=None)
@@ -183,7 +163,7 @@ def _measure(bench: Bench) -> dict[str, Any]:
             "seconds": {name: _spread(values) for name, values in seconds.items()},
             "speedup": statistics.median(seconds["diffusers"]) / statistics.median(seconds["engine"]),
             "mean_batch": statistics.mean(batched),
-            "min_psnr_db": min(map(_psnr, pictures["diffusers"], pictures["engine"])),
+            "min_psnr_db": min(map(psnr_db, pictures["diffusers"], pictures["engine"])),
             "preloaded": _preloaded(bench, statistics.median(seconds["engine"])),
             "joining": _joining(bench, engine),
             "overhead": _overhead(bench, engine),
@@ -215,7 +195,7 @@ class Engine:
         return self.local.generate(self._bench.request(job, steps=steps), on_step, lambda: False)
 
     def draw_all(self, jobs: Sequence[Job]) -> list[Image.Image]:
-        return [_image(future.result()) for future in [self.submit(job) for job in jobs]]
+        return [image_of(future.result()) for future in [self.submit(job) for job in jobs]]
 
 
 def _by_diffusers(bench: Bench, pipe: Any) -> list[Image.Image]:
@@ -243,9 +223,7 @@ def _preloaded(bench: Bench, engine_seconds: float) -> dict[str, Any]:
 
     def draw() -> None:
         for job in bench.jobs:
-            pipe.enable_lora() if job.adapters else pipe.disable_lora()
-            if job.adapters:
-                pipe.set_adapters([names[path] for path, _ in job.adapters], [scale for _, scale in job.adapters])
+            activate(pipe, names, job)
             _encoded([_draw(bench, pipe, job)])
 
     draw()
@@ -500,16 +478,6 @@ def _encoded(images: list[Image.Image]) -> list[Image.Image]:
     for image in images:
         image.save(BytesIO(), format="PNG")
     return images
-
-
-def _image(result: GenerationResult) -> Image.Image:
-    picture = result.pictures[0]
-    return Image.frombytes("RGB", (picture.width, picture.height), picture.rgb)
-
-
-def _psnr(one: Image.Image, other: Image.Image) -> float:
-    error = float(np.square(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).mean())
-    return 99.0 if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def _spread(values: list[float]) -> dict[str, float]:

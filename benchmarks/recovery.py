@@ -96,7 +96,7 @@ def _connection_closed(station: Station) -> float:
 def _broker_killed(station: Station) -> float:
     worker = _start_worker(station)
     station.world.rabbitmq.kill()
-    eventually(lambda: "broker" in worker.get("/health/ready")[1], PATIENCE_SECONDS)
+    eventually(lambda: "broker" in worker.get("/health/ready")[1], within_seconds=PATIENCE_SECONDS)
     station.world.rabbitmq.start()
     back_at = time.monotonic()
     _wait_until_begun(station, station.publish())
@@ -138,7 +138,7 @@ def _broker_hangs(station: Station) -> float:
     os.kill(broker, signal.SIGSTOP)
     try:
         failed_at = time.monotonic()
-        eventually(lambda: "broker" in worker.get("/health/ready")[1], PATIENCE_SECONDS)
+        eventually(lambda: "broker" in worker.get("/health/ready")[1], within_seconds=PATIENCE_SECONDS)
         return time.monotonic() - failed_at
     finally:
         os.kill(broker, signal.SIGCONT)

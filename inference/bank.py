@@ -23,10 +23,10 @@ import torch
 from torch.nn import functional
 
 from config.logs import log_event
-from inference.adapter_memory import UNLIMITED, AdapterMemory
 from inference.adapters import Adapter
 from inference.layers import PAGE_RANK, LayerGroup, Slab, by_kind, fill, layer_groups
-from inference.slabs import split, zeros
+from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
+from inference.lora.slabs import split, zeros
 from inference.slots import ZERO_PAGE
 
 logger = logging.getLogger(__name__)

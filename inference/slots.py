@@ -68,6 +68,11 @@ class Slots:
         """Forget an adapter that nobody uses."""
         self._free += self._slots.pop(key).pages
 
+    def forget(self, key: Hashable) -> None:
+        """Unload an adapter that nobody uses, if it is resident."""
+        if key in self._slots:
+            self.unload(key)
+
     def release(self, key: Hashable) -> None:
         """One lane fewer uses it. It stays until its place is needed."""
         self._slots[key].num_users -= 1

@@ -10,18 +10,11 @@ from inference.admission import Admission
 from inference.batcher import Batcher, Claim
 from inference.decoding import Decoder
 from inference.device import Attempt, Device
-from inference.families.family import Family
+from inference.families.family import Family, sampler_of
 from inference.lane import Drawing, Lane
 from inference.preparing import AdapterKey
 from inference.previews import Previews
-from inference.request import (
-    EngineError,
-    EngineFault,
-    GenerationResult,
-    Occupancy,
-    RequestCancelled,
-    RequestFailed,
-)
+from inference.request import EngineError, EngineFault, GenerationResult, Occupancy, RequestCancelled, RequestFailed
 from inference.shortages import Shortages
 
 logger = logging.getLogger(__name__)
@@ -100,8 +93,7 @@ class StepLoop:
 
     def forget(self, key: AdapterKey) -> None:
         """Take an adapter that no request uses out of its slot, if it is in one."""
-        if self._admission.slots.find(key) is not None:
-            self._admission.slots.unload(key)
+        self._admission.slots.forget(key)
 
     def close(self) -> None:
         self._admission.close()
@@ -187,8 +179,7 @@ class StepLoop:
 
     def _denoise_one_by_one(self, batch: list[Lane]) -> tuple[list[Lane], list[torch.Tensor]]:
         """Somebody in the batch breaks it: whoever fails alone, and nobody else."""
-        lanes: list[Lane] = []
-        predictions: list[torch.Tensor] = []
+        predictions: dict[Lane, torch.Tensor] = {}
         for lane in batch:
             if lane.drawing.is_ended:
                 continue
@@ -196,10 +187,9 @@ class StepLoop:
             if attempt.made is None:
                 self._fail(lane.drawing, attempt.error)
             else:
-                lanes.append(lane)
-                predictions += attempt.made
-        survivors = [(one, made) for one, made in zip(lanes, predictions, strict=True) if not one.drawing.is_ended]
-        return [lane for lane, _ in survivors], [prediction for _, prediction in survivors]
+                (predictions[lane],) = attempt.made
+        survivors = {lane: made for lane, made in predictions.items() if not lane.drawing.is_ended}
+        return list(survivors), list(survivors.values())
 
     def _forward(self, batch: list[Lane]) -> Attempt[list[torch.Tensor]]:
         def forward() -> list[torch.Tensor]:
@@ -212,9 +202,8 @@ class StepLoop:
 
     def _advance(self, batch: list[Lane], predictions: list[torch.Tensor]) -> None:
         for lane, prediction in zip(batch, predictions, strict=True):
-            assert lane.sampler is not None, "a lane has its sampler from joining on"  # noqa: S101
             self._previews.look_at(lane, prediction)
-            lane.sampler.advance(prediction)
+            sampler_of(lane).advance(prediction)
         self._previews.hand_over()
         launched = self._device.mark()
         for drawing in _drawings_of(batch):

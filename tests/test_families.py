@@ -12,11 +12,11 @@ from inference.families.family import Family, Prompt
 from inference.lane import Conditioning, Drawing, Lane
 from inference.request import AdapterFile, GenerationRequest, RequestFailed
 from inference.sampling import Sampler
-from tests.copies import NOWHERE, Copies
 from tests.engine_requests import request_of
 from tests.family_models import FamilyModels
 from tests.pictures import DIFFERENT_DB, MIN_PSNR_DB, TEST_DEVICE, draw, pipe_with, psnr
 from tests.plain_families import DIFFUSION_CHOICES, FLOW_CHOICES, alone, embeddings_by_compel
+from tests.support.copies import NOWHERE, Copies
 from tests.support.on_gpu import on_gpu
 from tests.tiny_models import (
     EVERY_LAYER,

@@ -14,8 +14,8 @@ from inference.parameters import parameters_of
 from inference.request import RequestFailed
 from inference.sampling import Origin, Sampler, Samplers, SchedulerSampler, TrajectorySampler
 from inference.schedulers import DIFFUSION, FLOW, SchedulerTable, set_timesteps
-from tests.copies import NOWHERE, Copies
 from tests.pictures import DEMO
+from tests.support.copies import NOWHERE, Copies
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,12 +17,12 @@ class Stage:
 
 # The last one's box is what the budget leaves.
 STAGES = (
-    Stage(0, "ceilings", 35, "benchmarks.gpu.ceilings", needs_engine=False),
+    Stage(0, "ceilings", 35, "benchmarks.gpu.ceilings.ceilings", needs_engine=False),
     Stage(1, "correctness", 60, "benchmarks.gpu.correctness"),
-    Stage(2, "sd15", 95, "benchmarks.gpu.sd15", measures_speed=True),
-    Stage(3, "sdxl", 100, "benchmarks.gpu.sdxl", measures_speed=True),
-    Stage(4, "z-image", 80, "benchmarks.gpu.z_image", measures_speed=True),
-    Stage(5, "shortage", 35, "benchmarks.gpu.shortage"),
-    Stage(6, "toggles", float("inf"), "benchmarks.gpu.toggles", measures_speed=True),
+    Stage(2, "sd15", 95, "benchmarks.gpu.speed.sd15", measures_speed=True),
+    Stage(3, "sdxl", 100, "benchmarks.gpu.speed.sdxl", measures_speed=True),
+    Stage(4, "z-image", 80, "benchmarks.gpu.speed.z_image", measures_speed=True),
+    Stage(5, "shortage", 35, "benchmarks.gpu.shortage.shortage"),
+    Stage(6, "toggles", float("inf"), "benchmarks.gpu.speed.toggles", measures_speed=True),
 )
 NUMBERS = tuple(stage.number for stage in STAGES)

@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 
 from config.redacting import quoted
-from inference.adapter_memory import AdapterMemory
 from inference.adapters import Adapter, blank_adapter, check_fits, read_adapter
 from inference.attention import AttentionOrder
 from inference.bank import AdapterBank, PackedAdapter, Row
@@ -21,6 +20,7 @@ from inference.decoded_image import DecodedImage, image_of
 from inference.dialects import Dialect
 from inference.foresight import denoised
 from inference.lane import Embedding, Kind, Lane
+from inference.lora.adapter_memory import AdapterMemory
 from inference.origins import EncodedSource, check_size, encode
 from inference.projection import Projection, find_projection
 from inference.request import KINDS, GenerationRequest, RequestFailed, Source

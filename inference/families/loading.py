@@ -3,7 +3,6 @@
 import torch
 
 from config.settings import ModelSettings
-from inference.adapter_memory import AdapterMemory
 from inference.checkpoints.checkpoint import download, identify, load_pipeline, weight_bytes
 from inference.checkpoints.controlnets import find_controlnets
 from inference.checkpoints.fit import foresee, free_bytes, most_adapter_bytes, place
@@ -12,6 +11,7 @@ from inference.families.family import Family
 from inference.families.sdxl import StableDiffusionXL
 from inference.families.stable_diffusion import StableDiffusion
 from inference.families.z_image import ZImage
+from inference.lora.adapter_memory import AdapterMemory
 from inference.request import EngineStartFailed
 
 FAMILIES: dict[str, type[StableDiffusion] | type[StableDiffusionXL] | type[ZImage]] = {

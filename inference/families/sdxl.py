@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from inference.adapter_memory import UNLIMITED, AdapterMemory
 from inference.dialects import sdxl
 from inference.families.family import Prompt
 from inference.families.unet import UNetFamily
 from inference.lane import Embedding, Lane
+from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
 from inference.prompts import LongPromptEncoder
 from inference.schedulers import SDXL
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from inference.adapter_memory import AdapterMemory
 from inference.bank import Row
 from inference.controls.residuals import Inputs, residuals_of
 from inference.families.family import Family, Prompt, embedding_of, guides_of, sampler_of
 from inference.lane import Embedding, Kind, Lane
+from inference.lora.adapter_memory import AdapterMemory
 from inference.prompts import LongPromptEncoder
 from inference.request import EngineStartFailed, GenerationRequest
 

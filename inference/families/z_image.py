@@ -8,7 +8,6 @@ import torch
 from diffusers import ZImageControlNetModel
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 
-from inference.adapter_memory import UNLIMITED, AdapterMemory
 from inference.bank import Row
 from inference.checkpoints.offload import bring
 from inference.controls.hints import Inputs, hints_of
@@ -21,6 +20,7 @@ from inference.families.z_image_attention import (
     attend_to_own_tokens_in_controlnet,
 )
 from inference.lane import Embedding, Kind, Lane
+from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
 from inference.request import GenerationRequest, RequestFailed, Source
 from inference.schedulers import FLOW
 

@@ -50,7 +50,7 @@ def test_what_a_wheel_requires_is_another_wheel_or_on_the_machine_in_a_version_t
 def test_the_command_and_the_tests_for_a_gpu_import_nothing_but_the_wheels_and_what_the_machine_has() -> None:
     tests = [path for path in (ROOT / "tests").rglob("test_*.py") if has_gpu_tests(path)]
     assert {"test_parity.py", "test_families.py", "test_real_device.py"} <= {path.name for path in tests}
-    command = [*(ROOT / "benchmarks" / "gpu").glob("*.py")]
+    command = [*(ROOT / "benchmarks" / "gpu").rglob("*.py")]
     distributions = metadata.packages_distributions()
 
     packages = packages_of([*command, *tests, ROOT / "tests" / "conftest.py"])

@@ -16,7 +16,7 @@ from inference.families.z_image import ZImage
 from inference.lane import Drawing, Lane
 from inference.request import GenerationRequest
 from tests.fake_cuda import DEVICE, FakeCuda
-from tests.support.full_pipelines import CONTROLNETS, PIPELINES
+from tests.support.full_pipelines import CONTROLNETS, build_pipeline
 from tests.support.tally import Tally
 
 FAMILIES: dict[str, Callable[..., Family]] = {"sd15": StableDiffusion, "sdxl": StableDiffusionXL, "z-image": ZImage}
@@ -56,7 +56,7 @@ class FullModel:
     def __init__(self, cuda: FakeCuda, name: str) -> None:
         self.name = name
         self.cuda = cuda
-        pipeline = PIPELINES[name]()
+        pipeline = build_pipeline(name)
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 _bring(component)

@@ -1,19 +1,18 @@
-"""The ten jobs as a set: by the engine, and by diffusers in the ways of `benchmarks.gpu.baselines`."""
+"""The ten jobs as a set: by the engine, and by diffusers in the ways of `benchmarks.gpu.speed.baselines`."""
 
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from benchmarks.gpu.baselines import Baseline, CompiledBaseline
-from benchmarks.gpu.engine import BenchEngine, Encoder, timed
-from benchmarks.gpu.jobs import NUM_JOBS, Job
+from benchmarks.gpu.models.engine import BenchEngine, Encoder, timed
+from benchmarks.gpu.models.jobs import NUM_JOBS
+from benchmarks.gpu.speed.baselines import Baseline, CompiledBaseline
 from benchmarks.gpu.stage import Context, Figures
+from benchmarks.sets import Job, psnr_db
 
-EQUAL_DB = 99.0
 # One with an adapter and the one without.
 TINY_JOBS = (3, 8)
 
@@ -82,9 +81,3 @@ class Sets:
             pairs = zip(images, (self._images[number] for number in self._chosen), strict=True)
             figures["psnr_db"] = [psnr_db(*pair) for pair in pairs]
         return figures
-
-
-def psnr_db(one: Image.Image, other: Image.Image) -> float:
-    """Peak signal-to-noise ratio; `EQUAL_DB` for equal images."""
-    error = float(np.square(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).mean())
-    return EQUAL_DB if error == 0 else 10 * math.log10(255**2 / error)

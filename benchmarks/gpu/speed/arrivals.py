@@ -9,11 +9,11 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from benchmarks.gpu.baselines import Baseline
-from benchmarks.gpu.engine import BenchEngine
-from benchmarks.gpu.forwards import Forwards
-from benchmarks.gpu.jobs import Job
+from benchmarks.gpu.models.engine import BenchEngine
+from benchmarks.gpu.speed.baselines import Baseline
+from benchmarks.gpu.speed.forwards import Forwards
 from benchmarks.gpu.stage import Context, Figures
+from benchmarks.sets import Job
 from inference.request import StepReport
 
 NUM_SWAPS = 5

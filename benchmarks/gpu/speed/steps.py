@@ -7,11 +7,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.clocks import Times, time_calls
-from benchmarks.gpu.flops import FLOPS_PER_ROW
-from benchmarks.gpu.forwards import Forwards
-from benchmarks.gpu.jobs import NUM_JOBS
-from benchmarks.gpu.models import BenchModel
+from benchmarks.gpu.models.bench_model import BenchModel
+from benchmarks.gpu.models.flops import FLOPS_PER_ROW
+from benchmarks.gpu.models.jobs import NUM_JOBS
 from benchmarks.gpu.records import read_records
+from benchmarks.gpu.speed.forwards import Forwards
 from benchmarks.gpu.stage import Context, Figures
 from inference.device import USABLE_SHARE, Device
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.baselines import Baseline
 from benchmarks.gpu.clocks import Times, raise_clocks, time_calls
-from benchmarks.gpu.forwards import Forwards
-from benchmarks.gpu.graphs import measure_graph
-from benchmarks.gpu.jobs import NUM_JOBS, Job, make_jobs
-from benchmarks.gpu.models import BenchModel, model_of, shared_copy
+from benchmarks.gpu.models.bench_model import BenchModel, model_of, shared_copy
+from benchmarks.gpu.models.jobs import NUM_JOBS, make_jobs
+from benchmarks.gpu.speed.baselines import Baseline
+from benchmarks.gpu.speed.forwards import Forwards
+from benchmarks.gpu.speed.graphs import measure_graph
 from benchmarks.gpu.stage import Context, Figures
+from benchmarks.sets import Job
 
 # Lanes of the captured forwards: 2, 8 and 20 rows.
 GRAPH_LANES = (1, 4, 10)

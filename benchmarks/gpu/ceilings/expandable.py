@@ -1,4 +1,4 @@
-"""Do expandable segments work here? `python -m benchmarks.gpu.expandable PARENT_PID` prints True or False.
+"""Do expandable segments work here? `python -m benchmarks.gpu.ceilings.expandable PARENT_PID` prints True or False.
 
 They need the driver's virtual memory management, which some sandboxes lack.
 """

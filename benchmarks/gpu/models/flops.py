@@ -1,11 +1,14 @@
-"""FLOPs of one denoiser forward of one row, counted on modules without memory: `python -m benchmarks.gpu.flops`."""
+"""Count the FLOPs of one denoiser forward of one row, on modules without memory.
+
+`python -m benchmarks.gpu.models.flops` prints them.
+"""
 
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu.models import MODELS, BenchModel
+from benchmarks.gpu.models.bench_model import MODELS, BenchModel
 
 # What the command above prints, at the sizes of the stages; Z-Image with a caption of 96 tokens.
 FLOPS_PER_ROW = {"sd15": 8.033e11, "sdxl": 6.761e12, "z-image": 5.609e13}

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from inference.adapter_memory import AdapterMemory
+from inference.lora.adapter_memory import AdapterMemory
 from inference.request import EngineStartFailed
 
 PAGE = 60_000_000

@@ -12,10 +12,11 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from benchmarks.gpu.forwards import Forwards, cast
-from benchmarks.gpu.jobs import NUM_JOBS, Job, distinct_files
-from benchmarks.gpu.models import BenchModel, cast_pipeline, shared_copy
+from benchmarks.gpu.models.bench_model import BenchModel, cast_pipeline, shared_copy
+from benchmarks.gpu.models.jobs import NUM_JOBS, distinct_files
+from benchmarks.gpu.speed.forwards import Forwards, cast
 from benchmarks.gpu.stage import Context, Figures
+from benchmarks.sets import Job, activate
 
 # A small rank, the largest, all linear layers, none and two adapters. A forward of Z-Image in 32 bits takes a second.
 CHECKED = {"sd15": (0, 3, 5, 8, 9), "sdxl": (0, 3, 5, 8, 9), "z-image": (5, 8, 9)}
@@ -36,12 +37,7 @@ class PeftDenoiser:
 
     def activate(self, job: Job) -> None:
         """Have the job's adapters, and no others, change the denoiser."""
-        if not job.adapters:
-            self._denoiser.disable_lora()
-            return
-        self._denoiser.enable_lora()
-        names = [self._names[path] for path, _ in job.adapters]
-        self._denoiser.set_adapters(names, [scale for _, scale in job.adapters])
+        activate(self._denoiser, self._names, job)
 
 
 class Accuracy:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import attention_kernels, bank_kernels
+from benchmarks.gpu.ceilings import attention_kernels, bank_kernels
 from benchmarks.gpu.clocks import raise_clocks, time_calls
 from benchmarks.gpu.stage import Context
 
@@ -112,7 +112,7 @@ def _transfers(context: Context) -> dict[str, Any]:
 
 def _expandable_segments() -> dict[str, Any]:
     """In a process of its own: the allocator reads its settings once."""
-    command = [sys.executable, "-m", "benchmarks.gpu.expandable", str(os.getpid())]
+    command = [sys.executable, "-m", "benchmarks.gpu.ceilings.expandable", str(os.getpid())]
     environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
     told = done.stdout.strip() or done.stderr.strip()[-500:]

@@ -13,7 +13,7 @@ import diffusers
 import torch
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.gpu.architectures import BUILDERS
+from benchmarks.gpu.models.architectures import BUILDERS
 from inference.families.family import Family
 from inference.families.sdxl import StableDiffusionXL
 from inference.families.stable_diffusion import StableDiffusion

@@ -9,8 +9,9 @@ from typing import Any, Self
 import torch
 from PIL import Image
 
-from benchmarks.gpu.jobs import NUM_JOBS, Job
-from benchmarks.gpu.models import BenchModel
+from benchmarks.gpu.models.bench_model import BenchModel
+from benchmarks.gpu.models.jobs import NUM_JOBS, request_of
+from benchmarks.sets import Job, image_of
 from config.settings import ModelSettings
 from inference.engine import LocalEngine
 from inference.families.family import Family
@@ -45,7 +46,7 @@ class BenchEngine(LocalEngine):
         self, job: Job, on_step: Callable[[StepReport], None] = lambda _: None, *, steps: int | None = None
     ) -> "Future[GenerationResult]":
         """Ask for a job's image."""
-        return self.generate(job.request(self._bench_model, steps=steps), on_step, lambda: False)
+        return self.generate(request_of(job, self._bench_model, steps=steps), on_step, lambda: False)
 
     def draw_all(self, jobs: Sequence[Job], encoder: "Encoder") -> list[Image.Image]:
         """All jobs at once; each image is encoded as it comes."""
@@ -86,12 +87,6 @@ class Encoder:
         for one in self._pending:
             one.result()
         self._pending.clear()
-
-
-def image_of(result: GenerationResult) -> Image.Image:
-    """The one image of a job."""
-    drawn = result.pictures[0]
-    return Image.frombytes("RGB", (drawn.width, drawn.height), drawn.rgb)
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:

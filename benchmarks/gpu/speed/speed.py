@@ -12,17 +12,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.accuracy import Accuracy
-from benchmarks.gpu.arrivals import measure_diffusers_swaps, measure_join, measure_swaps
-from benchmarks.gpu.baselines import Baseline, CompiledBaseline
 from benchmarks.gpu.clocks import raise_clocks, time_calls
-from benchmarks.gpu.engine import BenchEngine
-from benchmarks.gpu.forwards import Forwards
-from benchmarks.gpu.jobs import NUM_JOBS, Job, make_jobs
-from benchmarks.gpu.models import model_of, shared_copy
-from benchmarks.gpu.sets import TINY_JOBS, Sets
+from benchmarks.gpu.models.bench_model import model_of, shared_copy
+from benchmarks.gpu.models.engine import BenchEngine
+from benchmarks.gpu.models.jobs import NUM_JOBS, make_jobs
+from benchmarks.gpu.speed.accuracy import Accuracy
+from benchmarks.gpu.speed.arrivals import measure_diffusers_swaps, measure_join, measure_swaps
+from benchmarks.gpu.speed.baselines import Baseline, CompiledBaseline
+from benchmarks.gpu.speed.forwards import Forwards
+from benchmarks.gpu.speed.sets import TINY_JOBS, Sets
+from benchmarks.gpu.speed.steps import measure_memory, measure_steps, profile_step
 from benchmarks.gpu.stage import Context, Figures
-from benchmarks.gpu.steps import measure_memory, measure_steps, profile_step
+from benchmarks.sets import Job
 
 # An adapter of rank 16 on all linear layers.
 SWAPPED = 5

@@ -17,14 +17,13 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from benchmarks.gpu.engine import image_of
-from benchmarks.gpu.jobs import NUM_JOBS, Job, make_jobs
-from benchmarks.gpu.lives import Lives
-from benchmarks.gpu.memory import Memory, memory_of
-from benchmarks.gpu.models import BenchModel, model_of
-from benchmarks.gpu.sets import psnr_db
-from benchmarks.gpu.short_engine import ShortEngine
+from benchmarks.gpu.models.bench_model import BenchModel, model_of
+from benchmarks.gpu.models.jobs import NUM_JOBS, make_jobs, request_of
+from benchmarks.gpu.shortage.lives import Lives
+from benchmarks.gpu.shortage.memory import Memory, memory_of
+from benchmarks.gpu.shortage.short_engine import ShortEngine
 from benchmarks.gpu.stage import Context, Figures
+from benchmarks.sets import Job, image_of, psnr_db
 from inference.request import AdapterFile, GenerationRequest, GenerationResult, RequestFailed, StepReport
 
 # As far as the same job in a smaller batch may differ: its sums are added up in another order, in 16 bits.
@@ -167,7 +166,7 @@ class Case:
         return self.engine.ask(request).result(RESULT_SECONDS)
 
     def _request(self, number: int, **changes: Any) -> GenerationRequest:
-        return replace(self.jobs[number].request(self.model, steps=STEPS), **changes)
+        return replace(request_of(self.jobs[number], self.model, steps=STEPS), **changes)
 
     def _request_with_conv_adapter(self) -> GenerationRequest:
         return self._request(2, request_id="conv", adapters=(AdapterFile(self.conv_adapter, None, 1.0),))

@@ -10,8 +10,8 @@ from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnP
 from torch.nn import functional
 
 from benchmarks.gpu.clocks import time_calls
-from benchmarks.gpu.forwards import Forwards
-from benchmarks.gpu.speed import Speed, run_speed
+from benchmarks.gpu.speed.forwards import Forwards
+from benchmarks.gpu.speed.speed import Speed, run_speed
 from benchmarks.gpu.stage import Context, Figures
 
 # Of unequal captions; ten would take a third of the time box.

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.gpu.clocks import time_calls
-from benchmarks.gpu.forwards import Forwards
+from benchmarks.gpu.speed.forwards import Forwards
 from benchmarks.gpu.stage import Context, Figures
 
 WARM_UPS = 3

@@ -1,17 +1,16 @@
 """The ten jobs of a set, with their adapters: `benchmarks.models.ADAPTERS`, one job without any and one with two."""
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 
-from benchmarks.gpu.models import BenchModel
+from benchmarks.gpu.models.bench_model import BenchModel
 from benchmarks.models import ADAPTERS, TEXT_LAYERS, AdapterKind
-from inference.request import AdapterFile, GenerationRequest
+from benchmarks.sets import Job
+from inference.request import GenerationRequest
 
 NUM_JOBS = 10
 # Half of the change that its base weights make: any adapter left out or mixed up shows.
@@ -21,40 +20,22 @@ CAPTION_TOKENS = (32, 160)
 FIRST_SEED = 100
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One image of a set; `adapters` are files with their scales."""
+def request_of(job: Job, model: BenchModel, *, steps: int | None = None) -> GenerationRequest:
+    """What the engine is asked for, at the model's size and guidance."""
+    return job.request(pixels=model.pixels, steps=steps or model.steps, guidance=model.guidance)
 
-    prompt: str
-    seed: int
-    adapters: tuple[tuple[Path, float], ...]
 
-    def request(self, model: BenchModel, *, steps: int | None = None) -> GenerationRequest:
-        """What the engine is asked for."""
-        return GenerationRequest(
-            request_id=str(self.seed),
-            prompt=self.prompt,
-            negative_prompt="",
-            width=model.pixels,
-            height=model.pixels,
-            num_inference_steps=steps or model.steps,
-            guidance_scale=model.guidance,
-            seeds=(self.seed,),
-            adapters=tuple(AdapterFile(path, None, scale) for path, scale in self.adapters),
-            arrived_at=time.monotonic(),
-        )
+def noise_of(job: Job, model: BenchModel, pipeline: Any) -> torch.Tensor:
+    """The noise that the engine begins with, for diffusers' `latents`: drawn in 32 bits on the CPU.
 
-    def noise(self, model: BenchModel, pipeline: Any) -> torch.Tensor:
-        """The noise that the engine begins with, for diffusers' `latents`: drawn in 32 bits on the CPU.
-
-        In 16 bits a seed's noise is another before torch 2.12, and so is the image.
-        """
-        denoiser = getattr(pipeline, model.denoiser)
-        side = model.pixels // 8
-        generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randn(denoiser.config.in_channels, side, side, generator=generator)[None]
-        # Z-Image's pipeline keeps its latents in 32 bits.
-        return drawn if model.denoiser == "transformer" else drawn.to(denoiser.dtype)
+    In 16 bits a seed's noise is another before torch 2.12, and so is the image.
+    """
+    denoiser = getattr(pipeline, model.denoiser)
+    side = model.pixels // 8
+    generator = torch.Generator().manual_seed(job.seed)
+    drawn = torch.randn(denoiser.config.in_channels, side, side, generator=generator)[None]
+    # Z-Image's pipeline keeps its latents in 32 bits.
+    return drawn if model.denoiser == "transformer" else drawn.to(denoiser.dtype)
 
 
 def make_jobs(model: BenchModel, pipeline: Any, folder: Path) -> list[Job]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.engine import BenchEngine
-from benchmarks.gpu.memory import Memory
-from benchmarks.gpu.models import BenchModel
+from benchmarks.gpu.models.bench_model import BenchModel
+from benchmarks.gpu.models.engine import BenchEngine
+from benchmarks.gpu.shortage.memory import Memory
 from config.settings import ModelSettings
 from inference.adapters import Adapter
 from inference.bank import PackedAdapter

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.jobs import Job, distinct_files
-from benchmarks.gpu.models import BenchModel
+from benchmarks.gpu.models.bench_model import BenchModel
+from benchmarks.gpu.models.jobs import distinct_files, request_of
+from benchmarks.sets import Job
 from inference.bank import Applied, Row
 from inference.conditioner import Conditioner
 from inference.families.family import Family
@@ -59,7 +60,7 @@ class Forwards:
             return self.family.denoise([self.lanes[number]])[0]
 
     def _lane(self, job: Job, row: Row) -> Lane:
-        request = job.request(self.model)
+        request = request_of(job, self.model)
         self.family.prepare(request)
         keys = tuple(AdapterKey.of(file) for file in request.adapters)
         drawing = Drawing(request, self.family.kind_of(request), lambda _: None, lambda: False, keys)

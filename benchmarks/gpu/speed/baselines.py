@@ -12,9 +12,10 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from benchmarks.gpu.engine import Encoder
-from benchmarks.gpu.jobs import Job, distinct_files
-from benchmarks.gpu.models import BenchModel
+from benchmarks.gpu.models.bench_model import BenchModel
+from benchmarks.gpu.models.engine import Encoder
+from benchmarks.gpu.models.jobs import distinct_files, noise_of
+from benchmarks.sets import Job, activate
 from inference.attention import AttentionOrder
 
 HOTSWAPPED = "hotswapped"
@@ -37,7 +38,7 @@ class Baseline:
 
     def draw(self, job: Job, *, steps: int | None = None) -> Image.Image:
         """The job's image with whatever adapters are active."""
-        noise = job.noise(self._model, self.pipeline).to(self._device)
+        noise = noise_of(job, self._model, self.pipeline).to(self._device)
         with self._attention.applied():
             image: Image.Image = self.pipeline(
                 job.prompt,
@@ -75,20 +76,11 @@ class Baseline:
         """Choose among the preloaded adapters, draw: one job after another."""
         images = []
         for job in jobs:
-            self.activate(job)
+            activate(self.pipeline, self._names, job)
             images.append(self.draw(job))
             encoder.submit(images[-1])
         encoder.wait()
         return images
-
-    def activate(self, job: Job) -> None:
-        """Have a job's adapters among the preloaded ones be active, and no others."""
-        if not job.adapters:
-            self.pipeline.disable_lora()
-            return
-        self.pipeline.enable_lora()
-        names = [self._names[path] for path, _ in job.adapters]
-        self.pipeline.set_adapters(names, [scale for _, scale in job.adapters])
 
 
 class CompiledBaseline(Baseline):

@@ -1,0 +1,1 @@
+"""Stage 5: what is left of a set of jobs where memory ends and where the device fails."""
