@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from config.settings import ServiceSettings, load_section
 from examples.demo.contact_sheet import BACKGROUND, FAINT, GAP, INK
+from watermark.geometry import Position
 from watermark.headline import headline_of, put_headlines
 from watermark.overlay import Box, Stroke, TextOverlay
-from watermark.signature import Position
 
 SIDE = 512
 NUM_LIGHTS = 90

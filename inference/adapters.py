@@ -229,3 +229,10 @@ def _fits(layer: LowRank, module: torch.nn.Module | None) -> bool:
 def _reads(weight: torch.Tensor) -> tuple[int, ...]:
     """What a row of the matrix reads: [in], and the height and width of a kernel that is not one pixel."""
     return tuple(weight.shape[1:2]) if weight.shape[2:].numel() == 1 else tuple(weight.shape[1:])
+
+
+def check_rank(adapter: Adapter, max_rank: int) -> None:
+    """Raise `AdapterUnsupported` for a higher rank than the worker takes."""
+    rank = max(layer.rank for layer in adapter.layers.values())
+    if rank > max_rank:
+        raise AdapterUnsupported(f"the adapter is of rank {rank}; this worker takes ranks up to {max_rank}")

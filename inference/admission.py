@@ -14,7 +14,8 @@ from inference.controls.desk import ControlDesk
 from inference.families.family import Family
 from inference.lane import Drawing
 from inference.layers import PAGE_RANK
-from inference.preparing import AdapterKey, Preparer, ran_out_of_memory
+from inference.lora.adapter_key import AdapterKey
+from inference.preparing import Preparer, ran_out_of_memory
 from inference.request import RequestFailed, Stage
 from inference.slots import Slots
 

@@ -14,7 +14,7 @@ from config.settings import ModelSettings
 from inference.families.family import Family
 from inference.families.loading import load_family
 from inference.lane import Drawing
-from inference.preparing import AdapterKey
+from inference.lora.adapter_key import AdapterKey
 from inference.request import (
     EngineClosed,
     EngineFault,

@@ -13,8 +13,8 @@ import torch
 from inference.bank import Row
 from inference.controls.guide import Guide
 from inference.device import Mark
+from inference.lora.adapter_key import AdapterKey, ReadAdapter
 from inference.origins import EncodedSource
-from inference.preparing import AdapterKey, ReadAdapter
 from inference.request import (
     GenerationRequest,
     GenerationResult,

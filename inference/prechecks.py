@@ -10,13 +10,12 @@ from typing import Any
 
 from config.settings import ModelSettings
 from inference.adapter_files import AdapterError
-from inference.adapters import read_adapter
+from inference.adapters import check_rank, read_adapter
 from inference.checkpoints.checkpoint import Checkpoint, Where, identify
 from inference.checkpoints.weight_files import read_json
 from inference.dialects import STABLE_DIFFUSION, Z_IMAGE, Dialect, sdxl
 from inference.families.loading import FAMILIES
 from inference.families.unet import UNetFamily
-from inference.preparing import check_rank
 from inference.request import KINDS, AdapterFile, RequestFailed
 from inference.schedulers import SchedulerTable
 

@@ -6,42 +6,20 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 
 from config.logs import log_event
-from inference.adapters import Adapter, AdapterError, AdapterUnsupported
+from inference.adapters import Adapter, AdapterError, check_rank
 from inference.bank import PackedAdapter
+from inference.lora.adapter_key import AdapterKey, ReadAdapter
 from inference.request import AdapterFile, RequestFailed, Stage
 
 logger = logging.getLogger(__name__)
 
 Made = TypeVar("Made")
-
-
-class AdapterKey(NamedTuple):
-    """Identity of an adapter in the bank: its version where it has one, else its files as they are on the disk now."""
-
-    version: str
-    weights: tuple[str, int, int, int] | None = None
-    config: tuple[str, int, int, int] | None = None
-
-    @classmethod
-    def of(cls, file: AdapterFile) -> "AdapterKey":
-        """Raises `OSError` where a file without a version is missing."""
-        # A download cache touches its files at every use: their times say nothing of their content.
-        if file.version:
-            return cls(file.version)
-        return cls("", _identity(file.weights), None if file.config is None else _identity(file.config))
-
-
-class ReadAdapter(NamedTuple):
-    """A packed adapter, and the time that reading took."""
-
-    packed: PackedAdapter
-    stage: Stage
 
 
 class Preparer:
@@ -110,15 +88,3 @@ class Preparer:
 def ran_out_of_memory(future: Future[Any]) -> bool:
     """Did it end for want of the device's memory, which may be there the next time?"""
     return future.done() and not future.cancelled() and isinstance(future.exception(), torch.OutOfMemoryError)
-
-
-def check_rank(adapter: Adapter, max_rank: int) -> None:
-    """Raise `AdapterUnsupported` for a higher rank than the worker takes."""
-    rank = max(layer.rank for layer in adapter.layers.values())
-    if rank > max_rank:
-        raise AdapterUnsupported(f"the adapter is of rank {rank}; this worker takes ranks up to {max_rank}")
-
-
-def _identity(path: Path) -> tuple[str, int, int, int]:
-    status = path.stat()
-    return str(path), status.st_ino, status.st_size, status.st_mtime_ns

@@ -12,7 +12,7 @@ from inference.decoding import Decoder
 from inference.device import Attempt, Device
 from inference.families.family import Family, sampler_of
 from inference.lane import Drawing, Lane
-from inference.preparing import AdapterKey
+from inference.lora.adapter_key import AdapterKey
 from inference.previews import Previews
 from inference.request import EngineError, EngineFault, GenerationResult, Occupancy, RequestCancelled, RequestFailed
 from inference.shortages import Shortages

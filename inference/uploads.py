@@ -1,6 +1,12 @@
 """Copies from host memory to the device that do not wait for the work queued there."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+
+# Brings numbers to the device, as 32-bit floats, without waiting for it.
+Upload = Callable[[Any], torch.Tensor]
 
 
 def pinned(host: torch.Tensor, device: torch.device) -> torch.Tensor:

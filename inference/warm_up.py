@@ -10,7 +10,7 @@ from inference import safety
 from inference.bank import PackedAdapter
 from inference.families.family import Family
 from inference.lane import Drawing
-from inference.preparing import AdapterKey, ReadAdapter
+from inference.lora.adapter_key import AdapterKey, ReadAdapter
 from inference.request import (
     AdapterFile,
     GenerationRequest,

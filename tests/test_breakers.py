@@ -6,7 +6,7 @@ import pytest
 
 from clients.storage_errors import AccessDenied, BucketNotFound, ObjectNotFound, StorageUnavailable
 from worker.breakers import BACKEND_THRESHOLD, HALF_OPEN_SECONDS, STORE_THRESHOLD, Breaker, Gate
-from worker.settling import JobReleased
+from worker.errors import JobReleased
 
 
 class Clock:

@@ -15,8 +15,8 @@ from config.settings import ModelSettings, StoreSettings
 from tests.test_messages import job_of, message, rejection_of
 from tests.world import DEMO_MODEL
 from watermark.fitting import Fit
+from watermark.geometry import Position
 from watermark.overlay import TextOverlay
-from watermark.signature import Position
 from worker.cli import app
 from worker.cli_options import Order, fields_of, with_order
 from worker.job import Job, JobAdapter, JobControl, JobSource, Kind, Layout, Preprocess

@@ -21,13 +21,14 @@ from inference.request import (
     RequestFailed,
     ResultTooLarge,
 )
+from worker.errors import JobFailed, JobReleased, PoisonJob
 from worker.events import TerminalEvent, failed_event
 from worker.idleness import IdleWatch, idle_reason
 from worker.metrics import Metrics
 from worker.notifying import MAX_AGE_SECONDS, UNKNOWN_IS_TRANSIENT_SECONDS, delay_after, is_hopeless
 from worker.progress import milestones_between
-from worker.queues import QueueNames
-from worker.settling import RETRY_DELAYS_SECONDS, Disposition, JobFailed, JobReleased, PoisonJob, Verdict, judge
+from worker.queues import RETRY_DELAYS_SECONDS, QueueNames
+from worker.settling import Disposition, Verdict, judge
 
 # --- What an error means for the job
 

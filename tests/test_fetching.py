@@ -22,9 +22,10 @@ from config.settings import StoreSettings
 from inference.request import AdapterFile
 from tests.test_references import FACTS
 from worker.breakers import STORE_THRESHOLD, Breaker, Gate
+from worker.errors import JobFailed
 from worker.fetching import Fetcher
 from worker.job import JobAdapter
-from worker.settling import Disposition, JobFailed, judge
+from worker.settling import Disposition, judge
 
 FOLDER = "models/style-1/"
 CONFIG, WEIGHTS = f"{FOLDER}adapter_config.json", f"{FOLDER}adapter_model.safetensors"

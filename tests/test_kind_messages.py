@@ -9,8 +9,8 @@ from clients.location import ObjectRef
 from config.settings import ModelSettings, StoreSettings
 from tests.test_messages import assert_fit_to_be_told, message, to_bytes
 from watermark.fitting import Fit
+from watermark.geometry import Position
 from watermark.overlay import Box, Stroke, TextOverlay
-from watermark.signature import Position
 from worker.contract import schema_of
 from worker.job import Job, JobControl, JobProduct, JobRejected, JobSource, Kind, Layout, Preprocess
 from worker.messages import decode, rules_from

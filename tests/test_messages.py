@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from clients.location import ObjectRef
 from config.settings import ModelSettings, StoreSettings
-from watermark.signature import Position, SignatureStyle, Size
+from watermark.geometry import Position
+from watermark.signature import SignatureStyle, Size
 from worker.generation_id import is_generation_id
 from worker.job import Job, JobAdapter, JobRejected, Undecodable, resolve_size
 from worker.messages import MAX_BODY_BYTES, MAX_REASON_CHARS, decode, rules_from

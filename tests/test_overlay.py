@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from typer.testing import CliRunner
 
-from watermark.calm import Rect
 from watermark.errors import FontMissing, OverlayInvalid
 from watermark.fonts import code_points
+from watermark.geometry import Position, Rect
 from watermark.headline import MARGIN, headline_of, headlines_of, put_headlines
 from watermark.overlay import Box, Stroke, TextOverlay
 from watermark.scripts import Script, scripts_in
-from watermark.signature import Position, SignatureStyle, TextSignature, Unsigned, sign, signature_place
+from watermark.signature import SignatureStyle, TextSignature, Unsigned, sign, signature_place
 from watermark.text import is_visible
 from watermark.typefaces import choose_typeface, list_typefaces
 from watermark.typesetting import Typesetter

@@ -15,10 +15,10 @@ from config.settings import PictureSettings, SettingsError, load_section
 from tests.onnx_files import write_dark_finder
 from tests.product_pictures import bottle, scene
 from tests.world import ROOT, eventually, shadow_modules
-from watermark.calm import Rect
-from watermark.signature import Position
+from watermark.geometry import Position, Rect
 from worker.checks.cutout import look_at_cutout
 from worker.checks.finding import CheckFailed
+from worker.errors import CuttingFailed, JobFailed
 from worker.job import Layout
 from worker.product.compositing import compose
 from worker.product.cutout import MAX_SIDE_PX, NothingCut, has_own_alpha, trimmed
@@ -26,7 +26,7 @@ from worker.product.cutting import Cutter
 from worker.product.finding import find
 from worker.product.placing import place, size_in
 from worker.product.protecting import around, eroded, product_mask, put_back
-from worker.settling import CuttingFailed, Disposition, JobFailed, judge
+from worker.settling import Disposition, judge
 
 FIELD = "product.image_path"
 SIZES = [(128, 128), (512, 512), (640, 256), (200, 800)]

@@ -21,11 +21,11 @@ from watermark.decoding import PictureMode, decode_picture
 from watermark.errors import PictureInvalid, PictureTooLarge, WatermarkError
 from watermark.fitting import Fit, fit
 from worker.breakers import STORE_THRESHOLD, Breaker, Gate
+from worker.errors import JobFailed
 from worker.fetching import Fetcher
 from worker.job import JobControl, JobSource, Kind, Preprocess, resolve_size
 from worker.references import References, check_can, check_mask, drawing_size
 from worker.rejecting import JobRules
-from worker.settling import JobFailed
 from worker.story import request_of
 
 __all__ = ["rules"]

@@ -15,9 +15,9 @@ from PIL import Image
 
 from watermark.errors import FontMissing, SignatureInvalid
 from watermark.fonts import find_font
+from watermark.geometry import Position
 from watermark.signature import (
     ImageSignature,
-    Position,
     Signature,
     SignatureStyle,
     SignedPicture,

@@ -1,10 +1,10 @@
 """Finds where a picture is calm: a place for letters, or for a thing to stand."""
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops
+
+from watermark.geometry import Rect
 
 # Sums are kept for cells rather than for pixels: half a megabyte instead of 34 for the largest picture.
 MAX_CELLS = 256
@@ -12,29 +12,6 @@ MAX_CELLS = 256
 # two-hundredth of a grey level.
 STEPS_PER_E_FOLD = 20
 FAINTEST_GREY_LEVELS = 0.1
-
-
-class Rect(NamedTuple):
-    """A part of a picture in px; `right` and `bottom` are the first px outside."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.right - self.left, self.bottom - self.top
-
-    def moved(self, across: int, down: int) -> "Rect":
-        """The same, so many px further to the right and further down."""
-        return Rect(self.left + across, self.top + down, self.right + across, self.bottom + down)
-
-    def overlaps(self, other: "Rect") -> bool:
-        """Whether the two share a pixel."""
-        return max(self.left, other.left) < min(self.right, other.right) and max(self.top, other.top) < min(
-            self.bottom, other.bottom
-        )
 
 
 def calmest(

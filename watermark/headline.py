@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from watermark.calm import Rect, calmest, unrest
+from watermark.calm import calmest, unrest
 from watermark.contrast import Colours, choose_colours, opposite
 from watermark.errors import FontMissing, OverlayInvalid
+from watermark.geometry import Rect
 from watermark.overlay import TextOverlay
 from watermark.text import clean_lines, is_visible
 from watermark.typefaces import Typeface, choose_typeface

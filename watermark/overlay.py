@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from watermark.signature import Position
+from watermark.geometry import Position
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from watermark.calm import Rect
 from watermark.decoding import to_rgba
 from watermark.errors import SignatureInvalid
 from watermark.fonts import find_font
+from watermark.geometry import Position, Rect
 from watermark.text import clean_text, draw_text, is_visible
 
 # After PNG's row filters a picture has few repeats left to search for: run lengths alone are as small as level 4 to 6
@@ -34,26 +34,6 @@ MAX_MARGIN = 0.25
 
 # A single letter is not blown up to the width of a name.
 TEXT_HEIGHT_PER_WIDTH = 1 / 3
-
-
-class Position(StrEnum):
-    """Where a signature or a headline stands."""
-
-    TOP_LEFT = "top-left"
-    TOP_CENTER = "top-center"
-    TOP_RIGHT = "top-right"
-    CENTER_LEFT = "center-left"
-    CENTER = "center"
-    CENTER_RIGHT = "center-right"
-    BOTTOM_LEFT = "bottom-left"
-    BOTTOM_CENTER = "bottom-center"
-    BOTTOM_RIGHT = "bottom-right"
-
-    @property
-    def fractions(self) -> tuple[float, float]:
-        """How far from the left and from the top, 0 to 1."""
-        vertical, _, horizontal = self.value.partition("-")
-        return ANCHORS[horizontal or vertical], ANCHORS[vertical]
 
 
 class PictureFormat(StrEnum):
@@ -72,7 +52,6 @@ class Size(StrEnum):
 
 
 WIDTH_FRACTIONS = {Size.SMALL: 0.15, Size.MEDIUM: 0.25, Size.LARGE: 0.35}
-ANCHORS = {"top": 0.0, "left": 0.0, "center": 0.5, "bottom": 1.0, "right": 1.0}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from clients.storage_errors import StorageError, StorageUnavailable, StoreRefused
 from config.logs import log_event
-from worker.settling import JobReleased
+from worker.errors import JobReleased
 
 logger = logging.getLogger(__name__)
 

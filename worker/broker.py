@@ -9,6 +9,7 @@ the broker holds back (memory or disk alarm) an ack would be held back too. The 
 import logging
 import math
 import queue
+import random
 import socket
 import threading
 import time
@@ -25,11 +26,14 @@ import pika.exceptions
 from config.logs import log_event
 from config.redacting import redacted
 from config.settings import BrokerSettings
-from worker.backoff import Backoff
 from worker.broker_refusals import Refusals, describe
 from worker.content_headers import TolerantConnection
-from worker.delivery import Delivery
+from worker.delivery import Delivery, whole_number
 from worker.queues import QueueNames
+
+# A broker that is back has jobs waiting, and a try that is refused costs nobody anything.
+MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.2, 1.0
+BACKOFF_POLL_SECONDS = 0.05
 
 logger = logging.getLogger(__name__)
 
@@ -494,8 +498,19 @@ def close_connection(connection: _Connection) -> None:
         log_event(logger, "connection was gone before it was closed", logging.DEBUG, reason=describe(error))
 
 
-def whole_number(given: Any, *, default: int) -> int:
-    """A header's whole number from 0 to 2^53, else `default`: headers can be forged, so nothing else is taken."""
-    # pika reads 64-bit numbers, and the broker's delivery count is one, as a subclass of int.
-    is_whole = isinstance(given, int) and not isinstance(given, bool)
-    return int(given) if is_whole and 0 <= given < 2**53 else default
+class Backoff:
+    """Full jitter between tries, the ceiling doubling up to `MAX_BACKOFF_SECONDS`."""
+
+    def __init__(self) -> None:
+        self._ceiling = MIN_BACKOFF_SECONDS
+
+    def reset(self) -> None:
+        self._ceiling = MIN_BACKOFF_SECONDS
+
+    def sleep(self, is_over: Callable[[], bool], *, at_least_seconds: float = 0.0) -> None:
+        """Wait before the next try, or until `is_over`."""
+        seconds = random.uniform(MIN_BACKOFF_SECONDS / 2, self._ceiling)  # noqa: S311 - jitter, not a secret
+        self._ceiling = min(MAX_BACKOFF_SECONDS, self._ceiling * 2)
+        deadline = time.monotonic() + max(seconds, at_least_seconds)
+        while time.monotonic() < deadline and not is_over():
+            time.sleep(BACKOFF_POLL_SECONDS)

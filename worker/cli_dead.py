@@ -24,7 +24,6 @@ from worker.dead_letters import (
     as_table,
     as_text,
     choose,
-    legible,
     plan_replay,
     read_letters,
 )
@@ -32,6 +31,7 @@ from worker.inspection import Inspection, QueueBusy
 from worker.ledger import Ledger
 from worker.messages import rules_from
 from worker.queues import QueueNames
+from worker.terminal import legible
 
 # At 64 kB each, the most that a letter without a job has, they take 640 MB.
 MAX_LETTERS = 10_000

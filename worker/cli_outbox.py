@@ -12,11 +12,12 @@ from rich.text import Text
 from clients.storage import Storage
 from clients.storage_errors import StorageError
 from config.settings import Settings
-from worker.broker import ATTEMPT_HEADER, REASON_HEADER, SINCE_HEADER, whole_number
-from worker.dead_letters import legible, narrow_table
+from worker.broker import ATTEMPT_HEADER, REASON_HEADER, SINCE_HEADER
+from worker.delivery import whole_number
 from worker.events import TerminalEvent
 from worker.inspection import Held, Inspection
 from worker.queues import QueueNames
+from worker.terminal import legible, narrow_table
 from worker.waiting import MAX_REASON_CHARS, Waiting, WaitingNotes, at, summary
 
 MAX_LISTED = 10_000

@@ -10,23 +10,22 @@ from datetime import UTC, datetime
 from enum import Enum
 from typing import Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from clients.webhooks import WebhookKind
-from worker.broker import ATTEMPT_HEADER, REASON_HEADER, whole_number
+from worker.broker import ATTEMPT_HEADER, REASON_HEADER
+from worker.delivery import whole_number
 from worker.events import TerminalEvent
 from worker.generation_id import GenerationId
 from worker.identity import own_task_id
 from worker.inspection import Held
 from worker.job import Job, JobRejected, Undecodable
-from worker.messages import MAX_BODY_BYTES
-from worker.processing import decode_any
+from worker.messages import MAX_BODY_BYTES, decode_any
 from worker.rejecting import JobRules
+from worker.terminal import legible, narrow_table
 
 MAX_LISTED_REASON_CHARS = 160
-UUID_CHARS = 36
 
 
 class NoSuchLetter(Exception):
@@ -207,15 +206,6 @@ def as_table(letters: Iterable[Letter]) -> Table:
     return table
 
 
-def narrow_table(*columns: str) -> Table:
-    """A table in which the last column has room for a task's id at 80 columns, whatever else there is."""
-    table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 0))
-    for column in table.columns:
-        column.overflow = "fold"  # what is cut off cannot be copied
-    table.columns[-1].min_width = UUID_CHARS
-    return table
-
-
 def as_json(letter: Letter) -> str:
     """One line for scripts."""
     fields = {
@@ -246,15 +236,6 @@ def as_text(letter: Letter) -> str:
     lines += [f"  {legible(name)}: {legible(str(value))}" for name, value in told.items() if value not in ("", None)]
     lines += [f"  body, {len(letter.held.body)} bytes:", *_body_lines(letter.held.body)]
     return "\n".join(lines)
-
-
-def legible(text: str) -> str:
-    r"""`text` with everything that would steer a terminal or hide in it as `\u…`, which JSON reads back."""
-    return "".join(char if char.isprintable() else _escaped(char) for char in text)
-
-
-def _escaped(char: str) -> str:
-    return "".join(f"\\u{unit:04x}" for unit in memoryview(char.encode("utf-16-le", "surrogatepass")).cast("H"))
 
 
 def _body_lines(body: bytes) -> list[str]:

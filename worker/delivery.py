@@ -1,6 +1,7 @@
 """One message in hand, free of pika."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +31,10 @@ class Delivery:
     def num_recoveries(self) -> int:
         """How many workers may have been killed with the message, as far as broker and header tell."""
         return self.num_crashes + self.num_deliveries
+
+
+def whole_number(given: Any, *, default: int) -> int:
+    """A header's whole number from 0 to 2^53, else `default`: headers can be forged, so nothing else is taken."""
+    # pika reads 64-bit numbers, and the broker's delivery count is one, as a subclass of int.
+    is_whole = isinstance(given, int) and not isinstance(given, bool)
+    return int(given) if is_whole and 0 <= given < 2**53 else default

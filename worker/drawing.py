@@ -6,10 +6,10 @@ from threading import Event
 from typing import NamedTuple
 
 from inference.request import Engine, GenerationRequest, GenerationResult, RequestCancelled, StepReport
-from watermark.calm import Rect
+from watermark.geometry import Rect
+from worker.errors import JobReleased
 from worker.progress import Track
 from worker.runs import Reached, Run
-from worker.settling import JobReleased
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,11 +28,11 @@ from watermark.errors import FontMissing, OverlayInvalid, PictureInvalid, Pictur
 from watermark.headline import Headline, headlines_of
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
 from worker.breakers import Gate
+from worker.errors import JobFailed
 from worker.job import Job, JobAdapter
 from worker.peft_folders import PEFT_CONFIG, PEFT_PICKLE, PEFT_WEIGHTS, WANTS_CONFIG, is_named_by_peft
 from worker.places import Places
 from worker.references import NO_REFERENCES, References, check_mask, drawing_size
-from worker.settling import JobFailed
 
 # Those of the engine and of the pictures' decoders, which would refuse by another code what is over them.
 MAX_ADAPTER_BYTES = 1_000_000_000

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from PIL import Image
 
 from inference.request import Picture
-from watermark.calm import Rect
+from watermark.geometry import Rect
 from watermark.headline import Headline, put_headlines
 from watermark.signature import Signature, SignedPicture, sign, signature_place
 from worker.job import Job

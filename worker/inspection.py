@@ -9,16 +9,10 @@ from typing import Any
 import pika.exceptions
 
 from config.settings import BrokerSettings
-from worker.broker import (
-    COUNT_HEADER,
-    LOST,
-    PublishFailed,
-    close_connection,
-    connect,
-    whole_number,
-)
+from worker.broker import COUNT_HEADER, LOST, PublishFailed, close_connection, connect
 from worker.broker_refusals import Refusals, describe
 from worker.content_headers import Properties
+from worker.delivery import whole_number
 
 MAX_LOOKS = 1  # a policy may set any limit, and not every version shows all that it counts
 

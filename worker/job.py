@@ -6,8 +6,9 @@ from enum import StrEnum
 
 from clients.location import ObjectRef
 from watermark.fitting import Fit
+from watermark.geometry import Position
 from watermark.overlay import TextOverlay
-from watermark.signature import Position, SignatureStyle
+from watermark.signature import SignatureStyle
 from worker.generation_id import GenerationId
 
 # Beyond this a picture is more border than subject; 9999:1 would be one row of latents.

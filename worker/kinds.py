@@ -1,8 +1,8 @@
 """What a message says beyond text to image: reference pictures, control, product, headlines."""
 
 from clients.location import ObjectRef
+from watermark.geometry import Position
 from watermark.overlay import Box, Stroke, TextOverlay
-from watermark.signature import Position
 from worker.job import JobControl, JobProduct, JobSource, Kind, Layout
 from worker.rejecting import JobRules, Rejection, located
 from worker.schema import WireControl, WireData, WireLayout, WireTextOverlay

@@ -13,7 +13,8 @@ from clients.location import ObjectRef
 from clients.storage import Storage
 from clients.storage_errors import ObjectNotFound, StorageError
 from config.logs import log_event
-from worker.broker import Publisher, whole_number
+from worker.broker import Publisher
+from worker.delivery import whole_number
 from worker.queues import QueueNames
 from worker.runs import Run
 from worker.strict_json import is_number, strict_json

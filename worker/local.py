@@ -24,6 +24,7 @@ from watermark.errors import WatermarkError
 from watermark.headline import Headline, headlines_of
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
 from worker.drawing import Drawn, Leg
+from worker.errors import CuttingFailed, JobFailed
 from worker.finishing import finish
 from worker.job import Job, JobAdapter, JobProduct, JobRejected
 from worker.labelling import Labeller, provenance_of
@@ -37,7 +38,6 @@ from worker.product.making import Making
 from worker.product.shelf import ProductStage
 from worker.references import References, check_can, check_mask
 from worker.rejecting import JobRules
-from worker.settling import CuttingFailed, JobFailed
 from worker.storing import NO_NOTES
 from worker.story import request_of
 

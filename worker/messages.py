@@ -6,6 +6,7 @@ Pure: no I/O, no clock. Hostile bodies (FAULTS: size bombs, deep nesting, duplic
 
 import hashlib
 import json
+import logging
 import math
 import re
 import uuid
@@ -35,6 +36,8 @@ from worker.schema import (
     WireParameters,
     WireSignatureConfig,
 )
+
+logger = logging.getLogger(__name__)
 
 MESSAGE_TYPE = "image_generation"
 
@@ -286,3 +289,17 @@ def _timestamp(given: Any) -> datetime | None:
         return datetime.fromisoformat(given.strip())
     except ValueError:
         return None
+
+
+def decode_any(body: bytes, rules: JobRules) -> Job | JobRejected:
+    """The job, or the rejection it ends with. Raises `Undecodable`, and nothing else, where there is no id."""
+    try:
+        return decode(body, rules)
+    except JobRejected as rejection:
+        return rejection
+    except Undecodable:
+        raise
+    except Exception as error:
+        # The consuming thread's boundary: a hole in the decoder must not take the connection down with it.
+        logger.exception("the decoder failed")
+        raise Undecodable(f"the decoder failed: {type(error).__name__}") from error

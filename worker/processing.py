@@ -15,20 +15,21 @@ from worker.breakers import Gate
 from worker.broker import Consumer, Publisher, PublishFailed
 from worker.cancelling import Cancellations, decode_cancel
 from worker.delivery import Delivery
+from worker.errors import JobReleased
 from worker.events import CANCELLED, TerminalEvent, failed_event
 from worker.history import History
 from worker.identity import TaskIdTaken, check_same, own_task_id, with_own_id
 from worker.job import Job, JobRejected, Undecodable
 from worker.leases import Lease, Leases
 from worker.ledger import Ledger, RecordUnreadable
-from worker.messages import decode
+from worker.messages import decode_any
 from worker.metrics import Metrics
 from worker.notifying import Notifier
 from worker.queues import QueueNames
 from worker.recovering import OwnReturns, Quarantine, is_suspect
 from worker.rejecting import JobRules
 from worker.runs import Run, Runs
-from worker.settling import Disposition, JobReleased, Verdict, judge
+from worker.settling import Disposition, Verdict, judge
 from worker.story import Storyteller
 
 logger = logging.getLogger(__name__)
@@ -464,20 +465,6 @@ class Processor:
             seconds=total,
             stages=seconds,
         )
-
-
-def decode_any(body: bytes, rules: JobRules) -> Job | JobRejected:
-    """The job, or the rejection it ends with. Raises `Undecodable`, and nothing else, where there is no id."""
-    try:
-        return decode(body, rules)
-    except JobRejected as rejection:
-        return rejection
-    except Undecodable:
-        raise
-    except Exception as error:
-        # The consuming thread's boundary: a hole in the decoder must not take the connection down with it.
-        logger.exception("the decoder failed")
-        raise Undecodable(f"the decoder failed: {type(error).__name__}") from error
 
 
 def _seconds_since_creation(asked: Job | JobRejected) -> float | None:

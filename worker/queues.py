@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from worker.settling import RETRY_DELAYS_SECONDS
+# Waits before another try of a job that is not to blame; after the last the job fails. Each is a queue of its own.
+RETRY_DELAYS_SECONDS = (30, 30, 300, 300)
 
 # How long a leased job's copy lies before somebody looks at it: no longer than a sixth of the broker's timeout.
 MAX_COPY_SECONDS, COPY_SHARE = 10.0, 1 / 6

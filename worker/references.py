@@ -8,8 +8,8 @@ from PIL import Image
 from config.redacting import quoted
 from inference.request import Control, ModelFacts, Source
 from watermark.fitting import Fit, fit
+from worker.errors import JobFailed
 from worker.job import Job, JobProduct, Kind, Preprocess, resolve_size
-from worker.settling import JobFailed
 
 # A mask drawn over a smaller copy of the picture is a pixel off here and there.
 MASK_TOLERANCE = 0.02

@@ -6,8 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from config.logs import log_event
-from worker.backoff import Backoff
-from worker.broker import Consumer, Publisher, PublishFailed
+from worker.broker import Backoff, Consumer, Publisher, PublishFailed
 from worker.delivery import Delivery
 
 logger = logging.getLogger(__name__)

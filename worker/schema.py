@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from watermark.fitting import Fit
-from watermark.signature import Position, Size
+from watermark.geometry import Position
+from watermark.signature import Size
 from worker.job import Kind, Preprocess
 
 MAX_PROMPT_CHARS = 4000

@@ -14,34 +14,14 @@ from inference.request import (
     RequestFailed,
     ResultTooLarge,
 )
+from worker.errors import CuttingFailed, JobFailed, JobReleased, PoisonJob
+from worker.queues import RETRY_DELAYS_SECONDS
 
-# Waits before another try of a job that is not to blame; after the last the job fails. Each is a queue of its own.
-RETRY_DELAYS_SECONDS = (30, 30, 300, 300)
 MAX_ATTEMPTS = len(RETRY_DELAYS_SECONDS) + 1
 
 # Deliveries out of `.recover` before a job is taken for the one that kills supervisors. Generous: a job that merely
 # shared a worker with ten kills must still complete.
 MAX_RECOVERIES = 10
-
-
-class JobFailed(Exception):
-    """The job cannot be done: its backend is told `code` and the message."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class JobReleased(Exception):
-    """This worker stops before the job is done: another one shall do it."""
-
-
-class CuttingFailed(Exception):
-    """The process that cuts products out crashed, hung or cannot use its model; the message says how."""
-
-
-class PoisonJob(Exception):
-    """The job was at work in too many workers that were killed: it is not tried again."""
 
 
 # What a job fails with that takes processes down; a person should look at such a job, so a copy is kept.

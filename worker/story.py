@@ -7,12 +7,13 @@ from functools import partial
 from clients.location import ObjectRef
 from clients.webhooks import WebhookKind
 from inference.request import AdapterFile, GenerationRequest, GenerationResult, ModelFacts, Picture
-from watermark.calm import Rect
+from watermark.geometry import Rect
 from watermark.signature import SignedPicture
 from worker.bodies import CompleteBody, PictureMetadata
 from worker.breakers import Gate
 from worker.cancelling import Cancellations
 from worker.drawing import Drawer, Drawn
+from worker.errors import JobFailed, PoisonJob
 from worker.events import TerminalEvent
 from worker.fetching import Fetched, Fetcher
 from worker.finishing import finish
@@ -27,7 +28,7 @@ from worker.product.story import ProductTeller
 from worker.progress import ProgressReporter
 from worker.references import NO_REFERENCES, References, check_can, drawing_size
 from worker.runs import Run
-from worker.settling import MAX_RECOVERIES, JobFailed, PoisonJob
+from worker.settling import MAX_RECOVERIES
 from worker.storing import PICTURE_PATIENCE_SECONDS, AlreadyEnded, PictureStore
 
 

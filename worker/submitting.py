@@ -25,8 +25,7 @@ from worker.events import CANCELLED_OUTCOME, TerminalEvent
 from worker.job import JobRejected
 from worker.ledger import Ledger, key_of
 from worker.messages import decode, rules_from
-from worker.queues import QueueNames
-from worker.settling import RETRY_DELAYS_SECONDS
+from worker.queues import RETRY_DELAYS_SECONDS, QueueNames
 
 POLL_SECONDS = 0.5
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config.logs import log_event
+from inference.checkpoints.weight_files import GB
 from inference.request import EngineStartFailed
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GB = 1e9
 # What a picture of base size takes beside the weights: a guided forward, and the decoder in tiles. Pictures beyond the
 # first are the batcher's business, which measures what they take.
 RESERVE_BYTES = 2_000_000_000

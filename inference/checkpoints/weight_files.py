@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from inference.request import EngineStartFailed
 
+GB = 1e9
+
 SAFETENSORS = ".safetensors"
 PICKLES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 # As diffusers and transformers name a component's weights.

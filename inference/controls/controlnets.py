@@ -8,8 +8,8 @@ import safetensors
 import torch
 
 from inference.checkpoints.controlnets import ControlNetFiles, most_bytes
-from inference.checkpoints.fit import GB
 from inference.checkpoints.hub import one_line
+from inference.checkpoints.weight_files import GB
 from inference.request import EngineFault, EngineStartFailed
 
 # Says what of a ControlNet's config does not go with the model; None where all does.

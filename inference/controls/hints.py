@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from inference.controls.guide import Guide
 from inference.controls.masked_writes import MaskedWrites
-from inference.controls.residuals import Upload
+from inference.uploads import Upload
 
 
 class Inputs(NamedTuple):

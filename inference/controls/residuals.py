@@ -1,14 +1,12 @@
 """What ControlNets add to a UNet's forward of many lanes, each lane's own to its own rows."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from inference.controls.guide import Guide
-
-# Brings numbers to the device, as 32-bit floats, without waiting for it.
-Upload = Callable[[Any], torch.Tensor]
+from inference.uploads import Upload
 
 
 class Inputs(NamedTuple):

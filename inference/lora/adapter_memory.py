@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 
 from config.logs import log_event
-from inference.checkpoints.fit import GB
+from inference.checkpoints.weight_files import GB
 from inference.layers import PAGE_RANK
 from inference.request import EngineStartFailed
 

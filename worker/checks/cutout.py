@@ -6,8 +6,8 @@ from PIL import Image, ImageDraw
 
 from config.settings import PictureSettings
 from worker.checks.finding import CheckFailed
+from worker.errors import CuttingFailed, JobFailed
 from worker.product.cutting import Cutter, is_installed
-from worker.settling import CuttingFailed, JobFailed
 
 SIDE_PX = 256
 

@@ -22,7 +22,7 @@ from worker.checks.port import look_at_port
 from worker.checks.presets import look_at_presets
 from worker.checks.provenance import look_at_certificate
 from worker.checks.store import StoreProbe
-from worker.dead_letters import legible
+from worker.terminal import legible
 
 STYLES = {State.GOOD: "green", State.BAD: "bold red", State.BLOCKED: "yellow", State.UNSURE: "yellow"}
 

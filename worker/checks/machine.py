@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import features
 
 from config.settings import StoreSettings
-from inference.checkpoints.fit import GB
+from inference.checkpoints.weight_files import GB
 from watermark.errors import FontMissing
 from watermark.fonts import find_font
 from watermark.shaping import is_shaping_here

@@ -6,7 +6,8 @@ from clients.gpu import GpuReading, GpuReadings
 from config.settings import ModelSettings
 from inference.checkpoints.checkpoint import identify, weight_bytes
 from inference.checkpoints.controlnets import find_controlnets, most_bytes
-from inference.checkpoints.fit import GB, RESERVE_BYTES, Residence, decide, free_host_bytes, most_adapter_bytes
+from inference.checkpoints.fit import RESERVE_BYTES, Residence, decide, free_host_bytes, most_adapter_bytes
+from inference.checkpoints.weight_files import GB
 from inference.request import EngineStartFailed
 from worker.checks.finding import CheckFailed
 

@@ -9,11 +9,11 @@ from PIL import Image
 from clients.location import ObjectRef
 from watermark.decoding import PictureMode
 from watermark.fitting import Fit, fit
+from worker.errors import JobFailed
 from worker.job import JobProduct
 from worker.product.cutout import NothingCut, bounded, has_own_alpha, trimmed
 from worker.product.shelf import ProductStage, Shelf
 from worker.references import References
-from worker.settling import JobFailed
 
 # The picture at a place that a field of the message names, in a mode.
 Read = Callable[[ObjectRef, str, PictureMode], Image.Image]

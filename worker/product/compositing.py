@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
-from watermark.calm import Rect
+from watermark.geometry import Rect
 from worker.product.cutout import resized
 
 # The product touches the ground with its lowest part: what of its height throws the shadow.

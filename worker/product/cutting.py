@@ -13,8 +13,8 @@ from pathlib import Path
 from PIL import Image
 
 from inference.child_process import path_variables
+from worker.errors import CuttingFailed, JobFailed
 from worker.product.cutout import NothingCut, bounded, has_own_alpha, judged, trimmed
-from worker.settling import CuttingFailed, JobFailed
 
 # On one slow core; u2net.onnx takes some seconds there.
 DEADLINE_SECONDS = 120

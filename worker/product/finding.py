@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from watermark.calm import Rect
+from watermark.geometry import Rect
 from worker.product.cutout import resized
 
 # The longer side, in px, of the copy that is searched through; around what is found there every px is tried.

@@ -8,10 +8,11 @@ from typing import Protocol
 from PIL import Image
 
 from inference.request import GenerationRequest, GenerationResult, Picture, Source
-from watermark.calm import Rect
 from watermark.decoding import PictureMode
 from watermark.fitting import fit
+from watermark.geometry import Rect
 from worker.drawing import Drawn, Leg
+from worker.errors import JobFailed
 from worker.job import JobProduct
 from worker.product.brought import Brought
 from worker.product.compositing import compose
@@ -20,7 +21,6 @@ from worker.product.finding import find
 from worker.product.placing import place, size_in
 from worker.product.protecting import around, product_mask, put_back
 from worker.product.shelf import Kept, ProductStage
-from worker.settling import JobFailed
 from worker.storing import NO_NOTES
 
 # Noted beside a background, for the try that finds it.

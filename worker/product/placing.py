@@ -2,8 +2,8 @@
 
 from PIL import Image
 
-from watermark.calm import Rect, calmest
-from watermark.signature import ANCHORS
+from watermark.calm import calmest
+from watermark.geometry import ANCHORS, Rect
 from worker.job import Layout
 
 # Kept free along the rims, as a part of the picture's shorter side, where the product leaves as much.

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from watermark.calm import Rect
+from watermark.geometry import Rect
 from worker.product.cutout import CLEAR, resized
 
 # Half of how far inside its outline a product comes over gradually from the refined picture, as a part of the picture's

@@ -8,10 +8,10 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
 from rich.text import Text
 
-from worker.dead_letters import legible
 from worker.report.axis import Axis
 from worker.report.row import Stretch
 from worker.stages import REST, REST_LOOK, STAGES, look_of
+from worker.terminal import legible
 
 MIN_CELLS = 1
 BLOCK = "█"

@@ -14,12 +14,12 @@ from rich.text import Text
 from clients.storage import Storage
 from clients.storage_errors import ObjectDamaged, ObjectTooLarge
 from config.settings import StoreSettings
-from worker.dead_letters import legible
 from worker.ledger import LONG_AGO, Entry, Ledger, key_of
 from worker.report.axis import Axis
 from worker.report.bar import Bar, legend
 from worker.report.row import Row, row_of, unreadable
 from worker.report.summary import summarise
+from worker.terminal import legible
 
 NUM_READERS = 8
 OUTCOME_STYLES = {"complete": "green", "failed": "bold red", "cancelled": "yellow", "unreadable": "yellow"}

@@ -12,7 +12,7 @@ from inference.bank import Applied, Row
 from inference.conditioner import Conditioner
 from inference.families.family import Family
 from inference.lane import Conditioning, Drawing, Embedding, Lane
-from inference.preparing import AdapterKey
+from inference.lora.adapter_key import AdapterKey
 
 
 class Forwards:

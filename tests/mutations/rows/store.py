@@ -177,7 +177,7 @@ ROWS: tuple[Row, ...] = (
         "it is identified by its object's key, ETag and size: one reading, one slot; a replaced one is read anew",
         tests=(f"{BATCHING}test_an_adapter_of_one_version_is_read_once_however_its_file_is_touched",),
         without=(
-            Mutation("inference/preparing.py", "        if file.version:\n", "        if False:\n"),
+            Mutation("inference/lora/adapter_key.py", "        if file.version:\n", "        if False:\n"),
             Mutation(
                 "inference/preparing.py",
                 "            if reading is None or ran_out_of_memory(reading):\n",
