@@ -36,11 +36,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.models import ADAPTERS, ALL_LINEAR, ATTENTION, DEMO_MODEL, SIZES, AdapterKind, build, write_adapter
 from benchmarks.sets import Job, activate, image_of, psnr_db
 from config.settings import ModelSettings
-from inference.bank import Applied
-from inference.engine import LocalEngine
-from inference.families.family import Family, Prompt
-from inference.families.loading import load_family
+from inference.engine.local_engine import LocalEngine
 from inference.lane import Conditioning, Drawing, Lane
+from inference.lora.bank import Applied
+from inference.models.base import Family, Prompt
+from inference.models.loader import load_family
 from inference.request import GenerationRequest, GenerationResult, Occupancy, StepReport
 
 NUM_JOBS = 10

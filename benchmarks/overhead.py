@@ -28,7 +28,7 @@ from config.settings import ModelSettings
 from examples.demo.signatures import draw_signatures
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
-from inference.engine import LocalEngine
+from inference.engine.local_engine import LocalEngine
 from inference.request import AdapterFile, GenerationRequest
 from tests.world import DEMO_MODEL, Worker, World, new_world
 from watermark.decoding import decode_signature

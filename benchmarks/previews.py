@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from config.settings import ModelSettings
-from inference.engine import LocalEngine
-from inference.families.loading import load_family
-from inference.foresight import denoised
+from inference.engine.local_engine import LocalEngine
+from inference.models.loader import load_family
 from inference.request import GenerationRequest, Occupancy, StepReport
+from inference.sampling.foresight import denoised
 from tests.world import DEMO_MODEL
 
 LANES = 8

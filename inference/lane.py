@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import torch
 
-from inference.bank import Row
-from inference.controls.guide import Guide
-from inference.device import Mark
+from inference.controlnet.guide import Guide
+from inference.device.device import Mark
+from inference.latents.source import EncodedSource
 from inference.lora.adapter_key import AdapterKey, ReadAdapter
-from inference.origins import EncodedSource
+from inference.lora.bank import Row
+from inference.lora.slots import Slot
 from inference.request import (
     GenerationRequest,
     GenerationResult,
@@ -25,8 +26,7 @@ from inference.request import (
     Stage,
     StepReport,
 )
-from inference.sampling import Sampler
-from inference.slots import Slot
+from inference.sampling.samplers import Sampler
 
 
 @dataclass(frozen=True, slots=True)

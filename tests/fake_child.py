@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from config.settings import ModelSettings
-from inference.child import main
+from inference.process.child import main
 from inference.request import (
     EngineFault,
     EngineStartFailed,

@@ -438,7 +438,7 @@ class AdapterTarget:
 
     def __init__(self, folder: Path, family: str) -> None:
         # torch takes seconds to import: only where adapters are fuzzed.
-        from inference.dialects import STABLE_DIFFUSION, Z_IMAGE, sdxl
+        from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, sdxl
         from tests.tiny_models import build_tiny_sd, build_tiny_sdxl, build_tiny_z_image, load_pipe
 
         build = {"sd": build_tiny_sd, "sdxl": build_tiny_sdxl, "z-image": build_tiny_z_image}[family]
@@ -458,7 +458,7 @@ class AdapterTarget:
         return struct.pack("<Q", len(weights)) + weights + (b"" if config is None else b"+" + config)
 
     def feed(self, content: bytes) -> str:
-        from inference.adapters import AdapterError, check_fits, read_adapter
+        from inference.lora.adapter import AdapterError, check_fits, read_adapter
 
         (length,) = struct.unpack_from("<Q", content)
         self._path.write_bytes(content[HEADER_BYTES : HEADER_BYTES + length])

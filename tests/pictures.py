@@ -13,9 +13,9 @@ from peft import PeftModel
 from PIL import Image
 
 from config.settings import ModelSettings
-from inference.engine import LocalEngine
+from inference.engine.local_engine import LocalEngine
 from inference.request import AdapterFile, GenerationRequest, GenerationResult, StepReport
-from inference.schedulers import DIFFUSION
+from inference.sampling.schedulers import DIFFUSION
 from tests.tiny_models import load_pipe
 
 # What the engines of the tests draw on. The pictures that theirs are held against are drawn on the CPU.

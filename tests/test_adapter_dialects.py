@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from diffusers.utils import convert_state_dict_to_kohya
 
-from inference.adapters import (
+from inference.lora.adapter import (
     Adapter,
     AdapterIncompatible,
     AdapterInvalid,
@@ -21,7 +21,7 @@ from inference.adapters import (
     check_fits,
     read_adapter,
 )
-from inference.dialects import STABLE_DIFFUSION, Z_IMAGE, Dialect, sdxl
+from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, Dialect, sdxl
 from tests.tiny_models import (
     Z_IMAGE_BLOCKS,
     Z_IMAGE_EVERY_LAYER,

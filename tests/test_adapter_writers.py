@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from inference.adapters import (
+from inference.lora.adapter import (
     AdapterError,
     AdapterIncompatible,
     AdapterInvalid,
@@ -22,9 +22,9 @@ from inference.adapters import (
     check_fits,
     read_adapter,
 )
-from inference.bank import AdapterBank
-from inference.dialects import STABLE_DIFFUSION, Z_IMAGE, Dialect, sdxl
-from inference.tensor_names import OTHER_METHODS
+from inference.lora.bank import AdapterBank
+from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, Dialect, sdxl
+from inference.lora.tensor_names import OTHER_METHODS
 from tests.tiny_models import build_tiny_sd, build_tiny_sd2, build_tiny_sdxl, build_tiny_z_image, load_pipe
 
 Tensors = dict[str, torch.Tensor]

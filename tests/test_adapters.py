@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from diffusers import StableDiffusionPipeline
 
-from inference.adapters import (
+from inference.lora.adapter import (
     Adapter,
     AdapterError,
     AdapterIncompatible,
@@ -29,7 +29,7 @@ from inference.adapters import (
     check_fits,
     read_adapter,
 )
-from inference.dialects import STABLE_DIFFUSION
+from inference.lora.key_names import STABLE_DIFFUSION
 from tests.tiny_models import EVERY_LAYER, HIDDEN, build_tiny_sd, load_pipe, write_adapter
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo_model"

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inference.adapters import DOWN, UP, Adapter, LowRank
-from inference.bank import AdapterBank, Applied, PackedAdapter, Row
-from inference.layers import layer_groups
+from inference.lora.adapter import DOWN, UP, Adapter, LowRank
 from inference.lora.adapter_memory import AdapterMemory
+from inference.lora.bank import AdapterBank, Applied, PackedAdapter, Row
+from inference.lora.layers import layer_groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

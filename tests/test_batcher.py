@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from inference.batcher import FORWARDS_UNTIL_RELAXED, Batcher, Claim
+from inference.engine.batcher import FORWARDS_UNTIL_RELAXED, Batcher, Claim
 
 SHAPES = ("512x512", "768x512", "1024x1024")
 PLENTY = 1000

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from inference.layers import layer_groups
+from inference.lora.layers import layer_groups
 from inference.request import AdapterFile, GenerationRequest, Occupancy, RequestFailed
 from tests.engine_requests import request_of
 from tests.pictures import DEMO, DIFFERENT_DB, MIN_PSNR_DB, demo_adapter, psnr, solo
@@ -197,7 +197,7 @@ def test_a_request_joins_at_the_next_step_and_the_others_pictures_do_not_change(
 
 def test_a_place_that_becomes_free_is_taken_in_the_very_next_turn(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Where the engine waits to be woken although somebody is ready, it now waits for ever.
-    monkeypatch.setattr("inference.engine.POLL_SECONDS", 3600.0)
+    monkeypatch.setattr("inference.engine.local_engine.POLL_SECONDS", 3600.0)
     engine = WatchedEngine(tiny, MAX_CONCURRENT_GENERATIONS=1)
 
     orders = [Order(engine, tiny_request(seeds=(seed,))) for seed in range(3)]
@@ -363,7 +363,7 @@ def test_an_adapter_that_is_replaced_under_its_path_is_another_adapter(
 def test_an_adapter_of_one_version_is_read_once_however_its_file_is_touched(
     tiny: Path, adapters: Adapters, engine: WatchedEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "inference.preparing")
+    caplog.set_level(logging.INFO, "inference.engine.preparer")
     path = tmp_path / "style.safetensors"
     path.write_bytes(adapters["text"].weights.read_bytes())
     file = AdapterFile(path, None, 1.0, version="etag-1")
@@ -381,7 +381,7 @@ def test_an_adapter_of_one_version_is_read_once_however_its_file_is_touched(
 def test_another_version_under_the_same_path_is_another_adapter(
     tiny: Path, adapters: Adapters, engine: WatchedEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "inference.preparing")
+    caplog.set_level(logging.INFO, "inference.engine.preparer")
     path = tmp_path / "style.safetensors"
     path.write_bytes(adapters["text"].weights.read_bytes())
     first = Order(engine, tiny_request(AdapterFile(path, None, 1.0, version="etag-1")))

@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-import inference.batcher
-from inference.adapters import Adapter
-from inference.bank import AdapterBank, PackedAdapter, Row
-from inference.decoded_image import DecodedImage
-from inference.families.family import Prompt
+import inference.engine.batcher
+from inference.device.decoded_image import DecodedImage
+from inference.engine.shortages import TRIES_ALONE, TRIES_BESIDE_OTHERS
 from inference.lane import Embedding, Lane
+from inference.lora.adapter import Adapter
+from inference.lora.bank import AdapterBank, PackedAdapter, Row
+from inference.models.base import Prompt
 from inference.request import (
     AdapterFile,
     EngineClosed,
@@ -25,8 +26,7 @@ from inference.request import (
     RequestCancelled,
     RequestFailed,
 )
-from inference.sampling import Sampler
-from inference.shortages import TRIES_ALONE, TRIES_BESIDE_OTHERS
+from inference.sampling.samplers import Sampler
 from tests.engine_requests import request_of
 from tests.pictures import MIN_PSNR_DB, images_of, plain, psnr, solo
 from tests.tiny_models import EVERY_LAYER, build_tiny_sd, load_pipe, write_adapter
@@ -184,7 +184,7 @@ class CrampedModel(WatchedModel):
 def test_lanes_that_do_not_fit_are_halved_and_the_cap_holds_for_a_while(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference.batcher, "FORWARDS_UNTIL_RELAXED", 20)
+    monkeypatch.setattr(inference.engine.batcher, "FORWARDS_UNTIL_RELAXED", 20)
     engine = WatchedEngine(tiny, CrampedModel, MAX_CONCURRENT_GENERATIONS=16)
     requests = requests_with_seeds(*range(10), num_inference_steps=8)
     roomy = WatchedEngine(tiny, MAX_CONCURRENT_GENERATIONS=16)

@@ -22,7 +22,7 @@ from examples.parts.backend import Backend
 from examples.parts.ports import free_port
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
-from inference.engine import LocalEngine
+from inference.engine.local_engine import LocalEngine
 from inference.request import ModelFacts
 from tests.clients_servers import AnsweringServer, answer, refused_url
 from tests.faults.proxy import UP, Proxy, Sign

@@ -16,11 +16,11 @@ from diffusers import ControlNetModel
 from PIL import Image
 
 from config.settings import ModelSettings
-from inference.checkpoints.controlnets import find_controlnets, most_bytes
 from inference.checkpoints.offload import take_turns
-from inference.controls.edges import find_edges
-from inference.families.family import Family
-from inference.families.loading import load_family
+from inference.controlnet.edges import find_edges
+from inference.controlnet.files import find_controlnets, most_bytes
+from inference.models.base import Family
+from inference.models.loader import load_family
 from inference.request import AdapterFile, EngineFault, EngineStartFailed, GenerationRequest, RequestFailed, Source
 from tests.engine_requests import request_of
 from tests.family_models import FamilyModels

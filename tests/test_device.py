@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from config.visible_gpus import HIDDEN, visible_gpu
-from inference.device import USABLE_SHARE, Device
+from inference.device.device import USABLE_SHARE, Device
 from inference.request import RequestFailed
 
 GB = 10**9

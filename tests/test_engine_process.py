@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
-import inference.vitals
+import inference.process.health
 from config.settings import ModelSettings
-from inference.child import EXIT_BROKEN
-from inference.child_process import Child
-from inference.process import EngineProcess, EngineState, wait_until_ready
+from inference.process.child import EXIT_BROKEN
+from inference.process.child_handle import Child
+from inference.process.engine_process import EngineProcess, EngineState, wait_until_ready
+from inference.process.health import MAX_CONSECUTIVE_CRASHES, MAX_CONSECUTIVE_FAULTS, Vitals
 from inference.request import (
     Control,
     EngineClosed,
@@ -35,7 +36,6 @@ from inference.request import (
     Source,
     StepReport,
 )
-from inference.vitals import MAX_CONSECUTIVE_CRASHES, MAX_CONSECUTIVE_FAULTS, Vitals
 from tests.engine_requests import request_of
 from tests.fake_child import EXIT_POISONED, NUM_SLOTS
 from tests.faults.station import long
@@ -555,7 +555,7 @@ def test_an_engine_that_crashes_again_and_again_gives_up(fake: Fake) -> None:
 
 
 def test_only_a_finished_request_breaks_a_row_of_crashes(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference.vitals, "MAX_CONSECUTIVE_CRASHES", 3)
+    monkeypatch.setattr(inference.process.health, "MAX_CONSECUTIVE_CRASHES", 3)
     for prompt in ("poison@1", "", "poison@1", "fail@1"):
         fake.ask(f"{len(fake.futures)}", prompt)
         fake.outcomes()
@@ -772,7 +772,7 @@ def test_a_child_of_a_checkout_started_by_its_module_finds_the_checkout(tmp_path
     (tmp_path / "inference" / "place.py").write_text("print(__file__)")
     (tmp_path / "started.py").write_text(
         "import os, subprocess, sys\n"
-        "from inference.child_process import path_variables\n"
+        "from inference.process.child_handle import path_variables\n"
         "subprocess.run([sys.executable, '-m', 'inference.place'], env=os.environ | path_variables(), check=True)\n"
     )
     started = [sys.executable, "-m", "started"]

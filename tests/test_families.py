@@ -8,10 +8,10 @@ from typing import Any, cast
 import pytest
 import torch
 
-from inference.families.family import Family, Prompt
 from inference.lane import Conditioning, Drawing, Lane
+from inference.models.base import Family, Prompt
 from inference.request import AdapterFile, GenerationRequest, RequestFailed
-from inference.sampling import Sampler
+from inference.sampling.samplers import Sampler
 from tests.engine_requests import request_of
 from tests.family_models import FamilyModels
 from tests.pictures import DIFFERENT_DB, MIN_PSNR_DB, TEST_DEVICE, draw, pipe_with, psnr

@@ -12,7 +12,7 @@ from clients.gpu import GpuReading, GpuReadings
 from config.settings import ModelSettings
 from inference.checkpoints import fit
 from inference.checkpoints.checkpoint import identify, load_pipeline
-from inference.checkpoints.fit import (
+from inference.checkpoints.memory_plan import (
     RESERVE_BYTES,
     Residence,
     decide,

@@ -13,8 +13,8 @@ from PIL import Image
 from torch.overrides import TorchFunctionMode
 
 from inference.checkpoints.offload import bring, take_turns
-from inference.families.family import Family
-from inference.families.loading import load_family
+from inference.models.base import Family
+from inference.models.loader import load_family
 from inference.request import KINDS, AdapterFile, GenerationRequest, RequestFailed, Source
 from tests.engine_requests import request_of
 from tests.family_models import FamilyModels

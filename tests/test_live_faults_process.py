@@ -292,7 +292,7 @@ def events_of(worker: Worker, name: str, job: Job) -> list[dict[str, Any]]:
 @long
 @pytest.mark.usefixtures("alone")
 def test_a_job_that_hangs_the_engine_twice_fails_as_timed_out(station: Station) -> None:
-    worker = station.start_worker(constants=CONSTANTS | {"inference.vitals:MIN_HANG_SECONDS": 1.0})
+    worker = station.start_worker(constants=CONSTANTS | {"inference.process.health:MIN_HANG_SECONDS": 1.0})
     job = station.publish("hang@3")
 
     station.world.wait_for_end(job.generation_id)

@@ -37,7 +37,7 @@ NUM_LANES = 10
 CONSTANTS = {
     "worker.notifying:PATIENCE_SECONDS": 0.0,
     "worker.notifying:DELAYS_SECONDS": (0.2, 0.5),
-    "inference.vitals:MIN_HANG_SECONDS": 600.0,
+    "inference.process.health:MIN_HANG_SECONDS": 600.0,
 }
 QUORUM = {"x-queue-type": "quorum"}
 

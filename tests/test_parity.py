@@ -9,10 +9,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 
-from inference.engine import LocalEngine
+from inference.engine.local_engine import LocalEngine
 from inference.lane import Lane
 from inference.request import AdapterFile, EngineStartFailed, RequestFailed, StepReport
-from inference.schedulers import DIFFUSION
+from inference.sampling.schedulers import DIFFUSION
 from tests.engine_requests import request_of
 from tests.pictures import DEMO, MIN_PSNR_DB, demo_pipe, draw, plain, psnr, settings_of
 from tests.support.on_gpu import on_gpu

@@ -14,12 +14,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from inference.adapters import Adapter, LowRank
-from inference.bank import AdapterBank, Applied
-from inference.families.family import Prompt
-from inference.families.sdxl import StableDiffusionXL
-from inference.families.stable_diffusion import StableDiffusion
-from inference.prompts import MAX_PASSES, MAX_WEIGHT, Fragment, LongPromptEncoder, num_tokens, parse_weights
+from inference.lora.adapter import Adapter, LowRank
+from inference.lora.bank import AdapterBank, Applied
+from inference.models.base import Prompt
+from inference.models.clip_prompts import MAX_PASSES, MAX_WEIGHT, Fragment, LongPromptEncoder, num_tokens, parse_weights
+from inference.models.sdxl import StableDiffusionXL
+from inference.models.stable_diffusion import StableDiffusion
 from inference.request import RequestFailed
 from tests.tiny_models import build_tiny_sd, build_tiny_sdxl, byte_tokenizer, load_pipe
 

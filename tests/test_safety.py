@@ -13,7 +13,7 @@ import safetensors.torch
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from inference.checkpoints.checkpoint import identify, weight_bytes
-from inference.engine import LocalEngine
+from inference.engine.local_engine import LocalEngine
 from inference.request import EngineStartFailed, GenerationRequest, RequestFailed
 from tests.engine_requests import request_of
 from tests.ldm_layout import write_single_file

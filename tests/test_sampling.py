@@ -8,12 +8,12 @@ import diffusers
 import pytest
 import torch
 
-from inference import sampling
-from inference.courses import Course
-from inference.parameters import parameters_of
 from inference.request import RequestFailed
-from inference.sampling import Origin, Sampler, Samplers, SchedulerSampler, TrajectorySampler
-from inference.schedulers import DIFFUSION, FLOW, SchedulerTable, set_timesteps
+from inference.sampling import samplers as sampling
+from inference.sampling.parameters import parameters_of
+from inference.sampling.samplers import Origin, Sampler, Samplers, SchedulerSampler, TrajectorySampler
+from inference.sampling.schedulers import DIFFUSION, FLOW, SchedulerTable, set_timesteps
+from inference.sampling.trajectory import Course
 from tests.pictures import DEMO
 from tests.support.copies import NOWHERE, Copies
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from inference.controls.shelf import Shelf
+from inference.controlnet.cache import Shelf
 
 MAX_BYTES = 10
 

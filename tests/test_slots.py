@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from inference.slots import ZERO_PAGE, Slots
+from inference.lora.slots import ZERO_PAGE, Slots
 
 
 def slots_with(*keys: str, num_slots: int = 3, num_pages: int = 6) -> Slots:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference.suspects import CONVICTING_WEIGHT, DEATH_WEIGHT, KILL_WEIGHT, Lineup
+from inference.process.quarantine import CONVICTING_WEIGHT, DEATH_WEIGHT, KILL_WEIGHT, Lineup
 
 
 @dataclass(eq=False)

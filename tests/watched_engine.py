@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from config.settings import ModelSettings
-from inference.bank import Row
-from inference.engine import LocalEngine
-from inference.families.family import Family, Prompt
+from inference.engine.local_engine import LocalEngine
 from inference.lane import Embedding, Lane
+from inference.lora.bank import Row
+from inference.models.base import Family, Prompt
 from inference.request import GenerationRequest, GenerationResult, Occupancy, StepReport
 from tests.engine_requests import request_of
 from tests.pictures import images_of, settings_of

@@ -16,8 +16,8 @@ from rich.progress import Progress, TaskID
 from clients.location import LocationForbidden, ObjectRef, shown_location
 from config.settings import ModelSettings, PictureSettings, ServiceSettings, SettingsError, load_section
 from config.visible_gpus import gpu_variables
-from inference.engine import LocalEngine
-from inference.prechecks import foresee_model
+from inference.engine.local_engine import LocalEngine
+from inference.models.prechecks import foresee_model
 from inference.request import AdapterFile, EngineError, GenerationRequest, GenerationResult, StepReport
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import WatermarkError

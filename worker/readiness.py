@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from inference.process import EngineProcess, EngineState
+from inference.process.engine_process import EngineProcess, EngineState
 from worker.breakers import Breaker
 from worker.broker import Consumer
 from worker.labelling import Labeller

@@ -18,7 +18,7 @@ from clients.storage import Storage
 from clients.webhooks import WebhookClient
 from config.logs import log_event
 from config.settings import Settings, doubtful_names
-from inference.process import EngineProcess, EngineState
+from inference.process.engine_process import EngineProcess, EngineState
 from inference.request import ModelFacts
 from worker.board import Board
 from worker.breakers import BACKEND_THRESHOLD, STORE_THRESHOLD, Breaker, Gate

@@ -27,7 +27,7 @@ from benchmarks.gpu.records import drop_torn_line, read_records
 from benchmarks.gpu.stages import STAGES, Stage
 
 # What all stages but the first need; imported once, here, while the first one runs.
-HEAVY_IMPORTS = ("inference.engine", "benchmarks.gpu.models.bench_model")
+HEAVY_IMPORTS = ("inference.engine.local_engine", "benchmarks.gpu.models.bench_model")
 # Time that is left to a stage beyond its box until this process kills it: the child's own alarm comes first.
 ALARM_GRACE_SECONDS = 1.0
 # With less of the budget left a stage would be killed while it starts.

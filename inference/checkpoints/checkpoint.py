@@ -9,8 +9,9 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inference.checkpoints.config_faults import check_counts, fill_in
+from inference.checkpoints.config_repair import check_counts, fill_in
 from inference.checkpoints.hub import download_pipeline, find_on_hub, one_line
+from inference.checkpoints.safety_checker import CHECKER, EXTRACTOR, add_checker, find_checker, insist_on_checker
 from inference.checkpoints.single_files import family_of, split
 from inference.checkpoints.weight_files import (
     FAVOURITE_VARIANT,
@@ -23,7 +24,6 @@ from inference.checkpoints.weight_files import (
     read_shapes,
 )
 from inference.request import EngineStartFailed
-from inference.safety import CHECKER, EXTRACTOR, add_checker, find_checker, insist_on_checker
 
 if TYPE_CHECKING:
     import torch

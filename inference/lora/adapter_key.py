@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from inference.bank import PackedAdapter
+from inference.lora.bank import PackedAdapter
 from inference.request import AdapterFile, Stage
 
 

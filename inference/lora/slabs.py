@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from inference.layers import Slab
+from inference.lora.layers import Slab
 
 
 def zeros(num_pages: int, width: int, *, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

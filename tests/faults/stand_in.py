@@ -9,7 +9,7 @@ import random
 import time
 from typing import Any
 
-from inference.child import main
+from inference.process.child import main
 from inference.request import GenerationResult, Picture, Stage
 from tests.fake_child import Drawing, FakeEngine
 

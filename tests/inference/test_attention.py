@@ -11,14 +11,14 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
-from inference.attention import CUDNN_FIRST, AttentionOrder, Hardware
-from inference.families.z_image_attention import (
+from inference.device.attention import CUDNN_FIRST, AttentionOrder, Hardware
+from inference.lane import Lane
+from inference.models.z_image_attention import (
     RowLengths,
     RowTokens,
     attend_to_own_tokens,
     attend_to_own_tokens_in_controlnet,
 )
-from inference.lane import Lane
 from inference.request import AdapterFile
 from tests.engine_requests import request_of
 from tests.tiny_controls import control_of, speckles, write_controlnet

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from inference.device import Device
-from inference.families.family import sampler_of
+from inference.device.device import Device
+from inference.engine.previews import Previews
 from inference.lane import Conditioning, Embedding, Lane
-from inference.previews import Previews
+from inference.models.base import sampler_of
 from inference.request import Source
 from tests.fake_cuda import FakeCuda
 from tests.support.cuda_stand_ins import why_not

@@ -8,8 +8,8 @@ from typing import ClassVar
 import pytest
 import torch
 
-from inference.decoded_image import DecodedImage, image_of
-from inference.host_copy import HostCopy
+from inference.device.decoded_image import DecodedImage, image_of
+from inference.device.host_copy import HostCopy
 from inference.lane import Lane
 from inference.request import EngineFault, GenerationRequest, RequestCancelled
 from tests.engine_requests import request_of

@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from inference.device import Device
-from inference.engine import LocalEngine
-from inference.families.loading import load_family
-from inference.foresight import denoised
-from inference.host_copy import HostCopy
+from inference.device.device import Device
+from inference.device.host_copy import HostCopy
+from inference.engine.local_engine import LocalEngine
+from inference.engine.previews import Previews, _Projected
 from inference.lane import Drawing, Kind, Lane
-from inference.previews import Previews, _Projected
-from inference.projection import Projection, find_projection
+from inference.latents.preview_projection import Projection, find_projection
+from inference.models.loader import load_family
 from inference.request import Preview, Source, StepReport
+from inference.sampling.foresight import denoised
 from tests.engine_requests import request_of
 from tests.pictures import DEMO, draw, settings_of
 from tests.tiny_models import BETAS, build_tiny_sd, build_tiny_sd_inpaint, build_tiny_sdxl, build_tiny_z_image

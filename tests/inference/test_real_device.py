@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from config.settings import ModelSettings
-from inference.child import EXIT_BROKEN
-from inference.child_process import Child
 from inference.lane import Lane
-from inference.process import EngineProcess, wait_until_ready
+from inference.process.child import EXIT_BROKEN
+from inference.process.child_handle import Child
+from inference.process.engine_process import EngineProcess, wait_until_ready
 from inference.request import GenerationRequest, RequestFailed
 from tests.engine_requests import request_of
 from tests.pictures import MIN_PSNR_DB, TEST_DEVICE, draw, images_of, psnr, settings_of

@@ -10,9 +10,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from inference.engine.warm_up import WarmUp
 from inference.lane import Lane
 from inference.request import GenerationResult, StepReport
-from inference.warm_up import WarmUp
 from tests.engine_requests import request_of
 from tests.pictures import images_of
 from tests.tiny_models import build_tiny_sd

@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 
 import worker.local
-from inference.engine import _choose_device, _choose_dtype
+from inference.engine.local_engine import _choose_device, _choose_dtype
+from inference.engine.warm_up import WarmUp, lane_counts
 from inference.lane import Lane
 from inference.request import EngineFault, EngineStartFailed
-from inference.warm_up import WarmUp, lane_counts
 from tests.engine_requests import request_of
 from tests.pictures import draw
 from tests.tiny_models import build_tiny_sd, build_tiny_z_image

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from config.settings import ModelSettings
-from inference.child import main
-from inference.engine import LocalEngine
-from inference.families.family import Family
+from inference.engine.local_engine import LocalEngine
 from inference.lane import Lane
+from inference.models.base import Family
+from inference.process.child import main
 from inference.request import OnOccupancy
 
 FUSE = "fuse"

@@ -5,15 +5,15 @@ from typing import Any
 
 import torch
 
-from inference.adapters import Adapter, LowRank
-from inference.bank import Applied, PackedAdapter, Row
-from inference.conditioner import Conditioner
-from inference.controls.guide import Guide
-from inference.families.family import Family, sampler_of
-from inference.families.sdxl import StableDiffusionXL
-from inference.families.stable_diffusion import StableDiffusion
-from inference.families.z_image import ZImage
+from inference.controlnet.guide import Guide
+from inference.engine.conditioner import Conditioner
 from inference.lane import Drawing, Lane
+from inference.lora.adapter import Adapter, LowRank
+from inference.lora.bank import Applied, PackedAdapter, Row
+from inference.models.base import Family, sampler_of
+from inference.models.sdxl import StableDiffusionXL
+from inference.models.stable_diffusion import StableDiffusion
+from inference.models.z_image import ZImage
 from inference.request import GenerationRequest
 from tests.fake_cuda import DEVICE, FakeCuda
 from tests.support.full_pipelines import CONTROLNETS, build_pipeline

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from clients.gpu import GpuReading, GpuReadings
 from config.settings import ModelSettings
 from inference.checkpoints.checkpoint import identify, weight_bytes
-from inference.checkpoints.controlnets import find_controlnets, most_bytes
-from inference.checkpoints.fit import RESERVE_BYTES, Residence, decide, free_host_bytes, most_adapter_bytes
+from inference.checkpoints.memory_plan import RESERVE_BYTES, Residence, decide, free_host_bytes, most_adapter_bytes
 from inference.checkpoints.weight_files import GB
+from inference.controlnet.files import find_controlnets, most_bytes
 from inference.request import EngineStartFailed
 from worker.checks.finding import CheckFailed
 

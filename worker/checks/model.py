@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from config.settings import ModelSettings
 from inference.checkpoints.checkpoint import identify, weight_bytes
-from inference.process import EngineProcess, wait_until_ready
+from inference.process.engine_process import EngineProcess, wait_until_ready
 from inference.request import EngineError, ModelFacts
 from worker.checks.finding import CheckFailed
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from inference.child_process import path_variables
+from inference.process.child_handle import path_variables
 from worker.errors import CuttingFailed, JobFailed
 from worker.product.cutout import NothingCut, bounded, has_own_alpha, judged, trimmed
 

@@ -13,8 +13,8 @@ from benchmarks.gpu.models.bench_model import BenchModel
 from benchmarks.gpu.models.jobs import NUM_JOBS, request_of
 from benchmarks.sets import Job, image_of
 from config.settings import ModelSettings
-from inference.engine import LocalEngine
-from inference.families.family import Family
+from inference.engine.local_engine import LocalEngine
+from inference.models.base import Family
 from inference.request import GenerationResult, Occupancy, StepReport
 
 NUM_ENCODERS = 4

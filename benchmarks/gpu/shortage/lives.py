@@ -12,9 +12,9 @@ from typing import Any, Self
 
 from benchmarks.gpu.stage import Context, Figures
 from config.settings import ModelSettings
-from inference.child import main
-from inference.child_process import Child
-from inference.process import EngineProcess, wait_until_ready
+from inference.process.child import main
+from inference.process.child_handle import Child
+from inference.process.engine_process import EngineProcess, wait_until_ready
 from inference.request import GenerationRequest, GenerationResult
 from tests.support.asserting_child import FUSE, load_engine
 from tests.tiny_models import build_tiny_sd

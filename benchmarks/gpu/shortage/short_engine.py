@@ -10,11 +10,11 @@ from benchmarks.gpu.models.bench_model import BenchModel
 from benchmarks.gpu.models.engine import BenchEngine
 from benchmarks.gpu.shortage.memory import Memory
 from config.settings import ModelSettings
-from inference.adapters import Adapter
-from inference.bank import PackedAdapter
-from inference.decoded_image import DecodedImage
-from inference.families.family import Family
+from inference.device.decoded_image import DecodedImage
 from inference.lane import Lane
+from inference.lora.adapter import Adapter
+from inference.lora.bank import PackedAdapter
+from inference.models.base import Family
 from inference.request import GenerationRequest, GenerationResult, StepReport
 
 # The stand-in's measure, in values of latents: about what the real ones are to one another.

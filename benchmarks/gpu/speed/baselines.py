@@ -16,7 +16,7 @@ from benchmarks.gpu.models.bench_model import BenchModel
 from benchmarks.gpu.models.engine import Encoder
 from benchmarks.gpu.models.jobs import distinct_files, noise_of
 from benchmarks.sets import Job, activate
-from inference.attention import AttentionOrder
+from inference.device.attention import AttentionOrder
 
 HOTSWAPPED = "hotswapped"
 

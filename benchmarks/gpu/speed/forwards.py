@@ -8,11 +8,11 @@ import torch
 from benchmarks.gpu.models.bench_model import BenchModel
 from benchmarks.gpu.models.jobs import distinct_files, request_of
 from benchmarks.sets import Job
-from inference.bank import Applied, Row
-from inference.conditioner import Conditioner
-from inference.families.family import Family
+from inference.engine.conditioner import Conditioner
 from inference.lane import Conditioning, Drawing, Embedding, Lane
 from inference.lora.adapter_key import AdapterKey
+from inference.lora.bank import Applied, Row
+from inference.models.base import Family
 
 
 class Forwards:

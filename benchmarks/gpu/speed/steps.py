@@ -13,7 +13,7 @@ from benchmarks.gpu.models.jobs import NUM_JOBS
 from benchmarks.gpu.records import read_records
 from benchmarks.gpu.speed.forwards import Forwards
 from benchmarks.gpu.stage import Context, Figures
-from inference.device import USABLE_SHARE, Device
+from inference.device.device import USABLE_SHARE, Device
 
 # Lanes of a forward: 2, 4, 8 and 20 rows where a lane has two.
 LANES = (1, 2, 4, 10)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from config.settings import ModelSettings
 from examples.demo_model.recipe.settings import SIDE, bar_seconds
-from inference.engine import LocalEngine
+from inference.engine.local_engine import LocalEngine
 from inference.request import AdapterFile, GenerationRequest, GenerationResult
 
 GUIDANCE = 3.0

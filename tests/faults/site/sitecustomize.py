@@ -50,7 +50,9 @@ class _Finder(importlib.abc.MetaPathFinder):
 def _use_stand_in(module: ModuleType) -> None:
     class Popen(subprocess.Popen):  # type: ignore[type-arg]
         def __init__(self, command: list[str], **options: Any) -> None:
-            super().__init__([part.replace("inference.child", "tests.faults.stand_in") for part in command], **options)
+            super().__init__(
+                [part.replace("inference.process.child", "tests.faults.stand_in") for part in command], **options
+            )
 
     own = ModuleType("subprocess")
     own.__dict__.update(vars(subprocess) | {"Popen": Popen})
@@ -83,7 +85,7 @@ def _bend_clock(path: Path) -> None:
 
 
 if "FAULTS_STAND_IN" in os.environ:
-    _changes["inference.child_process"].append(_use_stand_in)
+    _changes["inference.process.child_handle"].append(_use_stand_in)
 for _place, _value in json.loads(os.environ.get("FAULTS_CONSTANTS", "{}")).items():
     _module, _, _name = _place.partition(":")
     _changes[_module].append(partial(_set, _name, _value))

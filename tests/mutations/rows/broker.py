@@ -28,7 +28,9 @@ ROWS: tuple[Row, ...] = (
         answer="a new connection within two seconds, and as above",
         tests=(f"{LOST}[reset]",),
         without=(
-            Mutation("worker/broker.py", "seconds = random.uniform(MIN_BACKOFF_SECONDS / 2, self._ceiling)", "seconds = 30.0"),
+            Mutation(
+                "worker/broker.py", "seconds = random.uniform(MIN_BACKOFF_SECONDS / 2, self._ceiling)", "seconds = 30.0"
+            ),
         ),
     ),
     Row(

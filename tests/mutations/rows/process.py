@@ -32,7 +32,9 @@ ROWS: tuple[Row, ...] = (
         "the engine is killed in the middle of a job",
         "its worker starts another and has the job drawn again, without a word to the broker",
         tests=(f"{LIVE}test_a_killed_engine_costs_its_job_a_second_run_and_nothing_else",),
-        without=(Mutation("inference/suspects.py", "if self._weights[victim] < CONVICTING_WEIGHT:", "if False:"),),
+        without=(
+            Mutation("inference/process/quarantine.py", "if self._weights[victim] < CONVICTING_WEIGHT:", "if False:"),
+        ),
         also=(
             f"{REAL_ENGINE}test_a_killed_engine_costs_its_job_a_second_run_and_nothing_else",
             f"{ENGINE}test_a_crash_that_nobody_repeats_alone_is_nobody_s_fault",
@@ -43,7 +45,9 @@ ROWS: tuple[Row, ...] = (
         "a job crashes every engine it is in",
         "it fails after dying twice alone, a copy is kept, and those beside it complete",
         tests=(f"{LIVE}test_a_job_that_ends_the_engine_every_time_fails_alone[poison]",),
-        without=(Mutation("inference/suspects.py", "if self._weights[victim] < CONVICTING_WEIGHT:", "if True:"),),
+        without=(
+            Mutation("inference/process/quarantine.py", "if self._weights[victim] < CONVICTING_WEIGHT:", "if True:"),
+        ),
         also=(
             "tests/test_live_batching.py::test_a_poison_job_fails_alone_and_nine_innocents_in_its_batch_complete",
             f"{REAL_ENGINE}test_a_job_that_kills_the_engine_every_time_fails_alone",
@@ -63,7 +67,7 @@ ROWS: tuple[Row, ...] = (
         "a worker is killed and leaves an engine that hangs",
         "the kernel ends the engine within a second, and its job is the next worker's",
         tests=(f"{LIVE}test_an_engine_that_hangs_dies_with_its_worker_and_ends_no_job",),
-        without=(Mutation("inference/child.py", "    _die_with(parent_pid=int(sys.argv[2]))\n", ""),),
+        without=(Mutation("inference/process/child.py", "    _die_with(parent_pid=int(sys.argv[2]))\n", ""),),
         also=(f"{REAL_ENGINE}test_a_killed_worker_leaves_its_job_to_the_next_one",),
     ),
     Row(
@@ -138,7 +142,7 @@ ROWS: tuple[Row, ...] = (
         "the engine hangs in a step",
         "its silence is noticed, it is replaced; a job that hangs it twice alone fails",
         tests=(f"{LIVE}test_a_job_that_hangs_the_engine_twice_fails_as_timed_out",),
-        without=(Mutation("inference/process.py", "if self._is_hung():", "if False:"),),
+        without=(Mutation("inference/process/engine_process.py", "if self._is_hung():", "if False:"),),
         also=(
             f"{ENGINE}test_an_engine_that_falls_silent_is_killed_and_the_request_drawn_by_the_next",
             f"{ENGINE}test_a_request_that_hangs_alone_twice_fails_as_hung",
@@ -152,7 +156,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{BATCHING}test_lanes_that_do_not_fit_are_halved_and_the_cap_holds_for_a_while",),
         without=(
             Mutation(
-                "inference/stepping.py",
+                "inference/engine/step_loop.py",
                 "while isinstance(attempt.error, torch.OutOfMemoryError) and len(batch) > 1:",
                 "while False:",
             ),
@@ -168,7 +172,7 @@ ROWS: tuple[Row, ...] = (
         "the device answers nothing any more, as after a sticky CUDA error",
         "the engine leaves without an answer; all that was inside is tried again in a new one",
         tests=(f"{LIVE}test_a_job_that_ends_the_engine_every_time_fails_alone[break]",),
-        without=(Mutation("inference/child.py", "if engine.is_broken:", "if False:"),),
+        without=(Mutation("inference/process/child.py", "if engine.is_broken:", "if False:"),),
         also=(
             f"{BATCHING}test_a_device_that_answers_nothing_ends_every_request_and_the_engine",
             f"{ENGINE}test_a_broken_engine_gives_no_answers_and_its_requests_another_try",
@@ -185,7 +189,7 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(
             Mutation(
-                "inference/engine.py",
+                "inference/engine/local_engine.py",
                 'if name.startswith("cuda"):',
                 "if False:",
             ),
@@ -201,7 +205,7 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(
             Mutation(
-                "inference/decoded_image.py",
+                "inference/device/decoded_image.py",
                 "numpy() if host[-1] else None",
                 "numpy()",
             ),
@@ -226,7 +230,7 @@ ROWS: tuple[Row, ...] = (
         tests=("tests/test_live_jobs.py::test_a_job_without_an_adapter_shows_no_trace_of_the_style_before_it",),
         without=(
             Mutation(
-                "inference/bank.py",
+                "inference/lora/bank.py",
                 "        if not any(wanted):\n            self._routing = None",
                 "        if not any(wanted):\n            pass",
             ),
@@ -319,7 +323,7 @@ ROWS: tuple[Row, ...] = (
         "a job's pictures do not fit the supervisor's memory",
         "they are read past, and the job fails by its size at the second try; no worker ends",
         tests=(f"{EFFECT}test_a_result_beyond_the_supervisor_s_memory_ends_its_job_and_no_worker",),
-        without=(Mutation("inference/pixels.py", "except MemoryError:", "except ZeroDivisionError:"),),
+        without=(Mutation("inference/process/pixels.py", "except MemoryError:", "except ZeroDivisionError:"),),
     ),
     Row(
         "B27",
@@ -331,7 +335,7 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(
             Mutation(
-                "inference/stepping.py",
+                "inference/engine/step_loop.py",
                 "if isinstance(attempt.error, torch.OutOfMemoryError):\n            answer = ",
                 "if False:\n            answer = ",
             ),
@@ -441,6 +445,8 @@ ROWS: tuple[Row, ...] = (
             f"{LIVE}test_a_worker_started_in_a_folder_of_modules_with_its_own_names_draws",
             "tests/test_product.py::test_a_folder_of_modules_with_the_names_of_ours_disturbs_no_cutting",
         ),
-        without=(Mutation("inference/child_process.py", 'variables = {"PYTHONSAFEPATH": "1"}', "variables = {}"),),
+        without=(
+            Mutation("inference/process/child_handle.py", 'variables = {"PYTHONSAFEPATH": "1"}', "variables = {}"),
+        ),
     ),
 )

@@ -179,7 +179,7 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation("inference/lora/adapter_key.py", "        if file.version:\n", "        if False:\n"),
             Mutation(
-                "inference/preparing.py",
+                "inference/engine/preparer.py",
                 "            if reading is None or ran_out_of_memory(reading):\n",
                 "            if True:\n",
             ),

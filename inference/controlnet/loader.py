@@ -1,0 +1,111 @@
+"""The ControlNets that the settings name: checked at start, each loaded when somebody asks for it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import diffusers
+import safetensors
+import torch
+
+from inference.checkpoints.hub import one_line
+from inference.checkpoints.weight_files import GB
+from inference.controlnet.files import ControlNetFiles, most_bytes
+from inference.request import EngineFault, EngineStartFailed
+
+# Says what of a ControlNet's config does not go with the model; None where all does.
+WhyNot = Callable[[Any], str | None]
+
+
+class ControlNets:
+    """Owner of what is known of them. `load` may run on any thread; what it gives is the caller's to keep."""
+
+    def __init__(
+        self, files: Mapping[str, ControlNetFiles], *, max_bytes: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """EngineStartFailed where one of them alone takes more than `max_bytes`."""
+        self.max_bytes = max_bytes
+        self._files = files
+        self._device = device
+        self._dtype = dtype
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        for name, found in files.items():
+            if self.num_bytes(name) > max_bytes:
+                size = f"takes {self.num_bytes(name) / GB:.2f} GB, CONTROLNET_MEMORY_GB is {max_bytes / GB:.2f}"
+                raise EngineStartFailed(f"{found.subject} {size}: raise that, or leave it out")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that a job may name."""
+        return tuple(self._files)
+
+    @property
+    def most_bytes(self) -> int:
+        """What those that are loaded can come to."""
+        return most_bytes(self._files, self._dtype.itemsize, self.max_bytes)
+
+    def num_bytes(self, name: str) -> int:
+        """What it takes on the device."""
+        return self._files[name].num_bytes(self._dtype.itemsize)
+
+    def check(self, class_name: str, why_not: WhyNot) -> None:
+        """EngineStartFailed where one is of another class, does not go with the model, or has not the weights that its
+        config describes."""
+        for found in self._files.values():
+            if found.class_name != class_name:
+                raise EngineStartFailed(f"{found.subject} holds a {found.class_name}; this model takes a {class_name}")
+            net = _without_weights(found)
+            reason = why_not(net.config)
+            if reason is not None:
+                raise EngineStartFailed(f"{found.subject} was made for another model than MODEL_ID: {reason}")
+            wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+            wrong = sorted(name for name in wanted.keys() | found.shapes if wanted.get(name) != found.shapes.get(name))
+            if wrong:
+                reason = f"its config and its weights do not belong together ({len(wrong)} differ, like {wrong[0]})"
+                raise EngineStartFailed(f"{found.subject}: {reason}: copy or download it again")
+
+    def load(self, name: str) -> Any:
+        """The ControlNet on the device. `EngineFault` where its files, whole at start, cannot be read any more, and
+        `torch.OutOfMemoryError` where there is no memory for it now."""
+        found = self._files[name]
+        net = _without_weights(found)
+        try:
+            # Beside the steps that are running, on a GPU; there is no such stream on a CPU.
+            with torch.cuda.stream(self._copy_stream):
+                net.load_state_dict(self._read(found), assign=True)
+                net.to(memory_format=torch.contiguous_format if self._copy_stream is None else torch.channels_last)
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            raise EngineFault(f"{found.subject} could not be loaded: {one_line(error)}") from error
+        self._hand_over(net)
+        return net.eval().requires_grad_(False)
+
+    def _read(self, found: ControlNetFiles) -> dict[str, torch.Tensor]:
+        """Each tensor brought to its place before the next is read: no second copy of the whole."""
+        tensors: dict[str, torch.Tensor] = {}
+        for path in found.weights:
+            with safetensors.safe_open(path, "pt") as file:
+                tensors |= {name: file.get_tensor(name).to(self._device, self._dtype) for name in file.keys()}  # noqa: SIM118
+        return tensors
+
+    def _hand_over(self, net: Any) -> None:
+        """Done copying: from now on the net is of the stream that the engine's steps run on."""
+        if self._copy_stream is None:
+            return
+        self._copy_stream.synchronize()
+        for parameter in net.parameters():
+            # Or its memory might be given away while a step that was launched before still reads it.
+            parameter.data.record_stream(torch.cuda.default_stream(self._device))
+
+
+def _without_weights(found: ControlNetFiles) -> Any:
+    """The model as its config describes it.
+
+    Not by `from_pretrained`, which sets the process's default dtype meanwhile, under the hands of the engine's thread.
+    """
+    try:
+        with torch.device("meta"):
+            return getattr(diffusers, found.class_name).from_config(dict(found.config))
+    except Exception as error:
+        # A config may say anything; the library takes it at its word, and then fails in every way there is.
+        raise EngineStartFailed(f"{found.subject}: its config describes no model ({one_line(error)})") from error

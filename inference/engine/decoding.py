@@ -1,0 +1,65 @@
+"""Decode finished latents into pictures without waiting for the device."""
+
+from collections import deque
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from inference.device.decoded_image import DecodedImage
+from inference.device.device import Attempt, Device
+from inference.lane import Drawing, Lane
+from inference.models.base import Family
+from inference.request import Picture, RequestFailed
+
+
+class _InFlight(NamedTuple):
+    lane: Lane
+    image: DecodedImage
+
+
+class Decoder:
+    """Owner of the images that are on their way from the device, in the order they were begun in. Of the engine's
+    thread."""
+
+    def __init__(self, model: Family, device: Device) -> None:
+        self._model = model
+        self._device = device
+        self._in_flight: deque[_InFlight] = deque()
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._in_flight)
+
+    def begin(self, lane: Lane) -> Exception | None:
+        """Launch the lane's decoding, in tiles where memory ends; the error where it cannot be launched."""
+        assert lane.sampler is not None, "a denoised lane has a sampler"  # noqa: S101
+        latents = lane.sampler.latents
+        in_tiles = not self._device.may_fit(latents.numel())
+        attempt = self._device.attempt(lambda: self._model.decode(latents, in_tiles=in_tiles))
+        if isinstance(attempt.error, torch.OutOfMemoryError) and not in_tiles:
+            self._device.note_too_large(latents.numel())
+            attempt = self._device.attempt(lambda: self._model.decode(latents, in_tiles=True))
+        if attempt.made is not None:
+            self._in_flight.append(_InFlight(lane, attempt.made))
+        return attempt.error
+
+    def is_due(self, *, num_left: int) -> bool:
+        """Has the oldest image arrived, or are there more than `num_left`?"""
+        return len(self._in_flight) > num_left or (self.is_busy and self._in_flight[0].image.has_arrived)
+
+    def end_oldest(self) -> tuple[Lane, Attempt[Picture]]:
+        """Wait for the oldest image; the lane, and what came of it."""
+        lane, image = self._in_flight.popleft()
+        return lane, self._device.attempt(partial(self._picture_of, lane, image))
+
+    def drop(self, drawing: Drawing) -> None:
+        """Forget the request's images."""
+        self._in_flight = deque(one for one in self._in_flight if one.lane.drawing is not drawing)
+
+    def _picture_of(self, lane: Lane, image: DecodedImage) -> Picture:
+        pixels = image.wait()
+        if pixels is None:
+            raise RequestFailed("OUTPUT_INVALID", "the model drew a picture with values that are not numbers")
+        self._model.check_picture(pixels)
+        return Picture(image.width, image.height, pixels.tobytes(), lane.seed)

@@ -1,0 +1,194 @@
+"""The engine of this process: one thread that owns the model and turns its loop."""
+
+import logging
+import queue
+import threading
+import time
+from concurrent.futures import Future
+
+import diffusers
+import torch
+import transformers
+
+from config.settings import ModelSettings
+from inference.engine.step_loop import StepLoop
+from inference.engine.warm_up import WarmUp
+from inference.lane import Drawing
+from inference.lora.adapter_key import AdapterKey
+from inference.models.base import Family
+from inference.models.loader import load_family
+from inference.request import (
+    EngineClosed,
+    EngineFault,
+    EngineStartFailed,
+    GenerationRequest,
+    GenerationResult,
+    IsCancelled,
+    ModelFacts,
+    OnOccupancy,
+    OnStep,
+    RequestFailed,
+)
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.1
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class LocalEngine:
+    """`Engine` in this process. Owner of the thread that the model's loop runs on."""
+
+    def __init__(self, settings: ModelSettings, on_occupancy: OnOccupancy = lambda _: None) -> None:
+        """Load the model and warm it up; `EngineStartFailed` says why that cannot be. `on_occupancy` is called on the
+        engine's thread after each turn of its loop. The process was given `gpu_variables`: `cuda:N` is not counted."""
+        _quieten_libraries()
+        started_at = time.monotonic()
+        device = _choose_device(settings.device)
+        dtype = _choose_dtype(settings.dtype, device)
+        self._model = self._load(settings, device, dtype)
+        self._on_occupancy = on_occupancy
+        self._inbox: queue.SimpleQueue[Drawing | None] = queue.SimpleQueue()
+        # What is in the inbox is answered: nothing may come in once the thread has looked into it for the last time.
+        self._taking_in = threading.Lock()
+        self._is_closing = False
+        self.is_broken = False
+        self._loop = StepLoop(
+            self._model,
+            max_lanes=settings.max_concurrent_generations,
+            num_slots=settings.adapter_slots,
+            max_rank=settings.adapter_max_rank,
+            preview_every=settings.preview_every,
+            on_ready=self._wake,
+        )
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+        try:
+            step_seconds = self._warm_up(settings.max_concurrent_generations)
+        except RequestFailed as error:
+            self.close()
+            raise EngineStartFailed(f"MODEL_ID {settings.model_id!r} cannot draw a picture: {error}") from error
+        self.facts = ModelFacts(
+            model=self._model.public_name,
+            family=self._model.name,
+            base_size=self._model.base_size,
+            size_multiple=self._model.size_multiple,
+            default_steps=self._model.default_steps,
+            default_guidance=self._model.default_guidance,
+            schedulers=self._model.samplers.names,
+            device=str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            load_seconds=time.monotonic() - started_at,
+            step_seconds=step_seconds,
+            kinds=self._model.kinds,
+            controls=self._model.controlnets.names,
+        )
+
+    def generate(
+        self, request: GenerationRequest, on_step: OnStep, is_cancelled: IsCancelled
+    ) -> Future[GenerationResult]:
+        """Queue `request`; see `Engine`."""
+        keys = tuple(AdapterKey.of(file) for file in request.adapters)
+        drawing = Drawing(request, self._model.kind_of(request), on_step, is_cancelled, keys)
+        self._enqueue(drawing)
+        return drawing.future
+
+    def close(self) -> None:
+        """Drop what waits, finish what is being drawn, and end the thread."""
+        with self._taking_in:
+            self._is_closing = True
+        self._wake()
+        self._thread.join()
+
+    def _load(self, settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> Family:
+        return load_family(settings, device=device, dtype=dtype)
+
+    def _warm_up(self, max_lanes: int) -> float:
+        """The seconds of a step."""
+        warm_up = WarmUp(self._model, self._enqueue, self._loop.forget)
+        step_seconds = warm_up.measure_step()
+        # On a CPU there is nothing to load: it would only put off the first job.
+        if self._model.device.type == "cuda":
+            warm_up.load_kernels(max_lanes)
+        return step_seconds
+
+    def _enqueue(self, drawing: Drawing) -> None:
+        with self._taking_in:
+            if self._is_closing or self.is_broken:
+                raise EngineClosed("the engine is closed")
+            self._loop.prepare(drawing)
+            self._inbox.put(drawing)
+
+    def _wake(self) -> None:
+        self._inbox.put(None)
+
+    # Everything below runs on the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                self._turn_until_closed()
+        except Exception as error:
+            # The thread's boundary. After an error nobody foresaw, and after the device's own, nothing here is certain.
+            logger.exception("the engine failed")
+            self._break(EngineFault(f"the engine failed: {error}"))
+        finally:
+            self._loop.close()
+
+    def _turn_until_closed(self) -> None:
+        while True:
+            self._take_in()
+            if self._is_closing:
+                self._loop.withdraw_waiting()
+            self._on_occupancy(self._loop.step())
+            if self._is_closing and self._loop.is_empty and self._inbox.empty():
+                return
+
+    def _take_in(self) -> None:
+        """Add what has come; wait for something to come while there is nothing to do."""
+        if not self._loop.has_work and not self._is_closing:
+            # What waits for its adapters may be cancelled meanwhile.
+            self._add_next(timeout_seconds=None if self._loop.is_empty else POLL_SECONDS)
+        while not self._inbox.empty():
+            self._add_next(timeout_seconds=0.0)
+
+    def _add_next(self, timeout_seconds: float | None) -> None:
+        try:
+            drawing = self._inbox.get(timeout=timeout_seconds)
+        except queue.Empty:
+            return
+        if drawing is not None:
+            self._loop.add(drawing)
+
+    def _break(self, error: EngineFault) -> None:
+        with self._taking_in:
+            self.is_broken = True
+        while not self._inbox.empty():
+            self._add_next(timeout_seconds=0.0)
+        self._loop.fail_all(error)
+
+
+def _choose_device(name: str) -> torch.device:
+    if name != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda")  # of `cuda:N` too: this process sees that GPU alone
+    if name.startswith("cuda"):
+        raise EngineStartFailed(f"DEVICE is {name!r} but torch sees no GPU: check the driver and CUDA_VISIBLE_DEVICES")
+    return torch.device("cpu")
+
+
+def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    # Before Ampere bfloat16 is emulated, many times slower than float16.
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def _quieten_libraries() -> None:
+    """Loading bars and advice on standard error would break the one-line-of-JSON rule of the logs."""
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()

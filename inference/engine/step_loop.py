@@ -1,0 +1,295 @@
+"""The engine's loop: admit, denoise, advance, finish. Lanes of many requests, styles and ages share each forward."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from inference.device.device import Attempt, Device
+from inference.engine.admission import Admission
+from inference.engine.batcher import Batcher, Claim
+from inference.engine.decoding import Decoder
+from inference.engine.previews import Previews
+from inference.engine.shortages import Shortages
+from inference.lane import Drawing, Lane
+from inference.lora.adapter_key import AdapterKey
+from inference.models.base import Family, sampler_of
+from inference.request import EngineError, EngineFault, GenerationResult, Occupancy, RequestCancelled, RequestFailed
+
+logger = logging.getLogger(__name__)
+
+
+class StepLoop:
+    """Owner of every request in the engine and of what the model holds for them. One thread calls it."""
+
+    def __init__(
+        self,
+        model: Family,
+        *,
+        max_lanes: int,
+        num_slots: int,
+        max_rank: int,
+        preview_every: int,
+        on_ready: Callable[[], None],
+    ) -> None:
+        """`on_ready` is called, on another thread, when a request may join that could not before."""
+        self._model = model
+        self._device = Device(model.device, lambda: self._admission.num_bytes_to_come)
+        self._batcher: Batcher[Lane] = Batcher(max_lanes, self._device.max_rows)
+        self._admission = Admission(model, num_slots=num_slots, max_rank=max_rank, on_ready=on_ready)
+        self._shortages = Shortages(self._batcher, self._admission, lambda: [*self._batcher.active, *self._denoised])
+        self._previews = Previews(model, self._device, preview_every)
+        self._decoder = Decoder(model, self._device)
+        self._drawings: list[Drawing] = []
+        self._denoised: list[Lane] = []
+        self._step_seconds = 0.0
+        self._was_busy = False
+        self._is_encoding = False
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._drawings
+
+    @property
+    def has_work(self) -> bool:
+        """Can a step do anything, or does everything here wait to be prepared?"""
+        # Where lanes have just left, those that waited for their places are to be asked once more.
+        is_decoding = bool(self._denoised) or self._decoder.is_busy
+        return is_decoding or bool(self._batcher.active or (self._was_busy and self._batcher.waiting))
+
+    def prepare(self, drawing: Drawing) -> None:
+        """Begin to make a request ready that will be added. Any thread may call it."""
+        num_waiting = len({id(lane.drawing) for lane in self._batcher.waiting})
+        self._admission.prepare(drawing, num_ahead=num_waiting)
+
+    def add(self, drawing: Drawing) -> None:
+        """Take in a request that was given to `prepare`."""
+        self._drawings.append(drawing)
+        for lane in drawing.lanes:
+            self._batcher.add(lane)
+
+    def step(self) -> Occupancy:
+        """One turn: lanes join, one batch takes a step, lanes that are done become pictures."""
+        self._admit()
+        self._was_busy = bool(self._batcher.active)
+        started_at = time.monotonic()
+        batch, predictions = self._denoise(self._batcher.next_batch())
+        self._advance(batch, predictions)
+        if batch:
+            self._step_seconds = time.monotonic() - started_at
+        self._finish()
+        return self._occupancy(len(batch))
+
+    def withdraw_waiting(self) -> None:
+        """Cancel every request that has not begun."""
+        for drawing in self._drawings:
+            drawing.future.cancel()
+
+    def fail_all(self, error: EngineError) -> None:
+        """End every request with `error`."""
+        for drawing in tuple(self._drawings):
+            self._end(drawing, error)
+
+    def forget(self, key: AdapterKey) -> None:
+        """Take an adapter that no request uses out of its slot, if it is in one."""
+        self._admission.slots.forget(key)
+
+    def close(self) -> None:
+        self._admission.close()
+
+    # Admit: cancelled requests leave, waiting ones join while there are lanes and slots.
+
+    def _admit(self) -> None:
+        for drawing in tuple(self._drawings):
+            if drawing.future.cancelled() or drawing.is_cancelled():
+                self._end(drawing, RequestCancelled("cancelled by the caller"))
+        self._admission.read_ahead(_drawings_of(self._batcher.waiting))
+        self._is_encoding = False
+        joined = self._batcher.admit(self._claim)
+        self._condition([drawing for drawing in _drawings_of(joined) if drawing.conditioning is None])
+        for lane in joined:
+            # Some may have ended meanwhile, and others wait again.
+            if lane in self._batcher.active:
+                self._begin(lane)
+
+    def _claim(self, lane: Lane) -> Claim:
+        """May this lane join now? A request's first lane brings all that the others need too."""
+        drawing = lane.drawing
+        if drawing.is_ended:
+            return Claim.WITHDRAWN
+        if self._shortages.is_to_be_alone(drawing):
+            return Claim.NO_SLOT
+        if drawing.is_begun:
+            return Claim.GRANTED
+        has_source = drawing.request.source is not None
+        if has_source and self._is_encoding and any(one.sampler is not None for one in self._batcher.active):
+            # Encoding a picture takes as long as a step: those that are being denoised wait for one at a time.
+            return Claim.NOT_YET
+        attempt = self._device.attempt(lambda: self._admission.claim(drawing))
+        if isinstance(attempt.error, torch.OutOfMemoryError):
+            answer = self._shortages.answer(drawing, _drawings_of(self._batcher.waiting))
+            if answer is Claim.WITHDRAWN:
+                self._end(drawing, RequestFailed("GPU_OOM", self._admission.why_short(drawing)))
+            return answer
+        if attempt.made is None:
+            self._fail(drawing, attempt.error)
+        self._is_encoding |= has_source and attempt.made is Claim.GRANTED
+        return attempt.made or Claim.WITHDRAWN
+
+    def _condition(self, drawings: Sequence[Drawing]) -> None:
+        if not drawings:
+            return
+        error = self._device.attempt(lambda: self._admission.condition(drawings)).error
+        if error is None:
+            for drawing in drawings:
+                drawing.tell_begin(self._device.mark())
+        elif len(drawings) > 1:
+            for drawing in drawings:
+                self._condition([drawing])
+        elif not self._shortages.postpone(drawings[0], error):
+            self._fail(drawings[0], error)
+
+    def _begin(self, lane: Lane) -> None:
+        attempt = self._device.attempt(lambda: self._model.begin(lane))
+        if isinstance(attempt.error, torch.OutOfMemoryError):
+            attempt = self._device.attempt(lambda: self._model.begin(lane, in_tiles=True))
+        if attempt.made is not None:
+            lane.drawing.scheduler, lane.sampler = attempt.made
+        elif not self._shortages.postpone(lane.drawing, attempt.error):
+            self._fail(lane.drawing, attempt.error)
+
+    # Denoise: one forward, with fewer lanes where memory ends, lane by lane where something else goes wrong.
+
+    def _denoise(self, batch: list[Lane]) -> tuple[list[Lane], list[torch.Tensor]]:
+        if not batch:
+            return [], []
+        attempt = self._forward(batch)
+        while isinstance(attempt.error, torch.OutOfMemoryError) and len(batch) > 1:
+            logger.warning("out of memory with %d lanes: trying half of them", len(batch))
+            batch = self._batcher.halve(batch)
+            attempt = self._forward(batch)
+        if attempt.made is not None:
+            self._batcher.note_success(batch)
+            return batch, attempt.made
+        if len(batch) > 1:
+            return self._denoise_one_by_one(batch)
+        self._fail(batch[0].drawing, attempt.error)
+        return [], []
+
+    def _denoise_one_by_one(self, batch: list[Lane]) -> tuple[list[Lane], list[torch.Tensor]]:
+        """Somebody in the batch breaks it: whoever fails alone, and nobody else."""
+        predictions: dict[Lane, torch.Tensor] = {}
+        for lane in batch:
+            if lane.drawing.is_ended:
+                continue
+            attempt = self._forward([lane])
+            if attempt.made is None:
+                self._fail(lane.drawing, attempt.error)
+            else:
+                (predictions[lane],) = attempt.made
+        survivors = {lane: made for lane, made in predictions.items() if not lane.drawing.is_ended}
+        return list(survivors), list(survivors.values())
+
+    def _forward(self, batch: list[Lane]) -> Attempt[list[torch.Tensor]]:
+        def forward() -> list[torch.Tensor]:
+            with self._device.measured(batch[0].shape, sum(lane.num_rows for lane in batch)):
+                return self._model.denoise(batch)
+
+        return self._device.attempt(forward)
+
+    # Advance: every lane of the batch takes its own scheduler's step.
+
+    def _advance(self, batch: list[Lane], predictions: list[torch.Tensor]) -> None:
+        for lane, prediction in zip(batch, predictions, strict=True):
+            self._previews.look_at(lane, prediction)
+            sampler_of(lane).advance(prediction)
+        self._previews.hand_over()
+        launched = self._device.mark()
+        for drawing in _drawings_of(batch):
+            drawing.note_steps(launched)
+        self._device.keep_pace(launched)
+        for drawing in self._drawings:
+            drawing.tell_steps()
+
+    # Finish: lanes that are done leave the batch and are decoded, as many as a step's time allows.
+
+    def _finish(self) -> None:
+        leaving = [lane for lane in self._batcher.active if lane.is_denoised]
+        for lane in leaving:
+            self._batcher.remove(lane)
+        self._denoised += leaving
+        for drawing in _drawings_of(leaving):
+            if drawing.is_denoised:
+                drawing.note_stage("denoise", drawing.last_stage_ended_at)
+        # Those that were begun in the turn before. This turn's forward runs behind them: the device has work meanwhile.
+        self._end_decoded(num_left=0)
+        # The others wait no longer than a step takes, and one picture more.
+        started_at = time.monotonic()
+        while self._denoised and (not self._batcher.active or time.monotonic() - started_at < self._step_seconds):
+            self._decode(self._denoised.pop(0))
+            # One alone may be ahead, or the clock would tell how long launching takes.
+            self._end_decoded(num_left=1)
+
+    def _decode(self, lane: Lane) -> None:
+        error = self._decoder.begin(lane)
+        if error is not None:
+            self._fail(lane.drawing, error)
+
+    def _end_decoded(self, *, num_left: int) -> None:
+        """Take in the images that have come from the device, and wait for others until `num_left` are on their way."""
+        while self._decoder.is_due(num_left=num_left):
+            lane, attempt = self._decoder.end_oldest()
+            drawing = lane.drawing
+            if attempt.made is None:
+                self._fail(drawing, attempt.error)
+                continue
+            drawing.pictures[lane.number] = attempt.made
+            if drawing.is_drawn:
+                drawing.note_stage("decode", drawing.last_stage_ended_at)
+                self._end(drawing, drawing.result())
+
+    # Endings
+
+    def _fail(self, drawing: Drawing, error: Exception | None) -> None:
+        """End the request with what the device's error means for its owner."""
+        if isinstance(error, torch.OutOfMemoryError):
+            size = f"a picture of {drawing.request.width}x{drawing.request.height}"
+            reason = f"{size} does not fit the GPU's memory, even alone: ask for a smaller one"
+            self._end(drawing, RequestFailed("GPU_OOM", reason))
+        elif isinstance(error, EngineError):
+            self._end(drawing, error)
+        else:
+            self._end(drawing, EngineFault(f"{type(error).__name__}: {error}"))
+
+    def _end(self, drawing: Drawing, outcome: GenerationResult | Exception) -> None:
+        """Take the request out, free what it held, and answer it unless its owner cancelled it."""
+        self._drawings.remove(drawing)
+        for lane in drawing.lanes:
+            self._batcher.remove(lane)
+            if lane in self._denoised:
+                self._denoised.remove(lane)
+        self._decoder.drop(drawing)
+        self._admission.release(drawing)
+        if not drawing.begin():
+            return
+        if isinstance(outcome, Exception):
+            drawing.future.set_exception(outcome)
+        else:
+            # The device has ended the last one for certain: its pixels are here.
+            drawing.tell_steps()
+            drawing.future.set_result(outcome)
+
+    def _occupancy(self, num_batched: int) -> Occupancy:
+        return Occupancy(
+            num_batched=num_batched,
+            num_lanes=len(self._batcher.active),
+            slots_active=self._admission.slots.num_active,
+            slots_idle=self._admission.slots.num_idle,
+            slots_free=self._admission.slots.num_free,
+        )
+
+
+def _drawings_of(lanes: Sequence[Lane]) -> list[Drawing]:
+    """The requests that the lanes belong to, each once, in order."""
+    return list(dict.fromkeys(lane.drawing for lane in lanes))

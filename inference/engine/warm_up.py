@@ -1,0 +1,119 @@
+"""Requests drawn before the first job: they measure a step, and load what the first batches would wait for."""
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+from inference.checkpoints import safety_checker as safety
+from inference.lane import Drawing
+from inference.lora.adapter_key import AdapterKey, ReadAdapter
+from inference.lora.bank import PackedAdapter
+from inference.models.base import Family
+from inference.request import (
+    AdapterFile,
+    GenerationRequest,
+    RequestCancelled,
+    RequestFailed,
+    Source,
+    Stage,
+    StepReport,
+)
+
+logger = logging.getLogger(__name__)
+
+NUM_STEPS = 3
+# Rows of the forwards on a GPU. Kernels are loaded, and plans are made for cuBLAS and cuDNN, at their first use with a
+# number of rows, while the jobs of that forward wait: seconds in all.
+ROWS = (2, 4, 8, 20)
+GREY, WHITE = b"\x80", b"\xff"
+# There is no such file: it is never read.
+BLANK = AdapterFile(Path(), None, 1.0, version="warm-up")
+
+
+class WarmUp:
+    """Draws with the engine's own loop: cuDNN keeps its plans by thread."""
+
+    def __init__(self, model: Family, enqueue: Callable[[Drawing], None], forget: Callable[[AdapterKey], None]) -> None:
+        """`enqueue` hands a request to the loop, whose thread is the one to call `forget` with an adapter's key."""
+        self._model = model
+        self._enqueue = enqueue
+        self._forget = forget
+
+    def measure_step(self) -> float:
+        """Draw one image and return the seconds of a step, the slow first one left out. Raises `RequestFailed`."""
+        seconds: list[float] = []
+
+        def on_step(report: StepReport) -> None:
+            seconds.append(report.seconds)
+
+        drawing = self._drawing(1, on_step, lambda: False)
+        self._enqueue(drawing)
+        error = drawing.future.exception()
+        # What an image of no prompt looks like is no matter.
+        if error is not None and not (isinstance(error, RequestFailed) and error.code == safety.CODE):
+            raise error
+        return min(seconds[2:])
+
+    def load_kernels(self, max_lanes: int) -> None:
+        """Take one step in batches of `ROWS` rows, without adapters and with one of zeros.
+
+        A batch that does not fit the memory is halved by the loop, which remembers it: no reason not to start.
+        """
+        blank = self._model.pack(self._model.blank_adapter())
+        for num_lanes in lane_counts(max_lanes, self._drawing(1).lanes[0].num_rows):
+            self._take_one_step(self._unfinished(num_lanes))
+            self._take_one_step(self._with_blank(self._unfinished(num_lanes, BLANK), blank))
+
+    def _take_one_step(self, drawing: Drawing) -> None:
+        self._enqueue(drawing)
+        error = drawing.future.exception()
+        if isinstance(error, RequestFailed) and error.code == "GPU_OOM":
+            logger.warning("warm-up of %d lanes left out: %s", len(drawing.lanes), error)
+        elif error is not None and not isinstance(error, RequestCancelled):
+            raise error
+
+    def _unfinished(self, num_lanes: int, *adapters: AdapterFile) -> Drawing:
+        """A request that is cancelled in the turn after its first step: nothing is decoded."""
+        reports: list[StepReport] = []
+        return self._drawing(num_lanes, reports.append, lambda: bool(reports), adapters)
+
+    def _with_blank(self, drawing: Drawing, packed: PackedAdapter) -> Drawing:
+        """Give the request its adapter as if it had been read; the slot is free again at its end."""
+        (key,) = drawing.keys
+        reading: Future[ReadAdapter] = Future()
+        reading.set_result(ReadAdapter(packed, Stage("adapt", time.monotonic(), 0.0)))
+        drawing.readings[key] = reading
+        drawing.future.add_done_callback(lambda _: self._forget(key))
+        return drawing
+
+    def _drawing(
+        self,
+        num_lanes: int,
+        on_step: Callable[[StepReport], None] = lambda _: None,
+        is_cancelled: Callable[[], bool] = lambda: False,
+        adapters: tuple[AdapterFile, ...] = (),
+    ) -> Drawing:
+        size = self._model.base_size
+        request = GenerationRequest(
+            request_id="warm-up",
+            prompt="",
+            negative_prompt="",
+            width=size,
+            height=size,
+            num_inference_steps=NUM_STEPS,
+            # Jobs that name none: under guidance a lane has two rows.
+            guidance_scale=self._model.default_guidance,
+            seeds=tuple(range(num_lanes)),
+            adapters=adapters,
+            # What can only repaint is given a grey image to repaint.
+            source=None if "text2image" in self._model.kinds else Source(GREY * 3 * size**2, 1.0, WHITE * size**2),
+        )
+        keys = tuple(AdapterKey.of(file) for file in adapters)
+        return Drawing(request, self._model.kind_of(request), on_step, is_cancelled, keys)
+
+
+def lane_counts(max_lanes: int, rows_per_lane: int) -> list[int]:
+    """Lanes of the batches to warm up, fewest first: those that make `ROWS`, as far as so many may run at once."""
+    return sorted({min(max_lanes, max(1, rows // rows_per_lane)) for rows in ROWS})

@@ -1,1 +1,0 @@
-"""The model families: one file for each behind the interface in `family.py`."""

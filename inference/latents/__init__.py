@@ -1,0 +1,1 @@
+"""Latents of source images, and small images of latents."""

@@ -1,0 +1,124 @@
+"""A source picture on its way into latents: encoded once for a request, drawn from by each of its lanes."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from inference.checkpoints.offload import bring
+from inference.request import Source
+from inference.sampling.samplers import Origin
+
+# Of a mask's bytes, as diffusers rounds them: from here on the picture is repainted.
+REPAINTED = 128
+
+
+class Posterior(NamedTuple):
+    """What a VAE makes of a picture, [channels, height, width] each, fp32."""
+
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
+    def sample(self, noise: torch.Tensor) -> torch.Tensor:
+        return self.mean + self.deviation * noise
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSource:
+    """A request's source as its lanes need it.
+
+    `picture` is None where the denoiser never sees it; `rest`, the picture without what is repainted, is there for a
+    denoiser that reads it. `mask` [1, height, width] of the latents' size: true where it is repainted. `is_hidden` as
+    `Origin` has it.
+    """
+
+    picture: Posterior | None
+    rest: Posterior | None
+    mask: torch.Tensor | None
+    is_hidden: bool
+
+    def begin(
+        self, draw: Callable[[], torch.Tensor], scale: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, Origin]:
+        """A lane's noise, and where it begins.
+
+        `draw` gives standard normal noise of the latents' shape. It is asked as often as diffusers' pipelines draw, in
+        their order: what is drawn later is then the same too. `scale` brings the VAE's latents to the denoiser's scale.
+        """
+        latents = None if self.picture is None else scale(self.picture.sample(draw()))
+        noise = draw()
+        if self.mask is None:
+            return noise, Origin(latents)
+        # Its pipelines encode the rest of the picture even for a denoiser that does not read it.
+        rest_noise = draw()
+        if self.rest is None:
+            return noise, Origin(latents, self.mask, self.is_hidden)
+        channels = torch.cat((self.mask.to(noise.dtype), scale(self.rest.sample(rest_noise))))
+        return noise, Origin(latents, is_hidden=self.is_hidden, channels=channels)
+
+
+def encode(
+    vae: Any,
+    source: Source,
+    *,
+    size: tuple[int, int],
+    is_hidden: bool,
+    reads_rest: bool,
+    upload: Callable[[torch.Tensor], torch.Tensor],
+    dtype: torch.dtype,
+    in_tiles: bool,
+) -> EncodedSource:
+    """The source of pictures of this height and width. Tiles take less memory and blend where they meet.
+
+    `upload` brings a tensor to the device. The encoder runs in `dtype`, whatever its weights are kept in.
+    """
+    vae.use_tiling = in_tiles
+    pixels = upload(_tensor(source.rgb, (*size, 3))).movedim(-1, 0) / 255 * 2 - 1
+    mask = None if source.mask is None else upload(_tensor(source.mask, (1, *size))) >= REPAINTED
+    rest = None
+    with _encoder_in(vae, dtype):
+        if reads_rest and mask is not None:
+            rest = _posterior(vae, pixels * ~mask, dtype)
+        picture = None if reads_rest and is_hidden else _posterior(vae, pixels, dtype)
+    return EncodedSource(picture, rest, mask=None if mask is None else _shrunk(mask, vae), is_hidden=is_hidden)
+
+
+def check_size(source: Source, *, size: tuple[int, int]) -> None:
+    """ValueError unless the source is of a picture's size: whoever asks has fitted it."""
+    num_pixels = size[0] * size[1]
+    if len(source.rgb) != 3 * num_pixels or (source.mask is not None and len(source.mask) != num_pixels):
+        raise ValueError(f"the source is not of the picture's size, {size[1]}x{size[0]}")
+
+
+def _tensor(values: bytes, shape: tuple[int, ...]) -> torch.Tensor:
+    # A copy: bytes are read-only, which a tensor cannot be.
+    return torch.frombuffer(bytearray(values), dtype=torch.uint8).view(shape)
+
+
+@contextmanager
+def _encoder_in(vae: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Have the weights that encode in `dtype` inside. They are put back as they were, which takes no memory."""
+    bring(vae)  # or its turn on the device would come inside, and end with the weights of another dtype
+    parts = [part for part in (vae.encoder, vae.quant_conv) if part is not None]
+    kept = [(weight, weight.data) for part in parts for weight in part.parameters()]
+    try:
+        for weight, own in kept:
+            weight.data = own.to(dtype)
+        yield
+    finally:
+        for weight, own in kept:
+            weight.data = own
+
+
+def _posterior(vae: Any, pixels: torch.Tensor, dtype: torch.dtype) -> Posterior:
+    """Pixels [3, height, width] between -1 and 1, encoded."""
+    found = vae.encode(pixels[None].to(dtype)).latent_dist
+    return Posterior(found.mean[0].float(), found.std[0].float())
+
+
+def _shrunk(mask: torch.Tensor, vae: Any) -> torch.Tensor:
+    """The mask [1, height, width] in latent pixels: as the first of the pixels that each stands for."""
+    step = 2 ** (len(vae.config.block_out_channels) - 1)
+    return mask[:, ::step, ::step]

@@ -1,0 +1,205 @@
+"""The names that adapter files of each model family have for the layers they change."""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from inference.lora.files import AdapterIncompatible, AdapterInvalid, AdapterUnsupported, listed, shown
+from inference.lora.unet_names import UNET_ROOTS, UNET_WORDS, unet_layer
+
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+PEFT_PREFIX = "base_model.model."
+# The model that a file changes first, whichever the family's is.
+DENOISER = "denoiser"
+# Every model that some family's files name, so that those of another family are told from layers.
+MODELS = frozenset({"unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"})
+# How a text encoder's layers begin where a file does not say whose they are.
+TEXT_ENCODER_ROOTS = ("text_model.", "encoder.")
+
+# What PEFT, torch.compile, DDP and the pipelines of ComfyUI and DiffSynth leave in front of a layer's dotted name.
+WRAPPERS = re.compile(r"(?:base_model\.model\.|_orig_mod\.|module\.)+")
+DENOISER_PREFIX = re.compile(r"(?:model\.)?diffusion_model\.|pipe\.(?:dit|unet)\.")
+# OneTrainer's OMI names begin with the encoder; ComfyUI's with the part of the checkpoint and the wrapper inside it.
+ENCODER_PREFIX = re.compile(
+    r"text_encoders\.(?P<part>\w+)\.(?:transformer\.)?|(?P<encoder>clip_l|clip_g|t5xxl|t5)\.(?:transformer\.)?"
+)
+ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3", "t5": "text_encoder_3"}
+# kohya's scripts make an underscore of every dot; VideoX-Fun's leave two, as the model itself has no name there.
+UNDERSCORED = re.compile(
+    r"(?:lora_(?P<model>unet|transformer|te|te1|te2|te3|prior_unet|prior_te)_{1,2}|lycoris_)(?P<layer>[\w-]+)", re.ASCII
+)
+UNDERSCORED_MODELS = {
+    "te": "text_encoder",
+    "te1": "text_encoder",
+    "te2": "text_encoder_2",
+    "te3": "text_encoder_3",
+    "prior_unet": "prior",
+    "prior_te": "prior_text_encoder",
+}
+CLIP_WORDS = re.compile(r"text_model|self_attn|(?:[qkv]|out)_proj|text_projection|(?P<dot>_)")
+
+Z_IMAGE_ROOTS = re.compile(
+    "layers_|noise_refiner_|context_refiner_|(?:all_)?x_embedder|(?:all_)?final_layer_|t_embedder_|cap_embedder_"
+)
+# The underscores of Z-Image's own names.
+Z_IMAGE_WORDS = re.compile(
+    "noise_refiner|context_refiner|feed_forward|adaLN_modulation|adaln_modulation|to_[qkv]|to_out|(?:all_)?x_embedder"
+    "|(?:all_)?final_layer|t_embedder|cap_embedder|(?P<dot>_)"
+)
+# From the names of the published code; "2-1" are the patch sizes of the only layers of their kind.
+Z_IMAGE_RENAMES = (
+    (re.compile(r"^final_layer\."), "all_final_layer.2-1."),
+    (re.compile(r"^x_embedder$"), "all_x_embedder.2-1"),
+    (re.compile(r"\.to(?:\.([qkv])|_(q|k|v|out)_lora)$"), r".to_\1\2"),
+    (re.compile(r"\.to_out$"), ".to_out.0"),
+    (re.compile(r"\.adaln_modulation\."), ".adaLN_modulation."),
+)
+OLD_ATTENTION = re.compile(r"\.to_(q|k|v|out)_lora$")
+
+
+class Owned(NamedTuple):
+    model: str
+    rest: str
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What the adapters of one model family may change, and what their files call it.
+
+    models: those of the pipeline, first the one that names without a model belong to.
+    roots, words: how that one's layers begin where dots are underscores, and which underscores are no dots.
+    layer: what the pipeline calls a layer of a model, from its dotted name.
+    fused: names of layers that stand for several, whose up weights lie on top of each other, or for one.
+    unapplied: what files for this very family may change and is not applied, by how a message calls it.
+    """
+
+    models: tuple[str, ...]
+    roots: re.Pattern[str]
+    words: re.Pattern[str]
+    layer: Callable[[str, str], str]
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unapplied: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
+
+    def layer_names(self, stems: Collection[str]) -> dict[str, str]:
+        """What the loaded pipeline calls each layer, "unet.down_blocks.0…to_q", by the layer's stem in the file.
+
+        A fused layer keeps its name (see `parts_of`), and is left out where the file also holds its parts. Raises
+        AdapterIncompatible for names of another family's, AdapterInvalid where two stems mean one layer.
+        """
+        names = {stem: self.layer_name(stem) for stem in stems}
+        if len(set(names.values())) < len(names):
+            raise AdapterInvalid("the adapter holds two weights for the same place, by two names for one layer")
+        return self._without_copies(names)
+
+    def layer_name(self, stem: str) -> str:
+        """What the loaded pipeline calls the layer; errors as for `layer_names`."""
+        model, rest = self.owner(stem)
+        for what, pattern in self.unapplied.items():
+            if pattern.fullmatch(f"{model}.{rest}"):
+                raise AdapterUnsupported(f"the adapter holds {what}, and these are not applied: {shown(stem)}")
+        if model not in self.models:
+            raise AdapterIncompatible(
+                f"the adapter was made for another model: {shown(stem)} is a layer of its {model}, and adapters of the "
+                f"model here change its {', '.join(self.models)}"
+            )
+        layer = self.layer(model, rest.replace(".processor.", "."))
+        if layer.endswith("_lora"):
+            raise AdapterUnsupported(f"the adapter holds weights of an unknown kind: {shown(stem)}")
+        return f"{model}.{layer}"
+
+    def owner(self, name: str) -> Owned:
+        """The model that a layer belongs to, and its dotted name within it."""
+        if (underscored := UNDERSCORED.fullmatch(name)) is not None:
+            return self._owner_of_underscored(name, underscored)
+        model, bare = "", WRAPPERS.sub("", name) if WRAPPERS.match(name) else name
+        while (found := _without_prefix(bare)) is not None:
+            model, bare = model or found.model, found.rest
+        if not model and bare.startswith(TEXT_ENCODER_ROOTS):
+            model = "text_encoder"
+        return Owned(self.models[0] if model in ("", DENOISER) else model, bare)
+
+    def parts_of(self, layer: str) -> tuple[str, ...]:
+        """The layers that a name stands for: itself, unless it is fused. They share A; B is theirs in this order."""
+        for ending, parts in self.fused.items():
+            if layer.endswith(ending):
+                return tuple(layer.removesuffix(ending) + part for part in parts)
+        return (layer,)
+
+    def _owner_of_underscored(self, stem: str, found: re.Match[str]) -> Owned:
+        model, layer = UNDERSCORED_MODELS.get(found["model"] or "", self.models[0]), found["layer"]
+        if model != self.models[0]:
+            return Owned(model, _dotted(layer, CLIP_WORDS))
+        if not self.roots.match(layer):
+            raise AdapterIncompatible(f"the adapter was made for another model, with layers such as {shown(stem)}")
+        return Owned(model, _dotted(layer, self.words))
+
+    def _without_copies(self, names: Mapping[str, str]) -> dict[str, str]:
+        present = set(names.values())
+        parts = {name: present.intersection(self.parts_of(name)) - {name} for name in present}
+        if partly := [name for name, held in parts.items() if held and len(held) < len(self.parts_of(name))]:
+            raise AdapterInvalid(f"the adapter holds {listed(partly)} as one and in part also apart")
+        return {stem: name for stem, name in names.items() if not parts[name]}
+
+
+def _without_prefix(name: str) -> Owned | None:
+    """The model that the beginning of a dotted name says, and what is behind it; None where it says none."""
+    model, _, rest = name.partition(".")
+    if model in MODELS and rest:
+        return Owned(model, WRAPPERS.sub("", rest) if WRAPPERS.match(rest) else rest)
+    if (found := DENOISER_PREFIX.match(name)) is not None:
+        return Owned(DENOISER, name[found.end() :])
+    if (found := ENCODER_PREFIX.match(name)) is not None:
+        return Owned(ENCODERS.get(found["part"] or found["encoder"], "text_encoder"), name[found.end() :])
+    return None
+
+
+def _dotted(layer: str, words: re.Pattern[str]) -> str:
+    return words.sub(lambda found: "." if found["dot"] else found[0], layer)
+
+
+def _clip_layer(model: str, layer: str) -> str:
+    """The layer of a CLIP encoder.
+
+    transformers 5 has no level "text_model" in a CLIPTextModel any more, but still has it in SDXL's second encoder, a
+    CLIPTextModelWithProjection. Files have it or not.
+    """
+    layer = OLD_ATTENTION.sub(r".\1_proj", layer.removeprefix("text_model."))
+    return f"text_model.{layer}" if model == "text_encoder_2" and layer.startswith("encoder.") else layer
+
+
+def _z_image_layer(_model: str, layer: str) -> str:
+    for pattern, replacement in Z_IMAGE_RENAMES:
+        layer = pattern.sub(replacement, layer)
+    return layer
+
+
+def _of_stable_diffusion(models: tuple[str, ...], layers_per_block: int) -> Dialect:
+    def layer_of(model: str, layer: str) -> str:
+        return unet_layer(layer, layers_per_block) if model == "unet" else _clip_layer(model, layer)
+
+    return Dialect(models, UNET_ROOTS, UNET_WORDS, layer_of)
+
+
+# Every published Stable Diffusion has two layers a block.
+STABLE_DIFFUSION = _of_stable_diffusion(("unet", "text_encoder"), 2)
+
+Z_IMAGE = Dialect(
+    models=("transformer",),
+    roots=Z_IMAGE_ROOTS,
+    words=Z_IMAGE_WORDS,
+    layer=_z_image_layer,
+    fused={
+        ".attention.qkv": (".attention.to_q", ".attention.to_k", ".attention.to_v"),
+        ".attention.out": (".attention.to_out.0",),
+    },
+    unapplied={
+        "layers of the text encoder": re.compile(r"text_encoder\.(?:model\.)?layers\..*", re.DOTALL),
+        "w1 and w3 in one, in an order that it does not tell": re.compile(r".*\.feed_forward\.w13", re.DOTALL),
+    },
+)
+
+
+def sdxl(unet_config: Any) -> Dialect:
+    """SDXL's dialect; `unet_config` is `pipe.unet.config`, whose layers_per_block is read."""
+    return _of_stable_diffusion(("unet", "text_encoder", "text_encoder_2"), unet_config.layers_per_block)

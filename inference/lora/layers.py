@@ -1,0 +1,131 @@
+"""Where an adapter's weights lie in a page of the bank: the model's layers, grouped by the input they read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from inference.lora.adapter import LowRank
+
+# Half of this is wasted on average by an adapter whose rank is no multiple of it.
+PAGE_RANK = 8
+# These read the same input, so that one product serves the A of all of them; diffusers' names, then CLIP's.
+SELF_ATTENTION = (("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj"))
+CROSS_ATTENTION = (("to_q",), ("to_k", "to_v"))
+# Z-Image's feed-forward: what is gated and its gate.
+GATED = ("w1", "w3")
+# The modules that attention layers belong to, by diffusers' names and CLIP's.
+ATTENTIONS = frozenset({"attn1", "attn2", "self_attn", "attention"})
+
+
+class Slab:
+    """The pages of layer groups of one kind that one adapter was the first to touch: one tensor [pages, width],
+    allocated once and never moved."""
+
+    def __init__(self, groups: Sequence["LayerGroup"]) -> None:
+        self.groups = tuple(groups)
+        self.width = 0
+        self.pages: torch.Tensor | None = None
+        for group in groups:
+            group.slab, group.start = self, self.width
+            self.width += group.width
+
+    def allocate(self, pages: torch.Tensor) -> None:
+        """Keep the adapters in `pages`, which are zero."""
+        self.pages = pages
+        for group in self.groups:
+            # Views made once: every gather of every step begins with one.
+            group.a_pages = pages.narrow(1, group.start, group.a_width)
+            group.b_pages = [pages.narrow(1, *group.b_span(member)) for member in range(len(group.names))]
+
+
+@dataclass(eq=False)
+class LayerGroup:
+    """Layers of one input. `start` is where its part of its slab's pages begins: the A of all members, then the B of
+    each. There is a `slab` once an adapter was laid out that touches them, and `a_pages` and `b_pages`, by member, once
+    the slab is allocated."""
+
+    names: tuple[str, ...]
+    modules: tuple[Any, ...]
+    start: int = -1
+    slab: Slab = field(init=False)
+    a_pages: torch.Tensor = field(init=False)
+    b_pages: list[torch.Tensor] = field(init=False)
+
+    @cached_property
+    def fan_in(self) -> int:
+        return int(self.modules[0].weight[0].numel())
+
+    @cached_property
+    def fan_outs(self) -> tuple[int, ...]:
+        return tuple(int(module.weight.shape[0]) for module in self.modules)
+
+    @cached_property
+    def a_width(self) -> int:
+        return len(self.names) * PAGE_RANK * self.fan_in
+
+    @property
+    def width(self) -> int:
+        return self.a_width + PAGE_RANK * sum(self.fan_outs)
+
+    def a_part(self, pages: torch.Tensor) -> torch.Tensor:
+        """[pages, members, PAGE_RANK, in] of the slab's pages: a view."""
+        part = pages[:, self.start : self.start + self.a_width]
+        return part.view(-1, len(self.names), PAGE_RANK, self.fan_in)
+
+    def b_span(self, member: int) -> tuple[int, int]:
+        """Where in the slab's pages the member's B begins, and its length."""
+        return self.start + self.a_width + PAGE_RANK * sum(self.fan_outs[:member]), PAGE_RANK * self.fan_outs[member]
+
+    def b_part(self, pages: torch.Tensor, member: int) -> torch.Tensor:
+        """[pages, PAGE_RANK, out] of the slab's pages: a view."""
+        start, length = self.b_span(member)
+        return pages[:, start : start + length].view(-1, PAGE_RANK, self.fan_outs[member])
+
+
+def layer_groups(models: Mapping[str, torch.nn.Module]) -> list[LayerGroup]:
+    """Every Linear and Conv2d of the models, those of one input together."""
+    layers = {
+        f"{model}.{name}": module
+        for model, root in models.items()
+        for name, module in root.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    }
+    attentions = [
+        (f"{model}.{name}.", bool(getattr(module, "is_cross_attention", False)))
+        for model, root in models.items()
+        for name, module in root.named_modules()
+    ]
+    groups: list[LayerGroup] = []
+    for prefix, is_cross in attentions:
+        for members in CROSS_ATTENTION if is_cross else (*SELF_ATTENTION, GATED):
+            names = tuple(prefix + member for member in members)
+            if all(name in layers for name in names):
+                groups.append(LayerGroup(names, tuple(layers.pop(name) for name in names)))
+    return groups + [LayerGroup((name,), (module,)) for name, module in layers.items()]
+
+
+def by_kind(groups: Sequence[LayerGroup]) -> list[list[LayerGroup]]:
+    """The groups apart by model and by what adapters are trained on or leave out as a whole: attention, convolutions,
+    the rest."""
+    kinds: dict[tuple[str, bool, bool], list[LayerGroup]] = {}
+    for group in groups:
+        model, *path = group.names[0].split(".")
+        kind = model, not ATTENTIONS.isdisjoint(path), isinstance(group.modules[0], torch.nn.Conv2d)
+        kinds.setdefault(kind, []).append(group)
+    return list(kinds.values())
+
+
+def fill(pages: torch.Tensor, group: LayerGroup, member: int, layer: LowRank) -> None:
+    """Write a layer's A and B into their parts of a slab's pages, rank by rank; beyond its rank they stay zero."""
+    a = layer.a.flatten(1)
+    b = layer.b.flatten(1).T
+    num_full, rest = divmod(layer.rank, PAGE_RANK)
+    for part, weight in ((group.a_part(pages)[:, member], a), (group.b_part(pages, member), b)):
+        full = num_full * PAGE_RANK
+        # A view, not a reshape: that would first copy the transposed B.
+        part[:num_full] = weight[:full].view(num_full, PAGE_RANK, weight.shape[1])
+        if rest:
+            part[num_full, :rest] = weight[full:]

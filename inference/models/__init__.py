@@ -1,0 +1,1 @@
+"""The model families: one file for each behind the interface in `base.py`."""

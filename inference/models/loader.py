@@ -1,0 +1,51 @@
+"""From a checkpoint's name to its family, resident on the device."""
+
+import torch
+
+from config.settings import ModelSettings
+from inference.checkpoints.checkpoint import download, identify, load_pipeline, weight_bytes
+from inference.checkpoints.memory_plan import foresee, free_bytes, most_adapter_bytes, place
+from inference.controlnet.files import find_controlnets
+from inference.controlnet.loader import ControlNets
+from inference.lora.adapter_memory import AdapterMemory
+from inference.models.base import Family
+from inference.models.sdxl import StableDiffusionXL
+from inference.models.stable_diffusion import StableDiffusion
+from inference.models.z_image import ZImage
+from inference.request import EngineStartFailed
+
+FAMILIES: dict[str, type[StableDiffusion] | type[StableDiffusionXL] | type[ZImage]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "ZImagePipeline": ZImage,
+}
+
+
+def load_family(settings: ModelSettings, *, device: torch.device, dtype: torch.dtype) -> Family:
+    """The model that the settings name, whole on `device` or, where it does not fit, taking turns there.
+
+    `EngineStartFailed` says why it cannot be run.
+    """
+    found = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)
+    checkpoint = download(found)
+    needed = weight_bytes(checkpoint, dtype.itemsize)
+    assert needed is not None, "a downloaded checkpoint has its files"  # noqa: S101
+    files = find_controlnets(settings.controlnet_sources)
+    controlnets = ControlNets(files, max_bytes=settings.controlnet_max_bytes, device=device, dtype=dtype)
+    free, chosen = free_bytes(device) - controlnets.most_bytes, settings.adapter_max_bytes
+    residence = foresee(device.type, needed, free, chosen)
+    memory = AdapterMemory(
+        settings.adapter_slots,
+        settings.adapter_max_rank,
+        most_adapter_bytes(chosen, needed, free, residence),
+        is_chosen=chosen is not None,
+    )
+    pipeline = load_pipeline(checkpoint, dtype)
+    try:
+        place(pipeline, device, residence)
+        family = FAMILIES[checkpoint.pipeline_class](pipeline, device=device, memory=memory)
+    except torch.OutOfMemoryError as error:
+        raise EngineStartFailed(f"MODEL_ID {settings.model_id!r} does not fit the GPU's memory: {error}") from error
+    family.public_name = checkpoint.public_name
+    family.take_controlnets(controlnets)
+    return family

@@ -1,0 +1,79 @@
+"""What of a request can be refused before the model is loaded: by the checkpoint's index and configs, and by files.
+
+The engine's own checks stand behind these. A model is gigabytes, and these read kilobytes and the adapters.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from config.settings import ModelSettings
+from inference.checkpoints.checkpoint import Checkpoint, Where, identify
+from inference.checkpoints.weight_files import read_json
+from inference.lora.adapter import check_rank, read_adapter
+from inference.lora.files import AdapterError
+from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, Dialect, sdxl
+from inference.models.loader import FAMILIES
+from inference.models.unet import UNetFamily
+from inference.request import KINDS, AdapterFile, RequestFailed
+from inference.sampling.schedulers import SchedulerTable
+
+# Every published SDXL UNet's.
+SDXL_LAYERS_PER_BLOCK = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ForeseenModel:
+    """What is known of the model of MODEL_ID before it is loaded. `kinds` and `controls` are as in `ModelFacts`."""
+
+    model: str
+    kinds: tuple[str, ...]
+    controls: tuple[str, ...]
+    schedulers: SchedulerTable
+    dialect: Dialect
+    max_rank: int
+
+    def check(self, scheduler: str | None, adapters: Sequence[AdapterFile]) -> None:
+        """Raise `RequestFailed` for a scheduler that the model does not take, or an adapter that cannot be its own."""
+        self.schedulers.check(scheduler)
+        for file in adapters:
+            try:
+                check_rank(read_adapter(file.weights, file.config, self.dialect), self.max_rank)
+            except AdapterError as error:
+                raise RequestFailed(error.code, f"the adapter {file.weights}: {error}") from error
+
+
+def foresee_model(settings: ModelSettings) -> ForeseenModel:
+    """Read the checkpoint's index. `EngineStartFailed` where MODEL_ID is nothing that can be run."""
+    checkpoint = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)
+    family = FAMILIES[checkpoint.pipeline_class]
+    unet = _unet_config(checkpoint) if issubclass(family, UNetFamily) else {}
+    return ForeseenModel(
+        model=checkpoint.public_name,
+        kinds=("inpaint",) if _reads_masks(unet) else KINDS,
+        controls=tuple(settings.controlnet_sources),
+        schedulers=family.schedulers,
+        dialect=_dialect_of(checkpoint, unet),
+        max_rank=settings.adapter_max_rank,
+    )
+
+
+def _unet_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """Empty where it is not on this machine."""
+    path = checkpoint.path / "unet" / "config.json"
+    return read_json(path) if checkpoint.where is not Where.FILE and path.is_file() else {}
+
+
+def _reads_masks(unet: Mapping[str, Any]) -> bool:
+    return "in_channels" in unet and unet["in_channels"] != unet.get("out_channels", 4)
+
+
+def _dialect_of(checkpoint: Checkpoint, unet: Mapping[str, Any]) -> Dialect:
+    match checkpoint.pipeline_class:
+        case "StableDiffusionPipeline":
+            return STABLE_DIFFUSION
+        case "StableDiffusionXLPipeline":
+            return sdxl(SimpleNamespace(layers_per_block=unet.get("layers_per_block", SDXL_LAYERS_PER_BLOCK)))
+        case _:
+            return Z_IMAGE

@@ -1,0 +1,174 @@
+"""What the families with a UNet share: CLIP's prompts in chunks, and forwards of lanes of one size."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from inference.controlnet.unet import Inputs, residuals_of
+from inference.lane import Embedding, Kind, Lane
+from inference.lora.adapter_memory import AdapterMemory
+from inference.lora.bank import Row
+from inference.models.base import Family, Prompt, embedding_of, guides_of, sampler_of
+from inference.models.clip_prompts import LongPromptEncoder
+from inference.request import EngineStartFailed, GenerationRequest
+
+# What a ControlNet's config has in common with its UNet's: otherwise their blocks do not meet.
+SHARED_WITH_CONTROLNETS = (
+    "cross_attention_dim",
+    "block_out_channels",
+    "layers_per_block",
+    "addition_embed_type",
+    "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
+)
+
+
+class UNetFamily(Family):
+    """Stable Diffusion and SDXL. Lanes of one size share a forward, however long their prompts are."""
+
+    is_chunked = True
+    controlnet_class = "ControlNetModel"
+    _prompts: LongPromptEncoder
+
+    def __init__(self, pipeline: Any, *args: Any, device: torch.device, memory: AdapterMemory) -> None:
+        _check_is_plain(pipeline.unet)
+        super().__init__(pipeline, *args, device=device, memory=memory)
+        self._reads_rest = pipeline.unet.config.in_channels != pipeline.unet.config.out_channels
+        if self._reads_rest:
+            self.kinds = ("inpaint",)
+        self._memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        pipeline.unet.to(memory_format=self._memory_format)
+
+    @property
+    def base_size(self) -> int:
+        return int(self._pipeline.unet.config.sample_size * self.size_multiple)
+
+    @property
+    def size_multiple(self) -> int:
+        return int(self._pipeline.vae_scale_factor)
+
+    def kind_of(self, request: GenerationRequest) -> Kind:
+        return Kind(
+            (request.height, request.width),
+            is_guided=request.guidance_scale > 1,
+            num_steps=self.num_steps_of(request),
+        )
+
+    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[Row]) -> list[Embedding]:
+        """Ordinary prompts in one pass; those with weights, and those of several chunks, one by one."""
+        found: list[Embedding | None] = [None] * len(prompts)
+        ordinary = []
+        for index, (prompt, row) in enumerate(zip(prompts, adapters, strict=True)):
+            if self._prompts.is_ordinary(prompt.text):
+                ordinary.append(index)
+            else:
+                self.bank.route([row])
+                found[index] = Embedding(*self._prompts.encode(prompt.text))
+        if ordinary:
+            self.bank.route([adapters[index] for index in ordinary])
+            encoded = self._encode_ordinary([prompts[index] for index in ordinary])
+            for index, embedding in zip(ordinary, encoded, strict=True):
+                found[index] = embedding
+        return [embedding for embedding in found if embedding is not None]
+
+    @abstractmethod
+    def _encode_ordinary(self, prompts: Sequence[Prompt]) -> list[Embedding]:
+        """Prompts of one chunk without weights, as by the plain pipeline's `encode_prompt`, which waits for uploads."""
+
+    def _tokenized(self, tokenizer: Any, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and their mask, [prompts, 77] each, the ids on the device and the mask on the host."""
+        texts = [prompt.text for prompt in prompts]
+        length = tokenizer.model_max_length
+        found = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return self._uploaded(found.input_ids), found.attention_mask
+
+    def _added_conditions(self, rows: Sequence[Lane], embeddings: Sequence[Embedding]) -> dict[str, torch.Tensor]:
+        """What the UNet is told beside the prompt."""
+        return {}
+
+    def _latent_shape(self, request: GenerationRequest) -> tuple[int, int, int]:
+        multiple = self.size_multiple
+        return self._pipeline.unet.config.out_channels, request.height // multiple, request.width // multiple
+
+    def show(self, picture: torch.Tensor) -> torch.Tensor:
+        """The picture as it is: these ControlNets have an encoder of their own."""
+        return self._uploaded(picture).to(self._pipeline.unet.dtype)
+
+    def _why_no_control(self, config: Any) -> str | None:
+        if config.global_pool_conditions or config.conditioning_channels != 3:
+            return "it is shown something other than a colour picture, or reads it as a whole"
+        latent_channels = self._pipeline.vae.config.latent_channels
+        if config.in_channels != latent_channels:
+            return f"its in_channels is {config.in_channels}, the VAE's latents have {latent_channels}"
+        return _difference(self._pipeline.unet.config, config)
+
+    def _denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
+        """Rows: the negative prompts of the guided lanes, their prompts, then the prompts of the others."""
+        unet = self._pipeline.unet
+        guided = [lane for lane in lanes if lane.num_rows == 2]
+        ordered = guided + [lane for lane in lanes if lane.num_rows == 1]
+        rows = guided + ordered
+        embeddings = [embedding_of(lane, is_negative=i < len(guided)) for i, lane in enumerate(rows)]
+        tokens, mask = _stacked([embedding.tokens for embedding in embeddings])
+        read = [sampler_of(lane).model_input() for lane in ordered]
+        latents = torch.stack(read[: len(guided)] + read)
+        inputs = Inputs(
+            latents.to(unet.dtype, memory_format=self._memory_format),
+            self._upload([sampler_of(lane).timestep for lane in rows]),
+            [embedding.tokens for embedding in embeddings],
+            self._added_conditions(rows, embeddings),
+        )
+        self.bank.route([lane.drawing.row for lane in rows])
+        predictions = unet(
+            inputs.latents,
+            inputs.timesteps,
+            tokens,
+            encoder_attention_mask=None if mask is None else self._uploaded(mask),
+            added_cond_kwargs=inputs.added,
+            return_dict=False,
+            **residuals_of(guides_of(rows), inputs, self._upload),
+        )[0].float()
+        negative, positive, unguided = predictions.split((len(guided), len(guided), len(lanes) - len(guided)))
+        scales = self._upload([lane.drawing.request.guidance_scale for lane in guided]).view(-1, 1, 1, 1)
+        drawn = torch.cat((negative + scales * (positive - negative), unguided)).unbind()
+        by_lane = {id(lane): prediction for lane, prediction in zip(ordered, drawn, strict=True)}
+        return [by_lane[id(lane)] for lane in lanes]
+
+
+def _difference(ours: Any, theirs: Any) -> str | None:
+    """What of a ControlNet's config differs from its UNet's where it must not."""
+    for name in SHARED_WITH_CONTROLNETS:
+        wanted, found = (_plain(getattr(config, name)) for config in (ours, theirs))
+        if wanted != found:
+            return f"its {name} is {found}, the UNet's is {wanted}"
+    return None
+
+
+def _plain(value: Any) -> Any:
+    # Tuples come back from JSON as lists.
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _stacked(tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Embeddings [rows, tokens, width], the shorter ones filled up with zeros that a mask [rows, tokens], on the host,
+    hides; without a mask where all are of one length, which is what attention is fastest at."""
+    lengths = [len(one) for one in tokens]
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return torch.stack(list(tokens)), None
+    mask = torch.zeros(len(lengths), longest, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        mask[row, :length] = True
+    return torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True), mask
+
+
+def _check_is_plain(unet: Any) -> None:
+    """The pipelines have more kinds of UNet than this file: some know the guidance, some read a picture to edit."""
+    config = unet.config
+    if config.time_cond_proj_dim is not None:
+        raise EngineStartFailed("MODEL_ID has a guidance-distilled UNet, which this version cannot run")
+    if config.in_channels not in (config.out_channels, 2 * config.out_channels + 1):
+        kind = f"a UNet for editing or upscaling ({config.in_channels} input channels)"
+        raise EngineStartFailed(f"MODEL_ID has {kind}; this version runs ordinary and inpainting ones")

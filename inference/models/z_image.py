@@ -1,0 +1,223 @@
+"""Z-Image: a language model's hidden states, a transformer that reads pictures of any size as tokens, a flow."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import ZImageControlNetModel
+from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
+
+from inference.checkpoints.offload import bring
+from inference.controlnet.z_image import Inputs, hints_of
+from inference.lane import Embedding, Kind, Lane
+from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
+from inference.lora.bank import Row
+from inference.lora.key_names import Z_IMAGE
+from inference.models.base import Family, Prompt, embedding_of, guides_of, sampler_of
+from inference.models.z_image_attention import (
+    RowLengths,
+    RowTokens,
+    attend_to_own_tokens,
+    attend_to_own_tokens_in_controlnet,
+)
+from inference.request import GenerationRequest, RequestFailed, Source
+from inference.sampling.schedulers import FLOW
+
+# What the transformer was trained to read; the pipeline cuts here.
+MAX_TOKENS = 512
+# Tokens come in multiples of it, both the caption's and the picture's.
+TOKEN_MULTIPLE = 32
+TRAIN_TIMESTEPS = 1000
+# What a ControlNet's config has in common with its transformer's.
+SHARED_WITH_CONTROLNETS = ("dim", "n_heads", "n_kv_heads", "n_refiner_layers")
+# Latent pixels on a side of one token.
+PATCH = 2
+
+
+class ZImage(Family):
+    """`ZImagePipeline` checkpoints. Lanes share a forward where their areas are alike, whatever their shapes are."""
+
+    name = "z-image"
+    schedulers = FLOW
+    controlnet_class = "ZImageControlNetModel"
+    default_steps = 8
+    default_guidance = 0.0
+
+    def __init__(self, pipeline: Any, *, device: torch.device, memory: AdapterMemory = UNLIMITED) -> None:
+        super().__init__(pipeline, {"transformer": pipeline.transformer}, Z_IMAGE, device=device, memory=memory)
+        self._row_lengths = RowLengths()
+        attend_to_own_tokens(pipeline.transformer, self._row_lengths)
+
+    @property
+    def base_size(self) -> int:
+        return int(self._pipeline.vae.config.sample_size)
+
+    @property
+    def size_multiple(self) -> int:
+        return int(self._pipeline.vae_scale_factor * PATCH)
+
+    def kind_of(self, request: GenerationRequest) -> Kind:
+        """Half-octaves of area, the base size in the middle of one: a forward takes as long as its largest picture."""
+        base = (self.base_size // self.size_multiple) ** 2
+        shape = round(2 * math.log2(self._num_patches(request) / base))
+        return Kind(shape, is_guided=request.guidance_scale > 0, num_steps=self.num_steps_of(request))
+
+    def num_steps_of(self, request: GenerationRequest) -> int:
+        """Its pipelines round the steps that are left out, the others' those that are taken."""
+        if request.source is None:
+            return request.num_inference_steps
+        num_steps = request.num_inference_steps
+        return num_steps - int(max(num_steps - num_steps * request.source.strength, 0))
+
+    def check(self, request: GenerationRequest) -> None:
+        """There is nothing that a request may name and this family cannot do."""
+
+    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[Row]) -> list[Embedding]:
+        """The hidden states before the last layer; adapters leave the language model alone."""
+        tokenizer, encoder = self._pipeline.tokenizer, self._pipeline.text_encoder
+        chats = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt.text}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=True,
+            )
+            for prompt in prompts
+        ]
+        tokens = tokenizer(chats, padding=True, padding_side="right", return_tensors="pt")
+        lengths = tokens.attention_mask.sum(1).tolist()
+        _check_length(max(lengths))
+        # No mask: a token reads those before it, and what fills up a shorter text comes behind all of its own. With one
+        # transformers would ask the device whether it hides anything.
+        states = encoder(input_ids=self._uploaded(tokens.input_ids), output_hidden_states=True).hidden_states[-2]
+        return [Embedding(own[:length]) for own, length in zip(states, lengths, strict=True)]
+
+    def load_control(self, name: str) -> Any:
+        """With the transformer's own layers where it lacks some."""
+        net = ZImageControlNetModel.from_transformer(super().load_control(name), self._pipeline.transformer)
+        attend_to_own_tokens_in_controlnet(net, self._row_lengths)
+        return net
+
+    def show(self, picture: torch.Tensor) -> torch.Tensor:
+        """The picture as latents [channels, 1, height, width], the likeliest of those that the VAE makes of it."""
+        vae = self._pipeline.vae
+        vae.use_tiling = False
+        encoded = vae.encode((self._uploaded(picture)[None] * 2 - 1).to(vae.dtype)).latent_dist.mode()
+        latents = (encoded - vae.config.shift_factor) * vae.config.scaling_factor
+        shown: torch.Tensor = latents[0, :, None].to(self._pipeline.transformer.dtype)
+        return shown
+
+    def _why_no_control(self, config: Any) -> str | None:
+        ours = self._pipeline.transformer.config
+        for name in SHARED_WITH_CONTROLNETS:
+            if config[name] != ours[name]:
+                return f"its {name} is {config[name]}, the transformer's is {ours[name]}"
+        if config.control_in_dim < ours.in_channels or max(config.control_layers_places) >= ours.n_layers:
+            return "it reads fewer channels, or is for more layers, than the transformer has"
+        return None
+
+    def _denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
+        """Rows: the prompts of all lanes, then the negative prompts of the guided ones."""
+        guided = [lane for lane in lanes if lane.num_rows == 2]
+        with self._row_lengths.forgotten_afterwards():
+            predictions = self._forward([*lanes, *guided], num_positive=len(lanes))
+        negative = {id(lane): one.float() for lane, one in zip(guided, predictions[len(lanes) :], strict=True)}
+        drawn = []
+        for lane, positive in zip(lanes, predictions[: len(lanes)], strict=True):
+            prediction = positive.float()
+            if id(lane) in negative:
+                prediction = _guided(prediction, negative[id(lane)], lane)
+            # The model tells the way to the picture, schedulers expect the way to the noise.
+            drawn.append(-prediction[:, 0])
+        return drawn
+
+    def _forward(self, rows: Sequence[Lane], *, num_positive: int) -> list[torch.Tensor]:
+        """The transformer's prediction for each row, behind the first `num_positive` by the negative prompt."""
+        transformer = self._pipeline.transformer
+        captions = [embedding_of(lane, is_negative=i >= num_positive).tokens for i, lane in enumerate(rows)]
+        tokens = [self._row_tokens(*one) for one in zip(rows, captions, strict=True)]
+        read = {id(lane): sampler_of(lane).model_input().to(transformer.dtype)[:, None] for lane in rows[:num_positive]}
+        inputs = Inputs(
+            [read[id(lane)] for lane in rows],
+            self._upload([(TRAIN_TIMESTEPS - sampler_of(lane).timestep) / TRAIN_TIMESTEPS for lane in rows]),
+            captions,
+            [one.image + one.caption for one in tokens],
+        )
+
+        def wear(numbers: Sequence[int]) -> None:
+            chosen = [tokens[i] for i in numbers]
+            self._row_lengths.set(chosen)
+            self.bank.route([rows[i].drawing.row for i in numbers], _strung(chosen))
+
+        bring(transformer)  # the ControlNets run layers of it before it is called itself
+        hints = hints_of(guides_of(rows), inputs, wear, self._upload)
+        wear(range(len(rows)))
+        predictions: list[torch.Tensor] = transformer(
+            inputs.latents, inputs.times, captions, return_dict=False, controlnet_block_samples=hints or None
+        )[0]
+        return predictions
+
+    def _num_patches(self, request: GenerationRequest) -> int:
+        return (request.height // self.size_multiple) * (request.width // self.size_multiple)
+
+    def _row_tokens(self, lane: Lane, caption: torch.Tensor) -> RowTokens:
+        return RowTokens(_padded(self._num_patches(lane.drawing.request)), _padded(len(caption)))
+
+    def _latent_shape(self, request: GenerationRequest) -> tuple[int, int, int]:
+        multiple = self.size_multiple
+        channels = self._pipeline.transformer.config.in_channels
+        return channels, PATCH * (request.height // multiple), PATCH * (request.width // multiple)
+
+    def _shift(self, request: GenerationRequest) -> float | None:
+        config = self._pipeline.scheduler.config
+        if not config.use_dynamic_shifting:
+            return None
+        shift: float = calculate_shift(
+            self._num_patches(request),
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        return shift
+
+    def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
+        return super()._unscaled(latents) + float(self._pipeline.vae.config.shift_factor)
+
+    def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        return super()._scaled(latents - float(self._pipeline.vae.config.shift_factor))
+
+    def _begins_from_noise(self, source: Source) -> bool:
+        return False
+
+
+def _strung(rows: Sequence[RowTokens]) -> dict[str, list[int]]:
+    """Where the transformer strings all rows' tokens together, how many are whose."""
+    return {
+        "transformer.all_x_embedder.2-1": [row.image for row in rows],
+        "transformer.cap_embedder.1": [row.caption for row in rows],
+    }
+
+
+def _guided(positive: torch.Tensor, negative: torch.Tensor, lane: Lane) -> torch.Tensor:
+    """The pipeline's guidance: off beyond the truncation, and no longer than the normalisation lets it be."""
+    request = lane.drawing.request
+    if (TRAIN_TIMESTEPS - sampler_of(lane).timestep) / TRAIN_TIMESTEPS > request.cfg_truncation:
+        return positive
+    guided = positive + request.guidance_scale * (positive - negative)
+    if request.cfg_normalization > 0:
+        longest = torch.linalg.vector_norm(positive) * request.cfg_normalization
+        # No branch: asking the device which one is longer would wait for it.
+        guided = guided * (longest / torch.linalg.vector_norm(guided)).clamp(max=1)
+    return guided
+
+
+def _check_length(num_tokens: int) -> None:
+    if num_tokens > MAX_TOKENS:
+        reason = f"the prompt has {num_tokens} tokens with the model's own around it; it reads {MAX_TOKENS}"
+        raise RequestFailed("INVALID_PROMPT", f"{reason}: ask with fewer words")
+
+
+def _padded(num_tokens: int) -> int:
+    return num_tokens + -num_tokens % TOKEN_MULTIPLE

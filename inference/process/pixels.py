@@ -1,0 +1,70 @@
+"""Pixels on the pipe: raw bytes behind the message of their result, so that memory is taken for one picture at a time.
+
+Pickled with it, they would be in memory twice, and a reader without room for them would lose its place in the stream.
+"""
+
+import os
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+from inference.process.protocol import Failed, Finished
+from inference.request import GenerationResult, Picture, ResultTooLarge
+
+CHUNK_BYTES = 1 << 16
+
+
+def send_finished(connection: "Connection[Any, Any]", request_id: str, result: GenerationResult) -> None:
+    """Send the result, then its pixels."""
+    pixels = [picture.rgb for picture in result.pictures]
+    bare = tuple(replace(picture, rgb=b"") for picture in result.pictures)
+    connection.send(Finished(request_id, replace(result, pictures=bare), tuple(map(len, pixels))))
+    for rgb in pixels:
+        _write(connection.fileno(), memoryview(rgb))
+
+
+def receive_pixels(connection: "Connection[Any, Any]", message: Finished) -> Finished | Failed:
+    """Read the pixels behind `message`; `ResultTooLarge` as its answer where there is no memory for them.
+
+    Raises `OSError` or `EOFError` where the sender is gone.
+    """
+    pictures: list[Picture] = []
+    left = sum(message.num_bytes)
+    try:
+        for picture, num_bytes in zip(message.result.pictures, message.num_bytes, strict=True):
+            buffer = bytearray(num_bytes)
+            _fill(connection.fileno(), memoryview(buffer))
+            left -= num_bytes
+            pictures.append(replace(picture, rgb=bytes(buffer)))
+    except MemoryError:
+        pictures.clear()
+        _skip(connection.fileno(), left)
+        return Failed(message.request_id, ResultTooLarge(_sentence(message.result)))
+    return replace(message, result=replace(message.result, pictures=tuple(pictures)))
+
+
+def _sentence(result: GenerationResult) -> str:
+    first, count = result.pictures[0], len(result.pictures)
+    pictures = f"{count} picture{'s' if count > 1 else ''} of {first.width}x{first.height} px"
+    return f"{pictures} were drawn, and the worker has no memory for them: ask for fewer or smaller ones"
+
+
+def _write(descriptor: int, view: memoryview) -> None:
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _fill(descriptor: int, view: memoryview) -> None:
+    while view:
+        num_bytes = os.readv(descriptor, [view])
+        if num_bytes == 0:
+            raise EOFError("the pipe ended within a picture")
+        view = view[num_bytes:]
+
+
+def _skip(descriptor: int, num_bytes: int) -> None:
+    while num_bytes:
+        chunk = os.read(descriptor, min(CHUNK_BYTES, num_bytes))
+        if not chunk:
+            raise EOFError("the pipe ended within a picture")
+        num_bytes -= len(chunk)

@@ -1,0 +1,68 @@
+"""The messages between the supervisor and the engine's process, one dataclass each, over one socket pair."""
+
+from dataclasses import dataclass
+
+from config.logs import LogFormat
+from config.settings import ModelSettings
+from inference.request import EngineError, GenerationRequest, GenerationResult, ModelFacts, Occupancy, StepReport
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """First message to the child: load this model."""
+
+    settings: ModelSettings
+    log_level: str
+    log_format: LogFormat = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    request: GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Last message to the child: nothing is running; leave."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    facts: ModelFacts
+
+
+@dataclass(frozen=True, slots=True)
+class StartFailed:
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """One turn of the engine's loop: the steps it brought, by request id, and what the engine holds after it."""
+
+    reports: tuple[tuple[str, StepReport], ...]
+    occupancy: Occupancy
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of a request. `num_bytes` of pixels of each picture follow, see `inference.process.pixels`."""
+
+    request_id: str
+    result: GenerationResult
+    num_bytes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    request_id: str
+    error: EngineError
+
+
+ToChild = Start | Generate | Cancel | Stop
+FromChild = Ready | StartFailed | Stepped | Finished | Failed

@@ -1,0 +1,1 @@
+"""Schedulers, and the arithmetic of a lane's denoise steps."""

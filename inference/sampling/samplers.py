@@ -1,0 +1,256 @@
+"""The arithmetic of one lane's denoise steps, around the denoiser.
+
+Where a scheduler's steps are linear they are taken from a trajectory found once, see `courses.py`. Whether a scheduler
+really is linear is tried out on random numbers, never assumed.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+
+from inference.device.uploads import pinned, upload
+from inference.request import RequestFailed
+from inference.sampling.noise import SuppliedNoise
+from inference.sampling.schedulers import SchedulerTable
+from inference.sampling.trajectory import Course, Trajectory, scale_model_input, take_step, trace
+
+MAX_TRAJECTORIES = 256
+# fp32 rounding over a hundred steps stays below 1e-4; a clipped value is far above.
+LINEAR_TOLERANCE = 1e-3
+
+
+class Sampler(Protocol):
+    """The denoise steps of one lane. `latents` [channels, height, width], fp32, change only by `advance`."""
+
+    @property
+    def latents(self) -> torch.Tensor: ...
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def step_index(self) -> int: ...
+    @property
+    def timestep(self) -> float: ...
+
+    def model_input(self) -> torch.Tensor:
+        """What the denoiser reads at `timestep`: the latents as it wants them, and what else it has channels for."""
+        ...
+
+    def advance(self, prediction: torch.Tensor) -> None:
+        """Take one step with the denoiser's prediction, of the latents' shape."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a lane with a source begins from, [channels, height, width] each.
+
+    `latents` are the encoded picture's (None: the lane begins from noise and keeps nothing). Where `mask` (bool, one
+    channel) is false, the picture is kept; None: nowhere. `is_hidden`: the lane begins from noise all the same.
+    `channels`: what the denoiser reads behind the latents at every step.
+    """
+
+    latents: torch.Tensor | None
+    mask: torch.Tensor | None = None
+    is_hidden: bool = False
+    channels: torch.Tensor | None = None
+
+
+NO_SOURCE = Origin(latents=None)
+
+
+class _Backdrop:
+    """What a lane is drawn on: how it begins, and what stays as it was."""
+
+    def __init__(self, trajectory: Trajectory, noise: torch.Tensor, origin: Origin) -> None:
+        self._levels = trajectory.levels
+        self._noise = noise
+        self._origin = origin
+        if origin.latents is None or origin.is_hidden:
+            self.start = noise * trajectory.init_noise_sigma
+        else:
+            self.start = self._levels[0].applied(origin.latents, noise)
+
+    def extended(self, model_input: torch.Tensor) -> torch.Tensor:
+        """The model's input with the channels that denoising does not change."""
+        channels = self._origin.channels
+        return model_input if channels is None else torch.cat((model_input, channels))
+
+    def blended(self, latents: torch.Tensor, step_index: int) -> torch.Tensor:
+        """`latents` before step `step_index`, the picture as noisy as they are where it is kept."""
+        picture, mask = self._origin.latents, self._origin.mask
+        if picture is None or mask is None:
+            return latents
+        return torch.where(mask, latents, self._levels[step_index].applied(picture, self._noise))
+
+
+class TrajectorySampler:
+    """A lane on a known trajectory. Keeps what its scheduler looks back to: samples, predictions and noise."""
+
+    def __init__(self, trajectory: Trajectory, backdrop: _Backdrop, generator: torch.Generator) -> None:
+        """The weights of `trajectory` are on the lane's device; `generator` goes on where it drew the lane's noise."""
+        assert trajectory.weights is not None, "a linear scheduler's"  # noqa: S101
+        self._trajectory = trajectory
+        self._backdrop = backdrop
+        self._generator = generator
+        self.latents = backdrop.start
+        self._num_parts = trajectory.weights.shape[-1]
+        self._weights = trajectory.weights.flatten(1)
+        self._recent = self.latents.new_zeros(self._weights.shape[1], self.latents.numel())
+        self.step_index = 0
+
+    @property
+    def num_steps(self) -> int:
+        return len(self._trajectory.timesteps)
+
+    @property
+    def timestep(self) -> float:
+        return self._trajectory.timesteps[self.step_index]
+
+    def model_input(self) -> torch.Tensor:
+        scale = self._trajectory.scales[self.step_index]
+        return self._backdrop.extended(self.latents if scale == 1.0 else self.latents * scale)
+
+    def advance(self, prediction: torch.Tensor) -> None:
+        index = self.step_index
+        row = index * self._num_parts % len(self._recent)
+        self._recent[row] = self.latents.flatten()
+        self._recent[row + 1] = prediction.flatten()
+        if self._trajectory.draws[index]:
+            noise = torch.randn(self.latents.numel(), generator=self._generator)
+            self._recent[row + 2].copy_(pinned(noise, self.latents.device), non_blocking=True)
+        num_filled = min((index + 1) * self._num_parts, len(self._recent))
+        stepped = (self._weights[index, :num_filled] @ self._recent[:num_filled]).view(self.latents.shape)
+        self.step_index = index + 1
+        self.latents = self._backdrop.blended(stepped, self.step_index)
+
+
+class SchedulerSampler:
+    """A lane with a diffusers scheduler of its own, for those that clip at every step."""
+
+    def __init__(
+        self,
+        scheduler: Any,
+        times: torch.Tensor,
+        draws: Sequence[bool],
+        backdrop: _Backdrop,
+        generator: torch.Generator,
+    ) -> None:
+        """`scheduler` is set up to take `times`; `generator` goes on where it drew the lane's noise.
+
+        `draws`: which of the steps draw noise.
+        """
+        self._scheduler = scheduler
+        self._times = times
+        self._draws = draws
+        self._backdrop = backdrop
+        self._generator = generator
+        self.latents = backdrop.start
+        self.step_index = 0
+
+    @property
+    def num_steps(self) -> int:
+        return len(self._times)
+
+    @property
+    def timestep(self) -> float:
+        return float(self._times[self.step_index])
+
+    def model_input(self) -> torch.Tensor:
+        # The schedulers expect a batch dimension.
+        scaled = scale_model_input(self._scheduler, self.latents[None], self._times[self.step_index])[0]
+        return self._backdrop.extended(scaled)
+
+    def advance(self, prediction: torch.Tensor) -> None:
+        # Most schedulers look themselves up by timestep; few take a generator, the deterministic ones ignore it.
+        now = self._times[self.step_index]
+        # Not at every step: it makes each call of torch some microseconds slower.
+        with SuppliedNoise(self._generator, self._draw) if self._draws[self.step_index] else nullcontext():
+            stepped = take_step(self._scheduler, prediction[None], now, self.latents[None], self._generator)[0]
+        self.step_index += 1
+        self.latents = self._backdrop.blended(stepped, self.step_index)
+
+    def _draw(self, shape: Sequence[int]) -> torch.Tensor:
+        # The scheduler's own copy of it to the device would wait for the step that is running.
+        return upload(torch.randn(shape, generator=self._generator), self.latents.device)
+
+
+class Samplers:
+    """Maker of samplers for one checkpoint. Remembers the trajectories it found."""
+
+    def __init__(self, table: SchedulerTable, scheduler_config: Any) -> None:
+        self._table = table
+        self._config = scheduler_config
+        self._trajectory = lru_cache(MAX_TRAJECTORIES)(self._find_trajectory)
+        # Lanes of one course share them on the device.
+        self._weights = lru_cache(MAX_TRAJECTORIES)(self._upload_weights)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The schedulers a job may name."""
+        return self._table.names
+
+    def prepare(self, course: Course) -> None:
+        """Find the trajectory, which takes some milliseconds, ahead of `begin`.
+
+        Raises `RequestFailed` where there is no such scheduler, or it cannot take so many steps.
+        """
+        self._trajectory(self._named(course))
+
+    def begin(
+        self, course: Course, noise: torch.Tensor, generator: torch.Generator, origin: Origin = NO_SOURCE
+    ) -> tuple[str, Sampler]:
+        """A sampler at its first step, and the scheduler's name. `noise` is standard normal, fp32, on the device."""
+        named = self._named(course)
+        trajectory = self._trajectory(named)
+        backdrop = _Backdrop(trajectory, noise, origin)
+        return str(named.scheduler), self._sampler(named, trajectory, backdrop, generator)
+
+    def _named(self, course: Course) -> Course:
+        self._table.check(course.scheduler)
+        return course.named(course.scheduler or self._table.default)
+
+    def _sampler(
+        self, course: Course, trajectory: Trajectory, backdrop: _Backdrop, generator: torch.Generator
+    ) -> Sampler:
+        weights = self._weights(course, backdrop.start.device)
+        if weights is not None:
+            return TrajectorySampler(replace(trajectory, weights=weights), backdrop, generator)
+        scheduler = self._scheduler(course)
+        return SchedulerSampler(scheduler, course.set_up(scheduler), trajectory.draws, backdrop, generator)
+
+    def _upload_weights(self, course: Course, device: torch.device) -> torch.Tensor | None:
+        weights = self._trajectory(course).weights
+        return None if weights is None else upload(weights, device)
+
+    def _find_trajectory(self, course: Course) -> Trajectory:
+        try:
+            found = trace(course, self._scheduler(course))
+        except IndexError as error:
+            # diffusers' own mistake where two timesteps round to one: it begins with the second and runs off the end.
+            steps = f"{course.num_steps} steps with this checkpoint: ask for other steps"
+            raise RequestFailed("INVALID_INPUT", f"scheduler {course.scheduler!r} cannot take {steps}") from error
+        return found if _describes(found, course, self._scheduler(course)) else replace(found, weights=None)
+
+    def _scheduler(self, course: Course) -> Any:
+        return self._table.make(course.scheduler, self._config)[1]
+
+
+def _describes(trajectory: Trajectory, course: Course, scheduler: Any) -> bool:
+    """Does the trajectory lead where `scheduler` leads, from random latents by random predictions and equal noise?"""
+    generator, ours_drawn_by, theirs_drawn_by = (torch.Generator().manual_seed(seed) for seed in (0, 1, 1))
+    # Three times the usual size, so that what clips does clip.
+    backdrop = _Backdrop(trajectory, 3 * torch.randn(4, 8, 8, generator=generator), NO_SOURCE)
+    ours: Sampler = TrajectorySampler(trajectory, backdrop, ours_drawn_by)
+    theirs = backdrop.start[None]
+    for time in course.set_up(scheduler):
+        scale_model_input(scheduler, theirs, time)  # some schedulers insist on being asked
+        prediction = torch.randn(4, 8, 8, generator=generator)
+        ours.advance(prediction)
+        theirs = take_step(scheduler, prediction[None], time, theirs, theirs_drawn_by)
+    error = (ours.latents - theirs[0]).abs().max() / theirs.abs().max()
+    drew_alike = torch.equal(ours_drawn_by.get_state(), theirs_drawn_by.get_state())
+    return bool(error < LINEAR_TOLERANCE) and drew_alike
