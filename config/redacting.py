@@ -1,7 +1,7 @@
 """Text without the secrets that URLs carry, and values of others as they may be quoted.
 
 Everything that leaves the worker in words (a log line, a webhook, a record, a dead letter's reason, a finding) goes
-through `redacted`; a value out of a message is quoted by `quoted`, a location by `clients.location.shown_location`.
+through `redacted`; `quoted` quotes a value of a message, `clients.storage.location.shown_location` a location.
 """
 
 import re

@@ -14,10 +14,10 @@ from urllib.parse import quote
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import NoDecode
 
+from config.images import PictureSettings
 from config.logs import LogFormat
-from config.model_settings import ModelSettings
+from config.model import ModelSettings
 from config.near_names import near_names
-from config.picture_settings import PictureSettings
 from config.section import (
     Section,
     SettingsError,

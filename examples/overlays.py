@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from config.settings import ServiceSettings, load_section
 from examples.demo.contact_sheet import BACKGROUND, FAINT, GAP, INK
 from watermark.geometry import Position
-from watermark.headline import headline_of, put_headlines
-from watermark.overlay import Box, Stroke, TextOverlay
+from watermark.text.headline import headline_of, put_headlines
+from watermark.text.overlay import Box, Stroke, TextOverlay
 
 SIDE = 512
 NUM_LIGHTS = 90

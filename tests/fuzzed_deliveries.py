@@ -28,21 +28,21 @@ from examples.parts.rabbitmq import RabbitMQ
 from inference.request import RequestCancelled
 from tests.fuzzing import RULES, SEED
 from tests.raw_properties import Raw, damaged_properties, fuzzed_properties
+from worker.amqp.broker import Broadcast, Consumer, Publisher, Subscription
+from worker.amqp.queue_browser import Inspection
+from worker.amqp.topology import QueueNames
 from worker.breakers import Breaker, Gate
-from worker.broker import Broadcast, Consumer, Publisher, Subscription
-from worker.cancelling import Cancellations
-from worker.dead_letters import as_json, as_table, as_text, read_letters
-from worker.events import TerminalEvent
-from worker.history import History
-from worker.inspection import Inspection
-from worker.leases import Leases
-from worker.ledger import Ledger
+from worker.cli.dead_letters import as_json, as_table, as_text, read_letters
+from worker.jobs.cancellations import Cancellations
+from worker.jobs.handler import Storyteller
+from worker.jobs.history import History
+from worker.jobs.leases import Leases
+from worker.jobs.processing import Processor
+from worker.jobs.runs import Run
 from worker.metrics import Metrics
-from worker.notifying import Notifier
-from worker.processing import Processor
-from worker.queues import QueueNames
-from worker.runs import Run
-from worker.story import Storyteller
+from worker.results.ledger import Ledger
+from worker.results.notifier import Notifier
+from worker.results.terminal_event import TerminalEvent
 
 BATCH = 500
 PREFETCH = 200

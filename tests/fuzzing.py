@@ -28,17 +28,16 @@ from PIL import Image, PngImagePlugin
 from rich.console import Console
 from rich.table import Table
 
-from clients.location import ObjectRef
+from clients.storage.location import ObjectRef
 from config.settings import ModelSettings, StoreSettings
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import PictureInvalid, PictureTooLarge, SignatureInvalid
-from worker.cancelling import decode_cancel
-from worker.contract import schema_of
-from worker.events import TerminalEvent, failed_event
-from worker.job import Job, JobRejected, Kind, Undecodable, resolve_size
-from worker.messages import MAX_REASON_CHARS, decode, rules_from
-from worker.rejecting import JobRules
-from worker.schema import (
+from worker.jobs.cancellations import decode_cancel
+from worker.messages.decoder import MAX_REASON_CHARS, decode, rules_from
+from worker.messages.job import Job, JobRejected, Kind, Undecodable, resolve_size
+from worker.messages.json_schemas import schema_of
+from worker.messages.rules import JobRules
+from worker.messages.schema import (
     WireBox,
     WireControl,
     WireData,
@@ -50,6 +49,7 @@ from worker.schema import (
     WireStroke,
     WireTextOverlay,
 )
+from worker.results.terminal_event import TerminalEvent, failed_event
 
 SEED = 20_261_121
 # What is told to a backend or written beside a dead letter has room for a sentence, and one line.

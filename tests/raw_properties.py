@@ -10,7 +10,7 @@ from typing import Any
 import pika
 
 from tests.fuzzing import mutated_bytes
-from worker.content_headers import Properties
+from worker.amqp.content_headers import Properties
 
 CONTENT_TYPE, CONTENT_ENCODING, HEADERS, DELIVERY_MODE, PRIORITY = (1 << bit for bit in (15, 14, 13, 12, 11))
 CORRELATION_ID, REPLY_TO, EXPIRATION, MESSAGE_ID, TIMESTAMP = (1 << bit for bit in (10, 9, 8, 7, 6))

@@ -8,9 +8,9 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from worker.health import HealthServer
-from worker.history import EndedJob, StageTime
-from worker.status import (
+from worker.jobs.history import EndedJob, StageTime
+from worker.monitoring.http_server import HealthServer
+from worker.monitoring.status import (
     BatchNow,
     CacheNow,
     GpuNow,

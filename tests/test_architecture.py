@@ -3,9 +3,10 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,62 @@ MAY_IMPORT = {
     "config": {"config"},
 }
 # Where all three siblings meet: a job's story, what is fetched for it, and its local twin.
-MEETINGS = {"worker.story", "worker.fetching", "worker.local"}
+MEETINGS = {"worker.jobs.handler", "worker.jobs.inputs.fetcher", "worker.cli.generate"}
+# From top to bottom: each may import those below it. A module that is named stands apart from its folder.
+ORDER = (
+    "worker.__main__",
+    "worker.cli",
+    "worker.cli.check",
+    "worker.cli.report",
+    "worker.cli.terminal",
+    "worker.supervisor",
+    "worker.storytelling",
+    "worker.product",
+    "worker.monitoring",
+    "worker.jobs",
+    "worker.jobs.inputs",
+    "worker.progress",
+    "worker.results",
+    "worker.messages",
+    "worker.amqp",
+    "worker",
+    "inference.process",
+    "inference.engine",
+    "inference.models",
+    "inference.lane",
+    "inference.controlnet",
+    "inference.latents",
+    "inference.lora",
+    "inference.sampling",
+    "inference.device",
+    "inference.checkpoints",
+    "inference",
+    "watermark.product",
+    "watermark.signature",
+    "watermark.text",
+    "watermark.provenance",
+    "watermark",
+    "clients",
+    "config",
+)
+MAX_MODULES = 13
+# Upward imports that are to go.
+NOT_YET = {
+    "worker.jobs.handler": {"worker.product.generation", "worker.product.inputs", "worker.product.stage_store"},
+}
+# What the supervisor may load of the engine.
+TORCH_FREE = (
+    "inference.request",
+    "inference.engine.batcher",
+    "inference.lora.slots",
+    "inference.controlnet.cache",
+    "inference.process.engine_process",
+    "inference.process.child_handle",
+    "inference.process.protocol",
+    "inference.process.pending",
+    "inference.process.quarantine",
+    "inference.process.health",
+)
 TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "compel"}
 
 
@@ -35,8 +91,13 @@ def modules() -> dict[str, ast.Module]:
     return found
 
 
-def imports_of(name: str) -> Iterator[str]:
+@cache
+def imports_of(name: str) -> frozenset[str]:
     """Every dotted name that the module imports, wherever in the file it does; a module where the name is one."""
+    return frozenset(_imports_of(name))
+
+
+def _imports_of(name: str) -> Iterator[str]:
     for node in ast.walk(modules()[name]):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -55,13 +116,35 @@ def importers_of(*packages: str) -> set[str]:
     return {name for name in modules() if packages_of(name) & set(packages)}
 
 
+def is_package(name: str) -> bool:
+    return (ROOT / name.replace(".", "/")).is_dir()
+
+
+def folder_of(name: str) -> str:
+    return name if is_package(name) else name.rpartition(".")[0]
+
+
+def place_of(name: str) -> int:
+    """The position in `ORDER` of the longest entry that names the module or a folder around it."""
+    around = [place for place in ORDER if f"{name}.".startswith(f"{place}.")]
+    return ORDER.index(max(around, key=len))
+
+
+def circle_in(graph: Mapping[Any, set[Any] | frozenset[Any]]) -> set[Any]:
+    """What is in a circle or imports one; empty where there is none."""
+    left = dict(graph)
+    while leaves := {name for name, imported in left.items() if not imported & left.keys()}:
+        left = {name: imported for name, imported in left.items() if name not in leaves}
+    return set(left)
+
+
 def test_the_packages_are_found() -> None:
     assert {name.split(".")[0] for name in modules()} == set(PACKAGES)
     assert {
-        "worker.story",
+        "worker.jobs.handler",
         "inference.engine.local_engine",
         "watermark.signature",
-        "clients.storage",
+        "clients.storage.client",
         "config.settings",
     } <= set(modules())
 
@@ -75,19 +158,55 @@ def test_imports_run_from_the_worker_to_its_parts_to_the_settings(name: str) -> 
 
 
 def test_only_the_command_line_knows_the_examples() -> None:
-    assert importers_of("examples") == {"worker.cli"}
+    assert importers_of("examples") == {"worker.cli.main"}
 
 
 def test_the_siblings_meet_only_where_a_job_s_story_is_told() -> None:
     meeting = {name for name in modules() if packages_of(name) >= SIBLINGS}
 
-    assert "worker.story" in meeting
+    assert "worker.jobs.handler" in meeting
     assert meeting <= MEETINGS
 
 
-def test_pika_lives_in_five_files_for_work_its_refusals_decoding_inspection_and_the_check() -> None:
-    names = ("broker", "broker_refusals", "content_headers", "inspection", "checks.broker")
-    assert importers_of("pika") == {f"worker.{name}" for name in names}
+def test_pika_lives_in_its_folder_and_in_the_check_of_the_broker() -> None:
+    importers = importers_of("pika")
+
+    assert importers
+    assert {name for name in importers if folder_of(name) != "worker.amqp"} <= {"worker.cli.check.broker"}
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_a_folder_imports_only_folders_below_it(name: str) -> None:
+    place = place_of(name)
+    upward = {imported for imported in imports_of(name) & modules().keys() if place_of(imported) < place}
+
+    assert upward <= NOT_YET.get(name, set())
+
+
+def test_no_folders_import_one_another_in_a_circle() -> None:
+    graph: dict[int, set[int]] = {}
+    for name in modules():
+        imported = imports_of(name) & modules().keys() - NOT_YET.get(name, set())
+        graph.setdefault(place_of(name), set()).update(map(place_of, imported))
+
+    assert circle_in({place: imported - {place} for place, imported in graph.items()}) == set()
+
+
+@pytest.mark.parametrize("folder", sorted({folder_of(name) for name in modules()}))
+def test_a_folder_holds_no_more_modules_than_a_page_lists(folder: str) -> None:
+    inside = {name for name in modules() if folder_of(name) == folder and not is_package(name)}
+
+    assert len(inside) <= MAX_MODULES
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_what_the_supervisor_loads_of_the_engine_is_free_of_torch(name: str) -> None:
+    reached, new = set[str](), {name}
+    while new:
+        reached |= new
+        new = {imported for one in new for imported in imports_of(one) & modules().keys()} - reached
+
+    assert not {one for one in reached if packages_of(one) & TORCH}
 
 
 def test_torch_lives_in_the_engine() -> None:
@@ -113,17 +232,11 @@ def test_a_client_library_stays_in_its_package(library: str, package: str) -> No
 
 
 def test_no_modules_import_one_another_in_a_circle() -> None:
-    graph = {name: {imported for imported in imports_of(name) if imported in modules()} for name in modules()}
-
-    # Take away what imports nothing that is left; what remains at the end is in a circle or behind one.
-    while leaves := {name for name, imported in graph.items() if not imported}:
-        graph = {name: imported - leaves for name, imported in graph.items() if name not in leaves}
-
-    assert graph == {}
+    assert circle_in({name: imports_of(name) & modules().keys() for name in modules()}) == set()
 
 
 def test_the_supervisor_loads_no_torch() -> None:
-    code = "import sys, worker.cli, worker.supervisor; print(*sorted(m for m in sys.modules if '.' not in m))"
+    code = "import sys, worker.cli.main, worker.supervisor; print(*sorted(m for m in sys.modules if '.' not in m))"
 
     ended = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True

@@ -13,7 +13,7 @@ from config.settings import BackendSettings
 from tests.clients_servers import AnsweringServer, answer
 from tests.contract_schemas import DOCS, assert_webhook_fits, document, examples, header_validator
 from tests.world import NODE, ROOT
-from worker.queues import QueueNames
+from worker.amqp.topology import QueueNames
 
 # As the parser counts: 0 is an error and 1 a warning; 2 tells that there is a newer version of AsyncAPI.
 WARNING = 1

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from clients.storage_errors import AccessDenied, BucketNotFound, ObjectNotFound, StorageUnavailable
+from clients.storage.errors import AccessDenied, BucketNotFound, ObjectNotFound, StorageUnavailable
 from worker.breakers import BACKEND_THRESHOLD, HALF_OPEN_SECONDS, STORE_THRESHOLD, Breaker, Gate
 from worker.errors import JobReleased
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from watermark.calm import calmest
 from watermark.geometry import Rect
+from watermark.quiet_region import calmest
 
 
 def noise(width: int, height: int, calm: Rect = Rect(0, 0, 0, 0)) -> Image.Image:  # noqa: B008 - immutable

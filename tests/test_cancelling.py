@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 import pytest
 
 from watermark.signature import SignatureStyle
-from worker.cancelling import MAX_REMEMBERED, REMEMBERED_SECONDS, Cancellations, CancelOrder, decode_cancel
-from worker.job import Job, Undecodable
+from worker.jobs.cancellations import MAX_REMEMBERED, REMEMBERED_SECONDS, Cancellations, CancelOrder, decode_cancel
+from worker.messages.job import Job, Undecodable
 
 TASK = "660f9511-f3ac-52e5-b827-557766551111"
 NOW = 1_800_000_000.0

@@ -29,13 +29,13 @@ from tests.faults.proxy import UP, Proxy, Sign
 from tests.faults.station import answers
 from tests.tiny_models import build_tiny_sd
 from tests.world import eventually
-from worker.broker import Publisher
-from worker.checks.backend import judge_backend
-from worker.checks.everything import every_part
-from worker.checks.finding import Check, CheckFailed, CheckUnsure, Finding, State, try_each
-from worker.checks.policies import limits_told
-from worker.checks.store import MAX_SKEW_SECONDS, StoreProbe
-from worker.queues import QueueNames
+from worker.amqp.broker import Publisher
+from worker.amqp.topology import QueueNames
+from worker.cli.check.backend import judge_backend
+from worker.cli.check.checks import Check, CheckFailed, CheckUnsure, Finding, State, try_each
+from worker.cli.check.command import every_part
+from worker.cli.check.policies import limits_told
+from worker.cli.check.store import MAX_SKEW_SECONDS, StoreProbe
 
 PRIVATE, RESULTS = "private", "results"
 READER, READERS_SECRET = "reader", "readers-secret"

@@ -9,8 +9,8 @@ import pytest
 from examples.parts.ports import free_port
 from tests.clients_servers import AnsweringServer, answer
 from tests.status_pages import served, status
-from worker.checks.finding import CheckFailed
-from worker.checks.port import look_at_port, why_no_port
+from worker.cli.check.checks import CheckFailed
+from worker.cli.check.port import look_at_port, why_no_port
 
 
 def test_a_free_port_is_good_and_the_status_page_s_address_is_told() -> None:

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.clients_servers import refused_url
-from worker.cli import app
-from worker.cli_cancel import NoId, orders_of
+from worker.cli.cancel import NoId, orders_of
+from worker.cli.main import app
 
 TASK_ID = "660f9511-f3ac-52e5-b827-557766551111"
 

@@ -10,18 +10,19 @@ from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from clients.location import ObjectRef
+from clients.storage.location import ObjectRef
 from config.settings import ModelSettings, StoreSettings
 from tests.test_messages import job_of, message, rejection_of
 from tests.world import DEMO_MODEL
-from watermark.fitting import Fit
 from watermark.geometry import Position
-from watermark.overlay import TextOverlay
-from worker.cli import app
-from worker.cli_options import Order, fields_of, with_order
-from worker.job import Job, JobAdapter, JobControl, JobSource, Kind, Layout, Preprocess
-from worker.messages import rules_from
-from worker.rejecting import JobRules
+from watermark.product.placement import Layout
+from watermark.resizing import Fit
+from watermark.text.overlay import TextOverlay
+from worker.cli.main import app
+from worker.cli.options import Order, fields_of, with_order
+from worker.messages.decoder import rules_from
+from worker.messages.job import Job, JobAdapter, JobControl, JobSource, Kind, Preprocess
+from worker.messages.rules import JobRules
 
 EVERYTHING_PLAIN = (
     *("--negative", "blurry", "--style", "anime", "--industry", "cafe", "--lora", "a.safetensors", "--lora", "b/"),

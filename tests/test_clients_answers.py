@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import pytest
 
 from clients.answers import MAX_INTERIM_ANSWERS
-from clients.location import ObjectRef
-from clients.storage import Storage
+from clients.storage.client import Storage
+from clients.storage.location import ObjectRef
 from clients.webhooks import Attempt, Verdict, Webhook, WebhookClient, WebhookKind
 from config.settings import BackendSettings, StoreSettings
 from tests.clients_servers import AnsweringServer, Server, answer, body_of, header

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from clients.cache import STALE_PART_SECONDS, CacheFull, DownloadCache
-from clients.claimed_folder import ClaimedFolder
 from clients.cutoff import cutoff, is_cut_off
-from clients.location import ObjectRef
-from clients.storage import ObjectStat, Storage
-from clients.storage_errors import ObjectChanged, ObjectNotFound, ObjectTooLarge, StorageUnavailable
+from clients.storage.cache import STALE_PART_SECONDS, CacheFull, DownloadCache
+from clients.storage.claimed_folder import ClaimedFolder
+from clients.storage.client import ObjectStat, Storage
+from clients.storage.errors import ObjectChanged, ObjectNotFound, ObjectTooLarge, StorageUnavailable
+from clients.storage.location import ObjectRef
 from config.settings import StoreSettings
 from tests.world import ROOT
 
@@ -24,7 +24,7 @@ LIMIT_BYTES = 1000
 CLAIM = """
 import sys, time
 from pathlib import Path
-from clients.claimed_folder import ClaimedFolder
+from clients.storage.claimed_folder import ClaimedFolder
 held = ClaimedFolder(Path(sys.argv[1]))
 print("claimed", flush=True)
 time.sleep(600)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.location import LocationForbidden, ObjectRef, parse_location
+from clients.storage.location import LocationForbidden, ObjectRef, parse_location
 from config.settings import StoreSettings
 
 ENDPOINT = "https://objects.example.com:9000"

@@ -16,11 +16,10 @@ from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 from pydantic import SecretStr
 
-import clients.storage
+import clients.storage.client
 from clients.deadline import DeadlineExpired
-from clients.location import ObjectRef, parse_location
-from clients.storage import MIN_RATE_BYTES_PER_SECOND, RATE_WINDOW_SECONDS, ObjectStat, Pace, Storage
-from clients.storage_errors import (
+from clients.storage.client import MIN_RATE_BYTES_PER_SECOND, RATE_WINDOW_SECONDS, ObjectStat, Pace, Storage
+from clients.storage.errors import (
     AccessDenied,
     BucketNotFound,
     NotAStore,
@@ -34,6 +33,7 @@ from clients.storage_errors import (
     WriteConflict,
     translated,
 )
+from clients.storage.location import ObjectRef, parse_location
 from config.settings import StoreSettings
 from tests.clients_servers import (
     AnsweringServer,
@@ -301,7 +301,7 @@ def test_a_dripping_download_ends_at_its_deadline(tmp_path: Path, prompt: bytes,
 def test_a_download_below_the_minimum_rate_ends_long_before_its_deadline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clients.storage, "RATE_WINDOW_SECONDS", 0.2)
+    monkeypatch.setattr(clients.storage.client, "RATE_WINDOW_SECONDS", 0.2)
     head = b"HTTP/1.1 200 OK\r\nETag: %s\r\nContent-Length: 10000\r\n\r\n" % ETAG.encode()
     with DrippingServer(head) as server:
         storage, started = storage_at(server), time.monotonic()

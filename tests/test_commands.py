@@ -21,7 +21,7 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import start_light_worker
 from tests.world import DEMO_MODEL, World, eventually, new_world
-from worker.cli import app
+from worker.cli.main import app
 
 DARKROOM = str(Path(sys.executable).parent / "darkroom")
 ADAPTER = DEMO_MODEL / "adapters" / "neon.safetensors"

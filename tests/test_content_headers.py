@@ -34,10 +34,10 @@ from tests.raw_properties import (
     short,
 )
 from tests.world import HANG_SECONDS, eventually
-from worker.broker import Broadcast, Consumer, Subscription, connect
-from worker.content_headers import MAX_DEPTH, Properties
-from worker.delivery import Delivery
-from worker.queues import QueueNames
+from worker.amqp.broker import Broadcast, Consumer, Subscription, connect
+from worker.amqp.content_headers import MAX_DEPTH, Properties
+from worker.amqp.delivery import Delivery
+from worker.amqp.topology import QueueNames
 
 NUM_FUZZED = 3000
 # A text, a truth, negatives, what no double holds exactly, fractions, moments and containers.

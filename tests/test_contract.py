@@ -27,14 +27,14 @@ from tests.test_messages import (
     to_bytes,
 )
 from tests.world import ROOT
-from worker.bodies import ErrorCode
-from worker.cancelling import decode_cancel
-from worker.contract import MODELS, as_text, schema_of, write
-from worker.events import TerminalEvent, failed_event
-from worker.job import JobRejected, Undecodable
-from worker.messages import MAX_BODY_BYTES, decode, rules_from
-from worker.rejecting import JobRules
-from worker.schema import WireData
+from worker.jobs.cancellations import decode_cancel
+from worker.messages.decoder import MAX_BODY_BYTES, decode, rules_from
+from worker.messages.job import JobRejected, Undecodable
+from worker.messages.json_schemas import MODELS, as_text, schema_of, write
+from worker.messages.rules import JobRules
+from worker.messages.schema import WireData
+from worker.messages.webhook_bodies import ErrorCode
+from worker.results.terminal_event import TerminalEvent, failed_event
 
 # What the decoder refuses and no schema can: the rules that look into a location.
 LOCATIONS = {"H21 local paths", "H22 other buckets", "H23 keys", "H24 ARNs", "H27 pickles by name"}
@@ -64,7 +64,7 @@ def rules() -> JobRules:
 def test_the_committed_schema_is_the_one_the_models_make(name: str) -> None:
     committed = (DOCS / "schemas" / f"{name}.json").read_text(encoding="utf-8")
 
-    assert committed == as_text(schema_of(name)), "run python -m worker.contract"
+    assert committed == as_text(schema_of(name)), "run python -m worker.messages.json_schemas"
 
 
 def test_there_are_no_other_schemas(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from tests.promql import (
     selectors,
 )
 from tests.world import ROOT
-from worker.idleness import REASON_OF_PHASE
+from worker.amqp.topology import QueueNames
 from worker.metrics import OUTCOMES, Metrics
-from worker.queues import QueueNames
+from worker.monitoring.idle import REASON_OF_PHASE
 
 QUERIES = [
     *dashboard_queries(),

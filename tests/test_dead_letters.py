@@ -16,8 +16,8 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from clients.location import ObjectRef
-from clients.storage import Storage
+from clients.storage.client import Storage
+from clients.storage.location import ObjectRef
 from clients.webhooks import WebhookKind
 from config.settings import BrokerSettings, StoreSettings
 from examples.parts.rabbitmq import RabbitMQ
@@ -26,16 +26,16 @@ from tests.faults.station import start_light_worker
 from tests.raw_properties import FROM_THE_FIELD, Raw, field, headers, long
 from tests.test_commands import darkroom
 from tests.world import World, eventually, new_world
-from worker.broker import Publisher
-from worker.cli import app
-from worker.delivery import Delivery
-from worker.events import TerminalEvent, failed_event
-from worker.identity import own_task_id
-from worker.inspection import MAX_LOOKS, Inspection
-from worker.ledger import Ledger
-from worker.pacing import Parked
-from worker.queues import QueueNames
-from worker.waiting import WaitingNotes, WaitingReporter
+from worker.amqp.broker import Publisher
+from worker.amqp.delivery import Delivery
+from worker.amqp.queue_browser import MAX_LOOKS, Inspection
+from worker.amqp.topology import QueueNames
+from worker.cli.main import app
+from worker.messages.identity import own_task_id
+from worker.results.ledger import Ledger
+from worker.results.pacing import Parked
+from worker.results.terminal_event import TerminalEvent, failed_event
+from worker.results.waiting import WaitingNotes, WaitingReporter
 
 TASK_ID = "660f9511-f3ac-52e5-b827-557766551111"
 BROKEN = b"\x89PNG\x00\x1b[31m\xff not JSON"

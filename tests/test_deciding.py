@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from clients.storage_errors import ObjectNotFound, StorageError, StorageUnavailable
+from clients.storage.errors import ObjectNotFound, StorageError, StorageUnavailable
 from clients.webhooks import Attempt, WebhookKind
 from clients.webhooks import Verdict as Answer
 from inference.request import (
@@ -21,14 +21,14 @@ from inference.request import (
     RequestFailed,
     ResultTooLarge,
 )
+from worker.amqp.topology import RETRY_DELAYS_SECONDS, QueueNames
 from worker.errors import JobFailed, JobReleased, PoisonJob
-from worker.events import TerminalEvent, failed_event
-from worker.idleness import IdleWatch, idle_reason
+from worker.jobs.disposition import Disposition, Verdict, judge
 from worker.metrics import Metrics
-from worker.notifying import MAX_AGE_SECONDS, UNKNOWN_IS_TRANSIENT_SECONDS, delay_after, is_hopeless
-from worker.progress import milestones_between
-from worker.queues import RETRY_DELAYS_SECONDS, QueueNames
-from worker.settling import Disposition, Verdict, judge
+from worker.monitoring.idle import IdleWatch, idle_reason
+from worker.progress.reporter import milestones_between
+from worker.results.notifier import MAX_AGE_SECONDS, UNKNOWN_IS_TRANSIENT_SECONDS, delay_after, is_hopeless
+from worker.results.terminal_event import TerminalEvent, failed_event
 
 # --- What an error means for the job
 

@@ -22,7 +22,7 @@ from examples.parts.processes import ServerProcess
 from examples.parts.seaweedfs import SOCKET_FOLDER
 from tests.promql import DEPLOY, PROMETHEUS, alert_rules
 from tests.world import ROOT
-from worker.queues import QueueNames
+from worker.amqp.topology import QueueNames
 from worker.supervisor import EXTRA_PREFETCH
 
 SETTINGS = {

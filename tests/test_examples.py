@@ -22,7 +22,7 @@ from tests.contract_schemas import examples, validator_of
 from tests.example_programs import PUBLISHERS, RECEIVERS, SECRET, TOKEN, Receiver, run_publisher
 from tests.faults.station import start_light_worker
 from tests.world import HANG_SECONDS, ROOT, World, eventually, new_world
-from worker.messages import decode, rules_from
+from worker.messages.decoder import decode, rules_from
 
 BODIES = {name: payload for name, _, payload in examples()}
 URL = BODIES["complete"]["result_url"]

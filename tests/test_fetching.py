@@ -7,10 +7,9 @@ from threading import Event
 
 import pytest
 
-from clients.cache import DownloadCache
-from clients.location import ObjectRef
-from clients.storage import ObjectStat, Storage
-from clients.storage_errors import (
+from clients.storage.cache import DownloadCache
+from clients.storage.client import ObjectStat, Storage
+from clients.storage.errors import (
     AccessDenied,
     BucketNotFound,
     ObjectChanged,
@@ -18,14 +17,15 @@ from clients.storage_errors import (
     ObjectNotFound,
     StorageError,
 )
+from clients.storage.location import ObjectRef
 from config.settings import StoreSettings
 from inference.request import AdapterFile
 from tests.test_references import FACTS
 from worker.breakers import STORE_THRESHOLD, Breaker, Gate
 from worker.errors import JobFailed
-from worker.fetching import Fetcher
-from worker.job import JobAdapter
-from worker.settling import Disposition, judge
+from worker.jobs.disposition import Disposition, judge
+from worker.jobs.inputs.fetcher import Fetcher
+from worker.messages.job import JobAdapter
 
 FOLDER = "models/style-1/"
 CONFIG, WEIGHTS = f"{FOLDER}adapter_config.json", f"{FOLDER}adapter_model.safetensors"
@@ -188,7 +188,7 @@ class RefusingStorage(Storage):
 def test_a_bucket_that_only_the_job_names_and_that_does_not_exist_is_its_own_failure(
     store_settings: StoreSettings, pinned: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.fetching.SECOND_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("worker.jobs.inputs.fetcher.SECOND_LOOK_SECONDS", 0.0)
     fetcher = fetcher_of(Storage(store_settings), store_settings)
 
     with pytest.raises(JobFailed, match="no-such-bucket") as refusal:
@@ -200,7 +200,7 @@ def test_a_bucket_that_only_the_job_names_and_that_does_not_exist_is_its_own_fai
 def test_a_bucket_of_the_worker_s_own_that_is_missing_is_waited_for(
     store_settings: StoreSettings, pinned: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.fetching.SECOND_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("worker.jobs.inputs.fetcher.SECOND_LOOK_SECONDS", 0.0)
     monkeypatch.setattr("worker.breakers.PAUSES_SECONDS", (0.0, 0.0))
     put_style(store_settings, "here")
     storage = RefusingStorage(store_settings, store_settings.bucket, num_looks=3)

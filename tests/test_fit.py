@@ -25,8 +25,8 @@ from inference.checkpoints.memory_plan import (
 from inference.checkpoints.offload import take_turns
 from inference.request import EngineStartFailed
 from tests.tiny_models import build_tiny_sd
-from worker.checks.finding import CheckFailed
-from worker.checks.memory import look_at_memory
+from worker.cli.check.checks import CheckFailed
+from worker.cli.check.memory import look_at_memory
 
 SDXL = {"text_encoder": 246_000_000, "text_encoder_2": 1_389_000_000, "unet": 5_135_000_000, "vae": 167_000_000}
 TOTAL = sum(SDXL.values())

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.generation_id import GenerationId, is_generation_id, is_same, picture_key
+from worker.messages.generation_id import GenerationId, is_generation_id, is_same, picture_key
 
 MAX_PICTURES = 8
 UUID = "550e8400-e29b-41d4-a716-446655440000"

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from clients.cache import DownloadCache
-from clients.location import LocationForbidden, ObjectRef, parse_location
-from clients.storage import Storage
-from clients.storage_errors import AccessDenied, BucketNotFound, ObjectChanged, ObjectNotFound
+from clients.storage.cache import DownloadCache
+from clients.storage.client import Storage
+from clients.storage.errors import AccessDenied, BucketNotFound, ObjectChanged, ObjectNotFound
+from clients.storage.location import LocationForbidden, ObjectRef, parse_location
 from config.settings import StoreSettings
 from tests.google_stand_in import KEY_ID, SECRET, GoogleStandIn
 from tests.test_ledger import event
 from worker.breakers import STORE_THRESHOLD, Breaker, Gate
-from worker.ledger import Ledger
-from worker.storing import PictureStore
+from worker.results.image_store import PictureStore
+from worker.results.ledger import Ledger
 
 BUCKET = "style_media"
 HOST = "storage.googleapis.com"

@@ -16,9 +16,9 @@ from prometheus_client import CollectorRegistry
 from tests.fuzzing import mutated_bytes
 from tests.status_pages import status
 from tests.world import HANG_SECONDS, eventually
-from worker import bounded_server
-from worker.bounded_server import MAX_CONNECTIONS
-from worker.health import HealthServer
+from worker.monitoring import bounded_server
+from worker.monitoring.bounded_server import MAX_CONNECTIONS
+from worker.monitoring.http_server import HealthServer
 
 NUM_CLIENTS = 500
 NUM_PROBES = 30

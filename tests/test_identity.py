@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from worker.identity import TaskIdTaken, check_same, fingerprint, own_task_id, with_own_id
-from worker.job import JobRejected
+from worker.messages.identity import TaskIdTaken, check_same, fingerprint, own_task_id, with_own_id
+from worker.messages.job import JobRejected
 
 TASK = "660f9511-f3ac-52e5-b827-557766551111"
 DATA = {"generation_id": 7, "prompt": "a fox", "seed": None, "guidance_scale": 7.5}

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from config.settings import SECTIONS, ServiceSettings
 from tests.status_pages import status
 from tests.world import ROOT
-from worker.health import HealthServer
+from worker.monitoring.http_server import HealthServer
 
 TEXT = (ROOT / "Dockerfile").read_text()
 # Each instruction on a line of its own, without comments.

@@ -5,17 +5,18 @@ from typing import Any
 import pytest
 from jsonschema import Draft7Validator
 
-from clients.location import ObjectRef
+from clients.storage.location import ObjectRef
 from config.settings import ModelSettings, StoreSettings
 from tests.test_messages import assert_fit_to_be_told, message, to_bytes
-from watermark.fitting import Fit
 from watermark.geometry import Position
-from watermark.overlay import Box, Stroke, TextOverlay
-from worker.contract import schema_of
-from worker.job import Job, JobControl, JobProduct, JobRejected, JobSource, Kind, Layout, Preprocess
-from worker.messages import decode, rules_from
-from worker.rejecting import JobRules
-from worker.schema import MAX_OVERLAY_CHARS, MAX_OVERLAYS
+from watermark.product.placement import Layout
+from watermark.resizing import Fit
+from watermark.text.overlay import Box, Stroke, TextOverlay
+from worker.messages.decoder import decode, rules_from
+from worker.messages.job import Job, JobControl, JobProduct, JobRejected, JobSource, Kind, Preprocess
+from worker.messages.json_schemas import schema_of
+from worker.messages.rules import JobRules
+from worker.messages.schema import MAX_OVERLAY_CHARS, MAX_OVERLAYS
 
 SCHEMA = Draft7Validator(schema_of("job"))
 INIT, MASK = {"init_image_path": "a.png"}, {"mask_path": "m.png"}

@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from clients.location import ObjectRef
-from clients.storage import Storage
-from clients.storage_errors import ObjectDamaged
+from clients.storage.client import Storage
+from clients.storage.errors import ObjectDamaged
+from clients.storage.location import ObjectRef
 from config.settings import StoreSettings
-from worker.events import TerminalEvent, failed_event
-from worker.ledger import Ledger
+from worker.results.ledger import Ledger
+from worker.results.terminal_event import TerminalEvent, failed_event
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tests.world import Worker, World, eventually, new_world
 # Within which the worker acts on what its readiness tells at once.
 TICK_SECONDS = 1.0
 # Otherwise it is looked again, and told again, after 5 and 20 seconds.
-QUICK = {"worker.breakers:PAUSES_SECONDS": (0.5, 1.0), "worker.notifying:DELAYS_SECONDS": (0.5, 1.0)}
+QUICK = {"worker.breakers:PAUSES_SECONDS": (0.5, 1.0), "worker.results.notifier:DELAYS_SECONDS": (0.5, 1.0)}
 NO_PATH = b"?"  # none has a question mark
 EXPIRED, NO_BUCKET = (403, "ExpiredToken"), (404, "NoSuchBucket")
 

@@ -19,8 +19,8 @@ from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.proxy import UP, Link, Sign
 from tests.faults.station import DONE, Job, Station, answers, new_station
 from tests.world import Worker, eventually
-from worker.identity import own_task_id
-from worker.notifying import FRESH_SECONDS
+from worker.messages.identity import own_task_id
+from worker.results.notifier import FRESH_SECONDS
 
 # A guard against a hang, no measure of anything.
 NUM_TRIES = 3
@@ -28,12 +28,12 @@ STORE_PAUSE_SECONDS = 1.0
 # For what a worker takes besides: threads, connections, small pictures.
 SPARE_BYTES = 60_000_000
 CONSTANTS = {
-    "worker.settling:RETRY_DELAYS_SECONDS": [1, 1],
-    "worker.settling:MAX_ATTEMPTS": NUM_TRIES,
-    "worker.storing:PICTURE_PATIENCE_SECONDS": 0.0,
-    "worker.processing:SECOND_LOOK_SECONDS": 0.2,
-    "worker.outbox_lane:STORE_PAUSE_SECONDS": STORE_PAUSE_SECONDS,
-    "clients.storage:CALL_DEADLINE_SECONDS": 4.0,
+    "worker.jobs.disposition:RETRY_DELAYS_SECONDS": [1, 1],
+    "worker.jobs.disposition:MAX_ATTEMPTS": NUM_TRIES,
+    "worker.results.image_store:PICTURE_PATIENCE_SECONDS": 0.0,
+    "worker.jobs.processing:SECOND_LOOK_SECONDS": 0.2,
+    "worker.results.outbox_lane:STORE_PAUSE_SECONDS": STORE_PAUSE_SECONDS,
+    "clients.storage.client:CALL_DEADLINE_SECONDS": 4.0,
 }
 FAILED_RECORD = Sign(UP, b'"kind": "failed"')
 

@@ -20,8 +20,8 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import long, stand_in_env, start_light_worker
 from tests.world import HANG_SECONDS, Worker, World, eventually, new_world
-from worker.queues import QueueNames
-from worker.settling import MAX_RECOVERIES
+from worker.amqp.topology import QueueNames
+from worker.jobs.disposition import MAX_RECOVERIES
 
 LONG = 120  # steps: some seconds on one core, time enough to break something in the middle
 
@@ -247,7 +247,7 @@ def test_while_the_backend_is_down_jobs_go_on_and_each_end_arrives_later(
 
 
 def test_events_in_the_outbox_outlive_the_worker_that_put_them_there(world: World) -> None:
-    worker = start_light_worker(world, constants={"worker.notifying:PATIENCE_SECONDS": 1.0})
+    worker = start_light_worker(world, constants={"worker.results.notifier:PATIENCE_SECONDS": 1.0})
     world.backend.stop()
     generation_id = world.publish()
     eventually(lambda: sum(world.queues().get(".outbox", (0,))) == 1)

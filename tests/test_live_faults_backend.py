@@ -17,7 +17,7 @@ from tests.clients_servers import AnsweringServer, Server, answer
 from tests.faults.proxy import DOWN, UP, Link, Sign
 from tests.faults.station import DONE, POST_OF_COMPLETE, Job, Station, answers, long, new_station
 from tests.world import Worker, eventually
-from worker.refusals import REFUSED_ENDS
+from worker.results.refusals import REFUSED_ENDS
 
 DELAYS_SECONDS = (0.2, 0.4, 1.2, 1.2)
 # Less than the third wait: the outbox waits that one out.
@@ -27,14 +27,14 @@ CALL_SECONDS = 1.0
 PROGRESS_CALL_SECONDS = 2.0
 DAY_SECONDS = 24 * 3600
 CONSTANTS = {
-    "worker.notifying:DELAYS_SECONDS": DELAYS_SECONDS,
-    "worker.notifying:PATIENCE_SECONDS": PATIENCE_SECONDS,
-    "worker.notifying:UNKNOWN_IS_TRANSIENT_SECONDS": TRANSIENT_SECONDS,
-    "worker.notifying:CALL_DEADLINE_SECONDS": CALL_SECONDS,
-    "worker.progress:CALL_DEADLINE_SECONDS": PROGRESS_CALL_SECONDS,
-    "worker.pacing:KNOWN_DELAYS_SECONDS": DELAYS_SECONDS,
+    "worker.results.notifier:DELAYS_SECONDS": DELAYS_SECONDS,
+    "worker.results.notifier:PATIENCE_SECONDS": PATIENCE_SECONDS,
+    "worker.results.notifier:UNKNOWN_IS_TRANSIENT_SECONDS": TRANSIENT_SECONDS,
+    "worker.results.notifier:CALL_DEADLINE_SECONDS": CALL_SECONDS,
+    "worker.progress.reporter:CALL_DEADLINE_SECONDS": PROGRESS_CALL_SECONDS,
+    "worker.results.pacing:KNOWN_DELAYS_SECONDS": DELAYS_SECONDS,
     # With three events parked one is behind those in hand.
-    "worker.outbox:PREFETCH": 2,
+    "worker.results.outbox:PREFETCH": 2,
 }
 MILESTONES = range(0, 100, 10)
 # Within which the worker acts on what its readiness tells at once.

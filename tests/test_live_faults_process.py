@@ -32,7 +32,7 @@ from tests.faults.station import (
     start_light_worker,
 )
 from tests.world import DEMO_MODEL, HANG_SECONDS, Worker, eventually, new_world, shadow_modules
-from worker.settling import MAX_RECOVERIES
+from worker.jobs.disposition import MAX_RECOVERIES
 from worker.supervisor import ExitCode
 
 # The record, written once more to say that the backend has heard.
@@ -40,9 +40,9 @@ MARK = Sign(UP, b'"is_delivered": true')
 LARGE = {"width": 512, "height": 512}  # nearly 800 kB of PNG
 PIPE_BYTES = 4096
 CONSTANTS = QUICK_RETRIES | {
-    "worker.notifying:DELAYS_SECONDS": (0.3, 1.0, 1.0, 1.0),
-    "worker.notifying:PATIENCE_SECONDS": 0.5,
-    "worker.processing:SECOND_LOOK_SECONDS": 0.2,
+    "worker.results.notifier:DELAYS_SECONDS": (0.3, 1.0, 1.0, 1.0),
+    "worker.results.notifier:PATIENCE_SECONDS": 0.5,
+    "worker.jobs.processing:SECOND_LOOK_SECONDS": 0.2,
 }
 
 

@@ -13,14 +13,14 @@ from tests.faults.station import DONE, Job, Station, answers, long, new_station
 from tests.world import HANG_SECONDS, Worker, eventually
 
 CONSTANTS = {
-    "worker.settling:RETRY_DELAYS_SECONDS": [1, 1],
-    "worker.settling:MAX_ATTEMPTS": 3,
-    "worker.storing:PICTURE_PATIENCE_SECONDS": 0.0,
-    "worker.fetching:SECOND_LOOK_SECONDS": 0.5,
-    "worker.places:SLOW_AFTER_SECONDS": 1.0,
+    "worker.jobs.disposition:RETRY_DELAYS_SECONDS": [1, 1],
+    "worker.jobs.disposition:MAX_ATTEMPTS": 3,
+    "worker.results.image_store:PICTURE_PATIENCE_SECONDS": 0.0,
+    "worker.jobs.inputs.fetcher:SECOND_LOOK_SECONDS": 0.5,
+    "worker.jobs.inputs.places:SLOW_AFTER_SECONDS": 1.0,
     # After `SlowDown` boto3's pauses are of up to one and two seconds.
-    "clients.storage:CALL_DEADLINE_SECONDS": 4.0,
-    "clients.storage:RATE_WINDOW_SECONDS": 0.5,
+    "clients.storage.client:CALL_DEADLINE_SECONDS": 4.0,
+    "clients.storage.client:RATE_WINDOW_SECONDS": 0.5,
 }
 HALF = 30_000  # bytes, about: a picture of 128 pixels squared is noise, and 49 kB of PNG
 NUM_PLACES = 12  # ten lanes, and two jobs more whose adapters are fetched while others are drawn

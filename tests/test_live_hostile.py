@@ -56,9 +56,9 @@ from tests.hostile_inputs import (
 from tests.hostile_kinds import KIND_CLASSES
 from tests.raw_properties import Raw
 from tests.world import Worker, World, eventually
-from worker.job import Job, JobRejected, Undecodable, resolve_size
-from worker.messages import MAX_REASON_CHARS, decode, rules_from
-from worker.processing import MAX_DEAD_BODY_BYTES
+from worker.jobs.processing import MAX_DEAD_BODY_BYTES
+from worker.messages.decoder import MAX_REASON_CHARS, decode, rules_from
+from worker.messages.job import Job, JobRejected, Undecodable, resolve_size
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from tests.contract_schemas import assert_webhook_fits
 from tests.faults.station import start_light_worker
 from tests.hostile_inputs import demo_adapter, image, peft_config, peft_weights
 from tests.world import Worker, World, eventually, new_world
-from worker.messages import MAX_BODY_BYTES
+from worker.messages.decoder import MAX_BODY_BYTES
 
 LONG = 150  # steps: three seconds
 STATUS_PATHS = ("/status.json", "/metrics", "/health/ready")
@@ -26,7 +26,7 @@ STATUS_PATHS = ("/status.json", "/metrics", "/health/ready")
 @pytest.fixture(scope="module")
 def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with new_world(rabbitmq, s3_server, tmp_path_factory.mktemp("world")) as made:
-        constants = {"worker.fetching:SECOND_LOOK_SECONDS": 0.2, "tests.fake_child:TURN_SECONDS": 0.02}
+        constants = {"worker.jobs.inputs.fetcher:SECOND_LOOK_SECONDS": 0.2, "tests.fake_child:TURN_SECONDS": 0.02}
         start_light_worker(made, constants=constants, STATUS_SHOW_PROMPTS="true")
         yield made
 

@@ -13,8 +13,8 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import long, start_light_worker
 from tests.world import World, new_world
-from worker.broker import LEASE_HEADER
-from worker.identity import own_task_id
+from worker.amqp.broker import LEASE_HEADER
+from worker.messages.identity import own_task_id
 
 CONSUMER_TIMEOUT_SECONDS = 6
 LONG = {"num_inference_steps": 150, "num_images": 4}  # some 15 seconds on one core

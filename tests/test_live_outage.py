@@ -17,7 +17,7 @@ OUTAGE_SECONDS = float(os.environ.get("OUTAGE_SECONDS", "4"))
 CONSTANTS = (
     {}
     if "OUTAGE_SECONDS" in os.environ
-    else {"worker.notifying:DELAYS_SECONDS": (0.5, 1.0, 3.0), "worker.notifying:PATIENCE_SECONDS": 2.0}
+    else {"worker.results.notifier:DELAYS_SECONDS": (0.5, 1.0, 3.0), "worker.results.notifier:PATIENCE_SECONDS": 2.0}
 )
 NUM_JOBS = 6
 STEPS = 8

@@ -20,9 +20,8 @@ from tests.certificates import Chain, make_chain
 from tests.onnx_files import write_dark_finder
 from tests.product_pictures import bottle
 from tests.world import Worker, World, eventually, new_world
-from worker.job import Layout
-from worker.product.placing import place
-from worker.product.protecting import eroded, product_mask
+from watermark.product.masks import eroded, product_mask
+from watermark.product.placement import Layout, place
 
 PROMPT = "a beach"
 STEPS = 8

@@ -22,11 +22,11 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import Job, long, start_light_worker
 from tests.world import Worker, World, eventually, new_world
-from worker.broker import CRASHES_HEADER, LEASE_HEADER, make_queue
-from worker.dead_letters import Letter
-from worker.inspection import Inspection
-from worker.queues import DELIVERY_LIMIT, QueueNames
-from worker.recovering import SUSPECT_CRASHES
+from worker.amqp.broker import CRASHES_HEADER, LEASE_HEADER, make_queue
+from worker.amqp.queue_browser import Inspection
+from worker.amqp.topology import DELIVERY_LIMIT, QueueNames
+from worker.cli.dead_letters import Letter
+from worker.jobs.recovering import SUSPECT_CRASHES
 
 IS_LONG = "FAULTS_LONG" in os.environ
 # RabbitMQ 4's, and a lower one that a policy may set.
@@ -35,8 +35,8 @@ NUM_LOSSES = 40 if IS_LONG else BROKERS_LIMIT + 2
 NUM_LANES = 10
 # Short waits between tries of a webhook, and an engine that may be held for long.
 CONSTANTS = {
-    "worker.notifying:PATIENCE_SECONDS": 0.0,
-    "worker.notifying:DELAYS_SECONDS": (0.2, 0.5),
+    "worker.results.notifier:PATIENCE_SECONDS": 0.0,
+    "worker.results.notifier:DELAYS_SECONDS": (0.2, 0.5),
     "inference.process.health:MIN_HANG_SECONDS": 600.0,
 }
 QUORUM = {"x-queue-type": "quorum"}
@@ -143,7 +143,7 @@ def test_connections_lost_again_and_again_lose_neither_a_parked_event_nor_a_reco
     with limits(world, r"\.(recover|outbox|dead)$", **{"delivery-limit": BROKERS_LIMIT}):
         # Given an end that the backend does not take, and a job that a killed worker left
         world.backend.answer("complete", 500)
-        few = {"worker.settling:MAX_RECOVERIES": 3}
+        few = {"worker.jobs.disposition:MAX_RECOVERIES": 3}
         worker = start(world, few)
         world.publish_raw(message(parked))
         wait_for(world, outbox=(0, 1))
@@ -173,7 +173,10 @@ def outcomes(world: World, job: Job) -> list[str]:
 @pytest.mark.parametrize("num_deployments", [pytest.param(12, marks=long), 3])
 def test_deployments_in_the_middle_of_a_long_job_are_no_crashes(world: World, num_deployments: int) -> None:
     # Given a job that was recovered, held by workers that stop in order, and few crashes until it would be given up
-    constants = {"worker.settling:MAX_RECOVERIES": num_deployments - 2, "worker.supervisor:GRACE_RESERVE_SECONDS": 1.0}
+    constants = {
+        "worker.jobs.disposition:MAX_RECOVERIES": num_deployments - 2,
+        "worker.supervisor:GRACE_RESERVE_SECONDS": 1.0,
+    }
     job = new_job(1)
     put_into_recover(world, message(job, "hold@3"))
 
@@ -341,7 +344,7 @@ def test_a_job_on_lease_whose_worker_was_killed_has_one_crash_more(world: World)
     world.upload(f"jobs/{job.task_id}.lease", json.dumps(note).encode())
     put_into_recover(world, message(job), **{LEASE_HEADER: 1, CRASHES_HEADER: 2})
 
-    start(world, {"worker.settling:MAX_RECOVERIES": 2})
+    start(world, {"worker.jobs.disposition:MAX_RECOVERIES": 2})
 
     end = world.wait_for_end(1)
     assert (end.kind, end.body.get("error_code")) == ("failed", "WORKER_CRASHED")
@@ -349,7 +352,7 @@ def test_a_job_on_lease_whose_worker_was_killed_has_one_crash_more(world: World)
 
 def test_crashes_that_a_publisher_claims_count_for_nothing(world: World) -> None:
     job = new_job(1)
-    start(world, {"worker.settling:MAX_RECOVERIES": 2})
+    start(world, {"worker.jobs.disposition:MAX_RECOVERIES": 2})
     with channel_to(world) as channel:
         forged = pika.BasicProperties(delivery_mode=2, headers={CRASHES_HEADER: 100, "x-delivery-count": 100})
         channel.basic_publish("", world.queue, message(job), forged)

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from clients.storage_errors import StorageUnavailable
+from clients.storage.errors import StorageUnavailable
 from clients.webhooks import Attempt, Verdict, Webhook, WebhookKind
 from tests.world import HANG_SECONDS
+from worker.amqp.broker import PublishFailed
+from worker.amqp.delivery import Delivery
+from worker.amqp.topology import QueueNames
 from worker.breakers import BACKEND_THRESHOLD, Breaker
-from worker.broker import PublishFailed
-from worker.delivery import Delivery
-from worker.events import TerminalEvent, failed_event
 from worker.metrics import Metrics
-from worker.notifying import MAX_AGE_SECONDS, Notifier
-from worker.outbox import Outbox
-from worker.queues import QueueNames
+from worker.results.notifier import MAX_AGE_SECONDS, Notifier
+from worker.results.outbox import Outbox
+from worker.results.terminal_event import TerminalEvent, failed_event
 
 NAMES = QueueNames("image_generation")
 A_MOMENT_SECONDS = 0.15
@@ -514,7 +514,7 @@ def test_one_that_the_backend_is_silent_on_holds_up_no_other_once_some_are_taken
 def test_an_end_that_a_job_s_own_thread_delivers_lets_the_lane_through(
     started: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.outbox_lane.SWEEP_SECONDS", 0.05)
+    monkeypatch.setattr("worker.results.outbox_lane.SWEEP_SECONDS", 0.05)
     parts = started(Parts(ScriptedClient(TAKEN)))
     parts.outbox.on_delivery(delivered(complete("late").to_json(), tag=1, due_in_seconds=3600))
     assert no_ack_within_a_moment(parts)
@@ -527,7 +527,7 @@ def test_an_end_that_a_job_s_own_thread_delivers_lets_the_lane_through(
 def test_with_as_many_in_hand_as_the_broker_gives_what_failed_goes_to_the_tail_of_the_queue(
     started: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.outbox.PREFETCH", 2)
+    monkeypatch.setattr("worker.results.outbox.PREFETCH", 2)
     parts = started(Parts(ScriptedClient(LATER)))
     parts.outbox.on_delivery(delivered(failed("first").to_json(), tag=1, due_in_seconds=3600))
     parts.outbox.on_delivery(delivered(complete("second").to_json(), tag=2, age_seconds=60))
@@ -545,7 +545,7 @@ def test_with_as_many_in_hand_as_the_broker_gives_what_failed_goes_to_the_tail_o
 def test_an_event_over_a_day_old_is_buried_however_far_its_next_turn_is(
     started: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.outbox_lane.SWEEP_SECONDS", 0.05)
+    monkeypatch.setattr("worker.results.outbox_lane.SWEEP_SECONDS", 0.05)
     parts = started(Parts(ScriptedClient(LATER)))
     parts.outbox.on_delivery(delivered(complete().to_json(), age_seconds=MAX_AGE_SECONDS - 0.5))
 
@@ -648,8 +648,8 @@ def test_events_that_a_full_queue_of_dead_letters_does_not_take_hold_up_no_other
 def test_an_unreadable_event_that_cannot_be_buried_keeps_no_other_from_the_tail_of_the_queue(
     started: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.outbox_lane.MAX_HELD_SECONDS", 0.05)
-    monkeypatch.setattr("worker.outbox_lane.SWEEP_SECONDS", 0.05)
+    monkeypatch.setattr("worker.results.outbox_lane.MAX_HELD_SECONDS", 0.05)
+    monkeypatch.setattr("worker.results.outbox_lane.SWEEP_SECONDS", 0.05)
     parts = started(Parts(ScriptedClient(LATER), publisher=KeepingPublisher(full_queue=NAMES.dead)))
 
     parts.outbox.on_delivery(delivered(b"unreadable", tag=1))
@@ -673,7 +673,7 @@ def test_an_event_of_a_lost_session_is_copied_nowhere(started: Start) -> None:
 def test_ends_that_wait_for_the_store_do_not_fill_the_hands_either(
     started: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.outbox.PREFETCH", 1)
+    monkeypatch.setattr("worker.results.outbox.PREFETCH", 1)
     parts = started(Parts(ScriptedClient(TAKEN), ledger=AwayLedger()))
     parts.outbox.on_delivery(delivered(sendable(is_recorded=False), tag=1))
 

@@ -16,17 +16,17 @@ from PIL import Image, ImageDraw, ImageFilter
 from typer.testing import CliRunner
 
 from watermark.errors import FontMissing, OverlayInvalid
-from watermark.fonts import code_points
 from watermark.geometry import Position, Rect
-from watermark.headline import MARGIN, headline_of, headlines_of, put_headlines
-from watermark.overlay import Box, Stroke, TextOverlay
-from watermark.scripts import Script, scripts_in
 from watermark.signature import SignatureStyle, TextSignature, Unsigned, sign, signature_place
-from watermark.text import is_visible
-from watermark.typefaces import choose_typeface, list_typefaces
-from watermark.typesetting import Typesetter
-from watermark.wrapping import Breaking, wrap
-from worker.cli import app
+from watermark.text.fonts import code_points
+from watermark.text.headline import MARGIN, headline_of, headlines_of, put_headlines
+from watermark.text.mark import is_visible
+from watermark.text.overlay import Box, Stroke, TextOverlay
+from watermark.text.scripts import Script, scripts_in
+from watermark.text.typefaces import choose_typeface, list_typefaces
+from watermark.text.typesetting import Typesetter
+from watermark.text.wrapping import Breaking, wrap
+from worker.cli.main import app
 
 FONT_DIRS = (Path("/usr/share/fonts"),)
 DEMO = Path(__file__).parent.parent / "examples" / "demo_model"

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from clients.webhooks import Attempt, Verdict, WebhookKind
-from worker.delivery import Delivery
-from worker.events import TerminalEvent
-from worker.pacing import SLOW_SECONDS, TRIES_A_TURN, Pacing, Parked
+from worker.amqp.delivery import Delivery
+from worker.results.pacing import SLOW_SECONDS, TRIES_A_TURN, Pacing, Parked
+from worker.results.terminal_event import TerminalEvent
 
 A_MINUTE = 60.0
 ANSWER_SECONDS, HANG_SECONDS = 0.05, 20.0

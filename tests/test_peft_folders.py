@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from clients.location import ObjectRef
+from clients.storage.location import ObjectRef
 from tests.hostile_inputs import demo_adapter, peft_config, peft_weights
-from worker.job import JobAdapter
-from worker.local import NO_BUCKET, NotDrawn, _adapter
-from worker.peft_folders import is_named_by_peft
+from worker.cli.generate import NO_BUCKET, NotDrawn, _adapter
+from worker.jobs.inputs.peft_folders import is_named_by_peft
+from worker.messages.job import JobAdapter
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from clients.cache import DownloadCache
-from clients.location import ObjectRef
-from clients.storage import Storage
-from clients.storage_errors import StorageUnavailable
+from clients.storage.cache import DownloadCache
+from clients.storage.client import Storage
+from clients.storage.errors import StorageUnavailable
+from clients.storage.location import ObjectRef
 from tests.clients_servers import Server, answer
 from tests.test_clients_storage import BODY, ETAG, WHOLE, settings_of
-from worker.places import PlaceGivenUp, Places
+from worker.jobs.inputs.places import PlaceGivenUp, Places
 
 HUNG, GOOD = ObjectRef("media", "hung.safetensors"), ObjectRef("media", "good.safetensors")
 HANG_SECONDS = 120.0
@@ -39,8 +39,8 @@ def cache(tmp_path: Path) -> Iterator[DownloadCache]:
 
 @pytest.fixture(autouse=True)
 def _quickly_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.places.SLOW_AFTER_SECONDS", 0.3)
-    monkeypatch.setattr("clients.storage.MAX_DOWNLOAD_TRIES", 1)
+    monkeypatch.setattr("worker.jobs.inputs.places.SLOW_AFTER_SECONDS", 0.3)
+    monkeypatch.setattr("clients.storage.client.MAX_DOWNLOAD_TRIES", 1)
 
 
 def fetch(cache: DownloadCache, places: Places, ref: ObjectRef, seconds: float = HANG_SECONDS) -> bytes:

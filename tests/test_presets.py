@@ -17,10 +17,8 @@ from hypothesis import settings as bounded
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from clients.location import ObjectRef
-from config.plain_yaml import MAX_BYTES
-from config.preset_file import LOOK_SECONDS, PresetFile
-from config.presets import (
+from clients.storage.location import ObjectRef
+from config.presets.catalog import (
     BUILTIN_FILE,
     MAX_ADAPTER_SCALE,
     MAX_GUIDANCE,
@@ -34,19 +32,21 @@ from config.presets import (
     builtin_presets,
     load_presets,
 )
+from config.presets.plain_yaml import MAX_BYTES
+from config.presets.preset_file import LOOK_SECONDS, PresetFile
 from config.settings import ModelSettings, PictureSettings, SettingsError, StoreSettings, load_settings
 from examples.parts.seaweedfs import SeaweedFS
 from tests.test_messages import job_of, message, rejection_of
 from tests.world import HANG_SECONDS, ROOT, eventually
-from worker.checks.finding import CheckFailed
-from worker.checks.presets import look_at_presets
-from worker.cli import app
-from worker.contract import schema_of
-from worker.job import JobAdapter
-from worker.messages import rules_from
-from worker.presets import styled
-from worker.rejecting import MAX_REASON_CHARS, JobRules
-from worker.schema import MAX_PROMPT_CHARS
+from worker.cli.check.checks import CheckFailed
+from worker.cli.check.presets import look_at_presets
+from worker.cli.main import app
+from worker.messages.decoder import rules_from
+from worker.messages.job import JobAdapter
+from worker.messages.json_schemas import schema_of
+from worker.messages.presets import styled
+from worker.messages.rules import MAX_REASON_CHARS, JobRules
+from worker.messages.schema import MAX_PROMPT_CHARS
 
 STORE = StoreSettings(AWS_STORAGE_BUCKET_NAME="media")  # type: ignore[call-arg]
 OWN = """
@@ -436,7 +436,7 @@ def test_a_changed_file_holds_for_the_next_job_and_a_broken_one_never(
 ) -> None:
     clock = Clock()
     rules = JobRules(None, None, lambda text: ObjectRef("media", text), PresetFile(own, clock=clock).current)
-    caplog.set_level(logging.INFO, "config.preset_file")
+    caplog.set_level(logging.INFO, "config.presets.preset_file")
 
     # Replaced: not within the same second, but in the next
     replace_atomically(own, OWN.replace("neon sign", "big neon sign"))

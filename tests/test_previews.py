@@ -13,15 +13,15 @@ import pytest
 import requests
 from PIL import Image
 
-from clients.location import ObjectRef
-from clients.storage_errors import StorageUnavailable
+from clients.storage.errors import StorageUnavailable
+from clients.storage.location import ObjectRef
 from clients.webhooks import Attempt, Verdict, Webhook
 from inference.request import Preview, StepReport
 from tests.status_pages import served, status
 from tests.world import HANG_SECONDS
 from worker.metrics import Metrics
-from worker.previews import Previewer, encode
-from worker.progress import ProgressReporter
+from worker.progress.previews import Previewer, encode
+from worker.progress.reporter import ProgressReporter
 
 
 class SlowStore:

@@ -16,17 +16,16 @@ from tests.onnx_files import write_dark_finder
 from tests.product_pictures import bottle, scene
 from tests.world import ROOT, eventually, shadow_modules
 from watermark.geometry import Position, Rect
-from worker.checks.cutout import look_at_cutout
-from worker.checks.finding import CheckFailed
+from watermark.product.compositing import compose
+from watermark.product.cutout import MAX_SIDE_PX, NothingCut, has_own_alpha, trimmed
+from watermark.product.masks import around, eroded, product_mask, put_back
+from watermark.product.placement import Layout, place, size_in
+from watermark.product.template_match import find
+from worker.cli.check.checks import CheckFailed
+from worker.cli.check.cutout import look_at_cutout
 from worker.errors import CuttingFailed, JobFailed
-from worker.job import Layout
-from worker.product.compositing import compose
-from worker.product.cutout import MAX_SIDE_PX, NothingCut, has_own_alpha, trimmed
-from worker.product.cutting import Cutter
-from worker.product.finding import find
-from worker.product.placing import place, size_in
-from worker.product.protecting import around, eroded, product_mask, put_back
-from worker.settling import Disposition, judge
+from worker.jobs.disposition import Disposition, judge
+from worker.product.cutter import Cutter
 
 FIELD = "product.image_path"
 SIZES = [(128, 128), (512, 512), (640, 256), (200, 800)]
@@ -161,7 +160,7 @@ def test_no_cutting_outlives_a_worker_that_is_killed(tmp_path: Path) -> None:
         killed = psutil.Process(worker.pid)
         eventually(lambda: bool(killed.children()))
         (cutting,) = killed.children()
-        eventually(lambda: "worker.product.child" in cutting.cmdline())
+        eventually(lambda: "worker.product.cutter_process" in cutting.cmdline())
         worker.kill()
 
     assert psutil.wait_procs([cutting], timeout=120)[1] == []

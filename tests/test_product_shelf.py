@@ -8,16 +8,16 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from clients.location import ObjectRef
-from clients.storage import Storage
+from clients.storage.client import Storage
+from clients.storage.location import ObjectRef
 from config.settings import StoreSettings
 from tests.product_pictures import bottle, scene
 from worker.breakers import STORE_THRESHOLD, Breaker, Gate
-from worker.job import Job
-from worker.messages import decode
-from worker.product.shelf import ProductStage, Shelf
-from worker.rejecting import JobRules
-from worker.storing import PictureStore
+from worker.messages.decoder import decode
+from worker.messages.job import Job
+from worker.messages.rules import JobRules
+from worker.product.stage_store import ProductStage, Shelf
+from worker.results.image_store import PictureStore
 
 SIZE = (64, 48)
 TASK = "660f9511-f3ac-52e5-b827-557766551111"

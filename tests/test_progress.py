@@ -11,8 +11,8 @@ from clients.webhooks import Attempt, Verdict, Webhook, WebhookKind
 from inference.request import StepReport
 from tests.world import HANG_SECONDS
 from worker.metrics import Metrics
-from worker.previews import Previewer
-from worker.progress import ProgressReporter, Track
+from worker.progress.previews import Previewer
+from worker.progress.reporter import ProgressReporter, Track
 
 MILESTONES = (0, 25, 50, 75, 90)
 TAKEN = Attempt(Verdict.DELIVERED, 200, None, "HTTP 200", is_ambiguous=False)

@@ -35,13 +35,14 @@ from config.settings import (
 from inference.request import GenerationResult, Picture
 from tests.certificates import Chain, Key, make_chain
 from watermark.errors import ManifestNotSigned
-from watermark.provenance import Prompts, Provenance, SourceType
-from watermark.signature import PictureFormat, SignatureStyle, SignedPicture, Unsigned, sign
-from worker.checks.finding import CheckFailed
-from worker.checks.provenance import look_at_certificate
-from worker.job import Job, Kind
-from worker.labelling import Labeller, provenance_of
-from worker.messages import decode, rules_from
+from watermark.image_format import PictureFormat
+from watermark.provenance.provenance import Prompts, Provenance, SourceType
+from watermark.signature import SignatureStyle, SignedPicture, Unsigned, sign
+from worker.cli.check.checks import CheckFailed
+from worker.cli.check.files import look_at_certificate
+from worker.messages.decoder import decode, rules_from
+from worker.messages.job import Job, Kind
+from worker.results.image_metadata import Labeller, provenance_of
 from worker.supervisor import Supervisor
 
 ROOT = Path(__file__).parents[1]
@@ -489,7 +490,7 @@ def test_the_check_says_who_signs_and_for_how_long(chain: Chain) -> None:
 def test_a_certificate_that_ends_soon_is_told_at_the_start(
     days: int, level: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level("INFO", logger="worker.labelling"):
+    with caplog.at_level("INFO", logger="worker.results.image_metadata"):
         labeller("provenance", make_chain(tmp_path, ends_in=timedelta(days=days, hours=1)))
 
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [(level, "manifests are signed")]

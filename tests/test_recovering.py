@@ -4,8 +4,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
-from worker.delivery import Delivery
-from worker.recovering import SUSPECT_CRASHES, OwnReturns, Quarantine, is_suspect
+from worker.amqp.delivery import Delivery
+from worker.jobs.recovering import SUSPECT_CRASHES, OwnReturns, Quarantine, is_suspect
 
 JOB, OTHER_JOB = b"a job", b"another job"
 

@@ -9,11 +9,11 @@ from botocore.exceptions import EndpointConnectionError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.location import LocationForbidden, ObjectRef, parse_location, shown_location
+from clients.storage.location import LocationForbidden, ObjectRef, parse_location, shown_location
 from config.logs import JsonFormatter
 from config.redacting import quoted, redacted
 from config.settings import BackendSettings, BrokerSettings, SettingsError, StoreSettings, load_section
-from worker.events import failed_event
+from worker.results.terminal_event import failed_event
 
 SECRET = "s3cr3tcanary"
 PRESIGNED = f"https://media.s3.amazonaws.com/a.png?X-Amz-Credential={SECRET}%2F1&X-Amz-Signature={SECRET}"

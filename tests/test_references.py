@@ -10,23 +10,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clients.cache import DownloadCache
-from clients.location import ObjectRef
-from clients.storage import Storage
+from clients.storage.cache import DownloadCache
+from clients.storage.client import Storage
+from clients.storage.location import ObjectRef
 from config.settings import StoreSettings
 from inference.request import Control, ModelFacts, Source
 from tests.test_kind_messages import INIT, MASK, job_of, rules
 from tests.test_watermark_decoding import noise, png, png_chunks, png_header
 from watermark.decoding import PictureMode, decode_picture
 from watermark.errors import PictureInvalid, PictureTooLarge, WatermarkError
-from watermark.fitting import Fit, fit
+from watermark.resizing import Fit, fit
 from worker.breakers import STORE_THRESHOLD, Breaker, Gate
 from worker.errors import JobFailed
-from worker.fetching import Fetcher
-from worker.job import JobControl, JobSource, Kind, Preprocess, resolve_size
-from worker.references import References, check_can, check_mask, drawing_size
-from worker.rejecting import JobRules
-from worker.story import request_of
+from worker.jobs.handler import request_of
+from worker.jobs.inputs.fetcher import Fetcher
+from worker.jobs.inputs.references import References, check_can, check_mask, drawing_size
+from worker.messages.job import JobControl, JobSource, Kind, Preprocess, resolve_size
+from worker.messages.rules import JobRules
 
 __all__ = ["rules"]
 

@@ -5,8 +5,8 @@ import pytest
 from clients.webhooks import Attempt, Verdict
 from tests.test_breakers import Clock
 from tests.test_notifying import FAILING, NAMES, TAKEN, Parts, ScriptedClient, complete
-from worker.notifying import MAX_AGE_SECONDS
-from worker.refusals import ADDRESS_STATUSES, REFUSED_ENDS, REST_SECONDS, TRIAL_SECONDS, AddressBreaker
+from worker.results.notifier import MAX_AGE_SECONDS
+from worker.results.refusals import ADDRESS_STATUSES, REFUSED_ENDS, REST_SECONDS, TRIAL_SECONDS, AddressBreaker
 
 MANY = 2 * REFUSED_ENDS
 

@@ -3,9 +3,9 @@
 import threading
 from typing import Any
 
-from worker.broker import PublishFailed
-from worker.delivery import Delivery
-from worker.renewing import NUM_TRIES, Renewer
+from worker.amqp.broker import PublishFailed
+from worker.amqp.delivery import Delivery
+from worker.results.renewing import NUM_TRIES, Renewer
 
 HANG_SECONDS = 120.0
 

@@ -13,19 +13,19 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from clients.location import ObjectRef
-from clients.storage import Storage
+from clients.storage.client import Storage
+from clients.storage.location import ObjectRef
 from clients.webhooks import WebhookKind
 from config.settings import StoreSettings
 from tests.clients_servers import AnsweringServer, answer, refused_url
-from worker.cli import app
-from worker.events import TerminalEvent, failed_event
-from worker.ledger import Entry, Ledger
-from worker.report.axis import Axis
-from worker.report.bar import Bar, cells, legend
-from worker.report.row import Row, Stretch, row_of
-from worker.report.summary import summarise
-from worker.stages import REST, STAGES
+from worker.cli.main import app
+from worker.cli.report.axis import Axis
+from worker.cli.report.bars import Bar, cells, legend
+from worker.cli.report.rows import Row, Stretch, row_of
+from worker.cli.report.summary import summarise
+from worker.monitoring.stages import REST, STAGES
+from worker.results.ledger import Entry, Ledger
+from worker.results.terminal_event import TerminalEvent, failed_event
 
 BEGAN_AT = 1_800_000_000.0
 PROMPT = "a secret prompt"

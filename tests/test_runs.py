@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from inference.request import Stage
-from worker.delivery import Delivery
-from worker.job import JobRejected
-from worker.runs import Run, Runs
+from worker.amqp.delivery import Delivery
+from worker.jobs.runs import Run, Runs
+from worker.messages.job import JobRejected
 
 TASK_ID = "660f9511-f3ac-52e5-b827-557766551111"
 

@@ -19,14 +19,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tests.world import ROOT
 from watermark.errors import FontMissing, OverlayInvalid, SignatureInvalid
-from watermark.fonts import find_font
-from watermark.headline import headline_of, put_headlines
-from watermark.overlay import TextOverlay
-from watermark.shaping import LRM, RLM, in_direction_of, needs_shaping
 from watermark.signature import TextSignature
-from watermark.text import clean_lines, clean_text, draw_text
-from watermark.wrapping import Breaking, wrap
-from worker.checks.machine import look_at_shaping
+from watermark.text.fonts import find_font
+from watermark.text.headline import headline_of, put_headlines
+from watermark.text.mark import clean_lines, clean_text, draw_text
+from watermark.text.overlay import TextOverlay
+from watermark.text.shaping import LRM, RLM, in_direction_of, needs_shaping
+from watermark.text.wrapping import Breaking, wrap
+from worker.cli.check.machine import look_at_shaping
 
 FONT_DIRS = (Path("/usr/share/fonts"),)
 ROOM = (600, 200)
@@ -254,11 +254,11 @@ def test_font_that_stacks_the_letters_writes_them_stacked(tmp_path: Path) -> Non
 CHILD = """
 import json, sys
 from pathlib import Path
-from watermark.headline import headlines_of
-from watermark.overlay import TextOverlay
+from watermark.text.headline import headlines_of
+from watermark.text.overlay import TextOverlay
 from watermark.signature import TextSignature
-from worker.checks.finding import CheckFailed
-from worker.checks.machine import look_at_shaping
+from worker.cli.check.checks import CheckFailed
+from worker.cli.check.machine import look_at_shaping
 
 def said(make):
     try:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.location import ObjectRef, check_key
-from clients.spelling import spellings_of
+from clients.storage.location import ObjectRef, check_key
+from clients.storage.spelling import spellings_of
 
 NAME = "models/서울 é.safetensors"
 NFD = unicodedata.normalize("NFD", NAME)

@@ -14,23 +14,23 @@ import pytest
 import requests
 from playwright.sync_api import Browser, expect
 
-from clients.location import ObjectRef
+from clients.storage.location import ObjectRef
 from inference.request import Occupancy, Stage
 from tests.browsing import PHONE, Visit, chromium
 from tests.status_pages import ended, failed, job, served, status
-from worker.board import Board
-from worker.delivery import Delivery
-from worker.history import MAX_ENDED, History, presentable
-from worker.idleness import IdleWatch
-from worker.job import JobRejected
-from worker.messages import decode
+from worker.amqp.delivery import Delivery
+from worker.jobs.history import MAX_ENDED, History, presentable
+from worker.jobs.runs import Reached, Run
+from worker.messages.decoder import decode
+from worker.messages.job import JobRejected
+from worker.messages.rules import JobRules
 from worker.metrics import OUTCOMES, Metrics
-from worker.previews import Previewer, ShownPreview
-from worker.readings import Readings
-from worker.rejecting import JobRules
-from worker.runs import Reached, Run
-from worker.static import NAMES
-from worker.status import BatchNow, IdleNow, SlotsNow, WorkerNow, job_now, without_details
+from worker.monitoring.assets import NAMES
+from worker.monitoring.idle import IdleWatch
+from worker.monitoring.readings import Readings
+from worker.monitoring.status import BatchNow, IdleNow, SlotsNow, WorkerNow, job_now, without_details
+from worker.monitoring.status_builder import Board
+from worker.progress.previews import Previewer, ShownPreview
 
 ROOT = Path(__file__).parents[1]
 TASK_ID = "660f9511-f3ac-52e5-b827-557766551111"
@@ -309,8 +309,10 @@ def test_no_other_file_is_served(url: str, path: str) -> None:
 def test_every_file_of_the_page_is_served_and_packaged() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-    assert {name for name, _ in NAMES.values()} == {path.name for path in (ROOT / "worker" / "page").iterdir()}
-    assert project["tool"]["setuptools"]["package-data"]["worker"] == ["page/*"]
+    assert {name for name, _ in NAMES.values()} == {
+        path.name for path in (ROOT / "worker" / "monitoring" / "page").iterdir()
+    }
+    assert project["tool"]["setuptools"]["package-data"]["worker.monitoring"] == ["page/*"]
 
 
 # --- In a browser

@@ -7,12 +7,12 @@ from io import BytesIO
 import pytest
 from PIL import Image, PngImagePlugin
 
-from clients.location import ObjectRef
-from clients.storage import Storage
+from clients.storage.client import Storage
+from clients.storage.location import ObjectRef
 from config.settings import StoreSettings
 from worker.breakers import STORE_THRESHOLD, Breaker, Gate
-from worker.events import TerminalEvent, failed_event
-from worker.storing import AlreadyEnded, PictureStore
+from worker.results.image_store import AlreadyEnded, PictureStore
+from worker.results.terminal_event import TerminalEvent, failed_event
 
 TASK, OTHER = str(uuid.uuid4()), str(uuid.uuid4())
 

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from watermark.errors import FontMissing, SignatureInvalid
-from watermark.fonts import find_font
 from watermark.geometry import Position
 from watermark.signature import (
     ImageSignature,
@@ -26,7 +25,8 @@ from watermark.signature import (
     Unsigned,
     sign,
 )
-from watermark.text import draw_text
+from watermark.text.fonts import find_font
+from watermark.text.mark import draw_text
 
 FONT_DIRS = (Path("/usr/share/fonts"),)
 RED = (255, 0, 0, 255)

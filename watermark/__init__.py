@@ -1,0 +1,1 @@
+"""What is drawn on a picture and written into its file: signature, text, provenance."""

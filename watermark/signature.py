@@ -18,9 +18,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from watermark.decoding import to_rgba
 from watermark.errors import SignatureInvalid
-from watermark.fonts import find_font
 from watermark.geometry import Position, Rect
-from watermark.text import clean_text, draw_text, is_visible
+from watermark.text.fonts import find_font
+from watermark.text.mark import clean_text, draw_text, is_visible
 
 # After PNG's row filters a picture has few repeats left to search for: run lengths alone are as small as level 4 to 6
 # of the default search and 2 to 3 times as fast (1024 px: 78 ms and 1.78 MB, against 228 ms and 1.78 MB at level 6).
@@ -34,13 +34,6 @@ MAX_MARGIN = 0.25
 
 # A single letter is not blown up to the width of a name.
 TEXT_HEIGHT_PER_WIDTH = 1 / 3
-
-
-class PictureFormat(StrEnum):
-    """A file format of finished pictures, by its MIME type."""
-
-    PNG = "image/png"
-    JPEG = "image/jpeg"
 
 
 class Size(StrEnum):

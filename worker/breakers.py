@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from clients.storage_errors import StorageError, StorageUnavailable, StoreRefused
+from clients.storage.errors import StorageError, StorageUnavailable, StoreRefused
 from config.logs import log_event
 from worker.errors import JobReleased
 

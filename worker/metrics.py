@@ -6,7 +6,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from inference.request import Occupancy
-from worker.lately import RecentMean
+from worker.recent_mean import RecentMean
 
 # A _created series beside each counter doubles what Prometheus stores and serves no query of ours.
 disable_created_metrics()  # type: ignore[no-untyped-call]

@@ -2,22 +2,22 @@
 
 from threading import Event
 
-from clients.cache import DownloadCache
-from clients.storage import Storage
+from clients.storage.cache import DownloadCache
+from clients.storage.client import Storage
 from config.settings import Settings
 from inference.request import Engine, ModelFacts
 from worker.breakers import Gate
-from worker.cancelling import Cancellations
-from worker.drawing import Drawer
-from worker.fetching import Fetcher
-from worker.labelling import Labeller
-from worker.ledger import Ledger
-from worker.places import Places
-from worker.product.cutting import Cutter
-from worker.product.story import ProductTeller
-from worker.progress import ProgressReporter
-from worker.storing import PictureStore
-from worker.story import Storyteller
+from worker.jobs.cancellations import Cancellations
+from worker.jobs.engine_client import Drawer
+from worker.jobs.handler import Storyteller
+from worker.jobs.inputs.fetcher import Fetcher
+from worker.jobs.inputs.places import Places
+from worker.product.cutter import Cutter
+from worker.product.generation import ProductTeller
+from worker.progress.reporter import ProgressReporter
+from worker.results.image_metadata import Labeller
+from worker.results.image_store import PictureStore
+from worker.results.ledger import Ledger
 
 
 def storyteller_of(

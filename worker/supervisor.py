@@ -12,38 +12,38 @@ from enum import IntEnum
 from importlib.metadata import version
 from types import FrameType
 
-from clients.cache import DownloadCache
 from clients.gpu import GpuReadings
-from clients.storage import Storage
+from clients.storage.cache import DownloadCache
+from clients.storage.client import Storage
 from clients.webhooks import WebhookClient
 from config.logs import log_event
 from config.settings import Settings, doubtful_names
 from inference.process.engine_process import EngineProcess, EngineState
 from inference.request import ModelFacts
-from worker.board import Board
+from worker.amqp.broker import Broadcast, Consumer, FirstTry, Publisher, Subscription, try_broker
+from worker.amqp.topology import QueueNames
 from worker.breakers import BACKEND_THRESHOLD, STORE_THRESHOLD, Breaker, Gate
-from worker.broker import Broadcast, Consumer, FirstTry, Publisher, Subscription, try_broker
-from worker.cancelling import Cancellations
-from worker.gauges import Gauges
-from worker.health import HealthServer
-from worker.history import History
-from worker.idleness import IdleWatch, idle_reason
-from worker.labelling import Labeller
-from worker.leases import Leases
-from worker.ledger import Ledger
-from worker.messages import rules_from
+from worker.jobs.cancellations import Cancellations
+from worker.jobs.history import History
+from worker.jobs.leases import Leases
+from worker.jobs.processing import Processor
+from worker.jobs.runs import Run
+from worker.messages.decoder import rules_from
 from worker.metrics import Metrics
-from worker.notifying import Notifier
-from worker.outbox import PREFETCH as OUTBOX_PREFETCH
-from worker.outbox import Outbox
-from worker.previews import Previewer
-from worker.processing import Processor
-from worker.progress import ProgressReporter
-from worker.queues import QueueNames
-from worker.readiness import Readiness
-from worker.runs import Run
+from worker.monitoring.gauges import Gauges
+from worker.monitoring.http_server import HealthServer
+from worker.monitoring.idle import IdleWatch, idle_reason
+from worker.monitoring.readiness import Readiness
+from worker.monitoring.status_builder import Board
+from worker.progress.previews import Previewer
+from worker.progress.reporter import ProgressReporter
+from worker.results.image_metadata import Labeller
+from worker.results.ledger import Ledger
+from worker.results.notifier import Notifier
+from worker.results.outbox import PREFETCH as OUTBOX_PREFETCH
+from worker.results.outbox import Outbox
+from worker.results.waiting import WaitingNotes, WaitingReporter
 from worker.storytelling import storyteller_of
-from worker.waiting import WaitingNotes, WaitingReporter
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from examples.demo.timeline import draw_timeline
 from examples.parts.backend import Backend
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
-from worker.events import TerminalEvent
+from worker.results.terminal_event import TerminalEvent
 
 MODEL = Path(__file__).parent.parent / "demo_model"
 BUCKET = "media"

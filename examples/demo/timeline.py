@@ -11,8 +11,8 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
 
 from examples.demo.jobs import DemoJob
-from worker.events import TerminalEvent
-from worker.stages import STAGES, look_of
+from worker.monitoring.stages import STAGES, look_of
+from worker.results.terminal_event import TerminalEvent
 
 
 def draw_timeline(jobs: Sequence[DemoJob], records: Sequence[TerminalEvent], path: Path) -> None:

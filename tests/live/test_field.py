@@ -14,7 +14,7 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.support.style_backend import StyleBackend, train_style
 from tests.world import DEMO_MODEL, HANG_SECONDS, Worker, World, eventually, new_world
-from worker.refusals import REFUSED_ENDS
+from worker.results.refusals import REFUSED_ENDS
 
 NUM_STYLES = int(os.environ.get("FIELD_STYLES", "10"))
 SIGNATURE = Path(__file__).parent.parent / "files" / "signature.png"

@@ -1,1 +1,1 @@
-"""Product jobs: cut-out, background, composite, refining, each a picture that a person may correct and go on from."""
+"""Product jobs: cutout, background, composite and refined image, each stage stored so that a job can start from it."""

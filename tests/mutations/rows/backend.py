@@ -25,7 +25,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{FILE}::test_a_backend_that_fails_three_times_hears_the_same_again_after_growing_waits",),
         without=(
             Mutation(
-                "worker/notifying.py",
+                "worker/results/notifier.py",
                 "planned = DELAYS_SECONDS[min(num_attempts, len(DELAYS_SECONDS)) - 1]",
                 "planned = 0.0",
             ),
@@ -39,7 +39,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{FILE}::test_a_backend_that_fails_for_ever_holds_no_job_and_leaves_a_dead_letter_after_a_day",),
         without=(
             Mutation(
-                "worker/notifying.py",
+                "worker/results/notifier.py",
                 "patience = 0.0 if event.kind in self._failing else PATIENCE_SECONDS",
                 "patience = 3600.0",
             ),
@@ -97,7 +97,7 @@ ROWS: tuple[Row, ...] = (
         fault="it refuses the token",
         answer="not ready, no new work; every end is kept, and all goes on once the token is right",
         tests=(f"{REFUSING}[wrong_token]", f"{REFUSING}[forbidden]"),
-        without=(Mutation("worker/notifying.py", "if attempt.status in REFUSING_STATUSES:", "if False:"),),
+        without=(Mutation("worker/results/notifier.py", "if attempt.status in REFUSING_STATUSES:", "if False:"),),
         also=(
             "tests/test_live_breakers.py::"
             "test_a_backend_that_refuses_the_token_stops_the_taking_of_jobs_until_it_is_right_again",
@@ -142,7 +142,9 @@ ROWS: tuple[Row, ...] = (
         fault="it asks for a pause, in seconds, by a date or in nonsense",
         answer="left alone so long, but never longer than an hour, by the outbox too",
         tests=(f"{PAUSED}[seconds]", f"{PAUSED}[a date]"),
-        without=(Mutation("worker/notifying.py", "return max(planned, retry_after_seconds or 0.0)", "return planned"),),
+        without=(
+            Mutation("worker/results/notifier.py", "return max(planned, retry_after_seconds or 0.0)", "return planned"),
+        ),
         also=(
             f"{PAUSED}[nonsense]",
             f"{CLIENT}::test_retry_after_is_honoured_within_reason",
@@ -164,7 +166,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{PROGRESS}[200-5.0]",),
         without=(
             Mutation(
-                "worker/progress.py",
+                "worker/progress/reporter.py",
                 "self._reporter.offer(self, [self._webhook(milestone, report) for milestone in crossed])",
                 "[self._reporter._send(self._webhook(milestone, report)) for milestone in crossed]",
             ),
@@ -247,8 +249,8 @@ ROWS: tuple[Row, ...] = (
         answer="it goes behind the others, which are told within a minute of an outage's end, and is dead after a day",
         tests=(f"{OUTBOX}::test_events_that_are_never_taken_do_not_hold_up_others_of_their_kind",),
         without=(
-            Mutation("worker/pacing.py", "self.due_at = now + jittered(planned)", "pass"),
-            Mutation("worker/pacing.py", "(one.num_known, one.rank, one.order)", "one.due_at"),
+            Mutation("worker/results/pacing.py", "self.due_at = now + jittered(planned)", "pass"),
+            Mutation("worker/results/pacing.py", "(one.num_known, one.rank, one.order)", "one.due_at"),
         ),
         also=(
             NEVER_TAKEN,
@@ -264,7 +266,7 @@ ROWS: tuple[Row, ...] = (
         fault="as many ends that it never takes are in hand as the broker gives at once",
         answer="each that failed goes to the tail of the queue by a confirmed copy, and those behind come in",
         tests=(f"{OUTBOX}::test_with_as_many_in_hand_as_the_broker_gives_what_failed_goes_to_the_tail_of_the_queue",),
-        without=(Mutation("worker/outbox_lane.py", "if self._is_full():", "if False:"),),
+        without=(Mutation("worker/results/outbox_lane.py", "if self._is_full():", "if False:"),),
         also=(NEVER_TAKEN,),
     ),
     Row(
@@ -272,7 +274,7 @@ ROWS: tuple[Row, ...] = (
         fault="it comes back from an outage in which as many ends were parked that it never takes as others",
         answer="its first answer, whatever it says, gives every end one try: all others are told within a minute",
         tests=(f"{PACING}::test_so_they_are_where_the_failures_were_parked_in_the_outage_too",),
-        without=(Mutation("worker/pacing.py", "self._num_allowed = max(TRIES_A_TURN, num_parked)", "pass"),),
+        without=(Mutation("worker/results/pacing.py", "self._num_allowed = max(TRIES_A_TURN, num_parked)", "pass"),),
     ),
     Row(
         name="D21",
@@ -284,7 +286,7 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(
             Mutation(
-                "worker/refusals.py",
+                "worker/results/refusals.py",
                 "self._is_open = was_open or len(self._refused) >= REFUSED_ENDS",
                 "self._is_open = False",
             ),
@@ -301,7 +303,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{PACING}::test_a_backend_without_a_connection_is_asked_with_one_event_each_half_minute",),
         without=(
             Mutation(
-                "worker/pacing.py",
+                "worker/results/pacing.py",
                 "            self._is_away = True\n            self.hold(now)\n",
                 "            self._is_away = True\n",
             ),

@@ -8,7 +8,7 @@ RESTARTED = f"{FILE}::test_a_broker_restarted_in_mid_job_has_kept_every_message_
 REAL_ENGINE = "tests/test_live_faults.py"
 RETURNS = "tests/test_live_returns.py"
 
-ADOPTING = Mutation("worker/runs.py", "            if known is not None:\n", "            if False:\n")
+ADOPTING = Mutation("worker/jobs/runs.py", "            if known is not None:\n", "            if False:\n")
 
 ROWS: tuple[Row, ...] = (
     Row(
@@ -29,7 +29,9 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{LOST}[reset]",),
         without=(
             Mutation(
-                "worker/broker.py", "seconds = random.uniform(MIN_BACKOFF_SECONDS / 2, self._ceiling)", "seconds = 30.0"
+                "worker/amqp/broker.py",
+                "seconds = random.uniform(MIN_BACKOFF_SECONDS / 2, self._ceiling)",
+                "seconds = 30.0",
             ),
         ),
     ),
@@ -40,7 +42,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{RESTARTED}[stopped]",),
         without=(
             Mutation(
-                "worker/broker.py",
+                "worker/amqp/broker.py",
                 "        while not self._is_closing:\n            try:\n",
                 "        for _ in range(1):\n            try:\n",
             ),
@@ -64,12 +66,12 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(
             Mutation(
-                "worker/leases.py",
+                "worker/jobs/leases.py",
                 "self._lease_after = consumer_timeout_seconds * LEASE_AFTER_SHARE",
                 'self._lease_after = float("inf")',
             ),
             Mutation(
-                "worker/broker.py",
+                "worker/amqp/broker.py",
                 " or not all(channel.is_open for channel in self._channels.values()):",
                 ":",
             ),
@@ -86,7 +88,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{FILE}::test_a_broker_that_falls_silent_delays_no_end_and_has_nothing_drawn_twice",),
         without=(
             Mutation(
-                "worker/broker.py", "parameters.heartbeat = settings.heartbeat_seconds", "parameters.heartbeat = 0"
+                "worker/amqp/broker.py", "parameters.heartbeat = settings.heartbeat_seconds", "parameters.heartbeat = 0"
             ),
         ),
     ),
@@ -97,7 +99,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{FILE}::test_a_job_behind_a_black_hole_goes_to_another_worker_and_one_end_wins",),
         without=(
             Mutation(
-                "worker/ledger.py",
+                "worker/results/ledger.py",
                 "        if self._storage.put_if_absent(self._ref(event.task_id), event.to_json(),"
                 " content_type=CONTENT_TYPE):\n            return event\n",
                 "        self._storage.put(self._ref(event.task_id), event.to_json(), content_type=CONTENT_TYPE)\n"
@@ -111,7 +113,9 @@ ROWS: tuple[Row, ...] = (
         answer="heartbeats flow beside the work, so the connection lasts",
         tests=(f"{FILE}::test_a_slow_link_costs_time_and_no_connection[by_chunks]",),
         without=(
-            Mutation("worker/processing.py", "self._threads.submit(self._do, work, *args)", "self._do(work, *args)"),
+            Mutation(
+                "worker/jobs/processing.py", "self._threads.submit(self._do, work, *args)", "self._do(work, *args)"
+            ),
         ),
         also=(f"{FILE}::test_a_slow_link_costs_time_and_no_connection[by_bytes]",),
     ),
@@ -127,7 +131,7 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(
             Mutation(
-                "worker/broker.py",
+                "worker/amqp/broker.py",
                 "refused = REFUSED_BACKOFF_SECONDS if isinstance(error, _REFUSED) else 0.0",
                 "refused = 0.0",
             ),
@@ -139,14 +143,14 @@ ROWS: tuple[Row, ...] = (
         fault="the broker accepts a connection and says nothing",
         answer="the handshake is given up after five seconds and begun anew",
         tests=(f"{FILE}::test_a_handshake_without_an_answer_is_given_up_and_begun_anew",),
-        without=(Mutation("worker/broker.py", "    parameters.stack_timeout = STACK_TIMEOUT_SECONDS\n", ""),),
+        without=(Mutation("worker/amqp/broker.py", "    parameters.stack_timeout = STACK_TIMEOUT_SECONDS\n", ""),),
     ),
     Row(
         name="A11",
         fault="the jobs' queue is deleted in the middle of a job",
         answer="it is declared again as the backend declares it, and consumed; the job ends once",
         tests=(f"{FILE}::test_a_queue_deleted_in_mid_job_is_there_again_and_the_job_ends_once",),
-        without=(Mutation("worker/broker.py", "self._is_cancelled_by_broker = True", "pass"),),
+        without=(Mutation("worker/amqp/broker.py", "self._is_cancelled_by_broker = True", "pass"),),
         also=(f"{REAL_ENGINE}::test_a_deleted_queue_is_declared_again_and_consumed",),
     ),
     Row(
@@ -154,28 +158,28 @@ ROWS: tuple[Row, ...] = (
         fault="the broker raises an alarm and takes no publishes",
         answer="acks go through; what must be copied first is not acked before the copy is confirmed",
         tests=(f"{FILE}::test_in_an_alarm_acks_go_through_and_what_must_be_published_is_not_lost",),
-        without=(Mutation("worker/broker.py", "self._channel.confirm_delivery()", "pass"),),
+        without=(Mutation("worker/amqp/broker.py", "self._channel.confirm_delivery()", "pass"),),
     ),
     Row(
         name="A13",
         fault="a policy sends the queue's dead letters nowhere",
         answer="nothing: ours are confirmed copies in a queue of their own, by no policy",
         tests=(f"{FILE}::test_a_policy_that_drops_dead_letters_takes_nothing_from_ours",),
-        without=(Mutation("worker/processing.py", "            self._surely(publish)\n", "            pass\n"),),
+        without=(Mutation("worker/jobs/processing.py", "            self._surely(publish)\n", "            pass\n"),),
     ),
     Row(
         name="A14",
         fault="the queue a copy should go to has been deleted",
         answer="the broker returns the copy; the queue is made again, and then it is sent once more",
         tests=(f"{FILE}::test_a_copy_whose_queue_is_gone_finds_it_made_again",),
-        without=(Mutation("worker/broker.py", "properties, mandatory=True)", "properties, mandatory=False)"),),
+        without=(Mutation("worker/amqp/broker.py", "properties, mandatory=True)", "properties, mandatory=False)"),),
     ),
     Row(
         name="A15",
         fault="the same message five times at once on two workers, and three times afterwards",
         answer="drawn at most once by each, told with one body; afterwards neither drawn nor told",
         tests=(f"{FILE}::test_the_same_job_five_times_on_two_workers_has_one_end",),
-        without=(Mutation("worker/story.py", "        if end is None:\n", "        if True:\n"),),
+        without=(Mutation("worker/jobs/handler.py", "        if end is None:\n", "        if True:\n"),),
         also=(
             "tests/test_live_jobs.py::test_the_same_message_five_times_is_one_job",
             f"{REAL_ENGINE}::test_a_record_in_the_ledger_wins_over_a_second_worker",
@@ -188,7 +192,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{FILE}::test_every_new_try_of_a_generation_has_an_end_of_its_own",),
         without=(
             Mutation(
-                "worker/events.py",
+                "worker/results/terminal_event.py",
                 'webhook_id=f"{self.task_id}:{self.kind.value}"',
                 'webhook_id=f"{self.generation_id}:{self.kind.value}"',
             ),
@@ -202,7 +206,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{FILE}::test_a_worker_with_a_long_job_leaves_a_backlog_to_the_others",),
         without=(
             Mutation(
-                "worker/broker.py",
+                "worker/amqp/broker.py",
                 "channel.basic_qos(prefetch_count=subscription.prefetch)",
                 "channel.basic_qos(prefetch_count=0)",
             ),
@@ -213,7 +217,7 @@ ROWS: tuple[Row, ...] = (
         fault="a job ends that was delivered by a connection which is gone",
         answer="the lost delivery's tag is never sent, so the new channel stays open",
         tests=(f"{LOST}[closed]", f"{LOST}[reset]"),
-        without=(Mutation("worker/broker.py", "if delivery.session == self._session and channel", "if channel"),),
+        without=(Mutation("worker/amqp/broker.py", "if delivery.session == self._session and channel", "if channel"),),
     ),
     Row(
         name="A19",
@@ -221,9 +225,9 @@ ROWS: tuple[Row, ...] = (
         answer="what was returned is replaced by a copy of which nothing is counted; ends are told and jobs drawn",
         tests=(f"{RETURNS}::test_connections_lost_again_and_again_lose_neither_a_parked_event_nor_a_recovered_job",),
         without=(
-            Mutation("worker/outbox.py", "        if delivery.num_deliveries > 0:\n", "        if False:\n"),
+            Mutation("worker/results/outbox.py", "        if delivery.num_deliveries > 0:\n", "        if False:\n"),
             Mutation(
-                "worker/processing.py", "if delivery.num_deliveries > 0 or num_crashes", "if False and num_crashes"
+                "worker/jobs/processing.py", "if delivery.num_deliveries > 0 or num_crashes", "if False and num_crashes"
             ),
         ),
         also=(
@@ -240,8 +244,10 @@ ROWS: tuple[Row, ...] = (
             f"{RETURNS}::test_a_message_at_a_policy_s_limit_becomes_a_dead_letter",
         ),
         without=(
-            Mutation("worker/queues.py", ', "x-overflow": "reject-publish"}', "}"),
-            Mutation("worker/queues.py", "held = _QUORUM | self._dead_lettering(to=self.dead)", "held = _QUORUM"),
+            Mutation("worker/amqp/topology.py", ', "x-overflow": "reject-publish"}', "}"),
+            Mutation(
+                "worker/amqp/topology.py", "held = _QUORUM | self._dead_lettering(to=self.dead)", "held = _QUORUM"
+            ),
         ),
         also=(
             f"{RETURNS}::test_a_policy_with_every_limit_loses_no_end",
@@ -255,7 +261,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{RETURNS}::test_deployments_in_the_middle_of_a_long_job_are_no_crashes[3]",),
         without=(
             Mutation(
-                "worker/processing.py",
+                "worker/jobs/processing.py",
                 "if disposition is Disposition.RELEASE and delivery.queue",
                 "if False and delivery.queue",
             ),
@@ -273,7 +279,9 @@ ROWS: tuple[Row, ...] = (
         fault="one of several recovered jobs kills every worker that it is in",
         answer="from the third time on it is done with no recovered job beside it, so that those are not given up",
         tests=(f"{RETURNS}::test_a_job_that_several_workers_were_killed_with_is_done_with_no_recovered_one_beside_it",),
-        without=(Mutation("worker/processing.py", "if is_suspect(delivery) and not self", "if False and not self"),),
+        without=(
+            Mutation("worker/jobs/processing.py", "if is_suspect(delivery) and not self", "if False and not self"),
+        ),
     ),
     Row(
         name="A24",
@@ -282,7 +290,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{RETURNS}::test_a_job_on_lease_whose_worker_was_killed_has_one_crash_more",),
         without=(
             Mutation(
-                "worker/processing.py", "num_crashes=delivery.num_crashes + 1", "num_crashes=delivery.num_crashes"
+                "worker/jobs/processing.py", "num_crashes=delivery.num_crashes + 1", "num_crashes=delivery.num_crashes"
             ),
         ),
     ),
@@ -296,7 +304,7 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(
             Mutation(
-                "worker/content_headers.py",
+                "worker/amqp/content_headers.py",
                 "return _read_header_frame(self._frame_buffer) or super()._read_frame()",
                 "return super()._read_frame()",
             ),
@@ -308,7 +316,7 @@ ROWS: tuple[Row, ...] = (
         fault="a cancel order's headers are nested thousands of levels deep",
         answer="the order is obeyed: what is deeper than sixteen levels is not decoded",
         tests=("tests/test_live_cancelling.py::test_an_order_is_obeyed_whatever_its_headers_are",),
-        without=(Mutation("worker/content_headers.py", "if depth > MAX_DEPTH:", "if False:"),),
+        without=(Mutation("worker/amqp/content_headers.py", "if depth > MAX_DEPTH:", "if False:"),),
         also=("tests/test_content_headers.py::test_nesting_ends_in_bytes_however_deep_it_is",),
     ),
     Row(
@@ -321,7 +329,7 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(
             Mutation(
-                "worker/inspection.py",
+                "worker/amqp/queue_browser.py",
                 "held.properties.for_copy(without=NOT_COPIED)",
                 "pika.BasicProperties(headers=dict(held.headers))",
             ),

@@ -20,7 +20,7 @@ ROWS: tuple[Row, ...] = (
         "a worker is killed at any of eleven points between the download and the ack",
         "the next one goes on where the record says: one end, one whole picture, no rest",
         tests=(f"{KILLED}[behind_the_record]", f"{KILLED}[before_the_webhook]", f"{KILLED}[before_the_ack]"),
-        without=(Mutation("worker/story.py", "if end is None:", "if True:"),),
+        without=(Mutation("worker/jobs/handler.py", "if end is None:", "if True:"),),
         also=(
             KILLED,
             f"{LIVE}test_a_worker_killed_while_it_makes_the_png_leaves_one_end",
@@ -59,7 +59,7 @@ ROWS: tuple[Row, ...] = (
         "a job takes every worker down with it",
         "counted by the broker, it fails after eleven workers, and its backend is told",
         tests=(f"{REAL_ENGINE}test_a_job_that_eleven_workers_were_killed_with_is_tried_no_more",),
-        without=(Mutation("worker/story.py", "if run.num_recoveries > MAX_RECOVERIES:", "if False:"),),
+        without=(Mutation("worker/jobs/handler.py", "if run.num_recoveries > MAX_RECOVERIES:", "if False:"),),
         also=(f"{LIVE}test_a_job_that_kills_every_worker_is_given_up_and_its_backend_told",),
     ),
     Row(
@@ -98,7 +98,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{LIVE}test_a_job_longer_than_the_grace_is_another_worker_s",),
         without=(
             Mutation(
-                "worker/settling.py",
+                "worker/jobs/disposition.py",
                 "return Verdict(Disposition.RELEASE)",
                 'return Verdict(Disposition.ACK, "STOPPED", "the worker stopped")',
             ),
@@ -128,9 +128,9 @@ ROWS: tuple[Row, ...] = (
         "its own run meets the record and tells nobody anything",
         tests=(f"{LIVE}test_a_worker_frozen_for_long_finds_that_its_job_has_ended",),
         without=(
-            Mutation("worker/notifying.py", "if event.is_delivered:", "if False:"),
+            Mutation("worker/results/notifier.py", "if event.is_delivered:", "if False:"),
             Mutation(
-                "worker/notifying.py",
+                "worker/results/notifier.py",
                 "is_told = (bool(attempts) or _is_stale(event)) and self._ledger.is_delivered(event)",
                 "is_told = False",
             ),
@@ -244,7 +244,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{THAWS}[in_a_step]", f"{THAWS}[before_the_picture]", f"{THAWS}[between_two_pictures]"),
         without=(
             Mutation(
-                "worker/storing.py",
+                "worker/results/image_store.py",
                 "        if end is not None:\n            raise AlreadyEnded(end)\n",
                 "        pass\n",
             ),
@@ -256,21 +256,21 @@ ROWS: tuple[Row, ...] = (
         "it was frozen in the middle of replacing an earlier picture",
         "the store takes the write only over the very picture that was looked at",
         tests=(f"{THAWS}[in_the_replacement]",),
-        without=(Mutation("clients/storage.py", '{"IfMatch": etag}', '{"IfMatch": "*"}'),),
+        without=(Mutation("clients/storage/client.py", '{"IfMatch": etag}', '{"IfMatch": "*"}'),),
     ),
     Row(
         "B20",
         "it was frozen between the record and the webhook",
         "it looks whether the end was reported since: one call",
         tests=(f"{THAWS}[behind_the_record]",),
-        without=(Mutation("worker/notifying.py", "(bool(attempts) or _is_stale(event))", "bool(attempts)"),),
+        without=(Mutation("worker/results/notifier.py", "(bool(attempts) or _is_stale(event))", "bool(attempts)"),),
     ),
     Row(
         "B21",
         "the store takes no record of a failure for all tries of its job, then the same message comes again",
         "the failure waits in the outbox until it is recorded; whichever end is recorded first is the only one",
         tests=(f"{EFFECT}test_a_failure_that_cannot_be_recorded_is_reported_once_the_store_records_it",),
-        without=(Mutation("worker/processing.py", "unrecorded = str(error)", "pass"),),
+        without=(Mutation("worker/jobs/processing.py", "unrecorded = str(error)", "pass"),),
         also=(f"{EFFECT}test_a_failure_that_was_not_recorded_gives_way_to_the_same_message_s_completion",),
     ),
     Row(
@@ -279,7 +279,9 @@ ROWS: tuple[Row, ...] = (
         "the second is done under an id of its own: two ends",
         tests=(f"{TWO_GENERATIONS}[at_once]", f"{TWO_GENERATIONS}[one_after_the_other]"),
         without=(
-            Mutation("worker/identity.py", "if str(asked.generation_id) != str(known_generation_id):", "if False:"),
+            Mutation(
+                "worker/messages/identity.py", "if str(asked.generation_id) != str(known_generation_id):", "if False:"
+            ),
         ),
         also=(f"{EFFECT}test_a_job_whose_task_id_another_worker_recorded_for_another_generation_ends_under_its_own",),
     ),
@@ -290,7 +292,9 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{OTHER_DATA}[at_once]", f"{OTHER_DATA}[one_after_the_other]"),
         without=(
             Mutation(
-                "worker/identity.py", "if known_fingerprint and known_fingerprint != fingerprint(body):", "if False:"
+                "worker/messages/identity.py",
+                "if known_fingerprint and known_fingerprint != fingerprint(body):",
+                "if False:",
             ),
         ),
     ),
@@ -299,7 +303,9 @@ ROWS: tuple[Row, ...] = (
         "a lease note that no worker wrote: nested deeply, huge numbers, until the year 9999",
         "it counts as none: the job is done",
         tests=(f"{EFFECT}test_a_lease_note_that_no_worker_wrote_keeps_no_job[far_ahead]",),
-        without=(Mutation("worker/leases.py", " or until > time.time() + MAX_VALID_SECONDS + MAX_SKEW_SECONDS", ""),),
+        without=(
+            Mutation("worker/jobs/leases.py", " or until > time.time() + MAX_VALID_SECONDS + MAX_SKEW_SECONDS", ""),
+        ),
         also=(f"{EFFECT}test_a_lease_note_that_no_worker_wrote_keeps_no_job[deep]",),
     ),
     Row(
@@ -312,7 +318,7 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(
             Mutation(
-                "worker/ledger.py",
+                "worker/results/ledger.py",
                 'raise RecordUnreadable(f"{ref}: {error}") from error',
                 'raise ObjectDamaged(f"{ref}: {error}") from error',
             ),
@@ -350,7 +356,7 @@ ROWS: tuple[Row, ...] = (
         "the disk is full",
         "no half file is left, and the job is tried again, by another worker as well",
         tests=(f"{LIVE}test_a_full_disk_leaves_no_half_file_and_the_job_to_another_worker",),
-        without=(Mutation("clients/cache.py", "part.unlink(missing_ok=True)", "pass"),),
+        without=(Mutation("clients/storage/cache.py", "part.unlink(missing_ok=True)", "pass"),),
         also=("tests/test_clients_cache.py::test_a_full_disk_is_told_and_leaves_no_torso",),
     ),
     Row(
@@ -358,7 +364,7 @@ ROWS: tuple[Row, ...] = (
         "the cache cannot be written, or holds what a killed worker left",
         "the worker says so and ends before it takes a job; parts are never taken for files",
         tests=(f"{LIVE}test_a_cache_that_cannot_be_written_ends_the_worker_before_it_takes_a_job",),
-        without=(Mutation("clients/cache.py", "with self._part():\n", "if True:\n"),),
+        without=(Mutation("clients/storage/cache.py", "with self._part():\n", "if True:\n"),),
         also=(
             f"{KILLED}[in_download]",
             "tests/test_clients_cache.py::test_only_stale_parts_are_removed_at_the_start",
@@ -372,7 +378,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{LIVE}test_a_worker_without_a_descriptor_to_spare_ends_no_job_and_goes_on_once_it_has_some",),
         without=(
             Mutation(
-                "worker/settling.py",
+                "worker/jobs/disposition.py",
                 'return _again(attempt, "STORAGE_UNAVAILABLE", f"the object store failed {attempt} times: {error}")',
                 'return Verdict(Disposition.ACK, "STORAGE_UNAVAILABLE", str(error))',
             ),
@@ -417,7 +423,9 @@ ROWS: tuple[Row, ...] = (
             f"{HEALTH}test_probes_are_answered_beside_any_number_of_idle_connections",
             f"{HEALTH}test_probes_are_answered_beside_clients_that_drip_and_come_again",
         ),
-        without=(Mutation("worker/bounded_server.py", "if self._places.acquire(blocking=False):", "if True:"),),
+        without=(
+            Mutation("worker/monitoring/bounded_server.py", "if self._places.acquire(blocking=False):", "if True:"),
+        ),
         also=(f"{HEALTH}test_a_request_that_takes_too_long_is_cut_however_often_a_byte_comes",),
     ),
     Row(
@@ -427,7 +435,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{HEALTH}test_clients_that_leave_before_their_answer_print_no_traceback",),
         without=(
             Mutation(
-                "worker/bounded_server.py",
+                "worker/monitoring/bounded_server.py",
                 'logger.exception("a request to the metrics port failed")',
                 "pass\n        super().handle_error(request, client_address)",
             ),

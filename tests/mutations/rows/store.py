@@ -15,7 +15,9 @@ ROWS: tuple[Row, ...] = (
         "the store says twice that it is too busy, or that it broke",
         "the request is repeated after a pause; picture, end and queues are as ever",
         tests=(f"{LIVE}test_a_busy_store_is_asked_again_and_nobody_hears_of_it",),
-        without=(Mutation("clients/storage_wire.py", '"total_max_attempts": MAX_ATTEMPTS', '"total_max_attempts": 1'),),
+        without=(
+            Mutation("clients/storage/transport.py", '"total_max_attempts": MAX_ATTEMPTS', '"total_max_attempts": 1'),
+        ),
         also=(f"{STORAGE}test_a_busy_store_is_asked_again",),
     ),
     Row(
@@ -25,7 +27,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{LIVE}test_a_store_that_fails_one_job_for_ever_fails_it_once_and_no_other",),
         without=(
             Mutation(
-                "worker/settling.py",
+                "worker/jobs/disposition.py",
                 'return _again(attempt, "STORAGE_UNAVAILABLE", f"the object store failed {attempt} times: {error}")',
                 'return Verdict(Disposition.ACK, "STORAGE_UNAVAILABLE", str(error))',
             ),
@@ -50,7 +52,7 @@ ROWS: tuple[Row, ...] = (
         "the adapter is not there, or not yet",
         "looked for once more after a moment; then the job fails undrawn, never without its style",
         tests=(f"{LIVE}test_an_adapter_that_comes_a_moment_after_its_job_is_not_missing",),
-        without=(Mutation("worker/fetching.py", "self.is_draining.wait(SECOND_LOOK_SECONDS)", "raise"),),
+        without=(Mutation("worker/jobs/inputs/fetcher.py", "self.is_draining.wait(SECOND_LOOK_SECONDS)", "raise"),),
         also=(f"{LIVE}test_without_its_adapter_a_job_fails_and_nothing_is_drawn",),
     ),
     Row(
@@ -58,7 +60,7 @@ ROWS: tuple[Row, ...] = (
         "a download breaks off in the middle",
         "fetched again from its start; under its name lies a whole file or none",
         tests=(f"{LIVE}test_an_adapter_cut_in_the_middle_of_its_way_is_fetched_again",),
-        without=(Mutation("clients/storage.py", "MAX_DOWNLOAD_TRIES = 3", "MAX_DOWNLOAD_TRIES = 1"),),
+        without=(Mutation("clients/storage/client.py", "MAX_DOWNLOAD_TRIES = 3", "MAX_DOWNLOAD_TRIES = 1"),),
         also=(
             f"{STORAGE}test_a_body_cut_short_is_fetched_again",
             f"{STORAGE}test_a_body_that_stays_damaged_is_told_after_three_tries",
@@ -69,7 +71,7 @@ ROWS: tuple[Row, ...] = (
         "a download has its length and a wrong byte",
         "its MD5 is not the ETag: fetched again, and the wrong one never used",
         tests=(f"{LIVE}test_an_adapter_with_a_wrong_byte_is_fetched_again_and_never_used",),
-        without=(Mutation("clients/storage_wire.py", "        if not is_right:\n", "        if False:\n"),),
+        without=(Mutation("clients/storage/transport.py", "        if not is_right:\n", "        if False:\n"),),
         also=(f"{STORAGE}test_a_body_that_stays_damaged_is_told_after_three_tries",),
     ),
     Row(
@@ -77,7 +79,7 @@ ROWS: tuple[Row, ...] = (
         "a download comes byte by byte, so that no read ever times out",
         "given up below 64 kB/s, and asked for again",
         tests=(f"{LIVE}test_an_adapter_that_arrives_too_slowly_is_asked_for_again_long_before_its_time_is_over",),
-        without=(Mutation("clients/storage.py", "return rate < MIN_RATE_BYTES_PER_SECOND", "return False"),),
+        without=(Mutation("clients/storage/client.py", "return rate < MIN_RATE_BYTES_PER_SECOND", "return False"),),
         also=(
             f"{LIVE}test_a_slow_store_costs_time_and_nothing_else",
             f"{STORAGE}test_a_download_below_the_minimum_rate_ends_long_before_its_deadline",
@@ -102,7 +104,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{LIVE}test_a_write_whose_answer_is_lost_is_one_write_and_one_end",),
         without=(
             Mutation(
-                "clients/storage.py",
+                "clients/storage/client.py",
                 "            except ObjectChanged:\n                return False",
                 "            except ObjectChanged:\n                raise",
             ),
@@ -128,7 +130,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{LIVE}test_a_picture_of_another_task_gives_way_and_the_log_says_so",),
         without=(
             Mutation(
-                "worker/storing.py",
+                "worker/results/image_store.py",
                 "            if self._overwrite(file, found):\n                return\n",
                 "            return\n",
             ),
@@ -145,7 +147,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{LIVE}test_a_store_that_knows_no_conditions_is_written_to_without_them",),
         without=(
             Mutation(
-                "worker/ledger.py",
+                "worker/results/ledger.py",
                 "        except NotSupported:\n            return False",
                 "        except NotSupported:\n            raise",
             ),
@@ -167,8 +169,8 @@ ROWS: tuple[Row, ...] = (
             "[RequestTimeTooSkewed]",
         ),
         without=(
-            Mutation("clients/storage_errors.py", '        "RequestTimeTooSkewed",\n', ""),
-            Mutation("clients/storage_errors.py", "    403: AccessDenied,\n", ""),
+            Mutation("clients/storage/errors.py", '        "RequestTimeTooSkewed",\n', ""),
+            Mutation("clients/storage/errors.py", "    403: AccessDenied,\n", ""),
         ),
     ),
     Row(
@@ -195,7 +197,9 @@ ROWS: tuple[Row, ...] = (
         "both files of an adapter's folder are replaced while they are fetched",
         "the config is looked at again behind the weights: no job draws with the files of two versions",
         tests=(f"{FETCHING}test_an_adapter_folder_replaced_during_the_fetch_gives_both_files_of_one_version",),
-        without=(Mutation("worker/fetching.py", "            if config == before:\n", "            if True:\n"),),
+        without=(
+            Mutation("worker/jobs/inputs/fetcher.py", "            if config == before:\n", "            if True:\n"),
+        ),
         also=(
             f"{FETCHING}test_an_adapter_folder_that_is_replaced_without_end_is_tried_again_later",
             f"{FETCHING}test_a_job_keeps_the_adapter_that_it_fetched_when_the_object_is_replaced",
@@ -231,7 +235,7 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(
             Mutation(
-                "worker/places.py",
+                "worker/jobs/inputs/places.py",
                 "            if self._slow.total() >= self._num_slow:\n                return False\n",
                 "",
             ),
@@ -245,7 +249,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{FETCHING}test_what_the_store_damages_on_the_way_is_no_fault_of_the_job",),
         without=(
             Mutation(
-                "worker/fetching.py",
+                "worker/jobs/inputs/fetcher.py",
                 "        except PictureInvalid as error:",
                 "        except (ObjectChanged.__base__, PictureInvalid) as error:",
             ),
@@ -257,7 +261,9 @@ ROWS: tuple[Row, ...] = (
         "the store's ETags look like MD5s and are none",
         "bytes that come twice the same are the store's own; a header made for it is believed before the ETag",
         tests=(f"{STORAGE}test_a_body_that_comes_twice_the_same_is_whole_and_its_etag_no_md5",),
-        without=(Mutation("clients/storage_wire.py", " or md5 == etag or md5 in self._refused", " or md5 == etag"),),
+        without=(
+            Mutation("clients/storage/transport.py", " or md5 == etag or md5 in self._refused", " or md5 == etag"),
+        ),
         also=(f"{STORAGE}test_an_etag_that_is_no_md5_is_not_taken_for_one",),
     ),
     Row(
@@ -268,7 +274,7 @@ ROWS: tuple[Row, ...] = (
             f"{STORAGE}test_a_conditional_write_that_nothing_confirms_is_read_back",
             f"{STORAGE}test_a_write_that_was_not_done_is_told_whatever_answered_it",
         ),
-        without=(Mutation("clients/storage_wire.py", '    return "ETag" in answer\n', "    return True\n"),),
+        without=(Mutation("clients/storage/transport.py", '    return "ETag" in answer\n', "    return True\n"),),
         also=(f"{STORAGE}test_an_error_inside_a_good_answer_to_a_write_is_an_error",),
     ),
     Row(
@@ -279,7 +285,7 @@ ROWS: tuple[Row, ...] = (
             f"{GOOGLE}test_of_many_writers_of_one_key_one_wins_by_google_s_own_condition",
             f"{GOOGLE}test_the_ledger_has_its_fence_and_the_probe_says_so",
         ),
-        without=(Mutation("clients/google_dialect.py", 'kept[IF_GENERATION] = "0"', "pass"),),
+        without=(Mutation("clients/storage/google.py", 'kept[IF_GENERATION] = "0"', "pass"),),
         also=(
             "tests/test_live_google.py::test_a_job_is_drawn_stored_and_recorded_once_behind_google_s_condition",
             f"{GOOGLE}test_a_picture_is_not_kept_by_caches_without_asking",
@@ -294,7 +300,9 @@ ROWS: tuple[Row, ...] = (
             f"{CACHE}test_a_worker_s_folder_is_free_once_its_process_was_killed",
         ),
         without=(
-            Mutation("clients/claimed_folder.py", "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+            Mutation(
+                "clients/storage/claimed_folder.py", "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"
+            ),
         ),
         also=("tests/test_live_sharing.py::test_two_workers_share_forty_jobs_within_a_fifth_of_evenly",),
     ),

@@ -1,0 +1,119 @@
+"""Google Cloud Storage's own dialect of the S3 protocol, into which the S3 client's finished requests are put.
+
+Its XML API takes AWS's signatures and `x-amz-` headers, but then it passes over `If-None-Match` on a write, and it
+refuses `x-goog-` headers beside them (400 ExcessHeaderValues). Only a request all in `x-goog-` headers, signed as
+GOOG4-HMAC-SHA256, can carry `x-goog-if-generation-match: 0`, which is Google's condition for a key that is free.
+"""
+
+import base64
+import hashlib
+import hmac
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from clients.storage.location import is_google_host
+
+ALGORITHM = "GOOG4-HMAC-SHA256"
+# Valid for buckets of every location.
+LOCATION = "auto"
+SERVICE, REQUEST_TYPE = "storage", "goog4_request"
+AMAZON, GOOGLE = "x-amz-", "x-goog-"
+META = "meta-"
+GENERATION, IF_GENERATION = "x-goog-generation", "x-goog-if-generation-match"
+_GENERATION_ETAG = re.compile(r'"g([0-9]+)"')
+# Headers of AWS's that have no counterpart: an MD5 takes the checksums' place.
+UNTRANSLATABLE = ("x-amz-checksum-", "x-amz-sdk-", "x-amz-trailer", "amz-sdk-")
+# Google's front end changes some of the others on their way, and a signature must not cover those.
+SIGNED = ("host", "content-type", "content-md5", "cache-control")
+# In every answer of Google's, also in a refusal.
+GOOGLES_HEADERS = ("x-guploader-uploadid", "x-goog-")
+
+
+class GoogleDialect:
+    """Translates requests and answers of an endpoint that is Google's, by its name or its answers. Thread-safe."""
+
+    def __init__(self, endpoint_url: str | None, access_key_id: str, secret: str) -> None:
+        self._access_key_id = access_key_id
+        self._secret = secret
+        self._is_spoken = bool(endpoint_url and is_google_host(urlsplit(endpoint_url).hostname or ""))
+
+    def put_request(self, request: Any) -> None:
+        """Make a request that botocore has signed Google's. The `Date` of it stays."""
+        if not self._is_spoken:
+            return
+        headers = {name.lower(): _text(value) for name, value in request.headers.items()}
+        translated = _translated(headers, request.method, request.body)
+        translated["host"] = urlsplit(request.url).netloc
+        translated["authorization"] = self._authorization(request, translated)
+        for name in list(request.headers.keys()):
+            del request.headers[name]
+        for name, value in translated.items():
+            request.headers[name] = value
+
+    def put_answer(self, answer: Any) -> None:
+        """Give an answer's metadata the names that botocore reads, and learn from it whose it is.
+
+        An object's generation takes the ETag's place: Google conditions writes on that alone, not on `If-Match`.
+        """
+        google = [name for name in answer.headers if name.lower().startswith(GOOGLES_HEADERS)]
+        self._is_spoken = self._is_spoken or bool(google)
+        if GENERATION in answer.headers:
+            answer.headers["ETag"] = f'"g{answer.headers[GENERATION]}"'
+        for name in google:
+            if name.lower().startswith(GOOGLE + META):
+                answer.headers[AMAZON + name.lower().removeprefix(GOOGLE)] = answer.headers[name]
+
+    def _authorization(self, request: Any, headers: Mapping[str, str]) -> str:
+        signed = {name: value for name, value in headers.items() if name in SIGNED or name.startswith(GOOGLE)}
+        moment = headers["x-goog-date"]
+        scope = f"{moment[:8]}/{LOCATION}/{SERVICE}/{REQUEST_TYPE}"
+        hashed = hashlib.sha256(canonical_request(request.method, request.url, signed).encode()).hexdigest()
+        key = f"GOOG4{self._secret}".encode()
+        for part in scope.split("/"):
+            key = hmac.digest(key, part.encode(), "sha256")
+        signature = hmac.digest(key, "\n".join((ALGORITHM, moment, scope, hashed)).encode(), "sha256").hex()
+        names = ";".join(sorted(signed))
+        return f"{ALGORITHM} Credential={self._access_key_id}/{scope},SignedHeaders={names},Signature={signature}"
+
+
+def canonical_request(method: str, url: str, signed: Mapping[str, str]) -> str:
+    """As Google's documentation of its V4 signing process has it."""
+    parts = urlsplit(url)
+    parameters = sorted(part if "=" in part else f"{part}=" for part in parts.query.split("&") if part)
+    headers = [f"{name}:{' '.join(signed[name].split())}" for name in sorted(signed)]
+    payload_hash = signed["x-goog-content-sha256"]
+    return "\n".join(
+        (method, parts.path or "/", "&".join(parameters), *headers, "", ";".join(sorted(signed)), payload_hash)
+    )
+
+
+def _translated(headers: Mapping[str, str], method: str, body: Any) -> dict[str, str]:
+    content = _content(body)
+    kept = {
+        GOOGLE + name.removeprefix(AMAZON) if name.startswith(AMAZON) else name: value
+        for name, value in headers.items()
+        if not name.startswith(UNTRANSLATABLE)
+    }
+    kept["x-goog-content-sha256"] = hashlib.sha256(content).hexdigest()
+    if method == "PUT":
+        kept["content-md5"] = base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
+    if kept.pop("if-none-match", "") == "*":
+        kept[IF_GENERATION] = "0"
+    if generation := _GENERATION_ETAG.fullmatch(kept.get("if-match", "")):
+        del kept["if-match"]
+        kept[IF_GENERATION] = generation[1]
+    return kept
+
+
+def _content(body: Any) -> bytes:
+    if body is None or isinstance(body, bytes):
+        return body or b""
+    content: bytes = body.read()
+    body.seek(0)
+    return content
+
+
+def _text(value: str | bytes) -> str:
+    return value if isinstance(value, str) else value.decode("latin-1")

@@ -1,0 +1,10 @@
+"""File formats of finished images."""
+
+from enum import StrEnum
+
+
+class PictureFormat(StrEnum):
+    """A file format of finished pictures, by its MIME type."""
+
+    PNG = "image/png"
+    JPEG = "image/jpeg"

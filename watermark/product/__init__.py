@@ -1,0 +1,1 @@
+"""Product images: cutout, masks, placement and compositing. Pure: images in, images out."""

@@ -1,0 +1,67 @@
+"""Puts a product with its shadow on a background. Pure: the same input gives the same bytes."""
+
+import numpy as np
+from PIL import Image, ImageChops, ImageFilter
+
+from watermark.geometry import Rect
+from watermark.product.cutout import resized
+
+# The product touches the ground with its lowest part: what of its height throws the shadow.
+FOOT = 0.12
+# How high that part's shadow is drawn, and how far it is blurred, as parts of the product's width: a dark rim right
+# under the foot, and a soft one around it that is half as dark.
+CONTACT_HEIGHT, CONTACT_BLUR = 0.03, 0.015
+SOFT_HEIGHT, SOFT_BLUR, SOFT_DARKNESS = 0.14, 0.06, 0.55
+
+
+def compose(background: Image.Image, product: Image.Image, place: Rect, *, shadow: float) -> Image.Image:
+    """The RGBA `product`, brought to the size of its `place`, on an RGB `background`, above its contact shadow.
+
+    `shadow` is the opacity of the shadow's darkest part, 0 none. Where the product is opaque, the picture is the
+    product to the byte; beside product and shadow it is the background.
+    """
+    picture = background.copy()
+    placed = resized(product, place.size)
+    if shadow > 0:
+        _darken(picture, placed.getchannel("A"), place, shadow)
+    # Porter and Duff's "over", exact where alpha is 0 or 255.
+    picture.paste(placed, place[:2], placed)
+    return picture
+
+
+def _darken(picture: Image.Image, alpha: Image.Image, place: Rect, opacity: float) -> None:
+    """Multiply the light around the product's foot, in place."""
+    around = _around(place, picture.size)
+    contact = _shade(alpha, place, around, CONTACT_HEIGHT, CONTACT_BLUR, darkness=1.0)
+    soft = _shade(alpha, place, around, SOFT_HEIGHT, SOFT_BLUR, darkness=SOFT_DARKNESS)
+    light = ImageChops.lighter(contact, soft).point([round(255 - opacity * shade) for shade in range(256)])
+    lit = ImageChops.multiply(picture.crop(around), Image.merge("RGB", [light] * 3))
+    picture.paste(lit, around[:2])
+
+
+def _around(place: Rect, picture: tuple[int, int]) -> Rect:
+    """The part of the picture that a shadow may reach."""
+    width, height = place.size
+    reach = round(width * (SOFT_HEIGHT + 3 * SOFT_BLUR)) + 3
+    top = place.bottom - round(height * FOOT) - reach
+    return Rect(
+        max(0, place.left - reach),
+        max(0, top),
+        min(picture[0], place.right + reach),
+        min(picture[1], place.bottom + reach),
+    )
+
+
+def _shade(
+    alpha: Image.Image, place: Rect, around: Rect, height: float, blur: float, *, darkness: float
+) -> Image.Image:
+    """The shadow over `around`, mode L, `darkness` of 255 where it is darkest: the product's foot as seen from above,
+    flat, and blurred."""
+    width, tall = place.size
+    foot = alpha.crop((0, tall - max(1, round(tall * FOOT)), width, tall))
+    flat = foot.resize((width, max(1, round(width * height))), Image.Resampling.BOX)
+    shade = Image.new("L", around.size)
+    shade.paste(flat, (place.left - around.left, place.bottom - around.top - (flat.height + 1) // 2))
+    blurred = shade.filter(ImageFilter.GaussianBlur(width * blur))
+    factor = darkness * 255 / max(1, int(np.asarray(blurred).max()))
+    return blurred.point([min(255, round(value * factor)) for value in range(256)])

@@ -1,0 +1,163 @@
+"""What a picture's file says of how it was made, as PNG text and as an XMP packet. Pure.
+
+`docs/provenance.md` says which field is written at which level and how to read it back.
+"""
+
+import json
+import re
+from dataclasses import dataclass, fields
+from datetime import datetime
+from enum import StrEnum
+
+from PIL.PngImagePlugin import PngInfo
+
+from watermark.provenance.xmp import xmp_packet
+
+# The only keyword XMP readers look for; the packet behind it must not be compressed (XMP specification, part 3).
+XMP_KEYWORD = "XML:com.adobe.xmp"
+SETTINGS_KEYWORD = "Darkroom"
+# Where AUTOMATIC1111's web UI writes what it drew a picture by, and where most tools look for it.
+PARAMETERS_KEYWORD = "parameters"
+
+# What XML 1.0 has no character for: it would break the packet. PNG text forbids some of it too, UTF-8 the surrogates.
+_UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_REPLACEMENT = "\ufffd"
+
+
+class SourceType(StrEnum):
+    """Where a picture's pixels come from: two terms of IPTC's vocabulary "Digital Source Type" (version of 2024-10)."""
+
+    # "Digital media created algorithmically using an AI model trained on captured content"
+    GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+    # "Augmentation, correction or enhancement using a Generative AI model, such as with inpainting or outpainting"
+    COMPOSITE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the picture was asked for by; what cannot be written in XML is replaced."""
+
+    prompt: str
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        _make_writable(self)
+
+    @property
+    def text(self) -> str:
+        """Both in one, as the web UI writes them and others read them."""
+        return f"{self.prompt}\nNegative prompt: {self.negative_prompt}" if self.negative_prompt else self.prompt
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a picture was made. `created_at` is in UTC; `adapters` are names, never paths, which may name customers.
+
+    One that exists can be written: what cannot be in XML, PNG text or UTF-8 is replaced by U+FFFD in every text.
+    `prompts` are there only where they may be told.
+    """
+
+    software: str
+    version: str
+    model: str
+    created_at: datetime
+    kind: str
+    source_type: SourceType
+    task_id: str
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    width: int
+    height: int
+    adapters: tuple[str, ...] = ()
+    artist_name: str | None = None
+    prompts: Prompts | None = None
+
+    def __post_init__(self) -> None:
+        _make_writable(self)
+        object.__setattr__(self, "adapters", tuple(_writable(name) for name in self.adapters))
+
+    @property
+    def creator_tool(self) -> str:
+        return f"{self.software} {self.version}"
+
+    @property
+    def created(self) -> str:
+        """RFC 3339, to the second, as PNG and XMP both take it."""
+        return self.created_at.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def png_text(provenance: Provenance) -> PngInfo:
+    """The text chunks of a PNG: iTXt all of them, which is UTF-8."""
+    text = PngInfo()
+    text.add_itxt("Software", provenance.creator_tool)
+    text.add_itxt("Creation Time", provenance.created)
+    text.add_itxt("Source", provenance.model)
+    text.add_itxt(SETTINGS_KEYWORD, _settings(provenance))
+    text.add_itxt(XMP_KEYWORD, packet_of(provenance))
+    if provenance.prompts is not None:
+        text.add_itxt(PARAMETERS_KEYWORD, _parameters(provenance, provenance.prompts))
+    return text
+
+
+def _settings(provenance: Provenance) -> str:
+    """JSON by the names of the complete webhook's metadata."""
+    settings = {
+        "kind": provenance.kind,
+        "model": provenance.model,
+        "seed": provenance.seed,
+        "steps": provenance.num_inference_steps,
+        "guidance_scale": provenance.guidance_scale,
+        "scheduler": provenance.scheduler,
+        "width": provenance.width,
+        "height": provenance.height,
+        "adapters": provenance.adapters,
+        "task_id": provenance.task_id,
+    }
+    return json.dumps(settings, ensure_ascii=False)
+
+
+def packet_of(provenance: Provenance) -> str:
+    """The XMP packet, wrapper included."""
+    return xmp_packet(
+        creator_tool=provenance.creator_tool,
+        created=provenance.created,
+        source_type=provenance.source_type,
+        system=provenance.model,
+        creator=provenance.artist_name,
+        prompt=None if provenance.prompts is None else provenance.prompts.text,
+    )
+
+
+def _parameters(provenance: Provenance, prompts: Prompts) -> str:
+    """The web UI's form: the prompt, "Negative prompt: …", and last one line of `Name: value` pairs."""
+    pairs = {
+        "Steps": str(provenance.num_inference_steps),
+        "Sampler": provenance.scheduler,
+        "CFG scale": f"{provenance.guidance_scale:g}",
+        "Seed": str(provenance.seed),
+        "Size": f"{provenance.width}x{provenance.height}",
+        "Model": provenance.model,
+        "Adapters": ", ".join(provenance.adapters),
+        "Version": provenance.creator_tool,
+    }
+    line = ", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items() if value)
+    return f"{prompts.text}\n{line}"
+
+
+def _quoted(value: str) -> str:
+    """As the web UI quotes what would end a pair early."""
+    return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]', value) else value
+
+
+def _make_writable(told: Prompts | Provenance) -> None:
+    for field in fields(told):
+        value = getattr(told, field.name)
+        if type(value) is str:  # not an enum's, which equals a string and is more
+            object.__setattr__(told, field.name, _writable(value))
+
+
+def _writable(text: str) -> str:
+    # XML readers turn every carriage return into a line feed: better that all readers see the same.
+    return _UNWRITABLE.sub(_REPLACEMENT, text.replace("\r\n", "\n").replace("\r", "\n"))

@@ -1,0 +1,124 @@
+"""Chooses colours that can be read: relative luminance and contrast ratio as in WCAG 2.2."""
+
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from watermark.text.overlay import Box, TextOverlay
+
+Colour: TypeAlias = tuple[int, int, int]
+
+WHITE: Colour = (255, 255, 255)
+BLACK: Colour = (0, 0, 0)
+# WCAG's level AA for text of any size.
+MIN_CONTRAST = 4.5
+# What is aimed at: Pillow blends to the nearest or the next grey level, which at middle grey is 0.07.
+AIMED_CONTRAST = 4.6
+# An outline of less than this part of the letters' size does not set them off.
+MIN_STROKE = 0.03
+# So many pixels are looked at again and again where a panel's opacity is sought.
+NUM_WORST = 4096
+
+_SCALE = np.arange(256) / 255
+_LINEAR = np.where(_SCALE <= 0.04045, _SCALE / 12.92, ((_SCALE + 0.055) / 1.055) ** 2.4)
+# (3, 256): what a value of each channel adds to the luminance.
+_LUMINANCE = (np.array([[0.2126], [0.7152], [0.0722]]) * _LINEAR).astype(np.float32)
+
+
+class Colours(NamedTuple):
+    """What a headline is painted in. `opacity` of the panel behind it is from 0, no panel, to 255."""
+
+    text: Colour
+    stroke: Colour
+    panel: Colour
+    opacity: int
+
+
+def choose_colours(under: NDArray[np.uint8], overlay: TextOverlay) -> Colours:
+    """The colours of `overlay` on `under`, the pixels (height, width, 3) that its letters will cover.
+
+    A text without a colour is black or white, whichever needs no help to have 4.5:1 against every pixel, or else
+    differs more on the whole; then a panel of the opposite colour comes between, just dense enough. An outline that
+    contrasts with the letters does as well. A text with a colour gets what was asked for and no more.
+    """
+    if overlay.colour is not None:
+        text = parse_colour(overlay.colour)
+        return _colours(text, overlay, _least(overlay.box))
+
+    found = []
+    for text in (WHITE, BLACK):
+        least = _least(overlay.box)
+        opacity = least if _is_set_off(text, overlay) else _needed(under, text, _panel(text, overlay.box), least)
+        if opacity is not None:
+            shown = contrasts(under, text, _panel(text, overlay.box), least)
+            found.append((opacity > least, -float(np.log(shown).mean()), _colours(text, overlay, opacity)))
+    return min(found)[2]
+
+
+def contrasts(under: NDArray[np.uint8], text: Colour, panel: Colour = BLACK, opacity: int = 0) -> NDArray[np.float32]:
+    """(height, width): the contrast ratio of `text` to each pixel seen through a panel; 1 to 21."""
+    values = np.arange(256)
+    seen = [(values * (255 - opacity) + channel * opacity + 127) // 255 for channel in panel]
+    luminance = np.zeros(under.shape[:-1], np.float32)
+    for channel in range(3):
+        luminance += _LUMINANCE[channel][seen[channel]][under[..., channel]]
+    own = np.float32(sum(_LUMINANCE[channel][text[channel]] for channel in range(3)))
+    ratio = (luminance + np.float32(0.05)) / (own + np.float32(0.05))
+    either_way: NDArray[np.float32] = np.maximum(ratio, 1 / ratio)
+    return either_way
+
+
+def parse_colour(text: str) -> Colour:
+    """`#rrggbb` as numbers."""
+    return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)
+
+
+def opposite(colour: Colour) -> Colour:
+    """Black or white, whichever differs more."""
+    return max((BLACK, WHITE), key=lambda other: _contrast(colour, other))
+
+
+def _colours(text: Colour, overlay: TextOverlay, opacity: int) -> Colours:
+    named = overlay.stroke.colour if overlay.stroke else None
+    return Colours(text, parse_colour(named) if named else opposite(text), _panel(text, overlay.box), opacity)
+
+
+def _panel(text: Colour, box: Box | None) -> Colour:
+    return parse_colour(box.colour) if box and box.colour else opposite(text)
+
+
+def _least(box: Box | None) -> int:
+    return round(box.opacity * 255) if box else 0
+
+
+def _is_set_off(text: Colour, overlay: TextOverlay) -> bool:
+    """Whether an outline parts the letters from what is around them."""
+    stroke = overlay.stroke
+    if stroke is None or stroke.width < MIN_STROKE:
+        return False
+    return stroke.colour is None or _contrast(text, parse_colour(stroke.colour)) >= MIN_CONTRAST
+
+
+def _needed(under: NDArray[np.uint8], text: Colour, panel: Colour, least: int) -> int | None:
+    """The opacity from `least` at which every pixel contrasts enough; None where the panel itself does not."""
+    plain = contrasts(under, text, panel, least)
+    if plain.min() >= AIMED_CONTRAST:
+        return least
+    if _contrast(text, panel) < MIN_CONTRAST:
+        return None
+    # The worst pixels tell about how dense the panel must be, and a few levels more make sure of all.
+    worst = under.reshape(1, -1, 3)[:, np.argsort(plain, axis=None)[:NUM_WORST]]
+    low, high = least, 255
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _is_clear(worst, text, panel, middle) else (middle, high)
+    return next(opacity for opacity in range(high, 256) if opacity == 255 or _is_clear(under, text, panel, opacity))
+
+
+def _is_clear(under: NDArray[np.uint8], text: Colour, panel: Colour, opacity: int) -> bool:
+    return bool(contrasts(under, text, panel, opacity).min() >= AIMED_CONTRAST)
+
+
+def _contrast(one: Colour, other: Colour) -> float:
+    return float(contrasts(np.array([[one]], np.uint8), other)[0, 0])

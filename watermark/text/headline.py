@@ -1,0 +1,215 @@
+"""Puts headlines on a picture: RGB in, RGB out. The same input gives the same bytes."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+from watermark.errors import FontMissing, OverlayInvalid
+from watermark.geometry import Rect
+from watermark.quiet_region import calmest, unrest
+from watermark.text.contrast import Colours, choose_colours, opposite
+from watermark.text.mark import clean_lines, is_visible
+from watermark.text.overlay import TextOverlay
+from watermark.text.typefaces import Typeface, choose_typeface
+from watermark.text.typesetting import BOX_PADDING, SHADOW_BLUR, SHADOW_OFFSET, Block, Typesetter
+
+# Of the picture's shorter side: nothing of a headline comes nearer to the rim.
+MARGIN = 0.04
+# Where all is equally calm, a headline stands in the middle of the upper part.
+HEADLINE_PLACE = (0.5, 0.15)
+# Tried one after another where a headline that looks for its own place would lie on what is there already.
+SHARES = (1.0, 0.75, 0.5, 0.35)
+# Where even the calmest place has more than this, one whose size is free becomes smaller for a place with so much less.
+STIR_GREY_LEVELS = 0.5
+WORTH_A_MOVE = 0.25
+SHADOW_OPACITY = 0.6
+# In letter sizes: the corners of panels, how far the panel that nobody asked for fades out, and the calm that a
+# headline wants around it where it looks for its own place.
+CORNER = 0.2
+FADE = 0.6
+CALM_AROUND = 0.4
+# Of the picture's width: with less to its sides a headline stands in the middle, whatever is to be seen of them.
+ROOM_TO_LEAN = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """A headline that can be drawn: the lines that were asked for, and the typeface that has their characters."""
+
+    overlay: TextOverlay
+    lines: tuple[str, ...]
+    typeface: Typeface
+
+
+def headline_of(overlay: TextOverlay, font_dirs: tuple[Path, ...]) -> Headline:
+    """The headline `overlay` asks for.
+
+    Raises `OverlayInvalid` where its text has control characters or nothing to be seen, `FontMissing` where no font in
+    `font_dirs`, or not the family it names, has every character, or where there is no such family.
+    """
+    lines = clean_lines(overlay.text)
+    text = "".join(lines)
+    typeface = choose_typeface(text, overlay.font, font_dirs)
+    if not is_visible(text, typeface.path, typeface.index):
+        raise OverlayInvalid("the text has no visible character")
+    return Headline(overlay, lines, typeface)
+
+
+def headlines_of(overlays: tuple[TextOverlay, ...], font_dirs: tuple[Path, ...]) -> tuple[Headline, ...]:
+    """What `headline_of` makes of each; its errors' messages begin with the field, `text_overlay[1]` for a second."""
+    found = []
+    for number, overlay in enumerate(overlays):
+        field = "text_overlay" if len(overlays) == 1 else f"text_overlay[{number}]"
+        try:
+            found.append(headline_of(overlay, font_dirs))
+        except (OverlayInvalid, FontMissing) as error:
+            raise type(error)(f"{field}: {error}") from error
+    return tuple(found)
+
+
+def put_headlines(picture: Image.Image, headlines: Iterable[Headline], *, avoid: tuple[Rect, ...] = ()) -> Image.Image:
+    """An RGB copy of `picture` with its headlines, painted in order, all of each inside the margins.
+
+    Those that look for their own place keep off each other, those with a place, and `avoid`, where there is room.
+    """
+    pixels = picture.convert("RGB")
+    pixels.info = {}
+    for headline, block, place in _laid_out(pixels, tuple(headlines), avoid):
+        _paint(pixels, headline.overlay, block, place)
+    return pixels
+
+
+def _laid_out(
+    picture: Image.Image, headlines: tuple[Headline, ...], avoid: tuple[Rect, ...]
+) -> list[tuple[Headline, Block, Rect]]:
+    """Where everything goes: first what has a place, so that the others keep off it."""
+    room = _room(picture.size)
+    found: dict[int, tuple[Headline, Block, Rect]] = {}
+    for number, headline in sorted(enumerate(headlines), key=lambda item: item[1].overlay.position is None):
+        setter = Typesetter(headline.overlay, headline.lines, headline.typeface)
+        if headline.overlay.position is not None:
+            block = setter.set(picture.size, room.size)
+            place = _anchored(room, block.size, headline.overlay.position.fractions)
+        else:
+            block, place = _calm_place(picture, setter, room, avoid)
+        avoid = (*avoid, place)
+        found[number] = headline, block, place
+    return [found[number] for number in range(len(headlines))]
+
+
+def _room(size: tuple[int, int]) -> Rect:
+    """The picture without its margins."""
+    margin = min(math.ceil(min(size) * MARGIN), (min(size) - 1) // 2)
+    return Rect(margin, margin, size[0] - margin, size[1] - margin)
+
+
+def _anchored(room: Rect, size: tuple[int, int], fractions: tuple[float, float]) -> Rect:
+    left = room.left + round((room.size[0] - size[0]) * fractions[0])
+    top = room.top + round((room.size[1] - size[1]) * fractions[1])
+    return Rect(0, 0, *size).moved(left, top)
+
+
+def _grown(rect: Rect, by: int) -> Rect:
+    return Rect(rect.left - by, rect.top - by, rect.right + by, rect.bottom + by)
+
+
+def _calm_place(picture: Image.Image, setter: Typesetter, room: Rect, avoid: tuple[Rect, ...]) -> tuple[Block, Rect]:
+    """The calmest place, for a smaller block where a larger one would lie on something or in a stir."""
+    for share in SHARES:
+        block, place = _calmest_block(picture, setter, room, avoid, share)
+        if not any(place.overlaps(other) for other in avoid):
+            break
+    stir = unrest(picture, place)
+    if setter.is_free and share == SHARES[0] and stir > STIR_GREY_LEVELS:
+        smaller, elsewhere = _calmest_block(picture, setter, room, avoid, SHARES[1])
+        if unrest(picture, elsewhere) < WORTH_A_MOVE * stir:
+            return smaller, elsewhere
+    return block, place
+
+
+def _calmest_block(
+    picture: Image.Image, setter: Typesetter, room: Rect, avoid: tuple[Rect, ...], share: float
+) -> tuple[Block, Rect]:
+    block = setter.set(picture.size, room.size, share)
+    around = round(CALM_AROUND * block.font_px)
+    left, top = calmest(
+        picture,
+        _grown(Rect(0, 0, *block.size), around).size,
+        within=_grown(room, around),
+        avoid=avoid,
+        towards=HEADLINE_PLACE,
+    )
+    return block, Rect(0, 0, *block.size).moved(left + around, top + around)
+
+
+def _paint(picture: Image.Image, overlay: TextOverlay, block: Block, place: Rect) -> None:
+    across, down = block.padding
+    ink = Rect(place.left + across, place.top + down, place.right - across, place.bottom - down)
+    colours = choose_colours(np.asarray(picture.crop(ink)), overlay)
+    alignment = _alignment(overlay, place, picture.width)
+    edge = block.letters(alignment, stroke_px=block.stroke_px)
+
+    if colours.opacity:
+        _paint_panel(picture, overlay, block, ink, colours)
+    if overlay.shadow:
+        _paint_shadow(picture, edge, block, ink, opposite(colours.text))
+    if block.stroke_px:
+        picture.paste(colours.stroke, ink, edge)
+    picture.paste(colours.text, ink, block.letters(alignment))
+
+
+def _alignment(overlay: TextOverlay, place: Rect, width: int) -> float:
+    """How the lines stand to each other: as the headline stands on the picture."""
+    if overlay.position is not None:
+        return overlay.position.fractions[0]
+    free = width - place.size[0]
+    if free < ROOM_TO_LEAN * width:
+        return 0.5
+    return (0.0, 0.5, 1.0)[min(2, int(place.left / free * 3))]
+
+
+def _paint_panel(picture: Image.Image, overlay: TextOverlay, block: Block, ink: Rect, colours: Colours) -> None:
+    """The panel that was asked for, its corners rounded; or the one that contrast needs, fading out to all sides."""
+    font_px = block.font_px
+    if overlay.box is not None:
+        reach = tuple(int(padding * font_px) for padding in BOX_PADDING)
+        inner, fade = CORNER * font_px, 1.0
+    else:
+        reach = (math.ceil(FADE * font_px), math.ceil(FADE * font_px))
+        inner, fade = 0.0, max(1.0, FADE * font_px)
+    width, height = ink.size[0] + 2 * reach[0], ink.size[1] + 2 * reach[1]
+    density = _rounded((width, height), inner + (0 if overlay.box else fade), fade)
+    mask = Image.fromarray(np.rint(density * colours.opacity).astype(np.uint8))
+    picture.paste(colours.panel, (ink.left - reach[0], ink.top - reach[1]), mask)
+
+
+def _rounded(size: tuple[int, int], radius: float, fade: float) -> NDArray[np.float32]:
+    """(height, width) from 0 to 1: a rectangle with round corners that fades over its outermost `fade` px.
+
+    By the distance to a rounded box: Quilez, "2D distance functions".
+    """
+    width, height = size
+    radius = min(radius, width / 2, height / 2)
+    beyond_x = (np.abs(np.arange(width) + 0.5 - width / 2) - (width / 2 - radius)).astype(np.float32)[None, :]
+    beyond_y = (np.abs(np.arange(height) + 0.5 - height / 2) - (height / 2 - radius)).astype(np.float32)[:, None]
+    outside = np.hypot(beyond_x.clip(min=0), beyond_y.clip(min=0))
+    distance = outside + np.maximum(beyond_x, beyond_y).clip(max=0) - np.float32(radius)
+    depth: NDArray[np.float32] = ((np.float32(0.5) - distance) / np.float32(fade)).clip(0, 1)
+    return depth * depth * (3 - 2 * depth)
+
+
+def _paint_shadow(
+    picture: Image.Image, edge: Image.Image, block: Block, ink: Rect, colour: tuple[int, int, int]
+) -> None:
+    """A soft shadow of the letters, to the lower right."""
+    across, down = block.padding
+    offset = round(SHADOW_OFFSET * block.font_px)
+    canvas = Image.new("L", block.size)
+    canvas.paste(edge, (across + offset, down + offset))
+    soft = canvas.filter(ImageFilter.GaussianBlur(SHADOW_BLUR * block.font_px))
+    picture.paste(colour, (ink.left - across, ink.top - down), soft.point(lambda value: value * SHADOW_OPACITY))

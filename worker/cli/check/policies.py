@@ -1,0 +1,87 @@
+"""Limits that a policy sets on the worker's queues: asked for where the broker tells them, else tried.
+
+AMQP tells nothing of policies. The management interface does, queue by queue, where it answers at its usual port. Else
+queues are made whose names begin like ours: a policy for all queues, or for all that begin so, drops their messages.
+"""
+
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from worker.amqp.broker import NOT_TAKEN
+from worker.amqp.topology import DELIVERY_LIMIT, QueueNames
+
+LIMITS = ("delivery-limit", "max-length", "max-length-bytes", "message-ttl", "expires")
+# Enough to meet RabbitMQ 4's default limit of 20, where a policy sets that.
+NUM_PUBLISHED, PUBLISHED_BYTES, NUM_RETURNS = 32, 1024, 25
+RETURN_SECONDS = 0.5
+PROBE = {"x-queue-type": "quorum", "x-delivery-limit": DELIVERY_LIMIT, "x-expires": 60_000}
+
+_Channel = Any  # pika has no type hints
+
+
+def limits_told(definitions: Mapping[str, Mapping[str, Any]], names: QueueNames) -> list[str]:
+    """Of the definitions by queue, the limits on our own queues, one sentence each. Pure."""
+    told = []
+    for name in sorted(set(names.everything) - {names.jobs}):
+        definition = definitions.get(name, {})
+        found = ", ".join(f"{limit}: {definition[limit]}" for limit in LIMITS if limit in definition)
+        told += [f"{name} has {found}"] if found else []
+    return told
+
+
+def limits_met(connection: Any, names: QueueNames) -> list[str]:
+    """What happened to messages in queues named like ours, one sentence each limit; nothing is left of them."""
+    return [said for said in (_length_met(connection, names), _returns_met(connection, names)) if said]
+
+
+def _length_met(connection: Any, names: QueueNames) -> str:
+    with _probe(connection, names) as (channel, name):
+        with suppress(NOT_TAKEN):  # by `overflow: reject-publish`
+            for _ in range(NUM_PUBLISHED):
+                _publish(channel, name)
+        num_kept = channel.queue_declare(name, passive=True).method.message_count
+    if num_kept == NUM_PUBLISHED:
+        return ""
+    return f"of {NUM_PUBLISHED} messages {num_kept} were kept (max-length, max-length-bytes or message-ttl)"
+
+
+def _returns_met(connection: Any, names: QueueNames) -> str:
+    with _probe(connection, names) as (channel, name):
+        with suppress(NOT_TAKEN):
+            _publish(channel, name)
+        for number in range(NUM_RETURNS):
+            tag = _take(channel, name)
+            if tag is None:
+                return f"a message returned {number} times was dropped (delivery-limit or message-ttl)"
+            channel.basic_reject(tag, requeue=True)
+    return ""
+
+
+@contextmanager
+def _probe(connection: Any, names: QueueNames) -> Iterator[tuple[_Channel, str]]:
+    name = f"{names.outbox}.check-{uuid.uuid4().hex[:8]}"
+    with connection.channel() as channel:
+        channel.confirm_delivery()
+        channel.queue_declare(name, durable=True, arguments=PROBE)
+        try:
+            yield channel, name
+        finally:
+            if channel.is_open:
+                channel.queue_delete(name)
+
+
+def _publish(channel: _Channel, name: str) -> None:
+    channel.basic_publish("", name, bytes(PUBLISHED_BYTES), mandatory=True)
+
+
+def _take(channel: _Channel, name: str) -> int | None:
+    """The tag of the next message, which may be on its way back; None where there is none."""
+    deadline = time.monotonic() + RETURN_SECONDS
+    while time.monotonic() < deadline:
+        method, _, _ = channel.basic_get(name)
+        if method is not None:
+            return int(method.delivery_tag)
+    return None

@@ -1,0 +1,83 @@
+"""The port of health, metrics and the status page: is it free, and if not, whose is it?"""
+
+import errno
+import json
+import socket
+from contextlib import suppress
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+
+from worker.cli.check.checks import CheckFailed
+
+ANSWER_SECONDS = 3.0
+MAX_ANSWER_BYTES = 1_000_000
+LISTENING = "0A"
+FIRST_UNPRIVILEGED = 1024
+
+
+def look_at_port(port: int) -> str:
+    """Bind it for a moment, as the worker does. A worker that runs here already is said to, and is no fault."""
+    if port == 0:
+        return "METRICS_PORT is 0: a free one is taken at the start, and told in the log"
+    try:
+        _bind(port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE and (worker := _worker_at(port)):
+            return (
+                f"{port} is served by the worker {worker}, which runs already: another needs a METRICS_PORT of its own"
+            )
+        raise CheckFailed(why_no_port(port, error)) from error
+    return f"{port} is free; the status page will be at http://localhost:{port}/"
+
+
+def why_no_port(port: int, error: OSError) -> str:
+    """Why the port cannot be used, and what to do; `error` is what binding it raised."""
+    if error.errno == errno.EADDRINUSE:
+        worker = _worker_at(port)
+        whose = f"the worker {worker}, which runs already" if worker else _holder(port) or "another program"
+        return f"METRICS_PORT {port} is in use by {whose}: name another port, or 0 for a free one"
+    if error.errno == errno.EACCES and port < FIRST_UNPRIVILEGED:
+        return f"METRICS_PORT {port} is only for root: name one from {FIRST_UNPRIVILEGED} on"
+    return f"METRICS_PORT {port} cannot be used ({error.strerror}): name another port"
+
+
+def _bind(port: int) -> None:
+    # As the HTTP server's socket: what connections of a worker before have left behind is no hindrance.
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("0.0.0.0", port))
+        probe.listen(1)
+
+
+def _worker_at(port: int) -> str:
+    """The name of the Darkroom worker that answers there; empty for anything else."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=ANSWER_SECONDS)
+    try:
+        connection.request("GET", "/status.json")
+        told = json.loads(connection.getresponse().read(MAX_ANSWER_BYTES))
+    except (OSError, HTTPException, ValueError, RecursionError):
+        return ""
+    finally:
+        connection.close()
+    worker = told.get("worker") if isinstance(told, dict) else None
+    return str(worker.get("name", ""))[:100] if isinstance(worker, dict) else ""
+
+
+def _holder(port: int) -> str:
+    """The process that listens there, where this user may know it; else empty."""
+    sockets = {f"socket:[{inode}]" for inode in _listening(port)}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has gone, or is another user's
+            if sockets and any(str(file.readlink()) in sockets for file in (process / "fd").iterdir()):
+                return f"process {process.name} ({(process / 'comm').read_text().strip()})"
+    return ""
+
+
+def _listening(port: int) -> list[str]:
+    """The inodes of the sockets that listen on the port, by the kernel's tables."""
+    inodes = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with suppress(OSError):
+            rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
+            inodes += [row[9] for row in rows if row[3] == LISTENING and int(row[1].rpartition(":")[2], 16) == port]
+    return inodes

@@ -1,0 +1,295 @@
+"""The command line: `darkroom run`, `generate`, `submit`, `cancel`, `report`, `check`, `fonts`, `presets`, `dead`,
+`outbox`, `demo`."""
+
+import logging
+import re
+import sys
+from datetime import timedelta
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from config.logs import configure_logging
+from config.redacting import quoted
+from config.settings import (
+    BrokerSettings,
+    PictureSettings,
+    ServiceSettings,
+    StoreSettings,
+    load_section,
+)
+from worker.cli.options import Order, fields_of, with_order
+from worker.cli.settings import console, whole_settings
+from worker.cli.settings import or_exit as _or_exit
+from worker.cli.settings import settings_or_exit as _settings
+from worker.messages.generation_id import RIGHT, GenerationId, is_generation_id
+from worker.supervisor import ExitCode, Supervisor
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Headless image generation worker.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+dead = typer.Typer(no_args_is_help=True, help="Look through the dead letters, try them again, throw them away.")
+app.add_typer(dead, name="dead")
+outbox = typer.Typer(no_args_is_help=True, help="Look through the ends that the backend has not taken yet.")
+app.add_typer(outbox, name="outbox")
+UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+# What the commands on dead letters have in common.
+TARGET = typer.Argument(metavar="N|TASK_ID", help="Number in `list`, or the id of a task")
+Everything = Annotated[bool, typer.Option("--all", help="All of them")]
+Reason = Annotated[str, typer.Option(help="With --all: only those whose reason holds this text")]
+
+
+def main() -> None:
+    """The `darkroom` command."""
+    # Every refusal is told in a sentence; pika would put a traceback before it. `run` sets up its own logs.
+    logging.getLogger("pika").setLevel(logging.CRITICAL)
+    app()
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"darkroom {version('darkroom')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit")
+    ] = False,
+) -> None:
+    """Options in front of a command."""
+
+
+@app.command()
+def run() -> None:
+    """Work: take jobs from RabbitMQ until SIGTERM. Settings come from the environment and .env."""
+    settings = _or_exit(whole_settings)
+    configure_logging(settings.service.log_level, settings.service.log_format)
+    try:
+        supervisor = _or_exit(partial(Supervisor, settings))
+    except OSError as error:
+        from worker.cli.check.port import why_no_port  # noqa: PLC0415
+
+        # An error of a file names it.
+        is_port = error.filename is None
+        why = why_no_port(settings.service.metrics_port, error) if is_port else f"CACHE_DIR cannot be used: {error}"
+        console.print("[bold red]Not started:[/]", end=" ")
+        console.print(why, markup=False, highlight=False, soft_wrap=True)
+        sys.exit(ExitCode.SETTINGS)
+    sys.exit(supervisor.run())
+
+
+@app.command()
+def check(
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each part")] = False,
+) -> None:
+    """Try every part for real, from the broker to the model, and say what to do about a bad one.
+
+    What is written to the store is removed; no message is taken and no lasting queue made. Exit code 1 where a part is
+    not good.
+    """
+    from worker.cli.check.command import check_everything  # noqa: PLC0415 - each command imports only what it needs
+
+    sys.exit(0 if check_everything(_settings(), as_lines=as_json, console=Console()) else 1)
+
+
+@app.command()
+@with_order
+def submit(
+    order: Order,
+    generation_id: Annotated[str, typer.Option(help="Id of the generation at the backend, a number or text")],
+    timeout: Annotated[float, typer.Option(help="Seconds to follow the job")] = 600.0,
+) -> None:
+    """Publish a job and follow it until it ends: the address of its picture goes to standard output.
+
+    Adapters and pictures are in the store: s3://bucket/key, or a key of the bucket. Without a seed the job's id gives
+    one. Ctrl-C ends the following and not the job. Exit code 1 where the job is not seen complete.
+    """
+    from worker.cli.submit import submit_and_follow  # noqa: PLC0415
+
+    fields = {"generation_id": _generation_id(generation_id), **fields_of(order)}
+    sys.exit(0 if submit_and_follow(_settings(), fields, timeout_seconds=timeout, console=console) else 1)
+
+
+@app.command()
+def cancel(
+    job: Annotated[str, typer.Argument(metavar="ID", help="Id of a task, or of a generation")],
+    task: Annotated[bool, typer.Option("--task", help="It is a task's")] = False,
+    generation: Annotated[bool, typer.Option("--generation", help="It is a generation's")] = False,
+) -> None:
+    """Ask all workers to end a job: it fails with CANCELLED, unless it has ended already.
+
+    A UUID may be either's id: without --task or --generation both are asked for. Exit code 1 where no worker hears it.
+    """
+    from worker.cli.cancel import NoId, orders_of  # noqa: PLC0415
+    from worker.cli.cancel import cancel as send  # noqa: PLC0415
+
+    if task and generation:
+        raise typer.BadParameter("give --task or --generation, not both")
+    try:
+        orders = orders_of(job, is_task=task, is_generation=generation)
+    except NoId as error:
+        raise typer.BadParameter(str(error), param_hint="ID") from error
+    broker = _or_exit(partial(load_section, BrokerSettings))
+    sys.exit(0 if send(broker, orders, console) else 1)
+
+
+@app.command()
+def report(
+    last: Annotated[int, typer.Option(help="How many jobs at most", min=1, max=1000)] = 20,
+    since: Annotated[str, typer.Option(help="Only jobs recorded within this time, like 90s, 30m, 1h or 2d")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each job")] = False,
+) -> None:
+    """Draw a timeline of the last jobs from their records in the bucket.
+
+    The newest are found by the listing's own times: all of `jobs/` is listed, a thousand names a request, and only the
+    newest are read. A record is written when its job ends, and once more when the backend has heard of it.
+    """
+    from worker.cli.dead import sentences  # noqa: PLC0415
+    from worker.cli.report.command import report as print_report  # noqa: PLC0415
+
+    within = _duration(since)
+    store = _or_exit(partial(load_section, StoreSettings))
+    with sentences(console):
+        print_report(store, last=last, since=within, as_lines=as_json, console=Console())
+
+
+@app.command()
+@with_order
+def generate(
+    order: Order,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="PNG or JPEG to write; -2, -3 … are added for more pictures")
+    ],
+    model: Annotated[str | None, typer.Option(help="Folder or hub id; default MODEL_ID")] = None,
+) -> None:
+    """Draw with the worker's engine, without broker, store or backend.
+
+    Adapters and pictures are files of this machine. Without a seed it is 0.
+    """
+    from worker.cli.generate import draw  # noqa: PLC0415 - brings torch into this process, as no other command does
+
+    fields = {"seed": 0, **fields_of(order)}
+    sys.exit(0 if draw(fields, out, model_id=model, console=console) else 1)
+
+
+@app.command()
+def fonts(
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each family")] = False,
+) -> None:
+    """List the font families that headlines can be set in, with their styles and scripts. Exit code 1 for none."""
+    from worker.cli.fonts import list_fonts  # noqa: PLC0415
+
+    font_dirs = _or_exit(partial(load_section, ServiceSettings)).font_dirs
+    sys.exit(0 if list_fonts(font_dirs, as_lines=as_json, console=Console()) else 1)
+
+
+@dead.command("list")
+def dead_list(
+    reason: Annotated[str, typer.Option(help="Only those whose reason holds this text")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each")] = False,
+) -> None:
+    """List what ended in the dead letter queue, the oldest first."""
+    from worker.cli.dead import list_letters, sentences  # noqa: PLC0415
+
+    with sentences(console):
+        list_letters(_settings(), reason=reason, as_lines=as_json)
+
+
+@dead.command("show")
+def dead_show(target: Annotated[str, TARGET]) -> None:
+    """Show everything about a letter: its headers, its reason, its body."""
+    from worker.cli.dead import sentences, show_letters  # noqa: PLC0415
+
+    with sentences(console):
+        show_letters(_settings(), target)
+
+
+@dead.command("replay")
+def dead_replay(
+    target: Annotated[str | None, TARGET] = None, everything: Everything = False, reason: Reason = ""
+) -> None:
+    """Try letters again: a job as a new task of the same generation, a webhook for another day."""
+    from worker.cli.dead import replay_letters, sentences  # noqa: PLC0415
+
+    _one_of(target, everything, reason)
+    with sentences(console):
+        replay_letters(_settings(), target, reason)
+
+
+@dead.command("purge")
+def dead_purge(
+    target: Annotated[str | None, TARGET] = None,
+    everything: Everything = False,
+    reason: Reason = "",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask")] = False,
+) -> None:
+    """Throw letters away for good."""
+    from worker.cli.dead import purge_letters, sentences  # noqa: PLC0415
+
+    _one_of(target, everything, reason)
+    with sentences(console):
+        purge_letters(_settings(), target, reason, is_sure=yes)
+
+
+@outbox.command("list")
+def outbox_list(
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each")] = False,
+) -> None:
+    """List the ends that wait for the backend, in the queue and in workers' hands, the oldest first."""
+    from worker.cli.dead import sentences  # noqa: PLC0415
+    from worker.cli.outbox import list_waiting  # noqa: PLC0415
+
+    with sentences(console):
+        list_waiting(_settings(), as_lines=as_json)
+
+
+@app.command()
+def presets(
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each, with all that it says")] = False,
+) -> None:
+    """List the styles and industries that jobs may name."""
+    from worker.cli.presets import print_presets  # noqa: PLC0415
+
+    print_presets(_or_exit(partial(load_section, PictureSettings)), as_lines=as_json, console=Console())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the contact sheet and the timeline")] = Path("out"),
+) -> None:
+    """Run everything for real on this machine: a broker, a bucket, a backend, a worker and sixteen jobs."""
+    from examples.demo.main import run_demo  # noqa: PLC0415
+
+    sys.exit(run_demo(out))
+
+
+def _one_of(target: str | None, everything: bool, reason: str) -> None:
+    if (target is None) is not everything:
+        raise typer.BadParameter("give either N|TASK_ID or --all")
+    if reason and not everything:
+        raise typer.BadParameter("--reason belongs to --all")
+
+
+def _generation_id(text: str) -> GenerationId:
+    given = int(text) if re.fullmatch(r"[0-9]{1,19}", text) else text
+    if not is_generation_id(given):
+        raise typer.BadParameter(f"{quoted(text)} is not {RIGHT}", param_hint="--generation-id")
+    return given
+
+
+def _duration(text: str) -> timedelta | None:
+    if not text:
+        return None
+    found = re.fullmatch(r"(\d{1,5})([smhd])", text)
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no time like 90s, 30m, 1h or 2d", param_hint="--since")
+    return timedelta(**{UNITS[found[2]]: int(found[1])})

@@ -1,0 +1,86 @@
+"""`darkroom outbox`: the ends that the backend has not taken yet, wherever they wait."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from clients.storage.client import Storage
+from clients.storage.errors import StorageError
+from config.settings import Settings
+from worker.amqp.broker import ATTEMPT_HEADER, REASON_HEADER, SINCE_HEADER
+from worker.amqp.delivery import whole_number
+from worker.amqp.queue_browser import Held, Inspection
+from worker.amqp.topology import QueueNames
+from worker.cli.terminal import legible, narrow_table
+from worker.results.terminal_event import TerminalEvent
+from worker.results.waiting import MAX_REASON_CHARS, Waiting, WaitingNotes, at, summary
+
+MAX_LISTED = 10_000
+
+
+def list_waiting(settings: Settings, *, as_lines: bool) -> None:
+    """Print a row, or a line of JSON, for each end that waits, the oldest first."""
+    waiting = find_waiting(settings)
+    if as_lines:
+        for one in waiting:
+            typer.echo(legible(json.dumps(dataclasses.asdict(one))))
+    elif waiting:
+        console = Console()
+        console.print(_as_table(waiting))
+        console.print(Text(legible(summary(waiting))))
+    else:
+        typer.echo("no end waits for the backend")
+
+
+def print_summary(settings: Settings) -> None:
+    """One line on what waits, where anything does."""
+    waiting = find_waiting(settings)
+    if waiting:
+        typer.echo(legible(f"{summary(waiting)}. `darkroom outbox list` shows them"))
+
+
+def find_waiting(settings: Settings) -> list[Waiting]:
+    """The ends that are ready in the outbox, and those that workers noted as in their hands; the oldest first.
+
+    Raises `PublishFailed` and `QueueBusy`. A store that does not answer is said, and only the queue is looked at.
+    """
+    with Inspection(settings.broker, QueueNames(settings.broker.queue).outbox) as inspection:
+        ready = [_of_message(held) for held in inspection.take(MAX_LISTED)]
+    try:
+        noted = WaitingNotes(Storage(settings.store), settings.store.bucket).read_all()
+    except StorageError as error:
+        typer.echo(legible(f"what workers hold is not known: {error}"), err=True)
+        noted = []
+    found = {(one.task_id, one.kind): one for one in (*noted, *filter(None, ready))}
+    return sorted(found.values(), key=lambda one: (one.since, one.task_id))
+
+
+def _of_message(held: Held) -> Waiting | None:
+    """What is told of a message in the outbox; None for one that holds no end: a worker makes a dead letter of it."""
+    try:
+        event = TerminalEvent.from_json(held.body)
+    except ValueError:
+        return None
+    return Waiting(
+        task_id=event.task_id,
+        generation_id=event.generation_id,
+        kind=event.kind.value,
+        since=float(whole_number(held.headers.get(SINCE_HEADER), default=0)),
+        num_tries=max(0, whole_number(held.headers.get(ATTEMPT_HEADER), default=1) - 1),
+        reason=str(held.headers.get(REASON_HEADER, ""))[:MAX_REASON_CHARS],
+    )
+
+
+def _as_table(waiting: Iterable[Waiting]) -> Table:
+    """One row an end, readable at 80 columns."""
+    table = narrow_table("generation", "webhook", "since, UTC", "tries", "last try, and the task")
+    for one in waiting:
+        last = f"{one.reason}\n{one.task_id}".lstrip("\n")
+        cells = (str(one.generation_id), one.kind, at(one.since).replace(" ", "\n"), str(one.num_tries), last)
+        table.add_row(*(Text("\n".join(map(legible, cell.split("\n")))) for cell in cells))
+    return table

@@ -1,0 +1,64 @@
+"""Where `darkroom generate` writes: which files, in which format, and whether they can be written."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from watermark.image_format import PictureFormat
+
+FORMATS = {".png": PictureFormat.PNG, ".jpg": PictureFormat.JPEG, ".jpeg": PictureFormat.JPEG}
+KNOWN = ", ".join(FORMATS)
+
+
+class OutputRefused(Exception):
+    """A picture cannot be written there; the message says why and what can be named instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A picture's file, which is not written yet, and its format."""
+
+    path: Path
+    format: PictureFormat
+
+
+def outputs_of(out: Path, num_pictures: int) -> list[Output]:
+    """`out`, and with -2, -3 … behind its name for more pictures. An existing file is written over.
+
+    Raises `OutputRefused` where one of them could not be written; leaves no trace.
+    """
+    if out.is_dir():
+        raise OutputRefused(f"--out {out} is a folder: name a file in it, like {out / 'picture.png'}")
+    picture_format = FORMATS.get(out.suffix.lower())
+    if picture_format is None:
+        named = f"ends with {out.suffix}" if out.suffix else "has no suffix"
+        raise OutputRefused(f"--out {out} {named}: pictures are written as {KNOWN}, like {out.with_suffix('.png')}")
+    _check_folder(out.parent)
+    paths = [out, *(out.with_stem(f"{out.stem}-{number}") for number in range(2, num_pictures + 1))]
+    for path in paths:
+        _check_file(path)
+    return [Output(path, picture_format) for path in paths]
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        is_file = folder.exists()
+        why = "is a file, not a folder" if is_file else f"does not exist: mkdir -p {folder}, or name another"
+        raise OutputRefused(f"--out: the folder {folder} {why}")
+    try:
+        # Permissions alone do not tell: a file system may be read-only.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputRefused(f"--out: nothing can be written in the folder {folder} ({error.strerror})") from error
+
+
+def _check_file(path: Path) -> None:
+    try:
+        if path.exists():
+            if not path.is_file():
+                raise OutputRefused(f"--out {path} exists and is no file: name another")
+            with path.open("r+b"):
+                pass
+    except OSError as error:
+        raise OutputRefused(f"--out {path} cannot be written ({error.strerror})") from error

@@ -1,0 +1,68 @@
+"""A job's bar on the common axis, as wide as its column: colours by stage, letters where there are none."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.text import Text
+
+from worker.cli.report.axis import Axis
+from worker.cli.report.rows import Stretch
+from worker.cli.terminal import legible
+from worker.monitoring.stages import REST, REST_LOOK, STAGES, look_of
+
+MIN_CELLS = 1
+BLOCK = "█"
+
+
+class Bar:
+    """Rich asks it for its width and then draws it."""
+
+    def __init__(self, stretches: Sequence[Stretch], axis: Axis) -> None:
+        self._stretches = stretches
+        self._axis = axis
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(MIN_CELLS, options.max_width)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        bar = Text(no_wrap=True)
+        for stage in cells(self._stretches, self._axis, options.max_width):
+            bar.append_text(_cell(stage, console))
+        yield bar
+
+
+def cells(stretches: Sequence[Stretch], axis: Axis, width: int) -> list[str]:
+    """The stage that takes the most of each cell, "" for none. A job always has a cell, however short it was."""
+    cell_seconds = axis.seconds / width
+    if not stretches or cell_seconds <= 0:
+        return ["" for _ in range(width)]
+    taken: list[dict[str, float]] = [defaultdict(float) for _ in range(width)]
+    for stretch in stretches:
+        begin, end = (axis.place(moment) / cell_seconds for moment in (stretch.began_at, stretch.ended_at))
+        first = min(int(begin), width - 1)
+        for number in range(first, min(max(first + 1, math.ceil(end)), width)):
+            taken[number][stretch.stage] += min(end, number + 1) - max(begin, number)
+    return [max(stages, key=lambda name: stages[name]) if stages else "" for stages in taken]
+
+
+def legend(stages: Iterable[str], console: Console) -> Text:
+    """What each colour or letter stands for, in the order of a job's story."""
+    shown = set(stages)
+    parts = Text()
+    for name in (*STAGES, *sorted(shown - STAGES.keys())):
+        if name in shown:
+            known = name if name in STAGES or name == REST else f"{REST} ({name})"
+            parts.append_text(_cell(name, console)).append(f"\u00a0{legible(known)}  ")
+    return parts
+
+
+def _cell(stage: str, console: Console) -> Text:
+    if not stage:
+        return Text(" ")
+    look = look_of(stage) if stage != REST else REST_LOOK
+    if console.color_system is None or console.no_color:
+        return Text(look.letter)
+    return Text(BLOCK, look.colour)

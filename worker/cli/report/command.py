@@ -1,0 +1,109 @@
+"""The command: find the newest records, read them, and print a timeline or lines of JSON."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from clients.storage.client import Storage
+from clients.storage.errors import ObjectDamaged, ObjectTooLarge
+from config.settings import StoreSettings
+from worker.cli.report.axis import Axis
+from worker.cli.report.bars import Bar, legend
+from worker.cli.report.rows import Row, row_of, unreadable
+from worker.cli.report.summary import summarise
+from worker.cli.terminal import legible
+from worker.results.ledger import LONG_AGO, Entry, Ledger, key_of
+
+NUM_READERS = 8
+OUTCOME_STYLES = {"complete": "green", "failed": "bold red", "cancelled": "yellow", "unreadable": "yellow"}
+MAX_WORKER_CHARS = 24
+MIN_BAR_CELLS = 16
+MIN_IDLE_SECONDS = 1.0
+
+
+def report(settings: StoreSettings, *, last: int, since: timedelta | None, as_lines: bool, console: Console) -> None:
+    """Print the jobs that ended last, in the order they began. Raises `StorageError`."""
+    ledger = Ledger(Storage(settings), settings.bucket)
+    rows = read_rows(ledger, last, LONG_AGO if since is None else datetime.now(UTC) - since)
+    if as_lines:
+        for row in rows:
+            typer.echo(json.dumps(row.as_object()))
+    elif rows:
+        print_rows(rows, console)
+    else:
+        console.print("no job has ended" + ("" if since is None else " since then") + f" in bucket {settings.bucket}")
+
+
+def read_rows(ledger: Ledger, last: int, since: datetime) -> list[Row]:
+    """The rows of the newest records, in the order the jobs began."""
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        found = pool.map(lambda entry: _read(ledger, entry), ledger.newest(last, since=since))
+    return sorted((row for row in found if row is not None), key=lambda row: row.began_at)
+
+
+def print_rows(rows: Sequence[Row], console: Console) -> None:
+    """The timeline with its legend, and where the time went."""
+    axis = Axis((row.began_at, row.ended_at) for row in rows if row.stretches)
+    table = Table(box=None, expand=True, pad_edge=False)
+    for header in ("began", "job", "seconds", "outcome", "try", "told", "worker"):
+        table.add_column(header, no_wrap=True, justify="right" if header == "seconds" else "left")
+    table.add_column(f"{axis.seconds:.1f} s", ratio=1, min_width=MIN_BAR_CELLS)
+    for row, began in zip(rows, _beginnings(rows), strict=True):
+        table.add_row(
+            began,
+            "" if row.generation_id is None else str(row.generation_id),
+            f"{row.seconds:.2f}" if row.stretches else "",
+            Text(legible(row.end), OUTCOME_STYLES.get(row.outcome, "")),
+            str(row.attempt) if row.is_readable else "",
+            ("yes" if row.is_delivered else "no") if row.is_readable else "",
+            Text(legible(row.worker[-MAX_WORKER_CHARS:])),
+            Bar(row.stretches, axis),
+        )
+    console.print(table)
+    _print_summary(rows, axis, console)
+
+
+def _print_summary(rows: Sequence[Row], axis: Axis, console: Console) -> None:
+    stages = summarise(rows)
+    console.print(legend((one.stage for one in stages), console))
+    if axis.idle_seconds > MIN_IDLE_SECONDS:
+        console.print(f"{axis.idle_seconds:.0f} s in which no job of these was at work are cut out", highlight=False)
+    counts = Counter(row.outcome for row in rows)
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
+    console.print(f"{len(rows)} job{'s' if len(rows) > 1 else ''}: {outcomes}", highlight=False)
+    for row in rows:
+        if not row.is_readable:
+            console.print(Text(legible(f"cannot be read: {key_of(row.task_id)}")))
+    if not stages:
+        return
+    table = Table("stage", "jobs", "median s", "p95 s", "share", box=None, pad_edge=False)
+    for one in stages:
+        figures = (str(one.num_jobs), f"{one.median_seconds:.3f}", f"{one.p95_seconds:.3f}", f"{one.share:.0%}")
+        table.add_row(Text(legible(one.stage)), *figures)
+    console.print(table)
+    console.print(
+        f"most of the time goes into: {stages[0].stage} ({stages[0].share:.0%})", highlight=False, markup=False
+    )
+
+
+def _beginnings(rows: Sequence[Row]) -> list[str]:
+    """When each job began, in local time; with the day where they are of several."""
+    moments = [datetime.fromtimestamp(row.began_at).astimezone() for row in rows]
+    is_one_day = len({moment.date() for moment in moments}) == 1
+    return [moment.strftime("%H:%M:%S" if is_one_day else "%m-%d %H:%M:%S") for moment in moments]
+
+
+def _read(ledger: Ledger, entry: Entry) -> Row | None:
+    """None where the record has gone meanwhile."""
+    try:
+        event = ledger.find(entry.task_id)
+    except (ObjectDamaged, ObjectTooLarge):
+        return unreadable(entry)
+    return None if event is None else row_of(entry, event)

@@ -1,0 +1,116 @@
+"""What a record tells of one job's time. Never its prompt, nor the text of its error, which may quote one."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from worker.messages.generation_id import GenerationId
+from worker.monitoring.stages import REST
+from worker.results.ledger import Entry
+from worker.results.terminal_event import TerminalEvent
+
+# Between the last stage and the record lies its making: shorter than this it is no stretch of its own.
+MIN_REST_SECONDS = 0.05
+# Epoch seconds of the year 2242: what claims more is damaged, as is NaN.
+MAX_MOMENT = float(1 << 33)
+
+
+class Stretch(NamedTuple):
+    """A stage of a job, from `began_at` in epoch seconds."""
+
+    stage: str
+    began_at: float
+    seconds: float
+
+    @property
+    def ended_at(self) -> float:
+        return self.began_at + self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One job. `outcome` is complete, failed, cancelled or, of a record that cannot be read, unreadable.
+
+    `stretches` are empty where the record has no times, as those of older workers.
+    """
+
+    task_id: str
+    modified_at: float
+    outcome: str
+    generation_id: GenerationId | None = None
+    error_code: str = ""
+    worker: str = ""
+    attempt: int = 1
+    is_delivered: bool = False
+    stretches: tuple[Stretch, ...] = ()
+
+    @property
+    def is_readable(self) -> bool:
+        return self.generation_id is not None
+
+    @property
+    def end(self) -> str:
+        """The outcome in a word: of a failed job its code."""
+        return self.error_code if self.outcome == "failed" and self.error_code else self.outcome
+
+    @property
+    def began_at(self) -> float:
+        """Where no time is known, that of the record's writing."""
+        return self.stretches[0].began_at if self.stretches else self.modified_at
+
+    @property
+    def ended_at(self) -> float:
+        return max((stretch.ended_at for stretch in self.stretches), default=self.modified_at)
+
+    @property
+    def seconds(self) -> float:
+        return self.ended_at - self.began_at
+
+    def as_object(self) -> dict[str, Any]:
+        """For JSON: times in epoch seconds, stages as name, seconds since `began_at`, seconds."""
+        return {
+            "task_id": self.task_id,
+            "generation_id": self.generation_id,
+            "outcome": self.outcome,
+            "error_code": self.error_code,
+            "attempt": self.attempt,
+            "worker": self.worker,
+            "is_delivered": self.is_delivered,
+            "recorded_at": self.modified_at,
+            "began_at": self.began_at if self.stretches else None,
+            "seconds": round(self.seconds, 4) if self.stretches else None,
+            "stages": [(one.stage, round(one.began_at - self.began_at, 4), one.seconds) for one in self.stretches],
+        }
+
+
+def unreadable(entry: Entry) -> Row:
+    """The row of a record that is none."""
+    return Row(entry.task_id, entry.modified_at.timestamp(), "unreadable")
+
+
+def row_of(entry: Entry, event: TerminalEvent) -> Row:
+    """The row of a readable record; times that are no numbers are as none."""
+    return Row(
+        task_id=entry.task_id,
+        modified_at=entry.modified_at.timestamp(),
+        outcome=event.outcome,
+        generation_id=event.generation_id,
+        error_code=str(event.body.get("error_code", "")),
+        worker=str(event.worker),
+        attempt=event.attempt if isinstance(event.attempt, int) else 1,
+        is_delivered=event.is_delivered is True,
+        stretches=_stretches(event),
+    )
+
+
+def _stretches(event: TerminalEvent) -> tuple[Stretch, ...]:
+    if not event.began_at:
+        return ()
+    try:
+        found = [Stretch(str(name), event.began_at + start, float(seconds)) for name, start, seconds in event.stages]
+        reached = max((stretch.ended_at for stretch in found), default=event.began_at)
+        if event.ended_at - reached > MIN_REST_SECONDS:
+            found.append(Stretch(REST, reached, event.ended_at - reached))
+    except (TypeError, ValueError, OverflowError):
+        return ()
+    is_sound = all(0 <= one.seconds < MAX_MOMENT and 0 < one.began_at < MAX_MOMENT for one in found)
+    return tuple(sorted(found, key=lambda one: one.began_at)) if is_sound else ()

@@ -1,0 +1,144 @@
+"""`darkroom submit`: publish a job as a backend would, and follow it to its end.
+
+Its end is its record in the ledger. Before that a job can only be looked at from outside: how much waits in the queues
+and how many workers take it. Progress goes to the backend, by webhook, and to nobody else.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from clients.storage.client import Storage
+from clients.storage.errors import StorageError, StorageUnavailable
+from clients.webhooks import WebhookKind
+from config.settings import Settings
+from worker.amqp.broker import Publisher, PublishFailed
+from worker.amqp.topology import RETRY_DELAYS_SECONDS, QueueNames
+from worker.messages.decoder import decode, rules_from
+from worker.messages.job import JobRejected
+from worker.results.ledger import Ledger, key_of
+from worker.results.terminal_event import CANCELLED_OUTCOME, TerminalEvent
+
+POLL_SECONDS = 0.5
+
+
+def submit_and_follow(
+    settings: Settings, fields: Mapping[str, Any], *, timeout_seconds: float, console: Console
+) -> bool:
+    """Publish a job with these `data` fields and wait for its end; True where it is complete."""
+    task_id = str(uuid.uuid4())
+    body = _message(task_id, fields)
+    names = QueueNames(settings.broker.queue)
+    publisher = Publisher(settings.broker, names)
+    try:
+        decode(body, rules_from(settings.model, settings.store, settings.pictures))
+        publisher.start()
+        publisher.publish(names.jobs, body)
+        console.print(f"published as task {task_id}", highlight=False)
+        ledger = Ledger(Storage(settings.store), settings.store.bucket)
+        event = _Follower(task_id, ledger, publisher, names, console).follow(timeout_seconds)
+        return event is not None and _report(event, console)
+    except (JobRejected, PublishFailed, StorageError) as error:
+        console.print("[bold red]Not done:[/]", end=" ")
+        console.print(str(error), markup=False, highlight=False)
+        return False
+    finally:
+        publisher.close()
+
+
+def _message(task_id: str, fields: Mapping[str, Any]) -> bytes:
+    message = {
+        "task_id": task_id,
+        "type": "image_generation",
+        "data": {name: value for name, value in fields.items() if value is not None},
+        "created_at": datetime.now(UTC).isoformat(),
+    }
+    return json.dumps(message).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class _Follower:
+    """Looks for the record, and meanwhile at the queues."""
+
+    task_id: str
+    ledger: Ledger
+    publisher: Publisher
+    names: QueueNames
+    console: Console
+
+    def follow(self, timeout_seconds: float) -> TerminalEvent | None:
+        """The end of the job; None, with a word about it, where it does not come in time."""
+        try:
+            event = self._wait(timeout_seconds)
+        except KeyboardInterrupt:
+            self._leave("No longer followed")
+            return None
+        if event is None:
+            self._leave(f"No end after {timeout_seconds:.0f} s ({self._look_at_queues()})")
+        return event
+
+    def _wait(self, timeout_seconds: float) -> TerminalEvent | None:
+        began_at = time.monotonic()
+        with self.console.status("") as status:
+            while (waited := time.monotonic() - began_at) < timeout_seconds:
+                try:
+                    event = self.ledger.find(self.task_id)
+                except StorageUnavailable as error:
+                    # The job is not hurt by it, and neither is a wait.
+                    seen = f"the store does not answer: {error}"
+                else:
+                    if event is not None:
+                        return event
+                    seen = self._look_at_queues()
+                status.update(Text(f"{waited:.0f} s: {seen}"))
+                time.sleep(POLL_SECONDS)
+        return None
+
+    def _look_at_queues(self) -> str:
+        try:
+            depths, num_workers = self.publisher.depths(), self.publisher.num_consumers()
+        except PublishFailed:
+            return "the broker does not answer"
+        if num_workers == 0:
+            return f"no worker takes jobs from {self.names.jobs}: is one running?"
+        workers = "1 worker" if num_workers == 1 else f"{num_workers} workers"
+        if depths[self.names.jobs]:
+            return f"{depths[self.names.jobs]} wait in the queue for {workers}"
+        num_again = sum(depths[self.names.retry(delay)] for delay in set(RETRY_DELAYS_SECONDS))
+        again = f", or it is among the {num_again} that wait for another try" if num_again else ""
+        return f"the queue is empty: the job is with one of {workers}{again}"
+
+    def _leave(self, why: str) -> None:
+        """Say that the job goes on without us, and how it could be stopped."""
+        order = json.dumps({"task_id": self.task_id})
+        for line in (
+            f"{why}. The job goes on; its end will be in s3://{self.ledger.bucket}/{key_of(self.task_id)}",
+            f"To cancel it: darkroom cancel {self.task_id}",
+            f"(it publishes {order} to the exchange {self.names.cancel_exchange})",
+        ):
+            self.console.print(Text(line), soft_wrap=True)
+
+
+def _report(event: TerminalEvent, console: Console) -> bool:
+    if event.outcome == CANCELLED_OUTCOME:
+        console.print("[yellow]cancelled[/]")
+        return False
+    if event.kind is WebhookKind.FAILED:
+        console.print(f"[bold red]failed:[/] {event.body['error_code']}", end=" ")
+        console.print(str(event.body["error_message"]), markup=False, highlight=False)
+        return False
+    seconds = event.body["metadata"]["seconds"]
+    console.print(f"[bold green]complete:[/] {seconds:.2f} s at work, by {event.worker}", highlight=False)
+    for name, start, seconds in event.stages:
+        console.print(f"  {name:8} {seconds:8.3f} s, from {start:.3f} s", highlight=False)
+    # On standard output, where a script looks for it.
+    typer.echo(event.body["result_url"])
+    return True

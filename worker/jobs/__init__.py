@@ -1,0 +1,1 @@
+"""Jobs: from a delivery to its settling."""

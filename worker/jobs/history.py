@@ -1,0 +1,100 @@
+"""The last jobs that ended here, for the status page: what is shown of them is decided as they come in."""
+
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from worker.jobs.runs import Run
+from worker.messages.job import Job
+
+MAX_ENDED = 50
+MAX_MESSAGE_CHARS = 500
+# Their messages go on with what somebody else said, who may quote a prompt or name a picture's object.
+QUOTING_CODES = frozenset({"ENGINE_ERROR", "STORAGE_UNAVAILABLE"})
+# Values out of a job's message are quoted as Python writes them: a mark behind a space, a bracket or nothing.
+_QUOTATION = re.compile(r"(?:^|(?<=[\s(\[]))['\"]")
+# What a job was released for is a sentence of the broker's client, which belongs into the log.
+_CODE = re.compile(r"[A-Z_]+")
+
+
+@dataclass(frozen=True, slots=True)
+class StageTime:
+    """A stage's name and the seconds it took."""
+
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EndedJob:
+    """A run that is over. `generation_id` is text, as JavaScript cannot hold all of its numbers; `finished_at` is in
+    epoch seconds. `message` is what may be shown of the reason; `num_steps` is None where nobody had counted them."""
+
+    generation_id: str
+    task_id: str
+    outcome: str
+    code: str
+    message: str
+    finished_at: float
+    seconds: float
+    stages: tuple[StageTime, ...]
+    num_steps: int | None
+    num_images: int
+    attempt: int
+    prompt: str | None
+
+
+class History:
+    """The newest `MAX_ENDED` ends. Thread-safe; without `shows_prompts` no prompt ever gets in."""
+
+    def __init__(self, *, shows_prompts: bool, clock: Callable[[], float] = time.time) -> None:
+        self._shows_prompts = shows_prompts
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._ended: deque[EndedJob] = deque(maxlen=MAX_ENDED)
+
+    def add(self, run: Run, outcome: str, *, code: str, message: str) -> None:
+        """Note how `run` ended, just now."""
+        stages = tuple(StageTime(name, seconds) for name, _, seconds in run.timeline())
+        job = run.asked if isinstance(run.asked, Job) else None
+        ended = EndedJob(
+            generation_id=str(run.generation_id),
+            task_id=run.task_id,
+            outcome=outcome,
+            code=code if _CODE.fullmatch(code) else "",
+            message=presentable(code, message, may_quote=self._shows_prompts),
+            finished_at=self._clock(),
+            seconds=run.seconds,
+            stages=stages,
+            num_steps=_num_steps(run),
+            num_images=job.num_images if job else 0,
+            attempt=run.attempt,
+            prompt=job.prompt if job and self._shows_prompts else None,
+        )
+        with self._lock:
+            self._ended.append(ended)
+
+    def newest_first(self) -> tuple[EndedJob, ...]:
+        with self._lock:
+            return tuple(reversed(self._ended))
+
+
+def presentable(code: str, message: str, *, may_quote: bool) -> str:
+    """What a page without a password may say of an error: it ends before the first quotation, unless it `may_quote`.
+
+    A message may quote a prompt, or credentials that somebody wrote into a location. Pure.
+    """
+    if code in QUOTING_CODES:
+        return message.partition(":")[0][:MAX_MESSAGE_CHARS]
+    quotation = None if may_quote else _QUOTATION.search(message)
+    shown = message if quotation is None else message[: quotation.start()] + "…"
+    return shown if len(shown) <= MAX_MESSAGE_CHARS else shown[:MAX_MESSAGE_CHARS] + "…"
+
+
+def _num_steps(run: Run) -> int | None:
+    if run.reached is not None:
+        return run.reached.num_steps
+    return run.asked.num_inference_steps if isinstance(run.asked, Job) else None

@@ -1,0 +1,1 @@
+"""What a job names in the store, fetched and checked."""

@@ -1,0 +1,282 @@
+"""What a job names in the store, fetched and checked before the GPU is asked for anything."""
+
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from threading import Event, Lock
+from typing import TypeVar
+
+from PIL import Image
+
+from clients.storage.cache import DownloadCache
+from clients.storage.client import Storage
+from clients.storage.errors import (
+    AccessDenied,
+    BucketNotFound,
+    ObjectChanged,
+    ObjectNotFound,
+    ObjectTooLarge,
+    StoreRefused,
+)
+from clients.storage.location import ObjectRef
+from clients.storage.spelling import spellings_of
+from inference.request import AdapterFile, ModelFacts
+from watermark.decoding import PictureMode, decode_picture, decode_signature
+from watermark.errors import FontMissing, OverlayInvalid, PictureInvalid, PictureTooLarge, SignatureInvalid
+from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
+from watermark.text.headline import Headline, headlines_of
+from worker.breakers import Gate
+from worker.errors import JobFailed
+from worker.jobs.inputs.peft_folders import PEFT_CONFIG, PEFT_PICKLE, PEFT_WEIGHTS, WANTS_CONFIG, is_named_by_peft
+from worker.jobs.inputs.places import Places
+from worker.jobs.inputs.references import NO_REFERENCES, References, check_mask, drawing_size
+from worker.messages.job import Job, JobAdapter
+
+# Those of the engine and of the pictures' decoders, which would refuse by another code what is over them.
+MAX_ADAPTER_BYTES = 1_000_000_000
+MAX_CONFIG_BYTES = 64_000
+MAX_SIGNATURE_BYTES = 10_000_000
+MAX_PICTURE_BYTES = 50_000_000
+FETCH_DEADLINE_SECONDS = 300.0
+# A folder whose config changed while its weights were fetched is fetched again, so often.
+MAX_FOLDER_LOOKS = 3
+# Before an object that is not there is believed not to be.
+SECOND_LOOK_SECONDS = 2.0
+
+SAFETENSORS = ".safetensors"
+
+Made = TypeVar("Made")
+
+
+# A decoded one may take 200 MB for a moment: a dozen job threads must not do that at once.
+_ONE_PICTURE_AT_A_TIME = Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """All that a job named, ready for use."""
+
+    signature: Signature
+    headlines: tuple[Headline, ...]
+    references: References
+    adapters: tuple[AdapterFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fetcher:
+    """Fetching for all jobs. Every method blocks, and raises `JobFailed` with the code of what is wrong."""
+
+    storage: Storage
+    cache: DownloadCache
+    private_bucket: str
+    font_dirs: tuple[Path, ...]
+    facts: ModelFacts
+    is_draining: Event
+    gate: Gate
+    results_bucket: str = ""  # where it is another one than the private bucket
+    places: Places = field(default_factory=Places)
+
+    def everything(self, job: Job, pinned: ExitStack) -> Fetched:
+        """All that the job names. Adapters stay on the disk until `pinned` closes."""
+        return Fetched(
+            signature=self.signature(job),
+            headlines=self._headlines(job),
+            references=self._references(job),
+            adapters=tuple(self.adapter(adapter, pinned) for adapter in job.adapters),
+        )
+
+    def _headlines(self, job: Job) -> tuple[Headline, ...]:
+        try:
+            return headlines_of(job.overlays, self.font_dirs)
+        except FontMissing as error:
+            raise JobFailed("FONT_MISSING", str(error)) from error
+        except OverlayInvalid as error:
+            raise JobFailed("INVALID_INPUT", str(error)) from error
+
+    def _references(self, job: Job) -> References:
+        """Each is brought to the drawing's size before the next is decoded: a dozen jobs hold theirs until they end."""
+
+        def at_size(references: References) -> References:
+            return references.at(drawing_size(job, self.facts, references.proportions), job.fit)
+
+        def with_mask(mask: Image.Image) -> References:
+            check_mask(mask, found.proportions or mask.size)
+            return at_size(replace(found, mask=mask))
+
+        found = NO_REFERENCES
+        if job.source is not None:
+            ref = job.source.image_ref
+            found = self._of_picture(ref, "init_image_path", "RGB", lambda init: at_size(References(init)))
+            if job.source.mask_ref is not None:
+                found = self._of_picture(job.source.mask_ref, "mask_path", "L", with_mask)
+        if job.control is not None:
+            found = self._of_picture(
+                job.control.image_ref,
+                "control.image_path",
+                "RGB",
+                lambda control: at_size(replace(found, control=control)),
+            )
+        return found
+
+    def picture(self, ref: ObjectRef, field: str, mode: PictureMode) -> Image.Image:
+        """A picture that the job names in `field`, upright; of a huge JPEG only as much as a drawing can use."""
+        return self._of_picture(ref, field, mode, lambda picture: picture)
+
+    def _of_picture(self, ref: ObjectRef, field: str, mode: PictureMode, make: Callable[[Image.Image], Made]) -> Made:
+        """What `make` makes of a picture, before the next one is decoded."""
+        try:
+            content = self._read(ref, MAX_PICTURE_BYTES)
+            with _ONE_PICTURE_AT_A_TIME:
+                return make(decode_picture(content, mode))
+        except ObjectNotFound as error:
+            raise JobFailed("IMAGE_NOT_FOUND", f"{field}: the picture {ref} does not exist") from error
+        except (ObjectTooLarge, PictureTooLarge) as error:
+            raise JobFailed("INPUT_TOO_LARGE", f"{field}: {error}") from error
+        except PictureInvalid as error:
+            raise JobFailed("IMAGE_INVALID", f"{field}: {error}") from error
+
+    def signature(self, job: Job) -> Signature:
+        """The signature, ready to draw: whatever is wrong with it is found before the GPU is asked for anything."""
+        try:
+            if job.signature_ref is not None:
+                return ImageSignature(decode_signature(self._read(job.signature_ref, MAX_SIGNATURE_BYTES)))
+            if job.artist_name is not None:
+                return TextSignature(job.artist_name, self.font_dirs)
+            return Unsigned()
+        except ObjectNotFound as error:
+            raise JobFailed("SIGNATURE_NOT_FOUND", f"the signature {job.signature_ref} does not exist") from error
+        except ObjectTooLarge as error:
+            raise JobFailed("INPUT_TOO_LARGE", str(error)) from error
+        except SignatureInvalid as error:
+            raise JobFailed("SIGNATURE_INVALID", f"signature {job.signature_ref or 'artist_name'}: {error}") from error
+        except FontMissing as error:
+            raise JobFailed("FONT_MISSING", f"artist_name: {error}") from error
+
+    def _read(self, ref: ObjectRef, max_bytes: int) -> bytes:
+        def read(ref: ObjectRef) -> bytes:
+            with self.cache.fetch(ref, max_bytes=max_bytes, deadline_seconds=FETCH_DEADLINE_SECONDS) as path:
+                return path.read_bytes()
+
+        return self._look_twice(ref, read)
+
+    def adapter(self, adapter: JobAdapter, pinned: ExitStack) -> AdapterFile:
+        """The adapter's files on the local disk, pinned in the cache until `pinned` closes."""
+        ref = adapter.ref
+        if ref.key.lower().endswith(SAFETENSORS):
+            return self._adapter_file(adapter, pinned)
+        # Trainers that upload a folder may name any file of it.
+        folder = ref.parent if ref.name == PEFT_CONFIG else ref
+        return self._of_one_version(
+            partial(self._fetch, folder.child(PEFT_CONFIG), MAX_CONFIG_BYTES, pinned),
+            partial(self._fetch_weights, folder, pinned),
+            adapter,
+        )
+
+    def _adapter_file(self, adapter: JobAdapter, pinned: ExitStack) -> AdapterFile:
+        """A file by itself, or the weights inside a PEFT folder: these mean nothing without the config beside them.
+
+        Some trainers write weights under PEFT's file name, with its config beside them, but by the model's own names.
+        """
+        fetch_weights = partial(self._fetch, adapter.ref, MAX_ADAPTER_BYTES, pinned)
+        weights = fetch_weights()
+        config_ref = adapter.ref.parent.child(PEFT_CONFIG)
+        has_config = adapter.ref.name == PEFT_WEIGHTS and self._exists(config_ref)
+        if not has_config and not is_named_by_peft(weights):
+            return AdapterFile(weights, None, adapter.scale, version=weights.name)
+        fetch_config = partial(self._fetch, config_ref, MAX_CONFIG_BYTES, pinned)
+        try:
+            return self._of_one_version(fetch_config, fetch_weights, adapter)
+        except JobFailed as error:
+            if error.code != "LORA_NOT_FOUND":
+                raise
+            raise JobFailed("LORA_INVALID", f"the adapter {adapter.ref} {WANTS_CONFIG}") from error
+
+    def _of_one_version(
+        self, fetch_config: Callable[[], Path], fetch_weights: Callable[[], Path], adapter: JobAdapter
+    ) -> AdapterFile:
+        """Both files of a PEFT folder, of one moment: a publisher may be replacing them one after the other."""
+        config = fetch_config()
+        for _ in range(MAX_FOLDER_LOOKS):
+            weights = fetch_weights()
+            before, config = config, fetch_config()
+            if config == before:
+                # The cache names a file for the version of its object: key, ETag and size.
+                return AdapterFile(weights, config, adapter.scale, version=f"{config.name} {weights.name}")
+        raise ObjectChanged(f"the adapter {adapter.ref} is being replaced")
+
+    def _fetch_weights(self, folder: ObjectRef, pinned: ExitStack) -> Path:
+        try:
+            return self._fetch(folder.child(PEFT_WEIGHTS), MAX_ADAPTER_BYTES, pinned)
+        except JobFailed:
+            if self._exists(folder.child(PEFT_PICKLE)):
+                only = f"the adapter {folder} holds only {PEFT_PICKLE}, which may be a pickle"
+                raise JobFailed("LORA_UNSAFE_FORMAT", f"{only}; store {PEFT_WEIGHTS}") from None
+            raise
+
+    def _fetch(self, ref: ObjectRef, max_bytes: int, pinned: ExitStack) -> Path:
+        try:
+            return self._look_twice(
+                ref,
+                lambda ref: pinned.enter_context(
+                    self.cache.fetch(ref, max_bytes=max_bytes, deadline_seconds=FETCH_DEADLINE_SECONDS)
+                ),
+            )
+        except ObjectNotFound as error:
+            raise JobFailed("LORA_NOT_FOUND", f"the adapter {ref} does not exist") from error
+        except ObjectTooLarge as error:
+            raise JobFailed("INPUT_TOO_LARGE", str(error)) from error
+
+    def _look_twice(self, ref: ObjectRef, fetch: Callable[[ObjectRef], Made]) -> Made:
+        """Fetch, retrying once: a 404 may be an upload still in progress, and a refusal may concern this object or the
+        worker itself, which waits for its own buckets and its rights."""
+        try:
+            with self.places.waiting_for(ref):
+                return _by_any_spelling(ref, fetch)
+        except ObjectNotFound:
+            self.is_draining.wait(SECOND_LOOK_SECONDS)
+            self.gate.insist(lambda: self._check_exists(ref.bucket))
+        except StoreRefused:
+            self.gate.insist(lambda: self.storage.check_bucket(self.private_bucket))
+            self.gate.insist(lambda: self._check_exists(ref.bucket))
+        try:
+            with self.places.waiting_for(ref):
+                return _by_any_spelling(ref, fetch)
+        except AccessDenied as error:
+            raise JobFailed("INPUT_FORBIDDEN", f"the store does not let this worker read {ref}") from error
+        except BucketNotFound as error:
+            if ref.bucket in self._own_buckets:
+                raise
+            raise ObjectNotFound(str(error)) from error
+
+    def _check_exists(self, bucket: str) -> None:
+        """Raise `BucketNotFound` where one of the worker's own buckets is missing. Another one is its job's affair."""
+        if bucket in self._own_buckets:
+            # A key may read objects without the right to look at their bucket.
+            with suppress(AccessDenied):
+                self.storage.check_bucket(bucket)
+
+    @property
+    def _own_buckets(self) -> tuple[str, ...]:
+        return self.private_bucket, self.results_bucket or self.private_bucket
+
+    def _exists(self, ref: ObjectRef) -> bool:
+        try:
+            self.storage.head(ref)
+        except (ObjectNotFound, AccessDenied):
+            # Without the right to list a bucket, AWS denies what does not exist.
+            return False
+        return True
+
+
+def _by_any_spelling(ref: ObjectRef, fetch: Callable[[ObjectRef], Made]) -> Made:
+    """Fetch `ref` as it is named, else by another spelling of its key."""
+    first, *others = spellings_of(ref)
+    try:
+        return fetch(first)
+    except ObjectNotFound:
+        for other in others:
+            with suppress(ObjectNotFound):
+                return fetch(other)
+        raise

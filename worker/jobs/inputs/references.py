@@ -1,0 +1,131 @@
+"""The pictures a job brings for its drawing, and what the engine is told of them."""
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from PIL import Image
+
+from config.redacting import quoted
+from inference.request import Control, ModelFacts, Source
+from watermark.resizing import Fit, fit
+from worker.errors import JobFailed
+from worker.messages.job import Job, JobProduct, Kind, Preprocess, resolve_size
+
+# A mask drawn over a smaller copy of the picture is a pixel off here and there.
+MASK_TOLERANCE = 0.02
+# What is greyer than this is kept.
+MASK_THRESHOLD = 128
+WHITE = 255
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """Decoded pictures: init and control RGB, mask L. They are of any size; the engine's are of the drawing's.
+
+    `original` is the size of the one that the drawing takes after, where that is not what is here any more.
+    """
+
+    init: Image.Image | None = None
+    mask: Image.Image | None = None
+    control: Image.Image | None = None
+    original: tuple[int, int] | None = None
+
+    @property
+    def proportions(self) -> tuple[int, int] | None:
+        """Width and height of what the drawing takes after, where the job names no size."""
+        shown = self.init or self.control
+        return self.original or (shown.size if shown else None)
+
+    def at(self, size: tuple[int, int], how: Fit) -> "References":
+        """The same at the drawing's size: what a job may hold for minutes. The proportions stay."""
+        return replace(
+            self,
+            init=None if self.init is None else fit(self.init, size, how),
+            mask=None if self.mask is None else mask_at(self.mask, size, how),
+            control=None if self.control is None else fit(self.control, size, how),
+            original=self.proportions,
+        )
+
+    def init_at(self, size: tuple[int, int], how: Fit) -> Image.Image:
+        """The init image at the drawing's size."""
+        assert self.init is not None, "asked for where there is one"  # noqa: S101
+        return fit(self.init, size, how)
+
+    def source_for(self, job: Job, size: tuple[int, int]) -> Source | None:
+        """What the drawing begins from."""
+        if self.init is None or job.source is None:
+            return None
+        mask = None if self.mask is None else mask_at(self.mask, size, job.fit).tobytes()
+        return Source(self.init_at(size, job.fit).tobytes(), job.source.strength, mask)
+
+    def control_for(self, job: Job, size: tuple[int, int]) -> Control | None:
+        """What the drawing follows."""
+        if self.control is None or job.control is None:
+            return None
+        asked = job.control
+        return Control(
+            model=asked.model,
+            rgb=fit(self.control, size, job.fit).tobytes(),
+            scale=asked.scale,
+            start=asked.start,
+            end=asked.end,
+            finds_edges=asked.preprocess is Preprocess.CANNY,
+        )
+
+
+NO_REFERENCES = References()
+
+
+def drawing_size(job: Job, facts: ModelFacts, reference: tuple[int, int] | None) -> tuple[int, int]:
+    """Width and height, in px, of the job's pictures, which take after a `reference` where the job names no size."""
+    return resolve_size(job, base_size=facts.base_size, size_multiple=facts.size_multiple, reference=reference)
+
+
+class Abilities(Protocol):
+    """What a model can do, loaded or not: its name, its kinds of request, and the ControlNets one may name."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def kinds(self) -> tuple[str, ...]: ...
+
+    @property
+    def controls(self) -> tuple[str, ...]: ...
+
+
+def check_can(job: Job, facts: Abilities) -> None:
+    """Raise `JobFailed` where the model cannot do what the job asks for; nothing was fetched for it yet."""
+    needed = _product_kinds(job.product) if job.product else {job.kind}
+    if not needed <= set(facts.kinds):
+        can = ", ".join(facts.kinds)
+        raise JobFailed("UNSUPPORTED_BY_MODEL", f"kind {job.kind}: the loaded model {facts.model} can only {can}")
+    if job.control is not None and job.control.model not in facts.controls:
+        known = f"knows {', '.join(facts.controls)}" if facts.controls else "has no ControlNets"
+        reason = f"control.model {quoted(job.control.model)} is not known: this worker {known}"
+        raise JobFailed("UNSUPPORTED_BY_MODEL", reason)
+
+
+def _product_kinds(product: JobProduct) -> set[Kind]:
+    """A product's background is drawn from text unless it is brought; refining repaints around the product."""
+    has_background = product.background_ref is not None or product.composite_ref is not None
+    return (set() if has_background else {Kind.TEXT2IMAGE}) | ({Kind.INPAINT} if product.refine_strength > 0 else set())
+
+
+def check_mask(mask: Image.Image, size: tuple[int, int]) -> None:
+    """Raise `JobFailed` where a mask is of other proportions than its picture of `size`, or asks for nothing."""
+    difference = (mask.width * size[1]) / (mask.height * size[0])
+    if not 1 - MASK_TOLERANCE <= difference <= 1 + MASK_TOLERANCE:
+        reason = f"the mask is {mask.width}x{mask.height} px and the picture {size[0]}x{size[1]}"
+        raise JobFailed("IMAGE_INVALID", f"mask_path: {reason}: both must have the same proportions")
+    if mask.point(_black_or_white).getbbox() is None:
+        raise JobFailed("IMAGE_INVALID", "mask_path: nothing in the mask is white, so nothing would be repainted")
+
+
+def mask_at(mask: Image.Image, size: tuple[int, int], how: Fit) -> Image.Image:
+    """The mask at the drawing's size, black and white alone."""
+    return fit(mask, size, how).point(_black_or_white)
+
+
+def _black_or_white(value: int) -> int:
+    return WHITE if value >= MASK_THRESHOLD else 0

@@ -1,0 +1,305 @@
+"""From the bytes of a message to a `Job`: both dialects, every limit, one clear sentence for what is wrong.
+
+Pure: no I/O, no clock. Hostile bodies (FAULTS: size bombs, deep nesting, duplicate keys, forged ids) end as
+`Undecodable` or `JobRejected`, never as another exception.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import re
+import uuid
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from pydantic import ValidationError
+
+from clients.storage.location import ObjectRef, parse_location, shown_location
+from config.redacting import quoted
+from config.settings import ModelSettings, PictureSettings, StoreSettings
+from watermark.resizing import Fit
+from watermark.signature import SignatureStyle
+from worker.messages.generation_id import RIGHT, is_generation_id
+from worker.messages.ignoring import ignored_in
+from worker.messages.job import MAX_ASPECT, Job, JobAdapter, JobRejected, Undecodable
+from worker.messages.kinds import control_of, kind_of, overlay_of, overlays_in, product_of, source_of
+from worker.messages.outline import outline_of
+from worker.messages.presets import adapters_of, presets_in_force, styled_of
+from worker.messages.rules import MAX_REASON_CHARS, PICKLE_SUFFIXES, Identity, JobRules, Rejection, located
+from worker.messages.schema import (
+    ASPECT,
+    MAX_ADAPTERS,
+    MAX_PROMPT_CHARS,
+    WireData,
+    WireParameters,
+    WireSignatureConfig,
+)
+
+logger = logging.getLogger(__name__)
+
+MESSAGE_TYPE = "image_generation"
+
+# A real message is 1-2 kB; json.loads of an 11 MB one takes 256 MB of memory.
+MAX_BODY_BYTES = 256 * 1024
+
+_TASK_NAMESPACE = uuid.UUID("5b3f0f3c-2f0e-4f0b-9a55-1d7f5be1c0de")
+_ASPECT = re.compile(ASPECT)
+_NOT_TEXT = re.compile(r"[\x00\ud800-\udfff]")
+
+_FIELD_CODES: dict[str | int, str] = {
+    "prompt": "INVALID_PROMPT",
+    "negative_prompt": "INVALID_PROMPT",
+    "aspect_ratio": "UNSUPPORTED_ASPECT_RATIO",
+}
+
+
+def rules_from(model: ModelSettings, store: StoreSettings, pictures: PictureSettings | None = None) -> JobRules:
+    """The rules of a worker with these settings. Raises `SettingsError` where its presets cannot be used."""
+
+    def locate(text: str) -> ObjectRef:
+        return parse_location(
+            text,
+            default_bucket=store.bucket,
+            allowed_buckets=store.allowed_buckets,
+            endpoint_url=store.endpoint_url,
+            region=store.region,
+        )
+
+    return JobRules(
+        default_steps=model.inference_steps,
+        default_guidance=model.guidance_scale,
+        locate=locate,
+        presets=presets_in_force(pictures, locate),
+    )
+
+
+def decode(body: bytes, rules: JobRules) -> Job:
+    """The job in `body`. Raises `Undecodable` where there is no id to trust, `JobRejected` for all else."""
+    if len(body) > MAX_BODY_BYTES:
+        raise _too_large(body)
+    message = _parse(body)
+    identity = _identify(message, body)
+    reject = Rejection(identity)
+    wire = _validate(message.get("data"), reject)
+    return _build(wire, message, identity, rules, reject)
+
+
+def _too_large(body: bytes) -> JobRejected:
+    """The rejection of a body beyond the limit, whose ids alone are read. Raises `Undecodable` where they cannot be."""
+    size = f"the body has {len(body)} bytes; at most {MAX_BODY_BYTES} are read"
+    try:
+        outline = outline_of(body, MAX_BODY_BYTES)
+        identity = _identify(_parse(outline), body)
+    except (ValueError, Undecodable) as error:
+        raise Undecodable(f"{size}, and its ids cannot be found: {error}"[:MAX_REASON_CHARS]) from error
+    return Rejection(identity)("INVALID_INPUT", f"{size}: shorten the message")
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    try:
+        # Some editors and .NET put a byte order mark before UTF-8.
+        message = json.loads(body.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
+    except UnicodeDecodeError as error:
+        raise Undecodable(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
+    except RecursionError as error:
+        raise Undecodable("the body is nested too deeply") from error
+    except ValueError as error:
+        raise Undecodable(f"the body is not JSON: {error}"[:MAX_REASON_CHARS]) from error
+
+    if not isinstance(message, dict):
+        raise Undecodable(f"the body is a JSON {type(message).__name__}, not an object")
+    if message.get("type", MESSAGE_TYPE) != MESSAGE_TYPE:
+        raise Undecodable(f"type is {_shown(message['type'])}; this queue takes {MESSAGE_TYPE!r}")
+    return message
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("an object names the same key twice")
+    return fields
+
+
+def _identify(message: Mapping[str, Any], body: bytes) -> Identity:
+    fields = message.get("data")
+    generation_id = fields.get("generation_id") if isinstance(fields, dict) else None
+    if generation_id in (None, ""):
+        generation_id = message.get("generation_id")
+    if not is_generation_id(generation_id):
+        raise Undecodable(f"generation_id is {_shown(generation_id)}; it must be {RIGHT}")
+    return Identity(_task_id(message.get("task_id"), body), generation_id)
+
+
+def _task_id(given: Any, body: bytes) -> str:
+    """The message's UUID in its canonical form, else one made of the body: the same message gets the same id."""
+    if isinstance(given, str) and len(given) <= 64:
+        try:
+            return str(uuid.UUID(given))
+        except ValueError:
+            pass  # not a UUID: it would end up in object keys and headers, so it is replaced, not cleaned
+    return str(uuid.uuid5(_TASK_NAMESPACE, hashlib.sha256(body).hexdigest()))
+
+
+def _validate(fields: Any, reject: Rejection) -> WireData:
+    if not isinstance(fields, dict):
+        raise reject("INVALID_INPUT", "data must be an object with generation_id and prompt")
+    try:
+        wire = WireData.model_validate(fields)
+    except ValidationError as error:
+        raise _rejection_of(error, reject) from error
+
+    if not wire.prompt.strip() or len(wire.prompt) > MAX_PROMPT_CHARS:
+        raise reject(
+            "INVALID_PROMPT", f"prompt must have 1 to {MAX_PROMPT_CHARS} characters; it has {len(wire.prompt)}"
+        )
+    # Also what is only told back: a database that takes no NUL would refuse the job's end for a day.
+    for name in ("prompt", "negative_prompt", "artist_name", "scheduler", "style", "industry", "prompt_tags"):
+        _check_text(name, "".join(getattr(wire, name) or ""), reject)
+    for overlay in overlays_in(wire):
+        _check_text("text_overlay", overlay.text + (overlay.font or ""), reject)
+        if not overlay.text.strip():
+            raise reject("INVALID_INPUT", "text_overlay: text is blank: give it words, or leave it out")
+    return wire
+
+
+def _check_text(name: str, text: str, reject: Rejection) -> None:
+    if _NOT_TEXT.search(text):
+        code = _FIELD_CODES.get(name, "INVALID_INPUT")
+        raise reject(code, f"{name} holds a NUL or half a surrogate pair: send plain Unicode text")
+
+
+def _rejection_of(error: ValidationError, reject: Rejection) -> JobRejected:
+    """One sentence for all that is wrong: which field, what rule, and the value where it is short and plain."""
+    problems = error.errors(include_url=False, include_context=False)
+    sentences = []
+    for problem in problems[:5]:
+        field = ".".join(str(part) for part in problem["loc"])
+        value = problem["input"]
+        shown = f" (it is {_shown(value)})" if isinstance(value, int | float | str) else ""
+        rule = "Input should be an object" if problem["type"] == "model_type" else problem["msg"]
+        sentences.append(f"data.{field}: {rule}{shown}")
+    return reject(_FIELD_CODES.get(problems[0]["loc"][0], "INVALID_INPUT"), "; ".join(sentences))
+
+
+def _build(wire: WireData, message: Mapping[str, Any], identity: Identity, rules: JobRules, reject: Rejection) -> Job:
+    parameters = wire.parameters or WireParameters()
+    style = wire.signature_config or WireSignatureConfig()
+    made = styled_of(wire, rules, reject)
+    seed = _first(parameters.seed, wire.seed)
+    return Job(
+        task_id=identity.task_id,
+        generation_id=identity.generation_id,
+        prompt=made.prompt,
+        negative_prompt=made.negative_prompt,
+        adapters=_adapters(wire, rules, reject) or adapters_of(made, rules, reject),
+        size=_size(_first(parameters.width, wire.width), _first(parameters.height, wire.height), reject),
+        aspect=_aspect(wire.aspect_ratio, reject),
+        seed=_derived_seed(identity.task_id) if seed is None else seed,
+        num_images=wire.num_images or 1,
+        num_inference_steps=_first(parameters.steps, wire.num_inference_steps, made.steps, rules.default_steps),
+        guidance_scale=_first(parameters.cfg_scale, wire.guidance_scale, made.guidance_scale, rules.default_guidance),
+        cfg_normalization=parameters.cfg_normalization or 0.0,
+        cfg_truncation=_first(parameters.cfg_truncation, 1.0),
+        scheduler=_first(parameters.scheduler, wire.scheduler) or None,
+        signature_ref=located("signature_path", wire.signature_path, rules, reject),
+        artist_name=(wire.artist_name or "").strip() or None,
+        signature_style=SignatureStyle(position=style.position, size=style.size, opacity=style.opacity),
+        kind=kind_of(wire),
+        source=source_of(wire, rules, reject),
+        control=control_of(wire.control, rules, reject),
+        product=product_of(wire, rules, reject),
+        fit=wire.fit or Fit.COVER,
+        overlays=tuple(overlay_of(one) for one in overlays_in(wire)),
+        style=wire.style or None,
+        industry=wire.industry or None,
+        prompt_tags=tuple(wire.prompt_tags or ()),
+        created_at=_timestamp(message.get("created_at")),
+        ignored=ignored_in(message["data"], wire),
+    )
+
+
+def _first(*candidates: Any) -> Any:
+    """The first candidate that is set. Zero is set."""
+    return next((candidate for candidate in candidates if candidate is not None), None)
+
+
+def _adapters(wire: WireData, rules: JobRules, reject: Rejection) -> tuple[JobAdapter, ...]:
+    named = [(lora.path, lora.scale) for lora in wire.loras or ()]
+    if wire.lora_path:
+        named.insert(0, (wire.lora_path, _first(wire.lora_scale, 1.0)))
+    if len(named) > MAX_ADAPTERS:
+        raise reject(
+            "INVALID_INPUT", f"the job names {len(named)} adapters; at most {MAX_ADAPTERS} apply to one picture"
+        )
+
+    adapters = []
+    for path, scale in named:
+        ref = located("lora_path", path, rules, reject)
+        if ref is None:
+            raise reject("INVALID_INPUT", "data.loras: path is empty: name a .safetensors object or a folder")
+        if ref.key.lower().endswith(PICKLE_SUFFIXES):
+            raise reject(
+                "LORA_UNSAFE_FORMAT", f"lora_path {shown_location(path)} may hold a pickle; only .safetensors is read"
+            )
+        adapters.append(JobAdapter(ref, scale))
+    return tuple(adapters)
+
+
+def _size(width: int | None, height: int | None, reject: Rejection) -> tuple[int, int] | None:
+    if width is None and height is None:
+        return None
+    if width is None or height is None:
+        raise reject("INVALID_INPUT", "width and height belong together: give both, or aspect_ratio")
+    return width, height
+
+
+def _aspect(text: str | None, reject: Rejection) -> tuple[int, int] | None:
+    if not text:
+        return None
+    match = _ASPECT.fullmatch(text)
+    if match is not None:
+        width, height = int(match[1]), int(match[2])
+        if abs(math.log(width / height)) <= math.log(MAX_ASPECT) + 1e-9:
+            return width, height
+    known = f"1:1, 2:2, 1:2, 2:1 or another W:H of at most {MAX_ASPECT:.0f} to 1"
+    raise reject("UNSUPPORTED_ASPECT_RATIO", f"aspect_ratio {quoted(text)} is not supported; use {known}")
+
+
+def _shown(value: Any) -> str:
+    """A value of the message as a sentence may hold it; of what is no text at most 40 characters, of lists none."""
+    if isinstance(value, str):
+        return quoted(value)
+    if isinstance(value, list | dict):
+        return f"a {'list' if isinstance(value, list) else 'JSON object'}"
+    return f"{value!r:.40}"
+
+
+def _derived_seed(task_id: str) -> int:
+    # 32 bits: a backend in JavaScript must be able to read the seed it is told.
+    return int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:4], "big")
+
+
+def _timestamp(given: Any) -> datetime | None:
+    """`created_at` as it says, with or without a zone; None where it is no ISO 8601 time, which refuses no job."""
+    if not isinstance(given, str) or len(given) > 64:
+        return None
+    try:
+        return datetime.fromisoformat(given.strip())
+    except ValueError:
+        return None
+
+
+def decode_any(body: bytes, rules: JobRules) -> Job | JobRejected:
+    """The job, or the rejection it ends with. Raises `Undecodable`, and nothing else, where there is no id."""
+    try:
+        return decode(body, rules)
+    except JobRejected as rejection:
+        return rejection
+    except Undecodable:
+        raise
+    except Exception as error:
+        # The consuming thread's boundary: a hole in the decoder must not take the connection down with it.
+        logger.exception("the decoder failed")
+        raise Undecodable(f"the decoder failed: {type(error).__name__}") from error

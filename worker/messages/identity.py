@@ -1,0 +1,70 @@
+"""Tell whether two messages are one job: publishers reuse a `task_id` for another generation, or for other data."""
+
+import hashlib
+import json
+import logging
+import uuid
+from dataclasses import replace
+
+from config.logs import log_event
+from worker.messages.decoder import MAX_BODY_BYTES
+from worker.messages.job import Job, JobRejected
+from worker.messages.schema import WireData
+
+logger = logging.getLogger(__name__)
+
+_OWN_IDS = uuid.UUID("1c1ab1f4-6f5e-4c39-9d0c-6a1a6b6e2b57")
+
+
+class TaskIdTaken(Exception):
+    """The `task_id` belongs to a job of another generation: this message needs an id of its own."""
+
+
+def fingerprint(body: bytes) -> str:
+    """SHA-256 over the fields of `data` that a job is made of, whatever their order; over all bytes of what is no job.
+
+    Unknown fields and all that is beside `data` are left out: a publisher that repeats a message may count its tries or
+    write the time anew.
+    """
+    if len(body) > MAX_BODY_BYTES:  # parsed, it would take many times its size
+        return hashlib.sha256(body).hexdigest()
+    try:
+        given = json.loads(body)["data"]
+        asked = {name: given[name] for name in sorted(WireData.model_fields.keys() & given.keys())}
+        content = json.dumps({name: value for name, value in asked.items() if value is not None}, sort_keys=True)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return hashlib.sha256(body).hexdigest()
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def check_same(asked: Job | JobRejected, body: bytes, known_generation_id: object, known_fingerprint: str) -> None:
+    """Raise `TaskIdTaken` where `body`'s task id is known with another generation.
+
+    With other data of the same generation the known job's end is this message's too, which the log says. An empty
+    fingerprint, as in records of older workers, is that of any data.
+    """
+    if str(asked.generation_id) != str(known_generation_id):
+        raise TaskIdTaken(f"task_id {asked.task_id} is generation {known_generation_id}'s")
+    if known_fingerprint and known_fingerprint != fingerprint(body):
+        log_event(
+            logger,
+            "message dropped",
+            logging.WARNING,
+            task_id=asked.task_id,
+            generation_id=asked.generation_id,
+            reason="its task_id was used before with other data of this generation, and one task has one end",
+        )
+
+
+def own_task_id(task_id: str, generation_id: object) -> str:
+    """The id that a generation's job gets where another generation has its `task_id`; the same each time."""
+    # As text, which any id is: an end in the outbox may name one that no worker wrote.
+    return str(uuid.uuid5(_OWN_IDS, f"{task_id} of generation {generation_id}"))
+
+
+def with_own_id(asked: Job | JobRejected) -> Job | JobRejected:
+    """The same job, or rejection, under its `own_task_id`."""
+    task_id = own_task_id(asked.task_id, asked.generation_id)
+    if isinstance(asked, Job):
+        return replace(asked, task_id=task_id)
+    return JobRejected(asked.code, str(asked), task_id=task_id, generation_id=asked.generation_id)

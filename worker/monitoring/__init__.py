@@ -1,0 +1,1 @@
+"""Health, metrics, status and why the GPU is idle."""

@@ -1,0 +1,70 @@
+"""The readings that take a call to somebody: the cache's size, the outbox, the GPU, the depths of the queues."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from clients.gpu import GpuReadings
+from clients.storage.cache import DownloadCache
+from config.logs import log_event
+from worker.amqp.broker import Publisher, PublishFailed
+from worker.metrics import Metrics
+from worker.results.outbox import Outbox
+
+logger = logging.getLogger(__name__)
+
+GAUGE_SECONDS = 5.0
+
+
+class Gauges:
+    """Owner of the thread that takes the readings: never on the main thread, which hears signals.
+
+    It ends when `is_draining` is set. `is_connected` tells whether the broker can be asked.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        cache: DownloadCache,
+        outbox: Outbox,
+        publisher: Publisher,
+        gpu: GpuReadings,
+        is_connected: Callable[[], bool],
+        is_draining: threading.Event,
+    ) -> None:
+        self._metrics = metrics
+        self._cache = cache
+        self._outbox = outbox
+        self._publisher = publisher
+        self._gpu = gpu
+        self._is_connected = is_connected
+        self._is_draining = is_draining
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="gauges", daemon=True).start()
+
+    def _run(self) -> None:
+        while not self._is_draining.wait(GAUGE_SECONDS):
+            self._metrics.adapter_cache_bytes.set(self._cache.size_bytes)
+            backlog = self._outbox.backlog()
+            self._metrics.outbox_events.set(backlog.num_events)
+            self._metrics.outbox_age_seconds.set(backlog.age_seconds)
+            self._read_gpu()
+            # One connection's tries are enough: brokers count those with a wrong password.
+            if self._is_connected():
+                self._read_queues()
+
+    def _read_gpu(self) -> None:
+        reading = self._gpu.read()
+        if reading is not None:
+            self._metrics.gpu_memory_bytes.labels("used").set(reading.memory_used_bytes)
+            self._metrics.gpu_memory_bytes.labels("total").set(reading.memory_total_bytes)
+            self._metrics.gpu_utilization_ratio.set(reading.utilization_ratio or 0.0)
+
+    def _read_queues(self) -> None:
+        try:
+            for name, depth in self._publisher.depths().items():
+                self._metrics.queue_messages.labels(name).set(depth)
+        except PublishFailed as error:
+            log_event(logger, "queue depths unknown", logging.DEBUG, reason=str(error))

@@ -1,0 +1,118 @@
+"""Has products cut out by rembg, in a process that lives for one picture."""
+
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+
+from inference.process.child_handle import path_variables
+from watermark.product.cutout import NothingCut, bounded, has_own_alpha, judged, trimmed
+from worker.errors import CuttingFailed, JobFailed
+
+# On one slow core; u2net.onnx takes some seconds there.
+DEADLINE_SECONDS = 120
+# Between two looks whether the job is still wanted.
+LOOK_SECONDS = 0.2
+MAX_REASON_CHARS = 300
+# What the libraries need; nothing of ours, least of all a secret.
+KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "HOME", "TMPDIR", "LANG")
+
+
+class Cutter:
+    """Owner of the processes that cut out, one at a time: each takes as much memory as its model.
+
+    `model` is an ONNX file with U2-Net's or IS-Net's interface; None: this worker has none.
+    """
+
+    def __init__(self, model: Path | None, *, deadline_seconds: int = DEADLINE_SECONDS) -> None:
+        self._model = model
+        self._deadline_seconds = deadline_seconds
+        self._turn = threading.Lock()
+
+    def cut(self, picture: Image.Image, field: str, go_on_or_leave: Callable[[], None]) -> Image.Image:
+        """The product of an RGBA picture that `field` of the message named: RGBA, trimmed, by its own alpha or a model.
+
+        `go_on_or_leave` is called again and again and raises where the job is not wanted any more. Raises `JobFailed`
+        where there is nothing to cut with or nothing to cut out, `CuttingFailed` where the process came to grief.
+        """
+        try:
+            self.check(picture, field)
+            if self._model is None or has_own_alpha(picture):
+                return trimmed(picture)
+            return judged(self._by_model(self._model, bounded(picture.convert("RGB")), go_on_or_leave))
+        except NothingCut as error:
+            raise JobFailed("IMAGE_INVALID", f"{field}: {error}; send a cut-out as product.cutout_path") from error
+
+    def check(self, picture: Image.Image, field: str) -> None:
+        """Raise `JobFailed` where there is nothing to cut the picture out with."""
+        if self._model is None and not has_own_alpha(picture):
+            raise JobFailed(
+                "UNSUPPORTED_BY_MODEL",
+                f"{field} has no alpha and this worker has no CUTOUT_MODEL: send a cut-out with alpha as"
+                " product.cutout_path",
+            )
+
+    def _by_model(self, model: Path, picture: Image.Image, go_on_or_leave: Callable[[], None]) -> Image.Image:
+        while not self._turn.acquire(timeout=LOOK_SECONDS):
+            go_on_or_leave()
+        try:
+            return self._in_process(model, picture, go_on_or_leave)
+        finally:
+            self._turn.release()
+
+    def _in_process(self, model: Path, picture: Image.Image, go_on_or_leave: Callable[[], None]) -> Image.Image:
+        content = io.BytesIO()
+        picture.save(content, "PNG", compress_level=1)
+        command = [sys.executable, "-m", "worker.product.cutter_process", str(model), str(os.getpid())]
+        pipe = subprocess.PIPE
+        # In a session of its own, so that Ctrl-C in a terminal spares it.
+        with subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=pipe, env=_environment(), start_new_session=True
+        ) as process:
+            try:
+                answer, said = self._answer_of(process, content.getvalue(), go_on_or_leave)
+            finally:
+                process.kill()
+        if process.returncode != 0:
+            raise CuttingFailed(_reason(process.returncode, said))
+        with Image.open(io.BytesIO(answer), formats=("PNG",)) as cut:
+            return cut.convert("RGBA")
+
+    def _answer_of(
+        self, process: "subprocess.Popen[bytes]", content: bytes, go_on_or_leave: Callable[[], None]
+    ) -> tuple[bytes, bytes]:
+        ends_at = time.monotonic() + self._deadline_seconds
+        unsent: bytes | None = content
+        while True:
+            try:
+                return process.communicate(unsent, timeout=LOOK_SECONDS)
+            except subprocess.TimeoutExpired:
+                unsent = None  # it goes on with what it was given
+                go_on_or_leave()
+                if time.monotonic() > ends_at:
+                    raise CuttingFailed(f"no answer within {self._deadline_seconds} s") from None
+
+
+def is_installed() -> bool:
+    """Are the libraries of the extra `cutout` there?"""
+    return all(importlib.util.find_spec(library) is not None for library in ("rembg", "onnxruntime"))
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+    # rembg imports a library that compiles for a minute, and that the cutting does not call.
+    return kept | path_variables() | {"NUMBA_DISABLE_JIT": "1"}
+
+
+def _reason(returncode: int, said: bytes) -> str:
+    if returncode < 0:
+        return f"the process that cuts out was killed by signal {-returncode}"
+    lines = said.decode(errors="replace").strip().splitlines() or [f"exit code {returncode}"]
+    return lines[-1][:MAX_REASON_CHARS]

@@ -1,0 +1,106 @@
+"""The process that cuts products out: `python -m worker.product.cutter_process MODEL PARENT`. `Cutter` starts it.
+
+It reads a PNG from its standard input, writes the RGBA PNG of what was cut out to its standard output, and ends. So a
+model's memory is taken for one picture only, and what goes wrong in a native library costs that picture only.
+"""
+
+import contextlib
+import ctypes
+import io
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnxruntime
+import rembg
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+PR_SET_PDEATHSIG = 1
+# rembg's sessions for a file of one's own by the side of the picture that the model takes, with its way of scaling
+# colours: U2-Net's and IS-Net's (DIS).
+SESSIONS = {320: "u2net_custom", 1024: "dis_custom"}
+# Below it a mask is noise.
+VISIBLE = 16
+# How far the colours of opaque pixels reach into a soft edge, as a part of the shorter side.
+REACH = 0.005
+
+_Pixels = Any  # numpy's arrays of float32: height, width, channels
+
+
+def main() -> None:
+    """Cut one picture out; the last line on standard error says what went wrong."""
+    model, parent_pid = Path(sys.argv[1]), int(sys.argv[2])
+    _die_with(parent_pid)
+    answer = _own_standard_output()
+    picture = Image.open(io.BytesIO(sys.stdin.buffer.read()), formats=("PNG",)).convert("RGB")
+    with answer:
+        cut_out(picture, mask_of(picture, model)).save(answer, "PNG", compress_level=1)
+
+
+def mask_of(picture: Image.Image, model: Path) -> Image.Image:
+    """Where the model sees the product, mode L."""
+    # rembg opens only models below its home.
+    os.environ["REMBG_HOME"] = str(model.resolve().parent)
+    session = rembg.new_session(
+        _session_name(model), model_path=str(model.resolve()), providers=["CPUExecutionProvider"]
+    )
+    mask: Image.Image = session.predict(picture)[0]
+    return mask
+
+
+def cut_out(picture: Image.Image, mask: Image.Image) -> Image.Image:
+    """An RGB picture with the mask, of its size, for its alpha, and with the product's own colours in the soft edge.
+
+    Blur fusion (Forte, "Approximate Fast Foreground Colour Estimation", 2021): foreground and background are smooth, so
+    that blurred estimates of both leave F + alpha (I - alpha F - (1 - alpha) B).
+    """
+    alpha = np.asarray(mask)
+    alpha = np.where(alpha < VISIBLE, 0, alpha).astype(np.uint8)
+    radius = max(1.5, REACH * min(picture.size))
+    seen, share = np.asarray(picture, np.float32), alpha.astype(np.float32)[..., None] / 255
+    front, back = _spread(seen, share, radius), _spread(seen, 1 - share, radius)
+    unmixed = front + share * (seen - share * front - (1 - share) * back)
+    colours = np.where(share == 1, seen, unmixed)
+    return Image.fromarray(np.dstack((np.rint(colours).clip(0, 255).astype(np.uint8), alpha)))
+
+
+def _spread(seen: _Pixels, weight: _Pixels, radius: float) -> _Pixels:
+    """The colours blurred, each pixel's by its weight; the picture's own where none with a weight is near."""
+    amount = gaussian_filter(weight, (radius, radius, 0))
+    return np.where(amount > 1e-3, gaussian_filter(seen * weight, (radius, radius, 0)) / np.maximum(amount, 1e-3), seen)
+
+
+def _session_name(model: Path) -> str:
+    only_to_look = onnxruntime.SessionOptions()
+    only_to_look.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(model), only_to_look, providers=["CPUExecutionProvider"])
+    side = session.get_inputs()[0].shape[-1]
+    # A side that the file leaves open is a name or nothing.
+    name = SESSIONS.get(side if isinstance(side, int) else 320)
+    if name is None:
+        raise SystemExit(f"takes pictures of {side} px; known are {' and '.join(map(str, SESSIONS))}")
+    return name
+
+
+def _die_with(parent_pid: int) -> None:
+    """Have the kernel end this process with the thread that waits for its answer."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        # It ended before the line above took hold.
+        raise SystemExit("whoever asked is gone")
+
+
+def _own_standard_output() -> BinaryIO:
+    """The standard output for our answer alone: what libraries print goes to standard error."""
+    answer = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return answer
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        main()

@@ -1,0 +1,1 @@
+"""Progress webhooks and previews: lossy."""

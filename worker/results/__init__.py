@@ -1,0 +1,1 @@
+"""Results: images, their records, webhooks, and the outbox of those not yet delivered."""

@@ -1,0 +1,157 @@
+"""Store pictures: each whole, conditionally, and never for a task whose end another worker has recorded."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from clients.storage.client import ObjectNotes, Storage
+from clients.storage.errors import NotSupported, ObjectNotFound, WriteConflict
+from clients.storage.location import ObjectRef
+from config.logs import log_event
+from watermark.decoding import decode_picture
+from watermark.errors import PictureInvalid, PictureTooLarge
+from worker.breakers import Gate
+from worker.results.terminal_event import TerminalEvent
+
+logger = logging.getLogger(__name__)
+
+# A picture that is drawn is kept in hand over a restart of the store.
+PICTURE_PATIENCE_SECONDS = 45.0
+# Each round that fails has met another writer of the same key: two tasks of one generation make two rounds.
+MAX_ROUNDS = 8
+MAX_PICTURE_BYTES = 50_000_000
+
+PNG = "image/png"
+# A generation drawn again lies under the key it had: readers ask whether theirs is still the one. Without it Google's
+# public objects are kept for an hour by every cache, and others as long as a reader likes.
+CACHE_CONTROL = "no-cache"
+
+# What is noted beside a picture, as the store names it.
+TASK_ID, SHA256 = "task-id", "sha256"
+NO_NOTES: Mapping[str, str] = MappingProxyType({})
+
+Made = TypeVar("Made")
+
+
+class AlreadyEnded(Exception):
+    """The task has a recorded `end`: this run of it must store nothing more."""
+
+    def __init__(self, end: TerminalEvent) -> None:
+        super().__init__(f"task {end.task_id} has ended elsewhere as {end.kind.value}")
+        self.end = end
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """One picture on its way, with what is noted beside it."""
+
+    ref: ObjectRef
+    png: bytes
+    metadata: Mapping[str, str]
+
+    @property
+    def task_id(self) -> str:
+        return self.metadata[TASK_ID]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How it is written, whatever the condition."""
+        return {"content_type": PNG, "metadata": self.metadata, "cache_control": CACHE_CONTROL}
+
+
+@dataclass(frozen=True, slots=True)
+class PictureStore:
+    """Writes every picture of every job. `put` blocks over a short outage of the store.
+
+    The key is the generation's, so that several tasks, and several runs of one task, write the same one. A picture that
+    was reported must not change without a new end: nothing is overwritten but the very object that was looked at, and
+    only by a task that had no recorded end after that look. `end_of` finds a task's recorded end.
+    """
+
+    storage: Storage
+    gate: Gate
+    end_of: Callable[[str], TerminalEvent | None] = lambda _task_id: None
+
+    def put(self, ref: ObjectRef, png: bytes, *, task_id: str, notes: Mapping[str, str] = NO_NOTES) -> str:
+        """Write one picture and return its URL. Another task's picture is replaced, with a warning in the log.
+
+        Beside it are noted the task, the picture's SHA-256 and the `notes`, which are ASCII. Raises `AlreadyEnded`.
+        """
+        metadata = {**notes, TASK_ID: task_id, SHA256: hashlib.sha256(png).hexdigest()}
+        file = _File(ref, png, metadata)
+        try:
+            self._put_conditionally(file)
+        except NotSupported:  # by a store without conditional writes, which only overwrites
+            self.check_open(task_id)
+            write = partial(self.storage.put, ref, png, **file.options)
+            self._insist(write)
+        return self.storage.url_of(ref)
+
+    def check_open(self, task_id: str) -> None:
+        """Raise `AlreadyEnded` where the task has a recorded end: this process may have been frozen for long."""
+        end = self._insist(lambda: self.end_of(task_id))
+        if end is not None:
+            raise AlreadyEnded(end)
+
+    def _put_conditionally(self, file: _File) -> None:
+        for _ in range(MAX_ROUNDS):
+            write = partial(self.storage.put_if_absent, file.ref, file.png, **file.options)
+            if self._insist(write):
+                return
+            try:
+                found = self._insist(lambda: self.storage.notes_of(file.ref))
+                if self._is_stored(file, found):
+                    return
+            except ObjectNotFound:
+                continue
+            # Behind the look: an end that is recorded later comes with a picture that is stored later, which has
+            # another ETag than the one the condition names.
+            self.check_open(file.task_id)
+            if self._overwrite(file, found):
+                return
+        raise WriteConflict(f"{file.ref}: written by others {MAX_ROUNDS} times meanwhile")
+
+    def _is_stored(self, file: _File, found: ObjectNotes) -> bool:
+        """Whether the object is this picture: the answer to its write was lost, or another run of the task stored it.
+
+        Two runs' files differ in the time of making alone, and the one that is there may have been reported.
+        """
+        if found.metadata.get(TASK_ID) != file.task_id:
+            return False
+        if found.metadata.get(SHA256) == file.metadata[SHA256]:
+            return True
+        read = partial(self.storage.read, file.ref, max_bytes=MAX_PICTURE_BYTES)
+        return _shows_the_same(self._insist(read), file.png)
+
+    def _overwrite(self, file: _File, found: ObjectNotes) -> bool:
+        if not found.etag.startswith('"'):
+            raise NotSupported(f"{file.ref}: the store gives no strong ETag to compare with")
+        write = partial(
+            self.storage.put_if_unchanged,
+            file.ref,
+            file.png,
+            etag=found.etag,
+            **file.options,
+        )
+        if not self._insist(write):
+            return False
+        other = found.metadata.get(TASK_ID, "")
+        if other != file.task_id:
+            log_event(logger, "another task's picture replaced", logging.WARNING, key=file.ref.key, other_task_id=other)
+        return True
+
+    def _insist(self, work: Callable[[], Made]) -> Made:
+        return self.gate.insist(work, patience_seconds=PICTURE_PATIENCE_SECONDS)
+
+
+def _shows_the_same(one: bytes, other: bytes) -> bool:
+    """Whether two files hold the same pixels."""
+    try:
+        first, second = (decode_picture(content, "RGBA") for content in (one, other))
+    except (PictureInvalid, PictureTooLarge):
+        return False
+    return first.size == second.size and first.tobytes() == second.tobytes()

@@ -1,0 +1,124 @@
+"""The terminal event: the one thing a job comes to, and what its record in the ledger holds."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+from clients.webhooks import Webhook, WebhookKind
+from config.redacting import redacted
+from worker.messages.generation_id import GenerationId, is_generation_id
+from worker.messages.webhook_bodies import ErrorCode, FailedBody
+from worker.strict_json import is_number, strict_json
+
+CANCELLED = "CANCELLED"
+CANCELLED_OUTCOME = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class TerminalEvent:
+    """How a job ended: `complete` or `failed`, and the exact body its backend is told.
+
+    `began_at` and `ended_at` (epoch seconds: delivered to the worker, ready to be recorded), `stages` (name, seconds
+    since `began_at`, seconds) and `attempt` say where the time went; they stay in the record. `fingerprint` is that of
+    the message it answers, see `worker.messages.identity`. `is_recorded` is False only in the outbox, before its record
+    is stored: until then it must not be sent. One that was written before a field existed has its default.
+    """
+
+    task_id: str
+    generation_id: GenerationId
+    kind: WebhookKind
+    body: Mapping[str, Any]
+    began_at: float = 0.0
+    stages: tuple[tuple[str, float, float], ...] = ()
+    worker: str = ""
+    is_delivered: bool = False
+    attempt: int = 1
+    ended_at: float = 0.0
+    fingerprint: str = ""
+    is_recorded: bool = True
+
+    @property
+    def webhook(self) -> Webhook:
+        """The call that tells it. Its id never changes, so a backend can drop a repeat."""
+        return Webhook(kind=self.kind, webhook_id=f"{self.task_id}:{self.kind.value}", body=self.body)
+
+    @property
+    def outcome(self) -> str:
+        """`complete`, `failed` or, of a job that was asked to end, `cancelled`: to a backend that is `failed` too."""
+        return CANCELLED_OUTCOME if self.body.get("error_code") == CANCELLED else self.kind.value
+
+    def to_json(self) -> bytes:
+        fields = {name: getattr(self, name) for name in self.__slots__} | {"kind": self.kind.value}
+        return json.dumps(fields, sort_keys=True).encode()
+
+    @classmethod
+    def from_json(cls, content: bytes) -> Self:
+        """Raises `ValueError` where `content` is no terminal event that could be told."""
+        try:
+            fields = strict_json(content)
+            stages = tuple((name, start, seconds) for name, start, seconds in fields.pop("stages"))
+            # Workers of several versions share a bucket while they are replaced: what a newer one added is left out.
+            known = {name: value for name, value in fields.items() if name in cls.__slots__}
+            event = cls(**known | {"kind": WebhookKind(known["kind"]), "stages": stages})
+            # Now, and not on the thread that is to send it.
+            _ = event.webhook.payload
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"not a terminal event: {error}") from error
+        if event.kind is WebhookKind.PROGRESS:
+            raise ValueError("not a terminal event: progress ends no job")
+        if not (
+            isinstance(event.task_id, str) and is_generation_id(event.generation_id) and isinstance(event.body, dict)
+        ):
+            raise ValueError("not a terminal event: an id or the body is of a wrong kind")
+        _check_types(event)
+        return event
+
+
+def _check_types(event: TerminalEvent) -> None:
+    """Raise `ValueError` where a field holds what no worker writes there."""
+    is_sound = (
+        event.body.get("generation_id") == event.generation_id
+        and all(is_number(value) for value in (event.began_at, event.ended_at))
+        and all(isinstance(name, str) and is_number(at) and is_number(took) for name, at, took in event.stages)
+        and all(isinstance(text, str) for text in (event.worker, event.fingerprint))
+        and all(isinstance(flag, bool) for flag in (event.is_delivered, event.is_recorded))
+        and type(event.attempt) is int
+    )
+    if not is_sound:
+        raise ValueError("not a terminal event: a field is of a wrong type, or the body is another generation's")
+
+
+def failed_event(
+    *,
+    task_id: str,
+    generation_id: GenerationId,
+    code: str,
+    message: str,
+    retry_count: int,
+    worker: str = "",
+    began_at: float = 0.0,
+    stages: tuple[tuple[str, float, float], ...] = (),
+    ended_at: float = 0.0,
+    fingerprint: str = "",
+) -> TerminalEvent:
+    """The end of a job that could not be done."""
+    body: FailedBody = {
+        "generation_id": generation_id,
+        "error_message": redacted(message),
+        # The engine's own come as plain text; a test holds that all there are in the source are in the list.
+        "error_code": cast(ErrorCode, code),
+        "retry_count": retry_count,
+    }
+    return TerminalEvent(
+        task_id,
+        generation_id,
+        WebhookKind.FAILED,
+        body,
+        began_at,
+        stages,
+        worker,
+        attempt=retry_count + 1,
+        ended_at=ended_at,
+        fingerprint=fingerprint,
+    )
