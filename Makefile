@@ -70,21 +70,21 @@ coverage: install node_modules/.package-lock.json ## Which branches the tests ta
 	$(BIN)/coverage report --skip-covered
 
 outage: install ## The long form of one test: the backend is down for two minutes
-	OMP_NUM_THREADS=1 OUTAGE_SECONDS=120 $(BIN)/pytest tests/test_live_outage.py
+	OMP_NUM_THREADS=1 OUTAGE_SECONDS=120 $(BIN)/pytest tests/live/test_outage.py
 
 leaks: install ## The long form of another: 300 jobs with 40 adapters in 8 slots, memory and pictures looked at
-	OMP_NUM_THREADS=1 LEAK_JOBS=300 $(BIN)/pytest tests/test_live_leaks.py --log-cli-level=WARNING
+	OMP_NUM_THREADS=1 LEAK_JOBS=300 $(BIN)/pytest tests/live/test_leaks.py --log-cli-level=WARNING
 
 field: install ## The backend that the worker was made for: its messages, its trainer's folders, its answers and faults
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/live/test_field.py
 
 faults: install ## Every fault on the way to broker, store and backend, and in the process: those too that take long
-	OMP_NUM_THREADS=1 FAULTS_LONG=1 $(BIN)/pytest tests/test_faults_proxy.py tests/test_live_faults.py tests/test_live_faults_*.py \
-		tests/test_live_leases.py tests/test_live_batching.py tests/test_engine_process.py tests/test_campaigns.py
+	OMP_NUM_THREADS=1 FAULTS_LONG=1 $(BIN)/pytest tests/faults/test_proxy.py tests/live/test_faults.py tests/live/test_faults_*.py \
+		tests/live/test_leases.py tests/live/test_batching.py tests/inference/process/test_engine_process.py tests/campaigns/test_campaigns.py
 
 # RABBITMQ4_ROOT may be any root folder with another RabbitMQ in it; DEBIAN_MIRROR is for where debootstrap's own is not reached.
 rabbitmq4: install $(RABBITMQ4_ROOT)/.installed ## As root: what a broker counts and drops, on the RabbitMQ 4 of Debian 13 in a chroot
-	OMP_NUM_THREADS=1 FAULTS_LONG=1 RABBITMQ_ROOT=$(RABBITMQ4_ROOT) $(BIN)/pytest tests/test_live_returns.py tests/test_dead_letters.py
+	OMP_NUM_THREADS=1 FAULTS_LONG=1 RABBITMQ_ROOT=$(RABBITMQ4_ROOT) $(BIN)/pytest tests/live/test_returns.py tests/worker/cli/test_dead_letters.py
 
 $(RABBITMQ4_ROOT)/.installed:
 	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends debootstrap >/dev/null
@@ -103,9 +103,9 @@ campaign: install ## Hundreds of jobs while everything fails at random (CAMPAIGN
 		$(if $(RESUME),--resume $(RESUME))
 
 hostile: install ## The long form of more: every hostile input, 2000 fuzzed messages through a worker, 200000 with fuzzed properties, 100000 through the decoder
-	OMP_NUM_THREADS=1 HOSTILE_VARIANTS=all HOSTILE_FUZZED=2000 $(BIN)/pytest tests/test_live_hostile.py --log-cli-level=WARNING
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzed_deliveries
+	OMP_NUM_THREADS=1 HOSTILE_VARIANTS=all HOSTILE_FUZZED=2000 $(BIN)/pytest tests/live/test_hostile.py --log-cli-level=WARNING
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.hostile.fuzzing
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.hostile.fuzzed_deliveries
 
 bench: install ## Batching against plain diffusers, what a job costs beyond the bare pipeline, loading, and what previews cost, on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.batching --swap

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from benchmarks import models
 from inference.checkpoints.checkpoint import identify, load_pipeline, weight_bytes
-from tests.ldm_layout import write_single_file
+from tests.support.models.ldm_layout import write_single_file
 
 MB = 1e6
 SAMPLE_SECONDS = 0.001

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tests.tiny_models import MAX_TOKENS, byte_tokenizer
+from tests.support.models.tiny_models import MAX_TOKENS, byte_tokenizer
 
 DEMO_MODEL = Path(__file__).parent.parent / "examples" / "demo_model"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

@@ -30,7 +30,8 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from inference.engine.local_engine import LocalEngine
 from inference.request import AdapterFile, GenerationRequest
-from tests.world import DEMO_MODEL, Worker, World, new_world
+from tests.support.paths import DEMO_MODEL
+from tests.support.world import Worker, World, new_world
 from watermark.decoding import decode_signature
 from watermark.signature import ImageSignature, SignatureStyle, sign
 

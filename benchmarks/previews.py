@@ -25,7 +25,7 @@ from inference.engine.local_engine import LocalEngine
 from inference.models.loader import load_family
 from inference.request import GenerationRequest, Occupancy, StepReport
 from inference.sampling.foresight import denoised
-from tests.world import DEMO_MODEL
+from tests.support.paths import DEMO_MODEL
 
 LANES = 8
 STEPS = 20

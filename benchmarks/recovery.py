@@ -24,7 +24,7 @@ from rich.table import Table
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import Job, Station, new_station
-from tests.world import Worker, eventually
+from tests.support.world import Worker, eventually
 
 HEARTBEAT_SECONDS = 20  # the worker's default
 PATIENCE_SECONDS = 120.0

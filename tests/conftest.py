@@ -25,48 +25,50 @@ if TYPE_CHECKING:
 KEPT_VARIABLES = {"CUDA_VISIBLE_DEVICES"}
 
 
+HERE = Path(__file__).parent
+
 # The longest files first, so that the test processes end at about the same time.
 SLOW_FILES = (
-    "test_live_status",
-    "test_commands",
-    "test_gpu_command",
-    "test_live_faults",
-    "test_live_batching",
-    "test_families",
-    "test_live_jobs",
-    "test_campaigns",
-    "test_live_leaks",
-    "test_demo_model",
-    "test_live_families",
-    "test_live_kinds",
-    "test_engine_process",
-    "test_live_effect",
-    "test_field",
-    "test_live_returns",
-    "test_live_inputs",
-    "test_live_product",
-    "test_live_faults_product",
-    "test_kinds",
-    "test_control",
-    "test_batching",
-    "test_batching_faults",
-    "test_live_outage",
-    "test_safety",
-    "test_overlay",
-    "test_status",
-    "test_live_hostile",
-    "test_examples",
-    "test_live_faults_process",
-    "test_dead_letters",
-    "test_live_faults_backend",
-    "test_checks",
-    "test_live_faults_broker",
-    "test_live_faults_store",
-    "test_prometheus",
-    "test_live_sharing",
-    "test_live_cancelling",
-    "test_live_breakers",
-    "test_checkpoints",
+    "live/test_status",
+    "worker/cli/test_commands",
+    "benchmarks/test_gpu_command",
+    "live/test_faults",
+    "live/test_batching",
+    "inference/models/test_families",
+    "live/test_jobs",
+    "campaigns/test_campaigns",
+    "live/test_leaks",
+    "examples/test_demo_model",
+    "live/test_families",
+    "live/test_kinds",
+    "inference/process/test_engine_process",
+    "live/test_effect",
+    "live/test_field",
+    "live/test_returns",
+    "live/test_inputs",
+    "live/test_product",
+    "live/test_faults_product",
+    "inference/engine/test_kinds",
+    "inference/engine/test_controlnets",
+    "inference/engine/test_batching",
+    "inference/engine/test_batching_faults",
+    "live/test_outage",
+    "inference/checkpoints/test_safety_checker",
+    "watermark/test_overlay",
+    "worker/monitoring/test_status",
+    "live/test_hostile",
+    "examples/test_examples",
+    "live/test_faults_process",
+    "worker/cli/test_dead_letters",
+    "live/test_faults_backend",
+    "worker/cli/check/test_checks",
+    "live/test_faults_broker",
+    "live/test_faults_store",
+    "worker/monitoring/test_prometheus",
+    "live/test_sharing",
+    "live/test_cancelling",
+    "live/test_breakers",
+    "inference/checkpoints/test_checkpoints",
 )
 
 
@@ -85,7 +87,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the files; within a file the order stays as written."""
     rank = {name: number for number, name in enumerate(SLOW_FILES)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    items.sort(key=lambda item: rank.get(item.path.relative_to(HERE).with_suffix("").as_posix(), len(rank)))
 
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit it.
@@ -155,7 +157,7 @@ def queue_name() -> str:
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """The test process computes on one thread, and on a GPU with all digits."""
-    from tests.pictures import one_torch_thread, whole_fp32  # bring torch, which most tests do without
+    from tests.support.images.pictures import one_torch_thread, whole_fp32  # bring torch, which most tests do without
 
     with one_torch_thread(), whole_fp32():
         yield

@@ -5,12 +5,12 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 PACKAGES = ("worker", "inference", "watermark", "clients", "config")
 SIBLINGS = {"inference", "watermark", "clients"}
 MAY_IMPORT = {

@@ -16,9 +16,9 @@ ROOT = Path(__file__).parent.parent.parent
 # What blocks most comes first, should the time box end before the tests do. The others follow.
 ORDER = ("test_parity", "test_half_precision", "test_families", "test_kinds", "test_control")
 # Memory that ends and a device assert are stage 5's, on a model of full size.
-ALL = ("tests", "--ignore=tests/inference/test_real_device.py")
+ALL = ("tests", "--ignore=tests/inference/device/test_real_device.py")
 # A rehearsal takes one engine and one test of its parts.
-REHEARSED = ("tests/inference/test_half_precision.py", "-k", "sd and bfloat16 and not sdxl")
+REHEARSED = ("tests/inference/models/test_half_precision.py", "-k", "sd and bfloat16 and not sdxl")
 # The last test that is begun must end, and the verdict be written, within the box.
 SECONDS_FOR_A_TEST = 6.0
 MAX_ERROR_CHARACTERS = 500
@@ -37,7 +37,7 @@ OPTIONS = (
 
 def run(context: Context) -> None:
     """Run the tests on the device. A verdict without a passed test keeps the stages from measuring speed."""
-    assert "tests.pictures" not in sys.modules, "it has read DARKROOM_TEST_DEVICE already"
+    assert "tests.support.images.pictures" not in sys.modules, "it has read DARKROOM_TEST_DEVICE already"
     os.environ["DARKROOM_TEST_DEVICE"] = context.device.type
     # Whatever else is installed beside pytest takes time, and may take the stage's alarm.
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"

@@ -16,7 +16,8 @@ import pytest
 from benchmarks.gpu.frame import start_method
 from benchmarks.gpu.records import RESULTS, SUMMARY, Recorder, drop_torn_line, read_records
 from benchmarks.gpu.stages import NUMBERS
-from tests.world import HANG_SECONDS, ROOT, eventually
+from tests.support.paths import ROOT
+from tests.support.world import HANG_SECONDS, eventually
 
 # As far as an image in another batch may differ, in 32 bits.
 SAME_DB = 42.0

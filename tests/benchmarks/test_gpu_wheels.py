@@ -8,7 +8,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.conftest import has_gpu_tests
-from tests.support.imports import ROOT, packages_of
+from tests.support.imports import packages_of
+from tests.support.paths import ROOT
 
 # diffusers names it and takes the standard library's.
 NOT_NEEDED = {"importlib-metadata"}

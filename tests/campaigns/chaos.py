@@ -13,7 +13,7 @@ from examples.parts.processes import ServerError
 from tests.campaigns.journal import Acted, Journal
 from tests.campaigns.keeping import Keeper
 from tests.faults.proxy import Proxy
-from tests.world import World
+from tests.support.world import World
 
 RETRY_SECONDS = 0.3
 # How far the chaos may run ahead of the jobs, as a share of both: workers that are killed faster than they start

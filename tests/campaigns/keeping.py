@@ -14,7 +14,7 @@ import requests
 
 from examples.parts.ports import free_port
 from tests.campaigns.journal import Counted, Ended, Journal
-from tests.world import Worker, World
+from tests.support.world import Worker, World
 
 # A kill may hide what was counted since the last look.
 LOOK_SECONDS = 0.25

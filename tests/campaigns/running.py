@@ -30,7 +30,7 @@ from tests.campaigns.leftovers import stored, take_parked, wait_until_settled
 from tests.campaigns.plans import Campaign
 from tests.faults.proxy import Proxy
 from tests.faults.station import ANY_REQUEST, answers, sometimes, stand_in_env
-from tests.world import World, eventually
+from tests.support.world import World, eventually
 
 TURN_SECONDS = 0.2
 STAND_IN_STEP_SECONDS = 0.02
@@ -112,7 +112,7 @@ def _field(campaign: Campaign, rabbitmq: RabbitMQ, store: SeaweedFS, folder: Pat
             proxies["store"].when(ANY_REQUEST, do=refuse, times=None)
         env = _env_through(proxies)
         if not campaign.has_real_engine:
-            step = {"tests.fake_child:TURN_SECONDS": STAND_IN_STEP_SECONDS}
+            step = {"tests.support.engine.fake_child:TURN_SECONDS": STAND_IN_STEP_SECONDS}
             env |= stand_in_env(folder / "stand-in.log", step | campaign.constants)
             env |= {"MAX_CONCURRENT_GENERATIONS": "3"}  # so that jobs wait
         env |= campaign.env

@@ -99,7 +99,7 @@ def test_an_empty_list_of_gpus_in_the_file_counts_as_not_set(env_file: Path) -> 
 
 
 def environment_of_child(settings: ModelSettings) -> dict[str, str]:
-    child = Child.spawn(settings, module="tests.fake_child")
+    child = Child.spawn(settings, module="tests.support.engine.fake_child")
     try:
         pairs = Path(f"/proc/{child.process.pid}/environ").read_bytes().decode().split("\0")
     finally:

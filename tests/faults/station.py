@@ -22,7 +22,8 @@ from examples.parts.backend import WEBHOOKS
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.proxy import DOWN, UP, Link, Proxy, Sign
-from tests.world import ROOT, Worker, World, eventually, new_world
+from tests.support.paths import ROOT
+from tests.support.world import Worker, World, eventually, new_world
 
 SITE = Path(__file__).parent / "site"
 

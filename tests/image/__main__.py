@@ -16,8 +16,8 @@ from pathlib import Path
 from examples.parts.backend import Backend
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 BASE, SUITE = "docker.io/library/debian:bookworm-slim", "bookworm"
 TAG = "darkroom:cpu"
 MODEL = ROOT / "examples" / "demo_model" / "checkpoint"

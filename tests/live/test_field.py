@@ -12,12 +12,12 @@ import pytest
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
-from tests.support.style_backend import StyleBackend, train_style
-from tests.world import DEMO_MODEL, HANG_SECONDS, Worker, World, eventually, new_world
+from tests.support.paths import DEMO_MODEL, SIGNATURE
+from tests.support.servers.style_backend import StyleBackend, train_style
+from tests.support.world import HANG_SECONDS, Worker, World, eventually, new_world
 from worker.results.refusals import REFUSED_ENDS
 
 NUM_STYLES = int(os.environ.get("FIELD_STYLES", "10"))
-SIGNATURE = Path(__file__).parent.parent / "files" / "signature.png"
 SIGNATURE_KEY = "signatures/서울 아틀리에 #1.png"
 MISSING_STYLE, UNSIGNED_STYLE = 999, 1000
 TAGS = ("수채화", "red fox", "밤 하늘")

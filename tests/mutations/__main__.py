@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 from tests.mutations.row import Mutation, Row
 from tests.mutations.rows import ROWS
-from tests.world import ROOT
+from tests.support.paths import ROOT
 
 
 class Verdict(NamedTuple):

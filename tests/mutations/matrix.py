@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tests.mutations.row import Row
 from tests.mutations.rows import ROWS
-from tests.world import ROOT
+from tests.support.paths import ROOT
 
 DOCUMENT = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- matrix -->\n", "<!-- end of matrix -->"

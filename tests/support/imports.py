@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 OURS = {"benchmarks", "config", "inference", "tests", "worker", "clients", "watermark", "examples"}
 
 

@@ -3,7 +3,7 @@
 They are draft 7 and without references of their own, which is what AsyncAPI reads. Whatever a schema accepts is
 accepted, but for what no schema can say: sizes in bytes, repeated keys, half surrogate pairs, 5.0 where 5 is asked
 for, a seed in text beyond 2^63-1, and the rules that compare fields or look into a location.
-`tests/test_contract.py` holds that.
+`tests/worker/messages/test_contract.py` holds that.
 """
 
 import json

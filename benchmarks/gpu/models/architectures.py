@@ -16,7 +16,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Qwen3Config, Qwen3Model
 
-from tests.tiny_models import BETAS, byte_tokenizer, chat_tokenizer
+from tests.support.models.tiny_models import BETAS, byte_tokenizer, chat_tokenizer
 
 TINY_UNET: dict[str, Any] = {
     "block_out_channels": (16, 32, 32),

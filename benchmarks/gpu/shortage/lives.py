@@ -16,10 +16,10 @@ from inference.process.child import main
 from inference.process.child_handle import Child
 from inference.process.engine_process import EngineProcess, wait_until_ready
 from inference.request import GenerationRequest, GenerationResult
-from tests.support.asserting_child import FUSE, load_engine
-from tests.tiny_models import build_tiny_sd
+from tests.support.engine.asserting_child import FUSE, load_engine
+from tests.support.models.tiny_models import build_tiny_sd
 
-MODULE = "tests.support.asserting_child"
+MODULE = "tests.support.engine.asserting_child"
 NUM_PROCESSES = 2
 # The processes import torch and diffusers beside the rest of the stage.
 READY_SECONDS = RESULT_SECONDS = 120.0

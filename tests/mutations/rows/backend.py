@@ -2,15 +2,15 @@
 
 from tests.mutations.row import Mutation, Row
 
-FILE = "tests/test_live_faults_backend.py"
-REAL_ENGINE = "tests/test_live_faults.py"
-ANSWERS = "tests/test_clients_answers.py"
-CLIENT = "tests/test_clients_webhooks.py"
+FILE = "tests/live/test_faults_backend.py"
+REAL_ENGINE = "tests/live/test_faults.py"
+ANSWERS = "tests/clients/test_answers.py"
+CLIENT = "tests/clients/test_webhooks.py"
 REFUSING = f"{FILE}::test_a_backend_that_refuses_the_worker_gets_no_more_work_drawn_until_it_takes_it_again"
 PAUSED = f"{FILE}::test_a_backend_that_asks_for_a_pause_gets_it"
-OUTBOX = "tests/test_notifying.py"
-PACING = "tests/test_pacing.py"
-REFUSALS = "tests/test_refusals.py"
+OUTBOX = "tests/worker/results/test_notifier.py"
+PACING = "tests/worker/results/test_pacing.py"
+REFUSALS = "tests/worker/results/test_refusals.py"
 NEVER_TAKEN = f"{FILE}::test_events_that_are_never_taken_hold_up_none_that_an_outage_parked"
 EVERY_END = f"{FILE}::test_a_backend_that_refuses_every_end_gets_no_more_work_drawn_and_hears_of_what_was_drawn"
 CUT_OFF = f"{ANSWERS}::test_what_is_no_whole_head_of_an_answer_is_ambiguous"
@@ -60,7 +60,7 @@ ROWS: tuple[Row, ...] = (
         also=(
             f"{REAL_ENGINE}::test_while_the_backend_is_down_jobs_go_on_and_each_end_arrives_later",
             f"{REAL_ENGINE}::test_events_in_the_outbox_outlive_the_worker_that_put_them_there",
-            "tests/test_live_outage.py::test_an_outage_of_the_backend_delays_no_picture_and_it_hears_of_every_one",
+            "tests/live/test_outage.py::test_an_outage_of_the_backend_delays_no_picture_and_it_hears_of_every_one",
         ),
     ),
     Row(
@@ -99,7 +99,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{REFUSING}[wrong_token]", f"{REFUSING}[forbidden]"),
         without=(Mutation("worker/results/notifier.py", "if attempt.status in REFUSING_STATUSES:", "if False:"),),
         also=(
-            "tests/test_live_breakers.py::"
+            "tests/live/test_breakers.py::"
             "test_a_backend_that_refuses_the_token_stops_the_taking_of_jobs_until_it_is_right_again",
         ),
     ),
@@ -173,8 +173,8 @@ ROWS: tuple[Row, ...] = (
         ),
         also=(
             f"{PROGRESS}[500-0.0]",
-            "tests/test_progress.py::test_a_slow_backend_does_not_hold_up_the_steps",
-            "tests/test_progress.py::test_nothing_is_sent_after_close_which_waits_for_the_call_in_flight",
+            "tests/worker/progress/test_reporter.py::test_a_slow_backend_does_not_hold_up_the_steps",
+            "tests/worker/progress/test_reporter.py::test_nothing_is_sent_after_close_which_waits_for_the_call_in_flight",
         ),
     ),
     Row(
@@ -258,7 +258,7 @@ ROWS: tuple[Row, ...] = (
             f"{OUTBOX}::test_one_that_the_backend_is_silent_on_holds_up_no_other_once_some_are_taken",
             f"{PACING}::test_after_an_outage_all_are_told_within_a_minute_whatever_known_failures_are_among_them",
             f"{PACING}::test_where_one_is_known_to_fail_a_new_event_is_told_at_once",
-            "tests/test_campaigns.py::test_a_campaign_loses_nothing_and_does_nothing_twice[kill]",
+            "tests/campaigns/test_campaigns.py::test_a_campaign_loses_nothing_and_does_nothing_twice[kill]",
         ),
     ),
     Row(

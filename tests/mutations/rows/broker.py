@@ -2,11 +2,11 @@
 
 from tests.mutations.row import Mutation, Row
 
-FILE = "tests/test_live_faults_broker.py"
+FILE = "tests/live/test_faults_broker.py"
 LOST = f"{FILE}::test_a_connection_lost_in_mid_job_is_adopted_and_no_tag_of_the_lost_session_is_sent"
 RESTARTED = f"{FILE}::test_a_broker_restarted_in_mid_job_has_kept_every_message_and_nothing_is_drawn_twice"
-REAL_ENGINE = "tests/test_live_faults.py"
-RETURNS = "tests/test_live_returns.py"
+REAL_ENGINE = "tests/live/test_faults.py"
+RETURNS = "tests/live/test_returns.py"
 
 ADOPTING = Mutation("worker/jobs/runs.py", "            if known is not None:\n", "            if False:\n")
 
@@ -19,7 +19,7 @@ ROWS: tuple[Row, ...] = (
         without=(ADOPTING,),
         also=(
             f"{REAL_ENGINE}::test_a_connection_closed_in_mid_job_is_adopted_and_nothing_runs_twice",
-            "tests/test_live_leases.py::test_a_lost_connection_of_one_of_two_workers_costs_no_second_run",
+            "tests/live/test_leases.py::test_a_lost_connection_of_one_of_two_workers_costs_no_second_run",
         ),
     ),
     Row(
@@ -77,7 +77,7 @@ ROWS: tuple[Row, ...] = (
             ),
         ),
         also=(
-            "tests/test_live_leases.py::test_a_job_longer_than_the_broker_waits_runs_once_beside_another_worker",
+            "tests/live/test_leases.py::test_a_job_longer_than_the_broker_waits_runs_once_beside_another_worker",
             f"{REAL_ENGINE}::test_heartbeats_flow_through_a_job_longer_than_the_broker_would_wait",
         ),
     ),
@@ -181,7 +181,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{FILE}::test_the_same_job_five_times_on_two_workers_has_one_end",),
         without=(Mutation("worker/jobs/handler.py", "        if end is None:\n", "        if True:\n"),),
         also=(
-            "tests/test_live_jobs.py::test_the_same_message_five_times_is_one_job",
+            "tests/live/test_jobs.py::test_the_same_message_five_times_is_one_job",
             f"{REAL_ENGINE}::test_a_record_in_the_ledger_wins_over_a_second_worker",
         ),
     ),
@@ -197,7 +197,7 @@ ROWS: tuple[Row, ...] = (
                 'webhook_id=f"{self.generation_id}:{self.kind.value}"',
             ),
         ),
-        also=("tests/test_live_cancelling.py::test_a_new_try_of_a_cancelled_generation_is_drawn",),
+        also=("tests/live/test_cancelling.py::test_a_new_try_of_a_cancelled_generation_is_drawn",),
     ),
     Row(
         name="A17",
@@ -232,7 +232,7 @@ ROWS: tuple[Row, ...] = (
         ),
         also=(
             f"{RETURNS}::test_an_event_parked_outlives_forty_restarts",
-            "tests/test_dead_letters.py::test_looking_often_uses_no_letter_up",
+            "tests/worker/cli/test_dead_letters.py::test_looking_often_uses_no_letter_up",
         ),
     ),
     Row(
@@ -251,7 +251,7 @@ ROWS: tuple[Row, ...] = (
         ),
         also=(
             f"{RETURNS}::test_a_policy_with_every_limit_loses_no_end",
-            "tests/test_checks.py::test_a_policy_that_limits_the_worker_s_queues_is_found",
+            "tests/worker/cli/check/test_checks.py::test_a_policy_that_limits_the_worker_s_queues_is_found",
         ),
     ),
     Row(
@@ -300,7 +300,7 @@ ROWS: tuple[Row, ...] = (
         answer="the job is done or its body a dead letter, the connection stays, and so is what is behind it",
         tests=(
             f"{FILE}::test_a_message_whose_headers_pika_cannot_decode_is_done_and_so_is_what_is_behind_it",
-            "tests/test_fuzzing.py::test_deliveries_with_fuzzed_properties_all_end_on_one_connection",
+            "tests/hostile/test_fuzzing.py::test_deliveries_with_fuzzed_properties_all_end_on_one_connection",
         ),
         without=(
             Mutation(
@@ -309,23 +309,23 @@ ROWS: tuple[Row, ...] = (
                 "return super()._read_frame()",
             ),
         ),
-        also=("tests/test_content_headers.py::test_any_bytes_are_read",),
+        also=("tests/worker/amqp/test_content_headers.py::test_any_bytes_are_read",),
     ),
     Row(
         name="A26",
         fault="a cancel order's headers are nested thousands of levels deep",
         answer="the order is obeyed: what is deeper than sixteen levels is not decoded",
-        tests=("tests/test_live_cancelling.py::test_an_order_is_obeyed_whatever_its_headers_are",),
+        tests=("tests/live/test_cancelling.py::test_an_order_is_obeyed_whatever_its_headers_are",),
         without=(Mutation("worker/amqp/content_headers.py", "if depth > MAX_DEPTH:", "if False:"),),
-        also=("tests/test_content_headers.py::test_nesting_ends_in_bytes_however_deep_it_is",),
+        also=("tests/worker/amqp/test_content_headers.py::test_nesting_ends_in_bytes_however_deep_it_is",),
     ),
     Row(
         name="A27",
         fault="dead letters whose headers pika cannot decode or encode, or that name other queues for copies",
         answer="they are listed, shown and replayed, and go back byte by byte, to no other queue",
         tests=(
-            "tests/test_dead_letters.py::test_letters_whose_headers_pika_cannot_decode_are_listed_shown_copied_and_replayed",
-            "tests/test_dead_letters.py::test_a_letter_copied_goes_to_no_queue_that_its_headers_name",
+            "tests/worker/cli/test_dead_letters.py::test_letters_whose_headers_pika_cannot_decode_are_listed_shown_copied_and_replayed",
+            "tests/worker/cli/test_dead_letters.py::test_a_letter_copied_goes_to_no_queue_that_its_headers_name",
         ),
         without=(
             Mutation(
@@ -335,7 +335,7 @@ ROWS: tuple[Row, ...] = (
             ),
         ),
         also=(
-            "tests/test_content_headers.py::test_a_copy_has_all_properties_byte_by_byte_but_the_user_and_what_is_left_out",
+            "tests/worker/amqp/test_content_headers.py::test_a_copy_has_all_properties_byte_by_byte_but_the_user_and_what_is_left_out",
         ),
     ),
 )

@@ -2,13 +2,13 @@
 
 from tests.mutations.row import Mutation, Row
 
-LIVE = "tests/test_live_faults_process.py::"
-REAL_ENGINE = "tests/test_live_faults.py::"
-ENGINE = "tests/test_engine_process.py::"
-BATCHING = "tests/test_batching_faults.py::"
-HEALTH = "tests/test_health.py::"
-PARITY = "tests/test_parity.py::"
-EFFECT = "tests/test_live_effect.py::"
+LIVE = "tests/live/test_faults_process.py::"
+REAL_ENGINE = "tests/live/test_faults.py::"
+ENGINE = "tests/inference/process/test_engine_process.py::"
+BATCHING = "tests/inference/engine/test_batching_faults.py::"
+HEALTH = "tests/worker/monitoring/test_http_server.py::"
+PARITY = "tests/inference/models/test_parity.py::"
+EFFECT = "tests/live/test_effect.py::"
 THAWS = f"{EFFECT}test_a_worker_that_thaws_changes_no_picture_and_repeats_no_end"
 TWO_GENERATIONS = f"{EFFECT}test_a_task_id_of_two_generations_gives_each_its_own_end"
 OTHER_DATA = f"{EFFECT}test_a_task_id_with_other_data_has_one_end_and_a_word_in_the_log"
@@ -49,7 +49,7 @@ ROWS: tuple[Row, ...] = (
             Mutation("inference/process/quarantine.py", "if self._weights[victim] < CONVICTING_WEIGHT:", "if True:"),
         ),
         also=(
-            "tests/test_live_batching.py::test_a_poison_job_fails_alone_and_nine_innocents_in_its_batch_complete",
+            "tests/live/test_batching.py::test_a_poison_job_fails_alone_and_nine_innocents_in_its_batch_complete",
             f"{REAL_ENGINE}test_a_job_that_kills_the_engine_every_time_fails_alone",
             f"{ENGINE}test_poison_among_nine_others_is_found_with_three_processes_and_fails_alone",
         ),
@@ -105,7 +105,7 @@ ROWS: tuple[Row, ...] = (
         ),
         also=(
             f"{REAL_ENGINE}test_sigterm_with_a_job_longer_than_the_grace_period_gives_it_back",
-            "tests/test_commands.py::test_a_store_that_hangs_does_not_hold_the_worker_beyond_its_grace",
+            "tests/worker/cli/test_commands.py::test_a_store_that_hangs_does_not_hold_the_worker_beyond_its_grace",
         ),
     ),
     Row(
@@ -220,14 +220,14 @@ ROWS: tuple[Row, ...] = (
         without=(Mutation("worker/supervisor.py", "if self._engine.state is EngineState.FAILED:", "if False:"),),
         also=(
             f"{REAL_ENGINE}test_a_model_that_cannot_be_loaded_ends_the_worker_before_it_takes_a_job",
-            "tests/test_checkpoints.py::test_damage_is_named_with_its_file",
+            "tests/inference/checkpoints/test_checkpoints.py::test_damage_is_named_with_its_file",
         ),
     ),
     Row(
         "B17",
         "hundreds of jobs with many more adapters than slots",
         "memory stays flat, and no picture shows a trace of the style before it",
-        tests=("tests/test_live_jobs.py::test_a_job_without_an_adapter_shows_no_trace_of_the_style_before_it",),
+        tests=("tests/live/test_jobs.py::test_a_job_without_an_adapter_shows_no_trace_of_the_style_before_it",),
         without=(
             Mutation(
                 "inference/lora/bank.py",
@@ -235,7 +235,7 @@ ROWS: tuple[Row, ...] = (
                 "        if not any(wanted):\n            pass",
             ),
         ),
-        also=("tests/test_live_leaks.py::test_many_adapters_in_few_slots_leave_no_trace_in_memory_or_pictures",),
+        also=("tests/live/test_leaks.py::test_many_adapters_in_few_slots_leave_no_trace_in_memory_or_pictures",),
     ),
     Row(
         "B18",
@@ -348,7 +348,7 @@ ROWS: tuple[Row, ...] = (
         ),
         also=(
             f"{BATCHING}test_a_request_that_finds_no_memory_beside_others_waits_and_is_drawn_right[encode]",
-            "tests/test_control.py::test_one_that_finds_no_memory_is_loaded_once_there_is_and_fails_by_its_name_where_there_never_is",
+            "tests/inference/engine/test_controlnets.py::test_one_that_finds_no_memory_is_loaded_once_there_is_and_fails_by_its_name_where_there_never_is",
         ),
     ),
     Row(
@@ -357,7 +357,7 @@ ROWS: tuple[Row, ...] = (
         "no half file is left, and the job is tried again, by another worker as well",
         tests=(f"{LIVE}test_a_full_disk_leaves_no_half_file_and_the_job_to_another_worker",),
         without=(Mutation("clients/storage/cache.py", "part.unlink(missing_ok=True)", "pass"),),
-        also=("tests/test_clients_cache.py::test_a_full_disk_is_told_and_leaves_no_torso",),
+        also=("tests/clients/storage/test_cache.py::test_a_full_disk_is_told_and_leaves_no_torso",),
     ),
     Row(
         "E2",
@@ -367,8 +367,8 @@ ROWS: tuple[Row, ...] = (
         without=(Mutation("clients/storage/cache.py", "with self._part():\n", "if True:\n"),),
         also=(
             f"{KILLED}[in_download]",
-            "tests/test_clients_cache.py::test_only_stale_parts_are_removed_at_the_start",
-            "tests/test_clients_cache.py::test_a_file_of_the_wrong_size_is_fetched_again",
+            "tests/clients/storage/test_cache.py::test_only_stale_parts_are_removed_at_the_start",
+            "tests/clients/storage/test_cache.py::test_a_file_of_the_wrong_size_is_fetched_again",
         ),
     ),
     Row(
@@ -411,8 +411,8 @@ ROWS: tuple[Row, ...] = (
         ),
         also=(
             f"{LIVE}test_a_log_that_nobody_takes_holds_up_no_job_and_no_end[closed]",
-            "tests/test_logs.py::test_a_closed_standard_output_does_not_end_the_job",
-            "tests/test_logs.py::test_a_pipe_that_nobody_empties_stops_nothing_and_what_was_dropped_is_counted",
+            "tests/config/test_logs.py::test_a_closed_standard_output_does_not_end_the_job",
+            "tests/config/test_logs.py::test_a_pipe_that_nobody_empties_stops_nothing_and_what_was_dropped_is_counted",
         ),
     ),
     Row(
@@ -451,7 +451,7 @@ ROWS: tuple[Row, ...] = (
         "its children find their own modules, as it does: the working directory is not on their path",
         tests=(
             f"{LIVE}test_a_worker_started_in_a_folder_of_modules_with_its_own_names_draws",
-            "tests/test_product.py::test_a_folder_of_modules_with_the_names_of_ours_disturbs_no_cutting",
+            "tests/worker/product/test_product.py::test_a_folder_of_modules_with_the_names_of_ours_disturbs_no_cutting",
         ),
         without=(
             Mutation("inference/process/child_handle.py", 'variables = {"PYTHONSAFEPATH": "1"}', "variables = {}"),

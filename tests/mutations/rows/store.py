@@ -2,12 +2,12 @@
 
 from tests.mutations.row import Mutation, Row
 
-LIVE = "tests/test_live_faults_store.py::"
-STORAGE = "tests/test_clients_storage.py::"
-BATCHING = "tests/test_batching.py::"
-GOOGLE = "tests/test_google_storage.py::"
-CACHE = "tests/test_clients_cache.py::"
-FETCHING = "tests/test_fetching.py::"
+LIVE = "tests/live/test_faults_store.py::"
+STORAGE = "tests/clients/storage/test_client.py::"
+BATCHING = "tests/inference/engine/test_batching.py::"
+GOOGLE = "tests/clients/storage/test_google.py::"
+CACHE = "tests/clients/storage/test_cache.py::"
+FETCHING = "tests/worker/jobs/inputs/test_fetcher.py::"
 
 ROWS: tuple[Row, ...] = (
     Row(
@@ -32,7 +32,7 @@ ROWS: tuple[Row, ...] = (
                 'return Verdict(Disposition.ACK, "STORAGE_UNAVAILABLE", str(error))',
             ),
         ),
-        also=("tests/test_live_faults.py::test_while_the_store_is_down_a_job_waits_in_the_retry_queue",),
+        also=("tests/live/test_faults.py::test_while_the_store_is_down_a_job_waits_in_the_retry_queue",),
     ),
     Row(
         "C3",
@@ -43,8 +43,8 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(Mutation("worker/breakers.py", "self._breaker.refuse(str(error))", "pass"),),
         also=(
-            "tests/test_live_breakers.py::test_a_store_that_refuses_the_keys_fails_no_job_and_costs_no_picture_twice",
-            "tests/test_live_breakers.py::test_one_object_that_may_not_be_read_is_its_own_job_s_failure",
+            "tests/live/test_breakers.py::test_a_store_that_refuses_the_keys_fails_no_job_and_costs_no_picture_twice",
+            "tests/live/test_breakers.py::test_one_object_that_may_not_be_read_is_its_own_job_s_failure",
         ),
     ),
     Row(
@@ -118,7 +118,7 @@ ROWS: tuple[Row, ...] = (
         tests=(
             f"{LIVE}test_a_picture_cut_in_the_middle_of_its_way_is_sent_again_whole",
             f"{STORAGE}test_a_put_is_one_plain_request_with_its_sha256",
-            "tests/test_live_faults_process.py::"
+            "tests/live/test_faults_process.py::"
             "test_a_worker_killed_at_any_point_leaves_one_end_and_one_whole_picture[in_the_picture]",
         ),
         because="nothing is uploaded in parts, so that nothing has to be swept",
@@ -136,7 +136,7 @@ ROWS: tuple[Row, ...] = (
             ),
         ),
         also=(
-            "tests/test_live_faults_process.py::"
+            "tests/live/test_faults_process.py::"
             "test_a_worker_killed_at_any_point_leaves_one_end_and_one_whole_picture[behind_the_picture]",
         ),
     ),
@@ -188,8 +188,8 @@ ROWS: tuple[Row, ...] = (
         ),
         also=(
             f"{BATCHING}test_another_version_under_the_same_path_is_another_adapter",
-            "tests/test_live_jobs.py::test_five_jobs_of_one_style_read_its_adapter_once_into_one_slot",
-            "tests/test_live_jobs.py::test_an_adapter_replaced_at_its_key_is_read_anew_and_the_one_before_is_not_drawn",
+            "tests/live/test_jobs.py::test_five_jobs_of_one_style_read_its_adapter_once_into_one_slot",
+            "tests/live/test_jobs.py::test_an_adapter_replaced_at_its_key_is_read_anew_and_the_one_before_is_not_drawn",
         ),
     ),
     Row(
@@ -210,7 +210,7 @@ ROWS: tuple[Row, ...] = (
         "one of the worker's own buckets is missing, in another region or behind another server",
         "as with refused keys: no job fails, the worker is not ready and says why, and goes on once it is there",
         tests=(
-            "tests/test_live_breakers.py::test_a_store_that_refuses_the_keys_fails_no_job_and_costs_no_picture_twice",
+            "tests/live/test_breakers.py::test_a_store_that_refuses_the_keys_fails_no_job_and_costs_no_picture_twice",
         ),
         without=(
             Mutation(
@@ -231,7 +231,7 @@ ROWS: tuple[Row, ...] = (
         "half of the places wait for it; the other jobs that name it go to the retry queue and others are drawn",
         tests=(
             f"{LIVE}test_an_object_that_never_comes_holds_half_of_the_places_and_other_jobs_are_drawn",
-            "tests/test_places.py::test_of_many_that_wait_for_an_object_that_never_comes_only_some_go_on",
+            "tests/worker/jobs/inputs/test_places.py::test_of_many_that_wait_for_an_object_that_never_comes_only_some_go_on",
         ),
         without=(
             Mutation(
@@ -240,7 +240,9 @@ ROWS: tuple[Row, ...] = (
                 "",
             ),
         ),
-        also=("tests/test_places.py::test_an_object_known_to_be_slow_is_not_waited_for_where_no_more_may_wait",),
+        also=(
+            "tests/worker/jobs/inputs/test_places.py::test_an_object_known_to_be_slow_is_not_waited_for_where_no_more_may_wait",
+        ),
     ),
     Row(
         "C19",
@@ -287,7 +289,7 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(Mutation("clients/storage/google.py", 'kept[IF_GENERATION] = "0"', "pass"),),
         also=(
-            "tests/test_live_google.py::test_a_job_is_drawn_stored_and_recorded_once_behind_google_s_condition",
+            "tests/live/test_google.py::test_a_job_is_drawn_stored_and_recorded_once_behind_google_s_condition",
             f"{GOOGLE}test_a_picture_is_not_kept_by_caches_without_asking",
         ),
     ),
@@ -304,6 +306,6 @@ ROWS: tuple[Row, ...] = (
                 "clients/storage/claimed_folder.py", "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"
             ),
         ),
-        also=("tests/test_live_sharing.py::test_two_workers_share_forty_jobs_within_a_fifth_of_evenly",),
+        also=("tests/live/test_sharing.py::test_two_workers_share_forty_jobs_within_a_fifth_of_evenly",),
     ),
 )

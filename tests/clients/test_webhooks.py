@@ -1,0 +1,416 @@
+"""One webhook call is one attempt with a verdict, whatever the other side does."""
+
+import base64
+import hashlib
+import hmac
+import json
+import shutil
+import ssl
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import SecretStr
+
+from clients.webhooks import (
+    Attempt,
+    BackendUnreachable,
+    Reach,
+    Verdict,
+    Webhook,
+    WebhookClient,
+    WebhookKind,
+    judge,
+    reach,
+    signature,
+    signing_key,
+)
+from config.settings import BackendSettings
+from tests.support.servers.clients_servers import (
+    AnsweringServer,
+    DrippingHandshakeServer,
+    DrippingServer,
+    ResettingServer,
+    Server,
+    SilentServer,
+    answer,
+    body_of,
+    header,
+    refused_url,
+)
+
+TOKEN = "canary-token-5f1e"
+NOW = 1_800_000_000.0
+DONE = Webhook(WebhookKind.COMPLETE, "660f9511:complete", {"generation_id": 456, "result_url": "https://한"})
+
+
+def settings_of(url: str, *, secret: str | None = None) -> BackendSettings:
+    return BackendSettings(
+        BACKEND_API_URL=url,  # type: ignore[call-arg]
+        INTERNAL_API_TOKEN=TOKEN,
+        WEBHOOK_SIGNING_SECRET=None if secret is None else SecretStr(secret),
+    )
+
+
+def client_of(url: str, *, secret: str | None = None) -> WebhookClient:
+    return WebhookClient(settings_of(url, secret=secret), now=lambda: NOW)
+
+
+def send(server: Server, webhook: Webhook = DONE, *, deadline_seconds: float = 5.0) -> Attempt:
+    return client_of(server.url).send(webhook, deadline_seconds=deadline_seconds)
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        (WebhookKind.PROGRESS, b"PATCH /base/api/webhooks/inference/progress HTTP/1.1"),
+        (WebhookKind.COMPLETE, b"POST /base/api/webhooks/inference/complete HTTP/1.1"),
+        (WebhookKind.FAILED, b"POST /base/api/webhooks/inference/failed HTTP/1.1"),
+    ],
+)
+def test_each_kind_has_its_method_and_path(kind: WebhookKind, line: bytes) -> None:
+    with AnsweringServer([answer(200)]) as server:
+        client_of(f"{server.url}/base").send(Webhook(kind, "id", {}))
+
+    assert server.requests[0].split(b"\r\n")[0] == line
+
+
+def test_the_bytes_of_a_webhook_do_not_depend_on_the_order_of_its_keys() -> None:
+    one, other = (
+        Webhook(WebhookKind.COMPLETE, "id", dict(items)) for items in ([("a", 1), ("b", 2)], [("b", 2), ("a", 1)])
+    )
+
+    assert one.payload == other.payload
+
+
+def test_a_webhook_carries_its_headers_and_its_body() -> None:
+    with AnsweringServer([answer(204)]) as server:
+        attempt = send(server)
+
+    (request,) = server.requests
+    assert attempt == Attempt(Verdict.DELIVERED, 204, None, "HTTP 204", False)
+    assert header(request, "Authorization") == f"Bearer {TOKEN}"
+    assert header(request, "X-Request-Source") == "inference-server"
+    assert header(request, "Content-Type") == "application/json"
+    assert header(request, "webhook-id") == "660f9511:complete"
+    assert header(request, "webhook-timestamp") == "1800000000"
+    assert header(request, "webhook-signature") is None
+    assert json.loads(body_of(request)) == DONE.body
+
+
+def test_with_a_secret_the_sent_bytes_are_signed() -> None:
+    key = b"0123456789abcdef01234567"
+    with AnsweringServer([answer(200)]) as server:
+        client_of(server.url, secret="whsec_" + base64.b64encode(key).decode()).send(DONE)
+
+    (request,) = server.requests
+    signed = b"660f9511:complete.1800000000." + body_of(request)
+    expected = base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()
+    assert header(request, "webhook-signature") == f"v1,{expected}"
+
+
+def test_the_signature_is_the_one_of_the_standard_webhooks_test_vector() -> None:
+    key = signing_key("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
+
+    found = signature(key, "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}')
+
+    assert found == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+def test_a_secret_without_the_prefix_is_its_own_bytes() -> None:
+    assert signing_key("plain한") == "plain한".encode()
+
+
+@pytest.mark.parametrize("webhook_id", ["", "a b", "a\r\nX-Evil: 1", "한"])
+def test_an_id_that_no_header_can_carry_is_refused(webhook_id: str) -> None:
+    with pytest.raises(ValueError, match="webhook_id"):
+        Webhook(WebhookKind.FAILED, webhook_id, {})
+
+
+@pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
+def test_every_2xx_is_delivered(status: int) -> None:
+    assert judge(status, {}, NOW).verdict is Verdict.DELIVERED
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 408, 425, 429, 500, 501, 502, 503, 504, 520, 599])
+def test_what_may_pass_is_tried_again(status: int) -> None:
+    assert judge(status, {}, NOW) == Attempt(Verdict.RETRY, status, None, f"HTTP {status}", False)
+
+
+@pytest.mark.parametrize("status", [300, 301, 302, 307, 308, 400, 402, 405, 409, 410, 413, 422, 499])
+def test_what_will_never_pass_is_rejected(status: int) -> None:
+    assert judge(status, {"Retry-After": "7"}, NOW).verdict is Verdict.REJECTED
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("7", 7.0),
+        (" 0 ", 0.0),
+        ("999999", 3600.0),
+        ("9" * 6000, 3600.0),
+        (formatdate(NOW + 90, usegmt=True), 90.0),
+        (formatdate(NOW - 90, usegmt=True), 0.0),
+        (formatdate(NOW + 1e6, usegmt=True), 3600.0),
+        ("0\x1f", None),
+        ("-5", None),
+        ("7.5", None),
+        ("soon", None),
+        ("", None),
+        ("Fri, 99 Foo 2026 99:99:99 GMT", None),
+    ],
+)
+def test_retry_after_is_honoured_within_reason(value: str, seconds: float | None) -> None:
+    assert judge(503, {"Retry-After": value}, NOW).retry_after_seconds == seconds
+
+
+@given(st.text())
+def test_no_retry_after_breaks_the_judgement(value: str) -> None:
+    wait = judge(429, {"Retry-After": value}, NOW).retry_after_seconds
+
+    assert wait is None or 0 <= wait <= 3600
+
+
+def test_an_error_is_one_attempt() -> None:
+    with AnsweringServer([answer(500)]) as server:
+        attempt = send(server)
+
+    assert (attempt.verdict, attempt.status, len(server.requests)) == (Verdict.RETRY, 500, 1)
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_not_followed(status: int) -> None:
+    with AnsweringServer([answer(200)]) as canary, AnsweringServer([answer(status, Location=canary.url)]) as server:
+        attempt = send(server)
+
+    assert attempt.verdict is Verdict.REJECTED
+    assert "redirect" in attempt.reason
+    assert canary.num_connections == 0
+
+
+def test_a_refused_connection_had_no_effect() -> None:
+    attempt = client_of(refused_url()).send(DONE)
+
+    assert attempt == Attempt(Verdict.RETRY, None, None, "no connection (ConnectionRefusedError)", False)
+
+
+def test_an_unknown_host_had_no_effect() -> None:
+    attempt = client_of("http://backend.invalid").send(DONE)
+
+    assert (attempt.verdict, attempt.is_ambiguous) == (Verdict.RETRY, False)
+
+
+def test_a_reset_after_the_request_is_ambiguous() -> None:
+    with ResettingServer() as server:
+        attempt = send(server)
+
+    assert (attempt.verdict, attempt.status, attempt.is_ambiguous) == (Verdict.RETRY, None, True)
+    assert len(server.requests) == 1
+
+
+def test_silence_ends_at_the_deadline_and_is_ambiguous() -> None:
+    with SilentServer() as server:
+        started = time.monotonic()
+        attempt = send(server, deadline_seconds=0.5)
+
+    assert time.monotonic() - started < 30
+    assert attempt == Attempt(Verdict.RETRY, None, None, "no answer within 0.5 s", True)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "drip"),
+    [(b"", b"H"), (b"HTTP/1.1 200 OK\r\n", b"X: y"), (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n")],
+    ids=["status line", "one header", "many headers"],
+)
+def test_dripping_headers_end_at_the_deadline_and_are_ambiguous(prompt: bytes, drip: bytes) -> None:
+    with DrippingServer(prompt, drip) as server:
+        started = time.monotonic()
+        attempt = send(server, deadline_seconds=0.5)
+
+    assert time.monotonic() - started < 30
+    assert attempt == Attempt(Verdict.RETRY, None, None, "no answer within 0.5 s", True)
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 9999", b"Transfer-Encoding: chunked", b"Connection: close"])
+def test_a_dripping_body_ends_at_the_deadline_and_the_status_counts(framing: bytes) -> None:
+    with DrippingServer(b"HTTP/1.1 200 OK\r\n" + framing + b"\r\n\r\n", b"1") as server:
+        started = time.monotonic()
+        attempt = send(server, deadline_seconds=0.5)
+
+    assert time.monotonic() - started < 30
+    assert (attempt.verdict, attempt.status) == (Verdict.DELIVERED, 200)
+
+
+def test_a_connection_used_before_ends_at_the_deadline_too() -> None:
+    with DrippingServer(num_sound=1) as server:
+        client = client_of(server.url)
+        first = client.send(DONE)
+        started = time.monotonic()
+        second = client.send(DONE, deadline_seconds=0.5)
+
+    assert time.monotonic() - started < 30
+    assert (first.verdict, second.verdict, second.is_ambiguous) == (Verdict.DELIVERED, Verdict.RETRY, True)
+    assert server.num_connections == 1
+
+
+@pytest.mark.parametrize("server_class", [SilentServer, DrippingHandshakeServer])
+def test_a_tls_handshake_without_end_ends_at_the_deadline_and_had_no_effect(server_class: type[Server]) -> None:
+    with server_class() as server:
+        started = time.monotonic()
+        attempt = client_of(server.url.replace("http://", "https://")).send(DONE, deadline_seconds=0.5)
+
+    assert time.monotonic() - started < 30
+    assert (attempt.verdict, attempt.is_ambiguous) == (Verdict.RETRY, False)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_a_certificate_that_nobody_vouches_for_is_not_trusted(tmp_path: Path) -> None:
+    with SelfSignedServer(tmp_path) as server:
+        attempt = client_of(server.url).send(DONE, deadline_seconds=5.0)
+
+    assert (attempt.verdict, attempt.is_ambiguous) == (Verdict.RETRY, False)
+    assert attempt.reason == "no connection (SSLCertVerificationError)"
+    assert server.requests == []
+
+
+def test_a_long_body_is_cut_off() -> None:
+    with EndlessServer() as server:
+        started = time.monotonic()
+        attempt = send(server)
+
+    assert time.monotonic() - started < 30
+    assert (attempt.verdict, attempt.status) == (Verdict.RETRY, 500)
+    assert server.num_bytes_sent < 20_000_000
+
+
+def test_no_reason_tells_the_token_or_the_address() -> None:
+    servers = [ResettingServer(), SilentServer(), AnsweringServer([answer(302, Location="/x")])]
+    reasons = [client_of("http://backend.invalid").send(DONE).reason]
+    for server in servers:
+        with server:
+            reasons.append(send(server, deadline_seconds=0.3).reason)
+
+    assert all(len(reason) < 200 for reason in reasons)
+    assert not any(secret in reason for reason in reasons for secret in (TOKEN, "127.0.0.1", "backend.invalid"))
+
+
+def test_the_environment_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login someone password else\n")
+    with AnsweringServer([answer(200)]) as proxy, AnsweringServer([answer(200)]) as server:
+        monkeypatch.setenv("NETRC", str(netrc))
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        monkeypatch.setenv("http_proxy", proxy.url)
+        send(server)
+
+    assert header(server.requests[0], "Authorization") == f"Bearer {TOKEN}"
+    assert proxy.num_connections == 0
+
+
+def test_a_connection_serves_many_webhooks_and_keeps_no_cookie() -> None:
+    with AnsweringServer([answer(200, b"{}", Set_Cookie="session=1")]) as server:
+        client = client_of(server.url)
+        for _ in range(3):
+            client.send(DONE)
+
+    assert (len(server.requests), server.num_connections) == (3, 1)
+    assert not any(header(request, "Cookie") for request in server.requests)
+
+
+def test_a_connection_that_the_backend_closed_meanwhile_is_replaced() -> None:
+    with AnsweringServer([answer(200), answer(200, Connection="close"), answer(200)]) as server:
+        client = client_of(server.url)
+        attempts = [client.send(DONE) for _ in range(4)]
+
+    assert [attempt.verdict for attempt in attempts] == [Verdict.DELIVERED] * 4
+    assert len(server.requests) == 4
+
+
+def test_the_backend_is_asked_with_the_token_and_without_and_told_nothing() -> None:
+    with AnsweringServer([answer(405), answer(401)]) as server:
+        assert reach(settings_of(server.url)) == Reach(status=405, stranger_status=401)
+    assert all(request.startswith(b"GET /api/webhooks/inference/complete HTTP/1.1") for request in server.requests)
+    assert [header(request, "Authorization") for request in server.requests] == [f"Bearer {TOKEN}", None]
+
+    with pytest.raises(BackendUnreachable, match="ConnectionRefusedError"):
+        reach(settings_of(refused_url()))
+
+
+@pytest.mark.parametrize(
+    ("status", "line"),
+    [
+        (404, b"OPTIONS /api/webhooks/inference/complete HTTP/1.1"),
+        (200, b"GET /api/webhooks/inference/complete/darkroom-check HTTP/1.1"),
+    ],
+)
+def test_where_the_answer_leaves_a_doubt_another_question_is_asked(status: int, line: bytes) -> None:
+    with AnsweringServer([answer(status), answer(status), answer(501)]) as server:
+        assert reach(settings_of(server.url)) == Reach(status, status, 501)
+
+    assert server.requests[2].split(b"\r\n")[0] == line
+    assert all(body_of(request) == b"" for request in server.requests)
+
+
+def test_threads_share_a_client() -> None:
+    with AnsweringServer([answer(200)]) as server, ThreadPoolExecutor(8) as pool:
+        client = client_of(server.url)
+        webhooks = [Webhook(WebhookKind.PROGRESS, f"id-{n}", {"n": n}) for n in range(64)]
+        attempts = list(pool.map(client.send, webhooks))
+
+    assert all(attempt.verdict is Verdict.DELIVERED for attempt in attempts)
+    sent = {header(request, "webhook-id"): json.loads(body_of(request))["n"] for request in server.requests}
+    assert sent == {f"id-{n}": n for n in range(64)}
+
+
+def test_no_timer_or_socket_outlives_its_call() -> None:
+    with AnsweringServer([answer(200, Connection="close")]) as server:
+        client = client_of(server.url)
+        client.send(DONE)
+        num_threads, num_files = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+        for _ in range(20):
+            client.send(DONE)
+        time.sleep(0.1)
+
+        assert threading.active_count() <= num_threads + 1
+        # The server's side of the last connections may still be closing.
+        assert len(list(Path("/proc/self/fd").iterdir())) <= num_files + 5
+
+
+class EndlessServer(Server):
+    """Answers 500 with a body of 200 MB, as fast as it is read."""
+
+    num_bytes_sent = 0
+
+    def converse(self, peer) -> None:  # type: ignore[no-untyped-def]
+        self.receive(peer)
+        peer.sendall(answer(500, length=200_000_000))
+        while self.num_bytes_sent < 200_000_000:
+            self.num_bytes_sent += peer.send(b"x" * 65536)
+
+
+class SelfSignedServer(AnsweringServer):
+    """Speaks TLS with a certificate of its own making."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__([answer(200)])
+        certificate, key = folder / "certificate.pem", folder / "key.pem"
+        command = (
+            "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1"
+        )
+        subprocess.run([*command.split(), "-out", certificate, "-keyout", key], check=True, capture_output=True)
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(certificate, key)
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self.port}"
+
+    def converse(self, peer) -> None:  # type: ignore[no-untyped-def]
+        with self._context.wrap_socket(peer, server_side=True) as encrypted:
+            super().converse(encrypted)

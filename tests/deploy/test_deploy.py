@@ -1,0 +1,356 @@
+"""Compose and Kubernetes: right by their own schemas, and in step with the code, the image and each other."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from cloudcoil.models.keda import v1alpha1 as keda
+from cloudcoil.models.prometheus_operator import v1 as prometheus_operator
+from compose_spec import PyCompose
+
+from config.settings import SECTIONS, BrokerSettings, ModelSettings, ServiceSettings
+from examples.parts.ports import free_port
+from examples.parts.processes import ServerProcess
+from examples.parts.seaweedfs import SOCKET_FOLDER
+from tests.support.paths import ROOT
+from tests.support.promql import DEPLOY, PROMETHEUS, alert_rules
+from worker.amqp.topology import QueueNames
+from worker.supervisor import EXTRA_PREFETCH
+
+SETTINGS = {
+    str(field.validation_alias): field for section in SECTIONS.values() for field in section.model_fields.values()
+}
+REQUIRED = {name for name, field in SETTINGS.items() if field.is_required()}
+PORT = ServiceSettings.model_fields["metrics_port"].default
+GRACE_SECONDS = ServiceSettings.model_fields["shutdown_grace_seconds"].default
+NAMES = QueueNames(BrokerSettings.model_fields["queue"].default)
+CUSTOM_KINDS = {
+    "ScaledObject": keda.ScaledObject,
+    "TriggerAuthentication": keda.TriggerAuthentication,
+    "PodMonitor": prometheus_operator.PodMonitor,
+}
+HEALTH_PATHS = re.findall(r'case "([^"]+)"', (ROOT / "worker" / "monitoring" / "http_server.py").read_text())
+VARIABLE = re.compile(r"\$\{(\w+)(:[-?])?([^}]*)\}")
+
+
+# --- Compose
+
+
+def compose_text() -> str:
+    return (DEPLOY / "compose.yaml").read_text()
+
+
+@cache
+def compose() -> dict[str, Any]:
+    """The file as Compose sees it where only what is required is set, by the variable's own name."""
+
+    def value(found: re.Match[str]) -> str:
+        name, kind, default = found.groups()
+        return default if kind == ":-" else name.lower()
+
+    return yaml.safe_load(VARIABLE.sub(value, compose_text()))  # type: ignore[no-any-return]
+
+
+def services() -> dict[str, Any]:
+    return compose()["services"]  # type: ignore[no-any-return]
+
+
+def example_variables() -> dict[str, str]:
+    lines = (DEPLOY / "compose.env.example").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))  # type: ignore[misc]
+
+
+def test_the_compose_file_is_right_by_the_specification() -> None:
+    # The schema knows addresses only; `host-gateway` is Docker's own word for one.
+    text = json.dumps(compose()).replace("host-gateway", "192.0.2.1")
+
+    assert set(PyCompose.from_json(text).to_spec().services) == set(services())
+
+
+def test_both_workers_get_every_setting_but_those_that_the_image_or_docker_decide() -> None:
+    for name, elsewhere in (("worker", {"DEVICE"}), ("worker-cpu", {"DEVICE"})):
+        given = set(services()[name]["environment"])
+
+        # Docker gives the GPU; one address is enough; an empty CUDA_VISIBLE_DEVICES would hide every GPU.
+        assert given == set(SETTINGS) - {"CUDA_VISIBLE_DEVICES", "RABBITMQ_URL"} - elsewhere
+
+
+def test_what_compose_insists_on_is_in_its_example_and_nothing_there_is_unknown() -> None:
+    insisted = {name for name, kind, _ in VARIABLE.findall(compose_text()) if kind == ":?"}
+    used = {name for name, _, _ in VARIABLE.findall(compose_text())}
+
+    assert insisted - set(example_variables()) == set()
+    assert set(example_variables()) - {"COMPOSE_PROFILES"} - used == set()
+    assert insisted >= REQUIRED
+    profiles = {profile for service in services().values() for profile in service.get("profiles", ())}
+    assert example_variables()["COMPOSE_PROFILES"] in profiles == {"gpu", "cpu"}
+
+
+def test_the_example_holds_no_secret() -> None:
+    secrets = {name for name in example_variables() if re.search("PASS|SECRET|TOKEN", name)}
+
+    assert secrets
+    assert {example_variables()[name] for name in secrets} == {""}
+
+
+def test_docker_waits_longer_than_a_worker_takes_to_stop() -> None:
+    for name in ("worker", "worker-cpu"):
+        grace = float(services()[name]["environment"]["SHUTDOWN_GRACE_SECONDS"])
+        assert int(services()[name]["stop_grace_period"].removesuffix("s")) > grace
+
+
+def test_only_the_gpus_worker_reserves_one_and_each_is_built_from_its_target() -> None:
+    worker, worker_cpu = services()["worker"], services()["worker-cpu"]
+    [device] = worker["deploy"]["resources"]["reservations"]["devices"]
+
+    assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", 1, ["gpu"])
+    assert "deploy" not in worker_cpu
+    assert (worker["build"]["target"], worker_cpu["build"]["target"]) == ("cuda", "cpu")
+
+
+def test_prometheus_looks_where_the_workers_and_the_broker_are() -> None:
+    jobs = {
+        job["job_name"]: job for job in yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]
+    }
+
+    [where] = jobs["darkroom"]["dns_sd_configs"]
+    assert where["port"] == PORT
+    for name in ("worker", "worker-cpu"):
+        assert services()[name]["networks"]["default"]["aliases"] == where["names"]
+        assert services()[name]["environment"]["METRICS_PORT"] == str(PORT)
+    assert jobs["rabbitmq"]["static_configs"] == [{"targets": ["rabbitmq:15692"]}]
+    assert "rabbitmq_prometheus" in (DEPLOY / "rabbitmq" / "enabled_plugins").read_text()
+
+
+def test_every_file_and_volume_that_is_mounted_exists() -> None:
+    for service in services().values():
+        for volume in service.get("volumes", ()):
+            source = volume.split(":")[0]
+            if source.startswith("./"):
+                assert (DEPLOY / source).exists(), source
+            elif not source.startswith("/"):
+                assert source in compose()["volumes"], source
+
+
+def test_grafana_finds_the_dashboard_and_the_source_it_is_given() -> None:
+    folder = DEPLOY / "grafana" / "provisioning"
+    [provider] = yaml.safe_load((folder / "dashboards" / "darkroom.yaml").read_text())["providers"]
+    [source] = yaml.safe_load((folder / "datasources" / "prometheus.yaml").read_text())["datasources"]
+
+    assert f"./grafana/dashboards:{provider['options']['path']}:ro" in services()["grafana"]["volumes"]
+    assert source["url"] == "http://prometheus:9090"
+
+
+def test_nothing_is_reachable_from_outside_the_machine() -> None:
+    ports = [port for service in services().values() for port in service.get("ports", ())]
+
+    assert ports
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
+# --- The store of the compose file, with the real program
+
+
+@pytest.fixture
+def composed_store(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The compose file's `store` on ports of its own; what has to be put in for each of its addresses."""
+    ports = {name: str(free_port()) for name in ("9333", "19333", "8888", "18888", "8333")}
+    rest = [f"-{flag}={free_port()}" for flag in ("volume.port", "volume.port.grpc", "s3.port.grpc")]
+    moved = {
+        "-dir=/data": f"-dir={tmp_path}",
+        "-ip=store": "-ip=127.0.0.1",
+        "-ip.bind=0.0.0.0": "-ip.bind=127.0.0.1",
+        "-s3.port=8333": f"-s3.port={ports['8333']}",
+    }
+    flags = [moved.get(flag, flag) for flag in services()["store"]["command"]]
+    flags += [f"-master.port={ports['9333']}", f"-master.port.grpc={ports['19333']}"]
+    flags += [f"-filer.port={ports['8888']}", f"-filer.port.grpc={ports['18888']}", *rest]
+    server = ServerProcess(
+        [str(Path(sys.executable).with_name("weed")), *flags],
+        env={"HOME": str(tmp_path), "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"},
+        log=tmp_path / "log",
+        cwd=tmp_path,
+    )
+    check = services()["store"]["healthcheck"]["test"][-1].replace("8333", ports["8333"])
+    try:
+        server.wait_until(lambda: _answers(check), timeout_seconds=60)
+        yield ports
+    finally:
+        server.kill()
+        for port in (*ports.values(), *(flag.split("=")[1] for flag in rest)):
+            for socket in SOCKET_FOLDER.glob(f"seaweedfs-*-{port}.sock"):
+                socket.unlink()
+
+
+def _answers(url: str) -> bool:
+    script = f"import urllib.request as r; r.urlopen({url!r}, timeout=120)"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
+
+
+def test_the_bucket_is_made_once_it_is_healthy_and_a_second_time_nothing_happens(
+    composed_store: dict[str, str], tmp_path: Path
+) -> None:
+    [script] = services()["bucket"]["command"]
+    for name, port in (("9333", "19333"), ("8888", "18888")):
+        script = script.replace(f"store:{name}", f"127.0.0.1:{composed_store[name]}.{composed_store[port]}")
+    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "BUCKET": "media", "HOME": str(tmp_path)}
+
+    outputs = []
+    for _ in range(2):
+        done = subprocess.run(
+            ["/bin/sh", "-c", script.replace("$$", "$")],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        outputs.append(done.stdout)
+
+    assert "created bucket media" in outputs[0]
+    assert "created" not in outputs[1]
+
+
+# --- Kubernetes
+
+
+@cache
+def manifests() -> dict[tuple[str, str], Any]:
+    """Every object by kind and name."""
+    folder = DEPLOY / "kubernetes"
+    found = [one for path in sorted(folder.glob("*.yaml")) for one in yaml.safe_load_all(path.read_text())]
+    return {(one["kind"], one.get("metadata", {}).get("name", "")): one for one in found}
+
+
+def pod() -> dict[str, Any]:
+    return manifests()["Deployment", "darkroom"]["spec"]["template"]["spec"]  # type: ignore[no-any-return]
+
+
+def container() -> dict[str, Any]:
+    [only] = pod()["containers"]
+    return only  # type: ignore[no-any-return]
+
+
+def configured() -> dict[str, str]:
+    """Every variable a pod gets."""
+    return manifests()["ConfigMap", "darkroom"]["data"] | manifests()["Secret", "darkroom"]["stringData"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("key", [key for key in manifests() if key[0] not in (*CUSTOM_KINDS, "Kustomization")])
+def test_every_object_of_kubernetes_is_right_by_its_schema(key: tuple[str, str]) -> None:
+    kubernetes_validate.validate(manifests()[key], kubernetes_validate.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize("key", [key for key in manifests() if key[0] in CUSTOM_KINDS])
+def test_every_object_of_keda_and_prometheus_is_right_by_its_schema_and_has_no_field_beyond_it(
+    key: tuple[str, str],
+) -> None:
+    read = CUSTOM_KINDS[key[0]].model_validate(manifests()[key])
+
+    # Unknown fields are dropped in reading, so they would be missing here.
+    assert read.model_dump(by_alias=True, exclude_unset=True, mode="json") == manifests()[key]
+
+
+def test_the_kustomization_has_every_file_but_the_example_of_the_secret() -> None:
+    folder = DEPLOY / "kubernetes"
+    others = {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml", "secret.example.yaml"}
+
+    assert set(manifests()["Kustomization", ""]["resources"]) == others
+    assert manifests()["Kustomization", ""]["images"][0]["name"] == container()["image"]
+
+
+def test_a_pod_gets_what_is_required_and_nothing_the_worker_does_not_know() -> None:
+    assert set(configured()) <= set(SETTINGS)
+    assert set(configured()) >= REQUIRED
+    sources = [next(iter(source.values()))["name"] for source in container()["envFrom"]]
+    assert sources == ["darkroom", "darkroom"]
+
+
+def test_no_service_of_the_namespace_can_set_a_variable_of_the_worker() -> None:
+    assert pod()["enableServiceLinks"] is False
+
+
+def test_the_probes_ask_what_the_worker_answers_on_its_port() -> None:
+    [port] = container()["ports"]
+    probes = {name: container()[f"{name}Probe"] for name in ("startup", "liveness", "readiness")}
+
+    assert port["containerPort"] == PORT
+    assert {name: probe["httpGet"]["path"] for name, probe in probes.items()} == {
+        "startup": "/health/ready",
+        "liveness": "/health/live",
+        "readiness": "/health/ready",
+    }
+    for probe in probes.values():
+        assert probe["httpGet"]["path"] in HEALTH_PATHS
+        assert probe["httpGet"]["port"] == port["name"]
+    assert probes["startup"]["periodSeconds"] * probes["startup"]["failureThreshold"] >= 600
+
+
+def test_kubernetes_waits_longer_than_a_worker_takes_to_stop() -> None:
+    assert pod()["terminationGracePeriodSeconds"] > float(configured()["SHUTDOWN_GRACE_SECONDS"]) >= GRACE_SECONDS
+
+
+def test_a_pod_runs_as_the_images_user_may_write_only_its_volumes_and_has_one_gpu() -> None:
+    image = (ROOT / "Dockerfile").read_text()
+    mounts = {mount["mountPath"]: mount["name"] for mount in container()["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod()["volumes"]}
+
+    assert f"USER {pod()['securityContext']['runAsUser']}:" in image
+    assert container()["securityContext"]["readOnlyRootFilesystem"] is True
+    assert set(mounts) == {"/models", "/cache", "/tmp"}
+    assert "emptyDir" in volumes[mounts["/cache"]]  # each pod's own
+    assert ("PersistentVolumeClaim", volumes["models"]["persistentVolumeClaim"]["claimName"]) in manifests()
+    cache_limit = int(volumes["cache"]["emptyDir"]["sizeLimit"].removesuffix("Gi"))
+    assert cache_limit > float(configured()["CACHE_MAX_GB"])
+    assert container()["resources"]["limits"]["nvidia.com/gpu"] == 1
+
+
+def test_keda_counts_the_queues_that_need_a_worker_by_what_a_worker_takes() -> None:
+    spec = manifests()["ScaledObject", "darkroom"]["spec"]
+    values = {trigger["metadata"]["queueName"]: int(trigger["metadata"]["value"]) for trigger in spec["triggers"]}
+    num_taken = ModelSettings.model_fields["max_concurrent_generations"].default + EXTRA_PREFETCH
+
+    assert configured()["RABBITMQ_QUEUE"] == NAMES.jobs
+    assert set(values) == {NAMES.jobs, NAMES.recover, NAMES.outbox}
+    assert values[NAMES.jobs] == values[NAMES.recover] == 2 * num_taken
+    assert {trigger["metadata"]["protocol"] for trigger in spec["triggers"]} == {"http"}
+    assert ("Deployment", spec["scaleTargetRef"]["name"]) in manifests()
+    assert "replicas" not in manifests()["Deployment", "darkroom"]["spec"]
+
+
+def test_keda_finds_its_address_in_a_secret_that_the_example_has() -> None:
+    [reference] = manifests()["TriggerAuthentication", "darkroom"]["spec"]["secretTargetRef"]
+
+    assert reference["parameter"] == "host"
+    assert reference["key"] in manifests()["Secret", reference["name"]]["stringData"]
+
+
+def test_the_pods_are_scraped_under_the_name_the_alerts_know() -> None:
+    spec = manifests()["PodMonitor", "darkroom"]["spec"]
+    [endpoint] = spec["podMetricsEndpoints"]
+    [relabeling] = endpoint["relabelings"]
+    known = {found for rule in alert_rules() for found in re.findall(r'job="([^"]+)"', rule["expr"])}
+
+    assert spec["selector"]["matchLabels"].items() <= (
+        manifests()["Deployment", "darkroom"]["spec"]["template"]["metadata"]["labels"].items()
+    )
+    assert endpoint["port"] == container()["ports"][0]["name"]
+    assert {relabeling["replacement"]} == known
+
+
+# --- All of them
+
+
+def test_the_alert_for_missing_consumers_names_the_queues_that_need_some() -> None:
+    [pattern] = {found for rule in alert_rules() for found in re.findall(r'queue=~"(image[^"]+)"', rule["expr"])}
+
+    assert [name for name in NAMES.everything if re.fullmatch(pattern, name)] == [NAMES.jobs, NAMES.recover]

@@ -1,0 +1,131 @@
+"""The Dockerfile: clean to its linter, and true to the code it packs. What its steps make is tried elsewhere."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from config.settings import SECTIONS, ServiceSettings
+from tests.support.paths import ROOT
+from tests.support.status_pages import status
+from worker.monitoring.http_server import HealthServer
+
+TEXT = (ROOT / "Dockerfile").read_text()
+# Each instruction on a line of its own, without comments.
+INSTRUCTIONS = [
+    line.strip()
+    for line in re.sub(r"\\\n", " ", re.sub(r"^\s*#.*\n", "", TEXT, flags=re.MULTILINE)).splitlines()
+    if line.strip()
+]
+WORKER_PACKAGES = {"worker", "inference", "watermark", "clients", "config"}
+SETTINGS = {str(field.validation_alias) for section in SECTIONS.values() for field in section.model_fields.values()}
+OTHERS_VARIABLES = {
+    *("LANG", "PATH", "HF_HOME", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES"),
+    *("PYTHONUNBUFFERED", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PIP_NO_CACHE_DIR", "PIP_DISABLE_PIP_VERSION_CHECK"),
+}
+
+
+def arguments(instruction: str) -> list[str]:
+    return [line.split(maxsplit=1)[1] for line in INSTRUCTIONS if line.startswith(f"{instruction} ")]
+
+
+def environment() -> dict[str, str]:
+    return dict(re.findall(r"(\w+)=(\S+)", " ".join(arguments("ENV"))))
+
+
+def health_command() -> list[str]:
+    [check] = arguments("HEALTHCHECK")
+    return json.loads(check[check.index("CMD ") + 4 :])  # type: ignore[no-any-return]
+
+
+def test_the_linter_has_nothing_to_say() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+
+    done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, timeout=120, check=False)
+
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+def test_the_last_target_is_cuda_and_cpu_is_another() -> None:
+    stages = re.findall(r"^FROM (\S+) AS (\S+)$", TEXT, re.MULTILINE)
+
+    assert stages[-1] == ("runtime", "cuda")
+    assert ("runtime", "cpu") in stages
+    assert {base for base, _ in stages} <= {name for _, name in stages} | {"debian:bookworm-slim"}
+
+
+def test_it_runs_the_worker_itself_as_nobody_in_particular_and_hears_sigterm() -> None:
+    assert [json.loads(text) for text in arguments("ENTRYPOINT") + arguments("CMD")] == [["darkroom"], ["run"]]
+    assert arguments("STOPSIGNAL") == ["SIGTERM"]
+    assert arguments("USER") == ["10001:10001"]
+    assert "--uid 10001" in TEXT
+    assert "--gid 10001" in TEXT
+
+
+def test_it_holds_the_workers_packages_and_nothing_else_of_the_project() -> None:
+    copied = [text.split() for text in arguments("COPY") if not text.startswith("--from")]
+    sources = {source for *found, _ in copied for source in found}
+
+    assert sources == WORKER_PACKAGES | {"pyproject.toml", "constraints.txt", "README.md"}
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert next(line for line in ignored if line and line[0] not in "#!") == "*"
+    assert {line[1:] for line in ignored if line.startswith("!")} == sources
+
+
+def test_every_package_that_the_worker_needs_is_one_that_is_copied() -> None:
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+
+    assert {pattern.rstrip("*") for pattern in found} - WORKER_PACKAGES == {"examples"}
+
+
+def test_the_list_of_dependencies_that_it_makes_is_that_of_the_project_and_of_cut_outs() -> None:
+    [command] = [text for text in arguments("RUN") if "tomllib" in text]
+
+    made = subprocess.run(
+        ["/bin/sh", "-c", command.replace("> requirements.txt", "")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert made.stdout.splitlines() == [*project["dependencies"], *project["optional-dependencies"]["cutout"]]
+
+
+def test_its_variables_are_settings_or_known_to_others() -> None:
+    assert set(environment()) <= SETTINGS | OTHERS_VARIABLES
+
+
+def test_it_names_no_server_but_itself() -> None:
+    assert set(re.findall(r"https?://([^:/'\"]+)", TEXT)) == {"127.0.0.1"}
+
+
+def test_the_exposed_port_is_the_one_the_worker_takes() -> None:
+    port = str(ServiceSettings.model_fields["metrics_port"].default)
+
+    assert (arguments("EXPOSE"), environment()["METRICS_PORT"]) == ([port], port)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_the_health_check_tells_a_worker_that_answers_from_one_that_does_not(is_there: bool) -> None:
+    server = HealthServer(0, CollectorRegistry(), lambda: "the engine is loading the model", status, lambda _: None)
+    port = server.port
+    server.start()
+    if not is_there:
+        server.close()
+    _, *script = health_command()
+
+    done = subprocess.run(
+        [sys.executable, *script], env={"METRICS_PORT": str(port)}, capture_output=True, timeout=120, check=False
+    )
+
+    assert (done.returncode == 0) is is_there
+    if is_there:
+        server.close()

@@ -1,0 +1,300 @@
+"""Deliver fuzzed properties and headers through a real broker into a real consumer and processor.
+
+`python -m tests.hostile.fuzzed_deliveries` runs the long form on its own broker and prints one line of JSON. The
+engine, the store and the backend are stand-ins. Every delivery follows from the seed and its number.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import pika
+import pika.exceptions
+from rich.console import Console
+
+from clients.webhooks import WebhookKind
+from config.settings import BrokerSettings
+from examples.parts.rabbitmq import RabbitMQ
+from inference.request import RequestCancelled
+from tests.hostile.fuzzing import RULES, SEED
+from tests.hostile.raw_properties import Raw, damaged_properties, fuzzed_properties
+from worker.amqp.broker import Broadcast, Consumer, Publisher, Subscription
+from worker.amqp.queue_browser import Inspection
+from worker.amqp.topology import QueueNames
+from worker.breakers import Breaker, Gate
+from worker.cli.dead_letters import as_json, as_table, as_text, read_letters
+from worker.jobs.cancellations import Cancellations
+from worker.jobs.handler import Storyteller
+from worker.jobs.history import History
+from worker.jobs.leases import Leases
+from worker.jobs.processing import Processor
+from worker.jobs.runs import Run
+from worker.metrics import Metrics
+from worker.results.ledger import Ledger
+from worker.results.notifier import Notifier
+from worker.results.terminal_event import TerminalEvent
+
+BATCH = 500
+PREFETCH = 200
+# A guard against a hang: a worker that stands still never ends the batch.
+BATCH_SECONDS = 300.0
+UNREADABLE_SHARE, CANCELLED_SHARE, DAMAGED_SHARE = 0.02, 0.04, 0.005
+NUM_LETTERS = 200
+
+
+@dataclass
+class Desk:
+    """Stand-in for the story, the ledger and the notifier of a `Processor`; keeps what they are given."""
+
+    publisher: Publisher
+    names: QueueNames
+    cancellations: Cancellations
+    ends: Counter[tuple[str, str]] = field(default_factory=Counter)
+    dead: Counter[bytes] = field(default_factory=Counter)
+    num_bugs: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def draw(self, run: Run) -> TerminalEvent:
+        """The end of a job that is drawn in no time."""
+        if self.cancellations.covers(cast("Any", run.asked)):
+            raise RequestCancelled
+        return TerminalEvent(run.task_id, run.generation_id, WebhookKind.COMPLETE, {"attempt": run.attempt})
+
+    def record(self, event: TerminalEvent) -> TerminalEvent:
+        return event
+
+    def note(self, event: TerminalEvent) -> str:
+        with self._lock:
+            self.ends[event.task_id, str(event.body.get("error_code", event.kind.value))] += 1
+        return "delivered"
+
+    def bury(self, body: bytes, reason: str, *, attempt: int | None = None) -> None:
+        self.publisher.publish(self.names.dead, body, attempt=attempt, reason=reason)
+        with self._lock:
+            self.dead[body] += 1
+
+    def note_bug(self) -> None:
+        self.num_bugs += 1
+
+    # The names that the processor calls them by.
+    tell = note
+
+
+class _Story:
+    """The story of a `Desk`, which tells it to its caller."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.worker = "fuzzed"
+        self.tell = desk.draw
+
+
+class Bench:
+    """A consumer and a processor on a queue of their own, and the connections that publish to them."""
+
+    def __init__(self, rabbitmq: RabbitMQ) -> None:
+        self.url = rabbitmq.url + "?heartbeat=0"
+        self.settings = BrokerSettings(**rabbitmq.env())  # type: ignore[arg-type]
+        self.names = QueueNames(f"fuzzed-{uuid.uuid4().hex[:12]}")
+        self.num_heard = 0
+        self.num_lost = 0
+        self.num_delivered = 0
+        self.publisher = Publisher(self.settings, self.names)
+        self._cancellations = Cancellations()
+        self.desk = Desk(self.publisher, self.names, self._cancellations)
+        self.processor = self._new_processor()
+        self.consumer = Consumer(
+            self.settings,
+            self.names,
+            [Subscription(self.names.jobs, PREFETCH, self._on_delivery)],
+            Broadcast(self.names.cancel_exchange, self._on_cancel),
+            on_lost=self._on_lost,
+        )
+        self.connection, self.channel = self._open()
+        self.num_refused = 0
+
+    def __enter__(self) -> "Bench":
+        self.publisher.start()
+        self.processor.start(self.consumer)
+        self.consumer.start()
+        self.wait_until(lambda: self.consumer.is_connected, "connected")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.consumer.close()
+        self.processor.close()
+        self.publisher.close()
+        for name in (*self.names.everything, f"{self.names.dead}.inspection"):
+            self.channel.queue_delete(name)
+        self.channel.exchange_delete(self.names.cancel_exchange)
+        self.connection.close()
+
+    def publish(self, properties: bytes, body: bytes, *, exchange: str = "", queue: str = "") -> None:
+        """Publish what the broker is known to take."""
+        key = "" if exchange else queue or self.names.jobs
+        self.channel.basic_publish(exchange, key, body, Raw(properties))
+
+    def try_publish(self, properties: bytes, body: bytes) -> bool:
+        """Publish what the broker may refuse by ending the connection; whether it took it."""
+        connection, channel = self._open()
+        channel.confirm_delivery()
+        try:
+            channel.basic_publish("", self.names.jobs, body, Raw(properties))
+        except (pika.exceptions.AMQPError, OSError):
+            self.num_refused += 1
+            return False
+        finally:
+            with suppress(pika.exceptions.AMQPError, OSError):
+                connection.close()
+        return True
+
+    def wait_until(self, is_so: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + BATCH_SECONDS
+        while not is_so():
+            assert self.num_lost == 0, f"not {what}: a delivery has ended the connection"
+            assert time.monotonic() < deadline, f"not {what}: the worker stands still"
+            self.connection.process_data_events(time_limit=0.01)
+
+    def ready(self) -> int:
+        """Messages that wait in the queue of the jobs."""
+        return int(self.channel.queue_declare(self.names.jobs, passive=True).method.message_count)
+
+    def letters_shown(self) -> int:
+        """How many dead letters there are, each of them listed and shown."""
+        with Inspection(self.settings, self.names.dead) as inspection:
+            letters = read_letters(inspection.take(10_000), RULES)
+            as_table(letters)
+            for letter in letters:
+                assert as_text(letter).isprintable() or "\n" in as_text(letter)
+                assert json.loads(as_json(letter))["number"] == letter.number
+        return len(letters)
+
+    def _open(self) -> tuple[Any, Any]:
+        connection = pika.BlockingConnection(pika.URLParameters(self.url))
+        return connection, connection.channel()
+
+    def _on_delivery(self, delivery: Any) -> None:
+        self.num_delivered += 1
+        self.processor.on_delivery(delivery)
+
+    def _on_cancel(self, body: bytes) -> None:
+        self.processor.on_cancel(body)
+        self.num_heard += 1
+
+    def _on_lost(self) -> None:
+        self.num_lost += 1
+
+    def _new_processor(self) -> Processor:
+        is_draining = threading.Event()
+        nothing: Any = None
+        return Processor(
+            rules=RULES,
+            storyteller=cast("Storyteller", _Story(self.desk)),
+            ledger=cast("Ledger", self.desk),
+            notifier=cast("Notifier", self.desk),
+            publisher=self.publisher,
+            names=self.names,
+            metrics=Metrics(),
+            num_threads=2,
+            is_draining=is_draining,
+            cancellations=self._cancellations,
+            gate=Gate(Breaker("the store", 1), is_draining),
+            leases=cast("Leases", nothing),
+            history=History(shows_prompts=False),
+            on_bug=self.desk.note_bug,
+        )
+
+
+@dataclass
+class Wanted:
+    """What must come of what was published."""
+
+    ends: Counter[tuple[str, str]] = field(default_factory=Counter)
+    dead: Counter[bytes] = field(default_factory=Counter)
+    num_orders: int = 0
+
+    @property
+    def num_deliveries(self) -> int:
+        return self.ends.total() + self.dead.total()
+
+
+def run(rabbitmq: RabbitMQ, num_deliveries: int, *, seed: int = SEED) -> dict[str, Any]:
+    """Publish so many, check that each ends as it should, and return the figures."""
+    started_at, wanted = time.monotonic(), Wanted()
+    with Bench(rabbitmq) as bench:
+        number = 0
+        while wanted.num_deliveries < num_deliveries:
+            numbers = range(number, number + min(BATCH, num_deliveries - wanted.num_deliveries))
+            number = numbers.stop
+            _publish_batch(bench, wanted, [random.Random(f"{seed} delivery {one}") for one in numbers])
+            bench.wait_until(
+                lambda: bench.desk.ends.total() + bench.desk.dead.total() >= wanted.num_deliveries,
+                f"all of {wanted.num_deliveries} ended",
+            )
+        rng = random.Random(f"{seed} letters")
+        for _ in range(NUM_LETTERS):
+            bench.publish(fuzzed_properties(rng), rng.randbytes(20), queue=bench.names.dead)
+        num_letters = wanted.dead.total() + NUM_LETTERS
+        bench.wait_until(lambda: bench.letters_shown() == num_letters, f"all of {num_letters} letters shown")
+        assert (bench.desk.ends, bench.desk.dead) == (wanted.ends, wanted.dead)
+        assert (bench.num_lost, bench.desk.num_bugs, bench.ready()) == (0, 0, 0)
+        assert bench.num_heard == wanted.num_orders
+        outcomes = Counter(code for _, code in bench.desk.ends.elements())
+        return {
+            "deliveries": bench.num_delivered,
+            "orders": bench.num_heard,
+            "refused by the broker": bench.num_refused,
+            "connections lost": bench.num_lost,
+            "letters shown": num_letters,
+            "outcomes": dict(outcomes) | {"dead letter": bench.desk.dead.total()},
+            "seconds": round(time.monotonic() - started_at, 1),
+        }
+
+
+def _publish_batch(bench: Bench, wanted: Wanted, numbers: list[random.Random]) -> None:
+    """Orders first, so that each is known before the job comes that it names."""
+    task_ids = [str(uuid.UUID(int=rng.getrandbits(128), version=4)) for rng in numbers]
+    cancelled = {task_id for rng, task_id in zip(numbers, task_ids, strict=True) if rng.random() < CANCELLED_SHARE}
+    for task_id in cancelled:
+        order = json.dumps({"task_id": task_id}).encode()
+        bench.publish(fuzzed_properties(random.Random(task_id)), order, exchange=bench.names.cancel_exchange)
+    wanted.num_orders += len(cancelled)
+    bench.wait_until(lambda: bench.num_heard == wanted.num_orders, "all orders heard")
+
+    for rng, task_id in zip(numbers, task_ids, strict=True):
+        is_unreadable = rng.random() < UNREADABLE_SHARE
+        data = {"generation_id": rng.randrange(1, 2**63), "prompt": "a fox"}
+        body = rng.randbytes(40) if is_unreadable else json.dumps({"task_id": task_id, "data": data}).encode()
+        if rng.random() < DAMAGED_SHARE:
+            if not bench.try_publish(damaged_properties(rng), body):
+                continue
+        else:
+            bench.publish(fuzzed_properties(rng), body)
+        if is_unreadable:
+            wanted.dead[body] += 1
+        else:
+            wanted.ends[task_id, "CANCELLED" if task_id in cancelled else "complete"] += 1
+
+
+def main() -> None:
+    """Run the long form and print its figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--deliveries", type=int, default=200_000)
+    parser.add_argument("--seed", type=int, default=SEED)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, RabbitMQ(Path(folder)) as rabbitmq:
+        figures = {"seed": asked.seed} | run(rabbitmq, asked.deliveries, seed=asked.seed)
+    Console().print(json.dumps(figures), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

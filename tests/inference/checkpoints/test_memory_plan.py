@@ -1,0 +1,262 @@
+"""What fits is decided by figures alone; models that take turns are on the device one at a time, in any order."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+from clients.gpu import GpuReading, GpuReadings
+from config.settings import ModelSettings
+from inference.checkpoints import memory_plan
+from inference.checkpoints.checkpoint import identify, load_pipeline
+from inference.checkpoints.memory_plan import (
+    RESERVE_BYTES,
+    Residence,
+    decide,
+    foresee,
+    free_bytes,
+    free_host_bytes,
+    most_adapter_bytes,
+    place,
+)
+from inference.checkpoints.offload import take_turns
+from inference.request import EngineStartFailed
+from tests.support.models.tiny_models import build_tiny_sd
+from worker.cli.check.checks import CheckFailed
+from worker.cli.check.memory import look_at_memory
+
+SDXL = {"text_encoder": 246_000_000, "text_encoder_2": 1_389_000_000, "unet": 5_135_000_000, "vae": 167_000_000}
+TOTAL = sum(SDXL.values())
+
+
+@pytest.mark.parametrize(
+    ("free", "residence"),
+    [
+        (24_000_000_000, Residence.RESIDENT),
+        (TOTAL + RESERVE_BYTES, Residence.RESIDENT),
+        (TOTAL + RESERVE_BYTES - 1, Residence.OFFLOADED),
+        (SDXL["unet"] + RESERVE_BYTES, Residence.OFFLOADED),
+    ],
+)
+def test_models_stay_where_there_is_room_for_all_and_take_turns_where_there_is_for_the_largest(
+    free: int, residence: Residence
+) -> None:
+    assert decide(SDXL, free) is residence
+
+
+def test_a_model_whose_largest_part_does_not_fit_is_refused_with_the_figures() -> None:
+    with pytest.raises(EngineStartFailed) as caught:
+        decide(SDXL, SDXL["unet"] + RESERVE_BYTES - 1)
+
+    assert all(word in str(caught.value) for word in ("unet takes 5.1 GB", "2.0 GB", "7.1 GB are free", "DTYPE"))
+
+
+def test_offloading_is_said_in_one_loud_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert foresee("cuda", SDXL, 8_000_000_000) is Residence.OFFLOADED
+
+    (record,) = caplog.records
+    told = vars(record)["fields"]
+    assert record.levelno == logging.WARNING
+    assert (told["needed_gb"], told["free_gb"], told["reserve_gb"]) == (6.94, 8.0, 2.0)
+    assert "every picture is slower" in told["advice"]
+
+
+def test_a_cpu_s_model_stays_and_memory_that_is_short_is_only_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert foresee("cpu", SDXL, TOTAL) is Residence.RESIDENT
+        assert caplog.records == []
+        assert foresee("cpu", SDXL, TOTAL - 1) is Residence.RESIDENT
+
+    assert "larger than the free memory" in caplog.text
+
+
+# --- Adapters
+
+
+def test_memory_that_is_kept_for_adapters_is_part_of_what_must_be_free() -> None:
+    adapters = 4_000_000_000
+
+    assert decide(SDXL, TOTAL + RESERVE_BYTES + adapters, adapters) is Residence.RESIDENT
+    assert decide(SDXL, TOTAL + RESERVE_BYTES + adapters - 1, adapters) is Residence.OFFLOADED
+    with pytest.raises(EngineStartFailed) as caught:
+        decide(SDXL, SDXL["unet"] + RESERVE_BYTES + adapters - 1, adapters)
+    assert all(words in str(caught.value) for words in ("and ADAPTER_MEMORY_GB 4.0 GB,", "lower ADAPTER_MEMORY_GB"))
+
+
+def test_adapters_for_whose_sake_models_take_turns_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    assert foresee("cuda", SDXL, TOTAL + RESERVE_BYTES, 1_000_000_000) is Residence.OFFLOADED
+
+    told = vars(caplog.records[0])["fields"]
+    assert told["adapters_gb"] == 1.0
+    assert told["advice"].endswith("lower ADAPTER_MEMORY_GB")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "free", "residence", "most"),
+    [
+        (5_000_000_000, 24_000_000_000, Residence.RESIDENT, 5_000_000_000),
+        (None, TOTAL + 4_000_000_000, Residence.RESIDENT, 1_000_000_000),
+        (None, SDXL["unet"] + 4_000_000_000, Residence.OFFLOADED, 1_000_000_000),
+        (None, TOTAL - 1, Residence.RESIDENT, 0),
+    ],
+)
+def test_adapters_take_what_is_chosen_or_a_quarter_of_what_the_weights_leave(
+    chosen: int | None, free: int, residence: Residence, most: int
+) -> None:
+    assert most_adapter_bytes(chosen, SDXL, free, residence) == most
+
+
+# --- Free memory
+
+
+def cgroup(folder: Path, *, limit: str, used: int = 0, cached: int = 0) -> tuple[str, str, str, str]:
+    (folder / "limit").write_text(f"{limit}\n")
+    (folder / "used").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\ncache {cached}\n")
+    return str(folder), "limit", "used", "cache"
+
+
+@pytest.mark.parametrize(("limit", "free"), [("max", 2048), ("1500", 1200), ("400", 100), ("99999", 2048)])
+def test_free_host_memory_is_within_the_container_s_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, free: int
+) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  2 kB\n")
+    monkeypatch.setattr(memory_plan, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(
+        memory_plan, "CGROUPS", [cgroup(tmp_path, limit=limit, used=350, cached=50), ("/no", "a", "b", "c")]
+    )
+
+    assert free_host_bytes() == free
+
+
+def test_this_machine_has_free_memory() -> None:
+    assert free_bytes(torch.device("cpu")) == pytest.approx(free_host_bytes(), rel=0.5)
+    assert free_host_bytes() > 100_000_000
+
+
+# --- Taking turns
+
+
+# What is brought there is a copy, also where the device is this one: residence shows in the weights' addresses.
+DEVICE = torch.device("cpu:0")
+
+
+class Stage(torch.nn.Linear):
+    """A model of one layer, which can be called as a VAE is."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+    @apply_forward_hook  # type: ignore[untyped-decorator]
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward(x)
+
+
+class Pipeline:
+    """As much of a pipeline as placing it needs."""
+
+    def __init__(self) -> None:
+        self.text_encoder, self.unet, self.vae = Stage(), Stage(), Stage()
+        self.moved_to: torch.device | None = None
+        self._hosts = {name: model.weight.data_ptr() for name, model in self._models.items()}
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return {"text_encoder": self.text_encoder, "tokenizer": object(), "unet": self.unet, "vae": self.vae}
+
+    def to(self, device: torch.device) -> None:
+        self.moved_to = device
+
+    @property
+    def on_device(self) -> set[str]:
+        return {name for name, model in self._models.items() if model.weight.data_ptr() != self._hosts[name]}
+
+    @property
+    def _models(self) -> dict[str, Stage]:
+        return {name: model for name, model in self.components.items() if isinstance(model, Stage)}
+
+
+def test_one_model_at_a_time_is_on_the_device_in_whatever_order_they_are_called() -> None:
+    pipeline = Pipeline()
+    take_turns(pipeline, DEVICE)
+
+    # As the engine does it: pictures end and prompts come in between two steps
+    with torch.inference_mode():
+        for name in ("text_encoder", "unet", "unet", "vae", "unet", "text_encoder", "unet", "vae", "text_encoder"):
+            model = pipeline.components[name]
+            _ = model.decode(torch.zeros(1, 2)) if name == "vae" else model(torch.zeros(1, 2))
+
+            # Then what was there before is its own host memory again, and not a copy of it
+            assert pipeline.on_device == {name}
+
+
+def test_a_model_that_is_called_again_and_again_is_moved_once() -> None:
+    pipeline = Pipeline()
+    take_turns(pipeline, DEVICE)
+
+    pipeline.unet(torch.zeros(1, 2))
+    there = pipeline.unet.weight.data_ptr()
+    pipeline.unet(torch.zeros(1, 2))
+
+    assert pipeline.unet.weight.data_ptr() == there
+
+
+def test_a_real_pipeline_that_takes_turns_draws_the_same(tmp_path: Path) -> None:
+    folder = build_tiny_sd(tmp_path / "sd")
+    resident, turning = (load_pipeline(identify(str(folder), None), torch.float32) for _ in range(2))
+    take_turns(turning, DEVICE)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    drawn = []
+    for pipe in (resident, turning):
+        with torch.inference_mode():
+            embeddings, _ = pipe.encode_prompt(["a fox", "a crow"], DEVICE, 1, False)
+            latents = pipe.unet(x, torch.tensor(3.0), embeddings, return_dict=False)[0]
+            drawn.append(pipe.vae.decode(latents, return_dict=False)[0])
+
+    assert turning.vae._hf_hook._seat._taken_by is turning.vae
+    assert turning._execution_device == DEVICE
+    assert torch.equal(*drawn)
+
+
+def test_placing_does_as_decided() -> None:
+    resident, offloaded = Pipeline(), Pipeline()
+
+    place(resident, DEVICE, Residence.RESIDENT)
+    place(offloaded, DEVICE, Residence.OFFLOADED)
+    offloaded.unet(torch.zeros(1, 2))
+
+    assert (resident.moved_to, offloaded.moved_to) == (DEVICE, None)
+    assert (resident.on_device, offloaded.on_device) == (set(), {"unet"})
+
+
+# --- What `darkroom check` foretells
+
+
+@pytest.mark.parametrize(
+    ("free", "words"),
+    [
+        (24_000_000_000, "24.0 GB of the GPU's are free: the model stays on the GPU, with up to 6.0 GB for adapters"),
+        (2_001_000_000, None),
+        (2_003_000_000, "its parts take turns on the GPU, which is slower, with up to 0.5 GB for adapters"),
+    ],
+)
+def test_check_foretells_what_the_engine_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, words: str | None
+) -> None:
+    # Given a model of 3 MB of weights at 16 bits, 2.9 of them the UNet's, and a GPU
+    settings = ModelSettings.model_validate({"MODEL_ID": str(build_tiny_sd(tmp_path / "sd"))})
+    gpu = GpuReading(memory_used_bytes=1_000, memory_total_bytes=free + 1_000, utilization_ratio=None)
+    monkeypatch.setattr(GpuReadings, "read", lambda _: gpu)
+
+    if words is None:
+        with pytest.raises(CheckFailed, match="unet"):
+            look_at_memory(settings)
+    else:
+        told = look_at_memory(settings)
+        assert "0.00 GB of weights at 16 bits and 2.0 GB for a picture" in told
+        assert words in told

@@ -1,0 +1,461 @@
+"""Requests of many styles, ages and shapes in one batch: each picture is the one that its request alone would give."""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from inference.lora.layers import layer_groups
+from inference.request import AdapterFile, GenerationRequest, Occupancy, RequestFailed
+from tests.support.engine.engine_requests import request_of
+from tests.support.engine.watched_engine import (
+    PATIENCE_SECONDS,
+    Order,
+    WatchedEngine,
+    arriving_together,
+    order_together,
+)
+from tests.support.images.pictures import DIFFERENT_DB, MIN_PSNR_DB, demo_adapter, psnr, solo
+from tests.support.models.tiny_models import EVERY_LAYER, build_tiny_sd, load_pipe, write_adapter
+from tests.support.paths import DEMO_MODEL
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Another batch adds up in another order, and that is all it may do.
+SAME_DB = 60.0
+
+# One of every kind that is trained, by name.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "old": {"layout": "diffusers_old", "rank": 4},
+    "five": {"layout": "diffusers_new", "rank": 5},
+    "text": {"layout": "diffusers_new", "rank": 6, "text_encoder": True},
+    "eight": {"layout": "diffusers_new", "rank": 8},
+    "every": {"layout": "diffusers_new", "rank": 10, "targets": EVERY_LAYER},
+    "kohya": {"layout": "kohya", "rank": 12, "alpha": 6, "text_encoder": True},
+    "convolutions": {"layout": "kohya", "rank": 3, "alpha": 6, "targets": ("conv1", "conv2", "time_emb_proj")},
+    "folder": {"layout": "peft_folder", "rank": 20, "alpha": 16},
+    "everything": {"layout": "diffusers_new", "rank": 32, "targets": EVERY_LAYER, "text_encoder": True},
+    "sixty_four": {"layout": "diffusers_new", "rank": 64},
+}
+
+Adapters = dict[str, AdapterFile]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with random weights."""
+    return build_tiny_sd(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapters:
+    """The adapters above, for the tiny checkpoint, at scale 1."""
+    folder = tmp_path_factory.mktemp("adapters")
+    pipe = load_pipe(tiny)
+    files = {}
+    for seed, (name, kind) in enumerate(ADAPTERS.items(), start=1):
+        path = write_adapter(folder / f"{name}.safetensors", pipe, seed=seed, **kind)
+        is_folder = kind["layout"] == "peft_folder"
+        weights = path / "adapter_model.safetensors" if is_folder else path
+        files[name] = AdapterFile(weights, path / "adapter_config.json" if is_folder else None, 1.0)
+    return files
+
+
+@pytest.fixture
+def engine(tiny: Path) -> Iterator[WatchedEngine]:
+    """The engine on the tiny checkpoint, with room for sixteen lanes."""
+    made = WatchedEngine(tiny, MAX_CONCURRENT_GENERATIONS=16)
+    yield made
+    made.close()
+
+
+def tiny_request(*adapters: AdapterFile, **fields: Any) -> GenerationRequest:
+    """A request in the tiny checkpoint's native size."""
+    return request_of(**{"width": 64, "height": 64, "adapters": adapters} | fields)
+
+
+def at_scale(file: AdapterFile, scale: float) -> AdapterFile:
+    return replace(file, scale=scale)
+
+
+def assert_right(checkpoint: Path, orders: list[Order]) -> None:
+    """Every picture is the one that plain diffusers draws for its request alone."""
+    ratios = {
+        f"{number} {order.request.request_id} seed {seed}": psnr(image, solo(checkpoint, order.request, seed=seed))
+        for number, order in enumerate(orders)
+        for image, seed in zip(order.images, order.request.seeds, strict=True)
+    }
+    assert {name: ratio for name, ratio in ratios.items() if ratio < MIN_PSNR_DB} == {}
+
+
+def assert_styled(engine: WatchedEngine, orders: list[Order]) -> None:
+    """Every picture is far from what its request would give without its adapters."""
+    styled = [order for order in orders if order.request.adapters]
+    bare = order_together(engine, [replace(order.request, adapters=()) for order in styled])
+    ratios = {one.request.adapters: psnr(one.image, other.image) for one, other in zip(styled, bare, strict=True)}
+    assert {files: ratio for files, ratio in ratios.items() if ratio >= DIFFERENT_DB} == {}
+
+
+def mixed_requests(adapters: Adapters) -> list[GenerationRequest]:
+    """Ten requests that share nothing but the model."""
+
+    def request(*files: AdapterFile, **fields: Any) -> GenerationRequest:
+        return tiny_request(*files, **fields)
+
+    return [
+        request(adapters["old"], num_inference_steps=8, guidance_scale=9.0, scheduler="euler_a", seeds=(1,)),
+        request(num_inference_steps=30, guidance_scale=7.5, prompt="no style", negative_prompt="", seeds=(2,)),
+        request(
+            at_scale(adapters["eight"], 0.7),
+            at_scale(adapters["five"], 0.4),
+            num_inference_steps=20,
+            scheduler="ddim",
+            negative_prompt="ugly",
+            seeds=(3,),
+        ),
+        request(at_scale(adapters["text"], 0.8), num_inference_steps=22, guidance_scale=5.0, seeds=(4,)),
+        request(adapters["kohya"], num_inference_steps=18, scheduler="unipc", negative_prompt="dark", seeds=(5,)),
+        request(adapters["folder"], num_inference_steps=25, guidance_scale=1.0, prompt="a blue house", seeds=(6,)),
+        request(adapters["every"], num_inference_steps=16, scheduler="dpm++_karras", guidance_scale=2.0, seeds=(7,)),
+        request(at_scale(adapters["sixty_four"], 0.9), num_inference_steps=12, scheduler="euler", seeds=(8,)),
+        request(adapters["everything"], num_inference_steps=14, guidance_scale=1.0, scheduler="euler_a", seeds=(9,)),
+        request(at_scale(adapters["convolutions"], 1.3), num_inference_steps=40, guidance_scale=4.0, seeds=(10,)),
+    ]
+
+
+# --- Many styles at once
+
+
+def test_ten_requests_with_ten_styles_at_once_give_the_pictures_that_each_gives_alone(
+    tiny: Path, adapters: Adapters, engine: WatchedEngine
+) -> None:
+    start = len(engine.turns)
+
+    orders = order_together(engine, mixed_requests(adapters))
+
+    assert_right(tiny, orders)
+    forwards = [turn.num_batched for turn in engine.turns[start:] if turn.num_batched]
+    assert sum(forwards) / len(forwards) >= 4
+    assert_styled(engine, orders)
+
+
+def test_the_demo_model_s_styles_share_a_batch_at_scales_of_their_own() -> None:
+    engine = WatchedEngine(DEMO_MODEL / "checkpoint")
+
+    orders = order_together(
+        engine,
+        [
+            request_of(adapters=(demo_adapter("neon"),), prompt="neon: a castle", num_inference_steps=5),
+            request_of(adapters=(demo_adapter("neon", 0.5),), prompt="neon: a castle", num_inference_steps=5),
+            request_of(adapters=(demo_adapter("sepia", -0.7),), guidance_scale=1.0),
+            request_of(adapters=(demo_adapter("blueprint"), demo_adapter("sepia", 0.4)), scheduler="euler_a"),
+            request_of(seeds=(7,), num_inference_steps=6),
+        ],
+    )
+
+    assert_right(DEMO_MODEL / "checkpoint", orders)
+    assert psnr(orders[0].image, orders[1].image) < DIFFERENT_DB
+    assert_styled(engine, orders)
+    engine.close()
+
+
+# --- Joining
+
+
+def test_a_request_joins_at_the_next_step_and_the_others_pictures_do_not_change(
+    tiny: Path, adapters: Adapters, engine: WatchedEngine
+) -> None:
+    residents = [
+        tiny_request(adapters["old"], num_inference_steps=20, seeds=(1,)),
+        tiny_request(adapters["every"], num_inference_steps=22, seeds=(2,), scheduler="euler_a"),
+        tiny_request(num_inference_steps=24, seeds=(3,), guidance_scale=1.0),
+    ]
+    undisturbed = order_together(engine, residents)
+    before = [order.image for order in undisturbed]
+    newcomers: list[Order] = []
+    turn_when_ready: list[int] = []
+    turn_when_joined: list[int] = []
+
+    def come() -> None:
+        newcomer = tiny_request(adapters["everything"], num_inference_steps=9, seeds=(4,))
+        newcomers.append(Order(engine, newcomer, at={0: lambda: turn_when_joined.append(len(engine.turns))}))
+
+    def be_ready() -> None:
+        engine.wait_until_prepared()
+        turn_when_ready.append(len(engine.turns))
+
+    with arriving_together(engine):
+        orders = [Order(engine, residents[0], at={6: come, 7: be_ready})]
+        orders += [Order(engine, request) for request in residents[1:]]
+
+    after = [order.image for order in orders]
+    assert_right(tiny, newcomers)
+    assert turn_when_joined[0] - turn_when_ready[0] <= 2
+    batched = [turn.num_batched for turn in engine.turns[turn_when_ready[0] :]]
+    assert batched[:3] in ([3, 4, 4], [3, 3, 4])
+    assert all(psnr(one, other) >= SAME_DB for one, other in zip(before, after, strict=True))
+
+
+def test_a_place_that_becomes_free_is_taken_in_the_very_next_turn(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where the engine waits to be woken although somebody is ready, it now waits for ever.
+    monkeypatch.setattr("inference.engine.local_engine.POLL_SECONDS", 3600.0)
+    engine = WatchedEngine(tiny, MAX_CONCURRENT_GENERATIONS=1)
+
+    orders = [Order(engine, tiny_request(seeds=(seed,))) for seed in range(3)]
+
+    assert [order.image.size for order in orders] == [(64, 64)] * 3
+    engine.close()
+
+
+# --- Shapes, and pictures of one request
+
+
+def test_two_shapes_take_turns_and_neither_spoils_the_other(
+    tiny: Path, adapters: Adapters, engine: WatchedEngine
+) -> None:
+    requests = [
+        tiny_request(adapters["old"], seeds=(1,)),
+        tiny_request(adapters["every"], seeds=(2,), width=96),
+        tiny_request(seeds=(3,), width=96, scheduler="euler_a"),
+        tiny_request(adapters["kohya"], seeds=(4,)),
+    ]
+
+    orders = order_together(engine, requests)
+
+    assert_right(tiny, orders)
+    assert orders[1].image.size == (96, 64)
+    steps = [{lane.shape for lane in batch} for batch in engine.model.batches]
+    assert all(len(shapes) == 1 for shapes in steps)
+    last_wide = max(i for i, shapes in enumerate(steps) if shapes == {(64, 96)})
+    first_wide = min(i for i, shapes in enumerate(steps) if shapes == {(64, 96)})
+    assert last_wide - first_wide == 14, "eight turns each, one after the other"
+
+
+def test_three_pictures_with_two_lanes_are_the_seeds_own_and_every_step_is_told_once(
+    tiny: Path, adapters: Adapters
+) -> None:
+    engine = WatchedEngine(tiny, MAX_CONCURRENT_GENERATIONS=2)
+
+    forwards_when_told: list[int] = []
+
+    order = Order(
+        engine,
+        tiny_request(adapters["text"], seeds=(5, 3, 4), num_inference_steps=9),
+        at={9: lambda: forwards_when_told.append(len(engine.model.batches))},
+    )
+
+    assert_right(tiny, [order])
+    assert [report.step_index for report in order.steps] == list(range(10))
+    assert max(len(batch) for batch in engine.model.batches) == 2
+    assert forwards_when_told == [len(engine.model.batches)] == [18], "the last step is told when the last lane did it"
+    engine.close()
+
+
+# --- More styles than slots
+
+
+def test_more_styles_than_slots_are_each_drawn_right_and_never_touch_the_others(tiny: Path, adapters: Adapters) -> None:
+    engine = WatchedEngine(tiny, ADAPTER_SLOTS=4)
+    names = ["sixty_four", "every", "old", "kohya", "everything", "convolutions", "folder", "every", "text", "five"]
+    worn = [[at_scale(adapters[name], 1.0 if name == "folder" else 0.9)] for name in names]
+    worn.append([adapters["old"], at_scale(adapters["sixty_four"], 0.5)])
+    worn.append([adapters["every"], at_scale(adapters["everything"], 0.5), adapters["text"]])
+    requests = [tiny_request(*files, num_inference_steps=5, seeds=(seed,)) for seed, files in enumerate(worn)]
+
+    def controls() -> list[bytes]:
+        """Drawn alone: a picture without an adapter, and one whose adapter is evicted meanwhile."""
+        drawn = [Order(engine, tiny_request(*files, seeds=(9,))).image for files in ((), (adapters["every"],))]
+        return [image.tobytes() for image in drawn]
+
+    before = controls()
+    first = [Order(engine, request) for request in requests[:7]]
+    assert_right(tiny, first)
+    during = controls()
+    second = [Order(engine, request) for request in requests[7:]]
+    assert_right(tiny, second)
+    after = controls()
+
+    assert before == during == after
+    assert max(turn.slots_active + turn.slots_idle for turn in engine.turns) == 4
+    engine.close()
+
+
+def test_a_style_that_takes_over_another_s_pages_brings_layers_that_one_lacked(tiny: Path, adapters: Adapters) -> None:
+    engine = WatchedEngine(tiny, ADAPTER_SLOTS=4)
+    staying = [
+        tiny_request(adapters[name], num_inference_steps=12, seeds=(seed,))
+        for seed, name in enumerate(("old", "five", "eight"))
+    ]
+    leaving = tiny_request(adapters["text"], num_inference_steps=8, seeds=(3,))
+    coming: list[Order] = []
+
+    def come() -> None:
+        # Its prompts are known, and it takes the only slot and the place in the batch that become free.
+        coming.append(Order(engine, tiny_request(adapters["convolutions"], num_inference_steps=9, seeds=(4,))))
+
+    with arriving_together(engine):
+        orders = [Order(engine, request) for request in staying]
+        orders.append(Order(engine, leaving, at={4: come, 7: engine.wait_until_prepared}))
+
+    assert_right(tiny, [*orders[2:], *coming])
+    engine.close()
+
+
+# --- Adapters as they come
+
+
+def test_an_adapter_over_the_rank_limit_is_refused_by_name_of_both_ranks(tiny: Path, adapters: Adapters) -> None:
+    engine = WatchedEngine(tiny, ADAPTER_MAX_RANK=8)
+
+    refused = Order(engine, tiny_request(adapters["sixty_four"]))
+    accepted = Order(engine, tiny_request(adapters["eight"]))
+
+    assert isinstance(refused.error, RequestFailed)
+    assert refused.error.code == "LORA_UNSUPPORTED"
+    assert "rank 64" in str(refused.error)
+    assert "up to 8" in str(refused.error)
+    assert refused.steps == []
+    assert_right(tiny, [accepted])
+    engine.close()
+
+
+def test_adapters_that_are_more_than_the_pages_hold_together_are_refused_rather_than_waited_for(
+    tiny: Path, adapters: Adapters
+) -> None:
+    pipe = load_pipe(tiny)
+    groups = layer_groups({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
+    page_bytes = 4 * sum(group.width for group in groups)
+    # Pages for rank 64, and the zero page.
+    engine = WatchedEngine(tiny, ADAPTER_MAX_RANK=64, ADAPTER_MEMORY_GB=9.5 * page_bytes / 1e9)
+
+    refused = Order(engine, tiny_request(adapters["sixty_four"], adapters["eight"]))
+    accepted = [Order(engine, tiny_request(adapters[name])) for name in ("sixty_four", "eight")]
+
+    assert isinstance(refused.error, RequestFailed)
+    assert refused.error.code == "LORA_UNSUPPORTED"
+    assert "ranks 72 together; this worker holds 64 at once (ADAPTER_MEMORY_GB)" in str(refused.error)
+    assert_right(tiny, accepted)
+    assert engine.model.bank.num_bytes <= 9.5 * page_bytes
+    engine.close()
+
+
+@pytest.mark.parametrize("way", ["renamed onto it", "written over it"])
+def test_an_adapter_that_is_replaced_under_its_path_is_another_adapter(
+    tiny: Path, adapters: Adapters, engine: WatchedEngine, tmp_path: Path, way: str
+) -> None:
+    file = AdapterFile(tmp_path / "style.safetensors", None, 1.0)
+    other = tmp_path / "other.safetensors"
+    file.weights.write_bytes(adapters["text"].weights.read_bytes())
+    write_adapter(other, load_pipe(tiny), seed=99, **ADAPTERS["text"])
+    assert other.stat().st_size == file.weights.stat().st_size
+    first = Order(engine, tiny_request(file))
+    assert_right(tiny, [first])
+
+    if way == "renamed onto it":
+        other.replace(file.weights)
+    else:
+        file.weights.write_bytes(other.read_bytes())
+    second = Order(engine, tiny_request(file))
+
+    assert_right(tiny, [second])
+    assert psnr(first.image, second.image) < DIFFERENT_DB
+
+
+def test_an_adapter_of_one_version_is_read_once_however_its_file_is_touched(
+    tiny: Path, adapters: Adapters, engine: WatchedEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "inference.engine.preparer")
+    path = tmp_path / "style.safetensors"
+    path.write_bytes(adapters["text"].weights.read_bytes())
+    file = AdapterFile(path, None, 1.0, version="etag-1")
+
+    together = order_together(engine, [tiny_request(file, seeds=(seed,)) for seed in range(3)])
+    assert_right(tiny, together)
+    os.utime(path, (1, 1))
+    later = Order(engine, tiny_request(file, seeds=(7,)))
+    assert_right(tiny, [later])
+
+    assert num_readings(caplog) == 1
+    assert slots_in_use(engine.turns[-1]) == 1
+
+
+def test_another_version_under_the_same_path_is_another_adapter(
+    tiny: Path, adapters: Adapters, engine: WatchedEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "inference.engine.preparer")
+    path = tmp_path / "style.safetensors"
+    path.write_bytes(adapters["text"].weights.read_bytes())
+    first = Order(engine, tiny_request(AdapterFile(path, None, 1.0, version="etag-1")))
+    assert_right(tiny, [first])
+
+    write_adapter(path, load_pipe(tiny), seed=99, **ADAPTERS["text"])
+    second = Order(engine, tiny_request(AdapterFile(path, None, 1.0, version="etag-2")))
+
+    assert_right(tiny, [second])
+    assert psnr(first.image, second.image) < DIFFERENT_DB
+    assert num_readings(caplog) == 2
+
+
+def num_readings(caplog: pytest.LogCaptureFixture) -> int:
+    return sum(record.message == "adapter read" for record in caplog.records)
+
+
+def slots_in_use(occupancy: Occupancy) -> int:
+    return occupancy.slots_active + occupancy.slots_idle
+
+
+# --- Conditioning
+
+
+@pytest.fixture(scope="module")
+def words(adapters: Adapters, tmp_path_factory: pytest.TempPathFactory) -> AdapterFile:
+    """An adapter of the text encoder alone."""
+    weights = tmp_path_factory.mktemp("words") / "words.safetensors"
+    every = safetensors.torch.load_file(adapters["kohya"].weights)
+    safetensors.torch.save_file({name: each for name, each in every.items() if name.startswith("lora_te_")}, weights)
+    return AdapterFile(weights, None, 1.0)
+
+
+def positive_of(engine: WatchedEngine, order: Order) -> torch.Tensor:
+    """The embedding of the order's prompt, as its lane had it."""
+    order.future.result(PATIENCE_SECONDS)
+    drawing = next(
+        lane.drawing for batch in engine.model.batches for lane in batch if lane.drawing.future is order.future
+    )
+    assert drawing.conditioning is not None
+    return drawing.conditioning.positive.tokens
+
+
+def test_a_prompt_means_something_else_under_a_text_encoder_s_adapter_and_at_each_scale_of_it(
+    tiny: Path, words: AdapterFile, engine: WatchedEngine
+) -> None:
+    requests = [tiny_request(), tiny_request(words), tiny_request(at_scale(words, 0.4)), tiny_request(words)]
+
+    orders = order_together(engine, requests)
+
+    assert_right(tiny, orders)
+    without, full, weak, again = (positive_of(engine, order) for order in orders)
+    assert not torch.allclose(without, full, atol=1e-2)
+    assert not torch.allclose(without, weak, atol=1e-2)
+    assert not torch.allclose(full, weak, atol=1e-2)
+    assert torch.equal(full, again)
+    assert engine.model.encoded.count("a red fox") == 3, "without it, and at each scale; again is no more work"
+
+
+def test_a_repeated_prompt_is_encoded_once_as_long_as_no_adapter_changes_its_meaning(
+    adapters: Adapters, engine: WatchedEngine
+) -> None:
+    first = Order(engine, tiny_request(prompt="a hill"))
+    second = Order(engine, tiny_request(adapters["every"], prompt="a hill", seeds=(2, 3)))
+    third = Order(engine, tiny_request(prompt="a hill", negative_prompt="a hill"))
+    assert all(len(order.images) for order in (first, second, third))
+
+    assert engine.model.encoded.count("a hill") == 1
+    assert engine.model.encoded.count("blurry") == 1
+    assert torch.equal(positive_of(engine, first), positive_of(engine, second))

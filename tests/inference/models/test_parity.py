@@ -1,0 +1,239 @@
+"""The engine's pictures against plain diffusers', fp32 on a CPU: the same seed gives the same picture."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import PeftModel
+
+from inference.engine.local_engine import LocalEngine
+from inference.lane import Lane
+from inference.request import AdapterFile, EngineStartFailed, RequestFailed, StepReport
+from inference.sampling.schedulers import DIFFUSION
+from tests.support.cuda.on_gpu import on_gpu
+from tests.support.engine.engine_requests import request_of
+from tests.support.engine.watched_engine import WatchedEngine, WatchedModel
+from tests.support.images.pictures import MIN_PSNR_DB, demo_pipe, draw, plain, psnr, settings_of
+from tests.support.models.tiny_models import Layout, build_tiny_sd, load_pipe, write_adapter
+from tests.support.paths import DEMO_MODEL
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[LocalEngine]:
+    """The engine on the demo model."""
+    made = LocalEngine(settings_of(DEMO_MODEL / "checkpoint"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with random weights."""
+    return build_tiny_sd(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def tiny_engine(tiny: Path) -> Iterator[LocalEngine]:
+    made = LocalEngine(settings_of(tiny))
+    yield made
+    made.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_picture_without_an_adapter_equals_plain_diffusers(engine: LocalEngine, guidance: float) -> None:
+    request = request_of(guidance_scale=guidance)
+
+    assert psnr(draw(engine, request)[0], plain(demo_pipe(), request)) >= MIN_PSNR_DB
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", DIFFUSION.makers)
+def test_every_scheduler_gives_the_picture_plain_diffusers_gives_with_it(engine: LocalEngine, name: str) -> None:
+    request = request_of(scheduler=name)
+
+    assert psnr(draw(engine, request)[0], plain(demo_pipe(), request)) >= MIN_PSNR_DB
+
+
+@pytest.mark.parametrize("scale", on_gpu([1.0, 0.5], 0.5))
+def test_a_picture_with_a_diffusers_adapter_equals_plain_diffusers(engine: LocalEngine, scale: float) -> None:
+    weights = DEMO_MODEL / "adapters" / "neon.safetensors"
+    request = request_of(prompt="neon: a castle", adapters=(AdapterFile(weights, None, scale),))
+    pipe = demo_pipe()
+    pipe.load_lora_weights(weights.parent, weight_name=weights.name, adapter_name="neon")
+    pipe.set_adapters("neon", scale)
+
+    drawn = draw(engine, request)[0]
+
+    assert psnr(drawn, plain(pipe, request)) >= MIN_PSNR_DB
+    assert psnr(drawn, draw(engine, request_of(prompt="neon: a castle"))[0]) < 25
+
+
+@pytest.mark.parametrize("layout", on_gpu(["diffusers_old", "diffusers_new"], "diffusers_new"))
+def test_a_file_with_text_encoder_layers_equals_plain_diffusers(
+    tiny: Path, tiny_engine: LocalEngine, tmp_path: Path, layout: Layout
+) -> None:
+    pipe = load_pipe(tiny)
+    weights = write_adapter(tmp_path / "adapter.safetensors", pipe, layout=layout, rank=4, seed=1, text_encoder=True)
+    request = request_of(width=64, height=64, adapters=(AdapterFile(weights, None, 1.0),))
+    pipe.load_lora_weights(weights.parent, weight_name=weights.name)
+
+    drawn = draw(tiny_engine, request)[0]
+
+    assert psnr(drawn, plain(pipe, request)) >= MIN_PSNR_DB
+    assert psnr(drawn, plain(load_pipe(tiny), request)) < 35
+
+
+@pytest.mark.gpu
+def test_a_peft_folder_equals_peft_itself(tiny: Path, tiny_engine: LocalEngine, tmp_path: Path) -> None:
+    pipe = load_pipe(tiny)
+    folder = write_adapter(tmp_path / "peft", pipe, layout="peft_folder", rank=4, alpha=8, seed=2)
+    adapter = AdapterFile(folder / "adapter_model.safetensors", folder / "adapter_config.json", 1.0)
+    request = request_of(width=64, height=64, adapters=(adapter,))
+    pipe = load_pipe(tiny)
+    pipe.unet = PeftModel.from_pretrained(pipe.unet, folder).get_base_model()
+
+    drawn = draw(tiny_engine, request)[0]
+
+    assert psnr(drawn, plain(pipe, request)) >= MIN_PSNR_DB
+    assert psnr(drawn, plain(load_pipe(tiny), request)) < 35
+
+
+@pytest.mark.gpu
+def test_two_adapters_at_their_scales_equal_plain_diffusers(engine: LocalEngine) -> None:
+    files = [DEMO_MODEL / "adapters" / f"{name}.safetensors" for name in ("neon", "sepia")]
+    request = request_of(adapters=(AdapterFile(files[0], None, 0.7), AdapterFile(files[1], None, 0.4)))
+    pipe = demo_pipe()
+    for file in files:
+        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=file.stem)
+    pipe.set_adapters(["neon", "sepia"], [0.7, 0.4])
+
+    assert psnr(draw(engine, request)[0], plain(pipe, request)) >= MIN_PSNR_DB
+
+
+def test_after_a_styled_picture_one_without_an_adapter_is_the_same_as_before(engine: LocalEngine) -> None:
+    weights = DEMO_MODEL / "adapters" / "blueprint.safetensors"
+    request = request_of()
+
+    before = draw(engine, request)[0]
+    draw(engine, request_of(adapters=(AdapterFile(weights, None, 1.0),)))
+    after = draw(engine, request)[0]
+
+    assert before.tobytes() == after.tobytes()
+
+
+@pytest.mark.gpu
+def test_several_seeds_give_what_each_gives_alone(engine: LocalEngine) -> None:
+    together = draw(engine, request_of(seeds=(1, 2, 3)))
+
+    alone = [draw(engine, request_of(seeds=(seed,)))[0] for seed in (1, 2, 3)]
+
+    assert all(psnr(one, other) >= MIN_PSNR_DB for one, other in zip(together, alone, strict=True))
+    assert psnr(together[0], together[1]) < MIN_PSNR_DB
+
+
+def test_every_step_is_reported_in_order_from_zero(engine: LocalEngine) -> None:
+    steps: list[StepReport] = []
+
+    draw(engine, request_of(num_inference_steps=6, seeds=(1, 2)), steps)
+
+    assert [step.step_index for step in steps] == list(range(7))
+    assert {step.num_steps for step in steps} == {6}
+    assert all(step.seconds > 0 for step in steps[1:])
+
+
+def test_an_adapter_that_does_not_fit_fails_before_any_step_and_leaves_no_trace(
+    engine: LocalEngine, tiny: Path, tmp_path: Path
+) -> None:
+    weights = write_adapter(tmp_path / "adapter.safetensors", load_pipe(tiny), layout="diffusers_new", rank=4, seed=3)
+    steps: list[StepReport] = []
+    before = draw(engine, request_of())[0]
+
+    with pytest.raises(RequestFailed) as failure:
+        draw(engine, request_of(adapters=(AdapterFile(weights, None, 1.0),)), steps)
+
+    assert failure.value.code == "LORA_INCOMPATIBLE"
+    assert steps == []
+    assert draw(engine, request_of())[0].tobytes() == before.tobytes()
+
+
+def test_a_picture_of_numbers_that_are_none_is_never_returned(tiny: Path) -> None:
+    class BrokenEngine(LocalEngine):
+        def break_decoder(self) -> None:
+            with torch.no_grad():
+                self._model._pipeline.vae.decoder.conv_out.bias.fill_(math.nan)
+
+    engine = BrokenEngine(settings_of(tiny))
+    engine.break_decoder()
+
+    with pytest.raises(RequestFailed) as failure:
+        draw(engine, request_of(width=64, height=64))
+
+    engine.close()
+    assert failure.value.code == "OUTPUT_INVALID"
+
+
+def test_running_out_of_memory_fails_the_request_and_the_next_one_runs(tiny: Path) -> None:
+    class SmallModel(WatchedModel):
+        is_full = False
+
+        def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
+            if self.is_full:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().denoise(lanes)
+
+    engine = WatchedEngine(tiny, SmallModel)
+    SmallModel.is_full = True
+    with pytest.raises(RequestFailed) as failure:
+        draw(engine, request_of(width=64, height=64))
+    SmallModel.is_full = False
+
+    assert failure.value.code == "GPU_OOM"
+    assert "64x64" in str(failure.value)
+    assert draw(engine, request_of(width=64, height=64))[0].size == (64, 64)
+    engine.close()
+
+
+def test_a_checkpoint_that_draws_no_numbers_is_refused_at_the_start(tmp_path: Path) -> None:
+    pipe = load_pipe(build_tiny_sd(tmp_path / "whole"))
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias.fill_(math.nan)
+    pipe.save_pretrained(tmp_path / "broken")
+
+    with pytest.raises(EngineStartFailed, match="not numbers"):
+        LocalEngine(settings_of(tmp_path / "broken"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_asked_for_and_missing_is_said_so_at_the_start(tiny: Path) -> None:
+    with pytest.raises(EngineStartFailed, match="CUDA_VISIBLE_DEVICES"):
+        LocalEngine(settings_of(tiny, DEVICE="cuda"))
+
+
+def test_a_checkpoint_of_another_family_is_refused_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+
+    with pytest.raises(EngineStartFailed, match="FluxPipeline"):
+        LocalEngine(settings_of(tmp_path))
+
+
+def test_the_model_s_weights_have_the_dtype_that_was_asked_for(tiny: Path) -> None:
+    engine = LocalEngine(settings_of(tiny, DTYPE="bfloat16"))
+
+    drawn = draw(engine, request_of(width=64, height=64))[0]
+
+    pipeline = engine._model._pipeline
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    assert {weight.dtype for part in parts for weight in part.parameters()} == {torch.bfloat16}
+    assert engine.facts.dtype == "bfloat16"
+    assert psnr(drawn, plain(load_pipe(tiny), request_of(width=64, height=64))) > 20
+    engine.close()
+
+
+def test_the_reference_is_the_plain_pipeline() -> None:
+    assert type(demo_pipe()) is StableDiffusionPipeline

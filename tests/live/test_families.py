@@ -1,0 +1,131 @@
+"""Jobs of the further families through a whole worker: real broker, store and backend, tiny checkpoints."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from examples.parts.rabbitmq import RabbitMQ
+from examples.parts.seaweedfs import SeaweedFS
+from inference.request import AdapterFile
+from tests.support.engine.engine_requests import request_of
+from tests.support.images.pictures import DIFFERENT_DB, MIN_PSNR_DB, psnr
+from tests.support.models.plain_families import alone
+from tests.support.models.tiny_models import build_tiny_sdxl, build_tiny_z_image, load_pipe, write_adapter
+from tests.support.paths import SIGNATURE
+from tests.support.world import World, new_world
+
+
+class Expected(NamedTuple):
+    """What a family makes of a job that leaves it the choice."""
+
+    build: Callable[[Path], Path]
+    steps: int
+    guidance_scale: float
+    # Of 70 pixels, the nearest that it can draw.
+    rounded: int
+
+
+FAMILIES = {
+    "tiny-sdxl": Expected(build_tiny_sdxl, steps=50, guidance_scale=7.5, rounded=72),
+    "tiny-z-image": Expected(build_tiny_z_image, steps=8, guidance_scale=0.0, rounded=64),
+}
+
+
+class Place(NamedTuple):
+    """A world whose worker runs a tiny checkpoint, with an adapter for it and a signature in its bucket."""
+
+    world: World
+    checkpoint: Path
+    adapter: Path
+    expected: Expected
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def place(
+    request: pytest.FixtureRequest, rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Place]:
+    folder, expected = tmp_path_factory.mktemp("family"), FAMILIES[request.param]
+    checkpoint = expected.build(folder / request.param)
+    pipe = load_pipe(checkpoint)
+    adapter = write_adapter(
+        folder / "style.safetensors", pipe, layout="diffusers_new", text_encoder=hasattr(pipe, "text_encoder_2")
+    )
+    with new_world(rabbitmq, s3_server, folder) as world:
+        world.upload("models/style.safetensors", adapter.read_bytes())
+        world.upload("signatures/a.png", SIGNATURE.read_bytes())
+        world.start_worker(MODEL_ID=str(checkpoint), GUIDANCE_SCALE="").wait_until_ready()
+        yield Place(world, checkpoint, adapter, expected)
+
+
+def told_of(world: World, generation_id: int) -> dict[str, Any]:
+    """The metadata of a job that completes."""
+    end = world.wait_for_end(generation_id)
+    assert end.kind == "complete", end.body
+    return dict(end.body["metadata"])
+
+
+def test_a_job_with_an_adapter_gives_a_signed_picture_in_the_nearest_size(place: Place) -> None:
+    world, side = place.world, place.expected.rounded
+
+    generation_id = world.publish(
+        lora_path="models/style.safetensors",
+        lora_scale=0.8,
+        parameters={"width": 70, "height": 70, "steps": 6, "cfg_scale": 2.5, "scheduler": "unipc", "seed": 7},
+        signature_path="signatures/a.png",
+    )
+    told = told_of(world, generation_id)
+
+    assert {name: told[name] for name in ("model", "scheduler", "steps", "guidance_scale", "width", "height")} == {
+        "model": place.checkpoint.name,
+        "scheduler": "unipc",
+        "steps": 6,
+        "guidance_scale": 2.5,
+        "width": side,
+        "height": side,
+    }
+    unsigned = alone(
+        place.checkpoint,
+        request_of(
+            negative_prompt="",
+            width=side,
+            height=side,
+            num_inference_steps=6,
+            guidance_scale=2.5,
+            scheduler="unipc",
+            seeds=(7,),
+            adapters=(AdapterFile(place.adapter, None, 0.8),),
+        ),
+    )
+    signed = world.picture(generation_id)
+    assert signed.size == (side, side)
+    upper_left, lower_right = (0, 0, side // 2, side // 2), (side // 2, side // 2, side, side)
+    assert psnr(signed.crop(upper_left), unsigned.crop(upper_left)) >= MIN_PSNR_DB
+    assert psnr(signed.crop(lower_right), unsigned.crop(lower_right)) < DIFFERENT_DB
+    world.wait_until_clean()
+
+
+def test_a_job_that_names_neither_steps_nor_guidance_gets_the_family_s(place: Place) -> None:
+    world, expected = place.world, place.expected
+
+    generation_id = world.publish(num_inference_steps=None, seed=3)
+    told = told_of(world, generation_id)
+
+    assert {name: told[name] for name in ("scheduler", "steps", "guidance_scale", "width", "height")} == {
+        "scheduler": "euler",
+        "steps": expected.steps,
+        "guidance_scale": expected.guidance_scale,
+        "width": 64,
+        "height": 64,
+    }
+    request = request_of(
+        negative_prompt="",
+        width=64,
+        height=64,
+        num_inference_steps=expected.steps,
+        guidance_scale=expected.guidance_scale,
+        seeds=(3,),
+    )
+    assert psnr(world.picture(generation_id), alone(place.checkpoint, request)) >= MIN_PSNR_DB
+    world.wait_until_clean()

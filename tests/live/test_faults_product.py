@@ -1,0 +1,160 @@
+"""Product jobs that are broken off between and in their stages: what was kept is not made again.
+
+The engine is a stand-in, which holds where it is told: the background at its third step, then the refining at its own.
+"""
+
+import io
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from examples.parts.rabbitmq import RabbitMQ
+from examples.parts.seaweedfs import SeaweedFS
+from tests.faults.station import Job, Station, new_station
+from tests.live.test_cancelling import cancel
+from tests.support.images.product_pictures import bottle
+from tests.support.world import HANG_SECONDS, Worker, eventually
+
+RED = (250, 10, 10)
+# Of the refining, which takes three steps at least.
+STEPS, STRENGTH = 8, 0.5
+
+
+@pytest.fixture(scope="module")
+def place(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Station]:
+    with new_station(rabbitmq, s3_server, tmp_path_factory.mktemp("station")) as station:
+        yield station
+
+
+@pytest.fixture
+def station(place: Station) -> Iterator[Station]:
+    place.start_worker()
+    yield place
+    place.make_sound()
+    place.world.stop()
+
+
+@pytest.fixture
+def worker(station: Station) -> Worker:
+    return station.world.workers[-1]
+
+
+def publish_held(station: Station) -> Job:
+    """A product job whose background is being drawn."""
+    cutout = station.world.upload("uploads/cut.png", png_of(bottle()))
+    return station.publish_held(
+        kind="product", num_inference_steps=STEPS, product={"image_path": cutout, "refine_strength": STRENGTH}
+    )
+
+
+def refining(job: Job) -> Job:
+    """The job's second request, as the engine knows it."""
+    return Job(f"{job.task_id}:refine", job.generation_id)
+
+
+def go_on_to_refining(station: Station, job: Job) -> None:
+    station.release(job)
+    station.wait_until_held(refining(job))
+
+
+def png_of(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
+def key_of(job: Job, stage: str) -> str:
+    return f"stages/gen-{job.generation_id}/{stage}.png"
+
+
+def head_of(station: Station, job: Job, stage: str) -> dict[str, Any]:
+    found = station.world.store.client().head_object(Bucket=station.world.bucket, Key=key_of(job, stage))
+    return {name: found[name] for name in ("ETag", "LastModified", "Metadata")}
+
+
+def picture_of(station: Station, job: Job, stage: str) -> Image.Image:
+    found = station.world.store.client().get_object(Bucket=station.world.bucket, Key=key_of(job, stage))
+    return Image.open(io.BytesIO(found["Body"].read())).convert("RGB")
+
+
+def assert_complete(station: Station, job: Job, *, num_refinings: int) -> None:
+    station.release(refining(job))
+    station.assert_complete_once(job, num_runs=1)
+    assert station.num_runs(refining(job)) == num_refinings
+    stages = station.world.wait_for_end(job.generation_id).body["metadata"]["stages"]
+    assert set(stages) == {"cutout", "background", "composite", "refined", "final"}
+
+
+def test_killed_behind_the_background_a_retried_job_does_not_draw_it_again(station: Station, worker: Worker) -> None:
+    job = publish_held(station)
+    go_on_to_refining(station, job)
+    worker.kill()
+    kept = {stage: head_of(station, job, stage) for stage in ("cutout", "background", "composite")}
+
+    second = station.start_worker()
+
+    station.wait_until_held(refining(job), times=2)
+    assert_complete(station, job, num_refinings=2)
+    assert kept == {stage: head_of(station, job, stage) for stage in kept}
+    assert [line["stage"] for line in second.events("stage resumed")] == ["cutout", "background", "composite"]
+
+
+def test_a_background_changed_in_its_place_is_what_the_retried_job_goes_on_from(
+    station: Station, worker: Worker
+) -> None:
+    job = publish_held(station)
+    go_on_to_refining(station, job)
+    worker.kill()
+    station.world.upload(key_of(job, "background"), png_of(Image.new("RGB", (128, 128), RED)))
+
+    station.start_worker()
+
+    assert_complete(station, job, num_refinings=2)
+    assert picture_of(station, job, "background").getpixel((0, 0)) == RED
+    assert picture_of(station, job, "composite").getpixel((0, 0)) == RED
+
+
+def test_an_engine_killed_at_the_refining_costs_the_background_nothing(station: Station, worker: Worker) -> None:
+    job = publish_held(station)
+    go_on_to_refining(station, job)
+
+    os.kill(worker.engine_pid(), signal.SIGKILL)
+
+    station.wait_until_held(refining(job), times=2)
+    assert_complete(station, job, num_refinings=2)
+    progress = [call.body["progress"] for call in station.world.backend.calls("progress", job.generation_id)]
+    percentages = [one["progress_percent"] for one in progress]
+    assert percentages == sorted(set(percentages))
+    assert {one["total_steps"] for one in progress} == {STEPS + STEPS // 2}
+
+
+def test_a_worker_that_stops_gives_a_product_away_behind_its_background(station: Station, worker: Worker) -> None:
+    job = publish_held(station)
+    worker.process.send_signal(signal.SIGTERM)
+    eventually(lambda: bool(worker.events("stopping")), worker.log_tail)
+    time.sleep(0.5)  # a busy machine may still let it refine first: then it ends here, which is as well
+    station.release(job)
+    station.release(refining(job))
+
+    assert worker.process.wait(HANG_SECONDS) == 0
+    station.start_worker()
+
+    assert_complete(station, job, num_refinings=1)
+
+
+def test_cancelled_at_its_refining_a_product_ends_there(station: Station, worker: Worker) -> None:
+    job = publish_held(station)
+    go_on_to_refining(station, job)
+
+    cancel(station.world, task_id=job.task_id)
+    eventually(lambda: bool(worker.events("cancel order")), worker.log_tail)
+    station.release(refining(job))
+
+    station.assert_failed_once(job, "CANCELLED")
+    assert station.num_finished(refining(job)) == 1
+    assert station.object_of(job) not in station.world.keys("generations/")

@@ -1,0 +1,103 @@
+"""Jobs longer than the broker waits for an ack: one run, one end, and another worker's where theirs is gone."""
+
+import json
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pika
+import pytest
+
+from examples.parts.rabbitmq import RabbitMQ
+from examples.parts.seaweedfs import SeaweedFS
+from tests.faults.station import long, start_light_worker
+from tests.support.world import World, new_world
+from worker.amqp.broker import LEASE_HEADER
+from worker.messages.identity import own_task_id
+
+CONSUMER_TIMEOUT_SECONDS = 6
+LONG = {"num_inference_steps": 150, "num_images": 4}  # some 15 seconds on one core
+LONG_LANE_STEPS = 600
+
+
+@pytest.fixture
+def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path) -> Iterator[World]:
+    """A world whose broker waits no more than six seconds for an ack, and looks each second."""
+
+    def wait_for_acks(milliseconds: int, tick: int) -> None:
+        rabbitmq.ctl(
+            "eval",
+            f"application:set_env(rabbit,consumer_timeout,{milliseconds}),"
+            f"application:set_env(rabbit,channel_tick_interval,{tick}).",
+        )
+
+    wait_for_acks(CONSUMER_TIMEOUT_SECONDS * 1000, 1000)
+    with new_world(rabbitmq, s3_server, tmp_path) as made:
+        yield made
+    wait_for_acks(1_800_000, 60_000)
+
+
+@long
+def test_a_job_longer_than_the_broker_waits_runs_once_beside_another_worker(world: World) -> None:
+    env = {"RABBITMQ_CONSUMER_TIMEOUT_SECONDS": str(CONSUMER_TIMEOUT_SECONDS), "MAX_CONCURRENT_GENERATIONS": "1"}
+    workers = [world.start_worker(**env) for _ in range(2)]
+    for worker in workers:
+        worker.wait_until_ready()
+
+    started_at = time.monotonic()
+    generation_id = world.publish(**LONG)
+
+    assert world.wait_for_end(generation_id).kind == "complete"
+    assert time.monotonic() - started_at > 2 * CONSUMER_TIMEOUT_SECONDS, "too short to tell"
+    # The last copy comes back, finds the end and goes.
+    world.wait_until_clean()
+    assert len(world.backend.calls("complete", generation_id)) == 1
+    assert sum(worker.metric("darkroom_denoise_lane_steps_total") for worker in workers) == LONG_LANE_STEPS
+    assert not any(worker.events("broker connection lost") for worker in workers)
+
+
+def test_a_copy_waits_while_its_job_is_at_work_elsewhere_and_is_done_once_that_worker_is_gone(world: World) -> None:
+    """What a killed worker leaves: a copy in the broker, and a note in the bucket that is renewed no more. The second
+    job's task id was another generation's, so that its worker gave it an id of its own."""
+    start_light_worker(world, RABBITMQ_CONSUMER_TIMEOUT_SECONDS=str(CONSUMER_TIMEOUT_SECONDS))
+    task_ids = [str(uuid.uuid4()), str(uuid.uuid4())]
+    held_until = time.time() + 3
+    for noted in (task_ids[0], own_task_id(task_ids[1], 2)):
+        world.upload(f"jobs/{noted}.lease", json.dumps({"until": held_until}).encode())
+
+    with pika.BlockingConnection(pika.URLParameters(world.rabbitmq.url)) as connection:
+        properties = pika.BasicProperties(delivery_mode=2, headers={LEASE_HEADER: 1})
+        for number, task_id in enumerate(task_ids, start=1):
+            data = {"generation_id": number, "prompt": "a fox", "num_inference_steps": 8}
+            body = json.dumps({"task_id": task_id, "data": data}).encode()
+            connection.channel().basic_publish("", f"{world.queue}.recover", body, properties)
+
+    for number in (1, 2):
+        end = world.wait_for_end(number)
+        assert end.kind == "complete"
+        assert end.received_at > held_until
+        assert world.backend.calls(generation_id=number)[0].received_at > held_until
+    world.wait_until_clean()
+
+
+@long
+def test_a_lost_connection_of_one_of_two_workers_costs_no_second_run(
+    rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path
+) -> None:
+    """The broker gives what was in its hands to the other worker, which finds that it is still at work."""
+    with new_world(rabbitmq, s3_server, tmp_path) as world:
+        workers = [world.start_worker(MAX_CONCURRENT_GENERATIONS="2") for _ in range(2)]
+        for worker in workers:
+            worker.wait_until_ready()
+        jobs = [world.publish(num_inference_steps=120) for _ in range(4)]
+        for generation_id in jobs:
+            world.wait_for_step(generation_id)
+
+        rabbitmq.close_connections()
+
+        for generation_id in jobs:
+            assert world.wait_for_end(generation_id).kind == "complete"
+        world.wait_until_clean()
+        assert all(len(world.backend.calls("complete", generation_id)) == 1 for generation_id in jobs)
+        assert sum(worker.metric("darkroom_denoise_lane_steps_total") for worker in workers) == 4 * 120

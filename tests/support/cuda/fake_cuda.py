@@ -1,0 +1,289 @@
+"""Run the engine's CUDA path where there is no CUDA, and note what it asks of the device.
+
+Tensors on "cuda:0" are torch's fake tensors: they have shapes, dtypes and a device but no memory, so that full-size
+models cost nothing. Tensors on the CPU stay real, and with them schedulers, generators and tokenizers. What comes back
+from the device is zeros. `python -m tests.support.cuda.fake_cuda` prints how many kernels a denoise step launches.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from tests.support.cuda.cuda_stand_ins import guarded, replaced, replacements
+from tests.support.cuda.operators import (
+    is_composed,
+    is_made_of_tensors,
+    is_mask,
+    is_on_device,
+    likeness,
+    outline,
+    tensors_in,
+)
+from tests.support.cuda.tally import Event, Tally
+from tests.support.paths import ROOT
+
+DEVICE = torch.device("cuda:0")
+
+aten = torch.ops.aten
+ATTENTION = aten.scaled_dot_product_attention.default
+# One kernel each, whatever torch composes them of.
+WHOLE = frozenset({ATTENTION, aten.upsample_nearest2d.vec})
+# No kernel runs: they make memory, or a view that is not called one.
+NO_KERNEL = frozenset(
+    {
+        aten._unsafe_view.default,
+        aten.empty.memory_format,
+        aten.empty_like.default,
+        aten.empty_strided.default,
+        aten.new_empty.default,
+        aten.new_empty_strided.default,
+    }
+)
+PINNING = frozenset({aten.pin_memory.default, aten._pin_memory.default})
+INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+
+
+class Known(NamedTuple):
+    """What an operator did with arguments like these: its kernels, and what it returned. A number stands for the
+    argument of that number."""
+
+    kernels: tuple[str, ...]
+    made: Any
+
+
+class FakeCuda(FakeTensorMode):
+    """The dispatch mode. Owner of what is known of pinned memory, and of the running tally. Enter `installed()`, not
+    this."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self._pinned = WeakTensorKeyDictionary()
+        self._known: dict[Any, Known] = {}
+        self._launched: list[str] = []
+        self._tally = Tally()
+        self._part = "outside"
+        self._is_inside = False  # an operator that torch composes of others
+        self._is_host_fake = False
+        self._handlers = {
+            aten.dropout.default: self._dropped_out,
+            aten._local_scalar_dense.default: self._answered,
+            aten.equal.default: self._answered,
+            aten.nonzero.default: self._found,
+            ATTENTION: self._attended,
+            aten._to_copy.default: self._copied,
+            aten.copy_.default: self._copied_over,
+        } | dict.fromkeys(INDEXING, self._indexed)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Let "cuda:0" be a device inside, and torch be as it was afterwards. As the engine does, without autograd."""
+        with ExitStack() as stack:
+            stack.enter_context(guarded())
+            for replacement in replacements(self.note_sync):
+                stack.enter_context(replaced(*replacement))
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(self)
+            yield
+
+    @contextmanager
+    def counting(self) -> Iterator[Tally]:
+        """Tally what runs inside."""
+        before, self._tally = self._tally, Tally()
+        self._part = "outside"  # a forward may have ended in an error
+        try:
+            yield self._tally
+        finally:
+            self._tally = before
+
+    @contextmanager
+    def without_host_memory(self) -> Iterator[None]:
+        """Have tensors that are made on the CPU inside be fake too: for what is large and read by nobody."""
+        self._is_host_fake = True
+        try:
+            yield
+        finally:
+            self._is_host_fake = False
+
+    def watch(self, module: torch.nn.Module, part: str) -> None:
+        """Count the kernels of `module`'s forwards as those of `part`."""
+
+        def enter(*_: Any) -> None:
+            self._part = part
+
+        def leave(*_: Any) -> None:
+            self._part = "outside"
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+
+    def __torch_dispatch__(  # type: ignore[override]
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._is_inside:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
+        if func is aten.is_pinned.default:
+            return args[0] in self._pinned
+        if func in PINNING:
+            return self._pin(args[0].clone())
+        is_pinned = bool(kwargs.get("pin_memory"))
+        if is_pinned:
+            kwargs = kwargs | {"pin_memory": False}
+        tensors = list(tensors_in((*args, *kwargs.values())))
+        if self._is_real(tensors, kwargs.get("device")):
+            made = self._decomposed(func, args, kwargs) if is_composed(func) else func(*args, **kwargs)
+        else:
+            made = self._remembered(func, types, args, kwargs)
+        for view in tensors_in((made,)):
+            if is_pinned or (tensors and func.is_view and tensors[0] in self._pinned):
+                self._pin(view)
+        return made
+
+    def _is_real(self, tensors: list[torch.Tensor], device: Any) -> bool:
+        """True where nothing is on the device, and nothing is to get there."""
+        is_bound_there = device is not None and torch.device(device).type == "cuda"
+        return not (is_bound_there or self._is_host_fake or any(isinstance(one, FakeTensor) for one in tensors))
+
+    def _remembered(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """As `_made`, which takes its time, unless it was done before with arguments of the same shapes."""
+        key = (func, *map(likeness, args), *((name, likeness(value)) for name, value in kwargs.items()))
+        known = self._known.get(key)
+        if known is not None:
+            self._launch(known.kernels)
+            return self._again(known.made, args)
+        num_events, num_launched = len(self._tally.events), len(self._launched)
+        made = self._made(func, types, args, kwargs)
+        if num_events == len(self._tally.events) and is_made_of_tensors(made):
+            self._known[key] = Known(tuple(self._launched[num_launched:]), outline(made, args))
+        return made
+
+    def _again(self, made: Any, args: Sequence[Any]) -> Any:
+        """What was returned before, anew."""
+        match made:
+            case int():
+                return args[made]
+            case list():
+                return [self._again(one, args) for one in made]
+            case _:
+                shape, stride, dtype, device = made
+                return FakeTensor(self, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), device)
+
+    def _made(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if func in self._handlers:
+            return self._handlers[func](func, types, args, kwargs)
+        if func not in WHOLE and is_composed(func):
+            return self._decomposed(func, args, kwargs)
+        return self._ran(func, types, args, kwargs)
+
+    def _ran(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        made = self._faked(func, types, args, kwargs)
+        if func not in NO_KERNEL and not func.is_view and is_on_device(made, args):
+            self._launch((func.overloadpacket.__name__,))
+        return made
+
+    def _launch(self, kernels: Sequence[str]) -> None:
+        self._launched += kernels
+        self._tally.kernels[self._part].update(kernels)
+
+    def _decomposed(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        with self:
+            return func.decompose(*args, **kwargs)
+
+    def _faked(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        self._is_inside = True
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self._is_inside = False
+
+    # What is not run as it is: all take an operator and its arguments.
+
+    def _dropped_out(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return self._decomposed(func, args, kwargs) if args[2] else args[0]
+
+    def _answered(self, func: Any, _: Any, args: Sequence[Any], __: dict[str, Any]) -> Any:
+        if args[0].device.type == "cuda":
+            self.note_sync(func.overloadpacket.__name__)
+        return True if func is aten.equal.default else torch.ones((), dtype=args[0].dtype).item()
+
+    def _found(self, func: Any, types: Any, args: Sequence[Any], _: dict[str, Any]) -> Any:
+        """As many as there can be."""
+        self.note_sync(func.overloadpacket.__name__)
+        shape = (args[0].numel(), args[0].ndim)
+        return self._faked(aten.new_empty.default, types, (args[0], shape), {"dtype": torch.long})
+
+    def _indexed(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        for index in args[1]:
+            if index is not None and index.device.type == "cpu" and args[0].device.type == "cuda":
+                self._note_copy(index, index, to_host=False, is_blocking=True)
+            elif is_mask(index):
+                self.note_sync("nonzero of a mask")
+        if func is aten.index.Tensor and is_mask(args[1][0]):
+            return args[0].flatten(0, args[1][0].ndim - 1).clone()
+        return self._ran(func, types, args, kwargs)
+
+    def _attended(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        tensors = list(tensors_in((*args, *kwargs.values())))
+        if {one.device for one in tensors} != {DEVICE}:
+            raise RuntimeError(f"attention over tensors on {sorted({str(one.device) for one in tensors})}")
+        self._launch(("masked_attention" if len(tensors) > 3 else "attention",))
+        # In the query's memory format, as the kernels leave it.
+        return self._faked(aten.empty_like.default, types, args[:1], {})
+
+    def _copied(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        source, target = args[0], kwargs.get("device") or args[0].device
+        if source.device.type == target.type:
+            return self._ran(func, types, args, kwargs)
+        to_host = target.type == "cpu"
+        self._note_copy(source, source, to_host=to_host, is_blocking=not kwargs.get("non_blocking"))
+        if to_host and not self._is_host_fake:
+            return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+        return self._faked(func, types, args, kwargs)
+
+    def _copied_over(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        target, source = args[:2]
+        to_host = target.device.type == "cpu"
+        if target.device.type == source.device.type:
+            return self._ran(func, types, args, kwargs)
+        if to_host or source.ndim:  # a lone number is an argument of the kernel
+            is_blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
+            self._note_copy(source, target if to_host else source, to_host=to_host, is_blocking=is_blocking)
+        return target if to_host else self._faked(func, types, args, kwargs)
+
+    def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._pinned[tensor] = True
+        return tensor
+
+    def _note_copy(self, source: torch.Tensor, host: torch.Tensor, *, to_host: bool, is_blocking: bool) -> None:
+        if not source.numel():
+            return  # torch copies nothing
+        what = "download" if to_host else "upload"
+        self._tally.events.append(Event(what, _where(), str(tuple(source.shape)), host in self._pinned, is_blocking))
+
+    def note_sync(self, name: str) -> None:
+        """The host waits for the device."""
+        self._tally.events.append(Event("sync", _where(), name))
+
+
+def _where() -> str:
+    """The line of the project's own code that is running, `file:line`."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(f"{ROOT}/inference/"):
+            return f"{name.removeprefix(f'{ROOT}/')}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "outside the engine"
+
+
+if __name__ == "__main__":
+    from tests.support.cuda.kernel_table import main
+
+    main()

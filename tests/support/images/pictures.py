@@ -1,0 +1,115 @@
+"""Pictures for tests: the engine's, plain diffusers' own, and how much they differ."""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from PIL import Image
+
+from config.settings import ModelSettings
+from inference.engine.local_engine import LocalEngine
+from inference.request import AdapterFile, GenerationRequest, GenerationResult, StepReport
+from inference.sampling.schedulers import DIFFUSION
+from tests.support.models.tiny_models import load_pipe
+from tests.support.paths import DEMO_MODEL
+
+# What the engines of the tests draw on. The pictures that theirs are held against are drawn on the CPU.
+TEST_DEVICE = os.environ.get("DARKROOM_TEST_DEVICE", "cpu")
+# What the design promises of a picture against plain diffusers', fp32 on a CPU.
+MIN_PSNR_DB = 42.0
+# Two pictures further apart than this are two pictures.
+DIFFERENT_DB = 35.0
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Two threads run slower than one where a neighbour is busy, and add up in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@contextmanager
+def whole_fp32() -> Iterator[None]:
+    """On a GPU products of 32-bit numbers round theirs to 19 bits, unless they are told not to."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    yield
+    for backend, is_allowed in zip(backends, before, strict=True):
+        backend.allow_tf32 = is_allowed
+
+
+def settings_of(checkpoint: Path, **variables: Any) -> ModelSettings:
+    """An engine's settings for a checkpoint on the tests' device, in fp32 unless `DTYPE` says otherwise."""
+    usual = {"MODEL_ID": str(checkpoint), "DEVICE": TEST_DEVICE, "DTYPE": "float32"}
+    return ModelSettings.model_validate(usual | variables)
+
+
+def psnr(one: Image.Image, other: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB; infinite for equal pictures."""
+    error = np.square(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).mean()
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def images_of(result: GenerationResult) -> list[Image.Image]:
+    return [Image.frombytes("RGB", (one.width, one.height), one.rgb) for one in result.pictures]
+
+
+def draw(engine: LocalEngine, request: GenerationRequest, steps: list[StepReport] | None = None) -> list[Image.Image]:
+    """The engine's pictures of one request, waited for."""
+    on_step = (steps if steps is not None else []).append
+    return images_of(engine.generate(request, on_step, lambda: False).result())
+
+
+def plain(pipe: Any, request: GenerationRequest, *, seed: int | None = None) -> Image.Image:
+    """What a diffusers user gets for one of the request's seeds (None: the first) from a pipeline made ready, in fp32:
+    see `tests.support.models.plain_families.noise_of` for other dtypes."""
+    _, pipe.scheduler = DIFFUSION.make(request.scheduler, pipe.scheduler.config)
+    drawn = pipe(
+        request.prompt,
+        negative_prompt=request.negative_prompt,
+        width=request.width,
+        height=request.height,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(request.seeds[0] if seed is None else seed),
+    )
+    return drawn.images[0]  # type: ignore[no-any-return]
+
+
+def solo(checkpoint: Path, request: GenerationRequest, *, seed: int | None = None) -> Image.Image:
+    """The request drawn by a fresh plain pipeline with nothing in it but the request's own adapters."""
+    return plain(pipe_with(checkpoint, *request.adapters), request, seed=seed)
+
+
+def pipe_with(checkpoint: Path, *files: AdapterFile, dtype: torch.dtype = torch.float32) -> Any:
+    """A fresh plain pipeline with these adapters, loaded as the libraries' users do. A PEFT folder comes alone."""
+    pipe: Any = load_pipe(checkpoint, dtype)
+    if any(file.config for file in files):
+        (folder,) = files
+        assert folder.scale == 1.0
+        pipe.unet = PeftModel.from_pretrained(pipe.unet, folder.weights.parent).get_base_model()
+        return pipe
+    names = [f"adapter{number}" for number in range(len(files))]
+    for name, file in zip(names, files, strict=True):
+        pipe.load_lora_weights(file.weights.parent, weight_name=file.weights.name, adapter_name=name)
+    if files:
+        pipe.set_adapters(names, [file.scale for file in files])
+    return pipe
+
+
+def demo_pipe() -> Any:
+    return load_pipe(DEMO_MODEL / "checkpoint")
+
+
+def demo_adapter(name: str, scale: float = 1.0) -> AdapterFile:
+    return AdapterFile(DEMO_MODEL / "adapters" / f"{name}.safetensors", None, scale)

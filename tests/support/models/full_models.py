@@ -1,0 +1,166 @@
+"""The families at full size over fake CUDA tensors, with adapters, ControlNets and lanes: without memory or weights."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from inference.controlnet.guide import Guide
+from inference.engine.conditioner import Conditioner
+from inference.lane import Drawing, Lane
+from inference.lora.adapter import Adapter, LowRank
+from inference.lora.bank import Applied, PackedAdapter, Row
+from inference.models.base import Family, sampler_of
+from inference.models.sdxl import StableDiffusionXL
+from inference.models.stable_diffusion import StableDiffusion
+from inference.models.z_image import ZImage
+from inference.request import GenerationRequest
+from tests.support.cuda.fake_cuda import DEVICE, FakeCuda
+from tests.support.cuda.tally import Tally
+from tests.support.models.full_pipelines import CONTROLNETS, build_pipeline
+
+FAMILIES: dict[str, Callable[..., Family]] = {"sd15": StableDiffusion, "sdxl": StableDiffusionXL, "z-image": ZImage}
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+LINEAR = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+# Ranks and layers of ten jobs' adapters: of one page and of many, feed-forward layers in three, one job without any.
+# Three different ones, written into pages of their own: packing is what takes long here.
+MIX = (
+    (8, ATTENTION),
+    (8, ATTENTION),
+    (8, ATTENTION),
+    (128, ATTENTION),
+    (16, LINEAR),
+    (16, LINEAR),
+    (8, ATTENTION),
+    (16, LINEAR),
+    None,
+    (8, ATTENTION),
+)
+
+
+class OnDisk:
+    """The one ControlNet there is to be loaded. No request names it."""
+
+    names = ()
+
+    def __init__(self, net: Any) -> None:
+        self._net = net
+
+    def load(self, _: str) -> Any:
+        return self._net
+
+
+class FullModel:
+    """A family at full size, in bf16, whose denoiser's kernels are counted apart."""
+
+    def __init__(self, cuda: FakeCuda, name: str) -> None:
+        self.name = name
+        self.cuda = cuda
+        pipeline = build_pipeline(name)
+        for component in pipeline.components.values():
+            if isinstance(component, torch.nn.Module):
+                _bring(component)
+        family = FAMILIES[name.removesuffix("-inpaint")]
+        self.family: Family = family(pipeline, device=DEVICE)
+        self.denoiser = pipeline.transformer if family is ZImage else pipeline.unet
+        cuda.watch(self.denoiser, "denoiser")
+        self._next_page = 1
+        self._conditioner = Conditioner(self.family)
+        self._mix: list[Row] = []
+        self._packed: dict[tuple[int, tuple[str, ...]], PackedAdapter] = {}
+
+    def adapted(self, rank: int, endings: tuple[str, ...], scale: float = 1.0) -> Row:
+        """A row's adapters: one of this rank on the denoiser's layers that end so, new in the bank."""
+        if (rank, endings) not in self._packed:
+            with self.cuda.without_host_memory():
+                self._packed[rank, endings] = self.family.pack(self._adapter(rank, endings))
+        packed = self._packed[rank, endings]
+        place = tuple(range(self._next_page, self._next_page + packed.num_pages))
+        self._next_page += packed.num_pages
+        self.family.bank.write(place, packed)
+        return (Applied(place, scale),)
+
+    def mixed(self, num_lanes: int) -> list[Row]:
+        """Adapters for so many lanes: all of the mix, or those from its middle, which touch the most layers."""
+        if not self._mix:
+            self._mix = [self.adapted(*one) if one else () for one in MIX]
+        first = 0 if num_lanes > 5 else 5 - (num_lanes + 1) // 2
+        return self._mix[first : first + num_lanes]
+
+    def request(self, number: int, **fields: Any) -> GenerationRequest:
+        """Job `number` of a batch, at the model's own size, with these fields changed."""
+        size, is_flow = self.family.base_size, isinstance(self.family, ZImage)
+        defaults: dict[str, Any] = {
+            "request_id": str(number),
+            "prompt": f"a picture of thing {number}, " + "very " * number + "red",
+            "negative_prompt": "",
+            "width": size,
+            "height": size,
+            "num_inference_steps": 8 if is_flow else 20,
+            "guidance_scale": 0.0 if is_flow else 5.0,
+            "seeds": (100 + number,),
+        }
+        return GenerationRequest(**defaults | fields)
+
+    def join(
+        self, requests: Sequence[GenerationRequest], rows: Sequence[Row], guides: Sequence[Guide | None]
+    ) -> list[Lane]:
+        """The requests' lanes before their first steps, as the engine's loop would have them begin together."""
+        drawings = []
+        for request, row, guide in zip(requests, rows, guides, strict=True):
+            self.family.prepare(request)
+            keys: Any = row  # embeddings are remembered by them: what they are is no matter
+            drawings.append(Drawing(request, self.family.kind_of(request), lambda _: None, lambda: False, keys))
+            drawings[-1].row, drawings[-1].guide = row, guide
+        for drawing, conditioning in zip(drawings, self._conditioner.condition(drawings), strict=True):
+            drawing.conditioning = conditioning
+        lanes = [lane for drawing in drawings for lane in drawing.lanes]
+        for lane in lanes:
+            _, lane.sampler = self.family.begin(lane)
+        return lanes
+
+    def lanes(
+        self, num_lanes: int, rows: Sequence[Row] = (), guides: Sequence[Guide | None] = (), **fields: Any
+    ) -> list[Lane]:
+        """The lanes of so many jobs with their adapters and ControlNets, none where there are none left."""
+        requests = [self.request(number, **fields) for number in range(num_lanes)]
+        rows = (*rows, *[()] * num_lanes)[:num_lanes]
+        guides = (*guides, *[None] * num_lanes)[:num_lanes]
+        return self.join(requests, rows, guides)
+
+    def guide(self) -> Guide:
+        """A full-size ControlNet made for the model, and a picture that it is shown."""
+        net = CONTROLNETS[self.name](self.denoiser)
+        _bring(net)
+        on_disk: Any = OnDisk(net)
+        self.family.controlnets = on_disk
+        net = self.family.load_control("full")
+        picture = torch.zeros(3, self.family.base_size, self.family.base_size)
+        return Guide(net, self.family.show(picture), scale=0.7, start=0.0, end=1.0)
+
+    def step(self, lanes: Sequence[Lane]) -> Tally:
+        """One denoise step of these lanes, counted."""
+        with self.cuda.counting() as tally:
+            predictions = self.family.denoise(lanes)
+            for lane, prediction in zip(lanes, predictions, strict=True):
+                sampler_of(lane).advance(prediction)
+        return tally
+
+    def _adapter(self, rank: int, endings: tuple[str, ...]) -> Adapter:
+        root = "transformer" if isinstance(self.family, ZImage) else "unet"
+        layers = {
+            f"{root}.{name}": LowRank(torch.empty(rank, module.in_features), torch.empty(module.out_features, rank))
+            for name, module in self.denoiser.named_modules()
+            if isinstance(module, torch.nn.Linear) and name.endswith(endings)
+        }
+        return Adapter(layers)
+
+
+def _bring(model: torch.nn.Module) -> None:
+    """Move a model of meta tensors to the fake device, in bf16."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
+        return torch.empty(tensor.shape, dtype=dtype, device=DEVICE)
+
+    model._apply(moved).eval()

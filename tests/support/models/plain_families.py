@@ -1,0 +1,197 @@
+"""What plain diffusers draws for a request, whatever the checkpoint's family, by none of the engine's own choices."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import diffusers
+import numpy as np
+import torch
+from compel import CompelForSD, CompelForSDXL
+from PIL import Image
+
+from inference.request import GenerationRequest, Source
+from tests.support.images.pictures import pipe_with
+
+
+class Choice(NamedTuple):
+    """A scheduler as its users set it up: a class, and what they change in the checkpoint's own configuration."""
+
+    scheduler: Any
+    changes: Mapping[str, Any] = MappingProxyType({})
+
+
+DIFFUSION_CHOICES = {
+    "dpm++": Choice(diffusers.DPMSolverMultistepScheduler),
+    "dpm++_karras": Choice(diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "euler": Choice(diffusers.EulerDiscreteScheduler),
+    "euler_a": Choice(diffusers.EulerAncestralDiscreteScheduler),
+    "ddim": Choice(diffusers.DDIMScheduler),
+    "unipc": Choice(diffusers.UniPCMultistepScheduler),
+    "heun": Choice(diffusers.HeunDiscreteScheduler),
+    "lcm": Choice(diffusers.LCMScheduler),
+}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+FLOW_CHOICES = {
+    "euler": Choice(diffusers.FlowMatchEulerDiscreteScheduler),
+    "lcm": Choice(diffusers.FlowMatchLCMScheduler),
+    "unipc": Choice(diffusers.UniPCMultistepScheduler, FLOW),
+    "dpm++": Choice(diffusers.DPMSolverMultistepScheduler, FLOW),
+    "heun": Choice(diffusers.FlowMatchHeunDiscreteScheduler),
+}
+DEFAULTS = {
+    "StableDiffusionPipeline": "dpm++",
+    "StableDiffusionXLPipeline": "euler",
+    "ZImagePipeline": "euler",
+    "StableDiffusionInpaintPipeline": "dpm++",
+    "StableDiffusionXLInpaintPipeline": "euler",
+}
+# The pipelines that begin with a picture, and those that repaint a part of one, by the pipeline that draws from text.
+FROM_PICTURE = {
+    "StableDiffusionPipeline": diffusers.StableDiffusionImg2ImgPipeline,
+    "StableDiffusionXLPipeline": diffusers.StableDiffusionXLImg2ImgPipeline,
+    "ZImagePipeline": diffusers.ZImageImg2ImgPipeline,
+}
+REPAINTING = {
+    "StableDiffusionPipeline": diffusers.StableDiffusionInpaintPipeline,
+    "StableDiffusionInpaintPipeline": diffusers.StableDiffusionInpaintPipeline,
+    "StableDiffusionXLPipeline": diffusers.StableDiffusionXLInpaintPipeline,
+    "StableDiffusionXLInpaintPipeline": diffusers.StableDiffusionXLInpaintPipeline,
+    "ZImagePipeline": diffusers.ZImageInpaintPipeline,
+}
+
+
+def alone(checkpoint: Path, request: GenerationRequest, **embeddings: torch.Tensor) -> Image.Image:
+    """The request's first picture by a fresh pipeline with nothing in it but the request's own adapters.
+
+    `embeddings` take the prompts' place. No negative prompt is None, as a diffusers user leaves it out.
+    """
+    return drawn_by(pipe_with(checkpoint, *request.adapters), request, **embeddings)
+
+
+def drawn_by(pipe: Any, request: GenerationRequest, **embeddings: torch.Tensor) -> Image.Image:
+    """The same by a fresh pipeline that has the adapters already, in the dtype that it was loaded in."""
+    generator = torch.Generator().manual_seed(request.seeds[0])
+    arguments: dict[str, Any] = {
+        "width": request.width,
+        "height": request.height,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "generator": generator,
+    }
+    if embeddings:
+        arguments |= embeddings
+    else:
+        arguments |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt or None}
+    name = request.scheduler or DEFAULTS[type(pipe).__name__]
+    is_flow = isinstance(pipe, diffusers.ZImagePipeline)
+    if pipe.dtype != torch.float32:
+        arguments["latents"] = noise_of(pipe, request, generator)
+    if request.source is not None:
+        # Before the scheduler is chosen: some of them change the configuration of the one they are made with.
+        pipe = _with_source(pipe, scheduler=name, is_masked=request.source.mask is not None)
+        arguments |= _source_arguments(request, request.source)
+        if request.kind == "image2image" and not is_flow:
+            # They take the picture's size.
+            del arguments["width"], arguments["height"]
+    if is_flow:
+        arguments |= {"cfg_normalization": request.cfg_normalization, "cfg_truncation": request.cfg_truncation}
+        pipe.scheduler = _flow_scheduler(name, pipe.scheduler.config, generator)
+    else:
+        choice = DIFFUSION_CHOICES[name]
+        pipe.scheduler = choice.scheduler.from_config(pipe.scheduler.config, **choice.changes)
+    return pipe(**arguments).images[0]  # type: ignore[no-any-return]
+
+
+def embeddings_by_compel(pipe: Any, request: GenerationRequest) -> dict[str, torch.Tensor]:
+    """What compel's own wrapper makes of the prompts, whatever their length, as `drawn_by` takes it."""
+    compel = (CompelForSDXL if hasattr(pipe, "text_encoder_2") else CompelForSD)(pipe)
+    with torch.no_grad():
+        made = compel(request.prompt, negative_prompt=request.negative_prompt)
+    embeddings = {"prompt_embeds": made.embeds, "negative_prompt_embeds": made.negative_embeds}
+    if made.pooled_embeds is not None:
+        embeddings |= {
+            "pooled_prompt_embeds": made.pooled_embeds,
+            "negative_pooled_prompt_embeds": made.negative_pooled_embeds,
+        }
+    return embeddings
+
+
+def noise_of(pipe: Any, request: GenerationRequest, generator: torch.Generator) -> torch.Tensor:
+    """The noise that a pipeline of 16 bits is to begin with: drawn in fp32, as the engine draws it in every dtype.
+
+    The pipelines with a UNet draw it in their own dtype. Before torch 2.12 the CPU's generator makes other noise of a
+    seed in 16 bits than in 32: without this the pictures are as different as those of two seeds.
+    """
+    is_flow = isinstance(pipe, diffusers.ZImagePipeline)
+    channels = pipe.transformer.in_channels if is_flow else pipe.unet.config.in_channels
+    height, width = (side // pipe.vae_scale_factor for side in (request.height, request.width))
+    noise = torch.randn((1, channels, height, width), generator=generator)
+    return noise if is_flow else noise.to(pipe.dtype)
+
+
+def _with_source(pipe: Any, *, scheduler: str, is_masked: bool) -> Any:
+    """The pipeline's models in the pipeline that takes a picture."""
+    made = (REPAINTING if is_masked else FROM_PICTURE)[type(pipe).__name__].from_pipe(pipe, dtype=torch.float32)
+    made.set_progress_bar_config(disable=True)
+    if scheduler == "heun" and isinstance(pipe, diffusers.ZImagePipeline):
+        # It counts two timesteps to a step; the pipeline takes them for as many steps.
+        plain = made.get_timesteps
+        made.get_timesteps = lambda num_timesteps, *rest: plain((num_timesteps + 1) // 2, *rest)
+    return made
+
+
+def _source_arguments(request: GenerationRequest, source: Source) -> dict[str, Any]:
+    size = (request.width, request.height)
+    arguments: dict[str, Any] = {"image": Image.frombytes("RGB", size, source.rgb), "strength": source.strength}
+    if source.mask is not None:
+        arguments["mask_image"] = Image.frombytes("L", size, source.mask)
+    return arguments
+
+
+def _flow_scheduler(name: str, config: Any, generator: torch.Generator) -> Any:
+    """The scheduler, made to take what `ZImagePipeline` hands it. Only its own ("euler") takes it as it is."""
+    choice = FLOW_CHOICES[name]
+    shift = {"flow_shift": config.shift} if choice.changes is FLOW else {}
+    scheduler = choice.scheduler.from_config(config, **choice.changes, **shift)
+    if name in {"euler_a", "lcm"}:
+        # The pipeline would have them draw from the process's own noise.
+        scheduler.step = partial(scheduler.step, generator=generator)
+    elif name == "unipc":
+        scheduler.set_timesteps = _with_array(scheduler.set_timesteps)
+        scheduler.scale_noise = _with_its_own_name(scheduler.add_noise)
+    elif name == "dpm++":
+        scheduler.set_timesteps = _with_own_steps(scheduler.set_timesteps, takes_mu=config.use_dynamic_shifting)
+        scheduler.scale_noise = _with_its_own_name(scheduler.add_noise)
+    elif name == "heun":
+        scheduler.set_timesteps = _with_own_steps(scheduler.set_timesteps, takes_mu=False)
+    return scheduler
+
+
+def _with_its_own_name(add_noise: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """What a flow's schedulers call scaling, others call adding, and want in another order."""
+
+    def scale_noise(sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return add_noise(sample, noise, timestep)
+
+    return scale_noise
+
+
+def _with_array(set_timesteps: Callable[..., None]) -> Callable[..., None]:
+    """UniPC calculates with what it is given; the pipeline gives a list."""
+
+    def set_by_array(*, sigmas: list[float], mu: float, device: Any) -> None:
+        set_timesteps(sigmas=np.array(sigmas), mu=mu, device=device)
+
+    return set_by_array
+
+
+def _with_own_steps(set_timesteps: Callable[..., None], *, takes_mu: bool) -> Callable[..., None]:
+    """Some take no noise levels, and spread theirs themselves."""
+
+    def set_by_number(*, sigmas: list[float], mu: float, device: Any) -> None:
+        set_timesteps(len(sigmas), device=device, **({"mu": mu} if takes_mu else {}))
+
+    return set_by_number

