@@ -37,11 +37,11 @@ from benchmarks.models import ADAPTERS, ALL_LINEAR, ATTENTION, DEMO_MODEL, SIZES
 from benchmarks.sets import Job, activate, image_of, psnr_db
 from config.settings import ModelSettings
 from inference.engine.local_engine import LocalEngine
-from inference.lane import Conditioning, Drawing, Lane
-from inference.lora.bank import Applied
+from inference.lane import ActiveRequest, Conditioning, Lane
+from inference.lora.bank import AppliedAdapter
 from inference.models.base import Family, Prompt
 from inference.models.loader import load_family
-from inference.request import GenerationRequest, GenerationResult, Occupancy, StepReport
+from inference.request import EngineLoad, GenerationRequest, GenerationResult, StepReport
 
 NUM_JOBS = 10
 GUIDANCE = 5.0
@@ -186,7 +186,7 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.local.close()
 
-    def _note(self, occupancy: Occupancy) -> None:
+    def _note(self, occupancy: EngineLoad) -> None:
         self.num_batched.append(occupancy.num_batched)
 
     def submit(
@@ -313,7 +313,7 @@ def _overhead(bench: Bench, engine: Engine) -> dict[str, Any]:
         finally:
             inside.append(bench.clock() - started_at)
 
-    def step() -> Occupancy:
+    def step() -> EngineLoad:
         nonlocal num_lanes_before
         inside.clear()
         started_at = bench.clock()
@@ -366,7 +366,7 @@ def _model(bench: Bench) -> Family:
     return load_family(settings, device=DEVICE, dtype=DTYPE)
 
 
-def _rows(bench: Bench, model: Family) -> list[tuple[Applied, ...]]:
+def _rows(bench: Bench, model: Family) -> list[tuple[AppliedAdapter, ...]]:
     """All adapters in the bank, and what each job wears of them."""
     places: dict[Path, tuple[int, ...]] = {}
     page = 1
@@ -375,12 +375,12 @@ def _rows(bench: Bench, model: Family) -> list[tuple[Applied, ...]]:
         places[path] = tuple(range(page, page + packed.num_pages))
         page += packed.num_pages
         model.bank.write(places[path], packed)
-    return [tuple(Applied(places[path], scale) for path, scale in job.adapters) for job in bench.jobs]
+    return [tuple(AppliedAdapter(places[path], scale) for path, scale in job.adapters) for job in bench.jobs]
 
 
 def _lane(bench: Bench, model: Family, job: Job) -> Lane:
     request = bench.request(job)
-    drawing = Drawing(request, model.kind_of(request), lambda _: None, lambda: False, ())
+    drawing = ActiveRequest(request, model.kind_of(request), lambda _: None, lambda: False, ())
     drawing.conditioning = Conditioning(*model.encode([Prompt(job.prompt), Prompt("", is_left_out=True)], [(), ()]))
     lane = drawing.lanes[0]
     _, lane.sampler = model.begin(lane)

@@ -23,7 +23,7 @@ from rich.table import Table
 from config.settings import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.models.loader import load_family
-from inference.request import GenerationRequest, Occupancy, StepReport
+from inference.request import EngineLoad, GenerationRequest, StepReport
 from inference.sampling.foresight import denoised
 from tests.support.paths import DEMO_MODEL
 
@@ -62,7 +62,7 @@ class Side:
         self._step_index = report.step_index
         self.num_previews += report.preview is not None
 
-    def _on_turn(self, occupancy: Occupancy) -> None:
+    def _on_turn(self, occupancy: EngineLoad) -> None:
         now = time.thread_time()
         # The first turn encodes prompts too, the last decodes.
         if occupancy.num_lanes == LANES and self._was_at:

@@ -45,7 +45,7 @@ class Conditioning:
     negative: Embedding | None
 
 
-class Kind(NamedTuple):
+class BatchTraits(NamedTuple):
     """What a family makes of a request: lanes of one `shape` share a forward, a guided lane has two rows in it.
 
     `num_steps` are taken of those that were asked for.
@@ -57,7 +57,7 @@ class Kind(NamedTuple):
 
 
 @dataclass(eq=False)
-class Drawing:
+class ActiveRequest:
     """One request in the engine. Owned by the engine's thread; the future alone is shared.
 
     `is_begun`, `held` (its adapters' slots), `row` (what they mean to the bank), `guide` (of one with a control) and
@@ -65,7 +65,7 @@ class Drawing:
     """
 
     request: GenerationRequest
-    kind: Kind
+    kind: BatchTraits
     on_step: OnStep
     is_cancelled: IsCancelled
     keys: tuple[AdapterKey, ...]
@@ -168,7 +168,7 @@ class Drawing:
 class Lane:
     """One picture being denoised. It has a `sampler` from joining on."""
 
-    drawing: Drawing
+    drawing: ActiveRequest
     number: int
     sampler: Sampler | None = None
 

@@ -153,7 +153,7 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Occupancy:
+class EngineLoad:
     """What the engine holds after a turn of its loop: `num_batched` lanes shared the turn's forward (0: it had none),
     `num_lanes` are being denoised now, and the adapter slots by state."""
 
@@ -219,7 +219,7 @@ class ModelFacts:
 
 
 OnStep = Callable[[StepReport], None]
-OnOccupancy = Callable[[Occupancy], None]
+OnOccupancy = Callable[[EngineLoad], None]
 IsCancelled = Callable[[], bool]
 
 

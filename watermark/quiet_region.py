@@ -14,7 +14,7 @@ STEPS_PER_E_FOLD = 20
 FAINTEST_GREY_LEVELS = 0.1
 
 
-def calmest(
+def quietest_region(
     image: Image.Image,
     size: tuple[int, int],
     *,
@@ -42,16 +42,16 @@ def calmest(
             _shared(tops, size[1], rect.top, rect.bottom), _shared(lefts, size[0], rect.left, rect.right)
         )
     energy = _mean_energy(image, size, lefts, tops, cell)
-    unrest = np.rint(np.log1p(energy.clip(min=0) / FAINTEST_GREY_LEVELS) * STEPS_PER_E_FOLD)
+    gradient_energy = np.rint(np.log1p(energy.clip(min=0) / FAINTEST_GREY_LEVELS) * STEPS_PER_E_FOLD)
     away = np.add.outer(_distance(tops, towards[1]) ** 2, _distance(lefts, towards[0]) ** 2)
 
     # Sorted by its last key first, and stable: what is equal stays in reading order.
-    best = np.lexsort((away.ravel(), unrest.ravel(), covered.ravel()))[0]
+    best = np.lexsort((away.ravel(), gradient_energy.ravel(), covered.ravel()))[0]
     row, column = divmod(int(best), len(lefts))
     return int(lefts[column]), int(tops[row])
 
 
-def unrest(image: Image.Image, rect: Rect) -> float:
+def gradient_energy(image: Image.Image, rect: Rect) -> float:
     """The mean gradient energy inside `rect`, in grey levels per px: 0 where all is of one colour."""
     return float(_cells(image.crop(rect), 1 + max(rect.size) // MAX_CELLS).sum()) / (rect.size[0] * rect.size[1])
 

@@ -68,7 +68,7 @@ class Breaker:
             log_event(logger, "breaker closed", part=self._part)
 
 
-class Gate:
+class StoreGate:
     """Stands before what the store must not refuse: waits where it does, rather than fail a job for it."""
 
     def __init__(self, breaker: Breaker, is_draining: threading.Event) -> None:

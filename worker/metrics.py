@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
-from inference.request import Occupancy
+from inference.request import EngineLoad
 from worker.recent_mean import RecentMean
 
 # A _created series beside each counter doubles what Prometheus stores and serves no query of ours.
@@ -52,9 +52,9 @@ class Metrics:
             self.jobs.labels(outcome)
         # Prometheus has `rate` for it.
         self._batch_lately = RecentMean(clock)
-        self._show(Occupancy(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0))
+        self._show(EngineLoad(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0))
 
-    def note_occupancy(self, occupancy: Occupancy) -> None:
+    def note_occupancy(self, occupancy: EngineLoad) -> None:
         """A turn of the engine's loop: count its forward, if it had one, and show what the engine holds now."""
         if occupancy.num_batched:
             self.denoise_steps.inc()
@@ -68,7 +68,7 @@ class Metrics:
         is_stale = self._num_lanes == 0 and self._batch_lately.age_seconds > STALE_SECONDS
         return 0.0 if is_stale else self._batch_lately.value
 
-    def _show(self, occupancy: Occupancy) -> None:
+    def _show(self, occupancy: EngineLoad) -> None:
         self._num_lanes = occupancy.num_lanes
         self.lanes.set(occupancy.num_lanes)
         self.adapter_slots.labels("active").set(occupancy.slots_active)

@@ -6,17 +6,17 @@ from clients.storage.cache import DownloadCache
 from clients.storage.client import Storage
 from config.settings import Settings
 from inference.request import Engine, ModelFacts
-from worker.breakers import Gate
+from worker.breakers import StoreGate
 from worker.jobs.cancellations import Cancellations
-from worker.jobs.engine_client import Drawer
-from worker.jobs.handler import Storyteller
+from worker.jobs.engine_client import EngineClient
+from worker.jobs.handler import JobHandler
 from worker.jobs.inputs.fetcher import Fetcher
 from worker.jobs.inputs.places import Places
 from worker.product.cutter import Cutter
-from worker.product.generation import ProductTeller
+from worker.product.generation import ProductGeneration
 from worker.progress.reporter import ProgressReporter
-from worker.results.image_metadata import Labeller
-from worker.results.image_store import PictureStore
+from worker.results.image_metadata import ImageEncoder
+from worker.results.image_store import ImageStore
 from worker.results.ledger import Ledger
 
 
@@ -30,11 +30,11 @@ def storyteller_of(
     cache: DownloadCache,
     ledger: Ledger,
     progress: ProgressReporter,
-    labeller: Labeller,
+    labeller: ImageEncoder,
     cancellations: Cancellations,
-    gate: Gate,
+    gate: StoreGate,
     is_draining: Event,
-) -> Storyteller:
+) -> JobHandler:
     """One for all jobs; `worker` is its name in the records."""
     fetcher = Fetcher(
         storage=storage,
@@ -47,14 +47,14 @@ def storyteller_of(
         results_bucket=settings.store.results_bucket,
         places=Places(settings.model.max_concurrent_generations // 2),
     )
-    drawer = Drawer(engine, is_draining)
-    store = PictureStore(storage, gate, ledger.find)
+    drawer = EngineClient(engine, is_draining)
+    store = ImageStore(storage, gate, ledger.find)
     cutter = Cutter(settings.pictures.cutout_model)
-    return Storyteller(
+    return JobHandler(
         ledger=ledger,
         fetcher=fetcher,
         drawer=drawer,
-        products=ProductTeller(fetcher, drawer, store, cutter, settings.store.bucket),
+        products=ProductGeneration(fetcher, drawer, store, cutter, settings.store.bucket),
         store=store,
         facts=facts,
         progress=progress,

@@ -22,7 +22,7 @@ from inference.process.engine_process import EngineProcess, EngineState
 from inference.request import ModelFacts
 from worker.amqp.broker import Broadcast, Consumer, FirstTry, Publisher, Subscription, try_broker
 from worker.amqp.topology import QueueNames
-from worker.breakers import BACKEND_THRESHOLD, STORE_THRESHOLD, Breaker, Gate
+from worker.breakers import BACKEND_THRESHOLD, STORE_THRESHOLD, Breaker, StoreGate
 from worker.jobs.cancellations import Cancellations
 from worker.jobs.history import History
 from worker.jobs.leases import Leases
@@ -32,12 +32,12 @@ from worker.messages.decoder import rules_from
 from worker.metrics import Metrics
 from worker.monitoring.gauges import Gauges
 from worker.monitoring.http_server import HealthServer
-from worker.monitoring.idle import IdleWatch, idle_reason
+from worker.monitoring.idle import IdleTimer, idle_reason
 from worker.monitoring.readiness import Readiness
-from worker.monitoring.status_builder import Board
+from worker.monitoring.status_builder import StatusBuilder
 from worker.progress.previews import Previewer
 from worker.progress.reporter import ProgressReporter
-from worker.results.image_metadata import Labeller
+from worker.results.image_metadata import ImageEncoder
 from worker.results.ledger import Ledger
 from worker.results.notifier import Notifier
 from worker.results.outbox import PREFETCH as OUTBOX_PREFETCH
@@ -76,7 +76,7 @@ class Supervisor:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._labeller = Labeller(settings.pictures)
+        self._labeller = ImageEncoder(settings.pictures)
         self._metrics = Metrics()
         self._cancellations = Cancellations()
         self._is_draining = threading.Event()
@@ -91,7 +91,7 @@ class Supervisor:
         self._publisher = Publisher(settings.broker, self._names)
         self._backend_breaker = Breaker("the backend", BACKEND_THRESHOLD)
         self._store_breaker = Breaker("the store", STORE_THRESHOLD)
-        self._gate = Gate(self._store_breaker, self._is_draining)
+        self._gate = StoreGate(self._store_breaker, self._is_draining)
         self._build_deliveries(settings)
         self._previewer = Previewer(self._storage, settings.store.results_bucket)
         self._progress = ProgressReporter(
@@ -139,7 +139,7 @@ class Supervisor:
             is_stopping=lambda: self._is_stopping,
         )
         self._metrics.ready.set_function(lambda: float(not self._readiness.why_not()))
-        self._idle = IdleWatch(self._metrics)
+        self._idle = IdleTimer(self._metrics)
         self._history = History(shows_prompts=settings.service.status_show_prompts)
         board = self._board()
         self._health = HealthServer(
@@ -276,8 +276,8 @@ class Supervisor:
         while not self._is_draining.wait(self._leases.renew_every):
             processor.go_on_lease()
 
-    def _board(self) -> Board:
-        return Board(
+    def _board(self) -> StatusBuilder:
+        return StatusBuilder(
             name=self._name,
             version=version("darkroom"),
             began_at=time.time(),

@@ -32,24 +32,24 @@ CGROUPS = (
 )
 
 
-class Residence(Enum):
+class Placement(Enum):
     """Where the models live while the engine runs."""
 
     RESIDENT = "resident"  # all on the device, from the start
     OFFLOADED = "offloaded"  # in host memory, and on the device one at a time
 
 
-def decide(needed: Mapping[str, int], free: int, adapter_bytes: int | None = None) -> Residence:
+def decide(needed: Mapping[str, int], free: int, adapter_bytes: int | None = None) -> Placement:
     """How models of `needed` bytes run with `free` bytes on the device; EngineStartFailed where not even one fits.
 
     `adapter_bytes` of them are kept for adapters, where ADAPTER_MEMORY_GB is set.
     """
     reserve = RESERVE_BYTES + (adapter_bytes or 0)
     if sum(needed.values()) + reserve <= free:
-        return Residence.RESIDENT
+        return Placement.RESIDENT
     largest = max(needed, key=lambda name: needed[name])
     if needed[largest] + reserve <= free:
-        return Residence.OFFLOADED
+        return Placement.OFFLOADED
     kept = f" and ADAPTER_MEMORY_GB {adapter_bytes / GB:.1f} GB" if adapter_bytes else ""
     lower = "lower ADAPTER_MEMORY_GB, " if adapter_bytes else ""
     raise EngineStartFailed(
@@ -59,15 +59,15 @@ def decide(needed: Mapping[str, int], free: int, adapter_bytes: int | None = Non
     )
 
 
-def most_adapter_bytes(chosen: int | None, needed: Mapping[str, int], free: int, residence: Residence) -> int:
+def most_adapter_bytes(chosen: int | None, needed: Mapping[str, int], free: int, residence: Placement) -> int:
     """What the pages of adapters may take: what ADAPTER_MEMORY_GB says, or a share of what the weights leave free."""
     if chosen is not None:
         return chosen
-    there = sum(needed.values()) if residence is Residence.RESIDENT else max(needed.values())
+    there = sum(needed.values()) if residence is Placement.RESIDENT else max(needed.values())
     return max(0, int(ADAPTER_SHARE * (free - there)))
 
 
-def foresee(device_type: str, needed: Mapping[str, int], free: int, adapter_bytes: int | None = None) -> Residence:
+def foresee(device_type: str, needed: Mapping[str, int], free: int, adapter_bytes: int | None = None) -> Placement:
     """Decide, before the weights are read, and say loudly what is not as one would want it."""
     kept = adapter_bytes or 0
     figures = {"needed_gb": round(sum(needed.values()) / GB, 2), "free_gb": round(free / GB, 2)}
@@ -77,10 +77,10 @@ def foresee(device_type: str, needed: Mapping[str, int], free: int, adapter_byte
         if sum(needed.values()) + kept > free:
             advice = "the machine will swap or kill the worker: free memory, or name a smaller MODEL_ID"
             log_event(logger, "the model is larger than the free memory", logging.WARNING, **figures, advice=advice)
-        return Residence.RESIDENT
+        return Placement.RESIDENT
 
     residence = decide(needed, free, adapter_bytes)
-    if residence is Residence.OFFLOADED:
+    if residence is Placement.OFFLOADED:
         advice = "models take turns on the GPU, every picture is slower: end what else runs there or use a larger GPU"
         if sum(needed.values()) + RESERVE_BYTES <= free:
             advice = "models take turns on the GPU, every picture is slower: lower ADAPTER_MEMORY_GB"
@@ -89,14 +89,14 @@ def foresee(device_type: str, needed: Mapping[str, int], free: int, adapter_byte
     return residence
 
 
-def place(pipeline: Any, device: "torch.device", residence: Residence) -> None:
+def place(pipeline: Any, device: "torch.device", residence: Placement) -> None:
     """Bring the pipeline where it is to live. Once offloaded, it must not be moved by anything else."""
-    if residence is Residence.RESIDENT:
+    if residence is Placement.RESIDENT:
         pipeline.to(device)
         return
-    from inference.checkpoints.offload import take_turns  # noqa: PLC0415 - brings torch, which the supervisor never imports
+    from inference.checkpoints.offload import offload_in_turns  # noqa: PLC0415 - brings torch, which the supervisor never imports
 
-    take_turns(pipeline, device)
+    offload_in_turns(pipeline, device)
 
 
 def free_bytes(device: "torch.device") -> int:

@@ -11,7 +11,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import send_to_device
 
 
-class Seat:
+class DeviceSlot:
     """The one place on the device, and owner of which model has it. Of the engine's one thread.
 
     Weights are never written, so those in host memory stay, and leaving the device costs no copy.
@@ -42,7 +42,7 @@ class Seat:
 class _TakesSeat(ModelHook):  # type: ignore[misc]
     """Runs before `forward`, and before what diffusers decorates like it: a VAE's `encode` and `decode`."""
 
-    def __init__(self, seat: Seat) -> None:
+    def __init__(self, seat: DeviceSlot) -> None:
         self._seat = seat
         # Where a pipeline looks for the device it runs on.
         self.execution_device = seat.device
@@ -52,15 +52,15 @@ class _TakesSeat(ModelHook):  # type: ignore[misc]
         return send_to_device(args, self._seat.device), send_to_device(kwargs, self._seat.device)
 
 
-def take_turns(pipeline: Any, device: torch.device) -> None:
+def offload_in_turns(pipeline: Any, device: torch.device) -> None:
     """From now on each model of the pipeline, which are in host memory, is on the device whenever it is called."""
-    seat = Seat(device)
+    seat = DeviceSlot(device)
     for model in pipeline.components.values():
         if isinstance(model, torch.nn.Module):
             add_hook_to_module(model, _TakesSeat(seat), append=True)
 
 
-def bring(model: torch.nn.Module) -> None:
+def ensure_on_device(model: torch.nn.Module) -> None:
     """Have the model on the device where models take turns: for those who call parts of it and not the whole."""
     hook = getattr(model, "_hf_hook", None)
     if hook is not None:

@@ -15,7 +15,7 @@ class _Place(Generic[T]):
     num_users: int = 0
 
 
-class Shelf(Generic[T]):
+class ControlNetCache(Generic[T]):
     """Owner of the places. What is in use never gives way; of the rest the least recently used goes first.
 
     Those that wait ask in rounds, the oldest first, and none takes what an older one waits for: so two of them cannot
@@ -40,12 +40,12 @@ class Shelf(Generic[T]):
         place = self._places.get(name)
         return place.kept if place else None
 
-    def want(self, name: str, num_bytes: int, bring: Callable[[], T]) -> T | None:
+    def want(self, name: str, num_bytes: int, ensure_on_device: Callable[[], T]) -> T | None:
         """What is kept under `name`, or what `bring` gives to be kept there; None where there is no room for it now."""
         if name not in self._places:
             if not self._make_room(num_bytes):
                 return None
-            self._places[name] = _Place(bring(), num_bytes)
+            self._places[name] = _Place(ensure_on_device(), num_bytes)
         self._spoken_for.add(name)
         return self._places[name].kept
 

@@ -24,7 +24,7 @@ class DeviceBroken(Exception):
     """The device answers nothing any more (a sticky CUDA error): this process is of no use."""
 
 
-class Attempt(NamedTuple, Generic[T]):
+class Guarded(NamedTuple, Generic[T]):
     """Work that was tried: what came of it, or the error it ended with."""
 
     made: T | None
@@ -127,12 +127,12 @@ class Device:
             self._last_step.wait()
         self._last_step = launched
 
-    def attempt(self, work: Callable[[], T]) -> Attempt[T]:
+    def attempt(self, work: Callable[[], T]) -> Guarded[T]:
         """Try `work`. Whatever goes wrong is told, not raised, but for `DeviceBroken`: the device is gone with it."""
         try:
-            return Attempt(work(), None)
+            return Guarded(work(), None)
         except EngineError as error:
-            return Attempt(None, error)
+            return Guarded(None, error)
         except Exception as error:
             failure = error.with_traceback(None)
             if not isinstance(error, torch.OutOfMemoryError):
@@ -142,7 +142,7 @@ class Device:
         if self._is_cuda:
             torch.cuda.empty_cache()
         self._check(failure)
-        return Attempt(None, failure)
+        return Guarded(None, failure)
 
     def _check(self, failure: Exception) -> None:
         try:

@@ -8,12 +8,12 @@ from typing import Any
 from config.redacting import quoted
 from inference.engine.batcher import Claim
 from inference.engine.conditioner import Conditioner
-from inference.engine.controlnet_admission import ControlDesk
+from inference.engine.controlnet_admission import ControlNetAdmission
 from inference.engine.preparer import Preparer, ran_out_of_memory
-from inference.lane import Drawing
+from inference.lane import ActiveRequest
 from inference.lora.adapter import AdapterUnsupported
 from inference.lora.adapter_key import AdapterKey
-from inference.lora.bank import Applied
+from inference.lora.bank import AppliedAdapter
 from inference.lora.layers import PAGE_RANK
 from inference.lora.slots import Slots
 from inference.models.base import Family
@@ -33,7 +33,7 @@ class Admission:
         max_rank = min(max_rank, model.bank.num_pages * PAGE_RANK)
         self._preparer = Preparer(read=model.read_adapter, pack=model.pack, max_rank=max_rank, on_ready=on_ready)
         self._num_ahead = READ_AHEAD
-        self._controls = ControlDesk(model, prepare=self._preparer.submit, load=self._preparer.load)
+        self._controls = ControlNetAdmission(model, prepare=self._preparer.submit, load=self._preparer.load)
         self._conditioner = Conditioner(model)
 
     @property
@@ -41,7 +41,7 @@ class Admission:
         """Memory that adapters and ControlNets which have not been asked for yet may still take on the device."""
         return self._model.bank.num_bytes_to_come + self._controls.num_bytes_to_come
 
-    def prepare(self, drawing: Drawing, *, num_ahead: int) -> None:
+    def prepare(self, drawing: ActiveRequest, *, num_ahead: int) -> None:
         """Begin to make a new request ready. On the caller's thread: the loop's may be a whole step away.
 
         Its adapters are not read yet where `num_ahead` others come first.
@@ -51,13 +51,13 @@ class Admission:
         if num_ahead < self._num_ahead:
             self._read_missing(drawing)
 
-    def read_ahead(self, waiting: Sequence[Drawing]) -> None:
+    def read_ahead(self, waiting: Sequence[ActiveRequest]) -> None:
         """Begin to read the adapters and ControlNets of those that come next, of all that wait."""
         self._controls.begin_round(waiting[: self._num_ahead])
         for drawing in waiting[: self._num_ahead]:
             self._read_missing(drawing)
 
-    def claim(self, drawing: Drawing) -> Claim:
+    def claim(self, drawing: ActiveRequest) -> Claim:
         """Let the request begin if it can. Raises what preparing or loading it ended with; after a
         `torch.OutOfMemoryError` it holds nothing, and may ask again."""
         # Once more: what was in a slot when the request came may have been evicted meanwhile.
@@ -80,7 +80,7 @@ class Admission:
         # Not before: one that found no memory may still be withdrawn. What this one holds goes when its end is noticed.
         return Claim.GRANTED if drawing.begin() else Claim.WITHDRAWN
 
-    def relieve(self, older: Sequence[Drawing], drawing: Drawing, younger: Sequence[Drawing]) -> bool:
+    def relieve(self, older: Sequence[ActiveRequest], drawing: ActiveRequest, younger: Sequence[ActiveRequest]) -> bool:
         """Free what is kept for none that draws or is older, so that a waiting request finds memory for what it claims;
         was there any? What of the request itself found no memory is prepared anew.
 
@@ -94,7 +94,7 @@ class Admission:
             del drawing.readings[key]
         return self._controls.relieve(older, drawing) or is_relieved
 
-    def why_short(self, drawing: Drawing) -> str:
+    def why_short(self, drawing: ActiveRequest) -> str:
         """Says what of the request finds no memory, and what would be right."""
         # By their numbers: what the job called them is not known here.
         total, new = len(drawing.keys), self._new_keys(drawing)
@@ -106,14 +106,14 @@ class Admission:
         remedy = f"lower {settings}, end what else runs there or use a larger GPU"
         return f"the GPU's memory does not hold {what} beside the model, even alone: {remedy}"
 
-    def condition(self, drawings: Sequence[Drawing]) -> None:
+    def condition(self, drawings: Sequence[ActiveRequest]) -> None:
         """Encode the prompts of requests that begin, in one go."""
         started_at = time.monotonic()
         for drawing, conditioning in zip(drawings, self._conditioner.condition(drawings), strict=True):
             drawing.conditioning = conditioning
             drawing.note_stage("encode", started_at)
 
-    def release(self, drawing: Drawing) -> None:
+    def release(self, drawing: ActiveRequest) -> None:
         """The request ends: its adapters stay until their slots are needed."""
         self._let_go(drawing)
         self._num_ahead = READ_AHEAD
@@ -121,15 +121,15 @@ class Admission:
     def close(self) -> None:
         self._preparer.close()
 
-    def _read_missing(self, drawing: Drawing) -> None:
+    def _read_missing(self, drawing: ActiveRequest) -> None:
         for key, file in zip(drawing.keys, drawing.request.adapters, strict=True):
             if key not in drawing.readings and self.slots.find(key) is None:
                 drawing.readings[key] = self._preparer.read(key, file)
 
-    def _new_keys(self, drawing: Drawing) -> list[AdapterKey]:
+    def _new_keys(self, drawing: ActiveRequest) -> list[AdapterKey]:
         return [key for key in dict.fromkeys(drawing.keys) if self.slots.find(key) is None]
 
-    def _num_pages(self, drawing: Drawing, key: AdapterKey) -> int:
+    def _num_pages(self, drawing: ActiveRequest, key: AdapterKey) -> int:
         slot = self.slots.find(key)
         return len(slot.pages) if slot else drawing.readings[key].result().packed.num_pages
 
@@ -139,7 +139,7 @@ class Admission:
             reason = f"the adapters are of ranks {num_pages * PAGE_RANK} together; {held}: use fewer, or of lower ranks"
             raise RequestFailed(AdapterUnsupported.code, reason)
 
-    def _hold(self, drawing: Drawing) -> None:
+    def _hold(self, drawing: ActiveRequest) -> None:
         """Hold the request's adapters and its ControlNet on the device until it ends; none of them where one fails."""
         try:
             self._load(drawing)
@@ -148,13 +148,13 @@ class Admission:
             self._let_go(drawing)
             raise
 
-    def _let_go(self, drawing: Drawing) -> None:
+    def _let_go(self, drawing: ActiveRequest) -> None:
         for key in drawing.held:
             self.slots.release(key)
         drawing.held.clear()
         self._controls.release(drawing)
 
-    def _load(self, drawing: Drawing) -> None:
+    def _load(self, drawing: ActiveRequest) -> None:
         """Bring the request's adapters into slots and hold them there."""
         new = self._new_keys(drawing)
         # Those that are there first, or making room for the others might evict them.
@@ -164,11 +164,11 @@ class Admission:
         for key in new:
             self._load_one(drawing, key)
         files = zip(drawing.keys, drawing.request.adapters, strict=True)
-        drawing.row = tuple(Applied(drawing.held[key].pages, file.scale) for key, file in files)
+        drawing.row = tuple(AppliedAdapter(drawing.held[key].pages, file.scale) for key, file in files)
         drawing.stages.append(_adapt_stage([drawing.readings[key].result().stage for key in new]))
         drawing.readings.clear()
 
-    def _load_one(self, drawing: Drawing, key: AdapterKey) -> None:
+    def _load_one(self, drawing: ActiveRequest, key: AdapterKey) -> None:
         packed = drawing.readings[key].result().packed
         slot = self.slots.load(key, packed.num_pages)
         try:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
-from inference.lane import Conditioning, Drawing, Embedding
-from inference.lora.bank import Applied
+from inference.lane import ActiveRequest, Conditioning, Embedding
+from inference.lora.bank import AppliedAdapter
 from inference.models.base import Family, Prompt
 
 # On the model's device: 500 texts of SD 1.5 in 16 bits, 200 of SDXL, some 150 of Z-Image.
@@ -25,7 +25,7 @@ class Conditioner:
         self._remembered: OrderedDict[_Key, Embedding] = OrderedDict()
         self._num_bytes = 0
 
-    def condition(self, drawings: Sequence[Drawing]) -> list[Conditioning]:
+    def condition(self, drawings: Sequence[ActiveRequest]) -> list[Conditioning]:
         """The conditioning of each drawing, under the adapters in its row."""
         known = self._embeddings([(prompt, drawing) for drawing in drawings for prompt in _prompts(drawing)])
         found = []
@@ -36,7 +36,7 @@ class Conditioner:
             found.append(Conditioning(positive, negative[0] if negative else None))
         return found
 
-    def _evened(self, drawing: Drawing, positive: Embedding, negative: Embedding) -> tuple[Embedding, Embedding]:
+    def _evened(self, drawing: ActiveRequest, positive: Embedding, negative: Embedding) -> tuple[Embedding, Embedding]:
         """Both as long as the longer one, the other filled up with empty chunks: so do compel and A1111."""
         # A negative prompt that is left out stays left out over its whole length.
         fillings = [Prompt(""), Prompt("", is_left_out=not drawing.request.negative_prompt)]
@@ -48,7 +48,7 @@ class Conditioner:
         ]
         return evened[0], evened[1]
 
-    def _embeddings(self, wanted: Sequence[tuple[Prompt, Drawing]]) -> dict[_Key, Embedding]:
+    def _embeddings(self, wanted: Sequence[tuple[Prompt, ActiveRequest]]) -> dict[_Key, Embedding]:
         texts = {self._key(prompt, drawing): (prompt, drawing.row) for prompt, drawing in wanted}
         known = {key: self._remembered[key] for key in texts if key in self._remembered}
         new = [key for key in texts if key not in known]
@@ -69,16 +69,16 @@ class Conditioner:
             _, dropped = self._remembered.popitem(last=False)
             self._num_bytes -= _num_bytes(dropped)
 
-    def _key(self, prompt: Prompt, drawing: Drawing) -> _Key:
+    def _key(self, prompt: Prompt, drawing: ActiveRequest) -> _Key:
         """A text means the same under adapters that leave the text encoders alone."""
         files = zip(drawing.keys, drawing.row, strict=True)
         return prompt, tuple((key, applied.scale) for key, applied in files if self._changes_text(applied))
 
-    def _changes_text(self, applied: Applied) -> bool:
+    def _changes_text(self, applied: AppliedAdapter) -> bool:
         return any(self._model.bank.touches(applied, encoder) for encoder in self._model.text_encoders)
 
 
-def _prompts(drawing: Drawing) -> tuple[Prompt, ...]:
+def _prompts(drawing: ActiveRequest) -> tuple[Prompt, ...]:
     positive, negative = Prompt(drawing.request.prompt), drawing.request.negative_prompt
     return (positive, Prompt(negative, is_left_out=not negative)) if drawing.is_guided else (positive,)
 

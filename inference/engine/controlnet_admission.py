@@ -5,16 +5,16 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from inference.controlnet.cache import Shelf
+from inference.controlnet.cache import ControlNetCache
 from inference.controlnet.guide import Guide, picture_of
-from inference.lane import Drawing
+from inference.lane import ActiveRequest
 from inference.models.base import Family
 
 # Has work done on another thread.
 Submit = Callable[[Callable[[], Any]], Future[Any]]
 
 
-class ControlDesk:
+class ControlNetAdmission:
     """Owner of the shelf of loaded ControlNets. The loop's thread calls it, but for `prepare`."""
 
     def __init__(self, model: Family, *, prepare: Submit, load: Submit) -> None:
@@ -22,21 +22,21 @@ class ControlDesk:
         self._model = model
         self._submit = prepare
         self._load = load
-        self._shelf: Shelf[Future[Any]] = Shelf(model.controlnets.max_bytes)
+        self._shelf: ControlNetCache[Future[Any]] = ControlNetCache(model.controlnets.max_bytes)
 
-    def prepare(self, drawing: Drawing) -> None:
+    def prepare(self, drawing: ActiveRequest) -> None:
         """Begin to make a new request's picture ready. On any thread."""
         if drawing.request.control is not None:
             drawing.control_picture = self._submit(partial(picture_of, drawing.request, drawing.request.control))
 
-    def begin_round(self, next_ones: Sequence[Drawing]) -> None:
+    def begin_round(self, next_ones: Sequence[ActiveRequest]) -> None:
         """All that wait ask again, the oldest first; load already what those that come next need."""
         self._shelf.begin_round()
         for drawing in next_ones:
             if self.needs(drawing) is None:
                 break
 
-    def needs(self, drawing: Drawing) -> list[Future[Any]] | None:
+    def needs(self, drawing: ActiveRequest) -> list[Future[Any]] | None:
         """What the request waits for; None where its ControlNet finds no place beside those that others use."""
         name, picture = self._name_of(drawing), drawing.control_picture
         is_refused = drawing.scheduling.done() and drawing.scheduling.exception() is not None
@@ -46,7 +46,7 @@ class ControlDesk:
         net = self._shelf.want(name, size, lambda: self._load(partial(self._model.load_control, name)))
         return None if net is None else [picture, net]
 
-    def attach(self, drawing: Drawing) -> None:
+    def attach(self, drawing: ActiveRequest) -> None:
         """Give the request, which needs nothing more, its guide, and hold its ControlNet there until it ends."""
         control, needed = drawing.request.control, self.needs(drawing)
         if control is None or not needed:
@@ -61,13 +61,13 @@ class ControlDesk:
         """What ControlNets that are not loaded may still take on the device."""
         return max(0, self._model.controlnets.most_bytes - self._shelf.num_bytes)
 
-    def relieve(self, older: Sequence[Drawing], drawing: Drawing) -> bool:
+    def relieve(self, older: Sequence[ActiveRequest], drawing: ActiveRequest) -> bool:
         """Free the memory of ControlNets that are not in use, but for the request's own and those of older ones; was
         there any? Its own is loaded anew where that failed."""
         self._forget_failed(drawing)
         return self._shelf.drop_idle(keep={self._name_of(one) for one in (*older, drawing)})
 
-    def release(self, drawing: Drawing) -> None:
+    def release(self, drawing: ActiveRequest) -> None:
         """The request ends, begun or not."""
         name = self._name_of(drawing)
         if name is None:
@@ -79,13 +79,13 @@ class ControlDesk:
         # Perhaps that is why it ends. Whoever comes next tries once more.
         self._forget_failed(drawing)
 
-    def _forget_failed(self, drawing: Drawing) -> None:
+    def _forget_failed(self, drawing: ActiveRequest) -> None:
         name = self._name_of(drawing)
         net = None if name is None else self._shelf.find(name)
         if name is not None and net is not None and net.done() and net.exception() is not None:
             self._shelf.forget(name)
 
-    def _name_of(self, drawing: Drawing) -> str | None:
+    def _name_of(self, drawing: ActiveRequest) -> str | None:
         """The ControlNet, where there is one of that name: otherwise the family refuses the request."""
         control = drawing.request.control
         return control.model if control is not None and control.model in self._model.controlnets.names else None

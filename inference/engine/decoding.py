@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 
 from inference.device.decoded_image import DecodedImage
-from inference.device.device import Attempt, Device
-from inference.lane import Drawing, Lane
+from inference.device.device import Device, Guarded
+from inference.lane import ActiveRequest, Lane
 from inference.models.base import Family
 from inference.request import Picture, RequestFailed
 
@@ -48,12 +48,12 @@ class Decoder:
         """Has the oldest image arrived, or are there more than `num_left`?"""
         return len(self._in_flight) > num_left or (self.is_busy and self._in_flight[0].image.has_arrived)
 
-    def end_oldest(self) -> tuple[Lane, Attempt[Picture]]:
+    def end_oldest(self) -> tuple[Lane, Guarded[Picture]]:
         """Wait for the oldest image; the lane, and what came of it."""
         lane, image = self._in_flight.popleft()
         return lane, self._device.attempt(partial(self._picture_of, lane, image))
 
-    def drop(self, drawing: Drawing) -> None:
+    def drop(self, drawing: ActiveRequest) -> None:
         """Forget the request's images."""
         self._in_flight = deque(one for one in self._in_flight if one.lane.drawing is not drawing)
 

@@ -13,7 +13,7 @@ import transformers
 from config.settings import ModelSettings
 from inference.engine.step_loop import StepLoop
 from inference.engine.warm_up import WarmUp
-from inference.lane import Drawing
+from inference.lane import ActiveRequest
 from inference.lora.adapter_key import AdapterKey
 from inference.models.base import Family
 from inference.models.loader import load_family
@@ -49,7 +49,7 @@ class LocalEngine:
         dtype = _choose_dtype(settings.dtype, device)
         self._model = self._load(settings, device, dtype)
         self._on_occupancy = on_occupancy
-        self._inbox: queue.SimpleQueue[Drawing | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ActiveRequest | None] = queue.SimpleQueue()
         # What is in the inbox is answered: nothing may come in once the thread has looked into it for the last time.
         self._taking_in = threading.Lock()
         self._is_closing = False
@@ -90,7 +90,7 @@ class LocalEngine:
     ) -> Future[GenerationResult]:
         """Queue `request`; see `Engine`."""
         keys = tuple(AdapterKey.of(file) for file in request.adapters)
-        drawing = Drawing(request, self._model.kind_of(request), on_step, is_cancelled, keys)
+        drawing = ActiveRequest(request, self._model.kind_of(request), on_step, is_cancelled, keys)
         self._enqueue(drawing)
         return drawing.future
 
@@ -113,7 +113,7 @@ class LocalEngine:
             warm_up.load_kernels(max_lanes)
         return step_seconds
 
-    def _enqueue(self, drawing: Drawing) -> None:
+    def _enqueue(self, drawing: ActiveRequest) -> None:
         with self._taking_in:
             if self._is_closing or self.is_broken:
                 raise EngineClosed("the engine is closed")

@@ -7,7 +7,7 @@ import torch
 
 from inference.device.device import Device
 from inference.device.host_copy import HostCopy, copy_to_host
-from inference.lane import Drawing, Lane
+from inference.lane import ActiveRequest, Lane
 from inference.models.base import Family, sampler_of
 from inference.request import Preview
 
@@ -15,7 +15,7 @@ from inference.request import Preview
 class _Projected(NamedTuple):
     """A picture [height, width, 3] on its way to host memory, for `drawing`."""
 
-    drawing: Drawing
+    drawing: ActiveRequest
     rgb: HostCopy
 
 
@@ -60,5 +60,5 @@ class Previews:
 
     def _begin_copy(self, lane: Lane, prediction: torch.Tensor) -> None:
         assert self._projection is not None, "previews are due where there is a projection"  # noqa: S101
-        rgb = self._projection(self._model.denoised(lane, prediction))
+        rgb = self._projection(self._model.predict_x0(lane, prediction))
         self._copies.append(_Projected(lane.drawing, copy_to_host(rgb)))

@@ -8,7 +8,7 @@ import torch
 from config.logs import log_event
 from inference.engine.admission import Admission
 from inference.engine.batcher import Batcher, Claim
-from inference.lane import Drawing, Lane
+from inference.lane import ActiveRequest, Lane
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +28,11 @@ class Shortages:
         self._admission = admission
         self._drawn = drawn
 
-    def is_to_be_alone(self, drawing: Drawing) -> bool:
+    def is_to_be_alone(self, drawing: ActiveRequest) -> bool:
         """Has the request tried often enough beside others that are drawn?"""
         return drawing.num_shortages >= TRIES_BESIDE_OTHERS and self._is_beside_others(drawing)
 
-    def answer(self, drawing: Drawing, waiting: Sequence[Drawing]) -> Claim:
+    def answer(self, drawing: ActiveRequest, waiting: Sequence[ActiveRequest]) -> Claim:
         """The answer to a claim that ran out of memory, of one of those waiting; WITHDRAWN where it is to fail."""
         place = waiting.index(drawing)
         is_relieved = self._admission.relieve(waiting[:place], drawing, waiting[place + 1 :])
@@ -43,7 +43,7 @@ class Shortages:
         may_try = is_relieved or drawing.num_shortages_alone < TRIES_ALONE
         return Claim.NO_SLOT if may_try else Claim.WITHDRAWN
 
-    def postpone(self, drawing: Drawing, error: Exception | None) -> bool:
+    def postpone(self, drawing: ActiveRequest, error: Exception | None) -> bool:
         """Let those of the request's lanes that have just joined wait again, where `error` is a want of memory that
         others hold; False where it is anything else."""
         if not isinstance(error, torch.OutOfMemoryError) or not self._is_beside_others(drawing):
@@ -55,11 +55,11 @@ class Shortages:
                 self._batcher.add(lane)
         return True
 
-    def _is_beside_others(self, drawing: Drawing) -> bool:
+    def _is_beside_others(self, drawing: ActiveRequest) -> bool:
         # Lanes of its own that have begun are others too: they hold memory, and end.
         return any(lane.drawing is not drawing or lane.sampler is not None for lane in self._drawn())
 
-    def _note(self, drawing: Drawing) -> None:
+    def _note(self, drawing: ActiveRequest) -> None:
         drawing.num_shortages += 1
         self._batcher.make_room()
         log_event(logger, "no memory for a request to begin", logging.WARNING, tries=drawing.num_shortages)

@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from inference.device.device import Attempt, Device
+from inference.device.device import Device, Guarded
 from inference.engine.admission import Admission
 from inference.engine.batcher import Batcher, Claim
 from inference.engine.decoding import Decoder
 from inference.engine.previews import Previews
 from inference.engine.shortages import Shortages
-from inference.lane import Drawing, Lane
+from inference.lane import ActiveRequest, Lane
 from inference.lora.adapter_key import AdapterKey
 from inference.models.base import Family, sampler_of
-from inference.request import EngineError, EngineFault, GenerationResult, Occupancy, RequestCancelled, RequestFailed
+from inference.request import EngineError, EngineFault, EngineLoad, GenerationResult, RequestCancelled, RequestFailed
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class StepLoop:
         self._shortages = Shortages(self._batcher, self._admission, lambda: [*self._batcher.active, *self._denoised])
         self._previews = Previews(model, self._device, preview_every)
         self._decoder = Decoder(model, self._device)
-        self._drawings: list[Drawing] = []
+        self._drawings: list[ActiveRequest] = []
         self._denoised: list[Lane] = []
         self._step_seconds = 0.0
         self._was_busy = False
@@ -58,18 +58,18 @@ class StepLoop:
         is_decoding = bool(self._denoised) or self._decoder.is_busy
         return is_decoding or bool(self._batcher.active or (self._was_busy and self._batcher.waiting))
 
-    def prepare(self, drawing: Drawing) -> None:
+    def prepare(self, drawing: ActiveRequest) -> None:
         """Begin to make a request ready that will be added. Any thread may call it."""
         num_waiting = len({id(lane.drawing) for lane in self._batcher.waiting})
         self._admission.prepare(drawing, num_ahead=num_waiting)
 
-    def add(self, drawing: Drawing) -> None:
+    def add(self, drawing: ActiveRequest) -> None:
         """Take in a request that was given to `prepare`."""
         self._drawings.append(drawing)
         for lane in drawing.lanes:
             self._batcher.add(lane)
 
-    def step(self) -> Occupancy:
+    def step(self) -> EngineLoad:
         """One turn: lanes join, one batch takes a step, lanes that are done become pictures."""
         self._admit()
         self._was_busy = bool(self._batcher.active)
@@ -137,7 +137,7 @@ class StepLoop:
         self._is_encoding |= has_source and attempt.made is Claim.GRANTED
         return attempt.made or Claim.WITHDRAWN
 
-    def _condition(self, drawings: Sequence[Drawing]) -> None:
+    def _condition(self, drawings: Sequence[ActiveRequest]) -> None:
         if not drawings:
             return
         error = self._device.attempt(lambda: self._admission.condition(drawings)).error
@@ -191,7 +191,7 @@ class StepLoop:
         survivors = {lane: made for lane, made in predictions.items() if not lane.drawing.is_ended}
         return list(survivors), list(survivors.values())
 
-    def _forward(self, batch: list[Lane]) -> Attempt[list[torch.Tensor]]:
+    def _forward(self, batch: list[Lane]) -> Guarded[list[torch.Tensor]]:
         def forward() -> list[torch.Tensor]:
             with self._device.measured(batch[0].shape, sum(lane.num_rows for lane in batch)):
                 return self._model.denoise(batch)
@@ -251,7 +251,7 @@ class StepLoop:
 
     # Endings
 
-    def _fail(self, drawing: Drawing, error: Exception | None) -> None:
+    def _fail(self, drawing: ActiveRequest, error: Exception | None) -> None:
         """End the request with what the device's error means for its owner."""
         if isinstance(error, torch.OutOfMemoryError):
             size = f"a picture of {drawing.request.width}x{drawing.request.height}"
@@ -262,7 +262,7 @@ class StepLoop:
         else:
             self._end(drawing, EngineFault(f"{type(error).__name__}: {error}"))
 
-    def _end(self, drawing: Drawing, outcome: GenerationResult | Exception) -> None:
+    def _end(self, drawing: ActiveRequest, outcome: GenerationResult | Exception) -> None:
         """Take the request out, free what it held, and answer it unless its owner cancelled it."""
         self._drawings.remove(drawing)
         for lane in drawing.lanes:
@@ -280,8 +280,8 @@ class StepLoop:
             drawing.tell_steps()
             drawing.future.set_result(outcome)
 
-    def _occupancy(self, num_batched: int) -> Occupancy:
-        return Occupancy(
+    def _occupancy(self, num_batched: int) -> EngineLoad:
+        return EngineLoad(
             num_batched=num_batched,
             num_lanes=len(self._batcher.active),
             slots_active=self._admission.slots.num_active,
@@ -290,6 +290,6 @@ class StepLoop:
         )
 
 
-def _drawings_of(lanes: Sequence[Lane]) -> list[Drawing]:
+def _drawings_of(lanes: Sequence[Lane]) -> list[ActiveRequest]:
     """The requests that the lanes belong to, each once, in order."""
     return list(dict.fromkeys(lane.drawing for lane in lanes))

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from inference.checkpoints import safety_checker as safety
-from inference.lane import Drawing
+from inference.lane import ActiveRequest
 from inference.lora.adapter_key import AdapterKey, ReadAdapter
 from inference.lora.bank import PackedAdapter
 from inference.models.base import Family
@@ -35,7 +35,9 @@ BLANK = AdapterFile(Path(), None, 1.0, version="warm-up")
 class WarmUp:
     """Draws with the engine's own loop: cuDNN keeps its plans by thread."""
 
-    def __init__(self, model: Family, enqueue: Callable[[Drawing], None], forget: Callable[[AdapterKey], None]) -> None:
+    def __init__(
+        self, model: Family, enqueue: Callable[[ActiveRequest], None], forget: Callable[[AdapterKey], None]
+    ) -> None:
         """`enqueue` hands a request to the loop, whose thread is the one to call `forget` with an adapter's key."""
         self._model = model
         self._enqueue = enqueue
@@ -66,7 +68,7 @@ class WarmUp:
             self._take_one_step(self._unfinished(num_lanes))
             self._take_one_step(self._with_blank(self._unfinished(num_lanes, BLANK), blank))
 
-    def _take_one_step(self, drawing: Drawing) -> None:
+    def _take_one_step(self, drawing: ActiveRequest) -> None:
         self._enqueue(drawing)
         error = drawing.future.exception()
         if isinstance(error, RequestFailed) and error.code == "GPU_OOM":
@@ -74,12 +76,12 @@ class WarmUp:
         elif error is not None and not isinstance(error, RequestCancelled):
             raise error
 
-    def _unfinished(self, num_lanes: int, *adapters: AdapterFile) -> Drawing:
+    def _unfinished(self, num_lanes: int, *adapters: AdapterFile) -> ActiveRequest:
         """A request that is cancelled in the turn after its first step: nothing is decoded."""
         reports: list[StepReport] = []
         return self._drawing(num_lanes, reports.append, lambda: bool(reports), adapters)
 
-    def _with_blank(self, drawing: Drawing, packed: PackedAdapter) -> Drawing:
+    def _with_blank(self, drawing: ActiveRequest, packed: PackedAdapter) -> ActiveRequest:
         """Give the request its adapter as if it had been read; the slot is free again at its end."""
         (key,) = drawing.keys
         reading: Future[ReadAdapter] = Future()
@@ -94,7 +96,7 @@ class WarmUp:
         on_step: Callable[[StepReport], None] = lambda _: None,
         is_cancelled: Callable[[], bool] = lambda: False,
         adapters: tuple[AdapterFile, ...] = (),
-    ) -> Drawing:
+    ) -> ActiveRequest:
         size = self._model.base_size
         request = GenerationRequest(
             request_id="warm-up",
@@ -111,7 +113,7 @@ class WarmUp:
             source=None if "text2image" in self._model.kinds else Source(GREY * 3 * size**2, 1.0, WHITE * size**2),
         )
         keys = tuple(AdapterKey.of(file) for file in adapters)
-        return Drawing(request, self._model.kind_of(request), on_step, is_cancelled, keys)
+        return ActiveRequest(request, self._model.kind_of(request), on_step, is_cancelled, keys)
 
 
 def lane_counts(max_lanes: int, rows_per_lane: int) -> list[int]:

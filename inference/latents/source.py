@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from inference.checkpoints.offload import bring
+from inference.checkpoints.offload import ensure_on_device
 from inference.request import Source
-from inference.sampling.samplers import Origin
+from inference.sampling.samplers import SourceLatents
 
 # Of a mask's bytes, as diffusers rounds them: from here on the picture is repainted.
 REPAINTED = 128
@@ -41,7 +41,7 @@ class EncodedSource:
 
     def begin(
         self, draw: Callable[[], torch.Tensor], scale: Callable[[torch.Tensor], torch.Tensor]
-    ) -> tuple[torch.Tensor, Origin]:
+    ) -> tuple[torch.Tensor, SourceLatents]:
         """A lane's noise, and where it begins.
 
         `draw` gives standard normal noise of the latents' shape. It is asked as often as diffusers' pipelines draw, in
@@ -50,13 +50,13 @@ class EncodedSource:
         latents = None if self.picture is None else scale(self.picture.sample(draw()))
         noise = draw()
         if self.mask is None:
-            return noise, Origin(latents)
+            return noise, SourceLatents(latents)
         # Its pipelines encode the rest of the picture even for a denoiser that does not read it.
         rest_noise = draw()
         if self.rest is None:
-            return noise, Origin(latents, self.mask, self.is_hidden)
+            return noise, SourceLatents(latents, self.mask, self.is_hidden)
         channels = torch.cat((self.mask.to(noise.dtype), scale(self.rest.sample(rest_noise))))
-        return noise, Origin(latents, is_hidden=self.is_hidden, channels=channels)
+        return noise, SourceLatents(latents, is_hidden=self.is_hidden, channels=channels)
 
 
 def encode(
@@ -100,7 +100,7 @@ def _tensor(values: bytes, shape: tuple[int, ...]) -> torch.Tensor:
 @contextmanager
 def _encoder_in(vae: Any, dtype: torch.dtype) -> Iterator[None]:
     """Have the weights that encode in `dtype` inside. They are put back as they were, which takes no memory."""
-    bring(vae)  # or its turn on the device would come inside, and end with the weights of another dtype
+    ensure_on_device(vae)  # or its turn on the device would come inside, and end with the weights of another dtype
     parts = [part for part in (vae.encoder, vae.quant_conv) if part is not None]
     kept = [(weight, weight.data) for part in parts for weight in part.parameters()]
     try:

@@ -25,7 +25,7 @@ from inference.lora.files import (
     read_peft_config,
     shown,
 )
-from inference.lora.key_names import DOWN, PEFT_PREFIX, UP, Dialect
+from inference.lora.key_names import DOWN, PEFT_PREFIX, UP, KeyNaming
 from inference.lora.tensor_names import SortedNames, sort_names
 
 __all__ = [
@@ -98,7 +98,7 @@ def blank_adapter(models: Mapping[str, torch.nn.Module]) -> Adapter:
     return Adapter(zeros)
 
 
-def read_adapter(weights: Path, config: Path | None, dialect: Dialect) -> Adapter:
+def read_adapter(weights: Path, config: Path | None, dialect: KeyNaming) -> Adapter:
     """The adapter in a local safetensors file; `config` is the adapter_config.json beside a PEFT folder's weights.
 
     Raises AdapterUnsafe, AdapterUnsupported, AdapterInvalid or, where the names alone tell that it was made for another
@@ -131,7 +131,7 @@ def read_adapter(weights: Path, config: Path | None, dialect: Dialect) -> Adapte
     return Adapter(layers)
 
 
-def _alphas_by_stem(tensors: Mapping[str, torch.Tensor], names: SortedNames, dialect: Dialect) -> dict[str, float]:
+def _alphas_by_stem(tensors: Mapping[str, torch.Tensor], names: SortedNames, dialect: KeyNaming) -> dict[str, float]:
     """The alpha tensors' values by the stems of the layers they belong to.
 
     One without weights, as tools leave that take layers out, changes nothing; one that only names its layer otherwise
@@ -150,7 +150,7 @@ def _alphas_by_stem(tensors: Mapping[str, torch.Tensor], names: SortedNames, dia
     return alphas
 
 
-def _names_another_layer(bare: str, names: SortedNames, layers: set[str], dialect: Dialect) -> bool:
+def _names_another_layer(bare: str, names: SortedNames, layers: set[str], dialect: KeyNaming) -> bool:
     if any(bare.startswith(f"{stem}.") for stem in names.halves):
         return False
     return dialect.layer_name(bare) not in layers
@@ -166,7 +166,7 @@ def _scalar(tensors: Mapping[str, torch.Tensor], names: SortedNames, stem: str) 
     return checked_alpha(float(scalar.item()))
 
 
-def _stated(metadata: Mapping[str, str], dialect: Dialect) -> dict[str, Scaling]:
+def _stated(metadata: Mapping[str, str], dialect: KeyNaming) -> dict[str, Scaling]:
     """The scalings in diffusers' own settings, by model."""
     if SETTINGS_METADATA not in metadata:
         return {}

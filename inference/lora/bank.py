@@ -32,14 +32,14 @@ from inference.lora.slots import ZERO_PAGE
 logger = logging.getLogger(__name__)
 
 
-class Applied(NamedTuple):
+class AppliedAdapter(NamedTuple):
     """An adapter as one row of a batch wants it: the pages it fills, and how strongly."""
 
     pages: tuple[int, ...]
     scale: float
 
 
-Row = tuple[Applied, ...]
+Row = tuple[AppliedAdapter, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ class AdapterBank:
         # The same pages may touch other layers now.
         self._routing = None
 
-    def touches(self, applied: Applied, model: str) -> bool:
+    def touches(self, applied: AppliedAdapter, model: str) -> bool:
         """Does the adapter in these pages change the model called so?"""
         return any(group.names[0].startswith(f"{model}.") for group in self._contents[applied.pages[0]])
 

@@ -64,7 +64,7 @@ class Owned(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Dialect:
+class KeyNaming:
     """What the adapters of one model family may change, and what their files call it.
 
     models: those of the pipeline, first the one that names without a model belong to.
@@ -174,17 +174,17 @@ def _z_image_layer(_model: str, layer: str) -> str:
     return layer
 
 
-def _of_stable_diffusion(models: tuple[str, ...], layers_per_block: int) -> Dialect:
+def _of_stable_diffusion(models: tuple[str, ...], layers_per_block: int) -> KeyNaming:
     def layer_of(model: str, layer: str) -> str:
         return unet_layer(layer, layers_per_block) if model == "unet" else _clip_layer(model, layer)
 
-    return Dialect(models, UNET_ROOTS, UNET_WORDS, layer_of)
+    return KeyNaming(models, UNET_ROOTS, UNET_WORDS, layer_of)
 
 
 # Every published Stable Diffusion has two layers a block.
 STABLE_DIFFUSION = _of_stable_diffusion(("unet", "text_encoder"), 2)
 
-Z_IMAGE = Dialect(
+Z_IMAGE = KeyNaming(
     models=("transformer",),
     roots=Z_IMAGE_ROOTS,
     words=Z_IMAGE_WORDS,
@@ -200,6 +200,6 @@ Z_IMAGE = Dialect(
 )
 
 
-def sdxl(unet_config: Any) -> Dialect:
+def sdxl(unet_config: Any) -> KeyNaming:
     """SDXL's dialect; `unet_config` is `pipe.unet.config`, whose layers_per_block is read."""
     return _of_stable_diffusion(("unet", "text_encoder", "text_encoder_2"), unet_config.layers_per_block)

@@ -16,18 +16,18 @@ from inference.controlnet.loader import ControlNets
 from inference.device.attention import AttentionOrder
 from inference.device.decoded_image import DecodedImage, image_of
 from inference.device.uploads import upload
-from inference.lane import Embedding, Kind, Lane
+from inference.lane import BatchTraits, Embedding, Lane
 from inference.latents.preview_projection import Projection, find_projection
 from inference.latents.source import EncodedSource, check_size, encode
 from inference.lora.adapter import Adapter, blank_adapter, check_fits, read_adapter
 from inference.lora.adapter_memory import AdapterMemory
 from inference.lora.bank import AdapterBank, PackedAdapter, Row
-from inference.lora.key_names import Dialect
+from inference.lora.key_names import KeyNaming
 from inference.request import KINDS, GenerationRequest, RequestFailed, Source
-from inference.sampling.foresight import denoised
+from inference.sampling.foresight import predict_x0
 from inference.sampling.samplers import Sampler, Samplers
 from inference.sampling.schedulers import SchedulerTable
-from inference.sampling.trajectory import Course
+from inference.sampling.trajectory import StepPlan
 
 
 class Prompt(NamedTuple):
@@ -65,7 +65,7 @@ class Family(ABC):
         self,
         pipeline: Any,
         models: Mapping[str, torch.nn.Module],
-        dialect: Dialect,
+        dialect: KeyNaming,
         *,
         device: torch.device,
         memory: AdapterMemory,
@@ -97,7 +97,7 @@ class Family(ABC):
         """Width and height, in pixels, are multiples of it."""
 
     @abstractmethod
-    def kind_of(self, request: GenerationRequest) -> Kind:
+    def kind_of(self, request: GenerationRequest) -> BatchTraits:
         """Whom the request's lanes may share a forward with, and how many rows they take in it."""
 
     @abstractmethod
@@ -215,12 +215,12 @@ class Family(ABC):
         with torch.inference_mode():
             return find_projection(self._pipeline.vae, self._unscaled, self.device)
 
-    def denoised(self, lane: Lane, prediction: torch.Tensor) -> torch.Tensor:
+    def predict_x0(self, lane: Lane, prediction: torch.Tensor) -> torch.Tensor:
         """The finished latents as far as they can be told before the lane takes its step by `prediction`."""
         sampler = sampler_of(lane)
         # What it read behind the latents tells nothing of the noise.
         latents = sampler.model_input()[: len(prediction)]
-        return denoised(latents, sampler.timestep, prediction, self._pipeline.scheduler)
+        return predict_x0(latents, sampler.timestep, prediction, self._pipeline.scheduler)
 
     def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [1, channels, height, width] in the VAE's own scale."""
@@ -230,10 +230,10 @@ class Family(ABC):
         """The VAE's latents [channels, height, width] in the denoiser's scale: the way back."""
         return latents * float(self._pipeline.vae.config.scaling_factor)
 
-    def _course(self, request: GenerationRequest) -> Course:
+    def _course(self, request: GenerationRequest) -> StepPlan:
         num_steps = request.num_inference_steps
         num_skipped = None if request.source is None else num_steps - self.num_steps_of(request)
-        return Course(request.scheduler, num_steps, self._shift(request), num_skipped)
+        return StepPlan(request.scheduler, num_steps, self._shift(request), num_skipped)
 
     def _begins_from_noise(self, source: Source) -> bool:
         """Does a lane at full strength leave its picture out, but for what is kept? diffusers' inpainting does."""

@@ -13,7 +13,7 @@ from inference.checkpoints.checkpoint import Checkpoint, Where, identify
 from inference.checkpoints.weight_files import read_json
 from inference.lora.adapter import check_rank, read_adapter
 from inference.lora.files import AdapterError
-from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, Dialect, sdxl
+from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, KeyNaming, sdxl
 from inference.models.loader import FAMILIES
 from inference.models.unet import UNetFamily
 from inference.request import KINDS, AdapterFile, RequestFailed
@@ -31,7 +31,7 @@ class ForeseenModel:
     kinds: tuple[str, ...]
     controls: tuple[str, ...]
     schedulers: SchedulerTable
-    dialect: Dialect
+    dialect: KeyNaming
     max_rank: int
 
     def check(self, scheduler: str | None, adapters: Sequence[AdapterFile]) -> None:
@@ -69,7 +69,7 @@ def _reads_masks(unet: Mapping[str, Any]) -> bool:
     return "in_channels" in unet and unet["in_channels"] != unet.get("out_channels", 4)
 
 
-def _dialect_of(checkpoint: Checkpoint, unet: Mapping[str, Any]) -> Dialect:
+def _dialect_of(checkpoint: Checkpoint, unet: Mapping[str, Any]) -> KeyNaming:
     match checkpoint.pipeline_class:
         case "StableDiffusionPipeline":
             return STABLE_DIFFUSION

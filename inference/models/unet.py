@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from inference.controlnet.unet import Inputs, residuals_of
-from inference.lane import Embedding, Kind, Lane
+from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import AdapterMemory
 from inference.lora.bank import Row
 from inference.models.base import Family, Prompt, embedding_of, guides_of, sampler_of
@@ -49,8 +49,8 @@ class UNetFamily(Family):
     def size_multiple(self) -> int:
         return int(self._pipeline.vae_scale_factor)
 
-    def kind_of(self, request: GenerationRequest) -> Kind:
-        return Kind(
+    def kind_of(self, request: GenerationRequest) -> BatchTraits:
+        return BatchTraits(
             (request.height, request.width),
             is_guided=request.guidance_scale > 1,
             num_steps=self.num_steps_of(request),

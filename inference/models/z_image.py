@@ -8,9 +8,9 @@ import torch
 from diffusers import ZImageControlNetModel
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 
-from inference.checkpoints.offload import bring
+from inference.checkpoints.offload import ensure_on_device
 from inference.controlnet.z_image import Inputs, hints_of
-from inference.lane import Embedding, Kind, Lane
+from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
 from inference.lora.bank import Row
 from inference.lora.key_names import Z_IMAGE
@@ -57,11 +57,11 @@ class ZImage(Family):
     def size_multiple(self) -> int:
         return int(self._pipeline.vae_scale_factor * PATCH)
 
-    def kind_of(self, request: GenerationRequest) -> Kind:
+    def kind_of(self, request: GenerationRequest) -> BatchTraits:
         """Half-octaves of area, the base size in the middle of one: a forward takes as long as its largest picture."""
         base = (self.base_size // self.size_multiple) ** 2
         shape = round(2 * math.log2(self._num_patches(request) / base))
-        return Kind(shape, is_guided=request.guidance_scale > 0, num_steps=self.num_steps_of(request))
+        return BatchTraits(shape, is_guided=request.guidance_scale > 0, num_steps=self.num_steps_of(request))
 
     def num_steps_of(self, request: GenerationRequest) -> int:
         """Its pipelines round the steps that are left out, the others' those that are taken."""
@@ -150,7 +150,7 @@ class ZImage(Family):
             self._row_lengths.set(chosen)
             self.bank.route([rows[i].drawing.row for i in numbers], _strung(chosen))
 
-        bring(transformer)  # the ControlNets run layers of it before it is called itself
+        ensure_on_device(transformer)  # the ControlNets run layers of it before it is called itself
         hints = hints_of(guides_of(rows), inputs, wear, self._upload)
         wear(range(len(rows)))
         predictions: list[torch.Tensor] = transformer(

@@ -36,10 +36,10 @@ from inference.process.protocol import (
 from inference.request import (
     EngineError,
     EngineFault,
+    EngineLoad,
     EngineStartFailed,
     GenerationRequest,
     GenerationResult,
-    Occupancy,
     OnOccupancy,
     RequestCancelled,
     StepReport,
@@ -51,7 +51,7 @@ PR_SET_PDEATHSIG = 1
 # The device is beyond recovery in this process (sysexits' EX_SOFTWARE): what is inside is for the next one.
 EXIT_BROKEN = 70
 
-NOTHING = Occupancy(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0)
+NOTHING = EngineLoad(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0)
 
 
 def _load_local_engine(settings: ModelSettings, on_occupancy: OnOccupancy) -> Any:
@@ -112,7 +112,7 @@ class _Server:
                 case Stop():
                     return
 
-    def on_occupancy(self, occupancy: Occupancy) -> None:
+    def on_occupancy(self, occupancy: EngineLoad) -> None:
         """A turn of the engine's loop has ended."""
         if not self._has_begun:
             return  # the warm-up's turns are nobody's
@@ -159,7 +159,7 @@ class _Server:
             else:
                 self._connection.send(answer)
 
-    def _send_reports(self, occupancy: Occupancy) -> None:
+    def _send_reports(self, occupancy: EngineLoad) -> None:
         reports, self._reports = tuple(self._reports), []
         self._connection.send(Stepped(reports, occupancy))
 

@@ -44,7 +44,7 @@ def path_variables() -> dict[str, str]:
     return variables
 
 
-class Child:
+class ChildHandle:
     """One child process, and owner of the thread that sends to it. It dies with the *thread* that spawned it: see
     `inference.process.child`."""
 

@@ -13,8 +13,8 @@ from multiprocessing.connection import Connection
 
 from config.logs import LogFormat, log_event
 from config.settings import ModelSettings
-from inference.process.child_handle import Child
-from inference.process.health import MIN_HANG_SECONDS, Vitals
+from inference.process.child_handle import ChildHandle
+from inference.process.health import MIN_HANG_SECONDS, ChildHealth
 from inference.process.pending import Pending
 from inference.process.pixels import receive_pixels
 from inference.process.protocol import (
@@ -29,17 +29,17 @@ from inference.process.protocol import (
     Stepped,
     ToChild,
 )
-from inference.process.quarantine import Lineup
+from inference.process.quarantine import ChildQuarantine
 from inference.request import (
     EngineClosed,
     EngineCrashed,
     EngineFault,
     EngineHung,
+    EngineLoad,
     GenerationRequest,
     GenerationResult,
     IsCancelled,
     ModelFacts,
-    Occupancy,
     OnOccupancy,
     OnStep,
     RequestCancelled,
@@ -73,7 +73,7 @@ class EngineProcess:
     """`Engine` in a child process. Its one thread owns the child, the pipe and the pending requests.
 
     The child gets every request at once and draws them together. A child that dies, falls silent or answers nothing but
-    faults is replaced, and what was inside it is drawn again; `Lineup` tells in which company, and which request is to
+    faults is replaced, and what was inside it is drawn again; `ChildQuarantine` decides in which company, which is to
     blame: that one fails as `EngineCrashed` or `EngineHung`, the others never notice.
     """
 
@@ -86,7 +86,7 @@ class EngineProcess:
         on_restart: Callable[[], None],
         on_occupancy: OnOccupancy = lambda _occupancy: None,
         min_hang_seconds: float = MIN_HANG_SECONDS,
-        spawn: Callable[[ModelSettings], Child] = Child.spawn,
+        spawn: Callable[[ModelSettings], ChildHandle] = ChildHandle.spawn,
     ) -> None:
         """`on_restart` and `on_occupancy` run on the owner thread: be quick."""
         self._settings = settings
@@ -97,9 +97,9 @@ class EngineProcess:
         self._spawn = spawn
         self._lock = threading.Lock()
         self._newcomers: list[Pending] = []
-        self._lineup: Lineup[Pending] = Lineup()
-        self._vitals = Vitals(min_hang_seconds)
-        self._occupancy: Occupancy | None = None
+        self._lineup: ChildQuarantine[Pending] = ChildQuarantine()
+        self._vitals = ChildHealth(min_hang_seconds)
+        self._occupancy: EngineLoad | None = None
         self._is_closing = False
         self._wake_reader, self._wake_writer = socket.socketpair()
         # PR_SET_PDEATHSIG follows the spawning *thread*: the child lives as long as this one, not one moment longer.
@@ -172,7 +172,7 @@ class EngineProcess:
         if end is not _End.CLOSED and not self._is_closing:
             self._after_crash(end, child.process.returncode)
 
-    def _serve(self, child: Child) -> _End:
+    def _serve(self, child: ChildHandle) -> _End:
         connection = child.connection
         # One selector for the child's life: multiprocessing.connection.wait would make one for every message.
         with selectors.DefaultSelector() as selector:
@@ -243,13 +243,13 @@ class EngineProcess:
                 self._lineup.remove(pending)
                 pending.fail(RequestCancelled("cancelled while it waited"))
 
-    def _pass_on_cancels(self, child: Child) -> None:
+    def _pass_on_cancels(self, child: ChildHandle) -> None:
         for pending in self._lineup.inside:
             if not pending.is_cancel_sent and pending.is_unwanted:
                 pending.is_cancel_sent = True
                 child.send(Cancel(pending.request_id))
 
-    def _dispatch(self, child: Child) -> None:
+    def _dispatch(self, child: ChildHandle) -> None:
         if self.state is not EngineState.READY:
             return
         if not self._lineup.inside:
@@ -294,7 +294,7 @@ class EngineProcess:
         if self._occupancy is not None:
             held = self._occupancy
             num_slots = held.slots_active + held.slots_idle + held.slots_free
-            self._on_occupancy(Occupancy(0, 0, slots_active=0, slots_idle=0, slots_free=num_slots))
+            self._on_occupancy(EngineLoad(0, 0, slots_active=0, slots_idle=0, slots_free=num_slots))
 
     def _give_up(self, reason: str) -> None:
         log_event(logger, "engine failed", logging.CRITICAL, reason=reason)

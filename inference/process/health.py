@@ -17,7 +17,7 @@ MAX_STEP_FACTOR = 20.0
 MAX_LOADING_SECONDS = 240.0
 
 
-class Vitals:
+class ChildHealth:
     """The signs of life of one child after another. Not thread-safe."""
 
     def __init__(self, min_hang_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from config.logs import LogFormat
 from config.settings import ModelSettings
-from inference.request import EngineError, GenerationRequest, GenerationResult, ModelFacts, Occupancy, StepReport
+from inference.request import EngineError, EngineLoad, GenerationRequest, GenerationResult, ModelFacts, StepReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Stepped:
     """One turn of the engine's loop: the steps it brought, by request id, and what the engine holds after it."""
 
     reports: tuple[tuple[str, StepReport], ...]
-    occupancy: Occupancy
+    occupancy: EngineLoad
 
 
 @dataclass(frozen=True, slots=True)

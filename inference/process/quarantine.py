@@ -20,7 +20,7 @@ class Triable(Protocol):
 R = TypeVar("R", bound=Triable)
 
 
-class Lineup(Generic[R]):
+class ChildQuarantine(Generic[R]):
     """Owner of the place of each unanswered request: waiting, inside the process, or a suspect that waits to be tried.
 
     Requests are inside all together. When the process dies under several of them they are suspects, and are inside one

@@ -13,7 +13,7 @@ import torch
 TRAIN_TIMESTEPS = 1000
 
 
-def denoised(
+def predict_x0(
     model_input: torch.Tensor, timestep: float, prediction: torch.Tensor, checkpoint_scheduler: Any
 ) -> torch.Tensor:
     """The latents x0 that a prediction at `timestep` stands for; all of one shape, in the sampler's scale.

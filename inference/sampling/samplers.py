@@ -16,7 +16,7 @@ from inference.device.uploads import pinned, upload
 from inference.request import RequestFailed
 from inference.sampling.noise import SuppliedNoise
 from inference.sampling.schedulers import SchedulerTable
-from inference.sampling.trajectory import Course, Trajectory, scale_model_input, take_step, trace
+from inference.sampling.trajectory import LinearTrajectory, StepPlan, derive_trajectory, scale_model_input, take_step
 
 MAX_TRAJECTORIES = 256
 # fp32 rounding over a hundred steps stays below 1e-4; a clipped value is far above.
@@ -45,7 +45,7 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class SourceLatents:
     """What a lane with a source begins from, [channels, height, width] each.
 
     `latents` are the encoded picture's (None: the lane begins from noise and keeps nothing). Where `mask` (bool, one
@@ -59,13 +59,13 @@ class Origin:
     channels: torch.Tensor | None = None
 
 
-NO_SOURCE = Origin(latents=None)
+NO_SOURCE = SourceLatents(latents=None)
 
 
-class _Backdrop:
+class SourceBlend:
     """What a lane is drawn on: how it begins, and what stays as it was."""
 
-    def __init__(self, trajectory: Trajectory, noise: torch.Tensor, origin: Origin) -> None:
+    def __init__(self, trajectory: LinearTrajectory, noise: torch.Tensor, origin: SourceLatents) -> None:
         self._levels = trajectory.levels
         self._noise = noise
         self._origin = origin
@@ -90,7 +90,7 @@ class _Backdrop:
 class TrajectorySampler:
     """A lane on a known trajectory. Keeps what its scheduler looks back to: samples, predictions and noise."""
 
-    def __init__(self, trajectory: Trajectory, backdrop: _Backdrop, generator: torch.Generator) -> None:
+    def __init__(self, trajectory: LinearTrajectory, backdrop: SourceBlend, generator: torch.Generator) -> None:
         """The weights of `trajectory` are on the lane's device; `generator` goes on where it drew the lane's noise."""
         assert trajectory.weights is not None, "a linear scheduler's"  # noqa: S101
         self._trajectory = trajectory
@@ -136,7 +136,7 @@ class SchedulerSampler:
         scheduler: Any,
         times: torch.Tensor,
         draws: Sequence[bool],
-        backdrop: _Backdrop,
+        backdrop: SourceBlend,
         generator: torch.Generator,
     ) -> None:
         """`scheduler` is set up to take `times`; `generator` goes on where it drew the lane's noise.
@@ -193,7 +193,7 @@ class Samplers:
         """The schedulers a job may name."""
         return self._table.names
 
-    def prepare(self, course: Course) -> None:
+    def prepare(self, course: StepPlan) -> None:
         """Find the trajectory, which takes some milliseconds, ahead of `begin`.
 
         Raises `RequestFailed` where there is no such scheduler, or it cannot take so many steps.
@@ -201,20 +201,20 @@ class Samplers:
         self._trajectory(self._named(course))
 
     def begin(
-        self, course: Course, noise: torch.Tensor, generator: torch.Generator, origin: Origin = NO_SOURCE
+        self, course: StepPlan, noise: torch.Tensor, generator: torch.Generator, origin: SourceLatents = NO_SOURCE
     ) -> tuple[str, Sampler]:
         """A sampler at its first step, and the scheduler's name. `noise` is standard normal, fp32, on the device."""
         named = self._named(course)
         trajectory = self._trajectory(named)
-        backdrop = _Backdrop(trajectory, noise, origin)
+        backdrop = SourceBlend(trajectory, noise, origin)
         return str(named.scheduler), self._sampler(named, trajectory, backdrop, generator)
 
-    def _named(self, course: Course) -> Course:
+    def _named(self, course: StepPlan) -> StepPlan:
         self._table.check(course.scheduler)
         return course.named(course.scheduler or self._table.default)
 
     def _sampler(
-        self, course: Course, trajectory: Trajectory, backdrop: _Backdrop, generator: torch.Generator
+        self, course: StepPlan, trajectory: LinearTrajectory, backdrop: SourceBlend, generator: torch.Generator
     ) -> Sampler:
         weights = self._weights(course, backdrop.start.device)
         if weights is not None:
@@ -222,28 +222,28 @@ class Samplers:
         scheduler = self._scheduler(course)
         return SchedulerSampler(scheduler, course.set_up(scheduler), trajectory.draws, backdrop, generator)
 
-    def _upload_weights(self, course: Course, device: torch.device) -> torch.Tensor | None:
+    def _upload_weights(self, course: StepPlan, device: torch.device) -> torch.Tensor | None:
         weights = self._trajectory(course).weights
         return None if weights is None else upload(weights, device)
 
-    def _find_trajectory(self, course: Course) -> Trajectory:
+    def _find_trajectory(self, course: StepPlan) -> LinearTrajectory:
         try:
-            found = trace(course, self._scheduler(course))
+            found = derive_trajectory(course, self._scheduler(course))
         except IndexError as error:
             # diffusers' own mistake where two timesteps round to one: it begins with the second and runs off the end.
             steps = f"{course.num_steps} steps with this checkpoint: ask for other steps"
             raise RequestFailed("INVALID_INPUT", f"scheduler {course.scheduler!r} cannot take {steps}") from error
         return found if _describes(found, course, self._scheduler(course)) else replace(found, weights=None)
 
-    def _scheduler(self, course: Course) -> Any:
+    def _scheduler(self, course: StepPlan) -> Any:
         return self._table.make(course.scheduler, self._config)[1]
 
 
-def _describes(trajectory: Trajectory, course: Course, scheduler: Any) -> bool:
+def _describes(trajectory: LinearTrajectory, course: StepPlan, scheduler: Any) -> bool:
     """Does the trajectory lead where `scheduler` leads, from random latents by random predictions and equal noise?"""
     generator, ours_drawn_by, theirs_drawn_by = (torch.Generator().manual_seed(seed) for seed in (0, 1, 1))
     # Three times the usual size, so that what clips does clip.
-    backdrop = _Backdrop(trajectory, 3 * torch.randn(4, 8, 8, generator=generator), NO_SOURCE)
+    backdrop = SourceBlend(trajectory, 3 * torch.randn(4, 8, 8, generator=generator), NO_SOURCE)
     ours: Sampler = TrajectorySampler(trajectory, backdrop, ours_drawn_by)
     theirs = backdrop.start[None]
     for time in course.set_up(scheduler):

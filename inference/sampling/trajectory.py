@@ -17,7 +17,7 @@ from inference.sampling.schedulers import set_timesteps
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class StepPlan:
     """The steps that `scheduler` (None: the default) takes in `num_steps`.
 
     `shift` as `set_timesteps` takes it. A lane with a source leaves out the first `num_skipped`; None, unlike 0, is how
@@ -29,7 +29,7 @@ class Course:
     shift: float | None = None
     num_skipped: int | None = None
 
-    def named(self, scheduler: str) -> "Course":
+    def named(self, scheduler: str) -> "StepPlan":
         return replace(self, scheduler=scheduler)
 
     def set_up(self, scheduler: Any) -> torch.Tensor:
@@ -55,7 +55,7 @@ class NoiseLevel(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Trajectory:
+class LinearTrajectory:
     """What is known of a course ahead.
 
     `scales[i]` is what `scale_model_input` multiplies by. `levels[i]` is a picture's noise level before step i, the
@@ -73,7 +73,7 @@ class Trajectory:
     weights: torch.Tensor | None
 
 
-def trace(course: Course, scheduler: Any) -> Trajectory:
+def derive_trajectory(course: StepPlan, scheduler: Any) -> LinearTrajectory:
     """Run a fresh `scheduler` over unit vectors: what it makes of them are the weights."""
     times = course.set_up(scheduler)
     is_noised = course.num_skipped is not None
@@ -90,7 +90,7 @@ def trace(course: Course, scheduler: Any) -> Trajectory:
         stepped, is_drawn = _step_with(noise, scheduler, prediction, time, sample)
         draws.append(is_drawn)
         weights.append(stepped.view(len(times), 3))
-    return Trajectory(
+    return LinearTrajectory(
         timesteps=tuple(float(time) for time in times),
         scales=tuple(scales),
         # A flow begins with the noise itself.

@@ -40,7 +40,7 @@ from tests.support.paths import ROOT
 from tests.support.world import HANG_SECONDS, eventually
 from tests.worker.messages.test_decoder import job_of, message, rejection_of
 from worker.cli.check.checks import CheckFailed
-from worker.cli.check.presets import look_at_presets
+from worker.cli.check.presets import check_presets
 from worker.cli.main import app
 from worker.messages.decoder import rules_from
 from worker.messages.job import JobAdapter
@@ -564,7 +564,7 @@ def test_check_finds_the_adapter_that_is_not_in_the_store(
     s3_server.client().put_object(Bucket=bucket, Key="models/neon.safetensors", Body=b"x")
 
     with pytest.raises(CheckFailed, match=r"the adapter of industry cafe: .*models/cafe/adapter_model.safetensors"):
-        look_at_presets(load_settings())
+        check_presets(load_settings())
     s3_server.client().put_object(Bucket=bucket, Key="models/cafe/adapter_model.safetensors", Body=b"x")
 
-    assert look_at_presets(load_settings()) == f"2 styles and 1 industries in {own}"
+    assert check_presets(load_settings()) == f"2 styles and 1 industries in {own}"

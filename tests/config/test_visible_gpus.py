@@ -10,7 +10,7 @@ from clients.gpu import GpuReadings
 from config.settings import SECTIONS, ModelSettings, Settings, SettingsError, load_section
 from config.visible_gpus import HIDDEN, gpu_variables, visible_gpu
 from inference.process.child_handle import Child
-from worker.cli.check.memory import look_at_gpu
+from worker.cli.check.memory import check_gpu
 from worker.supervisor import Supervisor
 
 GB = 10**9
@@ -157,7 +157,7 @@ def _driver(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_check_looks_at_the_gpu_that_draws(device: str, listed: str | None, number: int) -> None:
     settings = ModelSettings(DEVICE=device, CUDA_VISIBLE_DEVICES=listed)
 
-    assert look_at_gpu(settings).startswith(f"GPU number {number}, ")
+    assert check_gpu(settings).startswith(f"GPU number {number}, ")
 
 
 def worker_settings(model: ModelSettings, folder: Path) -> Settings:

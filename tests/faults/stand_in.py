@@ -11,7 +11,7 @@ from typing import Any
 
 from inference.process.child import main
 from inference.request import GenerationResult, Picture, Stage
-from tests.support.engine.fake_child import Drawing, FakeEngine
+from tests.support.engine.fake_child import ActiveRequest, FakeEngine
 
 POLL_SECONDS = 0.01
 
@@ -22,12 +22,12 @@ class StandIn(FakeEngine):
     def _deeds(self) -> Any:
         return super()._deeds() | {"hold": self._hold}
 
-    def _hold(self, drawing: Drawing) -> None:
+    def _hold(self, drawing: ActiveRequest) -> None:
         self._note("held", drawing.request)
         while not self._journal.with_name(f"go-{drawing.request.request_id}").exists():
             time.sleep(POLL_SECONDS)
 
-    def _end(self, drawing: Drawing, error: Exception | None) -> None:
+    def _end(self, drawing: ActiveRequest, error: Exception | None) -> None:
         if error is not None:
             super()._end(drawing, error)
             return
@@ -36,7 +36,7 @@ class StandIn(FakeEngine):
         drawing.future.set_result(drawn(drawing))
 
 
-def drawn(drawing: Drawing) -> GenerationResult:
+def drawn(drawing: ActiveRequest) -> GenerationResult:
     request, now = drawing.request, time.monotonic()
     pictures = tuple(
         Picture(request.width, request.height, random.Random(seed).randbytes(request.width * request.height * 3), seed)

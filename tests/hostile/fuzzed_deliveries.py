@@ -29,12 +29,12 @@ from inference.request import RequestCancelled
 from tests.hostile.fuzzing import RULES, SEED
 from tests.hostile.raw_properties import Raw, damaged_properties, fuzzed_properties
 from worker.amqp.broker import Broadcast, Consumer, Publisher, Subscription
-from worker.amqp.queue_browser import Inspection
+from worker.amqp.queue_browser import QueueBrowser
 from worker.amqp.topology import QueueNames
-from worker.breakers import Breaker, Gate
+from worker.breakers import Breaker, StoreGate
 from worker.cli.dead_letters import as_json, as_table, as_text, read_letters
 from worker.jobs.cancellations import Cancellations
-from worker.jobs.handler import Storyteller
+from worker.jobs.handler import JobHandler
 from worker.jobs.history import History
 from worker.jobs.leases import Leases
 from worker.jobs.processing import Processor
@@ -170,7 +170,7 @@ class Bench:
 
     def letters_shown(self) -> int:
         """How many dead letters there are, each of them listed and shown."""
-        with Inspection(self.settings, self.names.dead) as inspection:
+        with QueueBrowser(self.settings, self.names.dead) as inspection:
             letters = read_letters(inspection.take(10_000), RULES)
             as_table(letters)
             for letter in letters:
@@ -198,7 +198,7 @@ class Bench:
         nothing: Any = None
         return Processor(
             rules=RULES,
-            storyteller=cast("Storyteller", _Story(self.desk)),
+            storyteller=cast("JobHandler", _Story(self.desk)),
             ledger=cast("Ledger", self.desk),
             notifier=cast("Notifier", self.desk),
             publisher=self.publisher,
@@ -207,7 +207,7 @@ class Bench:
             num_threads=2,
             is_draining=is_draining,
             cancellations=self._cancellations,
-            gate=Gate(Breaker("the store", 1), is_draining),
+            gate=StoreGate(Breaker("the store", 1), is_draining),
             leases=cast("Leases", nothing),
             history=History(shows_prompts=False),
             on_bug=self.desk.note_bug,

@@ -23,9 +23,9 @@ from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import Job, long, start_light_worker
 from tests.support.world import Worker, World, eventually, new_world
 from worker.amqp.broker import CRASHES_HEADER, LEASE_HEADER, make_queue
-from worker.amqp.queue_browser import Inspection
+from worker.amqp.queue_browser import QueueBrowser
 from worker.amqp.topology import DELIVERY_LIMIT, QueueNames
-from worker.cli.dead_letters import Letter
+from worker.cli.dead_letters import DeadLetter
 from worker.jobs.recovering import SUSPECT_CRASHES
 
 IS_LONG = "FAULTS_LONG" in os.environ
@@ -260,9 +260,9 @@ def test_a_message_at_a_policy_s_limit_becomes_a_dead_letter(world: World) -> No
             channel.basic_publish("", names.outbox, b"an event", pika.BasicProperties(delivery_mode=2))
             eventually(lambda: is_given_back(channel, names.outbox))
             wait_for(world, dead=(1, 0), outbox=(0, 0))
-    with Inspection(BrokerSettings(**world.rabbitmq.env()), names.dead) as inspection:  # type: ignore[arg-type]
+    with QueueBrowser(BrokerSettings(**world.rabbitmq.env()), names.dead) as inspection:  # type: ignore[arg-type]
         (held,) = inspection.take(10)
-    assert (held.body, names.outbox in Letter(1, held, None).reason) == (b"an event", True)
+    assert (held.body, names.outbox in DeadLetter(1, held, None).reason) == (b"an event", True)
 
 
 def test_a_full_queue_refuses_what_is_published_and_keeps_what_it_has(world: World) -> None:

@@ -40,10 +40,10 @@ from watermark.image_format import PictureFormat
 from watermark.provenance.provenance import Prompts, Provenance, SourceType
 from watermark.signature import SignatureStyle, SignedPicture, Unsigned, sign
 from worker.cli.check.checks import CheckFailed
-from worker.cli.check.files import look_at_certificate
+from worker.cli.check.files import check_certificate
 from worker.messages.decoder import decode, rules_from
 from worker.messages.job import Job, Kind
-from worker.results.image_metadata import Labeller, provenance_of
+from worker.results.image_metadata import ImageEncoder, provenance_of
 from worker.supervisor import Supervisor
 
 DARKROOM = Path(sys.executable).with_name("darkroom")
@@ -84,8 +84,8 @@ def picture() -> SignedPicture:
     return sign(Image.fromarray(pixels), Unsigned(), SignatureStyle())
 
 
-def labeller(level: Level, chain: Chain | None = None) -> Labeller:
-    return Labeller(PictureSettings(EMBED_METADATA=level, **(chain.env() if chain else {})))  # type: ignore[arg-type]
+def labeller(level: Level, chain: Chain | None = None) -> ImageEncoder:
+    return ImageEncoder(PictureSettings(EMBED_METADATA=level, **(chain.env() if chain else {})))  # type: ignore[arg-type]
 
 
 def opened(png: bytes) -> Image.Image:
@@ -441,7 +441,7 @@ def test_what_nobody_can_sign_with_is_refused_in_one_sentence_that_names_the_set
 
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckFailed, match=sentence):
-        look_at_certificate(PictureSettings(**chain.env()))  # type: ignore[arg-type]
+        check_certificate(PictureSettings(**chain.env()))  # type: ignore[arg-type]
 
 
 def env_of(folder: Path, chain: Chain) -> dict[str, str]:
@@ -479,9 +479,9 @@ def test_a_worker_that_cannot_sign_does_not_start(tmp_path: Path) -> None:
 
 
 def test_the_check_says_who_signs_and_for_how_long(chain: Chain) -> None:
-    assert look_at_certificate(PictureSettings()) == "none is configured: pictures carry no C2PA manifest"
+    assert check_certificate(PictureSettings()) == "none is configured: pictures carry no C2PA manifest"
 
-    seen = look_at_certificate(PictureSettings(**chain.env()))  # type: ignore[arg-type]
+    seen = check_certificate(PictureSettings(**chain.env()))  # type: ignore[arg-type]
 
     assert seen == "CN=Test Signer,O=Test Studio signs by es256, for 29 days yet"
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from watermark.geometry import Rect
-from watermark.quiet_region import calmest
+from watermark.quiet_region import quietest_region
 
 
 def noise(width: int, height: int, calm: Rect = Rect(0, 0, 0, 0)) -> Image.Image:  # noqa: B008 - immutable
@@ -31,7 +31,7 @@ def shared(one: Rect, other: Rect) -> int:
 @given(left=st.integers(0, 380), top=st.integers(0, 250))
 def test_the_calm_place_is_found_wherever_it_is(left: int, top: int) -> None:
     calm = Rect(left, top, left + 120, top + 50)
-    found = at(calmest(noise(500, 300, calm), (110, 40)), (110, 40))
+    found = at(quietest_region(noise(500, 300, calm), (110, 40)), (110, 40))
     assert shared(found, calm) >= 0.97 * 110 * 40
 
 
@@ -39,26 +39,26 @@ def test_fine_noise_is_as_restless_as_it_looks_though_its_mean_is_flat() -> None
     # Given noise on the left, which small thumbnails would show as even grey, and a gentle slope on the right
     picture = noise(400, 200)
     picture.paste(Image.linear_gradient("L").resize((200, 200)).convert("RGB"), (200, 0))
-    assert calmest(picture, (150, 100))[0] >= 200
+    assert quietest_region(picture, (150, 100))[0] >= 200
 
 
 @pytest.mark.parametrize(
     ("towards", "place"), [((0.5, 0.5), (150, 125)), ((0.5, 0.0), (150, 0)), ((1.0, 1.0), (300, 250)), ((0, 0), (0, 0))]
 )
 def test_where_all_is_equal_it_goes_where_it_is_wanted(towards: tuple[float, float], place: tuple[int, int]) -> None:
-    found = calmest(Image.new("RGB", (400, 300)), (100, 50), towards=towards)
+    found = quietest_region(Image.new("RGB", (400, 300)), (100, 50), towards=towards)
     assert found == pytest.approx(place, abs=2)
 
 
 def test_what_is_to_be_avoided_is_avoided_even_where_it_is_the_only_calm_place() -> None:
     calm = Rect(100, 100, 300, 200)
-    found = at(calmest(noise(500, 300, calm), (100, 50), avoid=(calm,)), (100, 50))
+    found = at(quietest_region(noise(500, 300, calm), (100, 50), avoid=(calm,)), (100, 50))
     assert shared(found, calm) == 0
 
 
 def test_where_it_cannot_be_avoided_as_little_of_it_is_covered_as_can_be() -> None:
     middle = Rect(60, 0, 140, 100)
-    found = at(calmest(Image.new("RGB", (200, 100)), (80, 100), avoid=(middle,)), (80, 100))
+    found = at(quietest_region(Image.new("RGB", (200, 100)), (80, 100), avoid=(middle,)), (80, 100))
     assert shared(found, middle) == 20 * 100
 
 
@@ -75,14 +75,14 @@ def test_a_block_that_fits_stays_inside(
     within = Rect(left, top, picture[0] - left, picture[1] - top)
     size = tuple(max(1, int(whole * share)) for whole, share in zip(within.size, part, strict=True))
 
-    found = at(calmest(noise(*picture), (size[0], size[1]), within=within), (size[0], size[1]))
+    found = at(quietest_region(noise(*picture), (size[0], size[1]), within=within), (size[0], size[1]))
 
     assert shared(found, within) == size[0] * size[1]
 
 
 def test_a_block_too_large_lies_at_the_left_and_top() -> None:
-    assert calmest(noise(100, 100), (300, 200)) == (0, 0)
+    assert quietest_region(noise(100, 100), (300, 200)) == (0, 0)
 
 
 def test_the_same_picture_gives_the_same_place() -> None:
-    assert calmest(noise(300, 300), (50, 50)) == calmest(noise(300, 300), (50, 50))
+    assert quietest_region(noise(300, 300), (50, 50)) == quietest_region(noise(300, 300), (50, 50))

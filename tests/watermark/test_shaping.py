@@ -26,7 +26,7 @@ from watermark.text.mark import clean_lines, clean_text, draw_text
 from watermark.text.overlay import TextOverlay
 from watermark.text.shaping import LRM, RLM, in_direction_of, needs_shaping
 from watermark.text.wrapping import Breaking, wrap
-from worker.cli.check.machine import look_at_shaping
+from worker.cli.check.machine import check_shaping
 
 FONT_DIRS = (Path("/usr/share/fonts"),)
 ROOM = (600, 200)
@@ -258,7 +258,7 @@ from watermark.text.headline import headlines_of
 from watermark.text.overlay import TextOverlay
 from watermark.signature import TextSignature
 from worker.cli.check.checks import CheckFailed
-from worker.cli.check.machine import look_at_shaping
+from worker.cli.check.machine import check_shaping
 
 def said(make):
     try:
@@ -272,7 +272,7 @@ texts = json.load(sys.stdin)
 print(json.dumps({
     "names": [said(lambda: TextSignature(text, fonts)) for text in texts],
     "headlines": [said(lambda: headlines_of((TextOverlay(text),), fonts)) for text in texts],
-    "check": said(look_at_shaping),
+    "check": said(check_shaping),
 }))
 """
 
@@ -310,7 +310,7 @@ def test_without_fribidi_no_text_is_drawn_that_would_be_wrong(kind: str, without
 
 def test_the_check_names_what_is_missing_and_what_is_there(without_fribidi: dict[str, str]) -> None:
     assert "libfribidi0" in without_fribidi["check"]
-    assert "fribidi 1." in look_at_shaping()
+    assert "fribidi 1." in check_shaping()
 
 
 def test_the_image_and_the_tests_bring_fribidi() -> None:

@@ -35,7 +35,7 @@ def eroded(mask: Image.Image) -> Image.Image:
     return _image(_eroded(np.asarray(mask) > 0, 2 * _radius(mask)))
 
 
-def put_back(refined: Image.Image, composite: Image.Image, mask: Image.Image) -> Image.Image:
+def restore_masked(refined: Image.Image, composite: Image.Image, mask: Image.Image) -> Image.Image:
     """`refined` with the product of `composite`: to the byte inside the eroded mask, gradually towards its outline."""
     radius = _radius(mask)
     core = _image(_eroded(np.asarray(mask) > 0, radius))

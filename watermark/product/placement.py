@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from watermark.geometry import ANCHORS, Position, Rect
-from watermark.quiet_region import calmest
+from watermark.quiet_region import quietest_region
 
 # Kept free along the rims, as a part of the picture's shorter side, where the product leaves as much.
 MARGIN = 0.05
@@ -50,7 +50,7 @@ def _on_the_calm_side(background: Image.Image, size: tuple[int, int], room: Rect
     top = _between(room.top, room.bottom - size[1], LOW)
     side = max(background.width // 2, size[0])
     rows = Rect(0, top, background.width, top + size[1])
-    start, _ = calmest(background, (side, size[1]), within=rows)
+    start, _ = quietest_region(background, (side, size[1]), within=rows)
     left = start + (side - size[0]) // 2
     return min(max(left, room.left), room.right - size[0]), top
 

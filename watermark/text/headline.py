@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from watermark.errors import FontMissing, OverlayInvalid
 from watermark.geometry import Rect
-from watermark.quiet_region import calmest, unrest
+from watermark.quiet_region import gradient_energy, quietest_region
 from watermark.text.contrast import Colours, choose_colours, opposite
 from watermark.text.mark import clean_lines, is_visible
 from watermark.text.overlay import TextOverlay
@@ -124,10 +124,10 @@ def _calm_place(picture: Image.Image, setter: Typesetter, room: Rect, avoid: tup
         block, place = _calmest_block(picture, setter, room, avoid, share)
         if not any(place.overlaps(other) for other in avoid):
             break
-    stir = unrest(picture, place)
+    stir = gradient_energy(picture, place)
     if setter.is_free and share == SHARES[0] and stir > STIR_GREY_LEVELS:
         smaller, elsewhere = _calmest_block(picture, setter, room, avoid, SHARES[1])
-        if unrest(picture, elsewhere) < WORTH_A_MOVE * stir:
+        if gradient_energy(picture, elsewhere) < WORTH_A_MOVE * stir:
             return smaller, elsewhere
     return block, place
 
@@ -137,7 +137,7 @@ def _calmest_block(
 ) -> tuple[Block, Rect]:
     block = setter.set(picture.size, room.size, share)
     around = round(CALM_AROUND * block.font_px)
-    left, top = calmest(
+    left, top = quietest_region(
         picture,
         _grown(Rect(0, 0, *block.size), around).size,
         within=_grown(room, around),

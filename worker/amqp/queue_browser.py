@@ -27,7 +27,7 @@ class QueueBusy(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class BrowsedMessage:
     """A message of an `Inspection`. `published_at` is in epoch seconds, None where its publisher did not say."""
 
     body: bytes
@@ -37,7 +37,7 @@ class Held:
     properties: Properties
 
 
-class Inspection:
+class QueueBrowser:
     """Owner of a connection that holds a queue's messages; what is not acked by the end goes back. Not thread-safe.
 
     Whoever else looks meanwhile would find the queue empty, so a second inspection gets `QueueBusy`. Every method
@@ -55,9 +55,9 @@ class Inspection:
         self._queue = queue_name
         self._connection: Any = None  # pika has no type hints
         self._channel: Any = None
-        self._held: dict[int, Held] = {}
+        self._held: dict[int, BrowsedMessage] = {}
 
-    def __enter__(self) -> "Inspection":
+    def __enter__(self) -> "QueueBrowser":
         deadline = time.monotonic() + BUSY_SECONDS
         while True:
             try:
@@ -68,7 +68,7 @@ class Inspection:
                     raise
                 time.sleep(SECOND_LOOK_SECONDS)
 
-    def _open(self) -> "Inspection":
+    def _open(self) -> "QueueBrowser":
         try:
             self._connection = connect(self._settings, "darkroom dead")
             self._channel = self._connection.channel()
@@ -86,7 +86,7 @@ class Inspection:
                 self._give_back(held)
         close_connection(self._connection)
 
-    def take(self, max_messages: int) -> list[Held]:
+    def take(self, max_messages: int) -> list[BrowsedMessage]:
         """Everything that is in the queue, or as much; nothing where the queue does not exist yet."""
         has_looked_twice = False
         try:
@@ -100,7 +100,7 @@ class Inspection:
                     time.sleep(SECOND_LOOK_SECONDS)
                     continue
                 tag = method.delivery_tag
-                self._held[tag] = Held(body, properties.headers, properties.timestamp, tag, properties)
+                self._held[tag] = BrowsedMessage(body, properties.headers, properties.timestamp, tag, properties)
         except pika.exceptions.ChannelClosedByBroker as error:
             if error.reply_code != 404:
                 raise PublishFailed(describe(error)) from error
@@ -108,7 +108,7 @@ class Inspection:
             raise PublishFailed(describe(error)) from error
         return list(self._held.values())
 
-    def ack(self, held: Held) -> None:
+    def ack(self, held: BrowsedMessage) -> None:
         """Have the broker forget the message."""
         try:
             self._channel.basic_ack(held.tag)
@@ -125,7 +125,7 @@ class Inspection:
             close_connection(self._connection)
             raise QueueBusy(f"somebody else is at work on {self._queue}: try again in a moment") from error
 
-    def _give_back(self, held: Held) -> None:
+    def _give_back(self, held: BrowsedMessage) -> None:
         if whole_number(held.headers.get(COUNT_HEADER), default=0) < MAX_LOOKS:
             self._channel.basic_reject(held.tag, requeue=True)
             return

@@ -13,11 +13,11 @@ from clients.storage.client import Storage
 from clients.storage.errors import StorageError
 from config.settings import Settings
 from worker.amqp.broker import Publisher, PublishFailed
-from worker.amqp.queue_browser import Inspection, QueueBusy
+from worker.amqp.queue_browser import QueueBrowser, QueueBusy
 from worker.amqp.topology import QueueNames
 from worker.cli.dead_letters import (
-    Kind,
-    Letter,
+    DeadLetter,
+    LetterKind,
     NoSuchLetter,
     NotReplayable,
     Replay,
@@ -29,7 +29,7 @@ from worker.cli.dead_letters import (
     read_letters,
 )
 from worker.cli.outbox import print_summary
-from worker.cli.terminal import legible
+from worker.cli.terminal import escape_for_terminal
 from worker.messages.decoder import rules_from
 from worker.results.ledger import Ledger
 
@@ -78,7 +78,7 @@ def replay_letters(settings: Settings, target: str | None, reason: str) -> None:
                 try:
                     replay = plan_replay(letter, ledger.find)
                 except NotReplayable as obstacle:
-                    typer.echo(legible(f"letter {letter.number} stays: {obstacle}"))
+                    typer.echo(escape_for_terminal(f"letter {letter.number} stays: {obstacle}"))
                     continue
                 _publish(publisher, names, replay)
                 typer.echo(f"letter {letter.number}: {replay.said}")
@@ -128,14 +128,14 @@ def sentences(console: Console) -> Iterator[None]:
 
 
 def _fail(console: Console, sentence: str) -> None:
-    console.print("[bold red]Not done:[/]", Text(legible(sentence)))
+    console.print("[bold red]Not done:[/]", Text(escape_for_terminal(sentence)))
     raise typer.Exit(1)
 
 
 @contextmanager
-def _letters(settings: Settings) -> Iterator[tuple[Inspection, list[Letter]]]:
+def _letters(settings: Settings) -> Iterator[tuple[QueueBrowser, list[DeadLetter]]]:
     """The dead letters, held until the block ends; what it has not acked stays where it was."""
-    with Inspection(settings.broker, QueueNames(settings.broker.queue).dead) as inspection:
+    with QueueBrowser(settings.broker, QueueNames(settings.broker.queue).dead) as inspection:
         taken = inspection.take(MAX_LETTERS)
         if len(taken) == MAX_LETTERS:
             typer.echo(f"only {MAX_LETTERS} letters were looked at; there may be more", err=True)
@@ -143,18 +143,18 @@ def _letters(settings: Settings) -> Iterator[tuple[Inspection, list[Letter]]]:
 
 
 def _publish(publisher: Publisher, names: QueueNames, replay: Replay) -> None:
-    if replay.kind is Kind.EVENT:
+    if replay.kind is LetterKind.EVENT:
         publisher.publish(names.outbox, replay.body, since=time.time())
     else:
         publisher.publish(names.jobs, replay.body)
 
 
-def _forget(inspection: Inspection, letters: list[Letter]) -> None:
+def _forget(inspection: QueueBrowser, letters: list[DeadLetter]) -> None:
     for letter in letters:
         inspection.ack(letter.held)
 
 
-def _again(chosen: list[Letter], letters: list[Letter]) -> list[Letter]:
+def _again(chosen: list[DeadLetter], letters: list[DeadLetter]) -> list[DeadLetter]:
     """Those of `letters` that are `chosen` ones, found again; of equal ones no more than were chosen."""
     wanted = Counter(letter.fingerprint for letter in chosen)
     found = []
@@ -169,5 +169,5 @@ def _letters_of(count: int) -> str:
     return "1 letter" if count == 1 else f"{count} letters"
 
 
-def _nothing(letters: list[Letter]) -> str:
+def _nothing(letters: list[DeadLetter]) -> str:
     return f"none of {_letters_of(len(letters))} has such a reason" if letters else "nothing is dead"

@@ -16,8 +16,8 @@ from rich.text import Text
 from clients.webhooks import WebhookKind
 from worker.amqp.broker import ATTEMPT_HEADER, REASON_HEADER
 from worker.amqp.delivery import whole_number
-from worker.amqp.queue_browser import Held
-from worker.cli.terminal import legible, narrow_table
+from worker.amqp.queue_browser import BrowsedMessage
+from worker.cli.terminal import escape_for_terminal, narrow_table
 from worker.messages.decoder import MAX_BODY_BYTES, decode_any
 from worker.messages.generation_id import GenerationId
 from worker.messages.identity import own_task_id
@@ -36,7 +36,7 @@ class NotReplayable(Exception):
     """A replay of the letter would do nothing, or the same again; the message says why."""
 
 
-class Kind(Enum):
+class LetterKind(Enum):
     """What a letter's body turns out to be."""
 
     JOB = "job"
@@ -45,26 +45,26 @@ class Kind(Enum):
 
 
 # As docs/dead-letters.md calls them; in --json they keep the names that scripts know.
-WORDS = {Kind.JOB: "job", Kind.EVENT: "webhook", Kind.OTHER: "not a job"}
+WORDS = {LetterKind.JOB: "job", LetterKind.EVENT: "webhook", LetterKind.OTHER: "not a job"}
 
 
 @dataclass(frozen=True, slots=True)
-class Letter:
+class DeadLetter:
     """A dead letter, read. `number` is 1-based, by the time of dying; `task_id` is empty where none can be trusted."""
 
     number: int
-    held: Held
+    held: BrowsedMessage
     content: Job | JobRejected | TerminalEvent | None
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> LetterKind:
         match self.content:
             case None:
-                return Kind.OTHER
+                return LetterKind.OTHER
             case TerminalEvent():
-                return Kind.EVENT
+                return LetterKind.EVENT
             case _:
-                return Kind.JOB
+                return LetterKind.JOB
 
     @property
     def task_id(self) -> str:
@@ -101,20 +101,20 @@ class Letter:
 class Replay:
     """What to publish for a letter, for whom, and a sentence on what comes of it."""
 
-    kind: Kind
+    kind: LetterKind
     body: bytes
     said: str
 
 
-def read_letters(taken: Iterable[Held], rules: JobRules) -> list[Letter]:
+def read_letters(taken: Iterable[BrowsedMessage], rules: JobRules) -> list[DeadLetter]:
     """The letters, the oldest first.
 
     The broker gives messages back in any order, so the order comes from what is in them: a number stays with its letter
     until an older one is gone.
     """
-    unordered = [Letter(0, held, _content(held.body, rules)) for held in taken]
+    unordered = [DeadLetter(0, held, _content(held.body, rules)) for held in taken]
     unordered.sort(key=lambda letter: (letter.held.published_at or 0, letter.fingerprint))
-    return [Letter(number, letter.held, letter.content) for number, letter in enumerate(unordered, 1)]
+    return [DeadLetter(number, letter.held, letter.content) for number, letter in enumerate(unordered, 1)]
 
 
 def _reason_of_broker(deaths: Any) -> str:
@@ -125,7 +125,7 @@ def _reason_of_broker(deaths: Any) -> str:
     return f"the broker gave it up in {newest.get('queue')}: {newest.get('reason')} (look at its policies)"
 
 
-def choose(letters: list[Letter], target: str | None, reason: str) -> list[Letter]:
+def choose(letters: list[DeadLetter], target: str | None, reason: str) -> list[DeadLetter]:
     """The letter of that number, or all of that task, or, without a target, all whose reason holds `reason`.
 
     Raises `NoSuchLetter` where a target is given and nothing goes by it.
@@ -141,7 +141,7 @@ def choose(letters: list[Letter], target: str | None, reason: str) -> list[Lette
     return chosen
 
 
-def plan_replay(letter: Letter, find: Callable[[str], TerminalEvent | None]) -> Replay:
+def plan_replay(letter: DeadLetter, find: Callable[[str], TerminalEvent | None]) -> Replay:
     """How `letter` comes to be tried again. `find` looks up a task's recorded end. Raises `NotReplayable`."""
     match letter.content:
         case None:
@@ -159,7 +159,7 @@ def _plan_event(event: TerminalEvent, body: bytes, find: Callable[[str], Termina
     # Another generation's end under the id says nothing of this one, which is recorded under an id of its own.
     if known is not None and known.is_delivered and str(known.generation_id) == str(event.generation_id):
         raise NotReplayable("the backend has taken a webhook for this job already")
-    return Replay(Kind.EVENT, body, f"webhook {event.webhook.webhook_id} goes out again, for up to a day")
+    return Replay(LetterKind.EVENT, body, f"webhook {event.webhook.webhook_id} goes out again, for up to a day")
 
 
 def _plan_job(job: Job, body: bytes, find: Callable[[str], TerminalEvent | None]) -> Replay:
@@ -179,7 +179,7 @@ def _plan_job(job: Job, body: bytes, find: Callable[[str], TerminalEvent | None]
     renamed = json.dumps(message).encode()
     if len(renamed) > MAX_BODY_BYTES:
         raise NotReplayable(f"with its new id the message would be longer than {MAX_BODY_BYTES} bytes")
-    return Replay(Kind.JOB, renamed, f"generation {job.generation_id} is tried again as task {task_id}")
+    return Replay(LetterKind.JOB, renamed, f"generation {job.generation_id} is tried again as task {task_id}")
 
 
 def _next_task_id(task_id: str, find: Callable[[str], TerminalEvent | None]) -> str:
@@ -194,7 +194,7 @@ def _next_task_id(task_id: str, find: Callable[[str], TerminalEvent | None]) -> 
     raise AssertionError("a count has no end")
 
 
-def as_table(letters: Iterable[Letter]) -> Table:
+def as_table(letters: Iterable[DeadLetter]) -> Table:
     """One row a letter, readable at 80 columns; `show` has its attempt."""
     table = narrow_table("#", "letter", "generation", "died, UTC", "reason, and the task")
     for letter in letters:
@@ -202,11 +202,11 @@ def as_table(letters: Iterable[Letter]) -> Table:
         died_at = "" if letter.died_at is None else f"{letter.died_at:%Y-%m-%d\n%H:%M:%S}"
         told = (letter.reason[:MAX_LISTED_REASON_CHARS], str(letter.task_id))
         cells = (str(letter.number), WORDS[letter.kind], generation, died_at)
-        table.add_row(*map(Text, cells), Text("\n".join(legible(text) for text in told if text)))
+        table.add_row(*map(Text, cells), Text("\n".join(escape_for_terminal(text) for text in told if text)))
     return table
 
 
-def as_json(letter: Letter) -> str:
+def as_json(letter: DeadLetter) -> str:
     """One line for scripts."""
     fields = {
         "number": letter.number,
@@ -218,10 +218,10 @@ def as_json(letter: Letter) -> str:
         "reason": letter.reason,
         "body_bytes": len(letter.held.body),
     }
-    return legible(json.dumps(fields))
+    return escape_for_terminal(json.dumps(fields))
 
 
-def as_text(letter: Letter) -> str:
+def as_text(letter: DeadLetter) -> str:
     """Everything about one letter, fit for a terminal."""
     told: dict[str, object] = {
         "task": letter.task_id,
@@ -233,7 +233,11 @@ def as_text(letter: Letter) -> str:
         told["webhook-id"] = letter.content.webhook.webhook_id
     told |= {f"header {name}": value for name, value in sorted(letter.held.headers.items())}
     lines = [f"letter {letter.number}: {WORDS[letter.kind]}"]
-    lines += [f"  {legible(name)}: {legible(str(value))}" for name, value in told.items() if value not in ("", None)]
+    lines += [
+        f"  {escape_for_terminal(name)}: {escape_for_terminal(str(value))}"
+        for name, value in told.items()
+        if value not in ("", None)
+    ]
     lines += [f"  body, {len(letter.held.body)} bytes:", *_body_lines(letter.held.body)]
     return "\n".join(lines)
 
@@ -243,7 +247,7 @@ def _body_lines(body: bytes) -> list[str]:
         text = json.dumps(json.loads(body), indent=2, ensure_ascii=False)
     except (ValueError, RecursionError):
         text = body.decode("utf-8", "backslashreplace")
-    return [legible(line) for line in text.split("\n")]
+    return [escape_for_terminal(line) for line in text.split("\n")]
 
 
 def _content(body: bytes, rules: JobRules) -> Job | JobRejected | TerminalEvent | None:

@@ -25,7 +25,7 @@ from watermark.signature import ImageSignature, Signature, TextSignature, Unsign
 from watermark.text.headline import Headline, headlines_of
 from worker.cli.outputs import Output, OutputRefused, outputs_of
 from worker.errors import CuttingFailed, JobFailed
-from worker.jobs.engine_client import Drawn, Leg
+from worker.jobs.engine_client import GeneratedImages, ProgressSpan
 from worker.jobs.handler import request_of
 from worker.jobs.inputs.peft_folders import PEFT_CONFIG, PEFT_WEIGHTS, WANTS_CONFIG, is_named_by_peft
 from worker.jobs.inputs.references import References, check_can, check_mask
@@ -34,11 +34,11 @@ from worker.messages.decoder import decode
 from worker.messages.job import Job, JobAdapter, JobProduct, JobRejected
 from worker.messages.presets import presets_in_force
 from worker.messages.rules import JobRules
-from worker.product.composer import Making
+from worker.product.composer import ProductComposer
 from worker.product.cutter import Cutter
-from worker.product.inputs import Brought, bring
+from worker.product.inputs import ProductInputs, load_inputs
 from worker.product.stage_store import ProductStage
-from worker.results.image_metadata import Labeller, provenance_of
+from worker.results.image_metadata import ImageEncoder, provenance_of
 from worker.results.image_store import NO_NOTES
 
 # A file of this machine, as an object of no bucket: its path is the key.
@@ -83,9 +83,9 @@ class _Plan:
     signature: Signature
     headlines: tuple[Headline, ...]
     references: References
-    brought: Brought | None
+    brought: ProductInputs | None
     adapters: tuple[AdapterFile, ...]
-    labeller: Labeller
+    labeller: ImageEncoder
     cutter: Cutter
 
 
@@ -106,7 +106,7 @@ def _planned(fields: dict[str, Any], out: Path, model_id: str | None) -> _Plan:
         references=brought.references if brought else _references(job),
         brought=brought,
         adapters=tuple(_adapter(adapter) for adapter in job.adapters),
-        labeller=Labeller(pictures),
+        labeller=ImageEncoder(pictures),
         cutter=cutter,
     )
     foreseen = foresee_model(plan.settings)
@@ -170,8 +170,8 @@ def _references(job: Job) -> References:
     return References(init, mask, control)
 
 
-def _brought(job: Job, product: JobProduct, cutter: Cutter) -> Brought:
-    brought = bring(product, job.fit, _product_picture)
+def _brought(job: Job, product: JobProduct, cutter: Cutter) -> ProductInputs:
+    brought = load_inputs(product, job.fit, _product_picture)
     if brought.image is not None and brought.cutout is None:
         cutter.check(brought.image, "product.image_path")
     return brought
@@ -213,16 +213,16 @@ def _found(path: Path) -> Path:
     raise NotDrawn(f"--lora {path}: there is no such file or folder")
 
 
-def _generate(engine: LocalEngine, plan: _Plan, console: Console) -> Drawn:
+def _generate(engine: LocalEngine, plan: _Plan, console: Console) -> GeneratedImages:
     try:
         check_can(plan.job, engine.facts)
         request = request_of(plan.job, plan.adapters, engine.facts, plan.references)
         with Progress(console=console) as bars:
             workshop = _Workshop(engine, bars, bars.add_task("denoising"))
             if plan.brought is None:
-                return Drawn(workshop.draw(request))
+                return GeneratedImages(workshop.draw(request))
             fitted = plan.brought.at((request.width, request.height))
-            return Making(workshop, _Unkept(), plan.cutter, request, fitted, request.scheduler or "").drawn()
+            return ProductComposer(workshop, _Unkept(), plan.cutter, request, fitted, request.scheduler or "").drawn()
     finally:
         engine.close()
 
@@ -235,7 +235,7 @@ class _Workshop:
     bars: Progress
     bar: TaskID
 
-    def draw(self, request: GenerationRequest, leg: Leg | None = None) -> GenerationResult:
+    def draw(self, request: GenerationRequest, leg: ProgressSpan | None = None) -> GenerationResult:
         def on_step(report: StepReport) -> None:
             shown = leg.within(report) if leg else report
             self.bars.update(self.bar, completed=shown.step_index, total=shown.num_steps)
@@ -245,7 +245,7 @@ class _Workshop:
     def stage(self, _name: str) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def go_on_or_leave(self) -> None:
+    def raise_if_unwanted(self) -> None:
         pass
 
 

@@ -22,7 +22,7 @@ from config.settings import (
     StoreSettings,
     load_section,
 )
-from worker.cli.options import Order, fields_of, with_order
+from worker.cli.options import GenerateOptions, fields_of, with_generate_options
 from worker.cli.settings import console, whole_settings
 from worker.cli.settings import or_exit as _or_exit
 from worker.cli.settings import settings_or_exit as _settings
@@ -102,9 +102,9 @@ def check(
 
 
 @app.command()
-@with_order
+@with_generate_options
 def submit(
-    order: Order,
+    order: GenerateOptions,
     generation_id: Annotated[str, typer.Option(help="Id of the generation at the backend, a number or text")],
     timeout: Annotated[float, typer.Option(help="Seconds to follow the job")] = 600.0,
 ) -> None:
@@ -163,9 +163,9 @@ def report(
 
 
 @app.command()
-@with_order
+@with_generate_options
 def generate(
-    order: Order,
+    order: GenerateOptions,
     out: Annotated[
         Path, typer.Option("-o", "--out", help="PNG or JPEG to write; -2, -3 … are added for more pictures")
     ],

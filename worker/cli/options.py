@@ -17,7 +17,7 @@ FIT_SIZE = "fit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
+class GenerateOptions:
     """The options. Pictures and adapters are named as the command names them: files, or locations in the store."""
 
     prompt: Annotated[str, typer.Argument(help="What to draw")]
@@ -62,13 +62,13 @@ class Order:
     text_size: Annotated[str | None, typer.Option(help="Of the letters, by the picture's height; or fit")] = None
 
 
-def with_order(command: Callable[..., None]) -> Callable[..., None]:
+def with_generate_options(command: Callable[..., None]) -> Callable[..., None]:
     """`command`, whose first parameter is an `Order`, as typer is to see it: with the options in that one's place."""
     own = inspect.signature(command, eval_str=True)
     _order, *others = own.parameters.values()
 
     def told(**options: Any) -> None:
-        order = Order(**{field.name: options.pop(field.name) for field in fields(Order)})
+        order = GenerateOptions(**{field.name: options.pop(field.name) for field in fields(GenerateOptions)})
         command(order, **options)
 
     # By keyword, as typer calls it: what has a default may then stand before what has none.
@@ -80,7 +80,7 @@ def with_order(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameters() -> list[inspect.Parameter]:
-    hints = get_type_hints(Order, include_extras=True)
+    hints = get_type_hints(GenerateOptions, include_extras=True)
     return [
         inspect.Parameter(
             field.name,
@@ -88,11 +88,11 @@ def _parameters() -> list[inspect.Parameter]:
             default=inspect.Parameter.empty if field.default is MISSING else field.default,
             annotation=hints[field.name],
         )
-        for field in fields(Order)
+        for field in fields(GenerateOptions)
     ]
 
 
-def fields_of(order: Order) -> dict[str, Any]:
+def fields_of(order: GenerateOptions) -> dict[str, Any]:
     """The `data` fields of a message that asks for what `order` does; what it leaves open is not in them."""
     return _given(
         prompt=order.prompt,
@@ -123,7 +123,7 @@ def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _kind(order: Order) -> Kind | None:
+def _kind(order: GenerateOptions) -> Kind | None:
     """The kind that was named, else the one whose pictures were given."""
     if order.kind is not None:
         return order.kind
@@ -135,14 +135,14 @@ def _kind(order: Order) -> Kind | None:
     return None if pictures == (None,) * len(pictures) else Kind.PRODUCT
 
 
-def _loras(order: Order) -> list[dict[str, Any]] | None:
+def _loras(order: GenerateOptions) -> list[dict[str, Any]] | None:
     if not order.lora:
         _refuse_alone("--lora", {"--scale": order.scale})
         return None
     return [_given(path=path, scale=order.scale) for path in order.lora]
 
 
-def _control(order: Order) -> dict[str, Any] | None:
+def _control(order: GenerateOptions) -> dict[str, Any] | None:
     if order.control is None:
         named = {"--control-model": order.control_model, "--control-scale": order.control_scale}
         _refuse_alone("--control", named | {"--control-edges": order.control_edges or None})
@@ -157,7 +157,7 @@ def _control(order: Order) -> dict[str, Any] | None:
     )
 
 
-def _product(order: Order) -> dict[str, Any] | None:
+def _product(order: GenerateOptions) -> dict[str, Any] | None:
     return (
         _given(
             image_path=order.product,
@@ -171,7 +171,7 @@ def _product(order: Order) -> dict[str, Any] | None:
     )
 
 
-def _headlines(order: Order) -> list[dict[str, Any]] | None:
+def _headlines(order: GenerateOptions) -> list[dict[str, Any]] | None:
     named = {"position": order.text_position, "color": order.text_color, "size": _text_size(order.text_size)}
     if not order.text:
         _refuse_alone("--text", {f"--text-{name}": value for name, value in named.items()})

@@ -14,9 +14,9 @@ from clients.storage.errors import StorageError
 from config.settings import Settings
 from worker.amqp.broker import ATTEMPT_HEADER, REASON_HEADER, SINCE_HEADER
 from worker.amqp.delivery import whole_number
-from worker.amqp.queue_browser import Held, Inspection
+from worker.amqp.queue_browser import BrowsedMessage, QueueBrowser
 from worker.amqp.topology import QueueNames
-from worker.cli.terminal import legible, narrow_table
+from worker.cli.terminal import escape_for_terminal, narrow_table
 from worker.results.terminal_event import TerminalEvent
 from worker.results.waiting import MAX_REASON_CHARS, Waiting, WaitingNotes, at, summary
 
@@ -28,11 +28,11 @@ def list_waiting(settings: Settings, *, as_lines: bool) -> None:
     waiting = find_waiting(settings)
     if as_lines:
         for one in waiting:
-            typer.echo(legible(json.dumps(dataclasses.asdict(one))))
+            typer.echo(escape_for_terminal(json.dumps(dataclasses.asdict(one))))
     elif waiting:
         console = Console()
         console.print(_as_table(waiting))
-        console.print(Text(legible(summary(waiting))))
+        console.print(Text(escape_for_terminal(summary(waiting))))
     else:
         typer.echo("no end waits for the backend")
 
@@ -41,7 +41,7 @@ def print_summary(settings: Settings) -> None:
     """One line on what waits, where anything does."""
     waiting = find_waiting(settings)
     if waiting:
-        typer.echo(legible(f"{summary(waiting)}. `darkroom outbox list` shows them"))
+        typer.echo(escape_for_terminal(f"{summary(waiting)}. `darkroom outbox list` shows them"))
 
 
 def find_waiting(settings: Settings) -> list[Waiting]:
@@ -49,18 +49,18 @@ def find_waiting(settings: Settings) -> list[Waiting]:
 
     Raises `PublishFailed` and `QueueBusy`. A store that does not answer is said, and only the queue is looked at.
     """
-    with Inspection(settings.broker, QueueNames(settings.broker.queue).outbox) as inspection:
+    with QueueBrowser(settings.broker, QueueNames(settings.broker.queue).outbox) as inspection:
         ready = [_of_message(held) for held in inspection.take(MAX_LISTED)]
     try:
         noted = WaitingNotes(Storage(settings.store), settings.store.bucket).read_all()
     except StorageError as error:
-        typer.echo(legible(f"what workers hold is not known: {error}"), err=True)
+        typer.echo(escape_for_terminal(f"what workers hold is not known: {error}"), err=True)
         noted = []
     found = {(one.task_id, one.kind): one for one in (*noted, *filter(None, ready))}
     return sorted(found.values(), key=lambda one: (one.since, one.task_id))
 
 
-def _of_message(held: Held) -> Waiting | None:
+def _of_message(held: BrowsedMessage) -> Waiting | None:
     """What is told of a message in the outbox; None for one that holds no end: a worker makes a dead letter of it."""
     try:
         event = TerminalEvent.from_json(held.body)
@@ -82,5 +82,5 @@ def _as_table(waiting: Iterable[Waiting]) -> Table:
     for one in waiting:
         last = f"{one.reason}\n{one.task_id}".lstrip("\n")
         cells = (str(one.generation_id), one.kind, at(one.since).replace(" ", "\n"), str(one.num_tries), last)
-        table.add_row(*(Text("\n".join(map(legible, cell.split("\n")))) for cell in cells))
+        table.add_row(*(Text("\n".join(map(escape_for_terminal, cell.split("\n")))) for cell in cells))
     return table

@@ -6,7 +6,7 @@ from rich.table import Table
 UUID_CHARS = 36
 
 
-def legible(text: str) -> str:
+def escape_for_terminal(text: str) -> str:
     r"""`text` with everything that would steer a terminal or hide in it as `\u…`, which JSON reads back."""
     return "".join(char if char.isprintable() else _escaped(char) for char in text)
 

@@ -13,7 +13,7 @@ from worker.progress.reporter import Track
 
 
 @dataclass(frozen=True, slots=True)
-class Leg:
+class ProgressSpan:
     """One request's part of the way of a job that makes several: its `num_steps` come behind `before` of `total`."""
 
     before: int
@@ -26,7 +26,7 @@ class Leg:
         return replace(report, step_index=done, num_steps=self.total)
 
 
-class Drawn(NamedTuple):
+class GeneratedImages(NamedTuple):
     """A job's pictures before they are finished, and the parts of them that headlines are to keep off."""
 
     result: GenerationResult
@@ -34,17 +34,19 @@ class Drawn(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Drawer:
+class EngineClient:
     """The way to the engine, for all jobs. `draw` blocks on the job's own thread."""
 
     engine: Engine
     is_draining: Event
 
-    def draw(self, run: Run, request: GenerationRequest, track: Track, leg: Leg | None = None) -> GenerationResult:
+    def draw(
+        self, run: Run, request: GenerationRequest, track: Track, leg: ProgressSpan | None = None
+    ) -> GenerationResult:
         """The pictures, `track` hearing of every step, as of a `leg` where the request is not all of the job. Raises
         what the engine ends with, and what ends a job that is not to be drawn: it was cancelled, or the worker stops.
         """
-        self.go_on_or_leave(run)
+        self.raise_if_unwanted(run)
 
         def on_step(report: StepReport) -> None:
             run.enter("decode" if report.step_index == report.num_steps else "denoise")
@@ -59,12 +61,12 @@ class Drawer:
                     run.future.cancel()
                 result = run.future.result()
             except CancelledError:
-                self.go_on_or_leave(run)
+                self.raise_if_unwanted(run)
                 raise
             run.add_engine_stages(result.stages)
         return result
 
-    def go_on_or_leave(self, run: Run) -> None:
+    def raise_if_unwanted(self, run: Run) -> None:
         """Raise what a job that is not yet being drawn ends with, if it is not to be drawn at all."""
         if run.is_cancelled:
             raise RequestCancelled("cancelled before it was begun")

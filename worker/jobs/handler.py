@@ -9,11 +9,11 @@ from clients.webhooks import WebhookKind
 from inference.request import AdapterFile, GenerationRequest, GenerationResult, ModelFacts, Picture
 from watermark.geometry import Rect
 from watermark.signature import SignedPicture
-from worker.breakers import Gate
+from worker.breakers import StoreGate
 from worker.errors import JobFailed, PoisonJob
 from worker.jobs.cancellations import Cancellations
 from worker.jobs.disposition import MAX_RECOVERIES
-from worker.jobs.engine_client import Drawer, Drawn
+from worker.jobs.engine_client import EngineClient, GeneratedImages
 from worker.jobs.inputs.fetcher import Fetched, Fetcher
 from worker.jobs.inputs.references import NO_REFERENCES, References, check_can, drawing_size
 from worker.jobs.postprocess import finish
@@ -22,12 +22,12 @@ from worker.messages.generation_id import picture_key
 from worker.messages.identity import check_same
 from worker.messages.job import Job, JobRejected, Kind
 from worker.messages.webhook_bodies import CompleteBody, PictureMetadata
-from worker.product.generation import ProductTeller
-from worker.product.inputs import Brought
-from worker.product.stage_store import ProductStage, Shelf
+from worker.product.generation import ProductGeneration
+from worker.product.inputs import ProductInputs
+from worker.product.stage_store import ProductStage, StageStore
 from worker.progress.reporter import ProgressReporter
-from worker.results.image_metadata import Labeller, provenance_of
-from worker.results.image_store import PICTURE_PATIENCE_SECONDS, AlreadyEnded, PictureStore
+from worker.results.image_metadata import ImageEncoder, provenance_of
+from worker.results.image_store import PICTURE_PATIENCE_SECONDS, AlreadyEnded, ImageStore
 from worker.results.ledger import Ledger
 from worker.results.terminal_event import TerminalEvent
 
@@ -41,21 +41,21 @@ class StoredPicture:
 
 
 @dataclass(frozen=True, slots=True)
-class Storyteller:
+class JobHandler:
     """Everything a job's story needs; one for all jobs. `tell` blocks and runs on the job's own thread."""
 
     ledger: Ledger
     fetcher: Fetcher
-    drawer: Drawer
-    products: ProductTeller
-    store: PictureStore
+    drawer: EngineClient
+    products: ProductGeneration
+    store: ImageStore
     facts: ModelFacts
     progress: ProgressReporter
-    labeller: Labeller
+    labeller: ImageEncoder
     results_bucket: str
     worker: str
     cancellations: Cancellations
-    gate: Gate
+    gate: StoreGate
 
     def tell(self, run: Run) -> TerminalEvent:
         """Do the job unless the ledger knows its end already; return that end, recorded.
@@ -97,19 +97,21 @@ class Storyteller:
             event = self._complete(run, job, result, stored, shelf)
             return self.gate.insist(lambda: self.ledger.record(event), patience_seconds=PICTURE_PATIENCE_SECONDS)
 
-    def _generate(self, run: Run, job: Job, fetched: Fetched, brought: Brought | None, shelf: Shelf) -> Drawn:
+    def _generate(
+        self, run: Run, job: Job, fetched: Fetched, brought: ProductInputs | None, shelf: StageStore
+    ) -> GeneratedImages:
         references = brought.references if brought else fetched.references
         request = request_of(job, fetched.adapters, self.facts, references, arrived_at=run.started_at)
         track = self.progress.follow(job.task_id, job.generation_id)
         try:
             if brought is not None:
                 return self.products.make(run, brought, request, track, shelf)
-            return Drawn(self.drawer.draw(run, request, track))
+            return GeneratedImages(self.drawer.draw(run, request, track))
         finally:
             track.close()
 
     def _finish(
-        self, picture: Picture, job: Job, fetched: Fetched, shelf: Shelf, keep_off: tuple[Rect, ...]
+        self, picture: Picture, job: Job, fetched: Fetched, shelf: StageStore, keep_off: tuple[Rect, ...]
     ) -> SignedPicture:
         return finish(
             picture,
@@ -121,17 +123,17 @@ class Storyteller:
             on_headlines=partial(shelf.keep, ProductStage.HEADLINE) if job.product else lambda _: None,
         )
 
-    def _store(self, job: Job, result: GenerationResult, files: list[bytes], shelf: Shelf) -> list[StoredPicture]:
+    def _store(self, job: Job, result: GenerationResult, files: list[bytes], shelf: StageStore) -> list[StoredPicture]:
         stored = []
         for number, (png, drawn) in enumerate(zip(files, result.pictures, strict=True), start=1):
             ref = ObjectRef(self.results_bucket, picture_key(job.generation_id, number))
             stored.append(StoredPicture(self.store.put(ref, png, task_id=job.task_id), drawn.seed))
             if job.product is not None:
-                shelf.keep_png(ProductStage.FINAL, png)
+                shelf.save_png(ProductStage.FINAL, png)
         return stored
 
     def _complete(
-        self, run: Run, job: Job, result: GenerationResult, stored: list[StoredPicture], shelf: Shelf
+        self, run: Run, job: Job, result: GenerationResult, stored: list[StoredPicture], shelf: StageStore
     ) -> TerminalEvent:
         timeline = run.timeline()
         metadata: PictureMetadata = {

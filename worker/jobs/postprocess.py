@@ -6,7 +6,7 @@ from PIL import Image
 
 from inference.request import Picture
 from watermark.geometry import Rect
-from watermark.product.masks import put_back
+from watermark.product.masks import restore_masked
 from watermark.signature import Signature, SignedPicture, sign, signature_place
 from watermark.text.headline import Headline, put_headlines
 from worker.jobs.inputs.references import References, mask_at
@@ -40,4 +40,4 @@ def _kept(picture: Image.Image, job: Job, references: References) -> Image.Image
     if references.mask is None or references.init is None:
         return picture
     kept = mask_at(references.mask, picture.size, job.fit).point(BLACK_FOR_WHITE)
-    return put_back(picture, references.init_at(picture.size, job.fit), kept)
+    return restore_masked(picture, references.init_at(picture.size, job.fit), kept)

@@ -14,11 +14,11 @@ from config.logs import bind, log_event
 from worker.amqp.broker import Consumer, Publisher, PublishFailed
 from worker.amqp.delivery import Delivery
 from worker.amqp.topology import QueueNames
-from worker.breakers import Gate
+from worker.breakers import StoreGate
 from worker.errors import JobReleased
 from worker.jobs.cancellations import Cancellations, decode_cancel
 from worker.jobs.disposition import Disposition, Verdict, judge
-from worker.jobs.handler import Storyteller
+from worker.jobs.handler import JobHandler
 from worker.jobs.history import History
 from worker.jobs.leases import Lease, Leases
 from worker.jobs.recovering import OwnReturns, Quarantine, is_suspect
@@ -59,7 +59,7 @@ class Processor:
         self,
         *,
         rules: JobRules,
-        storyteller: Storyteller,
+        storyteller: JobHandler,
         ledger: Ledger,
         notifier: Notifier,
         publisher: Publisher,
@@ -68,7 +68,7 @@ class Processor:
         num_threads: int,
         is_draining: threading.Event,
         cancellations: Cancellations,
-        gate: Gate,
+        gate: StoreGate,
         leases: Leases,
         history: History,
         on_bug: Callable[[], None],

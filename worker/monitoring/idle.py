@@ -33,7 +33,7 @@ def idle_reason(
     return "refused" if is_refused else "no_jobs"
 
 
-class IdleWatch:
+class IdleTimer:
     """Adds the time since the last tick to the reason that holds now. Ticked by one thread; any may read."""
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:

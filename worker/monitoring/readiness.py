@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from inference.process.engine_process import EngineProcess, EngineState
 from worker.amqp.broker import Consumer
 from worker.breakers import Breaker
-from worker.results.image_metadata import Labeller
+from worker.results.image_metadata import ImageEncoder
 from worker.results.refusals import AddressBreaker
 
 
@@ -16,7 +16,7 @@ class Readiness:
 
     engine: EngineProcess
     breakers: tuple[Breaker | AddressBreaker, ...]
-    labeller: Labeller
+    labeller: ImageEncoder
     is_stopping: Callable[[], bool]
     consumer: Consumer | None = None
 

@@ -10,7 +10,7 @@ PREFIX = "darkroom_"
 
 
 @dataclass(frozen=True, slots=True)
-class Readings:
+class MetricsSnapshot:
     """Every sample of one moment but for histograms' buckets, by its name behind the prefix and its labels' values."""
 
     values: Mapping[tuple[str, ...], float]

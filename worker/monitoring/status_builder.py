@@ -9,8 +9,8 @@ from worker.amqp.topology import QueueNames
 from worker.jobs.history import History
 from worker.jobs.runs import Run
 from worker.metrics import Metrics
-from worker.monitoring.idle import IdleWatch
-from worker.monitoring.readings import Readings
+from worker.monitoring.idle import IdleTimer
+from worker.monitoring.readings import MetricsSnapshot
 from worker.monitoring.status import (
     BatchNow,
     CacheNow,
@@ -32,7 +32,7 @@ from worker.results.notifier import Notifier
 
 
 @dataclass(frozen=True, slots=True)
-class Board:
+class StatusBuilder:
     """The parts that the status is made of. `began_at` is `time.time()`; `runs` and `facts` give what there is now."""
 
     name: str
@@ -40,7 +40,7 @@ class Board:
     began_at: float
     names: QueueNames
     metrics: Metrics
-    idle: IdleWatch
+    idle: IdleTimer
     history: History
     notifier: Notifier
     progress: ProgressReporter
@@ -55,7 +55,7 @@ class Board:
     def read(self) -> Status:
         """The worker now. Takes a millisecond or two and nobody's time but the caller's."""
         at, now = time.time(), time.monotonic()
-        readings = Readings.of(self.metrics.registry)
+        readings = MetricsSnapshot.of(self.metrics.registry)
         runs = sorted(self.runs(), key=lambda run: run.started_at)
         return Status(
             at=at,
@@ -109,34 +109,34 @@ class Board:
             recent_step_seconds=self.progress.recent_step_seconds,
         )
 
-    def _batch(self, readings: Readings) -> BatchNow:
+    def _batch(self, readings: MetricsSnapshot) -> BatchNow:
         num_steps = int(readings.value("denoise_steps_total"))
         mean = readings.value("denoise_lane_steps_total") / num_steps if num_steps else 0.0
         num_lanes = int(readings.value("lanes"))
         return BatchNow(num_lanes, self.max_lanes, num_steps, round(mean, 3), round(self.metrics.recent_batch, 3))
 
-    def _queues(self, readings: Readings) -> tuple[QueueNow, ...]:
+    def _queues(self, readings: MetricsSnapshot) -> tuple[QueueNow, ...]:
         depths = readings.by_label("queue_messages")
         return tuple(
             QueueNow(name, name.removeprefix(f"{self.names.jobs}.") if name != self.names.jobs else "jobs", int(depth))
             for name, depth in depths.items()
         )
 
-    def _webhooks(self, readings: Readings) -> WebhooksNow:
+    def _webhooks(self, readings: MetricsSnapshot) -> WebhooksNow:
         # Those in this worker's hands are not ready, so the broker's count lacks them.
         num_waiting = readings.value("outbox_events") + readings.value("queue_messages", self.names.outbox)
         return WebhooksNow(int(num_waiting), self.notifier.failing)
 
-    def _idle(self, readings: Readings) -> IdleNow:
+    def _idle(self, readings: MetricsSnapshot) -> IdleNow:
         seconds = {reason: round(spent, 1) for reason, spent in readings.by_label("idle_seconds_total").items()}
         return IdleNow(self.idle.reason, round(self.idle.denoising_seconds, 1), seconds)
 
 
-def _slots(readings: Readings) -> SlotsNow:
+def _slots(readings: MetricsSnapshot) -> SlotsNow:
     active, idle, free = (int(readings.value("adapter_slots", state)) for state in ("active", "idle", "free"))
     return SlotsNow(active, idle, free)
 
 
-def _gpu(readings: Readings) -> GpuNow | None:
+def _gpu(readings: MetricsSnapshot) -> GpuNow | None:
     used, total = (int(readings.value("gpu_memory_bytes", kind)) for kind in ("used", "total"))
     return GpuNow(used, total, readings.value("gpu_utilization_ratio")) if total else None

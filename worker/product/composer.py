@@ -11,15 +11,15 @@ from inference.request import GenerationRequest, GenerationResult, Picture, Sour
 from watermark.decoding import PictureMode
 from watermark.geometry import Rect
 from watermark.product.compositing import compose
-from watermark.product.masks import around, product_mask, put_back
+from watermark.product.masks import around, product_mask, restore_masked
 from watermark.product.placement import place, size_in
 from watermark.product.template_match import find
 from watermark.resizing import fit
 from worker.errors import JobFailed
-from worker.jobs.engine_client import Drawn, Leg
+from worker.jobs.engine_client import GeneratedImages, ProgressSpan
 from worker.messages.job import JobProduct
 from worker.product.cutter import Cutter
-from worker.product.inputs import Brought
+from worker.product.inputs import ProductInputs
 from worker.product.stage_store import Kept, ProductStage
 from worker.results.image_store import NO_NOTES
 
@@ -29,16 +29,16 @@ SCHEDULER = "scheduler"
 A_HAIR = 1e-6
 
 
-class Workshop(Protocol):
+class GenerationContext(Protocol):
     """Where a picture is made: in a job's run, or on a command line."""
 
-    def draw(self, request: GenerationRequest, leg: Leg) -> GenerationResult:
+    def draw(self, request: GenerationRequest, leg: ProgressSpan) -> GenerationResult:
         """Have the engine draw, as a leg of the whole way."""
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         """Account the block's time."""
 
-    def go_on_or_leave(self) -> None:
+    def raise_if_unwanted(self) -> None:
         """Raise where the picture is not wanted any more, or not here."""
 
 
@@ -51,19 +51,19 @@ class Stages(Protocol):
 
 
 @dataclass(slots=True)
-class Making:
+class ProductComposer:
     """One job on its way through the stages. `request` is for its background, which has the picture's size;
     `scheduler` is of what was drawn last, `background_steps` are those that the background still takes."""
 
-    workshop: Workshop
+    workshop: GenerationContext
     stages: Stages
     cutter: Cutter
     request: GenerationRequest
-    brought: Brought
+    brought: ProductInputs
     scheduler: str
     background_steps: int = 0
 
-    def drawn(self) -> Drawn:
+    def drawn(self) -> GeneratedImages:
         """The picture without headline and signature, as the engine's result of a job that it draws alone, and where
         the product stands in it. Raises what breaks the job off."""
         picture, at = self._picture()
@@ -71,7 +71,7 @@ class Making:
         result = GenerationResult(
             (drawn,), self.scheduler, self.request.num_inference_steps, self.request.guidance_scale, stages=()
         )
-        return Drawn(result, () if at is None else (at,))
+        return GeneratedImages(result, () if at is None else (at,))
 
     def _picture(self) -> tuple[Image.Image, Rect | None]:
         """The picture, and where the product stands in it, where that is known."""
@@ -95,7 +95,7 @@ class Making:
             if kept is not None:
                 return kept.picture
             assert self.brought.image is not None, "a job brings one or the other"  # noqa: S101
-            cutout = self.cutter.cut(self.brought.image, "product.image_path", self.workshop.go_on_or_leave)
+            cutout = self.cutter.cut(self.brought.image, "product.image_path", self.workshop.raise_if_unwanted)
             self.stages.keep(ProductStage.CUTOUT, cutout)
             return cutout
 
@@ -126,7 +126,7 @@ class Making:
             self.scheduler = kept.notes.get(SCHEDULER, self.scheduler)
             return self._fitted(kept.picture)
         self.background_steps = self.request.num_inference_steps
-        background = self._drawn(self.request, Leg(0, self.background_steps, self._num_steps))
+        background = self._drawn(self.request, ProgressSpan(0, self.background_steps, self._num_steps))
         with self.workshop.stage("store"):
             self.stages.keep(ProductStage.BACKGROUND, background, {SCHEDULER: self.scheduler})
         return background
@@ -142,9 +142,9 @@ class Making:
             request_id=f"{self.request.request_id}:refine",
             source=Source(composite.tobytes(), self._strength, around(mask).tobytes()),
         )
-        refined = self._drawn(request, Leg(self.background_steps, self._refining_steps, self._num_steps))
+        refined = self._drawn(request, ProgressSpan(self.background_steps, self._refining_steps, self._num_steps))
         with self.workshop.stage("compose"):
-            refined = put_back(refined, composite, mask)
+            refined = restore_masked(refined, composite, mask)
             self.stages.keep(ProductStage.REFINED, refined)
             return refined
 
@@ -152,7 +152,7 @@ class Making:
         """Where the product stands in a composite that a person made or changed."""
         return find(composite, cutout, size_in(composite.size, cutout.size, self._product.layout.scale))
 
-    def _drawn(self, request: GenerationRequest, leg: Leg) -> Image.Image:
+    def _drawn(self, request: GenerationRequest, leg: ProgressSpan) -> Image.Image:
         result = self.workshop.draw(request, leg)
         self.scheduler = result.scheduler
         drawn = result.pictures[0]
@@ -165,7 +165,7 @@ class Making:
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         """Account the block's time to stage `name`, unless the job is to go no further."""
-        self.workshop.go_on_or_leave()
+        self.workshop.raise_if_unwanted()
         with self.workshop.stage(name):
             yield
 

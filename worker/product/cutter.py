@@ -36,7 +36,7 @@ class Cutter:
         self._deadline_seconds = deadline_seconds
         self._turn = threading.Lock()
 
-    def cut(self, picture: Image.Image, field: str, go_on_or_leave: Callable[[], None]) -> Image.Image:
+    def cut(self, picture: Image.Image, field: str, raise_if_unwanted: Callable[[], None]) -> Image.Image:
         """The product of an RGBA picture that `field` of the message named: RGBA, trimmed, by its own alpha or a model.
 
         `go_on_or_leave` is called again and again and raises where the job is not wanted any more. Raises `JobFailed`
@@ -46,7 +46,7 @@ class Cutter:
             self.check(picture, field)
             if self._model is None or has_own_alpha(picture):
                 return trimmed(picture)
-            return judged(self._by_model(self._model, bounded(picture.convert("RGB")), go_on_or_leave))
+            return judged(self._by_model(self._model, bounded(picture.convert("RGB")), raise_if_unwanted))
         except NothingCut as error:
             raise JobFailed("IMAGE_INVALID", f"{field}: {error}; send a cut-out as product.cutout_path") from error
 
@@ -59,15 +59,15 @@ class Cutter:
                 " product.cutout_path",
             )
 
-    def _by_model(self, model: Path, picture: Image.Image, go_on_or_leave: Callable[[], None]) -> Image.Image:
+    def _by_model(self, model: Path, picture: Image.Image, raise_if_unwanted: Callable[[], None]) -> Image.Image:
         while not self._turn.acquire(timeout=LOOK_SECONDS):
-            go_on_or_leave()
+            raise_if_unwanted()
         try:
-            return self._in_process(model, picture, go_on_or_leave)
+            return self._in_process(model, picture, raise_if_unwanted)
         finally:
             self._turn.release()
 
-    def _in_process(self, model: Path, picture: Image.Image, go_on_or_leave: Callable[[], None]) -> Image.Image:
+    def _in_process(self, model: Path, picture: Image.Image, raise_if_unwanted: Callable[[], None]) -> Image.Image:
         content = io.BytesIO()
         picture.save(content, "PNG", compress_level=1)
         command = [sys.executable, "-m", "worker.product.cutter_process", str(model), str(os.getpid())]
@@ -77,7 +77,7 @@ class Cutter:
             command, stdin=pipe, stdout=pipe, stderr=pipe, env=_environment(), start_new_session=True
         ) as process:
             try:
-                answer, said = self._answer_of(process, content.getvalue(), go_on_or_leave)
+                answer, said = self._answer_of(process, content.getvalue(), raise_if_unwanted)
             finally:
                 process.kill()
         if process.returncode != 0:
@@ -86,7 +86,7 @@ class Cutter:
             return cut.convert("RGBA")
 
     def _answer_of(
-        self, process: "subprocess.Popen[bytes]", content: bytes, go_on_or_leave: Callable[[], None]
+        self, process: "subprocess.Popen[bytes]", content: bytes, raise_if_unwanted: Callable[[], None]
     ) -> tuple[bytes, bytes]:
         ends_at = time.monotonic() + self._deadline_seconds
         unsent: bytes | None = content
@@ -95,7 +95,7 @@ class Cutter:
                 return process.communicate(unsent, timeout=LOOK_SECONDS)
             except subprocess.TimeoutExpired:
                 unsent = None  # it goes on with what it was given
-                go_on_or_leave()
+                raise_if_unwanted()
                 if time.monotonic() > ends_at:
                     raise CuttingFailed(f"no answer within {self._deadline_seconds} s") from None
 

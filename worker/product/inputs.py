@@ -13,14 +13,14 @@ from watermark.resizing import Fit, fit
 from worker.errors import JobFailed
 from worker.jobs.inputs.references import References
 from worker.messages.job import JobProduct
-from worker.product.stage_store import ProductStage, Shelf
+from worker.product.stage_store import ProductStage, StageStore
 
 # The picture at a place that a field of the message names, in a mode.
 Read = Callable[[ObjectRef, str, PictureMode], Image.Image]
 
 
 @dataclass(frozen=True, slots=True)
-class Brought:
+class ProductInputs:
     """Decoded pictures: of the product itself and its cut-out RGBA, of the rest RGB, and of any size.
 
     `fit` says how background and composite come to the drawing's size, `proportions` is the size of that of the two
@@ -40,7 +40,7 @@ class Brought:
         """What the drawing takes its proportions from, where the job names no size."""
         return References(original=self.proportions)
 
-    def note(self, shelf: Shelf) -> None:
+    def note(self, shelf: StageStore) -> None:
         """List what need not be made."""
         product = self.product
         for stage, ref in (
@@ -59,7 +59,7 @@ class Brought:
         return replace(self, background=background, composite=composite)
 
 
-def bring(product: JobProduct, how: Fit, read: Read) -> Brought:
+def load_inputs(product: JobProduct, how: Fit, read: Read) -> ProductInputs:
     """All that the job names for its stages. Raises `JobFailed` that names the field, and what `read` raises."""
 
     def picture(field: str, mode: PictureMode) -> Image.Image | None:
@@ -75,7 +75,7 @@ def bring(product: JobProduct, how: Fit, read: Read) -> Brought:
     image, cutout = None if image is None else bounded(image), None if cutout is None else _cut(cutout)
     background, composite = picture("background_image_path", "RGB"), picture("composite_path", "RGB")
     used = composite or background
-    return Brought(product, how, image, cutout, background, composite, proportions=used.size if used else None)
+    return ProductInputs(product, how, image, cutout, background, composite, proportions=used.size if used else None)
 
 
 def _cut(cutout: Image.Image) -> Image.Image:

@@ -16,9 +16,9 @@ from config.logs import log_event
 from watermark.decoding import PictureMode, decode_picture
 from watermark.errors import PictureInvalid, PictureTooLarge
 from watermark.signature import PNG_COMPRESS_LEVEL, PNG_COMPRESS_TYPE
-from worker.breakers import Gate
+from worker.breakers import StoreGate
 from worker.messages.job import Job
-from worker.results.image_store import NO_NOTES, SHA256, TASK_ID, PictureStore
+from worker.results.image_store import NO_NOTES, SHA256, TASK_ID, ImageStore
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +46,14 @@ class Kept:
 
 
 @dataclass(slots=True)
-class Shelf:
+class StageStore:
     """One job's stages; its thread owns it. None of them is signed, so they never go into a results bucket.
 
     A task that is tried again finds what it kept, up to the first stage that is missing or that somebody changed: the
     change counts, and what was made from the picture before it is made again. Of another task nothing is used.
     """
 
-    store: PictureStore
+    store: ImageStore
     bucket: str
     job: Job
     listing: dict[str, str] = field(default_factory=dict)
@@ -74,9 +74,9 @@ class Shelf:
         """Store the stage's picture, RGB or RGBA."""
         content = io.BytesIO()
         picture.save(content, "PNG", compress_level=PNG_COMPRESS_LEVEL, compress_type=PNG_COMPRESS_TYPE)
-        self.keep_png(stage, content.getvalue(), notes)
+        self.save_png(stage, content.getvalue(), notes)
 
-    def keep_png(self, stage: ProductStage, png: bytes, notes: Mapping[str, str] = NO_NOTES) -> None:
+    def save_png(self, stage: ProductStage, png: bytes, notes: Mapping[str, str] = NO_NOTES) -> None:
         """Store the stage's picture as it is."""
         ref = self._ref(stage)
         self.store.put(ref, png, task_id=self.job.task_id, notes={**notes, "stage": stage.value})
@@ -110,5 +110,5 @@ class Shelf:
         return self.store.storage
 
     @property
-    def _gate(self) -> Gate:
+    def _gate(self) -> StoreGate:
         return self.store.gate

@@ -32,7 +32,7 @@ SOURCE_TYPES = {
 }
 
 
-class Labeller:
+class ImageEncoder:
     """Makes the file of a signed picture. One for all jobs; any thread may call it."""
 
     def __init__(self, settings: PictureSettings) -> None:

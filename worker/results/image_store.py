@@ -14,7 +14,7 @@ from clients.storage.location import ObjectRef
 from config.logs import log_event
 from watermark.decoding import decode_picture
 from watermark.errors import PictureInvalid, PictureTooLarge
-from worker.breakers import Gate
+from worker.breakers import StoreGate
 from worker.results.terminal_event import TerminalEvent
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class _File:
 
 
 @dataclass(frozen=True, slots=True)
-class PictureStore:
+class ImageStore:
     """Writes every picture of every job. `put` blocks over a short outage of the store.
 
     The key is the generation's, so that several tasks, and several runs of one task, write the same one. A picture that
@@ -73,7 +73,7 @@ class PictureStore:
     """
 
     storage: Storage
-    gate: Gate
+    gate: StoreGate
     end_of: Callable[[str], TerminalEvent | None] = lambda _task_id: None
 
     def put(self, ref: ObjectRef, png: bytes, *, task_id: str, notes: Mapping[str, str] = NO_NOTES) -> str:

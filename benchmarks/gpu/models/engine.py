@@ -15,7 +15,7 @@ from benchmarks.sets import Job, image_of
 from config.settings import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.models.base import Family
-from inference.request import GenerationResult, Occupancy, StepReport
+from inference.request import EngineLoad, GenerationResult, StepReport
 
 NUM_ENCODERS = 4
 
@@ -61,7 +61,7 @@ class BenchEngine(LocalEngine):
     def _load(self, settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> Family:
         return self.family
 
-    def _note(self, occupancy: Occupancy) -> None:
+    def _note(self, occupancy: EngineLoad) -> None:
         self.num_batched.append(occupancy.num_batched)
 
 

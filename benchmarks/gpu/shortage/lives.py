@@ -13,7 +13,7 @@ from typing import Any, Self
 from benchmarks.gpu.stage import Context, Figures
 from config.settings import ModelSettings
 from inference.process.child import main
-from inference.process.child_handle import Child
+from inference.process.child_handle import ChildHandle
 from inference.process.engine_process import EngineProcess, wait_until_ready
 from inference.request import GenerationRequest, GenerationResult
 from tests.support.engine.asserting_child import FUSE, load_engine
@@ -36,8 +36,8 @@ class Lives:
         # A process of a rehearsal is forked from this one: it finds everything imported. CUDA allows no forks.
         self._is_forked = context.is_tiny and not context.is_cuda
         self._forked: list[_Forked] = []
-        self._children: list[Child] = []
-        self._spares: list[Child] = []
+        self._children: list[ChildHandle] = []
+        self._spares: list[ChildHandle] = []
         settings = ModelSettings.model_validate({"MODEL_ID": str(folder), "DEVICE": context.device.type})
         self._engine = EngineProcess(settings, log_level="WARNING", on_restart=lambda: None, spawn=self._next)
 
@@ -69,10 +69,12 @@ class Lives:
         request = GenerationRequest(request_id, "a fox", "", 64, 64, 3, 5.0, (1,))
         return self._engine.generate(request, lambda _: None, lambda: False).result(RESULT_SECONDS)
 
-    def _next(self, settings: ModelSettings) -> Child:
+    def _next(self, settings: ModelSettings) -> ChildHandle:
         """Return the process for the engine's next start. Those spawned here end with the calling thread, its owner."""
         if not self._children:
-            spawned = [] if self._is_forked else [Child.spawn(settings, module=MODULE) for _ in range(NUM_PROCESSES)]
+            spawned = (
+                [] if self._is_forked else [ChildHandle.spawn(settings, module=MODULE) for _ in range(NUM_PROCESSES)]
+            )
             self._spares = [forked.child() for forked in self._forked] + spawned
         child = self._spares.pop(0)
         self._children.append(child)
@@ -106,10 +108,10 @@ class _Forked:
         if timeout is not None and self._process.exitcode is None:
             raise subprocess.TimeoutExpired("engine", timeout)
 
-    def child(self) -> Child:
+    def child(self) -> ChildHandle:
         """As `EngineProcess` holds it. It starts a thread: nothing is forked after that."""
         process: Any = self
-        return Child(process, Connection(self._ours.detach()))
+        return ChildHandle(process, Connection(self._ours.detach()))
 
 
 def _serve(descriptor: int, parent_pid: int) -> None:

@@ -9,9 +9,9 @@ from benchmarks.gpu.models.bench_model import BenchModel
 from benchmarks.gpu.models.jobs import distinct_files, request_of
 from benchmarks.sets import Job
 from inference.engine.conditioner import Conditioner
-from inference.lane import Conditioning, Drawing, Embedding, Lane
+from inference.lane import ActiveRequest, Conditioning, Embedding, Lane
 from inference.lora.adapter_key import AdapterKey
-from inference.lora.bank import Applied, Row
+from inference.lora.bank import AppliedAdapter, Row
 from inference.models.base import Family
 
 
@@ -63,7 +63,7 @@ class Forwards:
         request = request_of(job, self.model)
         self.family.prepare(request)
         keys = tuple(AdapterKey.of(file) for file in request.adapters)
-        drawing = Drawing(request, self.family.kind_of(request), lambda _: None, lambda: False, keys)
+        drawing = ActiveRequest(request, self.family.kind_of(request), lambda _: None, lambda: False, keys)
         drawing.row = row
         (lane,) = drawing.lanes
         _, lane.sampler = self.family.begin(lane)
@@ -79,7 +79,7 @@ def fill_bank(family: Family, jobs: Sequence[Job]) -> list[Row]:
         places[path] = tuple(range(next_page, next_page + packed.num_pages))
         next_page += packed.num_pages
         family.bank.write(places[path], packed)
-    return [tuple(Applied(places[path], scale) for path, scale in job.adapters) for job in jobs]
+    return [tuple(AppliedAdapter(places[path], scale) for path, scale in job.adapters) for job in jobs]
 
 
 def cast(conditioning: Conditioning, dtype: torch.dtype) -> Conditioning:

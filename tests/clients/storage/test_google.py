@@ -16,8 +16,8 @@ from clients.storage.location import LocationForbidden, ObjectRef, parse_locatio
 from config.settings import StoreSettings
 from tests.support.servers.google_stand_in import KEY_ID, SECRET, GoogleStandIn
 from tests.worker.results.test_ledger import event
-from worker.breakers import STORE_THRESHOLD, Breaker, Gate
-from worker.results.image_store import PictureStore
+from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate
+from worker.results.image_store import ImageStore
 from worker.results.ledger import Ledger
 
 BUCKET = "style_media"
@@ -129,7 +129,7 @@ def test_the_ledger_has_its_fence_and_the_probe_says_so(storage: Storage, caplog
 
 
 def test_a_picture_is_not_kept_by_caches_without_asking(google: GoogleStandIn, storage: Storage) -> None:
-    pictures = PictureStore(storage, Gate(Breaker("the store", STORE_THRESHOLD), Event()))
+    pictures = ImageStore(storage, StoreGate(Breaker("the store", STORE_THRESHOLD), Event()))
     ref = ObjectRef(BUCKET, "generations/gen-1.png")
 
     for number in range(2):  # as new, and over another one

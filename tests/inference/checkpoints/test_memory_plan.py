@@ -14,7 +14,7 @@ from inference.checkpoints import memory_plan
 from inference.checkpoints.checkpoint import identify, load_pipeline
 from inference.checkpoints.memory_plan import (
     RESERVE_BYTES,
-    Residence,
+    Placement,
     decide,
     foresee,
     free_bytes,
@@ -22,11 +22,11 @@ from inference.checkpoints.memory_plan import (
     most_adapter_bytes,
     place,
 )
-from inference.checkpoints.offload import take_turns
+from inference.checkpoints.offload import offload_in_turns
 from inference.request import EngineStartFailed
 from tests.support.models.tiny_models import build_tiny_sd
 from worker.cli.check.checks import CheckFailed
-from worker.cli.check.memory import look_at_memory
+from worker.cli.check.memory import check_memory
 
 SDXL = {"text_encoder": 246_000_000, "text_encoder_2": 1_389_000_000, "unet": 5_135_000_000, "vae": 167_000_000}
 TOTAL = sum(SDXL.values())
@@ -35,14 +35,14 @@ TOTAL = sum(SDXL.values())
 @pytest.mark.parametrize(
     ("free", "residence"),
     [
-        (24_000_000_000, Residence.RESIDENT),
-        (TOTAL + RESERVE_BYTES, Residence.RESIDENT),
-        (TOTAL + RESERVE_BYTES - 1, Residence.OFFLOADED),
-        (SDXL["unet"] + RESERVE_BYTES, Residence.OFFLOADED),
+        (24_000_000_000, Placement.RESIDENT),
+        (TOTAL + RESERVE_BYTES, Placement.RESIDENT),
+        (TOTAL + RESERVE_BYTES - 1, Placement.OFFLOADED),
+        (SDXL["unet"] + RESERVE_BYTES, Placement.OFFLOADED),
     ],
 )
 def test_models_stay_where_there_is_room_for_all_and_take_turns_where_there_is_for_the_largest(
-    free: int, residence: Residence
+    free: int, residence: Placement
 ) -> None:
     assert decide(SDXL, free) is residence
 
@@ -56,7 +56,7 @@ def test_a_model_whose_largest_part_does_not_fit_is_refused_with_the_figures() -
 
 def test_offloading_is_said_in_one_loud_line(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert foresee("cuda", SDXL, 8_000_000_000) is Residence.OFFLOADED
+        assert foresee("cuda", SDXL, 8_000_000_000) is Placement.OFFLOADED
 
     (record,) = caplog.records
     told = vars(record)["fields"]
@@ -67,9 +67,9 @@ def test_offloading_is_said_in_one_loud_line(caplog: pytest.LogCaptureFixture) -
 
 def test_a_cpu_s_model_stays_and_memory_that_is_short_is_only_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert foresee("cpu", SDXL, TOTAL) is Residence.RESIDENT
+        assert foresee("cpu", SDXL, TOTAL) is Placement.RESIDENT
         assert caplog.records == []
-        assert foresee("cpu", SDXL, TOTAL - 1) is Residence.RESIDENT
+        assert foresee("cpu", SDXL, TOTAL - 1) is Placement.RESIDENT
 
     assert "larger than the free memory" in caplog.text
 
@@ -80,15 +80,15 @@ def test_a_cpu_s_model_stays_and_memory_that_is_short_is_only_told(caplog: pytes
 def test_memory_that_is_kept_for_adapters_is_part_of_what_must_be_free() -> None:
     adapters = 4_000_000_000
 
-    assert decide(SDXL, TOTAL + RESERVE_BYTES + adapters, adapters) is Residence.RESIDENT
-    assert decide(SDXL, TOTAL + RESERVE_BYTES + adapters - 1, adapters) is Residence.OFFLOADED
+    assert decide(SDXL, TOTAL + RESERVE_BYTES + adapters, adapters) is Placement.RESIDENT
+    assert decide(SDXL, TOTAL + RESERVE_BYTES + adapters - 1, adapters) is Placement.OFFLOADED
     with pytest.raises(EngineStartFailed) as caught:
         decide(SDXL, SDXL["unet"] + RESERVE_BYTES + adapters - 1, adapters)
     assert all(words in str(caught.value) for words in ("and ADAPTER_MEMORY_GB 4.0 GB,", "lower ADAPTER_MEMORY_GB"))
 
 
 def test_adapters_for_whose_sake_models_take_turns_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    assert foresee("cuda", SDXL, TOTAL + RESERVE_BYTES, 1_000_000_000) is Residence.OFFLOADED
+    assert foresee("cuda", SDXL, TOTAL + RESERVE_BYTES, 1_000_000_000) is Placement.OFFLOADED
 
     told = vars(caplog.records[0])["fields"]
     assert told["adapters_gb"] == 1.0
@@ -98,14 +98,14 @@ def test_adapters_for_whose_sake_models_take_turns_are_named(caplog: pytest.LogC
 @pytest.mark.parametrize(
     ("chosen", "free", "residence", "most"),
     [
-        (5_000_000_000, 24_000_000_000, Residence.RESIDENT, 5_000_000_000),
-        (None, TOTAL + 4_000_000_000, Residence.RESIDENT, 1_000_000_000),
-        (None, SDXL["unet"] + 4_000_000_000, Residence.OFFLOADED, 1_000_000_000),
-        (None, TOTAL - 1, Residence.RESIDENT, 0),
+        (5_000_000_000, 24_000_000_000, Placement.RESIDENT, 5_000_000_000),
+        (None, TOTAL + 4_000_000_000, Placement.RESIDENT, 1_000_000_000),
+        (None, SDXL["unet"] + 4_000_000_000, Placement.OFFLOADED, 1_000_000_000),
+        (None, TOTAL - 1, Placement.RESIDENT, 0),
     ],
 )
 def test_adapters_take_what_is_chosen_or_a_quarter_of_what_the_weights_leave(
-    chosen: int | None, free: int, residence: Residence, most: int
+    chosen: int | None, free: int, residence: Placement, most: int
 ) -> None:
     assert most_adapter_bytes(chosen, SDXL, free, residence) == most
 
@@ -182,7 +182,7 @@ class Pipeline:
 
 def test_one_model_at_a_time_is_on_the_device_in_whatever_order_they_are_called() -> None:
     pipeline = Pipeline()
-    take_turns(pipeline, DEVICE)
+    offload_in_turns(pipeline, DEVICE)
 
     # As the engine does it: pictures end and prompts come in between two steps
     with torch.inference_mode():
@@ -196,7 +196,7 @@ def test_one_model_at_a_time_is_on_the_device_in_whatever_order_they_are_called(
 
 def test_a_model_that_is_called_again_and_again_is_moved_once() -> None:
     pipeline = Pipeline()
-    take_turns(pipeline, DEVICE)
+    offload_in_turns(pipeline, DEVICE)
 
     pipeline.unet(torch.zeros(1, 2))
     there = pipeline.unet.weight.data_ptr()
@@ -208,7 +208,7 @@ def test_a_model_that_is_called_again_and_again_is_moved_once() -> None:
 def test_a_real_pipeline_that_takes_turns_draws_the_same(tmp_path: Path) -> None:
     folder = build_tiny_sd(tmp_path / "sd")
     resident, turning = (load_pipeline(identify(str(folder), None), torch.float32) for _ in range(2))
-    take_turns(turning, DEVICE)
+    offload_in_turns(turning, DEVICE)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     drawn = []
@@ -226,8 +226,8 @@ def test_a_real_pipeline_that_takes_turns_draws_the_same(tmp_path: Path) -> None
 def test_placing_does_as_decided() -> None:
     resident, offloaded = Pipeline(), Pipeline()
 
-    place(resident, DEVICE, Residence.RESIDENT)
-    place(offloaded, DEVICE, Residence.OFFLOADED)
+    place(resident, DEVICE, Placement.RESIDENT)
+    place(offloaded, DEVICE, Placement.OFFLOADED)
     offloaded.unet(torch.zeros(1, 2))
 
     assert (resident.moved_to, offloaded.moved_to) == (DEVICE, None)
@@ -255,8 +255,8 @@ def test_check_foretells_what_the_engine_will_do(
 
     if words is None:
         with pytest.raises(CheckFailed, match="unet"):
-            look_at_memory(settings)
+            check_memory(settings)
     else:
-        told = look_at_memory(settings)
+        told = check_memory(settings)
         assert "0.00 GB of weights at 16 bits and 2.0 GB for a picture" in told
         assert words in told

@@ -10,7 +10,7 @@ import torch
 from config.settings import ModelSettings
 from inference.lane import Lane
 from inference.process.child import EXIT_BROKEN
-from inference.process.child_handle import Child
+from inference.process.child_handle import ChildHandle
 from inference.process.engine_process import EngineProcess, wait_until_ready
 from inference.request import GenerationRequest, RequestFailed
 from tests.support.engine.asserting_child import FUSE
@@ -106,10 +106,10 @@ def test_a_picture_that_fits_no_memory_fails_alone_and_the_next_is_drawn(engine:
 
 
 def test_an_assertion_on_the_device_ends_the_child_and_the_next_one_draws(tiny: Path) -> None:
-    children: list[Child] = []
+    children: list[ChildHandle] = []
 
-    def spawn(settings: ModelSettings) -> Child:
-        children.append(Child.spawn(settings, module="tests.support.engine.asserting_child"))
+    def spawn(settings: ModelSettings) -> ChildHandle:
+        children.append(ChildHandle.spawn(settings, module="tests.support.engine.asserting_child"))
         return children[-1]
 
     engine = EngineProcess(settings_of(tiny), log_level="INFO", on_restart=lambda: None, spawn=spawn)

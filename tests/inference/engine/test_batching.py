@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from inference.lora.layers import layer_groups
-from inference.request import AdapterFile, GenerationRequest, Occupancy, RequestFailed
+from inference.request import AdapterFile, EngineLoad, GenerationRequest, RequestFailed
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import (
     PATIENCE_SECONDS,
@@ -406,7 +406,7 @@ def num_readings(caplog: pytest.LogCaptureFixture) -> int:
     return sum(record.message == "adapter read" for record in caplog.records)
 
 
-def slots_in_use(occupancy: Occupancy) -> int:
+def slots_in_use(occupancy: EngineLoad) -> int:
     return occupancy.slots_active + occupancy.slots_idle
 
 

@@ -16,7 +16,7 @@ from diffusers import ControlNetModel
 from PIL import Image
 
 from config.settings import ModelSettings
-from inference.checkpoints.offload import take_turns
+from inference.checkpoints.offload import offload_in_turns
 from inference.controlnet.edges import find_edges
 from inference.controlnet.files import find_controlnets, most_bytes
 from inference.models.base import Family
@@ -250,7 +250,7 @@ class TurningEngine(WatchedEngine):
 
     def _load(self, settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> Family:
         model = super()._load(settings, device, dtype)
-        take_turns(model._pipeline, device)
+        offload_in_turns(model._pipeline, device)
         self.seated: list[str] = []
         seat = model._pipeline.transformer._hf_hook._seat
         load = model.load_control
@@ -526,12 +526,12 @@ def test_the_memory_that_is_kept_for_controlnets_is_what_all_take_or_the_limit(m
 
 
 def test_check_tells_of_the_memory_for_controlnets(models: Models) -> None:
-    from worker.cli.check.memory import look_at_memory  # it brings what a GPU machine may not have
+    from worker.cli.check.memory import check_memory  # it brings what a GPU machine may not have
 
     named = f"pose={models.controlnet('sd', 'pose')},depth={models.controlnet('sd', 'depth')}"
 
-    assert "GB kept for ControlNets" in look_at_memory(settings_of(models.checkpoint("sd"), CONTROLNETS=named))
-    assert "ControlNets" not in look_at_memory(settings_of(models.checkpoint("sd")))
+    assert "GB kept for ControlNets" in check_memory(settings_of(models.checkpoint("sd"), CONTROLNETS=named))
+    assert "ControlNets" not in check_memory(settings_of(models.checkpoint("sd")))
 
 
 # --- Edges

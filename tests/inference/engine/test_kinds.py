@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.overrides import TorchFunctionMode
 
-from inference.checkpoints.offload import bring, take_turns
+from inference.checkpoints.offload import ensure_on_device, offload_in_turns
 from inference.models.base import Family
 from inference.models.loader import load_family
 from inference.request import KINDS, AdapterFile, GenerationRequest, RequestFailed, Source
@@ -287,13 +287,13 @@ def test_an_encoder_in_32_bits_gives_its_place_on_the_device_back_as_it_was(mode
         for _ in range(2)
     )
     in_host_memory = [weight.data_ptr() for weight in second._pipeline.vae.parameters()]
-    take_turns(second._pipeline, torch.device("cpu"))
+    offload_in_turns(second._pipeline, torch.device("cpu"))
 
     assert torch.equal(encoded_by_us(first), encoded_by_us(second))
     on_device = list(second._pipeline.vae.parameters())
     assert {weight.dtype for weight in on_device} == {torch.bfloat16}
     assert not {weight.data_ptr() for weight in on_device} & set(in_host_memory)
-    bring(second._pipeline.unet)
+    ensure_on_device(second._pipeline.unet)
     assert [weight.data_ptr() for weight in second._pipeline.vae.parameters()] == in_host_memory
 
 

@@ -15,11 +15,11 @@ from inference.device.device import Device
 from inference.device.host_copy import HostCopy
 from inference.engine.local_engine import LocalEngine
 from inference.engine.previews import Previews, _Projected
-from inference.lane import Drawing, Kind, Lane
+from inference.lane import ActiveRequest, BatchTraits, Lane
 from inference.latents.preview_projection import Projection, find_projection
 from inference.models.loader import load_family
 from inference.request import Preview, Source, StepReport
-from inference.sampling.foresight import denoised
+from inference.sampling.foresight import predict_x0
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import Order, WatchedEngine, WatchedModel
 from tests.support.images.pictures import draw, settings_of
@@ -53,7 +53,7 @@ def test_a_diffusion_s_foresight_is_what_diffusers_itself_takes_the_picture_to_b
 
     for time_step in scheduler.timesteps:
         theirs = scheduler.step(prediction, time_step, noisy).pred_original_sample
-        torch.testing.assert_close(denoised(noisy, float(time_step), prediction, scheduler), theirs)
+        torch.testing.assert_close(predict_x0(noisy, float(time_step), prediction, scheduler), theirs)
 
 
 def test_foresight_holds_for_a_scheduler_that_keeps_its_latents_in_a_scale_of_its_own() -> None:
@@ -65,7 +65,7 @@ def test_foresight_holds_for_a_scheduler_that_keeps_its_latents_in_a_scale_of_it
     for time_step in scheduler.timesteps[:-1]:
         scaled = scheduler.scale_model_input(noisy, time_step)
         theirs = scheduler.step(prediction, time_step, noisy).pred_original_sample
-        ours = denoised(scaled, float(time_step), prediction, checkpoint)
+        ours = predict_x0(scaled, float(time_step), prediction, checkpoint)
         # Its timesteps lie between those of training: what is looked up is of the nearest.
         assert float((ours - theirs).norm() / theirs.norm()) < 0.02
 
@@ -77,7 +77,7 @@ def test_a_flow_s_foresight_is_the_picture_that_the_noise_was_mixed_with() -> No
 
     for time_step in scheduler.timesteps:
         noisy = scheduler.scale_noise(picture, time_step[None], noise)
-        torch.testing.assert_close(denoised(noisy, float(time_step), noise - picture, scheduler), picture)
+        torch.testing.assert_close(predict_x0(noisy, float(time_step), noise - picture, scheduler), picture)
 
 
 # --- The projection
@@ -220,7 +220,7 @@ def test_previews_change_no_picture_and_none_are_made_unless_asked_for(engine: L
 class Blind(WatchedModel):
     """A model of which no preview can be made."""
 
-    def denoised(self, lane: Lane, prediction: torch.Tensor) -> torch.Tensor:
+    def predict_x0(self, lane: Lane, prediction: torch.Tensor) -> torch.Tensor:
         raise torch.OutOfMemoryError("no room for a preview")
 
 
@@ -248,7 +248,9 @@ class Late:
 
 def test_what_has_not_arrived_from_the_device_is_waited_for_by_nobody_and_comes_with_a_later_step(tiny: Path) -> None:
     family = load_family(settings_of(tiny), device=CPU, dtype=torch.float32)
-    drawing = Drawing(tiny_request(), Kind((64, 64), is_guided=True, num_steps=8), lambda _: None, lambda: False, ())
+    drawing = ActiveRequest(
+        tiny_request(), BatchTraits((64, 64), is_guided=True, num_steps=8), lambda _: None, lambda: False, ()
+    )
     previews, arrival = Previews(family, Device(CPU), every=1), Late()
     copy = HostCopy(torch.full((2, 3, 3), 7, dtype=torch.uint8), arrival)
     previews._copies.append(_Projected(drawing, copy))

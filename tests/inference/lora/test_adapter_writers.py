@@ -23,7 +23,7 @@ from inference.lora.adapter import (
     read_adapter,
 )
 from inference.lora.bank import AdapterBank
-from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, Dialect, sdxl
+from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, KeyNaming, sdxl
 from inference.lora.tensor_names import OTHER_METHODS
 from tests.support.models.tiny_models import (
     build_tiny_sd,
@@ -50,7 +50,7 @@ class Model:
 
     def __init__(self, family: str, folder: Path) -> None:
         self.pipe: Any = load_pipe(BUILDERS[family](folder))
-        self.dialect: Dialect = {"sd": STABLE_DIFFUSION, "sd2": STABLE_DIFFUSION, "z": Z_IMAGE}.get(family) or sdxl(
+        self.dialect: KeyNaming = {"sd": STABLE_DIFFUSION, "sd2": STABLE_DIFFUSION, "z": Z_IMAGE}.get(family) or sdxl(
             self.pipe.unet.config
         )
         self.roots = {name: getattr(self.pipe, name) for name in self.dialect.models}
@@ -97,7 +97,7 @@ def assert_changes(found: Tensors, expected: Tensors) -> None:
         torch.testing.assert_close(found[name], change, rtol=1e-5, atol=1e-5)
 
 
-def refusal(path: Path, dialect: Dialect) -> AdapterError:
+def refusal(path: Path, dialect: KeyNaming) -> AdapterError:
     with pytest.raises(AdapterError) as caught:
         read_adapter(path, None, dialect)
     return caught.value

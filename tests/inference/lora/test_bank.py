@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from inference.lora.adapter import DOWN, UP, Adapter, LowRank
 from inference.lora.adapter_memory import AdapterMemory
-from inference.lora.bank import AdapterBank, Applied, PackedAdapter, Row
+from inference.lora.bank import AdapterBank, AppliedAdapter, PackedAdapter, Row
 from inference.lora.layers import layer_groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -194,9 +194,9 @@ def test_an_adapter_of_one_kind_of_layer_does_what_peft_does(layer: str, rank: i
 
     assert len(place) == -(-rank // 8)
     rows: list[tuple[Row, Worn]] = [
-        ((Applied(place, 1.0),), [(one, 1.0)]),
+        ((AppliedAdapter(place, 1.0),), [(one, 1.0)]),
         ((), []),
-        ((Applied(place, -0.6),), [(one, -0.6)]),
+        ((AppliedAdapter(place, -0.6),), [(one, -0.6)]),
     ]
     assert_each_row_is_its_own(wardrobe, rows)
 
@@ -207,7 +207,7 @@ def test_an_adapter_whose_layers_differ_in_rank_does_what_peft_does() -> None:
     place = wardrobe.load(one)
 
     assert len(place) == 3
-    assert_each_row_is_its_own(wardrobe, [((Applied(place, 1.0),), [(one, 1.0)])])
+    assert_each_row_is_its_own(wardrobe, [((AppliedAdapter(place, 1.0),), [(one, 1.0)])])
 
 
 # --- Rows of many
@@ -223,7 +223,7 @@ def test_every_row_wears_its_own_adapters_at_its_own_scales() -> None:
     places = {id(one): wardrobe.load(one) for one in (every, attention, convolutions)}
 
     def wearing(*worn: tuple[Trained, float]) -> tuple[Row, Worn]:
-        return tuple(Applied(places[id(one)], scale) for one, scale in worn), worn
+        return tuple(AppliedAdapter(places[id(one)], scale) for one, scale in worn), worn
 
     assert_each_row_is_its_own(
         wardrobe,
@@ -243,8 +243,8 @@ def test_every_row_wears_its_own_adapters_at_its_own_scales() -> None:
 def test_rows_may_change_their_order_and_number_from_one_forward_to_the_next() -> None:
     wardrobe = Wardrobe()
     one, other = trained(rank=8, seed=1), trained(rank=8, seed=2)
-    first = ((Applied(wardrobe.load(one), 1.0),), [(one, 1.0)])
-    second = ((Applied(wardrobe.load(other), 1.0),), [(other, 1.0)])
+    first = ((AppliedAdapter(wardrobe.load(one), 1.0),), [(one, 1.0)])
+    second = ((AppliedAdapter(wardrobe.load(other), 1.0),), [(other, 1.0)])
 
     for rows in ([first, second], [second, first], [first], [second, first, ((), []), first], [second]):
         assert_each_row_is_its_own(wardrobe, rows)
@@ -256,7 +256,7 @@ def test_rows_may_change_their_order_and_number_from_one_forward_to_the_next() -
 def test_layers_that_share_their_input_as_a_rule_are_right_where_they_do_not() -> None:
     wardrobe = Wardrobe()
     one = trained(ATTENTION, rank=8, seed=1)
-    wardrobe.bank.route([(Applied(wardrobe.load(one), 1.0),)] * 2)
+    wardrobe.bank.route([(AppliedAdapter(wardrobe.load(one), 1.0),)] * 2)
     attention, generator = wardrobe.block.attn1, torch.Generator().manual_seed(1)
     inputs = [torch.randn(2, TOKENS, WIDTH, generator=generator) for _ in range(3)]
     equal_but_another = inputs[0].clone()
@@ -285,7 +285,7 @@ def test_layers_that_share_their_input_as_a_rule_are_right_where_they_do_not() -
 def test_the_last_forward_s_products_are_not_used_when_the_same_tensor_comes_in_again_for_other_rows() -> None:
     wardrobe = Wardrobe()
     one, other = trained(ATTENTION, rank=8, seed=1), trained(ATTENTION, rank=8, seed=2)
-    rows = [((Applied(wardrobe.load(each), 1.0),),) for each in (one, other)]
+    rows = [((AppliedAdapter(wardrobe.load(each), 1.0),),) for each in (one, other)]
     attention, x = wardrobe.block.attn1, torch.randn(1, TOKENS, WIDTH)
 
     # A forward that breaks off after to_q, as one that runs out of memory does.
@@ -311,7 +311,7 @@ def test_growing_in_pages_and_in_width_keeps_what_is_loaded() -> None:
     rows: list[tuple[Row, Worn]] = []
     sizes = [wardrobe.bank.num_bytes]
     for one in (narrow, wide, high):
-        rows.append(((Applied(wardrobe.load(one), 0.7),), [(one, 0.7)]))
+        rows.append(((AppliedAdapter(wardrobe.load(one), 0.7),), [(one, 0.7)]))
         sizes.append(wardrobe.bank.num_bytes)
         assert_each_row_is_its_own(wardrobe, rows)
 
@@ -418,7 +418,7 @@ def test_an_adapter_without_room_for_a_copy_is_written_from_the_host(caplog: pyt
     wardrobe.bank.__class__ = CrowdedBank
     one = trained(rank=12, seed=1)
 
-    row: tuple[Row, Worn] = ((Applied(wardrobe.load(one), 1.0),), [(one, 1.0)])
+    row: tuple[Row, Worn] = ((AppliedAdapter(wardrobe.load(one), 1.0),), [(one, 1.0)])
 
     assert "no memory for a copy of an adapter" in caplog.text
     assert_each_row_is_its_own(wardrobe, [row, ((), [])])
@@ -434,8 +434,8 @@ def test_an_adapter_that_was_packed_before_the_pages_became_wider_is_right_besid
     wardrobe.bank.write((2,), packed_early)
 
     rows: list[tuple[Row, Worn]] = [
-        ((Applied((1,), 1.0),), [(late, 1.0)]),
-        ((Applied((2,), 1.0),), [(early, 1.0)]),
+        ((AppliedAdapter((1,), 1.0),), [(late, 1.0)]),
+        ((AppliedAdapter((2,), 1.0),), [(early, 1.0)]),
     ]
     assert_each_row_is_its_own(wardrobe, rows)
 
@@ -450,11 +450,11 @@ def test_pages_that_a_smaller_adapter_takes_over_hold_nothing_of_the_larger_one(
 
     wardrobe.bank.write(place[1:2], packed_early if is_packed_early else wardrobe.bank.pack(small.adapter))
 
-    row: Row = (Applied(place[1:2], 1.0),)
+    row: Row = (AppliedAdapter(place[1:2], 1.0),)
     assert_each_row_is_its_own(wardrobe, [(row, [(small, 1.0)]), ((), [])])
     # Beside an adapter of every layer, those that the small one leaves alone are computed for its row as well.
     every = trained(rank=8, seed=3)
-    beside: tuple[Row, Worn] = ((Applied(wardrobe.load(every), 1.0),), [(every, 1.0)])
+    beside: tuple[Row, Worn] = ((AppliedAdapter(wardrobe.load(every), 1.0),), [(every, 1.0)])
     assert_each_row_is_its_own(wardrobe, [(row, [(small, 1.0)]), beside])
 
 
@@ -464,7 +464,7 @@ def test_the_same_pages_bring_other_layers_once_another_adapter_is_in_them() -> 
     # So that what the rows wear in a convolution is asked before they wear anything there.
     wardrobe.load(trained(rank=8, seed=3))
     place = wardrobe.load(before)
-    row: Row = (Applied(place, 1.0),)
+    row: Row = (AppliedAdapter(place, 1.0),)
     assert_each_row_is_its_own(wardrobe, [(row, [(before, 1.0)])])
 
     wardrobe.bank.write(place, wardrobe.bank.pack(after.adapter))
@@ -479,7 +479,7 @@ def test_pages_out_of_order_are_one_adapter_s_all_the_same() -> None:
 
     wardrobe.bank.write((5, 2, 9), packed)
 
-    assert_each_row_is_its_own(wardrobe, [((Applied((5, 2, 9), 1.0),), [(one, 1.0)])])
+    assert_each_row_is_its_own(wardrobe, [((AppliedAdapter((5, 2, 9), 1.0),), [(one, 1.0)])])
 
 
 def test_it_is_known_which_of_the_models_an_adapter_changes() -> None:
@@ -489,8 +489,8 @@ def test_it_is_known_which_of_the_models_an_adapter_changes() -> None:
     bank.write((1,), bank.pack(Adapter({"unet.attn1.to_q": low_rank})))
     bank.write((2,), bank.pack(Adapter({"unet.attn1.to_q": low_rank, "text_encoder.to_q": low_rank})))
 
-    assert [bank.touches(Applied((page,), 1.0), "unet") for page in (1, 2)] == [True, True]
-    assert [bank.touches(Applied((page,), 1.0), "text_encoder") for page in (1, 2)] == [False, True]
+    assert [bank.touches(AppliedAdapter((page,), 1.0), "unet") for page in (1, 2)] == [True, True]
+    assert [bank.touches(AppliedAdapter((page,), 1.0), "text_encoder") for page in (1, 2)] == [False, True]
 
 
 # --- The model itself
@@ -501,7 +501,7 @@ def test_the_base_weights_are_never_written() -> None:
     before = {name: each.clone() for name, each in wardrobe.block.state_dict().items()}
 
     for seed in range(3):
-        wardrobe.draw([(Applied(wardrobe.load(trained(rank=8, seed=seed)), 1.5),)] * 2, inputs_of(2))
+        wardrobe.draw([(AppliedAdapter(wardrobe.load(trained(rank=8, seed=seed)), 1.5),)] * 2, inputs_of(2))
 
     after = wardrobe.block.state_dict()
     assert after.keys() == before.keys()
@@ -515,9 +515,9 @@ def test_rows_without_adapters_give_the_very_bytes_of_a_model_without_a_bank() -
     before = wardrobe.draw([()] * 3, inputs)
 
     place = wardrobe.load(trained(rank=8, seed=1))
-    styled = wardrobe.draw([(Applied(place, 1.0),)] * 3, inputs)
+    styled = wardrobe.draw([(AppliedAdapter(place, 1.0),)] * 3, inputs)
     after = wardrobe.draw([()] * 3, inputs)
-    mixed = wardrobe.draw([(), (Applied(place, 1.0),), ()], inputs)
+    mixed = wardrobe.draw([(), (AppliedAdapter(place, 1.0),), ()], inputs)
 
     assert torch.equal(before, untouched)
     assert torch.equal(after, untouched)
@@ -529,9 +529,9 @@ def test_half_precision_follows_as_closely_as_it_can() -> None:
     wardrobe = Wardrobe(torch.bfloat16)
     one, other = trained(rank=12, seed=1), trained(ATTENTION, rank=8, seed=2)
     rows: list[tuple[Row, Worn]] = [
-        ((Applied(wardrobe.load(one), 0.5),), [(one, 0.5)]),
+        ((AppliedAdapter(wardrobe.load(one), 0.5),), [(one, 0.5)]),
         ((), []),
-        ((Applied(wardrobe.load(other), 1.0),), [(other, 1.0)]),
+        ((AppliedAdapter(wardrobe.load(other), 1.0),), [(other, 1.0)]),
     ]
 
     assert wardrobe.draw([row for row, _ in rows], inputs_of(3)).isfinite().all()

@@ -21,7 +21,7 @@ from inference.lora.adapter import (
     check_fits,
     read_adapter,
 )
-from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, Dialect, sdxl
+from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, KeyNaming, sdxl
 from tests.support.models.tiny_models import (
     Z_IMAGE_BLOCKS,
     Z_IMAGE_EVERY_LAYER,
@@ -59,7 +59,7 @@ def z_pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_pipe(build_tiny_z_image(tmp_path_factory.mktemp("z")))
 
 
-def dialect_of(pipe: Any) -> Dialect:
+def dialect_of(pipe: Any) -> KeyNaming:
     if hasattr(pipe, "transformer"):
         return Z_IMAGE
     return sdxl(pipe.unet.config) if hasattr(pipe, "text_encoder_2") else STABLE_DIFFUSION

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from inference.lora.adapter import Adapter, LowRank
-from inference.lora.bank import AdapterBank, Applied
+from inference.lora.bank import AdapterBank, AppliedAdapter
 from inference.models.base import Prompt
 from inference.models.clip_prompts import MAX_PASSES, MAX_WEIGHT, Fragment, LongPromptEncoder, num_tokens, parse_weights
 from inference.models.sdxl import StableDiffusionXL
@@ -281,11 +281,11 @@ def test_a_weight_above_one_moves_that_part_away_from_the_empty_prompt(pipe: Any
 
 
 def test_a_part_of_weight_zero_leaves_no_trace_and_a_lighter_one_less_of_it(pipe: Any) -> None:
-    def trace(weight: float) -> float:
+    def derive_trajectory(weight: float) -> float:
         red, wet = (encoder_of(pipe).encode(f"a ({word}:{weight}) fox").tokens for word in ("red", "wet"))
         return float((red - wet).norm())
 
-    assert trace(1.0) > trace(0.5) > trace(0.1) > 100 * trace(0.0)
+    assert derive_trajectory(1.0) > derive_trajectory(0.5) > derive_trajectory(0.1) > 100 * derive_trajectory(0.0)
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def test_every_chunk_wears_the_adapters_of_the_row_that_is_routed(sd: Any) -> No
     bank.write((1,), bank.pack(Adapter({f"text_encoder.{layer}": LowRank(a, b)})))
     text = f"{LONG}. a (red:1.3) fox, (quick:0.6) and {LONG}"
 
-    bank.route([(Applied((1,), 0.5),)])
+    bank.route([(AppliedAdapter((1,), 0.5),)])
     adapted = LongPromptEncoder([sd.tokenizer], [worn], CPU).encode(text).tokens
 
     torch.testing.assert_close(adapted, LongPromptEncoder([sd.tokenizer], [merged], CPU).encode(text).tokens, **CLOSE)

@@ -20,17 +20,17 @@ import pytest
 import inference.process.health
 from config.settings import ModelSettings
 from inference.process.child import EXIT_BROKEN
-from inference.process.child_handle import Child
+from inference.process.child_handle import ChildHandle
 from inference.process.engine_process import EngineProcess, EngineState, wait_until_ready
-from inference.process.health import MAX_CONSECUTIVE_CRASHES, MAX_CONSECUTIVE_FAULTS, Vitals
+from inference.process.health import MAX_CONSECUTIVE_CRASHES, MAX_CONSECUTIVE_FAULTS, ChildHealth
 from inference.request import (
     Control,
     EngineClosed,
     EngineCrashed,
     EngineFault,
     EngineHung,
+    EngineLoad,
     GenerationResult,
-    Occupancy,
     RequestCancelled,
     RequestFailed,
     Source,
@@ -178,9 +178,9 @@ def test_closing_ends_a_running_request_and_leaves_no_process(engine: EngineProc
 # --- The same process boundary around an engine that obeys its prompts: see tests/support/engine/fake_child.py
 
 
-def spawn_fake(settings: ModelSettings) -> Child:
+def spawn_fake(settings: ModelSettings) -> ChildHandle:
     """A fake child, started as the real one is."""
-    return Child.spawn(settings, module="tests.support.engine.fake_child")
+    return ChildHandle.spawn(settings, module="tests.support.engine.fake_child")
 
 
 @dataclass
@@ -190,7 +190,7 @@ class Fake:
     journal: Path
     engine: EngineProcess
     restarts: list[None]
-    occupancies: list[Occupancy]
+    occupancies: list[EngineLoad]
     steps: dict[str, list[int]] = field(default_factory=dict)
     futures: dict[str, Future[GenerationResult]] = field(default_factory=dict)
 
@@ -237,7 +237,7 @@ def new_fake(tmp_path: Path) -> Iterator[Callable[..., Fake]]:
         """Requests that are asked for at once all wait for the child to be ready: they go inside together."""
         journal = tmp_path / f"journal-{len(made)}"
         restarts: list[None] = []
-        occupancies: list[Occupancy] = []
+        occupancies: list[EngineLoad] = []
         engine = EngineProcess(
             ModelSettings(MODEL_ID=str(journal), **settings),
             log_level="INFO",
@@ -537,7 +537,7 @@ def test_after_a_crash_nothing_is_in_the_engine(fake: Fake) -> None:
     fake.outcomes()
 
     assert max(one.num_lanes for one in fake.occupancies) == 1
-    assert fake.occupancies[-1] == Occupancy(0, 0, 0, 0, NUM_SLOTS)
+    assert fake.occupancies[-1] == EngineLoad(0, 0, 0, 0, NUM_SLOTS)
 
 
 def test_an_engine_that_crashes_again_and_again_gives_up(fake: Fake) -> None:
@@ -725,7 +725,7 @@ def test_a_request_with_a_control_has_time_to_load_its_controlnet(fake: Fake) ->
     wait_until_ready(fake.engine, HANG_SECONDS)
     assert fake.engine.facts is not None
     now = [0.0]
-    vitals = Vitals(60.0, lambda: now[0])
+    vitals = ChildHealth(60.0, lambda: now[0])
     plain, controlled = request_of(), request_of(control=Control("pose", b""))
 
     now[0] = 100.0

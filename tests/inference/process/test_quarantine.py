@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference.process.quarantine import CONVICTING_WEIGHT, DEATH_WEIGHT, KILL_WEIGHT, Lineup
+from inference.process.quarantine import CONVICTING_WEIGHT, DEATH_WEIGHT, KILL_WEIGHT, ChildQuarantine
 
 
 @dataclass(eq=False)
@@ -24,9 +24,9 @@ class Asked:
         return self.request_id
 
 
-def lineup_of(names: str) -> tuple[Lineup[Asked], list[Asked]]:
+def lineup_of(names: str) -> tuple[ChildQuarantine[Asked], list[Asked]]:
     """A lineup in which one request for each letter waits, in the order of their arrival."""
-    lineup: Lineup[Asked] = Lineup()
+    lineup: ChildQuarantine[Asked] = ChildQuarantine()
     asked = [Asked(name, arrived_at=number) for number, name in enumerate(names)]
     for one in asked:
         lineup.add(one)
@@ -41,7 +41,7 @@ def names(requests: Sequence[Asked]) -> str:
 
 
 def test_all_that_wait_go_inside_at_once_the_oldest_first() -> None:
-    lineup: Lineup[Asked] = Lineup()
+    lineup: ChildQuarantine[Asked] = ChildQuarantine()
     for name, arrived_at in (("c", 3.0), ("a", 1.0), ("b", 2.0), ("B", 2.0)):
         lineup.add(Asked(name, arrived_at))
 
@@ -76,7 +76,7 @@ def test_only_what_is_inside_is_found_and_what_is_answered_is_nowhere() -> None:
 
 
 def test_two_requests_of_one_id_are_never_inside_together() -> None:
-    lineup: Lineup[Asked] = Lineup()
+    lineup: ChildQuarantine[Asked] = ChildQuarantine()
     first, second, third = (Asked("a", arrived_at) for arrived_at in (1.0, 2.0, 3.0))
     for one in (third, first, second):
         lineup.add(one)
@@ -273,7 +273,7 @@ REQUESTS = st.builds(
 @given(st.lists(st.lists(REQUESTS, max_size=5), max_size=5))
 def test_whatever_comes_poison_alone_is_convicted_and_all_else_is_drawn(waves: list[list[Asked]]) -> None:
     # Given waves of requests, one between any two turns, to a process that every poison kills at its last step
-    lineup: Lineup[Asked] = Lineup()
+    lineup: ChildQuarantine[Asked] = ChildQuarantine()
     everyone = [one for wave in waves for one in wave]
     finished: list[Asked] = []
     convicted: list[Asked] = []
@@ -305,7 +305,7 @@ def test_whatever_comes_poison_alone_is_convicted_and_all_else_is_drawn(waves: l
 
 @given(st.lists(st.sampled_from(["add", "take", "answer", "cancel", "blame", "spare"]), max_size=60), st.randoms())
 def test_nobody_is_lost_or_in_two_places_and_suspects_are_inside_alone(events: list[str], random: Random) -> None:
-    lineup: Lineup[Asked] = Lineup()
+    lineup: ChildQuarantine[Asked] = ChildQuarantine()
     here: list[Asked] = []
     suspects: set[Asked] = set()
 

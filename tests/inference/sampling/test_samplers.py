@@ -11,9 +11,9 @@ import torch
 from inference.request import RequestFailed
 from inference.sampling import samplers as sampling
 from inference.sampling.parameters import parameters_of
-from inference.sampling.samplers import Origin, Sampler, Samplers, SchedulerSampler, TrajectorySampler
+from inference.sampling.samplers import Sampler, Samplers, SchedulerSampler, SourceLatents, TrajectorySampler
 from inference.sampling.schedulers import DIFFUSION, FLOW, SchedulerTable, set_timesteps
-from inference.sampling.trajectory import Course
+from inference.sampling.trajectory import StepPlan
 from tests.support.copies import NOWHERE, Copies
 from tests.support.paths import DEMO_MODEL
 
@@ -64,7 +64,7 @@ def begin(config: str, name: str, num_steps: int, seed: int) -> tuple[str, Sampl
     """A sampler from a checkpoint of this scheduler config."""
     found = (CONFIGS | FLOWS)[config]
     shift = SHIFT if found.get("use_dynamic_shifting") else None
-    return Samplers(table_of(found), found).begin(Course(name, num_steps, shift), *noise_of(seed))
+    return Samplers(table_of(found), found).begin(StepPlan(name, num_steps, shift), *noise_of(seed))
 
 
 class Plain:
@@ -168,9 +168,9 @@ def test_a_lane_with_a_source_and_a_mask_is_always_where_plain_diffusers_inpaint
     num_skipped = 3
     found = (CONFIGS | FLOWS)[config]
     picture = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
-    course = Course(name, 8, SHIFT if found.get("use_dynamic_shifting") else None, num_skipped)
+    course = StepPlan(name, 8, SHIFT if found.get("use_dynamic_shifting") else None, num_skipped)
 
-    _, sampler = Samplers(table_of(found), found).begin(course, *noise_of(1), Origin(picture, mask=MASK == 1))
+    _, sampler = Samplers(table_of(found), found).begin(course, *noise_of(1), SourceLatents(picture, mask=MASK == 1))
 
     assert_follows(sampler, PlainInpainting(name, found, 8, num_skipped, picture), seed=1)
 
@@ -181,13 +181,13 @@ def test_a_course_that_diffusers_itself_cannot_take_is_known_before_the_first_st
     with pytest.raises(IndexError):
         list(Plain(name, CONFIGS[config], num_steps, *noise_of(1)).steps(predictions_of(1)))
     with pytest.raises(RequestFailed, match="30 steps") as failure:
-        Samplers(DIFFUSION, CONFIGS[config]).prepare(Course(name, num_steps))
+        Samplers(DIFFUSION, CONFIGS[config]).prepare(StepPlan(name, num_steps))
     assert failure.value.code == "INVALID_INPUT"
 
 
 def test_more_steps_than_a_scheduler_can_take_are_refused_before_the_first() -> None:
     with pytest.raises(RequestFailed, match="60 steps") as failure:
-        Samplers(DIFFUSION, CONFIGS["as Stable Diffusion 1.5"]).prepare(Course("lcm", 60))
+        Samplers(DIFFUSION, CONFIGS["as Stable Diffusion 1.5"]).prepare(StepPlan("lcm", 60))
 
     assert failure.value.code == "INVALID_INPUT"
 
@@ -214,7 +214,7 @@ def test_a_lane_draws_noise_at_the_steps_at_which_its_scheduler_draws(name: str,
     found = (CONFIGS | FLOWS)[config]
     noise, generator = noise_of(1)
     shift = SHIFT if found.get("use_dynamic_shifting") else None
-    _, sampler = Samplers(table_of(found), found).begin(Course(name, 5, shift), noise, generator)
+    _, sampler = Samplers(table_of(found), found).begin(StepPlan(name, 5, shift), noise, generator)
 
     for _ in range(5):
         sampler.advance(noise)
@@ -231,7 +231,7 @@ def test_no_lane_s_step_waits_for_the_device(name: str, config: str) -> None:
     found = (CONFIGS | FLOWS)[config]
     samplers = Samplers(table_of(found), found)
     noise, generator = noise_of(1)
-    course = Course(name, 3, SHIFT if found.get("use_dynamic_shifting") else None)
+    course = StepPlan(name, 3, SHIFT if found.get("use_dynamic_shifting") else None)
     samplers.prepare(course)
 
     with Copies() as copies:
@@ -249,7 +249,7 @@ def test_lanes_of_one_course_share_its_weights_on_the_device() -> None:
 
     with Copies() as copies:
         for _ in range(3):
-            samplers.begin(Course("dpm++", 4), noise, torch.Generator())
+            samplers.begin(StepPlan("dpm++", 4), noise, torch.Generator())
 
     assert copies.num_async == 1
     assert not copies.blocking
@@ -261,7 +261,7 @@ def test_lanes_of_one_scheduler_advance_in_turns_without_a_trace_in_each_other(n
     samplers = Samplers(DIFFUSION, config)
     courses = [
         (
-            samplers.begin(Course(name, num_steps), *noise_of(seed))[1],
+            samplers.begin(StepPlan(name, num_steps), *noise_of(seed))[1],
             Plain(name, config, num_steps, *noise_of(seed)),
             seed,
         )
@@ -281,7 +281,7 @@ def test_lanes_of_one_scheduler_advance_in_turns_without_a_trace_in_each_other(n
 
 def test_a_lane_s_latents_are_its_own_and_change_only_by_advancing() -> None:
     noise, generator = noise_of(1)
-    _, sampler = Samplers(DIFFUSION, CONFIGS["as Stable Diffusion 1.5"]).begin(Course("ddim", 4), noise, generator)
+    _, sampler = Samplers(DIFFUSION, CONFIGS["as Stable Diffusion 1.5"]).begin(StepPlan("ddim", 4), noise, generator)
     before, prediction = sampler.latents.clone(), torch.ones(SHAPE)
 
     noise.zero_()
@@ -299,23 +299,23 @@ def test_a_trajectory_is_found_once_for_all_lanes_of_its_scheduler_and_steps(mon
     # Counted, because the time it saves is no pass mark.
     traced: list[int] = []
 
-    def trace(course: Course, scheduler: Any) -> Any:
+    def derive_trajectory(course: StepPlan, scheduler: Any) -> Any:
         traced.append(course.num_steps)
         return plain_trace(course, scheduler)
 
-    plain_trace = sampling.trace
-    monkeypatch.setattr(sampling, "trace", trace)
+    plain_trace = sampling.derive_trajectory
+    monkeypatch.setattr(sampling, "derive_trajectory", derive_trajectory)
     samplers = Samplers(DIFFUSION, CONFIGS["clipping"])
 
-    samplers.prepare(Course("unipc", 8))
+    samplers.prepare(StepPlan("unipc", 8))
     for seed in range(3):
-        samplers.begin(Course("unipc", 8), *noise_of(seed))
+        samplers.begin(StepPlan("unipc", 8), *noise_of(seed))
     # That there is none is worth remembering as well.
     for seed in range(3):
-        samplers.begin(Course("ddim", 9), *noise_of(seed))
-    samplers.begin(Course("unipc", 7), *noise_of(0))
-    samplers.begin(Course(None, 6), *noise_of(0))
-    samplers.begin(Course("dpm++", 6), *noise_of(0))
+        samplers.begin(StepPlan("ddim", 9), *noise_of(seed))
+    samplers.begin(StepPlan("unipc", 7), *noise_of(0))
+    samplers.begin(StepPlan(None, 6), *noise_of(0))
+    samplers.begin(StepPlan("dpm++", 6), *noise_of(0))
 
     assert traced == [8, 9, 7, 6]
 
@@ -324,6 +324,6 @@ def test_an_unknown_scheduler_is_refused_by_name() -> None:
     samplers = Samplers(DIFFUSION, CONFIGS["as the demo model"])
 
     with pytest.raises(RequestFailed, match=r"plms.*known are dpm") as failure:
-        samplers.prepare(Course("plms", 8))
+        samplers.prepare(StepPlan("plms", 8))
 
     assert failure.value.code == "INVALID_INPUT"

@@ -18,12 +18,12 @@ from config.settings import ModelSettings
 from inference.process.child import main
 from inference.request import (
     EngineFault,
+    EngineLoad,
     EngineStartFailed,
     GenerationRequest,
     GenerationResult,
     IsCancelled,
     ModelFacts,
-    Occupancy,
     OnOccupancy,
     OnStep,
     Picture,
@@ -41,7 +41,7 @@ EXIT_POISONED = 13
 
 
 @dataclass(eq=False)
-class Drawing:
+class ActiveRequest:
     """A request the engine has: waiting, then with all its lanes in every turn."""
 
     request: GenerationRequest
@@ -67,8 +67,8 @@ class FakeEngine:
         self._num_lanes = settings.max_concurrent_generations
         self._on_occupancy = on_occupancy
         self._changed = threading.Condition()
-        self._waiting: list[Drawing] = []
-        self._active: list[Drawing] = []
+        self._waiting: list[ActiveRequest] = []
+        self._active: list[ActiveRequest] = []
         self.is_broken = False
         self.facts = ModelFacts(
             model="fake",
@@ -84,7 +84,7 @@ class FakeEngine:
             step_seconds=STEP_SECONDS,
         )
         self._note("start")
-        on_occupancy(Occupancy(1, 1, 0, 0, 0))  # a warm-up: it must not be heard of outside
+        on_occupancy(EngineLoad(1, 1, 0, 0, 0))  # a warm-up: it must not be heard of outside
         threading.Thread(target=self._run, daemon=True).start()
 
     def generate(
@@ -93,7 +93,7 @@ class FakeEngine:
         self._note("generate", request)
         if "refuse" in request.prompt.split():
             raise FileNotFoundError("no adapter there")
-        drawing = Drawing(request, on_step, is_cancelled)
+        drawing = ActiveRequest(request, on_step, is_cancelled)
         with self._changed:
             self._waiting.append(drawing)
             self._changed.notify()
@@ -119,7 +119,7 @@ class FakeEngine:
         for drawing in batch:
             self._step(drawing)
         num_lanes = len(self._active)
-        self._on_occupancy(Occupancy(len(batch), num_lanes, num_lanes, 1, NUM_SLOTS - 1 - num_lanes))
+        self._on_occupancy(EngineLoad(len(batch), num_lanes, num_lanes, 1, NUM_SLOTS - 1 - num_lanes))
 
     def _admit(self) -> None:
         with self._changed:
@@ -131,7 +131,7 @@ class FakeEngine:
                     self._active.append(drawing)
                     drawing.report()
 
-    def _step(self, drawing: Drawing) -> None:
+    def _step(self, drawing: ActiveRequest) -> None:
         if drawing not in self._active:
             return  # it went down with a broken device a moment ago
         drawing.step_index += 1
@@ -147,7 +147,7 @@ class FakeEngine:
         if drawing.step_index == drawing.request.num_inference_steps:
             self._end(drawing, None)
 
-    def _deeds(self) -> dict[str, Callable[[Drawing], None]]:
+    def _deeds(self) -> dict[str, Callable[[ActiveRequest], None]]:
         return {
             "poison": lambda _: os._exit(EXIT_POISONED),
             "poison-in-company": lambda _: os._exit(EXIT_POISONED) if len(self._active) > 1 else None,
@@ -164,7 +164,7 @@ class FakeEngine:
         for drawing in list(self._active):
             self._end(drawing, EngineFault("the device is broken"))
 
-    def _end(self, drawing: Drawing, error: Exception | None) -> None:
+    def _end(self, drawing: ActiveRequest, error: Exception | None) -> None:
         request = drawing.request
         self._active.remove(drawing)
         self._note("end", request)

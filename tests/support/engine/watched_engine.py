@@ -17,7 +17,7 @@ from inference.engine.local_engine import LocalEngine
 from inference.lane import Embedding, Lane
 from inference.lora.bank import Row
 from inference.models.base import Family, Prompt
-from inference.request import GenerationRequest, GenerationResult, Occupancy, StepReport
+from inference.request import EngineLoad, GenerationRequest, GenerationResult, StepReport
 from tests.support.engine.engine_requests import request_of
 from tests.support.images.pictures import images_of, settings_of
 
@@ -53,7 +53,7 @@ class WatchedEngine(LocalEngine):
 
     def __init__(self, checkpoint: Path, model: type[WatchedModel] = WatchedModel, **variables: Any) -> None:
         self._window = model
-        self.turns: list[Occupancy] = []
+        self.turns: list[EngineLoad] = []
         super().__init__(settings_of(checkpoint, **variables), self.turns.append)
         # The warm-up is nobody's.
         self.model.batches.clear()

@@ -7,9 +7,9 @@ import torch
 
 from inference.controlnet.guide import Guide
 from inference.engine.conditioner import Conditioner
-from inference.lane import Drawing, Lane
+from inference.lane import ActiveRequest, Lane
 from inference.lora.adapter import Adapter, LowRank
-from inference.lora.bank import Applied, PackedAdapter, Row
+from inference.lora.bank import AppliedAdapter, PackedAdapter, Row
 from inference.models.base import Family, sampler_of
 from inference.models.sdxl import StableDiffusionXL
 from inference.models.stable_diffusion import StableDiffusion
@@ -78,7 +78,7 @@ class FullModel:
         place = tuple(range(self._next_page, self._next_page + packed.num_pages))
         self._next_page += packed.num_pages
         self.family.bank.write(place, packed)
-        return (Applied(place, scale),)
+        return (AppliedAdapter(place, scale),)
 
     def mixed(self, num_lanes: int) -> list[Row]:
         """Adapters for so many lanes: all of the mix, or those from its middle, which touch the most layers."""
@@ -110,7 +110,7 @@ class FullModel:
         for request, row, guide in zip(requests, rows, guides, strict=True):
             self.family.prepare(request)
             keys: Any = row  # embeddings are remembered by them: what they are is no matter
-            drawings.append(Drawing(request, self.family.kind_of(request), lambda _: None, lambda: False, keys))
+            drawings.append(ActiveRequest(request, self.family.kind_of(request), lambda _: None, lambda: False, keys))
             drawings[-1].row, drawings[-1].guide = row, guide
         for drawing, conditioning in zip(drawings, self._conditioner.condition(drawings), strict=True):
             drawing.conditioning = conditioning

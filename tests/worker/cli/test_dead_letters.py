@@ -28,7 +28,7 @@ from tests.support.world import World, eventually, new_world
 from tests.worker.cli.test_commands import darkroom
 from worker.amqp.broker import Publisher
 from worker.amqp.delivery import Delivery
-from worker.amqp.queue_browser import MAX_LOOKS, Inspection
+from worker.amqp.queue_browser import MAX_LOOKS, QueueBrowser
 from worker.amqp.topology import QueueNames
 from worker.cli.main import app
 from worker.messages.identity import own_task_id
@@ -170,7 +170,7 @@ def test_looking_often_uses_no_letter_up(operator: Operator) -> None:
     died_at = {letter["died_at"] for letter in operator.listed()}
 
     for _ in range(50):
-        with Inspection(operator.broker, operator.names.dead) as inspection:
+        with QueueBrowser(operator.broker, operator.names.dead) as inspection:
             taken = inspection.take(10)
 
         assert sorted(held.body for held in taken) == sorted((job(), BROKEN))
@@ -208,7 +208,7 @@ def test_a_letter_copied_goes_to_no_queue_that_its_headers_name(operator: Operat
     operator.wait_for(dead=2, elsewhere=1)
 
     for _ in range(2 * MAX_LOOKS):
-        with Inspection(operator.broker, operator.names.dead) as inspection:
+        with QueueBrowser(operator.broker, operator.names.dead) as inspection:
             assert len(inspection.take(10)) == 2
     operator.wait_for(dead=2, elsewhere=1)
 
@@ -270,7 +270,7 @@ def test_a_broker_that_is_away_is_named_in_a_sentence(operator: Operator, tmp_pa
 def test_while_somebody_else_looks_the_queue_is_not_called_empty(operator: Operator) -> None:
     operator.bury(job())
 
-    with Inspection(operator.broker, operator.names.dead) as inspection:
+    with QueueBrowser(operator.broker, operator.names.dead) as inspection:
         inspection.take(10)
         done = operator.types("list")
 
@@ -389,7 +389,7 @@ def test_a_lost_ack_leaves_the_letter_and_its_replay_is_the_same_task(
 ) -> None:
     operator.bury(job())
     with monkeypatch.context() as patch:
-        patch.setattr(Inspection, "ack", lambda *_: (_ for _ in ()).throw(RuntimeError("killed here")))
+        patch.setattr(QueueBrowser, "ack", lambda *_: (_ for _ in ()).throw(RuntimeError("killed here")))
         operator.types("replay", 1)
     operator.wait_for(dead=1, jobs=1)
 

@@ -19,7 +19,7 @@ from watermark.product.placement import Layout
 from watermark.resizing import Fit
 from watermark.text.overlay import TextOverlay
 from worker.cli.main import app
-from worker.cli.options import Order, fields_of, with_order
+from worker.cli.options import GenerateOptions, fields_of, with_generate_options
 from worker.messages.decoder import rules_from
 from worker.messages.job import Job, JobAdapter, JobControl, JobSource, Kind, Preprocess
 from worker.messages.rules import JobRules
@@ -38,12 +38,12 @@ def rules() -> JobRules:
 
 def typed(*words: str) -> dict[str, Any]:
     """The fields of what a person types behind `a fox`."""
-    seen: list[tuple[Order, int]] = []
+    seen: list[tuple[GenerateOptions, int]] = []
     command = typer.Typer()
 
     @command.command()
-    @with_order
-    def order(order: Order, count: Annotated[int, typer.Option()] = 3) -> None:
+    @with_generate_options
+    def order(order: GenerateOptions, count: Annotated[int, typer.Option()] = 3) -> None:
         seen.append((order, count))
 
     done = CliRunner().invoke(command, ["a fox", *words], catch_exceptions=False)
@@ -67,7 +67,7 @@ def at(key: str) -> ObjectRef:
 def test_both_commands_take_the_same_options_beside_their_own() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     names = {name: {option.name for option in commands[name].params} for name in ("generate", "submit")}
-    both = {field.name for field in fields(Order)}
+    both = {field.name for field in fields(GenerateOptions)}
 
     assert names["submit"] - both == {"generation_id", "timeout"}
     assert names["generate"] - both == {"out", "model"}

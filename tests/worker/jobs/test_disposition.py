@@ -25,7 +25,7 @@ from worker.amqp.topology import RETRY_DELAYS_SECONDS, QueueNames
 from worker.errors import JobFailed, JobReleased, PoisonJob
 from worker.jobs.disposition import Disposition, Verdict, judge
 from worker.metrics import Metrics
-from worker.monitoring.idle import IdleWatch, idle_reason
+from worker.monitoring.idle import IdleTimer, idle_reason
 from worker.progress.reporter import milestones_between
 from worker.results.notifier import MAX_AGE_SECONDS, UNKNOWN_IS_TRANSIENT_SECONDS, delay_after, is_hopeless
 from worker.results.terminal_event import TerminalEvent, failed_event
@@ -289,7 +289,7 @@ def test_refused_credentials_are_the_reason_where_no_nearer_one_is(
 def test_idle_time_goes_to_the_reason_that_held_since_the_last_tick() -> None:
     # Given a watch on a clock of ours
     metrics, moments = Metrics(), iter([100.0, 100.5, 102.5, 110.0, 111.0])
-    watch = IdleWatch(metrics, clock=lambda: next(moments))
+    watch = IdleTimer(metrics, clock=lambda: next(moments))
 
     # When the GPU waits for jobs, works, and waits for an adapter
     watch.tick("no_jobs")

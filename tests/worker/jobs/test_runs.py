@@ -106,11 +106,11 @@ def test_different_tasks_run_side_by_side() -> None:
 def test_of_many_threads_that_bring_one_task_one_begins_it_and_no_delivery_is_lost() -> None:
     runs, begun_runs, ready = Runs(), [], threading.Barrier(16)
 
-    def bring(tag: int) -> None:
+    def load_inputs(tag: int) -> None:
         ready.wait()
         begun_runs.append(runs.join(asked_for(), delivered(tag)))
 
-    threads = [threading.Thread(target=bring, args=(tag,)) for tag in range(16)]
+    threads = [threading.Thread(target=load_inputs, args=(tag,)) for tag in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -15,7 +15,7 @@ import requests
 from playwright.sync_api import Browser, expect
 
 from clients.storage.location import ObjectRef
-from inference.request import Occupancy, Stage
+from inference.request import EngineLoad, Stage
 from tests.support.browsing import PHONE, Visit, chromium
 from tests.support.paths import ROOT
 from tests.support.status_pages import ended, failed, job, served, status
@@ -27,10 +27,10 @@ from worker.messages.job import JobRejected
 from worker.messages.rules import JobRules
 from worker.metrics import OUTCOMES, Metrics
 from worker.monitoring.assets import NAMES
-from worker.monitoring.idle import IdleWatch
-from worker.monitoring.readings import Readings
+from worker.monitoring.idle import IdleTimer
+from worker.monitoring.readings import MetricsSnapshot
 from worker.monitoring.status import BatchNow, IdleNow, SlotsNow, WorkerNow, job_now, without_details
-from worker.monitoring.status_builder import Board
+from worker.monitoring.status_builder import StatusBuilder
 from worker.progress.previews import Previewer, ShownPreview
 
 TASK_ID = "660f9511-f3ac-52e5-b827-557766551111"
@@ -86,8 +86,8 @@ def test_a_preview_shows_what_the_prompt_says_and_is_shown_only_where_that_is() 
 def test_the_board_hands_out_previews_only_where_prompts_are_shown(*, shows_prompts: bool, found: bytes | None) -> None:
     previewer = Previewer(storage=None, bucket="results")  # type: ignore[arg-type]
     previewer.follow(TASK_ID, 456).shown = ShownPreview(12, b"a JPEG")
-    parts: dict[str, Any] = dict.fromkeys(field.name for field in fields(Board))
-    board = Board(**parts | {"previewer": previewer, "shows_prompts": shows_prompts})
+    parts: dict[str, Any] = dict.fromkeys(field.name for field in fields(StatusBuilder))
+    board = StatusBuilder(**parts | {"previewer": previewer, "shows_prompts": shows_prompts})
 
     assert board.read_preview(TASK_ID) == found
     assert board.read_preview("another") is None
@@ -214,9 +214,9 @@ def test_the_readings_are_what_prometheus_is_told() -> None:
     metrics = Metrics()
     metrics.jobs.labels("complete").inc(3)
     for num_batched in (4, 2):
-        metrics.note_occupancy(Occupancy(num_batched, 3, slots_active=2, slots_idle=1, slots_free=5))
+        metrics.note_occupancy(EngineLoad(num_batched, 3, slots_active=2, slots_idle=1, slots_free=5))
 
-    readings = Readings.of(metrics.registry)
+    readings = MetricsSnapshot.of(metrics.registry)
 
     assert readings.by_label("jobs_total") == dict.fromkeys(OUTCOMES, 0.0) | {"complete": 3.0}
     assert (readings.value("denoise_steps_total"), readings.value("denoise_lane_steps_total")) == (2.0, 6.0)
@@ -230,7 +230,7 @@ def test_the_recent_batch_follows_what_the_mean_has_long_averaged_away() -> None
     metrics = Metrics(clock=lambda: next(seconds))
 
     for num_batched in [1] * 1000 + [8] * 500:
-        metrics.note_occupancy(Occupancy(num_batched, num_batched, slots_active=0, slots_idle=0, slots_free=0))
+        metrics.note_occupancy(EngineLoad(num_batched, num_batched, slots_active=0, slots_idle=0, slots_free=0))
 
     assert 7.9 < metrics.recent_batch <= 8
 
@@ -240,7 +240,7 @@ def test_the_recent_batch_of_a_slow_device_is_that_of_its_last_forwards() -> Non
     metrics = Metrics(clock=lambda: next(seconds))
 
     for num_batched in [1] * 100 + [8] * 2:
-        metrics.note_occupancy(Occupancy(num_batched, num_batched, slots_active=0, slots_idle=0, slots_free=0))
+        metrics.note_occupancy(EngineLoad(num_batched, num_batched, slots_active=0, slots_idle=0, slots_free=0))
 
     assert 7.8 < metrics.recent_batch <= 8
 
@@ -249,18 +249,18 @@ def test_there_is_no_recent_batch_where_nothing_was_denoised_lately_and_a_long_f
     now = 1000.0
     metrics = Metrics(clock=lambda: now)
     assert metrics.recent_batch == 0
-    metrics.note_occupancy(Occupancy(4, 4, slots_active=0, slots_idle=0, slots_free=0))
+    metrics.note_occupancy(EngineLoad(4, 4, slots_active=0, slots_idle=0, slots_free=0))
 
     now += 300.0
     assert metrics.recent_batch == 4
 
-    metrics.note_occupancy(Occupancy(0, 0, slots_active=0, slots_idle=0, slots_free=0))
+    metrics.note_occupancy(EngineLoad(0, 0, slots_active=0, slots_idle=0, slots_free=0))
     assert metrics.recent_batch == 0
 
 
 def test_the_watch_tells_the_reason_of_the_moment_and_the_time_that_was_denoised() -> None:
     times = iter([0.0, 2.0, 5.0, 9.0])
-    watch = IdleWatch(Metrics(), clock=lambda: next(times))
+    watch = IdleTimer(Metrics(), clock=lambda: next(times))
     assert watch.reason == "engine_starting"
 
     for reason in ("no_jobs", None, None):

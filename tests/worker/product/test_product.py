@@ -19,11 +19,11 @@ from tests.support.world import eventually, shadow_modules
 from watermark.geometry import Position, Rect
 from watermark.product.compositing import compose
 from watermark.product.cutout import MAX_SIDE_PX, NothingCut, has_own_alpha, trimmed
-from watermark.product.masks import around, eroded, product_mask, put_back
+from watermark.product.masks import around, eroded, product_mask, restore_masked
 from watermark.product.placement import Layout, place, size_in
 from watermark.product.template_match import find
 from worker.cli.check.checks import CheckFailed
-from worker.cli.check.cutout import look_at_cutout
+from worker.cli.check.cutout import check_cutout
 from worker.errors import CuttingFailed, JobFailed
 from worker.jobs.disposition import Disposition, judge
 from worker.product.cutter import Cutter
@@ -189,10 +189,10 @@ def test_check_tries_the_model(model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"no model")
 
-    assert "cuts out, in" in look_at_cutout(PictureSettings.model_validate({"CUTOUT_MODEL": str(model)}))
-    assert "alpha of their own" in look_at_cutout(PictureSettings.model_validate({}))
+    assert "cuts out, in" in check_cutout(PictureSettings.model_validate({"CUTOUT_MODEL": str(model)}))
+    assert "alpha of their own" in check_cutout(PictureSettings.model_validate({}))
     with pytest.raises(CheckFailed, match="CUTOUT_MODEL"):
-        look_at_cutout(PictureSettings.model_validate({"CUTOUT_MODEL": str(broken)}))
+        check_cutout(PictureSettings.model_validate({"CUTOUT_MODEL": str(broken)}))
 
 
 # Placing
@@ -295,7 +295,7 @@ def test_a_product_survives_refining_inside_its_eroded_mask_and_the_rest_is_refi
     mask = product_mask(size, product, at)
     refined = Image.eval(composite, lambda value: 255 - value)
 
-    restored = put_back(refined, composite, mask)
+    restored = restore_masked(refined, composite, mask)
 
     inner, outside = np.asarray(eroded(mask)) > 0, np.asarray(mask) == 0
     assert inner.sum() > 0.5 * (np.asarray(mask) > 0).sum()

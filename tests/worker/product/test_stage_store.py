@@ -12,17 +12,17 @@ from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
 from config.settings import StoreSettings
 from tests.support.images.product_pictures import bottle, scene
-from worker.breakers import STORE_THRESHOLD, Breaker, Gate
+from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate
 from worker.messages.decoder import decode
 from worker.messages.job import Job
 from worker.messages.rules import JobRules
-from worker.product.stage_store import ProductStage, Shelf
-from worker.results.image_store import PictureStore
+from worker.product.stage_store import ProductStage, StageStore
+from worker.results.image_store import ImageStore
 
 SIZE = (64, 48)
 TASK = "660f9511-f3ac-52e5-b827-557766551111"
 
-Shelves = Callable[[], Shelf]
+Shelves = Callable[[], StageStore]
 
 
 def a_job(task_id: str = TASK) -> Job:
@@ -33,12 +33,12 @@ def a_job(task_id: str = TASK) -> Job:
 @pytest.fixture
 def shelves(store_settings: StoreSettings, bucket: str) -> Shelves:
     """A new shelf of the same job at each call, as each try has one."""
-    gate = Gate(Breaker("the store", STORE_THRESHOLD), threading.Event())
-    store = PictureStore(Storage(store_settings), gate)
-    return lambda: Shelf(store, bucket, a_job())
+    gate = StoreGate(Breaker("the store", STORE_THRESHOLD), threading.Event())
+    store = ImageStore(Storage(store_settings), gate)
+    return lambda: StageStore(store, bucket, a_job())
 
 
-def change(shelf: Shelf, stage: ProductStage, picture: Image.Image) -> None:
+def change(shelf: StageStore, stage: ProductStage, picture: Image.Image) -> None:
     """As a person does it: the tools know nothing of notes."""
     content = io.BytesIO()
     picture.save(content, "PNG")
@@ -109,7 +109,7 @@ def test_what_nobody_s_task_kept_is_no_beginning(shelves: Shelves) -> None:
 def test_what_is_no_picture_any_more_is_made_again(shelves: Shelves) -> None:
     first = shelves()
     first.keep(ProductStage.CUTOUT, bottle())
-    first.keep_png(ProductStage.BACKGROUND, b"broken")
+    first.save_png(ProductStage.BACKGROUND, b"broken")
 
     again = shelves()
 

@@ -10,8 +10,8 @@ from PIL import Image, PngImagePlugin
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
 from config.settings import StoreSettings
-from worker.breakers import STORE_THRESHOLD, Breaker, Gate
-from worker.results.image_store import AlreadyEnded, PictureStore
+from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate
+from worker.results.image_store import AlreadyEnded, ImageStore
 from worker.results.terminal_event import TerminalEvent, failed_event
 
 TASK, OTHER = str(uuid.uuid4()), str(uuid.uuid4())
@@ -26,7 +26,7 @@ def png(colour: str, said: str = "") -> bytes:
     return sink.getvalue()
 
 
-class Shelf:
+class StageStore:
     """A key of a real store, and tasks' ends that a test sets."""
 
     def __init__(self, settings: StoreSettings, bucket: str) -> None:
@@ -34,8 +34,8 @@ class Shelf:
         self.ends: dict[str, TerminalEvent] = {}
         self.others: list[tuple[str, bytes]] = []
         self.storage = Storage(settings)
-        gate = Gate(Breaker("the store", STORE_THRESHOLD), threading.Event())
-        self.store = PictureStore(self.storage, gate, self.end_of)
+        gate = StoreGate(Breaker("the store", STORE_THRESHOLD), threading.Event())
+        self.store = ImageStore(self.storage, gate, self.end_of)
 
     def end_of(self, task_id: str) -> TerminalEvent | None:
         """Asked between the look and the write: here others may write."""
@@ -61,11 +61,11 @@ class Shelf:
 
 
 @pytest.fixture
-def shelf(store_settings: StoreSettings, bucket: str) -> Shelf:
-    return Shelf(store_settings, bucket)
+def shelf(store_settings: StoreSettings, bucket: str) -> StageStore:
+    return StageStore(store_settings, bucket)
 
 
-def test_another_task_s_picture_is_replaced_by_a_task_that_has_no_end(shelf: Shelf) -> None:
+def test_another_task_s_picture_is_replaced_by_a_task_that_has_no_end(shelf: StageStore) -> None:
     shelf.write(OTHER, png("red"))
 
     shelf.put(png("blue"))
@@ -74,7 +74,7 @@ def test_another_task_s_picture_is_replaced_by_a_task_that_has_no_end(shelf: She
     assert shelf.storage.notes_of(shelf.ref).metadata["task-id"] == TASK
 
 
-def test_a_task_that_has_ended_elsewhere_replaces_nothing(shelf: Shelf) -> None:
+def test_a_task_that_has_ended_elsewhere_replaces_nothing(shelf: StageStore) -> None:
     shelf.write(OTHER, png("red"))
     shelf.end(TASK)
 
@@ -85,7 +85,7 @@ def test_a_task_that_has_ended_elsewhere_replaces_nothing(shelf: Shelf) -> None:
     assert shelf.shown == png("red")
 
 
-def test_a_picture_that_was_written_behind_the_look_is_looked_at_again(shelf: Shelf) -> None:
+def test_a_picture_that_was_written_behind_the_look_is_looked_at_again(shelf: StageStore) -> None:
     shelf.write(OTHER, png("red"))
     shelf.others = [(OTHER, png("green")), (str(uuid.uuid4()), png("yellow"))]
 
@@ -95,7 +95,7 @@ def test_a_picture_that_was_written_behind_the_look_is_looked_at_again(shelf: Sh
     assert shelf.shown == png("blue")
 
 
-def test_another_run_s_picture_of_the_task_stays_where_it_shows_the_same(shelf: Shelf) -> None:
+def test_another_run_s_picture_of_the_task_stays_where_it_shows_the_same(shelf: StageStore) -> None:
     """It may have been reported, and its bytes with it."""
     shelf.put(png("blue", "at noon"))
 
@@ -106,7 +106,7 @@ def test_another_run_s_picture_of_the_task_stays_where_it_shows_the_same(shelf: 
 
 @pytest.mark.parametrize("earlier", [png("red"), b"not a picture", b""], ids=["red", "no_picture", "empty"])
 def test_another_run_s_picture_of_the_task_is_replaced_where_it_shows_something_else(
-    shelf: Shelf, earlier: bytes
+    shelf: StageStore, earlier: bytes
 ) -> None:
     shelf.write(TASK, earlier)
 

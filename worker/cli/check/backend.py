@@ -15,7 +15,7 @@ NOT_IMPLEMENTED = 501  # what a server without a GET answers to one
 LATER = frozenset({408, 425, 429})
 
 
-def look_at_backend(settings: BackendSettings) -> str:
+def check_backend(settings: BackendSettings) -> str:
     """GET a webhook's address with the token and without: what is told apart was judged."""
     try:
         found = reach(settings)

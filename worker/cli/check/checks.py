@@ -34,11 +34,11 @@ class Check:
 
     part: str
     look: Callable[[], str]
-    stands_on: tuple[str, ...] = ()
+    depends_on: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class CheckResult:
     """One row: the part, its state, and what was seen or what to do."""
 
     part: str
@@ -46,7 +46,7 @@ class Finding:
     detail: str
 
 
-def try_each(checks: Iterable[Check], on_begin: Callable[[str], None] = lambda _part: None) -> Iterator[Finding]:
+def run_checks(checks: Iterable[Check], on_begin: Callable[[str], None] = lambda _part: None) -> Iterator[CheckResult]:
     """Try every part, whatever became of the others; a part comes behind those it stands on."""
     not_good: set[str] = set()
     for check in checks:
@@ -57,10 +57,10 @@ def try_each(checks: Iterable[Check], on_begin: Callable[[str], None] = lambda _
         yield finding
 
 
-def _try(check: Check, not_good: set[str]) -> Finding:
+def _try(check: Check, not_good: set[str]) -> CheckResult:
     state = State.BAD
     try:
-        return Finding(check.part, State.GOOD, check.look())
+        return CheckResult(check.part, State.GOOD, check.look())
     except CheckFailed as error:
         detail = str(error)
         state = State.UNSURE if isinstance(error, CheckUnsure) else State.BAD
@@ -68,7 +68,7 @@ def _try(check: Check, not_good: set[str]) -> Finding:
         # A part's boundary: a bug in one check must not hide the parts behind it.
         logger.debug("a check failed unforeseen", exc_info=error)
         detail = f"unforeseen: {type(error).__name__}: {error}"
-    causes = [part for part in check.stands_on if part in not_good]
+    causes = [part for part in check.depends_on if part in not_good]
     if causes:
-        return Finding(check.part, State.BLOCKED, f"first the {causes[0]}; seen here: {detail}")
-    return Finding(check.part, state, detail)
+        return CheckResult(check.part, State.BLOCKED, f"first the {causes[0]}; seen here: {detail}")
+    return CheckResult(check.part, state, detail)

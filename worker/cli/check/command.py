@@ -11,18 +11,18 @@ from rich.table import Table
 from rich.text import Text
 
 from config.settings import Settings
-from worker.cli.check.backend import look_at_backend
+from worker.cli.check.backend import check_backend
 from worker.cli.check.broker import BrokerProbe
-from worker.cli.check.checks import Check, Finding, State, try_each
-from worker.cli.check.cutout import look_at_cutout
-from worker.cli.check.files import look_at_certificate
-from worker.cli.check.machine import look_at_disk, look_at_fonts, look_at_shaping
-from worker.cli.check.memory import look_at_gpu, look_at_memory
-from worker.cli.check.models import Load, load_in_own_process, look_at_model
-from worker.cli.check.port import look_at_port
-from worker.cli.check.presets import look_at_presets
+from worker.cli.check.checks import Check, CheckResult, State, run_checks
+from worker.cli.check.cutout import check_cutout
+from worker.cli.check.files import check_certificate
+from worker.cli.check.machine import check_disk, check_fonts, check_shaping
+from worker.cli.check.memory import check_gpu, check_memory
+from worker.cli.check.models import Load, check_model, load_in_own_process
+from worker.cli.check.port import check_port
+from worker.cli.check.presets import check_presets
 from worker.cli.check.store import StoreProbe
-from worker.cli.terminal import legible
+from worker.cli.terminal import escape_for_terminal
 
 STYLES = {State.GOOD: "green", State.BAD: "bold red", State.BLOCKED: "yellow", State.UNSURE: "yellow"}
 
@@ -46,33 +46,35 @@ def every_part(settings: Settings, load: Load = load_in_own_process) -> tuple[Ch
         Check("bucket", store.bucket, ("store",)),
         Check("results bucket", store.results_bucket, ("store", "bucket") if is_one_bucket else ("store",)),
         Check("conditional writes", store.conditional_writes, ("bucket",)),
-        Check("presets", partial(look_at_presets, settings), ("bucket",)),
-        Check("backend", partial(look_at_backend, settings.backend)),
-        Check("port", partial(look_at_port, settings.service.metrics_port)),
-        Check("fonts", partial(look_at_fonts, settings.service.font_dirs)),
-        Check("shaping", look_at_shaping),
-        Check("certificate", partial(look_at_certificate, settings.pictures)),
-        Check("cut-outs", partial(look_at_cutout, settings.pictures)),
-        Check("disk", partial(look_at_disk, settings.store)),
-        Check("GPU", partial(look_at_gpu, settings.model)),
-        Check("memory", partial(look_at_memory, settings.model), ("GPU",)),
-        Check("model", partial(look_at_model, settings.model, load), ("GPU", "memory")),
+        Check("presets", partial(check_presets, settings), ("bucket",)),
+        Check("backend", partial(check_backend, settings.backend)),
+        Check("port", partial(check_port, settings.service.metrics_port)),
+        Check("fonts", partial(check_fonts, settings.service.font_dirs)),
+        Check("shaping", check_shaping),
+        Check("certificate", partial(check_certificate, settings.pictures)),
+        Check("cut-outs", partial(check_cutout, settings.pictures)),
+        Check("disk", partial(check_disk, settings.store)),
+        Check("GPU", partial(check_gpu, settings.model)),
+        Check("memory", partial(check_memory, settings.model), ("GPU",)),
+        Check("model", partial(check_model, settings.model, load), ("GPU", "memory")),
     )
 
 
-def _print_lines(checks: Iterable[Check]) -> list[Finding]:
+def _print_lines(checks: Iterable[Check]) -> list[CheckResult]:
     findings = []
-    for finding in try_each(checks):
+    for finding in run_checks(checks):
         typer.echo(json.dumps(dataclasses.asdict(finding), ensure_ascii=False))
         findings.append(finding)
     return findings
 
 
-def _print_table(checks: Iterable[Check], console: Console) -> list[Finding]:
+def _print_table(checks: Iterable[Check], console: Console) -> list[CheckResult]:
     with console.status("") as status:
-        findings = list(try_each(checks, on_begin=lambda part: status.update(f"trying the {part}")))
+        findings = list(run_checks(checks, on_begin=lambda part: status.update(f"trying the {part}")))
     table = Table("part", "", "what was seen, or what to do")
     for finding in findings:
-        table.add_row(finding.part, Text(finding.state.value, STYLES[finding.state]), Text(legible(finding.detail)))
+        table.add_row(
+            finding.part, Text(finding.state.value, STYLES[finding.state]), Text(escape_for_terminal(finding.detail))
+        )
     console.print(table)
     return findings

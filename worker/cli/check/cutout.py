@@ -12,7 +12,7 @@ from worker.product.cutter import Cutter, is_installed
 SIDE_PX = 256
 
 
-def look_at_cutout(settings: PictureSettings) -> str:
+def check_cutout(settings: PictureSettings) -> str:
     """Cut a drawn disc out of a white picture, as of a product that has no alpha."""
     model = settings.cutout_model
     if model is None:

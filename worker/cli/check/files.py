@@ -5,7 +5,7 @@ from worker.cli.check.checks import CheckFailed
 from worker.results.image_metadata import load_signer
 
 
-def look_at_certificate(settings: PictureSettings) -> str:
+def check_certificate(settings: PictureSettings) -> str:
     """Sign a picture of one pixel, as every worker does before its first job."""
     try:
         signer = load_signer(settings)

@@ -17,7 +17,7 @@ SAMPLE = "서울 Seoul"
 PROBE_BYTES = bytes(4096)
 
 
-def look_at_fonts(font_dirs: tuple[Path, ...]) -> str:
+def check_fonts(font_dirs: tuple[Path, ...]) -> str:
     """Is there a font for signatures, with Hangul?"""
     try:
         return f"signatures are written in {find_font(SAMPLE, font_dirs).name}"
@@ -26,7 +26,7 @@ def look_at_fonts(font_dirs: tuple[Path, ...]) -> str:
         raise CheckFailed(f"{error}: {remedy}") from error
 
 
-def look_at_shaping() -> str:
+def check_shaping() -> str:
     """Are letters joined, and drawn from right to left, where the script wants it?"""
     if not is_shaping_here():
         raise CheckFailed(
@@ -37,7 +37,7 @@ def look_at_shaping() -> str:
     return f"letters are joined, and drawn from right to left, by {versions}"
 
 
-def look_at_disk(settings: StoreSettings) -> str:
+def check_disk(settings: StoreSettings) -> str:
     """Can the download cache be written, and grow as large as it may? Makes no folder."""
     folder = settings.cache_dir.expanduser()
     place = next(path for path in (folder, *folder.parents) if path.exists())

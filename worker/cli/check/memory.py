@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from clients.gpu import GpuReading, GpuReadings
 from config.settings import ModelSettings
 from inference.checkpoints.checkpoint import identify, weight_bytes
-from inference.checkpoints.memory_plan import RESERVE_BYTES, Residence, decide, free_host_bytes, most_adapter_bytes
+from inference.checkpoints.memory_plan import RESERVE_BYTES, Placement, decide, free_host_bytes, most_adapter_bytes
 from inference.checkpoints.weight_files import GB
 from inference.controlnet.files import find_controlnets, most_bytes
 from inference.request import EngineStartFailed
@@ -14,7 +14,7 @@ from worker.cli.check.checks import CheckFailed
 PARAMETER_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-def look_at_gpu(settings: ModelSettings) -> str:
+def check_gpu(settings: ModelSettings) -> str:
     """Is the GPU that DEVICE asks for there? By its driver alone: torch is asked by the model's check."""
     if settings.device == "cpu":
         return "none is asked for: DEVICE is cpu"
@@ -31,7 +31,7 @@ def look_at_gpu(settings: ModelSettings) -> str:
     return f"{readings.describe()}; {free / GB:.1f} of {total / GB:.1f} GB are free"
 
 
-def look_at_memory(settings: ModelSettings) -> str:
+def check_memory(settings: ModelSettings) -> str:
     """What the weights take, what is free, and what comes of it."""
     gpu = None if settings.device == "cpu" else GpuReadings(settings.visible_gpu).read()
     bytes_each = PARAMETER_BYTES.get(settings.dtype, 4 if gpu is None else 2)
@@ -58,7 +58,7 @@ def _in_host(weights: str, needed: Mapping[str, int], free: int, chosen: int | N
     if sum(needed.values()) + (chosen or 0) > free:
         remedy = "free memory, raise the container's limit, or name a smaller MODEL_ID"
         raise CheckFailed(f"{seen}: the machine would swap or kill the worker; {remedy}")
-    return f"{seen}: they fit{_with_adapters(chosen, needed, free, Residence.RESIDENT)}"
+    return f"{seen}: they fit{_with_adapters(chosen, needed, free, Placement.RESIDENT)}"
 
 
 def _on_gpu(weights: str, needed: Mapping[str, int], free: int, chosen: int | None) -> str:
@@ -66,13 +66,13 @@ def _on_gpu(weights: str, needed: Mapping[str, int], free: int, chosen: int | No
         residence = decide(needed, free, chosen)
     except EngineStartFailed as error:
         raise CheckFailed(str(error)) from error
-    is_resident = residence is Residence.RESIDENT
+    is_resident = residence is Placement.RESIDENT
     lives = "the model stays on the GPU" if is_resident else "its parts take turns on the GPU, which is slower"
     seen = f"{weights} and {RESERVE_BYTES / GB:.1f} GB for a picture, {free / GB:.1f} GB of the GPU's are free"
     return f"{seen}: {lives}{_with_adapters(chosen, needed, free, residence)}"
 
 
-def _with_adapters(chosen: int | None, needed: Mapping[str, int], free: int, residence: Residence) -> str:
+def _with_adapters(chosen: int | None, needed: Mapping[str, int], free: int, residence: Placement) -> str:
     most = most_adapter_bytes(chosen, needed, free, residence)
     return f", with up to {most / GB:.1f} GB for adapters (ADAPTER_MEMORY_GB)"
 

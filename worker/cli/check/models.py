@@ -15,7 +15,7 @@ SINGLE_PRECISION_BYTES = 4
 Load = Callable[[ModelSettings], ModelFacts]
 
 
-def look_at_model(settings: ModelSettings, load: Load) -> str:
+def check_model(settings: ModelSettings, load: Load) -> str:
     """Read every file's header first: what is cut off or missing is known before gigabytes are read."""
     try:
         found = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)

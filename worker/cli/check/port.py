@@ -15,7 +15,7 @@ LISTENING = "0A"
 FIRST_UNPRIVILEGED = 1024
 
 
-def look_at_port(port: int) -> str:
+def check_port(port: int) -> str:
     """Bind it for a moment, as the worker does. A worker that runs here already is said to, and is no fault."""
     if port == 0:
         return "METRICS_PORT is 0: a free one is taken at the start, and told in the log"

@@ -9,7 +9,7 @@ from worker.jobs.inputs.peft_folders import PEFT_CONFIG, PEFT_WEIGHTS
 from worker.messages.decoder import rules_from
 
 
-def look_at_presets(settings: Settings) -> str:
+def check_presets(settings: Settings) -> str:
     """Can every preset be drawn with?"""
     rules = rules_from(settings.model, settings.store, settings.pictures)
     presets, storage = rules.presets(), Storage(settings.store)

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from worker.cli.report.axis import Axis
 from worker.cli.report.rows import Stretch
-from worker.cli.terminal import legible
+from worker.cli.terminal import escape_for_terminal
 from worker.monitoring.stages import REST, REST_LOOK, STAGES, look_of
 
 MIN_CELLS = 1
@@ -55,7 +55,7 @@ def legend(stages: Iterable[str], console: Console) -> Text:
     for name in (*STAGES, *sorted(shown - STAGES.keys())):
         if name in shown:
             known = name if name in STAGES or name == REST else f"{REST} ({name})"
-            parts.append_text(_cell(name, console)).append(f"\u00a0{legible(known)}  ")
+            parts.append_text(_cell(name, console)).append(f"\u00a0{escape_for_terminal(known)}  ")
     return parts
 
 

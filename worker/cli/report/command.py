@@ -18,7 +18,7 @@ from worker.cli.report.axis import Axis
 from worker.cli.report.bars import Bar, legend
 from worker.cli.report.rows import Row, row_of, unreadable
 from worker.cli.report.summary import summarise
-from worker.cli.terminal import legible
+from worker.cli.terminal import escape_for_terminal
 from worker.results.ledger import LONG_AGO, Entry, Ledger, key_of
 
 NUM_READERS = 8
@@ -60,10 +60,10 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
             began,
             "" if row.generation_id is None else str(row.generation_id),
             f"{row.seconds:.2f}" if row.stretches else "",
-            Text(legible(row.end), OUTCOME_STYLES.get(row.outcome, "")),
+            Text(escape_for_terminal(row.end), OUTCOME_STYLES.get(row.outcome, "")),
             str(row.attempt) if row.is_readable else "",
             ("yes" if row.is_delivered else "no") if row.is_readable else "",
-            Text(legible(row.worker[-MAX_WORKER_CHARS:])),
+            Text(escape_for_terminal(row.worker[-MAX_WORKER_CHARS:])),
             Bar(row.stretches, axis),
         )
     console.print(table)
@@ -80,13 +80,13 @@ def _print_summary(rows: Sequence[Row], axis: Axis, console: Console) -> None:
     console.print(f"{len(rows)} job{'s' if len(rows) > 1 else ''}: {outcomes}", highlight=False)
     for row in rows:
         if not row.is_readable:
-            console.print(Text(legible(f"cannot be read: {key_of(row.task_id)}")))
+            console.print(Text(escape_for_terminal(f"cannot be read: {key_of(row.task_id)}")))
     if not stages:
         return
     table = Table("stage", "jobs", "median s", "p95 s", "share", box=None, pad_edge=False)
     for one in stages:
         figures = (str(one.num_jobs), f"{one.median_seconds:.3f}", f"{one.p95_seconds:.3f}", f"{one.share:.0%}")
-        table.add_row(Text(legible(one.stage)), *figures)
+        table.add_row(Text(escape_for_terminal(one.stage)), *figures)
     console.print(table)
     console.print(
         f"most of the time goes into: {stages[0].stage} ({stages[0].share:.0%})", highlight=False, markup=False

@@ -27,7 +27,7 @@ from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import FontMissing, OverlayInvalid, PictureInvalid, PictureTooLarge, SignatureInvalid
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
 from watermark.text.headline import Headline, headlines_of
-from worker.breakers import Gate
+from worker.breakers import StoreGate
 from worker.errors import JobFailed
 from worker.jobs.inputs.peft_folders import PEFT_CONFIG, PEFT_PICKLE, PEFT_WEIGHTS, WANTS_CONFIG, is_named_by_peft
 from worker.jobs.inputs.places import Places
@@ -74,7 +74,7 @@ class Fetcher:
     font_dirs: tuple[Path, ...]
     facts: ModelFacts
     is_draining: Event
-    gate: Gate
+    gate: StoreGate
     results_bucket: str = ""  # where it is another one than the private bucket
     places: Places = field(default_factory=Places)
 

@@ -32,7 +32,7 @@ from tests.support.world import eventually
 from worker.amqp.broker import Publisher
 from worker.amqp.topology import QueueNames
 from worker.cli.check.backend import judge_backend
-from worker.cli.check.checks import Check, CheckFailed, CheckUnsure, Finding, State, try_each
+from worker.cli.check.checks import Check, CheckFailed, CheckResult, CheckUnsure, State, run_checks
 from worker.cli.check.command import every_part
 from worker.cli.check.policies import limits_told
 from worker.cli.check.store import MAX_SKEW_SECONDS, StoreProbe
@@ -89,11 +89,11 @@ class Place:
             }
         )
 
-    def check(self, **env: object) -> dict[str, Finding]:
+    def check(self, **env: object) -> dict[str, CheckResult]:
         """Try every part; what is outside must be as before, and nobody may have taken the job."""
         before = self.contents()
         settings = settings_of(self.env() | {name: str(value) for name, value in env.items()})
-        found = {finding.part: finding for finding in try_each(every_part(settings, load_here))}
+        found = {finding.part: finding for finding in run_checks(every_part(settings, load_here))}
         eventually(lambda: self.contents() == before, lambda: f"{before} became {self.contents()}")
         assert not (self.folder / "cache").exists()
         return found
@@ -138,11 +138,11 @@ def place(rabbitmq: RabbitMQ, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield Place(rabbitmq, store, backend, queue, build_tiny_sd(folder / "model"), folder)
 
 
-def parts(found: dict[str, Finding], state: State) -> set[str]:
+def parts(found: dict[str, CheckResult], state: State) -> set[str]:
     return {finding.part for finding in found.values() if finding.state is state}
 
 
-def assert_only(found: dict[str, Finding], bad: str, *words: object, blocked: tuple[str, ...] = ()) -> None:
+def assert_only(found: dict[str, CheckResult], bad: str, *words: object, blocked: tuple[str, ...] = ()) -> None:
     """Only that part is bad, only what stands on it is blocked, and its row says these words."""
     assert parts(found, State.BAD) == {bad}, found
     assert parts(found, State.BLOCKED) == set(blocked), found
@@ -441,7 +441,7 @@ def test_a_doubt_is_yellow_and_not_good() -> None:
     def look() -> str:
         raise CheckUnsure("either way")
 
-    (found,) = try_each([Check("a", look)])
+    (found,) = run_checks([Check("a", look)])
 
     assert (found.state, found.detail) == (State.UNSURE, "either way")
 
@@ -510,7 +510,7 @@ def test_a_part_behind_a_bad_one_is_blocked_where_it_fails_and_good_where_it_doe
         Check("e", partial(fail, "no e"), ("d",)),
     ]
 
-    found = list(try_each(checks))
+    found = list(run_checks(checks))
 
     assert [finding.state for finding in found] == [State.BAD, State.BLOCKED, State.BLOCKED, State.GOOD, State.BAD]
     assert found[2].detail == "first the b; seen here: no c"
@@ -520,7 +520,7 @@ def test_a_bug_in_one_check_hides_no_other_part() -> None:
     def stumble() -> str:
         return str({}["nothing"])
 
-    found = list(try_each([Check("a", stumble), Check("b", lambda: "seen")]))
+    found = list(run_checks([Check("a", stumble), Check("b", lambda: "seen")]))
 
     assert [(finding.part, finding.state) for finding in found] == [("a", State.BAD), ("b", State.GOOD)]
     assert "KeyError" in found[0].detail

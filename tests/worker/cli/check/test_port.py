@@ -10,31 +10,31 @@ from examples.parts.ports import free_port
 from tests.support.servers.clients_servers import AnsweringServer, answer
 from tests.support.status_pages import served, status
 from worker.cli.check.checks import CheckFailed
-from worker.cli.check.port import look_at_port, why_no_port
+from worker.cli.check.port import check_port, why_no_port
 
 
 def test_a_free_port_is_good_and_the_status_page_s_address_is_told() -> None:
     port = free_port()
 
-    assert f"http://localhost:{port}/" in look_at_port(port)
+    assert f"http://localhost:{port}/" in check_port(port)
 
 
 def test_port_0_takes_a_free_one() -> None:
-    assert "a free one" in look_at_port(0)
+    assert "a free one" in check_port(0)
 
 
 def test_a_port_that_a_worker_serves_already_is_good_and_the_worker_is_named() -> None:
     with served(status) as address:
         port = int(address.rstrip("/").rpartition(":")[2])
 
-        assert f"served by the worker {status().worker.name}" in look_at_port(port)
+        assert f"served by the worker {status().worker.name}" in check_port(port)
 
 
 def test_a_port_in_use_is_bad_and_names_the_process_that_has_it() -> None:
     with socket.create_server(("0.0.0.0", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(CheckFailed, match=rf"METRICS_PORT {port} is in use by process {os.getpid()} \(.+\)"):
-            look_at_port(port)
+            check_port(port)
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"worker": 1}', b'{"worker": {}}', b"[" * 100_000, b"\xff"])
@@ -42,7 +42,7 @@ def test_a_port_with_another_server_is_in_use_by_no_worker(body: bytes) -> None:
     with AnsweringServer([answer(200, body)]) as server:
         port = int(server.url.rstrip("/").rpartition(":")[2])
         with pytest.raises(CheckFailed, match="is in use by process"):
-            look_at_port(port)
+            check_port(port)
 
 
 def test_a_port_only_for_root_says_from_where_on_others_are() -> None:

@@ -21,7 +21,7 @@ from clients.storage.location import ObjectRef
 from config.settings import StoreSettings
 from inference.request import AdapterFile
 from tests.worker.jobs.inputs.test_references import FACTS
-from worker.breakers import STORE_THRESHOLD, Breaker, Gate
+from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate
 from worker.errors import JobFailed
 from worker.jobs.disposition import Disposition, judge
 from worker.jobs.inputs.fetcher import Fetcher
@@ -65,7 +65,7 @@ def fetcher_of(storage: Storage, settings: StoreSettings) -> Fetcher:
         font_dirs=(),
         facts=FACTS,
         is_draining=is_draining,
-        gate=Gate(Breaker("the store", STORE_THRESHOLD), is_draining),
+        gate=StoreGate(Breaker("the store", STORE_THRESHOLD), is_draining),
     )
 
 

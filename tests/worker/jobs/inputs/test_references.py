@@ -20,7 +20,7 @@ from tests.worker.messages.test_kinds import INIT, MASK, job_of, rules
 from watermark.decoding import PictureMode, decode_picture
 from watermark.errors import PictureInvalid, PictureTooLarge, WatermarkError
 from watermark.resizing import Fit, fit
-from worker.breakers import STORE_THRESHOLD, Breaker, Gate
+from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate
 from worker.errors import JobFailed
 from worker.jobs.handler import request_of
 from worker.jobs.inputs.fetcher import Fetcher
@@ -256,7 +256,7 @@ def test_what_a_job_holds_is_as_small_as_its_drawing_and_keeps_its_proportions(
         font_dirs=(),
         facts=FACTS,
         is_draining=is_draining,
-        gate=Gate(Breaker("the store", STORE_THRESHOLD), is_draining),
+        gate=StoreGate(Breaker("the store", STORE_THRESHOLD), is_draining),
     )
     at = partial(ObjectRef, bucket)
     job = replace(
