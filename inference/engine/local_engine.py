@@ -90,7 +90,7 @@ class LocalEngine:
     ) -> Future[GenerationResult]:
         """Queue `request`; see `Engine`."""
         keys = tuple(AdapterKey.of(file) for file in request.adapters)
-        drawing = ActiveRequest(request, self._model.kind_of(request), on_step, is_cancelled, keys)
+        drawing = ActiveRequest(request, self._model.batch_traits(request), on_step, is_cancelled, keys)
         self._enqueue(drawing)
         return drawing.future
 

@@ -63,7 +63,7 @@ class Forwards:
         request = request_of(job, self.model)
         self.family.prepare(request)
         keys = tuple(AdapterKey.of(file) for file in request.adapters)
-        drawing = ActiveRequest(request, self.family.kind_of(request), lambda _: None, lambda: False, keys)
+        drawing = ActiveRequest(request, self.family.batch_traits(request), lambda _: None, lambda: False, keys)
         drawing.row = row
         (lane,) = drawing.lanes
         _, lane.sampler = self.family.begin(lane)

@@ -414,7 +414,7 @@ class CountedSampler:
 def guided_lane(model: Family) -> Lane:
     """A lane that has not joined; only its conditioning is there."""
     request = tiny_request(guidance_scale=4.0, scheduler="euler", num_inference_steps=4)
-    drawing = ActiveRequest(request, model.kind_of(request), lambda _: None, lambda: False, ())
+    drawing = ActiveRequest(request, model.batch_traits(request), lambda _: None, lambda: False, ())
     with torch.inference_mode():
         drawing.conditioning = Conditioning(*model.encode([Prompt("a hill"), Prompt("dark")], [(), ()]))
     return drawing.lanes[0]

@@ -110,7 +110,9 @@ class FullModel:
         for request, row, guide in zip(requests, rows, guides, strict=True):
             self.family.prepare(request)
             keys: Any = row  # embeddings are remembered by them: what they are is no matter
-            drawings.append(ActiveRequest(request, self.family.kind_of(request), lambda _: None, lambda: False, keys))
+            drawings.append(
+                ActiveRequest(request, self.family.batch_traits(request), lambda _: None, lambda: False, keys)
+            )
             drawings[-1].row, drawings[-1].guide = row, guide
         for drawing, conditioning in zip(drawings, self._conditioner.condition(drawings), strict=True):
             drawing.conditioning = conditioning
