@@ -16,7 +16,7 @@ from inference.device.decoded_image import DecodedImage
 from inference.engine.shortages import TRIES_ALONE, TRIES_BESIDE_OTHERS
 from inference.lane import Embedding, Lane
 from inference.lora.adapter import Adapter
-from inference.lora.bank import AdapterBank, PackedAdapter, Row
+from inference.lora.bank import AdapterBank, PackedAdapter, RowAdapters
 from inference.models.base import Prompt
 from inference.request import (
     AdapterFile,
@@ -344,7 +344,7 @@ class ShortModel(FullModel):
         self._run_short("pack")
         return super().pack(adapter)
 
-    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[Row]) -> list[Embedding]:
+    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[RowAdapters]) -> list[Embedding]:
         if any(prompt.text == self.NEEDY for prompt in prompts):
             self._run_short("encode")
         return super().encode(prompts, adapters)
