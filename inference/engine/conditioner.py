@@ -7,7 +7,8 @@ import torch
 
 from inference.lane import ActiveRequest, Conditioning, Embedding
 from inference.lora.bank import AppliedAdapter
-from inference.models.base import Family, Prompt
+from inference.models.base import Family
+from inference.models.inputs import Prompt
 
 # On the model's device: 500 texts of SD 1.5 in 16 bits, 200 of SDXL, some 150 of Z-Image.
 MAX_REMEMBERED_BYTES = 64_000_000

@@ -14,7 +14,8 @@ from inference.engine.previews import Previews
 from inference.engine.shortages import Shortages
 from inference.lane import ActiveRequest, Lane
 from inference.lora.adapter_key import AdapterKey
-from inference.models.base import Family, sampler_of
+from inference.models.base import Family
+from inference.models.inputs import sampler_of
 from inference.request import EngineError, EngineFault, EngineLoad, GenerationResult, RequestCancelled, RequestFailed
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ import torch
 from inference.lane import Embedding, Lane
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
 from inference.lora.key_names import sdxl
-from inference.models.base import Prompt
 from inference.models.clip_prompts import LongPromptEncoder
+from inference.models.inputs import Prompt
 from inference.models.unet import UNetFamily
 from inference.sampling.schedulers import SDXL
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from inference.controlnet.unet import Inputs, residuals_of
+from inference.controlnet.unet import Inputs, compute_residuals
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import AdapterMemory
 from inference.lora.bank import RowAdapters
-from inference.models.base import Family, Prompt, embedding_of, guides_of, sampler_of
+from inference.models.base import Family
 from inference.models.clip_prompts import LongPromptEncoder
+from inference.models.inputs import Prompt, embedding_of, guides_of, sampler_of
 from inference.request import EngineStartFailed, GenerationRequest
 
 # What a ControlNet's config has in common with its UNet's: otherwise their blocks do not meet.
@@ -128,7 +129,7 @@ class UNetFamily(Family):
             encoder_attention_mask=None if mask is None else self._uploaded(mask),
             added_cond_kwargs=inputs.added,
             return_dict=False,
-            **residuals_of(guides_of(rows), inputs, self._upload),
+            **compute_residuals(guides_of(rows), inputs, self._upload),
         )[0].float()
         negative, positive, unguided = predictions.split((len(guided), len(guided), len(lanes) - len(guided)))
         scales = self._upload([lane.drawing.request.guidance_scale for lane in guided]).view(-1, 1, 1, 1)

@@ -9,12 +9,13 @@ from diffusers import ZImageControlNetModel
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 
 from inference.checkpoints.offload import ensure_on_device
-from inference.controlnet.z_image import Inputs, hints_of
+from inference.controlnet.z_image import Inputs, compute_hints
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
 from inference.lora.bank import RowAdapters
 from inference.lora.key_names import Z_IMAGE
-from inference.models.base import Family, Prompt, embedding_of, guides_of, sampler_of
+from inference.models.base import Family
+from inference.models.inputs import Prompt, embedding_of, guides_of, sampler_of
 from inference.models.z_image_attention import (
     RowLengths,
     RowTokens,
@@ -151,7 +152,7 @@ class ZImage(Family):
             self.bank.route([rows[i].drawing.row for i in numbers], _token_counts(chosen))
 
         ensure_on_device(transformer)  # the ControlNets run layers of it before it is called itself
-        hints = hints_of(guides_of(rows), inputs, route_adapters, self._upload)
+        hints = compute_hints(guides_of(rows), inputs, route_adapters, self._upload)
         route_adapters(range(len(rows)))
         predictions: list[torch.Tensor] = transformer(
             inputs.latents, inputs.times, captions, return_dict=False, controlnet_block_samples=hints or None

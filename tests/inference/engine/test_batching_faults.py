@@ -17,7 +17,7 @@ from inference.engine.shortages import TRIES_ALONE, TRIES_BESIDE_OTHERS
 from inference.lane import Embedding, Lane
 from inference.lora.adapter import Adapter
 from inference.lora.bank import AdapterBank, PackedAdapter, RowAdapters
-from inference.models.base import Prompt
+from inference.models.inputs import Prompt
 from inference.request import (
     AdapterFile,
     EngineClosed,

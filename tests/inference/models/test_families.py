@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from inference.lane import ActiveRequest, Conditioning, Lane
-from inference.models.base import Family, Prompt
+from inference.models.base import Family
+from inference.models.inputs import Prompt
 from inference.request import AdapterFile, GenerationRequest, RequestFailed
 from inference.sampling.samplers import Sampler
 from tests.support.copies import NOWHERE, Copies
