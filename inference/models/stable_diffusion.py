@@ -29,7 +29,7 @@ class StableDiffusion(UNetFamily):
     def _encode_ordinary(self, prompts: Sequence[Prompt]) -> list[Embedding]:
         encoder = self._pipeline.text_encoder
         ids, mask = self._tokenized(self._pipeline.tokenizer, prompts)
-        # Few encoders were trained to leave out what fills up a prompt.
+        # Few encoders were trained with the padding masked.
         is_masked = getattr(encoder.config, "use_attention_mask", False)
         embeddings = encoder(ids, attention_mask=self._uploaded(mask) if is_masked else None)[0]
         return [Embedding(tokens) for tokens in embeddings]
