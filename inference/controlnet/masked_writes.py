@@ -18,11 +18,9 @@ class MaskedWrites(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is not torch.Tensor.__setitem__ or not _is_mask(args[1]):
+        if func is not torch.Tensor.__setitem__:
             return func(*args, **(kwargs or {}))
         values, mask, row = args
+        if not (isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.ndim == 1):
+            return func(*args, **(kwargs or {}))
         return values.copy_(torch.where(mask[:, None], row, values))
-
-
-def _is_mask(index: Any) -> bool:
-    return isinstance(index, torch.Tensor) and index.dtype == torch.bool and index.ndim == 1

@@ -76,7 +76,7 @@ class UNetFamily(Family):
 
     @abstractmethod
     def _encode_ordinary(self, prompts: Sequence[Prompt]) -> list[Embedding]:
-        """Embed prompts of one chunk without weights like the pipeline's `encode_prompt`, without waiting for uploads."""
+        """Embed prompts of one chunk without weights like the pipeline's `encode_prompt`; uploads do not wait."""
 
     def _tokenized(self, tokenizer: Any, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokenize: ids on the device and their mask on the host, [prompts, 77] each."""

@@ -88,7 +88,9 @@ class ZImage(Family):
         ]
         tokens = tokenizer(chats, padding=True, padding_side="right", return_tensors="pt")
         lengths = tokens.attention_mask.sum(1).tolist()
-        _check_length(max(lengths))
+        if max(lengths) > MAX_TOKENS:
+            reason = f"the prompt has {max(lengths)} tokens with the model's own around it; it reads {MAX_TOKENS}"
+            raise RequestFailed("INVALID_PROMPT", f"{reason}: ask with fewer words")
         # No mask: a token attends to those before it, and padding comes after all of a text's own. With a mask
         # transformers would synchronise with the device to see whether it hides anything.
         states = encoder(input_ids=self._uploaded(tokens.input_ids), output_hidden_states=True).hidden_states[-2]
@@ -212,12 +214,6 @@ def _guided(positive: torch.Tensor, negative: torch.Tensor, lane: Lane) -> torch
         # No branch: comparing on the host would wait for the device.
         guided = guided * (longest / torch.linalg.vector_norm(guided)).clamp(max=1)
     return guided
-
-
-def _check_length(num_tokens: int) -> None:
-    if num_tokens > MAX_TOKENS:
-        reason = f"the prompt has {num_tokens} tokens with the model's own around it; it reads {MAX_TOKENS}"
-        raise RequestFailed("INVALID_PROMPT", f"{reason}: ask with fewer words")
 
 
 def _padded(num_tokens: int) -> int:

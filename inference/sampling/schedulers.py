@@ -93,7 +93,8 @@ def set_timesteps(scheduler: Any, num_steps: int, shift: float | None = None) ->
     """
     takes = parameters_of(type(scheduler).set_timesteps)
     given: dict[str, Any] = {}
-    if "sigmas" in takes and _is_flow(scheduler):
+    is_flow = "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("use_flow_sigmas", False)
+    if "sigmas" in takes and is_flow:
         # An array: UniPC multiplies it.
         given["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)
     if "mu" in takes and shift is not None:
@@ -102,10 +103,6 @@ def set_timesteps(scheduler: Any, num_steps: int, shift: float | None = None) ->
         scheduler.set_timesteps(num_steps, **given)
     except ValueError as error:
         raise RequestFailed("INVALID_INPUT", f"the scheduler cannot take {num_steps} steps: {error}") from error
-
-
-def _is_flow(scheduler: Any) -> bool:
-    return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas", False))
 
 
 @lru_cache
