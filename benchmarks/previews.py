@@ -20,7 +20,7 @@ from diffusers import DDIMScheduler
 from rich.console import Console
 from rich.table import Table
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.models.loader import load_family
 from inference.request import EngineLoad, GenerationRequest, StepReport

@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from clients.storage.location import ObjectRef
-from config.settings import ModelSettings, StoreSettings
+from config.model import ModelSettings
+from config.store import StoreSettings
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import PictureInvalid, PictureTooLarge, SignatureInvalid
 from worker.jobs.cancellations import decode_cancel

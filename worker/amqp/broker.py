@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import pika
 import pika.exceptions
 
+from config.broker import BrokerSettings
 from config.logs import log_event
 from config.redacting import redacted
-from config.settings import BrokerSettings
 from worker.amqp.content_headers import TolerantConnection
 from worker.amqp.delivery import Delivery, whole_number
 from worker.amqp.refusals import Refusals, describe

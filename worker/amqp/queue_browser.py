@@ -8,7 +8,7 @@ from typing import Any
 
 import pika.exceptions
 
-from config.settings import BrokerSettings
+from config.broker import BrokerSettings
 from worker.amqp.broker import COUNT_HEADER, LOST, PublishFailed, close_connection, connect
 from worker.amqp.content_headers import Properties
 from worker.amqp.delivery import whole_number

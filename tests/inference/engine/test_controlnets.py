@@ -15,7 +15,7 @@ import torch
 from diffusers import ControlNetModel
 from PIL import Image
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.checkpoints.offload import offload_in_turns
 from inference.controlnet.edges import find_edges
 from inference.controlnet.files import find_controlnets, most_bytes

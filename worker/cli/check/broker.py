@@ -9,7 +9,7 @@ import pika
 import pika.exceptions
 
 from clients.management import effective_policies
-from config.settings import BrokerSettings
+from config.broker import BrokerSettings
 from worker.amqp.broker import LOST, NOT_FOUND, close_connection, connect
 from worker.amqp.refusals import ACCESS_REFUSED, Refusals, describe
 from worker.amqp.topology import QueueNames
