@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.models import ADAPTERS, ALL_LINEAR, ATTENTION, DEMO_MODEL, SIZES, AdapterKind, build, write_adapter
 from benchmarks.sets import Job, activate, image_of, psnr_db
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.lane import ActiveRequest, Conditioning, Lane
 from inference.lora.bank import AppliedAdapter

@@ -10,7 +10,7 @@ import diffusers
 import torch
 import transformers
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.engine.step_loop import StepLoop
 from inference.engine.warm_up import WarmUp
 from inference.lane import ActiveRequest

@@ -2,7 +2,7 @@
 
 import torch
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.checkpoints.checkpoint import download, identify, load_pipeline, weight_bytes
 from inference.checkpoints.memory_plan import foresee, free_bytes, most_adapter_bytes, place
 from inference.controlnet.files import find_controlnets

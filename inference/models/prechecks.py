@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.checkpoints.checkpoint import Checkpoint, Where, identify
 from inference.checkpoints.weight_files import read_json
 from inference.lora.adapter import check_rank, read_adapter

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from config.logs import configure_logging, log_event
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.process.pixels import send_finished
 from inference.process.protocol import (
     Cancel,

@@ -12,7 +12,7 @@ from enum import Enum, auto
 from multiprocessing.connection import Connection
 
 from config.logs import LogFormat, log_event
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.process.child_handle import ChildHandle
 from inference.process.health import MIN_HANG_SECONDS, ChildHealth
 from inference.process.pending import Pending

@@ -23,7 +23,7 @@ import pika.exceptions
 from rich.console import Console
 
 from clients.webhooks import WebhookKind
-from config.settings import BrokerSettings
+from config.broker import BrokerSettings
 from examples.parts.rabbitmq import RabbitMQ
 from inference.request import RequestCancelled
 from tests.hostile.fuzzing import RULES, SEED

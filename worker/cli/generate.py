@@ -14,7 +14,10 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from clients.storage.location import LocationForbidden, ObjectRef, shown_location
-from config.settings import ModelSettings, PictureSettings, ServiceSettings, SettingsError, load_section
+from config.images import PictureSettings
+from config.model import ModelSettings
+from config.section import SettingsError, load_section
+from config.service import ServiceSettings
 from config.visible_gpus import gpu_variables
 from inference.engine.local_engine import LocalEngine
 from inference.models.prechecks import foresee_model

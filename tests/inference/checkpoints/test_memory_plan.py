@@ -9,7 +9,7 @@ import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from clients.gpu import GpuReading, GpuReadings
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.checkpoints import memory_plan
 from inference.checkpoints.checkpoint import identify, load_pipeline
 from inference.checkpoints.memory_plan import (

@@ -22,8 +22,9 @@ from inference.models.z_image_attention import (
 from inference.request import AdapterFile
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import WatchedEngine, WatchedModel, order_together
+from tests.support.models.tiny_adapters import Z_IMAGE_EVERY_LAYER
 from tests.support.models.tiny_controls import control_of, speckles, write_controlnet
-from tests.support.models.tiny_models import Z_IMAGE_EVERY_LAYER, build_tiny_z_image, load_pipe, write_adapter
+from tests.support.models.tiny_models import build_tiny_z_image, load_pipe, write_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_forward_failed")
 

@@ -15,7 +15,7 @@ import torch
 from diffusers import ControlNetModel
 from PIL import Image
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.checkpoints.offload import offload_in_turns
 from inference.controlnet.edges import find_edges
 from inference.controlnet.files import find_controlnets, most_bytes
@@ -27,10 +27,10 @@ from tests.support.engine.watched_engine import PATIENCE_SECONDS, Order, Watched
 from tests.support.images.pictures import DIFFERENT_DB, MIN_PSNR_DB, draw, psnr, settings_of
 from tests.support.models.family_models import FamilyModels
 from tests.support.models.plain_families import alone
+from tests.support.models.tiny_adapters import Z_IMAGE_EVERY_LAYER
 from tests.support.models.tiny_controls import control_of, plainly_controlled, speckles, square, write_controlnet
 from tests.support.models.tiny_models import (
     EVERY_LAYER,
-    Z_IMAGE_EVERY_LAYER,
     build_tiny_sd,
     build_tiny_sd_inpaint,
     build_tiny_sdxl,

@@ -19,10 +19,9 @@ from tests.support.engine.watched_engine import Order, order_together
 from tests.support.images.pictures import DIFFERENT_DB, MIN_PSNR_DB, TEST_DEVICE, draw, pipe_with, psnr
 from tests.support.models.family_models import FamilyModels
 from tests.support.models.plain_families import DIFFUSION_CHOICES, FLOW_CHOICES, alone, embeddings_by_compel
+from tests.support.models.tiny_adapters import Z_IMAGE_BLOCKS, Z_IMAGE_EVERY_LAYER
 from tests.support.models.tiny_models import (
     EVERY_LAYER,
-    Z_IMAGE_BLOCKS,
-    Z_IMAGE_EVERY_LAYER,
     Layout,
     build_tiny_sd,
     build_tiny_sd2,

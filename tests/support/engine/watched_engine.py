@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.lane import Embedding, Lane
 from inference.lora.bank import Row

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from clients.gpu import GpuReading, GpuReadings
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.checkpoints.checkpoint import identify, weight_bytes
 from inference.checkpoints.memory_plan import RESERVE_BYTES, Placement, decide, free_host_bytes, most_adapter_bytes
 from inference.checkpoints.weight_files import GB
