@@ -9,7 +9,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
-from inference.request import EngineError
+from inference.errors import EngineError
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from inference.engine.batcher import Claim
 from inference.engine.conditioner import Conditioner
 from inference.engine.controlnet_admission import ControlNetAdmission
 from inference.engine.preparer import Preparer, ran_out_of_memory
+from inference.errors import RequestFailed
 from inference.lane import ActiveRequest
 from inference.lora.adapter import AdapterUnsupported
 from inference.lora.adapter_key import AdapterKey
@@ -17,7 +18,7 @@ from inference.lora.bank import AppliedAdapter
 from inference.lora.layers import PAGE_RANK
 from inference.lora.slots import Slots
 from inference.models.base import Family
-from inference.request import RequestFailed, Stage
+from inference.request import Stage
 
 # Requests whose adapters are read before there is a lane for them. More would only fill the memory.
 READ_AHEAD = 4

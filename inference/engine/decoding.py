@@ -8,9 +8,10 @@ import torch
 
 from inference.device.decoded_image import DecodedImage
 from inference.device.device import Device, Guarded
+from inference.errors import RequestFailed
 from inference.lane import ActiveRequest, Lane
 from inference.models.base import Family
-from inference.request import Picture, RequestFailed
+from inference.request import Picture
 
 
 class _InFlight(NamedTuple):

@@ -13,22 +13,12 @@ import transformers
 from config.settings import ModelSettings
 from inference.engine.step_loop import StepLoop
 from inference.engine.warm_up import WarmUp
+from inference.errors import EngineClosed, EngineFault, EngineStartFailed, RequestFailed
 from inference.lane import ActiveRequest
 from inference.lora.adapter_key import AdapterKey
 from inference.models.base import Family
 from inference.models.loader import load_family
-from inference.request import (
-    EngineClosed,
-    EngineFault,
-    EngineStartFailed,
-    GenerationRequest,
-    GenerationResult,
-    IsCancelled,
-    ModelFacts,
-    OnOccupancy,
-    OnStep,
-    RequestFailed,
-)
+from inference.request import GenerationRequest, GenerationResult, IsCancelled, ModelFacts, OnOccupancy, OnStep
 
 logger = logging.getLogger(__name__)
 

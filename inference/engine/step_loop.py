@@ -12,10 +12,11 @@ from inference.engine.batcher import Batcher, Claim
 from inference.engine.decoding import Decoder
 from inference.engine.previews import Previews
 from inference.engine.shortages import Shortages
+from inference.errors import EngineError, EngineFault, RequestCancelled, RequestFailed
 from inference.lane import ActiveRequest, Lane
 from inference.lora.adapter_key import AdapterKey
 from inference.models.base import Family, sampler_of
-from inference.request import EngineError, EngineFault, EngineLoad, GenerationResult, RequestCancelled, RequestFailed
+from inference.request import EngineLoad, GenerationResult
 
 logger = logging.getLogger(__name__)
 

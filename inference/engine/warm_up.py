@@ -7,19 +7,12 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from inference.checkpoints import safety_checker as safety
+from inference.errors import RequestCancelled, RequestFailed
 from inference.lane import ActiveRequest
 from inference.lora.adapter_key import AdapterKey, ReadAdapter
 from inference.lora.bank import PackedAdapter
 from inference.models.base import Family
-from inference.request import (
-    AdapterFile,
-    GenerationRequest,
-    RequestCancelled,
-    RequestFailed,
-    Source,
-    Stage,
-    StepReport,
-)
+from inference.request import AdapterFile, GenerationRequest, Source, Stage, StepReport
 
 logger = logging.getLogger(__name__)
 

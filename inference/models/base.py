@@ -16,6 +16,7 @@ from inference.controlnet.loader import ControlNets
 from inference.device.attention import AttentionOrder
 from inference.device.decoded_image import DecodedImage, image_of
 from inference.device.uploads import upload
+from inference.errors import RequestFailed
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.latents.preview_projection import Projection, find_projection
 from inference.latents.source import EncodedSource, check_size, encode
@@ -23,7 +24,7 @@ from inference.lora.adapter import Adapter, blank_adapter, check_fits, read_adap
 from inference.lora.adapter_memory import AdapterMemory
 from inference.lora.bank import AdapterBank, PackedAdapter, Row
 from inference.lora.key_names import KeyNaming
-from inference.request import KINDS, GenerationRequest, RequestFailed, Source
+from inference.request import KINDS, GenerationRequest, Source
 from inference.sampling.foresight import predict_x0
 from inference.sampling.samplers import Sampler, Samplers
 from inference.sampling.schedulers import SchedulerTable

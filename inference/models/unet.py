@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from inference.controlnet.unet import Inputs, residuals_of
+from inference.errors import EngineStartFailed
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import AdapterMemory
 from inference.lora.bank import Row
 from inference.models.base import Family, Prompt, embedding_of, guides_of, sampler_of
 from inference.models.clip_prompts import LongPromptEncoder
-from inference.request import EngineStartFailed, GenerationRequest
+from inference.request import GenerationRequest
 
 # What a ControlNet's config has in common with its UNet's: otherwise their blocks do not meet.
 SHARED_WITH_CONTROLNETS = (

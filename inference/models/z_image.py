@@ -10,6 +10,7 @@ from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 
 from inference.checkpoints.offload import ensure_on_device
 from inference.controlnet.z_image import Inputs, hints_of
+from inference.errors import RequestFailed
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
 from inference.lora.bank import Row
@@ -21,7 +22,7 @@ from inference.models.z_image_attention import (
     attend_to_own_tokens,
     attend_to_own_tokens_in_controlnet,
 )
-from inference.request import GenerationRequest, RequestFailed, Source
+from inference.request import GenerationRequest, Source
 from inference.sampling.schedulers import FLOW
 
 # What the transformer was trained to read; the pipeline cuts here.

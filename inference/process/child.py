@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from config.logs import configure_logging, log_event
 from config.settings import ModelSettings
+from inference.errors import EngineError, EngineFault, EngineStartFailed, RequestCancelled
 from inference.process.pixels import send_finished
 from inference.process.protocol import (
     Cancel,
@@ -33,17 +34,7 @@ from inference.process.protocol import (
     Stepped,
     Stop,
 )
-from inference.request import (
-    EngineError,
-    EngineFault,
-    EngineLoad,
-    EngineStartFailed,
-    GenerationRequest,
-    GenerationResult,
-    OnOccupancy,
-    RequestCancelled,
-    StepReport,
-)
+from inference.request import EngineLoad, GenerationRequest, GenerationResult, OnOccupancy, StepReport
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 
 from config.logs import LogFormat, log_event
 from config.settings import ModelSettings
+from inference.errors import EngineClosed, EngineCrashed, EngineFault, EngineHung, RequestCancelled
 from inference.process.child_handle import ChildHandle
 from inference.process.health import MIN_HANG_SECONDS, ChildHealth
 from inference.process.pending import Pending
@@ -31,10 +32,6 @@ from inference.process.protocol import (
 )
 from inference.process.quarantine import ChildQuarantine
 from inference.request import (
-    EngineClosed,
-    EngineCrashed,
-    EngineFault,
-    EngineHung,
     EngineLoad,
     GenerationRequest,
     GenerationResult,
@@ -42,7 +39,6 @@ from inference.request import (
     ModelFacts,
     OnOccupancy,
     OnStep,
-    RequestCancelled,
     StepReport,
 )
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from config.logs import LogFormat
 from config.settings import ModelSettings
-from inference.request import EngineError, EngineLoad, GenerationRequest, GenerationResult, ModelFacts, StepReport
+from inference.errors import EngineError
+from inference.request import EngineLoad, GenerationRequest, GenerationResult, ModelFacts, StepReport
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,9 @@ from clients.storage.location import LocationForbidden, ObjectRef, shown_locatio
 from config.settings import ModelSettings, PictureSettings, ServiceSettings, SettingsError, load_section
 from config.visible_gpus import gpu_variables
 from inference.engine.local_engine import LocalEngine
+from inference.errors import EngineError
 from inference.models.prechecks import foresee_model
-from inference.request import AdapterFile, EngineError, GenerationRequest, GenerationResult, StepReport
+from inference.request import AdapterFile, GenerationRequest, GenerationResult, StepReport
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import WatermarkError
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned

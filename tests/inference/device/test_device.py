@@ -9,7 +9,7 @@ import torch
 
 from config.visible_gpus import HIDDEN, visible_gpu
 from inference.device.device import USABLE_SHARE, Device
-from inference.request import RequestFailed
+from inference.errors import RequestFailed
 
 GB = 10**9
 SHAPE = (512, 512)

@@ -11,8 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from inference.errors import RequestFailed
 from inference.lora.layers import layer_groups
-from inference.request import AdapterFile, EngineLoad, GenerationRequest, RequestFailed
+from inference.request import AdapterFile, EngineLoad, GenerationRequest
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import (
     PATIENCE_SECONDS,

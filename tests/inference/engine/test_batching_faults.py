@@ -14,18 +14,12 @@ import torch
 import inference.engine.batcher
 from inference.device.decoded_image import DecodedImage
 from inference.engine.shortages import TRIES_ALONE, TRIES_BESIDE_OTHERS
+from inference.errors import EngineClosed, EngineFault, RequestCancelled, RequestFailed
 from inference.lane import Embedding, Lane
 from inference.lora.adapter import Adapter
 from inference.lora.bank import AdapterBank, PackedAdapter, Row
 from inference.models.base import Prompt
-from inference.request import (
-    AdapterFile,
-    EngineClosed,
-    EngineFault,
-    GenerationRequest,
-    RequestCancelled,
-    RequestFailed,
-)
+from inference.request import AdapterFile, GenerationRequest
 from inference.sampling.samplers import Sampler
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import (

@@ -19,9 +19,10 @@ from config.settings import ModelSettings
 from inference.checkpoints.offload import offload_in_turns
 from inference.controlnet.edges import find_edges
 from inference.controlnet.files import find_controlnets, most_bytes
+from inference.errors import EngineFault, EngineStartFailed, RequestFailed
 from inference.models.base import Family
 from inference.models.loader import load_family
-from inference.request import AdapterFile, EngineFault, EngineStartFailed, GenerationRequest, RequestFailed, Source
+from inference.request import AdapterFile, GenerationRequest, Source
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import PATIENCE_SECONDS, Order, WatchedEngine, WatchedModel, order_together
 from tests.support.images.pictures import DIFFERENT_DB, MIN_PSNR_DB, draw, psnr, settings_of

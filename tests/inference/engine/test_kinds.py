@@ -13,9 +13,10 @@ from PIL import Image
 from torch.overrides import TorchFunctionMode
 
 from inference.checkpoints.offload import ensure_on_device, offload_in_turns
+from inference.errors import RequestFailed
 from inference.models.base import Family
 from inference.models.loader import load_family
-from inference.request import KINDS, AdapterFile, GenerationRequest, RequestFailed, Source
+from inference.request import KINDS, AdapterFile, GenerationRequest, Source
 from tests.support.cuda.on_gpu import on_gpu
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import Order, WatchedEngine, WatchedModel, order_together

@@ -8,9 +8,10 @@ from typing import Any, cast
 import pytest
 import torch
 
+from inference.errors import RequestFailed
 from inference.lane import ActiveRequest, Conditioning, Lane
 from inference.models.base import Family, Prompt
-from inference.request import AdapterFile, GenerationRequest, RequestFailed
+from inference.request import AdapterFile, GenerationRequest
 from inference.sampling.samplers import Sampler
 from tests.support.copies import NOWHERE, Copies
 from tests.support.cuda.on_gpu import on_gpu

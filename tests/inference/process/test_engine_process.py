@@ -19,23 +19,12 @@ import pytest
 
 import inference.process.health
 from config.settings import ModelSettings
+from inference.errors import EngineClosed, EngineCrashed, EngineFault, EngineHung, RequestCancelled, RequestFailed
 from inference.process.child import EXIT_BROKEN
 from inference.process.child_handle import ChildHandle
 from inference.process.engine_process import EngineProcess, EngineState, wait_until_ready
 from inference.process.health import MAX_CONSECUTIVE_CRASHES, MAX_CONSECUTIVE_FAULTS, ChildHealth
-from inference.request import (
-    Control,
-    EngineClosed,
-    EngineCrashed,
-    EngineFault,
-    EngineHung,
-    EngineLoad,
-    GenerationResult,
-    RequestCancelled,
-    RequestFailed,
-    Source,
-    StepReport,
-)
+from inference.request import Control, EngineLoad, GenerationResult, Source, StepReport
 from tests.faults.station import long
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.fake_child import EXIT_POISONED, NUM_SLOTS

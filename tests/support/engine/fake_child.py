@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from config.settings import ModelSettings
+from inference.errors import EngineFault, EngineStartFailed, RequestCancelled, RequestFailed
 from inference.process.child import main
 from inference.request import (
-    EngineFault,
     EngineLoad,
-    EngineStartFailed,
     GenerationRequest,
     GenerationResult,
     IsCancelled,
@@ -27,8 +26,6 @@ from inference.request import (
     OnOccupancy,
     OnStep,
     Picture,
-    RequestCancelled,
-    RequestFailed,
     StepReport,
 )
 
