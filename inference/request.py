@@ -175,7 +175,7 @@ class ModelFacts:
 
 
 OnStep = Callable[[StepReport], None]
-OnOccupancy = Callable[[EngineLoad], None]
+OnLoadReport = Callable[[EngineLoad], None]
 IsCancelled = Callable[[], bool]
 
 

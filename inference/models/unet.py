@@ -50,7 +50,7 @@ class UNetFamily(Family):
     def size_multiple(self) -> int:
         return int(self._pipeline.vae_scale_factor)
 
-    def kind_of(self, request: GenerationRequest) -> BatchTraits:
+    def traits_of(self, request: GenerationRequest) -> BatchTraits:
         return BatchTraits(
             (request.height, request.width),
             is_guided=request.guidance_scale > 1,
@@ -121,7 +121,7 @@ class UNetFamily(Family):
             [embedding.tokens for embedding in embeddings],
             self._added_conditions(rows, embeddings),
         )
-        self.bank.route([lane.drawing.row for lane in rows])
+        self.bank.route([lane.owner.row for lane in rows])
         predictions = unet(
             inputs.latents,
             inputs.timesteps,
@@ -132,7 +132,7 @@ class UNetFamily(Family):
             **residuals_of(guides_of(rows), inputs, self._upload),
         )[0].float()
         negative, positive, unguided = predictions.split((len(guided), len(guided), len(lanes) - len(guided)))
-        scales = self._upload([lane.drawing.request.guidance_scale for lane in guided]).view(-1, 1, 1, 1)
+        scales = self._upload([lane.owner.request.guidance_scale for lane in guided]).view(-1, 1, 1, 1)
         drawn = torch.cat((negative + scales * (positive - negative), unguided)).unbind()
         by_lane = {id(lane): prediction for lane, prediction in zip(ordered, drawn, strict=True)}
         return [by_lane[id(lane)] for lane in lanes]

@@ -47,7 +47,7 @@ class Stepped:
     """One turn of the engine's loop: the steps it brought, by request id, and what the engine holds after it."""
 
     reports: tuple[tuple[str, StepReport], ...]
-    occupancy: EngineLoad
+    engine_load: EngineLoad
 
 
 @dataclass(frozen=True, slots=True)

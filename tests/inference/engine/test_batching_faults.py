@@ -203,7 +203,7 @@ class SmallModel(WatchedModel):
     """Memory for pictures of up to 96x64."""
 
     def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
-        request = lanes[0].drawing.request
+        request = lanes[0].owner.request
         if request.height * request.width > 96 * 64:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return super().denoise(lanes)
@@ -344,7 +344,7 @@ class ShortModel(FullModel):
         return super().encode(prompts, adapters)
 
     def begin(self, lane: Lane, *, in_tiles: bool = False) -> tuple[str, Sampler]:
-        if lane.drawing.request.prompt == self.NEEDY:
+        if lane.owner.request.prompt == self.NEEDY:
             self._run_short("begin")
         return super().begin(lane, in_tiles=in_tiles)  # type: ignore[safe-super]
 

@@ -178,7 +178,7 @@ def test_lanes_with_two_controls_and_without_share_forwards_and_each_is_right(
     )
 
     models.assert_right("sd", orders)
-    together = [{lane.drawing.request.seeds[0] for lane in batch} for batch in engine.model.batches]
+    together = [{lane.owner.request.seeds[0] for lane in batch} for batch in engine.model.batches]
     assert {1, 2, 3, 4, 5} in together
     different = replace(orders[0].request, control=orders[1].request.control)
     assert psnr(orders[0].image, draw(engine, different)[0]) < DIFFERENT_DB
@@ -228,7 +228,7 @@ def test_a_z_image_batch_of_other_shapes_and_lengths_gives_each_lane_its_own_con
     )
 
     models.assert_right("z_image", orders)
-    together = [{lane.drawing.request.seeds[0] for lane in batch} for batch in engine.model.batches]
+    together = [{lane.owner.request.seeds[0] for lane in batch} for batch in engine.model.batches]
     assert {1, 2, 3, 4} in together
 
 
@@ -310,7 +310,7 @@ def test_one_that_finds_no_room_waits_for_another_s_lanes_to_end(models: Models)
     )
 
     models.assert_right("sd", orders)
-    together = [{lane.drawing.request.seeds[0] for lane in batch} for batch in engine.model.batches]
+    together = [{lane.owner.request.seeds[0] for lane in batch} for batch in engine.model.batches]
     assert {1} in together
     assert not any({1, 2} <= seeds or {2, 3} <= seeds for seeds in together)
     assert not any(3 in seeds for seeds in together[: together.index({2})]), "it came after one that waits"

@@ -335,7 +335,7 @@ def test_eight_requests_of_every_kind_share_forwards_and_each_gives_the_picture_
 
     ratios = [psnr(order.image, alone(models.checkpoint("sd"), order.request)) for order in orders]
     assert min(ratios) >= MIN_PSNR_DB, ratios
-    together = [{lane.drawing.request.kind for lane in lanes} for lanes in engine.model.batches]
+    together = [{lane.owner.request.kind for lane in lanes} for lanes in engine.model.batches]
     assert sum(kinds == set(KINDS) for kinds in together) >= 3
     assert sum(map(len, engine.model.batches)) / len(engine.model.batches) >= 4
 

@@ -55,7 +55,7 @@ def warm_up_of(engine: WatchedEngine) -> WarmUp:
 
 def forwards_of(engine: WatchedEngine) -> list[tuple[int, bool]]:
     """Of each forward that was tried the lanes, and whether they have an adapter."""
-    return [(len(batch), bool(batch[0].drawing.row)) for batch in engine.model.batches]
+    return [(len(batch), bool(batch[0].owner.row)) for batch in engine.model.batches]
 
 
 @pytest.mark.parametrize(
