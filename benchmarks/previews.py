@@ -62,12 +62,12 @@ class Side:
         self._step_index = report.step_index
         self.num_previews += report.preview is not None
 
-    def _on_turn(self, occupancy: EngineLoad) -> None:
+    def _on_turn(self, engine_load: EngineLoad) -> None:
         now = time.thread_time()
         # The first turn encodes prompts too, the last decodes.
-        if occupancy.num_lanes == LANES and self._was_at:
+        if engine_load.num_lanes == LANES and self._was_at:
             self._seconds[self._step_index % EVERY == 0].append(now - self._was_at)
-        self._was_at = now if occupancy.num_batched == LANES else 0.0
+        self._was_at = now if engine_load.num_batched == LANES else 0.0
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import torch
 from inference.checkpoints.hub import one_line
 from inference.checkpoints.weight_files import GB
 from inference.controlnet.files import ControlNetFiles, most_bytes
-from inference.request import EngineFault, EngineStartFailed
+from inference.errors import EngineFault, EngineStartFailed
 
 # Says what of a ControlNet's config does not go with the model; None where all does.
 WhyNot = Callable[[Any], str | None]

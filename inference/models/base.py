@@ -16,6 +16,7 @@ from inference.controlnet.loader import ControlNets
 from inference.device.attention import AttentionOrder
 from inference.device.decoded_image import DecodedImage, image_of
 from inference.device.uploads import upload
+from inference.errors import RequestFailed
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.latents.preview_projection import Projection, find_projection
 from inference.latents.source import EncodedSource, check_size, encode
@@ -23,7 +24,7 @@ from inference.lora.adapter import Adapter, blank_adapter, check_fits, read_adap
 from inference.lora.adapter_memory import AdapterMemory
 from inference.lora.bank import AdapterBank, PackedAdapter, Row
 from inference.lora.key_names import KeyNaming
-from inference.request import KINDS, GenerationRequest, RequestFailed, Source
+from inference.request import KINDS, GenerationRequest, Source
 from inference.sampling.foresight import predict_x0
 from inference.sampling.samplers import Sampler, Samplers
 from inference.sampling.schedulers import SchedulerTable
@@ -97,7 +98,7 @@ class Family(ABC):
         """Width and height, in pixels, are multiples of it."""
 
     @abstractmethod
-    def kind_of(self, request: GenerationRequest) -> BatchTraits:
+    def traits_of(self, request: GenerationRequest) -> BatchTraits:
         """Whom the request's lanes may share a forward with, and how many rows they take in it."""
 
     @abstractmethod
@@ -181,7 +182,7 @@ class Family(ABC):
 
     def begin(self, lane: Lane, *, in_tiles: bool = False) -> tuple[str, Sampler]:
         """The lane's sampler at its first step, and its scheduler's name. `in_tiles`: how a source is encoded."""
-        request = lane.drawing.request
+        request = lane.owner.request
         # Noise comes from the CPU and in 32 bits, so that a seed gives the same picture on any device.
         generator = torch.Generator().manual_seed(lane.seed)
 
@@ -190,9 +191,9 @@ class Family(ABC):
 
         if request.source is None:
             return self.samplers.begin(self._course(request), draw(), generator)
-        if lane.drawing.source is None:
-            lane.drawing.source = self._encoded(request, request.source, in_tiles=in_tiles)
-        noise, origin = lane.drawing.source.begin(draw, self._scaled)
+        if lane.owner.source is None:
+            lane.owner.source = self._encoded(request, request.source, in_tiles=in_tiles)
+        noise, origin = lane.owner.source.begin(draw, self._scaled)
         return self.samplers.begin(self._course(request), noise, generator, origin)
 
     def decode(self, latents: torch.Tensor, *, in_tiles: bool = False) -> DecodedImage:
@@ -289,7 +290,7 @@ def guides_of(rows: Sequence[Lane]) -> dict[int, Guide]:
 
 def embedding_of(lane: Lane, *, is_negative: bool) -> Embedding:
     """What guides one of a joined lane's rows."""
-    conditioning = lane.drawing.conditioning
+    conditioning = lane.owner.conditioning
     assert conditioning is not None, "a lane has its conditioning from joining on"  # noqa: S101
     embedding = conditioning.negative if is_negative else conditioning.positive
     assert embedding is not None, "a guided lane has a negative prompt's embedding"  # noqa: S101

@@ -7,12 +7,12 @@ from inference.checkpoints.checkpoint import download, identify, load_pipeline, 
 from inference.checkpoints.memory_plan import foresee, free_bytes, most_adapter_bytes, place
 from inference.controlnet.files import find_controlnets
 from inference.controlnet.loader import ControlNets
+from inference.errors import EngineStartFailed
 from inference.lora.adapter_memory import AdapterMemory
 from inference.models.base import Family
 from inference.models.sdxl import StableDiffusionXL
 from inference.models.stable_diffusion import StableDiffusion
 from inference.models.z_image import ZImage
-from inference.request import EngineStartFailed
 
 FAMILIES: dict[str, type[StableDiffusion] | type[StableDiffusionXL] | type[ZImage]] = {
     "StableDiffusionPipeline": StableDiffusion,

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from inference.controlnet.unet import Inputs, residuals_of
+from inference.errors import EngineStartFailed
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import AdapterMemory
 from inference.lora.bank import Row
 from inference.models.base import Family, Prompt, embedding_of, guides_of, sampler_of
 from inference.models.clip_prompts import LongPromptEncoder
-from inference.request import EngineStartFailed, GenerationRequest
+from inference.request import GenerationRequest
 
 # What a ControlNet's config has in common with its UNet's: otherwise their blocks do not meet.
 SHARED_WITH_CONTROLNETS = (
@@ -49,7 +50,7 @@ class UNetFamily(Family):
     def size_multiple(self) -> int:
         return int(self._pipeline.vae_scale_factor)
 
-    def kind_of(self, request: GenerationRequest) -> BatchTraits:
+    def traits_of(self, request: GenerationRequest) -> BatchTraits:
         return BatchTraits(
             (request.height, request.width),
             is_guided=request.guidance_scale > 1,
@@ -120,7 +121,7 @@ class UNetFamily(Family):
             [embedding.tokens for embedding in embeddings],
             self._added_conditions(rows, embeddings),
         )
-        self.bank.route([lane.drawing.row for lane in rows])
+        self.bank.route([lane.owner.row for lane in rows])
         predictions = unet(
             inputs.latents,
             inputs.timesteps,
@@ -131,7 +132,7 @@ class UNetFamily(Family):
             **residuals_of(guides_of(rows), inputs, self._upload),
         )[0].float()
         negative, positive, unguided = predictions.split((len(guided), len(guided), len(lanes) - len(guided)))
-        scales = self._upload([lane.drawing.request.guidance_scale for lane in guided]).view(-1, 1, 1, 1)
+        scales = self._upload([lane.owner.request.guidance_scale for lane in guided]).view(-1, 1, 1, 1)
         drawn = torch.cat((negative + scales * (positive - negative), unguided)).unbind()
         by_lane = {id(lane): prediction for lane, prediction in zip(ordered, drawn, strict=True)}
         return [by_lane[id(lane)] for lane in lanes]

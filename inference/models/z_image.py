@@ -10,6 +10,7 @@ from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 
 from inference.checkpoints.offload import ensure_on_device
 from inference.controlnet.z_image import Inputs, hints_of
+from inference.errors import RequestFailed
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
 from inference.lora.bank import Row
@@ -21,7 +22,7 @@ from inference.models.z_image_attention import (
     attend_to_own_tokens,
     attend_to_own_tokens_in_controlnet,
 )
-from inference.request import GenerationRequest, RequestFailed, Source
+from inference.request import GenerationRequest, Source
 from inference.sampling.schedulers import FLOW
 
 # What the transformer was trained to read; the pipeline cuts here.
@@ -57,7 +58,7 @@ class ZImage(Family):
     def size_multiple(self) -> int:
         return int(self._pipeline.vae_scale_factor * PATCH)
 
-    def kind_of(self, request: GenerationRequest) -> BatchTraits:
+    def traits_of(self, request: GenerationRequest) -> BatchTraits:
         """Half-octaves of area, the base size in the middle of one: a forward takes as long as its largest picture."""
         base = (self.base_size // self.size_multiple) ** 2
         shape = round(2 * math.log2(self._num_patches(request) / base))
@@ -148,7 +149,7 @@ class ZImage(Family):
         def wear(numbers: Sequence[int]) -> None:
             chosen = [tokens[i] for i in numbers]
             self._row_lengths.set(chosen)
-            self.bank.route([rows[i].drawing.row for i in numbers], _strung(chosen))
+            self.bank.route([rows[i].owner.row for i in numbers], _strung(chosen))
 
         ensure_on_device(transformer)  # the ControlNets run layers of it before it is called itself
         hints = hints_of(guides_of(rows), inputs, wear, self._upload)
@@ -162,7 +163,7 @@ class ZImage(Family):
         return (request.height // self.size_multiple) * (request.width // self.size_multiple)
 
     def _row_tokens(self, lane: Lane, caption: torch.Tensor) -> RowTokens:
-        return RowTokens(_padded(self._num_patches(lane.drawing.request)), _padded(len(caption)))
+        return RowTokens(_padded(self._num_patches(lane.owner.request)), _padded(len(caption)))
 
     def _latent_shape(self, request: GenerationRequest) -> tuple[int, int, int]:
         multiple = self.size_multiple
@@ -202,7 +203,7 @@ def _strung(rows: Sequence[RowTokens]) -> dict[str, list[int]]:
 
 def _guided(positive: torch.Tensor, negative: torch.Tensor, lane: Lane) -> torch.Tensor:
     """The pipeline's guidance: off beyond the truncation, and no longer than the normalisation lets it be."""
-    request = lane.drawing.request
+    request = lane.owner.request
     if (TRAIN_TIMESTEPS - sampler_of(lane).timestep) / TRAIN_TIMESTEPS > request.cfg_truncation:
         return positive
     guided = positive + request.guidance_scale * (positive - negative)

@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 
 from config.redacting import quoted
-from inference.request import RequestFailed
+from inference.errors import RequestFailed
 from inference.sampling.parameters import parameters_of
 
 

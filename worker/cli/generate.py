@@ -20,8 +20,9 @@ from config.section import SettingsError, load_section
 from config.service import ServiceSettings
 from config.visible_gpus import gpu_variables
 from inference.engine.local_engine import LocalEngine
+from inference.errors import EngineError
 from inference.models.prechecks import foresee_model
-from inference.request import AdapterFile, EngineError, GenerationRequest, GenerationResult, StepReport
+from inference.request import AdapterFile, GenerationRequest, GenerationResult, StepReport
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import WatermarkError
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned

@@ -23,7 +23,7 @@ from inference.checkpoints.memory_plan import (
     place,
 )
 from inference.checkpoints.offload import offload_in_turns
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 from tests.support.models.tiny_models import build_tiny_sd
 from worker.cli.check.checks import CheckFailed
 from worker.cli.check.memory import check_memory

@@ -8,7 +8,7 @@ from inference.checkpoints.checkpoint import identify, weight_bytes
 from inference.checkpoints.memory_plan import RESERVE_BYTES, Placement, decide, free_host_bytes, most_adapter_bytes
 from inference.checkpoints.weight_files import GB
 from inference.controlnet.files import find_controlnets, most_bytes
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 from worker.cli.check.checks import CheckFailed
 
 PARAMETER_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
