@@ -24,7 +24,7 @@ from config.model import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.models.loader import load_family
 from inference.request import EngineLoad, GenerationRequest, StepReport
-from inference.sampling.foresight import predict_x0
+from inference.sampling.samplers import predict_x0
 from tests.support.paths import DEMO_MODEL
 
 LANES = 8

@@ -80,7 +80,7 @@ class LocalEngine:
     ) -> Future[GenerationResult]:
         """Queue `request`; see `Engine`."""
         keys = tuple(AdapterKey.of(file) for file in request.adapters)
-        active = ActiveRequest(request, self._model.traits_of(request), on_step, is_cancelled, keys)
+        active = ActiveRequest(request, self._model.batch_traits(request), on_step, is_cancelled, keys)
         self._enqueue(active)
         return active.future
 

@@ -63,7 +63,7 @@ class Forwards:
         request = request_of(job, self.model)
         self.family.prepare(request)
         keys = tuple(AdapterKey.of(file) for file in request.adapters)
-        active = ActiveRequest(request, self.family.traits_of(request), lambda _: None, lambda: False, keys)
+        active = ActiveRequest(request, self.family.batch_traits(request), lambda _: None, lambda: False, keys)
         active.row = row
         (lane,) = active.lanes
         _, lane.sampler = self.family.begin(lane)

@@ -17,9 +17,9 @@ from PIL import Image
 
 from config.model import ModelSettings
 from inference.checkpoints.offload import offload_in_turns
-from inference.controlnet.edges import find_edges
 from inference.controlnet.files import find_controlnets, most_bytes
 from inference.errors import EngineFault, EngineStartFailed, RequestFailed
+from inference.controlnet.guide import find_edges
 from inference.models.base import Family
 from inference.models.loader import load_family
 from inference.request import AdapterFile, GenerationRequest, Source
@@ -253,12 +253,12 @@ class TurningEngine(WatchedEngine):
         model = super()._load(settings, device, dtype)
         offload_in_turns(model._pipeline, device)
         self.seated: list[str] = []
-        seat = model._pipeline.transformer._hf_hook._seat
+        slot = model._pipeline.transformer._hf_hook._slot
         load = model.load_control
 
         def load_watched(name: str) -> Any:
             net = load(name)
-            net.register_forward_pre_hook(lambda *_: self.seated.append(type(seat._taken_by).__name__))
+            net.register_forward_pre_hook(lambda *_: self.seated.append(type(slot._taken_by).__name__))
             return net
 
         model.load_control = load_watched  # type: ignore[method-assign]

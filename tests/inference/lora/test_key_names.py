@@ -509,6 +509,6 @@ def test_another_method_is_refused_by_its_name(
 ) -> None:
     tensors = layer(stem) | {f"{stem}.{ending}": torch.ones(1) for ending in endings}
     path = save(tmp_path / "a.safetensors", tensors)
-    for dialect in (STABLE_DIFFUSION, sdxl(sdxl_pipe.unet.config), Z_IMAGE):
+    for naming in (STABLE_DIFFUSION, sdxl(sdxl_pipe.unet.config), Z_IMAGE):
         with pytest.raises(AdapterUnsupported, match=method):
-            read_adapter(path, None, dialect)
+            read_adapter(path, None, naming)

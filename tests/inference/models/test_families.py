@@ -414,7 +414,7 @@ class CountedSampler:
 def guided_lane(model: Family) -> Lane:
     """A lane that has not joined; only its conditioning is there."""
     request = tiny_request(guidance_scale=4.0, scheduler="euler", num_inference_steps=4)
-    active = ActiveRequest(request, model.traits_of(request), lambda _: None, lambda: False, ())
+    active = ActiveRequest(request, model.batch_traits(request), lambda _: None, lambda: False, ())
     with torch.inference_mode():
         active.conditioning = Conditioning(*model.encode([Prompt("a hill"), Prompt("dark")], [(), ()]))
     return active.lanes[0]

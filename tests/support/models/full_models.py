@@ -110,7 +110,7 @@ class FullModel:
         for request, row, guide in zip(requests, rows, guides, strict=True):
             self.family.prepare(request)
             keys: Any = row  # embeddings are remembered by them: what they are is no matter
-            joined.append(ActiveRequest(request, self.family.traits_of(request), lambda _: None, lambda: False, keys))
+            joined.append(ActiveRequest(request, self.family.batch_traits(request), lambda _: None, lambda: False, keys))
             joined[-1].row, joined[-1].guide = row, guide
         for active, conditioning in zip(joined, self._conditioner.condition(joined), strict=True):
             active.conditioning = conditioning
