@@ -63,10 +63,10 @@ REPLACED = {
     r"Workshop": "GenerationContext",
     r"class Making|Making\(": "ProductComposer",
     r"families/\w*": "inference/models/",
-    r"class (?:Verdict|Attempt|Shelf|Held|Letter|Order|Finding|Dialect|Applied|Board|Course|Brought|Child|Kind|_Lane)": (
+    r"class (?:Verdict|Attempt|Shelf|Held|Letter|Order|Finding|Dialect|Applied|Board|Course|Brought|Child|_Lane)": (
         "Decision, WebhookResult, WebhookAttempt, Guarded, StageStore, ControlNetCache, BrowsedMessage, DeadLetter, "
         "GenerateOptions, CheckResult, KeyNaming, AppliedAdapter, StatusBuilder, StepPlan, ProductInputs, ChildHandle, "
-        "BatchTraits, LetterKind, _KindQueue"
+        "_KindQueue"
     ),
     r"Verdict|Readings": "Decision, WebhookResult, MetricsSnapshot",
     r"def judge|def wear|def everything|def trace|def unrest|unrest\(": (
