@@ -25,9 +25,6 @@ from inference.lora.adapter_memory import AdapterMemory
 from inference.lora.bank import AdapterBank, PackedAdapter, RowAdapters
 from inference.lora.key_names import KeyNaming
 from inference.request import KINDS, GenerationRequest, Source
-from inference.sampling.foresight import predict_x0
-from inference.sampling.samplers import Sampler, Samplers
-from inference.request import KINDS, GenerationRequest, RequestFailed, Source
 from inference.sampling.samplers import Sampler, Samplers, predict_x0
 from inference.sampling.schedulers import SchedulerTable
 from inference.sampling.trajectory import StepPlan

@@ -9,8 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from config.model import ModelSettings
-from inference.checkpoints.checkpoint import Checkpoint, identify
-from config.settings import ModelSettings
 from inference.checkpoints.checkpoint import Checkpoint, Location, identify
 from inference.checkpoints.weight_files import read_json
 from inference.errors import RequestFailed

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 from config.logs import configure_logging, log_event
 from config.model import ModelSettings
-from config.settings import ModelSettings
 from inference.errors import EngineError, EngineFault, EngineStartFailed, RequestCancelled
 from inference.process.pixels import send_finished
 from inference.process.protocol import (

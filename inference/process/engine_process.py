@@ -13,7 +13,6 @@ from multiprocessing.connection import Connection
 
 from config.logs import LogFormat, log_event
 from config.model import ModelSettings
-from config.settings import ModelSettings
 from inference.errors import EngineClosed, EngineCrashed, EngineFault, EngineHung, RequestCancelled
 from inference.process.child_handle import ChildHandle
 from inference.process.health import MIN_HANG_SECONDS, ChildHealth

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from config.logs import LogFormat
 from config.model import ModelSettings
-from inference.request import EngineLoad, GenerationRequest, GenerationResult, ModelFacts, StepReport
-from config.settings import ModelSettings
 from inference.errors import EngineError
 from inference.request import EngineLoad, GenerationRequest, GenerationResult, ModelFacts, StepReport
 

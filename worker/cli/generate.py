@@ -21,7 +21,6 @@ from config.service import ServiceSettings
 from config.visible_gpus import gpu_variables
 from inference.engine.local_engine import LocalEngine
 from inference.errors import EngineError
-from inference.request import AdapterFile, GenerationRequest, GenerationResult, StepReport
 from inference.models.prechecks import precheck_model
 from inference.request import AdapterFile, GenerationRequest, GenerationResult, StepReport
 from watermark.decoding import PictureMode, decode_picture, decode_signature

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from config.model import ModelSettings
-from config.settings import ModelSettings
 from inference.errors import RequestFailed
 from inference.lane import Lane
 from inference.process.child import EXIT_BROKEN

@@ -18,8 +18,8 @@ from PIL import Image
 from config.model import ModelSettings
 from inference.checkpoints.offload import offload_in_turns
 from inference.controlnet.files import find_controlnets, most_bytes
-from inference.errors import EngineFault, EngineStartFailed, RequestFailed
 from inference.controlnet.guide import find_edges
+from inference.errors import EngineFault, EngineStartFailed, RequestFailed
 from inference.models.base import Family
 from inference.models.loader import load_family
 from inference.request import AdapterFile, GenerationRequest, Source

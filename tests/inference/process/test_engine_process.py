@@ -19,7 +19,6 @@ import pytest
 
 import inference.process.health
 from config.model import ModelSettings
-from config.settings import ModelSettings
 from inference.errors import EngineClosed, EngineCrashed, EngineFault, EngineHung, RequestCancelled, RequestFailed
 from inference.process.child import EXIT_BROKEN
 from inference.process.child_handle import ChildHandle

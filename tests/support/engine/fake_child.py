@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from config.model import ModelSettings
-from config.settings import ModelSettings
 from inference.errors import EngineFault, EngineStartFailed, RequestCancelled, RequestFailed
 from inference.process.child import main
 from inference.request import (
