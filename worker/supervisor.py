@@ -104,7 +104,7 @@ class Supervisor:
             log_level=settings.service.log_level,
             log_format=settings.service.log_format,
             on_restart=self._metrics.engine_restarts.inc,
-            on_occupancy=self._metrics.note_occupancy,
+            on_load_report=self._metrics.note_engine_load,
         )
         self._processor: Processor | None = None
         self._consumer: Consumer | None = None

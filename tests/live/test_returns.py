@@ -17,7 +17,7 @@ import pika
 import pika.exceptions
 import pytest
 
-from config.settings import BrokerSettings
+from config.broker import BrokerSettings
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import Job, long, start_light_worker

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import pika
 import pika.exceptions
 
+from config.broker import BrokerSettings
 from config.logs import log_event
-from config.settings import BrokerSettings
 from worker.amqp.content_headers import TolerantConnection
 from worker.amqp.error_messages import ErrorMessages, describe
 

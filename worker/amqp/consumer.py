@@ -15,8 +15,8 @@ from typing import Any
 
 import pika.exceptions
 
+from config.broker import BrokerSettings
 from config.logs import log_event
-from config.settings import BrokerSettings
 from worker.amqp.connection import (
     CLOSE_SECONDS,
     POLL_SECONDS,

@@ -6,8 +6,8 @@ from typing import Any
 import pika
 import pika.exceptions
 
+from config.broker import BrokerSettings
 from config.redacting import redacted
-from config.settings import BrokerSettings
 
 ACCESS_REFUSED, PRECONDITION_FAILED = 403, 406
 MAX_SHOWN_CHARS = 300

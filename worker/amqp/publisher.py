@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import pika
 import pika.exceptions
 
+from config.broker import BrokerSettings
 from config.redacting import redacted
-from config.settings import BrokerSettings
 from worker.amqp.connection import CLOSE_SECONDS, LOST, POLL_SECONDS, Channel, Connection, close_connection, connect
 from worker.amqp.delivery import (
     ATTEMPT_HEADER,

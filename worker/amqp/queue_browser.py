@@ -8,7 +8,7 @@ from typing import Any
 
 import pika.exceptions
 
-from config.settings import BrokerSettings
+from config.broker import BrokerSettings
 from worker.amqp.connection import LOST, close_connection, connect
 from worker.amqp.content_headers import Properties
 from worker.amqp.delivery import COUNT_HEADER, whole_number

@@ -13,7 +13,7 @@ import pika
 import pytest
 from pika.data import encode_table
 
-from config.settings import BrokerSettings
+from config.broker import BrokerSettings
 from examples.parts.rabbitmq import RabbitMQ
 from tests.hostile.fuzzing import Target, fuzz
 from tests.hostile.raw_properties import (

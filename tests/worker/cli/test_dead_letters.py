@@ -19,7 +19,8 @@ from typer.testing import CliRunner, Result
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
 from clients.webhooks import WebhookKind
-from config.settings import BrokerSettings, StoreSettings
+from config.broker import BrokerSettings
+from config.store import StoreSettings
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import start_light_worker

@@ -9,7 +9,7 @@ import pika
 import pika.exceptions
 
 from clients.management import effective_policies
-from config.settings import BrokerSettings
+from config.broker import BrokerSettings
 from worker.amqp.connection import LOST, close_connection, connect
 from worker.amqp.error_messages import ACCESS_REFUSED, ErrorMessages, describe
 from worker.amqp.topology import NOT_FOUND, QueueNames

@@ -17,7 +17,9 @@ import torch
 
 from clients.management import effective_policies
 from clients.webhooks import Reach
-from config.settings import SECTIONS, ModelSettings, Settings, StoreSettings
+from config.model import ModelSettings
+from config.settings import SECTIONS, Settings
+from config.store import StoreSettings
 from examples.parts.backend import Backend
 from examples.parts.ports import free_port
 from examples.parts.rabbitmq import RabbitMQ
