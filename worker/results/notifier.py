@@ -10,7 +10,7 @@ from typing import cast
 
 import tenacity
 
-from clients.webhooks import Attempt, Verdict, WebhookClient, WebhookKind
+from clients.webhooks import WebhookAttempt, WebhookClient, WebhookKind, WebhookResult
 from config.logs import log_event
 from worker.amqp.broker import Publisher
 from worker.amqp.topology import QueueNames
@@ -41,14 +41,14 @@ def delay_after(num_attempts: int, retry_after_seconds: float | None) -> float:
     return max(planned, retry_after_seconds or 0.0)
 
 
-def is_hopeless(attempt: Attempt, age_seconds: float) -> bool:
+def is_hopeless(attempt: WebhookAttempt, age_seconds: float) -> bool:
     """Whether an event of that age should go to the dead letters after `attempt`. Pure."""
-    if attempt.verdict is Verdict.REJECTED or age_seconds > MAX_AGE_SECONDS:
+    if attempt.result is WebhookResult.REJECTED or age_seconds > MAX_AGE_SECONDS:
         return True
     return attempt.status == 404 and age_seconds > UNKNOWN_IS_TRANSIENT_SECONDS
 
 
-_TOLD_ELSEWHERE = Attempt(Verdict.REJECTED, None, None, "told by another holder", False)
+_TOLD_ELSEWHERE = WebhookAttempt(WebhookResult.REJECTED, None, None, "told by another holder", False)
 
 
 class Notifier:
@@ -91,14 +91,14 @@ class Notifier:
         """Deliver `event`, or park it; say which. Raises `PublishFailed` where neither was possible."""
         if event.is_delivered:
             return "known"
-        attempts: list[Attempt] = []
+        attempts: list[WebhookAttempt] = []
         last = self._try_patiently(event, attempts)
-        if last.verdict is Verdict.DELIVERED:
+        if last.result is WebhookResult.DELIVERED:
             self._ledger.mark_delivered(event)
             return "delivered"
         if last is _TOLD_ELSEWHERE:
             return "known"
-        if last.verdict is Verdict.REJECTED:
+        if last.result is WebhookResult.REJECTED:
             self.bury(event.to_json(), f"the backend refused the {event.kind.value} webhook: {last.reason}")
             return "refused"
 
@@ -125,17 +125,17 @@ class Notifier:
         log_event(logger, "end not recorded yet", logging.ERROR, kind=event.kind.value, reason=reason)
         return "parked"
 
-    def attempt(self, event: TerminalEvent) -> Attempt:
+    def attempt(self, event: TerminalEvent) -> WebhookAttempt:
         """One attempt at delivering `event`, counted."""
         attempt = self._client.send(event.webhook, deadline_seconds=CALL_DEADLINE_SECONDS)
-        self._metrics.webhooks.labels(event.kind.value, attempt.verdict.name.lower()).inc()
+        self._metrics.webhooks.labels(event.kind.value, attempt.result.name.lower()).inc()
         if attempt.status in REFUSING_STATUSES:
             self._breaker.refuse(attempt.reason, of=event.webhook.webhook_id)
         elif attempt.status is not None:
             self._breaker.accept()
         if attempt.is_ambiguous:
             self._metrics.webhooks_ambiguous.inc()
-        if attempt.verdict is Verdict.DELIVERED:
+        if attempt.result is WebhookResult.DELIVERED:
             self._failing.discard(event.kind)
             self._taken_at[event.kind] = time.monotonic()
             self.address_breaker.accept()
@@ -143,24 +143,24 @@ class Notifier:
             return self._doubted(attempt, event)
         return attempt
 
-    def is_hopeless(self, attempt: Attempt, age_seconds: float) -> bool:
+    def is_hopeless(self, attempt: WebhookAttempt, age_seconds: float) -> bool:
         """Whether an event of that age should go to the dead letters after `attempt`."""
         if attempt.status == 404 and self.address_breaker.is_open:
             return age_seconds > MAX_AGE_SECONDS
         return is_hopeless(attempt, age_seconds)
 
-    def _doubted(self, attempt: Attempt, event: TerminalEvent) -> Attempt:
+    def _doubted(self, attempt: WebhookAttempt, event: TerminalEvent) -> WebhookAttempt:
         """`attempt`, in vain by its status, but not for good where the backend refuses every end."""
         self.address_breaker.refuse(event.webhook.webhook_id, cast(int, attempt.status))
-        return replace(attempt, verdict=Verdict.RETRY) if self.address_breaker.is_open else attempt
+        return replace(attempt, result=WebhookResult.RETRY) if self.address_breaker.is_open else attempt
 
     def bury(self, body: bytes, reason: str, *, attempt: int | None = None) -> None:
         """Leave a confirmed copy of an event or a job with the dead letters. Raises `PublishFailed`."""
         self._publisher.publish(self._names.dead, body, attempt=attempt, reason=reason)
         log_event(logger, "dead letter", logging.ERROR, reason=reason)
 
-    def _try_patiently(self, event: TerminalEvent, attempts: list[Attempt]) -> Attempt:
-        def once() -> Attempt:
+    def _try_patiently(self, event: TerminalEvent, attempts: list[WebhookAttempt]) -> WebhookAttempt:
+        def once() -> WebhookAttempt:
             # While this one waited, or its process was frozen behind the record, another holder may have been quicker.
             is_told = (bool(attempts) or _is_stale(event)) and self._ledger.is_delivered(event)
             attempts.append(_TOLD_ELSEWHERE if is_told else self.attempt(event))
@@ -168,7 +168,7 @@ class Notifier:
 
         patience = 0.0 if event.kind in self._failing else PATIENCE_SECONDS
         tries = tenacity.Retrying(
-            retry=tenacity.retry_if_result(lambda attempt: attempt.verdict is Verdict.RETRY),
+            retry=tenacity.retry_if_result(lambda attempt: attempt.result is WebhookResult.RETRY),
             wait=lambda state: jittered(delay_after(state.attempt_number, attempts[-1].retry_after_seconds)),
             stop=tenacity.stop_before_delay(patience) | tenacity.stop_when_event_set(self._is_draining),
             sleep=tenacity.sleep_using_event(self._is_draining),

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 from clients.storage.errors import StorageError
-from clients.webhooks import Attempt, Verdict, WebhookKind
+from clients.webhooks import WebhookAttempt, WebhookKind, WebhookResult
 from config.logs import bind, log_event
 from worker.amqp.broker import Consumer, Publisher, PublishFailed
 from worker.amqp.delivery import Delivery
@@ -208,7 +208,7 @@ class Lane:
             self._ack(parked.delivery)
             return
         attempt = self._notifier.attempt(parked.event)
-        if attempt.verdict is Verdict.DELIVERED:
+        if attempt.result is WebhookResult.DELIVERED:
             with self._changed:
                 self._note_taken(time.monotonic())
             self._ledger.mark_delivered(parked.event)
@@ -246,7 +246,7 @@ class Lane:
         parked.due_at = time.monotonic() + jittered(STORE_PAUSE_SECONDS)
         self._keep_in_turn(parked)
 
-    def _note_failure(self, parked: Parked, attempt: Attempt) -> None:
+    def _note_failure(self, parked: Parked, attempt: WebhookAttempt) -> None:
         now = time.monotonic()
         with self._changed:
             is_back = self._pacing.note_failed(parked, attempt, now, num_parked=len(self._parked) + 1)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from clients.webhooks import CONNECT_TIMEOUT_SECONDS, MAX_RETRY_AFTER_SECONDS, Attempt
+from clients.webhooks import CONNECT_TIMEOUT_SECONDS, MAX_RETRY_AFTER_SECONDS, WebhookAttempt
 from worker.amqp.delivery import Delivery
 from worker.results.notifier import delay_after, jittered
 from worker.results.terminal_event import TerminalEvent
@@ -65,7 +65,7 @@ class Parked:
         """How long ago it was parked first."""
         return time.time() - self.delivery.since
 
-    def fail(self, attempt: Attempt, now: float) -> None:
+    def fail(self, attempt: WebhookAttempt, now: float) -> None:
         """Note that `attempt` was in vain, and when the next is due."""
         self.attempt += 1
         self.num_tries += 1
@@ -143,7 +143,7 @@ class Pacing:
         self.turn_at, self._num_waits = 0.0, 0
         self._is_taking, self._is_away = True, False
 
-    def note_failed(self, parked: Parked, attempt: Attempt, now: float, *, num_parked: int) -> bool:
+    def note_failed(self, parked: Parked, attempt: WebhookAttempt, now: float, *, num_parked: int) -> bool:
         """The backend did not take `parked`, one of `num_parked` in hand. True where it answers again after all."""
         if is_away(attempt):
             self._is_away = True
@@ -168,6 +168,6 @@ class Pacing:
             self.turn_at = now + jittered(delay_after(self._num_waits, None))
 
 
-def is_away(attempt: Attempt) -> bool:
+def is_away(attempt: WebhookAttempt) -> bool:
     """Whether the failure says that no event would be taken: no connection, a wrong token, too many calls."""
     return (attempt.status is None and not attempt.is_ambiguous) or attempt.status in BACKEND_STATUSES

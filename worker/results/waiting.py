@@ -95,7 +95,7 @@ class WaitingNotes:
     def read_all(self) -> list[Waiting]:
         """What all workers have noted lately. A note that cannot be read is left out, and logged."""
         found: list[Waiting] = []
-        for noted in self._storage.each_below(self._bucket, FOLDER):
+        for noted in self._storage.list_objects(self._bucket, FOLDER):
             if time.time() - noted.modified_at.timestamp() < MAX_NOTE_AGE_SECONDS:
                 found += self._read(ObjectRef(self._bucket, noted.key))
         return found
