@@ -459,7 +459,8 @@ class AdapterTarget:
         return struct.pack("<Q", len(weights)) + weights + (b"" if config is None else b"+" + config)
 
     def feed(self, content: bytes) -> str:
-        from inference.lora.adapter import AdapterError, check_fits, read_adapter
+        from inference.lora.adapter import check_fits, read_adapter
+        from inference.lora.files import AdapterError
 
         (length,) = struct.unpack_from("<Q", content)
         self._path.write_bytes(content[HEADER_BYTES : HEADER_BYTES + length])

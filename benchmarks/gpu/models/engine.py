@@ -61,8 +61,8 @@ class BenchEngine(LocalEngine):
     def _load(self, settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> Family:
         return self.family
 
-    def _note(self, occupancy: EngineLoad) -> None:
-        self.num_batched.append(occupancy.num_batched)
+    def _note(self, engine_load: EngineLoad) -> None:
+        self.num_batched.append(engine_load.num_batched)
 
 
 class Encoder:

@@ -10,7 +10,7 @@ import pytest
 
 from clients.storage.errors import ObjectNotFound, StorageError, StorageUnavailable
 from clients.webhooks import WebhookAttempt, WebhookKind, WebhookResult
-from inference.request import (
+from inference.errors import (
     EngineClosed,
     EngineCrashed,
     EngineError,
