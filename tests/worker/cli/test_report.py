@@ -306,7 +306,7 @@ def test_a_listing_of_many_pages_is_gone_through_to_its_end(operator: Operator) 
     for number in range(7):
         operator.write(f"jobs/{number}.json", b"{}")
 
-    found = list(operator.storage.each_below(operator.ledger.bucket, "jobs/", page_keys=3))
+    found = list(operator.storage.list_objects(operator.ledger.bucket, "jobs/", page_keys=3))
 
     assert [one.key for one in found] == [f"jobs/{number}.json" for number in range(7)]
     assert all(abs(one.modified_at - datetime.now(UTC)) < timedelta(minutes=1) for one in found)
