@@ -13,7 +13,7 @@ import torch
 
 import inference.engine.batcher
 from inference.device.decoded_image import DecodedImage
-from inference.engine.shortages import TRIES_ALONE, TRIES_BESIDE_OTHERS
+from inference.engine.out_of_memory import TRIES_ALONE, TRIES_BESIDE_OTHERS
 from inference.errors import EngineClosed, EngineFault, RequestCancelled, RequestFailed
 from inference.lane import Embedding, Lane
 from inference.lora.adapter import Adapter
