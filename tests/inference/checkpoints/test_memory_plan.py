@@ -11,7 +11,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from clients.gpu import GpuReading, GpuReadings
 from config.model import ModelSettings
 from inference.checkpoints import memory_plan
-from inference.checkpoints.checkpoint import identify, load_pipeline
+from inference.checkpoints.checkpoint import identify
 from inference.checkpoints.memory_plan import (
     RESERVE_BYTES,
     Placement,
@@ -24,6 +24,7 @@ from inference.checkpoints.memory_plan import (
 )
 from inference.checkpoints.offload import offload_in_turns
 from inference.errors import EngineStartFailed
+from inference.checkpoints.pipeline import load_pipeline
 from tests.support.models.tiny_models import build_tiny_sd
 from worker.cli.check.checks import CheckFailed
 from worker.cli.check.memory import check_memory

@@ -18,6 +18,7 @@ from inference.errors import EngineClosed, EngineFault, RequestCancelled, Reques
 from inference.lane import Embedding, Lane
 from inference.lora.adapter import Adapter
 from inference.lora.bank import AdapterBank, PackedAdapter
+from inference.lora.bank import AdapterBank, PackedAdapter, RowAdapters
 from inference.models.base import Prompt
 from inference.request import AdapterFile, GenerationRequest
 from inference.sampling.samplers import Sampler
@@ -339,7 +340,7 @@ class ShortModel(FullModel):
         self._run_short("pack")
         return super().pack(adapter)
 
-    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[Row]) -> list[Embedding]:
+    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[RowAdapters]) -> list[Embedding]:
         if any(prompt.text == self.NEEDY for prompt in prompts):
             self._run_short("encode")
         return super().encode(prompts, adapters)

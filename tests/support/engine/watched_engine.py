@@ -15,6 +15,7 @@ from PIL import Image
 from config.model import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.lane import Embedding, Lane
+from inference.lora.bank import RowAdapters
 from inference.models.base import Family, Prompt
 from inference.request import EngineLoad, GenerationRequest, GenerationResult, StepReport
 from tests.support.engine.engine_requests import request_of
@@ -31,7 +32,7 @@ class WatchedModel(Family):
     batches: list[list[Lane]]
     encoded: list[str]
 
-    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[Row]) -> list[Embedding]:
+    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[RowAdapters]) -> list[Embedding]:
         self.encoded += [prompt.text for prompt in prompts]
         return super().encode(prompts, adapters)  # type: ignore[safe-super]
 

@@ -4,8 +4,11 @@ from collections.abc import Mapping
 
 from clients.gpu import GpuReading, GpuReadings
 from config.model import ModelSettings
-from inference.checkpoints.checkpoint import identify, weight_bytes
+from inference.checkpoints.checkpoint import identify
+from config.settings import ModelSettings
+from inference.checkpoints.checkpoint import identify
 from inference.checkpoints.memory_plan import RESERVE_BYTES, Placement, free_host_bytes, most_adapter_bytes, plan
+from inference.checkpoints.pipeline import weight_bytes
 from inference.checkpoints.weight_files import GB
 from inference.controlnet.files import find_controlnets, most_bytes
 from inference.errors import EngineStartFailed

@@ -3,8 +3,11 @@
 from collections.abc import Callable
 
 from config.model import ModelSettings
-from inference.checkpoints.checkpoint import identify, weight_bytes
+from inference.checkpoints.checkpoint import identify
 from inference.errors import EngineError
+from config.settings import ModelSettings
+from inference.checkpoints.checkpoint import identify
+from inference.checkpoints.pipeline import weight_bytes
 from inference.process.engine_process import EngineProcess, wait_until_ready
 from inference.request import ModelFacts
 from worker.cli.check.checks import CheckFailed
