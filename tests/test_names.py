@@ -69,9 +69,7 @@ REPLACED = {
         "_KindQueue"
     ),
     r"Verdict|Readings": "Decision, WebhookResult, MetricsSnapshot",
-    r"def judge|def wear|def everything|def trace|def unrest|unrest\(": (
-        "decide, classify, route_adapters, fetch_inputs, derive_trajectory, gradient_energy"
-    ),
+    r"def wear|def trace|def unrest|unrest\(": ("route_adapters, derive_trajectory, gradient_energy"),
     r"keep_png": "save_png",
 }
 NAMES = re.compile(rf"\b(?<!-)(?:{'|'.join(REPLACED)})(?:(?<=\W)|(?![\w-]))")
