@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from config.settings import SECTIONS, StoreSettings
+from config.settings import SECTIONS
+from config.store import StoreSettings
 from tests.support.quick import is_heavy, starts_a_server
 
 if TYPE_CHECKING:

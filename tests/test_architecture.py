@@ -66,6 +66,7 @@ NOT_YET = {
 }
 # What the supervisor may load of the engine.
 TORCH_FREE = (
+    "inference.errors",
     "inference.request",
     "inference.engine.batcher",
     "inference.lora.slots",

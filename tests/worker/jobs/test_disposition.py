@@ -11,7 +11,7 @@ import pytest
 from clients.storage.errors import ObjectNotFound, StorageError, StorageUnavailable
 from clients.webhooks import Attempt, WebhookKind
 from clients.webhooks import Verdict as Answer
-from inference.request import (
+from inference.errors import (
     EngineClosed,
     EngineCrashed,
     EngineError,
