@@ -1,4 +1,4 @@
-"""What `pytest --quick` leaves out: tests that start a server, and files that load a model's libraries or start programs."""
+"""What `pytest --quick` leaves out: tests below a server, files that load a model library or whose helpers start programs."""
 
 import ast
 from functools import cache
@@ -10,10 +10,10 @@ import pytest
 from tests.support.imports import OURS, file_of, imported_at_once
 from tests.support.paths import ROOT
 
-# Loading one of these takes seconds; a test that needs one draws, or drives a browser or a backend.
+# Importing one of these takes seconds; tests that need one generate images, or drive a browser or a backend.
 HEAVY_LIBRARIES = {"torch", "diffusers", "transformers", "onnxruntime", "rembg", "django", "playwright"}
 SERVER_FIXTURES = {"rabbitmq", "s3_server"}
-# What starts the private servers, workers and other programs, whatever it is called in a year.
+# What the private servers, workers and other programs are started with.
 STARTS_PROGRAMS = {"subprocess", "multiprocessing"}
 TESTS = ROOT / "tests"
 
@@ -25,7 +25,7 @@ class _Imports(NamedTuple):
 
 @cache
 def _imports(path: Path) -> _Imports:
-    """What the file imports: for our packages when it is imported, for tests and helpers also inside of functions."""
+    """Return what importing the file imports; for tests and their helpers also what their functions import."""
     body = ast.parse(path.read_text()).body
     names = set(imported_at_once(body))
     if path.is_relative_to(TESTS):
@@ -43,7 +43,7 @@ def _imports(path: Path) -> _Imports:
 
 
 def _reached(path: Path) -> set[Path]:
-    """The file and all of ours that importing it brings."""
+    """Return the file and all of ours that importing it imports."""
     reached, new = set[Path](), {path}
     while new:
         reached |= new
@@ -52,7 +52,7 @@ def _reached(path: Path) -> set[Path]:
 
 
 def is_heavy(path: Path) -> bool:
-    """True of a file that loads a heavy library, or whose helpers start programs."""
+    """Return whether a file loads a heavy library, or whose helpers start programs."""
     reached = _reached(path)
     if any(_imports(one).libraries & HEAVY_LIBRARIES for one in reached):
         return True
@@ -61,5 +61,5 @@ def is_heavy(path: Path) -> bool:
 
 
 def starts_a_server(item: pytest.Item) -> bool:
-    """True where one of the fixtures below the test is a server's."""
+    """Return whether one of the fixtures below the test is a server's."""
     return not SERVER_FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
