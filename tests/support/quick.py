@@ -1,4 +1,4 @@
-"""What `pytest --quick` leaves out: tests below a server, files that load a model library or whose helpers start programs."""
+"""What `pytest --quick` leaves out: tests below a server, files that load a model library or start programs."""
 
 import ast
 from functools import cache
