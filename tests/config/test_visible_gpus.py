@@ -10,7 +10,7 @@ from clients.gpu import GpuReadings
 from config.settings import SECTIONS, ModelSettings, Settings, SettingsError, load_section
 from config.visible_gpus import HIDDEN, gpu_variables, visible_gpu
 from inference.process.child_handle import Child
-from worker.cli.check.memory import check_gpu
+from worker.cli.check.machine import check_gpu
 from worker.supervisor import Supervisor
 
 GB = 10**9

@@ -32,7 +32,7 @@ from clients.storage.location import ObjectRef
 from config.settings import ModelSettings, StoreSettings
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import PictureInvalid, PictureTooLarge, SignatureInvalid
-from worker.jobs.cancellations import decode_cancel
+from worker.messages.cancel import decode_cancel
 from worker.messages.decoder import MAX_REASON_CHARS, decode, rules_from
 from worker.messages.job import Job, JobRejected, Kind, Undecodable, resolve_size
 from worker.messages.json_schemas import schema_of
