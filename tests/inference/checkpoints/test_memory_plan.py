@@ -27,7 +27,7 @@ from inference.errors import EngineStartFailed
 from inference.checkpoints.pipeline import load_pipeline
 from tests.support.models.tiny_models import build_tiny_sd
 from worker.cli.check.checks import CheckFailed
-from worker.cli.check.memory import check_memory
+from worker.cli.check.machine import check_memory
 
 SDXL = {"text_encoder": 246_000_000, "text_encoder_2": 1_389_000_000, "unet": 5_135_000_000, "vae": 167_000_000}
 TOTAL = sum(SDXL.values())

@@ -24,7 +24,7 @@ from watermark.product.masks import around, eroded, product_mask, restore_masked
 from watermark.product.placement import Layout, place, size_in
 from watermark.product.template_match import find
 from worker.cli.check.checks import CheckFailed
-from worker.cli.check.cutout import check_cutout
+from worker.cli.check.models import check_cutout
 from worker.errors import CuttingFailed, JobFailed
 from worker.jobs.disposition import Disposition, judge
 from worker.product.cutter import Cutter
