@@ -221,7 +221,7 @@ class Supervisor:
         """Only now: a worker that cannot load its model must leave the queue to those that can."""
         num_lanes = self._settings.model.max_concurrent_generations
         num_jobs, num_recovered = num_lanes + EXTRA_PREFETCH, max(num_lanes, MIN_RECOVER_PREFETCH)
-        self._progress.learn(facts.step_seconds)
+        self._progress.update_estimate(facts.step_seconds)
         self._processor = self._new_processor(facts, num_threads=num_jobs + num_recovered)
         subscriptions = [
             Subscription(self._names.jobs, num_jobs, self._processor.on_delivery),

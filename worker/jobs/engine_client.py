@@ -10,7 +10,7 @@ from inference.request import Engine, GenerationRequest, GenerationResult, StepR
 from watermark.geometry import Rect
 from worker.errors import JobReleased
 from worker.jobs.runs import Reached, Run
-from worker.progress.reporter import Track
+from worker.progress.reporter import JobProgress
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class EngineClient:
     is_draining: Event
 
     def draw(
-        self, run: Run, request: GenerationRequest, track: Track, leg: ProgressSpan | None = None
+        self, run: Run, request: GenerationRequest, track: JobProgress, leg: ProgressSpan | None = None
     ) -> GenerationResult:
         """The pictures, `track` hearing of every step, as of a `leg` where the request is not all of the job. Raises
         what the engine ends with, and what ends a job that is not to be drawn: it was cancelled, or the worker stops.

@@ -13,7 +13,7 @@ from worker.product.composer import ProductComposer
 from worker.product.cutter import Cutter
 from worker.product.inputs import ProductInputs, load_inputs
 from worker.product.stage_store import StageStore
-from worker.progress.reporter import Track
+from worker.progress.reporter import JobProgress
 from worker.results.image_store import ImageStore
 
 
@@ -39,7 +39,7 @@ class ProductGeneration:
         return StageStore(self.store, self.private_bucket, job)
 
     def make(
-        self, run: Run, brought: ProductInputs, request: GenerationRequest, track: Track, shelf: StageStore
+        self, run: Run, brought: ProductInputs, request: GenerationRequest, track: JobProgress, shelf: StageStore
     ) -> GeneratedImages:
         """What `Making` makes of it, in this run and with this shelf."""
         brought.note(shelf)
@@ -51,7 +51,7 @@ class ProductGeneration:
 class _RunsWorkshop:
     drawer: EngineClient
     run: Run
-    track: Track
+    track: JobProgress
 
     def draw(self, request: GenerationRequest, leg: ProgressSpan) -> GenerationResult:
         return self.drawer.draw(self.run, request, self.track, leg)
