@@ -21,7 +21,7 @@ from worker.messages.job import JobProduct
 from worker.product.cutter import Cutter
 from worker.product.inputs import ProductInputs
 from worker.product.stage_store import Kept, ProductStage
-from worker.results.image_store import NO_NOTES
+from worker.results.image_store import NO_METADATA
 
 # Noted beside a background, for the try that finds it.
 SCHEDULER = "scheduler"
@@ -47,7 +47,7 @@ class Stages(Protocol):
 
     def find(self, stage: ProductStage, mode: PictureMode) -> Kept | None: ...
 
-    def keep(self, stage: ProductStage, picture: Image.Image, notes: Mapping[str, str] = NO_NOTES) -> None: ...
+    def keep(self, stage: ProductStage, picture: Image.Image, notes: Mapping[str, str] = NO_METADATA) -> None: ...
 
 
 @dataclass(slots=True)

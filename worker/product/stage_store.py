@@ -18,7 +18,7 @@ from watermark.errors import PictureInvalid, PictureTooLarge
 from watermark.signature import PNG_COMPRESS_LEVEL, PNG_COMPRESS_TYPE
 from worker.breakers import StoreGate
 from worker.messages.job import Job
-from worker.results.image_store import NO_NOTES, SHA256, TASK_ID, ImageStore
+from worker.results.image_store import NO_METADATA, SHA256, TASK_ID, ImageStore
 
 logger = logging.getLogger(__name__)
 
@@ -70,16 +70,16 @@ class StageStore:
             log_event(logger, "stage resumed", stage=stage.value, is_changed=kept.is_changed)
         return kept
 
-    def keep(self, stage: ProductStage, picture: Image.Image, notes: Mapping[str, str] = NO_NOTES) -> None:
+    def keep(self, stage: ProductStage, picture: Image.Image, notes: Mapping[str, str] = NO_METADATA) -> None:
         """Store the stage's picture, RGB or RGBA."""
         content = io.BytesIO()
         picture.save(content, "PNG", compress_level=PNG_COMPRESS_LEVEL, compress_type=PNG_COMPRESS_TYPE)
         self.save_png(stage, content.getvalue(), notes)
 
-    def save_png(self, stage: ProductStage, png: bytes, notes: Mapping[str, str] = NO_NOTES) -> None:
+    def save_png(self, stage: ProductStage, png: bytes, notes: Mapping[str, str] = NO_METADATA) -> None:
         """Store the stage's picture as it is."""
         ref = self._ref(stage)
-        self.store.put(ref, png, task_id=self.job.task_id, notes={**notes, "stage": stage.value})
+        self.store.put(ref, png, task_id=self.job.task_id, metadata={**notes, "stage": stage.value})
         self.listing[stage] = ref.uri
 
     def note_brought(self, stage: ProductStage, ref: ObjectRef) -> None:
