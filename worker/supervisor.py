@@ -107,7 +107,7 @@ class Supervisor:
 
     def _start_consuming(self, facts: ModelFacts) -> None:
         """Start to take jobs. Only now: a worker that cannot load its model must leave the queue to those that can."""
-        self._parts.progress.learn(facts.step_seconds)
+        self._parts.progress.update_estimate(facts.step_seconds)
         self._dispatcher = self._parts.dispatcher(facts, self._note_bug)
         self._consumer = self._parts.consumer(self._dispatcher, not_before=self._probe.retry_at)
         self._consumer.start()

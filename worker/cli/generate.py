@@ -44,7 +44,7 @@ from worker.product.cutter import Cutter
 from worker.product.inputs import ProductInputs, load_inputs
 from worker.product.stage_store import ProductStage
 from worker.results.image_metadata import ImageEncoder, provenance_of
-from worker.results.image_store import NO_NOTES
+from worker.results.image_store import NO_METADATA
 
 # A file of this machine, as an object of no bucket: its path is the key.
 NO_BUCKET = ""
@@ -262,5 +262,5 @@ class _NoStages:
     def find(self, _stage: ProductStage, _mode: PictureMode) -> None:
         return None
 
-    def save(self, _stage: ProductStage, _picture: Image.Image, _metadata: Mapping[str, str] = NO_NOTES) -> None:
+    def save(self, _stage: ProductStage, _picture: Image.Image, _metadata: Mapping[str, str] = NO_METADATA) -> None:
         pass

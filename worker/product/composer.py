@@ -22,7 +22,7 @@ from worker.messages.job import JobProduct
 from worker.product.cutter import Cutter
 from worker.product.inputs import ProductInputs
 from worker.product.stage_store import ProductStage, StoredStage
-from worker.results.image_store import NO_NOTES
+from worker.results.image_store import NO_METADATA
 
 # Metadata of a background, for the attempt that loads it.
 SCHEDULER = "scheduler"
@@ -48,7 +48,7 @@ class Stages(Protocol):
 
     def find(self, stage: ProductStage, mode: PictureMode) -> StoredStage | None: ...
 
-    def save(self, stage: ProductStage, picture: Image.Image, metadata: Mapping[str, str] = NO_NOTES) -> None: ...
+    def save(self, stage: ProductStage, picture: Image.Image, metadata: Mapping[str, str] = NO_METADATA) -> None: ...
 
 
 @dataclass(slots=True)
