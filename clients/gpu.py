@@ -8,7 +8,7 @@ import pynvml
 
 
 @dataclass(frozen=True)
-class GpuReading:
+class GpuUsage:
     """One look at the GPU. `utilization_ratio` is 0 to 1, or None where the driver keeps none (MIG slices)."""
 
     memory_used_bytes: int
@@ -16,7 +16,7 @@ class GpuReading:
     utilization_ratio: float | None
 
 
-class GpuReadings:
+class GpuMonitor:
     """Owns the NVML handle of the first visible GPU; thread-safe. NVML is opened on the first reading, once.
 
     An index is counted in PCI order, as NVML counts: CUDA agrees where `CUDA_DEVICE_ORDER=PCI_BUS_ID`, which the
@@ -29,7 +29,7 @@ class GpuReadings:
         self._is_opened = False
         self._handle: Any = None
 
-    def read(self) -> GpuReading | None:
+    def read(self) -> GpuUsage | None:
         """The GPU now; None where there is no driver, no visible GPU, or no answer."""
         try:
             handle = self._open()
@@ -38,7 +38,7 @@ class GpuReadings:
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         except pynvml.NVMLError:
             return None
-        return GpuReading(int(memory.used), int(memory.total), _utilization_ratio(handle))
+        return GpuUsage(int(memory.used), int(memory.total), _utilization_ratio(handle))
 
     def describe(self) -> str:
         """The GPU's model and its driver's version; empty where `read` has nothing."""

@@ -12,7 +12,7 @@ from enum import IntEnum
 from importlib.metadata import version
 from types import FrameType
 
-from clients.gpu import GpuReadings
+from clients.gpu import GpuMonitor
 from clients.storage.cache import DownloadCache
 from clients.storage.client import Storage
 from clients.webhooks import WebhookClient
@@ -32,7 +32,7 @@ from worker.jobs.processing import Processor
 from worker.jobs.runs import Run
 from worker.messages.decoder import rules_from
 from worker.metrics import Metrics
-from worker.monitoring.gauges import Gauges
+from worker.monitoring.gauges import GaugePoller
 from worker.monitoring.http_server import HealthServer
 from worker.monitoring.idle import IdleTimer, idle_reason
 from worker.monitoring.readiness import Readiness
@@ -148,15 +148,15 @@ class Supervisor:
             settings.service.metrics_port,
             self._metrics.registry,
             self._readiness.why_not,
-            board.read,
+            board.build,
             board.read_preview,
         )
-        self._gauges = Gauges(
+        self._gauges = GaugePoller(
             self._metrics,
             cache=self._cache,
             outbox=self._outbox,
             publisher=self._publisher,
-            gpu=GpuReadings(settings.model.visible_gpu),
+            gpu=GpuMonitor(settings.model.visible_gpu),
             is_connected=lambda: self._readiness.is_connected,
             is_draining=self._is_draining,
         )
