@@ -17,7 +17,7 @@ from clients.storage.cache import DownloadCache
 from clients.storage.client import Storage
 from clients.webhooks import WebhookClient
 from config.logs import log_event
-from config.settings import Settings, doubtful_names
+from config.settings import Settings, misspelled_names
 from inference.process.engine_process import EngineProcess, EngineState
 from inference.request import ModelFacts
 from worker.amqp.connection import ConnectionProbe, probe_connection
@@ -172,7 +172,7 @@ class Supervisor:
         self._health.start()
         log_event(logger, "status page", url=f"http://localhost:{self._health.port}/")
         log_event(logger, "starting", metrics_port=self._health.port, model=self._settings.model.model_id)
-        for doubt in doubtful_names():
+        for doubt in misspelled_names():
             log_event(logger, "setting not known", logging.WARNING, reason=doubt)
         # Told before the model is loaded, which takes minutes; the consumer tries again for ever.
         self._probe = probe_connection(self._settings.broker)
