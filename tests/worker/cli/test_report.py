@@ -19,11 +19,9 @@ from clients.webhooks import WebhookKind
 from config.store import StoreSettings
 from tests.support.servers.clients_servers import AnsweringServer, answer, refused_url
 from worker.cli.main import app
-from worker.cli.report.axis import Axis
-from worker.cli.report.bars import Bar, cells, legend
-from worker.cli.report.rows import Row, Stretch, row_of
-from worker.cli.report.summary import summarise
-from worker.monitoring.stages import STAGES, UNACCOUNTED
+from worker.cli.report.bars import Axis, Bar, cells, legend
+from worker.cli.report.rows import Row, Stretch, row_of, summarise
+from worker.cli.report.stages import STAGES, UNACCOUNTED
 from worker.results.ledger import Entry, Ledger
 from worker.results.terminal_event import TerminalEvent, failed_event
 

@@ -26,7 +26,7 @@ from worker.jobs.disposition import Disposition, Verdict, judge
 from worker.metrics import Metrics
 from worker.monitoring.idle import IdleTimer, idle_reason
 from worker.progress.reporter import milestones_between
-from worker.results.notifier import MAX_AGE_SECONDS, UNKNOWN_IS_TRANSIENT_SECONDS, delay_after, is_hopeless
+from worker.results.notifier import MAX_AGE_SECONDS, UNKNOWN_IS_TRANSIENT_SECONDS, delay_after, is_permanent_failure
 from worker.results.terminal_event import TerminalEvent, failed_event
 
 # --- What an error means for the job
@@ -164,7 +164,7 @@ def test_a_retry_after_lengthens_a_wait_and_never_shortens_it(
 def test_an_event_is_given_up_when_it_is_refused_unknown_for_a_minute_or_a_day_old(
     attempt: WebhookAttempt, age_seconds: float, hopeless: bool
 ) -> None:
-    assert is_hopeless(attempt, age_seconds) is hopeless
+    assert is_permanent_failure(attempt, age_seconds) is hopeless
 
 
 MILESTONES = (0, 25, 50, 75, 90)

@@ -9,7 +9,7 @@ import pytest
 
 from clients.webhooks import WebhookAttempt, WebhookKind, WebhookResult
 from worker.amqp.delivery import Delivery
-from worker.results.pacing import SLOW_SECONDS, TRIES_A_TURN, Pacing, Parked
+from worker.results.pacing import FAILURES_BEFORE_PAUSE, SLOW_SECONDS, Pacing, ParkedEvent
 from worker.results.terminal_event import TerminalEvent
 
 A_MINUTE = 60.0
@@ -26,7 +26,7 @@ FAILURES = {
 }
 
 
-def parked(name: str) -> Parked:
+def parked(name: str) -> ParkedEvent:
     event = TerminalEvent(name, 1, WebhookKind.COMPLETE, {"generation_id": 1})
     delivery = Delivery(
         body=b"",
@@ -39,7 +39,7 @@ def parked(name: str) -> Parked:
         tag=1,
         channel_number=1,
     )
-    return Parked(event, delivery, 2)
+    return ParkedEvent(event, delivery, 2)
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Lane:
     answer: Callable[[str, float], WebhookAttempt]
     now: float = 1e9
     pacing: Pacing = field(default_factory=Pacing)
-    parked: list[Parked] = field(default_factory=list)
+    parked: list[ParkedEvent] = field(default_factory=list)
     told: dict[str, float] = field(default_factory=dict)
     calls: list[tuple[str, float]] = field(default_factory=list)
 
@@ -59,16 +59,16 @@ class Lane:
     def run(self, seconds: float) -> None:
         end = self.now + seconds
         while self.now < end:
-            first = self.pacing.next_of(self.parked, [], self.now)
+            first = self.pacing.choose_next(self.parked, [], self.now)
             if first is None:
-                self.now = min(end, max(self.now, self.pacing.turn_at, self._next_due()) + 0.001)
+                self.now = min(end, max(self.now, self.pacing.next_call_at, self._next_due()) + 0.001)
             else:
                 self._call(first)
 
     def _next_due(self) -> float:
         return min((one.due_at for one in self.parked), default=float("inf"))
 
-    def _call(self, one: Parked) -> None:
+    def _call(self, one: ParkedEvent) -> None:
         name = one.event.task_id
         attempt = self.answer(name, self.now)
         self.calls.append((name, self.now))
@@ -76,18 +76,18 @@ class Lane:
         if attempt is TAKEN:
             self.told[name] = self.now
             self.parked.remove(one)
-            self.pacing.note_taken()
-            self._let_through(one, is_taking=True)
+            self.pacing.record_success()
+            self._let_through(one, is_accepting=True)
         else:
-            is_back = self.pacing.note_failed(one, attempt, self.now, num_parked=len(self.parked))
-            one.fail(attempt, self.now)
+            is_back = self.pacing.record_failure(one, attempt, self.now, num_parked=len(self.parked))
+            one.record_failure(attempt, self.now)
             if is_back:
-                self._let_through(one, is_taking=False)
+                self._let_through(one, is_accepting=False)
 
-    def _let_through(self, called: Parked, *, is_taking: bool) -> None:
+    def _let_through(self, called: ParkedEvent, *, is_accepting: bool) -> None:
         for other in self.parked:
             if other is not called:
-                other.let_through(is_taking=is_taking)
+                other.make_due(is_accepting=is_accepting)
 
 
 def names(kind: str, count: int) -> list[str]:
@@ -161,12 +161,12 @@ def test_two_that_the_backend_is_silent_on_cost_the_others_two_calls() -> None:
 
 def test_beside_a_call_that_is_not_answered_another_one_begins() -> None:
     pacing, silent, other = Pacing(), parked("silent"), parked("other")
-    silent.begun_at = now = time.monotonic()
+    silent.sent_at = now = time.monotonic()
 
-    assert pacing.next_of([other], [silent], now + SLOW_SECONDS - 0.1) is None
+    assert pacing.choose_next([other], [silent], now + SLOW_SECONDS - 0.1) is None
     assert pacing.seconds_to_wait([other], [silent], now, at_most=60) == pytest.approx(SLOW_SECONDS)
-    assert pacing.next_of([other], [silent], now + SLOW_SECONDS + 0.1) is other
-    assert pacing.next_of([other], [silent] * TRIES_A_TURN, now + 3600) is None
+    assert pacing.choose_next([other], [silent], now + SLOW_SECONDS + 0.1) is other
+    assert pacing.choose_next([other], [silent] * FAILURES_BEFORE_PAUSE, now + 3600) is None
 
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())

@@ -6,7 +6,7 @@ from clients.backend_probe import NOT_FOUND, BackendProbe, BackendUnreachable, p
 from clients.webhooks import ROUTES, WebhookKind
 from config.backend import BackendSettings
 from worker.cli.check.checks import CheckFailed, CheckUnsure
-from worker.results.refusals import ADDRESS_STATUSES, meaning_of
+from worker.results.address_breaker import ADDRESS_STATUSES, explain_status
 
 REFUSALS = frozenset({401, 403})
 BAD_REQUEST, NOT_ALLOWED = 400, 405
@@ -37,11 +37,11 @@ def judge_backend(url: str, found: BackendProbe) -> str:
         )
     if status == BAD_REQUEST:
         raise CheckFailed(
-            f"{url} answers 400 to a GET, as it would to every end: {meaning_of(status)}. "
+            f"{url} answers 400 to a GET, as it would to every end: {explain_status(status)}. "
             f"Name {urlsplit(url).hostname} there, or set BACKEND_API_URL to a name that is in it"
         )
     if status in ADDRESS_STATUSES - TOLD_BY_METHOD:
-        raise CheckFailed(f"{url} answers {status} to a GET, as it would to every end: {meaning_of(status)}")
+        raise CheckFailed(f"{url} answers {status} to a GET, as it would to every end: {explain_status(status)}")
     if status >= 500 and status != NOT_IMPLEMENTED:
         raise CheckFailed(f"{url} answers {status}, so webhooks would wait in the outbox: look at the backend's log")
     _doubt(url, found)
