@@ -55,7 +55,11 @@ class FinalResponse(http.client.HTTPResponse):
         if not 100 <= self._status_line[1] < 200:
             return False
         self._status_line = None
-        self._skip_interim()
+        self._num_interim += 1
+        if self._num_interim > MAX_INTERIM_RESPONSES:
+            raise http.client.HTTPException(f"more than {MAX_INTERIM_RESPONSES} interim answers")
+        while self.fp.readline(MAX_LINE_BYTES) not in (b"\r\n", b"\n"):
+            pass
         return True
 
     def _read_status(self) -> tuple[str, int, str]:
@@ -73,13 +77,6 @@ class FinalResponse(http.client.HTTPResponse):
             # No request has an `Upgrade`, so what follows cannot be parsed.
             raise http.client.BadStatusLine("101 where no other protocol was asked for")
         return status_line
-
-    def _skip_interim(self) -> None:
-        self._num_interim += 1
-        if self._num_interim > MAX_INTERIM_RESPONSES:
-            raise http.client.HTTPException(f"more than {MAX_INTERIM_RESPONSES} interim answers")
-        while self.fp.readline(MAX_LINE_BYTES) not in (b"\r\n", b"\n"):
-            pass
 
 
 class _Head:

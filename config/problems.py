@@ -51,13 +51,11 @@ def describe(problem: Mapping[str, Any], fields: Mapping[str, FieldInfo], meant_
         )
         return f"{variable}: {sentence}{hint}"
     value = problem["input"]
-    if not _is_secret(fields.get(variable)) and isinstance(value, str | int | float) and str(value) not in sentence:
+    field = fields.get(variable)
+    is_secret = field is None or SecretStr in (field.annotation, *getattr(field.annotation, "__args__", ()))
+    if not is_secret and isinstance(value, str | int | float) and str(value) not in sentence:
         shown = repr(redacted(str(value)))
         sentence += f"; it is {shown if len(shown) <= MAX_VALUE_CHARS else shown[:MAX_VALUE_CHARS] + '…'}"
         if KUBERNETES_LINK.fullmatch(str(value)):
             sentence += ", as Kubernetes sets it for a Service of that name: set it in the container"
     return redacted(f"{variable}: {sentence}".removeprefix(": "))[:MAX_SENTENCE_CHARS]
-
-
-def _is_secret(field: FieldInfo | None) -> bool:
-    return field is None or SecretStr in (field.annotation, *getattr(field.annotation, "__args__", ()))

@@ -79,7 +79,10 @@ class DownloadCache:
         self._entries: dict[str, _Entry] = {}
         with self._part():
             pass  # an unwritable folder fails here, not in each job
-        self._remove_stale_parts()
+        for stale in self._folder.glob(f"*{PART_SUFFIX}"):
+            status = _status(stale)
+            if status is not None and time.time() - status.st_mtime > STALE_PART_SECONDS:
+                stale.unlink(missing_ok=True)
 
     @property
     def size_bytes(self) -> int:
@@ -190,12 +193,6 @@ class DownloadCache:
             for path in self._folder.iterdir()
             if _FILE_NAME.fullmatch(path.name) and (status := _status(path)) is not None
         ]
-
-    def _remove_stale_parts(self) -> None:
-        for path in self._folder.glob(f"*{PART_SUFFIX}"):
-            status = _status(path)
-            if status is not None and time.time() - status.st_mtime > STALE_PART_SECONDS:
-                path.unlink(missing_ok=True)
 
 
 @contextmanager

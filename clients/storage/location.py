@@ -95,7 +95,9 @@ def parse_location(
     elif lower.startswith(("https://", "http://")):
         bucket, key = _split_url(text, endpoint_url, region)
     else:
-        bucket, key = default_bucket, _bare_key(text)
+        if text.startswith(("/", "~")) or _SCHEME.match(text):
+            raise _forbidden(text, f"is a local path or of an unknown scheme: {FORMS}")
+        bucket, key = default_bucket, text
 
     _check_bucket(text, bucket, allowed_buckets)
     check_key(text, key)
@@ -109,12 +111,6 @@ def _check_text(text: str) -> None:
         raise _forbidden(text, "has control characters: remove them")
     if "\\" in text:
         raise _forbidden(text, "has a backslash: separate folders by /")
-
-
-def _bare_key(text: str) -> str:
-    if text.startswith(("/", "~")) or _SCHEME.match(text):
-        raise _forbidden(text, f"is a local path or of an unknown scheme: {FORMS}")
-    return text
 
 
 def _split_path(path: str) -> _Parts:

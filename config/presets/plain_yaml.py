@@ -48,7 +48,10 @@ def _plain(node: Any, seen: set[int]) -> Any:
         return _mapping(node, seen)
     if isinstance(node, yaml.SequenceNode):
         return [_plain(child, seen) for child in node.value]
-    return _text(node)
+    text = str(node.value)
+    if _NOT_TEXT.search(text):
+        raise _refusal(node, "has a NUL or half a surrogate pair: write plain Unicode text")
+    return text
 
 
 def _mapping(node: Any, seen: set[int]) -> dict[str, Any]:
@@ -61,13 +64,6 @@ def _mapping(node: Any, seen: set[int]) -> dict[str, Any]:
             raise _refusal(key_node, f"has the key {key!r:.60} a second time")
         fields[key] = _plain(value_node, seen)
     return fields
-
-
-def _text(node: Any) -> str:
-    text = str(node.value)
-    if _NOT_TEXT.search(text):
-        raise _refusal(node, "has a NUL or half a surrogate pair: write plain Unicode text")
-    return text
 
 
 def _refusal(node: Any, problem: str) -> YamlRefused:
