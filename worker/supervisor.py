@@ -11,7 +11,7 @@ from enum import IntEnum
 from types import FrameType
 
 from config.logs import log_event
-from config.settings import Settings, doubtful_names
+from config.settings import Settings, misspelled_names
 from inference.process.engine_process import EngineState
 from inference.request import ModelFacts
 from worker.amqp.connection import ConnectionProbe, probe_connection
@@ -63,7 +63,7 @@ class Supervisor:
         parts.health.start()
         log_event(logger, "status page", url=f"http://localhost:{parts.health.port}/")
         log_event(logger, "starting", metrics_port=parts.health.port, model=self._settings.model.model_id)
-        for doubt in doubtful_names():
+        for doubt in misspelled_names():
             log_event(logger, "setting not known", logging.WARNING, reason=doubt)
         # Reported before the model is loaded, which takes minutes; the consumer tries again for ever.
         self._probe = probe_connection(self._settings.broker)

@@ -64,7 +64,7 @@ def _check_adapters(presets: Presets, locate: Callable[[str], ObjectRef]) -> Non
 def styled(prompt: str, negative_prompt: str, *, style: Preset | None, industry: Preset | None) -> Styled:
     """A job's wording as its presets make it; the style's opinion goes before the industry's."""
     for preset in (industry, style):
-        prompt = preset.around(prompt) if preset else prompt
+        prompt = preset.fill_template(prompt) if preset else prompt
     presets = [preset for preset in (style, industry) if preset]
     return Styled(
         prompt=prompt,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from clients.gpu import GpuReading, GpuReadings
+from clients.gpu import GpuMonitor, GpuUsage
 from config.model import ModelSettings
 from inference.checkpoints import memory_plan
 from inference.checkpoints.checkpoint import identify
@@ -251,8 +251,8 @@ def test_check_foretells_what_the_engine_will_do(
 ) -> None:
     # Given a model of 3 MB of weights at 16 bits, 2.9 of them the UNet's, and a GPU
     settings = ModelSettings.model_validate({"MODEL_ID": str(build_tiny_sd(tmp_path / "sd"))})
-    gpu = GpuReading(memory_used_bytes=1_000, memory_total_bytes=free + 1_000, utilization_ratio=None)
-    monkeypatch.setattr(GpuReadings, "read", lambda _: gpu)
+    gpu = GpuUsage(memory_used_bytes=1_000, memory_total_bytes=free + 1_000, utilization_ratio=None)
+    monkeypatch.setattr(GpuMonitor, "read", lambda _: gpu)
 
     if words is None:
         with pytest.raises(CheckFailed, match="unet"):

@@ -422,7 +422,9 @@ ROWS: tuple[Row, ...] = (
             f"{HEALTH}test_probes_are_answered_beside_clients_that_drip_and_come_again",
         ),
         without=(
-            Mutation("worker/monitoring/bounded_server.py", "if self._places.acquire(blocking=False):", "if True:"),
+            Mutation(
+                "worker/monitoring/bounded_server.py", "if self._connection_slots.acquire(blocking=False):", "if True:"
+            ),
         ),
         also=(f"{HEALTH}test_a_request_that_takes_too_long_is_cut_however_often_a_byte_comes",),
     ),

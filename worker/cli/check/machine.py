@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from clients.gpu import GpuReading, GpuReadings
+from clients.gpu import GpuMonitor, GpuUsage
 from config.model import ModelSettings
 from config.store import StoreSettings
 from inference.checkpoints.checkpoint import identify
@@ -49,7 +49,7 @@ def check_gpu(settings: ModelSettings) -> str:
     """Is the GPU that DEVICE asks for there? By its driver alone: torch is asked by the model's check."""
     if settings.device == "cpu":
         return "none is asked for: DEVICE is cpu"
-    readings = GpuReadings(settings.visible_gpu)
+    readings = GpuMonitor(settings.visible_gpu)
     reading = readings.read()
     if reading is None:
         visible = settings.cuda_visible_devices
@@ -64,7 +64,7 @@ def check_gpu(settings: ModelSettings) -> str:
 
 def check_memory(settings: ModelSettings) -> str:
     """What the weights take, what is free, and what comes of it."""
-    gpu = None if settings.device == "cpu" else GpuReadings(settings.visible_gpu).read()
+    gpu = None if settings.device == "cpu" else GpuMonitor(settings.visible_gpu).read()
     bytes_each = PARAMETER_BYTES.get(settings.dtype, 4 if gpu is None else 2)
     try:
         found = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)
@@ -108,5 +108,5 @@ def _with_adapters(chosen: int | None, needed: Mapping[str, int], free: int, res
     return f", with up to {most / GB:.1f} GB for adapters (ADAPTER_MEMORY_GB)"
 
 
-def _free(gpu: GpuReading | None) -> int:
+def _free(gpu: GpuUsage | None) -> int:
     return free_host_bytes() if gpu is None else gpu.memory_total_bytes - gpu.memory_used_bytes

@@ -20,8 +20,8 @@ from clients.storage.errors import (
     ObjectTooLarge,
     StoreRefused,
 )
+from clients.storage.key_variants import key_variants
 from clients.storage.location import ObjectRef
-from clients.storage.spelling import spellings_of
 from inference.request import AdapterFile, ModelFacts
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import FontMissing, OverlayInvalid, PictureInvalid, PictureTooLarge, SignatureInvalid
@@ -276,7 +276,7 @@ class Fetcher:
 
 def _by_any_spelling(ref: ObjectRef, fetch: Callable[[ObjectRef], Made]) -> Made:
     """Fetch `ref` as it is named, else by another spelling of its key."""
-    first, *others = spellings_of(ref)
+    first, *others = key_variants(ref)
     try:
         return fetch(first)
     except ObjectNotFound:
