@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.models import ADAPTERS, ALL_LINEAR, ATTENTION, DEMO_MODEL, SIZES, AdapterKind, build, write_adapter
 from benchmarks.sets import Job, activate, image_of, psnr_db
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.lane import ActiveRequest, Conditioning, Lane
 from inference.lora.bank import AppliedAdapter
@@ -380,7 +380,7 @@ def _rows(bench: Bench, model: Family) -> list[tuple[AppliedAdapter, ...]]:
 
 def _lane(bench: Bench, model: Family, job: Job) -> Lane:
     request = bench.request(job)
-    active = ActiveRequest(request, model.traits_of(request), lambda _: None, lambda: False, ())
+    active = ActiveRequest(request, model.batch_traits(request), lambda _: None, lambda: False, ())
     active.conditioning = Conditioning(*model.encode([Prompt(job.prompt), Prompt("", is_left_out=True)], [(), ()]))
     lane = active.lanes[0]
     _, lane.sampler = model.begin(lane)

@@ -20,11 +20,11 @@ from diffusers import DDIMScheduler
 from rich.console import Console
 from rich.table import Table
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.models.loader import load_family
 from inference.request import EngineLoad, GenerationRequest, StepReport
-from inference.sampling.foresight import denoised
+from inference.sampling.samplers import predict_x0
 from tests.support.paths import DEMO_MODEL
 
 LANES = 8
@@ -131,7 +131,7 @@ def _alone() -> tuple[float, float]:
     with torch.inference_mode():
         started_at = time.process_time()
         for _ in range(REPEATS):
-            projection(denoised(latents, 500.0, latents, scheduler)).numpy().tobytes()
+            projection(predict_x0(latents, 500.0, latents, scheduler)).numpy().tobytes()
     return fit_seconds, (time.process_time() - started_at) / REPEATS
 
 

@@ -20,7 +20,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from clients.deadline import Watch, deadline, guarded_pools
-from config.settings import BackendSettings
+from config.backend import BackendSettings
 
 DEADLINE_SECONDS = 20.0
 CONNECT_TIMEOUT_SECONDS = 5.0

@@ -14,7 +14,7 @@ from inference.controlnet.guide import Guide
 from inference.device.device import Mark
 from inference.latents.source import EncodedSource
 from inference.lora.adapter_key import AdapterKey, ReadAdapter
-from inference.lora.bank import Row
+from inference.lora.bank import RowAdapters
 from inference.lora.slots import Slot
 from inference.request import (
     GenerationRequest,
@@ -74,7 +74,7 @@ class ActiveRequest:
     readings: dict[AdapterKey, Future[ReadAdapter]] = field(default_factory=dict)
     control_picture: Future[torch.Tensor] | None = None
     held: dict[AdapterKey, Slot] = field(default_factory=dict)
-    row: Row = ()
+    row: RowAdapters = ()
     guide: Guide | None = None
     conditioning: Conditioning | None = None
     source: EncodedSource | None = None

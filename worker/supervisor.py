@@ -20,7 +20,9 @@ from config.logs import log_event
 from config.settings import Settings, doubtful_names
 from inference.process.engine_process import EngineProcess, EngineState
 from inference.request import ModelFacts
-from worker.amqp.broker import Broadcast, Consumer, FirstTry, Publisher, Subscription, try_broker
+from worker.amqp.connection import ConnectionProbe, probe_connection
+from worker.amqp.consumer import Broadcast, Consumer, Subscription
+from worker.amqp.publisher import Publisher
 from worker.amqp.topology import QueueNames
 from worker.breakers import BACKEND_THRESHOLD, STORE_THRESHOLD, Breaker, StoreGate
 from worker.jobs.cancellations import Cancellations
@@ -82,7 +84,7 @@ class Supervisor:
         self._is_draining = threading.Event()
         self._num_signals = 0
         self._has_bug = False
-        self._first_try = FirstTry()
+        self._probe = ConnectionProbe()
         self._names = QueueNames(settings.broker.queue, settings.broker.consumer_timeout_seconds)
         self._storage = Storage(settings.store)
         self._cache = DownloadCache(self._storage, settings.store.cache_dir, settings.store.cache_max_bytes)
@@ -173,9 +175,9 @@ class Supervisor:
         for doubt in doubtful_names():
             log_event(logger, "setting not known", logging.WARNING, reason=doubt)
         # Told before the model is loaded, which takes minutes; the consumer tries again for ever.
-        self._first_try = try_broker(self._settings.broker)
-        if self._first_try.reason:
-            log_event(logger, "broker not usable", logging.WARNING, reason=self._first_try.reason)
+        self._probe = probe_connection(self._settings.broker)
+        if self._probe.reason:
+            log_event(logger, "broker not usable", logging.WARNING, reason=self._probe.reason)
         log_event(logger, "loading", model=self._settings.model.model_id)
         self._engine.start()
         self._publisher.start()
@@ -233,7 +235,7 @@ class Supervisor:
             subscriptions,
             orders,
             on_lost=self._processor.on_lost,
-            not_before=self._first_try.again_at,
+            not_before=self._probe.retry_at,
         )
         self._readiness.consumer = self._consumer
         self._processor.start(self._consumer)

@@ -31,7 +31,7 @@ from clients.storage.errors import (
 from clients.storage.location import ObjectRef, aws_url
 from clients.storage.transport import WEAK, Content, DigestCheck, etag_of, put_object, s3_client
 from config.logs import log_event
-from config.settings import StoreSettings
+from config.store import StoreSettings
 
 # All of a call but a download: four attempts, their pauses, and a few megabytes over a slow line.
 CALL_DEADLINE_SECONDS = 60.0

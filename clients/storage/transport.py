@@ -19,7 +19,7 @@ from clients.deadline import current_watch, guarded_pools
 from clients.storage.errors import ObjectDamaged
 from clients.storage.google import GoogleDialect
 from clients.storage.location import ObjectRef
-from config.settings import StoreSettings
+from config.store import StoreSettings
 
 CONNECT_TIMEOUT_SECONDS = 5.0
 # The longest silence between two bytes; the whole call ends by its `deadline`.

@@ -12,9 +12,9 @@ from inference.engine.controlnet_admission import ControlNetAdmission
 from inference.engine.preparer import Preparer, ran_out_of_memory
 from inference.errors import RequestFailed
 from inference.lane import ActiveRequest
-from inference.lora.adapter import AdapterUnsupported
 from inference.lora.adapter_key import AdapterKey
 from inference.lora.bank import AppliedAdapter
+from inference.lora.files import AdapterUnsupported
 from inference.lora.layers import PAGE_RANK
 from inference.lora.slots import Slots
 from inference.models.base import Family

@@ -43,7 +43,7 @@ class ControlNetAdmission:
         if name is None or picture is None or is_refused:
             return []
         size = self._model.controlnets.num_bytes(name)
-        net = self._cache.want(name, size, lambda: self._load(partial(self._model.load_control, name)))
+        net = self._cache.get_or_load(name, size, lambda: self._load(partial(self._model.load_control, name)))
         return None if net is None else [picture, net]
 
     def attach(self, active: ActiveRequest) -> None:
@@ -52,7 +52,7 @@ class ControlNetAdmission:
         if control is None or not needed:
             return
         picture, net = (one.result() for one in needed)
-        active.guide = Guide(net, self._model.show(picture), control.scale, control.start, control.end)
+        active.guide = Guide(net, self._model.encode_control(picture), control.scale, control.start, control.end)
         self._cache.acquire(control.model)
         active.control_picture = None  # on the host it is 50 MB of 2048x2048
 

@@ -106,7 +106,7 @@ class WarmUp:
             source=None if "text2image" in self._model.kinds else Source(GREY * 3 * size**2, 1.0, WHITE * size**2),
         )
         keys = tuple(AdapterKey.of(file) for file in adapters)
-        return ActiveRequest(request, self._model.traits_of(request), on_step, is_cancelled, keys)
+        return ActiveRequest(request, self._model.batch_traits(request), on_step, is_cancelled, keys)
 
 
 def lane_counts(max_lanes: int, rows_per_lane: int) -> list[int]:

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from config.logs import configure_logging, log_event
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.errors import EngineError, EngineFault, EngineStartFailed, RequestCancelled
 from inference.process.parent_death import die_with_parent
 from inference.process.pixels import send_finished

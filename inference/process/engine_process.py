@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from enum import Enum, auto
 
 from config.logs import LogFormat, log_event
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.errors import EngineClosed, EngineCrashed, EngineFault, EngineHung
 from inference.process.child_handle import ChildHandle
 from inference.process.health import MIN_HANG_SECONDS, ChildHealth

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from config.logs import LogFormat
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.errors import EngineError
 from inference.request import EngineLoad, GenerationRequest, GenerationResult, ModelFacts, StepReport
 

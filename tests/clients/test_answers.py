@@ -9,7 +9,8 @@ from clients.answers import MAX_INTERIM_ANSWERS
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
 from clients.webhooks import Attempt, Verdict, Webhook, WebhookClient, WebhookKind
-from config.settings import BackendSettings, StoreSettings
+from config.backend import BackendSettings
+from config.store import StoreSettings
 from tests.support.servers.clients_servers import AnsweringServer, Server, answer, body_of, header
 
 DONE = Webhook(WebhookKind.COMPLETE, "660f9511:complete", {"generation_id": 456})

@@ -31,7 +31,7 @@ from clients.webhooks import (
     signature,
     signing_key,
 )
-from config.settings import BackendSettings
+from config.backend import BackendSettings
 from tests.support.servers.clients_servers import (
     AnsweringServer,
     DrippingHandshakeServer,

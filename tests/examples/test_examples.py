@@ -15,7 +15,8 @@ import pytest
 import requests
 
 from clients.webhooks import Verdict, Webhook, WebhookKind, signature, signing_key
-from config.settings import ModelSettings, StoreSettings
+from config.model import ModelSettings
+from config.store import StoreSettings
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import start_light_worker

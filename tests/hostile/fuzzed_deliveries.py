@@ -23,12 +23,13 @@ import pika.exceptions
 from rich.console import Console
 
 from clients.webhooks import WebhookKind
-from config.settings import BrokerSettings
+from config.broker import BrokerSettings
 from examples.parts.rabbitmq import RabbitMQ
 from inference.errors import RequestCancelled
 from tests.hostile.fuzzing import RULES, SEED
 from tests.hostile.raw_properties import Raw, damaged_properties, fuzzed_properties
-from worker.amqp.broker import Broadcast, Consumer, Publisher, Subscription
+from worker.amqp.consumer import Broadcast, Consumer, Subscription
+from worker.amqp.publisher import Publisher
 from worker.amqp.queue_browser import QueueBrowser
 from worker.amqp.topology import QueueNames
 from worker.breakers import Breaker, StoreGate

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from clients.webhooks import Verdict, Webhook, WebhookClient, WebhookKind
-from config.settings import BackendSettings
+from config.backend import BackendSettings
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.proxy import DOWN, UP, Link, Sign

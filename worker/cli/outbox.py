@@ -12,8 +12,7 @@ from rich.text import Text
 from clients.storage.client import Storage
 from clients.storage.errors import StorageError
 from config.settings import Settings
-from worker.amqp.broker import ATTEMPT_HEADER, REASON_HEADER, SINCE_HEADER
-from worker.amqp.delivery import whole_number
+from worker.amqp.delivery import ATTEMPT_HEADER, REASON_HEADER, SINCE_HEADER, whole_number
 from worker.amqp.queue_browser import BrowsedMessage, QueueBrowser
 from worker.amqp.topology import QueueNames
 from worker.cli.terminal import escape_for_terminal, narrow_table

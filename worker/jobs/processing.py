@@ -11,8 +11,9 @@ import tenacity
 
 from clients.storage.errors import StorageError
 from config.logs import bind, log_event
-from worker.amqp.broker import Consumer, Publisher, PublishFailed
+from worker.amqp.consumer import Consumer
 from worker.amqp.delivery import Delivery
+from worker.amqp.publisher import Publisher, PublishFailed
 from worker.amqp.topology import QueueNames
 from worker.breakers import StoreGate
 from worker.errors import JobReleased

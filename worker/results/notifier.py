@@ -12,7 +12,7 @@ import tenacity
 
 from clients.webhooks import Attempt, Verdict, WebhookClient, WebhookKind
 from config.logs import log_event
-from worker.amqp.broker import Publisher
+from worker.amqp.publisher import Publisher
 from worker.amqp.topology import QueueNames
 from worker.breakers import Breaker
 from worker.metrics import Metrics

@@ -4,8 +4,9 @@ import time
 from typing import NamedTuple
 
 from clients.webhooks import WebhookKind
-from worker.amqp.broker import Consumer, Publisher
+from worker.amqp.consumer import Consumer
 from worker.amqp.delivery import Delivery
+from worker.amqp.publisher import Publisher
 from worker.amqp.topology import QueueNames
 from worker.results.ledger import Ledger
 from worker.results.notifier import Notifier

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from clients.storage.errors import StorageError
 from clients.webhooks import Attempt, Verdict, WebhookKind
 from config.logs import bind, log_event
-from worker.amqp.broker import Consumer, Publisher, PublishFailed
+from worker.amqp.consumer import Consumer
 from worker.amqp.delivery import Delivery
+from worker.amqp.publisher import Publisher, PublishFailed
 from worker.amqp.topology import QueueNames
 from worker.results.ledger import Ledger, RecordUnreadable
 from worker.results.notifier import MAX_AGE_SECONDS, Notifier, jittered

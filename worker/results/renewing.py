@@ -6,8 +6,10 @@ from collections import deque
 from collections.abc import Callable
 
 from config.logs import log_event
-from worker.amqp.broker import Backoff, Consumer, Publisher, PublishFailed
+from worker.amqp.connection import Backoff
+from worker.amqp.consumer import Consumer
 from worker.amqp.delivery import Delivery
+from worker.amqp.publisher import Publisher, PublishFailed
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 from benchmarks.gpu.models.bench_model import BenchModel
 from benchmarks.gpu.models.engine import BenchEngine
 from benchmarks.gpu.shortage.memory import Memory
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.device.decoded_image import DecodedImage
 from inference.lane import Lane
 from inference.lora.adapter import Adapter

@@ -11,8 +11,9 @@ from benchmarks.sets import Job
 from inference.engine.conditioner import Conditioner
 from inference.lane import ActiveRequest, Conditioning, Embedding, Lane
 from inference.lora.adapter_key import AdapterKey
-from inference.lora.bank import AppliedAdapter, Row
+from inference.lora.bank import AppliedAdapter
 from inference.models.base import Family
+from worker.cli.report.rows import Row
 
 
 class Forwards:
@@ -63,7 +64,7 @@ class Forwards:
         request = request_of(job, self.model)
         self.family.prepare(request)
         keys = tuple(AdapterKey.of(file) for file in request.adapters)
-        active = ActiveRequest(request, self.family.traits_of(request), lambda _: None, lambda: False, keys)
+        active = ActiveRequest(request, self.family.batch_traits(request), lambda _: None, lambda: False, keys)
         active.row = row
         (lane,) = active.lanes
         _, lane.sampler = self.family.begin(lane)

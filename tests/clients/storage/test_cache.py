@@ -17,7 +17,7 @@ from clients.storage.claimed_folder import ClaimedFolder
 from clients.storage.client import ObjectStat, Storage
 from clients.storage.errors import ObjectChanged, ObjectNotFound, ObjectTooLarge, StorageUnavailable
 from clients.storage.location import ObjectRef
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from tests.support.paths import ROOT
 
 LIMIT_BYTES = 1000

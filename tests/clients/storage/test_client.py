@@ -34,7 +34,7 @@ from clients.storage.errors import (
     translated,
 )
 from clients.storage.location import ObjectRef, parse_location
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from tests.support.servers.clients_servers import (
     AnsweringServer,
     DrippingHandshakeServer,

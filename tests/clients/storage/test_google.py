@@ -13,7 +13,7 @@ from clients.storage.cache import DownloadCache
 from clients.storage.client import Storage
 from clients.storage.errors import AccessDenied, BucketNotFound, ObjectChanged, ObjectNotFound
 from clients.storage.location import LocationForbidden, ObjectRef, parse_location
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from tests.support.servers.google_stand_in import KEY_ID, SECRET, GoogleStandIn
 from tests.worker.results.test_ledger import event
 from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.errors import RequestFailed
 from inference.lane import Lane
 from inference.process.child import EXIT_BROKEN

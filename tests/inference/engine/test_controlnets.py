@@ -15,10 +15,10 @@ import torch
 from diffusers import ControlNetModel
 from PIL import Image
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.checkpoints.offload import offload_in_turns
-from inference.controlnet.edges import find_edges
 from inference.controlnet.files import find_controlnets, most_bytes
+from inference.controlnet.guide import find_edges
 from inference.errors import EngineFault, EngineStartFailed, RequestFailed
 from inference.models.base import Family
 from inference.models.loader import load_family
@@ -28,10 +28,10 @@ from tests.support.engine.watched_engine import PATIENCE_SECONDS, Order, Watched
 from tests.support.images.pictures import DIFFERENT_DB, MIN_PSNR_DB, draw, psnr, settings_of
 from tests.support.models.family_models import FamilyModels
 from tests.support.models.plain_families import alone
+from tests.support.models.tiny_adapters import Z_IMAGE_EVERY_LAYER
 from tests.support.models.tiny_controls import control_of, plainly_controlled, speckles, square, write_controlnet
 from tests.support.models.tiny_models import (
     EVERY_LAYER,
-    Z_IMAGE_EVERY_LAYER,
     build_tiny_sd,
     build_tiny_sd_inpaint,
     build_tiny_sdxl,
@@ -253,12 +253,12 @@ class TurningEngine(WatchedEngine):
         model = super()._load(settings, device, dtype)
         offload_in_turns(model._pipeline, device)
         self.seated: list[str] = []
-        seat = model._pipeline.transformer._hf_hook._seat
+        slot = model._pipeline.transformer._hf_hook._slot
         load = model.load_control
 
         def load_watched(name: str) -> Any:
             net = load(name)
-            net.register_forward_pre_hook(lambda *_: self.seated.append(type(seat._taken_by).__name__))
+            net.register_forward_pre_hook(lambda *_: self.seated.append(type(slot._taken_by).__name__))
             return net
 
         model.load_control = load_watched  # type: ignore[method-assign]

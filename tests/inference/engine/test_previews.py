@@ -19,7 +19,7 @@ from inference.lane import ActiveRequest, BatchTraits, Lane
 from inference.latents.preview_projection import Projection, find_projection
 from inference.models.loader import load_family
 from inference.request import Preview, Source, StepReport
-from inference.sampling.foresight import predict_x0
+from inference.sampling.samplers import predict_x0
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import Order, WatchedEngine, WatchedModel
 from tests.support.images.pictures import draw, settings_of

@@ -20,10 +20,9 @@ from tests.support.engine.watched_engine import Order, order_together
 from tests.support.images.pictures import DIFFERENT_DB, MIN_PSNR_DB, TEST_DEVICE, draw, pipe_with, psnr
 from tests.support.models.family_models import FamilyModels
 from tests.support.models.plain_families import DIFFUSION_CHOICES, FLOW_CHOICES, alone, embeddings_by_compel
+from tests.support.models.tiny_adapters import Z_IMAGE_BLOCKS, Z_IMAGE_EVERY_LAYER
 from tests.support.models.tiny_models import (
     EVERY_LAYER,
-    Z_IMAGE_BLOCKS,
-    Z_IMAGE_EVERY_LAYER,
     Layout,
     build_tiny_sd,
     build_tiny_sd2,
@@ -415,7 +414,7 @@ class CountedSampler:
 def guided_lane(model: Family) -> Lane:
     """A lane that has not joined; only its conditioning is there."""
     request = tiny_request(guidance_scale=4.0, scheduler="euler", num_inference_steps=4)
-    active = ActiveRequest(request, model.traits_of(request), lambda _: None, lambda: False, ())
+    active = ActiveRequest(request, model.batch_traits(request), lambda _: None, lambda: False, ())
     with torch.inference_mode():
         active.conditioning = Conditioning(*model.encode([Prompt("a hill"), Prompt("dark")], [(), ()]))
     return active.lanes[0]

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import inference.process.health
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.errors import EngineClosed, EngineCrashed, EngineFault, EngineHung, RequestCancelled, RequestFailed
 from inference.process.child import EXIT_BROKEN
 from inference.process.child_handle import ChildHandle

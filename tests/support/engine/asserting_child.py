@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.lane import Lane
 from inference.models.base import Family

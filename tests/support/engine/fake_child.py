@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.errors import EngineFault, EngineStartFailed, RequestCancelled, RequestFailed
 from inference.process.child import main
 from inference.request import (

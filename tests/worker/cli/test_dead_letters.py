@@ -19,15 +19,16 @@ from typer.testing import CliRunner, Result
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
 from clients.webhooks import WebhookKind
-from config.settings import BrokerSettings, StoreSettings
+from config.broker import BrokerSettings
+from config.store import StoreSettings
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import start_light_worker
 from tests.hostile.raw_properties import FROM_THE_FIELD, Raw, field, headers, long
 from tests.support.world import World, eventually, new_world
 from tests.worker.cli.test_commands import darkroom
-from worker.amqp.broker import Publisher
 from worker.amqp.delivery import Delivery
+from worker.amqp.publisher import Publisher
 from worker.amqp.queue_browser import MAX_LOOKS, QueueBrowser
 from worker.amqp.topology import QueueNames
 from worker.cli.main import app

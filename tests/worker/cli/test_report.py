@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
 from clients.webhooks import WebhookKind
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from tests.support.servers.clients_servers import AnsweringServer, answer, refused_url
 from worker.cli.main import app
 from worker.cli.report.axis import Axis

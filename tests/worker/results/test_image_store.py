@@ -9,7 +9,7 @@ from PIL import Image, PngImagePlugin
 
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate
 from worker.results.image_store import AlreadyEnded, ImageStore
 from worker.results.terminal_event import TerminalEvent, failed_event

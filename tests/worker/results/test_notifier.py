@@ -13,8 +13,8 @@ import pytest
 from clients.storage.errors import StorageUnavailable
 from clients.webhooks import Attempt, Verdict, Webhook, WebhookKind
 from tests.support.world import HANG_SECONDS
-from worker.amqp.broker import PublishFailed
 from worker.amqp.delivery import Delivery
+from worker.amqp.publisher import PublishFailed
 from worker.amqp.topology import QueueNames
 from worker.breakers import BACKEND_THRESHOLD, Breaker
 from worker.metrics import Metrics

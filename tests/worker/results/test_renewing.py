@@ -3,8 +3,8 @@
 import threading
 from typing import Any
 
-from worker.amqp.broker import PublishFailed
 from worker.amqp.delivery import Delivery
+from worker.amqp.publisher import PublishFailed
 from worker.results.renewing import NUM_TRIES, Renewer
 
 HANG_SECONDS = 120.0

@@ -3,7 +3,7 @@
 from urllib.parse import urlsplit
 
 from clients.webhooks import NOT_FOUND, ROUTES, BackendUnreachable, Reach, WebhookKind, reach
-from config.settings import BackendSettings
+from config.backend import BackendSettings
 from worker.cli.check.checks import CheckFailed, CheckUnsure
 from worker.results.refusals import ADDRESS_STATUSES, meaning_of
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.checkpoints.checkpoint import identify, weight_bytes
 from inference.errors import EngineError
 from inference.process.engine_process import EngineProcess, wait_until_ready

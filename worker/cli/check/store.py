@@ -8,7 +8,7 @@ from functools import cached_property
 from clients.storage.client import Storage
 from clients.storage.errors import AccessDenied, BucketNotFound, NotSupported, StorageError
 from clients.storage.location import ObjectRef
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from worker.cli.check.checks import CheckFailed
 
 # Stores refuse a clock that is wrong by 900 seconds; receivers of signed webhooks one that is by 300.

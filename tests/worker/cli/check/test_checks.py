@@ -17,7 +17,9 @@ import torch
 
 from clients.management import effective_policies
 from clients.webhooks import Reach
-from config.settings import SECTIONS, ModelSettings, Settings, StoreSettings
+from config.model import ModelSettings
+from config.settings import SECTIONS, Settings
+from config.store import StoreSettings
 from examples.parts.backend import Backend
 from examples.parts.ports import free_port
 from examples.parts.rabbitmq import RabbitMQ
@@ -29,7 +31,7 @@ from tests.faults.station import answers
 from tests.support.models.tiny_models import build_tiny_sd
 from tests.support.servers.clients_servers import AnsweringServer, answer, refused_url
 from tests.support.world import eventually
-from worker.amqp.broker import Publisher
+from worker.amqp.publisher import Publisher
 from worker.amqp.topology import QueueNames
 from worker.cli.check.backend import judge_backend
 from worker.cli.check.checks import Check, CheckFailed, CheckResult, CheckUnsure, State, run_checks

@@ -18,7 +18,7 @@ from clients.storage.errors import (
     StorageError,
 )
 from clients.storage.location import ObjectRef
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from inference.request import AdapterFile
 from tests.worker.jobs.inputs.test_references import FACTS
 from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate
