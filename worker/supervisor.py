@@ -44,7 +44,7 @@ from worker.results.ledger import Ledger
 from worker.results.notifier import Notifier
 from worker.results.outbox import PREFETCH as OUTBOX_PREFETCH
 from worker.results.outbox import Outbox
-from worker.results.waiting import WaitingNotes, WaitingReporter
+from worker.results.outbox_snapshots import SnapshotStore, SnapshotWriter
 from worker.storytelling import storyteller_of
 
 logger = logging.getLogger(__name__)
@@ -160,8 +160,8 @@ class Supervisor:
             is_connected=lambda: self._readiness.is_connected,
             is_draining=self._is_draining,
         )
-        notes = WaitingNotes(self._storage, settings.store.bucket)
-        self._waiting = WaitingReporter(self._name, notes, self._outbox.in_hand, self._is_draining)
+        notes = SnapshotStore(self._storage, settings.store.bucket)
+        self._waiting = SnapshotWriter(self._name, notes, self._outbox.held, self._is_draining)
 
     def run(self) -> ExitCode:
         """Work until a signal or a fatal failure; the exit code says which."""

@@ -15,7 +15,7 @@ from inference.errors import RequestFailed
 from inference.lane import ActiveRequest
 from inference.lora.adapter_key import AdapterKey
 from inference.lora.bank import AppliedAdapter
-from inference.lora.files import AdapterUnsupported
+from inference.lora.errors import AdapterUnsupported
 from inference.lora.layers import PAGE_RANK
 from inference.lora.slots import Slots
 from inference.models.base import Family

@@ -16,7 +16,7 @@ from inference.errors import RequestFailed
 from inference.lora.adapter import Adapter, check_rank
 from inference.lora.adapter_key import AdapterKey, ReadAdapter
 from inference.lora.bank import PackedAdapter
-from inference.lora.files import AdapterError
+from inference.lora.errors import AdapterError
 from inference.request import AdapterFile, Stage
 
 logger = logging.getLogger(__name__)

@@ -79,7 +79,7 @@ class Desk:
             self.ends[event.task_id, str(event.body.get("error_code", event.kind.value))] += 1
         return "delivered"
 
-    def bury(self, body: bytes, reason: str, *, attempt: int | None = None) -> None:
+    def dead_letter(self, body: bytes, reason: str, *, attempt: int | None = None) -> None:
         self.publisher.publish(self.names.dead, body, attempt=attempt, reason=reason)
         with self._lock:
             self.dead[body] += 1
@@ -87,8 +87,8 @@ class Desk:
     def note_bug(self) -> None:
         self.num_bugs += 1
 
-    # The names that the processor calls them by.
-    tell = note
+    # The name that the processor calls it by.
+    notify = note
 
 
 class _Story:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from inference.process.engine_process import EngineProcess, EngineState
 from worker.amqp.consumer import Consumer
 from worker.breakers import Breaker
+from worker.results.address_breaker import AddressBreaker
 from worker.results.image_metadata import ImageEncoder
-from worker.results.refusals import AddressBreaker
 
 
 @dataclass(slots=True)

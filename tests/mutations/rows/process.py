@@ -129,8 +129,8 @@ ROWS: tuple[Row, ...] = (
             Mutation("worker/results/notifier.py", "if event.is_delivered:", "if False:"),
             Mutation(
                 "worker/results/notifier.py",
-                "is_told = (bool(attempts) or _is_stale(event)) and self._ledger.is_delivered(event)",
-                "is_told = False",
+                "is_delivered = (bool(attempts) or _is_stale(event)) and self._ledger.is_delivered(event)",
+                "is_delivered = False",
             ),
         ),
         also=(f"{REAL_ENGINE}test_a_record_in_the_ledger_wins_over_a_second_worker",),
