@@ -26,7 +26,7 @@ PATIENCE_SECONDS = 300.0
 
 
 class WatchedModel(Family):
-    """Laid over whatever family was loaded: notes what it is asked for. `batches`: the lanes of every forward tried."""
+    """Laid over whatever family was loaded: records its calls. `batches`: the lanes of every forward tried."""
 
     batches: list[list[Lane]]
     encoded: list[str]
@@ -49,13 +49,13 @@ def laid_over(model: Family, window: type[WatchedModel]) -> WatchedModel:
 
 
 class WatchedEngine(LocalEngine):
-    """The engine over a watched model. `turns`: what it told after each turn of its loop."""
+    """The engine over a watched model. `turns`: its load after each turn of its loop."""
 
     def __init__(self, checkpoint: Path, model: type[WatchedModel] = WatchedModel, **variables: Any) -> None:
         self._window = model
         self.turns: list[EngineLoad] = []
         super().__init__(settings_of(checkpoint, **variables), self.turns.append)
-        # The warm-up is nobody's.
+        # Without the warm-up.
         self.model.batches.clear()
         self.model.encoded.clear()
 
