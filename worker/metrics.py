@@ -6,6 +6,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from inference.request import EngineLoad
+from worker.outcome import Outcome
 from worker.recent_mean import RecentMean
 
 # A _created series beside each counter doubles what Prometheus stores and serves no query of ours.
@@ -16,9 +17,6 @@ STAGE_BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300)
 WAIT_BUCKETS = (0.1, 1, 5, 15, 60, 300, 900, 3600, 14400)
 # With no lane left for this long, there is no recent batch any more.
 STALE_SECONDS = 60.0
-
-# There from the start, at 0: Prometheus sees no increase in a counter that appears with its first job.
-OUTCOMES = ("complete", "failed", "cancelled", "retried", "released", "adopted", "undecodable")
 
 
 class Metrics:
@@ -48,7 +46,8 @@ class Metrics:
         self.ignored_fields = self._counter("ignored_fields", "Fields of jobs that no worker knows")
         self.engine_restarts = self._counter("engine_restarts", "Engine processes started after a crash")
         self.idle_seconds = self._counter("idle_seconds", "Time without denoising, by reason", "reason")
-        for outcome in OUTCOMES:
+        # At 0 from the start: Prometheus sees no increase in a counter that appears with its first job.
+        for outcome in Outcome:
             self.jobs.labels(outcome)
         # Prometheus has `rate` for it.
         self._batch_lately = RecentMean(clock)

@@ -146,7 +146,7 @@ class ImageStore:
         return True
 
     def _insist(self, work: Callable[[], Made]) -> Made:
-        return self.gate.insist(work, patience_seconds=PICTURE_PATIENCE_SECONDS)
+        return self.gate.retry_while_denied(work, patience_seconds=PICTURE_PATIENCE_SECONDS)
 
 
 def _shows_the_same(one: bytes, other: bytes) -> bool:

@@ -3,16 +3,15 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Self
 
 from clients.webhooks import Webhook, WebhookKind
 from config.redacting import redacted
+from worker.errors import ErrorCode
 from worker.messages.generation_id import GenerationId, is_generation_id
-from worker.messages.webhook_bodies import ErrorCode, FailedBody
+from worker.messages.webhook_bodies import FailedBody
+from worker.outcome import Outcome
 from worker.strict_json import is_number, strict_json
-
-CANCELLED = "CANCELLED"
-CANCELLED_OUTCOME = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +43,10 @@ class TerminalEvent:
         return Webhook(kind=self.kind, webhook_id=f"{self.task_id}:{self.kind.value}", body=self.body)
 
     @property
-    def outcome(self) -> str:
+    def outcome(self) -> Outcome:
         """`complete`, `failed` or, of a job that was asked to end, `cancelled`: to a backend that is `failed` too."""
-        return CANCELLED_OUTCOME if self.body.get("error_code") == CANCELLED else self.kind.value
+        is_cancelled = self.body.get("error_code") == ErrorCode.CANCELLED
+        return Outcome.CANCELLED if is_cancelled else Outcome(self.kind.value)
 
     def to_json(self) -> bytes:
         fields = {name: getattr(self, name) for name in self.__slots__} | {"kind": self.kind.value}
@@ -93,7 +93,7 @@ def failed_event(
     *,
     task_id: str,
     generation_id: GenerationId,
-    code: str,
+    code: ErrorCode,
     message: str,
     retry_count: int,
     worker: str = "",
@@ -106,8 +106,7 @@ def failed_event(
     body: FailedBody = {
         "generation_id": generation_id,
         "error_message": redacted(message),
-        # The engine's own come as plain text; a test holds that all there are in the source are in the list.
-        "error_code": cast(ErrorCode, code),
+        "error_code": code,
         "retry_count": retry_count,
     }
     return TerminalEvent(
