@@ -86,7 +86,7 @@ class ActiveRequest:
     preview: Preview | None = None  # for the next report
     _num_steps_noted: int = 0
     _unreported: deque[tuple[int, Mark]] = field(default_factory=deque)
-    _reported_until: Mark | None = None
+    _reported_until: Mark = field(default_factory=Mark)
     _is_begun: bool | None = None  # False: its future was cancelled before it began
 
     @cached_property
@@ -148,7 +148,6 @@ class ActiveRequest:
         """
         while self._unreported and self._unreported[0][1].is_past:
             num_done, ended = self._unreported.popleft()
-            assert self._reported_until is not None, "step 0 was reported"  # noqa: S101
             seconds, preview = ended.seconds_since(self._reported_until), self.preview
             self.preview, self._reported_until = None, ended
             self.on_step(StepReport(num_done, self.traits.num_steps, seconds, preview))

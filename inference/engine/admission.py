@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from typing import Any
 
 from config.redacting import quoted
@@ -75,12 +76,11 @@ class Admission:
             one.result()
         if not self._has_room(active):
             return Claim.NO_SLOT
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._release, active)
             self._load(active)
             self._controls.attach(active)
-        except Exception:
-            self._release(active)
-            raise
+            undo.pop_all()
         # Not before: one that found no memory may still be withdrawn. A withdrawn one is released when it is ended.
         return Claim.GRANTED if active.begin() else Claim.WITHDRAWN
 
@@ -162,22 +162,18 @@ class Admission:
             if key not in new:
                 active.held[key] = self.slots.acquire(key)
         for key in new:
-            self._load_one(active, key)
+            packed = active.readings[key].result().packed
+            slot = self.slots.load(key, packed.num_pages)
+            with ExitStack() as undo:
+                # After an error these pages do not hold the adapter.
+                undo.callback(self.slots.unload, key)
+                self._model.bank.write(slot.pages, packed)
+                undo.pop_all()
+            active.held[key] = self.slots.acquire(key)
         files = zip(active.keys, active.request.adapters, strict=True)
         active.row = tuple(AppliedAdapter(active.held[key].pages, file.scale) for key, file in files)
         active.stages.append(_adapt_stage([active.readings[key].result().stage for key in new]))
         active.readings.clear()
-
-    def _load_one(self, active: ActiveRequest, key: AdapterKey) -> None:
-        packed = active.readings[key].result().packed
-        slot = self.slots.load(key, packed.num_pages)
-        try:
-            self._model.bank.write(slot.pages, packed)
-        except Exception:
-            # What these pages hold now is not the adapter.
-            self.slots.unload(key)
-            raise
-        active.held[key] = self.slots.acquire(key)
 
 
 def _adapt_stage(read: list[Stage]) -> Stage:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 
 from inference.lane import ActiveRequest, Conditioning, Embedding
-from inference.lora.bank import AppliedAdapter
 from inference.models.base import Family, Prompt
 
 # On the model's device: 500 texts of SD 1.5 in 16 bits, 200 of SDXL, some 150 of Z-Image.
@@ -71,11 +70,12 @@ class Conditioner:
 
     def _key(self, prompt: Prompt, active: ActiveRequest) -> _Key:
         """Return the cache's key: the prompt, and those adapters that change a text encoder."""
-        files = zip(active.keys, active.row, strict=True)
-        return prompt, tuple((key, applied.scale) for key, applied in files if self._changes_text(applied))
-
-    def _changes_text(self, applied: AppliedAdapter) -> bool:
-        return any(self._model.bank.touches(applied, encoder) for encoder in self._model.text_encoders)
+        bank, encoders = self._model.bank, self._model.text_encoders
+        return prompt, tuple(
+            (key, applied.scale)
+            for key, applied in zip(active.keys, active.row, strict=True)
+            if any(bank.touches(applied, encoder) for encoder in encoders)
+        )
 
 
 def _prompts(active: ActiveRequest) -> tuple[Prompt, ...]:

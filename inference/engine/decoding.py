@@ -10,7 +10,7 @@ from inference.device.decoded_image import DecodedImage
 from inference.device.device import Device, Guarded
 from inference.errors import RequestFailed
 from inference.lane import ActiveRequest, Lane
-from inference.models.base import Family
+from inference.models.base import Family, sampler_of
 from inference.request import Picture
 
 
@@ -33,8 +33,7 @@ class Decoder:
 
     def begin(self, lane: Lane) -> Exception | None:
         """Launch the lane's decoding, in tiles where memory ends; return the error where it cannot be launched."""
-        assert lane.sampler is not None, "a denoised lane has a sampler"  # noqa: S101
-        latents = lane.sampler.latents
+        latents = sampler_of(lane).latents
         in_tiles = not self._device.may_fit(latents.numel())
         guarded = self._device.guard(lambda: self._model.decode(latents, in_tiles=in_tiles))
         if isinstance(guarded.error, torch.OutOfMemoryError) and not in_tiles:

@@ -126,7 +126,11 @@ class LocalEngine:
         except Exception as error:
             # The thread's boundary. After an unforeseen error, or one of the device, no state here is certain.
             logger.exception("the engine failed")
-            self._break(EngineFault(f"the engine failed: {error}"))
+            with self._inbox_lock:
+                self.is_broken = True
+            while not self._inbox.empty():
+                self._add_next(timeout_seconds=0.0)
+            self._loop.fail_all(EngineFault(f"the engine failed: {error}"))
         finally:
             self._loop.close()
 
@@ -148,13 +152,6 @@ class LocalEngine:
             return
         if active is not None:
             self._loop.add(active)
-
-    def _break(self, error: EngineFault) -> None:
-        with self._inbox_lock:
-            self.is_broken = True
-        while not self._inbox.empty():
-            self._add_next(timeout_seconds=0.0)
-        self._loop.fail_all(error)
 
 
 def _choose_device(name: str) -> torch.device:

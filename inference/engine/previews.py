@@ -1,6 +1,5 @@
 """Previews of requests being denoised: latents projected to small images, lossy, never at the expense of a step."""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,9 +31,16 @@ class Previews:
 
     def project(self, lane: Lane, prediction: torch.Tensor) -> None:
         """Project the lane's image if a preview is due at the step that it is about to take by `prediction`."""
-        if self._every and self._is_due(lane):
-            # A preview that does not fit the memory is left out; the request goes on.
-            self._device.guard(partial(self._begin_copy, lane, prediction))
+        projection = self._projection
+        if projection is None or not self._is_due(lane):
+            return
+
+        def begin_copy() -> None:
+            rgb = projection(self._model.predict_x0(lane, prediction))
+            self._copies.append(_Projected(lane.owner, copy_to_host(rgb)))
+
+        # A preview that does not fit the memory is left out; the request goes on.
+        self._device.guard(begin_copy)
 
     def deliver(self) -> None:
         """Give the previews that have arrived to their requests, for the next reports. Never blocks."""
@@ -57,8 +63,3 @@ class Previews:
             index * num_steps // sampler.num_steps for index in (sampler.step_index, sampler.step_index + 1)
         )
         return before // self._every < after // self._every
-
-    def _begin_copy(self, lane: Lane, prediction: torch.Tensor) -> None:
-        assert self._projection is not None, "previews are due where there is a projection"  # noqa: S101
-        rgb = self._projection(self._model.predict_x0(lane, prediction))
-        self._copies.append(_Projected(lane.owner, copy_to_host(rgb)))

@@ -56,9 +56,18 @@ class Quarantine(Generic[R]):
         if self._is_isolating and self._inside:
             return []
         self._is_isolating = bool(self._suspects)
-        taken = [self._suspects.pop(0)] if self._is_isolating else self._take_waiting()
-        self._inside |= {request.request_id: request for request in taken}
-        return taken
+        if self._is_isolating:
+            first = self._suspects.pop(0)
+            self._inside[first.request_id] = first
+            return [first]
+        # No two of one id: answers are matched by it.
+        sent: dict[str, R] = {}
+        for request in sorted(self._waiting, key=lambda one: one.arrived_at):
+            if request.request_id not in self._inside:
+                sent.setdefault(request.request_id, request)
+        self._waiting = [request for request in self._waiting if sent.get(request.request_id) is not request]
+        self._inside |= sent
+        return list(sent.values())
 
     def remove(self, request: R) -> None:
         """Remove an answered or cancelled request from wherever it is."""
@@ -92,15 +101,6 @@ class Quarantine(Generic[R]):
             self._suspects = victims + self._suspects
         else:
             self._waiting = victims + self._waiting
-
-    def _take_waiting(self) -> list[R]:
-        """Remove and return the waiting requests, oldest first, but no two of one id: answers are matched by it."""
-        taken: dict[str, R] = {}
-        for request in sorted(self._waiting, key=lambda one: one.arrived_at):
-            if request.request_id not in self._inside:
-                taken.setdefault(request.request_id, request)
-        self._waiting = [request for request in self._waiting if taken.get(request.request_id) is not request]
-        return list(taken.values())
 
     def _empty(self) -> list[R]:
         victims = list(self._inside.values())
