@@ -39,7 +39,8 @@ from config.model import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.lane import ActiveRequest, Conditioning, Lane
 from inference.lora.bank import AppliedAdapter
-from inference.models.base import Family, Prompt
+from inference.models.base import Family
+from inference.models.inputs import Prompt
 from inference.models.loader import load_family
 from inference.request import EngineLoad, GenerationRequest, GenerationResult, StepReport
 

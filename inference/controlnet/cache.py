@@ -1,4 +1,4 @@
-"""Which ControlNets are kept, and which of them give way to another. Pure bookkeeping, no torch."""
+"""LRU cache of ControlNets by their bytes. Pure bookkeeping, no torch."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection
@@ -16,10 +16,10 @@ class _Entry(Generic[T]):
 
 
 class ControlNetCache(Generic[T]):
-    """Owner of the places. What is in use never gives way; of the rest the least recently used goes first.
+    """Owner of the entries. One in use is never evicted; of the others the least recently used goes first.
 
-    Those that wait ask in rounds, the oldest first, and none takes what an older one waits for: so two of them cannot
-    push each other's out for ever, nor wait for each other.
+    Waiting requests try in rounds, the oldest first, and what one found or loaded is not evicted in its round: so two
+    requests cannot evict each other's for ever, nor deadlock.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -32,16 +32,16 @@ class ControlNetCache(Generic[T]):
         return sum(entry.num_bytes for entry in self._entries.values())
 
     def begin_round(self) -> None:
-        """All that wait are going to ask again."""
+        """Begin a round, in which all waiting requests try again."""
         self._reserved.clear()
 
     def find(self, name: str) -> T | None:
-        """What is kept under that name."""
+        """Return the entry of that name."""
         entry = self._entries.get(name)
         return entry.value if entry else None
 
     def get_or_load(self, name: str, num_bytes: int, load: Callable[[], T]) -> T | None:
-        """What is kept under `name`, or what `bring` gives to be kept there; None where there is no room for it now."""
+        """Return the entry of `name`, loaded where it is missing; None where there is no room for it now."""
         if name not in self._entries:
             if not self._make_room(num_bytes):
                 return None
@@ -50,27 +50,27 @@ class ControlNetCache(Generic[T]):
         return self._entries[name].value
 
     def acquire(self, name: str) -> None:
-        """Use what is there once more."""
+        """Add a user to an entry."""
         self._entries[name].num_users += 1
 
     def release(self, name: str) -> None:
-        """One request fewer uses it. It stays until its place is needed."""
+        """Remove a user. The entry stays until its memory is needed."""
         self._entries[name].num_users -= 1
         self._entries.move_to_end(name)
 
     def forget(self, name: str) -> None:
-        """Keep it no longer; nobody uses it."""
+        """Drop an entry without users."""
         del self._entries[name]
 
     def drop_idle(self, keep: Collection[str | None]) -> bool:
-        """Forget all that are not in use, but for those in `keep`; were there any?"""
+        """Drop the entries without users, except those in `keep`. Returns whether there were any."""
         idle = [name for name, entry in self._entries.items() if not entry.num_users and name not in keep]
         for name in idle:
             self.forget(name)
         return bool(idle)
 
     def _make_room(self, num_bytes: int) -> bool:
-        """Let go of as many as must be; of none where that would not be enough."""
+        """Evict as many as necessary; none where that would not suffice."""
         going: list[str] = []
         missing = self.num_bytes + num_bytes - self._max_bytes
         for name, entry in self._entries.items():

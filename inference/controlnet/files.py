@@ -1,4 +1,4 @@
-"""ControlNets by the operator's names for them: their files, found and judged before a byte of weights is read."""
+"""Find the files of the ControlNets in the settings, and check them before their weights are read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ ITSELF = "."
 
 @dataclass(frozen=True, slots=True)
 class ControlNetFiles:
-    """A ControlNet on this machine. `subject` is how an error begins that is about it."""
+    """A ControlNet on this machine. `subject`: first words of an error about it."""
 
     subject: str
     class_name: str
@@ -35,17 +35,17 @@ class ControlNetFiles:
     shapes: Shapes
 
     def num_bytes(self, bytes_each: int) -> int:
-        """What its weights take in memory, with `bytes_each` for a parameter."""
+        """Return the bytes of its weights in memory, at `bytes_each` a parameter."""
         return count_parameters(self.shapes) * bytes_each
 
 
 def find_controlnets(sources: Mapping[str, str]) -> dict[str, ControlNetFiles]:
-    """The files of each ControlNet by its name; EngineStartFailed names the first entry that is none."""
+    """Find the files of each ControlNet by its name; EngineStartFailed names the first entry without any."""
     return {name: _find(f"CONTROLNETS {name}={source}", source) for name, source in sources.items()}
 
 
 def most_bytes(found: Mapping[str, ControlNetFiles], bytes_each: int, max_bytes: int) -> int:
-    """What those that are loaded at once can come to, of which `max_bytes` are the limit."""
+    """Return the most bytes of those loaded at once, of which `max_bytes` is the limit."""
     return min(max_bytes, sum(one.num_bytes(bytes_each) for one in found.values()))
 
 
@@ -55,7 +55,7 @@ def _find(subject: str, source: str) -> ControlNetFiles:
         if not (folder / CONFIG).is_file():
             raise EngineStartFailed(f"{subject} is a folder without {CONFIG}: name a diffusers folder of a ControlNet")
     elif HUB_ID.fullmatch(source):
-        folder = _fetched(source)
+        folder = _download(source)
     else:
         raise EngineStartFailed(f"{subject} is no folder here, and no hub id like owner/name")
     try:
@@ -69,8 +69,8 @@ def _find(subject: str, source: str) -> ControlNetFiles:
     )
 
 
-def _fetched(repo_id: str) -> Path:
-    """The repository's folder in the cache, with its config and one file of weights."""
+def _download(repo_id: str) -> Path:
+    """Download config and weights of a repository. Returns its folder in the cache."""
     folder = find_on_hub(repo_id, CONFIG, "CONTROLNETS").parent
     try:
         find_on_hub(repo_id, f"{STEMS[0]}{SAFETENSORS}", "CONTROLNETS")

@@ -1,4 +1,4 @@
-"""The ControlNets that the settings name: checked at start, each loaded when somebody asks for it."""
+"""The ControlNets of the settings: checked at start, each loaded on first use."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,22 +7,24 @@ import diffusers
 import safetensors
 import torch
 
+from config.redacting import quoted
 from inference.checkpoints.hub import one_line
 from inference.checkpoints.weight_files import GB
 from inference.controlnet.files import ControlNetFiles, most_bytes
-from inference.errors import EngineFault, EngineStartFailed
+from inference.errors import EngineFault, EngineStartFailed, RequestFailed
+from inference.request import Control
 
-# Says what of a ControlNet's config does not go with the model; None where all does.
+# Returns how a ControlNet's config does not match the model; None where it does.
 FindMismatch = Callable[[Any], str | None]
 
 
 class ControlNets:
-    """Owner of what is known of them. `load` may run on any thread; what it gives is the caller's to keep."""
+    """Owner of the ControlNets' files. `load` may run on any thread; the caller owns what it returns."""
 
     def __init__(
         self, files: Mapping[str, ControlNetFiles], *, max_bytes: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        """EngineStartFailed where one of them alone takes more than `max_bytes`."""
+        """Raise EngineStartFailed where one of them alone takes more than `max_bytes`."""
         self.max_bytes = max_bytes
         self._files = files
         self._device = device
@@ -35,21 +37,21 @@ class ControlNets:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those that a job may name."""
+        """The names that jobs may use."""
         return tuple(self._files)
 
     @property
     def most_bytes(self) -> int:
-        """What those that are loaded can come to."""
+        """The most bytes of those loaded at once."""
         return most_bytes(self._files, self._dtype.itemsize, self.max_bytes)
 
     def num_bytes(self, name: str) -> int:
-        """What it takes on the device."""
+        """Return its bytes on the device."""
         return self._files[name].num_bytes(self._dtype.itemsize)
 
     def check(self, class_name: str, find_mismatch: FindMismatch) -> None:
-        """EngineStartFailed where one is of another class, does not go with the model, or has not the weights that its
-        config describes."""
+        """Raise EngineStartFailed where one is of another class, does not match the model, or has not the weights that
+        its config describes."""
         for found in self._files.values():
             if found.class_name != class_name:
                 raise EngineStartFailed(f"{found.subject} holds a {found.class_name}; this model takes a {class_name}")
@@ -63,9 +65,19 @@ class ControlNets:
                 reason = f"its config and its weights do not belong together ({len(wrong)} differ, like {wrong[0]})"
                 raise EngineStartFailed(f"{found.subject}: {reason}: copy or download it again")
 
+    def check_request(self, control: Control | None) -> None:
+        """Raise `RequestFailed` where the request's control model is not one of them."""
+        if control is not None and control.model not in self.names:
+            known = f"has {', '.join(self.names)}" if self.names else "has none"
+            reason = f"control model {quoted(control.model)} is not known; this worker {known}"
+            raise RequestFailed("UNSUPPORTED_BY_MODEL", reason)
+
     def load(self, name: str) -> Any:
-        """The ControlNet on the device. `EngineFault` where its files, whole at start, cannot be read any more, and
-        `torch.OutOfMemoryError` where there is no memory for it now."""
+        """Load the ControlNet on the device.
+
+        `EngineFault` where its files, whole at start, cannot be read any more, and `torch.OutOfMemoryError` where there
+        is no memory for it now.
+        """
         found = self._files[name]
         net = _without_weights(found)
         try:
@@ -81,7 +93,7 @@ class ControlNets:
         return net.eval().requires_grad_(False)
 
     def _read(self, found: ControlNetFiles) -> dict[str, torch.Tensor]:
-        """Each tensor brought to its place before the next is read: no second copy of the whole."""
+        """Read the tensors, each copied to the device before the next: no second copy of the whole."""
         tensors: dict[str, torch.Tensor] = {}
         for path in found.weights:
             with safetensors.safe_open(path, "pt") as file:
@@ -89,7 +101,7 @@ class ControlNets:
         return tensors
 
     def _hand_over(self, net: Any) -> None:
-        """Done copying: from now on the net is of the stream that the engine's steps run on."""
+        """Wait for the copies, and record the parameters as used by the stream of the engine's steps."""
         if self._copy_stream is None:
             return
         self._copy_stream.synchronize()
@@ -99,9 +111,9 @@ class ControlNets:
 
 
 def _without_weights(found: ControlNetFiles) -> Any:
-    """The model as its config describes it.
+    """Make the model of its config, on the meta device.
 
-    Not by `from_pretrained`, which sets the process's default dtype meanwhile, under the hands of the engine's thread.
+    Not by `from_pretrained`, which sets the process's default dtype while the engine's thread runs.
     """
     try:
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Writes through a boolean mask that do not ask the device where the mask is true."""
+"""Writes through a boolean mask that do not synchronise with the device."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,21 +8,19 @@ from torch.overrides import TorchFunctionMode
 
 
 class MaskedWrites(TorchFunctionMode):
-    """Within it, `values[mask] = row` chooses between `row` and what is there, element by element.
+    """Context in which `values[mask] = row` selects element by element between `row` and the old values.
 
-    torch itself looks up the places first, and the host waits for all that was launched to learn how many there are.
+    torch itself finds the indices first, and the host waits for all launched work to get their number.
     `values` [n, width], `mask` [n], `row` [1, width]. Any other assignment is torch's own. It holds for the thread that
-    enters it and for no other.
+    enters it alone.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is not torch.Tensor.__setitem__ or not _is_mask(args[1]):
+        if func is not torch.Tensor.__setitem__:
             return func(*args, **(kwargs or {}))
         values, mask, row = args
+        if not (isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.ndim == 1):
+            return func(*args, **(kwargs or {}))
         return values.copy_(torch.where(mask[:, None], row, values))
-
-
-def _is_mask(index: Any) -> bool:
-    return isinstance(index, torch.Tensor) and index.dtype == torch.bool and index.ndim == 1

@@ -1,17 +1,17 @@
-"""What ControlNets add to a UNet's forward of many lanes, each lane's own to its own rows."""
+"""Residuals of ControlNets in a UNet's forward of many lanes, each lane's own in its own rows."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from inference.controlnet.guide import Guide
+from inference.controlnet.guide import Guide, group_rows
 from inference.device.uploads import Upload
 
 
 class Inputs(NamedTuple):
-    """A UNet's inputs, by rows: latents [rows, channels, height, width], timesteps [rows], each row's own prompt
-    [tokens, width], and what else the UNet is told."""
+    """A UNet's inputs by row: latents [rows, channels, height, width], timesteps [rows], each row's prompt embedding
+    [tokens, width], and the added conditions."""
 
     latents: torch.Tensor
     timesteps: torch.Tensor
@@ -19,7 +19,7 @@ class Inputs(NamedTuple):
     added: Mapping[str, torch.Tensor]
 
     def pick(self, numbers: Sequence[int], rows: torch.Tensor) -> "Inputs":
-        """Of these rows alone, which are `numbers` on the host and `rows` on the device."""
+        """Return the inputs of these rows: `numbers` on the host, the same as `rows` on the device."""
         return Inputs(
             latents=self.latents[rows],
             timesteps=self.timesteps[rows],
@@ -28,12 +28,15 @@ class Inputs(NamedTuple):
         )
 
 
-def residuals_of(guides: Mapping[int, Guide], inputs: Inputs, upload: Upload) -> dict[str, Any]:
-    """The residuals by the names of the UNet's parameters, none where there are no `guides`, which are by row. Rows
-    without a guide get zeros."""
+def compute_residuals(guides: Mapping[int, Guide], inputs: Inputs, upload: Upload) -> dict[str, Any]:
+    """Compute the residuals by the names of the UNet's parameters; empty without `guides`, which are by row.
+
+    Rows without a guide get zeros. Rows share a forward by ControlNet and length of the prompt: a ControlNet takes no
+    mask to hide padding.
+    """
     num_rows = len(inputs.latents)
     sums: list[torch.Tensor] = []
-    for numbers in _groups(guides, inputs.prompts):
+    for numbers in group_rows(guides, lambda number, guide: (guide.net, len(inputs.prompts[number]))):
         rows = upload(numbers).long()
         residuals = _forward([guides[number] for number in numbers], inputs.pick(numbers, rows), upload)
         sums = sums or [_zeros(num_rows, one, inputs.latents.dtype) for one in residuals]
@@ -44,19 +47,11 @@ def residuals_of(guides: Mapping[int, Guide], inputs: Inputs, upload: Upload) ->
     return {"down_block_additional_residuals": tuple(sums[:-1]), "mid_block_additional_residual": sums[-1]}
 
 
-def _groups(guides: Mapping[int, Guide], prompts: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Rows that share a forward: of one ControlNet, which takes no mask to hide what fills up a shorter prompt."""
-    groups: dict[tuple[Any, int], list[int]] = {}
-    for number, guide in guides.items():
-        groups.setdefault((guide.net, len(prompts[number])), []).append(number)
-    return list(groups.values())
-
-
 def _forward(guides: Sequence[Guide], inputs: Inputs, upload: Upload) -> list[torch.Tensor]:
-    """The residuals of rows with these guides, all of one ControlNet; those of the middle block are the last."""
+    """Return the residuals of rows with these guides, all of one ControlNet; those of the middle block are the last."""
     net = guides[0].net
     down, middle = net(
-        # What a UNet for inpainting reads behind its latents is not for the ControlNet.
+        # The extra channels of an inpainting UNet are not for the ControlNet.
         inputs.latents[:, : net.config.in_channels],
         inputs.timesteps,
         torch.stack(list(inputs.prompts)),
@@ -69,7 +64,7 @@ def _forward(guides: Sequence[Guide], inputs: Inputs, upload: Upload) -> list[to
 
 
 def _zeros(num_rows: int, part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """As `part` but of `num_rows`, in the memory format that convolutions left."""
+    """Allocate zeros like `part`, for `num_rows`, in the memory format that convolutions left."""
     is_channels_last = part.is_contiguous(memory_format=torch.channels_last)
     form = torch.channels_last if is_channels_last else torch.contiguous_format
     return torch.empty((num_rows, *part.shape[1:]), device=part.device, dtype=dtype, memory_format=form).zero_()

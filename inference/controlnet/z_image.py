@@ -1,19 +1,19 @@
-"""What ControlNets add to a Z-Image transformer's forward of many lanes, each lane's own to its own tokens."""
+"""Hints of ControlNets in a Z-Image transformer's forward of many lanes, each lane's own in its own tokens."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
-from inference.controlnet.guide import Guide
+from inference.controlnet.guide import Guide, group_rows
 from inference.controlnet.masked_writes import MaskedWrites
 from inference.device.uploads import Upload
 
 
 class Inputs(NamedTuple):
-    """The transformer's inputs, by rows: latents [channels, 1, height, width] each, times [rows], captions [tokens,
-    width] each, and how many tokens a row has, its picture's and its caption's."""
+    """The transformer's inputs by row: latents [channels, 1, height, width] each, times [rows], captions [tokens,
+    width] each, and the number of tokens, of image and caption."""
 
     latents: Sequence[torch.Tensor]
     times: torch.Tensor
@@ -21,32 +21,27 @@ class Inputs(NamedTuple):
     num_tokens: Sequence[int]
 
 
-def hints_of(
-    guides: Mapping[int, Guide], inputs: Inputs, route_adapters: Callable[[Sequence[int]], None], upload: Upload
+def compute_hints(
+    guides: Mapping[int, Guide],
+    inputs: Inputs,
+    route_adapters: Callable[[Sequence[int]], None],
+    upload: Upload,
 ) -> dict[int, torch.Tensor]:
-    """The hints [rows, tokens, width] by the number of the layer that they are added behind, none where there are no
-    `guides`, which are by row. Rows without a guide get zeros.
+    """Compute the hints [rows, tokens, width] by the layer whose output they are added to; empty without `guides`.
 
-    A ControlNet runs layers of the transformer itself: `wear` has them apply the adapters of these rows.
+    `guides` are by row; rows without one get zeros. A ControlNet runs layers of the transformer itself:
+    `route_adapters` sets the adapters of the rows in its forward.
     """
     sums: dict[int, torch.Tensor] = {}
-    for numbers in _groups(guides):
+    for numbers in group_rows(guides, lambda _, guide: guide.net):
         route_adapters(numbers)
         rows = upload(numbers).long()
         for layer, hint in _forward([guides[number] for number in numbers], inputs, numbers, rows, upload).items():
             if layer not in sums:
                 sums[layer] = hint.new_zeros(len(inputs.latents), max(inputs.num_tokens), hint.shape[2])
-            # Behind a row's own tokens it may say anything: nobody reads there.
+            # Behind a row's own tokens the values do not matter: they are not read.
             sums[layer][rows, : hint.shape[1]] = hint
     return sums
-
-
-def _groups(guides: Mapping[int, Guide]) -> list[list[int]]:
-    """Rows that share a forward, by their ControlNet."""
-    groups: dict[Any, list[int]] = {}
-    for number, guide in guides.items():
-        groups.setdefault(guide.net, []).append(number)
-    return list(groups.values())
 
 
 def _forward(
@@ -54,20 +49,20 @@ def _forward(
 ) -> dict[int, torch.Tensor]:
     net = guides[0].net
     latents = [inputs.latents[number] for number in numbers]
-    # Its forward puts the padding in by boolean masks.
+    # Its forward writes the padding through boolean masks.
     with MaskedWrites():
         hints: dict[int, torch.Tensor] = net(
             latents,
             inputs.times[rows],
             [inputs.captions[number] for number in numbers],
             [_filled(guide.picture, net.config.control_in_dim) for guide in guides],
-            # Its dtype decides that of the layers behind it.
+            # Its dtype decides that of the layers after it.
             conditioning_scale=upload([guide.scale for guide in guides]).to(latents[0].dtype).view(-1, 1, 1),
         )
     return hints
 
 
 def _filled(picture: torch.Tensor, num_channels: int) -> torch.Tensor:
-    """The encoded picture [channels, 1, height, width]; later ControlNets read a mask and a second picture behind it,
-    which are zeros where nothing is repainted."""
+    """Pad the encoded image [channels, 1, height, width] with zeros: later ControlNets read a mask and a second image,
+    which are zeros without inpainting."""
     return functional.pad(picture, (0, 0) * 3 + (0, num_channels - len(picture)))

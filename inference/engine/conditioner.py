@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from inference.lane import ActiveRequest, Conditioning, Embedding
-from inference.models.base import Family, Prompt
+from inference.models.base import Family
+from inference.models.inputs import Prompt
 
 # On the model's device: 500 texts of SD 1.5 in 16 bits, 200 of SDXL, some 150 of Z-Image.
 MAX_CACHED_BYTES = 64_000_000

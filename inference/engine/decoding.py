@@ -10,7 +10,8 @@ from inference.device.decoded_image import DecodedImage
 from inference.device.device import Device, Guarded
 from inference.errors import RequestFailed
 from inference.lane import ActiveRequest, Lane
-from inference.models.base import Family, sampler_of
+from inference.models.base import Family
+from inference.models.inputs import sampler_of
 from inference.request import Picture
 
 

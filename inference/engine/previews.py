@@ -7,7 +7,8 @@ import torch
 from inference.device.device import Device
 from inference.device.host_copy import HostCopy, copy_to_host
 from inference.lane import ActiveRequest, Lane
-from inference.models.base import Family, sampler_of
+from inference.models.base import Family
+from inference.models.inputs import sampler_of
 from inference.request import Preview
 
 

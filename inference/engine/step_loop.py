@@ -15,7 +15,8 @@ from inference.engine.previews import Previews
 from inference.errors import EngineError, EngineFault, RequestCancelled, RequestFailed
 from inference.lane import ActiveRequest, Lane, owners_of
 from inference.lora.adapter_key import AdapterKey
-from inference.models.base import Family, sampler_of
+from inference.models.base import Family
+from inference.models.inputs import sampler_of
 from inference.request import EngineLoad, GenerationResult
 
 

@@ -1,7 +1,7 @@
-"""From latents to a small picture without the VAE's decoder: one matrix, found on the VAE's own encodings.
+"""Preview images of latents by one matrix in place of the VAE's decoder.
 
-To a good approximation latents are linear in the colours of their 8x8 pixels, so that least squares over a few known
-pictures finds what a decoder would say of each latent pixel alone.
+To a good approximation latents are linear in the colours of their 8x8 pixels: least squares over the encodings of a few
+known images finds the colour of a latent pixel.
 """
 
 import logging
@@ -16,8 +16,8 @@ from config.logs import log_event
 
 logger = logging.getLogger(__name__)
 
-# Soft fields of colour in several grains: 2 x 1024 latent pixels, and among them every colour. Sharp patches fit worse,
-# as what a latent pixel says of an edge is lost on one of its own.
+# Smooth fields of colour at several scales: 2 x 1024 latent pixels, of all colours. Sharp patches fit worse, as one
+# latent pixel does not represent an edge.
 NUM_PICTURES = 2
 PIXELS = 256
 GRAINS = (2, 4, 8)
@@ -26,23 +26,23 @@ CONTRAST = 3.0
 
 
 class Projection:
-    """A colour for each latent pixel, `weights` [3, channels] and `bias` [3], black at -1 and white at 1."""
+    """Linear map of latent pixels to colours, `weights` [3, channels] and `bias` [3], black at -1 and white at 1."""
 
     def __init__(self, weights: torch.Tensor, bias: torch.Tensor) -> None:
         self._weights = weights
         self._bias = bias[:, None]
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents [channels, height, width], in the sampler's scale, as a picture [height, width, 3] of bytes."""
+        """Return latents [channels, height, width], in the sampler's scale, as bytes [height, width, 3]."""
         _, height, width = latents.shape
         colours = torch.addmm(self._bias, self._weights, latents.flatten(1))
         return ((colours.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).T.reshape(height, width, 3)
 
 
 def find_projection(vae: Any, unscaled: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> Projection:
-    """Encode pictures that are known and regress their colours on their latents; some tenths of a second on a GPU.
+    """Encode known images and regress their colours on their latents; tenths of a second on a GPU.
 
-    `unscaled` brings latents [1, channels, height, width] from the sampler's scale into the VAE's, channel by channel.
+    `unscaled` converts latents [1, channels, height, width] from the sampler's scale to the VAE's, by channel.
     """
     started_at = time.monotonic()
     pictures = _colour_fields(torch.Generator().manual_seed(0))
@@ -50,7 +50,7 @@ def find_projection(vae: Any, unscaled: Callable[[torch.Tensor], torch.Tensor], 
     colours = interpolate(pictures, size=encoded.shape[-2:], mode="area")
     weights, bias, explained = _regress(_pixels_of(encoded), _pixels_of(colours))
 
-    # What scales each channel is folded in, and costs a preview nothing.
+    # The scale of each channel is folded in, at no cost per preview.
     shift = unscaled(torch.zeros(1, encoded.shape[1], 1, 1)).double().flatten()
     scale = unscaled(torch.ones(1, encoded.shape[1], 1, 1)).double().flatten() - shift
     log_event(logger, "previews fitted", seconds=round(time.monotonic() - started_at, 2), explained=round(explained, 3))
@@ -58,7 +58,7 @@ def find_projection(vae: Any, unscaled: Callable[[torch.Tensor], torch.Tensor], 
 
 
 def _colour_fields(generator: torch.Generator) -> torch.Tensor:
-    """Pictures [number, 3, height, width] from -1 to 1."""
+    """Return random images [number, 3, height, width] from -1 to 1."""
     size = (PIXELS, PIXELS)
     coarse = (torch.randn(NUM_PICTURES, 3, grain, grain, generator=generator) for grain in GRAINS)
     fields = torch.stack([interpolate(one, size=size, mode="bicubic") for one in coarse])
@@ -66,13 +66,15 @@ def _colour_fields(generator: torch.Generator) -> torch.Tensor:
 
 
 def _pixels_of(images: torch.Tensor) -> torch.Tensor:
-    """[number, channels, height, width] as [pixels, channels] in 64 bits."""
+    """Reshape [number, channels, height, width] to [pixels, channels] in 64 bits."""
     return images.permute(0, 2, 3, 1).flatten(0, 2).double()
 
 
 def _regress(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Least squares of `targets` [n, 3] on `inputs` [n, channels]: weights [3, channels], bias [3], and the share of
-    the targets' variance that they explain."""
+    """Fit `targets` [n, 3] on `inputs` [n, channels] by least squares.
+
+    Returns weights [3, channels], bias [3], and the share of the targets' variance that they explain.
+    """
     with_one = torch.cat((inputs, inputs.new_ones(len(inputs), 1)), dim=1)
     found = torch.linalg.lstsq(with_one, targets).solution
     explained = 1 - float((targets - with_one @ found).var() / targets.var())

@@ -1,4 +1,4 @@
-"""A source picture on its way into latents: encoded once for a request, drawn from by each of its lanes."""
+"""Encode a source image to latents, once for a request, and sample each lane's start from it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from inference.checkpoints.offload import ensure_on_device
 from inference.request import Source
 from inference.sampling.source_blend import SourceLatents
 
-# Of a mask's bytes, as diffusers rounds them: from here on the picture is repainted.
+# Threshold of a mask's bytes, as diffusers rounds them: from this value on, the image is repainted.
 REPAINTED = 128
 
 
 class Posterior(NamedTuple):
-    """What a VAE makes of a picture, [channels, height, width] each, fp32."""
+    """The VAE's distribution of latents for an image, [channels, height, width] each, fp32."""
 
     mean: torch.Tensor
     deviation: torch.Tensor
@@ -27,11 +27,11 @@ class Posterior(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EncodedSource:
-    """A request's source as its lanes need it.
+    """A request's encoded source.
 
-    `picture` is None where the denoiser never sees it; `rest`, the picture without what is repainted, is there for a
-    denoiser that reads it. `mask` [1, height, width] of the latents' size: true where it is repainted. `is_hidden` as
-    `Origin` has it.
+    `picture` is None where the denoiser never reads it; `masked_image`, without the repainted part, is there for an
+    inpainting denoiser. `mask` [1, height, width] in latent pixels: true where it is repainted. `is_hidden` as in
+    `SourceLatents`.
     """
 
     picture: Posterior | None
@@ -42,16 +42,16 @@ class EncodedSource:
     def begin(
         self, draw: Callable[[], torch.Tensor], scale: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[torch.Tensor, SourceLatents]:
-        """A lane's noise, and where it begins.
+        """Return a lane's noise, and the latents from which it starts.
 
-        `draw` gives standard normal noise of the latents' shape. It is asked as often as diffusers' pipelines draw, in
-        their order: what is drawn later is then the same too. `scale` brings the VAE's latents to the denoiser's scale.
+        `draw` returns standard normal noise of the latents' shape. It is called as often as diffusers' pipelines draw,
+        in their order, so that later draws are equal too. `scale` scales the VAE's latents for the denoiser.
         """
         latents = None if self.picture is None else scale(self.picture.sample(draw()))
         noise = draw()
         if self.mask is None:
             return noise, SourceLatents(latents)
-        # Its pipelines encode the rest of the picture even for a denoiser that does not read it.
+        # diffusers encodes the masked image even for a denoiser that does not read it.
         masked_noise = draw()
         if self.masked_image is None:
             return noise, SourceLatents(latents, self.mask, self.is_hidden)
@@ -70,9 +70,9 @@ def encode(
     dtype: torch.dtype,
     in_tiles: bool,
 ) -> EncodedSource:
-    """The source of pictures of this height and width. Tiles take less memory and blend where they meet.
+    """Encode the source of images of this height and width. Tiles take less memory, and are blended.
 
-    `upload` brings a tensor to the device. The encoder runs in `dtype`, whatever its weights are kept in.
+    `upload` copies a tensor to the device. The encoder runs in `dtype`, whatever its weights are stored in.
     """
     vae.use_tiling = in_tiles
     pixels = upload(_tensor(source.rgb, (*size, 3))).movedim(-1, 0) / 255 * 2 - 1
@@ -86,7 +86,7 @@ def encode(
 
 
 def check_size(source: Source, *, size: tuple[int, int]) -> None:
-    """ValueError unless the source is of a picture's size: whoever asks has fitted it."""
+    """Raise ValueError unless the source has the size of the image: callers resize it."""
     num_pixels = size[0] * size[1]
     if len(source.rgb) != 3 * num_pixels or (source.mask is not None and len(source.mask) != num_pixels):
         raise ValueError(f"the source is not of the picture's size, {size[1]}x{size[0]}")
@@ -99,8 +99,8 @@ def _tensor(values: bytes, shape: tuple[int, ...]) -> torch.Tensor:
 
 @contextmanager
 def _encoder_in(vae: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Have the weights that encode in `dtype` inside. They are put back as they were, which takes no memory."""
-    ensure_on_device(vae)  # or its turn on the device would come inside, and end with the weights of another dtype
+    """Convert the encoder's weights to `dtype` inside; the originals are restored, which takes no memory."""
+    ensure_on_device(vae)  # or offloading would move it inside, and restore weights of another dtype
     parts = [part for part in (vae.encoder, vae.quant_conv) if part is not None]
     kept = [(weight, weight.data) for part in parts for weight in part.parameters()]
     try:
@@ -113,12 +113,12 @@ def _encoder_in(vae: Any, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _posterior(vae: Any, pixels: torch.Tensor, dtype: torch.dtype) -> Posterior:
-    """Pixels [3, height, width] between -1 and 1, encoded."""
+    """Encode pixels [3, height, width] between -1 and 1."""
     found = vae.encode(pixels[None].to(dtype)).latent_dist
     return Posterior(found.mean[0].float(), found.std[0].float())
 
 
 def _shrunk(mask: torch.Tensor, vae: Any) -> torch.Tensor:
-    """The mask [1, height, width] in latent pixels: as the first of the pixels that each stands for."""
+    """Downsample the mask [1, height, width] to latent pixels: each is the first of its pixels."""
     step = 2 ** (len(vae.config.block_out_channels) - 1)
     return mask[:, ::step, ::step]

@@ -28,7 +28,7 @@ WEIGHT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 ALPHA_DTYPES = WEIGHT_DTYPES | {"I64", "I32", "I16", "I8", "U8"}
 
 HEADER_LENGTH_BYTES = 8
-BEGINNING_BYTES = 256  # enough to tell what kind of file it is
+BEGINNING_BYTES = 256  # enough to detect the format
 METADATA = "__metadata__"
 # A zip (torch.save today), a pickle of protocol 2 or later (torch.save once), a pickle of protocol 0 calling something.
 PICKLE_OR_ZIP = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]|\(?c[\w.]+\n")

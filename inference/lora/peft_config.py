@@ -24,8 +24,8 @@ MAX_ALPHA = 1e6
 LITERAL_PATTERN = re.compile(r"\^?[A-Za-z0-9_.-]{1,256}")
 # What PEFT assumes where the file is silent.
 PEFT_DEFAULT_RANK = PEFT_DEFAULT_ALPHA = 8
-# Settings of training, or of finding the layers that the tensors' names tell anyway. Whatever they hold, they do not
-# change what the adapter computes. Every other setting that we do not read must be off.
+# Settings of training, or of the choice of layers, which the tensors' names show anyway. Whatever their value, they do
+# not change what the adapter computes. Every other setting that we do not read must be off.
 HARMLESS_SETTINGS = frozenset(
     """auto_mapping base_model_name_or_path corda_config eva_config exclude_modules fan_in_fan_out inference_mode
     layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_config megatron_core

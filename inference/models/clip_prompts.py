@@ -11,11 +11,11 @@ from compel import EmbeddingsProvider, ReturnedEmbeddingsType, SplitLongTextMode
 
 from inference.errors import RequestFailed
 
-# Beyond 1.6 or so pictures fall apart; a wider range would only take more text for weights.
+# Beyond about 1.6 images degrade; a wider range would only parse more text as weights.
 MAX_WEIGHT = 3.0
-# Whoever weighs writes "1.25". The bound keeps the parser linear.
+# Weights are written like "1.25". The bound keeps the parser linear.
 MAX_NUMBER_CHARS = 16
-# Of each text encoder for one text, one row at a time, while the lanes that are denoising wait.
+# Passes of each text encoder for one text, one row at a time, while the lanes that are denoising wait.
 MAX_PASSES = 128
 
 _SYNTAX = re.compile(r"\\[():\\]|[():]")
@@ -24,38 +24,38 @@ _RATIO = re.compile(r"\s*[0-9]+\s*:\s*[0-9]+\s*")
 
 
 class Fragment(NamedTuple):
-    """A stretch of a prompt and the weight all of it has."""
+    """A part of a prompt of one weight."""
 
     text: str
     weight: float
 
 
 class PromptEmbeddings(NamedTuple):
-    """`tokens` [chunks · 77, width] of a text and, where the family pools, its `pooled` [width]."""
+    """Embedding of a text: `tokens` [chunks · 77, width] and, where the family pools, `pooled` [width]."""
 
     tokens: torch.Tensor
     pooled: torch.Tensor | None
 
 
 def parse_weights(prompt: str) -> tuple[Fragment, ...]:
-    """The prompt in stretches of one weight, without the syntax. Linear in its length; any text is a prompt.
+    """Split the prompt into parts of one weight, without the syntax. Linear in its length; any text is a prompt.
 
-    `(a red fox:1.3)` weighs what it holds, as in AUTOMATIC1111's web UI; nested weights multiply, to at most
+    `(a red fox:1.3)` weights its content, as in AUTOMATIC1111's web UI; nested weights multiply, to at most
     `MAX_WEIGHT`. All else is text: parentheses without a number, or with one outside 0 to `MAX_WEIGHT`, or that no
     other closes; square brackets; two whole numbers, which are a ratio or a time: `(16:9)`. A backslash makes the
     `( ) : \\` after it text and goes, but only in a prompt with a weight: one without comes back as it is.
     """
     groups = _find_groups(prompt)
-    return _cut(prompt, groups) if groups else (Fragment(prompt, 1.0),)
+    return _split(prompt, groups) if groups else (Fragment(prompt, 1.0),)
 
 
 def num_tokens(tokenizer: Any, text: str) -> int:
-    """Tokens of the text, start and end included."""
+    """Count the tokens of the text, start and end included."""
     return len(tokenizer(text, verbose=False).input_ids)
 
 
 class LongPromptEncoder:
-    """Encodes, one at a time, what plain diffusers would cut off or take literally.
+    """Encoder, one at a time, of prompts that plain diffusers would truncate or take literally.
 
     A text of more than 75 tokens is cut into chunks, each encoded alone between a start and an end of its own. A chunk
     ends with the last full stop among the next 75 tokens; where there is none with the last comma, semicolon or colon;
@@ -63,36 +63,35 @@ class LongPromptEncoder:
     empty prompt's or towards it, and below 1 also move all embeddings towards those of the prompt whose other tokens
     do not see that part.
 
-    Nothing is kept between calls, since adapters change the text encoders under us, and every pass of a text encoder
+    Nothing is kept between calls, since adapters change the text encoders, and every pass of a text encoder
     has one row: `AdapterBank.route` one row before `encode`.
     """
 
     def __init__(self, tokenizers: Sequence[Any], text_encoders: Sequence[Any], device: torch.device) -> None:
-        """One of each for Stable Diffusion 1.x and 2.x, two for SDXL, in the pipeline's order.
+        """Take one of each for Stable Diffusion 1.x and 2.x, two for SDXL, in the pipeline's order.
 
-        `device` is where the encoders run, though they may rest elsewhere between their turns.
+        The encoders run on `device`, though they may be offloaded between their passes.
         """
         self._device = device
         self._pairs = list(zip(tokenizers, text_encoders, strict=True))
         self._is_pooled = len(self._pairs) > 1
         for tokenizer in tokenizers:
-            # transformers says once for each tokenizer that a text is too long, which here it is not.
+            # transformers warns once for each tokenizer of a text that is too long, which here it is not.
             tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
 
     def is_ordinary(self, text: str) -> bool:
-        """Does plain diffusers take it as it is meant: no weights, and no tokens beyond what any encoder reads?"""
+        """Return whether plain diffusers encodes it right: no weights, and no more tokens than any encoder reads."""
         is_plain = parse_weights(text) == (Fragment(text, 1.0),)
         return is_plain and all(num_tokens(one, text) <= one.model_max_length for one, _ in self._pairs)
 
     def encode(self, text: str) -> PromptEmbeddings:
-        """In the text encoders' dtype and on their device; of an ordinary text, what diffusers' `encode_prompt` gives.
+        """Embed a text, in the text encoders' dtype and on their device; an ordinary one as diffusers' `encode_prompt`.
 
         SDXL's two encoders share `tokens` side by side; the one with fewer chunks is filled up with the empty prompt's.
-        `pooled` knows neither weights nor what is beyond the first 77 tokens. Raises `RequestFailed` where it would
-        take more than `MAX_PASSES`.
+        `pooled` ignores weights and all beyond the first 77 tokens. Raises `RequestFailed` above `MAX_PASSES`.
         """
         fragments = parse_weights(text)
-        # compel keeps the empty prompt's embedding in the provider: one that lives on would show another adapter's.
+        # compel keeps the empty prompt's embedding in the provider: one kept would be another adapter's.
         providers = [self._provider(tokenizer, encoder) for tokenizer, encoder in self._pairs]
         for provider in providers:
             _check_passes(provider, fragments)
@@ -118,7 +117,7 @@ class LongPromptEncoder:
 
 
 class _Group(NamedTuple):
-    """A weighted part of a prompt: where its "(", its last ":" and its ")" are."""
+    """A weighted part of a prompt: positions of its "(", its last ":" and its ")"."""
 
     start: int
     colon: int
@@ -137,13 +136,13 @@ def _find_groups(prompt: str) -> list[_Group]:
                 colons[-1] = (colons[-1][0], found.start())
             case ")" if colons:
                 start, colon = colons.pop()
-                weight = _weight(prompt, start, colon, found.start())
+                weight = _parse_weight(prompt, start, colon, found.start())
                 if weight is not None:
                     groups.append(_Group(start, colon, found.start(), weight))
     return groups
 
 
-def _weight(prompt: str, start: int, colon: int, end: int) -> float | None:
+def _parse_weight(prompt: str, start: int, colon: int, end: int) -> float | None:
     if colon <= start + 1 or end - colon > MAX_NUMBER_CHARS:
         return None
     number = _NUMBER.fullmatch(prompt, colon + 1, end)
@@ -154,7 +153,7 @@ def _weight(prompt: str, start: int, colon: int, end: int) -> float | None:
     return weight if weight <= MAX_WEIGHT else None
 
 
-def _cut(prompt: str, groups: list[_Group]) -> tuple[Fragment, ...]:
+def _split(prompt: str, groups: list[_Group]) -> tuple[Fragment, ...]:
     opened = {group.start: group.weight for group in groups}
     closed = {group.colon: group.end for group in groups}
     weights = [1.0]
@@ -162,7 +161,7 @@ def _cut(prompt: str, groups: list[_Group]) -> tuple[Fragment, ...]:
     i = 0
     while i < len(prompt):
         if i in opened:
-            # Held in range at every level: a hundred levels of 3 around a 0 would come to no number.
+            # Clamped at every level: a hundred levels of 3 around a 0 would overflow to NaN.
             weights.append(min(weights[-1] * opened[i], MAX_WEIGHT))
         elif i in closed:
             weights.pop()
@@ -178,7 +177,7 @@ def _cut(prompt: str, groups: list[_Group]) -> tuple[Fragment, ...]:
 
 
 def _check_passes(provider: Any, fragments: Sequence[Fragment]) -> None:
-    """compel encodes the whole prompt once more for every part below 1."""
+    """Raise `RequestFailed` above `MAX_PASSES`: compel encodes the whole prompt again for every part below 1."""
     token_ids = _token_ids(provider, fragments)
     num_chunks = math.ceil(sum(map(len, token_ids)) / (provider.max_token_count - 2))
     num_faint = sum(fragment.weight < 1 for fragment in fragments)
@@ -192,10 +191,10 @@ def _check_passes(provider: Any, fragments: Sequence[Fragment]) -> None:
 
 
 def _embed(provider: Any, fragments: Sequence[Fragment]) -> torch.Tensor:
-    """[chunks · 77, width]"""
+    """Embed the fragments, [chunks · 77, width]."""
     # compel fails on a part without tokens: spaces between two weights.
-    told = [fragment for fragment, ids in zip(fragments, _token_ids(provider, fragments), strict=True) if ids]
-    texts, weights = zip(*(told or [Fragment("", 1.0)]), strict=True)
+    encoded = [fragment for fragment, ids in zip(fragments, _token_ids(provider, fragments), strict=True) if ids]
+    texts, weights = zip(*(encoded or [Fragment("", 1.0)]), strict=True)
     embeddings = provider.get_embeddings_for_weighted_prompt_fragments(
         [list(texts)], [list(weights)], device=provider.device
     )

@@ -1,4 +1,4 @@
-"""From a checkpoint's name to its family, resident on the device."""
+"""Load the family of the checkpoint in the settings onto the device."""
 
 import torch
 
@@ -23,9 +23,9 @@ FAMILIES: dict[str, type[StableDiffusion] | type[StableDiffusionXL] | type[ZImag
 
 
 def load_family(settings: ModelSettings, *, device: torch.device, dtype: torch.dtype) -> Family:
-    """The model that the settings name, whole on `device` or, where it does not fit, taking turns there.
+    """Load the model of the settings, resident on `device` or, where it does not fit, offloaded in turns.
 
-    `EngineStartFailed` says why it cannot be run.
+    `EngineStartFailed` where it cannot be run.
     """
     found = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)
     checkpoint = download(found)

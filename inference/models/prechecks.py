@@ -1,6 +1,6 @@
-"""What of a request can be refused before the model is loaded: by the checkpoint's index and configs, and by files.
+"""Checks of a request before the model is loaded, by the checkpoint's index and configs, and by adapter files.
 
-The engine's own checks stand behind these. A model is gigabytes, and these read kilobytes and the adapters.
+The engine checks again. A model is gigabytes; these checks read kilobytes and the adapters.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ SDXL_LAYERS_PER_BLOCK = 2
 
 @dataclass(frozen=True, slots=True)
 class ModelPrecheck:
-    """What is known of the model of MODEL_ID before it is loaded. `kinds` and `controls` are as in `ModelFacts`."""
+    """Facts of the model of MODEL_ID before it is loaded. `kinds` and `controls` are as in `ModelFacts`."""
 
     model: str
     kinds: tuple[str, ...]
@@ -36,7 +36,7 @@ class ModelPrecheck:
     max_rank: int
 
     def check(self, scheduler: str | None, adapters: Sequence[AdapterFile]) -> None:
-        """Raise `RequestFailed` for a scheduler that the model does not take, or an adapter that cannot be its own."""
+        """Raise `RequestFailed` for a scheduler that the model does not support, or an adapter of another model."""
         self.schedulers.check(scheduler)
         for file in adapters:
             try:
@@ -46,13 +46,13 @@ class ModelPrecheck:
 
 
 def precheck_model(settings: ModelSettings) -> ModelPrecheck:
-    """Read the checkpoint's index. `EngineStartFailed` where MODEL_ID is nothing that can be run."""
+    """Read the checkpoint's index. `EngineStartFailed` where MODEL_ID is not supported."""
     checkpoint = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)
     family = FAMILIES[checkpoint.pipeline_class]
     unet = _unet_config(checkpoint) if issubclass(family, UNetFamily) else {}
     return ModelPrecheck(
         model=checkpoint.public_name,
-        kinds=("inpaint",) if _reads_masks(unet) else KINDS,
+        kinds=("inpaint",) if _is_inpainting(unet) else KINDS,
         controls=tuple(settings.controlnet_sources),
         schedulers=family.schedulers,
         naming=_naming_of(checkpoint, unet),
@@ -61,12 +61,12 @@ def precheck_model(settings: ModelSettings) -> ModelPrecheck:
 
 
 def _unet_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """Empty where it is not on this machine."""
+    """Read the UNet's config; empty where it is not on this machine."""
     path = checkpoint.path / "unet" / "config.json"
     return read_json(path) if checkpoint.where is not Location.FILE and path.is_file() else {}
 
 
-def _reads_masks(unet: Mapping[str, Any]) -> bool:
+def _is_inpainting(unet: Mapping[str, Any]) -> bool:
     return "in_channels" in unet and unet["in_channels"] != unet.get("out_channels", 4)
 
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two CLIP encoders side by side, a pooled embedding, and the picture's size told to the UNet."""
+"""Stable Diffusion XL: two CLIP encoders side by side, a pooled embedding, and the image's size as a condition."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,8 +8,8 @@ import torch
 from inference.lane import Embedding, Lane
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
 from inference.lora.key_names import sdxl
-from inference.models.base import Prompt
 from inference.models.clip_prompts import LongPromptEncoder
+from inference.models.inputs import Prompt
 from inference.models.unet import UNetFamily
 from inference.sampling.schedulers import SDXL
 
@@ -34,12 +34,12 @@ class StableDiffusionXL(UNetFamily):
         self._prompts = LongPromptEncoder(
             [pipeline.tokenizer, pipeline.tokenizer_2], [pipeline.text_encoder, pipeline.text_encoder_2], device
         )
-        # On the device from the start: they are wanted between steps.
+        # On the device from the start: they are used between steps.
         self._latents_mean = self._find_latents_statistic("latents_mean")
         self._latents_std = self._find_latents_statistic("latents_std")
 
     def _encode_ordinary(self, prompts: Sequence[Prompt]) -> list[Embedding]:
-        """An empty negative prompt is none, which most checkpoints were trained to read as zeros."""
+        """Embed the prompts; a left-out negative prompt as zeros, as most checkpoints were trained."""
         pipeline = self._pipeline
         pairs = [(pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2)]
         encoded = [
@@ -56,14 +56,14 @@ class StableDiffusionXL(UNetFamily):
 
     def _added_conditions(self, rows: Sequence[Lane], embeddings: Sequence[Embedding]) -> dict[str, torch.Tensor]:
         requests = [lane.owner.request for lane in rows]
-        # Original size, the crop's corner, target size, each height first: the picture as it is, whole.
+        # Original size, the crop's corner, target size, each height first: the whole image, uncropped.
         sizes = [[one.height, one.width, 0, 0, one.height, one.width] for one in requests]
         pooled = torch.stack([embedding.pooled for embedding in embeddings if embedding.pooled is not None])
         return {"text_embeds": pooled, "time_ids": self._upload(sizes).to(pooled.dtype)}
 
     @property
     def _encoding_dtype(self) -> torch.dtype:
-        """32 bits where the checkpoint asks for them, though with bfloat16 it decodes in that: so do its pipelines."""
+        """32 bits where the checkpoint sets force_upcast, though it decodes in bfloat16 then: as its pipelines do."""
         return torch.float32 if self._pipeline.vae.config.force_upcast else super()._encoding_dtype
 
     def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
@@ -79,6 +79,6 @@ class StableDiffusionXL(UNetFamily):
         return super()._scaled(latents - mean) / deviation
 
     def _find_latents_statistic(self, name: str) -> torch.Tensor | None:
-        """What the VAE's config says of each channel, [channels, 1, 1] on the device, where it says anything."""
+        """Return the VAE config's statistic by channel, [channels, 1, 1] on the device; None where it has none."""
         values = self._pipeline.vae.config.get(name)
         return None if values is None else self._upload(values).view(-1, 1, 1)

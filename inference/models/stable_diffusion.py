@@ -8,8 +8,8 @@ import torch
 from inference.lane import Embedding
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
 from inference.lora.key_names import STABLE_DIFFUSION
-from inference.models.base import Prompt
 from inference.models.clip_prompts import LongPromptEncoder
+from inference.models.inputs import Prompt
 from inference.models.unet import UNetFamily
 from inference.sampling.schedulers import DIFFUSION
 
@@ -29,7 +29,7 @@ class StableDiffusion(UNetFamily):
     def _encode_ordinary(self, prompts: Sequence[Prompt]) -> list[Embedding]:
         encoder = self._pipeline.text_encoder
         ids, mask = self._tokenized(self._pipeline.tokenizer, prompts)
-        # Few encoders were trained to leave out what fills up a prompt.
+        # Few encoders were trained with the padding masked.
         is_masked = getattr(encoder.config, "use_attention_mask", False)
         embeddings = encoder(ids, attention_mask=self._uploaded(mask) if is_masked else None)[0]
         return [Embedding(tokens) for tokens in embeddings]

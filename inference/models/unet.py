@@ -1,4 +1,4 @@
-"""What the families with a UNet share: CLIP's prompts in chunks, and forwards of lanes of one size."""
+"""Base of the families with a UNet: CLIP's prompts in chunks, and forwards of lanes of one size."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 
-from inference.controlnet.unet import Inputs, residuals_of
+from inference.controlnet.unet import Inputs, compute_residuals
 from inference.errors import EngineStartFailed
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import AdapterMemory
 from inference.lora.bank import RowAdapters
-from inference.models.base import Family, Prompt, embedding_of, guides_of, sampler_of
+from inference.models.base import Family
 from inference.models.clip_prompts import LongPromptEncoder
+from inference.models.inputs import Prompt, embedding_of, guides_of, sampler_of
 from inference.request import GenerationRequest
 
-# What a ControlNet's config has in common with its UNet's: otherwise their blocks do not meet.
+# Entries that a ControlNet's config shares with its UNet's: otherwise their blocks do not match.
 SHARED_WITH_CONTROLNETS = (
     "cross_attention_dim",
     "block_out_channels",
@@ -58,7 +59,7 @@ class UNetFamily(Family):
         )
 
     def encode(self, prompts: Sequence[Prompt], adapters: Sequence[RowAdapters]) -> list[Embedding]:
-        """Ordinary prompts in one pass; those with weights, and those of several chunks, one by one."""
+        """Embed ordinary prompts in one pass; those with weights or several chunks one by one."""
         found: list[Embedding | None] = [None] * len(prompts)
         ordinary = []
         for index, (prompt, row) in enumerate(zip(prompts, adapters, strict=True)):
@@ -76,17 +77,17 @@ class UNetFamily(Family):
 
     @abstractmethod
     def _encode_ordinary(self, prompts: Sequence[Prompt]) -> list[Embedding]:
-        """Prompts of one chunk without weights, as by the plain pipeline's `encode_prompt`, which waits for uploads."""
+        """Embed prompts of one chunk without weights like the pipeline's `encode_prompt`; uploads do not wait."""
 
     def _tokenized(self, tokenizer: Any, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and their mask, [prompts, 77] each, the ids on the device and the mask on the host."""
+        """Tokenize: ids on the device and their mask on the host, [prompts, 77] each."""
         texts = [prompt.text for prompt in prompts]
         length = tokenizer.model_max_length
         found = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return self._uploaded(found.input_ids), found.attention_mask
 
     def _added_conditions(self, rows: Sequence[Lane], embeddings: Sequence[Embedding]) -> dict[str, torch.Tensor]:
-        """What the UNet is told beside the prompt."""
+        """Return the UNet's added conditions."""
         return {}
 
     def _latent_shape(self, request: GenerationRequest) -> tuple[int, int, int]:
@@ -94,7 +95,7 @@ class UNetFamily(Family):
         return self._pipeline.unet.config.out_channels, request.height // multiple, request.width // multiple
 
     def encode_control(self, picture: torch.Tensor) -> torch.Tensor:
-        """The picture as it is: these ControlNets have an encoder of their own."""
+        """Return the image unchanged: these ControlNets have an encoder of their own."""
         return self._uploaded(picture).to(self._pipeline.unet.dtype)
 
     def _controlnet_mismatch(self, config: Any) -> str | None:
@@ -106,7 +107,7 @@ class UNetFamily(Family):
         return _difference(self._pipeline.unet.config, config)
 
     def _denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
-        """Rows: the negative prompts of the guided lanes, their prompts, then the prompts of the others."""
+        """Run the forward. Rows: negative prompts of the guided lanes, their prompts, then prompts of the others."""
         unet = self._pipeline.unet
         guided = [lane for lane in lanes if lane.num_rows == 2]
         ordered = guided + [lane for lane in lanes if lane.num_rows == 1]
@@ -129,7 +130,7 @@ class UNetFamily(Family):
             encoder_attention_mask=None if mask is None else self._uploaded(mask),
             added_cond_kwargs=inputs.added,
             return_dict=False,
-            **residuals_of(guides_of(rows), inputs, self._upload),
+            **compute_residuals(guides_of(rows), inputs, self._upload),
         )[0].float()
         negative, positive, unguided = predictions.split((len(guided), len(guided), len(lanes) - len(guided)))
         scales = self._upload([lane.owner.request.guidance_scale for lane in guided]).view(-1, 1, 1, 1)
@@ -139,7 +140,7 @@ class UNetFamily(Family):
 
 
 def _difference(ours: Any, theirs: Any) -> str | None:
-    """What of a ControlNet's config differs from its UNet's where it must not."""
+    """Return the first entry of a ControlNet's config that must equal its UNet's and does not; None if all do."""
     for name in SHARED_WITH_CONTROLNETS:
         wanted, found = (_plain(getattr(config, name)) for config in (ours, theirs))
         if wanted != found:
@@ -153,8 +154,10 @@ def _plain(value: Any) -> Any:
 
 
 def _stacked(tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Embeddings [rows, tokens, width], the shorter ones filled up with zeros that a mask [rows, tokens], on the host,
-    hides; without a mask where all are of one length, which is what attention is fastest at."""
+    """Stack embeddings to [rows, tokens, width], padded with zeros, and their mask [rows, tokens] on the host.
+
+    Without a mask where all are of one length, which is fastest in attention.
+    """
     lengths = [len(one) for one in tokens]
     longest = max(lengths)
     if min(lengths) == longest:
@@ -166,7 +169,7 @@ def _stacked(tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _check_is_plain(unet: Any) -> None:
-    """The pipelines have more kinds of UNet than this file: some know the guidance, some read a picture to edit."""
+    """Raise EngineStartFailed for guidance-distilled UNets, and those for editing or upscaling."""
     config = unet.config
     if config.time_cond_proj_dim is not None:
         raise EngineStartFailed("MODEL_ID has a guidance-distilled UNet, which this version cannot run")

@@ -1,4 +1,4 @@
-"""Z-Image: a language model's hidden states, a transformer that reads pictures of any size as tokens, a flow."""
+"""Z-Image: a language model's hidden states, a transformer over image tokens of any size, a flow."""
 
 import math
 from collections.abc import Sequence
@@ -9,13 +9,14 @@ from diffusers import ZImageControlNetModel
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 
 from inference.checkpoints.offload import ensure_on_device
-from inference.controlnet.z_image import Inputs, hints_of
+from inference.controlnet.z_image import Inputs, compute_hints
 from inference.errors import RequestFailed
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
 from inference.lora.bank import RowAdapters
 from inference.lora.key_names import Z_IMAGE
-from inference.models.base import Family, Prompt, embedding_of, guides_of, sampler_of
+from inference.models.base import Family
+from inference.models.inputs import Prompt, embedding_of, guides_of, sampler_of
 from inference.models.z_image_attention import (
     RowLengths,
     RowTokens,
@@ -23,14 +24,14 @@ from inference.models.z_image_attention import (
     attend_to_own_tokens_in_controlnet,
 )
 from inference.request import GenerationRequest, Source
+from inference.sampling.samplers import TRAIN_TIMESTEPS
 from inference.sampling.schedulers import FLOW
 
-# What the transformer was trained to read; the pipeline cuts here.
+# The transformer's length in training; the pipeline truncates here.
 MAX_TOKENS = 512
-# Tokens come in multiples of it, both the caption's and the picture's.
+# Tokens of captions and images are padded to multiples of it.
 TOKEN_MULTIPLE = 32
-TRAIN_TIMESTEPS = 1000
-# What a ControlNet's config has in common with its transformer's.
+# Entries that a ControlNet's config shares with its transformer's.
 SHARED_WITH_CONTROLNETS = ("dim", "n_heads", "n_kv_heads", "n_refiner_layers")
 # Latent pixels on a side of one token.
 PATCH = 2
@@ -59,23 +60,23 @@ class ZImage(Family):
         return int(self._pipeline.vae_scale_factor * PATCH)
 
     def batch_traits(self, request: GenerationRequest) -> BatchTraits:
-        """Half-octaves of area, the base size in the middle of one: a forward takes as long as its largest picture."""
+        """Return half-octaves of area, centred at the base size: a forward takes as long as its largest image."""
         base = (self.base_size // self.size_multiple) ** 2
         shape = round(2 * math.log2(self._num_patches(request) / base))
         return BatchTraits(shape, is_guided=request.guidance_scale > 0, num_steps=self.num_steps_of(request))
 
     def num_steps_of(self, request: GenerationRequest) -> int:
-        """Its pipelines round the steps that are left out, the others' those that are taken."""
+        """Return the number of steps taken: its pipelines round the skipped steps, the others' the taken ones."""
         if request.source is None:
             return request.num_inference_steps
         num_steps = request.num_inference_steps
         return num_steps - int(max(num_steps - num_steps * request.source.strength, 0))
 
     def check(self, request: GenerationRequest) -> None:
-        """There is nothing that a request may name and this family cannot do."""
+        """Accept every option: this family supports all."""
 
     def encode(self, prompts: Sequence[Prompt], adapters: Sequence[RowAdapters]) -> list[Embedding]:
-        """The hidden states before the last layer; adapters leave the language model alone."""
+        """Return the hidden states before the last layer; adapters do not change the language model."""
         tokenizer, encoder = self._pipeline.tokenizer, self._pipeline.text_encoder
         chats = [
             tokenizer.apply_chat_template(
@@ -88,20 +89,22 @@ class ZImage(Family):
         ]
         tokens = tokenizer(chats, padding=True, padding_side="right", return_tensors="pt")
         lengths = tokens.attention_mask.sum(1).tolist()
-        _check_length(max(lengths))
-        # No mask: a token reads those before it, and what fills up a shorter text comes behind all of its own. With one
-        # transformers would ask the device whether it hides anything.
+        if max(lengths) > MAX_TOKENS:
+            reason = f"the prompt has {max(lengths)} tokens with the model's own around it; it reads {MAX_TOKENS}"
+            raise RequestFailed("INVALID_PROMPT", f"{reason}: ask with fewer words")
+        # No mask: a token attends to those before it, and padding comes after all of a text's own. With a mask
+        # transformers would synchronise with the device to see whether it hides anything.
         states = encoder(input_ids=self._uploaded(tokens.input_ids), output_hidden_states=True).hidden_states[-2]
         return [Embedding(own[:length]) for own, length in zip(states, lengths, strict=True)]
 
     def load_control(self, name: str) -> Any:
-        """With the transformer's own layers where it lacks some."""
+        """Load a ControlNet, with the transformer's own layers where it lacks some."""
         net = ZImageControlNetModel.from_transformer(super().load_control(name), self._pipeline.transformer)
         attend_to_own_tokens_in_controlnet(net, self._row_lengths)
         return net
 
     def encode_control(self, picture: torch.Tensor) -> torch.Tensor:
-        """The picture as latents [channels, 1, height, width], the likeliest of those that the VAE makes of it."""
+        """Encode the image to latents [channels, 1, height, width], the mode of the VAE's distribution."""
         vae = self._pipeline.vae
         vae.use_tiling = False
         encoded = vae.encode((self._uploaded(picture)[None] * 2 - 1).to(vae.dtype)).latent_dist.mode()
@@ -119,7 +122,7 @@ class ZImage(Family):
         return None
 
     def _denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
-        """Rows: the prompts of all lanes, then the negative prompts of the guided ones."""
+        """Run the forward. Rows: the prompts of all lanes, then the negative prompts of the guided ones."""
         guided = [lane for lane in lanes if lane.num_rows == 2]
         with self._row_lengths.cleared_on_exit():
             predictions = self._forward([*lanes, *guided], num_positive=len(lanes))
@@ -129,12 +132,12 @@ class ZImage(Family):
             prediction = positive.float()
             if id(lane) in negative:
                 prediction = _guided(prediction, negative[id(lane)], lane)
-            # The model tells the way to the picture, schedulers expect the way to the noise.
+            # The model predicts the velocity to the image, schedulers expect that to the noise.
             drawn.append(-prediction[:, 0])
         return drawn
 
     def _forward(self, rows: Sequence[Lane], *, num_positive: int) -> list[torch.Tensor]:
-        """The transformer's prediction for each row, behind the first `num_positive` by the negative prompt."""
+        """Return the transformer's prediction for each row, after the first `num_positive` by the negative prompt."""
         transformer = self._pipeline.transformer
         captions = [embedding_of(lane, is_negative=i >= num_positive).tokens for i, lane in enumerate(rows)]
         tokens = [self._row_tokens(*one) for one in zip(rows, captions, strict=True)]
@@ -152,7 +155,7 @@ class ZImage(Family):
             self.bank.route([rows[i].owner.row for i in numbers], _token_counts(chosen))
 
         ensure_on_device(transformer)  # the ControlNets run layers of it before it is called itself
-        hints = hints_of(guides_of(rows), inputs, route_adapters, self._upload)
+        hints = compute_hints(guides_of(rows), inputs, route_adapters, self._upload)
         route_adapters(range(len(rows)))
         predictions: list[torch.Tensor] = transformer(
             inputs.latents, inputs.times, captions, return_dict=False, controlnet_block_samples=hints or None
@@ -194,7 +197,7 @@ class ZImage(Family):
 
 
 def _token_counts(rows: Sequence[RowTokens]) -> dict[str, list[int]]:
-    """Where the transformer strings all rows' tokens together, how many are whose."""
+    """Return the tokens of each row, for the layers whose input concatenates all rows."""
     return {
         "transformer.all_x_embedder.2-1": [row.image for row in rows],
         "transformer.cap_embedder.1": [row.caption for row in rows],
@@ -202,22 +205,16 @@ def _token_counts(rows: Sequence[RowTokens]) -> dict[str, list[int]]:
 
 
 def _guided(positive: torch.Tensor, negative: torch.Tensor, lane: Lane) -> torch.Tensor:
-    """The pipeline's guidance: off beyond the truncation, and no longer than the normalisation lets it be."""
+    """Apply the pipeline's guidance: off beyond the truncation, its norm limited by the normalisation."""
     request = lane.owner.request
     if (TRAIN_TIMESTEPS - sampler_of(lane).timestep) / TRAIN_TIMESTEPS > request.cfg_truncation:
         return positive
     guided = positive + request.guidance_scale * (positive - negative)
     if request.cfg_normalization > 0:
         longest = torch.linalg.vector_norm(positive) * request.cfg_normalization
-        # No branch: asking the device which one is longer would wait for it.
+        # No branch: comparing on the host would wait for the device.
         guided = guided * (longest / torch.linalg.vector_norm(guided)).clamp(max=1)
     return guided
-
-
-def _check_length(num_tokens: int) -> None:
-    if num_tokens > MAX_TOKENS:
-        reason = f"the prompt has {num_tokens} tokens with the model's own around it; it reads {MAX_TOKENS}"
-        raise RequestFailed("INVALID_PROMPT", f"{reason}: ask with fewer words")
 
 
 def _padded(num_tokens: int) -> int:

@@ -1,7 +1,7 @@
 """Z-Image's attention, computed row by row over each row's own tokens.
 
-Rows of a batch differ in length by their captions and image sizes, and diffusers hides what fills up the shorter ones
-behind a mask, which keeps torch from its fastest kernels. How long each row is, is known on the host.
+Rows of a batch differ in length by their captions and image sizes, and diffusers masks the padding of the shorter ones,
+which excludes torch's fastest kernels. The lengths of the rows are known on the host.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,14 +14,14 @@ from torch.nn import functional
 
 
 class RowTokens(NamedTuple):
-    """How many tokens a row has, of its image and of its caption, each with what diffusers fills it up by."""
+    """Number of tokens of a row's image and caption, with diffusers' padding to a multiple."""
 
     image: int
     caption: int
 
 
 class Stream(Enum):
-    """Which tokens of a row a block reads."""
+    """The tokens of a row that a block reads."""
 
     IMAGE = "image"
     CAPTION = "caption"
@@ -29,13 +29,13 @@ class Stream(Enum):
 
 
 class RowLengths:
-    """The lengths of the rows of the forward that is running; none between forwards. Of the engine's thread."""
+    """Owner of the rows' lengths in the running forward; none between forwards. Used by the engine's thread."""
 
     def __init__(self) -> None:
         self._lengths: dict[Stream, list[int]] = {}
 
     def set(self, rows: Sequence[RowTokens]) -> None:
-        """The next forward has these rows, in order."""
+        """Set the rows of the next forward, in order."""
         self._lengths = {
             Stream.IMAGE: [row.image for row in rows],
             Stream.CAPTION: [row.caption for row in rows],
@@ -44,14 +44,14 @@ class RowLengths:
 
     @contextmanager
     def cleared_on_exit(self) -> Iterator[None]:
-        """Leave nothing behind, however the forwards inside end: the next might have other rows."""
+        """Clear the lengths on exit, also after errors: the next forward may have other rows."""
         try:
             yield
         finally:
             self._lengths = {}
 
     def find(self, streams: Sequence[Stream], num_rows: int, longest: int) -> list[int] | None:
-        """The lengths of rows filled up to `longest` tokens of one of the streams; None where none fits."""
+        """Return the lengths of rows padded to `longest` tokens of one of the streams; None where none fits."""
         for stream in streams:
             lengths = self._lengths.get(stream, [])
             if len(lengths) == num_rows and max(lengths) == longest:
@@ -63,7 +63,7 @@ class OwnTokensAttnProcessor:
     """diffusers' `ZSingleStreamAttnProcessor`, with the mask left out wherever the rows' lengths are known."""
 
     def __init__(self, lengths: RowLengths, streams: Sequence[Stream]) -> None:
-        """`streams`: what the block may be given. A mask counts only for rows whose lengths fit none of them."""
+        """Attend over `streams`, the block's possible inputs. A mask is used only where lengths match none of them."""
         self._lengths = lengths
         self._streams = streams
 
@@ -94,7 +94,7 @@ class OwnTokensAttnProcessor:
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """[rows, tokens, heads, width] each."""
+        """Attend with tensors [rows, tokens, heads, width] each."""
         num_rows, longest = query.shape[:2]
         lengths = self._lengths.find(self._streams, num_rows, longest)
         if mask is None or lengths is None:
@@ -112,7 +112,7 @@ def attend_to_own_tokens(transformer: Any, lengths: RowLengths) -> None:
 
 
 def attend_to_own_tokens_in_controlnet(net: Any, lengths: RowLengths) -> None:
-    """The same on the blocks that a `ZImageControlNetModel` has beside its transformer's."""
+    """Set it on the blocks that a `ZImageControlNetModel` has beside its transformer's."""
     _set(net.control_noise_refiner or [], lengths, [Stream.IMAGE])
     # Some ControlNets refine the image by their layers too. A row of both streams is longer than its image alone.
     _set(net.control_layers, lengths, [Stream.BOTH, Stream.IMAGE])
@@ -128,16 +128,16 @@ def _by_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def _rotated(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
-    """Rotary positions: neighbours in [rows, tokens, heads, width] are a complex number each, turned in 32 bits."""
+    """Apply rotary positions: neighbours in [rows, tokens, heads, width] are rotated as complex numbers, in 32 bits."""
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * freqs_cis[:, :, None]).flatten(3).type_as(x)
 
 
 def _row_by_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """Zeros behind a row's own tokens: nothing there is read, but it must be numbers.
+    """Attend row by row, with zeros as padding: it is not read, but must be finite.
 
-    Rows of one length do not share a call. cuDNN plans anew, in tenths of a second, for each shape and for each stride:
-    a row alone, as if it had been alone in its batch, has one plan for its length, whatever it is drawn with.
+    Rows of one length do not share a call. cuDNN makes a plan, in tenths of a second, for each shape and stride: a row
+    alone has one plan for its length, whatever its batch.
     """
     longest = query.shape[1]
     padding = query.new_zeros(longest - min(lengths), *query.shape[2:])
@@ -153,6 +153,6 @@ def _row_by_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, len
 def _sdpa(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """[rows, tokens, heads, width] each, as torch does not have it."""
+    """Call torch's attention with [rows, tokens, heads, width] each, which torch orders otherwise."""
     query, key, value = (one.transpose(1, 2) for one in (query, key, value))
     return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The noise that a diffusers scheduler draws inside its own step, supplied by the caller."""
+"""Supply the noise that a diffusers scheduler draws inside its own step."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,10 +8,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class SuppliedNoise(TorchFunctionMode):
-    """Within it, `torch.randn` with `generator` returns `supply(shape)`. Counts how often it did.
+    """Context in which `torch.randn` with `generator` returns `supply(shape)`. Counts the calls.
 
     Few schedulers take their noise as an argument; all draw it with `torch.randn`. It holds for the thread that enters
-    it and for no other.
+    it alone.
     """
 
     def __init__(self, generator: torch.Generator, supply: Callable[[Sequence[int]], torch.Tensor]) -> None:

@@ -1,7 +1,7 @@
-"""The arithmetic of one lane's denoise steps, around the denoiser.
+"""Samplers: the denoise steps of one lane, around the denoiser.
 
-Where a scheduler's steps are linear they are taken from a trajectory found once, see `courses.py`. Whether a scheduler
-really is linear is tried out on random numbers, never assumed.
+Where a scheduler's steps are linear they are taken from a trajectory derived once, see `trajectory.py`. Whether a
+scheduler is linear is tested on random numbers, never assumed.
 """
 
 import math
@@ -40,7 +40,7 @@ class Sampler(Protocol):
     def timestep(self) -> float: ...
 
     def model_input(self) -> torch.Tensor:
-        """What the denoiser reads at `timestep`: the latents as it wants them, and what else it has channels for."""
+        """Return the denoiser's input at `timestep`: the scaled latents, and its other channels."""
         ...
 
     def advance(self, prediction: torch.Tensor) -> None:
@@ -49,10 +49,10 @@ class Sampler(Protocol):
 
 
 class TrajectorySampler:
-    """A lane on a known trajectory. Keeps what its scheduler looks back to: samples, predictions and noise."""
+    """A lane on a linear trajectory. Keeps the last samples, predictions and noise that its steps combine."""
 
     def __init__(self, trajectory: LinearTrajectory, blend: SourceBlend, generator: torch.Generator) -> None:
-        """The weights of `trajectory` are on the lane's device; `generator` goes on where it drew the lane's noise."""
+        """Start from `blend`. The weights of `trajectory` are on the lane's device; `generator` drew its noise."""
         assert trajectory.weights is not None, "a linear scheduler's"  # noqa: S101
         self._trajectory = trajectory
         self._blend = blend
@@ -100,9 +100,9 @@ class SchedulerSampler:
         blend: SourceBlend,
         generator: torch.Generator,
     ) -> None:
-        """`scheduler` is set up to take `times`; `generator` goes on where it drew the lane's noise.
+        """Start from `blend`, with `scheduler` set up to take `times`; `generator` drew the lane's noise.
 
-        `draws`: which of the steps draw noise.
+        `draws`: whether each step draws noise.
         """
         self._scheduler = scheduler
         self._times = times
@@ -126,7 +126,7 @@ class SchedulerSampler:
         return self._blend.extended(scaled)
 
     def advance(self, prediction: torch.Tensor) -> None:
-        # Most schedulers look themselves up by timestep; few take a generator, the deterministic ones ignore it.
+        # Most schedulers find their step by timestep; few take a generator, the deterministic ones ignore it.
         now = self._times[self.step_index]
         # Not at every step: it makes each call of torch some microseconds slower.
         with SuppliedNoise(self._generator, self._draw) if self._draws[self.step_index] else nullcontext():
@@ -140,13 +140,13 @@ class SchedulerSampler:
 
 
 class Samplers:
-    """Maker of samplers for one checkpoint. Remembers the trajectories it found."""
+    """Factory of samplers for one checkpoint, with a cache of trajectories."""
 
     def __init__(self, table: SchedulerTable, scheduler_config: Any) -> None:
         self._table = table
         self._config = scheduler_config
         self._trajectory = lru_cache(MAX_TRAJECTORIES)(self._find_trajectory)
-        # Lanes of one course share them on the device.
+        # Lanes of one plan share them on the device.
         self._weights = lru_cache(MAX_TRAJECTORIES)(self._upload_weights)
 
     @property
@@ -155,16 +155,16 @@ class Samplers:
         return self._table.names
 
     def prepare(self, plan: StepPlan) -> None:
-        """Find the trajectory, which takes some milliseconds, ahead of `begin`.
+        """Derive the trajectory, which takes some milliseconds, ahead of `begin`.
 
-        Raises `RequestFailed` where there is no such scheduler, or it cannot take so many steps.
+        Raises `RequestFailed` for an unknown scheduler, or one that cannot take this number of steps.
         """
         self._trajectory(self._named(plan))
 
     def begin(
         self, plan: StepPlan, noise: torch.Tensor, generator: torch.Generator, source: SourceLatents = NO_SOURCE
     ) -> tuple[str, Sampler]:
-        """A sampler at its first step, and the scheduler's name. `noise` is standard normal, fp32, on the device."""
+        """Return a sampler at its first step, and the scheduler's name. `noise`: normal, fp32, on the device."""
         named = self._named(plan)
         trajectory = self._trajectory(named)
         blend = SourceBlend(trajectory, noise, source)
@@ -191,7 +191,7 @@ class Samplers:
         try:
             found = derive_trajectory(plan, self._scheduler(plan))
         except IndexError as error:
-            # diffusers' own mistake where two timesteps round to one: it begins with the second and runs off the end.
+            # A bug of diffusers where two timesteps round to one: it starts at the second and runs off the end.
             steps = f"{plan.num_steps} steps with this checkpoint: ask for other steps"
             raise RequestFailed("INVALID_INPUT", f"scheduler {plan.scheduler!r} cannot take {steps}") from error
         return found if _describes(found, plan, self._scheduler(plan)) else replace(found, weights=None)
@@ -201,14 +201,14 @@ class Samplers:
 
 
 def _describes(trajectory: LinearTrajectory, plan: StepPlan, scheduler: Any) -> bool:
-    """Does the trajectory lead where `scheduler` leads, from random latents by random predictions and equal noise?"""
+    """Return whether trajectory and `scheduler` end equal, from random latents, random predictions and equal noise."""
     generator, ours_drawn_by, theirs_drawn_by = (torch.Generator().manual_seed(seed) for seed in (0, 1, 1))
-    # Three times the usual size, so that what clips does clip.
+    # Three times the usual size, so that a scheduler that clips does clip.
     blend = SourceBlend(trajectory, 3 * torch.randn(4, 8, 8, generator=generator), NO_SOURCE)
     ours: Sampler = TrajectorySampler(trajectory, blend, ours_drawn_by)
     theirs = blend.start[None]
     for time in plan.set_up(scheduler):
-        scale_model_input(scheduler, theirs, time)  # some schedulers insist on being asked
+        scale_model_input(scheduler, theirs, time)  # some schedulers raise without this call
         prediction = torch.randn(4, 8, 8, generator=generator)
         ours.advance(prediction)
         theirs = take_step(scheduler, prediction[None], time, theirs, theirs_drawn_by)
@@ -220,11 +220,12 @@ def _describes(trajectory: LinearTrajectory, plan: StepPlan, scheduler: Any) -> 
 def predict_x0(
     model_input: torch.Tensor, timestep: float, prediction: torch.Tensor, checkpoint_scheduler: Any
 ) -> torch.Tensor:
-    """The latents x0 that a prediction at `timestep` stands for; all of one shape, in the sampler's scale.
+    """Return the x0 implied by a prediction at `timestep`; all of one shape, in the sampler's scale.
 
-    `checkpoint_scheduler` is the checkpoint's own: it knows the noise that the model was trained with, and what the
-    model predicts. A diffusion's input is sqrt(a) x0 + sqrt(1 - a) noise (Ho et al. 2020, eq. 4; the velocity as in
-    Salimans and Ho 2022), a flow's (1 - s) x0 + s noise.
+    It depends on the prediction alone, not on the scheduler of the steps: the model's inputs are in one scale for all.
+    `checkpoint_scheduler` is the checkpoint's own, with the noise of training and the type of prediction. A diffusion's
+    input is sqrt(a) x0 + sqrt(1 - a) noise (Ho et al. 2020, eq. 4; the velocity as in Salimans and Ho 2022), a flow's
+    (1 - s) x0 + s noise.
     """
     alphas = getattr(checkpoint_scheduler, "alphas_cumprod", None)
     if alphas is None:

@@ -1,4 +1,4 @@
-"""The diffusers schedulers a job may name, by what the model predicts: noise, or the flow from noise to picture."""
+"""The diffusers schedulers a job may name: one table for diffusion models, one for flows."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from inference.errors import RequestFailed
 
 @dataclass(frozen=True)
 class SchedulerTable:
-    """Schedulers by name. `makers` build one from the checkpoint's own scheduler config."""
+    """Schedulers by name. `makers` make one from the checkpoint's own scheduler config."""
 
     default: str
     makers: Mapping[str, Callable[[Any], Any]]
@@ -25,7 +25,7 @@ class SchedulerTable:
         return tuple(self.makers)
 
     def make(self, name: str | None, config: Any) -> tuple[str, Any]:
-        """A fresh scheduler by `name` (None: the default), and its name.
+        """Make a fresh scheduler by `name` (None: the default). Returns its name too.
 
         Fresh each time: a diffusers scheduler keeps a hidden step index and must never be shared.
         """
@@ -55,12 +55,12 @@ DIFFUSION = SchedulerTable(
         "lcm": diffusers.LCMScheduler.from_config,
     },
 )
-# What its checkpoints are published with, turbo and lightning ones included.
+# The scheduler of its published checkpoints, turbo and lightning ones included.
 SDXL = replace(DIFFUSION, default="euler")
 
 
 def _flow_solver(solver: Any) -> Callable[[Any], Any]:
-    """A solver written for diffusion, set to a flow with the checkpoint's shift."""
+    """Return the maker of a diffusion solver configured for a flow, with the checkpoint's shift."""
 
     def make(config: Any) -> Any:
         return solver.from_config(
@@ -86,15 +86,16 @@ FLOW = SchedulerTable(
 
 
 def set_timesteps(scheduler: Any, num_steps: int, shift: float | None = None) -> None:
-    """Have `scheduler` begin a course of `num_steps`. `shift` is a flow's `mu` where it depends on the picture's size.
+    """Set the timesteps of `num_steps`. `shift` is a flow's `mu` where it depends on the size of the image.
 
-    A flow's noise levels are given as `ZImagePipeline` gives them, from 1 down to 1 / num_steps, where a scheduler
-    takes them: its own guess would end elsewhere.
+    A flow's sigmas are passed as by `ZImagePipeline`, from 1 down to 1 / num_steps, where a scheduler takes them: its
+    default would end elsewhere.
     """
     takes = parameters_of(type(scheduler).set_timesteps)
     given: dict[str, Any] = {}
-    if "sigmas" in takes and _is_flow(scheduler):
-        # An array: UniPC multiplies what it is given.
+    is_flow = "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("use_flow_sigmas", False)
+    if "sigmas" in takes and is_flow:
+        # An array: UniPC multiplies it.
         given["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)
     if "mu" in takes and shift is not None:
         given["mu"] = shift
@@ -104,11 +105,7 @@ def set_timesteps(scheduler: Any, num_steps: int, shift: float | None = None) ->
         raise RequestFailed("INVALID_INPUT", f"the scheduler cannot take {num_steps} steps: {error}") from error
 
 
-def _is_flow(scheduler: Any) -> bool:
-    return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas", False))
-
-
 @lru_cache
 def parameters_of(function: Callable[..., Any]) -> frozenset[str]:
-    """The names of the function's parameters."""
+    """Return the names of the function's parameters: diffusers' schedulers differ in them."""
     return frozenset(inspect.signature(function).parameters)

@@ -1,9 +1,9 @@
-"""A scheduler's steps as plain numbers: when they are, how much noise is left, and what each makes of those before it.
+"""A scheduler's steps as plain numbers: timesteps, noise levels, and the linear weights of each step.
 
 A diffusers scheduler's step costs some 200 µs of Python, ten lanes' steps 2 ms. But for those that do not clip, every
 step is a fixed linear combination of the samples it was given, the predictions made of them and the noise it draws. The
 weights are found by running the scheduler once over unit vectors; from then on a step is one product of a row with a
-matrix, whatever was done to the samples in between.
+matrix, also where the samples are changed between steps.
 """
 
 from dataclasses import dataclass, replace
@@ -19,8 +19,8 @@ from inference.sampling.schedulers import parameters_of, set_timesteps
 class StepPlan:
     """The steps that `scheduler` (None: the default) takes in `num_steps`.
 
-    `shift` as `set_timesteps` takes it. A lane with a source leaves out the first `num_skipped`; None, unlike 0, is how
-    a lane without one begins: the schedulers differ in it where two of their timesteps are equal.
+    `shift` as in `set_timesteps`. A lane with a source skips the first `num_skipped`; None, unlike 0, is a lane without
+    one: the schedulers differ in it where two of their timesteps are equal.
     """
 
     scheduler: str | None
@@ -29,10 +29,11 @@ class StepPlan:
     num_skipped: int | None = None
 
     def named(self, scheduler: str) -> "StepPlan":
+        """Return the plan with this scheduler."""
         return replace(self, scheduler=scheduler)
 
     def set_up(self, scheduler: Any) -> torch.Tensor:
-        """Have a fresh diffusers scheduler begin the course, and return the timesteps that it will take."""
+        """Set up a fresh diffusers scheduler for the plan, and return the timesteps that it will take."""
         set_timesteps(scheduler, self.num_steps, self.shift)
         times: torch.Tensor = scheduler.timesteps
         if self.num_skipped is None:
@@ -44,24 +45,25 @@ class StepPlan:
 
 
 class NoiseLevel(NamedTuple):
-    """A noised picture is `signal` times the picture and `noise` times the noise."""
+    """Level of a noised image: `signal` times the image plus `noise` times the noise."""
 
     signal: float
     noise: float
 
     def applied(self, picture: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Return the image at this level."""
         return torch.add(picture * self.signal, noise, alpha=self.noise)
 
 
 @dataclass(frozen=True, slots=True)
 class LinearTrajectory:
-    """What is known of a course ahead.
+    """The steps of a plan, known ahead.
 
-    `scales[i]` is what `scale_model_input` multiplies by. `levels[i]` is a picture's noise level before step i, the
-    last one that of the finished picture; none where the course has no source. `draws[i]`: step i draws noise, of the
-    sample's shape. `weights[i]` [last steps, 2 or 3] combines what the last steps were given into the sample after step
-    i: that of step j is at j modulo their number, its sample, its prediction and, where any step draws, its noise. None
-    of a scheduler whose steps are not linear.
+    `scales[i]` is the factor of `scale_model_input`. `levels[i]` is the source's noise level before step i, the last
+    that of the finished image; empty without a source. `draws[i]`: step i draws noise, of the sample's shape.
+    `weights[i]` [last steps, 2 or 3] combines the inputs of the last steps into the sample after step i: those of step
+    j are at j modulo their number, its sample, its prediction and, where any step draws, its noise. None for a
+    scheduler whose steps are not linear.
     """
 
     timesteps: tuple[float, ...]
@@ -73,7 +75,7 @@ class LinearTrajectory:
 
 
 def derive_trajectory(plan: StepPlan, scheduler: Any) -> LinearTrajectory:
-    """Run a fresh `scheduler` over unit vectors: what it makes of them are the weights."""
+    """Run a fresh `scheduler` over unit vectors, whose images are the weights."""
     times = plan.set_up(scheduler)
     is_noised = plan.num_skipped is not None
     # [step, sample or prediction or noise, batch 1, component, 1, 1]
@@ -92,7 +94,7 @@ def derive_trajectory(plan: StepPlan, scheduler: Any) -> LinearTrajectory:
     return LinearTrajectory(
         timesteps=tuple(float(time) for time in times),
         scales=tuple(scales),
-        # A flow begins with the noise itself.
+        # A flow starts from the noise itself.
         init_noise_sigma=float(getattr(scheduler, "init_noise_sigma", 1.0)),
         levels=(*levels, NoiseLevel(1.0, 0.0)) if is_noised else (),
         draws=tuple(draws),
@@ -103,7 +105,7 @@ def derive_trajectory(plan: StepPlan, scheduler: Any) -> LinearTrajectory:
 def _step_with(
     noise: torch.Tensor, scheduler: Any, prediction: torch.Tensor, time: Any, sample: torch.Tensor
 ) -> tuple[torch.Tensor, bool]:
-    """Take a step for which `noise` is what the scheduler draws. Returns the next sample, and whether it drew."""
+    """Take a step with `noise` as the scheduler's draw. Returns the next sample, and whether it drew."""
     generator = torch.Generator()
     with SuppliedNoise(generator, lambda _: noise) as supplied:
         stepped = take_step(scheduler, prediction, time, sample, generator)
@@ -111,7 +113,7 @@ def _step_with(
 
 
 def _wrapped(weights: torch.Tensor) -> torch.Tensor:
-    """Weights [steps, steps, 2 or 3] of what all steps were given, cut to the steps that are looked back to."""
+    """Cut weights [steps, steps, 2 or 3] over all steps to a ring buffer of those with nonzero weights."""
     is_used = weights.any(-1)
     oldest = [min(row.nonzero().flatten().tolist(), default=index) for index, row in enumerate(is_used)]
     reach = max(index - step + 1 for index, step in enumerate(oldest))
@@ -125,21 +127,21 @@ def _wrapped(weights: torch.Tensor) -> torch.Tensor:
 def take_step(
     scheduler: Any, prediction: torch.Tensor, time: Any, sample: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """One step of any diffusers scheduler; those that draw noise get `generator`."""
+    """Take one step of any diffusers scheduler; those that draw noise get `generator`."""
     extra = {"generator": generator} if "generator" in parameters_of(type(scheduler).step) else {}
     stepped: torch.Tensor = scheduler.step(prediction, time, sample, return_dict=False, **extra)[0]
     return stepped
 
 
 def scale_model_input(scheduler: Any, sample: torch.Tensor, time: Any) -> torch.Tensor:
-    """As a diffusers pipeline scales it; a flow's schedulers have nothing to scale."""
+    """Scale as a diffusers pipeline does; a flow's schedulers do not scale."""
     scale = getattr(scheduler, "scale_model_input", None)
     scaled: torch.Tensor = sample if scale is None else scale(sample, time)
     return scaled
 
 
 def _noise_level(scheduler: Any, times: torch.Tensor) -> NoiseLevel:
-    """How noisy the scheduler wants a picture before its present step, which is at `times` [1]."""
+    """Return the scheduler's noise level of a source before its present step, which is at `times` [1]."""
     picture, noise = torch.eye(2)[:, None, :, None, None]  # [batch 1, component, 1, 1]
     if hasattr(scheduler, "scale_noise"):
         noised = scheduler.scale_noise(picture, times, noise)

@@ -10,7 +10,7 @@ import torch
 from inference.device.device import Device
 from inference.engine.previews import Previews
 from inference.lane import Conditioning, Embedding, Lane
-from inference.models.base import sampler_of
+from inference.models.inputs import sampler_of
 from inference.request import Source
 from tests.support.cuda.cuda_stand_ins import why_not
 from tests.support.cuda.fake_cuda import FakeCuda

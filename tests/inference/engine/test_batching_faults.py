@@ -18,7 +18,7 @@ from inference.errors import EngineClosed, EngineFault, RequestCancelled, Reques
 from inference.lane import Embedding, Lane
 from inference.lora.adapter import Adapter
 from inference.lora.bank import AdapterBank, PackedAdapter, RowAdapters
-from inference.models.base import Prompt
+from inference.models.inputs import Prompt
 from inference.request import AdapterFile, GenerationRequest
 from inference.sampling.samplers import Sampler
 from tests.support.engine.engine_requests import request_of

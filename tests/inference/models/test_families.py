@@ -10,7 +10,8 @@ import torch
 
 from inference.errors import RequestFailed
 from inference.lane import ActiveRequest, Conditioning, Lane
-from inference.models.base import Family, Prompt
+from inference.models.base import Family
+from inference.models.inputs import Prompt
 from inference.request import AdapterFile, GenerationRequest
 from inference.sampling.samplers import Sampler
 from tests.support.copies import NOWHERE, Copies

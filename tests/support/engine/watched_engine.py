@@ -16,7 +16,8 @@ from config.model import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.lane import Embedding, Lane
 from inference.lora.bank import RowAdapters
-from inference.models.base import Family, Prompt
+from inference.models.base import Family
+from inference.models.inputs import Prompt
 from inference.request import EngineLoad, GenerationRequest, GenerationResult, StepReport
 from tests.support.engine.engine_requests import request_of
 from tests.support.images.pictures import images_of, settings_of

@@ -10,7 +10,8 @@ from inference.engine.conditioner import Conditioner
 from inference.lane import ActiveRequest, Lane
 from inference.lora.adapter import Adapter, LowRank
 from inference.lora.bank import AppliedAdapter, PackedAdapter, RowAdapters
-from inference.models.base import Family, sampler_of
+from inference.models.base import Family
+from inference.models.inputs import sampler_of
 from inference.models.sdxl import StableDiffusionXL
 from inference.models.stable_diffusion import StableDiffusion
 from inference.models.z_image import ZImage
