@@ -5,11 +5,9 @@ Pure: no I/O, no clock. Hostile bodies (FAULTS: size bombs, deep nesting, duplic
 """
 
 import hashlib
-import json
 import logging
 import math
 import re
-import uuid
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -21,13 +19,12 @@ from config.redacting import quoted
 from config.settings import ModelSettings, PictureSettings, StoreSettings
 from watermark.resizing import Fit
 from watermark.signature import SignatureStyle
-from worker.messages.generation_id import RIGHT, is_generation_id
+from worker.messages.envelope import MAX_BODY_BYTES, identify, oversized_rejection, parse
 from worker.messages.ignoring import ignored_in
 from worker.messages.job import MAX_ASPECT, Job, JobAdapter, JobRejected, Undecodable
 from worker.messages.kinds import control_of, kind_of, overlay_of, overlays_in, product_of, source_of
-from worker.messages.outline import outline_of
 from worker.messages.presets import adapters_of, presets_in_force, styled_of
-from worker.messages.rules import MAX_REASON_CHARS, PICKLE_SUFFIXES, Identity, JobRules, Rejection, located
+from worker.messages.rules import PICKLE_SUFFIXES, Identity, JobRules, Rejection, located, shown_value
 from worker.messages.schema import (
     ASPECT,
     MAX_ADAPTERS,
@@ -39,12 +36,7 @@ from worker.messages.schema import (
 
 logger = logging.getLogger(__name__)
 
-MESSAGE_TYPE = "image_generation"
 
-# A real message is 1-2 kB; json.loads of an 11 MB one takes 256 MB of memory.
-MAX_BODY_BYTES = 256 * 1024
-
-_TASK_NAMESPACE = uuid.UUID("5b3f0f3c-2f0e-4f0b-9a55-1d7f5be1c0de")
 _ASPECT = re.compile(ASPECT)
 _NOT_TEXT = re.compile(r"[\x00\ud800-\udfff]")
 
@@ -78,68 +70,12 @@ def rules_from(model: ModelSettings, store: StoreSettings, pictures: PictureSett
 def decode(body: bytes, rules: JobRules) -> Job:
     """The job in `body`. Raises `Undecodable` where there is no id to trust, `JobRejected` for all else."""
     if len(body) > MAX_BODY_BYTES:
-        raise _too_large(body)
-    message = _parse(body)
-    identity = _identify(message, body)
+        raise oversized_rejection(body)
+    message = parse(body)
+    identity = identify(message, body)
     reject = Rejection(identity)
     wire = _validate(message.get("data"), reject)
     return _build(wire, message, identity, rules, reject)
-
-
-def _too_large(body: bytes) -> JobRejected:
-    """The rejection of a body beyond the limit, whose ids alone are read. Raises `Undecodable` where they cannot be."""
-    size = f"the body has {len(body)} bytes; at most {MAX_BODY_BYTES} are read"
-    try:
-        outline = outline_of(body, MAX_BODY_BYTES)
-        identity = _identify(_parse(outline), body)
-    except (ValueError, Undecodable) as error:
-        raise Undecodable(f"{size}, and its ids cannot be found: {error}"[:MAX_REASON_CHARS]) from error
-    return Rejection(identity)("INVALID_INPUT", f"{size}: shorten the message")
-
-
-def _parse(body: bytes) -> dict[str, Any]:
-    try:
-        # Some editors and .NET put a byte order mark before UTF-8.
-        message = json.loads(body.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
-    except UnicodeDecodeError as error:
-        raise Undecodable(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
-    except RecursionError as error:
-        raise Undecodable("the body is nested too deeply") from error
-    except ValueError as error:
-        raise Undecodable(f"the body is not JSON: {error}"[:MAX_REASON_CHARS]) from error
-
-    if not isinstance(message, dict):
-        raise Undecodable(f"the body is a JSON {type(message).__name__}, not an object")
-    if message.get("type", MESSAGE_TYPE) != MESSAGE_TYPE:
-        raise Undecodable(f"type is {_shown(message['type'])}; this queue takes {MESSAGE_TYPE!r}")
-    return message
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("an object names the same key twice")
-    return fields
-
-
-def _identify(message: Mapping[str, Any], body: bytes) -> Identity:
-    fields = message.get("data")
-    generation_id = fields.get("generation_id") if isinstance(fields, dict) else None
-    if generation_id in (None, ""):
-        generation_id = message.get("generation_id")
-    if not is_generation_id(generation_id):
-        raise Undecodable(f"generation_id is {_shown(generation_id)}; it must be {RIGHT}")
-    return Identity(_task_id(message.get("task_id"), body), generation_id)
-
-
-def _task_id(given: Any, body: bytes) -> str:
-    """The message's UUID in its canonical form, else one made of the body: the same message gets the same id."""
-    if isinstance(given, str) and len(given) <= 64:
-        try:
-            return str(uuid.UUID(given))
-        except ValueError:
-            pass  # not a UUID: it would end up in object keys and headers, so it is replaced, not cleaned
-    return str(uuid.uuid5(_TASK_NAMESPACE, hashlib.sha256(body).hexdigest()))
 
 
 def _validate(fields: Any, reject: Rejection) -> WireData:
@@ -177,7 +113,7 @@ def _rejection_of(error: ValidationError, reject: Rejection) -> JobRejected:
     for problem in problems[:5]:
         field = ".".join(str(part) for part in problem["loc"])
         value = problem["input"]
-        shown = f" (it is {_shown(value)})" if isinstance(value, int | float | str) else ""
+        shown = f" (it is {shown_value(value)})" if isinstance(value, int | float | str) else ""
         rule = "Input should be an object" if problem["type"] == "model_type" else problem["msg"]
         sentences.append(f"data.{field}: {rule}{shown}")
     return reject(_FIELD_CODES.get(problems[0]["loc"][0], "INVALID_INPUT"), "; ".join(sentences))
@@ -265,15 +201,6 @@ def _aspect(text: str | None, reject: Rejection) -> tuple[int, int] | None:
             return width, height
     known = f"1:1, 2:2, 1:2, 2:1 or another W:H of at most {MAX_ASPECT:.0f} to 1"
     raise reject("UNSUPPORTED_ASPECT_RATIO", f"aspect_ratio {quoted(text)} is not supported; use {known}")
-
-
-def _shown(value: Any) -> str:
-    """A value of the message as a sentence may hold it; of what is no text at most 40 characters, of lists none."""
-    if isinstance(value, str):
-        return quoted(value)
-    if isinstance(value, list | dict):
-        return f"a {'list' if isinstance(value, list) else 'JSON object'}"
-    return f"{value!r:.40}"
 
 
 def _derived_seed(task_id: str) -> int:

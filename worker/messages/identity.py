@@ -7,7 +7,7 @@ import uuid
 from dataclasses import replace
 
 from config.logs import log_event
-from worker.messages.decoder import MAX_BODY_BYTES
+from worker.messages.envelope import MAX_BODY_BYTES
 from worker.messages.job import Job, JobRejected
 from worker.messages.schema import WireData
 

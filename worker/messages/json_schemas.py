@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core.core_schema import NullableSchema
 
-from worker.messages.decoder import MESSAGE_TYPE
+from worker.messages.envelope import MESSAGE_TYPE
 from worker.messages.generation_id import MAX_NUMBER, TEXT
 from worker.messages.schema import WireData
 from worker.messages.webhook_bodies import CompleteBody, FailedBody, ProgressBody

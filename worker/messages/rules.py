@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from clients.storage.location import LocationForbidden, ObjectRef
 from config.presets.catalog import Presets, builtin_presets
-from config.redacting import redacted
+from config.redacting import quoted, redacted
 from worker.messages.generation_id import GenerationId
 from worker.messages.job import JobRejected
 
@@ -48,3 +48,12 @@ def located(field: str, text: str | None, rules: JobRules, reject: Rejection) ->
         return rules.locate(text)
     except LocationForbidden as error:
         raise reject("INPUT_FORBIDDEN", f"{field}: {error}") from error
+
+
+def shown_value(value: Any) -> str:
+    """A value of the message as a sentence may hold it; of what is no text at most 40 characters, of lists none."""
+    if isinstance(value, str):
+        return quoted(value)
+    if isinstance(value, list | dict):
+        return f"a {'list' if isinstance(value, list) else 'JSON object'}"
+    return f"{value!r:.40}"
