@@ -1,7 +1,7 @@
-"""From the bytes of a message to a `Job`: both dialects, every limit, one clear sentence for what is wrong.
+"""Decode the bytes of a message into a `Job`: both dialects, every limit, one sentence for what is wrong.
 
-Pure: no I/O, no clock. Hostile bodies (FAULTS: size bombs, deep nesting, duplicate keys, forged ids) end as
-`Undecodable` or `JobRejected`, never as another exception.
+Pure: no I/O, no clock. Hostile bodies (size bombs, deep nesting, duplicate keys, forged ids) end as `Undecodable` or
+`JobRejected`, never as another exception.
 """
 
 import hashlib
@@ -36,7 +36,6 @@ from worker.messages.schema import (
 
 logger = logging.getLogger(__name__)
 
-
 _ASPECT = re.compile(ASPECT)
 _NOT_TEXT = re.compile(r"[\x00\ud800-\udfff]")
 
@@ -48,7 +47,7 @@ _FIELD_CODES: dict[str | int, str] = {
 
 
 def rules_from(model: ModelSettings, store: StoreSettings, pictures: PictureSettings | None = None) -> JobRules:
-    """The rules of a worker with these settings. Raises `SettingsError` where its presets cannot be used."""
+    """Return the rules of a worker with these settings. Raises `SettingsError` where its presets cannot be used."""
 
     def locate(text: str) -> ObjectRef:
         return parse_location(
@@ -68,7 +67,7 @@ def rules_from(model: ModelSettings, store: StoreSettings, pictures: PictureSett
 
 
 def decode(body: bytes, rules: JobRules) -> Job:
-    """The job in `body`. Raises `Undecodable` where there is no id to trust, `JobRejected` for all else."""
+    """Decode the job in `body`. Raises `Undecodable` where it has no valid id, `JobRejected` for all else."""
     if len(body) > MAX_BODY_BYTES:
         raise oversized_rejection(body)
     message = parse(body)
@@ -90,7 +89,7 @@ def _validate(fields: Any, reject: Rejection) -> WireData:
         raise reject(
             "INVALID_PROMPT", f"prompt must have 1 to {MAX_PROMPT_CHARS} characters; it has {len(wire.prompt)}"
         )
-    # Also what is only told back: a database that takes no NUL would refuse the job's end for a day.
+    # Also the fields that are only echoed: a database that takes no NUL would refuse the webhook for a day.
     for name in ("prompt", "negative_prompt", "artist_name", "scheduler", "style", "industry", "prompt_tags"):
         _check_text(name, "".join(getattr(wire, name) or ""), reject)
     for overlay in overlays_in(wire):
@@ -107,7 +106,7 @@ def _check_text(name: str, text: str, reject: Rejection) -> None:
 
 
 def _rejection_of(error: ValidationError, reject: Rejection) -> JobRejected:
-    """One sentence for all that is wrong: which field, what rule, and the value where it is short and plain."""
+    """Return a rejection in one sentence: each wrong field, its rule, and the value where it is a scalar."""
     problems = error.errors(include_url=False, include_context=False)
     sentences = []
     for problem in problems[:5]:
@@ -157,7 +156,7 @@ def _build(wire: WireData, message: Mapping[str, Any], identity: Identity, rules
 
 
 def _first(*candidates: Any) -> Any:
-    """The first candidate that is set. Zero is set."""
+    """Return the first candidate that is not None; zero counts."""
     return next((candidate for candidate in candidates if candidate is not None), None)
 
 
@@ -204,12 +203,12 @@ def _aspect(text: str | None, reject: Rejection) -> tuple[int, int] | None:
 
 
 def _derived_seed(task_id: str) -> int:
-    # 32 bits: a backend in JavaScript must be able to read the seed it is told.
+    # 32 bits: a backend in JavaScript must be able to read the seed in the webhook.
     return int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:4], "big")
 
 
 def _timestamp(given: Any) -> datetime | None:
-    """`created_at` as it says, with or without a zone; None where it is no ISO 8601 time, which refuses no job."""
+    """Parse `created_at`, with or without a zone; None where it is no ISO 8601 time, which rejects no job."""
     if not isinstance(given, str) or len(given) > 64:
         return None
     try:
@@ -219,7 +218,7 @@ def _timestamp(given: Any) -> datetime | None:
 
 
 def decode_any(body: bytes, rules: JobRules) -> Job | JobRejected:
-    """The job, or the rejection it ends with. Raises `Undecodable`, and nothing else, where there is no id."""
+    """Return the job, or the rejection it ends with. Raises `Undecodable`, and nothing else, where there is no id."""
     try:
         return decode(body, rules)
     except JobRejected as rejection:
@@ -227,6 +226,6 @@ def decode_any(body: bytes, rules: JobRules) -> Job | JobRejected:
     except Undecodable:
         raise
     except Exception as error:
-        # The consuming thread's boundary: a hole in the decoder must not take the connection down with it.
+        # The consuming thread's boundary: a bug in the decoder must not close the connection.
         logger.exception("the decoder failed")
         raise Undecodable(f"the decoder failed: {type(error).__name__}") from error
