@@ -1,4 +1,4 @@
-"""The command line: `darkroom run`, `generate`, `submit`, `cancel`, `report`, `check`, `fonts`, `presets`, `dead`,
+"""The commands: `darkroom run`, `generate`, `submit`, `cancel`, `report`, `check`, `fonts`, `presets`, `dead`,
 `outbox`, `demo`."""
 
 import logging
@@ -97,7 +97,7 @@ def check(
 @app.command()
 @with_generate_options
 def submit(
-    order: GenerateOptions,
+    options: GenerateOptions,
     generation_id: Annotated[str, typer.Option(help="Id of the generation at the backend, a number or text")],
     timeout: Annotated[float, typer.Option(help="Seconds to follow the job")] = 600.0,
 ) -> None:
@@ -108,7 +108,7 @@ def submit(
     """
     from worker.cli.submit import submit_and_follow  # noqa: PLC0415
 
-    fields = {"generation_id": _generation_id(generation_id), **fields_of(order)}
+    fields = {"generation_id": _generation_id(generation_id), **fields_of(options)}
     sys.exit(0 if submit_and_follow(settings_or_exit(), fields, timeout_seconds=timeout, console=console) else 1)
 
 
@@ -122,14 +122,14 @@ def cancel(
 
     A UUID may be either's id: without --task or --generation both are asked for. Exit code 1 where no worker hears it.
     """
-    from worker.cli.cancel import NoId, orders_of  # noqa: PLC0415
+    from worker.cli.cancel import InvalidId, orders_of  # noqa: PLC0415
     from worker.cli.cancel import cancel as send  # noqa: PLC0415
 
     if task and generation:
         raise typer.BadParameter("give --task or --generation, not both")
     try:
         orders = orders_of(job, is_task=task, is_generation=generation)
-    except NoId as error:
+    except InvalidId as error:
         raise typer.BadParameter(str(error), param_hint="ID") from error
     broker = or_exit(partial(load_section, BrokerSettings))
     sys.exit(0 if send(broker, orders, console) else 1)
@@ -157,7 +157,7 @@ def report(
 @app.command()
 @with_generate_options
 def generate(
-    order: GenerateOptions,
+    options: GenerateOptions,
     out: Annotated[
         Path, typer.Option("-o", "--out", help="PNG or JPEG to write; -2, -3 … are added for more pictures")
     ],
@@ -169,7 +169,7 @@ def generate(
     """
     from worker.cli.generate import draw  # noqa: PLC0415 - brings torch into this process, as no other command does
 
-    fields = {"seed": 0, **fields_of(order)}
+    fields = {"seed": 0, **fields_of(options)}
     sys.exit(0 if draw(fields, out, model_id=model, console=console) else 1)
 
 
