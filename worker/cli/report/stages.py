@@ -1,10 +1,10 @@
-"""The stages of a job in their order, and how each is shown wherever a timeline is drawn."""
+"""The stages of a job in their order, and their colours in a timeline."""
 
 from typing import NamedTuple
 
 
 class Look(NamedTuple):
-    """A colour, and the letter in its place where there are no colours."""
+    """A colour, and a letter for terminals without colours."""
 
     colour: str
     letter: str
@@ -24,11 +24,11 @@ STAGES: dict[str, Look] = {
     "sign": Look("#e15759", "s"),
     "store": Look("#76b7b2", "p"),
 }
-# Time of a job that no stage accounts for: of one that broke off, all that was inside the engine.
+# Time of a job outside all stages; of an aborted job, also its time in the engine.
 REST = "rest"
 REST_LOOK = Look("#d37295", "?")
 
 
 def look_of(stage: str) -> Look:
-    """How a stage is shown; what is not known as one, as `REST`."""
+    """Return the look of a stage; an unknown one looks like `REST`."""
     return STAGES.get(stage, REST_LOOK)
