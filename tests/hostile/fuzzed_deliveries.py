@@ -33,7 +33,8 @@ from worker.amqp.publisher import Publisher
 from worker.amqp.queue_browser import QueueBrowser
 from worker.amqp.topology import QueueNames
 from worker.breakers import Breaker, StoreGate
-from worker.cli.dead_letters import as_json, as_table, as_text, read_letters
+from worker.cli.dead.letters import read_letters
+from worker.cli.dead.view import as_json, as_table, as_text
 from worker.jobs.cancellations import Cancellations
 from worker.jobs.dispatcher import Dispatcher
 from worker.jobs.handler import JobHandler

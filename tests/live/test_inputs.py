@@ -17,7 +17,7 @@ from tests.faults.station import start_light_worker
 from tests.hostile.inputs import demo_adapter, image, peft_config, peft_weights
 from tests.support.contract_schemas import assert_webhook_fits
 from tests.support.world import Worker, World, eventually, new_world
-from worker.messages.decoder import MAX_BODY_BYTES
+from worker.messages.envelope import MAX_BODY_BYTES
 
 LONG = 150  # steps: three seconds
 STATUS_PATHS = ("/status.json", "/metrics", "/health/ready")

@@ -25,7 +25,7 @@ from tests.support.world import Worker, World, eventually, new_world
 from worker.amqp.delivery import CRASHES_HEADER, LEASE_HEADER
 from worker.amqp.queue_browser import QueueBrowser
 from worker.amqp.topology import DELIVERY_LIMIT, QueueNames, declare_queue
-from worker.cli.dead_letters import DeadLetter
+from worker.cli.dead.letters import DeadLetter
 from worker.jobs.recovery import SUSPECT_CRASHES
 
 IS_LONG = "FAULTS_LONG" in os.environ

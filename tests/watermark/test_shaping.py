@@ -258,7 +258,7 @@ from watermark.text.headline import prepare_headlines
 from watermark.text.overlay import TextOverlay
 from watermark.signature import TextSignature
 from worker.cli.check.checks import CheckFailed
-from worker.cli.check.machine import check_shaping
+from worker.cli.check.files import check_shaping
 
 def said(make):
     try:

@@ -1,4 +1,4 @@
-"""`darkroom outbox`: the ends that the backend has not taken yet, wherever they wait."""
+"""`darkroom outbox`: the terminal events that the backend has not accepted yet."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ MAX_LISTED = 10_000
 
 
 def list_waiting(settings: Settings, *, as_lines: bool) -> None:
-    """Print a row, or a line of JSON, for each end that waits, the oldest first."""
+    """Print a row, or a line of JSON, for each event that waits, the oldest first."""
     waiting = find_waiting(settings)
     if as_lines:
         for one in waiting:
@@ -37,19 +37,20 @@ def list_waiting(settings: Settings, *, as_lines: bool) -> None:
 
 
 def print_summary(settings: Settings) -> None:
-    """One line on what waits, where anything does."""
+    """Print one line on what waits, where anything does."""
     waiting = find_waiting(settings)
     if waiting:
         typer.echo(escape_for_terminal(f"{summarize(waiting)}. `darkroom outbox list` shows them"))
 
 
 def find_waiting(settings: Settings) -> list[UndeliveredEvent]:
-    """The ends that are ready in the outbox, and those that workers noted as in their hands; the oldest first.
+    """Return the events ready in the outbox, and those that workers noted as taken from it; the oldest first.
 
-    Raises `PublishFailed` and `QueueBusy`. A store that does not answer is said, and only the queue is looked at.
+    Raises `PublishFailed` and `QueueBusy`. Where the store does not answer, a warning is printed and only the queue is
+    read.
     """
-    with QueueBrowser(settings.broker, QueueNames(settings.broker.queue).outbox) as inspection:
-        ready = [_of_message(held) for held in inspection.fetch(MAX_LISTED)]
+    with QueueBrowser(settings.broker, QueueNames(settings.broker.queue).outbox) as browser:
+        ready = [_decode_waiting(message) for message in browser.fetch(MAX_LISTED)]
     try:
         noted = SnapshotStore(Storage(settings.store), settings.store.bucket).read_all()
     except StorageError as error:
@@ -59,24 +60,24 @@ def find_waiting(settings: Settings) -> list[UndeliveredEvent]:
     return sorted(found.values(), key=lambda one: (one.since, one.task_id))
 
 
-def _of_message(held: BrowsedMessage) -> UndeliveredEvent | None:
-    """What is told of a message in the outbox; None for one that holds no end: a worker makes a dead letter of it."""
+def _decode_waiting(message: BrowsedMessage) -> UndeliveredEvent | None:
+    """Decode a message of the outbox; None for one that is no event: a worker will dead-letter it."""
     try:
-        event = TerminalEvent.from_json(held.body)
+        event = TerminalEvent.from_json(message.body)
     except ValueError:
         return None
     return UndeliveredEvent(
         task_id=event.task_id,
         generation_id=event.generation_id,
         kind=event.kind.value,
-        since=float(whole_number(held.headers.get(SINCE_HEADER), default=0)),
-        num_tries=max(0, whole_number(held.headers.get(ATTEMPT_HEADER), default=1) - 1),
-        reason=str(held.headers.get(REASON_HEADER, ""))[:MAX_REASON_CHARS],
+        since=float(whole_number(message.headers.get(SINCE_HEADER), default=0)),
+        num_tries=max(0, whole_number(message.headers.get(ATTEMPT_HEADER), default=1) - 1),
+        reason=str(message.headers.get(REASON_HEADER, ""))[:MAX_REASON_CHARS],
     )
 
 
 def _as_table(waiting: Iterable[UndeliveredEvent]) -> Table:
-    """One row an end, readable at 80 columns."""
+    """Return a table of one row an event, readable at 80 columns."""
     table = narrow_table("generation", "webhook", "since, UTC", "tries", "last try, and the task")
     for one in waiting:
         last = f"{one.reason}\n{one.task_id}".lstrip("\n")

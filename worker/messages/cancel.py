@@ -13,17 +13,18 @@ MAX_BODY_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class CancelOrder:
-    """Which job to cancel: by its task, or whatever job now draws for its generation."""
+    """The job to cancel: by its task, or the job that now runs for its generation."""
 
     task_id: str | None
     generation_id: GenerationId | None
 
     def names(self, task_id: str, generation_id: GenerationId) -> bool:
+        """Return True where the order is for this job."""
         return task_id == self.task_id or (self.task_id is None and is_same(generation_id, self.generation_id))
 
 
 def decode_cancel(body: bytes) -> CancelOrder:
-    """The order in `{"task_id": …}` or `{"generation_id": …}`; raises `Undecodable` for all else. Pure."""
+    """Decode `{"task_id": …}` or `{"generation_id": …}`. Raises `Undecodable`."""
     try:
         fields = json.loads(body.decode("utf-8-sig")) if len(body) <= MAX_BODY_BYTES else None
     except (ValueError, RecursionError) as error:

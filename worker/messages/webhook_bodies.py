@@ -1,5 +1,4 @@
-"""The bodies of the three webhooks, field by field: what the worker builds is checked against them by type, and
-`contract.py` makes the published schemas of them."""
+"""The bodies of the three webhooks as types, from which `json_schemas.py` writes the published schemas."""
 
 from typing import Annotated, NotRequired
 

@@ -278,7 +278,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{TWO_GENERATIONS}[at_once]", f"{TWO_GENERATIONS}[one_after_the_other]"),
         without=(
             Mutation(
-                "worker/messages/identity.py", "if str(asked.generation_id) != str(known_generation_id):", "if False:"
+                "worker/messages/identity.py", "if str(job.generation_id) != str(known_generation_id):", "if False:"
             ),
         ),
         also=(f"{EFFECT}test_a_job_whose_task_id_another_worker_recorded_for_another_generation_ends_under_its_own",),

@@ -30,7 +30,8 @@ from tests.worker.messages.test_decoder import (
 )
 from worker.errors import ErrorCode
 from worker.messages.cancel import decode_cancel
-from worker.messages.decoder import MAX_BODY_BYTES, decode, rules_from
+from worker.messages.decoder import decode, rules_from
+from worker.messages.envelope import MAX_BODY_BYTES
 from worker.messages.job import JobRejected, Undecodable
 from worker.messages.json_schemas import MODELS, as_text, schema_of, write
 from worker.messages.rules import JobRules

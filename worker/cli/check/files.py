@@ -34,7 +34,7 @@ def check_certificate(settings: PictureSettings) -> str:
 
 
 def check_presets(settings: Settings) -> str:
-    """Can every preset be drawn with?"""
+    """Check that every adapter that a preset names is in the store."""
     rules = rules_from(settings.model, settings.store, settings.pictures)
     presets, storage = rules.presets(), Storage(settings.store)
     for place, adapter in presets.adapters.items():
@@ -55,7 +55,7 @@ def _weights_of(ref: ObjectRef) -> ObjectRef:
 
 
 def check_fonts(font_dirs: tuple[Path, ...]) -> str:
-    """Is there a font for signatures, with Hangul?"""
+    """Find a font for signatures, with Hangul."""
     try:
         return f"signatures are written in {find_font(SAMPLE, font_dirs).name}"
     except FontMissing as error:
@@ -64,7 +64,7 @@ def check_fonts(font_dirs: tuple[Path, ...]) -> str:
 
 
 def check_shaping() -> str:
-    """Are letters joined, and drawn from right to left, where the script wants it?"""
+    """Check that complex scripts are shaped: letters joined, and drawn from right to left."""
     if not is_shaping_here():
         raise CheckFailed(
             "libfribidi is missing: texts in Arabic, Hebrew, Devanagari, Thai and their like are refused with "

@@ -22,7 +22,7 @@ PROBE_BYTES = bytes(4096)
 
 
 def check_disk(settings: StoreSettings) -> str:
-    """Can the download cache be written, and grow as large as it may? Makes no folder."""
+    """Check that the download cache can be written and grow to its limit. Creates no folder."""
     folder = settings.cache_dir.expanduser()
     place = next(path for path in (folder, *folder.parents) if path.exists())
     try:
@@ -32,11 +32,11 @@ def check_disk(settings: StoreSettings) -> str:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise CheckFailed(f"CACHE_DIR {folder} cannot be written ({reason}: {place}): name another folder") from error
-    return _compare(settings, folder, shutil.disk_usage(place).free)
+    return _compare_space(settings, folder, shutil.disk_usage(place).free)
 
 
-def _compare(settings: StoreSettings, folder: Path, free: int) -> str:
-    """What the cache holds counts as free: it gives way to what is wanted."""
+def _compare_space(settings: StoreSettings, folder: Path, free: int) -> str:
+    """Compare the free space with the limit. What the cache holds counts as free: it is evicted for new files."""
     cached = sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
     room = f"{(free + cached) / GB:.1f} GB"
     if free + cached < settings.cache_max_bytes:
@@ -46,7 +46,7 @@ def _compare(settings: StoreSettings, folder: Path, free: int) -> str:
 
 
 def check_gpu(settings: ModelSettings) -> str:
-    """Is the GPU that DEVICE asks for there? By its driver alone: torch is asked by the model's check."""
+    """Check for the GPU that DEVICE names, by its driver alone: torch is used by the model's check."""
     if settings.device == "cpu":
         return "none is asked for: DEVICE is cpu"
     readings = GpuMonitor(settings.visible_gpu)
@@ -63,7 +63,7 @@ def check_gpu(settings: ModelSettings) -> str:
 
 
 def check_memory(settings: ModelSettings) -> str:
-    """What the weights take, what is free, and what comes of it."""
+    """Compare the size of the weights with the free memory, and name the placement."""
     gpu = None if settings.device == "cpu" else GpuMonitor(settings.visible_gpu).read()
     bytes_each = PARAMETER_BYTES.get(settings.dtype, 4 if gpu is None else 2)
     try:
@@ -80,8 +80,8 @@ def check_memory(settings: ModelSettings) -> str:
     if kept:
         weights += f", with {kept / GB:.2f} GB kept for ControlNets"
     free = _free(gpu) - kept
-    judge = _in_host if gpu is None else _on_gpu
-    return judge(weights, needed, free, settings.adapter_max_bytes)
+    compare = _in_host if gpu is None else _on_gpu
+    return compare(weights, needed, free, settings.adapter_max_bytes)
 
 
 def _in_host(weights: str, needed: Mapping[str, int], free: int, chosen: int | None) -> str:

@@ -25,10 +25,10 @@ class _Span(NamedTuple):
 
 
 class Axis:
-    """Maps moments to seconds of busy time. `seconds` are busy, `idle_seconds` were cut out."""
+    """Map from moments to seconds of busy time. `seconds` are busy, `idle_seconds` are cut out."""
 
     def __init__(self, busy: Iterable[tuple[float, float]]) -> None:
-        """`busy`: when each job began and ended, in any order."""
+        """Merge `busy`, the begin and end of each job, in any order."""
         self._spans: list[_Span] = []
         for begin, end in sorted(busy):
             if self._spans and begin <= self._spans[-1].end:
@@ -49,7 +49,7 @@ class Axis:
         return self._spans[-1].end - self._spans[0].begin - self.seconds if self._spans else 0.0
 
     def place(self, moment: float) -> float:
-        """Busy seconds before `moment`."""
+        """Return the busy seconds before `moment`."""
         number = bisect_right(self._spans, moment, key=lambda span: span.begin) - 1
         if number < 0:
             return 0.0
@@ -58,7 +58,7 @@ class Axis:
 
 
 class Bar:
-    """Rich asks it for its width and then draws it."""
+    """A bar as a rich renderable, as wide as its column."""
 
     def __init__(self, stretches: Sequence[Stretch], axis: Axis) -> None:
         self._stretches = stretches
@@ -75,7 +75,7 @@ class Bar:
 
 
 def cells(stretches: Sequence[Stretch], axis: Axis, width: int) -> list[str]:
-    """The stage that takes the most of each cell, "" for none. A job always has a cell, however short it was."""
+    """Return the stage with the most time in each cell, "" for none. A job has at least one cell."""
     cell_seconds = axis.seconds / width
     if not stretches or cell_seconds <= 0:
         return ["" for _ in range(width)]
@@ -89,7 +89,7 @@ def cells(stretches: Sequence[Stretch], axis: Axis, width: int) -> list[str]:
 
 
 def legend(stages: Iterable[str], console: Console) -> Text:
-    """What each colour or letter stands for, in the order of a job's story."""
+    """Return the legend of colours or letters, in the order of the stages."""
     shown = set(stages)
     parts = Text()
     for name in (*STAGES, *sorted(shown - STAGES.keys())):

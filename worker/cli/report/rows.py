@@ -1,4 +1,4 @@
-"""What a record tells of one job's time. Never its prompt, nor the text of its error, which may quote one."""
+"""One job's times from its record, and their summary. Never a prompt, nor an error's text, which may quote one."""
 
 import math
 import statistics
@@ -12,9 +12,9 @@ from worker.messages.generation_id import GenerationId
 from worker.results.ledger import Entry
 from worker.results.terminal_event import TerminalEvent
 
-# Between the last stage and the record lies its making: shorter than this it is no stretch of its own.
+# The record is built between the last stage and its time: shorter than this it is no stretch of its own.
 MIN_REST_SECONDS = 0.05
-# Epoch seconds of the year 2242: what claims more is damaged, as is NaN.
+# Epoch seconds of the year 2242: a later time is damaged, as is NaN.
 MAX_MOMENT = float(1 << 33)
 
 
@@ -53,12 +53,12 @@ class Row:
 
     @property
     def end(self) -> str:
-        """The outcome in a word: of a failed job its code."""
+        """Outcome in a word: of a failed job its code."""
         return self.error_code if self.outcome == "failed" and self.error_code else self.outcome
 
     @property
     def began_at(self) -> float:
-        """Where no time is known, that of the record's writing."""
+        """Start of the first stage, else the time the record was written."""
         return self.stretches[0].began_at if self.stretches else self.modified_at
 
     @property
@@ -70,7 +70,7 @@ class Row:
         return self.ended_at - self.began_at
 
     def as_object(self) -> dict[str, Any]:
-        """For JSON: times in epoch seconds, stages as name, seconds since `began_at`, seconds."""
+        """Return the row for JSON: times in epoch seconds, stages as name, seconds since `began_at`, seconds."""
         return {
             "task_id": self.task_id,
             "generation_id": self.generation_id,
@@ -87,12 +87,12 @@ class Row:
 
 
 def unreadable(entry: Entry) -> Row:
-    """The row of a record that is none."""
+    """Return the row of a record that cannot be decoded."""
     return Row(entry.task_id, entry.modified_at.timestamp(), "unreadable")
 
 
 def row_of(entry: Entry, event: TerminalEvent) -> Row:
-    """The row of a readable record; times that are no numbers are as none."""
+    """Return the row of a record; times that are no numbers are left out."""
     return Row(
         task_id=entry.task_id,
         modified_at=entry.modified_at.timestamp(),
@@ -131,7 +131,7 @@ class StageSummary(NamedTuple):
 
 
 def summarise(rows: Sequence[Row]) -> list[StageSummary]:
-    """Each stage, the one that takes the most first."""
+    """Summarise each stage, the one with the most time first."""
     by_stage: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         seconds: dict[str, float] = defaultdict(float)
@@ -148,5 +148,5 @@ def summarise(rows: Sequence[Row]) -> list[StageSummary]:
 
 
 def _p95(values: Sequence[float]) -> float:
-    """The smallest value that 95 % are not above."""
+    """Return the smallest value that 95 % of the values do not exceed."""
     return sorted(values)[math.ceil(0.95 * len(values)) - 1]

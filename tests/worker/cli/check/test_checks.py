@@ -33,10 +33,10 @@ from tests.support.servers.clients_servers import AnsweringServer, answer, refus
 from tests.support.world import eventually
 from worker.amqp.publisher import Publisher
 from worker.amqp.topology import QueueNames
-from worker.cli.check.backend import judge_backend
+from worker.cli.check.backend import classify_answer
 from worker.cli.check.checks import Check, CheckFailed, CheckResult, CheckUnsure, State, run_checks
 from worker.cli.check.command import every_part
-from worker.cli.check.policies import limits_told
+from worker.cli.check.policies import limits_in
 from worker.cli.check.store import MAX_SKEW_SECONDS, StoreProbe
 
 PRIVATE, RESULTS = "private", "results"
@@ -284,7 +284,7 @@ def test_what_the_management_interface_tells_of_policies_is_said_of_the_worker_s
         definitions = effective_policies("127.0.0.1", "/", user="guest", password="guest", port=server.port)
 
     assert server.requests[0].startswith(b"GET /api/queues/%2F HTTP/1.1")
-    assert limits_told(definitions, names) == [f"{names.outbox} has delivery-limit: 3, expires: 1000"]
+    assert limits_in(definitions, names) == [f"{names.outbox} has delivery-limit: 3, expires: 1000"]
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,7 @@ def test_a_refused_token_is_found(place: Place) -> None:
     ],
 )
 def test_of_a_backend_is_said_what_was_seen_and_no_more(status: int, stranger_status: int, words: str) -> None:
-    assert words in judge_backend("http://backend", BackendProbe(status, stranger_status))
+    assert words in classify_answer("http://backend", BackendProbe(status, stranger_status))
 
 
 @pytest.mark.parametrize(
@@ -409,7 +409,7 @@ def test_of_a_backend_is_said_what_was_seen_and_no_more(status: int, stranger_st
 )
 def test_a_backend_that_would_take_no_webhook_is_bad(status: int, words: str) -> None:
     with pytest.raises(CheckFailed, match=rf"http://backend answers {status}.*{words}"):
-        judge_backend("http://backend", BackendProbe(status, status))
+        classify_answer("http://backend", BackendProbe(status, status))
 
 
 def test_a_path_twice_in_the_address_is_found(place: Place) -> None:
@@ -431,14 +431,14 @@ def test_a_path_twice_in_the_address_is_found(place: Place) -> None:
 )
 def test_of_a_backend_in_doubt_is_said_what_either_would_mean(found: BackendProbe, words: str) -> None:
     with pytest.raises(CheckUnsure, match=rf"http://backend answers {found.status}.*{words}"):
-        judge_backend("http://backend", found)
+        classify_answer("http://backend", found)
 
 
 @pytest.mark.parametrize(
     "found", [BackendProbe(404, 404, 200), BackendProbe(404, 401, 405), BackendProbe(200, 200, 404)]
 )
 def test_a_server_that_tells_its_routes_otherwise_than_by_a_get_is_good(found: BackendProbe) -> None:
-    assert judge_backend("http://backend", found)
+    assert classify_answer("http://backend", found)
 
 
 def test_a_doubt_is_yellow_and_not_good() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.messages.outline import MAX_TOKENS, outline_of
+from worker.messages.envelope import MAX_TOKENS, outline_of
 
 MAX_BYTES = 256 * 1024
 # Of processor time; a body of 128 MB is the largest that a broker takes.

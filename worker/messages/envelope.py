@@ -1,17 +1,30 @@
-"""A body that is too large to parse, cut down to what names the job: its other values are skipped, not read. Pure."""
+"""Read a message's envelope: a JSON object, its type and its ids; of a body too large to parse, the ids alone. Pure."""
 
+import hashlib
 import json
 import re
+import uuid
+from collections.abc import Mapping
+from typing import Any
 
-# Skipping takes some microseconds for each; what is nested in a hundred thousand values is worth no more time.
+from worker.messages.generation_id import RIGHT, is_generation_id
+from worker.messages.job import JobRejected, Undecodable
+from worker.messages.rules import MAX_REASON_CHARS, Identity, Rejection, shown_value
+
+MESSAGE_TYPE = "image_generation"
+# A real message is 1-2 kB; json.loads of an 11 MB one takes 256 MB of memory.
+MAX_BODY_BYTES = 256 * 1024
+_TASK_NAMESPACE = uuid.UUID("5b3f0f3c-2f0e-4f0b-9a55-1d7f5be1c0de")
+
+# Skipping a token takes some microseconds: the limit keeps a hostile body under about a second.
 MAX_TOKENS = 100_000
 MAX_SCALAR_BYTES = 1024
-# A text is skipped at memory's speed up to its first escaped quotation mark, and from there at a tenth of a second for
-# so many bytes.
+# A string is skipped at the speed of memory up to its first escaped quotation mark; from there so many bytes take a
+# tenth of a second.
 MAX_ESCAPED_BYTES = 16_000_000
 BOM = b"\xef\xbb\xbf"
 
-# By the place in the message: what is read there. Everything else becomes null, under its own name.
+# The keys whose values are read, by their place in the message. All other values become null, under their own key.
 _READ_AT_TOP = frozenset({"task_id", "type", "generation_id"})
 _READ_IN_DATA = frozenset({"generation_id"})
 _DATA = "data"
@@ -22,17 +35,75 @@ _SIGN = re.compile(rb'["{}\[\]]')
 _SCALAR = re.compile(rb"[-+.0-9A-Za-z]+")
 
 
+def parse(body: bytes) -> dict[str, Any]:
+    """Parse the body as a JSON object of our type. Raises `Undecodable`."""
+    try:
+        # Some editors and .NET put a byte order mark before UTF-8.
+        message = json.loads(body.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
+    except UnicodeDecodeError as error:
+        raise Undecodable(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
+    except RecursionError as error:
+        raise Undecodable("the body is nested too deeply") from error
+    except ValueError as error:
+        raise Undecodable(f"the body is not JSON: {error}"[:MAX_REASON_CHARS]) from error
+
+    if not isinstance(message, dict):
+        raise Undecodable(f"the body is a JSON {type(message).__name__}, not an object")
+    if message.get("type", MESSAGE_TYPE) != MESSAGE_TYPE:
+        raise Undecodable(f"type is {shown_value(message['type'])}; this queue takes {MESSAGE_TYPE!r}")
+    return message
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("an object names the same key twice")
+    return fields
+
+
+def identify(message: Mapping[str, Any], body: bytes) -> Identity:
+    """Return the ids of the message. Raises `Undecodable` where it has no valid `generation_id`."""
+    fields = message.get("data")
+    generation_id = fields.get("generation_id") if isinstance(fields, dict) else None
+    if generation_id in (None, ""):
+        generation_id = message.get("generation_id")
+    if not is_generation_id(generation_id):
+        raise Undecodable(f"generation_id is {shown_value(generation_id)}; it must be {RIGHT}")
+    return Identity(_task_id(message.get("task_id"), body), generation_id)
+
+
+def _task_id(given: Any, body: bytes) -> str:
+    """Return the UUID in its canonical form, else one derived from the body: the same message gets the same id."""
+    if isinstance(given, str) and len(given) <= 64:
+        try:
+            return str(uuid.UUID(given))
+        except ValueError:
+            pass  # not a UUID: it would end up in object keys and headers, so it is replaced, not cleaned
+    return str(uuid.uuid5(_TASK_NAMESPACE, hashlib.sha256(body).hexdigest()))
+
+
+def oversized_rejection(body: bytes) -> JobRejected:
+    """Return the rejection of a body beyond the limit, from its ids alone. Raises `Undecodable` where it has none."""
+    size = f"the body has {len(body)} bytes; at most {MAX_BODY_BYTES} are read"
+    try:
+        outline = outline_of(body, MAX_BODY_BYTES)
+        identity = identify(parse(outline), body)
+    except (ValueError, Undecodable) as error:
+        raise Undecodable(f"{size}, and its ids cannot be found: {error}"[:MAX_REASON_CHARS]) from error
+    return Rejection(identity)("INVALID_INPUT", f"{size}: shorten the message")
+
+
 def outline_of(body: bytes, max_bytes: int) -> bytes:
-    """The message in `body` as JSON of its ids alone: keys stay, so that a repeated one is still seen.
+    """Return the message in `body` as JSON of its ids alone. Keys stay, so that a repeated one is still detected.
 
     Takes no more memory than `max_bytes`, and about a second for 128 MB. Raises `ValueError` for what is no JSON object
-    as far as it is looked at, and where there is more than `MAX_TOKENS` to skip.
+    as far as it is read, and where there is more than `MAX_TOKENS` to skip.
     """
-    return _Reader(body, max_bytes).outline()
+    return _OutlineReader(body, max_bytes).outline()
 
 
-class _Reader:
-    """Walks once over the body; nothing of it is copied but what goes into the outline."""
+class _OutlineReader:
+    """One pass over the body, which copies only what goes into the outline."""
 
     def __init__(self, body: bytes, max_bytes: int) -> None:
         self._body = body
@@ -79,7 +150,7 @@ class _Reader:
             self._keep(b"null")
 
     def _scalar(self) -> bytes:
-        """A value that is read: text or a number. null for what is nested or long, which is no id."""
+        """Return a string or number; null for a nested or long value, which is no id."""
         self._skip_blanks()
         began_at = self._at
         self._skip_value()
