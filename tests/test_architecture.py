@@ -66,6 +66,7 @@ NOT_YET = {
 }
 # What the supervisor may load of the engine.
 TORCH_FREE = (
+    "inference.errors",
     "inference.request",
     "inference.engine.batcher",
     "inference.lora.slots",
@@ -73,6 +74,7 @@ TORCH_FREE = (
     "inference.process.engine_process",
     "inference.process.child_handle",
     "inference.process.protocol",
+    "inference.process.parent_death",
     "inference.process.pending",
     "inference.process.quarantine",
     "inference.process.health",

@@ -20,7 +20,9 @@ from config.logs import log_event
 from config.settings import Settings, doubtful_names
 from inference.process.engine_process import EngineProcess, EngineState
 from inference.request import ModelFacts
-from worker.amqp.broker import Broadcast, Consumer, FirstTry, Publisher, Subscription, try_broker
+from worker.amqp.connection import ConnectionProbe, probe_connection
+from worker.amqp.consumer import Broadcast, Consumer, Subscription
+from worker.amqp.publisher import Publisher
 from worker.amqp.topology import QueueNames
 from worker.breakers import BACKEND_THRESHOLD, STORE_THRESHOLD, Breaker, StoreGate
 from worker.jobs.cancellations import Cancellations
@@ -42,7 +44,7 @@ from worker.results.ledger import Ledger
 from worker.results.notifier import Notifier
 from worker.results.outbox import PREFETCH as OUTBOX_PREFETCH
 from worker.results.outbox import Outbox
-from worker.results.waiting import WaitingNotes, WaitingReporter
+from worker.results.outbox_snapshots import SnapshotStore, SnapshotWriter
 from worker.storytelling import storyteller_of
 
 logger = logging.getLogger(__name__)
@@ -82,7 +84,7 @@ class Supervisor:
         self._is_draining = threading.Event()
         self._num_signals = 0
         self._has_bug = False
-        self._first_try = FirstTry()
+        self._probe = ConnectionProbe()
         self._names = QueueNames(settings.broker.queue, settings.broker.consumer_timeout_seconds)
         self._storage = Storage(settings.store)
         self._cache = DownloadCache(self._storage, settings.store.cache_dir, settings.store.cache_max_bytes)
@@ -102,7 +104,7 @@ class Supervisor:
             log_level=settings.service.log_level,
             log_format=settings.service.log_format,
             on_restart=self._metrics.engine_restarts.inc,
-            on_occupancy=self._metrics.note_occupancy,
+            on_load_report=self._metrics.note_engine_load,
         )
         self._processor: Processor | None = None
         self._consumer: Consumer | None = None
@@ -158,8 +160,8 @@ class Supervisor:
             is_connected=lambda: self._readiness.is_connected,
             is_draining=self._is_draining,
         )
-        notes = WaitingNotes(self._storage, settings.store.bucket)
-        self._waiting = WaitingReporter(self._name, notes, self._outbox.in_hand, self._is_draining)
+        notes = SnapshotStore(self._storage, settings.store.bucket)
+        self._waiting = SnapshotWriter(self._name, notes, self._outbox.held, self._is_draining)
 
     def run(self) -> ExitCode:
         """Work until a signal or a fatal failure; the exit code says which."""
@@ -173,9 +175,9 @@ class Supervisor:
         for doubt in doubtful_names():
             log_event(logger, "setting not known", logging.WARNING, reason=doubt)
         # Told before the model is loaded, which takes minutes; the consumer tries again for ever.
-        self._first_try = try_broker(self._settings.broker)
-        if self._first_try.reason:
-            log_event(logger, "broker not usable", logging.WARNING, reason=self._first_try.reason)
+        self._probe = probe_connection(self._settings.broker)
+        if self._probe.reason:
+            log_event(logger, "broker not usable", logging.WARNING, reason=self._probe.reason)
         log_event(logger, "loading", model=self._settings.model.model_id)
         self._engine.start()
         self._publisher.start()
@@ -233,7 +235,7 @@ class Supervisor:
             subscriptions,
             orders,
             on_lost=self._processor.on_lost,
-            not_before=self._first_try.again_at,
+            not_before=self._probe.retry_at,
         )
         self._readiness.consumer = self._consumer
         self._processor.start(self._consumer)

@@ -26,7 +26,7 @@ from watermark.text.mark import clean_lines, clean_text, draw_text
 from watermark.text.overlay import TextOverlay
 from watermark.text.shaping import LRM, RLM, keep_direction, needs_shaping
 from watermark.text.wrapping import Breaking, wrap
-from worker.cli.check.machine import check_shaping
+from worker.cli.check.files import check_shaping
 
 FONT_DIRS = (Path("/usr/share/fonts"),)
 ROOM = (600, 200)

@@ -13,8 +13,8 @@ from clients.storage.client import Storage
 from clients.storage.errors import ObjectNotFound, StorageError
 from clients.storage.location import ObjectRef
 from config.logs import log_event
-from worker.amqp.broker import Publisher
 from worker.amqp.delivery import whole_number
+from worker.amqp.publisher import Publisher
 from worker.amqp.topology import QueueNames
 from worker.jobs.runs import Run
 from worker.strict_json import is_number, strict_json

@@ -11,18 +11,20 @@ import tenacity
 
 from clients.storage.errors import StorageError
 from config.logs import bind, log_event
-from worker.amqp.broker import Consumer, Publisher, PublishFailed
+from worker.amqp.consumer import Consumer
 from worker.amqp.delivery import Delivery
+from worker.amqp.publisher import Publisher, PublishFailed
 from worker.amqp.topology import QueueNames
 from worker.breakers import StoreGate
 from worker.errors import JobReleased
-from worker.jobs.cancellations import Cancellations, decode_cancel
+from worker.jobs.cancellations import Cancellations
 from worker.jobs.disposition import Disposition, Verdict, judge
 from worker.jobs.handler import JobHandler
 from worker.jobs.history import History
 from worker.jobs.leases import Lease, Leases
 from worker.jobs.recovering import OwnReturns, Quarantine, is_suspect
 from worker.jobs.runs import Run, Runs
+from worker.messages.cancel import decode_cancel
 from worker.messages.decoder import decode_any
 from worker.messages.identity import TaskIdTaken, check_same, own_task_id, with_own_id
 from worker.messages.job import Job, JobRejected, Undecodable
@@ -202,7 +204,7 @@ class Processor:
     def _bury(self, delivery: Delivery, reason: str) -> None:
         self._elsewhere_first(
             delivery,
-            lambda: self._notifier.bury(delivery.body[:MAX_DEAD_BODY_BYTES], f"not a job: {reason}"),
+            lambda: self._notifier.dead_letter(delivery.body[:MAX_DEAD_BODY_BYTES], f"not a job: {reason}"),
         )
         self._metrics.jobs.labels("undecodable").inc()
 
@@ -358,7 +360,7 @@ class Processor:
 
     def _leave_to_a_person(self, run: Run, reason: str) -> _Ending:
         """Keep the message with the dead letters and report nothing."""
-        self._surely(lambda: self._notifier.bury(run.first.body, reason, attempt=run.attempt))
+        self._surely(lambda: self._notifier.dead_letter(run.first.body, reason, attempt=run.attempt))
         return _Ending(Disposition.DEAD_LETTER, "undecodable", message=reason)
 
     def _end_badly(self, run: Run, verdict: Verdict, error: Exception) -> _Ending:
@@ -410,7 +412,9 @@ class Processor:
             unrecorded = str(error)
         if verdict.disposition is Disposition.DEAD_LETTER:
             body = run.first.body
-            self._surely(lambda: self._notifier.bury(body, f"{verdict.code}: {verdict.message}", attempt=run.attempt))
+            self._surely(
+                lambda: self._notifier.dead_letter(body, f"{verdict.code}: {verdict.message}", attempt=run.attempt)
+            )
         return self._tell(run, event, verdict.disposition, unrecorded)
 
     def _tell(self, run: Run, event: TerminalEvent, disposition: Disposition, unrecorded: str = "") -> _Ending:
@@ -420,7 +424,7 @@ class Processor:
 
             def tell() -> None:
                 nonlocal told
-                told = self._notifier.park_unrecorded(event, unrecorded) if unrecorded else self._notifier.tell(event)
+                told = self._notifier.park_unrecorded(event, unrecorded) if unrecorded else self._notifier.notify(event)
 
             self._surely(tell)
         code, message = (str(event.body.get(name, "")) for name in ("error_code", "error_message"))

@@ -13,19 +13,13 @@ import torch
 
 import inference.engine.batcher
 from inference.device.decoded_image import DecodedImage
-from inference.engine.shortages import TRIES_ALONE, TRIES_BESIDE_OTHERS
+from inference.engine.out_of_memory import TRIES_ALONE, TRIES_BESIDE_OTHERS
+from inference.errors import EngineClosed, EngineFault, RequestCancelled, RequestFailed
 from inference.lane import Embedding, Lane
 from inference.lora.adapter import Adapter
-from inference.lora.bank import AdapterBank, PackedAdapter, Row
+from inference.lora.bank import AdapterBank, PackedAdapter, RowAdapters
 from inference.models.base import Prompt
-from inference.request import (
-    AdapterFile,
-    EngineClosed,
-    EngineFault,
-    GenerationRequest,
-    RequestCancelled,
-    RequestFailed,
-)
+from inference.request import AdapterFile, GenerationRequest
 from inference.sampling.samplers import Sampler
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import (
@@ -209,7 +203,7 @@ class SmallModel(WatchedModel):
     """Memory for pictures of up to 96x64."""
 
     def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
-        request = lanes[0].drawing.request
+        request = lanes[0].owner.request
         if request.height * request.width > 96 * 64:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return super().denoise(lanes)
@@ -344,13 +338,13 @@ class ShortModel(FullModel):
         self._run_short("pack")
         return super().pack(adapter)
 
-    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[Row]) -> list[Embedding]:
+    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[RowAdapters]) -> list[Embedding]:
         if any(prompt.text == self.NEEDY for prompt in prompts):
             self._run_short("encode")
         return super().encode(prompts, adapters)
 
     def begin(self, lane: Lane, *, in_tiles: bool = False) -> tuple[str, Sampler]:
-        if lane.drawing.request.prompt == self.NEEDY:
+        if lane.owner.request.prompt == self.NEEDY:
             self._run_short("begin")
         return super().begin(lane, in_tiles=in_tiles)  # type: ignore[safe-super]
 

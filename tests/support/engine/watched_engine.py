@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.lane import Embedding, Lane
-from inference.lora.bank import Row
+from inference.lora.bank import RowAdapters
 from inference.models.base import Family, Prompt
 from inference.request import EngineLoad, GenerationRequest, GenerationResult, StepReport
 from tests.support.engine.engine_requests import request_of
@@ -31,7 +31,7 @@ class WatchedModel(Family):
     batches: list[list[Lane]]
     encoded: list[str]
 
-    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[Row]) -> list[Embedding]:
+    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[RowAdapters]) -> list[Embedding]:
         self.encoded += [prompt.text for prompt in prompts]
         return super().encode(prompts, adapters)  # type: ignore[safe-super]
 
@@ -67,9 +67,9 @@ class WatchedEngine(LocalEngine):
     def is_prepared(self) -> bool:
         """Is all done that was asked of the preparing thread? To be asked on the engine's thread."""
         asked: list[Future[Any]] = []
-        for drawing in self._loop._drawings:
-            asked += [drawing.scheduling, *drawing.readings.values()]
-            asked += self._loop._admission._controls.needs(drawing) or []
+        for active in self._loop._requests:
+            asked += [active.scheduling, *active.readings.values()]
+            asked += self._loop._admission._controls.needs(active) or []
         return all(one.done() for one in asked)
 
     def hold_preparing_until(self, is_over: threading.Event) -> None:

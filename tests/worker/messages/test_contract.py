@@ -13,7 +13,8 @@ from hypothesis import settings as bounded
 from hypothesis import strategies as st
 from jsonschema import Draft7Validator
 
-from config.settings import ModelSettings, StoreSettings
+from config.model import ModelSettings
+from config.store import StoreSettings
 from tests.support.contract_schemas import DOCS, document, examples, validator_of
 from tests.support.paths import ROOT
 from tests.worker.messages.test_decoder import (
@@ -27,7 +28,7 @@ from tests.worker.messages.test_decoder import (
     message,
     to_bytes,
 )
-from worker.jobs.cancellations import decode_cancel
+from worker.messages.cancel import decode_cancel
 from worker.messages.decoder import MAX_BODY_BYTES, decode, rules_from
 from worker.messages.job import JobRejected, Undecodable
 from worker.messages.json_schemas import MODELS, as_text, schema_of, write

@@ -11,7 +11,8 @@ import psutil
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from config.settings import PictureSettings, SettingsError, load_section
+from config.images import PictureSettings
+from config.section import SettingsError, load_section
 from tests.support.images.product_pictures import bottle, scene
 from tests.support.models.onnx_files import write_dark_finder
 from tests.support.paths import ROOT
@@ -23,7 +24,7 @@ from watermark.product.masks import erode, product_mask, repaint_mask, restore_m
 from watermark.product.placement import Layout, fitted_size, place_product
 from watermark.product.template_match import match_template
 from worker.cli.check.checks import CheckFailed
-from worker.cli.check.cutout import check_cutout
+from worker.cli.check.models import check_cutout
 from worker.errors import CuttingFailed, JobFailed
 from worker.jobs.disposition import Disposition, judge
 from worker.product.cutter import Cutter
