@@ -47,7 +47,7 @@ class Side:
         self._engine.close()
 
     def run(self, number: int) -> tuple[float, float]:
-        """Draw eight pictures; the median CPU seconds of their even steps and of their odd ones."""
+        """Generate eight images; return the median CPU seconds of even and of odd steps."""
         self._seconds = {True: [], False: []}
         self.num_previews = 0
         futures = [
@@ -120,7 +120,7 @@ def _measure(num_rounds: int) -> dict[str, Any]:
 
 
 def _alone() -> tuple[float, float]:
-    """CPU seconds of finding the projection at the start, and of one preview: x0, projection, its bytes."""
+    """Return the CPU seconds of fitting the projection at the start, and of one preview: x0, projection, its bytes."""
     family = load_family(_settings(), device=torch.device("cpu"), dtype=torch.float32)
     started_at = time.process_time()
     projection = family.find_projection()

@@ -1,29 +1,29 @@
-"""The product cut out: what is and is not a cut-out. Pure: images in, images out."""
+"""Check, trim and resize a cut-out product. Pure: images in, images out."""
 
 import numpy as np
 from PIL import Image
 
-# Alpha that has nothing below this cuts nothing out: cameras and editors write it into every file.
+# Alpha that is nowhere below this is no cut-out: cameras and editors write opaque alpha into every file.
 CLEAR = 128
-# Fainter pixels are a mask's noise: the product does not end with them.
+# Fainter pixels are mask noise, ignored in the product's bounds.
 VISIBLE = 16
-# Parts of a picture's pixels: a model that found less has found nothing, one that found more has cut nothing away.
+# Fractions of an image's pixels: below, the model found no product; above, it removed no background.
 MIN_PART, MAX_PART = 0.001, 0.99
-# No picture is drawn larger than that, so no product has to be.
+# No image is generated larger, so no product needs more.
 MAX_SIDE_PX = 2048
 
 
 class CutoutFailed(Exception):
-    """There is no product in the picture, or nothing around it to cut away; the message says which."""
+    """No product in the image, or no background to remove; the message says which."""
 
 
 def has_transparency(picture: Image.Image) -> bool:
-    """Is some part of an RGBA picture transparent?"""
+    """Return whether some part of an RGBA image is transparent."""
     return bool(np.asarray(picture.getchannel("A")).min() < CLEAR)
 
 
 def trim(picture: Image.Image) -> Image.Image:
-    """The RGBA picture without what is empty around its product. Raises `CutoutFailed` where all of it is empty."""
+    """Crop the RGBA image to its visible pixels. Raises `CutoutFailed` where there are none."""
     bounds = picture.getchannel("A").point([0] * VISIBLE + [255] * (256 - VISIBLE)).getbbox()
     if bounds is None:
         raise CutoutFailed("all of it is transparent")
@@ -31,7 +31,7 @@ def trim(picture: Image.Image) -> Image.Image:
 
 
 def limit_size(picture: Image.Image) -> Image.Image:
-    """The RGB or RGBA picture, made smaller where a side is longer than any that is drawn."""
+    """Downscale an RGB or RGBA image whose longer side exceeds `MAX_SIDE_PX`."""
     share = MAX_SIDE_PX / max(picture.size)
     if share >= 1:
         return picture
@@ -39,7 +39,7 @@ def limit_size(picture: Image.Image) -> Image.Image:
 
 
 def resize_premultiplied(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The RGB or RGBA picture at `size`; premultiplied, or colours of clear pixels would bleed into the edges."""
+    """Resize an RGB or RGBA image; premultiplied, or colours of transparent pixels would bleed into the edges."""
     if picture.size == size:
         return picture
     if picture.mode != "RGBA":
@@ -48,7 +48,7 @@ def resize_premultiplied(picture: Image.Image, size: tuple[int, int]) -> Image.I
 
 
 def check_cutout(picture: Image.Image) -> Image.Image:
-    """A model's cut-out, RGBA and of its picture's whole size, trimmed. Raises `CutoutFailed` where it is none."""
+    """Trim a model's RGBA cut-out of a whole image. Raises `CutoutFailed` where it found or removed nothing."""
     part = float((np.asarray(picture.getchannel("A")) >= CLEAR).mean())
     if part < MIN_PART:
         raise CutoutFailed("no product was found in it")

@@ -1,4 +1,4 @@
-"""Finds where a product stands in a composite that somebody brought. Pure."""
+"""Locate a product in an uploaded composite. Pure."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,11 +7,11 @@ from PIL import Image
 from watermark.geometry import Rect
 from watermark.product.cutout import resize_premultiplied
 
-# The longer side, in px, of the copy that is searched through; around what is found there every px is tried.
+# Longer side, in px, of the reduced copy for the coarse search; the fine search goes px by px around its result.
 COARSE_PX = 256
-# So many of the product's opaque pixels are compared at each of those places.
+# Number of the product's opaque pixels compared at each offset of the fine search.
 NUM_SAMPLES = 4000
-# Grey levels, in the mean of those pixels: beyond, something else stands there.
+# Mean difference of those pixels, in grey levels, above which it is not the product.
 MAX_DIFFERENCE = 16.0
 OPAQUE = 250
 
@@ -19,10 +19,10 @@ _Colours = NDArray[np.int16]
 
 
 def match_template(composite: Image.Image, product: Image.Image, size: tuple[int, int]) -> Rect | None:
-    """The part of an RGB `composite` where the RGBA `product` stands at `size`; None where it does not.
+    """Return the rectangle of the RGBA `product` at `size` in an RGB `composite`; None where it is not found.
 
-    The least squared difference over the opaque pixels: over the whole picture in a small copy, by Fourier transforms
-    (template matching with a mask), then px by px around the place found.
+    Masked template matching: the least squared difference over the opaque pixels, by Fourier transforms on a reduced
+    copy of the whole image, then px by px around the best offset.
     """
     factor = max(1.0, max(composite.size) / COARSE_PX)
     placed = resize_premultiplied(product, size)
@@ -48,7 +48,7 @@ def _offsets_near(near: int, reach: int, last: int) -> range:
 
 
 def _samples(placed: Image.Image) -> tuple[NDArray[np.intp], NDArray[np.intp], _Colours]:
-    """Rows, columns and colours of some opaque pixels, spread over the product."""
+    """Return rows, columns and colours of evenly sampled opaque pixels."""
     pixels = np.asarray(placed)
     rows, columns = np.nonzero(pixels[..., 3] >= OPAQUE)
     some = slice(None, None, max(1, len(rows) // NUM_SAMPLES))
@@ -57,7 +57,7 @@ def _samples(placed: Image.Image) -> tuple[NDArray[np.intp], NDArray[np.intp], _
 
 
 def _coarse_place(composite: Image.Image, placed: Image.Image, factor: float) -> tuple[int, int]:
-    """Left and top in a copy that is `factor` times smaller."""
+    """Return the best left and top in a copy that is `factor` times smaller."""
     width, height = (max(1, round(side / factor)) for side in composite.size)
     small = np.asarray(composite.resize((width, height), Image.Resampling.BOX), dtype=np.float64)
     across, down = (
@@ -75,7 +75,7 @@ def _coarse_place(composite: Image.Image, placed: Image.Image, factor: float) ->
 
 
 def _correlate(picture: NDArray[np.float64], kernel: NDArray[np.float64]) -> NDArray[np.float64]:
-    """At each place the sum of `picture` under `kernel`, over all channels; where it sticks out, it wraps around."""
+    """Return the circular cross-correlation of `picture` with `kernel`, summed over channels."""
     shape = picture.shape[:2]
     product = np.fft.rfft2(picture, axes=(0, 1)) * np.fft.rfft2(kernel, shape, axes=(0, 1)).conj()
     correlated: NDArray[np.float64] = np.fft.irfft2(product.sum(axis=-1), shape, axes=(0, 1))

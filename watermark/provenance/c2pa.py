@@ -1,4 +1,4 @@
-"""A C2PA manifest in a picture's file: who made it by what, signed, so that changes show. Without any network."""
+"""Sign images with a C2PA manifest of their origin. No network access."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from watermark.provenance.credentials import Credentials
 from watermark.provenance.provenance import Prompts, Provenance, SourceType
 from watermark.provenance.xmp import IPTC_EXTENSION
 
-# Nothing is fetched: no revocation lists, no remote manifests. A thumbnail would be the picture once more.
+# Nothing is fetched: no OCSP, no remote manifests. A thumbnail would repeat the image.
 CONTEXT = {
     "builder": {"thumbnail": {"enabled": False}},
     "verify": {"ocsp_fetch": False, "remote_manifest_fetch": False},
@@ -23,10 +23,10 @@ CONTEXT = {
 
 @final
 class ManifestSigner:
-    """Owner of the loaded key. Any thread may sign. Only the process that made it can."""
+    """Owner of the loaded key. Thread-safe; usable only in the process that made it."""
 
     def __init__(self, credentials: Credentials) -> None:
-        """Signs a picture of one pixel. Raises `SettingsError` for a certificate that C2PA does not sign by."""
+        """Sign a one-pixel image as a trial. Raises `SettingsError` for a certificate that C2PA rejects."""
         self.credentials = credentials
         try:
             self._context = c2pa.Context.from_dict(CONTEXT)
@@ -34,14 +34,16 @@ class ManifestSigner:
                 c2pa.C2paSignerInfo(credentials.algorithm, credentials.chain, credentials.key, None)
             )
             trial = _manifest({"name": "trial"}, {"digitalSourceType": SourceType.GENERATED})
-            self._embed(_one_pixel(), trial, PictureFormat.PNG)
+            pixel = io.BytesIO()
+            Image.new("RGB", (1, 1)).save(pixel, "PNG")
+            self._embed(pixel.getvalue(), trial, PictureFormat.PNG)
         except c2pa.C2paError as error:
             usages = "its key usage must be digitalSignature, its extended key usage one of C2PA's"
             refusal = f"C2PA signs by no such certificate ({error}): {usages}; docs/provenance.md says how to make one"
             raise SettingsError(f"C2PA_CERTIFICATE: {refusal}") from error
 
     def sign(self, content: bytes, provenance: Provenance, picture_format: PictureFormat) -> bytes:
-        """The file with a manifest over all of its bytes. Raises `ManifestNotSigned`."""
+        """Return the file with a manifest over all of its bytes. Raises `ManifestNotSigned`."""
         try:
             return self._embed(content, build_manifest(provenance), picture_format)
         except c2pa.C2paError as error:
@@ -55,7 +57,7 @@ class ManifestSigner:
 
 
 def build_manifest(provenance: Provenance) -> dict[str, Any]:
-    """The definition of the manifest: one action, and the prompts where they may be told."""
+    """Build the manifest definition: one action, and the prompts where they may be published."""
     agent = {"name": provenance.software, "version": provenance.version}
     how = {"when": provenance.created, "digitalSourceType": provenance.source_type, "softwareAgent": agent}
     manifest = _manifest(agent, how)
@@ -65,7 +67,7 @@ def build_manifest(provenance: Provenance) -> dict[str, Any]:
 
 
 def _manifest(generator: dict[str, str], how: dict[str, Any]) -> dict[str, Any]:
-    # `created`: claimed by the signer, not merely gathered from somebody else, as the prompts are.
+    # `created`: a claim of the signer's own, not a gathered assertion, as the prompts are.
     actions = {"actions": [{"action": "c2pa.created", **how}]}
     return {
         "claim_generator_info": [generator],
@@ -74,11 +76,5 @@ def _manifest(generator: dict[str, str], how: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prompts(prompts: Prompts) -> dict[str, Any]:
-    """JSON-LD of the one property, as CAWG's metadata assertion takes any of XMP's."""
+    """Return the prompts as JSON-LD, the form of XMP properties in CAWG's metadata assertion."""
     return {"@context": {"Iptc4xmpExt": IPTC_EXTENSION}, "Iptc4xmpExt:AIPromptInformation": prompts.text}
-
-
-def _one_pixel() -> bytes:
-    png = io.BytesIO()
-    Image.new("RGB", (1, 1)).save(png, "PNG")
-    return png.getvalue()
