@@ -16,7 +16,6 @@ from inference.errors import RequestFailed
 from inference.lora.adapter import Adapter, check_rank
 from inference.lora.adapter_key import AdapterKey, ReadAdapter
 from inference.lora.bank import PackedAdapter
-from inference.request import AdapterFile, Stage
 from inference.lora.errors import AdapterError
 from inference.request import AdapterFile, Stage
 

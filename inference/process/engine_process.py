@@ -12,8 +12,6 @@ from enum import Enum, auto
 
 from config.logs import LogFormat, log_event
 from config.model import ModelSettings
-from inference.errors import EngineClosed, EngineCrashed, EngineFault, EngineHung, RequestCancelled
-from config.settings import ModelSettings
 from inference.errors import EngineClosed, EngineCrashed, EngineFault, EngineHung
 from inference.process.child_handle import ChildHandle
 from inference.process.health import MIN_HANG_SECONDS, ChildHealth

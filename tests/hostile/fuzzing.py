@@ -460,7 +460,6 @@ class AdapterTarget:
 
     def feed(self, content: bytes) -> str:
         from inference.lora.adapter import check_fits, read_adapter
-        from inference.lora.files import AdapterError
         from inference.lora.errors import AdapterError
 
         (length,) = struct.unpack_from("<Q", content)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 
 from clients.storage.errors import StorageError
-from clients.webhooks import WebhookResult, WebhookKind
+from clients.webhooks import WebhookKind, WebhookResult
 from config.logs import bind, log_event
 from worker.amqp.consumer import Consumer
 from worker.amqp.delivery import Delivery

@@ -23,8 +23,8 @@ from inference.checkpoints.memory_plan import (
     plan_and_warn,
 )
 from inference.checkpoints.offload import offload_in_turns
-from inference.errors import EngineStartFailed
 from inference.checkpoints.pipeline import load_pipeline
+from inference.errors import EngineStartFailed
 from tests.support.models.tiny_models import build_tiny_sd
 from worker.cli.check.checks import CheckFailed
 from worker.cli.check.machine import check_memory

@@ -17,7 +17,6 @@ from inference.engine.out_of_memory import TRIES_ALONE, TRIES_BESIDE_OTHERS
 from inference.errors import EngineClosed, EngineFault, RequestCancelled, RequestFailed
 from inference.lane import Embedding, Lane
 from inference.lora.adapter import Adapter
-from inference.lora.bank import AdapterBank, PackedAdapter
 from inference.lora.bank import AdapterBank, PackedAdapter, RowAdapters
 from inference.models.base import Prompt
 from inference.request import AdapterFile, GenerationRequest
@@ -34,7 +33,6 @@ from tests.support.engine.watched_engine import (
 )
 from tests.support.images.pictures import MIN_PSNR_DB, images_of, plain, psnr, solo
 from tests.support.models.tiny_models import EVERY_LAYER, build_tiny_sd, load_pipe, write_adapter
-from worker.cli.report.rows import Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,11 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from inference.lora.adapter import Adapter, LowRank
 from inference.lora.adapter_memory import AdapterMemory
-from inference.lora.bank import AdapterBank, AppliedAdapter, PackedAdapter
 from inference.lora.bank import AdapterBank, AppliedAdapter, PackedAdapter, RowAdapters
 from inference.lora.key_names import DOWN, UP
 from inference.lora.layers import layer_groups
-from worker.cli.report.rows import Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,7 +9,6 @@ from inference.controlnet.guide import Guide
 from inference.engine.conditioner import Conditioner
 from inference.lane import ActiveRequest, Lane
 from inference.lora.adapter import Adapter, LowRank
-from inference.lora.bank import AppliedAdapter, PackedAdapter
 from inference.lora.bank import AppliedAdapter, PackedAdapter, RowAdapters
 from inference.models.base import Family, sampler_of
 from inference.models.sdxl import StableDiffusionXL
@@ -19,7 +18,6 @@ from inference.request import GenerationRequest
 from tests.support.cuda.fake_cuda import DEVICE, FakeCuda
 from tests.support.cuda.tally import Tally
 from tests.support.models.full_pipelines import CONTROLNETS, build_pipeline
-from worker.cli.report.rows import Row
 
 FAMILIES: dict[str, Callable[..., Family]] = {"sd15": StableDiffusion, "sdxl": StableDiffusionXL, "z-image": ZImage}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

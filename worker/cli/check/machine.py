@@ -5,14 +5,15 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from PIL import features
-from config.store import StoreSettings
 from clients.gpu import GpuReading, GpuReadings
-from config.settings import ModelSettings, StoreSettings
+from config.model import ModelSettings
+from config.store import StoreSettings
 from inference.checkpoints.checkpoint import identify
-from inference.checkpoints.memory_plan import RESERVE_BYTES, Placement, free_host_bytes, most_adapter_bytes
+from inference.checkpoints.memory_plan import RESERVE_BYTES, Placement, free_host_bytes, most_adapter_bytes, plan
+from inference.checkpoints.pipeline import weight_bytes
 from inference.checkpoints.weight_files import GB
 from inference.controlnet.files import find_controlnets, most_bytes
+from inference.errors import EngineStartFailed
 from worker.cli.check.checks import CheckFailed
 
 PARAMETER_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -93,7 +94,7 @@ def _in_host(weights: str, needed: Mapping[str, int], free: int, chosen: int | N
 
 def _on_gpu(weights: str, needed: Mapping[str, int], free: int, chosen: int | None) -> str:
     try:
-        residence = decide(needed, free, chosen)
+        residence = plan(needed, free, chosen)
     except EngineStartFailed as error:
         raise CheckFailed(str(error)) from error
     is_resident = residence is Placement.RESIDENT

@@ -3,14 +3,13 @@
 import time
 from collections.abc import Callable
 
+from PIL import Image, ImageDraw
+
+from config.images import PictureSettings
 from config.model import ModelSettings
 from inference.checkpoints.checkpoint import identify
-from inference.errors import EngineError
-from config.settings import ModelSettings
 from inference.checkpoints.pipeline import weight_bytes
-from PIL import Image, ImageDraw
-from config.settings import ModelSettings, PictureSettings
-from inference.checkpoints.checkpoint import identify
+from inference.errors import EngineError
 from inference.process.engine_process import EngineProcess, wait_until_ready
 from inference.request import ModelFacts
 from worker.cli.check.checks import CheckFailed

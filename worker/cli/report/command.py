@@ -14,9 +14,6 @@ from rich.text import Text
 from clients.storage.client import Storage
 from clients.storage.errors import ObjectDamaged, ObjectTooLarge
 from config.store import StoreSettings
-from worker.cli.report.bars import Bar, legend
-from worker.cli.report.rows import Row, row_of, unreadable
-from config.settings import StoreSettings
 from worker.cli.report.bars import Axis, Bar, legend
 from worker.cli.report.rows import Row, row_of, summarise, unreadable
 from worker.cli.terminal import escape_for_terminal
