@@ -83,7 +83,7 @@ def test_a_test_that_starts_a_program_is_not_quick(
 
 def test_a_command_that_imports_torch_when_called_is_not_quick() -> None:
     path = TESTS / "worker" / "cli" / "test_options.py"
-    item = cast(Any, SimpleNamespace(path=path, nodeid="::CliRunner", fixturenames=["app"]))
+    item = cast(Any, SimpleNamespace(path=path, nodeid="::app", fixturenames=[]))
 
     assert not is_heavy(path)
     assert starts_a_program(item)

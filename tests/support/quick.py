@@ -80,16 +80,20 @@ def starts_a_server(item: pytest.Item) -> bool:
 
 def starts_a_program(item: pytest.Item) -> bool:
     """Return whether the test or what it names in its file starts a program, or calls what imports a heavy library."""
-    uses = _names_used(item.path)
-    new = {item.nodeid.split("::")[1].partition("[")[0], *getattr(item, "fixturenames", ())}
-    seen = set[str]()
-    while new:
-        seen |= new
-        new = {name for one in new for name in uses.get(one, ())} - seen
-    return not seen.isdisjoint(_heavy_names(item.path))
+    names = {item.nodeid.split("::")[1].partition("[")[0], *getattr(item, "fixturenames", ())}
+    return not names.isdisjoint(_heavy_names(item.path))
 
 
 @cache
+def _heavy_names(path: Path) -> frozenset[str]:
+    """Return the file's imports that are heavy, and its definitions that use one of them, directly or not."""
+    uses, heavy, new = _names_used(path), set[str](), set(_heavy_imports(path))
+    while new:
+        heavy |= new
+        new = {name for name, used in uses.items() if used & heavy} - heavy
+    return frozenset(heavy)
+
+
 def _names_used(path: Path) -> dict[str, set[str]]:
     """Return, for each top-level definition of the file, the names in it."""
     used: dict[str, set[str]] = {}
@@ -103,8 +107,7 @@ def _names_used(path: Path) -> dict[str, set[str]]:
     return used
 
 
-@cache
-def _heavy_names(path: Path) -> frozenset[str]:
+def _heavy_imports(path: Path) -> frozenset[str]:
     """Return the names that the file imports and that start programs, or whose module imports a heavy library late."""
     heavy = set(STARTS_PROGRAMS)
     for node in ast.parse(path.read_text()).body:
