@@ -30,7 +30,7 @@ ORDER = (
     "worker.cli.report",
     "worker.cli.terminal",
     "worker.supervisor",
-    "worker.storytelling",
+    "worker.wiring",
     "worker.product",
     "worker.monitoring",
     "worker.jobs",

@@ -176,7 +176,7 @@ def worker_settings(model: ModelSettings, folder: Path) -> Settings:
 def test_the_metrics_are_of_the_gpu_that_draws(tmp_path: Path) -> None:
     supervisor = Supervisor(worker_settings(ModelSettings(DEVICE="cuda:1", CUDA_VISIBLE_DEVICES="2,5"), tmp_path))
 
-    reading = supervisor._gauges._gpu.read()
+    reading = supervisor._parts.gauges._gpu.read()
 
     assert reading is not None
     assert reading.memory_used_bytes == 5 * GB

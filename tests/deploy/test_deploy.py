@@ -26,7 +26,7 @@ from examples.parts.seaweedfs import SOCKET_FOLDER
 from tests.support.paths import ROOT
 from tests.support.promql import DEPLOY, PROMETHEUS, alert_rules
 from worker.amqp.topology import QueueNames
-from worker.supervisor import EXTRA_PREFETCH
+from worker.wiring import EXTRA_PREFETCH
 
 SETTINGS = {
     str(field.validation_alias): field for section in SECTIONS.values() for field in section.model_fields.values()

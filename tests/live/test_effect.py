@@ -31,7 +31,7 @@ CONSTANTS = {
     "worker.jobs.disposition:RETRY_DELAYS_SECONDS": [1, 1],
     "worker.jobs.disposition:MAX_ATTEMPTS": NUM_TRIES,
     "worker.results.image_store:PICTURE_PATIENCE_SECONDS": 0.0,
-    "worker.jobs.processing:SECOND_LOOK_SECONDS": 0.2,
+    "worker.jobs.dispatcher:LEASE_RECHECK_SECONDS": 0.2,
     "worker.results.kind_queue:STORE_PAUSE_SECONDS": STORE_PAUSE_SECONDS,
     "clients.storage.client:CALL_DEADLINE_SECONDS": 4.0,
 }

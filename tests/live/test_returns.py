@@ -26,7 +26,7 @@ from worker.amqp.delivery import CRASHES_HEADER, LEASE_HEADER
 from worker.amqp.queue_browser import QueueBrowser
 from worker.amqp.topology import DELIVERY_LIMIT, QueueNames, declare_queue
 from worker.cli.dead_letters import DeadLetter
-from worker.jobs.recovering import SUSPECT_CRASHES
+from worker.jobs.recovery import SUSPECT_CRASHES
 
 IS_LONG = "FAULTS_LONG" in os.environ
 # RabbitMQ 4's, and a lower one that a policy may set.

@@ -33,7 +33,8 @@ from worker.jobs.engine_client import GeneratedImages, ProgressSpan
 from worker.jobs.handler import request_of
 from worker.jobs.inputs.peft_folders import PEFT_CONFIG, PEFT_WEIGHTS, WANTS_CONFIG, is_named_by_peft
 from worker.jobs.inputs.references import References, check_can, check_mask
-from worker.jobs.postprocess import finish
+from worker.jobs.postprocess import postprocess
+from worker.jobs.runs import Phase
 from worker.messages.decoder import decode
 from worker.messages.job import Job, JobAdapter, JobProduct, JobRejected
 from worker.messages.presets import presets_in_force
@@ -43,7 +44,7 @@ from worker.product.cutter import Cutter
 from worker.product.inputs import ProductInputs, load_inputs
 from worker.product.stage_store import ProductStage
 from worker.results.image_metadata import ImageEncoder, provenance_of
-from worker.results.image_store import NO_NOTES
+from worker.results.image_store import NO_METADATA
 
 # A file of this machine, as an object of no bucket: its path is the key.
 NO_BUCKET = ""
@@ -126,7 +127,7 @@ def _draw(plan: _Plan, console: Console) -> None:
         engine = LocalEngine(plan.settings)
     result, keep_off = _generate(engine, plan, console)
     for drawn, output in zip(result.pictures, plan.outputs, strict=True):
-        signed = finish(
+        signed = postprocess(
             drawn,
             plan.job,
             plan.references,
@@ -222,42 +223,44 @@ def _generate(engine: LocalEngine, plan: _Plan, console: Console) -> GeneratedIm
         check_can(plan.job, engine.facts)
         request = request_of(plan.job, plan.adapters, engine.facts, plan.references)
         with Progress(console=console) as bars:
-            workshop = _Workshop(engine, bars, bars.add_task("denoising"))
+            context = _LocalContext(engine, bars, bars.add_task("denoising"))
             if plan.brought is None:
-                return GeneratedImages(workshop.draw(request))
+                return GeneratedImages(context.generate(request))
             fitted = plan.brought.at((request.width, request.height))
-            return ProductComposer(workshop, _Unkept(), plan.cutter, request, fitted, request.scheduler or "").drawn()
+            return ProductComposer(
+                context, _NoStages(), plan.cutter, request, fitted, request.scheduler or ""
+            ).generate()
     finally:
         engine.close()
 
 
 @dataclass(frozen=True, slots=True)
-class _Workshop:
+class _LocalContext:
     """The engine of this process, before the eyes of whoever typed the command."""
 
     engine: LocalEngine
     bars: Progress
     bar: TaskID
 
-    def draw(self, request: GenerationRequest, leg: ProgressSpan | None = None) -> GenerationResult:
+    def generate(self, request: GenerationRequest, span: ProgressSpan | None = None) -> GenerationResult:
         def on_step(report: StepReport) -> None:
-            shown = leg.within(report) if leg else report
+            shown = span.rescale(report) if span else report
             self.bars.update(self.bar, completed=shown.step_index, total=shown.num_steps)
 
         return self.engine.generate(request, on_step, lambda: False).result()
 
-    def stage(self, _name: str) -> AbstractContextManager[None]:
+    def stage(self, _phase: Phase) -> AbstractContextManager[None]:
         return nullcontext()
 
     def raise_if_unwanted(self) -> None:
         pass
 
 
-class _Unkept:
+class _NoStages:
     """No stage of a product is kept: what is wanted of it is one file."""
 
     def find(self, _stage: ProductStage, _mode: PictureMode) -> None:
         return None
 
-    def keep(self, _stage: ProductStage, _picture: Image.Image, _notes: Mapping[str, str] = NO_NOTES) -> None:
+    def save(self, _stage: ProductStage, _picture: Image.Image, _metadata: Mapping[str, str] = NO_METADATA) -> None:
         pass

@@ -24,8 +24,9 @@ from worker.amqp.publisher import Publisher, PublishFailed
 from worker.amqp.topology import RETRY_DELAYS_SECONDS, QueueNames
 from worker.messages.decoder import decode, rules_from
 from worker.messages.job import JobRejected
+from worker.outcome import Outcome
 from worker.results.ledger import Ledger, key_of
-from worker.results.terminal_event import CANCELLED_OUTCOME, TerminalEvent
+from worker.results.terminal_event import TerminalEvent
 
 POLL_SECONDS = 0.5
 
@@ -128,7 +129,7 @@ class _Follower:
 
 
 def _report(event: TerminalEvent, console: Console) -> bool:
-    if event.outcome == CANCELLED_OUTCOME:
+    if event.outcome is Outcome.CANCELLED:
         console.print("[yellow]cancelled[/]")
         return False
     if event.kind is WebhookKind.FAILED:

@@ -148,8 +148,8 @@ class Status:
 
 def job_now(run: Run, now: float, *, shows_prompts: bool, preview: ShownPreview | None) -> JobNow:
     """What is shown of a job at work; `now` is `time.monotonic()`. Pure."""
-    job = run.asked if isinstance(run.asked, Job) else None
-    reached = run.reached
+    job = run.decoded if isinstance(run.decoded, Job) else None
+    reached = run.progress
     return JobNow(
         generation_id=str(run.generation_id),
         task_id=run.task_id,
@@ -157,7 +157,7 @@ def job_now(run: Run, now: float, *, shows_prompts: bool, preview: ShownPreview 
         step_index=reached.step_index if reached else 0,
         num_steps=reached.num_steps if reached else 0,
         seconds_left=round(reached.seconds_left, 1) if reached else None,
-        seconds=round(now - run.started_at, 1),
+        seconds=round(now - run.started_monotonic, 1),
         num_images=job.num_images if job else 0,
         attempt=run.attempt,
         adapters=tuple(adapter.ref.shown_key for adapter in job.adapters) if job else (),

@@ -56,7 +56,7 @@ class StatusBuilder:
         """The worker now. Takes a millisecond or two and nobody's time but the caller's."""
         at, now = time.time(), time.monotonic()
         readings = MetricsSnapshot.of(self.metrics.registry)
-        runs = sorted(self.runs(), key=lambda run: run.started_at)
+        runs = sorted(self.runs(), key=lambda run: run.started_monotonic)
         return Status(
             at=at,
             worker=self._worker(at),

@@ -167,8 +167,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/progress/reporter.py",
-                "self._reporter.offer(self, [self._webhook(milestone, report) for milestone in crossed])",
-                "[self._reporter._send(self._webhook(milestone, report)) for milestone in crossed]",
+                "self._reporter.queue.offer(self, [self._webhook(milestone, report) for milestone in crossed])",
+                "[self._reporter._send(self, self._webhook(milestone, report)) for milestone in crossed]",
             ),
         ),
         also=(

@@ -116,7 +116,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{FILE}::test_a_slow_link_costs_time_and_no_connection[by_chunks]",),
         without=(
             Mutation(
-                "worker/jobs/processing.py", "self._threads.submit(self._do, work, *args)", "self._do(work, *args)"
+                "worker/jobs/dispatcher.py", "self._threads.submit(self._do, work, *args)", "self._do(work, *args)"
             ),
         ),
         also=(f"{FILE}::test_a_slow_link_costs_time_and_no_connection[by_bytes]",),
@@ -167,7 +167,11 @@ ROWS: tuple[Row, ...] = (
         fault="a policy sends the queue's dead letters nowhere",
         answer="nothing: ours are confirmed copies in a queue of their own, by no policy",
         tests=(f"{FILE}::test_a_policy_that_drops_dead_letters_takes_nothing_from_ours",),
-        without=(Mutation("worker/jobs/processing.py", "            self._surely(publish)\n", "            pass\n"),),
+        without=(
+            Mutation(
+                "worker/jobs/settler.py", "            self.publish_until_confirmed(publish)\n", "            pass\n"
+            ),
+        ),
     ),
     Row(
         name="A14",
@@ -231,7 +235,7 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation("worker/results/outbox.py", "        if delivery.num_deliveries > 0:\n", "        if False:\n"),
             Mutation(
-                "worker/jobs/processing.py", "if delivery.num_deliveries > 0 or num_crashes", "if False and num_crashes"
+                "worker/jobs/dispatcher.py", "if delivery.num_deliveries > 0 or num_crashes", "if False and num_crashes"
             ),
         ),
         also=(
@@ -265,7 +269,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{RETURNS}::test_deployments_in_the_middle_of_a_long_job_are_no_crashes[3]",),
         without=(
             Mutation(
-                "worker/jobs/processing.py",
+                "worker/jobs/settler.py",
                 "if disposition is Disposition.RELEASE and delivery.queue",
                 "if False and delivery.queue",
             ),
@@ -276,7 +280,7 @@ ROWS: tuple[Row, ...] = (
         fault="ten jobs come back at once after a kill, while nothing else waits",
         answer="as many are drawn at once as there are lanes",
         tests=(f"{RETURNS}::test_recovered_jobs_come_as_many_at_once_as_there_are_lanes",),
-        without=(Mutation("worker/supervisor.py", "max(num_lanes, MIN_RECOVER_PREFETCH)", "MIN_RECOVER_PREFETCH"),),
+        without=(Mutation("worker/wiring.py", "max(num_lanes, MIN_RECOVER_PREFETCH)", "MIN_RECOVER_PREFETCH"),),
     ),
     Row(
         name="A23",
@@ -284,7 +288,7 @@ ROWS: tuple[Row, ...] = (
         answer="from the third time on it is done with no recovered job beside it, so that those are not given up",
         tests=(f"{RETURNS}::test_a_job_that_several_workers_were_killed_with_is_done_with_no_recovered_one_beside_it",),
         without=(
-            Mutation("worker/jobs/processing.py", "if is_suspect(delivery) and not self", "if False and not self"),
+            Mutation("worker/jobs/dispatcher.py", "if is_suspect(delivery) and not self", "if False and not self"),
         ),
     ),
     Row(
@@ -294,7 +298,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{RETURNS}::test_a_job_on_lease_whose_worker_was_killed_has_one_crash_more",),
         without=(
             Mutation(
-                "worker/jobs/processing.py", "num_crashes=delivery.num_crashes + 1", "num_crashes=delivery.num_crashes"
+                "worker/jobs/dispatcher.py", "num_crashes=delivery.num_crashes + 1", "num_crashes=delivery.num_crashes"
             ),
         ),
     ),

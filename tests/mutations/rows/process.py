@@ -83,7 +83,7 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/supervisor.py",
-                "while processor.runs.all() and time.monotonic() < deadline:",
+                "while self._parts.runs.all() and time.monotonic() < deadline:",
                 "while False:",
             ),
         ),
@@ -97,8 +97,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/jobs/disposition.py",
-                "return Verdict(Disposition.RELEASE)",
-                'return Verdict(Disposition.ACK, "STOPPED", "the worker stopped")',
+                "return Decision(Disposition.RELEASE)",
+                'return Decision(Disposition.ACK, ErrorCode.INTERNAL_ERROR, "the worker stopped")',
             ),
         ),
         also=(
@@ -215,7 +215,7 @@ ROWS: tuple[Row, ...] = (
         "the model is missing, damaged or of another family",
         "the worker says why and ends before it takes a job",
         tests=(f"{LIVE}test_an_engine_that_cannot_load_its_model_ends_the_worker_before_it_takes_a_job",),
-        without=(Mutation("worker/supervisor.py", "if self._engine.state is EngineState.FAILED:", "if False:"),),
+        without=(Mutation("worker/supervisor.py", "if engine.state is EngineState.FAILED:", "if False:"),),
         also=(
             f"{REAL_ENGINE}test_a_model_that_cannot_be_loaded_ends_the_worker_before_it_takes_a_job",
             "tests/inference/checkpoints/test_checkpoints.py::test_damage_is_named_with_its_file",
@@ -268,7 +268,7 @@ ROWS: tuple[Row, ...] = (
         "the store takes no record of a failure for all tries of its job, then the same message comes again",
         "the failure waits in the outbox until it is recorded; whichever end is recorded first is the only one",
         tests=(f"{EFFECT}test_a_failure_that_cannot_be_recorded_is_reported_once_the_store_records_it",),
-        without=(Mutation("worker/jobs/processing.py", "unrecorded = str(error)", "pass"),),
+        without=(Mutation("worker/jobs/runner.py", "unrecorded = str(error)", "pass"),),
         also=(f"{EFFECT}test_a_failure_that_was_not_recorded_gives_way_to_the_same_message_s_completion",),
     ),
     Row(
@@ -377,8 +377,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/jobs/disposition.py",
-                'return _again(attempt, "STORAGE_UNAVAILABLE", f"the object store failed {attempt} times: {error}")',
-                'return Verdict(Disposition.ACK, "STORAGE_UNAVAILABLE", str(error))',
+                'return _retry(attempt, ErrorCode.STORAGE_UNAVAILABLE, f"the object store failed',
+                "return Decision(Disposition.ACK, ErrorCode.STORAGE_UNAVAILABLE, str(error))",
             ),
         ),
     ),

@@ -28,8 +28,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/jobs/disposition.py",
-                'return _again(attempt, "STORAGE_UNAVAILABLE", f"the object store failed {attempt} times: {error}")',
-                'return Verdict(Disposition.ACK, "STORAGE_UNAVAILABLE", str(error))',
+                'return _retry(attempt, ErrorCode.STORAGE_UNAVAILABLE, f"the object store failed',
+                "return Decision(Disposition.ACK, ErrorCode.STORAGE_UNAVAILABLE, str(error))",
             ),
         ),
         also=("tests/live/test_faults.py::test_while_the_store_is_down_a_job_waits_in_the_retry_queue",),
@@ -52,7 +52,7 @@ ROWS: tuple[Row, ...] = (
         "the adapter is not there, or not yet",
         "looked for once more after a moment; then the job fails undrawn, never without its style",
         tests=(f"{LIVE}test_an_adapter_that_comes_a_moment_after_its_job_is_not_missing",),
-        without=(Mutation("worker/jobs/inputs/fetcher.py", "self.is_draining.wait(SECOND_LOOK_SECONDS)", "raise"),),
+        without=(Mutation("worker/jobs/inputs/fetcher.py", "self.is_draining.wait(NOT_FOUND_RETRY_SECONDS)", "raise"),),
         also=(f"{LIVE}test_without_its_adapter_a_job_fails_and_nothing_is_drawn",),
     ),
     Row(
@@ -231,17 +231,17 @@ ROWS: tuple[Row, ...] = (
         "half of the places wait for it; the other jobs that name it go to the retry queue and others are drawn",
         tests=(
             f"{LIVE}test_an_object_that_never_comes_holds_half_of_the_places_and_other_jobs_are_drawn",
-            "tests/worker/jobs/inputs/test_places.py::test_of_many_that_wait_for_an_object_that_never_comes_only_some_go_on",
+            "tests/worker/jobs/inputs/test_slow_fetches.py::test_of_many_that_wait_for_an_object_that_never_comes_only_some_go_on",
         ),
         without=(
             Mutation(
-                "worker/jobs/inputs/places.py",
+                "worker/jobs/inputs/slow_fetches.py",
                 "            if self._slow.total() >= self._num_slow:\n                return False\n",
                 "",
             ),
         ),
         also=(
-            "tests/worker/jobs/inputs/test_places.py::test_an_object_known_to_be_slow_is_not_waited_for_where_no_more_may_wait",
+            "tests/worker/jobs/inputs/test_slow_fetches.py::test_an_object_known_to_be_slow_is_not_waited_for_where_no_more_may_wait",
         ),
     ),
     Row(

@@ -21,16 +21,17 @@ from tests.support.paths import ROOT
 from tests.support.status_pages import ended, failed, job, served, status
 from worker.amqp.delivery import Delivery
 from worker.jobs.history import MAX_ENDED, History, presentable
-from worker.jobs.runs import Reached, Run
+from worker.jobs.runs import DenoiseProgress, Phase, Run
 from worker.messages.decoder import decode
 from worker.messages.job import JobRejected
 from worker.messages.rules import JobRules
-from worker.metrics import OUTCOMES, Metrics
+from worker.metrics import Metrics
 from worker.monitoring.assets import NAMES
 from worker.monitoring.idle import IdleTimer
 from worker.monitoring.readings import MetricsSnapshot
 from worker.monitoring.status import BatchNow, IdleNow, SlotsNow, WorkerNow, job_now, without_details
 from worker.monitoring.status_builder import StatusBuilder
+from worker.outcome import Outcome
 from worker.progress.previews import Previewer, ShownPreview
 
 TASK_ID = "660f9511-f3ac-52e5-b827-557766551111"
@@ -49,7 +50,7 @@ def delivered(body: bytes) -> Delivery:
 
 def run_of(**fields: Any) -> Run:
     body = message(**fields)
-    return Run(TASK_ID, 2**63 - 1, decode(body, RULES), [delivered(body)], started_at=100.0)
+    return Run(TASK_ID, 2**63 - 1, decode(body, RULES), [delivered(body)], started_monotonic=100.0)
 
 
 def rejection_of(**fields: Any) -> JobRejected:
@@ -63,7 +64,7 @@ def rejection_of(**fields: Any) -> JobRejected:
 
 def test_a_job_at_work_is_shown_with_its_steps_its_adapters_and_its_time_but_not_its_prompt() -> None:
     run = run_of(lora_path="models/style.safetensors", num_images=2)
-    run.phase, run.reached = "denoise", Reached(12, 30, 4.44)
+    run.phase, run.progress = Phase.DENOISE, DenoiseProgress(12, 30, 4.44)
 
     shown = job_now(run, 107.5, shows_prompts=False, preview=None)
 
@@ -99,7 +100,7 @@ def test_a_generation_id_that_javascript_would_round_is_text() -> None:
 
 def test_a_message_that_was_rejected_has_a_row_too() -> None:
     rejected = rejection_of(prompt="")
-    run = Run(TASK_ID, 456, rejected, [delivered(b"")], started_at=100.0)
+    run = Run(TASK_ID, 456, rejected, [delivered(b"")], started_monotonic=100.0)
 
     shown = job_now(run, 101.0, shows_prompts=True, preview=None)
 
@@ -115,7 +116,7 @@ def test_the_history_tells_the_newest_first_and_forgets_the_oldest() -> None:
     for number in range(MAX_ENDED + 5):
         run = run_of()
         run.task_id = str(number)
-        history.add(run, "complete", code="", message="")
+        history.add(run, Outcome.COMPLETE, code="", message="")
 
     assert [one.task_id for one in history.newest_first()] == [str(n) for n in range(MAX_ENDED + 4, 4, -1)]
 
@@ -123,10 +124,10 @@ def test_the_history_tells_the_newest_first_and_forgets_the_oldest() -> None:
 def test_an_ended_job_keeps_its_outcome_and_the_seconds_of_each_stage() -> None:
     history = History(shows_prompts=False, clock=lambda: 1000.0)
     run = run_of(num_inference_steps=20)
-    run.started_at = time.monotonic() - 8.7
+    run.started_monotonic = time.monotonic() - 8.7
     run.stages += [Stage("ledger", 100.0, 0.25), Stage("fetch", 100.25, 1.5)]
 
-    history.add(run, "failed", code="LORA_NOT_FOUND", message="the adapter s3://media/models/x does not exist")
+    history.add(run, Outcome.FAILED, code="LORA_NOT_FOUND", message="the adapter s3://media/models/x does not exist")
 
     (one,) = history.newest_first()
     assert (one.outcome, one.code, one.finished_at) == ("failed", "LORA_NOT_FOUND", 1000.0)
@@ -140,7 +141,7 @@ def test_a_prompt_enters_the_history_only_by_the_setting() -> None:
     quiet, open_hearted = History(shows_prompts=False), History(shows_prompts=True)
 
     for history in (quiet, open_hearted):
-        history.add(run_of(), "complete", code="", message="")
+        history.add(run_of(), Outcome.COMPLETE, code="", message="")
 
     assert PROMPT not in repr(quiet.newest_first())
     assert open_hearted.newest_first()[0].prompt == PROMPT
@@ -149,7 +150,7 @@ def test_a_prompt_enters_the_history_only_by_the_setting() -> None:
 def test_what_the_brokers_client_said_of_a_released_job_is_no_code() -> None:
     history = History(shows_prompts=True)
 
-    history.add(run_of(), "released", code="StreamLostError: connection to worker@10.0.0.7 lost", message="")
+    history.add(run_of(), Outcome.RELEASED, code="StreamLostError: connection to worker@10.0.0.7 lost", message="")
 
     assert (history.newest_first()[0].outcome, history.newest_first()[0].code) == ("released", "")
 
@@ -218,7 +219,7 @@ def test_the_readings_are_what_prometheus_is_told() -> None:
 
     readings = MetricsSnapshot.of(metrics.registry)
 
-    assert readings.by_label("jobs_total") == dict.fromkeys(OUTCOMES, 0.0) | {"complete": 3.0}
+    assert readings.by_label("jobs_total") == dict.fromkeys(Outcome, 0.0) | {"complete": 3.0}
     assert (readings.value("denoise_steps_total"), readings.value("denoise_lane_steps_total")) == (2.0, 6.0)
     assert readings.by_label("adapter_slots") == {"active": 2.0, "idle": 1.0, "free": 5.0}
     assert readings.value("queue_messages", "nowhere") == 0.0

@@ -26,7 +26,7 @@ from watermark.product.template_match import match_template
 from worker.cli.check.checks import CheckFailed
 from worker.cli.check.models import check_cutout
 from worker.errors import CuttingFailed, JobFailed
-from worker.jobs.disposition import Disposition, judge
+from worker.jobs.disposition import Disposition, decide
 from worker.product.cutter import Cutter
 
 FIELD = "product.image_path"
@@ -129,8 +129,8 @@ def test_a_file_that_is_no_model_costs_tries_and_says_so(tmp_path: Path) -> None
     with pytest.raises(CuttingFailed, match="INVALID_PROTOBUF") as failed:
         Cutter(broken).cut(photo(), FIELD, wanted)
 
-    assert judge(failed.value, attempt=1).disposition is Disposition.RETRY
-    assert "cutting the product out failed 5 times" in judge(failed.value, attempt=5).message
+    assert decide(failed.value, attempt=1).disposition is Disposition.RETRY
+    assert "cutting the product out failed 5 times" in decide(failed.value, attempt=5).message
 
 
 def test_a_folder_of_modules_with_the_names_of_ours_disturbs_no_cutting(

@@ -23,7 +23,7 @@ class _Seen:
     num_returns: int = 0
 
 
-class OwnReturns:
+class CrashCounter:
     """Tells how many workers were killed with a message from how often it was returned. Thread-safe.
 
     The broker counts a return by a lost connection and one by a killed worker alike, and so does another worker that
@@ -50,7 +50,7 @@ class OwnReturns:
             return seen.num_crashes
 
 
-class Quarantine:
+class SuspectIsolation:
     """Lets a suspect begin only while no other recovered message is in hand, and none beside it. Thread-safe.
 
     A worker that is killed returns every message it holds, so each of them is counted. Without this the jobs beside the

@@ -13,11 +13,11 @@ from clients.storage.location import ObjectRef
 SLOW_AFTER_SECONDS = 10.0
 
 
-class PlaceGivenUp(StorageUnavailable):
+class SlowFetchRefused(StorageUnavailable):
     """The object took long, and as many other jobs as may waited long already: another job gets the place."""
 
 
-class Places:
+class SlowFetchLimit:
     """Counts the jobs whose fetch is slow. Thread-safe; `num_slow` may be at once, at least one."""
 
     def __init__(self, num_slow: int = 1) -> None:
@@ -68,5 +68,5 @@ class Places:
                 del self._slow[ref]
 
 
-def _given_up(ref: ObjectRef) -> PlaceGivenUp:
-    return PlaceGivenUp(f"{ref}: does not come within {SLOW_AFTER_SECONDS:g} s, and other jobs need the place")
+def _given_up(ref: ObjectRef) -> SlowFetchRefused:
+    return SlowFetchRefused(f"{ref}: does not come within {SLOW_AFTER_SECONDS:g} s, and other jobs need the place")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from worker.amqp.delivery import Delivery
-from worker.jobs.recovering import SUSPECT_CRASHES, OwnReturns, Quarantine, is_suspect
+from worker.jobs.recovery import SUSPECT_CRASHES, CrashCounter, SuspectIsolation, is_suspect
 
 JOB, OTHER_JOB = b"a job", b"another job"
 
@@ -31,18 +31,18 @@ def delivered(
 
 
 def test_a_return_of_another_worker_is_a_crash() -> None:
-    assert OwnReturns().num_crashes(delivered(num_deliveries=2, num_crashes=3)) == 5
+    assert CrashCounter().num_crashes(delivered(num_deliveries=2, num_crashes=3)) == 5
 
 
 def test_a_return_by_a_connection_lost_here_is_none() -> None:
-    returns = OwnReturns()
+    returns = CrashCounter()
     returns.num_crashes(delivered(num_crashes=3))
 
     assert returns.num_crashes(delivered(session=2, num_crashes=3, num_deliveries=1)) == 3
 
 
 def test_connections_lost_before_a_copy_was_confirmed_are_all_forgiven() -> None:
-    returns = OwnReturns()
+    returns = CrashCounter()
     returns.num_crashes(delivered(num_crashes=1))
 
     for number in range(1, 26):
@@ -50,7 +50,7 @@ def test_connections_lost_before_a_copy_was_confirmed_are_all_forgiven() -> None
 
 
 def test_renewed_copies_begin_with_what_is_known() -> None:
-    returns = OwnReturns()
+    returns = CrashCounter()
     first = delivered()
     returns.num_crashes(first)
     for session in range(2, 27):
@@ -60,7 +60,7 @@ def test_renewed_copies_begin_with_what_is_known() -> None:
 
 
 def test_a_crash_elsewhere_between_two_deliveries_here_is_counted() -> None:
-    returns = OwnReturns()
+    returns = CrashCounter()
     returns.num_crashes(delivered(num_crashes=1))
 
     # Returned by us, and then by a worker that was killed with it
@@ -68,14 +68,14 @@ def test_a_crash_elsewhere_between_two_deliveries_here_is_counted() -> None:
 
 
 def test_a_return_of_ours_that_another_worker_counted_in_its_copy_is_forgiven() -> None:
-    returns = OwnReturns()
+    returns = CrashCounter()
     returns.num_crashes(delivered())
 
     assert returns.num_crashes(delivered(session=2, num_crashes=1)) == 0
 
 
 def test_a_message_whose_ack_was_lost_and_its_copy_are_both_forgiven() -> None:
-    returns = OwnReturns()
+    returns = CrashCounter()
     returns.num_crashes(delivered())
 
     # Its copy was confirmed in the second session, its ack was lost with it, and so it went on
@@ -86,7 +86,7 @@ def test_a_message_whose_ack_was_lost_and_its_copy_are_both_forgiven() -> None:
 
 
 def test_the_returns_of_one_message_are_not_another_s() -> None:
-    returns = OwnReturns()
+    returns = CrashCounter()
     returns.num_crashes(delivered())
 
     assert returns.num_crashes(delivered(OTHER_JOB, session=2, num_deliveries=1)) == 1
@@ -108,7 +108,7 @@ def test_a_job_becomes_a_suspect_by_its_crashes_and_returns_together() -> None:
 
 
 def test_a_suspect_begins_once_the_others_have_left_and_nobody_is_admitted_beside_it() -> None:
-    quarantine, is_draining = Quarantine(), threading.Event()
+    quarantine, is_draining = SuspectIsolation(), threading.Event()
     suspect, beside, late = delivered(num_crashes=SUSPECT_CRASHES), delivered(tag=2), delivered(tag=3)
     assert quarantine.enter(suspect)
     assert quarantine.enter(beside)
@@ -128,7 +128,7 @@ def test_a_suspect_begins_once_the_others_have_left_and_nobody_is_admitted_besid
 
 
 def test_of_two_suspects_one_has_the_turn_and_the_other_leaves() -> None:
-    quarantine, is_draining = Quarantine(), threading.Event()
+    quarantine, is_draining = SuspectIsolation(), threading.Event()
     suspects = [delivered(tag=tag, num_crashes=SUSPECT_CRASHES) for tag in (1, 2)]
     for suspect in suspects:
         assert quarantine.enter(suspect)
@@ -144,7 +144,7 @@ def test_of_two_suspects_one_has_the_turn_and_the_other_leaves() -> None:
 
 
 def test_a_suspect_waits_no_longer_once_the_worker_stops() -> None:
-    quarantine, is_draining = Quarantine(), threading.Event()
+    quarantine, is_draining = SuspectIsolation(), threading.Event()
     suspect = delivered(num_crashes=SUSPECT_CRASHES)
     quarantine.enter(suspect)
     quarantine.enter(delivered(tag=2))
