@@ -15,7 +15,7 @@ import pytest
 
 from config.settings import SECTIONS
 from config.store import StoreSettings
-from tests.support.quick import is_heavy, starts_a_server
+from tests.support.quick import is_heavy, starts_a_program, starts_a_server
 
 if TYPE_CHECKING:
     # Each fixture imports its server: the engine's tests run where neither these nor their clients are installed.
@@ -96,10 +96,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Order the files; within a file the order stays as written. `--quick` leaves out what starts a server."""
+    """Order the files, and under `--quick` leave out what starts servers and programs.
+
+    Within a file the order stays as written."""
     if config.getoption("quick"):
-        config.hook.pytest_deselected(items=[item for item in items if starts_a_server(item)])
-        items[:] = [item for item in items if not starts_a_server(item)]
+        slow = {item for item in items if starts_a_server(item) or starts_a_program(item)}
+        config.hook.pytest_deselected(items=list(slow))
+        items[:] = [item for item in items if item not in slow]
     rank = {name: number for number, name in enumerate(SLOW_FILES)}
     items.sort(key=lambda item: rank.get(item.path.relative_to(HERE).with_suffix("").as_posix(), len(rank)))
 

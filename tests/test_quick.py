@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from tests.support.paths import ROOT
-from tests.support.quick import is_heavy, starts_a_server
+from tests.support.quick import is_heavy, starts_a_program, starts_a_server
 
 TESTS = ROOT / "tests"
 
@@ -41,3 +41,49 @@ def test_a_test_below_a_servers_fixture_is_not_quick(fixtures: list[str], expect
     item = cast(Any, SimpleNamespace(fixturenames=fixtures))
 
     assert starts_a_server(item) == expected
+
+
+TEST_FILE = """
+import subprocess
+import pytest
+
+COMMAND = ["true"]
+
+@pytest.fixture
+def ended():
+    return run()
+
+def run():
+    return subprocess.run(COMMAND)
+
+def test_direct():
+    run()
+
+def test_by_fixture(ended):
+    assert ended
+
+def test_neither():
+    assert COMMAND
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "fixtures", "expected"),
+    [("test_direct", [], True), ("test_by_fixture[a::b]", ["ended"], True), ("test_neither", [], False)],
+)
+def test_a_test_that_starts_a_program_is_not_quick(
+    name: str, fixtures: list[str], expected: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "test_programs.py"
+    path.write_text(TEST_FILE)
+    item = cast(Any, SimpleNamespace(path=path, nodeid=f"test_programs.py::{name}", fixturenames=fixtures))
+
+    assert starts_a_program(item) == expected
+
+
+def test_a_command_that_imports_torch_when_called_is_not_quick() -> None:
+    path = TESTS / "worker" / "cli" / "test_options.py"
+    item = cast(Any, SimpleNamespace(path=path, nodeid="::app", fixturenames=[]))
+
+    assert not is_heavy(path)
+    assert starts_a_program(item)

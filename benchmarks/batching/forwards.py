@@ -12,7 +12,8 @@ from benchmarks.sets import Job
 from config.model import ModelSettings
 from inference.lane import ActiveRequest, Conditioning, Lane
 from inference.lora.bank import AppliedAdapter
-from inference.models.base import Family, Prompt
+from inference.models.base import Family
+from inference.models.inputs import Prompt
 from inference.models.loader import load_family
 from inference.request import EngineLoad
 
