@@ -143,7 +143,7 @@ def configure_logging(level: str, log_format: LogFormat = "auto") -> None:
     logging.basicConfig(level=level, handlers=_handlers(log_format), force=True)
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
-    # pika prints hosts and whole connections, also for what is expected; worker.amqp.broker logs every loss itself.
+    # pika prints hosts and whole connections, also for what is expected; worker.amqp.consumer logs every loss itself.
     logging.getLogger("pika").setLevel(logging.CRITICAL)
     # Pillow warns of odd signatures by `warnings`, which would print plain lines between ours.
     logging.captureWarnings(True)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from config.settings import ServiceSettings, load_section
+from config.section import load_section
+from config.service import ServiceSettings
 from examples.demo.contact_sheet import BACKGROUND, FAINT, GAP, INK
 from watermark.geometry import Position
 from watermark.text.headline import headline_of, put_headlines

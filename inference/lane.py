@@ -14,7 +14,7 @@ from inference.controlnet.guide import Guide
 from inference.device.device import Mark
 from inference.latents.source import EncodedSource
 from inference.lora.adapter_key import AdapterKey, ReadAdapter
-from inference.lora.bank import Row
+from inference.lora.bank import RowAdapters
 from inference.lora.slots import Slot
 from inference.request import (
     GenerationRequest,
@@ -65,7 +65,7 @@ class ActiveRequest:
     """
 
     request: GenerationRequest
-    kind: BatchTraits
+    traits: BatchTraits
     on_step: OnStep
     is_cancelled: IsCancelled
     keys: tuple[AdapterKey, ...]
@@ -74,7 +74,7 @@ class ActiveRequest:
     readings: dict[AdapterKey, Future[ReadAdapter]] = field(default_factory=dict)
     control_picture: Future[torch.Tensor] | None = None
     held: dict[AdapterKey, Slot] = field(default_factory=dict)
-    row: Row = ()
+    row: RowAdapters = ()
     guide: Guide | None = None
     conditioning: Conditioning | None = None
     source: EncodedSource | None = None
@@ -96,7 +96,7 @@ class ActiveRequest:
 
     @property
     def is_guided(self) -> bool:
-        return self.kind.is_guided
+        return self.traits.is_guided
 
     @property
     def is_begun(self) -> bool:
@@ -131,7 +131,7 @@ class ActiveRequest:
     def tell_begin(self, now: Mark) -> None:
         """Report step 0."""
         self._told_until = now
-        self.on_step(StepReport(0, self.kind.num_steps, 0.0))
+        self.on_step(StepReport(0, self.traits.num_steps, 0.0))
 
     def note_steps(self, launched: Mark) -> None:
         """Its lanes together have come to a step, if it is a new one, which the device ends at `launched`."""
@@ -151,7 +151,7 @@ class ActiveRequest:
             assert self._told_until is not None, "step 0 was told"  # noqa: S101
             seconds, preview = ended.seconds_since(self._told_until), self.preview
             self.preview, self._told_until = None, ended
-            self.on_step(StepReport(num_done, self.kind.num_steps, seconds, preview))
+            self.on_step(StepReport(num_done, self.traits.num_steps, seconds, preview))
 
     def result(self) -> GenerationResult:
         """All pictures, in the order of the seeds."""
@@ -168,37 +168,37 @@ class ActiveRequest:
 class Lane:
     """One picture being denoised. It has a `sampler` from joining on."""
 
-    drawing: ActiveRequest
+    owner: ActiveRequest
     number: int
     sampler: Sampler | None = None
 
     @property
     def seed(self) -> int:
-        return self.drawing.request.seeds[self.number]
+        return self.owner.request.seeds[self.number]
 
     @property
     def shape(self) -> Hashable:
-        return self.drawing.kind.shape
+        return self.owner.traits.shape
 
     @property
     def num_rows(self) -> int:
-        return 2 if self.drawing.is_guided else 1
+        return 2 if self.owner.is_guided else 1
 
     @property
     def arrived_at(self) -> float:
-        return self.drawing.request.arrived_at
+        return self.owner.request.arrived_at
 
     @property
     def num_steps_done(self) -> int:
         """Of the steps that are taken: a scheduler may take several forwards to one of them."""
         if self.sampler is None:
             return 0
-        return self.sampler.step_index * self.drawing.kind.num_steps // self.sampler.num_steps
+        return self.sampler.step_index * self.owner.traits.num_steps // self.sampler.num_steps
 
     @property
     def guide(self) -> Guide | None:
         """What the coming step follows beside the prompt."""
-        guide, sampler = self.drawing.guide, self.sampler
+        guide, sampler = self.owner.guide, self.sampler
         if guide is None or sampler is None or not guide.is_active(sampler.step_index, sampler.num_steps):
             return None
         return guide

@@ -10,50 +10,6 @@ from typing import Protocol
 KINDS = ("text2image", "image2image", "inpaint")
 
 
-class EngineError(Exception):
-    """Base of everything the engine reports."""
-
-
-class RequestFailed(EngineError):
-    """This request cannot be drawn, now or later: `code` for machines, the message for people."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(code, message)
-        self.code = code
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
-
-
-class RequestCancelled(EngineError):
-    """The caller's `cancelled` said so between two denoise steps."""
-
-
-class EngineFault(EngineError):
-    """The engine met an error nobody foresaw; another try may succeed."""
-
-
-class ResultTooLarge(EngineError):
-    """The pictures were drawn, and the process that asked for them has no memory to take them."""
-
-
-class EngineCrashed(EngineError):
-    """The engine's process died under this request as often as it was tried."""
-
-
-class EngineHung(EngineError):
-    """The engine made no step for far too long under this request, as often as it was tried."""
-
-
-class EngineStartFailed(EngineError):
-    """The model could not be loaded; the message says what to do."""
-
-
-class EngineClosed(EngineError):
-    """The engine is shutting down, or has given up; the request was not drawn."""
-
-
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
     """A LoRA adapter on the local disk: the safetensors file, a PEFT folder's config beside it, and its scale.
@@ -219,7 +175,7 @@ class ModelFacts:
 
 
 OnStep = Callable[[StepReport], None]
-OnOccupancy = Callable[[EngineLoad], None]
+OnLoadReport = Callable[[EngineLoad], None]
 IsCancelled = Callable[[], bool]
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from config.settings import SECTIONS, StoreSettings
+from config.settings import SECTIONS
+from config.store import StoreSettings
 
 if TYPE_CHECKING:
     # Each fixture imports its server: the engine's tests run where neither these nor their clients are installed.

@@ -60,12 +60,11 @@ ORDER = (
     "config",
 )
 MAX_MODULES = 13
-# Upward imports that are to go.
-NOT_YET = {
-    "worker.jobs.handler": {"worker.product.generation", "worker.product.inputs", "worker.product.stage_store"},
-}
+# Who may use a product's own parts: what builds the worker, its local twin, and the check of its cutter.
+USERS_OF_PRODUCT = {"worker.wiring", "worker.cli.generate", "worker.cli.check.cutout"}
 # What the supervisor may load of the engine.
 TORCH_FREE = (
+    "inference.errors",
     "inference.request",
     "inference.engine.batcher",
     "inference.lora.slots",
@@ -180,14 +179,20 @@ def test_a_folder_imports_only_folders_below_it(name: str) -> None:
     place = place_of(name)
     upward = {imported for imported in imports_of(name) & modules().keys() if place_of(imported) < place}
 
-    assert upward <= NOT_YET.get(name, set())
+    assert upward == set()
+
+
+def test_a_kind_of_job_is_known_to_what_builds_the_worker_alone() -> None:
+    users = {name for name in modules() if any(one.startswith("worker.product.") for one in imports_of(name))}
+
+    assert "worker.wiring" in users
+    assert {name for name in users if folder_of(name) != "worker.product"} <= USERS_OF_PRODUCT
 
 
 def test_no_folders_import_one_another_in_a_circle() -> None:
     graph: dict[int, set[int]] = {}
     for name in modules():
-        imported = imports_of(name) & modules().keys() - NOT_YET.get(name, set())
-        graph.setdefault(place_of(name), set()).update(map(place_of, imported))
+        graph.setdefault(place_of(name), set()).update(map(place_of, imports_of(name) & modules().keys()))
 
     assert circle_in({place: imported - {place} for place, imported in graph.items()}) == set()
 

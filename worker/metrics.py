@@ -53,13 +53,13 @@ class Metrics:
         self._batch_lately = RecentMean(clock)
         self._show(EngineLoad(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0))
 
-    def note_occupancy(self, occupancy: EngineLoad) -> None:
+    def note_engine_load(self, engine_load: EngineLoad) -> None:
         """A turn of the engine's loop: count its forward, if it had one, and show what the engine holds now."""
-        if occupancy.num_batched:
+        if engine_load.num_batched:
             self.denoise_steps.inc()
-            self.denoise_lane_steps.inc(occupancy.num_batched)
-            self._batch_lately.note(occupancy.num_batched)
-        self._show(occupancy)
+            self.denoise_lane_steps.inc(engine_load.num_batched)
+            self._batch_lately.note(engine_load.num_batched)
+        self._show(engine_load)
 
     @property
     def recent_batch(self) -> float:
@@ -67,12 +67,12 @@ class Metrics:
         is_stale = self._num_lanes == 0 and self._batch_lately.age_seconds > STALE_SECONDS
         return 0.0 if is_stale else self._batch_lately.value
 
-    def _show(self, occupancy: EngineLoad) -> None:
-        self._num_lanes = occupancy.num_lanes
-        self.lanes.set(occupancy.num_lanes)
-        self.adapter_slots.labels("active").set(occupancy.slots_active)
-        self.adapter_slots.labels("idle").set(occupancy.slots_idle)
-        self.adapter_slots.labels("free").set(occupancy.slots_free)
+    def _show(self, engine_load: EngineLoad) -> None:
+        self._num_lanes = engine_load.num_lanes
+        self.lanes.set(engine_load.num_lanes)
+        self.adapter_slots.labels("active").set(engine_load.slots_active)
+        self.adapter_slots.labels("idle").set(engine_load.slots_idle)
+        self.adapter_slots.labels("free").set(engine_load.slots_free)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"darkroom_{name}", text, labels, registry=self.registry)

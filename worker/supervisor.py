@@ -14,7 +14,8 @@ from config.logs import log_event
 from config.settings import Settings, doubtful_names
 from inference.process.engine_process import EngineState
 from inference.request import ModelFacts
-from worker.amqp.broker import Consumer, FirstTry, try_broker
+from worker.amqp.connection import ConnectionProbe, probe_connection
+from worker.amqp.consumer import Consumer
 from worker.jobs.dispatcher import Dispatcher
 from worker.monitoring.idle import idle_reason
 from worker.wiring import Parts
@@ -47,7 +48,7 @@ class Supervisor:
         self._settings = settings
         self._num_signals = 0
         self._has_bug = False
-        self._first_try = FirstTry()
+        self._probe = ConnectionProbe()
         self._dispatcher: Dispatcher | None = None
         self._consumer: Consumer | None = None
         self._parts = Parts(settings, is_stopping=lambda: self._is_stopping)
@@ -65,11 +66,11 @@ class Supervisor:
         for doubt in doubtful_names():
             log_event(logger, "setting not known", logging.WARNING, reason=doubt)
         # Reported before the model is loaded, which takes minutes; the consumer tries again for ever.
-        self._first_try = try_broker(self._settings.broker)
-        if self._first_try.reason:
-            log_event(logger, "broker not usable", logging.WARNING, reason=self._first_try.reason)
+        self._probe = probe_connection(self._settings.broker)
+        if self._probe.reason:
+            log_event(logger, "broker not usable", logging.WARNING, reason=self._probe.reason)
         log_event(logger, "loading", model=self._settings.model.model_id)
-        for part in (parts.engine, parts.publisher, parts.progress, parts.previewer, parts.gauges, parts.waiting):
+        for part in (parts.engine, parts.publisher, parts.progress, parts.previewer, parts.gauges, parts.snapshots):
             part.start()
 
         code = self._watch()
@@ -108,7 +109,7 @@ class Supervisor:
         """Start to take jobs. Only now: a worker that cannot load its model must leave the queue to those that can."""
         self._parts.progress.learn(facts.step_seconds)
         self._dispatcher = self._parts.dispatcher(facts, self._note_bug)
-        self._consumer = self._parts.consumer(self._dispatcher, not_before=self._first_try.again_at)
+        self._consumer = self._parts.consumer(self._dispatcher, not_before=self._probe.retry_at)
         self._consumer.start()
         threading.Thread(target=self._renew_leases, name="leases", daemon=True).start()
 

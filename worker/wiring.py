@@ -14,7 +14,8 @@ from clients.webhooks import WebhookClient
 from config.settings import Settings
 from inference.process.engine_process import EngineProcess
 from inference.request import ModelFacts
-from worker.amqp.broker import Broadcast, Consumer, Publisher, Subscription
+from worker.amqp.consumer import Broadcast, Consumer, Subscription
+from worker.amqp.publisher import Publisher
 from worker.amqp.topology import QueueNames
 from worker.breakers import BACKEND_THRESHOLD, STORE_THRESHOLD, Breaker, StoreGate
 from worker.jobs.cancellations import Cancellations
@@ -47,7 +48,7 @@ from worker.results.ledger import Ledger
 from worker.results.notifier import Notifier
 from worker.results.outbox import PREFETCH as OUTBOX_PREFETCH
 from worker.results.outbox import Outbox
-from worker.results.waiting import WaitingNotes, WaitingReporter
+from worker.results.outbox_snapshots import SnapshotStore, SnapshotWriter
 
 # Deliveries beyond the jobs that can be denoised, so that their adapters are fetched while others denoise.
 EXTRA_PREFETCH = 2
@@ -73,7 +74,7 @@ class Parts:
             log_level=settings.service.log_level,
             log_format=settings.service.log_format,
             on_restart=self.metrics.engine_restarts.inc,
-            on_occupancy=self.metrics.note_occupancy,
+            on_load_report=self.metrics.note_engine_load,
         )
         self._build_store(settings)
         self._build_deliveries(settings)
@@ -141,8 +142,8 @@ class Parts:
             is_connected=lambda: self.readiness.is_connected,
             is_draining=self.is_draining,
         )
-        notes = WaitingNotes(self.storage, settings.store.bucket)
-        self.waiting = WaitingReporter(self.name, notes, self.outbox.in_hand, self.is_draining)
+        snapshots = SnapshotStore(self.storage, settings.store.bucket)
+        self.snapshots = SnapshotWriter(self.name, snapshots, self.outbox.held, self.is_draining)
 
     def _status_builder(self, settings: Settings) -> StatusBuilder:
         return StatusBuilder(

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from inference.checkpoints.config_repair import check_counts, fill_in
 from inference.checkpoints.hub import download_pipeline, find_on_hub, one_line
-from inference.checkpoints.safety_checker import CHECKER, EXTRACTOR, add_checker, find_checker, insist_on_checker
+from inference.checkpoints.safety_checker import CHECKER, EXTRACTOR, add_checker, find_checker, require_checker
 from inference.checkpoints.single_files import family_of, split
 from inference.checkpoints.weight_files import (
-    FAVOURITE_VARIANT,
     PICKLES,
+    PREFERRED_VARIANT,
     SAFETENSORS,
     Weights,
     count_parameters,
@@ -23,7 +23,7 @@ from inference.checkpoints.weight_files import (
     read_json,
     read_shapes,
 )
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ UNUSED: dict[str, dict[str, Any]] = {
 }
 
 
-class Where(Enum):
+class Location(Enum):
     """Where a checkpoint lies."""
 
     FOLDER = auto()
@@ -66,7 +66,7 @@ class Checkpoint:
 
     model_id: str
     pipeline_class: str
-    where: Where
+    where: Location
     path: Path
     config: str | None = None
     is_fetched: bool = True
@@ -75,7 +75,7 @@ class Checkpoint:
     @property
     def public_name(self) -> str:
         """A hub id as it is, a path by its last part: the operator's folders are nobody else's business."""
-        return self.model_id if self.where is Where.HUB else self.path.resolve().name.removesuffix(SAFETENSORS)
+        return self.model_id if self.where is Location.HUB else self.path.resolve().name.removesuffix(SAFETENSORS)
 
 
 def identify(model_id: str, config: str | None, *, has_checker: bool = False) -> Checkpoint:
@@ -85,8 +85,8 @@ def identify(model_id: str, config: str | None, *, has_checker: bool = False) ->
     """
     found = _identify(model_id, config)
     if has_checker:
-        index = None if found.where is Where.FILE else read_json(found.path / INDEX)
-        insist_on_checker(f"MODEL_ID {model_id!r}", found.pipeline_class, index)
+        index = None if found.where is Location.FILE else read_json(found.path / INDEX)
+        require_checker(f"MODEL_ID {model_id!r}", found.pipeline_class, index)
     return replace(found, has_checker=has_checker)
 
 
@@ -101,8 +101,8 @@ def _identify(model_id: str, config: str | None) -> Checkpoint:
     found = _class_in(index)
     if found not in COMPONENTS:
         raise EngineStartFailed(f"MODEL_ID {model_id!r} holds a {found}; this version runs {', '.join(COMPONENTS)}")
-    where = Where.FOLDER if path.is_dir() else Where.HUB
-    return Checkpoint(model_id, found, where, index.parent, is_fetched=where is Where.FOLDER)
+    where = Location.FOLDER if path.is_dir() else Location.HUB
+    return Checkpoint(model_id, found, where, index.parent, is_fetched=where is Location.FOLDER)
 
 
 def weight_bytes(checkpoint: Checkpoint, bytes_each: int) -> dict[str, int] | None:
@@ -132,7 +132,7 @@ def download(checkpoint: Checkpoint) -> Checkpoint:
     except EngineStartFailed as error:
         # Some repositories have 16-bit files only, under that name.
         try:
-            path = download_pipeline(checkpoint.model_id, variant=FAVOURITE_VARIANT, unused=unused)
+            path = download_pipeline(checkpoint.model_id, variant=PREFERRED_VARIANT, unused=unused)
         except EngineStartFailed:
             raise error from None
         found = replace(checkpoint, path=path, is_fetched=True)
@@ -147,7 +147,7 @@ def load_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
     counts = _parameters(checkpoint)
     subject = f"MODEL_ID {checkpoint.model_id!r}"
     try:
-        pipeline = (_load_file if checkpoint.where is Where.FILE else _load_folder)(checkpoint, dtype)
+        pipeline = (_load_file if checkpoint.where is Location.FILE else _load_folder)(checkpoint, dtype)
         if checkpoint.has_checker:
             add_checker(pipeline, checkpoint.path, dtype)
     except EngineStartFailed:
@@ -158,7 +158,7 @@ def load_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
             f"{subject} could not be loaded ({type(error).__name__}: {one_line(error)}): its weight files are whole,"
             " so look at its configs and tokenizers, or copy or download them again"
         ) from error
-    check_counts(pipeline, counts, subject, may_have_more=checkpoint.where is Where.FILE)
+    check_counts(pipeline, counts, subject, may_have_more=checkpoint.where is Location.FILE)
     fill_in(pipeline, checkpoint.pipeline_class, _configs(checkpoint))
     return pipeline
 
@@ -214,7 +214,7 @@ def _weights(checkpoint: Checkpoint) -> Weights:
 
 def _parameters(checkpoint: Checkpoint) -> dict[str, int]:
     """How many parameters the files hold for each component."""
-    if checkpoint.where is Where.FILE:
+    if checkpoint.where is Location.FILE:
         parts = split(read_shapes(checkpoint.path), checkpoint.pipeline_class)
         return {name: count_parameters(shapes) for name, shapes in parts.items()}
     files = dict(_weights(checkpoint).files)
@@ -230,7 +230,7 @@ def _unused(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """The components' own config.json; of a single file those of MODEL_CONFIG, where that is a folder here."""
-    folder = checkpoint.path if checkpoint.where is not Where.FILE else Path(checkpoint.config or "").expanduser()
+    folder = checkpoint.path if checkpoint.where is not Location.FILE else Path(checkpoint.config or "").expanduser()
     paths = {name: folder / name / "config.json" for name in COMPONENTS[checkpoint.pipeline_class]}
     return {name: read_json(path) for name, path in paths.items() if path.is_file()}
 
@@ -241,7 +241,7 @@ def _identify_file(model_id: str, path: Path, config: str | None) -> Checkpoint:
     found = family_of(read_shapes(path), f"MODEL_ID {model_id!r}")
     if config is not None and (other := _class_in(_find_index(config, "MODEL_CONFIG"))) != found:
         raise EngineStartFailed(f"MODEL_CONFIG {config!r} holds a {other}, but MODEL_ID {model_id!r} is a {found}")
-    return Checkpoint(model_id, found, Where.FILE, path, config)
+    return Checkpoint(model_id, found, Location.FILE, path, config)
 
 
 def _class_in(index: Path) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from config.logs import log_event
 from inference.checkpoints.weight_files import GB
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ class Placement(Enum):
     OFFLOADED = "offloaded"  # in host memory, and on the device one at a time
 
 
-def decide(needed: Mapping[str, int], free: int, adapter_bytes: int | None = None) -> Placement:
+def plan(needed: Mapping[str, int], free: int, adapter_bytes: int | None = None) -> Placement:
     """How models of `needed` bytes run with `free` bytes on the device; EngineStartFailed where not even one fits.
 
     `adapter_bytes` of them are kept for adapters, where ADAPTER_MEMORY_GB is set.
@@ -59,15 +59,17 @@ def decide(needed: Mapping[str, int], free: int, adapter_bytes: int | None = Non
     )
 
 
-def most_adapter_bytes(chosen: int | None, needed: Mapping[str, int], free: int, residence: Placement) -> int:
+def most_adapter_bytes(chosen: int | None, needed: Mapping[str, int], free: int, placement: Placement) -> int:
     """What the pages of adapters may take: what ADAPTER_MEMORY_GB says, or a share of what the weights leave free."""
     if chosen is not None:
         return chosen
-    there = sum(needed.values()) if residence is Placement.RESIDENT else max(needed.values())
+    there = sum(needed.values()) if placement is Placement.RESIDENT else max(needed.values())
     return max(0, int(ADAPTER_SHARE * (free - there)))
 
 
-def foresee(device_type: str, needed: Mapping[str, int], free: int, adapter_bytes: int | None = None) -> Placement:
+def plan_and_warn(
+    device_type: str, needed: Mapping[str, int], free: int, adapter_bytes: int | None = None
+) -> Placement:
     """Decide, before the weights are read, and say loudly what is not as one would want it."""
     kept = adapter_bytes or 0
     figures = {"needed_gb": round(sum(needed.values()) / GB, 2), "free_gb": round(free / GB, 2)}
@@ -79,19 +81,19 @@ def foresee(device_type: str, needed: Mapping[str, int], free: int, adapter_byte
             log_event(logger, "the model is larger than the free memory", logging.WARNING, **figures, advice=advice)
         return Placement.RESIDENT
 
-    residence = decide(needed, free, adapter_bytes)
-    if residence is Placement.OFFLOADED:
+    placement = plan(needed, free, adapter_bytes)
+    if placement is Placement.OFFLOADED:
         advice = "models take turns on the GPU, every picture is slower: end what else runs there or use a larger GPU"
         if sum(needed.values()) + RESERVE_BYTES <= free:
             advice = "models take turns on the GPU, every picture is slower: lower ADAPTER_MEMORY_GB"
         figures["reserve_gb"] = RESERVE_BYTES / GB
         log_event(logger, "the model does not fit the GPU as a whole", logging.WARNING, **figures, advice=advice)
-    return residence
+    return placement
 
 
-def place(pipeline: Any, device: "torch.device", residence: Placement) -> None:
+def place(pipeline: Any, device: "torch.device", placement: Placement) -> None:
     """Bring the pipeline where it is to live. Once offloaded, it must not be moved by anything else."""
-    if residence is Placement.RESIDENT:
+    if placement is Placement.RESIDENT:
         pipeline.to(device)
         return
     from inference.checkpoints.offload import offload_in_turns  # noqa: PLC0415 - brings torch, which the supervisor never imports

@@ -39,25 +39,25 @@ class DeviceSlot:
         self._in_host_memory = {}
 
 
-class _TakesSeat(ModelHook):  # type: ignore[misc]
+class _TakesSlot(ModelHook):  # type: ignore[misc]
     """Runs before `forward`, and before what diffusers decorates like it: a VAE's `encode` and `decode`."""
 
-    def __init__(self, seat: DeviceSlot) -> None:
-        self._seat = seat
+    def __init__(self, slot: DeviceSlot) -> None:
+        self._slot = slot
         # Where a pipeline looks for the device it runs on.
-        self.execution_device = seat.device
+        self.execution_device = slot.device
 
     def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        self._seat.take(module)
-        return send_to_device(args, self._seat.device), send_to_device(kwargs, self._seat.device)
+        self._slot.take(module)
+        return send_to_device(args, self._slot.device), send_to_device(kwargs, self._slot.device)
 
 
 def offload_in_turns(pipeline: Any, device: torch.device) -> None:
     """From now on each model of the pipeline, which are in host memory, is on the device whenever it is called."""
-    seat = DeviceSlot(device)
+    slot = DeviceSlot(device)
     for model in pipeline.components.values():
         if isinstance(model, torch.nn.Module):
-            add_hook_to_module(model, _TakesSeat(seat), append=True)
+            add_hook_to_module(model, _TakesSlot(slot), append=True)
 
 
 def ensure_on_device(model: torch.nn.Module) -> None:

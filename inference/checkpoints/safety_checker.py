@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from inference.checkpoints.weight_files import Weights, find_weights
-from inference.request import EngineStartFailed, RequestFailed
+from inference.errors import EngineStartFailed, RequestFailed
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ class SafetyChecker:
             raise RequestFailed(CODE, "the model's safety checker flagged the picture, which was not stored")
 
 
-def insist_on_checker(subject: str, pipeline_class: str, index: Mapping[str, Any] | None) -> None:
+def require_checker(subject: str, pipeline_class: str, index: Mapping[str, Any] | None) -> None:
     """Raise `EngineStartFailed` where the checkpoint has no checker by its index (None: it is a single file): nobody
     is to believe that pictures are checked where they are not."""
     if pipeline_class != PIPELINE_CLASS:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 
 GB = 1e9
 
@@ -19,7 +19,7 @@ PICKLES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 # As diffusers and transformers name a component's weights.
 STEMS = ("diffusion_pytorch_model", "model")
 VARIANT = re.compile(rf"(?:{'|'.join(STEMS)})\.([A-Za-z0-9_]+)(?:-\d+-of-\d+)?\.safetensors")
-FAVOURITE_VARIANT = "fp16"
+PREFERRED_VARIANT = "fp16"
 
 HEADER_LENGTH_BYTES = 8
 # safetensors' own limit. The names of SDXL's tensors take about 300 kB.
@@ -48,7 +48,7 @@ def find_weights(folder: Path, components: Sequence[str]) -> Weights:
     if not common:
         worst = min(lacking, key=lambda name: len(variants[name]))
         raise EngineStartFailed(_why_none(folder / worst))
-    variant = min(common, key=lambda name: (name != FAVOURITE_VARIANT, name))
+    variant = min(common, key=lambda name: (name != PREFERRED_VARIANT, name))
     # Where a component comes both ways, diffusers takes the variant too.
     return Weights({name: _files(folder / name, variant) or files[name] for name in components}, variant)
 

@@ -9,7 +9,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
-from inference.request import EngineError
+from inference.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class DeviceBroken(Exception):
 class Guarded(NamedTuple, Generic[T]):
     """Work that was tried: what came of it, or the error it ended with."""
 
-    made: T | None
+    result: T | None
     error: Exception | None
 
 
@@ -127,7 +127,7 @@ class Device:
             self._last_step.wait()
         self._last_step = launched
 
-    def attempt(self, work: Callable[[], T]) -> Guarded[T]:
+    def guard(self, work: Callable[[], T]) -> Guarded[T]:
         """Try `work`. Whatever goes wrong is told, not raised, but for `DeviceBroken`: the device is gone with it."""
         try:
             return Guarded(work(), None)

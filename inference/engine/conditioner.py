@@ -25,31 +25,31 @@ class Conditioner:
         self._remembered: OrderedDict[_Key, Embedding] = OrderedDict()
         self._num_bytes = 0
 
-    def condition(self, drawings: Sequence[ActiveRequest]) -> list[Conditioning]:
+    def condition(self, requests: Sequence[ActiveRequest]) -> list[Conditioning]:
         """The conditioning of each drawing, under the adapters in its row."""
-        known = self._embeddings([(prompt, drawing) for drawing in drawings for prompt in _prompts(drawing)])
+        known = self._embeddings([(prompt, active) for active in requests for prompt in _prompts(active)])
         found = []
-        for drawing in drawings:
-            positive, *negative = (known[self._key(prompt, drawing)] for prompt in _prompts(drawing))
+        for active in requests:
+            positive, *negative = (known[self._key(prompt, active)] for prompt in _prompts(active))
             if self._model.is_chunked and negative and len(positive.tokens) != len(negative[0].tokens):
-                positive, *negative = self._evened(drawing, positive, negative[0])
+                positive, *negative = self._evened(active, positive, negative[0])
             found.append(Conditioning(positive, negative[0] if negative else None))
         return found
 
-    def _evened(self, drawing: ActiveRequest, positive: Embedding, negative: Embedding) -> tuple[Embedding, Embedding]:
+    def _evened(self, active: ActiveRequest, positive: Embedding, negative: Embedding) -> tuple[Embedding, Embedding]:
         """Both as long as the longer one, the other filled up with empty chunks: so do compel and A1111."""
         # A negative prompt that is left out stays left out over its whole length.
-        fillings = [Prompt(""), Prompt("", is_left_out=not drawing.request.negative_prompt)]
-        known = self._embeddings([(filling, drawing) for filling in fillings])
+        fillings = [Prompt(""), Prompt("", is_left_out=not active.request.negative_prompt)]
+        known = self._embeddings([(filling, active) for filling in fillings])
         longest = max(len(positive.tokens), len(negative.tokens))
         evened = [
-            _filled(one, known[self._key(filling, drawing)].tokens, longest)
+            _filled(one, known[self._key(filling, active)].tokens, longest)
             for one, filling in zip((positive, negative), fillings, strict=True)
         ]
         return evened[0], evened[1]
 
     def _embeddings(self, wanted: Sequence[tuple[Prompt, ActiveRequest]]) -> dict[_Key, Embedding]:
-        texts = {self._key(prompt, drawing): (prompt, drawing.row) for prompt, drawing in wanted}
+        texts = {self._key(prompt, active): (prompt, active.row) for prompt, active in wanted}
         known = {key: self._remembered[key] for key in texts if key in self._remembered}
         new = [key for key in texts if key not in known]
         for start in range(0, len(new), MAX_TEXTS_PER_PASS):
@@ -69,18 +69,18 @@ class Conditioner:
             _, dropped = self._remembered.popitem(last=False)
             self._num_bytes -= _num_bytes(dropped)
 
-    def _key(self, prompt: Prompt, drawing: ActiveRequest) -> _Key:
+    def _key(self, prompt: Prompt, active: ActiveRequest) -> _Key:
         """A text means the same under adapters that leave the text encoders alone."""
-        files = zip(drawing.keys, drawing.row, strict=True)
+        files = zip(active.keys, active.row, strict=True)
         return prompt, tuple((key, applied.scale) for key, applied in files if self._changes_text(applied))
 
     def _changes_text(self, applied: AppliedAdapter) -> bool:
         return any(self._model.bank.touches(applied, encoder) for encoder in self._model.text_encoders)
 
 
-def _prompts(drawing: ActiveRequest) -> tuple[Prompt, ...]:
-    positive, negative = Prompt(drawing.request.prompt), drawing.request.negative_prompt
-    return (positive, Prompt(negative, is_left_out=not negative)) if drawing.is_guided else (positive,)
+def _prompts(active: ActiveRequest) -> tuple[Prompt, ...]:
+    positive, negative = Prompt(active.request.prompt), active.request.negative_prompt
+    return (positive, Prompt(negative, is_left_out=not negative)) if active.is_guided else (positive,)
 
 
 def _filled(embedding: Embedding, filling: torch.Tensor, length: int) -> Embedding:

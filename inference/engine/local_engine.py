@@ -10,25 +10,15 @@ import diffusers
 import torch
 import transformers
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.engine.step_loop import StepLoop
 from inference.engine.warm_up import WarmUp
+from inference.errors import EngineClosed, EngineFault, EngineStartFailed, RequestFailed
 from inference.lane import ActiveRequest
 from inference.lora.adapter_key import AdapterKey
 from inference.models.base import Family
 from inference.models.loader import load_family
-from inference.request import (
-    EngineClosed,
-    EngineFault,
-    EngineStartFailed,
-    GenerationRequest,
-    GenerationResult,
-    IsCancelled,
-    ModelFacts,
-    OnOccupancy,
-    OnStep,
-    RequestFailed,
-)
+from inference.request import GenerationRequest, GenerationResult, IsCancelled, ModelFacts, OnLoadReport, OnStep
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +30,15 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class LocalEngine:
     """`Engine` in this process. Owner of the thread that the model's loop runs on."""
 
-    def __init__(self, settings: ModelSettings, on_occupancy: OnOccupancy = lambda _: None) -> None:
-        """Load the model and warm it up; `EngineStartFailed` says why that cannot be. `on_occupancy` is called on the
+    def __init__(self, settings: ModelSettings, on_load_report: OnLoadReport = lambda _: None) -> None:
+        """Load the model and warm it up; `EngineStartFailed` says why that cannot be. `on_load_report` is called on the
         engine's thread after each turn of its loop. The process was given `gpu_variables`: `cuda:N` is not counted."""
         _quieten_libraries()
         started_at = time.monotonic()
         device = _choose_device(settings.device)
         dtype = _choose_dtype(settings.dtype, device)
         self._model = self._load(settings, device, dtype)
-        self._on_occupancy = on_occupancy
+        self._on_load_report = on_load_report
         self._inbox: queue.SimpleQueue[ActiveRequest | None] = queue.SimpleQueue()
         # What is in the inbox is answered: nothing may come in once the thread has looked into it for the last time.
         self._taking_in = threading.Lock()
@@ -90,9 +80,9 @@ class LocalEngine:
     ) -> Future[GenerationResult]:
         """Queue `request`; see `Engine`."""
         keys = tuple(AdapterKey.of(file) for file in request.adapters)
-        drawing = ActiveRequest(request, self._model.kind_of(request), on_step, is_cancelled, keys)
-        self._enqueue(drawing)
-        return drawing.future
+        active = ActiveRequest(request, self._model.batch_traits(request), on_step, is_cancelled, keys)
+        self._enqueue(active)
+        return active.future
 
     def close(self) -> None:
         """Drop what waits, finish what is being drawn, and end the thread."""
@@ -113,12 +103,12 @@ class LocalEngine:
             warm_up.load_kernels(max_lanes)
         return step_seconds
 
-    def _enqueue(self, drawing: ActiveRequest) -> None:
+    def _enqueue(self, active: ActiveRequest) -> None:
         with self._taking_in:
             if self._is_closing or self.is_broken:
                 raise EngineClosed("the engine is closed")
-            self._loop.prepare(drawing)
-            self._inbox.put(drawing)
+            self._loop.prepare(active)
+            self._inbox.put(active)
 
     def _wake(self) -> None:
         self._inbox.put(None)
@@ -141,7 +131,7 @@ class LocalEngine:
             self._take_in()
             if self._is_closing:
                 self._loop.withdraw_waiting()
-            self._on_occupancy(self._loop.step())
+            self._on_load_report(self._loop.step())
             if self._is_closing and self._loop.is_empty and self._inbox.empty():
                 return
 
@@ -155,11 +145,11 @@ class LocalEngine:
 
     def _add_next(self, timeout_seconds: float | None) -> None:
         try:
-            drawing = self._inbox.get(timeout=timeout_seconds)
+            active = self._inbox.get(timeout=timeout_seconds)
         except queue.Empty:
             return
-        if drawing is not None:
-            self._loop.add(drawing)
+        if active is not None:
+            self._loop.add(active)
 
     def _break(self, error: EngineFault) -> None:
         with self._taking_in:

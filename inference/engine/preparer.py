@@ -12,10 +12,12 @@ from weakref import WeakValueDictionary
 import torch
 
 from config.logs import log_event
-from inference.lora.adapter import Adapter, AdapterError, check_rank
+from inference.errors import RequestFailed
+from inference.lora.adapter import Adapter, check_rank
 from inference.lora.adapter_key import AdapterKey, ReadAdapter
 from inference.lora.bank import PackedAdapter
-from inference.request import AdapterFile, RequestFailed, Stage
+from inference.lora.files import AdapterError
+from inference.request import AdapterFile, Stage
 
 logger = logging.getLogger(__name__)
 

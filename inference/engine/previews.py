@@ -15,7 +15,7 @@ from inference.request import Preview
 class _Projected(NamedTuple):
     """A picture [height, width, 3] on its way to host memory, for `drawing`."""
 
-    drawing: ActiveRequest
+    owner: ActiveRequest
     rgb: HostCopy
 
 
@@ -34,7 +34,7 @@ class Previews:
         """Project the lane's picture if one is due with the step that it is about to take by `prediction`."""
         if self._every and self._is_due(lane):
             # A preview that does not fit the memory is one less, and no reason for anything to fail.
-            self._device.attempt(partial(self._begin_copy, lane, prediction))
+            self._device.guard(partial(self._begin_copy, lane, prediction))
 
     def hand_over(self) -> None:
         """Give the requests what has arrived from the device, for their next reports. Waits for nothing."""
@@ -42,7 +42,7 @@ class Previews:
         for copy in waiting:
             if copy.rgb.has_arrived:
                 height, width, _ = copy.rgb.host.shape
-                copy.drawing.preview = Preview(width, height, copy.rgb.host.numpy().tobytes())
+                copy.owner.preview = Preview(width, height, copy.rgb.host.numpy().tobytes())
             else:
                 self._copies.append(copy)
 
@@ -52,7 +52,7 @@ class Previews:
         if lane.number > 0 or sampler.step_index + 1 >= sampler.num_steps:
             return False
         # A scheduler may take several forwards to one step.
-        num_steps = lane.drawing.kind.num_steps
+        num_steps = lane.owner.traits.num_steps
         before, after = (
             index * num_steps // sampler.num_steps for index in (sampler.step_index, sampler.step_index + 1)
         )
@@ -61,4 +61,4 @@ class Previews:
     def _begin_copy(self, lane: Lane, prediction: torch.Tensor) -> None:
         assert self._projection is not None, "previews are due where there is a projection"  # noqa: S101
         rgb = self._projection(self._model.predict_x0(lane, prediction))
-        self._copies.append(_Projected(lane.drawing, copy_to_host(rgb)))
+        self._copies.append(_Projected(lane.owner, copy_to_host(rgb)))

@@ -28,38 +28,38 @@ class Shortages:
         self._admission = admission
         self._drawn = drawn
 
-    def is_to_be_alone(self, drawing: ActiveRequest) -> bool:
+    def is_to_be_alone(self, active: ActiveRequest) -> bool:
         """Has the request tried often enough beside others that are drawn?"""
-        return drawing.num_shortages >= TRIES_BESIDE_OTHERS and self._is_beside_others(drawing)
+        return active.num_shortages >= TRIES_BESIDE_OTHERS and self._is_beside_others(active)
 
-    def answer(self, drawing: ActiveRequest, waiting: Sequence[ActiveRequest]) -> Claim:
+    def answer(self, active: ActiveRequest, waiting: Sequence[ActiveRequest]) -> Claim:
         """The answer to a claim that ran out of memory, of one of those waiting; WITHDRAWN where it is to fail."""
-        place = waiting.index(drawing)
-        is_relieved = self._admission.relieve(waiting[:place], drawing, waiting[place + 1 :])
-        if place or self._is_beside_others(drawing):
-            self._note(drawing)
+        place = waiting.index(active)
+        is_relieved = self._admission.relieve(waiting[:place], active, waiting[place + 1 :])
+        if place or self._is_beside_others(active):
+            self._note(active)
             return Claim.NOT_YET
-        drawing.num_shortages_alone += 1
-        may_try = is_relieved or drawing.num_shortages_alone < TRIES_ALONE
+        active.num_shortages_alone += 1
+        may_try = is_relieved or active.num_shortages_alone < TRIES_ALONE
         return Claim.NO_SLOT if may_try else Claim.WITHDRAWN
 
-    def postpone(self, drawing: ActiveRequest, error: Exception | None) -> bool:
+    def postpone(self, active: ActiveRequest, error: Exception | None) -> bool:
         """Let those of the request's lanes that have just joined wait again, where `error` is a want of memory that
         others hold; False where it is anything else."""
-        if not isinstance(error, torch.OutOfMemoryError) or not self._is_beside_others(drawing):
+        if not isinstance(error, torch.OutOfMemoryError) or not self._is_beside_others(active):
             return False
-        self._note(drawing)
+        self._note(active)
         for lane in self._batcher.active:
-            if lane.drawing is drawing and lane.sampler is None:
+            if lane.owner is active and lane.sampler is None:
                 self._batcher.remove(lane)
                 self._batcher.add(lane)
         return True
 
-    def _is_beside_others(self, drawing: ActiveRequest) -> bool:
+    def _is_beside_others(self, active: ActiveRequest) -> bool:
         # Lanes of its own that have begun are others too: they hold memory, and end.
-        return any(lane.drawing is not drawing or lane.sampler is not None for lane in self._drawn())
+        return any(lane.owner is not active or lane.sampler is not None for lane in self._drawn())
 
-    def _note(self, drawing: ActiveRequest) -> None:
-        drawing.num_shortages += 1
+    def _note(self, active: ActiveRequest) -> None:
+        active.num_shortages += 1
         self._batcher.make_room()
-        log_event(logger, "no memory for a request to begin", logging.WARNING, tries=drawing.num_shortages)
+        log_event(logger, "no memory for a request to begin", logging.WARNING, tries=active.num_shortages)

@@ -12,10 +12,11 @@ from inference.engine.batcher import Batcher, Claim
 from inference.engine.decoding import Decoder
 from inference.engine.previews import Previews
 from inference.engine.shortages import Shortages
+from inference.errors import EngineError, EngineFault, RequestCancelled, RequestFailed
 from inference.lane import ActiveRequest, Lane
 from inference.lora.adapter_key import AdapterKey
 from inference.models.base import Family, sampler_of
-from inference.request import EngineError, EngineFault, EngineLoad, GenerationResult, RequestCancelled, RequestFailed
+from inference.request import EngineLoad, GenerationResult
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class StepLoop:
         self._shortages = Shortages(self._batcher, self._admission, lambda: [*self._batcher.active, *self._denoised])
         self._previews = Previews(model, self._device, preview_every)
         self._decoder = Decoder(model, self._device)
-        self._drawings: list[ActiveRequest] = []
+        self._requests: list[ActiveRequest] = []
         self._denoised: list[Lane] = []
         self._step_seconds = 0.0
         self._was_busy = False
@@ -49,7 +50,7 @@ class StepLoop:
 
     @property
     def is_empty(self) -> bool:
-        return not self._drawings
+        return not self._requests
 
     @property
     def has_work(self) -> bool:
@@ -58,15 +59,15 @@ class StepLoop:
         is_decoding = bool(self._denoised) or self._decoder.is_busy
         return is_decoding or bool(self._batcher.active or (self._was_busy and self._batcher.waiting))
 
-    def prepare(self, drawing: ActiveRequest) -> None:
+    def prepare(self, active: ActiveRequest) -> None:
         """Begin to make a request ready that will be added. Any thread may call it."""
-        num_waiting = len({id(lane.drawing) for lane in self._batcher.waiting})
-        self._admission.prepare(drawing, num_ahead=num_waiting)
+        num_waiting = len({id(lane.owner) for lane in self._batcher.waiting})
+        self._admission.prepare(active, num_ahead=num_waiting)
 
-    def add(self, drawing: ActiveRequest) -> None:
+    def add(self, active: ActiveRequest) -> None:
         """Take in a request that was given to `prepare`."""
-        self._drawings.append(drawing)
-        for lane in drawing.lanes:
+        self._requests.append(active)
+        for lane in active.lanes:
             self._batcher.add(lane)
 
     def step(self) -> EngineLoad:
@@ -79,17 +80,17 @@ class StepLoop:
         if batch:
             self._step_seconds = time.monotonic() - started_at
         self._finish()
-        return self._occupancy(len(batch))
+        return self._engine_load(len(batch))
 
     def withdraw_waiting(self) -> None:
         """Cancel every request that has not begun."""
-        for drawing in self._drawings:
-            drawing.future.cancel()
+        for active in self._requests:
+            active.future.cancel()
 
     def fail_all(self, error: EngineError) -> None:
         """End every request with `error`."""
-        for drawing in tuple(self._drawings):
-            self._end(drawing, error)
+        for active in tuple(self._requests):
+            self._end(active, error)
 
     def forget(self, key: AdapterKey) -> None:
         """Take an adapter that no request uses out of its slot, if it is in one."""
@@ -101,13 +102,13 @@ class StepLoop:
     # Admit: cancelled requests leave, waiting ones join while there are lanes and slots.
 
     def _admit(self) -> None:
-        for drawing in tuple(self._drawings):
-            if drawing.future.cancelled() or drawing.is_cancelled():
-                self._end(drawing, RequestCancelled("cancelled by the caller"))
-        self._admission.read_ahead(_drawings_of(self._batcher.waiting))
+        for active in tuple(self._requests):
+            if active.future.cancelled() or active.is_cancelled():
+                self._end(active, RequestCancelled("cancelled by the caller"))
+        self._admission.read_ahead(owners_of(self._batcher.waiting))
         self._is_encoding = False
         joined = self._batcher.admit(self._claim)
-        self._condition([drawing for drawing in _drawings_of(joined) if drawing.conditioning is None])
+        self._condition([active for active in owners_of(joined) if active.conditioning is None])
         for lane in joined:
             # Some may have ended meanwhile, and others wait again.
             if lane in self._batcher.active:
@@ -115,80 +116,80 @@ class StepLoop:
 
     def _claim(self, lane: Lane) -> Claim:
         """May this lane join now? A request's first lane brings all that the others need too."""
-        drawing = lane.drawing
-        if drawing.is_ended:
+        active = lane.owner
+        if active.is_ended:
             return Claim.WITHDRAWN
-        if self._shortages.is_to_be_alone(drawing):
+        if self._shortages.is_to_be_alone(active):
             return Claim.NO_SLOT
-        if drawing.is_begun:
+        if active.is_begun:
             return Claim.GRANTED
-        has_source = drawing.request.source is not None
+        has_source = active.request.source is not None
         if has_source and self._is_encoding and any(one.sampler is not None for one in self._batcher.active):
             # Encoding a picture takes as long as a step: those that are being denoised wait for one at a time.
             return Claim.NOT_YET
-        attempt = self._device.attempt(lambda: self._admission.claim(drawing))
-        if isinstance(attempt.error, torch.OutOfMemoryError):
-            answer = self._shortages.answer(drawing, _drawings_of(self._batcher.waiting))
+        guarded = self._device.guard(lambda: self._admission.claim(active))
+        if isinstance(guarded.error, torch.OutOfMemoryError):
+            answer = self._shortages.answer(active, owners_of(self._batcher.waiting))
             if answer is Claim.WITHDRAWN:
-                self._end(drawing, RequestFailed("GPU_OOM", self._admission.why_short(drawing)))
+                self._end(active, RequestFailed("GPU_OOM", self._admission.why_short(active)))
             return answer
-        if attempt.made is None:
-            self._fail(drawing, attempt.error)
-        self._is_encoding |= has_source and attempt.made is Claim.GRANTED
-        return attempt.made or Claim.WITHDRAWN
+        if guarded.result is None:
+            self._fail(active, guarded.error)
+        self._is_encoding |= has_source and guarded.result is Claim.GRANTED
+        return guarded.result or Claim.WITHDRAWN
 
-    def _condition(self, drawings: Sequence[ActiveRequest]) -> None:
-        if not drawings:
+    def _condition(self, requests: Sequence[ActiveRequest]) -> None:
+        if not requests:
             return
-        error = self._device.attempt(lambda: self._admission.condition(drawings)).error
+        error = self._device.guard(lambda: self._admission.condition(requests)).error
         if error is None:
-            for drawing in drawings:
-                drawing.tell_begin(self._device.mark())
-        elif len(drawings) > 1:
-            for drawing in drawings:
-                self._condition([drawing])
-        elif not self._shortages.postpone(drawings[0], error):
-            self._fail(drawings[0], error)
+            for active in requests:
+                active.tell_begin(self._device.mark())
+        elif len(requests) > 1:
+            for active in requests:
+                self._condition([active])
+        elif not self._shortages.postpone(requests[0], error):
+            self._fail(requests[0], error)
 
     def _begin(self, lane: Lane) -> None:
-        attempt = self._device.attempt(lambda: self._model.begin(lane))
-        if isinstance(attempt.error, torch.OutOfMemoryError):
-            attempt = self._device.attempt(lambda: self._model.begin(lane, in_tiles=True))
-        if attempt.made is not None:
-            lane.drawing.scheduler, lane.sampler = attempt.made
-        elif not self._shortages.postpone(lane.drawing, attempt.error):
-            self._fail(lane.drawing, attempt.error)
+        guarded = self._device.guard(lambda: self._model.begin(lane))
+        if isinstance(guarded.error, torch.OutOfMemoryError):
+            guarded = self._device.guard(lambda: self._model.begin(lane, in_tiles=True))
+        if guarded.result is not None:
+            lane.owner.scheduler, lane.sampler = guarded.result
+        elif not self._shortages.postpone(lane.owner, guarded.error):
+            self._fail(lane.owner, guarded.error)
 
     # Denoise: one forward, with fewer lanes where memory ends, lane by lane where something else goes wrong.
 
     def _denoise(self, batch: list[Lane]) -> tuple[list[Lane], list[torch.Tensor]]:
         if not batch:
             return [], []
-        attempt = self._forward(batch)
-        while isinstance(attempt.error, torch.OutOfMemoryError) and len(batch) > 1:
+        guarded = self._forward(batch)
+        while isinstance(guarded.error, torch.OutOfMemoryError) and len(batch) > 1:
             logger.warning("out of memory with %d lanes: trying half of them", len(batch))
             batch = self._batcher.halve(batch)
-            attempt = self._forward(batch)
-        if attempt.made is not None:
+            guarded = self._forward(batch)
+        if guarded.result is not None:
             self._batcher.note_success(batch)
-            return batch, attempt.made
+            return batch, guarded.result
         if len(batch) > 1:
             return self._denoise_one_by_one(batch)
-        self._fail(batch[0].drawing, attempt.error)
+        self._fail(batch[0].owner, guarded.error)
         return [], []
 
     def _denoise_one_by_one(self, batch: list[Lane]) -> tuple[list[Lane], list[torch.Tensor]]:
         """Somebody in the batch breaks it: whoever fails alone, and nobody else."""
         predictions: dict[Lane, torch.Tensor] = {}
         for lane in batch:
-            if lane.drawing.is_ended:
+            if lane.owner.is_ended:
                 continue
-            attempt = self._forward([lane])
-            if attempt.made is None:
-                self._fail(lane.drawing, attempt.error)
+            guarded = self._forward([lane])
+            if guarded.result is None:
+                self._fail(lane.owner, guarded.error)
             else:
-                (predictions[lane],) = attempt.made
-        survivors = {lane: made for lane, made in predictions.items() if not lane.drawing.is_ended}
+                (predictions[lane],) = guarded.result
+        survivors = {lane: made for lane, made in predictions.items() if not lane.owner.is_ended}
         return list(survivors), list(survivors.values())
 
     def _forward(self, batch: list[Lane]) -> Guarded[list[torch.Tensor]]:
@@ -196,7 +197,7 @@ class StepLoop:
             with self._device.measured(batch[0].shape, sum(lane.num_rows for lane in batch)):
                 return self._model.denoise(batch)
 
-        return self._device.attempt(forward)
+        return self._device.guard(forward)
 
     # Advance: every lane of the batch takes its own scheduler's step.
 
@@ -206,11 +207,11 @@ class StepLoop:
             sampler_of(lane).advance(prediction)
         self._previews.hand_over()
         launched = self._device.mark()
-        for drawing in _drawings_of(batch):
-            drawing.note_steps(launched)
+        for active in owners_of(batch):
+            active.note_steps(launched)
         self._device.keep_pace(launched)
-        for drawing in self._drawings:
-            drawing.tell_steps()
+        for active in self._requests:
+            active.tell_steps()
 
     # Finish: lanes that are done leave the batch and are decoded, as many as a step's time allows.
 
@@ -219,9 +220,9 @@ class StepLoop:
         for lane in leaving:
             self._batcher.remove(lane)
         self._denoised += leaving
-        for drawing in _drawings_of(leaving):
-            if drawing.is_denoised:
-                drawing.note_stage("denoise", drawing.last_stage_ended_at)
+        for active in owners_of(leaving):
+            if active.is_denoised:
+                active.note_stage("denoise", active.last_stage_ended_at)
         # Those that were begun in the turn before. This turn's forward runs behind them: the device has work meanwhile.
         self._end_decoded(num_left=0)
         # The others wait no longer than a step takes, and one picture more.
@@ -234,53 +235,53 @@ class StepLoop:
     def _decode(self, lane: Lane) -> None:
         error = self._decoder.begin(lane)
         if error is not None:
-            self._fail(lane.drawing, error)
+            self._fail(lane.owner, error)
 
     def _end_decoded(self, *, num_left: int) -> None:
         """Take in the images that have come from the device, and wait for others until `num_left` are on their way."""
         while self._decoder.is_due(num_left=num_left):
-            lane, attempt = self._decoder.end_oldest()
-            drawing = lane.drawing
-            if attempt.made is None:
-                self._fail(drawing, attempt.error)
+            lane, guarded = self._decoder.end_oldest()
+            active = lane.owner
+            if guarded.result is None:
+                self._fail(active, guarded.error)
                 continue
-            drawing.pictures[lane.number] = attempt.made
-            if drawing.is_drawn:
-                drawing.note_stage("decode", drawing.last_stage_ended_at)
-                self._end(drawing, drawing.result())
+            active.pictures[lane.number] = guarded.result
+            if active.is_drawn:
+                active.note_stage("decode", active.last_stage_ended_at)
+                self._end(active, active.result())
 
     # Endings
 
-    def _fail(self, drawing: ActiveRequest, error: Exception | None) -> None:
+    def _fail(self, active: ActiveRequest, error: Exception | None) -> None:
         """End the request with what the device's error means for its owner."""
         if isinstance(error, torch.OutOfMemoryError):
-            size = f"a picture of {drawing.request.width}x{drawing.request.height}"
+            size = f"a picture of {active.request.width}x{active.request.height}"
             reason = f"{size} does not fit the GPU's memory, even alone: ask for a smaller one"
-            self._end(drawing, RequestFailed("GPU_OOM", reason))
+            self._end(active, RequestFailed("GPU_OOM", reason))
         elif isinstance(error, EngineError):
-            self._end(drawing, error)
+            self._end(active, error)
         else:
-            self._end(drawing, EngineFault(f"{type(error).__name__}: {error}"))
+            self._end(active, EngineFault(f"{type(error).__name__}: {error}"))
 
-    def _end(self, drawing: ActiveRequest, outcome: GenerationResult | Exception) -> None:
+    def _end(self, active: ActiveRequest, outcome: GenerationResult | Exception) -> None:
         """Take the request out, free what it held, and answer it unless its owner cancelled it."""
-        self._drawings.remove(drawing)
-        for lane in drawing.lanes:
+        self._requests.remove(active)
+        for lane in active.lanes:
             self._batcher.remove(lane)
             if lane in self._denoised:
                 self._denoised.remove(lane)
-        self._decoder.drop(drawing)
-        self._admission.release(drawing)
-        if not drawing.begin():
+        self._decoder.drop(active)
+        self._admission.release(active)
+        if not active.begin():
             return
         if isinstance(outcome, Exception):
-            drawing.future.set_exception(outcome)
+            active.future.set_exception(outcome)
         else:
             # The device has ended the last one for certain: its pixels are here.
-            drawing.tell_steps()
-            drawing.future.set_result(outcome)
+            active.tell_steps()
+            active.future.set_result(outcome)
 
-    def _occupancy(self, num_batched: int) -> EngineLoad:
+    def _engine_load(self, num_batched: int) -> EngineLoad:
         return EngineLoad(
             num_batched=num_batched,
             num_lanes=len(self._batcher.active),
@@ -290,6 +291,6 @@ class StepLoop:
         )
 
 
-def _drawings_of(lanes: Sequence[Lane]) -> list[ActiveRequest]:
+def owners_of(lanes: Sequence[Lane]) -> list[ActiveRequest]:
     """The requests that the lanes belong to, each once, in order."""
-    return list(dict.fromkeys(lane.drawing for lane in lanes))
+    return list(dict.fromkeys(lane.owner for lane in lanes))

@@ -7,19 +7,12 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from inference.checkpoints import safety_checker as safety
+from inference.errors import RequestCancelled, RequestFailed
 from inference.lane import ActiveRequest
 from inference.lora.adapter_key import AdapterKey, ReadAdapter
 from inference.lora.bank import PackedAdapter
 from inference.models.base import Family
-from inference.request import (
-    AdapterFile,
-    GenerationRequest,
-    RequestCancelled,
-    RequestFailed,
-    Source,
-    Stage,
-    StepReport,
-)
+from inference.request import AdapterFile, GenerationRequest, Source, Stage, StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +43,9 @@ class WarmUp:
         def on_step(report: StepReport) -> None:
             seconds.append(report.seconds)
 
-        drawing = self._drawing(1, on_step, lambda: False)
-        self._enqueue(drawing)
-        error = drawing.future.exception()
+        active = self._drawing(1, on_step, lambda: False)
+        self._enqueue(active)
+        error = active.future.exception()
         # What an image of no prompt looks like is no matter.
         if error is not None and not (isinstance(error, RequestFailed) and error.code == safety.CODE):
             raise error
@@ -68,11 +61,11 @@ class WarmUp:
             self._take_one_step(self._unfinished(num_lanes))
             self._take_one_step(self._with_blank(self._unfinished(num_lanes, BLANK), blank))
 
-    def _take_one_step(self, drawing: ActiveRequest) -> None:
-        self._enqueue(drawing)
-        error = drawing.future.exception()
+    def _take_one_step(self, active: ActiveRequest) -> None:
+        self._enqueue(active)
+        error = active.future.exception()
         if isinstance(error, RequestFailed) and error.code == "GPU_OOM":
-            logger.warning("warm-up of %d lanes left out: %s", len(drawing.lanes), error)
+            logger.warning("warm-up of %d lanes left out: %s", len(active.lanes), error)
         elif error is not None and not isinstance(error, RequestCancelled):
             raise error
 
@@ -81,14 +74,14 @@ class WarmUp:
         reports: list[StepReport] = []
         return self._drawing(num_lanes, reports.append, lambda: bool(reports), adapters)
 
-    def _with_blank(self, drawing: ActiveRequest, packed: PackedAdapter) -> ActiveRequest:
+    def _with_blank(self, active: ActiveRequest, packed: PackedAdapter) -> ActiveRequest:
         """Give the request its adapter as if it had been read; the slot is free again at its end."""
-        (key,) = drawing.keys
+        (key,) = active.keys
         reading: Future[ReadAdapter] = Future()
         reading.set_result(ReadAdapter(packed, Stage("adapt", time.monotonic(), 0.0)))
-        drawing.readings[key] = reading
-        drawing.future.add_done_callback(lambda _: self._forget(key))
-        return drawing
+        active.readings[key] = reading
+        active.future.add_done_callback(lambda _: self._forget(key))
+        return active
 
     def _drawing(
         self,
@@ -113,7 +106,7 @@ class WarmUp:
             source=None if "text2image" in self._model.kinds else Source(GREY * 3 * size**2, 1.0, WHITE * size**2),
         )
         keys = tuple(AdapterKey.of(file) for file in adapters)
-        return ActiveRequest(request, self._model.kind_of(request), on_step, is_cancelled, keys)
+        return ActiveRequest(request, self._model.batch_traits(request), on_step, is_cancelled, keys)
 
 
 def lane_counts(max_lanes: int, rows_per_lane: int) -> list[int]:

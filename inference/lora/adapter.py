@@ -98,7 +98,7 @@ def blank_adapter(models: Mapping[str, torch.nn.Module]) -> Adapter:
     return Adapter(zeros)
 
 
-def read_adapter(weights: Path, config: Path | None, dialect: KeyNaming) -> Adapter:
+def read_adapter(weights: Path, config: Path | None, naming: KeyNaming) -> Adapter:
     """The adapter in a local safetensors file; `config` is the adapter_config.json beside a PEFT folder's weights.
 
     Raises AdapterUnsafe, AdapterUnsupported, AdapterInvalid or, where the names alone tell that it was made for another
@@ -106,11 +106,11 @@ def read_adapter(weights: Path, config: Path | None, dialect: KeyNaming) -> Adap
     """
     file = open_weights(weights)
     names = sort_names(file.entries)
-    layer_names = dialect.layer_names(names.halves)
+    layer_names = naming.layer_names(names.halves)
     tensors = file.load(names.halves)
 
-    alphas = _alphas_by_stem(tensors, names, dialect)
-    scalings = dict.fromkeys(dialect.models, read_peft_config(config)) if config else _stated(file.metadata, dialect)
+    alphas = _alphas_by_stem(tensors, names, naming)
+    scalings = dict.fromkeys(naming.models, read_peft_config(config)) if config else _stated(file.metadata, naming)
     if alphas and scalings:
         raise AdapterInvalid("the adapter states its alphas twice, in tensors and in settings")
     if not alphas and not scalings and any(stem.startswith(PEFT_PREFIX) for stem in names.halves):
@@ -121,28 +121,28 @@ def read_adapter(weights: Path, config: Path | None, dialect: KeyNaming) -> Adap
         pair = _pair(name, tensors[names.halves[stem].down], tensors[names.halves[stem].up])
         if pair is None:
             continue
-        scaling = scalings.get(dialect.owner(name).model)
+        scaling = scalings.get(naming.owner(name).model)
         alpha = alphas.get(stem, pair.rank)
         # The settings' patterns are about the names in the file.
         scale = scaling.of(stem.removeprefix(PEFT_PREFIX), rank=pair.rank) if scaling else alpha / pair.rank
-        layers |= _parts(dialect.parts_of(name), _scaled(pair, scale * _scalar(tensors, names, stem), name))
+        layers |= _parts(naming.parts_of(name), _scaled(pair, scale * _scalar(tensors, names, stem), name))
     if not layers:
         raise AdapterInvalid("the adapter holds no weights: all of its layers are of rank 0")
     return Adapter(layers)
 
 
-def _alphas_by_stem(tensors: Mapping[str, torch.Tensor], names: SortedNames, dialect: KeyNaming) -> dict[str, float]:
+def _alphas_by_stem(tensors: Mapping[str, torch.Tensor], names: SortedNames, naming: KeyNaming) -> dict[str, float]:
     """The alpha tensors' values by the stems of the layers they belong to.
 
     One without weights, as tools leave that take layers out, changes nothing; one that only names its layer otherwise
     than the weights do is refused.
     """
     alphas: dict[str, float] = {}
-    layers = set(dialect.layer_names(names.halves).values())
+    layers = set(naming.layer_names(names.halves).values())
     for bare, name in names.alphas.items():
         candidates = {bare, f"{bare}_lora", *(bare.removesuffix(infix) for infix in ALPHA_INFIXES)}
         owners = [stem for stem in candidates if stem in names.halves]
-        is_alone = not owners and _names_another_layer(bare, names, layers, dialect)
+        is_alone = not owners and _names_another_layer(bare, names, layers, naming)
         if tensors[name].numel() != 1 or (not is_alone and (len(owners) != 1 or owners[0] in alphas)):
             raise AdapterInvalid(f"{shown(name)} is not the one number of one layer")
         alpha = checked_alpha(float(tensors[name].item()))
@@ -150,10 +150,10 @@ def _alphas_by_stem(tensors: Mapping[str, torch.Tensor], names: SortedNames, dia
     return alphas
 
 
-def _names_another_layer(bare: str, names: SortedNames, layers: set[str], dialect: KeyNaming) -> bool:
+def _names_another_layer(bare: str, names: SortedNames, layers: set[str], naming: KeyNaming) -> bool:
     if any(bare.startswith(f"{stem}.") for stem in names.halves):
         return False
-    return dialect.layer_name(bare) not in layers
+    return naming.layer_name(bare) not in layers
 
 
 def _scalar(tensors: Mapping[str, torch.Tensor], names: SortedNames, stem: str) -> float:
@@ -166,13 +166,13 @@ def _scalar(tensors: Mapping[str, torch.Tensor], names: SortedNames, stem: str) 
     return checked_alpha(float(scalar.item()))
 
 
-def _stated(metadata: Mapping[str, str], dialect: KeyNaming) -> dict[str, Scaling]:
+def _stated(metadata: Mapping[str, str], naming: KeyNaming) -> dict[str, Scaling]:
     """The scalings in diffusers' own settings, by model."""
     if SETTINGS_METADATA not in metadata:
         return {}
     settings: dict[str, dict[str, Any]] = {}
     for name, value in parse_object(metadata[SETTINGS_METADATA], f"the adapter's {SETTINGS_METADATA}").items():
-        model, setting = dialect.owner(name)
+        model, setting = naming.owner(name)
         settings.setdefault(model, {})[setting] = value
     return {model: parse_scaling(own) for model, own in settings.items()}
 

@@ -39,7 +39,7 @@ class AppliedAdapter(NamedTuple):
     scale: float
 
 
-Row = tuple[AppliedAdapter, ...]
+RowAdapters = tuple[AppliedAdapter, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +66,9 @@ class _Route:
 class _Routing:
     """What the coming forwards' rows wear, and the routes found from it: None for groups that no adapter touches."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[RowAdapters, ...]
     by_group: dict[LayerGroup, _Route | None] = field(default_factory=dict)
-    by_rows: dict[tuple[Row, ...], _Route | None] = field(default_factory=dict)
+    by_rows: dict[tuple[RowAdapters, ...], _Route | None] = field(default_factory=dict)
 
 
 class AdapterBank:
@@ -147,7 +147,9 @@ class AdapterBank:
         """Does the adapter in these pages change the model called so?"""
         return any(group.names[0].startswith(f"{model}.") for group in self._contents[applied.pages[0]])
 
-    def route(self, rows: Sequence[Row], token_counts: Mapping[str, Sequence[int]] = MappingProxyType({})) -> None:
+    def route(
+        self, rows: Sequence[RowAdapters], token_counts: Mapping[str, Sequence[int]] = MappingProxyType({})
+    ) -> None:
         """Have the next forwards apply these adapters to their rows, in order; `()` is a row without any.
 
         `token_counts`, by layer: an input [tokens of all rows, in] has so many of each row, one row behind the other.
@@ -175,7 +177,7 @@ class AdapterBank:
             routing.by_group[group] = routing.by_rows[rows]
         return routing.by_group[group]
 
-    def _find_route(self, rows: tuple[Row, ...]) -> _Route:
+    def _find_route(self, rows: tuple[RowAdapters, ...]) -> _Route:
         pages = [[page for applied in row for page in applied.pages] for row in rows]
         scales = [[applied.scale for applied in row for _ in applied.pages] for row in rows]
         width = max(map(len, pages))
@@ -254,13 +256,13 @@ class AdapterBank:
     ) -> torch.Tensor:
         counts = self._token_counts.get(group.names[member])
         if counts is not None:
-            return output.add_(self._change_of_strung(route, group, member, x, counts))
+            return output.add_(self._concatenated_change(route, group, member, x, counts))
         tokens = x if x.ndim == 3 else x[:, None]
         down = self._down(route, group, member, tokens)
         flat = output if output.ndim == 3 else output[:, None]
         return flat.baddbmm_(down, self._gather_b(route, group, member)).view(output.shape)
 
-    def _change_of_strung(
+    def _concatenated_change(
         self, route: _Route, group: LayerGroup, member: int, x: torch.Tensor, counts: Sequence[int]
     ) -> torch.Tensor:
         """What the adapters add where the rows' tokens are strung together, [tokens of all rows, out]."""

@@ -19,7 +19,8 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from config.logs import configure_logging, log_event
-from config.settings import ModelSettings
+from config.model import ModelSettings
+from inference.errors import EngineError, EngineFault, EngineStartFailed, RequestCancelled
 from inference.process.pixels import send_finished
 from inference.process.protocol import (
     Cancel,
@@ -33,17 +34,7 @@ from inference.process.protocol import (
     Stepped,
     Stop,
 )
-from inference.request import (
-    EngineError,
-    EngineFault,
-    EngineLoad,
-    EngineStartFailed,
-    GenerationRequest,
-    GenerationResult,
-    OnOccupancy,
-    RequestCancelled,
-    StepReport,
-)
+from inference.request import EngineLoad, GenerationRequest, GenerationResult, OnLoadReport, StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +45,13 @@ EXIT_BROKEN = 70
 NOTHING = EngineLoad(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0)
 
 
-def _load_local_engine(settings: ModelSettings, on_occupancy: OnOccupancy) -> Any:
+def _load_local_engine(settings: ModelSettings, on_load_report: OnLoadReport) -> Any:
     from inference.engine.local_engine import LocalEngine  # noqa: PLC0415 - torch takes seconds: only once logging is set up
 
-    return LocalEngine(settings, on_occupancy)
+    return LocalEngine(settings, on_load_report)
 
 
-def main(load: Callable[[ModelSettings, OnOccupancy], Any] = _load_local_engine) -> None:
+def main(load: Callable[[ModelSettings, OnLoadReport], Any] = _load_local_engine) -> None:
     """Load the model, say so, then serve until the pipe ends."""
     connection: Connection[FromChild, Any] = Connection(int(sys.argv[1]))
     _die_with(parent_pid=int(sys.argv[2]))
@@ -68,7 +59,7 @@ def main(load: Callable[[ModelSettings, OnOccupancy], Any] = _load_local_engine)
     configure_logging(start.log_level, start.log_format)
     server = _Server(connection)
     try:
-        engine = load(start.settings, server.on_occupancy)
+        engine = load(start.settings, server.on_load_report)
     except EngineStartFailed as error:
         connection.send(StartFailed(str(error)))
         return
@@ -95,7 +86,7 @@ class _Server:
         self._asked: dict[str, _Asked] = {}
         self._has_begun = False
         self._reports: list[tuple[str, StepReport]] = []
-        self._occupancy = NOTHING
+        self._engine_load = NOTHING
 
     def serve(self, engine: Any) -> None:
         """Do what is asked until the pipe ends or says so."""
@@ -112,14 +103,14 @@ class _Server:
                 case Stop():
                     return
 
-    def on_occupancy(self, occupancy: EngineLoad) -> None:
+    def on_load_report(self, engine_load: EngineLoad) -> None:
         """A turn of the engine's loop has ended."""
         if not self._has_begun:
             return  # the warm-up's turns are nobody's
         with self._writing:
-            if self._reports or occupancy.num_batched or occupancy != self._occupancy:
-                self._occupancy = occupancy
-                self._send_reports(occupancy)
+            if self._reports or engine_load.num_batched or engine_load != self._engine_load:
+                self._engine_load = engine_load
+                self._send_reports(engine_load)
 
     def _generate(self, engine: Any, request: GenerationRequest) -> None:
         self._has_begun = True
@@ -153,15 +144,15 @@ class _Server:
         with self._writing:
             if self._reports:
                 # The turn's forward is counted at its end, once.
-                self._send_reports(replace(self._occupancy, num_batched=0))
+                self._send_reports(replace(self._engine_load, num_batched=0))
             if isinstance(answer, Finished):
                 send_finished(self._connection, request_id, answer.result)
             else:
                 self._connection.send(answer)
 
-    def _send_reports(self, occupancy: EngineLoad) -> None:
+    def _send_reports(self, engine_load: EngineLoad) -> None:
         reports, self._reports = tuple(self._reports), []
-        self._connection.send(Stepped(reports, occupancy))
+        self._connection.send(Stepped(reports, engine_load))
 
 
 def _answer_of(request_id: str, done: "Future[GenerationResult]") -> Finished | Failed:

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Self
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from config.visible_gpus import gpu_variables
 from inference.process.protocol import FromChild, Stop, ToChild
 

@@ -12,7 +12,8 @@ from enum import Enum, auto
 from multiprocessing.connection import Connection
 
 from config.logs import LogFormat, log_event
-from config.settings import ModelSettings
+from config.model import ModelSettings
+from inference.errors import EngineClosed, EngineCrashed, EngineFault, EngineHung, RequestCancelled
 from inference.process.child_handle import ChildHandle
 from inference.process.health import MIN_HANG_SECONDS, ChildHealth
 from inference.process.pending import Pending
@@ -29,20 +30,15 @@ from inference.process.protocol import (
     Stepped,
     ToChild,
 )
-from inference.process.quarantine import ChildQuarantine
+from inference.process.quarantine import Quarantine
 from inference.request import (
-    EngineClosed,
-    EngineCrashed,
-    EngineFault,
-    EngineHung,
     EngineLoad,
     GenerationRequest,
     GenerationResult,
     IsCancelled,
     ModelFacts,
-    OnOccupancy,
+    OnLoadReport,
     OnStep,
-    RequestCancelled,
     StepReport,
 )
 
@@ -73,7 +69,7 @@ class EngineProcess:
     """`Engine` in a child process. Its one thread owns the child, the pipe and the pending requests.
 
     The child gets every request at once and draws them together. A child that dies, falls silent or answers nothing but
-    faults is replaced, and what was inside it is drawn again; `ChildQuarantine` decides in which company, which is to
+    faults is replaced, and what was inside it is drawn again; `Quarantine` decides in which company, which is to
     blame: that one fails as `EngineCrashed` or `EngineHung`, the others never notice.
     """
 
@@ -84,22 +80,22 @@ class EngineProcess:
         log_level: str,
         log_format: LogFormat = "auto",
         on_restart: Callable[[], None],
-        on_occupancy: OnOccupancy = lambda _occupancy: None,
+        on_load_report: OnLoadReport = lambda _engine_load: None,
         min_hang_seconds: float = MIN_HANG_SECONDS,
         spawn: Callable[[ModelSettings], ChildHandle] = ChildHandle.spawn,
     ) -> None:
-        """`on_restart` and `on_occupancy` run on the owner thread: be quick."""
+        """`on_restart` and `on_load_report` run on the owner thread: be quick."""
         self._settings = settings
         self._log_level = log_level
         self._log_format = log_format
         self._on_restart = on_restart
-        self._on_occupancy = on_occupancy
+        self._on_load_report = on_load_report
         self._spawn = spawn
         self._lock = threading.Lock()
         self._newcomers: list[Pending] = []
-        self._lineup: ChildQuarantine[Pending] = ChildQuarantine()
-        self._vitals = ChildHealth(min_hang_seconds)
-        self._occupancy: EngineLoad | None = None
+        self._quarantine: Quarantine[Pending] = Quarantine()
+        self._health = ChildHealth(min_hang_seconds)
+        self._engine_load: EngineLoad | None = None
         self._is_closing = False
         self._wake_reader, self._wake_writer = socket.socketpair()
         # PR_SET_PDEATHSIG follows the spawning *thread*: the child lives as long as this one, not one moment longer.
@@ -150,8 +146,8 @@ class EngineProcess:
     def _may_go_on(self) -> bool:
         if self._is_closing or self.state is EngineState.FAILED:
             return False
-        if self._vitals.is_hopeless:
-            self._give_up(f"the engine crashed {self._vitals.crashes_in_a_row} times in a row")
+        if self._health.is_hopeless:
+            self._give_up(f"the engine crashed {self._health.crashes_in_a_row} times in a row")
             return False
         return True
 
@@ -165,7 +161,7 @@ class EngineProcess:
             child.send(Start(self._settings, self._log_level, self._log_format))
             end = self._serve(child)
         finally:
-            is_at_rest = self.state is EngineState.READY and not self._lineup.inside
+            is_at_rest = self.state is EngineState.READY and not self._quarantine.inside
             child.end(is_idle=is_at_rest and end is _End.CLOSED)
             self.pid = None
 
@@ -186,7 +182,7 @@ class EngineProcess:
                     message = _receive(connection)
                     if message is None:
                         return _End.CRASHED
-                    self._vitals.note_sign()
+                    self._health.note_sign()
                     self._handle(message)
                 if self._is_sick():
                     return _End.SICK
@@ -206,45 +202,45 @@ class EngineProcess:
                 log_event(logger, "engine ready", device=facts.device, dtype=facts.dtype, model=facts.model)
             case StartFailed(reason):
                 self._give_up(reason)
-            case Stepped(reports, occupancy):
+            case Stepped(reports, engine_load):
                 for request_id, report in reports:
                     self._pass_on_step(request_id, report)
-                self._occupancy = occupancy
-                self._on_occupancy(occupancy)
+                self._engine_load = engine_load
+                self._on_load_report(engine_load)
             case Finished(request_id, result):
-                self._vitals.note_finished()
+                self._health.note_finished()
                 self._take_out(request_id).finish(result)
             case Failed(request_id, error):
                 if isinstance(error, EngineFault):
-                    self._vitals.note_fault(request_id)
+                    self._health.note_fault(request_id)
                 self._take_out(request_id).fail(error)
 
     def _pass_on_step(self, request_id: str, report: StepReport) -> None:
-        pending = self._lineup.find(request_id)
+        pending = self._quarantine.find(request_id)
         if pending is not None and pending.begin():
             pending.on_step(report)
 
     def _take_out(self, request_id: str) -> Pending:
-        pending = self._lineup.find(request_id)
+        pending = self._quarantine.find(request_id)
         assert pending is not None, "the child answered a request nobody sent"  # noqa: S101
-        self._lineup.remove(pending)
+        self._quarantine.remove(pending)
         return pending
 
     def _take_newcomers(self) -> None:
         with self._lock:
             newcomers, self._newcomers = self._newcomers, []
         for pending in newcomers:
-            self._lineup.add(pending)
+            self._quarantine.add(pending)
 
     def _drop_unwanted(self) -> None:
         """Cancelled requests that are not inside never get there."""
-        for pending in self._lineup.outside:
+        for pending in self._quarantine.outside:
             if pending.is_unwanted:
-                self._lineup.remove(pending)
+                self._quarantine.remove(pending)
                 pending.fail(RequestCancelled("cancelled while it waited"))
 
     def _pass_on_cancels(self, child: ChildHandle) -> None:
-        for pending in self._lineup.inside:
+        for pending in self._quarantine.inside:
             if not pending.is_cancel_sent and pending.is_unwanted:
                 pending.is_cancel_sent = True
                 child.send(Cancel(pending.request_id))
@@ -252,26 +248,26 @@ class EngineProcess:
     def _dispatch(self, child: ChildHandle) -> None:
         if self.state is not EngineState.READY:
             return
-        if not self._lineup.inside:
-            self._vitals.note_sign()  # an idle child has nothing to say
-        for pending in self._lineup.take():
+        if not self._quarantine.inside:
+            self._health.note_sign()  # an idle child has nothing to say
+        for pending in self._quarantine.next_to_send():
             child.send(Generate(pending.request))
 
     def _is_sick(self) -> bool:
-        if not self._vitals.is_sick:
+        if not self._health.is_sick:
             return False
         log_event(logger, "engine sick", logging.ERROR)
         return True
 
     def _is_hung(self) -> bool:
-        inside = [pending.request for pending in self._lineup.inside]
-        if not inside or self.facts is None or not self._vitals.is_hung(inside, self.facts):
+        inside = [pending.request for pending in self._quarantine.inside]
+        if not inside or self.facts is None or not self._health.is_hung(inside, self.facts):
             return False
-        log_event(logger, "engine hung", logging.ERROR, silent_seconds=round(self._vitals.silent_seconds, 1))
+        log_event(logger, "engine hung", logging.ERROR, silent_seconds=round(self._health.silent_seconds, 1))
         return True
 
     def _after_crash(self, end: _End, exit_code: int) -> None:
-        self._vitals.note_crash()
+        self._health.note_crash()
         self._on_restart()
         self._tell_empty()
         log_event(
@@ -279,22 +275,22 @@ class EngineProcess:
             "engine crashed",
             logging.ERROR,
             exit_code=exit_code,
-            in_a_row=self._vitals.crashes_in_a_row,
-            num_inside=len(self._lineup.inside),
+            in_a_row=self._health.crashes_in_a_row,
+            num_inside=len(self._quarantine.inside),
         )
         if end is _End.SICK:
-            self._lineup.spare()
+            self._quarantine.on_restart()
             return
-        culprit = self._lineup.blame(is_killed=end is _End.CRASHED and exit_code == -signal.SIGKILL)
+        culprit = self._quarantine.on_crash(is_killed=end is _End.CRASHED and exit_code == -signal.SIGKILL)
         if culprit is not None:
             culprit.fail(_defeat(end, exit_code))
 
     def _tell_empty(self) -> None:
         """Nothing is in the next child yet."""
-        if self._occupancy is not None:
-            held = self._occupancy
+        if self._engine_load is not None:
+            held = self._engine_load
             num_slots = held.slots_active + held.slots_idle + held.slots_free
-            self._on_occupancy(EngineLoad(0, 0, slots_active=0, slots_idle=0, slots_free=num_slots))
+            self._on_load_report(EngineLoad(0, 0, slots_active=0, slots_idle=0, slots_free=num_slots))
 
     def _give_up(self, reason: str) -> None:
         log_event(logger, "engine failed", logging.CRITICAL, reason=reason)
@@ -304,7 +300,7 @@ class EngineProcess:
 
     def _refuse_all(self) -> None:
         self._take_newcomers()
-        for pending in (*self._lineup.inside, *self._lineup.outside):
+        for pending in (*self._quarantine.inside, *self._quarantine.outside):
             pending.fail(EngineClosed(self.failure or "the engine was closed"))
 
     def _wake(self) -> None:

@@ -8,8 +8,9 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
+from inference.errors import ResultTooLarge
 from inference.process.protocol import Failed, Finished
-from inference.request import GenerationResult, Picture, ResultTooLarge
+from inference.request import GenerationResult, Picture
 
 CHUNK_BYTES = 1 << 16
 

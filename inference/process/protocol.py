@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from config.logs import LogFormat
-from config.settings import ModelSettings
-from inference.request import EngineError, EngineLoad, GenerationRequest, GenerationResult, ModelFacts, StepReport
+from config.model import ModelSettings
+from inference.errors import EngineError
+from inference.request import EngineLoad, GenerationRequest, GenerationResult, ModelFacts, StepReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Stepped:
     """One turn of the engine's loop: the steps it brought, by request id, and what the engine holds after it."""
 
     reports: tuple[tuple[str, StepReport], ...]
-    occupancy: EngineLoad
+    engine_load: EngineLoad
 
 
 @dataclass(frozen=True, slots=True)

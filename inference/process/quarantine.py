@@ -1,14 +1,14 @@
-"""Which requests go to the engine's process, and who is to blame when it dies. Pure: no thread, no pipe, no clock."""
+"""Which requests go to the engine's process, and which one crashed it. Pure: no thread, no pipe, no clock."""
 
 from typing import Generic, Protocol, TypeVar
 
 # One death under a request that was alone may be bad luck. A kill comes from outside, from an operator or from the
 # kernel where memory ends: it weighs half, so that innocents outlive a storm of them.
-DEATH_WEIGHT, KILL_WEIGHT = 2, 1
-CONVICTING_WEIGHT = 4
+CRASH_WEIGHT, KILL_WEIGHT = 2, 1
+POISON_WEIGHT = 4
 
 
-class Triable(Protocol):
+class QueuedRequest(Protocol):
     """What the lineup must know of a request."""
 
     @property
@@ -17,10 +17,10 @@ class Triable(Protocol):
     def arrived_at(self) -> float: ...
 
 
-R = TypeVar("R", bound=Triable)
+R = TypeVar("R", bound=QueuedRequest)
 
 
-class ChildQuarantine(Generic[R]):
+class Quarantine(Generic[R]):
     """Owner of the place of each unanswered request: waiting, inside the process, or a suspect that waits to be tried.
 
     Requests are inside all together. When the process dies under several of them they are suspects, and are inside one
@@ -51,7 +51,7 @@ class ChildQuarantine(Generic[R]):
         """The request of that id, if it is inside."""
         return self._inside.get(request_id)
 
-    def take(self) -> list[R]:
+    def next_to_send(self) -> list[R]:
         """Those to be sent now, in this order; from here on they count as inside."""
         if self._is_trial and self._inside:
             return []
@@ -68,16 +68,16 @@ class ChildQuarantine(Generic[R]):
             (self._suspects if request in self._suspects else self._waiting).remove(request)
         self._weights.pop(request, None)
 
-    def blame(self, *, is_killed: bool = False) -> R | None:
+    def on_crash(self, *, is_killed: bool = False) -> R | None:
         """The process died or was killed. Return the culprit, if this convicts one: it is here no more."""
         victims = self._empty()
         if len(victims) == 1:
-            return self._blame_alone(victims[0], KILL_WEIGHT if is_killed else DEATH_WEIGHT)
-        # What went well for long is the least suspect: the newest first. None inside: nobody is to blame.
+            return self._blame_alone(victims[0], KILL_WEIGHT if is_killed else CRASH_WEIGHT)
+        # What went well for long is the least suspect: the newest first. None inside: none crashed it.
         self._suspects = victims[::-1] + self._suspects
         return None
 
-    def spare(self) -> None:
+    def on_restart(self) -> None:
         """The process was ended for a reason of its own: who was inside goes back to where they came from."""
         victims = self._empty()
         if self._is_trial:
@@ -101,7 +101,7 @@ class ChildQuarantine(Generic[R]):
 
     def _blame_alone(self, victim: R, weight: int) -> R | None:
         self._weights[victim] = self._weights.get(victim, 0) + weight
-        if self._weights[victim] < CONVICTING_WEIGHT:
+        if self._weights[victim] < POISON_WEIGHT:
             self._suspects.insert(0, victim)
             return None
         del self._weights[victim]

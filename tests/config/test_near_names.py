@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from config.near_names import ALIASES, near_names
-from config.settings import SECTIONS, SettingsError, StoreSettings, doubtful_names, load_section
+from config.section import SettingsError, load_section
+from config.settings import SECTIONS, doubtful_names
+from config.store import StoreSettings
 
 KNOWN = {str(field.validation_alias) for cls in SECTIONS.values() for field in cls.model_fields.values()}
 

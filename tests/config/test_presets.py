@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from clients.storage.location import ObjectRef
+from config.images import PictureSettings
+from config.model import ModelSettings
 from config.presets.catalog import (
     BUILTIN_FILE,
     MAX_ADAPTER_SCALE,
@@ -34,7 +36,9 @@ from config.presets.catalog import (
 )
 from config.presets.plain_yaml import MAX_BYTES
 from config.presets.preset_file import LOOK_SECONDS, PresetFile
-from config.settings import ModelSettings, PictureSettings, SettingsError, StoreSettings, load_settings
+from config.section import SettingsError
+from config.settings import load_settings
+from config.store import StoreSettings
 from examples.parts.seaweedfs import SeaweedFS
 from tests.support.paths import ROOT
 from tests.support.world import HANG_SECONDS, eventually

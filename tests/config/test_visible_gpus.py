@@ -7,9 +7,11 @@ import pynvml
 import pytest
 
 from clients.gpu import GpuReadings
-from config.settings import SECTIONS, ModelSettings, Settings, SettingsError, load_section
+from config.model import ModelSettings
+from config.section import SettingsError, load_section
+from config.settings import SECTIONS, Settings
 from config.visible_gpus import HIDDEN, gpu_variables, visible_gpu
-from inference.process.child_handle import Child
+from inference.process.child_handle import ChildHandle
 from worker.cli.check.memory import check_gpu
 from worker.supervisor import Supervisor
 
@@ -99,7 +101,7 @@ def test_an_empty_list_of_gpus_in_the_file_counts_as_not_set(env_file: Path) -> 
 
 
 def environment_of_child(settings: ModelSettings) -> dict[str, str]:
-    child = Child.spawn(settings, module="tests.support.engine.fake_child")
+    child = ChildHandle.spawn(settings, module="tests.support.engine.fake_child")
     try:
         pairs = Path(f"/proc/{child.process.pid}/environ").read_bytes().decode().split("\0")
     finally:

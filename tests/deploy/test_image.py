@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from config.settings import SECTIONS, ServiceSettings
+from config.service import ServiceSettings
+from config.settings import SECTIONS
 from tests.support.paths import ROOT
 from tests.support.status_pages import status
 from worker.monitoring.http_server import HealthServer

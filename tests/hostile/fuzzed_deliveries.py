@@ -23,12 +23,13 @@ import pika.exceptions
 from rich.console import Console
 
 from clients.webhooks import WebhookKind
-from config.settings import BrokerSettings
+from config.broker import BrokerSettings
 from examples.parts.rabbitmq import RabbitMQ
-from inference.request import RequestCancelled
+from inference.errors import RequestCancelled
 from tests.hostile.fuzzing import RULES, SEED
 from tests.hostile.raw_properties import Raw, damaged_properties, fuzzed_properties
-from worker.amqp.broker import Broadcast, Consumer, Publisher, Subscription
+from worker.amqp.consumer import Broadcast, Consumer, Subscription
+from worker.amqp.publisher import Publisher
 from worker.amqp.queue_browser import QueueBrowser
 from worker.amqp.topology import QueueNames
 from worker.breakers import Breaker, StoreGate
@@ -80,7 +81,7 @@ class Desk:
             self.ends[event.task_id, str(event.body.get("error_code", event.kind.value))] += 1
         return "delivered"
 
-    def bury(self, body: bytes, reason: str, *, attempt: int | None = None) -> None:
+    def dead_letter(self, body: bytes, reason: str, *, attempt: int | None = None) -> None:
         self.publisher.publish(self.names.dead, body, attempt=attempt, reason=reason)
         with self._lock:
             self.dead[body] += 1
@@ -89,7 +90,7 @@ class Desk:
         self.num_bugs += 1
 
     # The name that the runner calls it by.
-    tell = note
+    notify = note
 
 
 class _Handler:

@@ -32,7 +32,7 @@ CONSTANTS = {
     "worker.jobs.disposition:MAX_ATTEMPTS": NUM_TRIES,
     "worker.results.image_store:PICTURE_PATIENCE_SECONDS": 0.0,
     "worker.jobs.dispatcher:LEASE_RECHECK_SECONDS": 0.2,
-    "worker.results.outbox_lane:STORE_PAUSE_SECONDS": STORE_PAUSE_SECONDS,
+    "worker.results.kind_queue:STORE_PAUSE_SECONDS": STORE_PAUSE_SECONDS,
     "clients.storage.client:CALL_DEADLINE_SECONDS": 4.0,
 }
 FAILED_RECORD = Sign(UP, b'"kind": "failed"')

@@ -29,7 +29,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from config.settings import ModelSettings, StoreSettings
+from config.model import ModelSettings
+from config.store import StoreSettings
 from examples.parts.backend import Backend
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS

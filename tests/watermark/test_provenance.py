@@ -23,15 +23,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from PIL import Image
 
-from config.settings import (
-    SECTIONS,
-    ModelSettings,
-    PictureSettings,
-    Settings,
-    SettingsError,
-    StoreSettings,
-    load_section,
-)
+from config.images import PictureSettings
+from config.model import ModelSettings
+from config.section import SettingsError, load_section
+from config.settings import SECTIONS, Settings
+from config.store import StoreSettings
 from inference.request import GenerationResult, Picture
 from tests.support.paths import ROOT
 from tests.support.servers.certificates import Chain, Key, make_chain

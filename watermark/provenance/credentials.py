@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
-from config.settings import SettingsError
+from config.section import SettingsError
 
 # C2PA's algorithms by the curve of an ECDSA key (C2PA specification, "Digital signatures").
 CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}

@@ -7,7 +7,7 @@ from typing import Any, final
 import c2pa
 from PIL import Image
 
-from config.settings import SettingsError
+from config.section import SettingsError
 from watermark.errors import ManifestNotSigned
 from watermark.image_format import PictureFormat
 from watermark.provenance.credentials import Credentials

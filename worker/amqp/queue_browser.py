@@ -8,11 +8,12 @@ from typing import Any
 
 import pika.exceptions
 
-from config.settings import BrokerSettings
-from worker.amqp.broker import COUNT_HEADER, LOST, PublishFailed, close_connection, connect
+from config.broker import BrokerSettings
+from worker.amqp.connection import LOST, close_connection, connect
 from worker.amqp.content_headers import Properties
-from worker.amqp.delivery import whole_number
-from worker.amqp.refusals import Refusals, describe
+from worker.amqp.delivery import COUNT_HEADER, whole_number
+from worker.amqp.error_messages import ErrorMessages, describe
+from worker.amqp.publisher import PublishFailed
 
 MAX_LOOKS = 1  # a policy may set any limit, and not every version shows all that it counts
 
@@ -75,7 +76,7 @@ class QueueBrowser:
             self._channel.confirm_delivery()
             self._lock()
         except LOST as error:
-            reason = Refusals(self._settings).no_session(error, is_connected=self._connection is not None)
+            reason = ErrorMessages(self._settings).session_ended(error, is_connected=self._connection is not None)
             close_connection(self._connection)
             raise PublishFailed(reason) from error
         return self

@@ -12,7 +12,7 @@ from rich.text import Text
 from clients.storage.client import Storage
 from clients.storage.errors import StorageError
 from config.settings import Settings
-from worker.amqp.broker import Publisher, PublishFailed
+from worker.amqp.publisher import Publisher, PublishFailed
 from worker.amqp.queue_browser import QueueBrowser, QueueBusy
 from worker.amqp.topology import QueueNames
 from worker.cli.dead_letters import (

@@ -14,8 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clients.webhooks import WebhookKind
-from worker.amqp.broker import ATTEMPT_HEADER, REASON_HEADER
-from worker.amqp.delivery import whole_number
+from worker.amqp.delivery import ATTEMPT_HEADER, REASON_HEADER, whole_number
 from worker.amqp.queue_browser import BrowsedMessage
 from worker.cli.terminal import escape_for_terminal, narrow_table
 from worker.messages.decoder import MAX_BODY_BYTES, decode_any

@@ -14,11 +14,15 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from clients.storage.location import LocationForbidden, ObjectRef, shown_location
-from config.settings import ModelSettings, PictureSettings, ServiceSettings, SettingsError, load_section
+from config.images import PictureSettings
+from config.model import ModelSettings
+from config.section import SettingsError, load_section
+from config.service import ServiceSettings
 from config.visible_gpus import gpu_variables
 from inference.engine.local_engine import LocalEngine
-from inference.models.prechecks import foresee_model
-from inference.request import AdapterFile, EngineError, GenerationRequest, GenerationResult, StepReport
+from inference.errors import EngineError
+from inference.models.prechecks import precheck_model
+from inference.request import AdapterFile, GenerationRequest, GenerationResult, StepReport
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import WatermarkError
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
@@ -110,7 +114,7 @@ def _planned(fields: dict[str, Any], out: Path, model_id: str | None) -> _Plan:
         labeller=ImageEncoder(pictures),
         cutter=cutter,
     )
-    foreseen = foresee_model(plan.settings)
+    foreseen = precheck_model(plan.settings)
     check_can(job, foreseen)
     foreseen.check(job.scheduler, plan.adapters)
     return plan

@@ -13,15 +13,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from config.broker import BrokerSettings
+from config.images import PictureSettings
 from config.logs import configure_logging
 from config.redacting import quoted
-from config.settings import (
-    BrokerSettings,
-    PictureSettings,
-    ServiceSettings,
-    StoreSettings,
-    load_section,
-)
+from config.section import load_section
+from config.service import ServiceSettings
+from config.store import StoreSettings
 from worker.cli.options import GenerateOptions, fields_of, with_generate_options
 from worker.cli.settings import console, whole_settings
 from worker.cli.settings import or_exit as _or_exit

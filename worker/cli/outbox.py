@@ -12,13 +12,12 @@ from rich.text import Text
 from clients.storage.client import Storage
 from clients.storage.errors import StorageError
 from config.settings import Settings
-from worker.amqp.broker import ATTEMPT_HEADER, REASON_HEADER, SINCE_HEADER
-from worker.amqp.delivery import whole_number
+from worker.amqp.delivery import ATTEMPT_HEADER, REASON_HEADER, SINCE_HEADER, whole_number
 from worker.amqp.queue_browser import BrowsedMessage, QueueBrowser
 from worker.amqp.topology import QueueNames
 from worker.cli.terminal import escape_for_terminal, narrow_table
+from worker.results.outbox_snapshots import MAX_REASON_CHARS, SnapshotStore, UndeliveredEvent, format_minute, summarize
 from worker.results.terminal_event import TerminalEvent
-from worker.results.waiting import MAX_REASON_CHARS, Waiting, WaitingNotes, at, summary
 
 MAX_LISTED = 10_000
 
@@ -32,7 +31,7 @@ def list_waiting(settings: Settings, *, as_lines: bool) -> None:
     elif waiting:
         console = Console()
         console.print(_as_table(waiting))
-        console.print(Text(escape_for_terminal(summary(waiting))))
+        console.print(Text(escape_for_terminal(summarize(waiting))))
     else:
         typer.echo("no end waits for the backend")
 
@@ -41,10 +40,10 @@ def print_summary(settings: Settings) -> None:
     """One line on what waits, where anything does."""
     waiting = find_waiting(settings)
     if waiting:
-        typer.echo(escape_for_terminal(f"{summary(waiting)}. `darkroom outbox list` shows them"))
+        typer.echo(escape_for_terminal(f"{summarize(waiting)}. `darkroom outbox list` shows them"))
 
 
-def find_waiting(settings: Settings) -> list[Waiting]:
+def find_waiting(settings: Settings) -> list[UndeliveredEvent]:
     """The ends that are ready in the outbox, and those that workers noted as in their hands; the oldest first.
 
     Raises `PublishFailed` and `QueueBusy`. A store that does not answer is said, and only the queue is looked at.
@@ -52,7 +51,7 @@ def find_waiting(settings: Settings) -> list[Waiting]:
     with QueueBrowser(settings.broker, QueueNames(settings.broker.queue).outbox) as inspection:
         ready = [_of_message(held) for held in inspection.take(MAX_LISTED)]
     try:
-        noted = WaitingNotes(Storage(settings.store), settings.store.bucket).read_all()
+        noted = SnapshotStore(Storage(settings.store), settings.store.bucket).read_all()
     except StorageError as error:
         typer.echo(escape_for_terminal(f"what workers hold is not known: {error}"), err=True)
         noted = []
@@ -60,13 +59,13 @@ def find_waiting(settings: Settings) -> list[Waiting]:
     return sorted(found.values(), key=lambda one: (one.since, one.task_id))
 
 
-def _of_message(held: BrowsedMessage) -> Waiting | None:
+def _of_message(held: BrowsedMessage) -> UndeliveredEvent | None:
     """What is told of a message in the outbox; None for one that holds no end: a worker makes a dead letter of it."""
     try:
         event = TerminalEvent.from_json(held.body)
     except ValueError:
         return None
-    return Waiting(
+    return UndeliveredEvent(
         task_id=event.task_id,
         generation_id=event.generation_id,
         kind=event.kind.value,
@@ -76,11 +75,17 @@ def _of_message(held: BrowsedMessage) -> Waiting | None:
     )
 
 
-def _as_table(waiting: Iterable[Waiting]) -> Table:
+def _as_table(waiting: Iterable[UndeliveredEvent]) -> Table:
     """One row an end, readable at 80 columns."""
     table = narrow_table("generation", "webhook", "since, UTC", "tries", "last try, and the task")
     for one in waiting:
         last = f"{one.reason}\n{one.task_id}".lstrip("\n")
-        cells = (str(one.generation_id), one.kind, at(one.since).replace(" ", "\n"), str(one.num_tries), last)
+        cells = (
+            str(one.generation_id),
+            one.kind,
+            format_minute(one.since).replace(" ", "\n"),
+            str(one.num_tries),
+            last,
+        )
         table.add_row(*(Text("\n".join(map(escape_for_terminal, cell.split("\n")))) for cell in cells))
     return table

@@ -6,7 +6,8 @@ from typing import TypeVar
 
 from rich.console import Console
 
-from config.settings import Settings, SettingsError, doubtful_names, load_settings
+from config.section import SettingsError
+from config.settings import Settings, doubtful_names, load_settings
 from worker.messages.decoder import rules_from
 from worker.supervisor import ExitCode
 

@@ -20,7 +20,7 @@ from clients.storage.client import Storage
 from clients.storage.errors import StorageError, StorageUnavailable
 from clients.webhooks import WebhookKind
 from config.settings import Settings
-from worker.amqp.broker import Publisher, PublishFailed
+from worker.amqp.publisher import Publisher, PublishFailed
 from worker.amqp.topology import RETRY_DELAYS_SECONDS, QueueNames
 from worker.messages.decoder import decode, rules_from
 from worker.messages.job import JobRejected

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from clients.storage.errors import StorageError
-from inference.request import (
+from inference.errors import (
     EngineClosed,
     EngineCrashed,
     EngineFault,

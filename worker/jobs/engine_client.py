@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from threading import Event
 from typing import NamedTuple
 
-from inference.request import Engine, GenerationRequest, GenerationResult, RequestCancelled, StepReport
+from inference.errors import RequestCancelled
+from inference.request import Engine, GenerationRequest, GenerationResult, StepReport
 from watermark.geometry import Rect
 from worker.errors import JobReleased
 from worker.jobs.runs import DenoiseProgress, Phase, Run

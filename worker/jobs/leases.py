@@ -14,8 +14,8 @@ from clients.storage.client import Storage
 from clients.storage.errors import ObjectNotFound, StorageError
 from clients.storage.location import ObjectRef
 from config.logs import log_event
-from worker.amqp.broker import Publisher, PublishFailed
 from worker.amqp.delivery import whole_number
+from worker.amqp.publisher import Publisher, PublishFailed
 from worker.amqp.topology import QueueNames
 from worker.jobs.disposition import Disposition
 from worker.jobs.runs import Run, Runs

@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 
 from clients.storage.errors import StorageError
 from config.logs import bind, log_event
-from worker.amqp.broker import Publisher, PublishFailed
 from worker.amqp.delivery import Delivery
+from worker.amqp.publisher import Publisher, PublishFailed
 from worker.amqp.topology import QueueNames
 from worker.breakers import StoreGate
 from worker.errors import ErrorCode, JobReleased
@@ -160,7 +160,7 @@ class JobRunner:
 
     def _dead_letter(self, run: Run, reason: str) -> None:
         body = run.first.body
-        self.settler.publish_until_confirmed(lambda: self.notifier.bury(body, reason, attempt=run.attempt))
+        self.settler.publish_until_confirmed(lambda: self.notifier.dead_letter(body, reason, attempt=run.attempt))
 
     def _notify(self, run: Run, event: TerminalEvent, disposition: Disposition, unrecorded: str = "") -> RunOutcome:
         """Send the event or park it in the outbox. `unrecorded` is the reason why the store has no record of it."""
@@ -170,7 +170,7 @@ class JobRunner:
             def notify() -> None:
                 nonlocal webhook
                 park = self.notifier.park_unrecorded
-                webhook = park(event, unrecorded) if unrecorded else self.notifier.tell(event)
+                webhook = park(event, unrecorded) if unrecorded else self.notifier.notify(event)
 
             self.settler.publish_until_confirmed(notify)
         code, message = (str(event.body.get(name, "")) for name in ("error_code", "error_message"))

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import tenacity
 
-from worker.amqp.broker import Consumer, Publisher, PublishFailed
+from worker.amqp.consumer import Consumer
 from worker.amqp.delivery import Delivery
+from worker.amqp.publisher import Publisher, PublishFailed
 from worker.amqp.topology import QueueNames
 from worker.jobs.disposition import Disposition
 from worker.jobs.recovery import SuspectIsolation
@@ -84,7 +85,7 @@ class Settler:
     def dead_letter(self, delivery: Delivery, reason: str) -> None:
         """Replace what is no job by a dead letter."""
         body = delivery.body[:MAX_DEAD_BODY_BYTES]
-        self._publish_then_ack(delivery, lambda: self._notifier.bury(body, f"not a job: {reason}"))
+        self._publish_then_ack(delivery, lambda: self._notifier.dead_letter(body, f"not a job: {reason}"))
 
     def _publish_then_ack(self, delivery: Delivery, publish: Callable[[], None]) -> None:
         """Ack once a copy is confirmed; release the delivery where the worker stops before that."""

@@ -17,8 +17,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from clients.storage.location import ObjectRef, parse_location, shown_location
+from config.images import PictureSettings
+from config.model import ModelSettings
 from config.redacting import quoted
-from config.settings import ModelSettings, PictureSettings, StoreSettings
+from config.store import StoreSettings
 from watermark.resizing import Fit
 from watermark.signature import SignatureStyle
 from worker.messages.generation_id import RIGHT, is_generation_id

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from clients.storage.location import LocationForbidden, ObjectRef
+from config.images import PictureSettings
 from config.presets.catalog import Preset, PresetAdapter, Presets, PresetsInvalid, builtin_presets
 from config.presets.preset_file import PresetFile
 from config.redacting import quoted
-from config.settings import PictureSettings, SettingsError
+from config.section import SettingsError
 from worker.messages.job import JobAdapter
 from worker.messages.rules import MAX_REASON_CHARS, PICKLE_SUFFIXES, JobRules, Rejection, located
 from worker.messages.schema import MAX_PROMPT_CHARS, WireData

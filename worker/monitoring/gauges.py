@@ -7,7 +7,7 @@ from collections.abc import Callable
 from clients.gpu import GpuReadings
 from clients.storage.cache import DownloadCache
 from config.logs import log_event
-from worker.amqp.broker import Publisher, PublishFailed
+from worker.amqp.publisher import Publisher, PublishFailed
 from worker.metrics import Metrics
 from worker.results.outbox import Outbox
 

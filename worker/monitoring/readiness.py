@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from inference.process.engine_process import EngineProcess, EngineState
-from worker.amqp.broker import Consumer
+from worker.amqp.consumer import Consumer
 from worker.breakers import Breaker
+from worker.results.address_breaker import AddressBreaker
 from worker.results.image_metadata import ImageEncoder
-from worker.results.refusals import AddressBreaker
 
 
 @dataclass(slots=True)

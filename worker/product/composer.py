@@ -101,7 +101,7 @@ class ProductComposer:
             return cutout
 
     def _composite(self, cutout: Image.Image) -> tuple[Image.Image, Rect | None]:
-        """Return the composite, and the product's rectangle in it; None where it is not found in a person's composite."""
+        """Return the composite, and the product's rectangle in it; None where a person's composite does not show it."""
         if self.inputs.composite is not None:
             with self._stage(Phase.COMPOSE):
                 return self.inputs.composite, self._place_in(self.inputs.composite, cutout)

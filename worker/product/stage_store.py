@@ -91,7 +91,7 @@ class StageStore:
     def _load(self, stage: ProductStage, mode: PictureMode) -> StoredStage | None:
         ref, gate, storage = self._ref(stage), self.store.gate, self.store.storage
         try:
-            metadata = gate.retry_while_denied(lambda: storage.notes_of(ref)).metadata
+            metadata = gate.retry_while_denied(lambda: storage.read_metadata(ref)).metadata
             # The usual tools drop an object's metadata when they change it.
             if not (metadata.get(TASK_ID) == self.job.task_id or (self._is_resuming and TASK_ID not in metadata)):
                 return None

@@ -156,7 +156,7 @@ class Previewer:
         except StorageError as error:
             log_event(logger, "preview not stored", logging.WARNING, task_id=track.task_id, reason=str(error))
         else:
-            track.url = self._storage.url_of(track.ref)
+            track.url = self._storage.public_url(track.ref)
 
 
 def encode(preview: Preview) -> bytes:

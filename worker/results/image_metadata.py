@@ -7,8 +7,8 @@ from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from config.images import PictureSettings
 from config.logs import log_event
-from config.settings import PictureSettings
 from inference.request import GenerationResult, Picture
 from watermark.image_format import PictureFormat
 from watermark.provenance.provenance import Prompts, Provenance, SourceType, packet_of, png_text

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
+from inference.errors import RequestFailed
 from inference.lane import Lane
 from inference.process.child import EXIT_BROKEN
 from inference.process.child_handle import ChildHandle
 from inference.process.engine_process import EngineProcess, wait_until_ready
-from inference.request import GenerationRequest, RequestFailed
+from inference.request import GenerationRequest
 from tests.support.engine.asserting_child import FUSE
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import PATIENCE_SECONDS, WatchedEngine, WatchedModel, order_together

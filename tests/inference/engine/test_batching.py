@@ -11,8 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from inference.errors import RequestFailed
 from inference.lora.layers import layer_groups
-from inference.request import AdapterFile, EngineLoad, GenerationRequest, RequestFailed
+from inference.request import AdapterFile, EngineLoad, GenerationRequest
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import (
     PATIENCE_SECONDS,
@@ -406,8 +407,8 @@ def num_readings(caplog: pytest.LogCaptureFixture) -> int:
     return sum(record.message == "adapter read" for record in caplog.records)
 
 
-def slots_in_use(occupancy: EngineLoad) -> int:
-    return occupancy.slots_active + occupancy.slots_idle
+def slots_in_use(engine_load: EngineLoad) -> int:
+    return engine_load.slots_active + engine_load.slots_idle
 
 
 # --- Conditioning
@@ -425,11 +426,9 @@ def words(adapters: Adapters, tmp_path_factory: pytest.TempPathFactory) -> Adapt
 def positive_of(engine: WatchedEngine, order: Order) -> torch.Tensor:
     """The embedding of the order's prompt, as its lane had it."""
     order.future.result(PATIENCE_SECONDS)
-    drawing = next(
-        lane.drawing for batch in engine.model.batches for lane in batch if lane.drawing.future is order.future
-    )
-    assert drawing.conditioning is not None
-    return drawing.conditioning.positive.tokens
+    active = next(lane.owner for batch in engine.model.batches for lane in batch if lane.owner.future is order.future)
+    assert active.conditioning is not None
+    return active.conditioning.positive.tokens
 
 
 def test_a_prompt_means_something_else_under_a_text_encoder_s_adapter_and_at_each_scale_of_it(

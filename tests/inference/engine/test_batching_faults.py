@@ -14,18 +14,12 @@ import torch
 import inference.engine.batcher
 from inference.device.decoded_image import DecodedImage
 from inference.engine.shortages import TRIES_ALONE, TRIES_BESIDE_OTHERS
+from inference.errors import EngineClosed, EngineFault, RequestCancelled, RequestFailed
 from inference.lane import Embedding, Lane
 from inference.lora.adapter import Adapter
-from inference.lora.bank import AdapterBank, PackedAdapter, Row
+from inference.lora.bank import AdapterBank, PackedAdapter
 from inference.models.base import Prompt
-from inference.request import (
-    AdapterFile,
-    EngineClosed,
-    EngineFault,
-    GenerationRequest,
-    RequestCancelled,
-    RequestFailed,
-)
+from inference.request import AdapterFile, GenerationRequest
 from inference.sampling.samplers import Sampler
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import (
@@ -39,6 +33,7 @@ from tests.support.engine.watched_engine import (
 )
 from tests.support.images.pictures import MIN_PSNR_DB, images_of, plain, psnr, solo
 from tests.support.models.tiny_models import EVERY_LAYER, build_tiny_sd, load_pipe, write_adapter
+from worker.cli.report.rows import Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -209,7 +204,7 @@ class SmallModel(WatchedModel):
     """Memory for pictures of up to 96x64."""
 
     def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
-        request = lanes[0].drawing.request
+        request = lanes[0].owner.request
         if request.height * request.width > 96 * 64:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return super().denoise(lanes)
@@ -350,7 +345,7 @@ class ShortModel(FullModel):
         return super().encode(prompts, adapters)
 
     def begin(self, lane: Lane, *, in_tiles: bool = False) -> tuple[str, Sampler]:
-        if lane.drawing.request.prompt == self.NEEDY:
+        if lane.owner.request.prompt == self.NEEDY:
             self._run_short("begin")
         return super().begin(lane, in_tiles=in_tiles)  # type: ignore[safe-super]
 

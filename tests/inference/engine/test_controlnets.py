@@ -15,22 +15,23 @@ import torch
 from diffusers import ControlNetModel
 from PIL import Image
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.checkpoints.offload import offload_in_turns
-from inference.controlnet.edges import find_edges
 from inference.controlnet.files import find_controlnets, most_bytes
+from inference.controlnet.guide import find_edges
+from inference.errors import EngineFault, EngineStartFailed, RequestFailed
 from inference.models.base import Family
 from inference.models.loader import load_family
-from inference.request import AdapterFile, EngineFault, EngineStartFailed, GenerationRequest, RequestFailed, Source
+from inference.request import AdapterFile, GenerationRequest, Source
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import PATIENCE_SECONDS, Order, WatchedEngine, WatchedModel, order_together
 from tests.support.images.pictures import DIFFERENT_DB, MIN_PSNR_DB, draw, psnr, settings_of
 from tests.support.models.family_models import FamilyModels
 from tests.support.models.plain_families import alone
+from tests.support.models.tiny_adapters import Z_IMAGE_EVERY_LAYER
 from tests.support.models.tiny_controls import control_of, plainly_controlled, speckles, square, write_controlnet
 from tests.support.models.tiny_models import (
     EVERY_LAYER,
-    Z_IMAGE_EVERY_LAYER,
     build_tiny_sd,
     build_tiny_sd_inpaint,
     build_tiny_sdxl,
@@ -177,7 +178,7 @@ def test_lanes_with_two_controls_and_without_share_forwards_and_each_is_right(
     )
 
     models.assert_right("sd", orders)
-    together = [{lane.drawing.request.seeds[0] for lane in batch} for batch in engine.model.batches]
+    together = [{lane.owner.request.seeds[0] for lane in batch} for batch in engine.model.batches]
     assert {1, 2, 3, 4, 5} in together
     different = replace(orders[0].request, control=orders[1].request.control)
     assert psnr(orders[0].image, draw(engine, different)[0]) < DIFFERENT_DB
@@ -227,7 +228,7 @@ def test_a_z_image_batch_of_other_shapes_and_lengths_gives_each_lane_its_own_con
     )
 
     models.assert_right("z_image", orders)
-    together = [{lane.drawing.request.seeds[0] for lane in batch} for batch in engine.model.batches]
+    together = [{lane.owner.request.seeds[0] for lane in batch} for batch in engine.model.batches]
     assert {1, 2, 3, 4} in together
 
 
@@ -252,12 +253,12 @@ class TurningEngine(WatchedEngine):
         model = super()._load(settings, device, dtype)
         offload_in_turns(model._pipeline, device)
         self.seated: list[str] = []
-        seat = model._pipeline.transformer._hf_hook._seat
+        slot = model._pipeline.transformer._hf_hook._slot
         load = model.load_control
 
         def load_watched(name: str) -> Any:
             net = load(name)
-            net.register_forward_pre_hook(lambda *_: self.seated.append(type(seat._taken_by).__name__))
+            net.register_forward_pre_hook(lambda *_: self.seated.append(type(slot._taken_by).__name__))
             return net
 
         model.load_control = load_watched  # type: ignore[method-assign]
@@ -309,7 +310,7 @@ def test_one_that_finds_no_room_waits_for_another_s_lanes_to_end(models: Models)
     )
 
     models.assert_right("sd", orders)
-    together = [{lane.drawing.request.seeds[0] for lane in batch} for batch in engine.model.batches]
+    together = [{lane.owner.request.seeds[0] for lane in batch} for batch in engine.model.batches]
     assert {1} in together
     assert not any({1, 2} <= seeds or {2, 3} <= seeds for seeds in together)
     assert not any(3 in seeds for seeds in together[: together.index({2})]), "it came after one that waits"

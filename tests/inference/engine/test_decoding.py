@@ -10,8 +10,9 @@ import torch
 
 from inference.device.decoded_image import DecodedImage, image_of
 from inference.device.host_copy import HostCopy
+from inference.errors import EngineFault, RequestCancelled
 from inference.lane import Lane
-from inference.request import EngineFault, GenerationRequest, RequestCancelled
+from inference.request import GenerationRequest
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import Order, WatchedEngine, WatchedModel, arriving_together, order_together
 from tests.support.images.pictures import MIN_PSNR_DB, plain, psnr

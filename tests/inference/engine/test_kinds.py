@@ -13,9 +13,10 @@ from PIL import Image
 from torch.overrides import TorchFunctionMode
 
 from inference.checkpoints.offload import ensure_on_device, offload_in_turns
+from inference.errors import RequestFailed
 from inference.models.base import Family
 from inference.models.loader import load_family
-from inference.request import KINDS, AdapterFile, GenerationRequest, RequestFailed, Source
+from inference.request import KINDS, AdapterFile, GenerationRequest, Source
 from tests.support.cuda.on_gpu import on_gpu
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import Order, WatchedEngine, WatchedModel, order_together
@@ -334,7 +335,7 @@ def test_eight_requests_of_every_kind_share_forwards_and_each_gives_the_picture_
 
     ratios = [psnr(order.image, alone(models.checkpoint("sd"), order.request)) for order in orders]
     assert min(ratios) >= MIN_PSNR_DB, ratios
-    together = [{lane.drawing.request.kind for lane in lanes} for lanes in engine.model.batches]
+    together = [{lane.owner.request.kind for lane in lanes} for lanes in engine.model.batches]
     assert sum(kinds == set(KINDS) for kinds in together) >= 3
     assert sum(map(len, engine.model.batches)) / len(engine.model.batches) >= 4
 

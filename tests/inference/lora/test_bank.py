@@ -13,10 +13,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inference.lora.adapter import DOWN, UP, Adapter, LowRank
+from inference.lora.adapter import Adapter, LowRank
 from inference.lora.adapter_memory import AdapterMemory
-from inference.lora.bank import AdapterBank, AppliedAdapter, PackedAdapter, Row
+from inference.lora.bank import AdapterBank, AppliedAdapter, PackedAdapter
+from inference.lora.key_names import DOWN, UP
 from inference.lora.layers import layer_groups
+from worker.cli.report.rows import Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

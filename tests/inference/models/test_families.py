@@ -8,9 +8,10 @@ from typing import Any, cast
 import pytest
 import torch
 
+from inference.errors import RequestFailed
 from inference.lane import ActiveRequest, Conditioning, Lane
 from inference.models.base import Family, Prompt
-from inference.request import AdapterFile, GenerationRequest, RequestFailed
+from inference.request import AdapterFile, GenerationRequest
 from inference.sampling.samplers import Sampler
 from tests.support.copies import NOWHERE, Copies
 from tests.support.cuda.on_gpu import on_gpu
@@ -19,10 +20,9 @@ from tests.support.engine.watched_engine import Order, order_together
 from tests.support.images.pictures import DIFFERENT_DB, MIN_PSNR_DB, TEST_DEVICE, draw, pipe_with, psnr
 from tests.support.models.family_models import FamilyModels
 from tests.support.models.plain_families import DIFFUSION_CHOICES, FLOW_CHOICES, alone, embeddings_by_compel
+from tests.support.models.tiny_adapters import Z_IMAGE_BLOCKS, Z_IMAGE_EVERY_LAYER
 from tests.support.models.tiny_models import (
     EVERY_LAYER,
-    Z_IMAGE_BLOCKS,
-    Z_IMAGE_EVERY_LAYER,
     Layout,
     build_tiny_sd,
     build_tiny_sd2,
@@ -279,7 +279,7 @@ def test_six_requests_that_share_nothing_give_together_what_each_gives_alone(
     assert_right(models.checkpoint(name), orders)
     assert max(turn.num_batched for turn in engine.turns[start:]) >= 4
     if name == "z_image":
-        together = [{_size(lane.drawing.request) for lane in lanes} for lanes in engine.model.batches]
+        together = [{_size(lane.owner.request) for lane in lanes} for lanes in engine.model.batches]
         assert max(map(len, together)) == 5
         assert all(sizes == {(64, 64)} for sizes in together if (64, 64) in sizes), "the small one goes alone"
 
@@ -414,10 +414,10 @@ class CountedSampler:
 def guided_lane(model: Family) -> Lane:
     """A lane that has not joined; only its conditioning is there."""
     request = tiny_request(guidance_scale=4.0, scheduler="euler", num_inference_steps=4)
-    drawing = ActiveRequest(request, model.kind_of(request), lambda _: None, lambda: False, ())
+    active = ActiveRequest(request, model.batch_traits(request), lambda _: None, lambda: False, ())
     with torch.inference_mode():
-        drawing.conditioning = Conditioning(*model.encode([Prompt("a hill"), Prompt("dark")], [(), ()]))
-    return drawing.lanes[0]
+        active.conditioning = Conditioning(*model.encode([Prompt("a hill"), Prompt("dark")], [(), ()]))
+    return active.lanes[0]
 
 
 @pytest.mark.parametrize("name", ["sd", "z_image"])

@@ -33,7 +33,7 @@ ROWS: tuple[Row, ...] = (
         "its worker starts another and has the job drawn again, without a word to the broker",
         tests=(f"{LIVE}test_a_killed_engine_costs_its_job_a_second_run_and_nothing_else",),
         without=(
-            Mutation("inference/process/quarantine.py", "if self._weights[victim] < CONVICTING_WEIGHT:", "if False:"),
+            Mutation("inference/process/quarantine.py", "if self._weights[victim] < POISON_WEIGHT:", "if False:"),
         ),
         also=(
             f"{REAL_ENGINE}test_a_killed_engine_costs_its_job_a_second_run_and_nothing_else",
@@ -45,9 +45,7 @@ ROWS: tuple[Row, ...] = (
         "a job crashes every engine it is in",
         "it fails after dying twice alone, a copy is kept, and those beside it complete",
         tests=(f"{LIVE}test_a_job_that_ends_the_engine_every_time_fails_alone[poison]",),
-        without=(
-            Mutation("inference/process/quarantine.py", "if self._weights[victim] < CONVICTING_WEIGHT:", "if True:"),
-        ),
+        without=(Mutation("inference/process/quarantine.py", "if self._weights[victim] < POISON_WEIGHT:", "if True:"),),
         also=(
             "tests/live/test_batching.py::test_a_poison_job_fails_alone_and_nine_innocents_in_its_batch_complete",
             f"{REAL_ENGINE}test_a_job_that_kills_the_engine_every_time_fails_alone",
@@ -131,8 +129,8 @@ ROWS: tuple[Row, ...] = (
             Mutation("worker/results/notifier.py", "if event.is_delivered:", "if False:"),
             Mutation(
                 "worker/results/notifier.py",
-                "is_told = (bool(attempts) or _is_stale(event)) and self._ledger.is_delivered(event)",
-                "is_told = False",
+                "is_delivered = (bool(attempts) or _is_stale(event)) and self._ledger.is_delivered(event)",
+                "is_delivered = False",
             ),
         ),
         also=(f"{REAL_ENGINE}test_a_record_in_the_ledger_wins_over_a_second_worker",),
@@ -157,7 +155,7 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "inference/engine/step_loop.py",
-                "while isinstance(attempt.error, torch.OutOfMemoryError) and len(batch) > 1:",
+                "while isinstance(guarded.error, torch.OutOfMemoryError) and len(batch) > 1:",
                 "while False:",
             ),
         ),
@@ -342,7 +340,7 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "inference/engine/step_loop.py",
-                "if isinstance(attempt.error, torch.OutOfMemoryError):\n            answer = ",
+                "if isinstance(guarded.error, torch.OutOfMemoryError):\n            answer = ",
                 "if False:\n            answer = ",
             ),
         ),

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.lane import Embedding, Lane
-from inference.lora.bank import Row
 from inference.models.base import Family, Prompt
 from inference.request import EngineLoad, GenerationRequest, GenerationResult, StepReport
 from tests.support.engine.engine_requests import request_of
 from tests.support.images.pictures import images_of, settings_of
+from worker.cli.report.rows import Row
 
 # Far above what any test waits for; below the suite's own limit, so that the failure says where it hung.
 PATIENCE_SECONDS = 300.0
@@ -67,9 +67,9 @@ class WatchedEngine(LocalEngine):
     def is_prepared(self) -> bool:
         """Is all done that was asked of the preparing thread? To be asked on the engine's thread."""
         asked: list[Future[Any]] = []
-        for drawing in self._loop._drawings:
-            asked += [drawing.scheduling, *drawing.readings.values()]
-            asked += self._loop._admission._controls.needs(drawing) or []
+        for active in self._loop._requests:
+            asked += [active.scheduling, *active.readings.values()]
+            asked += self._loop._admission._controls.needs(active) or []
         return all(one.done() for one in asked)
 
     def hold_preparing_until(self, is_over: threading.Event) -> None:

@@ -9,7 +9,7 @@ from inference.controlnet.guide import Guide
 from inference.engine.conditioner import Conditioner
 from inference.lane import ActiveRequest, Lane
 from inference.lora.adapter import Adapter, LowRank
-from inference.lora.bank import AppliedAdapter, PackedAdapter, Row
+from inference.lora.bank import AppliedAdapter, PackedAdapter
 from inference.models.base import Family, sampler_of
 from inference.models.sdxl import StableDiffusionXL
 from inference.models.stable_diffusion import StableDiffusion
@@ -18,6 +18,7 @@ from inference.request import GenerationRequest
 from tests.support.cuda.fake_cuda import DEVICE, FakeCuda
 from tests.support.cuda.tally import Tally
 from tests.support.models.full_pipelines import CONTROLNETS, build_pipeline
+from worker.cli.report.rows import Row
 
 FAMILIES: dict[str, Callable[..., Family]] = {"sd15": StableDiffusion, "sdxl": StableDiffusionXL, "z-image": ZImage}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -106,15 +107,17 @@ class FullModel:
         self, requests: Sequence[GenerationRequest], rows: Sequence[Row], guides: Sequence[Guide | None]
     ) -> list[Lane]:
         """The requests' lanes before their first steps, as the engine's loop would have them begin together."""
-        drawings = []
+        joined = []
         for request, row, guide in zip(requests, rows, guides, strict=True):
             self.family.prepare(request)
             keys: Any = row  # embeddings are remembered by them: what they are is no matter
-            drawings.append(ActiveRequest(request, self.family.kind_of(request), lambda _: None, lambda: False, keys))
-            drawings[-1].row, drawings[-1].guide = row, guide
-        for drawing, conditioning in zip(drawings, self._conditioner.condition(drawings), strict=True):
-            drawing.conditioning = conditioning
-        lanes = [lane for drawing in drawings for lane in drawing.lanes]
+            joined.append(
+                ActiveRequest(request, self.family.batch_traits(request), lambda _: None, lambda: False, keys)
+            )
+            joined[-1].row, joined[-1].guide = row, guide
+        for active, conditioning in zip(joined, self._conditioner.condition(joined), strict=True):
+            active.conditioning = conditioning
+        lanes = [lane for active in joined for lane in active.lanes]
         for lane in lanes:
             _, lane.sampler = self.family.begin(lane)
         return lanes

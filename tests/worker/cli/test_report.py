@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
 from clients.webhooks import WebhookKind
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from tests.support.servers.clients_servers import AnsweringServer, answer, refused_url
 from worker.cli.main import app
 from worker.cli.report.axis import Axis
@@ -306,7 +306,7 @@ def test_a_listing_of_many_pages_is_gone_through_to_its_end(operator: Operator) 
     for number in range(7):
         operator.write(f"jobs/{number}.json", b"{}")
 
-    found = list(operator.storage.each_below(operator.ledger.bucket, "jobs/", page_keys=3))
+    found = list(operator.storage.list_objects(operator.ledger.bucket, "jobs/", page_keys=3))
 
     assert [one.key for one in found] == [f"jobs/{number}.json" for number in range(7)]
     assert all(abs(one.modified_at - datetime.now(UTC)) < timedelta(minutes=1) for one in found)

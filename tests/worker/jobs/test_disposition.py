@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from clients.storage.errors import ObjectNotFound, StorageError, StorageUnavailable
-from clients.webhooks import Attempt, WebhookKind
-from clients.webhooks import Verdict as Answer
-from inference.request import (
+from clients.webhooks import WebhookAttempt, WebhookKind, WebhookResult
+from inference.errors import (
     EngineClosed,
     EngineCrashed,
     EngineError,
@@ -27,7 +26,7 @@ from worker.jobs.disposition import Decision, Disposition, decide
 from worker.metrics import Metrics
 from worker.monitoring.idle import IdleTimer, idle_reason
 from worker.progress.reporter import milestones_between
-from worker.results.notifier import MAX_AGE_SECONDS, UNKNOWN_IS_TRANSIENT_SECONDS, delay_after, is_hopeless
+from worker.results.notifier import MAX_AGE_SECONDS, UNKNOWN_IS_TRANSIENT_SECONDS, delay_after, is_permanent_failure
 from worker.results.terminal_event import TerminalEvent, failed_event
 
 # --- What an error means for the job
@@ -44,7 +43,7 @@ def sample(cls: type[Exception]) -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("error", "verdict"),
+    ("error", "decision"),
     [
         (
             JobFailed(ErrorCode.LORA_NOT_FOUND, "no such adapter"),
@@ -137,8 +136,8 @@ def test_every_verdict_that_fails_a_job_has_a_code_and_a_message() -> None:
 # --- Telling the backend
 
 
-def answered(status: int | None, decision: Answer = Answer.RETRY) -> Attempt:
-    return Attempt(decision, status, None, f"HTTP {status}", is_ambiguous=False)
+def answered(status: int | None, verdict: WebhookResult = WebhookResult.RETRY) -> WebhookAttempt:
+    return WebhookAttempt(verdict, status, None, f"HTTP {status}", is_ambiguous=False)
 
 
 def test_the_waits_between_attempts_grow_and_then_stay() -> None:
@@ -155,7 +154,7 @@ def test_a_retry_after_lengthens_a_wait_and_never_shortens_it(
 @pytest.mark.parametrize(
     ("attempt", "age_seconds", "hopeless"),
     [
-        (answered(400, Answer.REJECTED), 0.0, True),
+        (answered(400, WebhookResult.REJECTED), 0.0, True),
         (answered(404), UNKNOWN_IS_TRANSIENT_SECONDS - 1, False),
         (answered(404), UNKNOWN_IS_TRANSIENT_SECONDS + 1, True),
         (answered(500), UNKNOWN_IS_TRANSIENT_SECONDS + 1, False),
@@ -166,9 +165,9 @@ def test_a_retry_after_lengthens_a_wait_and_never_shortens_it(
     ],
 )
 def test_an_event_is_given_up_when_it_is_refused_unknown_for_a_minute_or_a_day_old(
-    attempt: Attempt, age_seconds: float, hopeless: bool
+    attempt: WebhookAttempt, age_seconds: float, hopeless: bool
 ) -> None:
-    assert is_hopeless(attempt, age_seconds) is hopeless
+    assert is_permanent_failure(attempt, age_seconds) is hopeless
 
 
 MILESTONES = (0, 25, 50, 75, 90)

@@ -13,7 +13,8 @@ from hypothesis import settings as bounded
 from hypothesis import strategies as st
 from jsonschema import Draft7Validator
 
-from config.settings import ModelSettings, StoreSettings
+from config.model import ModelSettings
+from config.store import StoreSettings
 from tests.support.contract_schemas import DOCS, document, examples, validator_of
 from tests.support.paths import ROOT
 from tests.worker.messages.test_decoder import (

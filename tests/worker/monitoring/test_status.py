@@ -215,7 +215,7 @@ def test_the_readings_are_what_prometheus_is_told() -> None:
     metrics = Metrics()
     metrics.jobs.labels("complete").inc(3)
     for num_batched in (4, 2):
-        metrics.note_occupancy(EngineLoad(num_batched, 3, slots_active=2, slots_idle=1, slots_free=5))
+        metrics.note_engine_load(EngineLoad(num_batched, 3, slots_active=2, slots_idle=1, slots_free=5))
 
     readings = MetricsSnapshot.of(metrics.registry)
 
@@ -231,7 +231,7 @@ def test_the_recent_batch_follows_what_the_mean_has_long_averaged_away() -> None
     metrics = Metrics(clock=lambda: next(seconds))
 
     for num_batched in [1] * 1000 + [8] * 500:
-        metrics.note_occupancy(EngineLoad(num_batched, num_batched, slots_active=0, slots_idle=0, slots_free=0))
+        metrics.note_engine_load(EngineLoad(num_batched, num_batched, slots_active=0, slots_idle=0, slots_free=0))
 
     assert 7.9 < metrics.recent_batch <= 8
 
@@ -241,7 +241,7 @@ def test_the_recent_batch_of_a_slow_device_is_that_of_its_last_forwards() -> Non
     metrics = Metrics(clock=lambda: next(seconds))
 
     for num_batched in [1] * 100 + [8] * 2:
-        metrics.note_occupancy(EngineLoad(num_batched, num_batched, slots_active=0, slots_idle=0, slots_free=0))
+        metrics.note_engine_load(EngineLoad(num_batched, num_batched, slots_active=0, slots_idle=0, slots_free=0))
 
     assert 7.8 < metrics.recent_batch <= 8
 
@@ -250,12 +250,12 @@ def test_there_is_no_recent_batch_where_nothing_was_denoised_lately_and_a_long_f
     now = 1000.0
     metrics = Metrics(clock=lambda: now)
     assert metrics.recent_batch == 0
-    metrics.note_occupancy(EngineLoad(4, 4, slots_active=0, slots_idle=0, slots_free=0))
+    metrics.note_engine_load(EngineLoad(4, 4, slots_active=0, slots_idle=0, slots_free=0))
 
     now += 300.0
     assert metrics.recent_batch == 4
 
-    metrics.note_occupancy(EngineLoad(0, 0, slots_active=0, slots_idle=0, slots_free=0))
+    metrics.note_engine_load(EngineLoad(0, 0, slots_active=0, slots_idle=0, slots_free=0))
     assert metrics.recent_batch == 0
 
 

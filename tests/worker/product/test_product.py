@@ -11,7 +11,8 @@ import psutil
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from config.settings import PictureSettings, SettingsError, load_section
+from config.images import PictureSettings
+from config.section import SettingsError, load_section
 from tests.support.images.product_pictures import bottle, scene
 from tests.support.models.onnx_files import write_dark_finder
 from tests.support.paths import ROOT

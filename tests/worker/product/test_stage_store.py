@@ -10,7 +10,7 @@ from PIL import Image
 
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from tests.support.images.product_pictures import bottle, scene
 from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate
 from worker.messages.decoder import decode

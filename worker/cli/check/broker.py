@@ -9,10 +9,10 @@ import pika
 import pika.exceptions
 
 from clients.management import effective_policies
-from config.settings import BrokerSettings
-from worker.amqp.broker import LOST, NOT_FOUND, close_connection, connect
-from worker.amqp.refusals import ACCESS_REFUSED, Refusals, describe
-from worker.amqp.topology import QueueNames
+from config.broker import BrokerSettings
+from worker.amqp.connection import LOST, close_connection, connect
+from worker.amqp.error_messages import ACCESS_REFUSED, ErrorMessages, describe
+from worker.amqp.topology import NOT_FOUND, QueueNames
 from worker.cli.check.checks import CheckFailed
 from worker.cli.check.policies import limits_met, limits_told
 
@@ -28,7 +28,7 @@ class BrokerProbe:
 
     def __init__(self, settings: BrokerSettings) -> None:
         self._settings = settings
-        self._refusals = Refusals(settings)
+        self._error_messages = ErrorMessages(settings)
         self._names = QueueNames(settings.queue)
         self._is_refused = False
 
@@ -97,7 +97,7 @@ class BrokerProbe:
             )
 
     def _policies(self) -> Mapping[str, Mapping[str, Any]]:
-        asked = self._refusals.parameters
+        asked = self._error_messages.parameters
         if asked.ssl_options is not None:
             return {}  # the interface's usual port would have the password in the clear
         login = asked.credentials
@@ -121,7 +121,7 @@ class BrokerProbe:
             connection = connect(self._settings, "darkroom check")
         except LOST as error:
             self._is_refused = True
-            raise CheckFailed(self._refusals.no_connection(error)) from error
+            raise CheckFailed(self._error_messages.connection_failed(error)) from error
         try:
             yield connection
         except LOST as error:
@@ -130,16 +130,16 @@ class BrokerProbe:
             close_connection(connection)
 
     def _why_refused(self, name: str, error: Any) -> str:
-        return self._refusals.no_queue(name, error)
+        return self._error_messages.queue_refused(name, error)
 
     @property
     def _place(self) -> str:
-        return self._refusals.place
+        return self._error_messages.place
 
     @property
     def _user(self) -> str:
-        return self._refusals.user
+        return self._error_messages.user
 
     @property
     def _vhost(self) -> str:
-        return self._refusals.vhost
+        return self._error_messages.vhost

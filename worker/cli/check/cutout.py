@@ -4,7 +4,7 @@ import time
 
 from PIL import Image, ImageDraw
 
-from config.settings import PictureSettings
+from config.images import PictureSettings
 from worker.cli.check.checks import CheckFailed
 from worker.errors import CuttingFailed, JobFailed
 from worker.product.cutter import Cutter, is_installed

@@ -1,6 +1,7 @@
 """The certificate that C2PA manifests are signed with: signs it, and for how long yet?"""
 
-from config.settings import PictureSettings, SettingsError
+from config.images import PictureSettings
+from config.section import SettingsError
 from worker.cli.check.checks import CheckFailed
 from worker.results.image_metadata import load_signer
 

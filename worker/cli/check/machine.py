@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import features
 
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from inference.checkpoints.weight_files import GB
 from watermark.errors import FontMissing
 from watermark.text.fonts import find_font

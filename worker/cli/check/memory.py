@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 
 from clients.gpu import GpuReading, GpuReadings
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.checkpoints.checkpoint import identify, weight_bytes
-from inference.checkpoints.memory_plan import RESERVE_BYTES, Placement, decide, free_host_bytes, most_adapter_bytes
+from inference.checkpoints.memory_plan import RESERVE_BYTES, Placement, free_host_bytes, most_adapter_bytes, plan
 from inference.checkpoints.weight_files import GB
 from inference.controlnet.files import find_controlnets, most_bytes
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 from worker.cli.check.checks import CheckFailed
 
 PARAMETER_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -63,17 +63,17 @@ def _in_host(weights: str, needed: Mapping[str, int], free: int, chosen: int | N
 
 def _on_gpu(weights: str, needed: Mapping[str, int], free: int, chosen: int | None) -> str:
     try:
-        residence = decide(needed, free, chosen)
+        placement = plan(needed, free, chosen)
     except EngineStartFailed as error:
         raise CheckFailed(str(error)) from error
-    is_resident = residence is Placement.RESIDENT
+    is_resident = placement is Placement.RESIDENT
     lives = "the model stays on the GPU" if is_resident else "its parts take turns on the GPU, which is slower"
     seen = f"{weights} and {RESERVE_BYTES / GB:.1f} GB for a picture, {free / GB:.1f} GB of the GPU's are free"
-    return f"{seen}: {lives}{_with_adapters(chosen, needed, free, residence)}"
+    return f"{seen}: {lives}{_with_adapters(chosen, needed, free, placement)}"
 
 
-def _with_adapters(chosen: int | None, needed: Mapping[str, int], free: int, residence: Placement) -> str:
-    most = most_adapter_bytes(chosen, needed, free, residence)
+def _with_adapters(chosen: int | None, needed: Mapping[str, int], free: int, placement: Placement) -> str:
+    most = most_adapter_bytes(chosen, needed, free, placement)
     return f", with up to {most / GB:.1f} GB for adapters (ADAPTER_MEMORY_GB)"
 
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.checkpoints.checkpoint import identify, weight_bytes
+from inference.errors import EngineError
 from inference.process.engine_process import EngineProcess, wait_until_ready
-from inference.request import EngineError, ModelFacts
+from inference.request import ModelFacts
 from worker.cli.check.checks import CheckFailed
 
 LOAD_TIMEOUT_SECONDS = 900.0

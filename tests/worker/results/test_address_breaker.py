@@ -2,21 +2,27 @@
 
 import pytest
 
-from clients.webhooks import Attempt, Verdict
+from clients.webhooks import WebhookAttempt, WebhookResult
 from tests.worker.results.test_notifier import FAILING, NAMES, TAKEN, Parts, ScriptedClient, complete
 from tests.worker.test_breakers import Clock
+from worker.results.address_breaker import (
+    ADDRESS_STATUSES,
+    REFUSALS_TO_OPEN,
+    REST_SECONDS,
+    TRIAL_SECONDS,
+    AddressBreaker,
+)
 from worker.results.notifier import MAX_AGE_SECONDS
-from worker.results.refusals import ADDRESS_STATUSES, REFUSED_ENDS, REST_SECONDS, TRIAL_SECONDS, AddressBreaker
 
-MANY = 2 * REFUSED_ENDS
+MANY = 2 * REFUSALS_TO_OPEN
 
 
-def refused(status: int) -> Attempt:
-    return Attempt(Verdict.REJECTED, status, None, f"HTTP {status}", is_ambiguous=False)
+def refused(status: int) -> WebhookAttempt:
+    return WebhookAttempt(WebhookResult.REJECTED, status, None, f"HTTP {status}", is_ambiguous=False)
 
 
 def tell_many(parts: Parts, count: int = MANY) -> list[str]:
-    return [parts.notifier.tell(complete(f"task-{number}")) for number in range(count)]
+    return [parts.notifier.notify(complete(f"task-{number}")) for number in range(count)]
 
 
 @pytest.mark.parametrize("status", [301, 302, 308, 400, 405, 410, 421, 426])
@@ -25,38 +31,38 @@ def test_ends_refused_in_a_row_open_the_breaker_and_from_then_on_none_is_a_dead_
 
     ends = tell_many(parts)
 
-    assert ends == ["refused"] * (REFUSED_ENDS - 1) + ["parked"] * (MANY - REFUSED_ENDS + 1)
+    assert ends == ["refused"] * (REFUSALS_TO_OPEN - 1) + ["parked"] * (MANY - REFUSALS_TO_OPEN + 1)
     assert parts.notifier.address_breaker.reason.startswith(f"the backend refuses this worker: HTTP {status} to ")
-    assert {kept.queue for kept in parts.publisher.kept[REFUSED_ENDS - 1 :]} == {NAMES.outbox}
+    assert {kept.queue for kept in parts.publisher.kept[REFUSALS_TO_OPEN - 1 :]} == {NAMES.outbox}
 
 
 def test_a_generation_that_is_unknown_for_minutes_is_no_dead_letter_where_all_are_unknown() -> None:
-    unknown = Attempt(Verdict.RETRY, 404, None, "HTTP 404", is_ambiguous=False)
+    unknown = WebhookAttempt(WebhookResult.RETRY, 404, None, "HTTP 404", is_ambiguous=False)
     parts = Parts(ScriptedClient(unknown))
-    assert parts.notifier.is_hopeless(unknown, 61)
+    assert parts.notifier.is_permanent_failure(unknown, 61)
 
     tell_many(parts)
 
     assert "BACKEND_API_URL" in parts.notifier.address_breaker.reason
-    assert not parts.notifier.is_hopeless(unknown, 3600)
-    assert parts.notifier.is_hopeless(unknown, MAX_AGE_SECONDS + 1)
+    assert not parts.notifier.is_permanent_failure(unknown, 3600)
+    assert parts.notifier.is_permanent_failure(unknown, MAX_AGE_SECONDS + 1)
 
 
 def test_one_that_is_taken_between_begins_the_count_anew() -> None:
-    parts = Parts(ScriptedClient(*[*[refused(400)] * (REFUSED_ENDS - 1), TAKEN] * 3))
+    parts = Parts(ScriptedClient(*[*[refused(400)] * (REFUSALS_TO_OPEN - 1), TAKEN] * 3))
 
-    ends = tell_many(parts, 3 * REFUSED_ENDS)
+    ends = tell_many(parts, 3 * REFUSALS_TO_OPEN)
 
     assert set(ends) == {"refused", "delivered"}
     assert parts.notifier.address_breaker.reason == ""
 
 
 def test_one_end_refused_again_and_again_counts_once() -> None:
-    unknown = Attempt(Verdict.RETRY, 404, None, "HTTP 404", is_ambiguous=False)
+    unknown = WebhookAttempt(WebhookResult.RETRY, 404, None, "HTTP 404", is_ambiguous=False)
     parts = Parts(ScriptedClient(unknown))
 
     for _ in range(MANY):
-        parts.notifier.attempt(complete("same"))
+        parts.notifier.send_once(complete("same"))
 
     assert parts.notifier.address_breaker.reason == ""
 
@@ -79,19 +85,19 @@ def test_errors_between_neither_count_nor_begin_the_count_anew() -> None:
 
 def test_the_breaker_closes_with_the_first_end_that_is_taken() -> None:
     parts = Parts(ScriptedClient(refused(400)))
-    tell_many(parts, REFUSED_ENDS)
+    tell_many(parts, REFUSALS_TO_OPEN)
     assert parts.notifier.address_breaker.reason
 
     parts.client.script = [TAKEN, refused(400)]
-    assert parts.notifier.tell(complete("good")) == "delivered"
+    assert parts.notifier.notify(complete("good")) == "delivered"
     assert parts.notifier.address_breaker.reason == ""
-    assert parts.notifier.tell(complete("bad")) == "refused"
+    assert parts.notifier.notify(complete("bad")) == "refused"
 
 
 def test_jobs_are_taken_for_a_moment_now_and_then_as_the_refused_ends_may_be_at_fault() -> None:
     clock = Clock()
     breaker = AddressBreaker(clock)
-    for number in range(REFUSED_ENDS):
+    for number in range(REFUSALS_TO_OPEN):
         breaker.refuse(f"task-{number}:complete", 404)
 
     # The old ones, tried again meanwhile, do not put it off

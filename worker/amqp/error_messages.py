@@ -1,4 +1,4 @@
-"""Why the broker cannot be used, in a sentence with the host, the user and the cure: the same in `check` and `run`."""
+"""Error messages about the broker, with host, user and remedy: the same in `check` and `run`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,26 +6,26 @@ from typing import Any
 import pika
 import pika.exceptions
 
+from config.broker import BrokerSettings
 from config.redacting import redacted
-from config.settings import BrokerSettings
 
 ACCESS_REFUSED, PRECONDITION_FAILED = 403, 406
 MAX_SHOWN_CHARS = 300
 
 
 def describe(error: BaseException) -> str:
-    """What went wrong, without the URL: pika's texts may carry hosts, never passwords, but are long."""
+    """Return the error's type and text, redacted and cut: pika's texts are long and may carry hosts."""
     return redacted(f"{type(error).__name__}: {error}".removesuffix(": "))[:MAX_SHOWN_CHARS]
 
 
 @dataclass(frozen=True, slots=True)
-class Refusals:
-    """The sentences about one broker. The password is in none of them."""
+class ErrorMessages:
+    """The error messages about one broker. None contains the password."""
 
     settings: BrokerSettings
 
-    def no_connection(self, error: BaseException) -> str:
-        """Why there is no connection, after what `connect` raised."""
+    def connection_failed(self, error: BaseException) -> str:
+        """Explain why `connect` raised `error`."""
         if isinstance(error, pika.exceptions.ProbableAuthenticationError):
             local = " (a new broker lets guest in from its own machine only)" if self.user == "guest" else ""
             asked = f"{self.place} refuses user {self.user} or the password{local}"
@@ -37,8 +37,8 @@ class Refusals:
         asked = f"no broker answers at {self.place} ({describe(error)})"
         return f"{asked}: is it running? look at {self._settings_named('RABBITMQ_HOST and RABBITMQ_PORT')}"
 
-    def no_queue(self, name: str, error: Any) -> str:
-        """Why the queue `name` cannot be used, after pika's `ChannelClosedByBroker`."""
+    def queue_refused(self, name: str, error: Any) -> str:
+        """Explain why queue `name` is unusable, from pika's `ChannelClosedByBroker`."""
         said = f"{name}: {error.reply_text}"
         if error.reply_code == PRECONDITION_FAILED:
             return (
@@ -49,14 +49,14 @@ class Refusals:
             return f"{said}. Give the user the right: {self._grant}"
         return f"{said}. Look at who uses it, or at RABBITMQ_QUEUE"
 
-    def no_session(self, error: BaseException, *, is_connected: bool) -> str:
-        """Why a session ended, or did not begin."""
+    def session_ended(self, error: BaseException, *, is_connected: bool) -> str:
+        """Explain why a session ended, or could not begin."""
         if not is_connected:
-            return self.no_connection(error)
+            return self.connection_failed(error)
         is_right = isinstance(error, pika.exceptions.ChannelClosedByBroker) and error.reply_code == ACCESS_REFUSED
-        return self.no_queue(self.settings.queue, error) if is_right else describe(error)
+        return self.queue_refused(self.settings.queue, error) if is_right else describe(error)
 
-    # Of the URL, which wins over the single settings.
+    # From the URL, which takes precedence over the single settings.
 
     @property
     def place(self) -> str:

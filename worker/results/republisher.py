@@ -1,4 +1,4 @@
-"""Fresh copies of parked events that were returned: the broker counts returns, and drops a message at a limit."""
+"""Republish parked events that were redelivered: RabbitMQ counts returns, and drops a message at its limit."""
 
 import logging
 import threading
@@ -6,38 +6,41 @@ from collections import deque
 from collections.abc import Callable
 
 from config.logs import log_event
-from worker.amqp.broker import Backoff, Consumer, Publisher, PublishFailed
+from worker.amqp.connection import Backoff
+from worker.amqp.consumer import Consumer
 from worker.amqp.delivery import Delivery
+from worker.amqp.publisher import Publisher, PublishFailed
 
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 2.0
-# Together with the consumer's connection the publisher's may be lost: the first try then fails.
+# The publisher's connection is often lost together with the consumer's: the first attempt then fails.
 NUM_TRIES = 3
 
 
-class Renewer:
-    """Owner of a thread that replaces returned messages by confirmed copies, whose count begins at 0.
+class Republisher:
+    """Owner of a thread that replaces redelivered messages by confirmed copies, whose delivery count begins at 0.
 
-    A thread of its own, since a call to the backend takes up to 20 s: meanwhile a breaking connection could return a
-    message more often than any limit allows. Where the broker takes no copies, `take` gets the messages as they are.
+    A thread of its own, since a webhook takes up to 20 s: in that time an unstable connection could return a message
+    more often than any limit allows. Where the broker confirms no copies, `accept` gets the deliveries as they are.
     """
 
-    def __init__(self, publisher: Publisher, take: Callable[[Delivery], None]) -> None:
+    def __init__(self, publisher: Publisher, accept: Callable[[Delivery], None]) -> None:
         self._publisher = publisher
-        self._take = take
-        self._consumer: Consumer | None = None
+        self._accept = accept
+        self._consumer: Consumer
         self._changed = threading.Condition()
         self._returned: deque[Delivery] = deque()
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="renewer", daemon=True)
 
     def start(self, consumer: Consumer) -> None:
+        """Start the thread; `consumer` is the one whose deliveries are added."""
         self._consumer = consumer
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread; what is in hand stays with the broker."""
+        """End the thread; unacked deliveries stay with the broker."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
@@ -45,6 +48,7 @@ class Renewer:
             self._thread.join(CLOSE_SECONDS)
 
     def add(self, delivery: Delivery) -> None:
+        """Have the delivery replaced by a copy."""
         with self._changed:
             self._returned.append(delivery)
             self._changed.notify_all()
@@ -56,14 +60,14 @@ class Renewer:
                 if self._is_closing:
                     return
                 delivery = self._returned.popleft()
-            if not self._is_renewed(delivery):
-                self._let_through(delivery)
+            if not self._is_republished(delivery):
+                self._accept_all(delivery)
 
-    def _is_renewed(self, delivery: Delivery) -> bool:
+    def _is_republished(self, delivery: Delivery) -> bool:
         backoff = Backoff()
         for _ in range(NUM_TRIES):
             try:
-                self._renew(delivery)
+                self._republish(delivery)
             except PublishFailed as error:
                 log_event(logger, "returned event not renewed yet", logging.DEBUG, reason=str(error))
                 backoff.sleep(lambda: self._is_closing)
@@ -71,18 +75,17 @@ class Renewer:
                 return True
         return False
 
-    def _let_through(self, first: Delivery) -> None:
-        """An end is told rather than kept waiting for a broker in alarm."""
+    def _accept_all(self, first: Delivery) -> None:
+        """Pass on what is not republished: an event must not wait for a broker in alarm."""
         with self._changed:
             deliveries = [first, *self._returned]
             self._returned.clear()
         log_event(logger, "returned events not renewed", logging.WARNING, num_events=len(deliveries))
         for delivery in deliveries:
-            self._take(delivery)
+            self._accept(delivery)
 
-    def _renew(self, delivery: Delivery) -> None:
-        assert self._consumer is not None, "deliveries come from a consumer"  # noqa: S101
-        # Of a lost session: the broker has the message itself again.
+    def _republish(self, delivery: Delivery) -> None:
+        # A delivery of a lost session is not copied: the broker has requeued the message itself.
         if self._consumer.holds(delivery):
             self._publisher.publish(
                 delivery.queue,

@@ -3,9 +3,9 @@
 import threading
 from typing import Any
 
-from worker.amqp.broker import PublishFailed
 from worker.amqp.delivery import Delivery
-from worker.results.renewing import NUM_TRIES, Renewer
+from worker.amqp.publisher import PublishFailed
+from worker.results.republisher import NUM_TRIES, Republisher
 
 HANG_SECONDS = 120.0
 
@@ -51,7 +51,7 @@ class Broker:
 
 def test_a_returned_event_is_acked_once_its_copy_is_confirmed_and_keeps_its_age_and_attempt() -> None:
     broker, taken = Broker(num_failures=NUM_TRIES - 1), list[Delivery]()
-    renewer = Renewer(broker, taken.append)  # type: ignore[arg-type]
+    renewer = Republisher(broker, taken.append)  # type: ignore[arg-type]
     renewer.start(broker)  # type: ignore[arg-type]
 
     renewer.add(returned(1))
@@ -64,7 +64,7 @@ def test_a_returned_event_is_acked_once_its_copy_is_confirmed_and_keeps_its_age_
 
 def test_an_event_of_a_lost_session_is_not_copied_for_the_broker_has_it_again() -> None:
     broker = Broker()
-    renewer = Renewer(broker, lambda _: None)  # type: ignore[arg-type]
+    renewer = Republisher(broker, lambda _: None)  # type: ignore[arg-type]
     renewer.start(broker)  # type: ignore[arg-type]
 
     renewer.add(returned(1, session=1))
@@ -82,7 +82,7 @@ def test_where_the_broker_takes_no_copies_the_events_are_told_as_they_are() -> N
         taken.append(delivery.tag)
         are_taken.release()
 
-    renewer = Renewer(broker, take)  # type: ignore[arg-type]
+    renewer = Republisher(broker, take)  # type: ignore[arg-type]
     renewer.add(returned(1))
     renewer.add(returned(2))
     renewer.start(broker)  # type: ignore[arg-type]
