@@ -20,8 +20,8 @@ MAY_IMPORT = {
     "clients": {"clients", "config"},
     "config": {"config"},
 }
-# Where all three siblings meet: a job's story, what is fetched for it, and its local twin.
-MEETINGS = {"worker.jobs.handler", "worker.jobs.inputs.fetcher", "worker.cli.generate"}
+# Where all three siblings meet: what is fetched for a job, and its local twin.
+MEETINGS = {"worker.jobs.inputs.fetcher", "worker.cli.generate"}
 # From top to bottom: each may import those below it. A module that is named stands apart from its folder.
 ORDER = (
     "worker.__main__",
@@ -160,10 +160,10 @@ def test_only_the_command_line_knows_the_examples() -> None:
     assert importers_of("examples") == {"worker.cli.main"}
 
 
-def test_the_siblings_meet_only_where_a_job_s_story_is_told() -> None:
+def test_the_siblings_meet_only_where_a_job_s_inputs_are_loaded() -> None:
     meeting = {name for name in modules() if packages_of(name) >= SIBLINGS}
 
-    assert "worker.jobs.handler" in meeting
+    assert "worker.jobs.inputs.fetcher" in meeting
     assert meeting <= MEETINGS
 
 

@@ -23,6 +23,7 @@ from worker.cli.report.axis import Axis
 from worker.cli.report.bars import Bar, cells, legend
 from worker.cli.report.rows import Row, Stretch, row_of
 from worker.cli.report.summary import summarise
+from worker.errors import ErrorCode
 from worker.monitoring.stages import REST, STAGES
 from worker.results.ledger import Entry, Ledger
 from worker.results.terminal_event import TerminalEvent, failed_event
@@ -43,7 +44,7 @@ def failed(number: int, *, seconds_in_engine: float = 4.0) -> TerminalEvent:
     return failed_event(
         task_id=str(uuid.uuid4()),
         generation_id=number,
-        code="GPU_OOM",
+        code=ErrorCode.GPU_OOM,
         message=f"too large: {PROMPT}",
         retry_count=2,
         worker="host:2",
