@@ -8,11 +8,11 @@ from typing import Annotated
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import NoDecode
 
-from config.section import Section, http_url, split_commas
+from config.section import Section, check_http_url, split_commas
 
 
 class BackendSettings(Section):
-    """The backend that hears of progress and ends."""
+    """The backend that receives progress and results."""
 
     base_url: str = Field(validation_alias="BACKEND_API_URL", description="Base URL of the backend's webhooks")
     token: SecretStr = Field(validation_alias="INTERNAL_API_TOKEN", description="Bearer token the backend expects")
@@ -30,7 +30,7 @@ class BackendSettings(Section):
     @field_validator("base_url")
     @classmethod
     def _is_http_url(cls, url: str) -> str:
-        return http_url(url)
+        return check_http_url(url)
 
     @field_validator("token")
     @classmethod

@@ -4,11 +4,11 @@ from urllib.parse import quote
 
 from pydantic import Field, SecretStr, field_validator
 
-from config.section import Section, url_parts
+from config.section import Section, split_url
 
 
 class BrokerSettings(Section):
-    """RabbitMQ: where it is and the queue the jobs come from."""
+    """Connection to RabbitMQ and the queue of the jobs."""
 
     url: SecretStr | None = Field(
         None, validation_alias="RABBITMQ_URL", description="amqp:// or amqps:// URL; wins over the five names below"
@@ -38,13 +38,13 @@ class BrokerSettings(Section):
     @field_validator("url")
     @classmethod
     def _is_amqp_url(cls, url: SecretStr | None) -> SecretStr | None:
-        if url is not None and url_parts(url.get_secret_value()).scheme not in ("amqp", "amqps"):
+        if url is not None and split_url(url.get_secret_value()).scheme not in ("amqp", "amqps"):
             raise ValueError("must begin with amqp:// or amqps://")
         return url
 
     @property
     def amqp_url(self) -> str:
-        """The connection URL with the password in it. Never log it."""
+        """The connection URL including the password. Never log it."""
         if self.url is not None:
             return self.url.get_secret_value()
         password = quote(self.password.get_secret_value(), safe="")

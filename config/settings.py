@@ -9,7 +9,7 @@ from config.broker import BrokerSettings
 from config.images import PictureSettings
 from config.model import ModelSettings
 from config.near_names import near_names
-from config.section import Section, SettingsError, given_names, load_section
+from config.section import Section, SettingsError, load_section, nonempty_variables
 from config.service import ServiceSettings
 from config.store import StoreSettings
 
@@ -53,8 +53,8 @@ def load_settings() -> Settings:
     return Settings(**sections)
 
 
-def doubtful_names() -> list[str]:
+def misspelled_names() -> list[str]:
     """Return a sentence for each variable that is set and no setting, but close to the name of one that is unset."""
     known = [str(field.validation_alias) for section in SECTIONS.values() for field in section.model_fields.values()]
-    near = near_names(given_names(), known)
+    near = near_names(nonempty_variables(), known)
     return [f"{name} is set and is no setting of Darkroom: is {meant} meant?" for name, meant in near.items()]

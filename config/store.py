@@ -6,11 +6,11 @@ from typing import Annotated
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import NoDecode
 
-from config.section import Section, bucket_name, http_url, split_commas
+from config.section import Section, check_bucket_name, check_http_url, split_commas
 
 
 class StoreSettings(Section):
-    """S3 or a store that speaks it: adapters and signatures in, pictures and job records out."""
+    """S3 or a compatible store: adapters and signatures in, images and job records out."""
 
     access_key_id: str | None = Field(
         None, validation_alias="AWS_ACCESS_KEY_ID", description="Access key; unset uses the instance's role"
@@ -47,19 +47,19 @@ class StoreSettings(Section):
     @field_validator("bucket", "results_bucket_name")
     @classmethod
     def _is_bucket_name(cls, name: str | None) -> str | None:
-        return None if name is None else bucket_name(name)
+        return None if name is None else check_bucket_name(name)
 
     @field_validator("other_allowed_buckets")
     @classmethod
     def _are_bucket_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(bucket_name(name) for name in names)
+        return tuple(check_bucket_name(name) for name in names)
 
     @field_validator("endpoint_url", "result_url_base")
     @classmethod
     def _is_http_url(cls, url: str | None) -> str | None:
-        return None if url is None else http_url(url)
+        return None if url is None else check_http_url(url)
 
-    # On the field, not on the model: a model is judged only once all of its fields are right.
+    # On the field, not on the model: pydantic runs model validators only once all fields are valid.
     @field_validator("secret_access_key")
     @classmethod
     def _has_its_id(cls, secret: SecretStr | None, found: ValidationInfo) -> SecretStr | None:

@@ -11,7 +11,7 @@ from enum import IntEnum
 from types import FrameType
 
 from config.logs import log_event
-from config.settings import Settings, doubtful_names
+from config.settings import Settings, misspelled_names
 from inference.process.engine_process import EngineState
 from inference.request import ModelFacts
 from worker.amqp.connection import ConnectionProbe, probe_connection
@@ -63,7 +63,7 @@ class Supervisor:
         parts.health.start()
         log_event(logger, "status page", url=f"http://localhost:{parts.health.port}/")
         log_event(logger, "starting", metrics_port=parts.health.port, model=self._settings.model.model_id)
-        for doubt in doubtful_names():
+        for doubt in misspelled_names():
             log_event(logger, "setting not known", logging.WARNING, reason=doubt)
         # Reported before the model is loaded, which takes minutes; the consumer tries again for ever.
         self._probe = probe_connection(self._settings.broker)
@@ -107,7 +107,7 @@ class Supervisor:
 
     def _start_consuming(self, facts: ModelFacts) -> None:
         """Start to take jobs. Only now: a worker that cannot load its model must leave the queue to those that can."""
-        self._parts.progress.learn(facts.step_seconds)
+        self._parts.progress.update_estimate(facts.step_seconds)
         self._dispatcher = self._parts.dispatcher(facts, self._note_bug)
         self._consumer = self._parts.consumer(self._dispatcher, not_before=self._probe.retry_at)
         self._consumer.start()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 
-from clients.gpu import GpuReadings
+from clients.gpu import GpuMonitor
 from clients.storage.cache import DownloadCache
 from clients.storage.client import Storage
 from clients.webhooks import WebhookClient
@@ -33,7 +33,7 @@ from worker.jobs.runs import Runs
 from worker.jobs.settler import Settler
 from worker.messages.decoder import rules_from
 from worker.metrics import Metrics
-from worker.monitoring.gauges import Gauges
+from worker.monitoring.gauges import GaugePoller
 from worker.monitoring.http_server import HealthServer
 from worker.monitoring.idle import IdleTimer
 from worker.monitoring.readiness import Readiness
@@ -130,15 +130,15 @@ class Parts:
             settings.service.metrics_port,
             self.metrics.registry,
             self.readiness.why_not,
-            status.read,
+            status.build,
             status.read_preview,
         )
-        self.gauges = Gauges(
+        self.gauges = GaugePoller(
             self.metrics,
             cache=self.cache,
             outbox=self.outbox,
             publisher=self.publisher,
-            gpu=GpuReadings(settings.model.visible_gpu),
+            gpu=GpuMonitor(settings.model.visible_gpu),
             is_connected=lambda: self.readiness.is_connected,
             is_draining=self.is_draining,
         )

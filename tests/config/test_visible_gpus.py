@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import pynvml
 import pytest
 
-from clients.gpu import GpuReadings
+from clients.gpu import GpuMonitor
 from config.model import ModelSettings
 from config.section import SettingsError, load_section
 from config.settings import SECTIONS, Settings
 from config.visible_gpus import HIDDEN, gpu_variables, visible_gpu
 from inference.process.child_handle import ChildHandle
-from worker.cli.check.memory import check_gpu
+from worker.cli.check.machine import check_gpu
 from worker.supervisor import Supervisor
 
 GB = 10**9
@@ -185,4 +185,4 @@ def test_the_metrics_are_of_the_gpu_that_draws(tmp_path: Path) -> None:
 def test_a_hidden_gpu_is_looked_at_by_nobody() -> None:
     settings = ModelSettings(DEVICE="cuda:0", CUDA_VISIBLE_DEVICES="-1")
 
-    assert GpuReadings(settings.visible_gpu).read() is None
+    assert GpuMonitor(settings.visible_gpu).read() is None

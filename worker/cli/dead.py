@@ -136,7 +136,7 @@ def _fail(console: Console, sentence: str) -> None:
 def _letters(settings: Settings) -> Iterator[tuple[QueueBrowser, list[DeadLetter]]]:
     """The dead letters, held until the block ends; what it has not acked stays where it was."""
     with QueueBrowser(settings.broker, QueueNames(settings.broker.queue).dead) as inspection:
-        taken = inspection.take(MAX_LETTERS)
+        taken = inspection.fetch(MAX_LETTERS)
         if len(taken) == MAX_LETTERS:
             typer.echo(f"only {MAX_LETTERS} letters were looked at; there may be more", err=True)
         yield inspection, read_letters(taken, rules_from(settings.model, settings.store, settings.pictures))

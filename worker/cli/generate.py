@@ -26,7 +26,7 @@ from inference.request import AdapterFile, GenerationRequest, GenerationResult, 
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import WatermarkError
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
-from watermark.text.headline import Headline, headlines_of
+from watermark.text.headline import Headline, prepare_headlines
 from worker.cli.outputs import Output, OutputRefused, outputs_of
 from worker.errors import CuttingFailed, JobFailed
 from worker.jobs.engine_client import GeneratedImages, ProgressSpan
@@ -44,7 +44,7 @@ from worker.product.cutter import Cutter
 from worker.product.inputs import ProductInputs, load_inputs
 from worker.product.stage_store import ProductStage
 from worker.results.image_metadata import ImageEncoder, provenance_of
-from worker.results.image_store import NO_NOTES
+from worker.results.image_store import NO_METADATA
 
 # A file of this machine, as an object of no bucket: its path is the key.
 NO_BUCKET = ""
@@ -107,7 +107,7 @@ def _planned(fields: dict[str, Any], out: Path, model_id: str | None) -> _Plan:
         settings=settings.model_copy(update={"model_id": model_id} if model_id else {}),
         outputs=outputs,
         signature=_signature(job, font_dirs),
-        headlines=headlines_of(job.overlays, font_dirs),
+        headlines=prepare_headlines(job.overlays, font_dirs),
         references=brought.references if brought else _references(job),
         brought=brought,
         adapters=tuple(_adapter(adapter) for adapter in job.adapters),
@@ -262,5 +262,5 @@ class _NoStages:
     def find(self, _stage: ProductStage, _mode: PictureMode) -> None:
         return None
 
-    def save(self, _stage: ProductStage, _picture: Image.Image, _metadata: Mapping[str, str] = NO_NOTES) -> None:
+    def save(self, _stage: ProductStage, _picture: Image.Image, _metadata: Mapping[str, str] = NO_METADATA) -> None:
         pass

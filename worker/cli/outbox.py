@@ -49,7 +49,7 @@ def find_waiting(settings: Settings) -> list[UndeliveredEvent]:
     Raises `PublishFailed` and `QueueBusy`. A store that does not answer is said, and only the queue is looked at.
     """
     with QueueBrowser(settings.broker, QueueNames(settings.broker.queue).outbox) as inspection:
-        ready = [_of_message(held) for held in inspection.take(MAX_LISTED)]
+        ready = [_of_message(held) for held in inspection.fetch(MAX_LISTED)]
     try:
         noted = SnapshotStore(Storage(settings.store), settings.store.bucket).read_all()
     except StorageError as error:

@@ -7,7 +7,7 @@ from typing import TypeVar
 from rich.console import Console
 
 from config.section import SettingsError
-from config.settings import Settings, doubtful_names, load_settings
+from config.settings import Settings, load_settings, misspelled_names
 from worker.messages.decoder import rules_from
 from worker.supervisor import ExitCode
 
@@ -19,7 +19,7 @@ Loaded = TypeVar("Loaded")
 def settings_or_exit() -> Settings:
     """All of the settings, with a warning for each name that is nearly one."""
     settings = or_exit(whole_settings)
-    for doubt in doubtful_names():
+    for doubt in misspelled_names():
         console.print("[yellow]Warning:[/]", end=" ")
         console.print(doubt, markup=False, highlight=False, soft_wrap=True)
     return settings
@@ -51,6 +51,6 @@ def or_exit(load: Callable[[], Loaded]) -> Loaded:
 
 def _doubts() -> list[str]:
     try:
-        return doubtful_names()
+        return misspelled_names()
     except SettingsError:
         return []  # .env itself is what is wrong

@@ -9,13 +9,14 @@ from dataclasses import replace
 from config.logs import log_event
 from worker.amqp.delivery import Delivery
 from worker.amqp.topology import QueueNames
-from worker.jobs.cancellations import Cancellations, decode_cancel
+from worker.jobs.cancellations import Cancellations
 from worker.jobs.disposition import Disposition
 from worker.jobs.leases import Lease, LeaseKeeper, Leases
 from worker.jobs.recovery import CrashCounter, SuspectIsolation, is_suspect
 from worker.jobs.runner import JobRunner
 from worker.jobs.runs import Run, Runs
 from worker.jobs.settler import Settler
+from worker.messages.cancel import decode_cancel
 from worker.messages.decoder import decode_any
 from worker.messages.identity import TaskIdTaken, own_task_id, with_own_id
 from worker.messages.job import Job, JobRejected, Undecodable

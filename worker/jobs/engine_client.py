@@ -10,7 +10,7 @@ from inference.request import Engine, GenerationRequest, GenerationResult, StepR
 from watermark.geometry import Rect
 from worker.errors import JobReleased
 from worker.jobs.runs import DenoiseProgress, Phase, Run
-from worker.progress.reporter import Track
+from worker.progress.reporter import JobProgress
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class EngineClient:
     is_draining: Event
 
     def generate(
-        self, run: Run, request: GenerationRequest, track: Track, span: ProgressSpan | None = None
+        self, run: Run, request: GenerationRequest, track: JobProgress, span: ProgressSpan | None = None
     ) -> GenerationResult:
         """Return the engine's result and report every step to `track`, within `span` where the job has more requests.
         Raises the engine's errors, and `RequestCancelled` or `JobReleased` where the job is no longer to be run here.

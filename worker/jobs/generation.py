@@ -12,7 +12,7 @@ from worker.jobs.inputs.fetcher import JobInputs
 from worker.jobs.inputs.references import References
 from worker.jobs.runs import Run
 from worker.messages.job import Job, Kind
-from worker.progress.reporter import Track
+from worker.progress.reporter import JobProgress
 
 
 class Generation(Protocol):
@@ -26,7 +26,7 @@ class Generation(Protocol):
     def stages(self) -> Mapping[str, str]:
         """URI of each intermediate image that the job's backend can correct and send again."""
 
-    def generate(self, run: Run, request: GenerationRequest, track: Track) -> GeneratedImages:
+    def generate(self, run: Run, request: GenerationRequest, track: JobProgress) -> GeneratedImages:
         """Make the images; blocks. Raises what the engine and the store raise, and what ends a job early."""
 
     def save_headline(self, image: Image.Image) -> None:
@@ -49,7 +49,7 @@ class PlainGeneration:
     references: References
     stages: Mapping[str, str] = field(default_factory=dict)
 
-    def generate(self, run: Run, request: GenerationRequest, track: Track) -> GeneratedImages:
+    def generate(self, run: Run, request: GenerationRequest, track: JobProgress) -> GeneratedImages:
         """Have the engine generate the images."""
         return GeneratedImages(self.engine_client.generate(run, request, track))
 

@@ -7,8 +7,8 @@ from PIL import Image
 from inference.request import Picture
 from watermark.geometry import Rect
 from watermark.product.masks import restore_masked
-from watermark.signature import Signature, SignedPicture, sign, signature_place
-from watermark.text.headline import Headline, put_headlines
+from watermark.signature import Signature, SignedPicture, sign, signature_rect
+from watermark.text.headline import Headline, draw_headlines
 from worker.jobs.inputs.references import References, mask_at
 from worker.messages.job import Job
 
@@ -33,7 +33,7 @@ def postprocess(
         kept = mask_at(references.mask, image.size, job.fit).point(BLACK_FOR_WHITE)
         image = restore_masked(image, references.init_at(image.size, job.fit), kept)
     if headlines:
-        place = signature_place(image.size, signature, job.signature_style)
-        image = put_headlines(image, headlines, avoid=keep_off if place is None else (*keep_off, place))
+        place = signature_rect(image.size, signature, job.signature_style)
+        image = draw_headlines(image, headlines, avoid=keep_off if place is None else (*keep_off, place))
         on_headlines(image)
     return sign(image, signature, job.signature_style)

@@ -11,9 +11,9 @@ from inference.request import GenerationRequest, GenerationResult, Picture, Sour
 from watermark.decoding import PictureMode
 from watermark.geometry import Rect
 from watermark.product.compositing import compose
-from watermark.product.masks import around, product_mask, restore_masked
-from watermark.product.placement import place, size_in
-from watermark.product.template_match import find
+from watermark.product.masks import product_mask, repaint_mask, restore_masked
+from watermark.product.placement import fitted_size, place_product
+from watermark.product.template_match import match_template
 from watermark.resizing import fit
 from worker.errors import ErrorCode, JobFailed
 from worker.jobs.engine_client import GeneratedImages, ProgressSpan
@@ -22,7 +22,7 @@ from worker.messages.job import JobProduct
 from worker.product.cutter import Cutter
 from worker.product.inputs import ProductInputs
 from worker.product.stage_store import ProductStage, StoredStage
-from worker.results.image_store import NO_NOTES
+from worker.results.image_store import NO_METADATA
 
 # Metadata of a background, for the attempt that loads it.
 SCHEDULER = "scheduler"
@@ -48,7 +48,7 @@ class Stages(Protocol):
 
     def find(self, stage: ProductStage, mode: PictureMode) -> StoredStage | None: ...
 
-    def save(self, stage: ProductStage, picture: Image.Image, metadata: Mapping[str, str] = NO_NOTES) -> None: ...
+    def save(self, stage: ProductStage, picture: Image.Image, metadata: Mapping[str, str] = NO_METADATA) -> None: ...
 
 
 @dataclass(slots=True)
@@ -101,7 +101,7 @@ class ProductComposer:
             return cutout
 
     def _composite(self, cutout: Image.Image) -> tuple[Image.Image, Rect | None]:
-        """Return the composite, and the product's rectangle in it; None where a person's composite does not show it."""
+        """Return the composite, and the product's rectangle in it; None where it is not found."""
         if self.inputs.composite is not None:
             with self._stage(Phase.COMPOSE):
                 return self.inputs.composite, self._place_in(self.inputs.composite, cutout)
@@ -111,7 +111,7 @@ class ProductComposer:
             if stored is not None and stored.is_changed:
                 composite = self._fitted(stored.picture)
                 return composite, self._place_in(composite, cutout)
-            at = place(background, cutout.size, self._product.layout)
+            at = place_product(background, cutout.size, self._product.layout)
             if stored is not None:
                 return self._fitted(stored.picture), at
             composite = compose(background, cutout, at, shadow=self._product.shadow)
@@ -141,7 +141,7 @@ class ProductComposer:
         request = replace(
             self.request,
             request_id=f"{self.request.request_id}:refine",
-            source=Source(composite.tobytes(), self._strength, around(mask).tobytes()),
+            source=Source(composite.tobytes(), self._strength, repaint_mask(mask).tobytes()),
         )
         refined = self._generated(request, ProgressSpan(self.background_steps, self._refining_steps, self._num_steps))
         with self.context.stage(Phase.COMPOSE):
@@ -151,7 +151,7 @@ class ProductComposer:
 
     def _place_in(self, composite: Image.Image, cutout: Image.Image) -> Rect | None:
         """Return the product's rectangle in a composite that a person made or changed."""
-        return find(composite, cutout, size_in(composite.size, cutout.size, self._product.layout.scale))
+        return match_template(composite, cutout, fitted_size(composite.size, cutout.size, self._product.layout.scale))
 
     def _generated(self, request: GenerationRequest, span: ProgressSpan) -> Image.Image:
         result = self.context.generate(request, span)

@@ -16,7 +16,7 @@ from worker.product.composer import ProductComposer
 from worker.product.cutter import Cutter
 from worker.product.inputs import ProductInputs, load_inputs
 from worker.product.stage_store import ProductStage, StageStore
-from worker.progress.reporter import Track
+from worker.progress.reporter import JobProgress
 from worker.results.image_store import ImageStore
 
 
@@ -58,7 +58,7 @@ class ProductGeneration:
         """URI of each stage's image, sent by the job or kept here."""
         return self.stage_store.uris
 
-    def generate(self, run: Run, request: GenerationRequest, track: Track) -> GeneratedImages:
+    def generate(self, run: Run, request: GenerationRequest, track: JobProgress) -> GeneratedImages:
         """Compose the product's image in this run."""
         self.inputs.list_in(self.stage_store)
         context = _RunContext(self.engine_client, run, track)
@@ -80,7 +80,7 @@ class _RunContext:
 
     engine_client: EngineClient
     run: Run
-    track: Track
+    track: JobProgress
 
     def generate(self, request: GenerationRequest, span: ProgressSpan) -> GenerationResult:
         return self.engine_client.generate(self.run, request, self.track, span)

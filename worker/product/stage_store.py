@@ -16,7 +16,7 @@ from watermark.decoding import PictureMode, decode_picture
 from watermark.errors import PictureInvalid, PictureTooLarge
 from watermark.signature import PNG_COMPRESS_LEVEL, PNG_COMPRESS_TYPE
 from worker.messages.job import Job
-from worker.results.image_store import NO_NOTES, SHA256, TASK_ID, ImageStore
+from worker.results.image_store import NO_METADATA, SHA256, TASK_ID, ImageStore
 
 logger = logging.getLogger(__name__)
 
@@ -69,16 +69,16 @@ class StageStore:
             log_event(logger, "stage resumed", stage=stage.value, is_changed=stored.is_changed)
         return stored
 
-    def save(self, stage: ProductStage, picture: Image.Image, metadata: Mapping[str, str] = NO_NOTES) -> None:
+    def save(self, stage: ProductStage, picture: Image.Image, metadata: Mapping[str, str] = NO_METADATA) -> None:
         """Encode and store the stage's image, RGB or RGBA."""
         content = io.BytesIO()
         picture.save(content, "PNG", compress_level=PNG_COMPRESS_LEVEL, compress_type=PNG_COMPRESS_TYPE)
         self.save_png(stage, content.getvalue(), metadata)
 
-    def save_png(self, stage: ProductStage, png: bytes, metadata: Mapping[str, str] = NO_NOTES) -> None:
+    def save_png(self, stage: ProductStage, png: bytes, metadata: Mapping[str, str] = NO_METADATA) -> None:
         """Store the stage's PNG."""
         ref = self._ref(stage)
-        self.store.put(ref, png, task_id=self.job.task_id, notes={**metadata, "stage": stage.value})
+        self.store.put(ref, png, task_id=self.job.task_id, metadata={**metadata, "stage": stage.value})
         self.uris[stage] = ref.uri
 
     def list_input(self, stage: ProductStage, ref: ObjectRef) -> None:

@@ -151,7 +151,7 @@ class Notifier:
             self.address_breaker.accept()
         elif attempt.status in ADDRESS_STATUSES:
             self.address_breaker.refuse(event.webhook.webhook_id, cast(int, attempt.status))
-            return replace(attempt, verdict=WebhookResult.RETRY) if self.address_breaker.is_open else attempt
+            return replace(attempt, result=WebhookResult.RETRY) if self.address_breaker.is_open else attempt
         return attempt
 
     def is_permanent_failure(self, attempt: WebhookAttempt, age_seconds: float) -> bool:

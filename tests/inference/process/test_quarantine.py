@@ -13,7 +13,7 @@ from inference.process.quarantine import CRASH_WEIGHT, KILL_WEIGHT, POISON_WEIGH
 
 @dataclass(eq=False)
 class Asked:
-    """A request as the lineup sees it; `num_steps` until it is done, or kills the process if it is poison."""
+    """A request as the quarantine sees it; `num_steps` until it is done, or kills the process if it is poison."""
 
     request_id: str
     arrived_at: float = 0.0
@@ -25,7 +25,7 @@ class Asked:
 
 
 def quarantine_of(names: str) -> tuple[Quarantine[Asked], list[Asked]]:
-    """A lineup in which one request for each letter waits, in the order of their arrival."""
+    """A quarantine in which one request for each letter waits, in the order of their arrival."""
     quarantine: Quarantine[Asked] = Quarantine()
     asked = [Asked(name, arrived_at=number) for number, name in enumerate(names)]
     for one in asked:

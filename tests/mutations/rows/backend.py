@@ -4,7 +4,7 @@ from tests.mutations.row import Mutation, Row
 
 FILE = "tests/live/test_faults_backend.py"
 REAL_ENGINE = "tests/live/test_faults.py"
-ANSWERS = "tests/clients/test_answers.py"
+ANSWERS = "tests/clients/test_responses.py"
 CLIENT = "tests/clients/test_webhooks.py"
 REFUSING = f"{FILE}::test_a_backend_that_refuses_the_worker_gets_no_more_work_drawn_until_it_takes_it_again"
 PAUSED = f"{FILE}::test_a_backend_that_asks_for_a_pause_gets_it"
@@ -167,8 +167,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/progress/reporter.py",
-                "self._reporter.offer(self, [self._webhook(milestone, report) for milestone in crossed])",
-                "[self._reporter._send(self._webhook(milestone, report)) for milestone in crossed]",
+                "self._reporter.queue.offer(self, [self._webhook(milestone, report) for milestone in crossed])",
+                "[self._reporter._send(self, self._webhook(milestone, report)) for milestone in crossed]",
             ),
         ),
         also=(
@@ -210,7 +210,9 @@ ROWS: tuple[Row, ...] = (
             f"{ANSWERS}::test_the_final_answer_has_the_verdict_whatever_comes_before_it",
             f"{ANSWERS}::test_an_interim_answer_that_comes_alone_is_skipped",
         ),
-        without=(Mutation("clients/deadline.py", "response_class: Any = FinalAnswer", "_unused: Any = FinalAnswer"),),
+        without=(
+            Mutation("clients/deadline.py", "response_class: Any = FinalResponse", "_unused: Any = FinalResponse"),
+        ),
         also=(
             f"{ANSWERS}::test_an_interim_answer_to_a_conditional_write_is_not_its_result",
             f"{ANSWERS}::test_a_final_answer_before_the_body_is_the_result_with_or_without_a_reason",
@@ -223,7 +225,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{CUT_OFF}[cut off behind the status]", f"{CUT_OFF}[cut off in a header]"),
         without=(
             Mutation(
-                "clients/answers.py",
+                "clients/responses.py",
                 'raise IncompleteHead("the connection ended inside the head of an answer")',
                 "pass",
             ),

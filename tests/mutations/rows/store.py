@@ -301,7 +301,7 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(
             Mutation(
-                "clients/storage/claimed_folder.py", "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"
+                "clients/storage/locked_folder.py", "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"
             ),
         ),
         also=("tests/live/test_sharing.py::test_two_workers_share_forty_jobs_within_a_fifth_of_evenly",),

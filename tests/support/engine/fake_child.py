@@ -1,7 +1,7 @@
 """The engine's process without torch: the real child around an engine that obeys what it reads in the prompt.
 
-Words of a prompt like `poison@3` are carried out when that request's step 3 begins; with `refuse` it is not even taken.
-`MODEL_ID` is the path of a journal of what the engine was asked and did: lines of process id, event and request id.
+Words of a prompt like `poison@3` act when that request's step 3 begins; `refuse` makes `generate` raise.
+`MODEL_ID` is the path of a journal of the engine's calls and events: lines of process id, event and request id.
 """
 
 import os
@@ -47,7 +47,7 @@ class ActiveRequest:
     future: Future[GenerationResult] = field(default_factory=Future)
     step_index: int = 0
 
-    def is_told(self, verb: str) -> bool:
+    def has_verb(self, verb: str) -> bool:
         return f"{verb}@{self.step_index}" in self.request.prompt.split()
 
     def report(self) -> None:
@@ -81,7 +81,7 @@ class FakeEngine:
             step_seconds=STEP_SECONDS,
         )
         self._note("start")
-        on_load_report(EngineLoad(1, 1, 0, 0, 0))  # a warm-up: it must not be heard of outside
+        on_load_report(EngineLoad(1, 1, 0, 0, 0))  # a warm-up: the child must not report it
         threading.Thread(target=self._run, daemon=True).start()
 
     def generate(
@@ -136,7 +136,7 @@ class FakeEngine:
             self._end(active, RequestCancelled("cancelled"))
             return
         for verb, deed in self._deeds().items():
-            if active.is_told(verb):
+            if active.has_verb(verb):
                 deed(active)
         if active not in self._active:
             return

@@ -29,7 +29,7 @@ from tests.support.world import World, eventually, new_world
 from tests.worker.cli.test_commands import darkroom
 from worker.amqp.delivery import Delivery
 from worker.amqp.publisher import Publisher
-from worker.amqp.queue_browser import MAX_LOOKS, QueueBrowser
+from worker.amqp.queue_browser import MAX_DELIVERIES, QueueBrowser
 from worker.amqp.topology import QueueNames
 from worker.cli.main import app
 from worker.errors import ErrorCode
@@ -173,7 +173,7 @@ def test_looking_often_uses_no_letter_up(operator: Operator) -> None:
 
     for _ in range(50):
         with QueueBrowser(operator.broker, operator.names.dead) as inspection:
-            taken = inspection.take(10)
+            taken = inspection.fetch(10)
 
         assert sorted(held.body for held in taken) == sorted((job(), BROKEN))
 
@@ -192,7 +192,7 @@ def test_letters_whose_headers_pika_cannot_decode_are_listed_shown_copied_and_re
     again = operator.listed()
     replayed = operator.types("replay", "--all")
 
-    assert len(shown) > MAX_LOOKS
+    assert len(shown) > MAX_DELIVERIES
     assert listed == again
     assert [done.exit_code for done in shown] == [0] * len(shown)
     assert is_harmless("".join(done.stdout for done in shown))
@@ -209,9 +209,9 @@ def test_a_letter_copied_goes_to_no_queue_that_its_headers_name(operator: Operat
     operator.put(operator.names.dead, Raw(copied_to), b"a copy")
     operator.wait_for(dead=2, elsewhere=1)
 
-    for _ in range(2 * MAX_LOOKS):
+    for _ in range(2 * MAX_DELIVERIES):
         with QueueBrowser(operator.broker, operator.names.dead) as inspection:
-            assert len(inspection.take(10)) == 2
+            assert len(inspection.fetch(10)) == 2
     operator.wait_for(dead=2, elsewhere=1)
 
 
@@ -273,7 +273,7 @@ def test_while_somebody_else_looks_the_queue_is_not_called_empty(operator: Opera
     operator.bury(job())
 
     with QueueBrowser(operator.broker, operator.names.dead) as inspection:
-        inspection.take(10)
+        inspection.fetch(10)
         done = operator.types("list")
 
     assert (done.exit_code, "somebody else" in done.output) == (1, True)

@@ -20,13 +20,13 @@ from clients.storage.errors import (
     ObjectTooLarge,
     StoreRefused,
 )
+from clients.storage.key_variants import key_variants
 from clients.storage.location import ObjectRef
-from clients.storage.spelling import spellings_of
 from inference.request import AdapterFile, ModelFacts
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import FontMissing, OverlayInvalid, PictureInvalid, PictureTooLarge, SignatureInvalid
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
-from watermark.text.headline import Headline, headlines_of
+from watermark.text.headline import Headline, prepare_headlines
 from worker.breakers import StoreGate
 from worker.errors import ErrorCode, JobFailed
 from worker.jobs.inputs.peft_folders import PEFT_CONFIG, PEFT_PICKLE, PEFT_WEIGHTS, WANTS_CONFIG, is_named_by_peft
@@ -89,7 +89,7 @@ class Fetcher:
 
     def _headlines(self, job: Job) -> tuple[Headline, ...]:
         try:
-            return headlines_of(job.overlays, self.font_dirs)
+            return prepare_headlines(job.overlays, self.font_dirs)
         except FontMissing as error:
             raise JobFailed(ErrorCode.FONT_MISSING, str(error)) from error
         except OverlayInvalid as error:
@@ -276,7 +276,7 @@ class Fetcher:
 
 def _by_any_spelling(ref: ObjectRef, fetch: Callable[[ObjectRef], Made]) -> Made:
     """Fetch `ref` as it is named, else by another spelling of its key."""
-    first, *others = spellings_of(ref)
+    first, *others = key_variants(ref)
     try:
         return fetch(first)
     except ObjectNotFound:

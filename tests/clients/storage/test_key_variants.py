@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clients.storage.key_variants import key_variants
 from clients.storage.location import ObjectRef, check_key
-from clients.storage.spelling import spellings_of
 
 NAME = "models/서울 é.safetensors"
 NFD = unicodedata.normalize("NFD", NAME)
 
 
 def keys_of(key: str) -> list[str]:
-    return [ref.key for ref in spellings_of(ObjectRef("media", key))]
+    return [ref.key for ref in key_variants(ObjectRef("media", key))]
 
 
 def test_a_plain_key_has_one_spelling() -> None:

@@ -1,4 +1,4 @@
-"""Other ways to write an object's key, for one that is not found as it was named.
+"""Unicode and percent-encoding variants of an object's key, for one that is not found under the key of its job.
 
 macOS uploads names in Unicode's form NFD, most other software writes NFC, and some publishers percent-encode a key in
 forms that are not decoded. A store compares bytes.
@@ -11,14 +11,14 @@ from urllib.parse import unquote
 from clients.storage.location import LocationForbidden, ObjectRef, check_key
 
 
-def spellings_of(ref: ObjectRef) -> Iterator[ObjectRef]:
-    """`ref` as it is, then its key in NFC and in NFD, then percent-decoded likewise; each once. Pure."""
+def key_variants(ref: ObjectRef) -> Iterator[ObjectRef]:
+    """Yield `ref` unchanged, then its key in NFC and in NFD, then percent-decoded likewise; each once. Pure."""
     seen: set[str] = set()
     for key in (ref.key, *_decoded(ref.key)):
-        for spelling in (key, unicodedata.normalize("NFC", key), unicodedata.normalize("NFD", key)):
-            if spelling not in seen and _is_allowed(spelling):
-                seen.add(spelling)
-                yield ObjectRef(ref.bucket, spelling)
+        for variant in (key, unicodedata.normalize("NFC", key), unicodedata.normalize("NFD", key)):
+            if variant not in seen and _is_allowed(variant):
+                seen.add(variant)
+                yield ObjectRef(ref.bucket, variant)
 
 
 def _decoded(key: str) -> tuple[str, ...]:
@@ -31,7 +31,7 @@ def _decoded(key: str) -> tuple[str, ...]:
 
 
 def _is_allowed(key: str) -> bool:
-    """A decoded key must pass what the written one did: it may hold an encoded `..`, or be longer."""
+    """Return whether a decoded key passes the checks of the written one: it may hold a `..`, or be longer."""
     try:
         check_key(key, key)
     except LocationForbidden:

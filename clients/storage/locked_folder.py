@@ -1,4 +1,4 @@
-"""A folder for one process alone, whichever others on the host were given the same one."""
+"""A folder locked by one process, among several on the host that are configured with the same one."""
 
 import errno
 import fcntl
@@ -11,23 +11,25 @@ from config.logs import log_event
 
 logger = logging.getLogger(__name__)
 
-# More workers than a host has GPUs: where all are taken, something else is wrong.
+# More workers than a host has GPUs.
 MAX_SHARERS = 64
 LOCK_NAME = ".lock"
-# What a network file system answers that cannot lock a directory, but perhaps a file that is open for writing.
+# Errors of network file systems that cannot lock a directory, but perhaps a file that is open for writing.
 _NO_FOLDER_LOCKS = frozenset({errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
-class ClaimedFolder:
-    """`path` is `folder`, or a folder inside it where other processes have that. Held by a lock that ends with this
-    object or its process, however that ends; the next process then takes the folder with all that is in it."""
+class LockedFolder:
+    """Owner of the lock of `path`: `folder`, or a folder inside it where other processes hold that.
+
+    The lock ends with this object or its process, also by SIGKILL; the next process then gets the folder and its files.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Raises `OSError` where no folder can be made or locked."""
+        """Create and lock the first free folder; raise `OSError` where none can be made or locked."""
         for number in range(1, MAX_SHARERS + 1):
             self.path = folder if number == 1 else folder / f"worker-{number}"
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = _locked(self.path)
+            descriptor = _lock_folder(self.path)
             if descriptor is not None:
                 weakref.finalize(self, os.close, descriptor)
                 break
@@ -37,8 +39,8 @@ class ClaimedFolder:
             log_event(logger, "folder shared", logging.WARNING, folder=str(folder), instead=str(self.path))
 
 
-def _locked(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock; None where another process has it."""
+def _lock_folder(folder: Path) -> int | None:
+    """Return a descriptor that holds the folder's lock; None where another process has it."""
     try:
         return _lock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
     except OSError as error:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from clients.answers import MAX_INTERIM_ANSWERS
+from clients.responses import MAX_INTERIM_RESPONSES
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
 from clients.webhooks import Webhook, WebhookAttempt, WebhookClient, WebhookKind, WebhookResult
@@ -75,7 +75,7 @@ UNANSWERED = {
     "another protocol that nobody asked for": SWITCHING + answer(200),
     "only an interim answer": EARLY_HINTS,
     "cut off in an interim answer": b"HTTP/1.1 103 Early Hints\r\nLink: </a>",
-    "interim answers without end": PROCESSING * (MAX_INTERIM_ANSWERS + 1) + answer(200),
+    "interim answers without end": PROCESSING * (MAX_INTERIM_RESPONSES + 1) + answer(200),
     "too long an interim answer": b"HTTP/1.1 103 Early Hints\r\n" + b"Link: </a>\r\n" * 100_000 + b"\r\n" + answer(200),
     "cut off behind the status": b"HTTP/1.1 200 OK\r\n",
     "cut off in the status": b"HTTP/1.1 200",

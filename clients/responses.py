@@ -1,8 +1,8 @@
-"""HTTP answers read whole: interim ones are skipped, and a head that is cut off is an error.
+"""Read final HTTP responses: interim ones are skipped, and a head that is cut off is an error.
 
-`http.client` skips 100 alone and takes every other 1xx for the answer, and the end of the connection for the end of the
-headers. RFC 9110 15.2 has a client parse any number of 1xx before the final answer; RFC 9112 8 has it treat a head that
-was cut off as incomplete.
+`http.client` skips 100 alone and takes every other 1xx for the final response, and the end of the connection for the
+end of the headers. RFC 9110 15.2 has a client parse any number of 1xx before the final response; RFC 9112 8 has it
+treat a head that was cut off as incomplete.
 """
 
 import http.client
@@ -10,18 +10,18 @@ from typing import Any
 
 SWITCHING_PROTOCOLS = 101
 NO_CONTENT, NOT_MODIFIED = 204, 304
-# A server that reports every second that it is still at work stays below both for as long as any deadline lasts.
-MAX_INTERIM_ANSWERS = 100
+# A server that sends an interim response every second stays below both within any deadline.
+MAX_INTERIM_RESPONSES = 100
 MAX_HEAD_BYTES = 1 << 20
 MAX_LINE_BYTES = 1 << 16
 
 
 class IncompleteHead(ConnectionResetError):
-    """The connection ended inside an answer's head."""
+    """The connection ended inside a response's head."""
 
 
-class FinalAnswer(http.client.HTTPResponse):
-    """The final answer to a request. Raises `http.client.HTTPException` where there is none that HTTP allows."""
+class FinalResponse(http.client.HTTPResponse):
+    """The final response to a request. Raises `http.client.HTTPException` where none is valid HTTP."""
 
     fp: Any
     headers: Any
@@ -45,21 +45,25 @@ class FinalAnswer(http.client.HTTPResponse):
             # Where the body ends is not known, so that it ends with the connection (RFC 9112 6.3).
             del headers["Content-Length"]
             self.length, self.will_close = None, True
-        # Such an answer has no body, whatever its headers say: what follows is not the next answer's beginning.
+        # Such a response has no body, whatever its headers say: what follows is not the next response.
         if self.status in (NO_CONTENT, NOT_MODIFIED) and _claims_body(headers):
             self.will_close = True
 
     def is_interim_next(self) -> bool:
-        """Read one answer's beginning: True where it was an interim one, which is gone then."""
+        """Read one status line; return True where it was an interim response's, whose head is skipped then."""
         self._status_line = self._read_one_status()
-        if not _is_interim(self._status_line[1]):
+        if not 100 <= self._status_line[1] < 200:
             return False
         self._status_line = None
-        self._skip_interim()
+        self._num_interim += 1
+        if self._num_interim > MAX_INTERIM_RESPONSES:
+            raise http.client.HTTPException(f"more than {MAX_INTERIM_RESPONSES} interim answers")
+        while self.fp.readline(MAX_LINE_BYTES) not in (b"\r\n", b"\n"):
+            pass
         return True
 
     def _read_status(self) -> tuple[str, int, str]:
-        """The final answer's status line. `begin` of the base class asks for it, and skips no more than 100 itself."""
+        """Return the final response's status line to `begin` of the base class, which skips 100 alone itself."""
         while self._status_line is None and self.is_interim_next():
             pass
         assert self._status_line is not None, "what is not interim was kept"  # noqa: S101
@@ -67,25 +71,18 @@ class FinalAnswer(http.client.HTTPResponse):
         return found
 
     def _read_one_status(self) -> tuple[str, int, str]:
-        self.fp.begin_answer()
+        self.fp.begin_response()
         status_line: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
         if status_line[1] == SWITCHING_PROTOCOLS:
-            # Nothing asks for another protocol, so whatever follows cannot be read.
+            # No request has an `Upgrade`, so what follows cannot be parsed.
             raise http.client.BadStatusLine("101 where no other protocol was asked for")
         return status_line
 
-    def _skip_interim(self) -> None:
-        self._num_interim += 1
-        if self._num_interim > MAX_INTERIM_ANSWERS:
-            raise http.client.HTTPException(f"more than {MAX_INTERIM_ANSWERS} interim answers")
-        while self.fp.readline(MAX_LINE_BYTES) not in (b"\r\n", b"\n"):
-            pass
-
 
 class _Head:
-    """A reader of the lines before an answer's body: `readline` raises where they end too early or do not end.
+    """Reader of the lines before a response's body: `readline` raises where they end too early or do not end.
 
-    Only in front of a status line may the connection be over: `http.client` tells that case itself.
+    Only before a status line may the connection end: `http.client` handles that case itself.
     """
 
     def __init__(self, content: Any) -> None:
@@ -93,7 +90,7 @@ class _Head:
         self._is_at_status = True
         self._num_bytes = 0
 
-    def begin_answer(self) -> None:
+    def begin_response(self) -> None:
         self._is_at_status = True
 
     def readline(self, max_bytes: int) -> bytes:
@@ -107,14 +104,10 @@ class _Head:
         return line
 
     def flush(self) -> None:
-        """For `http.client`, which flushes what it closes."""
+        """Do nothing; `http.client` calls it before `close`."""
 
     def close(self) -> None:
         self.content.close()
-
-
-def _is_interim(status: int) -> bool:
-    return 100 <= status < 200
 
 
 def _lengths(headers: Any) -> set[str]:
