@@ -70,7 +70,7 @@ class Supervisor:
         if self._probe.reason:
             log_event(logger, "broker not usable", logging.WARNING, reason=self._probe.reason)
         log_event(logger, "loading", model=self._settings.model.model_id)
-        for part in (parts.engine, parts.publisher, parts.progress, parts.previewer, parts.gauges, parts.waiting):
+        for part in (parts.engine, parts.publisher, parts.progress, parts.previewer, parts.gauges, parts.snapshots):
             part.start()
 
         code = self._watch()

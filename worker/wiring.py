@@ -143,7 +143,7 @@ class Parts:
             is_draining=self.is_draining,
         )
         snapshots = SnapshotStore(self.storage, settings.store.bucket)
-        self.waiting = SnapshotWriter(self.name, snapshots, self.outbox.held, self.is_draining)
+        self.snapshots = SnapshotWriter(self.name, snapshots, self.outbox.held, self.is_draining)
 
     def _status_builder(self, settings: Settings) -> StatusBuilder:
         return StatusBuilder(

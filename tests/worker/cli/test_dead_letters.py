@@ -32,6 +32,7 @@ from worker.amqp.publisher import Publisher
 from worker.amqp.queue_browser import MAX_DELIVERIES, QueueBrowser
 from worker.amqp.topology import QueueNames
 from worker.cli.main import app
+from worker.errors import ErrorCode
 from worker.messages.identity import own_task_id
 from worker.results.ledger import Ledger
 from worker.results.outbox_snapshots import SnapshotStore, SnapshotWriter
@@ -115,7 +116,7 @@ def job(task_id: str = TASK_ID, generation_id: int = 456, **fields: Any) -> byte
 
 def crashed(task_id: str = TASK_ID) -> TerminalEvent:
     return failed_event(
-        task_id=task_id, generation_id=456, code="ENGINE_CRASHED", message="it died twice", retry_count=0
+        task_id=task_id, generation_id=456, code=ErrorCode.ENGINE_CRASHED, message="it died twice", retry_count=0
     )
 
 

@@ -22,6 +22,7 @@ from worker.cli.main import app
 from worker.cli.report.bars import Axis, Bar, cells, legend
 from worker.cli.report.rows import Row, Stretch, row_of, summarise
 from worker.cli.report.stages import STAGES, UNACCOUNTED
+from worker.errors import ErrorCode
 from worker.results.ledger import Entry, Ledger
 from worker.results.terminal_event import TerminalEvent, failed_event
 
@@ -41,7 +42,7 @@ def failed(number: int, *, seconds_in_engine: float = 4.0) -> TerminalEvent:
     return failed_event(
         task_id=str(uuid.uuid4()),
         generation_id=number,
-        code="GPU_OOM",
+        code=ErrorCode.GPU_OOM,
         message=f"too large: {PROMPT}",
         retry_count=2,
         worker="host:2",

@@ -39,11 +39,11 @@ def tree(base: type[Exception]) -> Iterator[type[Exception]]:
 
 
 def sample(cls: type[Exception]) -> Exception:
-    return cls("CODE", "why") if cls in (RequestFailed, JobFailed) else cls("why")
+    return cls(ErrorCode.FONT_MISSING, "why") if cls in (RequestFailed, JobFailed) else cls("why")
 
 
 @pytest.mark.parametrize(
-    ("error", "verdict"),
+    ("error", "decision"),
     [
         (
             JobFailed(ErrorCode.LORA_NOT_FOUND, "no such adapter"),
@@ -323,7 +323,7 @@ COMPLETE = TerminalEvent(
     worker="host:1",
 )
 FAILED = failed_event(
-    task_id="660f9511", generation_id=456, code="LORA_NOT_FOUND", message="no such adapter", retry_count=2
+    task_id="660f9511", generation_id=456, code=ErrorCode.LORA_NOT_FOUND, message="no such adapter", retry_count=2
 )
 
 

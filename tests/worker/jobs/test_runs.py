@@ -9,7 +9,7 @@ import pytest
 
 from inference.request import Stage
 from worker.amqp.delivery import Delivery
-from worker.jobs.runs import Run, Runs
+from worker.jobs.runs import Phase, Run, Runs
 from worker.messages.job import JobRejected
 
 TASK_ID = "660f9511-f3ac-52e5-b827-557766551111"
@@ -131,9 +131,9 @@ def test_the_attempt_is_that_of_the_first_delivery_and_the_recoveries_are_the_mo
 def test_a_stage_is_timed_and_names_the_phase_even_when_it_breaks_off() -> None:
     run = Run(TASK_ID, 456, asked_for(), [delivered(1)])
 
-    with run.stage("ledger"):
+    with run.stage(Phase.LEDGER):
         assert run.phase == "ledger"
-    with pytest.raises(KeyError), run.stage("fetch"):
+    with pytest.raises(KeyError), run.stage(Phase.FETCH):
         raise KeyError
 
     assert [stage.name for stage in run.stages] == ["ledger", "fetch"]
@@ -169,9 +169,9 @@ def test_time_in_the_engine_that_ends_without_a_result_is_accounted_by_the_phase
     run.stages = [Stage("fetch", run.started_monotonic, 0.0)]
 
     with pytest.raises(KeyError), run.inside_engine():
-        run.enter("denoise")
-        run.enter("denoise")
-        run.enter("decode")
+        run.enter_phase(Phase.DENOISE)
+        run.enter_phase(Phase.DENOISE)
+        run.enter_phase(Phase.DECODE)
         raise KeyError
 
     stages = run.stages[1:]
@@ -185,7 +185,7 @@ def test_time_in_the_engine_is_accounted_once_where_the_engine_tells_its_own_sta
     run.stages = [Stage("fetch", 10.0, 2.0)]
 
     with run.inside_engine():
-        run.enter("denoise")
+        run.enter_phase(Phase.DENOISE)
         run.add_engine_stages((Stage("adapt", 13.0, 0.5), Stage("encode", 16.5, 0.25), Stage("denoise", 16.75, 4.0)))
 
     assert [stage.name for stage in run.stages] == ["fetch", "wait", "adapt", "encode", "denoise"]

@@ -11,6 +11,7 @@ from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
 from config.store import StoreSettings
 from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate
+from worker.errors import ErrorCode
 from worker.results.image_store import AlreadyEnded, ImageStore
 from worker.results.terminal_event import TerminalEvent, failed_event
 
@@ -52,7 +53,7 @@ class StageStore:
 
     def end(self, task_id: str) -> None:
         self.ends[task_id] = failed_event(
-            task_id=task_id, generation_id=7, code="GPU_OOM", message="too large", retry_count=0
+            task_id=task_id, generation_id=7, code=ErrorCode.GPU_OOM, message="too large", retry_count=0
         )
 
     @property

@@ -17,6 +17,7 @@ from worker.amqp.delivery import Delivery
 from worker.amqp.publisher import PublishFailed
 from worker.amqp.topology import QueueNames
 from worker.breakers import BACKEND_THRESHOLD, Breaker
+from worker.errors import ErrorCode
 from worker.metrics import Metrics
 from worker.results.notifier import MAX_AGE_SECONDS, Notifier
 from worker.results.outbox import Outbox
@@ -163,7 +164,7 @@ class Parts:
 
 
 def failed(task_id: str = "task") -> TerminalEvent:
-    return failed_event(task_id=task_id, generation_id=456, code="GPU_OOM", message="too large", retry_count=0)
+    return failed_event(task_id=task_id, generation_id=456, code=ErrorCode.GPU_OOM, message="too large", retry_count=0)
 
 
 def complete(task_id: str = "task") -> TerminalEvent:
