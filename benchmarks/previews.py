@@ -120,7 +120,7 @@ def _measure(num_rounds: int) -> dict[str, Any]:
 
 
 def _alone() -> tuple[float, float]:
-    """CPU seconds of finding the projection at the start, and of one preview: foresight, projection, its bytes."""
+    """CPU seconds of finding the projection at the start, and of one preview: x0, projection, its bytes."""
     family = load_family(_settings(), device=torch.device("cpu"), dtype=torch.float32)
     started_at = time.process_time()
     projection = family.find_projection()

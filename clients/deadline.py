@@ -19,7 +19,7 @@ class DeadlineExpired(Exception):
     """The time of the enclosing `deadline` block is over."""
 
 
-class Watch:
+class DeadlineTimer:
     """Owns duplicates of the sockets one thread uses inside one `deadline` block, and shuts them down at its end.
 
     `was_sent` says whether a byte of a request may have left: before that, a failure cannot have had an effect.
@@ -39,7 +39,7 @@ class Watch:
     def is_expired(self) -> bool:
         return self._is_expired
 
-    def refuse_if_expired(self) -> None:
+    def raise_if_expired(self) -> None:
         if self._is_expired:
             raise DeadlineExpired(f"not done within {self.seconds:g} s")
 
@@ -73,35 +73,35 @@ class Watch:
 
 
 class _Current(threading.local):
-    watch: Watch | None = None
+    timer: DeadlineTimer | None = None
 
 
 _current = _Current()
 
 
 @contextmanager
-def deadline(seconds: float) -> Iterator[Watch]:
+def deadline(seconds: float) -> Iterator[DeadlineTimer]:
     """End every guarded call of this thread `seconds` from now. Blocks do not nest.
 
     Name resolution alone is outside it: the C library's resolver has timeouts of its own and cannot be interrupted.
     """
-    watch = Watch(seconds)
+    timer = DeadlineTimer(seconds)
     if (cutoff := current_cutoff()) is not None:
-        cutoff.follow(watch.expire)
-    _current.watch = watch
+        cutoff.follow(timer.expire)
+    _current.timer = timer
     try:
-        yield watch
+        yield timer
     finally:
-        _current.watch = None
-        watch.close()
+        _current.timer = None
+        timer.close()
 
 
-def current_watch() -> Watch | None:
-    return _current.watch
+def current_timer() -> DeadlineTimer | None:
+    return _current.timer
 
 
 class Guarded:
-    """Mixin, first among the bases, for urllib3 connections: reports each socket to the current watch, and reads whole
+    """Mixin, first among the bases, for urllib3 connections: reports each socket to the current timer, and reads whole
     answers, after `Expect: 100-continue` too."""
 
     sock: Any
@@ -110,17 +110,17 @@ class Guarded:
 
     def _new_conn(self) -> socket.socket:
         sock: socket.socket = super()._new_conn()  # type: ignore[misc]
-        if _current.watch is not None:
+        if _current.timer is not None:
             # Here and not after `connect`: a TLS handshake may drip too.
-            _current.watch.guard(sock, is_new=True)
+            _current.timer.guard(sock, is_new=True)
         return sock
 
     def send(self, content: Any) -> None:
         if self.sock is None:
             self.connect()
-        if _current.watch is not None:
-            _current.watch.guard(self.sock, is_new=False)
-            _current.watch.was_sent = True
+        if _current.timer is not None:
+            _current.timer.guard(self.sock, is_new=False)
+            _current.timer.was_sent = True
         super().send(content)  # type: ignore[misc]
 
     def _handle_expect_response(self, message_body: Any) -> None:

@@ -74,6 +74,7 @@ TORCH_FREE = (
     "inference.process.engine_process",
     "inference.process.child_handle",
     "inference.process.protocol",
+    "inference.process.parent_death",
     "inference.process.pending",
     "inference.process.quarantine",
     "inference.process.health",

@@ -23,7 +23,7 @@ REPLACED = {
     r"_surely": "_publish_until_confirmed",
     r"_follow_lease": "_start_unless_leased",
     r"_note_arrival|_note_departure": "_log_start, _log_end",
-    r"insist": "retry_while_denied",
+    r"\.insist|def insist": "retry_while_denied",
     r"_look_twice": "_retry_once",
     r"SECOND_LOOK_SECONDS": "NOT_FOUND_RETRY_, LEASE_RECHECK_, LOCK_RETRY_SECONDS",
     r"Drawer": "EngineClient",
@@ -35,7 +35,7 @@ REPLACED = {
     r"PictureStore|storing\.py": "ImageStore, image_store.py",
     r"IdleWatch": "IdleTimer",
     r"class Inspection|Inspection\(": "QueueBrowser",
-    r"_?legible": "escape_for_terminal",
+    r"(?:def|import) legible|legible\(": "escape_for_terminal",
     r"with_order": "with_generate_options",
     r"look_at_\w+": "check_*",
     r"stands_on": "depends_on",
@@ -58,20 +58,18 @@ REPLACED = {
     r"Residence": "Placement",
     r"_?foresee": "plan_and_warn",
     r"Occupancy": "EngineLoad",
-    r"_?calmest|calm\.py": "quietest_region",
+    r"(?:def|import) calmest|calmest\(|calm\.py": "quietest_region",
     r"_?put_back|protecting\.py": "restore_masked, masks.py",
     r"Workshop": "GenerationContext",
     r"class Making|Making\(": "ProductComposer",
     r"families/\w*": "inference/models/",
-    r"class (?:Verdict|Attempt|Shelf|Held|Letter|Order|Finding|Dialect|Applied|Board|Course|Brought|Child|_Lane)": (
+    r"class (?:Verdict|Attempt|Shelf|Held|Letter|Finding|Dialect|Applied|Board|Course|Brought|Child|_Lane)": (
         "Decision, WebhookResult, WebhookAttempt, Guarded, StageStore, ControlNetCache, BrowsedMessage, DeadLetter, "
-        "GenerateOptions, CheckResult, KeyNaming, AppliedAdapter, StatusBuilder, StepPlan, ProductInputs, ChildHandle, "
+        "CheckResult, KeyNaming, AppliedAdapter, StatusBuilder, StepPlan, ProductInputs, ChildHandle, "
         "_KindQueue"
     ),
     r"Verdict|Readings": "Decision, WebhookResult, MetricsSnapshot",
-    r"def judge|def wear|def everything|def trace|def unrest|unrest\(": (
-        "decide, classify, route_adapters, fetch_inputs, derive_trajectory, gradient_energy"
-    ),
+    r"def wear|def trace|def unrest|unrest\(": ("route_adapters, derive_trajectory, gradient_energy"),
     r"keep_png": "save_png",
 }
 NAMES = re.compile(rf"\b(?<!-)(?:{'|'.join(REPLACED)})(?:(?<=\W)|(?![\w-]))")

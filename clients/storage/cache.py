@@ -14,9 +14,10 @@ from pathlib import Path, PurePosixPath
 
 from clients.cutoff import acquire, is_cut_off
 from clients.storage.claimed_folder import ClaimedFolder
-from clients.storage.client import ObjectStat, Storage, check_size
+from clients.storage.client import Storage
 from clients.storage.errors import ObjectChanged, StorageError, StorageUnavailable
 from clients.storage.location import ObjectRef
+from clients.storage.objects import ObjectStat, check_size
 
 # Longer than any download may take: what is older was left by a killed process.
 STALE_PART_SECONDS = 600.0

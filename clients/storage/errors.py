@@ -148,7 +148,7 @@ _STATUS_CLASSES: dict[int, type[StorageError]] = {
 
 
 @contextmanager
-def translated(subject: object) -> Iterator[None]:
+def translate_errors(subject: object) -> Iterator[None]:
     """Raise a `StorageError` about `subject` for whatever boto3 or urllib3 raises inside the block."""
     try:
         yield

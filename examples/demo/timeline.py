@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
 
 from examples.demo.jobs import DemoJob
-from worker.monitoring.stages import STAGES, look_of
+from worker.cli.report.stages import STAGES, look_of
 from worker.results.terminal_event import TerminalEvent
 
 

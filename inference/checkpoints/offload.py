@@ -1,7 +1,7 @@
-"""Models that take turns on the device: one at a time, all of them in host memory.
+"""Offload models to host memory, with at most one on the device at a time.
 
-diffusers' own offload moves out only the model that comes before in the pipeline's order: enough where each runs in its
-turn. The engine encodes a prompt between two steps of others' pictures, and all would end up on the device together.
+diffusers' own offload moves out only the model before in the pipeline's order. The engine encodes prompts between the
+steps of other requests: with it, all models would end up on the device together.
 """
 
 from typing import Any
@@ -12,9 +12,9 @@ from accelerate.utils import send_to_device
 
 
 class DeviceSlot:
-    """The one place on the device, and owner of which model has it. Of the engine's one thread.
+    """Owner of the one model's place on the device. Used by the engine's thread alone.
 
-    Weights are never written, so those in host memory stay, and leaving the device costs no copy.
+    Weights are never written, so the copies in host memory stay valid, and leaving the device costs no copy.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -23,20 +23,15 @@ class DeviceSlot:
         self._in_host_memory: dict[torch.Tensor, torch.Tensor] = {}
 
     def take(self, model: torch.nn.Module) -> None:
-        """Have `model` on the device, and none beside it."""
+        """Move `model` to the device, and the model before it out."""
         if self._taken_by is model:
             return
-        self._clear()
+        for tensor, host in self._in_host_memory.items():
+            tensor.data = host
         self._taken_by = model
         self._in_host_memory = {tensor: tensor.data for tensor in (*model.parameters(), *model.buffers())}
         for tensor, host in self._in_host_memory.items():
             tensor.data = host.to(self.device, copy=True)
-
-    def _clear(self) -> None:
-        self._taken_by = None
-        for tensor, host in self._in_host_memory.items():
-            tensor.data = host
-        self._in_host_memory = {}
 
 
 class _TakesSlot(ModelHook):  # type: ignore[misc]
@@ -44,7 +39,7 @@ class _TakesSlot(ModelHook):  # type: ignore[misc]
 
     def __init__(self, slot: DeviceSlot) -> None:
         self._slot = slot
-        # Where a pipeline looks for the device it runs on.
+        # Pipelines read the device that they run on from here.
         self.execution_device = slot.device
 
     def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -53,7 +48,7 @@ class _TakesSlot(ModelHook):  # type: ignore[misc]
 
 
 def offload_in_turns(pipeline: Any, device: torch.device) -> None:
-    """From now on each model of the pipeline, which are in host memory, is on the device whenever it is called."""
+    """Hook every model of the pipeline, all in host memory, to move to the device when it is called."""
     slot = DeviceSlot(device)
     for model in pipeline.components.values():
         if isinstance(model, torch.nn.Module):
@@ -61,7 +56,7 @@ def offload_in_turns(pipeline: Any, device: torch.device) -> None:
 
 
 def ensure_on_device(model: torch.nn.Module) -> None:
-    """Have the model on the device where models take turns: for those who call parts of it and not the whole."""
+    """Move an offloaded model to the device, for callers that call parts of it and not the whole."""
     hook = getattr(model, "_hf_hook", None)
     if hook is not None:
         hook.pre_forward(model)

@@ -20,8 +20,7 @@ class _InFlight(NamedTuple):
 
 
 class Decoder:
-    """Owner of the images that are on their way from the device, in the order they were begun in. Of the engine's
-    thread."""
+    """Owner of the images in flight from the device, in the order of their launch. The engine's thread calls it."""
 
     def __init__(self, model: Family, device: Device) -> None:
         self._model = model
@@ -33,7 +32,7 @@ class Decoder:
         return bool(self._in_flight)
 
     def begin(self, lane: Lane) -> Exception | None:
-        """Launch the lane's decoding, in tiles where memory ends; the error where it cannot be launched."""
+        """Launch the lane's decoding, in tiles where memory ends; return the error where it cannot be launched."""
         assert lane.sampler is not None, "a denoised lane has a sampler"  # noqa: S101
         latents = lane.sampler.latents
         in_tiles = not self._device.may_fit(latents.numel())
@@ -46,16 +45,16 @@ class Decoder:
         return guarded.error
 
     def is_due(self, *, num_left: int) -> bool:
-        """Has the oldest image arrived, or are there more than `num_left`?"""
+        """Return whether the oldest image has arrived or more than `num_left` are in flight."""
         return len(self._in_flight) > num_left or (self.is_busy and self._in_flight[0].image.has_arrived)
 
     def end_oldest(self) -> tuple[Lane, Guarded[Picture]]:
-        """Wait for the oldest image; the lane, and what came of it."""
+        """Wait for the oldest image; return its lane, and the image or its error."""
         lane, image = self._in_flight.popleft()
         return lane, self._device.guard(partial(self._picture_of, lane, image))
 
     def drop(self, active: ActiveRequest) -> None:
-        """Forget the request's images."""
+        """Drop the request's images in flight."""
         self._in_flight = deque(one for one in self._in_flight if one.lane.owner is not active)
 
     def _picture_of(self, lane: Lane, image: DecodedImage) -> Picture:

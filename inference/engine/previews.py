@@ -1,4 +1,4 @@
-"""Small pictures of requests on their way, for people who watch: lossy, and never at the expense of a step."""
+"""Previews of requests being denoised: latents projected to small images, lossy, never at the expense of a step."""
 
 from functools import partial
 from typing import NamedTuple
@@ -13,31 +13,31 @@ from inference.request import Preview
 
 
 class _Projected(NamedTuple):
-    """A picture [height, width, 3] on its way to host memory, for `drawing`."""
+    """An image [height, width, 3] in flight to host memory, of the request `owner`."""
 
     owner: ActiveRequest
     rgb: HostCopy
 
 
 class Previews:
-    """Owner of the previews that are on their way from the device. Of the engine's thread."""
+    """Owner of the previews in flight from the device. The engine's thread calls it."""
 
     def __init__(self, model: Family, device: Device, every: int) -> None:
-        """A preview every so many steps; 0: none, and nothing is done for it."""
+        """Make a preview every so many steps; 0: none, at no cost."""
         self._model = model
         self._device = device
         self._every = every
         self._projection = model.find_projection() if every else None
         self._copies: list[_Projected] = []
 
-    def look_at(self, lane: Lane, prediction: torch.Tensor) -> None:
-        """Project the lane's picture if one is due with the step that it is about to take by `prediction`."""
+    def project(self, lane: Lane, prediction: torch.Tensor) -> None:
+        """Project the lane's image if a preview is due at the step that it is about to take by `prediction`."""
         if self._every and self._is_due(lane):
-            # A preview that does not fit the memory is one less, and no reason for anything to fail.
+            # A preview that does not fit the memory is left out; the request goes on.
             self._device.guard(partial(self._begin_copy, lane, prediction))
 
-    def hand_over(self) -> None:
-        """Give the requests what has arrived from the device, for their next reports. Waits for nothing."""
+    def deliver(self) -> None:
+        """Give the previews that have arrived to their requests, for the next reports. Never blocks."""
         waiting, self._copies = self._copies, []
         for copy in waiting:
             if copy.rgb.has_arrived:
@@ -47,7 +47,7 @@ class Previews:
                 self._copies.append(copy)
 
     def _is_due(self, lane: Lane) -> bool:
-        """Of the request's first picture, and with every step but the last: behind that comes the picture itself."""
+        """Return whether a preview is due: of the first image only, and not at the last step."""
         sampler = sampler_of(lane)
         if lane.number > 0 or sampler.step_index + 1 >= sampler.num_steps:
             return False

@@ -1,24 +1,22 @@
-"""The engine's loop: admit, denoise, advance, finish. Lanes of many requests, styles and ages share each forward."""
+"""The engine's loop: admit, denoise, advance, finish. Lanes of many requests, adapters and ages share each forward."""
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 
-from inference.device.device import Device, Guarded
+from inference.device.device import Device
 from inference.engine.admission import Admission
+from inference.engine.batch_runner import BatchRunner
 from inference.engine.batcher import Batcher, Claim
 from inference.engine.decoding import Decoder
+from inference.engine.out_of_memory import OutOfMemoryPolicy
 from inference.engine.previews import Previews
-from inference.engine.shortages import Shortages
 from inference.errors import EngineError, EngineFault, RequestCancelled, RequestFailed
-from inference.lane import ActiveRequest, Lane
+from inference.lane import ActiveRequest, Lane, owners_of
 from inference.lora.adapter_key import AdapterKey
 from inference.models.base import Family, sampler_of
 from inference.request import EngineLoad, GenerationResult
-
-logger = logging.getLogger(__name__)
 
 
 class StepLoop:
@@ -39,7 +37,8 @@ class StepLoop:
         self._device = Device(model.device, lambda: self._admission.num_bytes_to_come)
         self._batcher: Batcher[Lane] = Batcher(max_lanes, self._device.max_rows)
         self._admission = Admission(model, num_slots=num_slots, max_rank=max_rank, on_ready=on_ready)
-        self._shortages = Shortages(self._batcher, self._admission, lambda: [*self._batcher.active, *self._denoised])
+        self._oom = OutOfMemoryPolicy(self._batcher, self._admission, lambda: [*self._batcher.active, *self._denoised])
+        self._runner = BatchRunner(model, self._device, self._batcher, self._fail)
         self._previews = Previews(model, self._device, preview_every)
         self._decoder = Decoder(model, self._device)
         self._requests: list[ActiveRequest] = []
@@ -54,28 +53,28 @@ class StepLoop:
 
     @property
     def has_work(self) -> bool:
-        """Can a step do anything, or does everything here wait to be prepared?"""
-        # Where lanes have just left, those that waited for their places are to be asked once more.
+        """False while every request here waits to be prepared: a step would do nothing."""
+        # Where lanes have just left, those that waited for their places claim once more.
         is_decoding = bool(self._denoised) or self._decoder.is_busy
         return is_decoding or bool(self._batcher.active or (self._was_busy and self._batcher.waiting))
 
     def prepare(self, active: ActiveRequest) -> None:
-        """Begin to make a request ready that will be added. Any thread may call it."""
+        """Begin to make a request ready that will be added. Thread-safe."""
         num_waiting = len({id(lane.owner) for lane in self._batcher.waiting})
         self._admission.prepare(active, num_ahead=num_waiting)
 
     def add(self, active: ActiveRequest) -> None:
-        """Take in a request that was given to `prepare`."""
+        """Add a request that was given to `prepare`."""
         self._requests.append(active)
         for lane in active.lanes:
             self._batcher.add(lane)
 
     def step(self) -> EngineLoad:
-        """One turn: lanes join, one batch takes a step, lanes that are done become pictures."""
+        """Take one turn: lanes join, one batch takes a step, denoised lanes become images."""
         self._admit()
         self._was_busy = bool(self._batcher.active)
         started_at = time.monotonic()
-        batch, predictions = self._denoise(self._batcher.next_batch())
+        batch, predictions = self._runner.run(self._batcher.next_batch())
         self._advance(batch, predictions)
         if batch:
             self._step_seconds = time.monotonic() - started_at
@@ -93,7 +92,7 @@ class StepLoop:
             self._end(active, error)
 
     def forget(self, key: AdapterKey) -> None:
-        """Take an adapter that no request uses out of its slot, if it is in one."""
+        """Evict an adapter that no request uses, if it is in a slot."""
         self._admission.slots.forget(key)
 
     def close(self) -> None:
@@ -110,28 +109,28 @@ class StepLoop:
         joined = self._batcher.admit(self._claim)
         self._condition([active for active in owners_of(joined) if active.conditioning is None])
         for lane in joined:
-            # Some may have ended meanwhile, and others wait again.
+            # Some may have ended since, and others wait again.
             if lane in self._batcher.active:
                 self._begin(lane)
 
     def _claim(self, lane: Lane) -> Claim:
-        """May this lane join now? A request's first lane brings all that the others need too."""
+        """Return whether the lane may join now. A request's first lane claims all that its other lanes need too."""
         active = lane.owner
         if active.is_ended:
             return Claim.WITHDRAWN
-        if self._shortages.is_to_be_alone(active):
+        if self._oom.must_run_alone(active):
             return Claim.NO_SLOT
         if active.is_begun:
             return Claim.GRANTED
         has_source = active.request.source is not None
         if has_source and self._is_encoding and any(one.sampler is not None for one in self._batcher.active):
-            # Encoding a picture takes as long as a step: those that are being denoised wait for one at a time.
+            # Encoding an image takes as long as a step: the lanes that are being denoised wait for one at a time.
             return Claim.NOT_YET
         guarded = self._device.guard(lambda: self._admission.claim(active))
         if isinstance(guarded.error, torch.OutOfMemoryError):
-            answer = self._shortages.answer(active, owners_of(self._batcher.waiting))
+            answer = self._oom.after_failed_claim(active, owners_of(self._batcher.waiting))
             if answer is Claim.WITHDRAWN:
-                self._end(active, RequestFailed("GPU_OOM", self._admission.why_short(active)))
+                self._end(active, RequestFailed("GPU_OOM", self._admission.out_of_memory_message(active)))
             return answer
         if guarded.result is None:
             self._fail(active, guarded.error)
@@ -139,16 +138,17 @@ class StepLoop:
         return guarded.result or Claim.WITHDRAWN
 
     def _condition(self, requests: Sequence[ActiveRequest]) -> None:
+        """Encode the prompts of all requests together; after an error those of each by itself."""
         if not requests:
             return
         error = self._device.guard(lambda: self._admission.condition(requests)).error
         if error is None:
             for active in requests:
-                active.tell_begin(self._device.mark())
+                active.report_begin(self._device.mark())
         elif len(requests) > 1:
             for active in requests:
                 self._condition([active])
-        elif not self._shortages.postpone(requests[0], error):
+        elif not self._oom.postpone(requests[0], error):
             self._fail(requests[0], error)
 
     def _begin(self, lane: Lane) -> None:
@@ -157,63 +157,24 @@ class StepLoop:
             guarded = self._device.guard(lambda: self._model.begin(lane, in_tiles=True))
         if guarded.result is not None:
             lane.owner.scheduler, lane.sampler = guarded.result
-        elif not self._shortages.postpone(lane.owner, guarded.error):
+        elif not self._oom.postpone(lane.owner, guarded.error):
             self._fail(lane.owner, guarded.error)
-
-    # Denoise: one forward, with fewer lanes where memory ends, lane by lane where something else goes wrong.
-
-    def _denoise(self, batch: list[Lane]) -> tuple[list[Lane], list[torch.Tensor]]:
-        if not batch:
-            return [], []
-        guarded = self._forward(batch)
-        while isinstance(guarded.error, torch.OutOfMemoryError) and len(batch) > 1:
-            logger.warning("out of memory with %d lanes: trying half of them", len(batch))
-            batch = self._batcher.halve(batch)
-            guarded = self._forward(batch)
-        if guarded.result is not None:
-            self._batcher.note_success(batch)
-            return batch, guarded.result
-        if len(batch) > 1:
-            return self._denoise_one_by_one(batch)
-        self._fail(batch[0].owner, guarded.error)
-        return [], []
-
-    def _denoise_one_by_one(self, batch: list[Lane]) -> tuple[list[Lane], list[torch.Tensor]]:
-        """Somebody in the batch breaks it: whoever fails alone, and nobody else."""
-        predictions: dict[Lane, torch.Tensor] = {}
-        for lane in batch:
-            if lane.owner.is_ended:
-                continue
-            guarded = self._forward([lane])
-            if guarded.result is None:
-                self._fail(lane.owner, guarded.error)
-            else:
-                (predictions[lane],) = guarded.result
-        survivors = {lane: made for lane, made in predictions.items() if not lane.owner.is_ended}
-        return list(survivors), list(survivors.values())
-
-    def _forward(self, batch: list[Lane]) -> Guarded[list[torch.Tensor]]:
-        def forward() -> list[torch.Tensor]:
-            with self._device.measured(batch[0].shape, sum(lane.num_rows for lane in batch)):
-                return self._model.denoise(batch)
-
-        return self._device.guard(forward)
 
     # Advance: every lane of the batch takes its own scheduler's step.
 
     def _advance(self, batch: list[Lane], predictions: list[torch.Tensor]) -> None:
         for lane, prediction in zip(batch, predictions, strict=True):
-            self._previews.look_at(lane, prediction)
+            self._previews.project(lane, prediction)
             sampler_of(lane).advance(prediction)
-        self._previews.hand_over()
+        self._previews.deliver()
         launched = self._device.mark()
         for active in owners_of(batch):
             active.note_steps(launched)
         self._device.keep_pace(launched)
         for active in self._requests:
-            active.tell_steps()
+            active.report_steps()
 
-    # Finish: lanes that are done leave the batch and are decoded, as many as a step's time allows.
+    # Finish: denoised lanes leave the batch and are decoded, as many as a step's time allows.
 
     def _finish(self) -> None:
         leaving = [lane for lane in self._batcher.active if lane.is_denoised]
@@ -223,22 +184,20 @@ class StepLoop:
         for active in owners_of(leaving):
             if active.is_denoised:
                 active.note_stage("denoise", active.last_stage_ended_at)
-        # Those that were begun in the turn before. This turn's forward runs behind them: the device has work meanwhile.
+        # Those that were launched in the turn before. This turn's forward is queued behind them: the device has work.
         self._end_decoded(num_left=0)
-        # The others wait no longer than a step takes, and one picture more.
+        # The rest are decoded for no longer than a step takes, and one image more.
         started_at = time.monotonic()
         while self._denoised and (not self._batcher.active or time.monotonic() - started_at < self._step_seconds):
-            self._decode(self._denoised.pop(0))
-            # One alone may be ahead, or the clock would tell how long launching takes.
+            lane = self._denoised.pop(0)
+            error = self._decoder.begin(lane)
+            if error is not None:
+                self._fail(lane.owner, error)
+            # At most one in flight, or the clock would measure how long launching takes.
             self._end_decoded(num_left=1)
 
-    def _decode(self, lane: Lane) -> None:
-        error = self._decoder.begin(lane)
-        if error is not None:
-            self._fail(lane.owner, error)
-
     def _end_decoded(self, *, num_left: int) -> None:
-        """Take in the images that have come from the device, and wait for others until `num_left` are on their way."""
+        """Collect the images that have arrived from the device, and wait for others until `num_left` are in flight."""
         while self._decoder.is_due(num_left=num_left):
             lane, guarded = self._decoder.end_oldest()
             active = lane.owner
@@ -246,14 +205,12 @@ class StepLoop:
                 self._fail(active, guarded.error)
                 continue
             active.pictures[lane.number] = guarded.result
-            if active.is_drawn:
+            if active.is_decoded:
                 active.note_stage("decode", active.last_stage_ended_at)
                 self._end(active, active.result())
 
-    # Endings
-
     def _fail(self, active: ActiveRequest, error: Exception | None) -> None:
-        """End the request with what the device's error means for its owner."""
+        """End the request with the `EngineError` for an error of the device or the model."""
         if isinstance(error, torch.OutOfMemoryError):
             size = f"a picture of {active.request.width}x{active.request.height}"
             reason = f"{size} does not fit the GPU's memory, even alone: ask for a smaller one"
@@ -264,7 +221,7 @@ class StepLoop:
             self._end(active, EngineFault(f"{type(error).__name__}: {error}"))
 
     def _end(self, active: ActiveRequest, outcome: GenerationResult | Exception) -> None:
-        """Take the request out, free what it held, and answer it unless its owner cancelled it."""
+        """Remove the request, free what it held, and resolve its future unless that was cancelled."""
         self._requests.remove(active)
         for lane in active.lanes:
             self._batcher.remove(lane)
@@ -277,8 +234,8 @@ class StepLoop:
         if isinstance(outcome, Exception):
             active.future.set_exception(outcome)
         else:
-            # The device has ended the last one for certain: its pixels are here.
-            active.tell_steps()
+            # The device has ended the last step for certain: its pixels are here.
+            active.report_steps()
             active.future.set_result(outcome)
 
     def _engine_load(self, num_batched: int) -> EngineLoad:
@@ -289,8 +246,3 @@ class StepLoop:
             slots_idle=self._admission.slots.num_idle,
             slots_free=self._admission.slots.num_free,
         )
-
-
-def owners_of(lanes: Sequence[Lane]) -> list[ActiveRequest]:
-    """The requests that the lanes belong to, each once, in order."""
-    return list(dict.fromkeys(lane.owner for lane in lanes))

@@ -9,7 +9,7 @@ import torch
 
 from inference.checkpoints.offload import ensure_on_device
 from inference.request import Source
-from inference.sampling.samplers import SourceLatents
+from inference.sampling.source_blend import SourceLatents
 
 # Of a mask's bytes, as diffusers rounds them: from here on the picture is repainted.
 REPAINTED = 128

@@ -3,8 +3,9 @@
 import torch
 
 from config.model import ModelSettings
-from inference.checkpoints.checkpoint import download, identify, load_pipeline, weight_bytes
+from inference.checkpoints.checkpoint import identify
 from inference.checkpoints.memory_plan import free_bytes, most_adapter_bytes, place, plan_and_warn
+from inference.checkpoints.pipeline import download, load_pipeline, weight_bytes
 from inference.controlnet.files import find_controlnets
 from inference.controlnet.loader import ControlNets
 from inference.errors import EngineStartFailed

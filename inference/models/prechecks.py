@@ -13,7 +13,7 @@ from inference.checkpoints.checkpoint import Checkpoint, Location, identify
 from inference.checkpoints.weight_files import read_json
 from inference.errors import RequestFailed
 from inference.lora.adapter import check_rank, read_adapter
-from inference.lora.files import AdapterError
+from inference.lora.errors import AdapterError
 from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, KeyNaming, sdxl
 from inference.models.loader import FAMILIES
 from inference.models.unet import UNetFamily

@@ -7,7 +7,7 @@ really is linear is tried out on random numbers, never assumed.
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from inference.device.uploads import pinned, upload
 from inference.errors import RequestFailed
 from inference.sampling.noise import SuppliedNoise
 from inference.sampling.schedulers import SchedulerTable
+from inference.sampling.source_blend import NO_SOURCE, SourceBlend, SourceLatents
 from inference.sampling.trajectory import LinearTrajectory, StepPlan, derive_trajectory, scale_model_input, take_step
 
 TRAIN_TIMESTEPS = 1000
@@ -45,49 +46,6 @@ class Sampler(Protocol):
     def advance(self, prediction: torch.Tensor) -> None:
         """Take one step with the denoiser's prediction, of the latents' shape."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class SourceLatents:
-    """What a lane with a source begins from, [channels, height, width] each.
-
-    `latents` are the encoded picture's (None: the lane begins from noise and keeps nothing). Where `mask` (bool, one
-    channel) is false, the picture is kept; None: nowhere. `is_hidden`: the lane begins from noise all the same.
-    `channels`: what the denoiser reads behind the latents at every step.
-    """
-
-    latents: torch.Tensor | None
-    mask: torch.Tensor | None = None
-    is_hidden: bool = False
-    channels: torch.Tensor | None = None
-
-
-NO_SOURCE = SourceLatents(latents=None)
-
-
-class SourceBlend:
-    """What a lane is drawn on: how it begins, and what stays as it was."""
-
-    def __init__(self, trajectory: LinearTrajectory, noise: torch.Tensor, source: SourceLatents) -> None:
-        self._levels = trajectory.levels
-        self._noise = noise
-        self._source = source
-        if source.latents is None or source.is_hidden:
-            self.start = noise * trajectory.init_noise_sigma
-        else:
-            self.start = self._levels[0].applied(source.latents, noise)
-
-    def extended(self, model_input: torch.Tensor) -> torch.Tensor:
-        """The model's input with the channels that denoising does not change."""
-        channels = self._source.channels
-        return model_input if channels is None else torch.cat((model_input, channels))
-
-    def blended(self, latents: torch.Tensor, step_index: int) -> torch.Tensor:
-        """`latents` before step `step_index`, the picture as noisy as they are where it is kept."""
-        picture, mask = self._source.latents, self._source.mask
-        if picture is None or mask is None:
-            return latents
-        return torch.where(mask, latents, self._levels[step_index].applied(picture, self._noise))
 
 
 class TrajectorySampler:

@@ -8,7 +8,7 @@ import pytest
 from clients.answers import MAX_INTERIM_ANSWERS
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
-from clients.webhooks import Attempt, Verdict, Webhook, WebhookClient, WebhookKind
+from clients.webhooks import Webhook, WebhookAttempt, WebhookClient, WebhookKind, WebhookResult
 from config.backend import BackendSettings
 from config.store import StoreSettings
 from tests.support.servers.clients_servers import AnsweringServer, Server, answer, body_of, header
@@ -30,24 +30,24 @@ def client_of(server: Server) -> WebhookClient:
     return WebhookClient(BackendSettings(BACKEND_API_URL=server.url, INTERNAL_API_TOKEN="token"))  # type: ignore[call-arg]
 
 
-def send(server: Server, *, deadline_seconds: float = 60.0) -> Attempt:
+def send(server: Server, *, deadline_seconds: float = 60.0) -> WebhookAttempt:
     return client_of(server).send(DONE, deadline_seconds=deadline_seconds)
 
 
 @pytest.mark.parametrize("interim", INTERIM)
 @pytest.mark.parametrize(
-    ("status", "verdict"), [(200, Verdict.DELIVERED), (503, Verdict.RETRY), (422, Verdict.REJECTED)]
+    ("status", "verdict"), [(200, WebhookResult.DELIVERED), (503, WebhookResult.RETRY), (422, WebhookResult.REJECTED)]
 )
 def test_the_final_answer_has_the_verdict_whatever_comes_before_it(
-    interim: bytes, status: int, verdict: Verdict
+    interim: bytes, status: int, verdict: WebhookResult
 ) -> None:
     with AnsweringServer([interim + answer(status), answer(200)]) as server:
         client = client_of(server)
         attempt = client.send(DONE)
         after = client.send(NEXT)
 
-    assert (attempt.verdict, attempt.status) == (verdict, status)
-    assert (after.verdict, after.status) == (Verdict.DELIVERED, 200)
+    assert (attempt.result, attempt.status) == (verdict, status)
+    assert (after.result, after.status) == (WebhookResult.DELIVERED, 200)
     # The interim answer does not pass for the next one's, and costs no connection.
     assert (len(server.requests), server.num_connections) == (2, 1)
 
@@ -68,7 +68,7 @@ class PiecemealServer(Server):
 
 def test_an_interim_answer_that_comes_alone_is_skipped() -> None:
     with PiecemealServer([PROCESSING, EARLY_HINTS, answer(200)]) as server:
-        assert send(server).verdict is Verdict.DELIVERED
+        assert send(server).result is WebhookResult.DELIVERED
 
 
 UNANSWERED = {
@@ -96,7 +96,7 @@ def test_what_is_no_whole_head_of_an_answer_is_ambiguous(content: bytes) -> None
     with PiecemealServer([content]) as server:
         attempt = send(server)
 
-    assert (attempt.verdict, attempt.status, attempt.is_ambiguous) == (Verdict.RETRY, None, True)
+    assert (attempt.result, attempt.status, attempt.is_ambiguous) == (WebhookResult.RETRY, None, True)
 
 
 DELIVERED = {
@@ -120,7 +120,7 @@ def test_a_whole_head_of_2xx_is_delivered_whatever_its_body_is(content: bytes) -
     with PiecemealServer([content]) as server:
         attempt = send(server)
 
-    assert (attempt.verdict, attempt.status) == (Verdict.DELIVERED, 200)
+    assert (attempt.result, attempt.status) == (WebhookResult.DELIVERED, 200)
 
 
 @pytest.mark.parametrize("location", [b"http://[", b"/caf\xe9", b"//\x00", b"http://127.0.0.1:port/"])
@@ -128,14 +128,14 @@ def test_a_redirect_to_no_address_is_a_refusal_like_any_other(location: bytes) -
     with PiecemealServer([b"HTTP/1.1 302 Found\r\nLocation: " + location + b"\r\nContent-Length: 0\r\n\r\n"]) as server:
         attempt = send(server)
 
-    assert (attempt.verdict, attempt.status) == (Verdict.REJECTED, 302)
+    assert (attempt.result, attempt.status) == (WebhookResult.REJECTED, 302)
 
 
 def test_the_body_of_a_redirect_is_cut_off_as_any_other() -> None:
     with EndlessRedirect() as server:
         attempt = send(server)
 
-    assert (attempt.verdict, attempt.status) == (Verdict.REJECTED, 302)
+    assert (attempt.result, attempt.status) == (WebhookResult.REJECTED, 302)
     assert server.num_bytes_sent < 20_000_000
 
 
@@ -147,7 +147,7 @@ def test_what_follows_an_answer_that_has_no_body_is_not_the_next_answer(status: 
         client.send(DONE)
         after = client.send(NEXT)
 
-    assert (after.verdict, after.status) == (Verdict.REJECTED, 422)
+    assert (after.result, after.status) == (WebhookResult.REJECTED, 422)
     assert server.num_connections == 2
 
 

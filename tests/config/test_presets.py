@@ -44,7 +44,7 @@ from tests.support.paths import ROOT
 from tests.support.world import HANG_SECONDS, eventually
 from tests.worker.messages.test_decoder import job_of, message, rejection_of
 from worker.cli.check.checks import CheckFailed
-from worker.cli.check.presets import check_presets
+from worker.cli.check.files import check_presets
 from worker.cli.main import app
 from worker.messages.decoder import rules_from
 from worker.messages.job import JobAdapter

@@ -12,7 +12,7 @@ from config.section import SettingsError, load_section
 from config.settings import SECTIONS, Settings
 from config.visible_gpus import HIDDEN, gpu_variables, visible_gpu
 from inference.process.child_handle import ChildHandle
-from worker.cli.check.memory import check_gpu
+from worker.cli.check.machine import check_gpu
 from worker.supervisor import Supervisor
 
 GB = 10**9

@@ -33,7 +33,7 @@ from config.model import ModelSettings
 from config.store import StoreSettings
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import PictureInvalid, PictureTooLarge, SignatureInvalid
-from worker.jobs.cancellations import decode_cancel
+from worker.messages.cancel import decode_cancel
 from worker.messages.decoder import MAX_REASON_CHARS, decode, rules_from
 from worker.messages.job import Job, JobRejected, Kind, Undecodable, resolve_size
 from worker.messages.json_schemas import schema_of
@@ -460,7 +460,7 @@ class AdapterTarget:
 
     def feed(self, content: bytes) -> str:
         from inference.lora.adapter import check_fits, read_adapter
-        from inference.lora.files import AdapterError
+        from inference.lora.errors import AdapterError
 
         (length,) = struct.unpack_from("<Q", content)
         self._path.write_bytes(content[HEADER_BYTES : HEADER_BYTES + length])

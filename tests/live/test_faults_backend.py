@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from clients.webhooks import Verdict, Webhook, WebhookClient, WebhookKind
+from clients.webhooks import Webhook, WebhookClient, WebhookKind, WebhookResult
 from config.backend import BackendSettings
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
@@ -378,6 +378,6 @@ def test_an_https_address_where_somebody_speaks_plain_http_is_told_nothing() -> 
         )
         attempt = WebhookClient(settings).send(Webhook(WebhookKind.COMPLETE, "id", {"prompt": "canary"}))
 
-    assert (attempt.verdict, attempt.is_ambiguous) == (Verdict.RETRY, False)
+    assert (attempt.result, attempt.is_ambiguous) == (WebhookResult.RETRY, False)
     assert server.requests != []
     assert b"canary" not in b"".join(server.requests)

@@ -26,7 +26,7 @@ from inference.request import AdapterFile, GenerationRequest, GenerationResult, 
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import WatermarkError
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
-from watermark.text.headline import Headline, headlines_of
+from watermark.text.headline import Headline, prepare_headlines
 from worker.cli.outputs import Output, OutputRefused, outputs_of
 from worker.errors import CuttingFailed, JobFailed
 from worker.jobs.engine_client import GeneratedImages, ProgressSpan
@@ -106,7 +106,7 @@ def _planned(fields: dict[str, Any], out: Path, model_id: str | None) -> _Plan:
         settings=settings.model_copy(update={"model_id": model_id} if model_id else {}),
         outputs=outputs,
         signature=_signature(job, font_dirs),
-        headlines=headlines_of(job.overlays, font_dirs),
+        headlines=prepare_headlines(job.overlays, font_dirs),
         references=brought.references if brought else _references(job),
         brought=brought,
         adapters=tuple(_adapter(adapter) for adapter in job.adapters),

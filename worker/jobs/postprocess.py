@@ -7,8 +7,8 @@ from PIL import Image
 from inference.request import Picture
 from watermark.geometry import Rect
 from watermark.product.masks import restore_masked
-from watermark.signature import Signature, SignedPicture, sign, signature_place
-from watermark.text.headline import Headline, put_headlines
+from watermark.signature import Signature, SignedPicture, sign, signature_rect
+from watermark.text.headline import Headline, draw_headlines
 from worker.jobs.inputs.references import References, mask_at
 from worker.messages.job import Job
 
@@ -29,8 +29,8 @@ def finish(
     off the signature. `on_headlines` is shown the one with headlines, where the job has any, unsigned."""
     picture = _kept(Image.frombytes("RGB", (drawn.width, drawn.height), drawn.rgb), job, references)
     if headlines:
-        place = signature_place(picture.size, signature, job.signature_style)
-        picture = put_headlines(picture, headlines, avoid=keep_off if place is None else (*keep_off, place))
+        place = signature_rect(picture.size, signature, job.signature_style)
+        picture = draw_headlines(picture, headlines, avoid=keep_off if place is None else (*keep_off, place))
         on_headlines(picture)
     return sign(picture, signature, job.signature_style)
 

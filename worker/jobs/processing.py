@@ -17,13 +17,14 @@ from worker.amqp.publisher import Publisher, PublishFailed
 from worker.amqp.topology import QueueNames
 from worker.breakers import StoreGate
 from worker.errors import JobReleased
-from worker.jobs.cancellations import Cancellations, decode_cancel
+from worker.jobs.cancellations import Cancellations
 from worker.jobs.disposition import Disposition, Verdict, judge
 from worker.jobs.handler import JobHandler
 from worker.jobs.history import History
 from worker.jobs.leases import Lease, Leases
 from worker.jobs.recovering import OwnReturns, Quarantine, is_suspect
 from worker.jobs.runs import Run, Runs
+from worker.messages.cancel import decode_cancel
 from worker.messages.decoder import decode_any
 from worker.messages.identity import TaskIdTaken, check_same, own_task_id, with_own_id
 from worker.messages.job import Job, JobRejected, Undecodable

@@ -29,7 +29,7 @@ from worker.messages.job import MAX_ASPECT, Job, JobAdapter, JobRejected, Undeco
 from worker.messages.kinds import control_of, kind_of, overlay_of, overlays_in, product_of, source_of
 from worker.messages.outline import outline_of
 from worker.messages.presets import adapters_of, presets_in_force, styled_of
-from worker.messages.rules import MAX_REASON_CHARS, PICKLE_SUFFIXES, Identity, JobRules, Rejection, located
+from worker.messages.rules import MAX_REASON_CHARS, Identity, JobRules, Rejection, is_pickle, located
 from worker.messages.schema import (
     ASPECT,
     MAX_ADAPTERS,
@@ -241,7 +241,7 @@ def _adapters(wire: WireData, rules: JobRules, reject: Rejection) -> tuple[JobAd
         ref = located("lora_path", path, rules, reject)
         if ref is None:
             raise reject("INVALID_INPUT", "data.loras: path is empty: name a .safetensors object or a folder")
-        if ref.key.lower().endswith(PICKLE_SUFFIXES):
+        if is_pickle(ref):
             raise reject(
                 "LORA_UNSAFE_FORMAT", f"lora_path {shown_location(path)} may hold a pickle; only .safetensors is read"
             )

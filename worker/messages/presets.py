@@ -15,7 +15,7 @@ from config.presets.preset_file import PresetFile
 from config.redacting import quoted
 from config.section import SettingsError
 from worker.messages.job import JobAdapter
-from worker.messages.rules import MAX_REASON_CHARS, PICKLE_SUFFIXES, JobRules, Rejection, located
+from worker.messages.rules import MAX_REASON_CHARS, JobRules, Rejection, is_pickle, located
 from worker.messages.schema import MAX_PROMPT_CHARS, WireData
 
 
@@ -57,7 +57,7 @@ def _check_adapters(presets: Presets, locate: Callable[[str], ObjectRef]) -> Non
             ref = locate(adapter.path)
         except LocationForbidden as error:
             raise PresetsInvalid(f"the adapter of {place}: {error}") from error
-        if ref.key.lower().endswith(PICKLE_SUFFIXES):
+        if is_pickle(ref):
             raise PresetsInvalid(f"the adapter of {place}: {ref} may hold a pickle; only .safetensors is read")
 
 

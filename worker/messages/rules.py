@@ -7,11 +7,11 @@ from typing import NamedTuple
 from clients.storage.location import LocationForbidden, ObjectRef
 from config.presets.catalog import Presets, builtin_presets
 from config.redacting import redacted
+from inference.checkpoints.weight_files import PICKLE_SUFFIXES
 from worker.messages.generation_id import GenerationId
 from worker.messages.job import JobRejected
 
 MAX_REASON_CHARS = 400
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +48,8 @@ def located(field: str, text: str | None, rules: JobRules, reject: Rejection) ->
         return rules.locate(text)
     except LocationForbidden as error:
         raise reject("INPUT_FORBIDDEN", f"{field}: {error}") from error
+
+
+def is_pickle(ref: ObjectRef) -> bool:
+    """Return whether the object's name ends as pickles do, in any case."""
+    return ref.key.lower().endswith(PICKLE_SUFFIXES)

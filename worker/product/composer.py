@@ -11,9 +11,9 @@ from inference.request import GenerationRequest, GenerationResult, Picture, Sour
 from watermark.decoding import PictureMode
 from watermark.geometry import Rect
 from watermark.product.compositing import compose
-from watermark.product.masks import around, product_mask, restore_masked
-from watermark.product.placement import place, size_in
-from watermark.product.template_match import find
+from watermark.product.masks import product_mask, repaint_mask, restore_masked
+from watermark.product.placement import fitted_size, place_product
+from watermark.product.template_match import match_template
 from watermark.resizing import fit
 from worker.errors import JobFailed
 from worker.jobs.engine_client import GeneratedImages, ProgressSpan
@@ -110,7 +110,7 @@ class ProductComposer:
             if kept is not None and kept.is_changed:
                 composite = self._fitted(kept.picture)
                 return composite, self._place_in(composite, cutout)
-            at = place(background, cutout.size, self._product.layout)
+            at = place_product(background, cutout.size, self._product.layout)
             if kept is not None:
                 return self._fitted(kept.picture), at
             composite = compose(background, cutout, at, shadow=self._product.shadow)
@@ -140,7 +140,7 @@ class ProductComposer:
         request = replace(
             self.request,
             request_id=f"{self.request.request_id}:refine",
-            source=Source(composite.tobytes(), self._strength, around(mask).tobytes()),
+            source=Source(composite.tobytes(), self._strength, repaint_mask(mask).tobytes()),
         )
         refined = self._drawn(request, ProgressSpan(self.background_steps, self._refining_steps, self._num_steps))
         with self.workshop.stage("compose"):
@@ -150,7 +150,7 @@ class ProductComposer:
 
     def _place_in(self, composite: Image.Image, cutout: Image.Image) -> Rect | None:
         """Where the product stands in a composite that a person made or changed."""
-        return find(composite, cutout, size_in(composite.size, cutout.size, self._product.layout.scale))
+        return match_template(composite, cutout, fitted_size(composite.size, cutout.size, self._product.layout.scale))
 
     def _drawn(self, request: GenerationRequest, leg: ProgressSpan) -> Image.Image:
         result = self.workshop.draw(request, leg)

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from inference.process.child_handle import path_variables
-from watermark.product.cutout import NothingCut, bounded, has_own_alpha, judged, trimmed
+from watermark.product.cutout import CutoutFailed, check_cutout, has_transparency, limit_size, trim
 from worker.errors import CuttingFailed, JobFailed
 
 # On one slow core; u2net.onnx takes some seconds there.
@@ -44,15 +44,15 @@ class Cutter:
         """
         try:
             self.check(picture, field)
-            if self._model is None or has_own_alpha(picture):
-                return trimmed(picture)
-            return judged(self._by_model(self._model, bounded(picture.convert("RGB")), raise_if_unwanted))
-        except NothingCut as error:
+            if self._model is None or has_transparency(picture):
+                return trim(picture)
+            return check_cutout(self._by_model(self._model, limit_size(picture.convert("RGB")), raise_if_unwanted))
+        except CutoutFailed as error:
             raise JobFailed("IMAGE_INVALID", f"{field}: {error}; send a cut-out as product.cutout_path") from error
 
     def check(self, picture: Image.Image, field: str) -> None:
         """Raise `JobFailed` where there is nothing to cut the picture out with."""
-        if self._model is None and not has_own_alpha(picture):
+        if self._model is None and not has_transparency(picture):
             raise JobFailed(
                 "UNSUPPORTED_BY_MODEL",
                 f"{field} has no alpha and this worker has no CUTOUT_MODEL: send a cut-out with alpha as"

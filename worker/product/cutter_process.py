@@ -5,10 +5,8 @@ model's memory is taken for one picture only, and what goes wrong in a native li
 """
 
 import contextlib
-import ctypes
 import io
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +17,8 @@ import rembg
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-PR_SET_PDEATHSIG = 1
+from inference.process.parent_death import die_with_parent
+
 # rembg's sessions for a file of one's own by the side of the picture that the model takes, with its way of scaling
 # colours: U2-Net's and IS-Net's (DIS).
 SESSIONS = {320: "u2net_custom", 1024: "dis_custom"}
@@ -34,7 +33,7 @@ _Pixels = Any  # numpy's arrays of float32: height, width, channels
 def main() -> None:
     """Cut one picture out; the last line on standard error says what went wrong."""
     model, parent_pid = Path(sys.argv[1]), int(sys.argv[2])
-    _die_with(parent_pid)
+    die_with_parent(parent_pid)
     answer = _own_standard_output()
     picture = Image.open(io.BytesIO(sys.stdin.buffer.read()), formats=("PNG",)).convert("RGB")
     with answer:
@@ -84,14 +83,6 @@ def _session_name(model: Path) -> str:
     if name is None:
         raise SystemExit(f"takes pictures of {side} px; known are {' and '.join(map(str, SESSIONS))}")
     return name
-
-
-def _die_with(parent_pid: int) -> None:
-    """Have the kernel end this process with the thread that waits for its answer."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        # It ended before the line above took hold.
-        raise SystemExit("whoever asked is gone")
 
 
 def _own_standard_output() -> BinaryIO:

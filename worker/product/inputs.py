@@ -8,7 +8,7 @@ from PIL import Image
 
 from clients.storage.location import ObjectRef
 from watermark.decoding import PictureMode
-from watermark.product.cutout import NothingCut, bounded, has_own_alpha, trimmed
+from watermark.product.cutout import CutoutFailed, has_transparency, limit_size, trim
 from watermark.resizing import Fit, fit
 from worker.errors import JobFailed
 from worker.jobs.inputs.references import References
@@ -72,7 +72,7 @@ def load_inputs(product: JobProduct, how: Fit, read: Read) -> ProductInputs:
         return None if ref is None else read(ref, f"product.{field}", mode)
 
     image, cutout = picture("image_path", "RGBA"), picture("cutout_path", "RGBA")
-    image, cutout = None if image is None else bounded(image), None if cutout is None else _cut(cutout)
+    image, cutout = None if image is None else limit_size(image), None if cutout is None else _cut(cutout)
     background, composite = picture("background_image_path", "RGB"), picture("composite_path", "RGB")
     used = composite or background
     return ProductInputs(product, how, image, cutout, background, composite, proportions=used.size if used else None)
@@ -80,9 +80,9 @@ def load_inputs(product: JobProduct, how: Fit, read: Read) -> ProductInputs:
 
 def _cut(cutout: Image.Image) -> Image.Image:
     field = "product.cutout_path"
-    if not has_own_alpha(cutout):
+    if not has_transparency(cutout):
         raise JobFailed("IMAGE_INVALID", f"{field} has no transparent part: nothing is cut out; send it as image_path")
     try:
-        return trimmed(cutout)
-    except NothingCut as error:
+        return trim(cutout)
+    except CutoutFailed as error:
         raise JobFailed("IMAGE_INVALID", f"{field}: {error}") from error

@@ -92,7 +92,7 @@ class StageStore:
     def _kept(self, stage: ProductStage, mode: PictureMode) -> Kept | None:
         ref = self._ref(stage)
         try:
-            notes = self._gate.insist(lambda: self._storage.notes_of(ref)).metadata
+            notes = self._gate.insist(lambda: self._storage.read_metadata(ref)).metadata
             # Who changes an object with the usual tools takes its notes off it.
             if not (notes.get(TASK_ID) == self.job.task_id or (self._is_resuming and TASK_ID not in notes)):
                 return None

@@ -119,7 +119,7 @@ class Previewer:
         except StorageError as error:
             log_event(logger, "preview not stored", logging.WARNING, task_id=previews.task_id, reason=str(error))
         else:
-            previews.url = self._storage.url_of(previews.ref)
+            previews.url = self._storage.public_url(previews.ref)
 
 
 def encode(preview: Preview) -> bytes:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 
 from clients.storage.errors import StorageError
-from clients.webhooks import Verdict, Webhook, WebhookClient, WebhookKind
+from clients.webhooks import Webhook, WebhookClient, WebhookKind, WebhookResult
 from config.logs import log_event
 from inference.request import StepReport
 from worker.messages.generation_id import GenerationId
@@ -140,8 +140,8 @@ class ProgressReporter:
         if progress.may_have_ended and not self._is_open(progress):
             return
         attempt = self._client.send(webhook, deadline_seconds=CALL_DEADLINE_SECONDS)
-        self._metrics.webhooks.labels(webhook.kind.value, attempt.verdict.name.lower()).inc()
-        if attempt.verdict is not Verdict.DELIVERED:
+        self._metrics.webhooks.labels(webhook.kind.value, attempt.result.name.lower()).inc()
+        if attempt.result is not WebhookResult.DELIVERED:
             log_event(logger, "progress not taken", logging.DEBUG, reason=attempt.reason)
 
     def _is_open(self, progress: JobProgress) -> bool:

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from clients.webhooks import Attempt
+from clients.webhooks import WebhookAttempt
 from worker.amqp.delivery import Delivery
 from worker.results.pacing import Pacing, ParkedEvent
 
@@ -113,7 +113,7 @@ class EventPool:
         with self._changed:
             self._record_success(time.monotonic())
 
-    def record_failure(self, parked: ParkedEvent, attempt: Attempt) -> None:
+    def record_failure(self, parked: ParkedEvent, attempt: WebhookAttempt) -> None:
         """Note that the backend did not accept `parked`; where it answers again after an outage, the others are due."""
         now = time.monotonic()
         with self._changed:

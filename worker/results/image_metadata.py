@@ -11,12 +11,12 @@ from config.images import PictureSettings
 from config.logs import log_event
 from inference.request import GenerationResult, Picture
 from watermark.image_format import PictureFormat
-from watermark.provenance.provenance import Prompts, Provenance, SourceType, packet_of, png_text
+from watermark.provenance.provenance import Prompts, Provenance, SourceType, build_png_text, build_xmp
 from watermark.signature import SignedPicture
 from worker.messages.job import Job, Kind
 
 if TYPE_CHECKING:
-    from watermark.provenance.manifest import ManifestSigner
+    from watermark.provenance.c2pa import ManifestSigner
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +54,9 @@ class ImageEncoder:
         shown = provenance if self._level == "full" else replace(provenance, prompts=None)
         is_labelled = self._level != "none"
         if picture_format is PictureFormat.JPEG:
-            content = picture.encode_jpeg(packet_of(shown).encode() if is_labelled else b"")
+            content = picture.encode_jpeg(build_xmp(shown).encode() if is_labelled else b"")
         else:
-            content = picture.encode_png(png_text(shown) if is_labelled else None)
+            content = picture.encode_png(build_png_text(shown) if is_labelled else None)
         return content if self._signer is None else self._signer.sign(content, shown, picture_format)
 
     @property
@@ -72,8 +72,8 @@ def load_signer(settings: PictureSettings) -> "ManifestSigner | None":
     if settings.c2pa_certificate is None or settings.c2pa_private_key is None:
         return None
     # Some 20 MB of libraries, loaded only where a certificate is configured.
+    from watermark.provenance.c2pa import ManifestSigner  # noqa: PLC0415
     from watermark.provenance.credentials import read_credentials  # noqa: PLC0415
-    from watermark.provenance.manifest import ManifestSigner  # noqa: PLC0415
 
     return ManifestSigner(read_credentials(settings.c2pa_certificate, settings.c2pa_private_key))
 

@@ -8,9 +8,10 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from clients.storage.client import ObjectNotes, Storage
+from clients.storage.client import Storage
 from clients.storage.errors import NotSupported, ObjectNotFound, WriteConflict
 from clients.storage.location import ObjectRef
+from clients.storage.objects import ObjectMetadata
 from config.logs import log_event
 from watermark.decoding import decode_picture
 from watermark.errors import PictureInvalid, PictureTooLarge
@@ -88,7 +89,7 @@ class ImageStore:
             self.check_open(task_id)
             write = partial(self.storage.put, ref, png, **file.options)
             self._retry(write)
-        return self.storage.url_of(ref)
+        return self.storage.public_url(ref)
 
     def check_open(self, task_id: str) -> None:
         """Raise `AlreadyEnded` where the task has a recorded end, as after a long freeze of this process."""
@@ -102,7 +103,7 @@ class ImageStore:
             if self._retry(write):
                 return
             try:
-                found = self._retry(lambda: self.storage.notes_of(file.ref))
+                found = self._retry(lambda: self.storage.read_metadata(file.ref))
                 if self._is_stored(file, found):
                     return
             except ObjectNotFound:
@@ -114,7 +115,7 @@ class ImageStore:
                 return
         raise WriteConflict(f"{file.ref}: written by others {MAX_ROUNDS} times meanwhile")
 
-    def _is_stored(self, file: _File, found: ObjectNotes) -> bool:
+    def _is_stored(self, file: _File, found: ObjectMetadata) -> bool:
         """Return whether the object is this image: the write's response was lost, or another run of the task wrote it.
 
         The files of two runs differ in their creation time alone, and the stored one may have been reported.
@@ -126,7 +127,7 @@ class ImageStore:
         read = partial(self.storage.read, file.ref, max_bytes=MAX_PICTURE_BYTES)
         return _has_same_pixels(self._retry(read), file.png)
 
-    def _overwrite(self, file: _File, found: ObjectNotes) -> bool:
+    def _overwrite(self, file: _File, found: ObjectMetadata) -> bool:
         if not found.etag.startswith('"'):
             raise NotSupported(f"{file.ref}: the store gives no strong ETag to compare with")
         write = partial(

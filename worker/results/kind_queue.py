@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 
 from clients.storage.errors import StorageError
-from clients.webhooks import Verdict, WebhookKind
+from clients.webhooks import WebhookKind, WebhookResult
 from config.logs import bind, log_event
 from worker.amqp.consumer import Consumer
 from worker.amqp.delivery import Delivery
@@ -150,7 +150,7 @@ class KindQueue:
             self._consumer.ack(parked.delivery)
             return
         attempt = self._notifier.send_once(parked.event)
-        if attempt.verdict is Verdict.DELIVERED:
+        if attempt.result is WebhookResult.DELIVERED:
             self._pool.record_success()
             self._ledger.mark_delivered(parked.event)
             log_event(logger, "webhook delivered late", kind=parked.event.kind.value, attempt=parked.attempt)

@@ -71,7 +71,7 @@ class Ledger:
         """
         entries = (
             Entry(found.modified_at, found.key.removeprefix(FOLDER).removesuffix(SUFFIX))
-            for found in self._storage.each_below(self.bucket, FOLDER)
+            for found in self._storage.list_objects(self.bucket, FOLDER)
             if found.key.endswith(SUFFIX) and found.modified_at >= since
         )
         return heapq.nlargest(count, entries)

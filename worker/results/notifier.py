@@ -11,7 +11,7 @@ from typing import cast
 
 import tenacity
 
-from clients.webhooks import Attempt, Verdict, WebhookClient, WebhookKind
+from clients.webhooks import WebhookAttempt, WebhookClient, WebhookKind, WebhookResult
 from config.logs import log_event
 from worker.amqp.publisher import Publisher
 from worker.amqp.topology import QueueNames
@@ -42,9 +42,9 @@ def delay_after(num_attempts: int, retry_after_seconds: float | None) -> float:
     return max(planned, retry_after_seconds or 0.0)
 
 
-def is_permanent_failure(attempt: Attempt, age_seconds: float) -> bool:
+def is_permanent_failure(attempt: WebhookAttempt, age_seconds: float) -> bool:
     """Return whether an event of that age is to be dead-lettered after `attempt`. Pure."""
-    if attempt.verdict is Verdict.REJECTED or age_seconds > MAX_AGE_SECONDS:
+    if attempt.result is WebhookResult.REJECTED or age_seconds > MAX_AGE_SECONDS:
         return True
     return attempt.status == 404 and age_seconds > UNKNOWN_IS_TRANSIENT_SECONDS
 
@@ -58,7 +58,7 @@ class NotifyResult(StrEnum):
     PARKED = "parked"  # in the outbox
 
 
-_DELIVERED_ELSEWHERE = Attempt(Verdict.REJECTED, None, None, "told by another holder", False)
+_DELIVERED_ELSEWHERE = WebhookAttempt(WebhookResult.REJECTED, None, None, "told by another holder", False)
 
 
 class Notifier:
@@ -101,14 +101,14 @@ class Notifier:
         """Deliver `event`, park it, or dead-letter it. Raises `PublishFailed` where none was possible."""
         if event.is_delivered:
             return NotifyResult.KNOWN
-        attempts: list[Attempt] = []
+        attempts: list[WebhookAttempt] = []
         last = self._send_with_retries(event, attempts)
-        if last.verdict is Verdict.DELIVERED:
+        if last.result is WebhookResult.DELIVERED:
             self._ledger.mark_delivered(event)
             return NotifyResult.DELIVERED
         if last is _DELIVERED_ELSEWHERE:
             return NotifyResult.KNOWN
-        if last.verdict is Verdict.REJECTED:
+        if last.result is WebhookResult.REJECTED:
             self.dead_letter(event.to_json(), f"the backend refused the {event.kind.value} webhook: {last.reason}")
             return NotifyResult.REFUSED
 
@@ -132,29 +132,29 @@ class Notifier:
         log_event(logger, "end not recorded yet", logging.ERROR, kind=event.kind.value, reason=reason)
         return NotifyResult.PARKED
 
-    def send_once(self, event: TerminalEvent) -> Attempt:
+    def send_once(self, event: TerminalEvent) -> WebhookAttempt:
         """Send the webhook once; count the attempt and report it to the breakers.
 
         A status that rejects the event is a retry where the address breaker is open: the backend rejects every event.
         """
         attempt = self._client.send(event.webhook, deadline_seconds=CALL_DEADLINE_SECONDS)
-        self._metrics.webhooks.labels(event.kind.value, attempt.verdict.name.lower()).inc()
+        self._metrics.webhooks.labels(event.kind.value, attempt.result.name.lower()).inc()
         if attempt.status in REFUSING_STATUSES:
             self._breaker.refuse(attempt.reason, of=event.webhook.webhook_id)
         elif attempt.status is not None:
             self._breaker.accept()
         if attempt.is_ambiguous:
             self._metrics.webhooks_ambiguous.inc()
-        if attempt.verdict is Verdict.DELIVERED:
+        if attempt.result is WebhookResult.DELIVERED:
             self._failing.discard(event.kind)
             self._taken_at[event.kind] = time.monotonic()
             self.address_breaker.accept()
         elif attempt.status in ADDRESS_STATUSES:
             self.address_breaker.refuse(event.webhook.webhook_id, cast(int, attempt.status))
-            return replace(attempt, verdict=Verdict.RETRY) if self.address_breaker.is_open else attempt
+            return replace(attempt, result=WebhookResult.RETRY) if self.address_breaker.is_open else attempt
         return attempt
 
-    def is_permanent_failure(self, attempt: Attempt, age_seconds: float) -> bool:
+    def is_permanent_failure(self, attempt: WebhookAttempt, age_seconds: float) -> bool:
         """Return whether an event of that age is to be dead-lettered after `attempt`, given the address breaker."""
         if attempt.status == 404 and self.address_breaker.is_open:
             return age_seconds > MAX_AGE_SECONDS
@@ -165,8 +165,8 @@ class Notifier:
         self._publisher.publish(self._names.dead, body, attempt=attempt, reason=reason)
         log_event(logger, "dead letter", logging.ERROR, reason=reason)
 
-    def _send_with_retries(self, event: TerminalEvent, attempts: list[Attempt]) -> Attempt:
-        def once() -> Attempt:
+    def _send_with_retries(self, event: TerminalEvent, attempts: list[WebhookAttempt]) -> WebhookAttempt:
+        def once() -> WebhookAttempt:
             # During a wait, or while this process was frozen after recording, another worker may have delivered it.
             is_delivered = (bool(attempts) or _is_stale(event)) and self._ledger.is_delivered(event)
             attempts.append(_DELIVERED_ELSEWHERE if is_delivered else self.send_once(event))
@@ -174,7 +174,7 @@ class Notifier:
 
         patience = 0.0 if event.kind in self._failing else PATIENCE_SECONDS
         tries = tenacity.Retrying(
-            retry=tenacity.retry_if_result(lambda attempt: attempt.verdict is Verdict.RETRY),
+            retry=tenacity.retry_if_result(lambda attempt: attempt.result is WebhookResult.RETRY),
             wait=lambda state: jittered(delay_after(state.attempt_number, attempts[-1].retry_after_seconds)),
             stop=tenacity.stop_before_delay(patience) | tenacity.stop_when_event_set(self._is_draining),
             sleep=tenacity.sleep_using_event(self._is_draining),

@@ -97,7 +97,7 @@ class SnapshotStore:
     def read_all(self) -> list[UndeliveredEvent]:
         """Return the events of all recent snapshots. An unreadable snapshot is left out, and logged."""
         found: list[UndeliveredEvent] = []
-        for snapshot in self._storage.each_below(self._bucket, FOLDER):
+        for snapshot in self._storage.list_objects(self._bucket, FOLDER):
             if time.time() - snapshot.modified_at.timestamp() < MAX_SNAPSHOT_AGE_SECONDS:
                 found += self._read(ObjectRef(self._bucket, snapshot.key))
         return found

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from clients.webhooks import CONNECT_TIMEOUT_SECONDS, MAX_RETRY_AFTER_SECONDS, Attempt
+from clients.webhooks import CONNECT_TIMEOUT_SECONDS, MAX_RETRY_AFTER_SECONDS, WebhookAttempt
 from worker.amqp.delivery import Delivery
 from worker.results.notifier import delay_after, jittered
 from worker.results.terminal_event import TerminalEvent
@@ -66,7 +66,7 @@ class ParkedEvent:
         """Seconds since it was first parked."""
         return time.time() - self.delivery.since
 
-    def record_failure(self, attempt: Attempt, now: float) -> None:
+    def record_failure(self, attempt: WebhookAttempt, now: float) -> None:
         """Count a failed attempt and set when the next is due."""
         self.attempt += 1
         self.num_tries += 1
@@ -146,7 +146,7 @@ class Pacing:
         self.next_call_at, self._num_pauses = 0.0, 0
         self._is_accepting, self._is_unavailable = True, False
 
-    def record_failure(self, parked: ParkedEvent, attempt: Attempt, now: float, *, num_parked: int) -> bool:
+    def record_failure(self, parked: ParkedEvent, attempt: WebhookAttempt, now: float, *, num_parked: int) -> bool:
         """Count a failure of one of `num_parked` events; return whether the backend answers again after an outage."""
         if is_unavailable(attempt):
             self._is_unavailable = True
@@ -171,6 +171,6 @@ class Pacing:
             self.next_call_at = now + jittered(delay_after(self._num_pauses, None))
 
 
-def is_unavailable(attempt: Attempt) -> bool:
+def is_unavailable(attempt: WebhookAttempt) -> bool:
     """Return whether the failure means that no event would be accepted: no connection, a wrong token, a rate limit."""
     return (attempt.status is None and not attempt.is_ambiguous) or attempt.status in BACKEND_STATUSES

@@ -11,9 +11,8 @@ from benchmarks.sets import Job
 from inference.engine.conditioner import Conditioner
 from inference.lane import ActiveRequest, Conditioning, Embedding, Lane
 from inference.lora.adapter_key import AdapterKey
-from inference.lora.bank import AppliedAdapter
+from inference.lora.bank import AppliedAdapter, RowAdapters
 from inference.models.base import Family
-from worker.cli.report.rows import Row
 
 
 class Forwards:
@@ -60,7 +59,7 @@ class Forwards:
         with torch.inference_mode():
             return self.family.denoise([self.lanes[number]])[0]
 
-    def _lane(self, job: Job, row: Row) -> Lane:
+    def _lane(self, job: Job, row: RowAdapters) -> Lane:
         request = request_of(job, self.model)
         self.family.prepare(request)
         keys = tuple(AdapterKey.of(file) for file in request.adapters)
@@ -71,7 +70,7 @@ class Forwards:
         return lane
 
 
-def fill_bank(family: Family, jobs: Sequence[Job]) -> list[Row]:
+def fill_bank(family: Family, jobs: Sequence[Job]) -> list[RowAdapters]:
     """Write every adapter into pages of its own; each job's row."""
     places: dict[Any, tuple[int, ...]] = {}
     next_page = 1  # page 0 is zero

@@ -14,9 +14,10 @@ import pytest
 from clients.cutoff import cutoff, is_cut_off
 from clients.storage.cache import STALE_PART_SECONDS, CacheFull, DownloadCache
 from clients.storage.claimed_folder import ClaimedFolder
-from clients.storage.client import ObjectStat, Storage
+from clients.storage.client import Storage
 from clients.storage.errors import ObjectChanged, ObjectNotFound, ObjectTooLarge, StorageUnavailable
 from clients.storage.location import ObjectRef
+from clients.storage.objects import ObjectStat
 from config.store import StoreSettings
 from tests.support.paths import ROOT
 

@@ -11,7 +11,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from clients.gpu import GpuReading, GpuReadings
 from config.model import ModelSettings
 from inference.checkpoints import memory_plan
-from inference.checkpoints.checkpoint import identify, load_pipeline
+from inference.checkpoints.checkpoint import identify
 from inference.checkpoints.memory_plan import (
     RESERVE_BYTES,
     Placement,
@@ -23,10 +23,11 @@ from inference.checkpoints.memory_plan import (
     plan_and_warn,
 )
 from inference.checkpoints.offload import offload_in_turns
+from inference.checkpoints.pipeline import load_pipeline
 from inference.errors import EngineStartFailed
 from tests.support.models.tiny_models import build_tiny_sd
 from worker.cli.check.checks import CheckFailed
-from worker.cli.check.memory import check_memory
+from worker.cli.check.machine import check_memory
 
 SDXL = {"text_encoder": 246_000_000, "text_encoder_2": 1_389_000_000, "unet": 5_135_000_000, "vae": 167_000_000}
 TOTAL = sum(SDXL.values())

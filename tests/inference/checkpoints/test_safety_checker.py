@@ -12,7 +12,8 @@ import safetensors.torch
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
-from inference.checkpoints.checkpoint import identify, weight_bytes
+from inference.checkpoints.checkpoint import identify
+from inference.checkpoints.pipeline import weight_bytes
 from inference.engine.local_engine import LocalEngine
 from inference.errors import EngineStartFailed, RequestFailed
 from inference.request import GenerationRequest

@@ -166,9 +166,9 @@ def test_a_preview_makes_no_step_wait(model: FullModel, name: str) -> None:
     (prediction,) = model.family.denoise([lane])
 
     with model.cuda.counting() as tally:
-        previews.look_at(lane, prediction)
+        previews.project(lane, prediction)
         sampler_of(lane).advance(prediction)
-        previews.hand_over()
+        previews.deliver()
 
     assert tally.stalls == []
     assert lane.owner.preview is not None

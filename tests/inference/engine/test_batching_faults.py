@@ -13,11 +13,11 @@ import torch
 
 import inference.engine.batcher
 from inference.device.decoded_image import DecodedImage
-from inference.engine.shortages import TRIES_ALONE, TRIES_BESIDE_OTHERS
+from inference.engine.out_of_memory import TRIES_ALONE, TRIES_BESIDE_OTHERS
 from inference.errors import EngineClosed, EngineFault, RequestCancelled, RequestFailed
 from inference.lane import Embedding, Lane
 from inference.lora.adapter import Adapter
-from inference.lora.bank import AdapterBank, PackedAdapter
+from inference.lora.bank import AdapterBank, PackedAdapter, RowAdapters
 from inference.models.base import Prompt
 from inference.request import AdapterFile, GenerationRequest
 from inference.sampling.samplers import Sampler
@@ -33,7 +33,6 @@ from tests.support.engine.watched_engine import (
 )
 from tests.support.images.pictures import MIN_PSNR_DB, images_of, plain, psnr, solo
 from tests.support.models.tiny_models import EVERY_LAYER, build_tiny_sd, load_pipe, write_adapter
-from worker.cli.report.rows import Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -339,7 +338,7 @@ class ShortModel(FullModel):
         self._run_short("pack")
         return super().pack(adapter)
 
-    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[Row]) -> list[Embedding]:
+    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[RowAdapters]) -> list[Embedding]:
         if any(prompt.text == self.NEEDY for prompt in prompts):
             self._run_short("encode")
         return super().encode(prompts, adapters)

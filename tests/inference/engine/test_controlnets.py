@@ -527,7 +527,7 @@ def test_the_memory_that_is_kept_for_controlnets_is_what_all_take_or_the_limit(m
 
 
 def test_check_tells_of_the_memory_for_controlnets(models: Models) -> None:
-    from worker.cli.check.memory import check_memory  # it brings what a GPU machine may not have
+    from worker.cli.check.machine import check_memory  # it brings what a GPU machine may not have
 
     named = f"pose={models.controlnet('sd', 'pose')},depth={models.controlnet('sd', 'depth')}"
 

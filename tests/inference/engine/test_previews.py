@@ -255,9 +255,9 @@ def test_what_has_not_arrived_from_the_device_is_waited_for_by_nobody_and_comes_
     copy = HostCopy(torch.full((2, 3, 3), 7, dtype=torch.uint8), arrival)
     previews._copies.append(_Projected(active, copy))
 
-    previews.hand_over()
+    previews.deliver()
     assert active.preview is None
     arrival.has_come = True
-    previews.hand_over()
+    previews.deliver()
 
     assert active.preview == Preview(3, 2, bytes([7]) * 18)

@@ -16,7 +16,7 @@ import torch
 
 from inference.lora.adapter import check_fits, read_adapter
 from inference.lora.bank import AdapterBank
-from inference.lora.files import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterUnsupported
+from inference.lora.errors import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterUnsupported
 from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, KeyNaming, sdxl
 from inference.lora.tensor_names import OTHER_METHODS
 from tests.support.models.tiny_models import (

@@ -703,7 +703,7 @@ def test_closing_waits_for_no_picture_that_a_child_does_not_read(new_fake: Calla
     assert fake.engine.pid is not None
     os.kill(fake.engine.pid, signal.SIGSTOP)
     fake.ask("a", source=Source(bytes(PICTURE_BYTES), 1.0))
-    eventually(lambda: fake.engine._quarantine.inside)
+    eventually(lambda: fake.engine._requests.inside)
 
     threading.Thread(target=fake.engine.close, daemon=True).start()
 

@@ -10,8 +10,9 @@ import torch
 
 from inference.errors import RequestFailed
 from inference.sampling import samplers as sampling
-from inference.sampling.samplers import Sampler, Samplers, SchedulerSampler, SourceLatents, TrajectorySampler
+from inference.sampling.samplers import Sampler, Samplers, SchedulerSampler, TrajectorySampler
 from inference.sampling.schedulers import DIFFUSION, FLOW, SchedulerTable, parameters_of, set_timesteps
+from inference.sampling.source_blend import SourceLatents
 from inference.sampling.trajectory import StepPlan
 from tests.support.copies import NOWHERE, Copies
 from tests.support.paths import DEMO_MODEL

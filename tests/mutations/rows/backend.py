@@ -53,8 +53,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "clients/webhooks.py",
-                "return Attempt(Verdict.RETRY, None, None, reason, watch.was_sent)",
-                "return Attempt(Verdict.REJECTED, None, None, reason, watch.was_sent)",
+                "return WebhookAttempt(WebhookResult.RETRY, None, None, reason, timer.was_sent)",
+                "return WebhookAttempt(WebhookResult.REJECTED, None, None, reason, timer.was_sent)",
             ),
         ),
         also=(
@@ -127,8 +127,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "clients/webhooks.py",
-                'return Attempt(Verdict.REJECTED, status, None, f"HTTP {status}", False)',
-                'return Attempt(Verdict.RETRY, status, None, f"HTTP {status}", False)',
+                'return WebhookAttempt(WebhookResult.REJECTED, status, None, f"HTTP {status}", False)',
+                'return WebhookAttempt(WebhookResult.RETRY, status, None, f"HTTP {status}", False)',
             ),
         ),
         also=(

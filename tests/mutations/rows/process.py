@@ -65,7 +65,7 @@ ROWS: tuple[Row, ...] = (
         "a worker is killed and leaves an engine that hangs",
         "the kernel ends the engine within a second, and its job is the next worker's",
         tests=(f"{LIVE}test_an_engine_that_hangs_dies_with_its_worker_and_ends_no_job",),
-        without=(Mutation("inference/process/child.py", "    _die_with(parent_pid=int(sys.argv[2]))\n", ""),),
+        without=(Mutation("inference/process/child.py", "    die_with_parent(int(sys.argv[2]))\n", ""),),
         also=(f"{REAL_ENGINE}test_a_killed_worker_leaves_its_job_to_the_next_one",),
     ),
     Row(
@@ -154,7 +154,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{BATCHING}test_lanes_that_do_not_fit_are_halved_and_the_cap_holds_for_a_while",),
         without=(
             Mutation(
-                "inference/engine/step_loop.py",
+                "inference/engine/batch_runner.py",
                 "while isinstance(guarded.error, torch.OutOfMemoryError) and len(batch) > 1:",
                 "while False:",
             ),

@@ -15,11 +15,11 @@ from PIL import Image
 from config.model import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.lane import Embedding, Lane
+from inference.lora.bank import RowAdapters
 from inference.models.base import Family, Prompt
 from inference.request import EngineLoad, GenerationRequest, GenerationResult, StepReport
 from tests.support.engine.engine_requests import request_of
 from tests.support.images.pictures import images_of, settings_of
-from worker.cli.report.rows import Row
 
 # Far above what any test waits for; below the suite's own limit, so that the failure says where it hung.
 PATIENCE_SECONDS = 300.0
@@ -31,7 +31,7 @@ class WatchedModel(Family):
     batches: list[list[Lane]]
     encoded: list[str]
 
-    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[Row]) -> list[Embedding]:
+    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[RowAdapters]) -> list[Embedding]:
         self.encoded += [prompt.text for prompt in prompts]
         return super().encode(prompts, adapters)  # type: ignore[safe-super]
 

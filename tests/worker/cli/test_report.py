@@ -19,11 +19,9 @@ from clients.webhooks import WebhookKind
 from config.store import StoreSettings
 from tests.support.servers.clients_servers import AnsweringServer, answer, refused_url
 from worker.cli.main import app
-from worker.cli.report.axis import Axis
-from worker.cli.report.bars import Bar, cells, legend
-from worker.cli.report.rows import Row, Stretch, row_of
-from worker.cli.report.summary import summarise
-from worker.monitoring.stages import REST, STAGES
+from worker.cli.report.bars import Axis, Bar, cells, legend
+from worker.cli.report.rows import Row, Stretch, row_of, summarise
+from worker.cli.report.stages import REST, STAGES
 from worker.results.ledger import Entry, Ledger
 from worker.results.terminal_event import TerminalEvent, failed_event
 
@@ -306,7 +304,7 @@ def test_a_listing_of_many_pages_is_gone_through_to_its_end(operator: Operator) 
     for number in range(7):
         operator.write(f"jobs/{number}.json", b"{}")
 
-    found = list(operator.storage.each_below(operator.ledger.bucket, "jobs/", page_keys=3))
+    found = list(operator.storage.list_objects(operator.ledger.bucket, "jobs/", page_keys=3))
 
     assert [one.key for one in found] == [f"jobs/{number}.json" for number in range(7)]
     assert all(abs(one.modified_at - datetime.now(UTC)) < timedelta(minutes=1) for one in found)

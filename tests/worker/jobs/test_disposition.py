@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from clients.storage.errors import ObjectNotFound, StorageError, StorageUnavailable
-from clients.webhooks import Attempt, WebhookKind
-from clients.webhooks import Verdict as Answer
+from clients.webhooks import WebhookAttempt, WebhookKind, WebhookResult
 from inference.errors import (
     EngineClosed,
     EngineCrashed,
@@ -134,8 +133,8 @@ def test_every_verdict_that_fails_a_job_has_a_code_and_a_message() -> None:
 # --- Telling the backend
 
 
-def answered(status: int | None, verdict: Answer = Answer.RETRY) -> Attempt:
-    return Attempt(verdict, status, None, f"HTTP {status}", is_ambiguous=False)
+def answered(status: int | None, verdict: WebhookResult = WebhookResult.RETRY) -> WebhookAttempt:
+    return WebhookAttempt(verdict, status, None, f"HTTP {status}", is_ambiguous=False)
 
 
 def test_the_waits_between_attempts_grow_and_then_stay() -> None:
@@ -152,7 +151,7 @@ def test_a_retry_after_lengthens_a_wait_and_never_shortens_it(
 @pytest.mark.parametrize(
     ("attempt", "age_seconds", "hopeless"),
     [
-        (answered(400, Answer.REJECTED), 0.0, True),
+        (answered(400, WebhookResult.REJECTED), 0.0, True),
         (answered(404), UNKNOWN_IS_TRANSIENT_SECONDS - 1, False),
         (answered(404), UNKNOWN_IS_TRANSIENT_SECONDS + 1, True),
         (answered(500), UNKNOWN_IS_TRANSIENT_SECONDS + 1, False),
@@ -163,7 +162,7 @@ def test_a_retry_after_lengthens_a_wait_and_never_shortens_it(
     ],
 )
 def test_an_event_is_given_up_when_it_is_refused_unknown_for_a_minute_or_a_day_old(
-    attempt: Attempt, age_seconds: float, hopeless: bool
+    attempt: WebhookAttempt, age_seconds: float, hopeless: bool
 ) -> None:
     assert is_permanent_failure(attempt, age_seconds) is hopeless
 

@@ -28,7 +28,7 @@ from tests.worker.messages.test_decoder import (
     message,
     to_bytes,
 )
-from worker.jobs.cancellations import decode_cancel
+from worker.messages.cancel import decode_cancel
 from worker.messages.decoder import MAX_BODY_BYTES, decode, rules_from
 from worker.messages.job import JobRejected, Undecodable
 from worker.messages.json_schemas import MODELS, as_text, schema_of, write

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from clients.webhooks import Attempt, Verdict, Webhook, WebhookKind
+from clients.webhooks import Webhook, WebhookAttempt, WebhookKind, WebhookResult
 from inference.request import StepReport
 from tests.support.world import HANG_SECONDS
 from worker.metrics import Metrics
@@ -15,8 +15,8 @@ from worker.progress.previews import Previewer
 from worker.progress.reporter import JobProgress, ProgressReporter
 
 MILESTONES = (0, 25, 50, 75, 90)
-TAKEN = Attempt(Verdict.DELIVERED, 200, None, "HTTP 200", is_ambiguous=False)
-REFUSED = Attempt(Verdict.REJECTED, 404, None, "HTTP 404", is_ambiguous=False)
+TAKEN = WebhookAttempt(WebhookResult.DELIVERED, 200, None, "HTTP 200", is_ambiguous=False)
+REFUSED = WebhookAttempt(WebhookResult.REJECTED, 404, None, "HTTP 404", is_ambiguous=False)
 # Nothing is stored by it, as no report has a preview.
 NO_PREVIEWS = Previewer(storage=None, bucket="results")  # type: ignore[arg-type]
 
@@ -31,7 +31,7 @@ class SlowBackend:
         self.begun: queue.Queue[Webhook] = queue.Queue()
         self.ended: list[Webhook] = []
 
-    def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
+    def send(self, webhook: Webhook, *, deadline_seconds: float) -> WebhookAttempt:
         assert 0 < deadline_seconds <= 5
         self.begun.put(webhook)
         assert self.is_free.wait(HANG_SECONDS)

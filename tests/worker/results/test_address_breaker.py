@@ -2,7 +2,7 @@
 
 import pytest
 
-from clients.webhooks import Attempt, Verdict
+from clients.webhooks import WebhookAttempt, WebhookResult
 from tests.worker.results.test_notifier import FAILING, NAMES, TAKEN, Parts, ScriptedClient, complete
 from tests.worker.test_breakers import Clock
 from worker.results.address_breaker import (
@@ -17,8 +17,8 @@ from worker.results.notifier import MAX_AGE_SECONDS
 MANY = 2 * REFUSALS_TO_OPEN
 
 
-def refused(status: int) -> Attempt:
-    return Attempt(Verdict.REJECTED, status, None, f"HTTP {status}", is_ambiguous=False)
+def refused(status: int) -> WebhookAttempt:
+    return WebhookAttempt(WebhookResult.REJECTED, status, None, f"HTTP {status}", is_ambiguous=False)
 
 
 def tell_many(parts: Parts, count: int = MANY) -> list[str]:
@@ -37,7 +37,7 @@ def test_ends_refused_in_a_row_open_the_breaker_and_from_then_on_none_is_a_dead_
 
 
 def test_a_generation_that_is_unknown_for_minutes_is_no_dead_letter_where_all_are_unknown() -> None:
-    unknown = Attempt(Verdict.RETRY, 404, None, "HTTP 404", is_ambiguous=False)
+    unknown = WebhookAttempt(WebhookResult.RETRY, 404, None, "HTTP 404", is_ambiguous=False)
     parts = Parts(ScriptedClient(unknown))
     assert parts.notifier.is_permanent_failure(unknown, 61)
 
@@ -58,7 +58,7 @@ def test_one_that_is_taken_between_begins_the_count_anew() -> None:
 
 
 def test_one_end_refused_again_and_again_counts_once() -> None:
-    unknown = Attempt(Verdict.RETRY, 404, None, "HTTP 404", is_ambiguous=False)
+    unknown = WebhookAttempt(WebhookResult.RETRY, 404, None, "HTTP 404", is_ambiguous=False)
     parts = Parts(ScriptedClient(unknown))
 
     for _ in range(MANY):

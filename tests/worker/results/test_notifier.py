@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from clients.storage.errors import StorageUnavailable
-from clients.webhooks import Attempt, Verdict, Webhook, WebhookKind
+from clients.webhooks import Webhook, WebhookAttempt, WebhookKind, WebhookResult
 from tests.support.world import HANG_SECONDS
 from worker.amqp.delivery import Delivery
 from worker.amqp.publisher import PublishFailed
@@ -25,23 +25,23 @@ from worker.results.terminal_event import TerminalEvent, failed_event
 NAMES = QueueNames("image_generation")
 A_MOMENT_SECONDS = 0.15
 
-TAKEN = Attempt(Verdict.DELIVERED, 200, None, "HTTP 200", is_ambiguous=False)
-FAILING = Attempt(Verdict.RETRY, 500, None, "HTTP 500", is_ambiguous=False)
-LATER = Attempt(Verdict.RETRY, 503, 3600.0, "HTTP 503", is_ambiguous=False)
-UNKNOWN = Attempt(Verdict.RETRY, 404, None, "HTTP 404", is_ambiguous=False)
-REFUSED = Attempt(Verdict.REJECTED, 422, None, "HTTP 422", is_ambiguous=False)
-FORBIDDEN = Attempt(Verdict.RETRY, 403, None, "HTTP 403", is_ambiguous=False)
-BROKEN = Attempt(Verdict.RETRY, None, None, "the connection broke", is_ambiguous=True)
+TAKEN = WebhookAttempt(WebhookResult.DELIVERED, 200, None, "HTTP 200", is_ambiguous=False)
+FAILING = WebhookAttempt(WebhookResult.RETRY, 500, None, "HTTP 500", is_ambiguous=False)
+LATER = WebhookAttempt(WebhookResult.RETRY, 503, 3600.0, "HTTP 503", is_ambiguous=False)
+UNKNOWN = WebhookAttempt(WebhookResult.RETRY, 404, None, "HTTP 404", is_ambiguous=False)
+REFUSED = WebhookAttempt(WebhookResult.REJECTED, 422, None, "HTTP 422", is_ambiguous=False)
+FORBIDDEN = WebhookAttempt(WebhookResult.RETRY, 403, None, "HTTP 403", is_ambiguous=False)
+BROKEN = WebhookAttempt(WebhookResult.RETRY, None, None, "the connection broke", is_ambiguous=True)
 
 
 class ScriptedClient:
     """Answers with its script, one attempt after the other, and with the last for ever."""
 
-    def __init__(self, *script: Attempt) -> None:
+    def __init__(self, *script: WebhookAttempt) -> None:
         self.script = list(script)
         self.sent: list[Webhook] = []
 
-    def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
+    def send(self, webhook: Webhook, *, deadline_seconds: float) -> WebhookAttempt:
         assert 0 < deadline_seconds <= 20
         self.sent.append(webhook)
         return self.script.pop(0) if len(self.script) > 1 else self.script[0]
@@ -54,11 +54,11 @@ class ScriptedClient:
 class HeldClient(ScriptedClient):
     """Keeps each call waiting until it is let go."""
 
-    def __init__(self, *script: Attempt) -> None:
+    def __init__(self, *script: WebhookAttempt) -> None:
         super().__init__(*script)
         self.is_free = threading.Event()
 
-    def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
+    def send(self, webhook: Webhook, *, deadline_seconds: float) -> WebhookAttempt:
         attempt = super().send(webhook, deadline_seconds=deadline_seconds)
         assert self.is_free.wait(HANG_SECONDS)
         return attempt
@@ -286,7 +286,7 @@ def test_a_kind_that_was_just_parked_gets_one_try_until_one_is_taken() -> None:
 
 
 @pytest.mark.parametrize("attempt", [FAILING, REFUSED])
-def test_an_event_that_can_be_left_nowhere_is_the_caller_s_to_keep(attempt: Attempt) -> None:
+def test_an_event_that_can_be_left_nowhere_is_the_caller_s_to_keep(attempt: WebhookAttempt) -> None:
     parts = Parts(ScriptedClient(attempt), publisher=KeepingPublisher(is_down=True))
 
     with pytest.raises(PublishFailed):
@@ -386,7 +386,7 @@ def test_an_event_another_worker_has_delivered_meanwhile_is_acked_without_a_call
 
 
 @pytest.mark.parametrize(("attempt", "age_seconds"), [(UNKNOWN, 61.0), (REFUSED, 0.0), (FAILING, MAX_AGE_SECONDS + 1)])
-def test_an_event_without_hope_is_buried_and_acked(started: Start, attempt: Attempt, age_seconds: float) -> None:
+def test_an_event_without_hope_is_buried_and_acked(started: Start, attempt: WebhookAttempt, age_seconds: float) -> None:
     parts = started(Parts(ScriptedClient(attempt)))
 
     parts.outbox.on_delivery(delivered(failed().to_json(), age_seconds=age_seconds))
@@ -399,7 +399,7 @@ def test_an_event_without_hope_is_buried_and_acked(started: Start, attempt: Atte
 
 
 @pytest.mark.parametrize(("attempt", "age_seconds"), [(UNKNOWN, 30.0), (FAILING, 3600.0)])
-def test_an_event_with_hope_stays_with_the_broker(started: Start, attempt: Attempt, age_seconds: float) -> None:
+def test_an_event_with_hope_stays_with_the_broker(started: Start, attempt: WebhookAttempt, age_seconds: float) -> None:
     parts = started(Parts(ScriptedClient(attempt)))
 
     parts.outbox.on_delivery(delivered(complete().to_json(), age_seconds=age_seconds))
@@ -446,7 +446,7 @@ def test_one_success_lets_the_whole_lane_through_and_the_waits_begin_anew(starte
 
 def test_a_kind_the_backend_chokes_on_does_not_hold_up_the_other(started: Start) -> None:
     class ChokingClient(ScriptedClient):
-        def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
+        def send(self, webhook: Webhook, *, deadline_seconds: float) -> WebhookAttempt:
             super().send(webhook, deadline_seconds=deadline_seconds)
             return FAILING if webhook.kind is WebhookKind.FAILED else TAKEN
 
@@ -462,17 +462,17 @@ def test_a_kind_the_backend_chokes_on_does_not_hold_up_the_other(started: Start)
 class ChoosyClient(ScriptedClient):
     """Takes every event but those of the tasks in `bad`."""
 
-    def __init__(self, bad: dict[str, Attempt]) -> None:
+    def __init__(self, bad: dict[str, WebhookAttempt]) -> None:
         super().__init__(TAKEN)
         self._bad = bad
 
-    def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
+    def send(self, webhook: Webhook, *, deadline_seconds: float) -> WebhookAttempt:
         taken = super().send(webhook, deadline_seconds=deadline_seconds)
         return self._bad.get(webhook.webhook_id.partition(":")[0], taken)
 
 
 @pytest.mark.parametrize("bad", [FAILING, LATER, UNKNOWN, BROKEN], ids=lambda bad: bad.reason)
-def test_events_that_are_never_taken_do_not_hold_up_others_of_their_kind(started: Start, bad: Attempt) -> None:
+def test_events_that_are_never_taken_do_not_hold_up_others_of_their_kind(started: Start, bad: WebhookAttempt) -> None:
     parts = started(Parts(ChoosyClient({f"bad-{number}": bad for number in range(3)})))
     for number in range(3):
         parts.outbox.on_delivery(delivered(complete(f"bad-{number}").to_json(), tag=number))
@@ -490,7 +490,7 @@ def test_one_that_the_backend_is_silent_on_holds_up_no_other_once_some_are_taken
     class SilentOnOne(ScriptedClient):
         is_free = threading.Event()
 
-        def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
+        def send(self, webhook: Webhook, *, deadline_seconds: float) -> WebhookAttempt:
             taken = super().send(webhook, deadline_seconds=deadline_seconds)
             if webhook.webhook_id.startswith("bad"):
                 assert self.is_free.wait(HANG_SECONDS)

@@ -14,13 +14,10 @@ from config.settings import Settings
 from worker.cli.check.backend import check_backend
 from worker.cli.check.broker import BrokerProbe
 from worker.cli.check.checks import Check, CheckResult, State, run_checks
-from worker.cli.check.cutout import check_cutout
-from worker.cli.check.files import check_certificate
-from worker.cli.check.machine import check_disk, check_fonts, check_shaping
-from worker.cli.check.memory import check_gpu, check_memory
-from worker.cli.check.models import Load, check_model, load_in_own_process
+from worker.cli.check.files import check_certificate, check_fonts, check_presets, check_shaping
+from worker.cli.check.machine import check_disk, check_gpu, check_memory
+from worker.cli.check.models import Load, check_cutout, check_model, load_in_own_process
 from worker.cli.check.port import check_port
-from worker.cli.check.presets import check_presets
 from worker.cli.check.store import StoreProbe
 from worker.cli.terminal import escape_for_terminal
 

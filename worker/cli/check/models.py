@@ -1,13 +1,22 @@
-"""The model: are its files whole, does it load, does it draw? The slowest of the checks."""
+"""Check the models: the image model, the slowest of the checks, and the one that cuts products out."""
 
+import time
 from collections.abc import Callable
 
+from PIL import Image, ImageDraw
+
+from config.images import PictureSettings
 from config.model import ModelSettings
-from inference.checkpoints.checkpoint import identify, weight_bytes
+from inference.checkpoints.checkpoint import identify
+from inference.checkpoints.pipeline import weight_bytes
 from inference.errors import EngineError
 from inference.process.engine_process import EngineProcess, wait_until_ready
 from inference.request import ModelFacts
 from worker.cli.check.checks import CheckFailed
+from worker.errors import CuttingFailed, JobFailed
+from worker.product.cutter import Cutter, is_installed
+
+SIDE_PX = 256
 
 LOAD_TIMEOUT_SECONDS = 900.0
 SINGLE_PRECISION_BYTES = 4
@@ -38,3 +47,26 @@ def load_in_own_process(settings: ModelSettings) -> ModelFacts:
         engine.close()
     assert engine.facts is not None, "a ready engine has facts"  # noqa: S101
     return engine.facts
+
+
+def check_cutout(settings: PictureSettings) -> str:
+    """Cut a drawn disc out of a white picture, as of a product that has no alpha."""
+    model = settings.cutout_model
+    if model is None:
+        return "no CUTOUT_MODEL: products need alpha of their own"
+    if not is_installed():
+        raise CheckFailed("CUTOUT_MODEL is set, but rembg is not installed: pip install 'darkroom[cutout]'")
+    began_at = time.monotonic()
+    try:
+        Cutter(model).cut(_disc(), "the picture of this check", lambda: None)
+    except CuttingFailed as error:
+        raise CheckFailed(f"{model} cannot be used: {error}. Look at CUTOUT_MODEL") from error
+    except JobFailed:
+        return f"{model} answers in {time.monotonic() - began_at:.1f} s, but sees no product in a drawn disc"
+    return f"{model} cuts out, in {time.monotonic() - began_at:.1f} s"
+
+
+def _disc() -> Image.Image:
+    picture = Image.new("RGBA", (SIDE_PX, SIDE_PX), "white")
+    ImageDraw.Draw(picture).ellipse((64, 64, 192, 192), fill=(120, 40, 30))
+    return picture

@@ -28,7 +28,7 @@ class StoreProbe:
     def answer(self) -> str:
         """Does the store answer at all, and is its time ours?"""
         try:
-            ahead = self._storage.seconds_ahead(self._settings.bucket)
+            ahead = self._storage.clock_skew_seconds(self._settings.bucket)
         except StorageError as error:
             raise CheckFailed(f"{error}: is {self._place} running? look at AWS_S3_ENDPOINT_URL") from error
         if ahead is None:
@@ -89,7 +89,7 @@ class StoreProbe:
 
     def _list(self, bucket: str, folder: str) -> None:
         # Not by a HEAD, whose refusal has no code to tell a wrong key from a missing right.
-        next(self._storage.each_below(bucket, folder, page_keys=1), None)
+        next(self._storage.list_objects(bucket, folder, page_keys=1), None)
 
     def _is_removed(self, probe: ObjectRef) -> bool:
         try:

@@ -14,10 +14,8 @@ from rich.text import Text
 from clients.storage.client import Storage
 from clients.storage.errors import ObjectDamaged, ObjectTooLarge
 from config.store import StoreSettings
-from worker.cli.report.axis import Axis
-from worker.cli.report.bars import Bar, legend
-from worker.cli.report.rows import Row, row_of, unreadable
-from worker.cli.report.summary import summarise
+from worker.cli.report.bars import Axis, Bar, legend
+from worker.cli.report.rows import Row, row_of, summarise, unreadable
 from worker.cli.terminal import escape_for_terminal
 from worker.results.ledger import LONG_AGO, Entry, Ledger, key_of
 

@@ -1,10 +1,14 @@
 """What a record tells of one job's time. Never its prompt, nor the text of its error, which may quote one."""
 
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from worker.cli.report.stages import REST
 from worker.messages.generation_id import GenerationId
-from worker.monitoring.stages import REST
 from worker.results.ledger import Entry
 from worker.results.terminal_event import TerminalEvent
 
@@ -114,3 +118,35 @@ def _stretches(event: TerminalEvent) -> tuple[Stretch, ...]:
         return ()
     is_sound = all(0 <= one.seconds < MAX_MOMENT and 0 < one.began_at < MAX_MOMENT for one in found)
     return tuple(sorted(found, key=lambda one: one.began_at)) if is_sound else ()
+
+
+class StageSummary(NamedTuple):
+    """One stage over all jobs that had it; `share` of all the jobs' time, 0 to 1."""
+
+    stage: str
+    num_jobs: int
+    median_seconds: float
+    p95_seconds: float
+    share: float
+
+
+def summarise(rows: Sequence[Row]) -> list[StageSummary]:
+    """Each stage, the one that takes the most first."""
+    by_stage: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        seconds: dict[str, float] = defaultdict(float)
+        for stretch in row.stretches:
+            seconds[stretch.stage] += stretch.seconds
+        for stage, taken in seconds.items():
+            by_stage[stage].append(taken)
+    total = sum(map(sum, by_stage.values())) or 1.0
+    found = [
+        StageSummary(stage, len(taken), statistics.median(taken), _p95(taken), sum(taken) / total)
+        for stage, taken in by_stage.items()
+    ]
+    return sorted(found, key=lambda one: -one.share)
+
+
+def _p95(values: Sequence[float]) -> float:
+    """The smallest value that 95 % are not above."""
+    return sorted(values)[math.ceil(0.95 * len(values)) - 1]

@@ -26,7 +26,7 @@ from inference.request import AdapterFile, ModelFacts
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import FontMissing, OverlayInvalid, PictureInvalid, PictureTooLarge, SignatureInvalid
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
-from watermark.text.headline import Headline, headlines_of
+from watermark.text.headline import Headline, prepare_headlines
 from worker.breakers import StoreGate
 from worker.errors import JobFailed
 from worker.jobs.inputs.peft_folders import PEFT_CONFIG, PEFT_PICKLE, PEFT_WEIGHTS, WANTS_CONFIG, is_named_by_peft
@@ -89,7 +89,7 @@ class Fetcher:
 
     def _headlines(self, job: Job) -> tuple[Headline, ...]:
         try:
-            return headlines_of(job.overlays, self.font_dirs)
+            return prepare_headlines(job.overlays, self.font_dirs)
         except FontMissing as error:
             raise JobFailed("FONT_MISSING", str(error)) from error
         except OverlayInvalid as error:

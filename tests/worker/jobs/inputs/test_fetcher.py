@@ -8,7 +8,7 @@ from threading import Event
 import pytest
 
 from clients.storage.cache import DownloadCache
-from clients.storage.client import ObjectStat, Storage
+from clients.storage.client import Storage
 from clients.storage.errors import (
     AccessDenied,
     BucketNotFound,
@@ -18,6 +18,7 @@ from clients.storage.errors import (
     StorageError,
 )
 from clients.storage.location import ObjectRef
+from clients.storage.objects import ObjectStat
 from config.store import StoreSettings
 from inference.request import AdapterFile
 from tests.worker.jobs.inputs.test_references import FACTS

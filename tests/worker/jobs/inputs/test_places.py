@@ -40,7 +40,7 @@ def cache(tmp_path: Path) -> Iterator[DownloadCache]:
 @pytest.fixture(autouse=True)
 def _quickly_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.jobs.inputs.places.SLOW_AFTER_SECONDS", 0.3)
-    monkeypatch.setattr("clients.storage.client.MAX_DOWNLOAD_TRIES", 1)
+    monkeypatch.setattr("clients.storage.download.MAX_DOWNLOAD_TRIES", 1)
 
 
 def fetch(cache: DownloadCache, places: Places, ref: ObjectRef, seconds: float = HANG_SECONDS) -> bytes:

@@ -43,7 +43,7 @@ class ManifestSigner:
     def sign(self, content: bytes, provenance: Provenance, picture_format: PictureFormat) -> bytes:
         """The file with a manifest over all of its bytes. Raises `ManifestNotSigned`."""
         try:
-            return self._embed(content, manifest_of(provenance), picture_format)
+            return self._embed(content, build_manifest(provenance), picture_format)
         except c2pa.C2paError as error:
             raise ManifestNotSigned(f"the C2PA manifest cannot be signed: {error}") from error
 
@@ -54,7 +54,7 @@ class ManifestSigner:
         return signed.getvalue()
 
 
-def manifest_of(provenance: Provenance) -> dict[str, Any]:
+def build_manifest(provenance: Provenance) -> dict[str, Any]:
     """The definition of the manifest: one action, and the prompts where they may be told."""
     agent = {"name": provenance.software, "version": provenance.version}
     how = {"when": provenance.created, "digitalSourceType": provenance.source_type, "softwareAgent": agent}
