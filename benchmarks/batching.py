@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.models import ADAPTERS, ALL_LINEAR, ATTENTION, DEMO_MODEL, SIZES, AdapterKind, build, write_adapter
 from benchmarks.sets import Job, activate, image_of, psnr_db
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.lane import ActiveRequest, Conditioning, Lane
 from inference.lora.bank import AppliedAdapter
@@ -186,8 +186,8 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.local.close()
 
-    def _note(self, occupancy: EngineLoad) -> None:
-        self.num_batched.append(occupancy.num_batched)
+    def _note(self, engine_load: EngineLoad) -> None:
+        self.num_batched.append(engine_load.num_batched)
 
     def submit(
         self, job: Job, on_step: Callable[[Any], None] = lambda _: None, *, steps: int | None = None
@@ -317,12 +317,12 @@ def _overhead(bench: Bench, engine: Engine) -> dict[str, Any]:
         nonlocal num_lanes_before
         inside.clear()
         started_at = bench.clock()
-        occupancy = plain_step()
+        engine_load = plain_step()
         seconds = bench.clock() - started_at
-        if num_lanes_before == occupancy.num_batched == occupancy.num_lanes == NUM_JOBS:
+        if num_lanes_before == engine_load.num_batched == engine_load.num_lanes == NUM_JOBS:
             steady.append((sum(inside), seconds))
-        num_lanes_before = occupancy.num_lanes
-        return occupancy
+        num_lanes_before = engine_load.num_lanes
+        return engine_load
 
     unet.forward, loop.step = timed, step  # type: ignore[method-assign]
     try:
@@ -343,7 +343,7 @@ def _adapters_cost(bench: Bench) -> dict[str, Any]:
 
         def forward(*, is_styled: bool) -> float:
             for lane, row in zip(lanes, rows, strict=True):
-                lane.drawing.row = row if is_styled else ()
+                lane.owner.row = row if is_styled else ()
             started_at = bench.clock()
             model.denoise(lanes)
             return bench.clock() - started_at
@@ -380,9 +380,9 @@ def _rows(bench: Bench, model: Family) -> list[tuple[AppliedAdapter, ...]]:
 
 def _lane(bench: Bench, model: Family, job: Job) -> Lane:
     request = bench.request(job)
-    drawing = ActiveRequest(request, model.kind_of(request), lambda _: None, lambda: False, ())
-    drawing.conditioning = Conditioning(*model.encode([Prompt(job.prompt), Prompt("", is_left_out=True)], [(), ()]))
-    lane = drawing.lanes[0]
+    active = ActiveRequest(request, model.batch_traits(request), lambda _: None, lambda: False, ())
+    active.conditioning = Conditioning(*model.encode([Prompt(job.prompt), Prompt("", is_left_out=True)], [(), ()]))
+    lane = active.lanes[0]
     _, lane.sampler = model.begin(lane)
     return lane
 

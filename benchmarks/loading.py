@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import models
-from inference.checkpoints.checkpoint import identify, load_pipeline, weight_bytes
+from inference.checkpoints.checkpoint import identify
+from inference.checkpoints.pipeline import load_pipeline, weight_bytes
 from tests.support.models.ldm_layout import write_single_file
 
 MB = 1e6

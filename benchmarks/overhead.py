@@ -24,7 +24,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from examples.demo.signatures import draw_signatures
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS

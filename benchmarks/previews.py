@@ -20,11 +20,11 @@ from diffusers import DDIMScheduler
 from rich.console import Console
 from rich.table import Table
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.models.loader import load_family
 from inference.request import EngineLoad, GenerationRequest, StepReport
-from inference.sampling.foresight import denoised
+from inference.sampling.samplers import predict_x0
 from tests.support.paths import DEMO_MODEL
 
 LANES = 8
@@ -62,12 +62,12 @@ class Side:
         self._step_index = report.step_index
         self.num_previews += report.preview is not None
 
-    def _on_turn(self, occupancy: EngineLoad) -> None:
+    def _on_turn(self, engine_load: EngineLoad) -> None:
         now = time.thread_time()
         # The first turn encodes prompts too, the last decodes.
-        if occupancy.num_lanes == LANES and self._was_at:
+        if engine_load.num_lanes == LANES and self._was_at:
             self._seconds[self._step_index % EVERY == 0].append(now - self._was_at)
-        self._was_at = now if occupancy.num_batched == LANES else 0.0
+        self._was_at = now if engine_load.num_batched == LANES else 0.0
 
 
 def main() -> None:
@@ -120,7 +120,7 @@ def _measure(num_rounds: int) -> dict[str, Any]:
 
 
 def _alone() -> tuple[float, float]:
-    """CPU seconds of finding the projection at the start, and of one preview: foresight, projection, its bytes."""
+    """CPU seconds of finding the projection at the start, and of one preview: x0, projection, its bytes."""
     family = load_family(_settings(), device=torch.device("cpu"), dtype=torch.float32)
     started_at = time.process_time()
     projection = family.find_projection()
@@ -131,7 +131,7 @@ def _alone() -> tuple[float, float]:
     with torch.inference_mode():
         started_at = time.process_time()
         for _ in range(REPEATS):
-            projection(denoised(latents, 500.0, latents, scheduler)).numpy().tobytes()
+            projection(predict_x0(latents, 500.0, latents, scheduler)).numpy().tobytes()
     return fit_seconds, (time.process_time() - started_at) / REPEATS
 
 

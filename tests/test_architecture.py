@@ -33,7 +33,7 @@ ORDER = (
     "worker.cli.exits",
     "worker.cli.terminal",
     "worker.supervisor",
-    "worker.storytelling",
+    "worker.wiring",
     "worker.product",
     "worker.monitoring",
     "worker.jobs",
@@ -69,6 +69,7 @@ NOT_YET = {
 }
 # What the supervisor may load of the engine.
 TORCH_FREE = (
+    "inference.errors",
     "inference.request",
     "inference.engine.batcher",
     "inference.lora.slots",
@@ -76,6 +77,7 @@ TORCH_FREE = (
     "inference.process.engine_process",
     "inference.process.child_handle",
     "inference.process.protocol",
+    "inference.process.parent_death",
     "inference.process.pending",
     "inference.process.quarantine",
     "inference.process.health",

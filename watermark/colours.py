@@ -16,7 +16,7 @@ ROUNDING = 1
 PROFILE_ERRORS = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
 
 
-def in_srgb(image: Image.Image) -> Image.Image:
+def to_srgb(image: Image.Image) -> Image.Image:
     """Return `image`, of mode RGB, RGBA, L, LA, CMYK or LAB, in the colours of sRGB.
 
     RGB and RGBA are converted in place. L and LA stay so without a profile, or become RGB and RGBA. A profile that is
@@ -25,14 +25,14 @@ def in_srgb(image: Image.Image) -> Image.Image:
     if image.mode == "LA":
         colours = image.getchannel("L")
         colours.info = image.info
-        converted = in_srgb(colours)
+        converted = to_srgb(colours)
         if converted is colours:
             return image
         converted.putalpha(image.getchannel("A"))
         return converted
     if image.mode == "LAB":
-        return _build(ImageCms.createProfile("LAB"), "LAB").apply(image)
-    transform = _transform(image.info.get("icc_profile"), image.mode)
+        return _build_transform(ImageCms.createProfile("LAB"), "LAB").apply(image)
+    transform = _srgb_transform(image.info.get("icc_profile"), image.mode)
     if transform is None:
         return image.convert("RGB") if image.mode == "CMYK" else image
     if image.mode == transform.output_mode:
@@ -41,7 +41,7 @@ def in_srgb(image: Image.Image) -> Image.Image:
     return transform.apply(image)
 
 
-def _transform(profile: object, mode: str) -> ImageCms.ImageCmsTransform | None:
+def _srgb_transform(profile: object, mode: str) -> ImageCms.ImageCmsTransform | None:
     """The way to sRGB for pixels of `mode`; None where there is none, or nothing to do."""
     if not isinstance(profile, bytes) or not 0 < len(profile) <= MAX_PROFILE_BYTES:
         return None
@@ -49,13 +49,13 @@ def _transform(profile: object, mode: str) -> ImageCms.ImageCmsTransform | None:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if opened.profile.xcolor_space.strip() != SPACES[mode]:
             return None
-        transform = _build(opened, mode)
+        transform = _build_transform(opened, mode)
     except PROFILE_ERRORS:
         return None
-    return None if mode != "CMYK" and _is_idle(transform, _probe(mode)) else transform
+    return None if mode != "CMYK" and _is_identity(transform, _probe(mode)) else transform
 
 
-def _build(profile: Any, mode: str) -> ImageCms.ImageCmsTransform:
+def _build_transform(profile: Any, mode: str) -> ImageCms.ImageCmsTransform:
     return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGBA" if mode == "RGBA" else "RGB")
 
 
@@ -69,6 +69,6 @@ def _probe(mode: str) -> Image.Image:
     return Image.frombytes("RGB", (len(colours) // 3, 1), colours).convert(mode)
 
 
-def _is_idle(transform: ImageCms.ImageCmsTransform, probe: Image.Image) -> bool:
+def _is_identity(transform: ImageCms.ImageCmsTransform, probe: Image.Image) -> bool:
     before, after = (image.convert("RGB").tobytes() for image in (probe, transform.apply(probe)))
     return max(abs(one - other) for one, other in zip(before, after, strict=True)) <= ROUNDING

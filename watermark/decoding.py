@@ -14,12 +14,12 @@ from typing import Literal
 
 from PIL import ExifTags, Image, JpegImagePlugin, TiffImagePlugin
 
-from watermark.colours import in_srgb
+from watermark.colours import to_srgb
 from watermark.errors import PictureInvalid, PictureTooLarge, SignatureInvalid
-from watermark.jpeg_segments import without_broken_segments
+from watermark.jpeg_segments import drop_broken_segments
 from watermark.png_chunks import SIGNATURE as PNG_SIGNATURE
-from watermark.png_chunks import bare_png
-from watermark.samples import expanded, is_read
+from watermark.png_chunks import strip_png
+from watermark.samples import is_supported, to_8_bits
 
 MAX_CONTENT_BYTES = 10_000_000
 MAX_SIDE_PX = 4096  # 16 Mpx at most, 67 MB as RGBA
@@ -116,9 +116,9 @@ def decode_signature(content: bytes) -> Image.Image:
         raise SignatureInvalid(
             f"the signature image has {len(content) / 1e6:.1f} MB; at most {MAX_CONTENT_BYTES / 1e6:.0f} MB are read"
         )
-    with _opened(content, "the signature", SignatureInvalid) as opened:
+    with open_image(content, "the signature", SignatureInvalid) as opened:
         _check_signature_size(opened)
-        image = to_rgba(_upright(opened, _orientation(opened)))
+        image = to_rgba(_apply_orientation(opened, _orientation(opened)))
     if image.getchannel("A").getbbox() is None:
         raise SignatureInvalid("the signature image is fully transparent: nothing of it would be seen")
     return image
@@ -131,7 +131,7 @@ def decode_picture(content: bytes, mode: PictureMode) -> Image.Image:
     times as many pixels. Without alpha asked for, RGB is on white and L on black. Raises `PictureInvalid` or
     `PictureTooLarge`.
     """
-    with _opened(content, "the picture", PictureInvalid) as opened:
+    with open_image(content, "the picture", PictureInvalid) as opened:
         _scale_jpeg(opened)
         if max(opened.size) > MAX_PICTURE_SIDE_PX:
             size = f"{opened.width}x{opened.height} px"
@@ -140,18 +140,18 @@ def decode_picture(content: bytes, mode: PictureMode) -> Image.Image:
             size = f"{opened.width}x{opened.height} px, {opened.width * opened.height / 1e6:.0f} Mpx"
             raise PictureTooLarge(f"the picture has {size}; at most {MAX_PICTURE_PX / 1e6:.0f} Mpx are read")
         orientation = _orientation(opened)
-        return _as_mode(_upright(_reduced(opened), orientation), mode)
+        return _convert(_apply_orientation(_reduce(opened), orientation), mode)
 
 
 def to_rgba(image: Image.Image) -> Image.Image:
     """Return a copy of `image`, of any mode that is decoded, as RGBA in sRGB without metadata."""
-    rgba = in_srgb(expanded(image.copy())).convert("RGBA")
+    rgba = to_srgb(to_8_bits(image.copy())).convert("RGBA")
     rgba.info = {}
     return rgba
 
 
 @contextmanager
-def _opened(content: bytes, subject: str, invalid: Callable[[str], Exception]) -> Iterator[Image.Image]:
+def open_image(content: bytes, subject: str, invalid: Callable[[str], Exception]) -> Iterator[Image.Image]:
     """The image in `content`, nothing but its header read; what its decoding stumbles over is told as `invalid`."""
     try:
         with _open(content) as opened:
@@ -172,10 +172,10 @@ def _open(content: bytes) -> Image.Image:
         try:
             return JpegImagePlugin.JpegImageFile(io.BytesIO(content))
         except DECODE_ERRORS:
-            return JpegImagePlugin.JpegImageFile(io.BytesIO(without_broken_segments(content)))
+            return JpegImagePlugin.JpegImageFile(io.BytesIO(drop_broken_segments(content)))
     if not content.startswith(PNG_SIGNATURE):
         return Image.open(io.BytesIO(content), formats=FORMATS)
-    bare = bare_png(content)
+    bare = strip_png(content)
     opened = Image.open(io.BytesIO(bare.content), formats=("PNG",))
     described = {"icc_profile": bare.profile, "exif": bare.exif, "xmp": bare.xmp}
     opened.info |= {name: value for name, value in described.items() if value is not None}
@@ -203,7 +203,7 @@ def _refusal(image: Image.Image) -> str:
             return "holds several pages; send one"
     elif getattr(image, "is_animated", False):
         return "is an animation or holds several pictures; send a still one"
-    if not is_read(image.mode):
+    if not is_supported(image.mode):
         return f"has samples of a kind that is not read (Pillow's mode {image.mode}); 1 to 16 bits without a sign are"
     return ""
 
@@ -240,7 +240,7 @@ def _orientation(image: Image.Image) -> int:
     return found if isinstance(found, int) else 1
 
 
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
+def _apply_orientation(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(TRANSPOSED[orientation]) if orientation in TRANSPOSED else image
 
 
@@ -250,23 +250,23 @@ def _scale_jpeg(image: Image.Image) -> None:
         image.draft(image.mode, (USEFUL_SIDE_PX, USEFUL_SIDE_PX))
 
 
-def _reduced(image: Image.Image) -> Image.Image:
+def _reduce(image: Image.Image) -> Image.Image:
     """What is twice as large as is useful or more, at a whole part of its size: all that follows takes copies."""
     factor = min(image.size) // USEFUL_SIDE_PX
     if factor < 2:
         return image
-    image = expanded(image)
+    image = to_8_bits(image)
     if image.mode not in ("L", "RGB", "RGBA"):
         return image
     # Premultiplied, or the colour hidden in transparent pixels bleeds into the edges.
     return image.convert("RGBa").reduce(factor).convert("RGBA") if image.mode == "RGBA" else image.reduce(factor)
 
 
-def _as_mode(image: Image.Image, mode: PictureMode) -> Image.Image:
-    image = expanded(image)
+def _convert(image: Image.Image, mode: PictureMode) -> Image.Image:
+    image = to_8_bits(image)
     if mode == "L" and image.mode == "L":
         pass  # the levels of a mask are amounts, and no colours
-    elif (image := in_srgb(image)).mode != mode:
+    elif (image := to_srgb(image)).mode != mode:
         image = image.convert("RGBA")
         if mode != "RGBA":
             image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUNDS[mode]), image).convert(mode)

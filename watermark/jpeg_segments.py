@@ -8,7 +8,7 @@ JFIF, PROFILE, PHOTOSHOP, ADOBE = 0xE0, 0xE2, 0xED, 0xEE
 WHOLE = {JFIF: (b"JFIF\0", 14), ADOBE: (b"Adobe", 12)}
 
 
-def without_broken_segments(content: bytes) -> bytes:
+def drop_broken_segments(content: bytes) -> bytes:
     """Return a JPEG without its profile, previews and Photoshop's own, and without a cut JFIF or Adobe segment."""
     kept = [content[:2]]
     at = 2

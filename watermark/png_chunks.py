@@ -23,7 +23,7 @@ RAW_EXIF = b"Raw profile type exif\0"
 XMP = b"XML:com.adobe.xmp\0"
 
 
-class BarePng(NamedTuple):
+class StrippedPng(NamedTuple):
     """A PNG of nothing but its pixels, and what described them, where it is whole."""
 
     content: bytes
@@ -33,7 +33,7 @@ class BarePng(NamedTuple):
     xmp: bytes | None
 
 
-def bare_png(content: bytes) -> BarePng:
+def strip_png(content: bytes) -> StrippedPng:
     """Take a PNG apart; one that is broken where its pixels are comes back broken."""
     kept = [SIGNATURE]
     profile = exif = xmp = None
@@ -55,7 +55,7 @@ def bare_png(content: bytes) -> BarePng:
         if kind == b"IEND":
             break
     # Bits of a sample: the ninth byte of the first chunk, which is the header.
-    return BarePng(b"".join(kept), content[24] if len(content) > 24 else 8, profile, exif, xmp)
+    return StrippedPng(b"".join(kept), content[24] if len(content) > 24 else 8, profile, exif, xmp)
 
 
 def _num_frames(body: bytes) -> int:

@@ -33,13 +33,13 @@ def quietest_region(
     """
     within = within or Rect(0, 0, *image.size)
     cell = -(-max(image.size) // MAX_CELLS)
-    lefts = _places(within.left, within.right - size[0], cell)
-    tops = _places(within.top, within.bottom - size[1], cell)
+    lefts = _offsets(within.left, within.right - size[0], cell)
+    tops = _offsets(within.top, within.bottom - size[1], cell)
 
     covered = np.zeros((len(tops), len(lefts)))
     for rect in avoid:
         covered += np.outer(
-            _shared(tops, size[1], rect.top, rect.bottom), _shared(lefts, size[0], rect.left, rect.right)
+            _overlap(tops, size[1], rect.top, rect.bottom), _overlap(lefts, size[0], rect.left, rect.right)
         )
     energy = _mean_energy(image, size, lefts, tops, cell)
     gradient_energy = np.rint(np.log1p(energy.clip(min=0) / FAINTEST_GREY_LEVELS) * STEPS_PER_E_FOLD)
@@ -56,12 +56,12 @@ def gradient_energy(image: Image.Image, rect: Rect) -> float:
     return float(_cells(image.crop(rect), 1 + max(rect.size) // MAX_CELLS).sum()) / (rect.size[0] * rect.size[1])
 
 
-def _places(first: int, last: int, step: int) -> NDArray[np.int64]:
+def _offsets(first: int, last: int, step: int) -> NDArray[np.int64]:
     """Where a block may begin, from `first` to `last` and at least at `first`."""
     return np.append(np.arange(first, last, step), max(first, last))
 
 
-def _shared(starts: NDArray[np.int64], length: int, low: int, high: int) -> NDArray[np.int64]:
+def _overlap(starts: NDArray[np.int64], length: int, low: int, high: int) -> NDArray[np.int64]:
     """How many px from `low` to `high` a block of `length` covers at each of its `starts`."""
     return (np.minimum(starts + length, high) - np.maximum(starts, low)).clip(min=0)
 
@@ -76,7 +76,7 @@ def _mean_energy(
     image: Image.Image, size: tuple[int, int], lefts: NDArray[np.int64], tops: NDArray[np.int64], cell: int
 ) -> NDArray[np.float64]:
     """(tops, lefts): the mean gradient, in grey levels per px, of the cells that a block touches at each place."""
-    table = _summed(_cells(image, cell))
+    table = _integral_image(_cells(image, cell))
     left, right = (side.clip(0, table.shape[1] - 1) for side in (lefts // cell, -(-(lefts + size[0]) // cell)))
     top, bottom = (side.clip(0, table.shape[0] - 1) for side in (tops // cell, -(-(tops + size[1]) // cell)))
     energy: NDArray[np.float64] = table[np.ix_(bottom, right)] - table[np.ix_(top, right)]
@@ -85,7 +85,7 @@ def _mean_energy(
     return energy
 
 
-def _summed(cells: NDArray[np.float64]) -> NDArray[np.float64]:
+def _integral_image(cells: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.pad(cells, ((1, 0), (1, 0))).cumsum(axis=0).cumsum(axis=1)
 
 

@@ -22,10 +22,10 @@ def fit(image: Image.Image, size: tuple[int, int], how: Fit) -> Image.Image:
     share = min(size[0] / image.width, size[1] / image.height)
     # Of a picture that is a strip, not nothing.
     inside = max(1, round(image.width * share)), max(1, round(image.height * share))
-    return _continued(image.resize(inside, Image.Resampling.LANCZOS), size)
+    return _extend_edges(image.resize(inside, Image.Resampling.LANCZOS), size)
 
 
-def _continued(inside: Image.Image, size: tuple[int, int]) -> Image.Image:
+def _extend_edges(inside: Image.Image, size: tuple[int, int]) -> Image.Image:
     """`inside` in the middle of `size`; its outermost pixels go on to the rims, as bars would not look."""
     left, top = (size[0] - inside.width) // 2, (size[1] - inside.height) // 2
     right, bottom = size[0] - inside.width - left, size[1] - inside.height - top

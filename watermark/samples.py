@@ -8,12 +8,12 @@ EXPANDED = {"1": "L", "YCbCr": "RGB", "RGBX": "RGB", "RGBa": "RGBA", "La": "LA",
 PLAIN_MODES = frozenset({"RGB", "RGBA", "L", "LA", "CMYK", "LAB"})
 
 
-def is_read(mode: str) -> bool:
-    """Whether `expanded` takes pictures of Pillow's `mode`."""
+def is_supported(mode: str) -> bool:
+    """Whether `to_8_bits` takes pictures of Pillow's `mode`."""
     return mode in PLAIN_MODES | EXPANDED.keys() | {"P"} or mode.startswith("I;16")
 
 
-def expanded(image: Image.Image) -> Image.Image:
+def to_8_bits(image: Image.Image) -> Image.Image:
     """`image` in 8 bits a sample: RGB, RGBA, L, LA, CMYK or LAB; a colour that counts as transparent becomes alpha."""
     if image.mode.startswith("I;16"):
         return _from_16_bits(image)

@@ -148,22 +148,22 @@ def sign(picture: Image.Image, signature: Signature, style: SignatureStyle) -> S
     """Return a signed RGB copy of `picture`; outside the signature's box every byte stays as it was."""
     pixels = picture.convert("RGB")
     pixels.info = {}
-    mark = _mark(pixels.size, signature, style)
+    mark = _render_mark(pixels.size, signature, style)
     if mark is not None:
-        _put(pixels, mark, style)
+        _blend(pixels, mark, style)
     return SignedPicture(pixels, _SEAL)
 
 
-def signature_place(size: tuple[int, int], signature: Signature, style: SignatureStyle) -> Rect | None:
+def signature_rect(size: tuple[int, int], signature: Signature, style: SignatureStyle) -> Rect | None:
     """Where `sign` will put the signature on a picture of `size` (width, height) in px; None for no signature."""
-    mark = _mark(size, signature, style)
+    mark = _render_mark(size, signature, style)
     if mark is None:
         return None
     left, top = _corner(size, mark, style)
     return Rect(left, top, left + mark.width, top + mark.height)
 
 
-def _mark(size: tuple[int, int], signature: Signature, style: SignatureStyle) -> Image.Image | None:
+def _render_mark(size: tuple[int, int], signature: Signature, style: SignatureStyle) -> Image.Image | None:
     """The signature, premultiplied, at its size on a picture of `size`."""
     match signature:
         case ImageSignature():
@@ -202,7 +202,7 @@ def _fit_text(signature: TextSignature, room: _Room) -> Image.Image:
     return draw_text(signature.text, signature.font, fit=(room.wanted_width, height), limit=(room.width, room.height))
 
 
-def _put(picture: Image.Image, mark: Image.Image, style: SignatureStyle) -> None:
+def _blend(picture: Image.Image, mark: Image.Image, style: SignatureStyle) -> None:
     """Blend a premultiplied mark onto `picture` in place: Porter and Duff's "over", under * (1 - alpha) + mark."""
     left, top = _corner(picture.size, mark, style)
     under = np.asarray(picture.crop((left, top, left + mark.width, top + mark.height)), dtype=np.float32)

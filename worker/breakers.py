@@ -75,7 +75,7 @@ class StoreGate:
         self._breaker = breaker
         self._is_draining = is_draining
 
-    def insist(self, work: Callable[[], Made], *, patience_seconds: float = 0.0) -> Made:
+    def retry_while_denied(self, work: Callable[[], Made], *, patience_seconds: float = 0.0) -> Made:
         """Do `work` again and again until the store no longer refuses it; `JobReleased` where the worker stops first.
 
         Where the store cannot be reached, `work` is tried again for `patience_seconds`: a picture in hand is worth it.

@@ -1,1 +1,1 @@
-"""Checkpoints: what one is, what it takes, loading it, and where it then lives. Free of torch until it loads."""
+"""Checkpoints: identifying, loading and placing them. Free of torch until the load."""

@@ -1,17 +1,15 @@
-"""Faults of published configs that the libraries pass over in silence: filled in where the family tells the value,
-refused where the pictures would be noise.
-"""
+"""Repair published configs: values that the family determines are filled in, mismatches with the weights refused."""
 
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 from config.logs import log_event
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 
 logger = logging.getLogger(__name__)
 
-# What diffusers would put in its place is another family's, or nothing. A UNet's size is in latent pixels of 8 px.
+# The defaults of diffusers are of another family, or missing. A UNet's size is in latent pixels of 8 px.
 FAMILY_VALUES: dict[str, dict[str, dict[str, Any]]] = {
     "StableDiffusionPipeline": {"unet": {"sample_size": 64}},
     "StableDiffusionXLPipeline": {"unet": {"sample_size": 128}, "vae": {"scaling_factor": 0.13025}},
@@ -23,8 +21,7 @@ MAX_UNUSED_SHARE = 0.01
 
 
 def fill_in(pipeline: Any, pipeline_class: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give the family's value to what a component's config.json leaves out, where there is one to look into, and CLIP's
-    tokenizers their length."""
+    """Set the family's values where a component's config.json lacks them, and the length of CLIP's tokenizers."""
     for component, values in FAMILY_VALUES[pipeline_class].items():
         config = configs.get(component, values)
         left_out = {key: value for key, value in values.items() if config.get(key) is None}
@@ -35,12 +32,12 @@ def fill_in(pipeline: Any, pipeline_class: str, configs: Mapping[str, Mapping[st
         encoder = getattr(pipeline, component, None)
         if encoder is not None and encoder.config.model_type.startswith("clip"):
             tokenizer = getattr(pipeline, component.replace("text_encoder", "tokenizer"))
-            # Without a length of its own, a tokenizer says a number that no machine integer holds.
+            # A tokenizer without a length of its own has one that no machine integer holds.
             tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
 
 
 def check_counts(pipeline: Any, counts: Mapping[str, int], subject: str, *, may_have_more: bool) -> None:
-    """Layers without weights are left random, weights without a layer are dropped: both without a word.
+    """Raise EngineStartFailed where weights do not match configs: the libraries leave layers random or drop weights.
 
     `counts`: parameters on the disk of each component. `may_have_more`: a layer may be left out on purpose.
     """

@@ -1,19 +1,19 @@
-"""Files from the model hub or its cache on this machine, with what to do where they cannot be had.
+"""Download files from the model hub, or find them in its cache on this machine.
 
-Imports of the hub's libraries wait until they are needed: diffusers brings torch, which the supervisor never imports.
+The hub's libraries are imported on use: diffusers brings torch, which the supervisor never imports.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 
 MAX_REASON_CHARS = 400
 
 
 def find_on_hub(repo_id: str, name: str, setting: str) -> Path:
-    """One small file of a repository; EngineStartFailed tells by the name of the setting what to do."""
+    """Return one small file of a repository; EngineStartFailed names the `setting` and the remedy."""
     from huggingface_hub import hf_hub_download  # noqa: PLC0415
     from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError  # noqa: PLC0415
 
@@ -37,7 +37,7 @@ def find_on_hub(repo_id: str, name: str, setting: str) -> Path:
 
 
 def download_pipeline(repo_id: str, *, variant: str | None, unused: Mapping[str, Any]) -> Path:
-    """The folder in the cache with all that the pipeline needs, without the `unused` components."""
+    """Download what the pipeline needs, without the `unused` components. Returns its folder in the cache."""
     import diffusers  # noqa: PLC0415
 
     try:
@@ -52,5 +52,5 @@ def download_pipeline(repo_id: str, *, variant: str | None, unused: Mapping[str,
 
 
 def one_line(error: Exception) -> str:
-    """A library's complaint, short enough for a log line."""
+    """Return a library's message in one line of at most `MAX_REASON_CHARS`."""
     return " ".join(str(error).split())[:MAX_REASON_CHARS] or type(error).__name__

@@ -1,6 +1,6 @@
-"""What fits where: the weights on the device for good, one model at a time, or not at all.
+"""Plan the memory: whether the weights are resident on the device, or moved there one model at a time.
 
-Free of torch at import: `darkroom check` foretells with the same words what the engine will do.
+Free of torch at import: `darkroom check` plans with the same functions as the engine.
 """
 
 import logging
@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from config.logs import log_event
 from inference.checkpoints.weight_files import GB
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
 
-# What a picture of base size takes beside the weights: a guided forward, and the decoder in tiles. Pictures beyond the
-# first are the batcher's business, which measures what they take.
+# Memory of one image of base size beside the weights: a guided forward, and the decoder in tiles. The batcher measures
+# what further images take.
 RESERVE_BYTES = 2_000_000_000
-# What the pages of adapters may take of that which the weights leave free, where ADAPTER_MEMORY_GB is unset.
+# Share of the memory beside the weights for the pages of adapters, where ADAPTER_MEMORY_GB is unset.
 ADAPTER_SHARE = 0.25
 
 MEMINFO = Path("/proc/meminfo")
-# Limit, use and the file of statistics with what of the use is file pages that can go, of cgroups 2 and 1.
+# Files of the limit and the use, and the statistic of reclaimable file pages, of cgroups 2 and 1.
 CGROUPS = (
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -33,14 +33,14 @@ CGROUPS = (
 
 
 class Placement(Enum):
-    """Where the models live while the engine runs."""
+    """Where the models are while the engine runs."""
 
     RESIDENT = "resident"  # all on the device, from the start
     OFFLOADED = "offloaded"  # in host memory, and on the device one at a time
 
 
-def decide(needed: Mapping[str, int], free: int, adapter_bytes: int | None = None) -> Placement:
-    """How models of `needed` bytes run with `free` bytes on the device; EngineStartFailed where not even one fits.
+def plan(needed: Mapping[str, int], free: int, adapter_bytes: int | None = None) -> Placement:
+    """Choose the placement of models of `needed` bytes with `free` bytes on the device, EngineStartFailed if none fits.
 
     `adapter_bytes` of them are kept for adapters, where ADAPTER_MEMORY_GB is set.
     """
@@ -59,16 +59,18 @@ def decide(needed: Mapping[str, int], free: int, adapter_bytes: int | None = Non
     )
 
 
-def most_adapter_bytes(chosen: int | None, needed: Mapping[str, int], free: int, residence: Placement) -> int:
-    """What the pages of adapters may take: what ADAPTER_MEMORY_GB says, or a share of what the weights leave free."""
+def most_adapter_bytes(chosen: int | None, needed: Mapping[str, int], free: int, placement: Placement) -> int:
+    """Return the limit for the pages of adapters: ADAPTER_MEMORY_GB, or a share of what the weights leave free."""
     if chosen is not None:
         return chosen
-    there = sum(needed.values()) if residence is Placement.RESIDENT else max(needed.values())
-    return max(0, int(ADAPTER_SHARE * (free - there)))
+    on_device = sum(needed.values()) if placement is Placement.RESIDENT else max(needed.values())
+    return max(0, int(ADAPTER_SHARE * (free - on_device)))
 
 
-def foresee(device_type: str, needed: Mapping[str, int], free: int, adapter_bytes: int | None = None) -> Placement:
-    """Decide, before the weights are read, and say loudly what is not as one would want it."""
+def plan_and_warn(
+    device_type: str, needed: Mapping[str, int], free: int, adapter_bytes: int | None = None
+) -> Placement:
+    """Choose the placement before the weights are read, and log a warning where the models do not fit whole."""
     kept = adapter_bytes or 0
     figures = {"needed_gb": round(sum(needed.values()) / GB, 2), "free_gb": round(free / GB, 2)}
     if kept:
@@ -79,19 +81,19 @@ def foresee(device_type: str, needed: Mapping[str, int], free: int, adapter_byte
             log_event(logger, "the model is larger than the free memory", logging.WARNING, **figures, advice=advice)
         return Placement.RESIDENT
 
-    residence = decide(needed, free, adapter_bytes)
-    if residence is Placement.OFFLOADED:
+    placement = plan(needed, free, adapter_bytes)
+    if placement is Placement.OFFLOADED:
         advice = "models take turns on the GPU, every picture is slower: end what else runs there or use a larger GPU"
         if sum(needed.values()) + RESERVE_BYTES <= free:
             advice = "models take turns on the GPU, every picture is slower: lower ADAPTER_MEMORY_GB"
         figures["reserve_gb"] = RESERVE_BYTES / GB
         log_event(logger, "the model does not fit the GPU as a whole", logging.WARNING, **figures, advice=advice)
-    return residence
+    return placement
 
 
-def place(pipeline: Any, device: "torch.device", residence: Placement) -> None:
-    """Bring the pipeline where it is to live. Once offloaded, it must not be moved by anything else."""
-    if residence is Placement.RESIDENT:
+def place(pipeline: Any, device: "torch.device", placement: Placement) -> None:
+    """Move the pipeline to its placement. Once offloaded, it must not be moved by anything else."""
+    if placement is Placement.RESIDENT:
         pipeline.to(device)
         return
     from inference.checkpoints.offload import offload_in_turns  # noqa: PLC0415 - brings torch, which the supervisor never imports
@@ -100,7 +102,7 @@ def place(pipeline: Any, device: "torch.device", residence: Placement) -> None:
 
 
 def free_bytes(device: "torch.device") -> int:
-    """Bytes that are free on the device now; of a CPU, host memory within the container's limit."""
+    """Return the bytes that are free on the device now; for a CPU, host memory within the container's limit."""
     if device.type == "cpu":
         return free_host_bytes()
     import torch  # noqa: PLC0415
@@ -110,7 +112,7 @@ def free_bytes(device: "torch.device") -> int:
 
 
 def free_host_bytes() -> int:
-    """Bytes of host memory to be had without swapping, within the container's limit."""
+    """Return the bytes of host memory available without swapping, within the container's limit."""
     available = _number(MEMINFO, "MemAvailable:") * 1024
     return min([available, *_left_in_cgroups()])
 
@@ -127,5 +129,5 @@ def _left_in_cgroups() -> Iterable[int]:
 
 
 def _number(path: Path, name: str) -> int:
-    """The number behind `name` in a file of such lines."""
+    """Return the number behind `name` in a file of lines of name and number."""
     return next(int(line.split()[1]) for line in path.read_text().splitlines() if line.split()[0] == name)

@@ -1,7 +1,7 @@
-"""Models that take turns on the device: one at a time, all of them in host memory.
+"""Offload models to host memory, with at most one on the device at a time.
 
-diffusers' own offload moves out only the model that comes before in the pipeline's order: enough where each runs in its
-turn. The engine encodes a prompt between two steps of others' pictures, and all would end up on the device together.
+diffusers' own offload moves out only the model before in the pipeline's order. The engine encodes prompts between the
+steps of other requests: with it, all models would end up on the device together.
 """
 
 from typing import Any
@@ -12,9 +12,9 @@ from accelerate.utils import send_to_device
 
 
 class DeviceSlot:
-    """The one place on the device, and owner of which model has it. Of the engine's one thread.
+    """Owner of the one model's place on the device. Used by the engine's thread alone.
 
-    Weights are never written, so those in host memory stay, and leaving the device costs no copy.
+    Weights are never written, so the copies in host memory stay valid, and leaving the device costs no copy.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -23,45 +23,40 @@ class DeviceSlot:
         self._in_host_memory: dict[torch.Tensor, torch.Tensor] = {}
 
     def take(self, model: torch.nn.Module) -> None:
-        """Have `model` on the device, and none beside it."""
+        """Move `model` to the device, and the model before it out."""
         if self._taken_by is model:
             return
-        self._clear()
+        for tensor, host in self._in_host_memory.items():
+            tensor.data = host
         self._taken_by = model
         self._in_host_memory = {tensor: tensor.data for tensor in (*model.parameters(), *model.buffers())}
         for tensor, host in self._in_host_memory.items():
             tensor.data = host.to(self.device, copy=True)
 
-    def _clear(self) -> None:
-        self._taken_by = None
-        for tensor, host in self._in_host_memory.items():
-            tensor.data = host
-        self._in_host_memory = {}
 
-
-class _TakesSeat(ModelHook):  # type: ignore[misc]
+class _TakesSlot(ModelHook):  # type: ignore[misc]
     """Runs before `forward`, and before what diffusers decorates like it: a VAE's `encode` and `decode`."""
 
-    def __init__(self, seat: DeviceSlot) -> None:
-        self._seat = seat
-        # Where a pipeline looks for the device it runs on.
-        self.execution_device = seat.device
+    def __init__(self, slot: DeviceSlot) -> None:
+        self._slot = slot
+        # Pipelines read the device that they run on from here.
+        self.execution_device = slot.device
 
     def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        self._seat.take(module)
-        return send_to_device(args, self._seat.device), send_to_device(kwargs, self._seat.device)
+        self._slot.take(module)
+        return send_to_device(args, self._slot.device), send_to_device(kwargs, self._slot.device)
 
 
 def offload_in_turns(pipeline: Any, device: torch.device) -> None:
-    """From now on each model of the pipeline, which are in host memory, is on the device whenever it is called."""
-    seat = DeviceSlot(device)
+    """Hook every model of the pipeline, all in host memory, to move to the device when it is called."""
+    slot = DeviceSlot(device)
     for model in pipeline.components.values():
         if isinstance(model, torch.nn.Module):
-            add_hook_to_module(model, _TakesSeat(seat), append=True)
+            add_hook_to_module(model, _TakesSlot(slot), append=True)
 
 
 def ensure_on_device(model: torch.nn.Module) -> None:
-    """Have the model on the device where models take turns: for those who call parts of it and not the whole."""
+    """Move an offloaded model to the device, for callers that call parts of it and not the whole."""
     hook = getattr(model, "_hf_hook", None)
     if hook is not None:
         hook.pre_forward(model)

@@ -1,7 +1,4 @@
-"""The safety checker that a checkpoint ships with: found, loaded into its pipeline, and asked about each picture.
-
-Torch is imported when it is loaded, and not before: whether there is one is known by the index alone.
-"""
+"""The safety checker of a checkpoint: its files, its loading, and its check of an image. Imports torch only to load."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from inference.checkpoints.weight_files import Weights, find_weights
-from inference.request import EngineStartFailed, RequestFailed
+from inference.errors import EngineStartFailed, RequestFailed
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +22,7 @@ PIPELINE_CLASS = "StableDiffusionPipeline"
 
 
 class SafetyChecker:
-    """The loaded checker of a pipeline, on whatever device the pipeline's models live."""
+    """The loaded checker of a pipeline."""
 
     def __init__(self, pipeline: Any, device: "torch.device") -> None:
         self._checker = pipeline.safety_checker
@@ -35,15 +32,14 @@ class SafetyChecker:
     def check(self, pixels: NDArray[np.uint8]) -> None:
         """Raise `RequestFailed` where the picture [height, width, 3] is flagged, as the plain pipeline flags it."""
         features = self._extractor(Image.fromarray(pixels), return_tensors="pt").pixel_values
-        # It blackens what it flags, in the list that it is given.
+        # The checker blackens flagged images in the list that it gets.
         _, flags = self._checker(clip_input=features.to(self._device, self._checker.dtype), images=[pixels])
         if any(flags):
             raise RequestFailed(CODE, "the model's safety checker flagged the picture, which was not stored")
 
 
-def insist_on_checker(subject: str, pipeline_class: str, index: Mapping[str, Any] | None) -> None:
-    """Raise `EngineStartFailed` where the checkpoint has no checker by its index (None: it is a single file): nobody
-    is to believe that pictures are checked where they are not."""
+def require_checker(subject: str, pipeline_class: str, index: Mapping[str, Any] | None) -> None:
+    """Raise `EngineStartFailed` where the checkpoint has no checker by its index (None: it is a single file)."""
     if pipeline_class != PIPELINE_CLASS:
         lack = f"is a {pipeline_class}, which has none"
     elif index is None:
@@ -57,12 +53,12 @@ def insist_on_checker(subject: str, pipeline_class: str, index: Mapping[str, Any
 
 
 def find_checker(folder: Path) -> Weights:
-    """The checker's weight files in a diffusers folder."""
+    """Find the checker's weight files in a diffusers folder."""
     return find_weights(folder, (CHECKER,))
 
 
 def add_checker(pipeline: Any, folder: Path, dtype: "torch.dtype") -> None:
-    """Load the checker into the pipeline, where it is one of its models like the others."""
+    """Load the checker as one of the pipeline's models."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker  # noqa: PLC0415
     from transformers import CLIPImageProcessor  # noqa: PLC0415
 

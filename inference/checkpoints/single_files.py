@@ -1,9 +1,9 @@
-"""Whole checkpoints in one file, told apart by their tensors' names as the original training code gave them."""
+"""Identify whole checkpoints in one file by the tensor names of the original training code."""
 
 from collections.abc import Mapping
 
 from inference.checkpoints.weight_files import Shapes
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 
 PREFIXES = {
     "StableDiffusionXLPipeline": {
@@ -22,12 +22,12 @@ PREFIXES = {
 Z_IMAGE_MARKS = ("cap_embedder.0.weight", "layers.0.attention.qkv.weight", "layers.0.attention.to_q.weight")
 FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
 LATENT_CHANNELS = 4
-# The latents, a mask, and the latents of what is to be kept.
+# The latents, a mask, and the masked image's latents.
 INPAINTING_CHANNELS = 2 * LATENT_CHANNELS + 1
 
 
 def family_of(shapes: Shapes, subject: str) -> str:
-    """The class of the pipeline that the tensors make; EngineStartFailed, about the `subject`, where they make none."""
+    """Return the pipeline class of the tensors; EngineStartFailed, about `subject`, where there is none."""
     if any(name.endswith(Z_IMAGE_MARKS) for name in shapes):
         raise EngineStartFailed(
             f"{subject} is a Z-Image transformer, which alone is no whole checkpoint: name a diffusers folder"
@@ -48,7 +48,7 @@ def family_of(shapes: Shapes, subject: str) -> str:
 
 
 def split(shapes: Shapes, pipeline_class: str) -> Mapping[str, Shapes]:
-    """The tensors of each component."""
+    """Split the tensors by component."""
     return {
         component: {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
         for component, prefix in PREFIXES[pipeline_class].items()

@@ -1,7 +1,4 @@
-"""Weight files on the disk, read without torch: which a component has, whether they are whole, what they hold.
-
-Only the headers are read, so that a checkpoint of any size is judged in milliseconds, before a byte of its weights.
-"""
+"""Find and check weight files without torch. Only their headers are read, which takes milliseconds at any size."""
 
 import json
 import math
@@ -10,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 
 GB = 1e9
 
 SAFETENSORS = ".safetensors"
-PICKLES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 # As diffusers and transformers name a component's weights.
 STEMS = ("diffusion_pytorch_model", "model")
 VARIANT = re.compile(rf"(?:{'|'.join(STEMS)})\.([A-Za-z0-9_]+)(?:-\d+-of-\d+)?\.safetensors")
-FAVOURITE_VARIANT = "fp16"
+PREFERRED_VARIANT = "fp16"
 
 HEADER_LENGTH_BYTES = 8
 # safetensors' own limit. The names of SDXL's tensors take about 300 kB.
@@ -30,14 +27,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Weights(NamedTuple):
-    """The files of each component, and the variant to ask for where some component comes only as that."""
+    """The files of each component, and the variant to load where a component exists only as that."""
 
     files: dict[str, list[Path]]
     variant: str | None
 
 
 def find_weights(folder: Path, components: Sequence[str]) -> Weights:
-    """The weight files of a diffusers folder; EngineStartFailed names the one that is missing or is a pickle."""
+    """Find the weight files of a diffusers folder; EngineStartFailed names the one that is missing or is a pickle."""
     files = {name: _files(folder / name, None) for name in components}
     lacking = [name for name, found in files.items() if not found]
     if not lacking:
@@ -47,14 +44,14 @@ def find_weights(folder: Path, components: Sequence[str]) -> Weights:
     common = set.intersection(*variants.values())
     if not common:
         worst = min(lacking, key=lambda name: len(variants[name]))
-        raise EngineStartFailed(_why_none(folder / worst))
-    variant = min(common, key=lambda name: (name != FAVOURITE_VARIANT, name))
-    # Where a component comes both ways, diffusers takes the variant too.
+        raise EngineStartFailed(_missing_reason(folder / worst))
+    variant = min(common, key=lambda name: (name != PREFERRED_VARIANT, name))
+    # For a component that has both, diffusers takes the variant too.
     return Weights({name: _files(folder / name, variant) or files[name] for name in components}, variant)
 
 
 def read_shapes(path: Path) -> Shapes:
-    """The shapes of the file's floating-point tensors by name; EngineStartFailed where the file is not whole."""
+    """Read the shapes of the file's floating-point tensors by name; EngineStartFailed where the file is not whole."""
     with path.open("rb") as file:
         start = file.read(HEADER_LENGTH_BYTES)
         num_bytes = int.from_bytes(start, "little")
@@ -75,12 +72,12 @@ def read_shapes(path: Path) -> Shapes:
 
 
 def count_parameters(shapes: Shapes) -> int:
-    """How many numbers the tensors hold together."""
+    """Return the number of parameters of all tensors."""
     return sum(math.prod(shape) for shape in shapes.values())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; EngineStartFailed where there is none."""
+    """Read the object in a JSON file; EngineStartFailed where there is none."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -91,7 +88,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path, variant: str | None) -> list[Path]:
-    """The component's files as that variant; none where it has none."""
+    """Find the component's files of that variant; empty where it has none."""
     middle = f".{variant}" if variant else ""
     for stem in STEMS:
         whole = folder / f"{stem}{middle}{SAFETENSORS}"
@@ -99,16 +96,12 @@ def _files(folder: Path, variant: str | None) -> list[Path]:
             return [whole]
         index = folder / f"{stem}{SAFETENSORS}.index{middle}.json"
         if index.is_file():
-            return _shards(index)
+            shards = sorted({folder / str(name) for name in read_json(index).get("weight_map", {}).values()})
+            for shard in shards:
+                if not shard.is_file():
+                    raise EngineStartFailed(f"{shard} is missing, though {index.name} lists it: copy or download it")
+            return shards
     return []
-
-
-def _shards(index: Path) -> list[Path]:
-    shards = sorted({index.parent / str(name) for name in read_json(index).get("weight_map", {}).values()})
-    for shard in shards:
-        if not shard.is_file():
-            raise EngineStartFailed(f"{shard} is missing, though {index.name} lists it: copy or download it")
-    return shards
 
 
 def _variants(folder: Path) -> set[str]:
@@ -117,10 +110,10 @@ def _variants(folder: Path) -> set[str]:
     return {variant for variant in found if _files(folder, variant)}
 
 
-def _why_none(folder: Path) -> str:
+def _missing_reason(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder} is missing: copy or download the whole checkpoint"
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickles:
         return f"{folder / pickles[0]} is a pickle, which is never opened: convert the checkpoint to safetensors"
     return f"{folder / STEMS[0]}{SAFETENSORS} (or {STEMS[1]}{SAFETENSORS}) is missing: copy or download it"

@@ -1,1 +1,1 @@
-"""ControlNets: those the settings name, which of them are on the device, and what they add to a forward."""
+"""ControlNets: their files, their cache on the device, and their residuals in a forward."""

@@ -9,8 +9,8 @@ T = TypeVar("T")
 
 
 @dataclass(slots=True)
-class _Place(Generic[T]):
-    kept: T
+class _Entry(Generic[T]):
+    value: T
     num_bytes: int
     num_users: int = 0
 
@@ -24,47 +24,47 @@ class ControlNetCache(Generic[T]):
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._places: OrderedDict[str, _Place[T]] = OrderedDict()
-        self._spoken_for: set[str] = set()
+        self._entries: OrderedDict[str, _Entry[T]] = OrderedDict()
+        self._reserved: set[str] = set()
 
     @property
     def num_bytes(self) -> int:
-        return sum(place.num_bytes for place in self._places.values())
+        return sum(entry.num_bytes for entry in self._entries.values())
 
     def begin_round(self) -> None:
         """All that wait are going to ask again."""
-        self._spoken_for.clear()
+        self._reserved.clear()
 
     def find(self, name: str) -> T | None:
         """What is kept under that name."""
-        place = self._places.get(name)
-        return place.kept if place else None
+        entry = self._entries.get(name)
+        return entry.value if entry else None
 
-    def want(self, name: str, num_bytes: int, ensure_on_device: Callable[[], T]) -> T | None:
+    def get_or_load(self, name: str, num_bytes: int, load: Callable[[], T]) -> T | None:
         """What is kept under `name`, or what `bring` gives to be kept there; None where there is no room for it now."""
-        if name not in self._places:
+        if name not in self._entries:
             if not self._make_room(num_bytes):
                 return None
-            self._places[name] = _Place(ensure_on_device(), num_bytes)
-        self._spoken_for.add(name)
-        return self._places[name].kept
+            self._entries[name] = _Entry(load(), num_bytes)
+        self._reserved.add(name)
+        return self._entries[name].value
 
     def acquire(self, name: str) -> None:
         """Use what is there once more."""
-        self._places[name].num_users += 1
+        self._entries[name].num_users += 1
 
     def release(self, name: str) -> None:
         """One request fewer uses it. It stays until its place is needed."""
-        self._places[name].num_users -= 1
-        self._places.move_to_end(name)
+        self._entries[name].num_users -= 1
+        self._entries.move_to_end(name)
 
     def forget(self, name: str) -> None:
         """Keep it no longer; nobody uses it."""
-        del self._places[name]
+        del self._entries[name]
 
     def drop_idle(self, keep: Collection[str | None]) -> bool:
         """Forget all that are not in use, but for those in `keep`; were there any?"""
-        idle = [name for name, place in self._places.items() if not place.num_users and name not in keep]
+        idle = [name for name, entry in self._entries.items() if not entry.num_users and name not in keep]
         for name in idle:
             self.forget(name)
         return bool(idle)
@@ -73,10 +73,10 @@ class ControlNetCache(Generic[T]):
         """Let go of as many as must be; of none where that would not be enough."""
         going: list[str] = []
         missing = self.num_bytes + num_bytes - self._max_bytes
-        for name, place in self._places.items():
-            if missing > 0 and not place.num_users and name not in self._spoken_for:
+        for name, entry in self._entries.items():
+            if missing > 0 and not entry.num_users and name not in self._reserved:
                 going.append(name)
-                missing -= place.num_bytes
+                missing -= entry.num_bytes
         if missing > 0:
             return False
         for name in going:

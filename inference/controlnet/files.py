@@ -8,7 +8,7 @@ from typing import Any
 from inference.checkpoints.checkpoint import HUB_ID
 from inference.checkpoints.hub import find_on_hub
 from inference.checkpoints.weight_files import (
-    FAVOURITE_VARIANT,
+    PREFERRED_VARIANT,
     SAFETENSORS,
     STEMS,
     Shapes,
@@ -17,7 +17,7 @@ from inference.checkpoints.weight_files import (
     read_json,
     read_shapes,
 )
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 
 CONFIG = "config.json"
 # A ControlNet's folder is one component of a pipeline's.
@@ -77,7 +77,7 @@ def _fetched(repo_id: str) -> Path:
     except EngineStartFailed as error:
         # Some repositories have 16-bit files only, under that name.
         try:
-            find_on_hub(repo_id, f"{STEMS[0]}.{FAVOURITE_VARIANT}{SAFETENSORS}", "CONTROLNETS")
+            find_on_hub(repo_id, f"{STEMS[0]}.{PREFERRED_VARIANT}{SAFETENSORS}", "CONTROLNETS")
         except EngineStartFailed:
             raise error from None
     return folder

@@ -10,10 +10,10 @@ import torch
 from inference.checkpoints.hub import one_line
 from inference.checkpoints.weight_files import GB
 from inference.controlnet.files import ControlNetFiles, most_bytes
-from inference.request import EngineFault, EngineStartFailed
+from inference.errors import EngineFault, EngineStartFailed
 
 # Says what of a ControlNet's config does not go with the model; None where all does.
-WhyNot = Callable[[Any], str | None]
+FindMismatch = Callable[[Any], str | None]
 
 
 class ControlNets:
@@ -47,14 +47,14 @@ class ControlNets:
         """What it takes on the device."""
         return self._files[name].num_bytes(self._dtype.itemsize)
 
-    def check(self, class_name: str, why_not: WhyNot) -> None:
+    def check(self, class_name: str, find_mismatch: FindMismatch) -> None:
         """EngineStartFailed where one is of another class, does not go with the model, or has not the weights that its
         config describes."""
         for found in self._files.values():
             if found.class_name != class_name:
                 raise EngineStartFailed(f"{found.subject} holds a {found.class_name}; this model takes a {class_name}")
             net = _without_weights(found)
-            reason = why_not(net.config)
+            reason = find_mismatch(net.config)
             if reason is not None:
                 raise EngineStartFailed(f"{found.subject} was made for another model than MODEL_ID: {reason}")
             wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}

@@ -22,7 +22,7 @@ class Inputs(NamedTuple):
 
 
 def hints_of(
-    guides: Mapping[int, Guide], inputs: Inputs, wear: Callable[[Sequence[int]], None], upload: Upload
+    guides: Mapping[int, Guide], inputs: Inputs, route_adapters: Callable[[Sequence[int]], None], upload: Upload
 ) -> dict[int, torch.Tensor]:
     """The hints [rows, tokens, width] by the number of the layer that they are added behind, none where there are no
     `guides`, which are by row. Rows without a guide get zeros.
@@ -31,7 +31,7 @@ def hints_of(
     """
     sums: dict[int, torch.Tensor] = {}
     for numbers in _groups(guides):
-        wear(numbers)
+        route_adapters(numbers)
         rows = upload(numbers).long()
         for layer, hint in _forward([guides[number] for number in numbers], inputs, numbers, rows, upload).items():
             if layer not in sums:

@@ -9,7 +9,7 @@ import torch
 
 from inference.checkpoints.offload import ensure_on_device
 from inference.request import Source
-from inference.sampling.samplers import SourceLatents
+from inference.sampling.source_blend import SourceLatents
 
 # Of a mask's bytes, as diffusers rounds them: from here on the picture is repainted.
 REPAINTED = 128
@@ -35,7 +35,7 @@ class EncodedSource:
     """
 
     picture: Posterior | None
-    rest: Posterior | None
+    masked_image: Posterior | None
     mask: torch.Tensor | None
     is_hidden: bool
 
@@ -52,10 +52,10 @@ class EncodedSource:
         if self.mask is None:
             return noise, SourceLatents(latents)
         # Its pipelines encode the rest of the picture even for a denoiser that does not read it.
-        rest_noise = draw()
-        if self.rest is None:
+        masked_noise = draw()
+        if self.masked_image is None:
             return noise, SourceLatents(latents, self.mask, self.is_hidden)
-        channels = torch.cat((self.mask.to(noise.dtype), scale(self.rest.sample(rest_noise))))
+        channels = torch.cat((self.mask.to(noise.dtype), scale(self.masked_image.sample(masked_noise))))
         return noise, SourceLatents(latents, is_hidden=self.is_hidden, channels=channels)
 
 
@@ -65,7 +65,7 @@ def encode(
     *,
     size: tuple[int, int],
     is_hidden: bool,
-    reads_rest: bool,
+    is_inpainting: bool,
     upload: Callable[[torch.Tensor], torch.Tensor],
     dtype: torch.dtype,
     in_tiles: bool,
@@ -77,12 +77,12 @@ def encode(
     vae.use_tiling = in_tiles
     pixels = upload(_tensor(source.rgb, (*size, 3))).movedim(-1, 0) / 255 * 2 - 1
     mask = None if source.mask is None else upload(_tensor(source.mask, (1, *size))) >= REPAINTED
-    rest = None
+    masked_image = None
     with _encoder_in(vae, dtype):
-        if reads_rest and mask is not None:
-            rest = _posterior(vae, pixels * ~mask, dtype)
-        picture = None if reads_rest and is_hidden else _posterior(vae, pixels, dtype)
-    return EncodedSource(picture, rest, mask=None if mask is None else _shrunk(mask, vae), is_hidden=is_hidden)
+        if is_inpainting and mask is not None:
+            masked_image = _posterior(vae, pixels * ~mask, dtype)
+        picture = None if is_inpainting and is_hidden else _posterior(vae, pixels, dtype)
+    return EncodedSource(picture, masked_image, mask=None if mask is None else _shrunk(mask, vae), is_hidden=is_hidden)
 
 
 def check_size(source: Source, *, size: tuple[int, int]) -> None:

@@ -1,1 +1,1 @@
-"""Adapters in the model: the memory that they may take, and the pages that they are kept in."""
+"""LoRA adapters: their files, and the bank of pages that holds them beside the model's weights."""

@@ -1,4 +1,4 @@
-"""LoRA adapters: one normal form for what the training scripts of each model family write."""
+"""Read LoRA adapter files of all training scripts into one normal form, and check that they fit the model."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,41 +9,15 @@ from typing import Any
 
 import torch
 
-from inference.lora.files import (
-    MAX_RANK,
-    AdapterError,
-    AdapterIncompatible,
-    AdapterInvalid,
-    AdapterUnsafe,
-    AdapterUnsupported,
-    Scaling,
-    checked_alpha,
-    listed,
-    open_weights,
-    parse_object,
-    parse_scaling,
-    read_peft_config,
-    shown,
-)
+from inference.lora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported, listed, shown
+from inference.lora.files import open_weights, parse_object
 from inference.lora.key_names import DOWN, PEFT_PREFIX, UP, KeyNaming
+from inference.lora.peft_config import MAX_RANK, Scaling, checked_alpha, parse_scaling, read_peft_config
 from inference.lora.tensor_names import SortedNames, sort_names
-
-__all__ = [
-    "Adapter",
-    "AdapterError",
-    "AdapterIncompatible",
-    "AdapterInvalid",
-    "AdapterUnsafe",
-    "AdapterUnsupported",
-    "LowRank",
-    "blank_adapter",
-    "check_fits",
-    "read_adapter",
-]
 
 # diffusers' own settings, a LoraConfig per model, in the safetensors metadata.
 SETTINGS_METADATA = "lora_adapter_metadata"
-# What may stand between a layer's stem and ".alpha", or, in the oldest files, is missing there.
+# Between a layer's stem and ".alpha" in some files; in the oldest it is missing there.
 ALPHA_INFIXES = (".lora", ".lora_linear_layer")
 # Of what is stored in other types, 32 bits hold all that the model computes with.
 COMPUTED_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
@@ -53,7 +27,7 @@ ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 
 @dataclass(frozen=True)
 class LowRank:
-    """The change of one layer's weight: scale · b @ a, for a Conv2d over flattened kernels.
+    """The low-rank change of one layer's weight: b @ a, for a Conv2d over flattened kernels.
 
     a: [rank, in] or [rank, in, height, width]; b: [out, rank] or [out, rank, 1, 1]; both of one floating dtype, finite.
     A Linear's may have kernels of one pixel, and a 1x1 convolution's none: it is the same matrix.
@@ -78,13 +52,13 @@ class Adapter:
     layers: Mapping[str, LowRank]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The weights by PEFT's names, which `pipe.load_lora_weights` takes and applies at scale 1."""
+        """Return the weights by PEFT's names, as `pipe.load_lora_weights` takes and applies at scale 1."""
         downs = {f"{name}{DOWN}": layer.a for name, layer in self.layers.items()}
         return downs | {f"{name}{UP}": layer.b for name, layer in self.layers.items()}
 
 
 def blank_adapter(models: Mapping[str, torch.nn.Module]) -> Adapter:
-    """Make an adapter of zeros for the attention of the models. No other layer: the bank's pages keep their width."""
+    """Return an adapter of zeros for the attention layers alone, so that the bank's pages keep their width."""
     layers = {
         f"{model}.{name}": module
         for model, root in models.items()
@@ -98,19 +72,21 @@ def blank_adapter(models: Mapping[str, torch.nn.Module]) -> Adapter:
     return Adapter(zeros)
 
 
-def read_adapter(weights: Path, config: Path | None, dialect: KeyNaming) -> Adapter:
-    """The adapter in a local safetensors file; `config` is the adapter_config.json beside a PEFT folder's weights.
+def read_adapter(weights: Path, config: Path | None, naming: KeyNaming) -> Adapter:
+    """Read the adapter in a local safetensors file; `config` is the adapter_config.json of a PEFT folder.
 
-    Raises AdapterUnsafe, AdapterUnsupported, AdapterInvalid or, where the names alone tell that it was made for another
-    model, AdapterIncompatible: an adapter is read whole or not at all.
+    Raises AdapterUnsafe, AdapterUnsupported, AdapterInvalid or, where the names alone show another base model,
+    AdapterIncompatible: an adapter is read whole or not at all.
     """
     file = open_weights(weights)
     names = sort_names(file.entries)
-    layer_names = dialect.layer_names(names.halves)
+    layer_names = naming.layer_names(names.halves)
     tensors = file.load(names.halves)
 
-    alphas = _alphas_by_stem(tensors, names, dialect)
-    scalings = dict.fromkeys(dialect.models, read_peft_config(config)) if config else _stated(file.metadata, dialect)
+    alphas = _alphas_by_stem(tensors, names, naming)
+    scalings = (
+        dict.fromkeys(naming.models, read_peft_config(config)) if config else _metadata_scalings(file.metadata, naming)
+    )
     if alphas and scalings:
         raise AdapterInvalid("the adapter states its alphas twice, in tensors and in settings")
     if not alphas and not scalings and any(stem.startswith(PEFT_PREFIX) for stem in names.halves):
@@ -121,28 +97,28 @@ def read_adapter(weights: Path, config: Path | None, dialect: KeyNaming) -> Adap
         pair = _pair(name, tensors[names.halves[stem].down], tensors[names.halves[stem].up])
         if pair is None:
             continue
-        scaling = scalings.get(dialect.owner(name).model)
+        scaling = scalings.get(naming.owner(name).model)
         alpha = alphas.get(stem, pair.rank)
         # The settings' patterns are about the names in the file.
         scale = scaling.of(stem.removeprefix(PEFT_PREFIX), rank=pair.rank) if scaling else alpha / pair.rank
-        layers |= _parts(dialect.parts_of(name), _scaled(pair, scale * _scalar(tensors, names, stem), name))
+        layers |= _split_fused(naming.parts_of(name), _scaled(pair, scale * _scalar(tensors, names, stem), name))
     if not layers:
         raise AdapterInvalid("the adapter holds no weights: all of its layers are of rank 0")
     return Adapter(layers)
 
 
-def _alphas_by_stem(tensors: Mapping[str, torch.Tensor], names: SortedNames, dialect: KeyNaming) -> dict[str, float]:
-    """The alpha tensors' values by the stems of the layers they belong to.
+def _alphas_by_stem(tensors: Mapping[str, torch.Tensor], names: SortedNames, naming: KeyNaming) -> dict[str, float]:
+    """Return the values of the alpha tensors by the stems of their layers.
 
-    One without weights, as tools leave that take layers out, changes nothing; one that only names its layer otherwise
-    than the weights do is refused.
+    An alpha without weights, as tools that remove layers leave, is ignored; one whose layer has its weights under
+    another name is refused.
     """
     alphas: dict[str, float] = {}
-    layers = set(dialect.layer_names(names.halves).values())
+    layers = set(naming.layer_names(names.halves).values())
     for bare, name in names.alphas.items():
         candidates = {bare, f"{bare}_lora", *(bare.removesuffix(infix) for infix in ALPHA_INFIXES)}
         owners = [stem for stem in candidates if stem in names.halves]
-        is_alone = not owners and _names_another_layer(bare, names, layers, dialect)
+        is_alone = not owners and _names_another_layer(bare, names, layers, naming)
         if tensors[name].numel() != 1 or (not is_alone and (len(owners) != 1 or owners[0] in alphas)):
             raise AdapterInvalid(f"{shown(name)} is not the one number of one layer")
         alpha = checked_alpha(float(tensors[name].item()))
@@ -150,14 +126,14 @@ def _alphas_by_stem(tensors: Mapping[str, torch.Tensor], names: SortedNames, dia
     return alphas
 
 
-def _names_another_layer(bare: str, names: SortedNames, layers: set[str], dialect: KeyNaming) -> bool:
+def _names_another_layer(bare: str, names: SortedNames, layers: set[str], naming: KeyNaming) -> bool:
     if any(bare.startswith(f"{stem}.") for stem in names.halves):
         return False
-    return dialect.layer_name(bare) not in layers
+    return naming.layer_name(bare) not in layers
 
 
 def _scalar(tensors: Mapping[str, torch.Tensor], names: SortedNames, stem: str) -> float:
-    """The factor that early LyCORIS trained for each layer beside its alpha; 1 where there is none."""
+    """Return the factor that early LyCORIS trained per layer beside its alpha; 1 where there is none."""
     if stem not in names.scalars:
         return 1.0
     scalar = tensors[names.scalars[stem]]
@@ -166,19 +142,19 @@ def _scalar(tensors: Mapping[str, torch.Tensor], names: SortedNames, stem: str) 
     return checked_alpha(float(scalar.item()))
 
 
-def _stated(metadata: Mapping[str, str], dialect: KeyNaming) -> dict[str, Scaling]:
-    """The scalings in diffusers' own settings, by model."""
+def _metadata_scalings(metadata: Mapping[str, str], naming: KeyNaming) -> dict[str, Scaling]:
+    """Parse the scalings in diffusers' own metadata, by model."""
     if SETTINGS_METADATA not in metadata:
         return {}
     settings: dict[str, dict[str, Any]] = {}
     for name, value in parse_object(metadata[SETTINGS_METADATA], f"the adapter's {SETTINGS_METADATA}").items():
-        model, setting = dialect.owner(name)
+        model, setting = naming.owner(name)
         settings.setdefault(model, {})[setting] = value
     return {model: parse_scaling(own) for model, own in settings.items()}
 
 
 def _pair(layer: str, a: torch.Tensor, b: torch.Tensor) -> LowRank | None:
-    """The layer's weights, unscaled; None where they are of rank 0, as tools leave that make adapters smaller."""
+    """Return the layer's unscaled weights; None for rank 0, as tools that shrink adapters leave."""
     if not {a.ndim, b.ndim} <= {2, 4} or a.shape[0] != b.shape[1] or b.shape[2:].numel() != 1:
         raise AdapterInvalid(
             f"{layer} has weights of shapes {list(a.shape)} and {list(b.shape)}, which do not multiply"
@@ -188,15 +164,15 @@ def _pair(layer: str, a: torch.Tensor, b: torch.Tensor) -> LowRank | None:
     return LowRank(a, b) if a.shape[0] else None
 
 
-def _parts(names: Sequence[str], layer: LowRank) -> dict[str, LowRank]:
-    """Layers that were fused have one A, and as many rows of B each: taken apart, they are what they were."""
+def _split_fused(names: Sequence[str], layer: LowRank) -> dict[str, LowRank]:
+    """Split a fused layer by `names`: its parts share A, and each has an equal share of the rows of B."""
     if layer.b.shape[0] % len(names):
         raise AdapterInvalid(f"a layer of {layer.b.shape[0]} outputs cannot be {' and '.join(names)} in one")
     return {name: LowRank(layer.a, b) for name, b in zip(names, layer.b.chunk(len(names)), strict=True)}
 
 
 def _scaled(pair: LowRank, scale: float, layer: str) -> LowRank:
-    """The pair with `scale` folded into b: as stored where that changes nothing, else in 32 bits."""
+    """Fold `scale` into b: as stored where that changes nothing, otherwise in 32 bits."""
     if scale != 1.0 or pair.a.dtype != pair.b.dtype or pair.a.dtype not in COMPUTED_DTYPES:
         pair = LowRank(pair.a.float(), pair.b.float() * scale)
     if not (_is_finite(pair.a) and _is_finite(pair.b)):
@@ -205,13 +181,13 @@ def _scaled(pair: LowRank, scale: float, layer: str) -> LowRank:
 
 
 def _is_finite(weight: torch.Tensor) -> bool:
-    # NaN and infinities survive a sum, which takes a tenth of isfinite's time. Should finite weights overflow it, they
-    # are no weights anyone trained.
+    # NaN and infinities survive a sum, which takes a tenth of isfinite's time. Finite weights that overflow it were not
+    # trained.
     return math.isfinite(weight.sum(dtype=torch.float32).item())
 
 
 def check_fits(adapter: Adapter, modules: Mapping[str, torch.nn.Module]) -> None:
-    """Raises AdapterIncompatible unless every layer names a Linear or Conv2d of its shape.
+    """Raise AdapterIncompatible unless every layer names a Linear or Conv2d of its shape.
 
     modules: the pipeline's models by name, {"unet": pipe.unet, "text_encoder": pipe.text_encoder}.
     """
@@ -223,16 +199,16 @@ def check_fits(adapter: Adapter, modules: Mapping[str, torch.nn.Module]) -> None
 def _fits(layer: LowRank, module: torch.nn.Module | None) -> bool:
     if not isinstance(module, torch.nn.Linear | torch.nn.Conv2d) or layer.b.shape[0] != module.weight.shape[0]:
         return False
-    return _reads(layer.a) == _reads(module.weight)
+    return _input_shape(layer.a) == _input_shape(module.weight)
 
 
-def _reads(weight: torch.Tensor) -> tuple[int, ...]:
-    """What a row of the matrix reads: [in], and the height and width of a kernel that is not one pixel."""
+def _input_shape(weight: torch.Tensor) -> tuple[int, ...]:
+    """Return the input shape of the matrix: [in], and height and width of a kernel larger than one pixel."""
     return tuple(weight.shape[1:2]) if weight.shape[2:].numel() == 1 else tuple(weight.shape[1:])
 
 
 def check_rank(adapter: Adapter, max_rank: int) -> None:
-    """Raise `AdapterUnsupported` for a higher rank than the worker takes."""
+    """Raise `AdapterUnsupported` for a rank above the worker's limit."""
     rank = max(layer.rank for layer in adapter.layers.values())
     if rank > max_rank:
         raise AdapterUnsupported(f"the adapter is of rank {rank}; this worker takes ranks up to {max_rank}")

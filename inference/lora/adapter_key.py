@@ -8,7 +8,7 @@ from inference.request import AdapterFile, Stage
 
 
 class AdapterKey(NamedTuple):
-    """Identity of an adapter in the bank: its version where it has one, else its files as they are on the disk now."""
+    """Identity of an adapter in the bank: its version, or else its files' inode, size and modification time."""
 
     version: str
     weights: tuple[str, int, int, int] | None = None
@@ -16,7 +16,7 @@ class AdapterKey(NamedTuple):
 
     @classmethod
     def of(cls, file: AdapterFile) -> "AdapterKey":
-        """Raises `OSError` where a file without a version is missing."""
+        """Return the key of a file. Raises `OSError` where one without a version is missing."""
         # A download cache touches its files at every use: their times say nothing of their content.
         if file.version:
             return cls(file.version)
@@ -24,7 +24,7 @@ class AdapterKey(NamedTuple):
 
 
 class ReadAdapter(NamedTuple):
-    """A packed adapter, and the time that reading took."""
+    """A packed adapter, and the stage of its reading."""
 
     packed: PackedAdapter
     stage: Stage

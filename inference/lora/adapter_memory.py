@@ -1,4 +1,4 @@
-"""How much of the device's memory the pages of adapters may take, and how many pages that is."""
+"""Limit of the device memory for adapters, as a number of pages."""
 
 import logging
 import math
@@ -6,16 +6,18 @@ from dataclasses import dataclass
 
 from config.logs import log_event
 from inference.checkpoints.weight_files import GB
+from inference.errors import EngineStartFailed
 from inference.lora.layers import PAGE_RANK
-from inference.request import EngineStartFailed
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterMemory:
-    """The settings that decide it. `max_bytes`: the limit, None for none; `is_chosen`: is it ADAPTER_MEMORY_GB, or a
-    share of what is free?"""
+    """The settings behind the limit.
+
+    `max_bytes`: None for no limit; `is_chosen`: from ADAPTER_MEMORY_GB, not a share of the free memory.
+    """
 
     num_slots: int = 16
     max_rank: int = 256
@@ -23,10 +25,10 @@ class AdapterMemory:
     is_chosen: bool = False
 
     def num_pages(self, page_bytes: int) -> int:
-        """Pages beside the zero page, where one takes `page_bytes` over every layer that an adapter may touch.
+        """Return the number of pages beside the zero page, at `page_bytes` over all layers an adapter may touch.
 
-        A limit that does not hold one adapter of the highest rank is refused with `EngineStartFailed` where it was
-        chosen; a share of what is free holds lower ranks then, and at least one page.
+        EngineStartFailed where a chosen limit does not hold one adapter of the highest rank; a share of the free memory
+        then holds lower ranks, and at least one page.
         """
         wanted = self.num_slots * self.max_rank // PAGE_RANK
         if self.max_bytes is None:

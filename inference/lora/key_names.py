@@ -1,23 +1,23 @@
-"""The names that adapter files of each model family have for the layers they change."""
+"""Names of layers in the adapter files of each model family, mapped to those of the loaded pipeline."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from inference.lora.files import AdapterIncompatible, AdapterInvalid, AdapterUnsupported, listed, shown
+from inference.lora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported, listed, shown
 from inference.lora.unet_names import UNET_ROOTS, UNET_WORDS, unet_layer
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 PEFT_PREFIX = "base_model.model."
-# The model that a file changes first, whichever the family's is.
+# The family's denoiser, in names that do not say which it is.
 DENOISER = "denoiser"
-# Every model that some family's files name, so that those of another family are told from layers.
+# Every model that some family's files name, to distinguish models of another family from layers.
 MODELS = frozenset({"unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"})
-# How a text encoder's layers begin where a file does not say whose they are.
+# First parts of a text encoder's layer names without the model's name.
 TEXT_ENCODER_ROOTS = ("text_model.", "encoder.")
 
-# What PEFT, torch.compile, DDP and the pipelines of ComfyUI and DiffSynth leave in front of a layer's dotted name.
+# Prefixes of PEFT, torch.compile, DDP and the pipelines of ComfyUI and DiffSynth before a layer's dotted name.
 WRAPPERS = re.compile(r"(?:base_model\.model\.|_orig_mod\.|module\.)+")
 DENOISER_PREFIX = re.compile(r"(?:model\.)?diffusion_model\.|pipe\.(?:dit|unet)\.")
 # OneTrainer's OMI names begin with the encoder; ComfyUI's with the part of the checkpoint and the wrapper inside it.
@@ -59,19 +59,21 @@ OLD_ATTENTION = re.compile(r"\.to_(q|k|v|out)_lora$")
 
 
 class Owned(NamedTuple):
+    """A layer's model, and its dotted name within it."""
+
     model: str
     rest: str
 
 
 @dataclass(frozen=True)
 class KeyNaming:
-    """What the adapters of one model family may change, and what their files call it.
+    """The layers that adapters of one model family may change, and their names in files.
 
-    models: those of the pipeline, first the one that names without a model belong to.
-    roots, words: how that one's layers begin where dots are underscores, and which underscores are no dots.
-    layer: what the pipeline calls a layer of a model, from its dotted name.
-    fused: names of layers that stand for several, whose up weights lie on top of each other, or for one.
-    unapplied: what files for this very family may change and is not applied, by how a message calls it.
+    models: those of the pipeline; names without a model belong to the first.
+    roots, words: first parts of its layer names where dots are underscores, and words whose underscores are no dots.
+    layer: maps model and dotted name to the pipeline's name of the layer.
+    fused: endings of layers that replace several, with their up weights stacked, or that rename one.
+    unapplied: layers in files of this family that are not applied, by their description in a message.
     """
 
     models: tuple[str, ...]
@@ -82,10 +84,10 @@ class KeyNaming:
     unapplied: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
 
     def layer_names(self, stems: Collection[str]) -> dict[str, str]:
-        """What the loaded pipeline calls each layer, "unet.down_blocks.0…to_q", by the layer's stem in the file.
+        """Map each stem in a file to the pipeline's name of its layer, "unet.down_blocks.0…to_q".
 
         A fused layer keeps its name (see `parts_of`), and is left out where the file also holds its parts. Raises
-        AdapterIncompatible for names of another family's, AdapterInvalid where two stems mean one layer.
+        AdapterIncompatible for names of another family, AdapterInvalid where two stems name one layer.
         """
         names = {stem: self.layer_name(stem) for stem in stems}
         if len(set(names.values())) < len(names):
@@ -93,7 +95,7 @@ class KeyNaming:
         return self._without_copies(names)
 
     def layer_name(self, stem: str) -> str:
-        """What the loaded pipeline calls the layer; errors as for `layer_names`."""
+        """Return the pipeline's name of the layer; errors as for `layer_names`."""
         model, rest = self.owner(stem)
         for what, pattern in self.unapplied.items():
             if pattern.fullmatch(f"{model}.{rest}"):
@@ -109,7 +111,7 @@ class KeyNaming:
         return f"{model}.{layer}"
 
     def owner(self, name: str) -> Owned:
-        """The model that a layer belongs to, and its dotted name within it."""
+        """Return the model of a layer, and its dotted name within it."""
         if (underscored := UNDERSCORED.fullmatch(name)) is not None:
             return self._owner_of_underscored(name, underscored)
         model, bare = "", WRAPPERS.sub("", name) if WRAPPERS.match(name) else name
@@ -120,7 +122,7 @@ class KeyNaming:
         return Owned(self.models[0] if model in ("", DENOISER) else model, bare)
 
     def parts_of(self, layer: str) -> tuple[str, ...]:
-        """The layers that a name stands for: itself, unless it is fused. They share A; B is theirs in this order."""
+        """Return the layers of a fused name, else the name itself. They share A, and split B in this order."""
         for ending, parts in self.fused.items():
             if layer.endswith(ending):
                 return tuple(layer.removesuffix(ending) + part for part in parts)
@@ -143,7 +145,7 @@ class KeyNaming:
 
 
 def _without_prefix(name: str) -> Owned | None:
-    """The model that the beginning of a dotted name says, and what is behind it; None where it says none."""
+    """Split a model's prefix off a dotted name; None where there is none."""
     model, _, rest = name.partition(".")
     if model in MODELS and rest:
         return Owned(model, WRAPPERS.sub("", rest) if WRAPPERS.match(rest) else rest)
@@ -159,7 +161,7 @@ def _dotted(layer: str, words: re.Pattern[str]) -> str:
 
 
 def _clip_layer(model: str, layer: str) -> str:
-    """The layer of a CLIP encoder.
+    """Return the pipeline's name of a layer in a CLIP encoder.
 
     transformers 5 has no level "text_model" in a CLIPTextModel any more, but still has it in SDXL's second encoder, a
     CLIPTextModelWithProjection. Files have it or not.
@@ -201,5 +203,5 @@ Z_IMAGE = KeyNaming(
 
 
 def sdxl(unet_config: Any) -> KeyNaming:
-    """SDXL's dialect; `unet_config` is `pipe.unet.config`, whose layers_per_block is read."""
+    """Return SDXL's naming; of `unet_config`, `pipe.unet.config`, layers_per_block is read."""
     return _of_stable_diffusion(("unet", "text_encoder", "text_encoder_2"), unet_config.layers_per_block)

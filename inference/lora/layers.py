@@ -1,20 +1,21 @@
-"""Where an adapter's weights lie in a page of the bank: the model's layers, grouped by the input they read."""
+"""Layout of the bank's pages: the model's layers, grouped by the input they read, and slabs of their pages."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
 from inference.lora.adapter import LowRank
 
 # Half of this is wasted on average by an adapter whose rank is no multiple of it.
 PAGE_RANK = 8
-# These read the same input, so that one product serves the A of all of them; diffusers' names, then CLIP's.
+# Layers of one input, so that one product serves the A of all of them; diffusers' names, then CLIP's.
 SELF_ATTENTION = (("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj"))
 CROSS_ATTENTION = (("to_q",), ("to_k", "to_v"))
-# Z-Image's feed-forward: what is gated and its gate.
+# Z-Image's feed-forward: the gated layer and its gate.
 GATED = ("w1", "w3")
 # The modules that attention layers belong to, by diffusers' names and CLIP's.
 ATTENTIONS = frozenset({"attn1", "attn2", "self_attn", "attention"})
@@ -33,7 +34,7 @@ class Slab:
             self.width += group.width
 
     def allocate(self, pages: torch.Tensor) -> None:
-        """Keep the adapters in `pages`, which are zero."""
+        """Use `pages`, all zero, as the slab's memory."""
         self.pages = pages
         for group in self.groups:
             # Views made once: every gather of every step begins with one.
@@ -43,9 +44,11 @@ class Slab:
 
 @dataclass(eq=False)
 class LayerGroup:
-    """Layers of one input. `start` is where its part of its slab's pages begins: the A of all members, then the B of
-    each. There is a `slab` once an adapter was laid out that touches them, and `a_pages` and `b_pages`, by member, once
-    the slab is allocated."""
+    """Layers of one input. `start`: offset of its part in its slab's pages, the A of all members, then the B of each.
+
+    `slab` is set once an adapter that touches them is laid out, `a_pages` and `b_pages`, by member, once the slab is
+    allocated.
+    """
 
     names: tuple[str, ...]
     modules: tuple[Any, ...]
@@ -71,22 +74,22 @@ class LayerGroup:
         return self.a_width + PAGE_RANK * sum(self.fan_outs)
 
     def a_part(self, pages: torch.Tensor) -> torch.Tensor:
-        """[pages, members, PAGE_RANK, in] of the slab's pages: a view."""
+        """Return the A in the slab's pages, a view [pages, members, PAGE_RANK, in]."""
         part = pages[:, self.start : self.start + self.a_width]
         return part.view(-1, len(self.names), PAGE_RANK, self.fan_in)
 
     def b_span(self, member: int) -> tuple[int, int]:
-        """Where in the slab's pages the member's B begins, and its length."""
+        """Return offset and length of the member's B in the slab's pages."""
         return self.start + self.a_width + PAGE_RANK * sum(self.fan_outs[:member]), PAGE_RANK * self.fan_outs[member]
 
     def b_part(self, pages: torch.Tensor, member: int) -> torch.Tensor:
-        """[pages, PAGE_RANK, out] of the slab's pages: a view."""
+        """Return the member's B in the slab's pages, a view [pages, PAGE_RANK, out]."""
         start, length = self.b_span(member)
         return pages[:, start : start + length].view(-1, PAGE_RANK, self.fan_outs[member])
 
 
 def layer_groups(models: Mapping[str, torch.nn.Module]) -> list[LayerGroup]:
-    """Every Linear and Conv2d of the models, those of one input together."""
+    """Group every Linear and Conv2d of the models by the input they read."""
     layers = {
         f"{model}.{name}": module
         for model, root in models.items()
@@ -108,8 +111,7 @@ def layer_groups(models: Mapping[str, torch.nn.Module]) -> list[LayerGroup]:
 
 
 def by_kind(groups: Sequence[LayerGroup]) -> list[list[LayerGroup]]:
-    """The groups apart by model and by what adapters are trained on or leave out as a whole: attention, convolutions,
-    the rest."""
+    """Split the groups by model and by the kinds that adapters train as a whole: attention, convolutions, the rest."""
     kinds: dict[tuple[str, bool, bool], list[LayerGroup]] = {}
     for group in groups:
         model, *path = group.names[0].split(".")
@@ -119,7 +121,7 @@ def by_kind(groups: Sequence[LayerGroup]) -> list[list[LayerGroup]]:
 
 
 def fill(pages: torch.Tensor, group: LayerGroup, member: int, layer: LowRank) -> None:
-    """Write a layer's A and B into their parts of a slab's pages, rank by rank; beyond its rank they stay zero."""
+    """Write a layer's A and B into their parts of a slab's pages; beyond its rank the pages stay zero."""
     a = layer.a.flatten(1)
     b = layer.b.flatten(1).T
     num_full, rest = divmod(layer.rank, PAGE_RANK)
@@ -129,3 +131,21 @@ def fill(pages: torch.Tensor, group: LayerGroup, member: int, layer: LowRank) ->
         part[:num_full] = weight[:full].view(num_full, PAGE_RANK, weight.shape[1])
         if rest:
             part[num_full, :rest] = weight[full:]
+
+
+def zeros(num_pages: int, width: int, *, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Allocate [num_pages, width] of zeros; on a CPU they take memory only as they are written."""
+    if device.type != "cpu":
+        return torch.zeros(num_pages, width, device=device, dtype=dtype)
+    try:
+        # numpy leaves large zeros to the kernel. torch.zeros would write all of them.
+        blank = np.zeros(num_pages * width * dtype.itemsize, np.uint8)
+    except MemoryError as error:
+        raise torch.OutOfMemoryError(str(error)) from error
+    return torch.from_numpy(blank).view(dtype).view(num_pages, width)
+
+
+def split(pages: torch.Tensor, slabs: Sequence[Slab], num_pages: int) -> dict[Slab, torch.Tensor]:
+    """Split `pages` [elements], the slabs' parts in order, into views [num_pages, width]."""
+    own = torch.split(pages, [num_pages * slab.width for slab in slabs])
+    return {slab: part.view(num_pages, slab.width) for slab, part in zip(slabs, own, strict=True)}

@@ -1,16 +1,16 @@
-"""Which adapters are in the model, and which pages of the bank each of them fills. Pure bookkeeping, no torch."""
+"""Slots of resident adapters and their pages of the bank. Pure bookkeeping, no torch."""
 
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-# Page 0 is never handed out and holds zeros: rows with fewer pages than others are filled up with it.
+# Page 0 is never allocated and holds zeros: it pads rows with fewer pages than others.
 ZERO_PAGE = 0
 
 
 @dataclass(slots=True)
 class Slot:
-    """One resident adapter: its pages, and how many lanes use it now."""
+    """One resident adapter: its pages, and the number of lanes that use it."""
 
     pages: tuple[int, ...]
     num_users: int = 0
@@ -20,7 +20,7 @@ class Slots:
     """Owner of the pages. An adapter in use is never evicted; of the others the least recently used goes first."""
 
     def __init__(self, num_slots: int, num_pages: int) -> None:
-        """`num_pages` beside the zero page."""
+        """Own `num_pages` pages beside the zero page."""
         self._num_slots = num_slots
         self.num_pages = num_pages
         self._slots: OrderedDict[Hashable, Slot] = OrderedDict()
@@ -39,11 +39,11 @@ class Slots:
         return self._num_slots - len(self._slots)
 
     def find(self, key: Hashable) -> Slot | None:
-        """The slot of a resident adapter."""
+        """Return the slot of a resident adapter."""
         return self._slots.get(key)
 
     def has_room(self, wanted: dict[Hashable, int]) -> bool:
-        """Could these adapters (pages of each) be resident together, beside all that are in use now?"""
+        """Return whether these adapters (pages of each) fit together beside all that are in use now."""
         others = [slot for key, slot in self._slots.items() if slot.num_users and key not in wanted]
         resident = [slot for key, slot in self._slots.items() if key in wanted]
         num_held = sum(len(slot.pages) for slot in others + resident)
@@ -51,13 +51,13 @@ class Slots:
         return len(others) + len(wanted) <= self._num_slots and num_held + num_new <= self.num_pages
 
     def acquire(self, key: Hashable) -> Slot:
-        """Use a resident adapter once more."""
+        """Add a user to a resident adapter."""
         slot = self._slots[key]
         slot.num_users += 1
         return slot
 
     def load(self, key: Hashable, num_pages: int) -> Slot:
-        """A slot for a new adapter, evicting idle ones as needed. Call only where `has_room` said so."""
+        """Allocate a slot for a new adapter, evicting idle ones as needed. `has_room` must be true."""
         while len(self._slots) >= self._num_slots or len(self._free) < num_pages:
             self._evict_oldest()
         slot = Slot(tuple(self._free.pop() for _ in range(num_pages)))
@@ -65,16 +65,16 @@ class Slots:
         return slot
 
     def unload(self, key: Hashable) -> None:
-        """Forget an adapter that nobody uses."""
+        """Unload an adapter without users."""
         self._free += self._slots.pop(key).pages
 
     def forget(self, key: Hashable) -> None:
-        """Unload an adapter that nobody uses, if it is resident."""
+        """Unload an adapter without users, if it is resident."""
         if key in self._slots:
             self.unload(key)
 
     def release(self, key: Hashable) -> None:
-        """One lane fewer uses it. It stays until its place is needed."""
+        """Remove a user. The adapter stays resident until its pages are needed."""
         self._slots[key].num_users -= 1
         self._slots.move_to_end(key)
 

@@ -1,6 +1,6 @@
-"""Sort the tensor names of an adapter file: low-rank pairs, their scales, and what another method wrote.
+"""Sort the tensor names of an adapter file: low-rank pairs, their scales, and those of other methods.
 
-A layer is known in its file by its stem: what the names of its two weights and of its alpha have in common.
+A layer's stem is the common part of the names of its two weights and its alpha.
 """
 
 import re
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from inference.lora.files import AdapterInvalid, AdapterUnsupported, listed, shown
+from inference.lora.errors import AdapterInvalid, AdapterUnsupported, listed, shown
 
 ALPHA, SCALAR = ".alpha", ".scalar"
 
@@ -19,7 +19,7 @@ WEIGHT = re.compile(
     r"(?:\.(?P<adapter>[^.]+))?\.weight",
     re.DOTALL,
 )
-# By what is in the names of their tensors. Plain diffusers drops some of these and applies the rest.
+# Patterns in the names of their tensors. Plain diffusers drops some of these and applies the rest.
 OTHER_METHODS = {
     "DoRA": r"dora_scale|\bmagnitude\b|magnitude_vector",
     "LoHa": r"hada_",
@@ -51,7 +51,7 @@ class Halves(NamedTuple):
 
 @dataclass(frozen=True)
 class SortedNames:
-    """The tensors of plain LoRA: pairs by stem, and the tensors named *.alpha and *.scalar by what stands before it."""
+    """The tensors of plain LoRA: pairs by stem, and the tensors named *.alpha and *.scalar by the part before it."""
 
     halves: dict[str, Halves]
     alphas: dict[str, str] = field(default_factory=dict)
@@ -61,8 +61,7 @@ class SortedNames:
 def sort_names(names: Iterable[str]) -> SortedNames:
     """Sort the names of a file's tensors.
 
-    Raises AdapterUnsupported unless all are of plain LoRA, whatever their number and their form; AdapterInvalid unless
-    they come in pairs of one adapter.
+    Raises AdapterUnsupported unless all are of plain LoRA; AdapterInvalid unless they are pairs of one adapter.
     """
     names = sorted(names)
     for name in names:

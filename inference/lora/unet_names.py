@@ -1,8 +1,8 @@
-"""What adapter files call the layers of a UNet2DConditionModel: diffusers' blocks, and those of the published code."""
+"""Names of a UNet2DConditionModel's layers in adapter files: diffusers' and those of the published code."""
 
 import re
 
-# How the layers begin where dots are underscores, by diffusers' names and by those of the code that Stable Diffusion
+# First parts of layer names in which dots are underscores: those of diffusers, and of the code that Stable Diffusion
 # and SDXL were published with ("SGM").
 UNET_ROOTS = re.compile(
     "(?:down|up)_blocks_|mid_block_|conv_(?:in|out)|(?:time|add)_embedding_|(?:time|label)_emb|out_2"
@@ -37,7 +37,7 @@ OLD_ATTENTION = re.compile(r"\.to_(q|k|v|out)(?:_lora)?$")
 
 
 def unet_layer(layer: str, layers_per_block: int) -> str:
-    """Return diffusers' name of a layer within the UNet from its dotted name; one that is of neither kind as it is."""
+    """Return diffusers' name of a layer in the UNet from its dotted name; unchanged where it is of neither kind."""
     layer = OLD_ATTENTION.sub(lambda found: f".to_{found[1]}" + (".0" if found[1] == "out" else ""), layer)
     if layer in SGM_OUTSIDE_BLOCKS:
         return SGM_OUTSIDE_BLOCKS[layer]
@@ -49,9 +49,10 @@ def unet_layer(layer: str, layers_per_block: int) -> str:
 
 
 def _in_block(found: re.Match[str], layers: int) -> str:
-    """SGM numbers the layers of all blocks in one row, `layers` a block; empty where it has no such part.
+    """Return diffusers' name of a layer in an SGM block; empty where there is none.
 
-    What changes the size behind a block is a layer of its own on the way down, and a last part on the way up.
+    SGM numbers the layers of all blocks in one row, `layers` a block. A downsampler is a layer of its own, an upsampler
+    the last part of one.
     """
     is_down, part, rest = found["down"] is not None, int(found["part"]), found["rest"]
     number, index = divmod(int(found["down"]) - 1 if is_down else int(found["up"]), layers)

@@ -16,16 +16,16 @@ from inference.controlnet.loader import ControlNets
 from inference.device.attention import AttentionOrder
 from inference.device.decoded_image import DecodedImage, image_of
 from inference.device.uploads import upload
+from inference.errors import RequestFailed
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.latents.preview_projection import Projection, find_projection
 from inference.latents.source import EncodedSource, check_size, encode
 from inference.lora.adapter import Adapter, blank_adapter, check_fits, read_adapter
 from inference.lora.adapter_memory import AdapterMemory
-from inference.lora.bank import AdapterBank, PackedAdapter, Row
+from inference.lora.bank import AdapterBank, PackedAdapter, RowAdapters
 from inference.lora.key_names import KeyNaming
-from inference.request import KINDS, GenerationRequest, RequestFailed, Source
-from inference.sampling.foresight import predict_x0
-from inference.sampling.samplers import Sampler, Samplers
+from inference.request import KINDS, GenerationRequest, Source
+from inference.sampling.samplers import Sampler, Samplers, predict_x0
 from inference.sampling.schedulers import SchedulerTable
 from inference.sampling.trajectory import StepPlan
 
@@ -53,7 +53,7 @@ class Family(ABC):
     # The kinds of request that the checkpoint can draw.
     kinds: tuple[str, ...] = KINDS
     # Does its denoiser read the mask, and what is to be kept of the picture?
-    _reads_rest = False
+    _is_inpainting = False
     # Do embeddings come in chunks of one length, of which a lane's two rows must have equally many?
     is_chunked: ClassVar[bool] = False
     # diffusers' class of the ControlNets that it takes.
@@ -65,7 +65,7 @@ class Family(ABC):
         self,
         pipeline: Any,
         models: Mapping[str, torch.nn.Module],
-        dialect: KeyNaming,
+        naming: KeyNaming,
         *,
         device: torch.device,
         memory: AdapterMemory,
@@ -74,7 +74,7 @@ class Family(ABC):
         self.device = device
         self._pipeline = pipeline
         self._models = models
-        self._dialect = dialect
+        self._naming = naming
         self._attention = AttentionOrder(device)
         self.bank = AdapterBank(models, device=device, dtype=pipeline.dtype, memory=memory)
         # None unless it was asked for: a pipeline is loaded without.
@@ -97,11 +97,11 @@ class Family(ABC):
         """Width and height, in pixels, are multiples of it."""
 
     @abstractmethod
-    def kind_of(self, request: GenerationRequest) -> BatchTraits:
+    def batch_traits(self, request: GenerationRequest) -> BatchTraits:
         """Whom the request's lanes may share a forward with, and how many rows they take in it."""
 
     @abstractmethod
-    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[Row]) -> list[Embedding]:
+    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[RowAdapters]) -> list[Embedding]:
         """Each prompt's embedding, under its own adapters. `RequestFailed` where the model cannot read one whole."""
 
     @abstractmethod
@@ -109,11 +109,11 @@ class Family(ABC):
         """Run the forward of `denoise`, the ControlNets' before it."""
 
     @abstractmethod
-    def show(self, picture: torch.Tensor) -> torch.Tensor:
+    def encode_control(self, picture: torch.Tensor) -> torch.Tensor:
         """What a ControlNet reads at every step for a picture [3, height, width] from 0 to 1, on the device."""
 
     @abstractmethod
-    def _why_no_control(self, config: Any) -> str | None:
+    def _controlnet_mismatch(self, config: Any) -> str | None:
         """What of a ControlNet's config does not go with the model; None where all does."""
 
     @abstractmethod
@@ -135,9 +135,9 @@ class Family(ABC):
             reason = f"cfg_normalization and cfg_truncation belong to Z-Image; this worker runs {self.name}"
             raise RequestFailed("INVALID_INPUT", reason)
 
-    def take_controlnets(self, controlnets: ControlNets) -> None:
+    def set_controlnets(self, controlnets: ControlNets) -> None:
         """Let jobs name these. EngineStartFailed where one was not made for this model."""
-        controlnets.check(self.controlnet_class, self._why_no_control)
+        controlnets.check(self.controlnet_class, self._controlnet_mismatch)
         self.controlnets = controlnets
 
     def load_control(self, name: str) -> Any:
@@ -154,7 +154,7 @@ class Family(ABC):
 
     def read_adapter(self, weights: Path, config: Path | None) -> Adapter:
         """The adapter in a file; an `AdapterError` unless it is whole and every layer fits."""
-        adapter = read_adapter(weights, config, self._dialect)
+        adapter = read_adapter(weights, config, self._naming)
         check_fits(adapter, self._models)
         return adapter
 
@@ -177,11 +177,11 @@ class Family(ABC):
         self.check(request)
         self._check_kind(request)
         self.check_control(request)
-        self.samplers.prepare(self._course(request))
+        self.samplers.prepare(self._step_plan(request))
 
     def begin(self, lane: Lane, *, in_tiles: bool = False) -> tuple[str, Sampler]:
         """The lane's sampler at its first step, and its scheduler's name. `in_tiles`: how a source is encoded."""
-        request = lane.drawing.request
+        request = lane.owner.request
         # Noise comes from the CPU and in 32 bits, so that a seed gives the same picture on any device.
         generator = torch.Generator().manual_seed(lane.seed)
 
@@ -189,11 +189,11 @@ class Family(ABC):
             return self._uploaded(torch.randn(self._latent_shape(request), generator=generator))
 
         if request.source is None:
-            return self.samplers.begin(self._course(request), draw(), generator)
-        if lane.drawing.source is None:
-            lane.drawing.source = self._encoded(request, request.source, in_tiles=in_tiles)
-        noise, origin = lane.drawing.source.begin(draw, self._scaled)
-        return self.samplers.begin(self._course(request), noise, generator, origin)
+            return self.samplers.begin(self._step_plan(request), draw(), generator)
+        if lane.owner.source is None:
+            lane.owner.source = self._encoded(request, request.source, in_tiles=in_tiles)
+        noise, origin = lane.owner.source.begin(draw, self._scaled)
+        return self.samplers.begin(self._step_plan(request), noise, generator, origin)
 
     def decode(self, latents: torch.Tensor, *, in_tiles: bool = False) -> DecodedImage:
         """Launch the decoding of latents [channels, height, width]. Tiles take less memory and blend where they meet.
@@ -230,7 +230,7 @@ class Family(ABC):
         """The VAE's latents [channels, height, width] in the denoiser's scale: the way back."""
         return latents * float(self._pipeline.vae.config.scaling_factor)
 
-    def _course(self, request: GenerationRequest) -> StepPlan:
+    def _step_plan(self, request: GenerationRequest) -> StepPlan:
         num_steps = request.num_inference_steps
         num_skipped = None if request.source is None else num_steps - self.num_steps_of(request)
         return StepPlan(request.scheduler, num_steps, self._shift(request), num_skipped)
@@ -245,7 +245,7 @@ class Family(ABC):
             source,
             size=(request.height, request.width),
             is_hidden=self._begins_from_noise(source),
-            reads_rest=self._reads_rest,
+            is_inpainting=self._is_inpainting,
             upload=self._uploaded,
             dtype=self._encoding_dtype,
             in_tiles=in_tiles,
@@ -289,7 +289,7 @@ def guides_of(rows: Sequence[Lane]) -> dict[int, Guide]:
 
 def embedding_of(lane: Lane, *, is_negative: bool) -> Embedding:
     """What guides one of a joined lane's rows."""
-    conditioning = lane.drawing.conditioning
+    conditioning = lane.owner.conditioning
     assert conditioning is not None, "a lane has its conditioning from joining on"  # noqa: S101
     embedding = conditioning.negative if is_negative else conditioning.positive
     assert embedding is not None, "a guided lane has a negative prompt's embedding"  # noqa: S101

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from compel import EmbeddingsProvider, ReturnedEmbeddingsType, SplitLongTextMode
 
-from inference.request import RequestFailed
+from inference.errors import RequestFailed
 
 # Beyond 1.6 or so pictures fall apart; a wider range would only take more text for weights.
 MAX_WEIGHT = 3.0

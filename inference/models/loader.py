@@ -2,17 +2,18 @@
 
 import torch
 
-from config.settings import ModelSettings
-from inference.checkpoints.checkpoint import download, identify, load_pipeline, weight_bytes
-from inference.checkpoints.memory_plan import foresee, free_bytes, most_adapter_bytes, place
+from config.model import ModelSettings
+from inference.checkpoints.checkpoint import identify
+from inference.checkpoints.memory_plan import free_bytes, most_adapter_bytes, place, plan_and_warn
+from inference.checkpoints.pipeline import download, load_pipeline, weight_bytes
 from inference.controlnet.files import find_controlnets
 from inference.controlnet.loader import ControlNets
+from inference.errors import EngineStartFailed
 from inference.lora.adapter_memory import AdapterMemory
 from inference.models.base import Family
 from inference.models.sdxl import StableDiffusionXL
 from inference.models.stable_diffusion import StableDiffusion
 from inference.models.z_image import ZImage
-from inference.request import EngineStartFailed
 
 FAMILIES: dict[str, type[StableDiffusion] | type[StableDiffusionXL] | type[ZImage]] = {
     "StableDiffusionPipeline": StableDiffusion,
@@ -33,19 +34,19 @@ def load_family(settings: ModelSettings, *, device: torch.device, dtype: torch.d
     files = find_controlnets(settings.controlnet_sources)
     controlnets = ControlNets(files, max_bytes=settings.controlnet_max_bytes, device=device, dtype=dtype)
     free, chosen = free_bytes(device) - controlnets.most_bytes, settings.adapter_max_bytes
-    residence = foresee(device.type, needed, free, chosen)
+    placement = plan_and_warn(device.type, needed, free, chosen)
     memory = AdapterMemory(
         settings.adapter_slots,
         settings.adapter_max_rank,
-        most_adapter_bytes(chosen, needed, free, residence),
+        most_adapter_bytes(chosen, needed, free, placement),
         is_chosen=chosen is not None,
     )
     pipeline = load_pipeline(checkpoint, dtype)
     try:
-        place(pipeline, device, residence)
+        place(pipeline, device, placement)
         family = FAMILIES[checkpoint.pipeline_class](pipeline, device=device, memory=memory)
     except torch.OutOfMemoryError as error:
         raise EngineStartFailed(f"MODEL_ID {settings.model_id!r} does not fit the GPU's memory: {error}") from error
     family.public_name = checkpoint.public_name
-    family.take_controlnets(controlnets)
+    family.set_controlnets(controlnets)
     return family

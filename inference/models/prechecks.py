@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from config.settings import ModelSettings
-from inference.checkpoints.checkpoint import Checkpoint, Where, identify
+from config.model import ModelSettings
+from inference.checkpoints.checkpoint import Checkpoint, Location, identify
 from inference.checkpoints.weight_files import read_json
+from inference.errors import RequestFailed
 from inference.lora.adapter import check_rank, read_adapter
-from inference.lora.files import AdapterError
+from inference.lora.errors import AdapterError
 from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, KeyNaming, sdxl
 from inference.models.loader import FAMILIES
 from inference.models.unet import UNetFamily
-from inference.request import KINDS, AdapterFile, RequestFailed
+from inference.request import KINDS, AdapterFile
 from inference.sampling.schedulers import SchedulerTable
 
 # Every published SDXL UNet's.
@@ -24,14 +25,14 @@ SDXL_LAYERS_PER_BLOCK = 2
 
 
 @dataclass(frozen=True, slots=True)
-class ForeseenModel:
+class ModelPrecheck:
     """What is known of the model of MODEL_ID before it is loaded. `kinds` and `controls` are as in `ModelFacts`."""
 
     model: str
     kinds: tuple[str, ...]
     controls: tuple[str, ...]
     schedulers: SchedulerTable
-    dialect: KeyNaming
+    naming: KeyNaming
     max_rank: int
 
     def check(self, scheduler: str | None, adapters: Sequence[AdapterFile]) -> None:
@@ -39,22 +40,22 @@ class ForeseenModel:
         self.schedulers.check(scheduler)
         for file in adapters:
             try:
-                check_rank(read_adapter(file.weights, file.config, self.dialect), self.max_rank)
+                check_rank(read_adapter(file.weights, file.config, self.naming), self.max_rank)
             except AdapterError as error:
                 raise RequestFailed(error.code, f"the adapter {file.weights}: {error}") from error
 
 
-def foresee_model(settings: ModelSettings) -> ForeseenModel:
+def precheck_model(settings: ModelSettings) -> ModelPrecheck:
     """Read the checkpoint's index. `EngineStartFailed` where MODEL_ID is nothing that can be run."""
     checkpoint = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)
     family = FAMILIES[checkpoint.pipeline_class]
     unet = _unet_config(checkpoint) if issubclass(family, UNetFamily) else {}
-    return ForeseenModel(
+    return ModelPrecheck(
         model=checkpoint.public_name,
         kinds=("inpaint",) if _reads_masks(unet) else KINDS,
         controls=tuple(settings.controlnet_sources),
         schedulers=family.schedulers,
-        dialect=_dialect_of(checkpoint, unet),
+        naming=_naming_of(checkpoint, unet),
         max_rank=settings.adapter_max_rank,
     )
 
@@ -62,14 +63,14 @@ def foresee_model(settings: ModelSettings) -> ForeseenModel:
 def _unet_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """Empty where it is not on this machine."""
     path = checkpoint.path / "unet" / "config.json"
-    return read_json(path) if checkpoint.where is not Where.FILE and path.is_file() else {}
+    return read_json(path) if checkpoint.where is not Location.FILE and path.is_file() else {}
 
 
 def _reads_masks(unet: Mapping[str, Any]) -> bool:
     return "in_channels" in unet and unet["in_channels"] != unet.get("out_channels", 4)
 
 
-def _dialect_of(checkpoint: Checkpoint, unet: Mapping[str, Any]) -> KeyNaming:
+def _naming_of(checkpoint: Checkpoint, unet: Mapping[str, Any]) -> KeyNaming:
     match checkpoint.pipeline_class:
         case "StableDiffusionPipeline":
             return STABLE_DIFFUSION

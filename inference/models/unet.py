@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from inference.controlnet.unet import Inputs, residuals_of
+from inference.errors import EngineStartFailed
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import AdapterMemory
-from inference.lora.bank import Row
+from inference.lora.bank import RowAdapters
 from inference.models.base import Family, Prompt, embedding_of, guides_of, sampler_of
 from inference.models.clip_prompts import LongPromptEncoder
-from inference.request import EngineStartFailed, GenerationRequest
+from inference.request import GenerationRequest
 
 # What a ControlNet's config has in common with its UNet's: otherwise their blocks do not meet.
 SHARED_WITH_CONTROLNETS = (
@@ -35,8 +36,8 @@ class UNetFamily(Family):
     def __init__(self, pipeline: Any, *args: Any, device: torch.device, memory: AdapterMemory) -> None:
         _check_is_plain(pipeline.unet)
         super().__init__(pipeline, *args, device=device, memory=memory)
-        self._reads_rest = pipeline.unet.config.in_channels != pipeline.unet.config.out_channels
-        if self._reads_rest:
+        self._is_inpainting = pipeline.unet.config.in_channels != pipeline.unet.config.out_channels
+        if self._is_inpainting:
             self.kinds = ("inpaint",)
         self._memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         pipeline.unet.to(memory_format=self._memory_format)
@@ -49,14 +50,14 @@ class UNetFamily(Family):
     def size_multiple(self) -> int:
         return int(self._pipeline.vae_scale_factor)
 
-    def kind_of(self, request: GenerationRequest) -> BatchTraits:
+    def batch_traits(self, request: GenerationRequest) -> BatchTraits:
         return BatchTraits(
             (request.height, request.width),
             is_guided=request.guidance_scale > 1,
             num_steps=self.num_steps_of(request),
         )
 
-    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[Row]) -> list[Embedding]:
+    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[RowAdapters]) -> list[Embedding]:
         """Ordinary prompts in one pass; those with weights, and those of several chunks, one by one."""
         found: list[Embedding | None] = [None] * len(prompts)
         ordinary = []
@@ -92,11 +93,11 @@ class UNetFamily(Family):
         multiple = self.size_multiple
         return self._pipeline.unet.config.out_channels, request.height // multiple, request.width // multiple
 
-    def show(self, picture: torch.Tensor) -> torch.Tensor:
+    def encode_control(self, picture: torch.Tensor) -> torch.Tensor:
         """The picture as it is: these ControlNets have an encoder of their own."""
         return self._uploaded(picture).to(self._pipeline.unet.dtype)
 
-    def _why_no_control(self, config: Any) -> str | None:
+    def _controlnet_mismatch(self, config: Any) -> str | None:
         if config.global_pool_conditions or config.conditioning_channels != 3:
             return "it is shown something other than a colour picture, or reads it as a whole"
         latent_channels = self._pipeline.vae.config.latent_channels
@@ -120,7 +121,7 @@ class UNetFamily(Family):
             [embedding.tokens for embedding in embeddings],
             self._added_conditions(rows, embeddings),
         )
-        self.bank.route([lane.drawing.row for lane in rows])
+        self.bank.route([lane.owner.row for lane in rows])
         predictions = unet(
             inputs.latents,
             inputs.timesteps,
@@ -131,7 +132,7 @@ class UNetFamily(Family):
             **residuals_of(guides_of(rows), inputs, self._upload),
         )[0].float()
         negative, positive, unguided = predictions.split((len(guided), len(guided), len(lanes) - len(guided)))
-        scales = self._upload([lane.drawing.request.guidance_scale for lane in guided]).view(-1, 1, 1, 1)
+        scales = self._upload([lane.owner.request.guidance_scale for lane in guided]).view(-1, 1, 1, 1)
         drawn = torch.cat((negative + scales * (positive - negative), unguided)).unbind()
         by_lane = {id(lane): prediction for lane, prediction in zip(ordered, drawn, strict=True)}
         return [by_lane[id(lane)] for lane in lanes]

@@ -10,9 +10,10 @@ from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 
 from inference.checkpoints.offload import ensure_on_device
 from inference.controlnet.z_image import Inputs, hints_of
+from inference.errors import RequestFailed
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
-from inference.lora.bank import Row
+from inference.lora.bank import RowAdapters
 from inference.lora.key_names import Z_IMAGE
 from inference.models.base import Family, Prompt, embedding_of, guides_of, sampler_of
 from inference.models.z_image_attention import (
@@ -21,7 +22,7 @@ from inference.models.z_image_attention import (
     attend_to_own_tokens,
     attend_to_own_tokens_in_controlnet,
 )
-from inference.request import GenerationRequest, RequestFailed, Source
+from inference.request import GenerationRequest, Source
 from inference.sampling.schedulers import FLOW
 
 # What the transformer was trained to read; the pipeline cuts here.
@@ -57,7 +58,7 @@ class ZImage(Family):
     def size_multiple(self) -> int:
         return int(self._pipeline.vae_scale_factor * PATCH)
 
-    def kind_of(self, request: GenerationRequest) -> BatchTraits:
+    def batch_traits(self, request: GenerationRequest) -> BatchTraits:
         """Half-octaves of area, the base size in the middle of one: a forward takes as long as its largest picture."""
         base = (self.base_size // self.size_multiple) ** 2
         shape = round(2 * math.log2(self._num_patches(request) / base))
@@ -73,7 +74,7 @@ class ZImage(Family):
     def check(self, request: GenerationRequest) -> None:
         """There is nothing that a request may name and this family cannot do."""
 
-    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[Row]) -> list[Embedding]:
+    def encode(self, prompts: Sequence[Prompt], adapters: Sequence[RowAdapters]) -> list[Embedding]:
         """The hidden states before the last layer; adapters leave the language model alone."""
         tokenizer, encoder = self._pipeline.tokenizer, self._pipeline.text_encoder
         chats = [
@@ -99,7 +100,7 @@ class ZImage(Family):
         attend_to_own_tokens_in_controlnet(net, self._row_lengths)
         return net
 
-    def show(self, picture: torch.Tensor) -> torch.Tensor:
+    def encode_control(self, picture: torch.Tensor) -> torch.Tensor:
         """The picture as latents [channels, 1, height, width], the likeliest of those that the VAE makes of it."""
         vae = self._pipeline.vae
         vae.use_tiling = False
@@ -108,7 +109,7 @@ class ZImage(Family):
         shown: torch.Tensor = latents[0, :, None].to(self._pipeline.transformer.dtype)
         return shown
 
-    def _why_no_control(self, config: Any) -> str | None:
+    def _controlnet_mismatch(self, config: Any) -> str | None:
         ours = self._pipeline.transformer.config
         for name in SHARED_WITH_CONTROLNETS:
             if config[name] != ours[name]:
@@ -120,7 +121,7 @@ class ZImage(Family):
     def _denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
         """Rows: the prompts of all lanes, then the negative prompts of the guided ones."""
         guided = [lane for lane in lanes if lane.num_rows == 2]
-        with self._row_lengths.forgotten_afterwards():
+        with self._row_lengths.cleared_on_exit():
             predictions = self._forward([*lanes, *guided], num_positive=len(lanes))
         negative = {id(lane): one.float() for lane, one in zip(guided, predictions[len(lanes) :], strict=True)}
         drawn = []
@@ -145,14 +146,14 @@ class ZImage(Family):
             [one.image + one.caption for one in tokens],
         )
 
-        def wear(numbers: Sequence[int]) -> None:
+        def route_adapters(numbers: Sequence[int]) -> None:
             chosen = [tokens[i] for i in numbers]
             self._row_lengths.set(chosen)
-            self.bank.route([rows[i].drawing.row for i in numbers], _strung(chosen))
+            self.bank.route([rows[i].owner.row for i in numbers], _token_counts(chosen))
 
         ensure_on_device(transformer)  # the ControlNets run layers of it before it is called itself
-        hints = hints_of(guides_of(rows), inputs, wear, self._upload)
-        wear(range(len(rows)))
+        hints = hints_of(guides_of(rows), inputs, route_adapters, self._upload)
+        route_adapters(range(len(rows)))
         predictions: list[torch.Tensor] = transformer(
             inputs.latents, inputs.times, captions, return_dict=False, controlnet_block_samples=hints or None
         )[0]
@@ -162,7 +163,7 @@ class ZImage(Family):
         return (request.height // self.size_multiple) * (request.width // self.size_multiple)
 
     def _row_tokens(self, lane: Lane, caption: torch.Tensor) -> RowTokens:
-        return RowTokens(_padded(self._num_patches(lane.drawing.request)), _padded(len(caption)))
+        return RowTokens(_padded(self._num_patches(lane.owner.request)), _padded(len(caption)))
 
     def _latent_shape(self, request: GenerationRequest) -> tuple[int, int, int]:
         multiple = self.size_multiple
@@ -192,7 +193,7 @@ class ZImage(Family):
         return False
 
 
-def _strung(rows: Sequence[RowTokens]) -> dict[str, list[int]]:
+def _token_counts(rows: Sequence[RowTokens]) -> dict[str, list[int]]:
     """Where the transformer strings all rows' tokens together, how many are whose."""
     return {
         "transformer.all_x_embedder.2-1": [row.image for row in rows],
@@ -202,7 +203,7 @@ def _strung(rows: Sequence[RowTokens]) -> dict[str, list[int]]:
 
 def _guided(positive: torch.Tensor, negative: torch.Tensor, lane: Lane) -> torch.Tensor:
     """The pipeline's guidance: off beyond the truncation, and no longer than the normalisation lets it be."""
-    request = lane.drawing.request
+    request = lane.owner.request
     if (TRAIN_TIMESTEPS - sampler_of(lane).timestep) / TRAIN_TIMESTEPS > request.cfg_truncation:
         return positive
     guided = positive + request.guidance_scale * (positive - negative)

@@ -43,7 +43,7 @@ class RowLengths:
         }
 
     @contextmanager
-    def forgotten_afterwards(self) -> Iterator[None]:
+    def cleared_on_exit(self) -> Iterator[None]:
         """Leave nothing behind, however the forwards inside end: the next might have other rows."""
         try:
             yield

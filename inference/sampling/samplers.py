@@ -4,19 +4,23 @@ Where a scheduler's steps are linear they are taken from a trajectory found once
 really is linear is tried out on random numbers, never assumed.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 
 from inference.device.uploads import pinned, upload
-from inference.request import RequestFailed
+from inference.errors import RequestFailed
 from inference.sampling.noise import SuppliedNoise
 from inference.sampling.schedulers import SchedulerTable
+from inference.sampling.source_blend import NO_SOURCE, SourceBlend, SourceLatents
 from inference.sampling.trajectory import LinearTrajectory, StepPlan, derive_trajectory, scale_model_input, take_step
+
+TRAIN_TIMESTEPS = 1000
 
 MAX_TRAJECTORIES = 256
 # fp32 rounding over a hundred steps stays below 1e-4; a clipped value is far above.
@@ -44,59 +48,16 @@ class Sampler(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class SourceLatents:
-    """What a lane with a source begins from, [channels, height, width] each.
-
-    `latents` are the encoded picture's (None: the lane begins from noise and keeps nothing). Where `mask` (bool, one
-    channel) is false, the picture is kept; None: nowhere. `is_hidden`: the lane begins from noise all the same.
-    `channels`: what the denoiser reads behind the latents at every step.
-    """
-
-    latents: torch.Tensor | None
-    mask: torch.Tensor | None = None
-    is_hidden: bool = False
-    channels: torch.Tensor | None = None
-
-
-NO_SOURCE = SourceLatents(latents=None)
-
-
-class SourceBlend:
-    """What a lane is drawn on: how it begins, and what stays as it was."""
-
-    def __init__(self, trajectory: LinearTrajectory, noise: torch.Tensor, origin: SourceLatents) -> None:
-        self._levels = trajectory.levels
-        self._noise = noise
-        self._origin = origin
-        if origin.latents is None or origin.is_hidden:
-            self.start = noise * trajectory.init_noise_sigma
-        else:
-            self.start = self._levels[0].applied(origin.latents, noise)
-
-    def extended(self, model_input: torch.Tensor) -> torch.Tensor:
-        """The model's input with the channels that denoising does not change."""
-        channels = self._origin.channels
-        return model_input if channels is None else torch.cat((model_input, channels))
-
-    def blended(self, latents: torch.Tensor, step_index: int) -> torch.Tensor:
-        """`latents` before step `step_index`, the picture as noisy as they are where it is kept."""
-        picture, mask = self._origin.latents, self._origin.mask
-        if picture is None or mask is None:
-            return latents
-        return torch.where(mask, latents, self._levels[step_index].applied(picture, self._noise))
-
-
 class TrajectorySampler:
     """A lane on a known trajectory. Keeps what its scheduler looks back to: samples, predictions and noise."""
 
-    def __init__(self, trajectory: LinearTrajectory, backdrop: SourceBlend, generator: torch.Generator) -> None:
+    def __init__(self, trajectory: LinearTrajectory, blend: SourceBlend, generator: torch.Generator) -> None:
         """The weights of `trajectory` are on the lane's device; `generator` goes on where it drew the lane's noise."""
         assert trajectory.weights is not None, "a linear scheduler's"  # noqa: S101
         self._trajectory = trajectory
-        self._backdrop = backdrop
+        self._blend = blend
         self._generator = generator
-        self.latents = backdrop.start
+        self.latents = blend.start
         self._num_parts = trajectory.weights.shape[-1]
         self._weights = trajectory.weights.flatten(1)
         self._recent = self.latents.new_zeros(self._weights.shape[1], self.latents.numel())
@@ -112,7 +73,7 @@ class TrajectorySampler:
 
     def model_input(self) -> torch.Tensor:
         scale = self._trajectory.scales[self.step_index]
-        return self._backdrop.extended(self.latents if scale == 1.0 else self.latents * scale)
+        return self._blend.extended(self.latents if scale == 1.0 else self.latents * scale)
 
     def advance(self, prediction: torch.Tensor) -> None:
         index = self.step_index
@@ -125,7 +86,7 @@ class TrajectorySampler:
         num_filled = min((index + 1) * self._num_parts, len(self._recent))
         stepped = (self._weights[index, :num_filled] @ self._recent[:num_filled]).view(self.latents.shape)
         self.step_index = index + 1
-        self.latents = self._backdrop.blended(stepped, self.step_index)
+        self.latents = self._blend.blended(stepped, self.step_index)
 
 
 class SchedulerSampler:
@@ -136,7 +97,7 @@ class SchedulerSampler:
         scheduler: Any,
         times: torch.Tensor,
         draws: Sequence[bool],
-        backdrop: SourceBlend,
+        blend: SourceBlend,
         generator: torch.Generator,
     ) -> None:
         """`scheduler` is set up to take `times`; `generator` goes on where it drew the lane's noise.
@@ -146,9 +107,9 @@ class SchedulerSampler:
         self._scheduler = scheduler
         self._times = times
         self._draws = draws
-        self._backdrop = backdrop
+        self._blend = blend
         self._generator = generator
-        self.latents = backdrop.start
+        self.latents = blend.start
         self.step_index = 0
 
     @property
@@ -162,7 +123,7 @@ class SchedulerSampler:
     def model_input(self) -> torch.Tensor:
         # The schedulers expect a batch dimension.
         scaled = scale_model_input(self._scheduler, self.latents[None], self._times[self.step_index])[0]
-        return self._backdrop.extended(scaled)
+        return self._blend.extended(scaled)
 
     def advance(self, prediction: torch.Tensor) -> None:
         # Most schedulers look themselves up by timestep; few take a generator, the deterministic ones ignore it.
@@ -171,7 +132,7 @@ class SchedulerSampler:
         with SuppliedNoise(self._generator, self._draw) if self._draws[self.step_index] else nullcontext():
             stepped = take_step(self._scheduler, prediction[None], now, self.latents[None], self._generator)[0]
         self.step_index += 1
-        self.latents = self._backdrop.blended(stepped, self.step_index)
+        self.latents = self._blend.blended(stepped, self.step_index)
 
     def _draw(self, shape: Sequence[int]) -> torch.Tensor:
         # The scheduler's own copy of it to the device would wait for the step that is running.
@@ -193,60 +154,60 @@ class Samplers:
         """The schedulers a job may name."""
         return self._table.names
 
-    def prepare(self, course: StepPlan) -> None:
+    def prepare(self, plan: StepPlan) -> None:
         """Find the trajectory, which takes some milliseconds, ahead of `begin`.
 
         Raises `RequestFailed` where there is no such scheduler, or it cannot take so many steps.
         """
-        self._trajectory(self._named(course))
+        self._trajectory(self._named(plan))
 
     def begin(
-        self, course: StepPlan, noise: torch.Tensor, generator: torch.Generator, origin: SourceLatents = NO_SOURCE
+        self, plan: StepPlan, noise: torch.Tensor, generator: torch.Generator, source: SourceLatents = NO_SOURCE
     ) -> tuple[str, Sampler]:
         """A sampler at its first step, and the scheduler's name. `noise` is standard normal, fp32, on the device."""
-        named = self._named(course)
+        named = self._named(plan)
         trajectory = self._trajectory(named)
-        backdrop = SourceBlend(trajectory, noise, origin)
-        return str(named.scheduler), self._sampler(named, trajectory, backdrop, generator)
+        blend = SourceBlend(trajectory, noise, source)
+        return str(named.scheduler), self._sampler(named, trajectory, blend, generator)
 
-    def _named(self, course: StepPlan) -> StepPlan:
-        self._table.check(course.scheduler)
-        return course.named(course.scheduler or self._table.default)
+    def _named(self, plan: StepPlan) -> StepPlan:
+        self._table.check(plan.scheduler)
+        return plan.named(plan.scheduler or self._table.default)
 
     def _sampler(
-        self, course: StepPlan, trajectory: LinearTrajectory, backdrop: SourceBlend, generator: torch.Generator
+        self, plan: StepPlan, trajectory: LinearTrajectory, blend: SourceBlend, generator: torch.Generator
     ) -> Sampler:
-        weights = self._weights(course, backdrop.start.device)
+        weights = self._weights(plan, blend.start.device)
         if weights is not None:
-            return TrajectorySampler(replace(trajectory, weights=weights), backdrop, generator)
-        scheduler = self._scheduler(course)
-        return SchedulerSampler(scheduler, course.set_up(scheduler), trajectory.draws, backdrop, generator)
+            return TrajectorySampler(replace(trajectory, weights=weights), blend, generator)
+        scheduler = self._scheduler(plan)
+        return SchedulerSampler(scheduler, plan.set_up(scheduler), trajectory.draws, blend, generator)
 
-    def _upload_weights(self, course: StepPlan, device: torch.device) -> torch.Tensor | None:
-        weights = self._trajectory(course).weights
+    def _upload_weights(self, plan: StepPlan, device: torch.device) -> torch.Tensor | None:
+        weights = self._trajectory(plan).weights
         return None if weights is None else upload(weights, device)
 
-    def _find_trajectory(self, course: StepPlan) -> LinearTrajectory:
+    def _find_trajectory(self, plan: StepPlan) -> LinearTrajectory:
         try:
-            found = derive_trajectory(course, self._scheduler(course))
+            found = derive_trajectory(plan, self._scheduler(plan))
         except IndexError as error:
             # diffusers' own mistake where two timesteps round to one: it begins with the second and runs off the end.
-            steps = f"{course.num_steps} steps with this checkpoint: ask for other steps"
-            raise RequestFailed("INVALID_INPUT", f"scheduler {course.scheduler!r} cannot take {steps}") from error
-        return found if _describes(found, course, self._scheduler(course)) else replace(found, weights=None)
+            steps = f"{plan.num_steps} steps with this checkpoint: ask for other steps"
+            raise RequestFailed("INVALID_INPUT", f"scheduler {plan.scheduler!r} cannot take {steps}") from error
+        return found if _describes(found, plan, self._scheduler(plan)) else replace(found, weights=None)
 
-    def _scheduler(self, course: StepPlan) -> Any:
-        return self._table.make(course.scheduler, self._config)[1]
+    def _scheduler(self, plan: StepPlan) -> Any:
+        return self._table.make(plan.scheduler, self._config)[1]
 
 
-def _describes(trajectory: LinearTrajectory, course: StepPlan, scheduler: Any) -> bool:
+def _describes(trajectory: LinearTrajectory, plan: StepPlan, scheduler: Any) -> bool:
     """Does the trajectory lead where `scheduler` leads, from random latents by random predictions and equal noise?"""
     generator, ours_drawn_by, theirs_drawn_by = (torch.Generator().manual_seed(seed) for seed in (0, 1, 1))
     # Three times the usual size, so that what clips does clip.
-    backdrop = SourceBlend(trajectory, 3 * torch.randn(4, 8, 8, generator=generator), NO_SOURCE)
-    ours: Sampler = TrajectorySampler(trajectory, backdrop, ours_drawn_by)
-    theirs = backdrop.start[None]
-    for time in course.set_up(scheduler):
+    blend = SourceBlend(trajectory, 3 * torch.randn(4, 8, 8, generator=generator), NO_SOURCE)
+    ours: Sampler = TrajectorySampler(trajectory, blend, ours_drawn_by)
+    theirs = blend.start[None]
+    for time in plan.set_up(scheduler):
         scale_model_input(scheduler, theirs, time)  # some schedulers insist on being asked
         prediction = torch.randn(4, 8, 8, generator=generator)
         ours.advance(prediction)
@@ -254,3 +215,26 @@ def _describes(trajectory: LinearTrajectory, course: StepPlan, scheduler: Any) -
     error = (ours.latents - theirs[0]).abs().max() / theirs.abs().max()
     drew_alike = torch.equal(ours_drawn_by.get_state(), theirs_drawn_by.get_state())
     return bool(error < LINEAR_TOLERANCE) and drew_alike
+
+
+def predict_x0(
+    model_input: torch.Tensor, timestep: float, prediction: torch.Tensor, checkpoint_scheduler: Any
+) -> torch.Tensor:
+    """The latents x0 that a prediction at `timestep` stands for; all of one shape, in the sampler's scale.
+
+    `checkpoint_scheduler` is the checkpoint's own: it knows the noise that the model was trained with, and what the
+    model predicts. A diffusion's input is sqrt(a) x0 + sqrt(1 - a) noise (Ho et al. 2020, eq. 4; the velocity as in
+    Salimans and Ho 2022), a flow's (1 - s) x0 + s noise.
+    """
+    alphas = getattr(checkpoint_scheduler, "alphas_cumprod", None)
+    if alphas is None:
+        return model_input - timestep / TRAIN_TIMESTEPS * prediction
+    alpha = float(alphas[round(timestep)])
+    signal, noise = math.sqrt(alpha), math.sqrt(1 - alpha)
+    match checkpoint_scheduler.config.get("prediction_type", "epsilon"):
+        case "v_prediction":
+            return signal * model_input - noise * prediction
+        case "sample":
+            return prediction
+        case _:
+            return (model_input - noise * prediction) / signal

@@ -1,16 +1,16 @@
 """The diffusers schedulers a job may name, by what the model predicts: noise, or the flow from noise to picture."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import diffusers
 import numpy as np
 
 from config.redacting import quoted
-from inference.request import RequestFailed
-from inference.sampling.parameters import parameters_of
+from inference.errors import RequestFailed
 
 
 @dataclass(frozen=True)
@@ -106,3 +106,9 @@ def set_timesteps(scheduler: Any, num_steps: int, shift: float | None = None) ->
 
 def _is_flow(scheduler: Any) -> bool:
     return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas", False))
+
+
+@lru_cache
+def parameters_of(function: Callable[..., Any]) -> frozenset[str]:
+    """The names of the function's parameters."""
+    return frozenset(inspect.signature(function).parameters)

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from inference.sampling.noise import SuppliedNoise
-from inference.sampling.parameters import parameters_of
-from inference.sampling.schedulers import set_timesteps
+from inference.sampling.schedulers import parameters_of, set_timesteps
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +72,10 @@ class LinearTrajectory:
     weights: torch.Tensor | None
 
 
-def derive_trajectory(course: StepPlan, scheduler: Any) -> LinearTrajectory:
+def derive_trajectory(plan: StepPlan, scheduler: Any) -> LinearTrajectory:
     """Run a fresh `scheduler` over unit vectors: what it makes of them are the weights."""
-    times = course.set_up(scheduler)
-    is_noised = course.num_skipped is not None
+    times = plan.set_up(scheduler)
+    is_noised = plan.num_skipped is not None
     # [step, sample or prediction or noise, batch 1, component, 1, 1]
     units = torch.eye(3 * len(times)).view(len(times), 3, 1, -1, 1, 1)
     scales: list[float] = []

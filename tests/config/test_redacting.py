@@ -10,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clients.storage.location import LocationForbidden, ObjectRef, parse_location, shown_location
+from config.backend import BackendSettings
+from config.broker import BrokerSettings
 from config.logs import JsonFormatter
 from config.redacting import quoted, redacted
-from config.settings import BackendSettings, BrokerSettings, SettingsError, StoreSettings, load_section
+from config.section import SettingsError, load_section
+from config.store import StoreSettings
 from worker.results.terminal_event import failed_event
 
 SECRET = "s3cr3tcanary"

@@ -38,7 +38,7 @@ from examples.demo_model.recipe.settings import MAX_TOKENS, SIDE, Budget, Kitche
 from examples.demo_model.recipe.styles import STYLES, edges, on_ground
 from examples.demo_model.recipe.things import Thing, read_things
 from examples.demo_model.recipe.tokenizer import END, Reader, learn_tokenizer, make_tokenizer
-from examples.demo_model.recipe.training import StepPlan, train
+from examples.demo_model.recipe.training import TrainingPlan, train
 from examples.demo_model.recipe.vae import build_vae, normalise, train_vae
 from examples.demo_model.recipe.workers import Workers
 
@@ -268,7 +268,7 @@ def workers() -> Iterator[Workers]:
     made.close()
 
 
-SUM_COURSE = StepPlan("sum", 120, 32, {"": 0.3})
+SUM_COURSE = TrainingPlan("sum", 120, 32, {"": 0.3})
 
 
 def test_the_loop_learns(workers: Workers, tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from clients.storage.location import ObjectRef
-from config.settings import ModelSettings, StoreSettings
+from config.model import ModelSettings
+from config.store import StoreSettings
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import PictureInvalid, PictureTooLarge, SignatureInvalid
 from worker.messages.cancel import decode_cancel
@@ -458,7 +459,8 @@ class AdapterTarget:
         return struct.pack("<Q", len(weights)) + weights + (b"" if config is None else b"+" + config)
 
     def feed(self, content: bytes) -> str:
-        from inference.lora.adapter import AdapterError, check_fits, read_adapter
+        from inference.lora.adapter import check_fits, read_adapter
+        from inference.lora.errors import AdapterError
 
         (length,) = struct.unpack_from("<Q", content)
         self._path.write_bytes(content[HEADER_BYTES : HEADER_BYTES + length])

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
 from watermark.geometry import Rect
-from watermark.product.cutout import resized
+from watermark.product.cutout import resize_premultiplied
 
 # The product touches the ground with its lowest part: what of its height throws the shadow.
 FOOT = 0.12
@@ -21,7 +21,7 @@ def compose(background: Image.Image, product: Image.Image, place: Rect, *, shado
     product to the byte; beside product and shadow it is the background.
     """
     picture = background.copy()
-    placed = resized(product, place.size)
+    placed = resize_premultiplied(product, place.size)
     if shadow > 0:
         _darken(picture, placed.getchannel("A"), place, shadow)
     # Porter and Duff's "over", exact where alpha is 0 or 255.

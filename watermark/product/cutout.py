@@ -13,32 +13,32 @@ MIN_PART, MAX_PART = 0.001, 0.99
 MAX_SIDE_PX = 2048
 
 
-class NothingCut(Exception):
+class CutoutFailed(Exception):
     """There is no product in the picture, or nothing around it to cut away; the message says which."""
 
 
-def has_own_alpha(picture: Image.Image) -> bool:
+def has_transparency(picture: Image.Image) -> bool:
     """Is some part of an RGBA picture transparent?"""
     return bool(np.asarray(picture.getchannel("A")).min() < CLEAR)
 
 
-def trimmed(picture: Image.Image) -> Image.Image:
-    """The RGBA picture without what is empty around its product. Raises `NothingCut` where all of it is empty."""
+def trim(picture: Image.Image) -> Image.Image:
+    """The RGBA picture without what is empty around its product. Raises `CutoutFailed` where all of it is empty."""
     bounds = picture.getchannel("A").point([0] * VISIBLE + [255] * (256 - VISIBLE)).getbbox()
     if bounds is None:
-        raise NothingCut("all of it is transparent")
-    return bounded(picture.crop(bounds))
+        raise CutoutFailed("all of it is transparent")
+    return limit_size(picture.crop(bounds))
 
 
-def bounded(picture: Image.Image) -> Image.Image:
+def limit_size(picture: Image.Image) -> Image.Image:
     """The RGB or RGBA picture, made smaller where a side is longer than any that is drawn."""
     share = MAX_SIDE_PX / max(picture.size)
     if share >= 1:
         return picture
-    return resized(picture, (max(1, round(picture.width * share)), max(1, round(picture.height * share))))
+    return resize_premultiplied(picture, (max(1, round(picture.width * share)), max(1, round(picture.height * share))))
 
 
-def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+def resize_premultiplied(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The RGB or RGBA picture at `size`; premultiplied, or colours of clear pixels would bleed into the edges."""
     if picture.size == size:
         return picture
@@ -47,11 +47,11 @@ def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     return picture.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
 
 
-def judged(picture: Image.Image) -> Image.Image:
-    """A model's cut-out, RGBA and of its picture's whole size, trimmed. Raises `NothingCut` where it is none."""
+def check_cutout(picture: Image.Image) -> Image.Image:
+    """A model's cut-out, RGBA and of its picture's whole size, trimmed. Raises `CutoutFailed` where it is none."""
     part = float((np.asarray(picture.getchannel("A")) >= CLEAR).mean())
     if part < MIN_PART:
-        raise NothingCut("no product was found in it")
+        raise CutoutFailed("no product was found in it")
     if part > MAX_PART:
-        raise NothingCut("nothing was found around the product")
-    return trimmed(picture)
+        raise CutoutFailed("nothing was found around the product")
+    return trim(picture)

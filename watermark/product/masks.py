@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from watermark.geometry import Rect
-from watermark.product.cutout import CLEAR, resized
+from watermark.product.cutout import CLEAR, resize_premultiplied
 
 # Half of how far inside its outline a product comes over gradually from the refined picture, as a part of the picture's
 # shorter side.
@@ -19,18 +19,18 @@ _Mask = NDArray[np.bool_]
 
 def product_mask(size: tuple[int, int], product: Image.Image, place: Rect) -> Image.Image:
     """Mode L at the picture's `size`: 255 where the product is, 0 elsewhere."""
-    alpha = resized(product, place.size).getchannel("A")
+    alpha = resize_premultiplied(product, place.size).getchannel("A")
     mask = Image.new("L", size)
     mask.paste(alpha.point([0] * CLEAR + [255] * (256 - CLEAR)), place[:2])
     return mask
 
 
-def around(mask: Image.Image) -> Image.Image:
+def repaint_mask(mask: Image.Image) -> Image.Image:
     """What an engine may repaint, mode L: white, but for the product and a little around it."""
     return _image(_eroded(np.asarray(mask) == 0, DISTANCE_PX))
 
 
-def eroded(mask: Image.Image) -> Image.Image:
+def erode(mask: Image.Image) -> Image.Image:
     """The part of the product's mask in which no pixel changes."""
     return _image(_eroded(np.asarray(mask) > 0, 2 * _radius(mask)))
 

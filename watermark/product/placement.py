@@ -21,15 +21,15 @@ class Layout:
     position: Position | None
 
 
-def place(background: Image.Image, product: tuple[int, int], layout: Layout) -> Rect:
+def place_product(background: Image.Image, product: tuple[int, int], layout: Layout) -> Rect:
     """The part of `background` that a product of `product` (width, height) px, larger or smaller, shall fill.
 
     It keeps its proportions and lies inside the picture, whatever the layout says.
     """
-    size = size_in(background.size, product, layout.scale)
+    size = fitted_size(background.size, product, layout.scale)
     room = _room(background.size, size)
     if layout.position is None:
-        left, top = _on_the_calm_side(background, size, room)
+        left, top = _on_quietest_side(background, size, room)
     else:
         vertical, _, horizontal = layout.position.partition("-")
         left = _between(room.left, room.right - size[0], ANCHORS[horizontal or vertical])
@@ -37,14 +37,14 @@ def place(background: Image.Image, product: tuple[int, int], layout: Layout) -> 
     return Rect(left, top, left + size[0], top + size[1])
 
 
-def size_in(picture: tuple[int, int], product: tuple[int, int], scale: float) -> tuple[int, int]:
+def fitted_size(picture: tuple[int, int], product: tuple[int, int], scale: float) -> tuple[int, int]:
     """The size, in px, at which a product fills at most `scale` of a picture each way."""
     factor = scale * min(picture[0] / product[0], picture[1] / product[1])
     width, height = (max(1, round(side * factor)) for side in product)
     return min(width, picture[0]), min(height, picture[1])
 
 
-def _on_the_calm_side(background: Image.Image, size: tuple[int, int], room: Rect) -> tuple[int, int]:
+def _on_quietest_side(background: Image.Image, size: tuple[int, int], room: Rect) -> tuple[int, int]:
     """In the middle of the calmest half of what is behind the product; of a picture that is calm all over, in its
     middle."""
     top = _between(room.top, room.bottom - size[1], LOW)

@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from watermark.geometry import Rect
-from watermark.product.cutout import resized
+from watermark.product.cutout import resize_premultiplied
 
 # The longer side, in px, of the copy that is searched through; around what is found there every px is tried.
 COARSE_PX = 256
@@ -18,14 +18,14 @@ OPAQUE = 250
 _Colours = NDArray[np.int16]
 
 
-def find(composite: Image.Image, product: Image.Image, size: tuple[int, int]) -> Rect | None:
+def match_template(composite: Image.Image, product: Image.Image, size: tuple[int, int]) -> Rect | None:
     """The part of an RGB `composite` where the RGBA `product` stands at `size`; None where it does not.
 
     The least squared difference over the opaque pixels: over the whole picture in a small copy, by Fourier transforms
     (template matching with a mask), then px by px around the place found.
     """
     factor = max(1.0, max(composite.size) / COARSE_PX)
-    placed = resized(product, size)
+    placed = resize_premultiplied(product, size)
     near_left, near_top = (round(one * factor) for one in _coarse_place(composite, placed, factor))
     reach = int(np.ceil(factor)) + 1
     rows, columns, colours = _samples(placed)
@@ -35,14 +35,14 @@ def find(composite: Image.Image, product: Image.Image, size: tuple[int, int]) ->
     picture = np.asarray(composite)
     places = [
         (float(np.abs(picture[rows + top, columns + left] - colours).mean()), left, top)
-        for top in _tried(near_top, reach, composite.height - size[1])
-        for left in _tried(near_left, reach, composite.width - size[0])
+        for top in _offsets_near(near_top, reach, composite.height - size[1])
+        for left in _offsets_near(near_left, reach, composite.width - size[0])
     ]
     difference, left, top = min(places)
     return Rect(left, top, left + size[0], top + size[1]) if difference <= MAX_DIFFERENCE else None
 
 
-def _tried(near: int, reach: int, last: int) -> range:
+def _offsets_near(near: int, reach: int, last: int) -> range:
     near = min(max(near, 0), last)
     return range(max(0, near - reach), min(last, near + reach) + 1)
 
@@ -63,18 +63,18 @@ def _coarse_place(composite: Image.Image, placed: Image.Image, factor: float) ->
     across, down = (
         min(whole, max(1, round(side / factor))) for whole, side in zip((width, height), placed.size, strict=True)
     )
-    template = np.asarray(resized(placed, (across, down)), dtype=np.float64)
+    template = np.asarray(resize_premultiplied(placed, (across, down)), dtype=np.float64)
     mask = template[..., 3:] / 255
 
     # The template's own sum of squares is the same everywhere.
-    difference = _correlated(small**2, np.broadcast_to(mask, (down, across, 3)))
-    difference -= 2 * _correlated(small, mask * template[..., :3])
+    difference = _correlate(small**2, np.broadcast_to(mask, (down, across, 3)))
+    difference -= 2 * _correlate(small, mask * template[..., :3])
     best = np.argmin(difference[: height - down + 1, : width - across + 1])
     top, left = divmod(int(best), width - across + 1)
     return left, top
 
 
-def _correlated(picture: NDArray[np.float64], kernel: NDArray[np.float64]) -> NDArray[np.float64]:
+def _correlate(picture: NDArray[np.float64], kernel: NDArray[np.float64]) -> NDArray[np.float64]:
     """At each place the sum of `picture` under `kernel`, over all channels; where it sticks out, it wraps around."""
     shape = picture.shape[:2]
     product = np.fft.rfft2(picture, axes=(0, 1)) * np.fft.rfft2(kernel, shape, axes=(0, 1)).conj()

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
-from config.settings import SettingsError
+from config.section import SettingsError
 
 # C2PA's algorithms by the curve of an ECDSA key (C2PA specification, "Digital signatures").
 CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
@@ -41,7 +41,7 @@ def read_credentials(certificate: Path, private_key: Path) -> Credentials:
     if signer.public_key() != key.public_key():
         belongs = "does not belong to the first certificate of C2PA_CERTIFICATE"
         raise SettingsError(f"C2PA_PRIVATE_KEY: {private_key} {belongs}: the chain begins with the one that signs")
-    _insist_on_dates(signer, certificate)
+    _check_validity(signer, certificate)
     return Credentials(
         chain=b"".join(one.public_bytes(serialization.Encoding.PEM) for one in chain),
         key=key.private_bytes(
@@ -79,7 +79,7 @@ def _read(setting: str, path: Path) -> bytes:
         raise SettingsError(f"{setting}: {path} cannot be read: {error.strerror}") from error
 
 
-def _insist_on_dates(signer: x509.Certificate, path: Path) -> None:
+def _check_validity(signer: x509.Certificate, path: Path) -> None:
     now = datetime.now(UTC)
     if now > signer.not_valid_after_utc:
         raise SettingsError(f"C2PA_CERTIFICATE: {path} expired on {signer.not_valid_after_utc:%Y-%m-%d}: renew it")

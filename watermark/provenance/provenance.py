@@ -88,14 +88,14 @@ class Provenance:
         return self.created_at.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def png_text(provenance: Provenance) -> PngInfo:
+def build_png_text(provenance: Provenance) -> PngInfo:
     """The text chunks of a PNG: iTXt all of them, which is UTF-8."""
     text = PngInfo()
     text.add_itxt("Software", provenance.creator_tool)
     text.add_itxt("Creation Time", provenance.created)
     text.add_itxt("Source", provenance.model)
     text.add_itxt(SETTINGS_KEYWORD, _settings(provenance))
-    text.add_itxt(XMP_KEYWORD, packet_of(provenance))
+    text.add_itxt(XMP_KEYWORD, build_xmp(provenance))
     if provenance.prompts is not None:
         text.add_itxt(PARAMETERS_KEYWORD, _parameters(provenance, provenance.prompts))
     return text
@@ -118,7 +118,7 @@ def _settings(provenance: Provenance) -> str:
     return json.dumps(settings, ensure_ascii=False)
 
 
-def packet_of(provenance: Provenance) -> str:
+def build_xmp(provenance: Provenance) -> str:
     """The XMP packet, wrapper included."""
     return xmp_packet(
         creator_tool=provenance.creator_tool,

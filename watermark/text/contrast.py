@@ -44,19 +44,25 @@ def choose_colours(under: NDArray[np.uint8], overlay: TextOverlay) -> Colours:
     """
     if overlay.colour is not None:
         text = parse_colour(overlay.colour)
-        return _colours(text, overlay, _least(overlay.box))
+        return _colours(text, overlay, _base_opacity(overlay.box))
 
     found = []
     for text in (WHITE, BLACK):
-        least = _least(overlay.box)
-        opacity = least if _is_set_off(text, overlay) else _needed(under, text, _panel(text, overlay.box), least)
+        least = _base_opacity(overlay.box)
+        opacity = (
+            least
+            if _has_contrasting_outline(text, overlay)
+            else _required_opacity(under, text, _panel_colour(text, overlay.box), least)
+        )
         if opacity is not None:
-            shown = contrasts(under, text, _panel(text, overlay.box), least)
+            shown = contrast_ratios(under, text, _panel_colour(text, overlay.box), least)
             found.append((opacity > least, -float(np.log(shown).mean()), _colours(text, overlay, opacity)))
     return min(found)[2]
 
 
-def contrasts(under: NDArray[np.uint8], text: Colour, panel: Colour = BLACK, opacity: int = 0) -> NDArray[np.float32]:
+def contrast_ratios(
+    under: NDArray[np.uint8], text: Colour, panel: Colour = BLACK, opacity: int = 0
+) -> NDArray[np.float32]:
     """(height, width): the contrast ratio of `text` to each pixel seen through a panel; 1 to 21."""
     values = np.arange(256)
     seen = [(values * (255 - opacity) + channel * opacity + 127) // 255 for channel in panel]
@@ -81,18 +87,18 @@ def opposite(colour: Colour) -> Colour:
 
 def _colours(text: Colour, overlay: TextOverlay, opacity: int) -> Colours:
     named = overlay.stroke.colour if overlay.stroke else None
-    return Colours(text, parse_colour(named) if named else opposite(text), _panel(text, overlay.box), opacity)
+    return Colours(text, parse_colour(named) if named else opposite(text), _panel_colour(text, overlay.box), opacity)
 
 
-def _panel(text: Colour, box: Box | None) -> Colour:
+def _panel_colour(text: Colour, box: Box | None) -> Colour:
     return parse_colour(box.colour) if box and box.colour else opposite(text)
 
 
-def _least(box: Box | None) -> int:
+def _base_opacity(box: Box | None) -> int:
     return round(box.opacity * 255) if box else 0
 
 
-def _is_set_off(text: Colour, overlay: TextOverlay) -> bool:
+def _has_contrasting_outline(text: Colour, overlay: TextOverlay) -> bool:
     """Whether an outline parts the letters from what is around them."""
     stroke = overlay.stroke
     if stroke is None or stroke.width < MIN_STROKE:
@@ -100,9 +106,9 @@ def _is_set_off(text: Colour, overlay: TextOverlay) -> bool:
     return stroke.colour is None or _contrast(text, parse_colour(stroke.colour)) >= MIN_CONTRAST
 
 
-def _needed(under: NDArray[np.uint8], text: Colour, panel: Colour, least: int) -> int | None:
+def _required_opacity(under: NDArray[np.uint8], text: Colour, panel: Colour, least: int) -> int | None:
     """The opacity from `least` at which every pixel contrasts enough; None where the panel itself does not."""
-    plain = contrasts(under, text, panel, least)
+    plain = contrast_ratios(under, text, panel, least)
     if plain.min() >= AIMED_CONTRAST:
         return least
     if _contrast(text, panel) < MIN_CONTRAST:
@@ -112,13 +118,13 @@ def _needed(under: NDArray[np.uint8], text: Colour, panel: Colour, least: int) -
     low, high = least, 255
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if _is_clear(worst, text, panel, middle) else (middle, high)
-    return next(opacity for opacity in range(high, 256) if opacity == 255 or _is_clear(under, text, panel, opacity))
+        low, high = (low, middle) if _is_readable(worst, text, panel, middle) else (middle, high)
+    return next(opacity for opacity in range(high, 256) if opacity == 255 or _is_readable(under, text, panel, opacity))
 
 
-def _is_clear(under: NDArray[np.uint8], text: Colour, panel: Colour, opacity: int) -> bool:
-    return bool(contrasts(under, text, panel, opacity).min() >= AIMED_CONTRAST)
+def _is_readable(under: NDArray[np.uint8], text: Colour, panel: Colour, opacity: int) -> bool:
+    return bool(contrast_ratios(under, text, panel, opacity).min() >= AIMED_CONTRAST)
 
 
 def _contrast(one: Colour, other: Colour) -> float:
-    return float(contrasts(np.array([[one]], np.uint8), other)[0, 0])
+    return float(contrast_ratios(np.array([[one]], np.uint8), other)[0, 0])

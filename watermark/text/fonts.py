@@ -10,7 +10,7 @@ from pathlib import Path
 from fontTools.ttLib import TTFont, TTLibError
 
 from watermark.errors import FontMissing
-from watermark.text.shaping import check_shaping, is_ignorable, unshaped
+from watermark.text.shaping import check_shaping, is_ignorable, unshaped_code_points
 
 # Clear at small sizes, and the first three with Hangul; by file name without its ending.
 PREFERRED_FONTS = (
@@ -35,24 +35,24 @@ def find_font(text: str, font_dirs: tuple[Path, ...]) -> Path:
     once a process.
     """
     check_shaping(text)
-    wanted = wanted_of(text)
+    wanted = required_code_points(text)
     nearest = wanted
     for font in list_fonts(font_dirs):
-        missing = lacking(font, wanted)
+        missing = missing_glyphs(font, wanted)
         if not missing:
             return font
         nearest = min(nearest, missing, key=len)
 
     folders = ", ".join(map(str, font_dirs))
-    raise FontMissing(f"no font in {folders} can write {named(nearest)}")
+    raise FontMissing(f"no font in {folders} can write {format_code_points(nearest)}")
 
 
-def wanted_of(text: str) -> frozenset[int]:
+def required_code_points(text: str) -> frozenset[int]:
     """The code points of `text` that need a glyph."""
     return frozenset(ord(char) for char in text if not char.isspace() and not is_ignorable(char))
 
 
-def named(code_points: Iterable[int]) -> str:
+def format_code_points(code_points: Iterable[int]) -> str:
     """Characters as a person and a machine read them."""
     return " ".join(f"{chr(code_point)!r} (U+{code_point:04X})" for code_point in sorted(code_points))
 
@@ -91,9 +91,9 @@ def shaped_scripts(font: Path, index: int = 0) -> frozenset[str]:
         return frozenset()
 
 
-def lacking(font: Path, wanted: frozenset[int], index: int = 0) -> frozenset[int]:
+def missing_glyphs(font: Path, wanted: frozenset[int], index: int = 0) -> frozenset[int]:
     """Those of `wanted` that a face has no glyph for, or only the bare letters of a script that has to be shaped."""
-    return missing_from(code_points(font, index), wanted) | unshaped(wanted, shaped_scripts(font, index))
+    return missing_from(code_points(font, index), wanted) | unshaped_code_points(wanted, shaped_scripts(font, index))
 
 
 def missing_from(covered: "array[int]", wanted: frozenset[int]) -> frozenset[int]:

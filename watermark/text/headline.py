@@ -21,20 +21,20 @@ from watermark.text.typesetting import BOX_PADDING, SHADOW_BLUR, SHADOW_OFFSET, 
 # Of the picture's shorter side: nothing of a headline comes nearer to the rim.
 MARGIN = 0.04
 # Where all is equally calm, a headline stands in the middle of the upper part.
-HEADLINE_PLACE = (0.5, 0.15)
+DEFAULT_TARGET = (0.5, 0.15)
 # Tried one after another where a headline that looks for its own place would lie on what is there already.
-SHARES = (1.0, 0.75, 0.5, 0.35)
+SCALES = (1.0, 0.75, 0.5, 0.35)
 # Where even the calmest place has more than this, one whose size is free becomes smaller for a place with so much less.
-STIR_GREY_LEVELS = 0.5
-WORTH_A_MOVE = 0.25
+BUSY_GREY_LEVELS = 0.5
+MAX_ENERGY_RATIO = 0.25
 SHADOW_OPACITY = 0.6
 # In letter sizes: the corners of panels, how far the panel that nobody asked for fades out, and the calm that a
 # headline wants around it where it looks for its own place.
 CORNER = 0.2
 FADE = 0.6
-CALM_AROUND = 0.4
+QUIET_MARGIN = 0.4
 # Of the picture's width: with less to its sides a headline stands in the middle, whatever is to be seen of them.
-ROOM_TO_LEAN = 0.2
+MIN_FREE_WIDTH = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Headline:
     typeface: Typeface
 
 
-def headline_of(overlay: TextOverlay, font_dirs: tuple[Path, ...]) -> Headline:
+def prepare_headline(overlay: TextOverlay, font_dirs: tuple[Path, ...]) -> Headline:
     """The headline `overlay` asks for.
 
     Raises `OverlayInvalid` where its text has control characters or nothing to be seen, `FontMissing` where no font in
@@ -60,31 +60,31 @@ def headline_of(overlay: TextOverlay, font_dirs: tuple[Path, ...]) -> Headline:
     return Headline(overlay, lines, typeface)
 
 
-def headlines_of(overlays: tuple[TextOverlay, ...], font_dirs: tuple[Path, ...]) -> tuple[Headline, ...]:
-    """What `headline_of` makes of each; its errors' messages begin with the field, `text_overlay[1]` for a second."""
+def prepare_headlines(overlays: tuple[TextOverlay, ...], font_dirs: tuple[Path, ...]) -> tuple[Headline, ...]:
+    """Prepare each overlay; an error's message begins with the field, `text_overlay[1]` for the second of several."""
     found = []
     for number, overlay in enumerate(overlays):
         field = "text_overlay" if len(overlays) == 1 else f"text_overlay[{number}]"
         try:
-            found.append(headline_of(overlay, font_dirs))
+            found.append(prepare_headline(overlay, font_dirs))
         except (OverlayInvalid, FontMissing) as error:
             raise type(error)(f"{field}: {error}") from error
     return tuple(found)
 
 
-def put_headlines(picture: Image.Image, headlines: Iterable[Headline], *, avoid: tuple[Rect, ...] = ()) -> Image.Image:
+def draw_headlines(picture: Image.Image, headlines: Iterable[Headline], *, avoid: tuple[Rect, ...] = ()) -> Image.Image:
     """An RGB copy of `picture` with its headlines, painted in order, all of each inside the margins.
 
     Those that look for their own place keep off each other, those with a place, and `avoid`, where there is room.
     """
     pixels = picture.convert("RGB")
     pixels.info = {}
-    for headline, block, place in _laid_out(pixels, tuple(headlines), avoid):
+    for headline, block, place in _lay_out(pixels, tuple(headlines), avoid):
         _paint(pixels, headline.overlay, block, place)
     return pixels
 
 
-def _laid_out(
+def _lay_out(
     picture: Image.Image, headlines: tuple[Headline, ...], avoid: tuple[Rect, ...]
 ) -> list[tuple[Headline, Block, Rect]]:
     """Where everything goes: first what has a place, so that the others keep off it."""
@@ -93,10 +93,10 @@ def _laid_out(
     for number, headline in sorted(enumerate(headlines), key=lambda item: item[1].overlay.position is None):
         setter = Typesetter(headline.overlay, headline.lines, headline.typeface)
         if headline.overlay.position is not None:
-            block = setter.set(picture.size, room.size)
-            place = _anchored(room, block.size, headline.overlay.position.fractions)
+            block = setter.typeset(picture.size, room.size)
+            place = _anchor(room, block.size, headline.overlay.position.fractions)
         else:
-            block, place = _calm_place(picture, setter, room, avoid)
+            block, place = _find_quiet_place(picture, setter, room, avoid)
         avoid = (*avoid, place)
         found[number] = headline, block, place
     return [found[number] for number in range(len(headlines))]
@@ -108,41 +108,43 @@ def _room(size: tuple[int, int]) -> Rect:
     return Rect(margin, margin, size[0] - margin, size[1] - margin)
 
 
-def _anchored(room: Rect, size: tuple[int, int], fractions: tuple[float, float]) -> Rect:
+def _anchor(room: Rect, size: tuple[int, int], fractions: tuple[float, float]) -> Rect:
     left = room.left + round((room.size[0] - size[0]) * fractions[0])
     top = room.top + round((room.size[1] - size[1]) * fractions[1])
     return Rect(0, 0, *size).moved(left, top)
 
 
-def _grown(rect: Rect, by: int) -> Rect:
+def _grow(rect: Rect, by: int) -> Rect:
     return Rect(rect.left - by, rect.top - by, rect.right + by, rect.bottom + by)
 
 
-def _calm_place(picture: Image.Image, setter: Typesetter, room: Rect, avoid: tuple[Rect, ...]) -> tuple[Block, Rect]:
+def _find_quiet_place(
+    picture: Image.Image, setter: Typesetter, room: Rect, avoid: tuple[Rect, ...]
+) -> tuple[Block, Rect]:
     """The calmest place, for a smaller block where a larger one would lie on something or in a stir."""
-    for share in SHARES:
-        block, place = _calmest_block(picture, setter, room, avoid, share)
+    for share in SCALES:
+        block, place = _place_quietly(picture, setter, room, avoid, share)
         if not any(place.overlaps(other) for other in avoid):
             break
     stir = gradient_energy(picture, place)
-    if setter.is_free and share == SHARES[0] and stir > STIR_GREY_LEVELS:
-        smaller, elsewhere = _calmest_block(picture, setter, room, avoid, SHARES[1])
-        if gradient_energy(picture, elsewhere) < WORTH_A_MOVE * stir:
+    if setter.is_size_automatic and share == SCALES[0] and stir > BUSY_GREY_LEVELS:
+        smaller, elsewhere = _place_quietly(picture, setter, room, avoid, SCALES[1])
+        if gradient_energy(picture, elsewhere) < MAX_ENERGY_RATIO * stir:
             return smaller, elsewhere
     return block, place
 
 
-def _calmest_block(
+def _place_quietly(
     picture: Image.Image, setter: Typesetter, room: Rect, avoid: tuple[Rect, ...], share: float
 ) -> tuple[Block, Rect]:
-    block = setter.set(picture.size, room.size, share)
-    around = round(CALM_AROUND * block.font_px)
+    block = setter.typeset(picture.size, room.size, share)
+    around = round(QUIET_MARGIN * block.font_px)
     left, top = quietest_region(
         picture,
-        _grown(Rect(0, 0, *block.size), around).size,
-        within=_grown(room, around),
+        _grow(Rect(0, 0, *block.size), around).size,
+        within=_grow(room, around),
         avoid=avoid,
-        towards=HEADLINE_PLACE,
+        towards=DEFAULT_TARGET,
     )
     return block, Rect(0, 0, *block.size).moved(left + around, top + around)
 
@@ -168,7 +170,7 @@ def _alignment(overlay: TextOverlay, place: Rect, width: int) -> float:
     if overlay.position is not None:
         return overlay.position.fractions[0]
     free = width - place.size[0]
-    if free < ROOM_TO_LEAN * width:
+    if free < MIN_FREE_WIDTH * width:
         return 0.5
     return (0.0, 0.5, 1.0)[min(2, int(place.left / free * 3))]
 
@@ -183,12 +185,12 @@ def _paint_panel(picture: Image.Image, overlay: TextOverlay, block: Block, ink: 
         reach = (math.ceil(FADE * font_px), math.ceil(FADE * font_px))
         inner, fade = 0.0, max(1.0, FADE * font_px)
     width, height = ink.size[0] + 2 * reach[0], ink.size[1] + 2 * reach[1]
-    density = _rounded((width, height), inner + (0 if overlay.box else fade), fade)
+    density = _rounded_box((width, height), inner + (0 if overlay.box else fade), fade)
     mask = Image.fromarray(np.rint(density * colours.opacity).astype(np.uint8))
     picture.paste(colours.panel, (ink.left - reach[0], ink.top - reach[1]), mask)
 
 
-def _rounded(size: tuple[int, int], radius: float, fade: float) -> NDArray[np.float32]:
+def _rounded_box(size: tuple[int, int], radius: float, fade: float) -> NDArray[np.float32]:
     """(height, width) from 0 to 1: a rectangle with round corners that fades over its outermost `fade` px.
 
     By the distance to a rounded box: Quilez, "2D distance functions".

@@ -26,9 +26,9 @@ OUTLINE_GREY = 24
 
 def clean_text(text: str) -> str:
     """Return `text` in Unicode NFC with single plain spaces; raise `SignatureInvalid` where it is no line of text."""
-    if refused := _refused(text):
+    if refused := _refused_characters(text):
         raise SignatureInvalid(f"the signature text has characters that cannot be drawn: {refused}")
-    line = _plain(text)
+    line = _normalize(text)
     if not line:
         raise SignatureInvalid("the signature text is empty")
     if len(line) > MAX_TEXT_CHARS:
@@ -42,9 +42,9 @@ def clean_lines(text: str) -> tuple[str, ...]:
     Raises `OverlayInvalid` where there are characters that are not drawn, or none that is.
     """
     lines = text.replace("\r\n", "\n").split("\n")
-    if refused := _refused("".join(lines)):
+    if refused := _refused_characters("".join(lines)):
         raise OverlayInvalid(f"the text has characters that cannot be drawn: {refused}")
-    plain = [_plain(line) for line in lines]
+    plain = [_normalize(line) for line in lines]
     kept = [line for line, before in zip(plain, ["", *plain], strict=False) if line or before]
     while kept and not kept[-1]:
         kept.pop()
@@ -53,7 +53,7 @@ def clean_lines(text: str) -> tuple[str, ...]:
     return tuple(kept)
 
 
-def _refused(text: str) -> str:
+def _refused_characters(text: str) -> str:
     """Characters of `text` that are not drawn, up to five."""
     refused = sorted({f"U+{ord(char):04X}" for char in text if _is_refused(char)})
     return ", ".join(refused[:5])
@@ -63,7 +63,7 @@ def _is_refused(char: str) -> bool:
     return unicodedata.category(char) in REFUSED_CATEGORIES and char not in SPELLING | ENCLOSING | HINTS
 
 
-def _plain(text: str) -> str:
+def _normalize(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", without_hints(text)).split())
 
 

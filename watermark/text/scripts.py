@@ -25,7 +25,7 @@ RANGES = {
 ENOUGH = {Script.LATIN: 52, Script.HANGUL: 2350, Script.KANA: 160, Script.HAN: 2000}
 
 
-def script_of(text: str) -> Script:
+def detect_script(text: str) -> Script:
     """What tells where a text is from: with Hangul it is Korean, with Kana Japanese, with Han alone Chinese."""
     letters = array("I", sorted(map(ord, text)))
     return next(
@@ -33,7 +33,7 @@ def script_of(text: str) -> Script:
     )
 
 
-def scripts_in(code_points: "array[int]") -> dict[Script, int]:
+def covered_scripts(code_points: "array[int]") -> dict[Script, int]:
     """The scripts that somebody could write with these sorted characters, and how many of each there are."""
     counts = {script: _count(code_points, script) for script in Script}
     return {script: count for script, count in counts.items() if count >= ENOUGH[script]}

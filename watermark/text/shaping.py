@@ -98,7 +98,7 @@ def _is_selector(char: str) -> bool:
     return char == GRAPHEME_JOINER or unicodedata.name(char, "").startswith(VARIATION_SELECTORS)
 
 
-def unshaped(code_points: Iterable[int], tags: Collection[str]) -> frozenset[int]:
+def unshaped_code_points(code_points: Iterable[int], tags: Collection[str]) -> frozenset[int]:
     """The letters that a font draws without joining or stacking them; `tags` are the scripts that it shapes."""
     return frozenset(one for one in code_points if not _is_shaped(one, tags))
 
@@ -110,7 +110,7 @@ def _is_shaped(code_point: int, tags: Collection[str]) -> bool:
     return not wanted or any(tag in tags for tag in wanted)
 
 
-def in_direction_of(line: str, part: str) -> str:
+def keep_direction(line: str, part: str) -> str:
     """`part`, which was broken off `line`, so that it runs as the whole line does: by its first letter (UAX #9, P2)."""
     is_leftwards = bool(_runs_left(line))
     if bool(_runs_left(part)) is is_leftwards:

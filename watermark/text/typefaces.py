@@ -11,9 +11,9 @@ from fontTools.ttLib.ttCollection import TTCollection
 
 from config.redacting import quoted
 from watermark.errors import FontMissing
-from watermark.text.fonts import FONT_ERRORS, lacking, list_fonts, named, wanted_of
+from watermark.text.fonts import FONT_ERRORS, format_code_points, list_fonts, missing_glyphs, required_code_points
 from watermark.text.mark import is_visible
-from watermark.text.scripts import Script, script_of
+from watermark.text.scripts import Script, detect_script
 from watermark.text.shaping import check_shaping
 
 # Clear in headlines, and of the country whose signs these are: Han differ between Japan and China.
@@ -52,7 +52,7 @@ class Typeface:
     def family(self) -> str:
         return self.families[0]
 
-    def answers(self, key: str) -> bool:
+    def matches(self, key: str) -> bool:
         """Whether `key` names this very face, by its full name or by family and style."""
         styles = {self.style, "Regular"} if self.is_regular else {self.style}
         names = {*self.full_names, *(f"{family} {style}" for family in self.families for style in styles)}
@@ -72,10 +72,10 @@ def choose_typeface(text: str, family: str | None, font_dirs: tuple[Path, ...]) 
     """
     check_shaping(text)
     if family is None:
-        return _covering(text, font_dirs)
-    face = _named_face(family, font_dirs)
+        return _find_covering(text, font_dirs)
+    face = _find_by_name(family, font_dirs)
     if missing := _missing(text, face) or _blank(text, face):
-        raise FontMissing(f"the font {family} ({face.path.name}) cannot write {named(missing)}")
+        raise FontMissing(f"the font {family} ({face.path.name}) cannot write {format_code_points(missing)}")
     return face
 
 
@@ -86,45 +86,49 @@ def list_typefaces(font_dirs: tuple[Path, ...]) -> tuple[Typeface, ...]:
     return tuple(face for path in sorted(files) for face in _faces(path))
 
 
-def _covering(text: str, font_dirs: tuple[Path, ...]) -> Typeface:
-    preferred = PREFERRED_FAMILIES[script_of(text)]
+def _find_covering(text: str, font_dirs: tuple[Path, ...]) -> Typeface:
+    preferred = PREFERRED_FAMILIES[detect_script(text)]
 
     def preference(face: Typeface) -> tuple[int, bool, int]:
         rank = preferred.index(face.family) if face.family in preferred else len(preferred)
         return rank, face.is_italic, abs(face.weight - BOLD_WEIGHT)
 
-    nearest = wanted_of(text)
+    nearest = required_code_points(text)
     for face in sorted(list_typefaces(font_dirs), key=preference):
         missing = _missing(text, face) or _blank(text, face)
         if not missing:
             return face
         nearest = min(nearest, missing, key=len)
-    raise FontMissing(f"no font in {', '.join(map(str, font_dirs))} can write {named(nearest)}")
+    raise FontMissing(f"no font in {', '.join(map(str, font_dirs))} can write {format_code_points(nearest)}")
 
 
-def _named_face(name: str, font_dirs: tuple[Path, ...]) -> Typeface:
+def _find_by_name(name: str, font_dirs: tuple[Path, ...]) -> Typeface:
     faces, key = list_typefaces(font_dirs), _key(name)
     of_family = [face for face in faces if key in map(_key, face.families)] or [
-        face for face in faces if face.answers(key)
+        face for face in faces if face.matches(key)
     ]
     if not of_family:
-        raise FontMissing(f"no font family {quoted(name)} is installed{_near(key, faces)}; `darkroom fonts` lists them")
+        raise FontMissing(
+            f"no font family {quoted(name)} is installed{_suggest_families(key, faces)}; `darkroom fonts` lists them"
+        )
     return min(of_family, key=lambda face: (face.is_italic, abs(face.weight - REGULAR_WEIGHT)))
 
 
-def _near(key: str, faces: Iterable[Typeface]) -> str:
+def _suggest_families(key: str, faces: Iterable[Typeface]) -> str:
     names = {_key(family): family for face in faces for family in reversed(face.families)}
     near = get_close_matches(key, names, NUM_NEAR_FAMILIES, NEARNESS)
     return f"; near it are {', '.join(names[found] for found in near)}" if near else ""
 
 
 def _missing(text: str, face: Typeface) -> frozenset[int]:
-    return lacking(face.path, wanted_of(text), face.index)
+    return missing_glyphs(face.path, required_code_points(text), face.index)
 
 
 def _blank(text: str, face: Typeface) -> frozenset[int]:
     """Characters that the font has, and draws nothing for: NanumSquare has such a U+D7A3."""
-    return frozenset(one for one in wanted_of(text) - FILLERS if not is_visible(chr(one), face.path, face.index))
+    return frozenset(
+        one for one in required_code_points(text) - FILLERS if not is_visible(chr(one), face.path, face.index)
+    )
 
 
 def _key(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from watermark.text.overlay import TextOverlay
-from watermark.text.shaping import in_direction_of
+from watermark.text.shaping import keep_direction
 from watermark.text.typefaces import Typeface
 from watermark.text.wrapping import Breaking, wrap
 
@@ -94,9 +94,9 @@ class Block:
 
     @cached_property
     def _inks(self) -> tuple[Ink, ...]:
-        return tuple(self._inked(line) for line in self.lines)
+        return tuple(self._measure_ink(line) for line in self.lines)
 
-    def _inked(self, line: str) -> Ink:
+    def _measure_ink(self, line: str) -> Ink:
         # Not `getbbox`, which counts the blank to a letter's sides and down to the baseline as ink.
         mask, (left, top) = self.font.getmask2(line, "L", anchor="ls", stroke_width=self.stroke_px)
         box = mask.getbbox() or (0, 0, 0, 0)
@@ -104,10 +104,10 @@ class Block:
 
     @cached_property
     def _ink(self) -> Ink:
-        return _together(self._inks, self._pitch)
+        return union_of_lines(self._inks, self._pitch)
 
 
-class _Attempt(NamedTuple):
+class _Constraints(NamedTuple):
     """A room for the headline, in px, and what it may do to fit in there."""
 
     width: float
@@ -131,95 +131,95 @@ class Typesetter:
         self._inks: dict[str, Ink] = {}
 
     @property
-    def is_free(self) -> bool:
+    def is_size_automatic(self) -> bool:
         """Whether nobody said how large the letters are to be."""
         return self._overlay.size is None
 
-    def set(self, picture: tuple[int, int], room: tuple[int, int], share: float = 1.0) -> Block:
+    def typeset(self, picture: tuple[int, int], room: tuple[int, int], share: float = 1.0) -> Block:
         """The headline at its best size for a picture of (width, height), all of it inside `room`.
 
         A size that was given is kept where it fits, and else the largest that does; `share` of it where it is to be
         smaller. Where nothing fits even in the smallest letters, they are scaled down.
         """
-        for attempt in self._attempts(picture, room, share):
-            block = self._try(attempt)
+        for attempt in self._candidates(picture, room, share):
+            block = self._fit(attempt)
             if block is not None:
-                return self._phrased(attempt, block)
-        return self._crowded(room)
+                return self._break_at_phrases(attempt, block)
+        return self._scale_down(room)
 
-    def _phrased(self, attempt: _Attempt, block: Block) -> Block:
+    def _break_at_phrases(self, attempt: _Constraints, block: Block) -> Block:
         """A block that breaks between phrases alone, where it need not be much smaller or longer for it."""
         font_px = int(block.font.size)
         min_px = font_px if self._overlay.size else math.ceil(font_px * WORTH_A_PHRASE)
         max_lines = min(attempt.max_lines, len(block.lines) + 1)
-        return self._try(_Attempt(*attempt[:2], max_lines, Breaking.PHRASES, min_px, font_px)) or block
+        return self._fit(_Constraints(*attempt[:2], max_lines, Breaking.PHRASES, min_px, font_px)) or block
 
-    def _attempts(self, picture: tuple[int, int], room: tuple[int, int], share: float) -> tuple[_Attempt, ...]:
+    def _candidates(self, picture: tuple[int, int], room: tuple[int, int], share: float) -> tuple[_Constraints, ...]:
         mean_side = math.sqrt(picture[0] * picture[1])
         size, any_lines = self._overlay.size, len("".join(self._lines)) + len(self._lines)
         wanted = LARGEST_FRACTION * mean_side if size is None else size * picture[1]
         if share < 1:
             # Of what it would be: where the width is short, less height alone makes nothing smaller.
-            wanted = self.set(picture, room).font_px * share
+            wanted = self.typeset(picture, room).font_px * share
         largest = min(MAX_FONT_PX, max(MIN_FONT_PX, round(wanted)))
         readable = min(largest, max(READABLE_PX, round(READABLE_FRACTION * mean_side)))
         if size is not None:
             return (
-                _Attempt(*room, any_lines, Breaking.SYLLABLES, readable, largest),
-                _Attempt(*room, any_lines, Breaking.ALL, MIN_FONT_PX, largest),
+                _Constraints(*room, any_lines, Breaking.SYLLABLES, readable, largest),
+                _Constraints(*room, any_lines, Breaking.ALL, MIN_FONT_PX, largest),
             )
         width, lines = room[0] * FIT_WIDTH, max(FIT_LINES, len(self._lines))
         return (
-            _Attempt(width, room[1] * FIT_HEIGHT * share, lines, Breaking.WORDS, readable, largest),
-            _Attempt(width, room[1] * FIT_HEIGHT * share, lines, Breaking.ALL, readable, largest),
-            _Attempt(width, room[1] * LONG_HEIGHT * share, any_lines, Breaking.ALL, readable, largest),
-            _Attempt(*room, any_lines, Breaking.ALL, MIN_FONT_PX, largest),
+            _Constraints(width, room[1] * FIT_HEIGHT * share, lines, Breaking.WORDS, readable, largest),
+            _Constraints(width, room[1] * FIT_HEIGHT * share, lines, Breaking.ALL, readable, largest),
+            _Constraints(width, room[1] * LONG_HEIGHT * share, any_lines, Breaking.ALL, readable, largest),
+            _Constraints(*room, any_lines, Breaking.ALL, MIN_FONT_PX, largest),
         )
 
-    def _try(self, attempt: _Attempt) -> Block | None:
+    def _fit(self, attempt: _Constraints) -> Block | None:
         """The largest size that fits, found by halving, and by ones where the drawn letters are wider than thought."""
         low, high = attempt.min_px, attempt.max_px
-        if self._wrapped(attempt, low, evenly=False) is None:
+        if self._wrap_at(attempt, low, evenly=False) is None:
             return None
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (low, middle - 1) if self._wrapped(attempt, middle, evenly=False) is None else (middle, high)
+            low, high = (low, middle - 1) if self._wrap_at(attempt, middle, evenly=False) is None else (middle, high)
 
         for font_px in range(low, attempt.min_px - 1, -1):
-            lines = self._wrapped(attempt, font_px)
+            lines = self._wrap_at(attempt, font_px)
             block = self._block(font_px, lines) if lines else None
             if block and block.size[0] <= attempt.width and block.size[1] <= attempt.height:
                 return block
         return None
 
-    def _wrapped(self, attempt: _Attempt, font_px: int, *, evenly: bool = True) -> list[str] | None:
+    def _wrap_at(self, attempt: _Constraints, font_px: int, *, evenly: bool = True) -> list[str] | None:
         """The lines at `font_px`; None where they do not fit, as far as can be told from the reference."""
         across, down = (2 * (pad + self._stroke(font_px)) for pad in self._padding(font_px))
         width, height = (attempt.width - across) / font_px, (attempt.height - down) / font_px
         if width <= 0 or height <= 0:
             return None
-        lines = self._broken(width, attempt.breaking, evenly=evenly)
+        lines = self._wrap_lines(width, attempt.breaking, evenly=evenly)
         if lines is None or len(lines) > attempt.max_lines:
             return None
-        ink = _together([self._ink(line) for line in lines], self._pitch)
+        ink = union_of_lines([self._ink(line) for line in lines], self._pitch)
         return lines if ink.right - ink.left <= width and ink.bottom - ink.top <= height else None
 
-    def _broken(self, width: float, breaking: Breaking, *, evenly: bool = True) -> list[str] | None:
+    def _wrap_lines(self, width: float, breaking: Breaking, *, evenly: bool = True) -> list[str] | None:
         """Every line broken into those that are at most `width` letter sizes wide."""
         found: list[str] = []
         for line in self._lines:
             broken = wrap(line, width, self._width, breaking, evenly=evenly) if line else [""]
             if broken is None:
                 return None
-            found += [in_direction_of(line, part) for part in broken]
+            found += [keep_direction(line, part) for part in broken]
         return found
 
-    def _crowded(self, room: tuple[int, int]) -> Block:
+    def _scale_down(self, room: tuple[int, int]) -> Block:
         """The smallest letters, scaled down until they fit."""
         scale = 1.0
         while True:
             scale *= 0.9
-            lines = self._broken(max(1.0, room[0] / scale / MIN_FONT_PX - 1), Breaking.ALL)
+            lines = self._wrap_lines(max(1.0, room[0] / scale / MIN_FONT_PX - 1), Breaking.ALL)
             block = self._block(MIN_FONT_PX, lines or [], scale)
             if block.size[0] <= room[0] and block.size[1] <= room[1]:
                 return block
@@ -253,7 +253,7 @@ class Typesetter:
         return self._inks[line]
 
 
-def _together(inks: Sequence[Ink], pitch: float) -> Ink:
+def union_of_lines(inks: Sequence[Ink], pitch: float) -> Ink:
     """The ink of lines that begin one above the other, `pitch` apart; each is as wide as its own ink."""
     return Ink(
         0.0,

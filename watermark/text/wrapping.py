@@ -54,15 +54,15 @@ class Piece(NamedTuple):
     cost: float = 0.0
 
 
-def pieces_of(line: str) -> list[Piece]:
+def split_pieces(line: str) -> list[Piece]:
     """What may stand on lines of their own: words, and of Chinese and Japanese the single signs but for Katakana words.
 
     `line` has single plain spaces. A sign that must not begin a line sticks to the one before, and the other way round.
     """
     found = []
     for word in line.split(" "):
-        parts = _parts(word)
-        found += [Piece(part, False, _cost(part[-1], after[0])) for part, after in pairwise(parts)]
+        parts = _split_at_breaks(word)
+        found += [Piece(part, False, _break_cost(part[-1], after[0])) for part, after in pairwise(parts)]
         found.append(Piece(parts[-1], True))
     return found
 
@@ -76,16 +76,16 @@ def wrap(
     of the squares of what is left free, and of what the breaks cost, is least (Knuth and Plass 1981); not `evenly`,
     each line takes what it can, which is as many lines and quicker told.
     """
-    pieces = pieces_of(line)
+    pieces = split_pieces(line)
     if breaking is Breaking.PHRASES:
-        pieces = _phrases(pieces)
-    fitting = _broken(pieces, width, measure, breaking)
+        pieces = _join_phrases(pieces)
+    fitting = _split_wide(pieces, width, measure, breaking)
     if fitting is None:
         return None
     row = _Row(fitting, measure)
-    starts = _fewest(row, width)
+    starts = _wrap_greedily(row, width)
     if evenly and len(starts) > 2:
-        starts = _evened(row, starts, width)
+        starts = _balance(row, starts, width)
     return [row.text(start, stop) for start, stop in pairwise(starts)]
 
 
@@ -120,7 +120,7 @@ class _Row:
         return stop if stop <= len(self) and self.width(start, stop) <= width else max(start + 1, stop - 1)
 
 
-def _fewest(row: _Row, width: float) -> list[int]:
+def _wrap_greedily(row: _Row, width: float) -> list[int]:
     """Where the lines begin when each takes all it can, and the end."""
     starts = [0]
     while starts[-1] < len(row):
@@ -128,7 +128,7 @@ def _fewest(row: _Row, width: float) -> list[int]:
     return starts
 
 
-def _evened(row: _Row, latest: list[int], width: float) -> list[int]:
+def _balance(row: _Row, latest: list[int], width: float) -> list[int]:
     """Where as many lines begin as in `latest`, which is as late as can be, but as even as can be; and the end."""
     earliest = [len(row)]
     for _ in latest[2:]:
@@ -147,7 +147,7 @@ def _evened(row: _Row, latest: list[int], width: float) -> list[int]:
     return best[len(row)][1]
 
 
-def _phrases(pieces: list[Piece]) -> list[Piece]:
+def _join_phrases(pieces: list[Piece]) -> list[Piece]:
     """`pieces` put together again where a phrase goes on."""
     found = pieces[:1]
     for piece in pieces[1:]:
@@ -158,34 +158,34 @@ def _phrases(pieces: list[Piece]) -> list[Piece]:
     return found
 
 
-def _broken(
+def _split_wide(
     pieces: list[Piece], width: float, measure: Callable[[str], float], breaking: Breaking
 ) -> list[Piece] | None:
     """`pieces` with the too wide ones broken into their signs, where `breaking` allows it."""
     found: list[Piece] = []
     for piece in pieces:
-        if measure(piece.text) <= width or len(signs := _signs(piece.text)) == 1:
+        if measure(piece.text) <= width or len(signs := _graphemes(piece.text)) == 1:
             found.append(piece)
-        elif breaking is Breaking.ALL or (breaking is Breaking.SYLLABLES and _has_syllables(piece.text)):
+        elif breaking is Breaking.ALL or (breaking is Breaking.SYLLABLES and _has_syllable_script(piece.text)):
             found += [Piece(sign, False) for sign in signs[:-1]] + [Piece(signs[-1], piece.is_spaced)]
         else:
             return None
     return found
 
 
-def _parts(word: str) -> list[str]:
+def _split_at_breaks(word: str) -> list[str]:
     """`word` at every place where a line may break."""
-    signs = _signs(word)
+    signs = _graphemes(word)
     parts = signs[:1]
     for before, after in pairwise(signs):
-        if _may_part(before[0], after[0]):
+        if _may_break(before[0], after[0]):
             parts.append(after)
         else:
             parts[-1] += after
     return parts or [""]
 
 
-def _may_part(before: str, after: str) -> bool:
+def _may_break(before: str, after: str) -> bool:
     if before in NOT_LAST or after in NOT_FIRST or _IS_HANGUL.match(before) or _IS_HANGUL.match(after):
         return False
     if _IS_KATAKANA.match(before) and _IS_KATAKANA.match(after):
@@ -200,7 +200,7 @@ def _is_full_stop(sign: str) -> bool:
     )
 
 
-def _cost(before: str, after: str) -> float:
+def _break_cost(before: str, after: str) -> float:
     """Of a break between two signs where one may be."""
     if _is_full_stop(before) or after in NOT_LAST:
         return 0.0
@@ -210,18 +210,18 @@ def _cost(before: str, after: str) -> float:
     return WORD_ENDS if is_edge else PHRASE_GOES_ON
 
 
-def _has_syllables(text: str) -> bool:
+def _has_syllable_script(text: str) -> bool:
     return bool(_IS_HANGUL.search(text) or _IS_KATAKANA.search(text))
 
 
-def _signs(text: str) -> list[str]:
+def _graphemes(text: str) -> list[str]:
     """Characters together with the marks that combine with them, and those that a virama or a joiner binds.
 
     Near to the extended grapheme clusters of UAX #29, from what Python knows of characters.
     """
     signs: list[str] = []
     for character in text:
-        is_bound = bool(signs) and (_binds(signs[-1][-1]) or is_ignorable(character) or _combines(character))
+        is_bound = bool(signs) and (_is_binding(signs[-1][-1]) or is_ignorable(character) or _is_combining(character))
         if is_bound:
             signs[-1] += character
         else:
@@ -229,10 +229,10 @@ def _signs(text: str) -> list[str]:
     return signs
 
 
-def _combines(character: str) -> bool:
+def _is_combining(character: str) -> bool:
     return unicodedata.category(character) in MARKS
 
 
-def _binds(character: str) -> bool:
+def _is_binding(character: str) -> bool:
     """Whether what comes behind it belongs to it."""
     return character == ZWJ or unicodedata.combining(character) == VIRAMA_CLASS

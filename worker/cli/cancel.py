@@ -6,8 +6,8 @@ import uuid
 
 from rich.console import Console
 
-from config.settings import BrokerSettings
-from worker.amqp.broker import PublishFailed, broadcast
+from config.broker import BrokerSettings
+from worker.amqp.publisher import PublishFailed, broadcast
 from worker.amqp.topology import QueueNames
 from worker.messages.generation_id import RIGHT, is_generation_id
 

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.text import Text
 
 from clients.storage.errors import StorageError
-from config.settings import Settings, SettingsError, doubtful_names, load_settings
-from worker.amqp.broker import PublishFailed
+from config.section import SettingsError
+from config.settings import Settings, load_settings, misspelled_names
+from worker.amqp.publisher import PublishFailed
 from worker.amqp.queue_browser import QueueBusy
 from worker.cli.terminal import escape_for_terminal
 from worker.messages.decoder import rules_from
@@ -29,7 +30,7 @@ class CommandFailed(Exception):
 def settings_or_exit() -> Settings:
     """Load all settings, and warn of each name that is nearly one."""
     settings = or_exit(whole_settings)
-    for doubt in doubtful_names():
+    for doubt in misspelled_names():
         console.print("[yellow]Warning:[/]", end=" ")
         console.print(doubt, markup=False, highlight=False, soft_wrap=True)
     return settings
@@ -52,16 +53,16 @@ def or_exit(load: Callable[[], Loaded]) -> Loaded:
         # Not folded at the terminal's width: people copy these lines, and programs search them for words.
         problems = str(error)
         # A near miss that stands in for a missing setting is named in that setting's line.
-        others = [doubt for doubt in _doubtful_names_or_none() if doubt.split()[0] not in problems]
+        others = [doubt for doubt in _misspelled_names_or_none() if doubt.split()[0] not in problems]
         for line in (problems, *others):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         console.print("docs/settings.md lists every setting; .env.example is a file to begin with.")
         sys.exit(ExitCode.SETTINGS)
 
 
-def _doubtful_names_or_none() -> list[str]:
+def _misspelled_names_or_none() -> list[str]:
     try:
-        return doubtful_names()
+        return misspelled_names()
     except SettingsError:
         return []  # .env itself is what is wrong
 

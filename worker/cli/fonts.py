@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from watermark.text.fonts import code_points
-from watermark.text.scripts import Script, scripts_in
+from watermark.text.scripts import Script, covered_scripts
 from watermark.text.typefaces import Typeface, list_typefaces
 
 
@@ -55,7 +55,7 @@ def _family(name: str, faces: list[Typeface]) -> Family:
     names = dict.fromkeys(other for face in ordered for other in face.families)
     # Legacy names that contain a style, like "NanumSquare Bold", are covered by the family and the style.
     also = [one for one in names if one != name and not any(one.startswith(f"{other} ") for other in names)]
-    covered = [scripts_in(code_points(face.path, face.index)) for face in ordered]
+    covered = [covered_scripts(code_points(face.path, face.index)) for face in ordered]
     common = [script for script in Script if all(script in one for one in covered)]
     return Family(
         family=name,

@@ -13,15 +13,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from config.broker import BrokerSettings
+from config.images import PictureSettings
 from config.logs import configure_logging
 from config.redacting import quoted
-from config.settings import (
-    BrokerSettings,
-    PictureSettings,
-    ServiceSettings,
-    StoreSettings,
-    load_section,
-)
+from config.section import load_section
+from config.service import ServiceSettings
+from config.store import StoreSettings
 from worker.cli.dead.group import dead
 from worker.cli.exits import console, exit_on_failure, or_exit, settings_or_exit, whole_settings
 from worker.cli.options import GenerateOptions, fields_of, with_generate_options

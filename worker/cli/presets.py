@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from config.images import PictureSettings
 from config.presets.catalog import builtin_presets, load_presets
-from config.settings import PictureSettings
 
 
 def print_presets(pictures: PictureSettings, *, as_lines: bool, console: Console) -> None:

@@ -20,13 +20,14 @@ from clients.storage.client import Storage
 from clients.storage.errors import StorageError, StorageUnavailable
 from clients.webhooks import WebhookKind
 from config.settings import Settings
-from worker.amqp.broker import Publisher, PublishFailed
+from worker.amqp.publisher import Publisher, PublishFailed
 from worker.amqp.topology import RETRY_DELAYS_SECONDS, QueueNames
 from worker.messages.decoder import decode, rules_from
 from worker.messages.envelope import MESSAGE_TYPE
 from worker.messages.job import JobRejected
+from worker.outcome import Outcome
 from worker.results.ledger import Ledger, key_of
-from worker.results.terminal_event import CANCELLED_OUTCOME, TerminalEvent
+from worker.results.terminal_event import TerminalEvent
 
 POLL_SECONDS = 0.5
 
@@ -126,7 +127,7 @@ class _Follower:
 
 def _report(event: TerminalEvent, console: Console) -> bool:
     """Print the end of the job; True where it is complete."""
-    if event.outcome == CANCELLED_OUTCOME:
+    if event.outcome is Outcome.CANCELLED:
         console.print("[yellow]cancelled[/]")
         return False
     if event.kind is WebhookKind.FAILED:

@@ -15,8 +15,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from clients.storage.location import ObjectRef, parse_location, shown_location
+from config.images import PictureSettings
+from config.model import ModelSettings
 from config.redacting import quoted
-from config.settings import ModelSettings, PictureSettings, StoreSettings
+from config.store import StoreSettings
 from watermark.resizing import Fit
 from watermark.signature import SignatureStyle
 from worker.messages.envelope import MAX_BODY_BYTES, identify, oversized_rejection, parse
@@ -24,7 +26,7 @@ from worker.messages.ignoring import ignored_in
 from worker.messages.job import MAX_ASPECT, Job, JobAdapter, JobRejected, Undecodable
 from worker.messages.kinds import control_of, kind_of, overlay_of, overlays_in, product_of, source_of
 from worker.messages.presets import adapters_of, presets_in_force, styled_of
-from worker.messages.rules import PICKLE_SUFFIXES, Identity, JobRules, Rejection, located, shown_value
+from worker.messages.rules import Identity, JobRules, Rejection, is_pickle, located, shown_value
 from worker.messages.schema import (
     ASPECT,
     MAX_ADAPTERS,
@@ -174,7 +176,7 @@ def _adapters(wire: WireData, rules: JobRules, reject: Rejection) -> tuple[JobAd
         ref = located("lora_path", path, rules, reject)
         if ref is None:
             raise reject("INVALID_INPUT", "data.loras: path is empty: name a .safetensors object or a folder")
-        if ref.key.lower().endswith(PICKLE_SUFFIXES):
+        if is_pickle(ref):
             raise reject(
                 "LORA_UNSAFE_FORMAT", f"lora_path {shown_location(path)} may hold a pickle; only .safetensors is read"
             )

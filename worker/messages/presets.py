@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from clients.storage.location import LocationForbidden, ObjectRef
+from config.images import PictureSettings
 from config.presets.catalog import Preset, PresetAdapter, Presets, PresetsInvalid, builtin_presets
 from config.presets.preset_file import PresetFile
 from config.redacting import quoted
-from config.settings import PictureSettings, SettingsError
+from config.section import SettingsError
 from worker.messages.job import JobAdapter
-from worker.messages.rules import MAX_REASON_CHARS, PICKLE_SUFFIXES, JobRules, Rejection, located
+from worker.messages.rules import MAX_REASON_CHARS, JobRules, Rejection, is_pickle, located
 from worker.messages.schema import MAX_PROMPT_CHARS, WireData
 
 
@@ -56,14 +57,14 @@ def _check_adapters(presets: Presets, locate: Callable[[str], ObjectRef]) -> Non
             ref = locate(adapter.path)
         except LocationForbidden as error:
             raise PresetsInvalid(f"the adapter of {place}: {error}") from error
-        if ref.key.lower().endswith(PICKLE_SUFFIXES):
+        if is_pickle(ref):
             raise PresetsInvalid(f"the adapter of {place}: {ref} may hold a pickle; only .safetensors is read")
 
 
 def styled(prompt: str, negative_prompt: str, *, style: Preset | None, industry: Preset | None) -> Styled:
     """Apply the presets to a job's prompts; the style's defaults win over the industry's."""
     for preset in (industry, style):
-        prompt = preset.around(prompt) if preset else prompt
+        prompt = preset.fill_template(prompt) if preset else prompt
     presets = [preset for preset in (style, industry) if preset]
     return Styled(
         prompt=prompt,

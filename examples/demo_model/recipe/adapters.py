@@ -15,7 +15,7 @@ from examples.demo_model.recipe.latents import Latents
 from examples.demo_model.recipe.settings import SEED, Kitchen
 from examples.demo_model.recipe.things import Thing
 from examples.demo_model.recipe.tokenizer import Reader
-from examples.demo_model.recipe.training import StepPlan, train
+from examples.demo_model.recipe.training import TrainingPlan, train
 from examples.demo_model.recipe.workers import Workers
 
 RANK = 8
@@ -40,7 +40,7 @@ def train_adapter(style: str, kitchen: Kitchen) -> dict[str, object]:
         return latents[number], styled_caption(thing, style, rng)
 
     lesson = Lesson(unet, text_encoder, Reader(tokenizer), kitchen=kitchen, workers=workers, draw_example=draw_example)
-    course = StepPlan(style, kitchen.budget.adapter_steps, BATCH, {"": RATE}, uses_muon=False)
+    course = TrainingPlan(style, kitchen.budget.adapter_steps, BATCH, {"": RATE}, uses_muon=False)
     figures = train(adapted, lesson.loss(style), course, workers, kitchen.progress(style))
     workers.close()
     path = kitchen.adapters / f"{style}.safetensors"

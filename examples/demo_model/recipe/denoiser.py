@@ -24,7 +24,7 @@ from examples.demo_model.recipe.settings import (
 )
 from examples.demo_model.recipe.things import Thing, read_things
 from examples.demo_model.recipe.tokenizer import Reader
-from examples.demo_model.recipe.training import Draws, StepPlan, train
+from examples.demo_model.recipe.training import Draws, TrainingPlan, train
 from examples.demo_model.recipe.workers import Workers
 
 CHANNELS = (64, 128, 128)
@@ -53,7 +53,7 @@ def train_denoiser(kitchen: Kitchen) -> dict[str, object]:
 
     lesson = Lesson(unet, text_encoder, Reader(tokenizer), kitchen=kitchen, workers=workers, draw_example=draw_example)
     rates = {"unet": RATE, "text_encoder": TEXT_RATE}
-    course = StepPlan("denoiser", kitchen.budget.denoiser_steps, BATCH, rates)
+    course = TrainingPlan("denoiser", kitchen.budget.denoiser_steps, BATCH, rates)
     figures = train(network, lesson.loss("denoiser"), course, workers, kitchen.progress("denoiser"))
     unet.save_pretrained(kitchen.trained("unet"))
     text_encoder.save_pretrained(kitchen.trained("text_encoder"))

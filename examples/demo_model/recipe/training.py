@@ -27,7 +27,7 @@ NUM_LOSSES = 40  # points of the curve that the card shows
 
 
 @dataclass(frozen=True, slots=True)
-class StepPlan:
+class TrainingPlan:
     """How one network is trained. `rates`: the peak learning rates by the beginning of the parameters' names."""
 
     name: str
@@ -65,7 +65,7 @@ class _Progress:
 class _Training:
     """Owner of a network while it is trained."""
 
-    def __init__(self, network: nn.Module, course: StepPlan, workers: Workers) -> None:
+    def __init__(self, network: nn.Module, course: TrainingPlan, workers: Workers) -> None:
         named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
         self.parameters = [parameter for _, parameter in named]
         self.averages = [parameter.detach().clone() for parameter in self.parameters]
@@ -132,7 +132,7 @@ class _Training:
 
 
 def train(
-    network: nn.Module, loss_of: LossOf, course: StepPlan, workers: Workers, progress_file: Path
+    network: nn.Module, loss_of: LossOf, course: TrainingPlan, workers: Workers, progress_file: Path
 ) -> dict[str, object]:
     """Train what in `network` requires gradients, from `progress_file` on if it exists. What came of it, in figures.
 
@@ -169,7 +169,7 @@ def train(
 
 
 def _optimizers(
-    named: list[tuple[str, nn.Parameter]], course: StepPlan, workers: Workers
+    named: list[tuple[str, nn.Parameter]], course: TrainingPlan, workers: Workers
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices that a signal passes through, AdamW for what looks up, scales and shifts."""
     matrices: list[dict[str, Any]] = []

@@ -11,7 +11,7 @@ from examples.demo_model.recipe.grounds import GROUNDS
 from examples.demo_model.recipe.render import load_pictures
 from examples.demo_model.recipe.settings import LATENT_CHANNELS, SEED, SIDE, Kitchen
 from examples.demo_model.recipe.styles import STYLES, on_ground
-from examples.demo_model.recipe.training import Draws, StepPlan, train
+from examples.demo_model.recipe.training import Draws, TrainingPlan, train
 from examples.demo_model.recipe.workers import Workers
 
 CHANNELS = (32, 32, 64, 64)
@@ -33,7 +33,7 @@ def train_vae(kitchen: Kitchen) -> dict[str, object]:
     torch.manual_seed(SEED)
     vae = build_vae().to(kitchen.device)
     lesson = _Lesson(vae, load_pictures(kitchen.pictures), kitchen.budget.vae_steps, workers)
-    course = StepPlan("vae", kitchen.budget.vae_steps, NUM_CROPS, {"": RATE})
+    course = TrainingPlan("vae", kitchen.budget.vae_steps, NUM_CROPS, {"": RATE})
     figures = train(vae, lesson.loss, course, workers, kitchen.progress("vae"))
     vae.save_pretrained(kitchen.trained("vae"))
     workers.close()

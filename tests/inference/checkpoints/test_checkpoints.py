@@ -13,8 +13,9 @@ import safetensors.torch
 import torch
 
 from benchmarks.loading import build, measure
-from inference.checkpoints.checkpoint import Where, download, identify, load_pipeline, weight_bytes
-from inference.request import EngineStartFailed
+from inference.checkpoints.checkpoint import Location, identify
+from inference.checkpoints.pipeline import download, load_pipeline, weight_bytes
+from inference.errors import EngineStartFailed
 from tests.support.models.ldm_layout import write_single_file
 from tests.support.models.tiny_models import build_tiny_sd, build_tiny_sd2, build_tiny_sdxl, build_tiny_z_image
 
@@ -125,7 +126,11 @@ def test_a_folder_is_told_by_its_index_and_its_memory_by_the_headers(checkpoints
     checkpoint = identify(str(checkpoints[name]), None)
     pipe = load_pipeline(checkpoint, torch.bfloat16)
 
-    assert (checkpoint.pipeline_class, checkpoint.where, checkpoint.public_name) == (CLASSES[name], Where.FOLDER, name)
+    assert (checkpoint.pipeline_class, checkpoint.where, checkpoint.public_name) == (
+        CLASSES[name],
+        Location.FOLDER,
+        name,
+    )
     assert type(pipe).__name__ == CLASSES[name]
     assert weight_bytes(checkpoint, 2) == {
         name: sum(parameter.nbytes for parameter in model.parameters())
@@ -142,7 +147,7 @@ def test_a_single_file_draws_what_the_folder_draws(
 
     pipe = load_pipeline(checkpoint, torch.float32)
 
-    assert (checkpoint.pipeline_class, checkpoint.where, checkpoint.public_name) == (CLASSES[name], Where.FILE, name)
+    assert (checkpoint.pipeline_class, checkpoint.where, checkpoint.public_name) == (CLASSES[name], Location.FILE, name)
     # Not to the bit: some processors' kernels depend on where in memory the weights lie.
     assert (draw(pipe) - draw(load(checkpoints[name]))).abs().max() < 1e-5
     assert weight_bytes(checkpoint, 4) == weight_bytes(identify(str(checkpoints[name]), None), 4)
@@ -171,7 +176,7 @@ def test_a_hub_id_in_the_cache_loads_without_the_hub(
 
     checkpoint = identify("acme/tiny", None)
 
-    assert (checkpoint.where, checkpoint.public_name) == (Where.HUB, "acme/tiny")
+    assert (checkpoint.where, checkpoint.public_name) == (Location.HUB, "acme/tiny")
     assert weight_bytes(checkpoint, 4) == weight_bytes(identify(str(folder), None), 4)
     assert torch.equal(draw(load_pipeline(checkpoint, torch.float32)), wanted)
 

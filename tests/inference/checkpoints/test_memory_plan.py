@@ -8,22 +8,23 @@ import pytest
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from clients.gpu import GpuReading, GpuReadings
-from config.settings import ModelSettings
+from clients.gpu import GpuMonitor, GpuUsage
+from config.model import ModelSettings
 from inference.checkpoints import memory_plan
-from inference.checkpoints.checkpoint import identify, load_pipeline
+from inference.checkpoints.checkpoint import identify
 from inference.checkpoints.memory_plan import (
     RESERVE_BYTES,
     Placement,
-    decide,
-    foresee,
     free_bytes,
     free_host_bytes,
     most_adapter_bytes,
     place,
+    plan,
+    plan_and_warn,
 )
 from inference.checkpoints.offload import offload_in_turns
-from inference.request import EngineStartFailed
+from inference.checkpoints.pipeline import load_pipeline
+from inference.errors import EngineStartFailed
 from tests.support.models.tiny_models import build_tiny_sd
 from worker.cli.check.checks import CheckFailed
 from worker.cli.check.machine import check_memory
@@ -42,21 +43,21 @@ TOTAL = sum(SDXL.values())
     ],
 )
 def test_models_stay_where_there_is_room_for_all_and_take_turns_where_there_is_for_the_largest(
-    free: int, residence: Placement
+    free: int, placement: Placement
 ) -> None:
-    assert decide(SDXL, free) is residence
+    assert plan(SDXL, free) is placement
 
 
 def test_a_model_whose_largest_part_does_not_fit_is_refused_with_the_figures() -> None:
     with pytest.raises(EngineStartFailed) as caught:
-        decide(SDXL, SDXL["unet"] + RESERVE_BYTES - 1)
+        plan(SDXL, SDXL["unet"] + RESERVE_BYTES - 1)
 
     assert all(word in str(caught.value) for word in ("unet takes 5.1 GB", "2.0 GB", "7.1 GB are free", "DTYPE"))
 
 
 def test_offloading_is_said_in_one_loud_line(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert foresee("cuda", SDXL, 8_000_000_000) is Placement.OFFLOADED
+        assert plan_and_warn("cuda", SDXL, 8_000_000_000) is Placement.OFFLOADED
 
     (record,) = caplog.records
     told = vars(record)["fields"]
@@ -67,9 +68,9 @@ def test_offloading_is_said_in_one_loud_line(caplog: pytest.LogCaptureFixture) -
 
 def test_a_cpu_s_model_stays_and_memory_that_is_short_is_only_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert foresee("cpu", SDXL, TOTAL) is Placement.RESIDENT
+        assert plan_and_warn("cpu", SDXL, TOTAL) is Placement.RESIDENT
         assert caplog.records == []
-        assert foresee("cpu", SDXL, TOTAL - 1) is Placement.RESIDENT
+        assert plan_and_warn("cpu", SDXL, TOTAL - 1) is Placement.RESIDENT
 
     assert "larger than the free memory" in caplog.text
 
@@ -80,15 +81,15 @@ def test_a_cpu_s_model_stays_and_memory_that_is_short_is_only_told(caplog: pytes
 def test_memory_that_is_kept_for_adapters_is_part_of_what_must_be_free() -> None:
     adapters = 4_000_000_000
 
-    assert decide(SDXL, TOTAL + RESERVE_BYTES + adapters, adapters) is Placement.RESIDENT
-    assert decide(SDXL, TOTAL + RESERVE_BYTES + adapters - 1, adapters) is Placement.OFFLOADED
+    assert plan(SDXL, TOTAL + RESERVE_BYTES + adapters, adapters) is Placement.RESIDENT
+    assert plan(SDXL, TOTAL + RESERVE_BYTES + adapters - 1, adapters) is Placement.OFFLOADED
     with pytest.raises(EngineStartFailed) as caught:
-        decide(SDXL, SDXL["unet"] + RESERVE_BYTES + adapters - 1, adapters)
+        plan(SDXL, SDXL["unet"] + RESERVE_BYTES + adapters - 1, adapters)
     assert all(words in str(caught.value) for words in ("and ADAPTER_MEMORY_GB 4.0 GB,", "lower ADAPTER_MEMORY_GB"))
 
 
 def test_adapters_for_whose_sake_models_take_turns_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    assert foresee("cuda", SDXL, TOTAL + RESERVE_BYTES, 1_000_000_000) is Placement.OFFLOADED
+    assert plan_and_warn("cuda", SDXL, TOTAL + RESERVE_BYTES, 1_000_000_000) is Placement.OFFLOADED
 
     told = vars(caplog.records[0])["fields"]
     assert told["adapters_gb"] == 1.0
@@ -105,9 +106,9 @@ def test_adapters_for_whose_sake_models_take_turns_are_named(caplog: pytest.LogC
     ],
 )
 def test_adapters_take_what_is_chosen_or_a_quarter_of_what_the_weights_leave(
-    chosen: int | None, free: int, residence: Placement, most: int
+    chosen: int | None, free: int, placement: Placement, most: int
 ) -> None:
-    assert most_adapter_bytes(chosen, SDXL, free, residence) == most
+    assert most_adapter_bytes(chosen, SDXL, free, placement) == most
 
 
 # --- Free memory
@@ -250,8 +251,8 @@ def test_check_foretells_what_the_engine_will_do(
 ) -> None:
     # Given a model of 3 MB of weights at 16 bits, 2.9 of them the UNet's, and a GPU
     settings = ModelSettings.model_validate({"MODEL_ID": str(build_tiny_sd(tmp_path / "sd"))})
-    gpu = GpuReading(memory_used_bytes=1_000, memory_total_bytes=free + 1_000, utilization_ratio=None)
-    monkeypatch.setattr(GpuReadings, "read", lambda _: gpu)
+    gpu = GpuUsage(memory_used_bytes=1_000, memory_total_bytes=free + 1_000, utilization_ratio=None)
+    monkeypatch.setattr(GpuMonitor, "read", lambda _: gpu)
 
     if words is None:
         with pytest.raises(CheckFailed, match="unet"):

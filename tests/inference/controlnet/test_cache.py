@@ -18,107 +18,107 @@ def loaded(name: str) -> Callable[[], str]:
 
 
 @pytest.fixture
-def shelf() -> ControlNetCache[str]:
+def cache() -> ControlNetCache[str]:
     """With a and b on it, of four bytes each, used by nobody; two bytes are free."""
     made: ControlNetCache[str] = ControlNetCache(MAX_BYTES)
     for name in "ab":
-        made.want(name, 4, loaded(name))
+        made.get_or_load(name, 4, loaded(name))
     made.begin_round()
     return made
 
 
-def residents(shelf: ControlNetCache[str]) -> str:
-    return "".join(name for name in "abcd" if shelf.find(name))
+def residents(cache: ControlNetCache[str]) -> str:
+    return "".join(name for name in "abcd" if cache.find(name))
 
 
-def test_what_is_there_is_not_loaded_again(shelf: ControlNetCache[str]) -> None:
-    assert shelf.want("a", 4, fail) == "A"
-    assert shelf.find("a") == "A"
-    assert shelf.find("c") is None
+def test_what_is_there_is_not_loaded_again(cache: ControlNetCache[str]) -> None:
+    assert cache.get_or_load("a", 4, fail) == "A"
+    assert cache.find("a") == "A"
+    assert cache.find("c") is None
 
 
-def test_nobody_gives_way_while_there_is_room(shelf: ControlNetCache[str]) -> None:
-    assert shelf.want("c", 2, loaded("c")) == "C"
+def test_nobody_gives_way_while_there_is_room(cache: ControlNetCache[str]) -> None:
+    assert cache.get_or_load("c", 2, loaded("c")) == "C"
 
-    assert residents(shelf) == "abc"
-    assert shelf.num_bytes == MAX_BYTES
-
-
-def test_the_least_recently_used_gives_way(shelf: ControlNetCache[str]) -> None:
-    shelf.acquire("a")
-    shelf.release("a")
-
-    shelf.want("c", 4, loaded("c"))
-
-    assert residents(shelf) == "ac"
+    assert residents(cache) == "abc"
+    assert cache.num_bytes == MAX_BYTES
 
 
-def test_as_many_give_way_as_must(shelf: ControlNetCache[str]) -> None:
-    shelf.want("c", 10, loaded("c"))
+def test_the_least_recently_used_gives_way(cache: ControlNetCache[str]) -> None:
+    cache.acquire("a")
+    cache.release("a")
 
-    assert residents(shelf) == "c"
+    cache.get_or_load("c", 4, loaded("c"))
 
-
-def test_one_in_use_never_gives_way_and_another_waits_for_it(shelf: ControlNetCache[str]) -> None:
-    shelf.acquire("a")
-    shelf.acquire("a")
-
-    shelf.want("c", 4, loaded("c"))
-    assert residents(shelf) == "ac"
-    shelf.acquire("c")
-    shelf.release("a")
-    assert shelf.want("d", 4, fail) is None
-
-    shelf.release("a")
-    assert shelf.want("d", 4, loaded("d")) == "D"
-    assert residents(shelf) == "cd"
+    assert residents(cache) == "ac"
 
 
-def test_nothing_is_let_go_for_one_that_finds_no_room_all_the_same(shelf: ControlNetCache[str]) -> None:
-    shelf.acquire("b")
+def test_as_many_give_way_as_must(cache: ControlNetCache[str]) -> None:
+    cache.get_or_load("c", 10, loaded("c"))
 
-    assert shelf.want("c", 7, fail) is None
-
-    assert residents(shelf) == "ab"
+    assert residents(cache) == "c"
 
 
-def test_who_asks_later_does_not_take_what_somebody_before_waits_for(shelf: ControlNetCache[str]) -> None:
+def test_one_in_use_never_gives_way_and_another_waits_for_it(cache: ControlNetCache[str]) -> None:
+    cache.acquire("a")
+    cache.acquire("a")
+
+    cache.get_or_load("c", 4, loaded("c"))
+    assert residents(cache) == "ac"
+    cache.acquire("c")
+    cache.release("a")
+    assert cache.get_or_load("d", 4, fail) is None
+
+    cache.release("a")
+    assert cache.get_or_load("d", 4, loaded("d")) == "D"
+    assert residents(cache) == "cd"
+
+
+def test_nothing_is_let_go_for_one_that_finds_no_room_all_the_same(cache: ControlNetCache[str]) -> None:
+    cache.acquire("b")
+
+    assert cache.get_or_load("c", 7, fail) is None
+
+    assert residents(cache) == "ab"
+
+
+def test_who_asks_later_does_not_take_what_somebody_before_waits_for(cache: ControlNetCache[str]) -> None:
     # Given one that waits for a, and two behind it
-    assert shelf.want("a", 4, fail)
-    assert shelf.want("c", 4, loaded("c"))
-    assert residents(shelf) == "ac"
+    assert cache.get_or_load("a", 4, fail)
+    assert cache.get_or_load("c", 4, loaded("c"))
+    assert residents(cache) == "ac"
 
     # Then there is nothing left to take for the last
-    assert shelf.want("b", 4, fail) is None
+    assert cache.get_or_load("b", 4, fail) is None
 
     # When the first has gone and they ask again, the oldest of them gets its turn
-    shelf.begin_round()
-    assert shelf.want("c", 4, fail)
-    assert shelf.want("b", 4, loaded("b"))
-    assert residents(shelf) == "bc"
+    cache.begin_round()
+    assert cache.get_or_load("c", 4, fail)
+    assert cache.get_or_load("b", 4, loaded("b"))
+    assert residents(cache) == "bc"
 
 
-def test_an_older_one_takes_what_a_younger_waits_for(shelf: ControlNetCache[str]) -> None:
+def test_an_older_one_takes_what_a_younger_waits_for(cache: ControlNetCache[str]) -> None:
     # Given a younger request, whose ControlNet is there and not used yet
-    shelf.want("c", 10, loaded("c"))
+    cache.get_or_load("c", 10, loaded("c"))
 
     # When an older one, only now ready to ask, asks before it
-    shelf.begin_round()
+    cache.begin_round()
 
-    assert shelf.want("d", 10, loaded("d")) == "D"
-    assert shelf.want("c", 10, fail) is None
-
-
-def test_what_is_forgotten_is_loaded_anew(shelf: ControlNetCache[str]) -> None:
-    shelf.forget("a")
-
-    assert shelf.want("a", 4, lambda: "again") == "again"
+    assert cache.get_or_load("d", 10, loaded("d")) == "D"
+    assert cache.get_or_load("c", 10, fail) is None
 
 
-def test_all_but_those_in_use_and_those_to_be_kept_can_be_given_up_at_once(shelf: ControlNetCache[str]) -> None:
-    shelf.acquire("a")
+def test_what_is_forgotten_is_loaded_anew(cache: ControlNetCache[str]) -> None:
+    cache.forget("a")
 
-    assert not shelf.drop_idle(keep={"b", None})
-    assert shelf.drop_idle(keep={None})
-    assert residents(shelf) == "a"
-    assert not shelf.drop_idle(keep=set())
+    assert cache.get_or_load("a", 4, lambda: "again") == "again"
+
+
+def test_all_but_those_in_use_and_those_to_be_kept_can_be_given_up_at_once(cache: ControlNetCache[str]) -> None:
+    cache.acquire("a")
+
+    assert not cache.drop_idle(keep={"b", None})
+    assert cache.drop_idle(keep={None})
+    assert residents(cache) == "a"
+    assert not cache.drop_idle(keep=set())

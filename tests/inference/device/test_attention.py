@@ -21,9 +21,10 @@ from inference.models.z_image_attention import (
 )
 from inference.request import AdapterFile
 from tests.support.engine.engine_requests import request_of
-from tests.support.engine.watched_engine import WatchedEngine, WatchedModel, order_together
+from tests.support.engine.watched_engine import WatchedEngine, WatchedModel, submit_together
+from tests.support.models.tiny_adapters import Z_IMAGE_EVERY_LAYER
 from tests.support.models.tiny_controls import control_of, speckles, write_controlnet
-from tests.support.models.tiny_models import Z_IMAGE_EVERY_LAYER, build_tiny_z_image, load_pipe, write_adapter
+from tests.support.models.tiny_models import build_tiny_z_image, load_pipe, write_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_forward_failed")
 
@@ -132,7 +133,7 @@ def test_rows_of_all_lengths_come_to_the_same_as_behind_diffusers_mask(checkpoin
     with AttentionCalls() as masked:
         theirs = batch.predicted(plain)
 
-    with lengths.forgotten_afterwards(), AttentionCalls() as calls:
+    with lengths.cleared_on_exit(), AttentionCalls() as calls:
         lengths.set(ROWS)
         ours = batch.predicted(split)
 
@@ -148,7 +149,7 @@ def test_rows_of_one_length_share_a_call(checkpoint: Path) -> None:
     attend_to_own_tokens(split, lengths)
     batch = Batch([(16, 16), (8, 32)], [40, 60])
 
-    with lengths.forgotten_afterwards(), AttentionCalls() as calls:
+    with lengths.cleared_on_exit(), AttentionCalls() as calls:
         lengths.set([RowTokens(64, 64)] * 2)
         ours = batch.predicted(split)
 
@@ -167,7 +168,7 @@ def test_lengths_of_another_batch_are_never_used(checkpoint: Path, rows: list[Ro
     attend_to_own_tokens(split, lengths)
     batch = Batch(SIZES, CAPTIONS)
 
-    with lengths.forgotten_afterwards(), AttentionCalls() as calls:
+    with lengths.cleared_on_exit(), AttentionCalls() as calls:
         lengths.set(rows)
         ours = batch.predicted(split)
 
@@ -179,7 +180,7 @@ def test_lengths_do_not_outlive_a_forward_that_fails() -> None:
     lengths = RowLengths()
 
     def fail() -> None:
-        with lengths.forgotten_afterwards():
+        with lengths.cleared_on_exit():
             lengths.set(ROWS)
             raise ValueError("no")
 
@@ -207,7 +208,7 @@ def test_a_controlnet_s_rows_come_to_the_same_as_behind_diffusers_mask(
 
     batch = Batch(SIZES, CAPTIONS)
     theirs = batch.hints(made())
-    with lengths.forgotten_afterwards(), AttentionCalls() as calls:
+    with lengths.cleared_on_exit(), AttentionCalls() as calls:
         lengths.set(ROWS)
         ours = batch.hints(made(attend_to_own_tokens, attend_to_own_tokens_in_controlnet))
 
@@ -243,7 +244,7 @@ def test_no_attention_of_a_mixed_z_image_batch_has_a_mask(
     path = tmp_path / "style.safetensors"
     write_adapter(path, load_pipe(checkpoint), layout="diffusers_new", targets=Z_IMAGE_EVERY_LAYER)
     fields: dict[str, Any] = {"height": 64, "num_inference_steps": 2}
-    orders = order_together(
+    calls = submit_together(
         engine,
         [
             request_of(width=64, guidance_scale=2.0, control=control_of("pose", speckles(1)), **fields),
@@ -252,6 +253,6 @@ def test_no_attention_of_a_mixed_z_image_batch_has_a_mask(
         ],
     )
 
-    assert [order.error for order in orders] == [None] * 3
+    assert [call.error for call in calls] == [None] * 3
     assert max(map(len, engine.model.batches)) >= 3
     assert MaskWatchingModel.calls.num_masked == 0

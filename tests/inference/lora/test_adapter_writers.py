@@ -14,15 +14,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from inference.lora.adapter import (
-    AdapterError,
-    AdapterIncompatible,
-    AdapterInvalid,
-    AdapterUnsupported,
-    check_fits,
-    read_adapter,
-)
+from inference.lora.adapter import check_fits, read_adapter
 from inference.lora.bank import AdapterBank
+from inference.lora.errors import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterUnsupported
 from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, KeyNaming, sdxl
 from inference.lora.tensor_names import OTHER_METHODS
 from tests.support.models.tiny_models import (
@@ -50,10 +44,10 @@ class Model:
 
     def __init__(self, family: str, folder: Path) -> None:
         self.pipe: Any = load_pipe(BUILDERS[family](folder))
-        self.dialect: KeyNaming = {"sd": STABLE_DIFFUSION, "sd2": STABLE_DIFFUSION, "z": Z_IMAGE}.get(family) or sdxl(
+        self.naming: KeyNaming = {"sd": STABLE_DIFFUSION, "sd2": STABLE_DIFFUSION, "z": Z_IMAGE}.get(family) or sdxl(
             self.pipe.unet.config
         )
-        self.roots = {name: getattr(self.pipe, name) for name in self.dialect.models}
+        self.roots = {name: getattr(self.pipe, name) for name in self.naming.models}
         self.modules = {
             f"{root}.{name}": one for root, model in self.roots.items() for name, one in model.named_modules()
         }
@@ -66,7 +60,7 @@ class Model:
 
     def changes(self, path: Path) -> Tensors:
         """What each layer's weight is changed by, as a matrix, once the adapter is read, fits and is packed."""
-        adapter = read_adapter(path, None, self.dialect)
+        adapter = read_adapter(path, None, self.naming)
         check_fits(adapter, self.roots)
         AdapterBank(self.roots, device=torch.device("cpu"), dtype=torch.float32).pack(adapter)
         return {name: delta(layer.a, layer.b) for name, layer in adapter.layers.items()}
@@ -97,9 +91,9 @@ def assert_changes(found: Tensors, expected: Tensors) -> None:
         torch.testing.assert_close(found[name], change, rtol=1e-5, atol=1e-5)
 
 
-def refusal(path: Path, dialect: KeyNaming) -> AdapterError:
+def refusal(path: Path, naming: KeyNaming) -> AdapterError:
     with pytest.raises(AdapterError) as caught:
-        read_adapter(path, None, dialect)
+        read_adapter(path, None, naming)
     return caught.value
 
 
@@ -204,7 +198,7 @@ def test_every_layer_of_a_block_has_its_place_in_the_published_codes_rows(models
             spelling.format(place if spelling.endswith(".{}") else place.replace(".", "_")): layer
             for place, layer in names.items()
         }
-        assert model.dialect.layer_names(list(stems)) == stems
+        assert model.naming.layer_names(list(stems)) == stems
 
 
 # --- shapes and types -------------------------------------------------------------------------------------------------

@@ -18,17 +18,8 @@ import safetensors.torch
 import torch
 from diffusers import StableDiffusionPipeline
 
-from inference.lora.adapter import (
-    Adapter,
-    AdapterError,
-    AdapterIncompatible,
-    AdapterInvalid,
-    AdapterUnsafe,
-    AdapterUnsupported,
-    LowRank,
-    check_fits,
-    read_adapter,
-)
+from inference.lora.adapter import Adapter, LowRank, check_fits, read_adapter
+from inference.lora.errors import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterUnsafe, AdapterUnsupported
 from inference.lora.key_names import STABLE_DIFFUSION
 from tests.support.models.tiny_models import EVERY_LAYER, HIDDEN, build_tiny_sd, load_pipe, write_adapter
 from tests.support.paths import DEMO_MODEL

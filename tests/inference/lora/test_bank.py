@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inference.lora.adapter import DOWN, UP, Adapter, LowRank
+from inference.lora.adapter import Adapter, LowRank
 from inference.lora.adapter_memory import AdapterMemory
-from inference.lora.bank import AdapterBank, AppliedAdapter, PackedAdapter, Row
+from inference.lora.bank import AdapterBank, AppliedAdapter, PackedAdapter, RowAdapters
+from inference.lora.key_names import DOWN, UP
 from inference.lora.layers import layer_groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -167,13 +168,15 @@ class Wardrobe:
         self.bank.write(place, packed)
         return place
 
-    def draw(self, rows: Sequence[Row], inputs: Inputs) -> torch.Tensor:
+    def draw(self, rows: Sequence[RowAdapters], inputs: Inputs) -> torch.Tensor:
         self.bank.route(rows)
         cast = (each.to(self.dtype) for each in (inputs.image, inputs.text, inputs.time))
         return self.block(Inputs(*cast)).float()  # type: ignore[no-any-return]
 
 
-def assert_each_row_is_its_own(wardrobe: Wardrobe, rows: Sequence[tuple[Row, Worn]], *, error: float = 1e-4) -> None:
+def assert_each_row_is_its_own(
+    wardrobe: Wardrobe, rows: Sequence[tuple[RowAdapters, Worn]], *, error: float = 1e-4
+) -> None:
     """In one forward every row gives what peft gives for it alone."""
     inputs = inputs_of(len(rows))
     drawn = wardrobe.draw([row for row, _ in rows], inputs)
@@ -193,7 +196,7 @@ def test_an_adapter_of_one_kind_of_layer_does_what_peft_does(layer: str, rank: i
     place = wardrobe.load(one)
 
     assert len(place) == -(-rank // 8)
-    rows: list[tuple[Row, Worn]] = [
+    rows: list[tuple[RowAdapters, Worn]] = [
         ((AppliedAdapter(place, 1.0),), [(one, 1.0)]),
         ((), []),
         ((AppliedAdapter(place, -0.6),), [(one, -0.6)]),
@@ -222,7 +225,7 @@ def test_every_row_wears_its_own_adapters_at_its_own_scales() -> None:
     )
     places = {id(one): wardrobe.load(one) for one in (every, attention, convolutions)}
 
-    def wearing(*worn: tuple[Trained, float]) -> tuple[Row, Worn]:
+    def wearing(*worn: tuple[Trained, float]) -> tuple[RowAdapters, Worn]:
         return tuple(AppliedAdapter(places[id(one)], scale) for one, scale in worn), worn
 
     assert_each_row_is_its_own(
@@ -308,7 +311,7 @@ def test_growing_in_pages_and_in_width_keeps_what_is_loaded() -> None:
         trained(CONVOLUTIONS, rank=16, seed=2),
         trained(EVERY_LAYER, rank=60, seed=3),
     )
-    rows: list[tuple[Row, Worn]] = []
+    rows: list[tuple[RowAdapters, Worn]] = []
     sizes = [wardrobe.bank.num_bytes]
     for one in (narrow, wide, high):
         rows.append(((AppliedAdapter(wardrobe.load(one), 0.7),), [(one, 0.7)]))
@@ -418,7 +421,7 @@ def test_an_adapter_without_room_for_a_copy_is_written_from_the_host(caplog: pyt
     wardrobe.bank.__class__ = CrowdedBank
     one = trained(rank=12, seed=1)
 
-    row: tuple[Row, Worn] = ((AppliedAdapter(wardrobe.load(one), 1.0),), [(one, 1.0)])
+    row: tuple[RowAdapters, Worn] = ((AppliedAdapter(wardrobe.load(one), 1.0),), [(one, 1.0)])
 
     assert "no memory for a copy of an adapter" in caplog.text
     assert_each_row_is_its_own(wardrobe, [row, ((), [])])
@@ -433,7 +436,7 @@ def test_an_adapter_that_was_packed_before_the_pages_became_wider_is_right_besid
     wardrobe.bank.write((1,), packed_late)
     wardrobe.bank.write((2,), packed_early)
 
-    rows: list[tuple[Row, Worn]] = [
+    rows: list[tuple[RowAdapters, Worn]] = [
         ((AppliedAdapter((1,), 1.0),), [(late, 1.0)]),
         ((AppliedAdapter((2,), 1.0),), [(early, 1.0)]),
     ]
@@ -450,11 +453,11 @@ def test_pages_that_a_smaller_adapter_takes_over_hold_nothing_of_the_larger_one(
 
     wardrobe.bank.write(place[1:2], packed_early if is_packed_early else wardrobe.bank.pack(small.adapter))
 
-    row: Row = (AppliedAdapter(place[1:2], 1.0),)
+    row: RowAdapters = (AppliedAdapter(place[1:2], 1.0),)
     assert_each_row_is_its_own(wardrobe, [(row, [(small, 1.0)]), ((), [])])
     # Beside an adapter of every layer, those that the small one leaves alone are computed for its row as well.
     every = trained(rank=8, seed=3)
-    beside: tuple[Row, Worn] = ((AppliedAdapter(wardrobe.load(every), 1.0),), [(every, 1.0)])
+    beside: tuple[RowAdapters, Worn] = ((AppliedAdapter(wardrobe.load(every), 1.0),), [(every, 1.0)])
     assert_each_row_is_its_own(wardrobe, [(row, [(small, 1.0)]), beside])
 
 
@@ -464,7 +467,7 @@ def test_the_same_pages_bring_other_layers_once_another_adapter_is_in_them() -> 
     # So that what the rows wear in a convolution is asked before they wear anything there.
     wardrobe.load(trained(rank=8, seed=3))
     place = wardrobe.load(before)
-    row: Row = (AppliedAdapter(place, 1.0),)
+    row: RowAdapters = (AppliedAdapter(place, 1.0),)
     assert_each_row_is_its_own(wardrobe, [(row, [(before, 1.0)])])
 
     wardrobe.bank.write(place, wardrobe.bank.pack(after.adapter))
@@ -528,7 +531,7 @@ def test_rows_without_adapters_give_the_very_bytes_of_a_model_without_a_bank() -
 def test_half_precision_follows_as_closely_as_it_can() -> None:
     wardrobe = Wardrobe(torch.bfloat16)
     one, other = trained(rank=12, seed=1), trained(ATTENTION, rank=8, seed=2)
-    rows: list[tuple[Row, Worn]] = [
+    rows: list[tuple[RowAdapters, Worn]] = [
         ((AppliedAdapter(wardrobe.load(one), 0.5),), [(one, 0.5)]),
         ((), []),
         ((AppliedAdapter(wardrobe.load(other), 1.0),), [(other, 1.0)]),

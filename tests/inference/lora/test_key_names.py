@@ -13,18 +13,11 @@ import safetensors.torch
 import torch
 from diffusers.utils import convert_state_dict_to_kohya
 
-from inference.lora.adapter import (
-    Adapter,
-    AdapterIncompatible,
-    AdapterInvalid,
-    AdapterUnsupported,
-    check_fits,
-    read_adapter,
-)
+from inference.lora.adapter import Adapter, check_fits, read_adapter
+from inference.lora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported
 from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, KeyNaming, sdxl
+from tests.support.models.tiny_adapters import Z_IMAGE_BLOCKS, Z_IMAGE_EVERY_LAYER
 from tests.support.models.tiny_models import (
-    Z_IMAGE_BLOCKS,
-    Z_IMAGE_EVERY_LAYER,
     build_tiny_sd,
     build_tiny_sdxl,
     build_tiny_z_image,
@@ -516,6 +509,6 @@ def test_another_method_is_refused_by_its_name(
 ) -> None:
     tensors = layer(stem) | {f"{stem}.{ending}": torch.ones(1) for ending in endings}
     path = save(tmp_path / "a.safetensors", tensors)
-    for dialect in (STABLE_DIFFUSION, sdxl(sdxl_pipe.unet.config), Z_IMAGE):
+    for naming in (STABLE_DIFFUSION, sdxl(sdxl_pipe.unet.config), Z_IMAGE):
         with pytest.raises(AdapterUnsupported, match=method):
-            read_adapter(path, None, dialect)
+            read_adapter(path, None, naming)

@@ -8,11 +8,11 @@ import diffusers
 import pytest
 import torch
 
-from inference.request import RequestFailed
+from inference.errors import RequestFailed
 from inference.sampling import samplers as sampling
-from inference.sampling.parameters import parameters_of
-from inference.sampling.samplers import Sampler, Samplers, SchedulerSampler, SourceLatents, TrajectorySampler
-from inference.sampling.schedulers import DIFFUSION, FLOW, SchedulerTable, set_timesteps
+from inference.sampling.samplers import Sampler, Samplers, SchedulerSampler, TrajectorySampler
+from inference.sampling.schedulers import DIFFUSION, FLOW, SchedulerTable, parameters_of, set_timesteps
+from inference.sampling.source_blend import SourceLatents
 from inference.sampling.trajectory import StepPlan
 from tests.support.copies import NOWHERE, Copies
 from tests.support.paths import DEMO_MODEL
@@ -168,9 +168,9 @@ def test_a_lane_with_a_source_and_a_mask_is_always_where_plain_diffusers_inpaint
     num_skipped = 3
     found = (CONFIGS | FLOWS)[config]
     picture = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
-    course = StepPlan(name, 8, SHIFT if found.get("use_dynamic_shifting") else None, num_skipped)
+    plan = StepPlan(name, 8, SHIFT if found.get("use_dynamic_shifting") else None, num_skipped)
 
-    _, sampler = Samplers(table_of(found), found).begin(course, *noise_of(1), SourceLatents(picture, mask=MASK == 1))
+    _, sampler = Samplers(table_of(found), found).begin(plan, *noise_of(1), SourceLatents(picture, mask=MASK == 1))
 
     assert_follows(sampler, PlainInpainting(name, found, 8, num_skipped, picture), seed=1)
 
@@ -231,11 +231,11 @@ def test_no_lane_s_step_waits_for_the_device(name: str, config: str) -> None:
     found = (CONFIGS | FLOWS)[config]
     samplers = Samplers(table_of(found), found)
     noise, generator = noise_of(1)
-    course = StepPlan(name, 3, SHIFT if found.get("use_dynamic_shifting") else None)
-    samplers.prepare(course)
+    plan = StepPlan(name, 3, SHIFT if found.get("use_dynamic_shifting") else None)
+    samplers.prepare(plan)
 
     with Copies() as copies:
-        _, sampler = samplers.begin(course, noise.to(NOWHERE, non_blocking=True), generator)
+        _, sampler = samplers.begin(plan, noise.to(NOWHERE, non_blocking=True), generator)
         for _ in range(sampler.num_steps):
             sampler.model_input()
             sampler.advance(torch.empty(SHAPE, device=NOWHERE))
@@ -259,7 +259,7 @@ def test_lanes_of_one_course_share_its_weights_on_the_device() -> None:
 def test_lanes_of_one_scheduler_advance_in_turns_without_a_trace_in_each_other(name: str) -> None:
     config = CONFIGS["as Stable Diffusion 1.5"]
     samplers = Samplers(DIFFUSION, config)
-    courses = [
+    lanes = [
         (
             samplers.begin(StepPlan(name, num_steps), *noise_of(seed))[1],
             Plain(name, config, num_steps, *noise_of(seed)),
@@ -268,13 +268,13 @@ def test_lanes_of_one_scheduler_advance_in_turns_without_a_trace_in_each_other(n
         for seed, num_steps in enumerate((9, 9, 9, 6))
     ]
 
-    predictions = [predictions_of(seed) for _, _, seed in courses]
-    for step in range(max(sampler.num_steps for sampler, _, _ in courses)):
-        for (sampler, _, _), own in zip(courses, predictions, strict=True):
+    predictions = [predictions_of(seed) for _, _, seed in lanes]
+    for step in range(max(sampler.num_steps for sampler, _, _ in lanes)):
+        for (sampler, _, _), own in zip(lanes, predictions, strict=True):
             if step < sampler.num_steps:
                 sampler.advance(next(own))
 
-    for sampler, plain, seed in courses:
+    for sampler, plain, seed in lanes:
         *_, (_, _, latents) = plain.steps(predictions_of(seed))
         assert is_near(sampler.latents, latents, largest=latents.abs().max())
 
@@ -299,11 +299,11 @@ def test_a_trajectory_is_found_once_for_all_lanes_of_its_scheduler_and_steps(mon
     # Counted, because the time it saves is no pass mark.
     traced: list[int] = []
 
-    def derive_trajectory(course: StepPlan, scheduler: Any) -> Any:
-        traced.append(course.num_steps)
-        return plain_trace(course, scheduler)
+    def derive_trajectory(plan: StepPlan, scheduler: Any) -> Any:
+        traced.append(plan.num_steps)
+        return plain_derive(plan, scheduler)
 
-    plain_trace = sampling.derive_trajectory
+    plain_derive = sampling.derive_trajectory
     monkeypatch.setattr(sampling, "derive_trajectory", derive_trajectory)
     samplers = Samplers(DIFFUSION, CONFIGS["clipping"])
 

@@ -9,7 +9,7 @@ from inference.controlnet.guide import Guide
 from inference.engine.conditioner import Conditioner
 from inference.lane import ActiveRequest, Lane
 from inference.lora.adapter import Adapter, LowRank
-from inference.lora.bank import AppliedAdapter, PackedAdapter, Row
+from inference.lora.bank import AppliedAdapter, PackedAdapter, RowAdapters
 from inference.models.base import Family, sampler_of
 from inference.models.sdxl import StableDiffusionXL
 from inference.models.stable_diffusion import StableDiffusion
@@ -66,10 +66,10 @@ class FullModel:
         cuda.watch(self.denoiser, "denoiser")
         self._next_page = 1
         self._conditioner = Conditioner(self.family)
-        self._mix: list[Row] = []
+        self._mix: list[RowAdapters] = []
         self._packed: dict[tuple[int, tuple[str, ...]], PackedAdapter] = {}
 
-    def adapted(self, rank: int, endings: tuple[str, ...], scale: float = 1.0) -> Row:
+    def adapted(self, rank: int, endings: tuple[str, ...], scale: float = 1.0) -> RowAdapters:
         """A row's adapters: one of this rank on the denoiser's layers that end so, new in the bank."""
         if (rank, endings) not in self._packed:
             with self.cuda.without_host_memory():
@@ -80,7 +80,7 @@ class FullModel:
         self.family.bank.write(place, packed)
         return (AppliedAdapter(place, scale),)
 
-    def mixed(self, num_lanes: int) -> list[Row]:
+    def mixed(self, num_lanes: int) -> list[RowAdapters]:
         """Adapters for so many lanes: all of the mix, or those from its middle, which touch the most layers."""
         if not self._mix:
             self._mix = [self.adapted(*one) if one else () for one in MIX]
@@ -103,24 +103,26 @@ class FullModel:
         return GenerationRequest(**defaults | fields)
 
     def join(
-        self, requests: Sequence[GenerationRequest], rows: Sequence[Row], guides: Sequence[Guide | None]
+        self, requests: Sequence[GenerationRequest], rows: Sequence[RowAdapters], guides: Sequence[Guide | None]
     ) -> list[Lane]:
         """The requests' lanes before their first steps, as the engine's loop would have them begin together."""
-        drawings = []
+        joined = []
         for request, row, guide in zip(requests, rows, guides, strict=True):
             self.family.prepare(request)
             keys: Any = row  # embeddings are remembered by them: what they are is no matter
-            drawings.append(ActiveRequest(request, self.family.kind_of(request), lambda _: None, lambda: False, keys))
-            drawings[-1].row, drawings[-1].guide = row, guide
-        for drawing, conditioning in zip(drawings, self._conditioner.condition(drawings), strict=True):
-            drawing.conditioning = conditioning
-        lanes = [lane for drawing in drawings for lane in drawing.lanes]
+            joined.append(
+                ActiveRequest(request, self.family.batch_traits(request), lambda _: None, lambda: False, keys)
+            )
+            joined[-1].row, joined[-1].guide = row, guide
+        for active, conditioning in zip(joined, self._conditioner.condition(joined), strict=True):
+            active.conditioning = conditioning
+        lanes = [lane for active in joined for lane in active.lanes]
         for lane in lanes:
             _, lane.sampler = self.family.begin(lane)
         return lanes
 
     def lanes(
-        self, num_lanes: int, rows: Sequence[Row] = (), guides: Sequence[Guide | None] = (), **fields: Any
+        self, num_lanes: int, rows: Sequence[RowAdapters] = (), guides: Sequence[Guide | None] = (), **fields: Any
     ) -> list[Lane]:
         """The lanes of so many jobs with their adapters and ControlNets, none where there are none left."""
         requests = [self.request(number, **fields) for number in range(num_lanes)]

@@ -19,23 +19,24 @@ from typer.testing import CliRunner, Result
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
 from clients.webhooks import WebhookKind
-from config.settings import BrokerSettings, StoreSettings
+from config.broker import BrokerSettings
+from config.store import StoreSettings
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import start_light_worker
 from tests.hostile.raw_properties import FROM_THE_FIELD, Raw, field, headers, long
 from tests.support.world import World, eventually, new_world
 from tests.worker.cli.test_commands import darkroom
-from worker.amqp.broker import Publisher
 from worker.amqp.delivery import Delivery
-from worker.amqp.queue_browser import MAX_LOOKS, QueueBrowser
+from worker.amqp.publisher import Publisher
+from worker.amqp.queue_browser import MAX_DELIVERIES, QueueBrowser
 from worker.amqp.topology import QueueNames
 from worker.cli.main import app
 from worker.messages.identity import own_task_id
 from worker.results.ledger import Ledger
-from worker.results.pacing import Parked
+from worker.results.outbox_snapshots import SnapshotStore, SnapshotWriter
+from worker.results.pacing import ParkedEvent
 from worker.results.terminal_event import TerminalEvent, failed_event
-from worker.results.waiting import WaitingNotes, WaitingReporter
 
 TASK_ID = "660f9511-f3ac-52e5-b827-557766551111"
 BROKEN = b"\x89PNG\x00\x1b[31m\xff not JSON"
@@ -171,7 +172,7 @@ def test_looking_often_uses_no_letter_up(operator: Operator) -> None:
 
     for _ in range(50):
         with QueueBrowser(operator.broker, operator.names.dead) as inspection:
-            taken = inspection.take(10)
+            taken = inspection.fetch(10)
 
         assert sorted(held.body for held in taken) == sorted((job(), BROKEN))
 
@@ -190,7 +191,7 @@ def test_letters_whose_headers_pika_cannot_decode_are_listed_shown_copied_and_re
     again = operator.listed()
     replayed = operator.types("replay", "--all")
 
-    assert len(shown) > MAX_LOOKS
+    assert len(shown) > MAX_DELIVERIES
     assert listed == again
     assert [done.exit_code for done in shown] == [0] * len(shown)
     assert is_harmless("".join(done.stdout for done in shown))
@@ -207,9 +208,9 @@ def test_a_letter_copied_goes_to_no_queue_that_its_headers_name(operator: Operat
     operator.put(operator.names.dead, Raw(copied_to), b"a copy")
     operator.wait_for(dead=2, elsewhere=1)
 
-    for _ in range(2 * MAX_LOOKS):
+    for _ in range(2 * MAX_DELIVERIES):
         with QueueBrowser(operator.broker, operator.names.dead) as inspection:
-            assert len(inspection.take(10)) == 2
+            assert len(inspection.fetch(10)) == 2
     operator.wait_for(dead=2, elsewhere=1)
 
 
@@ -271,7 +272,7 @@ def test_while_somebody_else_looks_the_queue_is_not_called_empty(operator: Opera
     operator.bury(job())
 
     with QueueBrowser(operator.broker, operator.names.dead) as inspection:
-        inspection.take(10)
+        inspection.fetch(10)
         done = operator.types("list")
 
     assert (done.exit_code, "somebody else" in done.output) == (1, True)
@@ -464,7 +465,7 @@ def test_a_replayed_job_completes_and_its_backend_hears_of_it_once_more(operator
 # --- The ends that wait
 
 
-def parked(number: int, reason: str, age_seconds: float) -> Parked:
+def parked(number: int, reason: str, age_seconds: float) -> ParkedEvent:
     event = crashed(str(uuid.UUID(int=number)))
     delivery = Delivery(
         body=event.to_json(),
@@ -478,7 +479,7 @@ def parked(number: int, reason: str, age_seconds: float) -> Parked:
         channel_number=1,
         reason=reason,
     )
-    return Parked(event, delivery, 4)
+    return ParkedEvent(event, delivery, 4)
 
 
 def test_ends_that_wait_in_the_queue_and_in_a_worker_s_hands_are_listed(operator: Operator) -> None:
@@ -490,8 +491,8 @@ def test_ends_that_wait_in_the_queue_and_in_a_worker_s_hands_are_listed(operator
     publisher.publish(operator.names.outbox, ready.to_json(), attempt=2, reason="HTTP 503", since=time.time() - 60)
     publisher.close()
     held = [parked(1, "HTTP 500", 7200), parked(2, "no answer within 20 s", 600)]
-    notes = WaitingNotes(Storage(operator.store), operator.store.bucket)
-    WaitingReporter("gpu-1:7", notes, lambda: held, threading.Event()).report()
+    notes = SnapshotStore(Storage(operator.store), operator.store.bucket)
+    SnapshotWriter("gpu-1:7", notes, lambda: held, threading.Event()).report()
 
     # When they are listed, then with what came of the last try, and the oldest first
     lines = [json.loads(line) for line in operator.types("list", "--json", of="outbox").stdout.splitlines()]
@@ -515,16 +516,16 @@ def test_a_note_that_no_worker_wrote_hides_no_other(operator: Operator) -> None:
     for number, content in enumerate([b"", b"[" * 5000, b"{}", b'{"waiting": [1]}', b'{"waiting": [{"since": "x"}]}']):
         ref = ObjectRef(operator.store.bucket, f".darkroom/outbox/strange-{number}.json")
         storage.put(ref, content, content_type="application/json")
-    notes = WaitingNotes(storage, operator.store.bucket)
-    WaitingReporter("gpu-1:7", notes, lambda: [parked(1, "HTTP 500", 60)], threading.Event()).report()
+    notes = SnapshotStore(storage, operator.store.bucket)
+    SnapshotWriter("gpu-1:7", notes, lambda: [parked(1, "HTTP 500", 60)], threading.Event()).report()
 
     assert [one.task_id for one in notes.read_all()] == [str(uuid.UUID(int=1))]
 
 
 def test_a_worker_whose_hands_are_empty_takes_its_note_away(operator: Operator) -> None:
-    notes = WaitingNotes(Storage(operator.store), operator.store.bucket)
+    notes = SnapshotStore(Storage(operator.store), operator.store.bucket)
     held = [parked(1, "HTTP 500", 60)]
-    reporter = WaitingReporter("gpu-1:7", notes, lambda: held, threading.Event())
+    reporter = SnapshotWriter("gpu-1:7", notes, lambda: held, threading.Event())
     reporter.report()
     held.clear()
     reporter.report()
@@ -533,9 +534,9 @@ def test_a_worker_whose_hands_are_empty_takes_its_note_away(operator: Operator) 
 
 
 def test_waiting_ends_are_warned_of_once_an_hour(operator: Operator, caplog: pytest.LogCaptureFixture) -> None:
-    notes = WaitingNotes(Storage(operator.store), operator.store.bucket)
+    notes = SnapshotStore(Storage(operator.store), operator.store.bucket)
     now = 0.0
-    reporter = WaitingReporter("a:1", notes, lambda: [parked(1, "HTTP 500", 60)], threading.Event(), lambda: now)
+    reporter = SnapshotWriter("a:1", notes, lambda: [parked(1, "HTTP 500", 60)], threading.Event(), lambda: now)
     for now in (0.0, 30.0, 3570.0, 3600.0, 3630.0):  # noqa: B007 - the clock reads it
         reporter.report()
 

@@ -15,7 +15,8 @@ from hypothesis import settings as bounded
 from hypothesis import strategies as st
 
 from clients.storage.location import ObjectRef
-from config.settings import ModelSettings, StoreSettings
+from config.model import ModelSettings
+from config.store import StoreSettings
 from watermark.geometry import Position
 from watermark.signature import SignatureStyle, Size
 from worker.messages.decoder import decode, rules_from

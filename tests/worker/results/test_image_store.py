@@ -9,7 +9,7 @@ from PIL import Image, PngImagePlugin
 
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate
 from worker.results.image_store import AlreadyEnded, ImageStore
 from worker.results.terminal_event import TerminalEvent, failed_event
@@ -71,7 +71,7 @@ def test_another_task_s_picture_is_replaced_by_a_task_that_has_no_end(shelf: Sta
     shelf.put(png("blue"))
 
     assert shelf.shown == png("blue")
-    assert shelf.storage.notes_of(shelf.ref).metadata["task-id"] == TASK
+    assert shelf.storage.read_metadata(shelf.ref).metadata["task-id"] == TASK
 
 
 def test_a_task_that_has_ended_elsewhere_replaces_nothing(shelf: StageStore) -> None:

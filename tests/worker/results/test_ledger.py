@@ -9,7 +9,7 @@ import pytest
 from clients.storage.client import Storage
 from clients.storage.errors import ObjectDamaged
 from clients.storage.location import ObjectRef
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from worker.results.ledger import Ledger
 from worker.results.terminal_event import TerminalEvent, failed_event
 

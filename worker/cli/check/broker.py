@@ -9,10 +9,10 @@ import pika
 import pika.exceptions
 
 from clients.management import effective_policies
-from config.settings import BrokerSettings
-from worker.amqp.broker import LOST, NOT_FOUND, close_connection, connect
-from worker.amqp.refusals import ACCESS_REFUSED, Refusals, describe
-from worker.amqp.topology import QueueNames
+from config.broker import BrokerSettings
+from worker.amqp.connection import LOST, close_connection, connect
+from worker.amqp.error_messages import ACCESS_REFUSED, ErrorMessages, describe
+from worker.amqp.topology import NOT_FOUND, QueueNames
 from worker.cli.check.checks import CheckFailed
 from worker.cli.check.policies import limits_found_by_trying, limits_in
 
@@ -28,14 +28,15 @@ class BrokerProbe:
 
     def __init__(self, settings: BrokerSettings) -> None:
         self._settings = settings
-        self._refusals = Refusals(settings)
+        self._error_messages = ErrorMessages(settings)
         self._names = QueueNames(settings.queue)
         self._is_refused = False
 
     def connection(self) -> str:
         """Connect with the user, the password and the virtual host."""
         with self._connected():
-            return f"connected to {self._place} as {self._refusals.user}, virtual host {self._refusals.vhost}"
+            user, vhost = self._error_messages.user, self._error_messages.vhost
+            return f"connected to {self._place} as {user}, virtual host {vhost}"
 
     def queue(self) -> str:
         """Compare the declaration of the job queue with that of backends."""
@@ -90,14 +91,14 @@ class BrokerProbe:
             limits = limits or limits_found_by_trying(connection, self._names)
         if limits:
             seen = f"a policy limits what queues named {self._names.jobs}.* hold: {'; '.join(limits)}"
-            look = f"rabbitmqctl -p {self._refusals.vhost} list_policies, and list_operator_policies"
+            look = f"rabbitmqctl -p {self._error_messages.vhost} list_policies, and list_operator_policies"
             raise CheckFailed(
                 f"{seen}. Ends and jobs would be lost at the limit. Have its pattern leave them out,"
                 f" as ^{self._names.jobs}$ does: {look}"
             )
 
     def _policies(self) -> Mapping[str, Mapping[str, Any]]:
-        parameters = self._refusals.parameters
+        parameters = self._error_messages.parameters
         if parameters.ssl_options is not None:
             return {}  # the management port would get the password in plain text
         login = parameters.credentials
@@ -123,7 +124,7 @@ class BrokerProbe:
             connection = connect(self._settings, "darkroom check")
         except LOST as error:
             self._is_refused = True
-            raise CheckFailed(self._refusals.no_connection(error)) from error
+            raise CheckFailed(self._error_messages.connection_failed(error)) from error
         try:
             yield connection
         except LOST as error:
@@ -132,8 +133,8 @@ class BrokerProbe:
             close_connection(connection)
 
     def _why_refused(self, name: str, error: Any) -> str:
-        return self._refusals.no_queue(name, error)
+        return self._error_messages.queue_refused(name, error)
 
     @property
     def _place(self) -> str:
-        return self._refusals.place
+        return self._error_messages.place

@@ -7,7 +7,9 @@ from PIL import features
 from clients.storage.client import Storage
 from clients.storage.errors import StorageError
 from clients.storage.location import ObjectRef
-from config.settings import PictureSettings, Settings, SettingsError
+from config.images import PictureSettings
+from config.section import SettingsError
+from config.settings import Settings
 from watermark.errors import FontMissing
 from watermark.text.fonts import find_font
 from watermark.text.shaping import is_shaping_here

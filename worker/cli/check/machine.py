@@ -5,13 +5,15 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from clients.gpu import GpuReading, GpuReadings
-from config.settings import ModelSettings, StoreSettings
-from inference.checkpoints.checkpoint import identify, weight_bytes
-from inference.checkpoints.memory_plan import RESERVE_BYTES, Placement, decide, free_host_bytes, most_adapter_bytes
+from clients.gpu import GpuMonitor, GpuUsage
+from config.model import ModelSettings
+from config.store import StoreSettings
+from inference.checkpoints.checkpoint import identify
+from inference.checkpoints.memory_plan import RESERVE_BYTES, Placement, free_host_bytes, most_adapter_bytes, plan
+from inference.checkpoints.pipeline import weight_bytes
 from inference.checkpoints.weight_files import GB
 from inference.controlnet.files import find_controlnets, most_bytes
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 from worker.cli.check.checks import CheckFailed
 
 PARAMETER_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -47,7 +49,7 @@ def check_gpu(settings: ModelSettings) -> str:
     """Check for the GPU that DEVICE names, by its driver alone: torch is used by the model's check."""
     if settings.device == "cpu":
         return "none is asked for: DEVICE is cpu"
-    readings = GpuReadings(settings.visible_gpu)
+    readings = GpuMonitor(settings.visible_gpu)
     reading = readings.read()
     if reading is None:
         visible = settings.cuda_visible_devices
@@ -62,7 +64,7 @@ def check_gpu(settings: ModelSettings) -> str:
 
 def check_memory(settings: ModelSettings) -> str:
     """Compare the size of the weights with the free memory, and name the placement."""
-    gpu = None if settings.device == "cpu" else GpuReadings(settings.visible_gpu).read()
+    gpu = None if settings.device == "cpu" else GpuMonitor(settings.visible_gpu).read()
     bytes_each = PARAMETER_BYTES.get(settings.dtype, 4 if gpu is None else 2)
     try:
         found = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)
@@ -92,7 +94,7 @@ def _in_host(weights: str, needed: Mapping[str, int], free: int, chosen: int | N
 
 def _on_gpu(weights: str, needed: Mapping[str, int], free: int, chosen: int | None) -> str:
     try:
-        residence = decide(needed, free, chosen)
+        residence = plan(needed, free, chosen)
     except EngineStartFailed as error:
         raise CheckFailed(str(error)) from error
     is_resident = residence is Placement.RESIDENT
@@ -106,5 +108,5 @@ def _with_adapters(chosen: int | None, needed: Mapping[str, int], free: int, res
     return f", with up to {most / GB:.1f} GB for adapters (ADAPTER_MEMORY_GB)"
 
 
-def _free(gpu: GpuReading | None) -> int:
+def _free(gpu: GpuUsage | None) -> int:
     return free_host_bytes() if gpu is None else gpu.memory_total_bytes - gpu.memory_used_bytes

@@ -5,10 +5,13 @@ from collections.abc import Callable
 
 from PIL import Image, ImageDraw
 
-from config.settings import ModelSettings, PictureSettings
-from inference.checkpoints.checkpoint import identify, weight_bytes
+from config.images import PictureSettings
+from config.model import ModelSettings
+from inference.checkpoints.checkpoint import identify
+from inference.checkpoints.pipeline import weight_bytes
+from inference.errors import EngineError
 from inference.process.engine_process import EngineProcess, wait_until_ready
-from inference.request import EngineError, ModelFacts
+from inference.request import ModelFacts
 from worker.cli.check.checks import CheckFailed
 from worker.errors import CuttingFailed, JobFailed
 from worker.product.cutter import Cutter, is_installed

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from worker.amqp.broker import NOT_TAKEN
+from worker.amqp.publisher import QUEUE_FULL
 from worker.amqp.topology import DELIVERY_LIMIT, QueueNames
 
 LIMITS = ("delivery-limit", "max-length", "max-length-bytes", "message-ttl", "expires")
@@ -39,7 +39,7 @@ def limits_found_by_trying(connection: Any, names: QueueNames) -> list[str]:
 
 def _length_limit(connection: Any, names: QueueNames) -> str:
     with _probe(connection, names) as (channel, name):
-        with suppress(NOT_TAKEN):  # by `overflow: reject-publish`
+        with suppress(QUEUE_FULL):  # by `overflow: reject-publish`
             for _ in range(NUM_PUBLISHED):
                 _publish(channel, name)
         num_kept = channel.queue_declare(name, passive=True).method.message_count
@@ -50,7 +50,7 @@ def _length_limit(connection: Any, names: QueueNames) -> str:
 
 def _delivery_limit(connection: Any, names: QueueNames) -> str:
     with _probe(connection, names) as (channel, name):
-        with suppress(NOT_TAKEN):
+        with suppress(QUEUE_FULL):
             _publish(channel, name)
         for number in range(NUM_RETURNS):
             tag = _take(channel, name)

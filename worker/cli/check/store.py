@@ -8,7 +8,7 @@ from functools import cached_property
 from clients.storage.client import Storage
 from clients.storage.errors import AccessDenied, BucketNotFound, NotSupported, StorageError
 from clients.storage.location import ObjectRef
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from worker.cli.check.checks import CheckFailed
 
 # Stores refuse a clock that is wrong by 900 seconds; receivers of signed webhooks one that is by 300.
@@ -28,7 +28,7 @@ class StoreProbe:
     def answer(self) -> str:
         """Check that the store answers, and compare its clock with ours."""
         try:
-            ahead = self._storage.seconds_ahead(self._settings.bucket)
+            ahead = self._storage.clock_skew_seconds(self._settings.bucket)
         except StorageError as error:
             raise CheckFailed(f"{error}: is {self._place} running? look at AWS_S3_ENDPOINT_URL") from error
         if ahead is None:
@@ -89,7 +89,7 @@ class StoreProbe:
 
     def _list(self, bucket: str, folder: str) -> None:
         # Not by a HEAD, whose error has no code to distinguish a wrong key from a missing permission.
-        next(self._storage.each_below(bucket, folder, page_keys=1), None)
+        next(self._storage.list_objects(bucket, folder, page_keys=1), None)
 
     def _is_removed(self, probe: ObjectRef) -> bool:
         try:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from clients.storage.client import Storage
 from config.settings import Settings
-from worker.amqp.broker import Publisher
+from worker.amqp.publisher import Publisher
 from worker.amqp.queue_browser import QueueBrowser
 from worker.amqp.topology import QueueNames
 from worker.cli.dead.letters import DeadLetter, LetterKind, choose, read_letters
@@ -108,7 +108,7 @@ def purge_letters(settings: Settings, target: str | None, reason: str, *, is_sur
 def _browse_letters(settings: Settings) -> Iterator[tuple[QueueBrowser, list[DeadLetter]]]:
     """Hold the dead letters unacked until the block ends; what it has not acked is requeued in its place."""
     with QueueBrowser(settings.broker, QueueNames(settings.broker.queue).dead) as browser:
-        taken = browser.take(MAX_LETTERS)
+        taken = browser.fetch(MAX_LETTERS)
         if len(taken) == MAX_LETTERS:
             typer.echo(f"only {MAX_LETTERS} letters were looked at; there may be more", err=True)
         yield browser, read_letters(taken, rules_from(settings.model, settings.store, settings.pictures))

@@ -7,8 +7,7 @@ from datetime import UTC, datetime
 from enum import Enum
 from typing import Any
 
-from worker.amqp.broker import ATTEMPT_HEADER, REASON_HEADER
-from worker.amqp.delivery import whole_number
+from worker.amqp.delivery import ATTEMPT_HEADER, REASON_HEADER, whole_number
 from worker.amqp.queue_browser import BrowsedMessage
 from worker.cli.exits import CommandFailed
 from worker.messages.decoder import decode_any

@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.text import Text
 
 from worker.cli.report.rows import Stretch
-from worker.cli.report.stages import REST, REST_LOOK, STAGES, look_of
+from worker.cli.report.stages import STAGES, UNACCOUNTED, UNACCOUNTED_STYLE, style_of
 from worker.cli.terminal import escape_for_terminal
 
 MIN_CELLS = 1
@@ -94,7 +94,7 @@ def legend(stages: Iterable[str], console: Console) -> Text:
     parts = Text()
     for name in (*STAGES, *sorted(shown - STAGES.keys())):
         if name in shown:
-            known = name if name in STAGES or name == REST else f"{REST} ({name})"
+            known = name if name in STAGES or name == UNACCOUNTED else f"{UNACCOUNTED} ({name})"
             parts.append_text(_cell(name, console)).append(f"\u00a0{escape_for_terminal(known)}  ")
     return parts
 
@@ -102,7 +102,7 @@ def legend(stages: Iterable[str], console: Console) -> Text:
 def _cell(stage: str, console: Console) -> Text:
     if not stage:
         return Text(" ")
-    look = look_of(stage) if stage != REST else REST_LOOK
+    look = style_of(stage) if stage != UNACCOUNTED else UNACCOUNTED_STYLE
     if console.color_system is None or console.no_color:
         return Text(look.letter)
     return Text(BLOCK, look.colour)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from clients.storage.client import Storage
 from clients.storage.errors import ObjectDamaged, ObjectTooLarge
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from worker.cli.report.bars import Axis, Bar, legend
 from worker.cli.report.rows import Row, row_of, summarise, unreadable
 from worker.cli.terminal import escape_for_terminal

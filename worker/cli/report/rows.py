@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from worker.cli.report.stages import REST
+from worker.cli.report.stages import UNACCOUNTED
 from worker.messages.generation_id import GenerationId
 from worker.results.ledger import Entry
 from worker.results.terminal_event import TerminalEvent
@@ -113,7 +113,7 @@ def _stretches(event: TerminalEvent) -> tuple[Stretch, ...]:
         found = [Stretch(str(name), event.began_at + start, float(seconds)) for name, start, seconds in event.stages]
         reached = max((stretch.ended_at for stretch in found), default=event.began_at)
         if event.ended_at - reached > MIN_REST_SECONDS:
-            found.append(Stretch(REST, reached, event.ended_at - reached))
+            found.append(Stretch(UNACCOUNTED, reached, event.ended_at - reached))
     except (TypeError, ValueError, OverflowError):
         return ()
     is_sound = all(0 <= one.seconds < MAX_MOMENT and 0 < one.began_at < MAX_MOMENT for one in found)

@@ -8,7 +8,7 @@ from PIL import Image
 from config.redacting import quoted
 from inference.request import Control, ModelFacts, Source
 from watermark.resizing import Fit, fit
-from worker.errors import JobFailed
+from worker.errors import ErrorCode, JobFailed
 from worker.messages.job import Job, JobProduct, Kind, Preprocess, resolve_size
 
 # A mask drawn over a smaller copy of the picture is a pixel off here and there.
@@ -99,11 +99,13 @@ def check_can(job: Job, facts: Abilities) -> None:
     needed = _product_kinds(job.product) if job.product else {job.kind}
     if not needed <= set(facts.kinds):
         can = ", ".join(facts.kinds)
-        raise JobFailed("UNSUPPORTED_BY_MODEL", f"kind {job.kind}: the loaded model {facts.model} can only {can}")
+        raise JobFailed(
+            ErrorCode.UNSUPPORTED_BY_MODEL, f"kind {job.kind}: the loaded model {facts.model} can only {can}"
+        )
     if job.control is not None and job.control.model not in facts.controls:
         known = f"knows {', '.join(facts.controls)}" if facts.controls else "has no ControlNets"
         reason = f"control.model {quoted(job.control.model)} is not known: this worker {known}"
-        raise JobFailed("UNSUPPORTED_BY_MODEL", reason)
+        raise JobFailed(ErrorCode.UNSUPPORTED_BY_MODEL, reason)
 
 
 def _product_kinds(product: JobProduct) -> set[Kind]:
@@ -117,9 +119,11 @@ def check_mask(mask: Image.Image, size: tuple[int, int]) -> None:
     difference = (mask.width * size[1]) / (mask.height * size[0])
     if not 1 - MASK_TOLERANCE <= difference <= 1 + MASK_TOLERANCE:
         reason = f"the mask is {mask.width}x{mask.height} px and the picture {size[0]}x{size[1]}"
-        raise JobFailed("IMAGE_INVALID", f"mask_path: {reason}: both must have the same proportions")
+        raise JobFailed(ErrorCode.IMAGE_INVALID, f"mask_path: {reason}: both must have the same proportions")
     if mask.point(_black_or_white).getbbox() is None:
-        raise JobFailed("IMAGE_INVALID", "mask_path: nothing in the mask is white, so nothing would be repainted")
+        raise JobFailed(
+            ErrorCode.IMAGE_INVALID, "mask_path: nothing in the mask is white, so nothing would be repainted"
+        )
 
 
 def mask_at(mask: Image.Image, size: tuple[int, int], how: Fit) -> Image.Image:

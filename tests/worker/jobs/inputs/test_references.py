@@ -13,7 +13,7 @@ from PIL import Image
 from clients.storage.cache import DownloadCache
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from inference.request import Control, ModelFacts, Source
 from tests.watermark.test_decoding import noise, png, png_chunks, png_header
 from tests.worker.messages.test_kinds import INIT, MASK, job_of, rules

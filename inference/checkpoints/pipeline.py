@@ -1,0 +1,162 @@
+"""Load a checkpoint's pipeline: the size of its weights, its download, and its models on the CPU.
+
+Only `load_pipeline` imports torch. Errors that the headers of the files show are raised before gigabytes are read.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inference.checkpoints.checkpoint import COMPONENTS, INDEX, Checkpoint, Location
+from inference.checkpoints.config_repair import check_counts, fill_in
+from inference.checkpoints.hub import download_pipeline, one_line
+from inference.checkpoints.safety_checker import CHECKER, EXTRACTOR, add_checker, find_checker
+from inference.checkpoints.single_files import split
+from inference.checkpoints.weight_files import (
+    PREFERRED_VARIANT,
+    Weights,
+    count_parameters,
+    find_weights,
+    read_json,
+    read_shapes,
+)
+from inference.errors import EngineStartFailed
+
+if TYPE_CHECKING:
+    import torch
+
+# Given as None, they are neither looked for nor loaded, whatever the index says of them.
+UNUSED: dict[str, dict[str, Any]] = {
+    "StableDiffusionPipeline": dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+    | {"requires_safety_checker": False},
+    "StableDiffusionXLPipeline": dict.fromkeys(("feature_extractor", "image_encoder")),
+    "ZImagePipeline": {},
+}
+
+
+def weight_bytes(checkpoint: Checkpoint, bytes_each: int) -> dict[str, int] | None:
+    """Return the bytes of each component's weights in memory, at `bytes_each` a parameter, from the files' headers.
+
+    None for a hub id whose weights are not in the cache yet. EngineStartFailed names a file that is damaged.
+    """
+    try:
+        counts = _count_parameters(checkpoint)
+    except EngineStartFailed:
+        if checkpoint.is_fetched:
+            raise
+        return None
+    return {name: count * bytes_each for name, count in counts.items()}
+
+
+def download(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with all of its files on this machine; only a hub id may need a download.
+
+    EngineStartFailed where the hub refuses.
+    """
+    if checkpoint.is_fetched:
+        return checkpoint
+    needed = (CHECKER, EXTRACTOR) if checkpoint.has_checker else ()
+    unused = {name: value for name, value in UNUSED[checkpoint.pipeline_class].items() if name not in needed}
+    try:
+        path = download_pipeline(checkpoint.model_id, variant=None, unused=unused)
+        found = replace(checkpoint, path=path, is_fetched=True)
+        _weights(found)
+    except EngineStartFailed as error:
+        # Some repositories have 16-bit files only, under that name.
+        try:
+            path = download_pipeline(checkpoint.model_id, variant=PREFERRED_VARIANT, unused=unused)
+        except EngineStartFailed:
+            raise error from None
+        found = replace(checkpoint, path=path, is_fetched=True)
+    return found
+
+
+def load_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
+    """Load the pipeline on the CPU in `dtype`.
+
+    Weights whose files have that dtype stay mapped from them, others are converted tensor by tensor: neither makes a
+    second copy. EngineStartFailed names the fault and the remedy.
+    """
+    checkpoint = download(checkpoint)
+    # Reads every header, and so names a damaged file before the libraries fail on it.
+    counts = _count_parameters(checkpoint)
+    subject = f"MODEL_ID {checkpoint.model_id!r}"
+    try:
+        pipeline = (_load_file if checkpoint.where is Location.FILE else _load_folder)(checkpoint, dtype)
+        if checkpoint.has_checker:
+            add_checker(pipeline, checkpoint.path, dtype)
+    except EngineStartFailed:
+        raise
+    except Exception as error:
+        # A config may say anything; the libraries take it at its word, and then fail in every way there is.
+        raise EngineStartFailed(
+            f"{subject} could not be loaded ({type(error).__name__}: {one_line(error)}): its weight files are whole,"
+            " so look at its configs and tokenizers, or copy or download them again"
+        ) from error
+    check_counts(pipeline, counts, subject, may_have_more=checkpoint.where is Location.FILE)
+    fill_in(pipeline, checkpoint.pipeline_class, _read_configs(checkpoint))
+    return pipeline
+
+
+def _load_folder(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
+    index = read_json(checkpoint.path / INDEX)
+    components = COMPONENTS[checkpoint.pipeline_class]
+    # A tokenizer belongs to each text encoder.
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in components if name.startswith("text_encoder")]
+    for name in (*components, *tokenizers, "scheduler"):
+        if not any(index.get(name) or ()):
+            raise EngineStartFailed(f"{checkpoint.path / INDEX} names no {name}: copy or download the whole checkpoint")
+        if not (checkpoint.path / name).is_dir():
+            raise EngineStartFailed(f"{checkpoint.path / name} is missing: copy or download the whole checkpoint")
+    return _pipeline_class(checkpoint).from_pretrained(
+        checkpoint.path,
+        # Never left to the files: transformers would keep their dtype for the text encoder, diffusers take fp32.
+        dtype=dtype,
+        use_safetensors=True,
+        variant=_weights(checkpoint).variant,
+        local_files_only=True,
+        **UNUSED[checkpoint.pipeline_class],
+    )
+
+
+def _load_file(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
+    try:
+        return _pipeline_class(checkpoint).from_single_file(
+            str(checkpoint.path), config=checkpoint.config, dtype=dtype, **UNUSED[checkpoint.pipeline_class]
+        )
+    except OSError as error:
+        if checkpoint.config is not None:
+            raise
+        # The file itself was read by now: what failed is the hub's download of what a single file does not hold.
+        raise EngineStartFailed(
+            f"MODEL_ID {checkpoint.model_id!r} is a single file, without configs and tokenizers, and the hub gives none"
+            f" ({one_line(error)}): set MODEL_CONFIG to a diffusers folder of a {checkpoint.pipeline_class}"
+        ) from error
+
+
+def _pipeline_class(checkpoint: Checkpoint) -> Any:
+    import diffusers  # noqa: PLC0415 - brings torch, which the supervisor never imports
+
+    return getattr(diffusers, checkpoint.pipeline_class)
+
+
+def _weights(checkpoint: Checkpoint) -> Weights:
+    return find_weights(checkpoint.path, COMPONENTS[checkpoint.pipeline_class])
+
+
+def _count_parameters(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return the number of parameters in the files of each component."""
+    if checkpoint.where is Location.FILE:
+        parts = split(read_shapes(checkpoint.path), checkpoint.pipeline_class)
+        return {name: count_parameters(shapes) for name, shapes in parts.items()}
+    files = dict(_weights(checkpoint).files)
+    if checkpoint.has_checker:
+        files |= find_checker(checkpoint.path).files
+    return {name: sum(count_parameters(read_shapes(path)) for path in paths) for name, paths in files.items()}
+
+
+def _read_configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Read the components' config.json; for a single file those of MODEL_CONFIG, if that is a local folder."""
+    folder = checkpoint.path if checkpoint.where is not Location.FILE else Path(checkpoint.config or "").expanduser()
+    paths = {name: folder / name / "config.json" for name in COMPONENTS[checkpoint.pipeline_class]}
+    return {name: read_json(path) for name, path in paths.items() if path.is_file()}
