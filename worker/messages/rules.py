@@ -51,11 +51,6 @@ def located(field: str, text: str | None, rules: JobRules, reject: Rejection) ->
         raise reject("INPUT_FORBIDDEN", f"{field}: {error}") from error
 
 
-def is_pickle(ref: ObjectRef) -> bool:
-    """Return whether the object's name ends as pickles do, in any case."""
-    return ref.key.lower().endswith(PICKLE_SUFFIXES)
-
-
 def shown_value(value: Any) -> str:
     """Format a value of the message for a sentence: 40 characters of a scalar, nothing of a list or an object."""
     if isinstance(value, str):
@@ -63,3 +58,8 @@ def shown_value(value: Any) -> str:
     if isinstance(value, list | dict):
         return f"a {'list' if isinstance(value, list) else 'JSON object'}"
     return f"{value!r:.40}"
+
+
+def is_pickle(ref: ObjectRef) -> bool:
+    """Return whether the object's name ends as pickles do, in any case."""
+    return ref.key.lower().endswith(PICKLE_SUFFIXES)

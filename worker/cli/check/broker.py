@@ -35,9 +35,8 @@ class BrokerProbe:
     def connection(self) -> str:
         """Connect with the user, the password and the virtual host."""
         with self._connected():
-            return (
-                f"connected to {self._place} as {self._error_messages.user}, virtual host {self._error_messages.vhost}"
-            )
+            user, vhost = self._error_messages.user, self._error_messages.vhost
+            return f"connected to {self._place} as {user}, virtual host {vhost}"
 
     def queue(self) -> str:
         """Compare the declaration of the job queue with that of backends."""
