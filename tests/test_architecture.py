@@ -64,7 +64,7 @@ ORDER = (
 )
 MAX_MODULES = 13
 # Who may use a product's own parts: what builds the worker, its local twin, and the check of its cutter.
-USERS_OF_PRODUCT = {"worker.wiring", "worker.cli.generate", "worker.cli.check.cutout"}
+USERS_OF_PRODUCT = {"worker.wiring", "worker.cli.generate", "worker.cli.check.models"}
 # What the supervisor may load of the engine.
 TORCH_FREE = (
     "inference.errors",
