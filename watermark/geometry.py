@@ -30,7 +30,7 @@ class Rect(NamedTuple):
 
 
 class Position(StrEnum):
-    """The anchor of a signature, a headline or a product."""
+    """Where a signature or a headline stands."""
 
     TOP_LEFT = "top-left"
     TOP_CENTER = "top-center"

@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 
 
 class Fit(StrEnum):
-    """How an image of another aspect ratio is fitted."""
+    """What happens to a picture of other proportions."""
 
     COVER = "cover"  # crop the overhang on two sides
     CONTAIN = "contain"  # keep all of it, centred; its edge pixels are extended to the borders

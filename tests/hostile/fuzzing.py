@@ -35,10 +35,10 @@ from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import PictureInvalid, PictureTooLarge, SignatureInvalid
 from worker.errors import ErrorCode
 from worker.messages.cancel import decode_cancel
-from worker.messages.decoder import MAX_REASON_CHARS, decode, rules_from
+from worker.messages.decoder import decode, rules_from
 from worker.messages.job import Job, JobRejected, Kind, Undecodable, resolve_size
 from worker.messages.json_schemas import schema_of
-from worker.messages.rules import JobRules
+from worker.messages.rules import MAX_REASON_CHARS, JobRules
 from worker.messages.schema import (
     WireBox,
     WireControl,

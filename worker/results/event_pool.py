@@ -50,7 +50,7 @@ class EventPool:
             self.unreadable.append((delivery, reason))
             self._changed.notify_all()
 
-    def put_back(self, parked: ParkedEvent) -> bool:
+    def return_event(self, parked: ParkedEvent) -> bool:
         """Add an event that was taken out; False where a redelivery has replaced it."""
         with self._changed:
             if any(known.event.task_id == parked.event.task_id for known in self._waiting):

@@ -196,7 +196,7 @@ class KindQueue:
             self._keep(parked)
 
     def _keep(self, parked: ParkedEvent) -> None:
-        if not self._pool.put_back(parked):
+        if not self._pool.return_event(parked):
             self._consumer.ack(parked.delivery)
 
     def _requeue_at_tail(self, parked: ParkedEvent) -> None:

@@ -267,7 +267,7 @@ def test_what_a_job_holds_is_as_small_as_its_drawing_and_keeps_its_proportions(
     )
 
     with ExitStack() as pinned:
-        found = fetcher.everything(job, pinned).references
+        found = fetcher.fetch_inputs(job, pinned).references
 
     assert found.proportions == (1201, 801)
     size = drawing_size(job, FACTS, found.proportions)
