@@ -34,7 +34,7 @@ TOTAL = sum(SDXL.values())
 
 
 @pytest.mark.parametrize(
-    ("free", "residence"),
+    ("free", "placement"),
     [
         (24_000_000_000, Placement.RESIDENT),
         (TOTAL + RESERVE_BYTES, Placement.RESIDENT),
@@ -97,7 +97,7 @@ def test_adapters_for_whose_sake_models_take_turns_are_named(caplog: pytest.LogC
 
 
 @pytest.mark.parametrize(
-    ("chosen", "free", "residence", "most"),
+    ("chosen", "free", "placement", "most"),
     [
         (5_000_000_000, 24_000_000_000, Placement.RESIDENT, 5_000_000_000),
         (None, TOTAL + 4_000_000_000, Placement.RESIDENT, 1_000_000_000),
