@@ -175,7 +175,7 @@ class Bench:
     def letters_shown(self) -> int:
         """How many dead letters there are, each of them listed and shown."""
         with QueueBrowser(self.settings, self.names.dead) as inspection:
-            letters = read_letters(inspection.take(10_000), RULES)
+            letters = read_letters(inspection.fetch(10_000), RULES)
             as_table(letters)
             for letter in letters:
                 assert as_text(letter).isprintable() or "\n" in as_text(letter)

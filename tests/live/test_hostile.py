@@ -59,8 +59,9 @@ from tests.hostile.raw_properties import Raw
 from tests.support.paths import SIGNATURE
 from tests.support.world import Worker, World, eventually
 from worker.jobs.settler import MAX_DEAD_BODY_BYTES
-from worker.messages.decoder import MAX_REASON_CHARS, decode, rules_from
+from worker.messages.decoder import decode, rules_from
 from worker.messages.job import Job, JobRejected, Undecodable, resolve_size
+from worker.messages.rules import MAX_REASON_CHARS
 
 logger = logging.getLogger(__name__)
 

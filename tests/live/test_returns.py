@@ -261,7 +261,7 @@ def test_a_message_at_a_policy_s_limit_becomes_a_dead_letter(world: World) -> No
             eventually(lambda: is_given_back(channel, names.outbox))
             wait_for(world, dead=(1, 0), outbox=(0, 0))
     with QueueBrowser(BrokerSettings(**world.rabbitmq.env()), names.dead) as inspection:  # type: ignore[arg-type]
-        (held,) = inspection.take(10)
+        (held,) = inspection.fetch(10)
     assert (held.body, names.outbox in DeadLetter(1, held, None).reason) == (b"an event", True)
 
 

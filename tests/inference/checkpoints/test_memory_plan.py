@@ -219,7 +219,7 @@ def test_a_real_pipeline_that_takes_turns_draws_the_same(tmp_path: Path) -> None
             latents = pipe.unet(x, torch.tensor(3.0), embeddings, return_dict=False)[0]
             drawn.append(pipe.vae.decode(latents, return_dict=False)[0])
 
-    assert turning.vae._hf_hook._seat._taken_by is turning.vae
+    assert turning.vae._hf_hook._slot._taken_by is turning.vae
     assert turning._execution_device == DEVICE
     assert torch.equal(*drawn)
 
