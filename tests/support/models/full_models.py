@@ -47,6 +47,9 @@ class OnDisk:
     def __init__(self, net: Any) -> None:
         self._net = net
 
+    def check_request(self, _: object) -> None:
+        """Accept every request."""
+
     def load(self, _: str) -> Any:
         return self._net
 
@@ -139,7 +142,7 @@ class FullModel:
         self.family.controlnets = on_disk
         net = self.family.load_control("full")
         picture = torch.zeros(3, self.family.base_size, self.family.base_size)
-        return Guide(net, self.family.show(picture), scale=0.7, start=0.0, end=1.0)
+        return Guide(net, self.family.encode_control(picture), scale=0.7, start=0.0, end=1.0)
 
     def step(self, lanes: Sequence[Lane]) -> Tally:
         """One denoise step of these lanes, counted."""
