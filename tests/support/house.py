@@ -27,7 +27,7 @@ learn learns know knows ask asks want wants hear hears
 # A docstring that begins with one of these describes something. So does one with a verb in the third person.
 DESCRIPTIVE_WORDS = """
 a an the this that these those it its they their he she we our you your one each every all some any no none
-what which who whom whose where when whether why how does do is are has have
+what which who whom whose where when whether why how does is are has
 in on at by of for from with as to so if
 """
 
@@ -138,7 +138,8 @@ def _add_docstring(
     words = re.findall(r"[a-z]+", docstring.lower())
     found.num_words += len(words)
     found.everyday.update(word for word in words if word in EVERYDAY_WORDS.split())
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not _is_property(node):
+    # A property is named by a noun, and the docstring of `__init__` is about its parameters.
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not _is_property(node) and node.name != "__init__":
         found.num_function_docstrings += 1
         if not is_imperative(docstring):
             found.descriptive.append(f"{name}:{node.lineno} {node.name}: {docstring.splitlines()[0]}")

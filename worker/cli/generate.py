@@ -142,7 +142,7 @@ def _draw(plan: _Plan, console: Console) -> None:
 
 
 def _job(fields: dict[str, Any]) -> Job:
-    """The order as the job it would be: every limit of the queue holds here too."""
+    """Decode the options as a job, with every limit of a message."""
     settings = load_section(ModelSettings)
     presets = presets_in_force(load_section(PictureSettings), locate=None)
     body = json.dumps({"data": {"generation_id": 1, **fields}}).encode()

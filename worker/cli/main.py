@@ -56,7 +56,7 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit")
     ] = False,
 ) -> None:
-    """Options in front of a command."""
+    """Take the options in front of a command."""
 
 
 @app.command()

@@ -31,7 +31,7 @@ class Cancellations:
             self._forget_old()
 
     def covers(self, job: Job) -> bool:
-        """Whether `job` was cancelled before it came. One created after the order is another try: it goes on.
+        """Return whether `job` was cancelled before it arrived. One created after the order is a new try, and goes on.
 
         A `created_at` without a zone is UTC; a job without one may be as old as any order.
         """

@@ -53,7 +53,7 @@ class JobHandler:
     gate: StoreGate
 
     def handle(self, run: Run) -> TerminalEvent:
-        """Do the job unless the ledger has its end; return that end, recorded.
+        """Run the job unless the ledger has its end; return that end, recorded.
 
         Raises what `decide` decides about, and `TaskIdTaken` where the end is another generation's.
         """

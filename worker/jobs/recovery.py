@@ -1,4 +1,4 @@
-"""Recovered jobs: which returns to the broker were no crash, and which job is done without another beside it."""
+"""Recovered jobs: crash counts without this worker's own returns, and isolation of jobs that may kill workers."""
 
 import hashlib
 import threading
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from worker.amqp.delivery import Delivery
 
-# From so many crashes on a job may be what kills the workers. Fewer happen to every job that shared a worker with one.
+# From so many crashes on a job may be a poison job. Fewer happen to every job that shared a worker with one.
 SUSPECT_CRASHES = 3
 MAX_REMEMBERED = 1000
 POLL_SECONDS = 0.1
@@ -15,8 +15,7 @@ POLL_SECONDS = 0.1
 
 @dataclass(slots=True)
 class _Seen:
-    """A message here: the session of its last delivery, the crashes counted of it, and how many sessions that it was
-    delivered in were lost."""
+    """A message: the session of its last delivery, its counted crashes, and the lost sessions it was delivered in."""
 
     session: int
     num_crashes: int
@@ -24,7 +23,7 @@ class _Seen:
 
 
 class CrashCounter:
-    """Tells how many workers were killed with a message from how often it was returned. Thread-safe.
+    """Counts the workers killed with a message, from how often the broker returned it. Thread-safe.
 
     The broker counts a return by a lost connection and one by a killed worker alike, and so does another worker that
     gets it. But a message that was delivered here in a session that was lost may have been returned by its end: it was
@@ -37,7 +36,7 @@ class CrashCounter:
         self._seen: OrderedDict[bytes, _Seen] = OrderedDict()
 
     def num_crashes(self, delivery: Delivery) -> int:
-        """Note that the message was delivered; its recoveries without those that this worker may have caused."""
+        """Record a delivery; return the message's recoveries without those that this worker may have caused."""
         with self._lock:
             seen = self._seen.setdefault(_key(delivery), _Seen(delivery.session, delivery.num_recoveries))
             if seen.session < delivery.session:
@@ -51,10 +50,10 @@ class CrashCounter:
 
 
 class SuspectIsolation:
-    """Lets a suspect begin only while no other recovered message is in hand, and none beside it. Thread-safe.
+    """Runs a suspect only while no other recovered message is held here. Thread-safe.
 
-    A worker that is killed returns every message it holds, so each of them is counted. Without this the jobs beside the
-    one that kills would be given up with it.
+    A worker that is killed returns every message it holds, so each of them is counted. Without isolation the jobs
+    beside a poison job would be dead-lettered with it.
     """
 
     def __init__(self) -> None:
@@ -63,13 +62,13 @@ class SuspectIsolation:
         self._suspect: tuple[int, int, int] | None = None
 
     def enter(self, delivery: Delivery) -> bool:
-        """Note the message as in hand. False where it must leave again: a suspect is at work, or waits to be alone."""
+        """Add the message; False where it must leave again, because a suspect runs or waits to run alone."""
         with self._changed:
             self._in_hand.add(_tag(delivery))
             return self._suspect is None
 
     def isolate(self, delivery: Delivery, is_draining: threading.Event) -> bool:
-        """True once nothing but this suspect is in hand, or the worker is stopping. False at another suspect's turn."""
+        """Wait until only this suspect is held or the worker stops; return False at another suspect's turn."""
         with self._changed:
             if self._suspect not in (None, _tag(delivery)):
                 return False
@@ -79,7 +78,7 @@ class SuspectIsolation:
             return True
 
     def leave(self, delivery: Delivery) -> None:
-        """Note the message as settled."""
+        """Remove the settled message."""
         with self._changed:
             self._in_hand.discard(_tag(delivery))
             if self._suspect == _tag(delivery):
@@ -88,7 +87,7 @@ class SuspectIsolation:
 
 
 def is_suspect(delivery: Delivery) -> bool:
-    """Whether the job may be what kills the workers."""
+    """Return whether the job may be a poison job."""
     return delivery.num_recoveries >= SUSPECT_CRASHES
 
 

@@ -58,7 +58,7 @@ class JobRunner:
     history: History
 
     def run(self, run: Run, restart: Callable[[Delivery, TaskIdTaken], None]) -> None:
-        """Do the job and settle its deliveries; blocks. Where the task id turns out to be another generation's,
+        """Run the job and settle its deliveries; blocks. Where the task id turns out to be another generation's,
         `restart` gets each delivery instead; a run on lease has none, its copy comes back for it."""
         with bind(task_id=run.task_id, generation_id=run.generation_id):
             self._log_start(run)

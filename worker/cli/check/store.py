@@ -67,7 +67,7 @@ class StoreProbe:
         return "a second writer of one key is refused"
 
     def _try(self, bucket: str, folder: str, setting: str) -> str:
-        """Do each kind of call for real: permissions on paper are not enough."""
+        """Make each kind of call: a policy can differ from what the store enforces."""
         probe, storage = ObjectRef(bucket, f"{folder}check-{uuid.uuid4()}"), self._storage
         steps: dict[str, Callable[[], object]] = {
             # First, as above.

@@ -66,7 +66,7 @@ class JobInputs:
 
 @dataclass(frozen=True, slots=True)
 class Fetcher:
-    """Fetching for all jobs. Every method blocks, and raises `JobFailed` with the code of what is wrong."""
+    """Fetches what jobs name in the store. Every method blocks, and raises `JobFailed` with the code of the fault."""
 
     storage: Storage
     cache: DownloadCache
@@ -79,7 +79,7 @@ class Fetcher:
     places: SlowFetchLimit = field(default_factory=SlowFetchLimit)
 
     def fetch_inputs(self, job: Job, pinned: ExitStack) -> JobInputs:
-        """All that the job names. Adapters stay on the disk until `pinned` closes."""
+        """Fetch all that the job names. Adapters stay in the cache until `pinned` closes."""
         return JobInputs(
             signature=self.signature(job),
             headlines=self._headlines(job),
@@ -96,7 +96,7 @@ class Fetcher:
             raise JobFailed(ErrorCode.INVALID_INPUT, str(error)) from error
 
     def _references(self, job: Job) -> References:
-        """Each is brought to the drawing's size before the next is decoded: a dozen jobs hold theirs until they end."""
+        """Fetch the reference images, each resized before the next is decoded: a dozen jobs hold theirs to the end."""
 
         def at_size(references: References) -> References:
             return references.at(drawing_size(job, self.facts, references.proportions), job.fit)
@@ -121,11 +121,11 @@ class Fetcher:
         return found
 
     def picture(self, ref: ObjectRef, field: str, mode: PictureMode) -> Image.Image:
-        """A picture that the job names in `field`, upright; of a huge JPEG only as much as a drawing can use."""
+        """Fetch the image that the job names in `field`, upright; a huge JPEG is decoded at a useful size."""
         return self._of_picture(ref, field, mode, lambda picture: picture)
 
     def _of_picture(self, ref: ObjectRef, field: str, mode: PictureMode, make: Callable[[Image.Image], Made]) -> Made:
-        """What `make` makes of a picture, before the next one is decoded."""
+        """Fetch an image and pass it to `make` before the next one is decoded."""
         try:
             content = self._read(ref, MAX_PICTURE_BYTES)
             with _ONE_PICTURE_AT_A_TIME:
@@ -138,7 +138,7 @@ class Fetcher:
             raise JobFailed(ErrorCode.IMAGE_INVALID, f"{field}: {error}") from error
 
     def signature(self, job: Job) -> Signature:
-        """The signature, ready to draw: whatever is wrong with it is found before the GPU is asked for anything."""
+        """Fetch the signature, ready to draw, so that a fault is found before the GPU is used."""
         try:
             if job.signature_ref is not None:
                 return ImageSignature(decode_signature(self._read(job.signature_ref, MAX_SIGNATURE_BYTES)))
@@ -166,7 +166,7 @@ class Fetcher:
         return self._retry_once(ref, read)
 
     def adapter(self, adapter: JobAdapter, pinned: ExitStack) -> AdapterFile:
-        """The adapter's files on the local disk, pinned in the cache until `pinned` closes."""
+        """Fetch the adapter's files, pinned in the cache until `pinned` closes."""
         ref = adapter.ref
         if ref.key.lower().endswith(SAFETENSORS):
             return self._adapter_file(adapter, pinned)
@@ -179,7 +179,7 @@ class Fetcher:
         )
 
     def _adapter_file(self, adapter: JobAdapter, pinned: ExitStack) -> AdapterFile:
-        """A file by itself, or the weights inside a PEFT folder: these mean nothing without the config beside them.
+        """Fetch a single file, or the weights of a PEFT folder: these mean nothing without the config beside them.
 
         Some trainers write weights under PEFT's file name, with its config beside them, but by the model's own names.
         """

@@ -1,4 +1,4 @@
-"""How many jobs may wait long for the store at once, so that one object that never comes does not stop all others."""
+"""Limit how many jobs wait for a slow fetch at once, so that one stalled object does not stop all others."""
 
 import threading
 from collections import Counter
@@ -9,12 +9,12 @@ from clients.cutoff import cutoff
 from clients.storage.errors import StorageUnavailable
 from clients.storage.location import ObjectRef
 
-# A fetch of usual size is over by then; a longer one needs one of the few slow places.
+# A fetch of usual size is over by then; a longer one needs one of the few slots for slow fetches.
 SLOW_AFTER_SECONDS = 10.0
 
 
 class SlowFetchRefused(StorageUnavailable):
-    """The object took long, and as many other jobs as may waited long already: another job gets the place."""
+    """The fetch was slow, and all slots for slow fetches were taken."""
 
 
 class SlowFetchLimit:
@@ -27,7 +27,7 @@ class SlowFetchLimit:
 
     @contextmanager
     def waiting_for(self, ref: ObjectRef) -> Iterator[None]:
-        """Fetch `ref` inside. Raises `PlaceGivenUp` where the fetch turns out slow and every slow place is taken."""
+        """Limit the fetch of `ref` inside. Raises `SlowFetchRefused` where it is slow and every slot is taken."""
         self._refuse_if_hopeless(ref)
         has_slow_place = False
 
@@ -49,7 +49,7 @@ class SlowFetchLimit:
                 self._give_back(ref)
 
     def _refuse_if_hopeless(self, ref: ObjectRef) -> None:
-        """Give up at once where this very object is slow for others, and no more may wait for it."""
+        """Raise `SlowFetchRefused` at once where the same object is slow for other jobs and no slot is free."""
         with self._lock:
             if self._slow[ref] and self._slow.total() >= self._num_slow:
                 raise _given_up(ref)
