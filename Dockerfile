@@ -55,7 +55,7 @@ RUN /opt/python/bin/pip install --constraint constraints.txt --requirement requi
 
 # The code, apart from its dependencies: a changed line of it changes one layer of a megabyte.
 FROM build AS code
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY config ./config
 COPY clients ./clients
 COPY watermark ./watermark
@@ -69,6 +69,7 @@ ARG VERSION=0.1.0
 ARG REVISION=""
 LABEL org.opencontainers.image.title="Darkroom" \
       org.opencontainers.image.description="Headless image generation worker" \
+      org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 # The uid is a number that deployments can name; both volumes take their owner from the folders here.

@@ -19,7 +19,7 @@ REHEARSAL := $(CURDIR)/out/gpu-rehearsal
 MACHINE_PYTHON ?= $(REHEARSAL)/machine/bin/python
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo styles overlays test check coverage outage leaks field faults rabbitmq4 mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
+.PHONY: help install demo styles overlays house quick test check coverage outage leaks field faults rabbitmq4 mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -57,6 +57,13 @@ check: install ## Style and types
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
+
+house: install ## The shape of the source beside its goals: sizes, one-caller helpers, suppressions, docstrings (TREE=another checkout, LIST=1)
+	$(BIN)/python -m tests.support.house $(if $(LIST),--list) $(TREE)
+
+# What is left out is read from the source: tests/support/quick.py.
+quick: install ## Every test that needs no server, no model and no other program, in under a minute
+	OMP_NUM_THREADS=1 $(BIN)/pytest --quick -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test: check node_modules/.package-lock.json ## Everything, on a real broker, a real object store and real models
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SHARED_OUT)

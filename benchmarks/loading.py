@@ -59,7 +59,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """What one loading took, beyond what the process had: MB and seconds."""
+    """Memory in MB and seconds of one load, beyond the process's baseline."""
 
     disk_mb: float
     memory_mb: float
@@ -148,7 +148,7 @@ def measure(sources: Path, disk: str, shape: str, dtype: str) -> Loading:
 
 
 def _load(source: str, config: str, dtype_name: str, tiny: str) -> Loading:
-    """Runs in the child: the libraries are there and warm before anything is measured."""
+    """Load in the child process, after importing and warming the libraries."""
     dtype = DTYPES[dtype_name]
     _read(load_pipeline(identify(tiny, None), dtype))
 
@@ -185,7 +185,7 @@ def _read(pipeline: Any) -> None:
 
 @contextmanager
 def _own_peak() -> Iterator[list[int]]:
-    """The kernel keeps no peak of anonymous memory: it is looked at every millisecond."""
+    """Sample the peak of anonymous memory every millisecond: the kernel keeps no such peak."""
     seen = [_memory().own_bytes]
     is_over = threading.Event()
 

@@ -19,7 +19,7 @@ TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 class AdapterKind(NamedTuple):
-    """What an adapter of a set changes: all linear layers of the denoiser or its attention's, and text encoders too?"""
+    """The layers an adapter changes: all linear layers of the denoiser or only attention, and text encoders or not."""
 
     rank: int
     is_all_linear: bool = False
@@ -41,7 +41,7 @@ ADAPTERS = (
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A Stable Diffusion 1.x of some width; `pixels` is its picture's side."""
+    """A Stable Diffusion 1.x of some width; `pixels` is its image side."""
 
     pixels: int
     unet_widths: tuple[int, ...]
@@ -127,7 +127,7 @@ def _vae(size: Size) -> AutoencoderKL:
 def write_adapter(
     path: Path, pipe: StableDiffusionPipeline, *, rank: int, targets: Sequence[str], seed: int, has_text: bool = False
 ) -> Path:
-    """A random adapter in diffusers' format, strong enough to change every picture."""
+    """Write a random adapter in diffusers' format, strong enough to change every image."""
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, torch.Tensor] = {}
     wanted = [("unet", pipe.unet, tuple(targets))] + ([("text_encoder", pipe.text_encoder, TEXT_LAYERS)] * has_text)

@@ -24,7 +24,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from examples.demo.signatures import draw_signatures
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
@@ -111,7 +111,7 @@ def _measure(folder: Path, num_rounds: int, num_jobs: int) -> dict[str, Any]:
 
 
 def _diffusers_side() -> Callable[[int], None]:
-    """What a diffusers user would write: load the adapter, draw, unload, save."""
+    """Run plain diffusers: load the adapter, generate, unload, save."""
     pipe = StableDiffusionPipeline.from_pretrained(DEMO_MODEL / "checkpoint", dtype=torch.float32, safety_checker=None)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -182,7 +182,7 @@ def _worker_side(world: World) -> Callable[[int], None]:
 
 
 def _image_work(signature: Path, repeats: int = 50) -> float:
-    """CPU seconds of signing and encoding one picture, which is the job's own work and not overhead."""
+    """Return the CPU seconds of signing and encoding one image, which is the job's own work and not overhead."""
     mark = ImageSignature(decode_signature(signature.read_bytes()))
     picture = Image.effect_noise((128, 128), 40).convert("RGB")
     started_at = time.process_time()

@@ -20,7 +20,7 @@ from diffusers import DDIMScheduler
 from rich.console import Console
 from rich.table import Table
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.models.loader import load_family
 from inference.request import EngineLoad, GenerationRequest, StepReport
@@ -47,7 +47,7 @@ class Side:
         self._engine.close()
 
     def run(self, number: int) -> tuple[float, float]:
-        """Draw eight pictures; the median CPU seconds of their even steps and of their odd ones."""
+        """Generate eight images; return the median CPU seconds of even and of odd steps."""
         self._seconds = {True: [], False: []}
         self.num_previews = 0
         futures = [
@@ -62,12 +62,12 @@ class Side:
         self._step_index = report.step_index
         self.num_previews += report.preview is not None
 
-    def _on_turn(self, occupancy: EngineLoad) -> None:
+    def _on_turn(self, engine_load: EngineLoad) -> None:
         now = time.thread_time()
         # The first turn encodes prompts too, the last decodes.
-        if occupancy.num_lanes == LANES and self._was_at:
+        if engine_load.num_lanes == LANES and self._was_at:
             self._seconds[self._step_index % EVERY == 0].append(now - self._was_at)
-        self._was_at = now if occupancy.num_batched == LANES else 0.0
+        self._was_at = now if engine_load.num_batched == LANES else 0.0
 
 
 def main() -> None:
@@ -120,7 +120,7 @@ def _measure(num_rounds: int) -> dict[str, Any]:
 
 
 def _alone() -> tuple[float, float]:
-    """CPU seconds of finding the projection at the start, and of one preview: foresight, projection, its bytes."""
+    """Return the CPU seconds of fitting the projection at the start, and of one preview: x0, projection, its bytes."""
     family = load_family(_settings(), device=torch.device("cpu"), dtype=torch.float32)
     started_at = time.process_time()
     projection = family.find_projection()

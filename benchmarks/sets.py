@@ -24,7 +24,7 @@ class Job:
     adapters: tuple[tuple[Path, float], ...]
 
     def request(self, *, pixels: int, steps: int, guidance: float) -> GenerationRequest:
-        """What the engine is asked for: a square image."""
+        """Return the engine request for a square image."""
         return GenerationRequest(
             request_id=str(self.seed),
             prompt=self.prompt,
@@ -40,7 +40,7 @@ class Job:
 
 
 def activate(target: Any, names: Mapping[Path, str], job: Job) -> None:
-    """Have the job's adapters alone be active in a diffusers pipeline or model that has loaded all of `names`."""
+    """Activate only the job's adapters in a diffusers pipeline or model that has loaded all of `names`."""
     if not job.adapters:
         target.disable_lora()
         return
@@ -49,12 +49,12 @@ def activate(target: Any, names: Mapping[Path, str], job: Job) -> None:
 
 
 def image_of(result: GenerationResult) -> Image.Image:
-    """The one image of a job."""
+    """Return a job's single image."""
     drawn = result.pictures[0]
     return Image.frombytes("RGB", (drawn.width, drawn.height), drawn.rgb)
 
 
 def psnr_db(one: Image.Image, other: Image.Image) -> float:
-    """Peak signal-to-noise ratio; `EQUAL_DB` for equal images."""
+    """Return the peak signal-to-noise ratio; `EQUAL_DB` for equal images."""
     error = float(np.square(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).mean())
     return EQUAL_DB if error == 0 else 10 * math.log10(255**2 / error)

@@ -1,15 +1,15 @@
-"""A second thought about a wait: the calls of one thread end before their deadlines unless it may go on."""
+"""Conditional cutoff: after some seconds a callback decides whether a thread's calls may use their whole deadlines."""
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# A lock cannot be given up from outside, so a thread that waits for one looks at its cutoff now and then.
+# A blocked `acquire` cannot be interrupted, so a thread that waits for a lock polls its cutoff.
 LOCK_POLL_SECONDS = 0.2
 
 
 class Cutoff:
-    """Asks once, from a thread of its own, whether another thread may go on waiting. See `cutoff`."""
+    """Owner of the timer thread that calls `may_go_on` once. See `cutoff`."""
 
     def __init__(self, seconds: float, may_go_on: Callable[[], bool]) -> None:
         self.is_over = False
@@ -17,24 +17,24 @@ class Cutoff:
         self._lock = threading.Lock()
         self._is_closed = False
         self._expire: Callable[[], None] | None = None
-        self._asker = threading.Timer(seconds, self._ask)
-        self._asker.daemon = True
-        self._asker.start()
+        self._timer = threading.Timer(seconds, self._check)
+        self._timer.daemon = True
+        self._timer.start()
 
     def follow(self, expire: Callable[[], None]) -> None:
-        """Call `expire`, which ends what the thread waits for now, when the cutoff comes."""
+        """Call `expire`, which ends the thread's current call, at the cutoff, or now where that is over."""
         with self._lock:
             self._expire = expire
             if self.is_over:
                 expire()
 
     def close(self) -> None:
-        """When this returns, `may_go_on` is not asked any more."""
-        self._asker.cancel()
+        """Cancel the timer; after the return `may_go_on` is not called any more."""
+        self._timer.cancel()
         with self._lock:
             self._is_closed = True
 
-    def _ask(self) -> None:
+    def _check(self) -> None:
         with self._lock:
             if self._is_closed or self._may_go_on():
                 return
@@ -52,8 +52,8 @@ _current = _Current()
 
 @contextmanager
 def cutoff(seconds: float, may_go_on: Callable[[], bool]) -> Iterator[Cutoff]:
-    """Ask `may_go_on`, on another thread, if the block still runs after `seconds`. Where it says no, every `deadline`
-    of this thread inside the block is over at once. Blocks do not nest."""
+    """Call `may_go_on` on another thread if the block still runs after `seconds`. Where it returns False, every
+    `deadline` of this thread inside the block expires at once. Blocks do not nest."""
     made = Cutoff(seconds, may_go_on)
     _current.cutoff = made
     try:
@@ -68,12 +68,12 @@ def current_cutoff() -> Cutoff | None:
 
 
 def is_cut_off() -> bool:
-    """Whether this thread's cutoff has come: what it was doing failed for that, and for no other reason."""
+    """Return whether this thread's cutoff is over, which then is the cause of its call's failure."""
     return _current.cutoff is not None and _current.cutoff.is_over
 
 
 def acquire(lock: threading.Lock) -> bool:
-    """Acquire `lock`; False where the thread's cutoff comes first."""
+    """Acquire `lock`; return False where the thread's cutoff comes first."""
     while not lock.acquire(timeout=LOCK_POLL_SECONDS):
         if is_cut_off():
             return False

@@ -1,28 +1,28 @@
-"""A hard end for HTTP calls: urllib3's timeouts start again with every byte, so a server that drips never trips them.
+"""A total deadline for HTTP calls: urllib3's timeouts restart with every byte, so a slow stream never reaches them.
 
-`deadline` sets the end for whatever its thread sends inside the block; connections that mix in `Guarded` report their
-sockets to it, and a timer shuts those down when the time is over. The blocked read then ends at once. Guarded
-connections also read answers as `clients.answers` does: none takes an interim answer for the final one.
+`deadline` sets the end for every request that its thread sends inside the block; connections that mix in `Guarded`
+report their sockets to it, and a timer shuts those down when the time is over. The blocked read then ends at once.
+Guarded connections also read responses as `clients.responses` does, so that no interim one is taken for the final one.
 """
 
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from clients.answers import FinalAnswer
 from clients.cutoff import current_cutoff
+from clients.responses import FinalResponse
 
 
 class DeadlineExpired(Exception):
     """The time of the enclosing `deadline` block is over."""
 
 
-class Watch:
-    """Owns duplicates of the sockets one thread uses inside one `deadline` block, and shuts them down at its end.
+class DeadlineTimer:
+    """Owner of duplicates of the sockets that a thread uses inside a `deadline` block; it shuts them down at the end.
 
-    `was_sent` says whether a byte of a request may have left: before that, a failure cannot have had an effect.
+    `was_sent`: a byte of a request may have been sent; before that, a failure cannot have had an effect.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -39,12 +39,12 @@ class Watch:
     def is_expired(self) -> bool:
         return self._is_expired
 
-    def refuse_if_expired(self) -> None:
+    def raise_if_expired(self) -> None:
         if self._is_expired:
             raise DeadlineExpired(f"not done within {self.seconds:g} s")
 
     def guard(self, sock: socket.socket, *, is_new: bool) -> None:
-        """Shut `sock` down when the time is over; `is_new` where its descriptor may have been another's before."""
+        """Shut `sock` down when the time is over; `is_new`: its descriptor may have been another socket's before."""
         # A duplicate, because TLS detaches the plain socket it wraps, and http.client drops its own before the body.
         descriptor = sock.fileno()
         with self._lock:
@@ -65,7 +65,7 @@ class Watch:
             self._duplicates.clear()
 
     def expire(self) -> None:
-        """End the block's calls now; those that follow end at once."""
+        """End the block's calls now; later ones end at once."""
         with self._lock:
             self._is_expired = True
             for duplicate in self._duplicates.values():
@@ -73,67 +73,67 @@ class Watch:
 
 
 class _Current(threading.local):
-    watch: Watch | None = None
+    timer: DeadlineTimer | None = None
 
 
 _current = _Current()
 
 
 @contextmanager
-def deadline(seconds: float) -> Iterator[Watch]:
+def deadline(seconds: float) -> Iterator[DeadlineTimer]:
     """End every guarded call of this thread `seconds` from now. Blocks do not nest.
 
-    Name resolution alone is outside it: the C library's resolver has timeouts of its own and cannot be interrupted.
+    Name resolution is outside it: the C library's resolver has timeouts of its own and cannot be interrupted.
     """
-    watch = Watch(seconds)
+    timer = DeadlineTimer(seconds)
     if (cutoff := current_cutoff()) is not None:
-        cutoff.follow(watch.expire)
-    _current.watch = watch
+        cutoff.follow(timer.expire)
+    _current.timer = timer
     try:
-        yield watch
+        yield timer
     finally:
-        _current.watch = None
-        watch.close()
+        _current.timer = None
+        timer.close()
 
 
-def current_watch() -> Watch | None:
-    return _current.watch
+def current_timer() -> DeadlineTimer | None:
+    return _current.timer
 
 
 class Guarded:
-    """Mixin, first among the bases, for urllib3 connections: reports each socket to the current watch, and reads whole
+    """Mixin, first among the bases, for urllib3 connections: reports each socket to the current timer, and reads whole
     answers, after `Expect: 100-continue` too."""
 
     sock: Any
     connect: Any
-    response_class: Any = FinalAnswer
+    response_class: Any = FinalResponse
 
     def _new_conn(self) -> socket.socket:
         sock: socket.socket = super()._new_conn()  # type: ignore[misc]
-        if _current.watch is not None:
-            # Here and not after `connect`: a TLS handshake may drip too.
-            _current.watch.guard(sock, is_new=True)
+        if _current.timer is not None:
+            # Here and not after `connect`: a TLS handshake may be slow too.
+            _current.timer.guard(sock, is_new=True)
         return sock
 
     def send(self, content: Any) -> None:
         if self.sock is None:
             self.connect()
-        if _current.watch is not None:
-            _current.watch.guard(self.sock, is_new=False)
-            _current.watch.was_sent = True
+        if _current.timer is not None:
+            _current.timer.guard(self.sock, is_new=False)
+            _current.timer.was_sent = True
         super().send(content)  # type: ignore[misc]
 
     def _handle_expect_response(self, message_body: Any) -> None:
-        """Read what came while a request with `Expect: 100-continue` waits with its body; botocore calls it.
+        """Read the response that came before the body of a request with `Expect: 100-continue`; botocore calls it.
 
-        botocore's own takes whatever is not 100 for the final answer and then sends no body; a status line without a
-        reason it drops, and a connection that ends behind a 100 it reads for ever.
+        botocore's own takes every status but 100 for the final response and then sends no body; it drops a status line
+        without a reason, and reads for ever from a connection that ends after a 100.
         """
-        answer = self.response_class(self.sock, method=self._method)  # type: ignore[attr-defined]
-        # The reader may hold more than it was asked for, so that it has to read the rest too.
-        self.response_class = lambda *_arguments, **_options: answer
-        if answer.is_interim_next():
-            # Any interim answer will do: RFC 9110 10.1.1 has nobody wait for the 100.
+        response = self.response_class(self.sock, method=self._method)  # type: ignore[attr-defined]
+        # Its buffer may hold more than the status line, so the same reader has to read the rest.
+        self.response_class = lambda *_arguments, **_options: response
+        if response.is_interim_next():
+            # Any interim response will do: RFC 9110 10.1.1 lets clients send the body without the 100.
             if message_body is not None:
                 self.send(message_body)
         else:
@@ -141,7 +141,7 @@ class Guarded:
 
 
 def guarded_pools(http: Any, https: Any) -> dict[str, Any]:
-    """urllib3's `pool_classes_by_scheme`, of pools like `http` and `https` but with guarded connections."""
+    """Return urllib3's `pool_classes_by_scheme`: subclasses of `http` and `https` with guarded connections."""
     return {"http": _guarded_pool(http), "https": _guarded_pool(https)}
 
 
@@ -151,8 +151,5 @@ def _guarded_pool(pool: Any) -> Any:
 
 
 def _shut(sock: socket.socket) -> None:
-    try:
+    with suppress(OSError):  # the peer has closed it already
         sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        # The peer was faster: there is nothing left to shut.
-        return

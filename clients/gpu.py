@@ -1,4 +1,4 @@
-"""How full and how busy the GPU is, for the metrics."""
+"""Memory and utilization of the GPU, from NVML."""
 
 import threading
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ import pynvml
 
 
 @dataclass(frozen=True)
-class GpuReading:
-    """One look at the GPU. `utilization_ratio` is 0 to 1, or None where the driver keeps none (MIG slices)."""
+class GpuUsage:
+    """Memory and utilization at one moment. `utilization_ratio` is 0 to 1, None without one (MIG slices)."""
 
     memory_used_bytes: int
     memory_total_bytes: int
     utilization_ratio: float | None
 
 
-class GpuReadings:
-    """Owns the NVML handle of the first visible GPU; thread-safe. NVML is opened on the first reading, once.
+class GpuMonitor:
+    """Owner of the NVML handle of the first visible GPU; thread-safe. NVML is initialized once, by the first `read`.
 
     An index is counted in PCI order, as NVML counts: CUDA agrees where `CUDA_DEVICE_ORDER=PCI_BUS_ID`, which the
     engine's process has.
@@ -29,8 +29,8 @@ class GpuReadings:
         self._is_opened = False
         self._handle: Any = None
 
-    def read(self) -> GpuReading | None:
-        """The GPU now; None where there is no driver, no visible GPU, or no answer."""
+    def read(self) -> GpuUsage | None:
+        """Return the current usage; None without a driver, a visible GPU or an answer."""
         try:
             handle = self._open()
             if handle is None:
@@ -38,10 +38,10 @@ class GpuReadings:
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         except pynvml.NVMLError:
             return None
-        return GpuReading(int(memory.used), int(memory.total), _utilization_ratio(handle))
+        return GpuUsage(int(memory.used), int(memory.total), _utilization_ratio(handle))
 
     def describe(self) -> str:
-        """The GPU's model and its driver's version; empty where `read` has nothing."""
+        """Return the GPU's model and its driver's version; empty where `read` returns None."""
         try:
             handle = self._open()
             if handle is None:
@@ -56,24 +56,24 @@ class GpuReadings:
                 self._is_opened = True
                 if self._device is not None:
                     pynvml.nvmlInit()
-                    self._handle = _find(self._device)
+                    self._handle = _find_handle(self._device)
             return self._handle
 
 
 def _first_device(cuda_visible_devices: str | None) -> str | None:
-    """The first entry of `CUDA_VISIBLE_DEVICES`: an index or a UUID; None where the variable hides every GPU."""
+    """Return the first entry of `CUDA_VISIBLE_DEVICES`, an index or a UUID; None where it hides every GPU."""
     if cuda_visible_devices is None:
         return "0"
     first = cuda_visible_devices.split(",")[0].strip()
     return first if first and first != "-1" else None
 
 
-def _find(device: str) -> Any:
+def _find_handle(device: str) -> Any:
     if device.isdecimal():
         return pynvml.nvmlDeviceGetHandleByIndex(int(device))
     if device.startswith("MIG-"):
         return pynvml.nvmlDeviceGetHandleByUUID(device)
-    # CUDA takes the beginning of a UUID for the whole; NVML does not.
+    # CUDA accepts a prefix of a UUID; NVML does not.
     for index in range(pynvml.nvmlDeviceGetCount()):
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         if pynvml.nvmlDeviceGetUUID(handle).startswith(device):

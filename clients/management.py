@@ -1,4 +1,4 @@
-"""RabbitMQ's management interface: the one place that tells which policies hold for a queue."""
+"""RabbitMQ's management API, the only source of the policies in effect for a queue."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import requests
 
-# The plugin's usual port, beside a plain AMQP port, where the password is no better hidden.
+# The plugin's default port without TLS: used beside plain AMQP only, which sends the password in the clear as well.
 MANAGEMENT_PORT = 15672
 TIMEOUT_SECONDS = 3.0
 
@@ -14,16 +14,16 @@ TIMEOUT_SECONDS = 3.0
 def effective_policies(
     host: str, virtual_host: str, *, user: str, password: str, port: int = MANAGEMENT_PORT
 ) -> Mapping[str, Mapping[str, Any]]:
-    """The definition that policies and operator policies come to, by queue; nothing where nobody answers, or not us."""
+    """Return each queue's effective policy definition by its name; empty where the API is unreachable or refuses."""
     session = requests.Session()
     session.trust_env = False  # neither a proxy nor a .netrc
     session.auth = (user, password)
-    place = f"http://{host}:{port}/api/queues/{quote(virtual_host, safe='')}"
+    url = f"http://{host}:{port}/api/queues/{quote(virtual_host, safe='')}"
     with session:
         try:
-            answer = session.get(place, timeout=TIMEOUT_SECONDS, allow_redirects=False)
+            answer = session.get(url, timeout=TIMEOUT_SECONDS, allow_redirects=False)
             if answer.status_code != requests.codes.ok:
                 return {}
             return {queue["name"]: dict(queue.get("effective_policy_definition") or {}) for queue in answer.json()}
         except (requests.RequestException, ValueError, TypeError, KeyError, AttributeError):
-            return {}  # another service has the port
+            return {}  # another service listens on the port

@@ -1,4 +1,4 @@
-"""The section of the settings that says what pictures are made of beside the model."""
+"""Settings of the images: metadata, C2PA, presets, cutout model."""
 
 from pathlib import Path
 from typing import Literal
@@ -10,7 +10,7 @@ from config.section import Section
 
 
 class PictureSettings(Section):
-    """What pictures are made of beside the model, and what they carry."""
+    """Metadata and signing of images, presets, and the cutout model."""
 
     embed_metadata: Literal["none", "provenance", "full"] = Field(
         "provenance",

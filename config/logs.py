@@ -1,4 +1,4 @@
-"""One event, one line of at most 8 kB, with the job's ids bound once for everything its thread logs.
+"""Structured logs: one line of at most 8 kB an event, with the job's ids bound once for all events of its thread.
 
 JSON for programs, on standard output; text for people, on standard error.
 """
@@ -22,7 +22,7 @@ MAX_VALUE_CHARS = 2048
 # Some minutes of a busy worker's events, up to 80 MB.
 MAX_WAITING_LINES = 10_000
 FLUSH_SECONDS = 2.0
-# In a line that was cut: one sign may take twelve bytes of escapes.
+# In a line that was cut: one character may take twelve bytes of escapes.
 MAX_CUT_CHARS = 128
 
 # urllib3 and botocore log request lines at DEBUG, httpx each hub request at INFO.
@@ -50,7 +50,7 @@ def log_event(logger: logging.Logger, event: str, level: int = logging.INFO, **f
 
 
 class JsonFormatter(logging.Formatter):
-    """`{"time", "level", "logger", "event", …fields}`; json escapes what a prompt could forge a line with."""
+    """Formatter of `{"time", "level", "logger", "event", …fields}`; JSON escapes line breaks, which could forge one."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -63,46 +63,48 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             # Before it is cut: half a URL does not look like one.
             line["exception"] = redacted(self.formatException(record.exc_info))[-MAX_VALUE_CHARS:]
-        text = json.dumps({name: _short(value) for name, value in line.items()}, default=str)
+        text = json.dumps({name: _shorten(value) for name, value in line.items()}, default=str)
         if len(text) <= MAX_LINE_BYTES:
             return text
-        kept = {name: _short(line[name], MAX_CUT_CHARS) for name in ("time", "level", "logger", "event", *_bound.get())}
+        kept = {
+            name: _shorten(line[name], MAX_CUT_CHARS) for name in ("time", "level", "logger", "event", *_bound.get())
+        }
         return json.dumps(kept | {"cut": len(text)}, default=str)
 
 
 class TextFormatter(logging.Formatter):
-    """`12:34:56 WARNING event  name=value …` in local time; what a terminal would act on is escaped."""
+    """Formatter of `12:34:56 WARNING event  name=value …` in local time; control characters are escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S")
         level = "" if record.levelno == logging.INFO else f"{record.levelname} "
-        event = _legible(_short(record.getMessage()))
+        event = _escape(_shorten(record.getMessage()))
         line = f"{moment} {level}{event}"
-        if fields := " ".join(f"{_legible(name)}={_in_words(value)}" for name, value in _fields_of(record).items()):
+        if fields := " ".join(f"{_escape(name)}={_format_value(value)}" for name, value in _fields_of(record).items()):
             line += f"  {fields}"
         if record.exc_info:
             trace = redacted(self.formatException(record.exc_info))[-MAX_VALUE_CHARS:]
-            line += "".join(f"\n    {_legible(one)}" for one in trace.splitlines())
-        # One sign takes four bytes at most.
+            line += "".join(f"\n    {_escape(one)}" for one in trace.splitlines())
+        # One character takes four bytes at most.
         return line if len(line) <= MAX_LINE_BYTES // 4 else line[: MAX_LINE_BYTES // 4] + CUT
 
 
-class UnhurriedHandler(logging.Handler):
-    """Writes lines on a thread of its own: a pipe that nobody empties must stop no job. Lines beyond
+class BackgroundHandler(logging.Handler):
+    """Owner of the thread that writes the lines: a pipe without a reader must block no job. Lines beyond
     `MAX_WAITING_LINES` are dropped, and counted in a line of their own once there is room."""
 
     def __init__(self, descriptor: int) -> None:
-        """`descriptor` is written to past Python's own stream, whose lock would hold up the end of the process."""
+        """Write to `descriptor` directly: the lock of Python's own stream would delay the end of the process."""
         super().__init__()
         self._descriptor = descriptor
         self._changed = threading.Condition()
         self._lines: deque[str] = deque()
         self._num_dropped = 0
         self._is_writing = False
-        threading.Thread(target=self._write_for_ever, name="logs", daemon=True).start()
+        threading.Thread(target=self._write_lines, name="logs", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        # Formatted here: what is bound belongs to this thread.
+        # Formatted here: bound fields belong to this thread.
         line = self.format(record)
         with self._changed:
             if len(self._lines) < MAX_WAITING_LINES:
@@ -112,23 +114,23 @@ class UnhurriedHandler(logging.Handler):
             self._changed.notify_all()
 
     def flush(self) -> None:
-        """Wait for what was logged to be written, but not for ever."""
+        """Wait until all lines are written, at most `FLUSH_SECONDS`."""
         with self._changed:
             self._changed.wait_for(lambda: not self._lines and not self._is_writing, FLUSH_SECONDS)
 
-    def _write_for_ever(self) -> None:
+    def _write_lines(self) -> None:
         while True:
             with self._changed:
                 self._is_writing = False
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: bool(self._lines))
-                text = self._take()
+                text = self._take_lines()
                 self._is_writing = True
             with suppress(OSError):  # closed, or its disk is full: the job goes on
                 while text:
                     text = text[os.write(self._descriptor, text) :]
 
-    def _take(self) -> bytes:
+    def _take_lines(self) -> bytes:
         lines = [*self._lines]
         self._lines.clear()
         if self._num_dropped:
@@ -139,11 +141,11 @@ class UnhurriedHandler(logging.Handler):
 
 
 def configure_logging(level: str, log_format: LogFormat = "auto") -> None:
-    """Send every logger to where `log_format` says; third parties only from WARNING on."""
+    """Install the handlers of `log_format` on the root logger; third parties log from WARNING on."""
     logging.basicConfig(level=level, handlers=_handlers(log_format), force=True)
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
-    # pika prints hosts and whole connections, also for what is expected; worker.amqp.broker logs every loss itself.
+    # pika logs hosts and whole connections, also for expected events; worker.amqp.consumer logs every loss itself.
     logging.getLogger("pika").setLevel(logging.CRITICAL)
     # Pillow warns of odd signatures by `warnings`, which would print plain lines between ours.
     logging.captureWarnings(True)
@@ -156,10 +158,10 @@ def _handlers(log_format: LogFormat) -> list[logging.Handler]:
     has_json = log_format == "json" or (log_format == "auto" and not (has_text and sys.stdout.isatty()))
     handlers: list[logging.Handler] = []
     if has_json:
-        handlers.append(UnhurriedHandler(sys.stdout.fileno()))
+        handlers.append(BackgroundHandler(sys.stdout.fileno()))
         handlers[-1].setFormatter(JsonFormatter())
     if has_text:
-        handlers.append(UnhurriedHandler(sys.stderr.fileno()))
+        handlers.append(BackgroundHandler(sys.stderr.fileno()))
         handlers[-1].setFormatter(TextFormatter())
     return handlers
 
@@ -168,21 +170,21 @@ def _fields_of(record: logging.LogRecord) -> dict[str, Any]:
     return _bound.get() | getattr(record, "fields", {})
 
 
-def _in_words(value: Any) -> str:
-    """A field's value: text as it is, in quotes where it has spaces or is empty; what is nested as JSON."""
+def _format_value(value: Any) -> str:
+    """Format a field's value: text, in quotes where it has spaces or is empty; other types as JSON."""
     if isinstance(value, str):
-        text = _legible(_short(value))
+        text = _escape(_shorten(value))
         return text if text and " " not in text else f'"{text}"'
     text = json.dumps(value, default=str, ensure_ascii=False)
-    return _legible(_short(text))
+    return _escape(_shorten(text))
 
 
-def _legible(text: str) -> str:
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+def _escape(text: str) -> str:
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def _short(value: Any, max_chars: int = MAX_VALUE_CHARS) -> Any:
-    """Of text as much as a line takes, without the secrets of URLs: third parties log requests whole."""
+def _shorten(value: Any, max_chars: int = MAX_VALUE_CHARS) -> Any:
+    """Truncate text and redact it: third parties log whole requests."""
     if not isinstance(value, str):
         return value
     shown = redacted(value)

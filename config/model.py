@@ -1,4 +1,4 @@
-"""The section of the settings that the engine is given."""
+"""Settings of the engine: model, device, batch size, adapters, ControlNets, previews."""
 
 import os
 import re
@@ -135,7 +135,7 @@ class ModelSettings(Section):
 
     @property
     def visible_gpu(self) -> str | None:
-        """The one GPU that is drawn on, see `config.visible_gpus`."""
+        """The GPU that the engine uses, see `config.visible_gpus`."""
         return visible_gpu(self.device, self.cuda_visible_devices)
 
     @property

@@ -1,13 +1,12 @@
-"""Names in the environment and in `.env` that are nearly a setting's: typing mistakes, and what other tools call it.
+"""Find variables that are nearly a setting's name: typos, and the names that other tools use. Pure.
 
-A setting that is misspelt keeps its default, and nothing fails until a wrong host does not answer. But most names in an
-environment belong to other programs, so that a name is near only by one slip a word, to a setting or to the table's.
-Pure.
+A misspelled setting keeps its default, and nothing fails until a wrong host does not answer. But most names in an
+environment belong to other programs, so a name is near only within one edit a word of a setting or of an alias below.
 """
 
 from collections.abc import Collection, Mapping
 
-# What boto3's users, django-storages, MinIO's and RabbitMQ's clients and other workers call the same.
+# Names of the same settings in boto3, django-storages, MinIO's and RabbitMQ's clients and other workers.
 ALIASES: Mapping[str, str] = {
     alias: name
     for name, aliases in {
@@ -42,28 +41,28 @@ ALIASES: Mapping[str, str] = {
     for alias in aliases.split()
 }
 PREFIXES = {"RABBIT_": "RABBITMQ_", "RMQ_": "RABBITMQ_", "AMQP_": "RABBITMQ_", "DARKROOM_": ""}
-# They win over, and so say, what the single ones would.
+# The URL overrides the single variables.
 WHOLE_URL = "RABBITMQ_URL"
 PARTS_OF_URL = frozenset(f"RABBITMQ_{part}" for part in ("HOST", "PORT", "USER", "PASS", "VHOST"))
 
-# In a short word one slip makes another word: HOST and HOME, PASS and BASE.
-MIN_SLIP_CHARS = 4
-MAX_SLIPS = 2
+# In a short word one edit makes another word: HOST and HOME, PASS and BASE.
+MIN_TYPO_CHARS = 4
+MAX_TYPOS = 2
 
 
 def near_names(given: Collection[str], known: Collection[str]) -> dict[str, str]:
-    """The setting of `known` that is meant by each name of `given` that is none; one that is given itself is not meant.
+    """Map each unknown name of `given` to the setting of `known` that it is near to, unless that is given too.
 
-    Two that are as near are both named.
+    Two settings at the same distance are both named.
     """
     upper = {name.upper() for name in given}
     moot = upper | (PARTS_OF_URL if WHOLE_URL in upper else set())
     missing = [name for name in known if name not in moot]
-    found = {name: _meant(name.upper(), missing) for name in sorted(given) if name.upper() not in known}
+    found = {name: _nearest(name.upper(), missing) for name in sorted(given) if name.upper() not in known}
     return {name: meant for name, meant in found.items() if meant}
 
 
-def _meant(name: str, missing: Collection[str]) -> str:
+def _nearest(name: str, missing: Collection[str]) -> str:
     spellings = [name, *(ours + name.removeprefix(one) for one, ours in PREFIXES.items() if name.startswith(one))]
     for spelling in spellings:
         if spelling in missing:
@@ -73,14 +72,14 @@ def _meant(name: str, missing: Collection[str]) -> str:
     written = dict(zip(missing, missing, strict=True)) | {
         alias: one for alias, one in ALIASES.items() if one in missing
     }
-    slips = {one: count for one in written if (count := _num_slips(name, one)) is not None}
-    return " or ".join(sorted({written[one] for one, count in slips.items() if count == min(slips.values())}))
+    typos = {one: count for one in written if (count := _num_typos(name, one)) is not None}
+    return " or ".join(sorted({written[one] for one, count in typos.items() if count == min(typos.values())}))
 
 
-def _num_slips(name: str, meant: str) -> int | None:
-    """In how many words `name` differs from `meant` by a slip of the fingers; None where it differs by more.
+def _num_typos(name: str, meant: str) -> int | None:
+    """Count the words in which `name` is one edit from `meant`; None where it differs by more.
 
-    A dash too many or too few is none.
+    An underscore too many or too few counts as none.
     """
     if name.replace("_", "") == meant.replace("_", ""):
         return 0
@@ -88,12 +87,12 @@ def _num_slips(name: str, meant: str) -> int | None:
     if name.count("_") != meant.count("_") or name[0] != meant[0]:
         return None
     wrong = [(one, other) for one, other in words if one != other]
-    is_near = all(max(len(one), len(other)) >= MIN_SLIP_CHARS and _is_one_slip(one, other) for one, other in wrong)
-    return len(wrong) if is_near and len(wrong) <= MAX_SLIPS else None
+    is_near = all(max(len(one), len(other)) >= MIN_TYPO_CHARS and _is_one_edit(one, other) for one, other in wrong)
+    return len(wrong) if is_near and len(wrong) <= MAX_TYPOS else None
 
 
-def _is_one_slip(one: str, other: str) -> bool:
-    """One sign more, one less, one other, or two that changed places."""
+def _is_one_edit(one: str, other: str) -> bool:
+    """Return whether the Damerau-Levenshtein distance is 1: an insertion, deletion, substitution or transposition."""
     if len(one) > len(other):
         one, other = other, one
     start = next((index for index, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(one))

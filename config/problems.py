@@ -1,4 +1,4 @@
-"""What is wrong with a setting, in one sentence that names the variable, what would be right, and the value."""
+"""Describe an invalid setting in one sentence: the variable, the rule, and the value unless it is secret."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ MAX_VALUE_CHARS = 80
 MAX_SENTENCE_CHARS = 500
 KUBERNETES_LINK = re.compile(r"tcp://[^/]+:\d+")
 
-# By pydantic's types of errors; {…} are of the error's context.
+# By pydantic's error type; {…} are filled from the error's context.
 SENTENCES = {
     "bool_parsing": "must be true or false",
     "finite_number": "must be a finite number",
@@ -36,30 +36,26 @@ SENTENCES = {
 
 
 def describe(problem: Mapping[str, Any], fields: Mapping[str, FieldInfo], meant_by: Mapping[str, str]) -> str:
-    """The sentence for one of pydantic's errors. `fields` are the section's by variable; `meant_by` names what was set
-    in place of each variable, where something was. A secret's value is in no sentence, nor is one in a URL."""
+    """Return the sentence for one of pydantic's errors, without secrets, also without those in URLs.
+
+    `fields` are the section's by variable; `meant_by` maps a variable to the near name that is set in its place.
+    """
     variable = str(problem["loc"][0]) if problem["loc"] else ""
-    sentence = SENTENCES.get(problem["type"], problem["msg"]).format(**_context(problem))
+    context = dict(problem.get("ctx", {}))
+    if "expected" in context:
+        context["expected"] = context["expected"].replace("'", "")
+    sentence = SENTENCES.get(problem["type"], problem["msg"]).format(**context)
     if problem["type"] == "missing":
         hint = (
             f" ({meant_by[variable]} is set, which is no setting: is this one meant?)" if variable in meant_by else ""
         )
         return f"{variable}: {sentence}{hint}"
     value = problem["input"]
-    if not _is_secret(fields.get(variable)) and isinstance(value, str | int | float) and str(value) not in sentence:
+    field = fields.get(variable)
+    is_secret = field is None or SecretStr in (field.annotation, *getattr(field.annotation, "__args__", ()))
+    if not is_secret and isinstance(value, str | int | float) and str(value) not in sentence:
         shown = repr(redacted(str(value)))
         sentence += f"; it is {shown if len(shown) <= MAX_VALUE_CHARS else shown[:MAX_VALUE_CHARS] + '…'}"
         if KUBERNETES_LINK.fullmatch(str(value)):
             sentence += ", as Kubernetes sets it for a Service of that name: set it in the container"
     return redacted(f"{variable}: {sentence}".removeprefix(": "))[:MAX_SENTENCE_CHARS]
-
-
-def _context(problem: Mapping[str, Any]) -> dict[str, Any]:
-    context = dict(problem.get("ctx", {}))
-    if "expected" in context:
-        context["expected"] = context["expected"].replace("'", "")
-    return context
-
-
-def _is_secret(field: FieldInfo | None) -> bool:
-    return field is None or SecretStr in (field.annotation, *getattr(field.annotation, "__args__", ()))

@@ -1,21 +1,21 @@
-"""Text without the secrets that URLs carry, and values of others as they may be quoted.
+"""Redact secrets in text, and quote untrusted values.
 
-Everything that leaves the worker in words (a log line, a webhook, a record, a dead letter's reason, a finding) goes
-through `redacted`; `quoted` quotes a value of a message, `clients.storage.location.shown_location` a location.
+All text that leaves the worker (a log line, a webhook, a record, a dead letter's reason, a check's result) goes through
+`redacted`; `quoted` quotes a value of a message, `clients.storage.location.shown_location` a location.
 """
 
 import re
 
 CUT = "…"
-# As much of a value as a sentence quotes: names of schedulers, presets and fonts are shorter.
+# Longest quotation of a value: names of schedulers, presets and fonts are shorter.
 MAX_QUOTED_CHARS = 40
 
-# No part of a URL or of a query. What would steer a terminal is shown escaped, as Python writes it.
+# No part of a URL or of a query. Control characters are escaped by `repr`.
 _PLAIN_WORD = re.compile(r"[^@?=&%#/;$~]+")
 # A key or a token has some length and digits, or much length.
 _TOKEN = re.compile(r"(?=[A-Za-z_.-]*[0-9])[A-Za-z0-9_.-]{16,}|[A-Za-z0-9]{24,}")
 
-# What may hold a secret at all, so that a plain line costs one look.
+# Pre-check for text that may hold a secret, so that a plain line costs one search.
 _SUSPECT = re.compile(r"[@?=]|%(?:25)*(?:3f|3d|40)", re.IGNORECASE)
 # Credentials as an Authorization header holds them. A word of fewer letters, or without a digit, may be a plain one.
 _AUTHORIZATION = re.compile(r"\b(?P<scheme>bearer|basic) +(?=[\w.~+/=-]*[0-9=])[\w.~+/=-]{8,}", re.IGNORECASE)
@@ -36,9 +36,9 @@ _PARAMETER = re.compile(
 
 
 def redacted(text: str) -> str:
-    """`text` with the user, the query and the fragment of each URL in it cut out, and parameters that sign or log in.
+    """Return `text` without user, query and fragment of each URL in it, and without credential parameters.
 
-    Pure; a text that holds none of them comes back as it is.
+    Pure; text without any of them is returned unchanged.
     """
     text = _AUTHORIZATION.sub(rf"\g<scheme> {CUT}", text)
     if not _SUSPECT.search(text):
@@ -60,7 +60,7 @@ def _without_secrets(word: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """`text` in quotes as far as it is plain words, else its length: what is in the wrong field may be a secret."""
+    """Return the plain words that `text` begins with, in quotes, else its length: a misplaced value may be a secret."""
     end = 0
     for word in re.finditer(r"\S+", text[: MAX_QUOTED_CHARS + 1]):
         if word.end() > MAX_QUOTED_CHARS or not _PLAIN_WORD.fullmatch(word[0]) or _TOKEN.search(word[0]):

@@ -1,4 +1,4 @@
-"""What the sections of the settings are made of: where they are read, how values are judged, how problems are told."""
+"""Base class of the sections of the settings: reading, shared checks of values, reporting of problems."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from config.near_names import near_names
 from config.problems import describe
 
 ENV_FILE = ".env"
-# As editors of Windows write it: the sign that they begin with would be part of the first name.
+# Editors on Windows write a byte order mark, which would become part of the first name.
 ENV_ENCODING = "utf-8-sig"
 
 # What S3, its older buckets and Google Cloud Storage take, so that settings and jobs agree. No colon and no slash: an
@@ -27,7 +27,7 @@ class SettingsError(Exception):
 
 
 class Section(BaseSettings):
-    """Some settings, from the environment and from `.env`."""
+    """Base of a section: settings of one consumer, from the environment and from `.env`."""
 
     # An empty variable means "not set": compose files and RunPod templates pass every name, filled in or not.
     model_config = SettingsConfigDict(
@@ -45,8 +45,8 @@ S = TypeVar("S", bound=Section)
 
 
 def load_section(section: type[S]) -> S:
-    """Read one section alone, for commands that need no more; raise `SettingsError` with its problems."""
-    names = given_names(section)
+    """Read one section alone, for commands that need no other; raise `SettingsError` with all its problems."""
+    names = nonempty_variables(section)
     try:
         return section()
     except ValidationError as error:
@@ -55,12 +55,12 @@ def load_section(section: type[S]) -> S:
         meant_by = {meant: name for name, meant in near_names(names, fields).items()}
         raise SettingsError("\n".join(describe(problem, fields, meant_by) for problem in problems)) from error
     except OSError as error:
-        # A name that no file can have.
+        # For example a file name that is too long.
         raise SettingsError(f"a file that a setting names cannot be used: {error.strerror}") from error
 
 
-def given_names(section: type[Section] = Section) -> set[str]:
-    """The names of all variables in the environment and in the section's file that are not empty, for any program.
+def nonempty_variables(section: type[Section] = Section) -> set[str]:
+    """Return the names of all non-empty variables in the environment and in the section's file.
 
     Raises `SettingsError` where the file cannot be read.
     """
@@ -74,22 +74,22 @@ def given_names(section: type[Section] = Section) -> set[str]:
 
 
 def split_commas(value: object) -> object:
-    """Turn `"a, b"` into `("a", "b")`, and leave what is no string for pydantic to judge."""
+    """Turn `"a, b"` into `("a", "b")`, and leave other types for pydantic to validate."""
     if not isinstance(value, str):
         return value
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
-def bucket_name(name: str) -> str:
-    """`name`; raises `ValueError` where no bucket can be called so."""
+def check_bucket_name(name: str) -> str:
+    """Return `name`; raise `ValueError` where it is no valid bucket name."""
     if not BUCKET_NAME.fullmatch(name):
         raise ValueError(f"{name[:80]!r} is no bucket name: {BUCKET_RULE}")
     return name
 
 
-def http_url(url: str) -> str:
-    """`url` without a slash at its end; raises `ValueError` where it is none that a path can be put behind."""
-    parts = url_parts(url)
+def check_http_url(url: str) -> str:
+    """Return `url` without its trailing slash; raise `ValueError` where no path can be appended to it."""
+    parts = split_url(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("must be an http:// or https:// URL with a host")
     if parts.username or parts.password or parts.query or parts.fragment:
@@ -97,9 +97,9 @@ def http_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def url_parts(url: str) -> SplitResult:
-    """What `url` consists of; raises `ValueError` that quotes nothing of it."""
-    # urlsplit's own complaints may quote user and password.
+def split_url(url: str) -> SplitResult:
+    """Return the parts of `url`; raise a `ValueError` that quotes nothing of it."""
+    # urlsplit's own messages may quote user and password.
     try:
         parts = urlsplit(url)
         _ = parts.port

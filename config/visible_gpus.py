@@ -1,10 +1,10 @@
-"""Which GPU `DEVICE` means among those that `CUDA_VISIBLE_DEVICES` names. Pure: no driver is asked."""
+"""Resolve `DEVICE` within `CUDA_VISIBLE_DEVICES`. Pure: no call to the driver."""
 
 import re
 
-# What CUDA takes for "no GPU at all".
+# The value that hides every GPU from CUDA.
 HIDDEN = "-1"
-# The beginnings of the two kinds of UUID: of a whole GPU, and of a slice of one.
+# Prefixes of the UUIDs of a whole GPU and of a MIG slice.
 UUID_PREFIXES = ("GPU-", "MIG-")
 
 
@@ -27,7 +27,7 @@ def visible_gpu(device: str, cuda_visible_devices: str | None) -> str | None:
 
 
 def gpu_variables(device: str, cuda_visible_devices: str | None) -> dict[str, str]:
-    """Build the environment of a process that is to draw on the GPU of `DEVICE`; empty where the CPU draws."""
+    """Build the environment of a process that runs on the GPU of `DEVICE`; empty for the CPU."""
     if device == "cpu":
         return {}
     visible = visible_gpu(device, cuda_visible_devices)
@@ -37,12 +37,12 @@ def gpu_variables(device: str, cuda_visible_devices: str | None) -> dict[str, st
 
 
 def _listed(cuda_visible_devices: str) -> list[str]:
-    """The entries that CUDA takes: up to the first that is none, and none at all where one is there twice."""
+    """Return the entries that CUDA accepts: those before the first invalid one, and none where one is repeated."""
     entries = [entry.strip() for entry in cuda_visible_devices.split(",")]
     prefix = next((one for one in UUID_PREFIXES if entries[0].startswith(one)), "")
     taken: list[str] = []
     for entry in entries:
-        name = _name(entry, prefix)
+        name = _normalize(entry, prefix)
         if name is None:
             break
         if name in taken:
@@ -51,8 +51,8 @@ def _listed(cuda_visible_devices: str) -> list[str]:
     return taken
 
 
-def _name(entry: str, prefix: str) -> str | None:
-    """A UUID as it stands, an index as the digits that CUDA reads of it; None: CUDA reads no further."""
+def _normalize(entry: str, prefix: str) -> str | None:
+    """Return a UUID unchanged, of an index the digits that CUDA reads; None for an entry that ends the list."""
     if prefix:
         return entry if entry.startswith(prefix) else None
     digits = re.match(r"\+?(\d+)", entry, re.ASCII)

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from config.settings import ServiceSettings, load_section
+from config.section import load_section
+from config.service import ServiceSettings
 from examples.demo.contact_sheet import BACKGROUND, FAINT, GAP, INK
 from watermark.geometry import Position
-from watermark.text.headline import headline_of, put_headlines
+from watermark.text.headline import draw_headlines, prepare_headline
 from watermark.text.overlay import Box, Stroke, TextOverlay
 
 SIDE = 512
@@ -167,7 +168,7 @@ GROUNDS: dict[str, Callable[[int], Image.Image]] = {
 
 def _drawn(overlay: TextOverlay, picture: Image.Image) -> Image.Image:
     font_dirs = load_section(ServiceSettings).font_dirs
-    return put_headlines(picture, [headline_of(overlay, font_dirs)])
+    return draw_headlines(picture, [prepare_headline(overlay, font_dirs)])
 
 
 def _sheet(heads: Sequence[str], rows: dict[str, list[Image.Image]], *, side: int = 256) -> Image.Image:

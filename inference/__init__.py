@@ -1,7 +1,7 @@
-"""The engine: a request in, pictures out. Only `engine` and what it imports touch torch; the supervisor never does."""
+"""The engine: requests in, images out. The supervisor imports only modules that do not import torch."""
 
 import os
 
-# Before anybody imports them: the libraries speak while they are imported, and a log is one line of JSON an event.
+# Set before the libraries are imported: they log during import, and our log is one line of JSON an event.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -1,8 +1,8 @@
-"""A request while it is in the engine, and the lanes it is made of."""
+"""A request while it is in the engine, and its lanes: one for each image."""
 
 import time
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,7 +31,7 @@ from inference.sampling.samplers import Sampler
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """A text as the denoiser reads it: [tokens, width], and where the family has one a pooled [width]."""
+    """A text encoder's output: [tokens, width], and where the family has one a pooled [width]."""
 
     tokens: torch.Tensor
     pooled: torch.Tensor | None = None
@@ -39,16 +39,16 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """What guides a lane: the prompt and, under guidance, the negative prompt."""
+    """Embeddings of the prompt and, under guidance, of the negative prompt."""
 
     positive: Embedding
     negative: Embedding | None
 
 
 class BatchTraits(NamedTuple):
-    """What a family makes of a request: lanes of one `shape` share a forward, a guided lane has two rows in it.
+    """A request's place in batches: lanes of one `shape` share a forward, a guided lane has two rows in it.
 
-    `num_steps` are taken of those that were asked for.
+    `num_steps`: the denoise steps that are taken, with a source fewer than were requested.
     """
 
     shape: Hashable
@@ -60,12 +60,12 @@ class BatchTraits(NamedTuple):
 class ActiveRequest:
     """One request in the engine. Owned by the engine's thread; the future alone is shared.
 
-    `is_begun`, `held` (its adapters' slots), `row` (what they mean to the bank), `guide` (of one with a control) and
-    `conditioning` come with its first lane's joining, and `source` where there is one.
+    When its first lane joins, it gets `held` (its adapters' slots), `row` (their pages and scales, for the bank),
+    `conditioning`, and where the request has them `guide` (of its control) and `source`.
     """
 
     request: GenerationRequest
-    kind: BatchTraits
+    traits: BatchTraits
     on_step: OnStep
     is_cancelled: IsCancelled
     keys: tuple[AdapterKey, ...]
@@ -81,22 +81,22 @@ class ActiveRequest:
     scheduler: str = ""
     stages: list[Stage] = field(default_factory=list)
     pictures: dict[int, Picture] = field(default_factory=dict)
-    num_shortages: int = 0  # times that there was no memory for it to begin, beside others and alone
-    num_shortages_alone: int = 0
+    num_ooms: int = 0  # times that there was no memory for it to begin, beside others and alone
+    num_ooms_alone: int = 0
     preview: Preview | None = None  # for the next report
     _num_steps_noted: int = 0
-    _untold: deque[tuple[int, Mark]] = field(default_factory=deque)
-    _told_until: Mark | None = None
-    _is_begun: bool | None = None  # False: its future was cancelled before
+    _unreported: deque[tuple[int, Mark]] = field(default_factory=deque)
+    _reported_until: Mark = field(default_factory=Mark)
+    _is_begun: bool | None = None  # False: its future was cancelled before it began
 
     @cached_property
     def lanes(self) -> tuple["Lane", ...]:
-        """One lane for each of the request's seeds."""
+        """One lane for each seed."""
         return tuple(Lane(self, number) for number in range(len(self.request.seeds)))
 
     @property
     def is_guided(self) -> bool:
-        return self.kind.is_guided
+        return self.traits.is_guided
 
     @property
     def is_begun(self) -> bool:
@@ -111,50 +111,49 @@ class ActiveRequest:
         return all(lane.is_denoised for lane in self.lanes)
 
     @property
-    def is_drawn(self) -> bool:
+    def is_decoded(self) -> bool:
         return len(self.pictures) == len(self.lanes)
 
     def begin(self) -> bool:
-        """From the first call on `future.cancel()` does nothing; False if it was used before."""
+        """Make `future.cancel()` ineffective from the first call on; False if the future was cancelled before."""
         if self._is_begun is None:
             self._is_begun = self.future.set_running_or_notify_cancel()
         return self._is_begun
 
     def note_stage(self, name: str, started_at: float) -> None:
-        """Stage `name` ends now."""
+        """Record a stage that ends now."""
         self.stages.append(Stage(name, started_at, time.monotonic() - started_at))
 
     @property
     def last_stage_ended_at(self) -> float:
         return self.stages[-1].started_at + self.stages[-1].seconds
 
-    def tell_begin(self, now: Mark) -> None:
+    def report_begin(self, now: Mark) -> None:
         """Report step 0."""
-        self._told_until = now
-        self.on_step(StepReport(0, self.kind.num_steps, 0.0))
+        self._reported_until = now
+        self.on_step(StepReport(0, self.traits.num_steps, 0.0))
 
     def note_steps(self, launched: Mark) -> None:
-        """Its lanes together have come to a step, if it is a new one, which the device ends at `launched`."""
+        """Record the step that all lanes have reached, if it is a new one. The device ends it at `launched`."""
         num_done = sum(lane.num_steps_done for lane in self.lanes) // len(self.lanes)
         if num_done > self._num_steps_noted:
             self._num_steps_noted = num_done
-            self._untold.append((num_done, launched))
+            self._unreported.append((num_done, launched))
 
-    def tell_steps(self) -> None:
-        """Report the steps that the device has ended; of those that were launched that may leave out the last.
+    def report_steps(self) -> None:
+        """Report the steps that the device has ended, which may be all but the last of those launched.
 
-        A step's seconds are the device's, from the end of the step before: together they are those of the whole, which
-        the estimate of what is left needs. By the host's clock a step on a GPU takes what launching it takes.
+        A step's seconds are by the device's clock, from the end of the step before, so that they add up to the whole,
+        for the estimate of the time left. By the host's clock a step on a GPU takes as long as its launch.
         """
-        while self._untold and self._untold[0][1].is_past:
-            num_done, ended = self._untold.popleft()
-            assert self._told_until is not None, "step 0 was told"  # noqa: S101
-            seconds, preview = ended.seconds_since(self._told_until), self.preview
-            self.preview, self._told_until = None, ended
-            self.on_step(StepReport(num_done, self.kind.num_steps, seconds, preview))
+        while self._unreported and self._unreported[0][1].is_past:
+            num_done, ended = self._unreported.popleft()
+            seconds, preview = ended.seconds_since(self._reported_until), self.preview
+            self.preview, self._reported_until = None, ended
+            self.on_step(StepReport(num_done, self.traits.num_steps, seconds, preview))
 
     def result(self) -> GenerationResult:
-        """All pictures, in the order of the seeds."""
+        """Return all images, in the order of the seeds."""
         return GenerationResult(
             pictures=tuple(self.pictures[lane.number] for lane in self.lanes),
             scheduler=self.scheduler,
@@ -166,39 +165,39 @@ class ActiveRequest:
 
 @dataclass(eq=False)
 class Lane:
-    """One picture being denoised. It has a `sampler` from joining on."""
+    """One image being denoised, of the request `owner`. It has a `sampler` from joining on."""
 
-    drawing: ActiveRequest
+    owner: ActiveRequest
     number: int
     sampler: Sampler | None = None
 
     @property
     def seed(self) -> int:
-        return self.drawing.request.seeds[self.number]
+        return self.owner.request.seeds[self.number]
 
     @property
     def shape(self) -> Hashable:
-        return self.drawing.kind.shape
+        return self.owner.traits.shape
 
     @property
     def num_rows(self) -> int:
-        return 2 if self.drawing.is_guided else 1
+        return 2 if self.owner.is_guided else 1
 
     @property
     def arrived_at(self) -> float:
-        return self.drawing.request.arrived_at
+        return self.owner.request.arrived_at
 
     @property
     def num_steps_done(self) -> int:
-        """Of the steps that are taken: a scheduler may take several forwards to one of them."""
+        """Denoise steps, of the owner's `num_steps`: a scheduler may take several forwards to one of them."""
         if self.sampler is None:
             return 0
-        return self.sampler.step_index * self.drawing.kind.num_steps // self.sampler.num_steps
+        return self.sampler.step_index * self.owner.traits.num_steps // self.sampler.num_steps
 
     @property
     def guide(self) -> Guide | None:
-        """What the coming step follows beside the prompt."""
-        guide, sampler = self.drawing.guide, self.sampler
+        """The control of the next step; None where the request has none, or not at this step."""
+        guide, sampler = self.owner.guide, self.sampler
         if guide is None or sampler is None or not guide.is_active(sampler.step_index, sampler.num_steps):
             return None
         return guide
@@ -206,3 +205,8 @@ class Lane:
     @property
     def is_denoised(self) -> bool:
         return self.sampler is not None and self.sampler.step_index == self.sampler.num_steps
+
+
+def owners_of(lanes: Iterable[Lane]) -> list[ActiveRequest]:
+    """Return the requests of the lanes, each once, in order."""
+    return list(dict.fromkeys(lane.owner for lane in lanes))

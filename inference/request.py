@@ -1,4 +1,4 @@
-"""What crosses the engine's boundary, free of torch: requests in, steps and pictures out, errors by name."""
+"""The values that cross the engine's boundary, free of torch: requests in, step reports and images out."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -6,60 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-# What a request is by the source it brings: none, a picture, a picture and a mask.
+# Kinds of requests, by their source: none, an image, an image and a mask.
 KINDS = ("text2image", "image2image", "inpaint")
-
-
-class EngineError(Exception):
-    """Base of everything the engine reports."""
-
-
-class RequestFailed(EngineError):
-    """This request cannot be drawn, now or later: `code` for machines, the message for people."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(code, message)
-        self.code = code
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
-
-
-class RequestCancelled(EngineError):
-    """The caller's `cancelled` said so between two denoise steps."""
-
-
-class EngineFault(EngineError):
-    """The engine met an error nobody foresaw; another try may succeed."""
-
-
-class ResultTooLarge(EngineError):
-    """The pictures were drawn, and the process that asked for them has no memory to take them."""
-
-
-class EngineCrashed(EngineError):
-    """The engine's process died under this request as often as it was tried."""
-
-
-class EngineHung(EngineError):
-    """The engine made no step for far too long under this request, as often as it was tried."""
-
-
-class EngineStartFailed(EngineError):
-    """The model could not be loaded; the message says what to do."""
-
-
-class EngineClosed(EngineError):
-    """The engine is shutting down, or has given up; the request was not drawn."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
     """A LoRA adapter on the local disk: the safetensors file, a PEFT folder's config beside it, and its scale.
 
-    `version` identifies the content wherever it came from: equal versions are the same bytes, however often the files
-    were fetched or touched. Empty for local files, which are identified by path, inode, size and modification time.
+    `version` identifies the content: equal versions are the same bytes, however often the files were downloaded or
+    touched. Empty for local files, which are identified by path, inode, size and modification time.
     """
 
     weights: Path
@@ -70,10 +26,10 @@ class AdapterFile:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The picture that lanes begin from, of the request's size: `rgb` holds rows of pixels of three bytes.
+    """The init image, of the request's size: `rgb` holds rows of pixels of three bytes.
 
-    `strength` from above 0 to 1: the part of the steps that is taken. Where there is a `mask`, a byte a pixel, only
-    what is 255 in it is repainted (as diffusers rounds it, from 128 on).
+    `strength`, above 0 and up to 1: the part of the steps that is taken. Where there is a `mask`, a byte a pixel, only
+    its 255 is repainted (as diffusers rounds it, from 128 on).
     """
 
     rgb: bytes
@@ -83,10 +39,10 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """A picture of the request's size (`rgb` as in `Source`) that the drawing follows, by the ControlNet `model`.
+    """A control image of the request's size (`rgb` as in `Source`) for the ControlNet `model`.
 
-    `start` and `end` are fractions of the steps; `scale` 1 is as the ControlNet was trained. With `finds_edges` it is
-    shown not the picture but its edges, as Canny finds them.
+    `start` and `end` are fractions of the steps; `scale` 1 is as the ControlNet was trained. With `finds_edges` its
+    input is not the image but the image's edges, as Canny finds them.
     """
 
     model: str
@@ -99,10 +55,10 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One job's pictures: one lane for each seed. Sizes in pixels, already multiples of the family's.
+    """The images of one job: one lane for each seed. Sizes in pixels, already multiples of the family's.
 
-    `cfg_normalization` (0: none) and `cfg_truncation` are Z-Image's, as its pipeline takes them. `arrived_at`
-    (`time.monotonic()`) is when the job came in: the oldest gets the first free lane.
+    `cfg_normalization` (0: none) and `cfg_truncation` are Z-Image's, as in its pipeline. `arrived_at`
+    (`time.monotonic()`) is the job's arrival: the oldest gets the first free lane.
     """
 
     request_id: str
@@ -123,7 +79,7 @@ class GenerationRequest:
 
     @property
     def kind(self) -> str:
-        """Which of the `KINDS` it is."""
+        """One of `KINDS`."""
         if self.source is None:
             return "text2image"
         return "image2image" if self.source.mask is None else "inpaint"
@@ -131,7 +87,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """How far a request's first picture is, at the size of its latents; `rgb` as in `Picture`."""
+    """The request's first image as denoised so far, at the size of its latents; `rgb` as in `Picture`."""
 
     width: int
     height: int
@@ -140,10 +96,10 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """Step `step_index` of `num_steps` is done by all of the request's lanes (0: denoising begins). Only the steps that
-    are really taken count: with a source fewer than were asked for.
+    """Step `step_index` of `num_steps` is done by all of the request's lanes (0: denoising begins). Only steps that are
+    taken count: with a source fewer than were requested.
 
-    `seconds` have passed since the step before, other requests' turns included. A `preview` may be of a step before.
+    `seconds` since the step before, other requests' turns included. A `preview` may be of an earlier step.
     """
 
     step_index: int
@@ -154,7 +110,7 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """What the engine holds after a turn of its loop: `num_batched` lanes shared the turn's forward (0: it had none),
+    """The engine's load after a turn of its loop: `num_batched` lanes shared the turn's forward (0: there was none),
     `num_lanes` are being denoised now, and the adapter slots by state."""
 
     num_batched: int
@@ -163,10 +119,16 @@ class EngineLoad:
     slots_idle: int
     slots_free: int
 
+    @property
+    def emptied(self) -> "EngineLoad":
+        """The load without a lane, with all slots free."""
+        num_slots = self.slots_active + self.slots_idle + self.slots_free
+        return EngineLoad(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=num_slots)
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A named stretch of time; `started_at` is `time.monotonic()`, which all processes of a Linux host share."""
+    """A timed part of a job; `started_at` is `time.monotonic()`, which all processes of a Linux host share."""
 
     name: str
     started_at: float
@@ -175,7 +137,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A finished picture: `rgb` holds `height` rows of `width` pixels of three bytes."""
+    """A finished image: `rgb` holds `height` rows of `width` pixels of three bytes."""
 
     width: int
     height: int
@@ -185,9 +147,9 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """The pictures in the order of the request's seeds, what they were drawn with, and where the time went.
+    """The images in the order of the request's seeds, the parameters they were drawn with, and the timed stages.
 
-    `num_inference_steps` are those that were asked for.
+    `num_inference_steps` as requested.
     """
 
     pictures: tuple[Picture, ...]
@@ -199,9 +161,9 @@ class GenerationResult:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the loaded model is. `base_size` (pixels) is the side of its 1:1 picture; sizes are multiples of
-    `size_multiple`; steps and guidance default to the family's. `step_seconds` was measured by a warm-up at base size.
-    `model` is the name told to backends; `kinds` are those it draws, `controls` the ControlNets a request may name."""
+    """The loaded model. `base_size` (pixels) is the side of its 1:1 image; sizes are multiples of `size_multiple`;
+    steps and guidance default to the family's. `step_seconds` was measured by a warm-up at base size. `model` is the
+    name for backends; `kinds` are the kinds of requests it draws, `controls` the ControlNets a request may name."""
 
     model: str
     family: str
@@ -219,16 +181,16 @@ class ModelFacts:
 
 
 OnStep = Callable[[StepReport], None]
-OnOccupancy = Callable[[EngineLoad], None]
+OnLoadReport = Callable[[EngineLoad], None]
 IsCancelled = Callable[[], bool]
 
 
 class Engine(Protocol):
     """The engine's interface, the same in this process and in one of its own.
 
-    `generate` returns at once; requests are drawn together, as many lanes as there is room for. The future ends with a
-    `GenerationResult` or one of the errors above; cancelling it works until drawing begins (the report of step 0), and
-    `is_cancelled` from then on. `on_step` runs on the engine's thread: be quick.
+    `generate` returns at once; requests are batched, as many lanes as there is room for. The future resolves to a
+    `GenerationResult` or an `EngineError`; cancelling it works until the request begins (the report of step 0), and
+    `is_cancelled` from then on. `on_step` runs on the engine's thread and must not block.
     """
 
     def generate(

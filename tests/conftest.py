@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from config.settings import SECTIONS, StoreSettings
+from config.settings import SECTIONS
+from config.store import StoreSettings
+from tests.support.quick import is_heavy, starts_a_program, starts_a_server
 
 if TYPE_CHECKING:
     # Each fixture imports its server: the engine's tests run where neither these nor their clients are installed.
@@ -77,15 +79,30 @@ def has_gpu_tests(path: Path) -> bool:
     return re.search(r"mark\.gpu\b|on_gpu\(", path.read_text()) is not None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--quick`, which `make quick` gives."""
+    parser.addoption("--quick", action="store_true", help="leave out what needs a server, a model or another program")
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Under `-m gpu` read no file without such a test: it may need what a GPU machine does not have installed."""
-    if config.getoption("markexpr") == "gpu" and collection_path.match("test_*.py"):
+    """Under `-m gpu` read no file without such a test: it may need what a GPU machine does not have installed.
+
+    Under `--quick` read none that loads a model's libraries: reading it is what takes the time."""
+    if not collection_path.match("test_*.py"):
+        return None
+    if config.getoption("markexpr") == "gpu":
         return not has_gpu_tests(collection_path)
-    return None
+    return (config.getoption("quick") and is_heavy(collection_path)) or None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the files; within a file the order stays as written."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Order the files, and under `--quick` leave out what starts servers and programs.
+
+    Within a file the order stays as written."""
+    if config.getoption("quick"):
+        slow = {item for item in items if starts_a_server(item) or starts_a_program(item)}
+        config.hook.pytest_deselected(items=list(slow))
+        items[:] = [item for item in items if item not in slow]
     rank = {name: number for number, name in enumerate(SLOW_FILES)}
     items.sort(key=lambda item: rank.get(item.path.relative_to(HERE).with_suffix("").as_posix(), len(rank)))
 

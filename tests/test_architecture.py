@@ -20,17 +20,20 @@ MAY_IMPORT = {
     "clients": {"clients", "config"},
     "config": {"config"},
 }
-# Where all three siblings meet: a job's story, what is fetched for it, and its local twin.
-MEETINGS = {"worker.jobs.handler", "worker.jobs.inputs.fetcher", "worker.cli.generate"}
+# Where all three siblings meet: what is fetched for a job, and its local twin.
+MEETINGS = {"worker.jobs.inputs.fetcher", "worker.cli.generate"}
 # From top to bottom: each may import those below it. A module that is named stands apart from its folder.
 ORDER = (
     "worker.__main__",
     "worker.cli",
     "worker.cli.check",
     "worker.cli.report",
+    "worker.cli.dead",
+    "worker.cli.outbox",
+    "worker.cli.exits",
     "worker.cli.terminal",
     "worker.supervisor",
-    "worker.storytelling",
+    "worker.wiring",
     "worker.product",
     "worker.monitoring",
     "worker.jobs",
@@ -60,12 +63,11 @@ ORDER = (
     "config",
 )
 MAX_MODULES = 13
-# Upward imports that are to go.
-NOT_YET = {
-    "worker.jobs.handler": {"worker.product.generation", "worker.product.inputs", "worker.product.stage_store"},
-}
+# Who may use a product's own parts: what builds the worker, its local twin, and the check of its cutter.
+USERS_OF_PRODUCT = {"worker.wiring", "worker.cli.generate", "worker.cli.check.models"}
 # What the supervisor may load of the engine.
 TORCH_FREE = (
+    "inference.errors",
     "inference.request",
     "inference.engine.batcher",
     "inference.lora.slots",
@@ -73,6 +75,7 @@ TORCH_FREE = (
     "inference.process.engine_process",
     "inference.process.child_handle",
     "inference.process.protocol",
+    "inference.process.parent_death",
     "inference.process.pending",
     "inference.process.quarantine",
     "inference.process.health",
@@ -161,10 +164,10 @@ def test_only_the_command_line_knows_the_examples() -> None:
     assert importers_of("examples") == {"worker.cli.main"}
 
 
-def test_the_siblings_meet_only_where_a_job_s_story_is_told() -> None:
+def test_the_siblings_meet_only_where_a_job_s_inputs_are_loaded() -> None:
     meeting = {name for name in modules() if packages_of(name) >= SIBLINGS}
 
-    assert "worker.jobs.handler" in meeting
+    assert "worker.jobs.inputs.fetcher" in meeting
     assert meeting <= MEETINGS
 
 
@@ -180,14 +183,20 @@ def test_a_folder_imports_only_folders_below_it(name: str) -> None:
     place = place_of(name)
     upward = {imported for imported in imports_of(name) & modules().keys() if place_of(imported) < place}
 
-    assert upward <= NOT_YET.get(name, set())
+    assert upward == set()
+
+
+def test_a_kind_of_job_is_known_to_what_builds_the_worker_alone() -> None:
+    users = {name for name in modules() if any(one.startswith("worker.product.") for one in imports_of(name))}
+
+    assert "worker.wiring" in users
+    assert {name for name in users if folder_of(name) != "worker.product"} <= USERS_OF_PRODUCT
 
 
 def test_no_folders_import_one_another_in_a_circle() -> None:
     graph: dict[int, set[int]] = {}
     for name in modules():
-        imported = imports_of(name) & modules().keys() - NOT_YET.get(name, set())
-        graph.setdefault(place_of(name), set()).update(map(place_of, imported))
+        graph.setdefault(place_of(name), set()).update(map(place_of, imports_of(name) & modules().keys()))
 
     assert circle_in({place: imported - {place} for place, imported in graph.items()}) == set()
 

@@ -1,1 +1,1 @@
-"""What is drawn on a picture and written into its file: signature, text, provenance."""
+"""Decoding of uploads, signature and text overlays, product compositing, and provenance metadata of images."""

@@ -1,4 +1,4 @@
-"""Bring a picture's colours into sRGB, by the ICC profile in its file."""
+"""Convert an image to sRGB by the ICC profile in its file."""
 
 import io
 from functools import lru_cache
@@ -6,33 +6,33 @@ from typing import Any
 
 from PIL import Image, ImageCms
 
-# A profile is for pixels of its own kind: one of CMYK in an RGB picture was left there by a conversion.
+# The colour space a profile must have, by image mode: a CMYK profile in an RGB file is left over from a conversion.
 SPACES = {"RGB": "RGB", "RGBA": "RGB", "L": "GRAY", "CMYK": "CMYK"}
-# Those of printers have up to 3 MB.
+# Printer profiles have up to 3 MB.
 MAX_PROFILE_BYTES = 4_000_000
-# A profile of sRGB by another name moves a colour by no more than littlecms rounds, and is none.
+# A profile that moves no colour by more than littlecms rounds is sRGB under another name, and is skipped.
 ROUNDING = 1
-# What ImageCms raises for profiles of junk.
+# What ImageCms raises for malformed profiles.
 PROFILE_ERRORS = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
 
 
-def in_srgb(image: Image.Image) -> Image.Image:
-    """Return `image`, of mode RGB, RGBA, L, LA, CMYK or LAB, in the colours of sRGB.
+def to_srgb(image: Image.Image) -> Image.Image:
+    """Convert `image`, of mode RGB, RGBA, L, LA, CMYK or LAB, to sRGB.
 
     RGB and RGBA are converted in place. L and LA stay so without a profile, or become RGB and RGBA. A profile that is
-    broken, too large, or of another kind of pixels counts as none.
+    broken, too large, or for another colour space is ignored.
     """
     if image.mode == "LA":
         colours = image.getchannel("L")
         colours.info = image.info
-        converted = in_srgb(colours)
+        converted = to_srgb(colours)
         if converted is colours:
             return image
         converted.putalpha(image.getchannel("A"))
         return converted
     if image.mode == "LAB":
-        return _build(ImageCms.createProfile("LAB"), "LAB").apply(image)
-    transform = _transform(image.info.get("icc_profile"), image.mode)
+        return _build_transform(ImageCms.createProfile("LAB"), "LAB").apply(image)
+    transform = _srgb_transform(image.info.get("icc_profile"), image.mode)
     if transform is None:
         return image.convert("RGB") if image.mode == "CMYK" else image
     if image.mode == transform.output_mode:
@@ -41,27 +41,27 @@ def in_srgb(image: Image.Image) -> Image.Image:
     return transform.apply(image)
 
 
-def _transform(profile: object, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The way to sRGB for pixels of `mode`; None where there is none, or nothing to do."""
+def _srgb_transform(profile: object, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return the transform to sRGB for pixels of `mode`; None without a usable profile, or where it changes nothing."""
     if not isinstance(profile, bytes) or not 0 < len(profile) <= MAX_PROFILE_BYTES:
         return None
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if opened.profile.xcolor_space.strip() != SPACES[mode]:
             return None
-        transform = _build(opened, mode)
+        transform = _build_transform(opened, mode)
     except PROFILE_ERRORS:
         return None
-    return None if mode != "CMYK" and _is_idle(transform, _probe(mode)) else transform
+    return None if mode != "CMYK" and _is_identity(transform, _probe(mode)) else transform
 
 
-def _build(profile: Any, mode: str) -> ImageCms.ImageCmsTransform:
+def _build_transform(profile: Any, mode: str) -> ImageCms.ImageCmsTransform:
     return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGBA" if mode == "RGBA" else "RGB")
 
 
 @lru_cache(maxsize=len(SPACES))
 def _probe(mode: str) -> Image.Image:
-    """Colours from all over the space, side by side."""
+    """Return sample colours from the whole colour space in one row."""
     levels = range(0, 256, 15)
     if mode == "L":
         return Image.frombytes("L", (len(levels), 1), bytes(levels))
@@ -69,6 +69,6 @@ def _probe(mode: str) -> Image.Image:
     return Image.frombytes("RGB", (len(colours) // 3, 1), colours).convert(mode)
 
 
-def _is_idle(transform: ImageCms.ImageCmsTransform, probe: Image.Image) -> bool:
+def _is_identity(transform: ImageCms.ImageCmsTransform, probe: Image.Image) -> bool:
     before, after = (image.convert("RGB").tobytes() for image in (probe, transform.apply(probe)))
     return max(abs(one - other) for one, other in zip(before, after, strict=True)) <= ROUNDING

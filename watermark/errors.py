@@ -1,33 +1,33 @@
-"""What can be wrong with a picture somebody sent or its manifest. Each message is for the person whose it is."""
+"""Errors of images, texts, fonts and manifests; each message is written for the person who can correct the cause."""
 
 
 class WatermarkError(Exception):
-    """Base of what can be wrong."""
+    """Base of the errors below."""
 
 
 class SignatureInvalid(WatermarkError):
-    """The signature image or text is not one we draw: wrong format, too large, broken, or nothing would be seen."""
+    """The signature image or text is not drawable: wrong format, too large, broken, or invisible."""
 
 
 class OverlayInvalid(WatermarkError):
-    """The text of a headline is not one we draw: control characters, or nothing would be seen."""
+    """The text of a headline is not drawable: control characters, or nothing visible."""
 
 
 class FontMissing(WatermarkError):
-    """No installed font has every character of a text, or none has the name that is asked for."""
+    """No installed font has every character of a text, or none has the requested name."""
 
 
 class ShapingMissing(FontMissing):
-    """A text is in a script that this process cannot draw, whatever fonts are there."""
+    """A text needs shaping that this process lacks, whatever fonts are installed."""
 
 
 class PictureInvalid(WatermarkError):
-    """A reference picture is not one we read: wrong format, broken, or an animation."""
+    """A reference image is not supported: wrong format, broken, or an animation."""
 
 
 class PictureTooLarge(WatermarkError):
-    """A reference picture has more pixels than are decoded."""
+    """A reference image has more pixels than are decoded."""
 
 
 class ManifestNotSigned(WatermarkError):
-    """The picture's C2PA manifest cannot be signed, as with a certificate that ended while the worker ran."""
+    """The image's C2PA manifest cannot be signed, as with a certificate that expired while the worker ran."""

@@ -7,7 +7,7 @@ ANCHORS = {"top": 0.0, "left": 0.0, "center": 0.5, "bottom": 1.0, "right": 1.0}
 
 
 class Rect(NamedTuple):
-    """A part of a picture in px; `right` and `bottom` are the first px outside."""
+    """A rectangle in px; `right` and `bottom` are exclusive."""
 
     left: int
     top: int
@@ -19,11 +19,11 @@ class Rect(NamedTuple):
         return self.right - self.left, self.bottom - self.top
 
     def moved(self, across: int, down: int) -> "Rect":
-        """The same, so many px further to the right and further down."""
+        """Return this rectangle moved by px to the right and down."""
         return Rect(self.left + across, self.top + down, self.right + across, self.bottom + down)
 
     def overlaps(self, other: "Rect") -> bool:
-        """Whether the two share a pixel."""
+        """Return whether the two share a pixel."""
         return max(self.left, other.left) < min(self.right, other.right) and max(self.top, other.top) < min(
             self.bottom, other.bottom
         )
@@ -44,6 +44,6 @@ class Position(StrEnum):
 
     @property
     def fractions(self) -> tuple[float, float]:
-        """How far from the left and from the top, 0 to 1."""
+        """Fractions (0 to 1) from the left and from the top."""
         vertical, _, horizontal = self.value.partition("-")
         return ANCHORS[horizontal or vertical], ANCHORS[vertical]

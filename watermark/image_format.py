@@ -4,7 +4,7 @@ from enum import StrEnum
 
 
 class PictureFormat(StrEnum):
-    """A file format of finished pictures, by its MIME type."""
+    """A file format of finished images, by its MIME type."""
 
     PNG = "image/png"
     JPEG = "image/jpeg"

@@ -1,20 +1,20 @@
-"""Leave out of a JPEG the segments that only describe it and cannot be read, which Pillow takes for a broken file."""
+"""Drop a JPEG's broken metadata segments, for which Pillow would refuse the whole file."""
 
-SCAN = 0xDA  # the pixels begin
+SCAN = 0xDA  # start of scan: the entropy-coded pixels follow
 LENGTH_BYTES = 2
-# Application segments by their number: JFIF's, the one of profiles and previews, Photoshop's, Adobe's.
+# Application segments by marker: JFIF (APP0), profiles and previews (APP2), Photoshop (APP13), Adobe (APP14).
 JFIF, PROFILE, PHOTOSHOP, ADOBE = 0xE0, 0xE2, 0xED, 0xEE
-# Of what tells how the colours are to be read, and so is kept where it is whole: name and bytes.
+# Segments that decide the colour transform, kept where they are complete: identifier and bytes.
 WHOLE = {JFIF: (b"JFIF\0", 14), ADOBE: (b"Adobe", 12)}
 
 
-def without_broken_segments(content: bytes) -> bytes:
-    """Return a JPEG without its profile, previews and Photoshop's own, and without a cut JFIF or Adobe segment."""
+def drop_broken_segments(content: bytes) -> bytes:
+    """Return a JPEG without profile, previews and Photoshop segments, and without a truncated JFIF or Adobe segment."""
     kept = [content[:2]]
     at = 2
     while at + 2 + LENGTH_BYTES <= len(content) and content[at] == 0xFF and content[at + 1] != SCAN:
         kind = content[at + 1]
-        # Before a marker there may be any number of filling bytes.
+        # Any number of fill bytes may precede a marker.
         length = -1 if kind == 0xFF else int.from_bytes(content[at + 2 : at + 4], "big")
         segment = content[at : at + 2 + length]
         if not _is_left_out(kind, segment[2 + LENGTH_BYTES :]):

@@ -1,7 +1,7 @@
-"""Keep what a PNG's pixels need, so that no damage to what only describes them refuses the picture.
+"""Strip a PNG to the chunks its pixels need, so that no damage to metadata refuses the image.
 
-Pillow parses every chunk before the first pixel, and takes one bad checksum, one profile of junk or one text that
-unpacks to too much for a broken file.
+Pillow parses every chunk before the first pixel, and refuses the file for one bad checksum, one malformed profile or
+one text that decompresses to too much.
 """
 
 import struct
@@ -9,22 +9,22 @@ import zlib
 from typing import NamedTuple
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Length, kind and checksum around a chunk's content.
+# Length, type and checksum around a chunk's data.
 FRAME_BYTES = 12
 TRANSPARENCY, ANIMATION = b"tRNS", b"acTL"
 ANIMATION_BYTES = 8
-# CMYK profiles of printers have up to 3 MB.
+# CMYK printer profiles have up to 3 MB.
 MAX_PROFILE_BYTES = 4_000_000
 MAX_EXIF_BYTES = 64_000
-# Programs cut pixels into chunks of 8 kB; of empty chunks 50 MB would hold four million, and take seconds.
+# Encoders write IDAT chunks of 8 kB; 50 MB could hold four million empty chunks, which take seconds to walk.
 MAX_CHUNKS = 50_000
-# ImageMagick writes EXIF as a text of hexadecimal digits behind three lines; older cameras' tools have no other.
+# ImageMagick writes EXIF as hexadecimal text after three lines; older camera tools write no other form.
 RAW_EXIF = b"Raw profile type exif\0"
 XMP = b"XML:com.adobe.xmp\0"
 
 
-class BarePng(NamedTuple):
-    """A PNG of nothing but its pixels, and what described them, where it is whole."""
+class StrippedPng(NamedTuple):
+    """A PNG reduced to its pixels, and its metadata where that is intact."""
 
     content: bytes
     bits: int
@@ -33,8 +33,8 @@ class BarePng(NamedTuple):
     xmp: bytes | None
 
 
-def bare_png(content: bytes) -> BarePng:
-    """Take a PNG apart; one that is broken where its pixels are comes back broken."""
+def strip_png(content: bytes) -> StrippedPng:
+    """Separate a PNG's pixels from its metadata; broken pixel chunks are returned as they are."""
     kept = [SIGNATURE]
     profile = exif = xmp = None
     at = len(SIGNATURE)
@@ -49,23 +49,19 @@ def bare_png(content: bytes) -> BarePng:
         if is_critical or kind == TRANSPARENCY or (kind == ANIMATION and _num_frames(body) > 1):
             kept.append(chunk)
         elif len(chunk) == FRAME_BYTES + length and zlib.crc32(chunk[4:-4]) == struct.unpack(">I", chunk[-4:])[0]:
-            profile = profile or (_profile(body) if kind == b"iCCP" else None)
+            if profile is None and kind == b"iCCP":
+                profile = _decompress(body.partition(b"\0")[2][1:], MAX_PROFILE_BYTES)
             exif = exif or _exif(kind, body)
             xmp = xmp or (body if kind == b"iTXt" and body.startswith(XMP) else None)
         if kind == b"IEND":
             break
-    # Bits of a sample: the ninth byte of the first chunk, which is the header.
-    return BarePng(b"".join(kept), content[24] if len(content) > 24 else 8, profile, exif, xmp)
+    # The bit depth: ninth byte of IHDR's data, the first chunk.
+    return StrippedPng(b"".join(kept), content[24] if len(content) > 24 else 8, profile, exif, xmp)
 
 
 def _num_frames(body: bytes) -> int:
-    """How many pictures an animation says that it has: it is kept to be known as one, unless it is of one."""
+    """Return acTL's number of frames: the chunk is kept, so that an animation is refused, unless it has one frame."""
     return struct.unpack_from(">I", body)[0] if len(body) == ANIMATION_BYTES else 0
-
-
-def _profile(body: bytes) -> bytes | None:
-    _, _, packed = body.partition(b"\0")
-    return _unpacked(packed[1:], MAX_PROFILE_BYTES)
 
 
 def _exif(kind: bytes, body: bytes) -> bytes | None:
@@ -74,15 +70,15 @@ def _exif(kind: bytes, body: bytes) -> bytes | None:
     if not body.startswith(RAW_EXIF) or kind not in (b"tEXt", b"zTXt"):
         return None
     text = body.removeprefix(RAW_EXIF)
-    lines = ((text if kind == b"tEXt" else _unpacked(text[1:], 3 * MAX_EXIF_BYTES)) or b"").split(b"\n", 3)
+    lines = ((text if kind == b"tEXt" else _decompress(text[1:], 3 * MAX_EXIF_BYTES)) or b"").split(b"\n", 3)
     try:
         return bytes.fromhex(lines[3].decode("ascii")) if len(lines) == 4 else None
     except ValueError:
-        return None  # no hexadecimal digits: such a text describes nothing
+        return None  # not hexadecimal: no EXIF
 
 
-def _unpacked(packed: bytes, max_bytes: int) -> bytes | None:
-    """Unpack a zlib stream; None where it is broken or larger than `max_bytes`."""
+def _decompress(packed: bytes, max_bytes: int) -> bytes | None:
+    """Decompress a zlib stream; None where it is broken or larger than `max_bytes`."""
     unpacking = zlib.decompressobj()
     try:
         found = unpacking.decompress(packed, max_bytes)

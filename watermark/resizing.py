@@ -1,4 +1,4 @@
-"""Brings a reference picture to the size of the picture that is drawn from it."""
+"""Resize a reference image to the size of the generated image."""
 
 from enum import StrEnum
 
@@ -9,24 +9,24 @@ from PIL import Image, ImageOps
 class Fit(StrEnum):
     """What happens to a picture of other proportions."""
 
-    COVER = "cover"  # what sticks out on two sides is cut off
-    CONTAIN = "contain"  # all of it is there, in the middle of what its edges' colours fill up
+    COVER = "cover"  # crop the overhang on two sides
+    CONTAIN = "contain"  # keep all of it, centred; its edge pixels are extended to the borders
 
 
 def fit(image: Image.Image, size: tuple[int, int], how: Fit) -> Image.Image:
-    """`image`, of mode L, RGB or RGBA, at `size` (width, height) in px."""
+    """Resize `image`, of mode L, RGB or RGBA, to `size` (width, height) in px."""
     if image.size == size:
         return image
     if how is Fit.COVER:
         return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     share = min(size[0] / image.width, size[1] / image.height)
-    # Of a picture that is a strip, not nothing.
+    # At least one px, for strips.
     inside = max(1, round(image.width * share)), max(1, round(image.height * share))
-    return _continued(image.resize(inside, Image.Resampling.LANCZOS), size)
+    return _extend_edges(image.resize(inside, Image.Resampling.LANCZOS), size)
 
 
-def _continued(inside: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """`inside` in the middle of `size`; its outermost pixels go on to the rims, as bars would not look."""
+def _extend_edges(inside: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Centre `inside` in `size` and extend its edge pixels to the borders, instead of bars."""
     left, top = (size[0] - inside.width) // 2, (size[1] - inside.height) // 2
     right, bottom = size[0] - inside.width - left, size[1] - inside.height - top
     pixels = np.asarray(inside)

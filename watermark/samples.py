@@ -1,20 +1,20 @@
-"""Bring the samples of a decoded picture to 8 bits, and a colour that counts as transparent to alpha."""
+"""Convert a decoded image to 8 bits a sample, and a transparent key colour to alpha."""
 
 import numpy as np
 from PIL import Image
 
-# What other modes of Pillow become before anything else; 16 bits are scaled, 32 are refused.
+# The plain mode that each other Pillow mode is converted to; 16 bits are scaled, 32 are refused.
 EXPANDED = {"1": "L", "YCbCr": "RGB", "RGBX": "RGB", "RGBa": "RGBA", "La": "LA", "PA": "RGBA"}
 PLAIN_MODES = frozenset({"RGB", "RGBA", "L", "LA", "CMYK", "LAB"})
 
 
-def is_read(mode: str) -> bool:
-    """Whether `expanded` takes pictures of Pillow's `mode`."""
+def is_supported(mode: str) -> bool:
+    """Return whether `to_8_bits` takes images of Pillow's `mode`."""
     return mode in PLAIN_MODES | EXPANDED.keys() | {"P"} or mode.startswith("I;16")
 
 
-def expanded(image: Image.Image) -> Image.Image:
-    """`image` in 8 bits a sample: RGB, RGBA, L, LA, CMYK or LAB; a colour that counts as transparent becomes alpha."""
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Convert `image` to 8 bits a sample: RGB, RGBA, L, LA, CMYK or LAB; a transparent key colour becomes alpha."""
     if image.mode.startswith("I;16"):
         return _from_16_bits(image)
     if image.mode == "P":
@@ -27,7 +27,7 @@ def expanded(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Scaled: Pillow's own conversion clips 16 bits at 255, so that all but black turns white."""
+    """Scale 16 bits to 8: Pillow's own conversion clips at 255, so that all but black turns white."""
     samples = np.asarray(image).astype(np.uint32)
     grey = Image.fromarray(((samples + 128) // 257).clip(0, 255).astype(np.uint8))
     if (key := image.info.get("transparency")) is not None:

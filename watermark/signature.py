@@ -1,7 +1,7 @@
-"""Puts the artist's signature on a picture. Only what `sign` returns can be encoded.
+"""Blend the artist's signature into an image. Only what `sign` returns can be encoded.
 
-So a picture without its signature is a type error, not an oversight: a job that named none says so by `Unsigned()`.
-Pure: image in, image out, no I/O but the reading of fonts; the same input gives the same bytes.
+So an image without its signature is a type error: a job without one passes `Unsigned()`. Pure: image in, image out, no
+I/O but the reading of fonts; the same input gives the same bytes.
 """
 
 import io
@@ -22,22 +22,22 @@ from watermark.geometry import Position, Rect
 from watermark.text.fonts import find_font
 from watermark.text.mark import clean_text, draw_text, is_visible
 
-# After PNG's row filters a picture has few repeats left to search for: run lengths alone are as small as level 4 to 6
-# of the default search and 2 to 3 times as fast (1024 px: 78 ms and 1.78 MB, against 228 ms and 1.78 MB at level 6).
+# After PNG's row filters an image has few repeats left: run-length encoding is as small as level 4 to 6 of the default
+# strategy and 2 to 3 times as fast (1024 px: 78 ms and 1.78 MB, against 228 ms and 1.78 MB at level 6).
 PNG_COMPRESS_LEVEL = 1
 PNG_COMPRESS_TYPE = zlib.Z_RLE
-# Nothing that the eye sees is lost: no chroma subsampling, which blurs the edges of a signature in colour.
+# No chroma subsampling, which blurs the edges of a coloured signature.
 JPEG_QUALITY = 95
 JPEG_SUBSAMPLING = "4:4:4"
 
 MAX_MARGIN = 0.25
 
-# A single letter is not blown up to the width of a name.
+# Limits the height, so that a single letter is not scaled to the width of a name.
 TEXT_HEIGHT_PER_WIDTH = 1 / 3
 
 
 class Size(StrEnum):
-    """How wide the signature is."""
+    """The width of the signature, a fraction of the image's."""
 
     SMALL = "small"
     MEDIUM = "medium"
@@ -49,7 +49,7 @@ WIDTH_FRACTIONS = {Size.SMALL: 0.15, Size.MEDIUM: 0.25, Size.LARGE: 0.35}
 
 @dataclass(frozen=True)
 class SignatureStyle:
-    """How a signature is put on: `opacity` from 0 to 1, `margin` as a fraction of the picture's shorter side.
+    """Placement and opacity of a signature: `opacity` from 0 to 1, `margin` a fraction of the image's shorter side.
 
     Raises `ValueError` for an opacity or a margin (at most 0.25) out of range.
     """
@@ -60,7 +60,7 @@ class SignatureStyle:
     margin: float = 0.02
 
     def __post_init__(self) -> None:
-        # Written so that NaN fails, which every comparison with it does.
+        # Written so that NaN fails: every comparison with NaN is false.
         if not 0 <= self.opacity <= 1:
             raise ValueError(f"opacity must be from 0 to 1, not {self.opacity}")
         if not 0 <= self.margin <= MAX_MARGIN:
@@ -69,7 +69,7 @@ class SignatureStyle:
 
 @dataclass(frozen=True)
 class ImageSignature:
-    """A picture of the signature, kept as RGBA."""
+    """A signature image, kept as RGBA."""
 
     image: Image.Image
 
@@ -79,10 +79,10 @@ class ImageSignature:
 
 @dataclass(frozen=True)
 class TextSignature:
-    """The artist's name. One that exists can be drawn.
+    """The artist's name; every instance is drawable.
 
-    Raises `SignatureInvalid` where the text is no line of visible text of at most 100 characters, `FontMissing` where
-    no font in `font_dirs` can write it, or nothing here can.
+    Raises `SignatureInvalid` where the text is not one line of at most 100 characters with ink, `FontMissing` where no
+    font in `font_dirs` has its characters, `ShapingMissing` where this process cannot shape it.
     """
 
     text: str
@@ -98,7 +98,7 @@ class TextSignature:
 
 @dataclass(frozen=True)
 class Unsigned:
-    """The job named no signature."""
+    """No signature, explicitly."""
 
 
 Signature: TypeAlias = ImageSignature | TextSignature | Unsigned
@@ -106,7 +106,7 @@ Signature: TypeAlias = ImageSignature | TextSignature | Unsigned
 
 @final
 class SignedPicture:
-    """A picture `sign` has dealt with, and the only kind that can be encoded."""
+    """An image that passed `sign`, the only type that can be encoded."""
 
     def __init__(self, pixels: Image.Image, seal: "_Seal") -> None:
         if seal is not _SEAL:
@@ -122,7 +122,7 @@ class SignedPicture:
         return self._pixels.height
 
     def encode_png(self, text: PngInfo | None = None) -> bytes:
-        """Return the picture as an 8-bit RGB PNG, with no metadata but `text`."""
+        """Encode as an 8-bit RGB PNG, with no metadata but `text`."""
         content = io.BytesIO()
         self._pixels.save(
             content, "PNG", compress_level=PNG_COMPRESS_LEVEL, compress_type=PNG_COMPRESS_TYPE, pnginfo=text
@@ -130,7 +130,7 @@ class SignedPicture:
         return content.getvalue()
 
     def encode_jpeg(self, xmp: bytes = b"") -> bytes:
-        """Return the picture as a JPEG, with no metadata but the packet `xmp`."""
+        """Encode as a JPEG, with no metadata but the packet `xmp`."""
         content = io.BytesIO()
         self._pixels.save(content, "JPEG", quality=JPEG_QUALITY, subsampling=JPEG_SUBSAMPLING, xmp=xmp)
         return content.getvalue()
@@ -138,38 +138,40 @@ class SignedPicture:
 
 @final
 class _Seal:
-    """Proof that a `SignedPicture` comes from this file."""
+    """Capability to construct a `SignedPicture`, private to this file."""
 
 
 _SEAL = _Seal()
 
 
 def sign(picture: Image.Image, signature: Signature, style: SignatureStyle) -> SignedPicture:
-    """Return a signed RGB copy of `picture`; outside the signature's box every byte stays as it was."""
+    """Return a signed RGB copy of `picture`; outside the signature's box every byte is unchanged."""
     pixels = picture.convert("RGB")
     pixels.info = {}
-    mark = _mark(pixels.size, signature, style)
+    mark = _render_mark(pixels.size, signature, style)
     if mark is not None:
-        _put(pixels, mark, style)
+        _blend(pixels, mark, style)
     return SignedPicture(pixels, _SEAL)
 
 
-def signature_place(size: tuple[int, int], signature: Signature, style: SignatureStyle) -> Rect | None:
-    """Where `sign` will put the signature on a picture of `size` (width, height) in px; None for no signature."""
-    mark = _mark(size, signature, style)
+def signature_rect(size: tuple[int, int], signature: Signature, style: SignatureStyle) -> Rect | None:
+    """Return the box that `sign` will cover on an image of `size` (width, height) in px; None for no signature."""
+    mark = _render_mark(size, signature, style)
     if mark is None:
         return None
     left, top = _corner(size, mark, style)
     return Rect(left, top, left + mark.width, top + mark.height)
 
 
-def _mark(size: tuple[int, int], signature: Signature, style: SignatureStyle) -> Image.Image | None:
-    """The signature, premultiplied, at its size on a picture of `size`."""
+def _render_mark(size: tuple[int, int], signature: Signature, style: SignatureStyle) -> Image.Image | None:
+    """Render the signature, premultiplied, at its size for an image of `size`."""
     match signature:
         case ImageSignature():
             return _fit_image(signature.image, _room(size, style))
         case TextSignature():
-            return _fit_text(signature, _room(size, style))
+            room = _room(size, style)
+            fit = room.wanted_width, min(room.height, round(room.wanted_width * TEXT_HEIGHT_PER_WIDTH))
+            return draw_text(signature.text, signature.font, fit=fit, limit=(room.width, room.height))
         case Unsigned():
             return None
         case _:
@@ -177,7 +179,7 @@ def _mark(size: tuple[int, int], signature: Signature, style: SignatureStyle) ->
 
 
 class _Room(NamedTuple):
-    """What a mark may take, in px: the width asked for, and the picture without its margins."""
+    """The space for a mark, in px: the requested width, and the image without its margins."""
 
     wanted_width: int
     width: int
@@ -197,12 +199,7 @@ def _fit_image(image: Image.Image, room: _Room) -> Image.Image:
     return image.convert("RGBa").resize(size, Image.Resampling.LANCZOS)
 
 
-def _fit_text(signature: TextSignature, room: _Room) -> Image.Image:
-    height = min(room.height, round(room.wanted_width * TEXT_HEIGHT_PER_WIDTH))
-    return draw_text(signature.text, signature.font, fit=(room.wanted_width, height), limit=(room.width, room.height))
-
-
-def _put(picture: Image.Image, mark: Image.Image, style: SignatureStyle) -> None:
+def _blend(picture: Image.Image, mark: Image.Image, style: SignatureStyle) -> None:
     """Blend a premultiplied mark onto `picture` in place: Porter and Duff's "over", under * (1 - alpha) + mark."""
     left, top = _corner(picture.size, mark, style)
     under = np.asarray(picture.crop((left, top, left + mark.width, top + mark.height)), dtype=np.float32)
@@ -212,7 +209,7 @@ def _put(picture: Image.Image, mark: Image.Image, style: SignatureStyle) -> None
 
 
 def _corner(size: tuple[int, int], mark: Image.Image, style: SignatureStyle) -> tuple[int, int]:
-    """Left and top px of the mark in a picture of `size`."""
+    """Return left and top px of the mark in an image of `size`."""
     across, down = style.position.fractions
     margin = _margin_px(size, style)
     free_width, free_height = size[0] - 2 * margin - mark.width, size[1] - 2 * margin - mark.height

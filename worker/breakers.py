@@ -1,4 +1,4 @@
-"""Breakers: a part that refuses this worker's credentials is no job's fault, so the worker takes no jobs meanwhile."""
+"""Circuit breakers: while a part refuses its credentials, the worker stops consuming instead of failing jobs."""
 
 import logging
 import threading
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 # A token is rotated in the middle of a request now and then; three in a row are a wrong token.
 BACKEND_THRESHOLD = 3
 STORE_THRESHOLD = 1
-# With nothing left to ask the part with, only a new job can find out that it is well again.
+# Without a job there is no call that could succeed, so the breaker lets one try after this time.
 HALF_OPEN_SECONDS = 300.0
 # Between two tries of what the store refused.
 PAUSES_SECONDS = (1.0, 2.0, 5.0, 10.0, 20.0)
@@ -44,8 +44,10 @@ class Breaker:
             return self._reason if self._num_refusals >= self._threshold and is_recent else ""
 
     def refuse(self, reason: str, *, of: str = "") -> None:
-        """The part refused us, or `of` us the message with that id. One that is refused again is no news: it alone may
-        be what is refused, and must not keep a worker from its jobs."""
+        """Count a refusal, or one of the message with the id `of`.
+
+        A message counts once: it may be refused for itself, and must not open the breaker alone.
+        """
         with self._lock:
             if of in self._refused:
                 return
@@ -59,7 +61,7 @@ class Breaker:
             log_event(logger, "breaker open", logging.ERROR, part=self._part, reason=reason)
 
     def accept(self) -> None:
-        """The part took something."""
+        """Record a success, which closes the breaker."""
         with self._lock:
             was_open = self._num_refusals >= self._threshold
             self._num_refusals = 0
@@ -69,16 +71,16 @@ class Breaker:
 
 
 class StoreGate:
-    """Stands before what the store must not refuse: waits where it does, rather than fail a job for it."""
+    """Retries what the store refuses while its breaker is open, so that no job fails for the worker's credentials."""
 
     def __init__(self, breaker: Breaker, is_draining: threading.Event) -> None:
         self._breaker = breaker
         self._is_draining = is_draining
 
-    def insist(self, work: Callable[[], Made], *, patience_seconds: float = 0.0) -> Made:
-        """Do `work` again and again until the store no longer refuses it; `JobReleased` where the worker stops first.
+    def retry_while_denied(self, work: Callable[[], Made], *, patience_seconds: float = 0.0) -> Made:
+        """Retry `work` until the store accepts the credentials. Raises `JobReleased` where the worker stops first.
 
-        Where the store cannot be reached, `work` is tried again for `patience_seconds`: a picture in hand is worth it.
+        Where the store is unreachable, `work` is retried for `patience_seconds`: the images are already generated.
         """
         num_refusals = 0
         deadline = time.monotonic() + patience_seconds
@@ -95,7 +97,7 @@ class StoreGate:
                 if self._is_draining.wait(pause):
                     raise JobReleased("the worker is stopping, and the store refuses it") from error
             except StorageError:
-                # It serves us again, though what it says of this object is no good news.
+                # The credentials are accepted; the error concerns the object.
                 if num_refusals:
                     self._breaker.accept()
                 raise

@@ -6,19 +6,17 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from inference.request import EngineLoad
+from worker.outcome import Outcome
 from worker.recent_mean import RecentMean
 
-# A _created series beside each counter doubles what Prometheus stores and serves no query of ours.
+# A _created series beside each counter doubles what Prometheus stores, and no query of ours uses it.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 JOB_BUCKETS = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
 STAGE_BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300)
 WAIT_BUCKETS = (0.1, 1, 5, 15, 60, 300, 900, 3600, 14400)
-# With no lane left for this long, there is no recent batch any more.
+# Without lanes for this long, there is no recent batch size.
 STALE_SECONDS = 60.0
-
-# There from the start, at 0: Prometheus sees no increase in a counter that appears with its first job.
-OUTCOMES = ("complete", "failed", "cancelled", "retried", "released", "adopted", "undecodable")
 
 
 class Metrics:
@@ -48,32 +46,33 @@ class Metrics:
         self.ignored_fields = self._counter("ignored_fields", "Fields of jobs that no worker knows")
         self.engine_restarts = self._counter("engine_restarts", "Engine processes started after a crash")
         self.idle_seconds = self._counter("idle_seconds", "Time without denoising, by reason", "reason")
-        for outcome in OUTCOMES:
+        # At 0 from the start: Prometheus sees no increase in a counter that appears with its first job.
+        for outcome in Outcome:
             self.jobs.labels(outcome)
         # Prometheus has `rate` for it.
-        self._batch_lately = RecentMean(clock)
-        self._show(EngineLoad(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0))
+        self._recent_batch = RecentMean(clock)
+        self._set_gauges(EngineLoad(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0))
 
-    def note_occupancy(self, occupancy: EngineLoad) -> None:
-        """A turn of the engine's loop: count its forward, if it had one, and show what the engine holds now."""
-        if occupancy.num_batched:
+    def note_engine_load(self, engine_load: EngineLoad) -> None:
+        """Count the forward of one engine loop iteration, if it had one, and set the gauges of the engine's load."""
+        if engine_load.num_batched:
             self.denoise_steps.inc()
-            self.denoise_lane_steps.inc(occupancy.num_batched)
-            self._batch_lately.note(occupancy.num_batched)
-        self._show(occupancy)
+            self.denoise_lane_steps.inc(engine_load.num_batched)
+            self._recent_batch.add(engine_load.num_batched)
+        self._set_gauges(engine_load)
 
     @property
     def recent_batch(self) -> float:
-        """Lanes of a forward lately; 0 where there was none lately."""
-        is_stale = self._num_lanes == 0 and self._batch_lately.age_seconds > STALE_SECONDS
-        return 0.0 if is_stale else self._batch_lately.value
+        """Recent mean batch size; 0 where there was no forward recently."""
+        is_stale = self._num_lanes == 0 and self._recent_batch.age_seconds > STALE_SECONDS
+        return 0.0 if is_stale else self._recent_batch.value
 
-    def _show(self, occupancy: EngineLoad) -> None:
-        self._num_lanes = occupancy.num_lanes
-        self.lanes.set(occupancy.num_lanes)
-        self.adapter_slots.labels("active").set(occupancy.slots_active)
-        self.adapter_slots.labels("idle").set(occupancy.slots_idle)
-        self.adapter_slots.labels("free").set(occupancy.slots_free)
+    def _set_gauges(self, engine_load: EngineLoad) -> None:
+        self._num_lanes = engine_load.num_lanes
+        self.lanes.set(engine_load.num_lanes)
+        self.adapter_slots.labels("active").set(engine_load.slots_active)
+        self.adapter_slots.labels("idle").set(engine_load.slots_idle)
+        self.adapter_slots.labels("free").set(engine_load.slots_free)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"darkroom_{name}", text, labels, registry=self.registry)

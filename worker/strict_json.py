@@ -1,18 +1,17 @@
-"""Read JSON that a worker wrote, from where others can write too: a value comes of it, or a `ValueError`."""
+"""Parse JSON that a worker wrote to a place where others can write: a value or a `ValueError`."""
 
 import json
 import math
 from typing import Any, TypeGuard
 
 MAX_INT64 = 2**63 - 1
-# What a worker writes is nested a few levels. Near Python's own limit a value could be read on one thread, and then not
-# be written on another, which has less stack left.
+# Workers write a few levels. Near Python's own limit a value might be parsed on one thread and fail to be written on
+# another, which has less stack left.
 MAX_DEPTH = 32
 
 
 def strict_json(content: bytes) -> Any:
-    """Parse UTF-8 JSON without NaN, infinities, integers beyond 64 bits and deep nesting. Raises `ValueError` for all
-    else."""
+    """Parse UTF-8 JSON; raise `ValueError` for NaN, infinities, integers beyond 64 bits and deep nesting."""
     try:
         value = json.loads(content.decode(), parse_int=_int64, parse_float=_finite, parse_constant=_refuse)
     except RecursionError as error:
@@ -22,7 +21,7 @@ def strict_json(content: bytes) -> Any:
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether the value is a JSON number; true and false are none."""
+    """Return whether the value is a JSON number; booleans are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -17,7 +17,7 @@ LONG_SECONDS, LONG_REPEATS = 0.4, 2
 
 
 class Times(NamedTuple):
-    """Medians in milliseconds of single calls, the device idle before each.
+    """Return medians in milliseconds of single calls, the device idle before each.
 
     `device_ms`: between two events around the call, waits for the host included. `host_ms`: until the call returned.
     `steady_ms`: one of several calls one behind the other, the host ahead of the device where it can be.

@@ -150,13 +150,13 @@ def _would_fork_well() -> bool:
 
 
 def _is_nothing_right(records: Sequence[dict[str, Any]]) -> bool:
-    """Have there been correctness tests, and has none of them passed?"""
+    """Return whether correctness tests ran and none of them passed."""
     passed = [one["passed"] for one in records if one["stage"] == CORRECTNESS and "passed" in one]
     return bool(passed) and not any(passed)
 
 
 def _line_of(stage: Stage, name: str, out: Path) -> dict[str, Any]:
-    """The frame's own line of a stage, empty where the child did not come to it."""
+    """Return the child's final record of a stage, empty where it wrote none."""
     return next((one for one in read_records(out) if (one["stage"], one["name"]) == (stage.number, name)), {})
 
 

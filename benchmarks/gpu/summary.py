@@ -22,7 +22,7 @@ TABLE_WIDTH = 200
 
 
 def describe() -> dict[str, Any]:
-    """What does not change while it runs: versions, the machine, the commit."""
+    """Return the constants of a run: versions, the machine, the commit."""
     return {
         "benchmark": "gpu",
         "began_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -33,7 +33,7 @@ def describe() -> dict[str, Any]:
 
 
 def summarise(plan: Plan, description: Mapping[str, Any], ends: Mapping[int, StageEnd]) -> dict[str, Any]:
-    """The summary with the stages that have ended; the others are "waiting"."""
+    """Summarise the stages that have ended; the others are "waiting"."""
     records = read_records(plan.out)
     devices = [one["device"] for one in records if one["name"] == START]
     return {
@@ -47,7 +47,7 @@ def summarise(plan: Plan, description: Mapping[str, Any], ends: Mapping[int, Sta
 
 
 def print_tables(summary: Mapping[str, Any]) -> None:
-    """Every figure of every stage, and how the stages ended."""
+    """Print every figure of every stage, and how the stages ended."""
     for stage in summary["stages"]:
         rows = [(name, _short(figures)) for name, figures in stage["figures"].items()]
         if rows:
@@ -80,7 +80,7 @@ def _ending(stage: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _print_table(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """By rich where it is installed, else in columns."""
+    """Print by rich where it is installed, else in columns."""
     if find_spec("rich"):
         from rich.console import Console  # noqa: PLC0415 - not on every machine
         from rich.table import Table  # noqa: PLC0415
@@ -119,7 +119,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the tree where it is a checkout, "-dirty" where it has changes."""
+    """Return the commit of a checkout, "-dirty" where it has changes."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""Downloaded objects on disk: fetched once however many jobs want them, kept while used, evicted oldest first."""
+"""Cache of downloaded objects on disk: one download for all jobs, pinned while in use, evicted by last use."""
 
 import errno
 import hashlib
@@ -13,30 +13,31 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from clients.cutoff import acquire, is_cut_off
-from clients.storage.claimed_folder import ClaimedFolder
-from clients.storage.client import ObjectStat, Storage, check_size
+from clients.storage.client import Storage
 from clients.storage.errors import ObjectChanged, StorageError, StorageUnavailable
 from clients.storage.location import ObjectRef
+from clients.storage.locked_folder import LockedFolder
+from clients.storage.objects import ObjectStat, check_size
 
-# Longer than any download may take: what is older was left by a killed process.
+# Longer than any download may take: older parts were left by a killed process.
 STALE_PART_SECONDS = 600.0
 PART_SUFFIX = ".part"
-# An object replaced between the look and the download is looked at once more.
-MAX_LOOKS = 2
+# An object replaced between HEAD and GET is tried once more.
+MAX_TRIES = 2
 
 _SAFE_SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,16}")
-# Of complete files. What else lies in the folder is not the cache's to count or to remove.
+# Of complete files. Other files in the folder are neither counted nor removed.
 _FILE_NAME = re.compile(r"[0-9a-f]{40}(\.[A-Za-z0-9]{1,16})?")
 _FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class CacheFull(StorageUnavailable):
-    """The disk has no room for the object; another worker may have."""
+    """The disk has no room for the object; another worker's may."""
 
 
 @dataclass
 class _Entry:
-    """A file that some thread wants or uses right now; `lock` makes them download it one at a time."""
+    """A file that threads wait for or use; `lock` lets one at a time download it."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     num_pins: int = 0
@@ -62,23 +63,26 @@ class _Wanted:
 
 
 class DownloadCache:
-    """Owns its folder, which is one inside `folder` where another process has that; thread-safe.
+    """Owner of its folder, which is one inside `folder` where another process has locked that; thread-safe.
 
     A file is one version of an object: bucket, key, ETag and size are in its name, its extension is the key's. The last
     use is the file's modification time, so that the order of eviction survives a restart.
     """
 
     def __init__(self, storage: Storage, folder: Path, max_bytes: int) -> None:
-        """Create `folder` (`~` is the home) where it is missing; an `OSError` tells that it cannot be used."""
+        """Create `folder` (`~` is the home) where it is missing; raise `OSError` where it cannot be used."""
         self._storage = storage
-        self._claim = ClaimedFolder(folder.expanduser())
-        self._folder = self._claim.path
+        self._lock_holder = LockedFolder(folder.expanduser())
+        self._folder = self._lock_holder.path
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
         with self._part():
-            pass  # better told at the start than by each job
-        self._remove_stale_parts()
+            pass  # an unwritable folder fails here, not in each job
+        for stale in self._folder.glob(f"*{PART_SUFFIX}"):
+            status = _status(stale)
+            if status is not None and time.time() - status.st_mtime > STALE_PART_SECONDS:
+                stale.unlink(missing_ok=True)
 
     @property
     def size_bytes(self) -> int:
@@ -87,20 +91,20 @@ class DownloadCache:
 
     @contextmanager
     def fetch(self, ref: ObjectRef, *, max_bytes: int, deadline_seconds: float) -> Iterator[Path]:
-        """The path of the object's current version, complete, and never evicted while the block is open.
+        """Yield the path of the object's current version, complete, and not evicted while the block is open.
 
-        Asks the store every time. A thread that waits for another's download gets its error too. Raises
+        Sends a HEAD every time. A thread that waits for another's download gets its error too. Raises
         `StorageError`s; `deadline_seconds` is for the download alone.
         """
-        for look in range(1, MAX_LOOKS + 1):
+        for attempt in range(1, MAX_TRIES + 1):
             wanted = _Wanted(ref, self._storage.head(ref), max_bytes, deadline_seconds)
-            # Before room is made: what is refused must evict nothing.
+            # Before eviction: a refused object must evict nothing.
             check_size(ref, wanted.stat, max_bytes)
             with self._pinned(wanted.file_name) as entry:
                 try:
                     path = self._ensure(entry, wanted)
                 except ObjectChanged:
-                    if look == MAX_LOOKS:
+                    if attempt == MAX_TRIES:
                         raise
                 else:
                     yield path
@@ -122,15 +126,16 @@ class DownloadCache:
     def _ensure(self, entry: _Entry, wanted: _Wanted) -> Path:
         path = self._folder / wanted.file_name
         with _held(entry.lock, wanted.ref):
-            if not _is_complete(path, wanted.stat):
+            status = _status(path)
+            if status is None or status.st_size != wanted.stat.size_bytes:
                 if entry.error is not None:
                     raise type(entry.error)(*entry.error.args) from entry.error
                 try:
                     self._make_room(entry, wanted.stat.size_bytes)
                     self._download(path, wanted)
                 except StorageError as error:
-                    # The entry lives as long as somebody waits: they hear of it, a later job tries afresh. Who had to
-                    # give up says nothing of the object: the next of those that may wait takes over.
+                    # The entry exists while threads wait: they get the error, a later job tries again. An error by the
+                    # thread's own cutoff is not the object's: the next waiting thread takes over.
                     if not is_cut_off():
                         entry.error = error
                     raise
@@ -158,7 +163,7 @@ class DownloadCache:
 
     @contextmanager
     def _part(self) -> Iterator[Path]:
-        """A temporary file of the folder, gone at the end of the block unless it was renamed."""
+        """Yield a temporary file in the folder, removed at the end of the block unless it was renamed."""
         descriptor, name = tempfile.mkstemp(dir=self._folder, suffix=PART_SUFFIX)
         os.close(descriptor)
         part = Path(name)
@@ -168,7 +173,7 @@ class DownloadCache:
             part.unlink(missing_ok=True)
 
     def _make_room(self, entry: _Entry, size_bytes: int) -> None:
-        """Evict the longest unused files until `size_bytes` more fit; what is in use stays, even over the limit."""
+        """Evict the least recently used files until `size_bytes` more fit; pinned ones stay, even over the limit."""
         with self._lock:
             entry.incoming_bytes = size_bytes
             files = self._files()
@@ -182,18 +187,12 @@ class DownloadCache:
                     excess -= size
 
     def _files(self) -> list[tuple[Path, int, float]]:
-        """Path, size and last use of every complete file."""
+        """Return path, size and last use of every complete file."""
         return [
             (path, status.st_size, status.st_mtime)
             for path in self._folder.iterdir()
             if _FILE_NAME.fullmatch(path.name) and (status := _status(path)) is not None
         ]
-
-    def _remove_stale_parts(self) -> None:
-        for path in self._folder.glob(f"*{PART_SUFFIX}"):
-            status = _status(path)
-            if status is not None and time.time() - status.st_mtime > STALE_PART_SECONDS:
-                path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -206,11 +205,6 @@ def _held(lock: threading.Lock, ref: ObjectRef) -> Iterator[None]:
         lock.release()
 
 
-def _is_complete(path: Path, stat: ObjectStat) -> bool:
-    status = _status(path)
-    return status is not None and status.st_size == stat.size_bytes
-
-
 def _status(path: Path) -> os.stat_result | None:
     try:
         return path.stat()
@@ -219,6 +213,6 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def _flush(path: Path) -> None:
-    """Bring the file's bytes to the disk, so that the rename never survives a crash without them."""
+    """Sync the file to the disk, so that the rename never survives a crash without its content."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

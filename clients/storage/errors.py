@@ -1,4 +1,4 @@
-"""What can go wrong with the store, and the one place where boto3's and urllib3's errors become ours.
+"""Errors of the store, and the translation of boto3's and urllib3's errors into them.
 
 Messages hold the location, the store's error code and the status: never a header, a URL or a credential.
 """
@@ -14,7 +14,7 @@ from botocore.parsers import ResponseParserError
 
 from clients.deadline import DeadlineExpired
 
-# Codes that a status alone does not tell: AWS answers 400 to expired tokens and to a slow request body.
+# Codes that the status does not imply: AWS answers 400 to expired tokens and to a slow request body.
 ACCESS_CODES = frozenset(
     {
         "AccessDenied",
@@ -44,7 +44,7 @@ ACCESS_CODES = frozenset(
         "XMinioAdminBucketQuotaExceeded",
     }
 )
-# The bucket is not at this endpoint and in this region, whatever is asked of it.
+# The bucket is not at this endpoint and in this region, for any request.
 BUCKET_CODES = frozenset(
     {
         "IllegalLocationConstraintException",
@@ -57,7 +57,7 @@ BUCKET_CODES = frozenset(
         "TemporaryRedirect",
     }
 )
-# Also what arrived damaged at the store, which the store told us in time.
+# Also requests that arrived damaged at the store.
 UNAVAILABLE_CODES = frozenset(
     {
         "BadDigest",
@@ -71,7 +71,7 @@ UNAVAILABLE_CODES = frozenset(
         "XMinioStorageFull",
     }
 )
-# 501 is not among them: what the store cannot do now it cannot do later.
+# Without 501: an operation that is not implemented will not work later.
 UNAVAILABLE_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 507})
 
 
@@ -84,8 +84,8 @@ class ObjectNotFound(StorageError):
 
 
 class StoreRefused(StorageError):
-    """The store as it is configured serves no request of this kind, whichever job it is for: no fault of the job, and
-    another try fails until a person mends the configuration or the store."""
+    """The store as configured refuses requests of every job: no fault of the job, and a retry fails until an operator
+    fixes the configuration or the store."""
 
 
 class BucketNotFound(StoreRefused):
@@ -93,23 +93,23 @@ class BucketNotFound(StoreRefused):
 
 
 class AccessDenied(StoreRefused):
-    """The store does not accept our credentials, clock or rights."""
+    """The store refuses the worker's credentials, clock or permissions."""
 
 
 class NotAStore(StoreRefused):
-    """What answers at the endpoint is no object store, or cannot prove to be the configured one."""
+    """The server at the endpoint is no object store, or its certificate is not accepted."""
 
 
 class StorageUnavailable(StorageError):
-    """The store cannot be reached, is too slow or too busy; later it may work."""
+    """The store cannot be reached, is too slow or too busy; a retry may succeed."""
 
 
 class NotSupported(StorageError):
-    """The store does not know this kind of request."""
+    """The store does not implement this request."""
 
 
 class WriteConflict(StorageUnavailable):
-    """Two conditional writes of one key met, and the store settled neither."""
+    """Two conditional writes of one key collided, and the store committed neither."""
 
 
 class ObjectTooLarge(StorageError):
@@ -117,11 +117,11 @@ class ObjectTooLarge(StorageError):
 
 
 class ObjectDamaged(StorageError):
-    """What arrived is not what the store says it holds: cut short, or with another checksum."""
+    """The body that arrived is cut short or has another checksum than the store states."""
 
 
 class ObjectChanged(ObjectDamaged):
-    """The object is not the one that was looked at before: its condition (`If-Match`, `If-None-Match`) failed."""
+    """The object is not the expected version: a condition (`If-Match`, `If-None-Match`) failed."""
 
 
 _CODE_CLASSES: dict[str, type[StorageError]] = {
@@ -134,7 +134,7 @@ _CODE_CLASSES: dict[str, type[StorageError]] = {
     **dict.fromkeys(UNAVAILABLE_CODES, StorageUnavailable),
 }
 _STATUS_CLASSES: dict[int, type[StorageError]] = {
-    # Redirects are not followed: the bucket lives elsewhere.
+    # Redirects are not followed: the bucket is at another endpoint.
     **dict.fromkeys((301, 302, 303, 307, 308), BucketNotFound),
     401: AccessDenied,
     403: AccessDenied,
@@ -148,12 +148,12 @@ _STATUS_CLASSES: dict[int, type[StorageError]] = {
 
 
 @contextmanager
-def translated(subject: object) -> Iterator[None]:
-    """Raise a `StorageError` about `subject` for whatever boto3 or urllib3 raises inside the block."""
+def translate_errors(subject: object) -> Iterator[None]:
+    """Raise a `StorageError` about `subject` for every error of boto3 and urllib3 inside the block."""
     try:
         yield
     except boto.ClientError as error:
-        raise _of_answer(subject, error) from error
+        raise _response_error(subject, error) from error
     except DeadlineExpired as error:
         raise StorageUnavailable(f"{subject}: {error}") from error
     except (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError) as error:
@@ -161,16 +161,16 @@ def translated(subject: object) -> Iterator[None]:
     except ResponseParserError as error:
         raise NotAStore(f"{subject}: what answers is no S3 store: look at AWS_S3_ENDPOINT_URL") from error
     except (boto.HTTPClientError, boto.ConnectionError, urllib3.exceptions.HTTPError) as error:
-        raise _of_connection(subject, error) from error
+        raise _connection_error(subject, error) from error
     except boto.BotoCoreError as error:
         raise StorageError(f"{subject}: {type(error).__name__}") from error
 
 
-def _of_connection(subject: object, error: Exception) -> StorageError:
+def _connection_error(subject: object, error: Exception) -> StorageError:
     for cause in _causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             return NotAStore(f"{subject}: the certificate at the store's address is not accepted ({cause.args[-1]})")
-        # EAI_AGAIN, a name server that does not answer, passes by itself.
+        # EAI_AGAIN, a name server that does not answer, is transient.
         if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME:
             return NotAStore(f"{subject}: the store's host name does not exist")
     return StorageUnavailable(f"{subject}: the store cannot be reached ({type(error).__name__})")
@@ -182,9 +182,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _of_answer(subject: object, error: boto.ClientError) -> StorageError:
+def _response_error(subject: object, error: boto.ClientError) -> StorageError:
     code = str(error.response.get("Error", {}).get("Code", ""))
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    # The answer to a HEAD has no body: boto3 then gives the status as code, and only the status tells.
+    # The response to a HEAD has no body: boto3 then gives the status as code, and only the status counts.
     found = _CODE_CLASSES.get(code) or _STATUS_CLASSES.get(status, StorageError)
     return found(f"{subject}: the store answered {status} {code[:80]}".removesuffix(f" {status}"))

@@ -1,7 +1,7 @@
-"""Google Cloud Storage's own dialect of the S3 protocol, into which the S3 client's finished requests are put.
+"""Translate the S3 client's finished requests, and their responses, for Google Cloud Storage's XML API.
 
-Its XML API takes AWS's signatures and `x-amz-` headers, but then it passes over `If-None-Match` on a write, and it
-refuses `x-goog-` headers beside them (400 ExcessHeaderValues). Only a request all in `x-goog-` headers, signed as
+It takes AWS's signatures and `x-amz-` headers, but then it ignores `If-None-Match` on a write, and it refuses
+`x-goog-` headers beside them (400 ExcessHeaderValues). Only a request all in `x-goog-` headers, signed as
 GOOG4-HMAC-SHA256, can carry `x-goog-if-generation-match: 0`, which is Google's condition for a key that is free.
 """
 
@@ -23,28 +23,34 @@ AMAZON, GOOGLE = "x-amz-", "x-goog-"
 META = "meta-"
 GENERATION, IF_GENERATION = "x-goog-generation", "x-goog-if-generation-match"
 _GENERATION_ETAG = re.compile(r'"g([0-9]+)"')
-# Headers of AWS's that have no counterpart: an MD5 takes the checksums' place.
+# AWS's headers without a counterpart: an MD5 takes the checksums' place.
 UNTRANSLATABLE = ("x-amz-checksum-", "x-amz-sdk-", "x-amz-trailer", "amz-sdk-")
 # Google's front end changes some of the others on their way, and a signature must not cover those.
 SIGNED = ("host", "content-type", "content-md5", "cache-control")
-# In every answer of Google's, also in a refusal.
-GOOGLES_HEADERS = ("x-guploader-uploadid", "x-goog-")
+# In every response of Google's, also in a refusal.
+GOOGLE_HEADERS = ("x-guploader-uploadid", "x-goog-")
 
 
-class GoogleDialect:
-    """Translates requests and answers of an endpoint that is Google's, by its name or its answers. Thread-safe."""
+class GoogleXmlApi:
+    """Translator of requests and responses for an endpoint that is Google's by its name or by its responses' headers.
+
+    Thread-safe.
+    """
 
     def __init__(self, endpoint_url: str | None, access_key_id: str, secret: str) -> None:
         self._access_key_id = access_key_id
         self._secret = secret
-        self._is_spoken = bool(endpoint_url and is_google_host(urlsplit(endpoint_url).hostname or ""))
+        self._is_google = bool(endpoint_url and is_google_host(urlsplit(endpoint_url).hostname or ""))
 
-    def put_request(self, request: Any) -> None:
-        """Make a request that botocore has signed Google's. The `Date` of it stays."""
-        if not self._is_spoken:
+    def translate_request(self, request: Any) -> None:
+        """Replace the headers of a request that botocore has signed by Google's, signed anew. Its `Date` stays."""
+        if not self._is_google:
             return
-        headers = {name.lower(): _text(value) for name, value in request.headers.items()}
-        translated = _translated(headers, request.method, request.body)
+        headers = {
+            name.lower(): value if isinstance(value, str) else value.decode("latin-1")
+            for name, value in request.headers.items()
+        }
+        translated = _translate_headers(headers, request.method, _read_body(request.body))
         translated["host"] = urlsplit(request.url).netloc
         translated["authorization"] = self._authorization(request, translated)
         for name in list(request.headers.keys()):
@@ -52,18 +58,18 @@ class GoogleDialect:
         for name, value in translated.items():
             request.headers[name] = value
 
-    def put_answer(self, answer: Any) -> None:
-        """Give an answer's metadata the names that botocore reads, and learn from it whose it is.
+    def translate_response(self, response: Any) -> None:
+        """Rename a response's metadata headers to those that botocore reads, and detect Google by its headers.
 
         An object's generation takes the ETag's place: Google conditions writes on that alone, not on `If-Match`.
         """
-        google = [name for name in answer.headers if name.lower().startswith(GOOGLES_HEADERS)]
-        self._is_spoken = self._is_spoken or bool(google)
-        if GENERATION in answer.headers:
-            answer.headers["ETag"] = f'"g{answer.headers[GENERATION]}"'
+        google = [name for name in response.headers if name.lower().startswith(GOOGLE_HEADERS)]
+        self._is_google = self._is_google or bool(google)
+        if GENERATION in response.headers:
+            response.headers["ETag"] = f'"g{response.headers[GENERATION]}"'
         for name in google:
             if name.lower().startswith(GOOGLE + META):
-                answer.headers[AMAZON + name.lower().removeprefix(GOOGLE)] = answer.headers[name]
+                response.headers[AMAZON + name.lower().removeprefix(GOOGLE)] = response.headers[name]
 
     def _authorization(self, request: Any, headers: Mapping[str, str]) -> str:
         signed = {name: value for name, value in headers.items() if name in SIGNED or name.startswith(GOOGLE)}
@@ -79,7 +85,7 @@ class GoogleDialect:
 
 
 def canonical_request(method: str, url: str, signed: Mapping[str, str]) -> str:
-    """As Google's documentation of its V4 signing process has it."""
+    """Return the canonical request of Google's V4 signing process, as its documentation defines it."""
     parts = urlsplit(url)
     parameters = sorted(part if "=" in part else f"{part}=" for part in parts.query.split("&") if part)
     headers = [f"{name}:{' '.join(signed[name].split())}" for name in sorted(signed)]
@@ -89,8 +95,7 @@ def canonical_request(method: str, url: str, signed: Mapping[str, str]) -> str:
     )
 
 
-def _translated(headers: Mapping[str, str], method: str, body: Any) -> dict[str, str]:
-    content = _content(body)
+def _translate_headers(headers: Mapping[str, str], method: str, content: bytes) -> dict[str, str]:
     kept = {
         GOOGLE + name.removeprefix(AMAZON) if name.startswith(AMAZON) else name: value
         for name, value in headers.items()
@@ -107,13 +112,9 @@ def _translated(headers: Mapping[str, str], method: str, body: Any) -> dict[str,
     return kept
 
 
-def _content(body: Any) -> bytes:
+def _read_body(body: Any) -> bytes:
     if body is None or isinstance(body, bytes):
         return body or b""
     content: bytes = body.read()
     body.seek(0)
     return content
-
-
-def _text(value: str | bytes) -> str:
-    return value if isinstance(value, str) else value.decode("latin-1")

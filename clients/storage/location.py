@@ -1,4 +1,4 @@
-"""Where an object lies: the forms a job may name it in, and the refusal of everything else."""
+"""Parse the locations of objects that jobs may name, and refuse all others."""
 
 import re
 from collections.abc import Iterable
@@ -18,12 +18,12 @@ _HOST_LABEL = re.compile(r"[a-z0-9-]{1,63}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:")
 _ENCODED_ESCAPE = re.compile(r"%(2e|2f|5c)", re.IGNORECASE)
-# Where a location ends for people: a presigned URL's query, however it is encoded, or parameters without their mark.
+# The end of a location as shown: a presigned URL's query, however it is encoded, or parameters without their mark.
 _QUERY = re.compile(r"(?:[?#]|%(?:25)*(?:3f|23)|(?:[;&]|%(?:25)*(?:3b|26))[\w.%-]+(?:=|%(?:25)*3d)).*", re.I | re.S)
 _USER = re.compile(r".*(?:@|%(?:25)*40)", re.I | re.S)
 _USER_IN_KEY = re.compile(r"[^/]*:[^/]*@")
 
-# Of Google's console ("authenticated URL"), and the name that its endpoint had before.
+# Also the host of Google's console ("authenticated URL"), and the former name of its endpoint.
 GOOGLES_HOST = "storage.googleapis.com"
 GOOGLES_PATH_HOSTS = (GOOGLES_HOST, "storage.cloud.google.com", "commondatastorage.googleapis.com")
 
@@ -31,14 +31,14 @@ FORMS = "write s3://bucket/key, gs://bucket/key, the store's own https form, or 
 
 
 class LocationForbidden(Exception):
-    """The text names no object that a job may read; the message says which text and what would be right."""
+    """The text names no object that a job may read; the message quotes it and has the rule."""
 
 
 @dataclass(frozen=True)
 class ObjectRef:
     """One object, or with a trailing slash in `key` the folder of that name.
 
-    As text it is for people: without what looks like a presigned URL's query in the key. `uri` has all of it.
+    `str` gives a redacted location, without what looks like a presigned URL's query in the key; `uri` the whole one.
     """
 
     bucket: str
@@ -54,7 +54,7 @@ class ObjectRef:
 
     @property
     def shown_key(self) -> str:
-        """The key without a query and without a user before an @, which somebody may have copied out of a URL."""
+        """The key without a query and without a user before an @, as keys copied from a URL may have."""
         return _QUERY.sub(CUT, _USER_IN_KEY.sub(f"{CUT}@", self.key))
 
     @property
@@ -64,7 +64,7 @@ class ObjectRef:
 
     @property
     def parent(self) -> "ObjectRef":
-        """The folder that the object is in, with its slash; for one at the top its bucket, whose key is empty."""
+        """The folder of the object, with its slash; for a top-level object its bucket, with an empty key."""
         return ObjectRef(self.bucket, self.key[: len(self.key) - len(self.name)])
 
     @property
@@ -72,7 +72,7 @@ class ObjectRef:
         return self.key.endswith("/")
 
     def child(self, name: str) -> "ObjectRef":
-        """The object `name` inside this folder, whether or not the key was written with its slash."""
+        """Return the object `name` inside this folder, with or without a trailing slash in the folder's key."""
         return ObjectRef(self.bucket, f"{self.key.rstrip('/')}/{name}".lstrip("/"))
 
 
@@ -84,9 +84,9 @@ class _Parts(NamedTuple):
 def parse_location(
     text: str, *, default_bucket: str, allowed_buckets: Iterable[str], endpoint_url: str | None, region: str
 ) -> ObjectRef:
-    """The object that `text` names; raises `LocationForbidden` for all but the forms in `FORMS`.
+    """Return the object that `text` names; raise `LocationForbidden` for all but the forms in `FORMS`.
 
-    https forms are percent-decoded once, the others are taken as they are. AWS https forms may name `region` only.
+    https forms are percent-decoded once, the others are not decoded. AWS https forms may name `region` only.
     """
     _check_text(text)
     lower = text.lower()
@@ -95,7 +95,9 @@ def parse_location(
     elif lower.startswith(("https://", "http://")):
         bucket, key = _split_url(text, endpoint_url, region)
     else:
-        bucket, key = default_bucket, _bare_key(text)
+        if text.startswith(("/", "~")) or _SCHEME.match(text):
+            raise _forbidden(text, f"is a local path or of an unknown scheme: {FORMS}")
+        bucket, key = default_bucket, text
 
     _check_bucket(text, bucket, allowed_buckets)
     check_key(text, key)
@@ -111,19 +113,13 @@ def _check_text(text: str) -> None:
         raise _forbidden(text, "has a backslash: separate folders by /")
 
 
-def _bare_key(text: str) -> str:
-    if text.startswith(("/", "~")) or _SCHEME.match(text):
-        raise _forbidden(text, f"is a local path or of an unknown scheme: {FORMS}")
-    return text
-
-
 def _split_path(path: str) -> _Parts:
     bucket, _, key = path.partition("/")
     return _Parts(bucket, key)
 
 
 def _split_url(text: str, endpoint_url: str | None, region: str) -> _Parts:
-    # Not left to urlsplit: it strips some characters, and the parser that decides must see what was written.
+    # Not by urlsplit: it strips some characters, and this check must see the original text.
     if any(sign in text for sign in "?#@ "):
         raise _forbidden(text, "has a query, a fragment, a user or a space: write the plain address")
     scheme, _, rest = text.partition("://")
@@ -166,15 +162,15 @@ def _on_aws(host: str, path: str, region: str) -> _Parts | None:
 
 
 def aws_url(bucket: str, encoded_key: str, region: str) -> str:
-    """AWS's https form of an object."""
+    """Return AWS's https form of an object."""
     host = f"s3.{region}.amazonaws.com"
-    # AWS's certificate covers one label before `s3`, so that what is no label goes into the path.
+    # AWS's certificate covers one label before `s3`: other bucket names go into the path.
     is_label = _HOST_LABEL.fullmatch(bucket) is not None
     return f"https://{bucket}.{host}/{encoded_key}" if is_label else f"https://{host}/{bucket}/{encoded_key}"
 
 
 def is_google_host(host: str) -> bool:
-    """True for Google Cloud Storage's global, regional and private endpoints."""
+    """Return True for Google Cloud Storage's global, regional and private endpoints."""
     return host.lower() == GOOGLES_HOST or host.lower().endswith(".googleapis.com")
 
 
@@ -201,7 +197,7 @@ def _check_bucket(text: str, bucket: str, allowed_buckets: Iterable[str]) -> Non
 
 
 def check_key(text: str, key: str) -> None:
-    """Raise `LocationForbidden` about `text` where `key` could mean another object to some part on the way."""
+    """Raise `LocationForbidden` about `text` where a proxy or the store could resolve `key` to another object."""
     if _CONTROL.search(key) or "\\" in key or _ENCODED_ESCAPE.search(key):
         raise _forbidden(text, "hides control characters, slashes or dots in its key: write them plainly or not at all")
     if any(segment in ("", ".", "..") for segment in key.removesuffix("/").split("/")):
@@ -211,9 +207,9 @@ def check_key(text: str, key: str) -> None:
 
 
 def shown_location(text: str) -> str:
-    """A location that somebody wrote, in quotes and short: scheme, host and path, without user, query and fragment.
+    """Return a location in quotes, redacted and shortened: scheme, host and path, without user, query and fragment.
 
-    What is before the last @ counts as the user, so that no password is shown for a slash in it.
+    Everything before the last @ counts as the user, so that a password with a slash is not shown.
     """
     scheme, mark, rest = text.partition("://")
     if not mark or not _SCHEME.fullmatch(f"{scheme}:"):

@@ -1,6 +1,6 @@
-"""Presets: what a style or an industry adds to a job's wording, and what it says where the job says nothing.
+"""Presets: prompt templates of styles and industries, and their defaults for fields that a job leaves out.
 
-A file is taken whole or refused whole: a preset that was silently left out would be missed only in the pictures.
+A file is accepted or refused as a whole: a preset that was silently left out would be noticed only in the images.
 """
 
 from functools import cache
@@ -46,7 +46,7 @@ class PresetAdapter(_Entry):
 
 
 class Preset(_Entry):
-    """A style or an industry. None: it has no opinion."""
+    """A style or an industry; None is no default."""
 
     positive: Annotated[str, Field(max_length=MAX_TEMPLATE_CHARS), AfterValidator(_holds_the_prompt_once)]
     negative: Annotated[str, Field(max_length=MAX_TEMPLATE_CHARS)] = ""
@@ -54,18 +54,18 @@ class Preset(_Entry):
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
     adapter: PresetAdapter | None = None
 
-    def around(self, prompt: str) -> str:
-        """The template with `prompt` in its place. Only the template is searched: a prompt's own braces are text."""
+    def fill_template(self, prompt: str) -> str:
+        """Return the template with `prompt` inserted. Only the template is searched: a prompt's own braces are text."""
         before, _, after = self.positive.partition(PLACEHOLDER)
         return f"{before}{prompt}{after}"
 
 
-# As it stands: "a" and "a " must not become one.
+# Not stripped: "a" and "a " must not become one.
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,40}\z", strip_whitespace=False)]
 
 
 class Presets(_Entry):
-    """All presets of a worker by their names. Never changed: a new file is a new object."""
+    """All presets of a worker by name. Immutable: a new file is a new object."""
 
     styles: dict[Name, Preset] = {}
     industries: dict[Name, Preset] = {}
@@ -77,7 +77,7 @@ class Presets(_Entry):
 
     @property
     def adapters(self) -> dict[str, PresetAdapter]:
-        """The adapters by the preset that brings them."""
+        """The adapters by the preset that has them."""
         return {
             f"{field} {name}": preset.adapter
             for field, known in self.by_field.items()
@@ -87,9 +87,9 @@ class Presets(_Entry):
 
 
 def load_presets(path: Path) -> Presets:
-    """The presets in the file at `path`; raises `PresetsInvalid`."""
+    """Return the presets in the file at `path`; raise `PresetsInvalid`."""
     try:
-        # A device or a pipe has no end to wait for.
+        # Reading a device or a pipe may never end.
         if not path.is_file():
             raise PresetsInvalid(f"{path} is no file")
         with path.open("rb") as file:
@@ -105,12 +105,12 @@ def load_presets(path: Path) -> Presets:
 
 @cache
 def builtin_presets() -> Presets:
-    """The presets that come with the worker."""
+    """Return the presets that ship with the worker."""
     return load_presets(BUILTIN_FILE)
 
 
 def _describe(error: ValidationError) -> str:
-    """What is wrong at which key; values stay out of it."""
+    """Return one clause for each problem with its key, without values."""
     sentences = []
     for problem in error.errors(include_url=False, include_input=False, include_context=False)[:5]:
         *holder, key = [str(part) for part in problem["loc"]] or ["the file"]

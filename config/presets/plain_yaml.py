@@ -1,7 +1,7 @@
-"""YAML as a person writes settings in it: mappings, lists and text, and nothing else that YAML can do.
+"""Parse a safe subset of YAML: mappings, lists and text.
 
-No types are guessed (a key `no` stays text), no tag is followed, no key may stand twice, and an alias is refused: a few
-hundred bytes of them can stand for gigabytes.
+No types are guessed (a key `no` stays text), no tag is resolved, no key may be repeated, and an alias is refused: a few
+hundred bytes of them can expand to gigabytes.
 """
 
 import re
@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-# The built-in presets have 8 kB. What takes the parser longest took it a second for this much.
+# The built-in presets have 8 kB. The slowest input to parse took a second at this size.
 MAX_BYTES = 128 * 1024
 
 _NOT_TEXT = re.compile(r"[\x00\ud800-\udfff]")
@@ -21,7 +21,7 @@ class YamlRefused(ValueError):
 
 
 def parse_yaml(content: bytes) -> Any:
-    """Mappings as dicts, sequences as lists, all else as text; raises `YamlRefused`."""
+    """Return mappings as dicts, sequences as lists, all else as text; raise `YamlRefused`."""
     if len(content) > MAX_BYTES:
         raise YamlRefused(f"has more than {MAX_BYTES} bytes")
     try:
@@ -38,7 +38,7 @@ def parse_yaml(content: bytes) -> Any:
 
 
 def _plain(node: Any, seen: set[int]) -> Any:
-    """`seen` holds every node met so far: one met twice was written as an alias."""
+    """Convert one node. `seen` holds the ids of all earlier ones: a repeated node was written as an alias."""
     if id(node) in seen:
         raise _refusal(node, "is used again by an alias: write it out each time")
     seen.add(id(node))
@@ -48,7 +48,10 @@ def _plain(node: Any, seen: set[int]) -> Any:
         return _mapping(node, seen)
     if isinstance(node, yaml.SequenceNode):
         return [_plain(child, seen) for child in node.value]
-    return _text(node)
+    text = str(node.value)
+    if _NOT_TEXT.search(text):
+        raise _refusal(node, "has a NUL or half a surrogate pair: write plain Unicode text")
+    return text
 
 
 def _mapping(node: Any, seen: set[int]) -> dict[str, Any]:
@@ -63,19 +66,12 @@ def _mapping(node: Any, seen: set[int]) -> dict[str, Any]:
     return fields
 
 
-def _text(node: Any) -> str:
-    text = str(node.value)
-    if _NOT_TEXT.search(text):
-        raise _refusal(node, "has a NUL or half a surrogate pair: write plain Unicode text")
-    return text
-
-
 def _refusal(node: Any, problem: str) -> YamlRefused:
     return YamlRefused(f"line {node.start_mark.line + 1} {problem}")
 
 
 def _sentence(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
-    if mark is None:  # a sign that may not stand in YAML at all: there is no line yet
+    if mark is None:  # a character that YAML does not allow: the reader has no line yet
         return f"is not YAML: {error}".splitlines()[0]
     return f"line {mark.line + 1} is not YAML: {getattr(error, 'problem', None) or 'it cannot be read'}"

@@ -1,4 +1,4 @@
-"""The operator's file of presets while the worker runs: read anew when it changes, never half, never a broken one."""
+"""Reload the operator's file of presets when it changes; the last valid version stays in use until then."""
 
 import logging
 import threading
@@ -10,16 +10,16 @@ from typing import NamedTuple
 from config.logs import log_event
 from config.presets.catalog import Presets, PresetsInvalid, load_presets
 
-# A look is one stat: cheap, but not for each of a thousand jobs.
-LOOK_SECONDS = 1.0
-# Who asks may have a connection to keep alive: a disk that hangs holds it up no longer than that.
-PATIENCE_SECONDS = 0.2
+# A check is one stat: cheap, but not for each of a thousand jobs.
+CHECK_SECONDS = 1.0
+# The caller may have a connection to keep alive: a disk that hangs delays it no longer than that.
+RELOAD_WAIT_SECONDS = 0.2
 
 logger = logging.getLogger(__name__)
 
 
 class _Stamp(NamedTuple):
-    """What tells a changed file: an editor that replaces it changes the inode, one that writes into it the rest."""
+    """File identity for detecting a change: replacing the file changes the inode, writing into it the rest."""
 
     device: int
     inode: int
@@ -28,43 +28,42 @@ class _Stamp(NamedTuple):
 
 
 class PresetFile:
-    """Owns what was last read of one file of presets that was right. Any thread may ask; none waits for another, nor
-    long for the disk."""
+    """Owner of the last valid presets of one file; thread-safe. No thread waits for another, nor long for the disk."""
 
     def __init__(
         self,
         path: Path,
-        judge: Callable[[Presets], None] = lambda presets: None,
+        validate: Callable[[Presets], None] = lambda presets: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Read the file. `judge` may refuse what is in it; both raise `PresetsInvalid`."""
+        """Read the file. `validate` may refuse its presets; both raise `PresetsInvalid`."""
         self._path = path
-        self._judge = judge
+        self._validate = validate
         self._clock = clock
-        self._looking = threading.Lock()
-        self._looked_at = clock()
-        # Before the reading: what changes between the two is found at the next look.
+        self._check_lock = threading.Lock()
+        self._checked_at = clock()
+        # Before reading: a change between the two is found at the next check.
         self._stamp = _stamp_of(path)
         self._presets = self._read()
 
     def current(self) -> Presets:
-        """The presets as the file has them, or as it last had them right."""
+        """Return the presets in the file, or its last valid ones."""
         now = self._clock()
-        # Whoever comes while another looks takes what was right a moment ago.
-        if now - self._looked_at >= LOOK_SECONDS and self._looking.acquire(blocking=False):
-            self._looked_at = now
-            look = threading.Thread(target=self._look_and_release, name="presets", daemon=True)
-            look.start()
-            look.join(PATIENCE_SECONDS)
+        # A thread that comes during another's check gets the presets before it.
+        if now - self._checked_at >= CHECK_SECONDS and self._check_lock.acquire(blocking=False):
+            self._checked_at = now
+            check = threading.Thread(target=self._reload_and_release, name="presets", daemon=True)
+            check.start()
+            check.join(RELOAD_WAIT_SECONDS)
         return self._presets
 
-    def _look_and_release(self) -> None:
+    def _reload_and_release(self) -> None:
         try:
-            self._look()
+            self._reload_if_changed()
         finally:
-            self._looking.release()
+            self._check_lock.release()
 
-    def _look(self) -> None:
+    def _reload_if_changed(self) -> None:
         stamp = _stamp_of(self._path)
         if stamp == self._stamp:
             return
@@ -79,7 +78,7 @@ class PresetFile:
 
     def _read(self) -> Presets:
         presets = load_presets(self._path)
-        self._judge(presets)
+        self._validate(presets)
         return presets
 
 

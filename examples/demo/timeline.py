@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
 
 from examples.demo.jobs import DemoJob
-from worker.monitoring.stages import STAGES, look_of
+from worker.cli.report.stages import STAGES, style_of
 from worker.results.terminal_event import TerminalEvent
 
 
@@ -23,7 +23,7 @@ def draw_timeline(jobs: Sequence[DemoJob], records: Sequence[TerminalEvent], pat
     for row, job in enumerate(jobs):
         record = by_id[job.generation_id]
         for name, start, seconds in record.stages:
-            axes.barh(row, seconds, left=record.began_at - begin + start, height=0.7, color=look_of(name).colour)
+            axes.barh(row, seconds, left=record.began_at - begin + start, height=0.7, color=style_of(name).colour)
 
     axes.set_yticks(range(len(jobs)), [f"{job.prompt[:32]}  ({job.steps} steps)" for job in jobs])
     axes.invert_yaxis()

@@ -14,7 +14,7 @@ from inference.checkpoints.weight_files import (
     read_json,
     read_shapes,
 )
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 
 INDEX = "model_index.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

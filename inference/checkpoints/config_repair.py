@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from config.logs import log_event
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 
 MAX_REASON_CHARS = 400
 

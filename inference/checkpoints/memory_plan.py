@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from config.logs import log_event
 from inference.checkpoints.weight_files import GB
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 
 if TYPE_CHECKING:
     import torch

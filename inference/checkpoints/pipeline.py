@@ -20,7 +20,7 @@ from inference.checkpoints.weight_files import (
     read_json,
     read_shapes,
 )
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 
 if TYPE_CHECKING:
     import torch

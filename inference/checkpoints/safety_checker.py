@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from inference.checkpoints.weight_files import Weights, find_weights
-from inference.request import EngineStartFailed, RequestFailed
+from inference.errors import EngineStartFailed, RequestFailed
 
 if TYPE_CHECKING:
     import torch

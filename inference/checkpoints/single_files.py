@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from inference.checkpoints.weight_files import Shapes
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 
 PREFIXES = {
     "StableDiffusionXLPipeline": {

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 
 GB = 1e9
 

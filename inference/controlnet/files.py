@@ -17,7 +17,7 @@ from inference.checkpoints.weight_files import (
     read_json,
     read_shapes,
 )
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 
 CONFIG = "config.json"
 # A ControlNet's folder is one component of a pipeline's.

@@ -11,7 +11,8 @@ from config.redacting import quoted
 from inference.checkpoints.hub import one_line
 from inference.checkpoints.weight_files import GB
 from inference.controlnet.files import ControlNetFiles, most_bytes
-from inference.request import Control, EngineFault, EngineStartFailed, RequestFailed
+from inference.errors import EngineFault, EngineStartFailed, RequestFailed
+from inference.request import Control
 
 # Returns how a ControlNet's config does not match the model; None where it does.
 FindMismatch = Callable[[Any], str | None]

@@ -1,1 +1,1 @@
-"""The device: its memory, its kernels, and copies to and from it that do not wait."""
+"""The device: its memory, its kernels, and copies to and from it that do not block."""

@@ -1,4 +1,4 @@
-"""Choose which of torch's attention kernels a denoiser's forward tries first."""
+"""The order in which torch tries its attention kernels."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,8 +11,8 @@ HOPPER = 9
 # An older one reads beyond the end of sequences that are no multiple of 128 long (pytorch/pytorch#169849).
 MIN_CUDNN_VERSION = 91501
 # On Hopper torch's FlashAttention is the second version, made for Ampere. cuDNN's kernels were measured there to be 1.7
-# to 2.3 times as fast, and slower on most other GPUs (huggingface/transformers#48163). What cuDNN cannot compute, such
-# as 32-bit values and heads wider than 128, goes on to the next.
+# to 2.3 times as fast, and slower on most other GPUs (huggingface/transformers#48163). Inputs that cuDNN does not
+# support, such as 32-bit values and heads wider than 128, go to the next kernel.
 CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -29,7 +29,7 @@ class Hardware(NamedTuple):
 
 
 def probe(device: torch.device) -> Hardware:
-    """Ask torch what the device is."""
+    """Return the hardware of a CUDA device, as torch reports it."""
     cudnn_version = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     return Hardware(torch.cuda.get_device_capability(device)[0], cudnn_version or 0)
 
@@ -44,5 +44,5 @@ class AttentionOrder:
             self.is_cudnn_first = found.capability == HOPPER and found.cudnn_version >= MIN_CUDNN_VERSION
 
     def applied(self) -> AbstractContextManager[Any]:
-        """Have the order in force inside. It is the process's: one thread at a time."""
+        """Return a context in which the order applies, to the whole process: one thread at a time."""
         return sdpa_kernel(CUDNN_FIRST, set_priority=True) if self.is_cudnn_first else nullcontext()

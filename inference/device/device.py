@@ -1,4 +1,4 @@
-"""The device's side of the work: what fits its memory, how far the host may run ahead, and what an error leaves."""
+"""The device: what fits its memory, how far the host may run ahead of it, and its state after an error."""
 
 import gc
 import logging
@@ -9,11 +9,11 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
-from inference.request import EngineError
+from inference.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
-# Fragmentation, other processes and the next adapter want some too.
+# The rest is for fragmentation, other processes and the next adapter.
 USABLE_SHARE = 0.9
 UNLIMITED = 1 << 30
 
@@ -21,13 +21,13 @@ T = TypeVar("T")
 
 
 class DeviceBroken(Exception):
-    """The device answers nothing any more (a sticky CUDA error): this process is of no use."""
+    """The device fails every call (a sticky CUDA error): this process cannot use it any more."""
 
 
 class Guarded(NamedTuple, Generic[T]):
-    """Work that was tried: what came of it, or the error it ended with."""
+    """The result of guarded work, or its error."""
 
-    made: T | None
+    result: T | None
     error: Exception | None
 
 
@@ -37,7 +37,7 @@ class _Measured(NamedTuple):
 
 
 class _Counters(NamedTuple):
-    """The allocator's, in bytes."""
+    """The allocator's counters, in bytes."""
 
     allocated: int
     peak: int
@@ -45,7 +45,7 @@ class _Counters(NamedTuple):
 
 
 class Mark:
-    """A moment in the device's work, by the device's own clock where it has one. `Device.mark` makes them."""
+    """A point in the device's queue of work, timed by the device's clock where it has one. Made by `Device.mark`."""
 
     def __init__(self, event: "torch.cuda.Event | None" = None) -> None:
         self._event = event
@@ -53,35 +53,35 @@ class Mark:
 
     @property
     def is_past(self) -> bool:
-        """Is all done that was launched before it?"""
+        """True when all work launched before it is done."""
         return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
-        """Block until it is past."""
+        """Block until all work launched before it is done."""
         if self._event is not None:
             self._event.synchronize()
 
     def seconds_since(self, earlier: "Mark") -> float:
-        """The time from `earlier` to this one. Both are past."""
+        """Return the seconds from `earlier` to this mark. Both are past."""
         if self._event is None or earlier._event is None:
             return self._at - earlier._at
         return float(earlier._event.elapsed_time(self._event)) / 1000
 
 
 class Device:
-    """Owner of what is measured of the device. On a CPU everything fits: the kernel has swap, and nothing to ask."""
+    """Owner of the measurements of the device's memory. On a CPU everything fits: the kernel swaps."""
 
     def __init__(self, device: torch.device, reserved_bytes: Callable[[], int] = lambda: 0) -> None:
-        """`reserved_bytes()`: what is free and spoken for by others than forwards."""
+        """`reserved_bytes()`: free memory that is reserved for other things than forwards."""
         self._device = device
         self._reserved_bytes = reserved_bytes
         self._is_cuda = device.type == "cuda"
         self._measured: dict[Hashable, _Measured] = {}
-        self._too_large: dict[int, int] = {}  # what did not fit, and the bytes that were free when it did not
+        self._too_large: dict[int, int] = {}  # sizes that did not fit, and the bytes free at that time
         self._last_step: Mark | None = None
 
     def max_rows(self, shape: Hashable) -> int:
-        """Rows of `shape` that fit the memory free now, at least one; no limit as long as none was measured."""
+        """Return how many rows of `shape` fit the memory free now, at least one; `UNLIMITED` before a measurement."""
         measured = self._measured.get(shape)
         if measured is None:
             return UNLIMITED
@@ -89,9 +89,9 @@ class Device:
 
     @contextmanager
     def measured(self, shape: Hashable, num_rows: int) -> Iterator[None]:
-        """Note what a forward of `num_rows` takes at its peak. Reads the allocator's counters: no synchronisation."""
+        """Measure the peak memory of a forward of `num_rows`. Reads the allocator's counters: no synchronisation."""
         known = self._measured.get(shape)
-        # The more rows, the less of it is what a forward takes anyway.
+        # The more rows, the smaller the share of the memory that a forward takes whatever its rows.
         if not self._is_cuda or (known is not None and num_rows < known.num_rows):
             yield
             return
@@ -99,22 +99,22 @@ class Device:
         before = self._counters().allocated
         yield
         after = self._counters()
-        # What another thread has loaded meanwhile stays, and is no part of what a forward takes.
+        # What another thread loaded during the forward stays, and is not the forward's.
         taken = after.peak - max(before, after.allocated)
         self._measured[shape] = _Measured(num_rows, max(taken, 1) / num_rows)
 
     def may_fit(self, size: int) -> bool:
-        """Is there more memory free than when work of this size, or less, last ran out of it?"""
+        """Return whether more memory is free than when work of this size, or less, ran out of it."""
         shortages = [free for tried, free in self._too_large.items() if tried <= size]
         return not shortages or self._free_bytes() > max(shortages)
 
     def note_too_large(self, size: int) -> None:
-        """Work of this size has run out of memory. On a CPU that is somebody else's doing, and soon over."""
+        """Record that work of this size ran out of memory. On a CPU other processes cause that, and it passes."""
         if self._is_cuda:
             self._too_large[size] = self._free_bytes()
 
     def mark(self) -> Mark:
-        """The end of all that has been launched until now."""
+        """Return a mark behind all work launched until now."""
         if not self._is_cuda:
             return Mark()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -127,8 +127,8 @@ class Device:
             self._last_step.wait()
         self._last_step = launched
 
-    def attempt(self, work: Callable[[], T]) -> Guarded[T]:
-        """Try `work`. Whatever goes wrong is told, not raised, but for `DeviceBroken`: the device is gone with it."""
+    def guard(self, work: Callable[[], T]) -> Guarded[T]:
+        """Run `work` and return its result or its error; raise only `DeviceBroken`, if the error broke the device."""
         try:
             return Guarded(work(), None)
         except EngineError as error:

@@ -1,8 +1,9 @@
-"""What a request needs before its first step: adapters and ControlNets there, a scheduler known, prompts encoded."""
+"""Admit requests to their first step: adapters and ControlNet on the device, scheduler known, prompts encoded."""
 
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from typing import Any
 
 from config.redacting import quoted
@@ -10,6 +11,7 @@ from inference.engine.batcher import Claim
 from inference.engine.conditioner import Conditioner
 from inference.engine.controlnet_admission import ControlNetAdmission
 from inference.engine.preparer import Preparer, ran_out_of_memory
+from inference.errors import RequestFailed
 from inference.lane import ActiveRequest
 from inference.lora.adapter_key import AdapterKey
 from inference.lora.bank import AppliedAdapter
@@ -17,7 +19,7 @@ from inference.lora.errors import AdapterUnsupported
 from inference.lora.layers import PAGE_RANK
 from inference.lora.slots import Slots
 from inference.models.base import Family
-from inference.request import RequestFailed, Stage
+from inference.request import Stage
 
 # Requests whose adapters are read before there is a lane for them. More would only fill the memory.
 READ_AHEAD = 4
@@ -38,33 +40,33 @@ class Admission:
 
     @property
     def num_bytes_to_come(self) -> int:
-        """Memory that adapters and ControlNets which have not been asked for yet may still take on the device."""
+        """Memory of the device that adapters and ControlNets which are not loaded yet may still take."""
         return self._model.bank.num_bytes_to_come + self._controls.num_bytes_to_come
 
-    def prepare(self, drawing: ActiveRequest, *, num_ahead: int) -> None:
-        """Begin to make a new request ready. On the caller's thread: the loop's may be a whole step away.
+    def prepare(self, active: ActiveRequest, *, num_ahead: int) -> None:
+        """Begin to make a new request ready. Called on any thread: the loop's may be busy for a whole step.
 
-        Its adapters are not read yet where `num_ahead` others come first.
+        Its adapters are not read yet where too many others (`num_ahead`) come first.
         """
-        drawing.scheduling = self._preparer.submit(lambda: self._model.prepare(drawing.request))
-        self._controls.prepare(drawing)
+        active.scheduling = self._preparer.submit(lambda: self._model.prepare(active.request))
+        self._controls.prepare(active)
         if num_ahead < self._num_ahead:
-            self._read_missing(drawing)
+            self._read_missing(active)
 
     def read_ahead(self, waiting: Sequence[ActiveRequest]) -> None:
-        """Begin to read the adapters and ControlNets of those that come next, of all that wait."""
+        """Begin to load the adapters and ControlNets of the next requests of `waiting`."""
         self._controls.begin_round(waiting[: self._num_ahead])
-        for drawing in waiting[: self._num_ahead]:
-            self._read_missing(drawing)
+        for active in waiting[: self._num_ahead]:
+            self._read_missing(active)
 
-    def claim(self, drawing: ActiveRequest) -> Claim:
-        """Let the request begin if it can. Raises what preparing or loading it ended with; after a
-        `torch.OutOfMemoryError` it holds nothing, and may ask again."""
-        # Once more: what was in a slot when the request came may have been evicted meanwhile.
-        self._read_missing(drawing)
-        needed: list[Future[Any]] = [drawing.scheduling]
-        needed += [drawing.readings[key] for key in self._new_keys(drawing)]
-        of_control = self._controls.needs(drawing)
+    def claim(self, active: ActiveRequest) -> Claim:
+        """Let the request begin if everything it needs is ready. Raises the error of its preparing or loading; after a
+        `torch.OutOfMemoryError` it holds nothing, and may claim again."""
+        # Once more: an adapter that was in a slot when the request came may have been evicted since.
+        self._read_missing(active)
+        needed: list[Future[Any]] = [active.scheduling]
+        needed += [active.readings[key] for key in self._new_keys(active)]
+        of_control = self._controls.needs(active)
         if of_control is None:
             return Claim.NO_SLOT
         needed += of_control
@@ -72,116 +74,110 @@ class Admission:
             return Claim.NOT_YET
         for one in needed:
             one.result()
-        num_pages: dict[Hashable, int] = {key: self._num_pages(drawing, key) for key in drawing.keys}
-        self._check_total(sum(num_pages.values()))
-        if not self.slots.has_room(num_pages):
+        if not self._has_room(active):
             return Claim.NO_SLOT
-        self._hold(drawing)
-        # Not before: one that found no memory may still be withdrawn. What this one holds goes when its end is noticed.
-        return Claim.GRANTED if drawing.begin() else Claim.WITHDRAWN
+        with ExitStack() as undo:
+            undo.callback(self._release, active)
+            self._load(active)
+            self._controls.attach(active)
+            undo.pop_all()
+        # Not before: one that found no memory may still be withdrawn. A withdrawn one is released when it is ended.
+        return Claim.GRANTED if active.begin() else Claim.WITHDRAWN
 
-    def relieve(self, older: Sequence[ActiveRequest], drawing: ActiveRequest, younger: Sequence[ActiveRequest]) -> bool:
-        """Free what is kept for none that draws or is older, so that a waiting request finds memory for what it claims;
-        was there any? What of the request itself found no memory is prepared anew.
+    def free_memory(
+        self, older: Sequence[ActiveRequest], active: ActiveRequest, younger: Sequence[ActiveRequest]
+    ) -> bool:
+        """Free memory that neither a running nor an older request uses, for a waiting request; False if there was none.
 
-        Nothing is read ahead for younger ones until some request has ended.
+        What of the request itself found no memory is read again. Nothing is read ahead for younger ones until some
+        request has ended.
         """
         self._num_ahead = 1
-        is_relieved = any(other.readings for other in younger)
+        is_freed = any(other.readings for other in younger)
         for other in younger:
             other.readings.clear()
-        for key in [key for key, reading in drawing.readings.items() if ran_out_of_memory(reading)]:
-            del drawing.readings[key]
-        return self._controls.relieve(older, drawing) or is_relieved
+        for key in [key for key, reading in active.readings.items() if ran_out_of_memory(reading)]:
+            del active.readings[key]
+        return self._controls.free_memory(older, active) or is_freed
 
-    def why_short(self, drawing: ActiveRequest) -> str:
-        """Says what of the request finds no memory, and what would be right."""
-        # By their numbers: what the job called them is not known here.
-        total, new = len(drawing.keys), self._new_keys(drawing)
-        missing = [f"adapter {number} of {total}" for number, key in enumerate(drawing.keys, 1) if key in new]
-        if drawing.request.control is not None:
-            missing.append(f"the ControlNet {quoted(drawing.request.control.model)}")
+    def out_of_memory_message(self, active: ActiveRequest) -> str:
+        """Return which parts of the request find no memory, and the remedy."""
+        # Adapters by their numbers: the job's names for them are not known here.
+        total, new = len(active.keys), self._new_keys(active)
+        missing = [f"adapter {number} of {total}" for number, key in enumerate(active.keys, 1) if key in new]
+        if active.request.control is not None:
+            missing.append(f"the ControlNet {quoted(active.request.control.model)}")
         what = " and ".join(missing) or "what the request needs"
-        settings = "ADAPTER_MEMORY_GB" + (" or CONTROLNET_MEMORY_GB" if drawing.request.control else "")
+        settings = "ADAPTER_MEMORY_GB" + (" or CONTROLNET_MEMORY_GB" if active.request.control else "")
         remedy = f"lower {settings}, end what else runs there or use a larger GPU"
         return f"the GPU's memory does not hold {what} beside the model, even alone: {remedy}"
 
-    def condition(self, drawings: Sequence[ActiveRequest]) -> None:
-        """Encode the prompts of requests that begin, in one go."""
+    def condition(self, requests: Sequence[ActiveRequest]) -> None:
+        """Encode the prompts of requests that begin, all together."""
         started_at = time.monotonic()
-        for drawing, conditioning in zip(drawings, self._conditioner.condition(drawings), strict=True):
-            drawing.conditioning = conditioning
-            drawing.note_stage("encode", started_at)
+        for active, conditioning in zip(requests, self._conditioner.condition(requests), strict=True):
+            active.conditioning = conditioning
+            active.note_stage("encode", started_at)
 
-    def release(self, drawing: ActiveRequest) -> None:
-        """The request ends: its adapters stay until their slots are needed."""
-        self._let_go(drawing)
+    def release(self, active: ActiveRequest) -> None:
+        """Release what an ended request holds: its adapters stay until their slots are needed."""
+        self._release(active)
         self._num_ahead = READ_AHEAD
 
     def close(self) -> None:
         self._preparer.close()
 
-    def _read_missing(self, drawing: ActiveRequest) -> None:
-        for key, file in zip(drawing.keys, drawing.request.adapters, strict=True):
-            if key not in drawing.readings and self.slots.find(key) is None:
-                drawing.readings[key] = self._preparer.read(key, file)
+    def _read_missing(self, active: ActiveRequest) -> None:
+        for key, file in zip(active.keys, active.request.adapters, strict=True):
+            if key not in active.readings and self.slots.find(key) is None:
+                active.readings[key] = self._preparer.read(key, file)
 
-    def _new_keys(self, drawing: ActiveRequest) -> list[AdapterKey]:
-        return [key for key in dict.fromkeys(drawing.keys) if self.slots.find(key) is None]
+    def _new_keys(self, active: ActiveRequest) -> list[AdapterKey]:
+        return [key for key in dict.fromkeys(active.keys) if self.slots.find(key) is None]
 
-    def _num_pages(self, drawing: ActiveRequest, key: AdapterKey) -> int:
-        slot = self.slots.find(key)
-        return len(slot.pages) if slot else drawing.readings[key].result().packed.num_pages
-
-    def _check_total(self, num_pages: int) -> None:
-        if num_pages > self.slots.num_pages:
+    def _has_room(self, active: ActiveRequest) -> bool:
+        """Return whether the request's adapters find slots and pages now; raise `RequestFailed` if they never do."""
+        num_pages: dict[Hashable, int] = {}
+        for key in active.keys:
+            slot = self.slots.find(key)
+            num_pages[key] = len(slot.pages) if slot else active.readings[key].result().packed.num_pages
+        total = sum(num_pages.values())
+        if total > self.slots.num_pages:
             held = f"this worker holds {self.slots.num_pages * PAGE_RANK} at once (ADAPTER_MEMORY_GB)"
-            reason = f"the adapters are of ranks {num_pages * PAGE_RANK} together; {held}: use fewer, or of lower ranks"
+            reason = f"the adapters are of ranks {total * PAGE_RANK} together; {held}: use fewer, or of lower ranks"
             raise RequestFailed(AdapterUnsupported.code, reason)
+        return self.slots.has_room(num_pages)
 
-    def _hold(self, drawing: ActiveRequest) -> None:
-        """Hold the request's adapters and its ControlNet on the device until it ends; none of them where one fails."""
-        try:
-            self._load(drawing)
-            self._controls.attach(drawing)
-        except Exception:
-            self._let_go(drawing)
-            raise
-
-    def _let_go(self, drawing: ActiveRequest) -> None:
-        for key in drawing.held:
+    def _release(self, active: ActiveRequest) -> None:
+        for key in active.held:
             self.slots.release(key)
-        drawing.held.clear()
-        self._controls.release(drawing)
+        active.held.clear()
+        self._controls.release(active)
 
-    def _load(self, drawing: ActiveRequest) -> None:
-        """Bring the request's adapters into slots and hold them there."""
-        new = self._new_keys(drawing)
-        # Those that are there first, or making room for the others might evict them.
-        for key in dict.fromkeys(drawing.keys):
+    def _load(self, active: ActiveRequest) -> None:
+        """Acquire slots for the request's adapters, loading those that are in none."""
+        new = self._new_keys(active)
+        # Those in slots first, or making room for the others might evict them.
+        for key in dict.fromkeys(active.keys):
             if key not in new:
-                drawing.held[key] = self.slots.acquire(key)
+                active.held[key] = self.slots.acquire(key)
         for key in new:
-            self._load_one(drawing, key)
-        files = zip(drawing.keys, drawing.request.adapters, strict=True)
-        drawing.row = tuple(AppliedAdapter(drawing.held[key].pages, file.scale) for key, file in files)
-        drawing.stages.append(_adapt_stage([drawing.readings[key].result().stage for key in new]))
-        drawing.readings.clear()
-
-    def _load_one(self, drawing: ActiveRequest, key: AdapterKey) -> None:
-        packed = drawing.readings[key].result().packed
-        slot = self.slots.load(key, packed.num_pages)
-        try:
-            self._model.bank.write(slot.pages, packed)
-        except Exception:
-            # Nobody may take what is in these pages now for the adapter.
-            self.slots.unload(key)
-            raise
-        drawing.held[key] = self.slots.acquire(key)
+            packed = active.readings[key].result().packed
+            slot = self.slots.load(key, packed.num_pages)
+            with ExitStack() as undo:
+                # After an error these pages do not hold the adapter.
+                undo.callback(self.slots.unload, key)
+                self._model.bank.write(slot.pages, packed)
+                undo.pop_all()
+            active.held[key] = self.slots.acquire(key)
+        files = zip(active.keys, active.request.adapters, strict=True)
+        active.row = tuple(AppliedAdapter(active.held[key].pages, file.scale) for key, file in files)
+        active.stages.append(_adapt_stage([active.readings[key].result().stage for key in new]))
+        active.readings.clear()
 
 
 def _adapt_stage(read: list[Stage]) -> Stage:
-    """From the first adapter's reading to the end of the last one's; nothing where all were in their slots."""
+    """Return the stage from the first reading's start to the last one's end; empty where all adapters were in slots."""
     if not read:
         return Stage("adapt", time.monotonic(), 0.0)
     started_at = min(stage.started_at for stage in read)

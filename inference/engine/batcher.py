@@ -1,15 +1,15 @@
-"""Which lanes join, and which of them share the next forward. Pure: no torch, no clock, no thread."""
+"""Choose which lanes join, and which of them share the next forward. Pure: no torch, no clock, no thread."""
 
 from collections.abc import Callable, Hashable
 from enum import Enum, auto
 from typing import Generic, Protocol, TypeVar
 
-# Forwards at a cap that memory forced before one more lane is tried: the shortage may have been somebody else's.
+# Forwards at a cap set after an out-of-memory error before one more lane is tried: another process may have caused it.
 FORWARDS_UNTIL_RELAXED = 100
 
 
 class Batchable(Protocol):
-    """What the batcher must know of a lane. Only lanes of one `shape` share a forward; a guided lane has two rows."""
+    """A lane as the batcher sees it. Only lanes of one `shape` share a forward; a guided lane has two rows."""
 
     @property
     def shape(self) -> Hashable: ...
@@ -20,27 +20,27 @@ class Batchable(Protocol):
 
 
 class Claim(Enum):
-    """The answer to a waiting lane that asks to join."""
+    """The answer to a waiting lane's claim to join."""
 
     GRANTED = auto()
-    NOT_YET = auto()  # its adapters are still being read, or memory is short: others may pass
-    NO_SLOT = auto()  # it waits for what others hold: nobody younger passes, or it might wait for ever
-    WITHDRAWN = auto()  # its request has ended meanwhile
+    NOT_YET = auto()  # its adapters are still being read, or memory is short: younger lanes may pass it
+    NO_SLOT = auto()  # it waits for what others hold: no younger lane passes it, or it might wait for ever
+    WITHDRAWN = auto()  # its request has ended
 
 
 L = TypeVar("L", bound=Batchable)
 
 
 class Batcher(Generic[L]):
-    """Owner of the order of lanes: waiting ones, active ones, and whose turn it is."""
+    """Owner of the waiting and active lanes, and of the order in which their shapes take turns."""
 
     def __init__(self, max_lanes: int, max_rows: Callable[[Hashable], int]) -> None:
-        """`max_rows(shape)` tells how many rows of a shape fit the memory that is free now."""
+        """`max_rows(shape)`: the rows of a shape that fit the memory free now."""
         self._max_lanes = max_lanes
         self._max_rows = max_rows
         self._waiting: list[L] = []
         self._active: list[L] = []
-        self._turns: list[Hashable] = []  # the active shapes, the one that waited longest for its turn first
+        self._turns: list[Hashable] = []  # the active shapes, the one whose last turn is longest ago first
         self._caps: dict[Hashable, int] = {}
         self._good_forwards: dict[Hashable, int] = {}
 
@@ -53,12 +53,12 @@ class Batcher(Generic[L]):
         return tuple(self._active)
 
     def add(self, lane: L) -> None:
-        """Let `lane` wait, behind all that arrived before it."""
+        """Insert `lane` among the waiting ones, in order of arrival."""
         self._waiting.append(lane)
         self._waiting.sort(key=lambda one: one.arrived_at)
 
     def admit(self, claim: Callable[[L], Claim]) -> list[L]:
-        """Move waiting lanes, oldest first, among the active ones while there is room; return those that joined."""
+        """Make waiting lanes active, oldest first, while there is room; return those that joined."""
         joined: list[L] = []
         for lane in self.waiting:
             if len(self._active) >= self._max_lanes:
@@ -69,25 +69,29 @@ class Batcher(Generic[L]):
             if answer is Claim.GRANTED:
                 self._active.append(lane)
                 joined.append(lane)
-            # Whoever answered may have removed a withdrawn lane already.
+            # `claim` may have removed a withdrawn lane already.
             if answer in (Claim.GRANTED, Claim.WITHDRAWN) and lane in self._waiting:
                 self._waiting.remove(lane)
         return joined
 
     def remove(self, lane: L) -> None:
-        """Take out a lane that is done or cancelled; one that is not here (any more) is no error."""
+        """Remove a lane that is done or cancelled, if it is here."""
         for lanes in (self._active, self._waiting):
             if lane in lanes:
                 lanes.remove(lane)
 
     def next_batch(self) -> list[L]:
-        """The lanes of the next forward: shapes take turns; of one shape the oldest, as many as fit, at least one."""
+        """Return the lanes of the next forward: shapes take turns; of one shape the oldest that fit, at least one."""
         if not self._active:
             return []
-        return self._fitting(self._next_shape())
+        shapes = dict.fromkeys(lane.shape for lane in self._active)
+        turns = [shape for shape in self._turns if shape in shapes]
+        turns += [shape for shape in shapes if shape not in turns]
+        self._turns = [*turns[1:], turns[0]]
+        return self._fitting(turns[0])
 
     def halve(self, batch: list[L]) -> list[L]:
-        """`batch` did not fit: the older half of it, the most that is tried from now on. Empty for one lane."""
+        """Return the older half of a batch that did not fit, and cap its shape at that; empty for one lane."""
         half = batch[: len(batch) // 2]
         if half:
             self._caps[half[0].shape] = sum(lane.num_rows for lane in half)
@@ -95,12 +99,12 @@ class Batcher(Generic[L]):
         return half
 
     def make_room(self) -> None:
-        """Something beside the forwards does not find its memory: halve what one of each active shape may hold."""
+        """Halve the forwards of every active shape: other work finds no memory beside them."""
         for shape in {lane.shape for lane in self._active}:
             self.halve(self._fitting(shape))
 
     def note_success(self, batch: list[L]) -> None:
-        """A forward went well; after enough of them a cap is raised by a lane, and at last forgotten."""
+        """Count a forward without an error; after enough of them raise the shape's cap by a lane, at last drop it."""
         shape = batch[0].shape
         if shape not in self._caps:
             return
@@ -110,13 +114,6 @@ class Batcher(Generic[L]):
             self._caps[shape] += 2
             if self._caps[shape] >= self._max_lanes * 2:
                 del self._caps[shape]
-
-    def _next_shape(self) -> Hashable:
-        shapes = dict.fromkeys(lane.shape for lane in self._active)
-        turns = [shape for shape in self._turns if shape in shapes]
-        turns += [shape for shape in shapes if shape not in turns]
-        self._turns = [*turns[1:], turns[0]]
-        return turns[0]
 
     def _fitting(self, shape: Hashable) -> list[L]:
         max_rows = min(self._max_rows(shape), self._caps.get(shape, self._max_lanes * 2))

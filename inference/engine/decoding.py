@@ -8,9 +8,11 @@ import torch
 
 from inference.device.decoded_image import DecodedImage
 from inference.device.device import Device, Guarded
+from inference.errors import RequestFailed
 from inference.lane import ActiveRequest, Lane
 from inference.models.base import Family
-from inference.request import Picture, RequestFailed
+from inference.models.inputs import sampler_of
+from inference.request import Picture
 
 
 class _InFlight(NamedTuple):
@@ -19,8 +21,7 @@ class _InFlight(NamedTuple):
 
 
 class Decoder:
-    """Owner of the images that are on their way from the device, in the order they were begun in. Of the engine's
-    thread."""
+    """Owner of the images in flight from the device, in the order of their launch. The engine's thread calls it."""
 
     def __init__(self, model: Family, device: Device) -> None:
         self._model = model
@@ -32,30 +33,29 @@ class Decoder:
         return bool(self._in_flight)
 
     def begin(self, lane: Lane) -> Exception | None:
-        """Launch the lane's decoding, in tiles where memory ends; the error where it cannot be launched."""
-        assert lane.sampler is not None, "a denoised lane has a sampler"  # noqa: S101
-        latents = lane.sampler.latents
+        """Launch the lane's decoding, in tiles where memory ends; return the error where it cannot be launched."""
+        latents = sampler_of(lane).latents
         in_tiles = not self._device.may_fit(latents.numel())
-        attempt = self._device.attempt(lambda: self._model.decode(latents, in_tiles=in_tiles))
-        if isinstance(attempt.error, torch.OutOfMemoryError) and not in_tiles:
+        guarded = self._device.guard(lambda: self._model.decode(latents, in_tiles=in_tiles))
+        if isinstance(guarded.error, torch.OutOfMemoryError) and not in_tiles:
             self._device.note_too_large(latents.numel())
-            attempt = self._device.attempt(lambda: self._model.decode(latents, in_tiles=True))
-        if attempt.made is not None:
-            self._in_flight.append(_InFlight(lane, attempt.made))
-        return attempt.error
+            guarded = self._device.guard(lambda: self._model.decode(latents, in_tiles=True))
+        if guarded.result is not None:
+            self._in_flight.append(_InFlight(lane, guarded.result))
+        return guarded.error
 
     def is_due(self, *, num_left: int) -> bool:
-        """Has the oldest image arrived, or are there more than `num_left`?"""
+        """Return whether the oldest image has arrived or more than `num_left` are in flight."""
         return len(self._in_flight) > num_left or (self.is_busy and self._in_flight[0].image.has_arrived)
 
     def end_oldest(self) -> tuple[Lane, Guarded[Picture]]:
-        """Wait for the oldest image; the lane, and what came of it."""
+        """Wait for the oldest image; return its lane, and the image or its error."""
         lane, image = self._in_flight.popleft()
-        return lane, self._device.attempt(partial(self._picture_of, lane, image))
+        return lane, self._device.guard(partial(self._picture_of, lane, image))
 
-    def drop(self, drawing: ActiveRequest) -> None:
-        """Forget the request's images."""
-        self._in_flight = deque(one for one in self._in_flight if one.lane.drawing is not drawing)
+    def drop(self, active: ActiveRequest) -> None:
+        """Drop the request's images in flight."""
+        self._in_flight = deque(one for one in self._in_flight if one.lane.owner is not active)
 
     def _picture_of(self, lane: Lane, image: DecodedImage) -> Picture:
         pixels = image.wait()

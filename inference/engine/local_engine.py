@@ -1,4 +1,4 @@
-"""The engine of this process: one thread that owns the model and turns its loop."""
+"""The engine in this process: one thread that owns the model and runs its loop."""
 
 import logging
 import queue
@@ -10,25 +10,15 @@ import diffusers
 import torch
 import transformers
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.engine.step_loop import StepLoop
 from inference.engine.warm_up import WarmUp
+from inference.errors import EngineClosed, EngineFault, EngineStartFailed, RequestFailed
 from inference.lane import ActiveRequest
 from inference.lora.adapter_key import AdapterKey
 from inference.models.base import Family
 from inference.models.loader import load_family
-from inference.request import (
-    EngineClosed,
-    EngineFault,
-    EngineStartFailed,
-    GenerationRequest,
-    GenerationResult,
-    IsCancelled,
-    ModelFacts,
-    OnOccupancy,
-    OnStep,
-    RequestFailed,
-)
+from inference.request import GenerationRequest, GenerationResult, IsCancelled, ModelFacts, OnLoadReport, OnStep
 
 logger = logging.getLogger(__name__)
 
@@ -40,18 +30,21 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class LocalEngine:
     """`Engine` in this process. Owner of the thread that the model's loop runs on."""
 
-    def __init__(self, settings: ModelSettings, on_occupancy: OnOccupancy = lambda _: None) -> None:
-        """Load the model and warm it up; `EngineStartFailed` says why that cannot be. `on_occupancy` is called on the
-        engine's thread after each turn of its loop. The process was given `gpu_variables`: `cuda:N` is not counted."""
-        _quieten_libraries()
+    def __init__(self, settings: ModelSettings, on_load_report: OnLoadReport = lambda _: None) -> None:
+        """Load the model and warm it up; raise `EngineStartFailed` with the reason if that fails.
+
+        `on_load_report` is called on the engine's thread after each turn of its loop. The process was started with
+        `gpu_variables`: it sees the GPU of `cuda:N` as its only one.
+        """
+        _silence_libraries()
         started_at = time.monotonic()
         device = _choose_device(settings.device)
         dtype = _choose_dtype(settings.dtype, device)
         self._model = self._load(settings, device, dtype)
-        self._on_occupancy = on_occupancy
+        self._on_load_report = on_load_report
         self._inbox: queue.SimpleQueue[ActiveRequest | None] = queue.SimpleQueue()
-        # What is in the inbox is answered: nothing may come in once the thread has looked into it for the last time.
-        self._taking_in = threading.Lock()
+        # Every request in the inbox is answered: none may be added after the thread has read it for the last time.
+        self._inbox_lock = threading.Lock()
         self._is_closing = False
         self.is_broken = False
         self._loop = StepLoop(
@@ -90,13 +83,13 @@ class LocalEngine:
     ) -> Future[GenerationResult]:
         """Queue `request`; see `Engine`."""
         keys = tuple(AdapterKey.of(file) for file in request.adapters)
-        drawing = ActiveRequest(request, self._model.batch_traits(request), on_step, is_cancelled, keys)
-        self._enqueue(drawing)
-        return drawing.future
+        active = ActiveRequest(request, self._model.batch_traits(request), on_step, is_cancelled, keys)
+        self._enqueue(active)
+        return active.future
 
     def close(self) -> None:
-        """Drop what waits, finish what is being drawn, and end the thread."""
-        with self._taking_in:
+        """Cancel waiting requests, finish running ones, and end the thread."""
+        with self._inbox_lock:
             self._is_closing = True
         self._wake()
         self._thread.join()
@@ -105,20 +98,20 @@ class LocalEngine:
         return load_family(settings, device=device, dtype=dtype)
 
     def _warm_up(self, max_lanes: int) -> float:
-        """The seconds of a step."""
+        """Return the seconds of a step."""
         warm_up = WarmUp(self._model, self._enqueue, self._loop.forget)
         step_seconds = warm_up.measure_step()
-        # On a CPU there is nothing to load: it would only put off the first job.
+        # On a CPU there is nothing to load: it would only delay the first job.
         if self._model.device.type == "cuda":
             warm_up.load_kernels(max_lanes)
         return step_seconds
 
-    def _enqueue(self, drawing: ActiveRequest) -> None:
-        with self._taking_in:
+    def _enqueue(self, active: ActiveRequest) -> None:
+        with self._inbox_lock:
             if self._is_closing or self.is_broken:
                 raise EngineClosed("the engine is closed")
-            self._loop.prepare(drawing)
-            self._inbox.put(drawing)
+            self._loop.prepare(active)
+            self._inbox.put(active)
 
     def _wake(self) -> None:
         self._inbox.put(None)
@@ -128,45 +121,37 @@ class LocalEngine:
     def _run(self) -> None:
         try:
             with torch.inference_mode():
-                self._turn_until_closed()
+                while not (self._is_closing and self._loop.is_empty and self._inbox.empty()):
+                    self._turn()
         except Exception as error:
-            # The thread's boundary. After an error nobody foresaw, and after the device's own, nothing here is certain.
+            # The thread's boundary. After an unforeseen error, or one of the device, no state here is certain.
             logger.exception("the engine failed")
-            self._break(EngineFault(f"the engine failed: {error}"))
+            with self._inbox_lock:
+                self.is_broken = True
+            while not self._inbox.empty():
+                self._add_next(timeout_seconds=0.0)
+            self._loop.fail_all(EngineFault(f"the engine failed: {error}"))
         finally:
             self._loop.close()
 
-    def _turn_until_closed(self) -> None:
-        while True:
-            self._take_in()
-            if self._is_closing:
-                self._loop.withdraw_waiting()
-            self._on_occupancy(self._loop.step())
-            if self._is_closing and self._loop.is_empty and self._inbox.empty():
-                return
-
-    def _take_in(self) -> None:
-        """Add what has come; wait for something to come while there is nothing to do."""
+    def _turn(self) -> None:
+        """Add the new requests, waiting for one while there is no work, and take a step."""
         if not self._loop.has_work and not self._is_closing:
-            # What waits for its adapters may be cancelled meanwhile.
+            # Requests that wait for their adapters may be cancelled at any time.
             self._add_next(timeout_seconds=None if self._loop.is_empty else POLL_SECONDS)
         while not self._inbox.empty():
             self._add_next(timeout_seconds=0.0)
+        if self._is_closing:
+            self._loop.withdraw_waiting()
+        self._on_load_report(self._loop.step())
 
     def _add_next(self, timeout_seconds: float | None) -> None:
         try:
-            drawing = self._inbox.get(timeout=timeout_seconds)
+            active = self._inbox.get(timeout=timeout_seconds)
         except queue.Empty:
             return
-        if drawing is not None:
-            self._loop.add(drawing)
-
-    def _break(self, error: EngineFault) -> None:
-        with self._taking_in:
-            self.is_broken = True
-        while not self._inbox.empty():
-            self._add_next(timeout_seconds=0.0)
-        self._loop.fail_all(error)
+        if active is not None:
+            self._loop.add(active)
 
 
 def _choose_device(name: str) -> torch.device:
@@ -186,8 +171,8 @@ def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def _quieten_libraries() -> None:
-    """Loading bars and advice on standard error would break the one-line-of-JSON rule of the logs."""
+def _silence_libraries() -> None:
+    """Silence progress bars and advice: on standard error they would break the one-line-of-JSON rule of the logs."""
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

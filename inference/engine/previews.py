@@ -1,6 +1,5 @@
-"""Small pictures of requests on their way, for people who watch: lossy, and never at the expense of a step."""
+"""Previews of requests being denoised: latents projected to small images, lossy, never at the expense of a step."""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,52 +13,54 @@ from inference.request import Preview
 
 
 class _Projected(NamedTuple):
-    """A picture [height, width, 3] on its way to host memory, for `drawing`."""
+    """An image [height, width, 3] in flight to host memory, of the request `owner`."""
 
-    drawing: ActiveRequest
+    owner: ActiveRequest
     rgb: HostCopy
 
 
 class Previews:
-    """Owner of the previews that are on their way from the device. Of the engine's thread."""
+    """Owner of the previews in flight from the device. The engine's thread calls it."""
 
     def __init__(self, model: Family, device: Device, every: int) -> None:
-        """A preview every so many steps; 0: none, and nothing is done for it."""
+        """Make a preview every so many steps; 0: none, at no cost."""
         self._model = model
         self._device = device
         self._every = every
         self._projection = model.find_projection() if every else None
         self._copies: list[_Projected] = []
 
-    def look_at(self, lane: Lane, prediction: torch.Tensor) -> None:
-        """Project the lane's picture if one is due with the step that it is about to take by `prediction`."""
-        if self._every and self._is_due(lane):
-            # A preview that does not fit the memory is one less, and no reason for anything to fail.
-            self._device.attempt(partial(self._begin_copy, lane, prediction))
+    def project(self, lane: Lane, prediction: torch.Tensor) -> None:
+        """Project the lane's image if a preview is due at the step that it is about to take by `prediction`."""
+        projection = self._projection
+        if projection is None or not self._is_due(lane):
+            return
 
-    def hand_over(self) -> None:
-        """Give the requests what has arrived from the device, for their next reports. Waits for nothing."""
+        def begin_copy() -> None:
+            rgb = projection(self._model.predict_x0(lane, prediction))
+            self._copies.append(_Projected(lane.owner, copy_to_host(rgb)))
+
+        # A preview that does not fit the memory is left out; the request goes on.
+        self._device.guard(begin_copy)
+
+    def deliver(self) -> None:
+        """Give the previews that have arrived to their requests, for the next reports. Never blocks."""
         waiting, self._copies = self._copies, []
         for copy in waiting:
             if copy.rgb.has_arrived:
                 height, width, _ = copy.rgb.host.shape
-                copy.drawing.preview = Preview(width, height, copy.rgb.host.numpy().tobytes())
+                copy.owner.preview = Preview(width, height, copy.rgb.host.numpy().tobytes())
             else:
                 self._copies.append(copy)
 
     def _is_due(self, lane: Lane) -> bool:
-        """Of the request's first picture, and with every step but the last: behind that comes the picture itself."""
+        """Return whether a preview is due: of the first image only, and not at the last step."""
         sampler = sampler_of(lane)
         if lane.number > 0 or sampler.step_index + 1 >= sampler.num_steps:
             return False
         # A scheduler may take several forwards to one step.
-        num_steps = lane.drawing.kind.num_steps
+        num_steps = lane.owner.traits.num_steps
         before, after = (
             index * num_steps // sampler.num_steps for index in (sampler.step_index, sampler.step_index + 1)
         )
         return before // self._every < after // self._every
-
-    def _begin_copy(self, lane: Lane, prediction: torch.Tensor) -> None:
-        assert self._projection is not None, "previews are due where there is a projection"  # noqa: S101
-        rgb = self._projection(self._model.predict_x0(lane, prediction))
-        self._copies.append(_Projected(lane.drawing, copy_to_host(rgb)))

@@ -1,24 +1,23 @@
-"""The engine's loop: admit, denoise, advance, finish. Lanes of many requests, styles and ages share each forward."""
+"""The engine's loop: admit, denoise, advance, finish. Lanes of many requests, adapters and ages share each forward."""
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 
-from inference.device.device import Device, Guarded
+from inference.device.device import Device
 from inference.engine.admission import Admission
+from inference.engine.batch_runner import BatchRunner
 from inference.engine.batcher import Batcher, Claim
 from inference.engine.decoding import Decoder
+from inference.engine.out_of_memory import OutOfMemoryPolicy
 from inference.engine.previews import Previews
-from inference.engine.shortages import Shortages
-from inference.lane import ActiveRequest, Lane
+from inference.errors import EngineError, EngineFault, RequestCancelled, RequestFailed
+from inference.lane import ActiveRequest, Lane, owners_of
 from inference.lora.adapter_key import AdapterKey
 from inference.models.base import Family
 from inference.models.inputs import sampler_of
-from inference.request import EngineError, EngineFault, EngineLoad, GenerationResult, RequestCancelled, RequestFailed
-
-logger = logging.getLogger(__name__)
+from inference.request import EngineLoad, GenerationResult
 
 
 class StepLoop:
@@ -39,10 +38,11 @@ class StepLoop:
         self._device = Device(model.device, lambda: self._admission.num_bytes_to_come)
         self._batcher: Batcher[Lane] = Batcher(max_lanes, self._device.max_rows)
         self._admission = Admission(model, num_slots=num_slots, max_rank=max_rank, on_ready=on_ready)
-        self._shortages = Shortages(self._batcher, self._admission, lambda: [*self._batcher.active, *self._denoised])
+        self._oom = OutOfMemoryPolicy(self._batcher, self._admission, lambda: [*self._batcher.active, *self._denoised])
+        self._runner = BatchRunner(model, self._device, self._batcher, self._fail)
         self._previews = Previews(model, self._device, preview_every)
         self._decoder = Decoder(model, self._device)
-        self._drawings: list[ActiveRequest] = []
+        self._requests: list[ActiveRequest] = []
         self._denoised: list[Lane] = []
         self._step_seconds = 0.0
         self._was_busy = False
@@ -50,50 +50,50 @@ class StepLoop:
 
     @property
     def is_empty(self) -> bool:
-        return not self._drawings
+        return not self._requests
 
     @property
     def has_work(self) -> bool:
-        """Can a step do anything, or does everything here wait to be prepared?"""
-        # Where lanes have just left, those that waited for their places are to be asked once more.
+        """False while every request here waits to be prepared: a step would do nothing."""
+        # Where lanes have just left, those that waited for their places claim once more.
         is_decoding = bool(self._denoised) or self._decoder.is_busy
         return is_decoding or bool(self._batcher.active or (self._was_busy and self._batcher.waiting))
 
-    def prepare(self, drawing: ActiveRequest) -> None:
-        """Begin to make a request ready that will be added. Any thread may call it."""
-        num_waiting = len({id(lane.drawing) for lane in self._batcher.waiting})
-        self._admission.prepare(drawing, num_ahead=num_waiting)
+    def prepare(self, active: ActiveRequest) -> None:
+        """Begin to make a request ready that will be added. Thread-safe."""
+        num_waiting = len({id(lane.owner) for lane in self._batcher.waiting})
+        self._admission.prepare(active, num_ahead=num_waiting)
 
-    def add(self, drawing: ActiveRequest) -> None:
-        """Take in a request that was given to `prepare`."""
-        self._drawings.append(drawing)
-        for lane in drawing.lanes:
+    def add(self, active: ActiveRequest) -> None:
+        """Add a request that was given to `prepare`."""
+        self._requests.append(active)
+        for lane in active.lanes:
             self._batcher.add(lane)
 
     def step(self) -> EngineLoad:
-        """One turn: lanes join, one batch takes a step, lanes that are done become pictures."""
+        """Take one turn: lanes join, one batch takes a step, denoised lanes become images."""
         self._admit()
         self._was_busy = bool(self._batcher.active)
         started_at = time.monotonic()
-        batch, predictions = self._denoise(self._batcher.next_batch())
+        batch, predictions = self._runner.run(self._batcher.next_batch())
         self._advance(batch, predictions)
         if batch:
             self._step_seconds = time.monotonic() - started_at
         self._finish()
-        return self._occupancy(len(batch))
+        return self._engine_load(len(batch))
 
     def withdraw_waiting(self) -> None:
         """Cancel every request that has not begun."""
-        for drawing in self._drawings:
-            drawing.future.cancel()
+        for active in self._requests:
+            active.future.cancel()
 
     def fail_all(self, error: EngineError) -> None:
         """End every request with `error`."""
-        for drawing in tuple(self._drawings):
-            self._end(drawing, error)
+        for active in tuple(self._requests):
+            self._end(active, error)
 
     def forget(self, key: AdapterKey) -> None:
-        """Take an adapter that no request uses out of its slot, if it is in one."""
+        """Evict an adapter that no request uses, if it is in a slot."""
         self._admission.slots.forget(key)
 
     def close(self) -> None:
@@ -102,186 +102,144 @@ class StepLoop:
     # Admit: cancelled requests leave, waiting ones join while there are lanes and slots.
 
     def _admit(self) -> None:
-        for drawing in tuple(self._drawings):
-            if drawing.future.cancelled() or drawing.is_cancelled():
-                self._end(drawing, RequestCancelled("cancelled by the caller"))
-        self._admission.read_ahead(_drawings_of(self._batcher.waiting))
+        for active in tuple(self._requests):
+            if active.future.cancelled() or active.is_cancelled():
+                self._end(active, RequestCancelled("cancelled by the caller"))
+        self._admission.read_ahead(owners_of(self._batcher.waiting))
         self._is_encoding = False
         joined = self._batcher.admit(self._claim)
-        self._condition([drawing for drawing in _drawings_of(joined) if drawing.conditioning is None])
+        self._condition([active for active in owners_of(joined) if active.conditioning is None])
         for lane in joined:
-            # Some may have ended meanwhile, and others wait again.
+            # Some may have ended since, and others wait again.
             if lane in self._batcher.active:
                 self._begin(lane)
 
     def _claim(self, lane: Lane) -> Claim:
-        """May this lane join now? A request's first lane brings all that the others need too."""
-        drawing = lane.drawing
-        if drawing.is_ended:
+        """Return whether the lane may join now. A request's first lane claims all that its other lanes need too."""
+        active = lane.owner
+        if active.is_ended:
             return Claim.WITHDRAWN
-        if self._shortages.is_to_be_alone(drawing):
+        if self._oom.must_run_alone(active):
             return Claim.NO_SLOT
-        if drawing.is_begun:
+        if active.is_begun:
             return Claim.GRANTED
-        has_source = drawing.request.source is not None
+        has_source = active.request.source is not None
         if has_source and self._is_encoding and any(one.sampler is not None for one in self._batcher.active):
-            # Encoding a picture takes as long as a step: those that are being denoised wait for one at a time.
+            # Encoding an image takes as long as a step: the lanes that are being denoised wait for one at a time.
             return Claim.NOT_YET
-        attempt = self._device.attempt(lambda: self._admission.claim(drawing))
-        if isinstance(attempt.error, torch.OutOfMemoryError):
-            answer = self._shortages.answer(drawing, _drawings_of(self._batcher.waiting))
+        guarded = self._device.guard(lambda: self._admission.claim(active))
+        if isinstance(guarded.error, torch.OutOfMemoryError):
+            answer = self._oom.after_failed_claim(active, owners_of(self._batcher.waiting))
             if answer is Claim.WITHDRAWN:
-                self._end(drawing, RequestFailed("GPU_OOM", self._admission.why_short(drawing)))
+                self._end(active, RequestFailed("GPU_OOM", self._admission.out_of_memory_message(active)))
             return answer
-        if attempt.made is None:
-            self._fail(drawing, attempt.error)
-        self._is_encoding |= has_source and attempt.made is Claim.GRANTED
-        return attempt.made or Claim.WITHDRAWN
+        if guarded.result is None:
+            self._fail(active, guarded.error)
+        self._is_encoding |= has_source and guarded.result is Claim.GRANTED
+        return guarded.result or Claim.WITHDRAWN
 
-    def _condition(self, drawings: Sequence[ActiveRequest]) -> None:
-        if not drawings:
+    def _condition(self, requests: Sequence[ActiveRequest]) -> None:
+        """Encode the prompts of all requests together; after an error those of each by itself."""
+        if not requests:
             return
-        error = self._device.attempt(lambda: self._admission.condition(drawings)).error
+        error = self._device.guard(lambda: self._admission.condition(requests)).error
         if error is None:
-            for drawing in drawings:
-                drawing.tell_begin(self._device.mark())
-        elif len(drawings) > 1:
-            for drawing in drawings:
-                self._condition([drawing])
-        elif not self._shortages.postpone(drawings[0], error):
-            self._fail(drawings[0], error)
+            for active in requests:
+                active.report_begin(self._device.mark())
+        elif len(requests) > 1:
+            for active in requests:
+                self._condition([active])
+        elif not self._oom.postpone(requests[0], error):
+            self._fail(requests[0], error)
 
     def _begin(self, lane: Lane) -> None:
-        attempt = self._device.attempt(lambda: self._model.begin(lane))
-        if isinstance(attempt.error, torch.OutOfMemoryError):
-            attempt = self._device.attempt(lambda: self._model.begin(lane, in_tiles=True))
-        if attempt.made is not None:
-            lane.drawing.scheduler, lane.sampler = attempt.made
-        elif not self._shortages.postpone(lane.drawing, attempt.error):
-            self._fail(lane.drawing, attempt.error)
-
-    # Denoise: one forward, with fewer lanes where memory ends, lane by lane where something else goes wrong.
-
-    def _denoise(self, batch: list[Lane]) -> tuple[list[Lane], list[torch.Tensor]]:
-        if not batch:
-            return [], []
-        attempt = self._forward(batch)
-        while isinstance(attempt.error, torch.OutOfMemoryError) and len(batch) > 1:
-            logger.warning("out of memory with %d lanes: trying half of them", len(batch))
-            batch = self._batcher.halve(batch)
-            attempt = self._forward(batch)
-        if attempt.made is not None:
-            self._batcher.note_success(batch)
-            return batch, attempt.made
-        if len(batch) > 1:
-            return self._denoise_one_by_one(batch)
-        self._fail(batch[0].drawing, attempt.error)
-        return [], []
-
-    def _denoise_one_by_one(self, batch: list[Lane]) -> tuple[list[Lane], list[torch.Tensor]]:
-        """Somebody in the batch breaks it: whoever fails alone, and nobody else."""
-        predictions: dict[Lane, torch.Tensor] = {}
-        for lane in batch:
-            if lane.drawing.is_ended:
-                continue
-            attempt = self._forward([lane])
-            if attempt.made is None:
-                self._fail(lane.drawing, attempt.error)
-            else:
-                (predictions[lane],) = attempt.made
-        survivors = {lane: made for lane, made in predictions.items() if not lane.drawing.is_ended}
-        return list(survivors), list(survivors.values())
-
-    def _forward(self, batch: list[Lane]) -> Guarded[list[torch.Tensor]]:
-        def forward() -> list[torch.Tensor]:
-            with self._device.measured(batch[0].shape, sum(lane.num_rows for lane in batch)):
-                return self._model.denoise(batch)
-
-        return self._device.attempt(forward)
+        guarded = self._device.guard(lambda: self._model.begin(lane))
+        if isinstance(guarded.error, torch.OutOfMemoryError):
+            guarded = self._device.guard(lambda: self._model.begin(lane, in_tiles=True))
+        if guarded.result is not None:
+            lane.owner.scheduler, lane.sampler = guarded.result
+        elif not self._oom.postpone(lane.owner, guarded.error):
+            self._fail(lane.owner, guarded.error)
 
     # Advance: every lane of the batch takes its own scheduler's step.
 
     def _advance(self, batch: list[Lane], predictions: list[torch.Tensor]) -> None:
         for lane, prediction in zip(batch, predictions, strict=True):
-            self._previews.look_at(lane, prediction)
+            self._previews.project(lane, prediction)
             sampler_of(lane).advance(prediction)
-        self._previews.hand_over()
+        self._previews.deliver()
         launched = self._device.mark()
-        for drawing in _drawings_of(batch):
-            drawing.note_steps(launched)
+        for active in owners_of(batch):
+            active.note_steps(launched)
         self._device.keep_pace(launched)
-        for drawing in self._drawings:
-            drawing.tell_steps()
+        for active in self._requests:
+            active.report_steps()
 
-    # Finish: lanes that are done leave the batch and are decoded, as many as a step's time allows.
+    # Finish: denoised lanes leave the batch and are decoded, as many as a step's time allows.
 
     def _finish(self) -> None:
         leaving = [lane for lane in self._batcher.active if lane.is_denoised]
         for lane in leaving:
             self._batcher.remove(lane)
         self._denoised += leaving
-        for drawing in _drawings_of(leaving):
-            if drawing.is_denoised:
-                drawing.note_stage("denoise", drawing.last_stage_ended_at)
-        # Those that were begun in the turn before. This turn's forward runs behind them: the device has work meanwhile.
+        for active in owners_of(leaving):
+            if active.is_denoised:
+                active.note_stage("denoise", active.last_stage_ended_at)
+        # Those that were launched in the turn before. This turn's forward is queued behind them: the device has work.
         self._end_decoded(num_left=0)
-        # The others wait no longer than a step takes, and one picture more.
+        # The rest are decoded for no longer than a step takes, and one image more.
         started_at = time.monotonic()
         while self._denoised and (not self._batcher.active or time.monotonic() - started_at < self._step_seconds):
-            self._decode(self._denoised.pop(0))
-            # One alone may be ahead, or the clock would tell how long launching takes.
+            lane = self._denoised.pop(0)
+            error = self._decoder.begin(lane)
+            if error is not None:
+                self._fail(lane.owner, error)
+            # At most one in flight, or the clock would measure how long launching takes.
             self._end_decoded(num_left=1)
 
-    def _decode(self, lane: Lane) -> None:
-        error = self._decoder.begin(lane)
-        if error is not None:
-            self._fail(lane.drawing, error)
-
     def _end_decoded(self, *, num_left: int) -> None:
-        """Take in the images that have come from the device, and wait for others until `num_left` are on their way."""
+        """Collect the images that have arrived from the device, and wait for others until `num_left` are in flight."""
         while self._decoder.is_due(num_left=num_left):
-            lane, attempt = self._decoder.end_oldest()
-            drawing = lane.drawing
-            if attempt.made is None:
-                self._fail(drawing, attempt.error)
+            lane, guarded = self._decoder.end_oldest()
+            active = lane.owner
+            if guarded.result is None:
+                self._fail(active, guarded.error)
                 continue
-            drawing.pictures[lane.number] = attempt.made
-            if drawing.is_drawn:
-                drawing.note_stage("decode", drawing.last_stage_ended_at)
-                self._end(drawing, drawing.result())
+            active.pictures[lane.number] = guarded.result
+            if active.is_decoded:
+                active.note_stage("decode", active.last_stage_ended_at)
+                self._end(active, active.result())
 
-    # Endings
-
-    def _fail(self, drawing: ActiveRequest, error: Exception | None) -> None:
-        """End the request with what the device's error means for its owner."""
+    def _fail(self, active: ActiveRequest, error: Exception | None) -> None:
+        """End the request with the `EngineError` for an error of the device or the model."""
         if isinstance(error, torch.OutOfMemoryError):
-            size = f"a picture of {drawing.request.width}x{drawing.request.height}"
+            size = f"a picture of {active.request.width}x{active.request.height}"
             reason = f"{size} does not fit the GPU's memory, even alone: ask for a smaller one"
-            self._end(drawing, RequestFailed("GPU_OOM", reason))
+            self._end(active, RequestFailed("GPU_OOM", reason))
         elif isinstance(error, EngineError):
-            self._end(drawing, error)
+            self._end(active, error)
         else:
-            self._end(drawing, EngineFault(f"{type(error).__name__}: {error}"))
+            self._end(active, EngineFault(f"{type(error).__name__}: {error}"))
 
-    def _end(self, drawing: ActiveRequest, outcome: GenerationResult | Exception) -> None:
-        """Take the request out, free what it held, and answer it unless its owner cancelled it."""
-        self._drawings.remove(drawing)
-        for lane in drawing.lanes:
+    def _end(self, active: ActiveRequest, outcome: GenerationResult | Exception) -> None:
+        """Remove the request, free what it held, and resolve its future unless that was cancelled."""
+        self._requests.remove(active)
+        for lane in active.lanes:
             self._batcher.remove(lane)
             if lane in self._denoised:
                 self._denoised.remove(lane)
-        self._decoder.drop(drawing)
-        self._admission.release(drawing)
-        if not drawing.begin():
+        self._decoder.drop(active)
+        self._admission.release(active)
+        if not active.begin():
             return
         if isinstance(outcome, Exception):
-            drawing.future.set_exception(outcome)
+            active.future.set_exception(outcome)
         else:
-            # The device has ended the last one for certain: its pixels are here.
-            drawing.tell_steps()
-            drawing.future.set_result(outcome)
+            # The device has ended the last step for certain: its pixels are here.
+            active.report_steps()
+            active.future.set_result(outcome)
 
-    def _occupancy(self, num_batched: int) -> EngineLoad:
+    def _engine_load(self, num_batched: int) -> EngineLoad:
         return EngineLoad(
             num_batched=num_batched,
             num_lanes=len(self._batcher.active),
@@ -289,8 +247,3 @@ class StepLoop:
             slots_idle=self._admission.slots.num_idle,
             slots_free=self._admission.slots.num_free,
         )
-
-
-def _drawings_of(lanes: Sequence[Lane]) -> list[ActiveRequest]:
-    """The requests that the lanes belong to, each once, in order."""
-    return list(dict.fromkeys(lane.drawing for lane in lanes))

@@ -1,4 +1,4 @@
-"""Requests drawn before the first job: they measure a step, and load what the first batches would wait for."""
+"""Warm-up requests before the first job: they measure a step and load the kernels of the first batches."""
 
 import logging
 import time
@@ -7,53 +7,46 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from inference.checkpoints import safety_checker as safety
+from inference.errors import RequestCancelled, RequestFailed
 from inference.lane import ActiveRequest
 from inference.lora.adapter_key import AdapterKey, ReadAdapter
 from inference.lora.bank import PackedAdapter
 from inference.models.base import Family
-from inference.request import (
-    AdapterFile,
-    GenerationRequest,
-    RequestCancelled,
-    RequestFailed,
-    Source,
-    Stage,
-    StepReport,
-)
+from inference.request import AdapterFile, GenerationRequest, Source, Stage, StepReport
 
 logger = logging.getLogger(__name__)
 
 NUM_STEPS = 3
-# Rows of the forwards on a GPU. Kernels are loaded, and plans are made for cuBLAS and cuDNN, at their first use with a
-# number of rows, while the jobs of that forward wait: seconds in all.
+# Rows of the forwards on a GPU. Kernels are loaded, and cuBLAS and cuDNN make their plans, at the first forward with a
+# number of rows, while its jobs wait: seconds in all.
 ROWS = (2, 4, 8, 20)
 GREY, WHITE = b"\x80", b"\xff"
-# There is no such file: it is never read.
+# No such file: it is never read.
 BLANK = AdapterFile(Path(), None, 1.0, version="warm-up")
 
 
 class WarmUp:
-    """Draws with the engine's own loop: cuDNN keeps its plans by thread."""
+    """Runs warm-up requests through the engine's own loop: cuDNN keeps its plans per thread."""
 
     def __init__(
         self, model: Family, enqueue: Callable[[ActiveRequest], None], forget: Callable[[AdapterKey], None]
     ) -> None:
-        """`enqueue` hands a request to the loop, whose thread is the one to call `forget` with an adapter's key."""
+        """`enqueue` adds a request to the loop; `forget`, for the loop's thread, evicts an adapter."""
         self._model = model
         self._enqueue = enqueue
         self._forget = forget
 
     def measure_step(self) -> float:
-        """Draw one image and return the seconds of a step, the slow first one left out. Raises `RequestFailed`."""
+        """Draw one image and return the seconds of a step, without the slow first one. Raises `RequestFailed`."""
         seconds: list[float] = []
 
         def on_step(report: StepReport) -> None:
             seconds.append(report.seconds)
 
-        drawing = self._drawing(1, on_step, lambda: False)
-        self._enqueue(drawing)
-        error = drawing.future.exception()
-        # What an image of no prompt looks like is no matter.
+        active = self._request(1, on_step, lambda: False)
+        self._enqueue(active)
+        error = active.future.exception()
+        # The content of an image without a prompt does not matter.
         if error is not None and not (isinstance(error, RequestFailed) and error.code == safety.CODE):
             raise error
         return min(seconds[2:])
@@ -61,36 +54,36 @@ class WarmUp:
     def load_kernels(self, max_lanes: int) -> None:
         """Take one step in batches of `ROWS` rows, without adapters and with one of zeros.
 
-        A batch that does not fit the memory is halved by the loop, which remembers it: no reason not to start.
+        The loop halves a batch that does not fit the memory, and caps later ones: the engine starts all the same.
         """
         blank = self._model.pack(self._model.blank_adapter())
-        for num_lanes in lane_counts(max_lanes, self._drawing(1).lanes[0].num_rows):
+        for num_lanes in lane_counts(max_lanes, self._request(1).lanes[0].num_rows):
             self._take_one_step(self._unfinished(num_lanes))
             self._take_one_step(self._with_blank(self._unfinished(num_lanes, BLANK), blank))
 
-    def _take_one_step(self, drawing: ActiveRequest) -> None:
-        self._enqueue(drawing)
-        error = drawing.future.exception()
+    def _take_one_step(self, active: ActiveRequest) -> None:
+        self._enqueue(active)
+        error = active.future.exception()
         if isinstance(error, RequestFailed) and error.code == "GPU_OOM":
-            logger.warning("warm-up of %d lanes left out: %s", len(drawing.lanes), error)
+            logger.warning("warm-up of %d lanes left out: %s", len(active.lanes), error)
         elif error is not None and not isinstance(error, RequestCancelled):
             raise error
 
     def _unfinished(self, num_lanes: int, *adapters: AdapterFile) -> ActiveRequest:
-        """A request that is cancelled in the turn after its first step: nothing is decoded."""
+        """Return a request that is cancelled in the turn after its first step: nothing is decoded."""
         reports: list[StepReport] = []
-        return self._drawing(num_lanes, reports.append, lambda: bool(reports), adapters)
+        return self._request(num_lanes, reports.append, lambda: bool(reports), adapters)
 
-    def _with_blank(self, drawing: ActiveRequest, packed: PackedAdapter) -> ActiveRequest:
-        """Give the request its adapter as if it had been read; the slot is free again at its end."""
-        (key,) = drawing.keys
+    def _with_blank(self, active: ActiveRequest, packed: PackedAdapter) -> ActiveRequest:
+        """Give the request its adapter as already read, and have it evicted at the end."""
+        (key,) = active.keys
         reading: Future[ReadAdapter] = Future()
         reading.set_result(ReadAdapter(packed, Stage("adapt", time.monotonic(), 0.0)))
-        drawing.readings[key] = reading
-        drawing.future.add_done_callback(lambda _: self._forget(key))
-        return drawing
+        active.readings[key] = reading
+        active.future.add_done_callback(lambda _: self._forget(key))
+        return active
 
-    def _drawing(
+    def _request(
         self,
         num_lanes: int,
         on_step: Callable[[StepReport], None] = lambda _: None,
@@ -117,5 +110,5 @@ class WarmUp:
 
 
 def lane_counts(max_lanes: int, rows_per_lane: int) -> list[int]:
-    """Lanes of the batches to warm up, fewest first: those that make `ROWS`, as far as so many may run at once."""
+    """Return the numbers of lanes that make `ROWS`, at most `max_lanes`, fewest first."""
     return sorted({min(max_lanes, max(1, rows // rows_per_lane)) for rows in ROWS})

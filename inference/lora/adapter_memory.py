@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from config.logs import log_event
 from inference.checkpoints.weight_files import GB
+from inference.errors import EngineStartFailed
 from inference.lora.layers import PAGE_RANK
-from inference.request import EngineStartFailed
 
 logger = logging.getLogger(__name__)
 

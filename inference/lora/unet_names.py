@@ -2,8 +2,6 @@
 
 import re
 
-# First parts of the layers' names where dots are underscores, by diffusers' names and by those of the code that Stable
-# Diffusion and SDXL were published with ("SGM").
 UNET_ROOTS = re.compile(
     "(?:down|up)_blocks_|mid_block_|conv_(?:in|out)|(?:time|add)_embedding_|(?:time|label)_emb|out_2"
     "|(?:input|output)_blocks_|middle_block_"

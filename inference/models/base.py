@@ -164,7 +164,7 @@ class Family(ABC):
 
     def begin(self, lane: Lane, *, in_tiles: bool = False) -> tuple[str, Sampler]:
         """Return the lane's sampler at its first step, and its scheduler's name. `in_tiles`: for a source."""
-        request = lane.drawing.request
+        request = lane.owner.request
         # Noise comes from the CPU and in 32 bits, so that a seed gives the same picture on any device.
         generator = torch.Generator().manual_seed(lane.seed)
 
@@ -173,9 +173,9 @@ class Family(ABC):
 
         if request.source is None:
             return self.samplers.begin(self._step_plan(request), draw(), generator)
-        if lane.drawing.source is None:
-            lane.drawing.source = self._encoded(request, request.source, in_tiles=in_tiles)
-        noise, latents = lane.drawing.source.begin(draw, self._scaled)
+        if lane.owner.source is None:
+            lane.owner.source = self._encoded(request, request.source, in_tiles=in_tiles)
+        noise, latents = lane.owner.source.begin(draw, self._scaled)
         return self.samplers.begin(self._step_plan(request), noise, generator, latents)
 
     def decode(self, latents: torch.Tensor, *, in_tiles: bool = False) -> DecodedImage:

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from inference.errors import RequestFailed
 from inference.latents.source import check_size
-from inference.request import GenerationRequest, RequestFailed
+from inference.request import GenerationRequest
 
 
 def check_cfg_options(request: GenerationRequest, family: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from compel import EmbeddingsProvider, ReturnedEmbeddingsType, SplitLongTextMode
 
-from inference.request import RequestFailed
+from inference.errors import RequestFailed
 
 # Beyond about 1.6 images degrade; a wider range would only parse more text as weights.
 MAX_WEIGHT = 3.0

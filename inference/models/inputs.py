@@ -29,7 +29,7 @@ def guides_of(rows: Sequence[Lane]) -> dict[int, Guide]:
 
 def embedding_of(lane: Lane, *, is_negative: bool) -> Embedding:
     """Return the embedding of a joined lane's prompt or negative prompt."""
-    conditioning = lane.drawing.conditioning
+    conditioning = lane.owner.conditioning
     assert conditioning is not None, "a lane has its conditioning from joining on"  # noqa: S101
     embedding = conditioning.negative if is_negative else conditioning.positive
     assert embedding is not None, "a guided lane has a negative prompt's embedding"  # noqa: S101

@@ -2,18 +2,18 @@
 
 import torch
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.checkpoints.checkpoint import identify
 from inference.checkpoints.memory_plan import free_bytes, most_adapter_bytes, place, plan_and_warn
 from inference.checkpoints.pipeline import download, load_pipeline, weight_bytes
 from inference.controlnet.files import find_controlnets
 from inference.controlnet.loader import ControlNets
+from inference.errors import EngineStartFailed
 from inference.lora.adapter_memory import AdapterMemory
 from inference.models.base import Family
 from inference.models.sdxl import StableDiffusionXL
 from inference.models.stable_diffusion import StableDiffusion
 from inference.models.z_image import ZImage
-from inference.request import EngineStartFailed
 
 FAMILIES: dict[str, type[StableDiffusion] | type[StableDiffusionXL] | type[ZImage]] = {
     "StableDiffusionPipeline": StableDiffusion,

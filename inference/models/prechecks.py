@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.checkpoints.checkpoint import Checkpoint, Location, identify
 from inference.checkpoints.weight_files import read_json
+from inference.errors import RequestFailed
 from inference.lora.adapter import check_rank, read_adapter
 from inference.lora.errors import AdapterError
 from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, KeyNaming, sdxl
 from inference.models.loader import FAMILIES
 from inference.models.unet import UNetFamily
-from inference.request import KINDS, AdapterFile, RequestFailed
+from inference.request import KINDS, AdapterFile
 from inference.sampling.schedulers import SchedulerTable
 
 # Every published SDXL UNet's.

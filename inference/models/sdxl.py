@@ -55,7 +55,7 @@ class StableDiffusionXL(UNetFamily):
         return [Embedding(*both) for both in zip(tokens, pooled, strict=True)]
 
     def _added_conditions(self, rows: Sequence[Lane], embeddings: Sequence[Embedding]) -> dict[str, torch.Tensor]:
-        requests = [lane.drawing.request for lane in rows]
+        requests = [lane.owner.request for lane in rows]
         # Original size, the crop's corner, target size, each height first: the whole image, uncropped.
         sizes = [[one.height, one.width, 0, 0, one.height, one.width] for one in requests]
         pooled = torch.stack([embedding.pooled for embedding in embeddings if embedding.pooled is not None])

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from inference.controlnet.unet import Inputs, compute_residuals
+from inference.errors import EngineStartFailed
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import AdapterMemory
 from inference.lora.bank import RowAdapters
 from inference.models.base import Family
 from inference.models.clip_prompts import LongPromptEncoder
 from inference.models.inputs import Prompt, embedding_of, guides_of, sampler_of
-from inference.request import EngineStartFailed, GenerationRequest
+from inference.request import GenerationRequest
 
 # Entries that a ControlNet's config shares with its UNet's: otherwise their blocks do not match.
 SHARED_WITH_CONTROLNETS = (
@@ -121,7 +122,7 @@ class UNetFamily(Family):
             [embedding.tokens for embedding in embeddings],
             self._added_conditions(rows, embeddings),
         )
-        self.bank.route([lane.drawing.row for lane in rows])
+        self.bank.route([lane.owner.row for lane in rows])
         predictions = unet(
             inputs.latents,
             inputs.timesteps,
@@ -132,7 +133,7 @@ class UNetFamily(Family):
             **compute_residuals(guides_of(rows), inputs, self._upload),
         )[0].float()
         negative, positive, unguided = predictions.split((len(guided), len(guided), len(lanes) - len(guided)))
-        scales = self._upload([lane.drawing.request.guidance_scale for lane in guided]).view(-1, 1, 1, 1)
+        scales = self._upload([lane.owner.request.guidance_scale for lane in guided]).view(-1, 1, 1, 1)
         drawn = torch.cat((negative + scales * (positive - negative), unguided)).unbind()
         by_lane = {id(lane): prediction for lane, prediction in zip(ordered, drawn, strict=True)}
         return [by_lane[id(lane)] for lane in lanes]

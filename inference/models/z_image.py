@@ -10,6 +10,7 @@ from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 
 from inference.checkpoints.offload import ensure_on_device
 from inference.controlnet.z_image import Inputs, compute_hints
+from inference.errors import RequestFailed
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
 from inference.lora.bank import RowAdapters
@@ -22,7 +23,7 @@ from inference.models.z_image_attention import (
     attend_to_own_tokens,
     attend_to_own_tokens_in_controlnet,
 )
-from inference.request import GenerationRequest, RequestFailed, Source
+from inference.request import GenerationRequest, Source
 from inference.sampling.samplers import TRAIN_TIMESTEPS
 from inference.sampling.schedulers import FLOW
 
@@ -151,7 +152,7 @@ class ZImage(Family):
         def route_adapters(numbers: Sequence[int]) -> None:
             chosen = [tokens[i] for i in numbers]
             self._row_lengths.set(chosen)
-            self.bank.route([rows[i].drawing.row for i in numbers], _token_counts(chosen))
+            self.bank.route([rows[i].owner.row for i in numbers], _token_counts(chosen))
 
         ensure_on_device(transformer)  # the ControlNets run layers of it before it is called itself
         hints = compute_hints(guides_of(rows), inputs, route_adapters, self._upload)
@@ -165,7 +166,7 @@ class ZImage(Family):
         return (request.height // self.size_multiple) * (request.width // self.size_multiple)
 
     def _row_tokens(self, lane: Lane, caption: torch.Tensor) -> RowTokens:
-        return RowTokens(_padded(self._num_patches(lane.drawing.request)), _padded(len(caption)))
+        return RowTokens(_padded(self._num_patches(lane.owner.request)), _padded(len(caption)))
 
     def _latent_shape(self, request: GenerationRequest) -> tuple[int, int, int]:
         multiple = self.size_multiple
@@ -205,7 +206,7 @@ def _token_counts(rows: Sequence[RowTokens]) -> dict[str, list[int]]:
 
 def _guided(positive: torch.Tensor, negative: torch.Tensor, lane: Lane) -> torch.Tensor:
     """Apply the pipeline's guidance: off beyond the truncation, its norm limited by the normalisation."""
-    request = lane.drawing.request
+    request = lane.owner.request
     if (TRAIN_TIMESTEPS - sampler_of(lane).timestep) / TRAIN_TIMESTEPS > request.cfg_truncation:
         return positive
     guided = positive + request.guidance_scale * (positive - negative)

@@ -1,1 +1,1 @@
-"""The engine in a process of its own: free of torch but for what the child loads."""
+"""The engine in a process of its own. Only the child imports torch."""

@@ -1,13 +1,11 @@
 """The engine's own process: `python -m inference.process.child FD PARENT_PID`. `EngineProcess` starts it.
 
-It holds no secret, opens no connection, and dies with the supervisor. A segfault, a sticky CUDA error or a hung step
-in here costs this process and nothing else.
+It has no secret, opens no connection, and is killed with the supervisor. A segfault, a sticky CUDA error or a hung step
+costs this process alone.
 """
 
-import ctypes
 import logging
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -19,7 +17,9 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from config.logs import configure_logging, log_event
-from config.settings import ModelSettings
+from config.model import ModelSettings
+from inference.errors import EngineError, EngineFault, EngineStartFailed, RequestCancelled
+from inference.process.parent_death import die_with_parent
 from inference.process.pixels import send_finished
 from inference.process.protocol import (
     Cancel,
@@ -33,42 +33,31 @@ from inference.process.protocol import (
     Stepped,
     Stop,
 )
-from inference.request import (
-    EngineError,
-    EngineFault,
-    EngineLoad,
-    EngineStartFailed,
-    GenerationRequest,
-    GenerationResult,
-    OnOccupancy,
-    RequestCancelled,
-    StepReport,
-)
+from inference.request import EngineLoad, GenerationRequest, GenerationResult, OnLoadReport, StepReport
 
 logger = logging.getLogger(__name__)
 
-PR_SET_PDEATHSIG = 1
-# The device is beyond recovery in this process (sysexits' EX_SOFTWARE): what is inside is for the next one.
+# The device is beyond recovery in this process (sysexits' EX_SOFTWARE): the next one gets its requests.
 EXIT_BROKEN = 70
 
-NOTHING = EngineLoad(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0)
+NO_LOAD = EngineLoad(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0)
 
 
-def _load_local_engine(settings: ModelSettings, on_occupancy: OnOccupancy) -> Any:
+def _load_local_engine(settings: ModelSettings, on_load_report: OnLoadReport) -> Any:
     from inference.engine.local_engine import LocalEngine  # noqa: PLC0415 - torch takes seconds: only once logging is set up
 
-    return LocalEngine(settings, on_occupancy)
+    return LocalEngine(settings, on_load_report)
 
 
-def main(load: Callable[[ModelSettings, OnOccupancy], Any] = _load_local_engine) -> None:
-    """Load the model, say so, then serve until the pipe ends."""
+def main(load: Callable[[ModelSettings, OnLoadReport], Any] = _load_local_engine) -> None:
+    """Load the model, send `Ready` or `StartFailed`, and serve until `Stop` or the end of the pipe."""
     connection: Connection[FromChild, Any] = Connection(int(sys.argv[1]))
-    _die_with(parent_pid=int(sys.argv[2]))
+    die_with_parent(int(sys.argv[2]))
     start: Start = connection.recv()
     configure_logging(start.log_level, start.log_format)
     server = _Server(connection)
     try:
-        engine = load(start.settings, server.on_occupancy)
+        engine = load(start.settings, server.on_load_report)
     except EngineStartFailed as error:
         connection.send(StartFailed(str(error)))
         return
@@ -78,27 +67,27 @@ def main(load: Callable[[ModelSettings, OnOccupancy], Any] = _load_local_engine)
     engine.close()
 
 
-class _Asked(NamedTuple):
-    """What is needed to cancel a request, whether it waits or is being drawn."""
+class _Unanswered(NamedTuple):
+    """The two ways to cancel a request: by the event once it has begun, by the future before."""
 
     cancelled: threading.Event
     future: "Future[GenerationResult]"
 
 
 class _Server:
-    """Reads requests on the main thread. The engine's thread writes: the steps of a turn at its end or before the next
-    answer, so that no step follows its request's answer."""
+    """Reads requests on the main thread and writes on the engine's: step reports at the end of their turn or before the
+    next answer, so that no report follows its request's answer."""
 
     def __init__(self, connection: "Connection[FromChild, Any]") -> None:
         self._connection = connection
         self._writing = threading.Lock()
-        self._asked: dict[str, _Asked] = {}
+        self._unanswered: dict[str, _Unanswered] = {}
         self._has_begun = False
         self._reports: list[tuple[str, StepReport]] = []
-        self._occupancy = NOTHING
+        self._engine_load = NO_LOAD
 
     def serve(self, engine: Any) -> None:
-        """Do what is asked until the pipe ends or says so."""
+        """Handle messages until `Stop` or the end of the pipe."""
         while True:
             try:
                 message = self._connection.recv()
@@ -108,36 +97,33 @@ class _Server:
                 case Generate(request):
                     self._generate(engine, request)
                 case Cancel(request_id):
-                    self._cancel(request_id)
+                    unanswered = self._unanswered.get(request_id)
+                    if unanswered is not None:
+                        unanswered.cancelled.set()
+                        unanswered.future.cancel()
                 case Stop():
                     return
 
-    def on_occupancy(self, occupancy: EngineLoad) -> None:
-        """A turn of the engine's loop has ended."""
+    def on_load_report(self, engine_load: EngineLoad) -> None:
+        """Send the turn's step reports, and the engine's load where it has changed."""
         if not self._has_begun:
-            return  # the warm-up's turns are nobody's
+            return  # the warm-up's turns are of no request
         with self._writing:
-            if self._reports or occupancy.num_batched or occupancy != self._occupancy:
-                self._occupancy = occupancy
-                self._send_reports(occupancy)
+            if self._reports or engine_load.num_batched or engine_load != self._engine_load:
+                self._engine_load = engine_load
+                self._send_reports(engine_load)
 
     def _generate(self, engine: Any, request: GenerationRequest) -> None:
         self._has_begun = True
         cancelled = threading.Event()
         try:
             future = engine.generate(request, partial(self._on_step, request.request_id), cancelled.is_set)
-        except Exception as error:  # noqa: BLE001 - an answer like any other: the thread that reads must not end by it
+        except Exception as error:  # noqa: BLE001 - the request's answer: the reading thread must survive it
             future = Future()
             future.set_exception(error)
-        # Before the callback is added: it may run at once, and takes this out again.
-        self._asked[request.request_id] = _Asked(cancelled, future)
+        # Before the callback is added: it may run at once, and removes the entry.
+        self._unanswered[request.request_id] = _Unanswered(cancelled, future)
         future.add_done_callback(partial(self._answer, engine, request.request_id))
-
-    def _cancel(self, request_id: str) -> None:
-        asked = self._asked.get(request_id)
-        if asked is not None:
-            asked.cancelled.set()
-            asked.future.cancel()
 
     def _on_step(self, request_id: str, report: StepReport) -> None:
         with self._writing:
@@ -146,22 +132,22 @@ class _Server:
     def _answer(self, engine: Any, request_id: str, done: "Future[GenerationResult]") -> None:
         if engine.is_broken:
             log_event(logger, "engine broken", logging.ERROR)
-            logging.shutdown()  # or nobody would hear of it
+            logging.shutdown()  # flushes: os._exit does not
             os._exit(EXIT_BROKEN)
-        del self._asked[request_id]
+        del self._unanswered[request_id]
         answer = _answer_of(request_id, done)
         with self._writing:
             if self._reports:
                 # The turn's forward is counted at its end, once.
-                self._send_reports(replace(self._occupancy, num_batched=0))
+                self._send_reports(replace(self._engine_load, num_batched=0))
             if isinstance(answer, Finished):
                 send_finished(self._connection, request_id, answer.result)
             else:
                 self._connection.send(answer)
 
-    def _send_reports(self, occupancy: EngineLoad) -> None:
+    def _send_reports(self, engine_load: EngineLoad) -> None:
         reports, self._reports = tuple(self._reports), []
-        self._connection.send(Stepped(reports, occupancy))
+        self._connection.send(Stepped(reports, engine_load))
 
 
 def _answer_of(request_id: str, done: "Future[GenerationResult]") -> Finished | Failed:
@@ -171,19 +157,11 @@ def _answer_of(request_id: str, done: "Future[GenerationResult]") -> Finished | 
     if error is None:
         return Finished(request_id, done.result())
     if isinstance(error, EngineError):
-        # Causes hold tensors and frames; the pipe carries what the error says, not where it came from.
+        # Causes hold tensors and frames: they are not sent.
         error.__cause__ = None
         return Failed(request_id, error)
     logger.error("engine fault: %s", "".join(traceback.format_exception(error))[-4000:])
     return Failed(request_id, EngineFault(f"{type(error).__name__}: {error}"))
-
-
-def _die_with(*, parent_pid: int) -> None:
-    """Have the kernel kill this process when the thread that spawned it ends, which is when the supervisor does."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        # The parent died before the line above took hold: no signal will come any more.
-        sys.exit(1)
 
 
 if __name__ == "__main__":

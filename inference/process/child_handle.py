@@ -1,4 +1,4 @@
-"""The engine's child as its parent holds it: a process and this end of the pipe."""
+"""The parent's handle of the engine's child: the process and this end of the pipe."""
 
 import os
 import queue
@@ -11,14 +11,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Self
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from config.visible_gpus import gpu_variables
-from inference.process.protocol import FromChild, Stop, ToChild
+from inference.process.pixels import receive_pixels
+from inference.process.protocol import Finished, FromChild, Stop, ToChild
 
 STOP_SECONDS = 2.0
 ROOT = str(Path(__file__).parents[2])
 
-# The child parses files that strangers wrote: it gets none of the supervisor's credentials.
+# The child parses untrusted files: it gets none of the supervisor's credentials.
 SECRET_VARIABLES = frozenset(
     (
         "AWS_ACCESS_KEY_ID",
@@ -33,7 +34,7 @@ SECRET_VARIABLES = frozenset(
 
 
 def path_variables() -> dict[str, str]:
-    """Variables that have a child find our modules, and none of the working directory.
+    """Return variables by which a child imports our modules, and none from the working directory.
 
     `-m` puts that directory on the path, and its config.py or json.py would be imported in place of ours. Where this
     process itself was started by `-m` in a checkout that is not installed, the child is given the checkout by name.
@@ -46,7 +47,7 @@ def path_variables() -> dict[str, str]:
 
 class ChildHandle:
     """One child process, and owner of the thread that sends to it. It dies with the *thread* that spawned it: see
-    `inference.process.child`."""
+    `die_with_parent`."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", connection: "Connection[ToChild, FromChild]") -> None:
         self.process = process
@@ -57,36 +58,47 @@ class ChildHandle:
 
     @classmethod
     def spawn(cls, settings: ModelSettings, *, module: str = "inference.process.child") -> Self:
-        """Start a child without secrets, in a session of its own, so that Ctrl-C in a terminal spares it."""
+        """Start a child without secrets, in a session of its own: Ctrl-C in a terminal does not reach it."""
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", module, str(theirs.fileno()), str(os.getpid())]
             environment = {name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES}
-            # The settings read `.env` without exporting it. The child sees one GPU, as number 0: whatever is done on
-            # the current device (events, pinned memory, streams, what a library asks of it) is done on the right one.
+            # The settings read `.env` without exporting it. The child sees one GPU, as number 0: everything on the
+            # current device (events, pinned memory, streams, a library's calls) is on the right one.
             environment |= path_variables() | gpu_variables(settings.device, settings.cuda_visible_devices)
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True)
         return cls(process, Connection(ours.detach()))
 
     def send(self, message: ToChild) -> None:
-        """Have it sent, behind those before it. Requests with pictures are larger than the pipe: whoever waited for the
-        child to read them could not read what it says meanwhile, and never learn that it hangs."""
+        """Queue a message for the sending thread. Never blocks.
+
+        Requests with pictures are larger than the pipe: a thread that waited for the child to read them could not read
+        the child's messages in that time, and would not notice that it hangs.
+        """
         self._outbox.put(message)
 
+    def receive(self) -> FromChild | None:
+        """Return the next message; None where the child is gone or the position in the stream is lost."""
+        try:
+            message = self.connection.recv()
+            return receive_pixels(self.connection, message) if isinstance(message, Finished) else message
+        except (EOFError, OSError, MemoryError):
+            return None
+
     def end(self, *, is_idle: bool) -> None:
-        """Leave no process behind: ask an idle child to go, kill any that is there after that."""
+        """End the process: an idle child gets `Stop` first, any that is left is killed."""
         if is_idle:
             self.send(Stop())
-            with suppress(subprocess.TimeoutExpired):  # stuck: the kill below settles it
+            with suppress(subprocess.TimeoutExpired):  # stuck: killed below
                 self.process.wait(STOP_SECONDS)
         self.process.kill()
         self.process.wait()
-        # With nobody there to read it, what is being sent has ended too.
+        # The pipe has no reader any more: a send in progress has failed.
         self._outbox.put(None)
         self._sender.join()
         self.connection.close()
 
     def _send_all(self) -> None:
         while (message := self._outbox.get()) is not None:
-            with suppress(OSError):  # a dead child shows where it is read, behind the last that it said
+            with suppress(OSError):  # a dead child is noticed in `receive`, after its last message
                 self.connection.send(message)

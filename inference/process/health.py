@@ -1,4 +1,4 @@
-"""How the engine's process is doing: silent, sick, or dead too often. Pure but for the clock."""
+"""Health of the engine's process: hung, sick, or crashed too often. Pure but for the clock."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -6,30 +6,30 @@ from collections.abc import Callable, Iterable
 from inference.request import GenerationRequest, ModelFacts
 
 # Crashes in a row, no request finished between: a sick device or a broken install. Fail the process, not the queue.
-# Generous: two poison requests, one convicted after the other, take six.
+# Generous: two poison requests, one found after the other, take six.
 MAX_CONSECUTIVE_CRASHES = 8
-# Requests in a row that met an unforeseen error: what they have in common may be the process.
+# Requests in a row that ended with an unforeseen error: the cause may be the process.
 MAX_CONSECUTIVE_FAULTS = 3
-# Silence after which the engine counts as hung: never less than this, and never less than what is inside could take.
+# Silence after which the engine counts as hung: at least this, and at least what its requests could take.
 MIN_HANG_SECONDS = 60.0
 MAX_STEP_FACTOR = 20.0
-# Nothing is said either while all that is inside waits for a ControlNet: SDXL's 2.5 GB, from a slow network's disk.
+# No step is reported while every request waits for a ControlNet to load: SDXL's 2.5 GB, from a slow network's disk.
 MAX_LOADING_SECONDS = 240.0
 
 
 class ChildHealth:
-    """The signs of life of one child after another. Not thread-safe."""
+    """Silence, faults and crashes of one child after another. Not thread-safe."""
 
     def __init__(self, min_hang_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._min_hang_seconds = min_hang_seconds
         self._clock = clock
-        self._heard_at = clock()
+        self._last_sign_at = clock()
         self._faulted: set[str] = set()
         self.crashes_in_a_row = 0
 
     @property
     def silent_seconds(self) -> float:
-        return self._clock() - self._heard_at
+        return self._clock() - self._last_sign_at
 
     @property
     def is_sick(self) -> bool:
@@ -40,15 +40,15 @@ class ChildHealth:
         return self.crashes_in_a_row >= MAX_CONSECUTIVE_CRASHES
 
     def is_hung(self, inside: Iterable[GenerationRequest], facts: ModelFacts) -> bool:
-        """Has the child been silent for longer than a step of all that is inside could take, and what they load?"""
+        """Return whether the child is silent for longer than a step of all requests, and their loading, could take."""
         requests = list(inside)
         loading_seconds = MAX_LOADING_SECONDS if any(one.control for one in requests) else 0.0
         longest_seconds = max(self._min_hang_seconds, longest_step_seconds(requests, facts))
         return self.silent_seconds > longest_seconds + loading_seconds
 
     def note_sign(self) -> None:
-        """The child said something, or has nothing to say."""
-        self._heard_at = self._clock()
+        """Restart the measure of silence: the child sent a message, or is idle."""
+        self._last_sign_at = self._clock()
 
     def note_finished(self) -> None:
         self.crashes_in_a_row = 0
@@ -63,6 +63,6 @@ class ChildHealth:
 
 
 def longest_step_seconds(requests: Iterable[GenerationRequest], facts: ModelFacts) -> float:
-    """What a step of each of them, one after another, may take at the very worst, by the step measured at base size."""
+    """Return an upper bound for a step of each request in turn, from the step measured at base size."""
     areas = ((len(one.seeds), one.width * one.height / facts.base_size**2) for one in requests)
     return sum(MAX_STEP_FACTOR * facts.step_seconds * num_lanes * max(1.0, area) for num_lanes, area in areas)

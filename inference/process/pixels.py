@@ -1,6 +1,6 @@
-"""Pixels on the pipe: raw bytes behind the message of their result, so that memory is taken for one picture at a time.
+"""Pixels on the pipe: raw bytes after their result's message, read into memory one picture at a time.
 
-Pickled with it, they would be in memory twice, and a reader without room for them would lose its place in the stream.
+Pickled with it they would be in memory twice, and a reader out of memory would lose its position in the stream.
 """
 
 import os
@@ -8,8 +8,9 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
+from inference.errors import ResultTooLarge
 from inference.process.protocol import Failed, Finished
-from inference.request import GenerationResult, Picture, ResultTooLarge
+from inference.request import GenerationResult, Picture
 
 CHUNK_BYTES = 1 << 16
 
@@ -20,11 +21,13 @@ def send_finished(connection: "Connection[Any, Any]", request_id: str, result: G
     bare = tuple(replace(picture, rgb=b"") for picture in result.pictures)
     connection.send(Finished(request_id, replace(result, pictures=bare), tuple(map(len, pixels))))
     for rgb in pixels:
-        _write(connection.fileno(), memoryview(rgb))
+        view = memoryview(rgb)
+        while view:
+            view = view[os.write(connection.fileno(), view) :]
 
 
 def receive_pixels(connection: "Connection[Any, Any]", message: Finished) -> Finished | Failed:
-    """Read the pixels behind `message`; `ResultTooLarge` as its answer where there is no memory for them.
+    """Read the pixels after `message`; return `ResultTooLarge` as the answer where there is no memory for them.
 
     Raises `OSError` or `EOFError` where the sender is gone.
     """
@@ -39,19 +42,14 @@ def receive_pixels(connection: "Connection[Any, Any]", message: Finished) -> Fin
     except MemoryError:
         pictures.clear()
         _skip(connection.fileno(), left)
-        return Failed(message.request_id, ResultTooLarge(_sentence(message.result)))
+        return Failed(message.request_id, ResultTooLarge(_too_large(message.result)))
     return replace(message, result=replace(message.result, pictures=tuple(pictures)))
 
 
-def _sentence(result: GenerationResult) -> str:
+def _too_large(result: GenerationResult) -> str:
     first, count = result.pictures[0], len(result.pictures)
     pictures = f"{count} picture{'s' if count > 1 else ''} of {first.width}x{first.height} px"
     return f"{pictures} were drawn, and the worker has no memory for them: ask for fewer or smaller ones"
-
-
-def _write(descriptor: int, view: memoryview) -> None:
-    while view:
-        view = view[os.write(descriptor, view) :]
 
 
 def _fill(descriptor: int, view: memoryview) -> None:

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 from config.logs import LogFormat
-from config.settings import ModelSettings
-from inference.request import EngineError, EngineLoad, GenerationRequest, GenerationResult, ModelFacts, StepReport
+from config.model import ModelSettings
+from inference.errors import EngineError
+from inference.request import EngineLoad, GenerationRequest, GenerationResult, ModelFacts, StepReport
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """First message to the child: load this model."""
+    """First message to the child: the model to load."""
 
     settings: ModelSettings
     log_level: str
@@ -28,7 +29,7 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Last message to the child: nothing is running; leave."""
+    """Last message to an idle child: exit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +44,15 @@ class StartFailed:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """One turn of the engine's loop: the steps it brought, by request id, and what the engine holds after it."""
+    """One turn of the engine's loop: its step reports by request id, and the engine's load after it."""
 
     reports: tuple[tuple[str, StepReport], ...]
-    occupancy: EngineLoad
+    engine_load: EngineLoad
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of a request. `num_bytes` of pixels of each picture follow, see `inference.process.pixels`."""
+    """A finished request. `num_bytes` of pixels of each picture follow, see `inference.process.pixels`."""
 
     request_id: str
     result: GenerationResult

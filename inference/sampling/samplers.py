@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from inference.device.uploads import pinned, upload
-from inference.request import RequestFailed
+from inference.errors import RequestFailed
 from inference.sampling.noise import SuppliedNoise
 from inference.sampling.schedulers import SchedulerTable
 from inference.sampling.source_blend import NO_SOURCE, SourceBlend, SourceLatents

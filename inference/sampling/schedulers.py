@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 
 from config.redacting import quoted
-from inference.request import RequestFailed
+from inference.errors import RequestFailed
 
 
 @dataclass(frozen=True)

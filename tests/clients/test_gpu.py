@@ -2,12 +2,12 @@
 
 import pytest
 
-from clients.gpu import GpuReadings
+from clients.gpu import GpuMonitor
 
 
 @pytest.mark.parametrize("hidden", ["", "-1", " -1,0", "GPU-no-such-device"])
 def test_a_gpu_that_is_hidden_or_missing_has_no_reading(hidden: str) -> None:
-    readings = GpuReadings(hidden)
+    readings = GpuMonitor(hidden)
 
     assert readings.read() is None
     assert readings.read() is None
@@ -15,10 +15,10 @@ def test_a_gpu_that_is_hidden_or_missing_has_no_reading(hidden: str) -> None:
 
 
 def test_a_reading_is_whole_or_absent() -> None:
-    reading = GpuReadings().read()
+    reading = GpuMonitor().read()
 
     if reading is None:
         pytest.skip("no NVIDIA driver here")
-    assert "driver" in GpuReadings().describe()
+    assert "driver" in GpuMonitor().describe()
     assert 0 < reading.memory_used_bytes <= reading.memory_total_bytes
     assert reading.utilization_ratio is None or 0 <= reading.utilization_ratio <= 1

@@ -18,20 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
+from clients.backend_probe import BackendProbe, BackendUnreachable, probe_backend
+from clients.webhook_signature import sign_payload, signing_key
 from clients.webhooks import (
-    Attempt,
-    BackendUnreachable,
-    Reach,
-    Verdict,
     Webhook,
+    WebhookAttempt,
     WebhookClient,
     WebhookKind,
-    judge,
-    reach,
-    signature,
-    signing_key,
+    WebhookResult,
+    classify,
 )
-from config.settings import BackendSettings
+from config.backend import BackendSettings
 from tests.support.servers.clients_servers import (
     AnsweringServer,
     DrippingHandshakeServer,
@@ -62,7 +59,7 @@ def client_of(url: str, *, secret: str | None = None) -> WebhookClient:
     return WebhookClient(settings_of(url, secret=secret), now=lambda: NOW)
 
 
-def send(server: Server, webhook: Webhook = DONE, *, deadline_seconds: float = 5.0) -> Attempt:
+def send(server: Server, webhook: Webhook = DONE, *, deadline_seconds: float = 5.0) -> WebhookAttempt:
     return client_of(server.url).send(webhook, deadline_seconds=deadline_seconds)
 
 
@@ -94,7 +91,7 @@ def test_a_webhook_carries_its_headers_and_its_body() -> None:
         attempt = send(server)
 
     (request,) = server.requests
-    assert attempt == Attempt(Verdict.DELIVERED, 204, None, "HTTP 204", False)
+    assert attempt == WebhookAttempt(WebhookResult.DELIVERED, 204, None, "HTTP 204", False)
     assert header(request, "Authorization") == f"Bearer {TOKEN}"
     assert header(request, "X-Request-Source") == "inference-server"
     assert header(request, "Content-Type") == "application/json"
@@ -118,7 +115,7 @@ def test_with_a_secret_the_sent_bytes_are_signed() -> None:
 def test_the_signature_is_the_one_of_the_standard_webhooks_test_vector() -> None:
     key = signing_key("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
 
-    found = signature(key, "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}')
+    found = sign_payload(key, "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}')
 
     assert found == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
 
@@ -135,17 +132,17 @@ def test_an_id_that_no_header_can_carry_is_refused(webhook_id: str) -> None:
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
 def test_every_2xx_is_delivered(status: int) -> None:
-    assert judge(status, {}, NOW).verdict is Verdict.DELIVERED
+    assert classify(status, {}, NOW).result is WebhookResult.DELIVERED
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 408, 425, 429, 500, 501, 502, 503, 504, 520, 599])
 def test_what_may_pass_is_tried_again(status: int) -> None:
-    assert judge(status, {}, NOW) == Attempt(Verdict.RETRY, status, None, f"HTTP {status}", False)
+    assert classify(status, {}, NOW) == WebhookAttempt(WebhookResult.RETRY, status, None, f"HTTP {status}", False)
 
 
 @pytest.mark.parametrize("status", [300, 301, 302, 307, 308, 400, 402, 405, 409, 410, 413, 422, 499])
 def test_what_will_never_pass_is_rejected(status: int) -> None:
-    assert judge(status, {"Retry-After": "7"}, NOW).verdict is Verdict.REJECTED
+    assert classify(status, {"Retry-After": "7"}, NOW).result is WebhookResult.REJECTED
 
 
 @pytest.mark.parametrize(
@@ -167,12 +164,12 @@ def test_what_will_never_pass_is_rejected(status: int) -> None:
     ],
 )
 def test_retry_after_is_honoured_within_reason(value: str, seconds: float | None) -> None:
-    assert judge(503, {"Retry-After": value}, NOW).retry_after_seconds == seconds
+    assert classify(503, {"Retry-After": value}, NOW).retry_after_seconds == seconds
 
 
 @given(st.text())
 def test_no_retry_after_breaks_the_judgement(value: str) -> None:
-    wait = judge(429, {"Retry-After": value}, NOW).retry_after_seconds
+    wait = classify(429, {"Retry-After": value}, NOW).retry_after_seconds
 
     assert wait is None or 0 <= wait <= 3600
 
@@ -181,7 +178,7 @@ def test_an_error_is_one_attempt() -> None:
     with AnsweringServer([answer(500)]) as server:
         attempt = send(server)
 
-    assert (attempt.verdict, attempt.status, len(server.requests)) == (Verdict.RETRY, 500, 1)
+    assert (attempt.result, attempt.status, len(server.requests)) == (WebhookResult.RETRY, 500, 1)
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
@@ -189,7 +186,7 @@ def test_a_redirect_is_not_followed(status: int) -> None:
     with AnsweringServer([answer(200)]) as canary, AnsweringServer([answer(status, Location=canary.url)]) as server:
         attempt = send(server)
 
-    assert attempt.verdict is Verdict.REJECTED
+    assert attempt.result is WebhookResult.REJECTED
     assert "redirect" in attempt.reason
     assert canary.num_connections == 0
 
@@ -197,20 +194,20 @@ def test_a_redirect_is_not_followed(status: int) -> None:
 def test_a_refused_connection_had_no_effect() -> None:
     attempt = client_of(refused_url()).send(DONE)
 
-    assert attempt == Attempt(Verdict.RETRY, None, None, "no connection (ConnectionRefusedError)", False)
+    assert attempt == WebhookAttempt(WebhookResult.RETRY, None, None, "no connection (ConnectionRefusedError)", False)
 
 
 def test_an_unknown_host_had_no_effect() -> None:
     attempt = client_of("http://backend.invalid").send(DONE)
 
-    assert (attempt.verdict, attempt.is_ambiguous) == (Verdict.RETRY, False)
+    assert (attempt.result, attempt.is_ambiguous) == (WebhookResult.RETRY, False)
 
 
 def test_a_reset_after_the_request_is_ambiguous() -> None:
     with ResettingServer() as server:
         attempt = send(server)
 
-    assert (attempt.verdict, attempt.status, attempt.is_ambiguous) == (Verdict.RETRY, None, True)
+    assert (attempt.result, attempt.status, attempt.is_ambiguous) == (WebhookResult.RETRY, None, True)
     assert len(server.requests) == 1
 
 
@@ -220,7 +217,7 @@ def test_silence_ends_at_the_deadline_and_is_ambiguous() -> None:
         attempt = send(server, deadline_seconds=0.5)
 
     assert time.monotonic() - started < 30
-    assert attempt == Attempt(Verdict.RETRY, None, None, "no answer within 0.5 s", True)
+    assert attempt == WebhookAttempt(WebhookResult.RETRY, None, None, "no answer within 0.5 s", True)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +231,7 @@ def test_dripping_headers_end_at_the_deadline_and_are_ambiguous(prompt: bytes, d
         attempt = send(server, deadline_seconds=0.5)
 
     assert time.monotonic() - started < 30
-    assert attempt == Attempt(Verdict.RETRY, None, None, "no answer within 0.5 s", True)
+    assert attempt == WebhookAttempt(WebhookResult.RETRY, None, None, "no answer within 0.5 s", True)
 
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 9999", b"Transfer-Encoding: chunked", b"Connection: close"])
@@ -244,7 +241,7 @@ def test_a_dripping_body_ends_at_the_deadline_and_the_status_counts(framing: byt
         attempt = send(server, deadline_seconds=0.5)
 
     assert time.monotonic() - started < 30
-    assert (attempt.verdict, attempt.status) == (Verdict.DELIVERED, 200)
+    assert (attempt.result, attempt.status) == (WebhookResult.DELIVERED, 200)
 
 
 def test_a_connection_used_before_ends_at_the_deadline_too() -> None:
@@ -255,7 +252,7 @@ def test_a_connection_used_before_ends_at_the_deadline_too() -> None:
         second = client.send(DONE, deadline_seconds=0.5)
 
     assert time.monotonic() - started < 30
-    assert (first.verdict, second.verdict, second.is_ambiguous) == (Verdict.DELIVERED, Verdict.RETRY, True)
+    assert (first.result, second.result, second.is_ambiguous) == (WebhookResult.DELIVERED, WebhookResult.RETRY, True)
     assert server.num_connections == 1
 
 
@@ -266,7 +263,7 @@ def test_a_tls_handshake_without_end_ends_at_the_deadline_and_had_no_effect(serv
         attempt = client_of(server.url.replace("http://", "https://")).send(DONE, deadline_seconds=0.5)
 
     assert time.monotonic() - started < 30
-    assert (attempt.verdict, attempt.is_ambiguous) == (Verdict.RETRY, False)
+    assert (attempt.result, attempt.is_ambiguous) == (WebhookResult.RETRY, False)
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
@@ -274,7 +271,7 @@ def test_a_certificate_that_nobody_vouches_for_is_not_trusted(tmp_path: Path) ->
     with SelfSignedServer(tmp_path) as server:
         attempt = client_of(server.url).send(DONE, deadline_seconds=5.0)
 
-    assert (attempt.verdict, attempt.is_ambiguous) == (Verdict.RETRY, False)
+    assert (attempt.result, attempt.is_ambiguous) == (WebhookResult.RETRY, False)
     assert attempt.reason == "no connection (SSLCertVerificationError)"
     assert server.requests == []
 
@@ -285,7 +282,7 @@ def test_a_long_body_is_cut_off() -> None:
         attempt = send(server)
 
     assert time.monotonic() - started < 30
-    assert (attempt.verdict, attempt.status) == (Verdict.RETRY, 500)
+    assert (attempt.result, attempt.status) == (WebhookResult.RETRY, 500)
     assert server.num_bytes_sent < 20_000_000
 
 
@@ -328,18 +325,18 @@ def test_a_connection_that_the_backend_closed_meanwhile_is_replaced() -> None:
         client = client_of(server.url)
         attempts = [client.send(DONE) for _ in range(4)]
 
-    assert [attempt.verdict for attempt in attempts] == [Verdict.DELIVERED] * 4
+    assert [attempt.result for attempt in attempts] == [WebhookResult.DELIVERED] * 4
     assert len(server.requests) == 4
 
 
 def test_the_backend_is_asked_with_the_token_and_without_and_told_nothing() -> None:
     with AnsweringServer([answer(405), answer(401)]) as server:
-        assert reach(settings_of(server.url)) == Reach(status=405, stranger_status=401)
+        assert probe_backend(settings_of(server.url)) == BackendProbe(status=405, unauthenticated_status=401)
     assert all(request.startswith(b"GET /api/webhooks/inference/complete HTTP/1.1") for request in server.requests)
     assert [header(request, "Authorization") for request in server.requests] == [f"Bearer {TOKEN}", None]
 
     with pytest.raises(BackendUnreachable, match="ConnectionRefusedError"):
-        reach(settings_of(refused_url()))
+        probe_backend(settings_of(refused_url()))
 
 
 @pytest.mark.parametrize(
@@ -351,7 +348,7 @@ def test_the_backend_is_asked_with_the_token_and_without_and_told_nothing() -> N
 )
 def test_where_the_answer_leaves_a_doubt_another_question_is_asked(status: int, line: bytes) -> None:
     with AnsweringServer([answer(status), answer(status), answer(501)]) as server:
-        assert reach(settings_of(server.url)) == Reach(status, status, 501)
+        assert probe_backend(settings_of(server.url)) == BackendProbe(status, status, 501)
 
     assert server.requests[2].split(b"\r\n")[0] == line
     assert all(body_of(request) == b"" for request in server.requests)
@@ -363,7 +360,7 @@ def test_threads_share_a_client() -> None:
         webhooks = [Webhook(WebhookKind.PROGRESS, f"id-{n}", {"n": n}) for n in range(64)]
         attempts = list(pool.map(client.send, webhooks))
 
-    assert all(attempt.verdict is Verdict.DELIVERED for attempt in attempts)
+    assert all(attempt.result is WebhookResult.DELIVERED for attempt in attempts)
     sent = {header(request, "webhook-id"): json.loads(body_of(request))["n"] for request in server.requests}
     assert sent == {f"id-{n}": n for n in range(64)}
 

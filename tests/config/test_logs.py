@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from config.backend import BackendSettings
 from config.logs import MAX_LINE_BYTES, MAX_WAITING_LINES, JsonFormatter, TextFormatter, bind, log_event
-from config.settings import BackendSettings
 
 
 class Lines:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from config.near_names import ALIASES, near_names
-from config.settings import SECTIONS, SettingsError, StoreSettings, doubtful_names, load_section
+from config.section import SettingsError, load_section
+from config.settings import SECTIONS, misspelled_names
+from config.store import StoreSettings
 
 KNOWN = {str(field.validation_alias) for cls in SECTIONS.values() for field in cls.model_fields.values()}
 
@@ -145,7 +147,7 @@ def test_names_in_the_env_file_and_in_the_environment_are_looked_at(
     (folder / ".env").write_text("RABITMQ_HOST=mq\nAWS_PROFILE=media\nBACKEND_URL=\n")
     monkeypatch.setenv("AWS_BUCKET", "media")
 
-    assert doubtful_names() == [
+    assert misspelled_names() == [
         "AWS_BUCKET is set and is no setting of Darkroom: is AWS_STORAGE_BUCKET_NAME meant?",
         "RABITMQ_HOST is set and is no setting of Darkroom: is RABBITMQ_HOST meant?",
     ]

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from clients.storage.location import ObjectRef
+from config.images import PictureSettings
+from config.model import ModelSettings
 from config.presets.catalog import (
     BUILTIN_FILE,
     MAX_ADAPTER_SCALE,
@@ -33,14 +35,16 @@ from config.presets.catalog import (
     load_presets,
 )
 from config.presets.plain_yaml import MAX_BYTES
-from config.presets.preset_file import LOOK_SECONDS, PresetFile
-from config.settings import ModelSettings, PictureSettings, SettingsError, StoreSettings, load_settings
+from config.presets.preset_file import CHECK_SECONDS, PresetFile
+from config.section import SettingsError
+from config.settings import load_settings
+from config.store import StoreSettings
 from examples.parts.seaweedfs import SeaweedFS
 from tests.support.paths import ROOT
 from tests.support.world import HANG_SECONDS, eventually
 from tests.worker.messages.test_decoder import job_of, message, rejection_of
 from worker.cli.check.checks import CheckFailed
-from worker.cli.check.presets import check_presets
+from worker.cli.check.files import check_presets
 from worker.cli.main import app
 from worker.messages.decoder import rules_from
 from worker.messages.job import JobAdapter
@@ -81,7 +85,7 @@ class Clock:
         return self.now
 
     def pass_on(self) -> None:
-        self.now += LOOK_SECONDS
+        self.now += CHECK_SECONDS
 
 
 @pytest.fixture
@@ -467,11 +471,11 @@ def test_a_changed_file_holds_for_the_next_job_and_a_broken_one_never(
 def test_a_file_that_was_only_touched_or_names_a_forbidden_adapter_changes_nothing(own: Path) -> None:
     clock = Clock()
 
-    def judge(presets: Presets) -> None:
+    def validate(presets: Presets) -> None:
         if "models/bad.safetensors" in {adapter.path for adapter in presets.adapters.values()}:
             raise PresetsInvalid("forbidden")
 
-    file = PresetFile(own, judge, clock)
+    file = PresetFile(own, validate, clock)
     first = file.current()
     os.utime(own)
     clock.pass_on()
@@ -487,11 +491,11 @@ def test_nobody_waits_for_the_one_who_reads(own: Path) -> None:
     clock = Clock()
     seen: list[Presets] = []
 
-    def judge(presets: Presets) -> None:
+    def validate(presets: Presets) -> None:
         if clock.now:  # in the middle of reading anew: here another thread would ask
             seen.append(file.current())
 
-    file = PresetFile(own, judge, clock)
+    file = PresetFile(own, validate, clock)
     first = file.current()
     own.write_text(OWN.replace("neon sign", "big neon sign"))
     clock.pass_on()
@@ -504,11 +508,11 @@ def test_a_disk_that_hangs_holds_nobody_up(own: Path) -> None:
     """Messages are decoded where heartbeats are sent."""
     clock, is_read = Clock(), threading.Event()
 
-    def judge(_presets: Presets) -> None:
+    def validate(_presets: Presets) -> None:
         if clock.now:
             is_read.wait(HANG_SECONDS)
 
-    file = PresetFile(own, judge, clock)
+    file = PresetFile(own, validate, clock)
     first = file.current()
     own.write_text(OWN.replace("neon sign", "big neon sign"))
     clock.pass_on()

@@ -10,9 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clients.storage.location import LocationForbidden, ObjectRef, parse_location, shown_location
+from config.backend import BackendSettings
+from config.broker import BrokerSettings
 from config.logs import JsonFormatter
 from config.redacting import quoted, redacted
-from config.settings import BackendSettings, BrokerSettings, SettingsError, StoreSettings, load_section
+from config.section import SettingsError, load_section
+from config.store import StoreSettings
+from worker.errors import ErrorCode
 from worker.results.terminal_event import failed_event
 
 SECRET = "s3cr3tcanary"
@@ -39,7 +43,9 @@ def test_a_secret_is_in_no_text_that_leaves_the_worker(text: str) -> None:
     with pytest.raises(LocationForbidden) as refused:
         parse_location(f"{text}\\", default_bucket="m", allowed_buckets={"m"}, endpoint_url=None, region="r")
 
-    event = failed_event(task_id="t", generation_id=1, code="ENGINE_ERROR", message=f"no {text}: 404", retry_count=0)
+    event = failed_event(
+        task_id="t", generation_id=1, code=ErrorCode.ENGINE_ERROR, message=f"no {text}: 404", retry_count=0
+    )
     for shown in (
         redacted(f'Could not connect to the endpoint URL: "{text}" (403), see {text}'),
         shown_location(text),

@@ -13,20 +13,15 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from config.backend import BackendSettings
+from config.broker import BrokerSettings
+from config.images import PictureSettings
+from config.model import ModelSettings
 from config.redacting import redacted
-from config.settings import (
-    SECTIONS,
-    BackendSettings,
-    BrokerSettings,
-    ModelSettings,
-    PictureSettings,
-    ServiceSettings,
-    Settings,
-    SettingsError,
-    StoreSettings,
-    load_section,
-    load_settings,
-)
+from config.section import SettingsError, load_section
+from config.service import ServiceSettings
+from config.settings import SECTIONS, Settings, load_settings
+from config.store import StoreSettings
 from tests.support.paths import ROOT
 
 DARKROOM = Path(sys.executable).with_name("darkroom")

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import pynvml
 import pytest
 
-from clients.gpu import GpuReadings
-from config.settings import SECTIONS, ModelSettings, Settings, SettingsError, load_section
+from clients.gpu import GpuMonitor
+from config.model import ModelSettings
+from config.section import SettingsError, load_section
+from config.settings import SECTIONS, Settings
 from config.visible_gpus import HIDDEN, gpu_variables, visible_gpu
-from inference.process.child_handle import Child
-from worker.cli.check.memory import check_gpu
+from inference.process.child_handle import ChildHandle
+from worker.cli.check.machine import check_gpu
 from worker.supervisor import Supervisor
 
 GB = 10**9
@@ -99,7 +101,7 @@ def test_an_empty_list_of_gpus_in_the_file_counts_as_not_set(env_file: Path) -> 
 
 
 def environment_of_child(settings: ModelSettings) -> dict[str, str]:
-    child = Child.spawn(settings, module="tests.support.engine.fake_child")
+    child = ChildHandle.spawn(settings, module="tests.support.engine.fake_child")
     try:
         pairs = Path(f"/proc/{child.process.pid}/environ").read_bytes().decode().split("\0")
     finally:
@@ -174,7 +176,7 @@ def worker_settings(model: ModelSettings, folder: Path) -> Settings:
 def test_the_metrics_are_of_the_gpu_that_draws(tmp_path: Path) -> None:
     supervisor = Supervisor(worker_settings(ModelSettings(DEVICE="cuda:1", CUDA_VISIBLE_DEVICES="2,5"), tmp_path))
 
-    reading = supervisor._gauges._gpu.read()
+    reading = supervisor._parts.gauges._gpu.read()
 
     assert reading is not None
     assert reading.memory_used_bytes == 5 * GB
@@ -183,4 +185,4 @@ def test_the_metrics_are_of_the_gpu_that_draws(tmp_path: Path) -> None:
 def test_a_hidden_gpu_is_looked_at_by_nobody() -> None:
     settings = ModelSettings(DEVICE="cuda:0", CUDA_VISIBLE_DEVICES="-1")
 
-    assert GpuReadings(settings.visible_gpu).read() is None
+    assert GpuMonitor(settings.visible_gpu).read() is None

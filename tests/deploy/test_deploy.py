@@ -16,14 +16,17 @@ from cloudcoil.models.keda import v1alpha1 as keda
 from cloudcoil.models.prometheus_operator import v1 as prometheus_operator
 from compose_spec import PyCompose
 
-from config.settings import SECTIONS, BrokerSettings, ModelSettings, ServiceSettings
+from config.broker import BrokerSettings
+from config.model import ModelSettings
+from config.service import ServiceSettings
+from config.settings import SECTIONS
 from examples.parts.ports import free_port
 from examples.parts.processes import ServerProcess
 from examples.parts.seaweedfs import SOCKET_FOLDER
 from tests.support.paths import ROOT
 from tests.support.promql import DEPLOY, PROMETHEUS, alert_rules
 from worker.amqp.topology import QueueNames
-from worker.supervisor import EXTRA_PREFETCH
+from worker.wiring import EXTRA_PREFETCH
 
 SETTINGS = {
     str(field.validation_alias): field for section in SECTIONS.values() for field in section.model_fields.values()

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from config.settings import SECTIONS, ServiceSettings
+from config.service import ServiceSettings
+from config.settings import SECTIONS
 from tests.support.paths import ROOT
 from tests.support.status_pages import status
 from worker.monitoring.http_server import HealthServer
@@ -71,7 +72,7 @@ def test_it_holds_the_workers_packages_and_nothing_else_of_the_project() -> None
     copied = [text.split() for text in arguments("COPY") if not text.startswith("--from")]
     sources = {source for *found, _ in copied for source in found}
 
-    assert sources == WORKER_PACKAGES | {"pyproject.toml", "constraints.txt", "README.md"}
+    assert sources == WORKER_PACKAGES | {"pyproject.toml", "constraints.txt", "README.md", "LICENSE"}
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert next(line for line in ignored if line and line[0] not in "#!") == "*"
     assert {line[1:] for line in ignored if line.startswith("!")} == sources

@@ -14,8 +14,10 @@ import pika
 import pytest
 import requests
 
-from clients.webhooks import Verdict, Webhook, WebhookKind, signature, signing_key
-from config.settings import ModelSettings, StoreSettings
+from clients.webhook_signature import sign_payload, signing_key
+from clients.webhooks import Webhook, WebhookKind, WebhookResult
+from config.model import ModelSettings
+from config.store import StoreSettings
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import start_light_worker
@@ -63,7 +65,7 @@ def test_a_webhook_told_three_times_has_one_effect(receiver: Receiver, generatio
 
     attempts = [receiver.client().send(webhook) for _ in range(3)]
 
-    assert [attempt.verdict for attempt in attempts] == [Verdict.DELIVERED] * 3
+    assert [attempt.result for attempt in attempts] == [WebhookResult.DELIVERED] * 3
     assert receiver.effects(generation_id) == [(kind, EFFECTS[kind])]
 
 
@@ -73,7 +75,7 @@ def test_a_webhook_told_at_once_on_many_connections_has_one_effect(receiver: Rec
     with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
         attempts = list(pool.map(lambda _: receiver.client().send(webhook), range(NUM_AT_ONCE)))
 
-    assert {attempt.verdict for attempt in attempts} == {Verdict.DELIVERED}
+    assert {attempt.result for attempt in attempts} == {WebhookResult.DELIVERED}
     assert receiver.effects(generation_id) == [("complete", URL)]
 
 
@@ -84,7 +86,7 @@ def test_what_was_told_is_known_after_a_restart(receiver: Receiver, generation_i
     receiver.stop()
     receiver.start()
 
-    assert receiver.client().send(webhook).verdict is Verdict.DELIVERED
+    assert receiver.client().send(webhook).result is WebhookResult.DELIVERED
     assert receiver.effects(generation_id) == [("complete", URL)]
 
 
@@ -103,7 +105,7 @@ def test_a_generation_that_is_not_known_yet_is_answered_404_and_told_later(recei
     receiver.expect(number)
     late = receiver.client().send(webhook)
 
-    assert (early.status, early.verdict, late.verdict) == (404, Verdict.RETRY, Verdict.DELIVERED)
+    assert (early.status, early.result, late.result) == (404, WebhookResult.RETRY, WebhookResult.DELIVERED)
     assert receiver.effects(number) == [("complete", URL)]
 
 
@@ -126,7 +128,7 @@ def test_what_is_wrong_is_refused_without_an_effect(
     assert receiver.client(**WRONG[wrong]).send(webhook).status == 401
     assert receiver.effects(generation_id) == []
     # Nor has it used up the id.
-    assert receiver.client().send(webhook).verdict is Verdict.DELIVERED
+    assert receiver.client().send(webhook).result is WebhookResult.DELIVERED
     assert receiver.effects(generation_id) == [(kind, EFFECTS[kind])]
 
 
@@ -134,7 +136,7 @@ def test_what_is_wrong_is_refused_without_an_effect(
 def test_clocks_may_differ_by_some_minutes(receiver: Receiver, generation_id: int, shift_seconds: int) -> None:
     client = receiver.client(now=lambda: time.time() + shift_seconds)
 
-    assert client.send(webhook_of("complete", generation_id)).verdict is Verdict.DELIVERED
+    assert client.send(webhook_of("complete", generation_id)).result is WebhookResult.DELIVERED
 
 
 def signed_headers(webhook: Webhook, payload: bytes) -> dict[str, str]:
@@ -145,7 +147,7 @@ def signed_headers(webhook: Webhook, payload: bytes) -> dict[str, str]:
         "Content-Type": "application/json",
         "webhook-id": webhook.webhook_id,
         "webhook-timestamp": str(now),
-        "webhook-signature": signature(signing_key(SECRET), webhook.webhook_id, now, payload),
+        "webhook-signature": sign_payload(signing_key(SECRET), webhook.webhook_id, now, payload),
     }
 
 

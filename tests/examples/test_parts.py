@@ -11,7 +11,7 @@ import pytest
 import requests
 from botocore.exceptions import ClientError
 
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from examples.parts.backend import Backend
 from examples.parts.processes import ServerError, ServerProcess
 from examples.parts.rabbitmq import RabbitMQ

@@ -22,22 +22,22 @@ class StandIn(FakeEngine):
     def _deeds(self) -> Any:
         return super()._deeds() | {"hold": self._hold}
 
-    def _hold(self, drawing: ActiveRequest) -> None:
-        self._note("held", drawing.request)
-        while not self._journal.with_name(f"go-{drawing.request.request_id}").exists():
+    def _hold(self, active: ActiveRequest) -> None:
+        self._note("held", active.request)
+        while not self._journal.with_name(f"go-{active.request.request_id}").exists():
             time.sleep(POLL_SECONDS)
 
-    def _end(self, drawing: ActiveRequest, error: Exception | None) -> None:
+    def _end(self, active: ActiveRequest, error: Exception | None) -> None:
         if error is not None:
-            super()._end(drawing, error)
+            super()._end(active, error)
             return
-        self._active.remove(drawing)
-        self._note("end", drawing.request)
-        drawing.future.set_result(drawn(drawing))
+        self._active.remove(active)
+        self._note("end", active.request)
+        active.future.set_result(drawn(active))
 
 
-def drawn(drawing: ActiveRequest) -> GenerationResult:
-    request, now = drawing.request, time.monotonic()
+def drawn(active: ActiveRequest) -> GenerationResult:
+    request, now = active.request, time.monotonic()
     pictures = tuple(
         Picture(request.width, request.height, random.Random(seed).randbytes(request.width * request.height * 3), seed)
         for seed in request.seeds

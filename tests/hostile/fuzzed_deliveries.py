@@ -23,22 +23,26 @@ import pika.exceptions
 from rich.console import Console
 
 from clients.webhooks import WebhookKind
-from config.settings import BrokerSettings
+from config.broker import BrokerSettings
 from examples.parts.rabbitmq import RabbitMQ
-from inference.request import RequestCancelled
+from inference.errors import RequestCancelled
 from tests.hostile.fuzzing import RULES, SEED
 from tests.hostile.raw_properties import Raw, damaged_properties, fuzzed_properties
-from worker.amqp.broker import Broadcast, Consumer, Publisher, Subscription
+from worker.amqp.consumer import Broadcast, Consumer, Subscription
+from worker.amqp.publisher import Publisher
 from worker.amqp.queue_browser import QueueBrowser
 from worker.amqp.topology import QueueNames
 from worker.breakers import Breaker, StoreGate
-from worker.cli.dead_letters import as_json, as_table, as_text, read_letters
+from worker.cli.dead.letters import read_letters
+from worker.cli.dead.view import as_json, as_table, as_text
 from worker.jobs.cancellations import Cancellations
+from worker.jobs.dispatcher import Dispatcher
 from worker.jobs.handler import JobHandler
 from worker.jobs.history import History
-from worker.jobs.leases import Leases
-from worker.jobs.processing import Processor
-from worker.jobs.runs import Run
+from worker.jobs.recovery import SuspectIsolation
+from worker.jobs.runner import JobRunner
+from worker.jobs.runs import Run, Runs
+from worker.jobs.settler import Settler
 from worker.metrics import Metrics
 from worker.results.ledger import Ledger
 from worker.results.notifier import Notifier
@@ -54,7 +58,7 @@ NUM_LETTERS = 200
 
 @dataclass
 class Desk:
-    """Stand-in for the story, the ledger and the notifier of a `Processor`; keeps what they are given."""
+    """Stand-in for the handler, the ledger and the notifier of a `Dispatcher`; keeps what they are given."""
 
     publisher: Publisher
     names: QueueNames
@@ -66,7 +70,7 @@ class Desk:
 
     def draw(self, run: Run) -> TerminalEvent:
         """The end of a job that is drawn in no time."""
-        if self.cancellations.covers(cast("Any", run.asked)):
+        if self.cancellations.covers(cast("Any", run.decoded)):
             raise RequestCancelled
         return TerminalEvent(run.task_id, run.generation_id, WebhookKind.COMPLETE, {"attempt": run.attempt})
 
@@ -78,7 +82,7 @@ class Desk:
             self.ends[event.task_id, str(event.body.get("error_code", event.kind.value))] += 1
         return "delivered"
 
-    def bury(self, body: bytes, reason: str, *, attempt: int | None = None) -> None:
+    def dead_letter(self, body: bytes, reason: str, *, attempt: int | None = None) -> None:
         self.publisher.publish(self.names.dead, body, attempt=attempt, reason=reason)
         with self._lock:
             self.dead[body] += 1
@@ -86,20 +90,20 @@ class Desk:
     def note_bug(self) -> None:
         self.num_bugs += 1
 
-    # The names that the processor calls them by.
-    tell = note
+    # The name that the runner calls it by.
+    notify = note
 
 
-class _Story:
-    """The story of a `Desk`, which tells it to its caller."""
+class _Handler:
+    """A `JobHandler` whose jobs a `Desk` ends."""
 
     def __init__(self, desk: Desk) -> None:
         self.worker = "fuzzed"
-        self.tell = desk.draw
+        self.handle = desk.draw
 
 
 class Bench:
-    """A consumer and a processor on a queue of their own, and the connections that publish to them."""
+    """A consumer and a dispatcher on a queue of their own, and the connections that publish to them."""
 
     def __init__(self, rabbitmq: RabbitMQ) -> None:
         self.url = rabbitmq.url + "?heartbeat=0"
@@ -111,7 +115,7 @@ class Bench:
         self.publisher = Publisher(self.settings, self.names)
         self._cancellations = Cancellations()
         self.desk = Desk(self.publisher, self.names, self._cancellations)
-        self.processor = self._new_processor()
+        self.dispatcher = self._new_dispatcher()
         self.consumer = Consumer(
             self.settings,
             self.names,
@@ -124,14 +128,14 @@ class Bench:
 
     def __enter__(self) -> "Bench":
         self.publisher.start()
-        self.processor.start(self.consumer)
+        self.settler.start(self.consumer)
         self.consumer.start()
         self.wait_until(lambda: self.consumer.is_connected, "connected")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.consumer.close()
-        self.processor.close()
+        self.dispatcher.close()
         self.publisher.close()
         for name in (*self.names.everything, f"{self.names.dead}.inspection"):
             self.channel.queue_delete(name)
@@ -171,7 +175,7 @@ class Bench:
     def letters_shown(self) -> int:
         """How many dead letters there are, each of them listed and shown."""
         with QueueBrowser(self.settings, self.names.dead) as inspection:
-            letters = read_letters(inspection.take(10_000), RULES)
+            letters = read_letters(inspection.fetch(10_000), RULES)
             as_table(letters)
             for letter in letters:
                 assert as_text(letter).isprintable() or "\n" in as_text(letter)
@@ -184,32 +188,45 @@ class Bench:
 
     def _on_delivery(self, delivery: Any) -> None:
         self.num_delivered += 1
-        self.processor.on_delivery(delivery)
+        self.dispatcher.on_delivery(delivery)
 
     def _on_cancel(self, body: bytes) -> None:
-        self.processor.on_cancel(body)
+        self.dispatcher.on_cancel(body)
         self.num_heard += 1
 
     def _on_lost(self) -> None:
         self.num_lost += 1
 
-    def _new_processor(self) -> Processor:
-        is_draining = threading.Event()
-        nothing: Any = None
-        return Processor(
-            rules=RULES,
-            storyteller=cast("JobHandler", _Story(self.desk)),
+    def _new_dispatcher(self) -> Dispatcher:
+        is_draining, isolation, runs, metrics = threading.Event(), SuspectIsolation(), Runs(), Metrics()
+        notifier, nothing = cast("Notifier", self.desk), cast("Any", None)
+        self.settler = Settler(self.publisher, notifier, self.names, isolation, is_draining)
+        runner = JobRunner(
+            handler=cast("JobHandler", _Handler(self.desk)),
+            runs=runs,
+            settler=self.settler,
             ledger=cast("Ledger", self.desk),
-            notifier=cast("Notifier", self.desk),
+            notifier=notifier,
             publisher=self.publisher,
             names=self.names,
-            metrics=Metrics(),
+            metrics=metrics,
+            gate=StoreGate(Breaker("the store", 1), is_draining),
+            leases=nothing,
+            history=History(shows_prompts=False),
+        )
+        return Dispatcher(
+            rules=RULES,
+            runs=runs,
+            runner=runner,
+            settler=self.settler,
+            isolation=isolation,
+            names=self.names,
+            metrics=metrics,
             num_threads=2,
             is_draining=is_draining,
             cancellations=self._cancellations,
-            gate=StoreGate(Breaker("the store", 1), is_draining),
-            leases=cast("Leases", nothing),
-            history=History(shows_prompts=False),
+            leases=nothing,
+            lease_keeper=nothing,
             on_bug=self.desk.note_bug,
         )
 
@@ -290,9 +307,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--deliveries", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=SEED)
-    asked = parser.parse_args()
+    decoded = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, RabbitMQ(Path(folder)) as rabbitmq:
-        figures = {"seed": asked.seed} | run(rabbitmq, asked.deliveries, seed=asked.seed)
+        figures = {"seed": decoded.seed} | run(rabbitmq, decoded.deliveries, seed=decoded.seed)
     Console().print(json.dumps(figures), soft_wrap=True)
 
 

@@ -29,14 +29,16 @@ from rich.console import Console
 from rich.table import Table
 
 from clients.storage.location import ObjectRef
-from config.settings import ModelSettings, StoreSettings
+from config.model import ModelSettings
+from config.store import StoreSettings
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import PictureInvalid, PictureTooLarge, SignatureInvalid
-from worker.jobs.cancellations import decode_cancel
-from worker.messages.decoder import MAX_REASON_CHARS, decode, rules_from
+from worker.errors import ErrorCode
+from worker.messages.cancel import decode_cancel
+from worker.messages.decoder import decode, rules_from
 from worker.messages.job import Job, JobRejected, Kind, Undecodable, resolve_size
 from worker.messages.json_schemas import schema_of
-from worker.messages.rules import JobRules
+from worker.messages.rules import MAX_REASON_CHARS, JobRules
 from worker.messages.schema import (
     WireBox,
     WireControl,
@@ -308,7 +310,9 @@ def feed_order(body: bytes) -> str:
 
 def fuzzed_event(rng: random.Random) -> bytes:
     """A record of the ledger or a letter of the outbox, or nearly one."""
-    event = failed_event(task_id=str(uuid.UUID(int=7)), generation_id=456, code="X", message="why", retry_count=0)
+    event = failed_event(
+        task_id=str(uuid.UUID(int=7)), generation_id=456, code=ErrorCode.INTERNAL_ERROR, message="why", retry_count=0
+    )
     content = event.to_json()
     if rng.random() < 0.4:
         return mutated_bytes(rng, content)

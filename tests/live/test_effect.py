@@ -31,8 +31,8 @@ CONSTANTS = {
     "worker.jobs.disposition:RETRY_DELAYS_SECONDS": [1, 1],
     "worker.jobs.disposition:MAX_ATTEMPTS": NUM_TRIES,
     "worker.results.image_store:PICTURE_PATIENCE_SECONDS": 0.0,
-    "worker.jobs.processing:SECOND_LOOK_SECONDS": 0.2,
-    "worker.results.outbox_lane:STORE_PAUSE_SECONDS": STORE_PAUSE_SECONDS,
+    "worker.jobs.dispatcher:LEASE_RECHECK_SECONDS": 0.2,
+    "worker.results.kind_queue:STORE_PAUSE_SECONDS": STORE_PAUSE_SECONDS,
     "clients.storage.client:CALL_DEADLINE_SECONDS": 4.0,
 }
 FAILED_RECORD = Sign(UP, b'"kind": "failed"')

@@ -9,15 +9,15 @@ from itertools import pairwise
 
 import pytest
 
-from clients.webhooks import Verdict, Webhook, WebhookClient, WebhookKind
-from config.settings import BackendSettings
+from clients.webhooks import Webhook, WebhookClient, WebhookKind, WebhookResult
+from config.backend import BackendSettings
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.proxy import DOWN, UP, Link, Sign
 from tests.faults.station import DONE, POST_OF_COMPLETE, Job, Station, answers, long, new_station
 from tests.support.servers.clients_servers import AnsweringServer, Server, answer
 from tests.support.world import Worker, eventually
-from worker.results.refusals import REFUSED_ENDS
+from worker.results.address_breaker import REFUSALS_TO_OPEN
 
 DELAYS_SECONDS = (0.2, 0.4, 1.2, 1.2)
 # Less than the third wait: the outbox waits that one out.
@@ -32,7 +32,7 @@ CONSTANTS = {
     "worker.results.notifier:UNKNOWN_IS_TRANSIENT_SECONDS": TRANSIENT_SECONDS,
     "worker.results.notifier:CALL_DEADLINE_SECONDS": CALL_SECONDS,
     "worker.progress.reporter:CALL_DEADLINE_SECONDS": PROGRESS_CALL_SECONDS,
-    "worker.results.pacing:KNOWN_DELAYS_SECONDS": DELAYS_SECONDS,
+    "worker.results.pacing:OWN_FAILURE_DELAYS_SECONDS": DELAYS_SECONDS,
     # With three events parked one is behind those in hand.
     "worker.results.outbox:PREFETCH": 2,
 }
@@ -319,7 +319,7 @@ def test_a_backend_that_refuses_every_end_gets_no_more_work_drawn_and_hears_of_w
     station.backend.when(POST_OF_COMPLETE, do=answers(status), times=None)
 
     # When ends are refused in a row, then jobs stay where another worker may take them
-    drawn = [station.publish() for _ in range(REFUSED_ENDS)]
+    drawn = [station.publish() for _ in range(REFUSALS_TO_OPEN)]
     eventually(lambda: "refuses this worker" in worker.get("/health/ready")[1], worker.log_tail)
     assert words in worker.get("/health/ready")[1]
     assert worker.metric("darkroom_ready") == 0
@@ -332,7 +332,7 @@ def test_a_backend_that_refuses_every_end_gets_no_more_work_drawn_and_hears_of_w
     station.backend.pass_on()
     eventually(lambda: worker.get("/health/ready")[0] == 200, worker.log_tail)
     dead = world.dead_letters()
-    assert len(dead) < REFUSED_ENDS
+    assert len(dead) < REFUSALS_TO_OPEN
     told = [job for job in drawn if not any(str(job.generation_id).encode() in body for body, _ in dead)]
     for job in (*told, *waiting):
         station.assert_complete_once(job, num_posts=None)
@@ -378,6 +378,6 @@ def test_an_https_address_where_somebody_speaks_plain_http_is_told_nothing() -> 
         )
         attempt = WebhookClient(settings).send(Webhook(WebhookKind.COMPLETE, "id", {"prompt": "canary"}))
 
-    assert (attempt.verdict, attempt.is_ambiguous) == (Verdict.RETRY, False)
+    assert (attempt.result, attempt.is_ambiguous) == (WebhookResult.RETRY, False)
     assert server.requests != []
     assert b"canary" not in b"".join(server.requests)

@@ -18,7 +18,7 @@ from tests.faults.proxy import DOWN, UP, Link, Proxy, Sign
 from tests.faults.station import HEARTBEAT_SECONDS, Job, Station, long, new_station
 from tests.hostile.raw_properties import FROM_THE_FIELD, Raw
 from tests.support.world import Worker, eventually
-from worker.amqp.broker import BLOCKED_TIMEOUT_SECONDS
+from worker.amqp.connection import BLOCKED_TIMEOUT_SECONDS
 
 # After so long the broker has given up a peer that it hears nothing of.
 GIVEN_UP_SECONDS = 3 * HEARTBEAT_SECONDS
@@ -293,7 +293,7 @@ def test_a_worker_that_the_broker_refuses_stays_up_asks_seldom_and_begins_once_i
     unknown: Callable[[RabbitMQ, str], tuple[dict[str, str], Callable[[], None]]],
 ) -> None:
     constants = {
-        "worker.amqp.broker:REFUSED_BACKOFF_SECONDS": REFUSED_BACKOFF_SECONDS,
+        "worker.amqp.connection:REFUSED_BACKOFF_SECONDS": REFUSED_BACKOFF_SECONDS,
         "worker.monitoring.gauges:GAUGE_SECONDS": 0.3,
     }
     name = f"late-{uuid.uuid4().hex[:8]}"
@@ -319,7 +319,7 @@ def test_a_handshake_without_an_answer_is_given_up_and_begun_anew(
 ) -> None:
     with Proxy(rabbitmq.port) as silent:
         silent.black_hole()
-        env = station.env(constants={"worker.amqp.broker:STACK_TIMEOUT_SECONDS": 1.0})
+        env = station.env(constants={"worker.amqp.connection:STACK_TIMEOUT_SECONDS": 1.0})
         other = station.world.start_worker(**env | {"RABBITMQ_PORT": str(silent.port)})
         eventually(lambda: silent.num_connections >= 3, other.log_tail)
         assert other.get("/health/live")[0] == 200

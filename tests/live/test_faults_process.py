@@ -43,7 +43,7 @@ PIPE_BYTES = 4096
 CONSTANTS = QUICK_RETRIES | {
     "worker.results.notifier:DELAYS_SECONDS": (0.3, 1.0, 1.0, 1.0),
     "worker.results.notifier:PATIENCE_SECONDS": 0.5,
-    "worker.jobs.processing:SECOND_LOOK_SECONDS": 0.2,
+    "worker.jobs.dispatcher:LEASE_RECHECK_SECONDS": 0.2,
 }
 
 

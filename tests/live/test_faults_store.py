@@ -16,11 +16,11 @@ CONSTANTS = {
     "worker.jobs.disposition:RETRY_DELAYS_SECONDS": [1, 1],
     "worker.jobs.disposition:MAX_ATTEMPTS": 3,
     "worker.results.image_store:PICTURE_PATIENCE_SECONDS": 0.0,
-    "worker.jobs.inputs.fetcher:SECOND_LOOK_SECONDS": 0.5,
-    "worker.jobs.inputs.places:SLOW_AFTER_SECONDS": 1.0,
+    "worker.jobs.inputs.fetcher:NOT_FOUND_RETRY_SECONDS": 0.5,
+    "worker.jobs.inputs.slow_fetches:SLOW_AFTER_SECONDS": 1.0,
     # After `SlowDown` boto3's pauses are of up to one and two seconds.
     "clients.storage.client:CALL_DEADLINE_SECONDS": 4.0,
-    "clients.storage.client:RATE_WINDOW_SECONDS": 0.5,
+    "clients.storage.download:RATE_WINDOW_SECONDS": 0.5,
 }
 HALF = 30_000  # bytes, about: a picture of 128 pixels squared is noise, and 49 kB of PNG
 NUM_PLACES = 12  # ten lanes, and two jobs more whose adapters are fetched while others are drawn

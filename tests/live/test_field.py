@@ -15,7 +15,7 @@ from examples.parts.seaweedfs import SeaweedFS
 from tests.support.paths import DEMO_MODEL, SIGNATURE
 from tests.support.servers.style_backend import StyleBackend, train_style
 from tests.support.world import HANG_SECONDS, Worker, World, eventually, new_world
-from worker.results.refusals import REFUSED_ENDS
+from worker.results.address_breaker import REFUSALS_TO_OPEN
 
 NUM_STYLES = int(os.environ.get("FIELD_STYLES", "10"))
 SIGNATURE_KEY = "signatures/서울 아틀리에 #1.png"
@@ -116,7 +116,7 @@ def test_a_backend_that_chokes_on_failures_refunds_each_once_after_its_repair(
 def test_a_backend_that_does_not_know_its_own_host_gets_every_end_once_it_does(
     world: World, backend: StyleBackend, worker: Worker, tmp_path: Path
 ) -> None:
-    ordered = [backend.order(style_id, *TAGS) for style_id in range(1, REFUSED_ENDS + 3)]
+    ordered = [backend.order(style_id, *TAGS) for style_id in range(1, REFUSALS_TO_OPEN + 3)]
     backend.restart(allowed_hosts="api.example.com", is_repaired=True)
     eventually(lambda: worker.get("/health/ready")[0] == 503, worker.log_tail)
     assert "ALLOWED_HOSTS" in worker.get("/health/ready")[1]

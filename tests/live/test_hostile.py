@@ -29,7 +29,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from config.settings import ModelSettings, StoreSettings
+from config.model import ModelSettings
+from config.store import StoreSettings
 from examples.parts.backend import Backend
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
@@ -57,9 +58,10 @@ from tests.hostile.kinds import KIND_CLASSES
 from tests.hostile.raw_properties import Raw
 from tests.support.paths import SIGNATURE
 from tests.support.world import Worker, World, eventually
-from worker.jobs.processing import MAX_DEAD_BODY_BYTES
-from worker.messages.decoder import MAX_REASON_CHARS, decode, rules_from
+from worker.jobs.settler import MAX_DEAD_BODY_BYTES
+from worker.messages.decoder import decode, rules_from
 from worker.messages.job import Job, JobRejected, Undecodable, resolve_size
+from worker.messages.rules import MAX_REASON_CHARS
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from tests.faults.station import start_light_worker
 from tests.hostile.inputs import demo_adapter, image, peft_config, peft_weights
 from tests.support.contract_schemas import assert_webhook_fits
 from tests.support.world import Worker, World, eventually, new_world
-from worker.messages.decoder import MAX_BODY_BYTES
+from worker.messages.envelope import MAX_BODY_BYTES
 
 LONG = 150  # steps: three seconds
 STATUS_PATHS = ("/status.json", "/metrics", "/health/ready")
@@ -27,7 +27,7 @@ STATUS_PATHS = ("/status.json", "/metrics", "/health/ready")
 def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with new_world(rabbitmq, s3_server, tmp_path_factory.mktemp("world")) as made:
         constants = {
-            "worker.jobs.inputs.fetcher:SECOND_LOOK_SECONDS": 0.2,
+            "worker.jobs.inputs.fetcher:NOT_FOUND_RETRY_SECONDS": 0.2,
             "tests.support.engine.fake_child:TURN_SECONDS": 0.02,
         }
         start_light_worker(made, constants=constants, STATUS_SHOW_PROMPTS="true")

@@ -13,7 +13,7 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import long, start_light_worker
 from tests.support.world import World, new_world
-from worker.amqp.broker import LEASE_HEADER
+from worker.amqp.delivery import LEASE_HEADER
 from worker.messages.identity import own_task_id
 
 CONSUMER_TIMEOUT_SECONDS = 6

@@ -20,8 +20,8 @@ from tests.support.images.product_pictures import bottle
 from tests.support.models.onnx_files import write_dark_finder
 from tests.support.servers.certificates import Chain, make_chain
 from tests.support.world import Worker, World, eventually, new_world
-from watermark.product.masks import eroded, product_mask
-from watermark.product.placement import Layout, place
+from watermark.product.masks import erode, product_mask
+from watermark.product.placement import Layout, place_product
 
 PROMPT = "a beach"
 STEPS = 8
@@ -119,8 +119,8 @@ def test_a_product_with_all_its_stages(world: World, worker: Worker, chain: Chai
     assert stage(world, job, "cutout").mode == "RGBA"
 
     background, composite, cutout = (stage(world, job, name) for name in ("background", "composite", "cutout"))
-    at = place(background, cutout.size, Layout(0.6, None))
-    inside = np.asarray(eroded(product_mask(composite.size, cutout, at))) > 0
+    at = place_product(background, cutout.size, Layout(0.6, None))
+    inside = np.asarray(erode(product_mask(composite.size, cutout, at))) > 0
     refined = pixels(stage(world, job, "refined"))
     assert inside.sum() > 100
     assert (refined[inside] == pixels(composite)[inside]).all()

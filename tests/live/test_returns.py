@@ -17,16 +17,16 @@ import pika
 import pika.exceptions
 import pytest
 
-from config.settings import BrokerSettings
+from config.broker import BrokerSettings
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import Job, long, start_light_worker
 from tests.support.world import Worker, World, eventually, new_world
-from worker.amqp.broker import CRASHES_HEADER, LEASE_HEADER, make_queue
+from worker.amqp.delivery import CRASHES_HEADER, LEASE_HEADER
 from worker.amqp.queue_browser import QueueBrowser
-from worker.amqp.topology import DELIVERY_LIMIT, QueueNames
-from worker.cli.dead_letters import DeadLetter
-from worker.jobs.recovering import SUSPECT_CRASHES
+from worker.amqp.topology import DELIVERY_LIMIT, QueueNames, declare_queue
+from worker.cli.dead.letters import DeadLetter
+from worker.jobs.recovery import SUSPECT_CRASHES
 
 IS_LONG = "FAULTS_LONG" in os.environ
 # RabbitMQ 4's, and a lower one that a policy may set.
@@ -78,7 +78,7 @@ def declare_as_older_workers_did(world: World) -> None:
 def put_into_recover(world: World, body: bytes, **headers: int) -> None:
     names = QueueNames(world.queue)
     with channel_to(world) as channel:
-        make_queue(channel.connection, names.recover, names.arguments[names.recover])
+        declare_queue(channel.connection, names.recover, names.arguments[names.recover])
         channel.basic_publish("", names.recover, body, pika.BasicProperties(delivery_mode=2, headers=headers))
 
 
@@ -255,20 +255,20 @@ def test_a_message_at_a_policy_s_limit_becomes_a_dead_letter(world: World) -> No
     names = QueueNames(world.queue)
     with channel_to(world) as channel:
         for name in (names.dead, names.outbox):
-            make_queue(channel.connection, name, names.arguments[name])
+            declare_queue(channel.connection, name, names.arguments[name])
         with limits(world, r"\.outbox$", **{"delivery-limit": 0}):
             channel.basic_publish("", names.outbox, b"an event", pika.BasicProperties(delivery_mode=2))
             eventually(lambda: is_given_back(channel, names.outbox))
             wait_for(world, dead=(1, 0), outbox=(0, 0))
     with QueueBrowser(BrokerSettings(**world.rabbitmq.env()), names.dead) as inspection:  # type: ignore[arg-type]
-        (held,) = inspection.take(10)
+        (held,) = inspection.fetch(10)
     assert (held.body, names.outbox in DeadLetter(1, held, None).reason) == (b"an event", True)
 
 
 def test_a_full_queue_refuses_what_is_published_and_keeps_what_it_has(world: World) -> None:
     names = QueueNames(world.queue)
     with limits(world, r"\.outbox$", **{"max-length": 2}), channel_to(world) as channel:
-        make_queue(channel.connection, names.outbox, names.arguments[names.outbox])
+        declare_queue(channel.connection, names.outbox, names.arguments[names.outbox])
         published = []
         with pytest.raises(pika.exceptions.NackError):
             for number in range(20):
@@ -300,7 +300,7 @@ def test_a_queue_made_otherwise_a_moment_ago_is_taken_as_it_is(world: World) -> 
     names = QueueNames(world.queue)
     with channel_to(world) as channel:
         channel.queue_declare(names.outbox, durable=True, arguments=QUORUM)
-        make_queue(channel.connection, names.outbox, names.arguments[names.outbox])
+        declare_queue(channel.connection, names.outbox, names.arguments[names.outbox])
         assert channel.connection.is_open
 
 

@@ -19,7 +19,7 @@ from tests.mutations.rows import ROWS
 from tests.support.paths import ROOT
 
 
-class Verdict(NamedTuple):
+class RowResult(NamedTuple):
     """What became of a row without its mechanism."""
 
     row: Row
@@ -55,7 +55,7 @@ def apply(mutation: Mutation, root: Path) -> None:
     path.write_text(text.replace(mutation.old, mutation.new))
 
 
-def judge(row: Row) -> Verdict:
+def check(row: Row) -> RowResult:
     """Run the row's tests without its mechanism."""
     started_at = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=f"darkroom-{row.name}-") as name:
@@ -77,7 +77,7 @@ def judge(row: Row) -> Verdict:
             raise RuntimeError(f"{row.name}: the tests did not run\n{done.stdout}{done.stderr}")
         failed = failures(report)
     missed = tuple(test for test in row.tests if not any(is_of(test, name) for name in failed))
-    return Verdict(row, tuple(sorted(failed)), missed, time.monotonic() - started_at)
+    return RowResult(row, tuple(sorted(failed)), missed, time.monotonic() - started_at)
 
 
 def failures(report: Path) -> set[str]:
@@ -105,15 +105,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no such row: {', '.join(unknown)}; known are {', '.join(known)}")
 
     chosen = [row for row in ROWS if row.without and (not options.rows or row.name in options.rows)]
-    verdicts = []
+    results = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for verdict in pool.map(judge, chosen):
-            verdicts.append(verdict)
-            word = "caught" if verdict.is_caught else "NOT SEEN by " + ", ".join(verdict.missed)
-            print(f"{verdict.row.name:<5} {verdict.seconds:5.0f} s  {word}", flush=True)
-    missed = [verdict.row.name for verdict in verdicts if not verdict.is_caught]
-    print(f"{len(verdicts) - len(missed)} of {len(verdicts)} rows have tests that fail without their mechanism")
-    print(json.dumps({"rows": len(ROWS), "checked": len(verdicts), "caught": len(verdicts) - len(missed)}))
+        for result in pool.map(check, chosen):
+            results.append(result)
+            word = "caught" if result.is_caught else "NOT SEEN by " + ", ".join(result.missed)
+            print(f"{result.row.name:<5} {result.seconds:5.0f} s  {word}", flush=True)
+    missed = [result.row.name for result in results if not result.is_caught]
+    print(f"{len(results) - len(missed)} of {len(results)} rows have tests that fail without their mechanism")
+    print(json.dumps({"rows": len(ROWS), "checked": len(results), "caught": len(results) - len(missed)}))
     return 1 if missed else 0
 
 

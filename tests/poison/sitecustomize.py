@@ -40,7 +40,7 @@ def _poison(model: Any) -> None:
     denoise = model.denoise
 
     def denoise_or_die(self: Any, lanes: Any) -> Any:
-        if any(WORD in lane.drawing.request.prompt and lane.num_steps_done == 2 for lane in lanes):
+        if any(WORD in lane.owner.request.prompt and lane.num_steps_done == 2 for lane in lanes):
             os.abort()
         return denoise(self, lanes)
 

@@ -10,7 +10,7 @@ from typing import Any
 import requests
 
 from clients.webhooks import WebhookClient
-from config.settings import BackendSettings
+from config.backend import BackendSettings
 from examples.parts.ports import free_port
 from tests.support.paths import ROOT
 from tests.support.world import NODE, eventually

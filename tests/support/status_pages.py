@@ -11,25 +11,25 @@ from prometheus_client import CollectorRegistry
 from worker.jobs.history import EndedJob, StageTime
 from worker.monitoring.http_server import HealthServer
 from worker.monitoring.status import (
-    BatchNow,
-    CacheNow,
-    GpuNow,
-    IdleNow,
-    JobNow,
-    ModelNow,
-    QueueNow,
-    SlotsNow,
+    BatchStatus,
+    CacheStatus,
+    GpuStatus,
+    IdleStatus,
+    JobStatus,
+    ModelStatus,
+    QueueStatus,
+    SlotsStatus,
     Status,
-    WebhooksNow,
-    WorkerNow,
+    WebhooksStatus,
+    WorkerStatus,
 )
 
 STAGES = ("ledger", "fetch", "wait", "adapt", "encode", "denoise", "decode", "sign", "store", "record", "notify")
 SECONDS = (0.012, 0.31, 0.84, 0.021, 0.055, 4.9, 0.42, 0.03, 0.09, 0.02, 0.04)
 
 
-def job(number: int, **changes: Any) -> JobNow:
-    made = JobNow(
+def job(number: int, **changes: Any) -> JobStatus:
+    made = JobStatus(
         generation_id=str(48210 + number),
         task_id=f"660f9511-f3ac-52e5-b827-{number:012d}",
         phase="denoise",
@@ -80,20 +80,20 @@ def status(**changes: Any) -> Status:
     depths = {"": 14, "recover": 0, "outbox": 2, "dead": 1, "retry.30": 1, "retry.300": 0, "lease": 0}
     made = Status(
         at=time.time(),
-        worker=WorkerNow("gpu-7f6c9:17", "0.1.0", time.time() - 5400, 5400.0, ""),
-        model=ModelNow("stable-diffusion-v1-5", "sd", "cuda:0", "bfloat16", 512, 4.2, 0.031, 0.207),
+        worker=WorkerStatus("gpu-7f6c9:17", "0.1.0", time.time() - 5400, 5400.0, ""),
+        model=ModelStatus("stable-diffusion-v1-5", "sd", "cuda:0", "bfloat16", 512, 4.2, 0.031, 0.207),
         jobs=(*(job(number) for number in range(1, 6)), job(6, phase="fetch", step_index=0, num_steps=0)),
-        batch=BatchNow(5, 10, 18240, 4.37, 5.92),
-        slots=SlotsNow(active=5, idle=7, free=4),
-        cache=CacheNow(8_400_000_000, 20_000_000_000),
-        gpu=GpuNow(11_300_000_000, 24_000_000_000, 0.93),
+        batch=BatchStatus(5, 10, 18240, 4.37, 5.92),
+        slots=SlotsStatus(active=5, idle=7, free=4),
+        cache=CacheStatus(8_400_000_000, 20_000_000_000),
+        gpu=GpuStatus(11_300_000_000, 24_000_000_000, 0.93),
         queues=tuple(
-            QueueNow(f"{queue}.{role}" if role else queue, role or "jobs", depth) for role, depth in depths.items()
+            QueueStatus(f"{queue}.{role}" if role else queue, role or "jobs", depth) for role, depth in depths.items()
         ),
-        webhooks=WebhooksNow(2, ("complete",)),
+        webhooks=WebhooksStatus(2, ("complete",)),
         outcomes={"complete": 1284, "failed": 17, "cancelled": 2, "retried": 3},
         engine_restarts=1,
-        idle=IdleNow(
+        idle=IdleStatus(
             None,
             3890.0,
             {"no_jobs": 1120.0, "fetching": 140.0, "encoding": 60.0, "decoding": 95.0, "engine_starting": 30.0},

@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 from tests.support.paths import DEMO_MODEL
 from watermark.errors import FontMissing, OverlayInvalid
 from watermark.geometry import Position, Rect
-from watermark.signature import SignatureStyle, TextSignature, Unsigned, sign, signature_place
+from watermark.signature import SignatureStyle, TextSignature, Unsigned, sign, signature_rect
 from watermark.text.fonts import code_points
-from watermark.text.headline import MARGIN, headline_of, headlines_of, put_headlines
+from watermark.text.headline import MARGIN, draw_headlines, prepare_headline, prepare_headlines
 from watermark.text.mark import is_visible
 from watermark.text.overlay import Box, Stroke, TextOverlay
-from watermark.text.scripts import Script, scripts_in
+from watermark.text.scripts import Script, covered_scripts
 from watermark.text.typefaces import choose_typeface, list_typefaces
 from watermark.text.typesetting import Typesetter
 from watermark.text.wrapping import Breaking, wrap
@@ -40,7 +40,7 @@ TEXTS = {
 
 def put(picture: Image.Image, *overlays: TextOverlay, avoid: tuple[Rect, ...] = ()) -> NDArray[np.int16]:
     """(height, width, 3): the picture with its headlines."""
-    drawn = put_headlines(picture, headlines_of(overlays, FONT_DIRS), avoid=avoid)
+    drawn = draw_headlines(picture, prepare_headlines(overlays, FONT_DIRS), avoid=avoid)
     assert (drawn.mode, drawn.size) == ("RGB", picture.size)
     return np.asarray(drawn).astype(np.int16)
 
@@ -100,8 +100,8 @@ def test_so_it_does_on_pictures_of_extreme_shapes(size: tuple[int, int]) -> None
 @settings(max_examples=25, deadline=None)
 @given(text=texts, dress=dresses, room=st.tuples(st.integers(100, 500), st.integers(100, 500)))
 def test_no_letter_is_cut_at_the_rim_of_its_block(text: str, dress: dict[str, Any], room: tuple[int, int]) -> None:
-    headline = headline_of(TextOverlay(text, **dress), FONT_DIRS)
-    block = Typesetter(headline.overlay, headline.lines, headline.typeface).set(room, room)
+    headline = prepare_headline(TextOverlay(text, **dress), FONT_DIRS)
+    block = Typesetter(headline.overlay, headline.lines, headline.typeface).typeset(room, room)
 
     # Given the same lines drawn where there is room for more
     whole = 0
@@ -175,7 +175,7 @@ def test_it_becomes_smaller_for_a_place_where_it_touches_nothing() -> None:
 def test_headlines_keep_off_each_other_and_off_the_signature() -> None:
     picture, style = grey(600, 600), SignatureStyle(Position.TOP_CENTER)
     signature = TextSignature("서울 아틀리에", FONT_DIRS)
-    place = signature_place(picture.size, signature, style)
+    place = signature_rect(picture.size, signature, style)
     assert place is not None
     overlays = (
         TextOverlay(TEXTS["Korean"]),
@@ -194,7 +194,7 @@ def test_headlines_keep_off_each_other_and_off_the_signature() -> None:
 
 
 def test_no_signature_has_no_place() -> None:
-    assert signature_place((100, 100), Unsigned(), SignatureStyle()) is None
+    assert signature_rect((100, 100), Unsigned(), SignatureStyle()) is None
 
 
 def test_the_same_input_gives_the_same_bytes_and_the_picture_is_left_alone() -> None:
@@ -361,16 +361,16 @@ def test_a_word_that_may_not_be_broken_is_not() -> None:
 
 
 def test_lines_that_were_broken_by_hand_stay_so() -> None:
-    headline = headline_of(TextOverlay("one\r\ntwo\n\n\n three  four \n\n"), FONT_DIRS)
+    headline = prepare_headline(TextOverlay("one\r\ntwo\n\n\n three  four \n\n"), FONT_DIRS)
     assert headline.lines == ("one", "two", "", "three four")
-    block = Typesetter(headline.overlay, headline.lines, headline.typeface).set((800, 800), (800, 800))
+    block = Typesetter(headline.overlay, headline.lines, headline.typeface).typeset((800, 800), (800, 800))
     assert block.lines == headline.lines
 
 
 @pytest.mark.parametrize("script", TEXTS)
 def test_lines_stand_apart_as_the_font_wants(script: str) -> None:
-    headline = headline_of(TextOverlay(f"{TEXTS[script][:2]}\n{TEXTS[script][:2]}", size=0.1), FONT_DIRS)
-    block = Typesetter(headline.overlay, headline.lines, headline.typeface).set((1000, 1000), (1000, 1000))
+    headline = prepare_headline(TextOverlay(f"{TEXTS[script][:2]}\n{TEXTS[script][:2]}", size=0.1), FONT_DIRS)
+    block = Typesetter(headline.overlay, headline.lines, headline.typeface).typeset((1000, 1000), (1000, 1000))
     rows = np.asarray(block.letters(0.0)).max(axis=1) > 0
     assert (~rows).any()
     assert block.ink_size[1] > sum(block.font.getmetrics())
@@ -384,28 +384,28 @@ def test_lines_stand_apart_as_the_font_wants(script: str) -> None:
 )
 def test_what_cannot_be_drawn_is_refused_by_the_name_of_its_field(text: str) -> None:
     with pytest.raises(OverlayInvalid, match=r"^text_overlay\[1\]: the text "):
-        headlines_of((TextOverlay("fine"), TextOverlay(text)), FONT_DIRS)
+        prepare_headlines((TextOverlay("fine"), TextOverlay(text)), FONT_DIRS)
 
 
 def test_letters_that_leave_no_ink_are_refused() -> None:
     with pytest.raises(OverlayInvalid, match=r"^text_overlay: .*no visible character"):
-        headlines_of((TextOverlay("\u3164"),), FONT_DIRS)
+        prepare_headlines((TextOverlay("\u3164"),), FONT_DIRS)
 
 
 @pytest.mark.parametrize("text", ["Sale \U00012000", "Sale \U0001f389"])
 def test_characters_no_font_has_are_named(text: str) -> None:
     with pytest.raises(FontMissing, match=rf"^text_overlay: no font in .* \(U\+{ord(text[-1]):X}\)"):
-        headlines_of((TextOverlay(text),), FONT_DIRS)
+        prepare_headlines((TextOverlay(text),), FONT_DIRS)
 
 
 def test_a_family_that_is_named_must_have_every_character_itself() -> None:
     with pytest.raises(FontMissing, match=r"the font DejaVu Sans .* '서' \(U\+C11C\) '울' \(U\+C6B8\)"):
-        headline_of(TextOverlay("Seoul 서울", "DejaVu Sans"), FONT_DIRS)
+        prepare_headline(TextOverlay("Seoul 서울", "DejaVu Sans"), FONT_DIRS)
 
 
 def test_a_family_that_is_not_installed_is_told_with_those_near_it() -> None:
     with pytest.raises(FontMissing, match=r"'Nanum Gotic' is installed; near it are NanumGothic, "):
-        headline_of(TextOverlay("Sale", "Nanum Gotic"), FONT_DIRS)
+        prepare_headline(TextOverlay("Sale", "Nanum Gotic"), FONT_DIRS)
 
 
 # --- fonts
@@ -457,8 +457,8 @@ def test_broken_fonts_are_passed_over(tmp_path: Path) -> None:
 
 def test_scripts_are_told_by_how_much_of_them_a_font_has() -> None:
     dejavu, nanum = (choose_typeface("a", name, FONT_DIRS) for name in ("DejaVu Sans", "NanumGothic"))
-    assert set(scripts_in(code_points(dejavu.path))) == {Script.LATIN}
-    assert scripts_in(code_points(nanum.path))[Script.HANGUL] == 11172
+    assert set(covered_scripts(code_points(dejavu.path))) == {Script.LATIN}
+    assert covered_scripts(code_points(nanum.path))[Script.HANGUL] == 11172
 
 
 def test_the_command_lists_families_styles_and_scripts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -481,7 +481,7 @@ def test_the_command_lists_families_styles_and_scripts(monkeypatch: pytest.Monke
 
 def test_a_font_that_draws_nothing_for_a_character_it_claims_to_have_is_passed_over() -> None:
     # NanumSquare, the first choice for Hangul, has such a one; the others of its family write it.
-    headline = headline_of(TextOverlay("\ud7a3"), FONT_DIRS)
+    headline = prepare_headline(TextOverlay("\ud7a3"), FONT_DIRS)
 
     assert headline.typeface.family.startswith("Nanum")
     assert is_visible("\ud7a3", headline.typeface.path, headline.typeface.index)

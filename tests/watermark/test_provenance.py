@@ -23,15 +23,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from PIL import Image
 
-from config.settings import (
-    SECTIONS,
-    ModelSettings,
-    PictureSettings,
-    Settings,
-    SettingsError,
-    StoreSettings,
-    load_section,
-)
+from config.images import PictureSettings
+from config.model import ModelSettings
+from config.section import SettingsError, load_section
+from config.settings import SECTIONS, Settings
+from config.store import StoreSettings
 from inference.request import GenerationResult, Picture
 from tests.support.paths import ROOT
 from tests.support.servers.certificates import Chain, Key, make_chain
@@ -502,13 +498,13 @@ def test_a_certificate_that_ends_while_the_worker_runs_signs_no_more(tmp_path: P
     chain = make_chain(tmp_path, ends_in=timedelta(seconds=seconds))
     supervisor = Supervisor(settings_of(tmp_path, chain))
     ending = labeller("provenance", chain)
-    assert supervisor._readiness.refusal == ending.refusal == ""
+    assert supervisor._parts.readiness.refusal == ending.refusal == ""
 
     time.sleep(seconds + 1)
 
     assert re.fullmatch(r"the certificate of C2PA_CERTIFICATE expired on \d{4}-\d\d-\d\d", ending.refusal)
     # As with any refusal, it takes no more jobs and is not ready
-    assert supervisor._readiness.refusal == ending.refusal
+    assert supervisor._parts.readiness.refusal == ending.refusal
     with pytest.raises(ManifestNotSigned, match="not valid at time of signing"):
         ending.encode(picture(), TOLD)
 

@@ -21,12 +21,12 @@ from tests.support.paths import ROOT
 from watermark.errors import FontMissing, OverlayInvalid, SignatureInvalid
 from watermark.signature import TextSignature
 from watermark.text.fonts import find_font
-from watermark.text.headline import headline_of, put_headlines
+from watermark.text.headline import draw_headlines, prepare_headline
 from watermark.text.mark import clean_lines, clean_text, draw_text
 from watermark.text.overlay import TextOverlay
-from watermark.text.shaping import LRM, RLM, in_direction_of, needs_shaping
+from watermark.text.shaping import LRM, RLM, keep_direction, needs_shaping
 from watermark.text.wrapping import Breaking, wrap
-from worker.cli.check.machine import check_shaping
+from worker.cli.check.files import check_shaping
 
 FONT_DIRS = (Path("/usr/share/fonts"),)
 ROOM = (600, 200)
@@ -118,8 +118,8 @@ def test_a_joiner_is_spelling() -> None:
 @pytest.mark.parametrize("text", [COMPLEX["Persian with a joiner"], "שלום", "Ann\u200dB"])
 def test_names_and_headlines_take_joiners_and_both_directions(text: str) -> None:
     assert TextSignature(text, FONT_DIRS).text == text
-    headline = headline_of(TextOverlay(text), FONT_DIRS)
-    drawn = put_headlines(Image.new("RGB", (256, 256), (60, 80, 110)), [headline])
+    headline = prepare_headline(TextOverlay(text), FONT_DIRS)
+    drawn = draw_headlines(Image.new("RGB", (256, 256), (60, 80, 110)), [headline])
     assert len(drawn.getcolors(maxcolors=100_000) or ()) > 10
 
 
@@ -138,7 +138,7 @@ def test_names_and_headlines_take_joiners_and_both_directions(text: str) -> None
     ],
 )
 def test_a_broken_line_runs_as_the_whole_does(line: str, part: str, drawn: str) -> None:
-    assert in_direction_of(line, part) == drawn
+    assert keep_direction(line, part) == drawn
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_joiners_and_selectors_alone_are_no_name(text: str) -> None:
     with pytest.raises(SignatureInvalid, match=r"no visible character|is empty"):
         TextSignature(text, FONT_DIRS)
     with pytest.raises(OverlayInvalid, match=r"no visible character|is empty"):
-        headline_of(TextOverlay(text), FONT_DIRS)
+        prepare_headline(TextOverlay(text), FONT_DIRS)
 
 
 def test_the_vowel_separator_of_mongolian_is_spelling() -> None:
@@ -235,8 +235,8 @@ def test_font_that_has_the_letters_alone_of_a_script_that_stacks_cannot_write_it
     write_devanagari(tmp_path / "squares.ttf", "")
     for write in (
         lambda: TextSignature("क्ष", (tmp_path,)),
-        lambda: headline_of(TextOverlay("क्ष"), (tmp_path,)),
-        lambda: headline_of(TextOverlay("क्ष", font="Squares"), (tmp_path,)),
+        lambda: prepare_headline(TextOverlay("क्ष"), (tmp_path,)),
+        lambda: prepare_headline(TextOverlay("क्ष", font="Squares"), (tmp_path,)),
     ):
         with pytest.raises(FontMissing, match=r"cannot write|can write 'क' \(U\+0915\)"):
             write()
@@ -254,11 +254,11 @@ def test_font_that_stacks_the_letters_writes_them_stacked(tmp_path: Path) -> Non
 CHILD = """
 import json, sys
 from pathlib import Path
-from watermark.text.headline import headlines_of
+from watermark.text.headline import prepare_headlines
 from watermark.text.overlay import TextOverlay
 from watermark.signature import TextSignature
 from worker.cli.check.checks import CheckFailed
-from worker.cli.check.machine import check_shaping
+from worker.cli.check.files import check_shaping
 
 def said(make):
     try:
@@ -271,7 +271,7 @@ fonts = (Path("/usr/share/fonts"),)
 texts = json.load(sys.stdin)
 print(json.dumps({
     "names": [said(lambda: TextSignature(text, fonts)) for text in texts],
-    "headlines": [said(lambda: headlines_of((TextOverlay(text),), fonts)) for text in texts],
+    "headlines": [said(lambda: prepare_headlines((TextOverlay(text),), fonts)) for text in texts],
     "check": said(check_shaping),
 }))
 """

@@ -89,7 +89,7 @@ def test_what_the_store_denies_is_tried_until_it_is_done_and_the_breaker_is_open
             reasons.append(bool(breaker.reason))
             return super().__call__()
 
-    assert StoreGate(breaker, is_draining).insist(Watched(7)) == "done"
+    assert StoreGate(breaker, is_draining).retry_while_denied(Watched(7)) == "done"
 
     assert reasons == [False] + [True] * 7
     assert breaker.reason == ""
@@ -107,7 +107,7 @@ def test_a_store_that_cannot_be_reached_is_asked_again_while_there_is_patience()
 
     breaker = Breaker("the store", STORE_THRESHOLD)
 
-    assert StoreGate(breaker, ImpatientEvent()).insist(work, patience_seconds=60) == "done"
+    assert StoreGate(breaker, ImpatientEvent()).retry_while_denied(work, patience_seconds=60) == "done"
     assert (len(calls), breaker.reason) == (4, "")
 
 
@@ -119,7 +119,7 @@ def test_without_patience_the_first_failure_to_reach_the_store_is_told() -> None
         raise StorageUnavailable("s3://media: the store cannot be reached")
 
     with pytest.raises(StorageUnavailable):
-        StoreGate(Breaker("the store", STORE_THRESHOLD), ImpatientEvent()).insist(work)
+        StoreGate(Breaker("the store", STORE_THRESHOLD), ImpatientEvent()).retry_while_denied(work)
     assert len(calls) == 1
 
 
@@ -127,7 +127,7 @@ def test_work_that_was_never_denied_closes_nothing() -> None:
     breaker = Breaker("the store", STORE_THRESHOLD)
     breaker.refuse("AccessDenied")
 
-    StoreGate(breaker, ImpatientEvent()).insist(Refusing(0))
+    StoreGate(breaker, ImpatientEvent()).retry_while_denied(Refusing(0))
 
     assert breaker.reason
 
@@ -140,7 +140,7 @@ def test_a_store_that_answers_that_an_object_is_missing_refuses_no_longer() -> N
         raise answers.pop(0)
 
     with pytest.raises(ObjectNotFound):
-        StoreGate(breaker, ImpatientEvent()).insist(ask)
+        StoreGate(breaker, ImpatientEvent()).retry_while_denied(ask)
 
     assert breaker.reason == ""
 
@@ -164,7 +164,7 @@ def test_a_worker_that_stops_gives_the_job_back() -> None:
     is_draining.set()
 
     with pytest.raises(JobReleased):
-        StoreGate(Breaker("the store", STORE_THRESHOLD), is_draining).insist(Refusing(1))
+        StoreGate(Breaker("the store", STORE_THRESHOLD), is_draining).retry_while_denied(Refusing(1))
 
 
 def test_any_other_error_is_the_caller_s() -> None:
@@ -172,4 +172,4 @@ def test_any_other_error_is_the_caller_s() -> None:
         raise ObjectNotFound("s3://media/a: the store answered 404")
 
     with pytest.raises(ObjectNotFound):
-        StoreGate(Breaker("the store", STORE_THRESHOLD), ImpatientEvent()).insist(work)
+        StoreGate(Breaker("the store", STORE_THRESHOLD), ImpatientEvent()).retry_while_denied(work)

@@ -1,13 +1,14 @@
 """What the metrics show before anything has happened."""
 
 from clients.webhooks import WebhookKind
-from worker.metrics import OUTCOMES, Metrics
+from worker.metrics import Metrics
+from worker.outcome import Outcome
 
 
 def test_every_outcome_is_there_at_zero_so_that_the_first_failure_counts_as_an_increase() -> None:
     registry = Metrics().registry
 
-    shown = {outcome: registry.get_sample_value("darkroom_jobs_total", {"outcome": outcome}) for outcome in OUTCOMES}
+    shown = {outcome: registry.get_sample_value("darkroom_jobs_total", {"outcome": outcome}) for outcome in Outcome}
 
-    assert shown == dict.fromkeys(OUTCOMES, 0.0)
-    assert {WebhookKind.COMPLETE.value, WebhookKind.FAILED.value} <= set(OUTCOMES)
+    assert shown == dict.fromkeys(Outcome, 0.0)
+    assert {WebhookKind.COMPLETE.value, WebhookKind.FAILED.value} <= set(Outcome)

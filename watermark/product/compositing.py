@@ -1,27 +1,27 @@
-"""Puts a product with its shadow on a background. Pure: the same input gives the same bytes."""
+"""Composite a product and its contact shadow onto a background. Pure: the same input gives the same bytes."""
 
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
 from watermark.geometry import Rect
-from watermark.product.cutout import resized
+from watermark.product.cutout import resize_premultiplied
 
-# The product touches the ground with its lowest part: what of its height throws the shadow.
+# The lowest part of the product's height, which casts the contact shadow.
 FOOT = 0.12
-# How high that part's shadow is drawn, and how far it is blurred, as parts of the product's width: a dark rim right
-# under the foot, and a soft one around it that is half as dark.
+# Height and blur radius of that shadow as fractions of the product's width: a dark rim right under the foot, and a soft
+# one around it that is half as dark.
 CONTACT_HEIGHT, CONTACT_BLUR = 0.03, 0.015
 SOFT_HEIGHT, SOFT_BLUR, SOFT_DARKNESS = 0.14, 0.06, 0.55
 
 
 def compose(background: Image.Image, product: Image.Image, place: Rect, *, shadow: float) -> Image.Image:
-    """The RGBA `product`, brought to the size of its `place`, on an RGB `background`, above its contact shadow.
+    """Composite the RGBA `product`, resized to `place`, over an RGB `background` and its contact shadow.
 
-    `shadow` is the opacity of the shadow's darkest part, 0 none. Where the product is opaque, the picture is the
-    product to the byte; beside product and shadow it is the background.
+    `shadow` is the opacity of the shadow's darkest part, 0 for none. Opaque product pixels and the background outside
+    product and shadow are kept to the byte.
     """
     picture = background.copy()
-    placed = resized(product, place.size)
+    placed = resize_premultiplied(product, place.size)
     if shadow > 0:
         _darken(picture, placed.getchannel("A"), place, shadow)
     # Porter and Duff's "over", exact where alpha is 0 or 255.
@@ -30,8 +30,8 @@ def compose(background: Image.Image, product: Image.Image, place: Rect, *, shado
 
 
 def _darken(picture: Image.Image, alpha: Image.Image, place: Rect, opacity: float) -> None:
-    """Multiply the light around the product's foot, in place."""
-    around = _around(place, picture.size)
+    """Darken the background around the product's foot, in place."""
+    around = _shadow_bounds(place, picture.size)
     contact = _shade(alpha, place, around, CONTACT_HEIGHT, CONTACT_BLUR, darkness=1.0)
     soft = _shade(alpha, place, around, SOFT_HEIGHT, SOFT_BLUR, darkness=SOFT_DARKNESS)
     light = ImageChops.lighter(contact, soft).point([round(255 - opacity * shade) for shade in range(256)])
@@ -39,8 +39,8 @@ def _darken(picture: Image.Image, alpha: Image.Image, place: Rect, opacity: floa
     picture.paste(lit, around[:2])
 
 
-def _around(place: Rect, picture: tuple[int, int]) -> Rect:
-    """The part of the picture that a shadow may reach."""
+def _shadow_bounds(place: Rect, picture: tuple[int, int]) -> Rect:
+    """Return the part of the image that the shadow can reach."""
     width, height = place.size
     reach = round(width * (SOFT_HEIGHT + 3 * SOFT_BLUR)) + 3
     top = place.bottom - round(height * FOOT) - reach
@@ -55,8 +55,7 @@ def _around(place: Rect, picture: tuple[int, int]) -> Rect:
 def _shade(
     alpha: Image.Image, place: Rect, around: Rect, height: float, blur: float, *, darkness: float
 ) -> Image.Image:
-    """The shadow over `around`, mode L, `darkness` of 255 where it is darkest: the product's foot as seen from above,
-    flat, and blurred."""
+    """Return the shadow over `around`, mode L, at most `darkness` of 255: the product's foot, flattened and blurred."""
     width, tall = place.size
     foot = alpha.crop((0, tall - max(1, round(tall * FOOT)), width, tall))
     flat = foot.resize((width, max(1, round(width * height))), Image.Resampling.BOX)

@@ -1,45 +1,45 @@
-"""The product cut out: what is and is not a cut-out. Pure: images in, images out."""
+"""Check, trim and resize a cut-out product. Pure: images in, images out."""
 
 import numpy as np
 from PIL import Image
 
-# Alpha that has nothing below this cuts nothing out: cameras and editors write it into every file.
+# Alpha that is nowhere below this is no cut-out: cameras and editors write opaque alpha into every file.
 CLEAR = 128
-# Fainter pixels are a mask's noise: the product does not end with them.
+# Fainter pixels are mask noise, ignored in the product's bounds.
 VISIBLE = 16
-# Parts of a picture's pixels: a model that found less has found nothing, one that found more has cut nothing away.
+# Fractions of an image's pixels: below, the model found no product; above, it removed no background.
 MIN_PART, MAX_PART = 0.001, 0.99
-# No picture is drawn larger than that, so no product has to be.
+# No image is generated larger, so no product needs more.
 MAX_SIDE_PX = 2048
 
 
-class NothingCut(Exception):
-    """There is no product in the picture, or nothing around it to cut away; the message says which."""
+class CutoutFailed(Exception):
+    """No product in the image, or no background to remove; the message says which."""
 
 
-def has_own_alpha(picture: Image.Image) -> bool:
-    """Is some part of an RGBA picture transparent?"""
+def has_transparency(picture: Image.Image) -> bool:
+    """Return whether some part of an RGBA image is transparent."""
     return bool(np.asarray(picture.getchannel("A")).min() < CLEAR)
 
 
-def trimmed(picture: Image.Image) -> Image.Image:
-    """The RGBA picture without what is empty around its product. Raises `NothingCut` where all of it is empty."""
+def trim(picture: Image.Image) -> Image.Image:
+    """Crop the RGBA image to its visible pixels. Raises `CutoutFailed` where there are none."""
     bounds = picture.getchannel("A").point([0] * VISIBLE + [255] * (256 - VISIBLE)).getbbox()
     if bounds is None:
-        raise NothingCut("all of it is transparent")
-    return bounded(picture.crop(bounds))
+        raise CutoutFailed("all of it is transparent")
+    return limit_size(picture.crop(bounds))
 
 
-def bounded(picture: Image.Image) -> Image.Image:
-    """The RGB or RGBA picture, made smaller where a side is longer than any that is drawn."""
+def limit_size(picture: Image.Image) -> Image.Image:
+    """Downscale an RGB or RGBA image whose longer side exceeds `MAX_SIDE_PX`."""
     share = MAX_SIDE_PX / max(picture.size)
     if share >= 1:
         return picture
-    return resized(picture, (max(1, round(picture.width * share)), max(1, round(picture.height * share))))
+    return resize_premultiplied(picture, (max(1, round(picture.width * share)), max(1, round(picture.height * share))))
 
 
-def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The RGB or RGBA picture at `size`; premultiplied, or colours of clear pixels would bleed into the edges."""
+def resize_premultiplied(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize an RGB or RGBA image; premultiplied, or colours of transparent pixels would bleed into the edges."""
     if picture.size == size:
         return picture
     if picture.mode != "RGBA":
@@ -47,11 +47,11 @@ def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     return picture.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
 
 
-def judged(picture: Image.Image) -> Image.Image:
-    """A model's cut-out, RGBA and of its picture's whole size, trimmed. Raises `NothingCut` where it is none."""
+def check_cutout(picture: Image.Image) -> Image.Image:
+    """Trim a model's RGBA cut-out of a whole image. Raises `CutoutFailed` where it found or removed nothing."""
     part = float((np.asarray(picture.getchannel("A")) >= CLEAR).mean())
     if part < MIN_PART:
-        raise NothingCut("no product was found in it")
+        raise CutoutFailed("no product was found in it")
     if part > MAX_PART:
-        raise NothingCut("nothing was found around the product")
-    return trimmed(picture)
+        raise CutoutFailed("nothing was found around the product")
+    return trim(picture)

@@ -1,4 +1,4 @@
-"""Where a product stands on its background. Pure."""
+"""Placement of a product on its background. Pure."""
 
 from dataclasses import dataclass
 
@@ -7,29 +7,29 @@ from PIL import Image
 from watermark.geometry import ANCHORS, Position, Rect
 from watermark.quiet_region import quietest_region
 
-# Kept free along the rims, as a part of the picture's shorter side, where the product leaves as much.
+# Margin, as a fraction of the image's shorter side, as far as the product leaves it.
 MARGIN = 0.05
-# How much of what is free above and below an automatically placed product lies above it: things stand low.
+# Fraction of the free height above an automatically placed product: products look right low in the image.
 LOW = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where a product stands: it fills at most `scale` of the picture each way; None is the background's calm side."""
+    """Size and anchor of a product: at most `scale` of the image each way; None is the background's quietest side."""
 
     scale: float
     position: Position | None
 
 
-def place(background: Image.Image, product: tuple[int, int], layout: Layout) -> Rect:
-    """The part of `background` that a product of `product` (width, height) px, larger or smaller, shall fill.
+def place_product(background: Image.Image, product: tuple[int, int], layout: Layout) -> Rect:
+    """Return the rectangle of `background` for a product of `product` (width, height) px.
 
-    It keeps its proportions and lies inside the picture, whatever the layout says.
+    It keeps the product's aspect ratio and is inside the image, whatever the layout.
     """
-    size = size_in(background.size, product, layout.scale)
+    size = fitted_size(background.size, product, layout.scale)
     room = _room(background.size, size)
     if layout.position is None:
-        left, top = _on_the_calm_side(background, size, room)
+        left, top = _on_quietest_side(background, size, room)
     else:
         vertical, _, horizontal = layout.position.partition("-")
         left = _between(room.left, room.right - size[0], ANCHORS[horizontal or vertical])
@@ -37,16 +37,15 @@ def place(background: Image.Image, product: tuple[int, int], layout: Layout) -> 
     return Rect(left, top, left + size[0], top + size[1])
 
 
-def size_in(picture: tuple[int, int], product: tuple[int, int], scale: float) -> tuple[int, int]:
-    """The size, in px, at which a product fills at most `scale` of a picture each way."""
+def fitted_size(picture: tuple[int, int], product: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Return the size, in px, at which a product fills at most `scale` of an image each way."""
     factor = scale * min(picture[0] / product[0], picture[1] / product[1])
     width, height = (max(1, round(side * factor)) for side in product)
     return min(width, picture[0]), min(height, picture[1])
 
 
-def _on_the_calm_side(background: Image.Image, size: tuple[int, int], room: Rect) -> tuple[int, int]:
-    """In the middle of the calmest half of what is behind the product; of a picture that is calm all over, in its
-    middle."""
+def _on_quietest_side(background: Image.Image, size: tuple[int, int], room: Rect) -> tuple[int, int]:
+    """Return left and top in the middle of the quietest half behind the product; the centre of a uniform image."""
     top = _between(room.top, room.bottom - size[1], LOW)
     side = max(background.width // 2, size[0])
     rows = Rect(0, top, background.width, top + size[1])
@@ -56,7 +55,7 @@ def _on_the_calm_side(background: Image.Image, size: tuple[int, int], room: Rect
 
 
 def _room(picture: tuple[int, int], size: tuple[int, int]) -> Rect:
-    """The picture without its margins, or as much of them as the product takes."""
+    """Return the image without its margins, which shrink where the product needs them."""
     margin = round(MARGIN * min(picture))
     across, down = (min(margin, (whole - part) // 2) for whole, part in zip(picture, size, strict=True))
     return Rect(across, down, picture[0] - across, picture[1] - down)

@@ -1,1 +1,1 @@
-"""What a picture's file says of its origin: metadata, XMP and C2PA manifests."""
+"""Provenance in image files: PNG text, XMP packets and C2PA manifests."""

@@ -1,4 +1,4 @@
-"""The certificate and the key that an operator signs C2PA manifests with: read, and judged before the first use."""
+"""Load and check the certificate chain and private key for C2PA signing."""
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
-from config.settings import SettingsError
+from config.section import SettingsError
 
 # C2PA's algorithms by the curve of an ECDSA key (C2PA specification, "Digital signatures").
 CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
@@ -20,7 +20,7 @@ MAX_PEM_BYTES = 1_000_000
 
 @dataclass(frozen=True)
 class Credentials:
-    """PEM of a chain and of its first certificate's key (PKCS #8), and the algorithm that the key signs by."""
+    """PEM of a chain and of its first certificate's key (PKCS #8), and the key's signature algorithm."""
 
     chain: bytes
     key: bytes = field(repr=False)
@@ -34,26 +34,26 @@ class Credentials:
 
 
 def read_credentials(certificate: Path, private_key: Path) -> Credentials:
-    """Read both files. Raises `SettingsError`, one sentence that names the setting, for what nobody can sign with."""
-    chain = _chain(certificate)
-    key = _key(private_key)
+    """Read both files. Raises `SettingsError`, one sentence that names the setting, where they cannot sign."""
+    chain = _load_chain(certificate)
+    key = _load_key(private_key)
     signer = chain[0]
     if signer.public_key() != key.public_key():
         belongs = "does not belong to the first certificate of C2PA_CERTIFICATE"
         raise SettingsError(f"C2PA_PRIVATE_KEY: {private_key} {belongs}: the chain begins with the one that signs")
-    _insist_on_dates(signer, certificate)
+    _check_validity(signer, certificate)
     return Credentials(
         chain=b"".join(one.public_bytes(serialization.Encoding.PEM) for one in chain),
         key=key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         ),
-        algorithm=_algorithm(key, private_key),
+        algorithm=_algorithm_of(key, private_key),
         subject=signer.subject.rfc4514_string(),
         expires_at=signer.not_valid_after_utc,
     )
 
 
-def _chain(path: Path) -> list[x509.Certificate]:
+def _load_chain(path: Path) -> list[x509.Certificate]:
     content = _read("C2PA_CERTIFICATE", path)
     try:
         return x509.load_pem_x509_certificates(content)
@@ -61,7 +61,7 @@ def _chain(path: Path) -> list[x509.Certificate]:
         raise SettingsError(f"C2PA_CERTIFICATE: {path} holds no chain of certificates in PEM") from error
 
 
-def _key(path: Path) -> PrivateKeyTypes:
+def _load_key(path: Path) -> PrivateKeyTypes:
     content = _read("C2PA_PRIVATE_KEY", path)
     try:
         return serialization.load_pem_private_key(content, password=None)
@@ -79,7 +79,7 @@ def _read(setting: str, path: Path) -> bytes:
         raise SettingsError(f"{setting}: {path} cannot be read: {error.strerror}") from error
 
 
-def _insist_on_dates(signer: x509.Certificate, path: Path) -> None:
+def _check_validity(signer: x509.Certificate, path: Path) -> None:
     now = datetime.now(UTC)
     if now > signer.not_valid_after_utc:
         raise SettingsError(f"C2PA_CERTIFICATE: {path} expired on {signer.not_valid_after_utc:%Y-%m-%d}: renew it")
@@ -88,7 +88,7 @@ def _insist_on_dates(signer: x509.Certificate, path: Path) -> None:
         raise SettingsError(f"C2PA_CERTIFICATE: {path} {begins}: look at this machine's clock")
 
 
-def _algorithm(key: PrivateKeyTypes, path: Path) -> str:
+def _algorithm_of(key: PrivateKeyTypes, path: Path) -> str:
     match key:
         case ec.EllipticCurvePrivateKey() if key.curve.name in CURVES:
             return CURVES[key.curve.name]

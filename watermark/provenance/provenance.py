@@ -1,4 +1,4 @@
-"""What a picture's file says of how it was made, as PNG text and as an XMP packet. Pure.
+"""How an image was made, as PNG text and as an XMP packet. Pure.
 
 `docs/provenance.md` says which field is written at which level and how to read it back.
 """
@@ -16,16 +16,16 @@ from watermark.provenance.xmp import xmp_packet
 # The only keyword XMP readers look for; the packet behind it must not be compressed (XMP specification, part 3).
 XMP_KEYWORD = "XML:com.adobe.xmp"
 SETTINGS_KEYWORD = "Darkroom"
-# Where AUTOMATIC1111's web UI writes what it drew a picture by, and where most tools look for it.
+# Where AUTOMATIC1111's web UI writes its generation parameters, and where most tools read them.
 PARAMETERS_KEYWORD = "parameters"
 
-# What XML 1.0 has no character for: it would break the packet. PNG text forbids some of it too, UTF-8 the surrogates.
+# Characters that XML 1.0 forbids: they would break the packet. PNG text forbids some of them too, UTF-8 the surrogates.
 _UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _REPLACEMENT = "\ufffd"
 
 
 class SourceType(StrEnum):
-    """Where a picture's pixels come from: two terms of IPTC's vocabulary "Digital Source Type" (version of 2024-10)."""
+    """The origin of an image's pixels: two terms of IPTC's vocabulary "Digital Source Type" (version of 2024-10)."""
 
     # "Digital media created algorithmically using an AI model trained on captured content"
     GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -35,7 +35,7 @@ class SourceType(StrEnum):
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the picture was asked for by; what cannot be written in XML is replaced."""
+    """The prompts of an image; characters that XML forbids are replaced."""
 
     prompt: str
     negative_prompt: str = ""
@@ -45,16 +45,16 @@ class Prompts:
 
     @property
     def text(self) -> str:
-        """Both in one, as the web UI writes them and others read them."""
+        """Both in one, in the web UI's format."""
         return f"{self.prompt}\nNegative prompt: {self.negative_prompt}" if self.negative_prompt else self.prompt
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a picture was made. `created_at` is in UTC; `adapters` are names, never paths, which may name customers.
+    """How an image was made. `created_at` is in UTC; `adapters` are names, never paths, which may name customers.
 
-    One that exists can be written: what cannot be in XML, PNG text or UTF-8 is replaced by U+FFFD in every text.
-    `prompts` are there only where they may be told.
+    Every instance can be written: characters that XML, PNG text or UTF-8 forbid are replaced by U+FFFD. `prompts` is
+    None where prompts must not be published.
     """
 
     software: str
@@ -84,25 +84,25 @@ class Provenance:
 
     @property
     def created(self) -> str:
-        """RFC 3339, to the second, as PNG and XMP both take it."""
+        """`created_at` in RFC 3339, to the second, valid in PNG and XMP."""
         return self.created_at.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def png_text(provenance: Provenance) -> PngInfo:
-    """The text chunks of a PNG: iTXt all of them, which is UTF-8."""
+def build_png_text(provenance: Provenance) -> PngInfo:
+    """Build the text chunks of a PNG, all iTXt, which is UTF-8."""
     text = PngInfo()
     text.add_itxt("Software", provenance.creator_tool)
     text.add_itxt("Creation Time", provenance.created)
     text.add_itxt("Source", provenance.model)
     text.add_itxt(SETTINGS_KEYWORD, _settings(provenance))
-    text.add_itxt(XMP_KEYWORD, packet_of(provenance))
+    text.add_itxt(XMP_KEYWORD, build_xmp(provenance))
     if provenance.prompts is not None:
         text.add_itxt(PARAMETERS_KEYWORD, _parameters(provenance, provenance.prompts))
     return text
 
 
 def _settings(provenance: Provenance) -> str:
-    """JSON by the names of the complete webhook's metadata."""
+    """Return JSON with the field names of the complete webhook's metadata."""
     settings = {
         "kind": provenance.kind,
         "model": provenance.model,
@@ -118,8 +118,8 @@ def _settings(provenance: Provenance) -> str:
     return json.dumps(settings, ensure_ascii=False)
 
 
-def packet_of(provenance: Provenance) -> str:
-    """The XMP packet, wrapper included."""
+def build_xmp(provenance: Provenance) -> str:
+    """Build the XMP packet, wrapper included."""
     return xmp_packet(
         creator_tool=provenance.creator_tool,
         created=provenance.created,
@@ -131,7 +131,7 @@ def packet_of(provenance: Provenance) -> str:
 
 
 def _parameters(provenance: Provenance, prompts: Prompts) -> str:
-    """The web UI's form: the prompt, "Negative prompt: …", and last one line of `Name: value` pairs."""
+    """Format as the web UI does: the prompt, "Negative prompt: …", and one line of `Name: value` pairs."""
     pairs = {
         "Steps": str(provenance.num_inference_steps),
         "Sampler": provenance.scheduler,
@@ -147,17 +147,17 @@ def _parameters(provenance: Provenance, prompts: Prompts) -> str:
 
 
 def _quoted(value: str) -> str:
-    """As the web UI quotes what would end a pair early."""
+    """Quote, as the web UI does, a value that would end its pair early."""
     return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]', value) else value
 
 
-def _make_writable(told: Prompts | Provenance) -> None:
-    for field in fields(told):
-        value = getattr(told, field.name)
-        if type(value) is str:  # not an enum's, which equals a string and is more
-            object.__setattr__(told, field.name, _writable(value))
+def _make_writable(record: Prompts | Provenance) -> None:
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if type(value) is str:  # not a StrEnum, whose type must be kept
+            object.__setattr__(record, field.name, _writable(value))
 
 
 def _writable(text: str) -> str:
-    # XML readers turn every carriage return into a line feed: better that all readers see the same.
+    # XML readers turn every carriage return into a line feed: PNG text gets the same.
     return _UNWRITABLE.sub(_REPLACEMENT, text.replace("\r\n", "\n").replace("\r", "\n"))

@@ -1,4 +1,4 @@
-"""The XMP packet of a generated picture: ISO 16684-1, with the IPTC Photo Metadata Standard's properties of 2025.1."""
+"""The XMP packet of a generated image: ISO 16684-1, with the IPTC Photo Metadata Standard's properties of 2025.1."""
 
 from xml.etree import ElementTree
 
@@ -9,7 +9,7 @@ XMP = "http://ns.adobe.com/xap/1.0/"
 IPTC_EXTENSION = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
 PREFIXES = {"x": X, "rdf": RDF, "dc": DC, "xmp": XMP, "Iptc4xmpExt": IPTC_EXTENSION}
 
-# The id is the standard's own; "r" because whoever edits the packet breaks the C2PA signature over it.
+# The id is fixed by the standard; "r" (read-only) because an edit of the packet breaks the C2PA signature over it.
 PACKET_BEGIN = '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\n'
 PACKET_END = '\n<?xpacket end="r"?>'
 
@@ -20,7 +20,7 @@ for _prefix, _namespace in PREFIXES.items():
 def xmp_packet(
     *, creator_tool: str, created: str, source_type: str, system: str, creator: str | None, prompt: str | None
 ) -> str:
-    """The packet, wrapper included. Every text must be writable in XML 1.0; `created` is a date of ISO 8601."""
+    """Build the packet, wrapper included. Every text must be writable in XML 1.0; `created` is a date of ISO 8601."""
     root = ElementTree.Element(f"{{{X}}}xmpmeta")
     rdf = ElementTree.SubElement(root, f"{{{RDF}}}RDF")
     description = ElementTree.SubElement(rdf, f"{{{RDF}}}Description", {f"{{{RDF}}}about": ""})

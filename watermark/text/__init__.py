@@ -1,1 +1,1 @@
-"""Text in pictures: fonts, scripts, line breaks, typesetting, and what is drawn over a picture."""
+"""Text on images: fonts, scripts, line breaks, typesetting, and the drawing of headlines."""

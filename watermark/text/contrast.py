@@ -1,4 +1,4 @@
-"""Chooses colours that can be read: relative luminance and contrast ratio as in WCAG 2.2."""
+"""Choose readable colours: relative luminance and contrast ratio as in WCAG 2.2."""
 
 from typing import NamedTuple, TypeAlias
 
@@ -13,21 +13,21 @@ WHITE: Colour = (255, 255, 255)
 BLACK: Colour = (0, 0, 0)
 # WCAG's level AA for text of any size.
 MIN_CONTRAST = 4.5
-# What is aimed at: Pillow blends to the nearest or the next grey level, which at middle grey is 0.07.
+# Target with a margin: Pillow's blending rounds by up to one grey level, 0.07 of contrast at middle grey.
 AIMED_CONTRAST = 4.6
-# An outline of less than this part of the letters' size does not set them off.
+# Minimum outline width, in letter sizes, that separates letters from the background.
 MIN_STROKE = 0.03
-# So many pixels are looked at again and again where a panel's opacity is sought.
+# Number of worst pixels in the binary search for a panel's opacity.
 NUM_WORST = 4096
 
 _SCALE = np.arange(256) / 255
 _LINEAR = np.where(_SCALE <= 0.04045, _SCALE / 12.92, ((_SCALE + 0.055) / 1.055) ** 2.4)
-# (3, 256): what a value of each channel adds to the luminance.
+# (3, 256): contribution of each channel's value to the luminance.
 _LUMINANCE = (np.array([[0.2126], [0.7152], [0.0722]]) * _LINEAR).astype(np.float32)
 
 
 class Colours(NamedTuple):
-    """What a headline is painted in. `opacity` of the panel behind it is from 0, no panel, to 255."""
+    """A headline's colours. The panel's `opacity` is from 0, no panel, to 255."""
 
     text: Colour
     stroke: Colour
@@ -36,28 +36,34 @@ class Colours(NamedTuple):
 
 
 def choose_colours(under: NDArray[np.uint8], overlay: TextOverlay) -> Colours:
-    """The colours of `overlay` on `under`, the pixels (height, width, 3) that its letters will cover.
+    """Choose the colours of `overlay` on `under`, the pixels (height, width, 3) that its letters will cover.
 
-    A text without a colour is black or white, whichever needs no help to have 4.5:1 against every pixel, or else
-    differs more on the whole; then a panel of the opposite colour comes between, just dense enough. An outline that
-    contrasts with the letters does as well. A text with a colour gets what was asked for and no more.
+    A text without a colour is black or white, preferably one with 4.5:1 against every pixel, else the one of higher
+    mean contrast on a panel of the opposite colour and the least sufficient opacity. A contrasting outline replaces the
+    panel. A requested colour is used as it is.
     """
     if overlay.colour is not None:
         text = parse_colour(overlay.colour)
-        return _colours(text, overlay, _least(overlay.box))
+        return _colours(text, overlay, _base_opacity(overlay.box))
 
     found = []
     for text in (WHITE, BLACK):
-        least = _least(overlay.box)
-        opacity = least if _is_set_off(text, overlay) else _needed(under, text, _panel(text, overlay.box), least)
+        least = _base_opacity(overlay.box)
+        opacity = (
+            least
+            if _has_contrasting_outline(text, overlay)
+            else _required_opacity(under, text, _panel_colour(text, overlay.box), least)
+        )
         if opacity is not None:
-            shown = contrasts(under, text, _panel(text, overlay.box), least)
+            shown = contrast_ratios(under, text, _panel_colour(text, overlay.box), least)
             found.append((opacity > least, -float(np.log(shown).mean()), _colours(text, overlay, opacity)))
     return min(found)[2]
 
 
-def contrasts(under: NDArray[np.uint8], text: Colour, panel: Colour = BLACK, opacity: int = 0) -> NDArray[np.float32]:
-    """(height, width): the contrast ratio of `text` to each pixel seen through a panel; 1 to 21."""
+def contrast_ratios(
+    under: NDArray[np.uint8], text: Colour, panel: Colour = BLACK, opacity: int = 0
+) -> NDArray[np.float32]:
+    """Return (height, width): contrast ratio, 1 to 21, of `text` to each pixel under the panel."""
     values = np.arange(256)
     seen = [(values * (255 - opacity) + channel * opacity + 127) // 255 for channel in panel]
     luminance = np.zeros(under.shape[:-1], np.float32)
@@ -70,55 +76,55 @@ def contrasts(under: NDArray[np.uint8], text: Colour, panel: Colour = BLACK, opa
 
 
 def parse_colour(text: str) -> Colour:
-    """`#rrggbb` as numbers."""
+    """Parse `#rrggbb`."""
     return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)
 
 
 def opposite(colour: Colour) -> Colour:
-    """Black or white, whichever differs more."""
+    """Return black or white, whichever has the higher contrast."""
     return max((BLACK, WHITE), key=lambda other: _contrast(colour, other))
 
 
 def _colours(text: Colour, overlay: TextOverlay, opacity: int) -> Colours:
     named = overlay.stroke.colour if overlay.stroke else None
-    return Colours(text, parse_colour(named) if named else opposite(text), _panel(text, overlay.box), opacity)
+    return Colours(text, parse_colour(named) if named else opposite(text), _panel_colour(text, overlay.box), opacity)
 
 
-def _panel(text: Colour, box: Box | None) -> Colour:
+def _panel_colour(text: Colour, box: Box | None) -> Colour:
     return parse_colour(box.colour) if box and box.colour else opposite(text)
 
 
-def _least(box: Box | None) -> int:
+def _base_opacity(box: Box | None) -> int:
     return round(box.opacity * 255) if box else 0
 
 
-def _is_set_off(text: Colour, overlay: TextOverlay) -> bool:
-    """Whether an outline parts the letters from what is around them."""
+def _has_contrasting_outline(text: Colour, overlay: TextOverlay) -> bool:
+    """Return whether a wide enough, contrasting outline separates the letters from the background."""
     stroke = overlay.stroke
     if stroke is None or stroke.width < MIN_STROKE:
         return False
     return stroke.colour is None or _contrast(text, parse_colour(stroke.colour)) >= MIN_CONTRAST
 
 
-def _needed(under: NDArray[np.uint8], text: Colour, panel: Colour, least: int) -> int | None:
-    """The opacity from `least` at which every pixel contrasts enough; None where the panel itself does not."""
-    plain = contrasts(under, text, panel, least)
+def _required_opacity(under: NDArray[np.uint8], text: Colour, panel: Colour, least: int) -> int | None:
+    """Return the lowest opacity from `least` that makes every pixel contrast; None where the panel itself does not."""
+    plain = contrast_ratios(under, text, panel, least)
     if plain.min() >= AIMED_CONTRAST:
         return least
     if _contrast(text, panel) < MIN_CONTRAST:
         return None
-    # The worst pixels tell about how dense the panel must be, and a few levels more make sure of all.
+    # Binary search on the worst pixels, then a few levels up until all pixels pass.
     worst = under.reshape(1, -1, 3)[:, np.argsort(plain, axis=None)[:NUM_WORST]]
     low, high = least, 255
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if _is_clear(worst, text, panel, middle) else (middle, high)
-    return next(opacity for opacity in range(high, 256) if opacity == 255 or _is_clear(under, text, panel, opacity))
+        low, high = (low, middle) if _is_readable(worst, text, panel, middle) else (middle, high)
+    return next(opacity for opacity in range(high, 256) if opacity == 255 or _is_readable(under, text, panel, opacity))
 
 
-def _is_clear(under: NDArray[np.uint8], text: Colour, panel: Colour, opacity: int) -> bool:
-    return bool(contrasts(under, text, panel, opacity).min() >= AIMED_CONTRAST)
+def _is_readable(under: NDArray[np.uint8], text: Colour, panel: Colour, opacity: int) -> bool:
+    return bool(contrast_ratios(under, text, panel, opacity).min() >= AIMED_CONTRAST)
 
 
 def _contrast(one: Colour, other: Colour) -> float:
-    return float(contrasts(np.array([[one]], np.uint8), other)[0, 0])
+    return float(contrast_ratios(np.array([[one]], np.uint8), other)[0, 0])

@@ -1,4 +1,4 @@
-"""Puts headlines on a picture: RGB in, RGB out. The same input gives the same bytes."""
+"""Draw headlines on an image: RGB in, RGB out. The same input gives the same bytes."""
 
 import math
 from collections.abc import Iterable
@@ -12,45 +12,46 @@ from PIL import Image, ImageFilter
 from watermark.errors import FontMissing, OverlayInvalid
 from watermark.geometry import Rect
 from watermark.quiet_region import gradient_energy, quietest_region
+from watermark.text.block import Block
 from watermark.text.contrast import Colours, choose_colours, opposite
 from watermark.text.mark import clean_lines, is_visible
 from watermark.text.overlay import TextOverlay
 from watermark.text.typefaces import Typeface, choose_typeface
-from watermark.text.typesetting import BOX_PADDING, SHADOW_BLUR, SHADOW_OFFSET, Block, Typesetter
+from watermark.text.typesetting import BOX_PADDING, SHADOW_BLUR, SHADOW_OFFSET, Typesetter
 
-# Of the picture's shorter side: nothing of a headline comes nearer to the rim.
+# Margin of a headline, as a fraction of the image's shorter side.
 MARGIN = 0.04
-# Where all is equally calm, a headline stands in the middle of the upper part.
-HEADLINE_PLACE = (0.5, 0.15)
-# Tried one after another where a headline that looks for its own place would lie on what is there already.
-SHARES = (1.0, 0.75, 0.5, 0.35)
-# Where even the calmest place has more than this, one whose size is free becomes smaller for a place with so much less.
-STIR_GREY_LEVELS = 0.5
-WORTH_A_MOVE = 0.25
+# Preferred position among equally quiet ones: centred in the upper part.
+DEFAULT_TARGET = (0.5, 0.15)
+# Size factors tried in order while an automatically placed headline would overlap another part.
+SCALES = (1.0, 0.75, 0.5, 0.35)
+# Where the quietest region exceeds this energy, a headline of automatic size shrinks once if that gets below the ratio.
+BUSY_GREY_LEVELS = 0.5
+MAX_ENERGY_RATIO = 0.25
 SHADOW_OPACITY = 0.6
-# In letter sizes: the corners of panels, how far the panel that nobody asked for fades out, and the calm that a
-# headline wants around it where it looks for its own place.
+# In letter sizes: corner radius of panels, fade width of the contrast panel, and the margin around an automatically
+# placed headline in the search for its region.
 CORNER = 0.2
 FADE = 0.6
-CALM_AROUND = 0.4
-# Of the picture's width: with less to its sides a headline stands in the middle, whatever is to be seen of them.
-ROOM_TO_LEAN = 0.2
+QUIET_MARGIN = 0.4
+# Fraction of the image's width: with less free width a headline's lines are centred.
+MIN_FREE_WIDTH = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class Headline:
-    """A headline that can be drawn: the lines that were asked for, and the typeface that has their characters."""
+    """A drawable headline: its lines, and a typeface that has their characters."""
 
     overlay: TextOverlay
     lines: tuple[str, ...]
     typeface: Typeface
 
 
-def headline_of(overlay: TextOverlay, font_dirs: tuple[Path, ...]) -> Headline:
-    """The headline `overlay` asks for.
+def prepare_headline(overlay: TextOverlay, font_dirs: tuple[Path, ...]) -> Headline:
+    """Check the text of `overlay` and choose its typeface.
 
-    Raises `OverlayInvalid` where its text has control characters or nothing to be seen, `FontMissing` where no font in
-    `font_dirs`, or not the family it names, has every character, or where there is no such family.
+    Raises `OverlayInvalid` where its text has control characters or no ink, `FontMissing` where no font in `font_dirs`,
+    or not the requested family, has every character, or where there is no such family.
     """
     lines = clean_lines(overlay.text)
     text = "".join(lines)
@@ -60,89 +61,91 @@ def headline_of(overlay: TextOverlay, font_dirs: tuple[Path, ...]) -> Headline:
     return Headline(overlay, lines, typeface)
 
 
-def headlines_of(overlays: tuple[TextOverlay, ...], font_dirs: tuple[Path, ...]) -> tuple[Headline, ...]:
-    """What `headline_of` makes of each; its errors' messages begin with the field, `text_overlay[1]` for a second."""
+def prepare_headlines(overlays: tuple[TextOverlay, ...], font_dirs: tuple[Path, ...]) -> tuple[Headline, ...]:
+    """Prepare each overlay; an error's message begins with the field, `text_overlay[1]` for the second of several."""
     found = []
     for number, overlay in enumerate(overlays):
         field = "text_overlay" if len(overlays) == 1 else f"text_overlay[{number}]"
         try:
-            found.append(headline_of(overlay, font_dirs))
+            found.append(prepare_headline(overlay, font_dirs))
         except (OverlayInvalid, FontMissing) as error:
             raise type(error)(f"{field}: {error}") from error
     return tuple(found)
 
 
-def put_headlines(picture: Image.Image, headlines: Iterable[Headline], *, avoid: tuple[Rect, ...] = ()) -> Image.Image:
-    """An RGB copy of `picture` with its headlines, painted in order, all of each inside the margins.
+def draw_headlines(picture: Image.Image, headlines: Iterable[Headline], *, avoid: tuple[Rect, ...] = ()) -> Image.Image:
+    """Return an RGB copy of `picture` with the headlines painted in order, each inside the margins.
 
-    Those that look for their own place keep off each other, those with a place, and `avoid`, where there is room.
+    Automatically placed headlines avoid the others and `avoid`, where there is room.
     """
     pixels = picture.convert("RGB")
     pixels.info = {}
-    for headline, block, place in _laid_out(pixels, tuple(headlines), avoid):
+    for headline, block, place in _lay_out(pixels, tuple(headlines), avoid):
         _paint(pixels, headline.overlay, block, place)
     return pixels
 
 
-def _laid_out(
+def _lay_out(
     picture: Image.Image, headlines: tuple[Headline, ...], avoid: tuple[Rect, ...]
 ) -> list[tuple[Headline, Block, Rect]]:
-    """Where everything goes: first what has a place, so that the others keep off it."""
+    """Place all headlines, those with a fixed position first, so that the others avoid them."""
     room = _room(picture.size)
     found: dict[int, tuple[Headline, Block, Rect]] = {}
     for number, headline in sorted(enumerate(headlines), key=lambda item: item[1].overlay.position is None):
         setter = Typesetter(headline.overlay, headline.lines, headline.typeface)
         if headline.overlay.position is not None:
-            block = setter.set(picture.size, room.size)
-            place = _anchored(room, block.size, headline.overlay.position.fractions)
+            block = setter.typeset(picture.size, room.size)
+            place = _anchor(room, block.size, headline.overlay.position.fractions)
         else:
-            block, place = _calm_place(picture, setter, room, avoid)
+            block, place = _find_quiet_place(picture, setter, room, avoid)
         avoid = (*avoid, place)
         found[number] = headline, block, place
     return [found[number] for number in range(len(headlines))]
 
 
 def _room(size: tuple[int, int]) -> Rect:
-    """The picture without its margins."""
+    """Return the image without its margins."""
     margin = min(math.ceil(min(size) * MARGIN), (min(size) - 1) // 2)
     return Rect(margin, margin, size[0] - margin, size[1] - margin)
 
 
-def _anchored(room: Rect, size: tuple[int, int], fractions: tuple[float, float]) -> Rect:
+def _anchor(room: Rect, size: tuple[int, int], fractions: tuple[float, float]) -> Rect:
     left = room.left + round((room.size[0] - size[0]) * fractions[0])
     top = room.top + round((room.size[1] - size[1]) * fractions[1])
     return Rect(0, 0, *size).moved(left, top)
 
 
-def _grown(rect: Rect, by: int) -> Rect:
+def _grow(rect: Rect, by: int) -> Rect:
     return Rect(rect.left - by, rect.top - by, rect.right + by, rect.bottom + by)
 
 
-def _calm_place(picture: Image.Image, setter: Typesetter, room: Rect, avoid: tuple[Rect, ...]) -> tuple[Block, Rect]:
-    """The calmest place, for a smaller block where a larger one would lie on something or in a stir."""
-    for share in SHARES:
-        block, place = _calmest_block(picture, setter, room, avoid, share)
+def _find_quiet_place(
+    picture: Image.Image, setter: Typesetter, room: Rect, avoid: tuple[Rect, ...]
+) -> tuple[Block, Rect]:
+    """Find the quietest region; shrink the block where a larger one would overlap or be on a busy region."""
+    for share in SCALES:
+        block, place = _place_at_scale(picture, setter, room, avoid, share)
         if not any(place.overlaps(other) for other in avoid):
             break
-    stir = gradient_energy(picture, place)
-    if setter.is_free and share == SHARES[0] and stir > STIR_GREY_LEVELS:
-        smaller, elsewhere = _calmest_block(picture, setter, room, avoid, SHARES[1])
-        if gradient_energy(picture, elsewhere) < WORTH_A_MOVE * stir:
+    energy = gradient_energy(picture, place)
+    if setter.is_size_automatic and share == SCALES[0] and energy > BUSY_GREY_LEVELS:
+        smaller, elsewhere = _place_at_scale(picture, setter, room, avoid, SCALES[1])
+        if gradient_energy(picture, elsewhere) < MAX_ENERGY_RATIO * energy:
             return smaller, elsewhere
     return block, place
 
 
-def _calmest_block(
+def _place_at_scale(
     picture: Image.Image, setter: Typesetter, room: Rect, avoid: tuple[Rect, ...], share: float
 ) -> tuple[Block, Rect]:
-    block = setter.set(picture.size, room.size, share)
-    around = round(CALM_AROUND * block.font_px)
+    block = setter.typeset(picture.size, room.size, share)
+    around = round(QUIET_MARGIN * block.font_px)
     left, top = quietest_region(
         picture,
-        _grown(Rect(0, 0, *block.size), around).size,
-        within=_grown(room, around),
+        _grow(Rect(0, 0, *block.size), around).size,
+        within=_grow(room, around),
         avoid=avoid,
-        towards=HEADLINE_PLACE,
+        towards=DEFAULT_TARGET,
     )
     return block, Rect(0, 0, *block.size).moved(left + around, top + around)
 
@@ -164,17 +167,17 @@ def _paint(picture: Image.Image, overlay: TextOverlay, block: Block, place: Rect
 
 
 def _alignment(overlay: TextOverlay, place: Rect, width: int) -> float:
-    """How the lines stand to each other: as the headline stands on the picture."""
+    """Return the lines' alignment, 0 left to 1 right: as the headline is placed on the image."""
     if overlay.position is not None:
         return overlay.position.fractions[0]
     free = width - place.size[0]
-    if free < ROOM_TO_LEAN * width:
+    if free < MIN_FREE_WIDTH * width:
         return 0.5
     return (0.0, 0.5, 1.0)[min(2, int(place.left / free * 3))]
 
 
 def _paint_panel(picture: Image.Image, overlay: TextOverlay, block: Block, ink: Rect, colours: Colours) -> None:
-    """The panel that was asked for, its corners rounded; or the one that contrast needs, fading out to all sides."""
+    """Paint the requested panel with rounded corners, or the contrast panel, which fades out to all sides."""
     font_px = block.font_px
     if overlay.box is not None:
         reach = tuple(int(padding * font_px) for padding in BOX_PADDING)
@@ -183,13 +186,13 @@ def _paint_panel(picture: Image.Image, overlay: TextOverlay, block: Block, ink: 
         reach = (math.ceil(FADE * font_px), math.ceil(FADE * font_px))
         inner, fade = 0.0, max(1.0, FADE * font_px)
     width, height = ink.size[0] + 2 * reach[0], ink.size[1] + 2 * reach[1]
-    density = _rounded((width, height), inner + (0 if overlay.box else fade), fade)
+    density = _rounded_box((width, height), inner + (0 if overlay.box else fade), fade)
     mask = Image.fromarray(np.rint(density * colours.opacity).astype(np.uint8))
     picture.paste(colours.panel, (ink.left - reach[0], ink.top - reach[1]), mask)
 
 
-def _rounded(size: tuple[int, int], radius: float, fade: float) -> NDArray[np.float32]:
-    """(height, width) from 0 to 1: a rectangle with round corners that fades over its outermost `fade` px.
+def _rounded_box(size: tuple[int, int], radius: float, fade: float) -> NDArray[np.float32]:
+    """Return (height, width) from 0 to 1: a rounded rectangle that fades over its outermost `fade` px.
 
     By the distance to a rounded box: Quilez, "2D distance functions".
     """
@@ -206,7 +209,7 @@ def _rounded(size: tuple[int, int], radius: float, fade: float) -> NDArray[np.fl
 def _paint_shadow(
     picture: Image.Image, edge: Image.Image, block: Block, ink: Rect, colour: tuple[int, int, int]
 ) -> None:
-    """A soft shadow of the letters, to the lower right."""
+    """Paint a blurred shadow of the letters, offset to the lower right."""
     across, down = block.padding
     offset = round(SHADOW_OFFSET * block.font_px)
     canvas = Image.new("L", block.size)

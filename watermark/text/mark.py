@@ -1,4 +1,4 @@
-"""What may be written, and a line of it as a mark: white with a thin dark outline, for light and for dark pictures."""
+"""Check texts, and draw one line as a mark: white with a thin dark outline, for light and dark images."""
 
 import unicodedata
 from functools import lru_cache
@@ -14,10 +14,10 @@ from watermark.text.shaping import ENCLOSING, HINTS, SPELLING, without_hints
 MAX_TEXT_CHARS = 100
 
 # Controls, invisible formatting (bidirectional overrides forge names), surrogates, private and unassigned, line breaks.
-# What of formatting is spelling is drawn, and what hints at breaks is left out: see `shaping`.
+# Format characters that are spelling are drawn, and break hints removed: see `shaping`.
 REFUSED_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
-# Below this Hangul is a smudge, so small pictures get a text wider than asked rather than one nobody can read.
+# Below this Hangul is unreadable, so small images get a text wider than requested.
 MIN_FONT_PX = 11
 MAX_FONT_PX = 1024
 OUTLINE_PER_FONT_PX = 1 / 20
@@ -26,9 +26,9 @@ OUTLINE_GREY = 24
 
 def clean_text(text: str) -> str:
     """Return `text` in Unicode NFC with single plain spaces; raise `SignatureInvalid` where it is no line of text."""
-    if refused := _refused(text):
+    if refused := _refused_characters(text):
         raise SignatureInvalid(f"the signature text has characters that cannot be drawn: {refused}")
-    line = _plain(text)
+    line = _normalize(text)
     if not line:
         raise SignatureInvalid("the signature text is empty")
     if len(line) > MAX_TEXT_CHARS:
@@ -37,14 +37,14 @@ def clean_text(text: str) -> str:
 
 
 def clean_lines(text: str) -> tuple[str, ...]:
-    r"""The lines of a headline, broken at \n, each as `clean_text` would have it; at most one empty one in a row.
+    r"""Split a headline at \n and normalize each line as `clean_text` does; collapse runs of empty lines to one.
 
-    Raises `OverlayInvalid` where there are characters that are not drawn, or none that is.
+    Raises `OverlayInvalid` where the text has undrawable characters, or is empty.
     """
     lines = text.replace("\r\n", "\n").split("\n")
-    if refused := _refused("".join(lines)):
+    if refused := _refused_characters("".join(lines)):
         raise OverlayInvalid(f"the text has characters that cannot be drawn: {refused}")
-    plain = [_plain(line) for line in lines]
+    plain = [_normalize(line) for line in lines]
     kept = [line for line, before in zip(plain, ["", *plain], strict=False) if line or before]
     while kept and not kept[-1]:
         kept.pop()
@@ -53,30 +53,26 @@ def clean_lines(text: str) -> tuple[str, ...]:
     return tuple(kept)
 
 
-def _refused(text: str) -> str:
-    """Characters of `text` that are not drawn, up to five."""
-    refused = sorted({f"U+{ord(char):04X}" for char in text if _is_refused(char)})
-    return ", ".join(refused[:5])
+def _refused_characters(text: str) -> str:
+    """List up to five characters of `text` that are not drawn."""
+    refused = {char for char in text if unicodedata.category(char) in REFUSED_CATEGORIES}
+    return ", ".join(sorted(f"U+{ord(char):04X}" for char in refused - SPELLING - ENCLOSING - HINTS)[:5])
 
 
-def _is_refused(char: str) -> bool:
-    return unicodedata.category(char) in REFUSED_CATEGORIES and char not in SPELLING | ENCLOSING | HINTS
-
-
-def _plain(text: str) -> str:
+def _normalize(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", without_hints(text)).split())
 
 
 @lru_cache(maxsize=4096)
 def is_visible(text: str, font: Path, index: int = 0) -> bool:
-    """Whether `text` leaves any ink: fillers such as U+3164 are letters to Unicode, and empty to the eye."""
+    """Return whether `text` has any ink: fillers such as U+3164 are letters to Unicode, but blank."""
     return ImageFont.truetype(font, MIN_FONT_PX, index=index).getmask(text).getbbox() is not None
 
 
 def draw_text(text: str, font: Path, *, fit: tuple[int, int], limit: tuple[int, int]) -> Image.Image:
-    """Draw one line as large as fits into `fit`, or at the least readable size where that still fits into `limit`.
+    """Draw one line as large as fits into `fit`, or at `MIN_FONT_PX` where that still fits into `limit`.
 
-    `fit` and `limit` are (width, height) in px; the mark returned is RGBa (premultiplied), cut to its ink and at most
+    `fit` and `limit` are (width, height) in px; the mark is RGBa (premultiplied), cropped to its ink and at most
     `limit` large.
     """
     font_px = _largest_font_px(text, font, fit, low=1, high=MAX_FONT_PX)
@@ -86,7 +82,7 @@ def draw_text(text: str, font: Path, *, fit: tuple[int, int], limit: tuple[int, 
 
 
 def _largest_font_px(text: str, font: Path, box: tuple[int, int], *, low: int, high: int) -> int:
-    """Largest size in [low, high] whose ink fits into `box`, or `low` where none does; width grows with the size."""
+    """Return the largest size in [low, high] whose ink fits into `box`, or `low`: width grows with the size."""
     while low < high:
         middle = (low + high + 1) // 2
         left, top, right, bottom = _ink_box(text, ImageFont.truetype(font, middle))
@@ -103,7 +99,7 @@ def _draw(text: str, font: ImageFont.FreeTypeFont, limit: tuple[int, int]) -> Im
     inside = _coverage(text, font, size, origin, outline_px=0)
     around = _coverage(text, font, size, origin, outline_px=_outline_px(font))
 
-    # White over grey, premultiplied: Pillow's own drawing on a transparent canvas darkens the edges twice.
+    # White over grey, premultiplied: Pillow's own drawing on a transparent canvas would darken the edges twice.
     outline = around * (1 - inside)
     colour = 255 * inside + OUTLINE_GREY * outline
     alpha = 255 * (inside + outline)
@@ -116,7 +112,7 @@ def _draw(text: str, font: ImageFont.FreeTypeFont, limit: tuple[int, int]) -> Im
 def _coverage(
     text: str, font: ImageFont.FreeTypeFont, size: tuple[int, int], origin: tuple[int, int], *, outline_px: int
 ) -> NDArray[np.float32]:
-    """Ink of the text, or of the text grown by `outline_px`, as (height, width) between 0 and 1."""
+    """Return the text's ink, grown by `outline_px`, as (height, width) between 0 and 1."""
     canvas = Image.new("L", size)
     ImageDraw.Draw(canvas).text(origin, text, fill=255, font=font, stroke_width=outline_px)
     return np.asarray(canvas, dtype=np.float32) / np.float32(255)

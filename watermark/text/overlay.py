@@ -1,4 +1,4 @@
-"""A headline on a picture: what is asked for."""
+"""The request for a headline: text, font, size, colours and position."""
 
 from dataclasses import dataclass
 
@@ -23,8 +23,8 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class TextOverlay:
-    """One headline. `size` is a fraction of the picture's height, None as large as is good; `colour` is `#rrggbb`,
-    None black or white by contrast; `position` None is the calmest region; `font` None any that has the glyphs."""
+    """One headline. None means automatic: `size` (a fraction of the image's height), `colour` (`#rrggbb`) black or
+    white by contrast, `position` the quietest region, `font` any that has the glyphs."""
 
     text: str
     font: str | None = None

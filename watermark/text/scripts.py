@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Script(StrEnum):
-    """Letters that call for fonts of their own."""
+    """A script that needs fonts of its own."""
 
     LATIN = "Latin"
     HANGUL = "Hangul"
@@ -21,22 +21,22 @@ RANGES = {
     Script.KANA: ((0x3041, 0x3096), (0x30A1, 0x30FA)),
     Script.HAN: ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0x20000, 0x3FFFF)),
 }
-# Of so many a font is said to write a script: the alphabet, KS X 1001's syllables, both Kana, a newspaper's Han.
-ENOUGH = {Script.LATIN: 52, Script.HANGUL: 2350, Script.KANA: 160, Script.HAN: 2000}
+# Number of letters from which a font covers a script: the alphabet, KS X 1001's syllables, both Kana, newspaper Han.
+MIN_LETTERS = {Script.LATIN: 52, Script.HANGUL: 2350, Script.KANA: 160, Script.HAN: 2000}
 
 
-def script_of(text: str) -> Script:
-    """What tells where a text is from: with Hangul it is Korean, with Kana Japanese, with Han alone Chinese."""
+def detect_script(text: str) -> Script:
+    """Return the script that decides a text's language: Hangul is Korean, Kana Japanese, Han alone Chinese."""
     letters = array("I", sorted(map(ord, text)))
     return next(
         (script for script in (Script.HANGUL, Script.KANA, Script.HAN) if _count(letters, script)), Script.LATIN
     )
 
 
-def scripts_in(code_points: "array[int]") -> dict[Script, int]:
-    """The scripts that somebody could write with these sorted characters, and how many of each there are."""
+def covered_scripts(code_points: "array[int]") -> dict[Script, int]:
+    """Return the scripts that these sorted characters cover, with the number of letters of each."""
     counts = {script: _count(code_points, script) for script in Script}
-    return {script: count for script, count in counts.items() if count >= ENOUGH[script]}
+    return {script: count for script, count in counts.items() if count >= MIN_LETTERS[script]}
 
 
 def _count(code_points: "array[int]", script: Script) -> int:

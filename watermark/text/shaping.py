@@ -1,7 +1,7 @@
-"""Scripts whose letters join, stack or run from right to left: what drawing them takes, and whether it is here.
+"""Text shaping: which scripts need it, and whether raqm is available in this process.
 
-Pillow's wheels bring raqm and HarfBuzz, and load fribidi from the system. Without it they draw one glyph a character
-from left to right, in silence.
+Pillow's wheels contain raqm and HarfBuzz, and load fribidi from the system. Without it they silently draw one glyph per
+character from left to right.
 """
 
 import unicodedata
@@ -18,9 +18,9 @@ MONGOLIAN_VOWEL_SEPARATOR = "\u180e"
 SPELLING = frozenset({ZWNJ, ZWJ, LRM, RLM, "\u061c", MONGOLIAN_VOWEL_SEPARATOR})
 # Signs that enclose or precede digits: format characters to Unicode, and drawn (its Prepended_Concatenation_Mark).
 ENCLOSING = frozenset(map(chr, (*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD)))
-# By the beginning of their names.
+# Prefixes of their Unicode names.
 VARIATION_SELECTORS = ("VARIATION SELECTOR-", "MONGOLIAN FREE VARIATION SELECTOR")
-# Hints where a line may break or must not: nothing of them is drawn.
+# Line-break hints: invisible.
 HINTS = frozenset("\u00ad\u200b\u2060\ufeff")
 
 # Blocks in which one glyph a character is wrong: Hebrew to Myanmar, old Hangul, Tagalog to Mongolian, Limbu to Vedic, …
@@ -30,9 +30,8 @@ COMPLEX_BLOCKS = (
 )
 MARKS = frozenset({"Mn", "Mc", "Me"})
 RIGHT_TO_LEFT = frozenset({"R", "AL"})
-# Of these scripts a font must say that it shapes them, by OpenType's tags, old and new: with the letters alone it draws
-# what nobody can read.
-SHAPED = (
+# Scripts that a font must declare by an OpenType tag, old or new: its bare letters would be unreadable.
+SHAPED_SCRIPTS = (
     ((0x0600, 0x06FF), ("arab",)),
     ((0x0700, 0x074F), ("syrc",)),
     ((0x0750, 0x077F), ("arab",)),
@@ -54,12 +53,12 @@ SHAPED = (
 
 
 def is_shaping_here() -> bool:
-    """Whether raqm draws texts in this process; it cannot without fribidi."""
+    """Return whether raqm works in this process; it needs fribidi."""
     return bool(features.check("raqm"))
 
 
 def check_shaping(text: str) -> None:
-    """Raise `ShapingMissing` where `text` would be drawn wrong in this process."""
+    """Raise `ShapingMissing` where this process would draw `text` unshaped."""
     if not is_shaping_here() and (complex_ones := [char for char in text if needs_shaping(char)]):
         shown = " ".join(sorted({f"U+{ord(char):04X}" for char in complex_ones})[:5])
         raise ShapingMissing(
@@ -69,7 +68,7 @@ def check_shaping(text: str) -> None:
 
 
 def needs_shaping(text: str) -> bool:
-    """Whether a glyph for each character, from left to right, is wrong for `text`."""
+    """Return whether one glyph per character, from left to right, is wrong for `text`."""
     return any(
         is_ignorable(char)
         or unicodedata.category(char) in MARKS
@@ -80,12 +79,12 @@ def needs_shaping(text: str) -> bool:
 
 
 def is_ignorable(char: str) -> bool:
-    """Whether a font needs no glyph for it: joiners, directional marks and variation selectors."""
+    """Return whether a character needs no glyph: joiners, directional marks and variation selectors."""
     return char in SPELLING or _is_selector(char)
 
 
 def without_hints(text: str) -> str:
-    """`text` without what hints at line breaks, and without selectors that select nothing: alone they are drawn."""
+    """Remove line-break hints and stray variation selectors, which would be drawn."""
     kept: list[str] = []
     for char in text:
         is_stray = _is_selector(char) and (not kept or kept[-1].isspace())
@@ -98,27 +97,27 @@ def _is_selector(char: str) -> bool:
     return char == GRAPHEME_JOINER or unicodedata.name(char, "").startswith(VARIATION_SELECTORS)
 
 
-def unshaped(code_points: Iterable[int], tags: Collection[str]) -> frozenset[int]:
-    """The letters that a font draws without joining or stacking them; `tags` are the scripts that it shapes."""
+def unshaped_code_points(code_points: Iterable[int], tags: Collection[str]) -> frozenset[int]:
+    """Return the letters that a font would draw unshaped; `tags` are the scripts that it shapes."""
     return frozenset(one for one in code_points if not _is_shaped(one, tags))
 
 
 def _is_shaped(code_point: int, tags: Collection[str]) -> bool:
     if unicodedata.category(chr(code_point))[0] not in "LM":
         return True
-    wanted = next((tags for (first, last), tags in SHAPED if first <= code_point <= last), ())
+    wanted = next((tags for (first, last), tags in SHAPED_SCRIPTS if first <= code_point <= last), ())
     return not wanted or any(tag in tags for tag in wanted)
 
 
-def in_direction_of(line: str, part: str) -> str:
-    """`part`, which was broken off `line`, so that it runs as the whole line does: by its first letter (UAX #9, P2)."""
-    is_leftwards = bool(_runs_left(line))
-    if bool(_runs_left(part)) is is_leftwards:
+def keep_direction(line: str, part: str) -> str:
+    """Prefix `part` of `line` with a mark where it would otherwise lose the line's base direction (UAX #9, P2)."""
+    is_line_rtl = bool(_is_right_to_left(line))
+    if bool(_is_right_to_left(part)) is is_line_rtl:
         return part
-    return (RLM if is_leftwards else LRM) + part
+    return (RLM if is_line_rtl else LRM) + part
 
 
-def _runs_left(text: str) -> bool | None:
-    """Whether the first letter runs from right to left; None where there is none."""
+def _is_right_to_left(text: str) -> bool | None:
+    """Return whether the first strong character is right-to-left; None where there is none."""
     kinds = (unicodedata.bidirectional(char) for char in text)
     return next((kind in RIGHT_TO_LEFT for kind in kinds if kind == "L" or kind in RIGHT_TO_LEFT), None)

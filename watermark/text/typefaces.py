@@ -1,4 +1,4 @@
-"""The installed typefaces by name: families, their styles, and the one that a headline is set in."""
+"""Installed typefaces by family and style, and the choice of one for a text."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from fontTools.ttLib.ttCollection import TTCollection
 
 from config.redacting import quoted
 from watermark.errors import FontMissing
-from watermark.text.fonts import FONT_ERRORS, lacking, list_fonts, named, wanted_of
+from watermark.text.fonts import FONT_ERRORS, format_code_points, list_fonts, missing_glyphs, required_code_points
 from watermark.text.mark import is_visible
-from watermark.text.scripts import Script, script_of
+from watermark.text.scripts import Script, detect_script
 from watermark.text.shaping import check_shaping
 
-# Clear in headlines, and of the country whose signs these are: Han differ between Japan and China.
+# Readable in headlines, and of the right country: Han glyphs differ between Japan and China.
 PREFERRED_FAMILIES = {
     Script.HANGUL: ("NanumSquare", "NanumGothic", "Noto Sans KR", "Noto Sans CJK KR"),
     Script.KANA: ("Noto Sans JP", "Noto Sans CJK JP", "IPAexGothic", "VL PGothic"),
@@ -25,20 +25,20 @@ PREFERRED_FAMILIES = {
 }
 REGULAR_WEIGHT, BOLD_WEIGHT = 400, 700
 NUM_NEAR_FAMILIES = 3
-NEARNESS = 0.4
+MIN_SIMILARITY = 0.4
 
-# Of the `name` table: with the typographic names where a family has more than four styles, else the plain ones.
+# Name IDs of the `name` table: typographic names where a family has more than four styles, else the plain ones.
 TYPOGRAPHIC_FAMILY, TYPOGRAPHIC_STYLE, FAMILY, STYLE, FULL = 16, 17, 1, 2, 4
 ENGLISH = 0x409
 ITALIC = 1 << 1
 
-# Letters to Unicode, and blank in every font that does right by them.
+# Letters to Unicode, blank in every correct font.
 FILLERS = frozenset((0x115F, 0x1160, 0x3164, 0xFFA0))
 
 
 @dataclass(frozen=True, slots=True)
 class Typeface:
-    """One face of one file: `index` is its number in a collection. The English names come first."""
+    """One face of a font file: `index` is its number in a collection. English names come first."""
 
     path: Path
     index: int
@@ -52,11 +52,11 @@ class Typeface:
     def family(self) -> str:
         return self.families[0]
 
-    def answers(self, key: str) -> bool:
-        """Whether `key` names this very face, by its full name or by family and style."""
+    def matches(self, key: str) -> bool:
+        """Return whether `key` names this face, by its full name or by family and style."""
         styles = {self.style, "Regular"} if self.is_regular else {self.style}
         names = {*self.full_names, *(f"{family} {style}" for family in self.families for style in styles)}
-        return key in map(_key, names)
+        return key in map(_normalize, names)
 
     @property
     def is_regular(self) -> bool:
@@ -64,71 +64,75 @@ class Typeface:
 
 
 def choose_typeface(text: str, family: str | None, font_dirs: tuple[Path, ...]) -> Typeface:
-    """The face of `family` (its regular one, or a style behind the name: "Nanum Gothic Bold"), which must have every
-    character of `text`; without a family the first that has them all, bold ones and those of the text's script first.
+    """Choose the face of `family`, regular unless the name ends in a style ("Nanum Gothic Bold"), or any that fits.
 
-    Raises `FontMissing`, naming the characters that lack, or the nearest families where none has that name, or
+    It has every character of `text`. Without a family, faces preferred for the text's script and bold ones come first.
+    Raises `FontMissing`, naming the missing characters, or the most similar families for an unknown name, or
     `ShapingMissing`.
     """
     check_shaping(text)
     if family is None:
-        return _covering(text, font_dirs)
-    face = _named_face(family, font_dirs)
+        return _find_covering(text, font_dirs)
+    face = _find_by_name(family, font_dirs)
     if missing := _missing(text, face) or _blank(text, face):
-        raise FontMissing(f"the font {family} ({face.path.name}) cannot write {named(missing)}")
+        raise FontMissing(f"the font {family} ({face.path.name}) cannot write {format_code_points(missing)}")
     return face
 
 
 @lru_cache(maxsize=8)
 def list_typefaces(font_dirs: tuple[Path, ...]) -> tuple[Typeface, ...]:
-    """Every face under `font_dirs` that has names, read once a process; links to a file are that file."""
+    """List every named face under `font_dirs`, read once per process; symbolic links count once."""
     files = dict.fromkeys(path.resolve() for path in list_fonts(font_dirs))
     return tuple(face for path in sorted(files) for face in _faces(path))
 
 
-def _covering(text: str, font_dirs: tuple[Path, ...]) -> Typeface:
-    preferred = PREFERRED_FAMILIES[script_of(text)]
+def _find_covering(text: str, font_dirs: tuple[Path, ...]) -> Typeface:
+    preferred = PREFERRED_FAMILIES[detect_script(text)]
 
     def preference(face: Typeface) -> tuple[int, bool, int]:
         rank = preferred.index(face.family) if face.family in preferred else len(preferred)
         return rank, face.is_italic, abs(face.weight - BOLD_WEIGHT)
 
-    nearest = wanted_of(text)
+    nearest = required_code_points(text)
     for face in sorted(list_typefaces(font_dirs), key=preference):
         missing = _missing(text, face) or _blank(text, face)
         if not missing:
             return face
         nearest = min(nearest, missing, key=len)
-    raise FontMissing(f"no font in {', '.join(map(str, font_dirs))} can write {named(nearest)}")
+    raise FontMissing(f"no font in {', '.join(map(str, font_dirs))} can write {format_code_points(nearest)}")
 
 
-def _named_face(name: str, font_dirs: tuple[Path, ...]) -> Typeface:
-    faces, key = list_typefaces(font_dirs), _key(name)
-    of_family = [face for face in faces if key in map(_key, face.families)] or [
-        face for face in faces if face.answers(key)
+def _find_by_name(name: str, font_dirs: tuple[Path, ...]) -> Typeface:
+    faces, key = list_typefaces(font_dirs), _normalize(name)
+    of_family = [face for face in faces if key in map(_normalize, face.families)] or [
+        face for face in faces if face.matches(key)
     ]
     if not of_family:
-        raise FontMissing(f"no font family {quoted(name)} is installed{_near(key, faces)}; `darkroom fonts` lists them")
+        raise FontMissing(
+            f"no font family {quoted(name)} is installed{_suggest_families(key, faces)}; `darkroom fonts` lists them"
+        )
     return min(of_family, key=lambda face: (face.is_italic, abs(face.weight - REGULAR_WEIGHT)))
 
 
-def _near(key: str, faces: Iterable[Typeface]) -> str:
-    names = {_key(family): family for face in faces for family in reversed(face.families)}
-    near = get_close_matches(key, names, NUM_NEAR_FAMILIES, NEARNESS)
+def _suggest_families(key: str, faces: Iterable[Typeface]) -> str:
+    names = {_normalize(family): family for face in faces for family in reversed(face.families)}
+    near = get_close_matches(key, names, NUM_NEAR_FAMILIES, MIN_SIMILARITY)
     return f"; near it are {', '.join(names[found] for found in near)}" if near else ""
 
 
 def _missing(text: str, face: Typeface) -> frozenset[int]:
-    return lacking(face.path, wanted_of(text), face.index)
+    return missing_glyphs(face.path, required_code_points(text), face.index)
 
 
 def _blank(text: str, face: Typeface) -> frozenset[int]:
-    """Characters that the font has, and draws nothing for: NanumSquare has such a U+D7A3."""
-    return frozenset(one for one in wanted_of(text) - FILLERS if not is_visible(chr(one), face.path, face.index))
+    """Return characters that the font has but draws blank, as NanumSquare does U+D7A3."""
+    return frozenset(
+        one for one in required_code_points(text) - FILLERS if not is_visible(chr(one), face.path, face.index)
+    )
 
 
-def _key(name: str) -> str:
-    """The name as it is compared: "Nanum Gothic" is "NanumGothic"."""
+def _normalize(name: str) -> str:
+    """Normalize a name for comparison: "Nanum Gothic" equals "NanumGothic"."""
     return "".join(name.casefold().split()).replace("-", "")
 
 
@@ -144,7 +148,7 @@ def _faces(path: Path) -> list[Typeface]:
 
 
 def _face(path: Path, index: int, font: TTFont) -> list[Typeface]:
-    """The face; none where it has no name at all."""
+    """Read one face; an empty list where it has no name."""
     families = (*_names(font, TYPOGRAPHIC_FAMILY), *_names(font, FAMILY))
     if not families:
         return []
@@ -156,7 +160,7 @@ def _face(path: Path, index: int, font: TTFont) -> list[Typeface]:
 
 
 def _names(font: TTFont, name_id: int) -> tuple[str, ...]:
-    """What the `name` table says under `name_id` in every language, English first."""
+    """Return the `name` table's entries for `name_id` in every language, English first."""
     records = [record for record in font["name"].names if record.nameID == name_id and record.platformID in {0, 3}]
     records = records or [record for record in font["name"].names if record.nameID == name_id]
     ordered = sorted(records, key=lambda record: record.langID != ENGLISH)

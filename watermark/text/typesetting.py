@@ -1,33 +1,31 @@
-"""Sets a headline: how large its letters are, where its lines break, and how much room all of it takes."""
+"""Typeset a headline: choose the font size and the line breaks that fit."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ImageFont
 
+from watermark.text.block import Block, Ink, union_of_lines
 from watermark.text.overlay import TextOverlay
-from watermark.text.shaping import in_direction_of
+from watermark.text.shaping import keep_direction
 from watermark.text.typefaces import Typeface
 from watermark.text.wrapping import Breaking, wrap
 
-# Widths are measured once at this size and scaled; what is drawn is measured again.
+# Widths are measured once at this size and scaled; the drawn text is measured again.
 REFERENCE_PX = 128
-# Hinting makes nonsense of less; a text that needs less is drawn at this size and scaled down.
+# Hinting distorts smaller glyphs; a text that needs less is drawn at this size and scaled down.
 MIN_FONT_PX = 8
 MAX_FONT_PX = 1024
-# Words are rather broken than made smaller than this: px, and of the square root of the picture's area.
+# Words are broken before letters become smaller than this: px, and a fraction of the square root of the image's area.
 READABLE_PX, READABLE_FRACTION = 12, 0.03
-# Of the picture without its margins, a headline whose size is to fit takes this width and a third of the height.
+# A headline of automatic size takes this fraction of the width and a third of the height inside the margins.
 FIT_WIDTH, FIT_HEIGHT, FIT_LINES = 0.9, 1 / 3, 3
-# One that would be unreadable so takes more lines and this height, and at last all there is.
+# One that would be unreadable takes more lines and this height, and finally all of it.
 LONG_HEIGHT = 0.6
-# And a short word is not blown up beyond this, of the square root of the picture's area.
+# Upper limit for a short word, as a fraction of the square root of the image's area.
 LARGEST_FRACTION = 0.16
-# A phrase that is torn apart by a break is made whole by letters that are this much smaller.
-WORTH_A_PHRASE = 0.7
+# Letters may shrink by this factor to avoid a break inside a phrase.
+PHRASE_SHRINK = 0.7
 
 # All in letter sizes.
 BOX_PADDING = (0.5, 0.35)
@@ -37,78 +35,8 @@ SHADOW_BLUR = 0.07
 BLUR_REACH = 3
 
 
-class Ink(NamedTuple):
-    """Where the ink of a line lies, in px from where its baseline begins."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-
-@dataclass(frozen=True)
-class Block:
-    """A headline that is set: `lines` in a font of `font_px`, then scaled by `scale`, which is 1 but for a crowd.
-
-    `padding` is what a panel or a shadow takes on each side: (across, down) in px.
-    """
-
-    font: ImageFont.FreeTypeFont
-    lines: tuple[str, ...]
-    stroke_px: int
-    padding: tuple[int, int]
-    scale: float = 1.0
-
-    @property
-    def font_px(self) -> float:
-        """The letters' size in the picture."""
-        return float(self.font.size) * self.scale
-
-    @property
-    def ink_size(self) -> tuple[int, int]:
-        """Width and height of the ink, outline included, in the picture."""
-        left, top, right, bottom = self._ink
-        return max(1, int((right - left) * self.scale)), max(1, int((bottom - top) * self.scale))
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height of all of it."""
-        (width, height), (across, down) = self.ink_size, self.padding
-        return width + 2 * across, height + 2 * down
-
-    def letters(self, alignment: float, *, stroke_px: int = 0) -> Image.Image:
-        """The coverage of the letters, grown by `stroke_px`: mode L, `ink_size` large; 0 aligns left and 1 right."""
-        left, top, right, bottom = self._ink
-        canvas = Image.new("L", (max(1, int(right - left)), max(1, int(bottom - top))))
-        draw = ImageDraw.Draw(canvas)
-        for number, (line, ink) in enumerate(zip(self.lines, self._inks, strict=True)):
-            start = round((right - left - (ink.right - ink.left)) * alignment) - ink.left
-            draw.text(
-                (start, number * self._pitch - top), line, fill=255, font=self.font, anchor="ls", stroke_width=stroke_px
-            )
-        return canvas if self.scale == 1 else canvas.resize(self.ink_size, Image.Resampling.BOX)
-
-    @property
-    def _pitch(self) -> int:
-        return sum(self.font.getmetrics())
-
-    @cached_property
-    def _inks(self) -> tuple[Ink, ...]:
-        return tuple(self._inked(line) for line in self.lines)
-
-    def _inked(self, line: str) -> Ink:
-        # Not `getbbox`, which counts the blank to a letter's sides and down to the baseline as ink.
-        mask, (left, top) = self.font.getmask2(line, "L", anchor="ls", stroke_width=self.stroke_px)
-        box = mask.getbbox() or (0, 0, 0, 0)
-        return Ink(left + box[0], top + box[1], left + box[2], top + box[3])
-
-    @cached_property
-    def _ink(self) -> Ink:
-        return _together(self._inks, self._pitch)
-
-
-class _Attempt(NamedTuple):
-    """A room for the headline, in px, and what it may do to fit in there."""
+class _Constraints(NamedTuple):
+    """The space for the headline, in px, with the line breaks and font sizes allowed."""
 
     width: float
     height: float
@@ -119,7 +47,7 @@ class _Attempt(NamedTuple):
 
 
 class Typesetter:
-    """Sets one headline; measures its words once however many sizes are tried."""
+    """Typesets one headline; measures its words once for all sizes."""
 
     def __init__(self, overlay: TextOverlay, lines: tuple[str, ...], typeface: Typeface) -> None:
         self._overlay = overlay
@@ -131,95 +59,95 @@ class Typesetter:
         self._inks: dict[str, Ink] = {}
 
     @property
-    def is_free(self) -> bool:
-        """Whether nobody said how large the letters are to be."""
+    def is_size_automatic(self) -> bool:
+        """Whether the overlay leaves the font size to the typesetter."""
         return self._overlay.size is None
 
-    def set(self, picture: tuple[int, int], room: tuple[int, int], share: float = 1.0) -> Block:
-        """The headline at its best size for a picture of (width, height), all of it inside `room`.
+    def typeset(self, picture: tuple[int, int], room: tuple[int, int], share: float = 1.0) -> Block:
+        """Typeset for an image of (width, height), all of it inside `room`.
 
-        A size that was given is kept where it fits, and else the largest that does; `share` of it where it is to be
-        smaller. Where nothing fits even in the smallest letters, they are scaled down.
+        A requested size is kept where it fits, else the largest that does; `share` scales it down. Where not even the
+        smallest letters fit, the block is scaled down.
         """
-        for attempt in self._attempts(picture, room, share):
-            block = self._try(attempt)
+        for limits in self._candidates(picture, room, share):
+            block = self._fit(limits)
             if block is not None:
-                return self._phrased(attempt, block)
-        return self._crowded(room)
+                return self._break_at_phrases(limits, block)
+        return self._scale_down(room)
 
-    def _phrased(self, attempt: _Attempt, block: Block) -> Block:
-        """A block that breaks between phrases alone, where it need not be much smaller or longer for it."""
+    def _break_at_phrases(self, limits: _Constraints, block: Block) -> Block:
+        """Return a block broken only between phrases, where it is not much smaller or longer."""
         font_px = int(block.font.size)
-        min_px = font_px if self._overlay.size else math.ceil(font_px * WORTH_A_PHRASE)
-        max_lines = min(attempt.max_lines, len(block.lines) + 1)
-        return self._try(_Attempt(*attempt[:2], max_lines, Breaking.PHRASES, min_px, font_px)) or block
+        min_px = font_px if self._overlay.size else math.ceil(font_px * PHRASE_SHRINK)
+        max_lines = min(limits.max_lines, len(block.lines) + 1)
+        return self._fit(_Constraints(*limits[:2], max_lines, Breaking.PHRASES, min_px, font_px)) or block
 
-    def _attempts(self, picture: tuple[int, int], room: tuple[int, int], share: float) -> tuple[_Attempt, ...]:
+    def _candidates(self, picture: tuple[int, int], room: tuple[int, int], share: float) -> tuple[_Constraints, ...]:
         mean_side = math.sqrt(picture[0] * picture[1])
         size, any_lines = self._overlay.size, len("".join(self._lines)) + len(self._lines)
         wanted = LARGEST_FRACTION * mean_side if size is None else size * picture[1]
         if share < 1:
-            # Of what it would be: where the width is short, less height alone makes nothing smaller.
-            wanted = self.set(picture, room).font_px * share
+            # A share of the fitted size: where width is the limit, a smaller height alone changes nothing.
+            wanted = self.typeset(picture, room).font_px * share
         largest = min(MAX_FONT_PX, max(MIN_FONT_PX, round(wanted)))
         readable = min(largest, max(READABLE_PX, round(READABLE_FRACTION * mean_side)))
         if size is not None:
             return (
-                _Attempt(*room, any_lines, Breaking.SYLLABLES, readable, largest),
-                _Attempt(*room, any_lines, Breaking.ALL, MIN_FONT_PX, largest),
+                _Constraints(*room, any_lines, Breaking.SYLLABLES, readable, largest),
+                _Constraints(*room, any_lines, Breaking.ALL, MIN_FONT_PX, largest),
             )
         width, lines = room[0] * FIT_WIDTH, max(FIT_LINES, len(self._lines))
         return (
-            _Attempt(width, room[1] * FIT_HEIGHT * share, lines, Breaking.WORDS, readable, largest),
-            _Attempt(width, room[1] * FIT_HEIGHT * share, lines, Breaking.ALL, readable, largest),
-            _Attempt(width, room[1] * LONG_HEIGHT * share, any_lines, Breaking.ALL, readable, largest),
-            _Attempt(*room, any_lines, Breaking.ALL, MIN_FONT_PX, largest),
+            _Constraints(width, room[1] * FIT_HEIGHT * share, lines, Breaking.WORDS, readable, largest),
+            _Constraints(width, room[1] * FIT_HEIGHT * share, lines, Breaking.ALL, readable, largest),
+            _Constraints(width, room[1] * LONG_HEIGHT * share, any_lines, Breaking.ALL, readable, largest),
+            _Constraints(*room, any_lines, Breaking.ALL, MIN_FONT_PX, largest),
         )
 
-    def _try(self, attempt: _Attempt) -> Block | None:
-        """The largest size that fits, found by halving, and by ones where the drawn letters are wider than thought."""
-        low, high = attempt.min_px, attempt.max_px
-        if self._wrapped(attempt, low, evenly=False) is None:
+    def _fit(self, limits: _Constraints) -> Block | None:
+        """Return the largest size that fits: binary search on reference widths, then px by px on the drawn letters."""
+        low, high = limits.min_px, limits.max_px
+        if self._wrap_at(limits, low, evenly=False) is None:
             return None
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (low, middle - 1) if self._wrapped(attempt, middle, evenly=False) is None else (middle, high)
+            low, high = (low, middle - 1) if self._wrap_at(limits, middle, evenly=False) is None else (middle, high)
 
-        for font_px in range(low, attempt.min_px - 1, -1):
-            lines = self._wrapped(attempt, font_px)
+        for font_px in range(low, limits.min_px - 1, -1):
+            lines = self._wrap_at(limits, font_px)
             block = self._block(font_px, lines) if lines else None
-            if block and block.size[0] <= attempt.width and block.size[1] <= attempt.height:
+            if block and block.size[0] <= limits.width and block.size[1] <= limits.height:
                 return block
         return None
 
-    def _wrapped(self, attempt: _Attempt, font_px: int, *, evenly: bool = True) -> list[str] | None:
-        """The lines at `font_px`; None where they do not fit, as far as can be told from the reference."""
+    def _wrap_at(self, limits: _Constraints, font_px: int, *, evenly: bool = True) -> list[str] | None:
+        """Wrap at `font_px`; None where the lines do not fit by the reference widths."""
         across, down = (2 * (pad + self._stroke(font_px)) for pad in self._padding(font_px))
-        width, height = (attempt.width - across) / font_px, (attempt.height - down) / font_px
+        width, height = (limits.width - across) / font_px, (limits.height - down) / font_px
         if width <= 0 or height <= 0:
             return None
-        lines = self._broken(width, attempt.breaking, evenly=evenly)
-        if lines is None or len(lines) > attempt.max_lines:
+        lines = self._wrap_lines(width, limits.breaking, evenly=evenly)
+        if lines is None or len(lines) > limits.max_lines:
             return None
-        ink = _together([self._ink(line) for line in lines], self._pitch)
+        ink = union_of_lines([self._ink(line) for line in lines], self._pitch)
         return lines if ink.right - ink.left <= width and ink.bottom - ink.top <= height else None
 
-    def _broken(self, width: float, breaking: Breaking, *, evenly: bool = True) -> list[str] | None:
-        """Every line broken into those that are at most `width` letter sizes wide."""
+    def _wrap_lines(self, width: float, breaking: Breaking, *, evenly: bool = True) -> list[str] | None:
+        """Wrap every line to at most `width` letter sizes."""
         found: list[str] = []
         for line in self._lines:
             broken = wrap(line, width, self._width, breaking, evenly=evenly) if line else [""]
             if broken is None:
                 return None
-            found += [in_direction_of(line, part) for part in broken]
+            found += [keep_direction(line, part) for part in broken]
         return found
 
-    def _crowded(self, room: tuple[int, int]) -> Block:
-        """The smallest letters, scaled down until they fit."""
+    def _scale_down(self, room: tuple[int, int]) -> Block:
+        """Scale down the smallest letters until they fit."""
         scale = 1.0
         while True:
             scale *= 0.9
-            lines = self._broken(max(1.0, room[0] / scale / MIN_FONT_PX - 1), Breaking.ALL)
+            lines = self._wrap_lines(max(1.0, room[0] / scale / MIN_FONT_PX - 1), Breaking.ALL)
             block = self._block(MIN_FONT_PX, lines or [], scale)
             if block.size[0] <= room[0] and block.size[1] <= room[1]:
                 return block
@@ -251,13 +179,3 @@ class Typesetter:
             box = self._reference.getbbox(line, anchor="ls")
             self._inks[line] = Ink(*(side / REFERENCE_PX for side in box))
         return self._inks[line]
-
-
-def _together(inks: Sequence[Ink], pitch: float) -> Ink:
-    """The ink of lines that begin one above the other, `pitch` apart; each is as wide as its own ink."""
-    return Ink(
-        0.0,
-        min(ink.top + number * pitch for number, ink in enumerate(inks)),
-        max(ink.right - ink.left for ink in inks),
-        max(ink.bottom + number * pitch for number, ink in enumerate(inks)),
-    )

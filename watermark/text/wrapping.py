@@ -1,4 +1,4 @@
-"""Breaks a text into lines, by the habits of the script it is written in. Pure: it measures by what it is given."""
+"""Line breaking by the rules of each script. Pure: the caller passes the measure."""
 
 import re
 import unicodedata
@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from watermark.text.shaping import MARKS, ZWJ, is_ignorable
 
-# Han, Kana and their neighbours: lines may break between any two of them. Hangul is not among them: words stay whole.
+# Han, Kana and related blocks: lines may break between any two. Hangul is not among them: words stay whole.
 IDEOGRAPHIC = (
     r"\u2e80-\u2fdf\u3003-\u3007\u3012\u3013\u3020-\u302d\u3031-\u312f\u31a0-\u31ff\u3220-\u33ff\u3400-\u4dbf"
     r"\u4e00-\ua4cf\uf900-\ufaff\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\uff66-\uff9d\U0001b000-\U0001b16f\U00020000-\U0003ffff"
 )
-# The combining class of what joins two consonants of Indian scripts.
+# Canonical combining class of viramas, which join consonants of Indic scripts.
 VIRAMA_CLASS = 9
 _HANGUL = r"\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff\uffa0-\uffdc"
 # Kinsoku shori (JIS X 4051, as in JLREQ): what must not begin a line, and what must not end one.
@@ -26,19 +26,20 @@ NOT_FIRST = frozenset(
 NOT_LAST = frozenset("(（[［{｛〈《「『【〔〖〘〝‘“«‹｢￥＄¥$£€#＃№")
 _IS_IDEOGRAPHIC = re.compile(f"[{IDEOGRAPHIC}]")
 _IS_HANGUL = re.compile(f"[{_HANGUL}]")
-_IS_KATAKANA = re.compile(r"[\u30a1-\u30ff\u31f0-\u31ff\uff66-\uff9d]")
+_KATAKANA = r"\u30a1-\u30ff\u31f0-\u31ff\uff66-\uff9d"
+_IS_KATAKANA = re.compile(f"[{_KATAKANA}]")
+_HAS_SYLLABLES = re.compile(f"[{_HANGUL}{_KATAKANA}]")
 _IS_HIRAGANA = re.compile(r"[\u3041-\u309f]")
 
-# What it costs to break where words may go on, as a fraction of a whole empty line: between Han and Han or inside
-# Hiragana more than where Katakana begin or end, as foreign words do, and there more than where Hiragana ends, as most
-# phrases of Japanese do. A guess, tuned by eye on headlines.
+# Cost of a break inside a possible word, as a fraction of an empty line: highest between Han or inside Hiragana, lower
+# at either end of Katakana (foreign words), lowest after Hiragana, where most Japanese phrases end. Tuned by eye.
 PHRASE_GOES_ON = 0.1
 WORD_ENDS = 0.03
 PHRASE_ENDS = 0.01
 
 
 class Breaking(IntEnum):
-    """Where lines may break; each also where those before it may."""
+    """Where lines may break; each level includes those before it."""
 
     PHRASES = 0  # at spaces, at punctuation, where Hiragana ends, and around Katakana
     WORDS = 1  # between any Han and Hiragana
@@ -47,22 +48,23 @@ class Breaking(IntEnum):
 
 
 class Piece(NamedTuple):
-    """What is not broken, whether a space stands behind it, and what it costs to end a line with it (0 to 1)."""
+    """An unbreakable piece of text, whether a space follows it, and the cost of a line break after it (0 to 1)."""
 
     text: str
     is_spaced: bool
     cost: float = 0.0
 
 
-def pieces_of(line: str) -> list[Piece]:
-    """What may stand on lines of their own: words, and of Chinese and Japanese the single signs but for Katakana words.
+def split_pieces(line: str) -> list[Piece]:
+    """Split `line` into words, and Chinese and Japanese into graphemes, but for Katakana words.
 
-    `line` has single plain spaces. A sign that must not begin a line sticks to the one before, and the other way round.
+    `line` has single plain spaces. A grapheme that must not begin a line is joined to the one before, and one that must
+    not end a line to the next.
     """
     found = []
     for word in line.split(" "):
-        parts = _parts(word)
-        found += [Piece(part, False, _cost(part[-1], after[0])) for part, after in pairwise(parts)]
+        parts = _split_at_breaks(word)
+        found += [Piece(part, False, _break_cost(part[-1], after[0])) for part, after in pairwise(parts)]
         found.append(Piece(parts[-1], True))
     return found
 
@@ -70,27 +72,27 @@ def pieces_of(line: str) -> list[Piece]:
 def wrap(
     line: str, width: float, measure: Callable[[str], float], breaking: Breaking, *, evenly: bool = True
 ) -> list[str] | None:
-    """The fewest lines of at most `width`, evened out; None where a word that may not be broken is wider.
+    """Wrap `line` into the fewest lines of at most `width`; None where an unbreakable word is wider.
 
-    `measure` tells the width of a text. Where a single sign is wider, it stands alone. Evened out means that the sum
-    of the squares of what is left free, and of what the breaks cost, is least (Knuth and Plass 1981); not `evenly`,
-    each line takes what it can, which is as many lines and quicker told.
+    `measure` returns the width of a text. A single grapheme that is wider gets a line of its own. `evenly` minimizes
+    the sum of squared slack and break costs (Knuth and Plass 1981); without it lines are filled greedily, which gives
+    as many lines, faster.
     """
-    pieces = pieces_of(line)
+    pieces = split_pieces(line)
     if breaking is Breaking.PHRASES:
-        pieces = _phrases(pieces)
-    fitting = _broken(pieces, width, measure, breaking)
+        pieces = _join_phrases(pieces)
+    fitting = _split_wide(pieces, width, measure, breaking)
     if fitting is None:
         return None
     row = _Row(fitting, measure)
-    starts = _fewest(row, width)
+    starts = _wrap_greedily(row, width)
     if evenly and len(starts) > 2:
-        starts = _evened(row, starts, width)
+        starts = _balance(row, starts, width)
     return [row.text(start, stop) for start, stop in pairwise(starts)]
 
 
 class _Row:
-    """Pieces one behind the other, and how wide any run of them is."""
+    """A sequence of pieces, with the width of any run in O(1)."""
 
     def __init__(self, pieces: list[Piece], measure: Callable[[str], float]) -> None:
         space = measure(" ")
@@ -103,38 +105,38 @@ class _Row:
         return len(self._pieces)
 
     def width(self, start: int, stop: int) -> float:
-        """Of the pieces from `start` to before `stop`, without the space behind them."""
+        """Return the width of pieces [start, stop), without the trailing space."""
         return self._ends[stop] - self._ends[start] - self._trailing[stop - 1]
 
     def cost(self, stop: int) -> float:
-        """Of breaking before `stop`."""
+        """Return the cost of a break before `stop`."""
         return self._pieces[stop - 1].cost
 
     def text(self, start: int, stop: int) -> str:
         return "".join(text + " " * is_spaced for text, is_spaced, _ in self._pieces[start:stop]).rstrip(" ")
 
     def reach(self, start: int, width: float) -> int:
-        """The first piece that no longer fits behind `start`; one always does."""
+        """Return the end of the longest run from `start` that fits into `width`; at least one piece."""
         stop = bisect_right(self._ends, self._ends[start] + width, lo=start + 1)
-        # A space at the end of the line needs no room.
+        # A trailing space takes no width.
         return stop if stop <= len(self) and self.width(start, stop) <= width else max(start + 1, stop - 1)
 
 
-def _fewest(row: _Row, width: float) -> list[int]:
-    """Where the lines begin when each takes all it can, and the end."""
+def _wrap_greedily(row: _Row, width: float) -> list[int]:
+    """Return the greedy line starts, and the end."""
     starts = [0]
     while starts[-1] < len(row):
         starts.append(row.reach(starts[-1], width))
     return starts
 
 
-def _evened(row: _Row, latest: list[int], width: float) -> list[int]:
-    """Where as many lines begin as in `latest`, which is as late as can be, but as even as can be; and the end."""
+def _balance(row: _Row, latest: list[int], width: float) -> list[int]:
+    """Return the line starts of least cost for as many lines as the greedy `latest`, and the end."""
     earliest = [len(row)]
     for _ in latest[2:]:
         earliest.append(bisect_left(range(len(row)), earliest[-1], key=lambda start: row.reach(start, width)))
 
-    # best[start]: (cost of the lines before, where they begin).
+    # best[start]: (cost of the lines before, their starts).
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [0])}
     for low, high in zip(reversed(earliest), latest[1:], strict=True):
         further: dict[int, tuple[float, list[int]]] = {}
@@ -147,8 +149,8 @@ def _evened(row: _Row, latest: list[int], width: float) -> list[int]:
     return best[len(row)][1]
 
 
-def _phrases(pieces: list[Piece]) -> list[Piece]:
-    """`pieces` put together again where a phrase goes on."""
+def _join_phrases(pieces: list[Piece]) -> list[Piece]:
+    """Join pieces that a phrase spans."""
     found = pieces[:1]
     for piece in pieces[1:]:
         if found[-1].cost >= PHRASE_GOES_ON:
@@ -158,34 +160,34 @@ def _phrases(pieces: list[Piece]) -> list[Piece]:
     return found
 
 
-def _broken(
+def _split_wide(
     pieces: list[Piece], width: float, measure: Callable[[str], float], breaking: Breaking
 ) -> list[Piece] | None:
-    """`pieces` with the too wide ones broken into their signs, where `breaking` allows it."""
+    """Split pieces wider than `width` into graphemes where `breaking` allows it; None where it does not."""
     found: list[Piece] = []
     for piece in pieces:
-        if measure(piece.text) <= width or len(signs := _signs(piece.text)) == 1:
+        if measure(piece.text) <= width or len(signs := _graphemes(piece.text)) == 1:
             found.append(piece)
-        elif breaking is Breaking.ALL or (breaking is Breaking.SYLLABLES and _has_syllables(piece.text)):
+        elif breaking is Breaking.ALL or (breaking is Breaking.SYLLABLES and _HAS_SYLLABLES.search(piece.text)):
             found += [Piece(sign, False) for sign in signs[:-1]] + [Piece(signs[-1], piece.is_spaced)]
         else:
             return None
     return found
 
 
-def _parts(word: str) -> list[str]:
-    """`word` at every place where a line may break."""
-    signs = _signs(word)
+def _split_at_breaks(word: str) -> list[str]:
+    """Split `word` at every allowed break."""
+    signs = _graphemes(word)
     parts = signs[:1]
     for before, after in pairwise(signs):
-        if _may_part(before[0], after[0]):
+        if _may_break(before[0], after[0]):
             parts.append(after)
         else:
             parts[-1] += after
     return parts or [""]
 
 
-def _may_part(before: str, after: str) -> bool:
+def _may_break(before: str, after: str) -> bool:
     if before in NOT_LAST or after in NOT_FIRST or _IS_HANGUL.match(before) or _IS_HANGUL.match(after):
         return False
     if _IS_KATAKANA.match(before) and _IS_KATAKANA.match(after):
@@ -194,14 +196,14 @@ def _may_part(before: str, after: str) -> bool:
 
 
 def _is_full_stop(sign: str) -> bool:
-    """Whether it is a wide sign that closes something; small Kana do not begin a line either, but close nothing."""
+    """Return whether it is wide closing punctuation; small Kana do not begin a line either, but close nothing."""
     return (
         sign in NOT_FIRST and unicodedata.category(sign).startswith("P") and unicodedata.east_asian_width(sign) in "WFH"
     )
 
 
-def _cost(before: str, after: str) -> float:
-    """Of a break between two signs where one may be."""
+def _break_cost(before: str, after: str) -> float:
+    """Return the cost of a break between two graphemes."""
     if _is_full_stop(before) or after in NOT_LAST:
         return 0.0
     if _IS_HIRAGANA.match(before) and not _IS_HIRAGANA.match(after):
@@ -210,29 +212,21 @@ def _cost(before: str, after: str) -> float:
     return WORD_ENDS if is_edge else PHRASE_GOES_ON
 
 
-def _has_syllables(text: str) -> bool:
-    return bool(_IS_HANGUL.search(text) or _IS_KATAKANA.search(text))
+def _graphemes(text: str) -> list[str]:
+    """Split into characters with their combining marks, joined by viramas and joiners.
 
-
-def _signs(text: str) -> list[str]:
-    """Characters together with the marks that combine with them, and those that a virama or a joiner binds.
-
-    Near to the extended grapheme clusters of UAX #29, from what Python knows of characters.
+    An approximation of UAX #29's extended grapheme clusters by Python's character data.
     """
     signs: list[str] = []
     for character in text:
-        is_bound = bool(signs) and (_binds(signs[-1][-1]) or is_ignorable(character) or _combines(character))
-        if is_bound:
+        is_extending = is_ignorable(character) or unicodedata.category(character) in MARKS
+        if signs and (is_extending or _is_binding(signs[-1][-1])):
             signs[-1] += character
         else:
             signs.append(character)
     return signs
 
 
-def _combines(character: str) -> bool:
-    return unicodedata.category(character) in MARKS
-
-
-def _binds(character: str) -> bool:
-    """Whether what comes behind it belongs to it."""
+def _is_binding(character: str) -> bool:
+    """Return whether the next character belongs to the same grapheme."""
     return character == ZWJ or unicodedata.combining(character) == VIRAMA_CLASS

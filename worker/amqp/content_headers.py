@@ -1,9 +1,9 @@
 """Decode the content headers of AMQP messages, whatever bytes a publisher put into them.
 
 pika decodes all properties of a message before it delivers the message, and an exception there ends the connection:
-the broker delivers the message again, which ends the next one, without end. RabbitMQ takes far more than pika decodes:
+the broker redelivers the message, which ends the next one, without end. RabbitMQ accepts far more than pika decodes:
 timestamps of any 64 bits, tables nested thousands deep, names that are no UTF-8. Here a value that has no Python form
-stays bytes or a number, and what is behind a field without a known end is left out.
+stays bytes or a number, and what follows a field of unknown length is left out.
 
 The field types are those of RabbitMQ: AMQP 0-9-1 errata, section 3. `l` and `L` are signed there, `s` is a short
 integer. `U` is the specification's own short integer, which RabbitMQ refuses and other brokers may pass on.
@@ -20,7 +20,7 @@ import pika.frame
 import pika.spec
 from pika.adapters.select_connection import SelectConnection
 
-# What is nested deeper stays bytes: publishers nest tables a few levels, and decoding one level takes stack.
+# Deeper values stay bytes: publishers nest tables a few levels, and each level takes stack to decode.
 MAX_DEPTH = 16
 
 _FRAME_START = struct.Struct(">BHI")  # type, channel, bytes of payload
@@ -46,11 +46,11 @@ _FLAGS = tuple(1 << bit for bit in range(15, 1, -1))  # the order in which the p
 
 
 class _EndUnknown(Exception):
-    """A length points behind the end, or a type is unknown: where the next field begins cannot be known."""
+    """A length points past the end, or a type is unknown: the next field's offset is undefined."""
 
 
 class _Field(NamedTuple):
-    """A field of a table, and its bytes as they came: name, type and value."""
+    """A field of a table, and its encoded bytes: name, type and value."""
 
     name: str
     value: Any
@@ -58,12 +58,12 @@ class _Field(NamedTuple):
 
 
 class Properties(pika.spec.BasicProperties):  # type: ignore[misc]
-    """The properties of a message. Takes any bytes; what they do not hold is absent.
+    """The properties of a message, decoded from any bytes; missing properties are absent.
 
-    One of pika's own, since pika asserts that of a message which the broker returns; all it knows of them is replaced.
+    A subclass, since pika asserts that type on returned messages; all of its behaviour is replaced.
 
-    `headers` holds text, whole numbers, floats, `Decimal`, `datetime`, bytes, None, and lists and dicts of them. Of
-    fields with one name the first counts, as for the broker. `timestamp` is the property: whatever number was given.
+    `headers` holds text, integers, floats, `Decimal`, `datetime`, bytes, None, and lists and dicts of them. Of fields
+    with the same name the first counts, as for the broker. `timestamp` is the property: whatever number was given.
     """
 
     def __init__(self, encoded: bytes) -> None:
@@ -76,12 +76,13 @@ class Properties(pika.spec.BasicProperties):  # type: ignore[misc]
 
     @property
     def headers(self) -> Mapping[str, Any]:
+        """The header table."""
         return _as_dict(self._fields)
 
     def for_copy(self, *, without: tuple[str, ...]) -> "Properties":
-        """These properties for a copy of the message, without the headers named.
+        """Return the properties for a copy of the message, without the headers named.
 
-        Without the user's name too, which the broker takes only from that user.
+        The user id is left out too: the broker accepts it only from that user.
         """
         table = b"".join(field.encoded for field in self._fields if field.name not in without)
         parts = {flag: part for flag, part in self._parts.items() if flag != _BASIC.FLAG_USER_ID}
@@ -90,7 +91,7 @@ class Properties(pika.spec.BasicProperties):  # type: ignore[misc]
         return Properties(b"".join((sum(parts).to_bytes(2), *parts.values())))
 
     def encode(self) -> list[bytes]:
-        """Encode for publishing, as pika's frames ask for it."""
+        """Encode for publishing, as pika's frames require it."""
         return [sum(self._parts).to_bytes(2), *self._parts.values()]
 
     def _split(self, reader: "_Reader") -> None:
@@ -103,15 +104,14 @@ class Properties(pika.spec.BasicProperties):  # type: ignore[misc]
 
 
 class TolerantConnection(SelectConnection):  # type: ignore[misc]
-    """pika's connection, but for the decoding of content headers. `_read_frame` is pika's own name, up to 1.4."""
+    """pika's connection with our decoding of content headers. `_read_frame` is pika's own name, up to 1.4."""
 
     def _read_frame(self) -> tuple[int, Any]:
         return _read_header_frame(self._frame_buffer) or super()._read_frame()
 
 
 def _read_header_frame(buffer: bytes) -> tuple[int, Any] | None:
-    """The length of the whole content header that `buffer` begins with, and the header; None where it begins
-    otherwise."""
+    """Decode the content header frame that `buffer` begins with, and return its length and it; None for other bytes."""
     if buffer[:1] != bytes((pika.spec.FRAME_HEADER,)) or len(buffer) < _FRAME_START.size:
         return None
     _, channel_number, num_bytes = _FRAME_START.unpack_from(buffer)
@@ -124,7 +124,7 @@ def _read_header_frame(buffer: bytes) -> tuple[int, Any] | None:
 
 
 class _Reader:
-    """Reads AMQP's elements one behind the other. Every method but `is_at_end` raises `_EndUnknown`."""
+    """A reader of AMQP's elements in sequence. Every method but `is_at_end` raises `_EndUnknown`."""
 
     def __init__(self, content: bytes) -> None:
         self._content = content
@@ -147,7 +147,7 @@ class _Reader:
         return self._take(self.number("I"))
 
     def part(self, flag: int) -> bytes:
-        """The bytes of the property of that flag."""
+        """Return the bytes of the flag's property."""
         begin = self.offset
         if flag in _OCTETS:
             self._take(1)
@@ -160,7 +160,7 @@ class _Reader:
         return self.taken_since(begin)
 
     def value(self, depth: int) -> Any:
-        """A field's value, which begins with its type. `depth` counts the tables and arrays around it."""
+        """Decode a field's type and value. `depth` counts the tables and arrays around it."""
         match kind := self._take(1):
             case b"S":
                 return _text_or_bytes(self.long_string())
@@ -224,7 +224,7 @@ def _text_or_bytes(content: bytes) -> str | bytes:
 
 
 def _moment_or_number(seconds: int) -> datetime | int:
-    """Seconds since 1970, or the number: of publishers that count in milliseconds, or from before 1970."""
+    """Return the time, or the number where it is out of range, as from publishers that count in milliseconds."""
     try:
         return datetime.fromtimestamp(seconds, UTC)
     except (ValueError, OverflowError, OSError):

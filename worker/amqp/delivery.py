@@ -1,16 +1,31 @@
-"""One message in hand, free of pika."""
+"""A delivery as a value, read from pika's arguments and our headers."""
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from worker.amqp.topology import QueueNames
+
+ATTEMPT_HEADER = "x-darkroom-attempt"
+REASON_HEADER = "x-darkroom-reason"
+SINCE_HEADER = "x-darkroom-since"
+DUE_HEADER = "x-darkroom-due"
+LEASE_HEADER = "x-darkroom-lease"
+CRASHES_HEADER = "x-darkroom-crashes"
+COUNT_HEADER = "x-delivery-count"
+MAX_REASON_CHARS = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One message under one delivery tag of one session. `since` is when it was parked and `due` when it is to be told
-    next, in epoch seconds; `received_at` is `time.monotonic()`. `is_leased`: a copy kept for a job that may be at work
-    somewhere. `reason` is why it was parked. `num_deliveries` counts earlier deliveries of this copy that were
-    returned, by the broker; `num_crashes` the workers that were killed with copies before it, by our own header. Both
-    are 0 but in our own queues."""
+    """One message under one delivery tag of one session.
+
+    `since` is when it was parked and `due` when it is to be sent next, in epoch seconds; `reason` is why it was parked;
+    `received_at` is `time.monotonic()`. `is_leased`: the copy of a job that may still be running on some worker.
+    `num_deliveries` is the broker's count of earlier deliveries of this copy that were returned, `num_crashes` our
+    header's count of workers killed while they held earlier copies. Both are 0 outside our own queues.
+    """
 
     body: bytes
     queue: str
@@ -29,12 +44,38 @@ class Delivery:
 
     @property
     def num_recoveries(self) -> int:
-        """How many workers may have been killed with the message, as far as broker and header tell."""
+        """Upper estimate, from the broker's count and our header, of the workers killed while they held the message."""
         return self.num_crashes + self.num_deliveries
 
 
+def delivery_of(
+    method: Any, properties: Any, body: bytes, *, queue: str, names: QueueNames, session: int, channel_number: int
+) -> Delivery:
+    """Build the delivery from what pika passes to a consumer of `queue`."""
+    headers, now = properties.headers, int(time.time())
+    # Neither we nor the broker write counts in the jobs' classic queue: there they could only be a publisher's own.
+    counts: Mapping[str, Any] = headers if queue != names.jobs else {}
+    return Delivery(
+        body=body,
+        queue=queue,
+        is_redelivered=method.redelivered,
+        attempt=max(1, whole_number(headers.get(ATTEMPT_HEADER), default=1)),
+        num_deliveries=whole_number(counts.get(COUNT_HEADER), default=0),
+        since=float(min(whole_number(headers.get(SINCE_HEADER), default=now), now)),
+        session=session,
+        tag=method.delivery_tag,
+        channel_number=channel_number,
+        received_at=time.monotonic(),
+        # In the jobs' queue the header could only be a publisher's own.
+        is_leased=queue == names.recover and LEASE_HEADER in headers,
+        due=float(whole_number(headers.get(DUE_HEADER), default=0)),
+        reason=str(headers.get(REASON_HEADER, ""))[:MAX_REASON_CHARS],
+        num_crashes=whole_number(counts.get(CRASHES_HEADER), default=0),
+    )
+
+
 def whole_number(given: Any, *, default: int) -> int:
-    """A header's whole number from 0 to 2^53, else `default`: headers can be forged, so nothing else is taken."""
+    """Return a header's integer if it is within 0 to 2^53, else `default`: headers can be forged."""
     # pika reads 64-bit numbers, and the broker's delivery count is one, as a subclass of int.
     is_whole = isinstance(given, int) and not isinstance(given, bool)
     return int(given) if is_whole and 0 <= given < 2**53 else default

@@ -1,4 +1,4 @@
-"""Looking through a queue over AMQP, for a person: messages are held for a moment, and go back unless settled."""
+"""Browse a queue over AMQP, for an operator: messages are held unacked, and requeued unless acked."""
 
 import time
 from collections.abc import Mapping
@@ -8,27 +8,30 @@ from typing import Any
 
 import pika.exceptions
 
-from config.settings import BrokerSettings
-from worker.amqp.broker import COUNT_HEADER, LOST, PublishFailed, close_connection, connect
+from config.broker import BrokerSettings
+from worker.amqp.connection import LOST, close_connection, connect
 from worker.amqp.content_headers import Properties
-from worker.amqp.delivery import whole_number
-from worker.amqp.refusals import Refusals, describe
+from worker.amqp.delivery import COUNT_HEADER, whole_number
+from worker.amqp.error_messages import ErrorMessages, describe
+from worker.amqp.publisher import PublishFailed
+from worker.amqp.topology import NOT_FOUND
 
-MAX_LOOKS = 1  # a policy may set any limit, and not every version shows all that it counts
-
-SECOND_LOOK_SECONDS = 0.2
+# Of a message that is requeued as it is: a policy may set any limit, and not every version shows all that it counts.
+MAX_DELIVERIES = 1
+RESOURCE_LOCKED = 405  # AMQP's reply code
+RETRY_SECONDS = 0.2
 BUSY_SECONDS = 2.0
-# The last two would have the broker send a copy to other queues again.
+# With the last two the broker would route a copy to further queues again.
 NOT_COPIED = (COUNT_HEADER, "CC", "BCC")
 
 
 class QueueBusy(Exception):
-    """The queue is being inspected by somebody else."""
+    """Another browser holds the queue's messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class BrowsedMessage:
-    """A message of an `Inspection`. `published_at` is in epoch seconds, None where its publisher did not say."""
+    """A message that a `QueueBrowser` holds. `published_at` is in epoch seconds, None where its publisher set none."""
 
     body: bytes
     headers: Mapping[str, Any]
@@ -38,15 +41,15 @@ class BrowsedMessage:
 
 
 class QueueBrowser:
-    """Owner of a connection that holds a queue's messages; what is not acked by the end goes back. Not thread-safe.
+    """Owner of a connection that holds a queue's messages and requeues those not acked. Not thread-safe.
 
-    Whoever else looks meanwhile would find the queue empty, so a second inspection gets `QueueBusy`. Every method
-    raises `PublishFailed` where the broker does not answer.
+    A second browser would find the queue empty, so it gets `QueueBusy`. Every method raises `PublishFailed` where the
+    broker does not answer.
 
-    A look is a delivery: AMQP has no other. Quorum queues count it, and so they do when a channel closes unsettled:
-    RabbitMQ 4 drops a message returned more than 20 times unless told otherwise, 3.x only where a policy says so. So a
-    message goes back by reject, which every version counts in a header (nack is not counted by the latest), and once
-    its count is high as a confirmed copy, which begins at nought. The order is lost: without a limit, 3.x returns
+    AMQP can only browse by delivering. Quorum queues count each delivery that is returned, also by a closed channel:
+    RabbitMQ 4 drops a message returned more than 20 times unless the queue has a limit of its own, 3.x only by policy.
+    So a message is requeued by reject, which every version counts in a header (nack is not counted by the latest), and
+    once its count is high, as a confirmed copy whose count begins at 0. The order is lost: without a limit, 3.x returns
     messages to the tail, and many at once in any order.
     """
 
@@ -61,55 +64,56 @@ class QueueBrowser:
         deadline = time.monotonic() + BUSY_SECONDS
         while True:
             try:
-                return self._open()
+                self._open()
             except QueueBusy:
-                # The lock of the inspection before outlives it by a moment.
+                # The lock of the browser before outlives its connection briefly.
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(SECOND_LOOK_SECONDS)
+                time.sleep(RETRY_SECONDS)
+            else:
+                return self
 
-    def _open(self) -> "QueueBrowser":
+    def _open(self) -> None:
         try:
             self._connection = connect(self._settings, "darkroom dead")
             self._channel = self._connection.channel()
             self._channel.confirm_delivery()
             self._lock()
         except LOST as error:
-            reason = Refusals(self._settings).no_session(error, is_connected=self._connection is not None)
+            reason = ErrorMessages(self._settings).session_ended(error, is_connected=self._connection is not None)
             close_connection(self._connection)
             raise PublishFailed(reason) from error
-        return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(*LOST):  # what cannot be given back goes back when the connection closes
+        with suppress(*LOST):  # what cannot be requeued is requeued when the connection closes
             for held in list(self._held.values()):
-                self._give_back(held)
+                self._requeue(held)
         close_connection(self._connection)
 
-    def take(self, max_messages: int) -> list[BrowsedMessage]:
-        """Everything that is in the queue, or as much; nothing where the queue does not exist yet."""
-        has_looked_twice = False
+    def fetch(self, max_messages: int) -> list[BrowsedMessage]:
+        """Get up to `max_messages`; none where the queue does not exist yet."""
+        has_retried = False
         try:
             while len(self._held) < max_messages:
                 method, properties, body = self._channel.basic_get(self._queue)
                 if method is None:
-                    if self._held or has_looked_twice:
+                    if self._held or has_retried:
                         break
-                    # What the inspection before gave back is on its way.
-                    has_looked_twice = True
-                    time.sleep(SECOND_LOOK_SECONDS)
+                    # Messages that the browser before requeued may not be ready yet.
+                    has_retried = True
+                    time.sleep(RETRY_SECONDS)
                     continue
                 tag = method.delivery_tag
                 self._held[tag] = BrowsedMessage(body, properties.headers, properties.timestamp, tag, properties)
         except pika.exceptions.ChannelClosedByBroker as error:
-            if error.reply_code != 404:
+            if error.reply_code != NOT_FOUND:
                 raise PublishFailed(describe(error)) from error
         except LOST as error:
             raise PublishFailed(describe(error)) from error
         return list(self._held.values())
 
     def ack(self, held: BrowsedMessage) -> None:
-        """Have the broker forget the message."""
+        """Ack the message."""
         try:
             self._channel.basic_ack(held.tag)
         except LOST as error:
@@ -120,13 +124,13 @@ class QueueBrowser:
         try:
             self._channel.queue_declare(f"{self._queue}.inspection", exclusive=True)  # gone with the connection
         except pika.exceptions.ChannelClosedByBroker as error:
-            if error.reply_code != 405:
+            if error.reply_code != RESOURCE_LOCKED:
                 raise
             close_connection(self._connection)
             raise QueueBusy(f"somebody else is at work on {self._queue}: try again in a moment") from error
 
-    def _give_back(self, held: BrowsedMessage) -> None:
-        if whole_number(held.headers.get(COUNT_HEADER), default=0) < MAX_LOOKS:
+    def _requeue(self, held: BrowsedMessage) -> None:
+        if whole_number(held.headers.get(COUNT_HEADER), default=0) < MAX_DELIVERIES:
             self._channel.basic_reject(held.tag, requeue=True)
             return
         properties = held.properties.for_copy(without=NOT_COPIED)

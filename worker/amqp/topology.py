@@ -1,23 +1,30 @@
-"""The names of the worker's queues and what each is declared with."""
+"""The worker's queues and exchange: names, arguments, declarations."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Waits before another try of a job that is not to blame; after the last the job fails. Each is a queue of its own.
+import pika.exceptions
+
+from worker.amqp.connection import Connection
+
+NOT_FOUND, PRECONDITION_FAILED = 404, 406  # AMQP's reply codes
+
+# Delays before a retry of a job that did not cause its failure; after the last the job fails. One queue each.
 RETRY_DELAYS_SECONDS = (30, 30, 300, 300)
 
-# How long a leased job's copy lies before somebody looks at it: no longer than a sixth of the broker's timeout.
+# TTL of a leased job's copy, after which a worker checks it: at most a sixth of the broker's consumer timeout.
 MAX_COPY_SECONDS, COPY_SHARE = 10.0, 1 / 6
-# RabbitMQ 4 drops a message returned more than 20 times from a quorum queue without a limit of its own. Never -1, which
-# it would take for "no limit": 3.10 then drops at the first return.
+# RabbitMQ 4 drops a message returned more than 20 times to a quorum queue that sets no limit. Never -1, which means
+# "no limit" there: 3.10 then drops at the first return.
 DELIVERY_LIMIT = 1_000_000
-# A full queue refuses what is published, and the publisher keeps it; the default drops the oldest message.
+# A full queue nacks what is published, and the publisher keeps it; the default drops the oldest message.
 _QUORUM = {"x-queue-type": "quorum", "x-delivery-limit": DELIVERY_LIMIT, "x-overflow": "reject-publish"}
 
 
 @dataclass(frozen=True, slots=True)
 class QueueNames:
-    """`jobs` belongs to the backend too, which declares it durable without arguments: so do we, or not at all."""
+    """Names and arguments of the queues. The backend also declares `jobs`, durable without arguments: so must we."""
 
     jobs: str
     consumer_timeout_seconds: float = 1800.0
@@ -29,32 +36,32 @@ class QueueNames:
 
     @property
     def outbox(self) -> str:
-        """Terminal events the backend has not taken yet."""
+        """Terminal events that the backend has not accepted yet."""
         return f"{self.jobs}.outbox"
 
     @property
     def dead(self) -> str:
-        """Dead letters: what needs a person."""
+        """Dead letters: messages that need an operator."""
         return f"{self.jobs}.dead"
 
     @property
     def lease(self) -> str:
-        """Copies of jobs that are longer at work than the broker waits; each comes by `recover` after a while."""
+        """Copies of jobs that outlive the broker's consumer timeout; each expires into `recover`."""
         return f"{self.jobs}.lease"
 
     @property
     def cancel_exchange(self) -> str:
-        """Fanout exchange of the cancel orders: every worker hears each of them."""
+        """Fanout exchange of cancel messages: every worker receives each of them."""
         return f"{self.jobs}.cancel"
 
     def retry(self, delay_seconds: int) -> str:
-        """Where a job waits `delay_seconds` before it returns to `jobs`."""
+        """Return the name of the queue where a job waits `delay_seconds` before it returns to `jobs`."""
         return f"{self.jobs}.retry.{delay_seconds}"
 
     @property
     def arguments(self) -> dict[str, dict[str, Any]]:
-        """Every queue and the arguments to declare it with where it is missing."""
-        # What a policy's limits would drop (`delivery-limit`, `message-ttl`) becomes a dead letter instead.
+        """Every queue with the arguments to declare it with where it is missing."""
+        # Messages that a policy's limits (`delivery-limit`, `message-ttl`) would drop become dead letters instead.
         held = _QUORUM | self._dead_lettering(to=self.dead)
         own: dict[str, dict[str, Any]] = {self.recover: held, self.outbox: held, self.dead: _QUORUM}
         waits = {self.retry(delay): self._waiting(delay, then=self.jobs) for delay in RETRY_DELAYS_SECONDS}
@@ -64,6 +71,7 @@ class QueueNames:
 
     @property
     def everything(self) -> tuple[str, ...]:
+        """Names of all queues."""
         return tuple(self.arguments)
 
     def _waiting(self, delay_seconds: float, *, then: str) -> dict[str, Any]:
@@ -76,3 +84,38 @@ class QueueNames:
             "x-dead-letter-routing-key": to,
             "x-dead-letter-strategy": "at-least-once",
         }
+
+
+def ensure_queues(connection: Connection, names: QueueNames) -> None:
+    """Declare the missing queues and leave the others as they are: only a passive declaration cannot fail on those."""
+    for name, arguments in names.arguments.items():
+        try:
+            with connection.channel() as channel:
+                channel.queue_declare(name, passive=True)
+        except pika.exceptions.ChannelClosedByBroker as error:
+            if error.reply_code != NOT_FOUND:
+                raise
+            declare_queue(connection, name, arguments)
+
+
+def declare_queue(connection: Connection, name: str, arguments: Mapping[str, Any]) -> None:
+    """Declare the queue durable. One declared with other arguments in between stays as it is."""
+    try:
+        with connection.channel() as channel:
+            channel.queue_declare(name, durable=True, arguments=dict(arguments))
+    except pika.exceptions.ChannelClosedByBroker as error:
+        # A worker of another version declared it first.
+        if error.reply_code != PRECONDITION_FAILED:
+            raise
+
+
+def ensure_fanout(connection: Connection, exchange: str) -> None:
+    """Declare the fanout exchange where it is missing."""
+    try:
+        with connection.channel() as channel:
+            channel.exchange_declare(exchange, passive=True)
+    except pika.exceptions.ChannelClosedByBroker as error:
+        if error.reply_code != NOT_FOUND:
+            raise
+        with connection.channel() as channel:
+            channel.exchange_declare(exchange, exchange_type="fanout", durable=True)

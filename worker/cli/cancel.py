@@ -1,4 +1,4 @@
-"""`darkroom cancel`: ask the workers to end a job, by its task or by its generation."""
+"""`darkroom cancel`: broadcast a cancel order, by task or by generation."""
 
 import json
 import re
@@ -6,8 +6,8 @@ import uuid
 
 from rich.console import Console
 
-from config.settings import BrokerSettings
-from worker.amqp.broker import PublishFailed, broadcast
+from config.broker import BrokerSettings
+from worker.amqp.publisher import PublishFailed, broadcast
 from worker.amqp.topology import QueueNames
 from worker.messages.generation_id import RIGHT, is_generation_id
 
@@ -15,18 +15,18 @@ from worker.messages.generation_id import RIGHT, is_generation_id
 NUMBER = re.compile(r"[1-9][0-9]{0,18}")
 
 
-class NoId(ValueError):
-    """What was given is no id; the message says what one is."""
+class InvalidId(ValueError):
+    """The argument is no id; the message says what one is."""
 
 
 def orders_of(text: str, *, is_task: bool = False, is_generation: bool = False) -> list[dict[str, str | int]]:
-    """The orders that an id stands for: a UUID may be of a task and of a generation, so that both are asked for.
+    """Return the orders for an id. A UUID may be a task's or a generation's: without a flag both are sent.
 
-    `is_task` and `is_generation` say which it is. Raises `NoId`. Pure.
+    Raises `InvalidId`. Pure.
     """
     task_id = _uuid(text)
     if is_task and task_id is None:
-        raise NoId(f"{text!r:.60} is no task id, which is a UUID like 660f9511-f3ac-52e5-b827-557766551111")
+        raise InvalidId(f"{text!r:.60} is no task id, which is a UUID like 660f9511-f3ac-52e5-b827-557766551111")
     orders: list[dict[str, str | int]] = []
     if task_id is not None and not is_generation:
         orders.append({"task_id": task_id})
@@ -34,27 +34,27 @@ def orders_of(text: str, *, is_task: bool = False, is_generation: bool = False) 
     if not is_task and is_generation_id(generation_id):
         orders.append({"generation_id": generation_id})
     if not orders:
-        raise NoId(f"{text!r:.60} is neither a task id (a UUID) nor a generation id ({RIGHT})")
+        raise InvalidId(f"{text!r:.60} is neither a task id (a UUID) nor a generation id ({RIGHT})")
     return orders
 
 
 def cancel(settings: BrokerSettings, orders: list[dict[str, str | int]], console: Console) -> bool:
-    """Send the orders to all workers and say what was sent; False where none of them heard it."""
+    """Broadcast the orders to all workers and print what was sent; False where no worker received them."""
     exchange = QueueNames(settings.queue).cancel_exchange
     try:
-        is_heard = broadcast(settings, exchange, [json.dumps(order).encode() for order in orders])
+        is_received = broadcast(settings, exchange, [json.dumps(order).encode() for order in orders])
     except PublishFailed as error:
         console.print("[bold red]Not cancelled:[/]", end=" ")
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         return False
     sent = " and ".join(json.dumps(order) for order in orders)
-    if not is_heard:
+    if not is_received:
         console.print("[bold red]Not cancelled:[/]", end=" ")
         reason = f"no worker listens on the exchange {exchange}, and orders are not kept for those that start later"
         console.print(reason, markup=False, highlight=False, soft_wrap=True)
         return False
-    told = f"{sent} was sent to the workers. A job that runs ends at its next step, one that waits before it starts."
-    console.print(told, markup=False, highlight=False, soft_wrap=True)
+    outcome = f"{sent} was sent to the workers. A job that runs ends at its next step, one that waits before it starts."
+    console.print(outcome, markup=False, highlight=False, soft_wrap=True)
     return True
 
 

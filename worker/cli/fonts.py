@@ -1,4 +1,4 @@
-"""`darkroom fonts`: what headlines can be set in."""
+"""`darkroom fonts`: the font families for headlines."""
 
 import json
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from watermark.text.fonts import code_points
-from watermark.text.scripts import Script, scripts_in
+from watermark.text.scripts import Script, covered_scripts
 from watermark.text.typefaces import Typeface, list_typefaces
 
 
@@ -42,7 +42,7 @@ def list_fonts(font_dirs: tuple[Path, ...], *, as_lines: bool, console: Console)
 
 
 def families_in(font_dirs: tuple[Path, ...]) -> list[Family]:
-    """The families that have letters which are drawn, by name."""
+    """Return the families with drawable characters, sorted by name."""
     faces: dict[str, list[Typeface]] = {}
     for face in list_typefaces(font_dirs):
         if code_points(face.path, face.index):
@@ -53,9 +53,9 @@ def families_in(font_dirs: tuple[Path, ...]) -> list[Family]:
 def _family(name: str, faces: list[Typeface]) -> Family:
     ordered = sorted(faces, key=lambda face: (face.is_italic, face.weight, face.style))
     names = dict.fromkeys(other for face in ordered for other in face.families)
-    # Old names that hold a style, like "NanumSquare Bold", are known by the family and the style.
+    # Legacy names that contain a style, like "NanumSquare Bold", are covered by the family and the style.
     also = [one for one in names if one != name and not any(one.startswith(f"{other} ") for other in names)]
-    covered = [scripts_in(code_points(face.path, face.index)) for face in ordered]
+    covered = [covered_scripts(code_points(face.path, face.index)) for face in ordered]
     common = [script for script in Script if all(script in one for one in covered)]
     return Family(
         family=name,

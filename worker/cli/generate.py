@@ -14,22 +14,27 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from clients.storage.location import LocationForbidden, ObjectRef, shown_location
-from config.settings import ModelSettings, PictureSettings, ServiceSettings, SettingsError, load_section
+from config.images import PictureSettings
+from config.model import ModelSettings
+from config.section import SettingsError, load_section
+from config.service import ServiceSettings
 from config.visible_gpus import gpu_variables
 from inference.engine.local_engine import LocalEngine
+from inference.errors import EngineError
 from inference.models.prechecks import precheck_model
-from inference.request import AdapterFile, EngineError, GenerationRequest, GenerationResult, StepReport
+from inference.request import AdapterFile, GenerationRequest, GenerationResult, StepReport
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import WatermarkError
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
-from watermark.text.headline import Headline, headlines_of
+from watermark.text.headline import Headline, prepare_headlines
 from worker.cli.outputs import Output, OutputRefused, outputs_of
 from worker.errors import CuttingFailed, JobFailed
 from worker.jobs.engine_client import GeneratedImages, ProgressSpan
 from worker.jobs.handler import request_of
 from worker.jobs.inputs.peft_folders import PEFT_CONFIG, PEFT_WEIGHTS, WANTS_CONFIG, is_named_by_peft
 from worker.jobs.inputs.references import References, check_can, check_mask
-from worker.jobs.postprocess import finish
+from worker.jobs.postprocess import postprocess
+from worker.jobs.runs import Phase
 from worker.messages.decoder import decode
 from worker.messages.job import Job, JobAdapter, JobProduct, JobRejected
 from worker.messages.presets import presets_in_force
@@ -39,7 +44,7 @@ from worker.product.cutter import Cutter
 from worker.product.inputs import ProductInputs, load_inputs
 from worker.product.stage_store import ProductStage
 from worker.results.image_metadata import ImageEncoder, provenance_of
-from worker.results.image_store import NO_NOTES
+from worker.results.image_store import NO_METADATA
 
 # A file of this machine, as an object of no bucket: its path is the key.
 NO_BUCKET = ""
@@ -102,7 +107,7 @@ def _planned(fields: dict[str, Any], out: Path, model_id: str | None) -> _Plan:
         settings=settings.model_copy(update={"model_id": model_id} if model_id else {}),
         outputs=outputs,
         signature=_signature(job, font_dirs),
-        headlines=headlines_of(job.overlays, font_dirs),
+        headlines=prepare_headlines(job.overlays, font_dirs),
         references=brought.references if brought else _references(job),
         brought=brought,
         adapters=tuple(_adapter(adapter) for adapter in job.adapters),
@@ -122,7 +127,7 @@ def _draw(plan: _Plan, console: Console) -> None:
         engine = LocalEngine(plan.settings)
     result, keep_off = _generate(engine, plan, console)
     for drawn, output in zip(result.pictures, plan.outputs, strict=True):
-        signed = finish(
+        signed = postprocess(
             drawn,
             plan.job,
             plan.references,
@@ -137,7 +142,7 @@ def _draw(plan: _Plan, console: Console) -> None:
 
 
 def _job(fields: dict[str, Any]) -> Job:
-    """The order as the job it would be: every limit of the queue holds here too."""
+    """Decode the options as a job, with every limit of a message."""
     settings = load_section(ModelSettings)
     presets = presets_in_force(load_section(PictureSettings), locate=None)
     body = json.dumps({"data": {"generation_id": 1, **fields}}).encode()
@@ -218,42 +223,44 @@ def _generate(engine: LocalEngine, plan: _Plan, console: Console) -> GeneratedIm
         check_can(plan.job, engine.facts)
         request = request_of(plan.job, plan.adapters, engine.facts, plan.references)
         with Progress(console=console) as bars:
-            workshop = _Workshop(engine, bars, bars.add_task("denoising"))
+            context = _LocalContext(engine, bars, bars.add_task("denoising"))
             if plan.brought is None:
-                return GeneratedImages(workshop.draw(request))
+                return GeneratedImages(context.generate(request))
             fitted = plan.brought.at((request.width, request.height))
-            return ProductComposer(workshop, _Unkept(), plan.cutter, request, fitted, request.scheduler or "").drawn()
+            return ProductComposer(
+                context, _NoStages(), plan.cutter, request, fitted, request.scheduler or ""
+            ).generate()
     finally:
         engine.close()
 
 
 @dataclass(frozen=True, slots=True)
-class _Workshop:
+class _LocalContext:
     """The engine of this process, before the eyes of whoever typed the command."""
 
     engine: LocalEngine
     bars: Progress
     bar: TaskID
 
-    def draw(self, request: GenerationRequest, leg: ProgressSpan | None = None) -> GenerationResult:
+    def generate(self, request: GenerationRequest, span: ProgressSpan | None = None) -> GenerationResult:
         def on_step(report: StepReport) -> None:
-            shown = leg.within(report) if leg else report
+            shown = span.rescale(report) if span else report
             self.bars.update(self.bar, completed=shown.step_index, total=shown.num_steps)
 
         return self.engine.generate(request, on_step, lambda: False).result()
 
-    def stage(self, _name: str) -> AbstractContextManager[None]:
+    def stage(self, _phase: Phase) -> AbstractContextManager[None]:
         return nullcontext()
 
     def raise_if_unwanted(self) -> None:
         pass
 
 
-class _Unkept:
+class _NoStages:
     """No stage of a product is kept: what is wanted of it is one file."""
 
     def find(self, _stage: ProductStage, _mode: PictureMode) -> None:
         return None
 
-    def keep(self, _stage: ProductStage, _picture: Image.Image, _notes: Mapping[str, str] = NO_NOTES) -> None:
+    def save(self, _stage: ProductStage, _picture: Image.Image, _metadata: Mapping[str, str] = NO_METADATA) -> None:
         pass

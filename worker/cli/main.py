@@ -1,4 +1,4 @@
-"""The command line: `darkroom run`, `generate`, `submit`, `cancel`, `report`, `check`, `fonts`, `presets`, `dead`,
+"""The commands: `darkroom run`, `generate`, `submit`, `cancel`, `report`, `check`, `fonts`, `presets`, `dead`,
 `outbox`, `demo`."""
 
 import logging
@@ -13,19 +13,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from config.broker import BrokerSettings
+from config.images import PictureSettings
 from config.logs import configure_logging
 from config.redacting import quoted
-from config.settings import (
-    BrokerSettings,
-    PictureSettings,
-    ServiceSettings,
-    StoreSettings,
-    load_section,
-)
+from config.section import load_section
+from config.service import ServiceSettings
+from config.store import StoreSettings
+from worker.cli.dead.group import dead
+from worker.cli.exits import console, exit_on_failure, or_exit, settings_or_exit, whole_settings
 from worker.cli.options import GenerateOptions, fields_of, with_generate_options
-from worker.cli.settings import console, whole_settings
-from worker.cli.settings import or_exit as _or_exit
-from worker.cli.settings import settings_or_exit as _settings
 from worker.messages.generation_id import RIGHT, GenerationId, is_generation_id
 from worker.supervisor import ExitCode, Supervisor
 
@@ -34,27 +31,21 @@ app = typer.Typer(
     help="Headless image generation worker.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-dead = typer.Typer(no_args_is_help=True, help="Look through the dead letters, try them again, throw them away.")
 app.add_typer(dead, name="dead")
 outbox = typer.Typer(no_args_is_help=True, help="Look through the ends that the backend has not taken yet.")
 app.add_typer(outbox, name="outbox")
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
-# What the commands on dead letters have in common.
-TARGET = typer.Argument(metavar="N|TASK_ID", help="Number in `list`, or the id of a task")
-Everything = Annotated[bool, typer.Option("--all", help="All of them")]
-Reason = Annotated[str, typer.Option(help="With --all: only those whose reason holds this text")]
-
 
 def main() -> None:
-    """The `darkroom` command."""
-    # Every refusal is told in a sentence; pika would put a traceback before it. `run` sets up its own logs.
+    """Run the `darkroom` command."""
+    # Every failure ends as one sentence; pika would log a traceback before it. `run` sets up its own logs.
     logging.getLogger("pika").setLevel(logging.CRITICAL)
     app()
 
 
-def _print_version(is_asked: bool) -> None:
-    if is_asked:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         typer.echo(f"darkroom {version('darkroom')}")
         raise typer.Exit
 
@@ -65,16 +56,16 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit")
     ] = False,
 ) -> None:
-    """Options in front of a command."""
+    """Take the options in front of a command."""
 
 
 @app.command()
 def run() -> None:
     """Work: take jobs from RabbitMQ until SIGTERM. Settings come from the environment and .env."""
-    settings = _or_exit(whole_settings)
+    settings = or_exit(whole_settings)
     configure_logging(settings.service.log_level, settings.service.log_format)
     try:
-        supervisor = _or_exit(partial(Supervisor, settings))
+        supervisor = or_exit(partial(Supervisor, settings))
     except OSError as error:
         from worker.cli.check.port import why_no_port  # noqa: PLC0415
 
@@ -98,13 +89,13 @@ def check(
     """
     from worker.cli.check.command import check_everything  # noqa: PLC0415 - each command imports only what it needs
 
-    sys.exit(0 if check_everything(_settings(), as_lines=as_json, console=Console()) else 1)
+    sys.exit(0 if check_everything(settings_or_exit(), as_lines=as_json, console=Console()) else 1)
 
 
 @app.command()
 @with_generate_options
 def submit(
-    order: GenerateOptions,
+    options: GenerateOptions,
     generation_id: Annotated[str, typer.Option(help="Id of the generation at the backend, a number or text")],
     timeout: Annotated[float, typer.Option(help="Seconds to follow the job")] = 600.0,
 ) -> None:
@@ -115,8 +106,8 @@ def submit(
     """
     from worker.cli.submit import submit_and_follow  # noqa: PLC0415
 
-    fields = {"generation_id": _generation_id(generation_id), **fields_of(order)}
-    sys.exit(0 if submit_and_follow(_settings(), fields, timeout_seconds=timeout, console=console) else 1)
+    fields = {"generation_id": _generation_id(generation_id), **fields_of(options)}
+    sys.exit(0 if submit_and_follow(settings_or_exit(), fields, timeout_seconds=timeout, console=console) else 1)
 
 
 @app.command()
@@ -129,16 +120,16 @@ def cancel(
 
     A UUID may be either's id: without --task or --generation both are asked for. Exit code 1 where no worker hears it.
     """
-    from worker.cli.cancel import NoId, orders_of  # noqa: PLC0415
+    from worker.cli.cancel import InvalidId, orders_of  # noqa: PLC0415
     from worker.cli.cancel import cancel as send  # noqa: PLC0415
 
     if task and generation:
         raise typer.BadParameter("give --task or --generation, not both")
     try:
         orders = orders_of(job, is_task=task, is_generation=generation)
-    except NoId as error:
+    except InvalidId as error:
         raise typer.BadParameter(str(error), param_hint="ID") from error
-    broker = _or_exit(partial(load_section, BrokerSettings))
+    broker = or_exit(partial(load_section, BrokerSettings))
     sys.exit(0 if send(broker, orders, console) else 1)
 
 
@@ -153,19 +144,18 @@ def report(
     The newest are found by the listing's own times: all of `jobs/` is listed, a thousand names a request, and only the
     newest are read. A record is written when its job ends, and once more when the backend has heard of it.
     """
-    from worker.cli.dead import sentences  # noqa: PLC0415
     from worker.cli.report.command import report as print_report  # noqa: PLC0415
 
     within = _duration(since)
-    store = _or_exit(partial(load_section, StoreSettings))
-    with sentences(console):
+    store = or_exit(partial(load_section, StoreSettings))
+    with exit_on_failure(console):
         print_report(store, last=last, since=within, as_lines=as_json, console=Console())
 
 
 @app.command()
 @with_generate_options
 def generate(
-    order: GenerateOptions,
+    options: GenerateOptions,
     out: Annotated[
         Path, typer.Option("-o", "--out", help="PNG or JPEG to write; -2, -3 … are added for more pictures")
     ],
@@ -177,7 +167,7 @@ def generate(
     """
     from worker.cli.generate import draw  # noqa: PLC0415 - brings torch into this process, as no other command does
 
-    fields = {"seed": 0, **fields_of(order)}
+    fields = {"seed": 0, **fields_of(options)}
     sys.exit(0 if draw(fields, out, model_id=model, console=console) else 1)
 
 
@@ -188,56 +178,8 @@ def fonts(
     """List the font families that headlines can be set in, with their styles and scripts. Exit code 1 for none."""
     from worker.cli.fonts import list_fonts  # noqa: PLC0415
 
-    font_dirs = _or_exit(partial(load_section, ServiceSettings)).font_dirs
+    font_dirs = or_exit(partial(load_section, ServiceSettings)).font_dirs
     sys.exit(0 if list_fonts(font_dirs, as_lines=as_json, console=Console()) else 1)
-
-
-@dead.command("list")
-def dead_list(
-    reason: Annotated[str, typer.Option(help="Only those whose reason holds this text")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each")] = False,
-) -> None:
-    """List what ended in the dead letter queue, the oldest first."""
-    from worker.cli.dead import list_letters, sentences  # noqa: PLC0415
-
-    with sentences(console):
-        list_letters(_settings(), reason=reason, as_lines=as_json)
-
-
-@dead.command("show")
-def dead_show(target: Annotated[str, TARGET]) -> None:
-    """Show everything about a letter: its headers, its reason, its body."""
-    from worker.cli.dead import sentences, show_letters  # noqa: PLC0415
-
-    with sentences(console):
-        show_letters(_settings(), target)
-
-
-@dead.command("replay")
-def dead_replay(
-    target: Annotated[str | None, TARGET] = None, everything: Everything = False, reason: Reason = ""
-) -> None:
-    """Try letters again: a job as a new task of the same generation, a webhook for another day."""
-    from worker.cli.dead import replay_letters, sentences  # noqa: PLC0415
-
-    _one_of(target, everything, reason)
-    with sentences(console):
-        replay_letters(_settings(), target, reason)
-
-
-@dead.command("purge")
-def dead_purge(
-    target: Annotated[str | None, TARGET] = None,
-    everything: Everything = False,
-    reason: Reason = "",
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask")] = False,
-) -> None:
-    """Throw letters away for good."""
-    from worker.cli.dead import purge_letters, sentences  # noqa: PLC0415
-
-    _one_of(target, everything, reason)
-    with sentences(console):
-        purge_letters(_settings(), target, reason, is_sure=yes)
 
 
 @outbox.command("list")
@@ -245,11 +187,10 @@ def outbox_list(
     as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each")] = False,
 ) -> None:
     """List the ends that wait for the backend, in the queue and in workers' hands, the oldest first."""
-    from worker.cli.dead import sentences  # noqa: PLC0415
     from worker.cli.outbox import list_waiting  # noqa: PLC0415
 
-    with sentences(console):
-        list_waiting(_settings(), as_lines=as_json)
+    with exit_on_failure(console):
+        list_waiting(settings_or_exit(), as_lines=as_json)
 
 
 @app.command()
@@ -259,7 +200,7 @@ def presets(
     """List the styles and industries that jobs may name."""
     from worker.cli.presets import print_presets  # noqa: PLC0415
 
-    print_presets(_or_exit(partial(load_section, PictureSettings)), as_lines=as_json, console=Console())
+    print_presets(or_exit(partial(load_section, PictureSettings)), as_lines=as_json, console=Console())
 
 
 @app.command()
@@ -270,13 +211,6 @@ def demo(
     from examples.demo.main import run_demo  # noqa: PLC0415
 
     sys.exit(run_demo(out))
-
-
-def _one_of(target: str | None, everything: bool, reason: str) -> None:
-    if (target is None) is not everything:
-        raise typer.BadParameter("give either N|TASK_ID or --all")
-    if reason and not everything:
-        raise typer.BadParameter("--reason belongs to --all")
 
 
 def _generation_id(text: str) -> GenerationId:

@@ -1,6 +1,6 @@
-"""What `darkroom generate` and `darkroom submit` are told about a picture: one set of options, and the fields of it.
+"""The options that `darkroom generate` and `darkroom submit` share, and the message fields they stand for.
 
-The options say no more than a message could: what goes together, and every limit, is the decoder's to judge.
+The options say no more than a message could: limits and combinations are validated by the decoder.
 """
 
 import inspect
@@ -18,7 +18,7 @@ FIT_SIZE = "fit"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateOptions:
-    """The options. Pictures and adapters are named as the command names them: files, or locations in the store."""
+    """The shared options. Pictures and adapters are files for `generate`, locations in the store for `submit`."""
 
     prompt: Annotated[str, typer.Argument(help="What to draw")]
     negative: Annotated[str | None, typer.Option(help="What not to draw")] = None
@@ -63,20 +63,20 @@ class GenerateOptions:
 
 
 def with_generate_options(command: Callable[..., None]) -> Callable[..., None]:
-    """`command`, whose first parameter is an `Order`, as typer is to see it: with the options in that one's place."""
+    """Wrap `command` for typer: its first parameter, a `GenerateOptions`, is replaced by the options themselves."""
     own = inspect.signature(command, eval_str=True)
-    _order, *others = own.parameters.values()
+    _options, *others = own.parameters.values()
 
-    def told(**options: Any) -> None:
-        order = GenerateOptions(**{field.name: options.pop(field.name) for field in fields(GenerateOptions)})
-        command(order, **options)
+    def wrapper(**given: Any) -> None:
+        options = GenerateOptions(**{field.name: given.pop(field.name) for field in fields(GenerateOptions)})
+        command(options, **given)
 
-    # By keyword, as typer calls it: what has a default may then stand before what has none.
-    options = [*_parameters(), *(other.replace(kind=inspect.Parameter.KEYWORD_ONLY) for other in others)]
-    told.__name__, told.__doc__ = command.__name__, command.__doc__
-    told.__annotations__ = {option.name: option.annotation for option in options}
-    told.__dict__["__signature__"] = own.replace(parameters=options)
-    return told
+    # Keyword-only, as typer calls it: a parameter with a default may then precede one without.
+    parameters = [*_parameters(), *(other.replace(kind=inspect.Parameter.KEYWORD_ONLY) for other in others)]
+    wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    wrapper.__dict__["__signature__"] = own.replace(parameters=parameters)
+    return wrapper
 
 
 def _parameters() -> list[inspect.Parameter]:
@@ -92,30 +92,30 @@ def _parameters() -> list[inspect.Parameter]:
     ]
 
 
-def fields_of(order: GenerateOptions) -> dict[str, Any]:
-    """The `data` fields of a message that asks for what `order` does; what it leaves open is not in them."""
+def fields_of(options: GenerateOptions) -> dict[str, Any]:
+    """Return the `data` fields of a message for `options`, without those that it leaves open."""
     return _given(
-        prompt=order.prompt,
-        negative_prompt=order.negative,
-        style=order.style,
-        industry=order.industry,
-        loras=_loras(order),
-        signature_path=order.signature,
-        artist_name=order.artist,
-        aspect_ratio=order.aspect,
-        num_inference_steps=order.steps,
-        guidance_scale=order.guidance,
-        seed=order.seed,
-        num_images=order.images,
-        scheduler=order.scheduler,
-        kind=_kind(order),
-        init_image_path=order.init,
-        mask_path=order.mask,
-        strength=order.strength,
-        fit=order.fit,
-        control=_control(order),
-        product=_product(order),
-        text_overlay=_headlines(order),
+        prompt=options.prompt,
+        negative_prompt=options.negative,
+        style=options.style,
+        industry=options.industry,
+        loras=_loras(options),
+        signature_path=options.signature,
+        artist_name=options.artist,
+        aspect_ratio=options.aspect,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance,
+        seed=options.seed,
+        num_images=options.images,
+        scheduler=options.scheduler,
+        kind=_kind(options),
+        init_image_path=options.init,
+        mask_path=options.mask,
+        strength=options.strength,
+        fit=options.fit,
+        control=_control(options),
+        product=_product(options),
+        text_overlay=_headlines(options),
     )
 
 
@@ -123,60 +123,60 @@ def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _kind(order: GenerateOptions) -> Kind | None:
-    """The kind that was named, else the one whose pictures were given."""
-    if order.kind is not None:
-        return order.kind
-    if order.mask is not None:
+def _kind(options: GenerateOptions) -> Kind | None:
+    """Return the kind that was named, else the one whose pictures were given."""
+    if options.kind is not None:
+        return options.kind
+    if options.mask is not None:
         return Kind.INPAINT
-    if order.init is not None:
+    if options.init is not None:
         return Kind.IMAGE2IMAGE
-    pictures = (order.product, order.cutout, order.background, order.composite)
+    pictures = (options.product, options.cutout, options.background, options.composite)
     return None if pictures == (None,) * len(pictures) else Kind.PRODUCT
 
 
-def _loras(order: GenerateOptions) -> list[dict[str, Any]] | None:
-    if not order.lora:
-        _refuse_alone("--lora", {"--scale": order.scale})
+def _loras(options: GenerateOptions) -> list[dict[str, Any]] | None:
+    if not options.lora:
+        _require_option("--lora", {"--scale": options.scale})
         return None
-    return [_given(path=path, scale=order.scale) for path in order.lora]
+    return [_given(path=path, scale=options.scale) for path in options.lora]
 
 
-def _control(order: GenerateOptions) -> dict[str, Any] | None:
-    if order.control is None:
-        named = {"--control-model": order.control_model, "--control-scale": order.control_scale}
-        _refuse_alone("--control", named | {"--control-edges": order.control_edges or None})
+def _control(options: GenerateOptions) -> dict[str, Any] | None:
+    if options.control is None:
+        named = {"--control-model": options.control_model, "--control-scale": options.control_scale}
+        _require_option("--control", named | {"--control-edges": options.control_edges or None})
         return None
-    if order.control_model is None:
+    if options.control_model is None:
         raise typer.BadParameter("--control needs --control-model: which of the worker's CONTROLNETS reads it")
     return _given(
-        image_path=order.control,
-        model=order.control_model,
-        scale=order.control_scale,
-        preprocess=Preprocess.CANNY if order.control_edges else None,
+        image_path=options.control,
+        model=options.control_model,
+        scale=options.control_scale,
+        preprocess=Preprocess.CANNY if options.control_edges else None,
     )
 
 
-def _product(order: GenerateOptions) -> dict[str, Any] | None:
+def _product(options: GenerateOptions) -> dict[str, Any] | None:
     return (
         _given(
-            image_path=order.product,
-            cutout_path=order.cutout,
-            background_image_path=order.background,
-            composite_path=order.composite,
-            layout=_given(scale=order.layout_scale, position=order.layout_position) or None,
-            refine_strength=order.refine,
+            image_path=options.product,
+            cutout_path=options.cutout,
+            background_image_path=options.background,
+            composite_path=options.composite,
+            layout=_given(scale=options.layout_scale, position=options.layout_position) or None,
+            refine_strength=options.refine,
         )
         or None
     )
 
 
-def _headlines(order: GenerateOptions) -> list[dict[str, Any]] | None:
-    named = {"position": order.text_position, "color": order.text_color, "size": _text_size(order.text_size)}
-    if not order.text:
-        _refuse_alone("--text", {f"--text-{name}": value for name, value in named.items()})
+def _headlines(options: GenerateOptions) -> list[dict[str, Any]] | None:
+    named = {"position": options.text_position, "color": options.text_color, "size": _text_size(options.text_size)}
+    if not options.text:
+        _require_option("--text", {f"--text-{name}": value for name, value in named.items()})
         return None
-    return [_given(text=text, **named) for text in order.text]
+    return [_given(text=text, **named) for text in options.text]
 
 
 def _text_size(text: str | None) -> float | str | None:
@@ -188,8 +188,8 @@ def _text_size(text: str | None) -> float | str | None:
         raise typer.BadParameter(f"--text-size {text!r:.40} is neither a number nor {FIT_SIZE}") from None
 
 
-def _refuse_alone(option: str, others: dict[str, Any]) -> None:
-    """An option that says how something is to be done, without that something, would be missed only in the picture."""
+def _require_option(option: str, others: dict[str, Any]) -> None:
+    """Refuse an option of `option` without it: ignored, it would be missed only in the picture."""
     for other, value in others.items():
         if value is not None:
             raise typer.BadParameter(f"{other} belongs to {option}")

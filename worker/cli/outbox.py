@@ -1,4 +1,4 @@
-"""`darkroom outbox`: the ends that the backend has not taken yet, wherever they wait."""
+"""`darkroom outbox`: the terminal events that the backend has not accepted yet."""
 
 import dataclasses
 import json
@@ -12,19 +12,18 @@ from rich.text import Text
 from clients.storage.client import Storage
 from clients.storage.errors import StorageError
 from config.settings import Settings
-from worker.amqp.broker import ATTEMPT_HEADER, REASON_HEADER, SINCE_HEADER
-from worker.amqp.delivery import whole_number
+from worker.amqp.delivery import ATTEMPT_HEADER, REASON_HEADER, SINCE_HEADER, whole_number
 from worker.amqp.queue_browser import BrowsedMessage, QueueBrowser
 from worker.amqp.topology import QueueNames
 from worker.cli.terminal import escape_for_terminal, narrow_table
+from worker.results.outbox_snapshots import MAX_REASON_CHARS, SnapshotStore, UndeliveredEvent, format_minute, summarize
 from worker.results.terminal_event import TerminalEvent
-from worker.results.waiting import MAX_REASON_CHARS, Waiting, WaitingNotes, at, summary
 
 MAX_LISTED = 10_000
 
 
 def list_waiting(settings: Settings, *, as_lines: bool) -> None:
-    """Print a row, or a line of JSON, for each end that waits, the oldest first."""
+    """Print a row, or a line of JSON, for each event that waits, the oldest first."""
     waiting = find_waiting(settings)
     if as_lines:
         for one in waiting:
@@ -32,27 +31,28 @@ def list_waiting(settings: Settings, *, as_lines: bool) -> None:
     elif waiting:
         console = Console()
         console.print(_as_table(waiting))
-        console.print(Text(escape_for_terminal(summary(waiting))))
+        console.print(Text(escape_for_terminal(summarize(waiting))))
     else:
         typer.echo("no end waits for the backend")
 
 
 def print_summary(settings: Settings) -> None:
-    """One line on what waits, where anything does."""
+    """Print one line on what waits, where anything does."""
     waiting = find_waiting(settings)
     if waiting:
-        typer.echo(escape_for_terminal(f"{summary(waiting)}. `darkroom outbox list` shows them"))
+        typer.echo(escape_for_terminal(f"{summarize(waiting)}. `darkroom outbox list` shows them"))
 
 
-def find_waiting(settings: Settings) -> list[Waiting]:
-    """The ends that are ready in the outbox, and those that workers noted as in their hands; the oldest first.
+def find_waiting(settings: Settings) -> list[UndeliveredEvent]:
+    """Return the events ready in the outbox, and those that workers noted as taken from it; the oldest first.
 
-    Raises `PublishFailed` and `QueueBusy`. A store that does not answer is said, and only the queue is looked at.
+    Raises `PublishFailed` and `QueueBusy`. Where the store does not answer, a warning is printed and only the queue is
+    read.
     """
-    with QueueBrowser(settings.broker, QueueNames(settings.broker.queue).outbox) as inspection:
-        ready = [_of_message(held) for held in inspection.take(MAX_LISTED)]
+    with QueueBrowser(settings.broker, QueueNames(settings.broker.queue).outbox) as browser:
+        ready = [_decode_waiting(message) for message in browser.fetch(MAX_LISTED)]
     try:
-        noted = WaitingNotes(Storage(settings.store), settings.store.bucket).read_all()
+        noted = SnapshotStore(Storage(settings.store), settings.store.bucket).read_all()
     except StorageError as error:
         typer.echo(escape_for_terminal(f"what workers hold is not known: {error}"), err=True)
         noted = []
@@ -60,27 +60,33 @@ def find_waiting(settings: Settings) -> list[Waiting]:
     return sorted(found.values(), key=lambda one: (one.since, one.task_id))
 
 
-def _of_message(held: BrowsedMessage) -> Waiting | None:
-    """What is told of a message in the outbox; None for one that holds no end: a worker makes a dead letter of it."""
+def _decode_waiting(message: BrowsedMessage) -> UndeliveredEvent | None:
+    """Decode a message of the outbox; None for one that is no event: a worker will dead-letter it."""
     try:
-        event = TerminalEvent.from_json(held.body)
+        event = TerminalEvent.from_json(message.body)
     except ValueError:
         return None
-    return Waiting(
+    return UndeliveredEvent(
         task_id=event.task_id,
         generation_id=event.generation_id,
         kind=event.kind.value,
-        since=float(whole_number(held.headers.get(SINCE_HEADER), default=0)),
-        num_tries=max(0, whole_number(held.headers.get(ATTEMPT_HEADER), default=1) - 1),
-        reason=str(held.headers.get(REASON_HEADER, ""))[:MAX_REASON_CHARS],
+        since=float(whole_number(message.headers.get(SINCE_HEADER), default=0)),
+        num_tries=max(0, whole_number(message.headers.get(ATTEMPT_HEADER), default=1) - 1),
+        reason=str(message.headers.get(REASON_HEADER, ""))[:MAX_REASON_CHARS],
     )
 
 
-def _as_table(waiting: Iterable[Waiting]) -> Table:
-    """One row an end, readable at 80 columns."""
+def _as_table(waiting: Iterable[UndeliveredEvent]) -> Table:
+    """Return a table of one row an event, readable at 80 columns."""
     table = narrow_table("generation", "webhook", "since, UTC", "tries", "last try, and the task")
     for one in waiting:
         last = f"{one.reason}\n{one.task_id}".lstrip("\n")
-        cells = (str(one.generation_id), one.kind, at(one.since).replace(" ", "\n"), str(one.num_tries), last)
+        cells = (
+            str(one.generation_id),
+            one.kind,
+            format_minute(one.since).replace(" ", "\n"),
+            str(one.num_tries),
+            last,
+        )
         table.add_row(*(Text("\n".join(map(escape_for_terminal, cell.split("\n")))) for cell in cells))
     return table

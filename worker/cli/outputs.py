@@ -1,4 +1,4 @@
-"""Where `darkroom generate` writes: which files, in which format, and whether they can be written."""
+"""The output files of `darkroom generate`: their names, their format, and whether they can be written."""
 
 import tempfile
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ KNOWN = ", ".join(FORMATS)
 
 
 class OutputRefused(Exception):
-    """A picture cannot be written there; the message says why and what can be named instead."""
+    """A picture cannot be written to that path; the message says why and what to name instead."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A picture's file, which is not written yet, and its format."""
+    """A picture's output file and format."""
 
     path: Path
     format: PictureFormat
 
 
 def outputs_of(out: Path, num_pictures: int) -> list[Output]:
-    """`out`, and with -2, -3 … behind its name for more pictures. An existing file is written over.
+    """Return `out`, and for more pictures its name with -2, -3 …. An existing file is overwritten.
 
     Raises `OutputRefused` where one of them could not be written; leaves no trace.
     """
@@ -46,7 +46,7 @@ def _check_folder(folder: Path) -> None:
         why = "is a file, not a folder" if is_file else f"does not exist: mkdir -p {folder}, or name another"
         raise OutputRefused(f"--out: the folder {folder} {why}")
     try:
-        # Permissions alone do not tell: a file system may be read-only.
+        # Permissions alone are not enough: a file system may be read-only.
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:

@@ -1,4 +1,4 @@
-"""`darkroom presets`: the styles and industries that jobs may name, as a worker with these settings knows them."""
+"""`darkroom presets`: the styles and industries that jobs may name, under these settings."""
 
 import json
 
@@ -7,25 +7,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from config.presets.catalog import Presets, builtin_presets, load_presets
-from config.settings import PictureSettings
+from config.images import PictureSettings
+from config.presets.catalog import builtin_presets, load_presets
 
 
 def print_presets(pictures: PictureSettings, *, as_lines: bool, console: Console) -> None:
-    """Print each preset: a row of a table, or a line of JSON with everything it says."""
+    """Print each preset: a row of a table, or a line of JSON with all its fields."""
     presets = builtin_presets() if pictures.presets_file is None else load_presets(pictures.presets_file)
     if as_lines:
-        _print_lines(presets)
+        for kind, known in presets.by_field.items():
+            for name, preset in known.items():
+                line = {"kind": kind, "name": name, **preset.model_dump(exclude_none=True)}
+                typer.echo(json.dumps(line, ensure_ascii=False))
         return
     table = Table("kind", "name", "positive")
     for kind, known in presets.by_field.items():
         for name, preset in known.items():
             table.add_row(kind, name, Text(preset.positive))
     console.print(table)
-
-
-def _print_lines(presets: Presets) -> None:
-    for kind, known in presets.by_field.items():
-        for name, preset in known.items():
-            line = {"kind": kind, "name": name, **preset.model_dump(exclude_none=True)}
-            typer.echo(json.dumps(line, ensure_ascii=False))

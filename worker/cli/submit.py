@@ -1,7 +1,7 @@
 """`darkroom submit`: publish a job as a backend would, and follow it to its end.
 
-Its end is its record in the ledger. Before that a job can only be looked at from outside: how much waits in the queues
-and how many workers take it. Progress goes to the backend, by webhook, and to nobody else.
+The end is the job's record in the ledger. Until then only queue depths and the number of workers can be observed:
+progress goes to the backend alone, by webhook.
 """
 
 import json
@@ -20,12 +20,14 @@ from clients.storage.client import Storage
 from clients.storage.errors import StorageError, StorageUnavailable
 from clients.webhooks import WebhookKind
 from config.settings import Settings
-from worker.amqp.broker import Publisher, PublishFailed
+from worker.amqp.publisher import Publisher, PublishFailed
 from worker.amqp.topology import RETRY_DELAYS_SECONDS, QueueNames
 from worker.messages.decoder import decode, rules_from
+from worker.messages.envelope import MESSAGE_TYPE
 from worker.messages.job import JobRejected
+from worker.outcome import Outcome
 from worker.results.ledger import Ledger, key_of
-from worker.results.terminal_event import CANCELLED_OUTCOME, TerminalEvent
+from worker.results.terminal_event import TerminalEvent
 
 POLL_SECONDS = 0.5
 
@@ -35,7 +37,13 @@ def submit_and_follow(
 ) -> bool:
     """Publish a job with these `data` fields and wait for its end; True where it is complete."""
     task_id = str(uuid.uuid4())
-    body = _message(task_id, fields)
+    message = {
+        "task_id": task_id,
+        "type": MESSAGE_TYPE,
+        "data": {name: value for name, value in fields.items() if value is not None},
+        "created_at": datetime.now(UTC).isoformat(),
+    }
+    body = json.dumps(message).encode()
     names = QueueNames(settings.broker.queue)
     publisher = Publisher(settings.broker, names)
     try:
@@ -54,19 +62,9 @@ def submit_and_follow(
         publisher.close()
 
 
-def _message(task_id: str, fields: Mapping[str, Any]) -> bytes:
-    message = {
-        "task_id": task_id,
-        "type": "image_generation",
-        "data": {name: value for name, value in fields.items() if value is not None},
-        "created_at": datetime.now(UTC).isoformat(),
-    }
-    return json.dumps(message).encode()
-
-
 @dataclass(frozen=True, slots=True)
 class _Follower:
-    """Looks for the record, and meanwhile at the queues."""
+    """Poller of the job's record in the ledger, and of the queues until it is there."""
 
     task_id: str
     ledger: Ledger
@@ -75,14 +73,14 @@ class _Follower:
     console: Console
 
     def follow(self, timeout_seconds: float) -> TerminalEvent | None:
-        """The end of the job; None, with a word about it, where it does not come in time."""
+        """Return the end of the job; None, after printing why, where it does not come in time."""
         try:
             event = self._wait(timeout_seconds)
         except KeyboardInterrupt:
-            self._leave("No longer followed")
+            self._print_goes_on("No longer followed")
             return None
         if event is None:
-            self._leave(f"No end after {timeout_seconds:.0f} s ({self._look_at_queues()})")
+            self._print_goes_on(f"No end after {timeout_seconds:.0f} s ({self._describe_queues()})")
         return event
 
     def _wait(self, timeout_seconds: float) -> TerminalEvent | None:
@@ -92,17 +90,17 @@ class _Follower:
                 try:
                     event = self.ledger.find(self.task_id)
                 except StorageUnavailable as error:
-                    # The job is not hurt by it, and neither is a wait.
+                    # Neither the job nor the wait is affected.
                     seen = f"the store does not answer: {error}"
                 else:
                     if event is not None:
                         return event
-                    seen = self._look_at_queues()
+                    seen = self._describe_queues()
                 status.update(Text(f"{waited:.0f} s: {seen}"))
                 time.sleep(POLL_SECONDS)
         return None
 
-    def _look_at_queues(self) -> str:
+    def _describe_queues(self) -> str:
         try:
             depths, num_workers = self.publisher.depths(), self.publisher.num_consumers()
         except PublishFailed:
@@ -116,8 +114,8 @@ class _Follower:
         again = f", or it is among the {num_again} that wait for another try" if num_again else ""
         return f"the queue is empty: the job is with one of {workers}{again}"
 
-    def _leave(self, why: str) -> None:
-        """Say that the job goes on without us, and how it could be stopped."""
+    def _print_goes_on(self, why: str) -> None:
+        """Print that the job goes on, where its record will be, and how to cancel it."""
         order = json.dumps({"task_id": self.task_id})
         for line in (
             f"{why}. The job goes on; its end will be in s3://{self.ledger.bucket}/{key_of(self.task_id)}",
@@ -128,7 +126,8 @@ class _Follower:
 
 
 def _report(event: TerminalEvent, console: Console) -> bool:
-    if event.outcome == CANCELLED_OUTCOME:
+    """Print the end of the job; True where it is complete."""
+    if event.outcome is Outcome.CANCELLED:
         console.print("[yellow]cancelled[/]")
         return False
     if event.kind is WebhookKind.FAILED:

@@ -7,7 +7,7 @@ UUID_CHARS = 36
 
 
 def escape_for_terminal(text: str) -> str:
-    r"""`text` with everything that would steer a terminal or hide in it as `\u…`, which JSON reads back."""
+    r"""Return `text` with control and invisible characters as `\u…`, which JSON reads back."""
     return "".join(char if char.isprintable() else _escaped(char) for char in text)
 
 
@@ -16,7 +16,7 @@ def _escaped(char: str) -> str:
 
 
 def narrow_table(*columns: str) -> Table:
-    """A table in which the last column has room for a task's id at 80 columns, whatever else there is."""
+    """Return a table whose last column has room for a task id at 80 columns."""
     table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 0))
     for column in table.columns:
         column.overflow = "fold"  # what is cut off cannot be copied

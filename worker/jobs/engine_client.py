@@ -1,33 +1,35 @@
-"""Asking the engine for a job's pictures: cancelled, drained and reported on as the job is."""
+"""Client of the engine for jobs: cancellation, draining and progress of one job's requests."""
 
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from threading import Event
 from typing import NamedTuple
 
-from inference.request import Engine, GenerationRequest, GenerationResult, RequestCancelled, StepReport
+from inference.errors import RequestCancelled
+from inference.request import Engine, GenerationRequest, GenerationResult, StepReport
 from watermark.geometry import Rect
 from worker.errors import JobReleased
-from worker.jobs.runs import Reached, Run
-from worker.progress.reporter import Track
+from worker.jobs.runs import DenoiseProgress, Phase, Run
+from worker.progress.reporter import JobProgress
 
 
 @dataclass(frozen=True, slots=True)
 class ProgressSpan:
-    """One request's part of the way of a job that makes several: its `num_steps` come behind `before` of `total`."""
+    """Progress offset of one engine request in a multi-request job: `steps_before` of `total_steps` precede its
+    `num_steps`."""
 
-    before: int
+    steps_before: int
     num_steps: int
-    total: int
+    total_steps: int
 
-    def within(self, report: StepReport) -> StepReport:
-        """The request's own report as one of the job. It may count its steps otherwise than was expected."""
-        done = self.before + report.step_index * self.num_steps // report.num_steps
-        return replace(report, step_index=done, num_steps=self.total)
+    def rescale(self, report: StepReport) -> StepReport:
+        """Return the request's report as one of the job. The engine may count other steps than were expected."""
+        done = self.steps_before + report.step_index * self.num_steps // report.num_steps
+        return replace(report, step_index=done, num_steps=self.total_steps)
 
 
 class GeneratedImages(NamedTuple):
-    """A job's pictures before they are finished, and the parts of them that headlines are to keep off."""
+    """A job's images before postprocessing, and the rectangles that headlines keep off."""
 
     result: GenerationResult
     keep_off: tuple[Rect, ...] = ()
@@ -35,24 +37,24 @@ class GeneratedImages(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EngineClient:
-    """The way to the engine, for all jobs. `draw` blocks on the job's own thread."""
+    """Sends the requests of all jobs to the engine. `generate` blocks on the job's own thread."""
 
     engine: Engine
     is_draining: Event
 
-    def draw(
-        self, run: Run, request: GenerationRequest, track: Track, leg: ProgressSpan | None = None
+    def generate(
+        self, run: Run, request: GenerationRequest, track: JobProgress, span: ProgressSpan | None = None
     ) -> GenerationResult:
-        """The pictures, `track` hearing of every step, as of a `leg` where the request is not all of the job. Raises
-        what the engine ends with, and what ends a job that is not to be drawn: it was cancelled, or the worker stops.
+        """Return the engine's result and report every step to `track`, within `span` where the job has more requests.
+        Raises the engine's errors, and `RequestCancelled` or `JobReleased` where the job is no longer to be run here.
         """
         self.raise_if_unwanted(run)
 
         def on_step(report: StepReport) -> None:
-            run.enter("decode" if report.step_index == report.num_steps else "denoise")
-            report = leg.within(report) if leg else report
+            run.enter_phase(Phase.DECODE if report.step_index == report.num_steps else Phase.DENOISE)
+            report = span.rescale(report) if span else report
             track.on_step(report)
-            run.reached = Reached(report.step_index, report.num_steps, track.seconds_left(report))
+            run.progress = DenoiseProgress(report.step_index, report.num_steps, track.seconds_left(report))
 
         with run.inside_engine():
             try:
@@ -67,7 +69,7 @@ class EngineClient:
         return result
 
     def raise_if_unwanted(self, run: Run) -> None:
-        """Raise what a job that is not yet being drawn ends with, if it is not to be drawn at all."""
+        """Raise `RequestCancelled` for a cancelled job, `JobReleased` where the worker is stopping."""
         if run.is_cancelled:
             raise RequestCancelled("cancelled before it was begun")
         if self.is_draining.is_set():

@@ -1,30 +1,25 @@
-"""A job's story: consult the ledger, fetch, generate, sign, store, record. Here and nowhere else the siblings meet."""
+"""The handling of a job: consult the ledger, fetch, generate, sign, store, record."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 
 from clients.storage.location import ObjectRef
 from clients.webhooks import WebhookKind
-from inference.request import AdapterFile, GenerationRequest, GenerationResult, ModelFacts, Picture
-from watermark.geometry import Rect
-from watermark.signature import SignedPicture
+from inference.request import AdapterFile, GenerationRequest, GenerationResult, ModelFacts
 from worker.breakers import StoreGate
-from worker.errors import JobFailed, PoisonJob
+from worker.errors import ErrorCode, JobFailed, PoisonJob
 from worker.jobs.cancellations import Cancellations
 from worker.jobs.disposition import MAX_RECOVERIES
-from worker.jobs.engine_client import EngineClient, GeneratedImages
-from worker.jobs.inputs.fetcher import Fetched, Fetcher
+from worker.jobs.engine_client import GeneratedImages
+from worker.jobs.generation import Generation, Generations
+from worker.jobs.inputs.fetcher import Fetcher, JobInputs
 from worker.jobs.inputs.references import NO_REFERENCES, References, check_can, drawing_size
-from worker.jobs.postprocess import finish
-from worker.jobs.runs import Run
+from worker.jobs.postprocess import postprocess
+from worker.jobs.runs import Phase, Run
 from worker.messages.generation_id import picture_key
 from worker.messages.identity import check_same
 from worker.messages.job import Job, JobRejected, Kind
 from worker.messages.webhook_bodies import CompleteBody, PictureMetadata
-from worker.product.generation import ProductGeneration
-from worker.product.inputs import ProductInputs
-from worker.product.stage_store import ProductStage, StageStore
 from worker.progress.reporter import ProgressReporter
 from worker.results.image_metadata import ImageEncoder, provenance_of
 from worker.results.image_store import PICTURE_PATIENCE_SECONDS, AlreadyEnded, ImageStore
@@ -33,8 +28,8 @@ from worker.results.terminal_event import TerminalEvent
 
 
 @dataclass(frozen=True, slots=True)
-class StoredPicture:
-    """A picture in the results bucket."""
+class StoredImage:
+    """An image in the results bucket."""
 
     url: str
     seed: int
@@ -42,98 +37,93 @@ class StoredPicture:
 
 @dataclass(frozen=True, slots=True)
 class JobHandler:
-    """Everything a job's story needs; one for all jobs. `tell` blocks and runs on the job's own thread."""
+    """Handles jobs of every kind; one for all. `handle` blocks and runs on the job's own thread. `worker` is this
+    worker's name in the records."""
 
     ledger: Ledger
     fetcher: Fetcher
-    drawer: EngineClient
-    products: ProductGeneration
+    generations: Generations
     store: ImageStore
     facts: ModelFacts
     progress: ProgressReporter
-    labeller: ImageEncoder
+    encoder: ImageEncoder
     results_bucket: str
     worker: str
     cancellations: Cancellations
     gate: StoreGate
 
-    def tell(self, run: Run) -> TerminalEvent:
-        """Do the job unless the ledger knows its end already; return that end, recorded.
+    def handle(self, run: Run) -> TerminalEvent:
+        """Run the job unless the ledger has its end; return that end, recorded.
 
-        Raises what breaks it off, and `TaskIdTaken` where the end is another generation's.
+        Raises what `decide` decides about, and `TaskIdTaken` where the end is another generation's.
         """
-        with run.stage("ledger"):
-            end = self.gate.insist(lambda: self.ledger.find(run.task_id))
+        with run.stage(Phase.LEDGER):
+            end = self.gate.retry_while_denied(lambda: self.ledger.find(run.task_id))
         if end is None:
             try:
-                end = self._draw(run)
+                end = self._do(run)
             except AlreadyEnded as elsewhere:
                 end = elsewhere.end
-        check_same(run.asked, run.first.body, end.generation_id, end.fingerprint)
+        check_same(run.decoded, run.first.body, end.generation_id, end.fingerprint)
         return end
 
-    def _draw(self, run: Run) -> TerminalEvent:
+    def _do(self, run: Run) -> TerminalEvent:
         job = _job_of(run)
         check_can(job, self.facts)
         if self.cancellations.covers(job):
             run.cancel()
         with ExitStack() as pinned:
-            with run.stage("fetch"):
-                fetched = self.fetcher.everything(job, pinned)
-                brought = self.products.fetch(job)
-            shelf = self.products.shelf(job)
-            result, keep_off = self._generate(run, job, fetched, brought, shelf)
+            with run.stage(Phase.FETCH):
+                inputs = self.fetcher.fetch_inputs(job, pinned)
+                generation = self.generations[job.kind](job, inputs)
+            images = self._generate(run, job, inputs, generation)
 
-        with run.stage("sign"):
-            signed = [self._finish(picture, job, fetched, shelf, keep_off) for picture in result.pictures]
-        with run.stage("store"):
+        with run.stage(Phase.SIGN):
+            signed = [
+                postprocess(
+                    image,
+                    job,
+                    generation.references,
+                    headlines=inputs.headlines,
+                    signature=inputs.signature,
+                    keep_off=images.keep_off,
+                    on_headlines=generation.save_headline,
+                )
+                for image in images.result.pictures
+            ]
+        with run.stage(Phase.STORE):
             files = [
-                self.labeller.encode(picture, provenance_of(job, result, drawn, model=self.facts.model))
-                for picture, drawn in zip(signed, result.pictures, strict=True)
+                self.encoder.encode(image, provenance_of(job, images.result, generated, model=self.facts.model))
+                for image, generated in zip(signed, images.result.pictures, strict=True)
             ]
             self.store.check_open(job.task_id)
-            stored = self._store(job, result, files, shelf)
-        with run.stage("record"):
-            event = self._complete(run, job, result, stored, shelf)
-            return self.gate.insist(lambda: self.ledger.record(event), patience_seconds=PICTURE_PATIENCE_SECONDS)
+            stored = self._store(job, images.result, files, generation)
+        with run.stage(Phase.RECORD):
+            event = self._complete(run, job, images.result, stored, generation)
+            return self.gate.retry_while_denied(
+                lambda: self.ledger.record(event), patience_seconds=PICTURE_PATIENCE_SECONDS
+            )
 
-    def _generate(
-        self, run: Run, job: Job, fetched: Fetched, brought: ProductInputs | None, shelf: StageStore
-    ) -> GeneratedImages:
-        references = brought.references if brought else fetched.references
-        request = request_of(job, fetched.adapters, self.facts, references, arrived_at=run.started_at)
+    def _generate(self, run: Run, job: Job, inputs: JobInputs, generation: Generation) -> GeneratedImages:
+        request = request_of(job, inputs.adapters, self.facts, generation.references, arrived_at=run.started_monotonic)
         track = self.progress.follow(job.task_id, job.generation_id)
         try:
-            if brought is not None:
-                return self.products.make(run, brought, request, track, shelf)
-            return GeneratedImages(self.drawer.draw(run, request, track))
+            return generation.generate(run, request, track)
         finally:
             track.close()
 
-    def _finish(
-        self, picture: Picture, job: Job, fetched: Fetched, shelf: StageStore, keep_off: tuple[Rect, ...]
-    ) -> SignedPicture:
-        return finish(
-            picture,
-            job,
-            fetched.references,
-            headlines=fetched.headlines,
-            signature=fetched.signature,
-            keep_off=keep_off,
-            on_headlines=partial(shelf.keep, ProductStage.HEADLINE) if job.product else lambda _: None,
-        )
-
-    def _store(self, job: Job, result: GenerationResult, files: list[bytes], shelf: StageStore) -> list[StoredPicture]:
+    def _store(
+        self, job: Job, result: GenerationResult, files: list[bytes], generation: Generation
+    ) -> list[StoredImage]:
         stored = []
-        for number, (png, drawn) in enumerate(zip(files, result.pictures, strict=True), start=1):
+        for number, (content, generated) in enumerate(zip(files, result.pictures, strict=True), start=1):
             ref = ObjectRef(self.results_bucket, picture_key(job.generation_id, number))
-            stored.append(StoredPicture(self.store.put(ref, png, task_id=job.task_id), drawn.seed))
-            if job.product is not None:
-                shelf.save_png(ProductStage.FINAL, png)
+            stored.append(StoredImage(self.store.put(ref, content, task_id=job.task_id), generated.seed))
+            generation.save_final(content)
         return stored
 
     def _complete(
-        self, run: Run, job: Job, result: GenerationResult, stored: list[StoredPicture], shelf: StageStore
+        self, run: Run, job: Job, result: GenerationResult, stored: list[StoredImage], generation: Generation
     ) -> TerminalEvent:
         timeline = run.timeline()
         metadata: PictureMetadata = {
@@ -154,8 +144,8 @@ class JobHandler:
             metadata["style"] = job.style
         if job.industry is not None:
             metadata["industry"] = job.industry
-        if shelf.listing:
-            metadata["stages"] = shelf.listing
+        if generation.stages:
+            metadata["stages"] = dict(generation.stages)
         if job.ignored:
             metadata["ignored"] = list(job.ignored)
         if len(stored) > 1:
@@ -171,7 +161,7 @@ class JobHandler:
             job.generation_id,
             WebhookKind.COMPLETE,
             body,
-            run.began_at,
+            run.started_unix,
             timeline,
             self.worker,
             attempt=run.attempt,
@@ -188,7 +178,7 @@ def request_of(
     *,
     arrived_at: float = 0.0,
 ) -> GenerationRequest:
-    """What the engine is asked for, the adapters being on the local disk by now."""
+    """Return the engine's request for a job whose adapters are on the local disk."""
     size = drawing_size(job, facts, references.proportions)
     return GenerationRequest(
         request_id=job.task_id,
@@ -210,8 +200,9 @@ def request_of(
 
 
 def _job_of(run: Run) -> Job:
-    if isinstance(run.asked, JobRejected):
-        raise JobFailed(run.asked.code, str(run.asked)) from run.asked
+    """Return the job. Raises `JobFailed` for a rejected message, `PoisonJob` after too many killed workers."""
+    if isinstance(run.decoded, JobRejected):
+        raise JobFailed(ErrorCode(run.decoded.code), str(run.decoded)) from run.decoded
     if run.num_recoveries > MAX_RECOVERIES:
         raise PoisonJob(f"the job was given up after {run.num_recoveries} workers stopped while doing it")
-    return run.asked
+    return run.decoded

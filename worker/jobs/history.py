@@ -1,4 +1,4 @@
-"""The last jobs that ended here, for the status page: what is shown of them is decided as they come in."""
+"""History of the last jobs that ended here, for the status page; what it may show is decided as they are added."""
 
 import re
 import threading
@@ -7,16 +7,18 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from worker.errors import ErrorCode
 from worker.jobs.runs import Run
 from worker.messages.job import Job
+from worker.outcome import Outcome
 
 MAX_ENDED = 50
 MAX_MESSAGE_CHARS = 500
-# Their messages go on with what somebody else said, who may quote a prompt or name a picture's object.
-QUOTING_CODES = frozenset({"ENGINE_ERROR", "STORAGE_UNAVAILABLE"})
-# Values out of a job's message are quoted as Python writes them: a mark behind a space, a bracket or nothing.
+# Their messages end with a text of the engine or the store, which may quote a prompt or name an image's object.
+QUOTING_CODES = frozenset({ErrorCode.ENGINE_ERROR, ErrorCode.STORAGE_UNAVAILABLE})
+# Values of a job's message are quoted as Python writes them: a quotation mark after a space, a bracket or nothing.
 _QUOTATION = re.compile(r"(?:^|(?<=[\s(\[]))['\"]")
-# What a job was released for is a sentence of the broker's client, which belongs into the log.
+# The code of a recorded end is whatever its record has: no sentence gets onto the page.
 _CODE = re.compile(r"[A-Z_]+")
 
 
@@ -31,11 +33,11 @@ class StageTime:
 @dataclass(frozen=True, slots=True)
 class EndedJob:
     """A run that is over. `generation_id` is text, as JavaScript cannot hold all of its numbers; `finished_at` is in
-    epoch seconds. `message` is what may be shown of the reason; `num_steps` is None where nobody had counted them."""
+    epoch seconds. `message` is what may be shown of the reason; `num_steps` is None where it is not known."""
 
     generation_id: str
     task_id: str
-    outcome: str
+    outcome: Outcome
     code: str
     message: str
     finished_at: float
@@ -48,7 +50,7 @@ class EndedJob:
 
 
 class History:
-    """The newest `MAX_ENDED` ends. Thread-safe; without `shows_prompts` no prompt ever gets in."""
+    """The newest `MAX_ENDED` ends. Thread-safe; without `shows_prompts` it holds no prompt."""
 
     def __init__(self, *, shows_prompts: bool, clock: Callable[[], float] = time.time) -> None:
         self._shows_prompts = shows_prompts
@@ -56,10 +58,10 @@ class History:
         self._lock = threading.Lock()
         self._ended: deque[EndedJob] = deque(maxlen=MAX_ENDED)
 
-    def add(self, run: Run, outcome: str, *, code: str, message: str) -> None:
-        """Note how `run` ended, just now."""
+    def add(self, run: Run, outcome: Outcome, *, code: str, message: str) -> None:
+        """Add a run that has just ended."""
         stages = tuple(StageTime(name, seconds) for name, _, seconds in run.timeline())
-        job = run.asked if isinstance(run.asked, Job) else None
+        job = run.decoded if isinstance(run.decoded, Job) else None
         ended = EndedJob(
             generation_id=str(run.generation_id),
             task_id=run.task_id,
@@ -78,14 +80,16 @@ class History:
             self._ended.append(ended)
 
     def newest_first(self) -> tuple[EndedJob, ...]:
+        """Return the ends, the newest first."""
         with self._lock:
             return tuple(reversed(self._ended))
 
 
 def presentable(code: str, message: str, *, may_quote: bool) -> str:
-    """What a page without a password may say of an error: it ends before the first quotation, unless it `may_quote`.
+    """Return what a page without a password may show of an error: the text before the first quotation, unless it
+    `may_quote`.
 
-    A message may quote a prompt, or credentials that somebody wrote into a location. Pure.
+    A message may quote a prompt, or credentials that a publisher wrote into a location. Pure.
     """
     if code in QUOTING_CODES:
         return message.partition(":")[0][:MAX_MESSAGE_CHARS]
@@ -95,6 +99,6 @@ def presentable(code: str, message: str, *, may_quote: bool) -> str:
 
 
 def _num_steps(run: Run) -> int | None:
-    if run.reached is not None:
-        return run.reached.num_steps
-    return run.asked.num_inference_steps if isinstance(run.asked, Job) else None
+    if run.progress is not None:
+        return run.progress.num_steps
+    return run.decoded.num_inference_steps if isinstance(run.decoded, Job) else None

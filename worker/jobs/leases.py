@@ -1,22 +1,26 @@
-"""Leases: a job longer at work than the broker waits for an ack is kept by a copy of its message, and a note.
+"""Leases keep jobs that outlive the broker's consumer_timeout: a copy in the lease queue and a note in the bucket.
 
-The copy lies in a queue that gives it back after a while; whoever gets it looks at the note. A note that is renewed
-says that the job is at work, and the copy goes back to its queue. One that has run out says that its worker is gone.
+The lease queue delivers the copy again after a while. As long as the note is renewed, the job is running and the copy
+goes back to the queue; a note that has expired means that its worker is gone.
 """
 
 import json
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from clients.storage.client import Storage
 from clients.storage.errors import ObjectNotFound, StorageError
 from clients.storage.location import ObjectRef
 from config.logs import log_event
-from worker.amqp.broker import Publisher
 from worker.amqp.delivery import whole_number
+from worker.amqp.publisher import Publisher, PublishFailed
 from worker.amqp.topology import QueueNames
-from worker.jobs.runs import Run
+from worker.jobs.disposition import Disposition
+from worker.jobs.runs import Run, Runs
+from worker.jobs.settler import Settler
+from worker.results.ledger import Ledger
 from worker.strict_json import is_number, strict_json
 
 logger = logging.getLogger(__name__)
@@ -26,22 +30,23 @@ MAX_LEASE_BYTES = 10_000
 # Shares of the broker's consumer timeout: when a job goes on lease, and how long a note holds at most.
 LEASE_AFTER_SHARE = 1 / 3
 VALID_SHARE = 1 / 10
-# So long may a job lie that was on lease when its worker was killed, and the time of a copy in its queue.
+# The longest that a job waits whose worker was killed while it was on lease, on top of its copy's time in the queue.
 MAX_VALID_SECONDS = 30.0
 RENEW_SHARE = 1 / 3  # of the time that a note holds
-# How far the clocks of two workers may be apart. A note that holds for longer than a worker could have meant is none:
+# How far the clocks of two workers may be apart. A note that is valid for longer than a worker would write is ignored:
 # one until the year 9999 would keep its job for ever.
 MAX_SKEW_SECONDS = 60.0
 
 
 class Lease(NamedTuple):
-    """A note: the epoch second until which the job is at work, and how many workers were killed with it before."""
+    """A note: valid until that epoch second, and the number of workers that were killed with the job before."""
 
     until: float
     num_crashes: int
 
     @property
     def is_held(self) -> bool:
+        """Whether a worker runs the job now."""
         return self.until > time.time()
 
 
@@ -60,9 +65,9 @@ class Leases:
         self.renew_every = self._valid_for * RENEW_SHARE
 
     def take_or_renew(self, run: Run) -> bool:
-        """Renew the run's note if it has one. True where a copy is safe now, so that its deliveries can be acked.
+        """Renew the run's note if it has one. Return True once a copy is confirmed, and its deliveries can be acked.
 
-        Raises `PublishFailed` or `StorageError`: the deliveries must then stay.
+        Raises `PublishFailed` or `StorageError`: the deliveries must then not be acked.
         """
         is_due = any(time.monotonic() - one.received_at > self._lease_after for one in run.deliveries)
         if not is_due and not run.lease_ends_at:
@@ -74,7 +79,7 @@ class Leases:
         return is_due
 
     def note(self, run: Run) -> None:
-        """Say that the run is at work here, whoever may have got its message meanwhile. Raises `StorageError`."""
+        """Write the run's note: it runs here, whatever worker has its message now. Raises `StorageError`."""
         run.lease_ends_at = time.time() + self._valid_for
         note = json.dumps({"until": run.lease_ends_at, "num_crashes": run.num_recoveries}).encode()
         self._storage.put(self._ref(run.task_id), note, content_type=CONTENT_TYPE)
@@ -84,7 +89,7 @@ class Leases:
         self._publisher.publish(self._names.lease, body, attempt=attempt, is_leased=True, num_crashes=num_crashes)
 
     def find(self, task_id: str) -> Lease | None:
-        """The job's note, run out or not. Where the store cannot tell, the ledger still fences the end."""
+        """Return the job's note, expired or not; None also where it cannot be read: the ledger still fences the end."""
         try:
             note = strict_json(self._storage.read(self._ref(task_id), max_bytes=MAX_LEASE_BYTES))
             return Lease(_until(note), whole_number(note.get("num_crashes"), default=0))
@@ -95,7 +100,7 @@ class Leases:
             return None
 
     def give_up(self, run: Run) -> None:
-        """The run is over, or another worker shall have it."""
+        """Delete the note: the run is over, or another worker is to have the job."""
         try:
             self._storage.delete(self._ref(run.task_id))
         except StorageError as error:
@@ -106,8 +111,48 @@ class Leases:
 
 
 def _until(note: Any) -> float:
-    """When a note runs out, in epoch seconds. Raises `ValueError` where no worker wrote it."""
+    """Return when a note expires, in epoch seconds. Raises `ValueError` where no worker wrote it."""
     until = note.get("until") if isinstance(note, dict) else None
     if not is_number(until) or until > time.time() + MAX_VALID_SECONDS + MAX_SKEW_SECONDS:
         raise ValueError("not a lease note")
     return float(until)
+
+
+class LeaseKeeper:
+    """Takes and renews the leases of the jobs that run here. Any thread may call it."""
+
+    def __init__(self, leases: Leases, runs: Runs, settler: Settler, ledger: Ledger) -> None:
+        self._leases = leases
+        self._runs = runs
+        self._settler = settler
+        self._ledger = ledger
+
+    def take_or_renew_all(self) -> None:
+        """Put the jobs on lease whose deliveries the broker's timeout would end, and renew the notes of the others."""
+        self._for_each_run(self._take_or_renew)
+
+    def _take_or_renew(self, run: Run) -> None:
+        if self._leases.take_or_renew(run):
+            for delivery in self._runs.detach_deliveries(run):
+                self._settler.settle(delivery, Disposition.ACK)
+
+    def note_all(self) -> None:
+        """Note on all jobs that they run here, and cancel those that another worker has ended in the time that this one
+        was frozen or cut off."""
+        self._for_each_run(self._note_or_cancel)
+
+    def _note_or_cancel(self, run: Run) -> None:
+        self._leases.note(run)
+        if self._ledger.find(run.task_id) is not None:
+            # The end of a cancelled run gives way to the one that is recorded.
+            run.cancel()
+
+    def _for_each_run(self, lease: Callable[[Run], None]) -> None:
+        for run in self._runs.all():
+            try:
+                lease(run)
+                if run.lease_ends_at and run.task_id not in self._runs:
+                    self._leases.give_up(run)
+            except (PublishFailed, StorageError) as error:
+                # Another worker may then run the job too; the ledger still lets only one end count.
+                log_event(logger, "lease not taken", logging.WARNING, task_id=run.task_id, reason=str(error))

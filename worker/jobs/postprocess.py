@@ -1,4 +1,4 @@
-"""From a drawn picture to a signed one: what was to be kept is put back, headlines and the signature are put on."""
+"""Postprocessing: masked-out parts are restored, headlines and the signature are drawn."""
 
 from collections.abc import Callable
 
@@ -7,37 +7,33 @@ from PIL import Image
 from inference.request import Picture
 from watermark.geometry import Rect
 from watermark.product.masks import restore_masked
-from watermark.signature import Signature, SignedPicture, sign, signature_place
-from watermark.text.headline import Headline, put_headlines
+from watermark.signature import Signature, SignedPicture, sign, signature_rect
+from watermark.text.headline import Headline, draw_headlines
 from worker.jobs.inputs.references import References, mask_at
 from worker.messages.job import Job
 
 BLACK_FOR_WHITE = [255 - value for value in range(256)]
 
 
-def finish(
-    drawn: Picture,
+def postprocess(
+    generated: Picture,
     job: Job,
     references: References,
     *,
     headlines: tuple[Headline, ...],
     signature: Signature,
     keep_off: tuple[Rect, ...] = (),
-    on_headlines: Callable[[Image.Image], None] = lambda picture: None,
+    on_headlines: Callable[[Image.Image], None] = lambda image: None,
 ) -> SignedPicture:
-    """The picture as it is stored. Headlines without a place of their own keep off the parts of it in `keep_off`, and
-    off the signature. `on_headlines` is shown the one with headlines, where the job has any, unsigned."""
-    picture = _kept(Image.frombytes("RGB", (drawn.width, drawn.height), drawn.rgb), job, references)
+    """Return the image as it is stored. Headlines without a position avoid the rectangles of `keep_off` and the
+    signature. `on_headlines` gets the unsigned image with headlines, where the job has any."""
+    image = Image.frombytes("RGB", (generated.width, generated.height), generated.rgb)
+    if references.mask is not None and references.init is not None:
+        # Byte for byte, which no model reproduces.
+        kept = mask_at(references.mask, image.size, job.fit).point(BLACK_FOR_WHITE)
+        image = restore_masked(image, references.init_at(image.size, job.fit), kept)
     if headlines:
-        place = signature_place(picture.size, signature, job.signature_style)
-        picture = put_headlines(picture, headlines, avoid=keep_off if place is None else (*keep_off, place))
-        on_headlines(picture)
-    return sign(picture, signature, job.signature_style)
-
-
-def _kept(picture: Image.Image, job: Job, references: References) -> Image.Image:
-    """What a mask keeps comes back to the byte, which no model gives it."""
-    if references.mask is None or references.init is None:
-        return picture
-    kept = mask_at(references.mask, picture.size, job.fit).point(BLACK_FOR_WHITE)
-    return restore_masked(picture, references.init_at(picture.size, job.fit), kept)
+        place = signature_rect(image.size, signature, job.signature_style)
+        image = draw_headlines(image, headlines, avoid=keep_off if place is None else (*keep_off, place))
+        on_headlines(image)
+    return sign(image, signature, job.signature_style)

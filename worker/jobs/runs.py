@@ -1,4 +1,4 @@
-"""The jobs at work here, and the deliveries that asked for each of them."""
+"""The registry of the jobs that run here, each with its deliveries."""
 
 import threading
 import time
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import NamedTuple
 
 from inference.request import GenerationResult, Stage
@@ -16,8 +17,27 @@ from worker.messages.identity import check_same, fingerprint
 from worker.messages.job import Job, JobRejected
 
 
-class Reached(NamedTuple):
-    """How far a job's denoising is, and the estimate of what is left of it."""
+class Phase(StrEnum):
+    """What a run spends its time on, as stages, metrics and the status page name it."""
+
+    NONE = ""
+    LEDGER = "ledger"
+    FETCH = "fetch"
+    WAIT = "wait"
+    ADAPT = "adapt"
+    ENCODE = "encode"
+    DENOISE = "denoise"
+    DECODE = "decode"
+    CUT = "cut"
+    COMPOSE = "compose"
+    SIGN = "sign"
+    STORE = "store"
+    RECORD = "record"
+    NOTIFY = "notify"
+
+
+class DenoiseProgress(NamedTuple):
+    """Denoise steps done of a job, and the estimated seconds of the rest."""
 
     step_index: int
     num_steps: int
@@ -26,141 +46,141 @@ class Reached(NamedTuple):
 
 @dataclass(slots=True)
 class Run:
-    """One job being worked on. Its job thread owns it; `phase`, `reached` and `future` are read by others.
+    """One job in progress. Its job thread owns it; other threads read `phase`, `progress` and `future`.
 
-    `asked` is the job, or the rejection that will be its end; it came by `first`. `deliveries` grows when the broker
-    delivers the same task again (a lost connection, a double click), and is empty while the job is on lease; all of
-    them are settled together.
+    `decoded` is the job, or the rejection that it will fail with, and came by `first`. `deliveries` grows when the
+    broker delivers the same task again (a lost connection, a double click), and is empty while the job is on lease;
+    all of them are settled together. `started_unix` is in epoch seconds, `started_monotonic` is `time.monotonic()`.
     """
 
     task_id: str
     generation_id: GenerationId
-    asked: Job | JobRejected
+    decoded: Job | JobRejected
     deliveries: list[Delivery]
     first: Delivery = field(init=False)
-    started_at: float = field(default_factory=time.monotonic)
-    began_at: float = field(default_factory=time.time)
+    started_monotonic: float = field(default_factory=time.monotonic)
+    started_unix: float = field(default_factory=time.time)
     stages: list[Stage] = field(default_factory=list)
-    phase: str = ""
-    reached: Reached | None = None
+    phase: Phase = Phase.NONE
+    progress: DenoiseProgress | None = None
     future: Future[GenerationResult] | None = None
     is_cancelled: bool = False
     lease_ends_at: float = 0.0
-    _entered: list[tuple[str, float]] = field(default_factory=list, init=False)
+    _entered: list[tuple[Phase, float]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self.first = self.deliveries[0]
 
     def cancel(self) -> None:
-        """They asked: a waiting job ends before it starts, a running one at its next step."""
+        """Cancel the job as its backend requested: a waiting one before it starts, a running one at its next step."""
         self.is_cancelled = True
         if self.future is not None:
             self.future.cancel()
 
     @property
     def attempt(self) -> int:
-        # Nobody here counts further: a publisher wrote it.
+        """Number of the try, from 1."""
+        # No worker counts further: a publisher wrote it.
         return self.first.attempt if self.first.attempt <= MAX_ATTEMPTS else 1
 
     @property
     def fingerprint(self) -> str:
+        """Fingerprint of the message, see `worker.messages.identity`."""
         return fingerprint(self.first.body)
 
     @property
     def now(self) -> float:
-        """Now, in epoch seconds, counted from the run's beginning: the wall clock may have been set meanwhile."""
-        return round(self.began_at + time.monotonic() - self.started_at, 4)
+        """Current time in epoch seconds, counted from the run's start: the wall clock may have been set since then."""
+        return round(self.started_unix + time.monotonic() - self.started_monotonic, 4)
 
     @property
     def seconds(self) -> float:
-        """Since the job was delivered here. Stages account for most of it, and for no more than what they enclose."""
-        return round(time.monotonic() - self.started_at, 3)
+        """Seconds since the job was delivered here, of which the stages account for most."""
+        return round(time.monotonic() - self.started_monotonic, 3)
 
     @property
     def num_recoveries(self) -> int:
-        """How many workers were killed with the job before, as its messages tell."""
+        """Number of workers that were killed while they ran the job, by the counts in its messages."""
         return max(delivery.num_recoveries for delivery in (self.first, *self.deliveries))
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Account the block's time to stage `name`."""
+    def stage(self, phase: Phase) -> Iterator[None]:
+        """Account the block's time to a stage named after `phase`."""
         started_at = time.monotonic()
-        self.phase = name
+        self.phase = phase
         try:
             yield
         finally:
-            self.stages.append(Stage(name, started_at, time.monotonic() - started_at))
+            self.stages.append(Stage(phase, started_at, time.monotonic() - started_at))
 
-    def enter(self, phase: str) -> None:
-        """Note the phase that the engine is in. Any thread may call it."""
+    def enter_phase(self, phase: Phase) -> None:
+        """Record the phase that the engine is in. Any thread may call it."""
         if not self._entered or self._entered[-1][0] != phase:
             self._entered.append((phase, time.monotonic()))
         self.phase = phase
 
     @contextmanager
     def inside_engine(self) -> Iterator[None]:
-        """Account the block's time: by the engine's own stages where it adds them, else by the phases it entered.
+        """Account the block's time: by the engine's own stages where they are added, else by the phases it entered.
 
-        The engine times its stages in its result, and a request that is cancelled, fails or is given back has none.
+        The engine's stages come with its result, and a request that is cancelled, fails or is released has none.
         """
         num_before = len(self.stages)
         self._entered = []
-        self.enter("wait")
+        self.enter_phase(Phase.WAIT)
         try:
             yield
         finally:
             if len(self.stages) == num_before:
-                self.stages += self._stages_of_phases()
-
-    def _stages_of_phases(self) -> list[Stage]:
-        entered = self._entered.copy()
-        ends = [at for _, at in entered[1:]] + [time.monotonic()]
-        return [Stage(phase, at, end - at) for (phase, at), end in zip(entered, ends, strict=True)]
+                entered = self._entered.copy()
+                ends = [at for _, at in entered[1:]] + [time.monotonic()]
+                self.stages += [Stage(phase, at, end - at) for (phase, at), end in zip(entered, ends, strict=True)]
 
     def add_engine_stages(self, stages: tuple[Stage, ...]) -> None:
-        """Account the engine's time, behind one stage more: all the waiting since the run's last own stage.
+        """Append the engine's stages after a `wait` stage that covers all the waiting since the run's last own stage.
 
-        Part of it lay between `adapt` and `encode`, where loaded adapters wait for a lane. `adapt` is shown behind it
-        all, so that the stages follow one another without gaps and add up to the time that has passed.
+        Part of the wait was between `adapt` and `encode`, where loaded adapters wait for a lane. `adapt` is shown after
+        it, so that the stages follow one another without gaps and add up to the time that has passed.
         """
         since = self.stages[-1].started_at + self.stages[-1].seconds
         adapt, encode, *others = stages
         waited = max(0.0, encode.started_at - adapt.seconds - since)
-        self.stages += [Stage("wait", since, waited), replace(adapt, started_at=since + waited), encode, *others]
+        self.stages += [Stage(Phase.WAIT, since, waited), replace(adapt, started_at=since + waited), encode, *others]
 
     def timeline(self) -> tuple[tuple[str, float, float], ...]:
-        """Each stage's name, its start in seconds after the run's, and its seconds."""
+        """Return each stage's name, its start in seconds after the run's, and its seconds."""
         return tuple(
-            (stage.name, round(stage.started_at - self.started_at, 4), round(stage.seconds, 4)) for stage in self.stages
+            (stage.name, round(stage.started_at - self.started_monotonic, 4), round(stage.seconds, 4))
+            for stage in self.stages
         )
 
 
 class Runs:
-    """Registry of the runs by task id. Thread-safe; a task is here once."""
+    """Registry of the runs by task id, one for each task. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._runs: dict[str, Run] = {}
 
-    def join(self, asked: Job | JobRejected, delivery: Delivery) -> Run | None:
-        """A new run for the job, or None if one is at work already: then it has adopted the delivery.
+    def attach_or_start(self, decoded: Job | JobRejected, delivery: Delivery) -> Run | None:
+        """Return a new run for the job, or None where the task has one: the delivery is then attached to it.
 
-        Raises `TaskIdTaken` where the run that is at work under the id is another generation's.
+        Raises `TaskIdTaken` where the run under that id is another generation's.
         """
         with self._lock:
-            known = self._runs.get(asked.task_id)
+            known = self._runs.get(decoded.task_id)
             if known is not None:
                 if delivery.body != known.first.body:
-                    check_same(asked, delivery.body, known.generation_id, known.fingerprint)
+                    check_same(decoded, delivery.body, known.generation_id, known.fingerprint)
                 known.deliveries.append(delivery)
                 return None
-            run = Run(asked.task_id, asked.generation_id, asked, [delivery])
-            self._runs[asked.task_id] = run
+            run = Run(decoded.task_id, decoded.generation_id, decoded, [delivery])
+            self._runs[decoded.task_id] = run
             return run
 
     def has_copy_of(self, task_id: str, delivery: Delivery) -> bool:
-        """Whether the run holds another copy of the message, out of the same queue and session and with no fewer
-        crashes: it is settled with the run, so that this one is not needed."""
+        """Return whether the task's run holds a copy of the message from the same queue and session with at least as
+        many crashes: that one is settled with the run, so that this one is not needed."""
         with self._lock:
             known = self._runs.get(task_id)
             return known is not None and any(
@@ -169,21 +189,22 @@ class Runs:
                 for one in known.deliveries
             )
 
-    def part_from_deliveries(self, run: Run) -> list[Delivery]:
-        """Take a run's deliveries out of its hands, if it is still here; the caller settles them."""
+    def detach_deliveries(self, run: Run) -> list[Delivery]:
+        """Remove and return the deliveries of a run that has not finished; the caller settles them."""
         with self._lock:
             if run.task_id not in self._runs:
                 return []
             deliveries, run.deliveries = run.deliveries, []
             return deliveries
 
-    def leave(self, run: Run) -> list[Delivery]:
-        """Take the run out and return every delivery that must now be settled with it."""
+    def finish(self, run: Run) -> list[Delivery]:
+        """Remove the run and return its deliveries, which the caller settles."""
         with self._lock:
             del self._runs[run.task_id]
             return run.deliveries
 
     def all(self) -> list[Run]:
+        """Return the runs of this moment."""
         with self._lock:
             return list(self._runs.values())
 

@@ -1,15 +1,13 @@
-"""From the bytes of a message to a `Job`: both dialects, every limit, one clear sentence for what is wrong.
+"""Decode the bytes of a message into a `Job`: both dialects, every limit, one sentence for what is wrong.
 
-Pure: no I/O, no clock. Hostile bodies (FAULTS: size bombs, deep nesting, duplicate keys, forged ids) end as
-`Undecodable` or `JobRejected`, never as another exception.
+Pure: no I/O, no clock. Hostile bodies (size bombs, deep nesting, duplicate keys, forged ids) end as `Undecodable` or
+`JobRejected`, never as another exception.
 """
 
 import hashlib
-import json
 import logging
 import math
 import re
-import uuid
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -17,17 +15,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from clients.storage.location import ObjectRef, parse_location, shown_location
+from config.images import PictureSettings
+from config.model import ModelSettings
 from config.redacting import quoted
-from config.settings import ModelSettings, PictureSettings, StoreSettings
+from config.store import StoreSettings
 from watermark.resizing import Fit
 from watermark.signature import SignatureStyle
-from worker.messages.generation_id import RIGHT, is_generation_id
+from worker.messages.envelope import MAX_BODY_BYTES, identify, oversized_rejection, parse
 from worker.messages.ignoring import ignored_in
 from worker.messages.job import MAX_ASPECT, Job, JobAdapter, JobRejected, Undecodable
 from worker.messages.kinds import control_of, kind_of, overlay_of, overlays_in, product_of, source_of
-from worker.messages.outline import outline_of
 from worker.messages.presets import adapters_of, presets_in_force, styled_of
-from worker.messages.rules import MAX_REASON_CHARS, Identity, JobRules, Rejection, is_pickle, located
+from worker.messages.rules import Identity, JobRules, Rejection, is_pickle, located, shown_value
 from worker.messages.schema import (
     ASPECT,
     MAX_ADAPTERS,
@@ -39,12 +38,6 @@ from worker.messages.schema import (
 
 logger = logging.getLogger(__name__)
 
-MESSAGE_TYPE = "image_generation"
-
-# A real message is 1-2 kB; json.loads of an 11 MB one takes 256 MB of memory.
-MAX_BODY_BYTES = 256 * 1024
-
-_TASK_NAMESPACE = uuid.UUID("5b3f0f3c-2f0e-4f0b-9a55-1d7f5be1c0de")
 _ASPECT = re.compile(ASPECT)
 _NOT_TEXT = re.compile(r"[\x00\ud800-\udfff]")
 
@@ -56,7 +49,7 @@ _FIELD_CODES: dict[str | int, str] = {
 
 
 def rules_from(model: ModelSettings, store: StoreSettings, pictures: PictureSettings | None = None) -> JobRules:
-    """The rules of a worker with these settings. Raises `SettingsError` where its presets cannot be used."""
+    """Return the rules of a worker with these settings. Raises `SettingsError` where its presets cannot be used."""
 
     def locate(text: str) -> ObjectRef:
         return parse_location(
@@ -76,70 +69,14 @@ def rules_from(model: ModelSettings, store: StoreSettings, pictures: PictureSett
 
 
 def decode(body: bytes, rules: JobRules) -> Job:
-    """The job in `body`. Raises `Undecodable` where there is no id to trust, `JobRejected` for all else."""
+    """Decode the job in `body`. Raises `Undecodable` where it has no valid id, `JobRejected` for all else."""
     if len(body) > MAX_BODY_BYTES:
-        raise _too_large(body)
-    message = _parse(body)
-    identity = _identify(message, body)
+        raise oversized_rejection(body)
+    message = parse(body)
+    identity = identify(message, body)
     reject = Rejection(identity)
     wire = _validate(message.get("data"), reject)
     return _build(wire, message, identity, rules, reject)
-
-
-def _too_large(body: bytes) -> JobRejected:
-    """The rejection of a body beyond the limit, whose ids alone are read. Raises `Undecodable` where they cannot be."""
-    size = f"the body has {len(body)} bytes; at most {MAX_BODY_BYTES} are read"
-    try:
-        outline = outline_of(body, MAX_BODY_BYTES)
-        identity = _identify(_parse(outline), body)
-    except (ValueError, Undecodable) as error:
-        raise Undecodable(f"{size}, and its ids cannot be found: {error}"[:MAX_REASON_CHARS]) from error
-    return Rejection(identity)("INVALID_INPUT", f"{size}: shorten the message")
-
-
-def _parse(body: bytes) -> dict[str, Any]:
-    try:
-        # Some editors and .NET put a byte order mark before UTF-8.
-        message = json.loads(body.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
-    except UnicodeDecodeError as error:
-        raise Undecodable(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
-    except RecursionError as error:
-        raise Undecodable("the body is nested too deeply") from error
-    except ValueError as error:
-        raise Undecodable(f"the body is not JSON: {error}"[:MAX_REASON_CHARS]) from error
-
-    if not isinstance(message, dict):
-        raise Undecodable(f"the body is a JSON {type(message).__name__}, not an object")
-    if message.get("type", MESSAGE_TYPE) != MESSAGE_TYPE:
-        raise Undecodable(f"type is {_shown(message['type'])}; this queue takes {MESSAGE_TYPE!r}")
-    return message
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("an object names the same key twice")
-    return fields
-
-
-def _identify(message: Mapping[str, Any], body: bytes) -> Identity:
-    fields = message.get("data")
-    generation_id = fields.get("generation_id") if isinstance(fields, dict) else None
-    if generation_id in (None, ""):
-        generation_id = message.get("generation_id")
-    if not is_generation_id(generation_id):
-        raise Undecodable(f"generation_id is {_shown(generation_id)}; it must be {RIGHT}")
-    return Identity(_task_id(message.get("task_id"), body), generation_id)
-
-
-def _task_id(given: Any, body: bytes) -> str:
-    """The message's UUID in its canonical form, else one made of the body: the same message gets the same id."""
-    if isinstance(given, str) and len(given) <= 64:
-        try:
-            return str(uuid.UUID(given))
-        except ValueError:
-            pass  # not a UUID: it would end up in object keys and headers, so it is replaced, not cleaned
-    return str(uuid.uuid5(_TASK_NAMESPACE, hashlib.sha256(body).hexdigest()))
 
 
 def _validate(fields: Any, reject: Rejection) -> WireData:
@@ -154,7 +91,7 @@ def _validate(fields: Any, reject: Rejection) -> WireData:
         raise reject(
             "INVALID_PROMPT", f"prompt must have 1 to {MAX_PROMPT_CHARS} characters; it has {len(wire.prompt)}"
         )
-    # Also what is only told back: a database that takes no NUL would refuse the job's end for a day.
+    # Also the fields that are only echoed: a database that takes no NUL would refuse the webhook for a day.
     for name in ("prompt", "negative_prompt", "artist_name", "scheduler", "style", "industry", "prompt_tags"):
         _check_text(name, "".join(getattr(wire, name) or ""), reject)
     for overlay in overlays_in(wire):
@@ -171,13 +108,13 @@ def _check_text(name: str, text: str, reject: Rejection) -> None:
 
 
 def _rejection_of(error: ValidationError, reject: Rejection) -> JobRejected:
-    """One sentence for all that is wrong: which field, what rule, and the value where it is short and plain."""
+    """Return a rejection in one sentence: each wrong field, its rule, and the value where it is a scalar."""
     problems = error.errors(include_url=False, include_context=False)
     sentences = []
     for problem in problems[:5]:
         field = ".".join(str(part) for part in problem["loc"])
         value = problem["input"]
-        shown = f" (it is {_shown(value)})" if isinstance(value, int | float | str) else ""
+        shown = f" (it is {shown_value(value)})" if isinstance(value, int | float | str) else ""
         rule = "Input should be an object" if problem["type"] == "model_type" else problem["msg"]
         sentences.append(f"data.{field}: {rule}{shown}")
     return reject(_FIELD_CODES.get(problems[0]["loc"][0], "INVALID_INPUT"), "; ".join(sentences))
@@ -221,7 +158,7 @@ def _build(wire: WireData, message: Mapping[str, Any], identity: Identity, rules
 
 
 def _first(*candidates: Any) -> Any:
-    """The first candidate that is set. Zero is set."""
+    """Return the first candidate that is not None; zero counts."""
     return next((candidate for candidate in candidates if candidate is not None), None)
 
 
@@ -267,22 +204,13 @@ def _aspect(text: str | None, reject: Rejection) -> tuple[int, int] | None:
     raise reject("UNSUPPORTED_ASPECT_RATIO", f"aspect_ratio {quoted(text)} is not supported; use {known}")
 
 
-def _shown(value: Any) -> str:
-    """A value of the message as a sentence may hold it; of what is no text at most 40 characters, of lists none."""
-    if isinstance(value, str):
-        return quoted(value)
-    if isinstance(value, list | dict):
-        return f"a {'list' if isinstance(value, list) else 'JSON object'}"
-    return f"{value!r:.40}"
-
-
 def _derived_seed(task_id: str) -> int:
-    # 32 bits: a backend in JavaScript must be able to read the seed it is told.
+    # 32 bits: a backend in JavaScript must be able to read the seed in the webhook.
     return int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:4], "big")
 
 
 def _timestamp(given: Any) -> datetime | None:
-    """`created_at` as it says, with or without a zone; None where it is no ISO 8601 time, which refuses no job."""
+    """Parse `created_at`, with or without a zone; None where it is no ISO 8601 time, which rejects no job."""
     if not isinstance(given, str) or len(given) > 64:
         return None
     try:
@@ -292,7 +220,7 @@ def _timestamp(given: Any) -> datetime | None:
 
 
 def decode_any(body: bytes, rules: JobRules) -> Job | JobRejected:
-    """The job, or the rejection it ends with. Raises `Undecodable`, and nothing else, where there is no id."""
+    """Return the job, or the rejection it ends with. Raises `Undecodable`, and nothing else, where there is no id."""
     try:
         return decode(body, rules)
     except JobRejected as rejection:
@@ -300,6 +228,6 @@ def decode_any(body: bytes, rules: JobRules) -> Job | JobRejected:
     except Undecodable:
         raise
     except Exception as error:
-        # The consuming thread's boundary: a hole in the decoder must not take the connection down with it.
+        # The consuming thread's boundary: a bug in the decoder must not close the connection.
         logger.exception("the decoder failed")
         raise Undecodable(f"the decoder failed: {type(error).__name__}") from error

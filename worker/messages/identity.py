@@ -1,4 +1,4 @@
-"""Tell whether two messages are one job: publishers reuse a `task_id` for another generation, or for other data."""
+"""Compare two messages with one `task_id`: publishers reuse it for another generation, or for other data."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ import uuid
 from dataclasses import replace
 
 from config.logs import log_event
-from worker.messages.decoder import MAX_BODY_BYTES
+from worker.messages.envelope import MAX_BODY_BYTES
 from worker.messages.job import Job, JobRejected
 from worker.messages.schema import WireData
 
@@ -21,50 +21,50 @@ class TaskIdTaken(Exception):
 
 
 def fingerprint(body: bytes) -> str:
-    """SHA-256 over the fields of `data` that a job is made of, whatever their order; over all bytes of what is no job.
+    """Return the SHA-256 of the known fields of `data`, in any order; of all bytes where the body is no job.
 
-    Unknown fields and all that is beside `data` are left out: a publisher that repeats a message may count its tries or
-    write the time anew.
+    Unknown fields and everything outside `data` are left out: a publisher that repeats a message may count its tries or
+    write a new time.
     """
     if len(body) > MAX_BODY_BYTES:  # parsed, it would take many times its size
         return hashlib.sha256(body).hexdigest()
     try:
         given = json.loads(body)["data"]
-        asked = {name: given[name] for name in sorted(WireData.model_fields.keys() & given.keys())}
-        content = json.dumps({name: value for name, value in asked.items() if value is not None}, sort_keys=True)
+        known = {name: given[name] for name in sorted(WireData.model_fields.keys() & given.keys())}
+        content = json.dumps({name: value for name, value in known.items() if value is not None}, sort_keys=True)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return hashlib.sha256(body).hexdigest()
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def check_same(asked: Job | JobRejected, body: bytes, known_generation_id: object, known_fingerprint: str) -> None:
+def check_same(job: Job | JobRejected, body: bytes, known_generation_id: object, known_fingerprint: str) -> None:
     """Raise `TaskIdTaken` where `body`'s task id is known with another generation.
 
-    With other data of the same generation the known job's end is this message's too, which the log says. An empty
-    fingerprint, as in records of older workers, is that of any data.
+    With other data of the same generation the known job's end holds for this message too, which is logged. An empty
+    fingerprint, as in records of older workers, matches any data.
     """
-    if str(asked.generation_id) != str(known_generation_id):
-        raise TaskIdTaken(f"task_id {asked.task_id} is generation {known_generation_id}'s")
+    if str(job.generation_id) != str(known_generation_id):
+        raise TaskIdTaken(f"task_id {job.task_id} is generation {known_generation_id}'s")
     if known_fingerprint and known_fingerprint != fingerprint(body):
         log_event(
             logger,
             "message dropped",
             logging.WARNING,
-            task_id=asked.task_id,
-            generation_id=asked.generation_id,
+            task_id=job.task_id,
+            generation_id=job.generation_id,
             reason="its task_id was used before with other data of this generation, and one task has one end",
         )
 
 
 def own_task_id(task_id: str, generation_id: object) -> str:
-    """The id that a generation's job gets where another generation has its `task_id`; the same each time."""
-    # As text, which any id is: an end in the outbox may name one that no worker wrote.
+    """Derive the id of a generation's job whose `task_id` another generation has; the same each time."""
+    # As text: an event in the outbox may hold an id of any type, written by another program.
     return str(uuid.uuid5(_OWN_IDS, f"{task_id} of generation {generation_id}"))
 
 
-def with_own_id(asked: Job | JobRejected) -> Job | JobRejected:
-    """The same job, or rejection, under its `own_task_id`."""
-    task_id = own_task_id(asked.task_id, asked.generation_id)
-    if isinstance(asked, Job):
-        return replace(asked, task_id=task_id)
-    return JobRejected(asked.code, str(asked), task_id=task_id, generation_id=asked.generation_id)
+def with_own_id(job: Job | JobRejected) -> Job | JobRejected:
+    """Return the same job, or rejection, under its `own_task_id`."""
+    task_id = own_task_id(job.task_id, job.generation_id)
+    if isinstance(job, Job):
+        return replace(job, task_id=task_id)
+    return JobRejected(job.code, str(job), task_id=task_id, generation_id=job.generation_id)

@@ -1,4 +1,4 @@
-"""Which fields of a message nobody reads: a misspelt one is otherwise missed only in the picture. Pure."""
+"""Find the fields of a message that are not read: a misspelt one is otherwise missed only in the picture. Pure."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -8,21 +8,21 @@ from pydantic import BaseModel
 
 from worker.messages.schema import WireData
 
-# At most so many are told back, and of each so much: a message may hold thousands.
+# At most so many are echoed: a message may hold thousands.
 MAX_IGNORED = 20
-# Fields that backends are known to send beside those of `WireData`, for themselves or for others.
+# Fields that backends send beside those of `WireData`, for programs of their own.
 UNUSED = frozenset({"generation_id", "style_id", "task_id", "type", "created_at", "webhook_url", "callback_url"})
 NO_NAME = "?"
 
-# Told to the backend and logged: no control characters, no URLs, and no tokens, which mix letters and digits.
+# Sent to the backend and logged: no control characters, no URLs, and no tokens, which mix letters and digits.
 _NAME = re.compile(r"[\w-]{1,64}")
 _TOKEN = re.compile(r"(?=[A-Za-z]*[0-9])(?=[0-9]*[A-Za-z])[A-Za-z0-9]{16,}")
 
 
 def ignored_in(fields: Mapping[str, Any], wire: WireData) -> tuple[str, ...]:
-    """The names of the fields in `data` that are given and not known, each once: "stlye", "signature_config.colour".
+    """Return the names of the unknown fields in `data`, each once: "stlye", "signature_config.colour".
 
-    What is no plain name of up to 64 characters, or holds what looks like a token, is "?".
+    A name of more than 64 characters, or one that looks like a token, is "?".
     """
     return tuple(dict.fromkeys(_unknown(fields, wire, "", UNUSED)))[:MAX_IGNORED]
 

@@ -1,4 +1,4 @@
-"""The decoded, validated unit of work, and the two ways a message can fail to be one."""
+"""The decoded, validated job, and the two errors of a message that is none."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -33,11 +33,11 @@ class Preprocess(StrEnum):
 
 
 class Undecodable(Exception):
-    """The body holds no id to be trusted: nobody can be told, so the message itself goes to the dead letters."""
+    """The body holds no valid id: no webhook can name it, so the message is dead-lettered."""
 
 
 class JobRejected(Exception):
-    """The job is known but asks for what cannot be done: its backend is told `code` and the message."""
+    """The job has an id but cannot be done: `code` and the message go into the failed webhook."""
 
     def __init__(self, code: str, message: str, *, task_id: str, generation_id: GenerationId) -> None:
         super().__init__(message)
@@ -48,7 +48,7 @@ class JobRejected(Exception):
 
 @dataclass(frozen=True, slots=True)
 class JobAdapter:
-    """Where an adapter's file or folder is, and how strongly it applies."""
+    """Location of an adapter's file or folder, and its scale."""
 
     ref: ObjectRef
     scale: float
@@ -56,7 +56,7 @@ class JobAdapter:
 
 @dataclass(frozen=True, slots=True)
 class JobSource:
-    """The picture that a job's drawing begins from; with `mask_ref` only what is white there is repainted."""
+    """The init image of a job; with `mask_ref` only what is white there is repainted."""
 
     image_ref: ObjectRef
     mask_ref: ObjectRef | None
@@ -65,7 +65,7 @@ class JobSource:
 
 @dataclass(frozen=True, slots=True)
 class JobControl:
-    """The picture that a job's drawing follows, and how. See `inference.request.Control`."""
+    """The ControlNet input of a job. See `inference.request.Control`."""
 
     image_ref: ObjectRef
     model: str
@@ -77,7 +77,7 @@ class JobControl:
 
 @dataclass(frozen=True, slots=True)
 class JobProduct:
-    """A product job's own. What a person brings for a stage is not made: `composite_ref` comes with `cutout_ref`."""
+    """The fields of a product job. A stage whose image is given is skipped; `composite_ref` comes with `cutout_ref`."""
 
     image_ref: ObjectRef | None
     cutout_ref: ObjectRef | None
@@ -90,12 +90,12 @@ class JobProduct:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a message asks for, both dialects resolved, every value within its limits.
+    """A validated job, both dialects resolved, every value within its limits.
 
     `size` (width, height) wins over `aspect` where it is set; without both a reference picture's proportions hold.
-    `seed` is never absent: a null one is derived from `task_id`, so that a repeated run draws the same picture. Steps
-    and guidance that nobody named are the family's. `source` is there for image2image and inpaint, `product` for
-    product, and for no other kind. `fit` is for every reference picture. `ignored` names fields that no worker knows.
+    `seed` is never absent: a null one is derived from `task_id`, so that a repeated run makes the same picture. Steps
+    and guidance of None are the family's defaults. `source` is set for image2image and inpaint, `product` for product,
+    and for no other kind. `fit` is for every reference picture. `ignored` names the unknown fields.
     """
 
     task_id: str
@@ -136,10 +136,10 @@ class Job:
 def resolve_size(
     job: Job, *, base_size: int, size_multiple: int, reference: tuple[int, int] | None = None
 ) -> tuple[int, int]:
-    """The width and height, in pixels, this job's pictures really get on a model of that base size.
+    """Return the width and height, in pixels, of this job's pictures on a model of that base size.
 
-    1:1, 2:2, 1:2 and 2:1 count in base sizes; any other ratio keeps the area of the base square. Where the job names
-    none, it is that of its `reference` picture, within the limits, or 1:1.
+    1:1, 2:2, 1:2 and 2:1 count in base sizes; any other ratio keeps the area of the base square. Without a ratio in the
+    job it is that of its `reference` picture, within the limits, or 1:1.
     """
     if job.size is not None:
         width, height = (float(side) for side in job.size)

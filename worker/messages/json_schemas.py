@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core.core_schema import NullableSchema
 
-from worker.messages.decoder import MESSAGE_TYPE
+from worker.messages.envelope import MESSAGE_TYPE
 from worker.messages.generation_id import MAX_NUMBER, TEXT
 from worker.messages.schema import WireData
 from worker.messages.webhook_bodies import CompleteBody, FailedBody, ProgressBody
@@ -83,7 +83,7 @@ MODELS: dict[str, Any] = {
 
 
 def schema_of(name: str) -> dict[str, Any]:
-    """The schema of one message, by its name in `MODELS`."""
+    """Return the schema of one message, by its name in `MODELS`."""
     made = TypeAdapter(MODELS[name]).json_schema(schema_generator=_Generator)
     inlined: dict[str, Any] = _inlined(made, made.pop("$defs", {}))
     if name == "job":
@@ -92,6 +92,7 @@ def schema_of(name: str) -> dict[str, Any]:
 
 
 def as_text(schema: dict[str, Any]) -> str:
+    """Return the schema as indented JSON."""
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -103,7 +104,7 @@ def write(folder: Path) -> None:
 
 
 class _Generator(GenerateJsonSchema):
-    """Pydantic's own, but shorter: no title for each field, and `"type": ["integer", "null"]` where that says it."""
+    """Pydantic's generator, but shorter: no field titles, and `"type": ["integer", "null"]` for a nullable type."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
@@ -115,18 +116,22 @@ class _Generator(GenerateJsonSchema):
 
 
 def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
-    """`node` with every reference replaced by what it means, and without the names of our classes."""
+    """Return `node` with every reference replaced by its definition, and without the names of our classes."""
     if isinstance(node, list):
         return [_inlined(item, definitions) for item in node]
     if not isinstance(node, dict):
         return node
     if "$ref" in node:
         node = definitions[node["$ref"].rpartition("/")[2]] | {key: node[key] for key in node if key != "$ref"}
-    return {key: _inlined(value, definitions) for key, value in node.items() if not _is_noise(key, value)}
+    return {
+        key: _inlined(value, definitions)
+        for key, value in node.items()
+        if not (key == "title" and isinstance(value, str)) and not (key == "default" and value is None)
+    }
 
 
 def _with_gaps(node: Any) -> Any:
-    """`node` with null and "" allowed for every field that is not required, at every depth, and null in every list."""
+    """Return `node` with null and "" allowed for every optional field, at every depth, and null in every list."""
     if isinstance(node, list):
         return [_with_gaps(item) for item in node]
     if not isinstance(node, dict):
@@ -140,7 +145,7 @@ def _with_gaps(node: Any) -> Any:
 
 
 def _or_nothing(node: dict[str, Any]) -> dict[str, Any]:
-    """What `node` accepts, and null and ""."""
+    """Extend `node` by null and ""."""
     if "anyOf" in node:
         others = [choice for choice in node["anyOf"] if choice != {"type": "null"}]
         return node | {"anyOf": [*others, NOT_GIVEN]}
@@ -152,10 +157,6 @@ def _or_nothing(node: dict[str, Any]) -> dict[str, Any]:
         return node | {"type": [*types, "string", "null"], "maxLength": 0}
     pattern = {"pattern": f"^$|{node['pattern']}"} if "pattern" in node and not re.search(node["pattern"], "") else {}
     return node | {"type": [*types, "null"]} | pattern
-
-
-def _is_noise(key: str, value: Any) -> bool:
-    return (key == "title" and isinstance(value, str)) or (key == "default" and value is None)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a message says beyond text to image: reference pictures, control, product, headlines."""
+"""Decode what goes beyond text to image: reference pictures, control, product, headlines."""
 
 from clients.storage.location import ObjectRef
 from watermark.geometry import Position
@@ -8,9 +8,9 @@ from worker.messages.job import JobControl, JobProduct, JobSource, Kind
 from worker.messages.rules import JobRules, Rejection, located
 from worker.messages.schema import WireControl, WireData, WireLayout, WireTextOverlay
 
-# How far from the init image where nobody says: as in diffusers' own pipelines.
+# The defaults of diffusers' own pipelines.
 DEFAULT_STRENGTH = {Kind.IMAGE2IMAGE: 0.8, Kind.INPAINT: 1.0}
-# Fields that mean something to some kinds alone: silently ignored, they would be missed only in the picture.
+# Fields that apply to some kinds alone. Ignored silently, they would be missed only in the picture.
 KINDS_OF = {
     "init_image_path": {Kind.IMAGE2IMAGE, Kind.INPAINT},
     "mask_path": {Kind.INPAINT},
@@ -21,12 +21,12 @@ AUTO = "auto"
 
 
 def kind_of(wire: WireData) -> Kind:
-    """The job's kind."""
+    """Return the job's kind."""
     return wire.kind or Kind.TEXT2IMAGE
 
 
 def source_of(wire: WireData, rules: JobRules, reject: Rejection) -> JobSource | None:
-    """What an image2image or inpaint job begins from."""
+    """Decode the init image and mask of an image2image or inpaint job; None for other kinds. Raises `JobRejected`."""
     kind = kind_of(wire)
     for field, kinds in KINDS_OF.items():
         if getattr(wire, field) and kind not in kinds:
@@ -37,14 +37,14 @@ def source_of(wire: WireData, rules: JobRules, reject: Rejection) -> JobSource |
     if kind not in DEFAULT_STRENGTH:
         return None
     return JobSource(
-        image_ref=_needed("init_image_path", wire.init_image_path, kind, rules, reject),
-        mask_ref=_needed("mask_path", wire.mask_path, kind, rules, reject) if kind is Kind.INPAINT else None,
+        image_ref=_required_ref("init_image_path", wire.init_image_path, kind, rules, reject),
+        mask_ref=_required_ref("mask_path", wire.mask_path, kind, rules, reject) if kind is Kind.INPAINT else None,
         strength=wire.strength or DEFAULT_STRENGTH[kind],
     )
 
 
 def control_of(wire: WireControl | None, rules: JobRules, reject: Rejection) -> JobControl | None:
-    """What the drawing follows."""
+    """Decode the ControlNet's input. Raises `JobRejected`."""
     if wire is None:
         return None
     if wire.start >= wire.end:
@@ -58,7 +58,7 @@ def control_of(wire: WireControl | None, rules: JobRules, reject: Rejection) -> 
 
 
 def product_of(wire: WireData, rules: JobRules, reject: Rejection) -> JobProduct | None:
-    """A product job's own."""
+    """Decode the fields of a product job; None for other kinds. Raises `JobRejected`."""
     if kind_of(wire) is not Kind.PRODUCT:
         return None
     product = wire.product
@@ -89,13 +89,13 @@ def product_of(wire: WireData, rules: JobRules, reject: Rejection) -> JobProduct
 
 
 def overlays_in(wire: WireData) -> list[WireTextOverlay]:
-    """The headlines, however many were given."""
+    """Return the headlines as a list, given as one or as several."""
     given = wire.text_overlay or []
     return given if isinstance(given, list) else [given]
 
 
 def overlay_of(wire: WireTextOverlay) -> TextOverlay:
-    """A headline as it is drawn."""
+    """Decode one headline."""
     return TextOverlay(
         text=wire.text,
         font=wire.font or None,
@@ -108,7 +108,7 @@ def overlay_of(wire: WireTextOverlay) -> TextOverlay:
     )
 
 
-def _needed(field: str, text: str | None, kind: Kind, rules: JobRules, reject: Rejection) -> ObjectRef:
+def _required_ref(field: str, text: str | None, kind: Kind, rules: JobRules, reject: Rejection) -> ObjectRef:
     ref = located(field, text, rules, reject)
     if ref is None:
         raise reject(

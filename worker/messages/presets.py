@@ -1,4 +1,4 @@
-"""What a job's style and industry add to it.
+"""Apply the presets of a job's style and industry.
 
 The industry wraps the prompt first and the style wraps both: an industry says what is shown and where, a style how all
 of it is drawn.
@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from clients.storage.location import LocationForbidden, ObjectRef
+from config.images import PictureSettings
 from config.presets.catalog import Preset, PresetAdapter, Presets, PresetsInvalid, builtin_presets
 from config.presets.preset_file import PresetFile
 from config.redacting import quoted
-from config.settings import PictureSettings, SettingsError
+from config.section import SettingsError
 from worker.messages.job import JobAdapter
 from worker.messages.rules import MAX_REASON_CHARS, JobRules, Rejection, is_pickle, located
 from worker.messages.schema import MAX_PROMPT_CHARS, WireData
@@ -20,7 +21,7 @@ from worker.messages.schema import MAX_PROMPT_CHARS, WireData
 
 @dataclass(frozen=True, slots=True)
 class Styled:
-    """A job's wording with its presets, and what they say where the job says nothing."""
+    """A job's prompts with its presets applied, and the presets' defaults for what the job leaves open."""
 
     prompt: str
     negative_prompt: str
@@ -32,25 +33,25 @@ class Styled:
 def presets_in_force(
     pictures: PictureSettings | None, locate: Callable[[str], ObjectRef] | None
 ) -> Callable[[], Presets]:
-    """Asked at each job: the operator's presets, else the built-in ones. A broken file raises `SettingsError`.
+    """Return a function, called once a job, for the operator's presets or the built-in ones.
 
-    Without `locate` their adapters are not judged before a job wants them.
+    Raises `SettingsError` for a broken file. Without `locate` their adapters are not checked before a job uses them.
     """
     if pictures is None or pictures.presets_file is None:
         return builtin_presets
 
-    def judge(presets: Presets) -> None:
+    def check(presets: Presets) -> None:
         if locate is not None:
             _check_adapters(presets, locate)
 
     try:
-        return PresetFile(pictures.presets_file, judge).current
+        return PresetFile(pictures.presets_file, check).current
     except PresetsInvalid as error:
         raise SettingsError(f"PRESETS_FILE: {error}") from error
 
 
 def _check_adapters(presets: Presets, locate: Callable[[str], ObjectRef]) -> None:
-    """Jobs must not be the first to find that an adapter may not be read."""
+    """Raise `PresetsInvalid` for an adapter that may not be read, before a job meets it."""
     for place, adapter in presets.adapters.items():
         try:
             ref = locate(adapter.path)
@@ -61,9 +62,9 @@ def _check_adapters(presets: Presets, locate: Callable[[str], ObjectRef]) -> Non
 
 
 def styled(prompt: str, negative_prompt: str, *, style: Preset | None, industry: Preset | None) -> Styled:
-    """A job's wording as its presets make it; the style's opinion goes before the industry's."""
+    """Apply the presets to a job's prompts; the style's defaults win over the industry's."""
     for preset in (industry, style):
-        prompt = preset.around(prompt) if preset else prompt
+        prompt = preset.fill_template(prompt) if preset else prompt
     presets = [preset for preset in (style, industry) if preset]
     return Styled(
         prompt=prompt,
@@ -75,7 +76,7 @@ def styled(prompt: str, negative_prompt: str, *, style: Preset | None, industry:
 
 
 def _joined(own: str, *added: str) -> str:
-    """The job's own words as they are, and behind them each phrase that is not yet there."""
+    """Append to the job's own text each phrase that it does not hold yet."""
     phrases = [own.strip()] if own.strip() else []
     seen = {phrase.strip().casefold() for phrase in own.split(",")}
     for phrase in (phrase.strip() for text in added for phrase in text.split(",")):
@@ -86,7 +87,7 @@ def _joined(own: str, *added: str) -> str:
 
 
 def styled_of(wire: WireData, rules: JobRules, reject: Rejection) -> Styled:
-    """The wording of the job in `wire`; refuses presets that nobody knows, and what they make too long."""
+    """Apply the presets that `wire` names. Raises `JobRejected` for an unknown one and for prompts too long."""
     presets = rules.presets()
     style = _known("style", wire.style, presets.styles, reject)
     industry = _known("industry", wire.industry, presets.industries, reject)
@@ -98,7 +99,7 @@ def styled_of(wire: WireData, rules: JobRules, reject: Rejection) -> Styled:
 
 
 def adapters_of(made: Styled, rules: JobRules, reject: Rejection) -> tuple[JobAdapter, ...]:
-    """The presets' adapter, for a job that names none itself."""
+    """Return the presets' adapter, for a job that names none itself."""
     if made.adapter is None:
         return ()
     ref = located("the preset's adapter", made.adapter.path, rules, reject)

@@ -1,12 +1,12 @@
-"""What decoding a job needs at every field: the worker's rules, and how a job is refused in its own name."""
+"""The worker's rules for jobs, and the making of rejections."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from clients.storage.location import LocationForbidden, ObjectRef
 from config.presets.catalog import Presets, builtin_presets
-from config.redacting import redacted
+from config.redacting import quoted, redacted
 from inference.checkpoints.weight_files import PICKLE_SUFFIXES
 from worker.messages.generation_id import GenerationId
 from worker.messages.job import JobRejected
@@ -16,7 +16,7 @@ MAX_REASON_CHARS = 400
 
 @dataclass(frozen=True, slots=True)
 class JobRules:
-    """What the worker's settings say about jobs; None: the model's family knows."""
+    """The settings that concern jobs; None: the model's family has its own default."""
 
     default_steps: int | None
     default_guidance: float | None
@@ -25,29 +25,39 @@ class JobRules:
 
 
 class Identity(NamedTuple):
-    """The ids a job is known by."""
+    """The ids of a job."""
 
     task_id: str
     generation_id: GenerationId
 
 
 class Rejection(NamedTuple):
-    """Makes `JobRejected`s that carry the job's ids."""
+    """Factory of `JobRejected`s that carry the job's ids."""
 
     identity: Identity
 
     def __call__(self, code: str, message: str) -> JobRejected:
+        """Return a rejection, its message redacted and cut to `MAX_REASON_CHARS`."""
         return JobRejected(code, redacted(message)[:MAX_REASON_CHARS], **self.identity._asdict())
 
 
 def located(field: str, text: str | None, rules: JobRules, reject: Rejection) -> ObjectRef | None:
-    """Where the object is that `field` names; None where it names none."""
+    """Return the location that `field` names; None where it is empty. Raises `JobRejected`."""
     if not text:
         return None
     try:
         return rules.locate(text)
     except LocationForbidden as error:
         raise reject("INPUT_FORBIDDEN", f"{field}: {error}") from error
+
+
+def shown_value(value: Any) -> str:
+    """Format a value of the message for a sentence: 40 characters of a scalar, nothing of a list or an object."""
+    if isinstance(value, str):
+        return quoted(value)
+    if isinstance(value, list | dict):
+        return f"a {'list' if isinstance(value, list) else 'JSON object'}"
+    return f"{value!r:.40}"
 
 
 def is_pickle(ref: ObjectRef) -> bool:

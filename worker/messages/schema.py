@@ -1,7 +1,7 @@
-"""What `data` of a generation message may hold, field by field, with its limits: both dialects side by side.
+"""The fields of a generation message's `data`, with their limits: both dialects side by side.
 
-Descriptions and `json_schema_extra` go into the published schema (`contract.py`). What the latter says is checked by
-`messages.py` and not here, because the answer is a sentence or a code of its own.
+Descriptions and `json_schema_extra` go into the published schema (`json_schemas.py`). The latter's rules are checked by
+`decoder.py` and not here, because they have a sentence or a code of their own.
 """
 
 import re
@@ -24,17 +24,16 @@ MAX_OVERLAYS = 8
 MAX_OVERLAY_CHARS = 300
 MAX_INT64 = 2**63 - 1
 MAX_SEED = MAX_INT64
-# They are only told back: a number that no publisher meets, but for one that loops.
+# Tags are only echoed: the limit stops a publisher that loops.
 MAX_TAGS = 1000
-# What most tools take for "any": it counts as not given.
+# "Any seed" in most tools: it counts as not given.
 ANY_SEED = -1
 SEED_TEXT = r"(-1|[0-9]{1,19})(\.0)?"
 
-# Both kinds of text are searched for, not matched, so that one reading does for Python and for JavaScript.
+# JSON Schema searches and does not match: anchored patterns mean the same in Python and in JavaScript.
 ASPECT = r"([1-9][0-9]{0,3}):([1-9][0-9]{0,3})"
 NO_NUL = {"pattern": r"^[^\u0000]*$"}
 NO_NUL_NOT_BLANK = {"pattern": r"^[^\u0000]*[^\s\u0000][^\u0000]*$"}
-COLOUR = r"^#[0-9A-Fa-f]{6}$"
 COLOUR_OR_AUTO = r"^(auto|#[0-9A-Fa-f]{6})$"
 
 _Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
@@ -45,18 +44,17 @@ _Location = Annotated[str, Field(max_length=MAX_LOCATION_CHARS)]
 _Text = Annotated[str, Field(max_length=100, json_schema_extra=NO_NUL)]
 _Tag = Annotated[str, Field(max_length=200, json_schema_extra=NO_NUL)]
 _Fraction = Annotated[float, Field(ge=0, le=1)]
-# Of the steps, how many are taken: none would be the reference itself.
+# The fraction of the steps taken: 0 would return the reference itself.
 _Strength = Annotated[float, Field(gt=0, le=1)]
-_Image = Annotated[_Location, Field(description="PNG, JPEG, WebP, GIF, BMP or TIFF; named like `lora_path`")]
-_ImageNotEmpty = Annotated[
-    _Location,
-    Field(description="PNG, JPEG, WebP, GIF, BMP or TIFF; named like `lora_path`", json_schema_extra={"minLength": 1}),
-]
+_IMAGE = "PNG, JPEG, WebP, GIF, BMP or TIFF; named like `lora_path`"
+_Image = Annotated[_Location, Field(description=_IMAGE)]
+_ImageNotEmpty = Annotated[_Location, Field(description=_IMAGE, json_schema_extra={"minLength": 1})]
 _ColourOrAuto = Annotated[str, Field(pattern=COLOUR_OR_AUTO)]
+_PositionOrAuto = Annotated[str, Field(pattern=f"^(auto|{'|'.join(Position)})$")]
 
 
 def seed_given(value: Any) -> Any:
-    """A seed as its publisher meant it: text and 42.0 as the whole number, -1 as none. What is neither stays as it is.
+    """Normalise a seed: text and 42.0 to the whole number, -1 to None. Anything else stays as it is.
 
     64-bit numbers travel as text where JavaScript reads them, and as floats where a table with gaps held them.
     """
@@ -64,7 +62,7 @@ def seed_given(value: Any) -> Any:
         value = int(value.removesuffix(".0"))
     elif isinstance(value, float) and value.is_integer():
         value = int(value)
-    # Not by ==: true is 1.
+    # Not by == alone: True equals 1.
     return None if type(value) is int and value == ANY_SEED else value
 
 
@@ -75,21 +73,21 @@ _Seed = Annotated[
 ]
 
 
-def _without_nulls(value: Any) -> Any:
-    return [item for item in value if item is not None] if isinstance(value, list) else value
-
-
 class _Wire(BaseModel):
-    # Strict: "50" is no number and true is no 1. Unknown fields are ignored: backends grow theirs before we do.
+    # Strict: "50" is no number and true is no 1. Unknown fields are ignored: backends add fields before we do.
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _leave_out_what_is_not_given(cls, fields: Any) -> Any:
-        """Take null and "" for "not given", at every depth; so is a null among the items of a list."""
+    def _drop_empty(cls, fields: Any) -> Any:
+        """Drop null and "", at every depth, and null among the items of a list."""
         if not isinstance(fields, dict):
             return fields
-        return {name: _without_nulls(value) for name, value in fields.items() if value is not None and value != ""}
+        return {
+            name: [item for item in value if item is not None] if isinstance(value, list) else value
+            for name, value in fields.items()
+            if value is not None and value != ""
+        }
 
 
 class WireLora(_Wire):
@@ -137,9 +135,7 @@ class WireLayout(_Wire):
     """Where the product stands on its background."""
 
     scale: Annotated[float, Field(gt=0, le=1, description="Part of the picture that it fills at most, each way")] = 0.6
-    position: Annotated[str, Field(pattern=f"^(auto|{'|'.join(Position)})$")] = Field(
-        default="auto", description="auto: in the middle of the background's calm side"
-    )
+    position: _PositionOrAuto = Field(default="auto", description="auto: in the middle of the background's calm side")
 
 
 class WireProduct(_Wire):
@@ -189,9 +185,7 @@ class WireTextOverlay(_Wire):
     stroke: WireStroke | None = None
     shadow: bool = False
     box: WireBox | None = None
-    position: Annotated[str, Field(pattern=f"^(auto|{'|'.join(Position)})$")] = Field(
-        default="auto", description="auto: the calmest region"
-    )
+    position: _PositionOrAuto = Field(default="auto", description="auto: the calmest region")
 
 
 class WireData(_Wire):
@@ -230,9 +224,7 @@ class WireData(_Wire):
     height: _Side | None = None
     scheduler: _Text | None = Field(default=None, description="One of the model's family")
     parameters: WireParameters | None = None
-    signature_path: _Location | None = Field(
-        default=None, description="PNG, JPEG, WebP, GIF, BMP or TIFF; named like `lora_path`"
-    )
+    signature_path: _Location | None = Field(default=None, description=_IMAGE)
     artist_name: _Text | None = Field(default=None, description="Written where there is no signature_path")
     signature_config: WireSignatureConfig | None = None
     kind: Kind | None = Field(default=None, strict=False, description="What sort of picture this is; else text2image")

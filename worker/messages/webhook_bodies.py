@@ -1,43 +1,16 @@
-"""The bodies of the three webhooks, field by field: what the worker builds is checked against them by type, and
-`contract.py` makes the published schemas of them."""
+"""The bodies of the three webhooks as types, from which `json_schemas.py` writes the published schemas."""
 
-from typing import Annotated, Literal, NotRequired
+from typing import Annotated, NotRequired
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 from typing_extensions import TypedDict  # pydantic reads typing's own only from Python 3.12 on
 
+from worker.errors import ErrorCode
 from worker.messages.generation_id import MAX_NUMBER, TEXT
 from worker.messages.schema import MAX_INT64, MAX_SEED
 
-ErrorCode = Literal[
-    "INVALID_INPUT",
-    "INVALID_PROMPT",
-    "UNSUPPORTED_ASPECT_RATIO",
-    "INPUT_FORBIDDEN",
-    "INPUT_TOO_LARGE",
-    "UNSUPPORTED_BY_MODEL",
-    "IMAGE_NOT_FOUND",
-    "IMAGE_INVALID",
-    "LORA_NOT_FOUND",
-    "LORA_INVALID",
-    "LORA_INCOMPATIBLE",
-    "LORA_UNSUPPORTED",
-    "LORA_UNSAFE_FORMAT",
-    "SIGNATURE_NOT_FOUND",
-    "SIGNATURE_INVALID",
-    "FONT_MISSING",
-    "GPU_OOM",
-    "OUTPUT_INVALID",
-    "NSFW_CONTENT",
-    "CANCELLED",
-    "ENGINE_CRASHED",
-    "JOB_TIMEOUT",
-    "WORKER_CRASHED",
-    "ENGINE_ERROR",
-    "STORAGE_UNAVAILABLE",
-    "INTERNAL_ERROR",
-]
-
+# Inline, as the published schema has no definitions.
+_ErrorCode = Annotated[ErrorCode, WithJsonSchema({"enum": [code.value for code in ErrorCode], "type": "string"})]
 _GenerationId = Annotated[
     Annotated[int, Field(ge=1, le=MAX_NUMBER)] | Annotated[str, Field(pattern=f"^{TEXT}$")],
     Field(description="The job's own, as it came: a number or text"),
@@ -105,5 +78,5 @@ class FailedBody(TypedDict):
 
     generation_id: _GenerationId
     error_message: Annotated[str, Field(description="One sentence for people")]
-    error_code: ErrorCode
+    error_code: _ErrorCode
     retry_count: Annotated[int, Field(ge=0, description="Tries beyond the first")]

@@ -1,9 +1,9 @@
-"""The status page's own files, and the headers that keep it to itself."""
+"""Static files of the status page, and the security headers they are served with."""
 
 from dataclasses import dataclass
 from importlib.resources import files
 
-# No other origin is asked for anything, and what a job's message holds cannot become script or style.
+# Nothing is loaded from another origin, and no text of a job's message can become script or style.
 POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -40,6 +40,6 @@ class StaticFile:
 
 
 def load_page() -> dict[str, StaticFile]:
-    """Every file of the page by the path it is served at; read once, so that an update cannot mix two versions."""
+    """Return every file of the page by URL path; read once, so that an update cannot mix two versions."""
     folder = files("worker.monitoring") / "page"
     return {path: StaticFile((folder / name).read_bytes(), kind) for path, (name, kind) in NAMES.items()}

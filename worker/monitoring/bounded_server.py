@@ -1,4 +1,4 @@
-"""An HTTP server that no number of idle, slow or impatient clients can use up."""
+"""HTTP server with a bounded number of connections, each under a deadline."""
 
 import logging
 import socket
@@ -16,16 +16,16 @@ MAX_CONNECTIONS = 64
 # From one answer to the end of the next, and from the connection's beginning to the end of the first. A deadline for
 # all of it: a timeout of single reads never ends a client that sends a byte now and then.
 REQUEST_SECONDS = 10.0
-# A connection that was cut gives its place free within milliseconds.
-PLACE_SECONDS = 1.0
+# A connection that was cut frees its place within milliseconds.
+SLOT_WAIT_SECONDS = 1.0
 ACCEPT_BACKLOG = 128  # the library's five make clients wait a second whenever more come at once
 
 
 class BoundedServer(ThreadingHTTPServer):
     """Owner of its connections, of which there are never more than `MAX_CONNECTIONS`.
 
-    A new connection takes the place of the one that has gone longest without an answer: a probe asks at once, and is
-    answered before it is the oldest. Clients that go away while they are answered are no error.
+    A new connection evicts the one that has gone longest without a response: a probe sends its request at once, and
+    has its response before it is the oldest. A client that disconnects during its response is no error.
     """
 
     daemon_threads = True
@@ -33,25 +33,25 @@ class BoundedServer(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         self._lock = threading.Lock()
-        self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._connection_slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._answered_at: dict[socket.socket, float] = {}  # or when it began
         super().__init__(address, handler)
 
-    def note_answer(self, connection: socket.socket) -> None:
-        """Begin the connection's deadline anew."""
+    def restart_deadline(self, connection: socket.socket) -> None:
+        """Restart the connection's deadline."""
         with self._lock:
             if connection in self._answered_at:
                 self._answered_at[connection] = time.monotonic()
 
     def service_actions(self) -> None:
-        """Cut the connections whose time is up. Called by `serve_forever` after each connection, and twice a second."""
+        """Cut connections over their deadline. Called by `serve_forever` after each connection, and twice a second."""
         with self._lock:
             oldest = time.monotonic() - REQUEST_SECONDS
             for connection in [one for one, at in self._answered_at.items() if at < oldest]:
                 self._cut(connection)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._take_place():
+        if not self._acquire_slot():
             super().shutdown_request(request)
             return
         with self._lock:
@@ -59,26 +59,26 @@ class BoundedServer(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        with self._lock:  # so that nothing is cut whose descriptor is another's by now
+        with self._lock:  # a descriptor that was closed may be another connection's by now
             self._answered_at.pop(request, None)
             super().shutdown_request(request)
-        self._places.release()
+        self._connection_slots.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         # The library prints tracebacks to standard error, between the lines of JSON.
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             logger.exception("a request to the metrics port failed")
 
-    def _take_place(self) -> bool:
-        if self._places.acquire(blocking=False):
+    def _acquire_slot(self) -> bool:
+        if self._connection_slots.acquire(blocking=False):
             return True
         with self._lock:
             if self._answered_at:
                 self._cut(min(self._answered_at, key=self._answered_at.__getitem__))
-        return self._places.acquire(timeout=PLACE_SECONDS)
+        return self._connection_slots.acquire(timeout=SLOT_WAIT_SECONDS)
 
     def _cut(self, connection: socket.socket) -> None:
-        """Have the connection's thread find it closed."""
+        """Shut the socket down, which ends its thread's blocked read."""
         del self._answered_at[connection]
         with suppress(OSError):  # its client was quicker
             connection.shutdown(socket.SHUT_RDWR)

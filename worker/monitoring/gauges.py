@@ -1,13 +1,13 @@
-"""The readings that take a call to somebody: the cache's size, the outbox, the GPU, the depths of the queues."""
+"""Poll the gauges that need I/O: cache size, outbox, GPU, queue depths."""
 
 import logging
 import threading
 from collections.abc import Callable
 
-from clients.gpu import GpuReadings
+from clients.gpu import GpuMonitor
 from clients.storage.cache import DownloadCache
 from config.logs import log_event
-from worker.amqp.broker import Publisher, PublishFailed
+from worker.amqp.publisher import Publisher, PublishFailed
 from worker.metrics import Metrics
 from worker.results.outbox import Outbox
 
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 GAUGE_SECONDS = 5.0
 
 
-class Gauges:
-    """Owner of the thread that takes the readings: never on the main thread, which hears signals.
+class GaugePoller:
+    """Owner of the polling thread, apart from the main thread, which handles signals.
 
-    It ends when `is_draining` is set. `is_connected` tells whether the broker can be asked.
+    It ends when `is_draining` is set. Queue depths are polled only while `is_connected` returns True.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Gauges:
         cache: DownloadCache,
         outbox: Outbox,
         publisher: Publisher,
-        gpu: GpuReadings,
+        gpu: GpuMonitor,
         is_connected: Callable[[], bool],
         is_draining: threading.Event,
     ) -> None:
@@ -50,19 +50,15 @@ class Gauges:
             backlog = self._outbox.backlog()
             self._metrics.outbox_events.set(backlog.num_events)
             self._metrics.outbox_age_seconds.set(backlog.age_seconds)
-            self._read_gpu()
-            # One connection's tries are enough: brokers count those with a wrong password.
+            if (usage := self._gpu.read()) is not None:
+                self._metrics.gpu_memory_bytes.labels("used").set(usage.memory_used_bytes)
+                self._metrics.gpu_memory_bytes.labels("total").set(usage.memory_total_bytes)
+                self._metrics.gpu_utilization_ratio.set(usage.utilization_ratio or 0.0)
+            # The consumer's login attempts are enough: brokers count those with a wrong password.
             if self._is_connected():
-                self._read_queues()
+                self._poll_queue_depths()
 
-    def _read_gpu(self) -> None:
-        reading = self._gpu.read()
-        if reading is not None:
-            self._metrics.gpu_memory_bytes.labels("used").set(reading.memory_used_bytes)
-            self._metrics.gpu_memory_bytes.labels("total").set(reading.memory_total_bytes)
-            self._metrics.gpu_utilization_ratio.set(reading.utilization_ratio or 0.0)
-
-    def _read_queues(self) -> None:
+    def _poll_queue_depths(self) -> None:
         try:
             for name, depth in self._publisher.depths().items():
                 self._metrics.queue_messages.labels(name).set(depth)

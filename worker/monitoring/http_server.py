@@ -1,5 +1,4 @@
-"""Health, metrics and the status page over HTTP. `ADDRESSES` are answered and the page's own files and
-previews, nothing else."""
+"""HTTP server of health, metrics and the status page with its files and previews; 404 for everything else."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -20,8 +19,8 @@ TEXT = "text/plain; charset=utf-8"
 
 
 class HealthServer:
-    """Owner of the HTTP port. `why_not_ready` gives the empty string once the worker takes jobs. Every request has a
-    thread of its own, on which the callables run."""
+    """Owner of the HTTP port. `why_not_ready` returns the empty string once the worker takes jobs. The callables run on
+    the request's own thread."""
 
     def __init__(
         self,
@@ -57,7 +56,7 @@ class HealthServer:
 class _Handler(BaseHTTPRequestHandler):
     server: BoundedServer
     protocol_version = "HTTP/1.1"
-    default_request_version = "HTTP/1.0"  # the library answers what it cannot read as HTTP/0.9: without a status
+    default_request_version = "HTTP/1.0"  # by default an unreadable request gets an HTTP/0.9 response, without a status
     registry: CollectorRegistry
     why_not_ready: Callable[[], str]
     read_status: Callable[[], Status]
@@ -91,10 +90,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         super().handle_one_request()
-        self.server.note_answer(self.connection)
+        self.server.restart_deadline(self.connection)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Probes come every few seconds: they are not worth a line each."""
+        """Log nothing: probes come every few seconds."""
 
     def _answer(
         self, status: int, content: bytes, content_type: str = TEXT, headers: Mapping[str, str] = MappingProxyType({})
@@ -104,12 +103,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         for name, value in headers.items():
             self.send_header(name, value)
-        if self._has_body:
-            self.send_header("Connection", "close")  # what it holds is not read, nor taken for a request
+        if "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0":
+            self.send_header("Connection", "close")  # the unread body must not be parsed as the next request
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
-
-    @property
-    def _has_body(self) -> bool:
-        return "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"

@@ -1,4 +1,4 @@
-"""Why the GPU is idle: one reason for each moment without denoising, from the outside in. Pure but for the tick."""
+"""The reason why the GPU is idle, and the time spent idle by reason."""
 
 import time
 from collections.abc import Callable, Collection
@@ -20,7 +20,7 @@ REASON_OF_PHASE = {
 def idle_reason(
     *, phases: Collection[str], is_engine_ready: bool, is_broker_connected: bool, is_refused: bool
 ) -> str | None:
-    """None while something is being denoised, else what the GPU waits for."""
+    """Return None while a denoise step runs, else what the GPU waits for. Pure."""
     if not is_engine_ready:
         return "engine_starting"
     if "denoise" in phases:
@@ -34,7 +34,7 @@ def idle_reason(
 
 
 class IdleTimer:
-    """Adds the time since the last tick to the reason that holds now. Ticked by one thread; any may read."""
+    """Idle time by reason: each tick adds the time since the last one. Ticked by one thread; any may read."""
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
         self._metrics = metrics

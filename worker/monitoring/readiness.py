@@ -1,18 +1,18 @@
-"""Whether a worker takes jobs, and why not."""
+"""Readiness of the worker: whether it takes jobs, and the reason if not."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from inference.process.engine_process import EngineProcess, EngineState
-from worker.amqp.broker import Consumer
+from worker.amqp.consumer import Consumer
 from worker.breakers import Breaker
+from worker.results.address_breaker import AddressBreaker
 from worker.results.image_metadata import ImageEncoder
-from worker.results.refusals import AddressBreaker
 
 
 @dataclass(slots=True)
 class Readiness:
-    """What the worker's parts say of it. `consumer` comes once the model is loaded."""
+    """The parts that readiness depends on. `consumer` is set once the model is loaded."""
 
     engine: EngineProcess
     breakers: tuple[Breaker | AddressBreaker, ...]
@@ -26,12 +26,12 @@ class Readiness:
 
     @property
     def refusal(self) -> str:
-        """Why no jobs are taken, where a part refuses this worker or would refuse its pictures."""
+        """The reason of an open breaker or of the image encoder for taking no jobs; empty without one."""
         reasons = (breaker.reason for breaker in self.breakers)
         return next(filter(None, reasons), "") or self.labeller.refusal
 
     def why_not(self) -> str:
-        """Empty where the worker takes jobs."""
+        """Return the reason why the worker takes no jobs; empty where it takes them."""
         if self.is_stopping():
             return "stopping"
         if self.engine.state is not EngineState.READY:

@@ -1,4 +1,4 @@
-"""What a worker is doing at one moment, as the status page shows it: frozen, without secrets, and JSON in the end."""
+"""Status of the worker at one moment, as served in /status.json: frozen and without secrets."""
 
 import json
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ from worker.jobs.runs import Run
 from worker.messages.job import Job
 from worker.progress.previews import ShownPreview
 
-# Where the worker serves previews; the page's address goes before it.
+# URL path of previews, relative to the status page.
 PREVIEW_FOLDER = "status/preview/"
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerNow:
-    """The process: `name` is host and process id, `why_not_ready` is empty once it takes jobs."""
+class WorkerStatus:
+    """Status of the process: `name` is host and process id, `why_not_ready` is empty once it takes jobs."""
 
     name: str
     version: str
@@ -25,9 +25,9 @@ class WorkerNow:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelNow:
-    """The loaded model. `step_seconds` was measured by the warm-up; `recent_step_seconds` is what jobs' steps take,
-    however many share them."""
+class ModelStatus:
+    """The loaded model. `step_seconds` was measured by the warm-up; `recent_step_seconds` is the duration of jobs'
+    steps, whatever their batch size."""
 
     model: str
     family: str
@@ -40,10 +40,10 @@ class ModelNow:
 
 
 @dataclass(frozen=True, slots=True)
-class JobNow:
-    """A job at work. `generation_id` is text, as JavaScript cannot hold all of its numbers; the steps are 0 of 0 before
-    denoising, and `seconds_left` is the estimate for those to come. `prompt` is None unless it may be shown, and so is
-    `preview`, the address of the newest one at this worker."""
+class JobStatus:
+    """A running job. `generation_id` is text, as JavaScript's numbers have 53 bits; the steps are 0 of 0 before
+    denoising, and `seconds_left` is the estimate for the remaining ones. `prompt` is None unless it may be shown, and
+    so is `preview`, the relative URL of the newest one."""
 
     generation_id: str
     task_id: str
@@ -61,8 +61,8 @@ class JobNow:
 
 
 @dataclass(frozen=True, slots=True)
-class BatchNow:
-    """The lanes, and how many of them shared a forward: since the start and lately, 0 where there was none lately."""
+class BatchStatus:
+    """Lanes, and mean lanes per forward: since the start (`mean`) and of recent forwards (`recent`, 0 without any)."""
 
     num_lanes: int
     max_lanes: int
@@ -72,7 +72,7 @@ class BatchNow:
 
 
 @dataclass(frozen=True, slots=True)
-class SlotsNow:
+class SlotsStatus:
     """Adapter slots by state."""
 
     active: int
@@ -81,7 +81,7 @@ class SlotsNow:
 
 
 @dataclass(frozen=True, slots=True)
-class CacheNow:
+class CacheStatus:
     """The download cache."""
 
     size_bytes: int
@@ -89,8 +89,8 @@ class CacheNow:
 
 
 @dataclass(frozen=True, slots=True)
-class GpuNow:
-    """The GPU's memory and how busy it is, 0 to 1."""
+class GpuStatus:
+    """Memory and utilization (0 to 1) of the GPU."""
 
     memory_used_bytes: int
     memory_total_bytes: int
@@ -98,8 +98,8 @@ class GpuNow:
 
 
 @dataclass(frozen=True, slots=True)
-class QueueNow:
-    """A queue and its ready messages; `role` is what it is for: `jobs`, `retry.30`, `dead` …"""
+class QueueStatus:
+    """A queue and its ready messages; `role` is its purpose: `jobs`, `retry.30`, `dead` …"""
 
     name: str
     role: str
@@ -107,16 +107,16 @@ class QueueNow:
 
 
 @dataclass(frozen=True, slots=True)
-class WebhooksNow:
-    """Ends that the backend has not taken yet, and the kinds of webhook that it did not take of late."""
+class WebhooksStatus:
+    """Terminal events that the backend has not accepted yet, and the kinds of webhook that fail."""
 
     num_waiting: int
     failing: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class IdleNow:
-    """What the GPU does: `reason` it is idle, None while something is denoised; and seconds since the start."""
+class IdleStatus:
+    """`reason` why the GPU is idle, None while it denoises; seconds denoising and idle by reason since the start."""
 
     reason: str | None
     denoising_seconds: float
@@ -125,39 +125,39 @@ class IdleNow:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """All of it at one moment, `at` in epoch seconds. Jobs at work come the oldest first, ended ones the newest."""
+    """The whole status, `at` in epoch seconds. Running jobs are sorted oldest first, ended ones newest first."""
 
     at: float
-    worker: WorkerNow
-    model: ModelNow | None
-    jobs: tuple[JobNow, ...]
-    batch: BatchNow
-    slots: SlotsNow
-    cache: CacheNow
-    gpu: GpuNow | None
-    queues: tuple[QueueNow, ...]
-    webhooks: WebhooksNow
+    worker: WorkerStatus
+    model: ModelStatus | None
+    jobs: tuple[JobStatus, ...]
+    batch: BatchStatus
+    slots: SlotsStatus
+    cache: CacheStatus
+    gpu: GpuStatus | None
+    queues: tuple[QueueStatus, ...]
+    webhooks: WebhooksStatus
     outcomes: Mapping[str, int]
     engine_restarts: int
-    idle: IdleNow
+    idle: IdleStatus
     last_jobs: tuple[EndedJob, ...]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), allow_nan=False)
 
 
-def job_now(run: Run, now: float, *, shows_prompts: bool, preview: ShownPreview | None) -> JobNow:
-    """What is shown of a job at work; `now` is `time.monotonic()`. Pure."""
-    job = run.asked if isinstance(run.asked, Job) else None
-    reached = run.reached
-    return JobNow(
+def job_status(run: Run, now: float, *, shows_prompts: bool, preview: ShownPreview | None) -> JobStatus:
+    """Build the status of a running job; `now` is `time.monotonic()`. Pure."""
+    job = run.decoded if isinstance(run.decoded, Job) else None
+    reached = run.progress
+    return JobStatus(
         generation_id=str(run.generation_id),
         task_id=run.task_id,
         phase=run.phase,
         step_index=reached.step_index if reached else 0,
         num_steps=reached.num_steps if reached else 0,
         seconds_left=round(reached.seconds_left, 1) if reached else None,
-        seconds=round(now - run.started_at, 1),
+        seconds=round(now - run.started_monotonic, 1),
         num_images=job.num_images if job else 0,
         attempt=run.attempt,
         adapters=tuple(adapter.ref.shown_key for adapter in job.adapters) if job else (),
@@ -167,6 +167,6 @@ def job_now(run: Run, now: float, *, shows_prompts: bool, preview: ShownPreview 
     )
 
 
-def without_details(reason: str) -> str:
-    """A reason up to what a part answered, which may name a picture's object: `/health/ready` has the rest. Pure."""
+def strip_details(reason: str) -> str:
+    """Return a reason up to its colon: the rest may name an image's object, and only `/health/ready` has it. Pure."""
     return reason.partition(":")[0]

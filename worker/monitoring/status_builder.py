@@ -1,8 +1,11 @@
-"""Gathers the status: a look at every part, from any thread, that waits for none of them."""
+"""Build the status from the parts of the worker and the metrics' own values. Never blocks; any thread may call it."""
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Self
+
+from prometheus_client import CollectorRegistry
 
 from inference.request import ModelFacts
 from worker.amqp.topology import QueueNames
@@ -10,30 +13,60 @@ from worker.jobs.history import History
 from worker.jobs.runs import Run
 from worker.metrics import Metrics
 from worker.monitoring.idle import IdleTimer
-from worker.monitoring.readings import MetricsSnapshot
 from worker.monitoring.status import (
-    BatchNow,
-    CacheNow,
-    GpuNow,
-    IdleNow,
-    JobNow,
-    ModelNow,
-    QueueNow,
-    SlotsNow,
+    BatchStatus,
+    CacheStatus,
+    GpuStatus,
+    IdleStatus,
+    ModelStatus,
+    QueueStatus,
+    SlotsStatus,
     Status,
-    WebhooksNow,
-    WorkerNow,
-    job_now,
-    without_details,
+    WebhooksStatus,
+    WorkerStatus,
+    job_status,
+    strip_details,
 )
 from worker.progress.previews import Previewer
 from worker.progress.reporter import ProgressReporter
 from worker.results.notifier import Notifier
 
+PREFIX = "darkroom_"
+SLOT_STATES = ("active", "idle", "free")
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsSnapshot:
+    """Every sample of the metrics at one moment but for histograms' buckets, by name behind the prefix and labels.
+
+    The status page reads these values, so that it cannot disagree with Prometheus.
+    """
+
+    values: Mapping[tuple[str, ...], float]
+
+    @classmethod
+    def of(cls, registry: CollectorRegistry) -> Self:
+        samples = [sample for metric in registry.collect() for sample in metric.samples]
+        return cls(
+            {
+                (sample.name.removeprefix(PREFIX), *sample.labels.values()): sample.value
+                for sample in samples
+                if not sample.name.endswith("_bucket")
+            }
+        )
+
+    def value(self, name: str, *labels: str) -> float:
+        """Return one sample; 0 where there is none yet."""
+        return self.values.get((name, *labels), 0.0)
+
+    def by_label(self, name: str) -> dict[str, float]:
+        """Return every sample of a metric with one label, by that label."""
+        return {key[1]: value for key, value in self.values.items() if key[0] == name and len(key) == 2}
+
 
 @dataclass(frozen=True, slots=True)
 class StatusBuilder:
-    """The parts that the status is made of. `began_at` is `time.time()`; `runs` and `facts` give what there is now."""
+    """Builder of the status. `began_at` is `time.time()`; `runs` and `facts` return the current ones."""
 
     name: str
     version: str
@@ -52,53 +85,50 @@ class StatusBuilder:
     facts: Callable[[], ModelFacts | None]
     runs: Callable[[], Collection[Run]]
 
-    def read(self) -> Status:
-        """The worker now. Takes a millisecond or two and nobody's time but the caller's."""
+    def build(self) -> Status:
+        """Return the current status. Takes the calling thread a millisecond or two."""
         at, now = time.time(), time.monotonic()
-        readings = MetricsSnapshot.of(self.metrics.registry)
-        runs = sorted(self.runs(), key=lambda run: run.started_at)
+        snapshot = MetricsSnapshot.of(self.metrics.registry)
+        runs = sorted(self.runs(), key=lambda run: run.started_monotonic)
         return Status(
             at=at,
-            worker=self._worker(at),
+            worker=WorkerStatus(
+                name=self.name,
+                version=self.version,
+                started_at=self.began_at,
+                uptime_seconds=round(at - self.began_at, 1),
+                why_not_ready=strip_details(self.why_not_ready()),
+            ),
             model=self._model(),
-            jobs=tuple(self._job(run, now) for run in runs),
-            batch=self._batch(readings),
-            slots=_slots(readings),
-            cache=CacheNow(int(readings.value("adapter_cache_bytes")), self.max_cache_bytes),
-            gpu=_gpu(readings),
-            queues=self._queues(readings),
-            webhooks=self._webhooks(readings),
-            outcomes={outcome: int(count) for outcome, count in readings.by_label("jobs_total").items()},
-            engine_restarts=int(readings.value("engine_restarts_total")),
-            idle=self._idle(readings),
+            jobs=tuple(
+                job_status(run, now, shows_prompts=self.shows_prompts, preview=self.previewer.latest(run.task_id))
+                for run in runs
+            ),
+            batch=self._batch(snapshot),
+            slots=SlotsStatus(**{state: int(snapshot.value("adapter_slots", state)) for state in SLOT_STATES}),
+            cache=CacheStatus(int(snapshot.value("adapter_cache_bytes")), self.max_cache_bytes),
+            gpu=_gpu(snapshot),
+            queues=self._queues(snapshot),
+            webhooks=self._webhooks(snapshot),
+            outcomes={outcome: int(count) for outcome, count in snapshot.by_label("jobs_total").items()},
+            engine_restarts=int(snapshot.value("engine_restarts_total")),
+            idle=self._idle(snapshot),
             last_jobs=self.history.newest_first(),
         )
 
     def read_preview(self, task_id: str) -> bytes | None:
-        """The newest preview of a job at work, a JPEG; None where there is none, or none may be shown.
+        """Return the newest preview of a running job, a JPEG; None where there is none, or none may be shown.
 
-        It shows what the prompt says, so that what holds for prompts holds for it.
+        It shows what the prompt says, so the rule for prompts holds for it too.
         """
         shown = self.previewer.latest(task_id) if self.shows_prompts else None
         return shown.jpeg if shown else None
 
-    def _job(self, run: Run, now: float) -> JobNow:
-        return job_now(run, now, shows_prompts=self.shows_prompts, preview=self.previewer.latest(run.task_id))
-
-    def _worker(self, at: float) -> WorkerNow:
-        return WorkerNow(
-            name=self.name,
-            version=self.version,
-            started_at=self.began_at,
-            uptime_seconds=round(at - self.began_at, 1),
-            why_not_ready=without_details(self.why_not_ready()),
-        )
-
-    def _model(self) -> ModelNow | None:
+    def _model(self) -> ModelStatus | None:
         facts = self.facts()
         if facts is None:
             return None
-        return ModelNow(
+        return ModelStatus(
             model=facts.model,
             family=facts.family,
             device=facts.device,
@@ -109,34 +139,29 @@ class StatusBuilder:
             recent_step_seconds=self.progress.recent_step_seconds,
         )
 
-    def _batch(self, readings: MetricsSnapshot) -> BatchNow:
-        num_steps = int(readings.value("denoise_steps_total"))
-        mean = readings.value("denoise_lane_steps_total") / num_steps if num_steps else 0.0
-        num_lanes = int(readings.value("lanes"))
-        return BatchNow(num_lanes, self.max_lanes, num_steps, round(mean, 3), round(self.metrics.recent_batch, 3))
+    def _batch(self, snapshot: MetricsSnapshot) -> BatchStatus:
+        num_steps = int(snapshot.value("denoise_steps_total"))
+        mean = snapshot.value("denoise_lane_steps_total") / num_steps if num_steps else 0.0
+        num_lanes = int(snapshot.value("lanes"))
+        return BatchStatus(num_lanes, self.max_lanes, num_steps, round(mean, 3), round(self.metrics.recent_batch, 3))
 
-    def _queues(self, readings: MetricsSnapshot) -> tuple[QueueNow, ...]:
-        depths = readings.by_label("queue_messages")
+    def _queues(self, snapshot: MetricsSnapshot) -> tuple[QueueStatus, ...]:
+        prefix = f"{self.names.jobs}."
         return tuple(
-            QueueNow(name, name.removeprefix(f"{self.names.jobs}.") if name != self.names.jobs else "jobs", int(depth))
-            for name, depth in depths.items()
+            QueueStatus(name, "jobs" if name == self.names.jobs else name.removeprefix(prefix), int(depth))
+            for name, depth in snapshot.by_label("queue_messages").items()
         )
 
-    def _webhooks(self, readings: MetricsSnapshot) -> WebhooksNow:
-        # Those in this worker's hands are not ready, so the broker's count lacks them.
-        num_waiting = readings.value("outbox_events") + readings.value("queue_messages", self.names.outbox)
-        return WebhooksNow(int(num_waiting), self.notifier.failing)
+    def _webhooks(self, snapshot: MetricsSnapshot) -> WebhooksStatus:
+        # The broker counts ready messages only: those that this worker holds are added.
+        num_waiting = snapshot.value("outbox_events") + snapshot.value("queue_messages", self.names.outbox)
+        return WebhooksStatus(int(num_waiting), self.notifier.failing)
 
-    def _idle(self, readings: MetricsSnapshot) -> IdleNow:
-        seconds = {reason: round(spent, 1) for reason, spent in readings.by_label("idle_seconds_total").items()}
-        return IdleNow(self.idle.reason, round(self.idle.denoising_seconds, 1), seconds)
-
-
-def _slots(readings: MetricsSnapshot) -> SlotsNow:
-    active, idle, free = (int(readings.value("adapter_slots", state)) for state in ("active", "idle", "free"))
-    return SlotsNow(active, idle, free)
+    def _idle(self, snapshot: MetricsSnapshot) -> IdleStatus:
+        seconds = {reason: round(spent, 1) for reason, spent in snapshot.by_label("idle_seconds_total").items()}
+        return IdleStatus(self.idle.reason, round(self.idle.denoising_seconds, 1), seconds)
 
 
-def _gpu(readings: MetricsSnapshot) -> GpuNow | None:
-    used, total = (int(readings.value("gpu_memory_bytes", kind)) for kind in ("used", "total"))
-    return GpuNow(used, total, readings.value("gpu_utilization_ratio")) if total else None
+def _gpu(snapshot: MetricsSnapshot) -> GpuStatus | None:
+    used, total = (int(snapshot.value("gpu_memory_bytes", kind)) for kind in ("used", "total"))
+    return GpuStatus(used, total, snapshot.value("gpu_utilization_ratio")) if total else None

@@ -1,4 +1,4 @@
-"""How a product's picture is made: cut out, draw the background, compose, refine. What is kept is not made again."""
+"""Composition of a product's image: cut out, generate a background, compose, refine. Stored stages are reused."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -11,172 +11,173 @@ from inference.request import GenerationRequest, GenerationResult, Picture, Sour
 from watermark.decoding import PictureMode
 from watermark.geometry import Rect
 from watermark.product.compositing import compose
-from watermark.product.masks import around, product_mask, restore_masked
-from watermark.product.placement import place, size_in
-from watermark.product.template_match import find
+from watermark.product.masks import product_mask, repaint_mask, restore_masked
+from watermark.product.placement import fitted_size, place_product
+from watermark.product.template_match import match_template
 from watermark.resizing import fit
-from worker.errors import JobFailed
+from worker.errors import ErrorCode, JobFailed
 from worker.jobs.engine_client import GeneratedImages, ProgressSpan
+from worker.jobs.runs import Phase
 from worker.messages.job import JobProduct
 from worker.product.cutter import Cutter
 from worker.product.inputs import ProductInputs
-from worker.product.stage_store import Kept, ProductStage
-from worker.results.image_store import NO_NOTES
+from worker.product.stage_store import ProductStage, StoredStage
+from worker.results.image_store import NO_METADATA
 
-# Noted beside a background, for the try that finds it.
+# Metadata of a background, for the attempt that loads it.
 SCHEDULER = "scheduler"
-# The engine rounds steps down, and a product of floats may lie below a whole number.
-A_HAIR = 1e-6
+# The engine rounds steps down, and a product of floats may be just below a whole number.
+ROUNDING_MARGIN = 1e-6
 
 
 class GenerationContext(Protocol):
-    """Where a picture is made: in a job's run, or on a command line."""
+    """What a composer generates in: a job's run, or a command."""
 
-    def draw(self, request: GenerationRequest, leg: ProgressSpan) -> GenerationResult:
-        """Have the engine draw, as a leg of the whole way."""
+    def generate(self, request: GenerationRequest, span: ProgressSpan) -> GenerationResult:
+        """Have the engine generate, and report its steps within `span`."""
 
-    def stage(self, name: str) -> AbstractContextManager[None]:
-        """Account the block's time."""
+    def stage(self, phase: Phase) -> AbstractContextManager[None]:
+        """Account the block's time to a stage."""
 
     def raise_if_unwanted(self) -> None:
-        """Raise where the picture is not wanted any more, or not here."""
+        """Raise where the job was cancelled or is to be released."""
 
 
 class Stages(Protocol):
-    """Where the stages' pictures are kept, if they are. See `Shelf`."""
+    """Storage of the stages' images, see `StageStore`."""
 
-    def find(self, stage: ProductStage, mode: PictureMode) -> Kept | None: ...
+    def find(self, stage: ProductStage, mode: PictureMode) -> StoredStage | None: ...
 
-    def keep(self, stage: ProductStage, picture: Image.Image, notes: Mapping[str, str] = NO_NOTES) -> None: ...
+    def save(self, stage: ProductStage, picture: Image.Image, metadata: Mapping[str, str] = NO_METADATA) -> None: ...
 
 
 @dataclass(slots=True)
 class ProductComposer:
-    """One job on its way through the stages. `request` is for its background, which has the picture's size;
-    `scheduler` is of what was drawn last, `background_steps` are those that the background still takes."""
+    """Composes one job's image. `request` is for its background, which has the image's size; `scheduler` is the one
+    that the engine used last, `background_steps` are those that the background still takes."""
 
-    workshop: GenerationContext
+    context: GenerationContext
     stages: Stages
     cutter: Cutter
     request: GenerationRequest
-    brought: ProductInputs
+    inputs: ProductInputs
     scheduler: str
     background_steps: int = 0
 
-    def drawn(self) -> GeneratedImages:
-        """The picture without headline and signature, as the engine's result of a job that it draws alone, and where
-        the product stands in it. Raises what breaks the job off."""
+    def generate(self) -> GeneratedImages:
+        """Return the image without headline and signature, as the engine's result would be, and the product's rectangle
+        in it. Raises `JobFailed`, and what the context, the cutter and the stages raise."""
         picture, at = self._picture()
-        drawn = Picture(picture.width, picture.height, picture.tobytes(), self.request.seeds[0])
+        image = Picture(picture.width, picture.height, picture.tobytes(), self.request.seeds[0])
         result = GenerationResult(
-            (drawn,), self.scheduler, self.request.num_inference_steps, self.request.guidance_scale, stages=()
+            (image,), self.scheduler, self.request.num_inference_steps, self.request.guidance_scale, stages=()
         )
         return GeneratedImages(result, () if at is None else (at,))
 
     def _picture(self) -> tuple[Image.Image, Rect | None]:
-        """The picture, and where the product stands in it, where that is known."""
+        """Return the image, and the product's rectangle in it where that is known."""
         cutout = self._cutout()
         composite, at = self._composite(cutout)
         if self._product.refine_strength == 0:
             return composite, at
         if at is None:
             raise JobFailed(
-                "IMAGE_INVALID",
+                ErrorCode.IMAGE_INVALID,
                 "product.composite_path: the cut-out is not to be found in it at the size of layout.scale, so nothing"
                 " could protect it: give the scale at which it stands there, or refine_strength 0",
             )
         return self._refined(composite, cutout, at), at
 
     def _cutout(self) -> Image.Image:
-        if self.brought.cutout is not None:
-            return self.brought.cutout
-        with self._stage("cut"):
-            kept = self.stages.find(ProductStage.CUTOUT, "RGBA")
-            if kept is not None:
-                return kept.picture
-            assert self.brought.image is not None, "a job brings one or the other"  # noqa: S101
-            cutout = self.cutter.cut(self.brought.image, "product.image_path", self.workshop.raise_if_unwanted)
-            self.stages.keep(ProductStage.CUTOUT, cutout)
+        if self.inputs.cutout is not None:
+            return self.inputs.cutout
+        with self._stage(Phase.CUT):
+            stored = self.stages.find(ProductStage.CUTOUT, "RGBA")
+            if stored is not None:
+                return stored.picture
+            assert self.inputs.image is not None, "a job brings one or the other"  # noqa: S101
+            cutout = self.cutter.cut(self.inputs.image, "product.image_path", self.context.raise_if_unwanted)
+            self.stages.save(ProductStage.CUTOUT, cutout)
             return cutout
 
     def _composite(self, cutout: Image.Image) -> tuple[Image.Image, Rect | None]:
-        """The composite, and where the product stands in it; None where a person put it elsewhere."""
-        if self.brought.composite is not None:
-            with self._stage("compose"):
-                return self.brought.composite, self._place_in(self.brought.composite, cutout)
+        """Return the composite, and the product's rectangle in it; None where it is not found."""
+        if self.inputs.composite is not None:
+            with self._stage(Phase.COMPOSE):
+                return self.inputs.composite, self._place_in(self.inputs.composite, cutout)
         background = self._background()
-        with self._stage("compose"):
-            kept = self.stages.find(ProductStage.COMPOSITE, "RGB")
-            if kept is not None and kept.is_changed:
-                composite = self._fitted(kept.picture)
+        with self._stage(Phase.COMPOSE):
+            stored = self.stages.find(ProductStage.COMPOSITE, "RGB")
+            if stored is not None and stored.is_changed:
+                composite = self._fitted(stored.picture)
                 return composite, self._place_in(composite, cutout)
-            at = place(background, cutout.size, self._product.layout)
-            if kept is not None:
-                return self._fitted(kept.picture), at
+            at = place_product(background, cutout.size, self._product.layout)
+            if stored is not None:
+                return self._fitted(stored.picture), at
             composite = compose(background, cutout, at, shadow=self._product.shadow)
-            self.stages.keep(ProductStage.COMPOSITE, composite)
+            self.stages.save(ProductStage.COMPOSITE, composite)
             return composite, at
 
     def _background(self) -> Image.Image:
-        if self.brought.background is not None:
-            return self.brought.background
-        with self._stage("fetch"):
-            kept = self.stages.find(ProductStage.BACKGROUND, "RGB")
-        if kept is not None:
-            self.scheduler = kept.notes.get(SCHEDULER, self.scheduler)
-            return self._fitted(kept.picture)
+        if self.inputs.background is not None:
+            return self.inputs.background
+        with self._stage(Phase.FETCH):
+            stored = self.stages.find(ProductStage.BACKGROUND, "RGB")
+        if stored is not None:
+            self.scheduler = stored.metadata.get(SCHEDULER, self.scheduler)
+            return self._fitted(stored.picture)
         self.background_steps = self.request.num_inference_steps
-        background = self._drawn(self.request, ProgressSpan(0, self.background_steps, self._num_steps))
-        with self.workshop.stage("store"):
-            self.stages.keep(ProductStage.BACKGROUND, background, {SCHEDULER: self.scheduler})
+        background = self._generated(self.request, ProgressSpan(0, self.background_steps, self._num_steps))
+        with self.context.stage(Phase.STORE):
+            self.stages.save(ProductStage.BACKGROUND, background, {SCHEDULER: self.scheduler})
         return background
 
     def _refined(self, composite: Image.Image, cutout: Image.Image, at: Rect) -> Image.Image:
-        with self._stage("fetch"):
-            kept = self.stages.find(ProductStage.REFINED, "RGB")
-        if kept is not None:
-            return self._fitted(kept.picture)
+        with self._stage(Phase.FETCH):
+            stored = self.stages.find(ProductStage.REFINED, "RGB")
+        if stored is not None:
+            return self._fitted(stored.picture)
         mask = product_mask(composite.size, cutout, at)
         request = replace(
             self.request,
             request_id=f"{self.request.request_id}:refine",
-            source=Source(composite.tobytes(), self._strength, around(mask).tobytes()),
+            source=Source(composite.tobytes(), self._strength, repaint_mask(mask).tobytes()),
         )
-        refined = self._drawn(request, ProgressSpan(self.background_steps, self._refining_steps, self._num_steps))
-        with self.workshop.stage("compose"):
+        refined = self._generated(request, ProgressSpan(self.background_steps, self._refining_steps, self._num_steps))
+        with self.context.stage(Phase.COMPOSE):
             refined = restore_masked(refined, composite, mask)
-            self.stages.keep(ProductStage.REFINED, refined)
+            self.stages.save(ProductStage.REFINED, refined)
             return refined
 
     def _place_in(self, composite: Image.Image, cutout: Image.Image) -> Rect | None:
-        """Where the product stands in a composite that a person made or changed."""
-        return find(composite, cutout, size_in(composite.size, cutout.size, self._product.layout.scale))
+        """Return the product's rectangle in a composite that a person made or changed."""
+        return match_template(composite, cutout, fitted_size(composite.size, cutout.size, self._product.layout.scale))
 
-    def _drawn(self, request: GenerationRequest, leg: ProgressSpan) -> Image.Image:
-        result = self.workshop.draw(request, leg)
+    def _generated(self, request: GenerationRequest, span: ProgressSpan) -> Image.Image:
+        result = self.context.generate(request, span)
         self.scheduler = result.scheduler
-        drawn = result.pictures[0]
-        return Image.frombytes("RGB", (drawn.width, drawn.height), drawn.rgb)
+        image = result.pictures[0]
+        return Image.frombytes("RGB", (image.width, image.height), image.rgb)
 
     def _fitted(self, picture: Image.Image) -> Image.Image:
-        """What was kept, of another size where somebody changed it."""
-        return fit(picture, (self.request.width, self.request.height), self.brought.fit)
+        """Return the stored image at the request's size, which it may have lost when a person changed it."""
+        return fit(picture, (self.request.width, self.request.height), self.inputs.fit)
 
     @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        """Account the block's time to stage `name`, unless the job is to go no further."""
-        self.workshop.raise_if_unwanted()
-        with self.workshop.stage(name):
+    def _stage(self, phase: Phase) -> Iterator[None]:
+        """Account the block's time to a stage; raise first where the job is not to go on."""
+        self.context.raise_if_unwanted()
+        with self.context.stage(phase):
             yield
 
     @property
     def _product(self) -> JobProduct:
-        return self.brought.product
+        return self.inputs.product
 
     @property
     def _strength(self) -> float:
-        """As asked for, but of few steps at least one is taken."""
-        return min(1.0, max(self._product.refine_strength, 1 / self.request.num_inference_steps + A_HAIR))
+        """The job's `refine_strength`, raised so that at least one step is taken."""
+        return min(1.0, max(self._product.refine_strength, 1 / self.request.num_inference_steps + ROUNDING_MARGIN))
 
     @property
     def _refining_steps(self) -> int:

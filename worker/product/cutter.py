@@ -1,4 +1,4 @@
-"""Has products cut out by rembg, in a process that lives for one picture."""
+"""Cut products out by rembg, in a process for each image."""
 
 import importlib.util
 import io
@@ -13,20 +13,26 @@ from pathlib import Path
 from PIL import Image
 
 from inference.process.child_handle import path_variables
-from watermark.product.cutout import NothingCut, bounded, has_own_alpha, judged, trimmed
-from worker.errors import CuttingFailed, JobFailed
+from watermark.product.cutout import (
+    CutoutFailed,
+    check_cutout,
+    has_transparency,
+    limit_size,
+    trim,
+)
+from worker.errors import CuttingFailed, ErrorCode, JobFailed
 
 # On one slow core; u2net.onnx takes some seconds there.
 DEADLINE_SECONDS = 120
-# Between two looks whether the job is still wanted.
-LOOK_SECONDS = 0.2
+# Between two checks whether the job is still wanted.
+POLL_SECONDS = 0.2
 MAX_REASON_CHARS = 300
-# What the libraries need; nothing of ours, least of all a secret.
-KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "HOME", "TMPDIR", "LANG")
+# What the libraries need; none of the worker's own, above all no secret.
+INHERITED_VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "HOME", "TMPDIR", "LANG")
 
 
 class Cutter:
-    """Owner of the processes that cut out, one at a time: each takes as much memory as its model.
+    """Owner of the cut-out processes, one at a time: each takes as much memory as its model.
 
     `model` is an ONNX file with U2-Net's or IS-Net's interface; None: this worker has none.
     """
@@ -34,45 +40,48 @@ class Cutter:
     def __init__(self, model: Path | None, *, deadline_seconds: int = DEADLINE_SECONDS) -> None:
         self._model = model
         self._deadline_seconds = deadline_seconds
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
 
     def cut(self, picture: Image.Image, field: str, raise_if_unwanted: Callable[[], None]) -> Image.Image:
-        """The product of an RGBA picture that `field` of the message named: RGBA, trimmed, by its own alpha or a model.
+        """Return the product of the RGBA image in `field` of the message: RGBA, trimmed, cut out by its own alpha or by
+        the model.
 
-        `go_on_or_leave` is called again and again and raises where the job is not wanted any more. Raises `JobFailed`
-        where there is nothing to cut with or nothing to cut out, `CuttingFailed` where the process came to grief.
+        `raise_if_unwanted` is polled. Raises `JobFailed` where there is no model or nothing to cut out, `CuttingFailed`
+        where the process crashed or hung.
         """
         try:
             self.check(picture, field)
-            if self._model is None or has_own_alpha(picture):
-                return trimmed(picture)
-            return judged(self._by_model(self._model, bounded(picture.convert("RGB")), raise_if_unwanted))
-        except NothingCut as error:
-            raise JobFailed("IMAGE_INVALID", f"{field}: {error}; send a cut-out as product.cutout_path") from error
+            if self._model is None or has_transparency(picture):
+                return trim(picture)
+            return check_cutout(self._cut_by_model(self._model, limit_size(picture.convert("RGB")), raise_if_unwanted))
+        except CutoutFailed as error:
+            raise JobFailed(
+                ErrorCode.IMAGE_INVALID, f"{field}: {error}; send a cut-out as product.cutout_path"
+            ) from error
 
     def check(self, picture: Image.Image, field: str) -> None:
-        """Raise `JobFailed` where there is nothing to cut the picture out with."""
-        if self._model is None and not has_own_alpha(picture):
+        """Raise `JobFailed` where the image has no alpha and there is no model."""
+        if self._model is None and not has_transparency(picture):
             raise JobFailed(
-                "UNSUPPORTED_BY_MODEL",
+                ErrorCode.UNSUPPORTED_BY_MODEL,
                 f"{field} has no alpha and this worker has no CUTOUT_MODEL: send a cut-out with alpha as"
                 " product.cutout_path",
             )
 
-    def _by_model(self, model: Path, picture: Image.Image, raise_if_unwanted: Callable[[], None]) -> Image.Image:
-        while not self._turn.acquire(timeout=LOOK_SECONDS):
+    def _cut_by_model(self, model: Path, picture: Image.Image, raise_if_unwanted: Callable[[], None]) -> Image.Image:
+        while not self._lock.acquire(timeout=POLL_SECONDS):
             raise_if_unwanted()
         try:
-            return self._in_process(model, picture, raise_if_unwanted)
+            return self._run_process(model, picture, raise_if_unwanted)
         finally:
-            self._turn.release()
+            self._lock.release()
 
-    def _in_process(self, model: Path, picture: Image.Image, raise_if_unwanted: Callable[[], None]) -> Image.Image:
+    def _run_process(self, model: Path, picture: Image.Image, raise_if_unwanted: Callable[[], None]) -> Image.Image:
         content = io.BytesIO()
         picture.save(content, "PNG", compress_level=1)
         command = [sys.executable, "-m", "worker.product.cutter_process", str(model), str(os.getpid())]
         pipe = subprocess.PIPE
-        # In a session of its own, so that Ctrl-C in a terminal spares it.
+        # In a session of its own, so that Ctrl-C in a terminal does not reach it.
         with subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=pipe, env=_environment(), start_new_session=True
         ) as process:
@@ -92,21 +101,21 @@ class Cutter:
         unsent: bytes | None = content
         while True:
             try:
-                return process.communicate(unsent, timeout=LOOK_SECONDS)
+                return process.communicate(unsent, timeout=POLL_SECONDS)
             except subprocess.TimeoutExpired:
-                unsent = None  # it goes on with what it was given
+                unsent = None  # communicate keeps what it was given
                 raise_if_unwanted()
                 if time.monotonic() > ends_at:
                     raise CuttingFailed(f"no answer within {self._deadline_seconds} s") from None
 
 
 def is_installed() -> bool:
-    """Are the libraries of the extra `cutout` there?"""
+    """Return whether the libraries of the extra `cutout` are installed."""
     return all(importlib.util.find_spec(library) is not None for library in ("rembg", "onnxruntime"))
 
 
 def _environment() -> dict[str, str]:
-    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+    kept = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
     # rembg imports a library that compiles for a minute, and that the cutting does not call.
     return kept | path_variables() | {"NUMBA_DISABLE_JIT": "1"}
 

@@ -1,14 +1,12 @@
 """The process that cuts products out: `python -m worker.product.cutter_process MODEL PARENT`. `Cutter` starts it.
 
-It reads a PNG from its standard input, writes the RGBA PNG of what was cut out to its standard output, and ends. So a
-model's memory is taken for one picture only, and what goes wrong in a native library costs that picture only.
+It reads a PNG from its standard input, writes the RGBA PNG of the cut-out to its standard output, and ends. So a
+model's memory is taken for one image only, and a crash in a native library costs that image only.
 """
 
 import contextlib
-import ctypes
 import io
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,9 +17,10 @@ import rembg
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-PR_SET_PDEATHSIG = 1
-# rembg's sessions for a file of one's own by the side of the picture that the model takes, with its way of scaling
-# colours: U2-Net's and IS-Net's (DIS).
+from inference.process.parent_death import die_with_parent
+
+# rembg's sessions for a model file, by the side in px of the model's input; they differ in how they scale colours:
+# U2-Net and IS-Net (DIS).
 SESSIONS = {320: "u2net_custom", 1024: "dis_custom"}
 # Below it a mask is noise.
 VISIBLE = 16
@@ -32,9 +31,9 @@ _Pixels = Any  # numpy's arrays of float32: height, width, channels
 
 
 def main() -> None:
-    """Cut one picture out; the last line on standard error says what went wrong."""
+    """Cut one image out; the last line on standard error is the reason of a failure."""
     model, parent_pid = Path(sys.argv[1]), int(sys.argv[2])
-    _die_with(parent_pid)
+    die_with_parent(parent_pid)
     answer = _own_standard_output()
     picture = Image.open(io.BytesIO(sys.stdin.buffer.read()), formats=("PNG",)).convert("RGB")
     with answer:
@@ -42,7 +41,7 @@ def main() -> None:
 
 
 def mask_of(picture: Image.Image, model: Path) -> Image.Image:
-    """Where the model sees the product, mode L."""
+    """Return the model's mask of the product, mode L."""
     # rembg opens only models below its home.
     os.environ["REMBG_HOME"] = str(model.resolve().parent)
     session = rembg.new_session(
@@ -53,7 +52,7 @@ def mask_of(picture: Image.Image, model: Path) -> Image.Image:
 
 
 def cut_out(picture: Image.Image, mask: Image.Image) -> Image.Image:
-    """An RGB picture with the mask, of its size, for its alpha, and with the product's own colours in the soft edge.
+    """Return the RGB image with the mask, of its size, as alpha, and the product's own colours in the soft edge.
 
     Blur fusion (Forte, "Approximate Fast Foreground Colour Estimation", 2021): foreground and background are smooth, so
     that blurred estimates of both leave F + alpha (I - alpha F - (1 - alpha) B).
@@ -69,15 +68,15 @@ def cut_out(picture: Image.Image, mask: Image.Image) -> Image.Image:
 
 
 def _spread(seen: _Pixels, weight: _Pixels, radius: float) -> _Pixels:
-    """The colours blurred, each pixel's by its weight; the picture's own where none with a weight is near."""
+    """Return the colours blurred, each pixel's by its weight; the image's own where no pixel near has a weight."""
     amount = gaussian_filter(weight, (radius, radius, 0))
     return np.where(amount > 1e-3, gaussian_filter(seen * weight, (radius, radius, 0)) / np.maximum(amount, 1e-3), seen)
 
 
 def _session_name(model: Path) -> str:
-    only_to_look = onnxruntime.SessionOptions()
-    only_to_look.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(str(model), only_to_look, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     side = session.get_inputs()[0].shape[-1]
     # A side that the file leaves open is a name or nothing.
     name = SESSIONS.get(side if isinstance(side, int) else 320)
@@ -86,16 +85,8 @@ def _session_name(model: Path) -> str:
     return name
 
 
-def _die_with(parent_pid: int) -> None:
-    """Have the kernel end this process with the thread that waits for its answer."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        # It ended before the line above took hold.
-        raise SystemExit("whoever asked is gone")
-
-
 def _own_standard_output() -> BinaryIO:
-    """The standard output for our answer alone: what libraries print goes to standard error."""
+    """Return the standard output, for the answer alone: what libraries print goes to standard error from now on."""
     answer = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     return answer

@@ -1,63 +1,92 @@
-"""A product job's story: the making of its picture in a job's run, each stage kept in the store."""
+"""Product jobs as a `Generation`: the composer's images in a job's run, each stage kept in the store."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+from PIL import Image
+
 from inference.request import GenerationRequest, GenerationResult
 from worker.jobs.engine_client import EngineClient, GeneratedImages, ProgressSpan
-from worker.jobs.inputs.fetcher import Fetcher
-from worker.jobs.inputs.references import drawing_size
-from worker.jobs.runs import Run
+from worker.jobs.inputs.fetcher import Fetcher, JobInputs
+from worker.jobs.inputs.references import References, drawing_size
+from worker.jobs.runs import Phase, Run
 from worker.messages.job import Job
 from worker.product.composer import ProductComposer
 from worker.product.cutter import Cutter
 from worker.product.inputs import ProductInputs, load_inputs
-from worker.product.stage_store import StageStore
-from worker.progress.reporter import Track
+from worker.product.stage_store import ProductStage, StageStore
+from worker.progress.reporter import JobProgress
 from worker.results.image_store import ImageStore
 
 
 @dataclass(frozen=True, slots=True)
-class ProductGeneration:
-    """Everything that product jobs need; one for all of them. Its methods block, on the job's own thread."""
+class ProductGenerator:
+    """Starts the generations of product jobs; one for all of them."""
 
     fetcher: Fetcher
-    drawer: EngineClient
+    engine_client: EngineClient
     store: ImageStore
     cutter: Cutter
     private_bucket: str
 
-    def fetch(self, job: Job) -> ProductInputs | None:
-        """What a product job brings, at the drawing's size; None for a job of another kind."""
-        if job.product is None:
-            return None
-        brought = load_inputs(job.product, job.fit, self.fetcher.picture)
-        return brought.at(drawing_size(job, self.fetcher.facts, brought.proportions))
-
-    def shelf(self, job: Job) -> StageStore:
-        """Where the job's stages are kept."""
-        return StageStore(self.store, self.private_bucket, job)
-
-    def make(
-        self, run: Run, brought: ProductInputs, request: GenerationRequest, track: Track, shelf: StageStore
-    ) -> GeneratedImages:
-        """What `Making` makes of it, in this run and with this shelf."""
-        brought.note(shelf)
-        workshop = _RunsWorkshop(self.drawer, run, track)
-        return ProductComposer(workshop, shelf, self.cutter, request, brought, request.scheduler or "").drawn()
+    def start(self, job: Job, _inputs: JobInputs) -> "ProductGeneration":
+        """Fetch the images that the job brings, fitted to its size; blocks. Raises `JobFailed`."""
+        assert job.product is not None, "a job of kind product has one"  # noqa: S101
+        inputs = load_inputs(job.product, job.fit, self.fetcher.picture)
+        inputs = inputs.at(drawing_size(job, self.fetcher.facts, inputs.proportions))
+        stage_store = StageStore(self.store, self.private_bucket, job)
+        return ProductGeneration(self.engine_client, self.cutter, inputs, stage_store)
 
 
 @dataclass(frozen=True, slots=True)
-class _RunsWorkshop:
-    drawer: EngineClient
+class ProductGeneration:
+    """The `Generation` of one product job."""
+
+    engine_client: EngineClient
+    cutter: Cutter
+    inputs: ProductInputs
+    stage_store: StageStore
+
+    @property
+    def references(self) -> References:
+        """The size alone: the composer makes its requests' images."""
+        return self.inputs.references
+
+    @property
+    def stages(self) -> Mapping[str, str]:
+        """URI of each stage's image, sent by the job or kept here."""
+        return self.stage_store.uris
+
+    def generate(self, run: Run, request: GenerationRequest, track: JobProgress) -> GeneratedImages:
+        """Compose the product's image in this run."""
+        self.inputs.list_in(self.stage_store)
+        context = _RunContext(self.engine_client, run, track)
+        scheduler = request.scheduler or ""
+        return ProductComposer(context, self.stage_store, self.cutter, request, self.inputs, scheduler).generate()
+
+    def save_headline(self, image: Image.Image) -> None:
+        """Store the stage with headlines."""
+        self.stage_store.save(ProductStage.HEADLINE, image)
+
+    def save_final(self, content: bytes) -> None:
+        """Store the last stage."""
+        self.stage_store.save_png(ProductStage.FINAL, content)
+
+
+@dataclass(frozen=True, slots=True)
+class _RunContext:
+    """`GenerationContext` of a job's run."""
+
+    engine_client: EngineClient
     run: Run
-    track: Track
+    track: JobProgress
 
-    def draw(self, request: GenerationRequest, leg: ProgressSpan) -> GenerationResult:
-        return self.drawer.draw(self.run, request, self.track, leg)
+    def generate(self, request: GenerationRequest, span: ProgressSpan) -> GenerationResult:
+        return self.engine_client.generate(self.run, request, self.track, span)
 
-    def stage(self, name: str) -> AbstractContextManager[None]:
-        return self.run.stage(name)
+    def stage(self, phase: Phase) -> AbstractContextManager[None]:
+        return self.run.stage(phase)
 
     def raise_if_unwanted(self) -> None:
-        self.drawer.raise_if_unwanted(self.run)
+        self.engine_client.raise_if_unwanted(self.run)

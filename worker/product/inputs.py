@@ -1,4 +1,4 @@
-"""What a product job brings, fetched and checked before anything is made."""
+"""Inputs of a product job: its own images, loaded and checked before anything is generated."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,23 +8,23 @@ from PIL import Image
 
 from clients.storage.location import ObjectRef
 from watermark.decoding import PictureMode
-from watermark.product.cutout import NothingCut, bounded, has_own_alpha, trimmed
+from watermark.product.cutout import CutoutFailed, has_transparency, limit_size, trim
 from watermark.resizing import Fit, fit
-from worker.errors import JobFailed
+from worker.errors import ErrorCode, JobFailed
 from worker.jobs.inputs.references import References
 from worker.messages.job import JobProduct
 from worker.product.stage_store import ProductStage, StageStore
 
-# The picture at a place that a field of the message names, in a mode.
-Read = Callable[[ObjectRef, str, PictureMode], Image.Image]
+# Returns the image at a location, in a mode; errors name the field of the message that the location is from.
+ReadImage = Callable[[ObjectRef, str, PictureMode], Image.Image]
 
 
 @dataclass(frozen=True, slots=True)
 class ProductInputs:
-    """Decoded pictures: of the product itself and its cut-out RGBA, of the rest RGB, and of any size.
+    """Decoded images of any size: the product and its cut-out in RGBA, the others in RGB.
 
-    `fit` says how background and composite come to the drawing's size, `proportions` is the size of that of the two
-    which is used, as it came.
+    `fit` says how background and composite are resized; `proportions` is the original size of the one of the two that
+    is used.
     """
 
     product: JobProduct
@@ -37,11 +37,11 @@ class ProductInputs:
 
     @property
     def references(self) -> References:
-        """What the drawing takes its proportions from, where the job names no size."""
+        """References that only set the image's proportions, where the job names no size."""
         return References(original=self.proportions)
 
-    def note(self, shelf: StageStore) -> None:
-        """List what need not be made."""
+    def list_in(self, stage_store: StageStore) -> None:
+        """List the stages that the job brings."""
         product = self.product
         for stage, ref in (
             (ProductStage.CUTOUT, product.cutout_ref),
@@ -49,18 +49,18 @@ class ProductInputs:
             (ProductStage.COMPOSITE, product.composite_ref),
         ):
             if ref is not None:
-                shelf.note_brought(stage, ref)
+                stage_store.list_input(stage, ref)
 
     def at(self, size: tuple[int, int]) -> Self:
-        """The same with background and composite at the drawing's size."""
+        """Return a copy with background and composite resized to `size`."""
         background, composite = (
             None if picture is None else fit(picture, size, self.fit) for picture in (self.background, self.composite)
         )
         return replace(self, background=background, composite=composite)
 
 
-def load_inputs(product: JobProduct, how: Fit, read: Read) -> ProductInputs:
-    """All that the job names for its stages. Raises `JobFailed` that names the field, and what `read` raises."""
+def load_inputs(product: JobProduct, how: Fit, read: ReadImage) -> ProductInputs:
+    """Read all images that the job names. Raises `JobFailed` that names the field, and what `read` raises."""
 
     def picture(field: str, mode: PictureMode) -> Image.Image | None:
         ref = {
@@ -72,17 +72,19 @@ def load_inputs(product: JobProduct, how: Fit, read: Read) -> ProductInputs:
         return None if ref is None else read(ref, f"product.{field}", mode)
 
     image, cutout = picture("image_path", "RGBA"), picture("cutout_path", "RGBA")
-    image, cutout = None if image is None else bounded(image), None if cutout is None else _cut(cutout)
+    image, cutout = None if image is None else limit_size(image), None if cutout is None else _trimmed(cutout)
     background, composite = picture("background_image_path", "RGB"), picture("composite_path", "RGB")
     used = composite or background
     return ProductInputs(product, how, image, cutout, background, composite, proportions=used.size if used else None)
 
 
-def _cut(cutout: Image.Image) -> Image.Image:
+def _trimmed(cutout: Image.Image) -> Image.Image:
     field = "product.cutout_path"
-    if not has_own_alpha(cutout):
-        raise JobFailed("IMAGE_INVALID", f"{field} has no transparent part: nothing is cut out; send it as image_path")
+    if not has_transparency(cutout):
+        raise JobFailed(
+            ErrorCode.IMAGE_INVALID, f"{field} has no transparent part: nothing is cut out; send it as image_path"
+        )
     try:
-        return trimmed(cutout)
-    except NothingCut as error:
-        raise JobFailed("IMAGE_INVALID", f"{field}: {error}") from error
+        return trim(cutout)
+    except CutoutFailed as error:
+        raise JobFailed(ErrorCode.IMAGE_INVALID, f"{field}: {error}") from error

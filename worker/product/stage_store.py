@@ -1,4 +1,4 @@
-"""A product job's pictures, stage by stage, in the private bucket: to be corrected, and to go on from."""
+"""Storage of a product job's stages in the private bucket, where people can correct them and a retry resumes."""
 
 import hashlib
 import io
@@ -9,16 +9,14 @@ from enum import StrEnum
 
 from PIL import Image
 
-from clients.storage.client import Storage
 from clients.storage.errors import ObjectNotFound, ObjectTooLarge
 from clients.storage.location import ObjectRef
 from config.logs import log_event
 from watermark.decoding import PictureMode, decode_picture
 from watermark.errors import PictureInvalid, PictureTooLarge
 from watermark.signature import PNG_COMPRESS_LEVEL, PNG_COMPRESS_TYPE
-from worker.breakers import StoreGate
 from worker.messages.job import Job
-from worker.results.image_store import NO_NOTES, SHA256, TASK_ID, ImageStore
+from worker.results.image_store import NO_METADATA, SHA256, TASK_ID, ImageStore
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +24,7 @@ MAX_STAGE_BYTES = 50_000_000
 
 
 class ProductStage(StrEnum):
-    """The stages in their order, as their objects are called."""
+    """The stages in their order, by the names of their objects."""
 
     CUTOUT = "cutout"
     BACKGROUND = "background"
@@ -37,78 +35,71 @@ class ProductStage(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """A stage's picture of an earlier try, and what was noted beside it. `is_changed`: somebody did that since."""
+class StoredStage:
+    """A stage's image of an earlier attempt, and its metadata. `is_changed`: a person has changed it since."""
 
     picture: Image.Image
-    notes: Mapping[str, str]
+    metadata: Mapping[str, str]
     is_changed: bool
 
 
 @dataclass(slots=True)
 class StageStore:
-    """One job's stages; its thread owns it. None of them is signed, so they never go into a results bucket.
+    """The stages of one job; its thread owns it. None of them is signed, so they never go into a results bucket.
 
-    A task that is tried again finds what it kept, up to the first stage that is missing or that somebody changed: the
-    change counts, and what was made from the picture before it is made again. Of another task nothing is used.
+    A retried task resumes from its own stages, up to the first one that is missing or was changed by a person: the
+    change counts, and the later stages are made again. Another task's stages are not used. `uris` lists what the job
+    brought and what is stored.
     """
 
     store: ImageStore
     bucket: str
     job: Job
-    listing: dict[str, str] = field(default_factory=dict)
+    uris: dict[str, str] = field(default_factory=dict)
     _is_resuming: bool = False
-    _is_over: bool = False
+    _is_past_gap: bool = False
 
-    def find(self, stage: ProductStage, mode: PictureMode) -> Kept | None:
-        """The stage's picture, as this task kept it or somebody changed it since; None where it has to be made."""
-        kept = None if self._is_over else self._kept(stage, mode)
-        self._is_over = kept is None or kept.is_changed
-        if kept is not None:
+    def find(self, stage: ProductStage, mode: PictureMode) -> StoredStage | None:
+        """Return the stage's image as this task stored it or a person changed it; None where it has to be made."""
+        stored = None if self._is_past_gap else self._load(stage, mode)
+        self._is_past_gap = stored is None or stored.is_changed
+        if stored is not None:
             self._is_resuming = True
-            self.listing[stage] = self._ref(stage).uri
-            log_event(logger, "stage resumed", stage=stage.value, is_changed=kept.is_changed)
-        return kept
+            self.uris[stage] = self._ref(stage).uri
+            log_event(logger, "stage resumed", stage=stage.value, is_changed=stored.is_changed)
+        return stored
 
-    def keep(self, stage: ProductStage, picture: Image.Image, notes: Mapping[str, str] = NO_NOTES) -> None:
-        """Store the stage's picture, RGB or RGBA."""
+    def save(self, stage: ProductStage, picture: Image.Image, metadata: Mapping[str, str] = NO_METADATA) -> None:
+        """Encode and store the stage's image, RGB or RGBA."""
         content = io.BytesIO()
         picture.save(content, "PNG", compress_level=PNG_COMPRESS_LEVEL, compress_type=PNG_COMPRESS_TYPE)
-        self.save_png(stage, content.getvalue(), notes)
+        self.save_png(stage, content.getvalue(), metadata)
 
-    def save_png(self, stage: ProductStage, png: bytes, notes: Mapping[str, str] = NO_NOTES) -> None:
-        """Store the stage's picture as it is."""
+    def save_png(self, stage: ProductStage, png: bytes, metadata: Mapping[str, str] = NO_METADATA) -> None:
+        """Store the stage's PNG."""
         ref = self._ref(stage)
-        self.store.put(ref, png, task_id=self.job.task_id, notes={**notes, "stage": stage.value})
-        self.listing[stage] = ref.uri
+        self.store.put(ref, png, task_id=self.job.task_id, metadata={**metadata, "stage": stage.value})
+        self.uris[stage] = ref.uri
 
-    def note_brought(self, stage: ProductStage, ref: ObjectRef) -> None:
-        """The job brought the stage's picture, which stays where it is."""
-        self.listing[stage] = ref.uri
+    def list_input(self, stage: ProductStage, ref: ObjectRef) -> None:
+        """List an image that the job brings for the stage, which is not copied."""
+        self.uris[stage] = ref.uri
 
     def _ref(self, stage: ProductStage) -> ObjectRef:
         return ObjectRef(self.bucket, f"stages/gen-{self.job.generation_id}/{stage}.png")
 
-    def _kept(self, stage: ProductStage, mode: PictureMode) -> Kept | None:
-        ref = self._ref(stage)
+    def _load(self, stage: ProductStage, mode: PictureMode) -> StoredStage | None:
+        ref, gate, storage = self._ref(stage), self.store.gate, self.store.storage
         try:
-            notes = self._gate.insist(lambda: self._storage.notes_of(ref)).metadata
-            # Who changes an object with the usual tools takes its notes off it.
-            if not (notes.get(TASK_ID) == self.job.task_id or (self._is_resuming and TASK_ID not in notes)):
+            metadata = gate.retry_while_denied(lambda: storage.read_metadata(ref)).metadata
+            # The usual tools drop an object's metadata when they change it.
+            if not (metadata.get(TASK_ID) == self.job.task_id or (self._is_resuming and TASK_ID not in metadata)):
                 return None
-            content = self._gate.insist(lambda: self._storage.read(ref, max_bytes=MAX_STAGE_BYTES))
+            content = gate.retry_while_denied(lambda: storage.read(ref, max_bytes=MAX_STAGE_BYTES))
             picture = decode_picture(content, mode)
         except ObjectNotFound:
             return None
         except (ObjectTooLarge, PictureInvalid, PictureTooLarge) as error:
             log_event(logger, "stage made again", logging.WARNING, stage=stage.value, reason=str(error))
             return None
-        return Kept(picture, notes, is_changed=hashlib.sha256(content).hexdigest() != notes.get(SHA256))
-
-    @property
-    def _storage(self) -> Storage:
-        return self.store.storage
-
-    @property
-    def _gate(self) -> StoreGate:
-        return self.store.gate
+        return StoredStage(picture, metadata, is_changed=hashlib.sha256(content).hexdigest() != metadata.get(SHA256))

@@ -1,8 +1,7 @@
-"""Previews of running jobs as small JPEGs in the results bucket: the newest wins, a failure costs a log line."""
+"""Previews of running jobs as small JPEGs in the results bucket; a failed write is only logged."""
 
 import logging
 import threading
-from collections import deque
 from io import BytesIO
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from clients.storage.location import ObjectRef
 from config.logs import log_event
 from inference.request import Preview, StepReport
 from worker.messages.generation_id import GenerationId
+from worker.progress.latest_wins import LatestWins, Source
 
 logger = logging.getLogger(__name__)
 
@@ -21,146 +21,109 @@ JPEG = "image/jpeg"
 # The next preview has the same key.
 CACHE_CONTROL = "no-store"
 JPEG_QUALITY = 80
-# Latents are an eighth of the picture; larger than this the preview shows no more.
+# Latents are an eighth of the image's size: a larger preview has no more detail.
 LONGEST_SIDE_PIXELS = 256
 MAX_ENLARGEMENT = 4
 STORE_DEADLINE_SECONDS = 5.0
-CLOSE_SECONDS = 2.0
 
 
 class ShownPreview(NamedTuple):
-    """A job's newest preview, as the status page shows it, and the step it was reported with."""
+    """A job's newest preview, as the status page shows it, and its step."""
 
     step_index: int
     jpeg: bytes
 
 
 class _Reported(NamedTuple):
-    """A preview as the engine made it, and the step it was reported with."""
+    """A preview as the engine made it, and its step."""
 
     step_index: int
     preview: Preview
 
 
-class PreviewTrack:
-    """One job's previews. `on_step` runs on the engine's owner thread and only ever takes a lock for a moment.
+class JobPreviews(Source[_Reported]):
+    """One job's previews. `on_step` runs on the engine's owner thread and only takes a lock.
 
-    `url` is where they are stored, None until the first one is.
+    `url` is where they are stored, None before the first is.
     """
 
     def __init__(self, previewer: "Previewer", task_id: str, ref: ObjectRef) -> None:
+        super().__init__()
         self._previewer = previewer
         self.task_id = task_id
         self.ref = ref
-        self.pending: _Reported | None = None
         self.shown: ShownPreview | None = None
         self.url: str | None = None
-        self.is_storing = False
-        self.is_closed = False
 
     def on_step(self, report: StepReport) -> None:
+        """Have the report's preview stored, if it has one, in place of one not stored yet."""
         if report.preview is not None:
-            self._previewer.offer(self, _Reported(report.step_index, report.preview))
+            self._previewer.queue.offer(self, [_Reported(report.step_index, report.preview)])
 
     def close(self) -> None:
-        """Drop what is not stored and wait for what is being stored: nothing is written after this returns, unless the
-        store takes longer than its deadline."""
+        """Drop what is not stored and wait for what is being stored.
+
+        Nothing is written after this returns, unless the store takes longer than its deadline.
+        """
         self._previewer.retire(self)
 
 
 class Previewer:
-    """Owner of the thread that encodes and stores previews, so that neither a slow store nor an encoding is waited for
-    where steps are counted."""
+    """Encodes and stores previews on a thread of their own, so that no denoising step waits for it."""
 
     def __init__(self, storage: Storage, bucket: str) -> None:
         self._storage = storage
         self._bucket = bucket
-        self._changed = threading.Condition()
-        self._tracks: dict[str, PreviewTrack] = {}
-        self._waiting: deque[PreviewTrack] = deque()
-        self._is_closing = False
-        self._thread = threading.Thread(target=self._run, name="previews", daemon=True)
+        self._lock = threading.Lock()
+        self._by_task: dict[str, JobPreviews] = {}
+        self.queue = LatestWins[JobPreviews, _Reported]("previews", self._store, handle_seconds=STORE_DEADLINE_SECONDS)
 
     def start(self) -> None:
-        self._thread.start()
+        """Start the thread."""
+        self.queue.start()
 
     def close(self) -> None:
         """Drop what is not stored and end the thread."""
-        with self._changed:
-            self._is_closing = True
-            self._changed.notify_all()
-        if self._thread.is_alive():
-            self._thread.join(CLOSE_SECONDS)
+        self.queue.close()
 
-    def follow(self, task_id: str, generation_id: GenerationId) -> PreviewTrack:
-        track = PreviewTrack(self, task_id, ObjectRef(self._bucket, f"previews/gen-{generation_id}.jpg"))
-        with self._changed:
-            self._tracks[task_id] = track
-        return track
+    def follow(self, task_id: str, generation_id: GenerationId) -> JobPreviews:
+        """Return the previews of a job that begins."""
+        previews = JobPreviews(self, task_id, ObjectRef(self._bucket, f"previews/gen-{generation_id}.jpg"))
+        with self._lock:
+            self._by_task[task_id] = previews
+        return previews
 
     def latest(self, task_id: str) -> ShownPreview | None:
-        """The newest preview of a job that is being drawn, stored or not."""
-        with self._changed:
-            track = self._tracks.get(task_id)
-            return track.shown if track else None
+        """Return the newest preview of a running job, stored or not."""
+        with self._lock:
+            previews = self._by_task.get(task_id)
+        return previews.shown if previews else None
 
-    def offer(self, track: PreviewTrack, reported: _Reported) -> None:
-        """Have a preview stored, in place of one of the same job that is not stored yet."""
-        with self._changed:
-            if track.is_closed:
-                return
-            track.pending = reported
-            if track not in self._waiting:
-                self._waiting.append(track)
-            self._changed.notify_all()
+    def retire(self, previews: JobPreviews) -> None:
+        """Forget the job's previews and wait for the one being stored."""
+        with self._lock:
+            if self._by_task.get(previews.task_id) is previews:
+                del self._by_task[previews.task_id]
+        self.queue.retire(previews)
 
-    def retire(self, track: PreviewTrack) -> None:
-        with self._changed:
-            track.is_closed = True
-            if self._tracks.get(track.task_id) is track:
-                del self._tracks[track.task_id]
-            if track in self._waiting:
-                self._waiting.remove(track)
-            self._changed.wait_for(lambda: not track.is_storing, timeout=STORE_DEADLINE_SECONDS + 1)
-
-    def _run(self) -> None:
-        while (taken := self._take()) is not None:
-            track, reported = taken
-            track.shown = ShownPreview(reported.step_index, encode(reported.preview))
-            self._store(track, track.shown.jpeg)
-            with self._changed:
-                track.is_storing = False
-                self._changed.notify_all()
-
-    def _take(self) -> tuple[PreviewTrack, _Reported] | None:
-        """The next preview to store; blocks until there is one. None: closing."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._is_closing)
-            if self._is_closing:
-                return None
-            track = self._waiting.popleft()
-            reported, track.pending = track.pending, None
-            assert reported is not None, "a track waits with what is to be stored"  # noqa: S101
-            track.is_storing = True
-            return track, reported
-
-    def _store(self, track: PreviewTrack, jpeg: bytes) -> None:
+    def _store(self, previews: JobPreviews, reported: _Reported) -> None:
+        previews.shown = ShownPreview(reported.step_index, encode(reported.preview))
         try:
             self._storage.put(
-                track.ref,
-                jpeg,
+                previews.ref,
+                previews.shown.jpeg,
                 content_type=JPEG,
                 cache_control=CACHE_CONTROL,
                 deadline_seconds=STORE_DEADLINE_SECONDS,
             )
         except StorageError as error:
-            log_event(logger, "preview not stored", logging.WARNING, task_id=track.task_id, reason=str(error))
+            log_event(logger, "preview not stored", logging.WARNING, task_id=previews.task_id, reason=str(error))
         else:
-            track.url = self._storage.url_of(track.ref)
+            previews.url = self._storage.public_url(previews.ref)
 
 
 def encode(preview: Preview) -> bytes:
-    """The preview as a JPEG, enlarged where it is small."""
+    """Return the preview as a JPEG, enlarged where it is small."""
     size = (preview.width, preview.height)
     image = Image.frombytes("RGB", size, preview.rgb)
     factor = max(1, min(MAX_ENLARGEMENT, LONGEST_SIDE_PIXELS // max(size)))

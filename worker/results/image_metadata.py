@@ -1,4 +1,4 @@
-"""What a picture's file says of itself: how a job was drawn, written into it as the settings will have it."""
+"""The metadata written into an image file: provenance and manifest, as the settings select."""
 
 import logging
 from dataclasses import replace
@@ -7,23 +7,23 @@ from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from config.images import PictureSettings
 from config.logs import log_event
-from config.settings import PictureSettings
 from inference.request import GenerationResult, Picture
 from watermark.image_format import PictureFormat
-from watermark.provenance.provenance import Prompts, Provenance, SourceType, packet_of, png_text
+from watermark.provenance.provenance import Prompts, Provenance, SourceType, build_png_text, build_xmp
 from watermark.signature import SignedPicture
 from worker.messages.job import Job, Kind
 
 if TYPE_CHECKING:
-    from watermark.provenance.manifest import ManifestSigner
+    from watermark.provenance.c2pa import ManifestSigner
 
 logger = logging.getLogger(__name__)
 
 SOFTWARE = "Darkroom"
-# Certificates are renewed by people.
+# Operators renew certificates.
 MIN_DAYS_LEFT = 30
-# A picture that somebody sent is part of all but the first.
+# All but the first contain an image from the customer.
 SOURCE_TYPES = {
     Kind.TEXT2IMAGE: SourceType.GENERATED,
     Kind.IMAGE2IMAGE: SourceType.COMPOSITE,
@@ -33,10 +33,10 @@ SOURCE_TYPES = {
 
 
 class ImageEncoder:
-    """Makes the file of a signed picture. One for all jobs; any thread may call it."""
+    """Encodes signed images as files. Thread-safe."""
 
     def __init__(self, settings: PictureSettings) -> None:
-        """Raises `SettingsError` for a certificate or a key that nobody can sign manifests with."""
+        """Create an encoder; raise `SettingsError` for a certificate or a key that cannot sign manifests."""
         self._level = settings.embed_metadata
         self._signer = load_signer(settings)
         if self._signer is not None:
@@ -47,39 +47,39 @@ class ImageEncoder:
     def encode(
         self, picture: SignedPicture, provenance: Provenance, picture_format: PictureFormat = PictureFormat.PNG
     ) -> bytes:
-        """The file, whole: nothing may be changed in it any more. Raises `ManifestNotSigned`.
+        """Return the complete file, whose bytes must not change after signing. Raises `ManifestNotSigned`.
 
-        A JPEG has no place for PNG's text: it carries the XMP packet and the manifest.
+        A JPEG has no text chunks like PNG: it contains the XMP packet and the manifest.
         """
-        told = provenance if self._level == "full" else replace(provenance, prompts=None)
+        shown = provenance if self._level == "full" else replace(provenance, prompts=None)
         is_labelled = self._level != "none"
         if picture_format is PictureFormat.JPEG:
-            content = picture.encode_jpeg(packet_of(told).encode() if is_labelled else b"")
+            content = picture.encode_jpeg(build_xmp(shown).encode() if is_labelled else b"")
         else:
-            content = picture.encode_png(png_text(told) if is_labelled else None)
-        return content if self._signer is None else self._signer.sign(content, told, picture_format)
+            content = picture.encode_png(build_png_text(shown) if is_labelled else None)
+        return content if self._signer is None else self._signer.sign(content, shown, picture_format)
 
     @property
     def refusal(self) -> str:
-        """Why no picture can be labelled any more, or nothing."""
+        """Why no image can be signed any more; empty where it can."""
         if self._signer is None or datetime.now(UTC) <= self._signer.credentials.expires_at:
             return ""
         return f"the certificate of C2PA_CERTIFICATE expired on {self._signer.credentials.expires_at:%Y-%m-%d}"
 
 
 def load_signer(settings: PictureSettings) -> "ManifestSigner | None":
-    """The signer of C2PA manifests where a certificate is configured; raises `SettingsError`."""
+    """Return the signer of C2PA manifests where a certificate is configured; raise `SettingsError` for a bad one."""
     if settings.c2pa_certificate is None or settings.c2pa_private_key is None:
         return None
-    # Some 20 MB of libraries, for those only who have a certificate.
+    # Some 20 MB of libraries, loaded only where a certificate is configured.
+    from watermark.provenance.c2pa import ManifestSigner  # noqa: PLC0415
     from watermark.provenance.credentials import read_credentials  # noqa: PLC0415
-    from watermark.provenance.manifest import ManifestSigner  # noqa: PLC0415
 
     return ManifestSigner(read_credentials(settings.c2pa_certificate, settings.c2pa_private_key))
 
 
 def provenance_of(job: Job, result: GenerationResult, picture: Picture, *, model: str) -> Provenance:
-    """How `picture`, one of the result's, was made; now is taken for the time when."""
+    """Return the provenance of `picture`, one of the result's, created now."""
     return Provenance(
         software=SOFTWARE,
         version=_version(),
@@ -106,5 +106,5 @@ def _version() -> str:
 
 
 def _name(key: str) -> str:
-    """The last part of a key: what is before it may name customers."""
+    """Return the last part of a key: the parts before may name customers."""
     return key.rstrip("/").rpartition("/")[2].removesuffix(".safetensors")

@@ -1,4 +1,4 @@
-"""Store pictures: each whole, conditionally, and never for a task whose end another worker has recorded."""
+"""Store images with conditional writes, and never for a task whose end another worker has recorded."""
 
 import hashlib
 import logging
@@ -8,9 +8,10 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from clients.storage.client import ObjectNotes, Storage
+from clients.storage.client import Storage
 from clients.storage.errors import NotSupported, ObjectNotFound, WriteConflict
 from clients.storage.location import ObjectRef
+from clients.storage.objects import ObjectMetadata
 from config.logs import log_event
 from watermark.decoding import decode_picture
 from watermark.errors import PictureInvalid, PictureTooLarge
@@ -19,26 +20,26 @@ from worker.results.terminal_event import TerminalEvent
 
 logger = logging.getLogger(__name__)
 
-# A picture that is drawn is kept in hand over a restart of the store.
+# A finished image is retried across a restart of the store.
 PICTURE_PATIENCE_SECONDS = 45.0
-# Each round that fails has met another writer of the same key: two tasks of one generation make two rounds.
+# Each failed round means another writer of the same key: two tasks of one generation make two rounds.
 MAX_ROUNDS = 8
 MAX_PICTURE_BYTES = 50_000_000
 
 PNG = "image/png"
-# A generation drawn again lies under the key it had: readers ask whether theirs is still the one. Without it Google's
-# public objects are kept for an hour by every cache, and others as long as a reader likes.
+# A repeated generation has the same key, so caches must revalidate. Without this header Google's public objects are
+# cached for an hour, and others as long as a client likes.
 CACHE_CONTROL = "no-cache"
 
-# What is noted beside a picture, as the store names it.
+# Keys of the object's metadata.
 TASK_ID, SHA256 = "task-id", "sha256"
-NO_NOTES: Mapping[str, str] = MappingProxyType({})
+NO_METADATA: Mapping[str, str] = MappingProxyType({})
 
 Made = TypeVar("Made")
 
 
 class AlreadyEnded(Exception):
-    """The task has a recorded `end`: this run of it must store nothing more."""
+    """The task has a recorded `end`: this run must store nothing more."""
 
     def __init__(self, end: TerminalEvent) -> None:
         super().__init__(f"task {end.task_id} has ended elsewhere as {end.kind.value}")
@@ -47,7 +48,7 @@ class AlreadyEnded(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """One picture on its way, with what is noted beside it."""
+    """An image to be written, with its metadata."""
 
     ref: ObjectRef
     png: bytes
@@ -59,75 +60,74 @@ class _File:
 
     @property
     def options(self) -> dict[str, Any]:
-        """How it is written, whatever the condition."""
+        """Arguments of every write, conditional or not."""
         return {"content_type": PNG, "metadata": self.metadata, "cache_control": CACHE_CONTROL}
 
 
 @dataclass(frozen=True, slots=True)
 class ImageStore:
-    """Writes every picture of every job. `put` blocks over a short outage of the store.
+    """Writes every image of every job. `put` blocks during a short outage of the store.
 
-    The key is the generation's, so that several tasks, and several runs of one task, write the same one. A picture that
-    was reported must not change without a new end: nothing is overwritten but the very object that was looked at, and
-    only by a task that had no recorded end after that look. `end_of` finds a task's recorded end.
+    The key is the generation's, so several tasks, and several runs of one task, write the same one. An image that was
+    reported must not change without a new terminal event: only the very object that was read is overwritten, and only
+    by a task that had no recorded end after that read. `end_of` returns a task's recorded end.
     """
 
     storage: Storage
     gate: StoreGate
     end_of: Callable[[str], TerminalEvent | None] = lambda _task_id: None
 
-    def put(self, ref: ObjectRef, png: bytes, *, task_id: str, notes: Mapping[str, str] = NO_NOTES) -> str:
-        """Write one picture and return its URL. Another task's picture is replaced, with a warning in the log.
+    def put(self, ref: ObjectRef, png: bytes, *, task_id: str, metadata: Mapping[str, str] = NO_METADATA) -> str:
+        """Write one image and return its URL. Another task's image is replaced, with a warning in the log.
 
-        Beside it are noted the task, the picture's SHA-256 and the `notes`, which are ASCII. Raises `AlreadyEnded`.
+        The object's metadata are the task, the image's SHA-256 and `metadata`, which is ASCII. Raises `AlreadyEnded`.
         """
-        metadata = {**notes, TASK_ID: task_id, SHA256: hashlib.sha256(png).hexdigest()}
-        file = _File(ref, png, metadata)
+        file = _File(ref, png, {**metadata, TASK_ID: task_id, SHA256: hashlib.sha256(png).hexdigest()})
         try:
             self._put_conditionally(file)
         except NotSupported:  # by a store without conditional writes, which only overwrites
             self.check_open(task_id)
             write = partial(self.storage.put, ref, png, **file.options)
-            self._insist(write)
-        return self.storage.url_of(ref)
+            self._retry(write)
+        return self.storage.public_url(ref)
 
     def check_open(self, task_id: str) -> None:
-        """Raise `AlreadyEnded` where the task has a recorded end: this process may have been frozen for long."""
-        end = self._insist(lambda: self.end_of(task_id))
+        """Raise `AlreadyEnded` where the task has a recorded end, as after a long freeze of this process."""
+        end = self._retry(lambda: self.end_of(task_id))
         if end is not None:
             raise AlreadyEnded(end)
 
     def _put_conditionally(self, file: _File) -> None:
         for _ in range(MAX_ROUNDS):
             write = partial(self.storage.put_if_absent, file.ref, file.png, **file.options)
-            if self._insist(write):
+            if self._retry(write):
                 return
             try:
-                found = self._insist(lambda: self.storage.notes_of(file.ref))
+                found = self._retry(lambda: self.storage.read_metadata(file.ref))
                 if self._is_stored(file, found):
                     return
             except ObjectNotFound:
                 continue
-            # Behind the look: an end that is recorded later comes with a picture that is stored later, which has
-            # another ETag than the one the condition names.
+            # After the read: an end that is recorded later comes with an image that is stored later, whose ETag is not
+            # the one in the condition.
             self.check_open(file.task_id)
             if self._overwrite(file, found):
                 return
         raise WriteConflict(f"{file.ref}: written by others {MAX_ROUNDS} times meanwhile")
 
-    def _is_stored(self, file: _File, found: ObjectNotes) -> bool:
-        """Whether the object is this picture: the answer to its write was lost, or another run of the task stored it.
+    def _is_stored(self, file: _File, found: ObjectMetadata) -> bool:
+        """Return whether the object is this image: the write's response was lost, or another run of the task wrote it.
 
-        Two runs' files differ in the time of making alone, and the one that is there may have been reported.
+        The files of two runs differ in their creation time alone, and the stored one may have been reported.
         """
         if found.metadata.get(TASK_ID) != file.task_id:
             return False
         if found.metadata.get(SHA256) == file.metadata[SHA256]:
             return True
         read = partial(self.storage.read, file.ref, max_bytes=MAX_PICTURE_BYTES)
-        return _shows_the_same(self._insist(read), file.png)
+        return _has_same_pixels(self._retry(read), file.png)
 
-    def _overwrite(self, file: _File, found: ObjectNotes) -> bool:
+    def _overwrite(self, file: _File, found: ObjectMetadata) -> bool:
         if not found.etag.startswith('"'):
             raise NotSupported(f"{file.ref}: the store gives no strong ETag to compare with")
         write = partial(
@@ -137,19 +137,19 @@ class ImageStore:
             etag=found.etag,
             **file.options,
         )
-        if not self._insist(write):
+        if not self._retry(write):
             return False
         other = found.metadata.get(TASK_ID, "")
         if other != file.task_id:
             log_event(logger, "another task's picture replaced", logging.WARNING, key=file.ref.key, other_task_id=other)
         return True
 
-    def _insist(self, work: Callable[[], Made]) -> Made:
-        return self.gate.insist(work, patience_seconds=PICTURE_PATIENCE_SECONDS)
+    def _retry(self, work: Callable[[], Made]) -> Made:
+        return self.gate.retry_while_denied(work, patience_seconds=PICTURE_PATIENCE_SECONDS)
 
 
-def _shows_the_same(one: bytes, other: bytes) -> bool:
-    """Whether two files hold the same pixels."""
+def _has_same_pixels(one: bytes, other: bytes) -> bool:
+    """Return whether two files have the same pixels."""
     try:
         first, second = (decode_picture(content, "RGBA") for content in (one, other))
     except (PictureInvalid, PictureTooLarge):

@@ -1,4 +1,4 @@
-"""The ledger: one record for each job in the private bucket, written once. It makes the effect of a job single."""
+"""The ledger: one record for each job in the private bucket, written conditionally, so that a job has one effect."""
 
 import dataclasses
 import heapq
@@ -16,42 +16,42 @@ from worker.results.terminal_event import TerminalEvent
 
 logger = logging.getLogger(__name__)
 
-# Tags are told back, and of a message of 256 kB JSON may make six times as much.
+# A record repeats the message's tags, and JSON may make six times as much of a message of 256 kB.
 MAX_RECORD_BYTES = 2 * 1024 * 1024
 CONTENT_TYPE = "application/json"
 FOLDER, SUFFIX = "jobs/", ".json"
-# Not among the records: people list those.
+# Not among the records: operators list those.
 PROBE_KEY = ".darkroom/conditional-writes"
 LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
 class RecordUnreadable(ObjectDamaged):
-    """The object under a record's key arrived whole and is no end of that job: no worker wrote it."""
+    """The object at a record's key is complete and no event of that job: no worker wrote it."""
 
 
 class Entry(NamedTuple):
-    """A record in the bucket's listing: whose, and when it was last written."""
+    """A record in the bucket's listing: its task, and when it was last written."""
 
     modified_at: datetime
     task_id: str
 
 
 def key_of(task_id: str) -> str:
-    """Where a job's record lies."""
+    """Return the key of a job's record."""
     return f"{FOLDER}{task_id}{SUFFIX}"
 
 
 class Ledger:
-    """`jobs/{task_id}.json`: how each job ended. The first writer wins; everybody else adopts what it wrote."""
+    """The records `jobs/{task_id}.json`. The first writer wins; other workers adopt its event."""
 
     def __init__(self, storage: Storage, bucket: str) -> None:
         self._storage = storage
         self.bucket = bucket
         self._probing = threading.Lock()
-        self._is_conditional: bool | None = None  # None: the store was not tried yet
+        self._is_conditional: bool | None = None  # None: not probed yet
 
     def find(self, task_id: str) -> TerminalEvent | None:
-        """The recorded end of the job, or None. Raises `StorageError`: not knowing is not the same as None."""
+        """Return the job's recorded event, or None where it has none. Raises `StorageError` where that is unknown."""
         ref = self._ref(task_id)
         try:
             event = TerminalEvent.from_json(self._storage.read(ref, max_bytes=MAX_RECORD_BYTES))
@@ -64,20 +64,20 @@ class Ledger:
         return event
 
     def newest(self, count: int, *, since: datetime = LONG_AGO) -> list[Entry]:
-        """The records that were written last, the latest first. Raises `StorageError`.
+        """Return the last written records, the newest first. Raises `StorageError`.
 
-        S3 lists by name only: the whole listing is gone through, and of it never more than `count` entries and a page
-        are held. A record is written at the job's end, and once more when the backend has heard of it.
+        S3 lists by name only: the whole listing is read, and at most `count` entries and a page are in memory. A record
+        is written at the job's end, and once more when its event was delivered.
         """
         entries = (
             Entry(found.modified_at, found.key.removeprefix(FOLDER).removesuffix(SUFFIX))
-            for found in self._storage.each_below(self.bucket, FOLDER)
+            for found in self._storage.list_objects(self.bucket, FOLDER)
             if found.key.endswith(SUFFIX) and found.modified_at >= since
         )
         return heapq.nlargest(count, entries)
 
     def is_delivered(self, event: TerminalEvent) -> bool:
-        """Whether somebody has told the backend already. A store that does not answer counts as no."""
+        """Return whether the event was delivered by any worker; False where the store does not answer."""
         try:
             known = self.find(event.task_id)
         except StorageError as error:
@@ -86,8 +86,8 @@ class Ledger:
         return known is not None and known.is_delivered
 
     def record(self, event: TerminalEvent) -> TerminalEvent:
-        """Write `event` unless the job already has an end; return the end it has."""
-        if not self._can_refuse():
+        """Write `event` unless the job already has a recorded one; return the recorded one."""
+        if not self._has_conditional_writes():
             return self._record_unless_found(event)
         if self._storage.put_if_absent(self._ref(event.task_id), event.to_json(), content_type=CONTENT_TYPE):
             return event
@@ -95,10 +95,10 @@ class Ledger:
         return existing if existing is not None else self.record(event)
 
     def record_late(self, event: TerminalEvent) -> TerminalEvent | None:
-        """Record an end that waited for the store; None where the job has had another one since. Raises `StorageError`.
+        """Record an event that was parked unrecorded; return None where the job has another one by now.
 
-        The writer of that other one sends it. Where it is another generation's, this end is recorded under an id of its
-        own.
+        The writer of that one sends it. Where it is another generation's, this event is recorded under an id of its
+        own. Raises `StorageError`.
         """
         event = dataclasses.replace(event, is_recorded=True)
         existing = self.record(event)
@@ -109,14 +109,14 @@ class Ledger:
         return existing if is_ours else None
 
     def _record_unless_found(self, event: TerminalEvent) -> TerminalEvent:
-        """For a store that would overwrite. The look before leaves a gap of milliseconds between two workers."""
+        """Record in a store without conditional writes: a race of milliseconds remains after the read."""
         existing = self.find(event.task_id)
         if existing is None:
             self._storage.put(self._ref(event.task_id), event.to_json(), content_type=CONTENT_TYPE)
         return existing or event
 
-    def _can_refuse(self) -> bool:
-        """Does the store refuse to overwrite where it is asked to? Tried out once."""
+    def _has_conditional_writes(self) -> bool:
+        """Return whether the store supports conditional writes; probes it once."""
         with self._probing:
             if self._is_conditional is None:
                 self._is_conditional = self._probe()
@@ -127,13 +127,13 @@ class Ledger:
     def _probe(self) -> bool:
         ref = ObjectRef(self.bucket, PROBE_KEY)
         try:
-            # The second of two must be refused; from a worker before us, the first is.
+            # The second of two writes must be refused; where an earlier worker probed, the first is.
             return not all(self._storage.put_if_absent(ref, b"{}", content_type=CONTENT_TYPE) for _ in range(2))
         except NotSupported:
             return False
 
     def mark_delivered(self, event: TerminalEvent) -> None:
-        """Note that the backend has heard. A lost note costs one repeat under the same webhook-id, so it only logs."""
+        """Mark the record as delivered. A failure costs one repeat with the same webhook-id, so it is only logged."""
         delivered = dataclasses.replace(event, is_delivered=True)
         try:
             self._storage.put(self._ref(event.task_id), delivered.to_json(), content_type=CONTENT_TYPE)

@@ -1,23 +1,22 @@
-"""The terminal event: the one thing a job comes to, and what its record in the ledger holds."""
+"""The terminal event of a job, which is what its record in the ledger holds."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Self
 
 from clients.webhooks import Webhook, WebhookKind
 from config.redacting import redacted
+from worker.errors import ErrorCode
 from worker.messages.generation_id import GenerationId, is_generation_id
-from worker.messages.webhook_bodies import ErrorCode, FailedBody
+from worker.messages.webhook_bodies import FailedBody
+from worker.outcome import Outcome
 from worker.strict_json import is_number, strict_json
-
-CANCELLED = "CANCELLED"
-CANCELLED_OUTCOME = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)
 class TerminalEvent:
-    """How a job ended: `complete` or `failed`, and the exact body its backend is told.
+    """How a job ended: `complete` or `failed`, and the exact body of the webhook.
 
     `began_at` and `ended_at` (epoch seconds: delivered to the worker, ready to be recorded), `stages` (name, seconds
     since `began_at`, seconds) and `attempt` say where the time went; they stay in the record. `fingerprint` is that of
@@ -40,28 +39,30 @@ class TerminalEvent:
 
     @property
     def webhook(self) -> Webhook:
-        """The call that tells it. Its id never changes, so a backend can drop a repeat."""
+        """The webhook. Its id never changes, so a backend can deduplicate."""
         return Webhook(kind=self.kind, webhook_id=f"{self.task_id}:{self.kind.value}", body=self.body)
 
     @property
-    def outcome(self) -> str:
+    def outcome(self) -> Outcome:
         """`complete`, `failed` or, of a job that was asked to end, `cancelled`: to a backend that is `failed` too."""
-        return CANCELLED_OUTCOME if self.body.get("error_code") == CANCELLED else self.kind.value
+        is_cancelled = self.body.get("error_code") == ErrorCode.CANCELLED
+        return Outcome.CANCELLED if is_cancelled else Outcome(self.kind.value)
 
     def to_json(self) -> bytes:
+        """Encode the record."""
         fields = {name: getattr(self, name) for name in self.__slots__} | {"kind": self.kind.value}
         return json.dumps(fields, sort_keys=True).encode()
 
     @classmethod
     def from_json(cls, content: bytes) -> Self:
-        """Raises `ValueError` where `content` is no terminal event that could be told."""
+        """Decode a record; raise `ValueError` where `content` is no terminal event that could be sent."""
         try:
             fields = strict_json(content)
             stages = tuple((name, start, seconds) for name, start, seconds in fields.pop("stages"))
-            # Workers of several versions share a bucket while they are replaced: what a newer one added is left out.
+            # Workers of several versions share a bucket during an upgrade: fields that a newer one added are left out.
             known = {name: value for name, value in fields.items() if name in cls.__slots__}
             event = cls(**known | {"kind": WebhookKind(known["kind"]), "stages": stages})
-            # Now, and not on the thread that is to send it.
+            # Encoded here, so that it does not fail on the thread that sends it.
             _ = event.webhook.payload
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a terminal event: {error}") from error
@@ -93,7 +94,7 @@ def failed_event(
     *,
     task_id: str,
     generation_id: GenerationId,
-    code: str,
+    code: ErrorCode,
     message: str,
     retry_count: int,
     worker: str = "",
@@ -102,12 +103,11 @@ def failed_event(
     ended_at: float = 0.0,
     fingerprint: str = "",
 ) -> TerminalEvent:
-    """The end of a job that could not be done."""
+    """Build the event of a failed job."""
     body: FailedBody = {
         "generation_id": generation_id,
         "error_message": redacted(message),
-        # The engine's own come as plain text; a test holds that all there are in the source are in the list.
-        "error_code": cast(ErrorCode, code),
+        "error_code": code,
         "retry_count": retry_count,
     }
     return TerminalEvent(

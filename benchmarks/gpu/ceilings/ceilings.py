@@ -111,7 +111,7 @@ def _transfers(context: Context) -> dict[str, Any]:
 
 
 def _expandable_segments() -> dict[str, Any]:
-    """In a process of its own: the allocator reads its settings once."""
+    """Measure in a separate process: the allocator reads its settings once."""
     command = [sys.executable, "-m", "benchmarks.gpu.ceilings.expandable", str(os.getpid())]
     environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)

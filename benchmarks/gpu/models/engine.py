@@ -12,7 +12,7 @@ from PIL import Image
 from benchmarks.gpu.models.bench_model import BenchModel
 from benchmarks.gpu.models.jobs import NUM_JOBS, request_of
 from benchmarks.sets import Job, image_of
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.models.base import Family
 from inference.request import EngineLoad, GenerationResult, StepReport
@@ -61,8 +61,8 @@ class BenchEngine(LocalEngine):
     def _load(self, settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> Family:
         return self.family
 
-    def _note(self, occupancy: EngineLoad) -> None:
-        self.num_batched.append(occupancy.num_batched)
+    def _note(self, engine_load: EngineLoad) -> None:
+        self.num_batched.append(engine_load.num_batched)
 
 
 class Encoder:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.gpu.stage import Context, Figures
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.process.child import main
 from inference.process.child_handle import ChildHandle
 from inference.process.engine_process import EngineProcess, wait_until_ready

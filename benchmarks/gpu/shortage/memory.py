@@ -18,7 +18,7 @@ class DeviceMemory:
 
     @property
     def num_allocated(self) -> int | None:
-        """Bytes in use, or None where nothing counts them."""
+        """Return the bytes in use, or None where they are not counted."""
         torch.cuda.synchronize(self._device)
         return torch.cuda.memory_allocated(self._device)
 
@@ -27,7 +27,7 @@ class DeviceMemory:
 
     @contextmanager
     def noting(self, what: Taken, amount: int) -> Iterator[None]:
-        """Note the most that the block takes, on the engine's thread."""
+        """Record the block's peak memory, on the engine's thread."""
         torch.cuda.reset_peak_memory_stats(self._device)
         before = torch.cuda.memory_allocated(self._device)
         try:
@@ -93,5 +93,5 @@ Memory = DeviceMemory | CountedMemory
 
 
 def memory_of(device: torch.device) -> Memory:
-    """The device's own, or the stand-in."""
+    """Return the device's memory, or the stand-in."""
     return DeviceMemory(device) if device.type == "cuda" else CountedMemory()

@@ -9,7 +9,7 @@ import torch
 from benchmarks.gpu.models.bench_model import BenchModel
 from benchmarks.gpu.models.engine import BenchEngine
 from benchmarks.gpu.shortage.memory import Memory
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.device.decoded_image import DecodedImage
 from inference.lane import Lane
 from inference.lora.adapter import Adapter
@@ -31,7 +31,7 @@ class NotedFamily(Family):
 
     def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
         self.batches.append(len(lanes))
-        request = lanes[0].drawing.request
+        request = lanes[0].owner.request
         values = sum(lane.num_rows for lane in lanes) * _num_values(request.width, request.height)
         with self.memory.noting(("forward", len(lanes), request.width), values):
             return super().denoise(lanes)

@@ -24,7 +24,8 @@ from benchmarks.gpu.shortage.memory import Memory, memory_of
 from benchmarks.gpu.shortage.short_engine import ShortEngine
 from benchmarks.gpu.stage import Context, Figures
 from benchmarks.sets import Job, image_of, psnr_db
-from inference.request import AdapterFile, GenerationRequest, GenerationResult, RequestFailed, StepReport
+from inference.errors import RequestFailed
+from inference.request import AdapterFile, GenerationRequest, GenerationResult, StepReport
 
 # As far as the same job in a smaller batch may differ: its sums are added up in another order, in 16 bits.
 RIGHT_DB = 30.0

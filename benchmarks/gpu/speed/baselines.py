@@ -37,7 +37,7 @@ class Baseline:
                 pipeline.unet.to(memory_format=torch.channels_last)
 
     def draw(self, job: Job, *, steps: int | None = None) -> Image.Image:
-        """The job's image with whatever adapters are active."""
+        """Generate the job's image with the active adapters."""
         noise = noise_of(job, self._model, self.pipeline).to(self._device)
         with self._attention.applied():
             image: Image.Image = self.pipeline(
@@ -114,7 +114,7 @@ class CompiledBaseline(Baseline):
         return images
 
     def _layers_of(self, path: Path) -> dict[str, torch.Tensor]:
-        """The file's weights for the denoiser."""
+        """Return the file's weights for the denoiser."""
         state = safetensors.torch.load_file(path)
         return {name: weight for name, weight in state.items() if name.startswith(f"{self._model.denoiser}.")}
 

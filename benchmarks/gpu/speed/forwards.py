@@ -34,9 +34,9 @@ class Forwards:
             self.rows = fill_bank(self.family, jobs)
             self.lanes = [self._lane(job, row) for job, row in zip(jobs, self.rows, strict=True)]
             if conditionings is None:
-                conditionings = Conditioner(self.family).condition([lane.drawing for lane in self.lanes])
+                conditionings = Conditioner(self.family).condition([lane.owner for lane in self.lanes])
             for lane, conditioning in zip(self.lanes, conditionings, strict=True):
-                lane.drawing.conditioning = conditioning
+                lane.owner.conditioning = conditioning
 
     @property
     def denoiser(self) -> Any:
@@ -44,18 +44,18 @@ class Forwards:
 
     @property
     def conditionings(self) -> list[Conditioning]:
-        return [lane.drawing.conditioning for lane in self.lanes if lane.drawing.conditioning is not None]
+        return [lane.owner.conditioning for lane in self.lanes if lane.owner.conditioning is not None]
 
     def step(self, num_lanes: int, *, has_adapters: bool) -> list[torch.Tensor]:
         """One forward of the first lanes: a guided prediction each. No lane moves on."""
         for lane, row in zip(self.lanes, self.rows, strict=True):
-            lane.drawing.row = row if has_adapters else ()
+            lane.owner.row = row if has_adapters else ()
         with torch.inference_mode():
             return self.family.denoise(self.lanes[:num_lanes])
 
     def step_alone(self, number: int) -> torch.Tensor:
         """One forward of one lane without the bank: by what the modules themselves are."""
-        self.lanes[number].drawing.row = ()
+        self.lanes[number].owner.row = ()
         with torch.inference_mode():
             return self.family.denoise([self.lanes[number]])[0]
 
@@ -63,9 +63,9 @@ class Forwards:
         request = request_of(job, self.model)
         self.family.prepare(request)
         keys = tuple(AdapterKey.of(file) for file in request.adapters)
-        drawing = ActiveRequest(request, self.family.batch_traits(request), lambda _: None, lambda: False, keys)
-        drawing.row = row
-        (lane,) = drawing.lanes
+        active = ActiveRequest(request, self.family.batch_traits(request), lambda _: None, lambda: False, keys)
+        active.row = row
+        (lane,) = active.lanes
         _, lane.sampler = self.family.begin(lane)
         return lane
 

@@ -55,7 +55,7 @@ class Speed:
             self._free()
 
     def copied(self) -> Any:
-        """A pipeline of its own on the same parameters."""
+        """Return a separate pipeline on the same parameters."""
         return shared_copy(self.pipeline)
 
     def _described(self, folder: Path) -> Figures:
@@ -114,7 +114,7 @@ class Speed:
             self.context.measure(f"arrival {number}", work, needs_seconds=10)
 
     def _new_job(self, number: int) -> Job:
-        """A job whose adapter the engine has not seen: a copy of a file is another adapter."""
+        """Return a job with an adapter new to the engine: a copy of a file is another adapter."""
         path = self._adapter(SWAPPED)
         copied = path.with_name(f"new-{number}.safetensors")
         copied.write_bytes(path.read_bytes())
@@ -124,7 +124,7 @@ class Speed:
         return self.jobs[number].adapters[0][0]
 
     def _free(self) -> None:
-        """Give back what the part before held: modules and their hooks hold each other."""
+        """Free the memory of the part before: modules and their hooks reference each other."""
         gc.collect()
         if self.context.is_cuda:
             torch.cuda.empty_cache()

@@ -68,7 +68,7 @@ def measure_memory(context: Context, forwards: Forwards) -> Figures:
 
 
 def profile_step(context: Context, forwards: Forwards) -> Figures:
-    """The kernels of one step with adapters that take longest together."""
+    """Record the kernels with the largest total time in one step with adapters."""
     forwards.step(NUM_JOBS, has_adapters=True)
     context.synchronize()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if context.is_cuda else [])]
@@ -96,7 +96,7 @@ def _own_us(event: Any) -> float:
 
 
 def _ratios(found: dict[str, Times]) -> Figures:
-    """A step with adapters over the same without, by the steady times."""
+    """Return the steady time of a step with adapters over one without."""
     pairs = {
         str(lanes): (found[f"step of {lanes} lanes with adapters"], found[f"step of {lanes} lanes plain"])
         for lanes in LANES
@@ -106,7 +106,7 @@ def _ratios(found: dict[str, Times]) -> Figures:
 
 
 def _utilisation(context: Context, model: BenchModel, found: dict[str, Times]) -> Figures:
-    """The base model's arithmetic over what a large matrix product reached, adapters' own left out."""
+    """Return the base model's FLOP/s over those of a large matrix product, adapters excluded."""
     peak = _measured_tflops(context)
     if model.is_tiny:
         return {"skipped": "the arithmetic is known at full size alone", "ceiling_tflops": peak}

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from examples.demo_model.recipe.settings import SIDE, bar_seconds
 from inference.engine.local_engine import LocalEngine
 from inference.request import AdapterFile, GenerationRequest, GenerationResult

@@ -13,19 +13,20 @@ import pytest
 
 from clients.cutoff import cutoff, is_cut_off
 from clients.storage.cache import STALE_PART_SECONDS, CacheFull, DownloadCache
-from clients.storage.claimed_folder import ClaimedFolder
-from clients.storage.client import ObjectStat, Storage
+from clients.storage.client import Storage
 from clients.storage.errors import ObjectChanged, ObjectNotFound, ObjectTooLarge, StorageUnavailable
 from clients.storage.location import ObjectRef
-from config.settings import StoreSettings
+from clients.storage.locked_folder import LockedFolder
+from clients.storage.objects import ObjectStat
+from config.store import StoreSettings
 from tests.support.paths import ROOT
 
 LIMIT_BYTES = 1000
 CLAIM = """
 import sys, time
 from pathlib import Path
-from clients.storage.claimed_folder import ClaimedFolder
-held = ClaimedFolder(Path(sys.argv[1]))
+from clients.storage.locked_folder import LockedFolder
+held = LockedFolder(Path(sys.argv[1]))
 print("claimed", flush=True)
 time.sleep(600)
 """
@@ -393,12 +394,12 @@ def test_a_worker_s_folder_is_free_once_its_process_was_killed(storage: Counting
     other = subprocess.Popen([sys.executable, "-c", CLAIM, str(folder)], cwd=ROOT, stdout=subprocess.PIPE)
     assert other.stdout is not None
     assert other.stdout.readline() == b"claimed\n"
-    assert ClaimedFolder(folder).path == folder / "worker-2"
+    assert LockedFolder(folder).path == folder / "worker-2"
 
     other.kill()
     other.wait()
 
-    assert ClaimedFolder(folder).path == folder
+    assert LockedFolder(folder).path == folder
 
 
 def test_what_the_cache_did_not_write_is_not_counted_and_not_removed(

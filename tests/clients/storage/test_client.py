@@ -16,9 +16,10 @@ from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 from pydantic import SecretStr
 
-import clients.storage.client
+import clients.storage.download
 from clients.deadline import DeadlineExpired
-from clients.storage.client import MIN_RATE_BYTES_PER_SECOND, RATE_WINDOW_SECONDS, ObjectStat, Pace, Storage
+from clients.storage.client import Storage
+from clients.storage.download import MIN_RATE_BYTES_PER_SECOND, RATE_WINDOW_SECONDS, RateMonitor
 from clients.storage.errors import (
     AccessDenied,
     BucketNotFound,
@@ -31,10 +32,11 @@ from clients.storage.errors import (
     StorageError,
     StorageUnavailable,
     WriteConflict,
-    translated,
+    translate_errors,
 )
 from clients.storage.location import ObjectRef, parse_location
-from config.settings import StoreSettings
+from clients.storage.objects import ObjectStat
+from config.store import StoreSettings
 from tests.support.servers.clients_servers import (
     AnsweringServer,
     DrippingHandshakeServer,
@@ -159,7 +161,7 @@ def test_of_many_writers_of_one_key_one_wins(storage: Storage, ref: ObjectRef) -
 
 
 def test_the_url_of_an_object_names_it_again(storage: Storage, store_settings: StoreSettings, ref: ObjectRef) -> None:
-    url = storage.url_of(ref)
+    url = storage.public_url(ref)
 
     assert url.startswith(f"{store_settings.endpoint_url}/{ref.bucket}/models/%EC")
     assert url.endswith("/a%2Bb%3D100%25.safetensors")
@@ -184,7 +186,7 @@ def test_the_url_of_an_object_names_it_again(storage: Storage, store_settings: S
 def test_without_an_endpoint_the_url_is_the_base_or_aws(bucket: str, names: dict[str, str], url: str) -> None:
     settings = settings_of("", **{**names, "AWS_S3_ENDPOINT_URL": None, "AWS_S3_REGION_NAME": "eu-west-1"})
 
-    assert Storage(settings).url_of(ObjectRef(bucket, "gen 1.png")) == url
+    assert Storage(settings).public_url(ObjectRef(bucket, "gen 1.png")) == url
 
 
 # --- A store that misbehaves
@@ -301,7 +303,7 @@ def test_a_dripping_download_ends_at_its_deadline(tmp_path: Path, prompt: bytes,
 def test_a_download_below_the_minimum_rate_ends_long_before_its_deadline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clients.storage.client, "RATE_WINDOW_SECONDS", 0.2)
+    monkeypatch.setattr(clients.storage.download, "RATE_WINDOW_SECONDS", 0.2)
     head = b"HTTP/1.1 200 OK\r\nETag: %s\r\nContent-Length: 10000\r\n\r\n" % ETAG.encode()
     with DrippingServer(head) as server:
         storage, started = storage_at(server), time.monotonic()
@@ -327,7 +329,7 @@ def test_a_store_without_an_answer_ends_at_the_deadline(
 
 def test_a_stream_is_too_slow_when_one_window_has_too_few_bytes() -> None:
     moments: Iterator[float] = iter([0.0, 5.0, 10.0, 19.0, 20.0])
-    pace = Pace(clock=lambda: next(moments))
+    pace = RateMonitor(clock=lambda: next(moments))
     enough = int(MIN_RATE_BYTES_PER_SECOND * RATE_WINDOW_SECONDS)
 
     assert not pace.is_too_slow(enough)
@@ -441,7 +443,7 @@ def test_a_page_with_a_good_status_is_no_answer_of_a_store(call: str) -> None:
 
 
 def test_a_page_of_another_server_is_no_answer_of_a_store() -> None:
-    with pytest.raises(NotAStore, match="AWS_S3_ENDPOINT_URL"), translated(MISSING):
+    with pytest.raises(NotAStore, match="AWS_S3_ENDPOINT_URL"), translate_errors(MISSING):
         raise ResponseParserError("Unable to parse response")
 
 
@@ -456,7 +458,7 @@ def test_a_page_of_another_server_is_no_answer_of_a_store() -> None:
     ids=["no such host", "name server busy", "wrong certificate", "cut handshake"],
 )
 def test_what_only_a_person_can_mend_is_told_from_what_passes(cause: Exception, expected: type[StorageError]) -> None:
-    with pytest.raises(StorageError) as raised, translated(MISSING):
+    with pytest.raises(StorageError) as raised, translate_errors(MISSING):
         try:
             raise cause
         except OSError as error:
@@ -530,7 +532,7 @@ def test_a_store_that_refuses_connections_is_unavailable(tmp_path: Path) -> None
 def test_every_answer_has_its_error(status: int, code: str, expected: type[StorageError]) -> None:
     response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
 
-    with pytest.raises(StorageError) as raised, translated(MISSING):
+    with pytest.raises(StorageError) as raised, translate_errors(MISSING):
         raise boto.ClientError(response, "GetObject")  # type: ignore[arg-type]
 
     assert type(raised.value) is expected
@@ -547,7 +549,7 @@ def descendants(base: type[Exception]) -> list[type[Exception]]:
     ids=lambda kind: kind.__name__,
 )
 def test_no_error_of_a_library_gets_through(kind: type[Exception]) -> None:
-    with pytest.raises(StorageError), translated(MISSING):
+    with pytest.raises(StorageError), translate_errors(MISSING):
         raise kind.__new__(kind)
 
 
@@ -564,7 +566,7 @@ def test_no_error_of_a_library_gets_through(kind: type[Exception]) -> None:
     ],
 )
 def test_connection_errors_are_unavailable(kind: type[Exception], expected: type[StorageError]) -> None:
-    with pytest.raises(StorageError) as raised, translated(MISSING):
+    with pytest.raises(StorageError) as raised, translate_errors(MISSING):
         raise kind.__new__(kind)
 
     assert type(raised.value) is expected

@@ -13,7 +13,7 @@ from clients.storage.cache import DownloadCache
 from clients.storage.client import Storage
 from clients.storage.errors import AccessDenied, BucketNotFound, ObjectChanged, ObjectNotFound
 from clients.storage.location import LocationForbidden, ObjectRef, parse_location
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from tests.support.servers.google_stand_in import KEY_ID, SECRET, GoogleStandIn
 from tests.worker.results.test_ledger import event
 from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate
@@ -85,10 +85,10 @@ def test_what_is_put_is_found_read_listed_and_deleted(storage: Storage, tmp_path
 
     stat = storage.head(ref)
     assert stat.size_bytes == 7
-    assert storage.notes_of(ref).metadata == {"task-id": "660f9511"}
+    assert storage.read_metadata(ref).metadata == {"task-id": "660f9511"}
     storage.download(ref, tmp_path / "file", stat=stat, max_bytes=10, deadline_seconds=5)
     assert (tmp_path / "file").read_bytes() == b"weights"
-    assert [found.key for found in storage.each_below(BUCKET, "models/")] == [KEY]
+    assert [found.key for found in storage.list_objects(BUCKET, "models/")] == [KEY]
 
     storage.delete(ref)
     storage.delete(ref)
@@ -142,11 +142,11 @@ def test_a_picture_is_not_kept_by_caches_without_asking(google: GoogleStandIn, s
 def test_an_object_replaced_after_the_look_is_not_overwritten(google: GoogleStandIn, storage: Storage) -> None:
     ref = ObjectRef(BUCKET, "generations/gen-1.png")
     google.put(BUCKET, ref.key, b"before")
-    etag = storage.notes_of(ref).etag
+    etag = storage.read_metadata(ref).etag
     google.put(BUCKET, ref.key, b"replaced")
 
     assert not storage.put_if_unchanged(ref, b"late", etag=etag, content_type="image/png")
-    assert storage.put_if_unchanged(ref, b"new", etag=storage.notes_of(ref).etag, content_type="image/png")
+    assert storage.put_if_unchanged(ref, b"new", etag=storage.read_metadata(ref).etag, content_type="image/png")
     assert google.objects[BUCKET, ref.key].body == b"new"
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clients.storage.location import LocationForbidden, ObjectRef, parse_location
-from config.settings import StoreSettings
+from config.store import StoreSettings
 
 ENDPOINT = "https://objects.example.com:9000"
 KEY = "models/style-1/lora_weights.safetensors"

@@ -15,7 +15,7 @@ import torch
 from benchmarks.loading import build, measure
 from inference.checkpoints.checkpoint import Location, identify
 from inference.checkpoints.pipeline import download, load_pipeline, weight_bytes
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 from tests.support.models.ldm_layout import write_single_file
 from tests.support.models.tiny_models import build_tiny_sd, build_tiny_sd2, build_tiny_sdxl, build_tiny_z_image
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from clients.gpu import GpuReading, GpuReadings
-from config.settings import ModelSettings
+from clients.gpu import GpuMonitor, GpuUsage
+from config.model import ModelSettings
 from inference.checkpoints import memory_plan
 from inference.checkpoints.checkpoint import identify
 from inference.checkpoints.memory_plan import (
@@ -24,10 +24,10 @@ from inference.checkpoints.memory_plan import (
 )
 from inference.checkpoints.offload import offload_in_turns
 from inference.checkpoints.pipeline import load_pipeline
-from inference.request import EngineStartFailed
+from inference.errors import EngineStartFailed
 from tests.support.models.tiny_models import build_tiny_sd
 from worker.cli.check.checks import CheckFailed
-from worker.cli.check.memory import check_memory
+from worker.cli.check.machine import check_memory
 
 SDXL = {"text_encoder": 246_000_000, "text_encoder_2": 1_389_000_000, "unet": 5_135_000_000, "vae": 167_000_000}
 TOTAL = sum(SDXL.values())
@@ -251,8 +251,8 @@ def test_check_foretells_what_the_engine_will_do(
 ) -> None:
     # Given a model of 3 MB of weights at 16 bits, 2.9 of them the UNet's, and a GPU
     settings = ModelSettings.model_validate({"MODEL_ID": str(build_tiny_sd(tmp_path / "sd"))})
-    gpu = GpuReading(memory_used_bytes=1_000, memory_total_bytes=free + 1_000, utilization_ratio=None)
-    monkeypatch.setattr(GpuReadings, "read", lambda _: gpu)
+    gpu = GpuUsage(memory_used_bytes=1_000, memory_total_bytes=free + 1_000, utilization_ratio=None)
+    monkeypatch.setattr(GpuMonitor, "read", lambda _: gpu)
 
     if words is None:
         with pytest.raises(CheckFailed, match="unet"):

@@ -15,7 +15,8 @@ from examples.parts.seaweedfs import SeaweedFS
 from inference.checkpoints.checkpoint import identify
 from inference.checkpoints.pipeline import weight_bytes
 from inference.engine.local_engine import LocalEngine
-from inference.request import EngineStartFailed, GenerationRequest, RequestFailed
+from inference.errors import EngineStartFailed, RequestFailed
+from inference.request import GenerationRequest
 from tests.support.engine.engine_requests import request_of
 from tests.support.images.pictures import MIN_PSNR_DB, draw, plain, psnr, settings_of
 from tests.support.models.ldm_layout import write_single_file

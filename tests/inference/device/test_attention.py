@@ -21,9 +21,10 @@ from inference.models.z_image_attention import (
 )
 from inference.request import AdapterFile
 from tests.support.engine.engine_requests import request_of
-from tests.support.engine.watched_engine import WatchedEngine, WatchedModel, order_together
+from tests.support.engine.watched_engine import WatchedEngine, WatchedModel, submit_together
+from tests.support.models.tiny_adapters import Z_IMAGE_EVERY_LAYER
 from tests.support.models.tiny_controls import control_of, speckles, write_controlnet
-from tests.support.models.tiny_models import Z_IMAGE_EVERY_LAYER, build_tiny_z_image, load_pipe, write_adapter
+from tests.support.models.tiny_models import build_tiny_z_image, load_pipe, write_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_forward_failed")
 
@@ -243,7 +244,7 @@ def test_no_attention_of_a_mixed_z_image_batch_has_a_mask(
     path = tmp_path / "style.safetensors"
     write_adapter(path, load_pipe(checkpoint), layout="diffusers_new", targets=Z_IMAGE_EVERY_LAYER)
     fields: dict[str, Any] = {"height": 64, "num_inference_steps": 2}
-    orders = order_together(
+    calls = submit_together(
         engine,
         [
             request_of(width=64, guidance_scale=2.0, control=control_of("pose", speckles(1)), **fields),
@@ -252,6 +253,6 @@ def test_no_attention_of_a_mixed_z_image_batch_has_a_mask(
         ],
     )
 
-    assert [order.error for order in orders] == [None] * 3
+    assert [call.error for call in calls] == [None] * 3
     assert max(map(len, engine.model.batches)) >= 3
     assert MaskWatchingModel.calls.num_masked == 0

@@ -130,10 +130,10 @@ def test_captions_of_any_length_share_a_step_without_a_mask(model: FullModel, na
 @pytest.mark.parametrize("name", UNET_FAMILIES)
 def test_a_step_of_prompts_of_one_and_of_three_chunks_waits_for_nothing(model: FullModel, name: str) -> None:
     short, long = model.lanes(2)
-    conditioning = long.drawing.conditioning
+    conditioning = long.owner.conditioning
     assert conditioning is not None
     assert conditioning.negative is not None
-    long.drawing.conditioning = Conditioning(tripled(conditioning.positive), tripled(conditioning.negative))
+    long.owner.conditioning = Conditioning(tripled(conditioning.positive), tripled(conditioning.negative))
 
     assert stalls_of(model, [short, long]) == []
 
@@ -166,12 +166,12 @@ def test_a_preview_makes_no_step_wait(model: FullModel, name: str) -> None:
     (prediction,) = model.family.denoise([lane])
 
     with model.cuda.counting() as tally:
-        previews.look_at(lane, prediction)
+        previews.project(lane, prediction)
         sampler_of(lane).advance(prediction)
-        previews.hand_over()
+        previews.deliver()
 
     assert tally.stalls == []
-    assert lane.drawing.preview is not None
+    assert lane.owner.preview is not None
 
 
 # --- Joining and leaving

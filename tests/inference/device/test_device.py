@@ -9,7 +9,7 @@ import torch
 
 from config.visible_gpus import HIDDEN, visible_gpu
 from inference.device.device import USABLE_SHARE, Device
-from inference.request import RequestFailed
+from inference.errors import RequestFailed
 
 GB = 10**9
 SHAPE = (512, 512)
@@ -238,12 +238,12 @@ def test_an_attempt_tells_errors_and_keeps_nothing_of_what_raised_them() -> None
     def fail() -> None:
         raise ValueError("no")
 
-    attempt = device.attempt(fail)
+    guarded = device.guard(fail)
 
-    assert attempt.made is None
-    assert isinstance(attempt.error, ValueError)
-    assert attempt.error.__traceback__ is None
-    assert device.attempt(lambda: 5) == (5, None)
+    assert guarded.result is None
+    assert isinstance(guarded.error, ValueError)
+    assert guarded.error.__traceback__ is None
+    assert device.guard(lambda: 5) == (5, None)
 
 
 def test_an_error_of_the_request_s_own_is_no_reason_to_look_at_the_device() -> None:
@@ -254,4 +254,4 @@ def test_an_error_of_the_request_s_own_is_no_reason_to_look_at_the_device() -> N
     def refuse() -> None:
         raise refusal
 
-    assert device.attempt(refuse).error is refusal
+    assert device.guard(refuse).error is refusal

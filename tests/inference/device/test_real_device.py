@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
+from inference.errors import RequestFailed
 from inference.lane import Lane
 from inference.process.child import EXIT_BROKEN
 from inference.process.child_handle import ChildHandle
 from inference.process.engine_process import EngineProcess, wait_until_ready
-from inference.request import GenerationRequest, RequestFailed
+from inference.request import GenerationRequest
 from tests.support.engine.asserting_child import FUSE
 from tests.support.engine.engine_requests import request_of
-from tests.support.engine.watched_engine import PATIENCE_SECONDS, WatchedEngine, WatchedModel, order_together
+from tests.support.engine.watched_engine import PATIENCE_SECONDS, WatchedEngine, WatchedModel, submit_together
 from tests.support.images.pictures import MIN_PSNR_DB, TEST_DEVICE, draw, images_of, psnr, settings_of
 from tests.support.models.tiny_models import build_tiny_sd
 
@@ -85,7 +86,7 @@ def test_a_batch_that_finds_no_memory_is_halved_and_every_picture_is_right(engin
     engine.model.batches.clear()
 
     with memory_of(torch.cuda.memory_allocated() + room):
-        together = [order.image for order in order_together(engine, requests)]
+        together = [call.image for call in submit_together(engine, requests)]
 
     sizes = [len(batch) for batch in engine.model.batches]
     assert max(sizes) * of_forward > room, "there was room for all"

@@ -11,15 +11,16 @@ import pytest
 import safetensors.torch
 import torch
 
+from inference.errors import RequestFailed
 from inference.lora.layers import layer_groups
-from inference.request import AdapterFile, EngineLoad, GenerationRequest, RequestFailed
+from inference.request import AdapterFile, EngineLoad, GenerationRequest
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import (
     PATIENCE_SECONDS,
-    Order,
+    EngineCall,
     WatchedEngine,
     arriving_together,
-    order_together,
+    submit_together,
 )
 from tests.support.images.pictures import DIFFERENT_DB, MIN_PSNR_DB, demo_adapter, psnr, solo
 from tests.support.models.tiny_models import EVERY_LAYER, build_tiny_sd, load_pipe, write_adapter
@@ -84,20 +85,20 @@ def at_scale(file: AdapterFile, scale: float) -> AdapterFile:
     return replace(file, scale=scale)
 
 
-def assert_right(checkpoint: Path, orders: list[Order]) -> None:
+def assert_right(checkpoint: Path, calls: list[EngineCall]) -> None:
     """Every picture is the one that plain diffusers draws for its request alone."""
     ratios = {
-        f"{number} {order.request.request_id} seed {seed}": psnr(image, solo(checkpoint, order.request, seed=seed))
-        for number, order in enumerate(orders)
-        for image, seed in zip(order.images, order.request.seeds, strict=True)
+        f"{number} {call.request.request_id} seed {seed}": psnr(image, solo(checkpoint, call.request, seed=seed))
+        for number, call in enumerate(calls)
+        for image, seed in zip(call.images, call.request.seeds, strict=True)
     }
     assert {name: ratio for name, ratio in ratios.items() if ratio < MIN_PSNR_DB} == {}
 
 
-def assert_styled(engine: WatchedEngine, orders: list[Order]) -> None:
+def assert_styled(engine: WatchedEngine, calls: list[EngineCall]) -> None:
     """Every picture is far from what its request would give without its adapters."""
-    styled = [order for order in orders if order.request.adapters]
-    bare = order_together(engine, [replace(order.request, adapters=()) for order in styled])
+    styled = [call for call in calls if call.request.adapters]
+    bare = submit_together(engine, [replace(call.request, adapters=()) for call in styled])
     ratios = {one.request.adapters: psnr(one.image, other.image) for one, other in zip(styled, bare, strict=True)}
     assert {files: ratio for files, ratio in ratios.items() if ratio >= DIFFERENT_DB} == {}
 
@@ -137,18 +138,18 @@ def test_ten_requests_with_ten_styles_at_once_give_the_pictures_that_each_gives_
 ) -> None:
     start = len(engine.turns)
 
-    orders = order_together(engine, mixed_requests(adapters))
+    calls = submit_together(engine, mixed_requests(adapters))
 
-    assert_right(tiny, orders)
+    assert_right(tiny, calls)
     forwards = [turn.num_batched for turn in engine.turns[start:] if turn.num_batched]
     assert sum(forwards) / len(forwards) >= 4
-    assert_styled(engine, orders)
+    assert_styled(engine, calls)
 
 
 def test_the_demo_model_s_styles_share_a_batch_at_scales_of_their_own() -> None:
     engine = WatchedEngine(DEMO_MODEL / "checkpoint")
 
-    orders = order_together(
+    calls = submit_together(
         engine,
         [
             request_of(adapters=(demo_adapter("neon"),), prompt="neon: a castle", num_inference_steps=5),
@@ -159,9 +160,9 @@ def test_the_demo_model_s_styles_share_a_batch_at_scales_of_their_own() -> None:
         ],
     )
 
-    assert_right(DEMO_MODEL / "checkpoint", orders)
-    assert psnr(orders[0].image, orders[1].image) < DIFFERENT_DB
-    assert_styled(engine, orders)
+    assert_right(DEMO_MODEL / "checkpoint", calls)
+    assert psnr(calls[0].image, calls[1].image) < DIFFERENT_DB
+    assert_styled(engine, calls)
     engine.close()
 
 
@@ -176,25 +177,25 @@ def test_a_request_joins_at_the_next_step_and_the_others_pictures_do_not_change(
         tiny_request(adapters["every"], num_inference_steps=22, seeds=(2,), scheduler="euler_a"),
         tiny_request(num_inference_steps=24, seeds=(3,), guidance_scale=1.0),
     ]
-    undisturbed = order_together(engine, residents)
-    before = [order.image for order in undisturbed]
-    newcomers: list[Order] = []
+    undisturbed = submit_together(engine, residents)
+    before = [call.image for call in undisturbed]
+    newcomers: list[EngineCall] = []
     turn_when_ready: list[int] = []
     turn_when_joined: list[int] = []
 
     def come() -> None:
         newcomer = tiny_request(adapters["everything"], num_inference_steps=9, seeds=(4,))
-        newcomers.append(Order(engine, newcomer, at={0: lambda: turn_when_joined.append(len(engine.turns))}))
+        newcomers.append(EngineCall(engine, newcomer, at={0: lambda: turn_when_joined.append(len(engine.turns))}))
 
     def be_ready() -> None:
         engine.wait_until_prepared()
         turn_when_ready.append(len(engine.turns))
 
     with arriving_together(engine):
-        orders = [Order(engine, residents[0], at={6: come, 7: be_ready})]
-        orders += [Order(engine, request) for request in residents[1:]]
+        calls = [EngineCall(engine, residents[0], at={6: come, 7: be_ready})]
+        calls += [EngineCall(engine, request) for request in residents[1:]]
 
-    after = [order.image for order in orders]
+    after = [call.image for call in calls]
     assert_right(tiny, newcomers)
     assert turn_when_joined[0] - turn_when_ready[0] <= 2
     batched = [turn.num_batched for turn in engine.turns[turn_when_ready[0] :]]
@@ -207,9 +208,9 @@ def test_a_place_that_becomes_free_is_taken_in_the_very_next_turn(tiny: Path, mo
     monkeypatch.setattr("inference.engine.local_engine.POLL_SECONDS", 3600.0)
     engine = WatchedEngine(tiny, MAX_CONCURRENT_GENERATIONS=1)
 
-    orders = [Order(engine, tiny_request(seeds=(seed,))) for seed in range(3)]
+    calls = [EngineCall(engine, tiny_request(seeds=(seed,))) for seed in range(3)]
 
-    assert [order.image.size for order in orders] == [(64, 64)] * 3
+    assert [call.image.size for call in calls] == [(64, 64)] * 3
     engine.close()
 
 
@@ -226,10 +227,10 @@ def test_two_shapes_take_turns_and_neither_spoils_the_other(
         tiny_request(adapters["kohya"], seeds=(4,)),
     ]
 
-    orders = order_together(engine, requests)
+    calls = submit_together(engine, requests)
 
-    assert_right(tiny, orders)
-    assert orders[1].image.size == (96, 64)
+    assert_right(tiny, calls)
+    assert calls[1].image.size == (96, 64)
     steps = [{lane.shape for lane in batch} for batch in engine.model.batches]
     assert all(len(shapes) == 1 for shapes in steps)
     last_wide = max(i for i, shapes in enumerate(steps) if shapes == {(64, 96)})
@@ -244,14 +245,14 @@ def test_three_pictures_with_two_lanes_are_the_seeds_own_and_every_step_is_told_
 
     forwards_when_told: list[int] = []
 
-    order = Order(
+    call = EngineCall(
         engine,
         tiny_request(adapters["text"], seeds=(5, 3, 4), num_inference_steps=9),
         at={9: lambda: forwards_when_told.append(len(engine.model.batches))},
     )
 
-    assert_right(tiny, [order])
-    assert [report.step_index for report in order.steps] == list(range(10))
+    assert_right(tiny, [call])
+    assert [report.step_index for report in call.steps] == list(range(10))
     assert max(len(batch) for batch in engine.model.batches) == 2
     assert forwards_when_told == [len(engine.model.batches)] == [18], "the last step is told when the last lane did it"
     engine.close()
@@ -270,14 +271,14 @@ def test_more_styles_than_slots_are_each_drawn_right_and_never_touch_the_others(
 
     def controls() -> list[bytes]:
         """Drawn alone: a picture without an adapter, and one whose adapter is evicted meanwhile."""
-        drawn = [Order(engine, tiny_request(*files, seeds=(9,))).image for files in ((), (adapters["every"],))]
+        drawn = [EngineCall(engine, tiny_request(*files, seeds=(9,))).image for files in ((), (adapters["every"],))]
         return [image.tobytes() for image in drawn]
 
     before = controls()
-    first = [Order(engine, request) for request in requests[:7]]
+    first = [EngineCall(engine, request) for request in requests[:7]]
     assert_right(tiny, first)
     during = controls()
-    second = [Order(engine, request) for request in requests[7:]]
+    second = [EngineCall(engine, request) for request in requests[7:]]
     assert_right(tiny, second)
     after = controls()
 
@@ -293,17 +294,17 @@ def test_a_style_that_takes_over_another_s_pages_brings_layers_that_one_lacked(t
         for seed, name in enumerate(("old", "five", "eight"))
     ]
     leaving = tiny_request(adapters["text"], num_inference_steps=8, seeds=(3,))
-    coming: list[Order] = []
+    coming: list[EngineCall] = []
 
     def come() -> None:
         # Its prompts are known, and it takes the only slot and the place in the batch that become free.
-        coming.append(Order(engine, tiny_request(adapters["convolutions"], num_inference_steps=9, seeds=(4,))))
+        coming.append(EngineCall(engine, tiny_request(adapters["convolutions"], num_inference_steps=9, seeds=(4,))))
 
     with arriving_together(engine):
-        orders = [Order(engine, request) for request in staying]
-        orders.append(Order(engine, leaving, at={4: come, 7: engine.wait_until_prepared}))
+        calls = [EngineCall(engine, request) for request in staying]
+        calls.append(EngineCall(engine, leaving, at={4: come, 7: engine.wait_until_prepared}))
 
-    assert_right(tiny, [*orders[2:], *coming])
+    assert_right(tiny, [*calls[2:], *coming])
     engine.close()
 
 
@@ -313,8 +314,8 @@ def test_a_style_that_takes_over_another_s_pages_brings_layers_that_one_lacked(t
 def test_an_adapter_over_the_rank_limit_is_refused_by_name_of_both_ranks(tiny: Path, adapters: Adapters) -> None:
     engine = WatchedEngine(tiny, ADAPTER_MAX_RANK=8)
 
-    refused = Order(engine, tiny_request(adapters["sixty_four"]))
-    accepted = Order(engine, tiny_request(adapters["eight"]))
+    refused = EngineCall(engine, tiny_request(adapters["sixty_four"]))
+    accepted = EngineCall(engine, tiny_request(adapters["eight"]))
 
     assert isinstance(refused.error, RequestFailed)
     assert refused.error.code == "LORA_UNSUPPORTED"
@@ -334,8 +335,8 @@ def test_adapters_that_are_more_than_the_pages_hold_together_are_refused_rather_
     # Pages for rank 64, and the zero page.
     engine = WatchedEngine(tiny, ADAPTER_MAX_RANK=64, ADAPTER_MEMORY_GB=9.5 * page_bytes / 1e9)
 
-    refused = Order(engine, tiny_request(adapters["sixty_four"], adapters["eight"]))
-    accepted = [Order(engine, tiny_request(adapters[name])) for name in ("sixty_four", "eight")]
+    refused = EngineCall(engine, tiny_request(adapters["sixty_four"], adapters["eight"]))
+    accepted = [EngineCall(engine, tiny_request(adapters[name])) for name in ("sixty_four", "eight")]
 
     assert isinstance(refused.error, RequestFailed)
     assert refused.error.code == "LORA_UNSUPPORTED"
@@ -354,14 +355,14 @@ def test_an_adapter_that_is_replaced_under_its_path_is_another_adapter(
     file.weights.write_bytes(adapters["text"].weights.read_bytes())
     write_adapter(other, load_pipe(tiny), seed=99, **ADAPTERS["text"])
     assert other.stat().st_size == file.weights.stat().st_size
-    first = Order(engine, tiny_request(file))
+    first = EngineCall(engine, tiny_request(file))
     assert_right(tiny, [first])
 
     if way == "renamed onto it":
         other.replace(file.weights)
     else:
         file.weights.write_bytes(other.read_bytes())
-    second = Order(engine, tiny_request(file))
+    second = EngineCall(engine, tiny_request(file))
 
     assert_right(tiny, [second])
     assert psnr(first.image, second.image) < DIFFERENT_DB
@@ -375,10 +376,10 @@ def test_an_adapter_of_one_version_is_read_once_however_its_file_is_touched(
     path.write_bytes(adapters["text"].weights.read_bytes())
     file = AdapterFile(path, None, 1.0, version="etag-1")
 
-    together = order_together(engine, [tiny_request(file, seeds=(seed,)) for seed in range(3)])
+    together = submit_together(engine, [tiny_request(file, seeds=(seed,)) for seed in range(3)])
     assert_right(tiny, together)
     os.utime(path, (1, 1))
-    later = Order(engine, tiny_request(file, seeds=(7,)))
+    later = EngineCall(engine, tiny_request(file, seeds=(7,)))
     assert_right(tiny, [later])
 
     assert num_readings(caplog) == 1
@@ -391,11 +392,11 @@ def test_another_version_under_the_same_path_is_another_adapter(
     caplog.set_level(logging.INFO, "inference.engine.preparer")
     path = tmp_path / "style.safetensors"
     path.write_bytes(adapters["text"].weights.read_bytes())
-    first = Order(engine, tiny_request(AdapterFile(path, None, 1.0, version="etag-1")))
+    first = EngineCall(engine, tiny_request(AdapterFile(path, None, 1.0, version="etag-1")))
     assert_right(tiny, [first])
 
     write_adapter(path, load_pipe(tiny), seed=99, **ADAPTERS["text"])
-    second = Order(engine, tiny_request(AdapterFile(path, None, 1.0, version="etag-2")))
+    second = EngineCall(engine, tiny_request(AdapterFile(path, None, 1.0, version="etag-2")))
 
     assert_right(tiny, [second])
     assert psnr(first.image, second.image) < DIFFERENT_DB
@@ -406,8 +407,8 @@ def num_readings(caplog: pytest.LogCaptureFixture) -> int:
     return sum(record.message == "adapter read" for record in caplog.records)
 
 
-def slots_in_use(occupancy: EngineLoad) -> int:
-    return occupancy.slots_active + occupancy.slots_idle
+def slots_in_use(engine_load: EngineLoad) -> int:
+    return engine_load.slots_active + engine_load.slots_idle
 
 
 # --- Conditioning
@@ -422,14 +423,12 @@ def words(adapters: Adapters, tmp_path_factory: pytest.TempPathFactory) -> Adapt
     return AdapterFile(weights, None, 1.0)
 
 
-def positive_of(engine: WatchedEngine, order: Order) -> torch.Tensor:
-    """The embedding of the order's prompt, as its lane had it."""
-    order.future.result(PATIENCE_SECONDS)
-    drawing = next(
-        lane.drawing for batch in engine.model.batches for lane in batch if lane.drawing.future is order.future
-    )
-    assert drawing.conditioning is not None
-    return drawing.conditioning.positive.tokens
+def positive_of(engine: WatchedEngine, call: EngineCall) -> torch.Tensor:
+    """The embedding of the call's prompt, as its lane had it."""
+    call.future.result(PATIENCE_SECONDS)
+    active = next(lane.owner for batch in engine.model.batches for lane in batch if lane.owner.future is call.future)
+    assert active.conditioning is not None
+    return active.conditioning.positive.tokens
 
 
 def test_a_prompt_means_something_else_under_a_text_encoder_s_adapter_and_at_each_scale_of_it(
@@ -437,10 +436,10 @@ def test_a_prompt_means_something_else_under_a_text_encoder_s_adapter_and_at_eac
 ) -> None:
     requests = [tiny_request(), tiny_request(words), tiny_request(at_scale(words, 0.4)), tiny_request(words)]
 
-    orders = order_together(engine, requests)
+    calls = submit_together(engine, requests)
 
-    assert_right(tiny, orders)
-    without, full, weak, again = (positive_of(engine, order) for order in orders)
+    assert_right(tiny, calls)
+    without, full, weak, again = (positive_of(engine, call) for call in calls)
     assert not torch.allclose(without, full, atol=1e-2)
     assert not torch.allclose(without, weak, atol=1e-2)
     assert not torch.allclose(full, weak, atol=1e-2)
@@ -451,10 +450,10 @@ def test_a_prompt_means_something_else_under_a_text_encoder_s_adapter_and_at_eac
 def test_a_repeated_prompt_is_encoded_once_as_long_as_no_adapter_changes_its_meaning(
     adapters: Adapters, engine: WatchedEngine
 ) -> None:
-    first = Order(engine, tiny_request(prompt="a hill"))
-    second = Order(engine, tiny_request(adapters["every"], prompt="a hill", seeds=(2, 3)))
-    third = Order(engine, tiny_request(prompt="a hill", negative_prompt="a hill"))
-    assert all(len(order.images) for order in (first, second, third))
+    first = EngineCall(engine, tiny_request(prompt="a hill"))
+    second = EngineCall(engine, tiny_request(adapters["every"], prompt="a hill", seeds=(2, 3)))
+    third = EngineCall(engine, tiny_request(prompt="a hill", negative_prompt="a hill"))
+    assert all(len(call.images) for call in (first, second, third))
 
     assert engine.model.encoded.count("a hill") == 1
     assert engine.model.encoded.count("blurry") == 1

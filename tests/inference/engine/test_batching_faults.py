@@ -13,28 +13,22 @@ import torch
 
 import inference.engine.batcher
 from inference.device.decoded_image import DecodedImage
-from inference.engine.shortages import TRIES_ALONE, TRIES_BESIDE_OTHERS
+from inference.engine.out_of_memory import TRIES_ALONE, TRIES_BESIDE_OTHERS
+from inference.errors import EngineClosed, EngineFault, RequestCancelled, RequestFailed
 from inference.lane import Embedding, Lane
 from inference.lora.adapter import Adapter
 from inference.lora.bank import AdapterBank, PackedAdapter, RowAdapters
 from inference.models.inputs import Prompt
-from inference.request import (
-    AdapterFile,
-    EngineClosed,
-    EngineFault,
-    GenerationRequest,
-    RequestCancelled,
-    RequestFailed,
-)
+from inference.request import AdapterFile, GenerationRequest
 from inference.sampling.samplers import Sampler
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import (
     PATIENCE_SECONDS,
-    Order,
+    EngineCall,
     WatchedEngine,
     WatchedModel,
     arriving_together,
-    order_together,
+    submit_together,
     wait_for,
 )
 from tests.support.images.pictures import MIN_PSNR_DB, images_of, plain, psnr, solo
@@ -66,10 +60,10 @@ def requests_with_seeds(*seeds: int, **fields: Any) -> list[GenerationRequest]:
     return [tiny_request(seeds=(seed,), **fields) for seed in seeds]
 
 
-def assert_right(checkpoint: Path, orders: Sequence[Order]) -> None:
+def assert_right(checkpoint: Path, calls: Sequence[EngineCall]) -> None:
     """Every picture is the one that plain diffusers draws for its request alone."""
-    for order in orders:
-        assert psnr(order.image, solo(checkpoint, order.request)) >= MIN_PSNR_DB, order.request
+    for call in calls:
+        assert psnr(call.image, solo(checkpoint, call.request)) >= MIN_PSNR_DB, call.request
 
 
 # --- Cancelling
@@ -83,18 +77,18 @@ def test_a_cancelled_request_leaves_within_a_turn_and_the_others_are_drawn_right
 
     def cancel() -> None:
         cancelled_at.append(len(engine.turns))
-        orders[1].cancel()
+        calls[1].cancel()
 
     with arriving_together(engine):
-        orders = [
-            Order(engine, tiny_request(style, seeds=(1,))),
-            Order(engine, tiny_request(seeds=(2,)), at={5: cancel}),
-            Order(engine, tiny_request(seeds=(3,), num_inference_steps=12)),
+        calls = [
+            EngineCall(engine, tiny_request(style, seeds=(1,))),
+            EngineCall(engine, tiny_request(seeds=(2,)), at={5: cancel}),
+            EngineCall(engine, tiny_request(seeds=(3,), num_inference_steps=12)),
         ]
 
-    assert isinstance(orders[1].error, RequestCancelled)
-    assert orders[1].steps[-1].step_index == 5
-    assert_right(tiny, [orders[0], orders[2]])
+    assert isinstance(calls[1].error, RequestCancelled)
+    assert calls[1].steps[-1].step_index == 5
+    assert_right(tiny, [calls[0], calls[2]])
     assert [turn.num_batched for turn in engine.turns[cancelled_at[0] :][:2]] == [3, 2]
     engine.close()
 
@@ -105,16 +99,16 @@ def test_cancelling_takes_all_lanes_of_a_request_and_frees_its_slot(tiny: Path, 
 
     def cancel() -> None:
         cancelled_at.append(len(engine.turns))
-        orders[0].cancel()
+        calls[0].cancel()
 
     with arriving_together(engine):
-        orders = [
-            Order(engine, tiny_request(style, seeds=(1, 2, 3, 4)), at={4: cancel}),
-            Order(engine, tiny_request(seeds=(5,), num_inference_steps=12)),
+        calls = [
+            EngineCall(engine, tiny_request(style, seeds=(1, 2, 3, 4)), at={4: cancel}),
+            EngineCall(engine, tiny_request(seeds=(5,), num_inference_steps=12)),
         ]
 
-    assert isinstance(orders[0].error, RequestCancelled)
-    assert_right(tiny, [orders[1]])
+    assert isinstance(calls[0].error, RequestCancelled)
+    assert_right(tiny, [calls[1]])
     at_once, next_turn = engine.turns[cancelled_at[0] :][:2]
     assert (at_once.num_lanes, at_once.slots_active) == (5, 1)
     assert (next_turn.num_lanes, next_turn.slots_active, next_turn.slots_idle) == (1, 0, 1)
@@ -132,8 +126,8 @@ def test_a_waiting_request_is_cancelled_before_it_begins(tiny: Path, way: str) -
             second.cancel()
 
     with arriving_together(engine):
-        first = Order(engine, tiny_request(seeds=(1,)), at={4: cancel})
-        second, third = (Order(engine, request) for request in requests_with_seeds(2, 3))
+        first = EngineCall(engine, tiny_request(seeds=(1,)), at={4: cancel})
+        second, third = (EngineCall(engine, request) for request in requests_with_seeds(2, 3))
 
     assert_right(tiny, [first, third])
     with pytest.raises(CancelledError if way == "by its future" else RequestCancelled):
@@ -156,8 +150,8 @@ def test_a_future_that_is_cancelled_while_its_request_is_joining_harms_nobody(
 
     with arriving_together(engine):
         monkeypatch.setattr(slots, "has_room", cancel_and_look)
-        cancelled = Order(engine, tiny_request())
-        other = Order(engine, tiny_request(seeds=(2,), num_inference_steps=12))
+        cancelled = EngineCall(engine, tiny_request())
+        other = EngineCall(engine, tiny_request(seeds=(2,), num_inference_steps=12))
 
     with pytest.raises(CancelledError):
         cancelled.future.result(PATIENCE_SECONDS)
@@ -189,12 +183,12 @@ def test_lanes_that_do_not_fit_are_halved_and_the_cap_holds_for_a_while(
     requests = requests_with_seeds(*range(10), num_inference_steps=8)
     roomy = WatchedEngine(tiny, MAX_CONCURRENT_GENERATIONS=16)
 
-    orders = order_together(engine, requests)
+    calls = submit_together(engine, requests)
 
-    assert_right(tiny, orders[::4])
-    for order, other in zip(orders, order_together(roomy, requests), strict=True):
-        assert psnr(order.image, other.image) >= MIN_PSNR_DB
-        assert [report.step_index for report in order.steps] == list(range(9))
+    assert_right(tiny, calls[::4])
+    for call, other in zip(calls, submit_together(roomy, requests), strict=True):
+        assert psnr(call.image, other.image) >= MIN_PSNR_DB
+        assert [report.step_index for report in call.steps] == list(range(9))
     sizes = [len(batch) for batch in engine.model.batches]
     *alone, whole, half, quarter = sizes[:5]
     assert (alone, whole, half, quarter) == ([1, 1], 11, 5, 2), "the usher's last step is the first of all others"
@@ -209,7 +203,7 @@ class SmallModel(WatchedModel):
     """Memory for pictures of up to 96x64."""
 
     def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
-        request = lanes[0].drawing.request
+        request = lanes[0].owner.request
         if request.height * request.width > 96 * 64:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return super().denoise(lanes)
@@ -222,15 +216,15 @@ def test_a_picture_that_does_not_fit_alone_fails_by_its_size_and_smaller_ones_be
 
     large = {"width": 128, "height": 96}
     requests = [tiny_request(seeds=(1,)), tiny_request(style, **large), tiny_request(seeds=(2,), **large)]
-    orders = order_together(engine, [*requests, tiny_request(style, seeds=(3,))])
-    assert_right(tiny, [orders[0], orders[3]])
-    after = Order(engine, tiny_request(width=96))
+    calls = submit_together(engine, [*requests, tiny_request(style, seeds=(3,))])
+    assert_right(tiny, [calls[0], calls[3]])
+    after = EngineCall(engine, tiny_request(width=96))
 
-    for order in orders[1:3]:
-        assert isinstance(order.error, RequestFailed)
-        assert order.error.code == "GPU_OOM"
-        assert "128x96" in str(order.error)
-        assert [report.step_index for report in order.steps] == [0]
+    for call in calls[1:3]:
+        assert isinstance(call.error, RequestFailed)
+        assert call.error.code == "GPU_OOM"
+        assert "128x96" in str(call.error)
+        assert [report.step_index for report in call.steps] == [0]
     assert_right(tiny, [after])
     wait_for(lambda: engine.turns[-1].slots_active == 0)
     engine.close()
@@ -258,9 +252,9 @@ def test_a_picture_too_large_to_decode_is_decoded_in_tiles_and_the_next_one_whol
     tiled_pipe.vae.enable_tiling()
 
     model.is_full = True
-    tiled = Order(engine, request).image
+    tiled = EngineCall(engine, request).image
     model.is_full = False
-    whole = Order(engine, request).image
+    whole = EngineCall(engine, request).image
 
     assert model.is_tiled[-2:] == [True, False]
     assert psnr(tiled, plain(tiled_pipe, request)) >= MIN_PSNR_DB
@@ -298,9 +292,9 @@ def test_an_adapter_that_found_no_memory_once_is_drawn_right_at_the_next_try(tin
     assert isinstance(engine.model, FullModel)
 
     engine.model.full_bank.num_failures = 1
-    order = Order(engine, tiny_request(style, seeds=(1,)))
+    call = EngineCall(engine, tiny_request(style, seeds=(1,)))
 
-    assert_right(tiny, [order])
+    assert_right(tiny, [call])
     assert engine.model.full_bank.num_tries == 2
     wait_for(lambda: (engine.turns[-1].slots_active, engine.turns[-1].slots_idle) == (0, 1))
     engine.close()
@@ -315,9 +309,9 @@ def test_an_adapter_that_finds_no_memory_alone_either_fails_by_its_name_and_the_
     bank.num_failures = 1_000_000
 
     with arriving_together(engine):
-        before = Order(engine, tiny_request(seeds=(1,)))
-        failed = Order(engine, tiny_request(style, seeds=(2,)))
-        after = [Order(engine, request) for request in requests_with_seeds(3, 4, num_inference_steps=8)]
+        before = EngineCall(engine, tiny_request(seeds=(1,)))
+        failed = EngineCall(engine, tiny_request(style, seeds=(2,)))
+        after = [EngineCall(engine, request) for request in requests_with_seeds(3, 4, num_inference_steps=8)]
     assert isinstance(failed.error, RequestFailed)
 
     assert failed.error.code == "GPU_OOM"
@@ -329,7 +323,7 @@ def test_an_adapter_that_finds_no_memory_alone_either_fails_by_its_name_and_the_
     assert bank.num_tries <= TRIES_BESIDE_OTHERS + TRIES_ALONE
     assert_right(tiny, [before, *after])
     bank.num_failures = 0
-    assert_right(tiny, [Order(engine, tiny_request(style, seeds=(5,)))])
+    assert_right(tiny, [EngineCall(engine, tiny_request(style, seeds=(5,)))])
     engine.close()
 
 
@@ -350,7 +344,7 @@ class ShortModel(FullModel):
         return super().encode(prompts, adapters)
 
     def begin(self, lane: Lane, *, in_tiles: bool = False) -> tuple[str, Sampler]:
-        if lane.drawing.request.prompt == self.NEEDY:
+        if lane.owner.request.prompt == self.NEEDY:
             self._run_short("begin")
         return super().begin(lane, in_tiles=in_tiles)  # type: ignore[safe-super]
 
@@ -371,10 +365,10 @@ def test_a_request_that_finds_no_memory_beside_others_waits_and_is_drawn_right(
     # Twice: prompts are encoded together and then alone, a lane begins as it is and then in tiles.
     model.place, model.num_failures = place, 2
     needy = tiny_request(style, seeds=(7, 8), prompt=ShortModel.NEEDY)
-    orders = order_together(engine, [tiny_request(seeds=(1,)), needy, tiny_request(seeds=(2,))])
+    calls = submit_together(engine, [tiny_request(seeds=(1,)), needy, tiny_request(seeds=(2,))])
 
-    assert_right(tiny, [orders[0], orders[2]])
-    first, second = orders[1].images
+    assert_right(tiny, [calls[0], calls[2]])
+    first, second = calls[1].images
     assert psnr(first, solo(tiny, replace(needy, seeds=(7,)))) >= MIN_PSNR_DB
     assert psnr(second, solo(tiny, replace(needy, seeds=(8,)))) >= MIN_PSNR_DB
     assert model.num_failures == 0
@@ -404,14 +398,14 @@ def test_a_request_that_breaks_every_batch_it_is_in_is_the_only_one_to_fail(tiny
         *requests_with_seeds(2, 3, scheduler="euler_a", num_inference_steps=11),
     ]
 
-    orders = order_together(engine, requests)
+    calls = submit_together(engine, requests)
 
-    assert isinstance(orders[1].error, EngineFault)
-    assert "an odd number of horns" in str(orders[1].error)
-    others = [orders[0], *orders[2:]]
+    assert isinstance(calls[1].error, EngineFault)
+    assert "an odd number of horns" in str(calls[1].error)
+    others = [calls[0], *calls[2:]]
     assert_right(tiny, others)
-    for order in others:
-        assert [report.step_index for report in order.steps] == list(range(order.request.num_inference_steps + 1))
+    for call in others:
+        assert [report.step_index for report in call.steps] == list(range(call.request.num_inference_steps + 1))
     assert not engine.is_broken
     engine.close()
 
@@ -420,16 +414,16 @@ def test_a_device_that_answers_nothing_ends_every_request_and_the_engine(tiny: P
     engine = WatchedEngine(tiny, FussyModel, MAX_CONCURRENT_GENERATIONS=3)
 
     with arriving_together(engine):
-        orders = [
-            Order(engine, tiny_request(style)),
-            Order(engine, tiny_request(seeds=(FussyModel.SEED,)), at={2: engine.lose_the_device}),
-            *(Order(engine, request) for request in requests_with_seeds(3, 4, 5)),
+        calls = [
+            EngineCall(engine, tiny_request(style)),
+            EngineCall(engine, tiny_request(seeds=(FussyModel.SEED,)), at={2: engine.lose_the_device}),
+            *(EngineCall(engine, request) for request in requests_with_seeds(3, 4, 5)),
         ]
 
-    assert all(isinstance(order.error, EngineFault) for order in orders)
+    assert all(isinstance(call.error, EngineFault) for call in calls)
     assert engine.is_broken
     with pytest.raises(EngineClosed):
-        Order(engine, tiny_request())
+        EngineCall(engine, tiny_request())
     engine.close()
 
 
@@ -439,8 +433,8 @@ def test_a_device_that_answers_nothing_ends_every_request_and_the_engine(tiny: P
 def test_closing_finishes_what_is_being_drawn_and_drops_what_waits(tiny: Path) -> None:
     engine = WatchedEngine(tiny, MAX_CONCURRENT_GENERATIONS=1)
     is_begun = threading.Event()
-    running = Order(engine, tiny_request(), at={0: is_begun.set})
-    waiting = Order(engine, tiny_request(seeds=(2,)))
+    running = EngineCall(engine, tiny_request(), at={0: is_begun.set})
+    waiting = EngineCall(engine, tiny_request(seeds=(2,)))
     assert is_begun.wait(PATIENCE_SECONDS)
 
     engine.close()
@@ -462,4 +456,4 @@ def test_a_request_that_comes_while_the_engine_closes_is_refused_rather_than_for
             return super().stat(**fields)
 
     with pytest.raises(EngineClosed):
-        Order(engine, tiny_request(AdapterFile(SlowPath(style.weights), None, 1.0)))
+        EngineCall(engine, tiny_request(AdapterFile(SlowPath(style.weights), None, 1.0)))

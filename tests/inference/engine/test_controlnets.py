@@ -15,22 +15,29 @@ import torch
 from diffusers import ControlNetModel
 from PIL import Image
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.checkpoints.offload import offload_in_turns
 from inference.controlnet.files import find_controlnets, most_bytes
 from inference.controlnet.guide import find_edges
+from inference.errors import EngineFault, EngineStartFailed, RequestFailed
 from inference.models.base import Family
 from inference.models.loader import load_family
-from inference.request import AdapterFile, EngineFault, EngineStartFailed, GenerationRequest, RequestFailed, Source
+from inference.request import AdapterFile, GenerationRequest, Source
 from tests.support.engine.engine_requests import request_of
-from tests.support.engine.watched_engine import PATIENCE_SECONDS, Order, WatchedEngine, WatchedModel, order_together
+from tests.support.engine.watched_engine import (
+    PATIENCE_SECONDS,
+    EngineCall,
+    WatchedEngine,
+    WatchedModel,
+    submit_together,
+)
 from tests.support.images.pictures import DIFFERENT_DB, MIN_PSNR_DB, draw, psnr, settings_of
 from tests.support.models.family_models import FamilyModels
 from tests.support.models.plain_families import alone
+from tests.support.models.tiny_adapters import Z_IMAGE_EVERY_LAYER
 from tests.support.models.tiny_controls import control_of, plainly_controlled, speckles, square, write_controlnet
 from tests.support.models.tiny_models import (
     EVERY_LAYER,
-    Z_IMAGE_EVERY_LAYER,
     build_tiny_sd,
     build_tiny_sd_inpaint,
     build_tiny_sdxl,
@@ -78,11 +85,11 @@ class Models(FamilyModels):
         folder = self.controlnet(family, request.control.model)
         return plainly_controlled(self.checkpoint(family), folder, request, picture_for(request))
 
-    def assert_right(self, family: str, orders: Sequence[Order]) -> None:
+    def assert_right(self, family: str, calls: Sequence[EngineCall]) -> None:
         """Every picture is the one that plain diffusers draws for its request alone."""
         # All of them first: while diffusers loads a pipeline, no other thread of the process may load a model.
-        drawn = [order.image for order in orders]
-        ratios = [psnr(one, self.plain(family, order.request)) for one, order in zip(drawn, orders, strict=True)]
+        drawn = [call.image for call in calls]
+        ratios = [psnr(one, self.plain(family, call.request)) for one, call in zip(drawn, calls, strict=True)]
         assert min(ratios) >= MIN_PSNR_DB, ratios
 
 
@@ -165,7 +172,7 @@ def test_lanes_with_two_controls_and_without_share_forwards_and_each_is_right(
 ) -> None:
     engine = models.engine("sd")
 
-    orders = order_together(
+    calls = submit_together(
         engine,
         [
             controlled_request("pose", style, seeds=(1,)),
@@ -176,11 +183,11 @@ def test_lanes_with_two_controls_and_without_share_forwards_and_each_is_right(
         ],
     )
 
-    models.assert_right("sd", orders)
-    together = [{lane.drawing.request.seeds[0] for lane in batch} for batch in engine.model.batches]
+    models.assert_right("sd", calls)
+    together = [{lane.owner.request.seeds[0] for lane in batch} for batch in engine.model.batches]
     assert {1, 2, 3, 4, 5} in together
-    different = replace(orders[0].request, control=orders[1].request.control)
-    assert psnr(orders[0].image, draw(engine, different)[0]) < DIFFERENT_DB
+    different = replace(calls[0].request, control=calls[1].request.control)
+    assert psnr(calls[0].image, draw(engine, different)[0]) < DIFFERENT_DB
 
 
 def test_prompts_of_all_lengths_share_forwards_under_a_control(models: Models) -> None:
@@ -191,17 +198,17 @@ def test_prompts_of_all_lengths_share_forwards_under_a_control(models: Models) -
     ]
     alone_in_the_engine = [draw(engine, request)[0] for request in requests]
 
-    orders = order_together(engine, requests)
+    calls = submit_together(engine, requests)
 
-    assert min(psnr(order.image, one) for order, one in zip(orders, alone_in_the_engine, strict=True)) >= SAME_DB
+    assert min(psnr(call.image, one) for call, one in zip(calls, alone_in_the_engine, strict=True)) >= SAME_DB
 
 
 def test_an_sdxl_batch_gives_each_lane_its_own_control(models: Models) -> None:
     requests = [controlled_request("depth", seeds=(1,), guidance_scale=1.0), controlled_request("pose", seeds=(2,))]
 
-    orders = order_together(models.engine("sdxl"), requests)
+    calls = submit_together(models.engine("sdxl"), requests)
 
-    models.assert_right("sdxl", orders)
+    models.assert_right("sdxl", calls)
 
 
 def test_a_z_image_batch_of_other_shapes_and_lengths_gives_each_lane_its_own_control(
@@ -216,7 +223,7 @@ def test_a_z_image_batch_of_other_shapes_and_lengths_gives_each_lane_its_own_con
     style = AdapterFile(tmp_path / "style.safetensors", None, 1.0)
     engine = models.engine("z_image")
 
-    orders = order_together(
+    calls = submit_together(
         engine,
         [
             controlled_request("depth", style, seeds=(1,), guidance_scale=0.0),
@@ -226,8 +233,8 @@ def test_a_z_image_batch_of_other_shapes_and_lengths_gives_each_lane_its_own_con
         ],
     )
 
-    models.assert_right("z_image", orders)
-    together = [{lane.drawing.request.seeds[0] for lane in batch} for batch in engine.model.batches]
+    models.assert_right("z_image", calls)
+    together = [{lane.owner.request.seeds[0] for lane in batch} for batch in engine.model.batches]
     assert {1, 2, 3, 4} in together
 
 
@@ -268,7 +275,7 @@ def test_a_z_image_controlnet_finds_the_transformer_on_the_device_where_models_t
     named = f"pose={models.controlnet('z_image', 'pose')}"
     engine = TurningEngine(models.checkpoint("z_image"), CONTROLNETS=named)
 
-    models.assert_right("z_image", [Order(engine, controlled_request("pose", num_inference_steps=2))])
+    models.assert_right("z_image", [EngineCall(engine, controlled_request("pose", num_inference_steps=2))])
     engine.close()
 
     assert set(engine.seated) == {"ZImageTransformer2DModel"}
@@ -299,7 +306,7 @@ def controlnets_alive() -> int:
 def test_one_that_finds_no_room_waits_for_another_s_lanes_to_end(models: Models) -> None:
     engine = SmallEngine(models)
 
-    orders = order_together(
+    calls = submit_together(
         engine,
         [
             controlled_request("pose", seeds=(1,)),
@@ -308,8 +315,8 @@ def test_one_that_finds_no_room_waits_for_another_s_lanes_to_end(models: Models)
         ],
     )
 
-    models.assert_right("sd", orders)
-    together = [{lane.drawing.request.seeds[0] for lane in batch} for batch in engine.model.batches]
+    models.assert_right("sd", calls)
+    together = [{lane.owner.request.seeds[0] for lane in batch} for batch in engine.model.batches]
     assert {1} in together
     assert not any({1, 2} <= seeds or {2, 3} <= seeds for seeds in together)
     assert not any(3 in seeds for seeds in together[: together.index({2})]), "it came after one that waits"
@@ -318,14 +325,14 @@ def test_one_that_finds_no_room_waits_for_another_s_lanes_to_end(models: Models)
 
 def test_one_that_is_refused_for_something_else_waits_for_no_room(models: Models) -> None:
     engine = SmallEngine(models)
-    refused: list[Order] = []
+    refused: list[EngineCall] = []
     is_answered: list[bool] = []
 
     def come() -> None:
-        refused.append(Order(engine, controlled_request("depth", scheduler="none such")))
+        refused.append(EngineCall(engine, controlled_request("depth", scheduler="none such")))
 
     acts = {1: come, 2: engine.wait_until_prepared, 4: lambda: is_answered.append(refused[0].future.done())}
-    runner = Order(engine, controlled_request("pose"), at=acts)
+    runner = EngineCall(engine, controlled_request("pose"), at=acts)
 
     assert runner.image.size == (64, 64)
     assert is_answered == [True]
@@ -352,18 +359,20 @@ def test_one_that_gives_way_leaves_the_memory(models: Models) -> None:
 def test_the_others_go_on_while_a_controlnet_is_loaded(models: Models) -> None:
     engine = SmallEngine(models)
     may_load = threading.Event()
-    waiting: list[Order] = []
+    waiting: list[EngineCall] = []
     steps_meanwhile: list[int] = []
 
     def come() -> None:
         engine.hold_preparing_until(may_load)
-        waiting.append(Order(engine, controlled_request("depth", seeds=(2,))))
+        waiting.append(EngineCall(engine, controlled_request("depth", seeds=(2,))))
 
     def let_load() -> None:
         steps_meanwhile.append(len(waiting[0].steps))
         may_load.set()
 
-    runner = Order(engine, replace(controlled_request(num_inference_steps=8), control=None), at={2: come, 6: let_load})
+    runner = EngineCall(
+        engine, replace(controlled_request(num_inference_steps=8), control=None), at={2: come, 6: let_load}
+    )
 
     assert runner.image.size == (64, 64)
     assert steps_meanwhile == [0]
@@ -385,10 +394,10 @@ class SlowModel(WatchedModel):
 def test_others_come_and_go_while_a_controlnet_is_loaded(models: Models) -> None:
     engine = WatchedEngine(models.checkpoint("sd"), SlowModel, CONTROLNETS=f"pose={models.controlnet('sd', 'pose')}")
 
-    waiting = Order(engine, controlled_request("pose"))
+    waiting = EngineCall(engine, controlled_request("pose"))
     assert SlowModel.is_loading.wait(PATIENCE_SECONDS)
     try:
-        other = Order(engine, replace(controlled_request("pose"), control=None))
+        other = EngineCall(engine, replace(controlled_request("pose"), control=None))
         assert len(other.future.result(PATIENCE_SECONDS / 4).pictures) == 1
         assert waiting.steps == []
     finally:
@@ -406,7 +415,7 @@ def test_one_that_cannot_be_loaded_any_more_fails_its_own_job_and_is_tried_again
     weights = folder / "diffusion_pytorch_model.safetensors"
     weights.rename(tmp_path / "elsewhere")
 
-    failed, other = order_together(
+    failed, other = submit_together(
         engine, [controlled_request("pose"), replace(controlled_request("pose"), control=None)]
     )
     assert isinstance(failed.error, EngineFault)
@@ -414,7 +423,7 @@ def test_one_that_cannot_be_loaded_any_more_fails_its_own_job_and_is_tried_again
     assert other.image.size == (64, 64)
 
     (tmp_path / "elsewhere").rename(weights)
-    again = Order(engine, controlled_request("pose"))
+    again = EngineCall(engine, controlled_request("pose"))
 
     models.assert_right("sd", [again])
     engine.close()
@@ -441,10 +450,10 @@ def test_one_that_finds_no_memory_is_loaded_once_there_is_and_fails_by_its_name_
     other = replace(controlled_request("pose"), control=None)
 
     model.num_failures = 1_000_000
-    failed, beside = order_together(engine, [controlled_request("pose"), other])
+    failed, beside = submit_together(engine, [controlled_request("pose"), other])
     assert isinstance(failed.error, RequestFailed)
     model.num_failures = 1
-    drawn = Order(engine, controlled_request("pose"))
+    drawn = EngineCall(engine, controlled_request("pose"))
 
     assert failed.error.code == "GPU_OOM"
     assert "the ControlNet 'pose'" in str(failed.error)
@@ -458,12 +467,12 @@ def test_one_that_finds_no_memory_is_loaded_once_there_is_and_fails_by_its_name_
 
 
 def test_a_control_model_that_nobody_configured_is_refused_by_name(models: Models) -> None:
-    order = Order(models.engine("sd"), controlled_request("canny"))
+    call = EngineCall(models.engine("sd"), controlled_request("canny"))
 
-    assert isinstance(order.error, RequestFailed)
-    assert order.error.code == "UNSUPPORTED_BY_MODEL"
-    assert str(order.error) == "control model 'canny' is not known; this worker has pose, depth"
-    assert order.steps == []
+    assert isinstance(call.error, RequestFailed)
+    assert call.error.code == "UNSUPPORTED_BY_MODEL"
+    assert str(call.error) == "control model 'canny' is not known; this worker has pose, depth"
+    assert call.steps == []
 
 
 def test_the_engine_tells_which_controls_it_has(models: Models) -> None:
@@ -526,7 +535,7 @@ def test_the_memory_that_is_kept_for_controlnets_is_what_all_take_or_the_limit(m
 
 
 def test_check_tells_of_the_memory_for_controlnets(models: Models) -> None:
-    from worker.cli.check.memory import check_memory  # it brings what a GPU machine may not have
+    from worker.cli.check.machine import check_memory  # it brings what a GPU machine may not have
 
     named = f"pose={models.controlnet('sd', 'pose')},depth={models.controlnet('sd', 'depth')}"
 

@@ -10,10 +10,17 @@ import torch
 
 from inference.device.decoded_image import DecodedImage, image_of
 from inference.device.host_copy import HostCopy
+from inference.errors import EngineFault, RequestCancelled
 from inference.lane import Lane
-from inference.request import EngineFault, GenerationRequest, RequestCancelled
+from inference.request import GenerationRequest
 from tests.support.engine.engine_requests import request_of
-from tests.support.engine.watched_engine import Order, WatchedEngine, WatchedModel, arriving_together, order_together
+from tests.support.engine.watched_engine import (
+    EngineCall,
+    WatchedEngine,
+    WatchedModel,
+    arriving_together,
+    submit_together,
+)
 from tests.support.images.pictures import MIN_PSNR_DB, plain, psnr
 from tests.support.models.tiny_models import build_tiny_sd, load_pipe
 
@@ -75,9 +82,9 @@ def engine(running: WatchedEngine) -> WatchedEngine:
     return running
 
 
-def assert_right(checkpoint: Path, order: Order) -> None:
-    for seed, image in zip(order.request.seeds, order.images, strict=True):
-        assert psnr(image, plain(load_pipe(checkpoint), order.request, seed=seed)) >= MIN_PSNR_DB
+def assert_right(checkpoint: Path, call: EngineCall) -> None:
+    for seed, image in zip(call.request.seeds, call.images, strict=True):
+        assert psnr(image, plain(load_pipe(checkpoint), call.request, seed=seed)) >= MIN_PSNR_DB
 
 
 def test_a_decoder_s_values_become_bytes_and_no_numbers_become_no_image() -> None:
@@ -91,7 +98,7 @@ def test_a_decoder_s_values_become_bytes_and_no_numbers_become_no_image() -> Non
 
 
 def test_an_image_is_waited_for_behind_the_next_forward_of_those_that_go_on(engine: WatchedEngine, tiny: Path) -> None:
-    short, long = order_together(engine, [tiny_request(2, 1), tiny_request(5, 2)])
+    short, long = submit_together(engine, [tiny_request(2, 1), tiny_request(5, 2)])
 
     assert_right(tiny, short)
     assert_right(tiny, long)
@@ -102,23 +109,23 @@ def test_an_image_is_waited_for_behind_the_next_forward_of_those_that_go_on(engi
 def test_where_several_end_together_one_is_launched_ahead_of_the_one_that_is_waited_for(
     engine: WatchedEngine, tiny: Path
 ) -> None:
-    order = Order(engine, tiny_request(1, 1, 2, 3))
+    call = EngineCall(engine, tiny_request(1, 1, 2, 3))
 
-    assert_right(tiny, order)
+    assert_right(tiny, call)
     assert LateModel.happened[-6:] == ["decode 0", "decode 1", "wait 0", "decode 2", "wait 1", "wait 2"]
 
 
 def test_an_image_of_a_request_that_is_cancelled_meanwhile_is_waited_for_by_nobody(
     engine: WatchedEngine, tiny: Path
 ) -> None:
-    orders: list[Order] = []
+    calls: list[EngineCall] = []
     with arriving_together(engine):
-        orders.append(Order(engine, tiny_request(3, 1)))
+        calls.append(EngineCall(engine, tiny_request(3, 1)))
         # The request above is decoded at the end of the turn in which this one is told of its third step.
-        orders.append(Order(engine, tiny_request(6, 2), at={3: orders[0].cancel}))
+        calls.append(EngineCall(engine, tiny_request(6, 2), at={3: calls[0].cancel}))
 
-    assert isinstance(orders[0].error, RequestCancelled)
-    assert_right(tiny, orders[1])
+    assert isinstance(calls[0].error, RequestCancelled)
+    assert_right(tiny, calls[1])
     num_decoded = sum(one.startswith("decode") for one in LateModel.happened)
     assert (num_decoded, sum(one.startswith("wait") for one in LateModel.happened)) == (3, 2)
 
@@ -133,9 +140,9 @@ def test_a_device_that_is_lost_while_an_image_is_under_way_ends_every_request_an
         model.is_device_lost = True
 
     with arriving_together(engine):
-        orders = [Order(engine, tiny_request(3, 1)), Order(engine, tiny_request(9, 2), at={3: lose})]
+        calls = [EngineCall(engine, tiny_request(3, 1)), EngineCall(engine, tiny_request(9, 2), at={3: lose})]
 
-    assert all(isinstance(order.error, EngineFault) for order in orders)
-    assert "device-side assert" in str(orders[0].error)
+    assert all(isinstance(call.error, EngineFault) for call in calls)
+    assert "device-side assert" in str(calls[0].error)
     assert engine.is_broken
     engine.close()

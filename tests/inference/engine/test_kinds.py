@@ -13,12 +13,13 @@ from PIL import Image
 from torch.overrides import TorchFunctionMode
 
 from inference.checkpoints.offload import ensure_on_device, offload_in_turns
+from inference.errors import RequestFailed
 from inference.models.base import Family
 from inference.models.loader import load_family
-from inference.request import KINDS, AdapterFile, GenerationRequest, RequestFailed, Source
+from inference.request import KINDS, AdapterFile, GenerationRequest, Source
 from tests.support.cuda.on_gpu import on_gpu
 from tests.support.engine.engine_requests import request_of
-from tests.support.engine.watched_engine import Order, WatchedEngine, WatchedModel, order_together
+from tests.support.engine.watched_engine import EngineCall, WatchedEngine, WatchedModel, submit_together
 from tests.support.images.pictures import DIFFERENT_DB, MIN_PSNR_DB, demo_adapter, draw, psnr, settings_of
 from tests.support.models.family_models import FamilyModels
 from tests.support.models.ldm_layout import write_single_file
@@ -174,12 +175,12 @@ def test_the_demo_model_restyles_and_repaints_as_plain_diffusers_does() -> None:
     restyle = request_of(**fields, source=Source(photo.tobytes(), 0.7))
     repaint = request_of(**fields, source=Source(photo.tobytes(), 1.0, window(128)))
 
-    orders = order_together(engine, [restyle, repaint])
+    calls = submit_together(engine, [restyle, repaint])
 
-    for order in orders:
-        assert psnr(order.image, alone(checkpoint, order.request)) >= MIN_PSNR_DB
-    kept = np.asarray(orders[1].image, float)[:24] - np.asarray(photo, float)[:24]
-    painted = np.asarray(orders[1].image, float)[48:80, 48:80] - np.asarray(photo, float)[48:80, 48:80]
+    for call in calls:
+        assert psnr(call.image, alone(checkpoint, call.request)) >= MIN_PSNR_DB
+    kept = np.asarray(calls[1].image, float)[:24] - np.asarray(photo, float)[:24]
+    painted = np.asarray(calls[1].image, float)[48:80, 48:80] - np.asarray(photo, float)[48:80, 48:80]
     assert np.abs(kept).mean() < np.abs(painted).mean() / 3
     engine.close()
 
@@ -330,11 +331,11 @@ def test_eight_requests_of_every_kind_share_forwards_and_each_gives_the_picture_
     requests = eight(tmp_path, load_pipe(models.checkpoint("sd")))
     engine.model.batches.clear()
 
-    orders = order_together(engine, requests)
+    calls = submit_together(engine, requests)
 
-    ratios = [psnr(order.image, alone(models.checkpoint("sd"), order.request)) for order in orders]
+    ratios = [psnr(call.image, alone(models.checkpoint("sd"), call.request)) for call in calls]
     assert min(ratios) >= MIN_PSNR_DB, ratios
-    together = [{lane.drawing.request.kind for lane in lanes} for lanes in engine.model.batches]
+    together = [{lane.owner.request.kind for lane in lanes} for lanes in engine.model.batches]
     assert sum(kinds == set(KINDS) for kinds in together) >= 3
     assert sum(map(len, engine.model.batches)) / len(engine.model.batches) >= 4
 
@@ -358,11 +359,11 @@ def test_while_others_denoise_one_picture_is_encoded_at_a_time_and_once_for_all_
         for name in ("one", "two", "three")
     ]
 
-    orders = order_together(engine, requests)
+    calls = submit_together(engine, requests)
 
-    for order in orders:
-        second = replace(order.request, seeds=(2,))
-        assert psnr(order.images[1], alone(models.checkpoint("sd"), second)) >= MIN_PSNR_DB
+    for call in calls:
+        second = replace(call.request, seeds=(2,))
+        assert psnr(call.images[1], alone(models.checkpoint("sd"), second)) >= MIN_PSNR_DB
     turns = [turn for turn, _ in engine.model.encodings]
     assert [name for _, name in engine.model.encodings] == ["one", "two", "three"]
     assert len(set(turns)) == 3
@@ -384,9 +385,9 @@ def test_a_picture_too_large_to_encode_is_encoded_in_tiles(models: Models) -> No
     engine = WatchedEngine(models.checkpoint("sd"), FullModel)
 
     # One tile is all of a picture as small as this.
-    order = Order(engine, tiny_request(source=Source(gradients(), 0.8)))
+    call = EngineCall(engine, tiny_request(source=Source(gradients(), 0.8)))
 
-    assert psnr(order.image, alone(models.checkpoint("sd"), order.request)) >= MIN_PSNR_DB
+    assert psnr(call.image, alone(models.checkpoint("sd"), call.request)) >= MIN_PSNR_DB
     engine.close()
 
 
@@ -402,10 +403,10 @@ def test_the_steps_that_are_told_are_those_that_are_taken(
     models: Models, name: str, strength: float, num_steps: int
 ) -> None:
     source = Source(gradients(), strength)
-    order = Order(models.engine(name), tiny_request(num_inference_steps=8, scheduler="heun", source=source))
+    call = EngineCall(models.engine(name), tiny_request(num_inference_steps=8, scheduler="heun", source=source))
 
-    assert order.future.result().num_inference_steps == 8
-    assert [(step.step_index, step.num_steps) for step in order.steps] == [
+    assert call.future.result().num_inference_steps == 8
+    assert [(step.step_index, step.num_steps) for step in call.steps] == [
         (index, num_steps) for index in range(num_steps + 1)
     ]
 

@@ -21,7 +21,7 @@ from inference.models.loader import load_family
 from inference.request import Preview, Source, StepReport
 from inference.sampling.samplers import predict_x0
 from tests.support.engine.engine_requests import request_of
-from tests.support.engine.watched_engine import Order, WatchedEngine, WatchedModel
+from tests.support.engine.watched_engine import EngineCall, WatchedEngine, WatchedModel
 from tests.support.images.pictures import draw, settings_of
 from tests.support.models.tiny_models import (
     BETAS,
@@ -227,11 +227,11 @@ class Blind(WatchedModel):
 def test_a_preview_that_cannot_be_made_costs_the_request_nothing(tiny: Path) -> None:
     engine = WatchedEngine(tiny, Blind, PREVIEW_EVERY=1)
 
-    order = Order(engine, tiny_request(num_inference_steps=4))
-    assert order.image.size == (64, 64)
+    call = EngineCall(engine, tiny_request(num_inference_steps=4))
+    assert call.image.size == (64, 64)
     engine.close()
 
-    assert with_previews(order.steps) == []
+    assert with_previews(call.steps) == []
 
 
 class Late:
@@ -248,16 +248,16 @@ class Late:
 
 def test_what_has_not_arrived_from_the_device_is_waited_for_by_nobody_and_comes_with_a_later_step(tiny: Path) -> None:
     family = load_family(settings_of(tiny), device=CPU, dtype=torch.float32)
-    drawing = ActiveRequest(
+    active = ActiveRequest(
         tiny_request(), BatchTraits((64, 64), is_guided=True, num_steps=8), lambda _: None, lambda: False, ()
     )
     previews, arrival = Previews(family, Device(CPU), every=1), Late()
     copy = HostCopy(torch.full((2, 3, 3), 7, dtype=torch.uint8), arrival)
-    previews._copies.append(_Projected(drawing, copy))
+    previews._copies.append(_Projected(active, copy))
 
-    previews.hand_over()
-    assert drawing.preview is None
+    previews.deliver()
+    assert active.preview is None
     arrival.has_come = True
-    previews.hand_over()
+    previews.deliver()
 
-    assert drawing.preview == Preview(3, 2, bytes([7]) * 18)
+    assert active.preview == Preview(3, 2, bytes([7]) * 18)

@@ -13,8 +13,8 @@ from rich.console import Console
 import worker.cli.generate
 from inference.engine.local_engine import _choose_device, _choose_dtype
 from inference.engine.warm_up import WarmUp, lane_counts
+from inference.errors import EngineFault, EngineStartFailed
 from inference.lane import Lane
-from inference.request import EngineFault, EngineStartFailed
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import WatchedEngine, WatchedModel
 from tests.support.images.pictures import draw
@@ -55,7 +55,7 @@ def warm_up_of(engine: WatchedEngine) -> WarmUp:
 
 def forwards_of(engine: WatchedEngine) -> list[tuple[int, bool]]:
     """Of each forward that was tried the lanes, and whether they have an adapter."""
-    return [(len(batch), bool(batch[0].drawing.row)) for batch in engine.model.batches]
+    return [(len(batch), bool(batch[0].owner.row)) for batch in engine.model.batches]
 
 
 @pytest.mark.parametrize(

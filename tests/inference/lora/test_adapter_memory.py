@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
+from inference.errors import EngineStartFailed
 from inference.lora.adapter_memory import AdapterMemory
-from inference.request import EngineStartFailed
 
 PAGE = 60_000_000
 

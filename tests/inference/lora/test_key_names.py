@@ -16,9 +16,8 @@ from diffusers.utils import convert_state_dict_to_kohya
 from inference.lora.adapter import Adapter, check_fits, read_adapter
 from inference.lora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported
 from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, KeyNaming, sdxl
+from tests.support.models.tiny_adapters import Z_IMAGE_BLOCKS, Z_IMAGE_EVERY_LAYER
 from tests.support.models.tiny_models import (
-    Z_IMAGE_BLOCKS,
-    Z_IMAGE_EVERY_LAYER,
     build_tiny_sd,
     build_tiny_sdxl,
     build_tiny_z_image,

@@ -14,13 +14,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
+from inference.errors import RequestFailed
 from inference.lora.adapter import Adapter, LowRank
 from inference.lora.bank import AdapterBank, AppliedAdapter
 from inference.models.clip_prompts import MAX_PASSES, MAX_WEIGHT, Fragment, LongPromptEncoder, num_tokens, parse_weights
 from inference.models.inputs import Prompt
 from inference.models.sdxl import StableDiffusionXL
 from inference.models.stable_diffusion import StableDiffusion
-from inference.request import RequestFailed
 from tests.support.models.tiny_models import build_tiny_sd, build_tiny_sdxl, byte_tokenizer, load_pipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")

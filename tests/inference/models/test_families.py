@@ -8,22 +8,22 @@ from typing import Any, cast
 import pytest
 import torch
 
+from inference.errors import RequestFailed
 from inference.lane import ActiveRequest, Conditioning, Lane
 from inference.models.base import Family
 from inference.models.inputs import Prompt
-from inference.request import AdapterFile, GenerationRequest, RequestFailed
+from inference.request import AdapterFile, GenerationRequest
 from inference.sampling.samplers import Sampler
 from tests.support.copies import NOWHERE, Copies
 from tests.support.cuda.on_gpu import on_gpu
 from tests.support.engine.engine_requests import request_of
-from tests.support.engine.watched_engine import Order, order_together
+from tests.support.engine.watched_engine import EngineCall, submit_together
 from tests.support.images.pictures import DIFFERENT_DB, MIN_PSNR_DB, TEST_DEVICE, draw, pipe_with, psnr
 from tests.support.models.family_models import FamilyModels
 from tests.support.models.plain_families import DIFFUSION_CHOICES, FLOW_CHOICES, alone, embeddings_by_compel
+from tests.support.models.tiny_adapters import Z_IMAGE_BLOCKS, Z_IMAGE_EVERY_LAYER
 from tests.support.models.tiny_models import (
     EVERY_LAYER,
-    Z_IMAGE_BLOCKS,
-    Z_IMAGE_EVERY_LAYER,
     Layout,
     build_tiny_sd,
     build_tiny_sd2,
@@ -176,8 +176,8 @@ def test_the_engine_tells_a_family_s_schedulers_and_an_unknown_one_is_answered_w
     assert failure.value.code == "INVALID_INPUT"
     assert set(engine.facts.schedulers) == set(SCHEDULERS[name])
     assert str(failure.value).endswith(f"known are {', '.join(engine.facts.schedulers)}")
-    order = Order(engine, tiny_request(num_inference_steps=2))
-    assert order.future.result().scheduler == default
+    call = EngineCall(engine, tiny_request(num_inference_steps=2))
+    assert call.future.result().scheduler == default
 
 
 def test_more_steps_than_a_scheduler_can_take_are_refused_and_the_engine_goes_on(models: Models) -> None:
@@ -275,12 +275,12 @@ def test_six_requests_that_share_nothing_give_together_what_each_gives_alone(
     engine.model.batches.clear()
     start = len(engine.turns)
 
-    orders = order_together(engine, requests)
+    calls = submit_together(engine, requests)
 
-    assert_right(models.checkpoint(name), orders)
+    assert_right(models.checkpoint(name), calls)
     assert max(turn.num_batched for turn in engine.turns[start:]) >= 4
     if name == "z_image":
-        together = [{_size(lane.drawing.request) for lane in lanes} for lanes in engine.model.batches]
+        together = [{_size(lane.owner.request) for lane in lanes} for lanes in engine.model.batches]
         assert max(map(len, together)) == 5
         assert all(sizes == {(64, 64)} for sizes in together if (64, 64) in sizes), "the small one goes alone"
 
@@ -289,9 +289,9 @@ def _size(request: GenerationRequest) -> tuple[int, int]:
     return request.width, request.height
 
 
-def assert_right(checkpoint: Path, orders: list[Order]) -> None:
+def assert_right(checkpoint: Path, calls: list[EngineCall]) -> None:
     """Every picture is the one that plain diffusers draws for its request alone."""
-    ratios = {order.request.seeds: psnr(order.image, alone(checkpoint, order.request)) for order in orders}
+    ratios = {call.request.seeds: psnr(call.image, alone(checkpoint, call.request)) for call in calls}
     assert {seeds: ratio for seeds, ratio in ratios.items() if ratio < SAME_DB} == {}
 
 
@@ -380,12 +380,12 @@ def test_lanes_with_long_and_short_prompts_share_forwards_and_each_is_right(mode
     ]
     start = len(engine.turns)
 
-    orders = order_together(engine, requests)
+    calls = submit_together(engine, requests)
 
     checkpoint = models.checkpoint(name)
-    ratios = [psnr(order.image, with_compel(checkpoint, order.request)) for order in orders[:-1]]
+    ratios = [psnr(call.image, with_compel(checkpoint, call.request)) for call in calls[:-1]]
     assert min(ratios) >= SAME_DB, ratios
-    assert_right(checkpoint, orders[-1:])
+    assert_right(checkpoint, calls[-1:])
     assert max(turn.num_batched for turn in engine.turns[start:]) >= 4
 
 
@@ -415,10 +415,10 @@ class CountedSampler:
 def guided_lane(model: Family) -> Lane:
     """A lane that has not joined; only its conditioning is there."""
     request = tiny_request(guidance_scale=4.0, scheduler="euler", num_inference_steps=4)
-    drawing = ActiveRequest(request, model.batch_traits(request), lambda _: None, lambda: False, ())
+    active = ActiveRequest(request, model.batch_traits(request), lambda _: None, lambda: False, ())
     with torch.inference_mode():
-        drawing.conditioning = Conditioning(*model.encode([Prompt("a hill"), Prompt("dark")], [(), ()]))
-    return drawing.lanes[0]
+        active.conditioning = Conditioning(*model.encode([Prompt("a hill"), Prompt("dark")], [(), ()]))
+    return active.lanes[0]
 
 
 @pytest.mark.parametrize("name", ["sd", "z_image"])

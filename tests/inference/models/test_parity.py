@@ -10,8 +10,9 @@ from diffusers import StableDiffusionPipeline
 from peft import PeftModel
 
 from inference.engine.local_engine import LocalEngine
+from inference.errors import EngineStartFailed, RequestFailed
 from inference.lane import Lane
-from inference.request import AdapterFile, EngineStartFailed, RequestFailed, StepReport
+from inference.request import AdapterFile, StepReport
 from inference.sampling.schedulers import DIFFUSION
 from tests.support.cuda.on_gpu import on_gpu
 from tests.support.engine.engine_requests import request_of

@@ -18,24 +18,13 @@ from typing import Any
 import pytest
 
 import inference.process.health
-from config.settings import ModelSettings
+from config.model import ModelSettings
+from inference.errors import EngineClosed, EngineCrashed, EngineFault, EngineHung, RequestCancelled, RequestFailed
 from inference.process.child import EXIT_BROKEN
 from inference.process.child_handle import ChildHandle
 from inference.process.engine_process import EngineProcess, EngineState, wait_until_ready
 from inference.process.health import MAX_CONSECUTIVE_CRASHES, MAX_CONSECUTIVE_FAULTS, ChildHealth
-from inference.request import (
-    Control,
-    EngineClosed,
-    EngineCrashed,
-    EngineFault,
-    EngineHung,
-    EngineLoad,
-    GenerationResult,
-    RequestCancelled,
-    RequestFailed,
-    Source,
-    StepReport,
-)
+from inference.request import Control, EngineLoad, GenerationResult, Source, StepReport
 from tests.faults.station import long
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.fake_child import EXIT_POISONED, NUM_SLOTS
@@ -190,7 +179,7 @@ class Fake:
     journal: Path
     engine: EngineProcess
     restarts: list[None]
-    occupancies: list[EngineLoad]
+    engine_loads: list[EngineLoad]
     steps: dict[str, list[int]] = field(default_factory=dict)
     futures: dict[str, Future[GenerationResult]] = field(default_factory=dict)
 
@@ -237,16 +226,16 @@ def new_fake(tmp_path: Path) -> Iterator[Callable[..., Fake]]:
         """Requests that are asked for at once all wait for the child to be ready: they go inside together."""
         journal = tmp_path / f"journal-{len(made)}"
         restarts: list[None] = []
-        occupancies: list[EngineLoad] = []
+        engine_loads: list[EngineLoad] = []
         engine = EngineProcess(
             ModelSettings(MODEL_ID=str(journal), **settings),
             log_level="INFO",
             on_restart=lambda: restarts.append(None),
-            on_occupancy=occupancies.append,
+            on_load_report=engine_loads.append,
             min_hang_seconds=min_hang_seconds,
             spawn=spawn_fake,
         )
-        fake = Fake(journal, engine, restarts, occupancies)
+        fake = Fake(journal, engine, restarts, engine_loads)
         made.append(fake)
         engine.start()
         return fake
@@ -315,9 +304,9 @@ def test_every_forward_is_counted_once_and_the_gauges_follow(fake: Fake) -> None
     fake.ask("a", num_inference_steps=10)
     fake.ask("b", num_inference_steps=30)
     assert fake.outcomes() == drawn("a", "b")
-    eventually(lambda: fake.occupancies[-1].num_lanes == 0)
-    for occupancy in fake.occupancies:
-        metrics.note_occupancy(occupancy)
+    eventually(lambda: fake.engine_loads[-1].num_lanes == 0)
+    for engine_load in fake.engine_loads:
+        metrics.note_engine_load(engine_load)
 
     def value(name: str, **labels: str) -> float | None:
         return metrics.registry.get_sample_value(f"darkroom_{name}", labels)
@@ -327,7 +316,7 @@ def test_every_forward_is_counted_once_and_the_gauges_follow(fake: Fake) -> None
     assert 30 <= (value("denoise_steps_total") or 0) <= 31
     assert (value("lanes"), value("adapter_slots", state="active")) == (0, 0)
     assert (value("adapter_slots", state="idle"), value("adapter_slots", state="free")) == (1, NUM_SLOTS - 1)
-    assert max(occupancy.num_lanes for occupancy in fake.occupancies) == 2
+    assert max(engine_load.num_lanes for engine_load in fake.engine_loads) == 2
 
 
 def test_a_failure_of_one_is_no_business_of_the_others(fake: Fake) -> None:
@@ -536,8 +525,8 @@ def test_after_a_crash_nothing_is_in_the_engine(fake: Fake) -> None:
     fake.ask("P", "poison@5")
     fake.outcomes()
 
-    assert max(one.num_lanes for one in fake.occupancies) == 1
-    assert fake.occupancies[-1] == EngineLoad(0, 0, 0, 0, NUM_SLOTS)
+    assert max(one.num_lanes for one in fake.engine_loads) == 1
+    assert fake.engine_loads[-1] == EngineLoad(0, 0, 0, 0, NUM_SLOTS)
 
 
 def test_an_engine_that_crashes_again_and_again_gives_up(fake: Fake) -> None:
@@ -714,7 +703,7 @@ def test_closing_waits_for_no_picture_that_a_child_does_not_read(new_fake: Calla
     assert fake.engine.pid is not None
     os.kill(fake.engine.pid, signal.SIGSTOP)
     fake.ask("a", source=Source(bytes(PICTURE_BYTES), 1.0))
-    eventually(lambda: fake.engine._lineup.inside)
+    eventually(lambda: fake.engine._requests.inside)
 
     threading.Thread(target=fake.engine.close, daemon=True).start()
 
@@ -725,15 +714,15 @@ def test_a_request_with_a_control_has_time_to_load_its_controlnet(fake: Fake) ->
     wait_until_ready(fake.engine, HANG_SECONDS)
     assert fake.engine.facts is not None
     now = [0.0]
-    vitals = ChildHealth(60.0, lambda: now[0])
+    health = ChildHealth(60.0, lambda: now[0])
     plain, controlled = request_of(), request_of(control=Control("pose", b""))
 
     now[0] = 100.0
-    assert vitals.is_hung([plain], fake.engine.facts)
-    assert not vitals.is_hung([plain, controlled], fake.engine.facts)
+    assert health.is_hung([plain], fake.engine.facts)
+    assert not health.is_hung([plain, controlled], fake.engine.facts)
 
     now[0] = 1000.0
-    assert vitals.is_hung([plain, controlled], fake.engine.facts)
+    assert health.is_hung([plain, controlled], fake.engine.facts)
 
 
 def test_an_idle_child_is_asked_to_leave(fake: Fake) -> None:

@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 
-from inference.request import RequestFailed
+from inference.errors import RequestFailed
 from inference.sampling import samplers as sampling
 from inference.sampling.samplers import Sampler, Samplers, SchedulerSampler, TrajectorySampler
 from inference.sampling.schedulers import DIFFUSION, FLOW, SchedulerTable, parameters_of, set_timesteps

@@ -4,13 +4,13 @@ from tests.mutations.row import Mutation, Row
 
 FILE = "tests/live/test_faults_backend.py"
 REAL_ENGINE = "tests/live/test_faults.py"
-ANSWERS = "tests/clients/test_answers.py"
+ANSWERS = "tests/clients/test_responses.py"
 CLIENT = "tests/clients/test_webhooks.py"
 REFUSING = f"{FILE}::test_a_backend_that_refuses_the_worker_gets_no_more_work_drawn_until_it_takes_it_again"
 PAUSED = f"{FILE}::test_a_backend_that_asks_for_a_pause_gets_it"
 OUTBOX = "tests/worker/results/test_notifier.py"
 PACING = "tests/worker/results/test_pacing.py"
-REFUSALS = "tests/worker/results/test_refusals.py"
+REFUSALS = "tests/worker/results/test_address_breaker.py"
 NEVER_TAKEN = f"{FILE}::test_events_that_are_never_taken_hold_up_none_that_an_outage_parked"
 EVERY_END = f"{FILE}::test_a_backend_that_refuses_every_end_gets_no_more_work_drawn_and_hears_of_what_was_drawn"
 CUT_OFF = f"{ANSWERS}::test_what_is_no_whole_head_of_an_answer_is_ambiguous"
@@ -53,8 +53,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "clients/webhooks.py",
-                "return Attempt(Verdict.RETRY, None, None, reason, watch.was_sent)",
-                "return Attempt(Verdict.REJECTED, None, None, reason, watch.was_sent)",
+                "return WebhookAttempt(WebhookResult.RETRY, None, None, reason, timer.was_sent)",
+                "return WebhookAttempt(WebhookResult.REJECTED, None, None, reason, timer.was_sent)",
             ),
         ),
         also=(
@@ -127,8 +127,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "clients/webhooks.py",
-                'return Attempt(Verdict.REJECTED, status, None, f"HTTP {status}", False)',
-                'return Attempt(Verdict.RETRY, status, None, f"HTTP {status}", False)',
+                'return WebhookAttempt(WebhookResult.REJECTED, status, None, f"HTTP {status}", False)',
+                'return WebhookAttempt(WebhookResult.RETRY, status, None, f"HTTP {status}", False)',
             ),
         ),
         also=(
@@ -167,8 +167,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/progress/reporter.py",
-                "self._reporter.offer(self, [self._webhook(milestone, report) for milestone in crossed])",
-                "[self._reporter._send(self._webhook(milestone, report)) for milestone in crossed]",
+                "self._reporter.queue.offer(self, [self._webhook(milestone, report) for milestone in crossed])",
+                "[self._reporter._send(self, self._webhook(milestone, report)) for milestone in crossed]",
             ),
         ),
         also=(
@@ -210,7 +210,9 @@ ROWS: tuple[Row, ...] = (
             f"{ANSWERS}::test_the_final_answer_has_the_verdict_whatever_comes_before_it",
             f"{ANSWERS}::test_an_interim_answer_that_comes_alone_is_skipped",
         ),
-        without=(Mutation("clients/deadline.py", "response_class: Any = FinalAnswer", "_unused: Any = FinalAnswer"),),
+        without=(
+            Mutation("clients/deadline.py", "response_class: Any = FinalResponse", "_unused: Any = FinalResponse"),
+        ),
         also=(
             f"{ANSWERS}::test_an_interim_answer_to_a_conditional_write_is_not_its_result",
             f"{ANSWERS}::test_a_final_answer_before_the_body_is_the_result_with_or_without_a_reason",
@@ -223,7 +225,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{CUT_OFF}[cut off behind the status]", f"{CUT_OFF}[cut off in a header]"),
         without=(
             Mutation(
-                "clients/answers.py",
+                "clients/responses.py",
                 'raise IncompleteHead("the connection ended inside the head of an answer")',
                 "pass",
             ),
@@ -250,7 +252,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{OUTBOX}::test_events_that_are_never_taken_do_not_hold_up_others_of_their_kind",),
         without=(
             Mutation("worker/results/pacing.py", "self.due_at = now + jittered(planned)", "pass"),
-            Mutation("worker/results/pacing.py", "(one.num_known, one.rank, one.order)", "one.due_at"),
+            Mutation("worker/results/pacing.py", "(one.num_own_failures, one.rank, one.order)", "one.due_at"),
         ),
         also=(
             NEVER_TAKEN,
@@ -266,7 +268,7 @@ ROWS: tuple[Row, ...] = (
         fault="as many ends that it never takes are in hand as the broker gives at once",
         answer="each that failed goes to the tail of the queue by a confirmed copy, and those behind come in",
         tests=(f"{OUTBOX}::test_with_as_many_in_hand_as_the_broker_gives_what_failed_goes_to_the_tail_of_the_queue",),
-        without=(Mutation("worker/results/outbox_lane.py", "if self._is_full():", "if False:"),),
+        without=(Mutation("worker/results/kind_queue.py", "if self._is_full():", "if False:"),),
         also=(NEVER_TAKEN,),
     ),
     Row(
@@ -274,7 +276,9 @@ ROWS: tuple[Row, ...] = (
         fault="it comes back from an outage in which as many ends were parked that it never takes as others",
         answer="its first answer, whatever it says, gives every end one try: all others are told within a minute",
         tests=(f"{PACING}::test_so_they_are_where_the_failures_were_parked_in_the_outage_too",),
-        without=(Mutation("worker/results/pacing.py", "self._num_allowed = max(TRIES_A_TURN, num_parked)", "pass"),),
+        without=(
+            Mutation("worker/results/pacing.py", "self._num_allowed = max(FAILURES_BEFORE_PAUSE, num_parked)", "pass"),
+        ),
     ),
     Row(
         name="D21",
@@ -286,8 +290,8 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(
             Mutation(
-                "worker/results/refusals.py",
-                "self._is_open = was_open or len(self._refused) >= REFUSED_ENDS",
+                "worker/results/address_breaker.py",
+                "self._is_open = was_open or len(self._refused) >= REFUSALS_TO_OPEN",
                 "self._is_open = False",
             ),
         ),
@@ -304,8 +308,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/results/pacing.py",
-                "            self._is_away = True\n            self.hold(now)\n",
-                "            self._is_away = True\n",
+                "            self._is_unavailable = True\n            self._pause(now)\n",
+                "            self._is_unavailable = True\n",
             ),
         ),
         also=(f"{PACING}::test_a_backend_that_fails_all_is_asked_with_a_handful_of_events_each_half_minute",),

@@ -29,7 +29,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{LOST}[reset]",),
         without=(
             Mutation(
-                "worker/amqp/broker.py",
+                "worker/amqp/connection.py",
                 "seconds = random.uniform(MIN_BACKOFF_SECONDS / 2, self._ceiling)",
                 "seconds = 30.0",
             ),
@@ -42,7 +42,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{RESTARTED}[stopped]",),
         without=(
             Mutation(
-                "worker/amqp/broker.py",
+                "worker/amqp/consumer.py",
                 "        while not self._is_closing:\n            try:\n",
                 "        for _ in range(1):\n            try:\n",
             ),
@@ -71,7 +71,7 @@ ROWS: tuple[Row, ...] = (
                 'self._lease_after = float("inf")',
             ),
             Mutation(
-                "worker/amqp/broker.py",
+                "worker/amqp/consumer.py",
                 " or not all(channel.is_open for channel in self._channels.values()):",
                 ":",
             ),
@@ -88,7 +88,9 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{FILE}::test_a_broker_that_falls_silent_delays_no_end_and_has_nothing_drawn_twice",),
         without=(
             Mutation(
-                "worker/amqp/broker.py", "parameters.heartbeat = settings.heartbeat_seconds", "parameters.heartbeat = 0"
+                "worker/amqp/connection.py",
+                "parameters.heartbeat = settings.heartbeat_seconds",
+                "parameters.heartbeat = 0",
             ),
         ),
     ),
@@ -114,7 +116,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{FILE}::test_a_slow_link_costs_time_and_no_connection[by_chunks]",),
         without=(
             Mutation(
-                "worker/jobs/processing.py", "self._threads.submit(self._do, work, *args)", "self._do(work, *args)"
+                "worker/jobs/dispatcher.py", "self._threads.submit(self._do, work, *args)", "self._do(work, *args)"
             ),
         ),
         also=(f"{FILE}::test_a_slow_link_costs_time_and_no_connection[by_bytes]",),
@@ -131,8 +133,8 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(
             Mutation(
-                "worker/amqp/broker.py",
-                "refused = REFUSED_BACKOFF_SECONDS if isinstance(error, _REFUSED) else 0.0",
+                "worker/amqp/consumer.py",
+                "refused = REFUSED_BACKOFF_SECONDS if isinstance(error, REFUSED) else 0.0",
                 "refused = 0.0",
             ),
         ),
@@ -143,14 +145,14 @@ ROWS: tuple[Row, ...] = (
         fault="the broker accepts a connection and says nothing",
         answer="the handshake is given up after five seconds and begun anew",
         tests=(f"{FILE}::test_a_handshake_without_an_answer_is_given_up_and_begun_anew",),
-        without=(Mutation("worker/amqp/broker.py", "    parameters.stack_timeout = STACK_TIMEOUT_SECONDS\n", ""),),
+        without=(Mutation("worker/amqp/connection.py", "    parameters.stack_timeout = STACK_TIMEOUT_SECONDS\n", ""),),
     ),
     Row(
         name="A11",
         fault="the jobs' queue is deleted in the middle of a job",
         answer="it is declared again as the backend declares it, and consumed; the job ends once",
         tests=(f"{FILE}::test_a_queue_deleted_in_mid_job_is_there_again_and_the_job_ends_once",),
-        without=(Mutation("worker/amqp/broker.py", "self._is_cancelled_by_broker = True", "pass"),),
+        without=(Mutation("worker/amqp/consumer.py", "self._is_cancelled_by_broker = True", "pass"),),
         also=(f"{REAL_ENGINE}::test_a_deleted_queue_is_declared_again_and_consumed",),
     ),
     Row(
@@ -158,21 +160,25 @@ ROWS: tuple[Row, ...] = (
         fault="the broker raises an alarm and takes no publishes",
         answer="acks go through; what must be copied first is not acked before the copy is confirmed",
         tests=(f"{FILE}::test_in_an_alarm_acks_go_through_and_what_must_be_published_is_not_lost",),
-        without=(Mutation("worker/amqp/broker.py", "self._channel.confirm_delivery()", "pass"),),
+        without=(Mutation("worker/amqp/publisher.py", "self._channel.confirm_delivery()", "pass"),),
     ),
     Row(
         name="A13",
         fault="a policy sends the queue's dead letters nowhere",
         answer="nothing: ours are confirmed copies in a queue of their own, by no policy",
         tests=(f"{FILE}::test_a_policy_that_drops_dead_letters_takes_nothing_from_ours",),
-        without=(Mutation("worker/jobs/processing.py", "            self._surely(publish)\n", "            pass\n"),),
+        without=(
+            Mutation(
+                "worker/jobs/settler.py", "            self.publish_until_confirmed(publish)\n", "            pass\n"
+            ),
+        ),
     ),
     Row(
         name="A14",
         fault="the queue a copy should go to has been deleted",
         answer="the broker returns the copy; the queue is made again, and then it is sent once more",
         tests=(f"{FILE}::test_a_copy_whose_queue_is_gone_finds_it_made_again",),
-        without=(Mutation("worker/amqp/broker.py", "properties, mandatory=True)", "properties, mandatory=False)"),),
+        without=(Mutation("worker/amqp/publisher.py", "properties, mandatory=True)", "properties, mandatory=False)"),),
     ),
     Row(
         name="A15",
@@ -206,7 +212,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{FILE}::test_a_worker_with_a_long_job_leaves_a_backlog_to_the_others",),
         without=(
             Mutation(
-                "worker/amqp/broker.py",
+                "worker/amqp/consumer.py",
                 "channel.basic_qos(prefetch_count=subscription.prefetch)",
                 "channel.basic_qos(prefetch_count=0)",
             ),
@@ -217,7 +223,9 @@ ROWS: tuple[Row, ...] = (
         fault="a job ends that was delivered by a connection which is gone",
         answer="the lost delivery's tag is never sent, so the new channel stays open",
         tests=(f"{LOST}[closed]", f"{LOST}[reset]"),
-        without=(Mutation("worker/amqp/broker.py", "if delivery.session == self._session and channel", "if channel"),),
+        without=(
+            Mutation("worker/amqp/consumer.py", "if delivery.session == self._session and channel", "if channel"),
+        ),
     ),
     Row(
         name="A19",
@@ -227,7 +235,7 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation("worker/results/outbox.py", "        if delivery.num_deliveries > 0:\n", "        if False:\n"),
             Mutation(
-                "worker/jobs/processing.py", "if delivery.num_deliveries > 0 or num_crashes", "if False and num_crashes"
+                "worker/jobs/dispatcher.py", "if delivery.num_deliveries > 0 or num_crashes", "if False and num_crashes"
             ),
         ),
         also=(
@@ -261,7 +269,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{RETURNS}::test_deployments_in_the_middle_of_a_long_job_are_no_crashes[3]",),
         without=(
             Mutation(
-                "worker/jobs/processing.py",
+                "worker/jobs/settler.py",
                 "if disposition is Disposition.RELEASE and delivery.queue",
                 "if False and delivery.queue",
             ),
@@ -272,7 +280,7 @@ ROWS: tuple[Row, ...] = (
         fault="ten jobs come back at once after a kill, while nothing else waits",
         answer="as many are drawn at once as there are lanes",
         tests=(f"{RETURNS}::test_recovered_jobs_come_as_many_at_once_as_there_are_lanes",),
-        without=(Mutation("worker/supervisor.py", "max(num_lanes, MIN_RECOVER_PREFETCH)", "MIN_RECOVER_PREFETCH"),),
+        without=(Mutation("worker/wiring.py", "max(num_lanes, MIN_RECOVER_PREFETCH)", "MIN_RECOVER_PREFETCH"),),
     ),
     Row(
         name="A23",
@@ -280,7 +288,7 @@ ROWS: tuple[Row, ...] = (
         answer="from the third time on it is done with no recovered job beside it, so that those are not given up",
         tests=(f"{RETURNS}::test_a_job_that_several_workers_were_killed_with_is_done_with_no_recovered_one_beside_it",),
         without=(
-            Mutation("worker/jobs/processing.py", "if is_suspect(delivery) and not self", "if False and not self"),
+            Mutation("worker/jobs/dispatcher.py", "if is_suspect(delivery) and not self", "if False and not self"),
         ),
     ),
     Row(
@@ -290,7 +298,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{RETURNS}::test_a_job_on_lease_whose_worker_was_killed_has_one_crash_more",),
         without=(
             Mutation(
-                "worker/jobs/processing.py", "num_crashes=delivery.num_crashes + 1", "num_crashes=delivery.num_crashes"
+                "worker/jobs/dispatcher.py", "num_crashes=delivery.num_crashes + 1", "num_crashes=delivery.num_crashes"
             ),
         ),
     ),

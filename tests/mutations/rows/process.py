@@ -33,7 +33,7 @@ ROWS: tuple[Row, ...] = (
         "its worker starts another and has the job drawn again, without a word to the broker",
         tests=(f"{LIVE}test_a_killed_engine_costs_its_job_a_second_run_and_nothing_else",),
         without=(
-            Mutation("inference/process/quarantine.py", "if self._weights[victim] < CONVICTING_WEIGHT:", "if False:"),
+            Mutation("inference/process/quarantine.py", "if self._weights[victim] < POISON_WEIGHT:", "if False:"),
         ),
         also=(
             f"{REAL_ENGINE}test_a_killed_engine_costs_its_job_a_second_run_and_nothing_else",
@@ -45,9 +45,7 @@ ROWS: tuple[Row, ...] = (
         "a job crashes every engine it is in",
         "it fails after dying twice alone, a copy is kept, and those beside it complete",
         tests=(f"{LIVE}test_a_job_that_ends_the_engine_every_time_fails_alone[poison]",),
-        without=(
-            Mutation("inference/process/quarantine.py", "if self._weights[victim] < CONVICTING_WEIGHT:", "if True:"),
-        ),
+        without=(Mutation("inference/process/quarantine.py", "if self._weights[victim] < POISON_WEIGHT:", "if True:"),),
         also=(
             "tests/live/test_batching.py::test_a_poison_job_fails_alone_and_nine_innocents_in_its_batch_complete",
             f"{REAL_ENGINE}test_a_job_that_kills_the_engine_every_time_fails_alone",
@@ -67,7 +65,7 @@ ROWS: tuple[Row, ...] = (
         "a worker is killed and leaves an engine that hangs",
         "the kernel ends the engine within a second, and its job is the next worker's",
         tests=(f"{LIVE}test_an_engine_that_hangs_dies_with_its_worker_and_ends_no_job",),
-        without=(Mutation("inference/process/child.py", "    _die_with(parent_pid=int(sys.argv[2]))\n", ""),),
+        without=(Mutation("inference/process/child.py", "    die_with_parent(int(sys.argv[2]))\n", ""),),
         also=(f"{REAL_ENGINE}test_a_killed_worker_leaves_its_job_to_the_next_one",),
     ),
     Row(
@@ -85,7 +83,7 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/supervisor.py",
-                "while processor.runs.all() and time.monotonic() < deadline:",
+                "while self._parts.runs.all() and time.monotonic() < deadline:",
                 "while False:",
             ),
         ),
@@ -99,8 +97,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/jobs/disposition.py",
-                "return Verdict(Disposition.RELEASE)",
-                'return Verdict(Disposition.ACK, "STOPPED", "the worker stopped")',
+                "return Decision(Disposition.RELEASE)",
+                'return Decision(Disposition.ACK, ErrorCode.INTERNAL_ERROR, "the worker stopped")',
             ),
         ),
         also=(
@@ -131,8 +129,8 @@ ROWS: tuple[Row, ...] = (
             Mutation("worker/results/notifier.py", "if event.is_delivered:", "if False:"),
             Mutation(
                 "worker/results/notifier.py",
-                "is_told = (bool(attempts) or _is_stale(event)) and self._ledger.is_delivered(event)",
-                "is_told = False",
+                "is_delivered = (bool(attempts) or _is_stale(event)) and self._ledger.is_delivered(event)",
+                "is_delivered = False",
             ),
         ),
         also=(f"{REAL_ENGINE}test_a_record_in_the_ledger_wins_over_a_second_worker",),
@@ -156,8 +154,8 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{BATCHING}test_lanes_that_do_not_fit_are_halved_and_the_cap_holds_for_a_while",),
         without=(
             Mutation(
-                "inference/engine/step_loop.py",
-                "while isinstance(attempt.error, torch.OutOfMemoryError) and len(batch) > 1:",
+                "inference/engine/batch_runner.py",
+                "while isinstance(guarded.error, torch.OutOfMemoryError) and len(batch) > 1:",
                 "while False:",
             ),
         ),
@@ -217,7 +215,7 @@ ROWS: tuple[Row, ...] = (
         "the model is missing, damaged or of another family",
         "the worker says why and ends before it takes a job",
         tests=(f"{LIVE}test_an_engine_that_cannot_load_its_model_ends_the_worker_before_it_takes_a_job",),
-        without=(Mutation("worker/supervisor.py", "if self._engine.state is EngineState.FAILED:", "if False:"),),
+        without=(Mutation("worker/supervisor.py", "if engine.state is EngineState.FAILED:", "if False:"),),
         also=(
             f"{REAL_ENGINE}test_a_model_that_cannot_be_loaded_ends_the_worker_before_it_takes_a_job",
             "tests/inference/checkpoints/test_checkpoints.py::test_damage_is_named_with_its_file",
@@ -270,7 +268,7 @@ ROWS: tuple[Row, ...] = (
         "the store takes no record of a failure for all tries of its job, then the same message comes again",
         "the failure waits in the outbox until it is recorded; whichever end is recorded first is the only one",
         tests=(f"{EFFECT}test_a_failure_that_cannot_be_recorded_is_reported_once_the_store_records_it",),
-        without=(Mutation("worker/jobs/processing.py", "unrecorded = str(error)", "pass"),),
+        without=(Mutation("worker/jobs/runner.py", "unrecorded = str(error)", "pass"),),
         also=(f"{EFFECT}test_a_failure_that_was_not_recorded_gives_way_to_the_same_message_s_completion",),
     ),
     Row(
@@ -280,7 +278,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{TWO_GENERATIONS}[at_once]", f"{TWO_GENERATIONS}[one_after_the_other]"),
         without=(
             Mutation(
-                "worker/messages/identity.py", "if str(asked.generation_id) != str(known_generation_id):", "if False:"
+                "worker/messages/identity.py", "if str(job.generation_id) != str(known_generation_id):", "if False:"
             ),
         ),
         also=(f"{EFFECT}test_a_job_whose_task_id_another_worker_recorded_for_another_generation_ends_under_its_own",),
@@ -342,7 +340,7 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "inference/engine/step_loop.py",
-                "if isinstance(attempt.error, torch.OutOfMemoryError):\n            answer = ",
+                "if isinstance(guarded.error, torch.OutOfMemoryError):\n            answer = ",
                 "if False:\n            answer = ",
             ),
         ),
@@ -379,8 +377,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/jobs/disposition.py",
-                'return _again(attempt, "STORAGE_UNAVAILABLE", f"the object store failed {attempt} times: {error}")',
-                'return Verdict(Disposition.ACK, "STORAGE_UNAVAILABLE", str(error))',
+                'return _retry(attempt, ErrorCode.STORAGE_UNAVAILABLE, f"the object store failed',
+                "return Decision(Disposition.ACK, ErrorCode.STORAGE_UNAVAILABLE, str(error))",
             ),
         ),
     ),
@@ -424,7 +422,9 @@ ROWS: tuple[Row, ...] = (
             f"{HEALTH}test_probes_are_answered_beside_clients_that_drip_and_come_again",
         ),
         without=(
-            Mutation("worker/monitoring/bounded_server.py", "if self._places.acquire(blocking=False):", "if True:"),
+            Mutation(
+                "worker/monitoring/bounded_server.py", "if self._connection_slots.acquire(blocking=False):", "if True:"
+            ),
         ),
         also=(f"{HEALTH}test_a_request_that_takes_too_long_is_cut_however_often_a_byte_comes",),
     ),

@@ -28,8 +28,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/jobs/disposition.py",
-                'return _again(attempt, "STORAGE_UNAVAILABLE", f"the object store failed {attempt} times: {error}")',
-                'return Verdict(Disposition.ACK, "STORAGE_UNAVAILABLE", str(error))',
+                'return _retry(attempt, ErrorCode.STORAGE_UNAVAILABLE, f"the object store failed',
+                "return Decision(Disposition.ACK, ErrorCode.STORAGE_UNAVAILABLE, str(error))",
             ),
         ),
         also=("tests/live/test_faults.py::test_while_the_store_is_down_a_job_waits_in_the_retry_queue",),
@@ -52,7 +52,7 @@ ROWS: tuple[Row, ...] = (
         "the adapter is not there, or not yet",
         "looked for once more after a moment; then the job fails undrawn, never without its style",
         tests=(f"{LIVE}test_an_adapter_that_comes_a_moment_after_its_job_is_not_missing",),
-        without=(Mutation("worker/jobs/inputs/fetcher.py", "self.is_draining.wait(SECOND_LOOK_SECONDS)", "raise"),),
+        without=(Mutation("worker/jobs/inputs/fetcher.py", "self.is_draining.wait(NOT_FOUND_RETRY_SECONDS)", "raise"),),
         also=(f"{LIVE}test_without_its_adapter_a_job_fails_and_nothing_is_drawn",),
     ),
     Row(
@@ -60,7 +60,7 @@ ROWS: tuple[Row, ...] = (
         "a download breaks off in the middle",
         "fetched again from its start; under its name lies a whole file or none",
         tests=(f"{LIVE}test_an_adapter_cut_in_the_middle_of_its_way_is_fetched_again",),
-        without=(Mutation("clients/storage/client.py", "MAX_DOWNLOAD_TRIES = 3", "MAX_DOWNLOAD_TRIES = 1"),),
+        without=(Mutation("clients/storage/download.py", "MAX_DOWNLOAD_TRIES = 3", "MAX_DOWNLOAD_TRIES = 1"),),
         also=(
             f"{STORAGE}test_a_body_cut_short_is_fetched_again",
             f"{STORAGE}test_a_body_that_stays_damaged_is_told_after_three_tries",
@@ -71,7 +71,7 @@ ROWS: tuple[Row, ...] = (
         "a download has its length and a wrong byte",
         "its MD5 is not the ETag: fetched again, and the wrong one never used",
         tests=(f"{LIVE}test_an_adapter_with_a_wrong_byte_is_fetched_again_and_never_used",),
-        without=(Mutation("clients/storage/transport.py", "        if not is_right:\n", "        if False:\n"),),
+        without=(Mutation("clients/storage/digest.py", "        if not is_right:\n", "        if False:\n"),),
         also=(f"{STORAGE}test_a_body_that_stays_damaged_is_told_after_three_tries",),
     ),
     Row(
@@ -79,7 +79,7 @@ ROWS: tuple[Row, ...] = (
         "a download comes byte by byte, so that no read ever times out",
         "given up below 64 kB/s, and asked for again",
         tests=(f"{LIVE}test_an_adapter_that_arrives_too_slowly_is_asked_for_again_long_before_its_time_is_over",),
-        without=(Mutation("clients/storage/client.py", "return rate < MIN_RATE_BYTES_PER_SECOND", "return False"),),
+        without=(Mutation("clients/storage/download.py", "return rate < MIN_RATE_BYTES_PER_SECOND", "return False"),),
         also=(
             f"{LIVE}test_a_slow_store_costs_time_and_nothing_else",
             f"{STORAGE}test_a_download_below_the_minimum_rate_ends_long_before_its_deadline",
@@ -231,17 +231,17 @@ ROWS: tuple[Row, ...] = (
         "half of the places wait for it; the other jobs that name it go to the retry queue and others are drawn",
         tests=(
             f"{LIVE}test_an_object_that_never_comes_holds_half_of_the_places_and_other_jobs_are_drawn",
-            "tests/worker/jobs/inputs/test_places.py::test_of_many_that_wait_for_an_object_that_never_comes_only_some_go_on",
+            "tests/worker/jobs/inputs/test_slow_fetches.py::test_of_many_that_wait_for_an_object_that_never_comes_only_some_go_on",
         ),
         without=(
             Mutation(
-                "worker/jobs/inputs/places.py",
+                "worker/jobs/inputs/slow_fetches.py",
                 "            if self._slow.total() >= self._num_slow:\n                return False\n",
                 "",
             ),
         ),
         also=(
-            "tests/worker/jobs/inputs/test_places.py::test_an_object_known_to_be_slow_is_not_waited_for_where_no_more_may_wait",
+            "tests/worker/jobs/inputs/test_slow_fetches.py::test_an_object_known_to_be_slow_is_not_waited_for_where_no_more_may_wait",
         ),
     ),
     Row(
@@ -263,9 +263,7 @@ ROWS: tuple[Row, ...] = (
         "the store's ETags look like MD5s and are none",
         "bytes that come twice the same are the store's own; a header made for it is believed before the ETag",
         tests=(f"{STORAGE}test_a_body_that_comes_twice_the_same_is_whole_and_its_etag_no_md5",),
-        without=(
-            Mutation("clients/storage/transport.py", " or md5 == etag or md5 in self._refused", " or md5 == etag"),
-        ),
+        without=(Mutation("clients/storage/digest.py", " or md5 == etag or md5 in self._refused", " or md5 == etag"),),
         also=(f"{STORAGE}test_an_etag_that_is_no_md5_is_not_taken_for_one",),
     ),
     Row(
@@ -276,7 +274,7 @@ ROWS: tuple[Row, ...] = (
             f"{STORAGE}test_a_conditional_write_that_nothing_confirms_is_read_back",
             f"{STORAGE}test_a_write_that_was_not_done_is_told_whatever_answered_it",
         ),
-        without=(Mutation("clients/storage/transport.py", '    return "ETag" in answer\n', "    return True\n"),),
+        without=(Mutation("clients/storage/upload.py", '    return "ETag" in answer\n', "    return True\n"),),
         also=(f"{STORAGE}test_an_error_inside_a_good_answer_to_a_write_is_an_error",),
     ),
     Row(
@@ -303,7 +301,7 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(
             Mutation(
-                "clients/storage/claimed_folder.py", "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"
+                "clients/storage/locked_folder.py", "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"
             ),
         ),
         also=("tests/live/test_sharing.py::test_two_workers_share_forty_jobs_within_a_fifth_of_evenly",),

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.lane import Lane
 from inference.models.base import Family
 from inference.process.child import main
-from inference.request import OnOccupancy
+from inference.request import OnLoadReport
 
 FUSE = "fuse"
 
@@ -49,9 +49,9 @@ class _FusedEngine(LocalEngine):
         return family
 
 
-def load_engine(settings: ModelSettings, on_occupancy: OnOccupancy) -> LocalEngine:
+def load_engine(settings: ModelSettings, on_load_report: OnLoadReport) -> LocalEngine:
     """The engine with the fuse."""
-    return _FusedEngine(settings, on_occupancy)
+    return _FusedEngine(settings, on_load_report)
 
 
 if __name__ == "__main__":

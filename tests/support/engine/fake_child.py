@@ -1,7 +1,7 @@
 """The engine's process without torch: the real child around an engine that obeys what it reads in the prompt.
 
-Words of a prompt like `poison@3` are carried out when that request's step 3 begins; with `refuse` it is not even taken.
-`MODEL_ID` is the path of a journal of what the engine was asked and did: lines of process id, event and request id.
+Words of a prompt like `poison@3` act when that request's step 3 begins; `refuse` makes `generate` raise.
+`MODEL_ID` is the path of a journal of the engine's calls and events: lines of process id, event and request id.
 """
 
 import os
@@ -14,21 +14,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
+from inference.errors import EngineFault, EngineStartFailed, RequestCancelled, RequestFailed
 from inference.process.child import main
 from inference.request import (
-    EngineFault,
     EngineLoad,
-    EngineStartFailed,
     GenerationRequest,
     GenerationResult,
     IsCancelled,
     ModelFacts,
-    OnOccupancy,
+    OnLoadReport,
     OnStep,
     Picture,
-    RequestCancelled,
-    RequestFailed,
     StepReport,
 )
 
@@ -50,7 +47,7 @@ class ActiveRequest:
     future: Future[GenerationResult] = field(default_factory=Future)
     step_index: int = 0
 
-    def is_told(self, verb: str) -> bool:
+    def has_verb(self, verb: str) -> bool:
         return f"{verb}@{self.step_index}" in self.request.prompt.split()
 
     def report(self) -> None:
@@ -60,12 +57,12 @@ class ActiveRequest:
 class FakeEngine:
     """As `LocalEngine` to the process around it, one lane a request."""
 
-    def __init__(self, settings: ModelSettings, on_occupancy: OnOccupancy) -> None:
+    def __init__(self, settings: ModelSettings, on_load_report: OnLoadReport) -> None:
         self._journal = Path(settings.model_id)
         if not self._journal.parent.is_dir():
             raise EngineStartFailed(f"no folder for {self._journal}")
         self._num_lanes = settings.max_concurrent_generations
-        self._on_occupancy = on_occupancy
+        self._on_load_report = on_load_report
         self._changed = threading.Condition()
         self._waiting: list[ActiveRequest] = []
         self._active: list[ActiveRequest] = []
@@ -84,7 +81,7 @@ class FakeEngine:
             step_seconds=STEP_SECONDS,
         )
         self._note("start")
-        on_occupancy(EngineLoad(1, 1, 0, 0, 0))  # a warm-up: it must not be heard of outside
+        on_load_report(EngineLoad(1, 1, 0, 0, 0))  # a warm-up: the child must not report it
         threading.Thread(target=self._run, daemon=True).start()
 
     def generate(
@@ -93,11 +90,11 @@ class FakeEngine:
         self._note("generate", request)
         if "refuse" in request.prompt.split():
             raise FileNotFoundError("no adapter there")
-        drawing = ActiveRequest(request, on_step, is_cancelled)
+        active = ActiveRequest(request, on_step, is_cancelled)
         with self._changed:
-            self._waiting.append(drawing)
+            self._waiting.append(active)
             self._changed.notify()
-        return drawing.future
+        return active.future
 
     def close(self) -> None:
         self._note("close")
@@ -116,36 +113,36 @@ class FakeEngine:
     def _turn(self) -> None:
         self._admit()
         batch = list(self._active)
-        for drawing in batch:
-            self._step(drawing)
+        for active in batch:
+            self._step(active)
         num_lanes = len(self._active)
-        self._on_occupancy(EngineLoad(len(batch), num_lanes, num_lanes, 1, NUM_SLOTS - 1 - num_lanes))
+        self._on_load_report(EngineLoad(len(batch), num_lanes, num_lanes, 1, NUM_SLOTS - 1 - num_lanes))
 
     def _admit(self) -> None:
         with self._changed:
             self._waiting.sort(key=lambda one: one.request.arrived_at)
             while self._waiting and len(self._active) < self._num_lanes:
-                drawing = self._waiting.pop(0)
-                if drawing.future.set_running_or_notify_cancel():
-                    self._note("begin", drawing.request)
-                    self._active.append(drawing)
-                    drawing.report()
+                active = self._waiting.pop(0)
+                if active.future.set_running_or_notify_cancel():
+                    self._note("begin", active.request)
+                    self._active.append(active)
+                    active.report()
 
-    def _step(self, drawing: ActiveRequest) -> None:
-        if drawing not in self._active:
+    def _step(self, active: ActiveRequest) -> None:
+        if active not in self._active:
             return  # it went down with a broken device a moment ago
-        drawing.step_index += 1
-        if drawing.is_cancelled():
-            self._end(drawing, RequestCancelled("cancelled"))
+        active.step_index += 1
+        if active.is_cancelled():
+            self._end(active, RequestCancelled("cancelled"))
             return
         for verb, deed in self._deeds().items():
-            if drawing.is_told(verb):
-                deed(drawing)
-        if drawing not in self._active:
+            if active.has_verb(verb):
+                deed(active)
+        if active not in self._active:
             return
-        drawing.report()
-        if drawing.step_index == drawing.request.num_inference_steps:
-            self._end(drawing, None)
+        active.report()
+        if active.step_index == active.request.num_inference_steps:
+            self._end(active, None)
 
     def _deeds(self) -> dict[str, Callable[[ActiveRequest], None]]:
         return {
@@ -154,25 +151,25 @@ class FakeEngine:
             "tear": lambda _: die_in_the_middle_of_a_message(),
             "hang": lambda _: time.sleep(600),
             "pause": lambda _: time.sleep(PAUSE_SECONDS),
-            "fault": lambda drawing: self._end(drawing, ZeroDivisionError("a fault")),
-            "fail": lambda drawing: self._end(drawing, RequestFailed("INVALID_INPUT", "not to be drawn")),
+            "fault": lambda active: self._end(active, ZeroDivisionError("a fault")),
+            "fail": lambda active: self._end(active, RequestFailed("INVALID_INPUT", "not to be drawn")),
             "break": lambda _: self._break(),
         }
 
     def _break(self) -> None:
         self.is_broken = True
-        for drawing in list(self._active):
-            self._end(drawing, EngineFault("the device is broken"))
+        for active in list(self._active):
+            self._end(active, EngineFault("the device is broken"))
 
-    def _end(self, drawing: ActiveRequest, error: Exception | None) -> None:
-        request = drawing.request
-        self._active.remove(drawing)
+    def _end(self, active: ActiveRequest, error: Exception | None) -> None:
+        request = active.request
+        self._active.remove(active)
         self._note("end", request)
         if error is not None:
-            drawing.future.set_exception(error)
+            active.future.set_exception(error)
             return
         pictures = tuple(Picture(1, 1, seed.to_bytes(3, "big"), seed) for seed in request.seeds)
-        drawing.future.set_result(GenerationResult(pictures, "fake", 1, 0.0, ()))
+        active.future.set_result(GenerationResult(pictures, "fake", 1, 0.0, ()))
 
 
 def die_in_the_middle_of_a_message() -> None:

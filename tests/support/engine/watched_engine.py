@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.lane import Embedding, Lane
 from inference.lora.bank import RowAdapters
@@ -27,7 +27,7 @@ PATIENCE_SECONDS = 300.0
 
 
 class WatchedModel(Family):
-    """Laid over whatever family was loaded: notes what it is asked for. `batches`: the lanes of every forward tried."""
+    """Laid over whatever family was loaded: records its calls. `batches`: the lanes of every forward tried."""
 
     batches: list[list[Lane]]
     encoded: list[str]
@@ -50,13 +50,13 @@ def laid_over(model: Family, window: type[WatchedModel]) -> WatchedModel:
 
 
 class WatchedEngine(LocalEngine):
-    """The engine over a watched model. `turns`: what it told after each turn of its loop."""
+    """The engine over a watched model. `turns`: its load after each turn of its loop."""
 
     def __init__(self, checkpoint: Path, model: type[WatchedModel] = WatchedModel, **variables: Any) -> None:
         self._window = model
         self.turns: list[EngineLoad] = []
         super().__init__(settings_of(checkpoint, **variables), self.turns.append)
-        # The warm-up is nobody's.
+        # Without the warm-up.
         self.model.batches.clear()
         self.model.encoded.clear()
 
@@ -68,9 +68,9 @@ class WatchedEngine(LocalEngine):
     def is_prepared(self) -> bool:
         """Is all done that was asked of the preparing thread? To be asked on the engine's thread."""
         asked: list[Future[Any]] = []
-        for drawing in self._loop._drawings:
-            asked += [drawing.scheduling, *drawing.readings.values()]
-            asked += self._loop._admission._controls.needs(drawing) or []
+        for active in self._loop._requests:
+            asked += [active.scheduling, *active.readings.values()]
+            asked += self._loop._admission._controls.needs(active) or []
         return all(one.done() for one in asked)
 
     def hold_preparing_until(self, is_over: threading.Event) -> None:
@@ -86,7 +86,7 @@ class WatchedEngine(LocalEngine):
         self._loop._device._device = torch.device("meta")
 
 
-class Order:
+class EngineCall:
     """A request handed to the engine, and what comes of it. `at` acts on the engine's thread after a step."""
 
     def __init__(
@@ -142,7 +142,7 @@ def arriving_together(engine: WatchedEngine) -> Iterator[None]:
         engine.wait_until_prepared()
 
     usher = request_of(request_id="usher", width=64, height=64, num_inference_steps=3)
-    Order(engine, usher, at={0: hold, 2: let_go})
+    EngineCall(engine, usher, at={0: hold, 2: let_go})
     assert is_held.wait(PATIENCE_SECONDS)
     try:
         yield
@@ -150,10 +150,10 @@ def arriving_together(engine: WatchedEngine) -> Iterator[None]:
         everything_is_in.set()
 
 
-def order_together(engine: WatchedEngine, requests: Sequence[GenerationRequest]) -> list[Order]:
+def submit_together(engine: WatchedEngine, requests: Sequence[GenerationRequest]) -> list[EngineCall]:
     """Hand in all of them at once, see above."""
     with arriving_together(engine):
-        return [Order(engine, request) for request in requests]
+        return [EngineCall(engine, request) for request in requests]
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from PIL import Image
 
-from config.settings import ModelSettings
+from config.model import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.request import AdapterFile, GenerationRequest, GenerationResult, StepReport
 from inference.sampling.schedulers import DIFFUSION

@@ -47,6 +47,9 @@ class OnDisk:
     def __init__(self, net: Any) -> None:
         self._net = net
 
+    def check_request(self, _: object) -> None:
+        """Accept every request."""
+
     def load(self, _: str) -> Any:
         return self._net
 
@@ -107,17 +110,17 @@ class FullModel:
         self, requests: Sequence[GenerationRequest], rows: Sequence[RowAdapters], guides: Sequence[Guide | None]
     ) -> list[Lane]:
         """The requests' lanes before their first steps, as the engine's loop would have them begin together."""
-        drawings = []
+        joined = []
         for request, row, guide in zip(requests, rows, guides, strict=True):
             self.family.prepare(request)
             keys: Any = row  # embeddings are remembered by them: what they are is no matter
-            drawings.append(
+            joined.append(
                 ActiveRequest(request, self.family.batch_traits(request), lambda _: None, lambda: False, keys)
             )
-            drawings[-1].row, drawings[-1].guide = row, guide
-        for drawing, conditioning in zip(drawings, self._conditioner.condition(drawings), strict=True):
-            drawing.conditioning = conditioning
-        lanes = [lane for drawing in drawings for lane in drawing.lanes]
+            joined[-1].row, joined[-1].guide = row, guide
+        for active, conditioning in zip(joined, self._conditioner.condition(joined), strict=True):
+            active.conditioning = conditioning
+        lanes = [lane for active in joined for lane in active.lanes]
         for lane in lanes:
             _, lane.sampler = self.family.begin(lane)
         return lanes

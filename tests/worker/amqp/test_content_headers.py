@@ -13,7 +13,7 @@ import pika
 import pytest
 from pika.data import encode_table
 
-from config.settings import BrokerSettings
+from config.broker import BrokerSettings
 from examples.parts.rabbitmq import RabbitMQ
 from tests.hostile.fuzzing import Target, fuzz
 from tests.hostile.raw_properties import (
@@ -34,7 +34,8 @@ from tests.hostile.raw_properties import (
     short,
 )
 from tests.support.world import HANG_SECONDS, eventually
-from worker.amqp.broker import Broadcast, Consumer, Subscription, connect
+from worker.amqp.connection import connect
+from worker.amqp.consumer import Broadcast, Consumer, Subscription
 from worker.amqp.content_headers import MAX_DEPTH, Properties
 from worker.amqp.delivery import Delivery
 from worker.amqp.topology import QueueNames

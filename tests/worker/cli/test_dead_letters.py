@@ -19,23 +19,25 @@ from typer.testing import CliRunner, Result
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
 from clients.webhooks import WebhookKind
-from config.settings import BrokerSettings, StoreSettings
+from config.broker import BrokerSettings
+from config.store import StoreSettings
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import start_light_worker
 from tests.hostile.raw_properties import FROM_THE_FIELD, Raw, field, headers, long
 from tests.support.world import World, eventually, new_world
 from tests.worker.cli.test_commands import darkroom
-from worker.amqp.broker import Publisher
 from worker.amqp.delivery import Delivery
-from worker.amqp.queue_browser import MAX_LOOKS, QueueBrowser
+from worker.amqp.publisher import Publisher
+from worker.amqp.queue_browser import MAX_DELIVERIES, QueueBrowser
 from worker.amqp.topology import QueueNames
 from worker.cli.main import app
+from worker.errors import ErrorCode
 from worker.messages.identity import own_task_id
 from worker.results.ledger import Ledger
-from worker.results.pacing import Parked
+from worker.results.outbox_snapshots import SnapshotStore, SnapshotWriter
+from worker.results.pacing import ParkedEvent
 from worker.results.terminal_event import TerminalEvent, failed_event
-from worker.results.waiting import WaitingNotes, WaitingReporter
 
 TASK_ID = "660f9511-f3ac-52e5-b827-557766551111"
 BROKEN = b"\x89PNG\x00\x1b[31m\xff not JSON"
@@ -61,7 +63,7 @@ class Operator:
         assert done.exit_code == 0, done.output
         return [json.loads(line) for line in done.stdout.splitlines()]
 
-    def bury(self, *bodies: bytes, reason: str = "ENGINE_CRASHED: it died twice") -> None:
+    def add_letters(self, *bodies: bytes, reason: str = "ENGINE_CRASHED: it died twice") -> None:
         """As a worker does it."""
         publisher = Publisher(self.broker, self.names)
         publisher.start()
@@ -114,7 +116,7 @@ def job(task_id: str = TASK_ID, generation_id: int = 456, **fields: Any) -> byte
 
 def crashed(task_id: str = TASK_ID) -> TerminalEvent:
     return failed_event(
-        task_id=task_id, generation_id=456, code="ENGINE_CRASHED", message="it died twice", retry_count=0
+        task_id=task_id, generation_id=456, code=ErrorCode.ENGINE_CRASHED, message="it died twice", retry_count=0
     )
 
 
@@ -128,9 +130,9 @@ def is_harmless(text: str) -> bool:
 
 
 def test_every_kind_of_letter_is_listed_and_stays(operator: Operator) -> None:
-    operator.bury(job())
-    operator.bury(crashed(str(uuid.UUID(int=7))).to_json(), reason="the backend refused the failed webhook: 400")
-    operator.bury(BROKEN, reason="not a job: the body is not UTF-8 \x1b[31m")
+    operator.add_letters(job())
+    operator.add_letters(crashed(str(uuid.UUID(int=7))).to_json(), reason="the backend refused the failed webhook: 400")
+    operator.add_letters(BROKEN, reason="not a job: the body is not UTF-8 \x1b[31m")
 
     table = operator.types("list")
     letters = {letter["kind"]: letter for letter in operator.listed()}
@@ -149,7 +151,7 @@ def test_every_kind_of_letter_is_listed_and_stays(operator: Operator) -> None:
 
 
 def test_a_number_stays_with_its_letter_of_a_hundred(operator: Operator) -> None:
-    operator.bury(*(job(str(uuid.UUID(int=number)), number) for number in range(1, 101)))
+    operator.add_letters(*(job(str(uuid.UUID(int=number)), number) for number in range(1, 101)))
 
     first, second = operator.listed(), operator.listed()
     shown = operator.types("show", 50)
@@ -166,12 +168,12 @@ def test_a_number_stays_with_its_letter_of_a_hundred(operator: Operator) -> None
 def test_looking_often_uses_no_letter_up(operator: Operator) -> None:
     """RabbitMQ 4 has this limit on every quorum queue; older ones take it as an argument."""
     operator.declare(operator.names.dead, **{"x-queue-type": "quorum", "x-delivery-limit": 20})
-    operator.bury(job(), BROKEN)
+    operator.add_letters(job(), BROKEN)
     died_at = {letter["died_at"] for letter in operator.listed()}
 
     for _ in range(50):
         with QueueBrowser(operator.broker, operator.names.dead) as inspection:
-            taken = inspection.take(10)
+            taken = inspection.fetch(10)
 
         assert sorted(held.body for held in taken) == sorted((job(), BROKEN))
 
@@ -190,7 +192,7 @@ def test_letters_whose_headers_pika_cannot_decode_are_listed_shown_copied_and_re
     again = operator.listed()
     replayed = operator.types("replay", "--all")
 
-    assert len(shown) > MAX_LOOKS
+    assert len(shown) > MAX_DELIVERIES
     assert listed == again
     assert [done.exit_code for done in shown] == [0] * len(shown)
     assert is_harmless("".join(done.stdout for done in shown))
@@ -201,21 +203,21 @@ def test_letters_whose_headers_pika_cannot_decode_are_listed_shown_copied_and_re
 
 def test_a_letter_copied_goes_to_no_queue_that_its_headers_name(operator: Operator) -> None:
     """The broker sends a message to the queues in its header `CC` as well, a copy like any other."""
-    operator.bury(BROKEN)
+    operator.add_letters(BROKEN)
     operator.declare(elsewhere := f"{operator.world.queue}.elsewhere")
     copied_to = headers(field(b"CC", b"A", long(b"S" + long(elsewhere.encode()))))
     operator.put(operator.names.dead, Raw(copied_to), b"a copy")
     operator.wait_for(dead=2, elsewhere=1)
 
-    for _ in range(2 * MAX_LOOKS):
+    for _ in range(2 * MAX_DELIVERIES):
         with QueueBrowser(operator.broker, operator.names.dead) as inspection:
-            assert len(inspection.take(10)) == 2
+            assert len(inspection.fetch(10)) == 2
     operator.wait_for(dead=2, elsewhere=1)
 
 
 def test_a_letter_is_shown_whole_and_steers_no_terminal(operator: Operator) -> None:
-    operator.bury(job(prompt=HOSTILE, artist_name="서울 아틀리에"), reason="INTERNAL_ERROR: \x1b[2J")
-    operator.bury(BROKEN, reason="not a job: the body is not UTF-8")
+    operator.add_letters(job(prompt=HOSTILE, artist_name="서울 아틀리에"), reason="INTERNAL_ERROR: \x1b[2J")
+    operator.add_letters(BROKEN, reason="not a job: the body is not UTF-8")
     broken = next(letter["number"] for letter in operator.listed() if letter["kind"] == "not a job")
 
     asked, binary = operator.types("show", TASK_ID.upper()), operator.types("show", broken)
@@ -240,7 +242,7 @@ def test_where_nothing_is_dead_it_says_so_and_makes_no_queue(operator: Operator)
 
 
 def test_a_letter_that_does_not_exist_is_named(operator: Operator) -> None:
-    operator.bury(job())
+    operator.add_letters(job())
 
     for target in ("0", "2", "9" * 5000, "nobody", str(uuid.UUID(int=9)), "\x1b[31m"):
         done = operator.types("replay", target)
@@ -268,10 +270,10 @@ def test_a_broker_that_is_away_is_named_in_a_sentence(operator: Operator, tmp_pa
 
 
 def test_while_somebody_else_looks_the_queue_is_not_called_empty(operator: Operator) -> None:
-    operator.bury(job())
+    operator.add_letters(job())
 
     with QueueBrowser(operator.broker, operator.names.dead) as inspection:
-        inspection.take(10)
+        inspection.fetch(10)
         done = operator.types("list")
 
     assert (done.exit_code, "somebody else" in done.output) == (1, True)
@@ -280,7 +282,7 @@ def test_while_somebody_else_looks_the_queue_is_not_called_empty(operator: Opera
 
 def test_a_job_goes_back_as_a_new_task_of_the_same_generation(operator: Operator) -> None:
     operator.ledger.record(crashed())
-    operator.bury(job(prompt_tags=["sunset"]))
+    operator.add_letters(job(prompt_tags=["sunset"]))
 
     done = operator.types("replay", 1)
 
@@ -296,7 +298,7 @@ def test_a_job_goes_back_as_a_new_task_of_the_same_generation(operator: Operator
 
 def test_a_replay_repeated_is_the_same_task_until_that_one_has_ended(operator: Operator) -> None:
     def replayed() -> str:
-        operator.bury(job())
+        operator.add_letters(job())
         assert operator.types("replay", TASK_ID).exit_code == 0
         return str(json.loads(operator.take(operator.names.jobs)[0][1])["task_id"])
 
@@ -304,7 +306,7 @@ def test_a_replay_repeated_is_the_same_task_until_that_one_has_ended(operator: O
     operator.ledger.record(crashed(first))
     second = replayed()
     operator.ledger.record(complete(second))
-    operator.bury(job())
+    operator.add_letters(job())
     refused = operator.types("replay", TASK_ID)
 
     assert first == repeated != second
@@ -314,7 +316,7 @@ def test_a_replay_repeated_is_the_same_task_until_that_one_has_ended(operator: O
 
 def test_an_event_goes_back_to_the_outbox_for_another_day(operator: Operator) -> None:
     operator.ledger.record(crashed())
-    operator.bury(crashed().to_json(), reason="the failed webhook was not taken: 503")
+    operator.add_letters(crashed().to_json(), reason="the failed webhook was not taken: 503")
 
     done = operator.types("replay", "--all")
 
@@ -329,8 +331,10 @@ def test_what_a_replay_could_not_help_stays_and_says_why(operator: Operator) -> 
     done_task, told_task = (str(uuid.UUID(int=number)) for number in (1, 2))
     operator.ledger.record(complete(done_task))
     operator.ledger.mark_delivered(crashed(told_task))
-    operator.bury(BROKEN, job(done_task), crashed(told_task).to_json(), job(str(uuid.UUID(int=3)), aspect_ratio="9:1"))
-    operator.bury(job())
+    operator.add_letters(
+        BROKEN, job(done_task), crashed(told_task).to_json(), job(str(uuid.UUID(int=3)), aspect_ratio="9:1")
+    )
+    operator.add_letters(job())
 
     done = operator.types("replay", "--all")
     [number] = [letter["number"] for letter in operator.listed() if letter["kind"] == "not a job"]
@@ -351,7 +355,7 @@ def test_a_job_whose_task_id_another_generation_had_is_replayed_whatever_became_
     # Given a task id of a generation that is complete and told
     operator.ledger.mark_delivered(complete())
     other = replace(crashed(), generation_id=457, body=dict(crashed().body) | {"generation_id": 457})
-    operator.bury(job(generation_id=457), replace(other, is_recorded=False).to_json())
+    operator.add_letters(job(generation_id=457), replace(other, is_recorded=False).to_json())
 
     done = operator.types("replay", "--all")
 
@@ -362,8 +366,8 @@ def test_a_job_whose_task_id_another_generation_had_is_replayed_whatever_became_
 
 
 def test_all_can_be_narrowed_to_a_reason(operator: Operator) -> None:
-    operator.bury(job(), reason="STORAGE_UNAVAILABLE: the object store failed 5 times")
-    operator.bury(job(str(uuid.UUID(int=1))), reason="ENGINE_CRASHED: it died twice")
+    operator.add_letters(job(), reason="STORAGE_UNAVAILABLE: the object store failed 5 times")
+    operator.add_letters(job(str(uuid.UUID(int=1))), reason="ENGINE_CRASHED: it died twice")
 
     none = operator.types("replay", "--all", "--reason", "webhook")
     some = operator.types("replay", "--all", "--reason", "storage_unavailable")
@@ -375,7 +379,7 @@ def test_all_can_be_narrowed_to_a_reason(operator: Operator) -> None:
 
 def test_without_a_confirmed_copy_the_letter_stays(operator: Operator) -> None:
     operator.declare(operator.names.jobs, **{"x-max-length": 1, "x-overflow": "reject-publish"})
-    operator.bury(job(), job(str(uuid.UUID(int=1))))
+    operator.add_letters(job(), job(str(uuid.UUID(int=1))))
 
     done = operator.types("replay", "--all")
 
@@ -387,7 +391,7 @@ def test_without_a_confirmed_copy_the_letter_stays(operator: Operator) -> None:
 def test_a_lost_ack_leaves_the_letter_and_its_replay_is_the_same_task(
     operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    operator.bury(job())
+    operator.add_letters(job())
     with monkeypatch.context() as patch:
         patch.setattr(QueueBrowser, "ack", lambda *_: (_ for _ in ()).throw(RuntimeError("killed here")))
         operator.types("replay", 1)
@@ -401,7 +405,7 @@ def test_a_lost_ack_leaves_the_letter_and_its_replay_is_the_same_task(
 
 
 def test_a_store_that_is_away_replays_nothing(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
-    operator.bury(job())
+    operator.add_letters(job())
     monkeypatch.setenv("AWS_STORAGE_BUCKET_NAME", "nobody")
 
     done = operator.types("replay", "--all")
@@ -411,7 +415,7 @@ def test_a_store_that_is_away_replays_nothing(operator: Operator, monkeypatch: p
 
 
 def test_purging_asks_first(operator: Operator) -> None:
-    operator.bury(job(), BROKEN)
+    operator.add_letters(job(), BROKEN)
 
     declined = operator.types("purge", "--all", answer="n\n")
     unanswered = operator.types("purge", "--all", answer="")
@@ -427,14 +431,14 @@ def test_purging_asks_first(operator: Operator) -> None:
 def test_purging_takes_only_what_was_shown_and_is_still_there(
     operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    operator.bury(BROKEN, job())
+    operator.add_letters(BROKEN, job())
 
     def think_long(*_: object, **__: object) -> bool:
         """Meanwhile somebody takes both letters, one of them comes back twice, and a new one dies."""
         taken = {body: properties for properties, body in operator.take(operator.names.dead)}
         operator.put(operator.names.dead, taken[BROKEN], BROKEN)
         operator.put(operator.names.dead, taken[BROKEN], BROKEN)
-        operator.bury(job(str(uuid.UUID(int=1))))
+        operator.add_letters(job(str(uuid.UUID(int=1))))
         return True
 
     monkeypatch.setattr(typer, "confirm", think_long)
@@ -449,7 +453,7 @@ def test_purging_takes_only_what_was_shown_and_is_still_there(
 def test_a_replayed_job_completes_and_its_backend_hears_of_it_once_more(operator: Operator, tmp_path: Path) -> None:
     worker = start_light_worker(operator.world)
     operator.ledger.record(crashed())
-    operator.bury(job(generation_id=456))
+    operator.add_letters(job(generation_id=456))
 
     done = darkroom("dead", "replay", TASK_ID, env=operator.world.env(), folder=tmp_path)
 
@@ -464,7 +468,7 @@ def test_a_replayed_job_completes_and_its_backend_hears_of_it_once_more(operator
 # --- The ends that wait
 
 
-def parked(number: int, reason: str, age_seconds: float) -> Parked:
+def parked(number: int, reason: str, age_seconds: float) -> ParkedEvent:
     event = crashed(str(uuid.UUID(int=number)))
     delivery = Delivery(
         body=event.to_json(),
@@ -478,7 +482,7 @@ def parked(number: int, reason: str, age_seconds: float) -> Parked:
         channel_number=1,
         reason=reason,
     )
-    return Parked(event, delivery, 4)
+    return ParkedEvent(event, delivery, 4)
 
 
 def test_ends_that_wait_in_the_queue_and_in_a_worker_s_hands_are_listed(operator: Operator) -> None:
@@ -490,8 +494,8 @@ def test_ends_that_wait_in_the_queue_and_in_a_worker_s_hands_are_listed(operator
     publisher.publish(operator.names.outbox, ready.to_json(), attempt=2, reason="HTTP 503", since=time.time() - 60)
     publisher.close()
     held = [parked(1, "HTTP 500", 7200), parked(2, "no answer within 20 s", 600)]
-    notes = WaitingNotes(Storage(operator.store), operator.store.bucket)
-    WaitingReporter("gpu-1:7", notes, lambda: held, threading.Event()).report()
+    notes = SnapshotStore(Storage(operator.store), operator.store.bucket)
+    SnapshotWriter("gpu-1:7", notes, lambda: held, threading.Event()).report()
 
     # When they are listed, then with what came of the last try, and the oldest first
     lines = [json.loads(line) for line in operator.types("list", "--json", of="outbox").stdout.splitlines()]
@@ -515,16 +519,16 @@ def test_a_note_that_no_worker_wrote_hides_no_other(operator: Operator) -> None:
     for number, content in enumerate([b"", b"[" * 5000, b"{}", b'{"waiting": [1]}', b'{"waiting": [{"since": "x"}]}']):
         ref = ObjectRef(operator.store.bucket, f".darkroom/outbox/strange-{number}.json")
         storage.put(ref, content, content_type="application/json")
-    notes = WaitingNotes(storage, operator.store.bucket)
-    WaitingReporter("gpu-1:7", notes, lambda: [parked(1, "HTTP 500", 60)], threading.Event()).report()
+    notes = SnapshotStore(storage, operator.store.bucket)
+    SnapshotWriter("gpu-1:7", notes, lambda: [parked(1, "HTTP 500", 60)], threading.Event()).report()
 
     assert [one.task_id for one in notes.read_all()] == [str(uuid.UUID(int=1))]
 
 
 def test_a_worker_whose_hands_are_empty_takes_its_note_away(operator: Operator) -> None:
-    notes = WaitingNotes(Storage(operator.store), operator.store.bucket)
+    notes = SnapshotStore(Storage(operator.store), operator.store.bucket)
     held = [parked(1, "HTTP 500", 60)]
-    reporter = WaitingReporter("gpu-1:7", notes, lambda: held, threading.Event())
+    reporter = SnapshotWriter("gpu-1:7", notes, lambda: held, threading.Event())
     reporter.report()
     held.clear()
     reporter.report()
@@ -533,9 +537,9 @@ def test_a_worker_whose_hands_are_empty_takes_its_note_away(operator: Operator) 
 
 
 def test_waiting_ends_are_warned_of_once_an_hour(operator: Operator, caplog: pytest.LogCaptureFixture) -> None:
-    notes = WaitingNotes(Storage(operator.store), operator.store.bucket)
+    notes = SnapshotStore(Storage(operator.store), operator.store.bucket)
     now = 0.0
-    reporter = WaitingReporter("a:1", notes, lambda: [parked(1, "HTTP 500", 60)], threading.Event(), lambda: now)
+    reporter = SnapshotWriter("a:1", notes, lambda: [parked(1, "HTTP 500", 60)], threading.Event(), lambda: now)
     for now in (0.0, 30.0, 3570.0, 3600.0, 3630.0):  # noqa: B007 - the clock reads it
         reporter.report()
 
@@ -544,7 +548,9 @@ def test_waiting_ends_are_warned_of_once_an_hour(operator: Operator, caplog: pyt
 
 
 def test_the_list_of_dead_letters_fits_eighty_columns(operator: Operator) -> None:
-    operator.bury(job(), crashed(str(uuid.UUID(int=7))).to_json(), reason="the complete webhook was not taken: " * 3)
+    operator.add_letters(
+        job(), crashed(str(uuid.UUID(int=7))).to_json(), reason="the complete webhook was not taken: " * 3
+    )
 
     table = operator.types("list", columns=80).stdout
 

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.support.servers.clients_servers import refused_url
-from worker.cli.cancel import NoId, orders_of
+from worker.cli.cancel import InvalidId, orders_of
 from worker.cli.main import app
 
 TASK_ID = "660f9511-f3ac-52e5-b827-557766551111"
@@ -88,7 +88,7 @@ def test_an_id_is_a_task_s_or_a_generation_s_by_its_form(
     ("text", "options"), [("", {}), ("a b", {}), ("a/b", {}), ("x" * 129, {}), ("456", {"is_task": True})]
 )
 def test_what_is_no_id_is_refused(text: str, options: dict[str, bool]) -> None:
-    with pytest.raises(NoId):
+    with pytest.raises(InvalidId):
         orders_of(text, **options)
 
 

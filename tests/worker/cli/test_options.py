@@ -11,7 +11,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from clients.storage.location import ObjectRef
-from config.settings import ModelSettings, StoreSettings
+from config.model import ModelSettings
+from config.store import StoreSettings
 from tests.support.paths import DEMO_MODEL
 from tests.worker.messages.test_decoder import job_of, message, rejection_of
 from watermark.geometry import Position

@@ -16,14 +16,13 @@ from typer.testing import CliRunner, Result
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
 from clients.webhooks import WebhookKind
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from tests.support.servers.clients_servers import AnsweringServer, answer, refused_url
 from worker.cli.main import app
-from worker.cli.report.axis import Axis
-from worker.cli.report.bars import Bar, cells, legend
-from worker.cli.report.rows import Row, Stretch, row_of
-from worker.cli.report.summary import summarise
-from worker.monitoring.stages import REST, STAGES
+from worker.cli.report.bars import Axis, Bar, cells, legend
+from worker.cli.report.rows import Row, Stretch, row_of, summarise
+from worker.cli.report.stages import STAGES, UNACCOUNTED
+from worker.errors import ErrorCode
 from worker.results.ledger import Entry, Ledger
 from worker.results.terminal_event import TerminalEvent, failed_event
 
@@ -43,7 +42,7 @@ def failed(number: int, *, seconds_in_engine: float = 4.0) -> TerminalEvent:
     return failed_event(
         task_id=str(uuid.uuid4()),
         generation_id=number,
-        code="GPU_OOM",
+        code=ErrorCode.GPU_OOM,
         message=f"too large: {PROMPT}",
         retry_count=2,
         worker="host:2",
@@ -78,7 +77,7 @@ def test_what_no_stage_accounts_for_in_a_failed_job_is_shown_as_the_rest() -> No
     made = row(failed(7))
 
     assert (made.outcome, made.error_code, made.attempt) == ("failed", "GPU_OOM", 3)
-    assert made.stretches[-1] == Stretch(REST, BEGAN_AT + 2.0, 4.0)
+    assert made.stretches[-1] == Stretch(UNACCOUNTED, BEGAN_AT + 2.0, 4.0)
     assert made.seconds == 6.0
 
 
@@ -186,7 +185,7 @@ def test_a_bar_is_coloured_or_where_that_is_not_seen_lettered(has_colours: bool,
 
 
 def test_the_legend_names_what_occurs_in_the_order_of_the_story() -> None:
-    text = legend(["store", REST, "fetch"], Console(color_system=None)).plain
+    text = legend(["store", UNACCOUNTED, "fetch"], Console(color_system=None)).plain
 
     assert text.split() == ["f", "fetch", "p", "store", "?", "rest"]
 
@@ -306,7 +305,7 @@ def test_a_listing_of_many_pages_is_gone_through_to_its_end(operator: Operator) 
     for number in range(7):
         operator.write(f"jobs/{number}.json", b"{}")
 
-    found = list(operator.storage.each_below(operator.ledger.bucket, "jobs/", page_keys=3))
+    found = list(operator.storage.list_objects(operator.ledger.bucket, "jobs/", page_keys=3))
 
     assert [one.key for one in found] == [f"jobs/{number}.json" for number in range(7)]
     assert all(abs(one.modified_at - datetime.now(UTC)) < timedelta(minutes=1) for one in found)

@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 import pytest
 
 from watermark.signature import SignatureStyle
-from worker.jobs.cancellations import MAX_REMEMBERED, REMEMBERED_SECONDS, Cancellations, CancelOrder, decode_cancel
+from worker.jobs.cancellations import MAX_REMEMBERED, REMEMBERED_SECONDS, Cancellations
+from worker.messages.cancel import CancelOrder, decode_cancel
 from worker.messages.job import Job, Undecodable
 
 TASK = "660f9511-f3ac-52e5-b827-557766551111"

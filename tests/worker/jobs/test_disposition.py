@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from clients.storage.errors import ObjectNotFound, StorageError, StorageUnavailable
-from clients.webhooks import Attempt, WebhookKind
-from clients.webhooks import Verdict as Answer
-from inference.request import (
+from clients.webhooks import WebhookAttempt, WebhookKind, WebhookResult
+from inference.errors import (
     EngineClosed,
     EngineCrashed,
     EngineError,
@@ -22,12 +21,12 @@ from inference.request import (
     ResultTooLarge,
 )
 from worker.amqp.topology import RETRY_DELAYS_SECONDS, QueueNames
-from worker.errors import JobFailed, JobReleased, PoisonJob
-from worker.jobs.disposition import Disposition, Verdict, judge
+from worker.errors import ErrorCode, JobFailed, JobReleased, PoisonJob
+from worker.jobs.disposition import Decision, Disposition, decide
 from worker.metrics import Metrics
 from worker.monitoring.idle import IdleTimer, idle_reason
 from worker.progress.reporter import milestones_between
-from worker.results.notifier import MAX_AGE_SECONDS, UNKNOWN_IS_TRANSIENT_SECONDS, delay_after, is_hopeless
+from worker.results.notifier import MAX_AGE_SECONDS, UNKNOWN_IS_TRANSIENT_SECONDS, delay_after, is_permanent_failure
 from worker.results.terminal_event import TerminalEvent, failed_event
 
 # --- What an error means for the job
@@ -40,25 +39,28 @@ def tree(base: type[Exception]) -> Iterator[type[Exception]]:
 
 
 def sample(cls: type[Exception]) -> Exception:
-    return cls("CODE", "why") if cls in (RequestFailed, JobFailed) else cls("why")
+    return cls(ErrorCode.FONT_MISSING, "why") if cls in (RequestFailed, JobFailed) else cls("why")
 
 
 @pytest.mark.parametrize(
-    ("error", "verdict"),
+    ("error", "decision"),
     [
-        (JobFailed("LORA_NOT_FOUND", "no such adapter"), Verdict(Disposition.ACK, "LORA_NOT_FOUND", "no such adapter")),
-        (RequestFailed("GPU_OOM", "too large"), Verdict(Disposition.ACK, "GPU_OOM", "too large")),
-        (RequestCancelled(), Verdict(Disposition.ACK, "CANCELLED", "the job was cancelled")),
-        (EngineCrashed("twice"), Verdict(Disposition.DEAD_LETTER, "ENGINE_CRASHED", "twice")),
-        (PoisonJob("11 workers"), Verdict(Disposition.DEAD_LETTER, "WORKER_CRASHED", "11 workers")),
-        (JobReleased("stopping"), Verdict(Disposition.RELEASE)),
-        (EngineClosed("stopping"), Verdict(Disposition.RELEASE)),
+        (
+            JobFailed(ErrorCode.LORA_NOT_FOUND, "no such adapter"),
+            Decision(Disposition.ACK, ErrorCode.LORA_NOT_FOUND, "no such adapter"),
+        ),
+        (RequestFailed("GPU_OOM", "too large"), Decision(Disposition.ACK, ErrorCode.GPU_OOM, "too large")),
+        (RequestCancelled(), Decision(Disposition.ACK, ErrorCode.CANCELLED, "the job was cancelled")),
+        (EngineCrashed("twice"), Decision(Disposition.DEAD_LETTER, ErrorCode.ENGINE_CRASHED, "twice")),
+        (PoisonJob("11 workers"), Decision(Disposition.DEAD_LETTER, ErrorCode.WORKER_CRASHED, "11 workers")),
+        (JobReleased("stopping"), Decision(Disposition.RELEASE)),
+        (EngineClosed("stopping"), Decision(Disposition.RELEASE)),
     ],
     ids=lambda case: type(case).__name__,
 )
 @pytest.mark.parametrize("attempt", [1, 5, 100])
-def test_what_is_clear_is_clear_at_any_attempt(error: Exception, verdict: Verdict, attempt: int) -> None:
-    assert judge(error, attempt) == verdict
+def test_what_is_clear_is_clear_at_any_attempt(error: Exception, decision: Decision, attempt: int) -> None:
+    assert decide(error, attempt) == decision
 
 
 @pytest.mark.parametrize(
@@ -73,10 +75,10 @@ def test_what_is_clear_is_clear_at_any_attempt(error: Exception, verdict: Verdic
 def test_what_may_pass_is_tried_again_later_and_fails_the_job_once_the_budget_is_spent(
     error: Exception, code: str
 ) -> None:
-    verdicts = [judge(error, attempt) for attempt in range(1, 7)]
+    verdicts = [decide(error, attempt) for attempt in range(1, 7)]
 
-    assert [verdict.code for verdict in verdicts] == [code] * 6
-    assert [(verdict.disposition, verdict.delay_seconds) for verdict in verdicts] == [
+    assert [decision.code for decision in verdicts] == [code] * 6
+    assert [(decision.disposition, decision.delay_seconds) for decision in verdicts] == [
         (Disposition.RETRY, 30),
         (Disposition.RETRY, 30),
         (Disposition.RETRY, 300),
@@ -88,17 +90,17 @@ def test_what_may_pass_is_tried_again_later_and_fails_the_job_once_the_budget_is
 
 @pytest.mark.parametrize("cls", list(tree(EngineError)), ids=lambda cls: cls.__name__)
 def test_no_engine_error_is_taken_for_an_internal_one(cls: type[Exception]) -> None:
-    assert judge(sample(cls), 1).code != "INTERNAL_ERROR"
+    assert decide(sample(cls), 1).code != "INTERNAL_ERROR"
 
 
 @pytest.mark.parametrize("cls", [StorageError, *tree(StorageError)], ids=lambda cls: cls.__name__)
 def test_no_storage_error_is_taken_for_an_internal_one(cls: type[Exception]) -> None:
-    assert judge(sample(cls), 1).code == "STORAGE_UNAVAILABLE"
+    assert decide(sample(cls), 1).code == "STORAGE_UNAVAILABLE"
 
 
 @pytest.mark.parametrize("error", [ResultTooLarge("8 pictures"), MemoryError()], ids=["pixels", "anything"])
 def test_a_job_without_room_in_memory_is_tried_once_more_and_then_fails_by_its_size(error: Exception) -> None:
-    first, second = judge(error, 1), judge(error, 2)
+    first, second = decide(error, 1), decide(error, 2)
 
     assert (first.disposition, first.delay_seconds) == (Disposition.RETRY, RETRY_DELAYS_SECONDS[0])
     assert (second.disposition, second.code) == (Disposition.ACK, "GPU_OOM")
@@ -106,7 +108,7 @@ def test_a_job_without_room_in_memory_is_tried_once_more_and_then_fails_by_its_s
 
 
 def test_a_model_that_cannot_be_loaded_is_no_fault_of_the_job() -> None:
-    assert judge(EngineStartFailed("no such folder"), 1) == Verdict(Disposition.RELEASE)
+    assert decide(EngineStartFailed("no such folder"), 1) == Decision(Disposition.RELEASE)
 
 
 def test_the_trees_of_errors_are_not_empty() -> None:
@@ -117,7 +119,7 @@ def test_the_trees_of_errors_are_not_empty() -> None:
 @pytest.mark.parametrize("attempt", [1, 5])
 def test_an_unforeseen_error_is_named_but_not_quoted(attempt: int) -> None:
     # Its text may hold anything: a URL, a header, a key.
-    message = judge(RuntimeError("canary"), attempt).message
+    message = decide(RuntimeError("canary"), attempt).message
 
     assert "RuntimeError" in message
     assert "canary" not in message
@@ -125,17 +127,17 @@ def test_an_unforeseen_error_is_named_but_not_quoted(attempt: int) -> None:
 
 def test_every_verdict_that_fails_a_job_has_a_code_and_a_message() -> None:
     for cls, attempt in itertools.product([*tree(EngineError), *tree(StorageError), KeyError], (1, 5)):
-        verdict = judge(sample(cls), attempt)
-        if verdict.disposition is not Disposition.RELEASE:
-            assert verdict.code.isupper()
-            assert verdict.message
+        decision = decide(sample(cls), attempt)
+        if decision.disposition is not Disposition.RELEASE:
+            assert decision.code.isupper()
+            assert decision.message
 
 
 # --- Telling the backend
 
 
-def answered(status: int | None, verdict: Answer = Answer.RETRY) -> Attempt:
-    return Attempt(verdict, status, None, f"HTTP {status}", is_ambiguous=False)
+def answered(status: int | None, verdict: WebhookResult = WebhookResult.RETRY) -> WebhookAttempt:
+    return WebhookAttempt(verdict, status, None, f"HTTP {status}", is_ambiguous=False)
 
 
 def test_the_waits_between_attempts_grow_and_then_stay() -> None:
@@ -152,7 +154,7 @@ def test_a_retry_after_lengthens_a_wait_and_never_shortens_it(
 @pytest.mark.parametrize(
     ("attempt", "age_seconds", "hopeless"),
     [
-        (answered(400, Answer.REJECTED), 0.0, True),
+        (answered(400, WebhookResult.REJECTED), 0.0, True),
         (answered(404), UNKNOWN_IS_TRANSIENT_SECONDS - 1, False),
         (answered(404), UNKNOWN_IS_TRANSIENT_SECONDS + 1, True),
         (answered(500), UNKNOWN_IS_TRANSIENT_SECONDS + 1, False),
@@ -163,9 +165,9 @@ def test_a_retry_after_lengthens_a_wait_and_never_shortens_it(
     ],
 )
 def test_an_event_is_given_up_when_it_is_refused_unknown_for_a_minute_or_a_day_old(
-    attempt: Attempt, age_seconds: float, hopeless: bool
+    attempt: WebhookAttempt, age_seconds: float, hopeless: bool
 ) -> None:
-    assert is_hopeless(attempt, age_seconds) is hopeless
+    assert is_permanent_failure(attempt, age_seconds) is hopeless
 
 
 MILESTONES = (0, 25, 50, 75, 90)
@@ -237,7 +239,7 @@ def test_each_delay_has_a_queue_that_gives_its_messages_back_and_loses_none(dela
 
 
 def test_every_delay_a_verdict_names_has_its_queue() -> None:
-    delays = {judge(KeyError(), attempt).delay_seconds for attempt in range(1, len(RETRY_DELAYS_SECONDS) + 1)}
+    delays = {decide(KeyError(), attempt).delay_seconds for attempt in range(1, len(RETRY_DELAYS_SECONDS) + 1)}
 
     assert {NAMES.retry(delay) for delay in delays} <= set(NAMES.everything)
 
@@ -321,7 +323,7 @@ COMPLETE = TerminalEvent(
     worker="host:1",
 )
 FAILED = failed_event(
-    task_id="660f9511", generation_id=456, code="LORA_NOT_FOUND", message="no such adapter", retry_count=2
+    task_id="660f9511", generation_id=456, code=ErrorCode.LORA_NOT_FOUND, message="no such adapter", retry_count=2
 )
 
 

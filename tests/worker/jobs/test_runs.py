@@ -9,7 +9,7 @@ import pytest
 
 from inference.request import Stage
 from worker.amqp.delivery import Delivery
-from worker.jobs.runs import Run, Runs
+from worker.jobs.runs import Phase, Run, Runs
 from worker.messages.job import JobRejected
 
 TASK_ID = "660f9511-f3ac-52e5-b827-557766551111"
@@ -34,7 +34,7 @@ def delivered(tag: int, *, attempt: int = 1, num_deliveries: int = 0) -> Deliver
 
 
 def begun(runs: Runs, *, task_id: str = TASK_ID, tag: int = 1) -> Run:
-    run = runs.join(asked_for(task_id), delivered(tag))
+    run = runs.attach_or_start(asked_for(task_id), delivered(tag))
     assert run is not None
     return run
 
@@ -53,19 +53,19 @@ def test_a_run_may_part_from_its_deliveries_and_still_knows_how_it_came() -> Non
     runs = Runs()
     run = begun(runs, tag=7)
 
-    assert [delivery.tag for delivery in runs.part_from_deliveries(run)] == [7]
+    assert [delivery.tag for delivery in runs.detach_deliveries(run)] == [7]
 
     assert run.deliveries == []
     assert (run.first.tag, run.attempt, run.num_recoveries) == (7, 1, 0)
-    assert runs.leave(run) == []
+    assert runs.finish(run) == []
 
 
 def test_one_that_has_left_parts_from_nothing() -> None:
     runs = Runs()
     run = begun(runs)
-    runs.leave(run)
+    runs.finish(run)
 
-    assert runs.part_from_deliveries(run) == []
+    assert runs.detach_deliveries(run) == []
 
 
 def test_another_delivery_of_the_same_task_is_adopted_and_settled_with_the_run() -> None:
@@ -74,11 +74,11 @@ def test_another_delivery_of_the_same_task_is_adopted_and_settled_with_the_run()
     run = begun(runs)
 
     # When the broker delivers it twice more
-    adopted = [runs.join(asked_for(), delivered(tag)) for tag in (2, 3)]
+    adopted = [runs.attach_or_start(asked_for(), delivered(tag)) for tag in (2, 3)]
 
     # Then no second run begins, and the one run answers for all three
     assert adopted == [None, None]
-    assert [delivery.tag for delivery in runs.leave(run)] == [1, 2, 3]
+    assert [delivery.tag for delivery in runs.finish(run)] == [1, 2, 3]
     assert TASK_ID not in runs
     assert runs.all() == []
 
@@ -86,19 +86,19 @@ def test_another_delivery_of_the_same_task_is_adopted_and_settled_with_the_run()
 def test_a_task_that_has_left_may_begin_again() -> None:
     runs = Runs()
     first = begun(runs)
-    runs.leave(first)
+    runs.finish(first)
 
     second = begun(runs, tag=2)
 
     assert second is not first
-    assert [delivery.tag for delivery in runs.leave(second)] == [2]
+    assert [delivery.tag for delivery in runs.finish(second)] == [2]
 
 
 def test_different_tasks_run_side_by_side() -> None:
     runs = Runs()
     first, second = begun(runs, task_id="a"), begun(runs, task_id="b")
 
-    runs.leave(first)
+    runs.finish(first)
 
     assert runs.all() == [second]
 
@@ -106,18 +106,18 @@ def test_different_tasks_run_side_by_side() -> None:
 def test_of_many_threads_that_bring_one_task_one_begins_it_and_no_delivery_is_lost() -> None:
     runs, begun_runs, ready = Runs(), [], threading.Barrier(16)
 
-    def load_inputs(tag: int) -> None:
+    def deliver(tag: int) -> None:
         ready.wait()
-        begun_runs.append(runs.join(asked_for(), delivered(tag)))
+        begun_runs.append(runs.attach_or_start(asked_for(), delivered(tag)))
 
-    threads = [threading.Thread(target=load_inputs, args=(tag,)) for tag in range(16)]
+    threads = [threading.Thread(target=deliver, args=(tag,)) for tag in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
     (run,) = [run for run in begun_runs if run is not None]
-    assert sorted(delivery.tag for delivery in runs.leave(run)) == list(range(16))
+    assert sorted(delivery.tag for delivery in runs.finish(run)) == list(range(16))
 
 
 def test_the_attempt_is_that_of_the_first_delivery_and_the_recoveries_are_the_most_counted() -> None:
@@ -131,9 +131,9 @@ def test_the_attempt_is_that_of_the_first_delivery_and_the_recoveries_are_the_mo
 def test_a_stage_is_timed_and_names_the_phase_even_when_it_breaks_off() -> None:
     run = Run(TASK_ID, 456, asked_for(), [delivered(1)])
 
-    with run.stage("ledger"):
+    with run.stage(Phase.LEDGER):
         assert run.phase == "ledger"
-    with pytest.raises(KeyError), run.stage("fetch"):
+    with pytest.raises(KeyError), run.stage(Phase.FETCH):
         raise KeyError
 
     assert [stage.name for stage in run.stages] == ["ledger", "fetch"]
@@ -142,7 +142,7 @@ def test_a_stage_is_timed_and_names_the_phase_even_when_it_breaks_off() -> None:
 
 
 def test_the_timeline_counts_from_the_run_s_start() -> None:
-    run = Run(TASK_ID, 456, asked_for(), [delivered(1)], started_at=100.0)
+    run = Run(TASK_ID, 456, asked_for(), [delivered(1)], started_monotonic=100.0)
     run.stages += [Stage("ledger", 100.0, 0.0123456), Stage("denoise", 101.25, 12.5)]
 
     assert run.timeline() == (("ledger", 0.0, 0.0123), ("denoise", 1.25, 12.5))
@@ -166,12 +166,12 @@ def test_the_engine_s_stages_follow_the_run_s_own_without_gaps_behind_one_wait()
 
 def test_time_in_the_engine_that_ends_without_a_result_is_accounted_by_the_phases_it_entered() -> None:
     run = begun(Runs())
-    run.stages = [Stage("fetch", run.started_at, 0.0)]
+    run.stages = [Stage("fetch", run.started_monotonic, 0.0)]
 
     with pytest.raises(KeyError), run.inside_engine():
-        run.enter("denoise")
-        run.enter("denoise")
-        run.enter("decode")
+        run.enter_phase(Phase.DENOISE)
+        run.enter_phase(Phase.DENOISE)
+        run.enter_phase(Phase.DECODE)
         raise KeyError
 
     stages = run.stages[1:]
@@ -185,14 +185,14 @@ def test_time_in_the_engine_is_accounted_once_where_the_engine_tells_its_own_sta
     run.stages = [Stage("fetch", 10.0, 2.0)]
 
     with run.inside_engine():
-        run.enter("denoise")
+        run.enter_phase(Phase.DENOISE)
         run.add_engine_stages((Stage("adapt", 13.0, 0.5), Stage("encode", 16.5, 0.25), Stage("denoise", 16.75, 4.0)))
 
     assert [stage.name for stage in run.stages] == ["fetch", "wait", "adapt", "encode", "denoise"]
 
 
 def test_where_a_run_has_come_to_is_told_by_the_clock_that_nobody_sets() -> None:
-    run = Run(TASK_ID, 456, asked_for(), [delivered(1)], started_at=time.monotonic() - 5.0, began_at=1000.0)
+    run = Run(TASK_ID, 456, asked_for(), [delivered(1)], started_monotonic=time.monotonic() - 5.0, started_unix=1000.0)
 
     assert run.now == pytest.approx(1005.0, abs=1.0)
 
@@ -200,7 +200,7 @@ def test_where_a_run_has_come_to_is_told_by_the_clock_that_nobody_sets() -> None
 def test_a_second_copy_of_a_message_in_hand_is_not_needed() -> None:
     runs = Runs()
     held = replace(delivered(1), num_crashes=1)
-    runs.join(asked_for(), held)
+    runs.attach_or_start(asked_for(), held)
 
     assert runs.has_copy_of(TASK_ID, replace(held, tag=2))
     assert not runs.has_copy_of(TASK_ID, replace(held, tag=2, num_crashes=2))  # it knows of more crashes

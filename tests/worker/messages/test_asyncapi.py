@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from clients.webhooks import ROUTES, Webhook, WebhookClient, WebhookKind
-from config.settings import BackendSettings
+from config.backend import BackendSettings
 from tests.support.contract_schemas import DOCS, assert_webhook_fits, document, examples, header_validator
 from tests.support.paths import ROOT
 from tests.support.servers.clients_servers import AnsweringServer, answer

@@ -15,13 +15,15 @@ from hypothesis import settings as bounded
 from hypothesis import strategies as st
 
 from clients.storage.location import ObjectRef
-from config.settings import ModelSettings, StoreSettings
+from config.model import ModelSettings
+from config.store import StoreSettings
 from watermark.geometry import Position
 from watermark.signature import SignatureStyle, Size
-from worker.messages.decoder import MAX_BODY_BYTES, MAX_REASON_CHARS, decode, rules_from
+from worker.messages.decoder import decode, rules_from
+from worker.messages.envelope import MAX_BODY_BYTES
 from worker.messages.generation_id import is_generation_id
 from worker.messages.job import Job, JobAdapter, JobRejected, Undecodable, resolve_size
-from worker.messages.rules import JobRules
+from worker.messages.rules import MAX_REASON_CHARS, JobRules
 from worker.messages.schema import MAX_INT64, MAX_PROMPT_CHARS, MAX_SEED, WireData, WireParameters
 
 TASK_ID = "660f9511-f3ac-52e5-b827-557766551111"

@@ -6,7 +6,8 @@ import pytest
 from jsonschema import Draft7Validator
 
 from clients.storage.location import ObjectRef
-from config.settings import ModelSettings, StoreSettings
+from config.model import ModelSettings
+from config.store import StoreSettings
 from tests.worker.messages.test_decoder import assert_fit_to_be_told, message, to_bytes
 from watermark.geometry import Position
 from watermark.product.placement import Layout

@@ -22,8 +22,9 @@ from tests.support.promql import (
     selectors,
 )
 from worker.amqp.topology import QueueNames
-from worker.metrics import OUTCOMES, Metrics
+from worker.metrics import Metrics
 from worker.monitoring.idle import REASON_OF_PHASE
+from worker.outcome import Outcome
 
 QUERIES = [
     *dashboard_queries(),
@@ -53,7 +54,7 @@ def test_every_metric_and_every_label_of_a_query_exists(title: str, query: str) 
         assert groupings(query) <= own_labels | SCRAPE_LABELS, f"{title} groups by {sorted(groupings(query))}"
 
 
-@pytest.mark.parametrize(("label", "values"), [("reason", REASONS), ("outcome", set(OUTCOMES))])
+@pytest.mark.parametrize(("label", "values"), [("reason", REASONS), ("outcome", set(Outcome))])
 def test_every_value_a_query_selects_by_exists(label: str, values: set[str]) -> None:
     asked = {
         value

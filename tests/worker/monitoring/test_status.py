@@ -21,16 +21,23 @@ from tests.support.paths import ROOT
 from tests.support.status_pages import ended, failed, job, served, status
 from worker.amqp.delivery import Delivery
 from worker.jobs.history import MAX_ENDED, History, presentable
-from worker.jobs.runs import Reached, Run
+from worker.jobs.runs import DenoiseProgress, Phase, Run
 from worker.messages.decoder import decode
 from worker.messages.job import JobRejected
 from worker.messages.rules import JobRules
-from worker.metrics import OUTCOMES, Metrics
+from worker.metrics import Metrics
 from worker.monitoring.assets import NAMES
 from worker.monitoring.idle import IdleTimer
-from worker.monitoring.readings import MetricsSnapshot
-from worker.monitoring.status import BatchNow, IdleNow, SlotsNow, WorkerNow, job_now, without_details
-from worker.monitoring.status_builder import StatusBuilder
+from worker.monitoring.status import (
+    BatchStatus,
+    IdleStatus,
+    SlotsStatus,
+    WorkerStatus,
+    job_status,
+    strip_details,
+)
+from worker.monitoring.status_builder import MetricsSnapshot, StatusBuilder
+from worker.outcome import Outcome
 from worker.progress.previews import Previewer, ShownPreview
 
 TASK_ID = "660f9511-f3ac-52e5-b827-557766551111"
@@ -49,7 +56,7 @@ def delivered(body: bytes) -> Delivery:
 
 def run_of(**fields: Any) -> Run:
     body = message(**fields)
-    return Run(TASK_ID, 2**63 - 1, decode(body, RULES), [delivered(body)], started_at=100.0)
+    return Run(TASK_ID, 2**63 - 1, decode(body, RULES), [delivered(body)], started_monotonic=100.0)
 
 
 def rejection_of(**fields: Any) -> JobRejected:
@@ -63,22 +70,22 @@ def rejection_of(**fields: Any) -> JobRejected:
 
 def test_a_job_at_work_is_shown_with_its_steps_its_adapters_and_its_time_but_not_its_prompt() -> None:
     run = run_of(lora_path="models/style.safetensors", num_images=2)
-    run.phase, run.reached = "denoise", Reached(12, 30, 4.44)
+    run.phase, run.progress = Phase.DENOISE, DenoiseProgress(12, 30, 4.44)
 
-    shown = job_now(run, 107.5, shows_prompts=False, preview=None)
+    shown = job_status(run, 107.5, shows_prompts=False, preview=None)
 
     assert (shown.phase, shown.step_index, shown.num_steps, shown.seconds_left) == ("denoise", 12, 30, 4.4)
     assert (shown.seconds, shown.num_images, shown.adapters) == (7.5, 2, ("models/style.safetensors",))
     assert shown.prompt is None
-    assert job_now(run, 107.5, shows_prompts=True, preview=None).prompt == PROMPT
+    assert job_status(run, 107.5, shows_prompts=True, preview=None).prompt == PROMPT
 
 
 def test_a_preview_shows_what_the_prompt_says_and_is_shown_only_where_that_is() -> None:
     preview = ShownPreview(12, b"a JPEG")
     run = run_of()
 
-    assert job_now(run, 107.5, shows_prompts=False, preview=preview).preview is None
-    shown = job_now(run, 107.5, shows_prompts=True, preview=preview)
+    assert job_status(run, 107.5, shows_prompts=False, preview=preview).preview is None
+    shown = job_status(run, 107.5, shows_prompts=True, preview=preview)
     assert shown.preview == f"status/preview/{TASK_ID}.jpg?step=12"
 
 
@@ -94,14 +101,14 @@ def test_the_board_hands_out_previews_only_where_prompts_are_shown(*, shows_prom
 
 
 def test_a_generation_id_that_javascript_would_round_is_text() -> None:
-    assert job_now(run_of(), 101.0, shows_prompts=False, preview=None).generation_id == "9223372036854775807"
+    assert job_status(run_of(), 101.0, shows_prompts=False, preview=None).generation_id == "9223372036854775807"
 
 
 def test_a_message_that_was_rejected_has_a_row_too() -> None:
     rejected = rejection_of(prompt="")
-    run = Run(TASK_ID, 456, rejected, [delivered(b"")], started_at=100.0)
+    run = Run(TASK_ID, 456, rejected, [delivered(b"")], started_monotonic=100.0)
 
-    shown = job_now(run, 101.0, shows_prompts=True, preview=None)
+    shown = job_status(run, 101.0, shows_prompts=True, preview=None)
 
     assert (shown.adapters, shown.num_images, shown.num_steps, shown.prompt) == ((), 0, 0, None)
 
@@ -115,7 +122,7 @@ def test_the_history_tells_the_newest_first_and_forgets_the_oldest() -> None:
     for number in range(MAX_ENDED + 5):
         run = run_of()
         run.task_id = str(number)
-        history.add(run, "complete", code="", message="")
+        history.add(run, Outcome.COMPLETE, code="", message="")
 
     assert [one.task_id for one in history.newest_first()] == [str(n) for n in range(MAX_ENDED + 4, 4, -1)]
 
@@ -123,10 +130,10 @@ def test_the_history_tells_the_newest_first_and_forgets_the_oldest() -> None:
 def test_an_ended_job_keeps_its_outcome_and_the_seconds_of_each_stage() -> None:
     history = History(shows_prompts=False, clock=lambda: 1000.0)
     run = run_of(num_inference_steps=20)
-    run.started_at = time.monotonic() - 8.7
+    run.started_monotonic = time.monotonic() - 8.7
     run.stages += [Stage("ledger", 100.0, 0.25), Stage("fetch", 100.25, 1.5)]
 
-    history.add(run, "failed", code="LORA_NOT_FOUND", message="the adapter s3://media/models/x does not exist")
+    history.add(run, Outcome.FAILED, code="LORA_NOT_FOUND", message="the adapter s3://media/models/x does not exist")
 
     (one,) = history.newest_first()
     assert (one.outcome, one.code, one.finished_at) == ("failed", "LORA_NOT_FOUND", 1000.0)
@@ -140,7 +147,7 @@ def test_a_prompt_enters_the_history_only_by_the_setting() -> None:
     quiet, open_hearted = History(shows_prompts=False), History(shows_prompts=True)
 
     for history in (quiet, open_hearted):
-        history.add(run_of(), "complete", code="", message="")
+        history.add(run_of(), Outcome.COMPLETE, code="", message="")
 
     assert PROMPT not in repr(quiet.newest_first())
     assert open_hearted.newest_first()[0].prompt == PROMPT
@@ -149,7 +156,7 @@ def test_a_prompt_enters_the_history_only_by_the_setting() -> None:
 def test_what_the_brokers_client_said_of_a_released_job_is_no_code() -> None:
     history = History(shows_prompts=True)
 
-    history.add(run_of(), "released", code="StreamLostError: connection to worker@10.0.0.7 lost", message="")
+    history.add(run_of(), Outcome.RELEASED, code="StreamLostError: connection to worker@10.0.0.7 lost", message="")
 
     assert (history.newest_first()[0].outcome, history.newest_first()[0].code) == ("released", "")
 
@@ -202,7 +209,7 @@ def test_an_error_in_our_own_words_is_shown_whole() -> None:
 
 
 def test_why_the_worker_is_not_ready_leaves_out_which_object_was_refused() -> None:
-    assert without_details("the store refuses this worker: s3://media/generations/gen-7.png: AccessDenied") == (
+    assert strip_details("the store refuses this worker: s3://media/generations/gen-7.png: AccessDenied") == (
         "the store refuses this worker"
     )
 
@@ -214,11 +221,11 @@ def test_the_readings_are_what_prometheus_is_told() -> None:
     metrics = Metrics()
     metrics.jobs.labels("complete").inc(3)
     for num_batched in (4, 2):
-        metrics.note_occupancy(EngineLoad(num_batched, 3, slots_active=2, slots_idle=1, slots_free=5))
+        metrics.note_engine_load(EngineLoad(num_batched, 3, slots_active=2, slots_idle=1, slots_free=5))
 
     readings = MetricsSnapshot.of(metrics.registry)
 
-    assert readings.by_label("jobs_total") == dict.fromkeys(OUTCOMES, 0.0) | {"complete": 3.0}
+    assert readings.by_label("jobs_total") == dict.fromkeys(Outcome, 0.0) | {"complete": 3.0}
     assert (readings.value("denoise_steps_total"), readings.value("denoise_lane_steps_total")) == (2.0, 6.0)
     assert readings.by_label("adapter_slots") == {"active": 2.0, "idle": 1.0, "free": 5.0}
     assert readings.value("queue_messages", "nowhere") == 0.0
@@ -230,7 +237,7 @@ def test_the_recent_batch_follows_what_the_mean_has_long_averaged_away() -> None
     metrics = Metrics(clock=lambda: next(seconds))
 
     for num_batched in [1] * 1000 + [8] * 500:
-        metrics.note_occupancy(EngineLoad(num_batched, num_batched, slots_active=0, slots_idle=0, slots_free=0))
+        metrics.note_engine_load(EngineLoad(num_batched, num_batched, slots_active=0, slots_idle=0, slots_free=0))
 
     assert 7.9 < metrics.recent_batch <= 8
 
@@ -240,7 +247,7 @@ def test_the_recent_batch_of_a_slow_device_is_that_of_its_last_forwards() -> Non
     metrics = Metrics(clock=lambda: next(seconds))
 
     for num_batched in [1] * 100 + [8] * 2:
-        metrics.note_occupancy(EngineLoad(num_batched, num_batched, slots_active=0, slots_idle=0, slots_free=0))
+        metrics.note_engine_load(EngineLoad(num_batched, num_batched, slots_active=0, slots_idle=0, slots_free=0))
 
     assert 7.8 < metrics.recent_batch <= 8
 
@@ -249,12 +256,12 @@ def test_there_is_no_recent_batch_where_nothing_was_denoised_lately_and_a_long_f
     now = 1000.0
     metrics = Metrics(clock=lambda: now)
     assert metrics.recent_batch == 0
-    metrics.note_occupancy(EngineLoad(4, 4, slots_active=0, slots_idle=0, slots_free=0))
+    metrics.note_engine_load(EngineLoad(4, 4, slots_active=0, slots_idle=0, slots_free=0))
 
     now += 300.0
     assert metrics.recent_batch == 4
 
-    metrics.note_occupancy(EngineLoad(0, 0, slots_active=0, slots_idle=0, slots_free=0))
+    metrics.note_engine_load(EngineLoad(0, 0, slots_active=0, slots_idle=0, slots_free=0))
     assert metrics.recent_batch == 0
 
 
@@ -361,9 +368,11 @@ def test_an_ended_job_opens_to_its_error_and_its_stages_and_stays_open(browser: 
 @pytest.mark.parametrize("width", [320, 360, 620, 621, 1000, 1001, 1280])
 def test_the_page_never_scrolls_sideways(browser: Browser, width: int, tmp_path: Path) -> None:
     worst = status(
-        worker=WorkerNow("a-host-of-a-very-long-name-in-some-cluster-7f6c9d8b5-x2x2x:17", "0.1.0", 0.0, 1e7, "y" * 80),
-        batch=BatchNow(256, 256, 10**9, 255.99, 255.99),
-        slots=SlotsNow(1000, 20, 4),
+        worker=WorkerStatus(
+            "a-host-of-a-very-long-name-in-some-cluster-7f6c9d8b5-x2x2x:17", "0.1.0", 0.0, 1e7, "y" * 80
+        ),
+        batch=BatchStatus(256, 256, 10**9, 255.99, 255.99),
+        slots=SlotsStatus(1000, 20, 4),
         jobs=(job(1, generation_id=str(2**63 - 1), adapters=("x" * 300,) * 4, prompt="y" * 4000),),
         last_jobs=(replace(failed(1, "E" * 60, "z" * 500), generation_id=str(2**63 - 1), seconds=99999.0),),
     )
@@ -378,7 +387,7 @@ def test_the_page_never_scrolls_sideways(browser: Browser, width: int, tmp_path:
 
 def test_hostile_text_is_shown_as_text_and_does_not_run(browser: Browser) -> None:
     hostile = status(
-        worker=WorkerNow(HOSTILE, HOSTILE, 0.0, 1.0, HOSTILE),
+        worker=WorkerStatus(HOSTILE, HOSTILE, 0.0, 1.0, HOSTILE),
         jobs=(job(1, adapters=(HOSTILE,), phase=HOSTILE, prompt=HOSTILE, generation_id=HOSTILE),),
         last_jobs=(replace(failed(1, HOSTILE, HOSTILE), outcome=HOSTILE, prompt=HOSTILE, generation_id=HOSTILE),),
         idle=replace(status().idle, reason=HOSTILE),
@@ -479,15 +488,17 @@ def test_a_page_whose_every_number_has_changed_shows_what_one_loaded_anew_does(b
             replace(one, step_index=29, seconds=99.0, seconds_left=1.0, attempt=2, phase="denoise")
             for one in before.jobs[1:]
         ),
-        batch=BatchNow(9, 10, 99999, 9.99, 8.88),
-        slots=SlotsNow(active=9, idle=5, free=2),
+        batch=BatchStatus(9, 10, 99999, 9.99, 8.88),
+        slots=SlotsStatus(active=9, idle=5, free=2),
         cache=replace(before.cache, size_bytes=16_000_000_000),
         gpu=replace(before.gpu, memory_used_bytes=20_000_000_000, utilization_ratio=0.11),
         queues=tuple(replace(one, num_messages=one.num_messages + 7) for one in before.queues),
         webhooks=replace(before.webhooks, num_waiting=0, failing=()),
         outcomes={"complete": 2222, "failed": 33, "cancelled": 5, "retried": 44},
         engine_restarts=6,
-        idle=IdleNow("decoding", 100.0, {"no_jobs": 200.0, "decoding": 300.0, "broker_down": 400.0, "refused": 500.0}),
+        idle=IdleStatus(
+            "decoding", 100.0, {"no_jobs": 200.0, "decoding": 300.0, "broker_down": 400.0, "refused": 500.0}
+        ),
         last_jobs=(ended(20, finished_at=at), *before.last_jobs),
     )
     seen = [before]
@@ -508,7 +519,7 @@ def test_a_page_whose_every_number_has_changed_shows_what_one_loaded_anew_does(b
 
 
 def test_numbers_that_change_move_nothing(browser: Browser) -> None:
-    seen = [status(batch=BatchNow(1, 10, 11111, 1.11, 1.11), outcomes={"complete": 1111})]
+    seen = [status(batch=BatchStatus(1, 10, 11111, 1.11, 1.11), outcomes={"complete": 1111})]
     with served(lambda: seen[-1]) as address, Visit(browser) as visit:
         visit.page.goto(address)
         expect(visit.page.locator("#done")).to_have_text("1,111")
@@ -517,7 +528,8 @@ def test_numbers_that_change_move_nothing(browser: Browser) -> None:
         before = visit.page.evaluate(places)
 
         moved = tuple(replace(one, step_index=one.step_index + 1, seconds=one.seconds + 1) for one in seen[0].jobs)
-        seen.append(replace(seen[0], jobs=moved, batch=BatchNow(8, 10, 88888, 8.88, 8.88), outcomes={"complete": 8888}))
+        batch = BatchStatus(8, 10, 88888, 8.88, 8.88)
+        seen.append(replace(seen[0], jobs=moved, batch=batch, outcomes={"complete": 8888}))
 
         expect(visit.page.locator("#done")).to_have_text("8,888")
         assert visit.page.evaluate(places) == before

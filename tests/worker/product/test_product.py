@@ -11,21 +11,22 @@ import psutil
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from config.settings import PictureSettings, SettingsError, load_section
+from config.images import PictureSettings
+from config.section import SettingsError, load_section
 from tests.support.images.product_pictures import bottle, scene
 from tests.support.models.onnx_files import write_dark_finder
 from tests.support.paths import ROOT
 from tests.support.world import eventually, shadow_modules
 from watermark.geometry import Position, Rect
 from watermark.product.compositing import compose
-from watermark.product.cutout import MAX_SIDE_PX, NothingCut, has_own_alpha, trimmed
-from watermark.product.masks import around, eroded, product_mask, restore_masked
-from watermark.product.placement import Layout, place, size_in
-from watermark.product.template_match import find
+from watermark.product.cutout import MAX_SIDE_PX, CutoutFailed, has_transparency, trim
+from watermark.product.masks import erode, product_mask, repaint_mask, restore_masked
+from watermark.product.placement import Layout, fitted_size, place_product
+from watermark.product.template_match import match_template
 from worker.cli.check.checks import CheckFailed
-from worker.cli.check.cutout import check_cutout
+from worker.cli.check.models import check_cutout
 from worker.errors import CuttingFailed, JobFailed
-from worker.jobs.disposition import Disposition, judge
+from worker.jobs.disposition import Disposition, decide
 from worker.product.cutter import Cutter
 
 FIELD = "product.image_path"
@@ -68,12 +69,12 @@ def test_alpha_of_its_own_cuts_a_product_out_and_what_is_empty_around_it_goes() 
 def test_alpha_that_is_nowhere_transparent_is_none() -> None:
     almost = Image.new("RGBA", (10, 10), (1, 2, 3, 250))
 
-    assert not has_own_alpha(almost)
-    assert has_own_alpha(bottle())
+    assert not has_transparency(almost)
+    assert has_transparency(bottle())
 
 
 def test_a_huge_cut_out_is_made_as_small_as_any_picture() -> None:
-    assert max(trimmed(Image.new("RGBA", (3000, 300), "red")).size) == MAX_SIDE_PX
+    assert max(trim(Image.new("RGBA", (3000, 300), "red")).size) == MAX_SIDE_PX
 
 
 def test_without_alpha_and_without_a_model_the_job_is_told_what_to_send() -> None:
@@ -91,8 +92,8 @@ def test_a_picture_that_is_all_transparent_holds_no_product(empty: Image.Image) 
         Cutter(None).cut(empty, FIELD, wanted)
 
     assert told.value.code == "IMAGE_INVALID"
-    with pytest.raises(NothingCut):
-        trimmed(empty)
+    with pytest.raises(CutoutFailed):
+        trim(empty)
 
 
 def test_rembg_cuts_out_what_the_model_sees_and_takes_the_old_background_out_of_the_edge(model: Path) -> None:
@@ -128,8 +129,8 @@ def test_a_file_that_is_no_model_costs_tries_and_says_so(tmp_path: Path) -> None
     with pytest.raises(CuttingFailed, match="INVALID_PROTOBUF") as failed:
         Cutter(broken).cut(photo(), FIELD, wanted)
 
-    assert judge(failed.value, attempt=1).disposition is Disposition.RETRY
-    assert "cutting the product out failed 5 times" in judge(failed.value, attempt=5).message
+    assert decide(failed.value, attempt=1).disposition is Disposition.RETRY
+    assert "cutting the product out failed 5 times" in decide(failed.value, attempt=5).message
 
 
 def test_a_folder_of_modules_with_the_names_of_ours_disturbs_no_cutting(
@@ -205,7 +206,7 @@ def test_a_product_never_leaves_the_picture_and_keeps_its_proportions(
 ) -> None:
     for scale in (0.05, 0.6, 1.0):
         for product in ((100, 300), (300, 100), (7, 2000)):
-            at = place(scene(size), product, Layout(scale, position))
+            at = place_product(scene(size), product, Layout(scale, position))
 
             assert 0 <= at.left < at.right <= size[0]
             assert 0 <= at.top < at.bottom <= size[1]
@@ -216,21 +217,21 @@ def test_a_product_never_leaves_the_picture_and_keeps_its_proportions(
 
 @pytest.mark.parametrize(("busy", "low", "high"), [("left", 0.6, 0.9), ("right", 0.1, 0.4), ("nowhere", 0.45, 0.55)])
 def test_auto_is_in_the_middle_of_the_calm_side(busy: str, low: float, high: float) -> None:
-    at = place(scene((600, 400), busy=busy), (100, 300), Layout(0.6, None))
+    at = place_product(scene((600, 400), busy=busy), (100, 300), Layout(0.6, None))
 
     assert low < (at.left + at.right) / 2 / 600 < high
     assert at.bottom > 400 * 0.8
 
 
 def test_the_calm_side_leaves_a_margin_too() -> None:
-    at = place(scene((600, 400), busy="right"), (100, 100), Layout(0.73, None))
+    at = place_product(scene((600, 400), busy="right"), (100, 100), Layout(0.73, None))
 
     assert at.size == (292, 292)
     assert at.left == 20
 
 
 def test_anchors_are_where_they_say() -> None:
-    at = {position: place(scene((400, 400)), (100, 200), Layout(0.5, position)) for position in Position}
+    at = {position: place_product(scene((400, 400)), (100, 200), Layout(0.5, position)) for position in Position}
 
     assert at[Position.TOP_LEFT] == Rect(20, 20, 120, 220)
     assert at[Position.CENTER] == Rect(150, 100, 250, 300)
@@ -245,7 +246,7 @@ def test_the_picture_is_the_product_where_it_is_opaque_and_the_background_far_fr
     position: Position | None,
 ) -> None:
     background, product = scene((400, 300)), bottle(500)
-    at = place(background, product.size, Layout(0.6, position))
+    at = place_product(background, product.size, Layout(0.6, position))
 
     made = compose(background, product, at, shadow=0.8)
 
@@ -261,7 +262,7 @@ def test_the_picture_is_the_product_where_it_is_opaque_and_the_background_far_fr
 @pytest.mark.parametrize("position", [Position.TOP_LEFT, Position.BOTTOM_RIGHT, Position.CENTER])
 def test_a_shadow_only_darkens_and_without_one_there_is_none(position: Position) -> None:
     background, clear = scene((400, 300)), Image.new("RGBA", (60, 120))
-    at = place(background, (60, 120), Layout(0.5, position))
+    at = place_product(background, (60, 120), Layout(0.5, position))
     solid = Image.new("RGBA", (60, 120), "white")
 
     shaded = pixels(compose(background, solid, at, shadow=0.7)) - pixels(background)
@@ -277,7 +278,9 @@ def test_a_shadow_only_darkens_and_without_one_there_is_none(position: Position)
 
 def test_the_same_input_gives_the_same_bytes() -> None:
     once, again = (
-        compose(scene((300, 300)), bottle(), place(scene((300, 300)), (100, 300), Layout(0.7, None)), shadow=0.5)
+        compose(
+            scene((300, 300)), bottle(), place_product(scene((300, 300)), (100, 300), Layout(0.7, None)), shadow=0.5
+        )
         for _ in range(2)
     )
 
@@ -290,19 +293,19 @@ def test_the_same_input_gives_the_same_bytes() -> None:
 @pytest.mark.parametrize("size", [(128, 128), (512, 384)])
 def test_a_product_survives_refining_inside_its_eroded_mask_and_the_rest_is_refined(size: tuple[int, int]) -> None:
     background, product = scene(size), bottle()
-    at = place(background, product.size, Layout(0.7, None))
+    at = place_product(background, product.size, Layout(0.7, None))
     composite = compose(background, product, at, shadow=0.5)
     mask = product_mask(size, product, at)
     refined = Image.eval(composite, lambda value: 255 - value)
 
     restored = restore_masked(refined, composite, mask)
 
-    inner, outside = np.asarray(eroded(mask)) > 0, np.asarray(mask) == 0
+    inner, outside = np.asarray(erode(mask)) > 0, np.asarray(mask) == 0
     assert inner.sum() > 0.5 * (np.asarray(mask) > 0).sum()
     assert (pixels(restored)[inner] == pixels(composite)[inner]).all()
     assert (pixels(restored)[outside] == pixels(refined)[outside]).all()
-    assert (np.asarray(around(mask))[np.asarray(mask) > 0] == 0).all()
-    assert np.asarray(around(mask)).mean() > 100
+    assert (np.asarray(repaint_mask(mask))[np.asarray(mask) > 0] == 0).all()
+    assert np.asarray(repaint_mask(mask)).mean() > 100
 
 
 # Finding
@@ -312,11 +315,11 @@ def test_a_product_survives_refining_inside_its_eroded_mask_and_the_rest_is_refi
 @pytest.mark.parametrize("position", EVERYWHERE)
 def test_a_product_is_found_where_it_was_put(size: tuple[int, int], position: Position | None) -> None:
     background, product = scene(size), bottle()
-    at = place(background, product.size, Layout(0.5, position))
+    at = place_product(background, product.size, Layout(0.5, position))
     composite = compose(background, product, at, shadow=0.5)
 
-    assert find(composite, product, size_in(size, product.size, 0.5)) == at
+    assert match_template(composite, product, fitted_size(size, product.size, 0.5)) == at
 
 
 def test_a_product_that_is_not_there_is_not_found() -> None:
-    assert find(scene((400, 400)), bottle(), size_in((400, 400), (100, 300), 0.5)) is None
+    assert match_template(scene((400, 400)), bottle(), fitted_size((400, 400), (100, 300), 0.5)) is None

@@ -10,7 +10,7 @@ from PIL import Image
 
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from tests.support.images.product_pictures import bottle, scene
 from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate
 from worker.messages.decoder import decode
@@ -48,9 +48,9 @@ def change(shelf: StageStore, stage: ProductStage, picture: Image.Image) -> None
 
 def test_a_task_finds_what_it_kept_and_nothing_behind_the_first_gap(shelves: Shelves) -> None:
     first = shelves()
-    first.keep(ProductStage.CUTOUT, bottle())
-    first.keep(ProductStage.BACKGROUND, scene(SIZE), {"scheduler": "ddim"})
-    first.keep(ProductStage.REFINED, scene(SIZE))
+    first.save(ProductStage.CUTOUT, bottle())
+    first.save(ProductStage.BACKGROUND, scene(SIZE), {"scheduler": "ddim"})
+    first.save(ProductStage.REFINED, scene(SIZE))
 
     again = shelves()
     cutout, background = again.find(ProductStage.CUTOUT, "RGBA"), again.find(ProductStage.BACKGROUND, "RGB")
@@ -60,23 +60,23 @@ def test_a_task_finds_what_it_kept_and_nothing_behind_the_first_gap(shelves: She
     assert background is not None
     assert background.picture.tobytes() == scene(SIZE).tobytes()
     assert not background.is_changed
-    assert background.notes["scheduler"] == "ddim"
-    assert background.notes["stage"] == "background"
+    assert background.metadata["scheduler"] == "ddim"
+    assert background.metadata["stage"] == "background"
     assert again.find(ProductStage.COMPOSITE, "RGB") is None
     assert again.find(ProductStage.REFINED, "RGB") is None
-    assert again.listing == {
+    assert again.uris == {
         "cutout": f"s3://{again.bucket}/stages/gen-7/cutout.png",
         "background": f"s3://{again.bucket}/stages/gen-7/background.png",
     }
 
 
 def test_another_task_of_the_generation_uses_nothing_and_replaces_it(shelves: Shelves) -> None:
-    shelves().keep(ProductStage.CUTOUT, bottle())
+    shelves().save(ProductStage.CUTOUT, bottle())
     other = shelves()
     other.job = replace(other.job, task_id="770f9511-f3ac-52e5-b827-557766551111")
 
     assert other.find(ProductStage.CUTOUT, "RGBA") is None
-    other.keep(ProductStage.CUTOUT, bottle(60))
+    other.save(ProductStage.CUTOUT, bottle(60))
     assert shelves().find(ProductStage.CUTOUT, "RGBA") is None
 
 
@@ -87,7 +87,7 @@ def test_what_somebody_changed_is_used_and_what_was_made_of_it_before_is_not(she
         (ProductStage.BACKGROUND, scene(SIZE)),
         (ProductStage.COMPOSITE, scene(SIZE)),
     ):
-        first.keep(stage, picture)
+        first.save(stage, picture)
     change(first, ProductStage.BACKGROUND, Image.new("RGB", SIZE, "red"))
 
     again = shelves()
@@ -108,7 +108,7 @@ def test_what_nobody_s_task_kept_is_no_beginning(shelves: Shelves) -> None:
 
 def test_what_is_no_picture_any_more_is_made_again(shelves: Shelves) -> None:
     first = shelves()
-    first.keep(ProductStage.CUTOUT, bottle())
+    first.save(ProductStage.CUTOUT, bottle())
     first.save_png(ProductStage.BACKGROUND, b"broken")
 
     again = shelves()

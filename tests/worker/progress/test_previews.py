@@ -15,7 +15,7 @@ from PIL import Image
 
 from clients.storage.errors import StorageUnavailable
 from clients.storage.location import ObjectRef
-from clients.webhooks import Attempt, Verdict, Webhook
+from clients.webhooks import Webhook, WebhookAttempt, WebhookResult
 from inference.request import Preview, StepReport
 from tests.support.status_pages import served, status
 from tests.support.world import HANG_SECONDS
@@ -45,7 +45,7 @@ class SlowStore:
             raise StorageUnavailable("the store is down")
         self.written.append((str(ref), body))
 
-    def url_of(self, ref: ObjectRef) -> str:
+    def public_url(self, ref: ObjectRef) -> str:
         return f"https://pictures/{ref.key}"
 
 
@@ -55,9 +55,9 @@ class Listener:
     def __init__(self) -> None:
         self.calls: queue.Queue[Webhook] = queue.Queue()
 
-    def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
+    def send(self, webhook: Webhook, *, deadline_seconds: float) -> WebhookAttempt:
         self.calls.put(webhook)
-        return Attempt(Verdict.DELIVERED, 200, None, "HTTP 200", is_ambiguous=False)
+        return WebhookAttempt(WebhookResult.DELIVERED, 200, None, "HTTP 200", is_ambiguous=False)
 
     def next(self) -> Any:
         return self.calls.get(timeout=HANG_SECONDS).body

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from clients.webhooks import Attempt, Verdict, Webhook, WebhookKind
+from clients.webhooks import Webhook, WebhookAttempt, WebhookKind, WebhookResult
 from inference.request import StepReport
 from tests.support.world import HANG_SECONDS
 from worker.metrics import Metrics
 from worker.progress.previews import Previewer
-from worker.progress.reporter import ProgressReporter, Track
+from worker.progress.reporter import JobProgress, ProgressReporter
 
 MILESTONES = (0, 25, 50, 75, 90)
-TAKEN = Attempt(Verdict.DELIVERED, 200, None, "HTTP 200", is_ambiguous=False)
-REFUSED = Attempt(Verdict.REJECTED, 404, None, "HTTP 404", is_ambiguous=False)
+TAKEN = WebhookAttempt(WebhookResult.DELIVERED, 200, None, "HTTP 200", is_ambiguous=False)
+REFUSED = WebhookAttempt(WebhookResult.REJECTED, 404, None, "HTTP 404", is_ambiguous=False)
 # Nothing is stored by it, as no report has a preview.
 NO_PREVIEWS = Previewer(storage=None, bucket="results")  # type: ignore[arg-type]
 
@@ -31,7 +31,7 @@ class SlowBackend:
         self.begun: queue.Queue[Webhook] = queue.Queue()
         self.ended: list[Webhook] = []
 
-    def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
+    def send(self, webhook: Webhook, *, deadline_seconds: float) -> WebhookAttempt:
         assert 0 < deadline_seconds <= 5
         self.begun.put(webhook)
         assert self.is_free.wait(HANG_SECONDS)
@@ -66,7 +66,7 @@ def reporter(backend: SlowBackend, metrics: Metrics) -> Iterator[ProgressReporte
     running.close()
 
 
-def step(track: Track, step_index: int, num_steps: int = 20, seconds: float = 2.0) -> None:
+def step(track: JobProgress, step_index: int, num_steps: int = 20, seconds: float = 2.0) -> None:
     took = seconds if step_index else 0.0
     track.on_step(StepReport(step_index=step_index, num_steps=num_steps, seconds=took))
 
@@ -190,7 +190,7 @@ def test_jobs_take_turns(reporter: ProgressReporter, backend: SlowBackend) -> No
 
 
 def test_the_estimate_counts_down_by_what_steps_took(reporter: ProgressReporter, backend: SlowBackend) -> None:
-    reporter.learn(2.0)
+    reporter.update_estimate(2.0)
     track, estimates = reporter.follow("task", 456), []
 
     for step_index in range(21):
@@ -204,7 +204,7 @@ def test_the_estimate_counts_down_by_what_steps_took(reporter: ProgressReporter,
 def test_the_estimate_follows_the_job_s_own_steps_once_there_are_some(
     reporter: ProgressReporter, backend: SlowBackend
 ) -> None:
-    reporter.learn(100.0)
+    reporter.update_estimate(100.0)
     track = reporter.follow("task", 456)
 
     step(track, 0)
@@ -217,7 +217,7 @@ def test_the_estimate_follows_the_job_s_own_steps_once_there_are_some(
 
 def test_a_finished_job_teaches_the_next_one_s_first_estimate(reporter: ProgressReporter, backend: SlowBackend) -> None:
     # Given a worker whose warm-up took 1 s a step, and a job whose steps took 2 s
-    reporter.learn(1.0)
+    reporter.update_estimate(1.0)
     track = reporter.follow("task", 456)
     for step_index in range(21):
         step(track, step_index, seconds=2.0)

@@ -9,8 +9,9 @@ from PIL import Image, PngImagePlugin
 
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate
+from worker.errors import ErrorCode
 from worker.results.image_store import AlreadyEnded, ImageStore
 from worker.results.terminal_event import TerminalEvent, failed_event
 
@@ -52,7 +53,7 @@ class StageStore:
 
     def end(self, task_id: str) -> None:
         self.ends[task_id] = failed_event(
-            task_id=task_id, generation_id=7, code="GPU_OOM", message="too large", retry_count=0
+            task_id=task_id, generation_id=7, code=ErrorCode.GPU_OOM, message="too large", retry_count=0
         )
 
     @property
@@ -71,7 +72,7 @@ def test_another_task_s_picture_is_replaced_by_a_task_that_has_no_end(shelf: Sta
     shelf.put(png("blue"))
 
     assert shelf.shown == png("blue")
-    assert shelf.storage.notes_of(shelf.ref).metadata["task-id"] == TASK
+    assert shelf.storage.read_metadata(shelf.ref).metadata["task-id"] == TASK
 
 
 def test_a_task_that_has_ended_elsewhere_replaces_nothing(shelf: StageStore) -> None:

@@ -9,7 +9,8 @@ import pytest
 from clients.storage.client import Storage
 from clients.storage.errors import ObjectDamaged
 from clients.storage.location import ObjectRef
-from config.settings import StoreSettings
+from config.store import StoreSettings
+from worker.errors import ErrorCode
 from worker.results.ledger import Ledger
 from worker.results.terminal_event import TerminalEvent, failed_event
 
@@ -25,7 +26,7 @@ def ledger(storage: Storage, bucket: str) -> Ledger:
 
 
 def event(task_id: str, message: str = "too bad") -> TerminalEvent:
-    return failed_event(task_id=task_id, generation_id=7, code="GPU_OOM", message=message, retry_count=0)
+    return failed_event(task_id=task_id, generation_id=7, code=ErrorCode.GPU_OOM, message=message, retry_count=0)
 
 
 def test_a_job_without_an_end_has_none(ledger: Ledger) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from clients.storage.errors import StorageUnavailable
-from clients.webhooks import Attempt, Verdict, Webhook, WebhookKind
+from clients.webhooks import Webhook, WebhookAttempt, WebhookKind, WebhookResult
 from tests.support.world import HANG_SECONDS
-from worker.amqp.broker import PublishFailed
 from worker.amqp.delivery import Delivery
+from worker.amqp.publisher import PublishFailed
 from worker.amqp.topology import QueueNames
 from worker.breakers import BACKEND_THRESHOLD, Breaker
+from worker.errors import ErrorCode
 from worker.metrics import Metrics
 from worker.results.notifier import MAX_AGE_SECONDS, Notifier
 from worker.results.outbox import Outbox
@@ -25,23 +26,23 @@ from worker.results.terminal_event import TerminalEvent, failed_event
 NAMES = QueueNames("image_generation")
 A_MOMENT_SECONDS = 0.15
 
-TAKEN = Attempt(Verdict.DELIVERED, 200, None, "HTTP 200", is_ambiguous=False)
-FAILING = Attempt(Verdict.RETRY, 500, None, "HTTP 500", is_ambiguous=False)
-LATER = Attempt(Verdict.RETRY, 503, 3600.0, "HTTP 503", is_ambiguous=False)
-UNKNOWN = Attempt(Verdict.RETRY, 404, None, "HTTP 404", is_ambiguous=False)
-REFUSED = Attempt(Verdict.REJECTED, 422, None, "HTTP 422", is_ambiguous=False)
-FORBIDDEN = Attempt(Verdict.RETRY, 403, None, "HTTP 403", is_ambiguous=False)
-BROKEN = Attempt(Verdict.RETRY, None, None, "the connection broke", is_ambiguous=True)
+TAKEN = WebhookAttempt(WebhookResult.DELIVERED, 200, None, "HTTP 200", is_ambiguous=False)
+FAILING = WebhookAttempt(WebhookResult.RETRY, 500, None, "HTTP 500", is_ambiguous=False)
+LATER = WebhookAttempt(WebhookResult.RETRY, 503, 3600.0, "HTTP 503", is_ambiguous=False)
+UNKNOWN = WebhookAttempt(WebhookResult.RETRY, 404, None, "HTTP 404", is_ambiguous=False)
+REFUSED = WebhookAttempt(WebhookResult.REJECTED, 422, None, "HTTP 422", is_ambiguous=False)
+FORBIDDEN = WebhookAttempt(WebhookResult.RETRY, 403, None, "HTTP 403", is_ambiguous=False)
+BROKEN = WebhookAttempt(WebhookResult.RETRY, None, None, "the connection broke", is_ambiguous=True)
 
 
 class ScriptedClient:
     """Answers with its script, one attempt after the other, and with the last for ever."""
 
-    def __init__(self, *script: Attempt) -> None:
+    def __init__(self, *script: WebhookAttempt) -> None:
         self.script = list(script)
         self.sent: list[Webhook] = []
 
-    def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
+    def send(self, webhook: Webhook, *, deadline_seconds: float) -> WebhookAttempt:
         assert 0 < deadline_seconds <= 20
         self.sent.append(webhook)
         return self.script.pop(0) if len(self.script) > 1 else self.script[0]
@@ -54,11 +55,11 @@ class ScriptedClient:
 class HeldClient(ScriptedClient):
     """Keeps each call waiting until it is let go."""
 
-    def __init__(self, *script: Attempt) -> None:
+    def __init__(self, *script: WebhookAttempt) -> None:
         super().__init__(*script)
         self.is_free = threading.Event()
 
-    def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
+    def send(self, webhook: Webhook, *, deadline_seconds: float) -> WebhookAttempt:
         attempt = super().send(webhook, deadline_seconds=deadline_seconds)
         assert self.is_free.wait(HANG_SECONDS)
         return attempt
@@ -163,7 +164,7 @@ class Parts:
 
 
 def failed(task_id: str = "task") -> TerminalEvent:
-    return failed_event(task_id=task_id, generation_id=456, code="GPU_OOM", message="too large", retry_count=0)
+    return failed_event(task_id=task_id, generation_id=456, code=ErrorCode.GPU_OOM, message="too large", retry_count=0)
 
 
 def complete(task_id: str = "task") -> TerminalEvent:
@@ -176,7 +177,7 @@ def complete(task_id: str = "task") -> TerminalEvent:
 def test_a_delivered_event_is_marked_and_goes_nowhere_else() -> None:
     parts = Parts(ScriptedClient(TAKEN))
 
-    assert parts.notifier.tell(complete()) == "delivered"
+    assert parts.notifier.notify(complete()) == "delivered"
 
     assert parts.client.ids == ["task:complete"]
     assert parts.ledger.marked == [complete()]
@@ -186,7 +187,7 @@ def test_a_delivered_event_is_marked_and_goes_nowhere_else() -> None:
 def test_an_event_known_to_be_delivered_is_not_sent_again() -> None:
     parts = Parts(ScriptedClient(TAKEN))
 
-    assert parts.notifier.tell(replace(complete(), is_delivered=True)) == "known"
+    assert parts.notifier.notify(replace(complete(), is_delivered=True)) == "known"
 
     assert parts.client.sent == []
     assert parts.ledger.marked == []
@@ -196,7 +197,7 @@ def test_a_backend_that_fails_twice_is_tried_again_under_the_same_id_after_growi
     waits = ImpatientEvent()
     parts = Parts(ScriptedClient(FAILING, BROKEN, TAKEN), is_draining=waits)
 
-    assert parts.notifier.tell(complete()) == "delivered"
+    assert parts.notifier.notify(complete()) == "delivered"
 
     assert parts.client.ids == ["task:complete"] * 3
     assert waits.waits == [pytest.approx(1.0, rel=0.2), pytest.approx(5.0, rel=0.2)]
@@ -207,7 +208,7 @@ def test_an_event_that_another_holder_told_meanwhile_is_not_tried_again() -> Non
     parts = Parts(ScriptedClient(FAILING))
     parts.ledger.told.append(complete())
 
-    assert parts.notifier.tell(complete()) == "known"
+    assert parts.notifier.notify(complete()) == "known"
 
     assert len(parts.client.sent) == 1
     assert parts.publisher.kept == []
@@ -218,7 +219,7 @@ def test_patience_ends_before_the_third_wait_and_the_event_is_parked() -> None:
     parts = Parts(ScriptedClient(FAILING), is_draining=waits)
     before = time.time()
 
-    assert parts.notifier.tell(complete()) == "parked"
+    assert parts.notifier.notify(complete()) == "parked"
 
     assert len(parts.client.sent) == 3
     assert len(waits.waits) == 2
@@ -233,7 +234,7 @@ def test_patience_ends_before_the_third_wait_and_the_event_is_parked() -> None:
 def test_a_backend_that_wants_to_be_left_alone_for_an_hour_is_not_waited_for() -> None:
     parts = Parts(ScriptedClient(LATER))
 
-    assert parts.notifier.tell(complete()) == "parked"
+    assert parts.notifier.notify(complete()) == "parked"
 
     assert len(parts.client.sent) == 1
 
@@ -243,7 +244,7 @@ def test_a_worker_that_stops_parks_at_once() -> None:
     is_draining.set()
     parts = Parts(ScriptedClient(FAILING), is_draining=is_draining)
 
-    assert parts.notifier.tell(complete()) == "parked"
+    assert parts.notifier.notify(complete()) == "parked"
 
     assert len(parts.client.sent) == 1
 
@@ -251,7 +252,7 @@ def test_a_worker_that_stops_parks_at_once() -> None:
 def test_a_refused_event_is_a_dead_letter_with_its_reason() -> None:
     parts = Parts(ScriptedClient(REFUSED))
 
-    assert parts.notifier.tell(failed()) == "refused"
+    assert parts.notifier.notify(failed()) == "refused"
 
     (dead,) = parts.publisher.kept
     assert dead.queue == NAMES.dead
@@ -265,13 +266,13 @@ def test_a_refused_event_is_a_dead_letter_with_its_reason() -> None:
 def test_a_kind_that_was_just_parked_gets_one_try_until_one_is_taken() -> None:
     # Given a backend that chokes on every `failed`
     parts = Parts(ScriptedClient(FAILING))
-    parts.notifier.tell(failed("first"))
+    parts.notifier.notify(failed("first"))
     parts.client.sent.clear()
 
     # When the next of that kind is told, and one of the other kind
-    assert parts.notifier.tell(failed("second")) == "parked"
+    assert parts.notifier.notify(failed("second")) == "parked"
     tries_of_failed = len(parts.client.sent)
-    assert parts.notifier.tell(complete()) == "parked"
+    assert parts.notifier.notify(complete()) == "parked"
     tries_of_complete = len(parts.client.sent) - tries_of_failed
 
     # Then only the other kind is worth patience
@@ -279,18 +280,18 @@ def test_a_kind_that_was_just_parked_gets_one_try_until_one_is_taken() -> None:
 
     # And once one is taken, patience is back
     parts.client.script = [TAKEN, FAILING]
-    parts.notifier.tell(failed("third"))
+    parts.notifier.notify(failed("third"))
     parts.client.sent.clear()
-    parts.notifier.tell(failed("fourth"))
+    parts.notifier.notify(failed("fourth"))
     assert len(parts.client.sent) == 3
 
 
 @pytest.mark.parametrize("attempt", [FAILING, REFUSED])
-def test_an_event_that_can_be_left_nowhere_is_the_caller_s_to_keep(attempt: Attempt) -> None:
+def test_an_event_that_can_be_left_nowhere_is_the_caller_s_to_keep(attempt: WebhookAttempt) -> None:
     parts = Parts(ScriptedClient(attempt), publisher=KeepingPublisher(is_down=True))
 
     with pytest.raises(PublishFailed):
-        parts.notifier.tell(complete())
+        parts.notifier.notify(complete())
 
     assert parts.ledger.marked == []
 
@@ -298,7 +299,7 @@ def test_an_event_that_can_be_left_nowhere_is_the_caller_s_to_keep(attempt: Atte
 def test_attempts_are_counted_by_kind_and_result_and_lost_answers_apart() -> None:
     parts = Parts(ScriptedClient(BROKEN, TAKEN))
 
-    parts.notifier.tell(complete())
+    parts.notifier.notify(complete())
 
     def count(name: str, **labels: str) -> float | None:
         return parts.metrics.registry.get_sample_value(name, labels)
@@ -386,7 +387,7 @@ def test_an_event_another_worker_has_delivered_meanwhile_is_acked_without_a_call
 
 
 @pytest.mark.parametrize(("attempt", "age_seconds"), [(UNKNOWN, 61.0), (REFUSED, 0.0), (FAILING, MAX_AGE_SECONDS + 1)])
-def test_an_event_without_hope_is_buried_and_acked(started: Start, attempt: Attempt, age_seconds: float) -> None:
+def test_an_event_without_hope_is_buried_and_acked(started: Start, attempt: WebhookAttempt, age_seconds: float) -> None:
     parts = started(Parts(ScriptedClient(attempt)))
 
     parts.outbox.on_delivery(delivered(failed().to_json(), age_seconds=age_seconds))
@@ -399,7 +400,7 @@ def test_an_event_without_hope_is_buried_and_acked(started: Start, attempt: Atte
 
 
 @pytest.mark.parametrize(("attempt", "age_seconds"), [(UNKNOWN, 30.0), (FAILING, 3600.0)])
-def test_an_event_with_hope_stays_with_the_broker(started: Start, attempt: Attempt, age_seconds: float) -> None:
+def test_an_event_with_hope_stays_with_the_broker(started: Start, attempt: WebhookAttempt, age_seconds: float) -> None:
     parts = started(Parts(ScriptedClient(attempt)))
 
     parts.outbox.on_delivery(delivered(complete().to_json(), age_seconds=age_seconds))
@@ -446,7 +447,7 @@ def test_one_success_lets_the_whole_lane_through_and_the_waits_begin_anew(starte
 
 def test_a_kind_the_backend_chokes_on_does_not_hold_up_the_other(started: Start) -> None:
     class ChokingClient(ScriptedClient):
-        def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
+        def send(self, webhook: Webhook, *, deadline_seconds: float) -> WebhookAttempt:
             super().send(webhook, deadline_seconds=deadline_seconds)
             return FAILING if webhook.kind is WebhookKind.FAILED else TAKEN
 
@@ -462,17 +463,17 @@ def test_a_kind_the_backend_chokes_on_does_not_hold_up_the_other(started: Start)
 class ChoosyClient(ScriptedClient):
     """Takes every event but those of the tasks in `bad`."""
 
-    def __init__(self, bad: dict[str, Attempt]) -> None:
+    def __init__(self, bad: dict[str, WebhookAttempt]) -> None:
         super().__init__(TAKEN)
         self._bad = bad
 
-    def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
+    def send(self, webhook: Webhook, *, deadline_seconds: float) -> WebhookAttempt:
         taken = super().send(webhook, deadline_seconds=deadline_seconds)
         return self._bad.get(webhook.webhook_id.partition(":")[0], taken)
 
 
 @pytest.mark.parametrize("bad", [FAILING, LATER, UNKNOWN, BROKEN], ids=lambda bad: bad.reason)
-def test_events_that_are_never_taken_do_not_hold_up_others_of_their_kind(started: Start, bad: Attempt) -> None:
+def test_events_that_are_never_taken_do_not_hold_up_others_of_their_kind(started: Start, bad: WebhookAttempt) -> None:
     parts = started(Parts(ChoosyClient({f"bad-{number}": bad for number in range(3)})))
     for number in range(3):
         parts.outbox.on_delivery(delivered(complete(f"bad-{number}").to_json(), tag=number))
@@ -490,7 +491,7 @@ def test_one_that_the_backend_is_silent_on_holds_up_no_other_once_some_are_taken
     class SilentOnOne(ScriptedClient):
         is_free = threading.Event()
 
-        def send(self, webhook: Webhook, *, deadline_seconds: float) -> Attempt:
+        def send(self, webhook: Webhook, *, deadline_seconds: float) -> WebhookAttempt:
             taken = super().send(webhook, deadline_seconds=deadline_seconds)
             if webhook.webhook_id.startswith("bad"):
                 assert self.is_free.wait(HANG_SECONDS)
@@ -514,12 +515,12 @@ def test_one_that_the_backend_is_silent_on_holds_up_no_other_once_some_are_taken
 def test_an_end_that_a_job_s_own_thread_delivers_lets_the_lane_through(
     started: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.results.outbox_lane.SWEEP_SECONDS", 0.05)
+    monkeypatch.setattr("worker.results.event_pool.SWEEP_SECONDS", 0.05)
     parts = started(Parts(ScriptedClient(TAKEN)))
     parts.outbox.on_delivery(delivered(complete("late").to_json(), tag=1, due_in_seconds=3600))
     assert no_ack_within_a_moment(parts)
 
-    parts.notifier.tell(complete("now"))
+    parts.notifier.notify(complete("now"))
 
     assert parts.consumer.next_tags(1) == {1}
 
@@ -545,7 +546,7 @@ def test_with_as_many_in_hand_as_the_broker_gives_what_failed_goes_to_the_tail_o
 def test_an_event_over_a_day_old_is_buried_however_far_its_next_turn_is(
     started: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.results.outbox_lane.SWEEP_SECONDS", 0.05)
+    monkeypatch.setattr("worker.results.event_pool.SWEEP_SECONDS", 0.05)
     parts = started(Parts(ScriptedClient(LATER)))
     parts.outbox.on_delivery(delivered(complete().to_json(), age_seconds=MAX_AGE_SECONDS - 0.5))
 
@@ -648,8 +649,8 @@ def test_events_that_a_full_queue_of_dead_letters_does_not_take_hold_up_no_other
 def test_an_unreadable_event_that_cannot_be_buried_keeps_no_other_from_the_tail_of_the_queue(
     started: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.results.outbox_lane.MAX_HELD_SECONDS", 0.05)
-    monkeypatch.setattr("worker.results.outbox_lane.SWEEP_SECONDS", 0.05)
+    monkeypatch.setattr("worker.results.kind_queue.MAX_HELD_SECONDS", 0.05)
+    monkeypatch.setattr("worker.results.event_pool.SWEEP_SECONDS", 0.05)
     parts = started(Parts(ScriptedClient(LATER), publisher=KeepingPublisher(full_queue=NAMES.dead)))
 
     parts.outbox.on_delivery(delivered(b"unreadable", tag=1))
@@ -687,11 +688,11 @@ def test_an_end_refused_again_and_again_for_its_token_keeps_no_worker_from_its_j
     # A firewall's rule may answer 403 to one body, and that one is tried for a day.
     parts = Parts(ScriptedClient(FORBIDDEN))
     for _ in range(2 * BACKEND_THRESHOLD):
-        parts.notifier.attempt(complete("one"))
+        parts.notifier.send_once(complete("one"))
     assert parts.breaker.reason == ""
 
     for number in range(BACKEND_THRESHOLD):
-        parts.notifier.attempt(complete(f"other-{number}"))
+        parts.notifier.send_once(complete(f"other-{number}"))
     assert "403" in parts.breaker.reason
 
 

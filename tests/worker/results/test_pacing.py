@@ -7,26 +7,26 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from clients.webhooks import Attempt, Verdict, WebhookKind
+from clients.webhooks import WebhookAttempt, WebhookKind, WebhookResult
 from worker.amqp.delivery import Delivery
-from worker.results.pacing import SLOW_SECONDS, TRIES_A_TURN, Pacing, Parked
+from worker.results.pacing import FAILURES_BEFORE_PAUSE, SLOW_SECONDS, Pacing, ParkedEvent
 from worker.results.terminal_event import TerminalEvent
 
 A_MINUTE = 60.0
 ANSWER_SECONDS, HANG_SECONDS = 0.05, 20.0
 
-TAKEN = Attempt(Verdict.DELIVERED, 200, None, "HTTP 200", is_ambiguous=False)
-REFUSED_CONNECTION = Attempt(Verdict.RETRY, None, None, "no connection", is_ambiguous=False)
+TAKEN = WebhookAttempt(WebhookResult.DELIVERED, 200, None, "HTTP 200", is_ambiguous=False)
+REFUSED_CONNECTION = WebhookAttempt(WebhookResult.RETRY, None, None, "no connection", is_ambiguous=False)
 FAILURES = {
-    "500": Attempt(Verdict.RETRY, 500, None, "HTTP 500", is_ambiguous=False),
-    "404": Attempt(Verdict.RETRY, 404, None, "HTTP 404", is_ambiguous=False),
-    "503 and a pause of an hour": Attempt(Verdict.RETRY, 503, 3600.0, "HTTP 503", is_ambiguous=False),
-    "a reset": Attempt(Verdict.RETRY, None, None, "the connection broke", is_ambiguous=True),
-    "silence": Attempt(Verdict.RETRY, None, None, "no answer within 20 s", is_ambiguous=True),
+    "500": WebhookAttempt(WebhookResult.RETRY, 500, None, "HTTP 500", is_ambiguous=False),
+    "404": WebhookAttempt(WebhookResult.RETRY, 404, None, "HTTP 404", is_ambiguous=False),
+    "503 and a pause of an hour": WebhookAttempt(WebhookResult.RETRY, 503, 3600.0, "HTTP 503", is_ambiguous=False),
+    "a reset": WebhookAttempt(WebhookResult.RETRY, None, None, "the connection broke", is_ambiguous=True),
+    "silence": WebhookAttempt(WebhookResult.RETRY, None, None, "no answer within 20 s", is_ambiguous=True),
 }
 
 
-def parked(name: str) -> Parked:
+def parked(name: str) -> ParkedEvent:
     event = TerminalEvent(name, 1, WebhookKind.COMPLETE, {"generation_id": 1})
     delivery = Delivery(
         body=b"",
@@ -39,17 +39,17 @@ def parked(name: str) -> Parked:
         tag=1,
         channel_number=1,
     )
-    return Parked(event, delivery, 2)
+    return ParkedEvent(event, delivery, 2)
 
 
 @dataclass
 class Lane:
     """A lane with one call at a time, by a clock of its own. `answer` says what the backend makes of an event now."""
 
-    answer: Callable[[str, float], Attempt]
+    answer: Callable[[str, float], WebhookAttempt]
     now: float = 1e9
     pacing: Pacing = field(default_factory=Pacing)
-    parked: list[Parked] = field(default_factory=list)
+    parked: list[ParkedEvent] = field(default_factory=list)
     told: dict[str, float] = field(default_factory=dict)
     calls: list[tuple[str, float]] = field(default_factory=list)
 
@@ -59,16 +59,16 @@ class Lane:
     def run(self, seconds: float) -> None:
         end = self.now + seconds
         while self.now < end:
-            first = self.pacing.next_of(self.parked, [], self.now)
+            first = self.pacing.choose_next(self.parked, [], self.now)
             if first is None:
-                self.now = min(end, max(self.now, self.pacing.turn_at, self._next_due()) + 0.001)
+                self.now = min(end, max(self.now, self.pacing.next_call_at, self._next_due()) + 0.001)
             else:
                 self._call(first)
 
     def _next_due(self) -> float:
         return min((one.due_at for one in self.parked), default=float("inf"))
 
-    def _call(self, one: Parked) -> None:
+    def _call(self, one: ParkedEvent) -> None:
         name = one.event.task_id
         attempt = self.answer(name, self.now)
         self.calls.append((name, self.now))
@@ -76,18 +76,18 @@ class Lane:
         if attempt is TAKEN:
             self.told[name] = self.now
             self.parked.remove(one)
-            self.pacing.note_taken()
-            self._let_through(one, is_taking=True)
+            self.pacing.record_success()
+            self._let_through(one, is_accepting=True)
         else:
-            is_back = self.pacing.note_failed(one, attempt, self.now, num_parked=len(self.parked))
-            one.fail(attempt, self.now)
+            is_back = self.pacing.record_failure(one, attempt, self.now, num_parked=len(self.parked))
+            one.record_failure(attempt, self.now)
             if is_back:
-                self._let_through(one, is_taking=False)
+                self._let_through(one, is_accepting=False)
 
-    def _let_through(self, called: Parked, *, is_taking: bool) -> None:
+    def _let_through(self, called: ParkedEvent, *, is_accepting: bool) -> None:
         for other in self.parked:
             if other is not called:
-                other.let_through(is_taking=is_taking)
+                other.make_due(is_accepting=is_accepting)
 
 
 def names(kind: str, count: int) -> list[str]:
@@ -97,11 +97,13 @@ def names(kind: str, count: int) -> list[str]:
 OUTAGE_SECONDS = 200.0
 
 
-def after_an_outage(bad: Attempt, num_bad: int, num_good: int, outage: Attempt, *, are_known: bool) -> Lane:
+def after_an_outage(
+    bad: WebhookAttempt, num_bad: int, num_good: int, outage: WebhookAttempt, *, are_known: bool
+) -> Lane:
     """A lane a minute after the backend's return; the bad ones were parked before the outage where `are_known`."""
     outage_at, back_at = 1e9 + 100, 1e9 + 100 + OUTAGE_SECONDS
 
-    def answer(name: str, now: float) -> Attempt:
+    def answer(name: str, now: float) -> WebhookAttempt:
         if outage_at <= now < back_at:
             return outage
         return bad if name.startswith("bad") else TAKEN
@@ -120,14 +122,17 @@ def after_an_outage(bad: Attempt, num_bad: int, num_good: int, outage: Attempt, 
 
 
 RATIOS = [(1, 1), (3, 1), (3, 2), (3, 50), (1, 199), (50, 50), (50, 1)]
-OUTAGES = {"no connection": REFUSED_CONNECTION, "502 to all": Attempt(Verdict.RETRY, 502, None, "HTTP 502", False)}
+OUTAGES = {
+    "no connection": REFUSED_CONNECTION,
+    "502 to all": WebhookAttempt(WebhookResult.RETRY, 502, None, "HTTP 502", False),
+}
 
 
 @pytest.mark.parametrize("outage", OUTAGES.values(), ids=OUTAGES.keys())
 @pytest.mark.parametrize(("num_bad", "num_good"), RATIOS[:-1])
 @pytest.mark.parametrize("kind", ["500", "404", "503 and a pause of an hour", "a reset"])
 def test_after_an_outage_all_are_told_within_a_minute_whatever_known_failures_are_among_them(
-    kind: str, num_bad: int, num_good: int, outage: Attempt
+    kind: str, num_bad: int, num_good: int, outage: WebhookAttempt
 ) -> None:
     random.seed(f"{kind} {num_bad} {num_good}")
 
@@ -156,16 +161,16 @@ def test_two_that_the_backend_is_silent_on_cost_the_others_two_calls() -> None:
 
 def test_beside_a_call_that_is_not_answered_another_one_begins() -> None:
     pacing, silent, other = Pacing(), parked("silent"), parked("other")
-    silent.begun_at = now = time.monotonic()
+    silent.sent_at = now = time.monotonic()
 
-    assert pacing.next_of([other], [silent], now + SLOW_SECONDS - 0.1) is None
+    assert pacing.choose_next([other], [silent], now + SLOW_SECONDS - 0.1) is None
     assert pacing.seconds_to_wait([other], [silent], now, at_most=60) == pytest.approx(SLOW_SECONDS)
-    assert pacing.next_of([other], [silent], now + SLOW_SECONDS + 0.1) is other
-    assert pacing.next_of([other], [silent] * TRIES_A_TURN, now + 3600) is None
+    assert pacing.choose_next([other], [silent], now + SLOW_SECONDS + 0.1) is other
+    assert pacing.choose_next([other], [silent] * FAILURES_BEFORE_PAUSE, now + 3600) is None
 
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
-def test_where_one_is_known_to_fail_a_new_event_is_told_at_once(failure: Attempt) -> None:
+def test_where_one_is_known_to_fail_a_new_event_is_told_at_once(failure: WebhookAttempt) -> None:
     lane = Lane(lambda name, _now: TAKEN if name.startswith("good") else failure)
     lane.add("good 0", "bad", "good 1", "good 2")
     lane.run(600)

@@ -1,1 +1,1 @@
-"""`darkroom check`: every part tried for real. Each file knows one part, `command` all of them."""
+"""`darkroom check`: every part tried for real. One file a part; `command` runs all of them."""

@@ -1,32 +1,33 @@
-"""The backend: does it answer, and does it take the token? No webhook is sent for it, so not all can be known."""
+"""Check that the backend answers and accepts the token. No webhook is sent, so some answers stay unsure."""
 
 from urllib.parse import urlsplit
 
-from clients.webhooks import NOT_FOUND, ROUTES, BackendUnreachable, Reach, WebhookKind, reach
-from config.settings import BackendSettings
+from clients.backend_probe import NOT_FOUND, BackendProbe, BackendUnreachable, probe_backend
+from clients.webhooks import ROUTES, WebhookKind
+from config.backend import BackendSettings
 from worker.cli.check.checks import CheckFailed, CheckUnsure
-from worker.results.refusals import ADDRESS_STATUSES, meaning_of
+from worker.results.address_breaker import ADDRESS_STATUSES, explain_status
 
 REFUSALS = frozenset({401, 403})
 BAD_REQUEST, NOT_ALLOWED = 400, 405
 # Statuses of a wrong address that a right one may give to a GET as well.
-TOLD_BY_METHOD = frozenset({NOT_FOUND, NOT_ALLOWED, 415})
+AMBIGUOUS_FOR_GET = frozenset({NOT_FOUND, NOT_ALLOWED, 415})
 NOT_IMPLEMENTED = 501  # what a server without a GET answers to one
 LATER = frozenset({408, 425, 429})
 
 
 def check_backend(settings: BackendSettings) -> str:
-    """GET a webhook's address with the token and without: what is told apart was judged."""
+    """GET a webhook's address with the token and without: two different answers mean that the token was checked."""
     try:
-        found = reach(settings)
+        found = probe_backend(settings)
     except BackendUnreachable as error:
-        asked = f"{settings.base_url} gives no answer: {error}"
-        raise CheckFailed(f"{asked}. Is it running? Look at BACKEND_API_URL") from error
-    return judge_backend(settings.base_url, found)
+        seen = f"{settings.base_url} gives no answer: {error}"
+        raise CheckFailed(f"{seen}. Is it running? Look at BACKEND_API_URL") from error
+    return classify_answer(settings.base_url, found)
 
 
-def judge_backend(url: str, found: Reach) -> str:
-    """What the statuses say; raises `CheckFailed` for what no webhook would get past, and `CheckUnsure` for a doubt."""
+def classify_answer(url: str, found: BackendProbe) -> str:
+    """Classify the statuses. Raises `CheckFailed` where every webhook would fail, else `CheckUnsure` for a doubt."""
     status = found.status
     if status in REFUSALS:
         raise CheckFailed(f"{url} answers {status}: set INTERNAL_API_TOKEN to the token that it expects")
@@ -36,30 +37,30 @@ def judge_backend(url: str, found: Reach) -> str:
         )
     if status == BAD_REQUEST:
         raise CheckFailed(
-            f"{url} answers 400 to a GET, as it would to every end: {meaning_of(status)}. "
+            f"{url} answers 400 to a GET, as it would to every end: {explain_status(status)}. "
             f"Name {urlsplit(url).hostname} there, or set BACKEND_API_URL to a name that is in it"
         )
-    if status in ADDRESS_STATUSES - TOLD_BY_METHOD:
-        raise CheckFailed(f"{url} answers {status} to a GET, as it would to every end: {meaning_of(status)}")
+    if status in ADDRESS_STATUSES - AMBIGUOUS_FOR_GET:
+        raise CheckFailed(f"{url} answers {status} to a GET, as it would to every end: {explain_status(status)}")
     if status >= 500 and status != NOT_IMPLEMENTED:
         raise CheckFailed(f"{url} answers {status}, so webhooks would wait in the outbox: look at the backend's log")
-    _doubt(url, found)
-    if found.stranger_status in REFUSALS:
-        return f"{url} takes the token, and answers {found.stranger_status} without it"
+    _check_ambiguous(url, found)
+    if found.unauthenticated_status in REFUSALS:
+        return f"{url} takes the token, and answers {found.unauthenticated_status} without it"
     said = f"{url} answers {status} to a GET, with the token as without"
     return f"{said}: whether it takes the token, the first webhook will tell"
 
 
-def _doubt(url: str, found: Reach) -> None:
-    """Raise `CheckUnsure` for an answer that a wrong address has and a right one may have."""
+def _check_ambiguous(url: str, found: BackendProbe) -> None:
+    """Raise `CheckUnsure` for an answer that both a wrong and a right address may give."""
     status, path = found.status, ROUTES[WebhookKind.COMPLETE].path
-    if status == NOT_FOUND and not _is_route(found.other_status):
+    if status == NOT_FOUND and not _is_route(found.follow_up_status):
         raise CheckUnsure(
             f"{url} answers 404 at {path}, as it would to every end where BACKEND_API_URL has a wrong path. "
             "That path is added to it, so it must not end in a part of it, like /api. A server whose routes take "
             "nothing but POST may answer so too: then the first webhook will tell"
         )
-    if 200 <= status < 300 and 200 <= (found.other_status or 0) < 300:
+    if 200 <= status < 300 and 200 <= (found.follow_up_status or 0) < 300:
         raise CheckUnsure(
             f"{url} answers {status} to every address, there or not: is it the web pages' server? BACKEND_API_URL must "
             "name the one that has the API"
@@ -69,5 +70,5 @@ def _doubt(url: str, found: Reach) -> None:
 
 
 def _is_route(options_status: int | None) -> bool:
-    """Whether the answer to OPTIONS says that something is there."""
+    """Return True where the answer to OPTIONS means that the route exists."""
     return options_status is not None and (200 <= options_status < 300 or options_status == NOT_ALLOWED)

@@ -1,4 +1,4 @@
-"""The broker as a worker and a backend need it: the login, the queue of the jobs, the right to make queues."""
+"""Check the broker: the login, the declaration of the job queue, the permissions, the policies."""
 
 import uuid
 from collections.abc import Iterator, Mapping
@@ -9,43 +9,44 @@ import pika
 import pika.exceptions
 
 from clients.management import effective_policies
-from config.settings import BrokerSettings
-from worker.amqp.broker import LOST, NOT_FOUND, close_connection, connect
-from worker.amqp.refusals import ACCESS_REFUSED, Refusals, describe
-from worker.amqp.topology import QueueNames
+from config.broker import BrokerSettings
+from worker.amqp.connection import LOST, close_connection, connect
+from worker.amqp.error_messages import ACCESS_REFUSED, ErrorMessages, describe
+from worker.amqp.topology import NOT_FOUND, QueueNames
 from worker.cli.check.checks import CheckFailed
-from worker.cli.check.policies import limits_met, limits_told
+from worker.cli.check.policies import limits_found_by_trying, limits_in
 
 _Connection = Any  # pika has no type hints
 
 
 class BrokerProbe:
-    """Tries the broker, a connection for each question. A login that was refused is not tried again: brokers count.
+    """Checks of the broker, a connection for each. A refused login is not tried again: brokers count them.
 
-    Takes no message and leaves nothing: what queues it makes are deleted again. Every question returns what was seen or
+    Consumes no message and leaves nothing behind: queues it declares are deleted. Each check returns what was seen or
     raises `CheckFailed`.
     """
 
     def __init__(self, settings: BrokerSettings) -> None:
         self._settings = settings
-        self._refusals = Refusals(settings)
+        self._error_messages = ErrorMessages(settings)
         self._names = QueueNames(settings.queue)
         self._is_refused = False
 
     def connection(self) -> str:
-        """Is the broker there, and does it take the user, the password and the virtual host?"""
+        """Connect with the user, the password and the virtual host."""
         with self._connected():
-            return f"connected to {self._place} as {self._user}, virtual host {self._vhost}"
+            user, vhost = self._error_messages.user, self._error_messages.vhost
+            return f"connected to {self._place} as {user}, virtual host {vhost}"
 
     def queue(self) -> str:
-        """Is the queue of the jobs declared as every backend declares it?"""
+        """Compare the declaration of the job queue with that of backends."""
         name = self._names.jobs
         with self._connected() as connection:
-            found = self._look(connection, name)
+            found = self._declare_passively(connection, name)
             if found is None:
                 return f"{name} does not exist yet: the first to come makes it"
             try:
-                # Only of a queue that is there: of another it would be the making.
+                # Only where the queue exists: otherwise this would create it.
                 with connection.channel() as channel:
                     channel.queue_declare(name, durable=True)
             except pika.exceptions.ChannelClosedByBroker as error:
@@ -56,24 +57,24 @@ class BrokerProbe:
         return f"{name} is durable without arguments, as backends declare it; {depth}"
 
     def own_queues(self) -> str:
-        """Are the worker's own queues there, or may it make them? Does no policy limit what they hold?
+        """Check that the worker's own queues exist or may be declared, and that no policy limits them.
 
-        What is missing stays missing: rights and limits are tried on queues that no worker knows.
+        Missing ones stay missing: permissions and limits are tried on queues with other names.
         """
         own = [name for name in self._names.everything if name != self._names.jobs]
         with self._connected() as connection:
-            missing = [name for name in own if self._look(connection, name) is None]
-            # Without a name, as the queue that each worker hears of cancelled jobs by.
-            self._try_rights(connection, "")
+            missing = [name for name in own if self._declare_passively(connection, name) is None]
+            # Server-named, as the queue on which each worker receives cancel orders.
+            self._try_permissions(connection, "")
             if missing:
-                self._try_rights(connection, f"{self._names.jobs}.check-{uuid.uuid4().hex[:8]}")
-            self._look_for_limits(connection)
+                self._try_permissions(connection, f"{self._names.jobs}.check-{uuid.uuid4().hex[:8]}")
+            self._check_limits(connection)
         if missing:
             return f"{len(missing)} of {len(own)} do not exist yet; the user may make them"
         return f"all {len(own)} are there"
 
-    def _try_rights(self, connection: _Connection, name: str) -> None:
-        """Make a queue of our own, publish into it and take that message out of it."""
+    def _try_permissions(self, connection: _Connection, name: str) -> None:
+        """Declare an exclusive queue, publish into it and get that message."""
         try:
             with connection.channel() as channel:
                 channel.confirm_delivery()
@@ -83,28 +84,30 @@ class BrokerProbe:
         except pika.exceptions.ChannelClosedByBroker as error:
             raise CheckFailed(self._why_refused(f"{self._names.jobs}.*", error)) from error
 
-    def _look_for_limits(self, connection: _Connection) -> None:
-        limits = limits_told(self._policies(), self._names)
-        # A user may have the right to make the worker's queues alone: then it is not tried.
+    def _check_limits(self, connection: _Connection) -> None:
+        limits = limits_in(self._policies(), self._names)
+        # A user may have the permission to declare the worker's queues alone: then it is not tried.
         with suppress(pika.exceptions.ChannelClosedByBroker):
-            limits = limits or limits_met(connection, self._names)
+            limits = limits or limits_found_by_trying(connection, self._names)
         if limits:
-            asked = f"a policy limits what queues named {self._names.jobs}.* hold: {'; '.join(limits)}"
-            look = f"rabbitmqctl -p {self._vhost} list_policies, and list_operator_policies"
+            seen = f"a policy limits what queues named {self._names.jobs}.* hold: {'; '.join(limits)}"
+            look = f"rabbitmqctl -p {self._error_messages.vhost} list_policies, and list_operator_policies"
             raise CheckFailed(
-                f"{asked}. Ends and jobs would be lost at the limit. Have its pattern leave them out,"
+                f"{seen}. Ends and jobs would be lost at the limit. Have its pattern leave them out,"
                 f" as ^{self._names.jobs}$ does: {look}"
             )
 
     def _policies(self) -> Mapping[str, Mapping[str, Any]]:
-        asked = self._refusals.parameters
-        if asked.ssl_options is not None:
-            return {}  # the interface's usual port would have the password in the clear
-        login = asked.credentials
-        return effective_policies(asked.host, asked.virtual_host, user=login.username, password=login.password)
+        parameters = self._error_messages.parameters
+        if parameters.ssl_options is not None:
+            return {}  # the management port would get the password in plain text
+        login = parameters.credentials
+        return effective_policies(
+            parameters.host, parameters.virtual_host, user=login.username, password=login.password
+        )
 
-    def _look(self, connection: _Connection, name: str) -> Any:
-        """What the broker says of the queue; None where it does not exist."""
+    def _declare_passively(self, connection: _Connection, name: str) -> Any:
+        """Declare the queue passively; None where it does not exist."""
         try:
             with connection.channel() as channel:
                 return channel.queue_declare(name, passive=True).method
@@ -121,7 +124,7 @@ class BrokerProbe:
             connection = connect(self._settings, "darkroom check")
         except LOST as error:
             self._is_refused = True
-            raise CheckFailed(self._refusals.no_connection(error)) from error
+            raise CheckFailed(self._error_messages.connection_failed(error)) from error
         try:
             yield connection
         except LOST as error:
@@ -130,16 +133,8 @@ class BrokerProbe:
             close_connection(connection)
 
     def _why_refused(self, name: str, error: Any) -> str:
-        return self._refusals.no_queue(name, error)
+        return self._error_messages.queue_refused(name, error)
 
     @property
     def _place(self) -> str:
-        return self._refusals.place
-
-    @property
-    def _user(self) -> str:
-        return self._refusals.user
-
-    @property
-    def _vhost(self) -> str:
-        return self._refusals.vhost
+        return self._error_messages.place

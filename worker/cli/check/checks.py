@@ -1,4 +1,4 @@
-"""A check of one part, and the row of the table it comes to."""
+"""A check of one part, and its result."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -9,31 +9,31 @@ logger = logging.getLogger(__name__)
 
 
 class CheckFailed(Exception):
-    """A part is not usable; the message says what was seen and what to do."""
+    """The part is not usable; the message says what was seen and what to do."""
 
 
 class CheckUnsure(CheckFailed):
-    """A part may be usable or not; the message says what was seen, and what each would mean."""
+    """The part may be usable or not; the message says what was seen, and what each case would mean."""
 
 
 class State(StrEnum):
-    """What a part was found to be."""
+    """The state of a part."""
 
     GOOD = "good"
     BAD = "bad"
-    UNSURE = "unsure"  # what was seen is seen of a good part as well as of a bad one
-    BLOCKED = "blocked"  # it fails too, but it stands on a part that is not good: that one first
+    UNSURE = "unsure"  # a good part and a bad one would look the same
+    BLOCKED = "blocked"  # it fails, and so does a part that it depends on: that one first
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """`look` tries the part: it returns what was seen, or raises `CheckFailed`.
+    """The check of a part: `run` returns what was seen, or raises `CheckFailed`.
 
-    What goes wrong with a part that `stands_on` one that is not good says nothing of the part itself.
+    The failure of a part says nothing of the part itself where one of its `depends_on` is not good.
     """
 
     part: str
-    look: Callable[[], str]
+    run: Callable[[], str]
     depends_on: tuple[str, ...] = ()
 
 
@@ -47,20 +47,20 @@ class CheckResult:
 
 
 def run_checks(checks: Iterable[Check], on_begin: Callable[[str], None] = lambda _part: None) -> Iterator[CheckResult]:
-    """Try every part, whatever became of the others; a part comes behind those it stands on."""
+    """Run every check, whatever the results of the others; a part comes after those it depends on."""
     not_good: set[str] = set()
     for check in checks:
         on_begin(check.part)
-        finding = _try(check, not_good)
-        if finding.state is not State.GOOD:
+        result = _run(check, not_good)
+        if result.state is not State.GOOD:
             not_good.add(check.part)
-        yield finding
+        yield result
 
 
-def _try(check: Check, not_good: set[str]) -> CheckResult:
+def _run(check: Check, not_good: set[str]) -> CheckResult:
     state = State.BAD
     try:
-        return CheckResult(check.part, State.GOOD, check.look())
+        return CheckResult(check.part, State.GOOD, check.run())
     except CheckFailed as error:
         detail = str(error)
         state = State.UNSURE if isinstance(error, CheckUnsure) else State.BAD

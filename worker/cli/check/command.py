@@ -1,4 +1,4 @@
-"""All parts in the order they are tried, and the table or the lines of JSON that come of it."""
+"""Run the checks of all parts in order, and print a table or lines of JSON."""
 
 import dataclasses
 import json
@@ -14,13 +14,10 @@ from config.settings import Settings
 from worker.cli.check.backend import check_backend
 from worker.cli.check.broker import BrokerProbe
 from worker.cli.check.checks import Check, CheckResult, State, run_checks
-from worker.cli.check.cutout import check_cutout
-from worker.cli.check.files import check_certificate
-from worker.cli.check.machine import check_disk, check_fonts, check_shaping
-from worker.cli.check.memory import check_gpu, check_memory
-from worker.cli.check.models import Load, check_model, load_in_own_process
+from worker.cli.check.files import check_certificate, check_fonts, check_presets, check_shaping
+from worker.cli.check.machine import check_disk, check_gpu, check_memory
+from worker.cli.check.models import Load, check_cutout, check_model, load_in_own_process
 from worker.cli.check.port import check_port
-from worker.cli.check.presets import check_presets
 from worker.cli.check.store import StoreProbe
 from worker.cli.terminal import escape_for_terminal
 
@@ -28,14 +25,14 @@ STYLES = {State.GOOD: "green", State.BAD: "bold red", State.BLOCKED: "yellow", S
 
 
 def check_everything(settings: Settings, *, as_lines: bool, console: Console) -> bool:
-    """Print what was found of every part; True where all are good."""
+    """Check every part and print the results; True where all are good."""
     checks = every_part(settings)
-    findings = _print_lines(checks) if as_lines else _print_table(checks, console)
-    return all(finding.state is State.GOOD for finding in findings)
+    results = _print_lines(checks) if as_lines else _print_table(checks, console)
+    return all(result.state is State.GOOD for result in results)
 
 
 def every_part(settings: Settings, load: Load = load_in_own_process) -> tuple[Check, ...]:
-    """The checks, each behind those it stands on, the slow one last."""
+    """Return the checks, each after those it depends on, the slow one last."""
     broker, store = BrokerProbe(settings.broker), StoreProbe(settings.store)
     is_one_bucket = settings.store.results_bucket == settings.store.bucket
     return (
@@ -61,20 +58,20 @@ def every_part(settings: Settings, load: Load = load_in_own_process) -> tuple[Ch
 
 
 def _print_lines(checks: Iterable[Check]) -> list[CheckResult]:
-    findings = []
-    for finding in run_checks(checks):
-        typer.echo(json.dumps(dataclasses.asdict(finding), ensure_ascii=False))
-        findings.append(finding)
-    return findings
+    results = []
+    for result in run_checks(checks):
+        typer.echo(json.dumps(dataclasses.asdict(result), ensure_ascii=False))
+        results.append(result)
+    return results
 
 
 def _print_table(checks: Iterable[Check], console: Console) -> list[CheckResult]:
     with console.status("") as status:
-        findings = list(run_checks(checks, on_begin=lambda part: status.update(f"trying the {part}")))
+        results = list(run_checks(checks, on_begin=lambda part: status.update(f"trying the {part}")))
     table = Table("part", "", "what was seen, or what to do")
-    for finding in findings:
+    for result in results:
         table.add_row(
-            finding.part, Text(finding.state.value, STYLES[finding.state]), Text(escape_for_terminal(finding.detail))
+            result.part, Text(result.state.value, STYLES[result.state]), Text(escape_for_terminal(result.detail))
         )
     console.print(table)
-    return findings
+    return results

@@ -1,44 +1,28 @@
-"""The machine's own parts: fonts and disk."""
+"""Check the machine: disk, GPU and memory."""
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
-from PIL import features
-
-from config.settings import StoreSettings
+from clients.gpu import GpuMonitor, GpuUsage
+from config.model import ModelSettings
+from config.store import StoreSettings
+from inference.checkpoints.checkpoint import identify
+from inference.checkpoints.memory_plan import RESERVE_BYTES, Placement, free_host_bytes, most_adapter_bytes, plan
+from inference.checkpoints.pipeline import weight_bytes
 from inference.checkpoints.weight_files import GB
-from watermark.errors import FontMissing
-from watermark.text.fonts import find_font
-from watermark.text.shaping import is_shaping_here
+from inference.controlnet.files import find_controlnets, most_bytes
+from inference.errors import EngineStartFailed
 from worker.cli.check.checks import CheckFailed
 
-SAMPLE = "서울 Seoul"
+PARAMETER_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
 PROBE_BYTES = bytes(4096)
 
 
-def check_fonts(font_dirs: tuple[Path, ...]) -> str:
-    """Is there a font for signatures, with Hangul?"""
-    try:
-        return f"signatures are written in {find_font(SAMPLE, font_dirs).name}"
-    except FontMissing as error:
-        remedy = "install a font with Hangul, like Debian's fonts-nanum, or name its folder in FONT_DIRS"
-        raise CheckFailed(f"{error}: {remedy}") from error
-
-
-def check_shaping() -> str:
-    """Are letters joined, and drawn from right to left, where the script wants it?"""
-    if not is_shaping_here():
-        raise CheckFailed(
-            "libfribidi is missing: texts in Arabic, Hebrew, Devanagari, Thai and their like are refused with "
-            "FONT_MISSING; install Debian's libfribidi0 or what the system calls it"
-        )
-    versions = ", ".join(f"{library} {features.version(library)}" for library in ("raqm", "harfbuzz", "fribidi"))
-    return f"letters are joined, and drawn from right to left, by {versions}"
-
-
 def check_disk(settings: StoreSettings) -> str:
-    """Can the download cache be written, and grow as large as it may? Makes no folder."""
+    """Check that the download cache can be written and grow to its limit. Creates no folder."""
     folder = settings.cache_dir.expanduser()
     place = next(path for path in (folder, *folder.parents) if path.exists())
     try:
@@ -48,14 +32,81 @@ def check_disk(settings: StoreSettings) -> str:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise CheckFailed(f"CACHE_DIR {folder} cannot be written ({reason}: {place}): name another folder") from error
-    return _compare(settings, folder, shutil.disk_usage(place).free)
+    return _compare_space(settings, folder, shutil.disk_usage(place).free)
 
 
-def _compare(settings: StoreSettings, folder: Path, free: int) -> str:
-    """What the cache holds counts as free: it gives way to what is wanted."""
+def _compare_space(settings: StoreSettings, folder: Path, free: int) -> str:
+    """Compare the free space with the limit. What the cache holds counts as free: it is evicted for new files."""
     cached = sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
     room = f"{(free + cached) / GB:.1f} GB"
     if free + cached < settings.cache_max_bytes:
         remedy = f"free space, set CACHE_MAX_GB below {(free + cached) / GB:.1f}, or name another CACHE_DIR"
         raise CheckFailed(f"CACHE_MAX_GB is {settings.cache_max_gb:g}, but {folder} has room for {room}: {remedy}")
     return f"{folder} has room for {room}; the cache takes {settings.cache_max_gb:g} GB at most"
+
+
+def check_gpu(settings: ModelSettings) -> str:
+    """Check for the GPU that DEVICE names, by its driver alone: torch is used by the model's check."""
+    if settings.device == "cpu":
+        return "none is asked for: DEVICE is cpu"
+    readings = GpuMonitor(settings.visible_gpu)
+    reading = readings.read()
+    if reading is None:
+        visible = settings.cuda_visible_devices
+        seen = "no NVIDIA GPU answers" + ("" if visible is None else f" to CUDA_VISIBLE_DEVICES={visible}")
+        if settings.device == "auto":
+            return f"{seen}: the CPU draws, as DEVICE is auto"
+        remedy = "look at nvidia-smi, start a container with --gpus all, or set DEVICE=cpu"
+        raise CheckFailed(f"DEVICE is {settings.device}, but {seen}: {remedy}")
+    free, total = reading.memory_total_bytes - reading.memory_used_bytes, reading.memory_total_bytes
+    return f"{readings.describe()}; {free / GB:.1f} of {total / GB:.1f} GB are free"
+
+
+def check_memory(settings: ModelSettings) -> str:
+    """Compare the size of the weights with the free memory, and name the placement."""
+    gpu = None if settings.device == "cpu" else GpuMonitor(settings.visible_gpu).read()
+    bytes_each = PARAMETER_BYTES.get(settings.dtype, 4 if gpu is None else 2)
+    try:
+        found = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)
+        needed = weight_bytes(found, bytes_each)
+        controlnets = find_controlnets(settings.controlnet_sources)
+    except EngineStartFailed:
+        needed = None
+    if needed is None:
+        return f"{_free(gpu) / GB:.1f} GB are free; what the weights take is known once they are here and whole"
+
+    weights = f"{sum(needed.values()) / GB:.2f} GB of weights at {8 * bytes_each} bits"
+    kept = most_bytes(controlnets, bytes_each, settings.controlnet_max_bytes)
+    if kept:
+        weights += f", with {kept / GB:.2f} GB kept for ControlNets"
+    free = _free(gpu) - kept
+    compare = _in_host if gpu is None else _on_gpu
+    return compare(weights, needed, free, settings.adapter_max_bytes)
+
+
+def _in_host(weights: str, needed: Mapping[str, int], free: int, chosen: int | None) -> str:
+    seen = f"{weights}, {free / GB:.1f} GB of the host's are free"
+    if sum(needed.values()) + (chosen or 0) > free:
+        remedy = "free memory, raise the container's limit, or name a smaller MODEL_ID"
+        raise CheckFailed(f"{seen}: the machine would swap or kill the worker; {remedy}")
+    return f"{seen}: they fit{_with_adapters(chosen, needed, free, Placement.RESIDENT)}"
+
+
+def _on_gpu(weights: str, needed: Mapping[str, int], free: int, chosen: int | None) -> str:
+    try:
+        residence = plan(needed, free, chosen)
+    except EngineStartFailed as error:
+        raise CheckFailed(str(error)) from error
+    is_resident = residence is Placement.RESIDENT
+    lives = "the model stays on the GPU" if is_resident else "its parts take turns on the GPU, which is slower"
+    seen = f"{weights} and {RESERVE_BYTES / GB:.1f} GB for a picture, {free / GB:.1f} GB of the GPU's are free"
+    return f"{seen}: {lives}{_with_adapters(chosen, needed, free, residence)}"
+
+
+def _with_adapters(chosen: int | None, needed: Mapping[str, int], free: int, residence: Placement) -> str:
+    most = most_adapter_bytes(chosen, needed, free, residence)
+    return f", with up to {most / GB:.1f} GB for adapters (ADAPTER_MEMORY_GB)"
+
+
+def _free(gpu: GpuUsage | None) -> int:
+    return free_host_bytes() if gpu is None else gpu.memory_total_bytes - gpu.memory_used_bytes

@@ -1,13 +1,22 @@
-"""The model: are its files whole, does it load, does it draw? The slowest of the checks."""
+"""Check the models: the image model, the slowest of the checks, and the one that cuts products out."""
 
+import time
 from collections.abc import Callable
 
-from config.settings import ModelSettings
+from PIL import Image, ImageDraw
+
+from config.images import PictureSettings
+from config.model import ModelSettings
 from inference.checkpoints.checkpoint import identify
 from inference.checkpoints.pipeline import weight_bytes
+from inference.errors import EngineError
 from inference.process.engine_process import EngineProcess, wait_until_ready
-from inference.request import EngineError, ModelFacts
+from inference.request import ModelFacts
 from worker.cli.check.checks import CheckFailed
+from worker.errors import CuttingFailed, JobFailed
+from worker.product.cutter import Cutter, is_installed
+
+SIDE_PX = 256
 
 LOAD_TIMEOUT_SECONDS = 900.0
 SINGLE_PRECISION_BYTES = 4
@@ -17,7 +26,7 @@ Load = Callable[[ModelSettings], ModelFacts]
 
 
 def check_model(settings: ModelSettings, load: Load) -> str:
-    """Read every file's header first: what is cut off or missing is known before gigabytes are read."""
+    """Load the model and time a step. Headers come first: a truncated file is found before gigabytes are read."""
     try:
         found = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)
         weight_bytes(found, SINGLE_PRECISION_BYTES)
@@ -29,7 +38,7 @@ def check_model(settings: ModelSettings, load: Load) -> str:
 
 
 def load_in_own_process(settings: ModelSettings) -> ModelFacts:
-    """As the worker does it."""
+    """Load the model in a process of its own, as the worker does."""
     engine = EngineProcess(settings, log_level="ERROR", on_restart=lambda: None)
     engine.start()
     try:
@@ -38,3 +47,22 @@ def load_in_own_process(settings: ModelSettings) -> ModelFacts:
         engine.close()
     assert engine.facts is not None, "a ready engine has facts"  # noqa: S101
     return engine.facts
+
+
+def check_cutout(settings: PictureSettings) -> str:
+    """Cut a drawn disc out of a white picture, as a product without alpha."""
+    model = settings.cutout_model
+    if model is None:
+        return "no CUTOUT_MODEL: products need alpha of their own"
+    if not is_installed():
+        raise CheckFailed("CUTOUT_MODEL is set, but rembg is not installed: pip install 'darkroom[cutout]'")
+    picture = Image.new("RGBA", (SIDE_PX, SIDE_PX), "white")
+    ImageDraw.Draw(picture).ellipse((64, 64, 192, 192), fill=(120, 40, 30))
+    began_at = time.monotonic()
+    try:
+        Cutter(model).cut(picture, "the picture of this check", lambda: None)
+    except CuttingFailed as error:
+        raise CheckFailed(f"{model} cannot be used: {error}. Look at CUTOUT_MODEL") from error
+    except JobFailed:
+        return f"{model} answers in {time.monotonic() - began_at:.1f} s, but sees no product in a drawn disc"
+    return f"{model} cuts out, in {time.monotonic() - began_at:.1f} s"

@@ -1,7 +1,7 @@
-"""Limits that a policy sets on the worker's queues: asked for where the broker tells them, else tried.
+"""Find the limits that policies set on the worker's queues: by the management interface, else by trying.
 
-AMQP tells nothing of policies. The management interface does, queue by queue, where it answers at its usual port. Else
-queues are made whose names begin like ours: a policy for all queues, or for all that begin so, drops their messages.
+AMQP does not expose policies. The management interface does, queue by queue, where it answers at its usual port. Else
+queues are declared whose names begin like ours: a policy for all queues, or for that prefix, drops their messages.
 """
 
 import time
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from worker.amqp.broker import NOT_TAKEN
+from worker.amqp.publisher import QUEUE_FULL
 from worker.amqp.topology import DELIVERY_LIMIT, QueueNames
 
 LIMITS = ("delivery-limit", "max-length", "max-length-bytes", "message-ttl", "expires")
@@ -22,24 +22,24 @@ PROBE = {"x-queue-type": "quorum", "x-delivery-limit": DELIVERY_LIMIT, "x-expire
 _Channel = Any  # pika has no type hints
 
 
-def limits_told(definitions: Mapping[str, Mapping[str, Any]], names: QueueNames) -> list[str]:
-    """Of the definitions by queue, the limits on our own queues, one sentence each. Pure."""
-    told = []
+def limits_in(definitions: Mapping[str, Mapping[str, Any]], names: QueueNames) -> list[str]:
+    """Return the limits on our own queues in the definitions by queue, one sentence each. Pure."""
+    sentences = []
     for name in sorted(set(names.everything) - {names.jobs}):
         definition = definitions.get(name, {})
         found = ", ".join(f"{limit}: {definition[limit]}" for limit in LIMITS if limit in definition)
-        told += [f"{name} has {found}"] if found else []
-    return told
+        sentences += [f"{name} has {found}"] if found else []
+    return sentences
 
 
-def limits_met(connection: Any, names: QueueNames) -> list[str]:
-    """What happened to messages in queues named like ours, one sentence each limit; nothing is left of them."""
-    return [said for said in (_length_met(connection, names), _returns_met(connection, names)) if said]
+def limits_found_by_trying(connection: Any, names: QueueNames) -> list[str]:
+    """Publish to queues named like ours and return the limits met, one sentence each; the queues are deleted."""
+    return [said for said in (_length_limit(connection, names), _delivery_limit(connection, names)) if said]
 
 
-def _length_met(connection: Any, names: QueueNames) -> str:
+def _length_limit(connection: Any, names: QueueNames) -> str:
     with _probe(connection, names) as (channel, name):
-        with suppress(NOT_TAKEN):  # by `overflow: reject-publish`
+        with suppress(QUEUE_FULL):  # by `overflow: reject-publish`
             for _ in range(NUM_PUBLISHED):
                 _publish(channel, name)
         num_kept = channel.queue_declare(name, passive=True).method.message_count
@@ -48,9 +48,9 @@ def _length_met(connection: Any, names: QueueNames) -> str:
     return f"of {NUM_PUBLISHED} messages {num_kept} were kept (max-length, max-length-bytes or message-ttl)"
 
 
-def _returns_met(connection: Any, names: QueueNames) -> str:
+def _delivery_limit(connection: Any, names: QueueNames) -> str:
     with _probe(connection, names) as (channel, name):
-        with suppress(NOT_TAKEN):
+        with suppress(QUEUE_FULL):
             _publish(channel, name)
         for number in range(NUM_RETURNS):
             tag = _take(channel, name)
@@ -78,7 +78,7 @@ def _publish(channel: _Channel, name: str) -> None:
 
 
 def _take(channel: _Channel, name: str) -> int | None:
-    """The tag of the next message, which may be on its way back; None where there is none."""
+    """Return the delivery tag of the next message, waiting for one being requeued; None where there is none."""
     deadline = time.monotonic() + RETURN_SECONDS
     while time.monotonic() < deadline:
         method, _, _ = channel.basic_get(name)

@@ -1,4 +1,4 @@
-"""The port of health, metrics and the status page: is it free, and if not, whose is it?"""
+"""Check the port of health, metrics and the status page, and find the process that holds it."""
 
 import errno
 import json
@@ -16,7 +16,7 @@ FIRST_UNPRIVILEGED = 1024
 
 
 def check_port(port: int) -> str:
-    """Bind it for a moment, as the worker does. A worker that runs here already is said to, and is no fault."""
+    """Bind it for a moment, as the worker does. A worker that runs here already is named, and is no failure."""
     if port == 0:
         return "METRICS_PORT is 0: a free one is taken at the start, and told in the log"
     try:
@@ -31,7 +31,7 @@ def check_port(port: int) -> str:
 
 
 def why_no_port(port: int, error: OSError) -> str:
-    """Why the port cannot be used, and what to do; `error` is what binding it raised."""
+    """Explain why the port cannot be used, and what to do; `error` is what binding it raised."""
     if error.errno == errno.EADDRINUSE:
         worker = _worker_at(port)
         whose = f"the worker {worker}, which runs already" if worker else _holder(port) or "another program"
@@ -42,7 +42,7 @@ def why_no_port(port: int, error: OSError) -> str:
 
 
 def _bind(port: int) -> None:
-    # As the HTTP server's socket: what connections of a worker before have left behind is no hindrance.
+    # As the HTTP server's socket: connections in TIME_WAIT do not count.
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("0.0.0.0", port))
@@ -50,21 +50,21 @@ def _bind(port: int) -> None:
 
 
 def _worker_at(port: int) -> str:
-    """The name of the Darkroom worker that answers there; empty for anything else."""
+    """Return the name of the Darkroom worker that answers there; empty for anything else."""
     connection = HTTPConnection("127.0.0.1", port, timeout=ANSWER_SECONDS)
     try:
         connection.request("GET", "/status.json")
-        told = json.loads(connection.getresponse().read(MAX_ANSWER_BYTES))
+        status = json.loads(connection.getresponse().read(MAX_ANSWER_BYTES))
     except (OSError, HTTPException, ValueError, RecursionError):
         return ""
     finally:
         connection.close()
-    worker = told.get("worker") if isinstance(told, dict) else None
+    worker = status.get("worker") if isinstance(status, dict) else None
     return str(worker.get("name", ""))[:100] if isinstance(worker, dict) else ""
 
 
 def _holder(port: int) -> str:
-    """The process that listens there, where this user may know it; else empty."""
+    """Return the process that listens there; empty where this user may not see it."""
     sockets = {f"socket:[{inode}]" for inode in _listening(port)}
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has gone, or is another user's
@@ -74,7 +74,7 @@ def _holder(port: int) -> str:
 
 
 def _listening(port: int) -> list[str]:
-    """The inodes of the sockets that listen on the port, by the kernel's tables."""
+    """Return the inodes of the sockets that listen on the port, from /proc/net."""
     inodes = []
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(OSError):

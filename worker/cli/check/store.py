@@ -1,4 +1,4 @@
-"""The store as a worker needs it: there, on time, and with both buckets open to every kind of call."""
+"""Check the store: its answer, its clock, both buckets with every kind of call, conditional writes."""
 
 import uuid
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from functools import cached_property
 from clients.storage.client import Storage
 from clients.storage.errors import AccessDenied, BucketNotFound, NotSupported, StorageError
 from clients.storage.location import ObjectRef
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from worker.cli.check.checks import CheckFailed
 
 # Stores refuse a clock that is wrong by 900 seconds; receivers of signed webhooks one that is by 300.
@@ -20,15 +20,15 @@ CONTENT_TYPE = "application/json"
 
 
 class StoreProbe:
-    """Tries the store. What it writes it removes. Every question returns what was seen or raises `CheckFailed`."""
+    """Checks of the store. What is written is removed. Each returns what was seen or raises `CheckFailed`."""
 
     def __init__(self, settings: StoreSettings) -> None:
         self._settings = settings
 
     def answer(self) -> str:
-        """Does the store answer at all, and is its time ours?"""
+        """Check that the store answers, and compare its clock with ours."""
         try:
-            ahead = self._storage.seconds_ahead(self._settings.bucket)
+            ahead = self._storage.clock_skew_seconds(self._settings.bucket)
         except StorageError as error:
             raise CheckFailed(f"{error}: is {self._place} running? look at AWS_S3_ENDPOINT_URL") from error
         if ahead is None:
@@ -40,19 +40,19 @@ class StoreProbe:
         return f"{self._place} answers; the clocks agree within {max(1.0, abs(ahead)):.0f} s"
 
     def bucket(self) -> str:
-        """May the private bucket be listed, written, read and cleaned?"""
+        """List, write, read and clean the private bucket."""
         return self._try(self._settings.bucket, "jobs/", "AWS_STORAGE_BUCKET_NAME")
 
     def results_bucket(self) -> str:
-        """The same of where the pictures go."""
+        """List, write, read and clean the bucket of the results."""
         return self._try(self._settings.results_bucket, "generations/", "AWS_RESULTS_BUCKET_NAME")
 
     def conditional_writes(self) -> str:
-        """Does the store refuse to overwrite where it is asked to? The ledger stands on it."""
+        """Check that If-None-Match prevents an overwrite. The ledger depends on it."""
         probe = ObjectRef(self._settings.bucket, f"{PROBE_FOLDER}check-{uuid.uuid4()}")
         danger = "two workers could end one job twice. Update the store, or run one worker on this bucket"
         try:
-            # First: there are stores that make a missing bucket when its owner writes to it.
+            # First: some stores create a missing bucket when its owner writes to it.
             self._list(probe.bucket, PROBE_FOLDER)
             wrote = [self._storage.put_if_absent(probe, b"{}", content_type=CONTENT_TYPE) for _ in range(2)]
         except NotSupported as error:
@@ -67,7 +67,7 @@ class StoreProbe:
         return "a second writer of one key is refused"
 
     def _try(self, bucket: str, folder: str, setting: str) -> str:
-        """Do each kind of call for real: rights on paper are not enough."""
+        """Make each kind of call: a policy can differ from what the store enforces."""
         probe, storage = ObjectRef(bucket, f"{folder}check-{uuid.uuid4()}"), self._storage
         steps: dict[str, Callable[[], object]] = {
             # First, as above.
@@ -80,7 +80,7 @@ class StoreProbe:
             try:
                 step()
             except StorageError as error:
-                # Even a write that failed may have been done, its answer lost.
+                # A write that failed may have been done, its answer lost.
                 is_removed = verb == "listed" or self._is_removed(probe)
                 left = "" if is_removed or verb == "written" else f" {probe} stays: remove it."
                 seen = f"{bucket} cannot be {verb}: {error}.{left}"
@@ -88,8 +88,8 @@ class StoreProbe:
         return f"{bucket} can be listed, written, read and cleaned"
 
     def _list(self, bucket: str, folder: str) -> None:
-        # Not by a HEAD, whose refusal has no code to tell a wrong key from a missing right.
-        next(self._storage.each_below(bucket, folder, page_keys=1), None)
+        # Not by a HEAD, whose error has no code to distinguish a wrong key from a missing permission.
+        next(self._storage.list_objects(bucket, folder, page_keys=1), None)
 
     def _is_removed(self, probe: ObjectRef) -> bool:
         try:

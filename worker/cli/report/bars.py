@@ -1,24 +1,64 @@
-"""A job's bar on the common axis, as wide as its column: colours by stage, letters where there are none."""
+"""The bars of the timeline, coloured by stage, and the time axis that they share."""
 
 import math
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
 from rich.text import Text
 
-from worker.cli.report.axis import Axis
 from worker.cli.report.rows import Stretch
+from worker.cli.report.stages import STAGES, UNACCOUNTED, UNACCOUNTED_STYLE, style_of
 from worker.cli.terminal import escape_for_terminal
-from worker.monitoring.stages import REST, REST_LOOK, STAGES, look_of
 
 MIN_CELLS = 1
 BLOCK = "█"
 
 
+class _Span(NamedTuple):
+    begin: float
+    end: float
+    offset: float  # busy seconds before it
+
+
+class Axis:
+    """Map from moments to seconds of busy time. `seconds` are busy, `idle_seconds` are cut out."""
+
+    def __init__(self, busy: Iterable[tuple[float, float]]) -> None:
+        """Merge `busy`, the begin and end of each job, in any order."""
+        self._spans: list[_Span] = []
+        for begin, end in sorted(busy):
+            if self._spans and begin <= self._spans[-1].end:
+                last = self._spans.pop()
+                self._spans.append(last._replace(end=max(last.end, end)))
+            else:
+                self._spans.append(_Span(begin, end, self.seconds))
+
+    @property
+    def seconds(self) -> float:
+        if not self._spans:
+            return 0.0
+        last = self._spans[-1]
+        return last.offset + last.end - last.begin
+
+    @property
+    def idle_seconds(self) -> float:
+        return self._spans[-1].end - self._spans[0].begin - self.seconds if self._spans else 0.0
+
+    def place(self, moment: float) -> float:
+        """Return the busy seconds before `moment`."""
+        number = bisect_right(self._spans, moment, key=lambda span: span.begin) - 1
+        if number < 0:
+            return 0.0
+        span = self._spans[number]
+        return span.offset + min(moment, span.end) - span.begin
+
+
 class Bar:
-    """Rich asks it for its width and then draws it."""
+    """A bar as a rich renderable, as wide as its column."""
 
     def __init__(self, stretches: Sequence[Stretch], axis: Axis) -> None:
         self._stretches = stretches
@@ -35,7 +75,7 @@ class Bar:
 
 
 def cells(stretches: Sequence[Stretch], axis: Axis, width: int) -> list[str]:
-    """The stage that takes the most of each cell, "" for none. A job always has a cell, however short it was."""
+    """Return the stage with the most time in each cell, "" for none. A job has at least one cell."""
     cell_seconds = axis.seconds / width
     if not stretches or cell_seconds <= 0:
         return ["" for _ in range(width)]
@@ -49,12 +89,12 @@ def cells(stretches: Sequence[Stretch], axis: Axis, width: int) -> list[str]:
 
 
 def legend(stages: Iterable[str], console: Console) -> Text:
-    """What each colour or letter stands for, in the order of a job's story."""
+    """Return the legend of colours or letters, in the order of the stages."""
     shown = set(stages)
     parts = Text()
     for name in (*STAGES, *sorted(shown - STAGES.keys())):
         if name in shown:
-            known = name if name in STAGES or name == REST else f"{REST} ({name})"
+            known = name if name in STAGES or name == UNACCOUNTED else f"{UNACCOUNTED} ({name})"
             parts.append_text(_cell(name, console)).append(f"\u00a0{escape_for_terminal(known)}  ")
     return parts
 
@@ -62,7 +102,7 @@ def legend(stages: Iterable[str], console: Console) -> Text:
 def _cell(stage: str, console: Console) -> Text:
     if not stage:
         return Text(" ")
-    look = look_of(stage) if stage != REST else REST_LOOK
+    look = style_of(stage) if stage != UNACCOUNTED else UNACCOUNTED_STYLE
     if console.color_system is None or console.no_color:
         return Text(look.letter)
     return Text(BLOCK, look.colour)

@@ -1,4 +1,4 @@
-"""The command: find the newest records, read them, and print a timeline or lines of JSON."""
+"""Find the newest records, read them, and print a timeline or lines of JSON."""
 
 import json
 from collections import Counter
@@ -13,11 +13,9 @@ from rich.text import Text
 
 from clients.storage.client import Storage
 from clients.storage.errors import ObjectDamaged, ObjectTooLarge
-from config.settings import StoreSettings
-from worker.cli.report.axis import Axis
-from worker.cli.report.bars import Bar, legend
-from worker.cli.report.rows import Row, row_of, unreadable
-from worker.cli.report.summary import summarise
+from config.store import StoreSettings
+from worker.cli.report.bars import Axis, Bar, legend
+from worker.cli.report.rows import Row, row_of, summarise, unreadable
 from worker.cli.terminal import escape_for_terminal
 from worker.results.ledger import LONG_AGO, Entry, Ledger, key_of
 
@@ -42,14 +40,14 @@ def report(settings: StoreSettings, *, last: int, since: timedelta | None, as_li
 
 
 def read_rows(ledger: Ledger, last: int, since: datetime) -> list[Row]:
-    """The rows of the newest records, in the order the jobs began."""
+    """Return the rows of the newest records, in the order the jobs began."""
     with ThreadPoolExecutor(NUM_READERS) as pool:
         found = pool.map(lambda entry: _read(ledger, entry), ledger.newest(last, since=since))
     return sorted((row for row in found if row is not None), key=lambda row: row.began_at)
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
-    """The timeline with its legend, and where the time went."""
+    """Print the timeline with its legend, and the stages' share of the time."""
     axis = Axis((row.began_at, row.ended_at) for row in rows if row.stretches)
     table = Table(box=None, expand=True, pad_edge=False)
     for header in ("began", "job", "seconds", "outcome", "try", "told", "worker"):
@@ -94,14 +92,14 @@ def _print_summary(rows: Sequence[Row], axis: Axis, console: Console) -> None:
 
 
 def _beginnings(rows: Sequence[Row]) -> list[str]:
-    """When each job began, in local time; with the day where they are of several."""
+    """Format when each job began, in local time; with the day where there are several days."""
     moments = [datetime.fromtimestamp(row.began_at).astimezone() for row in rows]
     is_one_day = len({moment.date() for moment in moments}) == 1
     return [moment.strftime("%H:%M:%S" if is_one_day else "%m-%d %H:%M:%S") for moment in moments]
 
 
 def _read(ledger: Ledger, entry: Entry) -> Row | None:
-    """None where the record has gone meanwhile."""
+    """Read one record; None where it was deleted since the listing."""
     try:
         event = ledger.find(entry.task_id)
     except (ObjectDamaged, ObjectTooLarge):

@@ -1,16 +1,20 @@
-"""What a record tells of one job's time. Never its prompt, nor the text of its error, which may quote one."""
+"""One job's times from its record, and their summary. Never a prompt, nor an error's text, which may quote one."""
 
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from worker.cli.report.stages import UNACCOUNTED
 from worker.messages.generation_id import GenerationId
-from worker.monitoring.stages import REST
 from worker.results.ledger import Entry
 from worker.results.terminal_event import TerminalEvent
 
-# Between the last stage and the record lies its making: shorter than this it is no stretch of its own.
+# The record is built between the last stage and its time: shorter than this it is no stretch of its own.
 MIN_REST_SECONDS = 0.05
-# Epoch seconds of the year 2242: what claims more is damaged, as is NaN.
+# Epoch seconds of the year 2242: a later time is damaged, as is NaN.
 MAX_MOMENT = float(1 << 33)
 
 
@@ -49,12 +53,12 @@ class Row:
 
     @property
     def end(self) -> str:
-        """The outcome in a word: of a failed job its code."""
+        """Outcome in a word: of a failed job its code."""
         return self.error_code if self.outcome == "failed" and self.error_code else self.outcome
 
     @property
     def began_at(self) -> float:
-        """Where no time is known, that of the record's writing."""
+        """Start of the first stage, else the time the record was written."""
         return self.stretches[0].began_at if self.stretches else self.modified_at
 
     @property
@@ -66,7 +70,7 @@ class Row:
         return self.ended_at - self.began_at
 
     def as_object(self) -> dict[str, Any]:
-        """For JSON: times in epoch seconds, stages as name, seconds since `began_at`, seconds."""
+        """Return the row for JSON: times in epoch seconds, stages as name, seconds since `began_at`, seconds."""
         return {
             "task_id": self.task_id,
             "generation_id": self.generation_id,
@@ -83,12 +87,12 @@ class Row:
 
 
 def unreadable(entry: Entry) -> Row:
-    """The row of a record that is none."""
+    """Return the row of a record that cannot be decoded."""
     return Row(entry.task_id, entry.modified_at.timestamp(), "unreadable")
 
 
 def row_of(entry: Entry, event: TerminalEvent) -> Row:
-    """The row of a readable record; times that are no numbers are as none."""
+    """Return the row of a record; times that are no numbers are left out."""
     return Row(
         task_id=entry.task_id,
         modified_at=entry.modified_at.timestamp(),
@@ -109,8 +113,40 @@ def _stretches(event: TerminalEvent) -> tuple[Stretch, ...]:
         found = [Stretch(str(name), event.began_at + start, float(seconds)) for name, start, seconds in event.stages]
         reached = max((stretch.ended_at for stretch in found), default=event.began_at)
         if event.ended_at - reached > MIN_REST_SECONDS:
-            found.append(Stretch(REST, reached, event.ended_at - reached))
+            found.append(Stretch(UNACCOUNTED, reached, event.ended_at - reached))
     except (TypeError, ValueError, OverflowError):
         return ()
     is_sound = all(0 <= one.seconds < MAX_MOMENT and 0 < one.began_at < MAX_MOMENT for one in found)
     return tuple(sorted(found, key=lambda one: one.began_at)) if is_sound else ()
+
+
+class StageSummary(NamedTuple):
+    """One stage over all jobs that had it; `share` of all the jobs' time, 0 to 1."""
+
+    stage: str
+    num_jobs: int
+    median_seconds: float
+    p95_seconds: float
+    share: float
+
+
+def summarise(rows: Sequence[Row]) -> list[StageSummary]:
+    """Summarise each stage, the one with the most time first."""
+    by_stage: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        seconds: dict[str, float] = defaultdict(float)
+        for stretch in row.stretches:
+            seconds[stretch.stage] += stretch.seconds
+        for stage, taken in seconds.items():
+            by_stage[stage].append(taken)
+    total = sum(map(sum, by_stage.values())) or 1.0
+    found = [
+        StageSummary(stage, len(taken), statistics.median(taken), _p95(taken), sum(taken) / total)
+        for stage, taken in by_stage.items()
+    ]
+    return sorted(found, key=lambda one: -one.share)
+
+
+def _p95(values: Sequence[float]) -> float:
+    """Return the smallest value that 95 % of the values do not exceed."""
+    return sorted(values)[math.ceil(0.95 * len(values)) - 1]

@@ -20,18 +20,18 @@ from clients.storage.errors import (
     ObjectTooLarge,
     StoreRefused,
 )
+from clients.storage.key_variants import key_variants
 from clients.storage.location import ObjectRef
-from clients.storage.spelling import spellings_of
 from inference.request import AdapterFile, ModelFacts
 from watermark.decoding import PictureMode, decode_picture, decode_signature
 from watermark.errors import FontMissing, OverlayInvalid, PictureInvalid, PictureTooLarge, SignatureInvalid
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
-from watermark.text.headline import Headline, headlines_of
+from watermark.text.headline import Headline, prepare_headlines
 from worker.breakers import StoreGate
-from worker.errors import JobFailed
+from worker.errors import ErrorCode, JobFailed
 from worker.jobs.inputs.peft_folders import PEFT_CONFIG, PEFT_PICKLE, PEFT_WEIGHTS, WANTS_CONFIG, is_named_by_peft
-from worker.jobs.inputs.places import Places
 from worker.jobs.inputs.references import NO_REFERENCES, References, check_mask, drawing_size
+from worker.jobs.inputs.slow_fetches import SlowFetchLimit
 from worker.messages.job import Job, JobAdapter
 
 # Those of the engine and of the pictures' decoders, which would refuse by another code what is over them.
@@ -43,7 +43,7 @@ FETCH_DEADLINE_SECONDS = 300.0
 # A folder whose config changed while its weights were fetched is fetched again, so often.
 MAX_FOLDER_LOOKS = 3
 # Before an object that is not there is believed not to be.
-SECOND_LOOK_SECONDS = 2.0
+NOT_FOUND_RETRY_SECONDS = 2.0
 
 SAFETENSORS = ".safetensors"
 
@@ -55,7 +55,7 @@ _ONE_PICTURE_AT_A_TIME = Lock()
 
 
 @dataclass(frozen=True, slots=True)
-class Fetched:
+class JobInputs:
     """All that a job named, ready for use."""
 
     signature: Signature
@@ -66,7 +66,7 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class Fetcher:
-    """Fetching for all jobs. Every method blocks, and raises `JobFailed` with the code of what is wrong."""
+    """Fetches what jobs name in the store. Every method blocks, and raises `JobFailed` with the code of the fault."""
 
     storage: Storage
     cache: DownloadCache
@@ -76,11 +76,11 @@ class Fetcher:
     is_draining: Event
     gate: StoreGate
     results_bucket: str = ""  # where it is another one than the private bucket
-    places: Places = field(default_factory=Places)
+    places: SlowFetchLimit = field(default_factory=SlowFetchLimit)
 
-    def everything(self, job: Job, pinned: ExitStack) -> Fetched:
-        """All that the job names. Adapters stay on the disk until `pinned` closes."""
-        return Fetched(
+    def fetch_inputs(self, job: Job, pinned: ExitStack) -> JobInputs:
+        """Fetch all that the job names. Adapters stay in the cache until `pinned` closes."""
+        return JobInputs(
             signature=self.signature(job),
             headlines=self._headlines(job),
             references=self._references(job),
@@ -89,14 +89,14 @@ class Fetcher:
 
     def _headlines(self, job: Job) -> tuple[Headline, ...]:
         try:
-            return headlines_of(job.overlays, self.font_dirs)
+            return prepare_headlines(job.overlays, self.font_dirs)
         except FontMissing as error:
-            raise JobFailed("FONT_MISSING", str(error)) from error
+            raise JobFailed(ErrorCode.FONT_MISSING, str(error)) from error
         except OverlayInvalid as error:
-            raise JobFailed("INVALID_INPUT", str(error)) from error
+            raise JobFailed(ErrorCode.INVALID_INPUT, str(error)) from error
 
     def _references(self, job: Job) -> References:
-        """Each is brought to the drawing's size before the next is decoded: a dozen jobs hold theirs until they end."""
+        """Fetch the reference images, each resized before the next is decoded: a dozen jobs hold theirs to the end."""
 
         def at_size(references: References) -> References:
             return references.at(drawing_size(job, self.facts, references.proportions), job.fit)
@@ -121,24 +121,24 @@ class Fetcher:
         return found
 
     def picture(self, ref: ObjectRef, field: str, mode: PictureMode) -> Image.Image:
-        """A picture that the job names in `field`, upright; of a huge JPEG only as much as a drawing can use."""
+        """Fetch the image that the job names in `field`, upright; a huge JPEG is decoded at a useful size."""
         return self._of_picture(ref, field, mode, lambda picture: picture)
 
     def _of_picture(self, ref: ObjectRef, field: str, mode: PictureMode, make: Callable[[Image.Image], Made]) -> Made:
-        """What `make` makes of a picture, before the next one is decoded."""
+        """Fetch an image and pass it to `make` before the next one is decoded."""
         try:
             content = self._read(ref, MAX_PICTURE_BYTES)
             with _ONE_PICTURE_AT_A_TIME:
                 return make(decode_picture(content, mode))
         except ObjectNotFound as error:
-            raise JobFailed("IMAGE_NOT_FOUND", f"{field}: the picture {ref} does not exist") from error
+            raise JobFailed(ErrorCode.IMAGE_NOT_FOUND, f"{field}: the picture {ref} does not exist") from error
         except (ObjectTooLarge, PictureTooLarge) as error:
-            raise JobFailed("INPUT_TOO_LARGE", f"{field}: {error}") from error
+            raise JobFailed(ErrorCode.INPUT_TOO_LARGE, f"{field}: {error}") from error
         except PictureInvalid as error:
-            raise JobFailed("IMAGE_INVALID", f"{field}: {error}") from error
+            raise JobFailed(ErrorCode.IMAGE_INVALID, f"{field}: {error}") from error
 
     def signature(self, job: Job) -> Signature:
-        """The signature, ready to draw: whatever is wrong with it is found before the GPU is asked for anything."""
+        """Fetch the signature, ready to draw, so that a fault is found before the GPU is used."""
         try:
             if job.signature_ref is not None:
                 return ImageSignature(decode_signature(self._read(job.signature_ref, MAX_SIGNATURE_BYTES)))
@@ -146,23 +146,27 @@ class Fetcher:
                 return TextSignature(job.artist_name, self.font_dirs)
             return Unsigned()
         except ObjectNotFound as error:
-            raise JobFailed("SIGNATURE_NOT_FOUND", f"the signature {job.signature_ref} does not exist") from error
+            raise JobFailed(
+                ErrorCode.SIGNATURE_NOT_FOUND, f"the signature {job.signature_ref} does not exist"
+            ) from error
         except ObjectTooLarge as error:
-            raise JobFailed("INPUT_TOO_LARGE", str(error)) from error
+            raise JobFailed(ErrorCode.INPUT_TOO_LARGE, str(error)) from error
         except SignatureInvalid as error:
-            raise JobFailed("SIGNATURE_INVALID", f"signature {job.signature_ref or 'artist_name'}: {error}") from error
+            raise JobFailed(
+                ErrorCode.SIGNATURE_INVALID, f"signature {job.signature_ref or 'artist_name'}: {error}"
+            ) from error
         except FontMissing as error:
-            raise JobFailed("FONT_MISSING", f"artist_name: {error}") from error
+            raise JobFailed(ErrorCode.FONT_MISSING, f"artist_name: {error}") from error
 
     def _read(self, ref: ObjectRef, max_bytes: int) -> bytes:
         def read(ref: ObjectRef) -> bytes:
             with self.cache.fetch(ref, max_bytes=max_bytes, deadline_seconds=FETCH_DEADLINE_SECONDS) as path:
                 return path.read_bytes()
 
-        return self._look_twice(ref, read)
+        return self._retry_once(ref, read)
 
     def adapter(self, adapter: JobAdapter, pinned: ExitStack) -> AdapterFile:
-        """The adapter's files on the local disk, pinned in the cache until `pinned` closes."""
+        """Fetch the adapter's files, pinned in the cache until `pinned` closes."""
         ref = adapter.ref
         if ref.key.lower().endswith(SAFETENSORS):
             return self._adapter_file(adapter, pinned)
@@ -175,7 +179,7 @@ class Fetcher:
         )
 
     def _adapter_file(self, adapter: JobAdapter, pinned: ExitStack) -> AdapterFile:
-        """A file by itself, or the weights inside a PEFT folder: these mean nothing without the config beside them.
+        """Fetch a single file, or the weights of a PEFT folder: these mean nothing without the config beside them.
 
         Some trainers write weights under PEFT's file name, with its config beside them, but by the model's own names.
         """
@@ -189,9 +193,9 @@ class Fetcher:
         try:
             return self._of_one_version(fetch_config, fetch_weights, adapter)
         except JobFailed as error:
-            if error.code != "LORA_NOT_FOUND":
+            if error.code is not ErrorCode.LORA_NOT_FOUND:
                 raise
-            raise JobFailed("LORA_INVALID", f"the adapter {adapter.ref} {WANTS_CONFIG}") from error
+            raise JobFailed(ErrorCode.LORA_INVALID, f"the adapter {adapter.ref} {WANTS_CONFIG}") from error
 
     def _of_one_version(
         self, fetch_config: Callable[[], Path], fetch_weights: Callable[[], Path], adapter: JobAdapter
@@ -212,39 +216,39 @@ class Fetcher:
         except JobFailed:
             if self._exists(folder.child(PEFT_PICKLE)):
                 only = f"the adapter {folder} holds only {PEFT_PICKLE}, which may be a pickle"
-                raise JobFailed("LORA_UNSAFE_FORMAT", f"{only}; store {PEFT_WEIGHTS}") from None
+                raise JobFailed(ErrorCode.LORA_UNSAFE_FORMAT, f"{only}; store {PEFT_WEIGHTS}") from None
             raise
 
     def _fetch(self, ref: ObjectRef, max_bytes: int, pinned: ExitStack) -> Path:
         try:
-            return self._look_twice(
+            return self._retry_once(
                 ref,
                 lambda ref: pinned.enter_context(
                     self.cache.fetch(ref, max_bytes=max_bytes, deadline_seconds=FETCH_DEADLINE_SECONDS)
                 ),
             )
         except ObjectNotFound as error:
-            raise JobFailed("LORA_NOT_FOUND", f"the adapter {ref} does not exist") from error
+            raise JobFailed(ErrorCode.LORA_NOT_FOUND, f"the adapter {ref} does not exist") from error
         except ObjectTooLarge as error:
-            raise JobFailed("INPUT_TOO_LARGE", str(error)) from error
+            raise JobFailed(ErrorCode.INPUT_TOO_LARGE, str(error)) from error
 
-    def _look_twice(self, ref: ObjectRef, fetch: Callable[[ObjectRef], Made]) -> Made:
+    def _retry_once(self, ref: ObjectRef, fetch: Callable[[ObjectRef], Made]) -> Made:
         """Fetch, retrying once: a 404 may be an upload still in progress, and a refusal may concern this object or the
         worker itself, which waits for its own buckets and its rights."""
         try:
             with self.places.waiting_for(ref):
                 return _by_any_spelling(ref, fetch)
         except ObjectNotFound:
-            self.is_draining.wait(SECOND_LOOK_SECONDS)
-            self.gate.insist(lambda: self._check_exists(ref.bucket))
+            self.is_draining.wait(NOT_FOUND_RETRY_SECONDS)
+            self.gate.retry_while_denied(lambda: self._check_exists(ref.bucket))
         except StoreRefused:
-            self.gate.insist(lambda: self.storage.check_bucket(self.private_bucket))
-            self.gate.insist(lambda: self._check_exists(ref.bucket))
+            self.gate.retry_while_denied(lambda: self.storage.check_bucket(self.private_bucket))
+            self.gate.retry_while_denied(lambda: self._check_exists(ref.bucket))
         try:
             with self.places.waiting_for(ref):
                 return _by_any_spelling(ref, fetch)
         except AccessDenied as error:
-            raise JobFailed("INPUT_FORBIDDEN", f"the store does not let this worker read {ref}") from error
+            raise JobFailed(ErrorCode.INPUT_FORBIDDEN, f"the store does not let this worker read {ref}") from error
         except BucketNotFound as error:
             if ref.bucket in self._own_buckets:
                 raise
@@ -272,7 +276,7 @@ class Fetcher:
 
 def _by_any_spelling(ref: ObjectRef, fetch: Callable[[ObjectRef], Made]) -> Made:
     """Fetch `ref` as it is named, else by another spelling of its key."""
-    first, *others = spellings_of(ref)
+    first, *others = key_variants(ref)
     try:
         return fetch(first)
     except ObjectNotFound:

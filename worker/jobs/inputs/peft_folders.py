@@ -1,4 +1,4 @@
-"""What PEFT writes into an adapter's folder, and how its weights are told from others. The rest is the engine's."""
+"""The files of a PEFT adapter folder, and how PEFT's weights are recognized."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ _MAX_HEADER_BYTES = 4_000_000
 
 
 def is_named_by_peft(weights: Path) -> bool:
-    """Whether a safetensors file names its tensors as PEFT does: its header is searched, not parsed."""
+    """Return whether a safetensors file names its tensors as PEFT does. The header is searched, not parsed."""
     with weights.open("rb") as file:
         length = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
         return _PREFIX in file.read(min(length, _MAX_HEADER_BYTES))

@@ -1,4 +1,4 @@
-"""The pictures a job brings for its drawing, and what the engine is told of them."""
+"""Reference images of a job: init, mask and control, and the engine's inputs made from them."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -8,10 +8,10 @@ from PIL import Image
 from config.redacting import quoted
 from inference.request import Control, ModelFacts, Source
 from watermark.resizing import Fit, fit
-from worker.errors import JobFailed
+from worker.errors import ErrorCode, JobFailed
 from worker.messages.job import Job, JobProduct, Kind, Preprocess, resolve_size
 
-# A mask drawn over a smaller copy of the picture is a pixel off here and there.
+# A mask made over a smaller copy of the image is off by a pixel at the edges.
 MASK_TOLERANCE = 0.02
 # What is greyer than this is kept.
 MASK_THRESHOLD = 128
@@ -20,9 +20,9 @@ WHITE = 255
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """Decoded pictures: init and control RGB, mask L. They are of any size; the engine's are of the drawing's.
+    """Decoded images of any size: init and control RGB, mask L.
 
-    `original` is the size of the one that the drawing takes after, where that is not what is here any more.
+    `original`: size of the image that sets the aspect ratio, kept after that image was resized.
     """
 
     init: Image.Image | None = None
@@ -32,12 +32,12 @@ class References:
 
     @property
     def proportions(self) -> tuple[int, int] | None:
-        """Width and height of what the drawing takes after, where the job names no size."""
+        """Width and height that set the aspect ratio where the job names no size; None without an image."""
         shown = self.init or self.control
         return self.original or (shown.size if shown else None)
 
     def at(self, size: tuple[int, int], how: Fit) -> "References":
-        """The same at the drawing's size: what a job may hold for minutes. The proportions stay."""
+        """Return the images resized to the generated size, which a job may hold for minutes. `proportions` is kept."""
         return replace(
             self,
             init=None if self.init is None else fit(self.init, size, how),
@@ -47,19 +47,19 @@ class References:
         )
 
     def init_at(self, size: tuple[int, int], how: Fit) -> Image.Image:
-        """The init image at the drawing's size."""
+        """Return the init image at the generated size."""
         assert self.init is not None, "asked for where there is one"  # noqa: S101
         return fit(self.init, size, how)
 
     def source_for(self, job: Job, size: tuple[int, int]) -> Source | None:
-        """What the drawing begins from."""
+        """Return the engine's source image and mask; None for text to image."""
         if self.init is None or job.source is None:
             return None
         mask = None if self.mask is None else mask_at(self.mask, size, job.fit).tobytes()
         return Source(self.init_at(size, job.fit).tobytes(), job.source.strength, mask)
 
     def control_for(self, job: Job, size: tuple[int, int]) -> Control | None:
-        """What the drawing follows."""
+        """Return the engine's control; None without one."""
         if self.control is None or job.control is None:
             return None
         asked = job.control
@@ -77,7 +77,7 @@ NO_REFERENCES = References()
 
 
 def drawing_size(job: Job, facts: ModelFacts, reference: tuple[int, int] | None) -> tuple[int, int]:
-    """Width and height, in px, of the job's pictures, which take after a `reference` where the job names no size."""
+    """Return width and height in px of the job's images; `reference` sets the ratio where the job names no size."""
     return resolve_size(job, base_size=facts.base_size, size_multiple=facts.size_multiple, reference=reference)
 
 
@@ -95,35 +95,39 @@ class Abilities(Protocol):
 
 
 def check_can(job: Job, facts: Abilities) -> None:
-    """Raise `JobFailed` where the model cannot do what the job asks for; nothing was fetched for it yet."""
+    """Raise `JobFailed` for a kind or a ControlNet that the model lacks; runs before anything is fetched."""
     needed = _product_kinds(job.product) if job.product else {job.kind}
     if not needed <= set(facts.kinds):
         can = ", ".join(facts.kinds)
-        raise JobFailed("UNSUPPORTED_BY_MODEL", f"kind {job.kind}: the loaded model {facts.model} can only {can}")
+        raise JobFailed(
+            ErrorCode.UNSUPPORTED_BY_MODEL, f"kind {job.kind}: the loaded model {facts.model} can only {can}"
+        )
     if job.control is not None and job.control.model not in facts.controls:
         known = f"knows {', '.join(facts.controls)}" if facts.controls else "has no ControlNets"
         reason = f"control.model {quoted(job.control.model)} is not known: this worker {known}"
-        raise JobFailed("UNSUPPORTED_BY_MODEL", reason)
+        raise JobFailed(ErrorCode.UNSUPPORTED_BY_MODEL, reason)
 
 
 def _product_kinds(product: JobProduct) -> set[Kind]:
-    """A product's background is drawn from text unless it is brought; refining repaints around the product."""
+    """Return the kinds of a product job's requests: the background unless it is given, and inpainting to refine."""
     has_background = product.background_ref is not None or product.composite_ref is not None
     return (set() if has_background else {Kind.TEXT2IMAGE}) | ({Kind.INPAINT} if product.refine_strength > 0 else set())
 
 
 def check_mask(mask: Image.Image, size: tuple[int, int]) -> None:
-    """Raise `JobFailed` where a mask is of other proportions than its picture of `size`, or asks for nothing."""
+    """Raise `JobFailed` where a mask's aspect ratio is not that of its image of `size`, or nothing in it is white."""
     difference = (mask.width * size[1]) / (mask.height * size[0])
     if not 1 - MASK_TOLERANCE <= difference <= 1 + MASK_TOLERANCE:
         reason = f"the mask is {mask.width}x{mask.height} px and the picture {size[0]}x{size[1]}"
-        raise JobFailed("IMAGE_INVALID", f"mask_path: {reason}: both must have the same proportions")
+        raise JobFailed(ErrorCode.IMAGE_INVALID, f"mask_path: {reason}: both must have the same proportions")
     if mask.point(_black_or_white).getbbox() is None:
-        raise JobFailed("IMAGE_INVALID", "mask_path: nothing in the mask is white, so nothing would be repainted")
+        raise JobFailed(
+            ErrorCode.IMAGE_INVALID, "mask_path: nothing in the mask is white, so nothing would be repainted"
+        )
 
 
 def mask_at(mask: Image.Image, size: tuple[int, int], how: Fit) -> Image.Image:
-    """The mask at the drawing's size, black and white alone."""
+    """Return the mask at the generated size, thresholded to black and white."""
     return fit(mask, size, how).point(_black_or_white)
 
 

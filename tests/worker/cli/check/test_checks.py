@@ -15,9 +15,11 @@ import pika
 import pytest
 import torch
 
+from clients.backend_probe import BackendProbe
 from clients.management import effective_policies
-from clients.webhooks import Reach
-from config.settings import SECTIONS, ModelSettings, Settings, StoreSettings
+from config.model import ModelSettings
+from config.settings import SECTIONS, Settings
+from config.store import StoreSettings
 from examples.parts.backend import Backend
 from examples.parts.ports import free_port
 from examples.parts.rabbitmq import RabbitMQ
@@ -29,12 +31,12 @@ from tests.faults.station import answers
 from tests.support.models.tiny_models import build_tiny_sd
 from tests.support.servers.clients_servers import AnsweringServer, answer, refused_url
 from tests.support.world import eventually
-from worker.amqp.broker import Publisher
+from worker.amqp.publisher import Publisher
 from worker.amqp.topology import QueueNames
-from worker.cli.check.backend import judge_backend
+from worker.cli.check.backend import classify_answer
 from worker.cli.check.checks import Check, CheckFailed, CheckResult, CheckUnsure, State, run_checks
 from worker.cli.check.command import every_part
-from worker.cli.check.policies import limits_told
+from worker.cli.check.policies import limits_in
 from worker.cli.check.store import MAX_SKEW_SECONDS, StoreProbe
 
 PRIVATE, RESULTS = "private", "results"
@@ -282,7 +284,7 @@ def test_what_the_management_interface_tells_of_policies_is_said_of_the_worker_s
         definitions = effective_policies("127.0.0.1", "/", user="guest", password="guest", port=server.port)
 
     assert server.requests[0].startswith(b"GET /api/queues/%2F HTTP/1.1")
-    assert limits_told(definitions, names) == [f"{names.outbox} has delivery-limit: 3, expires: 1000"]
+    assert limits_in(definitions, names) == [f"{names.outbox} has delivery-limit: 3, expires: 1000"]
 
 
 @pytest.mark.parametrize(
@@ -388,7 +390,7 @@ def test_a_refused_token_is_found(place: Place) -> None:
     ],
 )
 def test_of_a_backend_is_said_what_was_seen_and_no_more(status: int, stranger_status: int, words: str) -> None:
-    assert words in judge_backend("http://backend", Reach(status, stranger_status))
+    assert words in classify_answer("http://backend", BackendProbe(status, stranger_status))
 
 
 @pytest.mark.parametrize(
@@ -407,7 +409,7 @@ def test_of_a_backend_is_said_what_was_seen_and_no_more(status: int, stranger_st
 )
 def test_a_backend_that_would_take_no_webhook_is_bad(status: int, words: str) -> None:
     with pytest.raises(CheckFailed, match=rf"http://backend answers {status}.*{words}"):
-        judge_backend("http://backend", Reach(status, status))
+        classify_answer("http://backend", BackendProbe(status, status))
 
 
 def test_a_path_twice_in_the_address_is_found(place: Place) -> None:
@@ -420,21 +422,23 @@ def test_a_path_twice_in_the_address_is_found(place: Place) -> None:
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        (Reach(404, 404, 404), "BACKEND_API_URL has a wrong path.*/api"),
-        (Reach(404, 401, 404), "BACKEND_API_URL has a wrong path.*/api"),
-        (Reach(404, 401, 501), "BACKEND_API_URL has a wrong path.*/api"),
-        (Reach(200, 200, 200), "web pages"),
-        (Reach(429, 429), "later"),
+        (BackendProbe(404, 404, 404), "BACKEND_API_URL has a wrong path.*/api"),
+        (BackendProbe(404, 401, 404), "BACKEND_API_URL has a wrong path.*/api"),
+        (BackendProbe(404, 401, 501), "BACKEND_API_URL has a wrong path.*/api"),
+        (BackendProbe(200, 200, 200), "web pages"),
+        (BackendProbe(429, 429), "later"),
     ],
 )
-def test_of_a_backend_in_doubt_is_said_what_either_would_mean(found: Reach, words: str) -> None:
+def test_of_a_backend_in_doubt_is_said_what_either_would_mean(found: BackendProbe, words: str) -> None:
     with pytest.raises(CheckUnsure, match=rf"http://backend answers {found.status}.*{words}"):
-        judge_backend("http://backend", found)
+        classify_answer("http://backend", found)
 
 
-@pytest.mark.parametrize("found", [Reach(404, 404, 200), Reach(404, 401, 405), Reach(200, 200, 404)])
-def test_a_server_that_tells_its_routes_otherwise_than_by_a_get_is_good(found: Reach) -> None:
-    assert judge_backend("http://backend", found)
+@pytest.mark.parametrize(
+    "found", [BackendProbe(404, 404, 200), BackendProbe(404, 401, 405), BackendProbe(200, 200, 404)]
+)
+def test_a_server_that_tells_its_routes_otherwise_than_by_a_get_is_good(found: BackendProbe) -> None:
+    assert classify_answer("http://backend", found)
 
 
 def test_a_doubt_is_yellow_and_not_good() -> None:

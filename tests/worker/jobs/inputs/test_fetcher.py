@@ -8,7 +8,7 @@ from threading import Event
 import pytest
 
 from clients.storage.cache import DownloadCache
-from clients.storage.client import ObjectStat, Storage
+from clients.storage.client import Storage
 from clients.storage.errors import (
     AccessDenied,
     BucketNotFound,
@@ -18,12 +18,13 @@ from clients.storage.errors import (
     StorageError,
 )
 from clients.storage.location import ObjectRef
-from config.settings import StoreSettings
+from clients.storage.objects import ObjectStat
+from config.store import StoreSettings
 from inference.request import AdapterFile
 from tests.worker.jobs.inputs.test_references import FACTS
 from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate
 from worker.errors import JobFailed
-from worker.jobs.disposition import Disposition, judge
+from worker.jobs.disposition import Disposition, decide
 from worker.jobs.inputs.fetcher import Fetcher
 from worker.messages.job import JobAdapter
 
@@ -188,7 +189,7 @@ class RefusingStorage(Storage):
 def test_a_bucket_that_only_the_job_names_and_that_does_not_exist_is_its_own_failure(
     store_settings: StoreSettings, pinned: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.jobs.inputs.fetcher.SECOND_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("worker.jobs.inputs.fetcher.NOT_FOUND_RETRY_SECONDS", 0.0)
     fetcher = fetcher_of(Storage(store_settings), store_settings)
 
     with pytest.raises(JobFailed, match="no-such-bucket") as refusal:
@@ -200,7 +201,7 @@ def test_a_bucket_that_only_the_job_names_and_that_does_not_exist_is_its_own_fai
 def test_a_bucket_of_the_worker_s_own_that_is_missing_is_waited_for(
     store_settings: StoreSettings, pinned: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.jobs.inputs.fetcher.SECOND_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("worker.jobs.inputs.fetcher.NOT_FOUND_RETRY_SECONDS", 0.0)
     monkeypatch.setattr("worker.breakers.PAUSES_SECONDS", (0.0, 0.0))
     put_style(store_settings, "here")
     storage = RefusingStorage(store_settings, store_settings.bucket, num_looks=3)
@@ -225,6 +226,6 @@ def test_what_the_store_damages_on_the_way_is_no_fault_of_the_job(
 
     with pytest.raises(ObjectDamaged) as raised:
         fetcher.adapter(style(store_settings), pinned)
-    assert judge(raised.value, 1).disposition is Disposition.RETRY
+    assert decide(raised.value, 1).disposition is Disposition.RETRY
     with pytest.raises(ObjectDamaged):
         fetcher.picture(ObjectRef(store_settings.bucket, WEIGHTS), "init_image_path", "RGB")

@@ -13,7 +13,7 @@ from PIL import Image
 from clients.storage.cache import DownloadCache
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
-from config.settings import StoreSettings
+from config.store import StoreSettings
 from inference.request import Control, ModelFacts, Source
 from tests.watermark.test_decoding import noise, png, png_chunks, png_header
 from tests.worker.messages.test_kinds import INIT, MASK, job_of, rules
@@ -267,7 +267,7 @@ def test_what_a_job_holds_is_as_small_as_its_drawing_and_keeps_its_proportions(
     )
 
     with ExitStack() as pinned:
-        found = fetcher.everything(job, pinned).references
+        found = fetcher.fetch_inputs(job, pinned).references
 
     assert found.proportions == (1201, 801)
     size = drawing_size(job, FACTS, found.proportions)

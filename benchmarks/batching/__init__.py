@@ -1,0 +1,1 @@
+"""The step-level batch against plain diffusers, on a CPU."""

@@ -1,0 +1,58 @@
+"""Settings of the backend that receives the webhooks."""
+
+import base64
+import binascii
+import re
+from typing import Annotated
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import NoDecode
+
+from config.section import Section, check_http_url, split_commas
+
+
+class BackendSettings(Section):
+    """The backend that receives progress and results."""
+
+    base_url: str = Field(validation_alias="BACKEND_API_URL", description="Base URL of the backend's webhooks")
+    token: SecretStr = Field(validation_alias="INTERNAL_API_TOKEN", description="Bearer token the backend expects")
+    signing_secret: SecretStr | None = Field(
+        None,
+        validation_alias="WEBHOOK_SIGNING_SECRET",
+        description="Standard Webhooks secret (`whsec_…`); set, every webhook is signed",
+    )
+    progress_milestones: Annotated[tuple[int, ...], NoDecode] = Field(
+        (0, 25, 50, 75, 90), validation_alias="PROGRESS_MILESTONES", description="Percentages reported, comma-separated"
+    )
+
+    _split = field_validator("progress_milestones", mode="before")(split_commas)
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_http_url(cls, url: str) -> str:
+        return check_http_url(url)
+
+    @field_validator("token")
+    @classmethod
+    def _fits_a_header(cls, token: SecretStr) -> SecretStr:
+        if not re.fullmatch(r"[\x21-\x7e]+", token.get_secret_value()):
+            raise ValueError("must be visible ASCII characters; perhaps it is empty or ends with a newline")
+        return token
+
+    @field_validator("signing_secret")
+    @classmethod
+    def _is_base64(cls, secret: SecretStr | None) -> SecretStr | None:
+        text = "" if secret is None else secret.get_secret_value()
+        if text.startswith("whsec_"):
+            try:
+                base64.b64decode(text.removeprefix("whsec_"), validate=True)
+            except binascii.Error as error:
+                raise ValueError("must be base64 behind its whsec_") from error
+        return secret
+
+    @field_validator("progress_milestones")
+    @classmethod
+    def _rises(cls, milestones: tuple[int, ...]) -> tuple[int, ...]:
+        if list(milestones) != sorted(set(milestones)) or any(not 0 <= m < 100 for m in milestones):
+            raise ValueError("must rise from 0 to below 100, like 0,25,50,75,90")
+        return milestones

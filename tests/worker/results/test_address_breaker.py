@@ -1,0 +1,121 @@
+"""Ends refused in a row: a wrong address, which costs no more pictures; a single one is its own event's refusal."""
+
+import pytest
+
+from clients.webhooks import WebhookAttempt, WebhookResult
+from tests.worker.results.test_notifier import FAILING, NAMES, TAKEN, Parts, ScriptedClient, complete
+from tests.worker.test_breakers import Clock
+from worker.results.address_breaker import (
+    ADDRESS_STATUSES,
+    REFUSALS_TO_OPEN,
+    REST_SECONDS,
+    TRIAL_SECONDS,
+    AddressBreaker,
+)
+from worker.results.notifier import MAX_AGE_SECONDS
+
+MANY = 2 * REFUSALS_TO_OPEN
+
+
+def refused(status: int) -> WebhookAttempt:
+    return WebhookAttempt(WebhookResult.REJECTED, status, None, f"HTTP {status}", is_ambiguous=False)
+
+
+def tell_many(parts: Parts, count: int = MANY) -> list[str]:
+    return [parts.notifier.notify(complete(f"task-{number}")) for number in range(count)]
+
+
+@pytest.mark.parametrize("status", [301, 302, 308, 400, 405, 410, 421, 426])
+def test_ends_refused_in_a_row_open_the_breaker_and_from_then_on_none_is_a_dead_letter(status: int) -> None:
+    parts = Parts(ScriptedClient(refused(status)))
+
+    ends = tell_many(parts)
+
+    assert ends == ["refused"] * (REFUSALS_TO_OPEN - 1) + ["parked"] * (MANY - REFUSALS_TO_OPEN + 1)
+    assert parts.notifier.address_breaker.reason.startswith(f"the backend refuses this worker: HTTP {status} to ")
+    assert {kept.queue for kept in parts.publisher.kept[REFUSALS_TO_OPEN - 1 :]} == {NAMES.outbox}
+
+
+def test_a_generation_that_is_unknown_for_minutes_is_no_dead_letter_where_all_are_unknown() -> None:
+    unknown = WebhookAttempt(WebhookResult.RETRY, 404, None, "HTTP 404", is_ambiguous=False)
+    parts = Parts(ScriptedClient(unknown))
+    assert parts.notifier.is_permanent_failure(unknown, 61)
+
+    tell_many(parts)
+
+    assert "BACKEND_API_URL" in parts.notifier.address_breaker.reason
+    assert not parts.notifier.is_permanent_failure(unknown, 3600)
+    assert parts.notifier.is_permanent_failure(unknown, MAX_AGE_SECONDS + 1)
+
+
+def test_one_that_is_taken_between_begins_the_count_anew() -> None:
+    parts = Parts(ScriptedClient(*[*[refused(400)] * (REFUSALS_TO_OPEN - 1), TAKEN] * 3))
+
+    ends = tell_many(parts, 3 * REFUSALS_TO_OPEN)
+
+    assert set(ends) == {"refused", "delivered"}
+    assert parts.notifier.address_breaker.reason == ""
+
+
+def test_one_end_refused_again_and_again_counts_once() -> None:
+    unknown = WebhookAttempt(WebhookResult.RETRY, 404, None, "HTTP 404", is_ambiguous=False)
+    parts = Parts(ScriptedClient(unknown))
+
+    for _ in range(MANY):
+        parts.notifier.send_once(complete("same"))
+
+    assert parts.notifier.address_breaker.reason == ""
+
+
+@pytest.mark.parametrize("status", [409, 413, 422])
+def test_what_speaks_of_one_event_opens_nothing(status: int) -> None:
+    parts = Parts(ScriptedClient(refused(status)))
+
+    assert set(tell_many(parts)) == {"refused"}
+    assert parts.notifier.address_breaker.reason == ""
+
+
+def test_errors_between_neither_count_nor_begin_the_count_anew() -> None:
+    parts = Parts(ScriptedClient(*[refused(400), FAILING, FAILING, FAILING] * MANY))
+
+    tell_many(parts, 4 * MANY)
+
+    assert parts.notifier.address_breaker.is_open
+
+
+def test_the_breaker_closes_with_the_first_end_that_is_taken() -> None:
+    parts = Parts(ScriptedClient(refused(400)))
+    tell_many(parts, REFUSALS_TO_OPEN)
+    assert parts.notifier.address_breaker.reason
+
+    parts.client.script = [TAKEN, refused(400)]
+    assert parts.notifier.notify(complete("good")) == "delivered"
+    assert parts.notifier.address_breaker.reason == ""
+    assert parts.notifier.notify(complete("bad")) == "refused"
+
+
+def test_jobs_are_taken_for_a_moment_now_and_then_as_the_refused_ends_may_be_at_fault() -> None:
+    clock = Clock()
+    breaker = AddressBreaker(clock)
+    for number in range(REFUSALS_TO_OPEN):
+        breaker.refuse(f"task-{number}:complete", 404)
+
+    # The old ones, tried again meanwhile, do not put it off
+    clock.now += REST_SECONDS - 1
+    breaker.refuse("task-0:complete", 404)
+    assert breaker.reason
+    clock.now += 2
+    assert breaker.reason == ""
+    assert breaker.is_open
+
+    # And it ends by itself, or with the next one refused
+    clock.now += TRIAL_SECONDS
+    assert breaker.reason
+    clock.now += REST_SECONDS
+    assert breaker.reason == ""
+    breaker.refuse("another:complete", 404)
+    assert breaker.reason
+
+
+def test_a_token_that_is_refused_is_no_wrong_address() -> None:
+    assert not ADDRESS_STATUSES & {401, 403}

@@ -1,0 +1,82 @@
+"""Error messages about the broker, with host, user and remedy: the same in `check` and `run`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pika
+import pika.exceptions
+
+from config.broker import BrokerSettings
+from config.redacting import redacted
+
+ACCESS_REFUSED, PRECONDITION_FAILED = 403, 406
+MAX_SHOWN_CHARS = 300
+
+
+def describe(error: BaseException) -> str:
+    """Return the error's type and text, redacted and cut: pika's texts are long and may carry hosts."""
+    return redacted(f"{type(error).__name__}: {error}".removesuffix(": "))[:MAX_SHOWN_CHARS]
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorMessages:
+    """The error messages about one broker. None contains the password."""
+
+    settings: BrokerSettings
+
+    def connection_failed(self, error: BaseException) -> str:
+        """Explain why `connect` raised `error`."""
+        if isinstance(error, pika.exceptions.ProbableAuthenticationError):
+            local = " (a new broker lets guest in from its own machine only)" if self.user == "guest" else ""
+            asked = f"{self.place} refuses user {self.user} or the password{local}"
+            return f"{asked}: look at {self._settings_named('RABBITMQ_USER and RABBITMQ_PASS')}"
+        if isinstance(error, pika.exceptions.ProbableAccessDeniedError):
+            asked = f"{self.place} has no virtual host {self.vhost}, or user {self.user} may not use it"
+            make = f"rabbitmqctl add_vhost {self.vhost}; {self._grant}"
+            return f"{asked}: look at {self._settings_named('RABBITMQ_VHOST')}, or: {make}"
+        asked = f"no broker answers at {self.place} ({describe(error)})"
+        return f"{asked}: is it running? look at {self._settings_named('RABBITMQ_HOST and RABBITMQ_PORT')}"
+
+    def queue_refused(self, name: str, error: Any) -> str:
+        """Explain why queue `name` is unusable, from pika's `ChannelClosedByBroker`."""
+        said = f"{name}: {error.reply_text}"
+        if error.reply_code == PRECONDITION_FAILED:
+            return (
+                f"{said}. Backends declare it durable without arguments and are refused: let it run empty and delete it"
+                f" (rabbitmqctl -p {self.vhost} delete_queue {name}); limits belong into a policy"
+            )
+        if error.reply_code == ACCESS_REFUSED:
+            return f"{said}. Give the user the right: {self._grant}"
+        return f"{said}. Look at who uses it, or at RABBITMQ_QUEUE"
+
+    def session_ended(self, error: BaseException, *, is_connected: bool) -> str:
+        """Explain why a session ended, or could not begin."""
+        if not is_connected:
+            return self.connection_failed(error)
+        is_right = isinstance(error, pika.exceptions.ChannelClosedByBroker) and error.reply_code == ACCESS_REFUSED
+        return self.queue_refused(self.settings.queue, error) if is_right else describe(error)
+
+    # From the URL, which takes precedence over the single settings.
+
+    @property
+    def place(self) -> str:
+        return f"{self.parameters.host}:{self.parameters.port}"
+
+    @property
+    def user(self) -> str:
+        return str(self.parameters.credentials.username)
+
+    @property
+    def vhost(self) -> str:
+        return str(self.parameters.virtual_host)
+
+    @property
+    def parameters(self) -> Any:
+        return pika.URLParameters(self.settings.amqp_url)
+
+    @property
+    def _grant(self) -> str:
+        return f"rabbitmqctl set_permissions -p {self.vhost} {self.user} '.*' '.*' '.*'"
+
+    def _settings_named(self, names: str) -> str:
+        return "RABBITMQ_URL" if self.settings.url is not None else names

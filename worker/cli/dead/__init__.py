@@ -1,0 +1,1 @@
+"""`darkroom dead`: dead letters, their replay and their removal."""

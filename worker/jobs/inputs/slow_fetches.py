@@ -1,0 +1,72 @@
+"""Limit how many jobs wait for a slow fetch at once, so that one stalled object does not stop all others."""
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from clients.cutoff import cutoff
+from clients.storage.errors import StorageUnavailable
+from clients.storage.location import ObjectRef
+
+# A fetch of usual size is over by then; a longer one needs one of the few slots for slow fetches.
+SLOW_AFTER_SECONDS = 10.0
+
+
+class SlowFetchRefused(StorageUnavailable):
+    """The fetch was slow, and all slots for slow fetches were taken."""
+
+
+class SlowFetchLimit:
+    """Counts the jobs whose fetch is slow. Thread-safe; `num_slow` may be at once, at least one."""
+
+    def __init__(self, num_slow: int = 1) -> None:
+        self._num_slow = max(1, num_slow)
+        self._lock = threading.Lock()
+        self._slow: Counter[ObjectRef] = Counter()
+
+    @contextmanager
+    def waiting_for(self, ref: ObjectRef) -> Iterator[None]:
+        """Limit the fetch of `ref` inside. Raises `SlowFetchRefused` where it is slow and every slot is taken."""
+        self._refuse_if_hopeless(ref)
+        has_slow_place = False
+
+        def may_go_on() -> bool:
+            nonlocal has_slow_place
+            has_slow_place = self._take(ref)
+            return has_slow_place
+
+        try:
+            with cutoff(SLOW_AFTER_SECONDS, may_go_on) as cut:
+                try:
+                    yield
+                except StorageUnavailable as error:
+                    if cut.is_over:
+                        raise _given_up(ref) from error
+                    raise
+        finally:
+            if has_slow_place:
+                self._give_back(ref)
+
+    def _refuse_if_hopeless(self, ref: ObjectRef) -> None:
+        """Raise `SlowFetchRefused` at once where the same object is slow for other jobs and no slot is free."""
+        with self._lock:
+            if self._slow[ref] and self._slow.total() >= self._num_slow:
+                raise _given_up(ref)
+
+    def _take(self, ref: ObjectRef) -> bool:
+        with self._lock:
+            if self._slow.total() >= self._num_slow:
+                return False
+            self._slow[ref] += 1
+            return True
+
+    def _give_back(self, ref: ObjectRef) -> None:
+        with self._lock:
+            self._slow[ref] -= 1
+            if not self._slow[ref]:
+                del self._slow[ref]
+
+
+def _given_up(ref: ObjectRef) -> SlowFetchRefused:
+    return SlowFetchRefused(f"{ref}: does not come within {SLOW_AFTER_SECONDS:g} s, and other jobs need the place")

@@ -1,0 +1,112 @@
+"""Settling: the ack or the release of a job's delivery, and the copies that must be confirmed before an ack."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+import tenacity
+
+from worker.amqp.consumer import Consumer
+from worker.amqp.delivery import Delivery
+from worker.amqp.publisher import Publisher, PublishFailed
+from worker.amqp.topology import QueueNames
+from worker.jobs.disposition import Disposition
+from worker.jobs.recovery import SuspectIsolation
+from worker.results.notifier import Notifier
+
+MAX_DEAD_BODY_BYTES = 64 * 1024
+
+
+class Settler:
+    """Settles the deliveries of jobs, each exactly once. Thread-safe; its methods block until the broker confirms."""
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        notifier: Notifier,
+        names: QueueNames,
+        isolation: SuspectIsolation,
+        is_draining: threading.Event,
+    ) -> None:
+        self._publisher = publisher
+        self._notifier = notifier
+        self._names = names
+        self._isolation = isolation
+        self._is_draining = is_draining
+        self._source: Consumer | None = None
+
+    def start(self, consumer: Consumer) -> None:
+        """Set the consumer that deliveries come from and are settled with."""
+        self._source = consumer
+
+    def holds(self, delivery: Delivery) -> bool:
+        """Return whether the delivery can still be settled: its session is not lost."""
+        return self._consumer.holds(delivery)
+
+    def settle(self, delivery: Delivery, disposition: Disposition) -> None:
+        """Ack the delivery, or requeue it where it is released."""
+        self._isolation.leave(delivery)
+        if disposition is Disposition.RELEASE:
+            self._consumer.requeue(delivery)
+        else:
+            self._consumer.ack(delivery)
+
+    def settle_uncounted(self, delivery: Delivery, disposition: Disposition) -> None:
+        """Settle the delivery; a released one of `recover` is replaced by a copy instead of requeued."""
+        if disposition is Disposition.RELEASE and delivery.queue == self._names.recover:
+            # The broker counts a requeue, and the job would be given up after so many deployments.
+            self.move(replace(delivery, is_leased=False), self._names.recover)
+        else:
+            self.settle(delivery, disposition)
+
+    def move(self, delivery: Delivery, queue: str) -> None:
+        """Replace the message by a confirmed copy in `queue`, whose delivery count begins at 0."""
+        self.replace_by(
+            delivery,
+            lambda: self._publisher.publish(
+                queue,
+                delivery.body,
+                attempt=delivery.attempt,
+                is_leased=delivery.is_leased,
+                num_crashes=delivery.num_recoveries,
+            ),
+        )
+
+    def replace_by(self, delivery: Delivery, publish_copy: Callable[[], None]) -> None:
+        """Replace the message by the copy that `publish_copy` publishes."""
+
+        def publish() -> None:
+            # The broker has requeued the messages of a lost session: a copy would be a second one.
+            if self.holds(delivery):
+                publish_copy()
+
+        self._publish_then_ack(delivery, publish)
+
+    def dead_letter(self, delivery: Delivery, reason: str) -> None:
+        """Replace what is no job by a dead letter."""
+        body = delivery.body[:MAX_DEAD_BODY_BYTES]
+        self._publish_then_ack(delivery, lambda: self._notifier.dead_letter(body, f"not a job: {reason}"))
+
+    def _publish_then_ack(self, delivery: Delivery, publish: Callable[[], None]) -> None:
+        """Ack once a copy is confirmed; release the delivery where the worker stops before that."""
+        try:
+            self.publish_until_confirmed(publish)
+        except PublishFailed:
+            self.settle(delivery, Disposition.RELEASE)
+        else:
+            self.settle(delivery, Disposition.ACK)
+
+    def publish_until_confirmed(self, publish: Callable[[], None]) -> None:
+        """Call `publish` until the broker confirms it. Raises `PublishFailed` only once the worker is stopping."""
+        tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(PublishFailed),
+            wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),
+            stop=tenacity.stop_when_event_set(self._is_draining),
+            sleep=tenacity.sleep_using_event(self._is_draining),
+            reraise=True,
+        )(publish)
+
+    @property
+    def _consumer(self) -> Consumer:
+        assert self._source is not None, "deliveries come from a consumer"  # noqa: S101
+        return self._source

@@ -1,0 +1,88 @@
+"""The circuit breaker for a wrong backend address, which rejects every event whatever is in it.
+
+A single event that is answered 400 or 404 is a dead letter. Several in a row, with none accepted between, mean a host
+that Django's ALLOWED_HOSTS lacks, a path twice in the address, or a redirect: the results of more jobs would be lost.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from config.logs import log_event
+
+logger = logging.getLogger(__name__)
+
+# Different events, however often each was sent. Three generations deleted while they run are not rare, and each further
+# event is another image: those rejected before the breaker opens are dead letters, which an operator must replay.
+REFUSALS_TO_OPEN = 5
+# No jobs are taken for so long, then some for a trial: only a new event can show that the old ones were at fault.
+REST_SECONDS = 300.0
+TRIAL_SECONDS = 30.0
+
+MEANINGS = {
+    400: "Django answers so to a host that its ALLOWED_HOSTS does not name",
+    404: "/api/webhooks/inference/… is added to BACKEND_API_URL: is a part of that path in it already?",
+    405: "another service than the backend may listen there, or BACKEND_API_URL has a wrong path",
+    410: "the address was given up: look at BACKEND_API_URL",
+    421: "the server does not serve this host: look at BACKEND_API_URL",
+    426: "the server wants another protocol: should BACKEND_API_URL begin with https?",
+}
+# Statuses that a wrong address may answer to every request. 409, 413 and 422 concern one event.
+ADDRESS_STATUSES = frozenset({*MEANINGS, *range(300, 400), 402, 406, 415, 451})
+
+
+def explain_status(status: int) -> str:
+    """Return what to check where a backend answers `status` to every request."""
+    if 300 <= status < 400:
+        return "a redirect is never followed: set BACKEND_API_URL to the final address"
+    return MEANINGS.get(status, "look at BACKEND_API_URL and at the backend's log")
+
+
+class AddressBreaker:
+    """Open once `REFUSALS_TO_OPEN` different events were rejected in a row, until one is accepted. Thread-safe."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._refused: set[str] = set()
+        self._is_open = False
+        self._opened_at = 0.0
+        self._status = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a rejection concerns the address and not the event."""
+        return self._is_open
+
+    @property
+    def reason(self) -> str:
+        """Why the worker takes no jobs; empty while it takes them."""
+        with self._lock:
+            is_resting = (self._clock() - self._opened_at) % (REST_SECONDS + TRIAL_SECONDS) < REST_SECONDS
+            if not self._is_open or not is_resting:
+                return ""
+            answers = f"HTTP {self._status} to {len(self._refused)} ends in a row, none taken"
+            return f"the backend refuses this worker: {answers}; {explain_status(self._status)}"
+
+    def refuse(self, webhook_id: str, status: int) -> None:
+        """Count an event that the backend answered with `status`."""
+        with self._lock:
+            is_new = webhook_id not in self._refused
+            was_open = self._is_open
+            self._refused.add(webhook_id)
+            self._status = status
+            self._is_open = was_open or len(self._refused) >= REFUSALS_TO_OPEN
+            if is_new and self._is_open:
+                # A repeated rejection must not postpone the next trial.
+                self._opened_at = self._clock()
+        if self._is_open and not was_open:
+            log_event(logger, "breaker open", logging.ERROR, part="the backend", reason=self.reason)
+
+    def accept(self) -> None:
+        """Close: the backend accepted an event."""
+        with self._lock:
+            was_open, self._is_open = self._is_open, False
+            self._refused.clear()
+        if was_open:
+            log_event(logger, "breaker closed", part="the backend")
