@@ -7,12 +7,10 @@ import diffusers
 import safetensors
 import torch
 
-from config.redacting import quoted
 from inference.checkpoints.hub import one_line
 from inference.checkpoints.weight_files import GB
 from inference.controlnet.files import ControlNetFiles, most_bytes
-from inference.errors import EngineFault, EngineStartFailed, RequestFailed
-from inference.request import Control
+from inference.errors import EngineFault, EngineStartFailed
 
 # Returns how a ControlNet's config does not match the model; None where it does.
 FindMismatch = Callable[[Any], str | None]
@@ -64,13 +62,6 @@ class ControlNets:
             if wrong:
                 reason = f"its config and its weights do not belong together ({len(wrong)} differ, like {wrong[0]})"
                 raise EngineStartFailed(f"{found.subject}: {reason}: copy or download it again")
-
-    def check_request(self, control: Control | None) -> None:
-        """Raise `RequestFailed` where the request's control model is not one of them."""
-        if control is not None and control.model not in self.names:
-            known = f"has {', '.join(self.names)}" if self.names else "has none"
-            reason = f"control model {quoted(control.model)} is not known; this worker {known}"
-            raise RequestFailed("UNSUPPORTED_BY_MODEL", reason)
 
     def load(self, name: str) -> Any:
         """Load the ControlNet on the device.

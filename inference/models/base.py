@@ -21,7 +21,7 @@ from inference.lora.adapter import Adapter, blank_adapter, check_fits, read_adap
 from inference.lora.adapter_memory import AdapterMemory
 from inference.lora.bank import AdapterBank, PackedAdapter, RowAdapters
 from inference.lora.key_names import KeyNaming
-from inference.models.checks import check_cfg_options, check_kind, check_source
+from inference.models.checks import check_cfg_options, check_control, check_kind, check_source
 from inference.models.inputs import Prompt, sampler_of
 from inference.request import KINDS, GenerationRequest, Source
 from inference.sampling.samplers import Sampler, Samplers, predict_x0
@@ -159,7 +159,7 @@ class Family(ABC):
         self.check(request)
         check_kind(request, self.kinds)
         check_source(request, self.num_steps_of(request))
-        self.controlnets.check_request(request.control)
+        check_control(request, self.controlnets.names)
         self.samplers.prepare(self._step_plan(request))
 
     def begin(self, lane: Lane, *, in_tiles: bool = False) -> tuple[str, Sampler]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from config.redacting import quoted
 from inference.errors import RequestFailed
 from inference.latents.source import check_size
 from inference.request import GenerationRequest
@@ -29,3 +30,11 @@ def check_source(request: GenerationRequest, num_steps: int) -> None:
     if num_steps < 1:
         given = f"strength {request.source.strength} of {request.num_inference_steps} steps"
         raise RequestFailed("INVALID_INPUT", f"{given} leaves no step: ask for a higher strength or for more steps")
+
+
+def check_control(request: GenerationRequest, names: Sequence[str]) -> None:
+    """Raise `RequestFailed` where the request's control model is none of `names`."""
+    if request.control is not None and request.control.model not in names:
+        known = f"has {', '.join(names)}" if names else "has none"
+        reason = f"control model {quoted(request.control.model)} is not known; this worker {known}"
+        raise RequestFailed("UNSUPPORTED_BY_MODEL", reason)
