@@ -31,7 +31,7 @@ SITE = Path(__file__).parent / "site"
 HEARTBEAT_SECONDS = 2
 # Where a test has to wait for it, the retry queue has this pause; a queue's name tells it.
 RETRY_SECONDS = 1
-QUICK_RETRIES = {"worker.jobs.disposition:RETRY_DELAYS_SECONDS": [RETRY_SECONDS] * 4}
+QUICK_RETRIES = {"worker.amqp.topology:RETRY_DELAYS_SECONDS": [RETRY_SECONDS] * 4}
 
 long = pytest.mark.skipif("FAULTS_LONG" not in os.environ, reason="long: `make faults` runs it")
 

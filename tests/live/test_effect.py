@@ -28,7 +28,7 @@ STORE_PAUSE_SECONDS = 1.0
 # For what a worker takes besides: threads, connections, small pictures.
 SPARE_BYTES = 60_000_000
 CONSTANTS = {
-    "worker.jobs.disposition:RETRY_DELAYS_SECONDS": [1, 1],
+    "worker.amqp.topology:RETRY_DELAYS_SECONDS": [1, 1],
     "worker.jobs.disposition:MAX_ATTEMPTS": NUM_TRIES,
     "worker.results.image_store:PICTURE_PATIENCE_SECONDS": 0.0,
     "worker.jobs.dispatcher:LEASE_RECHECK_SECONDS": 0.2,

@@ -13,7 +13,7 @@ from tests.faults.station import DONE, Job, Station, answers, long, new_station
 from tests.support.world import HANG_SECONDS, Worker, eventually
 
 CONSTANTS = {
-    "worker.jobs.disposition:RETRY_DELAYS_SECONDS": [1, 1],
+    "worker.amqp.topology:RETRY_DELAYS_SECONDS": [1, 1],
     "worker.jobs.disposition:MAX_ATTEMPTS": 3,
     "worker.results.image_store:PICTURE_PATIENCE_SECONDS": 0.0,
     "worker.jobs.inputs.fetcher:NOT_FOUND_RETRY_SECONDS": 0.5,
