@@ -169,8 +169,10 @@ class JobRunner:
 
             def notify() -> None:
                 nonlocal webhook
-                park = self.notifier.park_unrecorded
-                webhook = park(event, unrecorded) if unrecorded else self.notifier.notify(event)
+                if unrecorded:
+                    webhook = self.notifier.park_unrecorded(event, unrecorded)
+                else:
+                    webhook = self.notifier.notify(event)
 
             self.settler.publish_until_confirmed(notify)
         code, message = (str(event.body.get(name, "")) for name in ("error_code", "error_message"))
