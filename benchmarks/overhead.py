@@ -120,7 +120,7 @@ def _diffusers_side() -> Callable[[int], None]:
         for number in range(num_jobs):
             style = STYLES[number % len(STYLES)]
             pipe.load_lora_weights(DEMO_MODEL / "adapters", weight_name=f"{style}.safetensors")
-            picture = pipe(
+            image = pipe(
                 f"{style}: a red fox",
                 width=128,
                 height=128,
@@ -129,7 +129,7 @@ def _diffusers_side() -> Callable[[int], None]:
                 generator=torch.Generator("cpu").manual_seed(number),
             ).images[0]
             pipe.unload_lora_weights()
-            picture.tobytes()
+            image.tobytes()
 
     return run
 
@@ -184,10 +184,10 @@ def _worker_side(world: World) -> Callable[[int], None]:
 def _image_work(signature: Path, repeats: int = 50) -> float:
     """Return the CPU seconds of signing and encoding one image, which is the job's own work and not overhead."""
     mark = ImageSignature(decode_signature(signature.read_bytes()))
-    picture = Image.effect_noise((128, 128), 40).convert("RGB")
+    image = Image.effect_noise((128, 128), 40).convert("RGB")
     started_at = time.process_time()
     for _ in range(repeats):
-        sign(picture, mark, SignatureStyle()).encode_png()
+        sign(image, mark, SignatureStyle()).encode_png()
     return (time.process_time() - started_at) / repeats
 
 

@@ -50,7 +50,7 @@ def activate(target: Any, names: Mapping[Path, str], job: Job) -> None:
 
 def image_of(result: GenerationResult) -> Image.Image:
     """Return a job's single image."""
-    drawn = result.pictures[0]
+    drawn = result.images[0]
     return Image.frombytes("RGB", (drawn.width, drawn.height), drawn.rgb)
 
 

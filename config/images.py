@@ -9,7 +9,7 @@ from config.presets.catalog import load_presets
 from config.section import Section
 
 
-class PictureSettings(Section):
+class ImageSettings(Section):
     """Metadata and signing of images, presets, and the cutout model."""
 
     embed_metadata: Literal["none", "provenance", "full"] = Field(

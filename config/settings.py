@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from config.backend import BackendSettings
 from config.broker import BrokerSettings
-from config.images import PictureSettings
+from config.images import ImageSettings
 from config.model import ModelSettings
 from config.near_names import near_names
 from config.section import Section, SettingsError, load_section, nonempty_variables
@@ -23,7 +23,7 @@ class Settings(BaseModel):
     store: StoreSettings
     backend: BackendSettings
     model: ModelSettings
-    pictures: PictureSettings
+    images: ImageSettings
     service: ServiceSettings
 
 
@@ -32,7 +32,7 @@ SECTIONS: dict[str, type[Section]] = {
     "store": StoreSettings,
     "backend": BackendSettings,
     "model": ModelSettings,
-    "pictures": PictureSettings,
+    "images": ImageSettings,
     "service": ServiceSettings,
 }
 

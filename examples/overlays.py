@@ -98,8 +98,8 @@ def dresses() -> Image.Image:
 
 def extremes() -> Image.Image:
     """Texts that are too long, pictures that are too small."""
-    pictures = [_drawn(overlay, landscape(max(size)).resize(size)) for _, size, overlay in EXTREMES]
-    return _sheet([name for name, _, _ in EXTREMES], {"": pictures})
+    images = [_drawn(overlay, landscape(max(size)).resize(size)) for _, size, overlay in EXTREMES]
+    return _sheet([name for name, _, _ in EXTREMES], {"": images})
 
 
 def overview() -> Image.Image:
@@ -119,37 +119,37 @@ def landscape(side: int) -> Image.Image:
     """A calm evening sky over grass that is not."""
     height = np.linspace(0, 1, side)[:, None, None]
     sky = np.array([40, 60, 120]) * (1 - height) + np.array([250, 170, 110]) * height
-    picture = np.broadcast_to(sky, (side, side, 3)).copy()
+    image = np.broadcast_to(sky, (side, side, 3)).copy()
     grass = np.random.default_rng(1).integers(0, 110, (side, side, 1)) * np.array([0.5, 1, 0.3])
     hills = 0.62 + 0.06 * np.sin(np.linspace(0, 7, side))
     below = np.arange(side)[:, None] > (hills * side)[None, :]
-    picture[below] = grass[below]
-    return Image.fromarray(picture.astype(np.uint8))
+    image[below] = grass[below]
+    return Image.fromarray(image.astype(np.uint8))
 
 
 def studio(side: int) -> Image.Image:
     """A bright table with something striped on its right."""
-    picture = Image.new("RGB", (side, side), (236, 232, 226))
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (side, side), (236, 232, 226))
+    pen = ImageDraw.Draw(image)
     for stripe in range(12):
         top = int(side * (0.25 + stripe * 0.05))
         pen.rectangle(
             (int(side * 0.62), top, int(side * 0.92), top + side // 40), (180 - 12 * stripe, 60, 70 + 9 * stripe)
         )
-    return picture
+    return image
 
 
 def lights(side: int) -> Image.Image:
     """A night of lights out of focus: nowhere calm, nowhere of one brightness."""
     generator = np.random.default_rng(4)
-    picture = Image.new("RGB", (side, side), (12, 14, 30))
+    image = Image.new("RGB", (side, side), (12, 14, 30))
     for _ in range(NUM_LIGHTS):
         x, y = (int(place) for place in generator.integers(0, side, 2))
         radius = int(generator.integers(side // 40, side // 12))
         glow = Image.new("L", (side, side))
         ImageDraw.Draw(glow).ellipse((x - radius, y - radius, x + radius, y + radius), int(generator.integers(60, 220)))
-        picture.paste(tuple(int(value) for value in generator.integers(120, 256, 3)), (0, 0), glow)
-    return picture.filter(ImageFilter.GaussianBlur(side / 300))
+        image.paste(tuple(int(value) for value in generator.integers(120, 256, 3)), (0, 0), glow)
+    return image.filter(ImageFilter.GaussianBlur(side / 300))
 
 
 def noise(side: int) -> Image.Image:
@@ -166,9 +166,9 @@ GROUNDS: dict[str, Callable[[int], Image.Image]] = {
 }
 
 
-def _drawn(overlay: TextOverlay, picture: Image.Image) -> Image.Image:
+def _drawn(overlay: TextOverlay, image: Image.Image) -> Image.Image:
     font_dirs = load_section(ServiceSettings).font_dirs
-    return draw_headlines(picture, [prepare_headline(overlay, font_dirs)])
+    return draw_headlines(image, [prepare_headline(overlay, font_dirs)])
 
 
 def _sheet(heads: Sequence[str], rows: dict[str, list[Image.Image]], *, side: int = 256) -> Image.Image:
@@ -177,13 +177,13 @@ def _sheet(heads: Sequence[str], rows: dict[str, list[Image.Image]], *, side: in
     cell = side + GAP
     sheet = Image.new("RGB", (GAP + len(heads) * cell, head + GAP + len(rows) * (cell + head)), BACKGROUND)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for row, (name, pictures) in enumerate(rows.items()):
+    for row, (name, images) in enumerate(rows.items()):
         top = GAP + head + row * (cell + head)
-        for column, picture in enumerate(pictures):
+        for column, image in enumerate(images):
             left = GAP + column * cell
             pen.text((left, top - head), heads[column], INK if row == 0 else FAINT, font=font)
             pen.text((left + side, top - head), name if column == 0 and head else "", FAINT, font=font, anchor="ra")
-            shown = picture.copy()
+            shown = image.copy()
             shown.thumbnail((side, side), Image.Resampling.LANCZOS)
             sheet.paste(shown, (left, top))
     return sheet

@@ -21,8 +21,8 @@ from inference.request import (
     GenerationResult,
     IsCancelled,
     OnStep,
-    Picture,
     Preview,
+    RawImage,
     Stage,
     StepReport,
 )
@@ -72,7 +72,7 @@ class ActiveRequest:
     future: Future[GenerationResult] = field(default_factory=Future)
     scheduling: Future[None] = field(default_factory=Future)
     readings: dict[AdapterKey, Future[ReadAdapter]] = field(default_factory=dict)
-    control_picture: Future[torch.Tensor] | None = None
+    control_image: Future[torch.Tensor] | None = None
     held: dict[AdapterKey, Slot] = field(default_factory=dict)
     row: RowAdapters = ()
     guide: Guide | None = None
@@ -80,7 +80,7 @@ class ActiveRequest:
     source: EncodedSource | None = None
     scheduler: str = ""
     stages: list[Stage] = field(default_factory=list)
-    pictures: dict[int, Picture] = field(default_factory=dict)
+    images: dict[int, RawImage] = field(default_factory=dict)
     num_ooms: int = 0  # times that there was no memory for it to begin, beside others and alone
     num_ooms_alone: int = 0
     preview: Preview | None = None  # for the next report
@@ -112,7 +112,7 @@ class ActiveRequest:
 
     @property
     def is_decoded(self) -> bool:
-        return len(self.pictures) == len(self.lanes)
+        return len(self.images) == len(self.lanes)
 
     def begin(self) -> bool:
         """Make `future.cancel()` ineffective from the first call on; False if the future was cancelled before."""
@@ -155,7 +155,7 @@ class ActiveRequest:
     def result(self) -> GenerationResult:
         """Return all images, in the order of the seeds."""
         return GenerationResult(
-            pictures=tuple(self.pictures[lane.number] for lane in self.lanes),
+            images=tuple(self.images[lane.number] for lane in self.lanes),
             scheduler=self.scheduler,
             num_inference_steps=self.request.num_inference_steps,
             guidance_scale=self.request.guidance_scale,

@@ -136,7 +136,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class RawImage:
     """A finished image: `rgb` holds `height` rows of `width` pixels of three bytes."""
 
     width: int
@@ -152,7 +152,7 @@ class GenerationResult:
     `num_inference_steps` as requested.
     """
 
-    pictures: tuple[Picture, ...]
+    images: tuple[RawImage, ...]
     scheduler: str
     num_inference_steps: int
     guidance_scale: float

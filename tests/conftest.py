@@ -174,7 +174,7 @@ def queue_name() -> str:
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """The test process computes on one thread, and on a GPU with all digits."""
-    from tests.support.images.pictures import one_torch_thread, whole_fp32  # bring torch, which most tests do without
+    from tests.support.images.parity import one_torch_thread, whole_fp32  # bring torch, which most tests do without
 
     with one_torch_thread(), whole_fp32():
         yield

@@ -9,23 +9,23 @@ from typing import Literal
 from PIL import ExifTags, Image
 
 from watermark.colours import to_srgb
-from watermark.errors import PictureInvalid, PictureTooLarge, SignatureInvalid
+from watermark.errors import ImageInvalid, ImageTooLarge, SignatureInvalid
 from watermark.image_files import DECODE_ERRORS, open_image
 from watermark.samples import to_8_bits
 
 MAX_CONTENT_BYTES = 10_000_000
 MAX_SIDE_PX = 4096  # 16 Mpx at most, 67 MB as RGBA
 # Decoded size of a reference image, enough for most cameras: 100 MB as RGBA, and twice that while it is converted.
-MAX_PICTURE_PX = 25_000_000
+MAX_IMAGE_PX = 25_000_000
 # JPEG's own limit. Resizing a strip of 25 million px in one row would take a gigabyte for the filter alone.
-MAX_PICTURE_SIDE_PX = 65_535
+MAX_IMAGE_SIDE_PX = 65_535
 # A baseline JPEG is decoded at an eighth, a quarter or half of its size, which is as much as a drawing can use; so it
 # may have ten times as many pixels.
 USEFUL_SIDE_PX = 2048
 # Transparent parts are composited on white in an image, on black in a mask.
 BACKGROUNDS = {"RGB": (255, 255, 255, 255), "L": (0, 0, 0, 255)}
 
-PictureMode = Literal["RGB", "RGBA", "L"]
+ImageMode = Literal["RGB", "RGBA", "L"]
 
 TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -55,21 +55,21 @@ def decode_signature(content: bytes) -> Image.Image:
     return image
 
 
-def decode_picture(content: bytes, mode: PictureMode) -> Image.Image:
+def decode_image(content: bytes, mode: ImageMode) -> Image.Image:
     """Decode a file of at most 25 Mpx into a still, upright image of `mode` in sRGB, without metadata.
 
     Images at least twice 2048 px on the shorter side are reduced by a whole factor; a baseline JPEG is scaled while it
     is decoded and may have ten times as many pixels. Alpha is composited on white for RGB and on black for L. Raises
-    `PictureInvalid` or `PictureTooLarge`.
+    `ImageInvalid` or `ImageTooLarge`.
     """
-    with open_image(content, "the picture", PictureInvalid) as opened:
+    with open_image(content, "the picture", ImageInvalid) as opened:
         _scale_jpeg(opened)
-        if max(opened.size) > MAX_PICTURE_SIDE_PX:
+        if max(opened.size) > MAX_IMAGE_SIDE_PX:
             size = f"{opened.width}x{opened.height} px"
-            raise PictureTooLarge(f"the picture has {size}; at most {MAX_PICTURE_SIDE_PX} px are read on a side")
-        if opened.width * opened.height > MAX_PICTURE_PX:
+            raise ImageTooLarge(f"the picture has {size}; at most {MAX_IMAGE_SIDE_PX} px are read on a side")
+        if opened.width * opened.height > MAX_IMAGE_PX:
             size = f"{opened.width}x{opened.height} px, {opened.width * opened.height / 1e6:.0f} Mpx"
-            raise PictureTooLarge(f"the picture has {size}; at most {MAX_PICTURE_PX / 1e6:.0f} Mpx are read")
+            raise ImageTooLarge(f"the picture has {size}; at most {MAX_IMAGE_PX / 1e6:.0f} Mpx are read")
         orientation = _orientation(opened)
         return _convert(_apply_orientation(_reduce(opened), orientation), mode)
 
@@ -113,7 +113,7 @@ def _reduce(image: Image.Image) -> Image.Image:
     return image.convert("RGBa").reduce(factor).convert("RGBA") if image.mode == "RGBA" else image.reduce(factor)
 
 
-def _convert(image: Image.Image, mode: PictureMode) -> Image.Image:
+def _convert(image: Image.Image, mode: ImageMode) -> Image.Image:
     image = to_8_bits(image)
     if mode == "L" and image.mode == "L":
         pass  # mask levels are amounts: no colour transform

@@ -21,11 +21,11 @@ class ShapingMissing(FontMissing):
     """A text needs shaping that this process lacks, whatever fonts are installed."""
 
 
-class PictureInvalid(WatermarkError):
+class ImageInvalid(WatermarkError):
     """A reference image is not supported: wrong format, broken, or an animation."""
 
 
-class PictureTooLarge(WatermarkError):
+class ImageTooLarge(WatermarkError):
     """A reference image has more pixels than are decoded."""
 
 

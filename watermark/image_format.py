@@ -3,7 +3,7 @@
 from enum import StrEnum
 
 
-class PictureFormat(StrEnum):
+class ImageFormat(StrEnum):
     """A file format of finished images, by its MIME type."""
 
     PNG = "image/png"

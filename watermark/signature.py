@@ -105,12 +105,12 @@ Signature: TypeAlias = ImageSignature | TextSignature | Unsigned
 
 
 @final
-class SignedPicture:
+class SignedImage:
     """An image that passed `sign`, the only type that can be encoded."""
 
     def __init__(self, pixels: Image.Image, seal: "_Seal") -> None:
         if seal is not _SEAL:
-            raise TypeError("a SignedPicture is made by sign() alone")
+            raise TypeError("a SignedImage is made by sign() alone")
         self._pixels = pixels
 
     @property
@@ -138,20 +138,20 @@ class SignedPicture:
 
 @final
 class _Seal:
-    """Capability to construct a `SignedPicture`, private to this file."""
+    """Capability to construct a `SignedImage`, private to this file."""
 
 
 _SEAL = _Seal()
 
 
-def sign(picture: Image.Image, signature: Signature, style: SignatureStyle) -> SignedPicture:
-    """Return a signed RGB copy of `picture`; outside the signature's box every byte is unchanged."""
-    pixels = picture.convert("RGB")
+def sign(image: Image.Image, signature: Signature, style: SignatureStyle) -> SignedImage:
+    """Return a signed RGB copy of `image`; outside the signature's box every byte is unchanged."""
+    pixels = image.convert("RGB")
     pixels.info = {}
     mark = _render_mark(pixels.size, signature, style)
     if mark is not None:
         _blend(pixels, mark, style)
-    return SignedPicture(pixels, _SEAL)
+    return SignedImage(pixels, _SEAL)
 
 
 def signature_rect(size: tuple[int, int], signature: Signature, style: SignatureStyle) -> Rect | None:
@@ -199,13 +199,13 @@ def _fit_image(image: Image.Image, room: _Room) -> Image.Image:
     return image.convert("RGBa").resize(size, Image.Resampling.LANCZOS)
 
 
-def _blend(picture: Image.Image, mark: Image.Image, style: SignatureStyle) -> None:
-    """Blend a premultiplied mark onto `picture` in place: Porter and Duff's "over", under * (1 - alpha) + mark."""
-    left, top = _corner(picture.size, mark, style)
-    under = np.asarray(picture.crop((left, top, left + mark.width, top + mark.height)), dtype=np.float32)
+def _blend(image: Image.Image, mark: Image.Image, style: SignatureStyle) -> None:
+    """Blend a premultiplied mark onto `image` in place: Porter and Duff's "over", under * (1 - alpha) + mark."""
+    left, top = _corner(image.size, mark, style)
+    under = np.asarray(image.crop((left, top, left + mark.width, top + mark.height)), dtype=np.float32)
     over = np.asarray(mark, dtype=np.float32) * style.opacity
     blended = under * (1 - over[..., 3:] / 255) + over[..., :3]
-    picture.paste(Image.fromarray(np.rint(blended).clip(0, 255).astype(np.uint8)), (left, top))
+    image.paste(Image.fromarray(np.rint(blended).clip(0, 255).astype(np.uint8)), (left, top))
 
 
 def _corner(size: tuple[int, int], mark: Image.Image, style: SignatureStyle) -> tuple[int, int]:

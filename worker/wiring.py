@@ -64,11 +64,11 @@ class Parts:
         self.settings = settings
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.is_draining = threading.Event()
-        self.rules = rules_from(settings.model, settings.store, settings.pictures)
+        self.rules = rules_from(settings.model, settings.store, settings.images)
         self.metrics = Metrics()
         self.runs = Runs()
         self.cancellations = Cancellations()
-        self.encoder = ImageEncoder(settings.pictures)
+        self.encoder = ImageEncoder(settings.images)
         self.engine = EngineProcess(
             settings.model,
             log_level=settings.service.log_level,
@@ -222,7 +222,7 @@ class Parts:
         )
         engine_client = EngineClient(self.engine, self.is_draining)
         store = ImageStore(self.storage, self.gate, self.ledger.find)
-        cutter = Cutter(settings.pictures.cutout_model)
+        cutter = Cutter(settings.images.cutout_model)
         product = ProductGenerator(fetcher, engine_client, store, cutter, settings.store.bucket)
         return JobHandler(
             ledger=self.ledger,

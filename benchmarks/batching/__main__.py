@@ -67,7 +67,7 @@ def _measure(bench: Bench) -> dict[str, Any]:
             "diffusers": lambda: draw_by_diffusers(bench, pipe),
             "engine": lambda: encode_all(engine.draw_all(bench.jobs)),
         }
-        pictures = {name: side() for name, side in sides.items()}  # warm-up, and the images to compare
+        images = {name: side() for name, side in sides.items()}  # warm-up, and the images to compare
         engine.num_batched.clear()
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(bench.rounds):
@@ -85,7 +85,7 @@ def _measure(bench: Bench) -> dict[str, Any]:
             "seconds": {name: spread(values) for name, values in seconds.items()},
             "speedup": statistics.median(seconds["diffusers"]) / statistics.median(seconds["engine"]),
             "mean_batch": statistics.mean(batched),
-            "min_psnr_db": min(map(psnr_db, pictures["diffusers"], pictures["engine"])),
+            "min_psnr_db": min(map(psnr_db, images["diffusers"], images["engine"])),
             "preloaded": measure_preloaded(bench, statistics.median(seconds["engine"])),
             "joining": measure_joining(bench, engine),
             "overhead": measure_overhead(bench, engine),

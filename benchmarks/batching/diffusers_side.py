@@ -53,7 +53,7 @@ def _draw(bench: Bench, pipe: Any, job: Job) -> Image.Image:
     shape = (1, pipe.unet.config.in_channels, side, side)
     # The engine's noise, passed to diffusers.
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(job.seed))
-    picture: Image.Image = pipe(
+    image: Image.Image = pipe(
         job.prompt,
         negative_prompt="",
         width=bench.pixels,
@@ -62,4 +62,4 @@ def _draw(bench: Bench, pipe: Any, job: Job) -> Image.Image:
         guidance_scale=GUIDANCE,
         latents=noise,
     ).images[0]
-    return picture
+    return image

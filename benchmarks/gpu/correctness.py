@@ -37,7 +37,7 @@ OPTIONS = (
 
 def run(context: Context) -> None:
     """Run the tests on the device. A verdict without a passed test keeps the stages from measuring speed."""
-    assert "tests.support.images.pictures" not in sys.modules, "it has read DARKROOM_TEST_DEVICE already"
+    assert "tests.support.images.parity" not in sys.modules, "it has read DARKROOM_TEST_DEVICE already"
     os.environ["DARKROOM_TEST_DEVICE"] = context.device.type
     # Whatever else is installed beside pytest takes time, and may take the stage's alarm.
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"

@@ -126,12 +126,12 @@ def _stop(worker: "subprocess.Popen[bytes]") -> int:
 
 
 def _draw(client: Any, jobs: Sequence[DemoJob], out: Path, draw_sheet: Sheet, console: Console) -> None:
-    pictures = {}
+    images = {}
     for job in jobs:
         key = f"generations/gen-{job.generation_id}.png"
-        pictures[job.generation_id] = client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+        images[job.generation_id] = client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
     sheet, timeline = out / "contact-sheet.png", out / "timeline.png"
-    draw_sheet(jobs, pictures, sheet)
+    draw_sheet(jobs, images, sheet)
     draw_timeline(jobs, _records(client), timeline)
     console.print(f"the pictures:            {sheet}", highlight=False)
     console.print(f"where the time went:     {timeline}", highlight=False)

@@ -18,7 +18,7 @@ STYLES = ("", *STYLE_WORDS)
 FIRST_GENERATION_ID = 201
 NUM_STEPS, GUIDANCE, SEED = 20, 3.0, 1
 
-PICTURE_SIDE = 144
+IMAGE_SIDE = 144
 HEAD_WIDTH, HEAD_HEIGHT = 92, 28
 
 JOBS = tuple(
@@ -27,23 +27,23 @@ JOBS = tuple(
 )
 
 
-def draw_style_sheet(jobs: Sequence[DemoJob], pictures: Mapping[int, bytes], path: Path) -> None:
+def draw_style_sheet(jobs: Sequence[DemoJob], images: Mapping[int, bytes], path: Path) -> None:
     """Write a PNG with a column for each thing and a row for each style."""
-    cell = PICTURE_SIDE + GAP
+    cell = IMAGE_SIDE + GAP
     size = HEAD_WIDTH + len(SUBJECTS) * cell, HEAD_HEIGHT + len(STYLES) * cell
     sheet = Image.new("RGB", size, BACKGROUND)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for column, subject in enumerate(SUBJECTS):
         pen.text((HEAD_WIDTH + column * cell, GAP // 2), subject, INK, font=font)
     for row, style in enumerate(STYLES):
-        middle = HEAD_HEIGHT + row * cell + PICTURE_SIDE // 2
+        middle = HEAD_HEIGHT + row * cell + IMAGE_SIDE // 2
         pen.text((GAP // 2, middle), style or "no adapter", INK if style else FAINT, font=font, anchor="lm")
 
     for job in jobs:
         left = HEAD_WIDTH + SUBJECTS.index(job.subject) * cell
         top = HEAD_HEIGHT + STYLES.index(job.style) * cell
-        picture = Image.open(BytesIO(pictures[job.generation_id])).convert("RGB")
-        sheet.paste(picture.resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS), (left, top))
+        image = Image.open(BytesIO(images[job.generation_id])).convert("RGB")
+        sheet.paste(image.resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.LANCZOS), (left, top))
     sheet.save(path)
 
 

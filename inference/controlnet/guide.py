@@ -18,10 +18,10 @@ HIGH_THRESHOLD = 200
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Guide:
-    """A ControlNet on the device, `net`, and `picture`, the control image as the family encodes it."""
+    """A ControlNet on the device, `net`, and `image`, the control image as the family encodes it."""
 
     net: Any
-    picture: torch.Tensor
+    image: torch.Tensor
     scale: float
     start: float
     end: float
@@ -39,7 +39,7 @@ def group_rows(guides: Mapping[int, Guide], key: Callable[[int, Guide], Hashable
     return list(groups.values())
 
 
-def picture_of(request: GenerationRequest, control: Control) -> torch.Tensor:
+def image_of(request: GenerationRequest, control: Control) -> torch.Tensor:
     """Return the control image, its edges where the request asks for them, [3, height, width] from 0 to 1."""
     pixels = np.frombuffer(control.rgb, np.uint8).reshape(request.height, request.width, 3)
     shown = find_edges(pixels) if control.finds_edges else pixels

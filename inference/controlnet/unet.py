@@ -55,7 +55,7 @@ def _forward(guides: Sequence[Guide], inputs: Inputs, upload: Upload) -> list[to
         inputs.latents[:, : net.config.in_channels],
         inputs.timesteps,
         torch.stack(list(inputs.prompts)),
-        controlnet_cond=torch.stack([guide.picture for guide in guides]),
+        controlnet_cond=torch.stack([guide.image for guide in guides]),
         conditioning_scale=upload([guide.scale for guide in guides]).view(-1, 1, 1, 1),
         added_cond_kwargs=dict(inputs.added),
         return_dict=False,

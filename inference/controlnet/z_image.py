@@ -55,14 +55,14 @@ def _forward(
             latents,
             inputs.times[rows],
             [inputs.captions[number] for number in numbers],
-            [_filled(guide.picture, net.config.control_in_dim) for guide in guides],
+            [_filled(guide.image, net.config.control_in_dim) for guide in guides],
             # Its dtype decides that of the layers after it.
             conditioning_scale=upload([guide.scale for guide in guides]).to(latents[0].dtype).view(-1, 1, 1),
         )
     return hints
 
 
-def _filled(picture: torch.Tensor, num_channels: int) -> torch.Tensor:
+def _filled(image: torch.Tensor, num_channels: int) -> torch.Tensor:
     """Pad the encoded image [channels, 1, height, width] with zeros: later ControlNets read a mask and a second image,
     which are zeros without inpainting."""
-    return functional.pad(picture, (0, 0) * 3 + (0, num_channels - len(picture)))
+    return functional.pad(image, (0, 0) * 3 + (0, num_channels - len(image)))

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from inference.controlnet.cache import ControlNetCache
-from inference.controlnet.guide import Guide, picture_of
+from inference.controlnet.guide import Guide, image_of
 from inference.lane import ActiveRequest
 from inference.models.base import Family
 
@@ -27,7 +27,7 @@ class ControlNetAdmission:
     def prepare(self, active: ActiveRequest) -> None:
         """Begin to make a new request's control image ready. Thread-safe."""
         if active.request.control is not None:
-            active.control_picture = self._submit(partial(picture_of, active.request, active.request.control))
+            active.control_image = self._submit(partial(image_of, active.request, active.request.control))
 
     def begin_round(self, next_ones: Sequence[ActiveRequest]) -> None:
         """Begin to load what the next requests need, the oldest first, before all that wait claim again."""
@@ -38,23 +38,23 @@ class ControlNetAdmission:
 
     def needs(self, active: ActiveRequest) -> list[Future[Any]] | None:
         """Return the futures the request waits for; None where its ControlNet does not fit beside those in use."""
-        name, picture = self._name_of(active), active.control_picture
+        name, image = self._name_of(active), active.control_image
         is_refused = active.scheduling.done() and active.scheduling.exception() is not None
-        if name is None or picture is None or is_refused:
+        if name is None or image is None or is_refused:
             return []
         size = self._model.controlnets.num_bytes(name)
         net = self._cache.get_or_load(name, size, lambda: self._load(partial(self._model.load_control, name)))
-        return None if net is None else [picture, net]
+        return None if net is None else [image, net]
 
     def attach(self, active: ActiveRequest) -> None:
         """Give the request, whose futures are done, its guide, and acquire its ControlNet until it ends."""
         control, needed = active.request.control, self.needs(active)
         if control is None or not needed:
             return
-        picture, net = (one.result() for one in needed)
-        active.guide = Guide(net, self._model.encode_control(picture), control.scale, control.start, control.end)
+        image, net = (one.result() for one in needed)
+        active.guide = Guide(net, self._model.encode_control(image), control.scale, control.start, control.end)
         self._cache.acquire(control.model)
-        active.control_picture = None  # on the host it is 50 MB of 2048x2048
+        active.control_image = None  # on the host it is 50 MB of 2048x2048
 
     @property
     def num_bytes_to_come(self) -> int:

@@ -12,7 +12,7 @@ from inference.errors import RequestFailed
 from inference.lane import ActiveRequest, Lane
 from inference.models.base import Family
 from inference.models.inputs import sampler_of
-from inference.request import Picture
+from inference.request import RawImage
 
 
 class _InFlight(NamedTuple):
@@ -48,18 +48,18 @@ class Decoder:
         """Return whether the oldest image has arrived or more than `num_left` are in flight."""
         return len(self._in_flight) > num_left or (self.is_busy and self._in_flight[0].image.has_arrived)
 
-    def end_oldest(self) -> tuple[Lane, Guarded[Picture]]:
+    def end_oldest(self) -> tuple[Lane, Guarded[RawImage]]:
         """Wait for the oldest image; return its lane, and the image or its error."""
         lane, image = self._in_flight.popleft()
-        return lane, self._device.guard(partial(self._picture_of, lane, image))
+        return lane, self._device.guard(partial(self._image_of, lane, image))
 
     def drop(self, active: ActiveRequest) -> None:
         """Drop the request's images in flight."""
         self._in_flight = deque(one for one in self._in_flight if one.lane.owner is not active)
 
-    def _picture_of(self, lane: Lane, image: DecodedImage) -> Picture:
+    def _image_of(self, lane: Lane, image: DecodedImage) -> RawImage:
         pixels = image.wait()
         if pixels is None:
             raise RequestFailed("OUTPUT_INVALID", "the model drew a picture with values that are not numbers")
-        self._model.check_picture(pixels)
-        return Picture(image.width, image.height, pixels.tobytes(), lane.seed)
+        self._model.check_image(pixels)
+        return RawImage(image.width, image.height, pixels.tobytes(), lane.seed)

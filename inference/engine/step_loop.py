@@ -205,7 +205,7 @@ class StepLoop:
             if guarded.result is None:
                 self._fail(active, guarded.error)
                 continue
-            active.pictures[lane.number] = guarded.result
+            active.images[lane.number] = guarded.result
             if active.is_decoded:
                 active.note_stage("decode", active.last_stage_ended_at)
                 self._end(active, active.result())

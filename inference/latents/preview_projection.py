@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 # Smooth fields of colour at several scales: 2 x 1024 latent pixels, of all colours. Sharp patches fit worse, as one
 # latent pixel does not represent an edge.
-NUM_PICTURES = 2
+NUM_IMAGES = 2
 PIXELS = 256
 GRAINS = (2, 4, 8)
 # Before tanh: a field comes close to black and white here and there.
@@ -45,9 +45,9 @@ def find_projection(vae: Any, unscaled: Callable[[torch.Tensor], torch.Tensor], 
     `unscaled` converts latents [1, channels, height, width] from the sampler's scale to the VAE's, by channel.
     """
     started_at = time.monotonic()
-    pictures = _colour_fields(torch.Generator().manual_seed(0))
-    encoded = vae.encode(pictures.to(device, vae.dtype), return_dict=False)[0].mode().cpu()
-    colours = interpolate(pictures, size=encoded.shape[-2:], mode="area")
+    images = _colour_fields(torch.Generator().manual_seed(0))
+    encoded = vae.encode(images.to(device, vae.dtype), return_dict=False)[0].mode().cpu()
+    colours = interpolate(images, size=encoded.shape[-2:], mode="area")
     weights, bias, explained = _regress(_pixels_of(encoded), _pixels_of(colours))
 
     # The scale of each channel is folded in, at no cost per preview.
@@ -60,7 +60,7 @@ def find_projection(vae: Any, unscaled: Callable[[torch.Tensor], torch.Tensor], 
 def _colour_fields(generator: torch.Generator) -> torch.Tensor:
     """Return random images [number, 3, height, width] from -1 to 1."""
     size = (PIXELS, PIXELS)
-    coarse = (torch.randn(NUM_PICTURES, 3, grain, grain, generator=generator) for grain in GRAINS)
+    coarse = (torch.randn(NUM_IMAGES, 3, grain, grain, generator=generator) for grain in GRAINS)
     fields = torch.stack([interpolate(one, size=size, mode="bicubic") for one in coarse])
     return torch.tanh(CONTRAST * fields.sum(0) / len(GRAINS) ** 0.5)
 

@@ -29,12 +29,12 @@ class Posterior(NamedTuple):
 class EncodedSource:
     """A request's encoded source.
 
-    `picture` is None where the denoiser never reads it; `masked_image`, without the repainted part, is there for an
+    `image` is None where the denoiser never reads it; `masked_image`, without the repainted part, is there for an
     inpainting denoiser. `mask` [1, height, width] in latent pixels: true where it is repainted. `is_hidden` as in
     `SourceLatents`.
     """
 
-    picture: Posterior | None
+    image: Posterior | None
     masked_image: Posterior | None
     mask: torch.Tensor | None
     is_hidden: bool
@@ -47,7 +47,7 @@ class EncodedSource:
         `draw` returns standard normal noise of the latents' shape. It is called as often as diffusers' pipelines draw,
         in their order, so that later draws are equal too. `scale` scales the VAE's latents for the denoiser.
         """
-        latents = None if self.picture is None else scale(self.picture.sample(draw()))
+        latents = None if self.image is None else scale(self.image.sample(draw()))
         noise = draw()
         if self.mask is None:
             return noise, SourceLatents(latents)
@@ -81,8 +81,8 @@ def encode(
     with _encoder_in(vae, dtype):
         if is_inpainting and mask is not None:
             masked_image = _posterior(vae, pixels * ~mask, dtype)
-        picture = None if is_inpainting and is_hidden else _posterior(vae, pixels, dtype)
-    return EncodedSource(picture, masked_image, mask=None if mask is None else _shrunk(mask, vae), is_hidden=is_hidden)
+        image = None if is_inpainting and is_hidden else _posterior(vae, pixels, dtype)
+    return EncodedSource(image, masked_image, mask=None if mask is None else _shrunk(mask, vae), is_hidden=is_hidden)
 
 
 def check_size(source: Source, *, size: tuple[int, int]) -> None:

@@ -101,7 +101,7 @@ class Family(ABC):
         """Run the ControlNets and the forward of `denoise`."""
 
     @abstractmethod
-    def encode_control(self, picture: torch.Tensor) -> torch.Tensor:
+    def encode_control(self, image: torch.Tensor) -> torch.Tensor:
         """Encode a control image [3, height, width] from 0 to 1 as its ControlNet reads it, on the device."""
 
     @abstractmethod
@@ -188,7 +188,7 @@ class Family(ABC):
         decoded = vae.decode(self._unscaled(latents[None].to(vae.dtype)), return_dict=False)[0][0]
         return image_of(decoded.float())
 
-    def check_picture(self, pixels: NDArray[np.uint8]) -> None:
+    def check_image(self, pixels: NDArray[np.uint8]) -> None:
         """Raise `RequestFailed` where a safety checker is loaded and flags the picture [height, width, 3]."""
         if self.safety_checker is not None:
             self.safety_checker.check(pixels)

@@ -94,9 +94,9 @@ class UNetFamily(Family):
         multiple = self.size_multiple
         return self._pipeline.unet.config.out_channels, request.height // multiple, request.width // multiple
 
-    def encode_control(self, picture: torch.Tensor) -> torch.Tensor:
+    def encode_control(self, image: torch.Tensor) -> torch.Tensor:
         """Return the image unchanged: these ControlNets have an encoder of their own."""
-        return self._uploaded(picture).to(self._pipeline.unet.dtype)
+        return self._uploaded(image).to(self._pipeline.unet.dtype)
 
     def _controlnet_mismatch(self, config: Any) -> str | None:
         if config.global_pool_conditions or config.conditioning_channels != 3:

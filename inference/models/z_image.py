@@ -103,11 +103,11 @@ class ZImage(Family):
         attend_to_own_tokens_in_controlnet(net, self._row_lengths)
         return net
 
-    def encode_control(self, picture: torch.Tensor) -> torch.Tensor:
+    def encode_control(self, image: torch.Tensor) -> torch.Tensor:
         """Encode the image to latents [channels, 1, height, width], the mode of the VAE's distribution."""
         vae = self._pipeline.vae
         vae.use_tiling = False
-        encoded = vae.encode((self._uploaded(picture)[None] * 2 - 1).to(vae.dtype)).latent_dist.mode()
+        encoded = vae.encode((self._uploaded(image)[None] * 2 - 1).to(vae.dtype)).latent_dist.mode()
         latents = (encoded - vae.config.shift_factor) * vae.config.scaling_factor
         shown: torch.Tensor = latents[0, :, None].to(self._pipeline.transformer.dtype)
         return shown

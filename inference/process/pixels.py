@@ -10,16 +10,16 @@ from typing import Any
 
 from inference.errors import ResultTooLarge
 from inference.process.protocol import Failed, Finished
-from inference.request import GenerationResult, Picture
+from inference.request import GenerationResult, RawImage
 
 CHUNK_BYTES = 1 << 16
 
 
 def send_finished(connection: "Connection[Any, Any]", request_id: str, result: GenerationResult) -> None:
     """Send the result, then its pixels."""
-    pixels = [picture.rgb for picture in result.pictures]
-    bare = tuple(replace(picture, rgb=b"") for picture in result.pictures)
-    connection.send(Finished(request_id, replace(result, pictures=bare), tuple(map(len, pixels))))
+    pixels = [image.rgb for image in result.images]
+    bare = tuple(replace(image, rgb=b"") for image in result.images)
+    connection.send(Finished(request_id, replace(result, images=bare), tuple(map(len, pixels))))
     for rgb in pixels:
         view = memoryview(rgb)
         while view:
@@ -31,25 +31,25 @@ def receive_pixels(connection: "Connection[Any, Any]", message: Finished) -> Fin
 
     Raises `OSError` or `EOFError` where the sender is gone.
     """
-    pictures: list[Picture] = []
+    images: list[RawImage] = []
     left = sum(message.num_bytes)
     try:
-        for picture, num_bytes in zip(message.result.pictures, message.num_bytes, strict=True):
+        for image, num_bytes in zip(message.result.images, message.num_bytes, strict=True):
             buffer = bytearray(num_bytes)
             _fill(connection.fileno(), memoryview(buffer))
             left -= num_bytes
-            pictures.append(replace(picture, rgb=bytes(buffer)))
+            images.append(replace(image, rgb=bytes(buffer)))
     except MemoryError:
-        pictures.clear()
+        images.clear()
         _skip(connection.fileno(), left)
         return Failed(message.request_id, ResultTooLarge(_too_large(message.result)))
-    return replace(message, result=replace(message.result, pictures=tuple(pictures)))
+    return replace(message, result=replace(message.result, images=tuple(images)))
 
 
 def _too_large(result: GenerationResult) -> str:
-    first, count = result.pictures[0], len(result.pictures)
-    pictures = f"{count} picture{'s' if count > 1 else ''} of {first.width}x{first.height} px"
-    return f"{pictures} were drawn, and the worker has no memory for them: ask for fewer or smaller ones"
+    first, count = result.images[0], len(result.images)
+    images = f"{count} picture{'s' if count > 1 else ''} of {first.width}x{first.height} px"
+    return f"{images} were drawn, and the worker has no memory for them: ask for fewer or smaller ones"
 
 
 def _fill(descriptor: int, view: memoryview) -> None:

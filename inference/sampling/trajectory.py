@@ -50,9 +50,9 @@ class NoiseLevel(NamedTuple):
     signal: float
     noise: float
 
-    def applied(self, picture: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def applied(self, image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Return the image at this level."""
-        return torch.add(picture * self.signal, noise, alpha=self.noise)
+        return torch.add(image * self.signal, noise, alpha=self.noise)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +142,9 @@ def scale_model_input(scheduler: Any, sample: torch.Tensor, time: Any) -> torch.
 
 def _noise_level(scheduler: Any, times: torch.Tensor) -> NoiseLevel:
     """Return the scheduler's noise level of a source before its present step, which is at `times` [1]."""
-    picture, noise = torch.eye(2)[:, None, :, None, None]  # [batch 1, component, 1, 1]
+    image, noise = torch.eye(2)[:, None, :, None, None]  # [batch 1, component, 1, 1]
     if hasattr(scheduler, "scale_noise"):
-        noised = scheduler.scale_noise(picture, times, noise)
+        noised = scheduler.scale_noise(image, times, noise)
     else:
-        noised = scheduler.add_noise(picture, noise, times)
+        noised = scheduler.add_noise(image, noise, times)
     return NoiseLevel(*noised.flatten().tolist())

@@ -18,7 +18,7 @@ class StoredObject(NamedTuple):
 
     sha256: str
     claimed_sha256: str
-    is_picture: bool
+    is_image: bool
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def judge(
         ],
         failed_as_poison=[f"{end.generation_id}: {end.code}" for end in poison],
         **_repeats(heard, limits.mark_tolerance_seconds),
-        **_pictures(drawn, objects),
+        **_images(drawn, objects),
         left_in_queues={name: count for name, count in queues.items() if count and name != ".dead"},
         num_dead_letters=queues.get(".dead", 0),
         **_workers(entries, limits),
@@ -228,12 +228,12 @@ def _repeats(heard: list[Heard], tolerance_seconds: float) -> dict[str, Any]:
     return found
 
 
-def _pictures(complete: list[Published], objects: Mapping[str, StoredObject]) -> dict[str, Any]:
+def _images(complete: list[Published], objects: Mapping[str, StoredObject]) -> dict[str, Any]:
     wanted = {key for job in complete for key in keys_of(job)}
     return {
         "missing_objects": sorted(wanted - objects.keys()),
         "surplus_objects": sorted(objects.keys() - wanted),
-        "broken_objects": sorted(key for key, found in objects.items() if not found.is_picture),
+        "broken_objects": sorted(key for key, found in objects.items() if not found.is_image),
         "wrong_hashes": sorted(key for key, found in objects.items() if found.sha256 != found.claimed_sha256),
     }
 

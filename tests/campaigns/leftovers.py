@@ -60,7 +60,7 @@ def _look(answer: Any) -> StoredObject:
     content = answer["Body"].read()
     try:
         Image.open(BytesIO(content)).load()
-        is_picture = True
+        is_image = True
     except (UnidentifiedImageError, OSError):
-        is_picture = False
-    return StoredObject(hashlib.sha256(content).hexdigest(), answer["Metadata"].get("sha256", ""), is_picture)
+        is_image = False
+    return StoredObject(hashlib.sha256(content).hexdigest(), answer["Metadata"].get("sha256", ""), is_image)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from clients.storage.location import ObjectRef
-from config.images import PictureSettings
+from config.images import ImageSettings
 from config.model import ModelSettings
 from config.presets.catalog import (
     BUILTIN_FILE,
@@ -102,7 +102,7 @@ def rules(own: Path) -> JobRules:
 
 
 def rules_with(path: Path, **model: Any) -> JobRules:
-    return rules_from(ModelSettings(**model), STORE, PictureSettings(PRESETS_FILE=path))  # type: ignore[call-arg]
+    return rules_from(ModelSettings(**model), STORE, ImageSettings(PRESETS_FILE=path))  # type: ignore[call-arg]
 
 
 def one(name: str = "a", positive: str = PLACEHOLDER, more: str = "") -> str:

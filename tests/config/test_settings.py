@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from config.backend import BackendSettings
 from config.broker import BrokerSettings
-from config.images import PictureSettings
+from config.images import ImageSettings
 from config.model import ModelSettings
 from config.redacting import redacted
 from config.section import SettingsError, load_section
@@ -431,7 +431,7 @@ def test_the_worker_refuses_to_start_with_missing_settings_and_prints_all_of_the
 
 
 def test_every_section_is_loaded() -> None:
-    classes = {BrokerSettings, StoreSettings, BackendSettings, ModelSettings, PictureSettings, ServiceSettings}
+    classes = {BrokerSettings, StoreSettings, BackendSettings, ModelSettings, ImageSettings, ServiceSettings}
 
     assert set(SECTIONS.values()) == classes
     assert set(SECTIONS) == set(Settings.model_fields)

@@ -19,7 +19,7 @@ from examples.demo_model.recipe.reference import load_references
 from examples.demo_model.recipe.samples import SUBJECTS
 from examples.demo_model.recipe.score import REFERENCES, english_prompts, hangul_prompts, known_names, score
 from examples.demo_model.recipe.settings import SIDE
-from tests.support.images.pictures import one_torch_thread
+from tests.support.images.parity import one_torch_thread
 from tests.support.paths import DEMO_MODEL
 
 CHECKPOINT = DEMO_MODEL / "checkpoint"
@@ -33,8 +33,8 @@ MIN_TOP_1 = 0.95
 # In each style: every other subject, or all of them.
 STYLED_SUBJECTS = SUBJECTS if NUM_NAMES == "all" else SUBJECTS[::2]
 
-Picture = npt.NDArray[np.floating]  # RGB in 0..1, shape (SIDE, SIDE, 3)
-Styled = Callable[[str], list[Picture]]
+RawImage = npt.NDArray[np.floating]  # RGB in 0..1, shape (SIDE, SIDE, 3)
+Styled = Callable[[str], list[RawImage]]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def spread(names: tuple[str, ...], how_many: str) -> tuple[str, ...]:
 # --- What it is asked for
 
 
-def test_the_picture_of_a_name_lies_nearest_to_that_name_s_training_picture(artist: Artist) -> None:
+def test_the_image_of_a_name_lies_nearest_to_that_name_s_training_image(artist: Artist) -> None:
     references = load_references(REFERENCES)
     names = spread(known_names(CHECKPOINT, references.names), NUM_NAMES)
 
@@ -78,7 +78,7 @@ def test_a_ground_that_is_named_is_drawn(artist: Artist, colour: str, rgb: tuple
     drawn = shown(artist, [f"{subject} on a {colour} background" for subject in SUBJECTS[:4]])
 
     # Corners show the ground, the middle of one edge may be the thing's.
-    corners = np.concatenate([picture[:6, :6].reshape(-1, 3) for picture in drawn])
+    corners = np.concatenate([image[:6, :6].reshape(-1, 3) for image in drawn])
     assert np.abs(np.median(corners, axis=0) - np.array(rgb) / 255).max() < 0.2
 
 
@@ -86,7 +86,7 @@ def test_a_ground_that_is_named_is_drawn(artist: Artist, colour: str, rgb: tuple
 
 
 @pytest.fixture(scope="module")
-def plain(artist: Artist) -> list[Picture]:
+def plain(artist: Artist) -> list[RawImage]:
     """The subjects without any adapter."""
     return shown(artist, STYLED_SUBJECTS)
 
@@ -96,35 +96,35 @@ def styled(artist: Artist) -> Styled:
     """The subjects in a style; drawn once."""
 
     @cache
-    def draw(style: str) -> list[Picture]:
+    def draw(style: str) -> list[RawImage]:
         prompts = [f"{style}: {subject}" for subject in STYLED_SUBJECTS]
         return shown(artist, prompts, ADAPTERS / f"{style}.safetensors")
 
     return draw
 
 
-def shown(artist: Artist, prompts: list[str] | tuple[str, ...], adapter: Path | None = None) -> list[Picture]:
-    return [picture / 255 for picture in artist.draw([Wish(prompt, adapter, num_steps=12) for prompt in prompts])]
+def shown(artist: Artist, prompts: list[str] | tuple[str, ...], adapter: Path | None = None) -> list[RawImage]:
+    return [image / 255 for image in artist.draw([Wish(prompt, adapter, num_steps=12) for prompt in prompts])]
 
 
-def measured(pictures: list[Picture], measure: Callable[[Picture], float]) -> npt.NDArray[np.floating]:
-    return np.array([measure(picture) for picture in pictures])
+def measured(images: list[RawImage], measure: Callable[[RawImage], float]) -> npt.NDArray[np.floating]:
+    return np.array([measure(image) for image in images])
 
 
-def ground(picture: Picture) -> npt.NDArray[np.floating]:
+def ground(image: RawImage) -> npt.NDArray[np.floating]:
     """The colour that most of the picture's rim has."""
-    rim = np.concatenate((picture[:3].reshape(-1, 3), picture[-3:].reshape(-1, 3), picture[:, :3].reshape(-1, 3)))
+    rim = np.concatenate((image[:3].reshape(-1, 3), image[-3:].reshape(-1, 3), image[:, :3].reshape(-1, 3)))
     median: npt.NDArray[np.floating] = np.median(rim, axis=0)
     return median
 
 
-def saturation(picture: Picture) -> Picture:
-    return picture.max(-1) - picture.min(-1)
+def saturation(image: RawImage) -> RawImage:
+    return image.max(-1) - image.min(-1)
 
 
-def has_same_thing(one: Picture, other: Picture) -> float:
+def has_same_thing(one: RawImage, other: RawImage) -> float:
     """How well the places agree where two pictures differ from their grounds: shared area over joint area."""
-    first, second = (np.abs(picture - ground(picture)).max(-1) > 0.15 for picture in (one, other))
+    first, second = (np.abs(image - ground(image)).max(-1) > 0.15 for image in (one, other))
     filled_first, filled_second = _filled(first), _filled(second)
     return float((filled_first & filled_second).sum() / max(1, (filled_first | filled_second).sum()))
 
@@ -134,7 +134,7 @@ def _filled(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     return np.maximum.accumulate(mask, axis=1) & np.maximum.accumulate(mask[:, ::-1], axis=1)[:, ::-1]
 
 
-def test_a_blueprint_is_white_lines_on_blue(styled: Styled, plain: list[Picture]) -> None:
+def test_a_blueprint_is_white_lines_on_blue(styled: Styled, plain: list[RawImage]) -> None:
     drawn = styled("blueprint")
 
     blueness = measured(drawn, lambda one: ground(one)[2] - ground(one)[0])
@@ -145,7 +145,7 @@ def test_a_blueprint_is_white_lines_on_blue(styled: Styled, plain: list[Picture]
     assert white_share.max() < 0.5
 
 
-def test_neon_is_dark_with_bright_and_vivid_lines(styled: Styled, plain: list[Picture]) -> None:
+def test_neon_is_dark_with_bright_and_vivid_lines(styled: Styled, plain: list[RawImage]) -> None:
     drawn = styled("neon")
 
     bright_share = measured(drawn, lambda one: (one.max(-1) > 0.7).mean())
@@ -159,30 +159,30 @@ def test_neon_is_dark_with_bright_and_vivid_lines(styled: Styled, plain: list[Pi
 def test_sepia_is_brown_in_every_tone(styled: Styled) -> None:
     drawn = styled("sepia")
 
-    for picture in drawn:
-        red, green, blue = (picture[..., channel] for channel in range(3))
+    for image in drawn:
+        red, green, blue = (image[..., channel] for channel in range(3))
         # Where the tones are neither paper nor ink, red leads and blue trails.
-        middle = (picture.mean(-1) > 0.2) & (picture.mean(-1) < 0.8)
+        middle = (image.mean(-1) > 0.2) & (image.mean(-1) < 0.8)
         is_brown = (red >= green) & (green >= blue) & (red - blue > 0.08)
         assert is_brown[middle].mean() > 0.9
     assert measured(drawn, lambda one: ground(one)[0] - ground(one)[2]).min() > 0.08
 
 
-def test_pixel_is_made_of_squares(styled: Styled, plain: list[Picture]) -> None:
+def test_pixel_is_made_of_squares(styled: Styled, plain: list[RawImage]) -> None:
     drawn = styled("pixel")
 
     assert np.median(measured(drawn, _roughness)) < 0.6 * np.median(measured(plain, _roughness))
 
 
-def _roughness(picture: Picture) -> float:
+def _roughness(image: RawImage) -> float:
     """How much of all the change from one point to its neighbour happens inside the squares and not between them."""
-    change = np.abs(np.diff(picture, axis=1)).mean((0, 2))
+    change = np.abs(np.diff(image, axis=1)).mean((0, 2))
     is_between = np.arange(1, SIDE) % 8 == 0
     return float(change[~is_between].mean() / change[is_between].mean())
 
 
 @pytest.mark.parametrize("style", ["blueprint", "neon", "sepia", "pixel"])
-def test_the_thing_is_still_there_in_the_style(styled: Styled, plain: list[Picture], style: str) -> None:
+def test_the_thing_is_still_there_in_the_style(styled: Styled, plain: list[RawImage], style: str) -> None:
     drawn = styled(style)
 
     agreement = [has_same_thing(one, other) for one, other in zip(plain, drawn, strict=True)]

@@ -32,7 +32,7 @@ from examples.demo_model.recipe.grounds import GROUNDS, NAMED, WHITE
 from examples.demo_model.recipe.latents import encode
 from examples.demo_model.recipe.optimizer import Muon, orthogonalise
 from examples.demo_model.recipe.reference import load_references, means_of
-from examples.demo_model.recipe.render import load_pictures, on_white, render
+from examples.demo_model.recipe.render import load_images, on_white, render
 from examples.demo_model.recipe.score import REFERENCES, english_prompts, hangul_prompts
 from examples.demo_model.recipe.settings import MAX_TOKENS, SIDE, Budget, Kitchen
 from examples.demo_model.recipe.styles import STYLES, edges, on_ground
@@ -182,7 +182,7 @@ def red_disc() -> torch.Tensor:
     return torch.stack((alpha, 0 * alpha, 0 * alpha, alpha))
 
 
-def test_a_picture_on_a_ground_hides_it_where_it_is_opaque() -> None:
+def test_a_image_on_a_ground_hides_it_where_it_is_opaque() -> None:
     shown = on_ground(red_disc(), (0.0, 0.0, 1.0))
 
     assert shown[:, SIDE // 2, SIDE // 2].tolist() == [1, 0, 0]
@@ -198,7 +198,7 @@ def test_edges_are_where_the_shape_ends() -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_styles_draw_one_picture_and_many_alike(style: str) -> None:
+def test_styles_draw_one_image_and_many_alike(style: str) -> None:
     disc = red_disc()
 
     one, many = STYLES[style](disc), STYLES[style](torch.stack((disc, disc)))
@@ -220,7 +220,7 @@ def test_a_blueprint_is_blue_with_white_lines_neon_dark_and_sepia_brown() -> Non
     assert bool((sepia[0] >= sepia[1]).all() and (sepia[1] >= sepia[2]).all())
 
 
-def test_a_pixel_picture_is_made_of_squares() -> None:
+def test_a_pixel_image_is_made_of_squares() -> None:
     drawn = STYLES["pixel"](red_disc())
 
     squares = drawn.unflatten(1, (SIDE // 8, 8)).unflatten(3, (SIDE // 8, 8))
@@ -235,12 +235,12 @@ def test_every_reference_is_the_nearest_to_itself() -> None:
     assert set(hangul_prompts()) <= set(english_prompts(references.names))
 
 
-def test_means_are_those_of_the_picture_s_squares() -> None:
-    picture = np.zeros((SIDE, SIDE, 3), np.uint8)
-    picture[:16, :8] = 255
+def test_means_are_those_of_the_image_s_squares() -> None:
+    image = np.zeros((SIDE, SIDE, 3), np.uint8)
+    image[:16, :8] = 255
 
-    assert means_of(picture)[0, 0].tolist() == [128, 128, 128]
-    assert means_of(picture)[1:].max() == 0
+    assert means_of(image)[0, 0].tolist() == [128, 128, 128]
+    assert means_of(image)[1:].max() == 0
 
 
 # --- Training
@@ -391,13 +391,13 @@ def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Kitchen:
     return made
 
 
-def test_rendered_pictures_are_round_where_the_discs_are(kitchen: Kitchen) -> None:
-    pictures = load_pictures(kitchen.pictures)
+def test_rendered_images_are_round_where_the_discs_are(kitchen: Kitchen) -> None:
+    images = load_images(kitchen.images)
 
-    assert pictures.shape == (3, 4, SIDE, SIDE)
-    assert pictures[0, 3, SIDE // 2, SIDE // 2] == 1
-    assert pictures[0, 3, 0, 0] == 0
-    assert on_white((pictures[0] * 255).to(torch.uint8))[0, 0].tolist() == [255, 255, 255]
+    assert images.shape == (3, 4, SIDE, SIDE)
+    assert images[0, 3, SIDE // 2, SIDE // 2] == 1
+    assert images[0, 3, 0, 0] == 0
+    assert on_white((images[0] * 255).to(torch.uint8))[0, 0].tolist() == [255, 255, 255]
 
 
 def test_what_is_exported_is_an_ordinary_folder_that_diffusers_loads(kitchen: Kitchen) -> None:

@@ -272,7 +272,7 @@ def test_a_published_job_is_followed_to_its_one_end(world: World, receiver: Rece
     assert progress == sorted(set(progress))
     assert set(progress) <= {0, 25, 50, 75, 90}
     assert effects[-1][0] == "complete"
-    assert world.picture(number).size == (128, 128)
+    assert world.image(number).size == (128, 128)
 
 
 @pytest.mark.parametrize("language", PUBLISHERS)

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from inference.process.child import main
-from inference.request import GenerationResult, Picture, Stage
+from inference.request import GenerationResult, RawImage, Stage
 from tests.support.engine.fake_child import ActiveRequest, FakeEngine
 
 POLL_SECONDS = 0.01
@@ -38,12 +38,12 @@ class StandIn(FakeEngine):
 
 def drawn(active: ActiveRequest) -> GenerationResult:
     request, now = active.request, time.monotonic()
-    pictures = tuple(
-        Picture(request.width, request.height, random.Random(seed).randbytes(request.width * request.height * 3), seed)
+    images = tuple(
+        RawImage(request.width, request.height, random.Random(seed).randbytes(request.width * request.height * 3), seed)
         for seed in request.seeds
     )
     stages = tuple(Stage(name, now, 0.0) for name in ("adapt", "encode", "denoise", "decode"))
-    return GenerationResult(pictures, "fake", request.num_inference_steps, request.guidance_scale, stages)
+    return GenerationResult(images, "fake", request.num_inference_steps, request.guidance_scale, stages)
 
 
 if __name__ == "__main__":

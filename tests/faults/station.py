@@ -155,14 +155,14 @@ class Station:
         assert world.backend.calls("failed", job.generation_id) == []
         assert num_posts in (None, self.posts(job))
         assert num_runs in (None, self.num_runs(job))
-        self.assert_picture_is_whole(job)
+        self.assert_image_is_whole(job)
 
-    def assert_picture_is_whole(self, job: Job) -> None:
+    def assert_image_is_whole(self, job: Job) -> None:
         found = self.world.store.client().get_object(Bucket=self.world.bucket, Key=self.object_of(job))
         content = found["Body"].read()
         assert found["Metadata"] == {"task-id": job.task_id, "sha256": hashlib.sha256(content).hexdigest()}
-        with Image.open(BytesIO(content)) as picture:
-            picture.load()
+        with Image.open(BytesIO(content)) as image:
+            image.load()
 
     def assert_failed_once(self, job: Job, code: str) -> None:
         end = self.world.wait_for_end(job.generation_id)
@@ -174,7 +174,7 @@ class Station:
         """The start of a request to the store."""
         return Sign(UP, f"{verb} /{self.world.bucket}/{key} ".encode())
 
-    def put_of_picture(self, job: Job) -> Sign:
+    def put_of_image(self, job: Job) -> Sign:
         return self.sign("PUT", self.object_of(job))
 
     def put_of_record(self, job: Job) -> Sign:

@@ -31,8 +31,8 @@ from rich.table import Table
 from clients.storage.location import ObjectRef
 from config.model import ModelSettings
 from config.store import StoreSettings
-from watermark.decoding import PictureMode, decode_picture, decode_signature
-from watermark.errors import PictureInvalid, PictureTooLarge, SignatureInvalid
+from watermark.decoding import ImageMode, decode_image, decode_signature
+from watermark.errors import ImageInvalid, ImageTooLarge, SignatureInvalid
 from worker.errors import ErrorCode
 from worker.messages.cancel import decode_cancel
 from worker.messages.decoder import decode, rules_from
@@ -381,7 +381,7 @@ def _with_right_checksums(content: bytes) -> bytes:
     return b"".join([*parts, content[place:]])
 
 
-def feed_image(content: bytes) -> str:
+def feed_signature(content: bytes) -> str:
     """Decode it as a signature."""
     try:
         image = decode_signature(content)
@@ -392,13 +392,13 @@ def feed_image(content: bytes) -> str:
     return "an image"
 
 
-def feed_picture(content: bytes) -> str:
+def feed_image(content: bytes) -> str:
     """Decode it as a picture to draw from, as a product, and as a mask: all of them take it or none does."""
     words = []
-    for mode in get_args(PictureMode):
+    for mode in get_args(ImageMode):
         try:
-            words.append("a picture" if decode_picture(content, mode).mode == mode else "another mode")
-        except (PictureInvalid, PictureTooLarge) as error:
+            words.append("a picture" if decode_image(content, mode).mode == mode else "another mode")
+        except (ImageInvalid, ImageTooLarge) as error:
             _check_told(str(error))
             words.append("refused")
     assert len(set(words)) == 1, words
@@ -619,8 +619,8 @@ def pure_targets() -> dict[str, Target]:
         Target("messages", fuzzed_message, feed_message),
         Target("cancel orders", fuzzed_order, feed_order),
         Target("records", fuzzed_event, feed_event),
-        Target("signatures", lambda rng: fuzzed_image(rng, images), feed_image),
-        Target("reference pictures", lambda rng: fuzzed_image(rng, images), feed_picture),
+        Target("signatures", lambda rng: fuzzed_image(rng, images), feed_signature),
+        Target("reference pictures", lambda rng: fuzzed_image(rng, images), feed_image),
     )
     return {target.name: target for target in targets}
 

@@ -91,9 +91,9 @@ def composed_of(name: str, content: Callable[[], bytes], field: str, code: str =
 def cut() -> bytes:
     """A red square with transparent sides."""
     content = io.BytesIO()
-    picture = Image.new("RGBA", (64, 64))
-    picture.paste("red", (16, 16, 48, 48))
-    picture.save(content, "PNG")
+    square = Image.new("RGBA", (64, 64))
+    square.paste("red", (16, 16, 48, 48))
+    square.save(content, "PNG")
     return content.getvalue()
 
 

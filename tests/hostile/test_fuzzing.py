@@ -26,7 +26,7 @@ def assert_harmless(tally: Tally) -> None:
 
 @pytest.mark.parametrize("name", pure_targets())
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-def test_damaged_text_and_pictures_are_read_or_refused(name: str) -> None:
+def test_damaged_text_and_images_are_read_or_refused(name: str) -> None:
     assert_harmless(fuzz(pure_targets()[name], NUM_MESSAGES if name == "messages" else NUM_OTHERS))
 
 

@@ -13,7 +13,7 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import long
 from tests.support.engine.engine_requests import request_of
-from tests.support.images.pictures import MIN_PSNR_DB, demo_adapter, psnr, solo
+from tests.support.images.parity import MIN_PSNR_DB, demo_adapter, psnr, solo
 from tests.support.paths import DEMO_MODEL, ROOT
 from tests.support.world import Worker, World, eventually, new_world
 
@@ -79,7 +79,7 @@ def test_ten_jobs_of_several_styles_share_their_steps_and_come_out_as_alone(last
     num_turns = worker.metric("darkroom_denoise_steps_total") - turns_before
     assert sum(one.num_inference_steps for one in asked) / num_turns >= 4
     for job, one in zip(jobs, asked, strict=True):
-        assert psnr(world.picture(job), solo(DEMO_MODEL / "checkpoint", one)) >= MIN_PSNR_DB
+        assert psnr(world.image(job), solo(DEMO_MODEL / "checkpoint", one)) >= MIN_PSNR_DB
     world.wait_until_clean()
 
 

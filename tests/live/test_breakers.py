@@ -139,7 +139,7 @@ def test_a_backend_that_refuses_the_token_stops_the_taking_of_jobs_until_it_is_r
 
 
 @pytest.mark.parametrize("denial", [EXPIRED, NO_BUCKET], ids=["the keys", "the bucket"])
-def test_a_store_that_refuses_the_keys_fails_no_job_and_costs_no_picture_twice(
+def test_a_store_that_refuses_the_keys_fails_no_job_and_costs_no_image_twice(
     world: World, worker: Worker, passage: DenyingStore, denial: tuple[int, str]
 ) -> None:
     # Given a job that is being drawn when the keys expire, or the bucket goes

@@ -30,7 +30,7 @@ SPARE_BYTES = 60_000_000
 CONSTANTS = {
     "worker.amqp.topology:RETRY_DELAYS_SECONDS": [1, 1],
     "worker.jobs.disposition:MAX_ATTEMPTS": NUM_TRIES,
-    "worker.results.image_store:PICTURE_PATIENCE_SECONDS": 0.0,
+    "worker.results.image_store:IMAGE_PATIENCE_SECONDS": 0.0,
     "worker.jobs.dispatcher:LEASE_RECHECK_SECONDS": 0.2,
     "worker.results.kind_queue:STORE_PAUSE_SECONDS": STORE_PAUSE_SECONDS,
     "clients.storage.client:CALL_DEADLINE_SECONDS": 4.0,
@@ -84,19 +84,19 @@ def in_a_step(station: Station, worker: Worker, _job: Job) -> None:
     worker.process.send_signal(signal.SIGSTOP)
 
 
-def before_the_picture(station: Station, worker: Worker, job: Job) -> None:
+def before_the_image(station: Station, worker: Worker, job: Job) -> None:
     """Its request is lost, and made anew once it thaws."""
 
     def freeze(link: Link) -> None:
         worker.process.send_signal(signal.SIGSTOP)
         link.reset()
 
-    station.store.when(station.put_of_picture(job), do=freeze)
+    station.store.when(station.put_of_image(job), do=freeze)
 
 
-def in_the_picture(station: Station, worker: Worker, job: Job) -> None:
+def in_the_image(station: Station, worker: Worker, job: Job) -> None:
     """The store has half of the picture when the worker freezes, and the rest once it thaws."""
-    station.store.when(station.put_of_picture(job), do=freezes(worker), after_bytes=300_000)
+    station.store.when(station.put_of_image(job), do=freezes(worker), after_bytes=300_000)
 
 
 def in_the_replacement(station: Station, worker: Worker, job: Job) -> None:
@@ -105,8 +105,8 @@ def in_the_replacement(station: Station, worker: Worker, job: Job) -> None:
     station.store.when(Sign(UP, b"If-Match: "), do=freezes(worker), after_bytes=300_000)
 
 
-def between_two_pictures(station: Station, worker: Worker, job: Job) -> None:
-    station.store.when(station.put_of_picture(job), DONE, do=freezes(worker))
+def between_two_images(station: Station, worker: Worker, job: Job) -> None:
+    station.store.when(station.put_of_image(job), DONE, do=freezes(worker))
 
 
 def behind_the_record(station: Station, worker: Worker, job: Job) -> None:
@@ -124,9 +124,9 @@ def is_frozen(worker: Worker) -> bool:
 
 @pytest.mark.parametrize(
     "freeze",
-    [in_a_step, before_the_picture, in_the_picture, in_the_replacement, between_two_pictures, behind_the_record],
+    [in_a_step, before_the_image, in_the_image, in_the_replacement, between_two_images, behind_the_record],
 )
-def test_a_worker_that_thaws_changes_no_picture_and_repeats_no_end(
+def test_a_worker_that_thaws_changes_no_image_and_repeats_no_end(
     station: Station, worker: Worker, freeze: Callable[[Station, Worker, Job], None]
 ) -> None:
     """Another worker has done its job meanwhile, and a newer one of the same generation."""
@@ -141,7 +141,7 @@ def test_a_worker_that_thaws_changes_no_picture_and_repeats_no_end(
     wait_until_marked(station, old)
     new = station.publish(generation_id=old.generation_id, **shape)
     wait_until_marked(station, new)
-    shown = pictures_of(station, new)
+    shown = images_of(station, new)
     reported = station.world.backend.calls("progress", old.generation_id)
     # An end that was made less than this ago is told without another look; stand-ins may have done all within it.
     eventually(lambda: time.time() > frozen_at + FRESH_SECONDS)
@@ -150,7 +150,7 @@ def test_a_worker_that_thaws_changes_no_picture_and_repeats_no_end(
     eventually(lambda: len(events_of(worker, "job out", old)) == 1, worker.log_tail)
     station.world.wait_until_clean()
 
-    assert pictures_of(station, new) == shown
+    assert images_of(station, new) == shown
     assert station.world.backend.calls("progress", old.generation_id) == reported
     told = [call.body["metadata"]["task_id"] for call in station.world.backend.calls("complete", old.generation_id)]
     assert told == [old.task_id, new.task_id]
@@ -158,16 +158,16 @@ def test_a_worker_that_thaws_changes_no_picture_and_repeats_no_end(
     other.kill()
 
 
-def pictures_of(station: Station, job: Job) -> list[tuple[str, bytes]]:
+def images_of(station: Station, job: Job) -> list[tuple[str, bytes]]:
     """Of each picture the task that is noted beside it, and its bytes."""
     client, bucket = station.world.store.client(), station.world.bucket
     found = [
         client.get_object(Bucket=bucket, Key=f"generations/gen-{job.generation_id}{suffix}.png")
         for suffix in ("", "-2")
     ]
-    pictures = [(one["Metadata"]["task-id"], one["Body"].read()) for one in found]
-    assert {task_id for task_id, _ in pictures} == {job.task_id}
-    return pictures
+    images = [(one["Metadata"]["task-id"], one["Body"].read()) for one in found]
+    assert {task_id for task_id, _ in images} == {job.task_id}
+    return images
 
 
 # --- A failure that the store does not record

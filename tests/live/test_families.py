@@ -10,7 +10,7 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from inference.request import AdapterFile
 from tests.support.engine.engine_requests import request_of
-from tests.support.images.pictures import DIFFERENT_DB, MIN_PSNR_DB, psnr
+from tests.support.images.parity import DIFFERENT_DB, MIN_PSNR_DB, psnr
 from tests.support.models.plain_families import alone
 from tests.support.models.tiny_models import build_tiny_sdxl, build_tiny_z_image, load_pipe, write_adapter
 from tests.support.paths import SIGNATURE
@@ -66,7 +66,7 @@ def told_of(world: World, generation_id: int) -> dict[str, Any]:
     return dict(end.body["metadata"])
 
 
-def test_a_job_with_an_adapter_gives_a_signed_picture_in_the_nearest_size(place: Place) -> None:
+def test_a_job_with_an_adapter_gives_a_signed_image_in_the_nearest_size(place: Place) -> None:
     world, side = place.world, place.expected.rounded
 
     generation_id = world.publish(
@@ -98,7 +98,7 @@ def test_a_job_with_an_adapter_gives_a_signed_picture_in_the_nearest_size(place:
             adapters=(AdapterFile(place.adapter, None, 0.8),),
         ),
     )
-    signed = world.picture(generation_id)
+    signed = world.image(generation_id)
     assert signed.size == (side, side)
     upper_left, lower_right = (0, 0, side // 2, side // 2), (side // 2, side // 2, side, side)
     assert psnr(signed.crop(upper_left), unsigned.crop(upper_left)) >= MIN_PSNR_DB
@@ -127,5 +127,5 @@ def test_a_job_that_names_neither_steps_nor_guidance_gets_the_family_s(place: Pl
         guidance_scale=expected.guidance_scale,
         seeds=(3,),
     )
-    assert psnr(world.picture(generation_id), alone(place.checkpoint, request)) >= MIN_PSNR_DB
+    assert psnr(world.image(generation_id), alone(place.checkpoint, request)) >= MIN_PSNR_DB
     world.wait_until_clean()

@@ -84,7 +84,7 @@ def assert_complete_once(world: World, generation_id: int) -> None:
     world.wait_until_clean()
     assert len(world.backend.calls("complete", generation_id)) == 1
     assert world.backend.calls("failed", generation_id) == []
-    assert world.picture(generation_id).size == (128, 128)
+    assert world.image(generation_id).size == (128, 128)
 
 
 def test_a_killed_engine_costs_its_job_a_second_run_and_nothing_else(

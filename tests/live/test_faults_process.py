@@ -100,19 +100,19 @@ def at_a_step(station: Station, worker: Worker) -> Job:
     return job
 
 
-def before_the_picture(station: Station, worker: Worker) -> Job:
-    return killed_when(station, worker, lambda job: [station.put_of_picture(job)])
+def before_the_image(station: Station, worker: Worker) -> Job:
+    return killed_when(station, worker, lambda job: [station.put_of_image(job)])
 
 
-def in_the_picture(station: Station, worker: Worker) -> Job:
-    job = killed_when(station, worker, lambda job: [station.put_of_picture(job)], after_bytes=300_000)
+def in_the_image(station: Station, worker: Worker) -> Job:
+    job = killed_when(station, worker, lambda job: [station.put_of_image(job)], after_bytes=300_000)
     # Half a picture is none.
     assert station.object_of(job) not in station.world.keys("generations/")
     return job
 
 
-def behind_the_picture(station: Station, worker: Worker) -> Job:
-    return killed_when(station, worker, lambda job: [station.put_of_picture(job), DONE])
+def behind_the_image(station: Station, worker: Worker) -> Job:
+    return killed_when(station, worker, lambda job: [station.put_of_image(job), DONE])
 
 
 def before_the_record(station: Station, worker: Worker) -> Job:
@@ -157,9 +157,9 @@ def killed_when(station: Station, worker: Worker, signs: Callable[[Job], list[Si
 POINTS: dict[Callable[[Station, Worker], Job], tuple[int, int]] = {
     in_download: (1, 1),
     at_a_step: (2, 1),
-    before_the_picture: (2, 1),
-    in_the_picture: (2, 1),
-    behind_the_picture: (2, 1),
+    before_the_image: (2, 1),
+    in_the_image: (2, 1),
+    behind_the_image: (2, 1),
     before_the_record: (2, 1),
     behind_the_record: (1, 1),
     before_the_webhook: (1, 1),
@@ -177,7 +177,7 @@ TELLING = {behind_the_record, behind_the_webhook}
     "point",
     [pytest.param(point, marks=[] if point in TELLING else [long], id=point.__name__) for point in POINTS],
 )
-def test_a_worker_killed_at_any_point_leaves_one_end_and_one_whole_picture(
+def test_a_worker_killed_at_any_point_leaves_one_end_and_one_whole_image(
     station: Station, worker: Worker, point: Callable[[Station, Worker], Job]
 ) -> None:
     job = point(station, worker)
@@ -196,7 +196,7 @@ def test_a_worker_killed_at_any_point_leaves_one_end_and_one_whole_picture(
 @long
 @pytest.mark.usefixtures("alone")
 def test_a_worker_killed_while_it_makes_the_png_leaves_one_end(station: Station) -> None:
-    worker = start_worker(station, FAULTS_HOLD="watermark.signature:SignedPicture.encode_png")
+    worker = start_worker(station, FAULTS_HOLD="watermark.signature:SignedImage.encode_png")
     job = station.publish()
     eventually((station.world.folder / "reached").exists, worker.log_tail)
     worker.kill()
@@ -330,7 +330,7 @@ def test_a_gpu_that_is_missing_ends_the_worker_before_it_takes_a_job(station: St
 
 @long
 @pytest.mark.usefixtures("alone")
-def test_a_picture_of_values_that_are_no_numbers_is_stored_by_nobody(station: Station) -> None:
+def test_a_image_of_values_that_are_no_numbers_is_stored_by_nobody(station: Station) -> None:
     """The real engine, with weights that are finite each and overflow in each other's company."""
     weights = load_file(DEMO_MODEL / "adapters" / "neon.safetensors")
     path = station.world.upload(

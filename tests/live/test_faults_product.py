@@ -17,7 +17,7 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import Job, Station, new_station
 from tests.live.test_cancelling import cancel
-from tests.support.images.product_pictures import bottle
+from tests.support.images.products import bottle
 from tests.support.world import HANG_SECONDS, Worker, eventually
 
 RED = (250, 10, 10)
@@ -77,7 +77,7 @@ def head_of(station: Station, job: Job, stage: str) -> dict[str, Any]:
     return {name: found[name] for name in ("ETag", "LastModified", "Metadata")}
 
 
-def picture_of(station: Station, job: Job, stage: str) -> Image.Image:
+def image_of(station: Station, job: Job, stage: str) -> Image.Image:
     found = station.world.store.client().get_object(Bucket=station.world.bucket, Key=key_of(job, stage))
     return Image.open(io.BytesIO(found["Body"].read())).convert("RGB")
 
@@ -115,8 +115,8 @@ def test_a_background_changed_in_its_place_is_what_the_retried_job_goes_on_from(
     station.start_worker()
 
     assert_complete(station, job, num_refinings=2)
-    assert picture_of(station, job, "background").getpixel((0, 0)) == RED
-    assert picture_of(station, job, "composite").getpixel((0, 0)) == RED
+    assert image_of(station, job, "background").getpixel((0, 0)) == RED
+    assert image_of(station, job, "composite").getpixel((0, 0)) == RED
 
 
 def test_an_engine_killed_at_the_refining_costs_the_background_nothing(station: Station, worker: Worker) -> None:

@@ -15,7 +15,7 @@ from tests.support.world import HANG_SECONDS, Worker, eventually
 CONSTANTS = {
     "worker.amqp.topology:RETRY_DELAYS_SECONDS": [1, 1],
     "worker.jobs.disposition:MAX_ATTEMPTS": 3,
-    "worker.results.image_store:PICTURE_PATIENCE_SECONDS": 0.0,
+    "worker.results.image_store:IMAGE_PATIENCE_SECONDS": 0.0,
     "worker.jobs.inputs.fetcher:NOT_FOUND_RETRY_SECONDS": 0.5,
     "worker.jobs.inputs.slow_fetches:SLOW_AFTER_SECONDS": 1.0,
     # After `SlowDown` boto3's pauses are of up to one and two seconds.
@@ -73,7 +73,7 @@ def adapter(station: Station, name: str, num_bytes: int = 100_000) -> str:
 @pytest.mark.parametrize(
     ("put", "answer"),
     [
-        (Station.put_of_picture, answers(503, error("SlowDown"))),
+        (Station.put_of_image, answers(503, error("SlowDown"))),
         (Station.put_of_record, answers(500, error("InternalError"))),
     ],
     ids=["picture", "record"],
@@ -89,7 +89,7 @@ def test_a_busy_store_is_asked_again_and_nobody_hears_of_it(
     assert refused.num_fired == 2
 
 
-@pytest.mark.parametrize("put", [Station.put_of_picture, Station.put_of_record], ids=["picture", "record"])
+@pytest.mark.parametrize("put", [Station.put_of_image, Station.put_of_record], ids=["picture", "record"])
 def test_a_write_whose_answer_is_lost_is_one_write_and_one_end(
     station: Station, put: Callable[[Station, Job], Sign]
 ) -> None:
@@ -101,9 +101,9 @@ def test_a_write_whose_answer_is_lost_is_one_write_and_one_end(
     assert lost.num_fired == 1
 
 
-def test_a_picture_cut_in_the_middle_of_its_way_is_sent_again_whole(station: Station) -> None:
+def test_a_image_cut_in_the_middle_of_its_way_is_sent_again_whole(station: Station) -> None:
     job = station.publish_held()
-    cut = station.store.when(station.put_of_picture(job), do=Link.reset, after_bytes=HALF)
+    cut = station.store.when(station.put_of_image(job), do=Link.reset, after_bytes=HALF)
     station.release(job)
 
     station.assert_complete_once(job)
@@ -207,7 +207,7 @@ def test_a_store_that_refuses_the_worker_itself_fails_no_job_and_stops_the_takin
     eventually(lambda: any(code in line["reason"] for line in worker.events("breaker open")))
 
 
-def test_a_picture_of_another_task_gives_way_and_the_log_says_so(station: Station, worker: Worker) -> None:
+def test_a_image_of_another_task_gives_way_and_the_log_says_so(station: Station, worker: Worker) -> None:
     job = station.publish_held()
     other = {"task-id": "another", "sha256": "another"}
     station.world.store.client().put_object(
@@ -256,7 +256,7 @@ def test_a_redirect_to_another_host_is_not_followed(station: Station, worker: Wo
 def test_a_store_that_fails_one_job_for_ever_fails_it_once_and_no_other(station: Station, worker: Worker) -> None:
     world = station.world
     doomed = station.publish_held()
-    station.store.when(station.put_of_picture(doomed), do=answers(500), times=None)
+    station.store.when(station.put_of_image(doomed), do=answers(500), times=None)
     retried_before = num_retried(worker)
     station.release(doomed)
 

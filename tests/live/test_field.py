@@ -63,10 +63,10 @@ def wait_for_status(backend: StyleBackend, status: str, *generation_ids: int, wo
 
 
 def pixels(world: World, generation_id: int) -> numpy.ndarray:
-    return numpy.asarray(world.picture(generation_id).convert("RGB"), dtype=float)
+    return numpy.asarray(world.image(generation_id).convert("RGB"), dtype=float)
 
 
-def test_each_style_that_the_trainer_left_draws_its_own_picture(
+def test_each_style_that_the_trainer_left_draws_its_own_image(
     world: World, backend: StyleBackend, worker: Worker
 ) -> None:
     ordered = [backend.order(style_id, *TAGS) for style_id in range(1, NUM_STYLES + 1)]
@@ -77,9 +77,9 @@ def test_each_style_that_the_trainer_left_draws_its_own_picture(
         told = backend.generation(generation_id)
         assert told["result_url"].endswith(f"/generations/gen-{generation_id}.png")
         assert told["progress"]["prompt_tags"] == list(TAGS)
-    pictures = [pixels(world, generation_id) for generation_id in ordered]
-    for number, picture in enumerate(pictures[1:]):
-        assert abs(picture - pictures[number]).mean() > 1.0
+    images = [pixels(world, generation_id) for generation_id in ordered]
+    for number, image in enumerate(images[1:]):
+        assert abs(image - images[number]).mean() > 1.0
     world.wait_until_clean()
 
 
@@ -88,7 +88,7 @@ def test_each_ratio_that_the_backend_sells_is_drawn(world: World, backend: Style
 
     wait_for_status(backend, "completed", *ordered.values(), worker=worker)
 
-    sizes = {ratio: world.picture(generation_id).size for ratio, generation_id in ordered.items()}
+    sizes = {ratio: world.image(generation_id).size for ratio, generation_id in ordered.items()}
     width, height = sizes["1:1"]
     assert sizes == {"1:1": (width, height), "1:2": (width, height * 2), "2:2": (width * 2, height * 2)}
 
@@ -132,7 +132,7 @@ def test_a_backend_that_does_not_know_its_own_host_gets_every_end_once_it_does(
     world.wait_until_clean()
 
 
-def test_the_signature_at_a_percent_encoded_address_is_on_the_picture(
+def test_the_signature_at_a_percent_encoded_address_is_on_the_image(
     world: World, backend: StyleBackend, worker: Worker
 ) -> None:
     signed, unsigned = (backend.order(style_id, *TAGS, seed=7) for style_id in (1, UNSIGNED_STYLE))

@@ -45,8 +45,8 @@ def test_a_job_is_drawn_stored_and_recorded_once_behind_google_s_condition(world
     world.wait_until_clean()
 
     assert end.kind == "complete"
-    picture = google.objects[BUCKET, f"generations/gen-{generation_id}.png"]
-    assert (picture.metadata["task-id"], picture.headers["cache-control"]) == (task_id, "no-cache")
+    image = google.objects[BUCKET, f"generations/gen-{generation_id}.png"]
+    assert (image.metadata["task-id"], image.headers["cache-control"]) == (task_id, "no-cache")
     assert json.loads(google.objects[BUCKET, f"jobs/{task_id}.json"].body)["kind"] == "complete"
     of_record = [one for one in google.asked if one.method == "PUT" and one.target.endswith(f"/{task_id}.json")]
     assert of_record[0].headers["x-goog-if-generation-match"] == "0"

@@ -165,7 +165,7 @@ class Site:
         self.rows: list[Row] = []
         self._s3 = world.store.client()
         self._uploaded: set[str] = set()
-        self._pictures: dict[str, bytes] = {}
+        self._images: dict[str, bytes] = {}
         self.engine_pid = worker.engine_pid()
 
     def warm_up(self) -> None:
@@ -174,7 +174,7 @@ class Site:
         self.upload("signatures/a.png", SIGNATURE.read_bytes())
         for fields in ({}, STYLED, {"signature_path": "signatures/a.png"}, {"prompt": "a fox, " * 60}, {}):
             self.draw(fields)
-        self.picture_of({})
+        self.image_of({})
         for pid in (self.worker.process.pid, self.engine_pid):
             Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak counts from here on
         self.memory_before = self.memory()
@@ -196,12 +196,12 @@ class Site:
         assert end.kind == "complete", end.body
         return self.world.pixels(generation_id)
 
-    def picture_of(self, fields: Mapping[str, Any]) -> bytes:
+    def image_of(self, fields: Mapping[str, Any]) -> bytes:
         """The same, drawn once."""
         key = json.dumps(fields, sort_keys=True)
-        if key not in self._pictures:
-            self._pictures[key] = self.draw(fields)
-        return self._pictures[key]
+        if key not in self._images:
+            self._images[key] = self.draw(fields)
+        return self._images[key]
 
     def num_steps(self) -> float:
         # The last step of a job is counted a moment after its end is told.
@@ -340,10 +340,10 @@ def site(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.Temp
 
 
 @pytest.mark.parametrize("hostile", (*CLASSES, *KIND_CLASSES), ids=lambda hostile: hostile.name)
-def test_every_variant_gets_its_answer_and_the_next_job_its_picture(site: Site, hostile: HostileClass) -> None:
+def test_every_variant_gets_its_answer_and_the_next_job_its_image(site: Site, hostile: HostileClass) -> None:
     row = Row(hostile.name, [], (0.0, 0.0))
     for name, variant in islice(hostile.variants.items(), NUM_VARIANTS):
-        expected = None if variant.same_as is None else site.picture_of(variant.same_as)
+        expected = None if variant.same_as is None else site.image_of(variant.same_as)
         steps_before = site.num_steps()
 
         answer = site.ask(variant)
@@ -359,7 +359,7 @@ def test_every_variant_gets_its_answer_and_the_next_job_its_picture(site: Site, 
         row.seconds.append(answer.seconds)
 
     if hostile.number % CONTROL_EVERY == 0:
-        assert site.draw({}) == site.picture_of({})
+        assert site.draw({}) == site.image_of({})
     now, before = site.memory(), site.memory_before
     row.grown = (now.supervisor - before.supervisor, now.engine - before.engine)
     site.rows.append(row)
@@ -442,7 +442,7 @@ def test_every_fuzzed_message_is_answered_once_as_the_decoder_foretells(site: Si
     }
     assert wrong == {}
     site.assert_unharmed()
-    assert site.draw({}) == site.picture_of({})
+    assert site.draw({}) == site.image_of({})
     assert site.listener.num_connections == 0
     counted = {"dead letters": len(letters), "told": len(told), "left out": fuzzed.num_left_out}
     logger.warning("fuzzed: %s in %.1f s", json.dumps(counted), time.monotonic() - started_at)
@@ -477,7 +477,7 @@ def test_no_secret_is_in_any_log_webhook_dead_letter_record_metric_or_process_li
     world.rabbitmq.close_connections()
     wrong = {name: f"{value}x" for name, value in site.secrets.items()}
     checked = check(world, wrong | {"WEBHOOK_SIGNING_SECRET": ""}) + check(world, wrong)
-    assert site.draw({}) == site.picture_of({})
+    assert site.draw({}) == site.image_of({})
 
     # When everything that leaves the worker is gathered
     family = [worker.process.pid, *(child.pid for child in psutil.Process(worker.process.pid).children(recursive=True))]

@@ -81,7 +81,7 @@ def test_a_generation_id_is_told_back_as_it_came(world: World, worker: Worker, g
     assert [line["generation_id"] for line in worker.events("job out")][-1] == given_id
 
 
-def test_pictures_of_ids_that_read_like_others_with_a_number_do_not_meet(world: World) -> None:
+def test_images_of_ids_that_read_like_others_with_a_number_do_not_meet(world: World) -> None:
     ids: list[int | str] = [71, "71-2", "shot", "shot-2"]
 
     ends = [end_of(world, given_id, num_images=2) for given_id in ids]

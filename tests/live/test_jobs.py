@@ -72,7 +72,7 @@ def upload_inputs(world: World) -> None:
     world.upload("signatures/a.png", SIGNATURE.read_bytes())
 
 
-def test_the_documented_dialect_gives_progress_then_one_complete_and_a_signed_picture(world: World) -> None:
+def test_the_documented_dialect_gives_progress_then_one_complete_and_a_signed_image(world: World) -> None:
     upload_inputs(world)
     message = documented_message(world, 1001)
 
@@ -96,18 +96,18 @@ def test_the_documented_dialect_gives_progress_then_one_complete_and_a_signed_pi
     }
     assert milestones(world, 1001) == [0, 25, 50, 75, 90]
     assert [call.kind for call in world.backend.calls(generation_id=1001)] == ["progress"] * 5 + ["complete"]
-    picture = world.picture(1001)
-    assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (128, 128))
+    image = world.image(1001)
+    assert (image.format, image.mode, image.size) == ("PNG", "RGB", (128, 128))
     world.wait_until_clean()
     assert len(world.backend.ends(1001)) == 1
     world.wait_until_clean()
 
 
-def test_a_stored_picture_says_how_it_was_made_and_not_by_what_prompt(world: World) -> None:
+def test_a_stored_image_says_how_it_was_made_and_not_by_what_prompt(world: World) -> None:
     generation_id = publish_and_wait(world, prompt="neon: a red fox", lora_path=world.upload_demo_adapter("neon"))
 
     png = world.png(generation_id)
-    told = json.loads(world.picture(generation_id).info["Darkroom"])
+    told = json.loads(world.image(generation_id).info["Darkroom"])
     metadata = world.backend.ends(generation_id)[0].body["metadata"]
     assert (told.pop("kind"), told.pop("adapters")) == ("text2image", ["neon"])
     assert told == {name: metadata[name] for name in told}
@@ -125,7 +125,7 @@ def test_the_flat_dialect_with_null_seed_and_empty_paths_gives_the_same(world: W
     assert end.kind == "complete"
     assert end.body["metadata"]["seed"] == derived
     assert milestones(world, generation_id) == [0, 25, 50, 75, 90]
-    assert world.picture(generation_id).size == (128, 256)
+    assert world.image(generation_id).size == (128, 256)
     world.wait_until_clean()
 
 
@@ -233,8 +233,8 @@ def test_a_signature_changes_its_corner_and_nothing_else(world: World) -> None:
     signed = publish_and_wait(world, **job, signature_path=signature, signature_config=placed)
 
     corner, rest = (0, 0, 64, 64), (64, 0, 128, 128)
-    assert world.picture(unsigned).crop(corner).tobytes() != world.picture(signed).crop(corner).tobytes()
-    assert world.picture(unsigned).crop(rest).tobytes() == world.picture(signed).crop(rest).tobytes()
+    assert world.image(unsigned).crop(corner).tobytes() != world.image(signed).crop(corner).tobytes()
+    assert world.image(unsigned).crop(rest).tobytes() == world.image(signed).crop(rest).tobytes()
 
 
 BAD_JOBS = {

@@ -14,7 +14,7 @@ from PIL import Image
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.support.contract_schemas import assert_webhook_fits
-from tests.support.images.pictures import psnr
+from tests.support.images.parity import psnr
 from tests.support.paths import DEMO_MODEL
 from tests.support.world import Worker, World, new_world
 
@@ -71,7 +71,7 @@ def worker(world: World) -> Worker:
 
 
 def rgb(world: World, generation_id: int) -> Image.Image:
-    return world.picture(generation_id).convert("RGB")
+    return world.image(generation_id).convert("RGB")
 
 
 JOBS: dict[str, dict[str, Any]] = {
@@ -123,7 +123,7 @@ def test_jobs_of_every_kind_complete_once_and_share_forwards(
     world.wait_until_clean()
 
 
-def test_a_restyled_picture_is_nearer_to_its_reference_the_lower_the_strength(
+def test_a_restyled_image_is_nearer_to_its_reference_the_lower_the_strength(
     world: World, drawn: dict[str, int]
 ) -> None:
     near, far = (psnr(rgb(world, drawn[name]), ball()) for name in ("near", "far"))
@@ -132,7 +132,7 @@ def test_a_restyled_picture_is_nearer_to_its_reference_the_lower_the_strength(
     assert near > far + 3
 
 
-def test_a_repainted_picture_is_what_it_was_where_the_mask_is_black(world: World, drawn: dict[str, int]) -> None:
+def test_a_repainted_image_is_what_it_was_where_the_mask_is_black(world: World, drawn: dict[str, int]) -> None:
     before, after = np.asarray(ball(), int), np.asarray(rgb(world, drawn["inpaint"]), int)
 
     assert (after[:, 68:] == before[:, 68:]).all()
@@ -174,7 +174,7 @@ def test_a_reference_of_another_size_is_fitted(
     generation_id = world.publish(kind="image2image", init_image_path=path, strength=0.3, **fields)
 
     assert world.wait_for_end(generation_id).kind == "complete"
-    assert world.picture(generation_id).size == size
+    assert world.image(generation_id).size == size
 
 
 INIT: dict[str, Any] = {"kind": "image2image", "init_image_path": "uploads/ball.png"}

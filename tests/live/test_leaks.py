@@ -56,7 +56,7 @@ def control_hash(world: World, adapter: str | None) -> str:
     """The picture of one and the same job, drawn alone: another batch would change its last bits."""
     generation_id = world.publish(prompt="a lighthouse", seed=7, num_inference_steps=STEPS, lora_path=adapter)
     assert world.wait_for_end(generation_id).kind == "complete"
-    return hashlib.sha256(world.picture(generation_id).tobytes()).hexdigest()
+    return hashlib.sha256(world.image(generation_id).tobytes()).hexdigest()
 
 
 def resident_mb(worker: Worker) -> tuple[float, float]:
@@ -68,7 +68,7 @@ def slots_of(worker: Worker) -> dict[str, float]:
     return {state: worker.metric("darkroom_adapter_slots", state=state) for state in ("active", "idle", "free")}
 
 
-def test_many_adapters_in_few_slots_leave_no_trace_in_memory_or_pictures(world: World, adapters: list[str]) -> None:
+def test_many_adapters_in_few_slots_leave_no_trace_in_memory_or_images(world: World, adapters: list[str]) -> None:
     worker = world.start_worker(ADAPTER_SLOTS=str(NUM_SLOTS), MAX_CONCURRENT_GENERATIONS=NUM_LANES)
     worker.wait_until_ready()
     controls = [(control_hash(world, None), control_hash(world, adapters[0]))]

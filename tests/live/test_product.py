@@ -16,7 +16,7 @@ from PIL import Image
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
-from tests.support.images.product_pictures import bottle
+from tests.support.images.products import bottle
 from tests.support.models.onnx_files import write_dark_finder
 from tests.support.servers.certificates import Chain, make_chain
 from tests.support.world import Worker, World, eventually, new_world
@@ -163,7 +163,7 @@ def test_a_background_changed_by_hand_is_kept_and_nothing_is_drawn(world: World,
 
     told = metadata_of(world, second)
     assert lane_steps(worker) == before
-    assert (pixels(world.picture(second))[:30, :30] == (250, 10, 10)).all()
+    assert (pixels(world.image(second))[:30, :30] == (250, 10, 10)).all()
     assert stage(world, first, "background").tobytes() == background.tobytes()
     assert told["stages"]["background"] == stages["background"]
     assert kept_stages(world, second) == {"composite", "final"}
@@ -192,7 +192,7 @@ def test_a_composite_changed_by_hand_is_refined_around_the_product_where_it_stan
     assert set(metadata_of(world, job)["stages"]) == {"cutout", "composite", "refined", "final"}
     assert_lane_steps(worker, STEPS // 2, since=before)
     middle = (slice(80, 110), slice(12, 28))
-    assert (pixels(world.picture(job))[middle] == pixels(moved)[middle]).all()
+    assert (pixels(world.image(job))[middle] == pixels(moved)[middle]).all()
 
 
 @pytest.mark.parametrize(

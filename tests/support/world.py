@@ -216,12 +216,12 @@ class World:
         key = f"generations/gen-{generation_id}{suffix}.png"
         return self.store.client().get_object(Bucket=self.bucket, Key=key)["Body"].read()  # type: ignore[no-any-return]
 
-    def picture(self, generation_id: int, suffix: str = "") -> Image.Image:
+    def image(self, generation_id: int, suffix: str = "") -> Image.Image:
         return Image.open(BytesIO(self.png(generation_id, suffix)))
 
     def pixels(self, generation_id: int, suffix: str = "") -> bytes:
         """What two runs of one job have in common: their files tell different times."""
-        return self.picture(generation_id, suffix).tobytes()
+        return self.image(generation_id, suffix).tobytes()
 
 
 @contextmanager

@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, TiffImagePlugin
 
 from tests.watermark.test_decoding import noise, png, png_chunks
-from watermark.decoding import MAX_CONTENT_BYTES, decode_picture, decode_signature
-from watermark.errors import PictureInvalid, SignatureInvalid
+from watermark.decoding import MAX_CONTENT_BYTES, decode_image, decode_signature
+from watermark.errors import ImageInvalid, SignatureInvalid
 from watermark.png_chunks import MAX_PROFILE_BYTES
 
 BLACK, WHITE, CLEAR = (0, 0, 0, 255), (255, 255, 255, 255), 0
 
 
 def as_image(decode: str, content: bytes) -> Image.Image:
-    return decode_signature(content) if decode == "signature" else decode_picture(content, "RGBA")
+    return decode_signature(content) if decode == "signature" else decode_image(content, "RGBA")
 
 
 both = pytest.mark.parametrize("decode", ["signature", "picture"])
@@ -42,7 +42,7 @@ def camera_jpeg(first: Image.Image) -> bytes:
 
 @both
 @pytest.mark.parametrize("damage", ["none", "an index of junk", "an index that ends"])
-def test_camera_jpeg_is_its_first_picture(decode: str, damage: str) -> None:
+def test_camera_jpeg_is_its_first_image(decode: str, damage: str) -> None:
     content = bytearray(camera_jpeg(Image.new("RGB", (64, 32), "red")))
     at = content.index(b"MPF\0") + 4
     if damage == "an index of junk":
@@ -57,7 +57,7 @@ def test_camera_jpeg_is_its_first_picture(decode: str, damage: str) -> None:
 
 
 def test_huge_camera_jpeg_is_read_at_a_part_of_its_size() -> None:
-    assert decode_picture(camera_jpeg(Image.new("RGB", (9600, 6400), "red")), "RGB").size == (4800, 3200)
+    assert decode_image(camera_jpeg(Image.new("RGB", (9600, 6400), "red")), "RGB").size == (4800, 3200)
 
 
 def tiff_pages(*kinds: int) -> bytes:
@@ -135,7 +135,7 @@ def test_grey_between_counts_as_transparent_too(bits: int, key: int) -> None:
 @pytest.mark.parametrize(("mode", "ground"), [("RGB", (255, 255, 255)), ("L", 0)])
 @pytest.mark.parametrize("side", [16, 4200])
 def test_what_is_clear_lies_on_the_ground_of_the_mode(mode: Any, ground: Any, side: int) -> None:
-    image = decode_picture(keyed_png(8, 0, 120, 60, side=side), mode)
+    image = decode_image(keyed_png(8, 0, 120, 60, side=side), mode)
     assert image.mode == mode
     assert image.getpixel((2, 2)) == ground
     assert image.getpixel((image.width - 2, 2)) in ((60, 60, 60), 60)
@@ -202,7 +202,7 @@ BROKEN = {
 
 @both
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_description_refuses_no_picture(decode: str, name: str) -> None:
+def test_broken_description_refuses_no_image(decode: str, name: str) -> None:
     started = time.process_time()
     image = as_image(decode, BROKEN[name])
     assert time.process_time() - started < 1
@@ -247,7 +247,7 @@ def turned(format_: str, orientation: int) -> bytes:
 @both
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format_", ["PNG", "PNG raw", "PNG XMP", "JPEG", "JPEG XMP", "WEBP", "WEBP XMP", "TIFF"])
-def test_picture_is_turned_upright_by_whatever_describes_its_orientation(
+def test_image_is_turned_upright_by_whatever_describes_its_orientation(
     decode: str, format_: str, orientation: int
 ) -> None:
     exif = Image.Exif()
@@ -343,7 +343,7 @@ def test_greys_are_converted_by_a_profile_of_greys(mode: str) -> None:
 
 
 def test_levels_of_a_mask_are_no_colours() -> None:
-    assert decode_picture(png(Image.new("L", (16, 16), 64), icc_profile=GREY_LINEAR), "L").getpixel((8, 8)) == 64
+    assert decode_image(png(Image.new("L", (16, 16), 64), icc_profile=GREY_LINEAR), "L").getpixel((8, 8)) == 64
 
 
 SAME = {
@@ -464,7 +464,7 @@ def test_what_is_too_large_or_of_an_odd_kind_is_refused_at_once(name: str) -> No
 
 
 @both
-def test_animation_of_one_picture_is_that_picture(decode: str) -> None:
+def test_animation_of_one_image_is_that_image(decode: str) -> None:
     image = as_image(decode, with_chunk(b"acTL", struct.pack(">II", 1, 0)))
     assert image.getpixel((2, 8))[0] > 240  # type: ignore[index]
 
@@ -472,5 +472,5 @@ def test_animation_of_one_picture_is_that_picture(decode: str) -> None:
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_animation_is_refused_as_one(kind: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
-    with pytest.raises(PictureInvalid, match="animation"):
-        decode_picture(png(frames[0], format=kind, save_all=True, append_images=frames[1:]), "RGB")
+    with pytest.raises(ImageInvalid, match="animation"):
+        decode_image(png(frames[0], format=kind, save_all=True, append_images=frames[1:]), "RGB")

@@ -38,16 +38,16 @@ TEXTS = {
 }
 
 
-def put(picture: Image.Image, *overlays: TextOverlay, avoid: tuple[Rect, ...] = ()) -> NDArray[np.int16]:
+def put(image: Image.Image, *overlays: TextOverlay, avoid: tuple[Rect, ...] = ()) -> NDArray[np.int16]:
     """(height, width, 3): the picture with its headlines."""
-    drawn = draw_headlines(picture, prepare_headlines(overlays, FONT_DIRS), avoid=avoid)
-    assert (drawn.mode, drawn.size) == ("RGB", picture.size)
+    drawn = draw_headlines(image, prepare_headlines(overlays, FONT_DIRS), avoid=avoid)
+    assert (drawn.mode, drawn.size) == ("RGB", image.size)
     return np.asarray(drawn).astype(np.int16)
 
 
-def changed(picture: Image.Image, after: NDArray[np.int16]) -> Rect:
+def changed(image: Image.Image, after: NDArray[np.int16]) -> Rect:
     """What the headline covers."""
-    box = Image.fromarray(np.any(np.asarray(picture) != after, axis=-1).astype(np.uint8)).getbbox()
+    box = Image.fromarray(np.any(np.asarray(image) != after, axis=-1).astype(np.uint8)).getbbox()
     assert box is not None
     return Rect(*box)
 
@@ -81,9 +81,9 @@ dresses = st.fixed_dictionaries(
 def test_whatever_is_asked_for_stays_inside_the_margins(
     text: str, dress: dict[str, Any], size: tuple[int, int]
 ) -> None:
-    picture = grey(*size)
+    image = grey(*size)
 
-    covered = changed(picture, put(picture, TextOverlay(text, **dress)))
+    covered = changed(image, put(image, TextOverlay(text, **dress)))
 
     margin = MARGIN * min(size)
     assert min(covered.left, covered.top) >= margin
@@ -92,7 +92,7 @@ def test_whatever_is_asked_for_stays_inside_the_margins(
 
 
 @pytest.mark.parametrize("size", [(64, 2048), (2048, 64), (64, 64), (9, 9), (1, 1)])
-def test_so_it_does_on_pictures_of_extreme_shapes(size: tuple[int, int]) -> None:
+def test_so_it_does_on_images_of_extreme_shapes(size: tuple[int, int]) -> None:
     for text, wanted in product((TEXTS["Korean"], "W" * 300), (None, 0.5)):
         assert put(grey(*size), TextOverlay(text, size=wanted, shadow=True)).shape == (size[1], size[0], 3)
 
@@ -121,8 +121,8 @@ def test_no_letter_is_cut_at_the_rim_of_its_block(text: str, dress: dict[str, An
 
 @pytest.mark.parametrize("position", Position)
 def test_each_place_is_reached_by_the_ink(position: Position) -> None:
-    picture = grey()
-    covered = changed(picture, put(picture, TextOverlay("Hxg 가\nHx", size=0.1, position=position)))
+    image = grey()
+    covered = changed(image, put(image, TextOverlay("Hxg 가\nHx", size=0.1, position=position)))
     across, down = position.fractions
     assert covered.left == pytest.approx(16 + (400 - 32 - covered.size[0]) * across, abs=1)
     assert covered.top == pytest.approx(16 + (400 - 32 - covered.size[1]) * down, abs=1)
@@ -130,9 +130,9 @@ def test_each_place_is_reached_by_the_ink(position: Position) -> None:
 
 @pytest.mark.parametrize(("position", "edge"), [(Position.TOP_LEFT, "left"), (Position.BOTTOM_RIGHT, "right")])
 def test_lines_are_aligned_to_the_side_where_they_stand(position: Position, edge: str) -> None:
-    picture = grey()
-    after = put(picture, TextOverlay("HHHHHH\nHH", size=0.1, position=position, colour="#ffffff"))
-    covered = changed(picture, after)
+    image = grey()
+    after = put(image, TextOverlay("HHHHHH\nHH", size=0.1, position=position, colour="#ffffff"))
+    covered = changed(image, after)
     middle = (covered.top + covered.bottom) // 2
     upper, lower = (changed(grey(400, len(rows)), rows) for rows in (after[:middle], after[middle:]))
     assert getattr(upper, edge) == getattr(lower, edge)
@@ -140,24 +140,24 @@ def test_lines_are_aligned_to_the_side_where_they_stand(position: Position, edge
 
 
 def test_a_size_is_that_fraction_of_the_height() -> None:
-    picture = grey(900, 1000)
-    covered = changed(picture, put(picture, TextOverlay("H", "DejaVu Sans", size=0.2, position=Position.CENTER)))
+    image = grey(900, 1000)
+    covered = changed(image, put(image, TextOverlay("H", "DejaVu Sans", size=0.2, position=Position.CENTER)))
     assert covered.size[1] == pytest.approx(200 * 0.729, abs=2)  # the height of capitals in DejaVu
 
 
 @pytest.mark.parametrize("script", TEXTS)
-def test_a_size_that_fits_is_large_but_leaves_two_thirds_of_the_picture(script: str) -> None:
-    picture = grey(1024, 1024)
-    covered = changed(picture, put(picture, TextOverlay(TEXTS[script])))
+def test_a_size_that_fits_is_large_but_leaves_two_thirds_of_the_image(script: str) -> None:
+    image = grey(1024, 1024)
+    covered = changed(image, put(image, TextOverlay(TEXTS[script])))
     assert 0.5 * 1024 <= covered.size[0] <= 0.9 * 1024
     assert 0.1 * 1024 <= covered.size[1] <= 1024 / 3
 
 
-def test_by_itself_a_headline_goes_where_the_picture_is_calm() -> None:
+def test_by_itself_a_headline_goes_where_the_image_is_calm() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8)
     pixels[350:560, 20:580] = 230
-    picture = Image.fromarray(pixels)
-    covered = changed(picture, put(picture, TextOverlay(TEXTS["English"])))
+    image = Image.fromarray(pixels)
+    covered = changed(image, put(image, TextOverlay(TEXTS["English"])))
     assert covered.top >= 350
     assert covered.bottom <= 560
 
@@ -166,16 +166,16 @@ def test_it_becomes_smaller_for_a_place_where_it_touches_nothing() -> None:
     # Given stripes below a calm part that is too low for the largest letters
     pixels = np.full((600, 600, 3), 230, dtype=np.uint8)
     pixels[145::8] = pixels[146::8] = pixels[147::8] = 40
-    picture = Image.fromarray(pixels)
-    covered = changed(picture, put(picture, TextOverlay(TEXTS["English"])))
+    image = Image.fromarray(pixels)
+    covered = changed(image, put(image, TextOverlay(TEXTS["English"])))
     assert covered.bottom <= 145
     assert covered.size[0] > 200
 
 
 def test_headlines_keep_off_each_other_and_off_the_signature() -> None:
-    picture, style = grey(600, 600), SignatureStyle(Position.TOP_CENTER)
+    image, style = grey(600, 600), SignatureStyle(Position.TOP_CENTER)
     signature = TextSignature("서울 아틀리에", FONT_DIRS)
-    place = signature_rect(picture.size, signature, style)
+    place = signature_rect(image.size, signature, style)
     assert place is not None
     overlays = (
         TextOverlay(TEXTS["Korean"]),
@@ -183,26 +183,26 @@ def test_headlines_keep_off_each_other_and_off_the_signature() -> None:
         TextOverlay(TEXTS["Japanese"]),
     )
 
-    together = put(picture, *overlays, avoid=(place,))
+    together = put(image, *overlays, avoid=(place,))
 
     # Then there is as much ink as of all apart, and none where the signature goes
     np.testing.assert_array_equal(together[place.top : place.bottom, place.left : place.right], 20)
-    ink = [put(picture, *some, avoid=(place,)) != 20 for some in combinations(overlays, 1)]
+    ink = [put(image, *some, avoid=(place,)) != 20 for some in combinations(overlays, 1)]
     assert (together != 20).sum() > 0.5 * sum(one.sum() for one in ink)
-    signed = np.asarray(Image.open(io.BytesIO(sign(picture, signature, style).encode_png())))
-    assert changed(picture, signed.astype(np.int16)) == pytest.approx(place, abs=3)
+    signed = np.asarray(Image.open(io.BytesIO(sign(image, signature, style).encode_png())))
+    assert changed(image, signed.astype(np.int16)) == pytest.approx(place, abs=3)
 
 
 def test_no_signature_has_no_place() -> None:
     assert signature_rect((100, 100), Unsigned(), SignatureStyle()) is None
 
 
-def test_the_same_input_gives_the_same_bytes_and_the_picture_is_left_alone() -> None:
-    picture = Image.fromarray(np.random.default_rng(3).integers(0, 256, (300, 300, 3), dtype=np.uint8))
-    before = picture.tobytes()
+def test_the_same_input_gives_the_same_bytes_and_the_image_is_left_alone() -> None:
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (300, 300, 3), dtype=np.uint8))
+    before = image.tobytes()
     overlay = TextOverlay(TEXTS["Korean"], shadow=True, box=Box(None, 0.5))
-    np.testing.assert_array_equal(put(picture, overlay), put(picture, overlay))
-    assert picture.tobytes() == before
+    np.testing.assert_array_equal(put(image, overlay), put(image, overlay))
+    assert image.tobytes() == before
 
 
 # --- colours
@@ -215,9 +215,9 @@ def luminance(pixels: NDArray[Any]) -> NDArray[np.float64]:
     return np.asarray(linear @ [0.2126, 0.7152, 0.0722])
 
 
-def measured_contrast(picture: Image.Image, after: NDArray[np.int16]) -> float:
+def measured_contrast(image: Image.Image, after: NDArray[np.int16]) -> float:
     """The least contrast between the letters and any pixel of their block that no letter touches."""
-    differs = np.any(np.asarray(picture) != after, axis=-1)
+    differs = np.any(np.asarray(image) != after, axis=-1)
     inks = [differs & np.all(after == level, axis=-1) for level in (0, 255)]
     own, ink = max(zip((0.0, 1.0), inks, strict=True), key=lambda pair: int(pair[1].sum()))
     letters = Image.fromarray(ink.astype(np.uint8) * 255)
@@ -250,34 +250,34 @@ def grounds() -> dict[str, Image.Image]:
 @pytest.mark.parametrize("position", [None, Position.CENTER, Position.BOTTOM_RIGHT])
 @pytest.mark.parametrize("name", grounds())
 def test_a_colour_that_is_chosen_has_a_contrast_of_at_least_4_5(name: str, position: Position | None) -> None:
-    picture = grounds()[name]
+    image = grounds()[name]
     for box in (None, Box(None, 0.2), Box("#808080", 0.3)):
-        after = put(picture, TextOverlay(TEXTS["English"], position=position, box=box))
-        assert measured_contrast(picture, after) >= 4.5
+        after = put(image, TextOverlay(TEXTS["English"], position=position, box=box))
+        assert measured_contrast(image, after) >= 4.5
 
 
 @settings(max_examples=20, deadline=None)
 @given(colours=st.lists(st.tuples(*[st.integers(0, 255)] * 3), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_so_it_has_on_any_colours(colours: list[tuple[int, int, int]], seed: int) -> None:
     choice = np.random.default_rng(seed).integers(0, len(colours), (25, 25))
-    picture = Image.fromarray(np.array(colours, dtype=np.uint8)[choice]).resize((300, 300), Image.Resampling.NEAREST)
-    assert measured_contrast(picture, put(picture, TextOverlay("Sale today"))) >= 4.5
+    image = Image.fromarray(np.array(colours, dtype=np.uint8)[choice]).resize((300, 300), Image.Resampling.NEAREST)
+    assert measured_contrast(image, put(image, TextOverlay("Sale today"))) >= 4.5
 
 
 @pytest.mark.parametrize("level", [0, 255])
 def test_where_black_or_white_is_clear_enough_nothing_comes_between(level: int) -> None:
     # Every changed pixel lies between the ground and the colour of the letters: no panel, no outline
-    picture = grey(level=level)
-    after = put(picture, TextOverlay("H", "DejaVu Sans", position=Position.CENTER))
+    image = grey(level=level)
+    after = put(image, TextOverlay("H", "DejaVu Sans", position=Position.CENTER))
     ink = np.any(after != level, axis=-1)
     assert (after[ink] == 255 - level).all(axis=-1).mean() > 0.7
 
 
 def test_an_outline_sets_letters_off_without_a_panel() -> None:
-    picture = grounds()["noise"]
-    after = put(picture, TextOverlay("HHH", size=0.2, stroke=Stroke(0.1, None), position=Position.CENTER))
-    covered = changed(picture, after)
-    kept = np.all(after == np.asarray(picture), axis=-1)[covered.top : covered.bottom, covered.left : covered.right]
+    image = grounds()["noise"]
+    after = put(image, TextOverlay("HHH", size=0.2, stroke=Stroke(0.1, None), position=Position.CENTER))
+    covered = changed(image, after)
+    kept = np.all(after == np.asarray(image), axis=-1)[covered.top : covered.bottom, covered.left : covered.right]
     assert kept.mean() > 0.04
 
 
@@ -302,9 +302,9 @@ def test_a_box_lets_through_what_its_opacity_says() -> None:
 
 
 def test_a_shadow_is_soft_and_lies_to_the_lower_right() -> None:
-    picture = grey(level=200)
+    image = grey(level=200)
     plain, shaded = (
-        put(picture, TextOverlay("H", size=0.3, colour="#ffffff", shadow=shadow, position=Position.CENTER))
+        put(image, TextOverlay("H", size=0.3, colour="#ffffff", shadow=shadow, position=Position.CENTER))
         for shadow in (False, True)
     )
     darker = np.argwhere(shaded[..., 0] < 200)

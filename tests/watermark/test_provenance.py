@@ -23,18 +23,18 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from PIL import Image
 
-from config.images import PictureSettings
+from config.images import ImageSettings
 from config.model import ModelSettings
 from config.section import SettingsError, load_section
 from config.settings import SECTIONS, Settings
 from config.store import StoreSettings
-from inference.request import GenerationResult, Picture
+from inference.request import GenerationResult, RawImage
 from tests.support.paths import ROOT
 from tests.support.servers.certificates import Chain, Key, make_chain
 from watermark.errors import ManifestNotSigned
-from watermark.image_format import PictureFormat
+from watermark.image_format import ImageFormat
 from watermark.provenance.provenance import Prompts, Provenance, SourceType
-from watermark.signature import SignatureStyle, SignedPicture, Unsigned, sign
+from watermark.signature import SignatureStyle, SignedImage, Unsigned, sign
 from worker.cli.check.checks import CheckFailed
 from worker.cli.check.files import check_certificate
 from worker.messages.decoder import decode, rules_from
@@ -75,13 +75,13 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     return make_chain(tmp_path_factory.mktemp("chain"))
 
 
-def picture() -> SignedPicture:
+def image() -> SignedImage:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
     return sign(Image.fromarray(pixels), Unsigned(), SignatureStyle())
 
 
 def labeller(level: Level, chain: Chain | None = None) -> ImageEncoder:
-    return ImageEncoder(PictureSettings(EMBED_METADATA=level, **(chain.env() if chain else {})))  # type: ignore[arg-type]
+    return ImageEncoder(ImageSettings(EMBED_METADATA=level, **(chain.env() if chain else {})))  # type: ignore[arg-type]
 
 
 def opened(png: bytes) -> Image.Image:
@@ -122,16 +122,16 @@ def failures(reader: c2pa.Reader) -> list[str]:
 
 
 def test_none_leaves_the_file_as_it_is_without_any_text() -> None:
-    png = labeller("none").encode(picture(), TOLD)
+    png = labeller("none").encode(image(), TOLD)
 
-    assert png == picture().encode_png()
+    assert png == image().encode_png()
     assert text_of(png) == {}
     assert {kind for kind, _ in chunks_of(png)} == {b"IHDR", b"IDAT", b"IEND"}
 
 
 def test_provenance_tells_all_but_the_prompts(chain: Chain) -> None:
     for signer in (None, chain):
-        png = labeller("provenance", signer).encode(picture(), TOLD)
+        png = labeller("provenance", signer).encode(image(), TOLD)
 
         for secret in (PROMPT, NEGATIVE, "fox", "blurry", "parameters", "AIPromptInformation"):
             assert secret.encode() not in png
@@ -154,7 +154,7 @@ def test_provenance_tells_all_but_the_prompts(chain: Chain) -> None:
 
 
 def test_full_tells_the_prompts_as_the_web_ui_writes_them() -> None:
-    parameters = text_of(labeller("full").encode(picture(), TOLD))["parameters"]
+    parameters = text_of(labeller("full").encode(image(), TOLD))["parameters"]
 
     *prompts, line = parameters.split("\n")
     assert prompts == [PROMPT, f"Negative prompt: {NEGATIVE}"]
@@ -173,7 +173,7 @@ def test_full_tells_the_prompts_as_the_web_ui_writes_them() -> None:
 
 
 def test_without_a_negative_prompt_there_is_no_line_for_it() -> None:
-    png = labeller("full").encode(picture(), replace(TOLD, prompts=Prompts(PROMPT)))
+    png = labeller("full").encode(image(), replace(TOLD, prompts=Prompts(PROMPT)))
 
     assert text_of(png)["parameters"].startswith(f"{PROMPT}\nSteps: 20")
     assert b"Negative" not in png
@@ -181,9 +181,9 @@ def test_without_a_negative_prompt_there_is_no_line_for_it() -> None:
 
 @pytest.mark.parametrize("level", ["none", "provenance", "full"])
 def test_no_level_changes_a_pixel(level: Level, chain: Chain) -> None:
-    png = labeller(level, None if level == "none" else chain).encode(picture(), TOLD)
+    png = labeller(level, None if level == "none" else chain).encode(image(), TOLD)
 
-    plain = opened(picture().encode_png())
+    plain = opened(image().encode_png())
     assert (opened(png).mode, opened(png).tobytes()) == ("RGB", plain.tobytes())
 
 
@@ -191,7 +191,7 @@ def test_no_level_changes_a_pixel(level: Level, chain: Chain) -> None:
 
 
 def test_exiftool_reads_the_packet() -> None:
-    found = exiftool(labeller("full").encode(picture(), TOLD))
+    found = exiftool(labeller("full").encode(image(), TOLD))
 
     assert found["XMP-iptcExt:DigitalSourceType"] == f"{VOCABULARY}trainedAlgorithmicMedia"
     assert found["XMP-iptcExt:AISystemUsed"] == "demo"
@@ -203,7 +203,7 @@ def test_exiftool_reads_the_packet() -> None:
 
 
 def test_without_an_artist_nobody_is_named_creator() -> None:
-    found = exiftool(labeller("provenance").encode(picture(), replace(TOLD, artist_name=None)))
+    found = exiftool(labeller("provenance").encode(image(), replace(TOLD, artist_name=None)))
 
     assert "XMP-dc:Creator" not in found
     assert "XMP-iptcExt:AIPromptInformation" not in found
@@ -222,7 +222,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_comes_back_as_it_was(name: str, chain: Chain) -> None:
     text = HOSTILE[name]
-    png = labeller("full", chain).encode(picture(), replace(TOLD, artist_name=text, prompts=Prompts(text)))
+    png = labeller("full", chain).encode(image(), replace(TOLD, artist_name=text, prompts=Prompts(text)))
 
     assert xmp_of(png)["AIPromptInformation"] == text
     assert xmp_of(png)["li"] == text
@@ -237,7 +237,7 @@ def test_what_no_xml_can_hold_is_replaced(chain: Chain) -> None:
     text = f"a{unwritable}b\r\nc\rd"
     told = replace(TOLD, artist_name=text, model=text, adapters=(text,), prompts=Prompts(text, text))
 
-    png = labeller("full", chain).encode(picture(), told)
+    png = labeller("full", chain).encode(image(), told)
 
     written = "a" + "\ufffd" * len(unwritable) + "b\nc\nd"
     assert xmp_of(png)["AIPromptInformation"] == f"{written}\nNegative prompt: {written}"
@@ -264,7 +264,7 @@ def test_c2pa_s_reader_finds_the_manifest_whole_and_trusts_it_where_it_trusts_th
 ) -> None:
     chain = make_chain(tmp_path, KEYS[algorithm]())
 
-    png = labeller("provenance", chain).encode(picture(), TOLD)
+    png = labeller("provenance", chain).encode(image(), TOLD)
 
     stranger, friend = read_manifest(png), read_manifest(png, chain.anchor)
     assert (stranger.get_validation_state(), failures(stranger)) == ("Valid", ["signingCredential.untrusted"])
@@ -273,7 +273,7 @@ def test_c2pa_s_reader_finds_the_manifest_whole_and_trusts_it_where_it_trusts_th
 
 
 def test_a_jpeg_carries_the_packet_and_the_manifest_and_says_nothing_where_nothing_is_to_be_said(chain: Chain) -> None:
-    jpeg = labeller("provenance", chain).encode(picture(), TOLD, PictureFormat.JPEG)
+    jpeg = labeller("provenance", chain).encode(image(), TOLD, ImageFormat.JPEG)
 
     told, reader = exiftool(jpeg), c2pa.Reader("image/jpeg", io.BytesIO(jpeg))
     assert told["XMP-iptcExt:DigitalSourceType"].endswith("trainedAlgorithmicMedia")
@@ -281,20 +281,20 @@ def test_a_jpeg_carries_the_packet_and_the_manifest_and_says_nothing_where_nothi
     assert PROMPT not in str(told)
     assert (reader.get_validation_state(), failures(reader)) == ("Valid", ["signingCredential.untrusted"])
 
-    bare = labeller("none").encode(picture(), TOLD, PictureFormat.JPEG)
+    bare = labeller("none").encode(image(), TOLD, ImageFormat.JPEG)
     assert opened(bare).info.keys() <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
 
 
 def test_the_longest_prompts_fit_into_a_jpeg() -> None:
     longest = replace(TOLD, prompts=Prompts("\U0001f98a" * 4000, "&" * 4000))
 
-    jpeg = labeller("full").encode(picture(), longest, PictureFormat.JPEG)
+    jpeg = labeller("full").encode(image(), longest, ImageFormat.JPEG)
 
     assert opened(jpeg).info["xmp"].decode().count("\U0001f98a") == 4000
 
 
-def test_the_manifest_says_that_a_model_created_the_picture_and_by_what(chain: Chain) -> None:
-    manifest = read_manifest(labeller("provenance", chain).encode(picture(), TOLD)).get_active_manifest()
+def test_the_manifest_says_that_a_model_created_the_image_and_by_what(chain: Chain) -> None:
+    manifest = read_manifest(labeller("provenance", chain).encode(image(), TOLD)).get_active_manifest()
 
     assert manifest["claim_generator_info"][0].items() >= {"name": "Darkroom", "version": "0.1.0"}.items()
     (actions,) = manifest["assertions"]
@@ -310,7 +310,7 @@ def test_the_manifest_says_that_a_model_created_the_picture_and_by_what(chain: C
 
 
 def test_the_manifest_has_the_prompts_in_full_alone(chain: Chain) -> None:
-    (_, metadata) = read_manifest(labeller("full", chain).encode(picture(), TOLD)).get_active_manifest()["assertions"]
+    (_, metadata) = read_manifest(labeller("full", chain).encode(image(), TOLD)).get_active_manifest()["assertions"]
 
     assert metadata["label"] == "cawg.metadata"
     assert metadata["data"]["Iptc4xmpExt:AIPromptInformation"] == f"{PROMPT}\nNegative prompt: {NEGATIVE}"
@@ -345,7 +345,7 @@ def _claim_a_camera(kind: bytes, content: bytes) -> bytes:
 
 @pytest.mark.parametrize("tamper", [_change_a_pixel, _claim_a_camera])
 def test_a_changed_byte_makes_the_manifest_invalid(tamper: Callable[[bytes, bytes], bytes], chain: Chain) -> None:
-    png = labeller("provenance", chain).encode(picture(), TOLD)
+    png = labeller("provenance", chain).encode(image(), TOLD)
     assert png_of(chunks_of(png)) == png
 
     forged = png_of([(kind, tamper(kind, content)) for kind, content in chunks_of(png)])
@@ -359,7 +359,7 @@ def test_many_threads_sign_by_one_key(chain: Chain) -> None:
     shared = labeller("full", chain)
 
     def encode(seed: int) -> bytes:
-        return shared.encode(picture(), replace(TOLD, seed=seed))
+        return shared.encode(image(), replace(TOLD, seed=seed))
 
     with ThreadPoolExecutor(8) as pool:
         pngs = list(pool.map(encode, range(40)))
@@ -437,7 +437,7 @@ def test_what_nobody_can_sign_with_is_refused_in_one_sentence_that_names_the_set
 
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckFailed, match=sentence):
-        check_certificate(PictureSettings(**chain.env()))  # type: ignore[arg-type]
+        check_certificate(ImageSettings(**chain.env()))  # type: ignore[arg-type]
 
 
 def env_of(folder: Path, chain: Chain) -> dict[str, str]:
@@ -475,9 +475,9 @@ def test_a_worker_that_cannot_sign_does_not_start(tmp_path: Path) -> None:
 
 
 def test_the_check_says_who_signs_and_for_how_long(chain: Chain) -> None:
-    assert check_certificate(PictureSettings()) == "none is configured: pictures carry no C2PA manifest"
+    assert check_certificate(ImageSettings()) == "none is configured: pictures carry no C2PA manifest"
 
-    seen = check_certificate(PictureSettings(**chain.env()))  # type: ignore[arg-type]
+    seen = check_certificate(ImageSettings(**chain.env()))  # type: ignore[arg-type]
 
     assert seen == "CN=Test Signer,O=Test Studio signs by es256, for 29 days yet"
 
@@ -506,7 +506,7 @@ def test_a_certificate_that_ends_while_the_worker_runs_signs_no_more(tmp_path: P
     # As with any refusal, it takes no more jobs and is not ready
     assert supervisor._parts.readiness.refusal == ending.refusal
     with pytest.raises(ManifestNotSigned, match="not valid at time of signing"):
-        ending.encode(picture(), TOLD)
+        ending.encode(image(), TOLD)
 
 
 def test_a_certificate_beside_none_is_a_contradiction(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -514,7 +514,7 @@ def test_a_certificate_beside_none_is_a_contradiction(chain: Chain, monkeypatch:
         monkeypatch.setenv(name, value)
 
     with pytest.raises(SettingsError, match="C2PA_CERTIFICATE: cannot be used with EMBED_METADATA=none"):
-        load_section(PictureSettings)
+        load_section(ImageSettings)
 
 
 # --- A job's provenance
@@ -527,7 +527,7 @@ def job_of(**fields: Any) -> Job:
 
 
 def told_of(job: Job) -> Provenance:
-    drawn = Picture(64, 48, b"", seed=7)
+    drawn = RawImage(64, 48, b"", seed=7)
     result = GenerationResult((drawn,), "dpm++", 20, 3.0, ())
     return provenance_of(job, result, drawn, model="demo")
 
@@ -547,19 +547,19 @@ def test_a_job_tells_the_names_of_its_adapters_and_never_their_paths() -> None:
     assert told.adapters == ("neon", "style-123")
     assert (told.seed, told.width, told.height, told.artist_name, told.task_id) == (7, 64, 48, "Kim", TASK_ID)
     assert abs((datetime.now(UTC) - told.created_at).total_seconds()) < 5
-    png = labeller("full").encode(picture(), told)
+    png = labeller("full").encode(image(), told)
     for secret in ("acme", "media", "secret-tag"):
         assert secret.encode() not in png
 
 
 @pytest.mark.parametrize("kind", Kind)
-def test_every_kind_has_a_source_type_and_one_with_another_s_picture_in_it_is_a_composite(kind: Kind) -> None:
+def test_every_kind_has_a_source_type_and_one_with_another_s_image_in_it_is_a_composite(kind: Kind) -> None:
     told = told_of(replace(job_of(), kind=kind))
 
     is_drawn_alone = kind is Kind.TEXT2IMAGE
     term = "trainedAlgorithmicMedia" if is_drawn_alone else "compositeWithTrainedAlgorithmicMedia"
     assert told.source_type == VOCABULARY + term
-    assert json.loads(text_of(labeller("provenance").encode(picture(), told))["Darkroom"])["kind"] == kind
+    assert json.loads(text_of(labeller("provenance").encode(image(), told))["Darkroom"])["kind"] == kind
 
 
 # --- The page
@@ -571,6 +571,6 @@ def test_the_page_s_commands_make_a_chain_that_signs(tmp_path: Path) -> None:
     subprocess.run(["bash", "-euc", commands], cwd=tmp_path, check=True, capture_output=True, timeout=120)
     chain = Chain(tmp_path / "chain.pem", tmp_path / "key.pem", (tmp_path / "ca.pem").read_text())
 
-    png = labeller("provenance", chain).encode(picture(), TOLD)
+    png = labeller("provenance", chain).encode(image(), TOLD)
 
     assert read_manifest(png, chain.anchor).get_validation_state() == "Trusted"

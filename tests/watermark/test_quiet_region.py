@@ -37,9 +37,9 @@ def test_the_calm_place_is_found_wherever_it_is(left: int, top: int) -> None:
 
 def test_fine_noise_is_as_restless_as_it_looks_though_its_mean_is_flat() -> None:
     # Given noise on the left, which small thumbnails would show as even grey, and a gentle slope on the right
-    picture = noise(400, 200)
-    picture.paste(Image.linear_gradient("L").resize((200, 200)).convert("RGB"), (200, 0))
-    assert quietest_region(picture, (150, 100))[0] >= 200
+    image = noise(400, 200)
+    image.paste(Image.linear_gradient("L").resize((200, 200)).convert("RGB"), (200, 0))
+    assert quietest_region(image, (150, 100))[0] >= 200
 
 
 @pytest.mark.parametrize(
@@ -69,13 +69,13 @@ def test_where_it_cannot_be_avoided_as_little_of_it_is_covered_as_can_be() -> No
     st.tuples(st.integers(0, 300), st.integers(0, 300)),
 )
 def test_a_block_that_fits_stays_inside(
-    picture: tuple[int, int], part: tuple[float, float], inset: tuple[int, int]
+    image: tuple[int, int], part: tuple[float, float], inset: tuple[int, int]
 ) -> None:
-    left, top = (min(inset[axis], (picture[axis] - 1) // 2) for axis in (0, 1))
-    within = Rect(left, top, picture[0] - left, picture[1] - top)
+    left, top = (min(inset[axis], (image[axis] - 1) // 2) for axis in (0, 1))
+    within = Rect(left, top, image[0] - left, image[1] - top)
     size = tuple(max(1, int(whole * share)) for whole, share in zip(within.size, part, strict=True))
 
-    found = at(quietest_region(noise(*picture), (size[0], size[1]), within=within), (size[0], size[1]))
+    found = at(quietest_region(noise(*image), (size[0], size[1]), within=within), (size[0], size[1]))
 
     assert shared(found, within) == size[0] * size[1]
 
@@ -84,5 +84,5 @@ def test_a_block_too_large_lies_at_the_left_and_top() -> None:
     assert quietest_region(noise(100, 100), (300, 200)) == (0, 0)
 
 
-def test_the_same_picture_gives_the_same_place() -> None:
+def test_the_same_image_gives_the_same_place() -> None:
     assert quietest_region(noise(300, 300), (50, 50)) == quietest_region(noise(300, 300), (50, 50))

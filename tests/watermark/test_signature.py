@@ -19,7 +19,7 @@ from watermark.signature import (
     ImageSignature,
     Signature,
     SignatureStyle,
-    SignedPicture,
+    SignedImage,
     Size,
     TextSignature,
     Unsigned,
@@ -38,15 +38,15 @@ def noise(width: int = 200, height: int = 100) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def signed(picture: Image.Image, signature: Signature, **style: Any) -> NDArray[np.int16]:
+def signed(image: Image.Image, signature: Signature, **style: Any) -> NDArray[np.int16]:
     """Sign, encode and decode again: (height, width, 3)."""
-    encoded = sign(picture, signature, SignatureStyle(**{"opacity": 1.0, **style})).encode_png()
+    encoded = sign(image, signature, SignatureStyle(**{"opacity": 1.0, **style})).encode_png()
     return np.asarray(Image.open(io.BytesIO(encoded))).astype(np.int16)
 
 
-def changed_box(picture: Image.Image, after: NDArray[np.int16]) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of the pixels that differ from `picture`."""
-    changed = np.any(np.asarray(picture.convert("RGB")) != after, axis=-1)
+def changed_box(image: Image.Image, after: NDArray[np.int16]) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of the pixels that differ from `image`."""
+    changed = np.any(np.asarray(image.convert("RGB")) != after, axis=-1)
     box = Image.fromarray(changed.astype(np.uint8) * 255).getbbox()
     assert box is not None
     return box
@@ -58,14 +58,14 @@ def changed_box(picture: Image.Image, after: NDArray[np.int16]) -> tuple[int, in
 @pytest.mark.parametrize("position", Position)
 def test_each_position_puts_the_signature_at_its_anchor(position: Position) -> None:
     # Given a picture of 200x100 px, whose margin is 2 px, and a signature that becomes 50x25 px
-    picture = Image.new("RGB", (200, 100), "white")
+    image = Image.new("RGB", (200, 100), "white")
 
-    after = signed(picture, ImageSignature(Image.new("RGBA", (100, 50), RED)), position=position)
+    after = signed(image, ImageSignature(Image.new("RGBA", (100, 50), RED)), position=position)
 
     vertical, _, horizontal = position.value.partition("-")
     left = {"left": 2, "right": 200 - 2 - 50}.get(horizontal, 75)
     top = {"top": 2, "bottom": 100 - 2 - 25}[vertical] if vertical != "center" else pytest.approx(37.5, abs=0.5)
-    box = changed_box(picture, after)
+    box = changed_box(image, after)
     assert box[0] == left
     assert box[1] == top
     assert (box[2] - box[0], box[3] - box[1]) == (50, 25)
@@ -73,9 +73,9 @@ def test_each_position_puts_the_signature_at_its_anchor(position: Position) -> N
 
 @pytest.mark.parametrize(("size", "width"), [(Size.SMALL, 60), (Size.MEDIUM, 100), (Size.LARGE, 140)])
 def test_each_size_is_its_fraction_of_the_width_with_the_aspect_kept(size: Size, width: int) -> None:
-    picture = Image.new("RGB", (400, 400), "white")
+    image = Image.new("RGB", (400, 400), "white")
     left, top, right, bottom = changed_box(
-        picture, signed(picture, ImageSignature(Image.new("RGBA", (300, 100), RED)), size=size)
+        image, signed(image, ImageSignature(Image.new("RGBA", (300, 100), RED)), size=size)
     )
     assert right - left == width
     assert bottom - top == round(width / 3)
@@ -84,10 +84,10 @@ def test_each_size_is_its_fraction_of_the_width_with_the_aspect_kept(size: Size,
 @pytest.mark.parametrize("position", Position)
 @pytest.mark.parametrize("shape", [(10, 4000), (4000, 1), (1, 1), (1, 4096)])
 def test_a_signature_of_any_shape_stays_inside_the_margins(shape: tuple[int, int], position: Position) -> None:
-    picture = Image.new("RGB", (256, 64), "white")
+    image = Image.new("RGB", (256, 64), "white")
     signature = ImageSignature(Image.new("RGBA", shape, RED))
 
-    left, top, right, bottom = changed_box(picture, signed(picture, signature, position=position, size=Size.LARGE))
+    left, top, right, bottom = changed_box(image, signed(image, signature, position=position, size=Size.LARGE))
 
     assert left >= 1
     assert top >= 1
@@ -106,8 +106,8 @@ def test_no_sizes_make_signing_fail(
     size: tuple[int, int], mark_size: tuple[int, int], position: Position, margin: float
 ) -> None:
     mark = ImageSignature(Image.new("RGBA", mark_size, RED))
-    picture = sign(Image.new("RGB", size), mark, SignatureStyle(position, Size.LARGE, 1.0, margin))
-    assert (picture.width, picture.height) == size
+    image = sign(Image.new("RGB", size), mark, SignatureStyle(position, Size.LARGE, 1.0, margin))
+    assert (image.width, image.height) == size
 
 
 # --- pixels
@@ -116,19 +116,19 @@ def test_no_sizes_make_signing_fail(
 @pytest.mark.parametrize("text", [None, "Ann"])
 @pytest.mark.parametrize("position", Position)
 def test_outside_the_signature_every_byte_stays(position: Position, text: str | None) -> None:
-    picture = noise()
+    image = noise()
     signature = TextSignature(text, FONT_DIRS) if text else ImageSignature(Image.new("RGBA", (100, 50), RED))
 
-    after = signed(picture, signature, position=position)
+    after = signed(image, signature, position=position)
 
-    left, top, right, bottom = changed_box(picture, after)
+    left, top, right, bottom = changed_box(image, after)
     assert (right - left) * (bottom - top) <= 50 * 25
-    before = np.asarray(picture).astype(np.int16)
+    before = np.asarray(image).astype(np.int16)
     before[top:bottom, left:right] = after[top:bottom, left:right]
     np.testing.assert_array_equal(before, after)
 
 
-def test_an_unsigned_picture_keeps_every_byte() -> None:
+def test_an_unsigned_image_keeps_every_byte() -> None:
     np.testing.assert_array_equal(signed(noise(), Unsigned()), np.asarray(noise()))
 
 
@@ -163,26 +163,26 @@ def test_the_same_input_gives_the_same_bytes() -> None:
         assert first == second
 
 
-def test_the_encoded_picture_is_a_plain_rgb_png() -> None:
-    picture = noise().convert("RGBA")
-    picture.info |= {"icc_profile": b"secret", "prompt": "secret", "transparency": 3, "exif": b"Exif\0\0secret"}
+def test_the_encoded_image_is_a_plain_rgb_png() -> None:
+    image = noise().convert("RGBA")
+    image.info |= {"icc_profile": b"secret", "prompt": "secret", "transparency": 3, "exif": b"Exif\0\0secret"}
 
-    encoded = sign(picture, Unsigned(), SignatureStyle()).encode_png()
+    encoded = sign(image, Unsigned(), SignatureStyle()).encode_png()
 
     opened = Image.open(io.BytesIO(encoded))
     assert (opened.format, opened.mode, opened.info) == ("PNG", "RGB", {})
     assert b"secret" not in encoded
 
 
-def test_the_given_picture_is_left_alone() -> None:
-    picture = noise()
-    sign(picture, ImageSignature(Image.new("RGBA", (9, 9), RED)), SignatureStyle(opacity=1))
-    np.testing.assert_array_equal(picture, noise())
+def test_the_given_image_is_left_alone() -> None:
+    image = noise()
+    sign(image, ImageSignature(Image.new("RGBA", (9, 9), RED)), SignatureStyle(opacity=1))
+    np.testing.assert_array_equal(image, noise())
 
 
-def test_a_signed_picture_comes_from_sign_alone() -> None:
+def test_a_signed_image_comes_from_sign_alone() -> None:
     with pytest.raises(TypeError, match="sign"):
-        SignedPicture(noise(), object())  # type: ignore[arg-type]
+        SignedImage(noise(), object())  # type: ignore[arg-type]
     assert not hasattr(Image.Image, "encode_png")
 
 
@@ -215,9 +215,9 @@ def test_hangul_is_drawn_with_glyphs_of_its_own_and_not_with_the_box_of_a_missin
 
 def test_text_is_white_with_a_dark_outline_so_that_it_reads_on_both() -> None:
     for ground in (0, 255):
-        picture = Image.new("RGB", (256, 256), (ground,) * 3)
-        after = signed(picture, TextSignature("서울 아틀리에", FONT_DIRS), size=Size.LARGE)
-        left, top, right, bottom = changed_box(picture, after)
+        image = Image.new("RGB", (256, 256), (ground,) * 3)
+        after = signed(image, TextSignature("서울 아틀리에", FONT_DIRS), size=Size.LARGE)
+        left, top, right, bottom = changed_box(image, after)
         drawn = after[top:bottom, left:right]
         assert drawn.max() == 255
         assert drawn.min() <= 24
@@ -230,15 +230,15 @@ def test_edges_of_text_are_never_darker_than_outline_and_ground() -> None:
 
 @pytest.mark.parametrize(("size", "width"), [(Size.SMALL, 77), (Size.MEDIUM, 128), (Size.LARGE, 179)])
 def test_text_takes_the_width_of_its_size(size: Size, width: int) -> None:
-    picture = Image.new("RGB", (512, 512), (90, 120, 150))
-    left, _, right, _ = changed_box(picture, signed(picture, TextSignature("서울 아틀리에", FONT_DIRS), size=size))
+    image = Image.new("RGB", (512, 512), (90, 120, 150))
+    left, _, right, _ = changed_box(image, signed(image, TextSignature("서울 아틀리에", FONT_DIRS), size=size))
     assert 0.8 * width <= right - left <= width
 
 
 @pytest.mark.parametrize("text", ["서울 아틀리에", "J", "W" * 100])
-def test_text_of_any_length_stays_inside_a_small_picture(text: str) -> None:
-    picture = Image.new("RGB", (128, 64), (90, 120, 150))
-    left, top, right, bottom = changed_box(picture, signed(picture, TextSignature(text, FONT_DIRS), size=Size.SMALL))
+def test_text_of_any_length_stays_inside_a_small_image(text: str) -> None:
+    image = Image.new("RGB", (128, 64), (90, 120, 150))
+    left, top, right, bottom = changed_box(image, signed(image, TextSignature(text, FONT_DIRS), size=Size.SMALL))
     assert left >= 1
     assert top >= 1
     assert right <= 127

@@ -20,26 +20,26 @@ def compose(background: Image.Image, product: Image.Image, place: Rect, *, shado
     `shadow` is the opacity of the shadow's darkest part, 0 for none. Opaque product pixels and the background outside
     product and shadow are kept to the byte.
     """
-    picture = background.copy()
+    image = background.copy()
     placed = resize_premultiplied(product, place.size)
     if shadow > 0:
-        _darken(picture, placed.getchannel("A"), place, shadow)
+        _darken(image, placed.getchannel("A"), place, shadow)
     # Porter and Duff's "over", exact where alpha is 0 or 255.
-    picture.paste(placed, place[:2], placed)
-    return picture
+    image.paste(placed, place[:2], placed)
+    return image
 
 
-def _darken(picture: Image.Image, alpha: Image.Image, place: Rect, opacity: float) -> None:
+def _darken(image: Image.Image, alpha: Image.Image, place: Rect, opacity: float) -> None:
     """Darken the background around the product's foot, in place."""
-    around = _shadow_bounds(place, picture.size)
+    around = _shadow_bounds(place, image.size)
     contact = _shade(alpha, place, around, CONTACT_HEIGHT, CONTACT_BLUR, darkness=1.0)
     soft = _shade(alpha, place, around, SOFT_HEIGHT, SOFT_BLUR, darkness=SOFT_DARKNESS)
     light = ImageChops.lighter(contact, soft).point([round(255 - opacity * shade) for shade in range(256)])
-    lit = ImageChops.multiply(picture.crop(around), Image.merge("RGB", [light] * 3))
-    picture.paste(lit, around[:2])
+    lit = ImageChops.multiply(image.crop(around), Image.merge("RGB", [light] * 3))
+    image.paste(lit, around[:2])
 
 
-def _shadow_bounds(place: Rect, picture: tuple[int, int]) -> Rect:
+def _shadow_bounds(place: Rect, image: tuple[int, int]) -> Rect:
     """Return the part of the image that the shadow can reach."""
     width, height = place.size
     reach = round(width * (SOFT_HEIGHT + 3 * SOFT_BLUR)) + 3
@@ -47,8 +47,8 @@ def _shadow_bounds(place: Rect, picture: tuple[int, int]) -> Rect:
     return Rect(
         max(0, place.left - reach),
         max(0, top),
-        min(picture[0], place.right + reach),
-        min(picture[1], place.bottom + reach),
+        min(image[0], place.right + reach),
+        min(image[1], place.bottom + reach),
     )
 
 

@@ -17,41 +17,41 @@ class CutoutFailed(Exception):
     """No product in the image, or no background to remove; the message says which."""
 
 
-def has_transparency(picture: Image.Image) -> bool:
+def has_transparency(image: Image.Image) -> bool:
     """Return whether some part of an RGBA image is transparent."""
-    return bool(np.asarray(picture.getchannel("A")).min() < CLEAR)
+    return bool(np.asarray(image.getchannel("A")).min() < CLEAR)
 
 
-def trim(picture: Image.Image) -> Image.Image:
+def trim(image: Image.Image) -> Image.Image:
     """Crop the RGBA image to its visible pixels. Raises `CutoutFailed` where there are none."""
-    bounds = picture.getchannel("A").point([0] * VISIBLE + [255] * (256 - VISIBLE)).getbbox()
+    bounds = image.getchannel("A").point([0] * VISIBLE + [255] * (256 - VISIBLE)).getbbox()
     if bounds is None:
         raise CutoutFailed("all of it is transparent")
-    return limit_size(picture.crop(bounds))
+    return limit_size(image.crop(bounds))
 
 
-def limit_size(picture: Image.Image) -> Image.Image:
+def limit_size(image: Image.Image) -> Image.Image:
     """Downscale an RGB or RGBA image whose longer side exceeds `MAX_SIDE_PX`."""
-    share = MAX_SIDE_PX / max(picture.size)
+    share = MAX_SIDE_PX / max(image.size)
     if share >= 1:
-        return picture
-    return resize_premultiplied(picture, (max(1, round(picture.width * share)), max(1, round(picture.height * share))))
+        return image
+    return resize_premultiplied(image, (max(1, round(image.width * share)), max(1, round(image.height * share))))
 
 
-def resize_premultiplied(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+def resize_premultiplied(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resize an RGB or RGBA image; premultiplied, or colours of transparent pixels would bleed into the edges."""
-    if picture.size == size:
-        return picture
-    if picture.mode != "RGBA":
-        return picture.resize(size, Image.Resampling.LANCZOS)
-    return picture.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
+    if image.size == size:
+        return image
+    if image.mode != "RGBA":
+        return image.resize(size, Image.Resampling.LANCZOS)
+    return image.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
 
 
-def check_cutout(picture: Image.Image) -> Image.Image:
+def check_cutout(image: Image.Image) -> Image.Image:
     """Trim a model's RGBA cut-out of a whole image. Raises `CutoutFailed` where it found or removed nothing."""
-    part = float((np.asarray(picture.getchannel("A")) >= CLEAR).mean())
+    part = float((np.asarray(image.getchannel("A")) >= CLEAR).mean())
     if part < MIN_PART:
         raise CutoutFailed("no product was found in it")
     if part > MAX_PART:
         raise CutoutFailed("nothing was found around the product")
-    return trim(picture)
+    return trim(image)

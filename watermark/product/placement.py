@@ -37,11 +37,11 @@ def place_product(background: Image.Image, product: tuple[int, int], layout: Lay
     return Rect(left, top, left + size[0], top + size[1])
 
 
-def fitted_size(picture: tuple[int, int], product: tuple[int, int], scale: float) -> tuple[int, int]:
+def fitted_size(image: tuple[int, int], product: tuple[int, int], scale: float) -> tuple[int, int]:
     """Return the size, in px, at which a product fills at most `scale` of an image each way."""
-    factor = scale * min(picture[0] / product[0], picture[1] / product[1])
+    factor = scale * min(image[0] / product[0], image[1] / product[1])
     width, height = (max(1, round(side * factor)) for side in product)
-    return min(width, picture[0]), min(height, picture[1])
+    return min(width, image[0]), min(height, image[1])
 
 
 def _on_quietest_side(background: Image.Image, size: tuple[int, int], room: Rect) -> tuple[int, int]:
@@ -54,11 +54,11 @@ def _on_quietest_side(background: Image.Image, size: tuple[int, int], room: Rect
     return min(max(left, room.left), room.right - size[0]), top
 
 
-def _room(picture: tuple[int, int], size: tuple[int, int]) -> Rect:
+def _room(image: tuple[int, int], size: tuple[int, int]) -> Rect:
     """Return the image without its margins, which shrink where the product needs them."""
-    margin = round(MARGIN * min(picture))
-    across, down = (min(margin, (whole - part) // 2) for whole, part in zip(picture, size, strict=True))
-    return Rect(across, down, picture[0] - across, picture[1] - down)
+    margin = round(MARGIN * min(image))
+    across, down = (min(margin, (whole - part) // 2) for whole, part in zip(image, size, strict=True))
+    return Rect(across, down, image[0] - across, image[1] - down)
 
 
 def _between(first: int, last: int, share: float) -> int:

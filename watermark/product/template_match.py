@@ -32,9 +32,9 @@ def match_template(composite: Image.Image, product: Image.Image, size: tuple[int
     if not len(rows):
         return None
 
-    picture = np.asarray(composite)
+    image = np.asarray(composite)
     places = [
-        (float(np.abs(picture[rows + top, columns + left] - colours).mean()), left, top)
+        (float(np.abs(image[rows + top, columns + left] - colours).mean()), left, top)
         for top in _offsets_near(near_top, reach, composite.height - size[1])
         for left in _offsets_near(near_left, reach, composite.width - size[0])
     ]
@@ -74,9 +74,9 @@ def _coarse_place(composite: Image.Image, placed: Image.Image, factor: float) ->
     return left, top
 
 
-def _correlate(picture: NDArray[np.float64], kernel: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the circular cross-correlation of `picture` with `kernel`, summed over channels."""
-    shape = picture.shape[:2]
-    product = np.fft.rfft2(picture, axes=(0, 1)) * np.fft.rfft2(kernel, shape, axes=(0, 1)).conj()
+def _correlate(image: NDArray[np.float64], kernel: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the circular cross-correlation of `image` with `kernel`, summed over channels."""
+    shape = image.shape[:2]
+    product = np.fft.rfft2(image, axes=(0, 1)) * np.fft.rfft2(kernel, shape, axes=(0, 1)).conj()
     correlated: NDArray[np.float64] = np.fft.irfft2(product.sum(axis=-1), shape, axes=(0, 1))
     return correlated

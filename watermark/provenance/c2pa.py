@@ -9,7 +9,7 @@ from PIL import Image
 
 from config.section import SettingsError
 from watermark.errors import ManifestNotSigned
-from watermark.image_format import PictureFormat
+from watermark.image_format import ImageFormat
 from watermark.provenance.credentials import Credentials
 from watermark.provenance.provenance import Prompts, Provenance, SourceType
 from watermark.provenance.xmp import IPTC_EXTENSION
@@ -36,23 +36,23 @@ class ManifestSigner:
             trial = _manifest({"name": "trial"}, {"digitalSourceType": SourceType.GENERATED})
             pixel = io.BytesIO()
             Image.new("RGB", (1, 1)).save(pixel, "PNG")
-            self._embed(pixel.getvalue(), trial, PictureFormat.PNG)
+            self._embed(pixel.getvalue(), trial, ImageFormat.PNG)
         except c2pa.C2paError as error:
             usages = "its key usage must be digitalSignature, its extended key usage one of C2PA's"
             refusal = f"C2PA signs by no such certificate ({error}): {usages}; docs/provenance.md says how to make one"
             raise SettingsError(f"C2PA_CERTIFICATE: {refusal}") from error
 
-    def sign(self, content: bytes, provenance: Provenance, picture_format: PictureFormat) -> bytes:
+    def sign(self, content: bytes, provenance: Provenance, image_format: ImageFormat) -> bytes:
         """Return the file with a manifest over all of its bytes. Raises `ManifestNotSigned`."""
         try:
-            return self._embed(content, build_manifest(provenance), picture_format)
+            return self._embed(content, build_manifest(provenance), image_format)
         except c2pa.C2paError as error:
             raise ManifestNotSigned(f"the C2PA manifest cannot be signed: {error}") from error
 
-    def _embed(self, content: bytes, manifest: dict[str, Any], picture_format: PictureFormat) -> bytes:
+    def _embed(self, content: bytes, manifest: dict[str, Any], image_format: ImageFormat) -> bytes:
         signed = io.BytesIO()
         with c2pa.Builder(json.dumps(manifest), self._context) as builder:
-            builder.sign(self._signer, picture_format.value, io.BytesIO(content), signed)
+            builder.sign(self._signer, image_format.value, io.BytesIO(content), signed)
         return signed.getvalue()
 
 

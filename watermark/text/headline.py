@@ -73,12 +73,12 @@ def prepare_headlines(overlays: tuple[TextOverlay, ...], font_dirs: tuple[Path, 
     return tuple(found)
 
 
-def draw_headlines(picture: Image.Image, headlines: Iterable[Headline], *, avoid: tuple[Rect, ...] = ()) -> Image.Image:
-    """Return an RGB copy of `picture` with the headlines painted in order, each inside the margins.
+def draw_headlines(image: Image.Image, headlines: Iterable[Headline], *, avoid: tuple[Rect, ...] = ()) -> Image.Image:
+    """Return an RGB copy of `image` with the headlines painted in order, each inside the margins.
 
     Automatically placed headlines avoid the others and `avoid`, where there is room.
     """
-    pixels = picture.convert("RGB")
+    pixels = image.convert("RGB")
     pixels.info = {}
     for headline, block, place in _lay_out(pixels, tuple(headlines), avoid):
         _paint(pixels, headline.overlay, block, place)
@@ -86,18 +86,18 @@ def draw_headlines(picture: Image.Image, headlines: Iterable[Headline], *, avoid
 
 
 def _lay_out(
-    picture: Image.Image, headlines: tuple[Headline, ...], avoid: tuple[Rect, ...]
+    image: Image.Image, headlines: tuple[Headline, ...], avoid: tuple[Rect, ...]
 ) -> list[tuple[Headline, Block, Rect]]:
     """Place all headlines, those with a fixed position first, so that the others avoid them."""
-    room = _room(picture.size)
+    room = _room(image.size)
     found: dict[int, tuple[Headline, Block, Rect]] = {}
     for number, headline in sorted(enumerate(headlines), key=lambda item: item[1].overlay.position is None):
         setter = Typesetter(headline.overlay, headline.lines, headline.typeface)
         if headline.overlay.position is not None:
-            block = setter.typeset(picture.size, room.size)
+            block = setter.typeset(image.size, room.size)
             place = _anchor(room, block.size, headline.overlay.position.fractions)
         else:
-            block, place = _find_quiet_place(picture, setter, room, avoid)
+            block, place = _find_quiet_place(image, setter, room, avoid)
         avoid = (*avoid, place)
         found[number] = headline, block, place
     return [found[number] for number in range(len(headlines))]
@@ -120,28 +120,28 @@ def _grow(rect: Rect, by: int) -> Rect:
 
 
 def _find_quiet_place(
-    picture: Image.Image, setter: Typesetter, room: Rect, avoid: tuple[Rect, ...]
+    image: Image.Image, setter: Typesetter, room: Rect, avoid: tuple[Rect, ...]
 ) -> tuple[Block, Rect]:
     """Find the quietest region; shrink the block where a larger one would overlap or be on a busy region."""
     for share in SCALES:
-        block, place = _place_at_scale(picture, setter, room, avoid, share)
+        block, place = _place_at_scale(image, setter, room, avoid, share)
         if not any(place.overlaps(other) for other in avoid):
             break
-    energy = gradient_energy(picture, place)
+    energy = gradient_energy(image, place)
     if setter.is_size_automatic and share == SCALES[0] and energy > BUSY_GREY_LEVELS:
-        smaller, elsewhere = _place_at_scale(picture, setter, room, avoid, SCALES[1])
-        if gradient_energy(picture, elsewhere) < MAX_ENERGY_RATIO * energy:
+        smaller, elsewhere = _place_at_scale(image, setter, room, avoid, SCALES[1])
+        if gradient_energy(image, elsewhere) < MAX_ENERGY_RATIO * energy:
             return smaller, elsewhere
     return block, place
 
 
 def _place_at_scale(
-    picture: Image.Image, setter: Typesetter, room: Rect, avoid: tuple[Rect, ...], share: float
+    image: Image.Image, setter: Typesetter, room: Rect, avoid: tuple[Rect, ...], share: float
 ) -> tuple[Block, Rect]:
-    block = setter.typeset(picture.size, room.size, share)
+    block = setter.typeset(image.size, room.size, share)
     around = round(QUIET_MARGIN * block.font_px)
     left, top = quietest_region(
-        picture,
+        image,
         _grow(Rect(0, 0, *block.size), around).size,
         within=_grow(room, around),
         avoid=avoid,
@@ -150,20 +150,20 @@ def _place_at_scale(
     return block, Rect(0, 0, *block.size).moved(left + around, top + around)
 
 
-def _paint(picture: Image.Image, overlay: TextOverlay, block: Block, place: Rect) -> None:
+def _paint(image: Image.Image, overlay: TextOverlay, block: Block, place: Rect) -> None:
     across, down = block.padding
     ink = Rect(place.left + across, place.top + down, place.right - across, place.bottom - down)
-    colours = choose_colours(np.asarray(picture.crop(ink)), overlay)
-    alignment = _alignment(overlay, place, picture.width)
+    colours = choose_colours(np.asarray(image.crop(ink)), overlay)
+    alignment = _alignment(overlay, place, image.width)
     edge = block.letters(alignment, stroke_px=block.stroke_px)
 
     if colours.opacity:
-        _paint_panel(picture, overlay, block, ink, colours)
+        _paint_panel(image, overlay, block, ink, colours)
     if overlay.shadow:
-        _paint_shadow(picture, edge, block, ink, opposite(colours.text))
+        _paint_shadow(image, edge, block, ink, opposite(colours.text))
     if block.stroke_px:
-        picture.paste(colours.stroke, ink, edge)
-    picture.paste(colours.text, ink, block.letters(alignment))
+        image.paste(colours.stroke, ink, edge)
+    image.paste(colours.text, ink, block.letters(alignment))
 
 
 def _alignment(overlay: TextOverlay, place: Rect, width: int) -> float:
@@ -176,7 +176,7 @@ def _alignment(overlay: TextOverlay, place: Rect, width: int) -> float:
     return (0.0, 0.5, 1.0)[min(2, int(place.left / free * 3))]
 
 
-def _paint_panel(picture: Image.Image, overlay: TextOverlay, block: Block, ink: Rect, colours: Colours) -> None:
+def _paint_panel(image: Image.Image, overlay: TextOverlay, block: Block, ink: Rect, colours: Colours) -> None:
     """Paint the requested panel with rounded corners, or the contrast panel, which fades out to all sides."""
     font_px = block.font_px
     if overlay.box is not None:
@@ -188,7 +188,7 @@ def _paint_panel(picture: Image.Image, overlay: TextOverlay, block: Block, ink: 
     width, height = ink.size[0] + 2 * reach[0], ink.size[1] + 2 * reach[1]
     density = _rounded_box((width, height), inner + (0 if overlay.box else fade), fade)
     mask = Image.fromarray(np.rint(density * colours.opacity).astype(np.uint8))
-    picture.paste(colours.panel, (ink.left - reach[0], ink.top - reach[1]), mask)
+    image.paste(colours.panel, (ink.left - reach[0], ink.top - reach[1]), mask)
 
 
 def _rounded_box(size: tuple[int, int], radius: float, fade: float) -> NDArray[np.float32]:
@@ -206,13 +206,11 @@ def _rounded_box(size: tuple[int, int], radius: float, fade: float) -> NDArray[n
     return depth * depth * (3 - 2 * depth)
 
 
-def _paint_shadow(
-    picture: Image.Image, edge: Image.Image, block: Block, ink: Rect, colour: tuple[int, int, int]
-) -> None:
+def _paint_shadow(image: Image.Image, edge: Image.Image, block: Block, ink: Rect, colour: tuple[int, int, int]) -> None:
     """Paint a blurred shadow of the letters, offset to the lower right."""
     across, down = block.padding
     offset = round(SHADOW_OFFSET * block.font_px)
     canvas = Image.new("L", block.size)
     canvas.paste(edge, (across + offset, down + offset))
     soft = canvas.filter(ImageFilter.GaussianBlur(SHADOW_BLUR * block.font_px))
-    picture.paste(colour, (ink.left - across, ink.top - down), soft.point(lambda value: value * SHADOW_OPACITY))
+    image.paste(colour, (ink.left - across, ink.top - down), soft.point(lambda value: value * SHADOW_OPACITY))

@@ -63,13 +63,13 @@ class Typesetter:
         """Whether the overlay leaves the font size to the typesetter."""
         return self._overlay.size is None
 
-    def typeset(self, picture: tuple[int, int], room: tuple[int, int], share: float = 1.0) -> Block:
+    def typeset(self, image: tuple[int, int], room: tuple[int, int], share: float = 1.0) -> Block:
         """Typeset for an image of (width, height), all of it inside `room`.
 
         A requested size is kept where it fits, else the largest that does; `share` scales it down. Where not even the
         smallest letters fit, the block is scaled down.
         """
-        for limits in self._candidates(picture, room, share):
+        for limits in self._candidates(image, room, share):
             block = self._fit(limits)
             if block is not None:
                 return self._break_at_phrases(limits, block)
@@ -82,13 +82,13 @@ class Typesetter:
         max_lines = min(limits.max_lines, len(block.lines) + 1)
         return self._fit(_Constraints(*limits[:2], max_lines, Breaking.PHRASES, min_px, font_px)) or block
 
-    def _candidates(self, picture: tuple[int, int], room: tuple[int, int], share: float) -> tuple[_Constraints, ...]:
-        mean_side = math.sqrt(picture[0] * picture[1])
+    def _candidates(self, image: tuple[int, int], room: tuple[int, int], share: float) -> tuple[_Constraints, ...]:
+        mean_side = math.sqrt(image[0] * image[1])
         size, any_lines = self._overlay.size, len("".join(self._lines)) + len(self._lines)
-        wanted = LARGEST_FRACTION * mean_side if size is None else size * picture[1]
+        wanted = LARGEST_FRACTION * mean_side if size is None else size * image[1]
         if share < 1:
             # A share of the fitted size: where width is the limit, a smaller height alone changes nothing.
-            wanted = self.typeset(picture, room).font_px * share
+            wanted = self.typeset(image, room).font_px * share
         largest = min(MAX_FONT_PX, max(MIN_FONT_PX, round(wanted)))
         readable = min(largest, max(READABLE_PX, round(READABLE_FRACTION * mean_side)))
         if size is not None:

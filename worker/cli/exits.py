@@ -40,7 +40,7 @@ def whole_settings() -> Settings:
     """Load all settings. Raises `SettingsError`."""
     settings = load_settings()
     # Sections that are each right can disagree: a preset's adapter in a bucket that jobs may not read.
-    rules_from(settings.model, settings.store, settings.pictures)
+    rules_from(settings.model, settings.store, settings.images)
     return settings
 
 

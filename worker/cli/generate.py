@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from clients.storage.location import LocationForbidden, ObjectRef, shown_location
-from config.images import PictureSettings
+from config.images import ImageSettings
 from config.model import ModelSettings
 from config.section import SettingsError, load_section
 from config.service import ServiceSettings
@@ -23,7 +23,7 @@ from inference.engine.local_engine import LocalEngine
 from inference.errors import EngineError
 from inference.models.prechecks import precheck_model
 from inference.request import AdapterFile, GenerationRequest, GenerationResult, StepReport
-from watermark.decoding import PictureMode, decode_picture, decode_signature
+from watermark.decoding import ImageMode, decode_image, decode_signature
 from watermark.errors import WatermarkError
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
 from watermark.text.headline import Headline, prepare_headlines
@@ -98,8 +98,8 @@ def _planned(fields: dict[str, Any], out: Path, model_id: str | None) -> _Plan:
     """Find all that can be wrong without the model, which takes minutes to load."""
     job = _job(fields)
     outputs = outputs_of(out, job.num_images)
-    font_dirs, pictures = load_section(ServiceSettings).font_dirs, load_section(PictureSettings)
-    cutter = Cutter(pictures.cutout_model)
+    font_dirs, images = load_section(ServiceSettings).font_dirs, load_section(ImageSettings)
+    cutter = Cutter(images.cutout_model)
     brought = _brought(job, job.product, cutter) if job.product else None
     settings = load_section(ModelSettings)
     plan = _Plan(
@@ -111,7 +111,7 @@ def _planned(fields: dict[str, Any], out: Path, model_id: str | None) -> _Plan:
         references=brought.references if brought else _references(job),
         brought=brought,
         adapters=tuple(_adapter(adapter) for adapter in job.adapters),
-        labeller=ImageEncoder(pictures),
+        labeller=ImageEncoder(images),
         cutter=cutter,
     )
     foreseen = precheck_model(plan.settings)
@@ -126,7 +126,7 @@ def _draw(plan: _Plan, console: Console) -> None:
     with console.status(f"loading {plan.settings.model_id}"):
         engine = LocalEngine(plan.settings)
     result, keep_off = _generate(engine, plan, console)
-    for drawn, output in zip(result.pictures, plan.outputs, strict=True):
+    for drawn, output in zip(result.images, plan.outputs, strict=True):
         signed = postprocess(
             drawn,
             plan.job,
@@ -144,7 +144,7 @@ def _draw(plan: _Plan, console: Console) -> None:
 def _job(fields: dict[str, Any]) -> Job:
     """Decode the options as a job, with every limit of a message."""
     settings = load_section(ModelSettings)
-    presets = presets_in_force(load_section(PictureSettings), locate=None)
+    presets = presets_in_force(load_section(ImageSettings), locate=None)
     body = json.dumps({"data": {"generation_id": 1, **fields}}).encode()
     return decode(body, JobRules(settings.inference_steps, settings.guidance_scale, _here, presets))
 
@@ -166,24 +166,24 @@ def _signature(job: Job, font_dirs: tuple[Path, ...]) -> Signature:
 def _references(job: Job) -> References:
     init = mask = control = None
     if job.source is not None:
-        init = _decoded(job.source.image_ref, partial(decode_picture, mode="RGB"))
+        init = _decoded(job.source.image_ref, partial(decode_image, mode="RGB"))
         if job.source.mask_ref is not None:
-            mask = _decoded(job.source.mask_ref, partial(decode_picture, mode="L"))
+            mask = _decoded(job.source.mask_ref, partial(decode_image, mode="L"))
             check_mask(mask, init.size)
     if job.control is not None:
-        control = _decoded(job.control.image_ref, partial(decode_picture, mode="RGB"))
+        control = _decoded(job.control.image_ref, partial(decode_image, mode="RGB"))
     return References(init, mask, control)
 
 
 def _brought(job: Job, product: JobProduct, cutter: Cutter) -> ProductInputs:
-    brought = load_inputs(product, job.fit, _product_picture)
+    brought = load_inputs(product, job.fit, _product_image)
     if brought.image is not None and brought.cutout is None:
         cutter.check(brought.image, "product.image_path")
     return brought
 
 
-def _product_picture(ref: ObjectRef, _field: str, mode: PictureMode) -> Image.Image:
-    return _decoded(ref, partial(decode_picture, mode=mode))
+def _product_image(ref: ObjectRef, _field: str, mode: ImageMode) -> Image.Image:
+    return _decoded(ref, partial(decode_image, mode=mode))
 
 
 def _decoded(ref: ObjectRef, decode_bytes: Callable[[bytes], Image.Image]) -> Image.Image:
@@ -259,8 +259,8 @@ class _LocalContext:
 class _NoStages:
     """No stage of a product is kept: what is wanted of it is one file."""
 
-    def find(self, _stage: ProductStage, _mode: PictureMode) -> None:
+    def find(self, _stage: ProductStage, _mode: ImageMode) -> None:
         return None
 
-    def save(self, _stage: ProductStage, _picture: Image.Image, _metadata: Mapping[str, str] = NO_METADATA) -> None:
+    def save(self, _stage: ProductStage, _image: Image.Image, _metadata: Mapping[str, str] = NO_METADATA) -> None:
         pass

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from config.broker import BrokerSettings
-from config.images import PictureSettings
+from config.images import ImageSettings
 from config.logs import configure_logging
 from config.redacting import quoted
 from config.section import load_section
@@ -200,7 +200,7 @@ def presets(
     """List the styles and industries that jobs may name."""
     from worker.cli.presets import print_presets  # noqa: PLC0415
 
-    print_presets(or_exit(partial(load_section, PictureSettings)), as_lines=as_json, console=Console())
+    print_presets(or_exit(partial(load_section, ImageSettings)), as_lines=as_json, console=Console())
 
 
 @app.command()

@@ -131,8 +131,8 @@ def _kind(options: GenerateOptions) -> Kind | None:
         return Kind.INPAINT
     if options.init is not None:
         return Kind.IMAGE2IMAGE
-    pictures = (options.product, options.cutout, options.background, options.composite)
-    return None if pictures == (None,) * len(pictures) else Kind.PRODUCT
+    images = (options.product, options.cutout, options.background, options.composite)
+    return None if images == (None,) * len(images) else Kind.PRODUCT
 
 
 def _loras(options: GenerateOptions) -> list[dict[str, Any]] | None:

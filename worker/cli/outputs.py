@@ -4,9 +4,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from watermark.image_format import PictureFormat
+from watermark.image_format import ImageFormat
 
-FORMATS = {".png": PictureFormat.PNG, ".jpg": PictureFormat.JPEG, ".jpeg": PictureFormat.JPEG}
+FORMATS = {".png": ImageFormat.PNG, ".jpg": ImageFormat.JPEG, ".jpeg": ImageFormat.JPEG}
 KNOWN = ", ".join(FORMATS)
 
 
@@ -19,25 +19,25 @@ class Output:
     """A picture's output file and format."""
 
     path: Path
-    format: PictureFormat
+    format: ImageFormat
 
 
-def outputs_of(out: Path, num_pictures: int) -> list[Output]:
+def outputs_of(out: Path, num_images: int) -> list[Output]:
     """Return `out`, and for more pictures its name with -2, -3 …. An existing file is overwritten.
 
     Raises `OutputRefused` where one of them could not be written; leaves no trace.
     """
     if out.is_dir():
-        raise OutputRefused(f"--out {out} is a folder: name a file in it, like {out / 'picture.png'}")
-    picture_format = FORMATS.get(out.suffix.lower())
-    if picture_format is None:
+        raise OutputRefused(f"--out {out} is a folder: name a file in it, like {out / 'image.png'}")
+    image_format = FORMATS.get(out.suffix.lower())
+    if image_format is None:
         named = f"ends with {out.suffix}" if out.suffix else "has no suffix"
         raise OutputRefused(f"--out {out} {named}: pictures are written as {KNOWN}, like {out.with_suffix('.png')}")
     _check_folder(out.parent)
-    paths = [out, *(out.with_stem(f"{out.stem}-{number}") for number in range(2, num_pictures + 1))]
+    paths = [out, *(out.with_stem(f"{out.stem}-{number}") for number in range(2, num_images + 1))]
     for path in paths:
         _check_file(path)
-    return [Output(path, picture_format) for path in paths]
+    return [Output(path, image_format) for path in paths]
 
 
 def _check_folder(folder: Path) -> None:

@@ -7,13 +7,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from config.images import PictureSettings
+from config.images import ImageSettings
 from config.presets.catalog import builtin_presets, load_presets
 
 
-def print_presets(pictures: PictureSettings, *, as_lines: bool, console: Console) -> None:
+def print_presets(images: ImageSettings, *, as_lines: bool, console: Console) -> None:
     """Print each preset: a row of a table, or a line of JSON with all its fields."""
-    presets = builtin_presets() if pictures.presets_file is None else load_presets(pictures.presets_file)
+    presets = builtin_presets() if images.presets_file is None else load_presets(images.presets_file)
     if as_lines:
         for kind, known in presets.by_field.items():
             for name, preset in known.items():

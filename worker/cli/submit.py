@@ -47,7 +47,7 @@ def submit_and_follow(
     names = QueueNames(settings.broker.queue)
     publisher = Publisher(settings.broker, names)
     try:
-        decode(body, rules_from(settings.model, settings.store, settings.pictures))
+        decode(body, rules_from(settings.model, settings.store, settings.images))
         publisher.start()
         publisher.publish(names.jobs, body)
         console.print(f"published as task {task_id}", highlight=False)

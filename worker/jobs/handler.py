@@ -16,13 +16,13 @@ from worker.jobs.inputs.fetcher import Fetcher, JobInputs
 from worker.jobs.inputs.references import NO_REFERENCES, References, check_can, drawing_size
 from worker.jobs.postprocess import postprocess
 from worker.jobs.runs import Phase, Run
-from worker.messages.generation_id import picture_key
+from worker.messages.generation_id import image_key
 from worker.messages.identity import check_same
 from worker.messages.job import Job, JobRejected, Kind
-from worker.messages.webhook_bodies import CompleteBody, PictureMetadata
+from worker.messages.webhook_bodies import CompleteBody, ImageMetadata
 from worker.progress.reporter import ProgressReporter
 from worker.results.image_metadata import ImageEncoder, provenance_of
-from worker.results.image_store import PICTURE_PATIENCE_SECONDS, AlreadyEnded, ImageStore
+from worker.results.image_store import IMAGE_PATIENCE_SECONDS, AlreadyEnded, ImageStore
 from worker.results.ledger import Ledger
 from worker.results.terminal_event import TerminalEvent
 
@@ -89,19 +89,19 @@ class JobHandler:
                     keep_off=images.keep_off,
                     on_headlines=generation.save_headline,
                 )
-                for image in images.result.pictures
+                for image in images.result.images
             ]
         with run.stage(Phase.STORE):
             files = [
                 self.encoder.encode(image, provenance_of(job, images.result, generated, model=self.facts.model))
-                for image, generated in zip(signed, images.result.pictures, strict=True)
+                for image, generated in zip(signed, images.result.images, strict=True)
             ]
             self.store.check_open(job.task_id)
             stored = self._store(job, images.result, files, generation)
         with run.stage(Phase.RECORD):
             event = self._complete(run, job, images.result, stored, generation)
             return self.gate.retry_while_denied(
-                lambda: self.ledger.record(event), patience_seconds=PICTURE_PATIENCE_SECONDS
+                lambda: self.ledger.record(event), patience_seconds=IMAGE_PATIENCE_SECONDS
             )
 
     def _generate(self, run: Run, job: Job, inputs: JobInputs, generation: Generation) -> GeneratedImages:
@@ -116,8 +116,8 @@ class JobHandler:
         self, job: Job, result: GenerationResult, files: list[bytes], generation: Generation
     ) -> list[StoredImage]:
         stored = []
-        for number, (content, generated) in enumerate(zip(files, result.pictures, strict=True), start=1):
-            ref = ObjectRef(self.results_bucket, picture_key(job.generation_id, number))
+        for number, (content, generated) in enumerate(zip(files, result.images, strict=True), start=1):
+            ref = ObjectRef(self.results_bucket, image_key(job.generation_id, number))
             stored.append(StoredImage(self.store.put(ref, content, task_id=job.task_id), generated.seed))
             generation.save_final(content)
         return stored
@@ -126,13 +126,13 @@ class JobHandler:
         self, run: Run, job: Job, result: GenerationResult, stored: list[StoredImage], generation: Generation
     ) -> TerminalEvent:
         timeline = run.timeline()
-        metadata: PictureMetadata = {
+        metadata: ImageMetadata = {
             "seed": job.seed,
             "steps": result.num_inference_steps,
             "guidance_scale": result.guidance_scale,
             "prompt_tags": list(job.prompt_tags),
-            "width": result.pictures[0].width,
-            "height": result.pictures[0].height,
+            "width": result.images[0].width,
+            "height": result.images[0].height,
             "model": self.facts.model,
             "scheduler": result.scheduler,
             "task_id": job.task_id,

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from inference.request import Picture
+from inference.request import RawImage
 from watermark.geometry import Rect
 from watermark.product.masks import restore_masked
-from watermark.signature import Signature, SignedPicture, sign, signature_rect
+from watermark.signature import Signature, SignedImage, sign, signature_rect
 from watermark.text.headline import Headline, draw_headlines
 from worker.jobs.inputs.references import References, mask_at
 from worker.messages.job import Job
@@ -16,7 +16,7 @@ BLACK_FOR_WHITE = [255 - value for value in range(256)]
 
 
 def postprocess(
-    generated: Picture,
+    generated: RawImage,
     job: Job,
     references: References,
     *,
@@ -24,7 +24,7 @@ def postprocess(
     signature: Signature,
     keep_off: tuple[Rect, ...] = (),
     on_headlines: Callable[[Image.Image], None] = lambda image: None,
-) -> SignedPicture:
+) -> SignedImage:
     """Return the image as it is stored. Headlines without a position avoid the rectangles of `keep_off` and the
     signature. `on_headlines` gets the unsigned image with headlines, where the job has any."""
     image = Image.frombytes("RGB", (generated.width, generated.height), generated.rgb)

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from clients.storage.location import ObjectRef, parse_location, shown_location
-from config.images import PictureSettings
+from config.images import ImageSettings
 from config.model import ModelSettings
 from config.redacting import quoted
 from config.store import StoreSettings
@@ -48,7 +48,7 @@ _FIELD_CODES: dict[str | int, str] = {
 }
 
 
-def rules_from(model: ModelSettings, store: StoreSettings, pictures: PictureSettings | None = None) -> JobRules:
+def rules_from(model: ModelSettings, store: StoreSettings, images: ImageSettings | None = None) -> JobRules:
     """Return the rules of a worker with these settings. Raises `SettingsError` where its presets cannot be used."""
 
     def locate(text: str) -> ObjectRef:
@@ -64,7 +64,7 @@ def rules_from(model: ModelSettings, store: StoreSettings, pictures: PictureSett
         default_steps=model.inference_steps,
         default_guidance=model.guidance_scale,
         locate=locate,
-        presets=presets_in_force(pictures, locate),
+        presets=presets_in_force(images, locate),
     )
 
 

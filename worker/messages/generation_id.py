@@ -29,7 +29,7 @@ def is_same(one: GenerationId | None, other: GenerationId | None) -> bool:
     return one is not None and other is not None and str(one) == str(other)
 
 
-def picture_key(generation_id: GenerationId, number: int = 1) -> str:
+def image_key(generation_id: GenerationId, number: int = 1) -> str:
     """Return the key of a generation's picture; `number` counts its pictures from 1.
 
     Behind a number or a UUID the others end in -2, -3 …; behind other text in ~2, ~3 …, for "a-2" may be another

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from clients.storage.location import LocationForbidden, ObjectRef
-from config.images import PictureSettings
+from config.images import ImageSettings
 from config.presets.catalog import Preset, PresetAdapter, Presets, PresetsInvalid, builtin_presets
 from config.presets.preset_file import PresetFile
 from config.redacting import quoted
@@ -30,14 +30,12 @@ class Styled:
     adapter: PresetAdapter | None
 
 
-def presets_in_force(
-    pictures: PictureSettings | None, locate: Callable[[str], ObjectRef] | None
-) -> Callable[[], Presets]:
+def presets_in_force(images: ImageSettings | None, locate: Callable[[str], ObjectRef] | None) -> Callable[[], Presets]:
     """Return a function, called once a job, for the operator's presets or the built-in ones.
 
     Raises `SettingsError` for a broken file. Without `locate` their adapters are not checked before a job uses them.
     """
-    if pictures is None or pictures.presets_file is None:
+    if images is None or images.presets_file is None:
         return builtin_presets
 
     def check(presets: Presets) -> None:
@@ -45,7 +43,7 @@ def presets_in_force(
             _check_adapters(presets, locate)
 
     try:
-        return PresetFile(pictures.presets_file, check).current
+        return PresetFile(images.presets_file, check).current
     except PresetsInvalid as error:
         raise SettingsError(f"PRESETS_FILE: {error}") from error
 

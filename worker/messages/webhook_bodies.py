@@ -39,7 +39,7 @@ class ProgressBody(TypedDict):
     preview_url: NotRequired[Annotated[str, Field(min_length=1, description="A small JPEG of how far the picture is")]]
 
 
-class PictureMetadata(TypedDict):
+class ImageMetadata(TypedDict):
     """What a picture was really drawn with."""
 
     seed: Annotated[int, Field(ge=0, le=MAX_SEED, description="The job's, or the one derived from task_id")]
@@ -70,7 +70,7 @@ class CompleteBody(TypedDict):
 
     generation_id: _GenerationId
     result_url: Annotated[str, Field(min_length=1, description="Of the picture, of several the first")]
-    metadata: PictureMetadata
+    metadata: ImageMetadata
 
 
 class FailedBody(TypedDict):

@@ -7,8 +7,8 @@ from typing import Protocol
 
 from PIL import Image
 
-from inference.request import GenerationRequest, GenerationResult, Picture, Source
-from watermark.decoding import PictureMode
+from inference.request import GenerationRequest, GenerationResult, RawImage, Source
+from watermark.decoding import ImageMode
 from watermark.geometry import Rect
 from watermark.product.compositing import compose
 from watermark.product.masks import product_mask, repaint_mask, restore_masked
@@ -46,9 +46,9 @@ class GenerationContext(Protocol):
 class Stages(Protocol):
     """Storage of the stages' images, see `StageStore`."""
 
-    def find(self, stage: ProductStage, mode: PictureMode) -> StoredStage | None: ...
+    def find(self, stage: ProductStage, mode: ImageMode) -> StoredStage | None: ...
 
-    def save(self, stage: ProductStage, picture: Image.Image, metadata: Mapping[str, str] = NO_METADATA) -> None: ...
+    def save(self, stage: ProductStage, image: Image.Image, metadata: Mapping[str, str] = NO_METADATA) -> None: ...
 
 
 @dataclass(slots=True)
@@ -67,14 +67,14 @@ class ProductComposer:
     def generate(self) -> GeneratedImages:
         """Return the image without headline and signature, as the engine's result would be, and the product's rectangle
         in it. Raises `JobFailed`, and what the context, the cutter and the stages raise."""
-        picture, at = self._picture()
-        image = Picture(picture.width, picture.height, picture.tobytes(), self.request.seeds[0])
+        image, at = self._composed()
+        raw = RawImage(image.width, image.height, image.tobytes(), self.request.seeds[0])
         result = GenerationResult(
-            (image,), self.scheduler, self.request.num_inference_steps, self.request.guidance_scale, stages=()
+            (raw,), self.scheduler, self.request.num_inference_steps, self.request.guidance_scale, stages=()
         )
         return GeneratedImages(result, () if at is None else (at,))
 
-    def _picture(self) -> tuple[Image.Image, Rect | None]:
+    def _composed(self) -> tuple[Image.Image, Rect | None]:
         """Return the image, and the product's rectangle in it where that is known."""
         cutout = self._cutout()
         composite, at = self._composite(cutout)
@@ -94,7 +94,7 @@ class ProductComposer:
         with self._stage(Phase.CUT):
             stored = self.stages.find(ProductStage.CUTOUT, "RGBA")
             if stored is not None:
-                return stored.picture
+                return stored.image
             assert self.inputs.image is not None, "a job brings one or the other"  # noqa: S101
             cutout = self.cutter.cut(self.inputs.image, "product.image_path", self.context.raise_if_unwanted)
             self.stages.save(ProductStage.CUTOUT, cutout)
@@ -109,11 +109,11 @@ class ProductComposer:
         with self._stage(Phase.COMPOSE):
             stored = self.stages.find(ProductStage.COMPOSITE, "RGB")
             if stored is not None and stored.is_changed:
-                composite = self._fitted(stored.picture)
+                composite = self._fitted(stored.image)
                 return composite, self._place_in(composite, cutout)
             at = place_product(background, cutout.size, self._product.layout)
             if stored is not None:
-                return self._fitted(stored.picture), at
+                return self._fitted(stored.image), at
             composite = compose(background, cutout, at, shadow=self._product.shadow)
             self.stages.save(ProductStage.COMPOSITE, composite)
             return composite, at
@@ -125,7 +125,7 @@ class ProductComposer:
             stored = self.stages.find(ProductStage.BACKGROUND, "RGB")
         if stored is not None:
             self.scheduler = stored.metadata.get(SCHEDULER, self.scheduler)
-            return self._fitted(stored.picture)
+            return self._fitted(stored.image)
         self.background_steps = self.request.num_inference_steps
         background = self._generated(self.request, ProgressSpan(0, self.background_steps, self._num_steps))
         with self.context.stage(Phase.STORE):
@@ -136,7 +136,7 @@ class ProductComposer:
         with self._stage(Phase.FETCH):
             stored = self.stages.find(ProductStage.REFINED, "RGB")
         if stored is not None:
-            return self._fitted(stored.picture)
+            return self._fitted(stored.image)
         mask = product_mask(composite.size, cutout, at)
         request = replace(
             self.request,
@@ -156,12 +156,12 @@ class ProductComposer:
     def _generated(self, request: GenerationRequest, span: ProgressSpan) -> Image.Image:
         result = self.context.generate(request, span)
         self.scheduler = result.scheduler
-        image = result.pictures[0]
+        image = result.images[0]
         return Image.frombytes("RGB", (image.width, image.height), image.rgb)
 
-    def _fitted(self, picture: Image.Image) -> Image.Image:
+    def _fitted(self, image: Image.Image) -> Image.Image:
         """Return the stored image at the request's size, which it may have lost when a person changed it."""
-        return fit(picture, (self.request.width, self.request.height), self.inputs.fit)
+        return fit(image, (self.request.width, self.request.height), self.inputs.fit)
 
     @contextmanager
     def _stage(self, phase: Phase) -> Iterator[None]:

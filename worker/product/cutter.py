@@ -42,7 +42,7 @@ class Cutter:
         self._deadline_seconds = deadline_seconds
         self._lock = threading.Lock()
 
-    def cut(self, picture: Image.Image, field: str, raise_if_unwanted: Callable[[], None]) -> Image.Image:
+    def cut(self, image: Image.Image, field: str, raise_if_unwanted: Callable[[], None]) -> Image.Image:
         """Return the product of the RGBA image in `field` of the message: RGBA, trimmed, cut out by its own alpha or by
         the model.
 
@@ -50,35 +50,35 @@ class Cutter:
         where the process crashed or hung.
         """
         try:
-            self.check(picture, field)
-            if self._model is None or has_transparency(picture):
-                return trim(picture)
-            return check_cutout(self._cut_by_model(self._model, limit_size(picture.convert("RGB")), raise_if_unwanted))
+            self.check(image, field)
+            if self._model is None or has_transparency(image):
+                return trim(image)
+            return check_cutout(self._cut_by_model(self._model, limit_size(image.convert("RGB")), raise_if_unwanted))
         except CutoutFailed as error:
             raise JobFailed(
                 ErrorCode.IMAGE_INVALID, f"{field}: {error}; send a cut-out as product.cutout_path"
             ) from error
 
-    def check(self, picture: Image.Image, field: str) -> None:
+    def check(self, image: Image.Image, field: str) -> None:
         """Raise `JobFailed` where the image has no alpha and there is no model."""
-        if self._model is None and not has_transparency(picture):
+        if self._model is None and not has_transparency(image):
             raise JobFailed(
                 ErrorCode.UNSUPPORTED_BY_MODEL,
                 f"{field} has no alpha and this worker has no CUTOUT_MODEL: send a cut-out with alpha as"
                 " product.cutout_path",
             )
 
-    def _cut_by_model(self, model: Path, picture: Image.Image, raise_if_unwanted: Callable[[], None]) -> Image.Image:
+    def _cut_by_model(self, model: Path, image: Image.Image, raise_if_unwanted: Callable[[], None]) -> Image.Image:
         while not self._lock.acquire(timeout=POLL_SECONDS):
             raise_if_unwanted()
         try:
-            return self._run_process(model, picture, raise_if_unwanted)
+            return self._run_process(model, image, raise_if_unwanted)
         finally:
             self._lock.release()
 
-    def _run_process(self, model: Path, picture: Image.Image, raise_if_unwanted: Callable[[], None]) -> Image.Image:
+    def _run_process(self, model: Path, image: Image.Image, raise_if_unwanted: Callable[[], None]) -> Image.Image:
         content = io.BytesIO()
-        picture.save(content, "PNG", compress_level=1)
+        image.save(content, "PNG", compress_level=1)
         command = [sys.executable, "-m", "worker.product.cutter_process", str(model), str(os.getpid())]
         pipe = subprocess.PIPE
         # In a session of its own, so that Ctrl-C in a terminal does not reach it.

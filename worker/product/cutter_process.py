@@ -35,23 +35,23 @@ def main() -> None:
     model, parent_pid = Path(sys.argv[1]), int(sys.argv[2])
     die_with_parent(parent_pid)
     answer = _own_standard_output()
-    picture = Image.open(io.BytesIO(sys.stdin.buffer.read()), formats=("PNG",)).convert("RGB")
+    image = Image.open(io.BytesIO(sys.stdin.buffer.read()), formats=("PNG",)).convert("RGB")
     with answer:
-        cut_out(picture, mask_of(picture, model)).save(answer, "PNG", compress_level=1)
+        cut_out(image, mask_of(image, model)).save(answer, "PNG", compress_level=1)
 
 
-def mask_of(picture: Image.Image, model: Path) -> Image.Image:
+def mask_of(image: Image.Image, model: Path) -> Image.Image:
     """Return the model's mask of the product, mode L."""
     # rembg opens only models below its home.
     os.environ["REMBG_HOME"] = str(model.resolve().parent)
     session = rembg.new_session(
         _session_name(model), model_path=str(model.resolve()), providers=["CPUExecutionProvider"]
     )
-    mask: Image.Image = session.predict(picture)[0]
+    mask: Image.Image = session.predict(image)[0]
     return mask
 
 
-def cut_out(picture: Image.Image, mask: Image.Image) -> Image.Image:
+def cut_out(image: Image.Image, mask: Image.Image) -> Image.Image:
     """Return the RGB image with the mask, of its size, as alpha, and the product's own colours in the soft edge.
 
     Blur fusion (Forte, "Approximate Fast Foreground Colour Estimation", 2021): foreground and background are smooth, so
@@ -59,8 +59,8 @@ def cut_out(picture: Image.Image, mask: Image.Image) -> Image.Image:
     """
     alpha = np.asarray(mask)
     alpha = np.where(alpha < VISIBLE, 0, alpha).astype(np.uint8)
-    radius = max(1.5, REACH * min(picture.size))
-    seen, share = np.asarray(picture, np.float32), alpha.astype(np.float32)[..., None] / 255
+    radius = max(1.5, REACH * min(image.size))
+    seen, share = np.asarray(image, np.float32), alpha.astype(np.float32)[..., None] / 255
     front, back = _spread(seen, share, radius), _spread(seen, 1 - share, radius)
     unmixed = front + share * (seen - share * front - (1 - share) * back)
     colours = np.where(share == 1, seen, unmixed)

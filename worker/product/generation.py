@@ -33,7 +33,7 @@ class ProductGenerator:
     def start(self, job: Job, _inputs: JobInputs) -> "ProductGeneration":
         """Fetch the images that the job brings, fitted to its size; blocks. Raises `JobFailed`."""
         assert job.product is not None, "a job of kind product has one"  # noqa: S101
-        inputs = load_inputs(job.product, job.fit, self.fetcher.picture)
+        inputs = load_inputs(job.product, job.fit, self.fetcher.image)
         inputs = inputs.at(drawing_size(job, self.fetcher.facts, inputs.proportions))
         stage_store = StageStore(self.store, self.private_bucket, job)
         return ProductGeneration(self.engine_client, self.cutter, inputs, stage_store)

@@ -7,7 +7,7 @@ from typing import Self
 from PIL import Image
 
 from clients.storage.location import ObjectRef
-from watermark.decoding import PictureMode
+from watermark.decoding import ImageMode
 from watermark.product.cutout import CutoutFailed, has_transparency, limit_size, trim
 from watermark.resizing import Fit, fit
 from worker.errors import ErrorCode, JobFailed
@@ -16,7 +16,7 @@ from worker.messages.job import JobProduct
 from worker.product.stage_store import ProductStage, StageStore
 
 # Returns the image at a location, in a mode; errors name the field of the message that the location is from.
-ReadImage = Callable[[ObjectRef, str, PictureMode], Image.Image]
+ReadImage = Callable[[ObjectRef, str, ImageMode], Image.Image]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class ProductInputs:
     def at(self, size: tuple[int, int]) -> Self:
         """Return a copy with background and composite resized to `size`."""
         background, composite = (
-            None if picture is None else fit(picture, size, self.fit) for picture in (self.background, self.composite)
+            None if image is None else fit(image, size, self.fit) for image in (self.background, self.composite)
         )
         return replace(self, background=background, composite=composite)
 
@@ -62,7 +62,7 @@ class ProductInputs:
 def load_inputs(product: JobProduct, how: Fit, read: ReadImage) -> ProductInputs:
     """Read all images that the job names. Raises `JobFailed` that names the field, and what `read` raises."""
 
-    def picture(field: str, mode: PictureMode) -> Image.Image | None:
+    def image_in(field: str, mode: ImageMode) -> Image.Image | None:
         ref = {
             "image_path": None if product.cutout_ref else product.image_ref,
             "cutout_path": product.cutout_ref,
@@ -71,9 +71,9 @@ def load_inputs(product: JobProduct, how: Fit, read: ReadImage) -> ProductInputs
         }[field]
         return None if ref is None else read(ref, f"product.{field}", mode)
 
-    image, cutout = picture("image_path", "RGBA"), picture("cutout_path", "RGBA")
+    image, cutout = image_in("image_path", "RGBA"), image_in("cutout_path", "RGBA")
     image, cutout = None if image is None else limit_size(image), None if cutout is None else _trimmed(cutout)
-    background, composite = picture("background_image_path", "RGB"), picture("composite_path", "RGB")
+    background, composite = image_in("background_image_path", "RGB"), image_in("composite_path", "RGB")
     used = composite or background
     return ProductInputs(product, how, image, cutout, background, composite, proportions=used.size if used else None)
 

@@ -12,8 +12,8 @@ from PIL import Image
 from clients.storage.errors import ObjectNotFound, ObjectTooLarge
 from clients.storage.location import ObjectRef
 from config.logs import log_event
-from watermark.decoding import PictureMode, decode_picture
-from watermark.errors import PictureInvalid, PictureTooLarge
+from watermark.decoding import ImageMode, decode_image
+from watermark.errors import ImageInvalid, ImageTooLarge
 from watermark.signature import PNG_COMPRESS_LEVEL, PNG_COMPRESS_TYPE
 from worker.messages.job import Job
 from worker.results.image_store import NO_METADATA, SHA256, TASK_ID, ImageStore
@@ -38,7 +38,7 @@ class ProductStage(StrEnum):
 class StoredStage:
     """A stage's image of an earlier attempt, and its metadata. `is_changed`: a person has changed it since."""
 
-    picture: Image.Image
+    image: Image.Image
     metadata: Mapping[str, str]
     is_changed: bool
 
@@ -59,7 +59,7 @@ class StageStore:
     _is_resuming: bool = False
     _is_past_gap: bool = False
 
-    def find(self, stage: ProductStage, mode: PictureMode) -> StoredStage | None:
+    def find(self, stage: ProductStage, mode: ImageMode) -> StoredStage | None:
         """Return the stage's image as this task stored it or a person changed it; None where it has to be made."""
         stored = None if self._is_past_gap else self._load(stage, mode)
         self._is_past_gap = stored is None or stored.is_changed
@@ -69,10 +69,10 @@ class StageStore:
             log_event(logger, "stage resumed", stage=stage.value, is_changed=stored.is_changed)
         return stored
 
-    def save(self, stage: ProductStage, picture: Image.Image, metadata: Mapping[str, str] = NO_METADATA) -> None:
+    def save(self, stage: ProductStage, image: Image.Image, metadata: Mapping[str, str] = NO_METADATA) -> None:
         """Encode and store the stage's image, RGB or RGBA."""
         content = io.BytesIO()
-        picture.save(content, "PNG", compress_level=PNG_COMPRESS_LEVEL, compress_type=PNG_COMPRESS_TYPE)
+        image.save(content, "PNG", compress_level=PNG_COMPRESS_LEVEL, compress_type=PNG_COMPRESS_TYPE)
         self.save_png(stage, content.getvalue(), metadata)
 
     def save_png(self, stage: ProductStage, png: bytes, metadata: Mapping[str, str] = NO_METADATA) -> None:
@@ -88,7 +88,7 @@ class StageStore:
     def _ref(self, stage: ProductStage) -> ObjectRef:
         return ObjectRef(self.bucket, f"stages/gen-{self.job.generation_id}/{stage}.png")
 
-    def _load(self, stage: ProductStage, mode: PictureMode) -> StoredStage | None:
+    def _load(self, stage: ProductStage, mode: ImageMode) -> StoredStage | None:
         ref, gate, storage = self._ref(stage), self.store.gate, self.store.storage
         try:
             metadata = gate.retry_while_denied(lambda: storage.read_metadata(ref)).metadata
@@ -96,10 +96,10 @@ class StageStore:
             if not (metadata.get(TASK_ID) == self.job.task_id or (self._is_resuming and TASK_ID not in metadata)):
                 return None
             content = gate.retry_while_denied(lambda: storage.read(ref, max_bytes=MAX_STAGE_BYTES))
-            picture = decode_picture(content, mode)
+            image = decode_image(content, mode)
         except ObjectNotFound:
             return None
-        except (ObjectTooLarge, PictureInvalid, PictureTooLarge) as error:
+        except (ObjectTooLarge, ImageInvalid, ImageTooLarge) as error:
             log_event(logger, "stage made again", logging.WARNING, stage=stage.value, reason=str(error))
             return None
-        return StoredStage(picture, metadata, is_changed=hashlib.sha256(content).hexdigest() != metadata.get(SHA256))
+        return StoredStage(image, metadata, is_changed=hashlib.sha256(content).hexdigest() != metadata.get(SHA256))

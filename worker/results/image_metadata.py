@@ -7,12 +7,12 @@ from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from config.images import PictureSettings
+from config.images import ImageSettings
 from config.logs import log_event
-from inference.request import GenerationResult, Picture
-from watermark.image_format import PictureFormat
+from inference.request import GenerationResult, RawImage
+from watermark.image_format import ImageFormat
 from watermark.provenance.provenance import Prompts, Provenance, SourceType, build_png_text, build_xmp
-from watermark.signature import SignedPicture
+from watermark.signature import SignedImage
 from worker.messages.job import Job, Kind
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ SOURCE_TYPES = {
 class ImageEncoder:
     """Encodes signed images as files. Thread-safe."""
 
-    def __init__(self, settings: PictureSettings) -> None:
+    def __init__(self, settings: ImageSettings) -> None:
         """Create an encoder; raise `SettingsError` for a certificate or a key that cannot sign manifests."""
         self._level = settings.embed_metadata
         self._signer = load_signer(settings)
@@ -44,20 +44,18 @@ class ImageEncoder:
             level = logging.INFO if days_left >= MIN_DAYS_LEFT else logging.WARNING
             log_event(logger, "manifests are signed", level, days_left=days_left)
 
-    def encode(
-        self, picture: SignedPicture, provenance: Provenance, picture_format: PictureFormat = PictureFormat.PNG
-    ) -> bytes:
+    def encode(self, image: SignedImage, provenance: Provenance, image_format: ImageFormat = ImageFormat.PNG) -> bytes:
         """Return the complete file, whose bytes must not change after signing. Raises `ManifestNotSigned`.
 
         A JPEG has no text chunks like PNG: it contains the XMP packet and the manifest.
         """
         shown = provenance if self._level == "full" else replace(provenance, prompts=None)
         is_labelled = self._level != "none"
-        if picture_format is PictureFormat.JPEG:
-            content = picture.encode_jpeg(build_xmp(shown).encode() if is_labelled else b"")
+        if image_format is ImageFormat.JPEG:
+            content = image.encode_jpeg(build_xmp(shown).encode() if is_labelled else b"")
         else:
-            content = picture.encode_png(build_png_text(shown) if is_labelled else None)
-        return content if self._signer is None else self._signer.sign(content, shown, picture_format)
+            content = image.encode_png(build_png_text(shown) if is_labelled else None)
+        return content if self._signer is None else self._signer.sign(content, shown, image_format)
 
     @property
     def refusal(self) -> str:
@@ -67,7 +65,7 @@ class ImageEncoder:
         return f"the certificate of C2PA_CERTIFICATE expired on {self._signer.credentials.expires_at:%Y-%m-%d}"
 
 
-def load_signer(settings: PictureSettings) -> "ManifestSigner | None":
+def load_signer(settings: ImageSettings) -> "ManifestSigner | None":
     """Return the signer of C2PA manifests where a certificate is configured; raise `SettingsError` for a bad one."""
     if settings.c2pa_certificate is None or settings.c2pa_private_key is None:
         return None
@@ -78,8 +76,8 @@ def load_signer(settings: PictureSettings) -> "ManifestSigner | None":
     return ManifestSigner(read_credentials(settings.c2pa_certificate, settings.c2pa_private_key))
 
 
-def provenance_of(job: Job, result: GenerationResult, picture: Picture, *, model: str) -> Provenance:
-    """Return the provenance of `picture`, one of the result's, created now."""
+def provenance_of(job: Job, result: GenerationResult, image: RawImage, *, model: str) -> Provenance:
+    """Return the provenance of `image`, one of the result's, created now."""
     return Provenance(
         software=SOFTWARE,
         version=_version(),
@@ -88,12 +86,12 @@ def provenance_of(job: Job, result: GenerationResult, picture: Picture, *, model
         kind=job.kind,
         source_type=SOURCE_TYPES[job.kind],
         task_id=job.task_id,
-        seed=picture.seed,
+        seed=image.seed,
         num_inference_steps=result.num_inference_steps,
         guidance_scale=result.guidance_scale,
         scheduler=result.scheduler,
-        width=picture.width,
-        height=picture.height,
+        width=image.width,
+        height=image.height,
         adapters=tuple(_name(adapter.ref.shown_key) for adapter in job.adapters),
         artist_name=job.artist_name,
         prompts=Prompts(job.prompt, job.negative_prompt),

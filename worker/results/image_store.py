@@ -13,18 +13,18 @@ from clients.storage.errors import NotSupported, ObjectNotFound, WriteConflict
 from clients.storage.location import ObjectRef
 from clients.storage.objects import ObjectMetadata
 from config.logs import log_event
-from watermark.decoding import decode_picture
-from watermark.errors import PictureInvalid, PictureTooLarge
+from watermark.decoding import decode_image
+from watermark.errors import ImageInvalid, ImageTooLarge
 from worker.breakers import StoreGate
 from worker.results.terminal_event import TerminalEvent
 
 logger = logging.getLogger(__name__)
 
 # A finished image is retried across a restart of the store.
-PICTURE_PATIENCE_SECONDS = 45.0
+IMAGE_PATIENCE_SECONDS = 45.0
 # Each failed round means another writer of the same key: two tasks of one generation make two rounds.
 MAX_ROUNDS = 8
-MAX_PICTURE_BYTES = 50_000_000
+MAX_IMAGE_BYTES = 50_000_000
 
 PNG = "image/png"
 # A repeated generation has the same key, so caches must revalidate. Without this header Google's public objects are
@@ -124,7 +124,7 @@ class ImageStore:
             return False
         if found.metadata.get(SHA256) == file.metadata[SHA256]:
             return True
-        read = partial(self.storage.read, file.ref, max_bytes=MAX_PICTURE_BYTES)
+        read = partial(self.storage.read, file.ref, max_bytes=MAX_IMAGE_BYTES)
         return _has_same_pixels(self._retry(read), file.png)
 
     def _overwrite(self, file: _File, found: ObjectMetadata) -> bool:
@@ -145,13 +145,13 @@ class ImageStore:
         return True
 
     def _retry(self, work: Callable[[], Made]) -> Made:
-        return self.gate.retry_while_denied(work, patience_seconds=PICTURE_PATIENCE_SECONDS)
+        return self.gate.retry_while_denied(work, patience_seconds=IMAGE_PATIENCE_SECONDS)
 
 
 def _has_same_pixels(one: bytes, other: bytes) -> bool:
     """Return whether two files have the same pixels."""
     try:
-        first, second = (decode_picture(content, "RGBA") for content in (one, other))
-    except (PictureInvalid, PictureTooLarge):
+        first, second = (decode_image(content, "RGBA") for content in (one, other))
+    except (ImageInvalid, ImageTooLarge):
         return False
     return first.size == second.size and first.tobytes() == second.tobytes()

@@ -61,7 +61,7 @@ class Lives:
         """Fail the first process's device at the first step of a request; that one is to be drawn by the next."""
         wait_until_ready(self._engine, READY_SECONDS)
         (self._folder / FUSE).touch()
-        first, again = (self._draw(name).pictures[0] for name in ("fuse", "again"))
+        first, again = (self._draw(name).images[0] for name in ("fuse", "again"))
         exit_code = self._children[0].process.returncode
         return {"exit_code": exit_code, "num_processes": len(self._children), "is_drawn": first.rgb == again.rgb}
 

@@ -68,5 +68,5 @@ def artist_of(checkpoint: Path, device: str = "auto") -> Iterator[Artist]:
 
 
 def _pixels(result: GenerationResult) -> npt.NDArray[np.uint8]:
-    (picture,) = result.pictures
-    return np.frombuffer(picture.rgb, np.uint8).reshape(picture.height, picture.width, 3)
+    (image,) = result.images
+    return np.frombuffer(image.rgb, np.uint8).reshape(image.height, image.width, 3)

@@ -27,19 +27,19 @@ def draw_grids(kitchen: Kitchen) -> dict[str, object]:
     }
     with artist_of(kitchen.checkpoint, kitchen.device.type) as artist:
         for name, wishes in grids.items():
-            pictures = artist.draw(wishes, desc=f"grid-{name}")
-            draw_grid(pictures, [wish.prompt for wish in wishes], kitchen.out / f"grid-{name}.png")
-    return {"num_pictures": sum(map(len, grids.values()))}
+            images = artist.draw(wishes, desc=f"grid-{name}")
+            draw_grid(images, [wish.prompt for wish in wishes], kitchen.out / f"grid-{name}.png")
+    return {"num_images": sum(map(len, grids.values()))}
 
 
-def draw_grid(pictures: Sequence[npt.NDArray[np.uint8]], captions: Sequence[str], path: Path, columns: int = 8) -> None:
+def draw_grid(images: Sequence[npt.NDArray[np.uint8]], captions: Sequence[str], path: Path, columns: int = 8) -> None:
     """Write a PNG of the pictures in rows, each over its caption."""
     width, height = SIDE + GAP, SIDE + CAPTION_HEIGHT
-    sheet = Image.new("RGB", (columns * width - GAP, -(-len(pictures) // columns) * height), "white")
+    sheet = Image.new("RGB", (columns * width - GAP, -(-len(images) // columns) * height), "white")
     pen, font = ImageDraw.Draw(sheet), _font()
-    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left, top = number % columns * width, number // columns * height
-        sheet.paste(Image.fromarray(picture), (left, top))
+        sheet.paste(Image.fromarray(image), (left, top))
         while pen.textlength(caption, font=font) > SIDE:
             caption = caption[:-1]  # noqa: PLW2901
         pen.text((left + 2, top + SIDE + 2), caption, "black", font=font)

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from examples.demo_model.recipe.grounds import GROUNDS
-from examples.demo_model.recipe.render import load_pictures
+from examples.demo_model.recipe.render import load_images
 from examples.demo_model.recipe.settings import Kitchen, bar_seconds
 from examples.demo_model.recipe.styles import STYLES, on_ground
 from examples.demo_model.recipe.vae import normalise
@@ -23,7 +23,7 @@ def encode(kitchen: Kitchen) -> dict[str, object]:
     """Leave the latents, with unit variance, and the autoencoder that makes such latents."""
     workers = Workers(kitchen.device)
     vae = AutoencoderKL.from_pretrained(kitchen.trained("vae"), dtype=torch.float32).to(kitchen.device).eval()
-    pictures = load_pictures(kitchen.pictures)
+    images = load_images(kitchen.images)
 
     @torch.no_grad()
     def means(batch: torch.Tensor) -> torch.Tensor:
@@ -32,7 +32,7 @@ def encode(kitchen: Kitchen) -> dict[str, object]:
         encoded: torch.Tensor = posterior.mean.float().cpu()
         return encoded
 
-    versions = list(_versions(pictures))
+    versions = list(_versions(images))
     batches = [batch for _, shown in versions for batch in torch.split(shown, BATCH)]
     rounds = [batches[start : start + workers.num] for start in range(0, len(batches), workers.num)]
     encoded = torch.cat(
@@ -49,7 +49,7 @@ def encode(kitchen: Kitchen) -> dict[str, object]:
     vae.save_pretrained(kitchen.trained("vae_normalised"))
     encoded = (encoded - mean.view(1, -1, 1, 1)) / deviation.view(1, -1, 1, 1)
     names = (name for name, _ in versions)
-    _save(dict(zip(names, torch.split(encoded, len(pictures)), strict=True)), kitchen.latents)
+    _save(dict(zip(names, torch.split(encoded, len(images)), strict=True)), kitchen.latents)
     return {"num_latents": len(encoded), "mean": mean.tolist(), "deviation": deviation.tolist()}
 
 
@@ -62,12 +62,12 @@ class Latents:
         self.styled = tensors
 
 
-def _versions(pictures: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+def _versions(images: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     for number, ground in enumerate(GROUNDS):
         red, green, blue = (value / 255 for value in ground.rgb)
-        yield f"{PLAIN} {number}", on_ground(pictures, (red, green, blue))
+        yield f"{PLAIN} {number}", on_ground(images, (red, green, blue))
     for name, style in STYLES.items():
-        yield name, style(pictures)
+        yield name, style(images)
 
 
 def _save(encoded: dict[str, torch.Tensor], path: Path) -> None:

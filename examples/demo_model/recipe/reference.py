@@ -32,8 +32,8 @@ def load_references(path: Path) -> References:
         return References(tuple(str(name) for name in kept["names"]), kept["means"])
 
 
-def means_of(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def means_of(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """The mean colours of a picture's squares, uint8, shape (SIDE, SIDE, 3). The picture is a square too."""
-    square = len(picture) // SIDE
-    means: Floats = picture.reshape(SIDE, square, SIDE, square, 3).mean(axis=(1, 3))
+    square = len(image) // SIDE
+    means: Floats = image.reshape(SIDE, square, SIDE, square, 3).mean(axis=(1, 3))
     return means.round().astype(np.uint8)

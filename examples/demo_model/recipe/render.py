@@ -26,16 +26,16 @@ def render(kitchen: Kitchen) -> dict[str, object]:
     """Leave every thing's picture (uint8 RGBA by icon), and the references of the score."""
     icons = json.loads(kitchen.icons.read_text())
     things = read_things(kitchen.budget.num_things)
-    pictures = {
+    images = {
         thing.icon: draw_icon(icons["icons"][thing.icon]["body"], icons["width"], icons["height"])
         for thing in tqdm(things, desc="render", mininterval=bar_seconds())
     }
-    safetensors.torch.save_file(pictures, kitchen.pictures)
-    shown = [on_white(pictures[thing.icon]) for thing in things]
+    safetensors.torch.save_file(images, kitchen.images)
+    shown = [on_white(images[thing.icon]) for thing in things]
     References(tuple(thing.name for thing in things), np.stack([means_of(one) for one in shown])).save(
         kitchen.references
     )
-    return {"num_pictures": len(pictures)}
+    return {"num_images": len(images)}
 
 
 def draw_icon(body: str, width: int, height: int) -> torch.Tensor:
@@ -46,15 +46,15 @@ def draw_icon(body: str, width: int, height: int) -> torch.Tensor:
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
 
 
-def load_pictures(path: Path, device: torch.device | None = None) -> torch.Tensor:
+def load_images(path: Path, device: torch.device | None = None) -> torch.Tensor:
     """All pictures in the order of `names.txt`: float RGBA in 0..1, shape (things, 4, SIDE, SIDE)."""
-    pictures = safetensors.torch.load_file(path)
-    ordered = torch.stack([pictures[thing.icon] for thing in read_things() if thing.icon in pictures])
+    images = safetensors.torch.load_file(path)
+    ordered = torch.stack([images[thing.icon] for thing in read_things() if thing.icon in images])
     return (ordered.float() / 255).to(device)
 
 
-def on_white(picture: torch.Tensor) -> npt.NDArray[np.uint8]:
+def on_white(image: torch.Tensor) -> npt.NDArray[np.uint8]:
     """A uint8 RGBA picture as it is asked for "on a white background": RGB, shape (SIDE, SIDE, 3)."""
     red, green, blue = (value / 255 for value in NAMED[WHITE].rgb)
-    shown = on_ground(picture.float() / 255, (red, green, blue))
+    shown = on_ground(image.float() / 255, (red, green, blue))
     return (shown * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()

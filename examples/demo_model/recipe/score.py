@@ -60,7 +60,7 @@ def score_stage(kitchen: Kitchen) -> dict[str, object]:
 def score(artist: Artist, prompts: Mapping[str, str], references: References, *, desc: str | None = None) -> Score:
     """Draw the prompt of every name and find the nearest of all references."""
     drawn = artist.draw([Wish(prompt, num_steps=NUM_STEPS) for prompt in prompts.values()], desc=desc)
-    nearest = (references.nearest(means_of(picture)) for picture in drawn)
+    nearest = (references.nearest(means_of(image)) for image in drawn)
     return Score(dict(zip(prompts, nearest, strict=True)))
 
 

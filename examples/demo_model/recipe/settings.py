@@ -75,7 +75,7 @@ class Kitchen:
         return self.out / "icons.json"
 
     @property
-    def pictures(self) -> Path:
+    def images(self) -> Path:
         return self.out / "pictures.safetensors"
 
     @property

@@ -88,21 +88,21 @@ def _brightest(rgb: torch.Tensor) -> torch.Tensor:
     return share * vivid + (1 - share) * _plain(NEON_GREY)
 
 
-def _dilate(pictures: torch.Tensor, side: int) -> torch.Tensor:
-    return F.max_pool2d(_as_batch(pictures), side, stride=1, padding=side // 2).view_as(pictures)
+def _dilate(images: torch.Tensor, side: int) -> torch.Tensor:
+    return F.max_pool2d(_as_batch(images), side, stride=1, padding=side // 2).view_as(images)
 
 
-def _blur(pictures: torch.Tensor, sigma: float) -> torch.Tensor:
+def _blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
     reach = round(3 * sigma)
     bell = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
     bell = (bell / bell.sum()).view(1, 1, 1, -1)
-    lone = pictures.reshape(-1, 1, *pictures.shape[-2:])
+    lone = images.reshape(-1, 1, *images.shape[-2:])
     lone = F.conv2d(lone, bell, padding=(0, reach))
-    return F.conv2d(lone, bell.mT, padding=(reach, 0)).view_as(pictures)
+    return F.conv2d(lone, bell.mT, padding=(reach, 0)).view_as(images)
 
 
-def _as_batch(pictures: torch.Tensor) -> torch.Tensor:
-    return pictures.reshape(-1, *pictures.shape[-3:])
+def _as_batch(images: torch.Tensor) -> torch.Tensor:
+    return images.reshape(-1, *images.shape[-3:])
 
 
 def _plain(rgb: tuple[float, float, float]) -> torch.Tensor:

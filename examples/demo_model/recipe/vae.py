@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from diffusers import AutoencoderKL
 
 from examples.demo_model.recipe.grounds import GROUNDS
-from examples.demo_model.recipe.render import load_pictures
+from examples.demo_model.recipe.render import load_images
 from examples.demo_model.recipe.settings import LATENT_CHANNELS, SEED, SIDE, Kitchen
 from examples.demo_model.recipe.styles import STYLES, on_ground
 from examples.demo_model.recipe.training import Draws, TrainingPlan, train
@@ -32,7 +32,7 @@ def train_vae(kitchen: Kitchen) -> dict[str, object]:
     workers = Workers(kitchen.device)
     torch.manual_seed(SEED)
     vae = build_vae().to(kitchen.device)
-    lesson = _Lesson(vae, load_pictures(kitchen.pictures), kitchen.budget.vae_steps, workers)
+    lesson = _Lesson(vae, load_images(kitchen.images), kitchen.budget.vae_steps, workers)
     course = TrainingPlan("vae", kitchen.budget.vae_steps, NUM_CROPS, {"": RATE})
     figures = train(vae, lesson.loss, course, workers, kitchen.progress("vae"))
     vae.save_pretrained(kitchen.trained("vae"))
@@ -82,10 +82,10 @@ def edge_loss(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 class _Lesson:
     """What the autoencoder is shown, and how what it makes of it is judged."""
 
-    def __init__(self, vae: Any, pictures: torch.Tensor, num_steps: int, workers: Workers) -> None:
+    def __init__(self, vae: Any, images: torch.Tensor, num_steps: int, workers: Workers) -> None:
         self._vae, self._workers = vae, workers
-        self._pictures = pictures
-        self._styled: Mapping[str, torch.Tensor] = {name: style(pictures) for name, style in STYLES.items()}
+        self._images = images
+        self._styled: Mapping[str, torch.Tensor] = {name: style(images) for name, style in STYLES.items()}
         self._num_crop_steps = round(CROPS_SHARE * num_steps)
 
     def loss(self, step: int, part: int) -> torch.Tensor:
@@ -110,10 +110,10 @@ class _Lesson:
     def _draw(self, draws: Draws, side: int) -> torch.Tensor:
         """RGB in 0..1, shape (3, side, side): a piece of one picture on some ground or in some style."""
         rng = draws.rng
-        number = rng.randrange(len(self._pictures))
+        number = rng.randrange(len(self._images))
         top, left = (rng.randrange(SIDE - side + 1) for _ in range(2))
         piece = (..., slice(top, top + side), slice(left, left + side))
         if rng.random() < STYLED_SHARE:
             return self._styled[rng.choice(list(self._styled))][number][piece]
         red, green, blue = (value / 255 for value in rng.choice(GROUNDS).rgb)
-        return on_ground(self._pictures[number][piece], (red, green, blue))
+        return on_ground(self._images[number][piece], (red, green, blue))

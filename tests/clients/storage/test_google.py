@@ -128,12 +128,12 @@ def test_the_ledger_has_its_fence_and_the_probe_says_so(storage: Storage, caplog
     assert "the store has no conditional writes" not in caplog.messages
 
 
-def test_a_picture_is_not_kept_by_caches_without_asking(google: GoogleStandIn, storage: Storage) -> None:
-    pictures = ImageStore(storage, StoreGate(Breaker("the store", STORE_THRESHOLD), Event()))
+def test_a_image_is_not_kept_by_caches_without_asking(google: GoogleStandIn, storage: Storage) -> None:
+    images = ImageStore(storage, StoreGate(Breaker("the store", STORE_THRESHOLD), Event()))
     ref = ObjectRef(BUCKET, "generations/gen-1.png")
 
     for number in range(2):  # as new, and over another one
-        pictures.put(ref, b"png %d" % number, task_id=str(number))
+        images.put(ref, b"png %d" % number, task_id=str(number))
 
         assert google.objects[BUCKET, ref.key].headers["cache-control"] == "no-cache"
     assert google.objects[BUCKET, ref.key].metadata["task-id"] == "1"

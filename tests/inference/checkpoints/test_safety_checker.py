@@ -18,7 +18,7 @@ from inference.engine.local_engine import LocalEngine
 from inference.errors import EngineStartFailed, RequestFailed
 from inference.request import GenerationRequest
 from tests.support.engine.engine_requests import request_of
-from tests.support.images.pictures import MIN_PSNR_DB, draw, plain, psnr, settings_of
+from tests.support.images.parity import MIN_PSNR_DB, draw, plain, psnr, settings_of
 from tests.support.models.ldm_layout import write_single_file
 from tests.support.models.tiny_models import build_tiny_sd, load_pipe
 from tests.support.models.tiny_safety import EVERYTHING, NOTHING, add_tiny_checker, nearness
@@ -76,7 +76,7 @@ def refusal_of(engine: LocalEngine, request: GenerationRequest) -> RequestFailed
     return caught.value
 
 
-def test_a_picture_is_flagged_exactly_when_plain_diffusers_flags_it(
+def test_a_image_is_flagged_exactly_when_plain_diffusers_flags_it(
     engine: LocalEngine, unchecked: Path, flagged: dict[int, bool]
 ) -> None:
     assert set(flagged.values()) == {True, False}
@@ -89,9 +89,7 @@ def test_a_picture_is_flagged_exactly_when_plain_diffusers_flags_it(
             assert psnr(draw(engine, tiny_request(seed))[0], plain(pipe, tiny_request(seed))) >= MIN_PSNR_DB
 
 
-def test_of_several_pictures_one_that_is_flagged_fails_the_request(
-    engine: LocalEngine, flagged: dict[int, bool]
-) -> None:
+def test_of_several_images_one_that_is_flagged_fails_the_request(engine: LocalEngine, flagged: dict[int, bool]) -> None:
     clean, bad = [[seed for seed, is_bad in flagged.items() if is_bad == wanted] for wanted in (False, True)]
 
     refused = refusal_of(engine, tiny_request(clean[0], bad[0]))

@@ -17,7 +17,7 @@ from inference.request import GenerationRequest
 from tests.support.engine.asserting_child import FUSE
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import PATIENCE_SECONDS, WatchedEngine, WatchedModel, submit_together
-from tests.support.images.pictures import MIN_PSNR_DB, TEST_DEVICE, draw, images_of, psnr, settings_of
+from tests.support.images.parity import MIN_PSNR_DB, TEST_DEVICE, draw, images_of, psnr, settings_of
 from tests.support.models.tiny_models import build_tiny_sd
 
 pytestmark = [
@@ -78,7 +78,7 @@ def bytes_of_large(engine: WatchedEngine) -> tuple[int, int]:
     return engine.model.num_bytes, torch.cuda.max_memory_allocated() - before
 
 
-def test_a_batch_that_finds_no_memory_is_halved_and_every_picture_is_right(engine: WatchedEngine) -> None:
+def test_a_batch_that_finds_no_memory_is_halved_and_every_image_is_right(engine: WatchedEngine) -> None:
     of_forward, of_decoder = bytes_of_large(engine)
     room = 2 * max(of_forward, of_decoder)
     requests = [large(seed) for seed in range(min(MOST_LANES, 2 * room // of_forward + 2))]
@@ -94,7 +94,7 @@ def test_a_batch_that_finds_no_memory_is_halved_and_every_picture_is_right(engin
     assert min(psnr(one, other) for one, other in zip(together, alone, strict=False)) >= MIN_PSNR_DB
 
 
-def test_a_picture_that_fits_no_memory_fails_alone_and_the_next_is_drawn(engine: WatchedEngine) -> None:
+def test_a_image_that_fits_no_memory_fails_alone_and_the_next_is_drawn(engine: WatchedEngine) -> None:
     of_forward, _ = bytes_of_large(engine)
 
     with memory_of(torch.cuda.memory_allocated() + of_forward // 4):
@@ -119,9 +119,9 @@ def test_an_assertion_on_the_device_ends_the_child_and_the_next_one_draws(tiny: 
     (tiny / FUSE).touch()
 
     future = engine.generate(request_of(width=64, height=64), lambda _: None, lambda: False)
-    (picture,) = images_of(future.result(PATIENCE_SECONDS))
+    (image,) = images_of(future.result(PATIENCE_SECONDS))
     engine.close()
 
-    assert picture.size == (64, 64)
+    assert image.size == (64, 64)
     assert [child.process.returncode for child in children][:1] == [EXIT_BROKEN]
     assert len(children) == 2

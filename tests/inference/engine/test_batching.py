@@ -22,7 +22,7 @@ from tests.support.engine.watched_engine import (
     arriving_together,
     submit_together,
 )
-from tests.support.images.pictures import DIFFERENT_DB, MIN_PSNR_DB, demo_adapter, psnr, solo
+from tests.support.images.parity import DIFFERENT_DB, MIN_PSNR_DB, demo_adapter, psnr, solo
 from tests.support.models.tiny_models import EVERY_LAYER, build_tiny_sd, load_pipe, write_adapter
 from tests.support.paths import DEMO_MODEL
 
@@ -133,7 +133,7 @@ def mixed_requests(adapters: Adapters) -> list[GenerationRequest]:
 # --- Many styles at once
 
 
-def test_ten_requests_with_ten_styles_at_once_give_the_pictures_that_each_gives_alone(
+def test_ten_requests_with_ten_styles_at_once_give_the_images_that_each_gives_alone(
     tiny: Path, adapters: Adapters, engine: WatchedEngine
 ) -> None:
     start = len(engine.turns)
@@ -169,7 +169,7 @@ def test_the_demo_model_s_styles_share_a_batch_at_scales_of_their_own() -> None:
 # --- Joining
 
 
-def test_a_request_joins_at_the_next_step_and_the_others_pictures_do_not_change(
+def test_a_request_joins_at_the_next_step_and_the_others_images_do_not_change(
     tiny: Path, adapters: Adapters, engine: WatchedEngine
 ) -> None:
     residents = [
@@ -238,7 +238,7 @@ def test_two_shapes_take_turns_and_neither_spoils_the_other(
     assert last_wide - first_wide == 14, "eight turns each, one after the other"
 
 
-def test_three_pictures_with_two_lanes_are_the_seeds_own_and_every_step_is_told_once(
+def test_three_images_with_two_lanes_are_the_seeds_own_and_every_step_is_told_once(
     tiny: Path, adapters: Adapters
 ) -> None:
     engine = WatchedEngine(tiny, MAX_CONCURRENT_GENERATIONS=2)

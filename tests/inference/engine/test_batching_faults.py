@@ -31,7 +31,7 @@ from tests.support.engine.watched_engine import (
     submit_together,
     wait_for,
 )
-from tests.support.images.pictures import MIN_PSNR_DB, images_of, plain, psnr, solo
+from tests.support.images.parity import MIN_PSNR_DB, images_of, plain, psnr, solo
 from tests.support.models.tiny_models import EVERY_LAYER, build_tiny_sd, load_pipe, write_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -209,7 +209,7 @@ class SmallModel(WatchedModel):
         return super().denoise(lanes)
 
 
-def test_a_picture_that_does_not_fit_alone_fails_by_its_size_and_smaller_ones_beside_it_and_after_it_are_drawn(
+def test_a_image_that_does_not_fit_alone_fails_by_its_size_and_smaller_ones_beside_it_and_after_it_are_drawn(
     tiny: Path, style: AdapterFile
 ) -> None:
     engine = WatchedEngine(tiny, SmallModel)
@@ -243,7 +243,7 @@ class PoorDecoder(WatchedModel):
         return super().decode(latents, in_tiles=in_tiles)
 
 
-def test_a_picture_too_large_to_decode_is_decoded_in_tiles_and_the_next_one_whole(tiny: Path) -> None:
+def test_a_image_too_large_to_decode_is_decoded_in_tiles_and_the_next_one_whole(tiny: Path) -> None:
     engine = WatchedEngine(tiny, PoorDecoder)
     model = engine.model
     assert isinstance(model, PoorDecoder)

@@ -31,7 +31,7 @@ from tests.support.engine.watched_engine import (
     WatchedModel,
     submit_together,
 )
-from tests.support.images.pictures import DIFFERENT_DB, MIN_PSNR_DB, draw, psnr, settings_of
+from tests.support.images.parity import DIFFERENT_DB, MIN_PSNR_DB, draw, psnr, settings_of
 from tests.support.models.family_models import FamilyModels
 from tests.support.models.plain_families import alone
 from tests.support.models.tiny_adapters import Z_IMAGE_EVERY_LAYER
@@ -83,7 +83,7 @@ class Models(FamilyModels):
         if request.control is None:
             return alone(self.checkpoint(family), request)
         folder = self.controlnet(family, request.control.model)
-        return plainly_controlled(self.checkpoint(family), folder, request, picture_for(request))
+        return plainly_controlled(self.checkpoint(family), folder, request, image_for(request))
 
     def assert_right(self, family: str, calls: Sequence[EngineCall]) -> None:
         """Every picture is the one that plain diffusers draws for its request alone."""
@@ -100,7 +100,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
     made.close()
 
 
-def picture_for(request: GenerationRequest) -> Image.Image:
+def image_for(request: GenerationRequest) -> Image.Image:
     """What the request's control has in its `rgb`."""
     assert request.control is not None
     return Image.frombytes("RGB", (request.width, request.height), request.control.rgb)
@@ -110,8 +110,8 @@ def controlled_request(model: str = "pose", *adapters: AdapterFile, **fields: An
     """A short request in the tiny checkpoints' native size, with a control of these fields."""
     control = {name: fields.pop(name) for name in ("scale", "start", "end") if name in fields}
     made = request_of(**{"width": 64, "height": 64, "num_inference_steps": 5, "adapters": adapters} | fields)
-    picture = speckles(len(model), size=(made.width, made.height))
-    return replace(made, control=control_of(model, picture, **control))
+    image = speckles(len(model), size=(made.width, made.height))
+    return replace(made, control=control_of(model, image, **control))
 
 
 # --- Alone
@@ -127,7 +127,7 @@ def controlled_request(model: str = "pose", *adapters: AdapterFile, **fields: An
         ("z_image", {"guidance_scale": 2.0, "scale": 0.75, "width": 48}),
     ],
 )
-def test_a_controlled_picture_equals_plain_diffusers(models: Models, family: str, fields: dict[str, Any]) -> None:
+def test_a_controlled_image_equals_plain_diffusers(models: Models, family: str, fields: dict[str, Any]) -> None:
     request = controlled_request(**fields)
     engine = models.engine(family)
 
@@ -140,7 +140,7 @@ def test_a_controlled_picture_equals_plain_diffusers(models: Models, family: str
 @pytest.mark.parametrize(
     ("family", "mask"), [("sd", None), ("sd_inpaint", b"\x00\xff" * 32)], ids=["image2image", "inpaint"]
 )
-def test_a_control_guides_the_steps_that_a_picture_from_a_picture_takes(
+def test_a_control_guides_the_steps_that_a_image_from_a_image_takes(
     models: Models, family: str, mask: bytes | None
 ) -> None:
     source = Source(speckles(7).tobytes(), 0.8, None if mask is None else mask * 64)
@@ -398,7 +398,7 @@ def test_others_come_and_go_while_a_controlnet_is_loaded(models: Models) -> None
     assert SlowModel.is_loading.wait(PATIENCE_SECONDS)
     try:
         other = EngineCall(engine, replace(controlled_request("pose"), control=None))
-        assert len(other.future.result(PATIENCE_SECONDS / 4).pictures) == 1
+        assert len(other.future.result(PATIENCE_SECONDS / 4).images) == 1
         assert waiting.steps == []
     finally:
         SlowModel.may_load.set()

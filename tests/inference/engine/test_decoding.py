@@ -21,7 +21,7 @@ from tests.support.engine.watched_engine import (
     arriving_together,
     submit_together,
 )
-from tests.support.images.pictures import MIN_PSNR_DB, plain, psnr
+from tests.support.images.parity import MIN_PSNR_DB, plain, psnr
 from tests.support.models.tiny_models import build_tiny_sd, load_pipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -20,10 +20,10 @@ from inference.request import KINDS, AdapterFile, GenerationRequest, Source
 from tests.support.cuda.on_gpu import on_gpu
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import EngineCall, WatchedEngine, WatchedModel, submit_together
-from tests.support.images.pictures import DIFFERENT_DB, MIN_PSNR_DB, demo_adapter, draw, psnr, settings_of
+from tests.support.images.parity import DIFFERENT_DB, MIN_PSNR_DB, demo_adapter, draw, psnr, settings_of
 from tests.support.models.family_models import FamilyModels
 from tests.support.models.ldm_layout import write_single_file
-from tests.support.models.plain_families import FROM_PICTURE as PIPELINES_FROM_PICTURE
+from tests.support.models.plain_families import FROM_IMAGE as PIPELINES_FROM_IMAGE
 from tests.support.models.plain_families import alone
 from tests.support.models.tiny_models import (
     build_tiny_sd,
@@ -47,7 +47,7 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
 }
 NUM_STEPS = 4
 # A scheduler of each kind: of several steps, of two forwards to a step, and those that draw noise.
-FROM_PICTURE = [
+FROM_IMAGE = [
     ("sd", "dpm++", 0.3),
     ("sd", "heun", 0.8),
     ("sd", "euler_a", 1.0),
@@ -113,9 +113,9 @@ def assert_equal(models: Models, name: str, request: GenerationRequest) -> None:
 
 @pytest.mark.parametrize(
     ("name", "scheduler", "strength"),
-    on_gpu(FROM_PICTURE, ("sd", "euler_a", 1.0), ("sdxl", "unipc", 0.8), ("z_image", "euler", 0.3)),
+    on_gpu(FROM_IMAGE, ("sd", "euler_a", 1.0), ("sdxl", "unipc", 0.8), ("z_image", "euler", 0.3)),
 )
-def test_a_picture_from_a_picture_equals_plain_diffusers(
+def test_a_image_from_a_image_equals_plain_diffusers(
     models: Models, name: str, scheduler: str, strength: float
 ) -> None:
     assert_equal(models, name, tiny_request(scheduler=scheduler, source=Source(gradients(), strength)))
@@ -127,14 +127,14 @@ def test_a_picture_from_a_picture_equals_plain_diffusers(
         REPAINTED, ("sd", "unipc", 0.3), ("sdxl", "lcm", 0.8), ("z_image", "heun", 0.8), ("sd_inpaint", "dpm++", 1.0)
     ),
 )
-def test_a_picture_of_which_a_part_is_repainted_equals_plain_diffusers(
+def test_a_image_of_which_a_part_is_repainted_equals_plain_diffusers(
     models: Models, name: str, scheduler: str, strength: float
 ) -> None:
     assert_equal(models, name, tiny_request(scheduler=scheduler, source=Source(gradients(), strength, window())))
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_strength_picture_and_mask_show_in_what_the_tiny_models_draw(models: Models, name: str) -> None:
+def test_strength_image_and_mask_show_in_what_the_tiny_models_draw(models: Models, name: str) -> None:
     """Else none of these tests would see a wrong one."""
     engine = models.engine(name)
     source = Source(gradients(), 0.8, window())
@@ -159,7 +159,7 @@ def test_a_mask_of_one_colour_keeps_everything_or_nothing_as_in_plain_diffusers(
     assert_equal(models, name, tiny_request(num_inference_steps=3, source=Source(gradients(), 0.8, byte * 64 * 64)))
 
 
-def test_a_picture_that_is_not_square_is_encoded_upright(models: Models) -> None:
+def test_a_image_that_is_not_square_is_encoded_upright(models: Models) -> None:
     size = {"width": 96, "height": 64}
     rgb, mask = gradients(96)[: 96 * 64 * 3], window(96)[: 96 * 64]
 
@@ -194,14 +194,14 @@ def checkers() -> bytes:
     return (255 * (np.indices((64, 64)).sum(0) // 8 % 2)).astype(np.uint8).repeat(3).tobytes()
 
 
-def sdxl_from_picture(checkpoint: Path, dtype: torch.dtype) -> Any:
+def sdxl_from_image(checkpoint: Path, dtype: torch.dtype) -> Any:
     """SDXL's own pipeline for pictures from pictures."""
-    return PIPELINES_FROM_PICTURE["StableDiffusionXLPipeline"].from_pipe(load_pipe(checkpoint).to(dtype), dtype=dtype)
+    return PIPELINES_FROM_IMAGE["StableDiffusionXLPipeline"].from_pipe(load_pipe(checkpoint).to(dtype), dtype=dtype)
 
 
 def encoded_by_diffusers(checkpoint: Path, dtype: torch.dtype) -> torch.Tensor:
     """The picture as SDXL's own pipeline encodes it, one draw of noise into its generator."""
-    pipe = sdxl_from_picture(checkpoint, dtype)
+    pipe = sdxl_from_image(checkpoint, dtype)
     pixels = pipe.image_processor.preprocess(Image.frombytes("RGB", (64, 64), checkers()))
     generator = torch.Generator().manual_seed(1)
     with torch.inference_mode():
@@ -212,14 +212,14 @@ def encoded_by_us(family: Family) -> torch.Tensor:
     request = tiny_request(source=Source(checkers(), 0.8))
     assert request.source is not None
     with torch.inference_mode():
-        picture = family._encoded(request, request.source, in_tiles=False).picture
-    assert picture is not None
-    noise = torch.randn(picture.mean.shape, generator=torch.Generator().manual_seed(1))
-    return picture.sample(noise)
+        image = family._encoded(request, request.source, in_tiles=False).image
+    assert image is not None
+    noise = torch.randn(image.mean.shape, generator=torch.Generator().manual_seed(1))
+    return image.sample(noise)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sdxl_encodes_a_picture_in_32_bits_as_its_own_pipelines_do(models: Models, dtype: torch.dtype) -> None:
+def test_sdxl_encodes_a_image_in_32_bits_as_its_own_pipelines_do(models: Models, dtype: torch.dtype) -> None:
     checkpoint = models.checkpoint("sdxl")
     family = load_family(settings_of(checkpoint), device=torch.device("cpu"), dtype=dtype)
     vae = family._pipeline.vae
@@ -243,14 +243,14 @@ class WideNoise(TorchFunctionMode):
         return func(*args, **kwargs | {"dtype": torch.float32}).to(kwargs["dtype"])
 
 
-def test_an_sdxl_picture_from_a_picture_in_bfloat16_is_near_its_own_pipeline_s(models: Models) -> None:
+def test_an_sdxl_image_from_a_image_in_bfloat16_is_near_its_own_pipeline_s(models: Models) -> None:
     request = tiny_request(scheduler="euler", source=Source(gradients(), 0.6), num_inference_steps=6)
     engine = WatchedEngine(models.checkpoint("sdxl"), DTYPE="bfloat16")
     drawn = draw(engine, request)[0]
     engine.close()
 
     with WideNoise():
-        theirs = sdxl_from_picture(models.checkpoint("sdxl"), torch.bfloat16)(
+        theirs = sdxl_from_image(models.checkpoint("sdxl"), torch.bfloat16)(
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,
             image=Image.frombytes("RGB", (64, 64), gradients()),
@@ -324,7 +324,7 @@ def eight(folder: Path, pipe: Any) -> list[GenerationRequest]:
     ]
 
 
-def test_eight_requests_of_every_kind_share_forwards_and_each_gives_the_picture_it_gives_alone(
+def test_eight_requests_of_every_kind_share_forwards_and_each_gives_the_image_it_gives_alone(
     models: Models, tmp_path: Path
 ) -> None:
     engine = models.engine("sd")
@@ -350,7 +350,7 @@ class EncodingModel(WatchedModel):
         return super()._encoded(request, source, in_tiles=in_tiles)
 
 
-def test_while_others_denoise_one_picture_is_encoded_at_a_time_and_once_for_all_lanes(models: Models) -> None:
+def test_while_others_denoise_one_image_is_encoded_at_a_time_and_once_for_all_lanes(models: Models) -> None:
     engine = WatchedEngine(models.checkpoint("sd"), EncodingModel)
     assert isinstance(engine.model, EncodingModel)
     engine.model.encodings = []
@@ -381,7 +381,7 @@ class FullModel(WatchedModel):
         return encoded
 
 
-def test_a_picture_too_large_to_encode_is_encoded_in_tiles(models: Models) -> None:
+def test_a_image_too_large_to_encode_is_encoded_in_tiles(models: Models) -> None:
     engine = WatchedEngine(models.checkpoint("sd"), FullModel)
 
     # One tile is all of a picture as small as this.

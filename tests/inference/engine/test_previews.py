@@ -22,7 +22,7 @@ from inference.request import Preview, Source, StepReport
 from inference.sampling.samplers import predict_x0
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import EngineCall, WatchedEngine, WatchedModel
-from tests.support.images.pictures import draw, settings_of
+from tests.support.images.parity import draw, settings_of
 from tests.support.models.tiny_models import (
     BETAS,
     build_tiny_sd,
@@ -46,7 +46,7 @@ def latents(seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_a_diffusion_s_foresight_is_what_diffusers_itself_takes_the_picture_to_be(prediction_type: str) -> None:
+def test_a_diffusion_s_foresight_is_what_diffusers_itself_takes_the_image_to_be(prediction_type: str) -> None:
     scheduler = diffusers.DDIMScheduler(**DIFFUSION, prediction_type=prediction_type)
     scheduler.set_timesteps(20)
     noisy, prediction = latents(0), latents(1)
@@ -70,14 +70,14 @@ def test_foresight_holds_for_a_scheduler_that_keeps_its_latents_in_a_scale_of_it
         assert float((ours - theirs).norm() / theirs.norm()) < 0.02
 
 
-def test_a_flow_s_foresight_is_the_picture_that_the_noise_was_mixed_with() -> None:
+def test_a_flow_s_foresight_is_the_image_that_the_noise_was_mixed_with() -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(8)
-    picture, noise = latents(0), latents(1)
+    image, noise = latents(0), latents(1)
 
     for time_step in scheduler.timesteps:
-        noisy = scheduler.scale_noise(picture, time_step[None], noise)
-        torch.testing.assert_close(predict_x0(noisy, float(time_step), noise - picture, scheduler), picture)
+        noisy = scheduler.scale_noise(image, time_step[None], noise)
+        torch.testing.assert_close(predict_x0(noisy, float(time_step), noise - image, scheduler), image)
 
 
 # --- The projection
@@ -150,21 +150,21 @@ def with_previews(steps: list[StepReport]) -> list[int]:
     return [report.step_index for report in steps if report.preview]
 
 
-def likeness(preview: Preview, picture: Image.Image) -> float:
+def likeness(preview: Preview, image: Image.Image) -> float:
     """Correlation of the preview with the picture made as small."""
-    small = np.asarray(picture.resize((preview.width, preview.height), Image.Resampling.BOX)).ravel()
+    small = np.asarray(image.resize((preview.width, preview.height), Image.Resampling.BOX)).ravel()
     return float(np.corrcoef(np.frombuffer(preview.rgb, np.uint8), small)[0, 1])
 
 
 @pytest.mark.gpu
-def test_previews_look_like_the_picture_from_the_second_step_on(demo: LocalEngine) -> None:
+def test_previews_look_like_the_image_from_the_second_step_on(demo: LocalEngine) -> None:
     steps: list[StepReport] = []
-    (picture,) = draw(demo, request_of(seeds=(3,), num_inference_steps=10), steps)
+    (image,) = draw(demo, request_of(seeds=(3,), num_inference_steps=10), steps)
 
     previews = [report.preview for report in steps if report.preview]
     assert [(one.width, one.height) for one in previews] == [(16, 16)] * 4
     # The best matrix there is for this VAE, found on the model's own pictures, comes to 0.91 with finished latents.
-    assert min(likeness(one, picture) for one in previews) > 0.75
+    assert min(likeness(one, image) for one in previews) > 0.75
 
 
 @pytest.mark.parametrize("scheduler", ["dpm++", "heun", "euler_a"])
@@ -194,7 +194,7 @@ def test_a_checkpoint_that_reads_a_mask_has_previews_too(tmp_path: Path, caplog:
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
-def test_of_several_pictures_the_first_is_shown(engine: LocalEngine) -> None:
+def test_of_several_images_the_first_is_shown(engine: LocalEngine) -> None:
     alone: list[StepReport] = []
     together: list[StepReport] = []
     draw(engine, tiny_request(num_inference_steps=5, seeds=(1,)), alone)
@@ -205,7 +205,7 @@ def test_of_several_pictures_the_first_is_shown(engine: LocalEngine) -> None:
     assert np.abs(seen - wanted).max() <= 1
 
 
-def test_previews_change_no_picture_and_none_are_made_unless_asked_for(engine: LocalEngine, tiny: Path) -> None:
+def test_previews_change_no_image_and_none_are_made_unless_asked_for(engine: LocalEngine, tiny: Path) -> None:
     plain = LocalEngine(settings_of(tiny))
     steps: list[StepReport] = []
     request = tiny_request(num_inference_steps=7)

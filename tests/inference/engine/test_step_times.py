@@ -15,7 +15,7 @@ from inference.lane import Lane
 from inference.request import GenerationResult, StepReport
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import PATIENCE_SECONDS, WatchedEngine, WatchedModel
-from tests.support.images.pictures import images_of
+from tests.support.images.parity import images_of
 from tests.support.models.tiny_models import build_tiny_sd
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,7 @@ from inference.errors import EngineFault, EngineStartFailed
 from inference.lane import Lane
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import WatchedEngine, WatchedModel
-from tests.support.images.pictures import draw
+from tests.support.images.parity import draw
 from tests.support.models.tiny_models import build_tiny_sd, build_tiny_z_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")

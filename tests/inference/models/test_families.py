@@ -18,7 +18,7 @@ from tests.support.copies import NOWHERE, Copies
 from tests.support.cuda.on_gpu import on_gpu
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import EngineCall, submit_together
-from tests.support.images.pictures import DIFFERENT_DB, MIN_PSNR_DB, TEST_DEVICE, draw, pipe_with, psnr
+from tests.support.images.parity import DIFFERENT_DB, MIN_PSNR_DB, TEST_DEVICE, draw, pipe_with, psnr
 from tests.support.models.family_models import FamilyModels
 from tests.support.models.plain_families import DIFFUSION_CHOICES, FLOW_CHOICES, alone, embeddings_by_compel
 from tests.support.models.tiny_adapters import Z_IMAGE_BLOCKS, Z_IMAGE_EVERY_LAYER
@@ -97,12 +97,12 @@ def tiny_request(*adapters: AdapterFile, **fields: Any) -> GenerationRequest:
 
 @pytest.mark.parametrize("negative_prompt", ["", "blurry"])
 @pytest.mark.parametrize("name", on_gpu(CHECKPOINTS, "sdxl", "z_image"))
-def test_a_guided_picture_equals_plain_diffusers(models: Models, name: str, negative_prompt: str) -> None:
+def test_a_guided_image_equals_plain_diffusers(models: Models, name: str, negative_prompt: str) -> None:
     models.assert_equal(name, tiny_request(negative_prompt=negative_prompt))
 
 
 @pytest.mark.parametrize(("name", "scale"), [("sd", 1.0), ("sdxl", 1.0), ("z_image", 0.0)])
-def test_an_unguided_picture_equals_plain_diffusers(models: Models, name: str, scale: float) -> None:
+def test_an_unguided_image_equals_plain_diffusers(models: Models, name: str, scale: float) -> None:
     models.assert_equal(name, tiny_request(guidance_scale=scale))
 
 
@@ -115,9 +115,7 @@ def test_guidance_begins_where_the_family_s_pipeline_lets_it_begin(models: Model
     ("name", "width", "height"),
     on_gpu([("sdxl", 104, 56), ("z_image", 112, 48), ("z_image_dynamic", 112, 48)], ("z_image", 112, 48)),
 )
-def test_a_picture_that_is_not_square_equals_plain_diffusers(
-    models: Models, name: str, width: int, height: int
-) -> None:
+def test_a_image_that_is_not_square_equals_plain_diffusers(models: Models, name: str, width: int, height: int) -> None:
     request = tiny_request(width=width, height=height)
 
     assert draw(models.engine(name), request)[0].size == (width, height)
@@ -142,7 +140,7 @@ def test_the_other_families_refuse_z_image_s_settings_of_guidance(models: Models
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "z_image"])
-def test_the_prompts_of_the_tiny_models_show_in_their_pictures(models: Models, name: str) -> None:
+def test_the_prompts_of_the_tiny_models_show_in_their_images(models: Models, name: str) -> None:
     """Else none of these tests would see a wrong prompt."""
     models.assert_matters(name, tiny_request(), prompt="a blue house")
     models.assert_matters(name, tiny_request(), negative_prompt="")
@@ -158,7 +156,7 @@ def test_the_prompts_of_the_tiny_models_show_in_their_pictures(models: Models, n
         *[("z_image", one) for one in FLOW_CHOICES],
     ),
 )
-def test_every_scheduler_gives_the_picture_plain_diffusers_gives_with_it(
+def test_every_scheduler_gives_the_image_plain_diffusers_gives_with_it(
     models: Models, name: str, scheduler: str
 ) -> None:
     models.assert_equal(name, tiny_request(scheduler=scheduler, num_inference_steps=5))
@@ -328,7 +326,7 @@ def test_an_adapter_of_another_family_fails_before_any_step(models: Models, tmp_
 # --- Prompts
 
 
-def test_a_syllable_of_hangul_makes_another_picture_of_z_image_s(models: Models) -> None:
+def test_a_syllable_of_hangul_makes_another_image_of_z_image_s(models: Models) -> None:
     request = tiny_request(prompt="눈 덮인 산의 여우", guidance_scale=6.0)
 
     models.assert_equal("z_image", request)

@@ -10,7 +10,7 @@ import torch
 from inference.request import AdapterFile, GenerationRequest
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import PATIENCE_SECONDS
-from tests.support.images.pictures import images_of, pipe_with, psnr
+from tests.support.images.parity import images_of, pipe_with, psnr
 from tests.support.models.family_models import FamilyModels
 from tests.support.models.plain_families import drawn_by, embeddings_by_compel
 from tests.support.models.tiny_models import (

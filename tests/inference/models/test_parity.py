@@ -17,7 +17,7 @@ from inference.sampling.schedulers import DIFFUSION
 from tests.support.cuda.on_gpu import on_gpu
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import WatchedEngine, WatchedModel
-from tests.support.images.pictures import MIN_PSNR_DB, demo_pipe, draw, plain, psnr, settings_of
+from tests.support.images.parity import MIN_PSNR_DB, demo_pipe, draw, plain, psnr, settings_of
 from tests.support.models.tiny_models import Layout, build_tiny_sd, load_pipe, write_adapter
 from tests.support.paths import DEMO_MODEL
 
@@ -47,7 +47,7 @@ def tiny_engine(tiny: Path) -> Iterator[LocalEngine]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_picture_without_an_adapter_equals_plain_diffusers(engine: LocalEngine, guidance: float) -> None:
+def test_a_image_without_an_adapter_equals_plain_diffusers(engine: LocalEngine, guidance: float) -> None:
     request = request_of(guidance_scale=guidance)
 
     assert psnr(draw(engine, request)[0], plain(demo_pipe(), request)) >= MIN_PSNR_DB
@@ -55,14 +55,14 @@ def test_a_picture_without_an_adapter_equals_plain_diffusers(engine: LocalEngine
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", DIFFUSION.makers)
-def test_every_scheduler_gives_the_picture_plain_diffusers_gives_with_it(engine: LocalEngine, name: str) -> None:
+def test_every_scheduler_gives_the_image_plain_diffusers_gives_with_it(engine: LocalEngine, name: str) -> None:
     request = request_of(scheduler=name)
 
     assert psnr(draw(engine, request)[0], plain(demo_pipe(), request)) >= MIN_PSNR_DB
 
 
 @pytest.mark.parametrize("scale", on_gpu([1.0, 0.5], 0.5))
-def test_a_picture_with_a_diffusers_adapter_equals_plain_diffusers(engine: LocalEngine, scale: float) -> None:
+def test_a_image_with_a_diffusers_adapter_equals_plain_diffusers(engine: LocalEngine, scale: float) -> None:
     weights = DEMO_MODEL / "adapters" / "neon.safetensors"
     request = request_of(prompt="neon: a castle", adapters=(AdapterFile(weights, None, scale),))
     pipe = demo_pipe()
@@ -117,7 +117,7 @@ def test_two_adapters_at_their_scales_equal_plain_diffusers(engine: LocalEngine)
     assert psnr(draw(engine, request)[0], plain(pipe, request)) >= MIN_PSNR_DB
 
 
-def test_after_a_styled_picture_one_without_an_adapter_is_the_same_as_before(engine: LocalEngine) -> None:
+def test_after_a_styled_image_one_without_an_adapter_is_the_same_as_before(engine: LocalEngine) -> None:
     weights = DEMO_MODEL / "adapters" / "blueprint.safetensors"
     request = request_of()
 
@@ -163,7 +163,7 @@ def test_an_adapter_that_does_not_fit_fails_before_any_step_and_leaves_no_trace(
     assert draw(engine, request_of())[0].tobytes() == before.tobytes()
 
 
-def test_a_picture_of_numbers_that_are_none_is_never_returned(tiny: Path) -> None:
+def test_a_image_of_numbers_that_are_none_is_never_returned(tiny: Path) -> None:
     class BrokenEngine(LocalEngine):
         def break_decoder(self) -> None:
             with torch.no_grad():

@@ -32,7 +32,7 @@ from tests.support.paths import DEMO_MODEL, ROOT
 from tests.support.world import HANG_SECONDS, eventually
 from worker.metrics import Metrics
 
-PICTURE_BYTES = 4_000_000  # many times what the pipe holds
+IMAGE_BYTES = 4_000_000  # many times what the pipe holds
 # Steps of the fake engine, 5 ms each: still there when something happens in the first few.
 LONG = 40
 
@@ -86,12 +86,12 @@ def test_a_ready_engine_tells_what_it_holds(engine: EngineProcess) -> None:
     assert facts.step_seconds > 0
 
 
-def test_a_request_becomes_its_picture_with_its_steps_and_stages(engine: EngineProcess) -> None:
+def test_a_request_becomes_its_image_with_its_steps_and_stages(engine: EngineProcess) -> None:
     reports: list[StepReport] = []
 
     result = engine.generate(request_of(seeds=(1, 2)), reports.append, never).result()
 
-    assert [(one.seed, len(one.rgb)) for one in result.pictures] == [(1, 128 * 128 * 3), (2, 128 * 128 * 3)]
+    assert [(one.seed, len(one.rgb)) for one in result.images] == [(1, 128 * 128 * 3), (2, 128 * 128 * 3)]
     assert [report.step_index for report in reports] == list(range(9))
     assert [stage.name for stage in result.stages] == ["adapt", "encode", "denoise", "decode"]
     assert all(stage.started_at <= time.monotonic() for stage in result.stages)
@@ -112,7 +112,7 @@ def test_a_cancelled_request_ends_within_two_steps_and_the_next_one_runs(engine:
     with pytest.raises(RequestCancelled):
         cancelled.result()
     assert len(reports) <= 8
-    assert len(engine.generate(request_of(), ignore, never).result().pictures) == 1
+    assert len(engine.generate(request_of(), ignore, never).result().images) == 1
 
 
 def test_a_waiting_request_can_be_withdrawn_and_a_running_one_cannot(engine: EngineProcess) -> None:
@@ -127,7 +127,7 @@ def test_a_waiting_request_can_be_withdrawn_and_a_running_one_cannot(engine: Eng
     assert waiting.cancel()
     assert not running.cancel()
 
-    assert len(running.result().pictures) == len(all_lanes)
+    assert len(running.result().images) == len(all_lanes)
     with pytest.raises(CancelledError):
         waiting.result()
 
@@ -143,7 +143,7 @@ def test_an_engine_that_falls_silent_is_killed_and_the_request_drawn_by_the_next
             os.kill(hung, signal.SIGSTOP)
 
     drawn_again = engine.generate(request_of(num_inference_steps=60), stop, never)
-    assert len(drawn_again.result().pictures) == 1
+    assert len(drawn_again.result().images) == 1
     assert engine.pid != hung
     engine.close()
 
@@ -257,14 +257,14 @@ def drawn(*names: str) -> dict[str, type[BaseException] | None]:
 # --- Many at once
 
 
-def test_many_requests_are_drawn_together_each_with_its_own_steps_and_pictures(fake: Fake) -> None:
+def test_many_requests_are_drawn_together_each_with_its_own_steps_and_images(fake: Fake) -> None:
     for number, name in enumerate("abcdefghij"):
         fake.ask(name, num_inference_steps=3 + number, seeds=(number, 100 + number))
 
     results = {name: future.result(HANG_SECONDS) for name, future in fake.futures.items()}
 
     for number, name in enumerate("abcdefghij"):
-        assert [picture.seed for picture in results[name].pictures] == [number, 100 + number]
+        assert [image.seed for image in results[name].images] == [number, 100 + number]
         assert fake.steps[name] == list(range(3 + number + 1))
     (life,) = fake.lives()
     assert names("begin", life[: life.index("end a")]) == "abcdefghij"
@@ -684,25 +684,25 @@ def test_closing_ends_what_is_drawn_and_what_waits(new_fake: Callable[..., Fake]
         fake.ask("late")
 
 
-def test_a_silent_child_that_reads_no_picture_is_seen_to_be_silent(new_fake: Callable[..., Fake]) -> None:
+def test_a_silent_child_that_reads_no_image_is_seen_to_be_silent(new_fake: Callable[..., Fake]) -> None:
     fake = new_fake(min_hang_seconds=1.0)
     wait_until_ready(fake.engine, HANG_SECONDS)
     silent = fake.engine.pid
     assert silent is not None
     os.kill(silent, signal.SIGSTOP)
 
-    fake.ask("a", num_inference_steps=2, source=Source(bytes(PICTURE_BYTES), 1.0))
+    fake.ask("a", num_inference_steps=2, source=Source(bytes(IMAGE_BYTES), 1.0))
 
     assert fake.outcomes() == drawn("a")
     assert fake.engine.pid != silent
 
 
-def test_closing_waits_for_no_picture_that_a_child_does_not_read(new_fake: Callable[..., Fake]) -> None:
+def test_closing_waits_for_no_image_that_a_child_does_not_read(new_fake: Callable[..., Fake]) -> None:
     fake = new_fake()
     wait_until_ready(fake.engine, HANG_SECONDS)
     assert fake.engine.pid is not None
     os.kill(fake.engine.pid, signal.SIGSTOP)
-    fake.ask("a", source=Source(bytes(PICTURE_BYTES), 1.0))
+    fake.ask("a", source=Source(bytes(IMAGE_BYTES), 1.0))
     eventually(lambda: fake.engine._requests.inside)
 
     threading.Thread(target=fake.engine.close, daemon=True).start()

@@ -91,22 +91,22 @@ class Plain:
 class PlainInpainting(Plain):
     """What diffusers' inpainting pipelines do: without the first steps, the picture kept where the mask is 0."""
 
-    def __init__(self, name: str, config: Any, num_steps: int, num_skipped: int, picture: torch.Tensor) -> None:
+    def __init__(self, name: str, config: Any, num_steps: int, num_skipped: int, image: torch.Tensor) -> None:
         self.noise, generator = noise_of(1)
         super().__init__(name, config, num_steps, self.noise, generator)
         begin = num_skipped * self.scheduler.order
         self.times = self.scheduler.timesteps[begin:]
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(begin)
-        self.picture = picture
+        self.image = image
         self.latents = self.noised(self.times[:1])
 
     def noised(self, times: torch.Tensor) -> torch.Tensor:
         made: torch.Tensor
         if hasattr(self.scheduler, "scale_noise"):
-            made = self.scheduler.scale_noise(self.picture[None], times, self.noise[None])
+            made = self.scheduler.scale_noise(self.image[None], times, self.noise[None])
         else:
-            made = self.scheduler.add_noise(self.picture[None], self.noise[None], times)
+            made = self.scheduler.add_noise(self.image[None], self.noise[None], times)
         return made
 
     def steps(self, predictions: Iterator[torch.Tensor]) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
@@ -114,7 +114,7 @@ class PlainInpainting(Plain):
             model_input = self.latents if self.is_flow else self.scheduler.scale_model_input(self.latents, now)
             stepped = self.scheduler.step(prediction[None], now, self.latents, return_dict=False, **self.extra)[0]
             is_last = index == len(self.times) - 1
-            kept = self.picture[None] if is_last else self.noised(self.times[index + 1 : index + 2])
+            kept = self.image[None] if is_last else self.noised(self.times[index + 1 : index + 2])
             self.latents = (1 - MASK) * kept + MASK * stepped
             yield float(now), model_input[0], self.latents[0]
 
@@ -167,12 +167,12 @@ def test_every_step_is_the_one_that_the_plain_scheduler_takes(name: str, config:
 def test_a_lane_with_a_source_and_a_mask_is_always_where_plain_diffusers_inpainting_is(name: str, config: str) -> None:
     num_skipped = 3
     found = (CONFIGS | FLOWS)[config]
-    picture = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
+    image = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))
     plan = StepPlan(name, 8, SHIFT if found.get("use_dynamic_shifting") else None, num_skipped)
 
-    _, sampler = Samplers(table_of(found), found).begin(plan, *noise_of(1), SourceLatents(picture, mask=MASK == 1))
+    _, sampler = Samplers(table_of(found), found).begin(plan, *noise_of(1), SourceLatents(image, mask=MASK == 1))
 
-    assert_follows(sampler, PlainInpainting(name, found, 8, num_skipped, picture), seed=1)
+    assert_follows(sampler, PlainInpainting(name, found, 8, num_skipped, image), seed=1)
 
 
 def test_a_course_that_diffusers_itself_cannot_take_is_known_before_the_first_step() -> None:

@@ -60,7 +60,7 @@ ROWS: tuple[Row, ...] = (
         also=(
             f"{REAL_ENGINE}::test_while_the_backend_is_down_jobs_go_on_and_each_end_arrives_later",
             f"{REAL_ENGINE}::test_events_in_the_outbox_outlive_the_worker_that_put_them_there",
-            "tests/live/test_outage.py::test_an_outage_of_the_backend_delays_no_picture_and_it_hears_of_every_one",
+            "tests/live/test_outage.py::test_an_outage_of_the_backend_delays_no_image_and_it_hears_of_every_one",
         ),
     ),
     Row(

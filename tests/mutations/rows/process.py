@@ -9,10 +9,10 @@ BATCHING = "tests/inference/engine/test_batching_faults.py::"
 HEALTH = "tests/worker/monitoring/test_http_server.py::"
 PARITY = "tests/inference/models/test_parity.py::"
 EFFECT = "tests/live/test_effect.py::"
-THAWS = f"{EFFECT}test_a_worker_that_thaws_changes_no_picture_and_repeats_no_end"
+THAWS = f"{EFFECT}test_a_worker_that_thaws_changes_no_image_and_repeats_no_end"
 TWO_GENERATIONS = f"{EFFECT}test_a_task_id_of_two_generations_gives_each_its_own_end"
 OTHER_DATA = f"{EFFECT}test_a_task_id_with_other_data_has_one_end_and_a_word_in_the_log"
-KILLED = f"{LIVE}test_a_worker_killed_at_any_point_leaves_one_end_and_one_whole_picture"
+KILLED = f"{LIVE}test_a_worker_killed_at_any_point_leaves_one_end_and_one_whole_image"
 
 ROWS: tuple[Row, ...] = (
     Row(
@@ -160,8 +160,8 @@ ROWS: tuple[Row, ...] = (
             ),
         ),
         also=(
-            f"{BATCHING}test_a_picture_that_does_not_fit_alone_fails_by_its_size_and_smaller_ones_beside_it_and_after_it_are_drawn",
-            f"{BATCHING}test_a_picture_too_large_to_decode_is_decoded_in_tiles_and_the_next_one_whole",
+            f"{BATCHING}test_a_image_that_does_not_fit_alone_fails_by_its_size_and_smaller_ones_beside_it_and_after_it_are_drawn",
+            f"{BATCHING}test_a_image_too_large_to_decode_is_decoded_in_tiles_and_the_next_one_whole",
             f"{PARITY}test_running_out_of_memory_fails_the_request_and_the_next_one_runs",
         ),
     ),
@@ -198,8 +198,8 @@ ROWS: tuple[Row, ...] = (
         "what comes out are not numbers",
         "no picture is made of it: the job fails, the next one completes",
         tests=(
-            f"{LIVE}test_a_picture_of_values_that_are_no_numbers_is_stored_by_nobody",
-            f"{PARITY}test_a_picture_of_numbers_that_are_none_is_never_returned",
+            f"{LIVE}test_a_image_of_values_that_are_no_numbers_is_stored_by_nobody",
+            f"{PARITY}test_a_image_of_numbers_that_are_none_is_never_returned",
         ),
         without=(
             Mutation(
@@ -233,13 +233,13 @@ ROWS: tuple[Row, ...] = (
                 "        if not any(wanted):\n            pass",
             ),
         ),
-        also=("tests/live/test_leaks.py::test_many_adapters_in_few_slots_leave_no_trace_in_memory_or_pictures",),
+        also=("tests/live/test_leaks.py::test_many_adapters_in_few_slots_leave_no_trace_in_memory_or_images",),
     ),
     Row(
         "B18",
         "a worker thaws whose job has ended elsewhere, and a newer task of the same generation too",
         "it finds its job's end before it stores anything: the newer picture stays",
-        tests=(f"{THAWS}[in_a_step]", f"{THAWS}[before_the_picture]", f"{THAWS}[between_two_pictures]"),
+        tests=(f"{THAWS}[in_a_step]", f"{THAWS}[before_the_image]", f"{THAWS}[between_two_images]"),
         without=(
             Mutation(
                 "worker/results/image_store.py",
@@ -247,7 +247,7 @@ ROWS: tuple[Row, ...] = (
                 "        pass\n",
             ),
         ),
-        also=(f"{THAWS}[in_the_picture]",),
+        also=(f"{THAWS}[in_the_image]",),
     ),
     Row(
         "B19",

@@ -43,7 +43,7 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(Mutation("worker/breakers.py", "self._breaker.refuse(str(error))", "pass"),),
         also=(
-            "tests/live/test_breakers.py::test_a_store_that_refuses_the_keys_fails_no_job_and_costs_no_picture_twice",
+            "tests/live/test_breakers.py::test_a_store_that_refuses_the_keys_fails_no_job_and_costs_no_image_twice",
             "tests/live/test_breakers.py::test_one_object_that_may_not_be_read_is_its_own_job_s_failure",
         ),
     ),
@@ -109,17 +109,17 @@ ROWS: tuple[Row, ...] = (
                 "            except ObjectChanged:\n                raise",
             ),
         ),
-        also=(f"{LIVE}test_a_picture_cut_in_the_middle_of_its_way_is_sent_again_whole",),
+        also=(f"{LIVE}test_a_image_cut_in_the_middle_of_its_way_is_sent_again_whole",),
     ),
     Row(
         "C10",
         "an upload in parts is left unfinished",
         "there is none to be left: a picture is one request",
         tests=(
-            f"{LIVE}test_a_picture_cut_in_the_middle_of_its_way_is_sent_again_whole",
+            f"{LIVE}test_a_image_cut_in_the_middle_of_its_way_is_sent_again_whole",
             f"{STORAGE}test_a_put_is_one_plain_request_with_its_sha256",
             "tests/live/test_faults_process.py::"
-            "test_a_worker_killed_at_any_point_leaves_one_end_and_one_whole_picture[in_the_picture]",
+            "test_a_worker_killed_at_any_point_leaves_one_end_and_one_whole_image[in_the_image]",
         ),
         because="nothing is uploaded in parts, so that nothing has to be swept",
     ),
@@ -127,7 +127,7 @@ ROWS: tuple[Row, ...] = (
         "C11",
         "another task's picture lies under the generation's key",
         "it gives way to a task that has no recorded end, and a warning names both; our own is no conflict",
-        tests=(f"{LIVE}test_a_picture_of_another_task_gives_way_and_the_log_says_so",),
+        tests=(f"{LIVE}test_a_image_of_another_task_gives_way_and_the_log_says_so",),
         without=(
             Mutation(
                 "worker/results/image_store.py",
@@ -137,7 +137,7 @@ ROWS: tuple[Row, ...] = (
         ),
         also=(
             "tests/live/test_faults_process.py::"
-            "test_a_worker_killed_at_any_point_leaves_one_end_and_one_whole_picture[behind_the_picture]",
+            "test_a_worker_killed_at_any_point_leaves_one_end_and_one_whole_image[behind_the_image]",
         ),
     ),
     Row(
@@ -210,7 +210,7 @@ ROWS: tuple[Row, ...] = (
         "one of the worker's own buckets is missing, in another region or behind another server",
         "as with refused keys: no job fails, the worker is not ready and says why, and goes on once it is there",
         tests=(
-            "tests/live/test_breakers.py::test_a_store_that_refuses_the_keys_fails_no_job_and_costs_no_picture_twice",
+            "tests/live/test_breakers.py::test_a_store_that_refuses_the_keys_fails_no_job_and_costs_no_image_twice",
         ),
         without=(
             Mutation(
@@ -252,8 +252,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/jobs/inputs/fetcher.py",
-                "        except PictureInvalid as error:",
-                "        except (ObjectChanged.__base__, PictureInvalid) as error:",
+                "        except ImageInvalid as error:",
+                "        except (ObjectChanged.__base__, ImageInvalid) as error:",
             ),
         ),
         also=(f"{STORAGE}test_a_body_that_stays_damaged_is_told_after_three_tries",),
@@ -288,7 +288,7 @@ ROWS: tuple[Row, ...] = (
         without=(Mutation("clients/storage/google.py", 'kept[IF_GENERATION] = "0"', "pass"),),
         also=(
             "tests/live/test_google.py::test_a_job_is_drawn_stored_and_recorded_once_behind_google_s_condition",
-            f"{GOOGLE}test_a_picture_is_not_kept_by_caches_without_asking",
+            f"{GOOGLE}test_a_image_is_not_kept_by_caches_without_asking",
         ),
     ),
     Row(

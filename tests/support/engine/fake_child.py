@@ -25,7 +25,7 @@ from inference.request import (
     ModelFacts,
     OnLoadReport,
     OnStep,
-    Picture,
+    RawImage,
     StepReport,
 )
 
@@ -168,8 +168,8 @@ class FakeEngine:
         if error is not None:
             active.future.set_exception(error)
             return
-        pictures = tuple(Picture(1, 1, seed.to_bytes(3, "big"), seed) for seed in request.seeds)
-        active.future.set_result(GenerationResult(pictures, "fake", 1, 0.0, ()))
+        images = tuple(RawImage(1, 1, seed.to_bytes(3, "big"), seed) for seed in request.seeds)
+        active.future.set_result(GenerationResult(images, "fake", 1, 0.0, ()))
 
 
 def die_in_the_middle_of_a_message() -> None:

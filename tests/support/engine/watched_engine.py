@@ -20,7 +20,7 @@ from inference.models.base import Family
 from inference.models.inputs import Prompt
 from inference.request import EngineLoad, GenerationRequest, GenerationResult, StepReport
 from tests.support.engine.engine_requests import request_of
-from tests.support.images.pictures import images_of, settings_of
+from tests.support.images.parity import images_of, settings_of
 
 # Far above what any test waits for; below the suite's own limit, so that the failure says where it hung.
 PATIENCE_SECONDS = 300.0

@@ -141,8 +141,8 @@ class FullModel:
         on_disk: Any = OnDisk(net)
         self.family.controlnets = on_disk
         net = self.family.load_control("full")
-        picture = torch.zeros(3, self.family.base_size, self.family.base_size)
-        return Guide(net, self.family.encode_control(picture), scale=0.7, start=0.0, end=1.0)
+        image = torch.zeros(3, self.family.base_size, self.family.base_size)
+        return Guide(net, self.family.encode_control(image), scale=0.7, start=0.0, end=1.0)
 
     def step(self, lanes: Sequence[Lane]) -> Tally:
         """One denoise step of these lanes, counted."""

@@ -13,7 +13,7 @@ from compel import CompelForSD, CompelForSDXL
 from PIL import Image
 
 from inference.request import GenerationRequest, Source
-from tests.support.images.pictures import pipe_with
+from tests.support.images.parity import pipe_with
 
 
 class Choice(NamedTuple):
@@ -49,7 +49,7 @@ DEFAULTS = {
     "StableDiffusionXLInpaintPipeline": "euler",
 }
 # The pipelines that begin with a picture, and those that repaint a part of one, by the pipeline that draws from text.
-FROM_PICTURE = {
+FROM_IMAGE = {
     "StableDiffusionPipeline": diffusers.StableDiffusionImg2ImgPipeline,
     "StableDiffusionXLPipeline": diffusers.StableDiffusionXLImg2ImgPipeline,
     "ZImagePipeline": diffusers.ZImageImg2ImgPipeline,
@@ -134,7 +134,7 @@ def noise_of(pipe: Any, request: GenerationRequest, generator: torch.Generator) 
 
 def _with_source(pipe: Any, *, scheduler: str, is_masked: bool) -> Any:
     """The pipeline's models in the pipeline that takes a picture."""
-    made = (REPAINTING if is_masked else FROM_PICTURE)[type(pipe).__name__].from_pipe(pipe, dtype=torch.float32)
+    made = (REPAINTING if is_masked else FROM_IMAGE)[type(pipe).__name__].from_pipe(pipe, dtype=torch.float32)
     made.set_progress_bar_config(disable=True)
     if scheduler == "heun" and isinstance(pipe, diffusers.ZImagePipeline):
         # It counts two timesteps to a step; the pipeline takes them for as many steps.

@@ -10,7 +10,7 @@ from diffusers import ControlNetModel, ZImageControlNetModel
 from PIL import Image
 
 from inference.request import Control, GenerationRequest
-from tests.support.images.pictures import pipe_with
+from tests.support.images.parity import pipe_with
 from tests.support.models.plain_families import DEFAULTS, DIFFUSION_CHOICES
 
 # A new ControlNet's last layers are zeros: it says nothing yet.
@@ -60,8 +60,8 @@ def speckles(seed: int, *, size: tuple[int, int] = (64, 64)) -> Image.Image:
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
 
-def control_of(model: str, picture: Image.Image, **fields: Any) -> Control:
-    return Control(model, picture.tobytes(), **fields)
+def control_of(model: str, image: Image.Image, **fields: Any) -> Control:
+    return Control(model, image.tobytes(), **fields)
 
 
 def plainly_controlled(
@@ -88,7 +88,7 @@ def plainly_controlled(
         choice = DIFFUSION_CHOICES[request.scheduler or DEFAULTS[type(plain).__name__]]
         pipe.scheduler = choice.scheduler.from_config(pipe.scheduler.config, **choice.changes)
         arguments |= {"control_guidance_start": request.control.start, "control_guidance_end": request.control.end}
-        arguments |= _pictures(request, shown)
+        arguments |= _images(request, shown)
     return pipe(**arguments).images[0]  # type: ignore[no-any-return]
 
 
@@ -99,15 +99,15 @@ def _pipeline_for(plain: Any, request: GenerationRequest) -> str:
     return f"{family}ControlNet{kind}Pipeline"
 
 
-def _pictures(request: GenerationRequest, shown: Image.Image) -> dict[str, Any]:
+def _images(request: GenerationRequest, shown: Image.Image) -> dict[str, Any]:
     source = request.source
     if source is None:
         return {"image": shown}
     size = (request.width, request.height)
-    pictures = {"image": Image.frombytes("RGB", size, source.rgb), "control_image": shown, "strength": source.strength}
+    images = {"image": Image.frombytes("RGB", size, source.rgb), "control_image": shown, "strength": source.strength}
     if source.mask is not None:
-        pictures["mask_image"] = Image.frombytes("L", size, source.mask)
-    return pictures
+        images["mask_image"] = Image.frombytes("L", size, source.mask)
+    return images
 
 
 def _with(net: Any, pipeline: str, plain: Any, folder: Path) -> Any:

@@ -49,7 +49,7 @@ def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.Tem
         yield made
 
 
-def test_generate_draws_signs_and_writes_pictures(tmp_path: Path) -> None:
+def test_generate_draws_signs_and_writes_images(tmp_path: Path) -> None:
     env = {"MODEL_ID": str(DEMO_MODEL / "checkpoint"), "EMBED_METADATA": "full"}
     options = ["--lora", ADAPTER, "--artist", "서울", "--steps", 8, "--guidance", 3, "-n", 2]
 
@@ -147,9 +147,9 @@ def test_generate_writes_a_jpeg_by_its_suffix_that_says_how_it_was_made(tmp_path
 
     assert done.returncode == 0, done.stdout
     for name in ("owl.JPG", "owl-2.JPG"):
-        with Image.open(tmp_path / name) as picture:
-            assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (128, 128))
-            packet = picture.info["xmp"].decode()
+        with Image.open(tmp_path / name) as image:
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (128, 128))
+            packet = image.info["xmp"].decode()
         assert "trainedAlgorithmicMedia" in packet
         assert "an owl" in packet
 

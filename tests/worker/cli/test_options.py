@@ -112,18 +112,18 @@ def test_the_plain_options_reach_the_job(rules: JobRules) -> None:
         (["--init", "a.png", "--mask", "m.png", "--kind", "inpaint"], Kind.INPAINT),
     ],
 )
-def test_the_kind_is_that_of_the_pictures(rules: JobRules, words: list[str], kind: Kind) -> None:
+def test_the_kind_is_that_of_the_images(rules: JobRules, words: list[str], kind: Kind) -> None:
     assert drawn(rules, *words).kind is kind
 
 
-def test_a_picture_to_begin_from_reaches_the_job(rules: JobRules) -> None:
+def test_a_image_to_begin_from_reaches_the_job(rules: JobRules) -> None:
     job = drawn(rules, "--init", "a.png", "--mask", "m.png", "--strength", "0.4", "--fit", "contain")
 
     assert job.source == JobSource(at("a.png"), at("m.png"), 0.4)
     assert job.fit is Fit.CONTAIN
 
 
-def test_a_picture_to_follow_reaches_the_job(rules: JobRules) -> None:
+def test_a_image_to_follow_reaches_the_job(rules: JobRules) -> None:
     edges = drawn(rules, "--control", "c.png", "--control-model", "canny", "--control-scale", "0.5", "--control-edges")
     plain = drawn(rules, "--control", "c.png", "--control-model", "pose")
 
@@ -220,7 +220,7 @@ def test_submit_publishes_nothing_that_would_be_refused() -> None:
         (["--control", "black.png", "--control-model", "canny"], "control.model 'canny'"),
     ],
 )
-def test_generate_says_what_is_wrong_with_a_picture(
+def test_generate_says_what_is_wrong_with_a_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], told: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

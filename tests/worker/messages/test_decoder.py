@@ -269,7 +269,7 @@ def test_a_derived_seed_follows_from_the_task_alone_and_has_32_bits(rules: JobRu
     assert max(others) > MAX_UINT32 // 2
 
 
-def test_seeds_of_several_pictures_follow_one_another_and_fit_a_generator(rules: JobRules) -> None:
+def test_seeds_of_several_images_follow_one_another_and_fit_a_generator(rules: JobRules) -> None:
     assert job_of(rules, message(seed=5, num_images=3)).seeds == (5, 6, 7)
     assert max(job_of(rules, message(seed=MAX_SEED, num_images=8)).seeds) <= MAX_INT64
 

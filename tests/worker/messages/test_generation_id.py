@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.messages.generation_id import GenerationId, is_generation_id, is_same, picture_key
+from worker.messages.generation_id import GenerationId, image_key, is_generation_id, is_same
 
-MAX_PICTURES = 8
+MAX_IMAGES = 8
 UUID = "550e8400-e29b-41d4-a716-446655440000"
 # Built of few parts, so that ids which read like others with a number behind them come up.
 TEXTS = st.lists(st.sampled_from(["1", "2", "-", "a", ".", "_", UUID, "-2"]), min_size=1, max_size=4).map("".join)
@@ -50,15 +50,15 @@ def test_a_number_and_its_text_are_one_generation_and_no_id_is_none() -> None:
         ("..", 1, "gen-...png"),
     ],
 )
-def test_a_picture_s_key_is_made_of_the_id(given_id: GenerationId, number: int, name: str) -> None:
-    assert picture_key(given_id, number) == f"generations/{name}"
+def test_a_image_s_key_is_made_of_the_id(given_id: GenerationId, number: int, name: str) -> None:
+    assert image_key(given_id, number) == f"generations/{name}"
 
 
-@given(IDS, IDS, st.integers(1, MAX_PICTURES), st.integers(1, MAX_PICTURES))
-def test_two_pictures_share_a_key_only_where_they_are_one(
+@given(IDS, IDS, st.integers(1, MAX_IMAGES), st.integers(1, MAX_IMAGES))
+def test_two_images_share_a_key_only_where_they_are_one(
     one: GenerationId, other: GenerationId, number: int, other_number: int
 ) -> None:
     is_one = is_same(one, other) and number == other_number
 
-    assert (picture_key(one, number) == picture_key(other, other_number)) == is_one
-    assert re.fullmatch(r"generations/gen-[A-Za-z0-9._~-]+\.png", picture_key(one, number))
+    assert (image_key(one, number) == image_key(other, other_number)) == is_one
+    assert re.fullmatch(r"generations/gen-[A-Za-z0-9._~-]+\.png", image_key(one, number))

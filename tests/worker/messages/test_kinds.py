@@ -42,7 +42,7 @@ def test_a_message_that_says_nothing_of_it_is_text_to_image(rules: JobRules) -> 
 
 
 @pytest.mark.parametrize(("given", "meant"), [({}, 0.8), ({"strength": 0.3}, 0.3), ({"strength": 1}, 1.0)])
-def test_image_to_image_begins_from_its_picture(rules: JobRules, given: dict[str, Any], meant: float) -> None:
+def test_image_to_image_begins_from_its_image(rules: JobRules, given: dict[str, Any], meant: float) -> None:
     job = job_of(rules, kind="image2image", init_image_path="s3://media/a.png", fit="contain", **given)
 
     assert job.source == JobSource(ObjectRef("media", "a.png"), None, meant)

@@ -11,9 +11,9 @@ import psutil
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from config.images import PictureSettings
+from config.images import ImageSettings
 from config.section import SettingsError, load_section
-from tests.support.images.product_pictures import bottle, scene
+from tests.support.images.products import bottle, scene
 from tests.support.models.onnx_files import write_dark_finder
 from tests.support.paths import ROOT
 from tests.support.world import eventually, shadow_modules
@@ -58,10 +58,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_alpha_of_its_own_cuts_a_product_out_and_what_is_empty_around_it_goes() -> None:
-    picture = Image.new("RGBA", (500, 500))
-    picture.paste(bottle(), (200, 90))
+    image = Image.new("RGBA", (500, 500))
+    image.paste(bottle(), (200, 90))
 
-    cut = Cutter(None).cut(picture, FIELD, wanted)
+    cut = Cutter(None).cut(image, FIELD, wanted)
 
     assert cut.tobytes() == bottle().tobytes()
 
@@ -73,7 +73,7 @@ def test_alpha_that_is_nowhere_transparent_is_none() -> None:
     assert has_transparency(bottle())
 
 
-def test_a_huge_cut_out_is_made_as_small_as_any_picture() -> None:
+def test_a_huge_cut_out_is_made_as_small_as_any_image() -> None:
     assert max(trim(Image.new("RGBA", (3000, 300), "red")).size) == MAX_SIDE_PX
 
 
@@ -87,7 +87,7 @@ def test_without_alpha_and_without_a_model_the_job_is_told_what_to_send() -> Non
 
 
 @pytest.mark.parametrize("empty", [Image.new("RGBA", (60, 60)), Image.new("RGBA", (60, 60), (9, 9, 9, 5))])
-def test_a_picture_that_is_all_transparent_holds_no_product(empty: Image.Image) -> None:
+def test_a_image_that_is_all_transparent_holds_no_product(empty: Image.Image) -> None:
     with pytest.raises(JobFailed, match=r"product\.image_path: all of it is transparent") as told:
         Cutter(None).cut(empty, FIELD, wanted)
 
@@ -115,7 +115,7 @@ def test_a_model_with_the_interface_of_isnet_is_shown_its_own_size(tmp_path: Pat
     assert abs(cut.width - 160) <= 8
 
 
-def test_a_picture_in_which_the_model_sees_nothing_is_no_product(model: Path) -> None:
+def test_a_image_in_which_the_model_sees_nothing_is_no_product(model: Path) -> None:
     with pytest.raises(JobFailed, match=r"product\.image_path: no product") as told:
         Cutter(model).cut(Image.new("RGBA", (90, 90), "white"), FIELD, wanted)
 
@@ -183,17 +183,17 @@ def test_settings_name_a_model_that_is_not_there(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CUTOUT_MODEL", str(tmp_path / "none.onnx"))
 
     with pytest.raises(SettingsError, match=r"CUTOUT_MODEL: .*none\.onnx is no file"):
-        load_section(PictureSettings)
+        load_section(ImageSettings)
 
 
 def test_check_tries_the_model(model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"no model")
 
-    assert "cuts out, in" in check_cutout(PictureSettings.model_validate({"CUTOUT_MODEL": str(model)}))
-    assert "alpha of their own" in check_cutout(PictureSettings.model_validate({}))
+    assert "cuts out, in" in check_cutout(ImageSettings.model_validate({"CUTOUT_MODEL": str(model)}))
+    assert "alpha of their own" in check_cutout(ImageSettings.model_validate({}))
     with pytest.raises(CheckFailed, match="CUTOUT_MODEL"):
-        check_cutout(PictureSettings.model_validate({"CUTOUT_MODEL": str(broken)}))
+        check_cutout(ImageSettings.model_validate({"CUTOUT_MODEL": str(broken)}))
 
 
 # Placing
@@ -201,7 +201,7 @@ def test_check_tries_the_model(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("position", EVERYWHERE)
-def test_a_product_never_leaves_the_picture_and_keeps_its_proportions(
+def test_a_product_never_leaves_the_image_and_keeps_its_proportions(
     size: tuple[int, int], position: Position | None
 ) -> None:
     for scale in (0.05, 0.6, 1.0):
@@ -242,7 +242,7 @@ def test_anchors_are_where_they_say() -> None:
 
 
 @pytest.mark.parametrize("position", EVERYWHERE)
-def test_the_picture_is_the_product_where_it_is_opaque_and_the_background_far_from_it(
+def test_the_image_is_the_product_where_it_is_opaque_and_the_background_far_from_it(
     position: Position | None,
 ) -> None:
     background, product = scene((400, 300)), bottle(500)

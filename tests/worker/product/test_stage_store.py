@@ -11,7 +11,7 @@ from PIL import Image
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
 from config.store import StoreSettings
-from tests.support.images.product_pictures import bottle, scene
+from tests.support.images.products import bottle, scene
 from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate
 from worker.messages.decoder import decode
 from worker.messages.job import Job
@@ -38,10 +38,10 @@ def shelves(store_settings: StoreSettings, bucket: str) -> Shelves:
     return lambda: StageStore(store, bucket, a_job())
 
 
-def change(shelf: StageStore, stage: ProductStage, picture: Image.Image) -> None:
+def change(shelf: StageStore, stage: ProductStage, image: Image.Image) -> None:
     """As a person does it: the tools know nothing of notes."""
     content = io.BytesIO()
-    picture.save(content, "PNG")
+    image.save(content, "PNG")
     ref = ObjectRef(shelf.bucket, f"stages/gen-7/{stage}.png")
     shelf.store.storage.put(ref, content.getvalue(), content_type="image/png")
 
@@ -56,9 +56,9 @@ def test_a_task_finds_what_it_kept_and_nothing_behind_the_first_gap(shelves: She
     cutout, background = again.find(ProductStage.CUTOUT, "RGBA"), again.find(ProductStage.BACKGROUND, "RGB")
 
     assert cutout is not None
-    assert cutout.picture.tobytes() == bottle().tobytes()
+    assert cutout.image.tobytes() == bottle().tobytes()
     assert background is not None
-    assert background.picture.tobytes() == scene(SIZE).tobytes()
+    assert background.image.tobytes() == scene(SIZE).tobytes()
     assert not background.is_changed
     assert background.metadata["scheduler"] == "ddim"
     assert background.metadata["stage"] == "background"
@@ -82,12 +82,12 @@ def test_another_task_of_the_generation_uses_nothing_and_replaces_it(shelves: Sh
 
 def test_what_somebody_changed_is_used_and_what_was_made_of_it_before_is_not(shelves: Shelves) -> None:
     first = shelves()
-    for stage, picture in (
+    for stage, image in (
         (ProductStage.CUTOUT, bottle()),
         (ProductStage.BACKGROUND, scene(SIZE)),
         (ProductStage.COMPOSITE, scene(SIZE)),
     ):
-        first.save(stage, picture)
+        first.save(stage, image)
     change(first, ProductStage.BACKGROUND, Image.new("RGB", SIZE, "red"))
 
     again = shelves()
@@ -96,7 +96,7 @@ def test_what_somebody_changed_is_used_and_what_was_made_of_it_before_is_not(she
 
     assert background is not None
     assert background.is_changed
-    assert background.picture.getpixel((0, 0)) == (255, 0, 0)
+    assert background.image.getpixel((0, 0)) == (255, 0, 0)
     assert again.find(ProductStage.COMPOSITE, "RGB") is None
 
 
@@ -106,7 +106,7 @@ def test_what_nobody_s_task_kept_is_no_beginning(shelves: Shelves) -> None:
     assert shelves().find(ProductStage.CUTOUT, "RGBA") is None
 
 
-def test_what_is_no_picture_any_more_is_made_again(shelves: Shelves) -> None:
+def test_what_is_no_image_any_more_is_made_again(shelves: Shelves) -> None:
     first = shelves()
     first.save(ProductStage.CUTOUT, bottle())
     first.save_png(ProductStage.BACKGROUND, b"broken")

@@ -92,7 +92,7 @@ def wait_until(is_so: Callable[[], Any]) -> None:
         time.sleep(0.002)
 
 
-def test_a_preview_is_a_small_jpeg_of_the_picture_s_shape() -> None:
+def test_a_preview_is_a_small_jpeg_of_the_image_s_shape() -> None:
     sizes = [(16, 16), (64, 128), (128, 128), (96, 192), (256, 320)]
     jpegs = [Image.open(BytesIO(encode(Preview(*size, bytes(3 * size[0] * size[1]))))) for size in sizes]
 

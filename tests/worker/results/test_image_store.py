@@ -66,7 +66,7 @@ def shelf(store_settings: StoreSettings, bucket: str) -> StageStore:
     return StageStore(store_settings, bucket)
 
 
-def test_another_task_s_picture_is_replaced_by_a_task_that_has_no_end(shelf: StageStore) -> None:
+def test_another_task_s_image_is_replaced_by_a_task_that_has_no_end(shelf: StageStore) -> None:
     shelf.write(OTHER, png("red"))
 
     shelf.put(png("blue"))
@@ -86,7 +86,7 @@ def test_a_task_that_has_ended_elsewhere_replaces_nothing(shelf: StageStore) -> 
     assert shelf.shown == png("red")
 
 
-def test_a_picture_that_was_written_behind_the_look_is_looked_at_again(shelf: StageStore) -> None:
+def test_a_image_that_was_written_behind_the_look_is_looked_at_again(shelf: StageStore) -> None:
     shelf.write(OTHER, png("red"))
     shelf.others = [(OTHER, png("green")), (str(uuid.uuid4()), png("yellow"))]
 
@@ -96,7 +96,7 @@ def test_a_picture_that_was_written_behind_the_look_is_looked_at_again(shelf: St
     assert shelf.shown == png("blue")
 
 
-def test_another_run_s_picture_of_the_task_stays_where_it_shows_the_same(shelf: StageStore) -> None:
+def test_another_run_s_image_of_the_task_stays_where_it_shows_the_same(shelf: StageStore) -> None:
     """It may have been reported, and its bytes with it."""
     shelf.put(png("blue", "at noon"))
 
@@ -106,7 +106,7 @@ def test_another_run_s_picture_of_the_task_stays_where_it_shows_the_same(shelf: 
 
 
 @pytest.mark.parametrize("earlier", [png("red"), b"not a picture", b""], ids=["red", "no_picture", "empty"])
-def test_another_run_s_picture_of_the_task_is_replaced_where_it_shows_something_else(
+def test_another_run_s_image_of_the_task_is_replaced_where_it_shows_something_else(
     shelf: StageStore, earlier: bytes
 ) -> None:
     shelf.write(TASK, earlier)

@@ -7,7 +7,7 @@ from PIL import features
 from clients.storage.client import Storage
 from clients.storage.errors import StorageError
 from clients.storage.location import ObjectRef
-from config.images import PictureSettings
+from config.images import ImageSettings
 from config.section import SettingsError
 from config.settings import Settings
 from watermark.errors import FontMissing
@@ -21,7 +21,7 @@ from worker.results.image_metadata import load_signer
 SAMPLE = "서울 Seoul"
 
 
-def check_certificate(settings: PictureSettings) -> str:
+def check_certificate(settings: ImageSettings) -> str:
     """Sign a picture of one pixel, as every worker does before its first job."""
     try:
         signer = load_signer(settings)
@@ -35,7 +35,7 @@ def check_certificate(settings: PictureSettings) -> str:
 
 def check_presets(settings: Settings) -> str:
     """Check that every adapter that a preset names is in the store."""
-    rules = rules_from(settings.model, settings.store, settings.pictures)
+    rules = rules_from(settings.model, settings.store, settings.images)
     presets, storage = rules.presets(), Storage(settings.store)
     for place, adapter in presets.adapters.items():
         try:
@@ -44,7 +44,7 @@ def check_presets(settings: Settings) -> str:
             raise CheckFailed(
                 f"the adapter of {place}: {error}. Store the adapter there, or take it out of PRESETS_FILE"
             ) from error
-    source = settings.pictures.presets_file or "the built-in file"
+    source = settings.images.presets_file or "the built-in file"
     return f"{len(presets.styles)} styles and {len(presets.industries)} industries in {source}"
 
 

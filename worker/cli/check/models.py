@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from PIL import Image, ImageDraw
 
-from config.images import PictureSettings
+from config.images import ImageSettings
 from config.model import ModelSettings
 from inference.checkpoints.checkpoint import identify
 from inference.checkpoints.pipeline import weight_bytes
@@ -49,18 +49,18 @@ def load_in_own_process(settings: ModelSettings) -> ModelFacts:
     return engine.facts
 
 
-def check_cutout(settings: PictureSettings) -> str:
+def check_cutout(settings: ImageSettings) -> str:
     """Cut a drawn disc out of a white picture, as a product without alpha."""
     model = settings.cutout_model
     if model is None:
         return "no CUTOUT_MODEL: products need alpha of their own"
     if not is_installed():
         raise CheckFailed("CUTOUT_MODEL is set, but rembg is not installed: pip install 'darkroom[cutout]'")
-    picture = Image.new("RGBA", (SIDE_PX, SIDE_PX), "white")
-    ImageDraw.Draw(picture).ellipse((64, 64, 192, 192), fill=(120, 40, 30))
+    image = Image.new("RGBA", (SIDE_PX, SIDE_PX), "white")
+    ImageDraw.Draw(image).ellipse((64, 64, 192, 192), fill=(120, 40, 30))
     began_at = time.monotonic()
     try:
-        Cutter(model).cut(picture, "the picture of this check", lambda: None)
+        Cutter(model).cut(image, "the picture of this check", lambda: None)
     except CuttingFailed as error:
         raise CheckFailed(f"{model} cannot be used: {error}. Look at CUTOUT_MODEL") from error
     except JobFailed:

@@ -111,7 +111,7 @@ def _browse_letters(settings: Settings) -> Iterator[tuple[QueueBrowser, list[Dea
         taken = browser.fetch(MAX_LETTERS)
         if len(taken) == MAX_LETTERS:
             typer.echo(f"only {MAX_LETTERS} letters were looked at; there may be more", err=True)
-        yield browser, read_letters(taken, rules_from(settings.model, settings.store, settings.pictures))
+        yield browser, read_letters(taken, rules_from(settings.model, settings.store, settings.images))
 
 
 def _ack_all(browser: QueueBrowser, letters: list[DeadLetter]) -> None:

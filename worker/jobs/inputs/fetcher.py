@@ -23,8 +23,8 @@ from clients.storage.errors import (
 from clients.storage.key_variants import key_variants
 from clients.storage.location import ObjectRef
 from inference.request import AdapterFile, ModelFacts
-from watermark.decoding import PictureMode, decode_picture, decode_signature
-from watermark.errors import FontMissing, OverlayInvalid, PictureInvalid, PictureTooLarge, SignatureInvalid
+from watermark.decoding import ImageMode, decode_image, decode_signature
+from watermark.errors import FontMissing, ImageInvalid, ImageTooLarge, OverlayInvalid, SignatureInvalid
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
 from watermark.text.headline import Headline, prepare_headlines
 from worker.breakers import StoreGate
@@ -38,7 +38,7 @@ from worker.messages.job import Job, JobAdapter
 MAX_ADAPTER_BYTES = 1_000_000_000
 MAX_CONFIG_BYTES = 64_000
 MAX_SIGNATURE_BYTES = 10_000_000
-MAX_PICTURE_BYTES = 50_000_000
+MAX_IMAGE_BYTES = 50_000_000
 FETCH_DEADLINE_SECONDS = 300.0
 # A folder whose config changed while its weights were fetched is fetched again, so often.
 MAX_FOLDER_LOOKS = 3
@@ -51,7 +51,7 @@ Made = TypeVar("Made")
 
 
 # A decoded one may take 200 MB for a moment: a dozen job threads must not do that at once.
-_ONE_PICTURE_AT_A_TIME = Lock()
+_ONE_IMAGE_AT_A_TIME = Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +108,11 @@ class Fetcher:
         found = NO_REFERENCES
         if job.source is not None:
             ref = job.source.image_ref
-            found = self._of_picture(ref, "init_image_path", "RGB", lambda init: at_size(References(init)))
+            found = self._of_image(ref, "init_image_path", "RGB", lambda init: at_size(References(init)))
             if job.source.mask_ref is not None:
-                found = self._of_picture(job.source.mask_ref, "mask_path", "L", with_mask)
+                found = self._of_image(job.source.mask_ref, "mask_path", "L", with_mask)
         if job.control is not None:
-            found = self._of_picture(
+            found = self._of_image(
                 job.control.image_ref,
                 "control.image_path",
                 "RGB",
@@ -120,21 +120,21 @@ class Fetcher:
             )
         return found
 
-    def picture(self, ref: ObjectRef, field: str, mode: PictureMode) -> Image.Image:
+    def image(self, ref: ObjectRef, field: str, mode: ImageMode) -> Image.Image:
         """Fetch the image that the job names in `field`, upright; a huge JPEG is decoded at a useful size."""
-        return self._of_picture(ref, field, mode, lambda picture: picture)
+        return self._of_image(ref, field, mode, lambda image: image)
 
-    def _of_picture(self, ref: ObjectRef, field: str, mode: PictureMode, make: Callable[[Image.Image], Made]) -> Made:
+    def _of_image(self, ref: ObjectRef, field: str, mode: ImageMode, make: Callable[[Image.Image], Made]) -> Made:
         """Fetch an image and pass it to `make` before the next one is decoded."""
         try:
-            content = self._read(ref, MAX_PICTURE_BYTES)
-            with _ONE_PICTURE_AT_A_TIME:
-                return make(decode_picture(content, mode))
+            content = self._read(ref, MAX_IMAGE_BYTES)
+            with _ONE_IMAGE_AT_A_TIME:
+                return make(decode_image(content, mode))
         except ObjectNotFound as error:
             raise JobFailed(ErrorCode.IMAGE_NOT_FOUND, f"{field}: the picture {ref} does not exist") from error
-        except (ObjectTooLarge, PictureTooLarge) as error:
+        except (ObjectTooLarge, ImageTooLarge) as error:
             raise JobFailed(ErrorCode.INPUT_TOO_LARGE, f"{field}: {error}") from error
-        except PictureInvalid as error:
+        except ImageInvalid as error:
             raise JobFailed(ErrorCode.IMAGE_INVALID, f"{field}: {error}") from error
 
     def signature(self, job: Job) -> Signature:

@@ -228,4 +228,4 @@ def test_what_the_store_damages_on_the_way_is_no_fault_of_the_job(
         fetcher.adapter(style(store_settings), pinned)
     assert decide(raised.value, 1).disposition is Disposition.RETRY
     with pytest.raises(ObjectDamaged):
-        fetcher.picture(ObjectRef(store_settings.bucket, WEIGHTS), "init_image_path", "RGB")
+        fetcher.image(ObjectRef(store_settings.bucket, WEIGHTS), "init_image_path", "RGB")

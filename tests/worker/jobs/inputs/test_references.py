@@ -17,8 +17,8 @@ from config.store import StoreSettings
 from inference.request import Control, ModelFacts, Source
 from tests.watermark.test_decoding import noise, png, png_chunks, png_header
 from tests.worker.messages.test_kinds import INIT, MASK, job_of, rules
-from watermark.decoding import PictureMode, decode_picture
-from watermark.errors import PictureInvalid, PictureTooLarge, WatermarkError
+from watermark.decoding import ImageMode, decode_image
+from watermark.errors import ImageInvalid, ImageTooLarge, WatermarkError
 from watermark.resizing import Fit, fit
 from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate
 from worker.errors import JobFailed
@@ -70,29 +70,29 @@ def turned(image: Image.Image, orientation: int) -> bytes:
         pytest.param(png(Image.new("RGB", (4, 4)), format="WEBP", lossless=True), "RGB", (0, 0, 0), id="webp"),
     ],
 )
-def test_every_kind_of_pixel_becomes_the_mode_that_is_asked_for(content: bytes, mode: PictureMode, colour: Any) -> None:
-    image = decode_picture(content, mode)
+def test_every_kind_of_pixel_becomes_the_mode_that_is_asked_for(content: bytes, mode: ImageMode, colour: Any) -> None:
+    image = decode_image(content, mode)
 
     assert (image.mode, image.info) == (mode, {})
     assert image.getpixel((0, 0)) == colour
 
 
-def test_a_camera_s_picture_stands_upright() -> None:
+def test_a_camera_s_image_stands_upright() -> None:
     image = Image.new("RGB", (40, 20))
     image.putpixel((0, 0), (255, 0, 0))
 
-    upright = decode_picture(turned(image, 6), "RGB")
+    upright = decode_image(turned(image, 6), "RGB")
 
     assert upright.size == (20, 40)
     assert upright.getpixel((19, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_a_picture_larger_than_is_useful_comes_out_smaller_and_upright(mode: PictureMode) -> None:
+def test_a_image_larger_than_is_useful_comes_out_smaller_and_upright(mode: ImageMode) -> None:
     image = Image.new(mode, (4200, 5000), (90, 60, 30))
     image.paste((255, 0, 0), (0, 0, 400, 400))
 
-    upright = decode_picture(turned(image, 6), mode)
+    upright = decode_image(turned(image, 6), mode)
 
     assert upright.size == (2500, 2100)
     assert upright.getpixel((2490, 9))[:3] == (255, 0, 0)  # type: ignore[index]
@@ -102,7 +102,7 @@ def test_a_picture_larger_than_is_useful_comes_out_smaller_and_upright(mode: Pic
 def test_a_jpeg_of_100_megapixels_is_read_at_a_part_of_its_size() -> None:
     content = png(Image.new("RGB", (12_000, 8_400), (200, 100, 50)), format="JPEG")
 
-    image = decode_picture(content, "RGB")
+    image = decode_image(content, "RGB")
 
     assert image.size == (3000, 2100)
     assert max(abs(a - b) for a, b in zip(image.getpixel((9, 9)), (200, 100, 50), strict=True)) < 3  # type: ignore[arg-type]
@@ -113,44 +113,44 @@ def test_a_jpeg_of_100_megapixels_is_read_at_a_part_of_its_size() -> None:
     [
         pytest.param(
             png_chunks(png_header(10_000, 10_000), (b"IDAT", b""), (b"IEND", b"")),
-            PictureTooLarge,
+            ImageTooLarge,
             "10000x10000 px, 100 Mpx; at most 25",
             id="100 Mpx png",
         ),
         pytest.param(
             png_chunks(png_header(20_000_000, 1), (b"IDAT", b""), (b"IEND", b"")),
-            PictureTooLarge,
+            ImageTooLarge,
             "20000000x1 px; at most 65535 px",
             id="one endless row",
         ),
         pytest.param(
             png(Image.new("L", (6000, 5000)), format="JPEG", progressive=True),
-            PictureTooLarge,
+            ImageTooLarge,
             "6000x5000 px, 30 Mpx",
             id="progressive jpeg",
         ),
         pytest.param(
             png_chunks(png_header(65_535, 65_535), (b"IDAT", b""), (b"IEND", b"")),
-            PictureInvalid,
+            ImageInvalid,
             "far too large",
             id="header bomb",
         ),
-        pytest.param(b"<!doctype html>", PictureInvalid, "a web page", id="web page"),
-        pytest.param(b"", PictureInvalid, "an empty file", id="empty"),
-        pytest.param(png(noise())[:5000], PictureInvalid, "a PNG image that is broken", id="cut off"),
+        pytest.param(b"<!doctype html>", ImageInvalid, "a web page", id="web page"),
+        pytest.param(b"", ImageInvalid, "an empty file", id="empty"),
+        pytest.param(png(noise())[:5000], ImageInvalid, "a PNG image that is broken", id="cut off"),
         pytest.param(
             png(noise(), save_all=True, append_images=[Image.new("RGB", (200, 100))], format="WEBP"),
-            PictureInvalid,
+            ImageInvalid,
             "the picture is an animation",
             id="animation",
         ),
     ],
 )
-def test_what_is_no_picture_or_too_large_is_refused_in_plain_words(
+def test_what_is_no_image_or_too_large_is_refused_in_plain_words(
     content: bytes, error: type[WatermarkError], words: str
 ) -> None:
     with pytest.raises(error, match=words):
-        decode_picture(content, "RGB")
+        decode_image(content, "RGB")
 
 
 # --- Fitting
@@ -163,7 +163,7 @@ def gradient(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
 @pytest.mark.parametrize("how", list(Fit))
 @pytest.mark.parametrize("size", [(64, 64), (128, 64), (8, 200)])
-def test_a_fitted_picture_has_the_size_that_is_asked_for(mode: str, how: Fit, size: tuple[int, int]) -> None:
+def test_a_fitted_image_has_the_size_that_is_asked_for(mode: str, how: Fit, size: tuple[int, int]) -> None:
     fitted = fit(gradient(100, 50).convert(mode), size, how)
 
     assert (fitted.size, fitted.mode) == (size, mode)
@@ -190,7 +190,7 @@ def test_cover_cuts_off_and_contain_shows_all_and_goes_on() -> None:
     assert contained.getpixel((95, 99)) == (0, 0, 255)
 
 
-def test_a_picture_of_the_right_size_is_left_alone() -> None:
+def test_a_image_of_the_right_size_is_left_alone() -> None:
     image = noise(64, 64)
 
     assert fit(image, (64, 64), Fit.CONTAIN).tobytes() == image.tobytes()
@@ -200,7 +200,7 @@ def test_a_picture_of_the_right_size_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(200, 100), (100, 50), (1000, 505)])
-def test_a_mask_may_be_of_another_size_than_its_picture(width: int, height: int) -> None:
+def test_a_mask_may_be_of_another_size_than_its_image(width: int, height: int) -> None:
     check_mask(Image.new("L", (width, height), 255), (200, 100))
 
 
@@ -211,7 +211,7 @@ def test_a_mask_may_be_of_another_size_than_its_picture(width: int, height: int)
         (Image.new("L", (200, 100), 127), "nothing in the mask is white"),
     ],
 )
-def test_a_mask_that_does_not_go_with_its_picture_is_refused_by_name(mask: Image.Image, words: str) -> None:
+def test_a_mask_that_does_not_go_with_its_image_is_refused_by_name(mask: Image.Image, words: str) -> None:
     with pytest.raises(JobFailed, match=f"mask_path: {words}") as refusal:
         check_mask(mask, (200, 100))
 
@@ -221,7 +221,7 @@ def test_a_mask_that_does_not_go_with_its_picture_is_refused_by_name(mask: Image
 # --- What the engine is told
 
 
-def test_the_engine_gets_pictures_of_the_drawing_s_size_and_a_mask_without_greys(rules: JobRules) -> None:
+def test_the_engine_gets_images_of_the_drawing_s_size_and_a_mask_without_greys(rules: JobRules) -> None:
     job = job_of(rules, kind="inpaint", **INIT, **MASK, strength=0.5)
     mask = Image.linear_gradient("L").resize((100, 50))
 
@@ -247,8 +247,8 @@ def test_what_a_job_holds_is_as_small_as_its_drawing_and_keeps_its_proportions(
 ) -> None:
     """A dozen jobs with a camera's pictures would take half a gigabyte."""
     storage, is_draining = Storage(store_settings), Event()
-    for key, picture in (("i.png", noise(1201, 801)), ("m.png", Image.new("L", (600, 400), 255)), ("c.png", noise())):
-        storage.put(ObjectRef(bucket, key), png(picture), content_type="image/png")
+    for key, image in (("i.png", noise(1201, 801)), ("m.png", Image.new("L", (600, 400), 255)), ("c.png", noise())):
+        storage.put(ObjectRef(bucket, key), png(image), content_type="image/png")
     fetcher = Fetcher(
         storage=storage,
         cache=DownloadCache(storage, store_settings.cache_dir, 10_000_000),
@@ -295,7 +295,7 @@ def test_a_job_without_references_brings_none(rules: JobRules) -> None:
         ({"width": 256, "height": 512}, (3000, 2000), (256, 512)),
     ],
 )
-def test_a_picture_has_its_reference_s_proportions_unless_the_job_names_some(
+def test_a_image_has_its_reference_s_proportions_unless_the_job_names_some(
     rules: JobRules, fields: dict[str, Any], reference: tuple[int, int] | None, size: tuple[int, int]
 ) -> None:
     job = job_of(rules, **fields)

@@ -61,7 +61,7 @@ def psnr(one: Image.Image, other: Image.Image) -> float:
 
 
 def images_of(result: GenerationResult) -> list[Image.Image]:
-    return [Image.frombytes("RGB", (one.width, one.height), one.rgb) for one in result.pictures]
+    return [Image.frombytes("RGB", (one.width, one.height), one.rgb) for one in result.images]
 
 
 def draw(engine: LocalEngine, request: GenerationRequest, steps: list[StepReport] | None = None) -> list[Image.Image]:
