@@ -105,7 +105,7 @@ def test_another_run_s_image_of_the_task_stays_where_it_shows_the_same(shelf: St
     assert shelf.shown == png("blue", "at noon")
 
 
-@pytest.mark.parametrize("earlier", [png("red"), b"not a picture", b""], ids=["red", "no_picture", "empty"])
+@pytest.mark.parametrize("earlier", [png("red"), b"not a picture", b""], ids=["red", "no_image", "empty"])
 def test_another_run_s_image_of_the_task_is_replaced_where_it_shows_something_else(
     shelf: StageStore, earlier: bytes
 ) -> None:
