@@ -27,7 +27,7 @@ STATUS_PATHS = ("/status.json", "/metrics", "/health/ready")
 def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with new_world(rabbitmq, s3_server, tmp_path_factory.mktemp("world")) as made:
         constants = {
-            "worker.jobs.inputs.fetcher:NOT_FOUND_RETRY_SECONDS": 0.2,
+            "worker.jobs.inputs.store_source:NOT_FOUND_RETRY_SECONDS": 0.2,
             "tests.support.engine.fake_child:TURN_SECONDS": 0.02,
         }
         start_light_worker(made, constants=constants, STATUS_SHOW_PROMPTS="true")

@@ -98,12 +98,15 @@ def test_a_checkpoint_without_weights_is_refused_only_once_it_is_loaded(hollow: 
         (["--aspect", "9:1"], ["aspect_ratio"]),
         (["--scheduler", "magic"], ["magic", "dpm++"]),
         (["--model", "/nowhere"], ["/nowhere"]),
-        (["--lora", "none.safetensors"], ["--lora none.safetensors", "no such file"]),
-        (["--lora", "work"], ["--lora: the folder work", "adapter_model.safetensors"]),
+        (["--lora", "none.safetensors"], ["the adapter none.safetensors does not exist"]),
+        (["--lora", "work"], ["the adapter work/adapter_config.json does not exist"]),
         (["--lora", "made/torso.safetensors"], ["made/torso.safetensors", "safetensors header"]),
         (["--lora", "made/foreign.safetensors"], ["made/foreign.safetensors", "another model"]),
         (["--lora", "made/peft"], ["made/peft", "adapter_config.json"]),
-        (["--init", "none.png"], ["none.png", "No such file"]),
+        (["--init", "none.png"], ["init_image_path: the picture none.png does not exist"]),
+        (["--lora", "made/pickle"], ["the adapter made/pickle holds only adapter_model.bin", "may be a pickle"]),
+        (["--init", "made"], ["made is a folder"]),
+        (["--init", "made/vast.png"], ["init_image_path: made/vast.png has 50000001 bytes, more than 50000000"]),
         (["--signature", "made/torso.safetensors"], ["torso.safetensors"]),
         (["--control", "made/white.png", "--control-model", "canny"], ["canny", "has no ControlNets"]),
         (["--product", "made/white.png"], ["product.image_path", "CUTOUT_MODEL"]),
@@ -124,6 +127,11 @@ def test_generate_says_what_is_wrong_in_a_sentence_before_it_loads_a_model(
     made = hollow.parent / "made"
     (made / "peft").mkdir(parents=True)
     (made / "b-2.png").mkdir()
+    (made / "pickle").mkdir()
+    (made / "pickle" / "adapter_config.json").write_text("{}")
+    (made / "pickle" / "adapter_model.bin").write_bytes(b"")
+    with (made / "vast.png").open("wb") as vast:
+        vast.truncate(50_000_001)
     (made / "peft" / "adapter_model.safetensors").write_bytes(ADAPTER.read_bytes())
     (made / "torso.safetensors").write_bytes(b"\x01")
     Image.new("RGB", (64, 64), "white").save(made / "white.png")

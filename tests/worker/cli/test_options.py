@@ -213,7 +213,7 @@ def test_submit_publishes_nothing_that_would_be_refused() -> None:
     [
         (["--init", "none.png"], "none.png"),
         (["--init", "s3://media/a.png"], "is in a store, which is not read here"),
-        (["--signature", "black.png", "--init", "torn.png"], "torn"),
+        (["--signature", "black.png", "--init", "torn.png"], "init_image_path: the picture is no PNG"),
         (["--init", "black.png", "--mask", "black.png"], "nothing in the mask is white"),
         (["--text", "\ue000"], "U+E000"),
         (["--cutout", "black.png"], "product.cutout_path has no transparent part"),
