@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Self
 
 from clients.storage.client import Storage
 from clients.storage.errors import ObjectNotFound, StorageError
@@ -43,6 +43,15 @@ class Lease(NamedTuple):
 
     until: float
     num_crashes: int
+
+    @classmethod
+    def from_json(cls, content: bytes) -> Self:
+        """Decode a note. Raises `ValueError` where no worker wrote it."""
+        note = strict_json(content)
+        until = note.get("until") if isinstance(note, dict) else None
+        if not is_number(until) or until > time.time() + MAX_VALID_SECONDS + MAX_SKEW_SECONDS:
+            raise ValueError("not a lease note")
+        return cls(float(until), whole_number(note.get("num_crashes"), default=0))
 
     @property
     def is_held(self) -> bool:
@@ -91,8 +100,7 @@ class Leases:
     def find(self, task_id: str) -> Lease | None:
         """Return the job's note, expired or not; None also where it cannot be read: the ledger still fences the end."""
         try:
-            note = strict_json(self._storage.read(self._ref(task_id), max_bytes=MAX_LEASE_BYTES))
-            return Lease(_until(note), whole_number(note.get("num_crashes"), default=0))
+            return Lease.from_json(self._storage.read(self._ref(task_id), max_bytes=MAX_LEASE_BYTES))
         except ObjectNotFound:
             return None
         except (StorageError, ValueError) as error:
@@ -108,14 +116,6 @@ class Leases:
 
     def _ref(self, task_id: str) -> ObjectRef:
         return ObjectRef(self._bucket, f"jobs/{task_id}.lease")
-
-
-def _until(note: Any) -> float:
-    """Return when a note expires, in epoch seconds. Raises `ValueError` where no worker wrote it."""
-    until = note.get("until") if isinstance(note, dict) else None
-    if not is_number(until) or until > time.time() + MAX_VALID_SECONDS + MAX_SKEW_SECONDS:
-        raise ValueError("not a lease note")
-    return float(until)
 
 
 class LeaseKeeper:

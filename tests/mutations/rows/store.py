@@ -236,8 +236,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/jobs/inputs/slow_fetches.py",
-                "            if self._slow.total() >= self._num_slow:\n                return False\n",
-                "",
+                "has_slow_place = self._slow.total() < self._num_slow",
+                "has_slow_place = True",
             ),
         ),
         also=(
