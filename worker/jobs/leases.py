@@ -7,7 +7,8 @@ goes back to the queue; a note that has expired means that its worker is gone.
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Self
 
 from clients.storage.client import Storage
@@ -129,30 +130,29 @@ class LeaseKeeper:
 
     def take_or_renew_all(self) -> None:
         """Put the jobs on lease whose deliveries the broker's timeout would end, and renew the notes of the others."""
-        self._for_each_run(self._take_or_renew)
-
-    def _take_or_renew(self, run: Run) -> None:
-        if self._leases.take_or_renew(run):
-            for delivery in self._runs.detach_deliveries(run):
-                self._settler.settle(delivery, Disposition.ACK)
+        for run in self._runs.all():
+            with self._keeping(run):
+                is_on_lease = self._leases.take_or_renew(run)
+                for delivery in self._runs.detach_deliveries(run) if is_on_lease else ():
+                    self._settler.settle(delivery, Disposition.ACK)
 
     def note_all(self) -> None:
         """Note on all jobs that they run here, and cancel those that another worker has ended in the time that this one
         was frozen or cut off."""
-        self._for_each_run(self._note_or_cancel)
-
-    def _note_or_cancel(self, run: Run) -> None:
-        self._leases.note(run)
-        if self._ledger.find(run.task_id) is not None:
-            # The end of a cancelled run gives way to the one that is recorded.
-            run.cancel()
-
-    def _for_each_run(self, lease: Callable[[Run], None]) -> None:
         for run in self._runs.all():
-            try:
-                lease(run)
-                if run.lease_ends_at and run.task_id not in self._runs:
-                    self._leases.give_up(run)
-            except (PublishFailed, StorageError) as error:
-                # Another worker may then run the job too; the ledger still lets only one end count.
-                log_event(logger, "lease not taken", logging.WARNING, task_id=run.task_id, reason=str(error))
+            with self._keeping(run):
+                self._leases.note(run)
+                if self._ledger.find(run.task_id) is not None:
+                    # The end of a cancelled run gives way to the one that is recorded.
+                    run.cancel()
+
+    @contextmanager
+    def _keeping(self, run: Run) -> Iterator[None]:
+        """Give up the lease after the block where the run is over by then. A failure in the block is only logged."""
+        try:
+            yield
+            if run.lease_ends_at and run.task_id not in self._runs:
+                self._leases.give_up(run)
+        except (PublishFailed, StorageError) as error:
+            # Another worker may then run the job too; the ledger still lets only one end count.
+            log_event(logger, "lease not taken", logging.WARNING, task_id=run.task_id, reason=str(error))

@@ -148,8 +148,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/results/ledger.py",
-                "        except NotSupported:\n            return False",
-                "        except NotSupported:\n            raise",
+                "            except NotSupported:\n                self._is_conditional = False",
+                "            except NotSupported:\n                raise",
             ),
         ),
     ),
