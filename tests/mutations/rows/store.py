@@ -150,8 +150,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/results/ledger.py",
-                "        except NotSupported:\n            return False",
-                "        except NotSupported:\n            raise",
+                "            except NotSupported:\n                self._is_conditional = False",
+                "            except NotSupported:\n                raise",
             ),
         ),
     ),
@@ -238,8 +238,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/jobs/inputs/slow_fetches.py",
-                "            if self._slow.total() >= self._num_slow:\n                return False\n",
-                "",
+                "has_slow_place = self._slow.total() < self._num_slow",
+                "has_slow_place = True",
             ),
         ),
         also=(

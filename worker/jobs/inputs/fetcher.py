@@ -60,20 +60,16 @@ class Fetcher:
 
     def fetch_inputs(self, job: Job, pinned: ExitStack) -> JobInputs:
         """Fetch all that the job names. Adapters stay in the cache until `pinned` closes."""
-        return JobInputs(
-            signature=self.signature(job),
-            headlines=self._headlines(job),
-            references=self._references(job),
-            adapters=tuple(self.adapter(adapter, pinned) for adapter in job.adapters),
-        )
-
-    def _headlines(self, job: Job) -> tuple[Headline, ...]:
+        signature = self.signature(job)
         try:
-            return prepare_headlines(job.overlays, self.font_dirs)
+            headlines = prepare_headlines(job.overlays, self.font_dirs)
         except FontMissing as error:
             raise JobFailed(ErrorCode.FONT_MISSING, str(error)) from error
         except OverlayInvalid as error:
             raise JobFailed(ErrorCode.INVALID_INPUT, str(error)) from error
+        references = self._references(job)
+        adapters = tuple(self.adapter(adapter, pinned) for adapter in job.adapters)
+        return JobInputs(signature, headlines, references, adapters)
 
     def _references(self, job: Job) -> References:
         """Fetch the reference images, each resized before the next is decoded: a dozen jobs hold theirs to the end."""
