@@ -104,7 +104,7 @@ class Properties(pika.spec.BasicProperties):  # type: ignore[misc]
 class TolerantConnection(SelectConnection):  # type: ignore[misc]
     """pika's connection with our decoding of content headers. `_read_frame` is pika's own name, up to 1.4."""
 
-    def _read_frame(self) -> tuple[int, Any]:
+    def _read_frame(self) -> Any:
         """Decode the frame that the buffer begins with, and return its length and it; None where it is incomplete."""
         buffer = self._frame_buffer
         if buffer[:1] == bytes((pika.spec.FRAME_HEADER,)) and len(buffer) >= _FRAME_START.size:
