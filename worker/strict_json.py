@@ -16,22 +16,18 @@ def strict_json(content: bytes) -> Any:
         value = json.loads(content.decode(), parse_int=_int64, parse_float=_finite, parse_constant=_refuse)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    _check_depth(value)
-    return value
-
-
-def is_number(value: object) -> TypeGuard[int | float]:
-    """Return whether the value is a JSON number; booleans are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_depth(value: Any) -> None:
     level = [value]
     for _ in range(MAX_DEPTH):
         nested = [one for one in level if isinstance(one, list | dict)]
         level = [inner for one in nested for inner in (one.values() if isinstance(one, dict) else one)]
     if any(isinstance(one, list | dict) for one in level):
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+    return value
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Return whether the value is a JSON number; booleans are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _int64(digits: str) -> int:

@@ -51,14 +51,16 @@ class Supervisor:
         self._probe = ConnectionProbe()
         self._dispatcher: Dispatcher | None = None
         self._consumer: Consumer | None = None
-        self._parts = Parts(settings, is_stopping=lambda: self._is_stopping)
+        self._parts = Parts(settings, is_stopping=lambda: bool(self._num_signals) or self._parts.is_draining.is_set())
 
     def run(self) -> ExitCode:
         """Work until a signal or a fatal failure; return the exit code for it."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         threading.excepthook = self._on_thread_failure
-        _return_large_blocks()
+        # The memory of images goes back to the system as soon as it is freed, where the C library is glibc.
+        with suppress(AttributeError):
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
         parts = self._parts
         parts.health.start()
         log_event(logger, "status page", url=f"http://localhost:{parts.health.port}/")
@@ -81,7 +83,10 @@ class Supervisor:
         # Only a count: a handler may interrupt the main thread while it holds any lock.
         self._num_signals += 1
         if self._num_signals > 1:
-            self._kill()
+            # The broker requeues what was not settled.
+            if self._parts.engine.pid is not None:
+                os.kill(self._parts.engine.pid, signal.SIGKILL)
+            os._exit(ExitCode.FORCED)
 
     def _on_thread_failure(self, failure: threading.ExceptHookArgs) -> None:
         """Have the worker drain and be restarted: one that lacks a thread looks alive and is not."""
@@ -117,10 +122,6 @@ class Supervisor:
         while not self._parts.is_draining.wait(self._parts.leases.renew_every):
             self._parts.lease_keeper.take_or_renew_all()
 
-    @property
-    def _is_stopping(self) -> bool:
-        return bool(self._num_signals) or self._parts.is_draining.is_set()
-
     def _tick(self) -> None:
         parts = self._parts
         is_refused = bool(parts.readiness.refusal)
@@ -137,7 +138,11 @@ class Supervisor:
     def _stop(self, code: ExitCode) -> None:
         """Take no more jobs, let running ones end within the grace period, release the rest, close all parts."""
         parts, started_at = self._parts, time.monotonic()
-        self._end_by(started_at + self._settings.service.shutdown_grace_seconds, code)
+        # Ends the process even if store or broker hang: unsettled deliveries go back to the broker.
+        seconds = max(MIN_STOP_SECONDS, self._settings.service.shutdown_grace_seconds)
+        guard = threading.Timer(seconds, os._exit, (int(code),))
+        guard.daemon = True
+        guard.start()
         log_event(logger, "stopping", exit_code=int(code), num_runs=len(parts.runs.all()))
         if self._consumer is not None:
             self._consumer.stop_consuming()
@@ -156,27 +161,9 @@ class Supervisor:
         parts.health.close()
         log_event(logger, "stopped", seconds=round(time.monotonic() - started_at, 2))
 
-    def _end_by(self, deadline: float, code: ExitCode) -> None:
-        """End the process at the deadline, even if store or broker hang: unsettled deliveries go back to the broker."""
-        guard = threading.Timer(max(MIN_STOP_SECONDS, deadline - time.monotonic()), os._exit, (int(code),))
-        guard.daemon = True
-        guard.start()
-
     def _drain(self, dispatcher: Dispatcher) -> None:
         deadline = time.monotonic() + self._settings.service.shutdown_grace_seconds - GRACE_RESERVE_SECONDS
         while self._parts.runs.all() and time.monotonic() < deadline:
             dispatcher.release_waiting()
             self._tick()
             time.sleep(TICK_SECONDS)
-
-    def _kill(self) -> None:
-        """End now, on the second signal. The broker requeues what was not settled."""
-        if self._parts.engine.pid is not None:
-            os.kill(self._parts.engine.pid, signal.SIGKILL)
-        os._exit(ExitCode.FORCED)
-
-
-def _return_large_blocks() -> None:
-    """Have the memory of images returned to the system as soon as it is freed, where the C library is glibc."""
-    with suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)

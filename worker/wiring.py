@@ -77,20 +77,17 @@ class Parts:
             on_restart=self.metrics.engine_restarts.inc,
             on_load_report=self.metrics.note_engine_load,
         )
-        self._build_store(settings)
+        self.storage = Storage(settings.store)
+        self.cache = DownloadCache(self.storage, settings.store.cache_dir, settings.store.cache_max_bytes)
+        self.ledger = Ledger(self.storage, settings.store.bucket)
+        self.store_breaker = Breaker("the store", STORE_THRESHOLD)
+        self.gate = StoreGate(self.store_breaker, self.is_draining)
         self._build_deliveries(settings)
         self.previewer = Previewer(self.storage, settings.store.results_bucket)
         self.progress = ProgressReporter(
             self.webhooks, self.previewer, settings.backend.progress_milestones, self.metrics, self.ledger.find
         )
         self._build_monitoring(settings, is_stopping)
-
-    def _build_store(self, settings: Settings) -> None:
-        self.storage = Storage(settings.store)
-        self.cache = DownloadCache(self.storage, settings.store.cache_dir, settings.store.cache_max_bytes)
-        self.ledger = Ledger(self.storage, settings.store.bucket)
-        self.store_breaker = Breaker("the store", STORE_THRESHOLD)
-        self.gate = StoreGate(self.store_breaker, self.is_draining)
 
     def _build_deliveries(self, settings: Settings) -> None:
         """Build what acks a delivery, and what keeps messages and ends safe before that."""

@@ -164,7 +164,14 @@ class Consumer:
         self._session += 1
         self._is_cancelled_by_broker = False
         ensure_queues(self._connection, self._names)
-        self._bind_broadcast(self._broadcast)
+        ensure_fanout(self._connection, self._broadcast.exchange)
+        channel = self._watched_channel()
+        # A queue exclusive to this connection: a broadcast is for the workers connected now.
+        queue_name = channel.queue_declare("", exclusive=True).method.queue
+        channel.queue_bind(queue_name, self._broadcast.exchange)
+        channel.basic_consume(
+            queue_name, lambda _channel, _method, _properties, body: self._broadcast.on_message(body), auto_ack=True
+        )
         for subscription in self._subscriptions:
             channel = self._watched_channel()
             channel.basic_qos(prefetch_count=subscription.prefetch)
@@ -193,16 +200,6 @@ class Consumer:
                 self._consume_on(channel, subscription)
             elif self._is_paused:
                 channel.basic_cancel(self._tags.pop(channel))
-
-    def _bind_broadcast(self, broadcast: Broadcast) -> None:
-        """Consume a queue exclusive to this connection: a broadcast is for the workers connected now."""
-        ensure_fanout(self._connection, broadcast.exchange)
-        channel = self._watched_channel()
-        queue_name = channel.queue_declare("", exclusive=True).method.queue
-        channel.queue_bind(queue_name, broadcast.exchange)
-        channel.basic_consume(
-            queue_name, lambda _channel, _method, _properties, body: broadcast.on_message(body), auto_ack=True
-        )
 
     def _on_cancelled(self, _frame: Any) -> None:
         # The queue was deleted or moved: pika keeps a consumer that gets no more deliveries.

@@ -69,7 +69,13 @@ class Properties(pika.spec.BasicProperties):  # type: ignore[misc]
     def __init__(self, encoded: bytes) -> None:
         self._parts: dict[int, bytes] = {}  # by flag, as they came
         with suppress(_EndUnknown):
-            self._split(_Reader(encoded))
+            reader = _Reader(encoded)
+            given = word = reader.number("H")
+            while word & _IS_CONTINUED:
+                word = reader.number("H")  # AMQP 0-9-1 has no properties for these flags
+            for flag in _FLAGS:
+                if given & flag:
+                    self._parts[flag] = reader.part(flag)
         self._fields = _fields_of(self._parts.get(_BASIC.FLAG_HEADERS, b"")[4:])
         stamp = self._parts.get(_BASIC.FLAG_TIMESTAMP)
         self.timestamp: int | None = None if stamp is None else int.from_bytes(stamp)
@@ -94,37 +100,25 @@ class Properties(pika.spec.BasicProperties):  # type: ignore[misc]
         """Encode for publishing, as pika's frames require it."""
         return [sum(self._parts).to_bytes(2), *self._parts.values()]
 
-    def _split(self, reader: "_Reader") -> None:
-        given = word = reader.number("H")
-        while word & _IS_CONTINUED:
-            word = reader.number("H")  # AMQP 0-9-1 has no properties for these flags
-        for flag in _FLAGS:
-            if given & flag:
-                self._parts[flag] = reader.part(flag)
-
 
 class TolerantConnection(SelectConnection):  # type: ignore[misc]
     """pika's connection with our decoding of content headers. `_read_frame` is pika's own name, up to 1.4."""
 
-    def _read_frame(self) -> tuple[int, Any]:
-        return _read_header_frame(self._frame_buffer) or super()._read_frame()
-
-
-def _read_header_frame(buffer: bytes) -> tuple[int, Any] | None:
-    """Decode the content header frame that `buffer` begins with, and return its length and it; None for other bytes."""
-    if buffer[:1] != bytes((pika.spec.FRAME_HEADER,)) or len(buffer) < _FRAME_START.size:
-        return None
-    _, channel_number, num_bytes = _FRAME_START.unpack_from(buffer)
-    begin, end = _FRAME_START.size, _FRAME_START.size + num_bytes
-    if num_bytes < _CONTENT_START.size or buffer[end : end + 1] != bytes((pika.spec.FRAME_END,)):
-        return None
-    _, _, body_bytes = _CONTENT_START.unpack_from(buffer, begin)
-    properties = Properties(buffer[begin + _CONTENT_START.size : end])
-    return end + 1, pika.frame.Header(channel_number, body_bytes, properties)
+    def _read_frame(self) -> Any:
+        """Decode the frame that the buffer begins with, and return its length and it; None where it is incomplete."""
+        buffer = self._frame_buffer
+        if buffer[:1] == bytes((pika.spec.FRAME_HEADER,)) and len(buffer) >= _FRAME_START.size:
+            _, channel_number, num_bytes = _FRAME_START.unpack_from(buffer)
+            begin, end = _FRAME_START.size, _FRAME_START.size + num_bytes
+            if num_bytes >= _CONTENT_START.size and buffer[end : end + 1] == bytes((pika.spec.FRAME_END,)):
+                _, _, body_bytes = _CONTENT_START.unpack_from(buffer, begin)
+                properties = Properties(buffer[begin + _CONTENT_START.size : end])
+                return end + 1, pika.frame.Header(channel_number, body_bytes, properties)
+        return super()._read_frame()
 
 
 class _Reader:
-    """A reader of AMQP's elements in sequence. Every method but `is_at_end` raises `_EndUnknown`."""
+    """A reader of AMQP's elements in sequence. Every method but `is_at_end` and `items` raises `_EndUnknown`."""
 
     def __init__(self, content: bytes) -> None:
         self._content = content
@@ -167,7 +161,10 @@ class _Reader:
             case b"x":
                 return self.long_string()
             case b"F" | b"A":
-                return _nested(kind, self.long_string(), depth + 1)
+                content = self.long_string()
+                if depth >= MAX_DEPTH:
+                    return content
+                return _as_dict(_fields_of(content, depth + 1)) if kind == b"F" else _Reader(content).items(depth + 1)
             case b"T":
                 return _moment_or_number(self.number("Q"))
             case b"D":
@@ -178,6 +175,14 @@ class _Reader:
             case _ if kind in _FORMATS:
                 return self.number(_FORMATS[kind])
         raise _EndUnknown
+
+    def items(self, depth: int) -> list[Any]:
+        """Decode an array's items; those from one of unknown length on are left out."""
+        found = []
+        with suppress(_EndUnknown):
+            while not self.is_at_end:
+                found.append(self.value(depth))
+        return found
 
     def _take(self, num_bytes: int) -> bytes:
         taken = self._content[self.offset : self.offset + num_bytes]
@@ -200,20 +205,6 @@ def _fields_of(table: bytes, depth: int = 0) -> list[_Field]:
 
 def _as_dict(fields: list[_Field]) -> dict[str, Any]:
     return {field.name: field.value for field in reversed(fields)}
-
-
-def _nested(kind: bytes, content: bytes, depth: int) -> Any:
-    if depth > MAX_DEPTH:
-        return content
-    return _as_dict(_fields_of(content, depth)) if kind == b"F" else _items_of(content, depth)
-
-
-def _items_of(array: bytes, depth: int) -> list[Any]:
-    reader, items = _Reader(array), []
-    with suppress(_EndUnknown):
-        while not reader.is_at_end:
-            items.append(reader.value(depth))
-    return items
 
 
 def _text_or_bytes(content: bytes) -> str | bytes:

@@ -78,16 +78,23 @@ class QueueBrowser:
             self._connection = connect(self._settings, "darkroom dead")
             self._channel = self._connection.channel()
             self._channel.confirm_delivery()
-            self._lock()
+            self._channel.queue_declare(f"{self._queue}.inspection", exclusive=True)  # gone with the connection
         except LOST as error:
             reason = ErrorMessages(self._settings).session_ended(error, is_connected=self._connection is not None)
             close_connection(self._connection)
+            if isinstance(error, pika.exceptions.ChannelClosedByBroker) and error.reply_code == RESOURCE_LOCKED:
+                raise QueueBusy(f"somebody else is at work on {self._queue}: try again in a moment") from error
             raise PublishFailed(reason) from error
 
     def __exit__(self, *_: object) -> None:
         with suppress(*LOST):  # what cannot be requeued is requeued when the connection closes
             for held in list(self._held.values()):
-                self._requeue(held)
+                if whole_number(held.headers.get(COUNT_HEADER), default=0) < MAX_DELIVERIES:
+                    self._channel.basic_reject(held.tag, requeue=True)
+                else:
+                    properties = held.properties.for_copy(without=NOT_COPIED)
+                    self._channel.basic_publish("", self._queue, held.body, properties, mandatory=True)
+                    self._channel.basic_ack(held.tag)
         close_connection(self._connection)
 
     def fetch(self, max_messages: int) -> list[BrowsedMessage]:
@@ -119,20 +126,3 @@ class QueueBrowser:
         except LOST as error:
             raise PublishFailed(describe(error)) from error
         del self._held[held.tag]
-
-    def _lock(self) -> None:
-        try:
-            self._channel.queue_declare(f"{self._queue}.inspection", exclusive=True)  # gone with the connection
-        except pika.exceptions.ChannelClosedByBroker as error:
-            if error.reply_code != RESOURCE_LOCKED:
-                raise
-            close_connection(self._connection)
-            raise QueueBusy(f"somebody else is at work on {self._queue}: try again in a moment") from error
-
-    def _requeue(self, held: BrowsedMessage) -> None:
-        if whole_number(held.headers.get(COUNT_HEADER), default=0) < MAX_DELIVERIES:
-            self._channel.basic_reject(held.tag, requeue=True)
-            return
-        properties = held.properties.for_copy(without=NOT_COPIED)
-        self._channel.basic_publish("", self._queue, held.body, properties, mandatory=True)
-        self._channel.basic_ack(held.tag)

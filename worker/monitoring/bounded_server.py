@@ -51,9 +51,13 @@ class BoundedServer(ThreadingHTTPServer):
                 self._cut(connection)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._acquire_slot():
-            super().shutdown_request(request)
-            return
+        if not self._connection_slots.acquire(blocking=False):
+            with self._lock:
+                if self._answered_at:
+                    self._cut(min(self._answered_at, key=self._answered_at.__getitem__))
+            if not self._connection_slots.acquire(timeout=SLOT_WAIT_SECONDS):
+                super().shutdown_request(request)
+                return
         with self._lock:
             self._answered_at[request] = time.monotonic()
         super().process_request(request, client_address)
@@ -68,14 +72,6 @@ class BoundedServer(ThreadingHTTPServer):
         # The library prints tracebacks to standard error, between the lines of JSON.
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             logger.exception("a request to the metrics port failed")
-
-    def _acquire_slot(self) -> bool:
-        if self._connection_slots.acquire(blocking=False):
-            return True
-        with self._lock:
-            if self._answered_at:
-                self._cut(min(self._answered_at, key=self._answered_at.__getitem__))
-        return self._connection_slots.acquire(timeout=SLOT_WAIT_SECONDS)
 
     def _cut(self, connection: socket.socket) -> None:
         """Shut the socket down, which ends its thread's blocked read."""

@@ -54,13 +54,11 @@ class GaugePoller:
                 self._metrics.gpu_memory_bytes.labels("used").set(usage.memory_used_bytes)
                 self._metrics.gpu_memory_bytes.labels("total").set(usage.memory_total_bytes)
                 self._metrics.gpu_utilization_ratio.set(usage.utilization_ratio or 0.0)
-            # The consumer's login attempts are enough: brokers count those with a wrong password.
-            if self._is_connected():
-                self._poll_queue_depths()
-
-    def _poll_queue_depths(self) -> None:
-        try:
-            for name, depth in self._publisher.depths().items():
-                self._metrics.queue_messages.labels(name).set(depth)
-        except PublishFailed as error:
-            log_event(logger, "queue depths unknown", logging.DEBUG, reason=str(error))
+            try:
+                # The consumer's login attempts are enough: brokers count those with a wrong password.
+                depths = self._publisher.depths() if self._is_connected() else {}
+            except PublishFailed as error:
+                log_event(logger, "queue depths unknown", logging.DEBUG, reason=str(error))
+            else:
+                for name, depth in depths.items():
+                    self._metrics.queue_messages.labels(name).set(depth)

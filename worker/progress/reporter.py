@@ -59,6 +59,10 @@ class JobProgress(Source[Webhook]):
         if report.step_index == report.num_steps:
             self._reporter.update_estimate(self._denoised_seconds / report.num_steps)
 
+    def on_freeze(self) -> None:
+        """Have the job's recorded end looked up before the next webhook."""
+        self.may_have_ended = True
+
     def seconds_left(self, report: StepReport) -> float:
         """Return the estimated time of the steps after `report`, the newest one."""
         done = report.step_index
@@ -105,7 +109,7 @@ class ProgressReporter:
         self.milestones = milestones
         self.step_seconds = 0.0
         self.queue = LatestWins[JobProgress, Webhook](
-            "progress", self._send, handle_seconds=CALL_DEADLINE_SECONDS, on_freeze=_suspect
+            "progress", self._send, handle_seconds=CALL_DEADLINE_SECONDS, on_freeze=JobProgress.on_freeze
         )
 
     def start(self) -> None:
@@ -137,21 +141,14 @@ class ProgressReporter:
         return self._recent_steps.value or self.step_seconds
 
     def _send(self, progress: JobProgress, webhook: Webhook) -> None:
-        if progress.may_have_ended and not self._is_open(progress):
-            return
+        if progress.may_have_ended:
+            try:
+                progress.may_have_ended = self._end_of(progress.task_id) is not None
+            except StorageError as error:
+                log_event(logger, "progress not sent", logging.WARNING, task_id=progress.task_id, reason=str(error))
+            if progress.may_have_ended:  # or the store does not answer
+                return
         attempt = self._client.send(webhook, deadline_seconds=CALL_DEADLINE_SECONDS)
         self._metrics.webhooks.labels(webhook.kind.value, attempt.result.name.lower()).inc()
         if attempt.result is not WebhookResult.DELIVERED:
             log_event(logger, "progress not taken", logging.DEBUG, reason=attempt.reason)
-
-    def _is_open(self, progress: JobProgress) -> bool:
-        """Return whether the job has no recorded end; False as well where the store does not answer."""
-        try:
-            progress.may_have_ended = self._end_of(progress.task_id) is not None
-        except StorageError as error:
-            log_event(logger, "progress not sent", logging.WARNING, task_id=progress.task_id, reason=str(error))
-        return not progress.may_have_ended
-
-
-def _suspect(progress: JobProgress) -> None:
-    progress.may_have_ended = True

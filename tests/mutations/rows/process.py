@@ -423,7 +423,9 @@ ROWS: tuple[Row, ...] = (
         ),
         without=(
             Mutation(
-                "worker/monitoring/bounded_server.py", "if self._connection_slots.acquire(blocking=False):", "if True:"
+                "worker/monitoring/bounded_server.py",
+                "if not self._connection_slots.acquire(blocking=False):",
+                "if False:",
             ),
         ),
         also=(f"{HEALTH}test_a_request_that_takes_too_long_is_cut_however_often_a_byte_comes",),

@@ -54,21 +54,18 @@ def classify_answer(url: str, found: BackendProbe) -> str:
 def _check_ambiguous(url: str, found: BackendProbe) -> None:
     """Raise `CheckUnsure` for an answer that both a wrong and a right address may give."""
     status, path = found.status, ROUTES[WebhookKind.COMPLETE].path
-    if status == NOT_FOUND and not _is_route(found.follow_up_status):
+    follow_up_status = found.follow_up_status or 0
+    # After a 404 this is the answer to OPTIONS: these statuses mean that the route exists.
+    if status == NOT_FOUND and not (200 <= follow_up_status < 300 or follow_up_status == NOT_ALLOWED):
         raise CheckUnsure(
             f"{url} answers 404 at {path}, as it would to every end where BACKEND_API_URL has a wrong path. "
             "That path is added to it, so it must not end in a part of it, like /api. A server whose routes take "
             "nothing but POST may answer so too: then the first webhook will tell"
         )
-    if 200 <= status < 300 and 200 <= (found.follow_up_status or 0) < 300:
+    if 200 <= status < 300 and 200 <= follow_up_status < 300:
         raise CheckUnsure(
             f"{url} answers {status} to every address, there or not: is it the web pages' server? BACKEND_API_URL must "
             "name the one that has the API"
         )
     if status in LATER:
         raise CheckUnsure(f"{url} answers {status}: it asks to be called later, and so webhooks would wait")
-
-
-def _is_route(options_status: int | None) -> bool:
-    """Return True where the answer to OPTIONS means that the route exists."""
-    return options_status is not None and (200 <= options_status < 300 or options_status == NOT_ALLOWED)

@@ -1,7 +1,7 @@
 """Check the broker: the login, the declaration of the job queue, the permissions, the policies."""
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -85,7 +85,14 @@ class BrokerProbe:
             raise CheckFailed(self._why_refused(f"{self._names.jobs}.*", error)) from error
 
     def _check_limits(self, connection: _Connection) -> None:
-        limits = limits_in(self._policies(), self._names)
+        limits: list[str] = []
+        parameters = self._error_messages.parameters
+        if parameters.ssl_options is None:  # else the management port would get the password in plain text
+            login = parameters.credentials
+            policies = effective_policies(
+                parameters.host, parameters.virtual_host, user=login.username, password=login.password
+            )
+            limits = limits_in(policies, self._names)
         # A user may have the permission to declare the worker's queues alone: then it is not tried.
         with suppress(pika.exceptions.ChannelClosedByBroker):
             limits = limits or limits_found_by_trying(connection, self._names)
@@ -96,15 +103,6 @@ class BrokerProbe:
                 f"{seen}. Ends and jobs would be lost at the limit. Have its pattern leave them out,"
                 f" as ^{self._names.jobs}$ does: {look}"
             )
-
-    def _policies(self) -> Mapping[str, Mapping[str, Any]]:
-        parameters = self._error_messages.parameters
-        if parameters.ssl_options is not None:
-            return {}  # the management port would get the password in plain text
-        login = parameters.credentials
-        return effective_policies(
-            parameters.host, parameters.virtual_host, user=login.username, password=login.password
-        )
 
     def _declare_passively(self, connection: _Connection, name: str) -> Any:
         """Declare the queue passively; None where it does not exist."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
 from functools import partial
 
 import typer
@@ -13,7 +12,7 @@ from rich.text import Text
 from config.settings import Settings
 from worker.cli.check.backend import check_backend
 from worker.cli.check.broker import BrokerProbe
-from worker.cli.check.checks import Check, CheckResult, State, run_checks
+from worker.cli.check.checks import Check, State, run_checks
 from worker.cli.check.files import check_certificate, check_fonts, check_presets, check_shaping
 from worker.cli.check.machine import check_disk, check_gpu, check_memory
 from worker.cli.check.models import Load, check_cutout, check_model, load_in_own_process
@@ -26,8 +25,19 @@ STYLES = {State.GOOD: "green", State.BAD: "bold red", State.BLOCKED: "yellow", S
 
 def check_everything(settings: Settings, *, as_lines: bool, console: Console) -> bool:
     """Check every part and print the results; True where all are good."""
-    checks = every_part(settings)
-    results = _print_lines(checks) if as_lines else _print_table(checks, console)
+    checks, results = every_part(settings), []
+    if as_lines:
+        for result in run_checks(checks):
+            typer.echo(json.dumps(dataclasses.asdict(result), ensure_ascii=False))
+            results.append(result)
+    else:
+        with console.status("") as status:
+            results = list(run_checks(checks, on_begin=lambda part: status.update(f"trying the {part}")))
+        table = Table("part", "", "what was seen, or what to do")
+        for result in results:
+            state = Text(result.state.value, STYLES[result.state])
+            table.add_row(result.part, state, Text(escape_for_terminal(result.detail)))
+        console.print(table)
     return all(result.state is State.GOOD for result in results)
 
 
@@ -55,23 +65,3 @@ def every_part(settings: Settings, load: Load = load_in_own_process) -> tuple[Ch
         Check("memory", partial(check_memory, settings.model), ("GPU",)),
         Check("model", partial(check_model, settings.model, load), ("GPU", "memory")),
     )
-
-
-def _print_lines(checks: Iterable[Check]) -> list[CheckResult]:
-    results = []
-    for result in run_checks(checks):
-        typer.echo(json.dumps(dataclasses.asdict(result), ensure_ascii=False))
-        results.append(result)
-    return results
-
-
-def _print_table(checks: Iterable[Check], console: Console) -> list[CheckResult]:
-    with console.status("") as status:
-        results = list(run_checks(checks, on_begin=lambda part: status.update(f"trying the {part}")))
-    table = Table("part", "", "what was seen, or what to do")
-    for result in results:
-        table.add_row(
-            result.part, Text(result.state.value, STYLES[result.state]), Text(escape_for_terminal(result.detail))
-        )
-    console.print(table)
-    return results

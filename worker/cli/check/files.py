@@ -6,7 +6,6 @@ from PIL import features
 
 from clients.storage.client import Storage
 from clients.storage.errors import StorageError
-from clients.storage.location import ObjectRef
 from config.images import ImageSettings
 from config.section import SettingsError
 from config.settings import Settings
@@ -39,19 +38,16 @@ def check_presets(settings: Settings) -> str:
     presets, storage = rules.presets(), Storage(settings.store)
     for place, adapter in presets.adapters.items():
         try:
-            storage.head(_weights_of(rules.locate(adapter.path)))
+            ref = rules.locate(adapter.path)
+            if not ref.key.lower().endswith(".safetensors"):  # a PEFT folder, or its config
+                ref = (ref.parent if ref.name == PEFT_CONFIG else ref).child(PEFT_WEIGHTS)
+            storage.head(ref)
         except StorageError as error:
             raise CheckFailed(
                 f"the adapter of {place}: {error}. Store the adapter there, or take it out of PRESETS_FILE"
             ) from error
     source = settings.images.presets_file or "the built-in file"
     return f"{len(presets.styles)} styles and {len(presets.industries)} industries in {source}"
-
-
-def _weights_of(ref: ObjectRef) -> ObjectRef:
-    if ref.key.lower().endswith(".safetensors"):
-        return ref
-    return (ref.parent if ref.name == PEFT_CONFIG else ref).child(PEFT_WEIGHTS)
 
 
 def check_fonts(font_dirs: tuple[Path, ...]) -> str:

@@ -3,7 +3,6 @@
 import shutil
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
 from clients.gpu import GpuMonitor, GpuUsage
 from config.model import ModelSettings
@@ -32,15 +31,11 @@ def check_disk(settings: StoreSettings) -> str:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise CheckFailed(f"CACHE_DIR {folder} cannot be written ({reason}: {place}): name another folder") from error
-    return _compare_space(settings, folder, shutil.disk_usage(place).free)
-
-
-def _compare_space(settings: StoreSettings, folder: Path, free: int) -> str:
-    """Compare the free space with the limit. What the cache holds counts as free: it is evicted for new files."""
-    cached = sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
-    room = f"{(free + cached) / GB:.1f} GB"
-    if free + cached < settings.cache_max_bytes:
-        remedy = f"free space, set CACHE_MAX_GB below {(free + cached) / GB:.1f}, or name another CACHE_DIR"
+    # What the cache holds counts as free: it is evicted for new files.
+    free = shutil.disk_usage(place).free + sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
+    room = f"{free / GB:.1f} GB"
+    if free < settings.cache_max_bytes:
+        remedy = f"free space, set CACHE_MAX_GB below {free / GB:.1f}, or name another CACHE_DIR"
         raise CheckFailed(f"CACHE_MAX_GB is {settings.cache_max_gb:g}, but {folder} has room for {room}: {remedy}")
     return f"{folder} has room for {room}; the cache takes {settings.cache_max_gb:g} GB at most"
 

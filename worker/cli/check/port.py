@@ -20,7 +20,11 @@ def check_port(port: int) -> str:
     if port == 0:
         return "METRICS_PORT is 0: a free one is taken at the start, and told in the log"
     try:
-        _bind(port)
+        # As the HTTP server's socket: connections in TIME_WAIT do not count.
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("0.0.0.0", port))
+            probe.listen(1)
     except OSError as error:
         if error.errno == errno.EADDRINUSE and (worker := _worker_at(port)):
             return (
@@ -41,14 +45,6 @@ def why_no_port(port: int, error: OSError) -> str:
     return f"METRICS_PORT {port} cannot be used ({error.strerror}): name another port"
 
 
-def _bind(port: int) -> None:
-    # As the HTTP server's socket: connections in TIME_WAIT do not count.
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("0.0.0.0", port))
-        probe.listen(1)
-
-
 def _worker_at(port: int) -> str:
     """Return the name of the Darkroom worker that answers there; empty for anything else."""
     connection = HTTPConnection("127.0.0.1", port, timeout=ANSWER_SECONDS)
@@ -65,19 +61,14 @@ def _worker_at(port: int) -> str:
 
 def _holder(port: int) -> str:
     """Return the process that listens there; empty where this user may not see it."""
-    sockets = {f"socket:[{inode}]" for inode in _listening(port)}
+    sockets: set[str] = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with suppress(OSError):
+            rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
+            listening = [row for row in rows if row[3] == LISTENING and int(row[1].rpartition(":")[2], 16) == port]
+            sockets |= {f"socket:[{row[9]}]" for row in listening}  # by inode
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has gone, or is another user's
             if sockets and any(str(file.readlink()) in sockets for file in (process / "fd").iterdir()):
                 return f"process {process.name} ({(process / 'comm').read_text().strip()})"
     return ""
-
-
-def _listening(port: int) -> list[str]:
-    """Return the inodes of the sockets that listen on the port, from /proc/net."""
-    inodes = []
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with suppress(OSError):
-            rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
-            inodes += [row[9] for row in rows if row[3] == LISTENING and int(row[1].rpartition(":")[2], 16) == port]
-    return inodes
