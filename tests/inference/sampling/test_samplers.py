@@ -13,7 +13,7 @@ from inference.sampling import samplers as sampling
 from inference.sampling.samplers import Sampler, Samplers, SchedulerSampler, TrajectorySampler
 from inference.sampling.schedulers import DIFFUSION, FLOW, SchedulerTable, parameters_of, set_timesteps
 from inference.sampling.source_blend import SourceLatents
-from inference.sampling.trajectory import StepPlan
+from inference.sampling.trajectory import StepPlan, derive_trajectory
 from tests.support.copies import NOWHERE, Copies
 from tests.support.paths import DEMO_MODEL
 
@@ -299,12 +299,11 @@ def test_a_trajectory_is_found_once_for_all_lanes_of_its_scheduler_and_steps(mon
     # Counted, because the time it saves is no pass mark.
     traced: list[int] = []
 
-    def derive_trajectory(plan: StepPlan, scheduler: Any) -> Any:
+    def derive_and_count(plan: StepPlan, scheduler: Any) -> Any:
         traced.append(plan.num_steps)
-        return plain_derive(plan, scheduler)
+        return derive_trajectory(plan, scheduler)
 
-    plain_derive = sampling.derive_trajectory
-    monkeypatch.setattr(sampling, "derive_trajectory", derive_trajectory)
+    monkeypatch.setattr(sampling, "derive_trajectory", derive_and_count)
     samplers = Samplers(DIFFUSION, CONFIGS["clipping"])
 
     samplers.prepare(StepPlan("unipc", 8))
