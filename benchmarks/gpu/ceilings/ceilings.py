@@ -81,7 +81,7 @@ def _copy(context: Context) -> dict[str, Any]:
 
 
 def _launches(context: Context) -> dict[str, Any]:
-    """Of the smallest kernel, one behind the other: what the host takes for one, and what the device does."""
+    """Time launches of the smallest kernel back to back: the host's share of each, and the device's."""
     number = torch.zeros(8, device=context.device)
 
     def launch_all() -> None:

@@ -59,7 +59,7 @@ class Artist:
 
 @contextmanager
 def artist_of(checkpoint: Path, device: str = "auto") -> Iterator[Artist]:
-    """An artist over an engine of its own, as the worker would start it for this checkpoint."""
+    """Build an artist over an engine of its own, as the worker would start it for this checkpoint."""
     engine = LocalEngine(ModelSettings.model_validate({"MODEL_ID": str(checkpoint), "DEVICE": device}))
     try:
         yield Artist(engine)

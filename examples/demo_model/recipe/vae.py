@@ -41,7 +41,7 @@ def train_vae(kitchen: Kitchen) -> dict[str, object]:
 
 
 def build_vae() -> Any:
-    """An `AutoencoderKL` with random weights."""
+    """Build an `AutoencoderKL` with random weights."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(CHANNELS),
         up_block_types=("UpDecoderBlock2D",) * len(CHANNELS),
@@ -69,7 +69,7 @@ def normalise(vae: Any, mean: torch.Tensor, deviation: torch.Tensor) -> None:
 
 
 def edge_loss(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """How much the slopes of two batches of pictures differ, at several scales."""
+    """Compare the slopes of two batches of images, at several scales."""
     loss = one.new_zeros(())
     for scale in range(NUM_EDGE_SCALES):
         if scale:
