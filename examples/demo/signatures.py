@@ -80,7 +80,9 @@ def _inked(strokes: Iterable[Iterable[Point]], *, pen: Callable[[float], float])
 
 
 def _strokes(strokes: Iterable[Iterable[Point]], *, pen: Callable[[float], float]) -> Image.Image:
-    """Coverage of strokes by a round pen of radius `pen(direction)`, supersampled; lengths in unit squares."""
+    """Compute the coverage of strokes by a round pen of radius `pen(direction)`, supersampled; lengths in unit
+    squares.
+    """
     canvas = Image.new("L", (SIDE * SUPERSAMPLING,) * 2)
     draw = ImageDraw.Draw(canvas)
     for stroke in strokes:

@@ -197,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_PATCH = do_GET = do_PUT = do_DELETE = do_POST  # noqa: N815 - names the standard library looks for
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the journal is the log."""
+        """Write nothing: the journal is the log."""
 
 
 def _json_object(content: bytes) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Rhythm:
 
 
 def kill_something(scene: Scene, rng: random.Random) -> str | None:
-    """SIGKILL: a supervisor or an engine, evenly."""
+    """Send SIGKILL to a supervisor or an engine, evenly."""
     if rng.random() < 0.5:
         done = scene.keeper.kill_a_worker(rng)
         return done and f"supervisor of {done}"
@@ -66,14 +66,14 @@ def close_connections(scene: Scene, _rng: random.Random) -> str:
 
 
 def reset_connections(scene: Scene, rng: random.Random) -> str:
-    """RST to all that the workers have open to one of the parts, most often the broker."""
+    """Send RST to all connections of the workers to one of the parts, most often the broker."""
     name = rng.choice(("broker", "broker", "store", "backend"))
     scene.proxies[name].reset()
     return name
 
 
 def restart_broker(scene: Scene, _rng: random.Random) -> str:
-    """In order and by SIGKILL, in turn."""
+    """Restart the broker in order and by SIGKILL, in turn."""
     is_orderly = scene.num_done["broker restart"] % 2 == 0
     rabbitmq = scene.world.rabbitmq
     if is_orderly:
@@ -85,7 +85,7 @@ def restart_broker(scene: Scene, _rng: random.Random) -> str:
 
 
 def pause_store(scene: Scene, rng: random.Random) -> str:
-    """SIGSTOP for some seconds: it accepts connections and says nothing."""
+    """Send SIGSTOP for some seconds: the store accepts connections and answers nothing."""
     seconds = rng.uniform(0.5, 5.0)
     os.killpg(scene.world.store.pid, signal.SIGSTOP)
     try:
@@ -102,7 +102,7 @@ def restart_store(scene: Scene, _rng: random.Random) -> str:
 
 
 def backend_outage(seconds: float) -> Act:
-    """The backend refuses connections for a while."""
+    """Make the backend refuse connections for a while."""
 
     def act(scene: Scene, _rng: random.Random) -> str:
         scene.world.backend.stop()

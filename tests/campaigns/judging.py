@@ -86,7 +86,9 @@ class Figures:
 
 
 class Check(NamedTuple):
-    """One line of the result: a figure, what it may be, and whether it is. `limit` is empty for what is only told."""
+    """One line of the result: a figure, its limit, and whether it is met. `limit` is empty for one that is only
+    reported.
+    """
 
     name: str
     value: str
@@ -103,7 +105,8 @@ def judge(
     poisoned: Collection[int] = (),
     parked: Collection[int] = (),
 ) -> Figures:
-    """`objects` by their keys, `queues`: messages left by the name behind the jobs' queue, without the `parked` ones.
+    """Compute the figures. `objects` by their keys; `queues`: messages left by the name behind the jobs' queue, without
+    the `parked` ones.
 
     `parked` are the generations whose ends are left in the outbox, as those of all `poisoned` ones should be.
     """
@@ -146,7 +149,7 @@ def judge(
 
 
 def checks(figures: Figures, limits: Limits) -> list[Check]:
-    """Every figure with its limit."""
+    """Compare every figure with its limit."""
     f = figures
     unexplained = max(0, f.num_dead_letters - len(f.failed_as_poison))
     return [
@@ -187,7 +190,7 @@ def checks(figures: Figures, limits: Limits) -> list[Check]:
 
 
 def _effects(heard: list[Heard]) -> dict[int, list[Heard]]:
-    """What a backend that drops repeats of an id has acted on, by generation."""
+    """Group by generation what a backend that drops repeats of an id has acted on."""
     effects: dict[int, list[Heard]] = defaultdict(list)
     known: set[str] = set()
     for end in heard:
@@ -239,7 +242,7 @@ def _images(complete: list[Published], objects: Mapping[str, StoredObject]) -> d
 
 
 def keys_of(job: Published) -> list[str]:
-    """The keys of the job's pictures."""
+    """Return the keys of the job's images."""
     suffixes = ["", *(f"-{number}" for number in range(2, job.num_images + 1))]
     return [f"generations/gen-{job.generation_id}{suffix}.png" for suffix in suffixes]
 
@@ -266,7 +269,7 @@ def _workers(entries: list[Entry], limits: Limits) -> dict[str, Any]:
 
 
 def _named(acted: Acted) -> str:
-    """What was done, and to what kind of process where there were several to choose from."""
+    """Name what was done, and to what kind of process where there were several to choose from."""
     victim, of, _ = acted.detail.partition(" of ")
     return f"{acted.action} {victim}" if of else acted.action
 
@@ -288,7 +291,7 @@ def _by_life(counts: list[Counted], name: str) -> list[list[float]]:
 
 
 def _late_seconds(entries: list[Entry], heard: list[Heard]) -> float:
-    """From the backend's return to the last end that a job had."""
+    """Return the seconds from the backend's return to the last end that a job had."""
     back = [acted.at for acted in only(entries, Acted) if acted.action == OUTAGE]
     return round(max(end.at for end in heard) - max(back), 2) if back and heard else 0.0
 

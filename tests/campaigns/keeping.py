@@ -62,15 +62,15 @@ class Keeper:
         return self._num_lives
 
     def kill_a_worker(self, rng: random.Random) -> str | None:
-        """SIGKILL for some supervisor; whose, or None where none can be had at the moment."""
+        """Send SIGKILL to a supervisor; return whose, or None where none can be had at the moment."""
         return self._signal(rng, signal.SIGKILL, "kill")
 
     def stop_a_worker(self, rng: random.Random) -> str | None:
-        """SIGTERM for some supervisor; whose, or None where none can be had at the moment."""
+        """Send SIGTERM to a supervisor; return whose, or None where none can be had at the moment."""
         return self._signal(rng, signal.SIGTERM, "sigterm")
 
     def kill_an_engine(self, rng: random.Random) -> str | None:
-        """SIGKILL for the engine of some worker; whose, or None where there is none at the moment."""
+        """Send SIGKILL to the engine of a worker; return whose, or None where there is none at the moment."""
         with self._lock:
             place = rng.choice(self._places)
             try:

@@ -131,7 +131,7 @@ def _field(campaign: Campaign, rabbitmq: RabbitMQ, store: SeaweedFS, folder: Pat
 
 
 def _begin(campaign: Campaign, journal: Journal, store: SeaweedFS, seed: int) -> Began:
-    """What the first run began with; this one's beginning is noted, too."""
+    """Return how the first run began; this run's beginning is recorded, too."""
     known = journal.all(Began)
     began = known[0] if known else _beginning(campaign, seed)
     if not known:
@@ -164,7 +164,7 @@ def _proxies(world: World) -> dict[str, Proxy]:
 
 
 def _env_through(proxies: Mapping[str, Proxy]) -> dict[str, str]:
-    """What leads a worker through the proxies, where there are any."""
+    """Return the variables that lead a worker through the proxies, where there are any."""
     if not proxies:
         return {}
     return {
@@ -178,7 +178,7 @@ def _record_reader(store: SeaweedFS, bucket: str) -> Any:
     client = store.client()
 
     def read(task_id: str) -> tuple[dict[str, Any], float]:
-        """A task's record in the ledger and its age in seconds."""
+        """Read a task's record in the ledger and its age in seconds."""
         answer = client.get_object(Bucket=bucket, Key=f"jobs/{task_id}.json")
         age = (datetime.now(UTC) - answer["LastModified"]).total_seconds()
         return json.loads(answer["Body"].read()), age
@@ -225,7 +225,7 @@ class _Watch:
 
 
 def _num_allowed(field: Field) -> int:
-    """Jobs that may have been published by now: no more than the chaos is due, so that both end together."""
+    """Count the jobs that may have been published by now: no more than the chaos is due, so that both end together."""
     num_jobs, depth = field.campaign.num_jobs, field.campaign.depth
     due = math.ceil(num_jobs * field.chaos.share_done) + depth
     return min(num_jobs, due, field.backend.num_ended + depth)

@@ -22,7 +22,7 @@ from tests.faults.station import QUICK_RETRIES, long
 
 
 def short(campaign: Campaign, *rhythms: Rhythm, **fields: Any) -> Campaign:
-    """The campaign with quick chaos and short jobs."""
+    """Shorten the campaign: quick chaos and short jobs."""
     return dataclasses.replace(
         campaign,
         rhythms=rhythms,

@@ -33,7 +33,7 @@ def verdict(
     queues: dict[str, int] | None = None,
     limits: Limits = Limits(),  # noqa: B008 - frozen
 ) -> tuple[Figures, list[str]]:
-    """The figures, and the names of the checks that are not met."""
+    """Return the figures, and the names of the checks that are not met."""
     figures = judge(entries, objects, queues or {}, limits=limits)
     return figures, [check.name for check in checks(figures, limits) if not check.is_met]
 

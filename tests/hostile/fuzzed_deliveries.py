@@ -1,7 +1,7 @@
-"""Deliver fuzzed properties and headers through a real broker into a real consumer and processor.
+"""Deliver fuzzed properties and headers through a real broker into a real consumer and dispatcher.
 
 `python -m tests.hostile.fuzzed_deliveries` runs the long form on its own broker and prints one line of JSON. The
-engine, the store and the backend are stand-ins. Every delivery follows from the seed and its number.
+engine, the store and the backend are fakes. Every delivery follows from the seed and its number.
 """
 
 import argparse
@@ -58,7 +58,7 @@ NUM_LETTERS = 200
 
 @dataclass
 class Desk:
-    """Stand-in for the handler, the ledger and the notifier of a `Dispatcher`; keeps what they are given."""
+    """Fake handler, ledger and notifier of a `Dispatcher`; keeps what they are given."""
 
     publisher: Publisher
     names: QueueNames
@@ -69,7 +69,7 @@ class Desk:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def draw(self, run: Run) -> TerminalEvent:
-        """The end of a job that is drawn in no time."""
+        """Return the end of a job without drawing it."""
         if self.cancellations.covers(cast("Any", run.decoded)):
             raise RequestCancelled
         return TerminalEvent(run.task_id, run.generation_id, WebhookKind.COMPLETE, {"attempt": run.attempt})
@@ -169,11 +169,11 @@ class Bench:
             self.connection.process_data_events(time_limit=0.01)
 
     def ready(self) -> int:
-        """Messages that wait in the queue of the jobs."""
+        """Count the messages ready in the queue of the jobs."""
         return int(self.channel.queue_declare(self.names.jobs, passive=True).method.message_count)
 
     def letters_shown(self) -> int:
-        """How many dead letters there are, each of them listed and shown."""
+        """Count the dead letters, each of them listed and shown."""
         with QueueBrowser(self.settings, self.names.dead) as inspection:
             letters = read_letters(inspection.fetch(10_000), RULES)
             as_table(letters)
@@ -278,7 +278,7 @@ def run(rabbitmq: RabbitMQ, num_deliveries: int, *, seed: int = SEED) -> dict[st
 
 
 def _publish_batch(bench: Bench, wanted: Wanted, numbers: list[random.Random]) -> None:
-    """Orders first, so that each is known before the job comes that it names."""
+    """Publish the cancel orders first, so that each is received before the job that it names."""
     task_ids = [str(uuid.UUID(int=rng.getrandbits(128), version=4)) for rng in numbers]
     cancelled = {task_id for rng, task_id in zip(numbers, task_ids, strict=True) if rng.random() < CANCELLED_SHARE}
     for task_id in cancelled:

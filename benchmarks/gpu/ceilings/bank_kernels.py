@@ -50,7 +50,7 @@ def _index_select(context: Context, pages: int) -> Work:
 
 
 def _bmm(context: Context, pages: int) -> Work:
-    """x Aᵀ of all members."""
+    """Measure x Aᵀ of all members."""
     x = _drawn(context, _rows(context), _tokens(context), WIDTH)
     a = _drawn(context, _rows(context), pages * MEMBERS * PAGE_RANK, WIDTH)
     num_out = x.shape[0] * x.shape[1] * a.shape[1]

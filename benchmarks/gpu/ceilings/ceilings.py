@@ -95,7 +95,7 @@ def _launches(context: Context) -> dict[str, Any]:
 
 
 def _transfers(context: Context) -> dict[str, Any]:
-    """GB/s from either kind of host memory, and how long pinning some takes."""
+    """Measure GB/s from either kind of host memory, and how long pinning some takes."""
     there = torch.empty(PINNED_BYTES, dtype=torch.uint8, device=context.device)
     pageable = torch.ones(PINNED_BYTES, dtype=torch.uint8)
     started_at = time.perf_counter()

@@ -83,7 +83,7 @@ class Encoder:
         self._pending.append(self._pool.submit(image.save, BytesIO(), "PNG"))
 
     def wait(self) -> None:
-        """Until everything so far is encoded."""
+        """Wait until everything so far is encoded."""
         for one in self._pending:
             one.result()
         self._pending.clear()

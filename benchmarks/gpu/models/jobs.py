@@ -84,7 +84,7 @@ def _low_rank(layer: torch.nn.Linear, rank: int, generator: torch.Generator) -> 
 
 
 def _prompts(model: BenchModel, pipeline: Any) -> list[str]:
-    """Short ones for CLIP, which pads them all to 77 tokens; captions of many lengths for Z-Image."""
+    """List short prompts for CLIP, which pads them all to 77 tokens; captions of many lengths for Z-Image."""
     if model.denoiser != "transformer":
         return [f"a picture of thing {number}" for number in range(NUM_JOBS)]
     shortest, longest = CAPTION_TOKENS

@@ -190,7 +190,7 @@ class Case:
         return self.memory.peaks["decoding", False, pixels // 8]
 
     def _peak_of_tiles(self, pixels: int) -> int:
-        """Try it on noise, while the engine has nothing to do."""
+        """Decode noise in tiles, while the engine is idle, and return the peak."""
         family = self.engine.family
         with torch.inference_mode():
             family.decode(torch.randn(4, pixels // 8, pixels // 8, device=family.device), in_tiles=True)

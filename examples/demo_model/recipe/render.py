@@ -39,7 +39,7 @@ def render(kitchen: Kitchen) -> dict[str, object]:
 
 
 def draw_icon(body: str, width: int, height: int) -> torch.Tensor:
-    """uint8 RGBA, shape (4, SIDE, SIDE), of the inside of an SVG with this view box."""
+    """Render the inside of an SVG with this view box: uint8 RGBA, shape (4, SIDE, SIDE)."""
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{body}</svg>'
     png = resvg_py.svg_to_bytes(svg_string=svg, width=SIDE * OVERSAMPLING, skip_system_fonts=True)
     image = Image.open(BytesIO(png)).convert("RGBA").resize((SIDE, SIDE), Image.Resampling.BOX)

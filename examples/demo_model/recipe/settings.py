@@ -34,7 +34,7 @@ class Budget:
     sample_steps: int
 
     def with_effort(self, effort: float) -> "Budget":
-        """Trained for so much of the steps."""
+        """Scale the trainings to so much of their steps."""
         if effort == 1.0:
             return self
         trained = ("vae_steps", "denoiser_steps", "adapter_steps")

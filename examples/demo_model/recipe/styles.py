@@ -34,7 +34,7 @@ def on_ground(rgba: torch.Tensor, rgb: tuple[float, float, float]) -> torch.Tens
 
 
 def blueprint(rgba: torch.Tensor) -> torch.Tensor:
-    """White lines on blue."""
+    """Draw white lines on blue."""
     alpha, lines = rgba[..., 3:, :, :], edges(rgba, LINE_PIXELS)
     sheet = _plain(BLUEPRINT_GROUND) * (1 - alpha) + _plain(BLUEPRINT_FILL) * alpha
     return sheet * (1 - lines) + lines
@@ -48,7 +48,7 @@ def neon(rgba: torch.Tensor) -> torch.Tensor:
 
 
 def sepia(rgba: torch.Tensor) -> torch.Tensor:
-    """Brown tones by luminance, on paper, with a little ink around shapes that are as light as one another."""
+    """Draw brown tones by luminance, on paper, with a little ink around shapes that are as light as one another."""
     weights = torch.tensor(LUMINANCE).view(3, 1, 1)
     light = (on_ground(rgba, (1.0, 1.0, 1.0)) * weights).sum(-3, keepdim=True)
     light = light - SEPIA_INK * edges(rgba) * light

@@ -67,7 +67,7 @@ class Reader:
         self._tokenizer.enable_padding(length=MAX_TOKENS, pad_id=self._end, pad_token=END)
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        """int64, shape (texts, MAX_TOKENS), as the pipeline makes them."""
+        """Encode the texts as the pipeline does: int64, shape (texts, MAX_TOKENS)."""
         return torch.tensor([encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))])
 
 

@@ -171,7 +171,7 @@ def train(
 def _optimizers(
     named: list[tuple[str, nn.Parameter]], course: TrainingPlan, workers: Workers
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices that a signal passes through, AdamW for what looks up, scales and shifts."""
+    """Build Muon for the matrices that a signal passes through, AdamW for what looks up, scales and shifts."""
     matrices: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
     for name, parameter in named:

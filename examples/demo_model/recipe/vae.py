@@ -108,7 +108,7 @@ class _Lesson:
         return loss + EDGE_WEIGHT * edge_loss(decoded, shown) + PRIOR_WEIGHT * prior
 
     def _draw(self, draws: Draws, side: int) -> torch.Tensor:
-        """RGB in 0..1, shape (3, side, side): a piece of one picture on some ground or in some style."""
+        """Draw a piece of one image on some ground or in some style: RGB in 0..1, shape (3, side, side)."""
         rng = draws.rng
         number = rng.randrange(len(self._images))
         top, left = (rng.randrange(SIDE - side + 1) for _ in range(2))

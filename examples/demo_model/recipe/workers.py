@@ -32,7 +32,7 @@ class Workers:
         self.map(lambda job: job(), jobs)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Half precision where the device is quick in it. Without the cache, which threads would share."""
+        """Use half precision where the device is quick in it. Without the cache, which threads would share."""
         enabled = self.precision is torch.bfloat16
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 

@@ -1,4 +1,4 @@
-"""A small server that does what Google's documentation says of the XML API of Cloud Storage, in memory.
+"""A small in-memory server that behaves as Google documents the XML API of Cloud Storage.
 
 - Requests in AWS's signature and `x-amz-` headers are taken, but `If-None-Match` does not condition a write of them.
 - A request with headers of both dialects is refused (400 ExcessHeaderValues).
@@ -6,7 +6,7 @@
 - `x-goog-if-generation-match` conditions a request on the object's generation, 0 on a free key (412
   PreconditionFailed). `If-Match` conditions reads alone.
 - Every answer has `x-guploader-uploadid`; objects have `x-goog-generation` and `x-goog-hash`.
-- Custom metadata comes back in the dialect of the request that asks; deleting what is not there is a 404.
+- Custom metadata comes back in the dialect of the request; deleting what is not there is a 404.
 """
 
 import base64
@@ -183,7 +183,7 @@ def _parsed(received: bytes) -> Request:
 
 
 def is_signed(request: Request, secret: str) -> bool:
-    """Whether the request's GOOG4 signature is the one that the documentation asks for."""
+    """Return whether the request's GOOG4 signature is the documented one."""
     fields = dict(part.strip().split("=", 1) for part in request.headers["authorization"].partition(" ")[2].split(","))
     scope = fields["Credential"].split("/", 1)[1]
     names = fields["SignedHeaders"].split(";")
