@@ -88,9 +88,9 @@ class _Plan:
     signature: Signature
     headlines: tuple[Headline, ...]
     references: References
-    brought: ProductInputs | None
+    product_inputs: ProductInputs | None
     adapters: tuple[AdapterFile, ...]
-    labeller: ImageEncoder
+    image_encoder: ImageEncoder
     cutter: Cutter
 
 
@@ -100,7 +100,7 @@ def _planned(fields: dict[str, Any], out: Path, model_id: str | None) -> _Plan:
     outputs = outputs_of(out, job.num_images)
     font_dirs, images = load_section(ServiceSettings).font_dirs, load_section(ImageSettings)
     cutter = Cutter(images.cutout_model)
-    brought = _brought(job, job.product, cutter) if job.product else None
+    product_inputs = _load_product_inputs(job, job.product, cutter) if job.product else None
     settings = load_section(ModelSettings)
     plan = _Plan(
         job=job,
@@ -108,10 +108,10 @@ def _planned(fields: dict[str, Any], out: Path, model_id: str | None) -> _Plan:
         outputs=outputs,
         signature=_signature(job, font_dirs),
         headlines=prepare_headlines(job.overlays, font_dirs),
-        references=brought.references if brought else _references(job),
-        brought=brought,
+        references=product_inputs.references if product_inputs else _references(job),
+        product_inputs=product_inputs,
         adapters=tuple(_adapter(adapter) for adapter in job.adapters),
-        labeller=ImageEncoder(images),
+        image_encoder=ImageEncoder(images),
         cutter=cutter,
     )
     foreseen = precheck_model(plan.settings)
@@ -136,7 +136,7 @@ def _draw(plan: _Plan, console: Console) -> None:
             keep_off=keep_off,
         )
         provenance = provenance_of(plan.job, result, drawn, model=engine.facts.model)
-        output.path.write_bytes(plan.labeller.encode(signed, provenance, output.format))
+        output.path.write_bytes(plan.image_encoder.encode(signed, provenance, output.format))
         shown = f"{output.path}: {drawn.width}x{drawn.height}, seed {drawn.seed}, {result.scheduler}"
         console.print(shown, markup=False, highlight=False, soft_wrap=True)
 
@@ -175,11 +175,11 @@ def _references(job: Job) -> References:
     return References(init, mask, control)
 
 
-def _brought(job: Job, product: JobProduct, cutter: Cutter) -> ProductInputs:
-    brought = load_inputs(product, job.fit, _product_image)
-    if brought.image is not None and brought.cutout is None:
-        cutter.check(brought.image, "product.image_path")
-    return brought
+def _load_product_inputs(job: Job, product: JobProduct, cutter: Cutter) -> ProductInputs:
+    product_inputs = load_inputs(product, job.fit, _product_image)
+    if product_inputs.image is not None and product_inputs.cutout is None:
+        cutter.check(product_inputs.image, "product.image_path")
+    return product_inputs
 
 
 def _product_image(ref: ObjectRef, _field: str, mode: ImageMode) -> Image.Image:
@@ -224,9 +224,9 @@ def _generate(engine: LocalEngine, plan: _Plan, console: Console) -> GeneratedIm
         request = request_of(plan.job, plan.adapters, engine.facts, plan.references)
         with Progress(console=console) as bars:
             context = _LocalContext(engine, bars, bars.add_task("denoising"))
-            if plan.brought is None:
+            if plan.product_inputs is None:
                 return GeneratedImages(context.generate(request))
-            fitted = plan.brought.at((request.width, request.height))
+            fitted = plan.product_inputs.at((request.width, request.height))
             return ProductComposer(
                 context, _NoStages(), plan.cutter, request, fitted, request.scheduler or ""
             ).generate()
