@@ -124,7 +124,7 @@ class Backend(Part):
         """Journal one request and return the status it is answered with."""
         received_at = time.time()
         kind = WEBHOOKS.get((method, path), f"{method} {path}")
-        status, delay_seconds = self._judge(kind, headers)
+        status, delay_seconds = self._answer_for(kind, headers)
         call = Call(kind, _json_object(content), headers, received_at, status)
         with self._changed:
             self._journal.append(call)
@@ -135,7 +135,7 @@ class Backend(Part):
         time.sleep(delay_seconds)
         return status
 
-    def _judge(self, kind: str, headers: dict[str, str]) -> tuple[int, float]:
+    def _answer_for(self, kind: str, headers: dict[str, str]) -> tuple[int, float]:
         if not hmac.compare_digest(headers.get("authorization", "").encode(), f"Bearer {self.token}".encode()):
             return 401, 0.0
         if kind not in WEBHOOKS.values():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from examples.parts.processes import ServerError
 from tests.campaigns.journal import Acted, Journal
-from tests.campaigns.keeping import Keeper
+from tests.campaigns.worker_pool import WorkerPool
 from tests.faults.proxy import Proxy
 from tests.support.world import World
 
@@ -26,7 +26,7 @@ class Scene:
     """What there is to break, and how often each thing was; a proxy goes by the name of the part behind it."""
 
     world: World
-    keeper: Keeper
+    pool: WorkerPool
     proxies: Mapping[str, Proxy]
     num_done: Counter[str]
 
@@ -50,14 +50,14 @@ class Rhythm:
 def kill_something(scene: Scene, rng: random.Random) -> str | None:
     """Send SIGKILL to a supervisor or an engine, evenly."""
     if rng.random() < 0.5:
-        done = scene.keeper.kill_a_worker(rng)
+        done = scene.pool.kill_a_worker(rng)
         return done and f"supervisor of {done}"
-    done = scene.keeper.kill_an_engine(rng)
+    done = scene.pool.kill_an_engine(rng)
     return done and f"engine of {done}"
 
 
 def stop_a_worker(scene: Scene, rng: random.Random) -> str | None:
-    return scene.keeper.stop_a_worker(rng)
+    return scene.pool.stop_a_worker(rng)
 
 
 def close_connections(scene: Scene, _rng: random.Random) -> str:
@@ -149,7 +149,7 @@ class Chaos:
         return all(self._num_left(rhythm) == 0 for rhythm in self._rhythms if rhythm.times is not None)
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """How often everything has struck, for the eye."""
         return ", ".join(f"{name} {count}" for name, count in sorted(self._scene.num_done.items()))
 

@@ -72,12 +72,12 @@ class Acted:
 
 @dataclass(frozen=True)
 class Ended:
-    """A worker's process ended; `asked` says what ended it ("kill", "sigterm" or nothing) and how long ago."""
+    """A worker's process ended; `stopped_by` names what ended it ("kill", "sigterm" or nothing) and how long ago."""
 
     at: float
     life: int
     exit_code: int
-    asked: str
+    stopped_by: str
     seconds: float
     was_ready: bool
 

@@ -9,7 +9,7 @@ from typing import Any
 import pika
 from PIL import Image, UnidentifiedImageError
 
-from tests.campaigns.judging import StoredObject
+from tests.campaigns.figures import StoredObject
 from tests.support.world import HANG_SECONDS, World
 
 SETTLE_SECONDS = 90.0  # an event whose copy waits in the outbox has its turn within 36

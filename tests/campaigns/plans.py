@@ -7,7 +7,7 @@ from typing import Any
 from tests.campaigns import chaos
 from tests.campaigns.backend import ERROR, HANG, LOSE, RESET
 from tests.campaigns.chaos import Rhythm
-from tests.campaigns.judging import Limits
+from tests.campaigns.figures import Limits
 
 GRACE_SECONDS = 20
 # Where the backend fails, a worker goes on with its tries for ten seconds after it has read the job's record.

@@ -1,4 +1,4 @@
-"""Running a campaign: publish, break, keep, and hand what happened to the judge."""
+"""Running a campaign: publish, break, restart workers, and compute the figures."""
 
 import json
 import math
@@ -22,12 +22,12 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.campaigns.backend import FlakyBackend
 from tests.campaigns.chaos import Chaos, Scene
+from tests.campaigns.figures import Figures, compute_figures
 from tests.campaigns.jobs import ADAPTERS, PlannedJob, plan_jobs, poisoned_of
 from tests.campaigns.journal import Acted, Began, Journal, Published
-from tests.campaigns.judging import Figures, judge
-from tests.campaigns.keeping import Keeper
 from tests.campaigns.leftovers import stored, take_parked, wait_until_settled
 from tests.campaigns.plans import Campaign
+from tests.campaigns.worker_pool import WorkerPool
 from tests.faults.proxy import Proxy
 from tests.faults.station import ANY_REQUEST, answers, sometimes, stand_in_env
 from tests.support.world import World, eventually
@@ -45,7 +45,7 @@ class Field:
     journal: Journal
     backend: FlakyBackend
     world: World
-    keeper: Keeper
+    pool: WorkerPool
     chaos: Chaos
 
 
@@ -66,10 +66,10 @@ def run(
             raise field.chaos.failure
         field.backend.heal()
         left = wait_until_settled(field.world, num_parked=len(poisoned))
-        field.keeper.close()
+        field.pool.close()
         parked = take_parked(field.world, num_parked=len(poisoned))
         left[".outbox"] = sum(generation_id not in poisoned for generation_id in parked)
-        return judge(
+        return compute_figures(
             field.journal.entries(),
             stored(field.world),
             left,
@@ -116,18 +116,18 @@ def _field(campaign: Campaign, rabbitmq: RabbitMQ, store: SeaweedFS, folder: Pat
             env |= stand_in_env(folder / "stand-in.log", step | campaign.constants)
             env |= {"MAX_CONCURRENT_GENERATIONS": "3"}  # so that jobs wait
         env |= campaign.env
-        keeper = Keeper(world, journal, num_workers=campaign.num_workers, env=env)
-        keeper.start()
-        stack.callback(keeper.close)
+        pool = WorkerPool(world, journal, num_workers=campaign.num_workers, env=env)
+        pool.start()
+        stack.callback(pool.close)
         num_done = Counter(acted.action for acted in journal.all(Acted))
         chaos = Chaos(
             campaign.rhythms,
-            Scene(world, keeper, proxies, num_done),
+            Scene(world, pool, proxies, num_done),
             journal,
             seed=seed,
             share_ended=lambda: backend.num_ended / campaign.num_jobs,
         )
-        yield Field(campaign, began, journal, backend, world, keeper, chaos)
+        yield Field(campaign, began, journal, backend, world, pool, chaos)
 
 
 def _begin(campaign: Campaign, journal: Journal, store: SeaweedFS, seed: int) -> Began:
@@ -187,7 +187,7 @@ def _record_reader(store: SeaweedFS, bucket: str) -> Any:
 
 
 def _wait_for_a_worker(field: Field) -> None:
-    eventually(lambda: field.keeper.num_ready > 0, field.world.workers[0].log_tail)
+    eventually(lambda: field.pool.num_ready > 0, field.world.workers[0].log_tail)
 
 
 def _work_through(field: Field, jobs: list[PlannedJob], console: Console, *, num_to_end: int) -> None:
@@ -202,7 +202,7 @@ def _work_through(field: Field, jobs: list[PlannedJob], console: Console, *, num
             batch = waiting[: max(0, _num_allowed(field) - num_published)]
             if batch and _publish(field, batch):
                 waiting = waiting[len(batch) :]
-            done = f"{num_published} published, {field.chaos.told}"
+            done = f"{num_published} published, {field.chaos.summary}"
             progress.update(bar, completed=field.backend.num_ended, done=done)
             if field.chaos.failure is not None or watch.is_over((field.backend.num_ended, done)):
                 return

@@ -15,7 +15,7 @@ from examples.parts.seaweedfs import SeaweedFS
 from tests.campaigns import chaos, plans
 from tests.campaigns.backend import ERROR, LOSE, RESET
 from tests.campaigns.chaos import Rhythm
-from tests.campaigns.judging import Limits, checks
+from tests.campaigns.figures import Limits, checks
 from tests.campaigns.plans import Campaign
 from tests.campaigns.running import run
 from tests.faults.station import QUICK_RETRIES, long

@@ -115,7 +115,7 @@ class Station:
         new.write_text(str(seconds))
         new.replace(self.world.folder / "clock")
 
-    def num_asked(self, job: Job) -> int:
+    def num_handed(self, job: Job) -> int:
         """Count how often an engine was given the job."""
         return self._noted("generate", job)
 

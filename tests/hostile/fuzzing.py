@@ -55,8 +55,8 @@ from worker.results.terminal_event import TerminalEvent, failed_event
 
 SEED = 20_261_121
 # What is told to a backend or written beside a dead letter has room for a sentence, and one line.
-MAX_TOLD_CHARS = MAX_REASON_CHARS + 100
-MAX_TOLD_OF_ADAPTERS = 1200  # up to three names of layers, of 256 characters each
+MAX_MESSAGE_CHARS = MAX_REASON_CHARS + 100
+MAX_ADAPTER_MESSAGE_CHARS = 1200  # up to three names of layers, of 256 characters each
 MAX_SHOWN_CRASHES = 5
 
 RULES = rules_from(ModelSettings(), StoreSettings(AWS_STORAGE_BUCKET_NAME="media"))  # type: ignore[call-arg]
@@ -255,10 +255,10 @@ def feed_message(body: bytes, rules: JobRules = RULES) -> str:
     try:
         job = decode(body, rules)
     except Undecodable as error:
-        _check_told(str(error))
+        _check_message(str(error))
         return "dead letter"
     except JobRejected as error:
-        _check_told(str(error))
+        _check_message(str(error))
         return error.code
     width, height = resolve_size(job, base_size=512, size_multiple=8)
     assert 64 <= min(width, height) <= max(width, height) <= 2048
@@ -281,7 +281,7 @@ def _refs_of(job: Job) -> list[ObjectRef]:
     return [ref for ref in named if ref is not None]
 
 
-def _check_told(text: str, max_chars: int = MAX_TOLD_CHARS) -> None:
+def _check_message(text: str, max_chars: int = MAX_MESSAGE_CHARS) -> None:
     assert len(text) <= max_chars, f"{text[:100]!r}… has {len(text)} characters"
     assert text.isprintable(), f"{text!r} is no plain line"
 
@@ -289,7 +289,7 @@ def _check_told(text: str, max_chars: int = MAX_TOLD_CHARS) -> None:
 # --- cancel orders, records of the ledger ---------------------------------------------------------------------------
 
 
-def fuzzed_order(rng: random.Random) -> bytes:
+def fuzzed_cancel(rng: random.Random) -> bytes:
     """Build a message to cancel, or nearly one."""
     order: Any = {"task_id": str(uuid.UUID(int=rng.getrandbits(128)))} if rng.random() < 0.5 else {"generation_id": 456}
     if rng.random() < 0.5:
@@ -297,12 +297,12 @@ def fuzzed_order(rng: random.Random) -> bytes:
     return json.dumps(mutated_json(rng, order, ("task_id", "generation_id"))).encode()
 
 
-def feed_order(body: bytes) -> str:
+def feed_cancel(body: bytes) -> str:
     """Read it as the consuming thread does, which must not end by it."""
     try:
         order = decode_cancel(body)
     except Undecodable as error:
-        _check_told(str(error))
+        _check_message(str(error))
         return "ignored"
     order.names("a", 1)
     return "by task" if order.task_id else "by generation"
@@ -399,7 +399,7 @@ def feed_image(content: bytes) -> str:
         try:
             words.append("a picture" if decode_image(content, mode).mode == mode else "another mode")
         except (ImageInvalid, ImageTooLarge) as error:
-            _check_told(str(error))
+            _check_message(str(error))
             words.append("refused")
     assert len(set(words)) == 1, words
     return words[0]
@@ -473,7 +473,7 @@ class AdapterTarget:
             adapter = read_adapter(self._path, self._config if has_config else None, self._dialect)
             check_fits(adapter, self._modules)
         except AdapterError as error:
-            _check_told(str(error), MAX_TOLD_OF_ADAPTERS)
+            _check_message(str(error), MAX_ADAPTER_MESSAGE_CHARS)
             return error.code
         return "an adapter"
 
@@ -617,7 +617,7 @@ def pure_targets() -> dict[str, Target]:
     images = signature_images()
     targets = (
         Target("messages", fuzzed_message, feed_message),
-        Target("cancel orders", fuzzed_order, feed_order),
+        Target("cancel orders", fuzzed_cancel, feed_cancel),
         Target("records", fuzzed_event, feed_event),
         Target("signatures", lambda rng: fuzzed_image(rng, images), feed_signature),
         Target("reference pictures", lambda rng: fuzzed_image(rng, images), feed_image),
@@ -667,28 +667,28 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--only", default="", help="the one target to fuzz")
     parser.add_argument("--from", type=int, default=0, dest="first", help="the number of the first input")
-    asked = parser.parse_args()
+    options = parser.parse_args()
 
     warnings.filterwarnings("ignore", module="PIL")  # of odd EXIF data, which is what is asked for
     console, tallies = Console(width=200), []
     with tempfile.TemporaryDirectory() as folder:
         makers: dict[str, tuple[Callable[[], Target], int]] = {
-            name: (lambda target=target: target, asked.messages if name == "messages" else asked.others)  # type: ignore[misc]
+            name: (lambda target=target: target, options.messages if name == "messages" else options.others)  # type: ignore[misc]
             for name, target in pure_targets().items()
         } | {
-            f"adapters of {family}": (lambda family=family: adapter_target(Path(folder), family), asked.adapters)  # type: ignore[misc]
+            f"adapters of {family}": (lambda family=family: adapter_target(Path(folder), family), options.adapters)  # type: ignore[misc]
             for family in ("sd", "sdxl", "z-image")
         }
         for name, (make, num_inputs) in makers.items():
-            if asked.only in ("", name):
-                tallies.append(fuzz(make(), num_inputs, seed=asked.seed, first=asked.first))
+            if options.only in ("", name):
+                tallies.append(fuzz(make(), num_inputs, seed=options.seed, first=options.first))
                 for crash in tallies[-1].crashes[:MAX_SHOWN_CRASHES]:
                     console.print(crash, markup=False)
 
     console.print(table_of(tallies))
     num_crashes = sum(len(tally.crashes) for tally in tallies)
     console.print(
-        json.dumps({"seed": asked.seed, "crashes": num_crashes, "targets": summary_of(tallies)}), soft_wrap=True
+        json.dumps({"seed": options.seed, "crashes": num_crashes, "targets": summary_of(tallies)}), soft_wrap=True
     )
     return 1 if num_crashes else 0
 

@@ -107,7 +107,7 @@ def failed(code: str, files: Files | None = None, **fields: Any) -> Variant:
     return Variant(code, to_bytes(message(**fields)), files or {})
 
 
-def told(code: str, body: Any, **properties: Any) -> Variant:
+def failed_body(code: str, body: Any, **properties: Any) -> Variant:
     """Build a failure of a message that is more than strange fields."""
     return Variant(code, to_bytes(body), properties=properties)
 
@@ -318,21 +318,21 @@ CLASSES = (
         "endless integers",
         {
             "5000 digits": dead(raw("generation_id", "9" * 5000)),
-            "a seed of 4000": told("INVALID_INPUT", raw("seed", "9" * 4000)),
+            "a seed of 4000": failed_body("INVALID_INPUT", raw("seed", "9" * 4000)),
             "4000 digits": dead(raw("generation_id", "9" * 4000)),
             "a seed of 5000": dead(raw("seed", "9" * 5000)),
-            "steps of 4000": told("INVALID_INPUT", raw("num_inference_steps", "9" * 4000)),
+            "steps of 4000": failed_body("INVALID_INPUT", raw("num_inference_steps", "9" * 4000)),
         },
     ),
     HostileClass(
         5,
         "numbers that are none",
         {
-            "NaN": told("INVALID_INPUT", raw("guidance_scale", "NaN")),
-            "1e400": told("INVALID_INPUT", raw("guidance_scale", "1e400")),
-            "an infinite scale": told("INVALID_INPUT", raw("lora_scale", "-Infinity")),
-            "a nested one": told("INVALID_INPUT", raw("parameters", '{"cfg_scale": Infinity}')),
-            "as seed": told("INVALID_INPUT", raw("seed", "NaN")),
+            "NaN": failed_body("INVALID_INPUT", raw("guidance_scale", "NaN")),
+            "1e400": failed_body("INVALID_INPUT", raw("guidance_scale", "1e400")),
+            "an infinite scale": failed_body("INVALID_INPUT", raw("lora_scale", "-Infinity")),
+            "a nested one": failed_body("INVALID_INPUT", raw("parameters", '{"cfg_scale": Infinity}')),
+            "as seed": failed_body("INVALID_INPUT", raw("seed", "NaN")),
             "as id": dead(raw("generation_id", "Infinity")),
         },
         note="one in a field that nobody reads is ignored with its field",
@@ -411,10 +411,10 @@ CLASSES = (
         12,
         "data",
         {
-            "missing": told("INVALID_INPUT", {"task_id": TASK, "generation_id": ID}),
+            "missing": failed_body("INVALID_INPUT", {"task_id": TASK, "generation_id": ID}),
             "unknown fields": runs(brush="oil", __class__="Job", deep=[[[{}]]] * 100),
-            "list": told("INVALID_INPUT", {"task_id": TASK, "generation_id": ID, "data": []}),
-            "text": told("INVALID_INPUT", {"task_id": TASK, "generation_id": ID, "data": "prompt"}),
+            "list": failed_body("INVALID_INPUT", {"task_id": TASK, "generation_id": ID, "data": []}),
+            "text": failed_body("INVALID_INPUT", {"task_id": TASK, "generation_id": ID, "data": "prompt"}),
             "steps in text": failed("INVALID_INPUT", num_inference_steps="50"),
             "true for a number": failed("INVALID_INPUT", num_images=True),
             "parameters in a list": failed("INVALID_INPUT", parameters=[]),
@@ -483,7 +483,7 @@ CLASSES = (
         {
             "10^9 steps": failed("INVALID_INPUT", num_inference_steps=10**9),
             "65536 px": failed("INVALID_INPUT", width=64, height=65_536),
-            "1e400 steps": told("INVALID_INPUT", raw("num_inference_steps", "1e400")),
+            "1e400 steps": failed_body("INVALID_INPUT", raw("num_inference_steps", "1e400")),
             "no steps": failed("INVALID_INPUT", parameters={"steps": 0}),
             "10^6 images": failed("INVALID_INPUT", num_images=10**6),
             "-1 steps": failed("INVALID_INPUT", num_inference_steps=-1),
@@ -833,7 +833,7 @@ CLASSES = (
         {
             "opacity 2": failed("INVALID_INPUT", signature_config={"opacity": 2}),
             "position __class__": failed("INVALID_INPUT", signature_config={"position": "__class__"}),
-            "opacity NaN": told("INVALID_INPUT", raw("signature_config", '{"opacity": NaN}')),
+            "opacity NaN": failed_body("INVALID_INPUT", raw("signature_config", '{"opacity": NaN}')),
             "opacity in text": failed("INVALID_INPUT", signature_config={"opacity": "0.7"}),
             "size null": runs(signature_config={"size": None}),
             "text": failed("INVALID_INPUT", signature_config="bottom-right"),
@@ -857,7 +857,7 @@ CLASSES = (
         "headers and properties",
         {
             "10000 headers": runs_as(message(), headers=HEADERS_10000),
-            "forged tries of a job that fails": told(
+            "forged tries of a job that fails": failed_body(
                 "INVALID_INPUT", message(seed=-2), headers={"x-darkroom-attempt": 2**53 - 1}
             ),
             "forged tries": runs_as(

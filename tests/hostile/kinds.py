@@ -19,12 +19,12 @@ from tests.hostile.inputs import (
     dead,
     draws,
     failed,
+    failed_body,
     image,
     noise,
     png_of,
     raw,
     runs,
-    told,
 )
 
 INIT: dict[str, Any] = {"kind": "image2image", "init_image_path": "hostile/init.png", "strength": 0.5}
@@ -123,7 +123,7 @@ def number_in(field: str, literal: str) -> Variant:
     whole = literal
     for name in reversed(inner):
         whole = f'{{"{name}": {whole}, "text": "a", "image_path": "hostile/init.png", "model": "edges"}}'
-    return told("INVALID_INPUT", raw(outer, whole))
+    return failed_body("INVALID_INPUT", raw(outer, whole))
 
 
 NUMBERS = (
@@ -146,8 +146,8 @@ KIND_CLASSES = (
         {
             "deep control": dead(raw("control", '{"a":' * 20_000 + "1" + "}" * 20_000)),
             "10^4 headlines": failed("INVALID_INPUT", text_overlay=[{"text": "a"}] * 10_000),
-            "headlines in headlines": told("INVALID_INPUT", raw("text_overlay", "[" * 500 + "]" * 500)),
-            "a deep box": told(
+            "headlines in headlines": failed_body("INVALID_INPUT", raw("text_overlay", "[" * 500 + "]" * 500)),
+            "a deep box": failed_body(
                 "INVALID_INPUT", raw("text_overlay", '{"text":"a","box":' + '{"color":' * 400 + "1" + "}" * 401)
             ),
             "product in a list": failed("INVALID_INPUT", kind="product", product=[PRODUCT]),

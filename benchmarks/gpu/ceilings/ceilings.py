@@ -115,8 +115,8 @@ def _expandable_segments() -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.gpu.ceilings.expandable", str(os.getpid())]
     environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
-    told = done.stdout.strip() or done.stderr.strip()[-500:]
-    return {"works": done.returncode == 0 and told == "True", "exit_code": done.returncode, "told": told}
+    output = done.stdout.strip() or done.stderr.strip()[-500:]
+    return {"works": done.returncode == 0 and output == "True", "exit_code": done.returncode, "output": output}
 
 
 def _nvidia_smi() -> dict[str, str] | str:

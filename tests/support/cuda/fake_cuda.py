@@ -48,7 +48,7 @@ PINNING = frozenset({aten.pin_memory.default, aten._pin_memory.default})
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 
 
-class Known(NamedTuple):
+class CachedEffect(NamedTuple):
     """Cached effect of an operator on arguments like these: its kernels, and what it returned. A number is the index of
     the argument that was returned.
     """
@@ -64,7 +64,7 @@ class FakeCuda(FakeTensorMode):
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self._pinned = WeakTensorKeyDictionary()
-        self._known: dict[Any, Known] = {}
+        self._effects: dict[Any, CachedEffect] = {}
         self._launched: list[str] = []
         self._tally = Tally()
         self._part = "outside"
@@ -155,14 +155,14 @@ class FakeCuda(FakeTensorMode):
     def _remembered(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Call `_made`, which is slow, or reuse what it returned for arguments of the same shapes."""
         key = (func, *map(likeness, args), *((name, likeness(value)) for name, value in kwargs.items()))
-        known = self._known.get(key)
-        if known is not None:
-            self._launch(known.kernels)
-            return self._again(known.made, args)
+        effect = self._effects.get(key)
+        if effect is not None:
+            self._launch(effect.kernels)
+            return self._again(effect.made, args)
         num_events, num_launched = len(self._tally.events), len(self._launched)
         made = self._made(func, types, args, kwargs)
         if num_events == len(self._tally.events) and is_made_of_tensors(made):
-            self._known[key] = Known(tuple(self._launched[num_launched:]), outline(made, args))
+            self._effects[key] = CachedEffect(tuple(self._launched[num_launched:]), outline(made, args))
         return made
 
     def _again(self, made: Any, args: Sequence[Any]) -> Any:

@@ -109,9 +109,9 @@ class GoogleStandIn(Server):
     def _put(self, request: Request, bucket: str, key: str) -> bytes:
         if not self._is_met(request, bucket, key):
             return _refusal(412, "PreconditionFailed")
-        told = request.headers.get("content-md5")
+        expected = request.headers.get("content-md5")
         md5 = hashlib.md5(request.body, usedforsecurity=False).digest()
-        if told is not None and told != base64.b64encode(md5).decode():
+        if expected is not None and expected != base64.b64encode(md5).decode():
             return _refusal(400, "BadDigest")
         kept: dict[str, str] = {
             name: request.headers[name] for name in ("content-type", "cache-control") if name in request.headers
@@ -119,7 +119,7 @@ class GoogleStandIn(Server):
         meta = "x-goog-meta-" if request.is_google else "x-amz-meta-"
         metadata = {name.removeprefix(meta): text for name, text in request.headers.items() if name.startswith(meta)}
         stored = self._store(bucket, key, request.body, kept, metadata)
-        return answer(200, b"", length=0, **_told(stored, request))
+        return answer(200, b"", length=0, **_object_headers(stored, request))
 
     def _is_met(self, request: Request, bucket: str, key: str) -> bool:
         stored = self.objects.get((bucket, key))
@@ -146,10 +146,12 @@ class GoogleStandIn(Server):
         has_body = request.method == "GET"
         if stored is None:
             return _refusal(404, "NoSuchKey", has_body=has_body)
-        told = _told(stored, request)
-        if request.headers.get("if-match", told["ETag"]) != told["ETag"] or not self._is_met(request, bucket, key):
+        headers = _object_headers(stored, request)
+        if request.headers.get("if-match", headers["ETag"]) != headers["ETag"] or not self._is_met(
+            request, bucket, key
+        ):
             return _refusal(412, "PreconditionFailed", has_body=has_body)
-        return answer(200, stored.body if has_body else b"", length=len(stored.body), **told)
+        return answer(200, stored.body if has_body else b"", length=len(stored.body), **headers)
 
     def _delete(self, _request: Request, bucket: str, key: str) -> bytes:
         if self.objects.pop((bucket, key), None) is None:
@@ -157,7 +159,7 @@ class GoogleStandIn(Server):
         return answer(204, x_guploader_uploadid="A")
 
 
-def _told(stored: Stored, request: Request) -> dict[str, str]:
+def _object_headers(stored: Stored, request: Request) -> dict[str, str]:
     md5 = base64.b64encode(stored.md5).decode()
     meta = "x_goog_meta_" if request.is_google else "x_amz_meta_"
     return {
