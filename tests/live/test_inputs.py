@@ -71,10 +71,10 @@ def record_of(world: World, end: Call) -> dict[str, Any]:
 def test_a_generation_id_is_told_back_as_it_came(world: World, worker: Worker, given_id: int | str) -> None:
     end = end_of(world, given_id)
 
-    told = [call.body["generation_id"] for call in world.backend.calls(generation_id=given_id)]
+    received = [call.body["generation_id"] for call in world.backend.calls(generation_id=given_id)]
     assert end.kind == "complete"
-    assert len(told) > 1
-    assert {(type(one), one) for one in told} == {(type(given_id), given_id)}
+    assert len(received) > 1
+    assert {(type(one), one) for one in received} == {(type(given_id), given_id)}
     assert end.body["result_url"].endswith(f"/generations/gen-{given_id}.png")
     assert world.keys(f"generations/gen-{given_id}.png") == [f"generations/gen-{given_id}.png"]
     assert record_of(world, end)["generation_id"] == given_id

@@ -77,7 +77,7 @@ class _Plan:
     outputs: list[Output]
     inputs: JobInputs
     product: ProductInputs | None
-    encoder: ImageEncoder
+    image_encoder: ImageEncoder
     cutter: Cutter
 
     @property
@@ -102,7 +102,7 @@ def _planned(fields: dict[str, Any], out: Path, model_id: str | None) -> _Plan:
         outputs=outputs,
         inputs=fetcher.fetch_inputs(job, ExitStack()),
         product=product,
-        encoder=ImageEncoder(images),
+        image_encoder=ImageEncoder(images),
         cutter=cutter,
     )
     foreseen = precheck_model(plan.settings)
@@ -127,7 +127,7 @@ def _draw(plan: _Plan, console: Console) -> None:
             keep_off=keep_off,
         )
         provenance = provenance_of(plan.job, result, drawn, model=engine.facts.model)
-        output.path.write_bytes(plan.encoder.encode(signed, provenance, output.format))
+        output.path.write_bytes(plan.image_encoder.encode(signed, provenance, output.format))
         shown = f"{output.path}: {drawn.width}x{drawn.height}, seed {drawn.seed}, {result.scheduler}"
         console.print(shown, markup=False, highlight=False, soft_wrap=True)
 

@@ -157,9 +157,9 @@ def assert_follows(sampler: Sampler, plain: Plain, seed: int) -> None:
     sorted({(*case, steps) for case, steps in product(CASES, (1, 2, 30))} - {IMPOSSIBLE}),
 )
 def test_every_step_is_the_one_that_the_plain_scheduler_takes(name: str, config: str, num_steps: int) -> None:
-    told, sampler = begin(config, name, num_steps, seed=1)
+    reported_name, sampler = begin(config, name, num_steps, seed=1)
 
-    assert told == name
+    assert reported_name == name
     assert_follows(sampler, Plain(name, (CONFIGS | FLOWS)[config], num_steps, *noise_of(1)), seed=1)
 
 

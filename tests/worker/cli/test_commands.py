@@ -58,9 +58,12 @@ def test_generate_draws_signs_and_writes_images(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert [Image.open(tmp_path / name).size for name in ("castle.png", "castle-2.png")] == [(128, 128)] * 2
     assert "seed 1" in done.stdout
-    told = Image.open(tmp_path / "castle-2.png").info
-    assert told["parameters"].startswith("neon: a castle\nSteps: 8, ")
-    assert (json.loads(told["Darkroom"])["seed"], json.loads(told["Darkroom"])["adapters"]) == (1, [Path(ADAPTER).stem])
+    metadata = Image.open(tmp_path / "castle-2.png").info
+    assert metadata["parameters"].startswith("neon: a castle\nSteps: 8, ")
+    assert (json.loads(metadata["Darkroom"])["seed"], json.loads(metadata["Darkroom"])["adapters"]) == (
+        1,
+        [Path(ADAPTER).stem],
+    )
 
 
 @pytest.fixture
@@ -173,7 +176,7 @@ def test_submit_publishes_a_job_and_follows_it_to_its_end_and_report_draws_it(wo
     bad = darkroom("submit", "an owl", *options, "--lora", "models/no.safetensors", env=world.env(), folder=tmp_path)
     refused = darkroom("submit", "an owl", *options, "--lora", "/etc/passwd", env=world.env(), folder=tmp_path)
     drawn = darkroom("report", env=world.env(), folder=tmp_path)
-    told = darkroom("report", "--json", env=world.env(), folder=tmp_path)
+    reported = darkroom("report", "--json", env=world.env(), folder=tmp_path)
 
     assert good.returncode == 0, good.stdout
     assert good.stdout.splitlines()[-1].endswith("generations/gen-77.png")
@@ -183,8 +186,8 @@ def test_submit_publishes_a_job_and_follows_it_to_its_end_and_report_draws_it(wo
 
     assert drawn.returncode == 0, drawn.stdout
     assert "2 jobs: 1 complete, 1 failed" in drawn.stdout
-    assert "an owl" not in drawn.stdout + told.stdout
-    complete, failed = map(json.loads, told.stdout.splitlines())
+    assert "an owl" not in drawn.stdout + reported.stdout
+    complete, failed = map(json.loads, reported.stdout.splitlines())
     names = [name for name, _, _ in complete["stages"]]
     assert names[:9] == ["ledger", "fetch", "wait", "adapt", "encode", "denoise", "decode", "sign", "store"]
     assert complete["seconds"] >= max(start + seconds for _, start, seconds in complete["stages"]) - 0.01

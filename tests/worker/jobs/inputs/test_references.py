@@ -238,9 +238,9 @@ def test_control_is_told_as_it_was_asked_for(rules: JobRules) -> None:
     control = {"image_path": "e", "model": "edges", "scale": 0.5, "start": 0.2, "end": 0.7, "preprocess": "canny"}
     job = job_of(rules, control=control)
 
-    told = References(control=noise(64, 64)).control_for(job, (64, 64))
+    engine_control = References(control=noise(64, 64)).control_for(job, (64, 64))
 
-    assert told == Control("edges", noise(64, 64).tobytes(), 0.5, 0.2, 0.7, finds_edges=True)
+    assert engine_control == Control("edges", noise(64, 64).tobytes(), 0.5, 0.2, 0.7, finds_edges=True)
 
 
 def test_what_a_job_holds_is_as_small_as_its_drawing_and_keeps_its_proportions(
