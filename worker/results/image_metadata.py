@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_version_of = cache(version)
+
 SOFTWARE = "Darkroom"
 # Operators renew certificates.
 MIN_DAYS_LEFT = 30
@@ -81,7 +83,7 @@ def provenance_of(job: Job, result: GenerationResult, image: RawImage, *, model:
     keys = [adapter.ref.shown_key for adapter in job.adapters]
     return Provenance(
         software=SOFTWARE,
-        version=_version(),
+        version=_version_of("darkroom"),
         model=model,
         created_at=datetime.now(UTC),
         kind=job.kind,
@@ -98,8 +100,3 @@ def provenance_of(job: Job, result: GenerationResult, image: RawImage, *, model:
         artist_name=job.artist_name,
         prompts=Prompts(job.prompt, job.negative_prompt),
     )
-
-
-@cache
-def _version() -> str:
-    return version("darkroom")
