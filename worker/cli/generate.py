@@ -96,12 +96,14 @@ class _Plan:
 
 def _planned(fields: dict[str, Any], out: Path, model_id: str | None) -> _Plan:
     """Find all that can be wrong without the model, which takes minutes to load."""
-    job = _job(fields)
+    settings, images = load_section(ModelSettings), load_section(ImageSettings)
+    # The fields are decoded as a message's are, with every limit.
+    rules = JobRules(settings.inference_steps, settings.guidance_scale, _here, presets_in_force(images, locate=None))
+    job = decode(json.dumps({"data": {"generation_id": 1, **fields}}).encode(), rules)
     outputs = outputs_of(out, job.num_images)
-    font_dirs, images = load_section(ServiceSettings).font_dirs, load_section(ImageSettings)
+    font_dirs = load_section(ServiceSettings).font_dirs
     cutter = Cutter(images.cutout_model)
     brought = _brought(job, job.product, cutter) if job.product else None
-    settings = load_section(ModelSettings)
     plan = _Plan(
         job=job,
         settings=settings.model_copy(update={"model_id": model_id} if model_id else {}),
@@ -141,14 +143,6 @@ def _draw(plan: _Plan, console: Console) -> None:
         console.print(shown, markup=False, highlight=False, soft_wrap=True)
 
 
-def _job(fields: dict[str, Any]) -> Job:
-    """Decode the options as a job, with every limit of a message."""
-    settings = load_section(ModelSettings)
-    presets = presets_in_force(load_section(ImageSettings), locate=None)
-    body = json.dumps({"data": {"generation_id": 1, **fields}}).encode()
-    return decode(body, JobRules(settings.inference_steps, settings.guidance_scale, _here, presets))
-
-
 def _here(text: str) -> ObjectRef:
     if "://" in text:
         raise LocationForbidden(f"{shown_location(text)} is in a store, which is not read here: name a file")
@@ -176,14 +170,10 @@ def _references(job: Job) -> References:
 
 
 def _brought(job: Job, product: JobProduct, cutter: Cutter) -> ProductInputs:
-    brought = load_inputs(product, job.fit, _product_image)
+    brought = load_inputs(product, job.fit, lambda ref, _field, mode: _decoded(ref, partial(decode_image, mode=mode)))
     if brought.image is not None and brought.cutout is None:
         cutter.check(brought.image, "product.image_path")
     return brought
-
-
-def _product_image(ref: ObjectRef, _field: str, mode: ImageMode) -> Image.Image:
-    return _decoded(ref, partial(decode_image, mode=mode))
 
 
 def _decoded(ref: ObjectRef, decode_bytes: Callable[[bytes], Image.Image]) -> Image.Image:
