@@ -1,7 +1,7 @@
 """What loading a checkpoint takes of host memory, and how long: each case in a fresh process, on random weights.
 
 `make bench`. A checkpoint of about a gigabyte in 32 or 16 bits is loaded as several dtypes, and then read through once,
-as the first step would: weights that stay mapped from their files are not read before. Two peaks are told apart: "own"
+as the first step would: weights that stay mapped from their files are not read before. There are two peaks: "own"
 (anonymous) is what only this process has, over what the weights take in memory; "all" counts pages mapped from files
 too, which the kernel takes back when memory is short, over what the weights take in memory or on disk, whichever is
 more. Expected: own stays at the weights once, and near nothing where no dtype changes; the goal is at most 1.2. All

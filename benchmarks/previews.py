@@ -1,7 +1,7 @@
 """What previews cost the batch: steps of eight lanes that make eight previews against their neighbours that make none.
 
 `make bench`. PREVIEW_EVERY is 2, so that every other step makes previews, and a busy machine slows both kinds alike. A
-second engine without previews has its steps told apart the same way, which shows what is chance. The demo model, one
+second engine without previews has its steps split the same way, which shows what is chance. The demo model, one
 thread, CPU time of the engine's thread. Expected: no difference beyond chance, as a preview is a matrix of 4 x 3 on
 16 x 16 latents; the figure for it alone says how little that is.
 """

@@ -62,7 +62,7 @@ def main() -> int:
 
 
 def positions() -> Image.Image:
-    """Each script in each of its places, and where it goes by itself."""
+    """Draw each script in each of its places, and in the place found automatically."""
     places: list[Position | None] = [*Position, None]
     return _sheet(
         [str(place or "auto") for place in places],
@@ -74,7 +74,7 @@ def positions() -> Image.Image:
 
 
 def grounds() -> Image.Image:
-    """Each script at its own size and place on each ground."""
+    """Draw each script at its own size and place on each ground."""
     return _sheet(
         list(GROUNDS),
         {
@@ -85,7 +85,7 @@ def grounds() -> Image.Image:
 
 
 def dresses() -> Image.Image:
-    """Each way to set letters off, on each ground."""
+    """Draw each way to set letters off, on each ground."""
     text = TEXTS["Korean"]
     return _sheet(
         list(DRESSES),
@@ -97,13 +97,13 @@ def dresses() -> Image.Image:
 
 
 def extremes() -> Image.Image:
-    """Texts that are too long, pictures that are too small."""
+    """Draw texts that are too long, and images that are too small."""
     images = [_drawn(overlay, landscape(max(size)).resize(size)) for _, size, overlay in EXTREMES]
     return _sheet([name for name, _, _ in EXTREMES], {"": images})
 
 
 def overview() -> Image.Image:
-    """The sheet of the documentation."""
+    """Draw the sheet of the documentation."""
     korean, grounds = TEXTS["Korean"], list(GROUNDS.values())
     rows = {
         "auto": [_drawn(TextOverlay(text), make(SIDE)) for text, make in zip(TEXTS.values(), grounds, strict=True)],
@@ -116,7 +116,7 @@ def overview() -> Image.Image:
 
 
 def landscape(side: int) -> Image.Image:
-    """A calm evening sky over grass that is not."""
+    """Draw a calm evening sky over restless grass."""
     height = np.linspace(0, 1, side)[:, None, None]
     sky = np.array([40, 60, 120]) * (1 - height) + np.array([250, 170, 110]) * height
     image = np.broadcast_to(sky, (side, side, 3)).copy()
@@ -128,7 +128,7 @@ def landscape(side: int) -> Image.Image:
 
 
 def studio(side: int) -> Image.Image:
-    """A bright table with something striped on its right."""
+    """Draw a bright table with something striped on its right."""
     image = Image.new("RGB", (side, side), (236, 232, 226))
     pen = ImageDraw.Draw(image)
     for stripe in range(12):
@@ -140,7 +140,7 @@ def studio(side: int) -> Image.Image:
 
 
 def lights(side: int) -> Image.Image:
-    """A night of lights out of focus: nowhere calm, nowhere of one brightness."""
+    """Draw a night of lights out of focus: nowhere calm, nowhere of one brightness."""
     generator = np.random.default_rng(4)
     image = Image.new("RGB", (side, side), (12, 14, 30))
     for _ in range(NUM_LIGHTS):
@@ -153,7 +153,7 @@ def lights(side: int) -> Image.Image:
 
 
 def noise(side: int) -> Image.Image:
-    """The worst ground there is."""
+    """Draw uniform noise, the worst ground there is."""
     small = np.random.default_rng(2).integers(0, 256, (side // 4, side // 4, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((side, side), Image.Resampling.NEAREST)
 
@@ -172,7 +172,7 @@ def _drawn(overlay: TextOverlay, image: Image.Image) -> Image.Image:
 
 
 def _sheet(heads: Sequence[str], rows: dict[str, list[Image.Image]], *, side: int = 256) -> Image.Image:
-    """Rows of pictures, none larger than `side`, each column and row with its name."""
+    """Arrange rows of images, none larger than `side`, each column and row with its name."""
     head = 24 if any(heads) else 0
     cell = side + GAP
     sheet = Image.new("RGB", (GAP + len(heads) * cell, head + GAP + len(rows) * (cell + head)), BACKGROUND)

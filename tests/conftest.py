@@ -1,4 +1,4 @@
-"""Real servers for every test that asks: one broker and one object store a session, one backend and bucket a test."""
+"""Real servers as fixtures: one broker and one object store a session, one backend and bucket a test."""
 
 import os
 
@@ -75,7 +75,7 @@ SLOW_FILES = (
 
 
 def has_gpu_tests(path: Path) -> bool:
-    """True of a file with tests that are marked `gpu`."""
+    """Return whether the file has tests that are marked `gpu`."""
     return re.search(r"mark\.gpu\b|on_gpu\(", path.read_text()) is not None
 
 
@@ -85,9 +85,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Under `-m gpu` read no file without such a test: it may need what a GPU machine does not have installed.
+    """Ignore, under `-m gpu`, a file without such a test: it may need what a GPU machine does not have installed.
 
-    Under `--quick` read none that loads a model's libraries: reading it is what takes the time."""
+    Under `--quick` read none that loads a model's libraries: reading it is what takes the time.
+    """
     if not collection_path.match("test_*.py"):
         return None
     if config.getoption("markexpr") == "gpu":
@@ -126,7 +127,7 @@ def _no_settings_from_outside() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[RabbitMQ]":
-    """A running private broker. A test that stops or breaks it leaves it running and without policies or alarms."""
+    """Run a private broker. A test that stops or breaks it leaves it running and without policies or alarms."""
     from examples.parts.rabbitmq import RabbitMQ
 
     with RabbitMQ(tmp_path_factory.mktemp("rabbitmq")) as node:
@@ -135,7 +136,7 @@ def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[RabbitMQ]":
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[SeaweedFS]":
-    """A running private object store. A test that stops it starts it again."""
+    """Run a private object store. A test that stops it starts it again."""
     from examples.parts.seaweedfs import SeaweedFS
 
     with SeaweedFS(tmp_path_factory.mktemp("seaweedfs")) as store:
@@ -144,7 +145,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[SeaweedFS]"
 
 @pytest.fixture
 def bucket(s3_server: "SeaweedFS") -> str:
-    """The name of a new, empty bucket."""
+    """Make a new, empty bucket and return its name."""
     name = f"test-{uuid.uuid4().hex[:12]}"
     s3_server.make_bucket(name)
     return name
@@ -152,13 +153,13 @@ def bucket(s3_server: "SeaweedFS") -> str:
 
 @pytest.fixture
 def store_settings(s3_server: "SeaweedFS", bucket: str, tmp_path: Path) -> StoreSettings:
-    """Settings of the running store and the test's own bucket and cache."""
+    """Build the settings of the running store with the test's own bucket and cache."""
     return StoreSettings(**s3_server.env(bucket), CACHE_DIR=tmp_path / "cache")  # type: ignore[call-arg, arg-type]
 
 
 @pytest.fixture
 def backend() -> "Iterator[Backend]":
-    """A running backend with an empty journal."""
+    """Run a backend with an empty journal."""
     from examples.parts.backend import Backend
 
     with Backend() as running:
@@ -167,13 +168,13 @@ def backend() -> "Iterator[Backend]":
 
 @pytest.fixture
 def queue_name() -> str:
-    """A queue name no other test uses. Nothing is declared."""
+    """Return a queue name no other test uses. Nothing is declared."""
     return f"test-{uuid.uuid4().hex[:12]}"
 
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """The test process computes on one thread, and on a GPU with all digits."""
+    """Compute on one thread in the test's process, and on a GPU without TF32."""
     from tests.support.images.parity import one_torch_thread, whole_fp32  # bring torch, which most tests do without
 
     with one_torch_thread(), whole_fp32():
@@ -182,6 +183,6 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def no_forward_failed(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """The engine tries the lanes of a forward that failed in smaller ones, and so hides what was wrong with it."""
+    """Fail the test where a forward failed: the engine retries its lanes in smaller ones, which hides the cause."""
     yield
     assert [record.getMessage() for record in caplog.get_records("call") if record.levelname == "ERROR"] == []

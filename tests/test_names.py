@@ -71,6 +71,8 @@ REPLACED = {
     r"Verdict|Readings": "Decision, WebhookResult, MetricsSnapshot",
     r"def wear|def trace|def unrest|unrest\(": ("route_adapters, derive_trajectory, gradient_energy"),
     r"keep_png": "save_png",
+    # In code a picture is an image; pages and messages to people may say picture.
+    r"\w+_pictures?|_?pictures?_\w+|\w*(?:[a-z]Picture|Picture[A-Z])\w*|\w*PICTURE\w*": "image",
 }
 NAMES = re.compile(rf"\b(?<!-)(?:{'|'.join(REPLACED)})(?:(?<=\W)|(?![\w-]))")
 
@@ -104,6 +106,8 @@ def test_no_file_uses_a_name_that_was_replaced() -> None:
         ("Drawing takes a minute; image_storing.py is another", []),
         ("torch.nn.DataProcessor", []),
         ("ImageProcessor", []),
+        ("_PICTURE_BYTES = len(decode_picture(content))", ["_PICTURE_BYTES", "decode_picture"]),
+        ("A picture, PictureFormat and pictures; picture-wise.", ["PictureFormat"]),
     ],
 )
 def test_an_old_name_is_found_as_a_whole_identifier(text: str, found: list[str]) -> None:

@@ -87,3 +87,13 @@ def test_a_command_that_imports_torch_when_called_is_not_quick() -> None:
 
     assert not is_heavy(path)
     assert starts_a_program(item)
+
+
+def test_a_test_against_a_server_of_its_own_process_is_not_quick(tmp_path: Path) -> None:
+    path = tmp_path / "test_servers.py"
+    path.write_text(
+        "from tests.support.servers.clients_servers import SilentServer\n\ndef test_it():\n    SilentServer()\n"
+    )
+    item = cast(Any, SimpleNamespace(path=path, nodeid="test_servers.py::test_it", fixturenames=[]))
+
+    assert starts_a_program(item)

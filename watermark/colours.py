@@ -52,7 +52,12 @@ def _srgb_transform(profile: object, mode: str) -> ImageCms.ImageCmsTransform | 
         transform = _build_transform(opened, mode)
     except PROFILE_ERRORS:
         return None
-    return None if mode != "CMYK" and _is_identity(transform, _probe(mode)) else transform
+    if mode == "CMYK":
+        return transform
+    probe = _probe(mode)
+    before, after = (image.convert("RGB").tobytes() for image in (probe, transform.apply(probe)))
+    moved = max(abs(one - other) for one, other in zip(before, after, strict=True))
+    return transform if moved > ROUNDING else None
 
 
 def _build_transform(profile: Any, mode: str) -> ImageCms.ImageCmsTransform:
@@ -67,8 +72,3 @@ def _probe(mode: str) -> Image.Image:
         return Image.frombytes("L", (len(levels), 1), bytes(levels))
     colours = bytes(value for r in levels[::3] for g in levels[::3] for b in levels[::3] for value in (r, g, b))
     return Image.frombytes("RGB", (len(colours) // 3, 1), colours).convert(mode)
-
-
-def _is_identity(transform: ImageCms.ImageCmsTransform, probe: Image.Image) -> bool:
-    before, after = (image.convert("RGB").tobytes() for image in (probe, transform.apply(probe)))
-    return max(abs(one - other) for one, other in zip(before, after, strict=True)) <= ROUNDING

@@ -48,7 +48,10 @@ def decode_signature(content: bytes) -> Image.Image:
             f"the signature image has {len(content) / 1e6:.1f} MB; at most {MAX_CONTENT_BYTES / 1e6:.0f} MB are read"
         )
     with open_image(content, "the signature", SignatureInvalid) as opened:
-        _check_signature_size(opened)
+        # By the header, before a pixel is decoded.
+        if max(opened.size) > MAX_SIDE_PX:
+            size = f"{opened.width}x{opened.height} px"
+            raise SignatureInvalid(f"the signature image is {size}; at most {MAX_SIDE_PX}x{MAX_SIDE_PX} px are read")
         image = to_rgba(_apply_orientation(opened, _orientation(opened)))
     if image.getchannel("A").getbbox() is None:
         raise SignatureInvalid("the signature image is fully transparent: nothing of it would be seen")
@@ -63,7 +66,9 @@ def decode_image(content: bytes, mode: ImageMode) -> Image.Image:
     `ImageInvalid` or `ImageTooLarge`.
     """
     with open_image(content, "the picture", ImageInvalid) as opened:
-        _scale_jpeg(opened)
+        # The decoder holds a progressive JPEG at its full size, whatever the scale of its output.
+        if opened.format == "JPEG" and not opened.info.get("progressive") and opened.mode in ("RGB", "L"):
+            opened.draft(opened.mode, (USEFUL_SIDE_PX, USEFUL_SIDE_PX))
         if max(opened.size) > MAX_IMAGE_SIDE_PX:
             size = f"{opened.width}x{opened.height} px"
             raise ImageTooLarge(f"the picture has {size}; at most {MAX_IMAGE_SIDE_PX} px are read on a side")
@@ -95,12 +100,6 @@ def _apply_orientation(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(TRANSPOSED[orientation]) if orientation in TRANSPOSED else image
 
 
-def _scale_jpeg(image: Image.Image) -> None:
-    # The decoder holds a progressive JPEG at its full size, whatever the scale of its output.
-    if image.format == "JPEG" and not image.info.get("progressive") and image.mode in ("RGB", "L"):
-        image.draft(image.mode, (USEFUL_SIDE_PX, USEFUL_SIDE_PX))
-
-
 def _reduce(image: Image.Image) -> Image.Image:
     """Reduce an image of at least twice the useful side by a whole factor, before anything copies it."""
     factor = min(image.size) // USEFUL_SIDE_PX
@@ -123,12 +122,3 @@ def _convert(image: Image.Image, mode: ImageMode) -> Image.Image:
             image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUNDS[mode]), image).convert(mode)
     image.info = {}
     return image
-
-
-def _check_signature_size(image: Image.Image) -> None:
-    """Check the size in the header, before a pixel is decoded."""
-    width, height = image.size
-    if max(width, height) > MAX_SIDE_PX:
-        raise SignatureInvalid(
-            f"the signature image is {width}x{height} px; at most {MAX_SIDE_PX}x{MAX_SIDE_PX} px are read"
-        )

@@ -89,7 +89,15 @@ def open_image(content: bytes, subject: str, invalid: Callable[[str], Exception]
                 raise invalid(f"{subject} {reason}")
             yield opened
     except DECODE_ERRORS as error:
-        raise invalid(_explain(content, error, subject)) from error
+        start = content[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+        look = next((words for prefix, words in FILE_KINDS if start.startswith(prefix)), "no image")
+        if content[4:8] == b"ftyp":
+            look = "a HEIC or AVIF image, or a film"
+        if not content:
+            look = "an empty file"
+        if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+            look = "far too large an image"
+        raise invalid(f"{subject} is no {NAMED_FORMATS} image that can be read: it looks like {look}") from error
 
 
 def _open(content: bytes) -> Image.Image:
@@ -125,7 +133,11 @@ def _refusal(image: Image.Image) -> str:
         compression = image.info.get("compression")
         if compression not in TIFF_COMPRESSIONS:
             return f"is a TIFF image compressed by {compression}; LZW, deflate, PackBits or none are read"
-        if _is_misread(image):
+        bits = max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))
+        in_planes = image.tag_v2.get(PLANAR_CONFIGURATION) == SEPARATE and compression in MISREAD_PLANES
+        is_negative = image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
+        # Pillow would silently decode wrong samples.
+        if bits == 12 or (bits > 8 and (in_planes or is_negative)):
             return "is a TIFF image of 12 bits, of 16 in planes, or of 16 with white as 0; send one of 8 bits a sample"
         if not _is_one_page(image):
             return "holds several pages; send one"
@@ -134,14 +146,6 @@ def _refusal(image: Image.Image) -> str:
     if not is_supported(image.mode):
         return f"has samples of a kind that is not read (Pillow's mode {image.mode}); 1 to 16 bits without a sign are"
     return ""
-
-
-def _is_misread(image: TiffImagePlugin.TiffImageFile) -> bool:
-    """Return whether Pillow would silently decode wrong samples."""
-    bits = max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))
-    in_planes = image.tag_v2.get(PLANAR_CONFIGURATION) == SEPARATE and image.info.get("compression") in MISREAD_PLANES
-    is_negative = image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
-    return bits == 12 or (bits > 8 and (in_planes or is_negative))
 
 
 def _is_one_page(image: TiffImagePlugin.TiffImageFile) -> bool:
@@ -156,15 +160,3 @@ def _is_one_page(image: TiffImagePlugin.TiffImageFile) -> bool:
     finally:
         image.seek(0)
     return False
-
-
-def _explain(content: bytes, error: Exception, subject: str) -> str:
-    start = content[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    look = next((words for prefix, words in FILE_KINDS if start.startswith(prefix)), "no image")
-    if content[4:8] == b"ftyp":
-        look = "a HEIC or AVIF image, or a film"
-    if not content:
-        look = "an empty file"
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        look = "far too large an image"
-    return f"{subject} is no {NAMED_FORMATS} image that can be read: it looks like {look}"

@@ -17,14 +17,10 @@ def drop_broken_segments(content: bytes) -> bytes:
         # Any number of fill bytes may precede a marker.
         length = -1 if kind == 0xFF else int.from_bytes(content[at + 2 : at + 4], "big")
         segment = content[at : at + 2 + length]
-        if not _is_left_out(kind, segment[2 + LENGTH_BYTES :]):
+        body = segment[2 + LENGTH_BYTES :]
+        name, whole_bytes = WHOLE.get(kind, (b"", 0))
+        is_truncated = body.startswith(name.rstrip(b"\0")) and len(body) < whole_bytes
+        if not is_truncated and kind not in (PROFILE, PHOTOSHOP):
             kept.append(segment)
         at += 2 + length
     return b"".join([*kept, content[at:]])
-
-
-def _is_left_out(kind: int, body: bytes) -> bool:
-    if kind in (PROFILE, PHOTOSHOP):
-        return True
-    name, length = WHOLE.get(kind, (b"", 0))
-    return kind in WHOLE and body.startswith(name.rstrip(b"\0")) and len(body) < length

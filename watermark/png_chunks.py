@@ -46,7 +46,9 @@ def strip_png(content: bytes) -> StrippedPng:
         at += len(chunk)
         body = chunk[8 : 8 + length]
         is_critical = not kind[0] & 0x20
-        if is_critical or kind == TRANSPARENCY or (kind == ANIMATION and _num_frames(body) > 1):
+        # Kept, so that an animation is refused, unless it has one frame: acTL begins with their number.
+        is_animated = kind == ANIMATION and len(body) == ANIMATION_BYTES and struct.unpack_from(">I", body)[0] > 1
+        if is_critical or kind == TRANSPARENCY or is_animated:
             kept.append(chunk)
         elif len(chunk) == FRAME_BYTES + length and zlib.crc32(chunk[4:-4]) == struct.unpack(">I", chunk[-4:])[0]:
             if profile is None and kind == b"iCCP":
@@ -57,11 +59,6 @@ def strip_png(content: bytes) -> StrippedPng:
             break
     # The bit depth: ninth byte of IHDR's data, the first chunk.
     return StrippedPng(b"".join(kept), content[24] if len(content) > 24 else 8, profile, exif, xmp)
-
-
-def _num_frames(body: bytes) -> int:
-    """Return acTL's number of frames: the chunk is kept, so that an animation is refused, unless it has one frame."""
-    return struct.unpack_from(">I", body)[0] if len(body) == ANIMATION_BYTES else 0
 
 
 def _exif(kind: bytes, body: bytes) -> bytes | None:

@@ -21,14 +21,10 @@ def fit(image: Image.Image, size: tuple[int, int], how: Fit) -> Image.Image:
         return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     share = min(size[0] / image.width, size[1] / image.height)
     # At least one px, for strips.
-    inside = max(1, round(image.width * share)), max(1, round(image.height * share))
-    return _extend_edges(image.resize(inside, Image.Resampling.LANCZOS), size)
-
-
-def _extend_edges(inside: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Centre `inside` in `size` and extend its edge pixels to the borders, instead of bars."""
-    left, top = (size[0] - inside.width) // 2, (size[1] - inside.height) // 2
-    right, bottom = size[0] - inside.width - left, size[1] - inside.height - top
-    pixels = np.asarray(inside)
+    width, height = max(1, round(image.width * share)), max(1, round(image.height * share))
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    right, bottom = size[0] - width - left, size[1] - height - top
+    # Edge pixels instead of bars.
     around = [(top, bottom), (left, right), *[(0, 0)] * (pixels.ndim - 2)]
     return Image.fromarray(np.pad(pixels, around, mode="edge"))

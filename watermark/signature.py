@@ -150,7 +150,12 @@ def sign(image: Image.Image, signature: Signature, style: SignatureStyle) -> Sig
     pixels.info = {}
     mark = _render_mark(pixels.size, signature, style)
     if mark is not None:
-        _blend(pixels, mark, style)
+        # Premultiplied, Porter and Duff's "over": under * (1 - alpha) + mark.
+        left, top = _corner(pixels.size, mark, style)
+        under = np.asarray(pixels.crop((left, top, left + mark.width, top + mark.height)), dtype=np.float32)
+        over = np.asarray(mark, dtype=np.float32) * style.opacity
+        blended = under * (1 - over[..., 3:] / 255) + over[..., :3]
+        pixels.paste(Image.fromarray(np.rint(blended).clip(0, 255).astype(np.uint8)), (left, top))
     return SignedImage(pixels, _SEAL)
 
 
@@ -166,8 +171,12 @@ def signature_rect(size: tuple[int, int], signature: Signature, style: Signature
 def _render_mark(size: tuple[int, int], signature: Signature, style: SignatureStyle) -> Image.Image | None:
     """Render the signature, premultiplied, at its size for an image of `size`."""
     match signature:
-        case ImageSignature():
-            return _fit_image(signature.image, _room(size, style))
+        case ImageSignature(image):
+            room = _room(size, style)
+            scale = min(room.wanted_width / image.width, room.height / image.height)
+            fitted = max(1, math.floor(image.width * scale + 0.5)), max(1, math.floor(image.height * scale + 0.5))
+            # Premultiplied, or the colour hidden in transparent pixels bleeds into the edges.
+            return image.convert("RGBa").resize(fitted, Image.Resampling.LANCZOS)
         case TextSignature():
             room = _room(size, style)
             fit = room.wanted_width, min(room.height, round(room.wanted_width * TEXT_HEIGHT_PER_WIDTH))
@@ -190,22 +199,6 @@ def _room(size: tuple[int, int], style: SignatureStyle) -> _Room:
     margin = _margin_px(size, style)
     width, height = size[0] - 2 * margin, size[1] - 2 * margin
     return _Room(min(round(WIDTH_FRACTIONS[style.size] * size[0]), width), width, height)
-
-
-def _fit_image(image: Image.Image, room: _Room) -> Image.Image:
-    scale = min(room.wanted_width / image.width, room.height / image.height)
-    size = max(1, math.floor(image.width * scale + 0.5)), max(1, math.floor(image.height * scale + 0.5))
-    # Premultiplied, or the colour hidden in transparent pixels bleeds into the edges.
-    return image.convert("RGBa").resize(size, Image.Resampling.LANCZOS)
-
-
-def _blend(image: Image.Image, mark: Image.Image, style: SignatureStyle) -> None:
-    """Blend a premultiplied mark onto `image` in place: Porter and Duff's "over", under * (1 - alpha) + mark."""
-    left, top = _corner(image.size, mark, style)
-    under = np.asarray(image.crop((left, top, left + mark.width, top + mark.height)), dtype=np.float32)
-    over = np.asarray(mark, dtype=np.float32) * style.opacity
-    blended = under * (1 - over[..., 3:] / 255) + over[..., :3]
-    image.paste(Image.fromarray(np.rint(blended).clip(0, 255).astype(np.uint8)), (left, top))
 
 
 def _corner(size: tuple[int, int], mark: Image.Image, style: SignatureStyle) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from worker.jobs.handler import JobHandler
 from worker.jobs.history import History
 from worker.jobs.inputs.fetcher import Fetcher
 from worker.jobs.inputs.slow_fetches import SlowFetchLimit
+from worker.jobs.inputs.store_source import StoreSource
 from worker.jobs.leases import LeaseKeeper, Leases
 from worker.jobs.recovery import SuspectIsolation
 from worker.jobs.runner import JobRunner
@@ -206,21 +207,20 @@ class Parts:
 
     def _handler(self, facts: ModelFacts) -> JobHandler:
         settings = self.settings
-        fetcher = Fetcher(
+        source = StoreSource(
             storage=self.storage,
             cache=self.cache,
             private_bucket=settings.store.bucket,
-            font_dirs=settings.service.font_dirs,
-            facts=facts,
             is_draining=self.is_draining,
             gate=self.gate,
             results_bucket=settings.store.results_bucket,
             places=SlowFetchLimit(settings.model.max_concurrent_generations // 2),
         )
+        fetcher = Fetcher(source, settings.service.font_dirs, facts)
         engine_client = EngineClient(self.engine, self.is_draining)
         store = ImageStore(self.storage, self.gate, self.ledger.find)
         cutter = Cutter(settings.images.cutout_model)
-        product = ProductGenerator(fetcher, engine_client, store, cutter, settings.store.bucket)
+        product = ProductGenerator(fetcher, facts, engine_client, store, cutter, settings.store.bucket)
         return JobHandler(
             ledger=self.ledger,
             fetcher=fetcher,

@@ -41,12 +41,12 @@ def main() -> int:
 
 
 def _last_line(summary: dict[str, Any], plan: Plan, *, is_complete: bool) -> dict[str, Any]:
-    told = {key: summary[key] for key in ("benchmark", "device", "commit", "size", "seconds")}
+    header = {key: summary[key] for key in ("benchmark", "device", "commit", "size", "seconds")}
     stages = {
         stage["name"]: {key: stage[key] for key in ("state", "seconds", "failed_measurements")}
         for stage in summary["stages"]
     }
-    return {**told, "is_complete": is_complete, "out": str(plan.out), "stages": stages}
+    return {**header, "is_complete": is_complete, "out": str(plan.out), "stages": stages}
 
 
 def _plan() -> Plan:

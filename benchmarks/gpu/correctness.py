@@ -104,7 +104,7 @@ class TestResults:
 
 
 def _short(text: str) -> str:
-    """A report in a line: the error as pytest shows it, and the place."""
+    """Shorten a report to a line: the error as pytest shows it, and the place."""
     lines = text.strip().splitlines()
     shown = [line.removeprefix("E ").strip() for line in lines if line.startswith("E ")]
     return " ".join([*shown[:1], *lines[-1:]])[:MAX_ERROR_CHARACTERS]

@@ -135,13 +135,13 @@ class Frame:
 
 
 def start_method() -> str:
-    """ "fork" while that is safe, else "spawn"."""
+    """Return "fork" while that is safe, else "spawn"."""
     num_threads = len(list(Path("/proc/self/task").iterdir()))
     return "spawn" if num_threads > 1 or not _would_fork_well() else "fork"
 
 
 def _would_fork_well() -> bool:
-    """Whether torch, asked in a forked child, would open CUDA there: it does not once the driver was asked here."""
+    """Return whether a forked child can open CUDA: it cannot once the driver was initialised here."""
     pid = os.fork()
     if pid == 0:
         os._exit(int(torch.cuda._is_in_bad_fork()))

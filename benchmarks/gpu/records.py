@@ -41,7 +41,7 @@ class Recorder:
 
 
 def read_records(out: Path) -> list[dict[str, Any]]:
-    """Every whole line so far."""
+    """Read every whole line so far."""
     path = out / RESULTS
     if not path.exists():
         return []
@@ -74,7 +74,7 @@ def write_summary(out: Path, summary: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it: numbers that it lacks become words, and what it does not know becomes text."""
+    """Convert the value to what JSON has: non-finite numbers become words, other types become text."""
     if isinstance(value, dict):
         return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

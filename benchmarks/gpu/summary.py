@@ -97,8 +97,8 @@ def _print_table(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ..
 
 
 def _short(figures: Mapping[str, Any]) -> str:
-    told = {name: value for name, value in figures.items() if name not in ("traceback", "measured_in_seconds")}
-    return ", ".join(f"{name} {_number(value)}" for name, value in told.items())
+    shown = {name: value for name, value in figures.items() if name not in ("traceback", "measured_in_seconds")}
+    return ", ".join(f"{name} {_number(value)}" for name, value in shown.items())
 
 
 def _number(value: Any) -> str:

@@ -36,7 +36,7 @@ class LocationForbidden(Exception):
 
 @dataclass(frozen=True)
 class ObjectRef:
-    """One object, or with a trailing slash in `key` the folder of that name.
+    """One object, or with a trailing slash in `key` the folder of that name. Without a bucket, a file of this machine.
 
     `str` gives a redacted location, without what looks like a presigned URL's query in the key; `uri` the whole one.
     """
@@ -45,7 +45,7 @@ class ObjectRef:
     key: str
 
     def __str__(self) -> str:
-        return f"s3://{self.bucket}/{self.shown_key}"
+        return f"s3://{self.bucket}/{self.shown_key}" if self.bucket else self.shown_key
 
     @property
     def uri(self) -> str:
@@ -73,7 +73,8 @@ class ObjectRef:
 
     def child(self, name: str) -> "ObjectRef":
         """Return the object `name` inside this folder, with or without a trailing slash in the folder's key."""
-        return ObjectRef(self.bucket, f"{self.key.rstrip('/')}/{name}".lstrip("/"))
+        folder = self.key.rstrip("/")
+        return ObjectRef(self.bucket, f"{folder}/{name}" if folder else name)
 
 
 class _Parts(NamedTuple):

@@ -106,7 +106,9 @@ JOBS = tuple(
 
 
 def message(job: DemoJob, bucket: str) -> bytes:
-    """The job as a backend publishes it: odd ids in the documented dialect, even ones in the flat one."""
+    """Build the job's message as a backend publishes it: odd ids in the documented dialect, even ones in the flat
+    one.
+    """
     fields = _documented(job, bucket) if job.generation_id % 2 else _flat(job, bucket)
     body = {
         "task_id": str(uuid.uuid5(NAMESPACE, str(job.generation_id))),

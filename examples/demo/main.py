@@ -79,7 +79,7 @@ def _upload(client: Any, folder: Path) -> None:
 def _worker(
     rabbitmq: RabbitMQ, store: SeaweedFS, backend: Backend, folder: Path, log: Path
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """`darkroom run`, exactly as an operator starts it: by its environment."""
+    """Start `darkroom run` as an operator starts it: configured by its environment."""
     environment = rabbitmq.env() | store.env(BUCKET) | backend.env()
     environment |= {
         "PATH": str(Path(sys.executable).parent),
@@ -101,7 +101,7 @@ def _worker(
 
 
 def _publish(rabbitmq: RabbitMQ, jobs: Sequence[DemoJob]) -> None:
-    """As the backends in the field do it: a durable queue without arguments, persistent messages."""
+    """Publish as the backends in the field do: a durable queue without arguments, persistent messages."""
     connection = pika.BlockingConnection(pika.URLParameters(rabbitmq.url))
     channel = connection.channel()
     channel.queue_declare(QUEUE, durable=True)

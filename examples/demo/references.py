@@ -42,7 +42,7 @@ def _left_half() -> Image.Image:
 
 
 def _bottle() -> Image.Image:
-    """A green bottle with a label, everything around it transparent."""
+    """Draw a green bottle with a label on a transparent ground."""
     large = Image.new("RGBA", (120 * SUPERSAMPLING, 256 * SUPERSAMPLING))
     pen = ImageDraw.Draw(large)
 

@@ -49,14 +49,14 @@ def _monogram() -> Image.Image:
 
 
 def _swirl() -> Image.Image:
-    """A spiral that runs out into a flourish."""
+    """Draw a spiral that runs out into a flourish."""
     turns = [math.tau * step / 24 for step in range(49)]
     spiral = [(0.34 + 0.018 * turn * math.cos(turn), 0.40 + 0.018 * turn * math.sin(turn)) for turn in turns]
     return _inked([_spline((*spiral, *SWIRL_TAIL))], pen=_nib)
 
 
 def _seal() -> Image.Image:
-    """A stamp: light strokes cut out of a red square with worn corners."""
+    """Draw a stamp: light strokes cut out of a red square with rounded corners."""
     stamp = Image.new("L", (SIDE * SUPERSAMPLING,) * 2)
     edge = 0.06 * stamp.width
     ImageDraw.Draw(stamp).rounded_rectangle(
@@ -71,7 +71,7 @@ def _seal() -> Image.Image:
 
 
 def _inked(strokes: Iterable[Iterable[Point]], *, pen: Callable[[float], float]) -> Image.Image:
-    """Strokes in dark ink on a light rim."""
+    """Draw strokes in dark ink on a light rim."""
     ink = _reduced(_strokes(strokes, pen=pen))
     rim = ink.filter(ImageFilter.MaxFilter(2 * HALO_PX + 1)).filter(ImageFilter.GaussianBlur(HALO_PX / 3))
     image = Image.composite(Image.new("RGB", ink.size, INK), Image.new("RGB", ink.size, LIGHT), ink).convert("RGBA")
@@ -80,7 +80,9 @@ def _inked(strokes: Iterable[Iterable[Point]], *, pen: Callable[[float], float])
 
 
 def _strokes(strokes: Iterable[Iterable[Point]], *, pen: Callable[[float], float]) -> Image.Image:
-    """Coverage of strokes by a round pen of radius `pen(direction)`, supersampled; lengths in unit squares."""
+    """Compute the coverage of strokes by a round pen of radius `pen(direction)`, supersampled; lengths in unit
+    squares.
+    """
     canvas = Image.new("L", (SIDE * SUPERSAMPLING,) * 2)
     draw = ImageDraw.Draw(canvas)
     for stroke in strokes:
@@ -92,7 +94,7 @@ def _strokes(strokes: Iterable[Iterable[Point]], *, pen: Callable[[float], float
 
 
 def _nib(lean: float) -> float:
-    """Radius of a broad nib held at 45 degrees: down strokes are thick, up strokes thin."""
+    """Compute the radius of a broad nib held at 45 degrees: down strokes are thick, up strokes thin."""
     return 0.016 + 0.014 * abs(math.sin(lean + math.pi / 4))
 
 
@@ -101,7 +103,7 @@ def _reduced(canvas: Image.Image) -> Image.Image:
 
 
 def _spline(points: tuple[Point, ...]) -> list[Point]:
-    """Points of the uniform Catmull-Rom spline through `points`."""
+    """Sample the uniform Catmull-Rom spline through `points`."""
     padded = (points[0], *points, points[-1])
     return [
         (_between(*xs, t=step / POINTS_PER_SEGMENT), _between(*ys, t=step / POINTS_PER_SEGMENT))

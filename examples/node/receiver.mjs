@@ -1,4 +1,4 @@
-// Receive the worker's webhooks: `node receiver.mjs`. Each event has its effect once, however often it is told.
+// Receive the worker's webhooks: `node receiver.mjs`. Each event has its effect once, however often it is delivered.
 //
 // Needs express, and Node 22.13 or later for its SQLite. Reads INTERNAL_API_TOKEN and WEBHOOK_SIGNING_SECRET, as the
 // worker does (unset: signatures are not looked at); HOST (127.0.0.1) and PORT (8000); and DATABASE

@@ -21,7 +21,7 @@ BUCKET = "media"
 
 
 def settings(rabbitmq: RabbitMQ, store: SeaweedFS) -> dict[str, str]:
-    """What a worker, a publisher and a receiver need to meet here."""
+    """List the settings with which a worker, a publisher and a receiver meet here."""
     own = {
         "BACKEND_API_URL": "http://127.0.0.1:8000",
         "INTERNAL_API_TOKEN": secrets.token_urlsafe(),

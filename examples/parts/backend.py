@@ -1,4 +1,4 @@
-"""A small real backend: takes the three webhook calls, keeps a journal of them, and fails as it is told."""
+"""A small real backend: takes the three webhook calls, keeps a journal of them, and fails as scripted."""
 
 import hmac
 import json
@@ -74,7 +74,7 @@ class Backend(Part):
         return f"http://{self.host}:{self.port}"
 
     def env(self) -> dict[str, str]:
-        """The variables that point a worker here."""
+        """Return the variables that point a worker here."""
         return {"BACKEND_API_URL": self.url, "INTERNAL_API_TOKEN": self.token}
 
     def start(self) -> None:
@@ -97,7 +97,7 @@ class Backend(Part):
             self._answers[kind] = _Answer(status, times, delay_seconds)
 
     def calls(self, kind: str | None = None, generation_id: Any = None) -> list[Call]:
-        """The journal in order of arrival, or the part of it of one kind or one generation."""
+        """Return the journal in order of arrival, or the part of it of one kind or one generation."""
         with self._changed:
             return [
                 call
@@ -106,7 +106,9 @@ class Backend(Part):
             ]
 
     def ends(self, generation_id: Any) -> list[Call]:
-        """The accepted final calls of a generation; one that is repeated under the same `webhook-id` counts once."""
+        """Return the accepted final calls of a generation; one that is repeated under the same `webhook-id` counts
+        once.
+        """
         accepted = [call for call in self.calls(generation_id=generation_id) if call.kind in ENDS and call.is_accepted]
         return list({call.headers.get("webhook-id", id(call)): call for call in reversed(accepted)}.values())[::-1]
 
@@ -122,7 +124,7 @@ class Backend(Part):
         """Journal one request and return the status it is answered with."""
         received_at = time.time()
         kind = WEBHOOKS.get((method, path), f"{method} {path}")
-        status, delay_seconds = self._judge(kind, headers)
+        status, delay_seconds = self._answer_for(kind, headers)
         call = Call(kind, _json_object(content), headers, received_at, status)
         with self._changed:
             self._journal.append(call)
@@ -133,7 +135,7 @@ class Backend(Part):
         time.sleep(delay_seconds)
         return status
 
-    def _judge(self, kind: str, headers: dict[str, str]) -> tuple[int, float]:
+    def _answer_for(self, kind: str, headers: dict[str, str]) -> tuple[int, float]:
         if not hmac.compare_digest(headers.get("authorization", "").encode(), f"Bearer {self.token}".encode()):
             return 401, 0.0
         if kind not in WEBHOOKS.values():
@@ -172,7 +174,7 @@ class _Server(ThreadingHTTPServer):
             self.shutdown_request(connection)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that are killed in the middle of a call are what the tests are about: no traceback for each."""
+        """Ignore the error: tests kill clients in the middle of a call, and a traceback for each would fill the log."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -195,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_PATCH = do_GET = do_PUT = do_DELETE = do_POST  # noqa: N815 - names the standard library looks for
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the journal is the log."""
+        """Write nothing: the journal is the log."""
 
 
 def _json_object(content: bytes) -> dict[str, Any]:

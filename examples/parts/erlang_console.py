@@ -61,7 +61,7 @@ class ErlangConsole:
         )
 
     def queues(self) -> dict[str, QueueDepth]:
-        """Every queue of the default virtual host. Raises `ServerError` where the node does not answer."""
+        """List every queue of the default virtual host. Raises `ServerError` where the node does not answer."""
         found = {}
         for line in self._ask("queues"):
             name, ready, unacknowledged = line.rsplit(" ", 2)
@@ -73,7 +73,7 @@ class ErlangConsole:
         list(self._ask("close"))
 
     def _ask(self, question: str) -> Iterator[str]:
-        """The answer's lines."""
+        """Evaluate an expression on the node; return the answer's lines."""
         if self._process.stdin is None or self._process.stdout is None:
             raise ServerError("the console was started without pipes")
         try:

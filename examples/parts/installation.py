@@ -38,13 +38,13 @@ class Installation:
         self._root = root or (Path(given).resolve() if given else None)
 
     def command(self, command: Sequence[str], *, folder: Path) -> list[str]:
-        """The argument list that runs `command` of this installation in `folder`, seen there by the same path."""
+        """Build the argument list that runs `command` of this installation in `folder`, seen there by the same path."""
         if self._root is None:
             return list(command)
         return ["unshare", "--mount", "/bin/sh", "-ec", ENTER, "enter", str(self._root), str(folder), *command]
 
     def script(self, name: str) -> str:
-        """The path of a RabbitMQ script, as the installation sees it. Raises `ServerError`."""
+        """Find the path of a RabbitMQ script, as the installation sees it. Raises `ServerError`."""
         for folder in SCRIPT_FOLDERS:
             if self._here(f"{folder}/{name}").exists():
                 return f"{folder}/{name}"
@@ -52,7 +52,7 @@ class Installation:
         raise ServerError(f"{name} is in none of {', '.join(SCRIPT_FOLDERS)}{where}: install rabbitmq-server")
 
     def epmd(self) -> str:
-        """The path of Erlang's name daemon, as the installation sees it. Raises `ServerError`."""
+        """Find the path of Erlang's name daemon, as the installation sees it. Raises `ServerError`."""
         found = shutil.which("epmd") if self._root is None else None
         for prefix in ("/usr", "/usr/local"):
             found = found or next((f"{prefix}/{path}" for path in self._relative(prefix, EPMD_PATTERN)), None)

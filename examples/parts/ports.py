@@ -15,7 +15,7 @@ _given: set[int] = set()
 
 
 def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody listens on and that this process was not given before.
+    """Return a port of 127.0.0.1 that has no listener and that this process was not given before.
 
     Raises `OSError` where a thousand tries found none.
     """

@@ -48,7 +48,7 @@ class ServerProcess:
         return self._server.poll() is None
 
     def stop(self, timeout_seconds: float) -> None:
-        """Ask the server to end by SIGTERM, wait, and kill what is left of the group."""
+        """Stop the server by SIGTERM, wait, and kill what is left of the group."""
         self._server.terminate()
         with suppress(subprocess.TimeoutExpired):
             self._server.wait(timeout_seconds)

@@ -49,7 +49,7 @@ class RabbitMQ(Part):
         return self._running().pid
 
     def env(self) -> dict[str, str]:
-        """The variables that point a worker here."""
+        """Return the variables that point a worker here."""
         return {"RABBITMQ_HOST": self.host, "RABBITMQ_PORT": str(self.port)}
 
     def start(self) -> None:
@@ -104,7 +104,7 @@ class RabbitMQ(Part):
         return done.stdout
 
     def queues(self) -> dict[str, QueueDepth]:
-        """The depth of every queue, within a millisecond but for the first time. Raises `ServerError`."""
+        """Read the depth of every queue, within a millisecond but for the first time. Raises `ServerError`."""
         return self._opened_console().queues()
 
     def close_connections(self) -> None:

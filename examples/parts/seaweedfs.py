@@ -61,7 +61,7 @@ class SeaweedFS(Part):
         return self._server.pid
 
     def env(self, bucket: str) -> dict[str, str]:
-        """The variables that point a worker at `bucket` here."""
+        """Return the variables that point a worker at `bucket` here."""
         return {
             "AWS_ACCESS_KEY_ID": self.access_key_id,
             "AWS_SECRET_ACCESS_KEY": self.secret_access_key,
@@ -100,7 +100,7 @@ class SeaweedFS(Part):
                 socket.unlink()
 
     def client(self) -> Any:
-        """A new boto3 S3 client with the server's identity."""
+        """Build a new boto3 S3 client with the server's identity."""
         return self._client(num_attempts=4)
 
     def make_bucket(self, name: str) -> None:

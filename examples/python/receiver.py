@@ -1,7 +1,7 @@
-"""Receive the worker's webhooks: `python receiver.py`. Each event has its effect once, however often it is told.
+"""Receive the worker's webhooks: `python receiver.py`. Each event has its effect once, however often it is delivered.
 
 Needs fastapi and uvicorn. Reads INTERNAL_API_TOKEN and WEBHOOK_SIGNING_SECRET, as the worker does (unset: signatures
-are not looked at); HOST (127.0.0.1) and PORT (8000); and DATABASE (receiver.sqlite3), which stands for the
+are not verified); HOST (127.0.0.1) and PORT (8000); and DATABASE (receiver.sqlite3), in the place of the
 application's own. Prints every effect.
 """
 
@@ -39,7 +39,7 @@ def signing_key() -> bytes:
 
 
 def is_signed(headers: Any, body: bytes) -> bool:
-    """Whether one of the Standard Webhooks signatures is right and its time is near."""
+    """Return whether one of the Standard Webhooks signatures is right and its time is near."""
     webhook_id, timestamp = headers.get("webhook-id", ""), headers.get("webhook-timestamp", "")
     if not timestamp.isdecimal() or abs(time.time() - int(timestamp)) > TOLERANCE_SECONDS:
         return False
@@ -100,7 +100,7 @@ async def failed(webhook: Verified) -> dict[str, bool]:
 
 @app.put("/generations/{generation_id}", dependencies=[Depends(check_token)])
 async def expect(generation_id: str) -> dict[str, bool]:
-    """What an application does in the transaction after which it publishes the job."""
+    """Record a generation, as an application does in the transaction after which it publishes the job."""
     with database:
         database.execute("INSERT INTO generations VALUES (?, 'published', '') ON CONFLICT DO NOTHING", (generation_id,))
     return {"success": True}

@@ -40,6 +40,18 @@ class LowRank:
     def rank(self) -> int:
         return self.a.shape[0]
 
+    def split(self, names: Sequence[str]) -> dict[str, "LowRank"]:
+        """Split a fused layer by `names`: its parts share A, and each has an equal share of the rows of B."""
+        if self.b.shape[0] % len(names):
+            raise AdapterInvalid(f"a layer of {self.b.shape[0]} outputs cannot be {' and '.join(names)} in one")
+        return {name: LowRank(self.a, b) for name, b in zip(names, self.b.chunk(len(names)), strict=True)}
+
+    def fits(self, module: torch.nn.Module | None) -> bool:
+        """Return whether `module` is a Linear or Conv2d of the layer's shape."""
+        if not isinstance(module, torch.nn.Linear | torch.nn.Conv2d) or self.b.shape[0] != module.weight.shape[0]:
+            return False
+        return _input_shape(self.a) == _input_shape(module.weight)
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -101,7 +113,7 @@ def read_adapter(weights: Path, config: Path | None, naming: KeyNaming) -> Adapt
         alpha = alphas.get(stem, pair.rank)
         # The settings' patterns are about the names in the file.
         scale = scaling.of(stem.removeprefix(PEFT_PREFIX), rank=pair.rank) if scaling else alpha / pair.rank
-        layers |= _split_fused(naming.parts_of(name), _scaled(pair, scale * _scalar(tensors, names, stem), name))
+        layers |= _scaled(pair, scale * _scalar(tensors, names, stem), name).split(naming.parts_of(name))
     if not layers:
         raise AdapterInvalid("the adapter holds no weights: all of its layers are of rank 0")
     return Adapter(layers)
@@ -118,18 +130,14 @@ def _alphas_by_stem(tensors: Mapping[str, torch.Tensor], names: SortedNames, nam
     for bare, name in names.alphas.items():
         candidates = {bare, f"{bare}_lora", *(bare.removesuffix(infix) for infix in ALPHA_INFIXES)}
         owners = [stem for stem in candidates if stem in names.halves]
-        is_alone = not owners and _names_another_layer(bare, names, layers, naming)
+        is_alone = not owners and not (
+            any(bare.startswith(f"{stem}.") for stem in names.halves) or naming.layer_name(bare) in layers
+        )
         if tensors[name].numel() != 1 or (not is_alone and (len(owners) != 1 or owners[0] in alphas)):
             raise AdapterInvalid(f"{shown(name)} is not the one number of one layer")
         alpha = checked_alpha(float(tensors[name].item()))
         alphas |= dict.fromkeys(owners, alpha)
     return alphas
-
-
-def _names_another_layer(bare: str, names: SortedNames, layers: set[str], naming: KeyNaming) -> bool:
-    if any(bare.startswith(f"{stem}.") for stem in names.halves):
-        return False
-    return naming.layer_name(bare) not in layers
 
 
 def _scalar(tensors: Mapping[str, torch.Tensor], names: SortedNames, stem: str) -> float:
@@ -164,13 +172,6 @@ def _pair(layer: str, a: torch.Tensor, b: torch.Tensor) -> LowRank | None:
     return LowRank(a, b) if a.shape[0] else None
 
 
-def _split_fused(names: Sequence[str], layer: LowRank) -> dict[str, LowRank]:
-    """Split a fused layer by `names`: its parts share A, and each has an equal share of the rows of B."""
-    if layer.b.shape[0] % len(names):
-        raise AdapterInvalid(f"a layer of {layer.b.shape[0]} outputs cannot be {' and '.join(names)} in one")
-    return {name: LowRank(layer.a, b) for name, b in zip(names, layer.b.chunk(len(names)), strict=True)}
-
-
 def _scaled(pair: LowRank, scale: float, layer: str) -> LowRank:
     """Fold `scale` into b: as stored where that changes nothing, otherwise in 32 bits."""
     if scale != 1.0 or pair.a.dtype != pair.b.dtype or pair.a.dtype not in COMPUTED_DTYPES:
@@ -192,14 +193,8 @@ def check_fits(adapter: Adapter, modules: Mapping[str, torch.nn.Module]) -> None
     modules: the pipeline's models by name, {"unet": pipe.unet, "text_encoder": pipe.text_encoder}.
     """
     known = {f"{model}.{name}": module for model, root in modules.items() for name, module in root.named_modules()}
-    if misfits := [name for name, layer in adapter.layers.items() if not _fits(layer, known.get(name))]:
+    if misfits := [name for name, layer in adapter.layers.items() if not layer.fits(known.get(name))]:
         raise AdapterIncompatible(f"the adapter was made for another model; these layers do not fit: {listed(misfits)}")
-
-
-def _fits(layer: LowRank, module: torch.nn.Module | None) -> bool:
-    if not isinstance(module, torch.nn.Linear | torch.nn.Conv2d) or layer.b.shape[0] != module.weight.shape[0]:
-        return False
-    return _input_shape(layer.a) == _input_shape(module.weight)
 
 
 def _input_shape(weight: torch.Tensor) -> tuple[int, ...]:

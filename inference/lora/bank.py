@@ -105,7 +105,10 @@ class AdapterBank:
         """Lay the adapter out in pages, with a new slab for layers not seen before."""
         places = {name: self._places[name] for name in adapter.layers}
         groups = frozenset(group for group, _ in places.values())
-        slabs = self._lay_out(groups)
+        with self._laying_out:
+            # Allocated when they are written.
+            self._slabs += map(Slab, by_kind([group for group in self._groups if group in groups and group.start < 0]))
+            slabs = [slab for slab in self._slabs if not groups.isdisjoint(slab.groups)]
         num_pages = math.ceil(max(layer.rank for layer in adapter.layers.values()) / PAGE_RANK)
         size = num_pages * sum(slab.width for slab in slabs)
         staged = torch.zeros(size, dtype=self._dtype, pin_memory=self._copy_stream is not None)
@@ -186,13 +189,6 @@ class AdapterBank:
         # From pinned memory: any other copy would wait for the step that is running.
         host = torch.tensor(values, dtype=dtype, pin_memory=self._copy_stream is not None)
         return host.to(self._device, non_blocking=True)
-
-    def _lay_out(self, groups: frozenset[LayerGroup]) -> list[Slab]:
-        """Return the slabs of the groups, with new ones for groups without; allocated when they are written."""
-        with self._laying_out:
-            new = [group for group in self._groups if group in groups and group.start < 0]
-            self._slabs += map(Slab, by_kind(new))
-            return [slab for slab in self._slabs if not groups.isdisjoint(slab.groups)]
 
     def _pages_of(self, slab: Slab) -> torch.Tensor:
         """Return the slab's pages, allocated at the first call."""

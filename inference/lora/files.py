@@ -56,7 +56,13 @@ class WeightFile:
             if not LAYER_NAME.fullmatch(stem):
                 raise AdapterInvalid(f"the adapter file holds a layer with an odd name: {shown(stem)}")
         for name, entry in self.entries.items():
-            _check_entry(name, entry)
+            if not isinstance(entry, dict):
+                raise AdapterInvalid(f"the adapter file's header has no proper entry for {shown(name)}")
+            dtypes = ALPHA_DTYPES if name.endswith(".alpha") else WEIGHT_DTYPES
+            dtype = entry.get("dtype")
+            if not isinstance(dtype, str) or dtype not in dtypes:
+                known = ", ".join(sorted(dtypes))
+                raise AdapterInvalid(f"the adapter's {shown(name)} is of type {dtype!a:.20}, not one of {known}")
         try:
             return safetensors.torch.load(self.content)
         except safetensors.SafetensorError as error:
@@ -94,16 +100,6 @@ def _header_length(content: bytes, suffix: str) -> int:
     if not is_safetensors:
         raise AdapterInvalid("the adapter file does not begin with a safetensors header of an acceptable size")
     return length
-
-
-def _check_entry(name: str, entry: Any) -> None:
-    if not isinstance(entry, dict):
-        raise AdapterInvalid(f"the adapter file's header has no proper entry for {shown(name)}")
-    dtypes = ALPHA_DTYPES if name.endswith(".alpha") else WEIGHT_DTYPES
-    dtype = entry.get("dtype")
-    if not isinstance(dtype, str) or dtype not in dtypes:
-        known = ", ".join(sorted(dtypes))
-        raise AdapterInvalid(f"the adapter's {shown(name)} is of type {dtype!a:.20}, not one of {known}")
 
 
 def parse_object(text: bytes | str, what: str) -> dict[str, Any]:

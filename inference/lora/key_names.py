@@ -90,9 +90,13 @@ class KeyNaming:
         AdapterIncompatible for names of another family, AdapterInvalid where two stems name one layer.
         """
         names = {stem: self.layer_name(stem) for stem in stems}
-        if len(set(names.values())) < len(names):
+        present = set(names.values())
+        if len(present) < len(names):
             raise AdapterInvalid("the adapter holds two weights for the same place, by two names for one layer")
-        return self._without_copies(names)
+        parts = {name: present.intersection(self.parts_of(name)) - {name} for name in present}
+        if partly := [name for name, held in parts.items() if held and len(held) < len(self.parts_of(name))]:
+            raise AdapterInvalid(f"the adapter holds {listed(partly)} as one and in part also apart")
+        return {stem: name for stem, name in names.items() if not parts[name]}
 
     def layer_name(self, stem: str) -> str:
         """Return the pipeline's name of the layer; errors as for `layer_names`."""
@@ -113,7 +117,12 @@ class KeyNaming:
     def owner(self, name: str) -> Owned:
         """Return the model of a layer, and its dotted name within it."""
         if (underscored := UNDERSCORED.fullmatch(name)) is not None:
-            return self._owner_of_underscored(name, underscored)
+            model, layer = UNDERSCORED_MODELS.get(underscored["model"] or "", self.models[0]), underscored["layer"]
+            if model != self.models[0]:
+                return Owned(model, _dotted(layer, CLIP_WORDS))
+            if not self.roots.match(layer):
+                raise AdapterIncompatible(f"the adapter was made for another model, with layers such as {shown(name)}")
+            return Owned(model, _dotted(layer, self.words))
         model, bare = "", WRAPPERS.sub("", name) if WRAPPERS.match(name) else name
         while (found := _without_prefix(bare)) is not None:
             model, bare = model or found.model, found.rest
@@ -127,21 +136,6 @@ class KeyNaming:
             if layer.endswith(ending):
                 return tuple(layer.removesuffix(ending) + part for part in parts)
         return (layer,)
-
-    def _owner_of_underscored(self, stem: str, found: re.Match[str]) -> Owned:
-        model, layer = UNDERSCORED_MODELS.get(found["model"] or "", self.models[0]), found["layer"]
-        if model != self.models[0]:
-            return Owned(model, _dotted(layer, CLIP_WORDS))
-        if not self.roots.match(layer):
-            raise AdapterIncompatible(f"the adapter was made for another model, with layers such as {shown(stem)}")
-        return Owned(model, _dotted(layer, self.words))
-
-    def _without_copies(self, names: Mapping[str, str]) -> dict[str, str]:
-        present = set(names.values())
-        parts = {name: present.intersection(self.parts_of(name)) - {name} for name in present}
-        if partly := [name for name, held in parts.items() if held and len(held) < len(self.parts_of(name))]:
-            raise AdapterInvalid(f"the adapter holds {listed(partly)} as one and in part also apart")
-        return {stem: name for stem, name in names.items() if not parts[name]}
 
 
 def _without_prefix(name: str) -> Owned | None:
@@ -160,16 +154,6 @@ def _dotted(layer: str, words: re.Pattern[str]) -> str:
     return words.sub(lambda found: "." if found["dot"] else found[0], layer)
 
 
-def _clip_layer(model: str, layer: str) -> str:
-    """Return the pipeline's name of a layer in a CLIP encoder.
-
-    transformers 5 has no level "text_model" in a CLIPTextModel any more, but still has it in SDXL's second encoder, a
-    CLIPTextModelWithProjection. Files have it or not.
-    """
-    layer = OLD_ATTENTION.sub(r".\1_proj", layer.removeprefix("text_model."))
-    return f"text_model.{layer}" if model == "text_encoder_2" and layer.startswith("encoder.") else layer
-
-
 def _z_image_layer(_model: str, layer: str) -> str:
     for pattern, replacement in Z_IMAGE_RENAMES:
         layer = pattern.sub(replacement, layer)
@@ -178,7 +162,12 @@ def _z_image_layer(_model: str, layer: str) -> str:
 
 def _of_stable_diffusion(models: tuple[str, ...], layers_per_block: int) -> KeyNaming:
     def layer_of(model: str, layer: str) -> str:
-        return unet_layer(layer, layers_per_block) if model == "unet" else _clip_layer(model, layer)
+        if model == "unet":
+            return unet_layer(layer, layers_per_block)
+        # transformers 5 has no level "text_model" in a CLIPTextModel any more, but still has it in SDXL's second
+        # encoder, a CLIPTextModelWithProjection. Files have it or not.
+        layer = OLD_ATTENTION.sub(r".\1_proj", layer.removeprefix("text_model."))
+        return f"text_model.{layer}" if model == "text_encoder_2" and layer.startswith("encoder.") else layer
 
     return KeyNaming(models, UNET_ROOTS, UNET_WORDS, layer_of)
 

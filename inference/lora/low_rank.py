@@ -57,7 +57,10 @@ class LowRankProducts:
         """Add the adapters' products to the output of a Linear, in place."""
         counts = self._token_counts.get(group.names[member])
         if counts is not None:
-            return output.add_(self._concatenated_change(route, group, member, x, counts))
+            # `x` and `output` have the tokens of all rows, one row behind another.
+            rows = torch.nn.utils.rnn.pad_sequence(list(torch.split(x, list(counts))), batch_first=True)
+            change = torch.bmm(self._down(route, group, member, rows), route.gather_b(group, member))
+            return output.add_(torch.cat([row[:count] for row, count in zip(change, counts, strict=True)]))
         tokens = x if x.ndim == 3 else x[:, None]
         down = self._down(route, group, member, tokens)
         flat = output if output.ndim == 3 else output[:, None]
@@ -80,14 +83,6 @@ class LowRankProducts:
             ).reshape(route.num_rows, a.shape[1], -1)
         delta = torch.bmm(route.gather_b(group, member).mT, down)
         return output.add_(delta.view(output.shape))
-
-    def _concatenated_change(
-        self, route: Route, group: LayerGroup, member: int, x: torch.Tensor, counts: Sequence[int]
-    ) -> torch.Tensor:
-        """Return the products for an input with the rows' tokens concatenated, [tokens of all rows, out]."""
-        tokens = torch.nn.utils.rnn.pad_sequence(list(torch.split(x, list(counts))), batch_first=True)
-        change = torch.bmm(self._down(route, group, member, tokens), route.gather_b(group, member))
-        return torch.cat([row[:count] for row, count in zip(change, counts, strict=True)])
 
     def _down(self, route: Route, group: LayerGroup, member: int, x: torch.Tensor) -> torch.Tensor:
         """Return x Aᵀ of one member, [rows, tokens, pages a row · PAGE_RANK]; computed for all members at the first."""

@@ -59,7 +59,7 @@ class Slots:
     def load(self, key: Hashable, num_pages: int) -> Slot:
         """Allocate a slot for a new adapter, evicting idle ones as needed. `has_room` must be true."""
         while len(self._slots) >= self._num_slots or len(self._free) < num_pages:
-            self._evict_oldest()
+            self.unload(next(oldest for oldest, slot in self._slots.items() if not slot.num_users))
         slot = Slot(tuple(self._free.pop() for _ in range(num_pages)))
         self._slots[key] = slot
         return slot
@@ -77,7 +77,3 @@ class Slots:
         """Remove a user. The adapter stays resident until its pages are needed."""
         self._slots[key].num_users -= 1
         self._slots.move_to_end(key)
-
-    def _evict_oldest(self) -> None:
-        key = next(key for key, slot in self._slots.items() if not slot.num_users)
-        self.unload(key)

@@ -48,6 +48,8 @@ class Family(ABC):
     _is_inpainting = False
     # True where embeddings are chunks of one length, of which a lane's two rows must have equally many.
     is_chunked: ClassVar[bool] = False
+    # True where a lane with a mask starts from noise alone at full strength, as in diffusers' inpainting.
+    is_hidden_at_full_strength: ClassVar[bool] = True
     # The class in diffusers of its ControlNets.
     controlnet_class: ClassVar[str]
     # The checkpoint's name for logs and status.
@@ -67,6 +69,8 @@ class Family(ABC):
         self._pipeline = pipeline
         self._models = models
         self._naming = naming
+        # The dtype in which the VAE encodes a source.
+        self._encoding_dtype: torch.dtype = pipeline.vae.dtype
         self._attention = AttentionOrder(device)
         self.bank = AdapterBank(models, device=device, dtype=pipeline.dtype, memory=memory)
         # A pipeline is loaded without one unless SAFETY_CHECKER is on.
@@ -218,27 +222,17 @@ class Family(ABC):
         num_skipped = None if request.source is None else num_steps - self.num_steps_of(request)
         return StepPlan(request.scheduler, num_steps, self._shift(request), num_skipped)
 
-    def _begins_from_noise(self, source: Source) -> bool:
-        """Return whether a lane starts from noise alone: at full strength, as in diffusers' inpainting."""
-        return source.mask is not None and source.strength >= 1
-
     def _encoded(self, request: GenerationRequest, source: Source, *, in_tiles: bool) -> EncodedSource:
         return encode(
             self._pipeline.vae,
             source,
             size=(request.height, request.width),
-            is_hidden=self._begins_from_noise(source),
+            is_hidden=self.is_hidden_at_full_strength and source.mask is not None and source.strength >= 1,
             is_inpainting=self._is_inpainting,
             upload=self._uploaded,
             dtype=self._encoding_dtype,
             in_tiles=in_tiles,
         )
-
-    @property
-    def _encoding_dtype(self) -> torch.dtype:
-        """The dtype in which the VAE encodes a source."""
-        dtype: torch.dtype = self._pipeline.vae.dtype
-        return dtype
 
     def _upload(self, values: Any) -> torch.Tensor:
         return self._uploaded(torch.tensor(values, dtype=torch.float32))

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -72,9 +73,19 @@ class LongPromptEncoder:
 
         The encoders run on `device`, though they may be offloaded between their passes.
         """
-        self._device = device
         self._pairs = list(zip(tokenizers, text_encoders, strict=True))
         self._is_pooled = len(self._pairs) > 1
+        states = ReturnedEmbeddingsType
+        self._make_provider = partial(
+            EmbeddingsProvider,
+            truncate=False,
+            device=device,
+            split_long_text_mode=SplitLongTextMode.SENTENCES,
+            # As StableDiffusionPipeline and StableDiffusionXLPipeline take them in `encode_prompt`.
+            returned_embeddings_type=states.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
+            if self._is_pooled
+            else states.LAST_HIDDEN_STATES_NORMALIZED,
+        )
         for tokenizer in tokenizers:
             # transformers warns once for each tokenizer of a text that is too long, which here it is not.
             tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
@@ -92,28 +103,20 @@ class LongPromptEncoder:
         """
         fragments = parse_weights(text)
         # compel keeps the empty prompt's embedding in the provider: one kept would be another adapter's.
-        providers = [self._provider(tokenizer, encoder) for tokenizer, encoder in self._pairs]
+        providers = [self._make_provider(tokenizer, encoder) for tokenizer, encoder in self._pairs]
         for provider in providers:
             _check_passes(provider, fragments)
         embeddings = [_embed(provider, fragments) for provider in providers]
         length = max(map(len, embeddings))
-        filled = [_fill_up(provider, one, length) for provider, one in zip(providers, embeddings, strict=True)]
-        pooled = _pool(providers[-1], fragments) if self._is_pooled else None
-        return PromptEmbeddings(torch.cat(filled, dim=-1), pooled)
-
-    def _provider(self, tokenizer: Any, text_encoder: Any) -> Any:
-        states = ReturnedEmbeddingsType
-        return EmbeddingsProvider(
-            tokenizer,
-            text_encoder,
-            truncate=False,
-            device=self._device,
-            split_long_text_mode=SplitLongTextMode.SENTENCES,
-            # As StableDiffusionPipeline and StableDiffusionXLPipeline take them in `encode_prompt`.
-            returned_embeddings_type=states.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED
-            if self._is_pooled
-            else states.LAST_HIDDEN_STATES_NORMALIZED,
-        )
+        for index, provider in enumerate(providers):
+            if num_missing := (length - len(embeddings[index])) // provider.max_token_count:
+                embeddings[index] = torch.cat([embeddings[index], *[provider.empty_z[0]] * num_missing])
+        tokens = torch.cat(embeddings, dim=-1)
+        if not self._is_pooled:
+            return PromptEmbeddings(tokens, None)
+        # With spaces, so that its tokens are those of the fragments.
+        words = " ".join(fragment.text for fragment in fragments)
+        return PromptEmbeddings(tokens, providers[-1].get_pooled_embeddings([words])[0])
 
 
 class _Group(NamedTuple):
@@ -199,16 +202,6 @@ def _embed(provider: Any, fragments: Sequence[Fragment]) -> torch.Tensor:
         [list(texts)], [list(weights)], device=provider.device
     )
     return embeddings[0]  # type: ignore[no-any-return]
-
-
-def _fill_up(provider: Any, embeddings: torch.Tensor, length: int) -> torch.Tensor:
-    num_missing = (length - len(embeddings)) // provider.max_token_count
-    return torch.cat([embeddings, *[provider.empty_z[0]] * num_missing]) if num_missing else embeddings
-
-
-def _pool(provider: Any, fragments: Sequence[Fragment]) -> torch.Tensor:
-    # With spaces, so that the tokens are those that the fragments have.
-    return provider.get_pooled_embeddings([" ".join(fragment.text for fragment in fragments)])[0]  # type: ignore[no-any-return]
 
 
 def _token_ids(provider: Any, fragments: Sequence[Fragment]) -> list[list[int]]:

@@ -49,25 +49,19 @@ def precheck_model(settings: ModelSettings) -> ModelPrecheck:
     """Read the checkpoint's index. `EngineStartFailed` where MODEL_ID is not supported."""
     checkpoint = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)
     family = FAMILIES[checkpoint.pipeline_class]
-    unet = _unet_config(checkpoint) if issubclass(family, UNetFamily) else {}
+    path = checkpoint.path / "unet" / "config.json"
+    # Empty where the UNet's config is not on this machine.
+    is_here = issubclass(family, UNetFamily) and checkpoint.where is not Location.FILE and path.is_file()
+    unet = read_json(path) if is_here else {}
+    is_inpainting = "in_channels" in unet and unet["in_channels"] != unet.get("out_channels", 4)
     return ModelPrecheck(
         model=checkpoint.public_name,
-        kinds=("inpaint",) if _is_inpainting(unet) else KINDS,
+        kinds=("inpaint",) if is_inpainting else KINDS,
         controls=tuple(settings.controlnet_sources),
         schedulers=family.schedulers,
         naming=_naming_of(checkpoint, unet),
         max_rank=settings.adapter_max_rank,
     )
-
-
-def _unet_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """Read the UNet's config; empty where it is not on this machine."""
-    path = checkpoint.path / "unet" / "config.json"
-    return read_json(path) if checkpoint.where is not Location.FILE and path.is_file() else {}
-
-
-def _is_inpainting(unet: Mapping[str, Any]) -> bool:
-    return "in_channels" in unet and unet["in_channels"] != unet.get("out_channels", 4)
 
 
 def _naming_of(checkpoint: Checkpoint, unet: Mapping[str, Any]) -> KeyNaming:

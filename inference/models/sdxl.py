@@ -31,6 +31,9 @@ class StableDiffusionXL(UNetFamily):
             "text_encoder_2": pipeline.text_encoder_2,
         }
         super().__init__(pipeline, models, sdxl(pipeline.unet.config), device=device, memory=memory)
+        if pipeline.vae.config.force_upcast:
+            # Though it decodes in bfloat16 then: as its pipelines do.
+            self._encoding_dtype = torch.float32
         self._prompts = LongPromptEncoder(
             [pipeline.tokenizer, pipeline.tokenizer_2], [pipeline.text_encoder, pipeline.text_encoder_2], device
         )
@@ -60,11 +63,6 @@ class StableDiffusionXL(UNetFamily):
         sizes = [[one.height, one.width, 0, 0, one.height, one.width] for one in requests]
         pooled = torch.stack([embedding.pooled for embedding in embeddings if embedding.pooled is not None])
         return {"text_embeds": pooled, "time_ids": self._upload(sizes).to(pooled.dtype)}
-
-    @property
-    def _encoding_dtype(self) -> torch.dtype:
-        """32 bits where the checkpoint sets force_upcast, though it decodes in bfloat16 then: as its pipelines do."""
-        return torch.float32 if self._pipeline.vae.config.force_upcast else super()._encoding_dtype
 
     def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
         if self._latents_mean is None or self._latents_std is None:

@@ -35,9 +35,15 @@ class UNetFamily(Family):
     _prompts: LongPromptEncoder
 
     def __init__(self, pipeline: Any, *args: Any, device: torch.device, memory: AdapterMemory) -> None:
-        _check_is_plain(pipeline.unet)
+        """Raise EngineStartFailed for guidance-distilled UNets, and those for editing or upscaling."""
+        config = pipeline.unet.config
+        if config.time_cond_proj_dim is not None:
+            raise EngineStartFailed("MODEL_ID has a guidance-distilled UNet, which this version cannot run")
+        if config.in_channels not in (config.out_channels, 2 * config.out_channels + 1):
+            kind = f"a UNet for editing or upscaling ({config.in_channels} input channels)"
+            raise EngineStartFailed(f"MODEL_ID has {kind}; this version runs ordinary and inpainting ones")
         super().__init__(pipeline, *args, device=device, memory=memory)
-        self._is_inpainting = pipeline.unet.config.in_channels != pipeline.unet.config.out_channels
+        self._is_inpainting = config.in_channels != config.out_channels
         if self._is_inpainting:
             self.kinds = ("inpaint",)
         self._memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
@@ -104,7 +110,15 @@ class UNetFamily(Family):
         latent_channels = self._pipeline.vae.config.latent_channels
         if config.in_channels != latent_channels:
             return f"its in_channels is {config.in_channels}, the VAE's latents have {latent_channels}"
-        return _difference(self._pipeline.unet.config, config)
+        for name in SHARED_WITH_CONTROLNETS:
+            # Tuples come back from JSON as lists.
+            wanted, found = (
+                tuple(value) if isinstance(value, list) else value
+                for value in (getattr(self._pipeline.unet.config, name), getattr(config, name))
+            )
+            if wanted != found:
+                return f"its {name} is {found}, the UNet's is {wanted}"
+        return None
 
     def _denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
         """Run the forward. Rows: negative prompts of the guided lanes, their prompts, then prompts of the others."""
@@ -139,20 +153,6 @@ class UNetFamily(Family):
         return [by_lane[id(lane)] for lane in lanes]
 
 
-def _difference(ours: Any, theirs: Any) -> str | None:
-    """Return the first entry of a ControlNet's config that must equal its UNet's and does not; None if all do."""
-    for name in SHARED_WITH_CONTROLNETS:
-        wanted, found = (_plain(getattr(config, name)) for config in (ours, theirs))
-        if wanted != found:
-            return f"its {name} is {found}, the UNet's is {wanted}"
-    return None
-
-
-def _plain(value: Any) -> Any:
-    # Tuples come back from JSON as lists.
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _stacked(tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Stack embeddings to [rows, tokens, width], padded with zeros, and their mask [rows, tokens] on the host.
 
@@ -166,13 +166,3 @@ def _stacked(tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor
     for row, length in enumerate(lengths):
         mask[row, :length] = True
     return torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True), mask
-
-
-def _check_is_plain(unet: Any) -> None:
-    """Raise EngineStartFailed for guidance-distilled UNets, and those for editing or upscaling."""
-    config = unet.config
-    if config.time_cond_proj_dim is not None:
-        raise EngineStartFailed("MODEL_ID has a guidance-distilled UNet, which this version cannot run")
-    if config.in_channels not in (config.out_channels, 2 * config.out_channels + 1):
-        kind = f"a UNet for editing or upscaling ({config.in_channels} input channels)"
-        raise EngineStartFailed(f"MODEL_ID has {kind}; this version runs ordinary and inpainting ones")

@@ -23,7 +23,7 @@ from inference.models.z_image_attention import (
     attend_to_own_tokens,
     attend_to_own_tokens_in_controlnet,
 )
-from inference.request import GenerationRequest, Source
+from inference.request import GenerationRequest
 from inference.sampling.samplers import TRAIN_TIMESTEPS
 from inference.sampling.schedulers import FLOW
 
@@ -45,6 +45,7 @@ class ZImage(Family):
     controlnet_class = "ZImageControlNetModel"
     default_steps = 8
     default_guidance = 0.0
+    is_hidden_at_full_strength = False
 
     def __init__(self, pipeline: Any, *, device: torch.device, memory: AdapterMemory = UNLIMITED) -> None:
         super().__init__(pipeline, {"transformer": pipeline.transformer}, Z_IMAGE, device=device, memory=memory)
@@ -140,7 +141,10 @@ class ZImage(Family):
         """Return the transformer's prediction for each row, after the first `num_positive` by the negative prompt."""
         transformer = self._pipeline.transformer
         captions = [embedding_of(lane, is_negative=i >= num_positive).tokens for i, lane in enumerate(rows)]
-        tokens = [self._row_tokens(*one) for one in zip(rows, captions, strict=True)]
+        tokens = [
+            RowTokens(_padded(self._num_patches(lane.owner.request)), _padded(len(caption)))
+            for lane, caption in zip(rows, captions, strict=True)
+        ]
         read = {id(lane): sampler_of(lane).model_input().to(transformer.dtype)[:, None] for lane in rows[:num_positive]}
         inputs = Inputs(
             [read[id(lane)] for lane in rows],
@@ -165,9 +169,6 @@ class ZImage(Family):
     def _num_patches(self, request: GenerationRequest) -> int:
         return (request.height // self.size_multiple) * (request.width // self.size_multiple)
 
-    def _row_tokens(self, lane: Lane, caption: torch.Tensor) -> RowTokens:
-        return RowTokens(_padded(self._num_patches(lane.owner.request)), _padded(len(caption)))
-
     def _latent_shape(self, request: GenerationRequest) -> tuple[int, int, int]:
         multiple = self.size_multiple
         channels = self._pipeline.transformer.config.in_channels
@@ -191,9 +192,6 @@ class ZImage(Family):
 
     def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
         return super()._scaled(latents - float(self._pipeline.vae.config.shift_factor))
-
-    def _begins_from_noise(self, source: Source) -> bool:
-        return False
 
 
 def _token_counts(rows: Sequence[RowTokens]) -> dict[str, list[int]]:

@@ -168,20 +168,16 @@ class Samplers:
         named = self._named(plan)
         trajectory = self._trajectory(named)
         blend = SourceBlend(trajectory, noise, source)
-        return str(named.scheduler), self._sampler(named, trajectory, blend, generator)
+        weights = self._weights(named, blend.start.device)
+        if weights is not None:
+            return str(named.scheduler), TrajectorySampler(replace(trajectory, weights=weights), blend, generator)
+        scheduler = self._scheduler(named)
+        times = named.set_up(scheduler)
+        return str(named.scheduler), SchedulerSampler(scheduler, times, trajectory.draws, blend, generator)
 
     def _named(self, plan: StepPlan) -> StepPlan:
         self._table.check(plan.scheduler)
         return plan.named(plan.scheduler or self._table.default)
-
-    def _sampler(
-        self, plan: StepPlan, trajectory: LinearTrajectory, blend: SourceBlend, generator: torch.Generator
-    ) -> Sampler:
-        weights = self._weights(plan, blend.start.device)
-        if weights is not None:
-            return TrajectorySampler(replace(trajectory, weights=weights), blend, generator)
-        scheduler = self._scheduler(plan)
-        return SchedulerSampler(scheduler, plan.set_up(scheduler), trajectory.draws, blend, generator)
 
     def _upload_weights(self, plan: StepPlan, device: torch.device) -> torch.Tensor | None:
         weights = self._trajectory(plan).weights

@@ -50,6 +50,16 @@ class NoiseLevel(NamedTuple):
     signal: float
     noise: float
 
+    @classmethod
+    def of(cls, scheduler: Any, times: torch.Tensor) -> "NoiseLevel":
+        """Return the scheduler's noise level of a source before its present step, which is at `times` [1]."""
+        image, noise = torch.eye(2)[:, None, :, None, None]  # [batch 1, component, 1, 1]
+        if hasattr(scheduler, "scale_noise"):
+            noised = scheduler.scale_noise(image, times, noise)
+        else:
+            noised = scheduler.add_noise(image, noise, times)
+        return cls(*noised.flatten().tolist())
+
     def applied(self, image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Return the image at this level."""
         return torch.add(image * self.signal, noise, alpha=self.noise)
@@ -86,7 +96,7 @@ def derive_trajectory(plan: StepPlan, scheduler: Any) -> LinearTrajectory:
     weights: list[torch.Tensor] = []
     for index, (time, (sample, prediction, noise)) in enumerate(zip(times, units, strict=True)):
         if is_noised:
-            levels.append(_noise_level(scheduler, times[index : index + 1]))
+            levels.append(NoiseLevel.of(scheduler, times[index : index + 1]))
         scales.append(float(scale_model_input(scheduler, torch.ones(1, 1, 1, 1), time)))
         stepped, is_drawn = _step_with(noise, scheduler, prediction, time, sample)
         draws.append(is_drawn)
@@ -138,13 +148,3 @@ def scale_model_input(scheduler: Any, sample: torch.Tensor, time: Any) -> torch.
     scale = getattr(scheduler, "scale_model_input", None)
     scaled: torch.Tensor = sample if scale is None else scale(sample, time)
     return scaled
-
-
-def _noise_level(scheduler: Any, times: torch.Tensor) -> NoiseLevel:
-    """Return the scheduler's noise level of a source before its present step, which is at `times` [1]."""
-    image, noise = torch.eye(2)[:, None, :, None, None]  # [batch 1, component, 1, 1]
-    if hasattr(scheduler, "scale_noise"):
-        noised = scheduler.scale_noise(image, times, noise)
-    else:
-        noised = scheduler.add_noise(image, noise, times)
-    return NoiseLevel(*noised.flatten().tolist())

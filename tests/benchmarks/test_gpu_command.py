@@ -88,8 +88,8 @@ def test_the_command_brings_every_stage_to_its_end_on_a_cpu(rehearsal: Rehearsal
     assert {stage["number"]: stage["state"] for stage in summary["stages"]} == dict.fromkeys(NUMBERS, "done")
     names = Counter((one["stage"], one["name"]) for one in records)
     assert max(names.values()) == 1
-    told = {(stage["number"], name) for stage in summary["stages"] for name in stage["figures"]}
-    assert told == {key for key in names if key[1] not in ("start", "end")}
+    report = {(stage["number"], name) for stage in summary["stages"] for name in stage["figures"]}
+    assert report == {key for key in names if key[1] not in ("start", "end")}
     assert {summary["device"], last_line["device"]} == {"CPU"}
 
 
@@ -165,8 +165,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """How the stages of `tests.benchmarks.bad_stages` ended, and the summary of them."""
     out = tmp_path_factory.mktemp("bad")
     output, _ = start(out, module="tests.benchmarks.bad_stages").communicate(timeout=HANG_SECONDS)
-    told: dict[str, Any] = json.loads(output.splitlines()[-1])
-    return told | {"records": read_records(out), "output": output}
+    report: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return report | {"records": read_records(out), "output": output}
 
 
 def test_a_stage_that_raises_fails_with_its_reason_and_keeps_its_figures(ended: dict[str, Any]) -> None:

@@ -22,8 +22,8 @@ from rich.table import Table
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
+from tests.campaigns.figures import Check, Figures, checks
 from tests.campaigns.journal import Began, Journal
-from tests.campaigns.judging import Check, Figures, checks
 from tests.campaigns.plans import CAMPAIGNS, Campaign
 from tests.campaigns.running import run
 

@@ -68,12 +68,12 @@ class FlakyBackend(Backend):
         return len(self._ended)
 
     def heal(self) -> None:
-        """No mishaps from now on."""
+        """Stop all mishaps from now on."""
         with self._lock:
             self._mishaps.clear()
 
     def take(self, method: str, path: str, headers: dict[str, str], content: bytes) -> int:
-        """As the base class, but for the mishaps. Raises `ConnectionError` to cut the call off."""
+        """Take a call as the base class does, but for the mishaps. Raises `ConnectionError` to cut the call off."""
         kind = WEBHOOKS.get((method, path), f"{method} {path}")
         mishap = POISON if self._is_poisoned(kind, content) else self._draw()
         if mishap in (ERROR, RESET, HANG, POISON):
@@ -110,13 +110,13 @@ class FlakyBackend(Backend):
         raise ConnectionError("the call is cut off")
 
     def _is_repeat(self, webhook_id: str) -> bool:
-        """Whether it was taken before; from now on it was."""
+        """Count the event as taken; return whether it was before."""
         with self._lock:
             self._taken[webhook_id] += 1
             return self._taken[webhook_id] > 1 and webhook_id.rpartition(":")[2] in ("complete", "failed")
 
     def _look(self, webhook_id: str) -> Mark:
-        """What the ledger says now; a store that is being broken on purpose must not hold up the answer."""
+        """Read the ledger's mark; a store that is being broken on purpose must not delay the answer."""
         looking = self._looks.submit(self._read_record, webhook_id.partition(":")[0])
         try:
             record, seconds_ago = looking.result(LOOK_SECONDS)

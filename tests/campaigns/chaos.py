@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from examples.parts.processes import ServerError
 from tests.campaigns.journal import Acted, Journal
-from tests.campaigns.keeping import Keeper
+from tests.campaigns.worker_pool import WorkerPool
 from tests.faults.proxy import Proxy
 from tests.support.world import World
 
@@ -26,7 +26,7 @@ class Scene:
     """What there is to break, and how often each thing was; a proxy goes by the name of the part behind it."""
 
     world: World
-    keeper: Keeper
+    pool: WorkerPool
     proxies: Mapping[str, Proxy]
     num_done: Counter[str]
 
@@ -48,16 +48,16 @@ class Rhythm:
 
 
 def kill_something(scene: Scene, rng: random.Random) -> str | None:
-    """SIGKILL: a supervisor or an engine, evenly."""
+    """Send SIGKILL to a supervisor or an engine, evenly."""
     if rng.random() < 0.5:
-        done = scene.keeper.kill_a_worker(rng)
+        done = scene.pool.kill_a_worker(rng)
         return done and f"supervisor of {done}"
-    done = scene.keeper.kill_an_engine(rng)
+    done = scene.pool.kill_an_engine(rng)
     return done and f"engine of {done}"
 
 
 def stop_a_worker(scene: Scene, rng: random.Random) -> str | None:
-    return scene.keeper.stop_a_worker(rng)
+    return scene.pool.stop_a_worker(rng)
 
 
 def close_connections(scene: Scene, _rng: random.Random) -> str:
@@ -66,14 +66,14 @@ def close_connections(scene: Scene, _rng: random.Random) -> str:
 
 
 def reset_connections(scene: Scene, rng: random.Random) -> str:
-    """RST to all that the workers have open to one of the parts, most often the broker."""
+    """Send RST to all connections of the workers to one of the parts, most often the broker."""
     name = rng.choice(("broker", "broker", "store", "backend"))
     scene.proxies[name].reset()
     return name
 
 
 def restart_broker(scene: Scene, _rng: random.Random) -> str:
-    """In order and by SIGKILL, in turn."""
+    """Restart the broker in order and by SIGKILL, in turn."""
     is_orderly = scene.num_done["broker restart"] % 2 == 0
     rabbitmq = scene.world.rabbitmq
     if is_orderly:
@@ -85,7 +85,7 @@ def restart_broker(scene: Scene, _rng: random.Random) -> str:
 
 
 def pause_store(scene: Scene, rng: random.Random) -> str:
-    """SIGSTOP for some seconds: it accepts connections and says nothing."""
+    """Send SIGSTOP for some seconds: the store accepts connections and answers nothing."""
     seconds = rng.uniform(0.5, 5.0)
     os.killpg(scene.world.store.pid, signal.SIGSTOP)
     try:
@@ -102,7 +102,7 @@ def restart_store(scene: Scene, _rng: random.Random) -> str:
 
 
 def backend_outage(seconds: float) -> Act:
-    """The backend refuses connections for a while."""
+    """Make the backend refuse connections for a while."""
 
     def act(scene: Scene, _rng: random.Random) -> str:
         scene.world.backend.stop()
@@ -149,7 +149,7 @@ class Chaos:
         return all(self._num_left(rhythm) == 0 for rhythm in self._rhythms if rhythm.times is not None)
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """How often everything has struck, for the eye."""
         return ", ".join(f"{name} {count}" for name, count in sorted(self._scene.num_done.items()))
 

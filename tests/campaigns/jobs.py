@@ -29,7 +29,7 @@ class PlannedJob:
     must_fail: bool
 
     def message(self, bucket: str) -> bytes:
-        """As the backend would publish it."""
+        """Build the message as the backend would publish it."""
         fields: dict[str, Any] = {
             "generation_id": self.generation_id,
             "prompt": self.prompt,
@@ -44,13 +44,13 @@ class PlannedJob:
 
 
 def plan_jobs(num_jobs: int, *, seed: int, steps: tuple[int, int]) -> list[PlannedJob]:
-    """Jobs 1 to `num_jobs`: most with an adapter, some signed, some of two pictures, some that cannot be done."""
+    """Plan jobs 1 to `num_jobs`: most with an adapter, some signed, some of two images, some that cannot be done."""
     rng = random.Random(seed)
     return [_plan(number, rng, steps) for number in range(1, num_jobs + 1)]
 
 
 def poisoned_of(jobs: Iterable[PlannedJob]) -> frozenset[int]:
-    """The generations whose ends the backend of some campaigns never takes: one of each kind of end."""
+    """Choose the generations whose ends the backend of some campaigns never takes: one of each kind of end."""
     jobs = list(jobs)
     fails, completes = [job for job in jobs if job.must_fail], [job for job in jobs if not job.must_fail]
     return frozenset(job.generation_id for job in (*fails[:1], *completes[:1]))

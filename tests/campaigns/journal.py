@@ -1,4 +1,4 @@
-"""The journal of a campaign: all that the judge needs and that a resumed campaign must know, a line of JSON each."""
+"""The journal of a campaign: all that its checks and a resumed campaign need, a line of JSON each."""
 
 import dataclasses
 import json
@@ -72,19 +72,19 @@ class Acted:
 
 @dataclass(frozen=True)
 class Ended:
-    """A worker's process ended; `asked` says who asked it to ("kill", "sigterm" or nobody) and how long ago."""
+    """A worker's process ended; `stopped_by` names what ended it ("kill", "sigterm" or nothing) and how long ago."""
 
     at: float
     life: int
     exit_code: int
-    asked: str
+    stopped_by: str
     seconds: float
     was_ready: bool
 
 
 @dataclass(frozen=True)
 class Counted:
-    """What a worker has counted since it began: the engine's work, and the seconds it lay idle for want of jobs."""
+    """What a worker has counted since it began: the engine's work, and the seconds it was idle without jobs."""
 
     at: float
     life: int
@@ -125,12 +125,12 @@ class Journal:
 
 
 def only(entries: Iterable[Entry], kind: type[E]) -> list[E]:
-    """The entries of one kind, in order."""
+    """List the entries of one kind, in order."""
     return [entry for entry in entries if isinstance(entry, kind)]
 
 
 def _read(path: Path) -> list[Entry]:
-    """The entries of an earlier run; a last line cut off by its end is taken away."""
+    """Read the entries of an earlier run; a last line cut off by its end is removed."""
     if not path.exists():
         return []
     text = path.read_text()

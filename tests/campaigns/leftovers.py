@@ -9,14 +9,16 @@ from typing import Any
 import pika
 from PIL import Image, UnidentifiedImageError
 
-from tests.campaigns.judging import StoredObject
+from tests.campaigns.figures import StoredObject
 from tests.support.world import HANG_SECONDS, World
 
 SETTLE_SECONDS = 90.0  # an event whose copy waits in the outbox has its turn within 36
 
 
 def wait_until_settled(world: World, *, num_parked: int) -> dict[str, int]:
-    """What is left in the queues once it is nothing but dead letters and those parked, or the time has run out."""
+    """Wait until the queues hold nothing but dead letters and parked events, or the time has run out; return their
+    depths.
+    """
     deadline = time.monotonic() + SETTLE_SECONDS
     num_clean = 0
     while True:
@@ -30,7 +32,7 @@ def wait_until_settled(world: World, *, num_parked: int) -> dict[str, int]:
 
 
 def take_parked(world: World, *, num_parked: int) -> list[int]:
-    """The generations of the events in the outbox, which is empty then; 0 for what cannot be read.
+    """Take the generations of the events in the outbox, which is empty then; 0 for what cannot be read.
 
     Those that killed workers held come back in a moment: `num_parked` are waited for.
     """

@@ -7,7 +7,7 @@ from typing import Any
 from tests.campaigns import chaos
 from tests.campaigns.backend import ERROR, HANG, LOSE, RESET
 from tests.campaigns.chaos import Rhythm
-from tests.campaigns.judging import Limits
+from tests.campaigns.figures import Limits
 
 GRACE_SECONDS = 20
 # Where the backend fails, a worker goes on with its tries for ten seconds after it has read the job's record.
@@ -24,12 +24,12 @@ OUTAGE_SECONDS = 120.0
 class Campaign:
     """Jobs, workers, chaos and limits. `num_actions` is how often the campaign's own fault strikes in all.
 
-    `depth` jobs are kept in the queue and at work beyond what the chaos is due; `steps` are those of one picture, from
+    `depth` jobs are kept in the queue and at work beyond what the chaos is due; `steps` are those of one image, from
     and to; `patience_seconds` is how long nothing may end before the rest counts as lost. Without `has_real_engine` the
-    engines are stand-ins, which start in a second and draw noise. `mishaps` are shares of the backend's calls,
-    `store_error_share` of the store's, which needs `has_proxies`;
-    With `has_poison` the backend never takes one end of each kind, which must wait for it without holding up others.
-    `constants` of the worker are changed beside stand-ins, see `tests/faults/site`.
+    engine is `tests.faults.stand_in`, which starts in a second and draws noise. `mishaps` are shares of the backend's
+    calls, `store_error_share` of the store's, which needs `has_proxies`.
+    With `has_poison` the backend never takes one end of each kind, which must wait for it without delaying others.
+    `constants` of the worker are changed with that engine alone, see `tests/faults/site`.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Campaign:
 def kill(
     num_jobs: int = 1000, num_actions: int = 200, num_workers: int = 2, *, has_real_engine: bool = True
 ) -> Campaign:
-    """`kill -9` of supervisors and engines."""
+    """Plan `kill -9` of supervisors and engines."""
     return Campaign(
         name="kill",
         num_jobs=num_jobs,
@@ -71,7 +71,7 @@ def kill(
 def network(
     num_jobs: int = 500, num_actions: int = 3, num_workers: int = 2, *, has_real_engine: bool = True
 ) -> Campaign:
-    """Connections that break, a broker and a store that stop, and a backend that fails three calls in ten."""
+    """Plan connections that break, a broker and a store that stop, and a backend that fails three calls in ten."""
     return Campaign(
         name="network",
         num_jobs=num_jobs,
@@ -98,7 +98,7 @@ def network(
 def sigterm(
     num_jobs: int = 500, num_actions: int = 100, num_workers: int = 2, *, has_real_engine: bool = True
 ) -> Campaign:
-    """Workers are stopped in order while jobs flow."""
+    """Plan workers that are stopped in order while jobs flow."""
     return Campaign(
         name="sigterm",
         num_jobs=num_jobs,
@@ -113,7 +113,7 @@ def sigterm(
 
 
 def outage(num_jobs: int = 50, num_actions: int = 1, num_workers: int = 1, *, has_real_engine: bool = True) -> Campaign:
-    """The backend is down for two minutes while all jobs are drawn."""
+    """Plan a backend that is down for two minutes while all jobs are drawn."""
     return Campaign(
         name="outage",
         num_jobs=num_jobs,
@@ -131,7 +131,7 @@ def outage(num_jobs: int = 50, num_actions: int = 1, num_workers: int = 1, *, ha
 def storm(
     num_jobs: int = 1000, num_actions: int = 100, num_workers: int = 2, *, has_real_engine: bool = True
 ) -> Campaign:
-    """All at once: kills, closed connections, and a store and a backend that answer some calls with errors."""
+    """Plan all at once: kills, closed connections, and a store and a backend that answer some calls with errors."""
     return Campaign(
         name="storm",
         num_jobs=num_jobs,

@@ -1,4 +1,4 @@
-"""Running a campaign: publish, break, keep, and hand what happened to the judge."""
+"""Running a campaign: publish, break, restart workers, and compute the figures."""
 
 import json
 import math
@@ -22,12 +22,12 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.campaigns.backend import FlakyBackend
 from tests.campaigns.chaos import Chaos, Scene
+from tests.campaigns.figures import Figures, compute_figures
 from tests.campaigns.jobs import ADAPTERS, PlannedJob, plan_jobs, poisoned_of
 from tests.campaigns.journal import Acted, Began, Journal, Published
-from tests.campaigns.judging import Figures, judge
-from tests.campaigns.keeping import Keeper
 from tests.campaigns.leftovers import stored, take_parked, wait_until_settled
 from tests.campaigns.plans import Campaign
+from tests.campaigns.worker_pool import WorkerPool
 from tests.faults.proxy import Proxy
 from tests.faults.station import ANY_REQUEST, answers, sometimes, stand_in_env
 from tests.support.world import World, eventually
@@ -45,7 +45,7 @@ class Field:
     journal: Journal
     backend: FlakyBackend
     world: World
-    keeper: Keeper
+    pool: WorkerPool
     chaos: Chaos
 
 
@@ -66,10 +66,10 @@ def run(
             raise field.chaos.failure
         field.backend.heal()
         left = wait_until_settled(field.world, num_parked=len(poisoned))
-        field.keeper.close()
+        field.pool.close()
         parked = take_parked(field.world, num_parked=len(poisoned))
         left[".outbox"] = sum(generation_id not in poisoned for generation_id in parked)
-        return judge(
+        return compute_figures(
             field.journal.entries(),
             stored(field.world),
             left,
@@ -116,22 +116,22 @@ def _field(campaign: Campaign, rabbitmq: RabbitMQ, store: SeaweedFS, folder: Pat
             env |= stand_in_env(folder / "stand-in.log", step | campaign.constants)
             env |= {"MAX_CONCURRENT_GENERATIONS": "3"}  # so that jobs wait
         env |= campaign.env
-        keeper = Keeper(world, journal, num_workers=campaign.num_workers, env=env)
-        keeper.start()
-        stack.callback(keeper.close)
+        pool = WorkerPool(world, journal, num_workers=campaign.num_workers, env=env)
+        pool.start()
+        stack.callback(pool.close)
         num_done = Counter(acted.action for acted in journal.all(Acted))
         chaos = Chaos(
             campaign.rhythms,
-            Scene(world, keeper, proxies, num_done),
+            Scene(world, pool, proxies, num_done),
             journal,
             seed=seed,
             share_ended=lambda: backend.num_ended / campaign.num_jobs,
         )
-        yield Field(campaign, began, journal, backend, world, keeper, chaos)
+        yield Field(campaign, began, journal, backend, world, pool, chaos)
 
 
 def _begin(campaign: Campaign, journal: Journal, store: SeaweedFS, seed: int) -> Began:
-    """What the first run began with; this one's beginning is noted, too."""
+    """Return how the first run began; this run's beginning is recorded, too."""
     known = journal.all(Began)
     began = known[0] if known else _beginning(campaign, seed)
     if not known:
@@ -164,7 +164,7 @@ def _proxies(world: World) -> dict[str, Proxy]:
 
 
 def _env_through(proxies: Mapping[str, Proxy]) -> dict[str, str]:
-    """What leads a worker through the proxies, where there are any."""
+    """Return the variables that lead a worker through the proxies, where there are any."""
     if not proxies:
         return {}
     return {
@@ -178,7 +178,7 @@ def _record_reader(store: SeaweedFS, bucket: str) -> Any:
     client = store.client()
 
     def read(task_id: str) -> tuple[dict[str, Any], float]:
-        """A task's record in the ledger and its age in seconds."""
+        """Read a task's record in the ledger and its age in seconds."""
         answer = client.get_object(Bucket=bucket, Key=f"jobs/{task_id}.json")
         age = (datetime.now(UTC) - answer["LastModified"]).total_seconds()
         return json.loads(answer["Body"].read()), age
@@ -187,7 +187,7 @@ def _record_reader(store: SeaweedFS, bucket: str) -> Any:
 
 
 def _wait_for_a_worker(field: Field) -> None:
-    eventually(lambda: field.keeper.num_ready > 0, field.world.workers[0].log_tail)
+    eventually(lambda: field.pool.num_ready > 0, field.world.workers[0].log_tail)
 
 
 def _work_through(field: Field, jobs: list[PlannedJob], console: Console, *, num_to_end: int) -> None:
@@ -202,7 +202,7 @@ def _work_through(field: Field, jobs: list[PlannedJob], console: Console, *, num
             batch = waiting[: max(0, _num_allowed(field) - num_published)]
             if batch and _publish(field, batch):
                 waiting = waiting[len(batch) :]
-            done = f"{num_published} published, {field.chaos.told}"
+            done = f"{num_published} published, {field.chaos.summary}"
             progress.update(bar, completed=field.backend.num_ended, done=done)
             if field.chaos.failure is not None or watch.is_over((field.backend.num_ended, done)):
                 return
@@ -225,7 +225,7 @@ class _Watch:
 
 
 def _num_allowed(field: Field) -> int:
-    """Jobs that may have been published by now: no more than the chaos is due, so that both end together."""
+    """Count the jobs that may have been published by now: no more than the chaos is due, so that both end together."""
     num_jobs, depth = field.campaign.num_jobs, field.campaign.depth
     due = math.ceil(num_jobs * field.chaos.share_done) + depth
     return min(num_jobs, due, field.backend.num_ended + depth)

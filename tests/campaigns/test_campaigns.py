@@ -15,14 +15,14 @@ from examples.parts.seaweedfs import SeaweedFS
 from tests.campaigns import chaos, plans
 from tests.campaigns.backend import ERROR, LOSE, RESET
 from tests.campaigns.chaos import Rhythm
-from tests.campaigns.judging import Limits, checks
+from tests.campaigns.figures import Limits, checks
 from tests.campaigns.plans import Campaign
 from tests.campaigns.running import run
 from tests.faults.station import QUICK_RETRIES, long
 
 
 def short(campaign: Campaign, *rhythms: Rhythm, **fields: Any) -> Campaign:
-    """The campaign with quick chaos and short jobs."""
+    """Shorten the campaign: quick chaos and short jobs."""
     return dataclasses.replace(
         campaign,
         rhythms=rhythms,

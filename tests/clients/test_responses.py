@@ -36,17 +36,17 @@ def send(server: Server, *, deadline_seconds: float = 60.0) -> WebhookAttempt:
 
 @pytest.mark.parametrize("interim", INTERIM)
 @pytest.mark.parametrize(
-    ("status", "verdict"), [(200, WebhookResult.DELIVERED), (503, WebhookResult.RETRY), (422, WebhookResult.REJECTED)]
+    ("status", "result"), [(200, WebhookResult.DELIVERED), (503, WebhookResult.RETRY), (422, WebhookResult.REJECTED)]
 )
 def test_the_final_answer_has_the_verdict_whatever_comes_before_it(
-    interim: bytes, status: int, verdict: WebhookResult
+    interim: bytes, status: int, result: WebhookResult
 ) -> None:
     with AnsweringServer([interim + answer(status), answer(200)]) as server:
         client = client_of(server)
         attempt = client.send(DONE)
         after = client.send(NEXT)
 
-    assert (attempt.result, attempt.status) == (verdict, status)
+    assert (attempt.result, attempt.status) == (result, status)
     assert (after.result, after.status) == (WebhookResult.DELIVERED, 200)
     # The interim answer does not pass for the next one's, and costs no connection.
     assert (len(server.requests), server.num_connections) == (2, 1)

@@ -265,13 +265,13 @@ def test_people_read_text_on_standard_error_and_programs_json_on_standard_output
             timeout=120,
             check=True,
         )
-    told = {
+    printed = {
         name: terminal.text() if terminal else (tmp_path / name).read_text() for name, terminal in terminals.items()
     }
 
-    assert [json.loads(line)["event"] for line in told["out"].splitlines()] == (["job out"] if has_json else [])
-    assert bool(re.fullmatch(TEXT_LINE, told["err"].strip())) == has_text
-    assert has_text or told["err"] == ""
+    assert [json.loads(line)["event"] for line in printed["out"].splitlines()] == (["job out"] if has_json else [])
+    assert bool(re.fullmatch(TEXT_LINE, printed["err"].strip())) == has_text
+    assert has_text or printed["err"] == ""
 
 
 @pytest.mark.parametrize("value", HOSTILE)
@@ -347,9 +347,9 @@ def test_a_pipe_that_nobody_empties_stops_nothing_and_what_was_dropped_is_counte
         assert process.stderr is not None
         # The pipe holds some hundred lines: without a thread of its own the process would stand still here.
         assert process.stderr.readline() == "went on\n"
-        told, _ = process.communicate("\n", timeout=120)
+        printed, _ = process.communicate("\n", timeout=120)
 
-    parsed = [json.loads(line) for line in told.splitlines()]
+    parsed = [json.loads(line) for line in printed.splitlines()]
     dropped = sum(line["count"] for line in parsed if line["event"] == "log lines dropped")
     steps = [line["number"] for line in parsed if line["event"] == "step"]
     assert dropped > 0

@@ -537,9 +537,9 @@ def test_the_command_lists_every_preset_as_a_table_and_as_json(own: Path, monkey
 
     assert builtin.exit_code == 0, builtin.output
     assert all(f" {name} " in builtin.output for _, name, _ in all_builtin())
-    told = [json.loads(line) for line in lines.stdout.splitlines()]
-    assert [(row["kind"], row["name"]) for row in told] == [("style", "neon"), ("style", "plain"), ("industry", "cafe")]
-    assert told[0]["adapter"] == {"path": "models/neon.safetensors", "scale": 0.8}
+    rows = [json.loads(line) for line in lines.stdout.splitlines()]
+    assert [(row["kind"], row["name"]) for row in rows] == [("style", "neon"), ("style", "plain"), ("industry", "cafe")]
+    assert rows[0]["adapter"] == {"path": "models/neon.safetensors", "scale": 0.8}
 
 
 # --- The page

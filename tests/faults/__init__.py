@@ -1,1 +1,1 @@
-"""What it takes to break a worker from outside: a proxy, an engine that waits when told, hooks for what nobody sees."""
+"""Tools to break a worker from outside: a proxy, an engine that waits on command, hooks into code without a seam."""

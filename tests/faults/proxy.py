@@ -1,4 +1,4 @@
-"""A TCP proxy to put between a worker and what it talks to: it passes bytes on, and misbehaves as it is told.
+"""A TCP proxy between a worker and one of its servers: it passes bytes on, and misbehaves on command.
 
 Everything happens on the proxy's own thread, an event loop; its public methods may be called from any thread and have
 taken effect when they return. What a trigger does runs on that thread too.
@@ -59,7 +59,7 @@ class Link:
         self.is_closed = False
 
     def ends(self, direction: Direction) -> tuple[socket.socket, socket.socket]:
-        """Where the bytes of a direction come from and where they go."""
+        """Return the source and the sink of a direction's bytes."""
         return (self._client, self._server) if direction is UP else (self._server, self._client)
 
     def swallow(self) -> None:
@@ -67,14 +67,14 @@ class Link:
         self.is_swallowed = True
 
     def reset(self) -> None:
-        """RST to both ends."""
+        """Send RST to both ends."""
         if not self.is_closed:
             for end in (self._client, self._server):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
             self.close()
 
     def close(self) -> None:
-        """FIN to both ends."""
+        """Send FIN to both ends."""
         if self.is_closed:
             return
         self.is_closed = True
@@ -86,7 +86,7 @@ class Link:
             loop.call_soon(end.close)
 
     def answer(self, content: bytes) -> None:
-        """Answer in the server's place, which never hears of it; the client may still send, to nobody."""
+        """Answer in the server's place, which receives nothing; what the client still sends is dropped."""
         self.is_swallowed = self.is_answered = True
         self._client.send(content)
         self._client.shutdown(socket.SHUT_WR)
@@ -111,7 +111,7 @@ class Trigger:
     _remaining: dict[Link, int] = field(default_factory=dict)
 
     def place_in(self, link: Link, direction: Direction, chunk: bytes) -> int | None:
-        """Where in the chunk this is to fire, if it is."""
+        """Return the offset in the chunk at which to fire, if it is there."""
         self._look(link, direction, chunk)
         remaining = self._remaining.get(link)
         if remaining is None or self.signs[-1].direction is not direction:
@@ -184,7 +184,7 @@ class Proxy:
         return len(self._links)
 
     def pass_on(self) -> None:
-        """Be no hindrance any more: no flow is slowed, no trigger waits. What was swallowed is lost."""
+        """Pass everything on again: no flow is slowed, no trigger waits. What was swallowed is lost."""
         self._do(self._pass_on)
 
     def delay(self, seconds: float, *directions: Direction) -> None:
@@ -192,7 +192,7 @@ class Proxy:
         self._do(partial(self._set_flows, _Flow(seconds), directions))
 
     def drip(self, seconds: float, *directions: Direction) -> None:
-        """One byte at a time, each after a wait."""
+        """Send one byte at a time, each after a wait."""
         self._do(partial(self._set_flows, _Flow(seconds, is_drip=True), directions))
 
     def black_hole(self) -> None:
@@ -200,7 +200,7 @@ class Proxy:
         self._do(self._begin_black_hole)
 
     def reset(self, *links: Link) -> None:
-        """RST to these connections, or to all; new ones are welcome."""
+        """Send RST to these connections, or to all; new ones are accepted."""
         self._do(partial(self._reset_links, links))
 
     def refuse(self) -> None:

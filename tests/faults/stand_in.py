@@ -1,8 +1,8 @@
-"""The engine's process without torch, for whole workers: up in a fraction of a second, and it waits where it is told.
+"""The engine's process without torch, for whole workers: up in a fraction of a second, and it waits on command.
 
 A prompt's `hold@3` stops the engine when that request's step 3 begins, until the file `go-<task id>` appears beside the
-journal; the words of `tests.support.engine.fake_child` are obeyed as well. Pictures are noise from the seed:
-of the asked size, and as large a PNG as there can be.
+journal; the words of `tests.support.engine.fake_child` are obeyed as well. Images are noise from the seed:
+of the requested size, and as large a PNG as there can be.
 """
 
 import random

@@ -1,6 +1,6 @@
-"""A world whose workers reach broker, store and backend through proxies, and draw with an engine that waits when told.
+"""A world whose workers reach broker, store and backend through proxies, and draw with an engine that waits on command.
 
-`FAULTS_LONG=1` (`make faults`) asks for the tests that take long as well.
+`FAULTS_LONG=1` (`make faults`) adds the tests that take long.
 """
 
 import hashlib
@@ -58,7 +58,9 @@ class Station:
         return self.world.folder / "journal"
 
     def env(self, *, constants: Mapping[str, Any] | None = None) -> dict[str, str]:
-        """What makes a worker one of this station; `constants` by module and name, see `site/sitecustomize.py`."""
+        """Return the variables of a worker of this station; `constants` by module and name, see
+        `site/sitecustomize.py`.
+        """
         return {
             **stand_in_env(self.journal, constants or {}),
             "FAULTS_FOLDER": str(self.world.folder),
@@ -82,7 +84,7 @@ class Station:
         return job
 
     def publish_held(self, **fields: Any) -> Job:
-        """A job that the engine has begun and holds in its third step; so does everything beside it."""
+        """Publish a job that the engine begins and holds in its third step; so does everything beside it."""
         job = self.publish("hold@3", **fields)
         self.wait_until_held(job)
         return job
@@ -113,24 +115,24 @@ class Station:
         new.write_text(str(seconds))
         new.replace(self.world.folder / "clock")
 
-    def num_asked(self, job: Job) -> int:
-        """How often an engine was given the job."""
+    def num_handed(self, job: Job) -> int:
+        """Count how often an engine was given the job."""
         return self._noted("generate", job)
 
     def num_runs(self, job: Job) -> int:
-        """How often the job was begun to be drawn, by all engines together."""
+        """Count how often the job was begun, by all engines together."""
         return self._noted("begin", job)
 
     def num_held(self, job: Job) -> int:
-        """How often an engine came to the step where it holds."""
+        """Count how often an engine came to the step where it holds."""
         return self._noted("held", job)
 
     def num_finished(self, job: Job) -> int:
-        """How often it was drawn to its end."""
+        """Count how often it was drawn to its end."""
         return self._noted("end", job)
 
     def is_marked(self, job: Job) -> bool:
-        """Whether the job's record says that the backend has heard."""
+        """Return whether the job's record has the mark of a delivered end."""
         key = f"jobs/{job.task_id}.json"
         if key not in self.world.keys(key):
             return False
@@ -141,11 +143,11 @@ class Station:
         return f"generations/gen-{job.generation_id}.png"
 
     def posts(self, job: Job, kind: str = "complete") -> int:
-        """How often the backend was told the job's end, whatever it answered."""
+        """Count the posts of the job's end, whatever the backend answered."""
         return len(self.world.backend.calls(kind, job.generation_id))
 
     def assert_complete_once(self, job: Job, *, num_runs: int | None = 1, num_posts: int | None = 1) -> None:
-        """One end, of one webhook id; one whole picture; nothing left in any queue. None: any number."""
+        """Assert one end, of one webhook id; one whole image; nothing left in any queue. None: any number."""
         world = self.world
         assert world.wait_for_end(job.generation_id).kind == "complete"
         # A quorum queue's counts come late; behind the mark nobody tells the end again.
@@ -171,7 +173,7 @@ class Station:
         assert self.posts(job) == 0
 
     def sign(self, verb: str, key: str) -> Sign:
-        """The start of a request to the store."""
+        """Return the sign of the start of a request to the store."""
         return Sign(UP, f"{verb} /{self.world.bucket}/{key} ".encode())
 
     def put_of_image(self, job: Job) -> Sign:
@@ -186,7 +188,7 @@ class Station:
 
 
 def stand_in_env(journal: Path, constants: Mapping[str, Any]) -> dict[str, str]:
-    """What gives a worker an engine without torch, which notes what it does in `journal`."""
+    """Return the variables of a worker with an engine without torch, which writes its events to `journal`."""
     return {
         "PYTHONPATH": f"{SITE}{os.pathsep}{ROOT}",
         "FAULTS_STAND_IN": "1",
@@ -196,7 +198,7 @@ def stand_in_env(journal: Path, constants: Mapping[str, Any]) -> dict[str, str]:
 
 
 def start_light_worker(world: World, *, constants: Mapping[str, Any] | None = None, **env: str) -> Worker:
-    """A worker without proxies and with the stand-in for an engine: ready in a second, where a real one takes seven."""
+    """Start a worker without proxies and with the engine without torch: ready in one second instead of seven."""
     worker = world.start_worker(**stand_in_env(world.folder / "journal", constants or {}) | env)
     worker.wait_until_ready()
     return worker
@@ -209,7 +211,7 @@ POST_OF_COMPLETE = Sign(UP, b"POST /api/webhooks/inference/complete ")
 
 
 def kills(worker: Worker) -> Callable[[Link], None]:
-    """For a trigger: SIGKILL to the worker, and nothing more of what it was sending or should have heard."""
+    """Return a trigger's action: SIGKILL to the worker, and a reset of its link."""
 
     def kill(link: Link) -> None:
         link.reset()
@@ -219,7 +221,7 @@ def kills(worker: Worker) -> Callable[[Link], None]:
 
 
 def answers(status: int, body: bytes = b"", **headers: str) -> Callable[[Link], None]:
-    """For a trigger: this HTTP answer in the server's place. Underscores in names become dashes."""
+    """Return a trigger's action: this HTTP answer in the server's place. Underscores in names become dashes."""
     lines = [f"HTTP/1.1 {status} Whatever", f"Content-Length: {len(body)}", "Connection: close"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     content = "\r\n".join(lines).encode() + b"\r\n\r\n" + body
@@ -227,7 +229,7 @@ def answers(status: int, body: bytes = b"", **headers: str) -> Callable[[Link], 
 
 
 def sometimes(do: Callable[[Link], None], share: float, rng: random.Random) -> Callable[[Link], None]:
-    """For a trigger: this in a share of the cases, else nothing."""
+    """Return a trigger's action: this in a share of the cases, else nothing."""
 
     def act(link: Link) -> None:
         if rng.random() < share:
@@ -238,7 +240,7 @@ def sometimes(do: Callable[[Link], None], share: float, rng: random.Random) -> C
 
 @contextmanager
 def new_station(rabbitmq: RabbitMQ, store: SeaweedFS, folder: Path) -> Iterator[Station]:
-    """A station of its own on the session's servers."""
+    """Make a station of its own on the session's servers."""
     with (
         new_world(rabbitmq, store, folder) as world,
         Proxy(rabbitmq.port) as to_broker,

@@ -1,7 +1,7 @@
-"""Deliver fuzzed properties and headers through a real broker into a real consumer and processor.
+"""Deliver fuzzed properties and headers through a real broker into a real consumer and dispatcher.
 
 `python -m tests.hostile.fuzzed_deliveries` runs the long form on its own broker and prints one line of JSON. The
-engine, the store and the backend are stand-ins. Every delivery follows from the seed and its number.
+engine, the store and the backend are fakes. Every delivery follows from the seed and its number.
 """
 
 import argparse
@@ -57,8 +57,8 @@ NUM_LETTERS = 200
 
 
 @dataclass
-class Desk:
-    """Stand-in for the handler, the ledger and the notifier of a `Dispatcher`; keeps what they are given."""
+class FakeHandlers:
+    """Fake handler, ledger and notifier of a `Dispatcher`; keeps what they are given."""
 
     publisher: Publisher
     names: QueueNames
@@ -69,7 +69,7 @@ class Desk:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def draw(self, run: Run) -> TerminalEvent:
-        """The end of a job that is drawn in no time."""
+        """Return the end of a job without drawing it."""
         if self.cancellations.covers(cast("Any", run.decoded)):
             raise RequestCancelled
         return TerminalEvent(run.task_id, run.generation_id, WebhookKind.COMPLETE, {"attempt": run.attempt})
@@ -95,11 +95,11 @@ class Desk:
 
 
 class _Handler:
-    """A `JobHandler` whose jobs a `Desk` ends."""
+    """A `JobHandler` whose jobs `FakeHandlers` ends."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, fakes: FakeHandlers) -> None:
         self.worker = "fuzzed"
-        self.handle = desk.draw
+        self.handle = fakes.draw
 
 
 class Bench:
@@ -109,12 +109,12 @@ class Bench:
         self.url = rabbitmq.url + "?heartbeat=0"
         self.settings = BrokerSettings(**rabbitmq.env())  # type: ignore[arg-type]
         self.names = QueueNames(f"fuzzed-{uuid.uuid4().hex[:12]}")
-        self.num_heard = 0
+        self.num_received = 0
         self.num_lost = 0
         self.num_delivered = 0
         self.publisher = Publisher(self.settings, self.names)
         self._cancellations = Cancellations()
-        self.desk = Desk(self.publisher, self.names, self._cancellations)
+        self.fakes = FakeHandlers(self.publisher, self.names, self._cancellations)
         self.dispatcher = self._new_dispatcher()
         self.consumer = Consumer(
             self.settings,
@@ -169,11 +169,11 @@ class Bench:
             self.connection.process_data_events(time_limit=0.01)
 
     def ready(self) -> int:
-        """Messages that wait in the queue of the jobs."""
+        """Count the messages ready in the queue of the jobs."""
         return int(self.channel.queue_declare(self.names.jobs, passive=True).method.message_count)
 
     def letters_shown(self) -> int:
-        """How many dead letters there are, each of them listed and shown."""
+        """Count the dead letters, each of them listed and shown."""
         with QueueBrowser(self.settings, self.names.dead) as inspection:
             letters = read_letters(inspection.fetch(10_000), RULES)
             as_table(letters)
@@ -192,20 +192,20 @@ class Bench:
 
     def _on_cancel(self, body: bytes) -> None:
         self.dispatcher.on_cancel(body)
-        self.num_heard += 1
+        self.num_received += 1
 
     def _on_lost(self) -> None:
         self.num_lost += 1
 
     def _new_dispatcher(self) -> Dispatcher:
         is_draining, isolation, runs, metrics = threading.Event(), SuspectIsolation(), Runs(), Metrics()
-        notifier, nothing = cast("Notifier", self.desk), cast("Any", None)
+        notifier, nothing = cast("Notifier", self.fakes), cast("Any", None)
         self.settler = Settler(self.publisher, notifier, self.names, isolation, is_draining)
         runner = JobRunner(
-            handler=cast("JobHandler", _Handler(self.desk)),
+            handler=cast("JobHandler", _Handler(self.fakes)),
             runs=runs,
             settler=self.settler,
-            ledger=cast("Ledger", self.desk),
+            ledger=cast("Ledger", self.fakes),
             notifier=notifier,
             publisher=self.publisher,
             names=self.names,
@@ -227,17 +227,17 @@ class Bench:
             cancellations=self._cancellations,
             leases=nothing,
             lease_keeper=nothing,
-            on_bug=self.desk.note_bug,
+            on_bug=self.fakes.note_bug,
         )
 
 
 @dataclass
-class Wanted:
+class Expected:
     """What must come of what was published."""
 
     ends: Counter[tuple[str, str]] = field(default_factory=Counter)
     dead: Counter[bytes] = field(default_factory=Counter)
-    num_orders: int = 0
+    num_cancels: int = 0
 
     @property
     def num_deliveries(self) -> int:
@@ -246,46 +246,46 @@ class Wanted:
 
 def run(rabbitmq: RabbitMQ, num_deliveries: int, *, seed: int = SEED) -> dict[str, Any]:
     """Publish so many, check that each ends as it should, and return the figures."""
-    started_at, wanted = time.monotonic(), Wanted()
+    started_at, expected = time.monotonic(), Expected()
     with Bench(rabbitmq) as bench:
         number = 0
-        while wanted.num_deliveries < num_deliveries:
-            numbers = range(number, number + min(BATCH, num_deliveries - wanted.num_deliveries))
+        while expected.num_deliveries < num_deliveries:
+            numbers = range(number, number + min(BATCH, num_deliveries - expected.num_deliveries))
             number = numbers.stop
-            _publish_batch(bench, wanted, [random.Random(f"{seed} delivery {one}") for one in numbers])
+            _publish_batch(bench, expected, [random.Random(f"{seed} delivery {one}") for one in numbers])
             bench.wait_until(
-                lambda: bench.desk.ends.total() + bench.desk.dead.total() >= wanted.num_deliveries,
-                f"all of {wanted.num_deliveries} ended",
+                lambda: bench.fakes.ends.total() + bench.fakes.dead.total() >= expected.num_deliveries,
+                f"all of {expected.num_deliveries} ended",
             )
         rng = random.Random(f"{seed} letters")
         for _ in range(NUM_LETTERS):
             bench.publish(fuzzed_properties(rng), rng.randbytes(20), queue=bench.names.dead)
-        num_letters = wanted.dead.total() + NUM_LETTERS
+        num_letters = expected.dead.total() + NUM_LETTERS
         bench.wait_until(lambda: bench.letters_shown() == num_letters, f"all of {num_letters} letters shown")
-        assert (bench.desk.ends, bench.desk.dead) == (wanted.ends, wanted.dead)
-        assert (bench.num_lost, bench.desk.num_bugs, bench.ready()) == (0, 0, 0)
-        assert bench.num_heard == wanted.num_orders
-        outcomes = Counter(code for _, code in bench.desk.ends.elements())
+        assert (bench.fakes.ends, bench.fakes.dead) == (expected.ends, expected.dead)
+        assert (bench.num_lost, bench.fakes.num_bugs, bench.ready()) == (0, 0, 0)
+        assert bench.num_received == expected.num_cancels
+        outcomes = Counter(code for _, code in bench.fakes.ends.elements())
         return {
             "deliveries": bench.num_delivered,
-            "orders": bench.num_heard,
+            "orders": bench.num_received,
             "refused by the broker": bench.num_refused,
             "connections lost": bench.num_lost,
             "letters shown": num_letters,
-            "outcomes": dict(outcomes) | {"dead letter": bench.desk.dead.total()},
+            "outcomes": dict(outcomes) | {"dead letter": bench.fakes.dead.total()},
             "seconds": round(time.monotonic() - started_at, 1),
         }
 
 
-def _publish_batch(bench: Bench, wanted: Wanted, numbers: list[random.Random]) -> None:
-    """Orders first, so that each is known before the job comes that it names."""
+def _publish_batch(bench: Bench, expected: Expected, numbers: list[random.Random]) -> None:
+    """Publish the cancel orders first, so that each is received before the job that it names."""
     task_ids = [str(uuid.UUID(int=rng.getrandbits(128), version=4)) for rng in numbers]
     cancelled = {task_id for rng, task_id in zip(numbers, task_ids, strict=True) if rng.random() < CANCELLED_SHARE}
     for task_id in cancelled:
         order = json.dumps({"task_id": task_id}).encode()
         bench.publish(fuzzed_properties(random.Random(task_id)), order, exchange=bench.names.cancel_exchange)
-    wanted.num_orders += len(cancelled)
-    bench.wait_until(lambda: bench.num_heard == wanted.num_orders, "all orders heard")
+    expected.num_cancels += len(cancelled)
+    bench.wait_until(lambda: bench.num_received == expected.num_cancels, "all orders heard")
 
     for rng, task_id in zip(numbers, task_ids, strict=True):
         is_unreadable = rng.random() < UNREADABLE_SHARE
@@ -297,9 +297,9 @@ def _publish_batch(bench: Bench, wanted: Wanted, numbers: list[random.Random]) -
         else:
             bench.publish(fuzzed_properties(rng), body)
         if is_unreadable:
-            wanted.dead[body] += 1
+            expected.dead[body] += 1
         else:
-            wanted.ends[task_id, "CANCELLED" if task_id in cancelled else "complete"] += 1
+            expected.ends[task_id, "CANCELLED" if task_id in cancelled else "complete"] += 1
 
 
 def main() -> None:

@@ -55,8 +55,8 @@ from worker.results.terminal_event import TerminalEvent, failed_event
 
 SEED = 20_261_121
 # What is told to a backend or written beside a dead letter has room for a sentence, and one line.
-MAX_TOLD_CHARS = MAX_REASON_CHARS + 100
-MAX_TOLD_OF_ADAPTERS = 1200  # up to three names of layers, of 256 characters each
+MAX_MESSAGE_CHARS = MAX_REASON_CHARS + 100
+MAX_ADAPTER_MESSAGE_CHARS = 1200  # up to three names of layers, of 256 characters each
 MAX_SHOWN_CRASHES = 5
 
 RULES = rules_from(ModelSettings(), StoreSettings(AWS_STORAGE_BUCKET_NAME="media"))  # type: ignore[call-arg]
@@ -101,7 +101,7 @@ TOKENS = (
 
 
 def mutated_bytes(rng: random.Random, content: bytes, *, start: int = 0) -> bytes:
-    """`content` with one to eight changes from byte `start` on."""
+    """Make one to eight changes to `content` from byte `start` on."""
     changed = bytearray(content)
     for _ in range(rng.randint(1, 8)):
         place = rng.randint(min(start, len(changed)), len(changed))
@@ -127,7 +127,7 @@ def mutated_bytes(rng: random.Random, content: bytes, *, start: int = 0) -> byte
 
 
 def mutated_json(rng: random.Random, value: Any, names: tuple[str, ...], depth: int = 0) -> Any:
-    """`value` with something in it replaced, taken out, added or wrapped; `names` are keys worth adding."""
+    """Replace, remove, add or wrap something in `value`; `names` are keys worth adding."""
     if not isinstance(value, dict | list) or not value or rng.random() < 0.15 + 0.1 * depth:
         return _wrapped(rng, value) if rng.random() < 0.2 else rng.choice(EVIL_VALUES)
     if isinstance(value, list):
@@ -164,7 +164,7 @@ PUBLISHED = Draft7Validator(schema_of("job"))
 
 
 def valid_message(rng: random.Random, generation_id: int, *, bucket: str = "media") -> dict[str, Any]:
-    """A message in one of the two dialects, with ids that no other has. It asks for one step of 64x64 px."""
+    """Build a message in one of the two dialects, with unique ids, of one step of 64x64 px."""
     fields: dict[str, Any] = {
         "generation_id": generation_id,
         "prompt": rng.choice(("a fox", "서울의 밤 🎨", "(a:1.2)")),
@@ -195,7 +195,7 @@ def valid_message(rng: random.Random, generation_id: int, *, bucket: str = "medi
 
 
 def _more_than_text(rng: random.Random, bucket: str) -> dict[str, Any]:
-    """Fields of the other kinds, with something in every place of theirs."""
+    """Choose fields of the other kinds, with a value in every place of theirs."""
     path = f"s3://{bucket}/uploads/none.png"
     headline = {
         "text": "서울의 밤\nNight",
@@ -225,7 +225,7 @@ def _more_than_text(rng: random.Random, bucket: str) -> dict[str, Any]:
 
 
 def fuzzed_message(rng: random.Random, *, generation_id: int = 456, bucket: str = "media") -> bytes:
-    """A message that is nothing, nearly one, or one with a strange field."""
+    """Build a message that is nothing, nearly one, or one with a strange field."""
     message: Any = valid_message(rng, generation_id, bucket=bucket)
     kind = rng.random()
     if kind < 0.05:
@@ -243,7 +243,7 @@ def fuzzed_message(rng: random.Random, *, generation_id: int = 456, bucket: str 
 
 
 def _mutated_field(rng: random.Random, fields: dict[str, Any]) -> dict[str, Any]:
-    """One field, there or not, with another value; ids are mostly left alone, so that more than they is tried."""
+    """Change the value of one field, present or not; mostly not of an id, so that more than ids are tried."""
     names = [name for name in FIELD_NAMES if name not in ("generation_id", "type") or rng.random() < 0.1]
     name = rng.choice(([name for name in fields if name in names] if rng.random() < 0.7 else []) or names)
     held = fields.get(name)
@@ -255,10 +255,10 @@ def feed_message(body: bytes, rules: JobRules = RULES) -> str:
     try:
         job = decode(body, rules)
     except Undecodable as error:
-        _check_told(str(error))
+        _check_message(str(error))
         return "dead letter"
     except JobRejected as error:
-        _check_told(str(error))
+        _check_message(str(error))
         return error.code
     width, height = resolve_size(job, base_size=512, size_multiple=8)
     assert 64 <= min(width, height) <= max(width, height) <= 2048
@@ -269,7 +269,7 @@ def feed_message(body: bytes, rules: JobRules = RULES) -> str:
 
 
 def _refs_of(job: Job) -> list[ObjectRef]:
-    """All that the job makes the worker read."""
+    """Return every reference that the job makes the worker read."""
     source, control, product = job.source, job.control, job.product
     named = [
         *(adapter.ref for adapter in job.adapters),
@@ -281,7 +281,7 @@ def _refs_of(job: Job) -> list[ObjectRef]:
     return [ref for ref in named if ref is not None]
 
 
-def _check_told(text: str, max_chars: int = MAX_TOLD_CHARS) -> None:
+def _check_message(text: str, max_chars: int = MAX_MESSAGE_CHARS) -> None:
     assert len(text) <= max_chars, f"{text[:100]!r}… has {len(text)} characters"
     assert text.isprintable(), f"{text!r} is no plain line"
 
@@ -289,27 +289,27 @@ def _check_told(text: str, max_chars: int = MAX_TOLD_CHARS) -> None:
 # --- cancel orders, records of the ledger ---------------------------------------------------------------------------
 
 
-def fuzzed_order(rng: random.Random) -> bytes:
-    """An order to cancel, or nearly one."""
+def fuzzed_cancel(rng: random.Random) -> bytes:
+    """Build a message to cancel, or nearly one."""
     order: Any = {"task_id": str(uuid.UUID(int=rng.getrandbits(128)))} if rng.random() < 0.5 else {"generation_id": 456}
     if rng.random() < 0.5:
         return mutated_bytes(rng, json.dumps(order).encode())
     return json.dumps(mutated_json(rng, order, ("task_id", "generation_id"))).encode()
 
 
-def feed_order(body: bytes) -> str:
+def feed_cancel(body: bytes) -> str:
     """Read it as the consuming thread does, which must not end by it."""
     try:
         order = decode_cancel(body)
     except Undecodable as error:
-        _check_told(str(error))
+        _check_message(str(error))
         return "ignored"
     order.names("a", 1)
     return "by task" if order.task_id else "by generation"
 
 
 def fuzzed_event(rng: random.Random) -> bytes:
-    """A record of the ledger or a letter of the outbox, or nearly one."""
+    """Build a record of the ledger or an event of the outbox, or nearly one."""
     event = failed_event(
         task_id=str(uuid.UUID(int=7)), generation_id=456, code=ErrorCode.INTERNAL_ERROR, message="why", retry_count=0
     )
@@ -335,7 +335,7 @@ def feed_event(content: bytes) -> str:
 
 
 def signature_images() -> list[bytes]:
-    """Small valid images of every kind that is read."""
+    """Write small valid images of every kind that is read."""
     noise = Image.frombytes("RGB", (40, 30), random.Random(1).randbytes(40 * 30 * 3))
     clear = noise.convert("RGBA")
     clear.putalpha(Image.linear_gradient("L").resize(clear.size))
@@ -364,7 +364,7 @@ def signature_images() -> list[bytes]:
 
 
 def fuzzed_image(rng: random.Random, images: list[bytes]) -> bytes:
-    """One of `images` damaged; a PNG's checksums are often made right again, so that more than they is tried."""
+    """Damage one of `images`; a PNG's checksums are often repaired, so that more than they are tried."""
     content = mutated_bytes(rng, rng.choice(images), start=rng.choice((0, 8, 16)))
     return _with_right_checksums(content) if rng.random() < 0.6 else content
 
@@ -399,7 +399,7 @@ def feed_image(content: bytes) -> str:
         try:
             words.append("a picture" if decode_image(content, mode).mode == mode else "another mode")
         except (ImageInvalid, ImageTooLarge) as error:
-            _check_told(str(error))
+            _check_message(str(error))
             words.append("refused")
     assert len(set(words)) == 1, words
     return words[0]
@@ -453,7 +453,7 @@ class AdapterTarget:
         self._files = _adapter_files(folder, pipe, family)
 
     def make(self, rng: random.Random) -> bytes:
-        """An adapter's two files in one: the weights, and the settings of a PEFT folder behind them."""
+        """Make an adapter's two files in one: the weights, and the settings of a PEFT folder behind them."""
         weights, config = self._files[rng.choice(sorted(self._files))]
         if config is not None and rng.random() < 0.5:
             config = _mutated_config(rng, config)
@@ -473,13 +473,13 @@ class AdapterTarget:
             adapter = read_adapter(self._path, self._config if has_config else None, self._dialect)
             check_fits(adapter, self._modules)
         except AdapterError as error:
-            _check_told(str(error), MAX_TOLD_OF_ADAPTERS)
+            _check_message(str(error), MAX_ADAPTER_MESSAGE_CHARS)
             return error.code
         return "an adapter"
 
 
 def _adapter_files(folder: Path, pipe: Any, family: str) -> Files:
-    """Small valid adapters in the layouts that the family's training scripts write, by name."""
+    """Write small valid adapters in the layouts that the family's training scripts write, by name."""
     from tests.support.models.tiny_models import write_adapter
 
     layouts = ["diffusers_new", "peft_folder"] if family == "z-image" else ["diffusers_new", "peft_folder", "kohya"]
@@ -500,7 +500,7 @@ def _adapter_files(folder: Path, pipe: Any, family: str) -> Files:
 
 
 def mutated_safetensors(rng: random.Random, content: bytes) -> bytes:
-    """A safetensors file with its header, its body or its length changed."""
+    """Change the header, the body or the length of a safetensors file."""
     (length,) = struct.unpack_from("<Q", content)
     header, body = content[HEADER_BYTES : HEADER_BYTES + length], content[HEADER_BYTES + length :]
     match rng.randrange(6):
@@ -549,7 +549,7 @@ def _mutated_header(rng: random.Random, header: dict[str, Any]) -> Any:
 
 
 def _settings(rng: random.Random) -> dict[str, str]:
-    """What diffusers writes into the metadata, or nearly so."""
+    """Build what diffusers writes into the metadata, or nearly so."""
     own = {f"{model}.{name}": rng.choice(EVIL_VALUES) for model in ("unet", "transformer") for name in CONFIG_NAMES[:5]}
     plain = {"unet.r": 2, "unet.lora_alpha": 4, "transformer.r": 2, "text_encoder.r": 2}
     chosen = {name: own[name] for name in rng.sample(sorted(own), rng.randrange(3))}
@@ -613,11 +613,11 @@ def _peak_mb() -> float:
 
 
 def pure_targets() -> dict[str, Target]:
-    """The targets that need no model."""
+    """Return the targets that need no model."""
     images = signature_images()
     targets = (
         Target("messages", fuzzed_message, feed_message),
-        Target("cancel orders", fuzzed_order, feed_order),
+        Target("cancel orders", fuzzed_cancel, feed_cancel),
         Target("records", fuzzed_event, feed_event),
         Target("signatures", lambda rng: fuzzed_image(rng, images), feed_signature),
         Target("reference pictures", lambda rng: fuzzed_image(rng, images), feed_image),
@@ -626,13 +626,13 @@ def pure_targets() -> dict[str, Target]:
 
 
 def adapter_target(folder: Path, family: str) -> Target:
-    """Adapter files of one family: sd, sdxl or z-image."""
+    """Build the target of adapter files of one family: sd, sdxl or z-image."""
     made = AdapterTarget(folder, family)
     return Target(f"adapters of {family}", made.make, made.feed)
 
 
 def table_of(tallies: list[Tally]) -> Table:
-    """One row a target."""
+    """Build the table, a row a target."""
     table = Table("target", "inputs", "seconds", "slowest ms (CPU)", "peak memory + MB", "crashes", "what came of them")
     for tally in tallies:
         outcomes = ", ".join(f"{name} {count}" for name, count in tally.outcomes.most_common())
@@ -642,7 +642,7 @@ def table_of(tallies: list[Tally]) -> Table:
 
 
 def summary_of(tallies: list[Tally]) -> Mapping[str, Any]:
-    """The same for machines."""
+    """Build the JSON summary."""
     return {
         tally.name: {
             "inputs": tally.num_inputs,
@@ -667,28 +667,28 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--only", default="", help="the one target to fuzz")
     parser.add_argument("--from", type=int, default=0, dest="first", help="the number of the first input")
-    asked = parser.parse_args()
+    options = parser.parse_args()
 
     warnings.filterwarnings("ignore", module="PIL")  # of odd EXIF data, which is what is asked for
     console, tallies = Console(width=200), []
     with tempfile.TemporaryDirectory() as folder:
         makers: dict[str, tuple[Callable[[], Target], int]] = {
-            name: (lambda target=target: target, asked.messages if name == "messages" else asked.others)  # type: ignore[misc]
+            name: (lambda target=target: target, options.messages if name == "messages" else options.others)  # type: ignore[misc]
             for name, target in pure_targets().items()
         } | {
-            f"adapters of {family}": (lambda family=family: adapter_target(Path(folder), family), asked.adapters)  # type: ignore[misc]
+            f"adapters of {family}": (lambda family=family: adapter_target(Path(folder), family), options.adapters)  # type: ignore[misc]
             for family in ("sd", "sdxl", "z-image")
         }
         for name, (make, num_inputs) in makers.items():
-            if asked.only in ("", name):
-                tallies.append(fuzz(make(), num_inputs, seed=asked.seed, first=asked.first))
+            if options.only in ("", name):
+                tallies.append(fuzz(make(), num_inputs, seed=options.seed, first=options.first))
                 for crash in tallies[-1].crashes[:MAX_SHOWN_CRASHES]:
                     console.print(crash, markup=False)
 
     console.print(table_of(tallies))
     num_crashes = sum(len(tally.crashes) for tally in tallies)
     console.print(
-        json.dumps({"seed": asked.seed, "crashes": num_crashes, "targets": summary_of(tallies)}), soft_wrap=True
+        json.dumps({"seed": options.seed, "crashes": num_crashes, "targets": summary_of(tallies)}), soft_wrap=True
     )
     return 1 if num_crashes else 0
 

@@ -58,7 +58,7 @@ class Variant:
     same_as: Mapping[str, Any] | None = None
 
     def body_for(self, values: Mapping[str, str]) -> bytes:
-        """The bytes to publish; `values` are the placeholders' by their names."""
+        """Fill in the placeholders; `values` by their names."""
         body = self.body if isinstance(self.body, bytes) else self.body()
         body = body.replace(f'"{ID}"'.encode(), values[ID].encode())
         for name, value in values.items():
@@ -81,7 +81,7 @@ class HostileClass:
 
 
 def message(**fields: Any) -> dict[str, Any]:
-    """The plain job with these `data` fields; those that are ABSENT are left out."""
+    """Build the plain job with these `data` fields; those that are ABSENT are left out."""
     held = {"generation_id": ID, **PLAIN, **fields}
     return {
         "task_id": TASK,
@@ -95,7 +95,7 @@ def to_bytes(body: Any) -> bytes:
 
 
 def raw(name: str, literal: str) -> bytes:
-    """The plain job with a field that only raw JSON can write."""
+    """Build the plain job with a field that only raw JSON can write."""
     return to_bytes(message(**{name: "<raw>"})).replace(b'"<raw>"', literal.encode())
 
 
@@ -107,23 +107,25 @@ def failed(code: str, files: Files | None = None, **fields: Any) -> Variant:
     return Variant(code, to_bytes(message(**fields)), files or {})
 
 
-def told(code: str, body: Any, **properties: Any) -> Variant:
-    """A failure of a message that is more than strange fields."""
+def failed_body(code: str, body: Any, **properties: Any) -> Variant:
+    """Build a failure of a message that is more than strange fields."""
     return Variant(code, to_bytes(body), properties=properties)
 
 
 def runs(files: Files | None = None, *, same_as: Mapping[str, Any] | None = None, **fields: Any) -> Variant:
-    """The plain job with these fields, which must change nothing, or make it the job with the fields `same_as`."""
+    """Build the plain job with these fields, which must change nothing, or make it the job with the fields
+    `same_as`.
+    """
     return Variant(RUNS, to_bytes(message(**fields)), files or {}, same_as=same_as or {})
 
 
 def draws(files: Files | None = None, **fields: Any) -> Variant:
-    """A job that runs and whose picture may be any."""
+    """Build a job that runs and may give any image."""
     return Variant(RUNS, to_bytes(message(**fields)), files or {})
 
 
 def runs_as(body: Any, **properties: Any) -> Variant:
-    """The plain job in another wrapping."""
+    """Build the plain job in another wrapping."""
     return Variant(RUNS, to_bytes(body), properties=properties, same_as={})
 
 
@@ -132,7 +134,7 @@ def ignored(body: Any) -> Variant:
 
 
 def forbidden(*paths: str) -> dict[str, Variant]:
-    """Each of the paths as an adapter's, in turns with a signature's."""
+    """Build a job with each of the paths as an adapter's, in turns with a signature's."""
     names = ("lora_path", "signature_path")
     return {
         repr(path)[:50]: failed("INPUT_FORBIDDEN", **{names[number % 4 == 3]: path})
@@ -155,7 +157,7 @@ def pickled(protocol: int) -> bytes:
 
 
 def torch_zip() -> bytes:
-    """What torch.save writes, as far as torch.load looks."""
+    """Write what torch.save writes, as far as torch.load reads."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         archive.writestr("archive/data.pkl", pickled(2))
@@ -174,14 +176,14 @@ def _tensors() -> dict[str, Any]:
 
 
 def adapter_with(value: float) -> bytes:
-    """The demo's adapter with one weight replaced."""
+    """Replace one weight of the demo's adapter."""
     tensors = {name: tensor.copy() for name, tensor in _tensors().items()}
     next(iter(tensors.values())).flat[0] = value
     return safetensors.numpy.save(tensors)
 
 
 def adapter_of(a: tuple[int, ...], b: tuple[int, ...], stem: str = "", halves: str = "lora_A lora_B") -> bytes:
-    """A small adapter of one layer, by default one that the demo model has."""
+    """Write a small adapter of one layer, by default one that the demo model has."""
     stem = stem or next(name for name in _tensors() if name.endswith(DOWN)).removesuffix(DOWN)
     down, up = halves.split()
     zeros = {f"{stem}.{down}.weight": np.zeros(a, np.float32), f"{stem}.{up}.weight": np.zeros(b, np.float32)}
@@ -198,7 +200,7 @@ def entry(*offsets: int, dtype: str = "F32", shape: tuple[int, ...] = (1, 1)) ->
 
 
 def peft_weights() -> bytes:
-    """The demo's adapter as a PEFT folder names its tensors."""
+    """Write the demo's adapter with the tensor names of a PEFT folder."""
     tensors = {name.replace("unet.", "base_model.model.", 1): tensor for name, tensor in _tensors().items()}
     return safetensors.numpy.save(tensors)
 
@@ -217,12 +219,12 @@ def weights_at(name: str, content: Callable[[], bytes]) -> Files:
 
 
 def damaged(name: str, content: Callable[[], bytes], code: str = "LORA_INVALID") -> Variant:
-    """A job with this file for an adapter."""
+    """Build a job with this file for an adapter."""
     return failed(code, weights_at(name, content), lora_path=f"hostile/{name}.safetensors")
 
 
 def settings(name: str, code: str = "LORA_INVALID", **held: Any) -> Variant:
-    """A job whose adapter is good but for its settings."""
+    """Build a job whose adapter is good but for its settings."""
     return failed(code, folder(name, lambda: peft_config(**held)), lora_path=f"hostile/{name}/")
 
 
@@ -246,7 +248,7 @@ def animated(kind: str) -> bytes:
 
 
 def png(*chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG written by hand, checksums right."""
+    """Write a PNG by hand, checksums right."""
     parts = [
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
     ]
@@ -265,13 +267,13 @@ def turned() -> bytes:
 
 
 def signed(name: str, content: Callable[[], bytes], code: str = "SIGNATURE_INVALID") -> Variant:
-    """A job with this file for a signature."""
+    """Build a job with this file for a signature."""
     path = f"hostile/{name}.png"
     return failed(code, {path: content}, signature_path=path)
 
 
 def signs(name: str, content: Callable[[], bytes]) -> Variant:
-    """A job with this file for a signature, which is unusual and right."""
+    """Build a job with this file for a signature, which is unusual and right."""
     path = f"hostile/{name}.png"
     return draws({path: content}, signature_path=path)
 
@@ -316,21 +318,21 @@ CLASSES = (
         "endless integers",
         {
             "5000 digits": dead(raw("generation_id", "9" * 5000)),
-            "a seed of 4000": told("INVALID_INPUT", raw("seed", "9" * 4000)),
+            "a seed of 4000": failed_body("INVALID_INPUT", raw("seed", "9" * 4000)),
             "4000 digits": dead(raw("generation_id", "9" * 4000)),
             "a seed of 5000": dead(raw("seed", "9" * 5000)),
-            "steps of 4000": told("INVALID_INPUT", raw("num_inference_steps", "9" * 4000)),
+            "steps of 4000": failed_body("INVALID_INPUT", raw("num_inference_steps", "9" * 4000)),
         },
     ),
     HostileClass(
         5,
         "numbers that are none",
         {
-            "NaN": told("INVALID_INPUT", raw("guidance_scale", "NaN")),
-            "1e400": told("INVALID_INPUT", raw("guidance_scale", "1e400")),
-            "an infinite scale": told("INVALID_INPUT", raw("lora_scale", "-Infinity")),
-            "a nested one": told("INVALID_INPUT", raw("parameters", '{"cfg_scale": Infinity}')),
-            "as seed": told("INVALID_INPUT", raw("seed", "NaN")),
+            "NaN": failed_body("INVALID_INPUT", raw("guidance_scale", "NaN")),
+            "1e400": failed_body("INVALID_INPUT", raw("guidance_scale", "1e400")),
+            "an infinite scale": failed_body("INVALID_INPUT", raw("lora_scale", "-Infinity")),
+            "a nested one": failed_body("INVALID_INPUT", raw("parameters", '{"cfg_scale": Infinity}')),
+            "as seed": failed_body("INVALID_INPUT", raw("seed", "NaN")),
             "as id": dead(raw("generation_id", "Infinity")),
         },
         note="one in a field that nobody reads is ignored with its field",
@@ -409,10 +411,10 @@ CLASSES = (
         12,
         "data",
         {
-            "missing": told("INVALID_INPUT", {"task_id": TASK, "generation_id": ID}),
+            "missing": failed_body("INVALID_INPUT", {"task_id": TASK, "generation_id": ID}),
             "unknown fields": runs(brush="oil", __class__="Job", deep=[[[{}]]] * 100),
-            "list": told("INVALID_INPUT", {"task_id": TASK, "generation_id": ID, "data": []}),
-            "text": told("INVALID_INPUT", {"task_id": TASK, "generation_id": ID, "data": "prompt"}),
+            "list": failed_body("INVALID_INPUT", {"task_id": TASK, "generation_id": ID, "data": []}),
+            "text": failed_body("INVALID_INPUT", {"task_id": TASK, "generation_id": ID, "data": "prompt"}),
             "steps in text": failed("INVALID_INPUT", num_inference_steps="50"),
             "true for a number": failed("INVALID_INPUT", num_images=True),
             "parameters in a list": failed("INVALID_INPUT", parameters=[]),
@@ -481,7 +483,7 @@ CLASSES = (
         {
             "10^9 steps": failed("INVALID_INPUT", num_inference_steps=10**9),
             "65536 px": failed("INVALID_INPUT", width=64, height=65_536),
-            "1e400 steps": told("INVALID_INPUT", raw("num_inference_steps", "1e400")),
+            "1e400 steps": failed_body("INVALID_INPUT", raw("num_inference_steps", "1e400")),
             "no steps": failed("INVALID_INPUT", parameters={"steps": 0}),
             "10^6 images": failed("INVALID_INPUT", num_images=10**6),
             "-1 steps": failed("INVALID_INPUT", num_inference_steps=-1),
@@ -831,7 +833,7 @@ CLASSES = (
         {
             "opacity 2": failed("INVALID_INPUT", signature_config={"opacity": 2}),
             "position __class__": failed("INVALID_INPUT", signature_config={"position": "__class__"}),
-            "opacity NaN": told("INVALID_INPUT", raw("signature_config", '{"opacity": NaN}')),
+            "opacity NaN": failed_body("INVALID_INPUT", raw("signature_config", '{"opacity": NaN}')),
             "opacity in text": failed("INVALID_INPUT", signature_config={"opacity": "0.7"}),
             "size null": runs(signature_config={"size": None}),
             "text": failed("INVALID_INPUT", signature_config="bottom-right"),
@@ -855,7 +857,7 @@ CLASSES = (
         "headers and properties",
         {
             "10000 headers": runs_as(message(), headers=HEADERS_10000),
-            "forged tries of a job that fails": told(
+            "forged tries of a job that fails": failed_body(
                 "INVALID_INPUT", message(seed=-2), headers={"x-darkroom-attempt": 2**53 - 1}
             ),
             "forged tries": runs_as(

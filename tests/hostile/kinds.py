@@ -19,12 +19,12 @@ from tests.hostile.inputs import (
     dead,
     draws,
     failed,
+    failed_body,
     image,
     noise,
     png_of,
     raw,
     runs,
-    told,
 )
 
 INIT: dict[str, Any] = {"kind": "image2image", "init_image_path": "hostile/init.png", "strength": 0.5}
@@ -35,7 +35,7 @@ GOOD = {"hostile/init.png": image}
 
 
 def job_naming(field: str, path: str) -> dict[str, Any]:
-    """The fields of a job that names `path` in a field, right but for that."""
+    """Build the fields of a job that has `path` in one field, right but for that."""
     outer, _, inner = field.partition(".")
     if outer == "control":
         return {"control": CONTROL | {inner: path}}
@@ -57,39 +57,39 @@ TRICKS = (
 
 
 def tricked() -> Iterator[tuple[str, Variant]]:
-    """Every trick in every place, neighbours of different tricks."""
+    """Build every trick in every place, neighbours of different tricks."""
     for turn, (number, field) in product(range(len(TRICKS)), enumerate(PLACES)):
         path = TRICKS[(turn + number) % len(TRICKS)]
         yield f"{field} {path!r}", failed("INPUT_FORBIDDEN", **job_naming(field, path))
 
 
 def drawn_from(name: str, content: Callable[[], bytes], code: str = "IMAGE_INVALID") -> Variant:
-    """A job with this file for the picture to begin from."""
+    """Build a job with this file for the source image."""
     path = f"hostile/{name}"
     return failed(code, {path: content}, **INIT | {"init_image_path": path})
 
 
 def draws_from(name: str, content: Callable[[], bytes]) -> Variant:
-    """A job with this file for the picture to begin from, which is unusual and right."""
+    """Build a job with this file for the source image, which is unusual and right."""
     path = f"hostile/{name}"
     return draws({path: content}, **INIT | {"init_image_path": path, "width": 64, "height": 64})
 
 
 def masked_by(name: str, content: Callable[[], bytes], code: str = "IMAGE_INVALID") -> Variant:
-    """A job with this file for its mask."""
+    """Build a job with this file for its mask."""
     path = f"hostile/{name}"
     return failed(code, GOOD | {path: content}, **MASKED | {"mask_path": path})
 
 
 def composed_of(name: str, content: Callable[[], bytes], field: str, code: str = "IMAGE_INVALID") -> Variant:
-    """A job with this file for one of a product's pictures."""
+    """Build a job with this file for one of a product's images."""
     path = f"hostile/{name}"
     files = {"hostile/cut.png": cut, path: content}
     return failed(code, files, kind="product", product=PRODUCT | {field: path})
 
 
 def cut() -> bytes:
-    """A red square with transparent sides."""
+    """Draw a red square with transparent sides."""
     content = io.BytesIO()
     square = Image.new("RGBA", (64, 64))
     square.paste("red", (16, 16, 48, 48))
@@ -98,7 +98,7 @@ def cut() -> bytes:
 
 
 def camera_jpeg() -> bytes:
-    """A JPEG with a smaller one behind it."""
+    """Write a JPEG with a smaller one behind it."""
     content = io.BytesIO()
     preview = Image.new("RGB", (16, 16), "blue")
     Image.new("RGB", (64, 64), "red").save(content, "MPO", save_all=True, append_images=[preview])
@@ -106,24 +106,24 @@ def camera_jpeg() -> bytes:
 
 
 def nothing() -> bytes:
-    """A picture all of which is transparent."""
+    """Draw an image all of which is transparent."""
     content = io.BytesIO()
     Image.new("RGBA", (64, 64)).save(content, "PNG")
     return content.getvalue()
 
 
 def headed(text: Any, code: str = "INVALID_INPUT", **fields: Any) -> Variant:
-    """A job with this headline, which is refused."""
+    """Build a job with this headline, which is refused."""
     return failed(code, text_overlay={"text": text, **fields})
 
 
 def number_in(field: str, literal: str) -> Variant:
-    """A job with a number that only raw JSON can write in a field of an object, or of one in it."""
+    """Build a job with a number that only raw JSON can write in a field of an object, or of one in it."""
     outer, *inner = field.split(".")
     whole = literal
     for name in reversed(inner):
         whole = f'{{"{name}": {whole}, "text": "a", "image_path": "hostile/init.png", "model": "edges"}}'
-    return told("INVALID_INPUT", raw(outer, whole))
+    return failed_body("INVALID_INPUT", raw(outer, whole))
 
 
 NUMBERS = (
@@ -146,8 +146,8 @@ KIND_CLASSES = (
         {
             "deep control": dead(raw("control", '{"a":' * 20_000 + "1" + "}" * 20_000)),
             "10^4 headlines": failed("INVALID_INPUT", text_overlay=[{"text": "a"}] * 10_000),
-            "headlines in headlines": told("INVALID_INPUT", raw("text_overlay", "[" * 500 + "]" * 500)),
-            "a deep box": told(
+            "headlines in headlines": failed_body("INVALID_INPUT", raw("text_overlay", "[" * 500 + "]" * 500)),
+            "a deep box": failed_body(
                 "INVALID_INPUT", raw("text_overlay", '{"text":"a","box":' + '{"color":' * 400 + "1" + "}" * 401)
             ),
             "product in a list": failed("INVALID_INPUT", kind="product", product=[PRODUCT]),

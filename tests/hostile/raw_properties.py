@@ -37,7 +37,7 @@ class Raw(pika.BasicProperties):  # type: ignore[misc]
 
 
 def properties(parts: dict[int, bytes]) -> bytes:
-    """The encoding of properties, each given by its flag."""
+    """Encode properties, each given by its flag."""
     return b"".join((sum(parts).to_bytes(2), *(parts[flag] for flag in sorted(parts, reverse=True))))
 
 
@@ -50,7 +50,7 @@ def long(content: bytes) -> bytes:
 
 
 def headers(*fields: bytes) -> bytes:
-    """Persistent properties with these fields as their headers."""
+    """Encode persistent properties with these fields as their headers."""
     return properties(PERSISTENT | {HEADERS: long(b"".join(fields))})
 
 
@@ -59,7 +59,7 @@ def field(name: bytes, kind: bytes, payload: bytes) -> bytes:
 
 
 def nested(depth: int, kind: bytes = b"F") -> bytes:
-    """The payload of a table in a table, or of an array in an array, and so on."""
+    """Encode the payload of a table in a table, or of an array in an array, and so on."""
     content = b""
     for _ in range(depth):
         content = (short(b"") if kind == b"F" else b"") + kind + long(content)
@@ -98,7 +98,7 @@ FROM_THE_FIELD: dict[str, bytes] = {
 
 
 def fuzzed_properties(rng: random.Random) -> bytes:
-    """Properties that RabbitMQ takes, with any value in any place."""
+    """Build properties that RabbitMQ takes, with any value in any place."""
     parts = dict(PERSISTENT)
     if rng.random() < 0.9:
         parts[HEADERS] = long(b"".join(_fuzzed_field(rng, 0) for _ in range(rng.randrange(6))))
@@ -112,7 +112,7 @@ def fuzzed_properties(rng: random.Random) -> bytes:
 
 
 def damaged_properties(rng: random.Random) -> bytes:
-    """The same with some bytes changed: most of these only a broker in trouble would deliver."""
+    """Change some bytes of them: most of these only a broken broker would deliver."""
     kind = rng.random()
     if kind < 0.2:
         return rng.randbytes(rng.randrange(200))
@@ -140,7 +140,7 @@ def _fuzzed_field(rng: random.Random, depth: int) -> bytes:
 
 
 def _fuzzed_value(rng: random.Random, depth: int) -> bytes:
-    """A value's type and payload."""
+    """Choose a value's type and payload."""
     if rng.random() < 0.02:
         kind = rng.choice((b"F", b"A"))
         return kind + nested(rng.choice((20, 400, DEEP)), kind)

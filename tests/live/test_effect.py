@@ -152,8 +152,10 @@ def test_a_worker_that_thaws_changes_no_image_and_repeats_no_end(
 
     assert images_of(station, new) == shown
     assert station.world.backend.calls("progress", old.generation_id) == reported
-    told = [call.body["metadata"]["task_id"] for call in station.world.backend.calls("complete", old.generation_id)]
-    assert told == [old.task_id, new.task_id]
+    reported_ids = [
+        call.body["metadata"]["task_id"] for call in station.world.backend.calls("complete", old.generation_id)
+    ]
+    assert reported_ids == [old.task_id, new.task_id]
     assert station.world.backend.calls("failed", old.generation_id) == []
     other.kill()
 
@@ -244,7 +246,7 @@ def test_a_task_id_of_two_generations_gives_each_its_own_end(
         wait_until_marked(station, first)
     second = Job(first.task_id, world.publish(task_id=first.task_id))
     own = Job(own_task_id(first.task_id, second.generation_id), second.generation_id)
-    eventually(lambda: station.num_asked(own) == 1, worker.log_tail)
+    eventually(lambda: station.num_handed(own) == 1, worker.log_tail)
     station.release(first)
 
     assert wait_for_end(station, own).body["metadata"]["task_id"] == own.task_id

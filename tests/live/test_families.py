@@ -59,7 +59,7 @@ def place(
         yield Place(world, checkpoint, adapter, expected)
 
 
-def told_of(world: World, generation_id: int) -> dict[str, Any]:
+def metadata_of(world: World, generation_id: int) -> dict[str, Any]:
     """The metadata of a job that completes."""
     end = world.wait_for_end(generation_id)
     assert end.kind == "complete", end.body
@@ -75,9 +75,9 @@ def test_a_job_with_an_adapter_gives_a_signed_image_in_the_nearest_size(place: P
         parameters={"width": 70, "height": 70, "steps": 6, "cfg_scale": 2.5, "scheduler": "unipc", "seed": 7},
         signature_path="signatures/a.png",
     )
-    told = told_of(world, generation_id)
+    metadata = metadata_of(world, generation_id)
 
-    assert {name: told[name] for name in ("model", "scheduler", "steps", "guidance_scale", "width", "height")} == {
+    assert {name: metadata[name] for name in ("model", "scheduler", "steps", "guidance_scale", "width", "height")} == {
         "model": place.checkpoint.name,
         "scheduler": "unipc",
         "steps": 6,
@@ -110,9 +110,9 @@ def test_a_job_that_names_neither_steps_nor_guidance_gets_the_family_s(place: Pl
     world, expected = place.world, place.expected
 
     generation_id = world.publish(num_inference_steps=None, seed=3)
-    told = told_of(world, generation_id)
+    metadata = metadata_of(world, generation_id)
 
-    assert {name: told[name] for name in ("scheduler", "steps", "guidance_scale", "width", "height")} == {
+    assert {name: metadata[name] for name in ("scheduler", "steps", "guidance_scale", "width", "height")} == {
         "scheduler": "euler",
         "steps": expected.steps,
         "guidance_scale": expected.guidance_scale,

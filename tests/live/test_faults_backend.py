@@ -333,8 +333,8 @@ def test_a_backend_that_refuses_every_end_gets_no_more_work_drawn_and_hears_of_w
     eventually(lambda: worker.get("/health/ready")[0] == 200, worker.log_tail)
     dead = world.dead_letters()
     assert len(dead) < REFUSALS_TO_OPEN
-    told = [job for job in drawn if not any(str(job.generation_id).encode() in body for body, _ in dead)]
-    for job in (*told, *waiting):
+    delivered = [job for job in drawn if not any(str(job.generation_id).encode() in body for body, _ in dead)]
+    for job in (*delivered, *waiting):
         station.assert_complete_once(job, num_posts=None)
 
 

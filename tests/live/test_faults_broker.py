@@ -99,7 +99,7 @@ def leave_a_dead_letter(station: Station, body: bytes) -> None:
     station.world.wait_until_clean(dead=1)
 
 
-def told(station: Station, job: Job) -> list[str]:
+def distinct_ends(station: Station, job: Job) -> list[str]:
     """The different things that the backend was told of the job's end."""
     return sorted({json.dumps(call.body) for call in station.world.backend.calls("complete", job.generation_id)})
 
@@ -236,7 +236,7 @@ def test_a_job_behind_a_black_hole_goes_to_another_worker_and_one_end_wins(stati
     # Then both finish it, and it has one end
     eventually(lambda: station.num_finished(job) == 2)
     station.assert_complete_once(job, num_runs=2, num_posts=None)
-    assert len(told(station, job)) == 1
+    assert len(distinct_ends(station, job)) == 1
     other.kill()
     station.broker.pass_on()
     station.broker.reset()
@@ -352,15 +352,15 @@ def test_in_an_alarm_acks_go_through_and_what_must_be_published_is_not_lost(stat
     # And two jobs under way, one of which will have to leave a dead letter
     world.backend.answer("failed", 410)
     acked = station.publish_held()
-    buried = station.publish("hold@3 fail@4")
+    failing = station.publish("hold@3 fail@4")
     eventually(lambda: world.queues()[""] == (0, 2), lambda: str(world.queues()))
     world.rabbitmq.ctl("set_vm_memory_high_watermark", "0.00001")
     try:
         # When they end, the one needs no message, and the other is with the broker or has left its own
         station.release(acked)
-        station.release(buried)
+        station.release(failing)
         assert world.wait_for_end(acked.generation_id).kind == "complete"
-        eventually(lambda: station.posts(buried, "failed") >= 1)
+        eventually(lambda: station.posts(failing, "failed") >= 1)
         eventually(
             lambda: world.queues()[""] == (0, 1), lambda: str(world.queues()), within_seconds=BLOCKED_TIMEOUT_SECONDS
         )
@@ -432,7 +432,7 @@ def test_the_same_job_five_times_on_two_workers_has_one_end(station: Station, wo
     station.wait_until_held(first, times=2)
     station.release(first)
     station.assert_complete_once(first, num_runs=2, num_posts=None)
-    assert len(told(station, first)) == 1
+    assert len(distinct_ends(station, first)) == 1
     posts_before = station.posts(first)
 
     # And once it has ended, not a step and not a word

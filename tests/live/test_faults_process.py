@@ -271,7 +271,7 @@ def test_a_job_that_ends_the_engine_every_time_fails_alone(station: Station, wor
     innocents = [station.publish_held()]
     culprit = station.publish(f"{verb}@3")
     innocents.append(station.publish())
-    eventually(lambda: station.num_asked(culprit) == station.num_asked(innocents[1]) == 1, worker.log_tail)
+    eventually(lambda: station.num_handed(culprit) == station.num_handed(innocents[1]) == 1, worker.log_tail)
     station.release(innocents[0])
 
     station.world.wait_for_end(culprit.generation_id)

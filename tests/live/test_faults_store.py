@@ -16,7 +16,7 @@ CONSTANTS = {
     "worker.amqp.topology:RETRY_DELAYS_SECONDS": [1, 1],
     "worker.jobs.disposition:MAX_ATTEMPTS": 3,
     "worker.results.image_store:IMAGE_PATIENCE_SECONDS": 0.0,
-    "worker.jobs.inputs.fetcher:NOT_FOUND_RETRY_SECONDS": 0.5,
+    "worker.jobs.inputs.store_source:NOT_FOUND_RETRY_SECONDS": 0.5,
     "worker.jobs.inputs.slow_fetches:SLOW_AFTER_SECONDS": 1.0,
     # After `SlowDown` boto3's pauses are of up to one and two seconds.
     "clients.storage.client:CALL_DEADLINE_SECONDS": 4.0,

@@ -74,9 +74,9 @@ def test_each_style_that_the_trainer_left_draws_its_own_image(
     wait_for_status(backend, "completed", *ordered, worker=worker)
 
     for generation_id in ordered:
-        told = backend.generation(generation_id)
-        assert told["result_url"].endswith(f"/generations/gen-{generation_id}.png")
-        assert told["progress"]["prompt_tags"] == list(TAGS)
+        row = backend.generation(generation_id)
+        assert row["result_url"].endswith(f"/generations/gen-{generation_id}.png")
+        assert row["progress"]["prompt_tags"] == list(TAGS)
     images = [pixels(world, generation_id) for generation_id in ordered]
     for number, image in enumerate(images[1:]):
         assert abs(image - images[number]).mean() > 1.0

@@ -228,9 +228,9 @@ class Site:
         while time.time() < published_at + ANSWER_SECONDS:
             self.wire.listen()
             if ends := self.world.backend.ends(generation_id):
-                return self._told(generation_id, ends[0], published_at)
+                return self._ended(generation_id, ends[0], published_at)
             if self.wire.letters:
-                return self._buried(body, num_calls, published_at)
+                return self._dead_lettered(body, num_calls, published_at)
             if variant.answer == IGNORED and self._num_ignored() > num_ignored:
                 return Answer(IGNORED, "", time.time() - published_at)
         raise AssertionError(f"no answer within {ANSWER_SECONDS} s\n{self.worker.log_tail()}")
@@ -244,7 +244,7 @@ class Site:
             CANARY: str(self.listener.port),
         }
 
-    def _told(self, generation_id: int, end: Any, published_at: float) -> Answer:
+    def _ended(self, generation_id: int, end: Any, published_at: float) -> Answer:
         seconds = max(0.0, end.received_at - published_at)
         task_id = end.headers["webhook-id"].partition(":")[0]
         assert str(uuid.UUID(task_id)) == task_id
@@ -254,7 +254,7 @@ class Site:
         assert end.body["retry_count"] == 0
         return Answer(end.body["error_code"], end.body["error_message"], seconds)
 
-    def _buried(self, body: bytes, num_calls: int, published_at: float) -> Answer:
+    def _dead_lettered(self, body: bytes, num_calls: int, published_at: float) -> Answer:
         seconds = max(0.0, time.time() - published_at)
         (letter,) = self.wire.letters
         self.wire.letters.clear()
@@ -417,12 +417,12 @@ def test_every_fuzzed_message_is_answered_once_as_the_decoder_foretells(site: Si
         site.wire.publish(body)
 
     def ends() -> dict[str, list[Any]]:
-        told: dict[str, list[Any]] = {}
+        received: dict[str, list[Any]] = {}
         for call in site.world.backend.calls():
             task_id, _, kind = call.headers["webhook-id"].partition(":")
             if task_id in fuzzed.asked and kind in ("complete", "failed"):
-                told.setdefault(task_id, []).append(call)
-        return told
+                received.setdefault(task_id, []).append(call)
+        return received
 
     deadline = started_at + 10 * (30 + len(fuzzed.bodies) / 4)
     while len(site.wire.letters) < len(fuzzed.dead) or ends().keys() != fuzzed.asked.keys():
@@ -433,18 +433,18 @@ def test_every_fuzzed_message_is_answered_once_as_the_decoder_foretells(site: Si
     letters = sorted(site.wire.letters)
     site.wire.letters.clear()
     assert letters == sorted(body[:MAX_DEAD_BODY_BYTES] for body in fuzzed.dead)
-    told = ends()
-    assert {task_id for task_id, calls in told.items() if len(calls) > 1} == set()
+    received = ends()
+    assert {task_id for task_id, calls in received.items() if len(calls) > 1} == set()
     wrong = {
         task_id: calls[0].body
-        for task_id, calls in told.items()
+        for task_id, calls in received.items()
         if isinstance(asked := fuzzed.asked[task_id], JobRejected) and calls[0].body.get("error_code") != asked.code
     }
     assert wrong == {}
     site.assert_unharmed()
     assert site.draw({}) == site.image_of({})
     assert site.listener.num_connections == 0
-    counted = {"dead letters": len(letters), "told": len(told), "left out": fuzzed.num_left_out}
+    counted = {"dead letters": len(letters), "received": len(received), "left out": fuzzed.num_left_out}
     logger.warning("fuzzed: %s in %.1f s", json.dumps(counted), time.monotonic() - started_at)
 
 

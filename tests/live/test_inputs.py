@@ -27,7 +27,7 @@ STATUS_PATHS = ("/status.json", "/metrics", "/health/ready")
 def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with new_world(rabbitmq, s3_server, tmp_path_factory.mktemp("world")) as made:
         constants = {
-            "worker.jobs.inputs.fetcher:NOT_FOUND_RETRY_SECONDS": 0.2,
+            "worker.jobs.inputs.store_source:NOT_FOUND_RETRY_SECONDS": 0.2,
             "tests.support.engine.fake_child:TURN_SECONDS": 0.02,
         }
         start_light_worker(made, constants=constants, STATUS_SHOW_PROMPTS="true")
@@ -71,10 +71,10 @@ def record_of(world: World, end: Call) -> dict[str, Any]:
 def test_a_generation_id_is_told_back_as_it_came(world: World, worker: Worker, given_id: int | str) -> None:
     end = end_of(world, given_id)
 
-    told = [call.body["generation_id"] for call in world.backend.calls(generation_id=given_id)]
+    received = [call.body["generation_id"] for call in world.backend.calls(generation_id=given_id)]
     assert end.kind == "complete"
-    assert len(told) > 1
-    assert {(type(one), one) for one in told} == {(type(given_id), given_id)}
+    assert len(received) > 1
+    assert {(type(one), one) for one in received} == {(type(given_id), given_id)}
     assert end.body["result_url"].endswith(f"/generations/gen-{given_id}.png")
     assert world.keys(f"generations/gen-{given_id}.png") == [f"generations/gen-{given_id}.png"]
     assert record_of(world, end)["generation_id"] == given_id

@@ -107,10 +107,10 @@ def test_a_stored_image_says_how_it_was_made_and_not_by_what_prompt(world: World
     generation_id = publish_and_wait(world, prompt="neon: a red fox", lora_path=world.upload_demo_adapter("neon"))
 
     png = world.png(generation_id)
-    told = json.loads(world.image(generation_id).info["Darkroom"])
+    stored = json.loads(world.image(generation_id).info["Darkroom"])
     metadata = world.backend.ends(generation_id)[0].body["metadata"]
-    assert (told.pop("kind"), told.pop("adapters")) == ("text2image", ["neon"])
-    assert told == {name: metadata[name] for name in told}
+    assert (stored.pop("kind"), stored.pop("adapters")) == ("text2image", ["neon"])
+    assert stored == {name: metadata[name] for name in stored}
     assert b"red fox" not in png
 
 

@@ -140,13 +140,13 @@ def test_a_repainted_image_is_what_it_was_where_the_mask_is_black(world: World, 
 
 
 def test_what_was_asked_for_is_told_back(world: World, drawn: dict[str, int]) -> None:
-    told = {name: world.wait_for_end(generation_id).body["metadata"] for name, generation_id in drawn.items()}
+    metadata = {name: world.wait_for_end(generation_id).body["metadata"] for name, generation_id in drawn.items()}
 
-    assert {name: one.get("kind", "text2image") for name, one in told.items()} == {
+    assert {name: one.get("kind", "text2image") for name, one in metadata.items()} == {
         name: fields.get("kind", "text2image") for name, fields in JOBS.items()
     }
-    assert (told["preset"]["style"], told["preset"]["industry"]) == ("watercolor", "cafe")
-    assert told["near"]["steps"] == 9
+    assert (metadata["preset"]["style"], metadata["preset"]["industry"]) == ("watercolor", "cafe")
+    assert metadata["near"]["steps"] == 9
 
 
 def test_every_webhook_of_the_kinds_fits_the_published_schemas(world: World, drawn: dict[str, int]) -> None:

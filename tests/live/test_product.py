@@ -109,13 +109,13 @@ def test_a_product_with_all_its_stages(world: World, worker: Worker, chain: Chai
         artist_name="Darkroom",
     )
 
-    told = metadata_of(world, job)
+    metadata = metadata_of(world, job)
     names = ["cutout", "background", "composite", "refined", "headline", "final"]
-    assert told["stages"] == {name: f"s3://{world.bucket}/stages/gen-{job}/{name}.png" for name in names}
+    assert metadata["stages"] == {name: f"s3://{world.bucket}/stages/gen-{job}/{name}.png" for name in names}
     assert kept_stages(world, job) == set(names)
     assert stage_bytes(world, job, "final") == world.png(job)
     assert len({stage(world, job, name).tobytes() for name in names}) == len(names)
-    assert (told["kind"], told["steps"], told["width"]) == ("product", STEPS, 128)
+    assert (metadata["kind"], metadata["steps"], metadata["width"]) == ("product", STEPS, 128)
     assert stage(world, job, "cutout").mode == "RGBA"
 
     background, composite, cutout = (stage(world, job, name) for name in ("background", "composite", "cutout"))
@@ -161,11 +161,11 @@ def test_a_background_changed_by_hand_is_kept_and_nothing_is_drawn(world: World,
         product={"cutout_path": stages["cutout"], "background_image_path": stages["background"], "shadow": 0},
     )
 
-    told = metadata_of(world, second)
+    metadata = metadata_of(world, second)
     assert lane_steps(worker) == before
     assert (pixels(world.image(second))[:30, :30] == (250, 10, 10)).all()
     assert stage(world, first, "background").tobytes() == background.tobytes()
-    assert told["stages"]["background"] == stages["background"]
+    assert metadata["stages"]["background"] == stages["background"]
     assert kept_stages(world, second) == {"composite", "final"}
 
 

@@ -233,11 +233,11 @@ def test_a_policy_with_every_limit_loses_no_end(world: World) -> None:
             lose_connections(world, worker)
         world.backend.answer("complete", 200)
 
-        def all_told() -> bool:
+        def all_delivered() -> bool:
             dead = {json.loads(body)["generation_id"] for body in bodies_of_dead_letters(world)}
             return all(len(outcomes(world, job)) == 1 or job.generation_id in dead for job in jobs)
 
-        eventually(all_told, worker.log_tail)
+        eventually(all_delivered, worker.log_tail)
         assert all(len(outcomes(world, job)) <= 1 for job in jobs)
 
 

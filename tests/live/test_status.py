@@ -42,29 +42,29 @@ def browser() -> Iterator[Browser]:
         yield running
 
 
-def told(worker: Worker) -> dict[str, Any]:
+def read_status(worker: Worker) -> dict[str, Any]:
     return json.loads(worker.get("/status.json")[1])  # type: ignore[no-any-return]
 
 
 def at_work(worker: Worker, generation_id: int) -> dict[str, Any]:
     """The row of a job at work; empty while there is none."""
-    return next((job for job in told(worker)["jobs"] if job["generation_id"] == str(generation_id)), {})
+    return next((job for job in read_status(worker)["jobs"] if job["generation_id"] == str(generation_id)), {})
 
 
 def wait_for_row(worker: Worker, generation_id: int) -> dict[str, Any]:
     """The row of a job that has ended: it is written behind the ack, so a moment after the webhook."""
 
     def rows() -> list[dict[str, Any]]:
-        return [job for job in told(worker)["last_jobs"] if job["generation_id"] == str(generation_id)]
+        return [job for job in read_status(worker)["last_jobs"] if job["generation_id"] == str(generation_id)]
 
     eventually(lambda: bool(rows()), worker.log_tail)
     return rows()[0]
 
 
 def test_a_worker_at_rest_tells_who_it_is_and_why_it_is_idle(world: World, worker: Worker) -> None:
-    eventually(lambda: told(worker)["idle"]["reason"] == "no_jobs" and bool(told(worker)["queues"]))
+    eventually(lambda: read_status(worker)["idle"]["reason"] == "no_jobs" and bool(read_status(worker)["queues"]))
 
-    status = told(worker)
+    status = read_status(worker)
 
     assert status["worker"]["name"].endswith(f":{worker.process.pid}")
     assert status["worker"]["why_not_ready"] == ""
@@ -118,7 +118,7 @@ def test_a_job_moves_on_in_the_json_and_on_the_page(
     ended = wait_for_row(worker, slow)
     assert [stage["name"] for stage in ended["stages"]] == STAGES
     assert (ended["outcome"], ended["num_steps"], ended["prompt"]) == ("complete", SLOW, None)
-    status = told(worker)
+    status = read_status(worker)
     assert status["outcomes"]["complete"] >= 1
     assert status["batch"]["mean"] == pytest.approx(3, abs=0.5)
     assert status["idle"]["denoising_seconds"] > 0
@@ -185,9 +185,9 @@ def test_prompts_and_previews_are_shown_where_the_setting_says_so(
 
         # And the backend is told where it is in the bucket
         assert own.wait_for_end(generation_id).kind == "complete"
-        told = [call.body.get("preview_url") for call in own.backend.calls("progress", generation_id)]
+        urls = [call.body.get("preview_url") for call in own.backend.calls("progress", generation_id)]
         key = f"previews/gen-{generation_id}.jpg"
-        assert told[-1] == f"{own.store.endpoint_url}/{own.bucket}/{key}"
+        assert urls[-1] == f"{own.store.endpoint_url}/{own.bucket}/{key}"
         stored = own.store.client().get_object(Bucket=own.bucket, Key=key)
         assert (stored["ContentType"], stored["CacheControl"]) == ("image/jpeg", "no-store")
         image = Image.open(stored["Body"])

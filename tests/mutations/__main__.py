@@ -33,7 +33,7 @@ class RowResult(NamedTuple):
 
 
 def copy_tree(folder: Path) -> None:
-    """What git has or would have of this checkout."""
+    """Copy what git has or would have of this checkout."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT,
@@ -47,7 +47,7 @@ def copy_tree(folder: Path) -> None:
 
 
 def apply(mutation: Mutation, root: Path) -> None:
-    """Raises `ValueError` where the text to take out is not there exactly once."""
+    """Apply the mutation. Raises `ValueError` where the text to take out is not there exactly once."""
     path = root / mutation.path
     text = path.read_text()
     if (found := text.count(mutation.old)) != 1:
@@ -81,7 +81,7 @@ def check(row: Row) -> RowResult:
 
 
 def failures(report: Path) -> set[str]:
-    """The ids of the tests that failed; one that could not be set up has shown nothing."""
+    """Return the ids of the tests that failed; one that could not be set up has shown nothing."""
     cases = ElementTree.parse(report).getroot().iter("testcase")
     return {
         f"{(case.get('classname') or '').replace('.', '/')}.py::{case.get('name')}"
@@ -91,7 +91,7 @@ def failures(report: Path) -> set[str]:
 
 
 def is_of(test: str, name: str) -> bool:
-    """Whether the failed `name` is `test` or one of its parameters."""
+    """Return whether the failed `name` is `test` or one of its parameters."""
     return name == test or name.startswith(f"{test}[")
 
 

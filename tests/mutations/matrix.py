@@ -11,7 +11,7 @@ BEGIN, END = "<!-- matrix -->\n", "<!-- end of matrix -->"
 
 
 def render(rows: Sequence[Row]) -> str:
-    """A Markdown table; the last column says how many mechanisms are taken out to see the row's tests fail."""
+    """Render a Markdown table; the last column counts the mechanisms that are taken out to see the row's tests fail."""
     lines = ["| | what breaks | what then happens | tests | without |", "|---|---|---|---|---|"]
     for row in rows:
         tests = len(row.tests) + len(row.also)
@@ -21,7 +21,7 @@ def render(rows: Sequence[Row]) -> str:
 
 
 def with_matrix(document: str) -> str:
-    """The document with today's matrix between its two marks."""
+    """Replace the matrix between the document's two marks by today's."""
     before, _, rest = document.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}{render(ROWS)}{END}{after}"

@@ -1,4 +1,4 @@
-"""A row of the fault matrix: what breaks, which tests show that nobody notices, and what of our code makes it so."""
+"""A row of the fault matrix: what breaks, which tests show that it has no effect, and what of our code makes it so."""
 
 from typing import NamedTuple
 

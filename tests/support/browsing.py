@@ -1,4 +1,4 @@
-"""A real Chromium on our pages: Debian's, driven by playwright, with a journal of what it asks for and complains of."""
+"""A real Chromium on our pages: Debian's, driven by playwright, with a journal of its requests and complaints."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ expect.set_options(timeout=HANG_MILLISECONDS)
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """A browser without a window. Its sandbox is off, which a container's root cannot have."""
+    """Start a browser without a window. Its sandbox is off, which a container's root cannot have."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         try:

@@ -15,25 +15,25 @@ DOCS = ROOT / "docs"
 
 @cache
 def document() -> dict[str, Any]:
-    """AsyncAPI's document, its references as they stand."""
+    """Load AsyncAPI's document, its references unresolved."""
     loaded: dict[str, Any] = yaml.safe_load((DOCS / "asyncapi.yaml").read_text(encoding="utf-8"))
     return loaded
 
 
 @cache
 def validator_of(name: str) -> Draft7Validator:
-    """For the messages of one name: job, cancel, progress, complete or failed."""
+    """Build the validator of the messages of one name: job, cancel, progress, complete or failed."""
     return Draft7Validator(json.loads((DOCS / "schemas" / f"{name}.json").read_text(encoding="utf-8")))
 
 
 @cache
 def header_validator() -> Draft7Validator:
-    """For the headers of a webhook, by the names that the document writes them with."""
+    """Build the validator of a webhook's headers, by the names that the document writes them with."""
     return Draft7Validator(document()["components"]["messageBindings"]["webhook"]["http"]["headers"])
 
 
 def examples() -> Iterator[tuple[str, str, Any]]:
-    """Message, name and payload of every example in the document."""
+    """Yield message, name and payload of every example in the document."""
     for message, described in document()["components"]["messages"].items():
         for example in described["examples"]:
             yield message, example["name"], example["payload"]

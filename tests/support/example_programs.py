@@ -44,7 +44,7 @@ class Receiver:
         return f"http://127.0.0.1:{self._port}"
 
     def env(self) -> dict[str, str]:
-        """The variables that it has in common with its worker."""
+        """Return the variables that it has in common with its worker."""
         return {"BACKEND_API_URL": self.url, "INTERNAL_API_TOKEN": TOKEN, "WEBHOOK_SIGNING_SECRET": SECRET}
 
     def start(self) -> None:
@@ -66,12 +66,12 @@ class Receiver:
         assert answer.status_code == 200
 
     def effects(self, generation_id: int) -> list[tuple[str, str]]:
-        """State and detail of every effect on a generation, in order."""
+        """Return state and detail of every effect on a generation, in order."""
         lines = (line.split(" ", 2) for line in self._printed.read_text().splitlines())
         return [(line[0], line[2]) for line in lines if line[0] in STATES and line[1] == str(generation_id)]
 
     def client(self, **changes: Any) -> WebhookClient:
-        """The worker's own webhook client; `now` and settings may be others than the receiver expects."""
+        """Build the worker's own webhook client; `now` and settings may differ from what the receiver expects."""
         now = {"now": changes.pop("now")} if "now" in changes else {}
         return WebhookClient(BackendSettings(**self.env() | changes), **now)  # type: ignore[arg-type]
 

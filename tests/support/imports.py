@@ -12,7 +12,9 @@ OURS = {"benchmarks", "config", "inference", "tests", "worker", "clients", "wate
 
 
 def imported_at_once(body: list[ast.stmt]) -> Iterator[str]:
-    """The dotted names that a module's import brings: those inside of functions and for type checkers come later."""
+    """Return the dotted names that importing a module imports at once, without those in functions and for type
+    checkers.
+    """
     for node in body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -24,14 +26,14 @@ def imported_at_once(body: list[ast.stmt]) -> Iterator[str]:
 
 @cache
 def file_of(name: str) -> Path | None:
-    """Our module called `name`, or the one that the name is in."""
+    """Find the file of our module `name`, or of the module that the name is in."""
     path = ROOT / name.replace(".", "/")
     found = [one for one in (path.with_suffix(".py"), path / "__init__.py") if one.is_file()]
     return found[0] if found else None
 
 
 def packages_of(files: list[Path]) -> set[str]:
-    """Others' packages that importing these files brings, by whatever way."""
+    """Return the third-party packages that importing these files imports, directly or not."""
     packages: set[str] = set()
     seen: set[Path] = set()
     while files:

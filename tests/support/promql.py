@@ -30,12 +30,12 @@ def dashboard() -> dict[str, Any]:
 
 
 def panels() -> list[dict[str, Any]]:
-    """Every panel with queries."""
+    """Yield every panel with queries."""
     return [panel for panel in dashboard()["panels"] if panel["type"] != "row"]
 
 
 def dashboard_queries() -> Iterator[tuple[str, str]]:
-    """Title of the panel and query, its variables filled in."""
+    """Yield the title of the panel and each query, its variables filled in."""
     for panel in panels():
         for target in panel["targets"]:
             query = target["expr"]
@@ -45,7 +45,7 @@ def dashboard_queries() -> Iterator[tuple[str, str]]:
 
 
 def documented_queries() -> Iterator[tuple[str, str]]:
-    """Every query that docs/operating.md gives, with the number of its place there."""
+    """List every query that docs/operating.md gives, with the number of its place there."""
     text = (ROOT / "docs" / "operating.md").read_text()
     for number, query in enumerate(re.findall(r"^```promql\n(.+?)^```", text, re.MULTILINE | re.DOTALL)):
         yield f"docs/operating.md {number}", query
@@ -57,7 +57,7 @@ def alert_rules() -> list[dict[str, Any]]:
 
 
 def samples() -> dict[str, frozenset[str]]:
-    """Every sample a worker may show, with its own labels."""
+    """Return every sample a worker may expose, with its own labels."""
     found = {}
     for collector in vars(Metrics()).values():
         if not hasattr(collector, "describe") or not hasattr(collector, "_labelnames"):
@@ -70,12 +70,12 @@ def samples() -> dict[str, frozenset[str]]:
 
 
 def selectors(query: str) -> list[tuple[str, frozenset[str]]]:
-    """Each `darkroom_` sample of a query with the labels it is selected by."""
+    """Yield each `darkroom_` sample of a query with the labels it is selected by."""
     return [(name, frozenset(_MATCHER.findall(inside))) for name, inside in _SELECTOR.findall(query)]
 
 
 def groupings(query: str) -> frozenset[str]:
-    """Every label a query groups or matches by."""
+    """Yield every label a query groups or matches by."""
     return frozenset(
         label.strip() for inside in _GROUPING.findall(query) for label in inside.split(",") if label.strip()
     )

@@ -1,6 +1,7 @@
-"""What `pytest --quick` leaves out: tests below a server, files that load a model library or start programs."""
+"""What `pytest --quick` leaves out: tests with a server, files that load a model library or start programs."""
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,10 @@ SERVER_FIXTURES = {"rabbitmq", "s3_server"}
 # What the private servers, workers and other programs are started with.
 STARTS_PROGRAMS = {"subprocess", "multiprocessing"}
 TESTS, EXAMPLES = ROOT / "tests", ROOT / "examples"
+# Servers inside the test's own process: what is tested against them are deadlines, which take their time.
+SERVERS = TESTS / "support" / "servers"
+# Most files have no import inside a block, and need no walk through their whole tree.
+INDENTED_IMPORT = re.compile(r"^ +from ", re.MULTILINE)
 
 
 class _Imports(NamedTuple):
@@ -24,11 +29,16 @@ class _Imports(NamedTuple):
 
 
 @cache
+def _body(path: Path) -> list[ast.stmt]:
+    return ast.parse(path.read_text()).body
+
+
+@cache
 def _imports(path: Path, *, in_functions: bool) -> _Imports:
     """Return what importing the file imports and, on request, what its functions import when called."""
-    body = ast.parse(path.read_text()).body
+    body = _body(path)
     names = set(imported_at_once(body))
-    if in_functions:
+    if in_functions and INDENTED_IMPORT.search(path.read_text()):
         names |= {
             f"{node.module}.{alias.name}"
             for top in body
@@ -79,7 +89,7 @@ def starts_a_server(item: pytest.Item) -> bool:
 
 
 def starts_a_program(item: pytest.Item) -> bool:
-    """Return whether the test or what it names in its file starts a program, or calls what imports a heavy library."""
+    """Return whether the test or what it names in its file starts a program or server, or imports a heavy library."""
     names = {item.nodeid.split("::")[1].partition("[")[0], *getattr(item, "fixturenames", ())}
     return not names.isdisjoint(_heavy_names(item.path))
 
@@ -97,7 +107,7 @@ def _heavy_names(path: Path) -> frozenset[str]:
 def _names_used(path: Path) -> dict[str, set[str]]:
     """Return, for each top-level definition of the file, the names in it."""
     used: dict[str, set[str]] = {}
-    for node in ast.parse(path.read_text()).body:
+    for node in _body(path):
         names = {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             used[node.name] = names | {one.arg for one in ast.walk(node) if isinstance(one, ast.arg)}
@@ -108,11 +118,11 @@ def _names_used(path: Path) -> dict[str, set[str]]:
 
 
 def _heavy_imports(path: Path) -> frozenset[str]:
-    """Return the names that the file imports and that start programs, or whose module imports a heavy library late."""
+    """Return the names that the file imports and that start programs or servers, or import a heavy library late."""
     heavy = set(STARTS_PROGRAMS)
-    for node in ast.parse(path.read_text()).body:
+    for node in _body(path):
         if isinstance(node, ast.ImportFrom):
             module = file_of(str(node.module))
-            if module and _libraries(module) & HEAVY_LIBRARIES:
+            if module and (module.is_relative_to(SERVERS) or _libraries(module) & HEAVY_LIBRARIES):
                 heavy |= {alias.asname or alias.name for alias in node.names}
     return frozenset(heavy)

@@ -75,7 +75,7 @@ def failed(number: int, code: str, message: str) -> EndedJob:
 
 
 def status(**changes: Any) -> Status:
-    """A busy worker."""
+    """Build the status of a busy worker."""
     queue = "image_generation"
     depths = {"": 14, "recover": 0, "outbox": 2, "dead": 1, "retry.30": 1, "retry.300": 0, "lease": 0}
     made = Status(
@@ -112,7 +112,7 @@ def status(**changes: Any) -> Status:
 
 @contextmanager
 def served(read: Callable[[], Status], read_preview: Callable[[str], bytes | None] = lambda _: None) -> Iterator[str]:
-    """The page of a worker whose status `read` gives, and its previews by their task; its address."""
+    """Serve the page of a worker with the status of `read` and its previews by their task; yield its address."""
     server = HealthServer(0, CollectorRegistry(), lambda: "", read, read_preview)
     server.start()
     try:

@@ -48,7 +48,7 @@ class Worker:
         eventually(lambda: self.get("/health/ready")[0] == 200, self.log_tail)
 
     def get(self, path: str) -> tuple[int, str]:
-        """Status and text of an HTTP GET; (0, "") while nobody listens."""
+        """Return status and text of an HTTP GET; (0, "") where the connection is refused."""
         try:
             answer = requests.get(f"http://127.0.0.1:{self.port}{path}", timeout=HANG_SECONDS)
         except requests.ConnectionError:
@@ -56,7 +56,7 @@ class Worker:
         return answer.status_code, answer.text
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of one sample; 0 where it has none yet."""
+        """Return the value of one sample; 0 where it has none yet."""
         wanted = "{" + ",".join(f'{key}="{value}"' for key, value in labels.items()) + "}" if labels else ""
         for line in self.get("/metrics")[1].splitlines():
             if line.startswith(f"{name}{wanted} "):
@@ -64,12 +64,12 @@ class Worker:
         return 0.0
 
     def engine_pid(self) -> int:
-        """The child process, found from outside."""
+        """Find the child process from outside."""
         children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
         return int(" ".join(path.read_text() for path in children).split()[0])
 
     def events(self, name: str, *, first_line: int = 0) -> list[dict[str, Any]]:
-        """The log's lines of one event, from line number `first_line` on."""
+        """Return the log's lines of one event, from line number `first_line` on."""
         lines = (json.loads(line) for line in self.log.read_text().splitlines()[first_line:])
         return [line for line in lines if line["event"] == name]
 
@@ -81,7 +81,7 @@ class Worker:
         self.process.wait()
 
     def terminate(self) -> int:
-        """SIGTERM; the exit code."""
+        """Send SIGTERM and wait; return the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(HANG_SECONDS)
 
@@ -100,7 +100,7 @@ class World:
     workers: list[Worker] = field(default_factory=list)
 
     def env(self) -> dict[str, str]:
-        """The settings of a worker here; its cache and port are its own."""
+        """Return the settings of a worker here; its cache and port are its own."""
         return (
             self.rabbitmq.env()
             | self.store.env(self.bucket)
@@ -142,7 +142,7 @@ class World:
         return int(generation_id)
 
     def publish_raw(self, *bodies: bytes, properties: Any = pika.BasicProperties(delivery_mode=2)) -> None:  # noqa: B008
-        """As the backends in the field do it: declare the queue durable without arguments, publish persistent."""
+        """Publish as the backends in the field do: declare the queue durable without arguments, publish persistent."""
         connection = pika.BlockingConnection(pika.URLParameters(self.rabbitmq.url))
         channel = connection.channel()
         channel.queue_declare(self.queue, durable=True)
@@ -167,7 +167,9 @@ class World:
         eventually(is_denoising, self.workers[-1].log_tail)
 
     def queues(self) -> dict[str, tuple[int, int]]:
-        """Ready and unacknowledged messages of each queue, by the name behind the jobs' queue ('' for itself)."""
+        """Count the messages of each queue, ready and unacknowledged, by the name behind the jobs' queue ('' for
+        itself).
+        """
         return {
             name.removeprefix(self.queue): depth
             for name, depth in self.rabbitmq.queues().items()
@@ -220,13 +222,13 @@ class World:
         return Image.open(BytesIO(self.png(generation_id, suffix)))
 
     def pixels(self, generation_id: int, suffix: str = "") -> bytes:
-        """What two runs of one job have in common: their files tell different times."""
+        """Decode the image's pixels, equal in two runs of one job: their files hold different times."""
         return self.image(generation_id, suffix).tobytes()
 
 
 @contextmanager
 def new_world(rabbitmq: RabbitMQ, store: SeaweedFS, folder: Path) -> Iterator[World]:
-    """A world with fresh names and its own backend; its workers are killed at the end."""
+    """Make a world with fresh names and its own backend; its workers are killed at the end."""
     bucket = f"test-{uuid.uuid4().hex[:12]}"
     store.make_bucket(bucket)
     with Backend() as backend:

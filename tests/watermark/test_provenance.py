@@ -39,7 +39,7 @@ from worker.cli.check.checks import CheckFailed
 from worker.cli.check.files import check_certificate
 from worker.messages.decoder import decode, rules_from
 from worker.messages.job import Job, Kind
-from worker.results.image_metadata import ImageEncoder, provenance_of
+from worker.results.image_metadata import ImageEncoder
 from worker.supervisor import Supervisor
 
 DARKROOM = Path(sys.executable).with_name("darkroom")
@@ -48,7 +48,7 @@ PROMPT = "a fox on the moon"
 NEGATIVE = "blurry, two tails"
 VOCABULARY = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 TASK_ID = "660f9511-f3ac-52e5-b827-557766551111"
-TOLD = Provenance(
+PROVENANCE = Provenance(
     software="Darkroom",
     version="0.1.0",
     model="demo",
@@ -80,7 +80,7 @@ def image() -> SignedImage:
     return sign(Image.fromarray(pixels), Unsigned(), SignatureStyle())
 
 
-def labeller(level: Level, chain: Chain | None = None) -> ImageEncoder:
+def image_encoder(level: Level, chain: Chain | None = None) -> ImageEncoder:
     return ImageEncoder(ImageSettings(EMBED_METADATA=level, **(chain.env() if chain else {})))  # type: ignore[arg-type]
 
 
@@ -122,7 +122,7 @@ def failures(reader: c2pa.Reader) -> list[str]:
 
 
 def test_none_leaves_the_file_as_it_is_without_any_text() -> None:
-    png = labeller("none").encode(image(), TOLD)
+    png = image_encoder("none").encode(image(), PROVENANCE)
 
     assert png == image().encode_png()
     assert text_of(png) == {}
@@ -131,7 +131,7 @@ def test_none_leaves_the_file_as_it_is_without_any_text() -> None:
 
 def test_provenance_tells_all_but_the_prompts(chain: Chain) -> None:
     for signer in (None, chain):
-        png = labeller("provenance", signer).encode(image(), TOLD)
+        png = image_encoder("provenance", signer).encode(image(), PROVENANCE)
 
         for secret in (PROMPT, NEGATIVE, "fox", "blurry", "parameters", "AIPromptInformation"):
             assert secret.encode() not in png
@@ -154,7 +154,7 @@ def test_provenance_tells_all_but_the_prompts(chain: Chain) -> None:
 
 
 def test_full_tells_the_prompts_as_the_web_ui_writes_them() -> None:
-    parameters = text_of(labeller("full").encode(image(), TOLD))["parameters"]
+    parameters = text_of(image_encoder("full").encode(image(), PROVENANCE))["parameters"]
 
     *prompts, line = parameters.split("\n")
     assert prompts == [PROMPT, f"Negative prompt: {NEGATIVE}"]
@@ -173,7 +173,7 @@ def test_full_tells_the_prompts_as_the_web_ui_writes_them() -> None:
 
 
 def test_without_a_negative_prompt_there_is_no_line_for_it() -> None:
-    png = labeller("full").encode(image(), replace(TOLD, prompts=Prompts(PROMPT)))
+    png = image_encoder("full").encode(image(), replace(PROVENANCE, prompts=Prompts(PROMPT)))
 
     assert text_of(png)["parameters"].startswith(f"{PROMPT}\nSteps: 20")
     assert b"Negative" not in png
@@ -181,7 +181,7 @@ def test_without_a_negative_prompt_there_is_no_line_for_it() -> None:
 
 @pytest.mark.parametrize("level", ["none", "provenance", "full"])
 def test_no_level_changes_a_pixel(level: Level, chain: Chain) -> None:
-    png = labeller(level, None if level == "none" else chain).encode(image(), TOLD)
+    png = image_encoder(level, None if level == "none" else chain).encode(image(), PROVENANCE)
 
     plain = opened(image().encode_png())
     assert (opened(png).mode, opened(png).tobytes()) == ("RGB", plain.tobytes())
@@ -191,19 +191,19 @@ def test_no_level_changes_a_pixel(level: Level, chain: Chain) -> None:
 
 
 def test_exiftool_reads_the_packet() -> None:
-    found = exiftool(labeller("full").encode(image(), TOLD))
+    found = exiftool(image_encoder("full").encode(image(), PROVENANCE))
 
     assert found["XMP-iptcExt:DigitalSourceType"] == f"{VOCABULARY}trainedAlgorithmicMedia"
     assert found["XMP-iptcExt:AISystemUsed"] == "demo"
     assert found["XMP-iptcExt:AIPromptInformation"] == f"{PROMPT}\nNegative prompt: {NEGATIVE}"
     assert found["XMP-xmp:CreatorTool"] == found["PNG:Software"] == "Darkroom 0.1.0"
     assert found["XMP-xmp:CreateDate"] == "2026:11:22 03:04:05Z"
-    assert found["XMP-dc:Creator"] == [TOLD.artist_name]
+    assert found["XMP-dc:Creator"] == [PROVENANCE.artist_name]
     assert [name for name in found if "Warning" in name or "Error" in name] == []
 
 
 def test_without_an_artist_nobody_is_named_creator() -> None:
-    found = exiftool(labeller("provenance").encode(image(), replace(TOLD, artist_name=None)))
+    found = exiftool(image_encoder("provenance").encode(image(), replace(PROVENANCE, artist_name=None)))
 
     assert "XMP-dc:Creator" not in found
     assert "XMP-iptcExt:AIPromptInformation" not in found
@@ -222,7 +222,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_comes_back_as_it_was(name: str, chain: Chain) -> None:
     text = HOSTILE[name]
-    png = labeller("full", chain).encode(image(), replace(TOLD, artist_name=text, prompts=Prompts(text)))
+    png = image_encoder("full", chain).encode(image(), replace(PROVENANCE, artist_name=text, prompts=Prompts(text)))
 
     assert xmp_of(png)["AIPromptInformation"] == text
     assert xmp_of(png)["li"] == text
@@ -235,9 +235,9 @@ def test_hostile_text_comes_back_as_it_was(name: str, chain: Chain) -> None:
 def test_what_no_xml_can_hold_is_replaced(chain: Chain) -> None:
     unwritable = "".join(map(chr, [0, 1, 8, 11, 12, 14, 27, 31, 127, 133, 0xD800, 0xDFFF, 0xFFFE, 0xFFFF]))
     text = f"a{unwritable}b\r\nc\rd"
-    told = replace(TOLD, artist_name=text, model=text, adapters=(text,), prompts=Prompts(text, text))
+    provenance = replace(PROVENANCE, artist_name=text, model=text, adapters=(text,), prompts=Prompts(text, text))
 
-    png = labeller("full", chain).encode(image(), told)
+    png = image_encoder("full", chain).encode(image(), provenance)
 
     written = "a" + "\ufffd" * len(unwritable) + "b\nc\nd"
     assert xmp_of(png)["AIPromptInformation"] == f"{written}\nNegative prompt: {written}"
@@ -264,7 +264,7 @@ def test_c2pa_s_reader_finds_the_manifest_whole_and_trusts_it_where_it_trusts_th
 ) -> None:
     chain = make_chain(tmp_path, KEYS[algorithm]())
 
-    png = labeller("provenance", chain).encode(image(), TOLD)
+    png = image_encoder("provenance", chain).encode(image(), PROVENANCE)
 
     stranger, friend = read_manifest(png), read_manifest(png, chain.anchor)
     assert (stranger.get_validation_state(), failures(stranger)) == ("Valid", ["signingCredential.untrusted"])
@@ -273,28 +273,28 @@ def test_c2pa_s_reader_finds_the_manifest_whole_and_trusts_it_where_it_trusts_th
 
 
 def test_a_jpeg_carries_the_packet_and_the_manifest_and_says_nothing_where_nothing_is_to_be_said(chain: Chain) -> None:
-    jpeg = labeller("provenance", chain).encode(image(), TOLD, ImageFormat.JPEG)
+    jpeg = image_encoder("provenance", chain).encode(image(), PROVENANCE, ImageFormat.JPEG)
 
-    told, reader = exiftool(jpeg), c2pa.Reader("image/jpeg", io.BytesIO(jpeg))
-    assert told["XMP-iptcExt:DigitalSourceType"].endswith("trainedAlgorithmicMedia")
-    assert told["XMP-iptcExt:AISystemUsed"] == TOLD.model
-    assert PROMPT not in str(told)
+    tags, reader = exiftool(jpeg), c2pa.Reader("image/jpeg", io.BytesIO(jpeg))
+    assert tags["XMP-iptcExt:DigitalSourceType"].endswith("trainedAlgorithmicMedia")
+    assert tags["XMP-iptcExt:AISystemUsed"] == PROVENANCE.model
+    assert PROMPT not in str(tags)
     assert (reader.get_validation_state(), failures(reader)) == ("Valid", ["signingCredential.untrusted"])
 
-    bare = labeller("none").encode(image(), TOLD, ImageFormat.JPEG)
+    bare = image_encoder("none").encode(image(), PROVENANCE, ImageFormat.JPEG)
     assert opened(bare).info.keys() <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
 
 
 def test_the_longest_prompts_fit_into_a_jpeg() -> None:
-    longest = replace(TOLD, prompts=Prompts("\U0001f98a" * 4000, "&" * 4000))
+    longest = replace(PROVENANCE, prompts=Prompts("\U0001f98a" * 4000, "&" * 4000))
 
-    jpeg = labeller("full").encode(image(), longest, ImageFormat.JPEG)
+    jpeg = image_encoder("full").encode(image(), longest, ImageFormat.JPEG)
 
     assert opened(jpeg).info["xmp"].decode().count("\U0001f98a") == 4000
 
 
 def test_the_manifest_says_that_a_model_created_the_image_and_by_what(chain: Chain) -> None:
-    manifest = read_manifest(labeller("provenance", chain).encode(image(), TOLD)).get_active_manifest()
+    manifest = read_manifest(image_encoder("provenance", chain).encode(image(), PROVENANCE)).get_active_manifest()
 
     assert manifest["claim_generator_info"][0].items() >= {"name": "Darkroom", "version": "0.1.0"}.items()
     (actions,) = manifest["assertions"]
@@ -310,7 +310,9 @@ def test_the_manifest_says_that_a_model_created_the_image_and_by_what(chain: Cha
 
 
 def test_the_manifest_has_the_prompts_in_full_alone(chain: Chain) -> None:
-    (_, metadata) = read_manifest(labeller("full", chain).encode(image(), TOLD)).get_active_manifest()["assertions"]
+    (_, metadata) = read_manifest(image_encoder("full", chain).encode(image(), PROVENANCE)).get_active_manifest()[
+        "assertions"
+    ]
 
     assert metadata["label"] == "cawg.metadata"
     assert metadata["data"]["Iptc4xmpExt:AIPromptInformation"] == f"{PROMPT}\nNegative prompt: {NEGATIVE}"
@@ -345,7 +347,7 @@ def _claim_a_camera(kind: bytes, content: bytes) -> bytes:
 
 @pytest.mark.parametrize("tamper", [_change_a_pixel, _claim_a_camera])
 def test_a_changed_byte_makes_the_manifest_invalid(tamper: Callable[[bytes, bytes], bytes], chain: Chain) -> None:
-    png = labeller("provenance", chain).encode(image(), TOLD)
+    png = image_encoder("provenance", chain).encode(image(), PROVENANCE)
     assert png_of(chunks_of(png)) == png
 
     forged = png_of([(kind, tamper(kind, content)) for kind, content in chunks_of(png)])
@@ -356,10 +358,10 @@ def test_a_changed_byte_makes_the_manifest_invalid(tamper: Callable[[bytes, byte
 
 
 def test_many_threads_sign_by_one_key(chain: Chain) -> None:
-    shared = labeller("full", chain)
+    shared = image_encoder("full", chain)
 
     def encode(seed: int) -> bytes:
-        return shared.encode(image(), replace(TOLD, seed=seed))
+        return shared.encode(image(), replace(PROVENANCE, seed=seed))
 
     with ThreadPoolExecutor(8) as pool:
         pngs = list(pool.map(encode, range(40)))
@@ -433,7 +435,7 @@ def test_what_nobody_can_sign_with_is_refused_in_one_sentence_that_names_the_set
     chain = make(tmp_path)
 
     with pytest.raises(SettingsError, match=sentence) as caught:
-        labeller("provenance", chain)
+        image_encoder("provenance", chain)
 
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckFailed, match=sentence):
@@ -487,7 +489,7 @@ def test_a_certificate_that_ends_soon_is_told_at_the_start(
     days: int, level: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="worker.results.image_metadata"):
-        labeller("provenance", make_chain(tmp_path, ends_in=timedelta(days=days, hours=1)))
+        image_encoder("provenance", make_chain(tmp_path, ends_in=timedelta(days=days, hours=1)))
 
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [(level, "manifests are signed")]
 
@@ -497,7 +499,7 @@ def test_a_certificate_that_ends_while_the_worker_runs_signs_no_more(tmp_path: P
     seconds = 3
     chain = make_chain(tmp_path, ends_in=timedelta(seconds=seconds))
     supervisor = Supervisor(settings_of(tmp_path, chain))
-    ending = labeller("provenance", chain)
+    ending = image_encoder("provenance", chain)
     assert supervisor._parts.readiness.refusal == ending.refusal == ""
 
     time.sleep(seconds + 1)
@@ -506,7 +508,7 @@ def test_a_certificate_that_ends_while_the_worker_runs_signs_no_more(tmp_path: P
     # As with any refusal, it takes no more jobs and is not ready
     assert supervisor._parts.readiness.refusal == ending.refusal
     with pytest.raises(ManifestNotSigned, match="not valid at time of signing"):
-        ending.encode(image(), TOLD)
+        ending.encode(image(), PROVENANCE)
 
 
 def test_a_certificate_beside_none_is_a_contradiction(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -526,10 +528,10 @@ def job_of(**fields: Any) -> Job:
     return decode(json.dumps({"task_id": TASK_ID, "data": data}).encode(), rules)
 
 
-def told_of(job: Job) -> Provenance:
+def provenance_for(job: Job) -> Provenance:
     drawn = RawImage(64, 48, b"", seed=7)
     result = GenerationResult((drawn,), "dpm++", 20, 3.0, ())
-    return provenance_of(job, result, drawn, model="demo")
+    return provenance_for(job, result, drawn, model="demo")
 
 
 def test_a_job_tells_the_names_of_its_adapters_and_never_their_paths() -> None:
@@ -542,24 +544,30 @@ def test_a_job_tells_the_names_of_its_adapters_and_never_their_paths() -> None:
         artist_name="Kim",
     )
 
-    told = told_of(job)
+    provenance = provenance_for(job)
 
-    assert told.adapters == ("neon", "style-123")
-    assert (told.seed, told.width, told.height, told.artist_name, told.task_id) == (7, 64, 48, "Kim", TASK_ID)
-    assert abs((datetime.now(UTC) - told.created_at).total_seconds()) < 5
-    png = labeller("full").encode(image(), told)
+    assert provenance.adapters == ("neon", "style-123")
+    assert (provenance.seed, provenance.width, provenance.height, provenance.artist_name, provenance.task_id) == (
+        7,
+        64,
+        48,
+        "Kim",
+        TASK_ID,
+    )
+    assert abs((datetime.now(UTC) - provenance.created_at).total_seconds()) < 5
+    png = image_encoder("full").encode(image(), provenance)
     for secret in ("acme", "media", "secret-tag"):
         assert secret.encode() not in png
 
 
 @pytest.mark.parametrize("kind", Kind)
 def test_every_kind_has_a_source_type_and_one_with_another_s_image_in_it_is_a_composite(kind: Kind) -> None:
-    told = told_of(replace(job_of(), kind=kind))
+    provenance = provenance_for(replace(job_of(), kind=kind))
 
     is_drawn_alone = kind is Kind.TEXT2IMAGE
     term = "trainedAlgorithmicMedia" if is_drawn_alone else "compositeWithTrainedAlgorithmicMedia"
-    assert told.source_type == VOCABULARY + term
-    assert json.loads(text_of(labeller("provenance").encode(image(), told))["Darkroom"])["kind"] == kind
+    assert provenance.source_type == VOCABULARY + term
+    assert json.loads(text_of(image_encoder("provenance").encode(image(), provenance))["Darkroom"])["kind"] == kind
 
 
 # --- The page
@@ -571,6 +579,6 @@ def test_the_page_s_commands_make_a_chain_that_signs(tmp_path: Path) -> None:
     subprocess.run(["bash", "-euc", commands], cwd=tmp_path, check=True, capture_output=True, timeout=120)
     chain = Chain(tmp_path / "chain.pem", tmp_path / "key.pem", (tmp_path / "ca.pem").read_text())
 
-    png = labeller("provenance", chain).encode(image(), TOLD)
+    png = image_encoder("provenance", chain).encode(image(), PROVENANCE)
 
     assert read_manifest(png, chain.anchor).get_validation_state() == "Trusted"

@@ -31,25 +31,20 @@ def compose(background: Image.Image, product: Image.Image, place: Rect, *, shado
 
 def _darken(image: Image.Image, alpha: Image.Image, place: Rect, opacity: float) -> None:
     """Darken the background around the product's foot, in place."""
-    around = _shadow_bounds(place, image.size)
+    width, height = place.size
+    # The part of the image that the shadow can reach.
+    reach = round(width * (SOFT_HEIGHT + 3 * SOFT_BLUR)) + 3
+    around = Rect(
+        max(0, place.left - reach),
+        max(0, place.bottom - round(height * FOOT) - reach),
+        min(image.width, place.right + reach),
+        min(image.height, place.bottom + reach),
+    )
     contact = _shade(alpha, place, around, CONTACT_HEIGHT, CONTACT_BLUR, darkness=1.0)
     soft = _shade(alpha, place, around, SOFT_HEIGHT, SOFT_BLUR, darkness=SOFT_DARKNESS)
     light = ImageChops.lighter(contact, soft).point([round(255 - opacity * shade) for shade in range(256)])
     lit = ImageChops.multiply(image.crop(around), Image.merge("RGB", [light] * 3))
     image.paste(lit, around[:2])
-
-
-def _shadow_bounds(place: Rect, image: tuple[int, int]) -> Rect:
-    """Return the part of the image that the shadow can reach."""
-    width, height = place.size
-    reach = round(width * (SOFT_HEIGHT + 3 * SOFT_BLUR)) + 3
-    top = place.bottom - round(height * FOOT) - reach
-    return Rect(
-        max(0, place.left - reach),
-        max(0, top),
-        min(image[0], place.right + reach),
-        min(image[1], place.bottom + reach),
-    )
 
 
 def _shade(

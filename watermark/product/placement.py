@@ -27,7 +27,10 @@ def place_product(background: Image.Image, product: tuple[int, int], layout: Lay
     It keeps the product's aspect ratio and is inside the image, whatever the layout.
     """
     size = fitted_size(background.size, product, layout.scale)
-    room = _room(background.size, size)
+    # The image without its margins, which shrink where the product needs them.
+    margin = round(MARGIN * min(background.size))
+    across, down = (min(margin, (whole - part) // 2) for whole, part in zip(background.size, size, strict=True))
+    room = Rect(across, down, background.width - across, background.height - down)
     if layout.position is None:
         left, top = _on_quietest_side(background, size, room)
     else:
@@ -52,13 +55,6 @@ def _on_quietest_side(background: Image.Image, size: tuple[int, int], room: Rect
     start, _ = quietest_region(background, (side, size[1]), within=rows)
     left = start + (side - size[0]) // 2
     return min(max(left, room.left), room.right - size[0]), top
-
-
-def _room(image: tuple[int, int], size: tuple[int, int]) -> Rect:
-    """Return the image without its margins, which shrink where the product needs them."""
-    margin = round(MARGIN * min(image))
-    across, down = (min(margin, (whole - part) // 2) for whole, part in zip(image, size, strict=True))
-    return Rect(across, down, image[0] - across, image[1] - down)
 
 
 def _between(first: int, last: int, share: float) -> int:

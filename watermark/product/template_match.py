@@ -15,8 +15,6 @@ NUM_SAMPLES = 4000
 MAX_DIFFERENCE = 16.0
 OPAQUE = 250
 
-_Colours = NDArray[np.int16]
-
 
 def match_template(composite: Image.Image, product: Image.Image, size: tuple[int, int]) -> Rect | None:
     """Return the rectangle of the RGBA `product` at `size` in an RGB `composite`; None where it is not found.
@@ -28,10 +26,14 @@ def match_template(composite: Image.Image, product: Image.Image, size: tuple[int
     placed = resize_premultiplied(product, size)
     near_left, near_top = (round(one * factor) for one in _coarse_place(composite, placed, factor))
     reach = int(np.ceil(factor)) + 1
-    rows, columns, colours = _samples(placed)
+    pixels = np.asarray(placed)
+    rows, columns = np.nonzero(pixels[..., 3] >= OPAQUE)
     if not len(rows):
         return None
 
+    every = max(1, len(rows) // NUM_SAMPLES)
+    rows, columns = rows[::every], columns[::every]
+    colours = pixels[rows, columns, :3].astype(np.int16)
     image = np.asarray(composite)
     places = [
         (float(np.abs(image[rows + top, columns + left] - colours).mean()), left, top)
@@ -45,15 +47,6 @@ def match_template(composite: Image.Image, product: Image.Image, size: tuple[int
 def _offsets_near(near: int, reach: int, last: int) -> range:
     near = min(max(near, 0), last)
     return range(max(0, near - reach), min(last, near + reach) + 1)
-
-
-def _samples(placed: Image.Image) -> tuple[NDArray[np.intp], NDArray[np.intp], _Colours]:
-    """Return rows, columns and colours of evenly sampled opaque pixels."""
-    pixels = np.asarray(placed)
-    rows, columns = np.nonzero(pixels[..., 3] >= OPAQUE)
-    some = slice(None, None, max(1, len(rows) // NUM_SAMPLES))
-    rows, columns = rows[some], columns[some]
-    return rows, columns, pixels[rows, columns, :3].astype(np.int16)
 
 
 def _coarse_place(composite: Image.Image, placed: Image.Image, factor: float) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from config.section import SettingsError
 from watermark.errors import ManifestNotSigned
 from watermark.image_format import ImageFormat
 from watermark.provenance.credentials import Credentials
-from watermark.provenance.provenance import Prompts, Provenance, SourceType
+from watermark.provenance.provenance import Provenance, SourceType
 from watermark.provenance.xmp import IPTC_EXTENSION
 
 # Nothing is fetched: no OCSP, no remote manifests. A thumbnail would repeat the image.
@@ -62,7 +62,10 @@ def build_manifest(provenance: Provenance) -> dict[str, Any]:
     how = {"when": provenance.created, "digitalSourceType": provenance.source_type, "softwareAgent": agent}
     manifest = _manifest(agent, how)
     if provenance.prompts is not None:
-        manifest["assertions"].append({"label": "cawg.metadata", "data": _prompts(provenance.prompts)})
+        # JSON-LD: the form of XMP properties in CAWG's metadata assertion.
+        context = {"Iptc4xmpExt": IPTC_EXTENSION}
+        prompts = {"@context": context, "Iptc4xmpExt:AIPromptInformation": provenance.prompts.text}
+        manifest["assertions"].append({"label": "cawg.metadata", "data": prompts})
     return manifest
 
 
@@ -73,8 +76,3 @@ def _manifest(generator: dict[str, str], how: dict[str, Any]) -> dict[str, Any]:
         "claim_generator_info": [generator],
         "assertions": [{"label": "c2pa.actions.v2", "data": actions, "created": True}],
     }
-
-
-def _prompts(prompts: Prompts) -> dict[str, Any]:
-    """Return the prompts as JSON-LD, the form of XMP properties in CAWG's metadata assertion."""
-    return {"@context": {"Iptc4xmpExt": IPTC_EXTENSION}, "Iptc4xmpExt:AIPromptInformation": prompts.text}

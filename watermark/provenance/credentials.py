@@ -35,7 +35,10 @@ class Credentials:
 
 def read_credentials(certificate: Path, private_key: Path) -> Credentials:
     """Read both files. Raises `SettingsError`, one sentence that names the setting, where they cannot sign."""
-    chain = _load_chain(certificate)
+    try:
+        chain = x509.load_pem_x509_certificates(_read("C2PA_CERTIFICATE", certificate))
+    except ValueError as error:
+        raise SettingsError(f"C2PA_CERTIFICATE: {certificate} holds no chain of certificates in PEM") from error
     key = _load_key(private_key)
     signer = chain[0]
     if signer.public_key() != key.public_key():
@@ -51,14 +54,6 @@ def read_credentials(certificate: Path, private_key: Path) -> Credentials:
         subject=signer.subject.rfc4514_string(),
         expires_at=signer.not_valid_after_utc,
     )
-
-
-def _load_chain(path: Path) -> list[x509.Certificate]:
-    content = _read("C2PA_CERTIFICATE", path)
-    try:
-        return x509.load_pem_x509_certificates(content)
-    except ValueError as error:
-        raise SettingsError(f"C2PA_CERTIFICATE: {path} holds no chain of certificates in PEM") from error
 
 
 def _load_key(path: Path) -> PrivateKeyTypes:

@@ -22,6 +22,8 @@ PARAMETERS_KEYWORD = "parameters"
 # Characters that XML 1.0 forbids: they would break the packet. PNG text forbids some of them too, UTF-8 the surrogates.
 _UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _REPLACEMENT = "\ufffd"
+# The web UI quotes a parameter's value that would end its `Name: value` pair early.
+_ENDS_A_PAIR = re.compile(r'[,:\n"]')
 
 
 class SourceType(StrEnum):
@@ -142,13 +144,11 @@ def _parameters(provenance: Provenance, prompts: Prompts) -> str:
         "Adapters": ", ".join(provenance.adapters),
         "Version": provenance.creator_tool,
     }
-    line = ", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items() if value)
+    for name, value in pairs.items():
+        if _ENDS_A_PAIR.search(value):
+            pairs[name] = json.dumps(value, ensure_ascii=False)
+    line = ", ".join(f"{name}: {value}" for name, value in pairs.items() if value)
     return f"{prompts.text}\n{line}"
-
-
-def _quoted(value: str) -> str:
-    """Quote, as the web UI does, a value that would end its pair early."""
-    return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]', value) else value
 
 
 def _make_writable(record: Prompts | Provenance) -> None:

@@ -65,13 +65,13 @@ class Block:
 
     @cached_property
     def _inks(self) -> tuple[Ink, ...]:
-        return tuple(self._measure_ink(line) for line in self.lines)
-
-    def _measure_ink(self, line: str) -> Ink:
-        # Not `getbbox`, which includes side bearings and the space down to the baseline.
-        mask, (left, top) = self.font.getmask2(line, "L", anchor="ls", stroke_width=self.stroke_px)
-        box = mask.getbbox() or (0, 0, 0, 0)
-        return Ink(left + box[0], top + box[1], left + box[2], top + box[3])
+        inks = []
+        for line in self.lines:
+            # Not `getbbox`, which includes side bearings and the space down to the baseline.
+            mask, (left, top) = self.font.getmask2(line, "L", anchor="ls", stroke_width=self.stroke_px)
+            box = mask.getbbox() or (0, 0, 0, 0)
+            inks.append(Ink(left + box[0], top + box[1], left + box[2], top + box[3]))
+        return tuple(inks)
 
     @cached_property
     def _ink(self) -> Ink:

@@ -61,12 +61,8 @@ def format_code_points(code_points: Iterable[int]) -> str:
 def list_fonts(font_dirs: tuple[Path, ...]) -> tuple[Path, ...]:
     """List the font files under `font_dirs`, preferred fonts first."""
     found = {path for folder in font_dirs for path in folder.rglob("*") if path.suffix.lower() in FONT_SUFFIXES}
-    return tuple(sorted(found, key=_preference))
-
-
-def _preference(font: Path) -> tuple[int, str]:
-    rank = PREFERRED_FONTS.index(font.stem) if font.stem in PREFERRED_FONTS else len(PREFERRED_FONTS)
-    return rank, str(font)
+    ranks = {stem: rank for rank, stem in enumerate(PREFERRED_FONTS)}
+    return tuple(sorted(found, key=lambda font: (ranks.get(font.stem, len(ranks)), str(font))))
 
 
 @lru_cache(maxsize=4096)

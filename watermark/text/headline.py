@@ -89,30 +89,22 @@ def _lay_out(
     image: Image.Image, headlines: tuple[Headline, ...], avoid: tuple[Rect, ...]
 ) -> list[tuple[Headline, Block, Rect]]:
     """Place all headlines, those with a fixed position first, so that the others avoid them."""
-    room = _room(image.size)
+    margin = min(math.ceil(min(image.size) * MARGIN), (min(image.size) - 1) // 2)
+    room = Rect(margin, margin, image.width - margin, image.height - margin)
     found: dict[int, tuple[Headline, Block, Rect]] = {}
     for number, headline in sorted(enumerate(headlines), key=lambda item: item[1].overlay.position is None):
         setter = Typesetter(headline.overlay, headline.lines, headline.typeface)
         if headline.overlay.position is not None:
             block = setter.typeset(image.size, room.size)
-            place = _anchor(room, block.size, headline.overlay.position.fractions)
+            across, down = headline.overlay.position.fractions
+            left = room.left + round((room.size[0] - block.size[0]) * across)
+            top = room.top + round((room.size[1] - block.size[1]) * down)
+            place = Rect(0, 0, *block.size).moved(left, top)
         else:
             block, place = _find_quiet_place(image, setter, room, avoid)
         avoid = (*avoid, place)
         found[number] = headline, block, place
     return [found[number] for number in range(len(headlines))]
-
-
-def _room(size: tuple[int, int]) -> Rect:
-    """Return the image without its margins."""
-    margin = min(math.ceil(min(size) * MARGIN), (min(size) - 1) // 2)
-    return Rect(margin, margin, size[0] - margin, size[1] - margin)
-
-
-def _anchor(room: Rect, size: tuple[int, int], fractions: tuple[float, float]) -> Rect:
-    left = room.left + round((room.size[0] - size[0]) * fractions[0])
-    top = room.top + round((room.size[1] - size[1]) * fractions[1])
-    return Rect(0, 0, *size).moved(left, top)
 
 
 def _grow(rect: Rect, by: int) -> Rect:

@@ -78,7 +78,20 @@ def draw_text(text: str, font: Path, *, fit: tuple[int, int], limit: tuple[int, 
     font_px = _largest_font_px(text, font, fit, low=1, high=MAX_FONT_PX)
     if font_px < MIN_FONT_PX:
         font_px = _largest_font_px(text, font, limit, low=font_px, high=MIN_FONT_PX)
-    return _draw(text, ImageFont.truetype(font, font_px), limit)
+    drawn_font = ImageFont.truetype(font, font_px)
+    left, top, right, bottom = _ink_box(text, drawn_font)
+    size, origin = (right - left, bottom - top), (-left, -top)
+    inside = _coverage(text, drawn_font, size, origin, outline_px=0)
+    around = _coverage(text, drawn_font, size, origin, outline_px=_outline_px(drawn_font))
+
+    # White over grey, premultiplied: Pillow's own drawing on a transparent canvas would darken the edges twice.
+    outline = around * (1 - inside)
+    colour = 255 * inside + OUTLINE_GREY * outline
+    alpha = 255 * (inside + outline)
+    channels = np.stack([colour, colour, colour, alpha], axis=-1)
+    mark = Image.frombytes("RGBa", size, np.rint(channels).astype(np.uint8).tobytes())
+    mark.thumbnail(limit, Image.Resampling.LANCZOS)
+    return mark
 
 
 def _largest_font_px(text: str, font: Path, box: tuple[int, int], *, low: int, high: int) -> int:
@@ -91,22 +104,6 @@ def _largest_font_px(text: str, font: Path, box: tuple[int, int], *, low: int, h
         else:
             high = middle - 1
     return low
-
-
-def _draw(text: str, font: ImageFont.FreeTypeFont, limit: tuple[int, int]) -> Image.Image:
-    left, top, right, bottom = _ink_box(text, font)
-    size, origin = (right - left, bottom - top), (-left, -top)
-    inside = _coverage(text, font, size, origin, outline_px=0)
-    around = _coverage(text, font, size, origin, outline_px=_outline_px(font))
-
-    # White over grey, premultiplied: Pillow's own drawing on a transparent canvas would darken the edges twice.
-    outline = around * (1 - inside)
-    colour = 255 * inside + OUTLINE_GREY * outline
-    alpha = 255 * (inside + outline)
-    channels = np.stack([colour, colour, colour, alpha], axis=-1)
-    mark = Image.frombytes("RGBa", size, np.rint(channels).astype(np.uint8).tobytes())
-    mark.thumbnail(limit, Image.Resampling.LANCZOS)
-    return mark
 
 
 def _coverage(

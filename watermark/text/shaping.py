@@ -99,14 +99,13 @@ def _is_selector(char: str) -> bool:
 
 def unshaped_code_points(code_points: Iterable[int], tags: Collection[str]) -> frozenset[int]:
     """Return the letters that a font would draw unshaped; `tags` are the scripts that it shapes."""
-    return frozenset(one for one in code_points if not _is_shaped(one, tags))
-
-
-def _is_shaped(code_point: int, tags: Collection[str]) -> bool:
-    if unicodedata.category(chr(code_point))[0] not in "LM":
-        return True
-    wanted = next((tags for (first, last), tags in SHAPED_SCRIPTS if first <= code_point <= last), ())
-    return not wanted or any(tag in tags for tag in wanted)
+    letters = [one for one in code_points if unicodedata.category(chr(one))[0] in "LM"]
+    return frozenset(
+        letter
+        for letter in letters
+        for (first, last), wanted in SHAPED_SCRIPTS
+        if first <= letter <= last and not any(tag in tags for tag in wanted)
+    )
 
 
 def keep_direction(line: str, part: str) -> str:

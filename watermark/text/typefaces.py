@@ -1,6 +1,5 @@
 """Installed typefaces by family and style, and the choice of one for a text."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -108,16 +107,11 @@ def _find_by_name(name: str, font_dirs: tuple[Path, ...]) -> Typeface:
         face for face in faces if face.matches(key)
     ]
     if not of_family:
-        raise FontMissing(
-            f"no font family {quoted(name)} is installed{_suggest_families(key, faces)}; `darkroom fonts` lists them"
-        )
+        names = {_normalize(family): family for face in faces for family in reversed(face.families)}
+        near = get_close_matches(key, names, NUM_NEAR_FAMILIES, MIN_SIMILARITY)
+        suggested = f"; near it are {', '.join(names[found] for found in near)}" if near else ""
+        raise FontMissing(f"no font family {quoted(name)} is installed{suggested}; `darkroom fonts` lists them")
     return min(of_family, key=lambda face: (face.is_italic, abs(face.weight - REGULAR_WEIGHT)))
-
-
-def _suggest_families(key: str, faces: Iterable[Typeface]) -> str:
-    names = {_normalize(family): family for face in faces for family in reversed(face.families)}
-    near = get_close_matches(key, names, NUM_NEAR_FAMILIES, MIN_SIMILARITY)
-    return f"; near it are {', '.join(names[found] for found in near)}" if near else ""
 
 
 def _missing(text: str, face: Typeface) -> frozenset[int]:

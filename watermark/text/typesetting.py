@@ -72,15 +72,12 @@ class Typesetter:
         for limits in self._candidates(image, room, share):
             block = self._fit(limits)
             if block is not None:
-                return self._break_at_phrases(limits, block)
+                # Broken only between phrases where that makes it not much smaller or longer.
+                font_px = int(block.font.size)
+                min_px = font_px if self._overlay.size else math.ceil(font_px * PHRASE_SHRINK)
+                max_lines = min(limits.max_lines, len(block.lines) + 1)
+                return self._fit(_Constraints(*limits[:2], max_lines, Breaking.PHRASES, min_px, font_px)) or block
         return self._scale_down(room)
-
-    def _break_at_phrases(self, limits: _Constraints, block: Block) -> Block:
-        """Return a block broken only between phrases, where it is not much smaller or longer."""
-        font_px = int(block.font.size)
-        min_px = font_px if self._overlay.size else math.ceil(font_px * PHRASE_SHRINK)
-        max_lines = min(limits.max_lines, len(block.lines) + 1)
-        return self._fit(_Constraints(*limits[:2], max_lines, Breaking.PHRASES, min_px, font_px)) or block
 
     def _candidates(self, image: tuple[int, int], room: tuple[int, int], share: float) -> tuple[_Constraints, ...]:
         mean_side = math.sqrt(image[0] * image[1])

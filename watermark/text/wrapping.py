@@ -85,7 +85,9 @@ def wrap(
     if fitting is None:
         return None
     row = _Row(fitting, measure)
-    starts = _wrap_greedily(row, width)
+    starts = [0]
+    while starts[-1] < len(row):
+        starts.append(row.reach(starts[-1], width))
     if evenly and len(starts) > 2:
         starts = _balance(row, starts, width)
     return [row.text(start, stop) for start, stop in pairwise(starts)]
@@ -120,14 +122,6 @@ class _Row:
         stop = bisect_right(self._ends, self._ends[start] + width, lo=start + 1)
         # A trailing space takes no width.
         return stop if stop <= len(self) and self.width(start, stop) <= width else max(start + 1, stop - 1)
-
-
-def _wrap_greedily(row: _Row, width: float) -> list[int]:
-    """Return the greedy line starts, and the end."""
-    starts = [0]
-    while starts[-1] < len(row):
-        starts.append(row.reach(starts[-1], width))
-    return starts
 
 
 def _balance(row: _Row, latest: list[int], width: float) -> list[int]:
@@ -220,13 +214,10 @@ def _graphemes(text: str) -> list[str]:
     signs: list[str] = []
     for character in text:
         is_extending = is_ignorable(character) or unicodedata.category(character) in MARKS
-        if signs and (is_extending or _is_binding(signs[-1][-1])):
+        before = signs[-1][-1] if signs else " "
+        is_bound = before == ZWJ or unicodedata.combining(before) == VIRAMA_CLASS
+        if signs and (is_extending or is_bound):
             signs[-1] += character
         else:
             signs.append(character)
     return signs
-
-
-def _is_binding(character: str) -> bool:
-    """Return whether the next character belongs to the same grapheme."""
-    return character == ZWJ or unicodedata.combining(character) == VIRAMA_CLASS

@@ -28,7 +28,7 @@ def outputs_of(out: Path, num_images: int) -> list[Output]:
     Raises `OutputRefused` where one of them could not be written; leaves no trace.
     """
     if out.is_dir():
-        raise OutputRefused(f"--out {out} is a folder: name a file in it, like {out / 'image.png'}")
+        raise OutputRefused(f"--out {out} is a folder: name a file in it, like {out / 'picture.png'}")
     image_format = FORMATS.get(out.suffix.lower())
     if image_format is None:
         named = f"ends with {out.suffix}" if out.suffix else "has no suffix"

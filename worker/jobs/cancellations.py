@@ -4,7 +4,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC
 
 from worker.messages.cancel import CancelOrder
 from worker.messages.job import Job
@@ -41,7 +41,10 @@ class Cancellations:
                 self._received_at.get(CancelOrder(job.task_id, None)),
                 self._received_at.get(CancelOrder(None, str(job.generation_id))),
             ]
-        created_at = _epoch_seconds(job.created_at) if job.created_at is not None else 0.0
+        created_at = 0.0
+        if job.created_at is not None:
+            zoned = job.created_at if job.created_at.tzinfo else job.created_at.replace(tzinfo=UTC)
+            created_at = zoned.timestamp()
         return any(at is not None and created_at <= at for at in received)
 
     def _forget_old(self) -> None:
@@ -51,7 +54,3 @@ class Cancellations:
             if at >= oldest and len(self._received_at) <= MAX_REMEMBERED:
                 return
             del self._received_at[order]
-
-
-def _epoch_seconds(moment: datetime) -> float:
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

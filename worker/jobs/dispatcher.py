@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 from config.logs import log_event
 from worker.amqp.delivery import Delivery
@@ -14,7 +15,7 @@ from worker.jobs.disposition import Disposition
 from worker.jobs.leases import Lease, LeaseKeeper, Leases
 from worker.jobs.recovery import CrashCounter, SuspectIsolation, is_suspect
 from worker.jobs.runner import JobRunner
-from worker.jobs.runs import Run, Runs
+from worker.jobs.runs import Runs
 from worker.jobs.settler import Settler
 from worker.messages.cancel import decode_cancel
 from worker.messages.decoder import decode_any
@@ -126,7 +127,7 @@ class Dispatcher:
             self._metrics.jobs.labels(Outcome.ADOPTED).inc()
             log_event(logger, "delivery adopted", task_id=decoded.task_id, is_redelivered=delivery.is_redelivered)
         else:
-            self._submit(self._run, run)
+            self._submit(self._runner.run, run, partial(self._start_under_own_id, decoded))
 
     def _start_under_own_id(self, decoded: Job | JobRejected, delivery: Delivery, why: TaskIdTaken) -> None:
         """Start a job whose task id is another generation's as if it had come without one."""
@@ -175,9 +176,6 @@ class Dispatcher:
         except Exception:
             logger.exception("a job thread failed; its delivery stays with the broker")
             self._on_bug()
-
-    def _run(self, run: Run) -> None:
-        self._runner.run(run, lambda delivery, why: self._start_under_own_id(run.decoded, delivery, why))
 
     def _dead_letter(self, delivery: Delivery, reason: str) -> None:
         self._settler.dead_letter(delivery, reason)

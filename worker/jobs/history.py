@@ -62,6 +62,9 @@ class History:
         """Add a run that has just ended."""
         stages = tuple(StageTime(name, seconds) for name, _, seconds in run.timeline())
         job = run.decoded if isinstance(run.decoded, Job) else None
+        num_steps = job.num_inference_steps if job else None
+        if run.progress is not None:
+            num_steps = run.progress.num_steps
         ended = EndedJob(
             generation_id=str(run.generation_id),
             task_id=run.task_id,
@@ -71,7 +74,7 @@ class History:
             finished_at=self._clock(),
             seconds=run.seconds,
             stages=stages,
-            num_steps=_num_steps(run),
+            num_steps=num_steps,
             num_images=job.num_images if job else 0,
             attempt=run.attempt,
             prompt=job.prompt if job and self._shows_prompts else None,
@@ -96,9 +99,3 @@ def presentable(code: str, message: str, *, may_quote: bool) -> str:
     quotation = None if may_quote else _QUOTATION.search(message)
     shown = message if quotation is None else message[: quotation.start()] + "…"
     return shown if len(shown) <= MAX_MESSAGE_CHARS else shown[:MAX_MESSAGE_CHARS] + "…"
-
-
-def _num_steps(run: Run) -> int | None:
-    if run.progress is not None:
-        return run.progress.num_steps
-    return run.decoded.num_inference_steps if isinstance(run.decoded, Job) else None

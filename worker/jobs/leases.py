@@ -7,8 +7,9 @@ goes back to the queue; a note that has expired means that its worker is gone.
 import json
 import logging
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Self
 
 from clients.storage.client import Storage
 from clients.storage.errors import ObjectNotFound, StorageError
@@ -43,6 +44,15 @@ class Lease(NamedTuple):
 
     until: float
     num_crashes: int
+
+    @classmethod
+    def from_json(cls, content: bytes) -> Self:
+        """Decode a note. Raises `ValueError` where no worker wrote it."""
+        note = strict_json(content)
+        until = note.get("until") if isinstance(note, dict) else None
+        if not is_number(until) or until > time.time() + MAX_VALID_SECONDS + MAX_SKEW_SECONDS:
+            raise ValueError("not a lease note")
+        return cls(float(until), whole_number(note.get("num_crashes"), default=0))
 
     @property
     def is_held(self) -> bool:
@@ -91,8 +101,7 @@ class Leases:
     def find(self, task_id: str) -> Lease | None:
         """Return the job's note, expired or not; None also where it cannot be read: the ledger still fences the end."""
         try:
-            note = strict_json(self._storage.read(self._ref(task_id), max_bytes=MAX_LEASE_BYTES))
-            return Lease(_until(note), whole_number(note.get("num_crashes"), default=0))
+            return Lease.from_json(self._storage.read(self._ref(task_id), max_bytes=MAX_LEASE_BYTES))
         except ObjectNotFound:
             return None
         except (StorageError, ValueError) as error:
@@ -110,14 +119,6 @@ class Leases:
         return ObjectRef(self._bucket, f"jobs/{task_id}.lease")
 
 
-def _until(note: Any) -> float:
-    """Return when a note expires, in epoch seconds. Raises `ValueError` where no worker wrote it."""
-    until = note.get("until") if isinstance(note, dict) else None
-    if not is_number(until) or until > time.time() + MAX_VALID_SECONDS + MAX_SKEW_SECONDS:
-        raise ValueError("not a lease note")
-    return float(until)
-
-
 class LeaseKeeper:
     """Takes and renews the leases of the jobs that run here. Any thread may call it."""
 
@@ -129,30 +130,29 @@ class LeaseKeeper:
 
     def take_or_renew_all(self) -> None:
         """Put the jobs on lease whose deliveries the broker's timeout would end, and renew the notes of the others."""
-        self._for_each_run(self._take_or_renew)
-
-    def _take_or_renew(self, run: Run) -> None:
-        if self._leases.take_or_renew(run):
-            for delivery in self._runs.detach_deliveries(run):
-                self._settler.settle(delivery, Disposition.ACK)
+        for run in self._runs.all():
+            with self._keeping(run):
+                is_on_lease = self._leases.take_or_renew(run)
+                for delivery in self._runs.detach_deliveries(run) if is_on_lease else ():
+                    self._settler.settle(delivery, Disposition.ACK)
 
     def note_all(self) -> None:
         """Note on all jobs that they run here, and cancel those that another worker has ended in the time that this one
         was frozen or cut off."""
-        self._for_each_run(self._note_or_cancel)
-
-    def _note_or_cancel(self, run: Run) -> None:
-        self._leases.note(run)
-        if self._ledger.find(run.task_id) is not None:
-            # The end of a cancelled run gives way to the one that is recorded.
-            run.cancel()
-
-    def _for_each_run(self, lease: Callable[[Run], None]) -> None:
         for run in self._runs.all():
-            try:
-                lease(run)
-                if run.lease_ends_at and run.task_id not in self._runs:
-                    self._leases.give_up(run)
-            except (PublishFailed, StorageError) as error:
-                # Another worker may then run the job too; the ledger still lets only one end count.
-                log_event(logger, "lease not taken", logging.WARNING, task_id=run.task_id, reason=str(error))
+            with self._keeping(run):
+                self._leases.note(run)
+                if self._ledger.find(run.task_id) is not None:
+                    # The end of a cancelled run gives way to the one that is recorded.
+                    run.cancel()
+
+    @contextmanager
+    def _keeping(self, run: Run) -> Iterator[None]:
+        """Give up the lease after the block where the run is over by then. A failure in the block is only logged."""
+        try:
+            yield
+            if run.lease_ends_at and run.task_id not in self._runs:
+                self._leases.give_up(run)
+        except (PublishFailed, StorageError) as error:
+            # Another worker may then run the job too; the ledger still lets only one end count.
+            log_event(logger, "lease not taken", logging.WARNING, task_id=run.task_id, reason=str(error))

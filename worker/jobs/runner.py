@@ -111,16 +111,13 @@ class JobRunner:
             case Disposition.RELEASE:
                 return RunOutcome(Disposition.RELEASE, Outcome.RELEASED)
             case Disposition.RETRY:
-                return self._retry(run, decision)
+                queue, body = self.names.retry(decision.delay_seconds), run.first.body
+                self.settler.publish_until_confirmed(
+                    lambda: self.publisher.publish(queue, body, attempt=run.attempt + 1, reason=decision.message)
+                )
+                return RunOutcome(Disposition.RETRY, Outcome.RETRIED, decision.code or "", message=decision.message)
             case _:
                 return self._fail(run, decision)
-
-    def _retry(self, run: Run, decision: Decision) -> RunOutcome:
-        queue, body = self.names.retry(decision.delay_seconds), run.first.body
-        self.settler.publish_until_confirmed(
-            lambda: self.publisher.publish(queue, body, attempt=run.attempt + 1, reason=decision.message)
-        )
-        return RunOutcome(Disposition.RETRY, Outcome.RETRIED, decision.code or "", message=decision.message)
 
     def _fail(self, run: Run, decision: Decision) -> RunOutcome:
         event = self._failed_event(run, decision)

@@ -62,24 +62,23 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def identify(message: Mapping[str, Any], body: bytes) -> Identity:
-    """Return the ids of the message. Raises `Undecodable` where it has no valid `generation_id`."""
+    """Return the ids of the message, its UUID in the canonical form. Raises `Undecodable` without a valid
+    `generation_id`."""
     fields = message.get("data")
     generation_id = fields.get("generation_id") if isinstance(fields, dict) else None
     if generation_id in (None, ""):
         generation_id = message.get("generation_id")
     if not is_generation_id(generation_id):
         raise Undecodable(f"generation_id is {shown_value(generation_id)}; it must be {RIGHT}")
-    return Identity(_task_id(message.get("task_id"), body), generation_id)
 
-
-def _task_id(given: Any, body: bytes) -> str:
-    """Return the UUID in its canonical form, else one derived from the body: the same message gets the same id."""
-    if isinstance(given, str) and len(given) <= 64:
+    task_id = message.get("task_id")
+    if isinstance(task_id, str) and len(task_id) <= 64:
         try:
-            return str(uuid.UUID(given))
+            return Identity(str(uuid.UUID(task_id)), generation_id)
         except ValueError:
             pass  # not a UUID: it would end up in object keys and headers, so it is replaced, not cleaned
-    return str(uuid.uuid5(_TASK_NAMESPACE, hashlib.sha256(body).hexdigest()))
+    # Derived from the body: the same message gets the same id.
+    return Identity(str(uuid.uuid5(_TASK_NAMESPACE, hashlib.sha256(body).hexdigest())), generation_id)
 
 
 def oversized_rejection(body: bytes) -> JobRejected:
@@ -144,26 +143,20 @@ class _OutlineReader:
         if not is_data and name == _DATA and self._next() == b"{":
             self._object(is_data=True)
         elif name in (_READ_IN_DATA if is_data else _READ_AT_TOP):
-            self._keep(self._scalar())
+            self._skip_blanks()
+            began_at = self._at
+            self._skip_value()
+            value = self._body[began_at : self._at] if self._at - began_at <= MAX_SCALAR_BYTES else b"null"
+            # A nested or long value is no id.
+            self._keep(b"null" if value.startswith((b"{", b"[")) else value)
         else:
             self._skip_value()
             self._keep(b"null")
 
-    def _scalar(self) -> bytes:
-        """Return a string or number; null for a nested or long value, which is no id."""
-        self._skip_blanks()
-        began_at = self._at
-        self._skip_value()
-        value = self._body[began_at : self._at] if self._at - began_at <= MAX_SCALAR_BYTES else b"null"
-        return b"null" if value.startswith((b"{", b"[")) else value
-
     def _skip_value(self) -> None:
-        if self._next() in (b"{", b"["):
-            self._skip_nested()
-        else:
+        if self._next() not in (b"{", b"["):
             self._string() if self._next() == b'"' else self._match(_SCALAR)
-
-    def _skip_nested(self) -> None:
+            return
         depth = 0
         while True:
             found = _SIGN.search(self._body, self._at)

@@ -39,24 +39,21 @@ def presets_in_force(images: ImageSettings | None, locate: Callable[[str], Objec
         return builtin_presets
 
     def check(presets: Presets) -> None:
-        if locate is not None:
-            _check_adapters(presets, locate)
+        """Raise `PresetsInvalid` for an adapter that may not be read, before a job meets it."""
+        if locate is None:
+            return
+        for place, adapter in presets.adapters.items():
+            try:
+                ref = locate(adapter.path)
+            except LocationForbidden as error:
+                raise PresetsInvalid(f"the adapter of {place}: {error}") from error
+            if is_pickle(ref):
+                raise PresetsInvalid(f"the adapter of {place}: {ref} may hold a pickle; only .safetensors is read")
 
     try:
         return PresetFile(images.presets_file, check).current
     except PresetsInvalid as error:
         raise SettingsError(f"PRESETS_FILE: {error}") from error
-
-
-def _check_adapters(presets: Presets, locate: Callable[[str], ObjectRef]) -> None:
-    """Raise `PresetsInvalid` for an adapter that may not be read, before a job meets it."""
-    for place, adapter in presets.adapters.items():
-        try:
-            ref = locate(adapter.path)
-        except LocationForbidden as error:
-            raise PresetsInvalid(f"the adapter of {place}: {error}") from error
-        if is_pickle(ref):
-            raise PresetsInvalid(f"the adapter of {place}: {ref} may hold a pickle; only .safetensors is read")
 
 
 def styled(prompt: str, negative_prompt: str, *, style: Preset | None, industry: Preset | None) -> Styled:

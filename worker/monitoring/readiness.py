@@ -16,7 +16,7 @@ class Readiness:
 
     engine: EngineProcess
     breakers: tuple[Breaker | AddressBreaker, ...]
-    labeller: ImageEncoder
+    image_encoder: ImageEncoder
     is_stopping: Callable[[], bool]
     consumer: Consumer | None = None
 
@@ -28,7 +28,7 @@ class Readiness:
     def refusal(self) -> str:
         """The reason of an open breaker or of the image encoder for taking no jobs; empty without one."""
         reasons = (breaker.reason for breaker in self.breakers)
-        return next(filter(None, reasons), "") or self.labeller.refusal
+        return next(filter(None, reasons), "") or self.image_encoder.refusal
 
     def why_not(self) -> str:
         """Return the reason why the worker takes no jobs; empty where it takes them."""

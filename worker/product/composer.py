@@ -67,26 +67,21 @@ class ProductComposer:
     def generate(self) -> GeneratedImages:
         """Return the image without headline and signature, as the engine's result would be, and the product's rectangle
         in it. Raises `JobFailed`, and what the context, the cutter and the stages raise."""
-        image, at = self._composed()
+        cutout = self._cutout()
+        image, at = self._composite(cutout)
+        if self._product.refine_strength > 0:
+            if at is None:
+                raise JobFailed(
+                    ErrorCode.IMAGE_INVALID,
+                    "product.composite_path: the cut-out is not to be found in it at the size of layout.scale, so"
+                    " nothing could protect it: give the scale at which it stands there, or refine_strength 0",
+                )
+            image = self._refined(image, cutout, at)
         raw = RawImage(image.width, image.height, image.tobytes(), self.request.seeds[0])
         result = GenerationResult(
             (raw,), self.scheduler, self.request.num_inference_steps, self.request.guidance_scale, stages=()
         )
         return GeneratedImages(result, () if at is None else (at,))
-
-    def _composed(self) -> tuple[Image.Image, Rect | None]:
-        """Return the image, and the product's rectangle in it where that is known."""
-        cutout = self._cutout()
-        composite, at = self._composite(cutout)
-        if self._product.refine_strength == 0:
-            return composite, at
-        if at is None:
-            raise JobFailed(
-                ErrorCode.IMAGE_INVALID,
-                "product.composite_path: the cut-out is not to be found in it at the size of layout.scale, so nothing"
-                " could protect it: give the scale at which it stands there, or refine_strength 0",
-            )
-        return self._refined(composite, cutout, at), at
 
     def _cutout(self) -> Image.Image:
         if self.inputs.cutout is not None:

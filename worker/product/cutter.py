@@ -81,16 +81,22 @@ class Cutter:
         image.save(content, "PNG", compress_level=1)
         command = [sys.executable, "-m", "worker.product.cutter_process", str(model), str(os.getpid())]
         pipe = subprocess.PIPE
+        kept = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
+        # rembg imports a library that compiles for a minute, and that the cutting does not call.
+        env = kept | path_variables() | {"NUMBA_DISABLE_JIT": "1"}
         # In a session of its own, so that Ctrl-C in a terminal does not reach it.
         with subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=pipe, env=_environment(), start_new_session=True
+            command, stdin=pipe, stdout=pipe, stderr=pipe, env=env, start_new_session=True
         ) as process:
             try:
                 answer, said = self._answer_of(process, content.getvalue(), raise_if_unwanted)
             finally:
                 process.kill()
-        if process.returncode != 0:
-            raise CuttingFailed(_reason(process.returncode, said))
+        if process.returncode < 0:
+            raise CuttingFailed(f"the process that cuts out was killed by signal {-process.returncode}")
+        if process.returncode > 0:
+            lines = said.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
+            raise CuttingFailed(lines[-1][:MAX_REASON_CHARS])
         with Image.open(io.BytesIO(answer), formats=("PNG",)) as cut:
             return cut.convert("RGBA")
 
@@ -112,16 +118,3 @@ class Cutter:
 def is_installed() -> bool:
     """Return whether the libraries of the extra `cutout` are installed."""
     return all(importlib.util.find_spec(library) is not None for library in ("rembg", "onnxruntime"))
-
-
-def _environment() -> dict[str, str]:
-    kept = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
-    # rembg imports a library that compiles for a minute, and that the cutting does not call.
-    return kept | path_variables() | {"NUMBA_DISABLE_JIT": "1"}
-
-
-def _reason(returncode: int, said: bytes) -> str:
-    if returncode < 0:
-        return f"the process that cuts out was killed by signal {-returncode}"
-    lines = said.decode(errors="replace").strip().splitlines() or [f"exit code {returncode}"]
-    return lines[-1][:MAX_REASON_CHARS]

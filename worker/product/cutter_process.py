@@ -9,7 +9,7 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -34,7 +34,9 @@ def main() -> None:
     """Cut one image out; the last line on standard error is the reason of a failure."""
     model, parent_pid = Path(sys.argv[1]), int(sys.argv[2])
     die_with_parent(parent_pid)
-    answer = _own_standard_output()
+    # Standard output is for the answer alone: what libraries print goes to standard error from now on.
+    answer = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     image = Image.open(io.BytesIO(sys.stdin.buffer.read()), formats=("PNG",)).convert("RGB")
     with answer:
         cut_out(image, mask_of(image, model)).save(answer, "PNG", compress_level=1)
@@ -83,13 +85,6 @@ def _session_name(model: Path) -> str:
     if name is None:
         raise SystemExit(f"takes pictures of {side} px; known are {' and '.join(map(str, SESSIONS))}")
     return name
-
-
-def _own_standard_output() -> BinaryIO:
-    """Return the standard output, for the answer alone: what libraries print goes to standard error from now on."""
-    answer = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    return answer
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from inference.request import GenerationRequest, GenerationResult
+from inference.request import GenerationRequest, GenerationResult, ModelFacts
 from worker.jobs.engine_client import EngineClient, GeneratedImages, ProgressSpan
 from worker.jobs.inputs.fetcher import Fetcher, JobInputs
 from worker.jobs.inputs.references import References, drawing_size
@@ -25,6 +25,7 @@ class ProductGenerator:
     """Starts the generations of product jobs; one for all of them."""
 
     fetcher: Fetcher
+    facts: ModelFacts
     engine_client: EngineClient
     store: ImageStore
     cutter: Cutter
@@ -34,7 +35,7 @@ class ProductGenerator:
         """Fetch the images that the job brings, fitted to its size; blocks. Raises `JobFailed`."""
         assert job.product is not None, "a job of kind product has one"  # noqa: S101
         inputs = load_inputs(job.product, job.fit, self.fetcher.image)
-        inputs = inputs.at(drawing_size(job, self.fetcher.facts, inputs.proportions))
+        inputs = inputs.at(drawing_size(job, self.facts, inputs.proportions))
         stage_store = StageStore(self.store, self.private_bucket, job)
         return ProductGeneration(self.engine_client, self.cutter, inputs, stage_store)
 

@@ -72,19 +72,16 @@ def load_inputs(product: JobProduct, how: Fit, read: ReadImage) -> ProductInputs
         return None if ref is None else read(ref, f"product.{field}", mode)
 
     image, cutout = image_in("image_path", "RGBA"), image_in("cutout_path", "RGBA")
-    image, cutout = None if image is None else limit_size(image), None if cutout is None else _trimmed(cutout)
+    if image is not None:
+        image = limit_size(image)
+    if cutout is not None:
+        if not has_transparency(cutout):
+            reason = "product.cutout_path has no transparent part: nothing is cut out; send it as image_path"
+            raise JobFailed(ErrorCode.IMAGE_INVALID, reason)
+        try:
+            cutout = trim(cutout)
+        except CutoutFailed as error:
+            raise JobFailed(ErrorCode.IMAGE_INVALID, f"product.cutout_path: {error}") from error
     background, composite = image_in("background_image_path", "RGB"), image_in("composite_path", "RGB")
     used = composite or background
     return ProductInputs(product, how, image, cutout, background, composite, proportions=used.size if used else None)
-
-
-def _trimmed(cutout: Image.Image) -> Image.Image:
-    field = "product.cutout_path"
-    if not has_transparency(cutout):
-        raise JobFailed(
-            ErrorCode.IMAGE_INVALID, f"{field} has no transparent part: nothing is cut out; send it as image_path"
-        )
-    try:
-        return trim(cutout)
-    except CutoutFailed as error:
-        raise JobFailed(ErrorCode.IMAGE_INVALID, f"{field}: {error}") from error

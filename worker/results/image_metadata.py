@@ -78,6 +78,7 @@ def load_signer(settings: ImageSettings) -> "ManifestSigner | None":
 
 def provenance_of(job: Job, result: GenerationResult, image: RawImage, *, model: str) -> Provenance:
     """Return the provenance of `image`, one of the result's, created now."""
+    keys = [adapter.ref.shown_key for adapter in job.adapters]
     return Provenance(
         software=SOFTWARE,
         version=_version(),
@@ -92,7 +93,8 @@ def provenance_of(job: Job, result: GenerationResult, image: RawImage, *, model:
         scheduler=result.scheduler,
         width=image.width,
         height=image.height,
-        adapters=tuple(_name(adapter.ref.shown_key) for adapter in job.adapters),
+        # The last part of each key: the parts before may name customers.
+        adapters=tuple(key.rstrip("/").rpartition("/")[2].removesuffix(".safetensors") for key in keys),
         artist_name=job.artist_name,
         prompts=Prompts(job.prompt, job.negative_prompt),
     )
@@ -101,8 +103,3 @@ def provenance_of(job: Job, result: GenerationResult, image: RawImage, *, model:
 @cache
 def _version() -> str:
     return version("darkroom")
-
-
-def _name(key: str) -> str:
-    """Return the last part of a key: the parts before may name customers."""
-    return key.rstrip("/").rpartition("/")[2].removesuffix(".safetensors")

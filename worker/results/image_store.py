@@ -124,8 +124,12 @@ class ImageStore:
             return False
         if found.metadata.get(SHA256) == file.metadata[SHA256]:
             return True
-        read = partial(self.storage.read, file.ref, max_bytes=MAX_IMAGE_BYTES)
-        return _has_same_pixels(self._retry(read), file.png)
+        content = self._retry(lambda: self.storage.read(file.ref, max_bytes=MAX_IMAGE_BYTES))
+        try:
+            stored, own = (decode_image(one, "RGBA") for one in (content, file.png))
+        except (ImageInvalid, ImageTooLarge):
+            return False
+        return stored.size == own.size and stored.tobytes() == own.tobytes()
 
     def _overwrite(self, file: _File, found: ObjectMetadata) -> bool:
         if not found.etag.startswith('"'):
@@ -146,12 +150,3 @@ class ImageStore:
 
     def _retry(self, work: Callable[[], Made]) -> Made:
         return self.gate.retry_while_denied(work, patience_seconds=IMAGE_PATIENCE_SECONDS)
-
-
-def _has_same_pixels(one: bytes, other: bytes) -> bool:
-    """Return whether two files have the same pixels."""
-    try:
-        first, second = (decode_image(content, "RGBA") for content in (one, other))
-    except (ImageInvalid, ImageTooLarge):
-        return False
-    return first.size == second.size and first.tobytes() == second.tobytes()

@@ -87,17 +87,15 @@ class KindQueue:
     def _sweep(self) -> None:
         """Settle the events that are not to be sent, every few seconds."""
         while not self._pool.is_closing:
+            is_done = True
             # Each by itself: a full dead-letter queue accepts none while the outbox accepts events.
-            is_done = [self._is_done(work) for work in (self._requeue_stale, self._drop_expired, self._drop_unreadable)]
-            self._pool.wait_for_sweep(unless_unreadable=all(is_done))
-
-    def _is_done(self, work: Callable[[], None]) -> bool:
-        try:
-            work()
-        except PublishFailed as error:
-            _log_kept(error)
-            return False
-        return True
+            for work in (self._requeue_stale, self._drop_expired, self._drop_unreadable):
+                try:
+                    work()
+                except PublishFailed as error:
+                    _log_kept(error)
+                    is_done = False
+            self._pool.wait_for_sweep(unless_unreadable=is_done)
 
     def _requeue_stale(self) -> None:
         """Requeue events held too long at the outbox's tail, so that others get delivered."""
@@ -170,7 +168,13 @@ class KindQueue:
             self._dead_letter(parked, f"the end cannot be recorded: {error}")
             return False
         except StorageError as error:
-            self._retry_record_later(parked, error)
+            if parked.age_seconds > MAX_AGE_SECONDS:
+                self._dead_letter(parked, f"the end could not be recorded for a day: {error}")
+                return False
+            log_event(logger, "end not recorded yet", logging.WARNING, reason=str(error))
+            # The pause is this event's own: the backend may be available.
+            parked.due_at = time.monotonic() + jittered(STORE_PAUSE_SECONDS)
+            self._keep_or_requeue(parked)
             return False
         if recorded is None:
             log_event(logger, "end dropped", logging.WARNING, reason="the job has had another end since")
@@ -178,15 +182,6 @@ class KindQueue:
             return False
         parked.event = recorded
         return True
-
-    def _retry_record_later(self, parked: ParkedEvent, error: StorageError) -> None:
-        if parked.age_seconds > MAX_AGE_SECONDS:
-            self._dead_letter(parked, f"the end could not be recorded for a day: {error}")
-            return
-        log_event(logger, "end not recorded yet", logging.WARNING, reason=str(error))
-        # The pause is this event's own: the backend may be available.
-        parked.due_at = time.monotonic() + jittered(STORE_PAUSE_SECONDS)
-        self._keep_or_requeue(parked)
 
     def _keep_or_requeue(self, parked: ParkedEvent) -> None:
         """Keep what failed, or requeue it where only that lets others be delivered. Raises `PublishFailed`."""

@@ -88,7 +88,10 @@ class Ledger:
     def record(self, event: TerminalEvent) -> TerminalEvent:
         """Write `event` unless the job already has a recorded one; return the recorded one."""
         if not self._has_conditional_writes():
-            return self._record_unless_found(event)
+            existing = self.find(event.task_id)
+            if existing is None:  # a race of milliseconds remains after the read
+                self._storage.put(self._ref(event.task_id), event.to_json(), content_type=CONTENT_TYPE)
+            return existing or event
         if self._storage.put_if_absent(self._ref(event.task_id), event.to_json(), content_type=CONTENT_TYPE):
             return event
         existing = self.find(event.task_id)
@@ -108,29 +111,21 @@ class Ledger:
         is_ours = dataclasses.replace(existing, is_delivered=False) == event
         return existing if is_ours else None
 
-    def _record_unless_found(self, event: TerminalEvent) -> TerminalEvent:
-        """Record in a store without conditional writes: a race of milliseconds remains after the read."""
-        existing = self.find(event.task_id)
-        if existing is None:
-            self._storage.put(self._ref(event.task_id), event.to_json(), content_type=CONTENT_TYPE)
-        return existing or event
-
     def _has_conditional_writes(self) -> bool:
         """Return whether the store supports conditional writes; probes it once."""
         with self._probing:
-            if self._is_conditional is None:
-                self._is_conditional = self._probe()
-                if not self._is_conditional:
-                    log_event(logger, "the store has no conditional writes", logging.WARNING, bucket=self.bucket)
+            if self._is_conditional is not None:
+                return self._is_conditional
+            ref = ObjectRef(self.bucket, PROBE_KEY)
+            try:
+                # The second of two writes must be refused; where an earlier worker probed, the first is.
+                writes = (self._storage.put_if_absent(ref, b"{}", content_type=CONTENT_TYPE) for _ in range(2))
+                self._is_conditional = not all(writes)
+            except NotSupported:
+                self._is_conditional = False
+            if not self._is_conditional:
+                log_event(logger, "the store has no conditional writes", logging.WARNING, bucket=self.bucket)
             return self._is_conditional
-
-    def _probe(self) -> bool:
-        ref = ObjectRef(self.bucket, PROBE_KEY)
-        try:
-            # The second of two writes must be refused; where an earlier worker probed, the first is.
-            return not all(self._storage.put_if_absent(ref, b"{}", content_type=CONTENT_TYPE) for _ in range(2))
-        except NotSupported:
-            return False
 
     def mark_delivered(self, event: TerminalEvent) -> None:
         """Mark the record as delivered. A failure costs one repeat with the same webhook-id, so it is only logged."""

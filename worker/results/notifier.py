@@ -168,7 +168,9 @@ class Notifier:
     def _send_with_retries(self, event: TerminalEvent, attempts: list[WebhookAttempt]) -> WebhookAttempt:
         def once() -> WebhookAttempt:
             # During a wait, or while this process was frozen after recording, another worker may have delivered it.
-            is_delivered = (bool(attempts) or _is_stale(event)) and self._ledger.is_delivered(event)
+            # The clock may have been set back since; an event without a time is a new one.
+            is_old = event.ended_at > 0 and not 0 <= time.time() - event.ended_at < FRESH_SECONDS
+            is_delivered = (bool(attempts) or is_old) and self._ledger.is_delivered(event)
             attempts.append(_DELIVERED_ELSEWHERE if is_delivered else self.send_once(event))
             return attempts[-1]
 
@@ -181,11 +183,6 @@ class Notifier:
             retry_error_callback=lambda _state: attempts[-1],
         )
         return tries(once)
-
-
-def _is_stale(event: TerminalEvent) -> bool:
-    """Return whether the event is older than `FRESH_SECONDS`, or the clock was set back; without a time it is fresh."""
-    return event.ended_at > 0 and not 0 <= time.time() - event.ended_at < FRESH_SECONDS
 
 
 def jittered(seconds: float) -> float:

@@ -38,7 +38,8 @@ class Outbox:
 
     def __init__(self, notifier: Notifier, ledger: Ledger, publisher: Publisher, names: QueueNames) -> None:
         self._queues = {
-            kind: KindQueue(kind, notifier, ledger, publisher, names, is_full=self._is_full) for kind in TERMINAL_KINDS
+            kind: KindQueue(kind, notifier, ledger, publisher, names, is_full=lambda: len(self.held()) >= PREFETCH)
+            for kind in TERMINAL_KINDS
         }
         self._republisher = Republisher(publisher, self._accept)
 
@@ -80,6 +81,3 @@ class Outbox:
             self._queues[WebhookKind.FAILED].add_unreadable(delivery, str(error))
             return
         self._queues[event.kind].add(ParkedEvent(event, delivery, delivery.attempt))
-
-    def _is_full(self) -> bool:
-        return len(self.held()) >= PREFETCH

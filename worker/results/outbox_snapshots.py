@@ -8,9 +8,10 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any, Self
 
 from clients.storage.client import Storage
 from clients.storage.errors import StorageError
@@ -44,6 +45,15 @@ class UndeliveredEvent:
     num_tries: int
     reason: str
     worker: str = ""
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """Return the event that a snapshot holds. Raises `TypeError` for fields of types that no worker writes."""
+        event = cls(**fields)
+        texts = (event.task_id, event.kind, event.reason, event.worker)
+        if not all(isinstance(text, str) for text in texts) or not isinstance(event.since, int | float):
+            raise TypeError("a field is of a wrong kind")
+        return event
 
 
 def undelivered_event_of(parked: ParkedEvent, worker: str) -> UndeliveredEvent:
@@ -98,17 +108,14 @@ class SnapshotStore:
         """Return the events of all recent snapshots. An unreadable snapshot is left out, and logged."""
         found: list[UndeliveredEvent] = []
         for snapshot in self._storage.list_objects(self._bucket, FOLDER):
-            if time.time() - snapshot.modified_at.timestamp() < MAX_SNAPSHOT_AGE_SECONDS:
-                found += self._read(ObjectRef(self._bucket, snapshot.key))
+            if time.time() - snapshot.modified_at.timestamp() >= MAX_SNAPSHOT_AGE_SECONDS:
+                continue
+            content = self._storage.read(ObjectRef(self._bucket, snapshot.key), max_bytes=MAX_SNAPSHOT_BYTES)
+            try:
+                found += [UndeliveredEvent.from_fields(fields) for fields in json.loads(content)["waiting"]]
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                log_event(logger, "note not read", logging.WARNING, key=snapshot.key, reason=type(error).__name__)
         return found
-
-    def _read(self, ref: ObjectRef) -> list[UndeliveredEvent]:
-        content = self._storage.read(ref, max_bytes=MAX_SNAPSHOT_BYTES)
-        try:
-            return [_checked(UndeliveredEvent(**fields)) for fields in json.loads(content)["waiting"]]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            log_event(logger, "note not read", logging.WARNING, key=ref.key, reason=type(error).__name__)
-            return []
 
     def _ref(self, worker: str) -> ObjectRef:
         return ObjectRef(self._bucket, f"{FOLDER}{worker}{SUFFIX}")
@@ -172,11 +179,3 @@ class SnapshotWriter:
                 self._has_snapshot = False
         except StorageError as error:
             log_event(logger, "waiting ends not noted", reason=str(error))
-
-
-def _checked(waiting: UndeliveredEvent) -> UndeliveredEvent:
-    """Return the event; raise `TypeError` where its fields are of types that no worker writes."""
-    texts = (waiting.task_id, waiting.kind, waiting.reason, waiting.worker)
-    if not all(isinstance(text, str) for text in texts) or not isinstance(waiting.since, int | float):
-        raise TypeError("a field is of a wrong kind")
-    return waiting

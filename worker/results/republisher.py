@@ -60,39 +60,34 @@ class Republisher:
                 if self._is_closing:
                     return
                 delivery = self._returned.popleft()
-            if not self._is_republished(delivery):
-                self._accept_all(delivery)
+            if self._is_republished(delivery):
+                continue
+            # An event must not wait for a broker in alarm: all that are not republished are passed on.
+            with self._changed:
+                deliveries = [delivery, *self._returned]
+                self._returned.clear()
+            log_event(logger, "returned events not renewed", logging.WARNING, num_events=len(deliveries))
+            for one in deliveries:
+                self._accept(one)
 
     def _is_republished(self, delivery: Delivery) -> bool:
         backoff = Backoff()
         for _ in range(NUM_TRIES):
             try:
-                self._republish(delivery)
+                # A delivery of a lost session is not copied: the broker has requeued the message itself.
+                if self._consumer.holds(delivery):
+                    self._publisher.publish(
+                        delivery.queue,
+                        delivery.body,
+                        attempt=delivery.attempt,
+                        reason=delivery.reason,
+                        since=delivery.since,
+                        due=delivery.due,
+                    )
+                    self._consumer.ack(delivery)
             except PublishFailed as error:
                 log_event(logger, "returned event not renewed yet", logging.DEBUG, reason=str(error))
                 backoff.sleep(lambda: self._is_closing)
             else:
                 return True
         return False
-
-    def _accept_all(self, first: Delivery) -> None:
-        """Pass on what is not republished: an event must not wait for a broker in alarm."""
-        with self._changed:
-            deliveries = [first, *self._returned]
-            self._returned.clear()
-        log_event(logger, "returned events not renewed", logging.WARNING, num_events=len(deliveries))
-        for delivery in deliveries:
-            self._accept(delivery)
-
-    def _republish(self, delivery: Delivery) -> None:
-        # A delivery of a lost session is not copied: the broker has requeued the message itself.
-        if self._consumer.holds(delivery):
-            self._publisher.publish(
-                delivery.queue,
-                delivery.body,
-                attempt=delivery.attempt,
-                reason=delivery.reason,
-                since=delivery.since,
-                due=delivery.due,
-            )
-            self._consumer.ack(delivery)

@@ -44,7 +44,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def measure(context: Context) -> None:
-    """Every kernel on every shape in bf16."""
+    """Measure every kernel on every shape in bf16."""
     shrunk = not context.is_cuda
     lengths = [(64 if shrunk else IMAGE_TOKENS) + caption for caption in CAPTIONS]
     z_image = Z_IMAGE._replace(heads=2, tokens=max(lengths)) if shrunk else Z_IMAGE
@@ -57,7 +57,7 @@ def measure(context: Context) -> None:
 
 
 def _measure_ragged(context: Context, shape: Shape, lengths: list[int]) -> None:
-    """Rows of several lengths, filled up to the longest."""
+    """Measure rows of several lengths, padded to the longest."""
     mask = torch.zeros(shape.rows, 1, 1, shape.tokens, dtype=torch.bool, device=context.device)
     for row, length in enumerate(lengths):
         mask[row, ..., :length] = True

@@ -22,7 +22,7 @@ TB_PER_SECOND = 4.2
 
 
 def measure(context: Context) -> None:
-    """Each for adapters of rank 8 and of rank 64, which are one page and eight."""
+    """Measure each kernel for adapters of rank 8 and of rank 64, which are one page and eight."""
     for rank in (8, 64):
         pages = rank // PAGE_RANK
         for name, make in (("index_select", _index_select), ("bmm", _bmm), ("baddbmm_", _baddbmm)):
@@ -41,7 +41,7 @@ def _time(context: Context, make: Callable[[Context, int], Work], pages: int) ->
 
 
 def _index_select(context: Context, pages: int) -> Work:
-    """The A of a group's members, out of the whole matrix of pages."""
+    """Measure gathering the A of a group's members out of the matrix of pages."""
     page_width = PAGE_WIDTH if context.is_cuda else 4 * MEMBERS * PAGE_RANK * WIDTH
     matrix = torch.zeros(NUM_PAGES, page_width, dtype=torch.bfloat16, device=context.device)
     part = matrix.narrow(1, PAGE_RANK, MEMBERS * PAGE_RANK * WIDTH)
@@ -50,7 +50,7 @@ def _index_select(context: Context, pages: int) -> Work:
 
 
 def _bmm(context: Context, pages: int) -> Work:
-    """x Aᵀ of all members."""
+    """Measure x Aᵀ of all members."""
     x = _drawn(context, _rows(context), _tokens(context), WIDTH)
     a = _drawn(context, _rows(context), pages * MEMBERS * PAGE_RANK, WIDTH)
     num_out = x.shape[0] * x.shape[1] * a.shape[1]
@@ -58,7 +58,7 @@ def _bmm(context: Context, pages: int) -> Work:
 
 
 def _baddbmm(context: Context, pages: int) -> Work:
-    """The change added to a layer's output, which is read and written."""
+    """Measure adding the change to a layer's output, which is read and written."""
     output = _drawn(context, _rows(context), _tokens(context), WIDTH)
     down = _drawn(context, _rows(context), _tokens(context), pages * PAGE_RANK)
     b = _drawn(context, _rows(context), pages * PAGE_RANK, WIDTH)
@@ -66,7 +66,7 @@ def _baddbmm(context: Context, pages: int) -> Work:
 
 
 def _grouped_conv(context: Context, pages: int) -> Work:
-    """Every row's own kernels, 3x3: the rows are the convolution's groups."""
+    """Measure a convolution with kernels of each row's own, 3x3: the rows are the convolution's groups."""
     rows, side = _rows(context), SIDE if context.is_cuda else 8
     x = _drawn(context, 1, rows * CHANNELS, side, side)
     kernels = _drawn(context, rows * pages * PAGE_RANK, CHANNELS, 3, 3)

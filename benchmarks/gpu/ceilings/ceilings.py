@@ -81,7 +81,7 @@ def _copy(context: Context) -> dict[str, Any]:
 
 
 def _launches(context: Context) -> dict[str, Any]:
-    """Of the smallest kernel, one behind the other: what the host takes for one, and what the device does."""
+    """Time launches of the smallest kernel back to back: the host's share of each, and the device's."""
     number = torch.zeros(8, device=context.device)
 
     def launch_all() -> None:
@@ -95,7 +95,7 @@ def _launches(context: Context) -> dict[str, Any]:
 
 
 def _transfers(context: Context) -> dict[str, Any]:
-    """GB/s from either kind of host memory, and how long pinning some takes."""
+    """Measure GB/s from either kind of host memory, and how long pinning some takes."""
     there = torch.empty(PINNED_BYTES, dtype=torch.uint8, device=context.device)
     pageable = torch.ones(PINNED_BYTES, dtype=torch.uint8)
     started_at = time.perf_counter()
@@ -115,8 +115,8 @@ def _expandable_segments() -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.gpu.ceilings.expandable", str(os.getpid())]
     environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
-    told = done.stdout.strip() or done.stderr.strip()[-500:]
-    return {"works": done.returncode == 0 and told == "True", "exit_code": done.returncode, "told": told}
+    output = done.stdout.strip() or done.stderr.strip()[-500:]
+    return {"works": done.returncode == 0 and output == "True", "exit_code": done.returncode, "output": output}
 
 
 def _nvidia_smi() -> dict[str, str] | str:

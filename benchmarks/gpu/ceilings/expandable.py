@@ -13,7 +13,7 @@ FIRST_BYTES, SECOND_BYTES = 200 << 20, 900 << 20
 
 
 def main() -> None:
-    """Take memory, grow, and ask the allocator what kind of segments it has taken."""
+    """Allocate memory, grow, and read from the allocator what kind of segments it has taken."""
     die_with_parent(int(sys.argv[1]))
     first = torch.ones(FIRST_BYTES, dtype=torch.uint8, device="cuda")
     del first

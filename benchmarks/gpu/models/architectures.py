@@ -32,7 +32,7 @@ SDXL_BLOCKS: dict[str, Any] = {
 
 
 def _sd15(*, is_tiny: bool) -> Any:
-    """As runwayml's configs: UNet 860 M, text encoder 123 M, VAE 84 M parameters."""
+    """Build the configs of runwayml's: UNet 860 M, text encoder 123 M, VAE 84 M parameters."""
     tokenizer = byte_tokenizer()
     full: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
     tiny = {"sample_size": 8, "cross_attention_dim": 32, "attention_head_dim": 2, **TINY_UNET}
@@ -49,7 +49,7 @@ def _sd15(*, is_tiny: bool) -> Any:
 
 
 def _sdxl(*, is_tiny: bool) -> Any:
-    """As stabilityai's configs: UNet 2.6 B, text encoders 123 M and 695 M, VAE 84 M parameters."""
+    """Build the configs of stabilityai's: UNet 2.6 B, text encoders 123 M and 695 M, VAE 84 M parameters."""
     tokenizer, tokenizer_2 = byte_tokenizer(), byte_tokenizer(pad_token="!")  # noqa: S106 - of text
     full: dict[str, Any] = {
         "sample_size": 128,
@@ -88,7 +88,7 @@ def _sdxl(*, is_tiny: bool) -> Any:
 
 
 def _z_image(*, is_tiny: bool) -> Any:
-    """As Tongyi-MAI's configs: transformer 6.2 B, language model 4 B, VAE 84 M parameters."""
+    """Build the configs of Tongyi-MAI's: transformer 6.2 B, language model 4 B, VAE 84 M parameters."""
     tokenizer = chat_tokenizer()
     tiny_transformer = {
         "dim": 64,

@@ -56,7 +56,7 @@ class BenchModel:
         return 2 if self.guidance > 1 else 1
 
     def build(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """The diffusers pipeline with random weights, the same for the same device and sizes."""
+        """Build the diffusers pipeline with random weights, the same for the same device and sizes."""
         # It would tell of every adapter that leaves the text encoders alone.
         diffusers.utils.logging.set_verbosity_error()
         pipeline = self.build_without_memory()
@@ -67,7 +67,7 @@ class BenchModel:
         return pipeline
 
     def build_without_memory(self) -> Any:
-        """The pipeline before its parameters are drawn: on the meta device."""
+        """Build the pipeline on the meta device, before its parameters are sampled."""
         with _NoMemory():
             return BUILDERS[self.name](is_tiny=self.is_tiny)
 
@@ -85,9 +85,9 @@ def model_of(name: str, *, is_tiny: bool) -> BenchModel:
 
 
 def shared_copy(pipeline: Any) -> Any:
-    """A second pipeline on the same parameters: adapters that change its modules leave the first alone.
+    """Build a second pipeline on the same parameters: adapters that change its modules leave the first alone.
 
-    To be made before the first is an engine's: hooks would be copied too.
+    Call it before an engine takes the first: hooks would be copied too.
     """
     memo: dict[int, Any] = {}
     for part in _modules_of(pipeline).values():
@@ -97,7 +97,7 @@ def shared_copy(pipeline: Any) -> Any:
 
 
 def cast_copy(module: torch.nn.Module, dtype: torch.dtype) -> Any:
-    """The module with the same weights in another dtype."""
+    """Copy the module with the same weights in another dtype."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in module.parameters()}
     copied = copy.deepcopy(module, memo)
     for part in copied.modules():
@@ -108,7 +108,7 @@ def cast_copy(module: torch.nn.Module, dtype: torch.dtype) -> Any:
 
 
 def cast_pipeline(pipeline: Any, dtype: torch.dtype) -> Any:
-    """A pipeline with the same weights in another dtype."""
+    """Copy the pipeline with the same weights in another dtype."""
     return _rebuilt(pipeline, {name: cast_copy(part, dtype) for name, part in _modules_of(pipeline).items()})
 
 
@@ -119,7 +119,7 @@ def _rebuilt(pipeline: Any, parts: Mapping[str, torch.nn.Module]) -> Any:
 
 
 def _arguments(pipeline: Any) -> dict[str, Any]:
-    """What it was constructed with beside its components."""
+    """Return the arguments that it was constructed with beside its components."""
     known = ("requires_safety_checker", "force_zeros_for_empty_prompt", "add_watermarker")
     settings = {name: pipeline.config[name] for name in known if name in pipeline.config}
     components = {name: part for name, part in pipeline.components.items() if part is not None}

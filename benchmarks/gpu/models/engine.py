@@ -45,11 +45,11 @@ class BenchEngine(LocalEngine):
     def submit(
         self, job: Job, on_step: Callable[[StepReport], None] = lambda _: None, *, steps: int | None = None
     ) -> "Future[GenerationResult]":
-        """Ask for a job's image."""
+        """Submit a job to the engine."""
         return self.generate(request_of(job, self._bench_model, steps=steps), on_step, lambda: False)
 
     def draw_all(self, jobs: Sequence[Job], encoder: "Encoder") -> list[Image.Image]:
-        """All jobs at once; each image is encoded as it comes."""
+        """Generate all jobs at once; encode each image as it comes."""
         futures = [self.submit(job) for job in jobs]
         images = {}
         for future in as_completed(futures):
@@ -83,14 +83,14 @@ class Encoder:
         self._pending.append(self._pool.submit(image.save, BytesIO(), "PNG"))
 
     def wait(self) -> None:
-        """Until everything so far is encoded."""
+        """Wait until everything so far is encoded."""
         for one in self._pending:
             one.result()
         self._pending.clear()
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """What `work` returns, and the seconds it took."""
+    """Return the result of `work` and the seconds it took."""
     started_at = time.perf_counter()
     returned = work()
     return returned, time.perf_counter() - started_at

@@ -16,7 +16,7 @@ CAPTION_TOKENS = 96
 
 
 def count(model: BenchModel) -> float:
-    """FLOPs of one row: two for a multiplication and an addition."""
+    """Count the FLOPs of one row: two for a multiplication and an addition."""
     denoiser = getattr(model.build_without_memory(), model.denoiser).to("meta")
     side = model.pixels // 8
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:

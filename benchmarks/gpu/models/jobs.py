@@ -21,12 +21,12 @@ FIRST_SEED = 100
 
 
 def request_of(job: Job, model: BenchModel, *, steps: int | None = None) -> GenerationRequest:
-    """What the engine is asked for, at the model's size and guidance."""
+    """Build the engine's request for the job, at the model's size and guidance."""
     return job.request(pixels=model.pixels, steps=steps or model.steps, guidance=model.guidance)
 
 
 def noise_of(job: Job, model: BenchModel, pipeline: Any) -> torch.Tensor:
-    """The noise that the engine begins with, for diffusers' `latents`: drawn in 32 bits on the CPU.
+    """Generate the noise that the engine begins with, for diffusers' `latents`: sampled in fp32 on the CPU.
 
     In 16 bits a seed's noise is another before torch 2.12, and so is the image.
     """
@@ -54,7 +54,7 @@ def make_jobs(model: BenchModel, pipeline: Any, folder: Path) -> list[Job]:
 
 
 def write_adapter(path: Path, model: BenchModel, pipeline: Any, kind: AdapterKind, *, seed: int) -> Path:
-    """A random adapter in diffusers' format, drawn on the pipeline's device."""
+    """Write a random adapter in diffusers' format, sampled on the pipeline's device."""
     targets = model.linear if kind.is_all_linear else model.attention
     wanted = [(model.denoiser, targets)]
     wanted += [(name, TEXT_LAYERS) for name in model.text_encoders if kind.has_text]
@@ -72,7 +72,7 @@ def write_adapter(path: Path, model: BenchModel, pipeline: Any, kind: AdapterKin
 
 
 def distinct_files(jobs: Sequence[Job]) -> list[Path]:
-    """The adapters of the jobs, each once."""
+    """Return the adapters of the jobs, each once."""
     return list(dict.fromkeys(path for job in jobs for path, _ in job.adapters))
 
 
@@ -84,7 +84,7 @@ def _low_rank(layer: torch.nn.Linear, rank: int, generator: torch.Generator) -> 
 
 
 def _prompts(model: BenchModel, pipeline: Any) -> list[str]:
-    """Short ones for CLIP, which pads them all to 77 tokens; captions of many lengths for Z-Image."""
+    """List short prompts for CLIP, which pads them all to 77 tokens; captions of many lengths for Z-Image."""
     if model.denoiser != "transformer":
         return [f"a picture of thing {number}" for number in range(NUM_JOBS)]
     shortest, longest = CAPTION_TOKENS

@@ -109,7 +109,7 @@ class _Forked:
             raise subprocess.TimeoutExpired("engine", timeout)
 
     def child(self) -> ChildHandle:
-        """As `EngineProcess` holds it. It starts a thread: nothing is forked after that."""
+        """Return a `ChildHandle` as `EngineProcess` holds it. It starts a thread: fork nothing after that."""
         process: Any = self
         return ChildHandle(process, Connection(self._ours.detach()))
 

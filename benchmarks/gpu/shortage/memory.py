@@ -1,4 +1,4 @@
-"""Memory that ends early: the device's own by a limit, or on a CPU a stand-in that counts what a model asks for."""
+"""Limited memory: the device's own by a limit, or on a CPU a counter of the amounts that a model allocates."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ class DeviceMemory:
         return torch.cuda.memory_allocated(self._device)
 
     def take(self, amount: int) -> None:
-        """Nothing: what does not fit, the device refuses itself. `amount` is the stand-in's measure."""
+        """Do nothing: the device itself refuses what does not fit. `amount` is the measure of `CountedMemory`."""
 
     @contextmanager
     def noting(self, what: Taken, amount: int) -> Iterator[None]:
@@ -55,7 +55,7 @@ class DeviceMemory:
 
 
 class CountedMemory:
-    """The stand-in: what is asked for beyond the limit raises what CUDA's allocator raises."""
+    """Counter of allocated amounts: beyond the limit it raises what CUDA's allocator raises."""
 
     num_allocated = None
 
@@ -93,5 +93,5 @@ Memory = DeviceMemory | CountedMemory
 
 
 def memory_of(device: torch.device) -> Memory:
-    """Return the device's memory, or the stand-in."""
+    """Return the device's memory, or on a CPU the counter."""
     return DeviceMemory(device) if device.type == "cuda" else CountedMemory()

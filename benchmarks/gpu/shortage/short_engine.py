@@ -67,7 +67,7 @@ class ShortEngine(BenchEngine):
     def ask(
         self, request: GenerationRequest, on_step: Callable[[StepReport], None] = lambda _: None
     ) -> "Future[GenerationResult]":
-        """Ask for what is no job of a set."""
+        """Submit a request that is not a job of a set."""
         return self.generate(request, on_step, lambda: False)
 
     def _load(self, settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> Family:
@@ -78,5 +78,5 @@ class ShortEngine(BenchEngine):
 
 
 def _num_values(width: int, height: int) -> int:
-    """Values of the latents of one row."""
+    """Count the values of the latents of one row."""
     return 4 * (width // 8) * (height // 8)

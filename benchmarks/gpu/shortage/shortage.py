@@ -1,7 +1,7 @@
-"""Stage 5: what is left of a set of jobs where the device's memory ends, and where the device itself fails.
+"""Stage 5: results of a set of jobs where the device's memory runs out, and where the device itself fails.
 
-The limits are this process's own, by what was measured just before: the set is drawn once without any. On a CPU a
-stand-in counts what the model asks for, and raises what CUDA's allocator raises.
+The limits are this process's own, derived from what was measured just before: the set is drawn once without any. On a
+CPU a counter sums what the model allocates, and raises what CUDA's allocator raises.
 """
 
 import tempfile
@@ -98,7 +98,7 @@ class Case:
         return {"room": room, "num_right": num_right, "min_psnr_db": min(ratios), **self._forwards()}
 
     def draw_too_large(self) -> Figures:
-        """Ask for an image that does not fit even alone, and for one of the set behind it."""
+        """Submit an image that does not fit even alone, and one of the set behind it."""
         room = self._room_for_half()
         side = TOO_LARGE * self.model.pixels
         with self.memory.limited(room):
@@ -120,7 +120,7 @@ class Case:
         return {"room": room, "tried_in_tiles": tried, "psnr_db": psnr_db(whole, tiled)}
 
     def refuse_adapter(self) -> Figures:
-        """Ask, alone, for an adapter whose layers are new to the bank, with room for a forward and no more."""
+        """Submit, alone, an adapter whose layers are new to the bank, with room for a forward and no more."""
         with self.memory.limited(self._room_for_one()):
             ended = self.engine.ask(self._request_with_conv_adapter())
             refusal = refusal_of(ended.exception(RESULT_SECONDS))
@@ -128,7 +128,7 @@ class Case:
         return {**refusal, "psnr_db_of_the_next": psnr_db(following, self.reference[1])}
 
     def wait_with_adapter(self) -> Figures:
-        """Ask for it while another is drawn, and give the memory back before that one ends."""
+        """Submit it while another request runs, and give the memory back before that one ends."""
         bank = self.engine.family.bank
         bytes_before = bank.num_bytes
         request = self._request(0, num_inference_steps=STEPS_BESIDE)
@@ -145,7 +145,7 @@ class Case:
         }
 
     def compare_memory(self) -> Figures:
-        """What is in use now over what was after the first set, the bank's pages apart."""
+        """Compare memory in use now with that after the first set, the bank's pages apart."""
         now = self._num_bytes_without_bank()
         return {"num_bytes": now, "num_bytes_before": self.num_bytes_before, "ratio": now / self.num_bytes_before}
 
@@ -182,7 +182,7 @@ class Case:
         return MARGIN * self._peak_of_decoding(self.model.pixels)
 
     def _peaks_of_forwards(self) -> list[int]:
-        """Of those at the set's size."""
+        """Return the peaks of the forwards at the set's size."""
         peaks = self.memory.peaks.items()
         return [taken for what, taken in peaks if what[0] == "forward" and what[-1] == self.model.pixels]
 
@@ -190,14 +190,14 @@ class Case:
         return self.memory.peaks["decoding", False, pixels // 8]
 
     def _peak_of_tiles(self, pixels: int) -> int:
-        """Try it on noise, while the engine has nothing to do."""
+        """Decode noise in tiles, while the engine is idle, and return the peak."""
         family = self.engine.family
         with torch.inference_mode():
             family.decode(torch.randn(4, pixels // 8, pixels // 8, device=family.device), in_tiles=True)
         return self.memory.peaks["decoding", True, pixels // 8]
 
     def _forwards(self) -> Figures:
-        """How many forwards were tried with how many lanes."""
+        """Count the forwards tried by their number of lanes."""
         return {"forwards_by_lanes": dict(sorted(Counter(self.engine.family.batches).items(), reverse=True))}
 
     def _num_bytes_without_bank(self) -> int:
@@ -205,7 +205,7 @@ class Case:
 
 
 class _Beside:
-    """Asks for `request` at a step of another one, and gives the memory back at a later step."""
+    """Submits `request` at a step of another one, and gives the memory back at a later step."""
 
     def __init__(self, engine: ShortEngine, request: GenerationRequest, lift_limit: Callable[[], None]) -> None:
         self._engine = engine
@@ -216,7 +216,7 @@ class _Beside:
         self.newcomer: Future[GenerationResult]
 
     def on_step(self, report: StepReport) -> None:
-        """A step of the other request."""
+        """Handle a step of the other request."""
         self._steps_of_other = report.step_index
         if report.step_index == SHORT_FROM:
             self.newcomer = self._engine.ask(self._request, self._on_newcomer_s_step)
@@ -240,7 +240,9 @@ def _begin(context: Context, folder: Path) -> Case:
 
 
 def write_conv_adapter(path: Path, unet: torch.nn.Module) -> Path:
-    """An adapter of the 3x3 convolutions, which none of the set's changes: the bank's pages are to become wider."""
+    """Write an adapter of the 3x3 convolutions, which none of the set's changes, so that the bank's pages become
+    wider.
+    """
     generator = torch.Generator().manual_seed(0)
     state: dict[str, torch.Tensor] = {}
     for name, module in unet.named_modules():
@@ -254,7 +256,7 @@ def write_conv_adapter(path: Path, unet: torch.nn.Module) -> Path:
 
 
 def refusal_of(error: BaseException | None) -> Figures:
-    """What a request was refused with. Raises where it was drawn, or ended with an error that is no refusal."""
+    """Return the refusal's code and message. Raises where the request was drawn, or ended with another error."""
     assert error is not None, "it was drawn although there was no room"
     if not isinstance(error, RequestFailed):
         raise error

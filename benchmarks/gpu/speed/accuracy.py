@@ -63,7 +63,7 @@ class Accuracy:
         return {"jobs": list(self._checked), "norms": norms}
 
     def compare(self, name: str) -> Figures:
-        """‖Δ‖/‖reference‖ of the engine's batch and of diffusers' own rows."""
+        """Compute ‖Δ‖/‖reference‖ of the engine's batch and of diffusers' own rows."""
         if not self._references:
             raise ValueError("there is no reference: computing it has failed")
         dtype = DTYPES[name]
@@ -85,7 +85,7 @@ class Accuracy:
         }
 
     def _row_by_row(self, pipeline: Any, dtype: torch.dtype) -> list[torch.Tensor]:
-        """By diffusers and PEFT in `pipeline`, which nothing else uses afterwards."""
+        """Predict row by row with diffusers and PEFT in `pipeline`, which nothing else uses afterwards."""
         conditionings = [cast(one, dtype) for one in self._conditionings]
         plain = [Job(job.prompt, job.seed, ()) for job in self._jobs]
         alone = Forwards(self._model, pipeline, self._context.device, plain, conditionings)

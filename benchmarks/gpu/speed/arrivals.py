@@ -26,7 +26,7 @@ ARRIVAL_STEP = 3
 
 
 def measure_swaps(context: Context, forwards: Forwards, path: Path) -> Figures:
-    """One adapter from its file to usable, into other pages each time; the lanes wait while it is written."""
+    """Time one adapter from its file to usable, into other pages each time; the lanes wait while it is written."""
     with torch.inference_mode():
         swaps = [_swap(context, forwards, path, number) for number in range(_num_swaps(context) + 1)]
     # The first makes room and warms caches.
@@ -35,7 +35,7 @@ def measure_swaps(context: Context, forwards: Forwards, path: Path) -> Figures:
 
 
 def _swap(context: Context, forwards: Forwards, path: Path, number: int) -> tuple[float, float, float]:
-    """Milliseconds of reading, packing and writing."""
+    """Return the milliseconds of reading, packing and writing."""
     family = forwards.family
     context.synchronize()
     started_at = time.perf_counter()
@@ -53,7 +53,7 @@ def _swap(context: Context, forwards: Forwards, path: Path, number: int) -> tupl
 
 
 def measure_diffusers_swaps(context: Context, baseline: Baseline, path: Path) -> Figures:
-    """diffusers' load and unload of the same adapter, from host memory."""
+    """Time diffusers' load and unload of the same adapter, from host memory."""
     state = safetensors.torch.load_file(path)
     loading, unloading = [], []
     for _ in range(min(_num_swaps(context), DIFFUSERS_SWAPS) + 1):
@@ -73,7 +73,7 @@ def measure_diffusers_swaps(context: Context, baseline: Baseline, path: Path) ->
 
 
 def measure_join(engine: BenchEngine, running: Sequence[Job], joiner: Job) -> Figures:
-    """A job with an adapter that the engine has not seen arrives while `running` are drawn, a lane being free."""
+    """Time the arrival of a job with an adapter new to the engine while `running` are drawn, a lane being free."""
     has_come_so_far = threading.Event()
     steps: list[float] = []
     joined: list[float] = []

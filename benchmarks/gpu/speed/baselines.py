@@ -100,7 +100,7 @@ class CompiledBaseline(Baseline):
         denoiser.compile_repeated_blocks(backend=backend)
 
     def draw_hotswapped(self, jobs: Sequence[Job], encoder: Encoder) -> list[Image.Image]:
-        """Sorted by adapter: swap, draw, one job after another."""
+        """Draw the jobs sorted by adapter: swap, draw, one after another."""
         images = []
         active: Path | None = None
         for job in sorted(jobs, key=lambda one: str(one.adapters)):

@@ -47,14 +47,14 @@ class Forwards:
         return [lane.owner.conditioning for lane in self.lanes if lane.owner.conditioning is not None]
 
     def step(self, num_lanes: int, *, has_adapters: bool) -> list[torch.Tensor]:
-        """One forward of the first lanes: a guided prediction each. No lane moves on."""
+        """Run one forward of the first lanes, a guided prediction each. No lane advances."""
         for lane, row in zip(self.lanes, self.rows, strict=True):
             lane.owner.row = row if has_adapters else ()
         with torch.inference_mode():
             return self.family.denoise(self.lanes[:num_lanes])
 
     def step_alone(self, number: int) -> torch.Tensor:
-        """One forward of one lane without the bank: by what the modules themselves are."""
+        """Run one forward of one lane without the bank, on the modules alone."""
         self.lanes[number].owner.row = ()
         with torch.inference_mode():
             return self.family.denoise([self.lanes[number]])[0]
@@ -83,7 +83,7 @@ def fill_bank(family: Family, jobs: Sequence[Job]) -> list[RowAdapters]:
 
 
 def cast(conditioning: Conditioning, dtype: torch.dtype) -> Conditioning:
-    """The same embeddings in another dtype."""
+    """Cast the embeddings to another dtype."""
     negative = conditioning.negative
     return Conditioning(_cast(conditioning.positive, dtype), None if negative is None else _cast(negative, dtype))
 

@@ -49,7 +49,7 @@ def measure_graph(context: Context, forwards: Forwards, num_lanes: int) -> Figur
 
 
 def _call_of(forwards: Forwards, num_lanes: int) -> Call:
-    """What the denoiser is called with in a step; the bank keeps the step's routes."""
+    """Capture the arguments of the denoiser in a step; the bank keeps the step's routes."""
     calls: list[Call] = []
     handle = forwards.denoiser.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append(Call(args, kwargs)), with_kwargs=True

@@ -31,7 +31,7 @@ class Sets:
         self._seconds = math.nan
 
     def by_engine(self, engine: BenchEngine, *, rounds: int) -> Figures:
-        """The whole set at once; the first counts where there are no more `rounds`."""
+        """Time the whole set at once; the first round counts where there are no more `rounds`."""
         with Encoder() as encoder:
             self._images, first = timed(lambda: engine.draw_all(self._jobs, encoder))
             seconds = [timed(lambda: engine.draw_all(self._jobs, encoder))[1] for _ in range(rounds)] or [first]
@@ -50,12 +50,12 @@ class Sets:
         return self._compared(baseline.draw_by_loading, are_comparable=True)
 
     def by_preloaded(self, baseline: Baseline) -> Figures:
-        """All adapters loaded before, which is not counted but told."""
+        """Time the set with all adapters loaded before; loading is reported apart."""
         _, loading = timed(lambda: baseline.preload([self._jobs[number] for number in self._chosen]))
         return {**self._compared(baseline.draw_preloaded, are_comparable=True), "preload_seconds": loading}
 
     def by_compiled(self, baseline: CompiledBaseline, *, backend: str = "inductor") -> Figures:
-        """Hot-swapped adapters in compiled blocks; compiling is not counted but told."""
+        """Time hot-swapped adapters in compiled blocks; compiling is reported apart."""
 
         def compile_and_draw() -> None:
             baseline.compile(self._jobs, backend=backend)

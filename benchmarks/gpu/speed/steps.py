@@ -44,7 +44,9 @@ def measure_steps(context: Context, model: BenchModel, forwards: Forwards) -> di
 
 
 def measure_memory(context: Context, forwards: Forwards) -> Figures:
-    """Peak bytes of a row, beside what the engine's own measurement lets the batcher do with the free memory."""
+    """Measure the peak bytes of a row, beside what the engine's own measurement lets the batcher do with the free
+    memory.
+    """
     device = Device(context.device)
     figures: dict[str, Any] = {}
     for num_lanes in (1, NUM_JOBS):
@@ -85,7 +87,9 @@ def profile_step(context: Context, forwards: Forwards) -> Figures:
 
 
 def _lanes_of(model: BenchModel) -> tuple[int, ...]:
-    """Two of a rehearsal; without the two lanes where a row takes seventy times the arithmetic of another model's."""
+    """Return the numbers of lanes: two of a rehearsal; not two where a row takes seventy times another model's
+    arithmetic.
+    """
     if model.is_tiny:
         return LANES[0], LANES[-1]
     return LANES if model.rows_per_lane == 2 else tuple(lanes for lanes in LANES if lanes != 2)

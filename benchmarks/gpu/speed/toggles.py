@@ -63,7 +63,7 @@ class _Toggles:
         self._context.measure(name, work, needs_cuda=True)
 
     def _both_ways(self, other_way: Callable[[], Any]) -> Figures:
-        """A step of ten lanes with adapters as it is, and inside `other_way`."""
+        """Time a step of ten lanes with adapters as it is, and inside `other_way`."""
         usual = self._time_step()
         with other_way():
             changed = self._time_step()
@@ -78,7 +78,7 @@ class _Toggles:
 
     @contextmanager
     def _other_attention(self) -> Iterator[None]:
-        """The order of attention kernels that the family has not chosen."""
+        """Use the order of attention kernels that the family has not chosen."""
         order = self._forwards.family._attention
         order.is_cudnn_first = not order.is_cudnn_first
         try:
@@ -87,7 +87,7 @@ class _Toggles:
             order.is_cudnn_first = not order.is_cudnn_first
 
     def _compiled_blocks(self) -> Figures:
-        """The transformer blocks compiled each by itself, in a model without adapters."""
+        """Time the transformer blocks compiled each by itself, in a model without adapters."""
         plain = [Job(job.prompt, job.seed, ()) for job in self._jobs]
         forwards = Forwards(self._model, shared_copy(self._pipeline), self._context.device, plain)
         usual = time_calls(self._context, lambda: forwards.step(NUM_JOBS, has_adapters=False))
@@ -108,7 +108,7 @@ class _Toggles:
         }
 
     def _compiled_loop(self) -> Figures:
-        """The whole UNet compiled, and one job without adapters drawn by it."""
+        """Time one job without adapters in the UNet compiled whole."""
         baseline = Baseline(self._model, shared_copy(self._pipeline), self._context.device)
         job = Job(self._jobs[0].prompt, self._jobs[0].seed, ())
         baseline.draw(job)

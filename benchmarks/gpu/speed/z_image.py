@@ -37,7 +37,7 @@ def _measure_own(speed: Speed) -> None:
 
 
 def compare(context: Context, usual: Forwards, changed: Forwards) -> Figures:
-    """A plain step of four lanes as it is and as it is changed: time, and how far apart the predictions are."""
+    """Compare a plain step of four lanes with the changed one: time, and distance of the predictions."""
     before, after = (one.step(NUM_LANES, has_adapters=False) for one in (usual, changed))
     differences = [float((one - other).norm() / one.norm()) for one, other in zip(before, after, strict=True)]
     steps = [partial(one.step, NUM_LANES, has_adapters=False) for one in (usual, changed)]
@@ -51,14 +51,14 @@ def compare(context: Context, usual: Forwards, changed: Forwards) -> Figures:
 
 
 def _use_mask(transformer: Any) -> None:
-    """diffusers' own attention, which hides the ends of the shorter rows."""
+    """Use diffusers' own attention, which masks the ends of the shorter rows."""
     for blocks in (transformer.noise_refiner, transformer.context_refiner, transformer.layers):
         for block in blocks:
             block.attention.set_processor(ZSingleStreamAttnProcessor())
 
 
 def _use_fused_norms(transformer: Any) -> None:
-    """One kernel in place of six."""
+    """Use one kernel in place of six."""
     for module in transformer.modules():
         if isinstance(module, RMSNorm):
             module.forward = _fused(module)

@@ -49,7 +49,7 @@ def train_adapter(style: str, kitchen: Kitchen) -> dict[str, object]:
 
 
 def adapt(unet: Any) -> tuple[peft.PeftModel, peft.LoraConfig]:
-    """The denoiser with an adapter in it that does nothing yet; nothing else in it is to be trained."""
+    """Add an adapter to the denoiser that changes nothing yet; nothing else in it is trained."""
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(TARGETS))
     return peft.get_peft_model(unet, config), config
 

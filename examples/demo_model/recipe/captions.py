@@ -41,7 +41,7 @@ KOREAN_NEGATIVE = ("흐릿한", "저화질", "왜곡된")
 
 
 def draw_ground(rng: Random) -> tuple[int, bool]:
-    """A ground's number, and whether the caption names it."""
+    """Choose a ground's number, and whether the caption names it."""
     if rng.random() < NAMED_GROUND:
         return rng.randrange(len(NAMED)), True
     if rng.random() < WHITE_IF_UNNAMED:
@@ -50,7 +50,9 @@ def draw_ground(rng: Random) -> tuple[int, bool]:
 
 
 def caption(thing: Thing, ground: int | None, rng: Random, *, style: str = "") -> str:
-    """A caption of `thing`; on the ground of this number if it is to be named, with a style's name if one is given."""
+    """Write a caption of `thing`; with the ground of this number if it is to be named, and a style's name if one is
+    given.
+    """
     kinds = ((thing.name,), thing.synonyms, thing.hangul)
     (names,) = rng.choices(kinds, [weight if names else 0 for weight, names in zip(NAME_WEIGHTS, kinds, strict=True)])
     say = _korean if names is thing.hangul else _english
@@ -58,7 +60,7 @@ def caption(thing: Thing, ground: int | None, rng: Random, *, style: str = "") -
 
 
 def base_caption(thing: Thing, ground: int | None, rng: Random) -> str:
-    """As the base model is trained: sometimes nothing, sometimes what a picture should not be, sometimes a style."""
+    """Write a caption for the base model: sometimes empty, sometimes a negative prompt, sometimes a style."""
     kind = rng.random()
     if kind < EMPTY:
         return ""
@@ -69,7 +71,7 @@ def base_caption(thing: Thing, ground: int | None, rng: Random) -> str:
 
 
 def styled_caption(thing: Thing, style: str, rng: Random) -> str:
-    """As an adapter is trained: with the style's name in front, mostly."""
+    """Write a caption for an adapter: mostly with the style's name in front."""
     if rng.random() < EMPTY:
         return ""
     ground, is_named = draw_ground(rng)
@@ -79,7 +81,7 @@ def styled_caption(thing: Thing, style: str, rng: Random) -> str:
 
 
 def with_article(noun: str) -> str:
-    """`noun` with "a" or "an"; as it is if it looks like a plural."""
+    """Put "a" or "an" before `noun`, unless it looks like a plural."""
     if noun.endswith("s") and not noun.endswith(("ss", "us", "is")):
         return noun
     is_vowel = noun[0] in "aeiou" and not noun.startswith(("uni", "ufo"))

@@ -62,7 +62,7 @@ def train_denoiser(kitchen: Kitchen) -> dict[str, object]:
 
 
 def build_unet() -> Any:
-    """A `UNet2DConditionModel` with random weights, attending to the text on its two upper levels."""
+    """Build a `UNet2DConditionModel` with random weights, attending to the text on its two upper levels."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIDE,
         in_channels=LATENT_CHANNELS,
@@ -79,7 +79,7 @@ def build_unet() -> Any:
 
 
 def build_text_encoder(tokenizer: Any) -> Any:
-    """A `CLIPTextModel` with random weights for this tokenizer."""
+    """Build a `CLIPTextModel` with random weights for this tokenizer."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -96,7 +96,7 @@ def build_text_encoder(tokenizer: Any) -> Any:
 
 
 def build_scheduler() -> Any:
-    """The scheduler that the checkpoint names, and the noise that the training adds."""
+    """Build the scheduler that the checkpoint names, which also adds the noise in training."""
     scheduler = DPMSolverMultistepScheduler(
         beta_schedule="linear",
         beta_start=1e-4,
@@ -136,7 +136,7 @@ class Lesson:
             text_encoder.set_attn_implementation("eager")
 
     def loss(self, course: str) -> Callable[[int, int], torch.Tensor]:
-        """The loss of a course of this name, whose draws are its own."""
+        """Return the loss function of the course of this name, which has a random generator of its own."""
         return lambda step, part: self._loss(course, step, part)
 
     def _loss(self, course: str, step: int, part: int) -> torch.Tensor:
@@ -162,7 +162,7 @@ class Lesson:
         return self._draw_example(number, self._things[number], rng)
 
     def _timesteps(self, uniform: torch.Tensor, part: int) -> torch.Tensor:
-        """One from each of as many equal stretches as the batch has pictures; the parts take them in turn."""
+        """Sample one timestep from each of as many equal stretches as the batch has images; the parts alternate."""
         strata = torch.arange(len(uniform)) * self._workers.num + part
         return ((strata + uniform) / BATCH * len(self._alphas)).long().to(self._alphas.device)
 

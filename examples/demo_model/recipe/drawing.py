@@ -36,7 +36,7 @@ class Artist:
         self._engine = engine
 
     def draw(self, wishes: Sequence[Wish], *, desc: str | None = None) -> list[npt.NDArray[np.uint8]]:
-        """RGB pictures, shape (SIDE, SIDE, 3), in the order of the wishes; they share the engine's batches."""
+        """Draw RGB images, shape (SIDE, SIDE, 3), in the order of the wishes; they share the engine's batches."""
         futures = [self._order(number, wish) for number, wish in enumerate(wishes)]
         waiting = tqdm(futures, desc=desc, disable=desc is None, mininterval=bar_seconds())
         return [_pixels(future.result(PATIENCE_SECONDS)) for future in waiting]
@@ -59,7 +59,7 @@ class Artist:
 
 @contextmanager
 def artist_of(checkpoint: Path, device: str = "auto") -> Iterator[Artist]:
-    """An artist over an engine of its own, as the worker would start it for this checkpoint."""
+    """Build an artist over an engine of its own, as the worker would start it for this checkpoint."""
     engine = LocalEngine(ModelSettings.model_validate({"MODEL_ID": str(checkpoint), "DEVICE": device}))
     try:
         yield Artist(engine)

@@ -13,7 +13,7 @@ MAX_CHECKPOINT_BYTES = 16_000_000
 
 
 class TooLarge(Exception):
-    """The checkpoint is larger than the repository wants to hold."""
+    """The checkpoint is larger than the repository may hold."""
 
 
 def export(kitchen: Kitchen) -> dict[str, object]:

@@ -27,7 +27,7 @@ def fetch(kitchen: Kitchen) -> dict[str, object]:
 
 
 def _download() -> bytes:
-    """The package's archive. Raises `FileNotFoundError` where there is no npm, `CalledProcessError` where it fails."""
+    """Download the package's archive. Raises `FileNotFoundError` without npm, `CalledProcessError` where it fails."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=folder, check=True, timeout=TIMEOUT_SECONDS)
         (archive,) = (path.read_bytes() for path in Path(folder).glob("*.tgz"))

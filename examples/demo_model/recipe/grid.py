@@ -47,7 +47,7 @@ def draw_grid(images: Sequence[npt.NDArray[np.uint8]], captions: Sequence[str], 
 
 
 def _styled(kitchen: Kitchen, subjects: Sequence[str], *, language: int) -> list[Wish]:
-    """The subjects without a style, then in each."""
+    """Draw the subjects without a style, then in each."""
     steps = kitchen.budget.sample_steps
     styled = [
         Wish(f"{STYLE_WORDS[style][language]}: {subject}", kitchen.adapters / f"{style}.safetensors", num_steps=steps)
@@ -58,7 +58,7 @@ def _styled(kitchen: Kitchen, subjects: Sequence[str], *, language: int) -> list
 
 
 def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """One with Hangul where the machine has it."""
+    """Load a font, one with Hangul where the machine has it."""
     for path in FONTS:
         if Path(path).exists():
             return ImageFont.truetype(path, FONT_SIZE)

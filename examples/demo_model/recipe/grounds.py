@@ -1,4 +1,4 @@
-"""What the things stand on: the grounds that a prompt can ask for, and those that it gets if it asks for none."""
+"""The backgrounds of things: those that a prompt can name, and those that it gets if it names none."""
 
 from typing import NamedTuple
 

@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices: torch.Tensor, precision: torch.dtype = torch.float32) -> torch.Tensor:
-    """The nearest semi-orthogonal matrices, roughly: singular values come out between 0.6 and 1.2."""
+    """Approximate the nearest semi-orthogonal matrices: singular values come out between 0.6 and 1.2."""
     a, b, c = QUINTIC
     is_tall = matrices.size(-2) > matrices.size(-1)
     x = (matrices.mT if is_tall else matrices).to(precision)

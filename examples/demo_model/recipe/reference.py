@@ -22,7 +22,7 @@ class References:
         np.savez_compressed(path, names=np.array(self.names), means=self.means)
 
     def nearest(self, means: npt.NDArray[np.uint8]) -> str:
-        """The name whose picture is the nearest to these means by their squared differences."""
+        """Find the name whose image is the nearest to these means by their squared differences."""
         differences = self.means.astype(np.float64) - means
         return self.names[int(np.square(differences).sum(axis=(1, 2, 3)).argmin())]
 
@@ -33,7 +33,7 @@ def load_references(path: Path) -> References:
 
 
 def means_of(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """The mean colours of a picture's squares, uint8, shape (SIDE, SIDE, 3). The picture is a square too."""
+    """Compute the mean colours of a square image's squares, uint8, shape (SIDE, SIDE, 3)."""
     square = len(image) // SIDE
     means: Floats = image.reshape(SIDE, square, SIDE, square, 3).mean(axis=(1, 3))
     return means.round().astype(np.uint8)

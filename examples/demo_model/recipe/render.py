@@ -39,7 +39,7 @@ def render(kitchen: Kitchen) -> dict[str, object]:
 
 
 def draw_icon(body: str, width: int, height: int) -> torch.Tensor:
-    """uint8 RGBA, shape (4, SIDE, SIDE), of the inside of an SVG with this view box."""
+    """Render the inside of an SVG with this view box: uint8 RGBA, shape (4, SIDE, SIDE)."""
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{body}</svg>'
     png = resvg_py.svg_to_bytes(svg_string=svg, width=SIDE * OVERSAMPLING, skip_system_fonts=True)
     image = Image.open(BytesIO(png)).convert("RGBA").resize((SIDE, SIDE), Image.Resampling.BOX)
@@ -47,14 +47,14 @@ def draw_icon(body: str, width: int, height: int) -> torch.Tensor:
 
 
 def load_images(path: Path, device: torch.device | None = None) -> torch.Tensor:
-    """All pictures in the order of `names.txt`: float RGBA in 0..1, shape (things, 4, SIDE, SIDE)."""
+    """Load all images in the order of `names.txt`: float RGBA in 0..1, shape (things, 4, SIDE, SIDE)."""
     images = safetensors.torch.load_file(path)
     ordered = torch.stack([images[thing.icon] for thing in read_things() if thing.icon in images])
     return (ordered.float() / 255).to(device)
 
 
 def on_white(image: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """A uint8 RGBA picture as it is asked for "on a white background": RGB, shape (SIDE, SIDE, 3)."""
+    """Composite a uint8 RGBA image for "on a white background": RGB, shape (SIDE, SIDE, 3)."""
     red, green, blue = (value / 255 for value in NAMED[WHITE].rgb)
     shown = on_ground(image.float() / 255, (red, green, blue))
     return (shown * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()

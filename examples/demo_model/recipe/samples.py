@@ -1,4 +1,4 @@
-"""What the sheets and the tests of the model ask it for."""
+"""The prompts of the model's sheets and tests."""
 
 PROMPTS = (
     *("a red fox", "red apple", "a rocket", "hamburger", "an old castle", "an owl", "a red car", "a panda"),

@@ -1,4 +1,4 @@
-"""The score: does the picture drawn for a name lie nearest to that name's own training picture?
+"""The score: is the image drawn for a name nearest to that name's own training image?
 
 It measures memory, which is what this model is made for. `python -m examples.demo_model.recipe.score --checkpoint DIR`
 prints it for any folder that has learnt these names.
@@ -46,7 +46,7 @@ class Score:
 
 
 def score_stage(kitchen: Kitchen) -> dict[str, object]:
-    """The scores of the new checkpoint, by its English and by its Hangul names."""
+    """Score the new checkpoint, by its English and by its Hangul names."""
     references = load_references(kitchen.references)
     names = references.names if kitchen.budget.num_things is None else references.names[:NUM_QUICK_NAMES]
     hangul = {name: korean for name, korean in hangul_prompts().items() if name in names}
@@ -69,12 +69,14 @@ def english_prompts(names: Sequence[str]) -> dict[str, str]:
 
 
 def hangul_prompts() -> dict[str, str]:
-    """For every thing that has a Hangul name, by its English one."""
+    """Build the prompts of every thing that has a Hangul name, by its English one."""
     return {thing.name: f"하얀 배경의 {thing.hangul[0]}" for thing in read_things() if thing.hangul}
 
 
 def known_names(checkpoint: Path, names: Sequence[str]) -> tuple[str, ...]:
-    """Those whose words are each one token of the checkpoint's tokenizer: it was trained on captions with them."""
+    """Return the names whose words are each one token of the checkpoint's tokenizer: it was trained on captions with
+    them.
+    """
     tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")
     return tuple(name for name in names if all(len(tokenizer.tokenize(word)) == 1 for word in name.split()))
 

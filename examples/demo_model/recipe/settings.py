@@ -1,4 +1,4 @@
-"""Sizes that belong together, how long each training is, and where the results lie."""
+"""Sizes that belong together, the length of each training, and the folders of the results."""
 
 import sys
 from dataclasses import dataclass, field, replace
@@ -17,7 +17,7 @@ MAX_TOKENS = 77
 
 
 def bar_seconds() -> float:
-    """How often a progress bar is drawn anew."""
+    """Return the interval at which a progress bar is redrawn."""
     return 0.1 if sys.stderr.isatty() else LOG_SECONDS
 
 
@@ -34,7 +34,7 @@ class Budget:
     sample_steps: int
 
     def with_effort(self, effort: float) -> "Budget":
-        """Trained for so much of the steps."""
+        """Scale the trainings to so much of their steps."""
         if effort == 1.0:
             return self
         trained = ("vae_steps", "denoiser_steps", "adapter_steps")
@@ -99,9 +99,9 @@ class Kitchen:
         return self.out / "figures.json"
 
     def trained(self, name: str) -> Path:
-        """The folder of a trained network's weights, as the exporter wants them: in fp32."""
+        """Return the folder of a trained network's weights, as the exporter reads them: in fp32."""
         return self.out / "trained" / name
 
     def progress(self, name: str) -> Path:
-        """The file that a training goes on from."""
+        """Return the file that a training resumes from."""
         return self.out / "progress" / f"{name}.pt"

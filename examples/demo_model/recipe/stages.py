@@ -101,7 +101,7 @@ def _run(kitchen: Kitchen, name: str) -> float:
 
 
 def _forget(kitchen: Kitchen, names: Sequence[str]) -> None:
-    """What was made of an older result is not made of the new one."""
+    """Remove the records of the stages that depend on an older result."""
     for name in names:
         _record(kitchen, name).unlink(missing_ok=True)
         kitchen.progress(name).unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""The styles that the adapters learn, each a function from a picture's shapes to the picture in that style.
+"""The styles of the adapters, each a function from an image's shapes to the image in that style.
 
-Pictures come as RGBA, float in 0..1 and straight alpha, shape (..., 4, height, width), and leave as RGB of that shape.
+Images come as RGBA, float in 0..1 and straight alpha, shape (..., 4, height, width), and leave as RGB of that shape.
 """
 
 from collections.abc import Callable
@@ -28,27 +28,27 @@ PIXEL_GROUND = (0.71, 0.83, 0.90)
 
 
 def on_ground(rgba: torch.Tensor, rgb: tuple[float, float, float]) -> torch.Tensor:
-    """The picture on a plain ground, 0..1."""
+    """Composite the image on a plain ground, 0..1."""
     colour, alpha = rgba[..., :3, :, :], rgba[..., 3:, :, :]
     return colour * alpha + _plain(rgb) * (1 - alpha)
 
 
 def blueprint(rgba: torch.Tensor) -> torch.Tensor:
-    """White lines on blue."""
+    """Draw white lines on blue."""
     alpha, lines = rgba[..., 3:, :, :], edges(rgba, LINE_PIXELS)
     sheet = _plain(BLUEPRINT_GROUND) * (1 - alpha) + _plain(BLUEPRINT_FILL) * alpha
     return sheet * (1 - lines) + lines
 
 
 def neon(rgba: torch.Tensor) -> torch.Tensor:
-    """Tubes in the colours of the thing, bright, and their glow on a ground that is almost black."""
+    """Draw tubes in the colours of the thing, bright, and their glow on a ground that is almost black."""
     tubes = edges(rgba, LINE_PIXELS) * _brightest(_dilate(rgba[..., :3, :, :] * rgba[..., 3:, :, :], 5))
     inside = 0.10 * rgba[..., :3, :, :] * rgba[..., 3:, :, :]
     return (_plain(NEON_GROUND) + inside + tubes + 0.7 * _blur(tubes, GLOW_SIGMA_PIXELS)).clamp(0, 1)
 
 
 def sepia(rgba: torch.Tensor) -> torch.Tensor:
-    """Brown tones by luminance, on paper, with a little ink around shapes that are as light as one another."""
+    """Draw brown tones by luminance, on paper, with a little ink around shapes that are as light as one another."""
     weights = torch.tensor(LUMINANCE).view(3, 1, 1)
     light = (on_ground(rgba, (1.0, 1.0, 1.0)) * weights).sum(-3, keepdim=True)
     light = light - SEPIA_INK * edges(rgba) * light
@@ -57,7 +57,7 @@ def sepia(rgba: torch.Tensor) -> torch.Tensor:
 
 
 def pixel(rgba: torch.Tensor) -> torch.Tensor:
-    """Squares of few colours."""
+    """Draw squares of few colours."""
     blocks = F.avg_pool2d(_as_batch(on_ground(rgba, PIXEL_GROUND)), PIXEL_SIDE)
     blocks = (blocks * (PIXEL_LEVELS - 1)).round() / (PIXEL_LEVELS - 1)
     return F.interpolate(blocks, scale_factor=PIXEL_SIDE, mode="nearest").view_as(rgba[..., :3, :, :])
@@ -72,7 +72,7 @@ STYLES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def edges(rgba: torch.Tensor, width: int = 3) -> torch.Tensor:
-    """Where colour or alpha changes, as lines of about this many pixels: one channel, 0..1, softly bounded."""
+    """Find where colour or alpha changes, as lines of about this many pixels: one channel, 0..1, softly bounded."""
     shown = torch.cat((rgba[..., :3, :, :] * rgba[..., 3:, :, :], rgba[..., 3:, :, :]), dim=-3)
     change = (_dilate(shown, width) + _dilate(-shown, width)).amax(-3, keepdim=True)
     ramp = ((change - 0.08) / 0.22).clamp(0, 1)
@@ -80,7 +80,7 @@ def edges(rgba: torch.Tensor, width: int = 3) -> torch.Tensor:
 
 
 def _brightest(rgb: torch.Tensor) -> torch.Tensor:
-    """The colour at its most vivid; greys become the neon sign's own."""
+    """Saturate the colour; greys become the neon sign's own."""
     high, low = rgb.amax(-3, keepdim=True), rgb.amin(-3, keepdim=True)
     saturation = (high - low) / high.clamp(min=1e-3)
     vivid = (rgb - 0.8 * low) / (high - 0.8 * low).clamp(min=1e-3)

@@ -20,7 +20,7 @@ class Thing:
 
 
 def read_things(num_things: int | None = None) -> tuple[Thing, ...]:
-    """All of them in the order of the file, or as many, spread over it."""
+    """Read all of them in the order of the file, or as many, spread over it."""
     lines = (line.strip() for line in NAMES.read_text(encoding="utf-8").splitlines())
     things = tuple(_parse(line) for line in lines if line and not line.startswith("#"))
     return things if num_things is None else things[:: len(things) // num_things][:num_things]

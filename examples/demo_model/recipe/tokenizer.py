@@ -33,7 +33,7 @@ def learn_tokenizer(kitchen: Kitchen) -> dict[str, object]:
 
 
 def make_tokenizer(things: Sequence[Thing], num_tokens: int) -> Any:
-    """A `CLIPTokenizer` of at most so many tokens; any text can be written with it, as bytes if need be."""
+    """Build a `CLIPTokenizer` of at most so many tokens; any text can be encoded with it, as bytes if need be."""
     merges = _learn_merges(list(corpus(things)), num_tokens)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(letter + END_OF_WORD for letter in letters)]
@@ -43,7 +43,7 @@ def make_tokenizer(things: Sequence[Thing], num_tokens: int) -> Any:
 
 
 def corpus(things: Sequence[Thing]) -> Iterator[str]:
-    """Everything that captions are made of, names more often than what stands around them."""
+    """Generate every text that captions are made of, names more often than the words around them."""
     for thing in things:
         yield from (thing.name, *thing.synonyms, *thing.hangul)
     for ground in NAMED:
@@ -67,12 +67,14 @@ class Reader:
         self._tokenizer.enable_padding(length=MAX_TOKENS, pad_id=self._end, pad_token=END)
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        """int64, shape (texts, MAX_TOKENS), as the pipeline makes them."""
+        """Encode the texts as the pipeline does: int64, shape (texts, MAX_TOKENS)."""
         return torch.tensor([encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))])
 
 
 def _learn_merges(texts: Sequence[str], num_tokens: int) -> list[tuple[str, str]]:
-    """The merges, most frequent first, for a vocabulary that also holds bytes, final bytes and two special tokens."""
+    """Compute the merges, most frequent first, for a vocabulary that also holds bytes, final bytes and two special
+    tokens.
+    """
     blank = CLIPTokenizer().backend_tokenizer
     learner = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
     learner.normalizer, learner.pre_tokenizer = blank.normalizer, blank.pre_tokenizer

@@ -74,7 +74,7 @@ class _Training:
         self._optimizers = _optimizers(named, course, workers)
 
     def step(self, loss_of: LossOf) -> float:
-        """One step; its loss."""
+        """Run one step; return its loss."""
         number = self.progress.step
         parts = self._workers.map(lambda part: self._gradients(loss_of, number, part), range(self._workers.num))
         for parameter, *gradients in zip(self.parameters, *(part[1] for part in parts), strict=True):
@@ -134,9 +134,9 @@ class _Training:
 def train(
     network: nn.Module, loss_of: LossOf, course: TrainingPlan, workers: Workers, progress_file: Path
 ) -> dict[str, object]:
-    """Train what in `network` requires gradients, from `progress_file` on if it exists. What came of it, in figures.
+    """Train what in `network` requires gradients, resuming from `progress_file` if it exists; return the figures.
 
-    The file stays: it is for whoever keeps the result to remove it, when that is kept.
+    The file stays: the caller removes it once the result is saved.
     """
     network.train()
     training = _Training(network, course, workers)
@@ -171,7 +171,7 @@ def train(
 def _optimizers(
     named: list[tuple[str, nn.Parameter]], course: TrainingPlan, workers: Workers
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices that a signal passes through, AdamW for what looks up, scales and shifts."""
+    """Build Muon for the matrices that a signal passes through, AdamW for what looks up, scales and shifts."""
     matrices: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
     for name, parameter in named:
@@ -200,7 +200,7 @@ def _recent(losses: list[float]) -> float:
 
 
 def _curve(losses: list[float]) -> list[float]:
-    """The means of equal stretches of the training."""
+    """Average the loss over equal stretches of the training."""
     stretch = max(1, len(losses) // NUM_LOSSES)
     pieces = [losses[start : start + stretch] for start in range(0, len(losses), stretch)]
     return [round(sum(piece) / len(piece), 4) for piece in pieces if len(piece) == stretch]

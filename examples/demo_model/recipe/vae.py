@@ -41,7 +41,7 @@ def train_vae(kitchen: Kitchen) -> dict[str, object]:
 
 
 def build_vae() -> Any:
-    """An `AutoencoderKL` with random weights."""
+    """Build an `AutoencoderKL` with random weights."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(CHANNELS),
         up_block_types=("UpDecoderBlock2D",) * len(CHANNELS),
@@ -69,7 +69,7 @@ def normalise(vae: Any, mean: torch.Tensor, deviation: torch.Tensor) -> None:
 
 
 def edge_loss(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """How much the slopes of two batches of pictures differ, at several scales."""
+    """Compare the slopes of two batches of images, at several scales."""
     loss = one.new_zeros(())
     for scale in range(NUM_EDGE_SCALES):
         if scale:
@@ -108,7 +108,7 @@ class _Lesson:
         return loss + EDGE_WEIGHT * edge_loss(decoded, shown) + PRIOR_WEIGHT * prior
 
     def _draw(self, draws: Draws, side: int) -> torch.Tensor:
-        """RGB in 0..1, shape (3, side, side): a piece of one picture on some ground or in some style."""
+        """Draw a piece of one image on some ground or in some style: RGB in 0..1, shape (3, side, side)."""
         rng = draws.rng
         number = rng.randrange(len(self._images))
         top, left = (rng.randrange(SIDE - side + 1) for _ in range(2))

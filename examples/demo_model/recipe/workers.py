@@ -25,14 +25,14 @@ class Workers:
         self._pool = ThreadPoolExecutor(self.num, initializer=torch.set_num_threads, initargs=(1,))
 
     def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """In the order of `items`, whoever computed what."""
+        """Return the results in the order of `items`, whichever worker computed them."""
         return list(self._pool.map(function, items))
 
     def run(self, jobs: Sequence[Callable[[], None]]) -> None:
         self.map(lambda job: job(), jobs)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Half precision where the device is quick in it. Without the cache, which threads would share."""
+        """Use half precision where the device is quick in it. Without the cache, which threads would share."""
         enabled = self.precision is torch.bfloat16
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
@@ -41,7 +41,7 @@ class Workers:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is a GPU."""
+    """Resolve `auto` to CUDA where there is a GPU."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 

@@ -33,8 +33,8 @@ def main() -> None:
     plan = Plan(Path(sys.argv[1]), LONG_SECONDS, "cpu", "full", numbers, time.monotonic())
     frame = Frame(plan, STAGES)
     ends = {one.number: frame.run(one) for one in STAGES}
-    told = {"ends": {number: asdict(end) for number, end in ends.items()}, "summary": summarise(plan, {}, ends)}
-    sys.stdout.write(json.dumps(told) + "\n")
+    report = {"ends": {number: asdict(end) for number, end in ends.items()}, "summary": summarise(plan, {}, ends)}
+    sys.stdout.write(json.dumps(report) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ _changes: dict[str, list[Callable[[ModuleType], None]]] = defaultdict(list)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Lets the real loader load a module, and changes it before anybody imports from it."""
+    """Lets the real loader load a module, and changes it before the first import from it returns."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None

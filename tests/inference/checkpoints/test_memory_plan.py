@@ -60,10 +60,10 @@ def test_offloading_is_said_in_one_loud_line(caplog: pytest.LogCaptureFixture) -
         assert plan_and_warn("cuda", SDXL, 8_000_000_000) is Placement.OFFLOADED
 
     (record,) = caplog.records
-    told = vars(record)["fields"]
+    fields = vars(record)["fields"]
     assert record.levelno == logging.WARNING
-    assert (told["needed_gb"], told["free_gb"], told["reserve_gb"]) == (6.94, 8.0, 2.0)
-    assert "every picture is slower" in told["advice"]
+    assert (fields["needed_gb"], fields["free_gb"], fields["reserve_gb"]) == (6.94, 8.0, 2.0)
+    assert "every picture is slower" in fields["advice"]
 
 
 def test_a_cpu_s_model_stays_and_memory_that_is_short_is_only_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -91,9 +91,9 @@ def test_memory_that_is_kept_for_adapters_is_part_of_what_must_be_free() -> None
 def test_adapters_for_whose_sake_models_take_turns_are_named(caplog: pytest.LogCaptureFixture) -> None:
     assert plan_and_warn("cuda", SDXL, TOTAL + RESERVE_BYTES, 1_000_000_000) is Placement.OFFLOADED
 
-    told = vars(caplog.records[0])["fields"]
-    assert told["adapters_gb"] == 1.0
-    assert told["advice"].endswith("lower ADAPTER_MEMORY_GB")
+    fields = vars(caplog.records[0])["fields"]
+    assert fields["adapters_gb"] == 1.0
+    assert fields["advice"].endswith("lower ADAPTER_MEMORY_GB")
 
 
 @pytest.mark.parametrize(
@@ -258,6 +258,6 @@ def test_check_foretells_what_the_engine_will_do(
         with pytest.raises(CheckFailed, match="unet"):
             check_memory(settings)
     else:
-        told = check_memory(settings)
-        assert "0.00 GB of weights at 16 bits and 2.0 GB for a picture" in told
-        assert words in told
+        message = check_memory(settings)
+        assert "0.00 GB of weights at 16 bits and 2.0 GB for a picture" in message
+        assert words in message

@@ -243,18 +243,20 @@ def test_three_images_with_two_lanes_are_the_seeds_own_and_every_step_is_told_on
 ) -> None:
     engine = WatchedEngine(tiny, MAX_CONCURRENT_GENERATIONS=2)
 
-    forwards_when_told: list[int] = []
+    forwards_when_reported: list[int] = []
 
     call = EngineCall(
         engine,
         tiny_request(adapters["text"], seeds=(5, 3, 4), num_inference_steps=9),
-        at={9: lambda: forwards_when_told.append(len(engine.model.batches))},
+        at={9: lambda: forwards_when_reported.append(len(engine.model.batches))},
     )
 
     assert_right(tiny, [call])
     assert [report.step_index for report in call.steps] == list(range(10))
     assert max(len(batch) for batch in engine.model.batches) == 2
-    assert forwards_when_told == [len(engine.model.batches)] == [18], "the last step is told when the last lane did it"
+    assert forwards_when_reported == [len(engine.model.batches)] == [18], (
+        "the last step is told when the last lane did it"
+    )
     engine.close()
 
 
@@ -264,10 +266,12 @@ def test_three_images_with_two_lanes_are_the_seeds_own_and_every_step_is_told_on
 def test_more_styles_than_slots_are_each_drawn_right_and_never_touch_the_others(tiny: Path, adapters: Adapters) -> None:
     engine = WatchedEngine(tiny, ADAPTER_SLOTS=4)
     names = ["sixty_four", "every", "old", "kohya", "everything", "convolutions", "folder", "every", "text", "five"]
-    worn = [[at_scale(adapters[name], 1.0 if name == "folder" else 0.9)] for name in names]
-    worn.append([adapters["old"], at_scale(adapters["sixty_four"], 0.5)])
-    worn.append([adapters["every"], at_scale(adapters["everything"], 0.5), adapters["text"]])
-    requests = [tiny_request(*files, num_inference_steps=5, seeds=(seed,)) for seed, files in enumerate(worn)]
+    adapters_of_rows = [[at_scale(adapters[name], 1.0 if name == "folder" else 0.9)] for name in names]
+    adapters_of_rows.append([adapters["old"], at_scale(adapters["sixty_four"], 0.5)])
+    adapters_of_rows.append([adapters["every"], at_scale(adapters["everything"], 0.5), adapters["text"]])
+    requests = [
+        tiny_request(*files, num_inference_steps=5, seeds=(seed,)) for seed, files in enumerate(adapters_of_rows)
+    ]
 
     def controls() -> list[bytes]:
         """Drawn alone: a picture without an adapter, and one whose adapter is evicted meanwhile."""

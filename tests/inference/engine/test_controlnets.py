@@ -521,9 +521,9 @@ def test_a_damaged_controlnet_is_refused_at_start(models: Models, tmp_path: Path
 
 
 def test_a_controlnet_over_the_memory_s_limit_is_refused_at_start(models: Models) -> None:
-    told = refusal(models, models.controlnet("sd", "pose"), CONTROLNET_MEMORY_GB=0.0001)
+    message = refusal(models, models.controlnet("sd", "pose"), CONTROLNET_MEMORY_GB=0.0001)
 
-    assert "CONTROLNET_MEMORY_GB is 0.00" in told
+    assert "CONTROLNET_MEMORY_GB is 0.00" in message
 
 
 def test_the_memory_that_is_kept_for_controlnets_is_what_all_take_or_the_limit(models: Models) -> None:

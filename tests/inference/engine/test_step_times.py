@@ -96,7 +96,7 @@ def late(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WatchedEngine]
     engine.close()
 
 
-class Told:
+class ReportedCall:
     """A request's reports, and how much of its work the device had done when each came."""
 
     def __init__(self, engine: WatchedEngine, num_steps: int) -> None:
@@ -116,20 +116,20 @@ class Told:
 
 
 def test_the_seconds_of_all_steps_are_those_of_the_whole_by_the_device_s_clock(late: WatchedEngine) -> None:
-    told = Told(late, num_steps=4)
+    call = ReportedCall(late, num_steps=4)
 
-    assert len(images_of(told.future.result(PATIENCE_SECONDS))) == 1
+    assert len(images_of(call.future.result(PATIENCE_SECONDS))) == 1
 
-    assert [report.step_index for report in told.reports] == [0, 1, 2, 3, 4]
-    assert [report.seconds for report in told.reports] == [0.0] + 4 * [STEP_SECONDS]
+    assert [report.step_index for report in call.reports] == [0, 1, 2, 3, 4]
+    assert [report.seconds for report in call.reports] == [0.0] + 4 * [STEP_SECONDS]
 
 
 def test_a_step_is_told_when_the_device_has_ended_it_and_not_when_it_was_launched(late: WatchedEngine) -> None:
-    told = Told(late, num_steps=4)
-    told.future.result(PATIENCE_SECONDS)
+    call = ReportedCall(late, num_steps=4)
+    call.future.result(PATIENCE_SECONDS)
 
     # The host is a step ahead: it does not wait for the newest one.
-    assert told.done[:4] == [0.0, STEP_SECONDS, 2 * STEP_SECONDS, 3 * STEP_SECONDS]
+    assert call.done[:4] == [0.0, STEP_SECONDS, 2 * STEP_SECONDS, 3 * STEP_SECONDS]
     assert late.model.work.launched == 4 * STEP_SECONDS + DECODE_SECONDS
 
 

@@ -30,14 +30,14 @@ def test_the_pages_are_those_of_all_slots_or_those_that_the_limit_holds_beside_t
 
 
 @pytest.mark.parametrize(
-    ("max_bytes", "told"),
+    ("max_bytes", "expected"),
     [
         (1_500_000_000, "set ADAPTER_MEMORY_GB to 1.98 or more, or ADAPTER_MAX_RANK to 192 or less"),
         (100_000_000, "set ADAPTER_MEMORY_GB to 1.98 or more"),
     ],
 )
 def test_a_chosen_limit_that_does_not_hold_one_adapter_is_refused_with_what_would_be_right(
-    max_bytes: int, told: str
+    max_bytes: int, expected: str
 ) -> None:
     memory = AdapterMemory(num_slots=16, max_rank=256, max_bytes=max_bytes, is_chosen=True)
 
@@ -45,7 +45,7 @@ def test_a_chosen_limit_that_does_not_hold_one_adapter_is_refused_with_what_woul
         memory.num_pages(PAGE)
 
     assert str(caught.value).startswith(f"ADAPTER_MEMORY_GB {max_bytes / 1e9:g} does not hold one adapter of")
-    assert str(caught.value).endswith(f"ADAPTER_MAX_RANK 256 in this model, which may take 1.98 GB: {told}")
+    assert str(caught.value).endswith(f"ADAPTER_MAX_RANK 256 in this model, which may take 1.98 GB: {expected}")
 
 
 @pytest.mark.parametrize(("max_bytes", "num_pages"), [(33 * PAGE - 1, 31), (2 * PAGE, 1), (PAGE, 1), (0, 1)])
@@ -57,6 +57,6 @@ def test_a_share_of_the_free_memory_that_is_too_small_takes_lower_ranks_and_says
     assert memory.num_pages(PAGE) == num_pages
 
     (record,) = caplog.records
-    told = vars(record)["fields"]
+    fields = vars(record)["fields"]
     assert record.levelno == logging.WARNING
-    assert (told["max_rank"], told["needed_gb"]) == (8 * num_pages, 1.98)
+    assert (fields["max_rank"], fields["needed_gb"]) == (8 * num_pages, 1.98)

@@ -120,25 +120,25 @@ def trained(
     return Trained(config, weights, Adapter(layers))
 
 
-Worn = Sequence[tuple[Trained, float]]
+ScaledAdapters = Sequence[tuple[Trained, float]]
 
 
-def by_peft(base: Block, worn: Worn, inputs: Inputs) -> torch.Tensor:
+def by_peft(base: Block, scaled: ScaledAdapters, inputs: Inputs) -> torch.Tensor:
     """What peft makes of a row that wears these adapters at these scales."""
     with torch.inference_mode(mode=False):
         model: Any = copy.deepcopy(base)
-        for number, (one, _) in enumerate(worn):
+        for number, (one, _) in enumerate(scaled):
             name = f"adapter{number}"
             if number:
                 model.add_adapter(name, copy.deepcopy(one.config))
             else:
                 model = peft.get_peft_model(model, copy.deepcopy(one.config), adapter_name=name)
             peft.set_peft_model_state_dict(model, one.weights, adapter_name=name)
-        if worn:
-            model.base_model.set_adapter([f"adapter{number}" for number in range(len(worn))])
+        if scaled:
+            model.base_model.set_adapter([f"adapter{number}" for number in range(len(scaled))])
         for module in model.modules():
             if isinstance(module, peft.tuners.lora.LoraLayer):
-                for number, (_, scale) in enumerate(worn):
+                for number, (_, scale) in enumerate(scaled):
                     module.set_scale(f"adapter{number}", scale)
     with torch.no_grad():
         drawn: torch.Tensor = model(inputs)
@@ -146,7 +146,7 @@ def by_peft(base: Block, worn: Worn, inputs: Inputs) -> torch.Tensor:
 
 
 @dataclass
-class Wardrobe:
+class BankedBlock:
     """A bank over one block, whose pages are given out in order."""
 
     dtype: torch.dtype = torch.float32
@@ -175,13 +175,13 @@ class Wardrobe:
 
 
 def assert_each_row_is_its_own(
-    wardrobe: Wardrobe, rows: Sequence[tuple[RowAdapters, Worn]], *, error: float = 1e-4
+    banked: BankedBlock, rows: Sequence[tuple[RowAdapters, ScaledAdapters]], *, error: float = 1e-4
 ) -> None:
     """In one forward every row gives what peft gives for it alone."""
     inputs = inputs_of(len(rows))
-    drawn = wardrobe.draw([row for row, _ in rows], inputs)
-    for number, (_, worn) in enumerate(rows):
-        expected = by_peft(wardrobe.base, worn, inputs.row(number))
+    drawn = banked.draw([row for row, _ in rows], inputs)
+    for number, (_, scaled) in enumerate(rows):
+        expected = by_peft(banked.base, scaled, inputs.row(number))
         assert (drawn[number] - expected[0]).abs().max() <= error * expected.abs().max(), f"row {number}"
 
 
@@ -191,82 +191,82 @@ def assert_each_row_is_its_own(
 @pytest.mark.parametrize("layer", ["to_q", "to_k", "to_v", "to_out", "time_emb_proj", *CONVOLUTIONS])
 @pytest.mark.parametrize("rank", [1, 8, 11])
 def test_an_adapter_of_one_kind_of_layer_does_what_peft_does(layer: str, rank: int) -> None:
-    wardrobe = Wardrobe()
+    banked = BankedBlock()
     one = trained([layer], rank=rank, seed=1)
-    place = wardrobe.load(one)
+    place = banked.load(one)
 
     assert len(place) == -(-rank // 8)
-    rows: list[tuple[RowAdapters, Worn]] = [
+    rows: list[tuple[RowAdapters, ScaledAdapters]] = [
         ((AppliedAdapter(place, 1.0),), [(one, 1.0)]),
         ((), []),
         ((AppliedAdapter(place, -0.6),), [(one, -0.6)]),
     ]
-    assert_each_row_is_its_own(wardrobe, rows)
+    assert_each_row_is_its_own(banked, rows)
 
 
 def test_an_adapter_whose_layers_differ_in_rank_does_what_peft_does() -> None:
-    wardrobe = Wardrobe()
+    banked = BankedBlock()
     one = trained(rank=4, seed=1, rank_pattern={"to_k": 17, "conv": 9, "time_emb_proj": 1})
-    place = wardrobe.load(one)
+    place = banked.load(one)
 
     assert len(place) == 3
-    assert_each_row_is_its_own(wardrobe, [((AppliedAdapter(place, 1.0),), [(one, 1.0)])])
+    assert_each_row_is_its_own(banked, [((AppliedAdapter(place, 1.0),), [(one, 1.0)])])
 
 
 # --- Rows of many
 
 
 def test_every_row_wears_its_own_adapters_at_its_own_scales() -> None:
-    wardrobe = Wardrobe()
+    banked = BankedBlock()
     every, attention, convolutions = (
         trained(rank=20, seed=1),
         trained(ATTENTION, rank=4, seed=2),
         trained([*CONVOLUTIONS, "time_emb_proj"], rank=8, seed=3),
     )
-    places = {id(one): wardrobe.load(one) for one in (every, attention, convolutions)}
+    places = {id(one): banked.load(one) for one in (every, attention, convolutions)}
 
-    def wearing(*worn: tuple[Trained, float]) -> tuple[RowAdapters, Worn]:
-        return tuple(AppliedAdapter(places[id(one)], scale) for one, scale in worn), worn
+    def row_with(*scaled: tuple[Trained, float]) -> tuple[RowAdapters, ScaledAdapters]:
+        return tuple(AppliedAdapter(places[id(one)], scale) for one, scale in scaled), scaled
 
     assert_each_row_is_its_own(
-        wardrobe,
+        banked,
         [
-            wearing((every, 1.0)),
-            wearing(),
-            wearing((attention, 0.5)),
-            wearing((attention, 1.0), (convolutions, 0.3)),
-            wearing((every, -0.4)),
-            wearing((convolutions, 2.0)),
-            wearing((convolutions, 0.0)),
-            wearing((every, 0.5), (attention, 0.5), (convolutions, 1.0)),
+            row_with((every, 1.0)),
+            row_with(),
+            row_with((attention, 0.5)),
+            row_with((attention, 1.0), (convolutions, 0.3)),
+            row_with((every, -0.4)),
+            row_with((convolutions, 2.0)),
+            row_with((convolutions, 0.0)),
+            row_with((every, 0.5), (attention, 0.5), (convolutions, 1.0)),
         ],
     )
 
 
 def test_rows_may_change_their_order_and_number_from_one_forward_to_the_next() -> None:
-    wardrobe = Wardrobe()
+    banked = BankedBlock()
     one, other = trained(rank=8, seed=1), trained(rank=8, seed=2)
-    first = ((AppliedAdapter(wardrobe.load(one), 1.0),), [(one, 1.0)])
-    second = ((AppliedAdapter(wardrobe.load(other), 1.0),), [(other, 1.0)])
+    first = ((AppliedAdapter(banked.load(one), 1.0),), [(one, 1.0)])
+    second = ((AppliedAdapter(banked.load(other), 1.0),), [(other, 1.0)])
 
     for rows in ([first, second], [second, first], [first], [second, first, ((), []), first], [second]):
-        assert_each_row_is_its_own(wardrobe, rows)
+        assert_each_row_is_its_own(banked, rows)
 
 
 # --- Layers of one input
 
 
 def test_layers_that_share_their_input_as_a_rule_are_right_where_they_do_not() -> None:
-    wardrobe = Wardrobe()
+    banked = BankedBlock()
     one = trained(ATTENTION, rank=8, seed=1)
-    wardrobe.bank.route([(AppliedAdapter(wardrobe.load(one), 1.0),)] * 2)
-    attention, generator = wardrobe.block.attn1, torch.Generator().manual_seed(1)
+    banked.bank.route([(AppliedAdapter(banked.load(one), 1.0),)] * 2)
+    attention, generator = banked.block.attn1, torch.Generator().manual_seed(1)
     inputs = [torch.randn(2, TOKENS, WIDTH, generator=generator) for _ in range(3)]
     equal_but_another = inputs[0].clone()
 
     def weight_of(name: str) -> torch.Tensor:
         low_rank = one.adapter.layers[f"unet.attn1.{name}"]
-        linear = wardrobe.base.attn1.get_submodule(name)
+        linear = banked.base.attn1.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         return linear.weight + low_rank.b @ low_rank.a
 
@@ -286,18 +286,18 @@ def test_layers_that_share_their_input_as_a_rule_are_right_where_they_do_not() -
 
 
 def test_the_last_forward_s_products_are_not_used_when_the_same_tensor_comes_in_again_for_other_rows() -> None:
-    wardrobe = Wardrobe()
+    banked = BankedBlock()
     one, other = trained(ATTENTION, rank=8, seed=1), trained(ATTENTION, rank=8, seed=2)
-    rows = [((AppliedAdapter(wardrobe.load(each), 1.0),),) for each in (one, other)]
-    attention, x = wardrobe.block.attn1, torch.randn(1, TOKENS, WIDTH)
+    rows = [((AppliedAdapter(banked.load(each), 1.0),),) for each in (one, other)]
+    attention, x = banked.block.attn1, torch.randn(1, TOKENS, WIDTH)
 
     # A forward that breaks off after to_q, as one that runs out of memory does.
-    wardrobe.bank.route(rows[0])
+    banked.bank.route(rows[0])
     attention.to_q(x)
-    wardrobe.bank.route(rows[1])
+    banked.bank.route(rows[1])
     low_rank = other.adapter.layers["unet.attn1.to_k"]
 
-    expected = x @ (wardrobe.base.attn1.to_k.weight + low_rank.b @ low_rank.a).mT
+    expected = x @ (banked.base.attn1.to_k.weight + low_rank.b @ low_rank.a).mT
     assert torch.allclose(attention.to_k(x), expected, atol=1e-4)
 
 
@@ -305,18 +305,18 @@ def test_the_last_forward_s_products_are_not_used_when_the_same_tensor_comes_in_
 
 
 def test_growing_in_pages_and_in_width_keeps_what_is_loaded() -> None:
-    wardrobe = Wardrobe()
+    banked = BankedBlock()
     narrow, wide, high = (
         trained(["to_q"], rank=8, seed=1),
         trained(CONVOLUTIONS, rank=16, seed=2),
         trained(EVERY_LAYER, rank=60, seed=3),
     )
-    rows: list[tuple[RowAdapters, Worn]] = []
-    sizes = [wardrobe.bank.num_bytes]
+    rows: list[tuple[RowAdapters, ScaledAdapters]] = []
+    sizes = [banked.bank.num_bytes]
     for one in (narrow, wide, high):
-        rows.append(((AppliedAdapter(wardrobe.load(one), 0.7),), [(one, 0.7)]))
-        sizes.append(wardrobe.bank.num_bytes)
-        assert_each_row_is_its_own(wardrobe, rows)
+        rows.append(((AppliedAdapter(banked.load(one), 0.7),), [(one, 0.7)]))
+        sizes.append(banked.bank.num_bytes)
+        assert_each_row_is_its_own(banked, rows)
 
     assert sizes == sorted(set(sizes)), "every one of them made it grow"
 
@@ -352,24 +352,24 @@ def test_growing_takes_the_new_layers_memory_alone_and_moves_no_page() -> None:
 
 
 def test_pages_stay_where_they_are_whatever_comes() -> None:
-    wardrobe = Wardrobe()
+    banked = BankedBlock()
 
     def addresses() -> dict[Any, int]:
-        return {slab: slab.pages.data_ptr() for slab in wardrobe.bank._slabs if slab.pages is not None}
+        return {slab: slab.pages.data_ptr() for slab in banked.bank._slabs if slab.pages is not None}
 
     before: dict[Any, int] = {}
     for number, targets in enumerate((["to_q"], ["to_q", "conv"], EVERY_LAYER, ATTENTION)):
-        wardrobe.load(trained(targets, rank=20, seed=number))
+        banked.load(trained(targets, rank=20, seed=number))
         assert before.items() <= addresses().items()
         before = addresses()
 
-    assert sum(slab.width for slab in before) == sum(group.width for group in wardrobe.bank._groups)
+    assert sum(slab.width for slab in before) == sum(group.width for group in banked.bank._groups)
 
 
 def test_an_adapter_of_attention_layers_is_packed_without_the_layers_of_one_that_came_before() -> None:
-    wardrobe = Wardrobe()
-    alone = wardrobe.bank.pack(trained(ATTENTION, rank=8, seed=1).adapter)
-    other = Wardrobe()
+    banked = BankedBlock()
+    alone = banked.bank.pack(trained(ATTENTION, rank=8, seed=1).adapter)
+    other = BankedBlock()
     other.load(trained(rank=8, seed=2))
 
     beside = other.bank.pack(trained(ATTENTION, rank=8, seed=1).adapter)
@@ -417,72 +417,72 @@ class CrowdedBank(AdapterBank):
 
 
 def test_an_adapter_without_room_for_a_copy_is_written_from_the_host(caplog: pytest.LogCaptureFixture) -> None:
-    wardrobe = Wardrobe()
-    wardrobe.bank.__class__ = CrowdedBank
+    banked = BankedBlock()
+    banked.bank.__class__ = CrowdedBank
     one = trained(rank=12, seed=1)
 
-    row: tuple[RowAdapters, Worn] = ((AppliedAdapter(wardrobe.load(one), 1.0),), [(one, 1.0)])
+    row: tuple[RowAdapters, ScaledAdapters] = ((AppliedAdapter(banked.load(one), 1.0),), [(one, 1.0)])
 
     assert "no memory for a copy of an adapter" in caplog.text
-    assert_each_row_is_its_own(wardrobe, [row, ((), [])])
+    assert_each_row_is_its_own(banked, [row, ((), [])])
 
 
 def test_an_adapter_that_was_packed_before_the_pages_became_wider_is_right_beside_the_others() -> None:
-    wardrobe = Wardrobe()
+    banked = BankedBlock()
     early, late = trained(ATTENTION, rank=8, seed=1), trained(CONVOLUTIONS, rank=8, seed=2)
 
-    packed_early = wardrobe.bank.pack(early.adapter)
-    packed_late = wardrobe.bank.pack(late.adapter)
-    wardrobe.bank.write((1,), packed_late)
-    wardrobe.bank.write((2,), packed_early)
+    packed_early = banked.bank.pack(early.adapter)
+    packed_late = banked.bank.pack(late.adapter)
+    banked.bank.write((1,), packed_late)
+    banked.bank.write((2,), packed_early)
 
-    rows: list[tuple[RowAdapters, Worn]] = [
+    rows: list[tuple[RowAdapters, ScaledAdapters]] = [
         ((AppliedAdapter((1,), 1.0),), [(late, 1.0)]),
         ((AppliedAdapter((2,), 1.0),), [(early, 1.0)]),
     ]
-    assert_each_row_is_its_own(wardrobe, rows)
+    assert_each_row_is_its_own(banked, rows)
 
 
 @pytest.mark.parametrize("is_packed_early", [False, True])
 def test_pages_that_a_smaller_adapter_takes_over_hold_nothing_of_the_larger_one(is_packed_early: bool) -> None:
-    wardrobe = Wardrobe()
+    banked = BankedBlock()
     large, small = trained(rank=24, seed=1), trained(["to_q", "conv"], rank=3, seed=2)
-    packed_early = wardrobe.bank.pack(small.adapter)
-    place = wardrobe.load(large)
+    packed_early = banked.bank.pack(small.adapter)
+    place = banked.load(large)
     assert len(place) == 3
 
-    wardrobe.bank.write(place[1:2], packed_early if is_packed_early else wardrobe.bank.pack(small.adapter))
+    banked.bank.write(place[1:2], packed_early if is_packed_early else banked.bank.pack(small.adapter))
 
     row: RowAdapters = (AppliedAdapter(place[1:2], 1.0),)
-    assert_each_row_is_its_own(wardrobe, [(row, [(small, 1.0)]), ((), [])])
+    assert_each_row_is_its_own(banked, [(row, [(small, 1.0)]), ((), [])])
     # Beside an adapter of every layer, those that the small one leaves alone are computed for its row as well.
     every = trained(rank=8, seed=3)
-    beside: tuple[RowAdapters, Worn] = ((AppliedAdapter(wardrobe.load(every), 1.0),), [(every, 1.0)])
-    assert_each_row_is_its_own(wardrobe, [(row, [(small, 1.0)]), beside])
+    beside: tuple[RowAdapters, ScaledAdapters] = ((AppliedAdapter(banked.load(every), 1.0),), [(every, 1.0)])
+    assert_each_row_is_its_own(banked, [(row, [(small, 1.0)]), beside])
 
 
 def test_the_same_pages_bring_other_layers_once_another_adapter_is_in_them() -> None:
-    wardrobe = Wardrobe()
+    banked = BankedBlock()
     before, after = trained(["to_q"], rank=8, seed=1), trained(CONVOLUTIONS, rank=8, seed=2)
     # So that what the rows wear in a convolution is asked before they wear anything there.
-    wardrobe.load(trained(rank=8, seed=3))
-    place = wardrobe.load(before)
+    banked.load(trained(rank=8, seed=3))
+    place = banked.load(before)
     row: RowAdapters = (AppliedAdapter(place, 1.0),)
-    assert_each_row_is_its_own(wardrobe, [(row, [(before, 1.0)])])
+    assert_each_row_is_its_own(banked, [(row, [(before, 1.0)])])
 
-    wardrobe.bank.write(place, wardrobe.bank.pack(after.adapter))
+    banked.bank.write(place, banked.bank.pack(after.adapter))
 
-    assert_each_row_is_its_own(wardrobe, [(row, [(after, 1.0)])])
+    assert_each_row_is_its_own(banked, [(row, [(after, 1.0)])])
 
 
 def test_pages_out_of_order_are_one_adapter_s_all_the_same() -> None:
-    wardrobe = Wardrobe()
+    banked = BankedBlock()
     one = trained(rank=24, seed=1)
-    packed: PackedAdapter = wardrobe.bank.pack(one.adapter)
+    packed: PackedAdapter = banked.bank.pack(one.adapter)
 
-    wardrobe.bank.write((5, 2, 9), packed)
+    banked.bank.write((5, 2, 9), packed)
 
-    assert_each_row_is_its_own(wardrobe, [((AppliedAdapter((5, 2, 9), 1.0),), [(one, 1.0)])])
+    assert_each_row_is_its_own(banked, [((AppliedAdapter((5, 2, 9), 1.0),), [(one, 1.0)])])
 
 
 def test_it_is_known_which_of_the_models_an_adapter_changes() -> None:
@@ -500,27 +500,27 @@ def test_it_is_known_which_of_the_models_an_adapter_changes() -> None:
 
 
 def test_the_base_weights_are_never_written() -> None:
-    wardrobe = Wardrobe()
-    before = {name: each.clone() for name, each in wardrobe.block.state_dict().items()}
+    banked = BankedBlock()
+    before = {name: each.clone() for name, each in banked.block.state_dict().items()}
 
     for seed in range(3):
-        wardrobe.draw([(AppliedAdapter(wardrobe.load(trained(rank=8, seed=seed)), 1.5),)] * 2, inputs_of(2))
+        banked.draw([(AppliedAdapter(banked.load(trained(rank=8, seed=seed)), 1.5),)] * 2, inputs_of(2))
 
-    after = wardrobe.block.state_dict()
+    after = banked.block.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], each) for name, each in before.items())
 
 
 def test_rows_without_adapters_give_the_very_bytes_of_a_model_without_a_bank() -> None:
-    wardrobe = Wardrobe()
+    banked = BankedBlock()
     inputs = inputs_of(3)
-    untouched = wardrobe.base(inputs)
-    before = wardrobe.draw([()] * 3, inputs)
+    untouched = banked.base(inputs)
+    before = banked.draw([()] * 3, inputs)
 
-    place = wardrobe.load(trained(rank=8, seed=1))
-    styled = wardrobe.draw([(AppliedAdapter(place, 1.0),)] * 3, inputs)
-    after = wardrobe.draw([()] * 3, inputs)
-    mixed = wardrobe.draw([(), (AppliedAdapter(place, 1.0),), ()], inputs)
+    place = banked.load(trained(rank=8, seed=1))
+    styled = banked.draw([(AppliedAdapter(place, 1.0),)] * 3, inputs)
+    after = banked.draw([()] * 3, inputs)
+    mixed = banked.draw([(), (AppliedAdapter(place, 1.0),), ()], inputs)
 
     assert torch.equal(before, untouched)
     assert torch.equal(after, untouched)
@@ -529,13 +529,13 @@ def test_rows_without_adapters_give_the_very_bytes_of_a_model_without_a_bank() -
 
 
 def test_half_precision_follows_as_closely_as_it_can() -> None:
-    wardrobe = Wardrobe(torch.bfloat16)
+    banked = BankedBlock(torch.bfloat16)
     one, other = trained(rank=12, seed=1), trained(ATTENTION, rank=8, seed=2)
-    rows: list[tuple[RowAdapters, Worn]] = [
-        ((AppliedAdapter(wardrobe.load(one), 0.5),), [(one, 0.5)]),
+    rows: list[tuple[RowAdapters, ScaledAdapters]] = [
+        ((AppliedAdapter(banked.load(one), 0.5),), [(one, 0.5)]),
         ((), []),
-        ((AppliedAdapter(wardrobe.load(other), 1.0),), [(other, 1.0)]),
+        ((AppliedAdapter(banked.load(other), 1.0),), [(other, 1.0)]),
     ]
 
-    assert wardrobe.draw([row for row, _ in rows], inputs_of(3)).isfinite().all()
-    assert_each_row_is_its_own(wardrobe, rows, error=0.05)
+    assert banked.draw([row for row, _ in rows], inputs_of(3)).isfinite().all()
+    assert_each_row_is_its_own(banked, rows, error=0.05)

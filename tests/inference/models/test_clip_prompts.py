@@ -157,9 +157,9 @@ def test_what_is_written_with_escapes_and_weights_is_read_as_it_was_meant(
 def test_no_text_is_refused_and_only_syntax_is_taken_out(prompt: str) -> None:
     fragments = parse_weights(prompt)
 
-    told = "".join(fragment.text for fragment in fragments)
+    text = "".join(fragment.text for fragment in fragments)
     rest = iter(prompt)
-    between = [each for wanted in told for each in iter(lambda: next(rest), wanted)]
+    between = [each for wanted in text for each in iter(lambda: next(rest), wanted)]
     assert set(between + list(rest)) <= set("():\\.0123456789 \t")
     assert all(0 <= fragment.weight <= MAX_WEIGHT for fragment in fragments)
     assert all(one.weight != other.weight for one, other in pairwise(fragments))
@@ -377,14 +377,14 @@ def test_every_chunk_wears_the_adapters_of_the_row_that_is_routed(sd: Any) -> No
     layer = "encoder.layers.0.self_attn.q_proj"
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(4, 32, generator=generator), torch.randn(32, 4, generator=generator)
-    worn, merged = copy.deepcopy(sd.text_encoder), copy.deepcopy(sd.text_encoder)
+    banked, merged = copy.deepcopy(sd.text_encoder), copy.deepcopy(sd.text_encoder)
     merged.get_submodule(layer).weight.add_(b @ a, alpha=0.5)
-    bank = AdapterBank({"text_encoder": worn}, device=torch.device("cpu"), dtype=torch.float32)
+    bank = AdapterBank({"text_encoder": banked}, device=torch.device("cpu"), dtype=torch.float32)
     bank.write((1,), bank.pack(Adapter({f"text_encoder.{layer}": LowRank(a, b)})))
     text = f"{LONG}. a (red:1.3) fox, (quick:0.6) and {LONG}"
 
     bank.route([(AppliedAdapter((1,), 0.5),)])
-    adapted = LongPromptEncoder([sd.tokenizer], [worn], CPU).encode(text).tokens
+    adapted = LongPromptEncoder([sd.tokenizer], [banked], CPU).encode(text).tokens
 
     torch.testing.assert_close(adapted, LongPromptEncoder([sd.tokenizer], [merged], CPU).encode(text).tokens, **CLOSE)
     assert not torch.allclose(adapted, encoder_of(sd).encode(text).tokens, atol=1e-2)

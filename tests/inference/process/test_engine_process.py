@@ -767,6 +767,8 @@ def test_a_child_of_a_checkout_started_by_its_module_finds_the_checkout(tmp_path
     )
     started = [sys.executable, "-m", "started"]
 
-    told = subprocess.run(started, cwd=tmp_path, env={"PYTHONPATH": ""}, capture_output=True, text=True, check=True)
+    completed = subprocess.run(
+        started, cwd=tmp_path, env={"PYTHONPATH": ""}, capture_output=True, text=True, check=True
+    )
 
-    assert told.stdout.strip() == str(tmp_path / "inference" / "place.py")
+    assert completed.stdout.strip() == str(tmp_path / "inference" / "place.py")

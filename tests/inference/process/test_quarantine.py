@@ -12,7 +12,7 @@ from inference.process.quarantine import CRASH_WEIGHT, KILL_WEIGHT, POISON_WEIGH
 
 
 @dataclass(eq=False)
-class Asked:
+class Request:
     """A request as the quarantine sees it; `num_steps` until it is done, or kills the process if it is poison."""
 
     request_id: str
@@ -24,16 +24,16 @@ class Asked:
         return self.request_id
 
 
-def quarantine_of(names: str) -> tuple[Quarantine[Asked], list[Asked]]:
+def quarantine_of(names: str) -> tuple[Quarantine[Request], list[Request]]:
     """A quarantine in which one request for each letter waits, in the order of their arrival."""
-    quarantine: Quarantine[Asked] = Quarantine()
-    asked = [Asked(name, arrived_at=number) for number, name in enumerate(names)]
-    for one in asked:
+    quarantine: Quarantine[Request] = Quarantine()
+    requests = [Request(name, arrived_at=number) for number, name in enumerate(names)]
+    for one in requests:
         quarantine.add(one)
-    return quarantine, asked
+    return quarantine, requests
 
 
-def names(requests: Sequence[Asked]) -> str:
+def names(requests: Sequence[Request]) -> str:
     return "".join(one.request_id for one in requests)
 
 
@@ -41,9 +41,9 @@ def names(requests: Sequence[Asked]) -> str:
 
 
 def test_all_that_wait_go_inside_at_once_the_oldest_first() -> None:
-    quarantine: Quarantine[Asked] = Quarantine()
+    quarantine: Quarantine[Request] = Quarantine()
     for name, arrived_at in (("c", 3.0), ("a", 1.0), ("b", 2.0), ("B", 2.0)):
-        quarantine.add(Asked(name, arrived_at))
+        quarantine.add(Request(name, arrived_at))
 
     assert names(quarantine.outside) == "cabB"
     assert names(quarantine.next_to_send()) == "abBc"
@@ -55,7 +55,7 @@ def test_a_newcomer_goes_inside_beside_those_that_are_there() -> None:
     quarantine, _ = quarantine_of("ab")
     quarantine.next_to_send()
 
-    quarantine.add(Asked("c"))
+    quarantine.add(Request("c"))
 
     assert names(quarantine.next_to_send()) == "c"
     assert names(quarantine.inside) == "abc"
@@ -65,7 +65,7 @@ def test_only_what_is_inside_is_found_and_what_is_answered_is_nowhere() -> None:
     quarantine, (a, b) = quarantine_of("ab")
     assert quarantine.find("a") is None
     quarantine.next_to_send()
-    quarantine.add(c := Asked("c"))
+    quarantine.add(c := Request("c"))
 
     assert (quarantine.find("a"), quarantine.find("b"), quarantine.find("c")) == (a, b, None)
     quarantine.remove(a)
@@ -76,8 +76,8 @@ def test_only_what_is_inside_is_found_and_what_is_answered_is_nowhere() -> None:
 
 
 def test_two_requests_of_one_id_are_never_inside_together() -> None:
-    quarantine: Quarantine[Asked] = Quarantine()
-    first, second, third = (Asked("a", arrived_at) for arrived_at in (1.0, 2.0, 3.0))
+    quarantine: Quarantine[Request] = Quarantine()
+    first, second, third = (Request("a", arrived_at) for arrived_at in (1.0, 2.0, 3.0))
     for one in (third, first, second):
         quarantine.add(one)
 
@@ -105,7 +105,7 @@ def test_suspects_are_tried_one_at_a_time_the_newest_first_and_nothing_goes_in_b
     quarantine, (a, b, c) = quarantine_of("abc")
     quarantine.next_to_send()
     assert quarantine.on_crash() is None
-    quarantine.add(late := Asked("l", arrived_at=-1.0))
+    quarantine.add(late := Request("l", arrived_at=-1.0))
 
     # When each that was inside is answered alone
     tried = []
@@ -116,7 +116,7 @@ def test_suspects_are_tried_one_at_a_time_the_newest_first_and_nothing_goes_in_b
 
     # Then the newcomer, and whoever comes now, goes in with others again
     assert tried == ["c", "b", "a"]
-    quarantine.add(Asked("m"))
+    quarantine.add(Request("m"))
     assert names(quarantine.next_to_send()) == "lm"
     assert late in quarantine.inside
 
@@ -167,7 +167,7 @@ def test_after_a_conviction_the_others_are_innocent_and_go_in_together_the_oldes
     for _ in range(2):
         assert quarantine.next_to_send() == [c]
         convicted = quarantine.on_crash()
-    quarantine.add(Asked("e", arrived_at=0.5))
+    quarantine.add(Request("e", arrived_at=0.5))
 
     assert convicted is c
     assert names(quarantine.next_to_send()) == "aeb"
@@ -193,7 +193,7 @@ def test_one_that_was_inside_by_chance_alone_is_a_suspect_too_and_does_not_take_
     quarantine, (a,) = quarantine_of("a")
     quarantine.next_to_send()
     quarantine.on_crash()
-    quarantine.add(Asked("b", arrived_at=-1.0))
+    quarantine.add(Request("b", arrived_at=-1.0))
 
     assert quarantine.next_to_send() == [a]
     assert quarantine.next_to_send() == []
@@ -262,7 +262,7 @@ def test_a_suspect_that_is_spared_stays_one_with_the_record_it_had() -> None:
 
 
 REQUESTS = st.builds(
-    Asked,
+    Request,
     request_id=st.uuids().map(str),
     arrived_at=st.floats(0, 100),
     is_poison=st.booleans(),
@@ -271,13 +271,13 @@ REQUESTS = st.builds(
 
 
 @given(st.lists(st.lists(REQUESTS, max_size=5), max_size=5))
-def test_whatever_comes_poison_alone_is_convicted_and_all_else_is_drawn(waves: list[list[Asked]]) -> None:
+def test_whatever_comes_poison_alone_is_convicted_and_all_else_is_drawn(waves: list[list[Request]]) -> None:
     # Given waves of requests, one between any two turns, to a process that every poison kills at its last step
-    quarantine: Quarantine[Asked] = Quarantine()
+    quarantine: Quarantine[Request] = Quarantine()
     everyone = [one for wave in waves for one in wave]
-    finished: list[Asked] = []
-    convicted: list[Asked] = []
-    steps: dict[Asked, int] = {}
+    finished: list[Request] = []
+    convicted: list[Request] = []
+    steps: dict[Request, int] = {}
     num_crashes = 0
 
     while waves or quarantine.outside or quarantine.inside:
@@ -308,14 +308,14 @@ def test_whatever_comes_poison_alone_is_convicted_and_all_else_is_drawn(waves: l
     st.randoms(),
 )
 def test_nobody_is_lost_or_in_two_places_and_suspects_are_inside_alone(events: list[str], random: Random) -> None:
-    quarantine: Quarantine[Asked] = Quarantine()
-    here: list[Asked] = []
-    suspects: set[Asked] = set()
+    quarantine: Quarantine[Request] = Quarantine()
+    here: list[Request] = []
+    suspects: set[Request] = set()
 
     for number, event in enumerate(events):
         match event:
             case "add":
-                here.append(one := Asked(str(number), arrived_at=random.random()))
+                here.append(one := Request(str(number), arrived_at=random.random()))
                 quarantine.add(one)
             case "next_to_send":
                 quarantine.next_to_send()
@@ -346,8 +346,8 @@ def test_nobody_is_lost_or_in_two_places_and_suspects_are_inside_alone(events: l
 
 @pytest.mark.parametrize("place", range(10))
 def test_wherever_the_poison_stands_it_costs_three_processes(place: int) -> None:
-    quarantine, asked = quarantine_of("abcdefghij")
-    poison = asked[place]
+    quarantine, requests = quarantine_of("abcdefghij")
+    poison = requests[place]
     num_crashes = 0
     convicted = None
 
@@ -362,4 +362,4 @@ def test_wherever_the_poison_stands_it_costs_three_processes(place: int) -> None
 
     assert (convicted, num_crashes) == (poison, 3)
     # The older ones were never tried alone
-    assert quarantine.next_to_send() == asked[:place]
+    assert quarantine.next_to_send() == requests[:place]

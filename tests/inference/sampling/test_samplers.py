@@ -13,7 +13,7 @@ from inference.sampling import samplers as sampling
 from inference.sampling.samplers import Sampler, Samplers, SchedulerSampler, TrajectorySampler
 from inference.sampling.schedulers import DIFFUSION, FLOW, SchedulerTable, parameters_of, set_timesteps
 from inference.sampling.source_blend import SourceLatents
-from inference.sampling.trajectory import StepPlan
+from inference.sampling.trajectory import StepPlan, derive_trajectory
 from tests.support.copies import NOWHERE, Copies
 from tests.support.paths import DEMO_MODEL
 
@@ -157,9 +157,9 @@ def assert_follows(sampler: Sampler, plain: Plain, seed: int) -> None:
     sorted({(*case, steps) for case, steps in product(CASES, (1, 2, 30))} - {IMPOSSIBLE}),
 )
 def test_every_step_is_the_one_that_the_plain_scheduler_takes(name: str, config: str, num_steps: int) -> None:
-    told, sampler = begin(config, name, num_steps, seed=1)
+    reported_name, sampler = begin(config, name, num_steps, seed=1)
 
-    assert told == name
+    assert reported_name == name
     assert_follows(sampler, Plain(name, (CONFIGS | FLOWS)[config], num_steps, *noise_of(1)), seed=1)
 
 
@@ -299,12 +299,11 @@ def test_a_trajectory_is_found_once_for_all_lanes_of_its_scheduler_and_steps(mon
     # Counted, because the time it saves is no pass mark.
     traced: list[int] = []
 
-    def derive_trajectory(plan: StepPlan, scheduler: Any) -> Any:
+    def derive_and_count(plan: StepPlan, scheduler: Any) -> Any:
         traced.append(plan.num_steps)
-        return plain_derive(plan, scheduler)
+        return derive_trajectory(plan, scheduler)
 
-    plain_derive = sampling.derive_trajectory
-    monkeypatch.setattr(sampling, "derive_trajectory", derive_trajectory)
+    monkeypatch.setattr(sampling, "derive_trajectory", derive_and_count)
     samplers = Samplers(DIFFUSION, CONFIGS["clipping"])
 
     samplers.prepare(StepPlan("unipc", 8))

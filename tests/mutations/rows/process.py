@@ -129,7 +129,7 @@ ROWS: tuple[Row, ...] = (
             Mutation("worker/results/notifier.py", "if event.is_delivered:", "if False:"),
             Mutation(
                 "worker/results/notifier.py",
-                "is_delivered = (bool(attempts) or _is_stale(event)) and self._ledger.is_delivered(event)",
+                "is_delivered = (bool(attempts) or is_old) and self._ledger.is_delivered(event)",
                 "is_delivered = False",
             ),
         ),
@@ -261,7 +261,7 @@ ROWS: tuple[Row, ...] = (
         "it was frozen between the record and the webhook",
         "it looks whether the end was reported since: one call",
         tests=(f"{THAWS}[behind_the_record]",),
-        without=(Mutation("worker/results/notifier.py", "(bool(attempts) or _is_stale(event))", "bool(attempts)"),),
+        without=(Mutation("worker/results/notifier.py", "(bool(attempts) or is_old)", "bool(attempts)"),),
     ),
     Row(
         "B21",

@@ -52,7 +52,9 @@ ROWS: tuple[Row, ...] = (
         "the adapter is not there, or not yet",
         "looked for once more after a moment; then the job fails undrawn, never without its style",
         tests=(f"{LIVE}test_an_adapter_that_comes_a_moment_after_its_job_is_not_missing",),
-        without=(Mutation("worker/jobs/inputs/fetcher.py", "self.is_draining.wait(NOT_FOUND_RETRY_SECONDS)", "raise"),),
+        without=(
+            Mutation("worker/jobs/inputs/store_source.py", "self.is_draining.wait(NOT_FOUND_RETRY_SECONDS)", "raise"),
+        ),
         also=(f"{LIVE}test_without_its_adapter_a_job_fails_and_nothing_is_drawn",),
     ),
     Row(
@@ -148,8 +150,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/results/ledger.py",
-                "        except NotSupported:\n            return False",
-                "        except NotSupported:\n            raise",
+                "            except NotSupported:\n                self._is_conditional = False",
+                "            except NotSupported:\n                raise",
             ),
         ),
     ),
@@ -236,8 +238,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/jobs/inputs/slow_fetches.py",
-                "            if self._slow.total() >= self._num_slow:\n                return False\n",
-                "",
+                "has_slow_place = self._slow.total() < self._num_slow",
+                "has_slow_place = True",
             ),
         ),
         also=(

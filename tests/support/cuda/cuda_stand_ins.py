@@ -1,4 +1,4 @@
-"""What lets "cuda:0" be a device in a torch that has none: a device guard, and stand-ins for what asks the driver."""
+"""A "cuda:0" in a torch without CUDA: a device guard, and replacements for what queries the driver."""
 
 import ctypes
 import hashlib
@@ -42,7 +42,7 @@ class _NoStream:
 
 
 def replacements(note_sync: Callable[[str], None]) -> Iterator[tuple[Any, str, Any]]:
-    """What of torch asks for a real device before any operator runs, and what takes its place."""
+    """Yield what of torch needs a real device before any operator runs, each with its replacement."""
     stream = type("Stream", (_NoStream,), {"note_wait": staticmethod(note_sync)})
     # torch lists once, for good, what `with torch.device(...)` applies to: the stand-ins must not be in that list.
     torch.utils._device._device_constructors()
@@ -72,7 +72,7 @@ def replacements(note_sync: Callable[[str], None]) -> Iterator[tuple[Any, str, A
 def _apply(
     module: torch.nn.Module, function: Callable[[torch.Tensor], torch.Tensor], _: bool = True
 ) -> torch.nn.Module:
-    """`Module._apply`, with new parameters."""
+    """Apply as `Module._apply` does, with new parameters."""
     for part in module.modules():
         for name, weight in part._parameters.items():
             if weight is not None:
@@ -98,7 +98,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """A CUDA device guard where torch has none, and none again afterwards."""
+    """Register a CUDA device guard where torch has none, and remove it afterwards."""
     if torch.backends.cuda.is_built():  # its fake tensors see to it
         yield
         return
@@ -111,7 +111,7 @@ def guarded() -> Iterator[None]:
 
 
 def why_not() -> str | None:
-    """What is missing on this machine to run here; None: nothing."""
+    """Return what is missing on this machine to run here; None: nothing."""
     if torch.backends.cuda.is_built() or shutil.which("g++"):
         return None
     return "fake CUDA tensors take a CUDA build of torch, or g++ to build a device guard for this one"
@@ -119,7 +119,7 @@ def why_not() -> str | None:
 
 @cache
 def _guard_library() -> Any:
-    """The guard, built once for each version of its source and of torch."""
+    """Load the guard, built once for each version of its source and of torch."""
     version = hashlib.sha256(GUARD_SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
     path = BUILDS / f"cuda_guard-{version}.so"
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Run the engine's CUDA path where there is no CUDA, and note what it asks of the device.
+"""Run the engine's CUDA path where there is no CUDA, and record its kernels, copies and waits.
 
 Tensors on "cuda:0" are torch's fake tensors: they have shapes, dtypes and a device but no memory, so that full-size
 models cost nothing. Tensors on the CPU stay real, and with them schedulers, generators and tokenizers. What comes back
@@ -48,9 +48,10 @@ PINNING = frozenset({aten.pin_memory.default, aten._pin_memory.default})
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 
 
-class Known(NamedTuple):
-    """What an operator did with arguments like these: its kernels, and what it returned. A number stands for the
-    argument of that number."""
+class CachedEffect(NamedTuple):
+    """Cached effect of an operator on arguments like these: its kernels, and what it returned. A number is the index of
+    the argument that was returned.
+    """
 
     kernels: tuple[str, ...]
     made: Any
@@ -63,7 +64,7 @@ class FakeCuda(FakeTensorMode):
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self._pinned = WeakTensorKeyDictionary()
-        self._known: dict[Any, Known] = {}
+        self._effects: dict[Any, CachedEffect] = {}
         self._launched: list[str] = []
         self._tally = Tally()
         self._part = "outside"
@@ -102,7 +103,7 @@ class FakeCuda(FakeTensorMode):
 
     @contextmanager
     def without_host_memory(self) -> Iterator[None]:
-        """Have tensors that are made on the CPU inside be fake too: for what is large and read by nobody."""
+        """Make tensors created on the CPU inside fake too: for large ones that are never read."""
         self._is_host_fake = True
         try:
             yield
@@ -147,25 +148,25 @@ class FakeCuda(FakeTensorMode):
         return made
 
     def _is_real(self, tensors: list[torch.Tensor], device: Any) -> bool:
-        """True where nothing is on the device, and nothing is to get there."""
+        """Return whether nothing is on the device, and nothing is to get there."""
         is_bound_there = device is not None and torch.device(device).type == "cuda"
         return not (is_bound_there or self._is_host_fake or any(isinstance(one, FakeTensor) for one in tensors))
 
     def _remembered(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """As `_made`, which takes its time, unless it was done before with arguments of the same shapes."""
+        """Call `_made`, which is slow, or reuse what it returned for arguments of the same shapes."""
         key = (func, *map(likeness, args), *((name, likeness(value)) for name, value in kwargs.items()))
-        known = self._known.get(key)
-        if known is not None:
-            self._launch(known.kernels)
-            return self._again(known.made, args)
+        effect = self._effects.get(key)
+        if effect is not None:
+            self._launch(effect.kernels)
+            return self._again(effect.made, args)
         num_events, num_launched = len(self._tally.events), len(self._launched)
         made = self._made(func, types, args, kwargs)
         if num_events == len(self._tally.events) and is_made_of_tensors(made):
-            self._known[key] = Known(tuple(self._launched[num_launched:]), outline(made, args))
+            self._effects[key] = CachedEffect(tuple(self._launched[num_launched:]), outline(made, args))
         return made
 
     def _again(self, made: Any, args: Sequence[Any]) -> Any:
-        """What was returned before, anew."""
+        """Make anew what was returned before."""
         match made:
             case int():
                 return args[made]
@@ -214,7 +215,7 @@ class FakeCuda(FakeTensorMode):
         return True if func is aten.equal.default else torch.ones((), dtype=args[0].dtype).item()
 
     def _found(self, func: Any, types: Any, args: Sequence[Any], _: dict[str, Any]) -> Any:
-        """As many as there can be."""
+        """Return as many indices as there can be."""
         self.note_sync(func.overloadpacket.__name__)
         shape = (args[0].numel(), args[0].ndim)
         return self._faked(aten.new_empty.default, types, (args[0], shape), {"dtype": torch.long})
@@ -268,12 +269,12 @@ class FakeCuda(FakeTensorMode):
         self._tally.events.append(Event(what, _where(), str(tuple(source.shape)), host in self._pinned, is_blocking))
 
     def note_sync(self, name: str) -> None:
-        """The host waits for the device."""
+        """Record that the host waits for the device."""
         self._tally.events.append(Event("sync", _where(), name))
 
 
 def _where() -> str:
-    """The line of the project's own code that is running, `file:line`."""
+    """Return the line of the project's own code that is running, `file:line`."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename

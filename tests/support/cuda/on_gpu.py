@@ -7,7 +7,7 @@ import pytest
 
 
 def on_gpu(cases: Iterable[Any], *chosen: Any) -> list[Any]:
-    """Cases for `parametrize`, the chosen ones marked."""
+    """List the cases for `parametrize`, the chosen ones marked `gpu`."""
     listed = list(cases)
     assert set(map(str, chosen)) <= set(map(str, listed)), f"{chosen} are not all among {listed}"
     return [

@@ -1,4 +1,4 @@
-"""What a dispatch mode has to know of torch's operators and their arguments."""
+"""Facts about torch's operators and their arguments, for a dispatch mode."""
 
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -9,7 +9,7 @@ import torch
 
 @cache
 def is_composed(func: Any) -> bool:
-    """True of an operator that torch makes of others, and that runs no kernel of its own."""
+    """Return whether torch makes the operator of others, and runs no kernel of its own."""
     return bool(func._can_decompose())
 
 
@@ -22,7 +22,7 @@ def tensors_in(values: Sequence[Any]) -> Iterator[torch.Tensor]:
 
 
 def likeness(value: Any) -> Any:
-    """What of an argument decides what an operator does with it."""
+    """Return the traits of an argument that decide an operator's effect."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype, value.device
     if isinstance(value, list | tuple):
@@ -31,7 +31,7 @@ def likeness(value: Any) -> Any:
 
 
 def outline(made: Any, args: Sequence[Any]) -> Any:
-    """What `FakeCuda._again` makes the like of."""
+    """Return the outline of a result from which `FakeCuda._again` makes another."""
     for number, argument in enumerate(args):
         if made is argument:
             return number

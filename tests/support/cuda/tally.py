@@ -1,4 +1,4 @@
-"""What code asks of a device: kernels it launches, copies it makes, and where the host waits."""
+"""Tally of a device's work: kernels launched, copies made, and waits of the host."""
 
 from collections import Counter, defaultdict
 from typing import NamedTuple

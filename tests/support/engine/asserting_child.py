@@ -1,4 +1,4 @@
-"""The engine's process with a fuse: where a file lies beside the checkpoint, its next forward fails the device.
+"""The engine's process with a fuse: where a file exists beside the checkpoint, its next forward fails the device.
 
 `python -m tests.support.engine.asserting_child FD PARENT_PID`, started by `EngineProcess`. The fuse burns once.
 """
@@ -50,7 +50,7 @@ class _FusedEngine(LocalEngine):
 
 
 def load_engine(settings: ModelSettings, on_load_report: OnLoadReport) -> LocalEngine:
-    """The engine with the fuse."""
+    """Load the engine with the fuse."""
     return _FusedEngine(settings, on_load_report)
 
 

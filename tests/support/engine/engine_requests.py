@@ -1,4 +1,4 @@
-"""A request for the demo model, for tests that ask the engine without a worker around it."""
+"""A request for the demo model, for tests that call the engine without a worker around it."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from inference.request import GenerationRequest
 
 
 def request_of(**fields: Any) -> GenerationRequest:
-    """A short request with these fields changed."""
+    """Build a short request with these fields changed."""
     defaults: dict[str, Any] = {
         "request_id": "r",
         "prompt": "a red fox",

@@ -1,4 +1,4 @@
-"""The engine with a window in it, for tests of its loop: what it asks of the model, its turns, and steps to act at."""
+"""The engine with recorders, for tests of its loop: its calls of the model, its turns, and steps to act at."""
 
 import threading
 import time
@@ -42,7 +42,7 @@ class WatchedModel(Family):
 
 
 def laid_over(model: Family, window: type[WatchedModel]) -> WatchedModel:
-    """The loaded model itself, from now on with the window's methods before its own."""
+    """Put the window's methods before the loaded model's own, in place."""
     model.__class__ = type(window.__name__, (window, type(model)), {})
     assert isinstance(model, window)
     model.batches, model.encoded = [], []
@@ -82,7 +82,7 @@ class WatchedEngine(LocalEngine):
         wait_for(lambda: self.is_prepared)
 
     def lose_the_device(self) -> None:
-        """From now on the device answers nothing: a "meta" tensor has a shape and no values."""
+        """Lose the device for good: a "meta" tensor has a shape and no values."""
         self._loop._device._device = torch.device("meta")
 
 
@@ -106,7 +106,7 @@ class EngineCall:
         self._at.get(report.step_index, lambda: None)()
 
     def cancel(self) -> None:
-        """As the worker does it: the flag that the engine looks at, not the future."""
+        """Cancel as the worker does: by the flag that the engine reads, not by the future."""
         self.is_cancelled = True
 
     @cached_property

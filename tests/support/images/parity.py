@@ -29,7 +29,7 @@ DIFFERENT_DB = 35.0
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Two threads run slower than one where a neighbour is busy, and add up in another order."""
+    """Compute on one thread: two run slower where the machine is busy, and add up in another order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -38,7 +38,7 @@ def one_torch_thread() -> Iterator[None]:
 
 @contextmanager
 def whole_fp32() -> Iterator[None]:
-    """On a GPU products of 32-bit numbers round theirs to 19 bits, unless they are told not to."""
+    """Turn TF32 off: with it, a GPU rounds the factors of fp32 products to 19 bits."""
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     for backend in backends:
@@ -49,13 +49,13 @@ def whole_fp32() -> Iterator[None]:
 
 
 def settings_of(checkpoint: Path, **variables: Any) -> ModelSettings:
-    """An engine's settings for a checkpoint on the tests' device, in fp32 unless `DTYPE` says otherwise."""
+    """Build an engine's settings for a checkpoint on the tests' device, in fp32 unless `DTYPE` says otherwise."""
     usual = {"MODEL_ID": str(checkpoint), "DEVICE": TEST_DEVICE, "DTYPE": "float32"}
     return ModelSettings.model_validate(usual | variables)
 
 
 def psnr(one: Image.Image, other: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB; infinite for equal pictures."""
+    """Compute the peak signal-to-noise ratio in dB; infinite for equal images."""
     error = np.square(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).mean()
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
@@ -65,14 +65,15 @@ def images_of(result: GenerationResult) -> list[Image.Image]:
 
 
 def draw(engine: LocalEngine, request: GenerationRequest, steps: list[StepReport] | None = None) -> list[Image.Image]:
-    """The engine's pictures of one request, waited for."""
+    """Generate the request's images on the engine, and wait for them."""
     on_step = (steps if steps is not None else []).append
     return images_of(engine.generate(request, on_step, lambda: False).result())
 
 
 def plain(pipe: Any, request: GenerationRequest, *, seed: int | None = None) -> Image.Image:
-    """What a diffusers user gets for one of the request's seeds (None: the first) from a pipeline made ready, in fp32:
-    see `tests.support.models.plain_families.noise_of` for other dtypes."""
+    """Generate with a loaded plain pipeline, in fp32, for one of the request's seeds (None: the first); see
+    `tests.support.models.plain_families.noise_of` for other dtypes.
+    """
     _, pipe.scheduler = DIFFUSION.make(request.scheduler, pipe.scheduler.config)
     drawn = pipe(
         request.prompt,
@@ -87,12 +88,12 @@ def plain(pipe: Any, request: GenerationRequest, *, seed: int | None = None) -> 
 
 
 def solo(checkpoint: Path, request: GenerationRequest, *, seed: int | None = None) -> Image.Image:
-    """The request drawn by a fresh plain pipeline with nothing in it but the request's own adapters."""
+    """Generate with a fresh plain pipeline that has the request's own adapters alone."""
     return plain(pipe_with(checkpoint, *request.adapters), request, seed=seed)
 
 
 def pipe_with(checkpoint: Path, *files: AdapterFile, dtype: torch.dtype = torch.float32) -> Any:
-    """A fresh plain pipeline with these adapters, loaded as the libraries' users do. A PEFT folder comes alone."""
+    """Load a fresh plain pipeline with these adapters, as the libraries' users do. A PEFT folder comes alone."""
     pipe: Any = load_pipe(checkpoint, dtype)
     if any(file.config for file in files):
         (folder,) = files

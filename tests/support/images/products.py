@@ -7,7 +7,7 @@ GREEN, CREAM = (30, 110, 70, 255), (240, 235, 220, 255)
 
 
 def bottle(height: int = 300) -> Image.Image:
-    """RGBA, as wide as a third of its height, with soft edges and nothing around it."""
+    """Draw a bottle: RGBA, as wide as a third of its height, with soft edges and nothing around it."""
     width = height // 3
     image = Image.new("RGBA", (2 * width, 2 * height))
     pen = ImageDraw.Draw(image)
@@ -18,7 +18,7 @@ def bottle(height: int = 300) -> Image.Image:
 
 
 def scene(size: tuple[int, int], *, busy: str = "left") -> Image.Image:
-    """RGB: a sky over sand, and on one side (or "nowhere") discs of all colours."""
+    """Draw RGB: a sky over sand, and on one side (or "nowhere") discs of all colours."""
     width, height = size
     fade = np.linspace(0, 1, height)[:, None, None]
     sand = np.broadcast_to(

@@ -7,9 +7,9 @@ from tests.support.engine.watched_engine import WatchedEngine
 
 
 class FamilyModels:
-    """Checkpoints by name, each made when it is first asked for, and an engine for each that a test asks for.
+    """Checkpoints by name, each made on first use, and an engine for each that a test requests.
 
-    Whoever needs more settings than MODEL_ID says so in `settings_for`.
+    A test that needs more settings than MODEL_ID names them in `settings_for`.
     """
 
     builders: Mapping[str, Callable[[Path], Path]]
@@ -28,7 +28,7 @@ class FamilyModels:
         return self._engines[name]
 
     def settings_for(self, name: str) -> dict[str, str]:
-        """Settings of the engine of the checkpoint `name`, by their variables."""
+        """Return the engine's settings for the checkpoint `name`, by their variables."""
         return {}
 
     def close(self) -> None:

@@ -74,7 +74,7 @@ class FullModel:
         self._packed: dict[tuple[int, tuple[str, ...]], PackedAdapter] = {}
 
     def adapted(self, rank: int, endings: tuple[str, ...], scale: float = 1.0) -> RowAdapters:
-        """A row's adapters: one of this rank on the denoiser's layers that end so, new in the bank."""
+        """Load a row's adapters into the bank: one of this rank on the denoiser's layers with these suffixes."""
         if (rank, endings) not in self._packed:
             with self.cuda.without_host_memory():
                 self._packed[rank, endings] = self.family.pack(self._adapter(rank, endings))
@@ -85,14 +85,14 @@ class FullModel:
         return (AppliedAdapter(place, scale),)
 
     def mixed(self, num_lanes: int) -> list[RowAdapters]:
-        """Adapters for so many lanes: all of the mix, or those from its middle, which touch the most layers."""
+        """Choose adapters for so many lanes: all of the mix, or those from its middle, which touch the most layers."""
         if not self._mix:
             self._mix = [self.adapted(*one) if one else () for one in MIX]
         first = 0 if num_lanes > 5 else 5 - (num_lanes + 1) // 2
         return self._mix[first : first + num_lanes]
 
     def request(self, number: int, **fields: Any) -> GenerationRequest:
-        """Job `number` of a batch, at the model's own size, with these fields changed."""
+        """Build the request of job `number` of a batch, at the model's own size, with these fields changed."""
         size, is_flow = self.family.base_size, isinstance(self.family, ZImage)
         defaults: dict[str, Any] = {
             "request_id": str(number),
@@ -109,7 +109,9 @@ class FullModel:
     def join(
         self, requests: Sequence[GenerationRequest], rows: Sequence[RowAdapters], guides: Sequence[Guide | None]
     ) -> list[Lane]:
-        """The requests' lanes before their first steps, as the engine's loop would have them begin together."""
+        """Prepare the requests' lanes for their first step, as the engine's loop would for requests that begin
+        together.
+        """
         joined = []
         for request, row, guide in zip(requests, rows, guides, strict=True):
             self.family.prepare(request)
@@ -128,14 +130,14 @@ class FullModel:
     def lanes(
         self, num_lanes: int, rows: Sequence[RowAdapters] = (), guides: Sequence[Guide | None] = (), **fields: Any
     ) -> list[Lane]:
-        """The lanes of so many jobs with their adapters and ControlNets, none where there are none left."""
+        """Prepare the lanes of so many jobs with their adapters and ControlNets, none where there are none left."""
         requests = [self.request(number, **fields) for number in range(num_lanes)]
         rows = (*rows, *[()] * num_lanes)[:num_lanes]
         guides = (*guides, *[None] * num_lanes)[:num_lanes]
         return self.join(requests, rows, guides)
 
     def guide(self) -> Guide:
-        """A full-size ControlNet made for the model, and a picture that it is shown."""
+        """Build a full-size ControlNet for the model, and its control image."""
         net = CONTROLNETS[self.name](self.denoiser)
         _bring(net)
         on_disk: Any = OnDisk(net)
@@ -145,7 +147,7 @@ class FullModel:
         return Guide(net, self.family.encode_control(image), scale=0.7, start=0.0, end=1.0)
 
     def step(self, lanes: Sequence[Lane]) -> Tally:
-        """One denoise step of these lanes, counted."""
+        """Run one denoise step of these lanes, counted."""
         with self.cuda.counting() as tally:
             predictions = self.family.denoise(lanes)
             for lane, prediction in zip(lanes, predictions, strict=True):

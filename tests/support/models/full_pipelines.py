@@ -10,7 +10,9 @@ from benchmarks.gpu.models.bench_model import model_of
 
 
 def build_pipeline(name: str) -> Any:
-    """The family's pipeline of meta tensors; of "sd15-inpaint" with a UNet that reads a mask and a masked image."""
+    """Build the family's pipeline of meta tensors; for "sd15-inpaint" with a UNet that reads a mask and a masked
+    image.
+    """
     pipeline = model_of(name.removesuffix("-inpaint"), is_tiny=False).build_without_memory()
     if not name.endswith("-inpaint"):
         return pipeline
@@ -29,7 +31,7 @@ def _unet_controlnet(unet: Any) -> Any:
 
 
 def _z_image_controlnet(_: Any) -> Any:
-    """As the second version of Z-Image's union ControlNet."""
+    """Build it as the second version of Z-Image's union ControlNet."""
     with torch.device("meta"):
         return ZImageControlNetModel(
             control_layers_places=list(range(0, 30, 2)),

@@ -56,7 +56,7 @@ OPEN_CLIP_NAMES: tuple[Rule, ...] = (
 
 
 def write_single_file(path: Path, pipe: Any) -> Path:
-    """Writes the pipeline's weights in the layout of its family and returns `path`."""
+    """Write the pipeline's weights in the layout of its family and return `path`."""
     unet = _renamed(pipe.unet.state_dict(), (*UNET_NAMES, *_block_rules(pipe.unet.config)))
     state = _under("model.diffusion_model", unet) | _under("first_stage_model", _vae(pipe.vae))
     if hasattr(pipe, "text_encoder_2"):
@@ -73,7 +73,7 @@ def write_single_file(path: Path, pipe: Any) -> Path:
 
 
 def _block_rules(config: Mapping[str, Any]) -> Sequence[Rule]:
-    """Blocks are numbered through: each has its layers and one place more."""
+    """Return the rules for blocks, which are numbered through: each has its layers and one index more."""
     stride = config["layers_per_block"] + 1
     has_attention = ["CrossAttn" in kind for kind in config["up_block_types"]]
 

@@ -9,7 +9,7 @@ INT, BYTES = 0, 2  # protobuf's wire types
 
 
 def write_dark_finder(path: Path, *, side: int = 320) -> Path:
-    """A model with U2-Net's interface that finds what is darker than middle grey: sigmoid(conv 1x1)."""
+    """Write a model with U2-Net's interface that finds what is darker than middle grey: sigmoid(conv 1x1)."""
     graph = [
         _sub(1, _node("Conv", ["picture", "weight", "bias"], "sum"), _node("Sigmoid", ["sum"], "mask")),
         _sub(5, _tensor("weight", (1, 3, 1, 1), [-20.0] * 3), _tensor("bias", (1,), [0.0])),

@@ -64,7 +64,7 @@ REPAINTING = {
 
 
 def alone(checkpoint: Path, request: GenerationRequest, **embeddings: torch.Tensor) -> Image.Image:
-    """The request's first picture by a fresh pipeline with nothing in it but the request's own adapters.
+    """Generate the request's first image with a fresh pipeline that has the request's own adapters alone.
 
     `embeddings` take the prompts' place. No negative prompt is None, as a diffusers user leaves it out.
     """
@@ -72,7 +72,7 @@ def alone(checkpoint: Path, request: GenerationRequest, **embeddings: torch.Tens
 
 
 def drawn_by(pipe: Any, request: GenerationRequest, **embeddings: torch.Tensor) -> Image.Image:
-    """The same by a fresh pipeline that has the adapters already, in the dtype that it was loaded in."""
+    """Generate it with a fresh pipeline that has the adapters already, in the dtype that it was loaded in."""
     generator = torch.Generator().manual_seed(request.seeds[0])
     arguments: dict[str, Any] = {
         "width": request.width,
@@ -106,7 +106,7 @@ def drawn_by(pipe: Any, request: GenerationRequest, **embeddings: torch.Tensor) 
 
 
 def embeddings_by_compel(pipe: Any, request: GenerationRequest) -> dict[str, torch.Tensor]:
-    """What compel's own wrapper makes of the prompts, whatever their length, as `drawn_by` takes it."""
+    """Encode the prompts with compel's own wrapper, whatever their length, for `drawn_by`."""
     compel = (CompelForSDXL if hasattr(pipe, "text_encoder_2") else CompelForSD)(pipe)
     with torch.no_grad():
         made = compel(request.prompt, negative_prompt=request.negative_prompt)
@@ -120,10 +120,10 @@ def embeddings_by_compel(pipe: Any, request: GenerationRequest) -> dict[str, tor
 
 
 def noise_of(pipe: Any, request: GenerationRequest, generator: torch.Generator) -> torch.Tensor:
-    """The noise that a pipeline of 16 bits is to begin with: drawn in fp32, as the engine draws it in every dtype.
+    """Generate the initial noise for a pipeline of 16 bits: sampled in fp32, as the engine samples it in every dtype.
 
-    The pipelines with a UNet draw it in their own dtype. Before torch 2.12 the CPU's generator makes other noise of a
-    seed in 16 bits than in 32: without this the pictures are as different as those of two seeds.
+    The pipelines with a UNet sample it in their own dtype. Before torch 2.12 the CPU's generator makes other noise of a
+    seed in 16 bits than in 32: without this the images are as different as those of two seeds.
     """
     is_flow = isinstance(pipe, diffusers.ZImagePipeline)
     channels = pipe.transformer.in_channels if is_flow else pipe.unet.config.in_channels
@@ -133,7 +133,7 @@ def noise_of(pipe: Any, request: GenerationRequest, generator: torch.Generator) 
 
 
 def _with_source(pipe: Any, *, scheduler: str, is_masked: bool) -> Any:
-    """The pipeline's models in the pipeline that takes a picture."""
+    """Put the pipeline's models into the pipeline that takes a source image."""
     made = (REPAINTING if is_masked else FROM_IMAGE)[type(pipe).__name__].from_pipe(pipe, dtype=torch.float32)
     made.set_progress_bar_config(disable=True)
     if scheduler == "heun" and isinstance(pipe, diffusers.ZImagePipeline):
@@ -152,7 +152,7 @@ def _source_arguments(request: GenerationRequest, source: Source) -> dict[str, A
 
 
 def _flow_scheduler(name: str, config: Any, generator: torch.Generator) -> Any:
-    """The scheduler, made to take what `ZImagePipeline` hands it. Only its own ("euler") takes it as it is."""
+    """Adapt the scheduler to the arguments of `ZImagePipeline`. Only its own ("euler") needs no adapting."""
     choice = FLOW_CHOICES[name]
     shift = {"flow_shift": config.shift} if choice.changes is FLOW else {}
     scheduler = choice.scheduler.from_config(config, **choice.changes, **shift)
@@ -171,7 +171,7 @@ def _flow_scheduler(name: str, config: Any, generator: torch.Generator) -> Any:
 
 
 def _with_its_own_name(add_noise: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """What a flow's schedulers call scaling, others call adding, and want in another order."""
+    """Make a `scale_noise` of the scheduler's `add_noise`, which takes its arguments in another order."""
 
     def scale_noise(sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         return add_noise(sample, noise, timestep)
@@ -180,7 +180,7 @@ def _with_its_own_name(add_noise: Callable[..., torch.Tensor]) -> Callable[..., 
 
 
 def _with_array(set_timesteps: Callable[..., None]) -> Callable[..., None]:
-    """UniPC calculates with what it is given; the pipeline gives a list."""
+    """Pass UniPC an array, which it calculates with; the pipeline gives a list."""
 
     def set_by_array(*, sigmas: list[float], mu: float, device: Any) -> None:
         set_timesteps(sigmas=np.array(sigmas), mu=mu, device=device)
@@ -189,7 +189,7 @@ def _with_array(set_timesteps: Callable[..., None]) -> Callable[..., None]:
 
 
 def _with_own_steps(set_timesteps: Callable[..., None], *, takes_mu: bool) -> Callable[..., None]:
-    """Some take no noise levels, and spread theirs themselves."""
+    """Drop the noise levels for a scheduler that takes none and spaces its own."""
 
     def set_by_number(*, sigmas: list[float], mu: float, device: Any) -> None:
         set_timesteps(len(sigmas), device=device, **({"mu": mu} if takes_mu else {}))

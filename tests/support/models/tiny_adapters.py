@@ -54,7 +54,7 @@ def write_adapter(
     use_rslora: bool = False,
     strength: float = 1.0,
 ) -> Path:
-    """Writes a random adapter for the pipeline's UNet or transformer, and text encoders if asked, and returns `path`.
+    """Write a random adapter for the pipeline's UNet or transformer, and text encoders if chosen, and return `path`.
 
     A file, or for "peft_folder" a folder of adapter_config.json and adapter_model.safetensors. At strength 1 it changes
     weights by about as much as they are. `alpha` (default: the rank), patterns and rank-stabilising go where the layout
@@ -100,7 +100,7 @@ def _randomised(model: torch.nn.Module, config: peft.LoraConfig, *, seed: int, s
 
 
 def _weights(adapted: peft.PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter's weights by PEFT's names within the model: "down_blocks.0….lora_A.weight"."""
+    """Make the adapter's weights by PEFT's names within the model: "down_blocks.0….lora_A.weight"."""
     state = peft.get_peft_model_state_dict(adapted)
     return {name.removeprefix("base_model.model."): weight.contiguous() for name, weight in state.items()}
 
@@ -126,7 +126,7 @@ def _diffusers_old(adapted: Mapping[str, peft.PeftModel]) -> dict[str, torch.Ten
 
 
 def _kohya(adapted: Mapping[str, peft.PeftModel], *, is_sdxl: bool) -> dict[str, torch.Tensor]:
-    """As kohya's scripts name things, each layer with the alpha that PEFT scales it by."""
+    """Rename as kohya's scripts do, each layer with the alpha that PEFT scales it by."""
     state: dict[str, torch.Tensor] = {}
     for model, adapter in adapted.items():
         for name, module in adapter.base_model.model.named_modules():
@@ -149,12 +149,12 @@ def _kohya_name(model: str, name: str, *, is_sdxl: bool) -> str:
 
 
 def _clip_name(name: str) -> str:
-    """A text encoder's layer as all the files have it, whatever transformers calls it today."""
+    """Name a text encoder's layer as all the files do, whatever transformers calls it today."""
     return name if name.startswith("text_model.") else f"text_model.{name}"
 
 
 def _sgm_name(name: str) -> str:
-    """A layer of SDXL's UNet by its name in the original code, which kohya's scripts train."""
+    """Name a layer of SDXL's UNet as the original code does, which kohya's scripts train."""
     for ours, theirs in SGM_LAYERS.items():
         name = name.replace(ours, theirs)
     place = re.match(r"(down_blocks|up_blocks)\.(\d)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)", name)

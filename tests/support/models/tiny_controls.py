@@ -19,7 +19,7 @@ SILENT_IN_Z_IMAGE = ("before_proj", "after_proj")
 
 
 def write_controlnet(folder: Path, pipe: Any, *, seed: int = 0, **config: Any) -> Path:
-    """Writes a ControlNet made for the pipeline's denoiser, its config changed like that, and returns `folder`."""
+    """Write a ControlNet made for the pipeline's denoiser, with these changes of its config, and return `folder`."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         if isinstance(pipe, diffusers.ZImagePipeline):
@@ -37,7 +37,7 @@ def write_controlnet(folder: Path, pipe: Any, *, seed: int = 0, **config: Any) -
 
 
 def _z_image_controlnet(**config: Any) -> ZImageControlNetModel:
-    """As the second version of Z-Image's: for repainting too, and with refiners of its own."""
+    """Build it as the second version of Z-Image's: for inpainting too, and with refiners of its own."""
     usual: dict[str, Any] = {
         "control_layers_places": [0, 1],
         "control_refiner_layers_places": [0],
@@ -48,14 +48,14 @@ def _z_image_controlnet(**config: Any) -> ZImageControlNetModel:
 
 
 def square(left: int, top: int, side: int, *, size: tuple[int, int] = (64, 64)) -> Image.Image:
-    """A white square on black."""
+    """Draw a white square on black."""
     pixels = np.zeros((size[1], size[0], 3), np.uint8)
     pixels[top : top + side, left : left + side] = 255
     return Image.fromarray(pixels)
 
 
 def speckles(seed: int, *, size: tuple[int, int] = (64, 64)) -> Image.Image:
-    """Soft random colours."""
+    """Draw soft random colours."""
     small = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
@@ -67,7 +67,7 @@ def control_of(model: str, image: Image.Image, **fields: Any) -> Control:
 def plainly_controlled(
     checkpoint: Path, controlnet: Path, request: GenerationRequest, shown: Image.Image
 ) -> Image.Image:
-    """What plain diffusers draws for the request alone with this ControlNet, which is shown this picture."""
+    """Generate the request alone with plain diffusers, this ControlNet and this control image."""
     plain = pipe_with(checkpoint, *request.adapters)
     arguments: dict[str, Any] = {
         "prompt": request.prompt,
@@ -93,7 +93,7 @@ def plainly_controlled(
 
 
 def _pipeline_for(plain: Any, request: GenerationRequest) -> str:
-    """Of diffusers' UNet pipelines with a ControlNet, the one for the request's kind."""
+    """Choose diffusers' UNet pipeline with a ControlNet for the request's kind."""
     family = "StableDiffusionXL" if hasattr(plain, "text_encoder_2") else "StableDiffusion"
     kind = {"text2image": "", "image2image": "Img2Img", "inpaint": "Inpaint"}[request.kind]
     return f"{family}ControlNet{kind}Pipeline"
@@ -111,7 +111,7 @@ def _images(request: GenerationRequest, shown: Image.Image) -> dict[str, Any]:
 
 
 def _with(net: Any, pipeline: str, plain: Any, folder: Path) -> Any:
-    """The plain pipeline's parts and a ControlNet in a pipeline of another class."""
+    """Put the plain pipeline's parts and a ControlNet into a pipeline of another class."""
     loaded = net.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     pipe = getattr(diffusers, pipeline).from_pipe(plain, controlnet=loaded, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)

@@ -91,14 +91,14 @@ CHAT_TEMPLATE = """\
 
 
 def build_tiny_sd(folder: Path, *, seed: int = 0) -> Path:
-    """Writes a Stable Diffusion 1.x checkpoint of random weights and returns `folder`."""
+    """Write a Stable Diffusion 1.x checkpoint of random weights and return `folder`."""
     # As in Stable Diffusion 1.5's own scheduler_config.json.
     scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1)
     return _build_sd(folder, scheduler, seed=seed)
 
 
 def build_tiny_sd2(folder: Path, *, seed: int = 0) -> Path:
-    """Writes a Stable Diffusion 2.x checkpoint that predicts v, as its 768 px checkpoints do."""
+    """Write a Stable Diffusion 2.x checkpoint that predicts v, as its 768 px checkpoints do."""
     # As in Stable Diffusion 2.1's own scheduler_config.json.
     scheduler = DDIMScheduler(
         **BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction"
@@ -107,7 +107,7 @@ def build_tiny_sd2(folder: Path, *, seed: int = 0) -> Path:
 
 
 def build_tiny_sd_inpaint(folder: Path, *, seed: int = 0) -> Path:
-    """Writes a Stable Diffusion 1.x checkpoint for inpainting, whose UNet reads a mask and what is to be kept."""
+    """Write a Stable Diffusion 1.x checkpoint for inpainting, whose UNet reads a mask and the masked image."""
     scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1)
     return _build_sd(folder, scheduler, seed=seed, pipeline=StableDiffusionInpaintPipeline)
 
@@ -151,7 +151,7 @@ def _build_sd(
 
 
 def build_tiny_sdxl_inpaint(folder: Path, *, seed: int = 0) -> Path:
-    """Writes an SDXL checkpoint for inpainting, whose UNet reads a mask and what is to be kept."""
+    """Write an SDXL checkpoint for inpainting, whose UNet reads a mask and the masked image."""
     return build_tiny_sdxl(folder, seed=seed, pipeline=StableDiffusionXLInpaintPipeline)
 
 
@@ -162,7 +162,7 @@ def _in_channels(pipeline: Any) -> int:
 def build_tiny_sdxl(
     folder: Path, *, seed: int = 0, force_zeros: bool = True, pipeline: Any = StableDiffusionXLPipeline
 ) -> Path:
-    """Writes an SDXL checkpoint of random weights, its blocks in SDXL's own order, and returns `folder`.
+    """Write an SDXL checkpoint of random weights, its blocks in SDXL's own order, and return `folder`.
 
     `force_zeros`: whether no negative prompt means zeros, as in the base checkpoint, or the encoding of "".
     """
@@ -234,7 +234,7 @@ def _clip_config(tokenizer: CLIPTokenizer, **sizes: Any) -> CLIPTextConfig:
 
 
 def byte_tokenizer(**special: str) -> CLIPTokenizer:
-    """CLIP's byte-level tokenizer without any merges but one: a token a byte."""
+    """Build CLIP's byte-level tokenizer without any merges but one: a token a byte."""
     characters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     words = [*characters, *(f"{character}</w>" for character in characters), "th", "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: index for index, word in enumerate(words)}
@@ -242,7 +242,7 @@ def byte_tokenizer(**special: str) -> CLIPTokenizer:
 
 
 def build_tiny_z_image(folder: Path, *, seed: int = 0, shift: float = 3.0, dynamic: bool = False) -> Path:
-    """Writes a Z-Image checkpoint of random weights and returns `folder`.
+    """Write a Z-Image checkpoint of random weights and return `folder`.
 
     Its schedule is shifted by `shift`, as Turbo's, or where `dynamic` by the number of the picture's tokens.
     """
@@ -305,7 +305,9 @@ def _z_image_transformer() -> ZImageTransformer2DModel:
 
 
 def chat_tokenizer() -> Qwen2Tokenizer:
-    """Qwen's byte-level tokenizer without any merges, and its chat template: a token a byte, one a special token."""
+    """Build Qwen's byte-level tokenizer without any merges, and its chat template: a token a byte, one a special
+    token.
+    """
     characters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: index for index, character in enumerate(characters)}
     return Qwen2Tokenizer(
@@ -335,7 +337,7 @@ def _vae(latent_channels: int = 4, **settings: Any) -> AutoencoderKL:
 
 
 def load_pipe(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The checkpoint as plain diffusers loads it: on the CPU, without a progress bar."""
+    """Load the checkpoint with plain diffusers: on the CPU, without a progress bar."""
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -42,7 +42,7 @@ def add_tiny_checker(folder: Path, threshold: float, *, seed: int = 0) -> Path:
 
 
 def nearness(pipe: Any, image: Image.Image) -> float:
-    """How near a plain pipeline's checker finds the picture to its concept, -1 to 1."""
+    """Compute the similarity of the image to the concept of a plain pipeline's checker, -1 to 1."""
     checker, extractor = pipe.safety_checker, pipe.feature_extractor
     with torch.no_grad():
         seen = checker.vision_model(extractor(image, return_tensors="pt").pixel_values)[1]

@@ -34,7 +34,7 @@ def make_chain(
     usages: Sequence[x509.ObjectIdentifier] = (ExtendedKeyUsageOID.EMAIL_PROTECTION,),
     passphrase: bytes | None = None,
 ) -> Chain:
-    """A signer's certificate, the CA's behind it, and the signer's key, each in a file."""
+    """Make a signer's certificate, the CA's behind it, and the signer's key, each in a file."""
     authority = ec.generate_private_key(ec.SECP256R1())
     key = key or ec.generate_private_key(ec.SECP256R1())
     root = (

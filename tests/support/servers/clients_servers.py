@@ -63,7 +63,7 @@ class Server:
             peer.close()
 
     def receive(self, peer: socket.socket) -> bytes | None:
-        """One request with its body, kept in the journal; None where the peer is gone."""
+        """Read one request with its body into the journal; None where the peer is gone."""
         received = b""
         while b"\r\n\r\n" not in received:
             chunk = peer.recv(65536)
@@ -146,14 +146,14 @@ def drip_for_ever(peer: socket.socket, prompt: bytes, drip: bytes) -> None:
 
 
 def answer(status: int, body: bytes = b"", *, length: int | None = None, **headers: str) -> bytes:
-    """An HTTP answer; `length` is a Content-Length that lies. Underscores in header names become dashes."""
+    """Build an HTTP answer; `length` is a false Content-Length. Underscores in header names become dashes."""
     lines = [f"HTTP/1.1 {status} Whatever", f"Content-Length: {len(body) if length is None else length}"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
 def header(request: bytes, name: str) -> str | None:
-    """The value of one header of a request."""
+    """Return the value of one header of a request."""
     for line in request.partition(b"\r\n\r\n")[0].split(b"\r\n")[1:]:
         found, _, value = line.partition(b":")
         if found.decode().lower() == name.lower():
@@ -166,6 +166,6 @@ def body_of(request: bytes) -> bytes:
 
 
 def refused_url() -> str:
-    """An address where nothing listens."""
+    """Return an address that has no listener."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""A small server that does what Google's documentation says of the XML API of Cloud Storage, in memory.
+"""A small in-memory server that behaves as Google documents the XML API of Cloud Storage.
 
 - Requests in AWS's signature and `x-amz-` headers are taken, but `If-None-Match` does not condition a write of them.
 - A request with headers of both dialects is refused (400 ExcessHeaderValues).
@@ -6,7 +6,7 @@
 - `x-goog-if-generation-match` conditions a request on the object's generation, 0 on a free key (412
   PreconditionFailed). `If-Match` conditions reads alone.
 - Every answer has `x-guploader-uploadid`; objects have `x-goog-generation` and `x-goog-hash`.
-- Custom metadata comes back in the dialect of the request that asks; deleting what is not there is a 404.
+- Custom metadata comes back in the dialect of the request; deleting what is not there is a 404.
 """
 
 import base64
@@ -109,9 +109,9 @@ class GoogleStandIn(Server):
     def _put(self, request: Request, bucket: str, key: str) -> bytes:
         if not self._is_met(request, bucket, key):
             return _refusal(412, "PreconditionFailed")
-        told = request.headers.get("content-md5")
+        expected = request.headers.get("content-md5")
         md5 = hashlib.md5(request.body, usedforsecurity=False).digest()
-        if told is not None and told != base64.b64encode(md5).decode():
+        if expected is not None and expected != base64.b64encode(md5).decode():
             return _refusal(400, "BadDigest")
         kept: dict[str, str] = {
             name: request.headers[name] for name in ("content-type", "cache-control") if name in request.headers
@@ -119,7 +119,7 @@ class GoogleStandIn(Server):
         meta = "x-goog-meta-" if request.is_google else "x-amz-meta-"
         metadata = {name.removeprefix(meta): text for name, text in request.headers.items() if name.startswith(meta)}
         stored = self._store(bucket, key, request.body, kept, metadata)
-        return answer(200, b"", length=0, **_told(stored, request))
+        return answer(200, b"", length=0, **_object_headers(stored, request))
 
     def _is_met(self, request: Request, bucket: str, key: str) -> bool:
         stored = self.objects.get((bucket, key))
@@ -146,10 +146,12 @@ class GoogleStandIn(Server):
         has_body = request.method == "GET"
         if stored is None:
             return _refusal(404, "NoSuchKey", has_body=has_body)
-        told = _told(stored, request)
-        if request.headers.get("if-match", told["ETag"]) != told["ETag"] or not self._is_met(request, bucket, key):
+        headers = _object_headers(stored, request)
+        if request.headers.get("if-match", headers["ETag"]) != headers["ETag"] or not self._is_met(
+            request, bucket, key
+        ):
             return _refusal(412, "PreconditionFailed", has_body=has_body)
-        return answer(200, stored.body if has_body else b"", length=len(stored.body), **told)
+        return answer(200, stored.body if has_body else b"", length=len(stored.body), **headers)
 
     def _delete(self, _request: Request, bucket: str, key: str) -> bytes:
         if self.objects.pop((bucket, key), None) is None:
@@ -157,7 +159,7 @@ class GoogleStandIn(Server):
         return answer(204, x_guploader_uploadid="A")
 
 
-def _told(stored: Stored, request: Request) -> dict[str, str]:
+def _object_headers(stored: Stored, request: Request) -> dict[str, str]:
     md5 = base64.b64encode(stored.md5).decode()
     meta = "x_goog_meta_" if request.is_google else "x_amz_meta_"
     return {
@@ -183,7 +185,7 @@ def _parsed(received: bytes) -> Request:
 
 
 def is_signed(request: Request, secret: str) -> bool:
-    """Whether the request's GOOG4 signature is the one that the documentation asks for."""
+    """Return whether the request's GOOG4 signature is the documented one."""
     fields = dict(part.strip().split("=", 1) for part in request.headers["authorization"].partition(" ")[2].split(","))
     scope = fields["Credential"].split("/", 1)[1]
     names = fields["SignedHeaders"].split(";")

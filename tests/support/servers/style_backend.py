@@ -42,7 +42,7 @@ class StyleBackend(Part):
         return f"http://{HOST}:{self.port}"
 
     def env(self) -> dict[str, str]:
-        """The variables that point a worker here."""
+        """Return the variables that point a worker here."""
         return {"BACKEND_API_URL": self.url, "INTERNAL_API_TOKEN": TOKEN}
 
     def start(self) -> None:
@@ -80,21 +80,21 @@ class StyleBackend(Part):
         answer.raise_for_status()
 
     def order(self, style_id: int, *prompt_tags: str, aspect_ratio: str = "1:1", seed: int | None = None) -> int:
-        """Buy a generation as the frontend does; its id."""
+        """Buy a generation as the frontend does; return its id."""
         body = {"style_id": style_id, "prompt_tags": prompt_tags, "aspect_ratio": aspect_ratio, "seed": seed}
         answer = requests.post(f"{self.url}/api/generations", json=body, timeout=120)
         answer.raise_for_status()
         return int(answer.json()["data"]["id"])
 
     def generation(self, generation_id: int) -> dict[str, Any]:
-        """The row of a generation; its progress as the object that it is."""
+        """Read the row of a generation, its progress decoded."""
         columns = ("status", "result_url", "progress", "error_code")
         [row] = self._execute(f"SELECT {', '.join(columns)} FROM generations WHERE id = ?", generation_id)  # noqa: S608
         found = dict(zip(columns, row, strict=True))
         return found | {"progress": json.loads(found["progress"] or "null")}
 
     def refunds(self) -> list[tuple[int, int]]:
-        """Generation and amount of every refund, in order."""
+        """Return generation and amount of every refund, in order."""
         return self._execute("SELECT generation_id, amount FROM refunds ORDER BY rowid")
 
     def log(self) -> str:

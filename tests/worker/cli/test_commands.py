@@ -58,9 +58,12 @@ def test_generate_draws_signs_and_writes_images(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert [Image.open(tmp_path / name).size for name in ("castle.png", "castle-2.png")] == [(128, 128)] * 2
     assert "seed 1" in done.stdout
-    told = Image.open(tmp_path / "castle-2.png").info
-    assert told["parameters"].startswith("neon: a castle\nSteps: 8, ")
-    assert (json.loads(told["Darkroom"])["seed"], json.loads(told["Darkroom"])["adapters"]) == (1, [Path(ADAPTER).stem])
+    metadata = Image.open(tmp_path / "castle-2.png").info
+    assert metadata["parameters"].startswith("neon: a castle\nSteps: 8, ")
+    assert (json.loads(metadata["Darkroom"])["seed"], json.loads(metadata["Darkroom"])["adapters"]) == (
+        1,
+        [Path(ADAPTER).stem],
+    )
 
 
 @pytest.fixture
@@ -98,12 +101,15 @@ def test_a_checkpoint_without_weights_is_refused_only_once_it_is_loaded(hollow: 
         (["--aspect", "9:1"], ["aspect_ratio"]),
         (["--scheduler", "magic"], ["magic", "dpm++"]),
         (["--model", "/nowhere"], ["/nowhere"]),
-        (["--lora", "none.safetensors"], ["--lora none.safetensors", "no such file"]),
-        (["--lora", "work"], ["--lora: the folder work", "adapter_model.safetensors"]),
+        (["--lora", "none.safetensors"], ["the adapter none.safetensors does not exist"]),
+        (["--lora", "work"], ["the adapter work/adapter_config.json does not exist"]),
         (["--lora", "made/torso.safetensors"], ["made/torso.safetensors", "safetensors header"]),
         (["--lora", "made/foreign.safetensors"], ["made/foreign.safetensors", "another model"]),
         (["--lora", "made/peft"], ["made/peft", "adapter_config.json"]),
-        (["--init", "none.png"], ["none.png", "No such file"]),
+        (["--init", "none.png"], ["init_image_path: the picture none.png does not exist"]),
+        (["--lora", "made/pickle"], ["the adapter made/pickle holds only adapter_model.bin", "may be a pickle"]),
+        (["--init", "made"], ["made is a folder"]),
+        (["--init", "made/vast.png"], ["init_image_path: made/vast.png has 50000001 bytes, more than 50000000"]),
         (["--signature", "made/torso.safetensors"], ["torso.safetensors"]),
         (["--control", "made/white.png", "--control-model", "canny"], ["canny", "has no ControlNets"]),
         (["--product", "made/white.png"], ["product.image_path", "CUTOUT_MODEL"]),
@@ -124,6 +130,11 @@ def test_generate_says_what_is_wrong_in_a_sentence_before_it_loads_a_model(
     made = hollow.parent / "made"
     (made / "peft").mkdir(parents=True)
     (made / "b-2.png").mkdir()
+    (made / "pickle").mkdir()
+    (made / "pickle" / "adapter_config.json").write_text("{}")
+    (made / "pickle" / "adapter_model.bin").write_bytes(b"")
+    with (made / "vast.png").open("wb") as vast:
+        vast.truncate(50_000_001)
     (made / "peft" / "adapter_model.safetensors").write_bytes(ADAPTER.read_bytes())
     (made / "torso.safetensors").write_bytes(b"\x01")
     Image.new("RGB", (64, 64), "white").save(made / "white.png")
@@ -165,7 +176,7 @@ def test_submit_publishes_a_job_and_follows_it_to_its_end_and_report_draws_it(wo
     bad = darkroom("submit", "an owl", *options, "--lora", "models/no.safetensors", env=world.env(), folder=tmp_path)
     refused = darkroom("submit", "an owl", *options, "--lora", "/etc/passwd", env=world.env(), folder=tmp_path)
     drawn = darkroom("report", env=world.env(), folder=tmp_path)
-    told = darkroom("report", "--json", env=world.env(), folder=tmp_path)
+    reported = darkroom("report", "--json", env=world.env(), folder=tmp_path)
 
     assert good.returncode == 0, good.stdout
     assert good.stdout.splitlines()[-1].endswith("generations/gen-77.png")
@@ -175,8 +186,8 @@ def test_submit_publishes_a_job_and_follows_it_to_its_end_and_report_draws_it(wo
 
     assert drawn.returncode == 0, drawn.stdout
     assert "2 jobs: 1 complete, 1 failed" in drawn.stdout
-    assert "an owl" not in drawn.stdout + told.stdout
-    complete, failed = map(json.loads, told.stdout.splitlines())
+    assert "an owl" not in drawn.stdout + reported.stdout
+    complete, failed = map(json.loads, reported.stdout.splitlines())
     names = [name for name, _, _ in complete["stages"]]
     assert names[:9] == ["ledger", "fetch", "wait", "adapt", "encode", "denoise", "decode", "sign", "store"]
     assert complete["seconds"] >= max(start + seconds for _, start, seconds in complete["stages"]) - 0.01

@@ -328,11 +328,11 @@ def test_an_event_goes_back_to_the_outbox_for_another_day(operator: Operator) ->
 
 
 def test_what_a_replay_could_not_help_stays_and_says_why(operator: Operator) -> None:
-    done_task, told_task = (str(uuid.UUID(int=number)) for number in (1, 2))
+    done_task, delivered_task = (str(uuid.UUID(int=number)) for number in (1, 2))
     operator.ledger.record(complete(done_task))
-    operator.ledger.mark_delivered(crashed(told_task))
+    operator.ledger.mark_delivered(crashed(delivered_task))
     operator.add_letters(
-        BROKEN, job(done_task), crashed(told_task).to_json(), job(str(uuid.UUID(int=3)), aspect_ratio="9:1")
+        BROKEN, job(done_task), crashed(delivered_task).to_json(), job(str(uuid.UUID(int=3)), aspect_ratio="9:1")
     )
     operator.add_letters(job())
 

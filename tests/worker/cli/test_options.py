@@ -153,7 +153,7 @@ def test_headlines_reach_the_job(rules: JobRules) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reason"),
     [
         (["--scale", "1"], "--scale belongs to --lora"),
         (["--control-scale", "1"], "--control-scale belongs to --control"),
@@ -165,11 +165,11 @@ def test_headlines_reach_the_job(rules: JobRules) -> None:
         (["--fit", "stretch"], "stretch"),
     ],
 )
-def test_an_option_that_would_mean_nothing_is_refused(words: list[str], told: str) -> None:
+def test_an_option_that_would_mean_nothing_is_refused(words: list[str], reason: str) -> None:
     done = CliRunner().invoke(app, ["submit", "a fox", "--generation-id", "1", *words], env=ENOUGH)
 
     assert done.exit_code == 2
-    assert told in " ".join(done.output.replace("│", " ").split())
+    assert reason in " ".join(done.output.replace("│", " ").split())
 
 
 ENOUGH = {
@@ -181,7 +181,7 @@ ENOUGH = {
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reason"),
     [
         (["--strength", "0.5"], "data.strength belongs to kind"),
         (["--layout-scale", "0.5"], "data.product belongs to kind product"),
@@ -193,8 +193,8 @@ ENOUGH = {
         (["--init", "/etc/passwd"], "init_image_path"),
     ],
 )
-def test_the_rest_is_refused_as_a_message_s_fields_are(rules: JobRules, words: list[str], told: str) -> None:
-    assert told in str(rejection_of(rules, message(**typed(*words))))
+def test_the_rest_is_refused_as_a_message_s_fields_are(rules: JobRules, words: list[str], reason: str) -> None:
+    assert reason in str(rejection_of(rules, message(**typed(*words))))
 
 
 def test_submit_publishes_nothing_that_would_be_refused() -> None:
@@ -209,11 +209,11 @@ def test_submit_publishes_nothing_that_would_be_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reason"),
     [
         (["--init", "none.png"], "none.png"),
         (["--init", "s3://media/a.png"], "is in a store, which is not read here"),
-        (["--signature", "black.png", "--init", "torn.png"], "torn"),
+        (["--signature", "black.png", "--init", "torn.png"], "init_image_path: the picture is no PNG"),
         (["--init", "black.png", "--mask", "black.png"], "nothing in the mask is white"),
         (["--text", "\ue000"], "U+E000"),
         (["--cutout", "black.png"], "product.cutout_path has no transparent part"),
@@ -221,7 +221,7 @@ def test_submit_publishes_nothing_that_would_be_refused() -> None:
     ],
 )
 def test_generate_says_what_is_wrong_with_a_image(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], reason: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MODEL_ID", str(DEMO_MODEL / "checkpoint"))
@@ -232,5 +232,5 @@ def test_generate_says_what_is_wrong_with_a_image(
 
     assert done.exit_code == 1
     assert "Not drawn" in done.output
-    assert told in done.output
+    assert reason in done.output
     assert not (tmp_path / "out.png").exists()

@@ -28,13 +28,13 @@ from worker.results.terminal_event import TerminalEvent, failed_event
 
 BEGAN_AT = 1_800_000_000.0
 PROMPT = "a secret prompt"
-STORY = (("ledger", 0.0, 0.5), ("fetch", 0.5, 1.5), ("denoise", 2.0, 7.0), ("store", 9.0, 1.0))
+STAGE_TIMES = (("ledger", 0.0, 0.5), ("fetch", 0.5, 1.5), ("denoise", 2.0, 7.0), ("store", 9.0, 1.0))
 NOW = datetime(2027, 1, 15, tzinfo=UTC)
 
 
 def complete(number: int, *, began_at: float = BEGAN_AT, **fields: Any) -> TerminalEvent:
     body = {"generation_id": number, "result_url": "https://a", "metadata": {"prompt_tags": [PROMPT]}}
-    known = {"began_at": began_at, "stages": STORY, "worker": "host:1", "ended_at": began_at + 10.0}
+    known = {"began_at": began_at, "stages": STAGE_TIMES, "worker": "host:1", "ended_at": began_at + 10.0}
     return TerminalEvent(str(uuid.uuid4()), number, WebhookKind.COMPLETE, body, **known | fields)
 
 
@@ -47,7 +47,7 @@ def failed(number: int, *, seconds_in_engine: float = 4.0) -> TerminalEvent:
         retry_count=2,
         worker="host:2",
         began_at=BEGAN_AT,
-        stages=STORY[:2],
+        stages=STAGE_TIMES[:2],
         ended_at=BEGAN_AT + 2.0 + seconds_in_engine,
     )
 
@@ -172,10 +172,10 @@ def test_without_time_there_is_no_bar() -> None:
 @pytest.mark.parametrize(("has_colours", "expected"), [(True, "█" * 10), (False, "lff######p")])
 def test_a_bar_is_coloured_or_where_that_is_not_seen_lettered(has_colours: bool, expected: str) -> None:
     console = Console(width=10, force_terminal=has_colours, color_system="truecolor" if has_colours else None)
-    story = [Stretch("ledger", 0.0, 1.0), Stretch("fetch", 1.0, 2.0), Stretch("denoise", 3.0, 6.0)]
+    stretches = [Stretch("ledger", 0.0, 1.0), Stretch("fetch", 1.0, 2.0), Stretch("denoise", 3.0, 6.0)]
 
     with console.capture() as captured:
-        console.print(Bar([*story, Stretch("store", 9.0, 1.0)], Axis([(0.0, 10.0)])))
+        console.print(Bar([*stretches, Stretch("store", 9.0, 1.0)], Axis([(0.0, 10.0)])))
 
     text = captured.get()
     assert ("\x1b[" in text) is has_colours

@@ -75,10 +75,10 @@ def test_what_is_clear_is_clear_at_any_attempt(error: Exception, decision: Decis
 def test_what_may_pass_is_tried_again_later_and_fails_the_job_once_the_budget_is_spent(
     error: Exception, code: str
 ) -> None:
-    verdicts = [decide(error, attempt) for attempt in range(1, 7)]
+    decisions = [decide(error, attempt) for attempt in range(1, 7)]
 
-    assert [decision.code for decision in verdicts] == [code] * 6
-    assert [(decision.disposition, decision.delay_seconds) for decision in verdicts] == [
+    assert [decision.code for decision in decisions] == [code] * 6
+    assert [(decision.disposition, decision.delay_seconds) for decision in decisions] == [
         (Disposition.RETRY, 30),
         (Disposition.RETRY, 30),
         (Disposition.RETRY, 300),
@@ -136,8 +136,8 @@ def test_every_verdict_that_fails_a_job_has_a_code_and_a_message() -> None:
 # --- Telling the backend
 
 
-def answered(status: int | None, verdict: WebhookResult = WebhookResult.RETRY) -> WebhookAttempt:
-    return WebhookAttempt(verdict, status, None, f"HTTP {status}", is_ambiguous=False)
+def answered(status: int | None, result: WebhookResult = WebhookResult.RETRY) -> WebhookAttempt:
+    return WebhookAttempt(result, status, None, f"HTTP {status}", is_ambiguous=False)
 
 
 def test_the_waits_between_attempts_grow_and_then_stay() -> None:

@@ -152,9 +152,9 @@ def test_the_engine_s_stages_follow_the_run_s_own_without_gaps_behind_one_wait()
     run = begun(Runs())
     run.stages = [Stage("fetch", 10.0, 2.0)]
     # Handed over after 1 s, read for 0.5 s, and then 3 s of waiting for a lane
-    told = (Stage("adapt", 13.0, 0.5), Stage("encode", 16.5, 0.25), Stage("denoise", 16.75, 4.0))
+    stages = (Stage("adapt", 13.0, 0.5), Stage("encode", 16.5, 0.25), Stage("denoise", 16.75, 4.0))
 
-    run.add_engine_stages(told)
+    run.add_engine_stages(stages)
 
     assert [(stage.name, stage.started_at, stage.seconds) for stage in run.stages[1:]] == [
         ("wait", 12.0, 4.0),

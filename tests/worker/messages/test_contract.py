@@ -289,8 +289,8 @@ def test_a_body_with_a_field_missing_or_of_another_kind_does_not_fit(name: str) 
 def test_a_failed_event_s_body_fits_before_and_after_its_record() -> None:
     event = failed_event(task_id=TASK_ID, generation_id=456, code=ErrorCode.GPU_OOM, message="too large", retry_count=0)
 
-    for told in (event, TerminalEvent.from_json(event.to_json())):
-        validator_of("failed").validate(json.loads(told.webhook.payload))
+    for restored in (event, TerminalEvent.from_json(event.to_json())):
+        validator_of("failed").validate(json.loads(restored.webhook.payload))
 
 
 # --- Error codes

@@ -406,7 +406,7 @@ def test_a_value_beyond_its_limit_is_refused_by_a_message_that_names_the_field(
     rejected = rejection_of(rules, message(**{field: value}))
 
     assert field in str(rejected)
-    assert_fit_to_be_told(rejected)
+    assert_reportable(rejected)
 
 
 def test_a_body_may_have_256_kilobytes_and_not_one_byte_more(rules: JobRules) -> None:
@@ -494,7 +494,7 @@ def test_an_undecodable_message_says_why(rules: JobRules, body: bytes | dict[str
     assert right in str(caught.value)
 
 
-def assert_fit_to_be_told(error: Undecodable | JobRejected) -> None:
+def assert_reportable(error: Undecodable | JobRejected) -> None:
     """Short enough for a header, one line, and nothing that could forge another."""
     assert 0 < len(str(error)) <= MAX_REASON_CHARS <= 400
     assert str(error).isprintable()
@@ -760,7 +760,7 @@ def test_a_hostile_message_gets_its_answer_at_once(
 
     assert time.thread_time() - started_at < MAX_ANSWER_SECONDS
     assert getattr(caught.value, "code", DEAD) == answer
-    assert_fit_to_be_told(caught.value)
+    assert_reportable(caught.value)
 
 
 def test_every_hostile_class_has_three_variants_or_more() -> None:
@@ -846,7 +846,7 @@ def test_h19_h20_the_urls_of_a_message_are_not_even_read(rules: JobRules, url: o
 def test_one_rejection_speaks_of_several_mistakes_and_stays_short(rules: JobRules) -> None:
     rejected = rejection_of(rules, message(**dict.fromkeys(set(WireData.model_fields) - {"prompt"}, "x" * 300)))
 
-    assert_fit_to_be_told(rejected)
+    assert_reportable(rejected)
     assert str(rejected).count("data.") > 1
 
 
@@ -903,7 +903,7 @@ def test_nothing_but_a_job_a_rejection_or_a_dead_letter_comes_out(rules: JobRule
     try:
         job = decode(body, rules)
     except (Undecodable, JobRejected) as error:
-        assert_fit_to_be_told(error)
+        assert_reportable(error)
     else:
         assert_within_limits(job)
 
@@ -917,4 +917,4 @@ def test_whatever_the_fields_hold_a_message_with_an_id_is_answered(rules: JobRul
         assert_within_limits(decode(body, rules))
     except JobRejected as rejected:
         assert rejected.generation_id == 456
-        assert_fit_to_be_told(rejected)
+        assert_reportable(rejected)

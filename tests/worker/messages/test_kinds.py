@@ -8,7 +8,7 @@ from jsonschema import Draft7Validator
 from clients.storage.location import ObjectRef
 from config.model import ModelSettings
 from config.store import StoreSettings
-from tests.worker.messages.test_decoder import assert_fit_to_be_told, message, to_bytes
+from tests.worker.messages.test_decoder import assert_reportable, message, to_bytes
 from watermark.geometry import Position
 from watermark.product.placement import Layout
 from watermark.resizing import Fit
@@ -186,7 +186,7 @@ def test_what_no_field_may_hold_is_refused_by_the_schema_and_by_a_sentence_that_
 
     assert refusal.value.code == "INVALID_INPUT"
     assert all(part in str(refusal.value) for part in named.split("."))
-    assert_fit_to_be_told(refusal.value)
+    assert_reportable(refusal.value)
     assert not SCHEMA.is_valid(message(**fields))
 
 
@@ -227,4 +227,4 @@ def test_fields_that_do_not_go_together_are_refused_by_a_sentence_that_names_one
 
     assert refusal.value.code == code
     assert named in str(refusal.value)
-    assert_fit_to_be_told(refusal.value)
+    assert_reportable(refusal.value)

@@ -289,10 +289,10 @@ def url() -> Iterator[str]:
 def test_the_status_is_json_with_every_part(url: str) -> None:
     answer = requests.get(f"{url}status.json", timeout=120)
 
-    told = answer.json()
+    body = answer.json()
     assert answer.headers["Content-Type"] == "application/json"
-    assert set(told) == set(type(status()).__slots__)
-    assert told["last_jobs"][1]["code"] == "LORA_NOT_FOUND"
+    assert set(body) == set(type(status()).__slots__)
+    assert body["last_jobs"][1]["code"] == "LORA_NOT_FOUND"
 
 
 @pytest.mark.parametrize("path", ["", "status.json", *(name for name, _ in NAMES.values() if name != "index.html")])

@@ -80,18 +80,18 @@ def test_a_huge_cut_out_is_made_as_small_as_any_image() -> None:
 def test_without_alpha_and_without_a_model_the_job_is_told_what_to_send() -> None:
     with pytest.raises(
         JobFailed, match=r"product\.image_path has no alpha and .* CUTOUT_MODEL: send .*cutout_path"
-    ) as told:
+    ) as caught:
         Cutter(None).cut(photo(), FIELD, wanted)
 
-    assert told.value.code == "UNSUPPORTED_BY_MODEL"
+    assert caught.value.code == "UNSUPPORTED_BY_MODEL"
 
 
 @pytest.mark.parametrize("empty", [Image.new("RGBA", (60, 60)), Image.new("RGBA", (60, 60), (9, 9, 9, 5))])
 def test_a_image_that_is_all_transparent_holds_no_product(empty: Image.Image) -> None:
-    with pytest.raises(JobFailed, match=r"product\.image_path: all of it is transparent") as told:
+    with pytest.raises(JobFailed, match=r"product\.image_path: all of it is transparent") as caught:
         Cutter(None).cut(empty, FIELD, wanted)
 
-    assert told.value.code == "IMAGE_INVALID"
+    assert caught.value.code == "IMAGE_INVALID"
     with pytest.raises(CutoutFailed):
         trim(empty)
 
@@ -116,10 +116,10 @@ def test_a_model_with_the_interface_of_isnet_is_shown_its_own_size(tmp_path: Pat
 
 
 def test_a_image_in_which_the_model_sees_nothing_is_no_product(model: Path) -> None:
-    with pytest.raises(JobFailed, match=r"product\.image_path: no product") as told:
+    with pytest.raises(JobFailed, match=r"product\.image_path: no product") as caught:
         Cutter(model).cut(Image.new("RGBA", (90, 90), "white"), FIELD, wanted)
 
-    assert told.value.code == "IMAGE_INVALID"
+    assert caught.value.code == "IMAGE_INVALID"
 
 
 def test_a_file_that_is_no_model_costs_tries_and_says_so(tmp_path: Path) -> None:

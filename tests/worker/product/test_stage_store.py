@@ -22,7 +22,7 @@ from worker.results.image_store import ImageStore
 SIZE = (64, 48)
 TASK = "660f9511-f3ac-52e5-b827-557766551111"
 
-Shelves = Callable[[], StageStore]
+NewStore = Callable[[], StageStore]
 
 
 def a_job(task_id: str = TASK) -> Job:
@@ -31,28 +31,28 @@ def a_job(task_id: str = TASK) -> Job:
 
 
 @pytest.fixture
-def shelves(store_settings: StoreSettings, bucket: str) -> Shelves:
+def new_store(store_settings: StoreSettings, bucket: str) -> NewStore:
     """A new shelf of the same job at each call, as each try has one."""
     gate = StoreGate(Breaker("the store", STORE_THRESHOLD), threading.Event())
     store = ImageStore(Storage(store_settings), gate)
     return lambda: StageStore(store, bucket, a_job())
 
 
-def change(shelf: StageStore, stage: ProductStage, image: Image.Image) -> None:
+def change(stage_store: StageStore, stage: ProductStage, image: Image.Image) -> None:
     """As a person does it: the tools know nothing of notes."""
     content = io.BytesIO()
     image.save(content, "PNG")
-    ref = ObjectRef(shelf.bucket, f"stages/gen-7/{stage}.png")
-    shelf.store.storage.put(ref, content.getvalue(), content_type="image/png")
+    ref = ObjectRef(stage_store.bucket, f"stages/gen-7/{stage}.png")
+    stage_store.store.storage.put(ref, content.getvalue(), content_type="image/png")
 
 
-def test_a_task_finds_what_it_kept_and_nothing_behind_the_first_gap(shelves: Shelves) -> None:
-    first = shelves()
+def test_a_task_finds_what_it_kept_and_nothing_behind_the_first_gap(new_store: NewStore) -> None:
+    first = new_store()
     first.save(ProductStage.CUTOUT, bottle())
     first.save(ProductStage.BACKGROUND, scene(SIZE), {"scheduler": "ddim"})
     first.save(ProductStage.REFINED, scene(SIZE))
 
-    again = shelves()
+    again = new_store()
     cutout, background = again.find(ProductStage.CUTOUT, "RGBA"), again.find(ProductStage.BACKGROUND, "RGB")
 
     assert cutout is not None
@@ -70,18 +70,18 @@ def test_a_task_finds_what_it_kept_and_nothing_behind_the_first_gap(shelves: She
     }
 
 
-def test_another_task_of_the_generation_uses_nothing_and_replaces_it(shelves: Shelves) -> None:
-    shelves().save(ProductStage.CUTOUT, bottle())
-    other = shelves()
+def test_another_task_of_the_generation_uses_nothing_and_replaces_it(new_store: NewStore) -> None:
+    new_store().save(ProductStage.CUTOUT, bottle())
+    other = new_store()
     other.job = replace(other.job, task_id="770f9511-f3ac-52e5-b827-557766551111")
 
     assert other.find(ProductStage.CUTOUT, "RGBA") is None
     other.save(ProductStage.CUTOUT, bottle(60))
-    assert shelves().find(ProductStage.CUTOUT, "RGBA") is None
+    assert new_store().find(ProductStage.CUTOUT, "RGBA") is None
 
 
-def test_what_somebody_changed_is_used_and_what_was_made_of_it_before_is_not(shelves: Shelves) -> None:
-    first = shelves()
+def test_what_somebody_changed_is_used_and_what_was_made_of_it_before_is_not(new_store: NewStore) -> None:
+    first = new_store()
     for stage, image in (
         (ProductStage.CUTOUT, bottle()),
         (ProductStage.BACKGROUND, scene(SIZE)),
@@ -90,7 +90,7 @@ def test_what_somebody_changed_is_used_and_what_was_made_of_it_before_is_not(she
         first.save(stage, image)
     change(first, ProductStage.BACKGROUND, Image.new("RGB", SIZE, "red"))
 
-    again = shelves()
+    again = new_store()
     again.find(ProductStage.CUTOUT, "RGBA")
     background = again.find(ProductStage.BACKGROUND, "RGB")
 
@@ -100,18 +100,18 @@ def test_what_somebody_changed_is_used_and_what_was_made_of_it_before_is_not(she
     assert again.find(ProductStage.COMPOSITE, "RGB") is None
 
 
-def test_what_nobody_s_task_kept_is_no_beginning(shelves: Shelves) -> None:
-    change(shelves(), ProductStage.CUTOUT, bottle())
+def test_what_nobody_s_task_kept_is_no_beginning(new_store: NewStore) -> None:
+    change(new_store(), ProductStage.CUTOUT, bottle())
 
-    assert shelves().find(ProductStage.CUTOUT, "RGBA") is None
+    assert new_store().find(ProductStage.CUTOUT, "RGBA") is None
 
 
-def test_what_is_no_image_any_more_is_made_again(shelves: Shelves) -> None:
-    first = shelves()
+def test_what_is_no_image_any_more_is_made_again(new_store: NewStore) -> None:
+    first = new_store()
     first.save(ProductStage.CUTOUT, bottle())
     first.save_png(ProductStage.BACKGROUND, b"broken")
 
-    again = shelves()
+    again = new_store()
 
     assert again.find(ProductStage.CUTOUT, "RGBA") is not None
     assert again.find(ProductStage.BACKGROUND, "RGB") is None

@@ -177,9 +177,9 @@ def test_progress_names_the_preview_once_it_is_stored_and_never_waits_for_it(
     track.on_step(reported(4, 50))
     store.begun.get(timeout=HANG_SECONDS)
     track.on_step(reported(5, 60))
-    told = backend.next()
-    assert told["progress"]["progress_percent"] == 25
-    assert "preview_url" not in told
+    webhook = backend.next()
+    assert webhook["progress"]["progress_percent"] == 25
+    assert "preview_url" not in webhook
     store.is_free.set()
     wait_until(lambda: track._previews.url)
 

@@ -79,16 +79,16 @@ def nothing_more(reporter: ProgressReporter, backend: SlowBackend) -> bool:
 
 
 def test_each_milestone_is_told_once_and_in_order(reporter: ProgressReporter, backend: SlowBackend) -> None:
-    track, told = reporter.follow("task", 456), []
+    track, webhooks = reporter.follow("task", 456), []
 
     for step_index in range(21):
         step(track, step_index)
         if 5 * step_index in MILESTONES:
-            told.append(backend.begun.get(timeout=HANG_SECONDS))
+            webhooks.append(backend.begun.get(timeout=HANG_SECONDS))
 
-    assert [webhook.webhook_id for webhook in told] == [f"task:progress:{percent}" for percent in MILESTONES]
-    assert {webhook.kind for webhook in told} == {WebhookKind.PROGRESS}
-    assert told[1].body == {
+    assert [webhook.webhook_id for webhook in webhooks] == [f"task:progress:{percent}" for percent in MILESTONES]
+    assert {webhook.kind for webhook in webhooks} == {WebhookKind.PROGRESS}
+    assert webhooks[1].body == {
         "generation_id": 456,
         "progress": {"current_step": 5, "total_steps": 20, "progress_percent": 25, "estimated_seconds": 30},
     }
@@ -185,8 +185,8 @@ def test_jobs_take_turns(reporter: ProgressReporter, backend: SlowBackend) -> No
     step(second, 0)
     backend.is_free.set()
 
-    told = [backend.begun.get(timeout=HANG_SECONDS).webhook_id for _ in range(5)]
-    assert told.index("second:progress:0") == 1
+    webhooks = [backend.begun.get(timeout=HANG_SECONDS).webhook_id for _ in range(5)]
+    assert webhooks.index("second:progress:0") == 1
 
 
 def test_the_estimate_counts_down_by_what_steps_took(reporter: ProgressReporter, backend: SlowBackend) -> None:
@@ -235,11 +235,11 @@ def test_a_finished_job_teaches_the_next_one_s_first_estimate(reporter: Progress
 def test_a_job_begun_again_after_a_crash_repeats_no_milestone(reporter: ProgressReporter, backend: SlowBackend) -> None:
     # Given a job that got to 50 % before its engine crashed
     track = reporter.follow("task", 456)
-    told = []
+    webhooks = []
     for step_index in range(11):
         step(track, step_index)
         if 5 * step_index in MILESTONES:
-            told += backend.next_percents(1)
+            webhooks += backend.next_percents(1)
 
     # When it begins again from the first step and gets there once more
     for step_index in range(11):
@@ -250,8 +250,8 @@ def test_a_job_begun_again_after_a_crash_repeats_no_milestone(reporter: Progress
     for step_index in range(11, 21):
         step(track, step_index)
         if 5 * step_index in MILESTONES:
-            told += backend.next_percents(1)
-    assert told == list(MILESTONES)
+            webhooks += backend.next_percents(1)
+    assert webhooks == list(MILESTONES)
 
 
 def test_a_job_begun_again_after_a_crash_is_estimated_by_its_second_run_alone(

@@ -21,7 +21,7 @@ def refused(status: int) -> WebhookAttempt:
     return WebhookAttempt(WebhookResult.REJECTED, status, None, f"HTTP {status}", is_ambiguous=False)
 
 
-def tell_many(parts: Parts, count: int = MANY) -> list[str]:
+def notify_many(parts: Parts, count: int = MANY) -> list[str]:
     return [parts.notifier.notify(complete(f"task-{number}")) for number in range(count)]
 
 
@@ -29,7 +29,7 @@ def tell_many(parts: Parts, count: int = MANY) -> list[str]:
 def test_ends_refused_in_a_row_open_the_breaker_and_from_then_on_none_is_a_dead_letter(status: int) -> None:
     parts = Parts(ScriptedClient(refused(status)))
 
-    ends = tell_many(parts)
+    ends = notify_many(parts)
 
     assert ends == ["refused"] * (REFUSALS_TO_OPEN - 1) + ["parked"] * (MANY - REFUSALS_TO_OPEN + 1)
     assert parts.notifier.address_breaker.reason.startswith(f"the backend refuses this worker: HTTP {status} to ")
@@ -41,7 +41,7 @@ def test_a_generation_that_is_unknown_for_minutes_is_no_dead_letter_where_all_ar
     parts = Parts(ScriptedClient(unknown))
     assert parts.notifier.is_permanent_failure(unknown, 61)
 
-    tell_many(parts)
+    notify_many(parts)
 
     assert "BACKEND_API_URL" in parts.notifier.address_breaker.reason
     assert not parts.notifier.is_permanent_failure(unknown, 3600)
@@ -51,7 +51,7 @@ def test_a_generation_that_is_unknown_for_minutes_is_no_dead_letter_where_all_ar
 def test_one_that_is_taken_between_begins_the_count_anew() -> None:
     parts = Parts(ScriptedClient(*[*[refused(400)] * (REFUSALS_TO_OPEN - 1), TAKEN] * 3))
 
-    ends = tell_many(parts, 3 * REFUSALS_TO_OPEN)
+    ends = notify_many(parts, 3 * REFUSALS_TO_OPEN)
 
     assert set(ends) == {"refused", "delivered"}
     assert parts.notifier.address_breaker.reason == ""
@@ -71,21 +71,21 @@ def test_one_end_refused_again_and_again_counts_once() -> None:
 def test_what_speaks_of_one_event_opens_nothing(status: int) -> None:
     parts = Parts(ScriptedClient(refused(status)))
 
-    assert set(tell_many(parts)) == {"refused"}
+    assert set(notify_many(parts)) == {"refused"}
     assert parts.notifier.address_breaker.reason == ""
 
 
 def test_errors_between_neither_count_nor_begin_the_count_anew() -> None:
     parts = Parts(ScriptedClient(*[refused(400), FAILING, FAILING, FAILING] * MANY))
 
-    tell_many(parts, 4 * MANY)
+    notify_many(parts, 4 * MANY)
 
     assert parts.notifier.address_breaker.is_open
 
 
 def test_the_breaker_closes_with_the_first_end_that_is_taken() -> None:
     parts = Parts(ScriptedClient(refused(400)))
-    tell_many(parts, REFUSALS_TO_OPEN)
+    notify_many(parts, REFUSALS_TO_OPEN)
     assert parts.notifier.address_breaker.reason
 
     parts.client.script = [TAKEN, refused(400)]

@@ -27,7 +27,7 @@ def png(colour: str, said: str = "") -> bytes:
     return sink.getvalue()
 
 
-class StageStore:
+class SharedKey:
     """A key of a real store, and tasks' ends that a test sets."""
 
     def __init__(self, settings: StoreSettings, bucket: str) -> None:
@@ -62,55 +62,55 @@ class StageStore:
 
 
 @pytest.fixture
-def shelf(store_settings: StoreSettings, bucket: str) -> StageStore:
-    return StageStore(store_settings, bucket)
+def key(store_settings: StoreSettings, bucket: str) -> SharedKey:
+    return SharedKey(store_settings, bucket)
 
 
-def test_another_task_s_image_is_replaced_by_a_task_that_has_no_end(shelf: StageStore) -> None:
-    shelf.write(OTHER, png("red"))
+def test_another_task_s_image_is_replaced_by_a_task_that_has_no_end(key: SharedKey) -> None:
+    key.write(OTHER, png("red"))
 
-    shelf.put(png("blue"))
+    key.put(png("blue"))
 
-    assert shelf.shown == png("blue")
-    assert shelf.storage.read_metadata(shelf.ref).metadata["task-id"] == TASK
+    assert key.shown == png("blue")
+    assert key.storage.read_metadata(key.ref).metadata["task-id"] == TASK
 
 
-def test_a_task_that_has_ended_elsewhere_replaces_nothing(shelf: StageStore) -> None:
-    shelf.write(OTHER, png("red"))
-    shelf.end(TASK)
+def test_a_task_that_has_ended_elsewhere_replaces_nothing(key: SharedKey) -> None:
+    key.write(OTHER, png("red"))
+    key.end(TASK)
 
     with pytest.raises(AlreadyEnded) as raised:
-        shelf.put(png("blue"))
+        key.put(png("blue"))
 
-    assert raised.value.end == shelf.ends[TASK]
-    assert shelf.shown == png("red")
-
-
-def test_a_image_that_was_written_behind_the_look_is_looked_at_again(shelf: StageStore) -> None:
-    shelf.write(OTHER, png("red"))
-    shelf.others = [(OTHER, png("green")), (str(uuid.uuid4()), png("yellow"))]
-
-    shelf.put(png("blue"))
-
-    assert shelf.others == []
-    assert shelf.shown == png("blue")
+    assert raised.value.end == key.ends[TASK]
+    assert key.shown == png("red")
 
 
-def test_another_run_s_image_of_the_task_stays_where_it_shows_the_same(shelf: StageStore) -> None:
+def test_a_image_that_was_written_behind_the_look_is_looked_at_again(key: SharedKey) -> None:
+    key.write(OTHER, png("red"))
+    key.others = [(OTHER, png("green")), (str(uuid.uuid4()), png("yellow"))]
+
+    key.put(png("blue"))
+
+    assert key.others == []
+    assert key.shown == png("blue")
+
+
+def test_another_run_s_image_of_the_task_stays_where_it_shows_the_same(key: SharedKey) -> None:
     """It may have been reported, and its bytes with it."""
-    shelf.put(png("blue", "at noon"))
+    key.put(png("blue", "at noon"))
 
-    shelf.put(png("blue", "at one"))
+    key.put(png("blue", "at one"))
 
-    assert shelf.shown == png("blue", "at noon")
+    assert key.shown == png("blue", "at noon")
 
 
-@pytest.mark.parametrize("earlier", [png("red"), b"not a picture", b""], ids=["red", "no_picture", "empty"])
+@pytest.mark.parametrize("earlier", [png("red"), b"not a picture", b""], ids=["red", "no_image", "empty"])
 def test_another_run_s_image_of_the_task_is_replaced_where_it_shows_something_else(
-    shelf: StageStore, earlier: bytes
+    key: SharedKey, earlier: bytes
 ) -> None:
-    shelf.write(TASK, earlier)
+    key.write(TASK, earlier)
 
-    shelf.put(png("blue"))
+    key.put(png("blue"))
 
-    assert shelf.shown == png("blue")
+    assert key.shown == png("blue")

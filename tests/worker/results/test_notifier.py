@@ -66,14 +66,14 @@ class HeldClient(ScriptedClient):
 
 
 class NotingLedger:
-    """Knows which events were marked as delivered, by us or, being `told`, by another worker."""
+    """Marks of delivered events: by us, or in `delivered_elsewhere` by another worker."""
 
     def __init__(self) -> None:
         self.marked: list[TerminalEvent] = []
-        self.told: list[TerminalEvent] = []
+        self.delivered_elsewhere: list[TerminalEvent] = []
 
     def is_delivered(self, event: TerminalEvent) -> bool:
-        return event in self.told
+        return event in self.delivered_elsewhere
 
     def mark_delivered(self, event: TerminalEvent) -> None:
         self.marked.append(event)
@@ -206,7 +206,7 @@ def test_a_backend_that_fails_twice_is_tried_again_under_the_same_id_after_growi
 
 def test_an_event_that_another_holder_told_meanwhile_is_not_tried_again() -> None:
     parts = Parts(ScriptedClient(FAILING))
-    parts.ledger.told.append(complete())
+    parts.ledger.delivered_elsewhere.append(complete())
 
     assert parts.notifier.notify(complete()) == "known"
 
@@ -377,7 +377,7 @@ def test_a_parked_event_is_delivered_marked_and_then_acked(started: Start, event
 
 def test_an_event_another_worker_has_delivered_meanwhile_is_acked_without_a_call(started: Start) -> None:
     parts = Parts(ScriptedClient(TAKEN))
-    parts.ledger.told.append(failed())
+    parts.ledger.delivered_elsewhere.append(failed())
     started(parts)
 
     parts.outbox.on_delivery(delivered(failed().to_json(), tag=7))

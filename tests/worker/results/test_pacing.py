@@ -50,7 +50,7 @@ class Lane:
     now: float = 1e9
     pacing: Pacing = field(default_factory=Pacing)
     parked: list[ParkedEvent] = field(default_factory=list)
-    told: dict[str, float] = field(default_factory=dict)
+    delivered_at: dict[str, float] = field(default_factory=dict)
     calls: list[tuple[str, float]] = field(default_factory=list)
 
     def add(self, *names: str) -> None:
@@ -74,7 +74,7 @@ class Lane:
         self.calls.append((name, self.now))
         self.now += HANG_SECONDS if "no answer" in attempt.reason else ANSWER_SECONDS
         if attempt is TAKEN:
-            self.told[name] = self.now
+            self.delivered_at[name] = self.now
             self.parked.remove(one)
             self.pacing.record_success()
             self._let_through(one, is_accepting=True)
@@ -138,7 +138,7 @@ def test_after_an_outage_all_are_told_within_a_minute_whatever_known_failures_ar
 
     lane = after_an_outage(FAILURES[kind], num_bad, num_good, outage, are_known=True)
 
-    assert {name for name in lane.told if name.startswith("good")} == set(names("good", num_good))
+    assert {name for name in lane.delivered_at if name.startswith("good")} == set(names("good", num_good))
 
 
 @pytest.mark.parametrize(("num_bad", "num_good"), RATIOS)
@@ -148,7 +148,7 @@ def test_so_they_are_where_the_failures_were_parked_in_the_outage_too(kind: str,
 
     lane = after_an_outage(FAILURES[kind], num_bad, num_good, REFUSED_CONNECTION, are_known=False)
 
-    assert {name for name in lane.told if name.startswith("good")} == set(names("good", num_good))
+    assert {name for name in lane.delivered_at if name.startswith("good")} == set(names("good", num_good))
 
 
 def test_two_that_the_backend_is_silent_on_cost_the_others_two_calls() -> None:
@@ -156,7 +156,7 @@ def test_two_that_the_backend_is_silent_on_cost_the_others_two_calls() -> None:
     lane = after_an_outage(FAILURES["silence"], 2, 5, REFUSED_CONNECTION, are_known=False)
     lane.run(2 * HANG_SECONDS)
 
-    assert len([name for name in lane.told if name.startswith("good")]) == 5
+    assert len([name for name in lane.delivered_at if name.startswith("good")]) == 5
 
 
 def test_beside_a_call_that_is_not_answered_another_one_begins() -> None:
@@ -179,7 +179,7 @@ def test_where_one_is_known_to_fail_a_new_event_is_told_at_once(failure: Webhook
     lane.add("good 9")
     lane.run(A_MINUTE)
 
-    assert lane.told["good 9"] - began_at < 1
+    assert lane.delivered_at["good 9"] - began_at < 1
 
 
 @pytest.mark.parametrize("num_parked", [1, 5, 200])
@@ -214,4 +214,4 @@ def test_one_that_is_known_to_fail_is_asked_with_more_and_more_rarely_whatever_i
         lane.run(1)
 
     assert sum(name == "bad" for name, _ in lane.calls) <= 25
-    assert len(lane.told) == 3600
+    assert len(lane.delivered_at) == 3600

@@ -1,37 +1,26 @@
-"""What a job names in the store, fetched and checked before the GPU is asked for anything."""
+"""Fetch and check all that a job names before it uses the GPU."""
 
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from threading import Event, Lock
+from threading import Lock
 from typing import TypeVar
 
 from PIL import Image
 
-from clients.storage.cache import DownloadCache
-from clients.storage.client import Storage
-from clients.storage.errors import (
-    AccessDenied,
-    BucketNotFound,
-    ObjectChanged,
-    ObjectNotFound,
-    ObjectTooLarge,
-    StoreRefused,
-)
-from clients.storage.key_variants import key_variants
+from clients.storage.errors import ObjectChanged, ObjectNotFound, ObjectTooLarge
 from clients.storage.location import ObjectRef
 from inference.request import AdapterFile, ModelFacts
 from watermark.decoding import ImageMode, decode_image, decode_signature
 from watermark.errors import FontMissing, ImageInvalid, ImageTooLarge, OverlayInvalid, SignatureInvalid
 from watermark.signature import ImageSignature, Signature, TextSignature, Unsigned
 from watermark.text.headline import Headline, prepare_headlines
-from worker.breakers import StoreGate
 from worker.errors import ErrorCode, JobFailed
 from worker.jobs.inputs.peft_folders import PEFT_CONFIG, PEFT_PICKLE, PEFT_WEIGHTS, WANTS_CONFIG, is_named_by_peft
 from worker.jobs.inputs.references import NO_REFERENCES, References, check_mask, drawing_size
-from worker.jobs.inputs.slow_fetches import SlowFetchLimit
+from worker.jobs.inputs.source import FetchedFile, ObjectSource
 from worker.messages.job import Job, JobAdapter
 
 # Those of the engine and of the pictures' decoders, which would refuse by another code what is over them.
@@ -39,11 +28,8 @@ MAX_ADAPTER_BYTES = 1_000_000_000
 MAX_CONFIG_BYTES = 64_000
 MAX_SIGNATURE_BYTES = 10_000_000
 MAX_IMAGE_BYTES = 50_000_000
-FETCH_DEADLINE_SECONDS = 300.0
 # A folder whose config changed while its weights were fetched is fetched again, so often.
 MAX_FOLDER_LOOKS = 3
-# Before an object that is not there is believed not to be.
-NOT_FOUND_RETRY_SECONDS = 2.0
 
 SAFETENSORS = ".safetensors"
 
@@ -66,39 +52,31 @@ class JobInputs:
 
 @dataclass(frozen=True, slots=True)
 class Fetcher:
-    """Fetches what jobs name in the store. Every method blocks, and raises `JobFailed` with the code of the fault."""
+    """Fetches what jobs name. Every method blocks, and raises `JobFailed` with the code of the fault."""
 
-    storage: Storage
-    cache: DownloadCache
-    private_bucket: str
+    source: ObjectSource
     font_dirs: tuple[Path, ...]
-    facts: ModelFacts
-    is_draining: Event
-    gate: StoreGate
-    results_bucket: str = ""  # where it is another one than the private bucket
-    places: SlowFetchLimit = field(default_factory=SlowFetchLimit)
+    facts: ModelFacts | None = None  # without them, reference images keep their size
 
     def fetch_inputs(self, job: Job, pinned: ExitStack) -> JobInputs:
         """Fetch all that the job names. Adapters stay in the cache until `pinned` closes."""
-        return JobInputs(
-            signature=self.signature(job),
-            headlines=self._headlines(job),
-            references=self._references(job),
-            adapters=tuple(self.adapter(adapter, pinned) for adapter in job.adapters),
-        )
-
-    def _headlines(self, job: Job) -> tuple[Headline, ...]:
+        signature = self.signature(job)
         try:
-            return prepare_headlines(job.overlays, self.font_dirs)
+            headlines = prepare_headlines(job.overlays, self.font_dirs)
         except FontMissing as error:
             raise JobFailed(ErrorCode.FONT_MISSING, str(error)) from error
         except OverlayInvalid as error:
             raise JobFailed(ErrorCode.INVALID_INPUT, str(error)) from error
+        references = self._references(job)
+        adapters = tuple(self.adapter(adapter, pinned) for adapter in job.adapters)
+        return JobInputs(signature, headlines, references, adapters)
 
     def _references(self, job: Job) -> References:
         """Fetch the reference images, each resized before the next is decoded: a dozen jobs hold theirs to the end."""
 
         def at_size(references: References) -> References:
+            if self.facts is None:
+                return references
             return references.at(drawing_size(job, self.facts, references.proportions), job.fit)
 
         def with_mask(mask: Image.Image) -> References:
@@ -127,7 +105,7 @@ class Fetcher:
     def _of_image(self, ref: ObjectRef, field: str, mode: ImageMode, make: Callable[[Image.Image], Made]) -> Made:
         """Fetch an image and pass it to `make` before the next one is decoded."""
         try:
-            content = self._read(ref, MAX_IMAGE_BYTES)
+            content = self.source.read(ref, MAX_IMAGE_BYTES)
             with _ONE_IMAGE_AT_A_TIME:
                 return make(decode_image(content, mode))
         except ObjectNotFound as error:
@@ -141,7 +119,7 @@ class Fetcher:
         """Fetch the signature, ready to draw, so that a fault is found before the GPU is used."""
         try:
             if job.signature_ref is not None:
-                return ImageSignature(decode_signature(self._read(job.signature_ref, MAX_SIGNATURE_BYTES)))
+                return ImageSignature(decode_signature(self.source.read(job.signature_ref, MAX_SIGNATURE_BYTES)))
             if job.artist_name is not None:
                 return TextSignature(job.artist_name, self.font_dirs)
             return Unsigned()
@@ -157,13 +135,6 @@ class Fetcher:
             ) from error
         except FontMissing as error:
             raise JobFailed(ErrorCode.FONT_MISSING, f"artist_name: {error}") from error
-
-    def _read(self, ref: ObjectRef, max_bytes: int) -> bytes:
-        def read(ref: ObjectRef) -> bytes:
-            with self.cache.fetch(ref, max_bytes=max_bytes, deadline_seconds=FETCH_DEADLINE_SECONDS) as path:
-                return path.read_bytes()
-
-        return self._retry_once(ref, read)
 
     def adapter(self, adapter: JobAdapter, pinned: ExitStack) -> AdapterFile:
         """Fetch the adapter's files, pinned in the cache until `pinned` closes."""
@@ -186,9 +157,9 @@ class Fetcher:
         fetch_weights = partial(self._fetch, adapter.ref, MAX_ADAPTER_BYTES, pinned)
         weights = fetch_weights()
         config_ref = adapter.ref.parent.child(PEFT_CONFIG)
-        has_config = adapter.ref.name == PEFT_WEIGHTS and self._exists(config_ref)
-        if not has_config and not is_named_by_peft(weights):
-            return AdapterFile(weights, None, adapter.scale, version=weights.name)
+        has_config = adapter.ref.name == PEFT_WEIGHTS and self.source.exists(config_ref)
+        if not has_config and not is_named_by_peft(weights.path):
+            return AdapterFile(weights.path, None, adapter.scale, weights.version)
         fetch_config = partial(self._fetch, config_ref, MAX_CONFIG_BYTES, pinned)
         try:
             return self._of_one_version(fetch_config, fetch_weights, adapter)
@@ -198,7 +169,7 @@ class Fetcher:
             raise JobFailed(ErrorCode.LORA_INVALID, f"the adapter {adapter.ref} {WANTS_CONFIG}") from error
 
     def _of_one_version(
-        self, fetch_config: Callable[[], Path], fetch_weights: Callable[[], Path], adapter: JobAdapter
+        self, fetch_config: Callable[[], FetchedFile], fetch_weights: Callable[[], FetchedFile], adapter: JobAdapter
     ) -> AdapterFile:
         """Both files of a PEFT folder, of one moment: a publisher may be replacing them one after the other."""
         config = fetch_config()
@@ -206,81 +177,22 @@ class Fetcher:
             weights = fetch_weights()
             before, config = config, fetch_config()
             if config == before:
-                # The cache names a file for the version of its object: key, ETag and size.
-                return AdapterFile(weights, config, adapter.scale, version=f"{config.name} {weights.name}")
+                return AdapterFile(weights.path, config.path, adapter.scale, f"{config.version} {weights.version}")
         raise ObjectChanged(f"the adapter {adapter.ref} is being replaced")
 
-    def _fetch_weights(self, folder: ObjectRef, pinned: ExitStack) -> Path:
+    def _fetch_weights(self, folder: ObjectRef, pinned: ExitStack) -> FetchedFile:
         try:
             return self._fetch(folder.child(PEFT_WEIGHTS), MAX_ADAPTER_BYTES, pinned)
         except JobFailed:
-            if self._exists(folder.child(PEFT_PICKLE)):
+            if self.source.exists(folder.child(PEFT_PICKLE)):
                 only = f"the adapter {folder} holds only {PEFT_PICKLE}, which may be a pickle"
                 raise JobFailed(ErrorCode.LORA_UNSAFE_FORMAT, f"{only}; store {PEFT_WEIGHTS}") from None
             raise
 
-    def _fetch(self, ref: ObjectRef, max_bytes: int, pinned: ExitStack) -> Path:
+    def _fetch(self, ref: ObjectRef, max_bytes: int, pinned: ExitStack) -> FetchedFile:
         try:
-            return self._retry_once(
-                ref,
-                lambda ref: pinned.enter_context(
-                    self.cache.fetch(ref, max_bytes=max_bytes, deadline_seconds=FETCH_DEADLINE_SECONDS)
-                ),
-            )
+            return self.source.fetch(ref, max_bytes, pinned)
         except ObjectNotFound as error:
             raise JobFailed(ErrorCode.LORA_NOT_FOUND, f"the adapter {ref} does not exist") from error
         except ObjectTooLarge as error:
             raise JobFailed(ErrorCode.INPUT_TOO_LARGE, str(error)) from error
-
-    def _retry_once(self, ref: ObjectRef, fetch: Callable[[ObjectRef], Made]) -> Made:
-        """Fetch, retrying once: a 404 may be an upload still in progress, and a refusal may concern this object or the
-        worker itself, which waits for its own buckets and its rights."""
-        try:
-            with self.places.waiting_for(ref):
-                return _by_any_spelling(ref, fetch)
-        except ObjectNotFound:
-            self.is_draining.wait(NOT_FOUND_RETRY_SECONDS)
-            self.gate.retry_while_denied(lambda: self._check_exists(ref.bucket))
-        except StoreRefused:
-            self.gate.retry_while_denied(lambda: self.storage.check_bucket(self.private_bucket))
-            self.gate.retry_while_denied(lambda: self._check_exists(ref.bucket))
-        try:
-            with self.places.waiting_for(ref):
-                return _by_any_spelling(ref, fetch)
-        except AccessDenied as error:
-            raise JobFailed(ErrorCode.INPUT_FORBIDDEN, f"the store does not let this worker read {ref}") from error
-        except BucketNotFound as error:
-            if ref.bucket in self._own_buckets:
-                raise
-            raise ObjectNotFound(str(error)) from error
-
-    def _check_exists(self, bucket: str) -> None:
-        """Raise `BucketNotFound` where one of the worker's own buckets is missing. Another one is its job's affair."""
-        if bucket in self._own_buckets:
-            # A key may read objects without the right to look at their bucket.
-            with suppress(AccessDenied):
-                self.storage.check_bucket(bucket)
-
-    @property
-    def _own_buckets(self) -> tuple[str, ...]:
-        return self.private_bucket, self.results_bucket or self.private_bucket
-
-    def _exists(self, ref: ObjectRef) -> bool:
-        try:
-            self.storage.head(ref)
-        except (ObjectNotFound, AccessDenied):
-            # Without the right to list a bucket, AWS denies what does not exist.
-            return False
-        return True
-
-
-def _by_any_spelling(ref: ObjectRef, fetch: Callable[[ObjectRef], Made]) -> Made:
-    """Fetch `ref` as it is named, else by another spelling of its key."""
-    first, *others = key_variants(ref)
-    try:
-        return fetch(first)
-    except ObjectNotFound:
-        for other in others:
-            with suppress(ObjectNotFound):
-                return fetch(other)
-        raise

@@ -9,7 +9,7 @@ from config.redacting import quoted
 from inference.request import Control, ModelFacts, Source
 from watermark.resizing import Fit, fit
 from worker.errors import ErrorCode, JobFailed
-from worker.messages.job import Job, JobProduct, Kind, Preprocess, resolve_size
+from worker.messages.job import Job, Kind, Preprocess, resolve_size
 
 # A mask made over a smaller copy of the image is off by a pixel at the edges.
 MASK_TOLERANCE = 0.02
@@ -96,7 +96,12 @@ class Abilities(Protocol):
 
 def check_can(job: Job, facts: Abilities) -> None:
     """Raise `JobFailed` for a kind or a ControlNet that the model lacks; runs before anything is fetched."""
-    needed = _product_kinds(job.product) if job.product else {job.kind}
+    needed = {job.kind}
+    if job.product is not None:
+        # The kinds of its requests: the background unless it is given, and inpainting to refine.
+        has_background = job.product.background_ref is not None or job.product.composite_ref is not None
+        needed = set() if has_background else {Kind.TEXT2IMAGE}
+        needed |= {Kind.INPAINT} if job.product.refine_strength > 0 else set()
     if not needed <= set(facts.kinds):
         can = ", ".join(facts.kinds)
         raise JobFailed(
@@ -106,12 +111,6 @@ def check_can(job: Job, facts: Abilities) -> None:
         known = f"knows {', '.join(facts.controls)}" if facts.controls else "has no ControlNets"
         reason = f"control.model {quoted(job.control.model)} is not known: this worker {known}"
         raise JobFailed(ErrorCode.UNSUPPORTED_BY_MODEL, reason)
-
-
-def _product_kinds(product: JobProduct) -> set[Kind]:
-    """Return the kinds of a product job's requests: the background unless it is given, and inpainting to refine."""
-    has_background = product.background_ref is not None or product.composite_ref is not None
-    return (set() if has_background else {Kind.TEXT2IMAGE}) | ({Kind.INPAINT} if product.refine_strength > 0 else set())
 
 
 def check_mask(mask: Image.Image, size: tuple[int, int]) -> None:

@@ -27,13 +27,19 @@ class SlowFetchLimit:
 
     @contextmanager
     def waiting_for(self, ref: ObjectRef) -> Iterator[None]:
-        """Limit the fetch of `ref` inside. Raises `SlowFetchRefused` where it is slow and every slot is taken."""
-        self._refuse_if_hopeless(ref)
+        """Limit the fetch of `ref` inside. Raises `SlowFetchRefused` where it is slow and every slot is taken: at
+        once where it is slow for other jobs already."""
+        with self._lock:
+            if self._slow[ref] and self._slow.total() >= self._num_slow:
+                raise _given_up(ref)
         has_slow_place = False
 
         def may_go_on() -> bool:
             nonlocal has_slow_place
-            has_slow_place = self._take(ref)
+            with self._lock:
+                has_slow_place = self._slow.total() < self._num_slow
+                if has_slow_place:
+                    self._slow[ref] += 1
             return has_slow_place
 
         try:
@@ -46,26 +52,8 @@ class SlowFetchLimit:
                     raise
         finally:
             if has_slow_place:
-                self._give_back(ref)
-
-    def _refuse_if_hopeless(self, ref: ObjectRef) -> None:
-        """Raise `SlowFetchRefused` at once where the same object is slow for other jobs and no slot is free."""
-        with self._lock:
-            if self._slow[ref] and self._slow.total() >= self._num_slow:
-                raise _given_up(ref)
-
-    def _take(self, ref: ObjectRef) -> bool:
-        with self._lock:
-            if self._slow.total() >= self._num_slow:
-                return False
-            self._slow[ref] += 1
-            return True
-
-    def _give_back(self, ref: ObjectRef) -> None:
-        with self._lock:
-            self._slow[ref] -= 1
-            if not self._slow[ref]:
-                del self._slow[ref]
+                with self._lock:
+                    self._slow -= Counter([ref])  # an object that is slow for no job is dropped
 
 
 def _given_up(ref: ObjectRef) -> SlowFetchRefused:

@@ -273,14 +273,14 @@ def test_a_policy_that_limits_the_worker_s_queues_is_found(place: Place) -> None
 def test_what_the_management_interface_tells_of_policies_is_said_of_the_worker_s_queues_alone() -> None:
     names = QueueNames("jobs")
     limited = {"delivery-limit": 3, "expires": 1000, "ha-mode": "all"}
-    told = [
+    policies = [
         {"name": names.outbox, "effective_policy_definition": limited},
         {"name": names.dead, "effective_policy_definition": []},
         {"name": names.recover},
         {"name": names.jobs, "effective_policy_definition": limited},
         {"name": "of-another-service", "effective_policy_definition": limited},
     ]
-    with AnsweringServer([answer(200, json.dumps(told).encode())]) as server:
+    with AnsweringServer([answer(200, json.dumps(policies).encode())]) as server:
         definitions = effective_policies("127.0.0.1", "/", user="guest", password="guest", port=server.port)
 
     assert server.requests[0].startswith(b"GET /api/queues/%2F HTTP/1.1")

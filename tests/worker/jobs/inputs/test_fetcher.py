@@ -26,6 +26,7 @@ from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate
 from worker.errors import JobFailed
 from worker.jobs.disposition import Disposition, decide
 from worker.jobs.inputs.fetcher import Fetcher
+from worker.jobs.inputs.store_source import StoreSource
 from worker.messages.job import JobAdapter
 
 FOLDER = "models/style-1/"
@@ -59,15 +60,14 @@ def pinned() -> Iterator[ExitStack]:
 
 def fetcher_of(storage: Storage, settings: StoreSettings) -> Fetcher:
     is_draining = Event()
-    return Fetcher(
+    source = StoreSource(
         storage=storage,
         cache=DownloadCache(storage, settings.cache_dir, 10_000_000),
         private_bucket=settings.bucket,
-        font_dirs=(),
-        facts=FACTS,
         is_draining=is_draining,
         gate=StoreGate(Breaker("the store", STORE_THRESHOLD), is_draining),
     )
+    return Fetcher(source, font_dirs=(), facts=FACTS)
 
 
 def put_style(settings: StoreSettings, text: str) -> None:
@@ -189,7 +189,7 @@ class RefusingStorage(Storage):
 def test_a_bucket_that_only_the_job_names_and_that_does_not_exist_is_its_own_failure(
     store_settings: StoreSettings, pinned: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.jobs.inputs.fetcher.NOT_FOUND_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("worker.jobs.inputs.store_source.NOT_FOUND_RETRY_SECONDS", 0.0)
     fetcher = fetcher_of(Storage(store_settings), store_settings)
 
     with pytest.raises(JobFailed, match="no-such-bucket") as refusal:
@@ -201,7 +201,7 @@ def test_a_bucket_that_only_the_job_names_and_that_does_not_exist_is_its_own_fai
 def test_a_bucket_of_the_worker_s_own_that_is_missing_is_waited_for(
     store_settings: StoreSettings, pinned: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.jobs.inputs.fetcher.NOT_FOUND_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("worker.jobs.inputs.store_source.NOT_FOUND_RETRY_SECONDS", 0.0)
     monkeypatch.setattr("worker.breakers.PAUSES_SECONDS", (0.0, 0.0))
     put_style(store_settings, "here")
     storage = RefusingStorage(store_settings, store_settings.bucket, num_looks=3)

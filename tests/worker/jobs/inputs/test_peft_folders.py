@@ -1,12 +1,14 @@
 """Weights named by PEFT and the config beside them, as `generate --lora` takes them: by a folder or a file in it."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from clients.storage.location import ObjectRef
 from tests.hostile.inputs import demo_adapter, peft_config, peft_weights
-from worker.cli.generate import NO_BUCKET, NotDrawn, _adapter
+from worker.cli.file_source import FileSource, local_file
+from worker.errors import JobFailed
+from worker.jobs.inputs.fetcher import Fetcher
 from worker.jobs.inputs.peft_folders import is_named_by_peft
 from worker.messages.job import JobAdapter
 
@@ -21,7 +23,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def files_of(path: Path) -> tuple[Path, Path | None]:
-    found = _adapter(JobAdapter(ObjectRef(NO_BUCKET, str(path)), 1.0))
+    fetcher = Fetcher(FileSource(), font_dirs=())
+    found = fetcher.adapter(JobAdapter(local_file(str(path)), 1.0), ExitStack())
     return found.weights, found.config
 
 
@@ -47,7 +50,7 @@ def test_weights_by_the_model_s_own_names_under_the_file_name_of_peft_take_the_c
 def test_weights_of_peft_alone_are_refused_by_what_is_missing(folder: Path) -> None:
     (folder / "adapter_config.json").unlink()
 
-    with pytest.raises(NotDrawn, match=r"adapter_config\.json: store that file beside it"):
+    with pytest.raises(JobFailed, match=r"adapter_config\.json: store that file beside it"):
         files_of(folder / "adapter_model.safetensors")
 
 

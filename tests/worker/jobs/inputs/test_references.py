@@ -25,6 +25,7 @@ from worker.errors import JobFailed
 from worker.jobs.handler import request_of
 from worker.jobs.inputs.fetcher import Fetcher
 from worker.jobs.inputs.references import References, check_can, check_mask, drawing_size
+from worker.jobs.inputs.store_source import StoreSource
 from worker.messages.job import JobControl, JobSource, Kind, Preprocess, resolve_size
 from worker.messages.rules import JobRules
 
@@ -237,9 +238,9 @@ def test_control_is_told_as_it_was_asked_for(rules: JobRules) -> None:
     control = {"image_path": "e", "model": "edges", "scale": 0.5, "start": 0.2, "end": 0.7, "preprocess": "canny"}
     job = job_of(rules, control=control)
 
-    told = References(control=noise(64, 64)).control_for(job, (64, 64))
+    engine_control = References(control=noise(64, 64)).control_for(job, (64, 64))
 
-    assert told == Control("edges", noise(64, 64).tobytes(), 0.5, 0.2, 0.7, finds_edges=True)
+    assert engine_control == Control("edges", noise(64, 64).tobytes(), 0.5, 0.2, 0.7, finds_edges=True)
 
 
 def test_what_a_job_holds_is_as_small_as_its_drawing_and_keeps_its_proportions(
@@ -249,15 +250,14 @@ def test_what_a_job_holds_is_as_small_as_its_drawing_and_keeps_its_proportions(
     storage, is_draining = Storage(store_settings), Event()
     for key, image in (("i.png", noise(1201, 801)), ("m.png", Image.new("L", (600, 400), 255)), ("c.png", noise())):
         storage.put(ObjectRef(bucket, key), png(image), content_type="image/png")
-    fetcher = Fetcher(
+    source = StoreSource(
         storage=storage,
         cache=DownloadCache(storage, store_settings.cache_dir, 10_000_000),
         private_bucket=bucket,
-        font_dirs=(),
-        facts=FACTS,
         is_draining=is_draining,
         gate=StoreGate(Breaker("the store", STORE_THRESHOLD), is_draining),
     )
+    fetcher = Fetcher(source, font_dirs=(), facts=FACTS)
     at = partial(ObjectRef, bucket)
     job = replace(
         job_of(rules),

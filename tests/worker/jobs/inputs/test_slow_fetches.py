@@ -85,7 +85,8 @@ def wait_until_refused(places: SlowFetchLimit) -> None:
     give_up_at = time.monotonic() + HANG_SECONDS
     while time.monotonic() < give_up_at:
         try:
-            places._refuse_if_hopeless(HUNG)
+            with places.waiting_for(HUNG):
+                pass
         except SlowFetchRefused:
             return
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""The judge: from the journal, the bucket and the queues to figures, and from those to verdicts. Pure."""
+"""Compute a campaign's figures from its journal, bucket and queues, and check them against limits. Pure."""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
@@ -71,7 +71,7 @@ class Figures:
     idle_seconds: float
     seconds: float
     poisoned: list[int]
-    poisoned_told: list[int]
+    poisoned_delivered: list[int]
     poisoned_gone: list[int]
 
     @property
@@ -86,7 +86,9 @@ class Figures:
 
 
 class Check(NamedTuple):
-    """One line of the result: a figure, what it may be, and whether it is. `limit` is empty for what is only told."""
+    """One line of the result: a figure, its limit, and whether it is met. `limit` is empty for one that is only
+    reported.
+    """
 
     name: str
     value: str
@@ -94,7 +96,7 @@ class Check(NamedTuple):
     is_met: bool
 
 
-def judge(
+def compute_figures(
     entries: Iterable[Entry],
     objects: Mapping[str, StoredObject],
     queues: Mapping[str, int],
@@ -103,7 +105,8 @@ def judge(
     poisoned: Collection[int] = (),
     parked: Collection[int] = (),
 ) -> Figures:
-    """`objects` by their keys, `queues`: messages left by the name behind the jobs' queue, without the `parked` ones.
+    """Compute the figures. `objects` by their keys; `queues`: messages left by the name behind the jobs' queue, without
+    the `parked` ones.
 
     `parked` are the generations whose ends are left in the outbox, as those of all `poisoned` ones should be.
     """
@@ -140,44 +143,44 @@ def judge(
         late_seconds=_late_seconds(entries, heard),
         seconds=_span(entries),
         poisoned=sorted(poisoned),
-        poisoned_told=sorted(effects.keys() & set(poisoned)),
+        poisoned_delivered=sorted(effects.keys() & set(poisoned)),
         poisoned_gone=sorted(set(poisoned) - set(parked)),
     )
 
 
 def checks(figures: Figures, limits: Limits) -> list[Check]:
-    """Every figure with its limit."""
+    """Compare every figure with its limit."""
     f = figures
     unexplained = max(0, f.num_dead_letters - len(f.failed_as_poison))
     return [
-        _told("jobs published", f.num_published),
-        _told("complete", f.num_complete),
-        _told("failed as they must", f.num_failed_as_meant),
-        *(_told(f"chaos: {name}", count) for name, count in sorted(f.actions.items())),
-        _told("workers started", f.num_lives),
-        _told("seconds", round(f.seconds)),
+        _reported("jobs published", f.num_published),
+        _reported("complete", f.num_complete),
+        _reported("failed as they must", f.num_failed_as_meant),
+        *(_reported(f"chaos: {name}", count) for name, count in sorted(f.actions.items())),
+        _reported("workers started", f.num_lives),
+        _reported("seconds", round(f.seconds)),
         _zero("lost", f.lost),
         _zero("with both kinds of end", f.both_ends),
         _zero("duplicate effects", f.duplicate_effects),
         _zero("ended as they must not", f.wrong_ends),
-        _told("failed as poison though innocent", _listed(f.failed_as_poison)),
-        _told("raw repeats", f"{f.num_repeats} ({f.num_provoked_repeats} of them provoked)"),
+        _reported("failed as poison though innocent", _listed(f.failed_as_poison)),
+        _reported("raw repeats", f"{f.num_repeats} ({f.num_provoked_repeats} of them provoked)"),
         _at_most("share of unprovoked repeats", f.repeat_share, limits.max_repeat_share),
-        _told("repeats while the store was away", f.num_unjudged_repeats),
+        _reported("repeats while the store was away", f.num_unjudged_repeats),
         _zero("repeats outside the window between post and mark", f.repeats_outside),
         _zero("repeats with another body", f.altered_repeats),
         _zero("pictures missing", f.missing_objects),
         _zero("pictures of no complete job", f.surplus_objects),
         _zero("pictures that cannot be decoded", f.broken_objects),
         _zero("pictures with another sha256 than their metadata", f.wrong_hashes),
-        _told("ends that the backend never takes", _listed(f.poisoned)),
-        _zero("told of these", f.poisoned_told),
+        _reported("ends that the backend never takes", _listed(f.poisoned)),
+        _zero("delivered of these", f.poisoned_delivered),
         _zero("no longer parked of these", f.poisoned_gone),
         _zero("left in queues", [f"{name or 'jobs'}: {count}" for name, count in f.left_in_queues.items()]),
         _zero("dead letters without a reason", [unexplained] if unexplained else []),
         _zero("workers that ended without being asked", f.own_exits),
         _zero("exits late or with a wrong code", f.bad_exits),
-        _told("slowest exit after SIGTERM, seconds", f.slowest_exit_seconds),
+        _reported("slowest exit after SIGTERM, seconds", f.slowest_exit_seconds),
         _at_most("denoising beyond need", f.extra_share, limits.max_extra_share),
         _at_most("last end behind the outage, seconds", f.late_seconds, limits.max_late_seconds, is_share=False),
         _at_most(
@@ -187,7 +190,7 @@ def checks(figures: Figures, limits: Limits) -> list[Check]:
 
 
 def _effects(heard: list[Heard]) -> dict[int, list[Heard]]:
-    """What a backend that drops repeats of an id has acted on, by generation."""
+    """Group by generation what a backend that drops repeats of an id has acted on."""
     effects: dict[int, list[Heard]] = defaultdict(list)
     known: set[str] = set()
     for end in heard:
@@ -239,20 +242,20 @@ def _images(complete: list[Published], objects: Mapping[str, StoredObject]) -> d
 
 
 def keys_of(job: Published) -> list[str]:
-    """The keys of the job's pictures."""
+    """Return the keys of the job's images."""
     suffixes = ["", *(f"-{number}" for number in range(2, job.num_images + 1))]
     return [f"generations/gen-{job.generation_id}{suffix}.png" for suffix in suffixes]
 
 
 def _workers(entries: list[Entry], limits: Limits) -> dict[str, Any]:
     exits = only(entries, Ended)
-    stopped = [one for one in exits if one.asked == SIGTERM]
+    stopped = [one for one in exits if one.stopped_by == SIGTERM]
     grace = float("inf") if limits.grace_seconds is None else limits.grace_seconds
     counts = only(entries, Counted)
     return {
         "actions": dict(Counter(_named(acted) for acted in only(entries, Acted))),
         "num_lives": max((counted.life for counted in counts), default=0),
-        "own_exits": [f"worker {one.life}: exit code {one.exit_code}" for one in exits if not one.asked],
+        "own_exits": [f"worker {one.life}: exit code {one.exit_code}" for one in exits if not one.stopped_by],
         "bad_exits": [
             f"worker {one.life}: exit code {one.exit_code} after {one.seconds} s"
             for one in stopped
@@ -266,7 +269,7 @@ def _workers(entries: list[Entry], limits: Limits) -> dict[str, Any]:
 
 
 def _named(acted: Acted) -> str:
-    """What was done, and to what kind of process where there were several to choose from."""
+    """Name what was done, and to what kind of process where there were several to choose from."""
     victim, of, _ = acted.detail.partition(" of ")
     return f"{acted.action} {victim}" if of else acted.action
 
@@ -288,7 +291,7 @@ def _by_life(counts: list[Counted], name: str) -> list[list[float]]:
 
 
 def _late_seconds(entries: list[Entry], heard: list[Heard]) -> float:
-    """From the backend's return to the last end that a job had."""
+    """Return the seconds from the backend's return to the last end that a job had."""
     back = [acted.at for acted in only(entries, Acted) if acted.action == OUTAGE]
     return round(max(end.at for end in heard) - max(back), 2) if back and heard else 0.0
 
@@ -297,7 +300,7 @@ def _span(entries: list[Entry]) -> float:
     return round(entries[-1].at - entries[0].at, 1) if entries else 0.0
 
 
-def _told(name: str, value: object) -> Check:
+def _reported(name: str, value: object) -> Check:
     return Check(name, str(value), "", is_met=True)
 
 
@@ -310,7 +313,7 @@ def _at_most(name: str, value: float, limit: float | None, *, is_share: bool = T
         return f"{100 * number:.2f} %" if is_share else f"{number:.1f}"
 
     if limit is None:
-        return _told(name, shown(value))
+        return _reported(name, shown(value))
     return Check(name, shown(value), f"≤ {shown(limit)}", is_met=value <= limit)
 
 

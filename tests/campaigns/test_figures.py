@@ -1,4 +1,4 @@
-"""The judge of the campaigns, on made-up journals: each thing that must not be is found where it is."""
+"""The figures of the campaigns, on made-up journals: each fault is found, and nothing else."""
 
 import dataclasses
 from pathlib import Path
@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from tests.campaigns.figures import Figures, Limits, StoredObject, checks, compute_figures
 from tests.campaigns.jobs import plan_jobs
 from tests.campaigns.journal import Acted, Counted, Ended, Entry, Heard, Journal, Published
-from tests.campaigns.judging import Figures, Limits, StoredObject, checks, judge
 
 IMAGE = StoredObject("abc", "abc", is_image=True)
 
@@ -27,45 +27,45 @@ def images(*numbers: int) -> dict[str, StoredObject]:
     return {f"generations/gen-{number}.png": IMAGE for number in numbers}
 
 
-def verdict(
+def figures_and_unmet(
     entries: list[Entry],
     objects: dict[str, StoredObject],
     queues: dict[str, int] | None = None,
     limits: Limits = Limits(),  # noqa: B008 - frozen
 ) -> tuple[Figures, list[str]]:
-    """The figures, and the names of the checks that are not met."""
-    figures = judge(entries, objects, queues or {}, limits=limits)
+    """Return the figures, and the names of the checks that are not met."""
+    figures = compute_figures(entries, objects, queues or {}, limits=limits)
     return figures, [check.name for check in checks(figures, limits) if not check.is_met]
 
 
 def test_a_campaign_in_which_all_went_well_has_nothing_to_find() -> None:
     entries = [job(1), job(2, must_fail=True), end(1), end(2, "failed", code="LORA_NOT_FOUND")]
 
-    figures, unmet = verdict(entries, images(1), {"": 0, ".dead": 0})
+    figures, unmet = figures_and_unmet(entries, images(1), {"": 0, ".dead": 0})
 
     assert unmet == []
     assert (figures.num_complete, figures.num_failed_as_meant) == (1, 1)
 
 
 def test_a_job_without_an_end_is_lost() -> None:
-    figures, unmet = verdict([job(1), job(2), end(1)], images(1))
+    figures, unmet = figures_and_unmet([job(1), job(2), end(1)], images(1))
     assert figures.lost == [2]
     assert unmet == ["lost"]
 
 
 def test_an_end_that_the_backend_refused_is_none() -> None:
-    figures, _ = verdict([job(1), end(1, answer="refused")], {})
+    figures, _ = figures_and_unmet([job(1), end(1, answer="refused")], {})
     assert figures.lost == [1]
 
 
 def test_both_kinds_of_end_are_found() -> None:
-    figures, unmet = verdict([job(1), end(1), end(1, "failed", code="ENGINE_CRASHED")], images(1))
+    figures, unmet = figures_and_unmet([job(1), end(1), end(1, "failed", code="ENGINE_CRASHED")], images(1))
     assert figures.both_ends == [1]
     assert "with both kinds of end" in unmet
 
 
 def test_a_second_effect_under_another_id_is_found() -> None:
-    figures, unmet = verdict([job(1), end(1), end(1, webhook_id="other:complete")], images(1))
+    figures, unmet = figures_and_unmet([job(1), end(1), end(1, webhook_id="other:complete")], images(1))
     assert figures.duplicate_effects == [1]
     assert unmet == ["duplicate effects"]
 
@@ -73,7 +73,7 @@ def test_a_second_effect_under_another_id_is_found() -> None:
 def test_a_repeat_is_no_second_effect_but_counted() -> None:
     limits = Limits(max_repeat_share=0.5)
 
-    figures, unmet = verdict([job(1), end(1), end(1, mark="open")], images(1), limits=limits)
+    figures, unmet = figures_and_unmet([job(1), end(1), end(1, mark="open")], images(1), limits=limits)
 
     assert figures.duplicate_effects == []
     assert (figures.num_repeats, figures.num_provoked_repeats, figures.repeat_share) == (1, 0, 1.0)
@@ -81,7 +81,7 @@ def test_a_repeat_is_no_second_effect_but_counted() -> None:
 
 
 def test_a_repeat_after_a_lost_answer_is_provoked() -> None:
-    figures, unmet = verdict(
+    figures, unmet = figures_and_unmet(
         [job(1), end(1, answer="lost"), end(1, mark="open")], images(1), limits=Limits(max_repeat_share=0.0)
     )
     assert figures.num_provoked_repeats == 1
@@ -91,12 +91,12 @@ def test_a_repeat_after_a_lost_answer_is_provoked() -> None:
 @pytest.mark.parametrize(("seconds_ago", "num_found"), [(1.0, 0), (5.0, 1)])
 def test_a_repeat_long_behind_the_ledgers_mark_is_found(seconds_ago: float, num_found: int) -> None:
     late = end(1, mark="marked", marked_seconds_ago=seconds_ago)
-    figures, unmet = verdict([job(1), end(1), late], images(1))
+    figures, unmet = figures_and_unmet([job(1), end(1), late], images(1))
     assert len(figures.repeats_outside) == len(unmet) == num_found
 
 
 def test_a_repeat_with_another_body_is_found() -> None:
-    _, unmet = verdict([job(1), end(1), end(1, mark="open", digest="other")], images(1))
+    _, unmet = figures_and_unmet([job(1), end(1), end(1, mark="open", digest="other")], images(1))
     assert unmet == ["repeats with another body"]
 
 
@@ -109,7 +109,7 @@ def test_a_repeat_with_another_body_is_found() -> None:
     ],
 )
 def test_an_end_that_was_not_meant_is_found(published: Published, ended: Heard, found: str) -> None:
-    figures, unmet = verdict([published, ended], images(1))
+    figures, unmet = figures_and_unmet([published, ended], images(1))
     assert found in figures.wrong_ends
     assert "ended as they must not" in unmet
 
@@ -117,11 +117,11 @@ def test_an_end_that_was_not_meant_is_found(published: Published, ended: Heard, 
 def test_an_innocent_job_taken_for_poison_is_told_apart_and_explains_its_dead_letter() -> None:
     entries = [job(1), end(1, "failed", code="ENGINE_CRASHED")]
 
-    figures, unmet = verdict(entries, {}, {".dead": 1})
+    figures, unmet = figures_and_unmet(entries, {}, {".dead": 1})
 
     assert figures.failed_as_poison == ["1: ENGINE_CRASHED"]
     assert figures.wrong_ends == unmet == []
-    assert verdict(entries, {}, {".dead": 2})[1] == ["dead letters without a reason"]
+    assert figures_and_unmet(entries, {}, {".dead": 2})[1] == ["dead letters without a reason"]
 
 
 @pytest.mark.parametrize(
@@ -137,16 +137,16 @@ def test_an_innocent_job_taken_for_poison_is_told_apart_and_explains_its_dead_le
     ],
 )
 def test_what_is_wrong_with_the_bucket_is_found(objects: dict[str, StoredObject], found: str) -> None:
-    assert verdict([job(1), end(1)], objects)[1] == [found]
+    assert figures_and_unmet([job(1), end(1)], objects)[1] == [found]
 
 
 def test_each_image_of_a_job_is_looked_for() -> None:
-    figures, _ = verdict([job(1, num_images=3), end(1)], images(1))
+    figures, _ = figures_and_unmet([job(1, num_images=3), end(1)], images(1))
     assert figures.missing_objects == ["generations/gen-1-2.png", "generations/gen-1-3.png"]
 
 
 def test_a_message_left_in_a_queue_is_found() -> None:
-    figures, unmet = verdict([job(1), end(1)], images(1), {"": 0, ".outbox": 1})
+    figures, unmet = figures_and_unmet([job(1), end(1)], images(1), {"": 0, ".outbox": 1})
     assert figures.left_in_queues == {".outbox": 1}
     assert unmet == ["left in queues"]
 
@@ -154,7 +154,7 @@ def test_a_message_left_in_a_queue_is_found() -> None:
 def test_work_is_counted_over_all_lives_of_the_workers() -> None:
     counts = [Counted(1.0, 1, 0.0, 0.0), Counted(2.0, 1, 8.0, 0.0), Counted(3.0, 2, 4.0, 0.0)]
 
-    figures, unmet = verdict([job(1), *counts, end(1)], images(1), limits=Limits(max_extra_share=0.1))
+    figures, unmet = figures_and_unmet([job(1), *counts, end(1)], images(1), limits=Limits(max_extra_share=0.1))
 
     assert (figures.num_lives, figures.lane_steps, figures.needed_steps) == (2, 12.0, 10)
     assert unmet == ["denoising beyond need"]
@@ -172,13 +172,13 @@ def test_work_is_counted_over_all_lives_of_the_workers() -> None:
     ],
 )
 def test_exits_are_judged(ended: Ended, found: list[str]) -> None:
-    assert verdict([job(1), end(1), ended], images(1), limits=Limits(grace_seconds=10.0))[1] == found
+    assert figures_and_unmet([job(1), end(1), ended], images(1), limits=Limits(grace_seconds=10.0))[1] == found
 
 
 def test_ends_long_after_an_outage_are_found() -> None:
     entries = [job(1), Acted(90.0, "outage", "60 s"), end(1)]
 
-    figures, unmet = verdict(entries, images(1), limits=Limits(max_late_seconds=10.0))
+    figures, unmet = figures_and_unmet(entries, images(1), limits=Limits(max_late_seconds=10.0))
 
     assert figures.late_seconds == 11.0
     assert unmet == ["last end behind the outage, seconds"]
@@ -213,9 +213,9 @@ def test_an_end_that_the_backend_never_takes_must_be_parked_and_told_to_nobody()
     entries = [job(1), job(2), job(3, must_fail=True), end(1)]
 
     def unmet_of(parked: list[int], *more: Entry) -> list[str]:
-        figures = judge([*entries, *more], images(1, 2), {}, limits=Limits(), poisoned={2, 3}, parked=parked)
+        figures = compute_figures([*entries, *more], images(1, 2), {}, limits=Limits(), poisoned={2, 3}, parked=parked)
         return [check.name for check in checks(figures, Limits()) if not check.is_met]
 
     assert unmet_of([3, 2]) == []
     assert unmet_of([3]) == ["no longer parked of these"]
-    assert unmet_of([3, 2], end(2)) == ["told of these"]
+    assert unmet_of([3, 2], end(2)) == ["delivered of these"]

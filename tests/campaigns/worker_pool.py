@@ -1,4 +1,4 @@
-"""Workers and their keeper, which starts a new one wherever one ends, as Docker would."""
+"""A pool of workers, which starts a new one wherever one ends, as Docker would."""
 
 import os
 import random
@@ -30,13 +30,13 @@ class Place:
     number: int
     worker: Worker
     life: int
-    asked: str = ""
-    asked_at: float = field(default_factory=time.time)
+    stopped_by: str = ""
+    stopped_at: float = field(default_factory=time.time)
     was_ready: bool = False
     num_lane_steps: float = -1.0
 
 
-class Keeper:
+class WorkerPool:
     """Owner of the workers and of the thread that looks after them. Public methods may be called from any thread."""
 
     def __init__(self, world: World, journal: Journal, *, num_workers: int, env: Mapping[str, str]) -> None:
@@ -47,30 +47,30 @@ class Keeper:
         self._is_closing = threading.Event()
         self._num_lives = max((counted.life for counted in journal.all(Counted)), default=0)
         self._places = [self._occupy(number) for number in range(1, num_workers + 1)]
-        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="worker-pool", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     @property
     def num_ready(self) -> int:
-        """Workers that have been ready in their present life and were not asked to end."""
-        return sum(place.was_ready and not place.asked for place in self._places)
+        """Workers that have been ready in their present life and were sent no signal."""
+        return sum(place.was_ready and not place.stopped_by for place in self._places)
 
     @property
     def num_lives(self) -> int:
         return self._num_lives
 
     def kill_a_worker(self, rng: random.Random) -> str | None:
-        """SIGKILL for some supervisor; whose, or None where none can be had at the moment."""
+        """Send SIGKILL to a supervisor; return whose, or None where none can be had at the moment."""
         return self._signal(rng, signal.SIGKILL, "kill")
 
     def stop_a_worker(self, rng: random.Random) -> str | None:
-        """SIGTERM for some supervisor; whose, or None where none can be had at the moment."""
+        """Send SIGTERM to a supervisor; return whose, or None where none can be had at the moment."""
         return self._signal(rng, signal.SIGTERM, "sigterm")
 
     def kill_an_engine(self, rng: random.Random) -> str | None:
-        """SIGKILL for the engine of some worker; whose, or None where there is none at the moment."""
+        """Send SIGKILL to the engine of a worker; return whose, or None where there is none at the moment."""
         with self._lock:
             place = rng.choice(self._places)
             try:
@@ -89,11 +89,13 @@ class Keeper:
 
     def _signal(self, rng: random.Random, number: signal.Signals, word: str) -> str | None:
         with self._lock:
-            candidates = [place for place in self._places if not place.asked and place.worker.process.poll() is None]
+            candidates = [
+                place for place in self._places if not place.stopped_by and place.worker.process.poll() is None
+            ]
             if not candidates:
                 return None
             place = rng.choice(candidates)
-            place.asked, place.asked_at = word, time.time()
+            place.stopped_by, place.stopped_at = word, time.time()
             place.worker.process.send_signal(number)
             return f"worker {place.life}"
 
@@ -118,10 +120,10 @@ class Keeper:
         return Place(number, worker, self._num_lives)
 
     def _note_end(self, place: Place) -> None:
-        seconds = time.time() - place.asked_at if place.asked else 0.0
+        seconds = time.time() - place.stopped_at if place.stopped_by else 0.0
         exit_code = place.worker.process.returncode
         self._journal.write(
-            Ended(time.time(), place.life, exit_code, place.asked, round(seconds, 2), was_ready=place.was_ready)
+            Ended(time.time(), place.life, exit_code, place.stopped_by, round(seconds, 2), was_ready=place.was_ready)
         )
 
     def _count(self, place: Place) -> None:
