@@ -3,6 +3,7 @@
 import json
 import re
 import uuid
+from contextlib import suppress
 
 from rich.console import Console
 
@@ -24,7 +25,9 @@ def orders_of(text: str, *, is_task: bool = False, is_generation: bool = False) 
 
     Raises `InvalidId`. Pure.
     """
-    task_id = _uuid(text)
+    task_id: str | None = None
+    with suppress(ValueError):
+        task_id = str(uuid.UUID(text))
     if is_task and task_id is None:
         raise InvalidId(f"{text!r:.60} is no task id, which is a UUID like 660f9511-f3ac-52e5-b827-557766551111")
     orders: list[dict[str, str | int]] = []
@@ -56,10 +59,3 @@ def cancel(settings: BrokerSettings, orders: list[dict[str, str | int]], console
     outcome = f"{sent} was sent to the workers. A job that runs ends at its next step, one that waits before it starts."
     console.print(outcome, markup=False, highlight=False, soft_wrap=True)
     return True
-
-
-def _uuid(text: str) -> str | None:
-    try:
-        return str(uuid.UUID(text))
-    except ValueError:
-        return None

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import typer
@@ -52,19 +52,14 @@ def or_exit(load: Callable[[], Loaded]) -> Loaded:
         console.print("[bold red]The settings are not right:[/]")
         # Not folded at the terminal's width: people copy these lines, and programs search them for words.
         problems = str(error)
-        # A near miss that stands in for a missing setting is named in that setting's line.
-        others = [doubt for doubt in _misspelled_names_or_none() if doubt.split()[0] not in problems]
+        others: list[str] = []
+        with suppress(SettingsError):  # .env itself may be what is wrong
+            # A near miss that stands in for a missing setting is named in that setting's line.
+            others = [doubt for doubt in misspelled_names() if doubt.split()[0] not in problems]
         for line in (problems, *others):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         console.print("docs/settings.md lists every setting; .env.example is a file to begin with.")
         sys.exit(ExitCode.SETTINGS)
-
-
-def _misspelled_names_or_none() -> list[str]:
-    try:
-        return misspelled_names()
-    except SettingsError:
-        return []  # .env itself is what is wrong
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """`darkroom fonts`: the font families for headlines."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,7 +34,11 @@ def list_fonts(font_dirs: tuple[Path, ...], *, as_lines: bool, console: Console)
         for family in families:
             typer.echo(json.dumps(asdict(family), ensure_ascii=False))
     elif families:
-        console.print(_table(families))
+        table = Table("family", "also called", "styles", "scripts", box=None, pad_edge=False)
+        for one in families:
+            row = one.family, ", ".join(one.also), ", ".join(one.styles), ", ".join(one.scripts) or "signs alone"
+            table.add_row(*map(Text, row))  # plain: a name may hold brackets
+        console.print(table)
     else:
         typer.echo(f"no fonts in {', '.join(map(str, font_dirs))}: install some or set FONT_DIRS")
     return bool(families)
@@ -63,11 +66,3 @@ def _family(name: str, faces: list[Typeface]) -> Family:
         styles=tuple(dict.fromkeys(face.style for face in ordered)),
         scripts={script: min(one[script] for one in covered) for script in common},
     )
-
-
-def _table(families: Iterable[Family]) -> Table:
-    table = Table("family", "also called", "styles", "scripts", box=None, pad_edge=False)
-    for one in families:
-        row = one.family, ", ".join(one.also), ", ".join(one.styles), ", ".join(one.scripts) or "signs alone"
-        table.add_row(*map(Text, row))  # plain: a name may hold brackets
-    return table

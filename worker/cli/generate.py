@@ -87,15 +87,17 @@ class _Plan:
 
 def _planned(fields: dict[str, Any], out: Path, model_id: str | None) -> _Plan:
     """Find all that can be wrong without the model, which takes minutes to load."""
-    job = _job(fields)
+    settings, images = load_section(ModelSettings), load_section(ImageSettings)
+    # The fields are decoded as a message's are, with every limit.
+    presets = presets_in_force(images, locate=None)
+    rules = JobRules(settings.inference_steps, settings.guidance_scale, local_file, presets)
+    job = decode(json.dumps({"data": {"generation_id": 1, **fields}}).encode(), rules)
     outputs = outputs_of(out, job.num_images)
-    images = load_section(ImageSettings)
     cutter = Cutter(images.cutout_model)
     fetcher = Fetcher(FileSource(), load_section(ServiceSettings).font_dirs)
     product = load_inputs(job.product, job.fit, fetcher.image) if job.product else None
     if product and product.image is not None and product.cutout is None:
         cutter.check(product.image, "product.image_path")
-    settings = load_section(ModelSettings)
     plan = _Plan(
         job=job,
         settings=settings.model_copy(update={"model_id": model_id} if model_id else {}),
@@ -130,14 +132,6 @@ def _draw(plan: _Plan, console: Console) -> None:
         output.path.write_bytes(plan.image_encoder.encode(signed, provenance, output.format))
         shown = f"{output.path}: {drawn.width}x{drawn.height}, seed {drawn.seed}, {result.scheduler}"
         console.print(shown, markup=False, highlight=False, soft_wrap=True)
-
-
-def _job(fields: dict[str, Any]) -> Job:
-    """Decode the options as a job, with every limit of a message."""
-    settings = load_section(ModelSettings)
-    presets = presets_in_force(load_section(ImageSettings), locate=None)
-    body = json.dumps({"data": {"generation_id": 1, **fields}}).encode()
-    return decode(body, JobRules(settings.inference_steps, settings.guidance_scale, local_file, presets))
 
 
 def _generate(engine: LocalEngine, plan: _Plan, console: Console) -> GeneratedImages:

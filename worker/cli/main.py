@@ -23,7 +23,7 @@ from config.store import StoreSettings
 from worker.cli.dead.group import dead
 from worker.cli.exits import console, exit_on_failure, or_exit, settings_or_exit, whole_settings
 from worker.cli.options import GenerateOptions, fields_of, with_generate_options
-from worker.messages.generation_id import RIGHT, GenerationId, is_generation_id
+from worker.messages.generation_id import RIGHT, is_generation_id
 from worker.supervisor import ExitCode, Supervisor
 
 app = typer.Typer(
@@ -106,7 +106,10 @@ def submit(
     """
     from worker.cli.submit import submit_and_follow  # noqa: PLC0415
 
-    fields = {"generation_id": _generation_id(generation_id), **fields_of(options)}
+    given = int(generation_id) if re.fullmatch(r"[0-9]{1,19}", generation_id) else generation_id
+    if not is_generation_id(given):
+        raise typer.BadParameter(f"{quoted(generation_id)} is not {RIGHT}", param_hint="--generation-id")
+    fields = {"generation_id": given, **fields_of(options)}
     sys.exit(0 if submit_and_follow(settings_or_exit(), fields, timeout_seconds=timeout, console=console) else 1)
 
 
@@ -146,7 +149,12 @@ def report(
     """
     from worker.cli.report.command import report as print_report  # noqa: PLC0415
 
-    within = _duration(since)
+    within = None
+    if since:
+        found = re.fullmatch(r"(\d{1,5})([smhd])", since)
+        if found is None:
+            raise typer.BadParameter(f"{since!r} is no time like 90s, 30m, 1h or 2d", param_hint="--since")
+        within = timedelta(**{UNITS[found[2]]: int(found[1])})
     store = or_exit(partial(load_section, StoreSettings))
     with exit_on_failure(console):
         print_report(store, last=last, since=within, as_lines=as_json, console=Console())
@@ -211,19 +219,3 @@ def demo(
     from examples.demo.main import run_demo  # noqa: PLC0415
 
     sys.exit(run_demo(out))
-
-
-def _generation_id(text: str) -> GenerationId:
-    given = int(text) if re.fullmatch(r"[0-9]{1,19}", text) else text
-    if not is_generation_id(given):
-        raise typer.BadParameter(f"{quoted(text)} is not {RIGHT}", param_hint="--generation-id")
-    return given
-
-
-def _duration(text: str) -> timedelta | None:
-    if not text:
-        return None
-    found = re.fullmatch(r"(\d{1,5})([smhd])", text)
-    if found is None:
-        raise typer.BadParameter(f"{text!r} is no time like 90s, 30m, 1h or 2d", param_hint="--since")
-    return timedelta(**{UNITS[found[2]]: int(found[1])})

@@ -72,34 +72,33 @@ def with_generate_options(command: Callable[..., None]) -> Callable[..., None]:
         command(options, **given)
 
     # Keyword-only, as typer calls it: a parameter with a default may then precede one without.
-    parameters = [*_parameters(), *(other.replace(kind=inspect.Parameter.KEYWORD_ONLY) for other in others)]
+    hints, kind = get_type_hints(GenerateOptions, include_extras=True), inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(
+            field.name,
+            kind,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(GenerateOptions)
+    ]
+    parameters += [other.replace(kind=kind) for other in others]
     wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     wrapper.__dict__["__signature__"] = own.replace(parameters=parameters)
     return wrapper
 
 
-def _parameters() -> list[inspect.Parameter]:
-    hints = get_type_hints(GenerateOptions, include_extras=True)
-    return [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            annotation=hints[field.name],
-        )
-        for field in fields(GenerateOptions)
-    ]
-
-
 def fields_of(options: GenerateOptions) -> dict[str, Any]:
     """Return the `data` fields of a message for `options`, without those that it leaves open."""
+    if not options.lora:
+        _require_option("--lora", {"--scale": options.scale})
     return _given(
         prompt=options.prompt,
         negative_prompt=options.negative,
         style=options.style,
         industry=options.industry,
-        loras=_loras(options),
+        loras=[_given(path=path, scale=options.scale) for path in options.lora or ()] or None,
         signature_path=options.signature,
         artist_name=options.artist,
         aspect_ratio=options.aspect,
@@ -135,13 +134,6 @@ def _kind(options: GenerateOptions) -> Kind | None:
     return None if images == (None,) * len(images) else Kind.PRODUCT
 
 
-def _loras(options: GenerateOptions) -> list[dict[str, Any]] | None:
-    if not options.lora:
-        _require_option("--lora", {"--scale": options.scale})
-        return None
-    return [_given(path=path, scale=options.scale) for path in options.lora]
-
-
 def _control(options: GenerateOptions) -> dict[str, Any] | None:
     if options.control is None:
         named = {"--control-model": options.control_model, "--control-scale": options.control_scale}
@@ -172,20 +164,17 @@ def _product(options: GenerateOptions) -> dict[str, Any] | None:
 
 
 def _headlines(options: GenerateOptions) -> list[dict[str, Any]] | None:
-    named = {"position": options.text_position, "color": options.text_color, "size": _text_size(options.text_size)}
+    size: float | str | None = options.text_size
+    if size is not None and size != FIT_SIZE:
+        try:
+            size = float(size)
+        except ValueError:
+            raise typer.BadParameter(f"--text-size {size!r:.40} is neither a number nor {FIT_SIZE}") from None
+    named = {"position": options.text_position, "color": options.text_color, "size": size}
     if not options.text:
         _require_option("--text", {f"--text-{name}": value for name, value in named.items()})
         return None
     return [_given(text=text, **named) for text in options.text]
-
-
-def _text_size(text: str | None) -> float | str | None:
-    if text is None or text == FIT_SIZE:
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"--text-size {text!r:.40} is neither a number nor {FIT_SIZE}") from None
 
 
 def _require_option(option: str, others: dict[str, Any]) -> None:

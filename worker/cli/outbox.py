@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from clients.storage.client import Storage
@@ -30,7 +28,13 @@ def list_waiting(settings: Settings, *, as_lines: bool) -> None:
             typer.echo(escape_for_terminal(json.dumps(dataclasses.asdict(one))))
     elif waiting:
         console = Console()
-        console.print(_as_table(waiting))
+        table = narrow_table("generation", "webhook", "since, UTC", "tries", "last try, and the task")
+        for one in waiting:
+            since = format_minute(one.since).replace(" ", "\n")
+            last = f"{one.reason}\n{one.task_id}".lstrip("\n")
+            cells = (str(one.generation_id), one.kind, since, str(one.num_tries), last)
+            table.add_row(*(Text("\n".join(map(escape_for_terminal, cell.split("\n")))) for cell in cells))
+        console.print(table)
         console.print(Text(escape_for_terminal(summarize(waiting))))
     else:
         typer.echo("no end waits for the backend")
@@ -74,19 +78,3 @@ def _decode_waiting(message: BrowsedMessage) -> UndeliveredEvent | None:
         num_tries=max(0, whole_number(message.headers.get(ATTEMPT_HEADER), default=1) - 1),
         reason=str(message.headers.get(REASON_HEADER, ""))[:MAX_REASON_CHARS],
     )
-
-
-def _as_table(waiting: Iterable[UndeliveredEvent]) -> Table:
-    """Return a table of one row an event, readable at 80 columns."""
-    table = narrow_table("generation", "webhook", "since, UTC", "tries", "last try, and the task")
-    for one in waiting:
-        last = f"{one.reason}\n{one.task_id}".lstrip("\n")
-        cells = (
-            str(one.generation_id),
-            one.kind,
-            format_minute(one.since).replace(" ", "\n"),
-            str(one.num_tries),
-            last,
-        )
-        table.add_row(*(Text("\n".join(map(escape_for_terminal, cell.split("\n")))) for cell in cells))
-    return table

@@ -33,14 +33,7 @@ def outputs_of(out: Path, num_images: int) -> list[Output]:
     if image_format is None:
         named = f"ends with {out.suffix}" if out.suffix else "has no suffix"
         raise OutputRefused(f"--out {out} {named}: pictures are written as {KNOWN}, like {out.with_suffix('.png')}")
-    _check_folder(out.parent)
-    paths = [out, *(out.with_stem(f"{out.stem}-{number}") for number in range(2, num_images + 1))]
-    for path in paths:
-        _check_file(path)
-    return [Output(path, image_format) for path in paths]
-
-
-def _check_folder(folder: Path) -> None:
+    folder = out.parent
     if not folder.is_dir():
         is_file = folder.exists()
         why = "is a file, not a folder" if is_file else f"does not exist: mkdir -p {folder}, or name another"
@@ -51,6 +44,10 @@ def _check_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise OutputRefused(f"--out: nothing can be written in the folder {folder} ({error.strerror})") from error
+    paths = [out, *(out.with_stem(f"{out.stem}-{number}") for number in range(2, num_images + 1))]
+    for path in paths:
+        _check_file(path)
+    return [Output(path, image_format) for path in paths]
 
 
 def _check_file(path: Path) -> None:

@@ -51,24 +51,17 @@ def run_checks(checks: Iterable[Check], on_begin: Callable[[str], None] = lambda
     not_good: set[str] = set()
     for check in checks:
         on_begin(check.part)
-        result = _run(check, not_good)
-        if result.state is not State.GOOD:
+        try:
+            state, detail = State.GOOD, check.run()
+        except CheckFailed as error:
+            state, detail = State.UNSURE if isinstance(error, CheckUnsure) else State.BAD, str(error)
+        except Exception as error:
+            # A part's boundary: a bug in one check must not hide the parts behind it.
+            logger.debug("a check failed unforeseen", exc_info=error)
+            state, detail = State.BAD, f"unforeseen: {type(error).__name__}: {error}"
+        if state is not State.GOOD:
+            causes = [part for part in check.depends_on if part in not_good]
+            if causes:
+                state, detail = State.BLOCKED, f"first the {causes[0]}; seen here: {detail}"
             not_good.add(check.part)
-        yield result
-
-
-def _run(check: Check, not_good: set[str]) -> CheckResult:
-    state = State.BAD
-    try:
-        return CheckResult(check.part, State.GOOD, check.run())
-    except CheckFailed as error:
-        detail = str(error)
-        state = State.UNSURE if isinstance(error, CheckUnsure) else State.BAD
-    except Exception as error:
-        # A part's boundary: a bug in one check must not hide the parts behind it.
-        logger.debug("a check failed unforeseen", exc_info=error)
-        detail = f"unforeseen: {type(error).__name__}: {error}"
-    causes = [part for part in check.depends_on if part in not_good]
-    if causes:
-        return CheckResult(check.part, State.BLOCKED, f"first the {causes[0]}; seen here: {detail}")
-    return CheckResult(check.part, state, detail)
+        yield CheckResult(check.part, state, detail)

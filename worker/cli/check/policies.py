@@ -34,30 +34,26 @@ def limits_in(definitions: Mapping[str, Mapping[str, Any]], names: QueueNames) -
 
 def limits_found_by_trying(connection: Any, names: QueueNames) -> list[str]:
     """Publish to queues named like ours and return the limits met, one sentence each; the queues are deleted."""
-    return [said for said in (_length_limit(connection, names), _delivery_limit(connection, names)) if said]
-
-
-def _length_limit(connection: Any, names: QueueNames) -> str:
+    sentences = []
     with _probe(connection, names) as (channel, name):
         with suppress(QUEUE_FULL):  # by `overflow: reject-publish`
             for _ in range(NUM_PUBLISHED):
                 _publish(channel, name)
         num_kept = channel.queue_declare(name, passive=True).method.message_count
-    if num_kept == NUM_PUBLISHED:
-        return ""
-    return f"of {NUM_PUBLISHED} messages {num_kept} were kept (max-length, max-length-bytes or message-ttl)"
+    if num_kept != NUM_PUBLISHED:
+        seen = f"of {NUM_PUBLISHED} messages {num_kept} were kept"
+        sentences.append(f"{seen} (max-length, max-length-bytes or message-ttl)")
 
-
-def _delivery_limit(connection: Any, names: QueueNames) -> str:
     with _probe(connection, names) as (channel, name):
         with suppress(QUEUE_FULL):
             _publish(channel, name)
         for number in range(NUM_RETURNS):
             tag = _take(channel, name)
             if tag is None:
-                return f"a message returned {number} times was dropped (delivery-limit or message-ttl)"
+                sentences.append(f"a message returned {number} times was dropped (delivery-limit or message-ttl)")
+                break
             channel.basic_reject(tag, requeue=True)
-    return ""
+    return sentences
 
 
 @contextmanager

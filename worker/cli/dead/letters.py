@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
-from typing import Any
 
 from worker.amqp.delivery import ATTEMPT_HEADER, REASON_HEADER, whole_number
 from worker.amqp.queue_browser import BrowsedMessage
@@ -58,7 +57,13 @@ class DeadLetter:
     @property
     def reason(self) -> str:
         """Reason that a worker wrote into the header, or the broker's own, at a limit that a policy sets."""
-        return str(self.message.headers.get(REASON_HEADER) or _broker_reason(self.message.headers.get("x-death")))
+        if own := self.message.headers.get(REASON_HEADER):
+            return str(own)
+        deaths = self.message.headers.get("x-death")
+        newest = deaths[0] if isinstance(deaths, list) and deaths else None
+        if not isinstance(newest, dict):
+            return ""
+        return f"the broker gave it up in {newest.get('queue')}: {newest.get('reason')} (look at its policies)"
 
     @property
     def attempt(self) -> int | None:
@@ -76,14 +81,6 @@ class DeadLetter:
         """Hash that identifies the letter, whatever its number or delivery tag."""
         identity = f"{self.message.published_at} {self.reason}".encode()
         return hashlib.sha256(identity + b"\0" + self.message.body).hexdigest()
-
-
-def _broker_reason(deaths: Any) -> str:
-    """Return a sentence for the newest entry of an `x-death` header; "" where the header has another shape."""
-    newest = deaths[0] if isinstance(deaths, list) and deaths else None
-    if not isinstance(newest, dict):
-        return ""
-    return f"the broker gave it up in {newest.get('queue')}: {newest.get('reason')} (look at its policies)"
 
 
 def read_letters(taken: Iterable[BrowsedMessage], rules: JobRules) -> list[DeadLetter]:

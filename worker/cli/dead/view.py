@@ -59,13 +59,9 @@ def as_text(letter: DeadLetter) -> str:
         for name, value in fields.items()
         if value not in ("", None)
     ]
-    lines += [f"  body, {len(letter.message.body)} bytes:", *_body_lines(letter.message.body)]
-    return "\n".join(lines)
-
-
-def _body_lines(body: bytes) -> list[str]:
     try:
-        text = json.dumps(json.loads(body), indent=2, ensure_ascii=False)
+        body = json.dumps(json.loads(letter.message.body), indent=2, ensure_ascii=False)
     except (ValueError, RecursionError):
-        text = body.decode("utf-8", "backslashreplace")
-    return [escape_for_terminal(line) for line in text.split("\n")]
+        body = letter.message.body.decode("utf-8", "backslashreplace")
+    lines += [f"  body, {len(letter.message.body)} bytes:", *map(escape_for_terminal, body.split("\n"))]
+    return "\n".join(lines)

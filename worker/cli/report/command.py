@@ -53,9 +53,12 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
     for header in ("began", "job", "seconds", "outcome", "try", "told", "worker"):
         table.add_column(header, no_wrap=True, justify="right" if header == "seconds" else "left")
     table.add_column(f"{axis.seconds:.1f} s", ratio=1, min_width=MIN_BAR_CELLS)
-    for row, began in zip(rows, _beginnings(rows), strict=True):
+    beginnings = [datetime.fromtimestamp(row.began_at).astimezone() for row in rows]
+    # In local time; with the day where there are several days.
+    clock = "%H:%M:%S" if len({moment.date() for moment in beginnings}) == 1 else "%m-%d %H:%M:%S"
+    for row, moment in zip(rows, beginnings, strict=True):
         table.add_row(
-            began,
+            moment.strftime(clock),
             "" if row.generation_id is None else str(row.generation_id),
             f"{row.seconds:.2f}" if row.stretches else "",
             Text(escape_for_terminal(row.end), OUTCOME_STYLES.get(row.outcome, "")),
@@ -89,13 +92,6 @@ def _print_summary(rows: Sequence[Row], axis: Axis, console: Console) -> None:
     console.print(
         f"most of the time goes into: {stages[0].stage} ({stages[0].share:.0%})", highlight=False, markup=False
     )
-
-
-def _beginnings(rows: Sequence[Row]) -> list[str]:
-    """Format when each job began, in local time; with the day where there are several days."""
-    moments = [datetime.fromtimestamp(row.began_at).astimezone() for row in rows]
-    is_one_day = len({moment.date() for moment in moments}) == 1
-    return [moment.strftime("%H:%M:%S" if is_one_day else "%m-%d %H:%M:%S") for moment in moments]
 
 
 def _read(ledger: Ledger, entry: Entry) -> Row | None:

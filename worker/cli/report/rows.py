@@ -140,13 +140,9 @@ def summarise(rows: Sequence[Row]) -> list[StageSummary]:
         for stage, taken in seconds.items():
             by_stage[stage].append(taken)
     total = sum(map(sum, by_stage.values())) or 1.0
-    found = [
-        StageSummary(stage, len(taken), statistics.median(taken), _p95(taken), sum(taken) / total)
-        for stage, taken in by_stage.items()
-    ]
+    found = []
+    for stage, times in by_stage.items():
+        # The smallest time that 95 % of the times do not exceed.
+        p95 = sorted(times)[math.ceil(0.95 * len(times)) - 1]
+        found.append(StageSummary(stage, len(times), statistics.median(times), p95, sum(times) / total))
     return sorted(found, key=lambda one: -one.share)
-
-
-def _p95(values: Sequence[float]) -> float:
-    """Return the smallest value that 95 % of the values do not exceed."""
-    return sorted(values)[math.ceil(0.95 * len(values)) - 1]
