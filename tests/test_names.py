@@ -44,7 +44,7 @@ REPLACED = {
     r"Lineup|suspects\.py": "Quarantine, quarantine.py",
     r"Vitals": "ChildHealth",
     r"_live_one_life": "_run_child",
-    r"_defeat": "_crash_error",
+    r"_defeat": "_on_crash",
     r"wire\.py|process\.wire": "protocol",
     r"dialects\.py|lora\.dialects": "key_names",
     r"ControlDesk": "ControlNetAdmission",

@@ -67,26 +67,22 @@ def identify(model_id: str, config: str | None, *, has_checker: bool = False) ->
 
     EngineStartFailed where it is not supported, or lacks the safety checker that `has_checker` requires.
     """
-    found = _identify(model_id, config)
-    if has_checker:
-        index = None if found.where is Location.FILE else read_json(found.path / INDEX)
-        require_checker(f"MODEL_ID {model_id!r}", found.pipeline_class, index)
-    return replace(found, has_checker=has_checker)
-
-
-def _identify(model_id: str, config: str | None) -> Checkpoint:
     path = Path(model_id).expanduser()
     if path.suffix in PICKLE_SUFFIXES:
         raise EngineStartFailed(f"MODEL_ID {model_id!r} is a pickle, which is never opened: convert it to safetensors")
     if path.is_file():
-        return _identify_file(model_id, path, config)
-
-    index = _find_index(model_id, "MODEL_ID")
-    found = _class_in(index)
-    if found not in COMPONENTS:
-        raise EngineStartFailed(f"MODEL_ID {model_id!r} holds a {found}; this version runs {', '.join(COMPONENTS)}")
-    where = Location.FOLDER if path.is_dir() else Location.HUB
-    return Checkpoint(model_id, found, where, index.parent, is_fetched=where is Location.FOLDER)
+        found = _identify_file(model_id, path, config)
+    else:
+        folder = _find_index(model_id, "MODEL_ID").parent
+        name = _class_in(folder / INDEX)
+        if name not in COMPONENTS:
+            raise EngineStartFailed(f"MODEL_ID {model_id!r} holds a {name}; this version runs {', '.join(COMPONENTS)}")
+        where = Location.FOLDER if path.is_dir() else Location.HUB
+        found = Checkpoint(model_id, name, where, folder, is_fetched=where is Location.FOLDER)
+    if has_checker:
+        index = None if found.where is Location.FILE else read_json(found.path / INDEX)
+        require_checker(f"MODEL_ID {model_id!r}", found.pipeline_class, index)
+    return replace(found, has_checker=has_checker)
 
 
 def _identify_file(model_id: str, path: Path, config: str | None) -> Checkpoint:

@@ -4,7 +4,8 @@ Free of torch at import: `darkroom check` plans with the same functions as the e
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,18 +115,14 @@ def free_bytes(device: "torch.device") -> int:
 def free_host_bytes() -> int:
     """Return the bytes of host memory available without swapping, within the container's limit."""
     available = _number(MEMINFO, "MemAvailable:") * 1024
-    return min([available, *_left_in_cgroups()])
-
-
-def _left_in_cgroups() -> Iterable[int]:
     for folder, limit, used, reclaimable in CGROUPS:
-        try:
-            # cgroup 2 writes "max" where there is no limit.
+        # cgroup 2 writes "max" where there is no limit.
+        with suppress(OSError, ValueError, StopIteration):
             limit_bytes = int(Path(folder, limit).read_text())
             used_bytes = int(Path(folder, used).read_text())
-            yield max(0, limit_bytes - used_bytes + _number(Path(folder, "memory.stat"), reclaimable))
-        except (OSError, ValueError, StopIteration):
-            continue
+            left = limit_bytes - used_bytes + _number(Path(folder, "memory.stat"), reclaimable)
+            available = min(available, max(0, left))
+    return available
 
 
 def _number(path: Path, name: str) -> int:

@@ -94,7 +94,11 @@ def load_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
             " so look at its configs and tokenizers, or copy or download them again"
         ) from error
     check_counts(pipeline, counts, subject, may_have_more=checkpoint.where is Location.FILE)
-    fill_in(pipeline, checkpoint.pipeline_class, _read_configs(checkpoint))
+    # A single file's configs are those of MODEL_CONFIG, if that is a local folder.
+    folder = checkpoint.path if checkpoint.where is not Location.FILE else Path(checkpoint.config or "").expanduser()
+    paths = {name: folder / name / "config.json" for name in COMPONENTS[checkpoint.pipeline_class]}
+    configs = {name: read_json(path) for name, path in paths.items() if path.is_file()}
+    fill_in(pipeline, checkpoint.pipeline_class, configs)
     return pipeline
 
 
@@ -153,10 +157,3 @@ def _count_parameters(checkpoint: Checkpoint) -> dict[str, int]:
     if checkpoint.has_checker:
         files |= find_checker(checkpoint.path).files
     return {name: sum(count_parameters(read_shapes(path)) for path in paths) for name, paths in files.items()}
-
-
-def _read_configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Read the components' config.json; for a single file those of MODEL_CONFIG, if that is a local folder."""
-    folder = checkpoint.path if checkpoint.where is not Location.FILE else Path(checkpoint.config or "").expanduser()
-    paths = {name: folder / name / "config.json" for name in COMPONENTS[checkpoint.pipeline_class]}
-    return {name: read_json(path) for name, path in paths.items() if path.is_file()}

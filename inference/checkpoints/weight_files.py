@@ -43,8 +43,15 @@ def find_weights(folder: Path, components: Sequence[str]) -> Weights:
     variants = {name: _variants(folder / name) for name in lacking}
     common = set.intersection(*variants.values())
     if not common:
-        worst = min(lacking, key=lambda name: len(variants[name]))
-        raise EngineStartFailed(_missing_reason(folder / worst))
+        worst = folder / min(lacking, key=lambda name: len(variants[name]))
+        if not worst.is_dir():
+            raise EngineStartFailed(f"{worst} is missing: copy or download the whole checkpoint")
+        pickles = sorted(path for path in worst.iterdir() if path.suffix in PICKLE_SUFFIXES)
+        if pickles:
+            remedy = "convert the checkpoint to safetensors"
+            raise EngineStartFailed(f"{pickles[0]} is a pickle, which is never opened: {remedy}")
+        whole = f"{worst / STEMS[0]}{SAFETENSORS} (or {STEMS[1]}{SAFETENSORS})"
+        raise EngineStartFailed(f"{whole} is missing: copy or download it")
     variant = min(common, key=lambda name: (name != PREFERRED_VARIANT, name))
     # For a component that has both, diffusers takes the variant too.
     return Weights({name: _files(folder / name, variant) or files[name] for name in components}, variant)
@@ -108,12 +115,3 @@ def _variants(folder: Path) -> set[str]:
     names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
     found = {match[1] for match in map(VARIANT.fullmatch, names) if match}
     return {variant for variant in found if _files(folder, variant)}
-
-
-def _missing_reason(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"{folder} is missing: copy or download the whole checkpoint"
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
-    if pickles:
-        return f"{folder / pickles[0]} is a pickle, which is never opened: convert the checkpoint to safetensors"
-    return f"{folder / STEMS[0]}{SAFETENSORS} (or {STEMS[1]}{SAFETENSORS}) is missing: copy or download it"

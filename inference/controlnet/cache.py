@@ -43,8 +43,17 @@ class ControlNetCache(Generic[T]):
     def get_or_load(self, name: str, num_bytes: int, load: Callable[[], T]) -> T | None:
         """Return the entry of `name`, loaded where it is missing; None where there is no room for it now."""
         if name not in self._entries:
-            if not self._make_room(num_bytes):
+            going: list[str] = []
+            missing = self.num_bytes + num_bytes - self._max_bytes
+            for other, entry in self._entries.items():
+                if missing > 0 and not entry.num_users and other not in self._reserved:
+                    going.append(other)
+                    missing -= entry.num_bytes
+            # None is evicted where that would not suffice.
+            if missing > 0:
                 return None
+            for other in going:
+                self.forget(other)
             self._entries[name] = _Entry(load(), num_bytes)
         self._reserved.add(name)
         return self._entries[name].value
@@ -68,17 +77,3 @@ class ControlNetCache(Generic[T]):
         for name in idle:
             self.forget(name)
         return bool(idle)
-
-    def _make_room(self, num_bytes: int) -> bool:
-        """Evict as many as necessary; none where that would not suffice."""
-        going: list[str] = []
-        missing = self.num_bytes + num_bytes - self._max_bytes
-        for name, entry in self._entries.items():
-            if missing > 0 and not entry.num_users and name not in self._reserved:
-                going.append(name)
-                missing -= entry.num_bytes
-        if missing > 0:
-            return False
-        for name in going:
-            self.forget(name)
-        return True

@@ -80,7 +80,11 @@ class ControlNets:
             raise
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             raise EngineFault(f"{found.subject} could not be loaded: {one_line(error)}") from error
-        self._hand_over(net)
+        if self._copy_stream is not None:
+            self._copy_stream.synchronize()
+            # Or the parameters' memory might be given away while a step that was launched before still reads it.
+            for parameter in net.parameters():
+                parameter.data.record_stream(torch.cuda.default_stream(self._device))
         return net.eval().requires_grad_(False)
 
     def _read(self, found: ControlNetFiles) -> dict[str, torch.Tensor]:
@@ -90,15 +94,6 @@ class ControlNets:
             with safetensors.safe_open(path, "pt") as file:
                 tensors |= {name: file.get_tensor(name).to(self._device, self._dtype) for name in file.keys()}  # noqa: SIM118
         return tensors
-
-    def _hand_over(self, net: Any) -> None:
-        """Wait for the copies, and record the parameters as used by the stream of the engine's steps."""
-        if self._copy_stream is None:
-            return
-        self._copy_stream.synchronize()
-        for parameter in net.parameters():
-            # Or its memory might be given away while a step that was launched before still reads it.
-            parameter.data.record_stream(torch.cuda.default_stream(self._device))
 
 
 def _without_weights(found: ControlNetFiles) -> Any:

@@ -48,6 +48,7 @@ def _forward(
     guides: Sequence[Guide], inputs: Inputs, numbers: Sequence[int], rows: torch.Tensor, upload: Upload
 ) -> dict[int, torch.Tensor]:
     net = guides[0].net
+    num_channels = net.config.control_in_dim
     latents = [inputs.latents[number] for number in numbers]
     # Its forward writes the padding through boolean masks.
     with MaskedWrites():
@@ -55,14 +56,9 @@ def _forward(
             latents,
             inputs.times[rows],
             [inputs.captions[number] for number in numbers],
-            [_filled(guide.image, net.config.control_in_dim) for guide in guides],
+            # Later ControlNets read a mask and a second image, which are zeros without inpainting.
+            [functional.pad(one.image, (0, 0) * 3 + (0, num_channels - len(one.image))) for one in guides],
             # Its dtype decides that of the layers after it.
             conditioning_scale=upload([guide.scale for guide in guides]).to(latents[0].dtype).view(-1, 1, 1),
         )
     return hints
-
-
-def _filled(image: torch.Tensor, num_channels: int) -> torch.Tensor:
-    """Pad the encoded image [channels, 1, height, width] with zeros: later ControlNets read a mask and a second image,
-    which are zeros without inpainting."""
-    return functional.pad(image, (0, 0) * 3 + (0, num_channels - len(image)))

@@ -141,10 +141,6 @@ class Device:
         gc.collect()
         if self._is_cuda:
             torch.cuda.empty_cache()
-        self._check(failure)
-        return Guarded(None, failure)
-
-    def _check(self, failure: Exception) -> None:
         try:
             canary = torch.ones(8, 8, device=self._device)
             is_alive = float((canary @ canary).sum()) == 512.0
@@ -152,6 +148,7 @@ class Device:
             is_alive = False
         if not is_alive:
             raise DeviceBroken(f"the device answers nothing since: {failure}") from failure
+        return Guarded(None, failure)
 
     def _free_bytes(self) -> int:
         free, _ = torch.cuda.mem_get_info(self._device)

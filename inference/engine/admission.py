@@ -172,13 +172,9 @@ class Admission:
             active.held[key] = self.slots.acquire(key)
         files = zip(active.keys, active.request.adapters, strict=True)
         active.row = tuple(AppliedAdapter(active.held[key].pages, file.scale) for key, file in files)
-        active.stages.append(_adapt_stage([active.readings[key].result().stage for key in new]))
+        # From the first reading's start to the last one's end; empty where all adapters were in slots.
+        read = [active.readings[key].result().stage for key in new]
+        started_at = min((stage.started_at for stage in read), default=time.monotonic())
+        ended_at = max((stage.started_at + stage.seconds for stage in read), default=started_at)
+        active.stages.append(Stage("adapt", started_at, ended_at - started_at))
         active.readings.clear()
-
-
-def _adapt_stage(read: list[Stage]) -> Stage:
-    """Return the stage from the first reading's start to the last one's end; empty where all adapters were in slots."""
-    if not read:
-        return Stage("adapt", time.monotonic(), 0.0)
-    started_at = min(stage.started_at for stage in read)
-    return Stage("adapt", started_at, max(stage.started_at + stage.seconds for stage in read) - started_at)

@@ -42,10 +42,11 @@ class Conditioner:
         fillings = [Prompt(""), Prompt("", is_left_out=not active.request.negative_prompt)]
         known = self._embeddings([(filling, active) for filling in fillings])
         longest = max(len(positive.tokens), len(negative.tokens))
-        padded = [
-            _pad(one, known[self._key(filling, active)].tokens, longest)
-            for one, filling in zip((positive, negative), fillings, strict=True)
-        ]
+        padded = []
+        for one, filling in zip((positive, negative), fillings, strict=True):
+            chunk = known[self._key(filling, active)].tokens
+            num_missing = (longest - len(one.tokens)) // len(chunk)
+            padded.append(Embedding(torch.cat([one.tokens, *[chunk] * num_missing]), one.pooled))
         return padded[0], padded[1]
 
     def _embeddings(self, wanted: Sequence[tuple[Prompt, ActiveRequest]]) -> dict[_Key, Embedding]:
@@ -55,12 +56,10 @@ class Conditioner:
         for start in range(0, len(new), MAX_TEXTS_PER_PASS):
             keys = new[start : start + MAX_TEXTS_PER_PASS]
             encoded = self._model.encode([texts[key][0] for key in keys], [texts[key][1] for key in keys])
-            known |= {key: _copy(embedding) for key, embedding in zip(keys, encoded, strict=True)}
-        self._store(known)
-        return known
-
-    def _store(self, embeddings: dict[_Key, Embedding]) -> None:
-        for key, embedding in embeddings.items():
+            for key, one in zip(keys, encoded, strict=True):
+                # Copies: a view would keep the whole pass in memory for one text of it.
+                known[key] = Embedding(one.tokens.clone(), None if one.pooled is None else one.pooled.clone())
+        for key, embedding in known.items():
             if key not in self._cache:
                 self._cache[key] = embedding
                 self._num_bytes += _num_bytes(embedding)
@@ -68,6 +67,7 @@ class Conditioner:
         while self._num_bytes > MAX_CACHED_BYTES:
             _, dropped = self._cache.popitem(last=False)
             self._num_bytes -= _num_bytes(dropped)
+        return known
 
     def _key(self, prompt: Prompt, active: ActiveRequest) -> _Key:
         """Return the cache's key: the prompt, and those adapters that change a text encoder."""
@@ -82,18 +82,6 @@ class Conditioner:
 def _prompts(active: ActiveRequest) -> tuple[Prompt, ...]:
     positive, negative = Prompt(active.request.prompt), active.request.negative_prompt
     return (positive, Prompt(negative, is_left_out=not negative)) if active.is_guided else (positive,)
-
-
-def _pad(embedding: Embedding, filling: torch.Tensor, length: int) -> Embedding:
-    """Return `embedding` with as many fillings after it as make it `length` tokens long."""
-    num_missing = (length - len(embedding.tokens)) // len(filling)
-    return Embedding(torch.cat([embedding.tokens, *[filling] * num_missing]), embedding.pooled)
-
-
-def _copy(embedding: Embedding) -> Embedding:
-    """Return a copy: a view would keep the whole pass in memory for one text of it."""
-    pooled = embedding.pooled
-    return Embedding(embedding.tokens.clone(), None if pooled is None else pooled.clone())
 
 
 def _num_bytes(embedding: Embedding) -> int:

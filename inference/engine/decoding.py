@@ -1,7 +1,6 @@
 """Decode finished latents into pictures without waiting for the device."""
 
 from collections import deque
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -51,15 +50,16 @@ class Decoder:
     def end_oldest(self) -> tuple[Lane, Guarded[RawImage]]:
         """Wait for the oldest image; return its lane, and the image or its error."""
         lane, image = self._in_flight.popleft()
-        return lane, self._device.guard(partial(self._image_of, lane, image))
+
+        def wait() -> RawImage:
+            pixels = image.wait()
+            if pixels is None:
+                raise RequestFailed("OUTPUT_INVALID", "the model drew a picture with values that are not numbers")
+            self._model.check_image(pixels)
+            return RawImage(image.width, image.height, pixels.tobytes(), lane.seed)
+
+        return lane, self._device.guard(wait)
 
     def drop(self, active: ActiveRequest) -> None:
         """Drop the request's images in flight."""
         self._in_flight = deque(one for one in self._in_flight if one.lane.owner is not active)
-
-    def _image_of(self, lane: Lane, image: DecodedImage) -> RawImage:
-        pixels = image.wait()
-        if pixels is None:
-            raise RequestFailed("OUTPUT_INVALID", "the model drew a picture with values that are not numbers")
-        self._model.check_image(pixels)
-        return RawImage(image.width, image.height, pixels.tobytes(), lane.seed)

@@ -80,7 +80,14 @@ class StepLoop:
         if batch:
             self._step_seconds = time.monotonic() - started_at
         self._finish()
-        return self._engine_load(len(batch))
+        slots = self._admission.slots
+        return EngineLoad(
+            num_batched=len(batch),
+            num_lanes=len(self._batcher.active),
+            slots_active=slots.num_active,
+            slots_idle=slots.num_idle,
+            slots_free=slots.num_free,
+        )
 
     def withdraw_waiting(self) -> None:
         """Cancel every request that has not begun."""
@@ -238,12 +245,3 @@ class StepLoop:
             # The device has ended the last step for certain: its pixels are here.
             active.report_steps()
             active.future.set_result(outcome)
-
-    def _engine_load(self, num_batched: int) -> EngineLoad:
-        return EngineLoad(
-            num_batched=num_batched,
-            num_lanes=len(self._batcher.active),
-            slots_active=self._admission.slots.num_active,
-            slots_idle=self._admission.slots.num_idle,
-            slots_free=self._admission.slots.num_free,
-        )

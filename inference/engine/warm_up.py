@@ -10,7 +10,6 @@ from inference.checkpoints import safety_checker as safety
 from inference.errors import RequestCancelled, RequestFailed
 from inference.lane import ActiveRequest
 from inference.lora.adapter_key import AdapterKey, ReadAdapter
-from inference.lora.bank import PackedAdapter
 from inference.models.base import Family
 from inference.request import AdapterFile, GenerationRequest, Source, Stage, StepReport
 
@@ -56,10 +55,17 @@ class WarmUp:
 
         The loop halves a batch that does not fit the memory, and caps later ones: the engine starts all the same.
         """
-        blank = self._model.pack(self._model.blank_adapter())
+        blank = AdapterKey.of(BLANK)
+        reading: Future[ReadAdapter] = Future()
+        packed = self._model.pack(self._model.blank_adapter())
+        reading.set_result(ReadAdapter(packed, Stage("adapt", time.monotonic(), 0.0)))
         for num_lanes in lane_counts(max_lanes, self._request(1).lanes[0].num_rows):
             self._take_one_step(self._unfinished(num_lanes))
-            self._take_one_step(self._with_blank(self._unfinished(num_lanes, BLANK), blank))
+            active = self._unfinished(num_lanes, BLANK)
+            # Its adapter counts as read, and is evicted at the end.
+            active.readings[blank] = reading
+            active.future.add_done_callback(lambda _: self._forget(blank))
+            self._take_one_step(active)
 
     def _take_one_step(self, active: ActiveRequest) -> None:
         self._enqueue(active)
@@ -73,15 +79,6 @@ class WarmUp:
         """Return a request that is cancelled in the turn after its first step: nothing is decoded."""
         reports: list[StepReport] = []
         return self._request(num_lanes, reports.append, lambda: bool(reports), adapters)
-
-    def _with_blank(self, active: ActiveRequest, packed: PackedAdapter) -> ActiveRequest:
-        """Give the request its adapter as already read, and have it evicted at the end."""
-        (key,) = active.keys
-        reading: Future[ReadAdapter] = Future()
-        reading.set_result(ReadAdapter(packed, Stage("adapt", time.monotonic(), 0.0)))
-        active.readings[key] = reading
-        active.future.add_done_callback(lambda _: self._forget(key))
-        return active
 
     def _request(
         self,

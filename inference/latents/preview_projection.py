@@ -45,10 +45,18 @@ def find_projection(vae: Any, unscaled: Callable[[torch.Tensor], torch.Tensor], 
     `unscaled` converts latents [1, channels, height, width] from the sampler's scale to the VAE's, by channel.
     """
     started_at = time.monotonic()
-    images = _colour_fields(torch.Generator().manual_seed(0))
+    random = torch.Generator().manual_seed(0)
+    coarse = (torch.randn(NUM_IMAGES, 3, grain, grain, generator=random) for grain in GRAINS)
+    fields = torch.stack([interpolate(one, size=(PIXELS, PIXELS), mode="bicubic") for one in coarse])
+    images = torch.tanh(CONTRAST * fields.sum(0) / len(GRAINS) ** 0.5)
     encoded = vae.encode(images.to(device, vae.dtype), return_dict=False)[0].mode().cpu()
     colours = interpolate(images, size=encoded.shape[-2:], mode="area")
-    weights, bias, explained = _regress(_pixels_of(encoded), _pixels_of(colours))
+    # Colours [n, 3] on latents [n, channels]; `explained` is the share of the colours' variance.
+    inputs, targets = _pixels_of(encoded), _pixels_of(colours)
+    with_one = torch.cat((inputs, inputs.new_ones(len(inputs), 1)), dim=1)
+    found = torch.linalg.lstsq(with_one, targets).solution
+    weights, bias = found[:-1].T, found[-1]
+    explained = 1 - float((targets - with_one @ found).var() / targets.var())
 
     # The scale of each channel is folded in, at no cost per preview.
     shift = unscaled(torch.zeros(1, encoded.shape[1], 1, 1)).double().flatten()
@@ -57,25 +65,6 @@ def find_projection(vae: Any, unscaled: Callable[[torch.Tensor], torch.Tensor], 
     return Projection((weights * scale).float().to(device), (bias + weights @ shift).float().to(device))
 
 
-def _colour_fields(generator: torch.Generator) -> torch.Tensor:
-    """Return random images [number, 3, height, width] from -1 to 1."""
-    size = (PIXELS, PIXELS)
-    coarse = (torch.randn(NUM_IMAGES, 3, grain, grain, generator=generator) for grain in GRAINS)
-    fields = torch.stack([interpolate(one, size=size, mode="bicubic") for one in coarse])
-    return torch.tanh(CONTRAST * fields.sum(0) / len(GRAINS) ** 0.5)
-
-
 def _pixels_of(images: torch.Tensor) -> torch.Tensor:
     """Reshape [number, channels, height, width] to [pixels, channels] in 64 bits."""
     return images.permute(0, 2, 3, 1).flatten(0, 2).double()
-
-
-def _regress(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Fit `targets` [n, 3] on `inputs` [n, channels] by least squares.
-
-    Returns weights [3, channels], bias [3], and the share of the targets' variance that they explain.
-    """
-    with_one = torch.cat((inputs, inputs.new_ones(len(inputs), 1)), dim=1)
-    found = torch.linalg.lstsq(with_one, targets).solution
-    explained = 1 - float((targets - with_one @ found).var() / targets.var())
-    return found[:-1].T, found[-1], explained

@@ -82,7 +82,11 @@ def encode(
         if is_inpainting and mask is not None:
             masked_image = _posterior(vae, pixels * ~mask, dtype)
         image = None if is_inpainting and is_hidden else _posterior(vae, pixels, dtype)
-    return EncodedSource(image, masked_image, mask=None if mask is None else _shrunk(mask, vae), is_hidden=is_hidden)
+    if mask is not None:
+        # A latent pixel is repainted where the first of its pixels is.
+        step = 2 ** (len(vae.config.block_out_channels) - 1)
+        mask = mask[:, ::step, ::step]
+    return EncodedSource(image, masked_image, mask, is_hidden=is_hidden)
 
 
 def check_size(source: Source, *, size: tuple[int, int]) -> None:
@@ -116,9 +120,3 @@ def _posterior(vae: Any, pixels: torch.Tensor, dtype: torch.dtype) -> Posterior:
     """Encode pixels [3, height, width] between -1 and 1."""
     found = vae.encode(pixels[None].to(dtype)).latent_dist
     return Posterior(found.mean[0].float(), found.std[0].float())
-
-
-def _shrunk(mask: torch.Tensor, vae: Any) -> torch.Tensor:
-    """Downsample the mask [1, height, width] to latent pixels: each is the first of its pixels."""
-    step = 2 ** (len(vae.config.block_out_channels) - 1)
-    return mask[:, ::step, ::step]

@@ -230,14 +230,13 @@ class EngineProcess:
             self._requests.on_restart()
             return
         poison = self._requests.on_crash(is_killed=end is _End.CRASHED and exit_code == -signal.SIGKILL)
-        if poison is not None:
-            poison.fail(_crash_error(end, exit_code))
-
-
-def _crash_error(end: _End, exit_code: int) -> EngineCrashed | EngineHung:
-    if end is _End.HUNG:
-        return EngineHung("the engine hung on this job again and again while it ran alone")
-    return EngineCrashed(f"the engine died of this job again and again while it ran alone (exit code {exit_code})")
+        if poison is None:
+            return
+        again = "again and again while it ran alone"
+        if end is _End.HUNG:
+            poison.fail(EngineHung(f"the engine hung on this job {again}"))
+        else:
+            poison.fail(EngineCrashed(f"the engine died of this job {again} (exit code {exit_code})"))
 
 
 def wait_until_ready(engine: EngineProcess, timeout_seconds: float) -> None:

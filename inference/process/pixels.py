@@ -41,15 +41,17 @@ def receive_pixels(connection: "Connection[Any, Any]", message: Finished) -> Fin
             images.append(replace(image, rgb=bytes(buffer)))
     except MemoryError:
         images.clear()
-        _skip(connection.fileno(), left)
-        return Failed(message.request_id, ResultTooLarge(_too_large(message.result)))
+        # The rest is read all the same, or the position in the stream would be lost.
+        while left:
+            chunk = os.read(connection.fileno(), min(CHUNK_BYTES, left))
+            if not chunk:
+                raise EOFError("the pipe ended within a picture") from None
+            left -= len(chunk)
+        first, count = message.result.images[0], len(message.result.images)
+        drawn = f"{count} picture{'s' if count > 1 else ''} of {first.width}x{first.height} px"
+        reason = f"{drawn} were drawn, and the worker has no memory for them: ask for fewer or smaller ones"
+        return Failed(message.request_id, ResultTooLarge(reason))
     return replace(message, result=replace(message.result, images=tuple(images)))
-
-
-def _too_large(result: GenerationResult) -> str:
-    first, count = result.images[0], len(result.images)
-    images = f"{count} picture{'s' if count > 1 else ''} of {first.width}x{first.height} px"
-    return f"{images} were drawn, and the worker has no memory for them: ask for fewer or smaller ones"
 
 
 def _fill(descriptor: int, view: memoryview) -> None:
@@ -58,11 +60,3 @@ def _fill(descriptor: int, view: memoryview) -> None:
         if num_bytes == 0:
             raise EOFError("the pipe ended within a picture")
         view = view[num_bytes:]
-
-
-def _skip(descriptor: int, num_bytes: int) -> None:
-    while num_bytes:
-        chunk = os.read(descriptor, min(CHUNK_BYTES, num_bytes))
-        if not chunk:
-            raise EOFError("the pipe ended within a picture")
-        num_bytes -= len(chunk)
