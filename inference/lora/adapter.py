@@ -40,6 +40,17 @@ class LowRank:
     def rank(self) -> int:
         return self.a.shape[0]
 
+    def scaled(self, scale: float, layer: str) -> "LowRank":
+        """Fold `scale` into b: as stored where that changes nothing, otherwise in 32 bits.
+
+        AdapterInvalid, which names `layer`, where the weights are not finite.
+        """
+        is_unchanged = scale == 1.0 and self.a.dtype == self.b.dtype and self.a.dtype in COMPUTED_DTYPES
+        folded = self if is_unchanged else LowRank(self.a.float(), self.b.float() * scale)
+        if not (_is_finite(folded.a) and _is_finite(folded.b)):
+            raise AdapterInvalid(f"{layer} holds weights that are not finite")
+        return folded
+
     def split(self, names: Sequence[str]) -> dict[str, "LowRank"]:
         """Split a fused layer by `names`: its parts share A, and each has an equal share of the rows of B."""
         if self.b.shape[0] % len(names):
@@ -113,7 +124,7 @@ def read_adapter(weights: Path, config: Path | None, naming: KeyNaming) -> Adapt
         alpha = alphas.get(stem, pair.rank)
         # The settings' patterns are about the names in the file.
         scale = scaling.of(stem.removeprefix(PEFT_PREFIX), rank=pair.rank) if scaling else alpha / pair.rank
-        layers |= _scaled(pair, scale * _scalar(tensors, names, stem), name).split(naming.parts_of(name))
+        layers |= pair.scaled(scale * _scalar(tensors, names, stem), name).split(naming.parts_of(name))
     if not layers:
         raise AdapterInvalid("the adapter holds no weights: all of its layers are of rank 0")
     return Adapter(layers)
@@ -170,15 +181,6 @@ def _pair(layer: str, a: torch.Tensor, b: torch.Tensor) -> LowRank | None:
     if a.shape[0] > MAX_RANK or 0 in (*a.shape[1:], *b.shape[::2]):
         raise AdapterInvalid(f"{layer} is of rank {a.shape[0]} or empty; ranks up to {MAX_RANK} are accepted")
     return LowRank(a, b) if a.shape[0] else None
-
-
-def _scaled(pair: LowRank, scale: float, layer: str) -> LowRank:
-    """Fold `scale` into b: as stored where that changes nothing, otherwise in 32 bits."""
-    if scale != 1.0 or pair.a.dtype != pair.b.dtype or pair.a.dtype not in COMPUTED_DTYPES:
-        pair = LowRank(pair.a.float(), pair.b.float() * scale)
-    if not (_is_finite(pair.a) and _is_finite(pair.b)):
-        raise AdapterInvalid(f"{layer} holds weights that are not finite")
-    return pair
 
 
 def _is_finite(weight: torch.Tensor) -> bool:

@@ -3,13 +3,12 @@
 The engine checks again. A model is gigabytes; these checks read kilobytes and the adapters.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 from config.model import ModelSettings
-from inference.checkpoints.checkpoint import Checkpoint, Location, identify
+from inference.checkpoints.checkpoint import Location, identify
 from inference.checkpoints.weight_files import read_json
 from inference.errors import RequestFailed
 from inference.lora.adapter import check_rank, read_adapter
@@ -54,21 +53,18 @@ def precheck_model(settings: ModelSettings) -> ModelPrecheck:
     is_here = issubclass(family, UNetFamily) and checkpoint.where is not Location.FILE and path.is_file()
     unet = read_json(path) if is_here else {}
     is_inpainting = "in_channels" in unet and unet["in_channels"] != unet.get("out_channels", 4)
+    match checkpoint.pipeline_class:
+        case "StableDiffusionPipeline":
+            naming = STABLE_DIFFUSION
+        case "StableDiffusionXLPipeline":
+            naming = sdxl(SimpleNamespace(layers_per_block=unet.get("layers_per_block", SDXL_LAYERS_PER_BLOCK)))
+        case _:
+            naming = Z_IMAGE
     return ModelPrecheck(
         model=checkpoint.public_name,
         kinds=("inpaint",) if is_inpainting else KINDS,
         controls=tuple(settings.controlnet_sources),
         schedulers=family.schedulers,
-        naming=_naming_of(checkpoint, unet),
+        naming=naming,
         max_rank=settings.adapter_max_rank,
     )
-
-
-def _naming_of(checkpoint: Checkpoint, unet: Mapping[str, Any]) -> KeyNaming:
-    match checkpoint.pipeline_class:
-        case "StableDiffusionPipeline":
-            return STABLE_DIFFUSION
-        case "StableDiffusionXLPipeline":
-            return sdxl(SimpleNamespace(layers_per_block=unet.get("layers_per_block", SDXL_LAYERS_PER_BLOCK)))
-        case _:
-            return Z_IMAGE

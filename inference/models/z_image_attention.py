@@ -86,22 +86,17 @@ class OwnTokensAttnProcessor:
             key = attn.norm_k(key)
         if freqs_cis is not None:
             query, key = _rotated(query, freqs_cis), _rotated(key, freqs_cis)
-        attended = self._attend(query, key, value, attention_mask).flatten(2)
+        lengths = self._lengths.find(self._streams, *query.shape[:2])
+        if attention_mask is None or lengths is None:
+            attended = _sdpa(query, key, value, None if attention_mask is None else attention_mask[:, None, None])
+        elif min(lengths) == query.shape[1]:
+            attended = _sdpa(query, key, value)
+        else:
+            attended = _row_by_row(query, key, value, lengths)
+        attended = attended.flatten(2)
         for layer in attn.to_out:
             attended = layer(attended)
         return attended
-
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Attend with tensors [rows, tokens, heads, width] each."""
-        num_rows, longest = query.shape[:2]
-        lengths = self._lengths.find(self._streams, num_rows, longest)
-        if mask is None or lengths is None:
-            return _sdpa(query, key, value, None if mask is None else mask[:, None, None])
-        if min(lengths) == longest:
-            return _sdpa(query, key, value)
-        return _row_by_row(query, key, value, lengths)
 
 
 def attend_to_own_tokens(transformer: Any, lengths: RowLengths) -> None:
