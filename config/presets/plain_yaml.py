@@ -31,7 +31,11 @@ def parse_yaml(content: bytes) -> Any:
     except RecursionError as error:
         raise YamlRefused("is nested too deeply") from error
     except yaml.YAMLError as error:
-        raise YamlRefused(_sentence(error)) from error
+        mark = getattr(error, "problem_mark", None)
+        if mark is None:  # a character that YAML does not allow: the reader has no line yet
+            raise YamlRefused(f"is not YAML: {error}".splitlines()[0]) from error
+        problem = getattr(error, "problem", None) or "it cannot be read"
+        raise YamlRefused(f"line {mark.line + 1} is not YAML: {problem}") from error
     if root is None:
         raise YamlRefused("is empty")
     return _plain(root, set())
@@ -68,10 +72,3 @@ def _mapping(node: Any, seen: set[int]) -> dict[str, Any]:
 
 def _refusal(node: Any, problem: str) -> YamlRefused:
     return YamlRefused(f"line {node.start_mark.line + 1} {problem}")
-
-
-def _sentence(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:  # a character that YAML does not allow: the reader has no line yet
-        return f"is not YAML: {error}".splitlines()[0]
-    return f"line {mark.line + 1} is not YAML: {getattr(error, 'problem', None) or 'it cannot be read'}"
