@@ -49,25 +49,21 @@ def _plain(node: Any, seen: set[int]) -> Any:
     if node.tag not in _PLAIN_TAGS:
         raise _refusal(node, "has a tag: write plain text")
     if isinstance(node, yaml.MappingNode):
-        return _mapping(node, seen)
+        fields: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = _plain(key_node, seen)
+            if not isinstance(key, str):
+                raise _refusal(key_node, "is a key that is no text")
+            if key in fields:
+                raise _refusal(key_node, f"has the key {key!r:.60} a second time")
+            fields[key] = _plain(value_node, seen)
+        return fields
     if isinstance(node, yaml.SequenceNode):
         return [_plain(child, seen) for child in node.value]
     text = str(node.value)
     if _NOT_TEXT.search(text):
         raise _refusal(node, "has a NUL or half a surrogate pair: write plain Unicode text")
     return text
-
-
-def _mapping(node: Any, seen: set[int]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = _plain(key_node, seen)
-        if not isinstance(key, str):
-            raise _refusal(key_node, "is a key that is no text")
-        if key in fields:
-            raise _refusal(key_node, f"has the key {key!r:.60} a second time")
-        fields[key] = _plain(value_node, seen)
-    return fields
 
 
 def _refusal(node: Any, problem: str) -> YamlRefused:
