@@ -1,6 +1,7 @@
 """Memory and utilization of the GPU, from NVML."""
 
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,9 @@ class GpuMonitor:
     """
 
     def __init__(self, cuda_visible_devices: str | None = None) -> None:
-        self._device = _first_device(cuda_visible_devices)
+        first = "0" if cuda_visible_devices is None else cuda_visible_devices.split(",")[0].strip()
+        # An index or a UUID; None where every GPU is hidden.
+        self._device = None if first in ("", "-1") else first
         self._lock = threading.Lock()
         self._is_opened = False
         self._handle: Any = None
@@ -38,7 +41,10 @@ class GpuMonitor:
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         except pynvml.NVMLError:
             return None
-        return GpuUsage(int(memory.used), int(memory.total), _utilization_ratio(handle))
+        utilization_ratio = None
+        with suppress(pynvml.NVMLError):
+            utilization_ratio = float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu) / 100
+        return GpuUsage(int(memory.used), int(memory.total), utilization_ratio)
 
     def describe(self) -> str:
         """Return the GPU's model and its driver's version; empty where `read` returns None."""
@@ -60,14 +66,6 @@ class GpuMonitor:
             return self._handle
 
 
-def _first_device(cuda_visible_devices: str | None) -> str | None:
-    """Return the first entry of `CUDA_VISIBLE_DEVICES`, an index or a UUID; None where it hides every GPU."""
-    if cuda_visible_devices is None:
-        return "0"
-    first = cuda_visible_devices.split(",")[0].strip()
-    return first if first and first != "-1" else None
-
-
 def _find_handle(device: str) -> Any:
     if device.isdecimal():
         return pynvml.nvmlDeviceGetHandleByIndex(int(device))
@@ -79,10 +77,3 @@ def _find_handle(device: str) -> Any:
         if pynvml.nvmlDeviceGetUUID(handle).startswith(device):
             return handle
     return None
-
-
-def _utilization_ratio(handle: Any) -> float | None:
-    try:
-        return float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu) / 100
-    except pynvml.NVMLError:
-        return None

@@ -41,20 +41,26 @@ class FinalResponse(http.client.HTTPResponse):
         super().begin()
         self.fp = head.content
         headers: Any = self.headers
-        if len(_lengths(headers)) > 1:
+        lengths = [one for line in headers.get_all("Content-Length", ()) for one in line.split(",")]
+        if len({length.strip() for length in lengths}) > 1:
             # Where the body ends is not known, so that it ends with the connection (RFC 9112 6.3).
             del headers["Content-Length"]
             self.length, self.will_close = None, True
+        claims_body = headers.get("Content-Length", "0").strip() != "0" or "Transfer-Encoding" in headers
         # Such a response has no body, whatever its headers say: what follows is not the next response.
-        if self.status in (NO_CONTENT, NOT_MODIFIED) and _claims_body(headers):
+        if self.status in (NO_CONTENT, NOT_MODIFIED) and claims_body:
             self.will_close = True
 
     def is_interim_next(self) -> bool:
         """Read one status line; return True where it was an interim response's, whose head is skipped then."""
-        self._status_line = self._read_one_status()
-        if not 100 <= self._status_line[1] < 200:
+        self.fp.begin_response()
+        status_line: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+        if status_line[1] == SWITCHING_PROTOCOLS:
+            # No request has an `Upgrade`, so what follows cannot be parsed.
+            raise http.client.BadStatusLine("101 where no other protocol was asked for")
+        if not 100 <= status_line[1] < 200:
+            self._status_line = status_line
             return False
-        self._status_line = None
         self._num_interim += 1
         if self._num_interim > MAX_INTERIM_RESPONSES:
             raise http.client.HTTPException(f"more than {MAX_INTERIM_RESPONSES} interim answers")
@@ -69,14 +75,6 @@ class FinalResponse(http.client.HTTPResponse):
         assert self._status_line is not None, "what is not interim was kept"  # noqa: S101
         found, self._status_line = self._status_line, None
         return found
-
-    def _read_one_status(self) -> tuple[str, int, str]:
-        self.fp.begin_response()
-        status_line: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
-        if status_line[1] == SWITCHING_PROTOCOLS:
-            # No request has an `Upgrade`, so what follows cannot be parsed.
-            raise http.client.BadStatusLine("101 where no other protocol was asked for")
-        return status_line
 
 
 class _Head:
@@ -108,11 +106,3 @@ class _Head:
 
     def close(self) -> None:
         self.content.close()
-
-
-def _lengths(headers: Any) -> set[str]:
-    return {length.strip() for line in headers.get_all("Content-Length", ()) for length in line.split(",")}
-
-
-def _claims_body(headers: Any) -> bool:
-    return headers.get("Content-Length", "0").strip() != "0" or "Transfer-Encoding" in headers

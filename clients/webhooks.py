@@ -107,13 +107,17 @@ class WebhookClient:
 
     def send(self, webhook: Webhook, *, deadline_seconds: float = DEADLINE_SECONDS) -> WebhookAttempt:
         """Make exactly one HTTP attempt, over within `deadline_seconds`; network and HTTP errors become its result."""
-        route, payload = ROUTES[webhook.kind], webhook.payload
-        request = requests.Request(
-            route.method,
-            self._settings.base_url + route.path,
-            data=payload,
-            headers=self._headers(webhook.webhook_id, payload),
-        )
+        route, payload, timestamp = ROUTES[webhook.kind], webhook.payload, int(self._now())
+        headers = {
+            "Content-Type": "application/json",
+            "webhook-id": webhook.webhook_id,
+            "webhook-timestamp": str(timestamp),
+        }
+        if self._signing_key is not None:
+            signature = sign_payload(self._signing_key, webhook.webhook_id, timestamp, payload)
+            headers["webhook-signature"] = signature
+        url = self._settings.base_url + route.path
+        request = requests.Request(route.method, url, data=payload, headers=headers)
         return self.send_request(request, deadline_seconds=deadline_seconds)
 
     def send_request(self, request: requests.Request, *, deadline_seconds: float = DEADLINE_SECONDS) -> WebhookAttempt:
@@ -125,7 +129,9 @@ class WebhookClient:
                 return _without_response(error, timer)
 
     def _attempt(self, request: requests.Request, timer: DeadlineTimer) -> WebhookAttempt:
-        session = self._thread_session()
+        if not hasattr(self._sessions, "session"):
+            self._sessions.session = _new_session(self._settings.token.get_secret_value())
+        session: requests.Session = self._sessions.session
         # No read timeout: it would race with the deadline, which ends pauses and slow streams alike.
         timeout = (min(CONNECT_TIMEOUT_SECONDS, timer.seconds), None)
         prepared = session.prepare_request(request)
@@ -138,23 +144,6 @@ class WebhookClient:
             return _without_response(None, timer)
         _drain_body(response)
         return classify(response.status_code, response.headers, self._now())
-
-    def _thread_session(self) -> requests.Session:
-        if not hasattr(self._sessions, "session"):
-            self._sessions.session = _new_session(self._settings.token.get_secret_value())
-        session: requests.Session = self._sessions.session
-        return session
-
-    def _headers(self, webhook_id: str, payload: bytes) -> dict[str, str]:
-        timestamp = int(self._now())
-        headers = {
-            "Content-Type": "application/json",
-            "webhook-id": webhook_id,
-            "webhook-timestamp": str(timestamp),
-        }
-        if self._signing_key is not None:
-            headers["webhook-signature"] = sign_payload(self._signing_key, webhook_id, timestamp, payload)
-        return headers
 
 
 def classify(status: int, headers: Mapping[str, str], now: float) -> WebhookAttempt:

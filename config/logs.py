@@ -142,18 +142,6 @@ class BackgroundHandler(logging.Handler):
 
 def configure_logging(level: str, log_format: LogFormat = "auto") -> None:
     """Install the handlers of `log_format` on the root logger; third parties log from WARNING on."""
-    logging.basicConfig(level=level, handlers=_handlers(log_format), force=True)
-    for name in NOISY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # pika logs hosts and whole connections, also for expected events; worker.amqp.consumer logs every loss itself.
-    logging.getLogger("pika").setLevel(logging.CRITICAL)
-    # Pillow warns of odd signatures by `warnings`, which would print plain lines between ours.
-    logging.captureWarnings(True)
-    # A closed or full stdout must not print a traceback for every line; the job goes on.
-    logging.raiseExceptions = False
-
-
-def _handlers(log_format: LogFormat) -> list[logging.Handler]:
     has_text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
     has_json = log_format == "json" or (log_format == "auto" and not (has_text and sys.stdout.isatty()))
     handlers: list[logging.Handler] = []
@@ -163,7 +151,15 @@ def _handlers(log_format: LogFormat) -> list[logging.Handler]:
     if has_text:
         handlers.append(BackgroundHandler(sys.stderr.fileno()))
         handlers[-1].setFormatter(TextFormatter())
-    return handlers
+    logging.basicConfig(level=level, handlers=handlers, force=True)
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # pika logs hosts and whole connections, also for expected events; worker.amqp.consumer logs every loss itself.
+    logging.getLogger("pika").setLevel(logging.CRITICAL)
+    # Pillow warns of odd signatures by `warnings`, which would print plain lines between ours.
+    logging.captureWarnings(True)
+    # A closed or full stdout must not print a traceback for every line; the job goes on.
+    logging.raiseExceptions = False
 
 
 def _fields_of(record: logging.LogRecord) -> dict[str, Any]:

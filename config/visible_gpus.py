@@ -37,23 +37,22 @@ def gpu_variables(device: str, cuda_visible_devices: str | None) -> dict[str, st
 
 
 def _listed(cuda_visible_devices: str) -> list[str]:
-    """Return the entries that CUDA accepts: those before the first invalid one, and none where one is repeated."""
+    """Return the entries that CUDA accepts: those before the first invalid one, and none where one is repeated.
+
+    UUIDs are unchanged; of an index the digits that CUDA reads are kept.
+    """
     entries = [entry.strip() for entry in cuda_visible_devices.split(",")]
     prefix = next((one for one in UUID_PREFIXES if entries[0].startswith(one)), "")
     taken: list[str] = []
     for entry in entries:
-        name = _normalize(entry, prefix)
+        if prefix:
+            name = entry if entry.startswith(prefix) else None
+        else:
+            digits = re.match(r"\+?(\d+)", entry, re.ASCII)
+            name = str(int(digits[1])) if digits else None
         if name is None:
             break
         if name in taken:
             return []
         taken.append(name)
     return taken
-
-
-def _normalize(entry: str, prefix: str) -> str | None:
-    """Return a UUID unchanged, of an index the digits that CUDA reads; None for an entry that ends the list."""
-    if prefix:
-        return entry if entry.startswith(prefix) else None
-    digits = re.match(r"\+?(\d+)", entry, re.ASCII)
-    return str(int(digits[1])) if digits else None

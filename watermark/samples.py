@@ -16,7 +16,13 @@ def is_supported(mode: str) -> bool:
 def to_8_bits(image: Image.Image) -> Image.Image:
     """Convert `image` to 8 bits a sample: RGB, RGBA, L, LA, CMYK or LAB; a transparent key colour becomes alpha."""
     if image.mode.startswith("I;16"):
-        return _from_16_bits(image)
+        # Pillow's own conversion clips at 255, so that all but black turns white.
+        samples = np.asarray(image).astype(np.uint32)
+        grey = Image.fromarray(((samples + 128) // 257).clip(0, 255).astype(np.uint8))
+        if (key := image.info.get("transparency")) is not None:
+            grey.putalpha(Image.fromarray(np.where(samples == key, 0, 255).astype(np.uint8)))
+        grey.info = {name: value for name, value in image.info.items() if name != "transparency"}
+        return grey
     if image.mode == "P":
         return image.convert("RGBA" if image.has_transparency_data else "RGB")
     if image.mode in EXPANDED:
@@ -24,13 +30,3 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     if image.info.get("transparency") is not None and image.mode in ("L", "RGB"):
         return image.convert("LA" if image.mode == "L" else "RGBA")
     return image
-
-
-def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Scale 16 bits to 8: Pillow's own conversion clips at 255, so that all but black turns white."""
-    samples = np.asarray(image).astype(np.uint32)
-    grey = Image.fromarray(((samples + 128) // 257).clip(0, 255).astype(np.uint8))
-    if (key := image.info.get("transparency")) is not None:
-        grey.putalpha(Image.fromarray(np.where(samples == key, 0, 255).astype(np.uint8)))
-    grey.info = {name: value for name, value in image.info.items() if name != "transparency"}
-    return grey

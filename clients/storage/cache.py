@@ -154,7 +154,8 @@ class DownloadCache:
                     max_bytes=wanted.max_bytes,
                     deadline_seconds=wanted.deadline_seconds,
                 )
-                _flush(part)
+                with part.open("rb") as file:
+                    os.fsync(file.fileno())  # or the rename may survive a crash without the content
                 part.replace(path)
         except OSError as error:
             if error.errno not in _FULL_ERRNOS:
@@ -210,9 +211,3 @@ def _status(path: Path) -> os.stat_result | None:
         return path.stat()
     except FileNotFoundError:
         return None
-
-
-def _flush(path: Path) -> None:
-    """Sync the file to the disk, so that the rename never survives a crash without its content."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

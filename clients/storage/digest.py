@@ -28,8 +28,11 @@ class DigestCheck:
             self._raise_unless(md5 in stated, md5, stated[0])
             return
         etag = etag_of(response).removeprefix(WEAK)
+        # Under KMS or a customer's key the ETag looks like an MD5 and is none; under plain AES256 it is one.
+        is_opaque = response.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in response
+        is_md5 = not is_opaque and _PLAIN_MD5.fullmatch(etag) is not None
         # Damage on the way is not the same twice; the store's own bytes are, and then its ETag is no MD5.
-        is_right = not _may_be_md5(etag, response) or md5 == etag or md5 in self._refused
+        is_right = not is_md5 or md5 == etag or md5 in self._refused
         self._refused.add(md5)
         self._raise_unless(is_right, md5, etag)
 
@@ -49,9 +52,3 @@ def _stated_md5s(response: Mapping[str, Any]) -> list[str]:
         with suppress(binascii.Error):  # some proxy's header, not a checksum
             stated.append(base64.b64decode(text, validate=True).hex())
     return [md5 for md5 in stated if _PLAIN_MD5.fullmatch(md5)]
-
-
-def _may_be_md5(etag: str, response: Mapping[str, Any]) -> bool:
-    # Under KMS or a customer's key the ETag looks like an MD5 and is none; under plain AES256 it is one.
-    is_opaque = response.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in response
-    return not is_opaque and _PLAIN_MD5.fullmatch(etag) is not None

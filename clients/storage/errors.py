@@ -153,7 +153,11 @@ def translate_errors(subject: object) -> Iterator[None]:
     try:
         yield
     except boto.ClientError as error:
-        raise _response_error(subject, error) from error
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        # The response to a HEAD has no body: boto3 then gives the status as code, and only the status counts.
+        found = _CODE_CLASSES.get(code) or _STATUS_CLASSES.get(status, StorageError)
+        raise found(f"{subject}: the store answered {status} {code[:80]}".removesuffix(f" {status}")) from error
     except DeadlineExpired as error:
         raise StorageUnavailable(f"{subject}: {error}") from error
     except (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError) as error:
@@ -167,24 +171,12 @@ def translate_errors(subject: object) -> Iterator[None]:
 
 
 def _connection_error(subject: object, error: Exception) -> StorageError:
-    for cause in _causes(error):
+    cause: BaseException | None = error
+    while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return NotAStore(f"{subject}: the certificate at the store's address is not accepted ({cause.args[-1]})")
         # EAI_AGAIN, a name server that does not answer, is transient.
         if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME:
             return NotAStore(f"{subject}: the store's host name does not exist")
+        cause = cause.__cause__ or cause.__context__
     return StorageUnavailable(f"{subject}: the store cannot be reached ({type(error).__name__})")
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _response_error(subject: object, error: boto.ClientError) -> StorageError:
-    code = str(error.response.get("Error", {}).get("Code", ""))
-    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    # The response to a HEAD has no body: boto3 then gives the status as code, and only the status counts.
-    found = _CODE_CLASSES.get(code) or _STATUS_CLASSES.get(status, StorageError)
-    return found(f"{subject}: the store answered {status} {code[:80]}".removesuffix(f" {status}"))

@@ -6,6 +6,7 @@ forms that are not decoded. A store compares bytes.
 
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from urllib.parse import unquote
 
 from clients.storage.location import LocationForbidden, ObjectRef, check_key
@@ -13,21 +14,16 @@ from clients.storage.location import LocationForbidden, ObjectRef, check_key
 
 def key_variants(ref: ObjectRef) -> Iterator[ObjectRef]:
     """Yield `ref` unchanged, then its key in NFC and in NFD, then percent-decoded likewise; each once. Pure."""
+    keys = [ref.key]
+    if "%" in ref.key:
+        with suppress(UnicodeDecodeError):
+            keys.append(unquote(ref.key, errors="strict"))
     seen: set[str] = set()
-    for key in (ref.key, *_decoded(ref.key)):
+    for key in keys:
         for variant in (key, unicodedata.normalize("NFC", key), unicodedata.normalize("NFD", key)):
             if variant not in seen and _is_allowed(variant):
                 seen.add(variant)
                 yield ObjectRef(ref.bucket, variant)
-
-
-def _decoded(key: str) -> tuple[str, ...]:
-    if "%" not in key:
-        return ()
-    try:
-        return (unquote(key, errors="strict"),)
-    except UnicodeDecodeError:
-        return ()
 
 
 def _is_allowed(key: str) -> bool:

@@ -100,7 +100,11 @@ def parse_location(
             raise _forbidden(text, f"is a local path or of an unknown scheme: {FORMS}")
         bucket, key = default_bucket, text
 
-    _check_bucket(text, bucket, allowed_buckets)
+    if not BUCKET_NAME.fullmatch(bucket):
+        raise _forbidden(text, f"has no valid bucket name: {BUCKET_RULE}")
+    allowed = sorted(allowed_buckets)
+    if bucket not in allowed:
+        raise _forbidden(text, f"is in a bucket that jobs may not read: use one of {', '.join(allowed)}")
     check_key(text, key)
     return ObjectRef(bucket, key)
 
@@ -132,7 +136,10 @@ def _split_url(text: str, endpoint_url: str | None, region: str) -> _Parts:
         parts = _on_google(host.lower(), path)
     if parts is None:
         raise _forbidden(text, f"is not on the configured store: {FORMS}")
-    return _Parts(parts.bucket, _decoded(text, parts.key))
+    try:
+        return _Parts(parts.bucket, unquote_to_bytes(parts.key).decode())
+    except UnicodeDecodeError:
+        raise _forbidden(text, "is not percent-encoded UTF-8: encode the key as UTF-8") from None
 
 
 def _on_endpoint(scheme: str, host: str, path: str, endpoint_url: str | None) -> _Parts | None:
@@ -180,21 +187,6 @@ def _on_google(host: str, path: str) -> _Parts | None:
         return _split_path(path)
     bucket = host.removesuffix(f".{GOOGLES_HOST}")
     return _Parts(bucket, path) if bucket != host else None
-
-
-def _decoded(text: str, key: str) -> str:
-    try:
-        return unquote_to_bytes(key).decode()
-    except UnicodeDecodeError:
-        raise _forbidden(text, "is not percent-encoded UTF-8: encode the key as UTF-8") from None
-
-
-def _check_bucket(text: str, bucket: str, allowed_buckets: Iterable[str]) -> None:
-    if not BUCKET_NAME.fullmatch(bucket):
-        raise _forbidden(text, f"has no valid bucket name: {BUCKET_RULE}")
-    allowed = sorted(allowed_buckets)
-    if bucket not in allowed:
-        raise _forbidden(text, f"is in a bucket that jobs may not read: use one of {', '.join(allowed)}")
 
 
 def check_key(text: str, key: str) -> None:

@@ -26,13 +26,23 @@ def s3_client(settings: StoreSettings) -> Any:
     The Google translation is for a store that may turn out to be Google's; only its HMAC keys can sign for it.
     """
     key_id, secret = settings.access_key_id, settings.secret_access_key
+    options: dict[str, Any] = {
+        "signature_version": "s3v4",
+        "retries": {"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},
+        "s3": {"addressing_style": "path" if settings.endpoint_url else "auto"},
+        # Optional checksums travel as trailers of chunked bodies, which many compatible stores refuse.
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+        "ignore_configured_endpoint_urls": True,
+        "user_agent_extra": "darkroom",
+    }
     client = boto3.session.Session().client(
         "s3",
         region_name=settings.region,
         endpoint_url=settings.endpoint_url,
         aws_access_key_id=key_id,
         aws_secret_access_key=None if secret is None else secret.get_secret_value(),
-        config=_config("path" if settings.endpoint_url else "auto"),
+        config=Config(**options),
     )
     google = None
     if key_id is not None and secret is not None:
@@ -40,20 +50,6 @@ def s3_client(settings: StoreSettings) -> Any:
     # A handler of `before-send` that returns a response replaces botocore's own transport.
     client.meta.events.register("before-send.s3", _Transport(google).send)
     return client
-
-
-def _config(addressing_style: str) -> Any:
-    options: dict[str, Any] = {
-        "signature_version": "s3v4",
-        "retries": {"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},
-        "s3": {"addressing_style": addressing_style},
-        # Optional checksums travel as trailers of chunked bodies, which many compatible stores refuse.
-        "request_checksum_calculation": "when_required",
-        "response_checksum_validation": "when_required",
-        "ignore_configured_endpoint_urls": True,
-        "user_agent_extra": "darkroom",
-    }
-    return Config(**options)
 
 
 class _Transport:

@@ -31,7 +31,11 @@ def parse_yaml(content: bytes) -> Any:
     except RecursionError as error:
         raise YamlRefused("is nested too deeply") from error
     except yaml.YAMLError as error:
-        raise YamlRefused(_sentence(error)) from error
+        mark = getattr(error, "problem_mark", None)
+        if mark is None:  # a character that YAML does not allow: the reader has no line yet
+            raise YamlRefused(f"is not YAML: {error}".splitlines()[0]) from error
+        problem = getattr(error, "problem", None) or "it cannot be read"
+        raise YamlRefused(f"line {mark.line + 1} is not YAML: {problem}") from error
     if root is None:
         raise YamlRefused("is empty")
     return _plain(root, set())
@@ -45,7 +49,15 @@ def _plain(node: Any, seen: set[int]) -> Any:
     if node.tag not in _PLAIN_TAGS:
         raise _refusal(node, "has a tag: write plain text")
     if isinstance(node, yaml.MappingNode):
-        return _mapping(node, seen)
+        fields: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = _plain(key_node, seen)
+            if not isinstance(key, str):
+                raise _refusal(key_node, "is a key that is no text")
+            if key in fields:
+                raise _refusal(key_node, f"has the key {key!r:.60} a second time")
+            fields[key] = _plain(value_node, seen)
+        return fields
     if isinstance(node, yaml.SequenceNode):
         return [_plain(child, seen) for child in node.value]
     text = str(node.value)
@@ -54,24 +66,5 @@ def _plain(node: Any, seen: set[int]) -> Any:
     return text
 
 
-def _mapping(node: Any, seen: set[int]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = _plain(key_node, seen)
-        if not isinstance(key, str):
-            raise _refusal(key_node, "is a key that is no text")
-        if key in fields:
-            raise _refusal(key_node, f"has the key {key!r:.60} a second time")
-        fields[key] = _plain(value_node, seen)
-    return fields
-
-
 def _refusal(node: Any, problem: str) -> YamlRefused:
     return YamlRefused(f"line {node.start_mark.line + 1} {problem}")
-
-
-def _sentence(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:  # a character that YAML does not allow: the reader has no line yet
-        return f"is not YAML: {error}".splitlines()[0]
-    return f"line {mark.line + 1} is not YAML: {getattr(error, 'problem', None) or 'it cannot be read'}"

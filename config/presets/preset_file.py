@@ -52,29 +52,26 @@ class PresetFile:
         # A thread that comes during another's check gets the presets before it.
         if now - self._checked_at >= CHECK_SECONDS and self._check_lock.acquire(blocking=False):
             self._checked_at = now
-            check = threading.Thread(target=self._reload_and_release, name="presets", daemon=True)
+            check = threading.Thread(target=self._reload, name="presets", daemon=True)
             check.start()
             check.join(RELOAD_WAIT_SECONDS)
         return self._presets
 
-    def _reload_and_release(self) -> None:
+    def _reload(self) -> None:
+        """Read the file where it has changed, and release the lock of the check."""
         try:
-            self._reload_if_changed()
-        finally:
-            self._check_lock.release()
-
-    def _reload_if_changed(self) -> None:
-        stamp = _stamp_of(self._path)
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
-        try:
+            stamp = _stamp_of(self._path)
+            if stamp == self._stamp:
+                return
+            self._stamp = stamp
             self._presets = self._read()
         except PresetsInvalid as error:
             log_event(logger, "presets kept as they were", logging.WARNING, reason=str(error))
         else:
             num_styles, num_industries = len(self._presets.styles), len(self._presets.industries)
             log_event(logger, "presets read anew", styles=num_styles, industries=num_industries)
+        finally:
+            self._check_lock.release()
 
     def _read(self) -> Presets:
         presets = load_presets(self._path)

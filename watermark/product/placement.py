@@ -32,7 +32,12 @@ def place_product(background: Image.Image, product: tuple[int, int], layout: Lay
     across, down = (min(margin, (whole - part) // 2) for whole, part in zip(background.size, size, strict=True))
     room = Rect(across, down, background.width - across, background.height - down)
     if layout.position is None:
-        left, top = _on_quietest_side(background, size, room)
+        # In the middle of the quietest half behind the product, which is the centre of a uniform image.
+        top = _between(room.top, room.bottom - size[1], LOW)
+        side = max(background.width // 2, size[0])
+        rows = Rect(0, top, background.width, top + size[1])
+        start, _ = quietest_region(background, (side, size[1]), within=rows)
+        left = min(max(start + (side - size[0]) // 2, room.left), room.right - size[0])
     else:
         vertical, _, horizontal = layout.position.partition("-")
         left = _between(room.left, room.right - size[0], ANCHORS[horizontal or vertical])
@@ -45,16 +50,6 @@ def fitted_size(image: tuple[int, int], product: tuple[int, int], scale: float) 
     factor = scale * min(image[0] / product[0], image[1] / product[1])
     width, height = (max(1, round(side * factor)) for side in product)
     return min(width, image[0]), min(height, image[1])
-
-
-def _on_quietest_side(background: Image.Image, size: tuple[int, int], room: Rect) -> tuple[int, int]:
-    """Return left and top in the middle of the quietest half behind the product; the centre of a uniform image."""
-    top = _between(room.top, room.bottom - size[1], LOW)
-    side = max(background.width // 2, size[0])
-    rows = Rect(0, top, background.width, top + size[1])
-    start, _ = quietest_region(background, (side, size[1]), within=rows)
-    left = start + (side - size[0]) // 2
-    return min(max(left, room.left), room.right - size[0]), top
 
 
 def _between(first: int, last: int, share: float) -> int:

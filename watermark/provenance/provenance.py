@@ -92,19 +92,7 @@ class Provenance:
 
 def build_png_text(provenance: Provenance) -> PngInfo:
     """Build the text chunks of a PNG, all iTXt, which is UTF-8."""
-    text = PngInfo()
-    text.add_itxt("Software", provenance.creator_tool)
-    text.add_itxt("Creation Time", provenance.created)
-    text.add_itxt("Source", provenance.model)
-    text.add_itxt(SETTINGS_KEYWORD, _settings(provenance))
-    text.add_itxt(XMP_KEYWORD, build_xmp(provenance))
-    if provenance.prompts is not None:
-        text.add_itxt(PARAMETERS_KEYWORD, _parameters(provenance, provenance.prompts))
-    return text
-
-
-def _settings(provenance: Provenance) -> str:
-    """Return JSON with the field names of the complete webhook's metadata."""
+    # The field names of the complete webhook's metadata.
     settings = {
         "kind": provenance.kind,
         "model": provenance.model,
@@ -117,7 +105,15 @@ def _settings(provenance: Provenance) -> str:
         "adapters": provenance.adapters,
         "task_id": provenance.task_id,
     }
-    return json.dumps(settings, ensure_ascii=False)
+    text = PngInfo()
+    text.add_itxt("Software", provenance.creator_tool)
+    text.add_itxt("Creation Time", provenance.created)
+    text.add_itxt("Source", provenance.model)
+    text.add_itxt(SETTINGS_KEYWORD, json.dumps(settings, ensure_ascii=False))
+    text.add_itxt(XMP_KEYWORD, build_xmp(provenance))
+    if provenance.prompts is not None:
+        text.add_itxt(PARAMETERS_KEYWORD, _parameters(provenance, provenance.prompts))
+    return text
 
 
 def build_xmp(provenance: Provenance) -> str:

@@ -86,8 +86,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "clients/webhooks.py",
-                '"webhook-id": webhook_id,',
-                '"webhook-id": f"{webhook_id}:{time.time_ns()}",',
+                '"webhook-id": webhook.webhook_id,',
+                '"webhook-id": f"{webhook.webhook_id}:{time.time_ns()}",',
             ),
         ),
         also=(f"{CLIENT}::test_a_reset_after_the_request_is_ambiguous",),
