@@ -531,7 +531,7 @@ def job_of(**fields: Any) -> Job:
 def provenance_for(job: Job) -> Provenance:
     drawn = RawImage(64, 48, b"", seed=7)
     result = GenerationResult((drawn,), "dpm++", 20, 3.0, ())
-    return provenance_for(job, result, drawn, model="demo")
+    return provenance_of(job, result, drawn, model="demo")
 
 
 def test_a_job_tells_the_names_of_its_adapters_and_never_their_paths() -> None:
