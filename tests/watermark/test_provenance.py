@@ -39,7 +39,7 @@ from worker.cli.check.checks import CheckFailed
 from worker.cli.check.files import check_certificate
 from worker.messages.decoder import decode, rules_from
 from worker.messages.job import Job, Kind
-from worker.results.image_metadata import ImageEncoder
+from worker.results.image_metadata import ImageEncoder, provenance_of
 from worker.supervisor import Supervisor
 
 DARKROOM = Path(sys.executable).with_name("darkroom")
