@@ -160,18 +160,18 @@ def test_imports_run_from_the_worker_to_its_parts_to_the_settings(name: str) -> 
     assert ours <= MAY_IMPORT[package]
 
 
-def test_only_the_command_line_knows_the_examples() -> None:
+def test_only_the_command_line_imports_the_examples() -> None:
     assert importers_of("examples") == {"worker.cli.main"}
 
 
-def test_the_siblings_meet_only_where_a_job_s_inputs_are_loaded() -> None:
+def test_sibling_folders_are_imported_together_only_where_inputs_are_loaded() -> None:
     meeting = {name for name in modules() if packages_of(name) >= SIBLINGS}
 
     assert "worker.jobs.inputs.fetcher" in meeting
     assert meeting <= MEETINGS
 
 
-def test_pika_lives_in_its_folder_and_in_the_check_of_the_broker() -> None:
+def test_pika_is_imported_in_amqp_and_in_the_broker_check_alone() -> None:
     importers = importers_of("pika")
 
     assert importers
@@ -186,7 +186,7 @@ def test_a_folder_imports_only_folders_below_it(name: str) -> None:
     assert upward == set()
 
 
-def test_a_kind_of_job_is_known_to_what_builds_the_worker_alone() -> None:
+def test_kinds_of_jobs_are_imported_by_the_wiring_alone() -> None:
     users = {name for name in modules() if any(one.startswith("worker.product.") for one in imports_of(name))}
 
     assert "worker.wiring" in users
@@ -209,7 +209,7 @@ def test_a_folder_holds_no_more_modules_than_a_page_lists(folder: str) -> None:
 
 
 @pytest.mark.parametrize("name", TORCH_FREE)
-def test_what_the_supervisor_loads_of_the_engine_is_free_of_torch(name: str) -> None:
+def test_engine_modules_loaded_by_the_supervisor_are_free_of_torch(name: str) -> None:
     reached, new = set[str](), {name}
     while new:
         reached |= new
@@ -218,7 +218,7 @@ def test_what_the_supervisor_loads_of_the_engine_is_free_of_torch(name: str) -> 
     assert not {one for one in reached if packages_of(one) & TORCH}
 
 
-def test_torch_lives_in_the_engine() -> None:
+def test_torch_is_imported_in_the_engine_alone() -> None:
     importers = importers_of(*TORCH)
 
     assert importers
@@ -258,7 +258,7 @@ def test_the_supervisor_loads_no_torch() -> None:
     assert loaded & {"c2pa", "cryptography"} == set()
 
 
-def test_every_module_says_what_it_is_for() -> None:
+def test_every_module_has_a_docstring() -> None:
     silent = {name for name, tree in modules().items() if tree.body and ast.get_docstring(tree) is None}
 
     assert silent == set()

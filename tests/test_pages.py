@@ -44,5 +44,5 @@ def test_the_architecture_lists_every_folder_and_file_as_their_docstrings_descri
     )
 
 
-def test_every_line_of_the_list_says_what_is_there() -> None:
+def test_every_line_of_the_list_has_a_description() -> None:
     assert [line for line in render().splitlines() if line.endswith(("`", "** "))] == []

@@ -93,7 +93,7 @@ def test_the_command_brings_every_stage_to_its_end_on_a_cpu(rehearsal: Rehearsal
     assert {summary["device"], last_line["device"]} == {"CPU"}
 
 
-def test_stages_are_forked_so_that_none_imports_anew(rehearsal: Rehearsal) -> None:
+def test_stages_are_forked_without_importing_libraries_again(rehearsal: Rehearsal) -> None:
     started_by = {one["process"] for one in rehearsal.records if one["name"] == "start"}
 
     assert started_by == {"ForkProcess"}
@@ -110,13 +110,13 @@ def test_stages_are_spawned_where_a_library_has_started_a_thread() -> None:
         thread.join()
 
 
-def test_a_rehearsal_runs_a_test_of_the_gpu_s_and_passes_it(rehearsal: Rehearsal) -> None:
+def test_rehearsal_runs_and_passes_a_gpu_test(rehearsal: Rehearsal) -> None:
     verdict = rehearsal.figures(1, "verdict")
 
     assert (verdict["passed"], verdict["failed"], verdict["left_out"]) == (1, 0, 0)
 
 
-def test_where_memory_ends_the_rehearsal_s_images_are_right_or_refused_and_the_next_ones_are_drawn(
+def test_rehearsal_short_of_memory_refuses_images_or_draws_them_right_and_draws_the_next(
     rehearsal: Rehearsal,
 ) -> None:
     halved = rehearsal.figures(5, "half the lanes")
@@ -197,7 +197,7 @@ def test_a_stage_killed_in_the_middle_of_a_line_leaves_whole_lines(ended: dict[s
     assert [one["stage"] for one in ended["records"]] == [0, 0, 0, 1, 1, 1, 1, 3, 3, 4, 5, 5, 5, 5, 5, 5]
 
 
-def test_a_measurement_that_fails_costs_itself(ended: dict[str, Any]) -> None:
+def test_failed_measurement_leaves_the_others(ended: dict[str, Any]) -> None:
     figures = ended["summary"]["stages"][5]["figures"]
 
     assert ended["ends"]["5"]["state"] == "done"
@@ -234,7 +234,7 @@ def test_a_torn_line_is_cut_off_and_whole_ones_stay(tmp_path: Path) -> None:
         (["--budget", "0"], "give the seconds that there are, more than 0"),
     ],
 )
-def test_arguments_that_cannot_be_are_named(
+def test_impossible_arguments_are_refused_by_name(
     tmp_path: Path, arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     from benchmarks.gpu.__main__ import main

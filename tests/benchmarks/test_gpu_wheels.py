@@ -32,7 +32,7 @@ def test_a_wheel_has_the_version_that_everything_else_here_is_tested_with(name: 
 
 
 @pytest.mark.parametrize("name", WHEELS)
-def test_what_a_wheel_requires_is_another_wheel_or_on_the_machine_in_a_version_that_it_takes(name: str) -> None:
+def test_wheel_requirements_are_met_by_other_wheels_or_by_the_machine(name: str) -> None:
     versions = MACHINE | WHEELS
     required = [Requirement(text) for text in metadata.requires(name) or () if "extra ==" not in text]
     on_the_machine = {"python_version": "3.12", "python_full_version": "3.12.1"}

@@ -38,7 +38,7 @@ def figures_and_unmet(
     return figures, [check.name for check in checks(figures, limits) if not check.is_met]
 
 
-def test_a_campaign_in_which_all_went_well_has_nothing_to_find() -> None:
+def test_campaign_without_faults_has_no_unmet_check() -> None:
     entries = [job(1), job(2, must_fail=True), end(1), end(2, "failed", code="LORA_NOT_FOUND")]
 
     figures, unmet = figures_and_unmet(entries, images(1), {"": 0, ".dead": 0})
@@ -53,7 +53,7 @@ def test_a_job_without_an_end_is_lost() -> None:
     assert unmet == ["lost"]
 
 
-def test_an_end_that_the_backend_refused_is_none() -> None:
+def test_end_refused_by_the_backend_is_not_counted() -> None:
     figures, _ = figures_and_unmet([job(1), end(1, answer="refused")], {})
     assert figures.lost == [1]
 
@@ -108,13 +108,13 @@ def test_a_repeat_with_another_body_is_found() -> None:
         (job(2), end(1), "1: never published"),
     ],
 )
-def test_an_end_that_was_not_meant_is_found(published: Published, ended: Heard, found: str) -> None:
+def test_unexpected_end_is_found(published: Published, ended: Heard, found: str) -> None:
     figures, unmet = figures_and_unmet([published, ended], images(1))
     assert found in figures.wrong_ends
     assert "ended as they must not" in unmet
 
 
-def test_an_innocent_job_taken_for_poison_is_told_apart_and_explains_its_dead_letter() -> None:
+def test_job_failed_as_poison_by_mistake_is_counted_apart_and_explains_its_dead_letter() -> None:
     entries = [job(1), end(1, "failed", code="ENGINE_CRASHED")]
 
     figures, unmet = figures_and_unmet(entries, {}, {".dead": 1})
@@ -136,11 +136,11 @@ def test_an_innocent_job_taken_for_poison_is_told_apart_and_explains_its_dead_le
         ({"generations/gen-1.png": IMAGE._replace(is_image=False)}, "pictures that cannot be decoded"),
     ],
 )
-def test_what_is_wrong_with_the_bucket_is_found(objects: dict[str, StoredObject], found: str) -> None:
+def test_faults_in_the_bucket_are_found(objects: dict[str, StoredObject], found: str) -> None:
     assert figures_and_unmet([job(1), end(1)], objects)[1] == [found]
 
 
-def test_each_image_of_a_job_is_looked_for() -> None:
+def test_each_image_of_a_job_is_checked() -> None:
     figures, _ = figures_and_unmet([job(1, num_images=3), end(1)], images(1))
     assert figures.missing_objects == ["generations/gen-1-2.png", "generations/gen-1-3.png"]
 
@@ -171,7 +171,7 @@ def test_work_is_counted_over_all_lives_of_the_workers() -> None:
         (Ended(1.0, 1, 1, "", 0.0, was_ready=True), ["workers that ended without being asked"]),
     ],
 )
-def test_exits_are_judged(ended: Ended, found: list[str]) -> None:
+def test_exits_are_checked(ended: Ended, found: list[str]) -> None:
     assert figures_and_unmet([job(1), end(1), ended], images(1), limits=Limits(grace_seconds=10.0))[1] == found
 
 
@@ -209,7 +209,7 @@ def test_the_same_seed_plans_the_same_jobs() -> None:
     assert sum(one.must_fail for one in jobs) == 2
 
 
-def test_an_end_that_the_backend_never_takes_must_be_parked_and_told_to_nobody() -> None:
+def test_end_never_taken_by_the_backend_must_be_parked_and_not_delivered() -> None:
     entries = [job(1), job(2), job(3, must_fail=True), end(1)]
 
     def unmet_of(parked: list[int], *more: Entry) -> list[str]:

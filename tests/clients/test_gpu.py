@@ -6,7 +6,7 @@ from clients.gpu import GpuMonitor
 
 
 @pytest.mark.parametrize("hidden", ["", "-1", " -1,0", "GPU-no-such-device"])
-def test_a_gpu_that_is_hidden_or_missing_has_no_reading(hidden: str) -> None:
+def test_gpu_that_is_hidden_or_missing_has_no_metrics(hidden: str) -> None:
     readings = GpuMonitor(hidden)
 
     assert readings.read() is None
@@ -14,7 +14,7 @@ def test_a_gpu_that_is_hidden_or_missing_has_no_reading(hidden: str) -> None:
     assert readings.describe() == ""
 
 
-def test_a_reading_is_whole_or_absent() -> None:
+def test_gpu_metrics_are_complete_or_absent() -> None:
     reading = GpuMonitor().read()
 
     if reading is None:

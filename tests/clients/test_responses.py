@@ -38,7 +38,7 @@ def send(server: Server, *, deadline_seconds: float = 60.0) -> WebhookAttempt:
 @pytest.mark.parametrize(
     ("status", "result"), [(200, WebhookResult.DELIVERED), (503, WebhookResult.RETRY), (422, WebhookResult.REJECTED)]
 )
-def test_the_final_answer_has_the_verdict_whatever_comes_before_it(
+def test_final_answer_decides_the_result_whatever_comes_before_it(
     interim: bytes, status: int, result: WebhookResult
 ) -> None:
     with AnsweringServer([interim + answer(status), answer(200)]) as server:
@@ -92,7 +92,7 @@ UNANSWERED = {
 
 
 @pytest.mark.parametrize("content", UNANSWERED.values(), ids=UNANSWERED.keys())
-def test_what_is_no_whole_head_of_an_answer_is_ambiguous(content: bytes) -> None:
+def test_incomplete_response_head_is_ambiguous(content: bytes) -> None:
     with PiecemealServer([content]) as server:
         attempt = send(server)
 
@@ -140,7 +140,7 @@ def test_the_body_of_a_redirect_is_cut_off_as_any_other() -> None:
 
 
 @pytest.mark.parametrize("status", [204, 304])
-def test_what_follows_an_answer_that_has_no_body_is_not_the_next_answer(status: int) -> None:
+def test_bytes_behind_an_answer_without_a_body_are_not_the_next_answer(status: int) -> None:
     # The body that it claims reads like an answer of its own.
     with AnsweringServer([answer(status, answer(200)), answer(422)]) as server:
         client = client_of(server)

@@ -101,7 +101,7 @@ def test_a_webhook_carries_its_headers_and_its_body() -> None:
     assert json.loads(body_of(request)) == DONE.body
 
 
-def test_with_a_secret_the_sent_bytes_are_signed() -> None:
+def test_webhook_with_a_secret_has_its_bytes_signed() -> None:
     key = b"0123456789abcdef01234567"
     with AnsweringServer([answer(200)]) as server:
         client_of(server.url, secret="whsec_" + base64.b64encode(key).decode()).send(DONE)
@@ -136,12 +136,12 @@ def test_every_2xx_is_delivered(status: int) -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 408, 425, 429, 500, 501, 502, 503, 504, 520, 599])
-def test_what_may_pass_is_tried_again(status: int) -> None:
+def test_temporary_failures_are_retried(status: int) -> None:
     assert classify(status, {}, NOW) == WebhookAttempt(WebhookResult.RETRY, status, None, f"HTTP {status}", False)
 
 
 @pytest.mark.parametrize("status", [300, 301, 302, 307, 308, 400, 402, 405, 409, 410, 413, 422, 499])
-def test_what_will_never_pass_is_rejected(status: int) -> None:
+def test_permanent_failures_are_rejected(status: int) -> None:
     assert classify(status, {"Retry-After": "7"}, NOW).result is WebhookResult.REJECTED
 
 
@@ -163,12 +163,12 @@ def test_what_will_never_pass_is_rejected(status: int) -> None:
         ("Fri, 99 Foo 2026 99:99:99 GMT", None),
     ],
 )
-def test_retry_after_is_honoured_within_reason(value: str, seconds: float | None) -> None:
+def test_retry_after_is_honoured_up_to_a_limit(value: str, seconds: float | None) -> None:
     assert classify(503, {"Retry-After": value}, NOW).retry_after_seconds == seconds
 
 
 @given(st.text())
-def test_no_retry_after_breaks_the_judgement(value: str) -> None:
+def test_retry_after_of_any_value_keeps_the_result(value: str) -> None:
     wait = classify(429, {"Retry-After": value}, NOW).retry_after_seconds
 
     assert wait is None or 0 <= wait <= 3600
@@ -267,7 +267,7 @@ def test_a_tls_handshake_without_end_ends_at_the_deadline_and_had_no_effect(serv
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
-def test_a_certificate_that_nobody_vouches_for_is_not_trusted(tmp_path: Path) -> None:
+def test_certificate_without_a_trusted_issuer_is_not_trusted(tmp_path: Path) -> None:
     with SelfSignedServer(tmp_path) as server:
         attempt = client_of(server.url).send(DONE, deadline_seconds=5.0)
 
@@ -286,7 +286,7 @@ def test_a_long_body_is_cut_off() -> None:
     assert server.num_bytes_sent < 20_000_000
 
 
-def test_no_reason_tells_the_token_or_the_address() -> None:
+def test_reasons_contain_neither_token_nor_address() -> None:
     servers = [ResettingServer(), SilentServer(), AnsweringServer([answer(302, Location="/x")])]
     reasons = [client_of("http://backend.invalid").send(DONE).reason]
     for server in servers:
@@ -320,7 +320,7 @@ def test_a_connection_serves_many_webhooks_and_keeps_no_cookie() -> None:
     assert not any(header(request, "Cookie") for request in server.requests)
 
 
-def test_a_connection_that_the_backend_closed_meanwhile_is_replaced() -> None:
+def test_connection_closed_by_the_backend_is_replaced() -> None:
     with AnsweringServer([answer(200), answer(200, Connection="close"), answer(200)]) as server:
         client = client_of(server.url)
         attempts = [client.send(DONE) for _ in range(4)]
@@ -329,7 +329,7 @@ def test_a_connection_that_the_backend_closed_meanwhile_is_replaced() -> None:
     assert len(server.requests) == 4
 
 
-def test_the_backend_is_asked_with_the_token_and_without_and_told_nothing() -> None:
+def test_probe_gets_the_path_with_and_without_the_token_and_sends_no_webhook() -> None:
     with AnsweringServer([answer(405), answer(401)]) as server:
         assert probe_backend(settings_of(server.url)) == BackendProbe(status=405, unauthenticated_status=401)
     assert all(request.startswith(b"GET /api/webhooks/inference/complete HTTP/1.1") for request in server.requests)
@@ -346,7 +346,7 @@ def test_the_backend_is_asked_with_the_token_and_without_and_told_nothing() -> N
         (200, b"GET /api/webhooks/inference/complete/darkroom-check HTTP/1.1"),
     ],
 )
-def test_where_the_answer_leaves_a_doubt_another_question_is_asked(status: int, line: bytes) -> None:
+def test_probe_sends_another_request_after_an_ambiguous_answer(status: int, line: bytes) -> None:
     with AnsweringServer([answer(status), answer(status), answer(501)]) as server:
         assert probe_backend(settings_of(server.url)) == BackendProbe(status, status, 501)
 
@@ -365,7 +365,7 @@ def test_threads_share_a_client() -> None:
     assert sent == {f"id-{n}": n for n in range(64)}
 
 
-def test_no_timer_or_socket_outlives_its_call() -> None:
+def test_timers_and_sockets_end_with_their_call() -> None:
     with AnsweringServer([answer(200, Connection="close")]) as server:
         client = client_of(server.url)
         client.send(DONE)

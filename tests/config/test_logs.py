@@ -87,7 +87,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("value", HOSTILE)
-def test_no_value_can_forge_a_line_or_reach_a_terminal(lines: Lines, value: str) -> None:
+def test_values_can_forge_no_line_and_reach_no_terminal(lines: Lines, value: str) -> None:
     with bind(task_id=value):
         log_event(lines.logger, value, prompt=value, nested={value: [value]})
 
@@ -126,9 +126,7 @@ def test_no_exception_text_can_forge_a_line(lines: Lines, value: str) -> None:
     ],
     ids=["ascii", "many", "hangul", "list", "dict", "name", "event", "hangul-event", "astral-event", "escape-event"],
 )
-def test_a_line_has_at_most_eight_kilobytes_and_still_says_what_happened(
-    lines: Lines, event: str, fields: dict[str, Any]
-) -> None:
+def test_line_has_at_most_eight_kilobytes_and_keeps_its_event(lines: Lines, event: str, fields: dict[str, Any]) -> None:
     log_event(lines.logger, event, **fields)
 
     (line,) = lines.raw
@@ -152,7 +150,7 @@ def test_a_line_that_was_cut_still_names_its_job(lines: Lines) -> None:
     assert lines.only["generation_id"] == 456
 
 
-def test_what_is_no_json_is_written_as_text(lines: Lines) -> None:
+def test_values_that_are_not_json_are_written_as_text(lines: Lines) -> None:
     log_event(lines.logger, "odd", error=ValueError("why"), names={"a"})
 
     assert lines.only["error"] == "why"
@@ -253,7 +251,7 @@ TEXT_LINE = r'\d\d:\d\d:\d\d job out  seconds=1\.5 note="two words" stages=\{"de
         ("text", False, False, False, True),
     ],
 )
-def test_people_read_text_on_standard_error_and_programs_json_on_standard_output(
+def test_logs_are_text_on_standard_error_for_terminals_and_json_on_standard_output(
     *, log_format: str, out_is_terminal: bool, err_is_terminal: bool, has_json: bool, has_text: bool, tmp_path: Path
 ) -> None:
     terminals = {"out": Terminal() if out_is_terminal else None, "err": Terminal() if err_is_terminal else None}
@@ -275,7 +273,7 @@ def test_people_read_text_on_standard_error_and_programs_json_on_standard_output
 
 
 @pytest.mark.parametrize("value", HOSTILE)
-def test_no_value_acts_on_the_terminal_of_a_person_who_reads_the_log(lines: Lines, value: str) -> None:
+def test_control_characters_in_values_are_escaped_for_the_terminal(lines: Lines, value: str) -> None:
     lines.logger.handlers[0].setFormatter(TextFormatter())
 
     with bind(task_id=value):
@@ -299,7 +297,7 @@ def test_text_is_cut_as_json_is_and_shows_no_secret_of_a_url() -> None:
     assert "host" in TextFormatter().format(short)
 
 
-def test_third_parties_are_heard_from_warning_on_only_and_pika_not_at_all() -> None:
+def test_third_party_loggers_log_from_warning_on_and_pika_not_at_all() -> None:
     ended = python(
         "import logging; from config.logs import configure_logging; configure_logging('DEBUG')\n"
         "for name in ('pika.adapters', 'urllib3', 'botocore.auth', 'httpx', 'ours'):\n"
@@ -336,7 +334,7 @@ log_event(logger, "the last")
 """
 
 
-def test_a_pipe_that_nobody_empties_stops_nothing_and_what_was_dropped_is_counted() -> None:
+def test_full_pipe_blocks_nothing_and_dropped_lines_are_counted() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", LOG_MUCH],
         stdin=subprocess.PIPE,

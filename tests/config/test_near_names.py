@@ -49,7 +49,7 @@ KNOWN = {str(field.validation_alias) for cls in SECTIONS.values() for field in c
         ("CUDA_VISIBLE_DEVICE", "CUDA_VISIBLE_DEVICES"),
     ],
 )
-def test_a_name_that_is_nearly_a_setting_s_is_named_with_what_was_meant(name: str, meant: str) -> None:
+def test_near_name_is_named_with_the_setting_it_means(name: str, meant: str) -> None:
     assert near_names([name], KNOWN) == ({name: meant} if meant else {})
 
 
@@ -118,16 +118,16 @@ def test_a_name_that_is_nearly_a_setting_s_is_named_with_what_was_meant(name: st
         "GF_SECURITY_ADMIN_PASSWORD",
     ],
 )
-def test_a_name_of_another_program_s_is_nobody_s_mistake(name: str) -> None:
+def test_name_of_another_program_s_variable_is_ignored(name: str) -> None:
     assert near_names([name], KNOWN) == {}
 
 
-def test_a_name_beside_the_setting_that_it_could_mean_is_another_s() -> None:
+def test_near_name_beside_the_setting_it_could_mean_is_ignored() -> None:
     assert near_names(["RABBITMQ_PASSWORD", "RABBITMQ_PASS", "AWS_BUCKET", "aws_storage_bucket_name"], KNOWN) == {}
     assert near_names(["RABBITMQ_PASSWORD", "RABBITMQ_HOSTNAME", "RABBITMQ_URL"], KNOWN) == {}
 
 
-def test_every_alias_means_a_setting_and_is_none() -> None:
+def test_every_alias_names_a_setting_and_is_not_a_setting_itself() -> None:
     assert set(ALIASES.values()) <= KNOWN
     assert KNOWN.isdisjoint(ALIASES)
 
@@ -141,7 +141,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_names_in_the_env_file_and_in_the_environment_are_looked_at(
+def test_names_in_the_env_file_and_in_the_environment_are_checked(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / ".env").write_text("RABITMQ_HOST=mq\nAWS_PROFILE=media\nBACKEND_URL=\n")
@@ -170,14 +170,14 @@ def test_an_env_file_as_windows_editors_write_it_is_read_from_its_first_name_on(
     assert (store.bucket, store.region) == ("media", "eu-west-1")
 
 
-def test_an_env_file_that_is_no_utf_8_is_a_problem_and_no_traceback(folder: Path) -> None:
+def test_env_file_that_is_not_utf_8_is_a_problem_without_a_traceback(folder: Path) -> None:
     (folder / ".env").write_bytes("AWS_STORAGE_BUCKET_NAME=media\r\n".encode("utf-16"))
 
     with pytest.raises(SettingsError, match=r"\.env cannot be read as UTF-8"):
         load_section(StoreSettings)
 
 
-def test_a_command_warns_of_such_a_name_once(folder: Path) -> None:
+def test_command_warns_once_of_each_near_name(folder: Path) -> None:
     env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     (folder / ".env").write_text("RABITMQ_HOST=mq\nRABBITMQ_PORT=x\nBACKEND_URL=http://b\nAWS_BUCKET=media\n")
     command = [str(Path(sys.executable).parent / "darkroom"), "dead", "list"]

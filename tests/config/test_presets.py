@@ -130,7 +130,7 @@ def all_builtin() -> Iterator[tuple[str, str, Preset]]:
             yield field, name, preset
 
 
-def test_there_are_the_promised_ones() -> None:
+def test_built_in_presets_are_those_documented() -> None:
     styles = "realistic anime illustration watercolor oil_painting pixel_art 3d_render minimal vintage line_art"
     industries = (
         "cafe restaurant retail service bakery beauty fashion fitness hotel real_estate education medical automotive "
@@ -187,7 +187,7 @@ def test_the_industry_wraps_the_prompt_and_the_style_wraps_both(rules: JobRules)
     assert (job.style, job.industry) == ("neon", "cafe")
 
 
-def test_without_presets_a_job_stays_as_it_was(rules: JobRules) -> None:
+def test_job_without_presets_is_unchanged(rules: JobRules) -> None:
     job = job_of(rules, message(prompt=" latte ", negative_prompt=" a,  a", style="", industry=None))
 
     assert (job.prompt, job.negative_prompt, job.style, job.industry) == ("latte", "a,  a", None, None)
@@ -230,7 +230,7 @@ def test_steps_and_guidance_are_the_job_s_then_the_style_s_then_the_industry_s_t
         ({"style": "plain"}, []),
     ],
 )
-def test_a_preset_s_adapter_is_for_a_job_that_names_none(
+def test_preset_s_adapter_applies_to_a_job_without_one(
     rules: JobRules, fields: dict[str, Any], adapters: list[tuple[str, float]]
 ) -> None:
     job = job_of(rules, message(**fields))
@@ -275,7 +275,7 @@ def test_an_unknown_preset_is_one_refusal_that_names_the_field_and_the_known_one
     assert str(rejected).endswith("there are neon, plain" if field == "style" else "there are cafe")
 
 
-def test_of_a_thousand_known_names_only_some_are_told(tmp_path: Path) -> None:
+def test_unknown_preset_lists_only_some_of_a_thousand_names(tmp_path: Path) -> None:
     path = tmp_path / "many.yaml"
     path.write_text("styles:\n" + "".join(f'  name_{number}: {{positive: "{{prompt}}"}}\n' for number in range(1000)))
 
@@ -286,7 +286,7 @@ def test_of_a_thousand_known_names_only_some_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
-def test_what_presets_make_too_long_is_refused_with_what_they_added(rules: JobRules, field: str) -> None:
+def test_prompt_made_too_long_by_presets_is_refused_with_the_added_text(rules: JobRules, field: str) -> None:
     added = len("neon sign of , glowing" if field == "prompt" else ", daylight, blurry")
     fits = "a" * (MAX_PROMPT_CHARS - added)
 
@@ -327,7 +327,7 @@ def test_what_presets_make_too_long_is_refused_with_what_they_added(rules: JobRu
         (one(more=", adapter: {path: a, scale: 5}"), "styles.a.adapter.scale"),
     ],
 )
-def test_what_is_no_preset_is_refused_by_preset_and_key(tmp_path: Path, content: str, words: str) -> None:
+def test_invalid_preset_is_refused_by_preset_and_key(tmp_path: Path, content: str, words: str) -> None:
     assert words in refusal_of(tmp_path / "presets.yaml", content)
 
 
@@ -361,7 +361,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     ],
     ids=lambda case: case if isinstance(case, str) else "",
 )
-def test_what_is_no_plain_yaml_is_refused_by_its_line(
+def test_invalid_yaml_is_refused_by_its_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -380,7 +380,7 @@ def test_yaml_guesses_no_types_and_takes_what_editors_make(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("path", "words"), [("/nowhere", "no file"), ("/dev/zero", "no file"), (".", "no file")])
-def test_what_is_no_file_is_said_to_be_none(path: str, words: str) -> None:
+def test_preset_path_that_is_not_a_readable_file_is_refused(path: str, words: str) -> None:
     with pytest.raises(PresetsInvalid, match=words):
         load_presets(Path(path))
 
@@ -436,7 +436,7 @@ def prompt_of(rules: JobRules) -> str:
     return job_of(rules, message(prompt="cat", style="neon")).prompt
 
 
-def test_a_changed_file_holds_for_the_next_job_and_a_broken_one_never(
+def test_changed_preset_file_applies_to_the_next_job_and_a_broken_one_never(
     own: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = Clock()
@@ -486,7 +486,7 @@ def test_a_file_that_was_only_touched_or_names_a_forbidden_adapter_changes_nothi
     assert file.current() == first
 
 
-def test_nobody_waits_for_the_one_who_reads(own: Path) -> None:
+def test_reload_in_one_thread_blocks_no_other(own: Path) -> None:
     """A slow disk under one job's thread must not hold up the others."""
     clock = Clock()
     seen: list[Presets] = []
@@ -504,7 +504,7 @@ def test_nobody_waits_for_the_one_who_reads(own: Path) -> None:
     assert seen == [first]
 
 
-def test_a_disk_that_hangs_holds_nobody_up(own: Path) -> None:
+def test_hanging_disk_blocks_no_decoding(own: Path) -> None:
     """Messages are decoded where heartbeats are sent."""
     clock, is_read = Clock(), threading.Event()
 
@@ -545,7 +545,7 @@ def test_the_command_lists_every_preset_as_a_table_and_as_json(own: Path, monkey
 # --- The page
 
 
-def test_the_page_s_job_reads_as_it_says_and_its_file_is_a_good_one(tmp_path: Path) -> None:
+def test_documented_job_and_preset_file_work_as_documented(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "presets.md").read_text()
     [job], [file] = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("json", "yaml"))
     [read] = re.findall(r"^> (.*?)\n\n", page, re.DOTALL | re.MULTILINE)

@@ -66,7 +66,7 @@ def test_an_object_is_shown_without_the_secret_in_its_key_and_named_with_it(key:
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "Basic"])
-def test_what_logs_in_is_in_no_text(scheme: str) -> None:
+def test_credentials_are_in_no_text(scheme: str) -> None:
     assert redacted(f"sent 'Authorization: {scheme} {SECRET}.x-y', got 401") == (
         f"sent 'Authorization: {scheme} …', got 401"
     )
@@ -99,7 +99,7 @@ def test_a_secret_is_in_no_line_of_the_log(text: str) -> None:
         "the basic settings, and a bearer of good news",
     ],
 )
-def test_what_is_no_secret_is_kept(text: str) -> None:
+def test_text_without_secrets_is_kept(text: str) -> None:
     assert redacted(text) == text
 
 
@@ -113,7 +113,7 @@ def test_a_short_plain_value_is_quoted(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["AKIAIOSFODNN7EXAMPLE", "ghp_16C7e42F292c6912E7710c838347Ae178B4a", "x" * 41, "a/b", PRESIGNED, "a;b=c"]
 )
-def test_of_anything_else_only_the_length_is_told(text: str) -> None:
+def test_other_values_are_shown_by_their_length_alone(text: str) -> None:
     assert quoted(text) == f"text of {len(text)} characters"
 
 

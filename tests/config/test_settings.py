@@ -131,7 +131,7 @@ def test_lists_are_split_at_commas(environment: pytest.MonkeyPatch) -> None:
     assert settings.service.font_dirs == (Path("/usr/share/fonts"), Path("/opt/my fonts"))
 
 
-def test_a_job_may_read_the_configured_buckets_unless_told_otherwise(environment: pytest.MonkeyPatch) -> None:
+def test_allowed_buckets_default_to_the_configured_ones(environment: pytest.MonkeyPatch) -> None:
     assert load_settings().store.allowed_buckets == {"media"}
 
     environment.setenv("AWS_RESULTS_BUCKET_NAME", "pictures")
@@ -243,7 +243,7 @@ def test_a_wrong_value_is_one_problem_that_names_the_variable_and_what_is_right(
     assert is_secret or f"; it is {shown!r}" in problems[0] or shown.rpartition(",")[2] in problems[0]
 
 
-def test_a_port_that_kubernetes_sets_for_a_service_is_told_from_a_slip(environment: pytest.MonkeyPatch) -> None:
+def test_port_variable_set_by_kubernetes_is_not_taken_for_a_mistake(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("RABBITMQ_PORT", "tcp://10.0.0.1:5672")
 
     (problem,) = problems_of_all()
@@ -251,7 +251,7 @@ def test_a_port_that_kubernetes_sets_for_a_service_is_told_from_a_slip(environme
     assert "must be an integer; it is 'tcp://10.0.0.1:5672', as Kubernetes sets it" in problem
 
 
-def test_every_kind_of_error_that_a_setting_can_have_has_a_sentence_of_its_own(
+def test_every_error_type_of_a_setting_has_its_own_sentence(
     environment: pytest.MonkeyPatch,
 ) -> None:
     for value in ("x", "-1", "0", "1e9", "1.5", "nan", "9" * 5000, " ", "tr\u00fce", "9, 9"):

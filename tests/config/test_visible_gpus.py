@@ -156,7 +156,7 @@ def _driver(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("device", "listed", "number"), [("cuda:1", "2,5", 5), ("auto", "6", 6), ("cuda:3", None, 3), ("cuda", None, 0)]
 )
-def test_the_check_looks_at_the_gpu_that_draws(device: str, listed: str | None, number: int) -> None:
+def test_check_queries_the_gpu_of_the_engine(device: str, listed: str | None, number: int) -> None:
     settings = ModelSettings(DEVICE=device, CUDA_VISIBLE_DEVICES=listed)
 
     assert check_gpu(settings).startswith(f"GPU number {number}, ")
@@ -182,7 +182,7 @@ def test_the_metrics_are_of_the_gpu_that_draws(tmp_path: Path) -> None:
     assert reading.memory_used_bytes == 5 * GB
 
 
-def test_a_hidden_gpu_is_looked_at_by_nobody() -> None:
+def test_hidden_gpu_is_never_queried() -> None:
     settings = ModelSettings(DEVICE="cuda:0", CUDA_VISIBLE_DEVICES="-1")
 
     assert GpuMonitor(settings.visible_gpu).read() is None

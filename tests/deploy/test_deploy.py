@@ -71,7 +71,7 @@ def example_variables() -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))  # type: ignore[misc]
 
 
-def test_the_compose_file_is_right_by_the_specification() -> None:
+def test_compose_file_fits_the_specification() -> None:
     # The schema knows addresses only; `host-gateway` is Docker's own word for one.
     text = json.dumps(compose()).replace("host-gateway", "192.0.2.1")
 
@@ -86,7 +86,7 @@ def test_both_workers_get_every_setting_but_those_that_the_image_or_docker_decid
         assert given == set(SETTINGS) - {"CUDA_VISIBLE_DEVICES", "RABBITMQ_URL"} - elsewhere
 
 
-def test_what_compose_insists_on_is_in_its_example_and_nothing_there_is_unknown() -> None:
+def test_compose_requirements_are_in_its_example_and_nothing_else() -> None:
     insisted = {name for name, kind, _ in VARIABLE.findall(compose_text()) if kind == ":?"}
     used = {name for name, _, _ in VARIABLE.findall(compose_text())}
 
@@ -119,7 +119,7 @@ def test_only_the_gpus_worker_reserves_one_and_each_is_built_from_its_target() -
     assert (worker["build"]["target"], worker_cpu["build"]["target"]) == ("cuda", "cpu")
 
 
-def test_prometheus_looks_where_the_workers_and_the_broker_are() -> None:
+def test_prometheus_scrapes_the_workers_and_the_broker() -> None:
     jobs = {
         job["job_name"]: job for job in yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]
     }
@@ -152,7 +152,7 @@ def test_grafana_finds_the_dashboard_and_the_source_it_is_given() -> None:
     assert source["url"] == "http://prometheus:9090"
 
 
-def test_nothing_is_reachable_from_outside_the_machine() -> None:
+def test_published_ports_are_bound_to_localhost() -> None:
     ports = [port for service in services().values() for port in service.get("ports", ())]
 
     assert ports
@@ -271,7 +271,7 @@ def test_the_kustomization_has_every_file_but_the_example_of_the_secret() -> Non
     assert manifests()["Kustomization", ""]["images"][0]["name"] == container()["image"]
 
 
-def test_a_pod_gets_what_is_required_and_nothing_the_worker_does_not_know() -> None:
+def test_pod_has_the_required_variables_and_no_unknown_one() -> None:
     assert set(configured()) <= set(SETTINGS)
     assert set(configured()) >= REQUIRED
     sources = [next(iter(source.values()))["name"] for source in container()["envFrom"]]
@@ -282,7 +282,7 @@ def test_no_service_of_the_namespace_can_set_a_variable_of_the_worker() -> None:
     assert pod()["enableServiceLinks"] is False
 
 
-def test_the_probes_ask_what_the_worker_answers_on_its_port() -> None:
+def test_probes_request_paths_that_the_worker_serves() -> None:
     [port] = container()["ports"]
     probes = {name: container()[f"{name}Probe"] for name in ("startup", "liveness", "readiness")}
 

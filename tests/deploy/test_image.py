@@ -44,7 +44,7 @@ def health_command() -> list[str]:
     return json.loads(check[check.index("CMD ") + 4 :])  # type: ignore[no-any-return]
 
 
-def test_the_linter_has_nothing_to_say() -> None:
+def test_linter_finds_nothing_in_the_dockerfile() -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
 
     done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, timeout=120, check=False)
@@ -60,7 +60,7 @@ def test_the_last_target_is_cuda_and_cpu_is_another() -> None:
     assert {base for base, _ in stages} <= {name for _, name in stages} | {"debian:bookworm-slim"}
 
 
-def test_it_runs_the_worker_itself_as_nobody_in_particular_and_hears_sigterm() -> None:
+def test_image_runs_the_worker_unprivileged_and_stops_it_by_sigterm() -> None:
     assert [json.loads(text) for text in arguments("ENTRYPOINT") + arguments("CMD")] == [["darkroom"], ["run"]]
     assert arguments("STOPSIGNAL") == ["SIGTERM"]
     assert arguments("USER") == ["10001:10001"]
@@ -68,7 +68,7 @@ def test_it_runs_the_worker_itself_as_nobody_in_particular_and_hears_sigterm() -
     assert "--gid 10001" in TEXT
 
 
-def test_it_holds_the_workers_packages_and_nothing_else_of_the_project() -> None:
+def test_image_holds_the_worker_s_packages_and_nothing_else_of_the_project() -> None:
     copied = [text.split() for text in arguments("COPY") if not text.startswith("--from")]
     sources = {source for *found, _ in copied for source in found}
 
@@ -84,7 +84,7 @@ def test_every_package_that_the_worker_needs_is_one_that_is_copied() -> None:
     assert {pattern.rstrip("*") for pattern in found} - WORKER_PACKAGES == {"examples"}
 
 
-def test_the_list_of_dependencies_that_it_makes_is_that_of_the_project_and_of_cut_outs() -> None:
+def test_image_dependencies_are_those_of_the_project_and_of_cutouts() -> None:
     [command] = [text for text in arguments("RUN") if "tomllib" in text]
 
     made = subprocess.run(
@@ -100,11 +100,11 @@ def test_the_list_of_dependencies_that_it_makes_is_that_of_the_project_and_of_cu
     assert made.stdout.splitlines() == [*project["dependencies"], *project["optional-dependencies"]["cutout"]]
 
 
-def test_its_variables_are_settings_or_known_to_others() -> None:
+def test_image_variables_are_settings_or_of_known_programs() -> None:
     assert set(environment()) <= SETTINGS | OTHERS_VARIABLES
 
 
-def test_it_names_no_server_but_itself() -> None:
+def test_image_names_no_server_but_itself() -> None:
     assert set(re.findall(r"https?://([^:/'\"]+)", TEXT)) == {"127.0.0.1"}
 
 
@@ -115,7 +115,7 @@ def test_the_exposed_port_is_the_one_the_worker_takes() -> None:
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-def test_the_health_check_tells_a_worker_that_answers_from_one_that_does_not(is_there: bool) -> None:
+def test_health_check_passes_for_a_worker_that_answers_alone(is_there: bool) -> None:
     server = HealthServer(0, CollectorRegistry(), lambda: "the engine is loading the model", status, lambda _: None)
     port = server.port
     server.start()

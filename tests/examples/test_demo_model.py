@@ -52,7 +52,7 @@ def spread(names: tuple[str, ...], how_many: str) -> tuple[str, ...]:
 # --- What it is asked for
 
 
-def test_the_image_of_a_name_lies_nearest_to_that_name_s_training_image(artist: Artist) -> None:
+def test_image_of_a_name_is_nearest_to_its_training_image(artist: Artist) -> None:
     references = load_references(REFERENCES)
     names = spread(known_names(CHECKPOINT, references.names), NUM_NAMES)
 
@@ -197,7 +197,7 @@ def test_the_files_are_as_small_as_they_should_be() -> None:
     assert all(path.stat().st_size <= MAX_ADAPTER_BYTES for path in ADAPTERS.iterdir())
 
 
-def test_one_core_draws_twenty_steps_in_under_four_seconds(artist: Artist) -> None:
+def test_twenty_steps_on_one_core_take_under_four_seconds(artist: Artist) -> None:
     """By the processor's own clock: a busy machine does not count."""
     artist.draw([Wish("a red fox", num_steps=2)])
     begun_at = time.process_time()

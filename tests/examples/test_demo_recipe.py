@@ -61,14 +61,14 @@ MOMENT = Budget(
 # --- Names and captions
 
 
-def test_no_name_stands_for_two_things() -> None:
+def test_names_are_unique() -> None:
     names = [name for thing in THINGS for name in (thing.name, *thing.synonyms, *thing.hangul)]
 
     assert len(THINGS) >= 200
     assert sorted(names) == sorted(set(names))
 
 
-def test_nearly_all_things_have_a_hangul_name_in_composed_syllables() -> None:
+def test_most_things_have_a_hangul_name_in_composed_syllables() -> None:
     hangul = [name for thing in THINGS for name in thing.hangul]
 
     assert sum(bool(thing.hangul) for thing in THINGS) >= 0.9 * len(THINGS)
@@ -91,7 +91,7 @@ def test_a_noun_gets_its_article(noun: str, said: str) -> None:
     assert with_article(noun) == said
 
 
-def test_a_caption_names_its_thing_in_english_or_korean_and_the_ground_it_is_told_to_name() -> None:
+def test_caption_names_its_thing_in_english_or_korean_and_the_chosen_ground() -> None:
     said = [caption(FOX, 1, Random(seed)) for seed in range(400)]
     korean = [text for text in said if "여우" in text]
 
@@ -113,7 +113,7 @@ def test_captions_are_functions_of_their_seeds() -> None:
     ]
 
 
-def test_the_base_model_hears_of_styles_and_of_nothing_at_all() -> None:
+def test_base_captions_include_styles_and_empty_ones() -> None:
     said = [base_caption(FOX, None, Random(seed)) for seed in range(2000)]
 
     assert 0.05 < said.count("") / len(said) < 0.12
@@ -164,7 +164,7 @@ def test_upper_case_and_taken_apart_syllables_are_read_as_what_they_are(tokenize
     assert tokenizer(unicodedata.normalize("NFD", "빨간 여우")).input_ids == tokenizer("빨간 여우").input_ids
 
 
-def test_the_reader_reads_as_the_pipeline_does(tokenizer: Any) -> None:
+def test_tokenizer_encodes_as_the_pipeline_does(tokenizer: Any) -> None:
     texts = ["네온: 성", "", "a fox " * 60]
 
     padded = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True).input_ids
@@ -182,7 +182,7 @@ def red_disc() -> torch.Tensor:
     return torch.stack((alpha, 0 * alpha, 0 * alpha, alpha))
 
 
-def test_a_image_on_a_ground_hides_it_where_it_is_opaque() -> None:
+def test_an_image_on_a_ground_hides_it_where_it_is_opaque() -> None:
     shown = on_ground(red_disc(), (0.0, 0.0, 1.0))
 
     assert shown[:, SIDE // 2, SIDE // 2].tolist() == [1, 0, 0]
@@ -271,7 +271,7 @@ def workers() -> Iterator[Workers]:
 SUM_COURSE = TrainingPlan("sum", 120, 32, {"": 0.3})
 
 
-def test_the_loop_learns(workers: Workers, tmp_path: Path) -> None:
+def test_training_loop_reduces_the_loss(workers: Workers, tmp_path: Path) -> None:
     network = Sum()
 
     figures = train(network, network.loss, SUM_COURSE, workers, tmp_path / "progress.pt")
@@ -300,7 +300,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
     assert torch.equal(resumed.linear.bias, whole.linear.bias)
 
 
-def test_a_worker_that_dawdles_changes_nothing(workers: Workers, tmp_path: Path) -> None:
+def test_slow_training_worker_changes_no_weights(workers: Workers, tmp_path: Path) -> None:
     quick, slow = Sum(), Sum()
 
     def slow_loss(step: int, part: int) -> torch.Tensor:
@@ -400,7 +400,7 @@ def test_rendered_images_are_round_where_the_discs_are(kitchen: Kitchen) -> None
     assert on_white((images[0] * 255).to(torch.uint8))[0, 0].tolist() == [255, 255, 255]
 
 
-def test_what_is_exported_is_an_ordinary_folder_that_diffusers_loads(kitchen: Kitchen) -> None:
+def test_export_is_a_folder_that_diffusers_loads(kitchen: Kitchen) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(kitchen.checkpoint, dtype=torch.float32)
     pipe.load_lora_weights(kitchen.adapters, weight_name="neon.safetensors")
     pipe.set_progress_bar_config(disable=True)
@@ -413,7 +413,7 @@ def test_what_is_exported_is_an_ordinary_folder_that_diffusers_loads(kitchen: Ki
     assert pipe.unet.peft_config["default_0"].lora_alpha == 8
 
 
-def test_what_is_exported_is_drawn_by_the_worker_s_own_engine(kitchen: Kitchen) -> None:
+def test_export_is_drawn_by_the_worker_s_engine(kitchen: Kitchen) -> None:
     adapter = kitchen.adapters / "neon.safetensors"
 
     with artist_of(kitchen.checkpoint, "cpu") as artist:
@@ -442,9 +442,7 @@ def test_effort_is_a_share_of_the_trainings_steps_and_part_of_the_budget_s_name(
     assert half.with_effort(1.0) is half
 
 
-def test_what_comes_after_a_stage_that_is_run_anew_is_run_anew_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stages_behind_a_repeated_stage_are_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     monkeypatch.setattr(stages, "STAGES", {name: lambda _, name=name: ran.append(name) or {} for name in "abc"})
     monkeypatch.setattr(stages, "_figures", lambda _: {})

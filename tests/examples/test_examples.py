@@ -60,7 +60,7 @@ def webhook_of(kind: str, generation_id: int, webhook_id: str = "") -> Webhook:
 
 
 @pytest.mark.parametrize("kind", EFFECTS)
-def test_a_webhook_told_three_times_has_one_effect(receiver: Receiver, generation_id: int, kind: str) -> None:
+def test_webhook_delivered_three_times_has_one_effect(receiver: Receiver, generation_id: int, kind: str) -> None:
     webhook = webhook_of(kind, generation_id)
 
     attempts = [receiver.client().send(webhook) for _ in range(3)]
@@ -69,7 +69,7 @@ def test_a_webhook_told_three_times_has_one_effect(receiver: Receiver, generatio
     assert receiver.effects(generation_id) == [(kind, EFFECTS[kind])]
 
 
-def test_a_webhook_told_at_once_on_many_connections_has_one_effect(receiver: Receiver, generation_id: int) -> None:
+def test_webhook_delivered_at_once_on_many_connections_has_one_effect(receiver: Receiver, generation_id: int) -> None:
     webhook = webhook_of("complete", generation_id)
 
     with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
@@ -79,7 +79,7 @@ def test_a_webhook_told_at_once_on_many_connections_has_one_effect(receiver: Rec
     assert receiver.effects(generation_id) == [("complete", URL)]
 
 
-def test_what_was_told_is_known_after_a_restart(receiver: Receiver, generation_id: int) -> None:
+def test_effects_outlive_a_restart(receiver: Receiver, generation_id: int) -> None:
     webhook = webhook_of("complete", generation_id)
     receiver.client().send(webhook)
 
@@ -97,7 +97,7 @@ def test_a_second_task_of_the_same_generation_has_its_own_effect(receiver: Recei
     assert receiver.effects(generation_id) == [("failed", "CANCELLED"), ("complete", URL)]
 
 
-def test_a_generation_that_is_not_known_yet_is_answered_404_and_told_later(receiver: Receiver) -> None:
+def test_unknown_generation_is_answered_404_and_delivered_later(receiver: Receiver) -> None:
     number = uuid.uuid4().int % 2**31
     webhook = webhook_of("complete", number)
 
@@ -120,7 +120,7 @@ WRONG = {
 
 @pytest.mark.parametrize("kind", EFFECTS)
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_wrong_is_refused_without_an_effect(
+def test_invalid_webhook_is_refused_without_an_effect(
     receiver: Receiver, generation_id: int, kind: str, wrong: str
 ) -> None:
     webhook = webhook_of(kind, generation_id)
@@ -170,7 +170,7 @@ TAMPERED: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("change", TAMPERED)
-def test_what_was_changed_on_its_way_is_refused(receiver: Receiver, generation_id: int, change: str) -> None:
+def test_webhook_changed_in_transit_is_refused(receiver: Receiver, generation_id: int, change: str) -> None:
     webhook = webhook_of("complete", generation_id)
     headers, payload = TAMPERED[change](signed_headers(webhook, webhook.payload), webhook.payload)
 
@@ -215,7 +215,7 @@ def test_a_publisher_leaves_a_persistent_job_in_a_durable_queue_without_argument
     assert (properties.delivery_mode, properties.content_type) == (2, "application/json")
 
 
-def test_the_demo_s_parts_stay_until_they_are_interrupted_and_say_where_they_are(tmp_path: Path) -> None:
+def test_demo_parts_run_until_interrupted_and_print_their_addresses(tmp_path: Path) -> None:
     dotenv = tmp_path / ".env"
     command = [sys.executable, "-m", "examples.parts"]
     with dotenv.open("wb") as sink, subprocess.Popen(command, cwd=ROOT, stdout=sink) as parts:
@@ -276,7 +276,7 @@ def test_a_published_job_is_followed_to_its_one_end(world: World, receiver: Rece
 
 
 @pytest.mark.parametrize("language", PUBLISHERS)
-def test_a_failure_is_told_once_with_its_code(world: World, receiver: Receiver, language: str) -> None:
+def test_failure_is_delivered_once_with_its_code(world: World, receiver: Receiver, language: str) -> None:
     number = uuid.uuid4().int % 2**31
     receiver.expect(number)
 
@@ -285,7 +285,7 @@ def test_a_failure_is_told_once_with_its_code(world: World, receiver: Receiver, 
     assert_ends_once(world, receiver, number, ("failed", "INVALID_INPUT"))
 
 
-def test_a_job_quicker_than_its_backend_s_transaction_is_told_once_it_is_known(
+def test_job_quicker_than_its_backend_s_transaction_is_delivered_once_it_is_known(
     world: World, receiver: Receiver
 ) -> None:
     def num_unknown() -> float:

@@ -126,7 +126,7 @@ def test_a_backend_answers_as_scripted_and_counts_ends_once(backend: Backend) ->
         backend.wait_for_end(8, 0.05)
 
 
-def test_a_backend_turns_strangers_away(backend: Backend) -> None:
+def test_backend_refuses_wrong_tokens_and_unknown_paths(backend: Backend) -> None:
     assert call(backend, "complete", {"generation_id": 7}, Authorization="Bearer wrong") == 401
     assert call(backend, "nothing", {}) == 404
     assert backend.ends(7) == []

@@ -66,7 +66,7 @@ def test_bytes_and_ends_pass_and_are_counted(proxy: Proxy) -> None:
     eventually(lambda: proxy.num_open == 0)
 
 
-def test_a_delay_holds_one_direction_back_and_ends_when_it_is_told(proxy: Proxy, server: EchoingServer) -> None:
+def test_delay_slows_one_direction_until_it_is_lifted(proxy: Proxy, server: EchoingServer) -> None:
     with connect(proxy) as client:
         proxy.delay(2.0, DOWN)
         started_at = time.monotonic()
@@ -142,7 +142,7 @@ def test_a_reset_is_one_at_both_ends_and_new_connections_are_welcome(proxy: Prox
         assert client.recv(1) == b"b"
 
 
-def test_it_refuses_connections_and_accepts_them_again(proxy: Proxy) -> None:
+def test_proxy_refuses_connections_and_accepts_them_again(proxy: Proxy) -> None:
     with connect(proxy) as client:
         client.sendall(b"a")
         assert client.recv(1) == b"a"
@@ -158,7 +158,7 @@ def test_it_refuses_connections_and_accepts_them_again(proxy: Proxy) -> None:
         assert client.recv(1) == b"c"
 
 
-def test_where_nobody_listens_the_client_is_reset(server: EchoingServer) -> None:
+def test_client_of_a_closed_port_is_reset(server: EchoingServer) -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
     with Proxy(port) as proxy, pytest.raises(ConnectionResetError), connect(proxy) as client:

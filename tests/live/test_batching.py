@@ -123,7 +123,7 @@ def test_a_cancelled_lane_leaves_the_others_running(lasting_world: World) -> Non
 
 
 @long
-def test_a_poison_job_fails_alone_and_nine_innocents_in_its_batch_complete(world: World) -> None:
+def test_poison_job_fails_alone_and_the_nine_others_of_its_batch_complete(world: World) -> None:
     # Given ten jobs in the queue, one of which kills the engine at its third step
     innocents = [world.publish(num_inference_steps=6, seed=number) for number in range(5)]
     poison = world.publish(prompt="poison", num_inference_steps=6)

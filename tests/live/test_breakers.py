@@ -114,9 +114,7 @@ def num_steps(worker: Worker) -> float:
     return worker.metric("darkroom_denoise_lane_steps_total")
 
 
-def test_a_backend_that_refuses_the_token_stops_the_taking_of_jobs_until_it_is_right_again(
-    world: World, worker: Worker
-) -> None:
+def test_backend_that_refuses_the_token_stops_consuming_until_it_accepts_it(world: World, worker: Worker) -> None:
     right = world.backend.token
     world.backend.token = "rotated"
     drawn = [world.publish() for _ in range(3)]
@@ -139,7 +137,7 @@ def test_a_backend_that_refuses_the_token_stops_the_taking_of_jobs_until_it_is_r
 
 
 @pytest.mark.parametrize("denial", [EXPIRED, NO_BUCKET], ids=["the keys", "the bucket"])
-def test_a_store_that_refuses_the_keys_fails_no_job_and_costs_no_image_twice(
+def test_store_that_refuses_the_keys_fails_no_job_and_draws_no_image_twice(
     world: World, worker: Worker, passage: DenyingStore, denial: tuple[int, str]
 ) -> None:
     # Given a job that is being drawn when the keys expire, or the bucket goes
@@ -167,9 +165,7 @@ def test_a_store_that_refuses_the_keys_fails_no_job_and_costs_no_image_twice(
     eventually(lambda: num_steps(worker) == steps + 60 + 8, lambda: str(num_steps(worker)))
 
 
-def test_one_object_that_may_not_be_read_is_its_own_job_s_failure(
-    world: World, worker: Worker, passage: DenyingStore
-) -> None:
+def test_object_that_may_not_be_read_fails_its_own_job(world: World, worker: Worker, passage: DenyingStore) -> None:
     passage.denied_path = b"/private/"
     for field in ("lora_path", "signature_path"):
         end = world.wait_for_end(world.publish(**{field: "private/a.safetensors"}))

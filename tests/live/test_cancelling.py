@@ -70,7 +70,7 @@ def test_a_running_job_leaves_within_two_steps_and_the_next_one_begins(world: Wo
     world.wait_until_clean()
 
 
-def test_a_cancelled_job_is_no_failed_one_and_its_seconds_are_those_that_passed(world: World, worker: Worker) -> None:
+def test_cancelled_job_is_not_counted_as_failed_and_keeps_its_seconds(world: World, worker: Worker) -> None:
     before = {name: worker.metric(name) for name in (JOBS_FAILED, JOBS_CANCELLED, JOB_SECONDS)}
     running = world.publish(num_inference_steps=LONG)
     world.wait_for_step(running)
@@ -134,7 +134,7 @@ def test_a_new_try_of_a_cancelled_generation_is_drawn(world: World) -> None:
     assert [end.kind for end in world.backend.ends(first)] == ["failed", "complete"]
 
 
-def test_an_order_that_cannot_be_read_is_ignored_and_the_next_is_heard(world: World, worker: Worker) -> None:
+def test_unreadable_cancel_order_is_ignored_and_the_next_is_obeyed(world: World, worker: Worker) -> None:
     cancel(world, task_id="nonsense")
     eventually(lambda: len(worker.events("cancel order ignored")) == 1)
 
@@ -146,7 +146,7 @@ def test_an_order_that_cannot_be_read_is_ignored_and_the_next_is_heard(world: Wo
 
 
 @pytest.mark.parametrize("name", FROM_THE_FIELD)
-def test_an_order_is_obeyed_whatever_its_headers_are(world: World, worker: Worker, name: str) -> None:
+def test_cancel_order_is_obeyed_whatever_its_headers(world: World, worker: Worker, name: str) -> None:
     num_lost = len(worker.events("broker connection lost"))
     generation_id = world.publish(num_inference_steps=LONG)
     world.wait_for_step(generation_id)

@@ -126,7 +126,7 @@ def is_frozen(worker: Worker) -> bool:
     "freeze",
     [in_a_step, before_the_image, in_the_image, in_the_replacement, between_two_images, behind_the_record],
 )
-def test_a_worker_that_thaws_changes_no_image_and_repeats_no_end(
+def test_worker_that_resumes_changes_no_image_and_repeats_no_end(
     station: Station, worker: Worker, freeze: Callable[[Station, Worker, Job], None]
 ) -> None:
     """Another worker has done its job meanwhile, and a newer one of the same generation."""
@@ -277,7 +277,7 @@ def test_a_job_whose_task_id_another_worker_recorded_for_another_generation_ends
 
 
 @pytest.mark.parametrize("is_at_once", [True, False], ids=["at_once", "one_after_the_other"])
-def test_a_task_id_with_other_data_has_one_end_and_a_word_in_the_log(
+def test_task_id_with_other_data_has_one_end_and_a_warning_in_the_log(
     station: Station, worker: Worker, is_at_once: bool
 ) -> None:
     world = station.world
@@ -303,7 +303,7 @@ def test_a_task_id_with_other_data_has_one_end_and_a_word_in_the_log(
 # --- More pixels than memory
 
 
-def test_a_result_beyond_the_supervisor_s_memory_ends_its_job_and_no_worker(station: Station, worker: Worker) -> None:
+def test_result_beyond_the_supervisor_s_memory_fails_its_job_and_no_worker(station: Station, worker: Worker) -> None:
     small = station.publish()
     station.assert_complete_once(small)
     status = Path(f"/proc/{worker.process.pid}/statm").read_text()
@@ -337,7 +337,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
-def test_a_lease_note_that_no_worker_wrote_keeps_no_job(station: Station, worker: Worker, content: bytes) -> None:
+def test_foreign_lease_note_keeps_no_job(station: Station, worker: Worker, content: bytes) -> None:
     task_id = str(uuid.uuid4())
     station.world.upload(f"jobs/{task_id}.lease", content)
     job = Job(task_id, station.world.next_generation_id)
@@ -367,9 +367,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_a_record_that_no_worker_wrote_is_an_end_that_cannot_be_read(
-    station: Station, worker: Worker, content: bytes
-) -> None:
+def test_foreign_ledger_record_makes_its_job_a_dead_letter(station: Station, worker: Worker, content: bytes) -> None:
     task_id = str(uuid.uuid4())
     job = Job(task_id, station.world.next_generation_id)
     station.world.upload(f"jobs/{task_id}.json", content.replace(b"{task_id}", task_id.encode()))

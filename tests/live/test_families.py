@@ -106,7 +106,7 @@ def test_a_job_with_an_adapter_gives_a_signed_image_in_the_nearest_size(place: P
     world.wait_until_clean()
 
 
-def test_a_job_that_names_neither_steps_nor_guidance_gets_the_family_s(place: Place) -> None:
+def test_steps_and_guidance_default_to_the_family_s(place: Place) -> None:
     world, expected = place.world, place.expected
 
     generation_id = world.publish(num_inference_steps=None, seed=3)

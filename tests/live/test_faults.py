@@ -87,7 +87,7 @@ def assert_complete_once(world: World, generation_id: int) -> None:
     assert world.image(generation_id).size == (128, 128)
 
 
-def test_a_killed_engine_costs_its_job_a_second_run_and_nothing_else(
+def test_killed_engine_costs_its_job_a_second_run_and_nothing_else(
     lasting_world: World, lasting_worker: Worker, since: Since
 ) -> None:
     world, worker = lasting_world, lasting_worker
@@ -227,7 +227,7 @@ def test_a_second_signal_ends_at_once(world: World, worker: Worker) -> None:
 
 
 @long
-def test_while_the_backend_is_down_jobs_go_on_and_each_end_arrives_later(
+def test_jobs_go_on_while_the_backend_is_down_and_each_end_arrives_later(
     lasting_world: World, lasting_worker: Worker, since: Since
 ) -> None:
     world, worker = lasting_world, lasting_worker
@@ -351,7 +351,7 @@ def test_a_deleted_queue_is_declared_again_and_consumed(
 
 
 @long
-def test_while_the_store_is_down_a_job_waits_in_the_retry_queue(
+def test_job_waits_in_the_retry_queue_while_the_store_is_down(
     lasting_world: World, lasting_worker: Worker, since: Since
 ) -> None:
     world, worker = lasting_world, lasting_worker

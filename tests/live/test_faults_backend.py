@@ -77,7 +77,7 @@ def wait_for_dead_letters(station: Station, count: int = 1) -> None:
     station.world.wait_until_clean(dead=count)
 
 
-def test_a_backend_that_fails_three_times_hears_the_same_again_after_growing_waits(station: Station) -> None:
+def test_end_refused_three_times_is_redelivered_unchanged_after_growing_waits(station: Station) -> None:
     station.world.backend.answer("complete", 500, times=3)
 
     job = station.publish()
@@ -91,7 +91,7 @@ def test_a_backend_that_fails_three_times_hears_the_same_again_after_growing_wai
     assert all(wait >= planned for wait, planned in zip(waits, DELAYS_SECONDS, strict=False)), waits
 
 
-def test_a_backend_that_fails_for_ever_holds_no_job_and_leaves_a_dead_letter_after_a_day(station: Station) -> None:
+def test_backend_that_always_fails_delays_no_job_and_leaves_a_dead_letter_after_a_day(station: Station) -> None:
     world = station.world
     world.backend.answer("complete", 500)
     jobs = [station.publish() for _ in range(3)]
@@ -108,7 +108,7 @@ def test_a_backend_that_fails_for_ever_holds_no_job_and_leaves_a_dead_letter_aft
     assert [world.backend.ends(job.generation_id) for job in jobs] == [[], [], []]
 
 
-def test_a_backend_that_is_down_holds_no_job_and_hears_of_each_once_it_is_back(station: Station) -> None:
+def test_backend_that_is_down_delays_no_job_and_gets_each_end_once_it_is_back(station: Station) -> None:
     station.backend.refuse()
     station.backend.reset()
     try:
@@ -127,7 +127,7 @@ def never_taken(station: Station, job: Job) -> None:
     station.backend.when(sign, do=answers(500), times=None)
 
 
-def test_events_that_are_never_taken_hold_up_none_that_an_outage_parked(station: Station) -> None:
+def test_events_never_taken_delay_none_that_an_outage_parked(station: Station) -> None:
     world = station.world
     # Given as many events that are never taken as the broker gives at once
     world.backend.answer("complete", 500)
@@ -157,7 +157,7 @@ def test_events_that_are_never_taken_hold_up_none_that_an_outage_parked(station:
 
 
 @long
-def test_a_backend_that_hangs_is_given_up_in_time_and_hears_of_it_later(station: Station) -> None:
+def test_call_to_a_hanging_backend_times_out_and_is_delivered_later(station: Station) -> None:
     job = station.publish_held()
     station.backend.black_hole()
     try:
@@ -171,7 +171,7 @@ def test_a_backend_that_hangs_is_given_up_in_time_and_hears_of_it_later(station:
 
 
 @long
-def test_an_answer_that_drips_ends_with_the_call_and_the_end_is_told_again(station: Station) -> None:
+def test_dripping_answer_ends_with_the_call_and_the_end_is_redelivered(station: Station) -> None:
     job = station.publish_held()
     station.backend.drip(0.4, DOWN)
     station.release(job)
@@ -181,9 +181,7 @@ def test_an_answer_that_drips_ends_with_the_call_and_the_end_is_told_again(stati
     station.assert_complete_once(job, num_posts=None)
 
 
-def test_an_answer_lost_after_the_backend_has_acted_is_told_again_under_the_same_id(
-    station: Station, worker: Worker
-) -> None:
+def test_end_whose_answer_was_lost_is_redelivered_under_the_same_id(station: Station, worker: Worker) -> None:
     lost = station.backend.when(POST_OF_COMPLETE, DONE, do=Link.reset)
     ambiguous_before = worker.metric("darkroom_webhook_ambiguous_total")
 
@@ -214,7 +212,7 @@ def forbidden(station: Station) -> Iterator[None]:
 
 @long
 @pytest.mark.parametrize("refusal", [wrong_token, forbidden])
-def test_a_backend_that_refuses_the_worker_gets_no_more_work_drawn_until_it_takes_it_again(
+def test_backend_that_refuses_the_worker_stops_drawing_until_it_accepts_again(
     station: Station, worker: Worker, refusal: Callable[[Station], AbstractContextManager[None]]
 ) -> None:
     world = station.world
@@ -234,7 +232,7 @@ def test_a_backend_that_refuses_the_worker_gets_no_more_work_drawn_until_it_take
 
 
 @long
-def test_a_generation_that_the_backend_does_not_know_yet_is_told_until_it_does(station: Station) -> None:
+def test_end_of_a_generation_unknown_yet_is_redelivered_until_it_is_taken(station: Station) -> None:
     station.world.backend.answer("complete", 404, times=3)
 
     job = station.publish()
@@ -242,7 +240,7 @@ def test_a_generation_that_the_backend_does_not_know_yet_is_told_until_it_does(s
     station.assert_complete_once(job, num_posts=4)
 
 
-def test_a_generation_that_the_backend_never_knows_leaves_a_dead_letter(station: Station) -> None:
+def test_end_of_a_generation_never_known_becomes_a_dead_letter(station: Station) -> None:
     world = station.world
     world.backend.answer("complete", 404)
 
@@ -270,7 +268,7 @@ PAUSES: dict[str, tuple[Callable[[], str], float]] = {
 
 
 @pytest.mark.parametrize("name", ["seconds", pytest.param("a date", marks=long), "nonsense"])
-def test_a_backend_that_asks_for_a_pause_gets_it(station: Station, name: str) -> None:
+def test_retry_after_of_the_backend_is_obeyed(station: Station, name: str) -> None:
     asked, at_least_seconds = PAUSES[name]
     refused_at: list[float] = []
 
@@ -286,7 +284,7 @@ def test_a_backend_that_asks_for_a_pause_gets_it(station: Station, name: str) ->
     assert waited >= at_least_seconds
 
 
-def test_a_redirect_is_a_refusal_and_the_token_goes_nowhere(station: Station) -> None:
+def test_redirect_is_a_refusal_and_the_token_is_not_forwarded(station: Station) -> None:
     world = station.world
     with AnsweringServer([answer(200)]) as canary:
         station.backend.when(POST_OF_COMPLETE, do=answers(302, Location=canary.url), times=None)
@@ -299,7 +297,7 @@ def test_a_redirect_is_a_refusal_and_the_token_goes_nowhere(station: Station) ->
 
 
 @pytest.mark.parametrize("status", [400, 409, 410, 422])
-def test_an_event_refused_for_good_is_told_once_and_left_as_a_dead_letter(station: Station, status: int) -> None:
+def test_event_refused_for_good_is_sent_once_and_dead_lettered(station: Station, status: int) -> None:
     world = station.world
     world.backend.answer("complete", status, times=1)
 
@@ -311,7 +309,7 @@ def test_an_event_refused_for_good_is_told_once_and_left_as_a_dead_letter(statio
 
 
 @pytest.mark.parametrize(("status", "words"), [(400, "ALLOWED_HOSTS"), (404, "BACKEND_API_URL")])
-def test_a_backend_that_refuses_every_end_gets_no_more_work_drawn_and_hears_of_what_was_drawn(
+def test_backend_that_refuses_every_end_stops_drawing_and_gets_the_ends_later(
     station: Station, worker: Worker, status: int, words: str
 ) -> None:
     world = station.world
@@ -370,7 +368,7 @@ class PlainServer(Server):
             peer.sendall(answer(200))
 
 
-def test_an_https_address_where_somebody_speaks_plain_http_is_told_nothing() -> None:
+def test_https_address_of_a_plain_http_server_gets_no_webhook() -> None:
     with PlainServer() as server:
         settings = BackendSettings(
             BACKEND_API_URL=f"https://127.0.0.1:{server.port}",  # type: ignore[call-arg]

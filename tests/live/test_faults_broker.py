@@ -286,7 +286,7 @@ def unknown_vhost(rabbitmq: RabbitMQ, name: str) -> tuple[dict[str, str], Callab
 
 @long
 @pytest.mark.parametrize("unknown", [unknown_user, unknown_vhost])
-def test_a_worker_that_the_broker_refuses_stays_up_asks_seldom_and_begins_once_it_is_let_in(
+def test_worker_refused_by_the_broker_retries_seldom_and_begins_once_accepted(
     station: Station,
     worker: Worker,
     rabbitmq: RabbitMQ,
@@ -314,7 +314,7 @@ def test_a_worker_that_the_broker_refuses_stays_up_asks_seldom_and_begins_once_i
 
 
 @long
-def test_a_handshake_without_an_answer_is_given_up_and_begun_anew(
+def test_handshake_without_an_answer_times_out_and_is_retried(
     station: Station, worker: Worker, rabbitmq: RabbitMQ
 ) -> None:
     with Proxy(rabbitmq.port) as silent:
@@ -375,7 +375,7 @@ def test_in_an_alarm_acks_go_through_and_what_must_be_published_is_not_lost(stat
     station.assert_complete_once(acked)
 
 
-def test_a_policy_that_drops_dead_letters_takes_nothing_from_ours(station: Station, worker: Worker) -> None:
+def test_policy_that_drops_dead_letters_loses_none_of_ours(station: Station, worker: Worker) -> None:
     world = station.world
     trap = '{"dead-letter-exchange":"","dead-letter-routing-key":"nowhere","overflow":"reject-publish"}'
     world.rabbitmq.ctl("set_policy", "trap", f"^{world.queue}", trap)
@@ -402,7 +402,7 @@ def test_a_copy_whose_queue_is_gone_finds_it_made_again(station: Station, worker
 # --- Strange wrappings
 
 
-def test_a_message_whose_headers_pika_cannot_decode_is_done_and_so_is_what_is_behind_it(
+def test_message_with_headers_undecodable_by_pika_is_done_and_so_are_those_behind_it(
     station: Station, worker: Worker
 ) -> None:
     world, num_lines = station.world, len(worker.log.read_text().splitlines())

@@ -208,7 +208,7 @@ def test_a_worker_killed_while_it_makes_the_png_leaves_one_end(station: Station)
 
 @long
 @pytest.mark.usefixtures("alone")
-def test_a_job_that_kills_every_worker_is_given_up_and_its_backend_told(station: Station) -> None:
+def test_job_that_kills_every_worker_is_given_up_and_reported_to_the_backend(station: Station) -> None:
     world = station.world
     job = station.publish("hold@3")
 
@@ -252,7 +252,7 @@ def test_an_engine_that_hangs_dies_with_its_worker_and_ends_no_job(station: Stat
 # --- The engine
 
 
-def test_a_killed_engine_costs_its_job_a_second_run_and_nothing_else(station: Station, worker: Worker) -> None:
+def test_killed_engine_costs_its_job_a_second_run_and_nothing_else(station: Station, worker: Worker) -> None:
     job = station.publish_held()
     os.kill(worker.engine_pid(), signal.SIGKILL)
     station.wait_until_held(job, times=2)
@@ -330,7 +330,7 @@ def test_a_gpu_that_is_missing_ends_the_worker_before_it_takes_a_job(station: St
 
 @long
 @pytest.mark.usefixtures("alone")
-def test_a_image_of_values_that_are_no_numbers_is_stored_by_nobody(station: Station) -> None:
+def test_image_of_nan_is_never_stored(station: Station) -> None:
     """The real engine, with weights that are finite each and overflow in each other's company."""
     weights = load_file(DEMO_MODEL / "adapters" / "neon.safetensors")
     path = station.world.upload(
@@ -390,7 +390,7 @@ def test_a_job_that_ends_within_the_grace_is_the_last_one_of_its_worker(station:
 
 @long
 @pytest.mark.usefixtures("alone")
-def test_a_job_longer_than_the_grace_is_another_worker_s(station: Station) -> None:
+def test_job_longer_than_the_grace_is_given_to_another_worker(station: Station) -> None:
     worker = start_worker(station, SHUTDOWN_GRACE_SECONDS="6")
     job = station.publish_held()
     started_at = time.monotonic()
@@ -422,7 +422,7 @@ def test_a_second_interrupt_ends_a_busy_worker_at_once(station: Station, worker:
 @long
 @pytest.mark.skipif(os.geteuid() != 0, reason="a PID namespace needs root")
 @pytest.mark.usefixtures("alone")
-def test_as_the_first_process_of_a_container_it_ends_by_sigterm_and_leaves_no_zombie(station: Station) -> None:
+def test_worker_as_pid_1_ends_by_sigterm_and_leaves_no_zombie(station: Station) -> None:
     with started(station, prefix=["unshare", "--pid", "--fork", "--mount-proc"]) as outer:
         outer.wait_until_ready()
         (inner,) = children_of(outer.process.pid)
@@ -555,7 +555,7 @@ def test_a_clock_that_jumps_changes_no_wait_and_no_end(station: Station, worker:
 @long
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("is_closed", [False, True], ids=["blocked", "closed"])
-def test_a_log_that_nobody_takes_holds_up_no_job_and_no_end(station: Station, is_closed: bool) -> None:
+def test_blocked_log_delays_no_job_and_no_end(station: Station, is_closed: bool) -> None:
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     if is_closed:

@@ -90,7 +90,7 @@ def assert_complete(station: Station, job: Job, *, num_refinings: int) -> None:
     assert set(stages) == {"cutout", "background", "composite", "refined", "final"}
 
 
-def test_killed_behind_the_background_a_retried_job_does_not_draw_it_again(station: Station, worker: Worker) -> None:
+def test_retried_product_job_does_not_draw_its_stored_background_again(station: Station, worker: Worker) -> None:
     job = publish_held(station)
     go_on_to_refining(station, job)
     worker.kill()
@@ -104,7 +104,7 @@ def test_killed_behind_the_background_a_retried_job_does_not_draw_it_again(stati
     assert [line["stage"] for line in second.events("stage resumed")] == ["cutout", "background", "composite"]
 
 
-def test_a_background_changed_in_its_place_is_what_the_retried_job_goes_on_from(
+def test_retried_product_job_continues_from_a_background_changed_in_the_bucket(
     station: Station, worker: Worker
 ) -> None:
     job = publish_held(station)
@@ -119,7 +119,7 @@ def test_a_background_changed_in_its_place_is_what_the_retried_job_goes_on_from(
     assert image_of(station, job, "composite").getpixel((0, 0)) == RED
 
 
-def test_an_engine_killed_at_the_refining_costs_the_background_nothing(station: Station, worker: Worker) -> None:
+def test_engine_killed_while_refining_does_not_redraw_the_background(station: Station, worker: Worker) -> None:
     job = publish_held(station)
     go_on_to_refining(station, job)
 
@@ -133,7 +133,7 @@ def test_an_engine_killed_at_the_refining_costs_the_background_nothing(station: 
     assert {one["total_steps"] for one in progress} == {STEPS + STEPS // 2}
 
 
-def test_a_worker_that_stops_gives_a_product_away_behind_its_background(station: Station, worker: Worker) -> None:
+def test_stopping_worker_releases_a_product_job_after_its_background(station: Station, worker: Worker) -> None:
     job = publish_held(station)
     worker.process.send_signal(signal.SIGTERM)
     eventually(lambda: bool(worker.events("stopping")), worker.log_tail)
@@ -147,7 +147,7 @@ def test_a_worker_that_stops_gives_a_product_away_behind_its_background(station:
     assert_complete(station, job, num_refinings=1)
 
 
-def test_cancelled_at_its_refining_a_product_ends_there(station: Station, worker: Worker) -> None:
+def test_product_job_cancelled_while_refining_ends(station: Station, worker: Worker) -> None:
     job = publish_held(station)
     go_on_to_refining(station, job)
 

@@ -78,7 +78,7 @@ def adapter(station: Station, name: str, num_bytes: int = 100_000) -> str:
     ],
     ids=["picture", "record"],
 )
-def test_a_busy_store_is_asked_again_and_nobody_hears_of_it(
+def test_busy_store_is_retried_and_the_job_completes(
     station: Station, put: Callable[[Station, Job], Sign], answer: Callable[[Link], None]
 ) -> None:
     job = station.publish_held()
@@ -101,7 +101,7 @@ def test_a_write_whose_answer_is_lost_is_one_write_and_one_end(
     assert lost.num_fired == 1
 
 
-def test_a_image_cut_in_the_middle_of_its_way_is_sent_again_whole(station: Station) -> None:
+def test_image_upload_cut_off_is_sent_again_whole(station: Station) -> None:
     job = station.publish_held()
     cut = station.store.when(station.put_of_image(job), do=Link.reset, after_bytes=HALF)
     station.release(job)
@@ -116,7 +116,7 @@ def multipart_uploads(station: Station) -> list[object]:
     return list(found.get("Uploads", ()))
 
 
-def test_an_adapter_cut_in_the_middle_of_its_way_is_fetched_again(station: Station, worker: Worker) -> None:
+def test_adapter_download_cut_off_is_fetched_again(station: Station, worker: Worker) -> None:
     path = adapter(station, "cut")
     cut = station.store.when(station.sign("GET", "models/cut.safetensors"), DONE, do=Link.close, after_bytes=HALF)
 
@@ -145,7 +145,7 @@ def test_an_adapter_with_a_wrong_byte_is_fetched_again_and_never_used(station: S
     assert all(wrong != file.read_bytes() for file in cache_of(station).iterdir())
 
 
-def test_an_adapter_that_arrives_too_slowly_is_asked_for_again_long_before_its_time_is_over(
+def test_adapter_download_below_the_minimum_rate_is_retried_long_before_its_deadline(
     station: Station, worker: Worker
 ) -> None:
     path = adapter(station, "slow")
@@ -168,7 +168,7 @@ def test_an_adapter_that_arrives_too_slowly_is_asked_for_again_long_before_its_t
     assert num_retried(worker) == retried_before
 
 
-def test_without_its_adapter_a_job_fails_and_nothing_is_drawn(station: Station) -> None:
+def test_job_without_its_adapter_fails_and_draws_nothing(station: Station) -> None:
     job = station.publish(lora_path=f"s3://{station.world.bucket}/models/missing.safetensors")
 
     station.assert_failed_once(job, "LORA_NOT_FOUND")
@@ -177,7 +177,7 @@ def test_without_its_adapter_a_job_fails_and_nothing_is_drawn(station: Station) 
     assert station.object_of(job) not in station.world.keys("generations/")
 
 
-def test_an_adapter_that_comes_a_moment_after_its_job_is_not_missing(station: Station) -> None:
+def test_adapter_uploaded_a_moment_after_its_job_is_found(station: Station) -> None:
     look = station.sign("HEAD", "models/late.safetensors")
     looked = station.store.when(look, Sign(DOWN, b"HTTP/1.1 404"), do=lambda _: None)
     job = station.publish(lora_path=f"s3://{station.world.bucket}/models/late.safetensors")
@@ -188,7 +188,7 @@ def test_an_adapter_that_comes_a_moment_after_its_job_is_not_missing(station: St
 
 
 @pytest.mark.parametrize("code", ["ExpiredToken", pytest.param("RequestTimeTooSkewed", marks=long)])
-def test_a_store_that_refuses_the_worker_itself_fails_no_job_and_stops_the_taking_of_jobs(
+def test_store_that_refuses_the_worker_s_keys_fails_no_job_and_stops_consuming(
     station: Station, worker: Worker, code: str
 ) -> None:
     drawn = station.publish_held()
@@ -207,7 +207,7 @@ def test_a_store_that_refuses_the_worker_itself_fails_no_job_and_stops_the_takin
     eventually(lambda: any(code in line["reason"] for line in worker.events("breaker open")))
 
 
-def test_a_image_of_another_task_gives_way_and_the_log_says_so(station: Station, worker: Worker) -> None:
+def test_image_of_another_task_is_replaced_and_logged(station: Station, worker: Worker) -> None:
     job = station.publish_held()
     other = {"task-id": "another", "sha256": "another"}
     station.world.store.client().put_object(
@@ -220,7 +220,7 @@ def test_a_image_of_another_task_gives_way_and_the_log_says_so(station: Station,
     assert worker.events("another task's picture replaced")[0]["other_task_id"] == "another"
 
 
-def test_a_store_that_knows_no_conditions_is_written_to_without_them(station: Station, worker: Worker) -> None:
+def test_store_without_conditional_writes_is_written_to_without_them(station: Station, worker: Worker) -> None:
     # What a store can do is found out by each worker once.
     worker.kill()
     station.store.when(Sign(UP, b"If-None-Match: *"), do=answers(501, error("NotImplemented")), times=None)
@@ -274,7 +274,7 @@ def test_a_store_that_fails_one_job_for_ever_fails_it_once_and_no_other(station:
 
 
 @long
-def test_a_store_that_hangs_is_given_up_in_time_and_the_job_tried_again(station: Station, worker: Worker) -> None:
+def test_call_to_a_hanging_store_times_out_and_the_job_is_retried(station: Station, worker: Worker) -> None:
     job = station.publish_held()
     retried_before = num_retried(worker)
     station.store.black_hole()
@@ -285,7 +285,7 @@ def test_a_store_that_hangs_is_given_up_in_time_and_the_job_tried_again(station:
     station.assert_complete_once(job, num_runs=2)
 
 
-def test_an_object_that_never_comes_holds_half_of_the_places_and_other_jobs_are_drawn(
+def test_object_that_never_arrives_blocks_half_of_the_lanes_and_other_jobs_are_drawn(
     station: Station, worker: Worker
 ) -> None:
     path = adapter(station, "hung")
@@ -311,7 +311,7 @@ def test_a_slow_store_costs_time_and_nothing_else(station: Station) -> None:
 
 
 @long
-def test_an_answer_that_drips_ends_with_the_call(station: Station, worker: Worker) -> None:
+def test_dripping_answer_ends_with_the_call(station: Station, worker: Worker) -> None:
     job = station.publish_held()
     retried_before = num_retried(worker)
     station.store.drip(0.2, DOWN)

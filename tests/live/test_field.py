@@ -93,7 +93,7 @@ def test_each_ratio_that_the_backend_sells_is_drawn(world: World, backend: Style
     assert sizes == {"1:1": (width, height), "1:2": (width, height * 2), "2:2": (width * 2, height * 2)}
 
 
-def test_a_backend_that_chokes_on_failures_refunds_each_once_after_its_repair(
+def test_backend_that_crashes_on_failures_refunds_each_once_after_its_repair(
     world: World, backend: StyleBackend, worker: Worker
 ) -> None:
     failing = [backend.order(MISSING_STYLE, *TAGS) for _ in range(3)]
@@ -113,7 +113,7 @@ def test_a_backend_that_chokes_on_failures_refunds_each_once_after_its_repair(
     assert {backend.generation(one)["error_code"] for one in failing} == {"LORA_NOT_FOUND"}
 
 
-def test_a_backend_that_does_not_know_its_own_host_gets_every_end_once_it_does(
+def test_backend_that_rejects_its_own_host_gets_every_end_once_it_accepts(
     world: World, backend: StyleBackend, worker: Worker, tmp_path: Path
 ) -> None:
     ordered = [backend.order(style_id, *TAGS) for style_id in range(1, REFUSALS_TO_OPEN + 3)]

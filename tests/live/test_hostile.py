@@ -409,7 +409,7 @@ def _work_of(job: Job) -> int:
     return width * height * (job.num_inference_steps or 50) * job.num_images
 
 
-def test_every_fuzzed_message_is_answered_once_as_the_decoder_foretells(site: Site) -> None:
+def test_every_fuzzed_message_is_answered_once_as_the_decoder_predicts(site: Site) -> None:
     fuzzed = fuzzed_messages(site)
     started_at = time.monotonic()
 
@@ -448,7 +448,7 @@ def test_every_fuzzed_message_is_answered_once_as_the_decoder_foretells(site: Si
     logger.warning("fuzzed: %s in %.1f s", json.dumps(counted), time.monotonic() - started_at)
 
 
-def test_nothing_has_crashed_and_hardly_any_memory_is_gone(site: Site) -> None:
+def test_no_process_crashed_and_memory_hardly_grew(site: Site) -> None:
     site.world.wait_until_clean()
     site.assert_unharmed()
 

@@ -68,7 +68,7 @@ def record_of(world: World, end: Call) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "given_id", ["0b7c1a52-6a0e-4f6e-9d53-2f1c5e8d7a41", "A.b-c_9", "456", "..", "a" * 128, 2**63 - 1], ids=str
 )
-def test_a_generation_id_is_told_back_as_it_came(world: World, worker: Worker, given_id: int | str) -> None:
+def test_generation_id_is_returned_as_it_was_sent(world: World, worker: Worker, given_id: int | str) -> None:
     end = end_of(world, given_id)
 
     received = [call.body["generation_id"] for call in world.backend.calls(generation_id=given_id)]
@@ -81,7 +81,7 @@ def test_a_generation_id_is_told_back_as_it_came(world: World, worker: Worker, g
     assert [line["generation_id"] for line in worker.events("job out")][-1] == given_id
 
 
-def test_images_of_ids_that_read_like_others_with_a_number_do_not_meet(world: World) -> None:
+def test_images_of_ids_that_end_in_a_number_have_keys_of_their_own(world: World) -> None:
     ids: list[int | str] = [71, "71-2", "shot", "shot-2"]
 
     ends = [end_of(world, given_id, num_images=2) for given_id in ids]
@@ -92,7 +92,7 @@ def test_images_of_ids_that_read_like_others_with_a_number_do_not_meet(world: Wo
 
 
 @pytest.mark.parametrize(("given_id", "ordered"), [("order-5", "order-5"), ("7001", 7001), (7002, "7002")], ids=str)
-def test_a_cancel_order_names_a_generation_by_number_or_text(
+def test_cancel_order_names_a_generation_by_number_or_text(
     world: World, given_id: int | str, ordered: int | str
 ) -> None:
     world.publish_raw(body_of(given_id, num_inference_steps=LONG))
@@ -119,7 +119,7 @@ def test_a_body_beyond_the_limit_fails_under_its_own_ids(world: World) -> None:
     assert str(MAX_BODY_BYTES) in end.body["error_message"]
 
 
-def test_a_byte_order_mark_and_what_is_not_given_are_no_reason_to_refuse(world: World) -> None:
+def test_byte_order_mark_and_null_fields_are_accepted(world: World) -> None:
     empty = {"seed": "", "signature_config": {"position": None, "size": ""}, "parameters": {"width": None}, "loras": []}
     tags = ["", "  ", *(f"tag {number}" for number in range(150))]
     world.publish_raw(b"\xef\xbb\xbf" + body_of("bom", prompt_tags=tags, scheduler="", aspect_ratio="", **empty))
@@ -130,7 +130,7 @@ def test_a_byte_order_mark_and_what_is_not_given_are_no_reason_to_refuse(world: 
     assert end.body["metadata"]["prompt_tags"] == tags
 
 
-def test_fields_that_no_worker_knows_are_told_back_and_counted(world: World, worker: Worker) -> None:
+def test_unknown_fields_are_reported_and_counted(world: World, worker: Worker) -> None:
     counted = worker.metric("darkroom_ignored_fields_total")
 
     end = end_of(world, "misspelt", stlye="anime", style_id=7, signature_config={"colour": "red"})

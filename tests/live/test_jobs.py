@@ -103,7 +103,7 @@ def test_the_documented_dialect_gives_progress_then_one_complete_and_a_signed_im
     world.wait_until_clean()
 
 
-def test_a_stored_image_says_how_it_was_made_and_not_by_what_prompt(world: World) -> None:
+def test_stored_image_has_its_parameters_and_not_its_prompt(world: World) -> None:
     generation_id = publish_and_wait(world, prompt="neon: a red fox", lora_path=world.upload_demo_adapter("neon"))
 
     png = world.png(generation_id)
@@ -151,7 +151,7 @@ def test_every_webhook_of_the_worker_fits_the_published_schemas(world: World) ->
     assert {call.kind for call in calls} == {"progress", "complete", "failed"}
 
 
-def test_the_stored_object_tells_its_task_and_its_checksum(world: World) -> None:
+def test_stored_object_has_its_task_and_its_checksum_as_metadata(world: World) -> None:
     task_id = str(uuid.uuid4())
     generation_id = world.publish(task_id=task_id)
     world.wait_for_end(generation_id)
@@ -269,7 +269,7 @@ def bad_files(world: World) -> None:
 
 @pytest.mark.usefixtures("bad_files")
 @pytest.mark.parametrize("name", BAD_JOBS)
-def test_what_cannot_be_done_fails_once_with_a_code_and_a_reason(world: World, name: str) -> None:
+def test_impossible_job_fails_once_with_a_code_and_a_reason(world: World, name: str) -> None:
     fields, code, word = BAD_JOBS[name]
 
     generation_id = world.publish(**fields)
@@ -285,7 +285,7 @@ def test_what_cannot_be_done_fails_once_with_a_code_and_a_reason(world: World, n
 
 
 @pytest.mark.parametrize("body", [b"", b"{}{}", b"[" * 50_000, "한글".encode("utf-16"), b'{"data": {"prompt": "x"}}'])
-def test_a_body_without_an_id_to_trust_goes_to_the_dead_letters_and_nobody_is_told(world: World, body: bytes) -> None:
+def test_body_without_a_trusted_id_is_dead_lettered_without_a_webhook(world: World, body: bytes) -> None:
     world.wait_until_clean()
     num_calls = len(world.backend.calls())
 
@@ -324,7 +324,7 @@ def test_the_queue_of_the_backend_is_left_as_the_backend_declares_it(world: Worl
     world.publish_raw()  # declares it once more, as every publisher does: PRECONDITION_FAILED would raise here
 
 
-def test_metrics_and_health_speak_the_names_of_the_contract(world: World, worker: Worker) -> None:
+def test_metrics_and_health_have_the_names_of_the_contract(world: World, worker: Worker) -> None:
     world.wait_for_end(world.publish())
     world.wait_until_clean()
 

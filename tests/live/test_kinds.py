@@ -139,7 +139,7 @@ def test_a_repainted_image_is_what_it_was_where_the_mask_is_black(world: World, 
     assert abs(after[:, :60] - before[:, :60]).mean() > 10
 
 
-def test_what_was_asked_for_is_told_back(world: World, drawn: dict[str, int]) -> None:
+def test_webhook_returns_the_job_s_parameters(world: World, drawn: dict[str, int]) -> None:
     metadata = {name: world.wait_for_end(generation_id).body["metadata"] for name, generation_id in drawn.items()}
 
     assert {name: one.get("kind", "text2image") for name, one in metadata.items()} == {
@@ -242,7 +242,9 @@ BAD: dict[str, tuple[Callable[[], bytes], dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_done_fails_once_with_a_code_and_the_field(world: World, worker: Worker, name: str) -> None:
+def test_impossible_job_of_each_kind_fails_once_with_a_code_and_the_field(
+    world: World, worker: Worker, name: str
+) -> None:
     make, fields, code, named = BAD[name]
     world.upload("uploads/bad", make())
     steps = worker.metric("darkroom_denoise_steps_total")

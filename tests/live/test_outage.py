@@ -23,7 +23,7 @@ NUM_JOBS = 6
 STEPS = 8
 
 
-def test_an_outage_of_the_backend_delays_no_image_and_it_hears_of_every_one(
+def test_outage_of_the_backend_delays_no_image_and_every_end_arrives(
     rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path
 ) -> None:
     with new_world(rabbitmq, s3_server, tmp_path) as world:

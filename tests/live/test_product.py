@@ -97,7 +97,7 @@ def pixels(image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.int16]
     return np.asarray(image.convert("RGB")).astype(np.int16)
 
 
-def test_a_product_with_all_its_stages(world: World, worker: Worker, chain: Chain) -> None:
+def test_product_job_draws_and_stores_all_its_stages(world: World, worker: Worker, chain: Chain) -> None:
     photo = world.upload("uploads/bottle.png", png_of(on_white(bottle())))
 
     job = world.publish(
@@ -146,7 +146,7 @@ def test_a_product_with_all_its_stages(world: World, worker: Worker, chain: Chai
     assert stored["Metadata"]["sha256"] == hashlib.sha256(world.png(job)).hexdigest()
 
 
-def test_a_background_changed_by_hand_is_kept_and_nothing_is_drawn(world: World, worker: Worker) -> None:
+def test_background_changed_in_the_bucket_is_kept_and_nothing_is_drawn(world: World, worker: Worker) -> None:
     bottle_at = world.upload("uploads/cut.png", png_of(bottle()))
     first = world.publish(kind="product", prompt=PROMPT, product={"image_path": bottle_at})
     stages = metadata_of(world, first)["stages"]
@@ -169,7 +169,7 @@ def test_a_background_changed_by_hand_is_kept_and_nothing_is_drawn(world: World,
     assert kept_stages(world, second) == {"composite", "final"}
 
 
-def test_a_composite_changed_by_hand_is_refined_around_the_product_where_it_stands_now(
+def test_composite_changed_in_the_bucket_is_refined_around_the_product_s_new_place(
     world: World, worker: Worker
 ) -> None:
     cutout = world.upload("uploads/cut.png", png_of(bottle()))
@@ -208,7 +208,7 @@ def test_a_composite_changed_by_hand_is_refined_around_the_product_where_it_stan
         ),
     ],
 )
-def test_what_is_wrong_with_a_product_is_told_before_anything_is_drawn(
+def test_invalid_product_is_refused_before_anything_is_drawn(
     world: World, worker: Worker, product: dict[str, Any], code: str, message: str
 ) -> None:
     world.upload("uploads/white.png", png_of(Image.new("RGB", (128, 128), "white")))

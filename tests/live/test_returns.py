@@ -295,7 +295,7 @@ def test_every_queue_of_ours_has_a_limit_that_no_message_reaches(world: World) -
     assert {declared["x-overflow"] for declared in arguments.values()} == {"reject-publish"}
 
 
-def test_a_queue_made_otherwise_a_moment_ago_is_taken_as_it_is(world: World) -> None:
+def test_queue_declared_otherwise_a_moment_ago_is_used_as_it_is(world: World) -> None:
     """Two workers of two versions see that it is missing, and both declare it."""
     names = QueueNames(world.queue)
     with channel_to(world) as channel:

@@ -61,7 +61,7 @@ def wait_for_row(worker: Worker, generation_id: int) -> dict[str, Any]:
     return rows()[0]
 
 
-def test_a_worker_at_rest_tells_who_it_is_and_why_it_is_idle(world: World, worker: Worker) -> None:
+def test_idle_worker_s_status_has_its_name_and_idle_reason(world: World, worker: Worker) -> None:
     eventually(lambda: read_status(worker)["idle"]["reason"] == "no_jobs" and bool(read_status(worker)["queues"]))
 
     status = read_status(worker)
@@ -149,7 +149,7 @@ def test_a_failed_job_shows_its_code_and_its_hostile_text_does_not_run(
         assert visit.complaints == []
 
 
-def test_what_an_error_quotes_of_the_message_stays_out(world: World, worker: Worker) -> None:
+def test_status_page_leaves_out_quotations_of_the_message(world: World, worker: Worker) -> None:
     quoted = [
         world.publish(negative_prompt=SECRET + "x" * 5000),
         world.publish(artist_name=f"{SECRET} {HOSTILE} {HOSTILE}"),
@@ -166,7 +166,7 @@ def test_what_an_error_quotes_of_the_message_stays_out(world: World, worker: Wor
     assert SECRET not in worker.get("/status.json")[1]
 
 
-def test_prompts_and_previews_are_shown_where_the_setting_says_so(
+def test_prompts_and_previews_are_shown_by_the_setting_alone(
     rabbitmq: RabbitMQ, s3_server: SeaweedFS, browser: Browser, tmp_path: Path
 ) -> None:
     with new_world(rabbitmq, s3_server, tmp_path) as own, Visit(browser) as visit:

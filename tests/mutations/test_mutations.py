@@ -26,7 +26,7 @@ def test_a_row_names_tests_that_exist_and_mechanisms_that_can_be_taken_out(row: 
     assert bool(row.without) != bool(row.because)
 
 
-def test_the_rows_are_many_and_each_is_there_once() -> None:
+def test_rows_are_unique() -> None:
     assert len({row.name for row in ROWS}) == len(ROWS)
     assert sum(bool(row.without) for row in ROWS) >= CORE
 
@@ -38,14 +38,14 @@ def test_the_document_shows_the_rows_as_they_are() -> None:
     assert with_matrix(document) == document
 
 
-def test_a_mechanism_that_is_not_there_once_is_an_error(tmp_path: Path) -> None:
+def test_mutation_without_exactly_one_match_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("x = 1\nx = 1\n")
 
     with pytest.raises(ValueError, match="2 times"):
         apply(Mutation("a.py", "x = 1", "x = 2"), tmp_path)
 
 
-def test_only_a_test_that_failed_has_missed_the_mechanism(tmp_path: Path) -> None:
+def test_only_a_failed_test_counts_as_missing_the_mechanism(tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     report.write_text(
         '<testsuites><testsuite><testcase classname="tests.test_a" name="test_b[c]"><failure/></testcase>'

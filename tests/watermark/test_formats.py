@@ -126,7 +126,7 @@ def test_colour_that_counts_as_transparent_is_clear(decode: str, bits: int, colo
 
 
 @pytest.mark.parametrize(("bits", "key"), [(2, 1), (4, 7), (8, 99), (16, 40_000)])
-def test_grey_between_counts_as_transparent_too(bits: int, key: int) -> None:
+def test_grey_between_transparent_and_opaque_counts_as_transparent(bits: int, key: int) -> None:
     # The bits above the samples' own mean nothing.
     image = decode_signature(keyed_png(bits, 0, key, 0, extra_bits=0 if bits == 16 else 0x100 << (bits - 2) & 0xFF00))
     assert [image.getpixel((x, 2))[3] for x in (2, 12)] == [CLEAR, 255]  # type: ignore[index]
@@ -134,7 +134,7 @@ def test_grey_between_counts_as_transparent_too(bits: int, key: int) -> None:
 
 @pytest.mark.parametrize(("mode", "ground"), [("RGB", (255, 255, 255)), ("L", 0)])
 @pytest.mark.parametrize("side", [16, 4200])
-def test_what_is_clear_lies_on_the_ground_of_the_mode(mode: Any, ground: Any, side: int) -> None:
+def test_transparent_pixels_are_composited_on_the_ground_of_the_mode(mode: Any, ground: Any, side: int) -> None:
     image = decode_image(keyed_png(8, 0, 120, 60, side=side), mode)
     assert image.mode == mode
     assert image.getpixel((2, 2)) == ground
@@ -342,7 +342,7 @@ def test_greys_are_converted_by_a_profile_of_greys(mode: str) -> None:
     assert decoded.getpixel((8, 8))[:3] == pytest.approx(expected, abs=2)  # type: ignore[index]
 
 
-def test_levels_of_a_mask_are_no_colours() -> None:
+def test_mask_levels_are_not_colour_converted() -> None:
     assert decode_image(png(Image.new("L", (16, 16), 64), icc_profile=GREY_LINEAR), "L").getpixel((8, 8)) == 64
 
 
@@ -359,7 +359,7 @@ SAME = {
 
 @both
 @pytest.mark.parametrize("name", SAME)
-def test_profile_that_says_nothing_changes_nothing(decode: str, name: str) -> None:
+def test_empty_profile_changes_nothing(decode: str, name: str) -> None:
     image = noise(64, 64)
     decoded = as_image(decode, png(image, icc_profile=SAME[name]))
     np.testing.assert_array_equal(np.asarray(decoded.convert("RGB")), np.asarray(image))
@@ -453,7 +453,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_too_large_or_of_an_odd_kind_is_refused_at_once(name: str) -> None:
+def test_image_too_large_or_of_an_odd_format_is_refused_at_once(name: str) -> None:
     make, words = REFUSED[name]
     content = make()
     assert len(content) < MAX_CONTENT_BYTES

@@ -79,7 +79,7 @@ dresses = st.fixed_dictionaries(
 
 @settings(max_examples=30, deadline=None)
 @given(text=texts, dress=dresses, size=st.tuples(st.integers(64, 400), st.integers(64, 400)))
-def test_whatever_is_asked_for_stays_inside_the_margins(
+def test_headline_of_any_options_stays_inside_the_margins(
     text: str, dress: dict[str, Any], size: tuple[int, int]
 ) -> None:
     image = grey(*size)
@@ -93,7 +93,7 @@ def test_whatever_is_asked_for_stays_inside_the_margins(
 
 
 @pytest.mark.parametrize("size", [(64, 2048), (2048, 64), (64, 64), (9, 9), (1, 1)])
-def test_so_it_does_on_images_of_extreme_shapes(size: tuple[int, int]) -> None:
+def test_headline_on_images_of_extreme_shapes_stays_inside_the_margins(size: tuple[int, int]) -> None:
     for text, wanted in product((TEXTS["Korean"], "W" * 300), (None, 0.5)):
         assert put(grey(*size), TextOverlay(text, size=wanted, shadow=True)).shape == (size[1], size[0], 3)
 
@@ -134,7 +134,7 @@ def test_each_place_is_reached_by_the_ink(position: Position) -> None:
 
 
 @pytest.mark.parametrize(("position", "edge"), [(Position.TOP_LEFT, "left"), (Position.BOTTOM_RIGHT, "right")])
-def test_lines_are_aligned_to_the_side_where_they_stand(position: Position, edge: str) -> None:
+def test_lines_are_aligned_to_the_side_of_their_place(position: Position, edge: str) -> None:
     image = grey()
     after = put(image, TextOverlay("HHHHHH\nHH", size=0.1, position=position, colour="#ffffff"))
     covered = changed(image, after)
@@ -158,7 +158,7 @@ def test_a_size_that_fits_is_large_but_leaves_two_thirds_of_the_image(script: st
     assert 0.1 * 1024 <= covered.size[1] <= 1024 / 3
 
 
-def test_by_itself_a_headline_goes_where_the_image_is_calm() -> None:
+def test_headline_without_a_place_goes_to_the_quietest_region() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8)
     pixels[350:560, 20:580] = 230
     image = Image.fromarray(pixels)
@@ -167,7 +167,7 @@ def test_by_itself_a_headline_goes_where_the_image_is_calm() -> None:
     assert covered.bottom <= 560
 
 
-def test_it_becomes_smaller_for_a_place_where_it_touches_nothing() -> None:
+def test_headline_shrinks_for_a_place_where_it_touches_nothing() -> None:
     # Given stripes below a calm part that is too low for the largest letters
     pixels = np.full((600, 600, 3), 230, dtype=np.uint8)
     pixels[145::8] = pixels[146::8] = pixels[147::8] = 40
@@ -198,7 +198,7 @@ def test_headlines_keep_off_each_other_and_off_the_signature() -> None:
     assert changed(image, signed.astype(np.int16)) == pytest.approx(place, abs=3)
 
 
-def test_no_signature_has_no_place() -> None:
+def test_absent_signature_has_no_place() -> None:
     assert signature_rect((100, 100), Unsigned(), SignatureStyle()) is None
 
 
@@ -254,7 +254,7 @@ def grounds() -> dict[str, Image.Image]:
 
 @pytest.mark.parametrize("position", [None, Position.CENTER, Position.BOTTOM_RIGHT])
 @pytest.mark.parametrize("name", grounds())
-def test_a_colour_that_is_chosen_has_a_contrast_of_at_least_4_5(name: str, position: Position | None) -> None:
+def test_automatic_colour_has_a_contrast_of_at_least_4_5(name: str, position: Position | None) -> None:
     image = grounds()[name]
     for box in (None, Box(None, 0.2), Box("#808080", 0.3)):
         after = put(image, TextOverlay(TEXTS["English"], position=position, box=box))
@@ -263,14 +263,14 @@ def test_a_colour_that_is_chosen_has_a_contrast_of_at_least_4_5(name: str, posit
 
 @settings(max_examples=20, deadline=None)
 @given(colours=st.lists(st.tuples(*[st.integers(0, 255)] * 3), min_size=1, max_size=4), seed=st.integers(0, 99))
-def test_so_it_has_on_any_colours(colours: list[tuple[int, int, int]], seed: int) -> None:
+def test_automatic_colour_has_that_contrast_on_any_colours(colours: list[tuple[int, int, int]], seed: int) -> None:
     choice = np.random.default_rng(seed).integers(0, len(colours), (25, 25))
     image = Image.fromarray(np.array(colours, dtype=np.uint8)[choice]).resize((300, 300), Image.Resampling.NEAREST)
     assert measured_contrast(image, put(image, TextOverlay("Sale today"))) >= 4.5
 
 
 @pytest.mark.parametrize("level", [0, 255])
-def test_where_black_or_white_is_clear_enough_nothing_comes_between(level: int) -> None:
+def test_black_or_white_with_enough_contrast_gets_no_box(level: int) -> None:
     # Every changed pixel lies between the ground and the colour of the letters: no panel, no outline
     image = grey(level=level)
     after = put(image, TextOverlay("H", "DejaVu Sans", position=Position.CENTER))
@@ -286,7 +286,7 @@ def test_an_outline_sets_letters_off_without_a_panel() -> None:
     assert kept.mean() > 0.04
 
 
-def test_colours_that_are_given_are_those_that_are_seen() -> None:
+def test_given_colours_are_used_unchanged() -> None:
     overlay = TextOverlay(
         "HHH",
         size=0.2,
@@ -306,7 +306,7 @@ def test_a_box_lets_through_what_its_opacity_says() -> None:
     assert panel == pytest.approx([139, 75, 75], abs=1)
 
 
-def test_a_shadow_is_soft_and_lies_to_the_lower_right() -> None:
+def test_shadow_is_soft_and_falls_to_the_lower_right() -> None:
     image = grey(level=200)
     plain, shaded = (
         put(image, TextOverlay("H", size=0.3, colour="#ffffff", shadow=shadow, position=Position.CENTER))
@@ -360,12 +360,12 @@ def test_no_line_is_wider_than_it_may_be_and_nothing_is_lost(text: str, width: i
     assert all(wide(one) <= width for one in lines)
 
 
-def test_a_word_that_may_not_be_broken_is_not() -> None:
+def test_unbreakable_word_is_not_broken() -> None:
     assert wrap("extraordinary", 4, wide, Breaking.SYLLABLES) is None
     assert wrap("대한민국만세", 4, wide, Breaking.WORDS) is None
 
 
-def test_lines_that_were_broken_by_hand_stay_so() -> None:
+def test_explicit_line_breaks_are_kept() -> None:
     headline = prepare_headline(TextOverlay("one\r\ntwo\n\n\n three  four \n\n"), FONT_DIRS)
     assert headline.lines == ("one", "two", "", "three four")
     block = Typesetter(headline.overlay, headline.lines, headline.typeface).typeset((800, 800), (800, 800))
@@ -373,7 +373,7 @@ def test_lines_that_were_broken_by_hand_stay_so() -> None:
 
 
 @pytest.mark.parametrize("script", TEXTS)
-def test_lines_stand_apart_as_the_font_wants(script: str) -> None:
+def test_line_spacing_is_that_of_the_font(script: str) -> None:
     headline = prepare_headline(TextOverlay(f"{TEXTS[script][:2]}\n{TEXTS[script][:2]}", size=0.1), FONT_DIRS)
     block = Typesetter(headline.overlay, headline.lines, headline.typeface).typeset((1000, 1000), (1000, 1000))
     rows = np.asarray(block.letters(0.0)).max(axis=1) > 0
@@ -387,7 +387,7 @@ def test_lines_stand_apart_as_the_font_wants(script: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", " \n\u3000", "a\x00", "a\tb", "a\u202eb", "a\u2066b", "\u200b", "\ud800", "a\u2028b"]
 )
-def test_what_cannot_be_drawn_is_refused_by_the_name_of_its_field(text: str) -> None:
+def test_text_that_cannot_be_drawn_is_refused_by_the_name_of_its_field(text: str) -> None:
     with pytest.raises(OverlayInvalid, match=r"^text_overlay\[1\]: the text "):
         prepare_headlines((TextOverlay("fine"), TextOverlay(text)), FONT_DIRS)
 
@@ -408,7 +408,7 @@ def test_a_family_that_is_named_must_have_every_character_itself() -> None:
         prepare_headline(TextOverlay("Seoul 서울", "DejaVu Sans"), FONT_DIRS)
 
 
-def test_a_family_that_is_not_installed_is_told_with_those_near_it() -> None:
+def test_family_that_is_not_installed_is_refused_with_near_names() -> None:
     with pytest.raises(FontMissing, match=r"'Nanum Gotic' is installed; near it are NanumGothic, "):
         prepare_headline(TextOverlay("Sale", "Nanum Gotic"), FONT_DIRS)
 
@@ -460,7 +460,7 @@ def test_broken_fonts_are_passed_over(tmp_path: Path) -> None:
     assert list_typefaces((tmp_path,)) == ()
 
 
-def test_scripts_are_told_by_how_much_of_them_a_font_has() -> None:
+def test_scripts_of_a_font_are_found_by_their_coverage() -> None:
     dejavu, nanum = (choose_typeface("a", name, FONT_DIRS) for name in ("DejaVu Sans", "NanumGothic"))
     assert set(covered_scripts(code_points(dejavu.path))) == {Script.LATIN}
     assert covered_scripts(code_points(nanum.path))[Script.HANGUL] == 11172

@@ -39,7 +39,7 @@ from worker.cli.check.checks import CheckFailed
 from worker.cli.check.files import check_certificate
 from worker.messages.decoder import decode, rules_from
 from worker.messages.job import Job, Kind
-from worker.results.image_metadata import ImageEncoder
+from worker.results.image_metadata import ImageEncoder, provenance_of
 from worker.supervisor import Supervisor
 
 DARKROOM = Path(sys.executable).with_name("darkroom")
@@ -121,7 +121,7 @@ def failures(reader: c2pa.Reader) -> list[str]:
 # --- The three levels
 
 
-def test_none_leaves_the_file_as_it_is_without_any_text() -> None:
+def test_level_none_writes_a_file_without_any_text() -> None:
     png = image_encoder("none").encode(image(), PROVENANCE)
 
     assert png == image().encode_png()
@@ -129,7 +129,7 @@ def test_none_leaves_the_file_as_it_is_without_any_text() -> None:
     assert {kind for kind, _ in chunks_of(png)} == {b"IHDR", b"IDAT", b"IEND"}
 
 
-def test_provenance_tells_all_but_the_prompts(chain: Chain) -> None:
+def test_level_provenance_writes_all_but_the_prompts(chain: Chain) -> None:
     for signer in (None, chain):
         png = image_encoder("provenance", signer).encode(image(), PROVENANCE)
 
@@ -153,7 +153,7 @@ def test_provenance_tells_all_but_the_prompts(chain: Chain) -> None:
         }
 
 
-def test_full_tells_the_prompts_as_the_web_ui_writes_them() -> None:
+def test_level_full_writes_the_prompts_as_the_web_ui_does() -> None:
     parameters = text_of(image_encoder("full").encode(image(), PROVENANCE))["parameters"]
 
     *prompts, line = parameters.split("\n")
@@ -172,7 +172,7 @@ def test_full_tells_the_prompts_as_the_web_ui_writes_them() -> None:
     }
 
 
-def test_without_a_negative_prompt_there_is_no_line_for_it() -> None:
+def test_absent_negative_prompt_has_no_line() -> None:
     png = image_encoder("full").encode(image(), replace(PROVENANCE, prompts=Prompts(PROMPT)))
 
     assert text_of(png)["parameters"].startswith(f"{PROMPT}\nSteps: 20")
@@ -202,7 +202,7 @@ def test_exiftool_reads_the_packet() -> None:
     assert [name for name in found if "Warning" in name or "Error" in name] == []
 
 
-def test_without_an_artist_nobody_is_named_creator() -> None:
+def test_absent_artist_leaves_out_the_creator() -> None:
     found = exiftool(image_encoder("provenance").encode(image(), replace(PROVENANCE, artist_name=None)))
 
     assert "XMP-dc:Creator" not in found
@@ -232,7 +232,7 @@ def test_hostile_text_comes_back_as_it_was(name: str, chain: Chain) -> None:
     assert metadata["data"]["Iptc4xmpExt:AIPromptInformation"] == text
 
 
-def test_what_no_xml_can_hold_is_replaced(chain: Chain) -> None:
+def test_characters_invalid_in_xml_are_replaced(chain: Chain) -> None:
     unwritable = "".join(map(chr, [0, 1, 8, 11, 12, 14, 27, 31, 127, 133, 0xD800, 0xDFFF, 0xFFFE, 0xFFFF]))
     text = f"a{unwritable}b\r\nc\rd"
     provenance = replace(PROVENANCE, artist_name=text, model=text, adapters=(text,), prompts=Prompts(text, text))
@@ -272,7 +272,7 @@ def test_c2pa_s_reader_finds_the_manifest_whole_and_trusts_it_where_it_trusts_th
     assert friend.get_active_manifest()["signature_info"]["alg"] == algorithm
 
 
-def test_a_jpeg_carries_the_packet_and_the_manifest_and_says_nothing_where_nothing_is_to_be_said(chain: Chain) -> None:
+def test_jpeg_has_the_packet_and_the_manifest_and_neither_at_level_none(chain: Chain) -> None:
     jpeg = image_encoder("provenance", chain).encode(image(), PROVENANCE, ImageFormat.JPEG)
 
     tags, reader = exiftool(jpeg), c2pa.Reader("image/jpeg", io.BytesIO(jpeg))
@@ -293,7 +293,7 @@ def test_the_longest_prompts_fit_into_a_jpeg() -> None:
     assert opened(jpeg).info["xmp"].decode().count("\U0001f98a") == 4000
 
 
-def test_the_manifest_says_that_a_model_created_the_image_and_by_what(chain: Chain) -> None:
+def test_manifest_names_the_model_as_the_image_s_creator(chain: Chain) -> None:
     manifest = read_manifest(image_encoder("provenance", chain).encode(image(), PROVENANCE)).get_active_manifest()
 
     assert manifest["claim_generator_info"][0].items() >= {"name": "Darkroom", "version": "0.1.0"}.items()
@@ -430,7 +430,7 @@ def _new(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", BAD_CHAINS)
-def test_what_nobody_can_sign_with_is_refused_in_one_sentence_that_names_the_setting(name: str, tmp_path: Path) -> None:
+def test_unusable_certificate_is_refused_in_one_sentence_that_names_the_setting(name: str, tmp_path: Path) -> None:
     make, sentence = BAD_CHAINS[name]
     chain = make(tmp_path)
 
@@ -476,7 +476,7 @@ def test_a_worker_that_cannot_sign_does_not_start(tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
-def test_the_check_says_who_signs_and_for_how_long(chain: Chain) -> None:
+def test_check_names_the_signer_and_its_remaining_days(chain: Chain) -> None:
     assert check_certificate(ImageSettings()) == "none is configured: pictures carry no C2PA manifest"
 
     seen = check_certificate(ImageSettings(**chain.env()))  # type: ignore[arg-type]
@@ -485,7 +485,7 @@ def test_the_check_says_who_signs_and_for_how_long(chain: Chain) -> None:
 
 
 @pytest.mark.parametrize(("days", "level"), [(29, "WARNING"), (31, "INFO")])
-def test_a_certificate_that_ends_soon_is_told_at_the_start(
+def test_certificate_that_ends_soon_is_logged_at_the_start(
     days: int, level: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="worker.results.image_metadata"):
@@ -511,7 +511,7 @@ def test_a_certificate_that_ends_while_the_worker_runs_signs_no_more(tmp_path: P
         ending.encode(image(), PROVENANCE)
 
 
-def test_a_certificate_beside_none_is_a_contradiction(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_certificate_with_level_none_is_refused(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**chain.env(), "EMBED_METADATA": "none"}.items():
         monkeypatch.setenv(name, value)
 
@@ -531,10 +531,10 @@ def job_of(**fields: Any) -> Job:
 def provenance_for(job: Job) -> Provenance:
     drawn = RawImage(64, 48, b"", seed=7)
     result = GenerationResult((drawn,), "dpm++", 20, 3.0, ())
-    return provenance_for(job, result, drawn, model="demo")
+    return provenance_of(job, result, drawn, model="demo")
 
 
-def test_a_job_tells_the_names_of_its_adapters_and_never_their_paths() -> None:
+def test_provenance_has_the_names_of_adapters_and_never_their_paths() -> None:
     job = job_of(
         loras=[
             {"path": "s3://media/customers/acme/neon.safetensors", "scale": 1},
@@ -561,7 +561,7 @@ def test_a_job_tells_the_names_of_its_adapters_and_never_their_paths() -> None:
 
 
 @pytest.mark.parametrize("kind", Kind)
-def test_every_kind_has_a_source_type_and_one_with_another_s_image_in_it_is_a_composite(kind: Kind) -> None:
+def test_every_kind_has_a_source_type_and_one_with_a_foreign_image_is_a_composite(kind: Kind) -> None:
     provenance = provenance_for(replace(job_of(), kind=kind))
 
     is_drawn_alone = kind is Kind.TEXT2IMAGE

@@ -29,13 +29,13 @@ def shared(one: Rect, other: Rect) -> int:
 
 @settings(max_examples=40, deadline=None)
 @given(left=st.integers(0, 380), top=st.integers(0, 250))
-def test_the_calm_place_is_found_wherever_it_is(left: int, top: int) -> None:
+def test_quietest_region_is_found_anywhere(left: int, top: int) -> None:
     calm = Rect(left, top, left + 120, top + 50)
     found = at(quietest_region(noise(500, 300, calm), (110, 40)), (110, 40))
     assert shared(found, calm) >= 0.97 * 110 * 40
 
 
-def test_fine_noise_is_as_restless_as_it_looks_though_its_mean_is_flat() -> None:
+def test_fine_noise_has_gradient_energy_though_its_mean_is_flat() -> None:
     # Given noise on the left, which small thumbnails would show as even grey, and a gentle slope on the right
     image = noise(400, 200)
     image.paste(Image.linear_gradient("L").resize((200, 200)).convert("RGB"), (200, 0))
@@ -45,18 +45,18 @@ def test_fine_noise_is_as_restless_as_it_looks_though_its_mean_is_flat() -> None
 @pytest.mark.parametrize(
     ("towards", "place"), [((0.5, 0.5), (150, 125)), ((0.5, 0.0), (150, 0)), ((1.0, 1.0), (300, 250)), ((0, 0), (0, 0))]
 )
-def test_where_all_is_equal_it_goes_where_it_is_wanted(towards: tuple[float, float], place: tuple[int, int]) -> None:
+def test_preferred_place_wins_among_equals(towards: tuple[float, float], place: tuple[int, int]) -> None:
     found = quietest_region(Image.new("RGB", (400, 300)), (100, 50), towards=towards)
     assert found == pytest.approx(place, abs=2)
 
 
-def test_what_is_to_be_avoided_is_avoided_even_where_it_is_the_only_calm_place() -> None:
+def test_area_to_avoid_is_avoided_even_where_it_alone_is_quiet() -> None:
     calm = Rect(100, 100, 300, 200)
     found = at(quietest_region(noise(500, 300, calm), (100, 50), avoid=(calm,)), (100, 50))
     assert shared(found, calm) == 0
 
 
-def test_where_it_cannot_be_avoided_as_little_of_it_is_covered_as_can_be() -> None:
+def test_area_to_avoid_is_covered_as_little_as_possible() -> None:
     middle = Rect(60, 0, 140, 100)
     found = at(quietest_region(Image.new("RGB", (200, 100)), (80, 100), avoid=(middle,)), (80, 100))
     assert shared(found, middle) == 20 * 100
@@ -80,7 +80,7 @@ def test_a_block_that_fits_stays_inside(
     assert shared(found, within) == size[0] * size[1]
 
 
-def test_a_block_too_large_lies_at_the_left_and_top() -> None:
+def test_block_too_large_is_placed_at_the_left_and_top() -> None:
     assert quietest_region(noise(100, 100), (300, 200)) == (0, 0)
 
 

@@ -168,7 +168,7 @@ REFUSED = (*map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFFF9, 0x
 
 
 @pytest.mark.parametrize("char", REFUSED)
-def test_what_forges_a_text_stays_refused_in_any_script(char: str) -> None:
+def test_characters_that_forge_a_text_are_refused_in_any_script(char: str) -> None:
     for text in (f"Ann{char}B", f"שלום{char}ם"):
         with pytest.raises(SignatureInvalid, match=f"U\\+{ord(char):04X}"):
             clean_text(text)
@@ -193,7 +193,7 @@ def test_selectors_that_select_nothing_are_left_out() -> None:
     assert clean_text("\ufe0fa\ufe0f \ufe0eb\u034f") == "a\ufe0f b\u034f"
 
 
-def test_which_texts_need_shaping() -> None:
+def test_shaping_is_needed_for_complex_scripts_alone() -> None:
     assert not [text for text in SIMPLE if needs_shaping(unicodedata.normalize("NFC", text))]
     assert not [name for name, text in COMPLEX.items() if not needs_shaping(text)]
 
@@ -297,7 +297,7 @@ def without_fribidi(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[
 
 
 @pytest.mark.parametrize("kind", ["names", "headlines"])
-def test_without_fribidi_no_text_is_drawn_that_would_be_wrong(kind: str, without_fribidi: dict[str, list[str]]) -> None:
+def test_text_that_needs_fribidi_is_refused_without_it(kind: str, without_fribidi: dict[str, list[str]]) -> None:
     said = without_fribidi[kind]
     assert said[: len(SIMPLE)] == ["drawn"] * len(SIMPLE)
     refusals = dict(zip(COMPLEX, said[len(SIMPLE) :], strict=True))
@@ -308,7 +308,7 @@ def test_without_fribidi_no_text_is_drawn_that_would_be_wrong(kind: str, without
     assert "U+05DC" in refusals["Hebrew"]
 
 
-def test_the_check_names_what_is_missing_and_what_is_there(without_fribidi: dict[str, str]) -> None:
+def test_check_names_missing_and_present_libraries(without_fribidi: dict[str, str]) -> None:
     assert "libfribidi0" in without_fribidi["check"]
     assert "fribidi 1." in check_shaping()
 

@@ -102,7 +102,7 @@ def test_a_signature_of_any_shape_stays_inside_the_margins(shape: tuple[int, int
     st.sampled_from(Position),
     st.floats(0, 0.25),
 )
-def test_no_sizes_make_signing_fail(
+def test_signing_succeeds_at_any_size(
     size: tuple[int, int], mark_size: tuple[int, int], position: Position, margin: float
 ) -> None:
     mark = ImageSignature(Image.new("RGBA", mark_size, RED))
@@ -272,7 +272,7 @@ def test_a_broken_font_file_is_passed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", " \u3000", "a\nb", "a\x00", "a\u202eb", "\u200b", "\ud800", "\ufdd0", "x" * 101])
-def test_what_is_no_line_of_text_is_refused(text: str) -> None:
+def test_invalid_line_of_text_is_refused(text: str) -> None:
     with pytest.raises(SignatureInvalid, match="signature text"):
         TextSignature(text, FONT_DIRS)
 

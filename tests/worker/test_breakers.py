@@ -67,7 +67,7 @@ def test_an_answer_between_two_refusals_begins_the_count_anew() -> None:
     assert breaker.reason == ""
 
 
-def test_where_nothing_asks_any_more_a_new_job_may_find_out() -> None:
+def test_open_breaker_without_calls_lets_a_new_job_probe() -> None:
     clock = Clock()
     breaker = Breaker("the backend", STORE_THRESHOLD, clock)
     breaker.refuse("HTTP 403")
@@ -80,7 +80,7 @@ def test_where_nothing_asks_any_more_a_new_job_may_find_out() -> None:
     assert breaker.reason
 
 
-def test_what_the_store_denies_is_tried_until_it_is_done_and_the_breaker_is_open_meanwhile() -> None:
+def test_denied_store_call_is_retried_until_done_with_the_breaker_open() -> None:
     breaker, is_draining = Breaker("the store", STORE_THRESHOLD), ImpatientEvent()
     reasons = []
 
@@ -96,7 +96,7 @@ def test_what_the_store_denies_is_tried_until_it_is_done_and_the_breaker_is_open
     assert is_draining.waits == [1.0, 2.0, 5.0, 10.0, 20.0, 20.0, 20.0]
 
 
-def test_a_store_that_cannot_be_reached_is_asked_again_while_there_is_patience() -> None:
+def test_unreachable_store_is_retried_within_the_patience() -> None:
     calls = []
 
     def work() -> str:
@@ -111,7 +111,7 @@ def test_a_store_that_cannot_be_reached_is_asked_again_while_there_is_patience()
     assert (len(calls), breaker.reason) == (4, "")
 
 
-def test_without_patience_the_first_failure_to_reach_the_store_is_told() -> None:
+def test_unreachable_store_raises_at_once_without_patience() -> None:
     calls = []
 
     def work() -> None:
@@ -123,7 +123,7 @@ def test_without_patience_the_first_failure_to_reach_the_store_is_told() -> None
     assert len(calls) == 1
 
 
-def test_work_that_was_never_denied_closes_nothing() -> None:
+def test_call_never_denied_closes_no_breaker() -> None:
     breaker = Breaker("the store", STORE_THRESHOLD)
     breaker.refuse("AccessDenied")
 
@@ -145,7 +145,7 @@ def test_a_store_that_answers_that_an_object_is_missing_refuses_no_longer() -> N
     assert breaker.reason == ""
 
 
-def test_a_message_refused_again_counts_once_and_puts_off_no_trial() -> None:
+def test_message_refused_again_counts_once_and_delays_no_probe() -> None:
     clock = Clock()
     breaker = Breaker("the backend", BACKEND_THRESHOLD, clock)
     for name in "aaabbbc":
@@ -159,7 +159,7 @@ def test_a_message_refused_again_counts_once_and_puts_off_no_trial() -> None:
     assert breaker.reason == ""
 
 
-def test_a_worker_that_stops_gives_the_job_back() -> None:
+def test_stopping_worker_releases_the_job() -> None:
     is_draining = ImpatientEvent()
     is_draining.set()
 
@@ -167,7 +167,7 @@ def test_a_worker_that_stops_gives_the_job_back() -> None:
         StoreGate(Breaker("the store", STORE_THRESHOLD), is_draining).retry_while_denied(Refusing(1))
 
 
-def test_any_other_error_is_the_caller_s() -> None:
+def test_other_errors_are_raised() -> None:
     def work() -> None:
         raise ObjectNotFound("s3://media/a: the store answered 404")
 

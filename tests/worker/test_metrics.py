@@ -5,7 +5,7 @@ from worker.metrics import Metrics
 from worker.outcome import Outcome
 
 
-def test_every_outcome_is_there_at_zero_so_that_the_first_failure_counts_as_an_increase() -> None:
+def test_outcome_counters_start_at_zero() -> None:
     registry = Metrics().registry
 
     shown = {outcome: registry.get_sample_value("darkroom_jobs_total", {"outcome": outcome}) for outcome in Outcome}

@@ -298,7 +298,7 @@ def wait_for_heads(storage: HeldStorage, num_heads: int) -> None:
     time.sleep(0.3)
 
 
-def test_a_full_disk_is_told_and_leaves_no_torso(store_settings: StoreSettings, ref: ObjectRef) -> None:
+def test_full_disk_is_an_error_and_leaves_no_partial_file(store_settings: StoreSettings, ref: ObjectRef) -> None:
     storage = FullDiskStorage(store_settings)
     cache = DownloadCache(storage, store_settings.cache_dir, LIMIT_BYTES)
     put(storage, ref, b"weights")
@@ -309,16 +309,14 @@ def test_a_full_disk_is_told_and_leaves_no_torso(store_settings: StoreSettings, 
     assert names_in(store_settings.cache_dir) == []
 
 
-def test_a_missing_object_is_told_and_leaves_nothing(cache: DownloadCache, ref: ObjectRef, folder: Path) -> None:
+def test_missing_object_is_an_error_and_leaves_no_file(cache: DownloadCache, ref: ObjectRef, folder: Path) -> None:
     with pytest.raises(ObjectNotFound):
         fetch(cache, ref)
 
     assert names_in(folder) == []
 
 
-def test_an_object_replaced_during_the_fetch_is_looked_at_once_more(
-    store_settings: StoreSettings, ref: ObjectRef
-) -> None:
+def test_object_replaced_during_the_fetch_is_fetched_again(store_settings: StoreSettings, ref: ObjectRef) -> None:
     storage = RacedStorage(store_settings)
     cache = DownloadCache(storage, store_settings.cache_dir, LIMIT_BYTES)
     put(storage, ref, b"version 0")
@@ -402,7 +400,7 @@ def test_a_worker_s_folder_is_free_once_its_process_was_killed(storage: Counting
     assert LockedFolder(folder).path == folder
 
 
-def test_what_the_cache_did_not_write_is_not_counted_and_not_removed(
+def test_files_not_written_by_the_cache_are_not_counted_and_not_removed(
     storage: CountingStorage, ref: ObjectRef, folder: Path
 ) -> None:
     folder.mkdir()

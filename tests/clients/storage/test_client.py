@@ -81,7 +81,7 @@ def ref(store_settings: StoreSettings) -> ObjectRef:
 # --- A real store
 
 
-def test_what_is_put_is_found_read_and_deleted(storage: Storage, ref: ObjectRef, tmp_path: Path) -> None:
+def test_object_is_put_found_read_and_deleted(storage: Storage, ref: ObjectRef, tmp_path: Path) -> None:
     storage.put(ref, BODY, content_type="image/png", metadata={"task-id": "660f9511"})
 
     stat = storage.head(ref)
@@ -103,14 +103,14 @@ def test_an_empty_object_is_an_object(storage: Storage, ref: ObjectRef) -> None:
     assert storage.read(ref, max_bytes=10) == b""
 
 
-def test_a_missing_object_is_told_by_head_and_by_read(storage: Storage, ref: ObjectRef) -> None:
+def test_missing_object_is_an_error_of_head_and_of_read(storage: Storage, ref: ObjectRef) -> None:
     with pytest.raises(ObjectNotFound, match="models"):
         storage.head(ref)
     with pytest.raises(ObjectNotFound, match="models"):
         storage.read(ref, max_bytes=1)
 
 
-def test_a_missing_bucket_is_no_missing_object(storage: Storage, store_settings: StoreSettings) -> None:
+def test_missing_bucket_differs_from_a_missing_object(storage: Storage, store_settings: StoreSettings) -> None:
     with pytest.raises(BucketNotFound):
         storage.read(ObjectRef("no-such-bucket", "a"), max_bytes=1)
     with pytest.raises(BucketNotFound):
@@ -119,7 +119,7 @@ def test_a_missing_bucket_is_no_missing_object(storage: Storage, store_settings:
 
 
 @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
-def test_wrong_credentials_are_denied_and_not_told(store_settings: StoreSettings, name: str) -> None:
+def test_wrong_credentials_are_denied_and_not_shown(store_settings: StoreSettings, name: str) -> None:
     secret = store_settings.secret_access_key
     assert secret is not None
     keys = {"AWS_ACCESS_KEY_ID": store_settings.access_key_id, "AWS_SECRET_ACCESS_KEY": secret.get_secret_value()}
@@ -131,7 +131,7 @@ def test_wrong_credentials_are_denied_and_not_told(store_settings: StoreSettings
         assert SECRET not in str(raised.value)
 
 
-def test_an_object_replaced_after_the_look_is_not_taken(storage: Storage, ref: ObjectRef, tmp_path: Path) -> None:
+def test_object_replaced_after_head_is_not_read(storage: Storage, ref: ObjectRef, tmp_path: Path) -> None:
     storage.put(ref, b"before", content_type="text/plain")
     stat = storage.head(ref)
     storage.put(ref, b"after!", content_type="text/plain")
@@ -149,7 +149,7 @@ def test_too_large_an_object_is_refused(storage: Storage, ref: ObjectRef, tmp_pa
         storage.download(ref, tmp_path / "file", stat=STAT, max_bytes=9_999, deadline_seconds=5)
 
 
-def test_of_many_writers_of_one_key_one_wins(storage: Storage, ref: ObjectRef) -> None:
+def test_conditional_write_by_many_writers_succeeds_once(storage: Storage, ref: ObjectRef) -> None:
     def write(n: int) -> bool:
         return storage.put_if_absent(ref, b"%d" % n, content_type="application/json")
 
@@ -183,7 +183,7 @@ def test_the_url_of_an_object_names_it_again(storage: Storage, store_settings: S
         ("media", {"RESULT_URL_BASE": "https://cdn.example/p/"}, "https://cdn.example/p/gen%201.png"),
     ],
 )
-def test_without_an_endpoint_the_url_is_the_base_or_aws(bucket: str, names: dict[str, str], url: str) -> None:
+def test_url_without_an_endpoint_has_the_base_or_aws(bucket: str, names: dict[str, str], url: str) -> None:
     settings = settings_of("", **{**names, "AWS_S3_ENDPOINT_URL": None, "AWS_S3_REGION_NAME": "eu-west-1"})
 
     assert Storage(settings).public_url(ObjectRef(bucket, "gen 1.png")) == url
@@ -192,7 +192,7 @@ def test_without_an_endpoint_the_url_is_the_base_or_aws(bucket: str, names: dict
 # --- A store that misbehaves
 
 
-def test_a_busy_store_is_asked_again() -> None:
+def test_busy_store_is_retried() -> None:
     with AnsweringServer([SLOW_DOWN, WHOLE]) as server:
         assert storage_at(server).read(MISSING, max_bytes=len(BODY)) == BODY
 
@@ -222,7 +222,7 @@ OPAQUE_ETAG = '"0123456789abcdef0123456789abcdef"'
     ],
     ids=["cut short", "another byte each time", "not Google's hash", "not its Content-MD5"],
 )
-def test_a_body_that_stays_damaged_is_told_after_three_tries(damaged: list[bytes]) -> None:
+def test_body_that_stays_damaged_is_an_error_after_three_tries(damaged: list[bytes]) -> None:
     with AnsweringServer(damaged) as server, pytest.raises(ObjectDamaged):
         storage_at(server).read(MISSING, max_bytes=len(BODY))
 
@@ -387,7 +387,7 @@ def test_a_conditional_write_that_nothing_confirms_is_read_back(held: bytes, is_
 
 
 @pytest.mark.parametrize("held", [GONE, answer(200, b"other", ETag=OPAQUE_ETAG)], ids=["nothing", "something else"])
-def test_a_write_that_was_not_done_is_told_whatever_answered_it(held: bytes) -> None:
+def test_write_that_failed_is_an_error_whatever_the_answer(held: bytes) -> None:
     with AnsweringServer([PAGE, held]) as server, pytest.raises(StorageUnavailable, match="not written"):
         storage_at(server).put(MISSING, BODY, content_type="text/plain")
 
@@ -425,7 +425,7 @@ def test_an_interim_answer_does_not_decide_what_a_conditional_write_did(
     assert len(server.requests) == 2
 
 
-def test_a_write_whose_bucket_is_missing_says_so_by_whatever_code() -> None:
+def test_write_to_a_missing_bucket_is_that_error_whatever_the_code() -> None:
     with AnsweringServer([GONE]) as server, pytest.raises(BucketNotFound):
         storage_at(server).put(MISSING, BODY, content_type="text/plain")
 
@@ -457,7 +457,7 @@ def test_a_page_of_another_server_is_no_answer_of_a_store() -> None:
     ],
     ids=["no such host", "name server busy", "wrong certificate", "cut handshake"],
 )
-def test_what_only_a_person_can_mend_is_told_from_what_passes(cause: Exception, expected: type[StorageError]) -> None:
+def test_permanent_errors_differ_from_temporary_ones(cause: Exception, expected: type[StorageError]) -> None:
     with pytest.raises(StorageError) as raised, translate_errors(MISSING):
         try:
             raise cause
@@ -477,7 +477,7 @@ def test_a_conflict_of_conditional_writes_is_tried_again() -> None:
         storage_at(server).put_if_absent(MISSING, b"{}", content_type="application/json")
 
 
-def test_a_store_that_resets_is_unavailable_and_its_address_not_told(tmp_path: Path) -> None:
+def test_store_that_resets_is_unavailable_and_its_address_not_shown(tmp_path: Path) -> None:
     with ResettingServer() as server, pytest.raises(StorageUnavailable) as raised:
         storage_at(server).download(MISSING, tmp_path / "file", stat=STAT, max_bytes=10**6, deadline_seconds=1)
 

@@ -65,7 +65,9 @@ def storage(settings: StoreSettings) -> Storage:
     return made
 
 
-def test_of_many_writers_of_one_key_one_wins_by_google_s_own_condition(google: GoogleStandIn, storage: Storage) -> None:
+def test_conditional_write_by_many_writers_succeeds_once_by_google_s_generation_match(
+    google: GoogleStandIn, storage: Storage
+) -> None:
     ref = ObjectRef(BUCKET, "jobs/a.json")
 
     with ThreadPoolExecutor(8) as pool:
@@ -79,7 +81,7 @@ def test_of_many_writers_of_one_key_one_wins_by_google_s_own_condition(google: G
     assert not any(name.startswith("x-amz-") for one in puts for name in one.headers)
 
 
-def test_what_is_put_is_found_read_listed_and_deleted(storage: Storage, tmp_path: Path) -> None:
+def test_object_is_put_found_read_listed_and_deleted(storage: Storage, tmp_path: Path) -> None:
     ref = ObjectRef(BUCKET, KEY)
     storage.put(ref, b"weights", content_type="text/plain", metadata={"task-id": "660f9511"})
 
@@ -96,9 +98,7 @@ def test_what_is_put_is_found_read_listed_and_deleted(storage: Storage, tmp_path
         storage.read(ref, max_bytes=1)
 
 
-def test_an_object_replaced_after_the_look_is_not_taken(
-    google: GoogleStandIn, storage: Storage, tmp_path: Path
-) -> None:
+def test_object_replaced_after_head_is_not_read(google: GoogleStandIn, storage: Storage, tmp_path: Path) -> None:
     ref = ObjectRef(BUCKET, "models/a.safetensors")
     google.put(BUCKET, ref.key, b"before")
     stat = storage.head(ref)
@@ -119,7 +119,9 @@ def test_an_object_composed_of_others_has_no_md5_and_is_fetched(
     assert sum(one.method == "GET" for one in google.asked) == 1
 
 
-def test_the_ledger_has_its_fence_and_the_probe_says_so(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
+def test_ledger_has_conditional_writes_and_the_probe_finds_them(
+    storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
     ledger = Ledger(storage, BUCKET)
     first, second = event("a", "first"), event("a", "second")
 
@@ -128,7 +130,7 @@ def test_the_ledger_has_its_fence_and_the_probe_says_so(storage: Storage, caplog
     assert "the store has no conditional writes" not in caplog.messages
 
 
-def test_a_image_is_not_kept_by_caches_without_asking(google: GoogleStandIn, storage: Storage) -> None:
+def test_image_is_not_cached_without_revalidation(google: GoogleStandIn, storage: Storage) -> None:
     images = ImageStore(storage, StoreGate(Breaker("the store", STORE_THRESHOLD), Event()))
     ref = ObjectRef(BUCKET, "generations/gen-1.png")
 
@@ -139,7 +141,7 @@ def test_a_image_is_not_kept_by_caches_without_asking(google: GoogleStandIn, sto
     assert google.objects[BUCKET, ref.key].metadata["task-id"] == "1"
 
 
-def test_an_object_replaced_after_the_look_is_not_overwritten(google: GoogleStandIn, storage: Storage) -> None:
+def test_object_replaced_after_head_is_not_overwritten(google: GoogleStandIn, storage: Storage) -> None:
     ref = ObjectRef(BUCKET, "generations/gen-1.png")
     google.put(BUCKET, ref.key, b"before")
     etag = storage.read_metadata(ref).etag

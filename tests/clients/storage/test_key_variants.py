@@ -36,11 +36,11 @@ def test_a_plain_key_has_one_spelling() -> None:
     ],
     ids=ascii,
 )
-def test_a_key_is_looked_for_as_it_is_then_otherwise_normalised_then_decoded(key: str, spellings: list[str]) -> None:
+def test_key_is_tried_as_it_is_then_normalised_otherwise_then_decoded(key: str, spellings: list[str]) -> None:
     assert keys_of(key) == spellings
 
 
 @given(st.text(st.sampled_from("ab한é́/.%2efF5c0d "), min_size=1, max_size=30))
-def test_no_spelling_is_one_that_could_not_be_written(key: str) -> None:
+def test_key_variants_are_valid_keys(key: str) -> None:
     for spelling in keys_of(key):
         check_key(spelling, spelling)

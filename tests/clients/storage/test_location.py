@@ -158,7 +158,7 @@ FORBIDDEN = [
 
 
 @pytest.mark.parametrize("text", FORBIDDEN, ids=[ascii(text)[:60] for text in FORBIDDEN])
-def test_everything_else_is_forbidden(text: str) -> None:
+def test_location_of_any_other_form_is_forbidden(text: str) -> None:
     with pytest.raises(LocationForbidden):
         parse(text)
 
@@ -170,12 +170,12 @@ def test_an_arn_is_forbidden_even_as_an_allowed_bucket() -> None:
         parse_location(f"s3://{arn}/a", default_bucket=arn, allowed_buckets={arn}, endpoint_url=None, region="x")
 
 
-def test_without_an_endpoint_only_aws_is_known() -> None:
+def test_endpoint_defaults_to_aws() -> None:
     with pytest.raises(LocationForbidden):
         parse(f"{ENDPOINT}/media/{KEY}", endpoint_url=None)
 
 
-def test_the_message_shows_the_value_short_and_escaped_and_says_what_is_right() -> None:
+def test_message_quotes_the_value_short_and_escaped_with_the_right_form() -> None:
     with pytest.raises(LocationForbidden) as raised:
         parse("/etc/" + "x" * 3000 + "\r\n")
 

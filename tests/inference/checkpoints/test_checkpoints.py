@@ -122,7 +122,9 @@ def message_of(source: Path, config: Path | None = None) -> str:
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_a_folder_is_told_by_its_index_and_its_memory_by_the_headers(checkpoints: dict[str, Path], name: str) -> None:
+def test_folder_is_identified_by_its_index_and_its_memory_by_the_headers(
+    checkpoints: dict[str, Path], name: str
+) -> None:
     checkpoint = identify(str(checkpoints[name]), None)
     pipe = load_pipeline(checkpoint, torch.bfloat16)
 
@@ -187,7 +189,7 @@ def test_a_hub_id_in_the_cache_loads_without_the_hub(
         weight_bytes(download(checkpoint), 4)
 
 
-def test_what_lies_on_this_machine_needs_no_download(folder: Path) -> None:
+def test_checkpoint_on_this_machine_needs_no_download(folder: Path) -> None:
     checkpoint = identify(str(folder), None)
 
     assert download(checkpoint) == checkpoint
@@ -238,7 +240,7 @@ def test_converting_weights_makes_no_second_copy(tmp_path: Path) -> None:
         (str(Path(__file__).parent), ("model_index.json", "diffusers folder")),
     ],
 )
-def test_a_name_that_means_nothing_here_is_answered_with_what_to_do(model_id: str, words: tuple[str, ...]) -> None:
+def test_unknown_model_name_is_refused_with_advice(model_id: str, words: tuple[str, ...]) -> None:
     with pytest.raises(EngineStartFailed) as caught:
         identify(model_id, None)
 
@@ -272,7 +274,7 @@ def test_another_family_is_refused_before_anything_is_read(folder: Path, found: 
         ),
     ],
 )
-def test_a_file_that_is_no_whole_checkpoint_is_told_by_its_header(
+def test_incomplete_checkpoint_file_is_refused_by_its_header(
     tmp_path: Path, shapes: dict[str, tuple[int, ...]], words: tuple[str, ...]
 ) -> None:
     safetensors.torch.save_file(
@@ -284,7 +286,7 @@ def test_a_file_that_is_no_whole_checkpoint_is_told_by_its_header(
     assert all(word in message for word in words), message
 
 
-def test_a_single_file_alone_asks_for_the_configs(single_files: dict[str, Path]) -> None:
+def test_single_file_without_configs_is_refused(single_files: dict[str, Path]) -> None:
     assert "set MODEL_CONFIG" in message_of(single_files["sd"])
 
 
@@ -337,7 +339,7 @@ def test_configs_of_another_family_are_refused(checkpoints: dict[str, Path], sin
         pytest.param(without("tokenizer/tokenizer_config.json", "model_max_length"), id="no length of the tokenizer"),
     ],
 )
-def test_what_is_published_loads_and_draws_the_same(folder: Path, wanted: torch.Tensor, change: Change) -> None:
+def test_published_layouts_load_and_draw_the_same(folder: Path, wanted: torch.Tensor, change: Change) -> None:
     change(folder)
 
     assert torch.equal(draw(load(folder)), wanted)
@@ -352,7 +354,7 @@ def test_what_is_published_loads_and_draws_the_same(folder: Path, wanted: torch.
         ("z-image", "vae", {"scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024}),
     ],
 )
-def test_what_a_config_leaves_out_gets_the_family_s_value(
+def test_config_field_left_out_gets_the_family_s_value(
     folder_of: Copies, caplog: pytest.LogCaptureFixture, name: str, component: str, assumed: dict[str, float]
 ) -> None:
     copy = folder_of(name)
@@ -374,7 +376,7 @@ def test_a_whole_config_is_left_as_it_is(checkpoints: dict[str, Path], caplog: p
     assert caplog.records == []
 
 
-def test_weights_that_no_layer_took_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unused_weights_are_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     edit("text_encoder/config.json", lambda config: config.update(num_hidden_layers=1))(folder)
 
     with caplog.at_level(logging.WARNING):

@@ -42,7 +42,7 @@ TOTAL = sum(SDXL.values())
         (SDXL["unet"] + RESERVE_BYTES, Placement.OFFLOADED),
     ],
 )
-def test_models_stay_where_there_is_room_for_all_and_take_turns_where_there_is_for_the_largest(
+def test_models_stay_where_all_fit_and_are_offloaded_in_turn_where_the_largest_fits(
     free: int, placement: Placement
 ) -> None:
     assert plan(SDXL, free) is placement
@@ -55,7 +55,7 @@ def test_a_model_whose_largest_part_does_not_fit_is_refused_with_the_figures() -
     assert all(word in str(caught.value) for word in ("unet takes 5.1 GB", "2.0 GB", "7.1 GB are free", "DTYPE"))
 
 
-def test_offloading_is_said_in_one_loud_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_offloading_is_logged_as_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert plan_and_warn("cuda", SDXL, 8_000_000_000) is Placement.OFFLOADED
 
@@ -66,7 +66,7 @@ def test_offloading_is_said_in_one_loud_line(caplog: pytest.LogCaptureFixture) -
     assert "every picture is slower" in fields["advice"]
 
 
-def test_a_cpu_s_model_stays_and_memory_that_is_short_is_only_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_cpu_model_is_not_offloaded_and_short_memory_is_only_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert plan_and_warn("cpu", SDXL, TOTAL) is Placement.RESIDENT
         assert caplog.records == []
@@ -88,7 +88,7 @@ def test_memory_that_is_kept_for_adapters_is_part_of_what_must_be_free() -> None
     assert all(words in str(caught.value) for words in ("and ADAPTER_MEMORY_GB 4.0 GB,", "lower ADAPTER_MEMORY_GB"))
 
 
-def test_adapters_for_whose_sake_models_take_turns_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_adapters_that_cause_offloading_are_named(caplog: pytest.LogCaptureFixture) -> None:
     assert plan_and_warn("cuda", SDXL, TOTAL + RESERVE_BYTES, 1_000_000_000) is Placement.OFFLOADED
 
     fields = vars(caplog.records[0])["fields"]
@@ -206,7 +206,7 @@ def test_a_model_that_is_called_again_and_again_is_moved_once() -> None:
     assert pipeline.unet.weight.data_ptr() == there
 
 
-def test_a_real_pipeline_that_takes_turns_draws_the_same(tmp_path: Path) -> None:
+def test_offloaded_pipeline_draws_the_same(tmp_path: Path) -> None:
     folder = build_tiny_sd(tmp_path / "sd")
     resident, turning = (load_pipeline(identify(str(folder), None), torch.float32) for _ in range(2))
     offload_in_turns(turning, DEVICE)
@@ -224,7 +224,7 @@ def test_a_real_pipeline_that_takes_turns_draws_the_same(tmp_path: Path) -> None
     assert torch.equal(*drawn)
 
 
-def test_placing_does_as_decided() -> None:
+def test_placement_follows_the_plan() -> None:
     resident, offloaded = Pipeline(), Pipeline()
 
     place(resident, DEVICE, Placement.RESIDENT)
@@ -246,7 +246,7 @@ def test_placing_does_as_decided() -> None:
         (2_003_000_000, "its parts take turns on the GPU, which is slower, with up to 0.5 GB for adapters"),
     ],
 )
-def test_check_foretells_what_the_engine_will_do(
+def test_check_predicts_the_engine_s_placement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, words: str | None
 ) -> None:
     # Given a model of 3 MB of weights at 16 bits, 2.9 of them the UNet's, and a GPU

@@ -76,7 +76,7 @@ def refusal_of(engine: LocalEngine, request: GenerationRequest) -> RequestFailed
     return caught.value
 
 
-def test_a_image_is_flagged_exactly_when_plain_diffusers_flags_it(
+def test_an_image_is_flagged_exactly_when_plain_diffusers_flags_it(
     engine: LocalEngine, unchecked: Path, flagged: dict[int, bool]
 ) -> None:
     assert set(flagged.values()) == {True, False}
@@ -89,7 +89,7 @@ def test_a_image_is_flagged_exactly_when_plain_diffusers_flags_it(
             assert psnr(draw(engine, tiny_request(seed))[0], plain(pipe, tiny_request(seed))) >= MIN_PSNR_DB
 
 
-def test_of_several_images_one_that_is_flagged_fails_the_request(engine: LocalEngine, flagged: dict[int, bool]) -> None:
+def test_one_flagged_image_of_several_fails_the_request(engine: LocalEngine, flagged: dict[int, bool]) -> None:
     clean, bad = [[seed for seed, is_bad in flagged.items() if is_bad == wanted] for wanted in (False, True)]
 
     refused = refusal_of(engine, tiny_request(clean[0], bad[0]))
@@ -100,7 +100,7 @@ def test_of_several_images_one_that_is_flagged_fails_the_request(engine: LocalEn
     )
 
 
-def test_where_it_is_off_the_checker_is_not_loaded_and_flags_nothing(checked: Path, flagged: dict[int, bool]) -> None:
+def test_disabled_checker_is_not_loaded_and_flags_nothing(checked: Path, flagged: dict[int, bool]) -> None:
     bad = next(seed for seed, is_bad in flagged.items() if is_bad)
     unasked = LocalEngine(settings_of(checked))
 
@@ -111,7 +111,7 @@ def test_where_it_is_off_the_checker_is_not_loaded_and_flags_nothing(checked: Pa
     assert unasked._model.safety_checker is None
 
 
-def test_its_weights_are_counted_where_it_is_on(checked: Path) -> None:
+def test_enabled_checker_s_weights_are_counted(checked: Path) -> None:
     off, on = (weight_bytes(identify(str(checked), None, has_checker=has), 4) for has in (False, True))
 
     assert off is not None
@@ -130,11 +130,11 @@ def why_not(model_id: Path) -> str:
     return str(caught.value)
 
 
-def test_a_checkpoint_that_ships_none_is_refused(unchecked: Path) -> None:
+def test_checkpoint_without_a_checker_is_refused(unchecked: Path) -> None:
     assert why_not(unchecked).startswith(f"SAFETY_CHECKER is on, but MODEL_ID '{unchecked}' ships none: ")
 
 
-def test_a_family_without_one_is_refused(tmp_path: Path) -> None:
+def test_family_without_a_checker_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
 
     assert "is a StableDiffusionXLPipeline, which has none" in why_not(tmp_path)

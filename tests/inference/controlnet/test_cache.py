@@ -31,20 +31,20 @@ def residents(cache: ControlNetCache[str]) -> str:
     return "".join(name for name in "abcd" if cache.find(name))
 
 
-def test_what_is_there_is_not_loaded_again(cache: ControlNetCache[str]) -> None:
+def test_loaded_controlnet_is_not_loaded_again(cache: ControlNetCache[str]) -> None:
     assert cache.get_or_load("a", 4, fail) == "A"
     assert cache.find("a") == "A"
     assert cache.find("c") is None
 
 
-def test_nobody_gives_way_while_there_is_room(cache: ControlNetCache[str]) -> None:
+def test_nothing_is_evicted_while_there_is_room(cache: ControlNetCache[str]) -> None:
     assert cache.get_or_load("c", 2, loaded("c")) == "C"
 
     assert residents(cache) == "abc"
     assert cache.num_bytes == MAX_BYTES
 
 
-def test_the_least_recently_used_gives_way(cache: ControlNetCache[str]) -> None:
+def test_least_recently_used_is_evicted(cache: ControlNetCache[str]) -> None:
     cache.acquire("a")
     cache.release("a")
 
@@ -53,13 +53,13 @@ def test_the_least_recently_used_gives_way(cache: ControlNetCache[str]) -> None:
     assert residents(cache) == "ac"
 
 
-def test_as_many_give_way_as_must(cache: ControlNetCache[str]) -> None:
+def test_as_many_are_evicted_as_needed(cache: ControlNetCache[str]) -> None:
     cache.get_or_load("c", 10, loaded("c"))
 
     assert residents(cache) == "c"
 
 
-def test_one_in_use_never_gives_way_and_another_waits_for_it(cache: ControlNetCache[str]) -> None:
+def test_controlnet_in_use_is_never_evicted_and_another_waits_for_it(cache: ControlNetCache[str]) -> None:
     cache.acquire("a")
     cache.acquire("a")
 
@@ -74,7 +74,7 @@ def test_one_in_use_never_gives_way_and_another_waits_for_it(cache: ControlNetCa
     assert residents(cache) == "cd"
 
 
-def test_nothing_is_let_go_for_one_that_finds_no_room_all_the_same(cache: ControlNetCache[str]) -> None:
+def test_nothing_is_evicted_for_a_controlnet_that_would_not_fit_anyway(cache: ControlNetCache[str]) -> None:
     cache.acquire("b")
 
     assert cache.get_or_load("c", 7, fail) is None
@@ -82,7 +82,7 @@ def test_nothing_is_let_go_for_one_that_finds_no_room_all_the_same(cache: Contro
     assert residents(cache) == "ab"
 
 
-def test_who_asks_later_does_not_take_what_somebody_before_waits_for(cache: ControlNetCache[str]) -> None:
+def test_later_request_does_not_take_memory_reserved_for_an_earlier_one(cache: ControlNetCache[str]) -> None:
     # Given one that waits for a, and two behind it
     assert cache.get_or_load("a", 4, fail)
     assert cache.get_or_load("c", 4, loaded("c"))
@@ -98,7 +98,7 @@ def test_who_asks_later_does_not_take_what_somebody_before_waits_for(cache: Cont
     assert residents(cache) == "bc"
 
 
-def test_an_older_one_takes_what_a_younger_waits_for(cache: ControlNetCache[str]) -> None:
+def test_older_request_takes_memory_reserved_for_a_younger_one(cache: ControlNetCache[str]) -> None:
     # Given a younger request, whose ControlNet is there and not used yet
     cache.get_or_load("c", 10, loaded("c"))
 
@@ -109,13 +109,13 @@ def test_an_older_one_takes_what_a_younger_waits_for(cache: ControlNetCache[str]
     assert cache.get_or_load("c", 10, fail) is None
 
 
-def test_what_is_forgotten_is_loaded_anew(cache: ControlNetCache[str]) -> None:
+def test_forgotten_controlnet_is_loaded_again(cache: ControlNetCache[str]) -> None:
     cache.forget("a")
 
     assert cache.get_or_load("a", 4, lambda: "again") == "again"
 
 
-def test_all_but_those_in_use_and_those_to_be_kept_can_be_given_up_at_once(cache: ControlNetCache[str]) -> None:
+def test_all_but_used_and_kept_controlnets_are_evicted_at_once(cache: ControlNetCache[str]) -> None:
     cache.acquire("a")
 
     assert not cache.drop_idle(keep={"b", None})

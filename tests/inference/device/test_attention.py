@@ -61,7 +61,7 @@ def test_other_gpus_and_older_cudnns_keep_torch_s_own_order(hardware: Hardware, 
         assert order_in_force() == own_order
 
 
-def test_a_cpu_is_not_asked_for_its_capability(own_order: list[SDPBackend]) -> None:
+def test_cpu_capability_is_never_queried(own_order: list[SDPBackend]) -> None:
     def probe(_device: torch.device) -> Hardware:
         raise AssertionError("there is no GPU to ask")
 

@@ -139,7 +139,7 @@ def test_a_step_of_prompts_of_one_and_of_three_chunks_waits_for_nothing(model: F
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "sd15-inpaint"])
-def test_a_step_that_repaints_a_part_of_a_image_waits_for_nothing(model: FullModel, name: str) -> None:
+def test_inpainting_step_waits_for_nothing(model: FullModel, name: str) -> None:
     lanes = model.lanes(2, source=source_of(model, is_masked=True))
 
     assert stalls_of(model, lanes) == []
@@ -188,7 +188,7 @@ def test_lanes_that_join_wait_for_no_step_that_is_running(model: FullModel, name
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_image_is_decoded_without_waiting_for_the_device(model: FullModel, name: str) -> None:
+def test_an_image_is_decoded_without_waiting_for_the_device(model: FullModel, name: str) -> None:
     (lane,) = model.lanes(1)
 
     with model.cuda.counting() as tally:

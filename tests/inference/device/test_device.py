@@ -57,7 +57,7 @@ def run(device: Device, counters: Counters, *, num_rows: int, takes: int) -> Non
         counters.peak = counters.allocated + takes
 
 
-def test_what_did_not_fit_is_not_tried_again_until_more_memory_is_free(counters: Counters) -> None:
+def test_shape_that_did_not_fit_is_not_retried_until_more_memory_is_free(counters: Counters) -> None:
     device = Device(torch.device("cuda"))
     assert device.may_fit(4096)
 
@@ -69,7 +69,7 @@ def test_what_did_not_fit_is_not_tried_again_until_more_memory_is_free(counters:
     assert device.may_fit(4096)
 
 
-def test_a_cpu_forgets_what_did_not_fit() -> None:
+def test_cpu_forgets_shapes_that_did_not_fit() -> None:
     device = Device(torch.device("cpu"))
 
     device.note_too_large(4096)
@@ -116,7 +116,7 @@ def test_rows_leave_room_for_what_is_still_to_be_loaded(counters: Counters) -> N
     assert device.max_rows(SHAPE) == int(USABLE_SHARE * 15)
 
 
-def test_the_largest_batch_that_was_measured_tells_best_what_a_row_takes(counters: Counters) -> None:
+def test_largest_measured_batch_gives_the_memory_of_a_row(counters: Counters) -> None:
     device = Device(torch.device("cuda"))
 
     run(device, counters, num_rows=1, takes=3 * GB)
@@ -126,7 +126,7 @@ def test_the_largest_batch_that_was_measured_tells_best_what_a_row_takes(counter
     assert device.max_rows(SHAPE) == int(USABLE_SHARE * 20)
 
 
-def test_what_was_loaded_during_a_forward_is_no_part_of_what_a_row_takes(counters: Counters) -> None:
+def test_weights_loaded_during_a_forward_are_not_counted_to_its_rows(counters: Counters) -> None:
     device = Device(torch.device("cuda"))
 
     with device.measured(SHAPE, 2):
@@ -190,7 +190,7 @@ def test_the_host_waits_for_the_step_before_the_last_one(events: type[Event]) ->
     assert done == [0, 1, 2, 3]
 
 
-def test_a_mark_is_past_when_the_device_has_come_to_it_and_tells_the_device_s_time(events: type[Event]) -> None:
+def test_mark_is_past_once_the_device_reached_it_and_has_the_device_s_time(events: type[Event]) -> None:
     device = Device(torch.device("cuda"))
     first, _, third = device.mark(), device.mark(), device.mark()
     assert not first.is_past
@@ -201,7 +201,7 @@ def test_a_mark_is_past_when_the_device_has_come_to_it_and_tells_the_device_s_ti
     assert third.seconds_since(first) == 2.0
 
 
-def test_a_mark_on_a_cpu_is_past_at_once_and_tells_the_host_s_time() -> None:
+def test_mark_on_a_cpu_is_past_at_once_and_has_the_host_s_time() -> None:
     device = Device(torch.device("cpu"))
     began_at = time.monotonic()
 
@@ -232,7 +232,7 @@ def test_the_list_of_gpus_is_read_as_torch_reads_it(monkeypatch: pytest.MonkeyPa
         assert visible_gpu("cuda", listed) == HIDDEN
 
 
-def test_an_attempt_tells_errors_and_keeps_nothing_of_what_raised_them() -> None:
+def test_guard_returns_errors_without_references_to_their_frames() -> None:
     device = Device(torch.device("cpu"))
 
     def fail() -> None:
@@ -246,7 +246,7 @@ def test_an_attempt_tells_errors_and_keeps_nothing_of_what_raised_them() -> None
     assert device.guard(lambda: 5) == (5, None)
 
 
-def test_an_error_of_the_request_s_own_is_no_reason_to_look_at_the_device() -> None:
+def test_error_of_the_request_itself_does_not_probe_the_device() -> None:
     # A device that would answer nothing: were it asked, DeviceBroken would come of it.
     device = Device(torch.device("meta"))
     refusal = RequestFailed("LORA_INVALID", "damaged")

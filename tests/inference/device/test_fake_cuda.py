@@ -33,7 +33,7 @@ def on_device(*shape: int) -> torch.Tensor:
         lambda: torch.cuda.synchronize(),  # noqa: PLW0108 - outside, torch has its own
     ],
 )
-def test_the_host_is_seen_to_wait(stall: Callable[[], object]) -> None:
+def test_host_waits_are_recorded(stall: Callable[[], object]) -> None:
     cuda = FakeCuda()
     with cuda.installed(), cuda.counting() as tally:
         stall()
@@ -41,7 +41,7 @@ def test_the_host_is_seen_to_wait(stall: Callable[[], object]) -> None:
     assert len(tally.stalls) == 1
 
 
-def test_copies_from_and_to_pinned_memory_are_seen_not_to_wait() -> None:
+def test_copies_from_and_to_pinned_memory_do_not_wait() -> None:
     cuda = FakeCuda()
     with cuda.installed(), cuda.counting() as tally:
         torch.tensor([1.0, 2.0], pin_memory=True).to("cuda:0", non_blocking=True)
@@ -69,7 +69,7 @@ def test_tensors_on_two_devices_do_not_meet() -> None:
         on_device(3) + torch.ones(3)
 
 
-def test_what_is_on_the_cpu_is_real() -> None:
+def test_cpu_tensors_are_real() -> None:
     with FakeCuda().installed():
         assert torch.arange(4).sum().item() == 6
 

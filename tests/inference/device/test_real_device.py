@@ -94,7 +94,7 @@ def test_a_batch_that_finds_no_memory_is_halved_and_every_image_is_right(engine:
     assert min(psnr(one, other) for one, other in zip(together, alone, strict=False)) >= MIN_PSNR_DB
 
 
-def test_a_image_that_fits_no_memory_fails_alone_and_the_next_is_drawn(engine: WatchedEngine) -> None:
+def test_an_image_that_fits_no_memory_fails_alone_and_the_next_is_drawn(engine: WatchedEngine) -> None:
     of_forward, _ = bytes_of_large(engine)
 
     with memory_of(torch.cuda.memory_allocated() + of_forward // 4):

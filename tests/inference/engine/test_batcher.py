@@ -100,7 +100,7 @@ def test_lanes_of_one_moment_keep_the_order_they_were_added_in() -> None:
     assert batcher_of(*lanes, max_lanes=3).next_batch() == lanes[:3]
 
 
-def test_a_full_batcher_asks_nobody() -> None:
+def test_full_batcher_calls_no_admission() -> None:
     batcher = batcher_of(*lanes_by_age(3), max_lanes=2)
     asked: list[Lane] = []
 
@@ -122,7 +122,9 @@ def test_a_full_batcher_asks_nobody() -> None:
         (Claim.WITHDRAWN, [0, 2], []),
     ],
 )
-def test_an_answer_says_who_joins_and_who_goes_on_waiting(answer: Claim, joined: list[int], waiting: list[int]) -> None:
+def test_admission_decides_which_lanes_join_and_which_wait(
+    answer: Claim, joined: list[int], waiting: list[int]
+) -> None:
     lanes = lanes_by_age(3)
     batcher = Batcher[Lane](8, plenty)
     for lane in lanes:
@@ -135,7 +137,7 @@ def test_an_answer_says_who_joins_and_who_goes_on_waiting(answer: Claim, joined:
     assert batcher.waiting == tuple(lanes[number] for number in waiting)
 
 
-def test_a_lane_that_was_passed_by_is_asked_first_the_next_time() -> None:
+def test_lane_passed_over_is_admitted_first_the_next_time() -> None:
     # Given a lane whose adapters took long, and a younger one that went ahead
     slow, quick, latest = lanes_by_age(3)
     batcher = Batcher[Lane](2, plenty)
@@ -215,7 +217,7 @@ def test_one_lane_is_tried_even_where_none_seems_to_fit(max_rows: int) -> None:
     assert batcher_of(*lanes, max_rows=max_rows).next_batch() == lanes[:1]
 
 
-def test_memory_is_asked_about_the_shape_at_hand_before_each_forward() -> None:
+def test_memory_limit_is_queried_for_the_shape_before_each_forward() -> None:
     small = [Lane("small", arrived_at=float(number)) for number in range(3)]
     large = [Lane("large", arrived_at=float(number)) for number in range(3)]
     max_rows = {"small": 6, "large": 2}
@@ -269,7 +271,7 @@ def test_a_shape_whose_oldest_lane_ends_does_not_jump_over_the_others() -> None:
 # --- Out of memory
 
 
-def test_what_does_not_fit_is_halved_down_to_one_lane_and_then_given_up() -> None:
+def test_batch_that_does_not_fit_is_halved_down_to_one_lane_and_then_given_up() -> None:
     lanes = lanes_by_age(5)
     batcher = batcher_of(*lanes)
 
@@ -278,7 +280,7 @@ def test_what_does_not_fit_is_halved_down_to_one_lane_and_then_given_up() -> Non
     assert halves == [lanes, lanes[:2], lanes[:1], []]
 
 
-def test_what_fitted_after_a_shortage_is_the_most_that_is_tried() -> None:
+def test_batch_that_fitted_after_a_shortage_becomes_the_cap() -> None:
     lanes = lanes_by_age(6)
     batcher = batcher_of(*lanes)
 
@@ -297,7 +299,7 @@ def test_a_shortage_of_one_shape_leaves_the_others_as_they_were() -> None:
     assert [batcher.next_batch(), batcher.next_batch()] == [small, large[:2]]
 
 
-def test_a_shortage_of_one_lane_limits_nobody_else() -> None:
+def test_shortage_of_one_lane_limits_no_other_shape() -> None:
     lanes = lanes_by_age(3)
     batcher = batcher_of(lanes[0])
     assert batcher.halve(batcher.next_batch()) == []

@@ -238,7 +238,7 @@ def test_two_shapes_take_turns_and_neither_spoils_the_other(
     assert last_wide - first_wide == 14, "eight turns each, one after the other"
 
 
-def test_three_images_with_two_lanes_are_the_seeds_own_and_every_step_is_told_once(
+def test_three_images_in_two_lanes_match_their_seeds_and_every_step_is_reported_once(
     tiny: Path, adapters: Adapters
 ) -> None:
     engine = WatchedEngine(tiny, MAX_CONCURRENT_GENERATIONS=2)

@@ -136,9 +136,7 @@ def test_a_waiting_request_is_cancelled_before_it_begins(tiny: Path, way: str) -
     engine.close()
 
 
-def test_a_future_that_is_cancelled_while_its_request_is_joining_harms_nobody(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_future_cancelled_while_its_request_joins_affects_no_other(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = WatchedEngine(tiny)
     # The last thing asked before the request begins, which nobody else could meet but by chance.
     slots = engine._loop._admission.slots
@@ -209,7 +207,7 @@ class SmallModel(WatchedModel):
         return super().denoise(lanes)
 
 
-def test_a_image_that_does_not_fit_alone_fails_by_its_size_and_smaller_ones_beside_it_and_after_it_are_drawn(
+def test_an_image_that_does_not_fit_alone_fails_by_its_size_and_smaller_ones_beside_it_and_after_it_are_drawn(
     tiny: Path, style: AdapterFile
 ) -> None:
     engine = WatchedEngine(tiny, SmallModel)
@@ -243,7 +241,7 @@ class PoorDecoder(WatchedModel):
         return super().decode(latents, in_tiles=in_tiles)
 
 
-def test_a_image_too_large_to_decode_is_decoded_in_tiles_and_the_next_one_whole(tiny: Path) -> None:
+def test_an_image_too_large_to_decode_is_decoded_in_tiles_and_the_next_one_whole(tiny: Path) -> None:
     engine = WatchedEngine(tiny, PoorDecoder)
     model = engine.model
     assert isinstance(model, PoorDecoder)

@@ -140,9 +140,7 @@ def test_a_controlled_image_equals_plain_diffusers(models: Models, family: str, 
 @pytest.mark.parametrize(
     ("family", "mask"), [("sd", None), ("sd_inpaint", b"\x00\xff" * 32)], ids=["image2image", "inpaint"]
 )
-def test_a_control_guides_the_steps_that_a_image_from_a_image_takes(
-    models: Models, family: str, mask: bytes | None
-) -> None:
+def test_control_guides_the_steps_of_image_to_image(models: Models, family: str, mask: bytes | None) -> None:
     source = Source(speckles(7).tobytes(), 0.8, None if mask is None else mask * 64)
     # Of the four steps that are taken, the third alone: of six it would be two others.
     request = controlled_request(start=0.3, end=0.8, scale=2.0, num_inference_steps=6, scheduler="ddim", source=source)
@@ -238,7 +236,7 @@ def test_a_z_image_batch_of_other_shapes_and_lengths_gives_each_lane_its_own_con
     assert {1, 2, 3, 4} in together
 
 
-def test_where_no_lane_is_guided_now_the_denoiser_is_given_nothing_more(models: Models) -> None:
+def test_denoiser_without_a_controlled_lane_gets_no_residuals(models: Models) -> None:
     engine = models.engine("sd")
     given: list[bool] = []
 
@@ -303,7 +301,7 @@ def controlnets_alive() -> int:
     return sum(type(one) is ControlNetModel for one in gc.get_objects())
 
 
-def test_one_that_finds_no_room_waits_for_another_s_lanes_to_end(models: Models) -> None:
+def test_controlnet_without_room_waits_for_another_s_lanes_to_end(models: Models) -> None:
     engine = SmallEngine(models)
 
     calls = submit_together(
@@ -323,7 +321,7 @@ def test_one_that_finds_no_room_waits_for_another_s_lanes_to_end(models: Models)
     engine.close()
 
 
-def test_one_that_is_refused_for_something_else_waits_for_no_room(models: Models) -> None:
+def test_request_refused_for_another_reason_waits_for_no_room(models: Models) -> None:
     engine = SmallEngine(models)
     refused: list[EngineCall] = []
     is_answered: list[bool] = []
@@ -340,7 +338,7 @@ def test_one_that_is_refused_for_something_else_waits_for_no_room(models: Models
     engine.close()
 
 
-def test_one_that_gives_way_leaves_the_memory(models: Models) -> None:
+def test_evicted_controlnet_frees_its_memory(models: Models) -> None:
     engine = SmallEngine(models)
     gc.collect()
     before = controlnets_alive()
@@ -356,7 +354,7 @@ def test_one_that_gives_way_leaves_the_memory(models: Models) -> None:
     engine.close()
 
 
-def test_the_others_go_on_while_a_controlnet_is_loaded(models: Models) -> None:
+def test_other_lanes_go_on_while_a_controlnet_is_loaded(models: Models) -> None:
     engine = SmallEngine(models)
     may_load = threading.Event()
     waiting: list[EngineCall] = []
@@ -391,7 +389,7 @@ class SlowModel(WatchedModel):
         return super().load_control(name)
 
 
-def test_others_come_and_go_while_a_controlnet_is_loaded(models: Models) -> None:
+def test_other_requests_begin_and_end_while_a_controlnet_is_loaded(models: Models) -> None:
     engine = WatchedEngine(models.checkpoint("sd"), SlowModel, CONTROLNETS=f"pose={models.controlnet('sd', 'pose')}")
 
     waiting = EngineCall(engine, controlled_request("pose"))
@@ -407,9 +405,7 @@ def test_others_come_and_go_while_a_controlnet_is_loaded(models: Models) -> None
     engine.close()
 
 
-def test_one_that_cannot_be_loaded_any_more_fails_its_own_job_and_is_tried_again(
-    models: Models, tmp_path: Path
-) -> None:
+def test_controlnet_that_fails_to_load_fails_its_own_job_and_is_tried_again(models: Models, tmp_path: Path) -> None:
     folder = shutil.copytree(models.controlnet("sd", "pose"), tmp_path / "pose")
     engine = WatchedEngine(models.checkpoint("sd"), CONTROLNETS=f"pose={folder}")
     weights = folder / "diffusion_pytorch_model.safetensors"
@@ -441,7 +437,7 @@ class FullModel(WatchedModel):
         return super().load_control(name)
 
 
-def test_one_that_finds_no_memory_is_loaded_once_there_is_and_fails_by_its_name_where_there_never_is(
+def test_controlnet_without_memory_is_loaded_once_there_is_some_or_fails_by_its_name(
     models: Models,
 ) -> None:
     engine = WatchedEngine(models.checkpoint("sd"), FullModel, CONTROLNETS=f"pose={models.controlnet('sd', 'pose')}")
@@ -466,7 +462,7 @@ def test_one_that_finds_no_memory_is_loaded_once_there_is_and_fails_by_its_name_
 # --- What is refused
 
 
-def test_a_control_model_that_nobody_configured_is_refused_by_name(models: Models) -> None:
+def test_control_model_that_is_not_configured_is_refused_by_name(models: Models) -> None:
     call = EngineCall(models.engine("sd"), controlled_request("canny"))
 
     assert isinstance(call.error, RequestFailed)
@@ -475,7 +471,7 @@ def test_a_control_model_that_nobody_configured_is_refused_by_name(models: Model
     assert call.steps == []
 
 
-def test_the_engine_tells_which_controls_it_has(models: Models) -> None:
+def test_engine_facts_list_its_controls(models: Models) -> None:
     assert models.engine("sd").facts.controls == ("pose", "depth")
 
 
@@ -489,7 +485,7 @@ def refusal(models: Models, source: Path | str, **variables: Any) -> str:
     return str(caught.value)
 
 
-def test_what_is_no_controlnet_is_refused_at_start(models: Models, tmp_path: Path) -> None:
+def test_folder_without_a_controlnet_is_refused_at_start(models: Models, tmp_path: Path) -> None:
     assert "no folder here, and no hub id" in refusal(models, tmp_path / "nowhere")
     assert "without config.json" in refusal(models, tmp_path)
     assert "holds a UNet2DConditionModel" in refusal(models, models.checkpoint("sd") / "unet")
@@ -534,7 +530,7 @@ def test_the_memory_that_is_kept_for_controlnets_is_what_all_take_or_the_limit(m
     assert most_bytes(found, 2, 10 * each) == each
 
 
-def test_check_tells_of_the_memory_for_controlnets(models: Models) -> None:
+def test_check_reports_the_memory_for_controlnets(models: Models) -> None:
     from worker.cli.check.machine import check_memory  # it brings what a GPU machine may not have
 
     named = f"pose={models.controlnet('sd', 'pose')},depth={models.controlnet('sd', 'depth')}"

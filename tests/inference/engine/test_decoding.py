@@ -87,7 +87,7 @@ def assert_right(checkpoint: Path, call: EngineCall) -> None:
         assert psnr(image, plain(load_pipe(checkpoint), call.request, seed=seed)) >= MIN_PSNR_DB
 
 
-def test_a_decoder_s_values_become_bytes_and_no_numbers_become_no_image() -> None:
+def test_decoder_values_become_bytes_and_nan_becomes_no_image() -> None:
     values = torch.tensor([-2.0, -1.0, 0.0, 1.0, 0.1, 2.0]).view(3, 1, 2)
 
     pixels = image_of(values).wait()
@@ -106,18 +106,14 @@ def test_an_image_is_waited_for_behind_the_next_forward_of_those_that_go_on(engi
     assert LateModel.happened[decoded_at : decoded_at + 3] == ["decode 1", "forward", "wait 1"]
 
 
-def test_where_several_end_together_one_is_launched_ahead_of_the_one_that_is_waited_for(
-    engine: WatchedEngine, tiny: Path
-) -> None:
+def test_images_that_end_together_are_launched_one_ahead_of_the_wait(engine: WatchedEngine, tiny: Path) -> None:
     call = EngineCall(engine, tiny_request(1, 1, 2, 3))
 
     assert_right(tiny, call)
     assert LateModel.happened[-6:] == ["decode 0", "decode 1", "wait 0", "decode 2", "wait 1", "wait 2"]
 
 
-def test_an_image_of_a_request_that_is_cancelled_meanwhile_is_waited_for_by_nobody(
-    engine: WatchedEngine, tiny: Path
-) -> None:
+def test_image_of_a_cancelled_request_is_not_waited_for(engine: WatchedEngine, tiny: Path) -> None:
     calls: list[EngineCall] = []
     with arriving_together(engine):
         calls.append(EngineCall(engine, tiny_request(3, 1)))

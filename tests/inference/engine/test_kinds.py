@@ -115,9 +115,7 @@ def assert_equal(models: Models, name: str, request: GenerationRequest) -> None:
     ("name", "scheduler", "strength"),
     on_gpu(FROM_IMAGE, ("sd", "euler_a", 1.0), ("sdxl", "unipc", 0.8), ("z_image", "euler", 0.3)),
 )
-def test_a_image_from_a_image_equals_plain_diffusers(
-    models: Models, name: str, scheduler: str, strength: float
-) -> None:
+def test_image_to_image_equals_plain_diffusers(models: Models, name: str, scheduler: str, strength: float) -> None:
     assert_equal(models, name, tiny_request(scheduler=scheduler, source=Source(gradients(), strength)))
 
 
@@ -127,9 +125,7 @@ def test_a_image_from_a_image_equals_plain_diffusers(
         REPAINTED, ("sd", "unipc", 0.3), ("sdxl", "lcm", 0.8), ("z_image", "heun", 0.8), ("sd_inpaint", "dpm++", 1.0)
     ),
 )
-def test_a_image_of_which_a_part_is_repainted_equals_plain_diffusers(
-    models: Models, name: str, scheduler: str, strength: float
-) -> None:
+def test_inpainting_equals_plain_diffusers(models: Models, name: str, scheduler: str, strength: float) -> None:
     assert_equal(models, name, tiny_request(scheduler=scheduler, source=Source(gradients(), strength, window())))
 
 
@@ -159,7 +155,7 @@ def test_a_mask_of_one_colour_keeps_everything_or_nothing_as_in_plain_diffusers(
     assert_equal(models, name, tiny_request(num_inference_steps=3, source=Source(gradients(), 0.8, byte * 64 * 64)))
 
 
-def test_a_image_that_is_not_square_is_encoded_upright(models: Models) -> None:
+def test_an_image_that_is_not_square_is_encoded_upright(models: Models) -> None:
     size = {"width": 96, "height": 64}
     rgb, mask = gradients(96)[: 96 * 64 * 3], window(96)[: 96 * 64]
 
@@ -219,7 +215,7 @@ def encoded_by_us(family: Family) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sdxl_encodes_a_image_in_32_bits_as_its_own_pipelines_do(models: Models, dtype: torch.dtype) -> None:
+def test_sdxl_encodes_an_image_in_32_bits_as_its_own_pipelines_do(models: Models, dtype: torch.dtype) -> None:
     checkpoint = models.checkpoint("sdxl")
     family = load_family(settings_of(checkpoint), device=torch.device("cpu"), dtype=dtype)
     vae = family._pipeline.vae
@@ -243,7 +239,7 @@ class WideNoise(TorchFunctionMode):
         return func(*args, **kwargs | {"dtype": torch.float32}).to(kwargs["dtype"])
 
 
-def test_an_sdxl_image_from_a_image_in_bfloat16_is_near_its_own_pipeline_s(models: Models) -> None:
+def test_sdxl_image_to_image_in_bfloat16_is_near_its_own_pipeline(models: Models) -> None:
     request = tiny_request(scheduler="euler", source=Source(gradients(), 0.6), num_inference_steps=6)
     engine = WatchedEngine(models.checkpoint("sdxl"), DTYPE="bfloat16")
     drawn = draw(engine, request)[0]
@@ -350,7 +346,7 @@ class EncodingModel(WatchedModel):
         return super()._encoded(request, source, in_tiles=in_tiles)
 
 
-def test_while_others_denoise_one_image_is_encoded_at_a_time_and_once_for_all_lanes(models: Models) -> None:
+def test_images_are_encoded_one_at_a_time_beside_denoising_and_once_for_all_lanes(models: Models) -> None:
     engine = WatchedEngine(models.checkpoint("sd"), EncodingModel)
     assert isinstance(engine.model, EncodingModel)
     engine.model.encodings = []
@@ -381,7 +377,7 @@ class FullModel(WatchedModel):
         return encoded
 
 
-def test_a_image_too_large_to_encode_is_encoded_in_tiles(models: Models) -> None:
+def test_an_image_too_large_to_encode_is_encoded_in_tiles(models: Models) -> None:
     engine = WatchedEngine(models.checkpoint("sd"), FullModel)
 
     # One tile is all of a picture as small as this.
@@ -399,9 +395,7 @@ def test_a_image_too_large_to_encode_is_encoded_in_tiles(models: Models) -> None
     ("name", "strength", "num_steps"),
     [("sd", 0.39, 3), ("z_image", 0.39, 4)],
 )
-def test_the_steps_that_are_told_are_those_that_are_taken(
-    models: Models, name: str, strength: float, num_steps: int
-) -> None:
+def test_reported_steps_are_those_taken(models: Models, name: str, strength: float, num_steps: int) -> None:
     source = Source(gradients(), strength)
     call = EngineCall(models.engine(name), tiny_request(num_inference_steps=8, scheduler="heun", source=source))
 
@@ -419,13 +413,13 @@ def test_a_strength_that_leaves_no_step_is_refused(models: Models) -> None:
 
 
 @pytest.mark.parametrize("source", [Source(bytes(64), 0.8), Source(gradients(), 0.8, bytes(64))], ids=["rgb", "mask"])
-def test_a_source_of_another_size_is_the_caller_s_mistake(models: Models, source: Source) -> None:
+def test_source_of_another_size_is_a_value_error(models: Models, source: Source) -> None:
     with pytest.raises(ValueError, match="64x64"):
         models.engine("sd").model.prepare(tiny_request(source=source))
 
 
 @pytest.mark.parametrize("source", [None, Source(gradients(), 0.8)], ids=["text2image", "image2image"])
-def test_a_model_that_repaints_does_nothing_else_and_says_so(models: Models, source: Source | None) -> None:
+def test_inpainting_model_refuses_every_other_kind(models: Models, source: Source | None) -> None:
     engine = models.engine("sdxl_inpaint")
 
     with pytest.raises(RequestFailed, match="inpaint and nothing else") as failure:
@@ -436,7 +430,7 @@ def test_a_model_that_repaints_does_nothing_else_and_says_so(models: Models, sou
     assert models.engine("sd").facts.kinds == KINDS
 
 
-def test_a_single_file_that_repaints_draws_what_its_folder_draws(models: Models, tmp_path: Path) -> None:
+def test_inpainting_single_file_draws_what_its_folder_draws(models: Models, tmp_path: Path) -> None:
     folder = models.checkpoint("sd_inpaint")
     file = write_single_file(tmp_path / "model.safetensors", load_pipe(folder))
     request = tiny_request(source=Source(gradients(), 1.0, window()))

@@ -46,7 +46,7 @@ def latents(seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_a_diffusion_s_foresight_is_what_diffusers_itself_takes_the_image_to_be(prediction_type: str) -> None:
+def test_predicted_x0_of_a_diffusion_is_that_of_diffusers(prediction_type: str) -> None:
     scheduler = diffusers.DDIMScheduler(**DIFFUSION, prediction_type=prediction_type)
     scheduler.set_timesteps(20)
     noisy, prediction = latents(0), latents(1)
@@ -56,7 +56,7 @@ def test_a_diffusion_s_foresight_is_what_diffusers_itself_takes_the_image_to_be(
         torch.testing.assert_close(predict_x0(noisy, float(time_step), prediction, scheduler), theirs)
 
 
-def test_foresight_holds_for_a_scheduler_that_keeps_its_latents_in_a_scale_of_its_own() -> None:
+def test_predicted_x0_is_right_for_a_scheduler_with_scaled_latents() -> None:
     checkpoint = diffusers.PNDMScheduler(**BETAS)
     scheduler = diffusers.EulerDiscreteScheduler.from_config(checkpoint.config)
     scheduler.set_timesteps(20)
@@ -70,7 +70,7 @@ def test_foresight_holds_for_a_scheduler_that_keeps_its_latents_in_a_scale_of_it
         assert float((ours - theirs).norm() / theirs.norm()) < 0.02
 
 
-def test_a_flow_s_foresight_is_the_image_that_the_noise_was_mixed_with() -> None:
+def test_predicted_x0_of_a_flow_is_the_image_that_the_noise_was_mixed_with() -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(8)
     image, noise = latents(0), latents(1)
@@ -168,14 +168,14 @@ def test_previews_look_like_the_image_from_the_second_step_on(demo: LocalEngine)
 
 
 @pytest.mark.parametrize("scheduler", ["dpm++", "heun", "euler_a"])
-def test_they_come_every_so_many_steps_but_not_with_the_last(engine: LocalEngine, scheduler: str) -> None:
+def test_previews_come_every_n_steps_but_not_with_the_last(engine: LocalEngine, scheduler: str) -> None:
     steps: list[StepReport] = []
     draw(engine, tiny_request(num_inference_steps=9, scheduler=scheduler), steps)
 
     assert with_previews(steps) == [3, 6]
 
 
-def test_a_lane_with_a_source_has_a_preview_every_so_many_of_the_steps_that_it_takes(engine: LocalEngine) -> None:
+def test_lane_with_a_source_has_a_preview_every_n_of_its_own_steps(engine: LocalEngine) -> None:
     steps: list[StepReport] = []
     source = Source(bytes(64 * 64 * 3), 0.4)
     draw(engine, tiny_request(num_inference_steps=20, source=source), steps)
@@ -194,7 +194,7 @@ def test_a_checkpoint_that_reads_a_mask_has_previews_too(tmp_path: Path, caplog:
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
-def test_of_several_images_the_first_is_shown(engine: LocalEngine) -> None:
+def test_preview_of_several_images_shows_the_first(engine: LocalEngine) -> None:
     alone: list[StepReport] = []
     together: list[StepReport] = []
     draw(engine, tiny_request(num_inference_steps=5, seeds=(1,)), alone)
@@ -205,7 +205,7 @@ def test_of_several_images_the_first_is_shown(engine: LocalEngine) -> None:
     assert np.abs(seen - wanted).max() <= 1
 
 
-def test_previews_change_no_image_and_none_are_made_unless_asked_for(engine: LocalEngine, tiny: Path) -> None:
+def test_previews_change_no_image_and_are_made_on_request_alone(engine: LocalEngine, tiny: Path) -> None:
     plain = LocalEngine(settings_of(tiny))
     steps: list[StepReport] = []
     request = tiny_request(num_inference_steps=7)
@@ -224,7 +224,7 @@ class Blind(WatchedModel):
         raise torch.OutOfMemoryError("no room for a preview")
 
 
-def test_a_preview_that_cannot_be_made_costs_the_request_nothing(tiny: Path) -> None:
+def test_failed_preview_costs_the_request_nothing(tiny: Path) -> None:
     engine = WatchedEngine(tiny, Blind, PREVIEW_EVERY=1)
 
     call = EngineCall(engine, tiny_request(num_inference_steps=4))
@@ -246,7 +246,7 @@ class Late:
         raise AssertionError("a preview is waited for by nobody")
 
 
-def test_what_has_not_arrived_from_the_device_is_waited_for_by_nobody_and_comes_with_a_later_step(tiny: Path) -> None:
+def test_preview_not_copied_yet_is_not_waited_for_and_comes_with_a_later_step(tiny: Path) -> None:
     family = load_family(settings_of(tiny), device=CPU, dtype=torch.float32)
     active = ActiveRequest(
         tiny_request(), BatchTraits((64, 64), is_guided=True, num_steps=8), lambda _: None, lambda: False, ()

@@ -124,7 +124,7 @@ def test_the_seconds_of_all_steps_are_those_of_the_whole_by_the_device_s_clock(l
     assert [report.seconds for report in call.reports] == [0.0] + 4 * [STEP_SECONDS]
 
 
-def test_a_step_is_told_when_the_device_has_ended_it_and_not_when_it_was_launched(late: WatchedEngine) -> None:
+def test_step_is_reported_when_the_device_ended_it_and_not_at_its_launch(late: WatchedEngine) -> None:
     call = ReportedCall(late, num_steps=4)
     call.future.result(PATIENCE_SECONDS)
 

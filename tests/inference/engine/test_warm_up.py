@@ -81,7 +81,7 @@ def test_every_batch_size_takes_one_step_without_adapters_and_one_with(engine: W
     assert engine.turns[-1].slots_active == engine.turns[-1].slots_idle == 0
 
 
-def test_a_batch_that_does_not_fit_is_no_reason_not_to_start(
+def test_warm_up_batch_that_does_not_fit_does_not_stop_the_start(
     engine: WatchedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine.model, "most", 2)
@@ -92,7 +92,7 @@ def test_a_batch_that_does_not_fit_is_no_reason_not_to_start(
     assert forwards_of(engine)[4:] == [(4, False), (2, False), (2, True)]
 
 
-def test_a_forward_that_fails_otherwise_is_not_passed_over(
+def test_warm_up_forward_that_fails_otherwise_stops_the_start(
     engine: WatchedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine.model, "most", 0)
@@ -154,7 +154,7 @@ class Gpu:
 
 
 @pytest.mark.parametrize(("major", "dtype"), [(7, torch.float16), (8, torch.bfloat16), (9, torch.bfloat16)])
-def test_a_gpu_that_only_emulates_bfloat16_draws_in_float16(
+def test_gpu_that_emulates_bfloat16_draws_in_float16(
     monkeypatch: pytest.MonkeyPatch, major: int, dtype: torch.dtype
 ) -> None:
     Gpu(major).install(monkeypatch)
@@ -163,14 +163,16 @@ def test_a_gpu_that_only_emulates_bfloat16_draws_in_float16(
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:3"])
-def test_whatever_gpu_is_named_is_the_only_one_in_its_process(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_named_gpu_is_the_only_one_in_its_process(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     Gpu(9).install(monkeypatch)
 
     assert _choose_device(name) == torch.device("cuda")
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:3"])
-def test_a_gpu_that_torch_does_not_see_is_named_as_it_was_asked_for(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_gpu_that_torch_does_not_find_is_refused_by_its_configured_name(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     with pytest.raises(EngineStartFailed, match=f"DEVICE is '{name}' but torch sees no GPU"):

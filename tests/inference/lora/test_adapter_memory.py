@@ -49,7 +49,7 @@ def test_a_chosen_limit_that_does_not_hold_one_adapter_is_refused_with_what_woul
 
 
 @pytest.mark.parametrize(("max_bytes", "num_pages"), [(33 * PAGE - 1, 31), (2 * PAGE, 1), (PAGE, 1), (0, 1)])
-def test_a_share_of_the_free_memory_that_is_too_small_takes_lower_ranks_and_says_so(
+def test_small_share_of_free_memory_lowers_the_maximum_rank_with_a_warning(
     max_bytes: int, num_pages: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     memory = AdapterMemory(num_slots=16, max_rank=256, max_bytes=max_bytes)

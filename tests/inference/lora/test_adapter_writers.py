@@ -226,7 +226,7 @@ def test_same_matrix_in_another_shape_is_applied(name: str, models: dict[str, Mo
 
 
 @pytest.mark.parametrize("shape", [(RANK, 32, 3, 3), (RANK, 288), (RANK, 1, 32)])
-def test_kernel_is_no_matrix_of_a_linear(shape: tuple[int, ...], models: dict[str, Model], tmp_path: Path) -> None:
+def test_kernel_is_refused_for_a_linear_layer(shape: tuple[int, ...], models: dict[str, Model], tmp_path: Path) -> None:
     path = save(tmp_path, named(SD_Q, (torch.ones(shape), torch.ones(32, RANK, *[1] * (len(shape) - 2))), A_B))
     with pytest.raises((AdapterIncompatible, AdapterInvalid)):
         models["sd"].changes(path)
@@ -260,7 +260,7 @@ def test_scalar_of_an_early_locon_scales_its_layer_beside_the_alpha(models: dict
     assert_changes(models["sd"].changes(save(tmp_path, tensors)), {SD_Q: delta(*pair, 1 / RANK)})
 
 
-def test_what_changes_nothing_is_left_out(models: dict[str, Model], tmp_path: Path) -> None:
+def test_layers_that_change_nothing_are_left_out(models: dict[str, Model], tmp_path: Path) -> None:
     # Given what tools leave that take layers out of an adapter or make it smaller: an alpha, and weights of rank 0
     other, pair = SD_Q.replace("to_q", "to_k"), models["sd"].pair(SD_Q)
     a, b = models["sd"].pair(other, rank=0)
@@ -329,7 +329,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("kind", FOREIGN)
 @pytest.mark.parametrize("number", [1, 5000])
-def test_what_is_no_plain_lora_is_named_whatever_its_name_and_number(kind: str, number: int, tmp_path: Path) -> None:
+def test_tensors_of_other_methods_are_refused_by_name(kind: str, number: int, tmp_path: Path) -> None:
     names = [FOREIGN[kind], *(f"x{i}.lora_A.weight" for i in range(number))]
     error = refusal(header_alone(tmp_path, names), Z_IMAGE)
     assert type(error) is AdapterUnsupported

@@ -337,7 +337,7 @@ BROKEN: dict[str, dict[str, torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("stored", BROKEN.values(), ids=BROKEN)
-def test_adapter_that_does_not_add_up_is_refused(stored: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_adapter_with_mismatched_shapes_is_refused(stored: dict[str, torch.Tensor], tmp_path: Path) -> None:
     assert type(refusal(save(tmp_path / "a.safetensors", stored))) is AdapterInvalid
 
 
@@ -386,7 +386,9 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("layers", MISFITS.values(), ids=MISFITS)
-def test_adapter_for_another_model_is_told_apart(layers: dict[str, LowRank], pipe: StableDiffusionPipeline) -> None:
+def test_adapter_for_another_model_is_refused_as_such(
+    layers: dict[str, LowRank], pipe: StableDiffusionPipeline
+) -> None:
     with pytest.raises(AdapterIncompatible, match=rf"{next(iter(layers))} \(1 in all\)"):
         check_fits(Adapter(layers), models(pipe))
 

@@ -216,7 +216,7 @@ def test_an_adapter_whose_layers_differ_in_rank_does_what_peft_does() -> None:
 # --- Rows of many
 
 
-def test_every_row_wears_its_own_adapters_at_its_own_scales() -> None:
+def test_each_row_has_its_own_adapters_at_its_own_scales() -> None:
     banked = BankedBlock()
     every, attention, convolutions = (
         trained(rank=20, seed=1),
@@ -461,7 +461,7 @@ def test_pages_that_a_smaller_adapter_takes_over_hold_nothing_of_the_larger_one(
     assert_each_row_is_its_own(banked, [(row, [(small, 1.0)]), beside])
 
 
-def test_the_same_pages_bring_other_layers_once_another_adapter_is_in_them() -> None:
+def test_reused_pages_have_the_layers_of_their_new_adapter() -> None:
     banked = BankedBlock()
     before, after = trained(["to_q"], rank=8, seed=1), trained(CONVOLUTIONS, rank=8, seed=2)
     # So that what the rows wear in a convolution is asked before they wear anything there.
@@ -485,7 +485,7 @@ def test_pages_out_of_order_are_one_adapter_s_all_the_same() -> None:
     assert_each_row_is_its_own(banked, [((AppliedAdapter((5, 2, 9), 1.0),), [(one, 1.0)])])
 
 
-def test_it_is_known_which_of_the_models_an_adapter_changes() -> None:
+def test_bank_reports_the_models_that_an_adapter_changes() -> None:
     torch.manual_seed(0)
     bank = AdapterBank({"unet": Block(), "text_encoder": Attention()}, device=CPU, dtype=torch.float32)
     low_rank = LowRank(torch.ones(1, WIDTH), torch.ones(WIDTH, 1))

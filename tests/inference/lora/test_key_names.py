@@ -453,7 +453,7 @@ LAYOUTS = ("diffusers_old", "diffusers_new", "peft_folder", "kohya")
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_adapter_of_another_family_is_told_apart(
+def test_adapter_of_another_family_is_refused_as_such(
     family: str, layout: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     targets = Z_IMAGE_EVERY_LAYER if family == "z_pipe" else ("to_q", "to_out.0", "conv1")
@@ -483,7 +483,7 @@ STRANGERS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize(("stem", "families"), STRANGERS.values(), ids=STRANGERS)
-def test_layers_of_another_family_are_told_apart(
+def test_layers_of_another_family_are_refused_as_such(
     stem: str, families: tuple[str, ...], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     halves = ("down", "up") if stem.endswith("_lora") else LORA_DOWN

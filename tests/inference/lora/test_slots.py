@@ -53,7 +53,7 @@ def test_an_adapter_is_idle_until_it_is_used_and_stays_when_it_no_longer_is() ->
     assert slots.find("a") is slot
 
 
-def test_an_adapter_is_in_use_until_the_last_of_its_lanes_lets_go() -> None:
+def test_adapter_is_in_use_until_its_last_lane_releases_it() -> None:
     slots = slots_with("a")
     slots.acquire("a")
     slots.acquire("a")
@@ -65,7 +65,7 @@ def test_an_adapter_is_in_use_until_the_last_of_its_lanes_lets_go() -> None:
     assert counts(slots) == (0, 1, 2)
 
 
-def test_all_pages_but_the_zero_page_are_handed_out() -> None:
+def test_all_pages_but_the_zero_page_are_allocated() -> None:
     slots = slots_with("a", "b", "c")
 
     pages = [page for key in "abc" for page in (slots.find(key) or pytest.fail(key)).pages]
@@ -77,7 +77,7 @@ def test_all_pages_but_the_zero_page_are_handed_out() -> None:
 # --- Giving way
 
 
-def test_nobody_gives_way_while_there_is_room() -> None:
+def test_nothing_is_evicted_while_there_is_room() -> None:
     slots = slots_with("a", "b")
 
     slots.load("c", 2)
@@ -85,7 +85,7 @@ def test_nobody_gives_way_while_there_is_room() -> None:
     assert residents(slots, "abc") == "abc"
 
 
-def test_the_adapter_that_was_loaded_first_gives_way_when_none_was_used() -> None:
+def test_first_loaded_adapter_is_evicted_when_none_was_used() -> None:
     slots = slots_with("a", "b", "c")
 
     slots.load("d", 2)
@@ -93,7 +93,7 @@ def test_the_adapter_that_was_loaded_first_gives_way_when_none_was_used() -> Non
     assert residents(slots, "abcd") == "bcd"
 
 
-def test_the_adapter_that_was_let_go_longest_ago_gives_way() -> None:
+def test_least_recently_released_adapter_is_evicted() -> None:
     # Given one that a long job used from the first to the last, and others used meanwhile
     slots = slots_with("a", "b", "c")
     for key in "abc":
@@ -110,7 +110,7 @@ def test_the_adapter_that_was_let_go_longest_ago_gives_way() -> None:
     assert residents(slots, "abde") == "ade"
 
 
-def test_an_adapter_in_use_does_not_give_way_though_it_was_loaded_first() -> None:
+def test_adapter_in_use_is_not_evicted_though_loaded_first() -> None:
     slots = slots_with("a", "b", "c")
     slots.acquire("a")
 
@@ -128,7 +128,7 @@ def test_a_large_adapter_takes_the_pages_of_several() -> None:
     assert len(set(slot.pages)) == 4
 
 
-def test_two_adapters_that_are_loaded_for_one_lane_do_not_push_each_other_out() -> None:
+def test_two_adapters_of_one_lane_do_not_evict_each_other() -> None:
     slots = slots_with("a", "b", "c")
     slots.acquire("c")
     assert slots.has_room({"d": 2, "e": 2})
@@ -158,7 +158,7 @@ def test_two_adapters_that_are_loaded_for_one_lane_do_not_push_each_other_out() 
         ("", {"d": 1, "e": 1, "f": 1, "g": 1}, False),
     ],
 )
-def test_there_is_room_beside_what_is_in_use(used: str, wanted: dict[Hashable, int], is_room: bool) -> None:
+def test_has_room_counts_pages_not_in_use(used: str, wanted: dict[Hashable, int], is_room: bool) -> None:
     slots = slots_with("a", "b", "c")
     for key in used:
         slots.acquire(key)

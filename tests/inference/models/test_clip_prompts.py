@@ -142,9 +142,7 @@ def weighed(nodes: list[Node], outer: float = 1.0) -> Iterator[tuple[str, float]
 
 
 @given(TREES, WORDS, WEIGHTS)
-def test_what_is_written_with_escapes_and_weights_is_read_as_it_was_meant(
-    nodes: list[Node], word: str, weight: float
-) -> None:
+def test_text_written_with_escapes_and_weights_is_parsed_back(nodes: list[Node], word: str, weight: float) -> None:
     nodes = [*nodes, ([word], weight)]
 
     runs = groupby(weighed(nodes), key=lambda one: one[1])
@@ -154,7 +152,7 @@ def test_what_is_written_with_escapes_and_weights_is_read_as_it_was_meant(
 
 @given(st.text("ab():\\.0123 []") | st.text())
 @example("((a:0):nan)")
-def test_no_text_is_refused_and_only_syntax_is_taken_out(prompt: str) -> None:
+def test_any_text_is_parsed_and_only_syntax_is_removed(prompt: str) -> None:
     fragments = parse_weights(prompt)
 
     text = "".join(fragment.text for fragment in fragments)
@@ -204,7 +202,7 @@ def test_an_ordinary_prompt_is_encoded_as_diffusers_does(pipe: Any, text: str) -
         *(("(fox:1.2)", False), ("(fox:1.0)", False), (r"bow \(weapon\)", True), ("(16:9)", True)),
     ],
 )
-def test_what_plain_diffusers_takes_as_it_is_meant_is_ordinary(pipe: Any, text: str, is_ordinary: bool) -> None:
+def test_prompt_that_diffusers_encodes_alike_is_ordinary(pipe: Any, text: str, is_ordinary: bool) -> None:
     assert encoder_of(pipe).is_ordinary(text) is is_ordinary
 
 
@@ -237,7 +235,7 @@ def test_a_word_beyond_the_77th_token_changes_its_own_chunk(pipe: Any, position:
 
 
 @pytest.mark.parametrize(("num_letters", "num_chunks"), [(0, 1), (75, 1), (76, 2), (150, 2), (151, 3), (300, 4)])
-def test_every_75_tokens_are_a_chunk_where_nothing_says_otherwise(pipe: Any, num_letters: int, num_chunks: int) -> None:
+def test_chunks_have_75_tokens_by_default(pipe: Any, num_letters: int, num_chunks: int) -> None:
     tokens, _ = encoder_of(pipe).encode("x" * num_letters)
 
     assert tokens.shape == (num_chunks * CHUNK, pipe.unet.config.cross_attention_dim)
@@ -261,7 +259,7 @@ def test_a_chunk_ends_with_a_sentence_a_phrase_or_a_word(pipe: Any, first: str, 
     torch.testing.assert_close(pooled, by_diffusers(pipe, f"{first} {rest}")[1], **CLOSE)
 
 
-def test_where_a_weight_begins_or_ends_so_does_a_word(pipe: Any) -> None:
+def test_weight_boundaries_split_words(pipe: Any) -> None:
     torch.testing.assert_close(encoder_of(pipe).encode("(fox:1.2)es"), encoder_of(pipe).encode("(fox:1.2) es"), **CLOSE)
 
 
@@ -280,7 +278,7 @@ def test_a_weight_above_one_moves_that_part_away_from_the_empty_prompt(pipe: Any
     torch.testing.assert_close(weighted.pooled, plain.pooled, **CLOSE)
 
 
-def test_a_part_of_weight_zero_leaves_no_trace_and_a_lighter_one_less_of_it(pipe: Any) -> None:
+def test_weight_zero_removes_a_part_and_a_small_weight_reduces_it(pipe: Any) -> None:
     def derive_trajectory(weight: float) -> float:
         red, wet = (encoder_of(pipe).encode(f"a ({word}:{weight}) fox").tokens for word in ("red", "wet"))
         return float((red - wet).norm())
@@ -299,7 +297,7 @@ def test_a_part_of_weight_zero_leaves_no_trace_and_a_lighter_one_less_of_it(pipe
         (LONG, LONG),
     ],
 )
-def test_weights_mean_what_they_mean_to_compel(pipe: Any, ours: str, theirs: str) -> None:
+def test_weights_have_compel_s_meaning(pipe: Any, ours: str, theirs: str) -> None:
     states = ReturnedEmbeddingsType
     kind = states.LAST_HIDDEN_STATES_NORMALIZED
     if len(text_encoders_of(pipe)) > 1:
@@ -319,7 +317,7 @@ def coarse_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[("t", "h"), ("o", "o")], model_max_length=CHUNK)
 
 
-def test_where_one_encoder_takes_fewer_chunks_empty_ones_fill_it_up(sdxl: Any) -> None:
+def test_encoder_with_fewer_chunks_is_padded_with_empty_ones(sdxl: Any) -> None:
     coarse = copy.deepcopy(sdxl.text_encoder_2)
     coarse.resize_token_embeddings(len(coarse_tokenizer()))
     fine = copy.deepcopy(sdxl.text_encoder)
@@ -337,7 +335,7 @@ def test_where_one_encoder_takes_fewer_chunks_empty_ones_fill_it_up(sdxl: Any) -
 
 
 @pytest.mark.parametrize("text", ["a (red:1.3) fox", "a (red:0.5) fox", LONG])
-def test_nothing_is_remembered_from_under_another_adapter(pipe: Any, text: str) -> None:
+def test_embeddings_under_another_adapter_are_not_reused(pipe: Any, text: str) -> None:
     text_encoders = copy.deepcopy(text_encoders_of(pipe))
     encoder = LongPromptEncoder(tokenizers_of(pipe), text_encoders, CPU)
     before = encoder.encode(text)
@@ -373,7 +371,7 @@ def test_every_pass_of_a_text_encoder_has_one_row(pipe: Any) -> None:
     assert set(batches) == {1}
 
 
-def test_every_chunk_wears_the_adapters_of_the_row_that_is_routed(sd: Any) -> None:
+def test_every_chunk_has_the_adapters_of_the_routed_row(sd: Any) -> None:
     layer = "encoder.layers.0.self_attn.q_proj"
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(4, 32, generator=generator), torch.randn(32, 4, generator=generator)
@@ -391,7 +389,7 @@ def test_every_chunk_wears_the_adapters_of_the_row_that_is_routed(sd: Any) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_embeddings_come_in_the_encoders_dtype_and_are_numbers(pipe: Any, dtype: torch.dtype) -> None:
+def test_embeddings_have_the_encoders_dtype_and_are_finite(pipe: Any, dtype: torch.dtype) -> None:
     text_encoders = [copy.deepcopy(one).to(dtype) for one in text_encoders_of(pipe)]
     text = "(a:0) b (c:0.0) d (e:3) f (g:0)"
 
@@ -402,7 +400,7 @@ def test_embeddings_come_in_the_encoders_dtype_and_are_numbers(pipe: Any, dtype:
     torch.testing.assert_close(tokens.float(), encoder_of(pipe).encode(text).tokens, rtol=0.0, atol=0.1)
 
 
-def test_nobody_is_told_that_a_long_prompt_is_too_long(
+def test_long_prompts_log_no_warning(
     sd: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
@@ -419,7 +417,7 @@ def test_nobody_is_told_that_a_long_prompt_is_too_long(
 
 
 @pytest.mark.parametrize("text", ["x" * 75 * (MAX_PASSES + 1), "(a:0)(b:0.1)" * (MAX_PASSES // 2)])
-def test_a_prompt_that_would_hold_up_everybody_else_is_refused(pipe: Any, text: str) -> None:
+def test_prompt_with_too_many_chunks_is_refused(pipe: Any, text: str) -> None:
     with pytest.raises(RequestFailed) as refused:
         encoder_of(pipe).encode(text)
 

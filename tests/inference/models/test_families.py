@@ -115,7 +115,7 @@ def test_guidance_begins_where_the_family_s_pipeline_lets_it_begin(models: Model
     ("name", "width", "height"),
     on_gpu([("sdxl", 104, 56), ("z_image", 112, 48), ("z_image_dynamic", 112, 48)], ("z_image", 112, 48)),
 )
-def test_a_image_that_is_not_square_equals_plain_diffusers(models: Models, name: str, width: int, height: int) -> None:
+def test_an_image_that_is_not_square_equals_plain_diffusers(models: Models, name: str, width: int, height: int) -> None:
     request = tiny_request(width=width, height=height)
 
     assert draw(models.engine(name), request)[0].size == (width, height)
@@ -140,7 +140,7 @@ def test_the_other_families_refuse_z_image_s_settings_of_guidance(models: Models
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "z_image"])
-def test_the_prompts_of_the_tiny_models_show_in_their_images(models: Models, name: str) -> None:
+def test_prompts_of_the_tiny_models_change_their_images(models: Models, name: str) -> None:
     """Else none of these tests would see a wrong prompt."""
     models.assert_matters(name, tiny_request(), prompt="a blue house")
     models.assert_matters(name, tiny_request(), negative_prompt="")
@@ -163,9 +163,7 @@ def test_every_scheduler_gives_the_image_plain_diffusers_gives_with_it(
 
 
 @pytest.mark.parametrize(("name", "default"), [("sd", "dpm++"), ("sdxl", "euler"), ("z_image", "euler")])
-def test_the_engine_tells_a_family_s_schedulers_and_an_unknown_one_is_answered_with_them(
-    models: Models, name: str, default: str
-) -> None:
+def test_unknown_scheduler_is_refused_with_the_family_s_list(models: Models, name: str, default: str) -> None:
     engine = models.engine(name)
 
     with pytest.raises(RequestFailed) as failure:

@@ -47,7 +47,7 @@ def tiny_engine(tiny: Path) -> Iterator[LocalEngine]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_image_without_an_adapter_equals_plain_diffusers(engine: LocalEngine, guidance: float) -> None:
+def test_an_image_without_an_adapter_equals_plain_diffusers(engine: LocalEngine, guidance: float) -> None:
     request = request_of(guidance_scale=guidance)
 
     assert psnr(draw(engine, request)[0], plain(demo_pipe(), request)) >= MIN_PSNR_DB
@@ -62,7 +62,7 @@ def test_every_scheduler_gives_the_image_plain_diffusers_gives_with_it(engine: L
 
 
 @pytest.mark.parametrize("scale", on_gpu([1.0, 0.5], 0.5))
-def test_a_image_with_a_diffusers_adapter_equals_plain_diffusers(engine: LocalEngine, scale: float) -> None:
+def test_an_image_with_a_diffusers_adapter_equals_plain_diffusers(engine: LocalEngine, scale: float) -> None:
     weights = DEMO_MODEL / "adapters" / "neon.safetensors"
     request = request_of(prompt="neon: a castle", adapters=(AdapterFile(weights, None, scale),))
     pipe = demo_pipe()
@@ -117,7 +117,7 @@ def test_two_adapters_at_their_scales_equal_plain_diffusers(engine: LocalEngine)
     assert psnr(draw(engine, request)[0], plain(pipe, request)) >= MIN_PSNR_DB
 
 
-def test_after_a_styled_image_one_without_an_adapter_is_the_same_as_before(engine: LocalEngine) -> None:
+def test_image_without_an_adapter_is_the_same_before_and_after_a_styled_one(engine: LocalEngine) -> None:
     weights = DEMO_MODEL / "adapters" / "blueprint.safetensors"
     request = request_of()
 
@@ -163,7 +163,7 @@ def test_an_adapter_that_does_not_fit_fails_before_any_step_and_leaves_no_trace(
     assert draw(engine, request_of())[0].tobytes() == before.tobytes()
 
 
-def test_a_image_of_numbers_that_are_none_is_never_returned(tiny: Path) -> None:
+def test_image_of_nan_is_never_returned(tiny: Path) -> None:
     class BrokenEngine(LocalEngine):
         def break_decoder(self) -> None:
             with torch.no_grad():
@@ -200,7 +200,7 @@ def test_running_out_of_memory_fails_the_request_and_the_next_one_runs(tiny: Pat
     engine.close()
 
 
-def test_a_checkpoint_that_draws_no_numbers_is_refused_at_the_start(tmp_path: Path) -> None:
+def test_checkpoint_that_draws_nan_is_refused_at_the_start(tmp_path: Path) -> None:
     pipe = load_pipe(build_tiny_sd(tmp_path / "whole"))
     with torch.no_grad():
         pipe.vae.decoder.conv_out.bias.fill_(math.nan)
@@ -211,7 +211,7 @@ def test_a_checkpoint_that_draws_no_numbers_is_refused_at_the_start(tmp_path: Pa
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_asked_for_and_missing_is_said_so_at_the_start(tiny: Path) -> None:
+def test_configured_gpu_that_is_missing_is_refused_at_the_start(tiny: Path) -> None:
     with pytest.raises(EngineStartFailed, match="CUDA_VISIBLE_DEVICES"):
         LocalEngine(settings_of(tiny, DEVICE="cuda"))
 
@@ -223,7 +223,7 @@ def test_a_checkpoint_of_another_family_is_refused_by_its_name(tmp_path: Path) -
         LocalEngine(settings_of(tmp_path))
 
 
-def test_the_model_s_weights_have_the_dtype_that_was_asked_for(tiny: Path) -> None:
+def test_model_weights_have_the_configured_dtype(tiny: Path) -> None:
     engine = LocalEngine(settings_of(tiny, DTYPE="bfloat16"))
 
     drawn = draw(engine, request_of(width=64, height=64))[0]

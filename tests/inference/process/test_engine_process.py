@@ -73,7 +73,7 @@ def ready_engine(min_hang_seconds: float = 60.0) -> EngineProcess:
     return engine
 
 
-def test_a_ready_engine_tells_what_it_holds(engine: EngineProcess) -> None:
+def test_ready_engine_reports_its_facts(engine: EngineProcess) -> None:
     facts = engine.facts
 
     assert facts is not None
@@ -280,7 +280,7 @@ def test_a_request_joins_those_that_are_being_drawn(fake: Fake) -> None:
     assert fake.outcomes() == drawn("a", "b")
 
 
-def test_what_waits_for_the_engine_is_handed_over_the_oldest_first(fake: Fake) -> None:
+def test_waiting_requests_are_sent_the_oldest_first(fake: Fake) -> None:
     for name, arrived_at in (("c", 3.0), ("a", 1.0), ("d", 4.0), ("b", 2.0)):
         fake.ask(name, arrived_at=arrived_at, num_inference_steps=2)
 
@@ -319,7 +319,7 @@ def test_every_forward_is_counted_once_and_the_gauges_follow(fake: Fake) -> None
     assert max(engine_load.num_lanes for engine_load in fake.engine_loads) == 2
 
 
-def test_a_failure_of_one_is_no_business_of_the_others(fake: Fake) -> None:
+def test_failure_of_one_request_leaves_the_others(fake: Fake) -> None:
     fake.ask("a", "fail@2")
     fake.ask("b", "fault@2")
     fake.ask("c")
@@ -334,7 +334,7 @@ def test_a_failure_of_one_is_no_business_of_the_others(fake: Fake) -> None:
 # --- Cancelled
 
 
-def test_one_of_several_is_cancelled_and_the_others_are_drawn(fake: Fake) -> None:
+def test_cancelling_one_of_several_leaves_the_others(fake: Fake) -> None:
     for name in "abc":
         steps = fake.steps.setdefault(name, [])
         is_cancelled = (lambda steps=steps: len(steps) > 5) if name == "b" else never
@@ -366,7 +366,7 @@ def test_a_request_can_be_withdrawn_until_its_first_step_wherever_it_waits(new_f
         fake.futures["b"].result()
 
 
-def test_a_request_that_waits_inside_is_withdrawn_by_its_own_word_too(new_fake: Callable[..., Fake]) -> None:
+def test_request_waiting_in_the_child_is_withdrawn_by_its_future_too(new_fake: Callable[..., Fake]) -> None:
     fake = new_fake(MAX_CONCURRENT_GENERATIONS=1)
     cancelled = threading.Event()
     fake.ask("a", num_inference_steps=100)
@@ -381,7 +381,7 @@ def test_a_request_that_waits_inside_is_withdrawn_by_its_own_word_too(new_fake: 
     assert names("begin", fake.lives()[0]) == "a"
 
 
-def test_what_is_cancelled_before_it_is_handed_over_never_reaches_the_child(fake: Fake) -> None:
+def test_request_cancelled_before_it_is_sent_never_reaches_the_child(fake: Fake) -> None:
     fake.ask("a")
     fake.ask("b").cancel()
     fake.ask("c", is_cancelled=lambda: True)
@@ -393,7 +393,7 @@ def test_what_is_cancelled_before_it_is_handed_over_never_reaches_the_child(fake
     assert fake.futures["b"].cancelled()
 
 
-def test_a_request_withdrawn_as_it_finishes_does_no_harm(fake: Fake) -> None:
+def test_request_withdrawn_as_it_finishes_has_no_effect(fake: Fake) -> None:
     # The report of the only step and the end come in one breath: cancelling meets every moment of it.
     for number in range(60):
         future = fake.ask(str(number), num_inference_steps=1)
@@ -443,7 +443,7 @@ def test_suspects_are_alone_in_the_child(fake: Fake) -> None:
     assert fake.asked(3) == "d"
 
 
-def test_two_poisons_are_convicted_one_after_the_other(fake: Fake) -> None:
+def test_two_poison_requests_are_convicted_one_after_the_other(fake: Fake) -> None:
     for name in "PabcdefghQ":
         fake.ask(name, "poison@3" if name in "PQ" else "")
 
@@ -452,7 +452,7 @@ def test_two_poisons_are_convicted_one_after_the_other(fake: Fake) -> None:
     assert fake.engine.state is not EngineState.FAILED
 
 
-def test_a_crash_that_nobody_repeats_alone_is_nobody_s_fault(fake: Fake) -> None:
+def test_crash_that_no_suspect_repeats_alone_fails_no_request(fake: Fake) -> None:
     fake.ask("a")
     fake.ask("P", "poison-in-company@3")
     fake.ask("b")
@@ -465,7 +465,7 @@ def test_a_crash_that_nobody_repeats_alone_is_nobody_s_fault(fake: Fake) -> None
     assert not fake.futures["c"].done()
 
 
-def test_one_that_was_alone_by_chance_is_tried_once_more_and_takes_nobody_down(fake: Fake) -> None:
+def test_suspect_that_was_alone_by_chance_is_tried_once_more_and_fails_no_other(fake: Fake) -> None:
     fake.ask("P", "poison@3")
     eventually(lambda: len(fake.restarts) == 1)
     fake.ask("a", arrived_at=-1.0)
@@ -503,7 +503,7 @@ def test_a_suspect_that_is_cancelled_while_another_is_tried_ends_at_once(fake: F
     assert fake.all_asked() == {"P": 2, "a": 1, "b": 2}
 
 
-def test_a_child_that_dies_with_nothing_inside_is_replaced_and_blames_nobody(fake: Fake) -> None:
+def test_child_that_dies_idle_is_replaced_and_accuses_no_request(fake: Fake) -> None:
     for number in range(3):
         wait_until_ready(fake.engine, HANG_SECONDS)
         kill(fake.engine)
@@ -521,7 +521,7 @@ def test_a_child_that_dies_in_the_middle_of_a_message_is_a_crash_like_any_other(
     assert fake.outcomes() == {"P": EngineCrashed, "a": None}
 
 
-def test_after_a_crash_nothing_is_in_the_engine(fake: Fake) -> None:
+def test_engine_load_is_zero_after_a_crash(fake: Fake) -> None:
     fake.ask("P", "poison@5")
     fake.outcomes()
 
@@ -544,7 +544,7 @@ def test_an_engine_that_crashes_again_and_again_gives_up(fake: Fake) -> None:
         fake.ask("late")
 
 
-def test_only_a_finished_request_breaks_a_row_of_crashes(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_finished_request_resets_the_crash_count(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference.process.health, "MAX_CONSECUTIVE_CRASHES", 3)
     for prompt in ("poison@1", "", "poison@1", "fail@1"):
         fake.ask(f"{len(fake.futures)}", prompt)
@@ -560,9 +560,7 @@ def test_only_a_finished_request_breaks_a_row_of_crashes(fake: Fake, monkeypatch
 # --- Sick
 
 
-def test_faults_in_a_row_cost_the_child_its_life_and_those_inside_are_no_suspects(
-    fake: Fake, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_faults_in_a_row_end_the_child_and_make_no_suspects(fake: Fake, caplog: pytest.LogCaptureFixture) -> None:
     # Given two that are being drawn, and three that meet faults
     assert MAX_CONSECUTIVE_FAULTS == 3
     for name in "abFGH":
@@ -577,7 +575,7 @@ def test_faults_in_a_row_cost_the_child_its_life_and_those_inside_are_no_suspect
     assert "engine sick" in caplog.messages
 
 
-def test_faults_with_a_finished_request_between_them_or_of_one_request_are_no_sickness(fake: Fake) -> None:
+def test_faults_with_a_finished_request_between_or_of_one_request_do_not_end_the_child(fake: Fake) -> None:
     for name in ("F", "G", "a", "H", "I"):
         fake.ask(name, "" if name == "a" else "fault@1", num_inference_steps=3).exception(HANG_SECONDS)
     for _ in range(4):
@@ -586,7 +584,7 @@ def test_faults_with_a_finished_request_between_them_or_of_one_request_are_no_si
     assert fake.restarts == []
 
 
-def test_a_sick_child_gets_nothing_more(fake: Fake) -> None:
+def test_failing_child_gets_no_more_requests(fake: Fake) -> None:
     for name in "FGH":
         fake.ask(name, "fault@1").exception(HANG_SECONDS)
     fake.ask("a").result(HANG_SECONDS)
@@ -594,7 +592,7 @@ def test_a_sick_child_gets_nothing_more(fake: Fake) -> None:
     assert [fake.asked(life) for life in range(2)] == ["FGH", "a"]
 
 
-def test_a_broken_engine_gives_no_answers_and_its_requests_another_try(
+def test_broken_engine_returns_no_result_and_its_requests_are_retried(
     fake: Fake, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake.ask("B", "break@3")
@@ -648,7 +646,7 @@ def test_an_idle_engine_may_be_silent(new_fake: Callable[..., Fake]) -> None:
     ],
     ids=["small", "five lanes", "fifteen lanes", "large", "thrice five lanes"],
 )
-def test_the_more_there_is_inside_the_longer_the_silence_that_is_borne(
+def test_silence_limit_grows_with_the_requests_in_the_child(
     new_fake: Callable[..., Fake], requests: Sequence[dict[str, Any]], is_patient: bool
 ) -> None:
     fake = new_fake(min_hang_seconds=0.5)
@@ -684,7 +682,7 @@ def test_closing_ends_what_is_drawn_and_what_waits(new_fake: Callable[..., Fake]
         fake.ask("late")
 
 
-def test_a_silent_child_that_reads_no_image_is_seen_to_be_silent(new_fake: Callable[..., Fake]) -> None:
+def test_silent_child_that_reads_no_image_is_killed_as_silent(new_fake: Callable[..., Fake]) -> None:
     fake = new_fake(min_hang_seconds=1.0)
     wait_until_ready(fake.engine, HANG_SECONDS)
     silent = fake.engine.pid
@@ -725,7 +723,7 @@ def test_a_request_with_a_control_has_time_to_load_its_controlnet(fake: Fake) ->
     assert health.is_hung([plain, controlled], fake.engine.facts)
 
 
-def test_an_idle_child_is_asked_to_leave(fake: Fake) -> None:
+def test_idle_child_is_closed_by_a_message(fake: Fake) -> None:
     fake.ask("a").result(HANG_SECONDS)
 
     fake.engine.close()
@@ -733,7 +731,7 @@ def test_an_idle_child_is_asked_to_leave(fake: Fake) -> None:
     assert fake.lives()[0][-1] == "close -"
 
 
-def test_a_child_that_cannot_start_says_why(tmp_path: Path) -> None:
+def test_child_that_cannot_start_reports_the_reason(tmp_path: Path) -> None:
     settings = ModelSettings(MODEL_ID=str(tmp_path / "nowhere" / "journal"))
     engine = EngineProcess(settings, log_level="INFO", on_restart=lambda: None, spawn=spawn_fake)
     engine.start()

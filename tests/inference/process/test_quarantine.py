@@ -40,7 +40,7 @@ def names(requests: Sequence[Request]) -> str:
 # --- Without a crash
 
 
-def test_all_that_wait_go_inside_at_once_the_oldest_first() -> None:
+def test_all_waiting_requests_are_sent_at_once_the_oldest_first() -> None:
     quarantine: Quarantine[Request] = Quarantine()
     for name, arrived_at in (("c", 3.0), ("a", 1.0), ("b", 2.0), ("B", 2.0)):
         quarantine.add(Request(name, arrived_at))
@@ -51,7 +51,7 @@ def test_all_that_wait_go_inside_at_once_the_oldest_first() -> None:
     assert quarantine.next_to_send() == []
 
 
-def test_a_newcomer_goes_inside_beside_those_that_are_there() -> None:
+def test_new_request_is_sent_beside_those_in_the_child() -> None:
     quarantine, _ = quarantine_of("ab")
     quarantine.next_to_send()
 
@@ -61,7 +61,7 @@ def test_a_newcomer_goes_inside_beside_those_that_are_there() -> None:
     assert names(quarantine.inside) == "abc"
 
 
-def test_only_what_is_inside_is_found_and_what_is_answered_is_nowhere() -> None:
+def test_only_requests_in_the_child_are_found() -> None:
     quarantine, (a, b) = quarantine_of("ab")
     assert quarantine.find("a") is None
     quarantine.next_to_send()
@@ -92,7 +92,7 @@ def test_two_requests_of_one_id_are_never_inside_together() -> None:
 # --- Crashes
 
 
-def test_a_crash_with_nothing_inside_blames_nobody() -> None:
+def test_crash_without_requests_makes_no_suspect() -> None:
     quarantine, _ = quarantine_of("ab")
 
     assert [quarantine.on_crash() for _ in range(5)] == [None] * 5
@@ -100,7 +100,7 @@ def test_a_crash_with_nothing_inside_blames_nobody() -> None:
     assert names(quarantine.next_to_send()) == "ab"
 
 
-def test_suspects_are_tried_one_at_a_time_the_newest_first_and_nothing_goes_in_beside_them() -> None:
+def test_suspects_are_sent_one_at_a_time_the_newest_first_and_alone() -> None:
     # Given a crash under three, and a newcomer older than all of them
     quarantine, (a, b, c) = quarantine_of("abc")
     quarantine.next_to_send()
@@ -121,7 +121,7 @@ def test_suspects_are_tried_one_at_a_time_the_newest_first_and_nothing_goes_in_b
     assert late in quarantine.inside
 
 
-def test_who_crashes_alone_is_tried_again_at_once_and_convicted_by_the_second_time() -> None:
+def test_request_that_crashes_alone_is_retried_at_once_and_convicted_the_second_time() -> None:
     quarantine, (_, _, c) = quarantine_of("abc")
     quarantine.next_to_send()
     quarantine.on_crash()
@@ -136,7 +136,7 @@ def test_who_crashes_alone_is_tried_again_at_once_and_convicted_by_the_second_ti
     assert c not in quarantine.outside
 
 
-def test_kills_from_outside_weigh_half_of_a_death() -> None:
+def test_kills_from_outside_count_half_a_crash() -> None:
     quarantine, (a,) = quarantine_of("a")
 
     for _ in range(POISON_WEIGHT // KILL_WEIGHT - 1):
@@ -147,7 +147,7 @@ def test_kills_from_outside_weigh_half_of_a_death() -> None:
     assert quarantine.on_crash(is_killed=True) is a
 
 
-def test_a_kill_and_then_two_deaths_convict_no_sooner_than_two_deaths() -> None:
+def test_kill_before_two_crashes_convicts_no_sooner_than_two_crashes() -> None:
     quarantine, (a,) = quarantine_of("a")
     deaths = []
 
@@ -158,7 +158,7 @@ def test_a_kill_and_then_two_deaths_convict_no_sooner_than_two_deaths() -> None:
     assert deaths == [None, None, a]
 
 
-def test_after_a_conviction_the_others_are_innocent_and_go_in_together_the_oldest_first() -> None:
+def test_other_suspects_are_cleared_by_a_conviction_and_sent_together_the_oldest_first() -> None:
     quarantine, (_, _, c, d) = quarantine_of("abcd")
     quarantine.next_to_send()
     quarantine.on_crash()
@@ -173,7 +173,7 @@ def test_after_a_conviction_the_others_are_innocent_and_go_in_together_the_oldes
     assert names(quarantine.next_to_send()) == "aeb"
 
 
-def test_who_was_answered_leaves_no_record_behind() -> None:
+def test_answered_request_leaves_no_record() -> None:
     # Given a request that the process died under once, and that was answered then
     quarantine, (a,) = quarantine_of("a")
     quarantine.next_to_send()
@@ -189,7 +189,7 @@ def test_who_was_answered_leaves_no_record_behind() -> None:
     assert quarantine.on_crash() is None
 
 
-def test_one_that_was_inside_by_chance_alone_is_a_suspect_too_and_does_not_take_others_down() -> None:
+def test_request_alone_in_the_child_by_chance_is_a_suspect_and_sent_alone() -> None:
     quarantine, (a,) = quarantine_of("a")
     quarantine.next_to_send()
     quarantine.on_crash()
@@ -232,7 +232,7 @@ def test_a_second_crash_under_several_makes_suspects_of_the_rest() -> None:
 # --- Spared
 
 
-def test_who_is_spared_is_no_suspect() -> None:
+def test_request_spared_on_restart_is_no_suspect() -> None:
     quarantine, _ = quarantine_of("abc")
     quarantine.next_to_send()
 
@@ -271,7 +271,7 @@ REQUESTS = st.builds(
 
 
 @given(st.lists(st.lists(REQUESTS, max_size=5), max_size=5))
-def test_whatever_comes_poison_alone_is_convicted_and_all_else_is_drawn(waves: list[list[Request]]) -> None:
+def test_poison_alone_is_convicted_in_any_order_of_events(waves: list[list[Request]]) -> None:
     # Given waves of requests, one between any two turns, to a process that every poison kills at its last step
     quarantine: Quarantine[Request] = Quarantine()
     everyone = [one for wave in waves for one in wave]
@@ -307,7 +307,7 @@ def test_whatever_comes_poison_alone_is_convicted_and_all_else_is_drawn(waves: l
     st.lists(st.sampled_from(["add", "next_to_send", "answer", "cancel", "on_crash", "on_restart"]), max_size=60),
     st.randoms(),
 )
-def test_nobody_is_lost_or_in_two_places_and_suspects_are_inside_alone(events: list[str], random: Random) -> None:
+def test_no_request_is_lost_or_in_two_places_and_suspects_are_sent_alone(events: list[str], random: Random) -> None:
     quarantine: Quarantine[Request] = Quarantine()
     here: list[Request] = []
     suspects: set[Request] = set()
@@ -345,7 +345,7 @@ def test_nobody_is_lost_or_in_two_places_and_suspects_are_inside_alone(events: l
 
 
 @pytest.mark.parametrize("place", range(10))
-def test_wherever_the_poison_stands_it_costs_three_processes(place: int) -> None:
+def test_poison_costs_three_processes_at_any_position(place: int) -> None:
     quarantine, requests = quarantine_of("abcdefghij")
     poison = requests[place]
     num_crashes = 0

@@ -175,7 +175,7 @@ def test_a_lane_with_a_source_and_a_mask_is_always_where_plain_diffusers_inpaint
     assert_follows(sampler, PlainInpainting(name, found, 8, num_skipped, image), seed=1)
 
 
-def test_a_course_that_diffusers_itself_cannot_take_is_known_before_the_first_step() -> None:
+def test_step_plan_that_diffusers_cannot_take_is_refused_before_the_first_step() -> None:
     name, config, num_steps = IMPOSSIBLE
 
     with pytest.raises(IndexError):
@@ -243,7 +243,7 @@ def test_no_lane_s_step_waits_for_the_device(name: str, config: str) -> None:
     assert not copies.blocking
 
 
-def test_lanes_of_one_course_share_its_weights_on_the_device() -> None:
+def test_lanes_of_one_step_plan_share_its_weights_on_the_device() -> None:
     samplers = Samplers(DIFFUSION, CONFIGS["as Stable Diffusion 1.5"])
     noise = torch.empty(SHAPE, device=NOWHERE)
 

@@ -6,15 +6,15 @@ FILE = "tests/live/test_faults_backend.py"
 REAL_ENGINE = "tests/live/test_faults.py"
 ANSWERS = "tests/clients/test_responses.py"
 CLIENT = "tests/clients/test_webhooks.py"
-REFUSING = f"{FILE}::test_a_backend_that_refuses_the_worker_gets_no_more_work_drawn_until_it_takes_it_again"
-PAUSED = f"{FILE}::test_a_backend_that_asks_for_a_pause_gets_it"
+REFUSING = f"{FILE}::test_backend_that_refuses_the_worker_stops_drawing_until_it_accepts_again"
+PAUSED = f"{FILE}::test_retry_after_of_the_backend_is_obeyed"
 OUTBOX = "tests/worker/results/test_notifier.py"
 PACING = "tests/worker/results/test_pacing.py"
 REFUSALS = "tests/worker/results/test_address_breaker.py"
-NEVER_TAKEN = f"{FILE}::test_events_that_are_never_taken_hold_up_none_that_an_outage_parked"
-EVERY_END = f"{FILE}::test_a_backend_that_refuses_every_end_gets_no_more_work_drawn_and_hears_of_what_was_drawn"
-CUT_OFF = f"{ANSWERS}::test_what_is_no_whole_head_of_an_answer_is_ambiguous"
-FOR_GOOD = f"{FILE}::test_an_event_refused_for_good_is_told_once_and_left_as_a_dead_letter"
+NEVER_TAKEN = f"{FILE}::test_events_never_taken_delay_none_that_an_outage_parked"
+EVERY_END = f"{FILE}::test_backend_that_refuses_every_end_stops_drawing_and_gets_the_ends_later"
+CUT_OFF = f"{ANSWERS}::test_incomplete_response_head_is_ambiguous"
+FOR_GOOD = f"{FILE}::test_event_refused_for_good_is_sent_once_and_dead_lettered"
 PROGRESS = f"{FILE}::test_progress_that_is_not_taken_delays_no_end_and_never_follows_it"
 
 ROWS: tuple[Row, ...] = (
@@ -22,7 +22,7 @@ ROWS: tuple[Row, ...] = (
         name="D1",
         fault="it fails three times, then listens",
         answer="four calls of one id and one body, after waits that grow",
-        tests=(f"{FILE}::test_a_backend_that_fails_three_times_hears_the_same_again_after_growing_waits",),
+        tests=(f"{FILE}::test_end_refused_three_times_is_redelivered_unchanged_after_growing_waits",),
         without=(
             Mutation(
                 "worker/results/notifier.py",
@@ -36,7 +36,7 @@ ROWS: tuple[Row, ...] = (
         name="D2",
         fault="it fails for ever",
         answer="the event waits in the outbox and no job for it; a dead letter after a day",
-        tests=(f"{FILE}::test_a_backend_that_fails_for_ever_holds_no_job_and_leaves_a_dead_letter_after_a_day",),
+        tests=(f"{FILE}::test_backend_that_always_fails_delays_no_job_and_leaves_a_dead_letter_after_a_day",),
         without=(
             Mutation(
                 "worker/results/notifier.py",
@@ -49,7 +49,7 @@ ROWS: tuple[Row, ...] = (
         name="D3",
         fault="it is down",
         answer="jobs go on; each end is told once it is back, and outlives a worker meanwhile",
-        tests=(f"{FILE}::test_a_backend_that_is_down_holds_no_job_and_hears_of_each_once_it_is_back",),
+        tests=(f"{FILE}::test_backend_that_is_down_delays_no_job_and_gets_each_end_once_it_is_back",),
         without=(
             Mutation(
                 "clients/webhooks.py",
@@ -58,9 +58,9 @@ ROWS: tuple[Row, ...] = (
             ),
         ),
         also=(
-            f"{REAL_ENGINE}::test_while_the_backend_is_down_jobs_go_on_and_each_end_arrives_later",
+            f"{REAL_ENGINE}::test_jobs_go_on_while_the_backend_is_down_and_each_end_arrives_later",
             f"{REAL_ENGINE}::test_events_in_the_outbox_outlive_the_worker_that_put_them_there",
-            "tests/live/test_outage.py::test_an_outage_of_the_backend_delays_no_image_and_it_hears_of_every_one",
+            "tests/live/test_outage.py::test_outage_of_the_backend_delays_no_image_and_every_end_arrives",
         ),
     ),
     Row(
@@ -68,8 +68,8 @@ ROWS: tuple[Row, ...] = (
         fault="it takes the call and never answers, or answers a byte at a time",
         answer="the call ends in 20 seconds all told and is made again",
         tests=(
-            f"{FILE}::test_a_backend_that_hangs_is_given_up_in_time_and_hears_of_it_later",
-            f"{FILE}::test_an_answer_that_drips_ends_with_the_call_and_the_end_is_told_again",
+            f"{FILE}::test_call_to_a_hanging_backend_times_out_and_is_delivered_later",
+            f"{FILE}::test_dripping_answer_ends_with_the_call_and_the_end_is_redelivered",
         ),
         without=(Mutation("clients/deadline.py", "self._timer.start()", "pass"),),
         also=(
@@ -82,7 +82,7 @@ ROWS: tuple[Row, ...] = (
         name="D5",
         fault="it acts, and its answer is lost",
         answer="told again under the same id, and counted as ambiguous",
-        tests=(f"{FILE}::test_an_answer_lost_after_the_backend_has_acted_is_told_again_under_the_same_id",),
+        tests=(f"{FILE}::test_end_whose_answer_was_lost_is_redelivered_under_the_same_id",),
         without=(
             Mutation(
                 "clients/webhooks.py",
@@ -98,18 +98,15 @@ ROWS: tuple[Row, ...] = (
         answer="not ready, no new work; every end is kept, and all goes on once the token is right",
         tests=(f"{REFUSING}[wrong_token]", f"{REFUSING}[forbidden]"),
         without=(Mutation("worker/results/notifier.py", "if attempt.status in REFUSING_STATUSES:", "if False:"),),
-        also=(
-            "tests/live/test_breakers.py::"
-            "test_a_backend_that_refuses_the_token_stops_the_taking_of_jobs_until_it_is_right_again",
-        ),
+        also=("tests/live/test_breakers.py::test_backend_that_refuses_the_token_stops_consuming_until_it_accepts_it",),
     ),
     Row(
         name="D7",
         fault="it does not know the generation, yet or at all",
         answer="told again for a minute, then a dead letter",
         tests=(
-            f"{FILE}::test_a_generation_that_the_backend_does_not_know_yet_is_told_until_it_does",
-            f"{FILE}::test_a_generation_that_the_backend_never_knows_leaves_a_dead_letter",
+            f"{FILE}::test_end_of_a_generation_unknown_yet_is_redelivered_until_it_is_taken",
+            f"{FILE}::test_end_of_a_generation_never_known_becomes_a_dead_letter",
         ),
         without=(
             Mutation(
@@ -147,15 +144,15 @@ ROWS: tuple[Row, ...] = (
         ),
         also=(
             f"{PAUSED}[nonsense]",
-            f"{CLIENT}::test_retry_after_is_honoured_within_reason",
-            f"{CLIENT}::test_no_retry_after_breaks_the_judgement",
+            f"{CLIENT}::test_retry_after_is_honoured_up_to_a_limit",
+            f"{CLIENT}::test_retry_after_of_any_value_keeps_the_result",
         ),
     ),
     Row(
         name="D10",
         fault="it answers with a redirect to another host",
         answer="not followed: a dead letter that says so; the token goes nowhere",
-        tests=(f"{FILE}::test_a_redirect_is_a_refusal_and_the_token_goes_nowhere",),
+        tests=(f"{FILE}::test_redirect_is_a_refusal_and_the_token_is_not_forwarded",),
         without=(Mutation("clients/webhooks.py", "adapter.send(prepared,", "session.send(prepared,"),),
         also=(f"{CLIENT}::test_a_redirect_is_not_followed",),
     ),
@@ -174,7 +171,7 @@ ROWS: tuple[Row, ...] = (
         also=(
             f"{PROGRESS}[500-0.0]",
             "tests/worker/progress/test_reporter.py::test_a_slow_backend_does_not_hold_up_the_steps",
-            "tests/worker/progress/test_reporter.py::test_nothing_is_sent_after_close_which_waits_for_the_call_in_flight",
+            "tests/worker/progress/test_reporter.py::test_close_waits_for_the_call_in_flight_and_nothing_is_sent_after_it",
         ),
     ),
     Row(
@@ -188,11 +185,11 @@ ROWS: tuple[Row, ...] = (
         name="D13",
         fault="its name is unknown, its certificate nobody's, or it speaks no TLS where it should",
         answer="told nothing, not even the token; tried again later",
-        tests=(f"{CLIENT}::test_a_certificate_that_nobody_vouches_for_is_not_trusted",),
+        tests=(f"{CLIENT}::test_certificate_without_a_trusted_issuer_is_not_trusted",),
         without=(Mutation("clients/webhooks.py", "adapter.send(prepared,", "adapter.send(prepared, verify=False,"),),
         also=(
             f"{CLIENT}::test_an_unknown_host_had_no_effect",
-            f"{FILE}::test_an_https_address_where_somebody_speaks_plain_http_is_told_nothing",
+            f"{FILE}::test_https_address_of_a_plain_http_server_gets_no_webhook",
         ),
     ),
     Row(
@@ -207,7 +204,7 @@ ROWS: tuple[Row, ...] = (
         fault="interim answers, 100 to 199, come before its answer",
         answer="the final one counts, for the store as well; a switch of protocol that nobody asked for is no answer",
         tests=(
-            f"{ANSWERS}::test_the_final_answer_has_the_verdict_whatever_comes_before_it",
+            f"{ANSWERS}::test_final_answer_decides_the_result_whatever_comes_before_it",
             f"{ANSWERS}::test_an_interim_answer_that_comes_alone_is_skipped",
         ),
         without=(
@@ -249,17 +246,17 @@ ROWS: tuple[Row, ...] = (
         name="D18",
         fault="it never takes one end of a kind, by 500, 404, 503 with a pause, or a reset",
         answer="it goes behind the others, which are told within a minute of an outage's end, and is dead after a day",
-        tests=(f"{OUTBOX}::test_events_that_are_never_taken_do_not_hold_up_others_of_their_kind",),
+        tests=(f"{OUTBOX}::test_events_never_taken_do_not_delay_others_of_their_kind",),
         without=(
             Mutation("worker/results/pacing.py", "self.due_at = now + jittered(planned)", "pass"),
             Mutation("worker/results/pacing.py", "(one.num_own_failures, one.rank, one.order)", "one.due_at"),
         ),
         also=(
             NEVER_TAKEN,
-            f"{OUTBOX}::test_an_event_over_a_day_old_is_buried_however_far_its_next_turn_is",
-            f"{OUTBOX}::test_one_that_the_backend_is_silent_on_holds_up_no_other_once_some_are_taken",
-            f"{PACING}::test_after_an_outage_all_are_told_within_a_minute_whatever_known_failures_are_among_them",
-            f"{PACING}::test_where_one_is_known_to_fail_a_new_event_is_told_at_once",
+            f"{OUTBOX}::test_event_over_a_day_old_is_dead_lettered_however_far_its_next_turn",
+            f"{OUTBOX}::test_event_that_times_out_delays_no_other_once_some_are_taken",
+            f"{PACING}::test_events_after_an_outage_are_delivered_within_a_minute_beside_known_failures",
+            f"{PACING}::test_new_event_beside_a_known_failure_is_sent_at_once",
             "tests/campaigns/test_campaigns.py::test_a_campaign_loses_nothing_and_does_nothing_twice[kill]",
         ),
     ),
@@ -267,7 +264,7 @@ ROWS: tuple[Row, ...] = (
         name="D19",
         fault="as many ends that it never takes are in hand as the broker gives at once",
         answer="each that failed goes to the tail of the queue by a confirmed copy, and those behind come in",
-        tests=(f"{OUTBOX}::test_with_as_many_in_hand_as_the_broker_gives_what_failed_goes_to_the_tail_of_the_queue",),
+        tests=(f"{OUTBOX}::test_failed_event_goes_to_the_tail_of_the_queue_when_the_prefetch_is_full",),
         without=(Mutation("worker/results/kind_queue.py", "if self._is_full():", "if False:"),),
         also=(NEVER_TAKEN,),
     ),
@@ -275,7 +272,7 @@ ROWS: tuple[Row, ...] = (
         name="D20",
         fault="it comes back from an outage in which as many ends were parked that it never takes as others",
         answer="its first answer, whatever it says, gives every end one try: all others are told within a minute",
-        tests=(f"{PACING}::test_so_they_are_where_the_failures_were_parked_in_the_outage_too",),
+        tests=(f"{PACING}::test_events_after_an_outage_are_delivered_within_a_minute_beside_failures_parked_in_it",),
         without=(
             Mutation("worker/results/pacing.py", "self._num_allowed = max(FAILURES_BEFORE_PAUSE, num_parked)", "pass"),
         ),
@@ -286,7 +283,7 @@ ROWS: tuple[Row, ...] = (
         answer="after five in a row not ready, with what to look at; no new work, and no end more is a dead letter",
         tests=(
             f"{EVERY_END}[400-ALLOWED_HOSTS]",
-            f"{REFUSALS}::test_ends_refused_in_a_row_open_the_breaker_and_from_then_on_none_is_a_dead_letter",
+            f"{REFUSALS}::test_ends_refused_in_a_row_open_the_breaker_and_stop_dead_lettering",
         ),
         without=(
             Mutation(
@@ -297,14 +294,14 @@ ROWS: tuple[Row, ...] = (
         ),
         also=(
             f"{EVERY_END}[404-BACKEND_API_URL]",
-            f"{REFUSALS}::test_one_that_is_taken_between_begins_the_count_anew",
+            f"{REFUSALS}::test_accepted_end_resets_the_count",
         ),
     ),
     Row(
         name="D22",
         fault="it is down, and hundreds of ends are parked",
         answer="it is asked with one of them each half minute",
-        tests=(f"{PACING}::test_a_backend_without_a_connection_is_asked_with_one_event_each_half_minute",),
+        tests=(f"{PACING}::test_backend_without_a_connection_is_tried_with_one_event_each_half_minute",),
         without=(
             Mutation(
                 "worker/results/pacing.py",
@@ -312,6 +309,6 @@ ROWS: tuple[Row, ...] = (
                 "            self._is_unavailable = True\n",
             ),
         ),
-        also=(f"{PACING}::test_a_backend_that_fails_all_is_asked_with_a_handful_of_events_each_half_minute",),
+        also=(f"{PACING}::test_backend_that_fails_all_is_tried_with_a_few_events_each_half_minute",),
     ),
 )

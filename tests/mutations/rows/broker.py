@@ -126,10 +126,8 @@ ROWS: tuple[Row, ...] = (
         fault="the broker is down at the start, or knows neither the user nor the virtual host",
         answer="not ready, but up; asks seldom where it is refused, logs no password, begins once let in",
         tests=(
-            f"{FILE}::test_a_worker_that_the_broker_refuses_stays_up_asks_seldom_and_begins_once_it_is_let_in"
-            "[unknown_user]",
-            f"{FILE}::test_a_worker_that_the_broker_refuses_stays_up_asks_seldom_and_begins_once_it_is_let_in"
-            "[unknown_vhost]",
+            f"{FILE}::test_worker_refused_by_the_broker_retries_seldom_and_begins_once_accepted[unknown_user]",
+            f"{FILE}::test_worker_refused_by_the_broker_retries_seldom_and_begins_once_accepted[unknown_vhost]",
         ),
         without=(
             Mutation(
@@ -144,7 +142,7 @@ ROWS: tuple[Row, ...] = (
         name="A10",
         fault="the broker accepts a connection and says nothing",
         answer="the handshake is given up after five seconds and begun anew",
-        tests=(f"{FILE}::test_a_handshake_without_an_answer_is_given_up_and_begun_anew",),
+        tests=(f"{FILE}::test_handshake_without_an_answer_times_out_and_is_retried",),
         without=(Mutation("worker/amqp/connection.py", "    parameters.stack_timeout = STACK_TIMEOUT_SECONDS\n", ""),),
     ),
     Row(
@@ -166,7 +164,7 @@ ROWS: tuple[Row, ...] = (
         name="A13",
         fault="a policy sends the queue's dead letters nowhere",
         answer="nothing: ours are confirmed copies in a queue of their own, by no policy",
-        tests=(f"{FILE}::test_a_policy_that_drops_dead_letters_takes_nothing_from_ours",),
+        tests=(f"{FILE}::test_policy_that_drops_dead_letters_loses_none_of_ours",),
         without=(
             Mutation(
                 "worker/jobs/settler.py", "            self.publish_until_confirmed(publish)\n", "            pass\n"
@@ -240,7 +238,7 @@ ROWS: tuple[Row, ...] = (
         ),
         also=(
             f"{RETURNS}::test_an_event_parked_outlives_forty_restarts",
-            "tests/worker/cli/test_dead_letters.py::test_looking_often_uses_no_letter_up",
+            "tests/worker/cli/test_dead_letters.py::test_listing_often_uses_up_no_letter",
         ),
     ),
     Row(
@@ -307,7 +305,7 @@ ROWS: tuple[Row, ...] = (
         fault="a message's properties or headers hold what pika cannot decode: a time in milliseconds, deep nesting",
         answer="the job is done or its body a dead letter, the connection stays, and so is what is behind it",
         tests=(
-            f"{FILE}::test_a_message_whose_headers_pika_cannot_decode_is_done_and_so_is_what_is_behind_it",
+            f"{FILE}::test_message_with_headers_undecodable_by_pika_is_done_and_so_are_those_behind_it",
             "tests/hostile/test_fuzzing.py::test_deliveries_with_fuzzed_properties_all_end_on_one_connection",
         ),
         without=(
@@ -323,7 +321,7 @@ ROWS: tuple[Row, ...] = (
         name="A26",
         fault="a cancel order's headers are nested thousands of levels deep",
         answer="the order is obeyed: what is deeper than sixteen levels is not decoded",
-        tests=("tests/live/test_cancelling.py::test_an_order_is_obeyed_whatever_its_headers_are",),
+        tests=("tests/live/test_cancelling.py::test_cancel_order_is_obeyed_whatever_its_headers",),
         without=(Mutation("worker/amqp/content_headers.py", "if depth >= MAX_DEPTH:", "if False:"),),
         also=("tests/worker/amqp/test_content_headers.py::test_nesting_ends_in_bytes_however_deep_it_is",),
     ),

@@ -9,9 +9,9 @@ BATCHING = "tests/inference/engine/test_batching_faults.py::"
 HEALTH = "tests/worker/monitoring/test_http_server.py::"
 PARITY = "tests/inference/models/test_parity.py::"
 EFFECT = "tests/live/test_effect.py::"
-THAWS = f"{EFFECT}test_a_worker_that_thaws_changes_no_image_and_repeats_no_end"
+THAWS = f"{EFFECT}test_worker_that_resumes_changes_no_image_and_repeats_no_end"
 TWO_GENERATIONS = f"{EFFECT}test_a_task_id_of_two_generations_gives_each_its_own_end"
-OTHER_DATA = f"{EFFECT}test_a_task_id_with_other_data_has_one_end_and_a_word_in_the_log"
+OTHER_DATA = f"{EFFECT}test_task_id_with_other_data_has_one_end_and_a_warning_in_the_log"
 KILLED = f"{LIVE}test_a_worker_killed_at_any_point_leaves_one_end_and_one_whole_image"
 
 ROWS: tuple[Row, ...] = (
@@ -31,13 +31,13 @@ ROWS: tuple[Row, ...] = (
         "B2",
         "the engine is killed in the middle of a job",
         "its worker starts another and has the job drawn again, without a word to the broker",
-        tests=(f"{LIVE}test_a_killed_engine_costs_its_job_a_second_run_and_nothing_else",),
+        tests=(f"{LIVE}test_killed_engine_costs_its_job_a_second_run_and_nothing_else",),
         without=(
             Mutation("inference/process/quarantine.py", "if self._weights[victim] < POISON_WEIGHT:", "if False:"),
         ),
         also=(
-            f"{REAL_ENGINE}test_a_killed_engine_costs_its_job_a_second_run_and_nothing_else",
-            f"{ENGINE}test_a_crash_that_nobody_repeats_alone_is_nobody_s_fault",
+            f"{REAL_ENGINE}test_killed_engine_costs_its_job_a_second_run_and_nothing_else",
+            f"{ENGINE}test_crash_that_no_suspect_repeats_alone_fails_no_request",
         ),
     ),
     Row(
@@ -47,7 +47,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{LIVE}test_a_job_that_ends_the_engine_every_time_fails_alone[poison]",),
         without=(Mutation("inference/process/quarantine.py", "if self._weights[victim] < POISON_WEIGHT:", "if True:"),),
         also=(
-            "tests/live/test_batching.py::test_a_poison_job_fails_alone_and_nine_innocents_in_its_batch_complete",
+            "tests/live/test_batching.py::test_poison_job_fails_alone_and_the_nine_others_of_its_batch_complete",
             f"{REAL_ENGINE}test_a_job_that_kills_the_engine_every_time_fails_alone",
             f"{ENGINE}test_poison_among_nine_others_is_found_with_three_processes_and_fails_alone",
         ),
@@ -58,7 +58,7 @@ ROWS: tuple[Row, ...] = (
         "counted by the broker, it fails after eleven workers, and its backend is told",
         tests=(f"{REAL_ENGINE}test_a_job_that_eleven_workers_were_killed_with_is_tried_no_more",),
         without=(Mutation("worker/jobs/handler.py", "if run.num_recoveries > MAX_RECOVERIES:", "if False:"),),
-        also=(f"{LIVE}test_a_job_that_kills_every_worker_is_given_up_and_its_backend_told",),
+        also=(f"{LIVE}test_job_that_kills_every_worker_is_given_up_and_reported_to_the_backend",),
     ),
     Row(
         "B5",
@@ -93,7 +93,7 @@ ROWS: tuple[Row, ...] = (
         "B8",
         "SIGTERM in the middle of a job that is longer than the grace",
         "the job goes back in time, unfailed, and another worker completes it",
-        tests=(f"{LIVE}test_a_job_longer_than_the_grace_is_another_worker_s",),
+        tests=(f"{LIVE}test_job_longer_than_the_grace_is_given_to_another_worker",),
         without=(
             Mutation(
                 "worker/jobs/disposition.py",
@@ -103,7 +103,7 @@ ROWS: tuple[Row, ...] = (
         ),
         also=(
             f"{REAL_ENGINE}test_sigterm_with_a_job_longer_than_the_grace_period_gives_it_back",
-            "tests/worker/cli/test_commands.py::test_a_store_that_hangs_does_not_hold_the_worker_beyond_its_grace",
+            "tests/worker/cli/test_commands.py::test_hanging_store_does_not_keep_the_worker_beyond_its_grace",
         ),
     ),
     Row(
@@ -117,7 +117,7 @@ ROWS: tuple[Row, ...] = (
         without=(Mutation("worker/supervisor.py", "if self._num_signals > 1:", "if False:"),),
         also=(
             f"{REAL_ENGINE}test_sigterm_while_the_model_is_loading_ends_at_once",
-            f"{LIVE}test_as_the_first_process_of_a_container_it_ends_by_sigterm_and_leaves_no_zombie",
+            f"{LIVE}test_worker_as_pid_1_ends_by_sigterm_and_leaves_no_zombie",
         ),
     ),
     Row(
@@ -160,8 +160,8 @@ ROWS: tuple[Row, ...] = (
             ),
         ),
         also=(
-            f"{BATCHING}test_a_image_that_does_not_fit_alone_fails_by_its_size_and_smaller_ones_beside_it_and_after_it_are_drawn",
-            f"{BATCHING}test_a_image_too_large_to_decode_is_decoded_in_tiles_and_the_next_one_whole",
+            f"{BATCHING}test_an_image_that_does_not_fit_alone_fails_by_its_size_and_smaller_ones_beside_it_and_after_it_are_drawn",
+            f"{BATCHING}test_an_image_too_large_to_decode_is_decoded_in_tiles_and_the_next_one_whole",
             f"{PARITY}test_running_out_of_memory_fails_the_request_and_the_next_one_runs",
         ),
     ),
@@ -173,8 +173,8 @@ ROWS: tuple[Row, ...] = (
         without=(Mutation("inference/process/child.py", "if engine.is_broken:", "if False:"),),
         also=(
             f"{BATCHING}test_a_device_that_answers_nothing_ends_every_request_and_the_engine",
-            f"{ENGINE}test_a_broken_engine_gives_no_answers_and_its_requests_another_try",
-            f"{ENGINE}test_faults_in_a_row_cost_the_child_its_life_and_those_inside_are_no_suspects",
+            f"{ENGINE}test_broken_engine_returns_no_result_and_its_requests_are_retried",
+            f"{ENGINE}test_faults_in_a_row_end_the_child_and_make_no_suspects",
         ),
     ),
     Row(
@@ -183,7 +183,7 @@ ROWS: tuple[Row, ...] = (
         "the worker says so and ends before it takes a job",
         tests=(
             f"{LIVE}test_a_gpu_that_is_missing_ends_the_worker_before_it_takes_a_job",
-            f"{PARITY}test_a_gpu_that_is_asked_for_and_missing_is_said_so_at_the_start",
+            f"{PARITY}test_configured_gpu_that_is_missing_is_refused_at_the_start",
         ),
         without=(
             Mutation(
@@ -198,8 +198,8 @@ ROWS: tuple[Row, ...] = (
         "what comes out are not numbers",
         "no picture is made of it: the job fails, the next one completes",
         tests=(
-            f"{LIVE}test_a_image_of_values_that_are_no_numbers_is_stored_by_nobody",
-            f"{PARITY}test_a_image_of_numbers_that_are_none_is_never_returned",
+            f"{LIVE}test_image_of_nan_is_never_stored",
+            f"{PARITY}test_image_of_nan_is_never_returned",
         ),
         without=(
             Mutation(
@@ -208,7 +208,7 @@ ROWS: tuple[Row, ...] = (
                 "numpy()",
             ),
         ),
-        also=(f"{PARITY}test_a_checkpoint_that_draws_no_numbers_is_refused_at_the_start",),
+        also=(f"{PARITY}test_checkpoint_that_draws_nan_is_refused_at_the_start",),
     ),
     Row(
         "B16",
@@ -300,19 +300,19 @@ ROWS: tuple[Row, ...] = (
         "B24",
         "a lease note that no worker wrote: nested deeply, huge numbers, until the year 9999",
         "it counts as none: the job is done",
-        tests=(f"{EFFECT}test_a_lease_note_that_no_worker_wrote_keeps_no_job[far_ahead]",),
+        tests=(f"{EFFECT}test_foreign_lease_note_keeps_no_job[far_ahead]",),
         without=(
             Mutation("worker/jobs/leases.py", " or until > time.time() + MAX_VALID_SECONDS + MAX_SKEW_SECONDS", ""),
         ),
-        also=(f"{EFFECT}test_a_lease_note_that_no_worker_wrote_keeps_no_job[deep]",),
+        also=(f"{EFFECT}test_foreign_lease_note_keeps_no_job[deep]",),
     ),
     Row(
         "B25",
         "a record that no worker wrote",
         "an end that cannot be read: a dead letter that says so, nothing drawn, nothing reported",
         tests=(
-            f"{EFFECT}test_a_record_that_no_worker_wrote_is_an_end_that_cannot_be_read[list]",
-            f"{EFFECT}test_a_record_that_no_worker_wrote_is_an_end_that_cannot_be_read[too_long]",
+            f"{EFFECT}test_foreign_ledger_record_makes_its_job_a_dead_letter[list]",
+            f"{EFFECT}test_foreign_ledger_record_makes_its_job_a_dead_letter[too_long]",
         ),
         without=(
             Mutation(
@@ -326,7 +326,7 @@ ROWS: tuple[Row, ...] = (
         "B26",
         "a job's pictures do not fit the supervisor's memory",
         "they are read past, and the job fails by its size at the second try; no worker ends",
-        tests=(f"{EFFECT}test_a_result_beyond_the_supervisor_s_memory_ends_its_job_and_no_worker",),
+        tests=(f"{EFFECT}test_result_beyond_the_supervisor_s_memory_fails_its_job_and_no_worker",),
         without=(Mutation("inference/process/pixels.py", "except MemoryError:", "except ZeroDivisionError:"),),
     ),
     Row(
@@ -346,7 +346,7 @@ ROWS: tuple[Row, ...] = (
         ),
         also=(
             f"{BATCHING}test_a_request_that_finds_no_memory_beside_others_waits_and_is_drawn_right[encode]",
-            "tests/inference/engine/test_controlnets.py::test_one_that_finds_no_memory_is_loaded_once_there_is_and_fails_by_its_name_where_there_never_is",
+            "tests/inference/engine/test_controlnets.py::test_controlnet_without_memory_is_loaded_once_there_is_some_or_fails_by_its_name",
         ),
     ),
     Row(
@@ -355,7 +355,7 @@ ROWS: tuple[Row, ...] = (
         "no half file is left, and the job is tried again, by another worker as well",
         tests=(f"{LIVE}test_a_full_disk_leaves_no_half_file_and_the_job_to_another_worker",),
         without=(Mutation("clients/storage/cache.py", "part.unlink(missing_ok=True)", "pass"),),
-        also=("tests/clients/storage/test_cache.py::test_a_full_disk_is_told_and_leaves_no_torso",),
+        also=("tests/clients/storage/test_cache.py::test_full_disk_is_an_error_and_leaves_no_partial_file",),
     ),
     Row(
         "E2",
@@ -399,7 +399,7 @@ ROWS: tuple[Row, ...] = (
         "E5",
         "nobody reads the log any more, or its pipe is closed",
         "lines wait, and are dropped and counted; no job and no exit waits for them",
-        tests=(f"{LIVE}test_a_log_that_nobody_takes_holds_up_no_job_and_no_end[blocked]",),
+        tests=(f"{LIVE}test_blocked_log_delays_no_job_and_no_end[blocked]",),
         without=(
             Mutation(
                 "config/logs.py",
@@ -408,9 +408,9 @@ ROWS: tuple[Row, ...] = (
             ),
         ),
         also=(
-            f"{LIVE}test_a_log_that_nobody_takes_holds_up_no_job_and_no_end[closed]",
+            f"{LIVE}test_blocked_log_delays_no_job_and_no_end[closed]",
             "tests/config/test_logs.py::test_a_closed_standard_output_does_not_end_the_job",
-            "tests/config/test_logs.py::test_a_pipe_that_nobody_empties_stops_nothing_and_what_was_dropped_is_counted",
+            "tests/config/test_logs.py::test_full_pipe_blocks_nothing_and_dropped_lines_are_counted",
         ),
     ),
     Row(
@@ -453,7 +453,7 @@ ROWS: tuple[Row, ...] = (
         "its children find their own modules, as it does: the working directory is not on their path",
         tests=(
             f"{LIVE}test_a_worker_started_in_a_folder_of_modules_with_its_own_names_draws",
-            "tests/worker/product/test_product.py::test_a_folder_of_modules_with_the_names_of_ours_disturbs_no_cutting",
+            "tests/worker/product/test_product.py::test_working_folder_with_modules_of_our_names_does_not_disturb_the_cutter",
         ),
         without=(
             Mutation("inference/process/child_handle.py", 'variables = {"PYTHONSAFEPATH": "1"}', "variables = {}"),

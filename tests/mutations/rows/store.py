@@ -14,11 +14,11 @@ ROWS: tuple[Row, ...] = (
         "C1",
         "the store says twice that it is too busy, or that it broke",
         "the request is repeated after a pause; picture, end and queues are as ever",
-        tests=(f"{LIVE}test_a_busy_store_is_asked_again_and_nobody_hears_of_it",),
+        tests=(f"{LIVE}test_busy_store_is_retried_and_the_job_completes",),
         without=(
             Mutation("clients/storage/transport.py", '"total_max_attempts": MAX_ATTEMPTS', '"total_max_attempts": 1'),
         ),
-        also=(f"{STORAGE}test_a_busy_store_is_asked_again",),
+        also=(f"{STORAGE}test_busy_store_is_retried",),
     ),
     Row(
         "C2",
@@ -32,40 +32,38 @@ ROWS: tuple[Row, ...] = (
                 "return Decision(Disposition.ACK, ErrorCode.STORAGE_UNAVAILABLE, str(error))",
             ),
         ),
-        also=("tests/live/test_faults.py::test_while_the_store_is_down_a_job_waits_in_the_retry_queue",),
+        also=("tests/live/test_faults.py::test_job_waits_in_the_retry_queue_while_the_store_is_down",),
     ),
     Row(
         "C3",
         "the store refuses the worker's keys",
         "no job fails: the worker is not ready, takes no more, and goes on once the keys are right",
-        tests=(
-            f"{LIVE}test_a_store_that_refuses_the_worker_itself_fails_no_job_and_stops_the_taking_of_jobs[ExpiredToken]",
-        ),
+        tests=(f"{LIVE}test_store_that_refuses_the_worker_s_keys_fails_no_job_and_stops_consuming[ExpiredToken]",),
         without=(Mutation("worker/breakers.py", "self._breaker.refuse(str(error))", "pass"),),
         also=(
-            "tests/live/test_breakers.py::test_a_store_that_refuses_the_keys_fails_no_job_and_costs_no_image_twice",
-            "tests/live/test_breakers.py::test_one_object_that_may_not_be_read_is_its_own_job_s_failure",
+            "tests/live/test_breakers.py::test_store_that_refuses_the_keys_fails_no_job_and_draws_no_image_twice",
+            "tests/live/test_breakers.py::test_object_that_may_not_be_read_fails_its_own_job",
         ),
     ),
     Row(
         "C4",
         "the adapter is not there, or not yet",
         "looked for once more after a moment; then the job fails undrawn, never without its style",
-        tests=(f"{LIVE}test_an_adapter_that_comes_a_moment_after_its_job_is_not_missing",),
+        tests=(f"{LIVE}test_adapter_uploaded_a_moment_after_its_job_is_found",),
         without=(
             Mutation("worker/jobs/inputs/store_source.py", "self.is_draining.wait(NOT_FOUND_RETRY_SECONDS)", "raise"),
         ),
-        also=(f"{LIVE}test_without_its_adapter_a_job_fails_and_nothing_is_drawn",),
+        also=(f"{LIVE}test_job_without_its_adapter_fails_and_draws_nothing",),
     ),
     Row(
         "C5",
         "a download breaks off in the middle",
         "fetched again from its start; under its name lies a whole file or none",
-        tests=(f"{LIVE}test_an_adapter_cut_in_the_middle_of_its_way_is_fetched_again",),
+        tests=(f"{LIVE}test_adapter_download_cut_off_is_fetched_again",),
         without=(Mutation("clients/storage/download.py", "MAX_DOWNLOAD_TRIES = 3", "MAX_DOWNLOAD_TRIES = 1"),),
         also=(
             f"{STORAGE}test_a_body_cut_short_is_fetched_again",
-            f"{STORAGE}test_a_body_that_stays_damaged_is_told_after_three_tries",
+            f"{STORAGE}test_body_that_stays_damaged_is_an_error_after_three_tries",
         ),
     ),
     Row(
@@ -74,13 +72,13 @@ ROWS: tuple[Row, ...] = (
         "its MD5 is not the ETag: fetched again, and the wrong one never used",
         tests=(f"{LIVE}test_an_adapter_with_a_wrong_byte_is_fetched_again_and_never_used",),
         without=(Mutation("clients/storage/digest.py", "        if not is_right:\n", "        if False:\n"),),
-        also=(f"{STORAGE}test_a_body_that_stays_damaged_is_told_after_three_tries",),
+        also=(f"{STORAGE}test_body_that_stays_damaged_is_an_error_after_three_tries",),
     ),
     Row(
         "C7",
         "a download comes byte by byte, so that no read ever times out",
         "given up below 64 kB/s, and asked for again",
-        tests=(f"{LIVE}test_an_adapter_that_arrives_too_slowly_is_asked_for_again_long_before_its_time_is_over",),
+        tests=(f"{LIVE}test_adapter_download_below_the_minimum_rate_is_retried_long_before_its_deadline",),
         without=(Mutation("clients/storage/download.py", "return rate < MIN_RATE_BYTES_PER_SECOND", "return False"),),
         also=(
             f"{LIVE}test_a_slow_store_costs_time_and_nothing_else",
@@ -93,8 +91,8 @@ ROWS: tuple[Row, ...] = (
         "the store takes the request and never answers, or answers without end",
         "every call has a deadline of its own; the job is tried again later",
         tests=(
-            f"{LIVE}test_a_store_that_hangs_is_given_up_in_time_and_the_job_tried_again",
-            f"{LIVE}test_an_answer_that_drips_ends_with_the_call",
+            f"{LIVE}test_call_to_a_hanging_store_times_out_and_the_job_is_retried",
+            f"{LIVE}test_dripping_answer_ends_with_the_call",
         ),
         without=(Mutation("clients/deadline.py", "self._timer.start()", "pass"),),
         also=(f"{STORAGE}test_a_store_without_an_answer_ends_at_the_deadline",),
@@ -111,14 +109,14 @@ ROWS: tuple[Row, ...] = (
                 "            except ObjectChanged:\n                raise",
             ),
         ),
-        also=(f"{LIVE}test_a_image_cut_in_the_middle_of_its_way_is_sent_again_whole",),
+        also=(f"{LIVE}test_image_upload_cut_off_is_sent_again_whole",),
     ),
     Row(
         "C10",
         "an upload in parts is left unfinished",
         "there is none to be left: a picture is one request",
         tests=(
-            f"{LIVE}test_a_image_cut_in_the_middle_of_its_way_is_sent_again_whole",
+            f"{LIVE}test_image_upload_cut_off_is_sent_again_whole",
             f"{STORAGE}test_a_put_is_one_plain_request_with_its_sha256",
             "tests/live/test_faults_process.py::"
             "test_a_worker_killed_at_any_point_leaves_one_end_and_one_whole_image[in_the_image]",
@@ -129,7 +127,7 @@ ROWS: tuple[Row, ...] = (
         "C11",
         "another task's picture lies under the generation's key",
         "it gives way to a task that has no recorded end, and a warning names both; our own is no conflict",
-        tests=(f"{LIVE}test_a_image_of_another_task_gives_way_and_the_log_says_so",),
+        tests=(f"{LIVE}test_image_of_another_task_is_replaced_and_logged",),
         without=(
             Mutation(
                 "worker/results/image_store.py",
@@ -146,7 +144,7 @@ ROWS: tuple[Row, ...] = (
         "C12",
         "the store knows no conditional writes",
         "found out once and said in the log; from then on it is looked before it is written",
-        tests=(f"{LIVE}test_a_store_that_knows_no_conditions_is_written_to_without_them",),
+        tests=(f"{LIVE}test_store_without_conditional_writes_is_written_to_without_them",),
         without=(
             Mutation(
                 "worker/results/ledger.py",
@@ -167,8 +165,7 @@ ROWS: tuple[Row, ...] = (
         "the worker's clock is too far from the store's",
         "as with refused keys, and both log and readiness say which it is",
         tests=(
-            f"{LIVE}test_a_store_that_refuses_the_worker_itself_fails_no_job_and_stops_the_taking_of_jobs"
-            "[RequestTimeTooSkewed]",
+            f"{LIVE}test_store_that_refuses_the_worker_s_keys_fails_no_job_and_stops_consuming[RequestTimeTooSkewed]",
         ),
         without=(
             Mutation("clients/storage/errors.py", '        "RequestTimeTooSkewed",\n', ""),
@@ -211,9 +208,7 @@ ROWS: tuple[Row, ...] = (
         "C17",
         "one of the worker's own buckets is missing, in another region or behind another server",
         "as with refused keys: no job fails, the worker is not ready and says why, and goes on once it is there",
-        tests=(
-            "tests/live/test_breakers.py::test_a_store_that_refuses_the_keys_fails_no_job_and_costs_no_image_twice",
-        ),
+        tests=("tests/live/test_breakers.py::test_store_that_refuses_the_keys_fails_no_job_and_draws_no_image_twice",),
         without=(
             Mutation(
                 "worker/breakers.py",
@@ -224,7 +219,7 @@ ROWS: tuple[Row, ...] = (
         also=(
             f"{FETCHING}test_a_bucket_of_the_worker_s_own_that_is_missing_is_waited_for",
             f"{FETCHING}test_a_bucket_that_only_the_job_names_and_that_does_not_exist_is_its_own_failure",
-            f"{STORAGE}test_what_only_a_person_can_mend_is_told_from_what_passes",
+            f"{STORAGE}test_permanent_errors_differ_from_temporary_ones",
         ),
     ),
     Row(
@@ -232,8 +227,8 @@ ROWS: tuple[Row, ...] = (
         "an object is never answered for, and more jobs name it than the worker has places",
         "half of the places wait for it; the other jobs that name it go to the retry queue and others are drawn",
         tests=(
-            f"{LIVE}test_an_object_that_never_comes_holds_half_of_the_places_and_other_jobs_are_drawn",
-            "tests/worker/jobs/inputs/test_slow_fetches.py::test_of_many_that_wait_for_an_object_that_never_comes_only_some_go_on",
+            f"{LIVE}test_object_that_never_arrives_blocks_half_of_the_lanes_and_other_jobs_are_drawn",
+            "tests/worker/jobs/inputs/test_slow_fetches.py::test_waits_for_an_object_that_never_arrives_are_limited",
         ),
         without=(
             Mutation(
@@ -250,7 +245,7 @@ ROWS: tuple[Row, ...] = (
         "C19",
         "what the store sends is damaged or cut short, time and again",
         "trouble of the store: the job is tried again later, and fails for want of the store, not for its input",
-        tests=(f"{FETCHING}test_what_the_store_damages_on_the_way_is_no_fault_of_the_job",),
+        tests=(f"{FETCHING}test_download_damaged_by_the_store_does_not_fail_the_job",),
         without=(
             Mutation(
                 "worker/jobs/inputs/fetcher.py",
@@ -258,7 +253,7 @@ ROWS: tuple[Row, ...] = (
                 "        except (ObjectChanged.__base__, ImageInvalid) as error:",
             ),
         ),
-        also=(f"{STORAGE}test_a_body_that_stays_damaged_is_told_after_three_tries",),
+        also=(f"{STORAGE}test_body_that_stays_damaged_is_an_error_after_three_tries",),
     ),
     Row(
         "C20",
@@ -274,7 +269,7 @@ ROWS: tuple[Row, ...] = (
         "what lies under the key is read back: written, taken by another, or to be tried again",
         tests=(
             f"{STORAGE}test_a_conditional_write_that_nothing_confirms_is_read_back",
-            f"{STORAGE}test_a_write_that_was_not_done_is_told_whatever_answered_it",
+            f"{STORAGE}test_write_that_failed_is_an_error_whatever_the_answer",
         ),
         without=(Mutation("clients/storage/upload.py", '    return "ETag" in answer\n', "    return True\n"),),
         also=(f"{STORAGE}test_an_error_inside_a_good_answer_to_a_write_is_an_error",),
@@ -284,13 +279,13 @@ ROWS: tuple[Row, ...] = (
         "the store is Google's, which passes over If-None-Match on a write",
         "requests go in Google's dialect, whose own condition lets one of two writers win",
         tests=(
-            f"{GOOGLE}test_of_many_writers_of_one_key_one_wins_by_google_s_own_condition",
-            f"{GOOGLE}test_the_ledger_has_its_fence_and_the_probe_says_so",
+            f"{GOOGLE}test_conditional_write_by_many_writers_succeeds_once_by_google_s_generation_match",
+            f"{GOOGLE}test_ledger_has_conditional_writes_and_the_probe_finds_them",
         ),
         without=(Mutation("clients/storage/google.py", 'kept[IF_GENERATION] = "0"', "pass"),),
         also=(
             "tests/live/test_google.py::test_a_job_is_drawn_stored_and_recorded_once_behind_google_s_condition",
-            f"{GOOGLE}test_a_image_is_not_kept_by_caches_without_asking",
+            f"{GOOGLE}test_image_is_not_cached_without_revalidation",
         ),
     ),
     Row(

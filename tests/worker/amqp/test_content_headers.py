@@ -123,7 +123,7 @@ def test_every_field_type_of_the_broker_has_its_value(kind: bytes, payload: byte
     assert Properties(headers(field(b"it", kind, payload))).headers == {"it": value}
 
 
-def test_what_pika_writes_is_read_as_it_was_meant() -> None:
+def test_properties_written_by_pika_are_read_back() -> None:
     table = {"text": "a", "small": -7, "big": 2**40, "is": True, "none": None, "list": [1, "b", {"c": [None]}]}
     pieces: list[bytes] = []
     encode_table(pieces, table)
@@ -131,7 +131,7 @@ def test_what_pika_writes_is_read_as_it_was_meant() -> None:
     assert Properties(properties({HEADERS: b"".join(pieces)})).headers == table
 
 
-def test_a_field_without_a_known_end_costs_those_behind_it_and_none_before() -> None:
+def test_field_of_unknown_length_drops_those_behind_it_and_none_before() -> None:
     table = field(b"first", b"B", b"\x01") + field(b"odd", b"?", b"\x07") + field(b"last", b"B", b"\x02")
     inner = field(b"around", b"F", long(table)) + field(b"behind", b"B", b"\x03")
 
@@ -167,7 +167,7 @@ def test_nesting_ends_in_bytes_however_deep_it_is(kind: bytes) -> None:
     assert isinstance(value, bytes)
 
 
-def test_of_fields_with_one_name_the_first_counts() -> None:
+def test_first_of_fields_with_one_name_counts() -> None:
     """The broker puts its own count in the place of the first."""
     twice = headers(field(b"x-delivery-count", b"B", b"\x05"), field(b"x-delivery-count", b"B", b"\xff"))
 
@@ -192,7 +192,7 @@ def test_any_bytes_are_read(make: object) -> None:
     assert len(tally.outcomes) > 5
 
 
-def test_what_comes_from_the_field_is_read_whole() -> None:
+def test_properties_of_other_clients_are_read_whole() -> None:
     for name, encoded in FROM_THE_FIELD.items():
         assert Properties(encoded).headers, name
     assert Properties(FROM_THE_FIELD["milliseconds"]).headers == {"sent_at": 1_772_000_000_000}
@@ -212,7 +212,7 @@ def own(name: bytes, kind: bytes, payload: bytes) -> bytes:
         *(headers(field(b"x-delivery-count", kind, payload)) for kind, payload in ODD_NUMBERS),
     ],
 )
-def test_a_number_of_ours_that_is_none_counts_as_absent(consumed: Consumed, encoded: bytes) -> None:
+def test_invalid_number_in_our_headers_counts_as_absent(consumed: Consumed, encoded: bytes) -> None:
     before = int(time.time())
 
     delivery = consumed.deliver(encoded)
@@ -233,7 +233,7 @@ def test_the_numbers_that_workers_write_are_read(consumed: Consumed) -> None:
     assert (delivery.attempt, delivery.since, delivery.due) == (3, 1_700_000_000.0, 1_700_000_060.0)
 
 
-def test_what_was_parked_in_the_future_was_parked_now(consumed: Consumed) -> None:
+def test_parking_time_in_the_future_is_read_as_now(consumed: Consumed) -> None:
     """An event expires a day after it was parked: this one would never expire."""
     delivery = consumed.deliver(own(b"since", b"l", (2**53 - 1).to_bytes(8)))
 

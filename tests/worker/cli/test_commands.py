@@ -124,7 +124,7 @@ def test_a_checkpoint_without_weights_is_refused_only_once_it_is_loaded(hollow: 
         (["-o", f"work/{'x' * 300}.png"], ["too long"]),
     ],
 )
-def test_generate_says_what_is_wrong_in_a_sentence_before_it_loads_a_model(
+def test_generate_reports_a_mistake_in_a_sentence_before_it_loads_a_model(
     hollow: Path, options: list[str], words: list[str]
 ) -> None:
     made = hollow.parent / "made"
@@ -150,7 +150,7 @@ def test_generate_says_what_is_wrong_in_a_sentence_before_it_loads_a_model(
     assert list(hollow.iterdir()) == []
 
 
-def test_generate_writes_a_jpeg_by_its_suffix_that_says_how_it_was_made(tmp_path: Path) -> None:
+def test_generate_writes_a_jpeg_by_its_suffix_with_its_parameters(tmp_path: Path) -> None:
     env = {"MODEL_ID": str(DEMO_MODEL / "checkpoint"), "EMBED_METADATA": "full"}
     (tmp_path / "owl-2.JPG").write_bytes(b"written over")
 
@@ -195,7 +195,7 @@ def test_submit_publishes_a_job_and_follows_it_to_its_end_and_report_draws_it(wo
     assert {"ledger", "fetch"} <= {name for name, _, _ in failed["stages"]}
 
 
-def test_submit_says_that_nobody_takes_the_job_and_that_it_goes_on(world: World, tmp_path: Path) -> None:
+def test_submit_reports_a_queue_without_consumers_and_leaves_the_job(world: World, tmp_path: Path) -> None:
     env = world.env() | {"RABBITMQ_QUEUE": "nobody-listens"}
 
     done = darkroom("submit", "an owl", "--generation-id", 78, "--timeout", 1, env=env, folder=tmp_path)
@@ -207,7 +207,7 @@ def test_submit_says_that_nobody_takes_the_job_and_that_it_goes_on(world: World,
     assert world.rabbitmq.queues()["nobody-listens"].ready == 1
 
 
-def test_a_submit_that_is_interrupted_leaves_the_job_and_says_how_to_cancel_it(world: World, tmp_path: Path) -> None:
+def test_interrupted_submit_leaves_the_job_and_shows_how_to_cancel_it(world: World, tmp_path: Path) -> None:
     env = world.env() | {"RABBITMQ_QUEUE": "nobody-listens-here", "COLUMNS": "200"}
     command = [DARKROOM, "submit", "an owl", "--generation-id", "79"]
     process = subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -245,7 +245,7 @@ def test_check_finds_every_part_good_and_names_those_that_are_not(world: World, 
     assert all(word in bad.stdout for word in ("RABBITMQ_PASS", "nobody", "model_index.json", "INTERNAL_API_TOKEN"))
 
 
-def test_run_says_so_where_its_port_is_taken(world: World, tmp_path: Path) -> None:
+def test_run_reports_a_port_that_is_taken(world: World, tmp_path: Path) -> None:
     with socket.create_server(("0.0.0.0", 0)) as taken:
         done = darkroom("run", env=world.env() | {"METRICS_PORT": str(taken.getsockname()[1])}, folder=tmp_path)
 
@@ -254,9 +254,7 @@ def test_run_says_so_where_its_port_is_taken(world: World, tmp_path: Path) -> No
     assert "Traceback" not in done.stdout
 
 
-def test_run_says_first_where_its_page_is_and_why_the_broker_refuses_before_it_loads_the_model(
-    world: World, hollow: Path
-) -> None:
+def test_run_reports_its_page_and_the_broker_s_refusal_before_it_loads_the_model(world: World, hollow: Path) -> None:
     own = {"METRICS_PORT": str(free_port()), "MODEL_ID": str(hollow.parent / "hollow")}
     env = world.env() | own | {"RABBITMQ_PASS": "wrong", "RABITMQ_HOST": "x"}
 
@@ -273,7 +271,7 @@ def test_run_says_first_where_its_page_is_and_why_the_broker_refuses_before_it_l
     assert events.index("broker not usable") < events.index("loading")
 
 
-def test_cancel_is_heard_by_a_worker_and_says_so_where_there_is_none(world: World, tmp_path: Path) -> None:
+def test_cancel_reaches_a_worker_and_reports_where_there_is_none(world: World, tmp_path: Path) -> None:
     worker = start_light_worker(world)
     worker.wait_until_ready()
 
@@ -285,7 +283,7 @@ def test_cancel_is_heard_by_a_worker_and_says_so_where_there_is_none(world: Worl
     assert (lonely.returncode, "no worker listens on" in lonely.stdout) == (1, True), lonely.stdout
 
 
-def test_a_store_that_hangs_does_not_hold_the_worker_beyond_its_grace(
+def test_hanging_store_does_not_keep_the_worker_beyond_its_grace(
     rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path
 ) -> None:
     with new_world(rabbitmq, s3_server, tmp_path) as world:

@@ -165,7 +165,7 @@ def test_a_number_stays_with_its_letter_of_a_hundred(operator: Operator) -> None
     assert [letter["task_id"] for letter in third] == [letter["task_id"] for letter in first if letter["number"] != 50]
 
 
-def test_looking_often_uses_no_letter_up(operator: Operator) -> None:
+def test_listing_often_uses_up_no_letter(operator: Operator) -> None:
     """RabbitMQ 4 has this limit on every quorum queue; older ones take it as an argument."""
     operator.declare(operator.names.dead, **{"x-queue-type": "quorum", "x-delivery-limit": 20})
     operator.add_letters(job(), BROKEN)
@@ -215,7 +215,7 @@ def test_a_letter_copied_goes_to_no_queue_that_its_headers_name(operator: Operat
     operator.wait_for(dead=2, elsewhere=1)
 
 
-def test_a_letter_is_shown_whole_and_steers_no_terminal(operator: Operator) -> None:
+def test_letter_is_shown_whole_and_escaped_for_the_terminal(operator: Operator) -> None:
     operator.add_letters(job(prompt=HOSTILE, artist_name="서울 아틀리에"), reason="INTERNAL_ERROR: \x1b[2J")
     operator.add_letters(BROKEN, reason="not a job: the body is not UTF-8")
     broken = next(letter["number"] for letter in operator.listed() if letter["kind"] == "not a job")
@@ -229,7 +229,7 @@ def test_a_letter_is_shown_whole_and_steers_no_terminal(operator: Operator) -> N
     assert is_harmless(asked.stdout + binary.stdout)
 
 
-def test_where_nothing_is_dead_it_says_so_and_makes_no_queue(operator: Operator) -> None:
+def test_list_without_dead_letters_reports_it_and_declares_no_queue(operator: Operator) -> None:
     for arguments in (["list"], ["replay", "--all"], ["purge", "--all"]):
         done = operator.types(*arguments)
         assert (done.exit_code, done.output) == (0, "nothing is dead\n")
@@ -255,7 +255,7 @@ def test_a_letter_that_does_not_exist_is_named(operator: Operator) -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["1", "--all"], ["1", "--reason", "x"], ["--reason", "x"]])
 @pytest.mark.parametrize("verb", ["replay", "purge"])
-def test_what_is_meant_must_be_clear(verb: str, arguments: list[str]) -> None:
+def test_ambiguous_arguments_are_refused(verb: str, arguments: list[str]) -> None:
     assert CliRunner().invoke(app, ["dead", verb, *arguments]).exit_code == 2
 
 
@@ -269,7 +269,7 @@ def test_a_broker_that_is_away_is_named_in_a_sentence(operator: Operator, tmp_pa
         assert "Traceback" not in done.stdout
 
 
-def test_while_somebody_else_looks_the_queue_is_not_called_empty(operator: Operator) -> None:
+def test_queue_browsed_by_another_is_not_reported_as_empty(operator: Operator) -> None:
     operator.add_letters(job())
 
     with QueueBrowser(operator.broker, operator.names.dead) as inspection:
@@ -327,7 +327,7 @@ def test_an_event_goes_back_to_the_outbox_for_another_day(operator: Operator) ->
     operator.wait_for(dead=0)
 
 
-def test_what_a_replay_could_not_help_stays_and_says_why(operator: Operator) -> None:
+def test_letter_that_a_replay_cannot_help_stays_with_the_reason(operator: Operator) -> None:
     done_task, delivered_task = (str(uuid.UUID(int=number)) for number in (1, 2))
     operator.ledger.record(complete(done_task))
     operator.ledger.mark_delivered(crashed(delivered_task))
@@ -349,7 +349,7 @@ def test_what_a_replay_could_not_help_stays_and_says_why(operator: Operator) -> 
     operator.wait_for(dead=4, jobs=1, outbox=0)
 
 
-def test_a_job_whose_task_id_another_generation_had_is_replayed_whatever_became_of_that_one(
+def test_job_whose_task_id_another_generation_had_is_replayed_whatever_its_end(
     operator: Operator,
 ) -> None:
     # Given a task id of a generation that is complete and told
@@ -365,7 +365,7 @@ def test_a_job_whose_task_id_another_generation_had_is_replayed_whatever_became_
     assert len(operator.take(operator.names.outbox)) == 1
 
 
-def test_all_can_be_narrowed_to_a_reason(operator: Operator) -> None:
+def test_replay_of_all_is_narrowed_to_a_reason(operator: Operator) -> None:
     operator.add_letters(job(), reason="STORAGE_UNAVAILABLE: the object store failed 5 times")
     operator.add_letters(job(str(uuid.UUID(int=1))), reason="ENGINE_CRASHED: it died twice")
 
@@ -377,7 +377,7 @@ def test_all_can_be_narrowed_to_a_reason(operator: Operator) -> None:
     assert [letter["reason"] for letter in operator.listed()] == ["ENGINE_CRASHED: it died twice"]
 
 
-def test_without_a_confirmed_copy_the_letter_stays(operator: Operator) -> None:
+def test_letter_without_a_confirmed_copy_stays(operator: Operator) -> None:
     operator.declare(operator.names.jobs, **{"x-max-length": 1, "x-overflow": "reject-publish"})
     operator.add_letters(job(), job(str(uuid.UUID(int=1))))
 
@@ -414,7 +414,7 @@ def test_a_store_that_is_away_replays_nothing(operator: Operator, monkeypatch: p
     operator.wait_for(dead=1, jobs=0)
 
 
-def test_purging_asks_first(operator: Operator) -> None:
+def test_purging_confirms_first(operator: Operator) -> None:
     operator.add_letters(job(), BROKEN)
 
     declined = operator.types("purge", "--all", answer="n\n")
@@ -450,7 +450,7 @@ def test_purging_takes_only_what_was_shown_and_is_still_there(
     assert sorted(letter["kind"] for letter in operator.listed()) == ["job", "not a job"]
 
 
-def test_a_replayed_job_completes_and_its_backend_hears_of_it_once_more(operator: Operator, tmp_path: Path) -> None:
+def test_replayed_job_completes_and_its_end_is_delivered_again(operator: Operator, tmp_path: Path) -> None:
     worker = start_light_worker(operator.world)
     operator.ledger.record(crashed())
     operator.add_letters(job(generation_id=456))
@@ -485,7 +485,7 @@ def parked(number: int, reason: str, age_seconds: float) -> ParkedEvent:
     return ParkedEvent(event, delivery, 4)
 
 
-def test_ends_that_wait_in_the_queue_and_in_a_worker_s_hands_are_listed(operator: Operator) -> None:
+def test_ends_waiting_in_the_queue_and_in_a_worker_are_listed(operator: Operator) -> None:
     # Given one in the queue, and two that a worker holds, which nobody sees in RabbitMQ
     assert operator.types("list", of="outbox").stdout == "no end waits for the backend\n"
     publisher = Publisher(operator.broker, operator.names)
@@ -514,7 +514,7 @@ def test_ends_that_wait_in_the_queue_and_in_a_worker_s_hands_are_listed(operator
     operator.wait_for(outbox=1)
 
 
-def test_a_note_that_no_worker_wrote_hides_no_other(operator: Operator) -> None:
+def test_foreign_note_hides_no_other(operator: Operator) -> None:
     storage = Storage(operator.store)
     for number, content in enumerate([b"", b"[" * 5000, b"{}", b'{"waiting": [1]}', b'{"waiting": [{"since": "x"}]}']):
         ref = ObjectRef(operator.store.bucket, f".darkroom/outbox/strange-{number}.json")
@@ -525,7 +525,7 @@ def test_a_note_that_no_worker_wrote_hides_no_other(operator: Operator) -> None:
     assert [one.task_id for one in notes.read_all()] == [str(uuid.UUID(int=1))]
 
 
-def test_a_worker_whose_hands_are_empty_takes_its_note_away(operator: Operator) -> None:
+def test_worker_without_waiting_ends_deletes_its_note(operator: Operator) -> None:
     notes = SnapshotStore(Storage(operator.store), operator.store.bucket)
     held = [parked(1, "HTTP 500", 60)]
     reporter = SnapshotWriter("gpu-1:7", notes, lambda: held, threading.Event())

@@ -87,12 +87,12 @@ def test_an_id_is_a_task_s_or_a_generation_s_by_its_form(
 @pytest.mark.parametrize(
     ("text", "options"), [("", {}), ("a b", {}), ("a/b", {}), ("x" * 129, {}), ("456", {"is_task": True})]
 )
-def test_what_is_no_id_is_refused(text: str, options: dict[str, bool]) -> None:
+def test_invalid_id_is_refused(text: str, options: dict[str, bool]) -> None:
     with pytest.raises(InvalidId):
         orders_of(text, **options)
 
 
-def test_cancelling_where_no_broker_answers_says_where_it_was_looked_for() -> None:
+def test_cancel_without_a_broker_names_its_address() -> None:
     host, _, port = refused_url().removeprefix("http://").partition(":")
 
     code, said = typed("cancel", "456", RABBITMQ_HOST=host, RABBITMQ_PORT=port.rstrip("/"))

@@ -75,7 +75,7 @@ def test_both_commands_take_the_same_options_beside_their_own() -> None:
     assert both <= names["submit"] & names["generate"]
 
 
-def test_a_command_keeps_its_name_and_what_it_says() -> None:
+def test_command_keeps_its_name_and_help() -> None:
     shown = CliRunner().invoke(app, ["submit", "--help"]).output
 
     assert "Publish a job and follow it until it ends" in shown
@@ -83,7 +83,7 @@ def test_a_command_keeps_its_name_and_what_it_says() -> None:
     assert "required" in shown
 
 
-def test_nothing_but_a_prompt_is_nothing_but_a_prompt() -> None:
+def test_prompt_alone_gives_no_other_field() -> None:
     assert typed() == {"prompt": "a fox"}
 
 
@@ -116,14 +116,14 @@ def test_the_kind_is_that_of_the_images(rules: JobRules, words: list[str], kind:
     assert drawn(rules, *words).kind is kind
 
 
-def test_a_image_to_begin_from_reaches_the_job(rules: JobRules) -> None:
+def test_an_image_to_begin_from_reaches_the_job(rules: JobRules) -> None:
     job = drawn(rules, "--init", "a.png", "--mask", "m.png", "--strength", "0.4", "--fit", "contain")
 
     assert job.source == JobSource(at("a.png"), at("m.png"), 0.4)
     assert job.fit is Fit.CONTAIN
 
 
-def test_a_image_to_follow_reaches_the_job(rules: JobRules) -> None:
+def test_an_image_to_follow_reaches_the_job(rules: JobRules) -> None:
     edges = drawn(rules, "--control", "c.png", "--control-model", "canny", "--control-scale", "0.5", "--control-edges")
     plain = drawn(rules, "--control", "c.png", "--control-model", "pose")
 
@@ -165,7 +165,7 @@ def test_headlines_reach_the_job(rules: JobRules) -> None:
         (["--fit", "stretch"], "stretch"),
     ],
 )
-def test_an_option_that_would_mean_nothing_is_refused(words: list[str], reason: str) -> None:
+def test_option_without_effect_is_refused(words: list[str], reason: str) -> None:
     done = CliRunner().invoke(app, ["submit", "a fox", "--generation-id", "1", *words], env=ENOUGH)
 
     assert done.exit_code == 2
@@ -193,7 +193,7 @@ ENOUGH = {
         (["--init", "/etc/passwd"], "init_image_path"),
     ],
 )
-def test_the_rest_is_refused_as_a_message_s_fields_are(rules: JobRules, words: list[str], reason: str) -> None:
+def test_other_mistakes_are_refused_as_a_message_s_fields_are(rules: JobRules, words: list[str], reason: str) -> None:
     assert reason in str(rejection_of(rules, message(**typed(*words))))
 
 
@@ -220,7 +220,7 @@ def test_submit_publishes_nothing_that_would_be_refused() -> None:
         (["--control", "black.png", "--control-model", "canny"], "control.model 'canny'"),
     ],
 )
-def test_generate_says_what_is_wrong_with_a_image(
+def test_generate_reports_a_mistake_in_an_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], reason: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -73,7 +73,7 @@ def test_a_complete_job_s_row_has_its_stages_on_the_clock() -> None:
     assert (made.began_at, made.seconds) == (BEGAN_AT, 10.0)
 
 
-def test_what_no_stage_accounts_for_in_a_failed_job_is_shown_as_the_rest() -> None:
+def test_unaccounted_time_of_a_failed_job_is_shown_as_the_rest() -> None:
     made = row(failed(7))
 
     assert (made.outcome, made.error_code, made.attempt) == ("failed", "GPU_OOM", 3)
@@ -124,7 +124,7 @@ def test_a_complete_record_from_before_the_end_was_noted_ends_with_its_last_stag
         {"stages": (("denoise", 0.0, 10**400),)},
     ],
 )
-def test_times_that_are_none_give_a_row_without_a_bar(fields: dict[str, Any]) -> None:
+def test_invalid_times_give_a_row_without_a_bar(fields: dict[str, Any]) -> None:
     made = row(complete(7, **fields) if "began_at" not in fields else replace(complete(7), **fields))
 
     assert made.stretches == ()
@@ -164,13 +164,13 @@ def test_a_job_that_is_shorter_than_a_cell_has_one_all_the_same() -> None:
         assert [stage for stage in cells([Stretch("sign", moment, 0.0)], axis, 10) if stage] == ["sign"]
 
 
-def test_without_time_there_is_no_bar() -> None:
+def test_bar_without_time_is_empty() -> None:
     assert cells([], Axis([]), 4) == [""] * 4
     assert cells([Stretch("sign", 5.0, 0.0)], Axis([(5.0, 5.0)]), 4) == [""] * 4
 
 
 @pytest.mark.parametrize(("has_colours", "expected"), [(True, "█" * 10), (False, "lff######p")])
-def test_a_bar_is_coloured_or_where_that_is_not_seen_lettered(has_colours: bool, expected: str) -> None:
+def test_bar_is_coloured_or_lettered_without_colours(has_colours: bool, expected: str) -> None:
     console = Console(width=10, force_terminal=has_colours, color_system="truecolor" if has_colours else None)
     stretches = [Stretch("ledger", 0.0, 1.0), Stretch("fetch", 1.0, 2.0), Stretch("denoise", 3.0, 6.0)]
 
@@ -184,7 +184,7 @@ def test_a_bar_is_coloured_or_where_that_is_not_seen_lettered(has_colours: bool,
     assert text.replace("\x1b[0m", "").strip() == expected
 
 
-def test_the_legend_names_what_occurs_in_the_order_of_the_story() -> None:
+def test_legend_lists_the_stages_present_in_their_order() -> None:
     text = legend(["store", UNACCOUNTED, "fetch"], Console(color_system=None)).plain
 
     assert text.split() == ["f", "fetch", "p", "store", "?", "rest"]
@@ -196,7 +196,7 @@ def test_every_stage_has_a_colour_and_a_letter_of_its_own() -> None:
     )
 
 
-def test_the_summary_tells_median_p95_and_share_the_largest_first() -> None:
+def test_summary_has_median_p95_and_share_the_largest_first() -> None:
     def of(seconds: float) -> Row:
         return row(complete(1, stages=(("fetch", 0.0, 1.0), ("denoise", 1.0, seconds)), ended_at=0.0))
 
@@ -264,7 +264,7 @@ def test_the_last_jobs_are_drawn_in_the_order_they_began(operator: Operator) -> 
     assert PROMPT not in done.stdout
 
 
-def test_lines_of_json_have_the_times_and_neither_prompt_nor_message(operator: Operator) -> None:
+def test_json_lines_have_the_times_and_neither_prompt_nor_message(operator: Operator) -> None:
     event = operator.ledger.record(failed(7))
 
     [found] = operator.rows()
@@ -284,7 +284,7 @@ def test_lines_of_json_have_the_times_and_neither_prompt_nor_message(operator: O
     }
 
 
-def test_the_newest_are_those_written_last_and_only_they(operator: Operator) -> None:
+def test_newest_records_are_those_written_last(operator: Operator) -> None:
     for number in (1, 2, 3):
         operator.ledger.record(complete(number))
     operator.write("jobs/a.lease", b"{}")
@@ -311,14 +311,14 @@ def test_a_listing_of_many_pages_is_gone_through_to_its_end(operator: Operator) 
     assert all(abs(one.modified_at - datetime.now(UTC)) < timedelta(minutes=1) for one in found)
 
 
-def test_an_empty_bucket_is_said_to_be_empty(operator: Operator) -> None:
+def test_empty_bucket_is_reported(operator: Operator) -> None:
     done = operator.types()
 
     assert (done.exit_code, "no job has ended" in done.stdout) == (0, True)
     assert operator.rows() == []
 
 
-def test_what_cannot_be_read_is_a_row_and_hides_nothing(operator: Operator) -> None:
+def test_unreadable_record_is_a_row_and_hides_no_other(operator: Operator) -> None:
     operator.ledger.record(complete(101))
     operator.write("jobs/broken\x1b[31m.json", b"{")
 
@@ -331,7 +331,7 @@ def test_what_cannot_be_read_is_a_row_and_hides_nothing(operator: Operator) -> N
     assert {one["outcome"] for one in operator.rows()} == {"complete", "unreadable"}
 
 
-def test_a_bucket_that_is_not_there_is_one_sentence(store_settings: StoreSettings) -> None:
+def test_missing_bucket_is_reported_in_one_sentence(store_settings: StoreSettings) -> None:
     done = Operator(store_settings.model_copy(update={"bucket": "nobody-made-it"})).types()
 
     assert done.exit_code == 1
@@ -340,7 +340,7 @@ def test_a_bucket_that_is_not_there_is_one_sentence(store_settings: StoreSetting
 
 
 @pytest.mark.parametrize("text", ["soon", "1", "1w", "-1h", "1h1h"])
-def test_a_time_that_is_none_is_refused(operator: Operator, text: str) -> None:
+def test_invalid_time_is_refused(operator: Operator, text: str) -> None:
     done = operator.types(f"--since={text}")
 
     assert done.exit_code == 2
@@ -375,7 +375,7 @@ def page_answer(body: bytes) -> bytes:
     return answer(200, body, Content_Type="application/xml")
 
 
-def test_of_ten_thousand_records_only_the_newest_are_read(crowded: AnsweringServer) -> None:
+def test_newest_of_ten_thousand_records_are_read_alone(crowded: AnsweringServer) -> None:
     settings = StoreSettings.model_validate(
         {
             "AWS_ACCESS_KEY_ID": "key",
@@ -395,7 +395,7 @@ def test_of_ten_thousand_records_only_the_newest_are_read(crowded: AnsweringServ
     assert len(reads) == 20
 
 
-def test_a_store_that_is_down_is_one_sentence(store_settings: StoreSettings) -> None:
+def test_store_that_is_down_is_reported_in_one_sentence(store_settings: StoreSettings) -> None:
     done = Operator(store_settings.model_copy(update={"endpoint_url": refused_url()})).types()
 
     assert done.exit_code == 1

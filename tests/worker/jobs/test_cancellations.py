@@ -57,7 +57,7 @@ def job(*, task_id: str = TASK, generation_id: int = 7, created_at: float | None
         (b'{"task_id": "%b", "generation_id": 7}' % TASK.encode(), CancelOrder(TASK, None)),
     ],
 )
-def test_an_order_names_a_task_or_a_generation(body: bytes, order: CancelOrder) -> None:
+def test_cancel_order_names_a_task_or_a_generation(body: bytes, order: CancelOrder) -> None:
     assert decode_cancel(body) == order
 
 
@@ -76,12 +76,12 @@ def test_an_order_names_a_task_or_a_generation(body: bytes, order: CancelOrder) 
         b'{"generation_id": ' + b"9" * 4050 + b"}",
     ],
 )
-def test_what_names_neither_is_refused_with_a_reason(body: bytes) -> None:
+def test_cancel_order_without_an_id_is_refused_with_a_reason(body: bytes) -> None:
     with pytest.raises(Undecodable, match=r"cancel order|UUID"):
         decode_cancel(body)
 
 
-def test_an_order_covers_its_own_task_and_no_other() -> None:
+def test_cancel_covers_its_own_task_and_no_other() -> None:
     cancellations = Cancellations(Clock())
     cancellations.remember(CancelOrder(TASK, None))
 
@@ -89,7 +89,7 @@ def test_an_order_covers_its_own_task_and_no_other() -> None:
     assert not cancellations.covers(job(task_id=str(uuid.uuid4())))
 
 
-def test_an_order_by_generation_covers_jobs_created_before_it_and_not_the_next_try() -> None:
+def test_cancel_by_generation_covers_jobs_created_before_it_and_not_the_next_try() -> None:
     cancellations = Cancellations(Clock())
     cancellations.remember(CancelOrder(None, 7))
 
@@ -108,7 +108,7 @@ def test_a_created_at_without_a_zone_is_compared_as_utc(seconds: int, is_covered
     assert cancellations.covers(replace(job(), created_at=naive)) is is_covered
 
 
-def test_orders_are_forgotten_after_an_hour_and_beyond_the_cap() -> None:
+def test_cancels_are_forgotten_after_an_hour_and_beyond_the_cap() -> None:
     clock = Clock()
     cancellations = Cancellations(clock)
     cancellations.remember(CancelOrder(TASK, None))

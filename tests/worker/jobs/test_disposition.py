@@ -59,7 +59,9 @@ def sample(cls: type[Exception]) -> Exception:
     ids=lambda case: type(case).__name__,
 )
 @pytest.mark.parametrize("attempt", [1, 5, 100])
-def test_what_is_clear_is_clear_at_any_attempt(error: Exception, decision: Decision, attempt: int) -> None:
+def test_unambiguous_errors_have_one_decision_at_any_attempt(
+    error: Exception, decision: Decision, attempt: int
+) -> None:
     assert decide(error, attempt) == decision
 
 
@@ -72,7 +74,7 @@ def test_what_is_clear_is_clear_at_any_attempt(error: Exception, decision: Decis
     ],
     ids=lambda case: type(case).__name__,
 )
-def test_what_may_pass_is_tried_again_later_and_fails_the_job_once_the_budget_is_spent(
+def test_temporary_errors_are_retried_later_and_fail_the_job_once_the_budget_is_spent(
     error: Exception, code: str
 ) -> None:
     decisions = [decide(error, attempt) for attempt in range(1, 7)]
@@ -107,7 +109,7 @@ def test_a_job_without_room_in_memory_is_tried_once_more_and_then_fails_by_its_s
     assert second.message
 
 
-def test_a_model_that_cannot_be_loaded_is_no_fault_of_the_job() -> None:
+def test_model_that_cannot_be_loaded_releases_the_job() -> None:
     assert decide(EngineStartFailed("no such folder"), 1) == Decision(Disposition.RELEASE)
 
 
@@ -125,7 +127,7 @@ def test_an_unforeseen_error_is_named_but_not_quoted(attempt: int) -> None:
     assert "canary" not in message
 
 
-def test_every_verdict_that_fails_a_job_has_a_code_and_a_message() -> None:
+def test_every_decision_that_fails_a_job_has_a_code_and_a_message() -> None:
     for cls, attempt in itertools.product([*tree(EngineError), *tree(StorageError), KeyError], (1, 5)):
         decision = decide(sample(cls), attempt)
         if decision.disposition is not Disposition.RELEASE:
@@ -238,7 +240,7 @@ def test_each_delay_has_a_queue_that_gives_its_messages_back_and_loses_none(dela
     assert (arguments["x-dead-letter-strategy"], arguments["x-overflow"]) == ("at-least-once", "reject-publish")
 
 
-def test_every_delay_a_verdict_names_has_its_queue() -> None:
+def test_every_delay_of_a_decision_has_its_queue() -> None:
     delays = {decide(KeyError(), attempt).delay_seconds for attempt in range(1, len(RETRY_DELAYS_SECONDS) + 1)}
 
     assert {NAMES.retry(delay) for delay in delays} <= set(NAMES.everything)
@@ -280,7 +282,7 @@ def test_an_idle_gpu_has_one_reason(
     ("phases", "is_broker_connected", "reason"),
     [(set(), True, "refused"), (set(), False, "broker_down"), ({"fetch"}, True, "fetching"), ({"denoise"}, True, None)],
 )
-def test_refused_credentials_are_the_reason_where_no_nearer_one_is(
+def test_refused_credentials_are_the_idle_reason_without_a_nearer_one(
     phases: set[str], is_broker_connected: bool, reason: str | None
 ) -> None:
     found = idle_reason(phases=phases, is_engine_ready=True, is_broker_connected=is_broker_connected, is_refused=True)
@@ -332,7 +334,7 @@ def test_an_event_comes_back_from_its_record_as_it_was(event: TerminalEvent) -> 
     assert TerminalEvent.from_json(event.to_json()) == event
 
 
-def test_a_failed_event_says_what_the_contract_asks_for() -> None:
+def test_failed_event_has_the_fields_of_the_contract() -> None:
     assert FAILED.kind is WebhookKind.FAILED
     assert FAILED.body == {
         "generation_id": 456,
@@ -383,6 +385,6 @@ NO_EVENTS = {
 
 
 @pytest.mark.parametrize("content", NO_EVENTS.values(), ids=NO_EVENTS.keys())
-def test_what_is_no_terminal_event_is_a_value_error(content: bytes) -> None:
+def test_invalid_terminal_event_is_a_value_error(content: bytes) -> None:
     with pytest.raises(ValueError):
         TerminalEvent.from_json(content)

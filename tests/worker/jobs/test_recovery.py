@@ -30,11 +30,11 @@ def delivered(
 # --- Whose returns are counted
 
 
-def test_a_return_of_another_worker_is_a_crash() -> None:
+def test_redelivery_from_another_worker_is_a_crash() -> None:
     assert CrashCounter().num_crashes(delivered(num_deliveries=2, num_crashes=3)) == 5
 
 
-def test_a_return_by_a_connection_lost_here_is_none() -> None:
+def test_redelivery_after_a_lost_connection_here_is_no_crash() -> None:
     returns = CrashCounter()
     returns.num_crashes(delivered(num_crashes=3))
 
@@ -67,7 +67,7 @@ def test_a_crash_elsewhere_between_two_deliveries_here_is_counted() -> None:
     assert returns.num_crashes(delivered(session=2, num_crashes=1, num_deliveries=2)) == 2
 
 
-def test_a_return_of_ours_that_another_worker_counted_in_its_copy_is_forgiven() -> None:
+def test_redelivery_of_ours_that_another_worker_counted_is_forgiven() -> None:
     returns = CrashCounter()
     returns.num_crashes(delivered())
 
@@ -85,7 +85,7 @@ def test_a_message_whose_ack_was_lost_and_its_copy_are_both_forgiven() -> None:
         assert returns.num_crashes(delivered(session=session, tag=3)) == 0
 
 
-def test_the_returns_of_one_message_are_not_another_s() -> None:
+def test_redeliveries_are_counted_by_message() -> None:
     returns = CrashCounter()
     returns.num_crashes(delivered())
 
@@ -107,7 +107,7 @@ def test_a_job_becomes_a_suspect_by_its_crashes_and_returns_together() -> None:
     assert is_suspect(delivered(num_crashes=SUSPECT_CRASHES - 1, num_deliveries=1))
 
 
-def test_a_suspect_begins_once_the_others_have_left_and_nobody_is_admitted_beside_it() -> None:
+def test_suspect_job_begins_once_the_others_ended_and_runs_alone() -> None:
     quarantine, is_draining = SuspectIsolation(), threading.Event()
     suspect, beside, late = delivered(num_crashes=SUSPECT_CRASHES), delivered(tag=2), delivered(tag=3)
     assert quarantine.enter(suspect)
@@ -127,7 +127,7 @@ def test_a_suspect_begins_once_the_others_have_left_and_nobody_is_admitted_besid
     assert quarantine.enter(late)
 
 
-def test_of_two_suspects_one_has_the_turn_and_the_other_leaves() -> None:
+def test_one_of_two_suspect_jobs_runs_and_the_other_is_released() -> None:
     quarantine, is_draining = SuspectIsolation(), threading.Event()
     suspects = [delivered(tag=tag, num_crashes=SUSPECT_CRASHES) for tag in (1, 2)]
     for suspect in suspects:
@@ -143,7 +143,7 @@ def test_of_two_suspects_one_has_the_turn_and_the_other_leaves() -> None:
     assert answers == [True]
 
 
-def test_a_suspect_waits_no_longer_once_the_worker_stops() -> None:
+def test_suspect_job_stops_waiting_once_the_worker_stops() -> None:
     quarantine, is_draining = SuspectIsolation(), threading.Event()
     suspect = delivered(num_crashes=SUSPECT_CRASHES)
     quarantine.enter(suspect)

@@ -49,7 +49,7 @@ def test_the_first_delivery_of_a_task_begins_a_run() -> None:
     assert TASK_ID in runs
 
 
-def test_a_run_may_part_from_its_deliveries_and_still_knows_how_it_came() -> None:
+def test_detached_run_keeps_its_attempt_and_recoveries() -> None:
     runs = Runs()
     run = begun(runs, tag=7)
 
@@ -60,7 +60,7 @@ def test_a_run_may_part_from_its_deliveries_and_still_knows_how_it_came() -> Non
     assert runs.finish(run) == []
 
 
-def test_one_that_has_left_parts_from_nothing() -> None:
+def test_finished_run_has_no_deliveries_to_detach() -> None:
     runs = Runs()
     run = begun(runs)
     runs.finish(run)
@@ -83,7 +83,7 @@ def test_another_delivery_of_the_same_task_is_adopted_and_settled_with_the_run()
     assert runs.all() == []
 
 
-def test_a_task_that_has_left_may_begin_again() -> None:
+def test_finished_task_may_start_again() -> None:
     runs = Runs()
     first = begun(runs)
     runs.finish(first)
@@ -103,7 +103,7 @@ def test_different_tasks_run_side_by_side() -> None:
     assert runs.all() == [second]
 
 
-def test_of_many_threads_that_bring_one_task_one_begins_it_and_no_delivery_is_lost() -> None:
+def test_one_of_many_threads_with_one_task_starts_it_and_no_delivery_is_lost() -> None:
     runs, begun_runs, ready = Runs(), [], threading.Barrier(16)
 
     def deliver(tag: int) -> None:
@@ -164,7 +164,7 @@ def test_the_engine_s_stages_follow_the_run_s_own_without_gaps_behind_one_wait()
     ]
 
 
-def test_time_in_the_engine_that_ends_without_a_result_is_accounted_by_the_phases_it_entered() -> None:
+def test_engine_time_without_a_result_is_counted_by_the_phases_it_entered() -> None:
     run = begun(Runs())
     run.stages = [Stage("fetch", run.started_monotonic, 0.0)]
 
@@ -180,7 +180,7 @@ def test_time_in_the_engine_that_ends_without_a_result_is_accounted_by_the_phase
         assert before.started_at + before.seconds == pytest.approx(after.started_at)
 
 
-def test_time_in_the_engine_is_accounted_once_where_the_engine_tells_its_own_stages() -> None:
+def test_engine_time_is_counted_once_where_the_engine_reports_its_stages() -> None:
     run = begun(Runs())
     run.stages = [Stage("fetch", 10.0, 2.0)]
 
@@ -191,13 +191,13 @@ def test_time_in_the_engine_is_accounted_once_where_the_engine_tells_its_own_sta
     assert [stage.name for stage in run.stages] == ["fetch", "wait", "adapt", "encode", "denoise"]
 
 
-def test_where_a_run_has_come_to_is_told_by_the_clock_that_nobody_sets() -> None:
+def test_run_s_present_time_follows_the_monotonic_clock() -> None:
     run = Run(TASK_ID, 456, asked_for(), [delivered(1)], started_monotonic=time.monotonic() - 5.0, started_unix=1000.0)
 
     assert run.now == pytest.approx(1005.0, abs=1.0)
 
 
-def test_a_second_copy_of_a_message_in_hand_is_not_needed() -> None:
+def test_second_copy_of_an_unsettled_message_is_redundant() -> None:
     runs = Runs()
     held = replace(delivered(1), num_crashes=1)
     runs.attach_or_start(asked_for(), held)

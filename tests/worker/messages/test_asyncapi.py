@@ -44,7 +44,7 @@ def test_the_official_parser_finds_no_error_and_no_warning() -> None:
 @pytest.mark.parametrize(
     ("right", "wrong"), [("method: PATCH", "method: PAT"), ("./schemas/cancel.json", "./schemas/none.json")]
 )
-def test_the_official_parser_finds_what_is_wrong(tmp_path: Path, right: str, wrong: str) -> None:
+def test_official_parser_finds_mistakes(tmp_path: Path, right: str, wrong: str) -> None:
     shutil.copytree(DOCS / "schemas", tmp_path / "schemas")
     text = (DOCS / "asyncapi.yaml").read_text(encoding="utf-8")
     (tmp_path / "asyncapi.yaml").write_text(text.replace(right, wrong), encoding="utf-8")
@@ -69,7 +69,7 @@ def test_queue_and_exchange_are_declared_as_the_worker_declares_them() -> None:
     assert (exchange["name"], exchange["type"]) == (NAMES.cancel_exchange, "fanout")
 
 
-def test_the_worker_s_own_queues_are_named_and_are_no_channels() -> None:
+def test_own_queues_are_named_and_are_not_channels() -> None:
     own = [name.removeprefix(NAMES.jobs) for name in NAMES.everything if name != NAMES.jobs]
 
     assert len(own) >= 5
@@ -93,7 +93,7 @@ def headers_of(request: bytes) -> dict[str, str]:
 
 @pytest.mark.parametrize("secret", [None, "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"], ids=["unsigned", "signed"])
 @pytest.mark.parametrize("kind", WebhookKind)
-def test_what_the_client_really_sends_has_the_headers_of_the_document(kind: WebhookKind, secret: str | None) -> None:
+def test_sent_webhooks_have_the_headers_of_the_document(kind: WebhookKind, secret: str | None) -> None:
     body = next(payload for name, _, payload in examples() if name == kind.value)
     with AnsweringServer([answer(200)]) as server:
         settings = BackendSettings(

@@ -69,14 +69,14 @@ def test_the_committed_schema_is_the_one_the_models_make(name: str) -> None:
     assert committed == as_text(schema_of(name)), "run python -m worker.messages.json_schemas"
 
 
-def test_there_are_no_other_schemas(tmp_path: Path) -> None:
+def test_schemas_folder_has_no_other_files(tmp_path: Path) -> None:
     write(tmp_path)
 
     assert {path.name for path in (DOCS / "schemas").iterdir()} == {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_schema_is_one_of_draft_7_and_stands_alone(name: str) -> None:
+def test_schema_is_of_draft_7_and_self_contained(name: str) -> None:
     schema = schema_of(name)
 
     Draft7Validator.check_schema(schema)
@@ -155,7 +155,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("seen", REFUSED)
-def test_what_the_decoder_refuses_the_schema_refuses_where_it_can(seen: Any) -> None:
+def test_schema_refuses_what_the_decoder_refuses_where_it_can(seen: Any) -> None:
     fields = seen.get("data") if isinstance(seen, dict) else None
 
     assert validator_of("job").is_valid(seen) == (isinstance(fields, dict) and is_beyond_a_schema(fields))
@@ -173,7 +173,7 @@ def test_a_value_beyond_its_limit_does_not(field: str, value: object) -> None:
     assert is_valid == is_beyond_a_schema({field: value})
 
 
-def test_what_no_schema_can_say_is_still_refused(rules: JobRules) -> None:
+def test_decoder_refuses_what_no_schema_can_express(rules: JobRules) -> None:
     for fields in UNSAID:
         with pytest.raises((JobRejected, Undecodable)):
             decode(to_bytes(message(**fields)), rules)
@@ -204,7 +204,7 @@ WRAPPINGS = st.fixed_dictionaries(
 
 @bounded(max_examples=200, deadline=1000)
 @given(fields=GOOD_FIELDS, wrapping=WRAPPINGS)
-def test_whatever_the_decoder_takes_fits_the_schema(
+def test_every_message_that_the_decoder_takes_fits_the_schema(
     rules: JobRules, fields: dict[str, Any], wrapping: dict[str, Any]
 ) -> None:
     body = to_bytes(message(**fields) | wrapping)
@@ -238,7 +238,7 @@ def is_understood(body: bytes) -> bool:
 
 @bounded(max_examples=300, deadline=1000)
 @given(order=ORDERS)
-def test_an_order_that_fits_the_schema_is_understood(order: dict[str, Any]) -> None:
+def test_cancel_order_that_fits_the_schema_is_decoded(order: dict[str, Any]) -> None:
     assume(not isinstance(order.get("generation_id"), float))  # 5.0 for 5
     body = to_bytes(order)
 
@@ -268,7 +268,7 @@ def test_an_order_that_fits_the_schema_is_understood(order: dict[str, Any]) -> N
         ([], False),
     ],
 )
-def test_schema_and_decoder_agree_about_an_order(order: Any, is_good: bool) -> None:
+def test_schema_and_decoder_agree_on_cancel_orders(order: Any, is_good: bool) -> None:
     assert validator_of("cancel").is_valid(order) == is_good
     assert is_understood(to_bytes(order)) == is_good
 

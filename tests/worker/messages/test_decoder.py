@@ -135,7 +135,7 @@ def test_parameters_win_over_the_flat_fields(rules: JobRules) -> None:
     assert (job.seed, job.scheduler) == (0, "b")
 
 
-def test_a_null_parameter_leaves_the_flat_field_its_say(rules: JobRules) -> None:
+def test_null_parameter_leaves_the_flat_field_in_force(rules: JobRules) -> None:
     flat = {"num_inference_steps": 7, "guidance_scale": 2.0, "seed": 9, "width": 128, "height": 64}
     parameters = dict.fromkeys(WireParameters.model_fields)
 
@@ -185,7 +185,7 @@ def test_an_empty_string_is_no_field(rules: JobRules, field: str) -> None:
     assert job_of(rules, message(**{field: ""})) == job_of(rules, message())
 
 
-def test_what_the_existing_backend_sends_is_a_job(rules: JobRules) -> None:
+def test_message_of_the_existing_backend_is_a_job(rules: JobRules) -> None:
     sent = message(seed=None, signature_path="", style_id=123, lora_path=LORA, lora_scale=1, aspect_ratio="1:1")
     sent |= {"webhook_url": "http://backend/api", "callback_url": None, "created_at": "2025-01-20T11:30:00.000Z"}
 
@@ -208,13 +208,13 @@ def test_several_adapters_keep_their_order_and_scales(rules: JobRules) -> None:
     ]
 
 
-def test_what_is_z_image_s_own_is_passed_on(rules: JobRules) -> None:
+def test_z_image_fields_are_passed_on(rules: JobRules) -> None:
     job = job_of(rules, message(parameters={"cfg_normalization": 0.7, "cfg_truncation": 0.5}))
 
     assert (job.cfg_normalization, job.cfg_truncation) == (0.7, 0.5)
 
 
-def test_what_neither_job_nor_settings_name_is_left_to_the_model_s_family(rules: JobRules) -> None:
+def test_fields_set_by_neither_job_nor_settings_default_to_the_family_s(rules: JobRules) -> None:
     job = job_of(rules, message())
 
     assert (job.num_inference_steps, job.guidance_scale) == (None, None)
@@ -229,12 +229,12 @@ def test_the_worker_s_defaults_hold_where_a_job_names_nothing(rules: JobRules) -
 
 
 @pytest.mark.parametrize("created_at", [None, "", "yesterday", 5, "x" * 10_000, "\ud800", ["2025-01-20T11:30:00Z"]])
-def test_a_time_that_is_none_does_not_stop_a_job(rules: JobRules, created_at: object) -> None:
+def test_invalid_time_does_not_stop_a_job(rules: JobRules, created_at: object) -> None:
     assert job_of(rules, message() | {"created_at": created_at}).created_at is None
 
 
 @pytest.mark.parametrize("said", ["2025-01-20T11:30:00", "2025-01-20 11:30:00.000", " 20250120T113000 "])
-def test_a_time_without_a_zone_is_kept_as_it_says(rules: JobRules, said: str) -> None:
+def test_time_without_a_zone_is_kept_as_written(rules: JobRules, said: str) -> None:
     created_at = job_of(rules, message() | {"created_at": said}).created_at
 
     assert created_at == datetime(2025, 1, 20, 11, 30)
@@ -248,7 +248,7 @@ def test_a_time_keeps_its_zone(rules: JobRules) -> None:
     assert created_at == datetime(2025, 1, 20, 11, 30, tzinfo=UTC)
 
 
-def test_an_id_beside_data_will_do(rules: JobRules) -> None:
+def test_id_beside_data_is_accepted(rules: JobRules) -> None:
     rejected = rejection_of(rules, {"task_id": TASK_ID, "generation_id": 7, "data": {"prompt": ""}})
 
     assert (rejected.generation_id, rejected.task_id) == (7, TASK_ID)
@@ -462,7 +462,7 @@ def test_a_rejection_names_the_value_and_what_would_be_right(
 
 
 @pytest.mark.parametrize("holder", [{"signature_config": 5}, {"parameters": "x"}, {"loras": [5]}])
-def test_a_rejection_speaks_of_the_message_and_not_of_our_classes(rules: JobRules, holder: dict[str, Any]) -> None:
+def test_rejection_names_the_message_s_fields_and_not_our_classes(rules: JobRules, holder: dict[str, Any]) -> None:
     assert "Wire" not in str(rejection_of(rules, message(**holder)))
 
 
@@ -486,7 +486,9 @@ def test_data_of_a_wrong_kind_is_not_called_missing(rules: JobRules, given_data:
         (message(generation_id="5 6"), "'5 6'", "1 to 2^63-1"),
     ],
 )
-def test_an_undecodable_message_says_why(rules: JobRules, body: bytes | dict[str, Any], named: str, right: str) -> None:
+def test_undecodable_message_has_a_reason(
+    rules: JobRules, body: bytes | dict[str, Any], named: str, right: str
+) -> None:
     with pytest.raises(Undecodable) as caught:
         decode(to_bytes(body), rules)
 
@@ -797,7 +799,7 @@ def test_an_id_beside_data_counts_where_the_one_in_data_is_not_given(rules: JobR
 
 
 @pytest.mark.parametrize("token", ["AKIAIOSFODNN7EXAMPLE", "sk_live_51Habcdefghijklmnop", "x-0123456789abcdef"])
-def test_a_token_for_a_name_is_not_told_back(rules: JobRules, token: str) -> None:
+def test_secret_used_as_a_field_name_is_not_reported(rules: JobRules, token: str) -> None:
     assert job_of(rules, message(**{token: 1, "num_inference_steps_2": 2, "stlye": 1})).ignored == (
         "?",
         "num_inference_steps_2",
@@ -843,7 +845,7 @@ def test_h19_h20_the_urls_of_a_message_are_not_even_read(rules: JobRules, url: o
     assert job_of(rules, FLAT | {"webhook_url": url, "callback_url": url}) == EXPECTED
 
 
-def test_one_rejection_speaks_of_several_mistakes_and_stays_short(rules: JobRules) -> None:
+def test_rejection_lists_several_mistakes_and_stays_short(rules: JobRules) -> None:
     rejected = rejection_of(rules, message(**dict.fromkeys(set(WireData.model_fields) - {"prompt"}, "x" * 300)))
 
     assert_reportable(rejected)
@@ -899,7 +901,7 @@ def assert_within_limits(job: Job) -> None:
 
 @bounded(max_examples=200, deadline=1000)
 @given(body=BODIES)
-def test_nothing_but_a_job_a_rejection_or_a_dead_letter_comes_out(rules: JobRules, body: bytes) -> None:
+def test_decoding_ends_in_a_job_a_rejection_or_a_dead_letter(rules: JobRules, body: bytes) -> None:
     try:
         job = decode(body, rules)
     except (Undecodable, JobRejected) as error:
@@ -910,7 +912,7 @@ def test_nothing_but_a_job_a_rejection_or_a_dead_letter_comes_out(rules: JobRule
 
 @bounded(max_examples=100, deadline=1000)
 @given(fields=KNOWN_FIELDS)
-def test_whatever_the_fields_hold_a_message_with_an_id_is_answered(rules: JobRules, fields: dict[str, Any]) -> None:
+def test_message_with_an_id_is_answered_whatever_its_fields(rules: JobRules, fields: dict[str, Any]) -> None:
     body = to_bytes({"data": {"prompt": "a", **fields, "generation_id": 456}})
 
     try:

@@ -57,18 +57,18 @@ def test_ids_are_found_around_whatever_text(prompt: str, is_first: bool) -> None
     ],
     ids=lambda body: repr(body[:30]),
 )
-def test_what_is_no_message_as_far_as_it_is_looked_at_has_no_outline(body: bytes) -> None:
+def test_body_that_is_not_an_object_has_no_outline(body: bytes) -> None:
     with pytest.raises(ValueError, match=r"[a-z]"):
         outline_of(body, MAX_BYTES)
 
 
-def test_a_repeated_name_stays_to_be_seen() -> None:
+def test_repeated_name_is_kept_in_the_outline() -> None:
     assert (
         outline_of(b'{"data": {"generation_id": 1, "\\u0067eneration_id": 2}}', MAX_BYTES).count(b"eneration_id") == 2
     )
 
 
-def test_a_value_that_is_no_id_is_left_out() -> None:
+def test_invalid_id_value_is_left_out() -> None:
     body = b'{"task_id": "' + b"x" * 2000 + b'", "type": ["a"], "data": {"generation_id": {"a": 1}}}'
 
     assert outlined(body) == {"task_id": None, "type": None, "data": {"generation_id": None}}

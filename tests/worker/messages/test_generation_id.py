@@ -25,11 +25,11 @@ def test_a_number_or_plain_text_is_an_id(given_id: object) -> None:
     [True, 5.0, 0, -1, 2**63, None, [5], {}, "", "a b", "a/b", "a\n", "\n", "é", "５", "a" * 129, "a\0"],
     ids=repr,
 )
-def test_nothing_else_is_an_id(given_id: object) -> None:
+def test_other_values_are_not_ids(given_id: object) -> None:
     assert not is_generation_id(given_id)
 
 
-def test_a_number_and_its_text_are_one_generation_and_no_id_is_none() -> None:
+def test_number_and_its_text_are_one_generation_and_a_missing_id_is_not() -> None:
     assert is_same(456, "456")
     assert not is_same(456, "0456")
     assert not is_same("a", None)
@@ -50,7 +50,7 @@ def test_a_number_and_its_text_are_one_generation_and_no_id_is_none() -> None:
         ("..", 1, "gen-...png"),
     ],
 )
-def test_a_image_s_key_is_made_of_the_id(given_id: GenerationId, number: int, name: str) -> None:
+def test_an_image_s_key_is_made_of_the_id(given_id: GenerationId, number: int, name: str) -> None:
     assert image_key(given_id, number) == f"generations/{name}"
 
 

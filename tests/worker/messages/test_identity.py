@@ -35,7 +35,7 @@ def test_a_message_repeated_with_other_words_around_it_is_the_same_job(again: by
 
 
 @pytest.mark.parametrize("name", ["prompt", "seed", "lora_path", "parameters"])
-def test_a_message_with_another_value_of_a_known_field_is_said_to_be_dropped(
+def test_message_with_another_value_of_a_known_field_is_logged_as_dropped(
     caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     check_same(asked(), body(DATA), 7, fingerprint(body(DATA)))
@@ -57,7 +57,7 @@ def test_a_record_without_a_fingerprint_is_of_any_data() -> None:
 
 
 @pytest.mark.parametrize("junk", [b"", b"[" * 9000, b"null", b'{"data": 5}', b"\xff", b"9" * 5000, b"{}" * 200_000])
-def test_what_is_no_job_has_a_fingerprint_of_its_bytes(junk: bytes) -> None:
+def test_undecodable_job_has_a_fingerprint_of_its_bytes(junk: bytes) -> None:
     assert fingerprint(junk) == fingerprint(bytes(junk)) != fingerprint(junk + b" ")
 
 

@@ -34,7 +34,7 @@ def job_of(rules: JobRules, **fields: Any) -> Job:
     return decode(to_bytes(message(**fields)), rules)
 
 
-def test_a_message_that_says_nothing_of_it_is_text_to_image(rules: JobRules) -> None:
+def test_message_without_a_kind_is_text_to_image(rules: JobRules) -> None:
     job = job_of(rules)
 
     assert (job.kind, job.source, job.control, job.product, job.overlays) == (Kind.TEXT2IMAGE, None, None, None, ())
@@ -42,14 +42,14 @@ def test_a_message_that_says_nothing_of_it_is_text_to_image(rules: JobRules) -> 
 
 
 @pytest.mark.parametrize(("given", "meant"), [({}, 0.8), ({"strength": 0.3}, 0.3), ({"strength": 1}, 1.0)])
-def test_image_to_image_begins_from_its_image(rules: JobRules, given: dict[str, Any], meant: float) -> None:
+def test_image_to_image_has_its_source_image(rules: JobRules, given: dict[str, Any], meant: float) -> None:
     job = job_of(rules, kind="image2image", init_image_path="s3://media/a.png", fit="contain", **given)
 
     assert job.source == JobSource(ObjectRef("media", "a.png"), None, meant)
     assert (job.kind, job.fit) == (Kind.IMAGE2IMAGE, Fit.CONTAIN)
 
 
-def test_inpainting_has_a_mask_and_goes_all_the_way(rules: JobRules) -> None:
+def test_inpainting_has_a_mask_and_full_strength(rules: JobRules) -> None:
     job = job_of(rules, kind="inpaint", **INIT, **MASK)
 
     assert job.source == JobSource(ObjectRef("media", "a.png"), ObjectRef("media", "m.png"), 1.0)
@@ -66,7 +66,7 @@ def test_control_goes_with_every_kind_but_product(rules: JobRules) -> None:
     ).control == JobControl(ObjectRef("media", "e.png"), "m", 1.0, 0.0, 1.0, Preprocess.NONE)
 
 
-def test_a_product_stands_where_its_layout_says(rules: JobRules) -> None:
+def test_product_has_its_layout_s_place(rules: JobRules) -> None:
     product = {
         "image_path": "p.png",
         "background_image_path": "b.png",
@@ -178,7 +178,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("fields", "named"), REFUSED, ids=str)
-def test_what_no_field_may_hold_is_refused_by_the_schema_and_by_a_sentence_that_names_it(
+def test_invalid_value_is_refused_by_the_schema_and_by_a_sentence_that_names_it(
     rules: JobRules, fields: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(JobRejected) as refusal:

@@ -100,7 +100,7 @@ def test_panels_do_not_overlap_and_fill_whole_rows() -> None:
     assert len(cells) == 24 * height
 
 
-def test_every_panel_says_what_it_shows_and_uses_the_chosen_source_and_workers() -> None:
+def test_every_panel_has_a_description_and_uses_the_chosen_source_and_workers() -> None:
     for panel in panels():
         assert panel["description"], panel["title"]
         for target in panel["targets"]:
@@ -126,12 +126,12 @@ def test_prometheus_reads_the_configuration_and_the_alert_rules() -> None:
     assert f"{len(alert_rules())} rules found" in said
 
 
-def test_the_alert_rules_do_in_their_stories_what_is_expected() -> None:
+def test_alert_rules_fire_as_their_unit_tests_expect() -> None:
     promtool("test", "rules", PROMETHEUS / "alerts_test.yaml")
 
 
 @pytest.mark.parametrize("rule", alert_rules(), ids=lambda rule: rule["alert"])
-def test_every_alert_has_a_story_that_fires_it_one_that_does_not_and_a_section_to_read(rule: dict[str, object]) -> None:
+def test_every_alert_has_a_unit_test_that_fires_it_one_that_does_not_and_a_section(rule: dict[str, object]) -> None:
     stories = yaml.safe_load((PROMETHEUS / "alerts_test.yaml").read_text())["tests"]
     # What a story expects of the alert in the end; before that one waits for its time.
     ends = [

@@ -129,7 +129,7 @@ def test_a_request_that_takes_too_long_is_cut_however_often_a_byte_comes(
             time.sleep(0.05)
 
 
-def test_an_idle_connection_is_closed_and_one_that_asks_again_stays(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_connection_is_closed_and_one_with_requests_stays(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded_server, "REQUEST_SECONDS", 1.0)
     with connected(port) as idle, closing(http.client.HTTPConnection("127.0.0.1", port, timeout=HANG_SECONDS)) as used:
         used.connect()

@@ -139,7 +139,7 @@ def test_prometheus_answers_every_query_of_the_dashboard(prometheus: Prometheus,
         ("max(darkroom_outbox_age_seconds)", lambda value: value == 0),
     ],
 )
-def test_what_prometheus_has_seen_is_what_the_worker_has_done(
+def test_prometheus_values_match_the_worker_s_jobs(
     prometheus: Prometheus, query: str, is_right: Callable[[float], bool]
 ) -> None:
     [value] = prometheus.query(query)

@@ -80,7 +80,7 @@ def test_a_job_at_work_is_shown_with_its_steps_its_adapters_and_its_time_but_not
     assert job_status(run, 107.5, shows_prompts=True, preview=None).prompt == PROMPT
 
 
-def test_a_preview_shows_what_the_prompt_says_and_is_shown_only_where_that_is() -> None:
+def test_preview_is_shown_only_where_prompts_are() -> None:
     preview = ShownPreview(12, b"a JPEG")
     run = run_of()
 
@@ -90,7 +90,9 @@ def test_a_preview_shows_what_the_prompt_says_and_is_shown_only_where_that_is() 
 
 
 @pytest.mark.parametrize(("shows_prompts", "found"), [(True, b"a JPEG"), (False, None)])
-def test_the_board_hands_out_previews_only_where_prompts_are_shown(*, shows_prompts: bool, found: bytes | None) -> None:
+def test_status_builder_serves_previews_only_where_prompts_are_shown(
+    *, shows_prompts: bool, found: bytes | None
+) -> None:
     previewer = Previewer(storage=None, bucket="results")  # type: ignore[arg-type]
     previewer.follow(TASK_ID, 456).shown = ShownPreview(12, b"a JPEG")
     parts: dict[str, Any] = dict.fromkeys(field.name for field in fields(StatusBuilder))
@@ -116,7 +118,7 @@ def test_a_message_that_was_rejected_has_a_row_too() -> None:
 # --- The last jobs
 
 
-def test_the_history_tells_the_newest_first_and_forgets_the_oldest() -> None:
+def test_history_lists_the_newest_first_and_forgets_the_oldest() -> None:
     history = History(shows_prompts=False, clock=lambda: 1000.0)
 
     for number in range(MAX_ENDED + 5):
@@ -153,7 +155,7 @@ def test_a_prompt_enters_the_history_only_by_the_setting() -> None:
     assert open_hearted.newest_first()[0].prompt == PROMPT
 
 
-def test_what_the_brokers_client_said_of_a_released_job_is_no_code() -> None:
+def test_message_of_pika_about_a_released_job_is_not_a_code() -> None:
     history = History(shows_prompts=True)
 
     history.add(run_of(), Outcome.RELEASED, code="StreamLostError: connection to worker@10.0.0.7 lost", message="")
@@ -198,7 +200,7 @@ def test_an_error_that_quotes_the_message_ends_before_the_quotation(fields: dict
         ("ENGINE_ERROR", "the engine failed 5 times: ValueError: a heron at dawn", "the engine failed 5 times"),
     ],
 )
-def test_what_a_library_said_stays_in_the_log_whatever_the_setting(code: str, text: str, shown: str) -> None:
+def test_library_messages_stay_in_the_log_whatever_the_setting(code: str, text: str, shown: str) -> None:
     assert presentable(code, text, may_quote=False) == presentable(code, text, may_quote=True) == shown
 
 
@@ -208,7 +210,7 @@ def test_an_error_in_our_own_words_is_shown_whole() -> None:
     assert presentable("GPU_OOM", text, may_quote=False) == text
 
 
-def test_why_the_worker_is_not_ready_leaves_out_which_object_was_refused() -> None:
+def test_not_ready_reason_leaves_out_the_refused_object() -> None:
     assert strip_details("the store refuses this worker: s3://media/generations/gen-7.png: AccessDenied") == (
         "the store refuses this worker"
     )
@@ -217,7 +219,7 @@ def test_why_the_worker_is_not_ready_leaves_out_which_object_was_refused() -> No
 # --- Where the numbers come from
 
 
-def test_the_readings_are_what_prometheus_is_told() -> None:
+def test_snapshot_equals_the_exported_metrics() -> None:
     metrics = Metrics()
     metrics.jobs.labels("complete").inc(3)
     for num_batched in (4, 2):
@@ -252,7 +254,7 @@ def test_the_recent_batch_of_a_slow_device_is_that_of_its_last_forwards() -> Non
     assert 7.8 < metrics.recent_batch <= 8
 
 
-def test_there_is_no_recent_batch_where_nothing_was_denoised_lately_and_a_long_forward_is_something() -> None:
+def test_recent_batch_is_absent_without_recent_denoising_and_present_during_a_long_forward() -> None:
     now = 1000.0
     metrics = Metrics(clock=lambda: now)
     assert metrics.recent_batch == 0
@@ -265,7 +267,7 @@ def test_there_is_no_recent_batch_where_nothing_was_denoised_lately_and_a_long_f
     assert metrics.recent_batch == 0
 
 
-def test_the_watch_tells_the_reason_of_the_moment_and_the_time_that_was_denoised() -> None:
+def test_idle_timer_has_the_current_reason_and_the_denoised_seconds() -> None:
     times = iter([0.0, 2.0, 5.0, 9.0])
     watch = IdleTimer(Metrics(), clock=lambda: next(times))
     assert watch.reason == "engine_starting"
@@ -296,7 +298,7 @@ def test_the_status_is_json_with_every_part(url: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["", "status.json", *(name for name, _ in NAMES.values() if name != "index.html")])
-def test_the_page_lets_nothing_else_in_and_is_never_kept(url: str, path: str) -> None:
+def test_page_has_a_strict_csp_and_is_never_cached(url: str, path: str) -> None:
     headers = requests.get(f"{url}{path}", timeout=120).headers
 
     assert headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'self'; style-src 'self'")
@@ -442,7 +444,7 @@ def test_every_text_has_the_contrast_of_wcag_aa(browser: Browser, url: str, sche
         assert [one for one in contrasts if one[0] < 4.5] == []
 
 
-def test_dark_is_dark_and_light_is_light(browser: Browser, url: str) -> None:
+def test_page_follows_the_colour_scheme(browser: Browser, url: str) -> None:
     grounds = {}
     for scheme in ("light", "dark"):
         with Visit(browser, color_scheme=scheme) as visit:
@@ -454,7 +456,7 @@ def test_dark_is_dark_and_light_is_light(browser: Browser, url: str) -> None:
     assert grounds["light"] > 215
 
 
-def test_nothing_moves_for_those_who_ask_for_less_motion(browser: Browser, url: str) -> None:
+def test_animations_are_off_with_reduced_motion(browser: Browser, url: str) -> None:
     moving = "[...document.querySelectorAll('*')].filter((n) => getComputedStyle(n).transitionDuration !== '0s').length"
     counts = []
     for wish in ("no-preference", "reduce"):
@@ -477,7 +479,7 @@ SHOWN = """() => [...document.querySelectorAll("main, main *, header *, title")]
 ].join(" # "))"""
 
 
-def test_a_page_whose_every_number_has_changed_shows_what_one_loaded_anew_does(browser: Browser) -> None:
+def test_updated_page_equals_a_reloaded_one(browser: Browser) -> None:
     at = time.time()
     before = status(at=at)
     after = status(
@@ -535,7 +537,7 @@ def test_numbers_that_change_move_nothing(browser: Browser) -> None:
         assert visit.page.evaluate(places) == before
 
 
-def test_a_worker_that_is_gone_is_said_to_be_and_how_old_the_numbers_are(browser: Browser, url: str) -> None:
+def test_lost_worker_is_shown_with_the_age_of_the_numbers(browser: Browser, url: str) -> None:
     with Visit(browser) as visit:
         visit.page.clock.install()
         visit.page.goto(url)
@@ -556,7 +558,7 @@ def test_a_worker_that_is_gone_is_said_to_be_and_how_old_the_numbers_are(browser
         expect(visit.page.locator("#state")).to_have_text("ready")
 
 
-def test_a_page_that_nobody_looks_at_asks_for_nothing(browser: Browser, url: str) -> None:
+def test_hidden_page_sends_no_requests(browser: Browser, url: str) -> None:
     show = "(h) => { Object.defineProperty(document, 'hidden', {value: h, configurable: true}); "
     show += "document.dispatchEvent(new Event('visibilitychange')); }"
     with Visit(browser) as visit:

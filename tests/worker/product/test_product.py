@@ -57,7 +57,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Cutting out
 
 
-def test_alpha_of_its_own_cuts_a_product_out_and_what_is_empty_around_it_goes() -> None:
+def test_product_s_own_alpha_cuts_it_out_and_crops_it() -> None:
     image = Image.new("RGBA", (500, 500))
     image.paste(bottle(), (200, 90))
 
@@ -66,7 +66,7 @@ def test_alpha_of_its_own_cuts_a_product_out_and_what_is_empty_around_it_goes() 
     assert cut.tobytes() == bottle().tobytes()
 
 
-def test_alpha_that_is_nowhere_transparent_is_none() -> None:
+def test_opaque_alpha_counts_as_none() -> None:
     almost = Image.new("RGBA", (10, 10), (1, 2, 3, 250))
 
     assert not has_transparency(almost)
@@ -77,7 +77,7 @@ def test_a_huge_cut_out_is_made_as_small_as_any_image() -> None:
     assert max(trim(Image.new("RGBA", (3000, 300), "red")).size) == MAX_SIDE_PX
 
 
-def test_without_alpha_and_without_a_model_the_job_is_told_what_to_send() -> None:
+def test_product_without_alpha_and_model_is_refused_with_advice() -> None:
     with pytest.raises(
         JobFailed, match=r"product\.image_path has no alpha and .* CUTOUT_MODEL: send .*cutout_path"
     ) as caught:
@@ -87,7 +87,7 @@ def test_without_alpha_and_without_a_model_the_job_is_told_what_to_send() -> Non
 
 
 @pytest.mark.parametrize("empty", [Image.new("RGBA", (60, 60)), Image.new("RGBA", (60, 60), (9, 9, 9, 5))])
-def test_a_image_that_is_all_transparent_holds_no_product(empty: Image.Image) -> None:
+def test_fully_transparent_image_is_refused(empty: Image.Image) -> None:
     with pytest.raises(JobFailed, match=r"product\.image_path: all of it is transparent") as caught:
         Cutter(None).cut(empty, FIELD, wanted)
 
@@ -96,7 +96,7 @@ def test_a_image_that_is_all_transparent_holds_no_product(empty: Image.Image) ->
         trim(empty)
 
 
-def test_rembg_cuts_out_what_the_model_sees_and_takes_the_old_background_out_of_the_edge(model: Path) -> None:
+def test_rembg_cuts_out_the_detected_product_and_removes_the_background_from_its_edge(model: Path) -> None:
     cut = Cutter(model).cut(photo(), FIELD, wanted)
 
     assert abs(cut.width - 160) <= 8
@@ -109,20 +109,20 @@ def test_rembg_cuts_out_what_the_model_sees_and_takes_the_old_background_out_of_
     assert pixels(cut)[edge][:, 1].mean() < 60
 
 
-def test_a_model_with_the_interface_of_isnet_is_shown_its_own_size(tmp_path: Path) -> None:
+def test_isnet_model_gets_its_own_input_size(tmp_path: Path) -> None:
     cut = Cutter(write_dark_finder(tmp_path / "isnet.onnx", side=1024)).cut(photo(), FIELD, wanted)
 
     assert abs(cut.width - 160) <= 8
 
 
-def test_a_image_in_which_the_model_sees_nothing_is_no_product(model: Path) -> None:
+def test_image_without_a_detected_product_is_refused(model: Path) -> None:
     with pytest.raises(JobFailed, match=r"product\.image_path: no product") as caught:
         Cutter(model).cut(Image.new("RGBA", (90, 90), "white"), FIELD, wanted)
 
     assert caught.value.code == "IMAGE_INVALID"
 
 
-def test_a_file_that_is_no_model_costs_tries_and_says_so(tmp_path: Path) -> None:
+def test_invalid_model_file_is_retried_and_logged(tmp_path: Path) -> None:
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"no model")
 
@@ -133,7 +133,7 @@ def test_a_file_that_is_no_model_costs_tries_and_says_so(tmp_path: Path) -> None
     assert "cutting the product out failed 5 times" in decide(failed.value, attempt=5).message
 
 
-def test_a_folder_of_modules_with_the_names_of_ours_disturbs_no_cutting(
+def test_working_folder_with_modules_of_our_names_does_not_disturb_the_cutter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shadow_modules(tmp_path)
@@ -143,7 +143,7 @@ def test_a_folder_of_modules_with_the_names_of_ours_disturbs_no_cutting(
         Cutter(tmp_path / "json.py").cut(photo(), FIELD, wanted)
 
 
-def test_a_cutting_that_hangs_ends_by_its_deadline(tmp_path: Path) -> None:
+def test_hanging_cutter_ends_at_its_deadline(tmp_path: Path) -> None:
     fifo = tmp_path / "never.onnx"
     os.mkfifo(fifo)  # whoever opens it to read waits for a writer
     began_at = time.monotonic()
@@ -154,7 +154,7 @@ def test_a_cutting_that_hangs_ends_by_its_deadline(tmp_path: Path) -> None:
     assert time.monotonic() - began_at < 120
 
 
-def test_no_cutting_outlives_a_worker_that_is_killed(tmp_path: Path) -> None:
+def test_cutter_process_ends_with_a_killed_worker(tmp_path: Path) -> None:
     fifo = tmp_path / "never.onnx"
     os.mkfifo(fifo)
     code = f"import sys; from {__name__} import *; Cutter(Path(sys.argv[1])).cut(photo(), FIELD, wanted)"
@@ -168,7 +168,7 @@ def test_no_cutting_outlives_a_worker_that_is_killed(tmp_path: Path) -> None:
     assert psutil.wait_procs([cutting], timeout=120)[1] == []
 
 
-def test_a_job_that_is_cancelled_meanwhile_does_not_wait_for_its_cut_out(tmp_path: Path) -> None:
+def test_cancelled_job_does_not_wait_for_its_cutout(tmp_path: Path) -> None:
     fifo = tmp_path / "never.onnx"
     os.mkfifo(fifo)
 
@@ -179,14 +179,14 @@ def test_a_job_that_is_cancelled_meanwhile_does_not_wait_for_its_cut_out(tmp_pat
         Cutter(fifo).cut(photo(), FIELD, cancelled)
 
 
-def test_settings_name_a_model_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_cutout_model_is_a_settings_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CUTOUT_MODEL", str(tmp_path / "none.onnx"))
 
     with pytest.raises(SettingsError, match=r"CUTOUT_MODEL: .*none\.onnx is no file"):
         load_section(ImageSettings)
 
 
-def test_check_tries_the_model(model: Path, tmp_path: Path) -> None:
+def test_check_runs_the_cutout_model(model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"no model")
 
@@ -216,21 +216,21 @@ def test_a_product_never_leaves_the_image_and_keeps_its_proportions(
 
 
 @pytest.mark.parametrize(("busy", "low", "high"), [("left", 0.6, 0.9), ("right", 0.1, 0.4), ("nowhere", 0.45, 0.55)])
-def test_auto_is_in_the_middle_of_the_calm_side(busy: str, low: float, high: float) -> None:
+def test_auto_placement_is_in_the_middle_of_the_quiet_side(busy: str, low: float, high: float) -> None:
     at = place_product(scene((600, 400), busy=busy), (100, 300), Layout(0.6, None))
 
     assert low < (at.left + at.right) / 2 / 600 < high
     assert at.bottom > 400 * 0.8
 
 
-def test_the_calm_side_leaves_a_margin_too() -> None:
+def test_auto_placement_leaves_a_margin() -> None:
     at = place_product(scene((600, 400), busy="right"), (100, 100), Layout(0.73, None))
 
     assert at.size == (292, 292)
     assert at.left == 20
 
 
-def test_anchors_are_where_they_say() -> None:
+def test_anchors_place_the_product() -> None:
     at = {position: place_product(scene((400, 400)), (100, 200), Layout(0.5, position)) for position in Position}
 
     assert at[Position.TOP_LEFT] == Rect(20, 20, 120, 220)
@@ -242,7 +242,7 @@ def test_anchors_are_where_they_say() -> None:
 
 
 @pytest.mark.parametrize("position", EVERYWHERE)
-def test_the_image_is_the_product_where_it_is_opaque_and_the_background_far_from_it(
+def test_composite_is_the_product_where_opaque_and_the_background_far_from_it(
     position: Position | None,
 ) -> None:
     background, product = scene((400, 300)), bottle(500)
@@ -260,7 +260,7 @@ def test_the_image_is_the_product_where_it_is_opaque_and_the_background_far_from
 
 
 @pytest.mark.parametrize("position", [Position.TOP_LEFT, Position.BOTTOM_RIGHT, Position.CENTER])
-def test_a_shadow_only_darkens_and_without_one_there_is_none(position: Position) -> None:
+def test_shadow_only_darkens_and_is_absent_when_off(position: Position) -> None:
     background, clear = scene((400, 300)), Image.new("RGBA", (60, 120))
     at = place_product(background, (60, 120), Layout(0.5, position))
     solid = Image.new("RGBA", (60, 120), "white")
@@ -313,7 +313,7 @@ def test_a_product_survives_refining_inside_its_eroded_mask_and_the_rest_is_refi
 
 @pytest.mark.parametrize("size", [(128, 128), (900, 600)])
 @pytest.mark.parametrize("position", EVERYWHERE)
-def test_a_product_is_found_where_it_was_put(size: tuple[int, int], position: Position | None) -> None:
+def test_product_is_located_where_it_was_placed(size: tuple[int, int], position: Position | None) -> None:
     background, product = scene(size), bottle()
     at = place_product(background, product.size, Layout(0.5, position))
     composite = compose(background, product, at, shadow=0.5)
@@ -321,5 +321,5 @@ def test_a_product_is_found_where_it_was_put(size: tuple[int, int], position: Po
     assert match_template(composite, product, fitted_size(size, product.size, 0.5)) == at
 
 
-def test_a_product_that_is_not_there_is_not_found() -> None:
+def test_absent_product_is_not_located() -> None:
     assert match_template(scene((400, 400)), bottle(), fitted_size((400, 400), (100, 300), 0.5)) is None

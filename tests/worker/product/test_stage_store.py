@@ -46,7 +46,7 @@ def change(stage_store: StageStore, stage: ProductStage, image: Image.Image) -> 
     stage_store.store.storage.put(ref, content.getvalue(), content_type="image/png")
 
 
-def test_a_task_finds_what_it_kept_and_nothing_behind_the_first_gap(new_store: NewStore) -> None:
+def test_task_finds_its_saved_stages_up_to_the_first_gap(new_store: NewStore) -> None:
     first = new_store()
     first.save(ProductStage.CUTOUT, bottle())
     first.save(ProductStage.BACKGROUND, scene(SIZE), {"scheduler": "ddim"})
@@ -70,7 +70,7 @@ def test_a_task_finds_what_it_kept_and_nothing_behind_the_first_gap(new_store: N
     }
 
 
-def test_another_task_of_the_generation_uses_nothing_and_replaces_it(new_store: NewStore) -> None:
+def test_stages_of_another_task_are_not_used_and_replaced(new_store: NewStore) -> None:
     new_store().save(ProductStage.CUTOUT, bottle())
     other = new_store()
     other.job = replace(other.job, task_id="770f9511-f3ac-52e5-b827-557766551111")
@@ -80,7 +80,7 @@ def test_another_task_of_the_generation_uses_nothing_and_replaces_it(new_store: 
     assert new_store().find(ProductStage.CUTOUT, "RGBA") is None
 
 
-def test_what_somebody_changed_is_used_and_what_was_made_of_it_before_is_not(new_store: NewStore) -> None:
+def test_changed_stage_is_used_and_later_stages_are_not(new_store: NewStore) -> None:
     first = new_store()
     for stage, image in (
         (ProductStage.CUTOUT, bottle()),
@@ -100,13 +100,13 @@ def test_what_somebody_changed_is_used_and_what_was_made_of_it_before_is_not(new
     assert again.find(ProductStage.COMPOSITE, "RGB") is None
 
 
-def test_what_nobody_s_task_kept_is_no_beginning(new_store: NewStore) -> None:
+def test_stage_without_a_task_is_not_used(new_store: NewStore) -> None:
     change(new_store(), ProductStage.CUTOUT, bottle())
 
     assert new_store().find(ProductStage.CUTOUT, "RGBA") is None
 
 
-def test_what_is_no_image_any_more_is_made_again(new_store: NewStore) -> None:
+def test_stage_that_is_no_longer_an_image_is_made_again(new_store: NewStore) -> None:
     first = new_store()
     first.save(ProductStage.CUTOUT, bottle())
     first.save_png(ProductStage.BACKGROUND, b"broken")

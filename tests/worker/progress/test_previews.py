@@ -120,7 +120,7 @@ def test_the_newest_preview_wins_while_the_store_is_slow(previewer: Previewer, s
     assert track.url == "https://pictures/previews/gen-456.jpg"
 
 
-def test_nothing_is_written_after_the_end(previewer: Previewer, store: SlowStore) -> None:
+def test_preview_is_not_written_after_the_end(previewer: Previewer, store: SlowStore) -> None:
     track, other = previewer.follow("task", 456), previewer.follow("other", 457)
     store.is_free.clear()
     track.on_step(reported(5, 50))
@@ -144,7 +144,7 @@ def test_nothing_is_written_after_the_end(previewer: Previewer, store: SlowStore
     assert previewer.latest("task") is None
 
 
-def test_a_store_that_fails_costs_a_line_in_the_log(
+def test_failing_store_costs_a_log_line_alone(
     previewer: Previewer, store: SlowStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.is_broken = True
@@ -192,7 +192,7 @@ def test_progress_names_the_preview_once_it_is_stored_and_never_waits_for_it(
 # --- The status page
 
 
-def test_the_page_s_server_gives_the_preview_of_a_job_and_of_nobody_else() -> None:
+def test_http_server_serves_the_preview_of_its_job_alone() -> None:
     task_id = "660f9511-f3ac-52e5-b827-557766551111"
     jpeg = encode(Preview(8, 8, bytes(192)))
 

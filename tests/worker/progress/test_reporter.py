@@ -78,7 +78,7 @@ def nothing_more(reporter: ProgressReporter, backend: SlowBackend) -> bool:
     return backend.begun.get(timeout=HANG_SECONDS).webhook_id == "marker:progress:0"
 
 
-def test_each_milestone_is_told_once_and_in_order(reporter: ProgressReporter, backend: SlowBackend) -> None:
+def test_each_milestone_is_sent_once_and_in_order(reporter: ProgressReporter, backend: SlowBackend) -> None:
     track, webhooks = reporter.follow("task", 456), []
 
     for step_index in range(21):
@@ -95,7 +95,7 @@ def test_each_milestone_is_told_once_and_in_order(reporter: ProgressReporter, ba
     assert nothing_more(reporter, backend)
 
 
-def test_a_step_that_crosses_several_milestones_tells_them_all_in_order(
+def test_step_that_crosses_several_milestones_sends_them_all_in_order(
     reporter: ProgressReporter, backend: SlowBackend
 ) -> None:
     track = reporter.follow("task", 456)
@@ -136,7 +136,7 @@ def test_a_slow_backend_does_not_hold_up_the_steps(reporter: ProgressReporter, b
     assert backend.ended == []
 
 
-def test_nothing_is_sent_after_close_which_waits_for_the_call_in_flight(
+def test_close_waits_for_the_call_in_flight_and_nothing_is_sent_after_it(
     reporter: ProgressReporter, backend: SlowBackend
 ) -> None:
     # Given a call that hangs, and a report behind it
@@ -163,7 +163,7 @@ def test_nothing_is_sent_after_close_which_waits_for_the_call_in_flight(
     assert nothing_more(reporter, backend)
 
 
-def test_closing_one_job_leaves_the_others_their_reports(reporter: ProgressReporter, backend: SlowBackend) -> None:
+def test_closing_one_job_keeps_the_reports_of_others(reporter: ProgressReporter, backend: SlowBackend) -> None:
     first, second = reporter.follow("first", 1), reporter.follow("second", 2)
     step(first, 0)
     assert backend.next_percents(1) == [0]
@@ -175,7 +175,7 @@ def test_closing_one_job_leaves_the_others_their_reports(reporter: ProgressRepor
     assert backend.begun.get(timeout=HANG_SECONDS).webhook_id == "second:progress:0"
 
 
-def test_jobs_take_turns(reporter: ProgressReporter, backend: SlowBackend) -> None:
+def test_reports_of_several_jobs_alternate(reporter: ProgressReporter, backend: SlowBackend) -> None:
     first, second = reporter.follow("first", 1), reporter.follow("second", 2)
     backend.is_free.clear()
     step(first, 0)
@@ -215,7 +215,7 @@ def test_the_estimate_follows_the_job_s_own_steps_once_there_are_some(
     assert backend.next()["estimated_seconds"] == 15
 
 
-def test_a_finished_job_teaches_the_next_one_s_first_estimate(reporter: ProgressReporter, backend: SlowBackend) -> None:
+def test_first_estimate_follows_the_last_finished_job(reporter: ProgressReporter, backend: SlowBackend) -> None:
     # Given a worker whose warm-up took 1 s a step, and a job whose steps took 2 s
     reporter.update_estimate(1.0)
     track = reporter.follow("task", 456)
@@ -288,7 +288,7 @@ def test_a_refused_report_is_counted_and_not_repeated(
     assert metrics.registry.get_sample_value("darkroom_webhooks_total", labels) == 2.0
 
 
-def test_without_milestones_nothing_is_told(backend: SlowBackend, metrics: Metrics) -> None:
+def test_reporter_without_milestones_sends_nothing(backend: SlowBackend, metrics: Metrics) -> None:
     silent = ProgressReporter(backend, NO_PREVIEWS, (), metrics)  # type: ignore[arg-type]
     silent.start()
     track = silent.follow("task", 456)

@@ -26,7 +26,7 @@ def notify_many(parts: Parts, count: int = MANY) -> list[str]:
 
 
 @pytest.mark.parametrize("status", [301, 302, 308, 400, 405, 410, 421, 426])
-def test_ends_refused_in_a_row_open_the_breaker_and_from_then_on_none_is_a_dead_letter(status: int) -> None:
+def test_ends_refused_in_a_row_open_the_breaker_and_stop_dead_lettering(status: int) -> None:
     parts = Parts(ScriptedClient(refused(status)))
 
     ends = notify_many(parts)
@@ -36,7 +36,7 @@ def test_ends_refused_in_a_row_open_the_breaker_and_from_then_on_none_is_a_dead_
     assert {kept.queue for kept in parts.publisher.kept[REFUSALS_TO_OPEN - 1 :]} == {NAMES.outbox}
 
 
-def test_a_generation_that_is_unknown_for_minutes_is_no_dead_letter_where_all_are_unknown() -> None:
+def test_generation_unknown_for_minutes_is_not_dead_lettered_where_all_are_unknown() -> None:
     unknown = WebhookAttempt(WebhookResult.RETRY, 404, None, "HTTP 404", is_ambiguous=False)
     parts = Parts(ScriptedClient(unknown))
     assert parts.notifier.is_permanent_failure(unknown, 61)
@@ -48,7 +48,7 @@ def test_a_generation_that_is_unknown_for_minutes_is_no_dead_letter_where_all_ar
     assert parts.notifier.is_permanent_failure(unknown, MAX_AGE_SECONDS + 1)
 
 
-def test_one_that_is_taken_between_begins_the_count_anew() -> None:
+def test_accepted_end_resets_the_count() -> None:
     parts = Parts(ScriptedClient(*[*[refused(400)] * (REFUSALS_TO_OPEN - 1), TAKEN] * 3))
 
     ends = notify_many(parts, 3 * REFUSALS_TO_OPEN)
@@ -57,7 +57,7 @@ def test_one_that_is_taken_between_begins_the_count_anew() -> None:
     assert parts.notifier.address_breaker.reason == ""
 
 
-def test_one_end_refused_again_and_again_counts_once() -> None:
+def test_end_refused_repeatedly_counts_once() -> None:
     unknown = WebhookAttempt(WebhookResult.RETRY, 404, None, "HTTP 404", is_ambiguous=False)
     parts = Parts(ScriptedClient(unknown))
 
@@ -68,14 +68,14 @@ def test_one_end_refused_again_and_again_counts_once() -> None:
 
 
 @pytest.mark.parametrize("status", [409, 413, 422])
-def test_what_speaks_of_one_event_opens_nothing(status: int) -> None:
+def test_refusal_of_one_event_s_content_does_not_open_the_breaker(status: int) -> None:
     parts = Parts(ScriptedClient(refused(status)))
 
     assert set(notify_many(parts)) == {"refused"}
     assert parts.notifier.address_breaker.reason == ""
 
 
-def test_errors_between_neither_count_nor_begin_the_count_anew() -> None:
+def test_errors_between_refusals_neither_count_nor_reset_the_count() -> None:
     parts = Parts(ScriptedClient(*[refused(400), FAILING, FAILING, FAILING] * MANY))
 
     notify_many(parts, 4 * MANY)
@@ -94,7 +94,7 @@ def test_the_breaker_closes_with_the_first_end_that_is_taken() -> None:
     assert parts.notifier.notify(complete("bad")) == "refused"
 
 
-def test_jobs_are_taken_for_a_moment_now_and_then_as_the_refused_ends_may_be_at_fault() -> None:
+def test_jobs_are_consumed_for_a_moment_at_intervals_while_the_breaker_is_open() -> None:
     clock = Clock()
     breaker = AddressBreaker(clock)
     for number in range(REFUSALS_TO_OPEN):
@@ -117,5 +117,5 @@ def test_jobs_are_taken_for_a_moment_now_and_then_as_the_refused_ends_may_be_at_
     assert breaker.reason
 
 
-def test_a_token_that_is_refused_is_no_wrong_address() -> None:
+def test_refused_token_does_not_count_as_a_wrong_address() -> None:
     assert not ADDRESS_STATUSES & {401, 403}

@@ -86,7 +86,7 @@ def test_a_task_that_has_ended_elsewhere_replaces_nothing(key: SharedKey) -> Non
     assert key.shown == png("red")
 
 
-def test_a_image_that_was_written_behind_the_look_is_looked_at_again(key: SharedKey) -> None:
+def test_image_written_after_the_check_is_checked_again(key: SharedKey) -> None:
     key.write(OTHER, png("red"))
     key.others = [(OTHER, png("green")), (str(uuid.uuid4()), png("yellow"))]
 

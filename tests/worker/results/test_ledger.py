@@ -48,7 +48,7 @@ def test_a_second_end_gives_way_to_the_first(ledger: Ledger) -> None:
     assert ledger.find(first.task_id) == first
 
 
-def test_of_many_writers_at_once_one_wins_and_the_others_adopt_its_end(storage: Storage, bucket: str) -> None:
+def test_one_of_many_writers_records_its_end_and_the_others_adopt_it(storage: Storage, bucket: str) -> None:
     task_id = str(uuid.uuid4())
     ends = [event(task_id, f"writer {number}") for number in range(12)]
 
@@ -58,7 +58,7 @@ def test_of_many_writers_at_once_one_wins_and_the_others_adopt_its_end(storage: 
     assert len(adopted) == 1
 
 
-def test_a_delivered_end_says_so(ledger: Ledger) -> None:
+def test_delivered_end_is_marked(ledger: Ledger) -> None:
     end = ledger.record(event(str(uuid.uuid4())))
     assert not ledger.is_delivered(end)
 
@@ -69,9 +69,7 @@ def test_a_delivered_end_says_so(ledger: Ledger) -> None:
     assert found == dataclasses.replace(end, is_delivered=True)
 
 
-def test_a_record_that_cannot_be_read_is_trouble_and_not_an_absence(
-    ledger: Ledger, storage: Storage, bucket: str
-) -> None:
+def test_unreadable_record_is_an_error_and_not_an_absence(ledger: Ledger, storage: Storage, bucket: str) -> None:
     task_id = str(uuid.uuid4())
     storage.put(ObjectRef(bucket, f"jobs/{task_id}.json"), b"{}", content_type="application/json")
 

@@ -204,7 +204,7 @@ def test_a_backend_that_fails_twice_is_tried_again_under_the_same_id_after_growi
     assert parts.ledger.marked == [complete()]
 
 
-def test_an_event_that_another_holder_told_meanwhile_is_not_tried_again() -> None:
+def test_event_delivered_by_another_holder_is_not_retried() -> None:
     parts = Parts(ScriptedClient(FAILING))
     parts.ledger.delivered_elsewhere.append(complete())
 
@@ -231,7 +231,7 @@ def test_patience_ends_before_the_third_wait_and_the_event_is_parked() -> None:
     assert parts.ledger.marked == []
 
 
-def test_a_backend_that_wants_to_be_left_alone_for_an_hour_is_not_waited_for() -> None:
+def test_retry_after_of_an_hour_is_not_waited_for() -> None:
     parts = Parts(ScriptedClient(LATER))
 
     assert parts.notifier.notify(complete()) == "parked"
@@ -287,7 +287,7 @@ def test_a_kind_that_was_just_parked_gets_one_try_until_one_is_taken() -> None:
 
 
 @pytest.mark.parametrize("attempt", [FAILING, REFUSED])
-def test_an_event_that_can_be_left_nowhere_is_the_caller_s_to_keep(attempt: WebhookAttempt) -> None:
+def test_event_that_cannot_be_parked_is_returned_to_the_caller(attempt: WebhookAttempt) -> None:
     parts = Parts(ScriptedClient(attempt), publisher=KeepingPublisher(is_down=True))
 
     with pytest.raises(PublishFailed):
@@ -375,7 +375,7 @@ def test_a_parked_event_is_delivered_marked_and_then_acked(started: Start, event
     assert parts.publisher.kept == []
 
 
-def test_an_event_another_worker_has_delivered_meanwhile_is_acked_without_a_call(started: Start) -> None:
+def test_event_delivered_by_another_worker_is_acked_without_a_call(started: Start) -> None:
     parts = Parts(ScriptedClient(TAKEN))
     parts.ledger.delivered_elsewhere.append(failed())
     started(parts)
@@ -387,7 +387,7 @@ def test_an_event_another_worker_has_delivered_meanwhile_is_acked_without_a_call
 
 
 @pytest.mark.parametrize(("attempt", "age_seconds"), [(UNKNOWN, 61.0), (REFUSED, 0.0), (FAILING, MAX_AGE_SECONDS + 1)])
-def test_an_event_without_hope_is_buried_and_acked(started: Start, attempt: WebhookAttempt, age_seconds: float) -> None:
+def test_hopeless_event_is_dead_lettered_and_acked(started: Start, attempt: WebhookAttempt, age_seconds: float) -> None:
     parts = started(Parts(ScriptedClient(attempt)))
 
     parts.outbox.on_delivery(delivered(failed().to_json(), age_seconds=age_seconds))
@@ -400,7 +400,9 @@ def test_an_event_without_hope_is_buried_and_acked(started: Start, attempt: Webh
 
 
 @pytest.mark.parametrize(("attempt", "age_seconds"), [(UNKNOWN, 30.0), (FAILING, 3600.0)])
-def test_an_event_with_hope_stays_with_the_broker(started: Start, attempt: WebhookAttempt, age_seconds: float) -> None:
+def test_event_that_may_succeed_stays_in_the_outbox(
+    started: Start, attempt: WebhookAttempt, age_seconds: float
+) -> None:
     parts = started(Parts(ScriptedClient(attempt)))
 
     parts.outbox.on_delivery(delivered(complete().to_json(), age_seconds=age_seconds))
@@ -411,7 +413,7 @@ def test_an_event_with_hope_stays_with_the_broker(started: Start, attempt: Webho
     assert parts.publisher.kept == []
 
 
-def test_an_event_that_must_wait_holds_up_no_other_and_goes_with_the_first_that_is_taken(started: Start) -> None:
+def test_waiting_event_delays_no_other_and_is_sent_with_the_first_accepted(started: Start) -> None:
     # Given an event that the backend wants to hear of in an hour, and nothing else
     parts = started(Parts(ScriptedClient(TAKEN, TAKEN)))
     parts.outbox.on_delivery(delivered(complete("late").to_json(), tag=1, due_in_seconds=3600))
@@ -424,7 +426,7 @@ def test_an_event_that_must_wait_holds_up_no_other_and_goes_with_the_first_that_
     assert parts.client.ids == ["now:complete", "late:complete"]
 
 
-def test_one_success_lets_the_whole_lane_through_and_the_waits_begin_anew(started: Start) -> None:
+def test_one_success_releases_the_whole_kind_queue_and_resets_the_waits(started: Start) -> None:
     # Given four parked events, and a backend that fails once, then takes three, and fails once more
     parts = started(Parts(ScriptedClient(FAILING, TAKEN, TAKEN, TAKEN, FAILING, TAKEN)))
     for tag in range(1, 5):
@@ -445,7 +447,7 @@ def test_one_success_lets_the_whole_lane_through_and_the_waits_begin_anew(starte
     assert len(parts.client.sent) == 6
 
 
-def test_a_kind_the_backend_chokes_on_does_not_hold_up_the_other(started: Start) -> None:
+def test_kind_that_the_backend_fails_on_does_not_delay_the_other(started: Start) -> None:
     class ChokingClient(ScriptedClient):
         def send(self, webhook: Webhook, *, deadline_seconds: float) -> WebhookAttempt:
             super().send(webhook, deadline_seconds=deadline_seconds)
@@ -473,7 +475,7 @@ class ChoosyClient(ScriptedClient):
 
 
 @pytest.mark.parametrize("bad", [FAILING, LATER, UNKNOWN, BROKEN], ids=lambda bad: bad.reason)
-def test_events_that_are_never_taken_do_not_hold_up_others_of_their_kind(started: Start, bad: WebhookAttempt) -> None:
+def test_events_never_taken_do_not_delay_others_of_their_kind(started: Start, bad: WebhookAttempt) -> None:
     parts = started(Parts(ChoosyClient({f"bad-{number}": bad for number in range(3)})))
     for number in range(3):
         parts.outbox.on_delivery(delivered(complete(f"bad-{number}").to_json(), tag=number))
@@ -486,7 +488,7 @@ def test_events_that_are_never_taken_do_not_hold_up_others_of_their_kind(started
     assert no_ack_within_a_moment(parts)
 
 
-def test_one_that_the_backend_is_silent_on_holds_up_no_other_once_some_are_taken(started: Start) -> None:
+def test_event_that_times_out_delays_no_other_once_some_are_taken(started: Start) -> None:
     # Given a backend that takes events, and one that it answers with silence
     class SilentOnOne(ScriptedClient):
         is_free = threading.Event()
@@ -512,7 +514,7 @@ def test_one_that_the_backend_is_silent_on_holds_up_no_other_once_some_are_taken
     assert parts.consumer.next_tags(1) == {2}
 
 
-def test_an_end_that_a_job_s_own_thread_delivers_lets_the_lane_through(
+def test_end_delivered_by_a_job_s_own_thread_releases_the_kind_queue(
     started: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.results.event_pool.SWEEP_SECONDS", 0.05)
@@ -525,7 +527,7 @@ def test_an_end_that_a_job_s_own_thread_delivers_lets_the_lane_through(
     assert parts.consumer.next_tags(1) == {1}
 
 
-def test_with_as_many_in_hand_as_the_broker_gives_what_failed_goes_to_the_tail_of_the_queue(
+def test_failed_event_goes_to_the_tail_of_the_queue_when_the_prefetch_is_full(
     started: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.results.outbox.PREFETCH", 2)
@@ -543,7 +545,7 @@ def test_with_as_many_in_hand_as_the_broker_gives_what_failed_goes_to_the_tail_o
     assert no_ack_within_a_moment(parts)
 
 
-def test_an_event_over_a_day_old_is_buried_however_far_its_next_turn_is(
+def test_event_over_a_day_old_is_dead_lettered_however_far_its_next_turn(
     started: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.results.event_pool.SWEEP_SECONDS", 0.05)
@@ -557,7 +559,7 @@ def test_an_event_over_a_day_old_is_buried_however_far_its_next_turn_is(
     assert "503" in dead.headers["reason"]
 
 
-def test_an_old_event_that_was_not_tried_here_yet_is_told_and_not_buried(started: Start) -> None:
+def test_old_event_not_tried_here_yet_is_sent_and_not_dead_lettered(started: Start) -> None:
     # All workers were away over the week-end.
     parts = started(Parts(ScriptedClient(TAKEN)))
     parts.outbox.on_delivery(delivered(complete().to_json(), age_seconds=2 * MAX_AGE_SECONDS))
@@ -586,7 +588,7 @@ UNREADABLE = {
 }
 
 
-def test_the_backlog_is_what_is_in_hand_the_event_being_told_among_it(started: Start) -> None:
+def test_backlog_counts_unsettled_events_with_the_one_being_sent(started: Start) -> None:
     # Given a backend that has not answered yet
     client = HeldClient(TAKEN)
     parts = started(Parts(client))
@@ -606,7 +608,7 @@ def test_the_backlog_is_what_is_in_hand_the_event_being_told_among_it(started: S
 
 
 @pytest.mark.parametrize("body", UNREADABLE.values(), ids=UNREADABLE.keys())
-def test_an_unreadable_event_is_buried_and_the_outbox_goes_on(started: Start, body: bytes) -> None:
+def test_unreadable_event_is_dead_lettered_and_the_outbox_goes_on(started: Start, body: bytes) -> None:
     parts = started(Parts(ScriptedClient(TAKEN)))
 
     parts.outbox.on_delivery(delivered(body, tag=1))
@@ -619,7 +621,7 @@ def test_an_unreadable_event_is_buried_and_the_outbox_goes_on(started: Start, bo
     assert dead.headers["reason"]
 
 
-def test_an_event_that_cannot_be_buried_now_stays_with_the_broker(started: Start) -> None:
+def test_event_that_cannot_be_dead_lettered_now_stays_in_the_outbox(started: Start) -> None:
     parts = started(Parts(ScriptedClient(REFUSED), publisher=KeepingPublisher(is_down=True)))
 
     parts.outbox.on_delivery(delivered(complete().to_json()))
@@ -628,7 +630,7 @@ def test_an_event_that_cannot_be_buried_now_stays_with_the_broker(started: Start
     assert no_ack_within_a_moment(parts)
 
 
-def test_events_that_a_full_queue_of_dead_letters_does_not_take_hold_up_no_other(started: Start) -> None:
+def test_events_refused_by_a_full_dead_letter_queue_delay_no_other(started: Start) -> None:
     # Given several events that the backend refuses for good
     client = ChoosyClient({f"bad-{number}": REFUSED for number in range(1, 9)})
     parts = started(Parts(client, publisher=KeepingPublisher(full_queue=NAMES.dead)))
@@ -646,7 +648,7 @@ def test_events_that_a_full_queue_of_dead_letters_does_not_take_hold_up_no_other
     assert len(parts.client.sent) <= 8 + 2
 
 
-def test_an_unreadable_event_that_cannot_be_buried_keeps_no_other_from_the_tail_of_the_queue(
+def test_unreadable_event_that_cannot_be_dead_lettered_keeps_no_other_from_the_tail_of_the_queue(
     started: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.results.kind_queue.MAX_HELD_SECONDS", 0.05)
@@ -671,9 +673,7 @@ def test_an_event_of_a_lost_session_is_copied_nowhere(started: Start) -> None:
     assert [TerminalEvent.from_json(dead.body).task_id for dead in parts.publisher.kept] == ["ours"]
 
 
-def test_ends_that_wait_for_the_store_do_not_fill_the_hands_either(
-    started: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ends_waiting_for_the_store_do_not_fill_the_prefetch(started: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.results.outbox.PREFETCH", 1)
     parts = started(Parts(ScriptedClient(TAKEN), ledger=AwayLedger()))
     parts.outbox.on_delivery(delivered(sendable(is_recorded=False), tag=1))
@@ -696,7 +696,7 @@ def test_an_end_refused_again_and_again_for_its_token_keeps_no_worker_from_its_j
     assert "403" in parts.breaker.reason
 
 
-def test_an_unreadable_event_that_cannot_be_buried_is_not_tried_in_a_hot_loop(started: Start) -> None:
+def test_unreadable_event_that_cannot_be_dead_lettered_is_not_retried_in_a_hot_loop(started: Start) -> None:
     parts = started(Parts(ScriptedClient(TAKEN), publisher=KeepingPublisher(is_down=True)))
 
     parts.outbox.on_delivery(delivered(b"unreadable"))

@@ -131,7 +131,7 @@ OUTAGES = {
 @pytest.mark.parametrize("outage", OUTAGES.values(), ids=OUTAGES.keys())
 @pytest.mark.parametrize(("num_bad", "num_good"), RATIOS[:-1])
 @pytest.mark.parametrize("kind", ["500", "404", "503 and a pause of an hour", "a reset"])
-def test_after_an_outage_all_are_told_within_a_minute_whatever_known_failures_are_among_them(
+def test_events_after_an_outage_are_delivered_within_a_minute_beside_known_failures(
     kind: str, num_bad: int, num_good: int, outage: WebhookAttempt
 ) -> None:
     random.seed(f"{kind} {num_bad} {num_good}")
@@ -143,7 +143,9 @@ def test_after_an_outage_all_are_told_within_a_minute_whatever_known_failures_ar
 
 @pytest.mark.parametrize(("num_bad", "num_good"), RATIOS)
 @pytest.mark.parametrize("kind", ["500", "404", "503 and a pause of an hour", "a reset"])
-def test_so_they_are_where_the_failures_were_parked_in_the_outage_too(kind: str, num_bad: int, num_good: int) -> None:
+def test_events_after_an_outage_are_delivered_within_a_minute_beside_failures_parked_in_it(
+    kind: str, num_bad: int, num_good: int
+) -> None:
     random.seed(f"{kind} {num_bad} {num_good}")
 
     lane = after_an_outage(FAILURES[kind], num_bad, num_good, REFUSED_CONNECTION, are_known=False)
@@ -151,7 +153,7 @@ def test_so_they_are_where_the_failures_were_parked_in_the_outage_too(kind: str,
     assert {name for name in lane.delivered_at if name.startswith("good")} == set(names("good", num_good))
 
 
-def test_two_that_the_backend_is_silent_on_cost_the_others_two_calls() -> None:
+def test_two_events_that_time_out_cost_the_others_two_calls() -> None:
     random.seed("silence")
     lane = after_an_outage(FAILURES["silence"], 2, 5, REFUSED_CONNECTION, are_known=False)
     lane.run(2 * HANG_SECONDS)
@@ -159,7 +161,7 @@ def test_two_that_the_backend_is_silent_on_cost_the_others_two_calls() -> None:
     assert len([name for name in lane.delivered_at if name.startswith("good")]) == 5
 
 
-def test_beside_a_call_that_is_not_answered_another_one_begins() -> None:
+def test_second_call_begins_beside_an_unanswered_one() -> None:
     pacing, silent, other = Pacing(), parked("silent"), parked("other")
     silent.sent_at = now = time.monotonic()
 
@@ -170,7 +172,7 @@ def test_beside_a_call_that_is_not_answered_another_one_begins() -> None:
 
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
-def test_where_one_is_known_to_fail_a_new_event_is_told_at_once(failure: WebhookAttempt) -> None:
+def test_new_event_beside_a_known_failure_is_sent_at_once(failure: WebhookAttempt) -> None:
     lane = Lane(lambda name, _now: TAKEN if name.startswith("good") else failure)
     lane.add("good 0", "bad", "good 1", "good 2")
     lane.run(600)
@@ -183,7 +185,7 @@ def test_where_one_is_known_to_fail_a_new_event_is_told_at_once(failure: Webhook
 
 
 @pytest.mark.parametrize("num_parked", [1, 5, 200])
-def test_a_backend_without_a_connection_is_asked_with_one_event_each_half_minute(num_parked: int) -> None:
+def test_backend_without_a_connection_is_tried_with_one_event_each_half_minute(num_parked: int) -> None:
     lane = Lane(lambda _name, _now: REFUSED_CONNECTION)
     lane.add(*names("good", num_parked))
     lane.run(120)
@@ -194,7 +196,7 @@ def test_a_backend_without_a_connection_is_asked_with_one_event_each_half_minute
     assert 600 / 36 - 2 <= len(lane.calls) <= 600 / 30 + 1
 
 
-def test_a_backend_that_fails_all_is_asked_with_a_handful_of_events_each_half_minute() -> None:
+def test_backend_that_fails_all_is_tried_with_a_few_events_each_half_minute() -> None:
     lane = Lane(lambda _name, _now: FAILURES["500"])
     lane.add(*names("good", 40))
     lane.run(120)
@@ -206,7 +208,7 @@ def test_a_backend_that_fails_all_is_asked_with_a_handful_of_events_each_half_mi
     assert {name for name, _ in lane.calls} == set(names("good", 40))
 
 
-def test_one_that_is_known_to_fail_is_asked_with_more_and_more_rarely_whatever_is_taken_beside_it() -> None:
+def test_known_failure_is_retried_ever_more_rarely_whatever_is_taken_beside_it() -> None:
     lane = Lane(lambda name, _now: TAKEN if name.startswith("good") else FAILURES["500"])
     lane.add("bad")
     for number in range(3600):

@@ -62,7 +62,7 @@ def test_a_returned_event_is_acked_once_its_copy_is_confirmed_and_keeps_its_age_
     assert (broker.acked, taken) == ([1], [])
 
 
-def test_an_event_of_a_lost_session_is_not_copied_for_the_broker_has_it_again() -> None:
+def test_event_of_a_lost_session_is_not_copied() -> None:
     broker = Broker()
     renewer = Republisher(broker, lambda _: None)  # type: ignore[arg-type]
     renewer.start(broker)  # type: ignore[arg-type]
@@ -75,7 +75,7 @@ def test_an_event_of_a_lost_session_is_not_copied_for_the_broker_has_it_again() 
     assert [body for _, body, _ in broker.published] == [b"event 2"]
 
 
-def test_where_the_broker_takes_no_copies_the_events_are_told_as_they_are() -> None:
+def test_returned_events_are_sent_as_they_are_where_the_broker_takes_no_copies() -> None:
     broker, taken, are_taken = Broker(num_failures=10**6), list[int](), threading.Semaphore(0)
 
     def take(delivery: Delivery) -> None:

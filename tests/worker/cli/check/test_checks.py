@@ -155,7 +155,7 @@ def assert_only(found: dict[str, CheckResult], bad: str, *words: object, blocked
 # --- A sound world
 
 
-def test_in_a_sound_world_every_part_is_good_and_says_what_was_seen(place: Place) -> None:
+def test_every_check_is_good_in_a_working_setup_and_reports_its_findings(place: Place) -> None:
     found = place.check()
 
     assert parts(found, State.GOOD) == set(found), found
@@ -186,7 +186,7 @@ def test_in_a_sound_world_every_part_is_good_and_says_what_was_seen(place: Place
     assert "on cpu as float32" in found["model"].detail
 
 
-def test_a_queue_that_nobody_made_yet_is_no_fault_and_is_not_made(place: Place) -> None:
+def test_undeclared_queue_is_good_and_is_not_declared(place: Place) -> None:
     found = place.check(RABBITMQ_QUEUE="not-made-yet")
 
     assert parts(found, State.GOOD) == set(found)
@@ -270,7 +270,7 @@ def test_a_policy_that_limits_the_worker_s_queues_is_found(place: Place) -> None
     assert_only(found, "own queues", "10 were kept", "returned 4 times", f"^{place.queue}$", "list_operator_policies")
 
 
-def test_what_the_management_interface_tells_of_policies_is_said_of_the_worker_s_queues_alone() -> None:
+def test_policies_from_the_management_api_are_reported_for_the_worker_s_queues_alone() -> None:
     names = QueueNames("jobs")
     limited = {"delivery-limit": 3, "expires": 1000, "ha-mode": "all"}
     policies = [
@@ -290,7 +290,7 @@ def test_what_the_management_interface_tells_of_policies_is_said_of_the_worker_s
 @pytest.mark.parametrize(
     "said", [answer(401), answer(200, b"<html>"), answer(200, b'{"queues": 1}'), answer(200, b"[1]")]
 )
-def test_a_port_with_another_service_tells_nothing_of_policies(said: bytes) -> None:
+def test_port_with_another_service_yields_no_policies(said: bytes) -> None:
     with AnsweringServer([said]) as server:
         assert effective_policies("127.0.0.1", "/", user="guest", password="guest", port=server.port) == {}
     assert effective_policies("127.0.0.1", "/", user="guest", password="guest", port=server.port) == {}
@@ -389,7 +389,7 @@ def test_a_refused_token_is_found(place: Place) -> None:
         (501, 501, "whether it takes the token, the first webhook will tell"),
     ],
 )
-def test_of_a_backend_is_said_what_was_seen_and_no_more(status: int, stranger_status: int, words: str) -> None:
+def test_backend_check_reports_its_findings_and_no_more(status: int, stranger_status: int, words: str) -> None:
     assert words in classify_answer("http://backend", BackendProbe(status, stranger_status))
 
 
@@ -429,7 +429,7 @@ def test_a_path_twice_in_the_address_is_found(place: Place) -> None:
         (BackendProbe(429, 429), "later"),
     ],
 )
-def test_of_a_backend_in_doubt_is_said_what_either_would_mean(found: BackendProbe, words: str) -> None:
+def test_backend_check_in_doubt_reports_both_meanings(found: BackendProbe, words: str) -> None:
     with pytest.raises(CheckUnsure, match=rf"http://backend answers {found.status}.*{words}"):
         classify_answer("http://backend", found)
 
@@ -437,11 +437,11 @@ def test_of_a_backend_in_doubt_is_said_what_either_would_mean(found: BackendProb
 @pytest.mark.parametrize(
     "found", [BackendProbe(404, 404, 200), BackendProbe(404, 401, 405), BackendProbe(200, 200, 404)]
 )
-def test_a_server_that_tells_its_routes_otherwise_than_by_a_get_is_good(found: BackendProbe) -> None:
+def test_backend_that_reveals_its_routes_by_another_method_is_good(found: BackendProbe) -> None:
     assert classify_answer("http://backend", found)
 
 
-def test_a_doubt_is_yellow_and_not_good() -> None:
+def test_doubtful_check_is_yellow_and_not_good() -> None:
     def look() -> str:
         raise CheckUnsure("either way")
 
@@ -476,7 +476,7 @@ def test_a_disk_that_is_smaller_than_the_cache_may_become_is_found(place: Place)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_asked_for_and_not_there_is_found(place: Place) -> None:
+def test_configured_gpu_that_is_missing_is_found(place: Place) -> None:
     found = place.check(DEVICE="cuda", CUDA_VISIBLE_DEVICES="3")
 
     assert_only(found, "GPU", "DEVICE is cuda", "CUDA_VISIBLE_DEVICES=3", "nvidia-smi", blocked=("model",))

@@ -13,7 +13,7 @@ from worker.cli.check.checks import CheckFailed
 from worker.cli.check.port import check_port, why_no_port
 
 
-def test_a_free_port_is_good_and_the_status_page_s_address_is_told() -> None:
+def test_free_port_is_good_and_the_status_page_s_address_is_shown() -> None:
     port = free_port()
 
     assert f"http://localhost:{port}/" in check_port(port)
@@ -45,6 +45,6 @@ def test_a_port_with_another_server_is_in_use_by_no_worker(body: bytes) -> None:
             check_port(port)
 
 
-def test_a_port_only_for_root_says_from_where_on_others_are() -> None:
+def test_privileged_port_is_refused_with_the_first_unprivileged_one() -> None:
     assert "from 1024 on" in why_no_port(80, OSError(errno.EACCES, "Permission denied"))
     assert "cannot be used (Cannot assign" in why_no_port(80, OSError(errno.EADDRNOTAVAIL, "Cannot assign"))

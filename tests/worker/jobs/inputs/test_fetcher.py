@@ -212,7 +212,7 @@ def test_a_bucket_of_the_worker_s_own_that_is_missing_is_waited_for(
 
 
 @pytest.mark.parametrize("error", [ObjectDamaged("cut short"), ObjectChanged("replaced again")])
-def test_what_the_store_damages_on_the_way_is_no_fault_of_the_job(
+def test_download_damaged_by_the_store_does_not_fail_the_job(
     store_settings: StoreSettings, pinned: ExitStack, error: StorageError
 ) -> None:
     class DamagingStorage(Storage):

@@ -55,7 +55,7 @@ def test_weights_of_peft_alone_are_refused_by_what_is_missing(folder: Path) -> N
 
 
 @pytest.mark.parametrize("content", [b"", b"\x05", b"\xff" * 8, b"\xff" * 8 + b"{", b"PK\x03\x04" + b"x" * 100])
-def test_what_is_no_weights_file_is_not_named_by_peft(tmp_path: Path, content: bytes) -> None:
+def test_other_file_names_are_not_peft_s(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a").write_bytes(content)
 
     assert not is_named_by_peft(tmp_path / "a")

@@ -71,14 +71,14 @@ def turned(image: Image.Image, orientation: int) -> bytes:
         pytest.param(png(Image.new("RGB", (4, 4)), format="WEBP", lossless=True), "RGB", (0, 0, 0), id="webp"),
     ],
 )
-def test_every_kind_of_pixel_becomes_the_mode_that_is_asked_for(content: bytes, mode: ImageMode, colour: Any) -> None:
+def test_every_kind_of_pixel_becomes_the_requested_mode(content: bytes, mode: ImageMode, colour: Any) -> None:
     image = decode_image(content, mode)
 
     assert (image.mode, image.info) == (mode, {})
     assert image.getpixel((0, 0)) == colour
 
 
-def test_a_camera_s_image_stands_upright() -> None:
+def test_camera_image_is_turned_upright() -> None:
     image = Image.new("RGB", (40, 20))
     image.putpixel((0, 0), (255, 0, 0))
 
@@ -89,7 +89,7 @@ def test_a_camera_s_image_stands_upright() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_a_image_larger_than_is_useful_comes_out_smaller_and_upright(mode: ImageMode) -> None:
+def test_an_image_larger_than_is_useful_comes_out_smaller_and_upright(mode: ImageMode) -> None:
     image = Image.new(mode, (4200, 5000), (90, 60, 30))
     image.paste((255, 0, 0), (0, 0, 400, 400))
 
@@ -147,7 +147,7 @@ def test_a_jpeg_of_100_megapixels_is_read_at_a_part_of_its_size() -> None:
         ),
     ],
 )
-def test_what_is_no_image_or_too_large_is_refused_in_plain_words(
+def test_invalid_or_too_large_image_is_refused_with_a_plain_message(
     content: bytes, error: type[WatermarkError], words: str
 ) -> None:
     with pytest.raises(error, match=words):
@@ -164,7 +164,7 @@ def gradient(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
 @pytest.mark.parametrize("how", list(Fit))
 @pytest.mark.parametrize("size", [(64, 64), (128, 64), (8, 200)])
-def test_a_fitted_image_has_the_size_that_is_asked_for(mode: str, how: Fit, size: tuple[int, int]) -> None:
+def test_fitted_image_has_the_requested_size(mode: str, how: Fit, size: tuple[int, int]) -> None:
     fitted = fit(gradient(100, 50).convert(mode), size, how)
 
     assert (fitted.size, fitted.mode) == (size, mode)
@@ -191,7 +191,7 @@ def test_cover_cuts_off_and_contain_shows_all_and_goes_on() -> None:
     assert contained.getpixel((95, 99)) == (0, 0, 255)
 
 
-def test_a_image_of_the_right_size_is_left_alone() -> None:
+def test_an_image_of_the_right_size_is_left_alone() -> None:
     image = noise(64, 64)
 
     assert fit(image, (64, 64), Fit.CONTAIN).tobytes() == image.tobytes()
@@ -234,7 +234,7 @@ def test_the_engine_gets_images_of_the_drawing_s_size_and_a_mask_without_greys(r
     assert (len(source.mask), set(source.mask)) == (64 * 32, {0, 255})
 
 
-def test_control_is_told_as_it_was_asked_for(rules: JobRules) -> None:
+def test_engine_control_has_the_job_s_parameters(rules: JobRules) -> None:
     control = {"image_path": "e", "model": "edges", "scale": 0.5, "start": 0.2, "end": 0.7, "preprocess": "canny"}
     job = job_of(rules, control=control)
 
@@ -243,7 +243,7 @@ def test_control_is_told_as_it_was_asked_for(rules: JobRules) -> None:
     assert engine_control == Control("edges", noise(64, 64).tobytes(), 0.5, 0.2, 0.7, finds_edges=True)
 
 
-def test_what_a_job_holds_is_as_small_as_its_drawing_and_keeps_its_proportions(
+def test_references_are_reduced_to_the_drawing_s_size_and_keep_their_proportions(
     rules: JobRules, store_settings: StoreSettings, bucket: str
 ) -> None:
     """A dozen jobs with a camera's pictures would take half a gigabyte."""
@@ -277,7 +277,7 @@ def test_what_a_job_holds_is_as_small_as_its_drawing_and_keeps_its_proportions(
     ).source_for(job, size)
 
 
-def test_a_job_without_references_brings_none(rules: JobRules) -> None:
+def test_job_without_references_has_none(rules: JobRules) -> None:
     none = References()
 
     assert (none.source_for(job_of(rules), (8, 8)), none.control_for(job_of(rules), (8, 8))) == (None, None)
@@ -295,7 +295,7 @@ def test_a_job_without_references_brings_none(rules: JobRules) -> None:
         ({"width": 256, "height": 512}, (3000, 2000), (256, 512)),
     ],
 )
-def test_a_image_has_its_reference_s_proportions_unless_the_job_names_some(
+def test_an_image_has_its_reference_s_proportions_unless_the_job_names_some(
     rules: JobRules, fields: dict[str, Any], reference: tuple[int, int] | None, size: tuple[int, int]
 ) -> None:
     job = job_of(rules, **fields)
@@ -316,7 +316,7 @@ def test_a_image_has_its_reference_s_proportions_unless_the_job_names_some(
         ),
     ],
 )
-def test_what_the_model_cannot_do_is_refused_by_what_it_can(
+def test_unsupported_kind_is_refused_with_the_supported_ones(
     rules: JobRules, fields: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(JobFailed, match=words) as refusal:
@@ -325,13 +325,13 @@ def test_what_the_model_cannot_do_is_refused_by_what_it_can(
     assert refusal.value.code == "UNSUPPORTED_BY_MODEL"
 
 
-def test_what_it_can_do_is_let_pass(rules: JobRules) -> None:
+def test_supported_kind_is_accepted(rules: JobRules) -> None:
     check_can(job_of(rules), FACTS)
     check_can(job_of(rules, kind="image2image", **INIT), FACTS)
     check_can(job_of(rules, control={"image_path": "e", "model": "edges"}), FACTS)
 
 
-def test_a_worker_without_controlnets_says_so(rules: JobRules) -> None:
+def test_control_is_refused_by_a_worker_without_controlnets(rules: JobRules) -> None:
     job = job_of(rules, control={"image_path": "e", "model": "edges"})
 
     with pytest.raises(JobFailed, match="this worker has no ControlNets"):

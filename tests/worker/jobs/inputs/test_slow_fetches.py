@@ -55,7 +55,7 @@ def errors_of(fetches: list[Future[bytes]]) -> list[object]:
     return [type(one.exception(HANG_SECONDS)) for one in fetches]
 
 
-def test_of_many_that_wait_for_an_object_that_never_comes_only_some_go_on(cache: DownloadCache) -> None:
+def test_waits_for_an_object_that_never_arrives_are_limited(cache: DownloadCache) -> None:
     places = SlowFetchLimit(2)
     with ThreadPoolExecutor(6) as pool:
         fetches = [pool.submit(fetch, cache, places, HUNG, 3.0) for _ in range(6)]
@@ -93,7 +93,7 @@ def wait_until_refused(places: SlowFetchLimit) -> None:
     pytest.fail("nobody became slow")
 
 
-def test_a_slow_place_is_free_again_once_its_fetch_is_over(cache: DownloadCache) -> None:
+def test_slow_fetch_frees_its_place_when_it_ends(cache: DownloadCache) -> None:
     places = SlowFetchLimit(1)
     for _ in range(2):
         with pytest.raises(StorageUnavailable) as raised:
