@@ -99,6 +99,11 @@ def leave_a_dead_letter(station: Station, body: bytes) -> None:
     station.world.wait_until_clean(dead=1)
 
 
+def has_ended(worker: Worker, job: Job) -> bool:
+    """Return whether the worker is done with the job, its webhook included."""
+    return any(event["task_id"] == job.task_id for event in worker.events("job out"))
+
+
 def distinct_ends(station: Station, job: Job) -> list[str]:
     """The different things that the backend was told of the job's end."""
     return sorted({json.dumps(call.body) for call in station.world.backend.calls("complete", job.generation_id)})
@@ -235,6 +240,8 @@ def test_a_job_behind_a_black_hole_goes_to_another_worker_and_one_end_wins(stati
 
     # Then both finish it, and it has one end
     eventually(lambda: station.num_finished(job) == 2)
+    for one in (worker, other):
+        eventually(lambda one=one: has_ended(one, job), one.log_tail)
     station.assert_complete_once(job, num_runs=2, num_posts=None)
     assert len(distinct_ends(station, job)) == 1
     other.kill()
