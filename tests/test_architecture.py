@@ -85,7 +85,7 @@ TORCH = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensor
 
 @cache
 def modules() -> dict[str, ast.Module]:
-    """Every module of our packages by its dotted name."""
+    """Map every module of our packages by its dotted name."""
     found = {}
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
@@ -96,7 +96,7 @@ def modules() -> dict[str, ast.Module]:
 
 @cache
 def imports_of(name: str) -> frozenset[str]:
-    """Every dotted name that the module imports, wherever in the file it does; a module where the name is one."""
+    """Return every dotted name that the module imports, wherever in the file; a module where the name is one."""
     return frozenset(_imports_of(name))
 
 
@@ -128,13 +128,13 @@ def folder_of(name: str) -> str:
 
 
 def place_of(name: str) -> int:
-    """The position in `ORDER` of the longest entry that names the module or a folder around it."""
+    """Return the position in `ORDER` of the longest entry that names the module or a folder around it."""
     around = [place for place in ORDER if f"{name}.".startswith(f"{place}.")]
     return ORDER.index(max(around, key=len))
 
 
 def circle_in(graph: Mapping[Any, set[Any] | frozenset[Any]]) -> set[Any]:
-    """What is in a circle or imports one; empty where there is none."""
+    """Return the modules in a circle or importing one; empty where there is none."""
     left = dict(graph)
     while leaves := {name for name, imported in left.items() if not imported & left.keys()}:
         left = {name: imported for name, imported in left.items() if name not in leaves}

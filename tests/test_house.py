@@ -46,7 +46,7 @@ def _only():
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A tree with one good file in each package."""
+    """Write a tree with one good file in each package."""
     for package in PACKAGES:
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").touch()

@@ -39,7 +39,7 @@ def command(out: Path, *more: object) -> tuple[object, ...]:
 
 
 def processes_named(part: str) -> list[int]:
-    """The numbers of the processes with `part` in their command lines, zombies left out."""
+    """Return the ids of the processes with `part` in their command lines, zombies left out."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -162,7 +162,7 @@ def test_the_lines_so_far_are_whole_when_the_command_is_killed(tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """How the stages of `tests.benchmarks.bad_stages` ended, and the summary of them."""
+    """Run the stages of `tests.benchmarks.bad_stages`; return how they ended, and the summary."""
     out = tmp_path_factory.mktemp("bad")
     output, _ = start(out, module="tests.benchmarks.bad_stages").communicate(timeout=HANG_SECONDS)
     report: dict[str, Any] = json.loads(output.splitlines()[-1])

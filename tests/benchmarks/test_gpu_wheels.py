@@ -16,7 +16,7 @@ NOT_NEEDED = {"importlib-metadata"}
 
 
 def pins(path: Path) -> dict[str, str]:
-    """The versions of a list of exact pins, by canonical names."""
+    """Read the versions of a list of exact pins, by canonical names."""
     lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
     pairs = [line.split("==") for line in lines]
     return {canonicalize_name(name): version for name, version in pairs}

@@ -97,7 +97,7 @@ def own(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def rules(own: Path) -> JobRules:
-    """The rules of a worker with the operator's own presets."""
+    """Build the rules of a worker with the operator's own presets."""
     return rules_with(own)
 
 
@@ -110,7 +110,7 @@ def one(name: str = "a", positive: str = PLACEHOLDER, more: str = "") -> str:
 
 
 def refusal_of(path: Path, content: str | bytes) -> str:
-    """The sentence that refuses a file with this content, without the file's own name."""
+    """Return the sentence that refuses a file with this content, without the file's own name."""
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(PresetsInvalid) as caught:
         load_presets(path)

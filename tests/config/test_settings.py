@@ -49,7 +49,7 @@ FIELDS: dict[str, tuple[str, str, FieldInfo]] = {
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """An environment with the required settings and no other of ours."""
+    """Set the required settings in the environment and no other of ours."""
     for variable in FIELDS:
         monkeypatch.delenv(variable, raising=False)
     return set_all(monkeypatch, REQUIRED)
@@ -349,7 +349,7 @@ def test_even_the_traceback_of_a_settings_error_holds_no_secret(
 
 
 def example_lines() -> list[tuple[bool, str, str]]:
-    """Whether it is commented out, the variable and its value, for each line of `.env.example` that sets one."""
+    """Yield for each line of `.env.example` that sets a variable whether it is commented out, its name and value."""
     text = (ROOT / ".env.example").read_text()
     found = re.findall(r"^(#?)([A-Z][A-Z0-9_]*)=(.*)$", text, re.MULTILINE)
     return [(bool(hash_sign), name, value) for hash_sign, name, value in found]

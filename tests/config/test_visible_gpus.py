@@ -76,7 +76,7 @@ def test_a_process_that_draws_on_the_cpu_is_given_no_gpu_s_variables() -> None:
 
 @pytest.fixture
 def env_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A `.env` that the settings read; CUDA_VISIBLE_DEVICES is not in the environment."""
+    """Write a `.env` that the settings read; CUDA_VISIBLE_DEVICES is not in the environment."""
     monkeypatch.setitem(ModelSettings.model_config, "env_file", ".env")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.chdir(tmp_path)

@@ -53,7 +53,7 @@ def compose_text() -> str:
 
 @cache
 def compose() -> dict[str, Any]:
-    """The file as Compose sees it where only what is required is set, by the variable's own name."""
+    """Render the file as Compose does with the required variables alone, each set to its own name."""
 
     def value(found: re.Match[str]) -> str:
         name, kind, default = found.groups()
@@ -164,7 +164,7 @@ def test_published_ports_are_bound_to_localhost() -> None:
 
 @pytest.fixture
 def composed_store(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The compose file's `store` on ports of its own; what has to be put in for each of its addresses."""
+    """Start the compose file's `store` on ports of its own; return the substitute of each of its addresses."""
     ports = {name: str(free_port()) for name in ("9333", "19333", "8888", "18888", "8333")}
     rest = [f"-{flag}={free_port()}" for flag in ("volume.port", "volume.port.grpc", "s3.port.grpc")]
     moved = {
@@ -228,7 +228,7 @@ def test_the_bucket_is_made_once_it_is_healthy_and_a_second_time_nothing_happens
 
 @cache
 def manifests() -> dict[tuple[str, str], Any]:
-    """Every object by kind and name."""
+    """Load every object by kind and name."""
     folder = DEPLOY / "kubernetes"
     found = [one for path in sorted(folder.glob("*.yaml")) for one in yaml.safe_load_all(path.read_text())]
     return {(one["kind"], one.get("metadata", {}).get("name", "")): one for one in found}
@@ -244,7 +244,7 @@ def container() -> dict[str, Any]:
 
 
 def configured() -> dict[str, str]:
-    """Every variable a pod gets."""
+    """Return every variable a pod gets."""
     return manifests()["ConfigMap", "darkroom"]["data"] | manifests()["Secret", "darkroom"]["stringData"]  # type: ignore[no-any-return]
 
 

@@ -44,7 +44,7 @@ def artist() -> Iterator[Artist]:
 
 
 def spread(names: tuple[str, ...], how_many: str) -> tuple[str, ...]:
-    """As many of the names as are asked for, from all over the list."""
+    """Choose this many of the names, from all over the list."""
     num = len(names) if how_many == "all" else min(int(how_many), len(names))
     return tuple(names[index * len(names) // num] for index in range(num))
 
@@ -87,13 +87,13 @@ def test_a_ground_that_is_named_is_drawn(artist: Artist, colour: str, rgb: tuple
 
 @pytest.fixture(scope="module")
 def plain(artist: Artist) -> list[RawImage]:
-    """The subjects without any adapter."""
+    """Draw the subjects without any adapter."""
     return shown(artist, STYLED_SUBJECTS)
 
 
 @pytest.fixture(scope="module")
 def styled(artist: Artist) -> Styled:
-    """The subjects in a style; drawn once."""
+    """Draw the subjects in a style, once."""
 
     @cache
     def draw(style: str) -> list[RawImage]:
@@ -112,7 +112,7 @@ def measured(images: list[RawImage], measure: Callable[[RawImage], float]) -> np
 
 
 def ground(image: RawImage) -> npt.NDArray[np.floating]:
-    """The colour that most of the picture's rim has."""
+    """Return the colour that most of the image's rim has."""
     rim = np.concatenate((image[:3].reshape(-1, 3), image[-3:].reshape(-1, 3), image[:, :3].reshape(-1, 3)))
     median: npt.NDArray[np.floating] = np.median(rim, axis=0)
     return median
@@ -123,14 +123,14 @@ def saturation(image: RawImage) -> RawImage:
 
 
 def has_same_thing(one: RawImage, other: RawImage) -> float:
-    """How well the places agree where two pictures differ from their grounds: shared area over joint area."""
+    """Compute how well the places agree where two images differ from their grounds: shared area over joint area."""
     first, second = (np.abs(image - ground(image)).max(-1) > 0.15 for image in (one, other))
     filled_first, filled_second = _filled(first), _filled(second)
     return float((filled_first & filled_second).sum() / max(1, (filled_first | filled_second).sum()))
 
 
 def _filled(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """What lies between the outermost marks of its row, so that an outline counts as what it encloses."""
+    """Fill each row between its outermost marks, so that an outline counts as what it encloses."""
     return np.maximum.accumulate(mask, axis=1) & np.maximum.accumulate(mask[:, ::-1], axis=1)[:, ::-1]
 
 
@@ -175,7 +175,7 @@ def test_pixel_is_made_of_squares(styled: Styled, plain: list[RawImage]) -> None
 
 
 def _roughness(image: RawImage) -> float:
-    """How much of all the change from one point to its neighbour happens inside the squares and not between them."""
+    """Compute the share of all change between neighbouring points that is inside the squares."""
     change = np.abs(np.diff(image, axis=1)).mean((0, 2))
     is_between = np.arange(1, SIDE) % 8 == 0
     return float(change[~is_between].mean() / change[is_between].mean())

@@ -247,7 +247,7 @@ def test_means_are_those_of_the_image_s_squares() -> None:
 
 
 class Sum(nn.Module):
-    """Learns a matrix and an offset."""
+    """Trains a matrix and an offset."""
 
     def __init__(self) -> None:
         super().__init__()

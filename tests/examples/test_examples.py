@@ -1,4 +1,4 @@
-"""The examples for backends: receivers that nobody fools or makes act twice, publishers that lose nothing."""
+"""The examples for backends: receivers that accept no forgery and act once, publishers that lose nothing."""
 
 import json
 import signal
@@ -36,7 +36,7 @@ NUM_AT_ONCE = 8
 
 @pytest.fixture(scope="module", params=RECEIVERS)
 def receiver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
-    """A running receiver of either language."""
+    """Run a receiver of either language."""
     made = Receiver(request.param, tmp_path_factory.mktemp("receiver"))
     made.start()
     yield made
@@ -45,7 +45,7 @@ def receiver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def generation_id(receiver: Receiver) -> int:
-    """A generation of the test's own that the receiver knows."""
+    """Register a generation of the test's own with the receiver."""
     number = uuid.uuid4().int % 2**31
     receiver.expect(number)
     return number
@@ -140,7 +140,7 @@ def test_clocks_may_differ_by_some_minutes(receiver: Receiver, generation_id: in
 
 
 def signed_headers(webhook: Webhook, payload: bytes) -> dict[str, str]:
-    """What `payload` would be sent with."""
+    """Return the headers that `payload` would be sent with."""
     now = int(time.time())
     return {
         "Authorization": f"Bearer {TOKEN}",
@@ -238,7 +238,7 @@ def test_demo_parts_run_until_interrupted_and_print_their_addresses(tmp_path: Pa
 def world(
     receiver: Receiver, rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[World]:
-    """A running worker, its engine a stand-in, whose backend is the receiver."""
+    """Run a worker without torch whose backend is the receiver."""
     with new_world(rabbitmq, s3_server, tmp_path_factory.mktemp("world")) as made:
         start_light_worker(made, **receiver.env())
         yield made

@@ -20,7 +20,7 @@ from tests.support.paths import ROOT
 
 
 def processes_below(folder: Path) -> list[str]:
-    """Names of the live processes that run in `folder` or name it on their command line."""
+    """Name the live processes that run in `folder` or have it on their command line."""
     found = []
     for process in psutil.process_iter(["name", "cmdline", "cwd", "status"]):
         places = [process.info["cwd"] or "", *(process.info["cmdline"] or [])]

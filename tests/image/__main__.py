@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def make_base() -> None:
-    """What the Dockerfile begins with, out of Debian's own packages."""
+    """Build what the Dockerfile begins with out of Debian's own packages."""
     with tempfile.TemporaryDirectory(prefix="darkroom-image-") as folder:
         _run("debootstrap", "--variant=minbase", SUITE, folder)
         with _container("scratch") as container:
@@ -45,7 +45,7 @@ def make_base() -> None:
 
 
 def check() -> int:
-    """The exit code of `darkroom check` as the image's own user, beside private real parts."""
+    """Run `darkroom check` as the image's own user, beside private real parts; return the exit code."""
     with (
         tempfile.TemporaryDirectory(prefix="darkroom-") as folder,
         RabbitMQ(Path(folder) / "rabbitmq") as rabbitmq,

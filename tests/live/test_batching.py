@@ -32,7 +32,7 @@ def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path) -> Iterator[
 def lasting_world(
     rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[World]:
-    """A world with a worker that is ready, for tests after which it is as good as new."""
+    """Start a world with a worker that is ready, for tests after which it is as good as new."""
     with new_world(rabbitmq, s3_server, tmp_path_factory.mktemp("world")) as made:
         ready(made.start_worker())
         yield made

@@ -45,7 +45,7 @@ class _Passage(socketserver.BaseRequestHandler):
     server: DenyingStore
 
     def handle(self) -> None:
-        """One connection; while it is denied, a connection is one request."""
+        """Serve one connection; while it is denied, a connection is one request."""
         with socket.create_connection(self.server.target) as store:
             threading.Thread(target=self._pass_back, args=(store,), daemon=True).start()
             while content := self.request.recv(1 << 16):
@@ -90,7 +90,7 @@ def lasting_world(
 
 @pytest.fixture
 def world(lasting_world: World, passage: DenyingStore) -> Iterator[World]:
-    """One for all tests, with one worker, whose engine is a stand-in; each leaves them as good as new."""
+    """Start one world for all tests, with one worker without torch; each test leaves them as good as new."""
     token = lasting_world.backend.token
     yield lasting_world
     lasting_world.backend.token = token

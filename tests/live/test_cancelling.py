@@ -1,6 +1,6 @@
-"""Cancel orders on the fanout exchange, through a whole worker whose engine is a stand-in.
+"""Cancel orders on the fanout exchange, through a whole worker whose engine runs without torch.
 
-With the real engine: `test_live_batching.py`.
+With the real engine: `tests/live/test_batching.py`.
 """
 
 import json

@@ -51,7 +51,7 @@ def _sound(station: Station) -> None:
 
 @pytest.fixture
 def worker(station: Station) -> Worker:
-    """The only worker, as good as new."""
+    """Return the only worker, as good as new."""
     alive = [one for one in station.world.workers if one.process.poll() is None]
     for one in alive[1:]:
         one.kill()
@@ -85,7 +85,7 @@ def in_a_step(station: Station, worker: Worker, _job: Job) -> None:
 
 
 def before_the_image(station: Station, worker: Worker, job: Job) -> None:
-    """Its request is lost, and made anew once it thaws."""
+    """Freeze before the image: its request is lost, and made anew once the worker resumes."""
 
     def freeze(link: Link) -> None:
         worker.process.send_signal(signal.SIGSTOP)
@@ -95,12 +95,12 @@ def before_the_image(station: Station, worker: Worker, job: Job) -> None:
 
 
 def in_the_image(station: Station, worker: Worker, job: Job) -> None:
-    """The store has half of the picture when the worker freezes, and the rest once it thaws."""
+    """Freeze in the image: the store has half of it when the worker freezes, and the rest once it resumes."""
     station.store.when(station.put_of_image(job), do=freezes(worker), after_bytes=300_000)
 
 
 def in_the_replacement(station: Station, worker: Worker, job: Job) -> None:
-    """An earlier task's picture was looked at, and is being replaced."""
+    """Freeze in the replacement of an earlier task's image, after it was checked."""
     station.world.upload(station.object_of(job), b"an earlier one")
     station.store.when(Sign(UP, b"If-Match: "), do=freezes(worker), after_bytes=300_000)
 
@@ -161,7 +161,7 @@ def test_worker_that_resumes_changes_no_image_and_repeats_no_end(
 
 
 def images_of(station: Station, job: Job) -> list[tuple[str, bytes]]:
-    """Of each picture the task that is noted beside it, and its bytes."""
+    """Return of each image the task in its metadata, and its bytes."""
     client, bucket = station.world.store.client(), station.world.bucket
     found = [
         client.get_object(Bucket=bucket, Key=f"generations/gen-{job.generation_id}{suffix}.png")

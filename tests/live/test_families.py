@@ -60,7 +60,7 @@ def place(
 
 
 def metadata_of(world: World, generation_id: int) -> dict[str, Any]:
-    """The metadata of a job that completes."""
+    """Wait for the job to complete; return its metadata."""
     end = world.wait_for_end(generation_id)
     assert end.kind == "complete", end.body
     return dict(end.body["metadata"])

@@ -34,7 +34,7 @@ def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path) -> Iterator[
 
 @pytest.fixture
 def worker(world: World) -> Worker:
-    """A worker of the test's own, to be killed."""
+    """Start a worker of the test's own, to be killed."""
     worker = world.start_worker()
     worker.wait_until_ready()
     return worker
@@ -51,7 +51,7 @@ def lasting_world(
 
 @pytest.fixture
 def lasting_worker(lasting_world: World) -> Worker:
-    """One worker for all tests after which it must be as good as new: starting one takes seven seconds."""
+    """Start one worker for all tests after which it must be as good as new: starting one takes seven seconds."""
     worker = lasting_world.workers[0]
     eventually(lambda: worker.get("/health/ready")[0] == 200, worker.log_tail)
     lasting_world.wait_until_clean()
@@ -126,7 +126,7 @@ def test_a_job_that_kills_the_engine_every_time_fails_alone(lasting_world: World
 
 
 def is_given_back(channel: Any, queue: str) -> bool:
-    """Whether a message was there to be taken and given back: so comes back what a killed worker had."""
+    """Return whether a message was ready and is given back, as one that a killed worker had."""
     method, _, _ = channel.basic_get(queue)
     if method is not None:
         channel.basic_nack(method.delivery_tag, requeue=True)

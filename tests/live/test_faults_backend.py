@@ -50,7 +50,7 @@ def station(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.T
 
 @pytest.fixture(autouse=True)
 def worker(station: Station) -> Worker:
-    """One worker for all tests, after each of which it must be as good as new."""
+    """Start one worker for all tests, after each of which it must be as good as new."""
     station.make_sound()
     worker = station.world.workers[0]
     eventually(lambda: worker.get("/health/ready")[0] == 200, worker.log_tail)
@@ -122,7 +122,7 @@ def test_backend_that_is_down_delays_no_job_and_gets_each_end_once_it_is_back(st
 
 
 def never_taken(station: Station, job: Job) -> None:
-    """From now on the backend answers 500 to whatever it is told of the job."""
+    """Make the backend answer 500 to every webhook of the job from now on."""
     sign = Sign(UP, f'"generation_id":{job.generation_id}'.encode())
     station.backend.when(sign, do=answers(500), times=None)
 

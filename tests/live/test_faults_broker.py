@@ -1,4 +1,4 @@
-"""The way to the broker breaks, hangs or lies: nothing is lost, and nothing has an effect twice."""
+"""The way to the broker breaks, hangs or falsifies: nothing is lost, and nothing has an effect twice."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def station(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.T
 
 @pytest.fixture
 def worker(station: Station) -> Worker:
-    """One worker for all tests, after each of which it must be as good as new."""
+    """Start one worker for all tests, after each of which it must be as good as new."""
     station.make_sound()
     worker, *others = station.world.workers
     for other in others:
@@ -63,7 +63,7 @@ def second(station: Station, worker: Worker) -> Iterator[Worker]:
 
 @pytest.fixture
 def hurried_broker(rabbitmq: RabbitMQ) -> Iterator[RabbitMQ]:
-    """A broker that soon has waited long enough for an ack; on the channels that are opened from now on."""
+    """Shorten the broker's wait for an ack, on the channels that are opened from now on."""
 
     def wait_for_acks(timeout_seconds: float, tick_seconds: float) -> None:
         rabbitmq.ctl(
@@ -82,7 +82,7 @@ def num_adopted(worker: Worker) -> float:
 
 
 def publish_followed(station: Station) -> tuple[Job, list[Link]]:
-    """A held job, and the connection of each delivery of it."""
+    """Publish a held job, and follow the connection of each delivery of it."""
     links: list[Link] = []
     station.broker.when(Sign(DOWN, b"hold@3"), do=links.append, times=None)
     return station.publish_held(), links
@@ -105,7 +105,7 @@ def has_ended(worker: Worker, job: Job) -> bool:
 
 
 def distinct_ends(station: Station, job: Job) -> list[str]:
-    """The different things that the backend was told of the job's end."""
+    """Return the distinct payloads of the job's end that the backend received."""
     return sorted({json.dumps(call.body) for call in station.world.backend.calls("complete", job.generation_id)})
 
 

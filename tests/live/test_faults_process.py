@@ -60,7 +60,7 @@ def _sound_and_clean(station: Station) -> None:
 
 @pytest.fixture
 def worker(station: Station) -> Worker:
-    """The only worker: one that an earlier test has left alive, or a new one."""
+    """Return the only worker: one that an earlier test has left alive, or a new one."""
     alive = [one for one in station.world.workers if one.process.poll() is None]
     for one in alive[1:]:
         one.kill()
@@ -68,13 +68,13 @@ def worker(station: Station) -> Worker:
 
 
 def start_worker(station: Station, **env: str) -> Worker:
-    """All share one folder of adapters, as workers do that a machine starts one after the other."""
+    """Start a worker; all share one folder of adapters, as workers do that a machine starts one after the other."""
     return station.start_worker(constants=CONSTANTS, CACHE_DIR=str(cache_of(station)), **env)
 
 
 @pytest.fixture
 def alone(station: Station) -> None:
-    """No worker but those the test starts itself."""
+    """Kill every worker but those the test starts itself."""
     for one in station.world.workers:
         one.kill()
 
@@ -146,7 +146,7 @@ def before_the_ack(station: Station, worker: Worker) -> Job:
 
 
 def killed_when(station: Station, worker: Worker, signs: Callable[[Job], list[Sign]], *, after_bytes: int = 0) -> Job:
-    """A job whose worker is killed at these signs on the way to the store."""
+    """Publish a job whose worker is killed at these signs on the way to the store."""
     job = station.publish_held(**LARGE)
     station.store.when(*signs(job), do=kills(worker), after_bytes=after_bytes)
     station.release(job)
@@ -349,7 +349,7 @@ def test_image_of_nan_is_never_stored(station: Station) -> None:
 
 
 def assert_left_alone(station: Station, job: Job) -> None:
-    """The job is where its backend put it, and whoever comes next does it."""
+    """Assert that the job is where its backend put it, and is done by the next worker."""
     station.world.wait_for_depth(1, 0)
     assert station.world.backend.calls(generation_id=job.generation_id) == []
     start_worker(station)
@@ -442,7 +442,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def is_gone(pid: int) -> bool:
-    """Whether it has ended, be it that nobody has looked yet."""
+    """Return whether the process has ended, reaped or not."""
     return not Path(f"/proc/{pid}").exists() or state_of(pid) == "Z"
 
 
@@ -587,7 +587,7 @@ class OtherwiseStarted(Worker):
 
 @contextmanager
 def started(station: Station, *, prefix: list[str] | None = None, output: int | None = None) -> Iterator[Worker]:
-    """A worker started by `prefix`, which writes to the descriptor `output`; ready when the caller has seen it so."""
+    """Start a worker by `prefix`, which writes to the descriptor `output`; ready when the caller has seen it so."""
     world = station.world
     own = {
         "PATH": os.environ["PATH"],

@@ -1,6 +1,6 @@
-"""Product jobs that are broken off between and in their stages: what was kept is not made again.
+"""Product jobs that are broken off between and in their stages: what was saved is not made again.
 
-The engine is a stand-in, which holds where it is told: the background at its third step, then the refining at its own.
+The engine runs without torch and holds on command: the background at its third step, then the refining at its own.
 """
 
 import io
@@ -45,7 +45,7 @@ def worker(station: Station) -> Worker:
 
 
 def publish_held(station: Station) -> Job:
-    """A product job whose background is being drawn."""
+    """Publish a product job, and wait until its background is being drawn."""
     cutout = station.world.upload("uploads/cut.png", png_of(bottle()))
     return station.publish_held(
         kind="product", num_inference_steps=STEPS, product={"image_path": cutout, "refine_strength": STRENGTH}
@@ -53,7 +53,7 @@ def publish_held(station: Station) -> Job:
 
 
 def refining(job: Job) -> Job:
-    """The job's second request, as the engine knows it."""
+    """Return the job's second request, by its id in the engine."""
     return Job(f"{job.task_id}:refine", job.generation_id)
 
 

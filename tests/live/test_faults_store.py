@@ -35,7 +35,7 @@ def station(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.T
 
 @pytest.fixture(autouse=True)
 def worker(station: Station) -> Worker:
-    """One worker for all tests, after each of which it must be as good as new or gone."""
+    """Start one worker for all tests, after each of which it must be as good as new or gone."""
     station.make_sound()
     alive = [one for one in station.world.workers if one.process.poll() is None]
     worker = alive[0] if alive else start_worker(station)
@@ -53,7 +53,7 @@ def cache_of(station: Station) -> Path:
 
 
 def error(code: str) -> bytes:
-    """The body of an answer of the store that says no."""
+    """Build the body of an error answer of the store."""
     return f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode()
 
 
@@ -66,7 +66,7 @@ def num_retried(worker: Worker) -> float:
 
 
 def adapter(station: Station, name: str, num_bytes: int = 100_000) -> str:
-    """An adapter in the bucket, which the engine's stand-in never reads."""
+    """Upload an adapter, which the engine without torch never reads."""
     return station.world.upload(f"models/{name}.safetensors", b"x" * num_bytes)
 
 

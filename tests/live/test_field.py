@@ -31,7 +31,7 @@ def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.Tem
 
 @pytest.fixture(scope="module")
 def backend(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StyleBackend]:
-    """The backend with its styles trained and uploaded, and one whose weights were deleted since."""
+    """Run the backend with its styles trained and uploaded, and one whose weights were deleted since."""
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(DEMO_MODEL / "checkpoint" / "unet")

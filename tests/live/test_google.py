@@ -1,4 +1,6 @@
-"""A worker on a stand-in for Google Cloud Storage, its bucket named as only Google names some."""
+"""A worker on a server that follows Google Cloud Storage's documentation, its bucket named as only Google names
+some.
+"""
 
 import json
 import uuid

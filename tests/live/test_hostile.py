@@ -79,7 +79,7 @@ BUGS = ("the decoder failed", "unforeseen error", "a job thread failed", "a thre
 
 
 class Listener:
-    """A server that nobody is to connect to."""
+    """A server to which no connection is to be made."""
 
     def __init__(self) -> None:
         self.num_connections = 0
@@ -102,7 +102,7 @@ class Listener:
 
 
 class Wire:
-    """The test's own connection: publishes with any property, and hears of dead letters at once."""
+    """The test's own connection: publishes with any property, and receives dead letters at once."""
 
     def __init__(self, world: World) -> None:
         self._queue = world.queue
@@ -185,19 +185,19 @@ class Site:
             self._uploaded.add(key)
 
     def record(self, key: str) -> bytes:
-        """What an object holds and what is written beside it."""
+        """Return an object's content and its metadata."""
         found = self._s3.get_object(Bucket=self.world.bucket, Key=key)
         return bytes(found["Body"].read()) + json.dumps(found["Metadata"]).encode()
 
     def draw(self, fields: Mapping[str, Any]) -> bytes:
-        """The picture of a job that is beyond doubt."""
+        """Draw the image of a valid job."""
         generation_id = self.world.publish(**PLAIN | dict(fields))
         end = self.world.wait_for_end(generation_id)
         assert end.kind == "complete", end.body
         return self.world.pixels(generation_id)
 
     def image_of(self, fields: Mapping[str, Any]) -> bytes:
-        """The same, drawn once."""
+        """Draw the same once, and keep it."""
         key = json.dumps(fields, sort_keys=True)
         if key not in self._images:
             self._images[key] = self.draw(fields)
@@ -266,7 +266,7 @@ class Site:
         return self.worker.log.read_bytes().count(b'"cancel order ignored"')
 
     def assert_unharmed(self) -> None:
-        """No process has ended and nothing has met an error that nobody foresaw."""
+        """Assert that no process has ended and the log has no unforeseen error."""
         assert self.worker.process.poll() is None
         assert self.worker.engine_pid() == self.engine_pid
         log = self.worker.log.read_text()
@@ -274,7 +274,7 @@ class Site:
         assert '"CRITICAL"' not in log
 
     def report(self) -> dict[str, Any]:
-        """What the run has measured."""
+        """Return what the run has measured."""
         seconds = [one for row in self.rows for one in row.seconds]
         memory = self.memory()
         return {
@@ -377,7 +377,7 @@ class Fuzzed(NamedTuple):
 
 
 def fuzzed_messages(site: Site) -> Fuzzed:
-    """As many as are asked for, less those that would be more work than their answer is worth."""
+    """Build as many as the options say, without those of more work than their answer is worth."""
     env = site.world.env()
     rules = rules_from(
         ModelSettings(),
@@ -507,7 +507,7 @@ def test_no_secret_is_in_any_log_webhook_dead_letter_record_metric_or_process_li
 
 
 def check(world: World, env: Mapping[str, str]) -> bytes:
-    """What `darkroom check` says of settings with which nothing can be right."""
+    """Run `darkroom check` on settings with which nothing can be right; return its output."""
     done = subprocess.run(
         [str(Path(sys.executable).parent / "darkroom"), "check"],
         env=world.env() | {"MODEL_ID": str(world.folder), "LOG_LEVEL": "DEBUG"} | dict(env),

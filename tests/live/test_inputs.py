@@ -1,4 +1,6 @@
-"""What publishers really send, through a whole worker whose engine is a stand-in: ids of text, odd forms, secrets."""
+"""What publishers really send, through a whole worker whose engine runs without torch: ids of text, odd forms,
+secrets.
+"""
 
 import json
 import unicodedata
@@ -147,7 +149,7 @@ FOLDER = "models/style-1"
 
 @pytest.fixture(scope="module")
 def trained(world: World) -> World:
-    """Folders as trainers upload them."""
+    """Upload folders as trainers do."""
     world.upload(f"{FOLDER}/adapter_config.json", peft_config())
     world.upload(f"{FOLDER}/adapter_model.safetensors", peft_weights())
     world.upload(f"{FOLDER}/checkpoint-500/adapter_config.json", peft_config())
@@ -220,7 +222,7 @@ FIELDS: tuple[dict[str, Any], ...] = (
 
 
 def presigned(world: World) -> tuple[str, ...]:
-    """Locations with secrets in them, as people copy them."""
+    """Build locations with secrets in them, as copied from a browser."""
     host = f"127.0.0.1:{world.store.port}/{world.bucket}"
     query = f"X-Amz-Credential={CANARIES[2]}%2F2026&X-Amz-Signature={CANARIES[1]}&X-Amz-Security-Token={CANARIES[3]}"
     return (

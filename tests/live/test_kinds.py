@@ -28,7 +28,7 @@ def png(image: Image.Image, **options: Any) -> bytes:
 
 
 def ball(size: tuple[int, int] = (128, 128)) -> Image.Image:
-    """An orange disc on blue."""
+    """Draw an orange disc on blue."""
     across, down = np.meshgrid(np.linspace(-1, 1, size[0]), np.linspace(-1, 1, size[1]))
     inside = (across**2 + down**2 < 0.5)[..., None]
     return Image.fromarray(np.where(inside, ORANGE, BLUE).astype(np.uint8))
@@ -42,7 +42,7 @@ def left_half(size: tuple[int, int] = (128, 128)) -> Image.Image:
 
 
 def write_controlnet(folder: Path) -> Path:
-    """A ControlNet for the demo model that nobody trained; its outputs are small, not zero."""
+    """Write an untrained ControlNet for the demo model; its outputs are small, not zero."""
     unet = diffusers.UNet2DConditionModel.from_pretrained(DEMO_MODEL / "checkpoint", subfolder="unet")
     controlnet = diffusers.ControlNetModel.from_unet(unet)
     generator = torch.Generator().manual_seed(0)
@@ -101,7 +101,7 @@ JOBS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def drawn(world: World) -> dict[str, int]:
-    """The generation id of each of the jobs, published together and complete."""
+    """Publish the jobs together; return the generation id of each once all are complete."""
     ids = {}
     for seed, (name, fields) in enumerate(JOBS.items()):
         own = {"lora_path": "models/neon.safetensors"} if fields["prompt"].startswith("neon") else {}

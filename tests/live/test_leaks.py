@@ -40,7 +40,7 @@ def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.Tem
 
 @pytest.fixture(scope="module")
 def adapters(world: World, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Adapters of several ranks and layers in the bucket."""
+    """Upload adapters of several ranks and layers."""
     folder = tmp_path_factory.mktemp("adapters")
     pipe = load_pipe(DEMO_MODEL / "checkpoint")
     keys = []
@@ -53,14 +53,14 @@ def adapters(world: World, tmp_path_factory: pytest.TempPathFactory) -> list[str
 
 
 def control_hash(world: World, adapter: str | None) -> str:
-    """The picture of one and the same job, drawn alone: another batch would change its last bits."""
+    """Hash the image of one and the same job, drawn alone: another batch would change its last bits."""
     generation_id = world.publish(prompt="a lighthouse", seed=7, num_inference_steps=STEPS, lora_path=adapter)
     assert world.wait_for_end(generation_id).kind == "complete"
     return hashlib.sha256(world.image(generation_id).tobytes()).hexdigest()
 
 
 def resident_mb(worker: Worker) -> tuple[float, float]:
-    """Of the supervisor and of the engine."""
+    """Return the resident memory of the supervisor and of the engine."""
     return tuple(psutil.Process(pid).memory_info().rss / 1e6 for pid in (worker.process.pid, worker.engine_pid()))  # type: ignore[return-value]
 
 

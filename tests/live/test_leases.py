@@ -23,7 +23,7 @@ LONG_LANE_STEPS = 600
 
 @pytest.fixture
 def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path) -> Iterator[World]:
-    """A world whose broker waits no more than six seconds for an ack, and looks each second."""
+    """Start a world whose broker waits no more than six seconds for an ack, and checks each second."""
 
     def wait_for_acks(milliseconds: int, tick: int) -> None:
         rabbitmq.ctl(

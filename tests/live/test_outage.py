@@ -1,6 +1,6 @@
 """A backend that is down for a while, as deployments are: the short form here, two minutes by `make outage`.
 
-The engine is a stand-in: what counts is how long jobs and ends wait.
+The engine runs without torch: what counts is how long jobs and ends wait.
 """
 
 import os

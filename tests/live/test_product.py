@@ -58,7 +58,7 @@ def png_of(image: Image.Image) -> bytes:
 
 
 def on_white(product: Image.Image) -> Image.Image:
-    """A photograph of the product in poor light, without alpha."""
+    """Draw a photograph of the product in poor light, without alpha."""
     photo = Image.new("RGB", (product.width + 200, product.height + 100), "white")
     photo.paste(product.convert("RGB").point(lambda value: value // 2), (100, 50), product)
     return photo
@@ -83,7 +83,7 @@ def lane_steps(worker: Worker) -> float:
 
 
 def assert_lane_steps(worker: Worker, steps: int, since: float = 0.0) -> None:
-    """The last one is counted a moment after its picture is there."""
+    """Assert the number of lane steps; the last one is counted a moment after its image is there."""
     eventually(lambda: lane_steps(worker) - since == steps, lambda: str(lane_steps(worker) - since))
 
 

@@ -50,7 +50,7 @@ def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path) -> Iterator[
 
 @contextmanager
 def limits(world: World, pattern: str, **definition: Any) -> Iterator[None]:
-    """A policy on the queues whose names end in `pattern`."""
+    """Set a policy on the queues whose names end in `pattern`."""
     name = f"limits-{uuid.uuid4().hex[:8]}"
     world.rabbitmq.ctl("set_policy", name, f"^{world.queue}{pattern}", json.dumps(definition))
     try:
@@ -129,7 +129,7 @@ def wait_until_in_hand(world: World, *suffixes: str) -> None:
 
 
 def assert_complete(world: World, *jobs: Job) -> None:
-    """Each was told once, and nothing is left anywhere."""
+    """Assert that each end was delivered once, and nothing is left anywhere."""
     for job in jobs:
         assert world.wait_for_end(job.generation_id).kind == "complete"
     world.wait_until_clean()

@@ -1,4 +1,4 @@
-"""Two workers on one queue: they share its jobs, and stopping one loses none. Their engines are stand-ins."""
+"""Two workers on one queue: they share its jobs, and stopping one loses none. Their engines run without torch."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -47,12 +47,12 @@ def read_status(worker: Worker) -> dict[str, Any]:
 
 
 def at_work(worker: Worker, generation_id: int) -> dict[str, Any]:
-    """The row of a job at work; empty while there is none."""
+    """Return the row of a job at work; empty while there is none."""
     return next((job for job in read_status(worker)["jobs"] if job["generation_id"] == str(generation_id)), {})
 
 
 def wait_for_row(worker: Worker, generation_id: int) -> dict[str, Any]:
-    """The row of a job that has ended: it is written behind the ack, so a moment after the webhook."""
+    """Return the row of a job that has ended: it is written behind the ack, so a moment after the webhook."""
 
     def rows() -> list[dict[str, Any]]:
         return [job for job in read_status(worker)["last_jobs"] if job["generation_id"] == str(generation_id)]

@@ -20,7 +20,7 @@ RED = (255, 0, 0, 255)
 
 
 def noise(width: int = 200, height: int = 100) -> Image.Image:
-    """A picture no two neighbouring pixels of which are alike."""
+    """Draw an image no two neighbouring pixels of which are alike."""
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -32,7 +32,7 @@ def png(image: Image.Image, **options: Any) -> bytes:
 
 
 def png_chunks(*chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG file written by hand, checksums right."""
+    """Write a PNG file by hand, checksums right."""
     parts = [
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
     ]
@@ -110,7 +110,7 @@ def short_pixels() -> bytes:
 
 
 def large_webp(side: int) -> bytes:
-    """A WebP whose header says `side` x `side` px."""
+    """Write a WebP with `side` x `side` px in its header."""
     content = bytearray(png(Image.new("RGBA", (8, 8), RED), format="WEBP", lossless=True))
     assert content[12:16] == b"VP8L"
     content[21:25] = struct.pack("<I", (side - 1) | (side - 1) << 14 | 1 << 28)

@@ -61,7 +61,7 @@ def test_huge_camera_jpeg_is_read_at_a_part_of_its_size() -> None:
 
 
 def tiff_pages(*kinds: int) -> bytes:
-    """A TIFF of pages whose NewSubfileType is given: 1 is a smaller copy of the first."""
+    """Write a TIFF of pages whose NewSubfileType is given: 1 is a smaller copy of the first."""
     out = io.BytesIO()
     with TiffImagePlugin.AppendingTiffWriter(out) as writer:
         for number, kind in enumerate(kinds):
@@ -87,7 +87,7 @@ def test_tiff_of_several_pages_is_refused(kinds: tuple[int, ...]) -> None:
 
 
 def packed(samples: NDArray[np.int64], bits: int) -> bytes:
-    """Rows of samples [height, width · channels] with PNG's filter byte, packed into bytes."""
+    """Pack rows of samples [height, width · channels] with PNG's filter byte into bytes."""
     if bits == 16:
         rows = [row.astype(">u2").tobytes() for row in samples]
     else:
@@ -97,7 +97,7 @@ def packed(samples: NDArray[np.int64], bits: int) -> bytes:
 
 
 def keyed_png(bits: int, colour_type: int, key: int, other: int, *, side: int = 16, extra_bits: int = 0) -> bytes:
-    """A PNG by hand, its left half of `key` and its right half of `other`; tRNS names `key`."""
+    """Write a PNG by hand, its left half of `key` and its right half of `other`; tRNS names `key`."""
     channels = 3 if colour_type == 2 else 1
     row = [key] * (side // 2 * channels) + [other] * (side // 2 * channels)
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", side, side, bits, colour_type, 0, 0, 0))]
@@ -211,7 +211,7 @@ def test_broken_description_refuses_no_image(decode: str, name: str) -> None:
 
 
 def corner() -> Image.Image:
-    """A picture that tells all eight of its orientations apart."""
+    """Draw an image that looks different in all eight orientations."""
     image = Image.new("RGB", (48, 32), "white")
     image.paste((255, 0, 0), (0, 0, 16, 16))
     image.paste((0, 0, 255), (32, 0, 48, 8))
@@ -274,7 +274,7 @@ def fixed(*values: float) -> bytes:
 
 
 def profile(space: bytes, tags: dict[bytes, bytes]) -> bytes:
-    """An ICC profile of version 2 by hand (ICC.1:2001-04), for a display."""
+    """Write an ICC profile of version 2 by hand (ICC.1:2001-04), for a display."""
     tags = {
         b"desc": b"desc\0\0\0\0" + struct.pack(">I", 5) + b"mine\0" + bytes(4 + 4 + 2 + 1 + 67),
         b"cprt": b"text\0\0\0\0none\0",
@@ -303,7 +303,7 @@ def rgb_profile(colorants: NDArray[np.float64], gamma: float = 2.2) -> bytes:
 
 
 def srgb_of(colour: tuple[int, int, int], colorants: NDArray[np.float64], gamma: float = 2.2) -> NDArray[np.float64]:
-    """The colour in sRGB by IEC 61966-2-1."""
+    """Convert the colour to sRGB by IEC 61966-2-1."""
     linear = np.linalg.solve(SRGB, colorants @ (np.array(colour) / 255) ** gamma).clip(0, 1)
     return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
@@ -416,7 +416,7 @@ def large_tiff() -> bytes:
 
 
 def tiff_of_16_bits(*, photometric: int, samples: int = 1, planar: int = 1, bits: int = 16) -> bytes:
-    """A TIFF of 8 by 8 px by hand, without compression."""
+    """Write a TIFF of 8 by 8 px by hand, without compression."""
     size = 8 * 8 * bits // 8
     tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: photometric, 277: samples, 278: 8, 279: size, 284: planar}
     count, end = len(tags) + 1, 8 + 2 + 12 * (len(tags) + 1) + 4

@@ -40,14 +40,14 @@ TEXTS = {
 
 
 def put(image: Image.Image, *overlays: TextOverlay, avoid: tuple[Rect, ...] = ()) -> NDArray[np.int16]:
-    """(height, width, 3): the picture with its headlines."""
+    """Put the headlines on the image; return (height, width, 3)."""
     drawn = draw_headlines(image, prepare_headlines(overlays, FONT_DIRS), avoid=avoid)
     assert (drawn.mode, drawn.size) == ("RGB", image.size)
     return np.asarray(drawn).astype(np.int16)
 
 
 def changed(image: Image.Image, after: NDArray[np.int16]) -> Rect:
-    """What the headline covers."""
+    """Return the pixels that the headline covers."""
     box = Image.fromarray(np.any(np.asarray(image) != after, axis=-1).astype(np.uint8)).getbbox()
     assert box is not None
     return Rect(*box)
@@ -221,7 +221,7 @@ def luminance(pixels: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def measured_contrast(image: Image.Image, after: NDArray[np.int16]) -> float:
-    """The least contrast between the letters and any pixel of their block that no letter touches."""
+    """Compute the least contrast between the letters and any pixel of their block that no letter touches."""
     differs = np.any(np.asarray(image) != after, axis=-1)
     inks = [differs & np.all(after == level, axis=-1) for level in (0, 255)]
     own, ink = max(zip((0.0, 1.0), inks, strict=True), key=lambda pair: int(pair[1].sum()))
@@ -321,7 +321,7 @@ def test_shadow_is_soft_and_falls_to_the_lower_right() -> None:
 
 
 def wide(text: str) -> float:
-    """One for an ideograph or a syllable, a half for a letter."""
+    """Return the width: one for an ideograph or a syllable, a half for a letter."""
     return sum(1.0 if ord(sign) > 0x1100 else 0.5 for sign in text)
 
 

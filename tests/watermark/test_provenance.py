@@ -95,7 +95,7 @@ def text_of(png: bytes) -> dict[str, Any]:
 
 
 def exiftool(png: bytes) -> dict[str, Any]:
-    """What exiftool reads, by group and name."""
+    """Read the file with exiftool, by group and name."""
     ended = subprocess.run(
         ["exiftool", "-json", "-G1", "-struct", "-"], input=png, capture_output=True, check=True, timeout=120
     )
@@ -443,7 +443,7 @@ def test_unusable_certificate_is_refused_in_one_sentence_that_names_the_setting(
 
 
 def env_of(folder: Path, chain: Chain) -> dict[str, str]:
-    """A worker's that finds nobody."""
+    """Return the variables of a worker that reaches no server."""
     return {
         "BACKEND_API_URL": "http://127.0.0.1:9",
         "INTERNAL_API_TOKEN": "t",

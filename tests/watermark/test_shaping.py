@@ -71,7 +71,7 @@ COMPLEX = {
 
 
 def ink(image: Image.Image) -> NDArray[Any]:
-    """Where a mark of white letters with an outline is white."""
+    """Return where a mark of white letters with an outline is white."""
     return np.asarray(np.asarray(image.convert("RGBA").getchannel("R")) > 128)
 
 
@@ -80,7 +80,7 @@ def mark(text: str) -> Image.Image:
 
 
 def gaps(text: str) -> int:
-    """How many times blank columns part the letters."""
+    """Count the blank columns that part the letters."""
     columns = np.asarray(ink(mark(text)).any(axis=0))
     starts = np.flatnonzero(columns[1:] & ~columns[:-1])
     return len(starts)
@@ -211,7 +211,7 @@ def square(width: int, height: int) -> Callable[[], object]:
 
 
 def write_devanagari(path: Path, features: str) -> Path:
-    """A font of क, ष, the virama and their ligature, as rectangles; `features` is what it does with them."""
+    """Write a font of क, ष, the virama and their ligature, as rectangles; `features` substitute them."""
     builder = FontBuilder(1000, isTTF=True)
     sizes = {".notdef": (100, 100), "ka": (300, 300), "ssa": (300, 300), "virama": (100, 100), "kssa": (300, 900)}
     builder.setupGlyphOrder(list(sizes))
@@ -279,7 +279,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def without_fribidi(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str] | str]:
-    """What a process says of all texts whose loader meets a broken libfribidi before the system's."""
+    """Check every text in a process whose loader meets a broken libfribidi before the system's."""
     folder = tmp_path_factory.mktemp("lib")
     for name in ("libfribidi.so", "libfribidi.so.0"):
         (folder / name).touch()

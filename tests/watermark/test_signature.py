@@ -33,7 +33,7 @@ RED = (255, 0, 0, 255)
 
 
 def noise(width: int = 200, height: int = 100) -> Image.Image:
-    """A picture no two neighbouring pixels of which are alike."""
+    """Draw an image no two neighbouring pixels of which are alike."""
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 

@@ -1,4 +1,4 @@
-"""Google Cloud Storage, by a stand-in that follows its documentation, on a socket."""
+"""Google Cloud Storage, by a server that follows its documentation, on a socket."""
 
 import socket
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def google() -> Iterator[GoogleStandIn]:
 
 @pytest.fixture(params=[HOST, "127.0.0.1"], ids=["by its name", "by its answers"])
 def settings(google: GoogleStandIn, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> StoreSettings:
-    """Of an endpoint with Google's name, and of one behind another name, as private ones may be."""
+    """Build settings of an endpoint with Google's name, and of one behind another name, as private ones may be."""
     _resolve_to_loopback(monkeypatch)
     return settings_of(f"http://{request.param}:{google.port}")
 

@@ -30,33 +30,33 @@ Copies = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A diffusers folder of every family."""
+    """Write a diffusers folder of every family."""
     root = tmp_path_factory.mktemp("checkpoints")
     return {name: build(root / name) for name, build in BUILDERS.items()}
 
 
 @pytest.fixture(scope="module")
 def single_files(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same weights in one file each, in the original layout."""
+    """Write the same weights in one file each, in the original layout."""
     root = tmp_path_factory.mktemp("single")
     return {name: write_single_file(root / f"{name}.safetensors", load(checkpoints[name])) for name in SINGLE}
 
 
 @pytest.fixture(scope="module")
 def wanted(checkpoints: dict[str, Path]) -> torch.Tensor:
-    """The picture of the Stable Diffusion 1.x that most tests damage."""
+    """Draw the image of the Stable Diffusion 1.x that most tests damage."""
     return draw(load(checkpoints["sd"]))
 
 
 @pytest.fixture
 def folder_of(checkpoints: dict[str, Path], tmp_path: Path) -> Copies:
-    """Makes a copy of a folder, to be damaged."""
+    """Return a maker of copies of a folder, to be damaged."""
     return lambda name: shutil.copytree(checkpoints[name], tmp_path / "model")
 
 
 @pytest.fixture
 def folder(folder_of: Copies) -> Path:
-    """A copy of the Stable Diffusion 1.x."""
+    """Copy the Stable Diffusion 1.x."""
     return folder_of("sd")
 
 
@@ -72,7 +72,7 @@ def draw(pipe: Any) -> torch.Tensor:
 
 
 def edit(name: str, change: Callable[[dict[str, Any]], object]) -> Change:
-    """A change to a JSON file of the folder."""
+    """Change a JSON file of the folder."""
 
     def apply(folder: Path) -> None:
         found = json.loads((folder / name).read_text())

@@ -31,13 +31,13 @@ SEEDS = tuple(range(6))
 
 @pytest.fixture(scope="module")
 def unchecked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint without a safety checker."""
+    """Write a checkpoint without a safety checker."""
     return build_tiny_sd(tmp_path_factory.mktemp("unchecked") / "tiny-sd")
 
 
 @pytest.fixture(scope="module")
 def checked(unchecked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with a checker that flags some of its pictures and not the others."""
+    """Write the same with a checker that flags some of its images and not the others."""
     folder = shutil.copytree(unchecked, tmp_path_factory.mktemp("checked") / "tiny-sd")
     add_tiny_checker(folder, NOTHING)
     pipe = load_pipe(folder)
@@ -56,7 +56,7 @@ def engine(checked: Path) -> Iterator[LocalEngine]:
 
 @pytest.fixture(scope="module")
 def flagged(checked: Path) -> dict[int, bool]:
-    """Which seeds' pictures plain diffusers flags."""
+    """Return the seeds whose images plain diffusers flags."""
     pipe = load_pipe(checked)
     return {seed: is_flagged_by(pipe, tiny_request(seed)) for seed in SEEDS}
 

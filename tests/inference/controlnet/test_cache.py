@@ -19,7 +19,7 @@ def loaded(name: str) -> Callable[[], str]:
 
 @pytest.fixture
 def cache() -> ControlNetCache[str]:
-    """With a and b on it, of four bytes each, used by nobody; two bytes are free."""
+    """Make a cache with a and b in it, of four bytes each, both unused; two bytes are free."""
     made: ControlNetCache[str] = ControlNetCache(MAX_BYTES)
     for name in "ab":
         made.get_or_load(name, 4, loaded(name))

@@ -35,7 +35,7 @@ CUDA = torch.device("cuda", 0)
 
 
 def order_in_force() -> list[SDPBackend]:
-    """The kernels that torch would try now, in order."""
+    """Return the kernels that torch would try now, in order."""
     return torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)  # type: ignore[no-any-return]
 
 

@@ -1,4 +1,4 @@
-"""What the engine asks of a CUDA device, at full size: kernels a step, and where the host would wait for the device."""
+"""The engine's use of a CUDA device, at full size: kernels a step, and where the host would wait for the device."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -70,7 +70,7 @@ def models() -> Models:
 
 @pytest.fixture
 def model(models: Models, name: str) -> Iterator[FullModel]:
-    """The model called `name`, on a device that there is while the test runs."""
+    """Build the model called `name`, on a fake device that exists while the test runs."""
     found = models.model(name)
     with found.cuda.installed():
         yield found
@@ -82,13 +82,13 @@ def source_of(model: FullModel, *, is_masked: bool = False) -> Source:
 
 
 def stalls_of(model: FullModel, lanes: Sequence[Lane]) -> list[str]:
-    """Where the host waits in a step of lanes that have taken one before."""
+    """List the waits of the host in a step of lanes that have taken one before."""
     model.step(lanes)
     return model.step(lanes).stalls
 
 
 def tripled(embedding: Embedding) -> Embedding:
-    """The embedding of a text of three times as many chunks."""
+    """Triple the embedding, as of a text of three times as many chunks."""
     return replace(embedding, tokens=torch.cat([embedding.tokens] * 3))
 
 

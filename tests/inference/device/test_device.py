@@ -1,4 +1,4 @@
-"""What the engine asks of its device. A GPU's counters are stood in for: there is none where these tests must run."""
+"""The engine's queries of its device. A GPU's counters are replaced: there is none where these tests must run."""
 
 import time
 from dataclasses import dataclass

@@ -57,7 +57,7 @@ def engine(tiny: Path) -> Iterator[WatchedEngine]:
 
 @contextmanager
 def memory_of(num_bytes: int) -> Iterator[None]:
-    """No more than that may be allocated in this process, what is allocated already included."""
+    """Limit the memory of this process, what is allocated already included."""
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(num_bytes / torch.cuda.get_device_properties(0).total_memory)
     try:
@@ -71,7 +71,7 @@ def large(seed: int) -> GenerationRequest:
 
 
 def bytes_of_large(engine: WatchedEngine) -> tuple[int, int]:
-    """What one of the large pictures takes at its peak, in a forward and while it is decoded."""
+    """Measure the peak of one large image, in a forward and while it is decoded."""
     before = torch.cuda.memory_allocated()
     draw(engine, large(0))
     assert isinstance(engine.model, MeasuredModel)

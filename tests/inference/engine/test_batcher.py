@@ -34,7 +34,7 @@ def granted(lane: Lane) -> Claim:
 
 
 def batcher_of(*lanes: Lane, max_lanes: int = 8, max_rows: int = PLENTY) -> Batcher[Lane]:
-    """A batcher with these lanes active, as many as may be."""
+    """Build a batcher with these lanes active, as many as may be."""
     batcher = Batcher[Lane](max_lanes, lambda shape: max_rows)
     for lane in lanes:
         batcher.add(lane)
@@ -313,7 +313,7 @@ def test_shortage_of_one_lane_limits_no_other_shape() -> None:
 
 
 def forwards(batcher: Batcher[Lane], num_forwards: int) -> list[int]:
-    """The sizes of this many batches that all went well."""
+    """Return the sizes of this many batches that all went well."""
     sizes = []
     for _ in range(num_forwards):
         batch = batcher.next_batch()
@@ -461,7 +461,7 @@ TestAnyOrder = AnyOrder.TestCase
 
 
 def run_step(batcher: Batcher[Lane], claim: Callable[[Lane], Claim]) -> None:
-    """What the engine does from one boundary to the next."""
+    """Do what the engine does from one boundary to the next."""
     batcher.admit(claim)
     for lane in batcher.next_batch():
         lane.num_steps_left -= 1

@@ -50,13 +50,13 @@ Adapters = dict[str, AdapterFile]
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint with random weights."""
+    """Write a tiny checkpoint with random weights."""
     return build_tiny_sd(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
 def adapters(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapters:
-    """The adapters above, for the tiny checkpoint, at scale 1."""
+    """Write the adapters above, for the tiny checkpoint, at scale 1."""
     folder = tmp_path_factory.mktemp("adapters")
     pipe = load_pipe(tiny)
     files = {}
@@ -70,14 +70,14 @@ def adapters(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapters:
 
 @pytest.fixture
 def engine(tiny: Path) -> Iterator[WatchedEngine]:
-    """The engine on the tiny checkpoint, with room for sixteen lanes."""
+    """Start the engine on the tiny checkpoint, with room for sixteen lanes."""
     made = WatchedEngine(tiny, MAX_CONCURRENT_GENERATIONS=16)
     yield made
     made.close()
 
 
 def tiny_request(*adapters: AdapterFile, **fields: Any) -> GenerationRequest:
-    """A request in the tiny checkpoint's native size."""
+    """Build a request in the tiny checkpoint's native size."""
     return request_of(**{"width": 64, "height": 64, "adapters": adapters} | fields)
 
 
@@ -86,7 +86,7 @@ def at_scale(file: AdapterFile, scale: float) -> AdapterFile:
 
 
 def assert_right(checkpoint: Path, calls: list[EngineCall]) -> None:
-    """Every picture is the one that plain diffusers draws for its request alone."""
+    """Assert that every image is the one that plain diffusers draws for its request alone."""
     ratios = {
         f"{number} {call.request.request_id} seed {seed}": psnr(image, solo(checkpoint, call.request, seed=seed))
         for number, call in enumerate(calls)
@@ -96,7 +96,7 @@ def assert_right(checkpoint: Path, calls: list[EngineCall]) -> None:
 
 
 def assert_styled(engine: WatchedEngine, calls: list[EngineCall]) -> None:
-    """Every picture is far from what its request would give without its adapters."""
+    """Assert that every image is far from what its request would give without its adapters."""
     styled = [call for call in calls if call.request.adapters]
     bare = submit_together(engine, [replace(call.request, adapters=()) for call in styled])
     ratios = {one.request.adapters: psnr(one.image, other.image) for one, other in zip(styled, bare, strict=True)}
@@ -274,7 +274,7 @@ def test_more_styles_than_slots_are_each_drawn_right_and_never_touch_the_others(
     ]
 
     def controls() -> list[bytes]:
-        """Drawn alone: a picture without an adapter, and one whose adapter is evicted meanwhile."""
+        """Draw alone an image without an adapter, and one whose adapter is evicted in between."""
         drawn = [EngineCall(engine, tiny_request(*files, seeds=(9,))).image for files in ((), (adapters["every"],))]
         return [image.tobytes() for image in drawn]
 
@@ -420,7 +420,7 @@ def slots_in_use(engine_load: EngineLoad) -> int:
 
 @pytest.fixture(scope="module")
 def words(adapters: Adapters, tmp_path_factory: pytest.TempPathFactory) -> AdapterFile:
-    """An adapter of the text encoder alone."""
+    """Write an adapter of the text encoder alone."""
     weights = tmp_path_factory.mktemp("words") / "words.safetensors"
     every = safetensors.torch.load_file(adapters["kohya"].weights)
     safetensors.torch.save_file({name: each for name, each in every.items() if name.startswith("lora_te_")}, weights)
@@ -428,7 +428,7 @@ def words(adapters: Adapters, tmp_path_factory: pytest.TempPathFactory) -> Adapt
 
 
 def positive_of(engine: WatchedEngine, call: EngineCall) -> torch.Tensor:
-    """The embedding of the call's prompt, as its lane had it."""
+    """Return the embedding of the call's prompt, as its lane had it."""
     call.future.result(PATIENCE_SECONDS)
     active = next(lane.owner for batch in engine.model.batches for lane in batch if lane.owner.future is call.future)
     assert active.conditioning is not None

@@ -39,20 +39,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint with random weights."""
+    """Write a tiny checkpoint with random weights."""
     return build_tiny_sd(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
 def style(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> AdapterFile:
-    """An adapter of every layer."""
+    """Write an adapter of every layer."""
     weights = tmp_path_factory.mktemp("adapters") / "style.safetensors"
     write_adapter(weights, load_pipe(tiny), layout="diffusers_new", rank=12, targets=EVERY_LAYER, text_encoder=True)
     return AdapterFile(weights, None, 1.0)
 
 
 def tiny_request(*adapters: AdapterFile, **fields: Any) -> GenerationRequest:
-    """A request in the tiny checkpoint's native size."""
+    """Build a request in the tiny checkpoint's native size."""
     return request_of(**{"width": 64, "height": 64, "adapters": adapters} | fields)
 
 
@@ -61,7 +61,7 @@ def requests_with_seeds(*seeds: int, **fields: Any) -> list[GenerationRequest]:
 
 
 def assert_right(checkpoint: Path, calls: Sequence[EngineCall]) -> None:
-    """Every picture is the one that plain diffusers draws for its request alone."""
+    """Assert that every image is the one that plain diffusers draws for its request alone."""
     for call in calls:
         assert psnr(call.image, solo(checkpoint, call.request)) >= MIN_PSNR_DB, call.request
 

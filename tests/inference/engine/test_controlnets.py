@@ -79,14 +79,14 @@ class Models(FamilyModels):
         return {"CONTROLNETS": ",".join(f"{control}={self.controlnet(name, control)}" for control in ("pose", "depth"))}
 
     def plain(self, family: str, request: GenerationRequest) -> Any:
-        """What plain diffusers draws for the request alone."""
+        """Draw the request alone with plain diffusers."""
         if request.control is None:
             return alone(self.checkpoint(family), request)
         folder = self.controlnet(family, request.control.model)
         return plainly_controlled(self.checkpoint(family), folder, request, image_for(request))
 
     def assert_right(self, family: str, calls: Sequence[EngineCall]) -> None:
-        """Every picture is the one that plain diffusers draws for its request alone."""
+        """Assert that every image is the one that plain diffusers draws for its request alone."""
         # All of them first: while diffusers loads a pipeline, no other thread of the process may load a model.
         drawn = [call.image for call in calls]
         ratios = [psnr(one, self.plain(family, call.request)) for one, call in zip(drawn, calls, strict=True)]
@@ -101,13 +101,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
 
 
 def image_for(request: GenerationRequest) -> Image.Image:
-    """What the request's control has in its `rgb`."""
+    """Return the control image of the request."""
     assert request.control is not None
     return Image.frombytes("RGB", (request.width, request.height), request.control.rgb)
 
 
 def controlled_request(model: str = "pose", *adapters: AdapterFile, **fields: Any) -> GenerationRequest:
-    """A short request in the tiny checkpoints' native size, with a control of these fields."""
+    """Build a short request in the tiny checkpoints' native size, with a control of these fields."""
     control = {name: fields.pop(name) for name in ("scale", "start", "end") if name in fields}
     made = request_of(**{"width": 64, "height": 64, "num_inference_steps": 5, "adapters": adapters} | fields)
     image = speckles(len(model), size=(made.width, made.height))
@@ -157,7 +157,7 @@ def test_control_guides_the_steps_of_image_to_image(models: Models, family: str,
 
 @pytest.fixture(scope="module")
 def style(models: Models, tmp_path_factory: pytest.TempPathFactory) -> AdapterFile:
-    """An adapter of every layer of the UNet and its text encoder."""
+    """Write an adapter of every layer of the UNet and its text encoder."""
     path = tmp_path_factory.mktemp("adapters") / "style.safetensors"
     pipe = load_pipe(models.checkpoint("sd"))
     write_adapter(path, pipe, layout="diffusers_new", rank=6, targets=EVERY_LAYER, text_encoder=True)
@@ -476,7 +476,7 @@ def test_engine_facts_list_its_controls(models: Models) -> None:
 
 
 def refusal(models: Models, source: Path | str, **variables: Any) -> str:
-    """Why the Stable Diffusion engine does not start with this ControlNet."""
+    """Return why the Stable Diffusion engine does not start with this ControlNet."""
     settings = settings_of(models.checkpoint("sd"), CONTROLNETS=f"canny={source}", **variables)
     with pytest.raises(EngineStartFailed) as caught:
         load_family(settings, device=torch.device("cpu"), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Decoding beside the steps: images are waited for late, in order, and by nobody where their request has ended."""
+"""Decoding beside the steps: images are waited for late, in order, and not at all where their request has ended."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

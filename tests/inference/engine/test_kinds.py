@@ -85,14 +85,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
 
 @cache
 def gradients(size: int = 64) -> bytes:
-    """A picture with something to see everywhere."""
+    """Draw an image with detail everywhere."""
     y, x = np.mgrid[0:size, 0:size] / size
     return (255 * np.stack([x, y, (1 + np.sin(12 * x * y)) / 2], axis=-1)).astype(np.uint8).tobytes()
 
 
 @cache
 def window(size: int = 64) -> bytes:
-    """A mask: white in the middle, and not to the pixel where latents begin."""
+    """Draw a mask: white in the middle, and not to the pixel where latents begin."""
     mask = np.zeros((size, size), np.uint8)
     mask[size // 4 : 3 * size // 4 + 3, size // 8 + 5 : 3 * size // 4] = 255
     return mask.tobytes()
@@ -196,7 +196,7 @@ def sdxl_from_image(checkpoint: Path, dtype: torch.dtype) -> Any:
 
 
 def encoded_by_diffusers(checkpoint: Path, dtype: torch.dtype) -> torch.Tensor:
-    """The picture as SDXL's own pipeline encodes it, one draw of noise into its generator."""
+    """Encode the image as SDXL's own pipeline does, one draw of noise into its generator."""
     pipe = sdxl_from_image(checkpoint, dtype)
     pixels = pipe.image_processor.preprocess(Image.frombytes("RGB", (64, 64), checkers()))
     generator = torch.Generator().manual_seed(1)
@@ -298,7 +298,7 @@ def test_an_encoder_in_32_bits_gives_its_place_on_the_device_back_as_it_was(mode
 
 
 def eight(folder: Path, pipe: Any) -> list[GenerationRequest]:
-    """Requests of every kind, with and without adapters, of step counts and schedulers of their own."""
+    """Build requests of every kind, with and without adapters, of step counts and schedulers of their own."""
     few = AdapterFile(write_adapter(folder / "few.safetensors", pipe, layout="diffusers_new", rank=4, seed=1), None, 1)
     kohya = AdapterFile(write_adapter(folder / "kohya.safetensors", pipe, layout="kohya", rank=6, seed=2), None, 0.8)
 

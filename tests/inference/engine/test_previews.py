@@ -91,7 +91,7 @@ def test_colours_of_latents_are_bytes_in_rows_of_pixels() -> None:
 
 
 def with_means(folder: Path) -> Path:
-    """As SDXL's successors: latents are shifted and scaled channel by channel."""
+    """Configure the VAE as SDXL's successors: latents are shifted and scaled channel by channel."""
     config = folder / "vae" / "config.json"
     changed = json.loads(config.read_text()) | {"latents_mean": [0.1, -0.3, 0.0, 0.5], "latents_std": [2.0, 1.0, 3, 4]}
     config.write_text(json.dumps(changed))

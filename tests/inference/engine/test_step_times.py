@@ -1,4 +1,4 @@
-"""Steps on a device that ends its work later than it is launched: when they are told, and their seconds."""
+"""Steps on a device that ends its work later than it is launched: when they are reported, and their seconds."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -72,13 +72,13 @@ def event_class(work: Work) -> type:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint with random weights."""
+    """Write a tiny checkpoint with random weights."""
     return build_tiny_sd(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
 def late(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WatchedEngine]:
-    """The engine of such a device. Its memory is not counted: there is room for everything."""
+    """Start the engine of such a device. Its memory is not counted: there is room for everything."""
     engine = WatchedEngine(tiny, LateModel)
     LateModel.work = Work()
     monkeypatch.setattr(torch.cuda, "Event", event_class(LateModel.work))

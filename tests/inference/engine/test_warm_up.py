@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint with random weights."""
+    """Write a tiny checkpoint with random weights."""
     return build_tiny_sd(tmp_path_factory.mktemp("tiny"))
 
 
@@ -54,7 +54,7 @@ def warm_up_of(engine: WatchedEngine) -> WarmUp:
 
 
 def forwards_of(engine: WatchedEngine) -> list[tuple[int, bool]]:
-    """Of each forward that was tried the lanes, and whether they have an adapter."""
+    """Return of each forward that was tried the lanes, and whether they have an adapter."""
     return [(len(batch), bool(batch[0].owner.row)) for batch in engine.model.batches]
 
 
@@ -141,7 +141,7 @@ class Properties(NamedTuple):
 
 
 class Gpu:
-    """What torch asks of a GPU of compute capability `major`. It has tensors of every dtype, some by emulation."""
+    """What torch queries of a GPU of compute capability `major`. It has tensors of every dtype, some by emulation."""
 
     def __init__(self, major: int) -> None:
         self._properties = Properties(major)

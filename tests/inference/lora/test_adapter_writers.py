@@ -59,7 +59,7 @@ class Model:
         return torch.randn(rank, *weight.shape[1:]), torch.randn(weight.shape[0], rank, *ones)
 
     def changes(self, path: Path) -> Tensors:
-        """What each layer's weight is changed by, as a matrix, once the adapter is read, fits and is packed."""
+        """Return each layer's change of weight, as a matrix, once the adapter is read, fits and is packed."""
         adapter = read_adapter(path, None, self.naming)
         check_fits(adapter, self.roots)
         AdapterBank(self.roots, device=torch.device("cpu"), dtype=torch.float32).pack(adapter)
@@ -162,7 +162,7 @@ def test_layer_is_found_by_the_name_that_another_program_gives_it(
 
 
 def sgm_names(model: Model) -> dict[str, str]:
-    """Every layer of the UNet by its place in the published code's rows of blocks, and diffusers' name."""
+    """Yield every layer of the UNet by its place in the published code's rows of blocks, and diffusers' name."""
     config = model.pipe.unet.config
     row = config.layers_per_block + 1
     resnet = {"conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3"}
@@ -280,7 +280,7 @@ def test_adapter_of_rank_0_alone_holds_nothing(models: dict[str, Model], tmp_pat
 
 
 def header_alone(folder: Path, names: Iterable[str]) -> Path:
-    """A file of these names whose tensors are empty: whatever is said of it is said of the names."""
+    """Write a file of these names whose tensors are empty, so that any refusal is of the names."""
     header = json.dumps({name: {"dtype": "I8", "shape": [0], "data_offsets": [0, 0]} for name in names}).encode()
     path = folder / "adapter.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header)

@@ -47,7 +47,7 @@ def read(path: Path, config: Path | None = None) -> Adapter:
 
 @torch.no_grad()
 def outputs(unet: torch.nn.Module, text_encoder: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """The noise prediction and the text embedding for fixed random inputs."""
+    """Compute the noise prediction and the text embedding for fixed random inputs."""
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(2, 4, 8, 8, generator=generator)
     conditioning = torch.randn(2, 77, HIDDEN, generator=generator)
@@ -64,7 +64,7 @@ def ours(pipe: StableDiffusionPipeline, path: Path) -> tuple[torch.Tensor, torch
 
 
 def theirs(pipe: StableDiffusionPipeline, path: Path, *, text_encoder: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the library that defines the layout makes of the same file."""
+    """Load the same file with the library that defines the layout."""
     adapted = copy.deepcopy(pipe)
     if path.is_file():
         adapted.load_lora_weights(path.parent, weight_name=path.name, local_files_only=True)
@@ -76,7 +76,7 @@ def theirs(pipe: StableDiffusionPipeline, path: Path, *, text_encoder: bool) -> 
 
 
 def refusal(weights: Path, config: Path | None = None) -> AdapterError:
-    """The error that reading ends in, which must come quickly."""
+    """Return the error that reading ends in, which must come quickly."""
     started = time.perf_counter()
     with pytest.raises(AdapterError) as caught:
         read(weights, config)

@@ -100,7 +100,7 @@ class Trained:
 def trained(
     targets: Sequence[str] = EVERY_LAYER, *, rank: int, seed: int, rank_pattern: Mapping[str, int] | None = None
 ) -> Trained:
-    """A random adapter about as strong as the weights themselves, its alphas equal to its ranks."""
+    """Make a random adapter about as strong as the weights themselves, its alphas equal to its ranks."""
     ranks = dict(rank_pattern or {})
     config = peft.LoraConfig(
         r=rank, lora_alpha=rank, target_modules=list(targets), rank_pattern=ranks, alpha_pattern=ranks
@@ -124,7 +124,7 @@ ScaledAdapters = Sequence[tuple[Trained, float]]
 
 
 def by_peft(base: Block, scaled: ScaledAdapters, inputs: Inputs) -> torch.Tensor:
-    """What peft makes of a row that wears these adapters at these scales."""
+    """Compute with peft a row that has these adapters at these scales."""
     with torch.inference_mode(mode=False):
         model: Any = copy.deepcopy(base)
         for number, (one, _) in enumerate(scaled):
@@ -177,7 +177,7 @@ class BankedBlock:
 def assert_each_row_is_its_own(
     banked: BankedBlock, rows: Sequence[tuple[RowAdapters, ScaledAdapters]], *, error: float = 1e-4
 ) -> None:
-    """In one forward every row gives what peft gives for it alone."""
+    """Assert that in one forward every row gives what peft gives for it alone."""
     inputs = inputs_of(len(rows))
     drawn = banked.draw([row for row, _ in rows], inputs)
     for number, (_, scaled) in enumerate(rows):

@@ -71,7 +71,7 @@ def read(pipe: Any, path: Path) -> Adapter:
 
 
 def ours(pipe: Any, path: Path) -> Tensors:
-    """What each layer's weight is changed by, by the layer's name."""
+    """Return each layer's change of weight, by the layer's name."""
     layers = read(pipe, path).layers.items()
     return {name: product(layer.a.float(), layer.b.float()) for name, layer in layers}
 
@@ -81,7 +81,7 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def theirs(pipe: Any, path: Path) -> Tensors:
-    """The same as diffusers or, for its own folders, PEFT has it."""
+    """Return the same from diffusers or, for its own folders, PEFT."""
     adapted = copy.deepcopy(pipe)
     if path.is_file():
         adapted.load_lora_weights(path.parent, weight_name=path.name, local_files_only=True)
@@ -215,7 +215,7 @@ def bare_out(name: str) -> str:
 
 
 def published(name: str) -> str:
-    """A layer outside the blocks by its name in the code that Z-Image was published with."""
+    """Name a layer outside the blocks as the code does that Z-Image was published with."""
     return name.replace("all_x_embedder.2-1", "x_embedder").replace("all_final_layer.2-1", "final_layer")
 
 
@@ -260,7 +260,7 @@ def test_z_image_names_of_every_writer_mean_the_same_layers(
 
 
 def fused(layers: Pairs) -> Pairs:
-    """The same layers with q, k and v in one: the A of q for all three, their B on top of each other."""
+    """Fuse q, k and v of the layers into one: the A of q for all three, their B on top of each other."""
     one: Pairs = {}
     for name, (a, b) in layers.items():
         block, _, kind = name.rpartition(".to_")

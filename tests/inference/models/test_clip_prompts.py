@@ -133,7 +133,7 @@ def written(nodes: list[Node]) -> str:
 
 
 def weighed(nodes: list[Node], outer: float = 1.0) -> Iterator[tuple[str, float]]:
-    """Each character and its weight."""
+    """Return each character and its weight."""
     for node in nodes:
         if isinstance(node, str):
             yield from ((each, outer) for each in node)
@@ -311,7 +311,7 @@ def test_weights_have_compel_s_meaning(pipe: Any, ours: str, theirs: str) -> Non
 
 
 def coarse_tokenizer() -> CLIPTokenizer:
-    """Takes two letters "o" as one token."""
+    """Build a tokenizer that takes two letters "o" as one token."""
     fine = byte_tokenizer()
     vocabulary = fine.get_vocab() | {"oo": len(fine)}
     return CLIPTokenizer(vocab=vocabulary, merges=[("t", "h"), ("o", "o")], model_max_length=CHUNK)

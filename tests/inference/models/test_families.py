@@ -66,7 +66,7 @@ class Models(FamilyModels):
     builders = CHECKPOINTS
 
     def adapter(self, name: str, path: Path, *, scale: float = 1.0, **kind: Any) -> AdapterFile:
-        """A random adapter for a checkpoint."""
+        """Write a random adapter for a checkpoint."""
         return AdapterFile(write_adapter(path, load_pipe(self.checkpoint(name)), **kind), None, scale)
 
     def assert_equal(self, name: str, request: GenerationRequest) -> None:
@@ -75,7 +75,7 @@ class Models(FamilyModels):
         assert psnr(drawn, alone(self.checkpoint(name), request)) >= SAME_DB
 
     def assert_matters(self, name: str, request: GenerationRequest, **changes: Any) -> None:
-        """With other values the engine gives another picture."""
+        """Assert that the engine gives another image with other values."""
         first, second = (draw(self.engine(name), one)[0] for one in (request, replace(request, **changes)))
         assert psnr(first, second) < MIN_PSNR_DB
 
@@ -88,7 +88,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
 
 
 def tiny_request(*adapters: AdapterFile, **fields: Any) -> GenerationRequest:
-    """A short request in the tiny checkpoints' native size."""
+    """Build a short request in the tiny checkpoints' native size."""
     return request_of(**{"width": 64, "height": 64, "num_inference_steps": 6, "adapters": adapters} | fields)
 
 
@@ -286,7 +286,7 @@ def _size(request: GenerationRequest) -> tuple[int, int]:
 
 
 def assert_right(checkpoint: Path, calls: list[EngineCall]) -> None:
-    """Every picture is the one that plain diffusers draws for its request alone."""
+    """Assert that every image is the one that plain diffusers draws for its request alone."""
     ratios = {call.request.seeds: psnr(call.image, alone(checkpoint, call.request)) for call in calls}
     assert {seeds: ratio for seeds, ratio in ratios.items() if ratio < SAME_DB} == {}
 
@@ -386,7 +386,7 @@ def test_lanes_with_long_and_short_prompts_share_forwards_and_each_is_right(mode
 
 
 def with_compel(checkpoint: Path, request: GenerationRequest) -> Any:
-    """What plain diffusers draws given the embeddings that compel's own wrapper makes of the prompts."""
+    """Draw with plain diffusers from the embeddings that compel's own wrapper makes of the prompts."""
     return alone(checkpoint, request, **embeddings_by_compel(pipe_with(checkpoint), request))
 
 
@@ -409,7 +409,7 @@ class CountedSampler:
 
 
 def guided_lane(model: Family) -> Lane:
-    """A lane that has not joined; only its conditioning is there."""
+    """Prepare a lane that has not joined, with its conditioning alone."""
     request = tiny_request(guidance_scale=4.0, scheduler="euler", num_inference_steps=4)
     active = ActiveRequest(request, model.batch_traits(request), lambda _: None, lambda: False, ())
     with torch.inference_mode():

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[LocalEngine]:
-    """The engine on the demo model."""
+    """Start the engine on the demo model."""
     made = LocalEngine(settings_of(DEMO_MODEL / "checkpoint"))
     yield made
     made.close()
@@ -34,7 +34,7 @@ def engine() -> Iterator[LocalEngine]:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint with random weights."""
+    """Write a tiny checkpoint with random weights."""
     return build_tiny_sd(tmp_path_factory.mktemp("tiny"))
 
 

@@ -50,7 +50,7 @@ def never() -> bool:
 
 @pytest.fixture(scope="module")
 def engines() -> Iterator[list[EngineProcess]]:
-    """Those that the tests of this module have made; torch takes each five seconds to import."""
+    """Collect the engines that the tests of this module start; torch takes each five seconds to import."""
     made: list[EngineProcess] = []
     yield made
     for engine in made:
@@ -59,7 +59,7 @@ def engines() -> Iterator[list[EngineProcess]]:
 
 @pytest.fixture
 def engine(engines: list[EngineProcess]) -> EngineProcess:
-    """The one that is there, or a new one where a test has closed it."""
+    """Return the running engine, or a new one where a test has closed it."""
     if not engines or engines[-1].state is EngineState.CLOSED:
         engines.append(ready_engine())
     return engines[-1]
@@ -168,7 +168,7 @@ def test_closing_ends_a_running_request_and_leaves_no_process(engine: EngineProc
 
 
 def spawn_fake(settings: ModelSettings) -> ChildHandle:
-    """A fake child, started as the real one is."""
+    """Start a fake child as the real one is started."""
     return ChildHandle.spawn(settings, module="tests.support.engine.fake_child")
 
 
@@ -193,12 +193,12 @@ class Fake:
         return self.futures[name]
 
     def outcomes(self) -> dict[str, type[BaseException] | None]:
-        """How each request ended; None where it was drawn."""
+        """Return how each request ended; None where it was drawn."""
         found = {name: future.exception(HANG_SECONDS) for name, future in self.futures.items()}
         return {name: error and type(error) for name, error in found.items()}
 
     def lives(self) -> list[list[str]]:
-        """What each child in turn was asked and did: `generate a`, `begin a`, `end a` …"""
+        """Return the journal of each child in turn: `generate a`, `begin a`, `end a` …"""
         lives: dict[str, list[str]] = {}
         lines = self.journal.read_text().splitlines() if self.journal.exists() else []
         for line in lines:
@@ -207,7 +207,9 @@ class Fake:
         return list(lives.values())
 
     def asked(self, life: int) -> str:
-        """The names of the requests that a child was sent, in their order; none where no such child has lived."""
+        """Return the names of the requests that a child was sent, in their order; none where there was no such
+        child.
+        """
         return "".join(names("generate", events) for events in self.lives()[life : life + 1])
 
     def all_asked(self) -> Counter[str]:
@@ -223,7 +225,7 @@ def new_fake(tmp_path: Path) -> Iterator[Callable[..., Fake]]:
     made: list[Fake] = []
 
     def new(*, min_hang_seconds: float = 60.0, **settings: Any) -> Fake:
-        """Requests that are asked for at once all wait for the child to be ready: they go inside together."""
+        """Start a fake engine; requests submitted at once wait for the child to be ready, and are sent together."""
         journal = tmp_path / f"journal-{len(made)}"
         restarts: list[None] = []
         engine_loads: list[EngineLoad] = []

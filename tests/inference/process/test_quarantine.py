@@ -25,7 +25,7 @@ class Request:
 
 
 def quarantine_of(names: str) -> tuple[Quarantine[Request], list[Request]]:
-    """A quarantine in which one request for each letter waits, in the order of their arrival."""
+    """Build a quarantine in which one request for each letter waits, in the order of their arrival."""
     quarantine: Quarantine[Request] = Quarantine()
     requests = [Request(name, arrived_at=number) for number, name in enumerate(names)]
     for one in requests:

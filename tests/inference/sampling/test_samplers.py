@@ -61,7 +61,7 @@ def table_of(config: Any) -> SchedulerTable:
 
 
 def begin(config: str, name: str, num_steps: int, seed: int) -> tuple[str, Sampler]:
-    """A sampler from a checkpoint of this scheduler config."""
+    """Begin a sampler from a checkpoint of this scheduler config."""
     found = (CONFIGS | FLOWS)[config]
     shift = SHIFT if found.get("use_dynamic_shifting") else None
     return Samplers(table_of(found), found).begin(StepPlan(name, num_steps, shift), *noise_of(seed))
@@ -81,7 +81,7 @@ class Plain:
         self.extra = {"generator": generator} if takes_generator else {}
 
     def steps(self, predictions: Iterator[torch.Tensor]) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
-        """Each step's timestep, the model's input before it, and the latents after it."""
+        """Yield each step's timestep, the model's input before it, and the latents after it."""
         for now, prediction in zip(self.times, predictions, strict=False):
             model_input = self.latents if self.is_flow else self.scheduler.scale_model_input(self.latents, now)
             self.latents = self.scheduler.step(prediction[None], now, self.latents, return_dict=False, **self.extra)[0]
@@ -120,7 +120,7 @@ class PlainInpainting(Plain):
 
 
 def noise_of(seed: int) -> tuple[torch.Tensor, torch.Generator]:
-    """A lane's noise, and the generator where the noise left it."""
+    """Return a lane's noise, and the generator where the noise left it."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(SHAPE, generator=generator), generator
 
@@ -132,13 +132,13 @@ def predictions_of(seed: int) -> Iterator[torch.Tensor]:
 
 
 def is_near(ours: torch.Tensor, theirs: torch.Tensor, *, largest: torch.Tensor) -> bool:
-    """Are they equal but for rounding, where the latents were as large as `largest` on the way?"""
+    """Return whether they are equal but for rounding, where the latents were as large as `largest` on the way."""
     allowed = MAX_RELATIVE_ERROR * theirs.abs().max() + ROUNDING * largest
     return bool((ours - theirs).abs().max() <= allowed)
 
 
 def assert_follows(sampler: Sampler, plain: Plain, seed: int) -> None:
-    """At every step of the course the sampler is where the plain scheduler is."""
+    """Assert that at every step of the plan the sampler is where the plain scheduler is."""
     assert sampler.num_steps == len(plain.times)
     ours = predictions_of(seed)
     largest = sampler.latents.abs().max()

@@ -77,7 +77,7 @@ class Consumed:
         self._channel = self.connection.channel()
 
     def deliver(self, encoded: bytes) -> Delivery:
-        """What comes of a message with these properties."""
+        """Return what becomes of a message with these properties."""
         self._channel.basic_publish("", self._queue, b"", Raw(encoded))
         delivery = self._deliveries.get(timeout=HANG_SECONDS)
         self.consumer.ack(delivery)

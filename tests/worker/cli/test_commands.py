@@ -68,7 +68,7 @@ def test_generate_draws_signs_and_writes_images(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hollow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkpoint of configs without a byte of weights: loading it is refused. Work goes on in a folder of its own."""
+    """Make a checkpoint of configs without weights, which is refused on loading, and work in a folder of its own."""
     model = tmp_path / "hollow"
     for path in (DEMO_MODEL / "checkpoint").rglob("*"):
         if path.is_file() and path.suffix != ".safetensors":
@@ -83,7 +83,9 @@ def hollow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refused(options: list[str]) -> str:
-    """What `generate` says, on one line and in this process: each new one would spend five seconds on imports."""
+    """Return the refusal of `generate`, on one line and in this process: each new one would spend five seconds on
+    imports.
+    """
     done = CliRunner().invoke(app, ["generate", "a fox", "--steps", "2", *options])
 
     assert done.exit_code == 1

@@ -45,7 +45,7 @@ HOSTILE = "a fox\x1b]0;owned\x07 \x9b2J \u202egnp.exe"
 
 
 class Operator:
-    """Somebody at a terminal beside a world's queues."""
+    """An operator at a terminal beside a world's queues."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -64,7 +64,7 @@ class Operator:
         return [json.loads(line) for line in done.stdout.splitlines()]
 
     def add_letters(self, *bodies: bytes, reason: str = "ENGINE_CRASHED: it died twice") -> None:
-        """As a worker does it."""
+        """Publish dead letters as a worker does."""
         publisher = Publisher(self.broker, self.names)
         publisher.start()
         for body in bodies:
@@ -434,7 +434,7 @@ def test_purging_takes_only_what_was_shown_and_is_still_there(
     operator.add_letters(BROKEN, job())
 
     def think_long(*_: object, **__: object) -> bool:
-        """Meanwhile somebody takes both letters, one of them comes back twice, and a new one dies."""
+        """Take both letters while the command waits; one of them comes back twice, and a new one dies."""
         taken = {body: properties for properties, body in operator.take(operator.names.dead)}
         operator.put(operator.names.dead, taken[BROKEN], BROKEN)
         operator.put(operator.names.dead, taken[BROKEN], BROKEN)

@@ -38,7 +38,7 @@ def rules() -> JobRules:
 
 
 def typed(*words: str) -> dict[str, Any]:
-    """The fields of what a person types behind `a fox`."""
+    """Return the fields of the options behind `a fox`."""
     seen: list[tuple[GenerateOptions, int]] = []
     command = typer.Typer()
 

@@ -211,7 +211,7 @@ def test_summary_has_median_p95_and_share_the_largest_first() -> None:
 
 
 class Operator:
-    """Somebody at a terminal who has no more than the bucket."""
+    """An operator at a terminal with access to the bucket alone."""
 
     def __init__(self, settings: StoreSettings) -> None:
         self.storage = Storage(settings)
@@ -363,7 +363,7 @@ def page(numbers: range, *, is_last: bool) -> bytes:
 
 @pytest.fixture
 def crowded() -> Iterator[AnsweringServer]:
-    """A store with ten thousand records, each of them the same."""
+    """Serve a store with ten thousand equal records."""
     pages = [page(range(first, first + 1000), is_last=first == 9000) for first in range(0, 10_000, 1000)]
     record = complete(7).to_json()
     etag = hashlib.md5(record, usedforsecurity=False).hexdigest()

@@ -16,7 +16,7 @@ NOW = 1_800_000_000.0
 
 
 class Clock:
-    """A clock that stands until it is moved."""
+    """A clock that a test moves."""
 
     def __init__(self) -> None:
         self.now = NOW

@@ -55,7 +55,7 @@ UNSAID: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def rules() -> JobRules:
-    """The rules of a worker whose only bucket is `media`."""
+    """Build the rules of a worker whose only bucket is `media`."""
     return rules_from(ModelSettings(), StoreSettings(AWS_STORAGE_BUCKET_NAME="media"))  # type: ignore[call-arg]
 
 
@@ -128,7 +128,7 @@ def is_beyond_a_schema(fields: dict[str, Any]) -> bool:
 
 
 def parsed(body: Any) -> Any:
-    """What a schema gets to see; None where a body is no plain JSON, names a key twice, or is too large."""
+    """Parse a body as a schema sees it; None where it is no plain JSON, names a key twice, or is too large."""
     content = to_bytes(body)
     if len(content) > MAX_BODY_BYTES:
         return None

@@ -39,12 +39,12 @@ DEAD = "dead"  # no id to be trusted: nobody is told
 
 @pytest.fixture(scope="session")
 def rules() -> JobRules:
-    """The rules of a worker whose only bucket is `media`."""
+    """Build the rules of a worker whose only bucket is `media`."""
     return rules_from(ModelSettings(), StoreSettings(AWS_STORAGE_BUCKET_NAME="media"))  # type: ignore[call-arg]
 
 
 def message(**fields: Any) -> dict[str, Any]:
-    """A message with these `data` fields beside the required two."""
+    """Build a message with these `data` fields beside the required two."""
     return {
         "task_id": TASK_ID,
         "type": "image_generation",
@@ -57,7 +57,7 @@ def to_bytes(body: bytes | Mapping[str, Any]) -> bytes:
 
 
 def raw(field: str, literal: str) -> bytes:
-    """A message in which `field` of `data` has a value only raw JSON can write."""
+    """Build a message in which `field` of `data` has a value only raw JSON can write."""
     return f'{{"task_id": "{TASK_ID}", "data": {{"generation_id": 456, "prompt": "a", "{field}": {literal}}}}}'.encode()
 
 

@@ -1,4 +1,4 @@
-"""A message is the same job as another where it asks for the same, whatever is written beside it."""
+"""A message is the same job as another with the same known fields, whatever is written beside them."""
 
 import json
 from typing import Any

@@ -25,7 +25,7 @@ INIT, MASK = {"init_image_path": "a.png"}, {"mask_path": "m.png"}
 
 @pytest.fixture(scope="module")
 def rules() -> JobRules:
-    """The rules of a worker whose only bucket is `media`."""
+    """Build the rules of a worker whose only bucket is `media`."""
     return rules_from(ModelSettings(), StoreSettings(AWS_STORAGE_BUCKET_NAME="media"))  # type: ignore[call-arg]
 
 

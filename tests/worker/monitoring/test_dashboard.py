@@ -1,4 +1,4 @@
-"""Dashboard, alerts and documentation ask for metrics and labels that exist; Prometheus's own tool agrees."""
+"""Dashboard, alerts and documentation name metrics and labels that exist; Prometheus's own tool agrees."""
 
 import re
 import subprocess

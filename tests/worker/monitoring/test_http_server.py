@@ -40,7 +40,7 @@ def connected(port: int) -> socket.socket:
 
 
 def probe(port: int, path: str = "/health/live", method: str = "GET") -> tuple[int, bytes, int]:
-    """Status, body and the length that the headers name, on a connection of its own."""
+    """Return status, body and the length that the headers name, on a connection of its own."""
     with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=HANG_SECONDS)) as connection:
         connection.request(method, path)
         answer = connection.getresponse()
@@ -48,7 +48,7 @@ def probe(port: int, path: str = "/health/live", method: str = "GET") -> tuple[i
 
 
 def answer_to(port: int, request: bytes) -> bytes:
-    """All that comes back before the server closes the connection."""
+    """Read all that comes back before the server closes the connection."""
     with connected(port) as connection, suppress(ConnectionError):
         connection.sendall(request)
         connection.shutdown(socket.SHUT_WR)

@@ -1,6 +1,6 @@
-"""A real Prometheus scrapes a real worker and answers the dashboard's queries; and what a broker shows of itself.
+"""A real Prometheus scrapes a real worker and answers the dashboard's queries; and the broker's own metrics.
 
-The worker's engine is a stand-in: all that is scraped is the supervisor's.
+The worker has an engine without torch: all that is scraped is the supervisor's.
 """
 
 import json
@@ -69,7 +69,7 @@ class Prometheus(Part):
             self._server.kill()
 
     def get(self, path: str, **parameters: str) -> dict[str, Any]:
-        """What `/api/v1/{path}` answers; a refused query fails here with Prometheus's own words."""
+        """Return the answer of `/api/v1/{path}`; a refused query fails here with Prometheus's own message."""
         answer = requests.get(f"http://127.0.0.1:{self._port}/api/v1/{path}", params=parameters, timeout=120).json()
         assert answer["status"] == "success", answer
         return answer["data"]  # type: ignore[no-any-return]
@@ -85,7 +85,7 @@ class Prometheus(Part):
 
 
 def publish_dated(world: World, generation_id: int) -> None:
-    """A job as a backend publishes it, with the moment it was made, from which the waiting is counted."""
+    """Publish a job as a backend does, with the moment it was made, from which the waiting is counted."""
     message = {
         "task_id": str(uuid.uuid4()),
         "created_at": datetime.now(UTC).isoformat(),
@@ -98,7 +98,7 @@ def publish_dated(world: World, generation_id: int) -> None:
 def prometheus(
     rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:
-    """Prometheus after it has seen a worker draw its jobs."""
+    """Run Prometheus until it has scraped a worker that drew its jobs."""
     with new_world(rabbitmq, s3_server, tmp_path_factory.mktemp("world")) as world:
         worker = start_light_worker(world)
         with Prometheus(tmp_path_factory.mktemp("prometheus"), f"127.0.0.1:{worker.port}") as running:
@@ -165,7 +165,7 @@ def test_every_alert_rule_is_evaluated_and_none_fires_for_a_healthy_worker(prome
 
 @pytest.fixture
 def broker_metrics(rabbitmq: RabbitMQ) -> Iterator[int]:
-    """The port on which the broker shows its metrics while the test runs."""
+    """Enable the broker's metrics while the test runs; return their port."""
 
     def use_plugins(names: str, prepare: str = "") -> None:
         plugins = rabbitmq.folder / "plugins"

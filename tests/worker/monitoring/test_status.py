@@ -1,4 +1,4 @@
-"""What the status tells, what it keeps to itself, and the page that shows it in a real Chromium."""
+"""The fields of the status, what it leaves out, and the page that shows it in a real Chromium."""
 
 import itertools
 import json

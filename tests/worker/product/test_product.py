@@ -35,7 +35,7 @@ EVERYWHERE = [None, *Position]
 
 
 def wanted() -> None:
-    """The job goes on."""
+    """Continue the job."""
 
 
 def pixels(image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.int16]]:
@@ -43,7 +43,7 @@ def pixels(image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.int16]
 
 
 def photo(side: int = 400) -> Image.Image:
-    """A dark disc on white, its edge as soft as a lens's, with an alpha channel that says nothing."""
+    """Draw a dark disc on white, its edge as soft as a lens's, with an opaque alpha channel."""
     image = Image.new("RGB", (side, side), "white")
     ImageDraw.Draw(image).ellipse((side * 0.3, side * 0.2, side * 0.7, side * 0.8), fill=(110, 20, 30))
     return image.filter(ImageFilter.GaussianBlur(2)).convert("RGBA")

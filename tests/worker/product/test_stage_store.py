@@ -32,14 +32,14 @@ def a_job(task_id: str = TASK) -> Job:
 
 @pytest.fixture
 def new_store(store_settings: StoreSettings, bucket: str) -> NewStore:
-    """A new shelf of the same job at each call, as each try has one."""
+    """Return a maker of stage stores of the same job, one for each try."""
     gate = StoreGate(Breaker("the store", STORE_THRESHOLD), threading.Event())
     store = ImageStore(Storage(store_settings), gate)
     return lambda: StageStore(store, bucket, a_job())
 
 
 def change(stage_store: StageStore, stage: ProductStage, image: Image.Image) -> None:
-    """As a person does it: the tools know nothing of notes."""
+    """Change a stored stage as an image editor does, which keeps no metadata."""
     content = io.BytesIO()
     image.save(content, "PNG")
     ref = ObjectRef(stage_store.bucket, f"stages/gen-7/{stage}.png")

@@ -1,4 +1,4 @@
-"""Previews inside the worker: made into files, stored, told, and served."""
+"""Previews inside the worker: encoded, stored, reported, and served."""
 
 import logging
 import queue

@@ -39,7 +39,7 @@ class SlowBackend:
         return self.answer
 
     def next(self) -> dict[str, Any]:
-        """The progress of the next call."""
+        """Return the progress of the next call."""
         body: dict[str, Any] = self.begun.get(timeout=HANG_SECONDS).body["progress"]
         return body
 
@@ -72,7 +72,7 @@ def step(track: JobProgress, step_index: int, num_steps: int = 20, seconds: floa
 
 
 def nothing_more(reporter: ProgressReporter, backend: SlowBackend) -> bool:
-    """Whether the sender has nothing left: reports of another job, sent behind, arrive next."""
+    """Return whether the sender has nothing left: reports of another job, sent behind, arrive next."""
     marker = reporter.follow("marker", 999)
     step(marker, 0)
     return backend.begun.get(timeout=HANG_SECONDS).webhook_id == "marker:progress:0"

@@ -19,7 +19,7 @@ TASK, OTHER = str(uuid.uuid4()), str(uuid.uuid4())
 
 
 def png(colour: str, said: str = "") -> bytes:
-    """A picture of one colour whose file says something of itself."""
+    """Write an image of one colour with a comment in its file."""
     text = PngImagePlugin.PngInfo()
     text.add_text("Comment", said)
     sink = BytesIO()

@@ -331,7 +331,7 @@ def delivered(
 
 @pytest.fixture
 def started() -> Iterator[Callable[[Parts], Parts]]:
-    """Starts the outbox of the parts it is given, and closes it in the end."""
+    """Start the outbox of the given parts, and close it in the end."""
     running: list[Parts] = []
 
     def start(parts: Parts) -> Parts:

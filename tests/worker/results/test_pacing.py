@@ -100,7 +100,7 @@ OUTAGE_SECONDS = 200.0
 def after_an_outage(
     bad: WebhookAttempt, num_bad: int, num_good: int, outage: WebhookAttempt, *, are_known: bool
 ) -> Lane:
-    """A lane a minute after the backend's return; the bad ones were parked before the outage where `are_known`."""
+    """Simulate a minute after the backend's return; the bad events were parked before the outage where `are_known`."""
     outage_at, back_at = 1e9 + 100, 1e9 + 100 + OUTAGE_SECONDS
 
     def answer(name: str, now: float) -> WebhookAttempt:

@@ -1,4 +1,4 @@
-"""Returned events get fresh copies, or are told as they are."""
+"""Returned events get fresh copies, or are sent as they are."""
 
 import threading
 from typing import Any

@@ -92,7 +92,7 @@ class Place:
         )
 
     def check(self, **env: object) -> dict[str, CheckResult]:
-        """Try every part; what is outside must be as before, and nobody may have taken the job."""
+        """Run every check; queues, buckets and backend must be as before, and no job may have been taken."""
         before = self.contents()
         settings = settings_of(self.env() | {name: str(value) for name, value in env.items()})
         found = {finding.part: finding for finding in run_checks(every_part(settings, load_here))}
@@ -101,7 +101,7 @@ class Place:
         return found
 
     def contents(self) -> dict[str, Any]:
-        """Every queue with its depth, every bucket with its keys, every call the backend took as a webhook."""
+        """List every queue with its depth, every bucket with its keys, every call the backend took as a webhook."""
         client = self.store.client()
         buckets = [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]
         keys = {name: [e["Key"] for e in client.list_objects_v2(Bucket=name).get("Contents", ())] for name in buckets}
@@ -115,7 +115,7 @@ def settings_of(env: dict[str, str]) -> Settings:
 
 @cache
 def load_here(settings: ModelSettings) -> ModelFacts:
-    """As the engine's process loads it, but in this one; the same settings only once."""
+    """Load the engine as its process does, but in this one; the same settings only once."""
     engine = LocalEngine(settings)
     engine.close()
     return engine.facts
@@ -145,7 +145,7 @@ def parts(found: dict[str, CheckResult], state: State) -> set[str]:
 
 
 def assert_only(found: dict[str, CheckResult], bad: str, *words: object, blocked: tuple[str, ...] = ()) -> None:
-    """Only that part is bad, only what stands on it is blocked, and its row says these words."""
+    """Assert that only that part is bad, only those depending on it are blocked, and its row has these words."""
     assert parts(found, State.BAD) == {bad}, found
     assert parts(found, State.BLOCKED) == set(blocked), found
     missing = [word for word in words if str(word) not in found[bad].detail]

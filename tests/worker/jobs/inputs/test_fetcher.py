@@ -71,7 +71,7 @@ def fetcher_of(storage: Storage, settings: StoreSettings) -> Fetcher:
 
 
 def put_style(settings: StoreSettings, text: str) -> None:
-    """A PEFT folder whose two files have the same text in them."""
+    """Upload a PEFT folder whose two files have the same text in them."""
     storage = Storage(settings)
     for key in (CONFIG, WEIGHTS):
         storage.put(ObjectRef(settings.bucket, key), text.encode(), content_type="text/plain")
