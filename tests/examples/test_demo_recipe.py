@@ -176,7 +176,7 @@ def test_tokenizer_encodes_as_the_pipeline_does(tokenizer: Any) -> None:
 
 
 def red_disc() -> torch.Tensor:
-    """RGBA: an opaque red disc on nothing."""
+    """Draw RGBA: an opaque red disc on nothing."""
     place = torch.arange(SIDE) - SIDE / 2
     alpha = (place.square() + place.square()[:, None] < (SIDE / 3) ** 2).float()
     return torch.stack((alpha, 0 * alpha, 0 * alpha, alpha))
@@ -378,7 +378,7 @@ def test_an_adapter_changes_nothing_before_it_is_trained() -> None:
 
 @pytest.fixture(scope="module")
 def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Kitchen:
-    """Everything up to the first adapter made, from discs instead of the real pictures."""
+    """Make everything up to the first adapter, from discs instead of the real images."""
     made = Kitchen(tmp_path_factory.mktemp("kitchen"), MOMENT, CPU)
     discs = {
         thing.icon: {"body": f'<circle cx="16" cy="16" r="{6 + 3 * number}" fill="#c0{number}0{number}0"/>'}

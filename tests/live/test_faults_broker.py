@@ -55,7 +55,7 @@ def worker(station: Station) -> Worker:
 
 @pytest.fixture
 def second(station: Station, worker: Worker) -> Iterator[Worker]:
-    """Another worker, which reaches the broker directly."""
+    """Start another worker, which reaches the broker directly."""
     made = station.start_worker(RABBITMQ_PORT=str(station.world.rabbitmq.port))
     yield made
     made.kill()

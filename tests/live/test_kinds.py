@@ -35,7 +35,7 @@ def ball(size: tuple[int, int] = (128, 128)) -> Image.Image:
 
 
 def left_half(size: tuple[int, int] = (128, 128)) -> Image.Image:
-    """White on the left, black on the right."""
+    """Draw a mask: white on the left, black on the right."""
     mask = Image.new("L", size)
     mask.paste(255, (0, 0, size[0] // 2, size[1]))
     return mask

@@ -68,7 +68,7 @@ def channel_to(world: World) -> Iterator[Any]:
 
 
 def declare_as_older_workers_did(world: World) -> None:
-    """Quorum queues without a limit of their own."""
+    """Declare quorum queues without a limit of their own."""
     names = QueueNames(world.queue)
     with channel_to(world) as channel:
         for name in (names.recover, names.outbox, names.dead):
@@ -242,7 +242,7 @@ def test_a_policy_with_every_limit_loses_no_end(world: World) -> None:
 
 
 def bodies_of_dead_letters(world: World) -> list[bytes]:
-    """Looked at, and left where they are."""
+    """Read the dead letters, and leave them where they are."""
     bodies = []
     with channel_to(world) as channel:
         while (got := channel.basic_get(f"{world.queue}.dead"))[0] is not None:

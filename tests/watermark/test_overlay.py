@@ -214,7 +214,7 @@ def test_the_same_input_gives_the_same_bytes_and_the_image_is_left_alone() -> No
 
 
 def luminance(pixels: NDArray[Any]) -> NDArray[np.float64]:
-    """Relative luminance, as WCAG 2.2 has it."""
+    """Compute the relative luminance of WCAG 2.2."""
     scaled = np.asarray(pixels, dtype=np.float64) / 255
     linear = np.where(scaled <= 0.04045, scaled / 12.92, ((scaled + 0.055) / 1.055) ** 2.4)
     return np.asarray(linear @ [0.2126, 0.7152, 0.0722])

@@ -11,7 +11,7 @@ from watermark.quiet_region import quietest_region
 
 
 def noise(width: int, height: int, calm: Rect = Rect(0, 0, 0, 0)) -> Image.Image:  # noqa: B008 - immutable
-    """Noise, but for one rectangle of plain grey."""
+    """Draw noise, but for one rectangle of plain grey."""
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     pixels[calm.top : calm.bottom, calm.left : calm.right] = 128
     return Image.fromarray(pixels)

@@ -45,7 +45,7 @@ def signed(image: Image.Image, signature: Signature, **style: Any) -> NDArray[np
 
 
 def changed_box(image: Image.Image, after: NDArray[np.int16]) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of the pixels that differ from `image`."""
+    """Return left, top, right, bottom of the pixels that differ from `image`."""
     changed = np.any(np.asarray(image.convert("RGB")) != after, axis=-1)
     box = Image.fromarray(changed.astype(np.uint8) * 255).getbbox()
     assert box is not None

@@ -66,7 +66,7 @@ def tiny_request(*seeds: int) -> GenerationRequest:
 
 
 def is_flagged_by(pipe: Any, request: GenerationRequest) -> bool:
-    """Plain diffusers blackens what it flags."""
+    """Return whether plain diffusers flags the image, which it blackens."""
     return plain(pipe, request).getextrema() == ((0, 0), (0, 0), (0, 0))
 
 

@@ -41,7 +41,7 @@ def order_in_force() -> list[SDPBackend]:
 
 @pytest.fixture
 def own_order() -> list[SDPBackend]:
-    """torch's own, before anything changed it."""
+    """Return torch's own order, before anything changed it."""
     return order_in_force()
 
 

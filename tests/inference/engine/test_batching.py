@@ -104,7 +104,7 @@ def assert_styled(engine: WatchedEngine, calls: list[EngineCall]) -> None:
 
 
 def mixed_requests(adapters: Adapters) -> list[GenerationRequest]:
-    """Ten requests that share nothing but the model."""
+    """Build ten requests that share nothing but the model."""
 
     def request(*files: AdapterFile, **fields: Any) -> GenerationRequest:
         return tiny_request(*files, **fields)

@@ -297,7 +297,7 @@ class SmallEngine(WatchedEngine):
 
 
 def controlnets_alive() -> int:
-    """Not by way of garbage collection, which would be late for memory."""
+    """Count the ControlNets in memory, without garbage collection, which would be late."""
     return sum(type(one) is ControlNetModel for one in gc.get_objects())
 
 

@@ -104,7 +104,7 @@ def tiny_request(*adapters: AdapterFile, **fields: Any) -> GenerationRequest:
 
 
 def assert_equal(models: Models, name: str, request: GenerationRequest) -> None:
-    """Alone in the engine the request gives the picture that diffusers' own pipeline draws."""
+    """Assert that alone in the engine the request gives the image that diffusers' own pipeline draws."""
     assert psnr(draw(models.engine(name), request)[0], alone(models.checkpoint(name), request)) >= MIN_PSNR_DB
 
 
@@ -186,12 +186,12 @@ def test_the_demo_model_restyles_and_repaints_as_plain_diffusers_does() -> None:
 
 @cache
 def checkers() -> bytes:
-    """Black and white, which 16 bits hold exactly."""
+    """Draw black and white, which 16 bits hold exactly."""
     return (255 * (np.indices((64, 64)).sum(0) // 8 % 2)).astype(np.uint8).repeat(3).tobytes()
 
 
 def sdxl_from_image(checkpoint: Path, dtype: torch.dtype) -> Any:
-    """SDXL's own pipeline for pictures from pictures."""
+    """Load SDXL's own pipeline for image to image."""
     return PIPELINES_FROM_IMAGE["StableDiffusionXLPipeline"].from_pipe(load_pipe(checkpoint).to(dtype), dtype=dtype)
 
 

@@ -151,7 +151,7 @@ def with_previews(steps: list[StepReport]) -> list[int]:
 
 
 def likeness(preview: Preview, image: Image.Image) -> float:
-    """Correlation of the preview with the picture made as small."""
+    """Correlate the preview with the image reduced to its size."""
     small = np.asarray(image.resize((preview.width, preview.height), Image.Resampling.BOX)).ravel()
     return float(np.corrcoef(np.frombuffer(preview.rgb, np.uint8), small)[0, 1])
 

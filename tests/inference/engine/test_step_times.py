@@ -48,7 +48,7 @@ class LateModel(WatchedModel):
 
 
 def event_class(work: Work) -> type:
-    """torch.cuda.Event of that device."""
+    """Return `torch.cuda.Event` of that device."""
 
     class Event:
         def __init__(self, *, enable_timing: bool = False) -> None:

@@ -53,7 +53,7 @@ class Model:
         }
 
     def pair(self, layer: str, *, rank: int = RANK) -> tuple[torch.Tensor, torch.Tensor]:
-        """Random A and B for the layer, in its own shape."""
+        """Make random A and B for the layer, in its own shape."""
         weight: Any = self.modules[layer].weight
         ones = [1, 1] if weight.ndim == 4 else []
         return torch.randn(rank, *weight.shape[1:]), torch.randn(weight.shape[0], rank, *ones)

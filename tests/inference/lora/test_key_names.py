@@ -179,7 +179,7 @@ def test_z_image_layout_changes_what_the_library_changes(made: dict[str, Any], z
 
 
 def pairs(pipe: Any, folder: Path, targets: tuple[str, ...]) -> Pairs:
-    """Random A and B by the layer's name within the denoiser."""
+    """Make random A and B by the layer's name within the denoiser."""
     path = write_adapter(folder / "original.safetensors", pipe, layout="diffusers_new", targets=targets)
     stored = safetensors.torch.load_file(path)
     names = [name.removesuffix(".lora_A.weight") for name in stored if name.endswith(".lora_A.weight")]

@@ -12,7 +12,7 @@ from inference.lora.slots import ZERO_PAGE, Slots
 
 
 def slots_with(*keys: str, num_slots: int = 3, num_pages: int = 6) -> Slots:
-    """Idle adapters of two pages each, loaded in this order."""
+    """Load idle adapters of two pages each, in this order."""
     slots = Slots(num_slots, num_pages)
     for key in keys:
         slots.load(key, 2)
@@ -234,7 +234,9 @@ class AnyOrder(RuleBasedStateMachine):
         assert min(counts(self.slots)) >= 0
 
     def _can_join(self, wanted: dict[Hashable, int]) -> bool:
-        """Would it go well? Tried on a copy: what is there is used, then the rest is loaded and used."""
+        """Return whether joining would go well, on a copy: loaded adapters are used, then the rest is loaded and
+        used.
+        """
         slots = copy.deepcopy(self.slots)
         try:
             for key in sorted(wanted, key=lambda key: key not in self.pages):
@@ -246,7 +248,7 @@ class AnyOrder(RuleBasedStateMachine):
         return True
 
     def _load(self, key: Hashable, num_pages: int) -> None:
-        """Load, and see that the oldest idle ones gave way, and not one too many."""
+        """Load, and assert that the oldest idle ones were evicted, and not one too many."""
         idle = [one for one in self.pages if one not in self.users]
         slot = self.slots.load(key, num_pages)
         gone = [one for one in self.pages if not self.slots.find(one)]

@@ -70,7 +70,7 @@ class Models(FamilyModels):
         return AdapterFile(write_adapter(path, load_pipe(self.checkpoint(name)), **kind), None, scale)
 
     def assert_equal(self, name: str, request: GenerationRequest) -> None:
-        """Alone in the engine the request gives the picture that plain diffusers draws."""
+        """Assert that alone in the engine the request gives the image that plain diffusers draws."""
         drawn = draw(self.engine(name), request)[0]
         assert psnr(drawn, alone(self.checkpoint(name), request)) >= SAME_DB
 

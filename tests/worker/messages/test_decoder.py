@@ -497,7 +497,7 @@ def test_undecodable_message_has_a_reason(
 
 
 def assert_reportable(error: Undecodable | JobRejected) -> None:
-    """Short enough for a header, one line, and nothing that could forge another."""
+    """Assert that the message is short enough for a header, one line, and forges no other."""
     assert 0 < len(str(error)) <= MAX_REASON_CHARS <= 400
     assert str(error).isprintable()
 

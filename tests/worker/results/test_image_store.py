@@ -39,7 +39,7 @@ class SharedKey:
         self.store = ImageStore(self.storage, gate, self.end_of)
 
     def end_of(self, task_id: str) -> TerminalEvent | None:
-        """Asked between the look and the write: here others may write."""
+        """Return the task's end, between the store's check and its write: here others write."""
         end = self.ends.get(task_id)
         if self.others:
             self.write(*self.others.pop())
