@@ -319,7 +319,7 @@ def test_the_manifest_has_the_prompts_in_full_alone(chain: Chain) -> None:
 
 
 def chunks_of(png: bytes) -> list[tuple[bytes, bytes]]:
-    """Yield kind and content of every chunk."""
+    """Return kind and content of every chunk."""
     chunks, at = [], 8
     while at < len(png):
         (length,) = struct.unpack(">I", png[at : at + 4])
