@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from botocore.exceptions import BotoCoreError, ClientError
 
 from examples.parts.backend import ENDS, WEBHOOKS, Backend
-from tests.campaigns.journal import Heard, Journal
+from tests.campaigns.journal import Journal, ReceivedWebhook
 
 ERROR = "error"
 RESET = "reset"
@@ -59,7 +59,7 @@ class FlakyBackend(Backend):
         self._poisoned = frozenset(poisoned)
         self._lock = threading.Lock()
         self._looks = ThreadPoolExecutor(4, thread_name_prefix="look")
-        ends = [heard for heard in journal.all(Heard) if heard.is_end]
+        ends = [heard for heard in journal.all(ReceivedWebhook) if heard.is_end]
         self._taken = Counter(heard.webhook_id for heard in ends)
         self._ended = {heard.generation_id for heard in ends}
 
@@ -126,7 +126,7 @@ class FlakyBackend(Backend):
 
     def _note(self, kind: str, headers: dict[str, str], content: bytes, answer: str, mark: Mark) -> None:
         body = json.loads(content)
-        heard = Heard(
+        heard = ReceivedWebhook(
             at=time.time(),
             kind=kind,
             webhook_id=headers.get("webhook-id", ""),

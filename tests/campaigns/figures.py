@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tests.campaigns.journal import Acted, Counted, Ended, Entry, Heard, Published, only
+from tests.campaigns.journal import Acted, Counted, Ended, Entry, Published, ReceivedWebhook, only
 
 # A worker that fell under suspicion is an engine's or a worker's doing; the jobs of a campaign are all harmless.
 POISON_CODES = {"ENGINE_CRASHED", "JOB_TIMEOUT", "WORKER_CRASHED"}
@@ -112,7 +112,7 @@ def compute_figures(
     """
     entries = list(entries)
     published = {job.generation_id: job for job in only(entries, Published)}
-    heard = [one for one in only(entries, Heard) if one.is_end]
+    heard = [one for one in only(entries, ReceivedWebhook) if one.is_end]
     effects = _effects(heard)
     kinds = {number: {end.kind for end in ends} for number, ends in effects.items()}
     complete = [number for number, found in kinds.items() if "complete" in found]
@@ -189,9 +189,9 @@ def checks(figures: Figures, limits: Limits) -> list[Check]:
     ]
 
 
-def _effects(heard: list[Heard]) -> dict[int, list[Heard]]:
+def _effects(heard: list[ReceivedWebhook]) -> dict[int, list[ReceivedWebhook]]:
     """Group by generation what a backend that drops repeats of an id has acted on."""
-    effects: dict[int, list[Heard]] = defaultdict(list)
+    effects: dict[int, list[ReceivedWebhook]] = defaultdict(list)
     known: set[str] = set()
     for end in heard:
         if end.webhook_id not in known:
@@ -204,8 +204,8 @@ def _must_fail(published: Mapping[int, Published], generation_id: int) -> bool:
     return generation_id in published and published[generation_id].must_fail
 
 
-def _repeats(heard: list[Heard], tolerance_seconds: float) -> dict[str, Any]:
-    first: dict[str, Heard] = {}
+def _repeats(heard: list[ReceivedWebhook], tolerance_seconds: float) -> dict[str, Any]:
+    first: dict[str, ReceivedWebhook] = {}
     provoked: set[str] = set()
     found: dict[str, Any] = {
         "num_repeats": 0,
@@ -290,7 +290,7 @@ def _by_life(counts: list[Counted], name: str) -> list[list[float]]:
     return list(lives.values())
 
 
-def _late_seconds(entries: list[Entry], heard: list[Heard]) -> float:
+def _late_seconds(entries: list[Entry], heard: list[ReceivedWebhook]) -> float:
     """Return the seconds from the backend's return to the last end that a job had."""
     back = [acted.at for acted in only(entries, Acted) if acted.action == OUTAGE]
     return round(max(end.at for end in heard) - max(back), 2) if back and heard else 0.0

@@ -37,7 +37,7 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Heard:
+class ReceivedWebhook:
     """The backend heard a webhook.
 
     `digest` is one of what the body says, in whatever order.
@@ -92,10 +92,12 @@ class Counted:
     idle_seconds: float
 
 
-Entry = Began | Published | Heard | Acted | Ended | Counted
+Entry = Began | Published | ReceivedWebhook | Acted | Ended | Counted
 E = TypeVar("E", bound=Entry)
 
-_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Began, Published, Heard, Acted, Ended, Counted)}
+_KINDS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (Began, Published, ReceivedWebhook, Acted, Ended, Counted)
+}
 
 
 class Journal:

@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.campaigns import chaos
 from tests.campaigns.backend import ERROR, HANG, LOSE, RESET
-from tests.campaigns.chaos import Rhythm
+from tests.campaigns.chaos import FaultSchedule
 from tests.campaigns.figures import Limits
 
 GRACE_SECONDS = 20
@@ -36,7 +36,7 @@ class Campaign:
     num_jobs: int
     num_actions: int
     num_workers: int
-    rhythms: tuple[Rhythm, ...]
+    schedules: tuple[FaultSchedule, ...]
     limits: Limits
     steps: tuple[int, int]
     depth: int = 20
@@ -59,7 +59,7 @@ def kill(
         num_jobs=num_jobs,
         num_actions=num_actions,
         num_workers=num_workers,
-        rhythms=(Rhythm("kill", chaos.kill_something, _gap(has_real_engine), num_actions),),
+        schedules=(FaultSchedule("kill", chaos.kill_something, _gap(has_real_engine), num_actions),),
         limits=Limits(max_repeat_share=0.005),
         # Two seconds of work, so that most kills meet workers that are busy.
         steps=(20, 80) if has_real_engine else STAND_IN_STEPS,
@@ -77,12 +77,12 @@ def network(
         num_jobs=num_jobs,
         num_actions=num_actions,
         num_workers=num_workers,
-        rhythms=(
-            Rhythm("connections closed", chaos.close_connections, (10.0, 40.0)),
-            Rhythm("connections reset", chaos.reset_connections, (10.0, 40.0)),
-            Rhythm("broker restart", chaos.restart_broker, (5.0, 30.0), num_actions),
-            Rhythm("store paused", chaos.pause_store, (30.0, 60.0)),
-            Rhythm("store restart", chaos.restart_store, (5.0, 60.0), num_actions),
+        schedules=(
+            FaultSchedule("connections closed", chaos.close_connections, (10.0, 40.0)),
+            FaultSchedule("connections reset", chaos.reset_connections, (10.0, 40.0)),
+            FaultSchedule("broker restart", chaos.restart_broker, (5.0, 30.0), num_actions),
+            FaultSchedule("store paused", chaos.pause_store, (30.0, 60.0)),
+            FaultSchedule("store restart", chaos.restart_store, (5.0, 60.0), num_actions),
         ),
         limits=Limits(
             max_extra_share=0.03 if num_workers == 1 else 0.10, mark_tolerance_seconds=BACKEND_PATIENCE_SECONDS
@@ -104,7 +104,7 @@ def sigterm(
         num_jobs=num_jobs,
         num_actions=num_actions,
         num_workers=num_workers,
-        rhythms=(Rhythm("sigterm", chaos.stop_a_worker, _gap(has_real_engine), num_actions),),
+        schedules=(FaultSchedule("sigterm", chaos.stop_a_worker, _gap(has_real_engine), num_actions),),
         limits=Limits(max_repeat_share=0.0, grace_seconds=GRACE_SECONDS),
         steps=(10, 40) if has_real_engine else STAND_IN_STEPS,
         has_real_engine=has_real_engine,
@@ -119,7 +119,7 @@ def outage(num_jobs: int = 50, num_actions: int = 1, num_workers: int = 1, *, ha
         num_jobs=num_jobs,
         num_actions=num_actions,
         num_workers=num_workers,
-        rhythms=(Rhythm("outage", chaos.backend_outage(OUTAGE_SECONDS), (0.0, 0.1), num_actions),),
+        schedules=(FaultSchedule("outage", chaos.backend_outage(OUTAGE_SECONDS), (0.0, 0.1), num_actions),),
         limits=Limits(max_repeat_share=0.0, max_extra_share=0.0, max_late_seconds=60.0, max_idle_seconds=1.0),
         steps=(8, 40) if has_real_engine else STAND_IN_STEPS,
         depth=num_jobs,
@@ -137,9 +137,9 @@ def storm(
         num_jobs=num_jobs,
         num_actions=num_actions,
         num_workers=num_workers,
-        rhythms=(
-            Rhythm("kill", chaos.kill_something, (3.0, 23.0), num_actions),
-            Rhythm("connections closed", chaos.close_connections, (15.0, 25.0)),
+        schedules=(
+            FaultSchedule("kill", chaos.kill_something, (3.0, 23.0), num_actions),
+            FaultSchedule("connections closed", chaos.close_connections, (15.0, 25.0)),
         ),
         limits=Limits(mark_tolerance_seconds=BACKEND_PATIENCE_SECONDS),
         steps=(20, 80) if has_real_engine else STAND_IN_STEPS,

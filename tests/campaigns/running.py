@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.campaigns.backend import FlakyBackend
-from tests.campaigns.chaos import Chaos, Scene
+from tests.campaigns.chaos import Chaos, ChaosTargets
 from tests.campaigns.figures import Figures, compute_figures
 from tests.campaigns.jobs import ADAPTERS, PlannedJob, plan_jobs, poisoned_of
 from tests.campaigns.journal import Acted, Began, Journal, Published
@@ -37,8 +37,8 @@ STAND_IN_STEP_SECONDS = 0.02
 
 
 @dataclass
-class Field:
-    """Everything a campaign is fought on, put together."""
+class CampaignRun:
+    """The parts of a running campaign, put together."""
 
     campaign: Campaign
     began: Began
@@ -53,25 +53,25 @@ def run(
     campaign: Campaign, rabbitmq: RabbitMQ, store: SeaweedFS, folder: Path, *, seed: int, console: Console
 ) -> Figures:
     """Run the campaign in `folder`, or go on with what an earlier run left there; the parts must be the same ones."""
-    with _field(campaign, rabbitmq, store, folder, seed) as field:
-        jobs = _planned(campaign, field.began.seed)
-        poisoned = _poisoned(campaign, field.began.seed)
-        _wait_for_a_worker(field)
-        field.chaos.start()
+    with _set_up(campaign, rabbitmq, store, folder, seed) as running:
+        jobs = _planned(campaign, running.began.seed)
+        poisoned = _poisoned(campaign, running.began.seed)
+        _wait_for_a_worker(running)
+        running.chaos.start()
         try:
-            _work_through(field, jobs, console, num_to_end=len(jobs) - len(poisoned))
+            _work_through(running, jobs, console, num_to_end=len(jobs) - len(poisoned))
         finally:
-            field.chaos.close()
-        if field.chaos.failure is not None:
-            raise field.chaos.failure
-        field.backend.heal()
-        left = wait_until_settled(field.world, num_parked=len(poisoned))
-        field.pool.close()
-        parked = take_parked(field.world, num_parked=len(poisoned))
+            running.chaos.close()
+        if running.chaos.failure is not None:
+            raise running.chaos.failure
+        running.backend.heal()
+        left = wait_until_settled(running.world, num_parked=len(poisoned))
+        running.pool.close()
+        parked = take_parked(running.world, num_parked=len(poisoned))
         left[".outbox"] = sum(generation_id not in poisoned for generation_id in parked)
         return compute_figures(
-            field.journal.entries(),
-            stored(field.world),
+            running.journal.entries(),
+            stored(running.world),
             left,
             limits=campaign.limits,
             poisoned=poisoned,
@@ -88,7 +88,7 @@ def _poisoned(campaign: Campaign, seed: int) -> frozenset[int]:
 
 
 @contextmanager
-def _field(campaign: Campaign, rabbitmq: RabbitMQ, store: SeaweedFS, folder: Path, seed: int) -> Iterator[Field]:
+def _set_up(campaign: Campaign, rabbitmq: RabbitMQ, store: SeaweedFS, folder: Path, seed: int) -> Iterator[CampaignRun]:
     with ExitStack() as stack:
         journal = Journal(folder / "journal.jsonl")
         stack.callback(journal.close)
@@ -121,13 +121,13 @@ def _field(campaign: Campaign, rabbitmq: RabbitMQ, store: SeaweedFS, folder: Pat
         stack.callback(pool.close)
         num_done = Counter(acted.action for acted in journal.all(Acted))
         chaos = Chaos(
-            campaign.rhythms,
-            Scene(world, pool, proxies, num_done),
+            campaign.schedules,
+            ChaosTargets(world, pool, proxies, num_done),
             journal,
             seed=seed,
             share_ended=lambda: backend.num_ended / campaign.num_jobs,
         )
-        yield Field(campaign, began, journal, backend, world, pool, chaos)
+        yield CampaignRun(campaign, began, journal, backend, world, pool, chaos)
 
 
 def _begin(campaign: Campaign, journal: Journal, store: SeaweedFS, seed: int) -> Began:
@@ -186,31 +186,31 @@ def _record_reader(store: SeaweedFS, bucket: str) -> Any:
     return read
 
 
-def _wait_for_a_worker(field: Field) -> None:
-    eventually(lambda: field.pool.num_ready > 0, field.world.workers[0].log_tail)
+def _wait_for_a_worker(running: CampaignRun) -> None:
+    eventually(lambda: running.pool.num_ready > 0, running.world.workers[0].log_tail)
 
 
-def _work_through(field: Field, jobs: list[PlannedJob], console: Console, *, num_to_end: int) -> None:
+def _work_through(running: CampaignRun, jobs: list[PlannedJob], console: Console, *, num_to_end: int) -> None:
     """Publish as the workers and the chaos allow, until so many have ended and all has gone wrong that should."""
-    published = {entry.generation_id for entry in field.journal.all(Published)}
+    published = {entry.generation_id for entry in running.journal.all(Published)}
     waiting = [job for job in jobs if job.generation_id not in published]
-    watch = _Watch(field.campaign.patience_seconds)
+    stall = _StallDetector(running.campaign.patience_seconds)
     with _progress(console) as progress:
-        bar = progress.add_task(field.campaign.name, total=len(jobs), done="")
-        while waiting or field.backend.num_ended < num_to_end or not field.chaos.is_over:
+        bar = progress.add_task(running.campaign.name, total=len(jobs), done="")
+        while waiting or running.backend.num_ended < num_to_end or not running.chaos.is_over:
             num_published = len(jobs) - len(waiting)
-            batch = waiting[: max(0, _num_allowed(field) - num_published)]
-            if batch and _publish(field, batch):
+            batch = waiting[: max(0, _num_allowed(running) - num_published)]
+            if batch and _publish(running, batch):
                 waiting = waiting[len(batch) :]
-            done = f"{num_published} published, {field.chaos.summary}"
-            progress.update(bar, completed=field.backend.num_ended, done=done)
-            if field.chaos.failure is not None or watch.is_over((field.backend.num_ended, done)):
+            done = f"{num_published} published, {running.chaos.summary}"
+            progress.update(bar, completed=running.backend.num_ended, done=done)
+            if running.chaos.failure is not None or stall.is_over((running.backend.num_ended, done)):
                 return
             time.sleep(TURN_SECONDS)
-        progress.update(bar, completed=field.backend.num_ended)
+        progress.update(bar, completed=running.backend.num_ended)
 
 
-class _Watch:
+class _StallDetector:
     """Notices that nothing has changed for too long."""
 
     def __init__(self, patience_seconds: float) -> None:
@@ -224,34 +224,34 @@ class _Watch:
         return time.monotonic() - self._changed_at > self._patience_seconds
 
 
-def _num_allowed(field: Field) -> int:
+def _num_allowed(running: CampaignRun) -> int:
     """Count the jobs that may have been published by now: no more than the chaos is due, so that both end together."""
-    num_jobs, depth = field.campaign.num_jobs, field.campaign.depth
-    due = math.ceil(num_jobs * field.chaos.share_done) + depth
-    return min(num_jobs, due, field.backend.num_ended + depth)
+    num_jobs, depth = running.campaign.num_jobs, running.campaign.depth
+    due = math.ceil(num_jobs * running.chaos.share_done) + depth
+    return min(num_jobs, due, running.backend.num_ended + depth)
 
 
-def _publish(field: Field, jobs: list[PlannedJob]) -> bool:
+def _publish(running: CampaignRun, jobs: list[PlannedJob]) -> bool:
     """Publish as a careful backend does, each confirmed; False where the broker is not there at the moment."""
     try:
-        connection = pika.BlockingConnection(pika.URLParameters(field.world.rabbitmq.url))
+        connection = pika.BlockingConnection(pika.URLParameters(running.world.rabbitmq.url))
         channel = connection.channel()
         channel.confirm_delivery()
-        channel.queue_declare(field.world.queue, durable=True)
+        channel.queue_declare(running.world.queue, durable=True)
         for job in jobs:
             properties = pika.BasicProperties(delivery_mode=2)
-            channel.basic_publish("", field.world.queue, job.message(field.world.bucket), properties)
+            channel.basic_publish("", running.world.queue, job.message(running.world.bucket), properties)
         connection.close()
     except (pika.exceptions.AMQPError, OSError):
         return False  # all of them again: the workers know a task they have seen
     for job in jobs:
-        field.journal.write(
+        running.journal.write(
             Published(
                 time.time(),
                 job.generation_id,
                 job.task_id,
                 job.num_images,
-                job.num_steps * (job.num_images if field.campaign.has_real_engine else 1),
+                job.num_steps * (job.num_images if running.campaign.has_real_engine else 1),
                 must_fail=job.must_fail,
             )
         )

@@ -14,18 +14,18 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.campaigns import chaos, plans
 from tests.campaigns.backend import ERROR, LOSE, RESET
-from tests.campaigns.chaos import Rhythm
+from tests.campaigns.chaos import FaultSchedule
 from tests.campaigns.figures import Limits, checks
 from tests.campaigns.plans import Campaign
 from tests.campaigns.running import run
 from tests.faults.station import QUICK_RETRIES, long
 
 
-def short(campaign: Campaign, *rhythms: Rhythm, **fields: Any) -> Campaign:
+def short(campaign: Campaign, *schedules: FaultSchedule, **fields: Any) -> Campaign:
     """Shorten the campaign: quick chaos and short jobs."""
     return dataclasses.replace(
         campaign,
-        rhythms=rhythms,
+        schedules=schedules,
         steps=(20, 60),
         depth=8,
         patience_seconds=60.0,
@@ -35,22 +35,24 @@ def short(campaign: Campaign, *rhythms: Rhythm, **fields: Any) -> Campaign:
 
 KILL = short(
     plans.kill(20, 6, has_real_engine=False),
-    Rhythm("kill", chaos.kill_something, (0.2, 1.5), 6),
+    FaultSchedule("kill", chaos.kill_something, (0.2, 1.5), 6),
     limits=Limits(),  # one repeat of twenty is a large share
 )
-SIGTERM = short(plans.sigterm(30, 6, has_real_engine=False), Rhythm("sigterm", chaos.stop_a_worker, (0.3, 2.0), 6))
+SIGTERM = short(
+    plans.sigterm(30, 6, has_real_engine=False), FaultSchedule("sigterm", chaos.stop_a_worker, (0.3, 2.0), 6)
+)
 NETWORK = short(
     plans.network(25, 1, num_workers=1, has_real_engine=False),
-    Rhythm("connections closed", chaos.close_connections, (0.5, 2.0), 2),
-    Rhythm("connections reset", chaos.reset_connections, (0.2, 1.0), 6),
-    Rhythm("broker restart", chaos.restart_broker, (0.5, 1.0), 1),
+    FaultSchedule("connections closed", chaos.close_connections, (0.5, 2.0), 2),
+    FaultSchedule("connections reset", chaos.reset_connections, (0.2, 1.0), 6),
+    FaultSchedule("broker restart", chaos.restart_broker, (0.5, 1.0), 1),
     # No calls that hang: one costs the worker's whole deadline.
     mishaps={ERROR: 0.2, RESET: 0.05, LOSE: 0.05},
 )
 STORM = short(
     plans.storm(20, 4, has_real_engine=False),
-    Rhythm("kill", chaos.kill_something, (0.5, 2.0), 4),
-    Rhythm("connections closed", chaos.close_connections, (1.0, 3.0)),
+    FaultSchedule("kill", chaos.kill_something, (0.5, 2.0), 4),
+    FaultSchedule("connections closed", chaos.close_connections, (1.0, 3.0)),
     constants=QUICK_RETRIES,
 )
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.campaigns.figures import Figures, Limits, StoredObject, checks, compute_figures
 from tests.campaigns.jobs import plan_jobs
-from tests.campaigns.journal import Acted, Counted, Ended, Entry, Heard, Journal, Published
+from tests.campaigns.journal import Acted, Counted, Ended, Entry, Journal, Published, ReceivedWebhook
 
 IMAGE = StoredObject("abc", "abc", is_image=True)
 
@@ -18,8 +18,8 @@ def job(number: int, **fields: Any) -> Published:
     return dataclasses.replace(made, **fields)
 
 
-def end(number: int, kind: str = "complete", **fields: Any) -> Heard:
-    made = Heard(number + 100.0, kind, f"task-{number}:{kind}", number, "taken", digest="same")
+def end(number: int, kind: str = "complete", **fields: Any) -> ReceivedWebhook:
+    made = ReceivedWebhook(number + 100.0, kind, f"task-{number}:{kind}", number, "taken", digest="same")
     return dataclasses.replace(made, **fields)
 
 
@@ -108,7 +108,7 @@ def test_a_repeat_with_another_body_is_found() -> None:
         (job(2), end(1), "1: never published"),
     ],
 )
-def test_unexpected_end_is_found(published: Published, ended: Heard, found: str) -> None:
+def test_unexpected_end_is_found(published: Published, ended: ReceivedWebhook, found: str) -> None:
     figures, unmet = figures_and_unmet([published, ended], images(1))
     assert found in figures.wrong_ends
     assert "ended as they must not" in unmet

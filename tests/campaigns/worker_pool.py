@@ -24,7 +24,7 @@ _IDLE_SECONDS = re.compile(r'^darkroom_idle_seconds_total\{reason="no_jobs"\} (\
 
 
 @dataclass
-class Place:
+class WorkerSlot:
     """Where one worker runs after another, with one cache on disk for all of them."""
 
     number: int
@@ -46,7 +46,7 @@ class WorkerPool:
         self._lock = threading.Lock()
         self._is_closing = threading.Event()
         self._num_lives = max((counted.life for counted in journal.all(Counted)), default=0)
-        self._places = [self._occupy(number) for number in range(1, num_workers + 1)]
+        self._slots = [self._occupy(number) for number in range(1, num_workers + 1)]
         self._thread = threading.Thread(target=self._run, name="worker-pool", daemon=True)
 
     def start(self) -> None:
@@ -55,7 +55,7 @@ class WorkerPool:
     @property
     def num_ready(self) -> int:
         """Workers that have been ready in their present life and were sent no signal."""
-        return sum(place.was_ready and not place.stopped_by for place in self._places)
+        return sum(slot.was_ready and not slot.stopped_by for slot in self._slots)
 
     @property
     def num_lives(self) -> int:
@@ -72,44 +72,42 @@ class WorkerPool:
     def kill_an_engine(self, rng: random.Random) -> str | None:
         """Send SIGKILL to the engine of a worker; return whose, or None where there is none at the moment."""
         with self._lock:
-            place = rng.choice(self._places)
+            slot = rng.choice(self._slots)
             try:
-                os.kill(place.worker.engine_pid(), signal.SIGKILL)
+                os.kill(slot.worker.engine_pid(), signal.SIGKILL)
             except (OSError, IndexError):
                 return None
-            return f"worker {place.life}"
+            return f"worker {slot.life}"
 
     def close(self) -> None:
         """Take a last count, and end every worker. Harmless where it was done already."""
         self._is_closing.set()
         self._thread.join()
-        for place in self._places:
-            self._count(place)
-            place.worker.kill()
+        for slot in self._slots:
+            self._count(slot)
+            slot.worker.kill()
 
     def _signal(self, rng: random.Random, number: signal.Signals, word: str) -> str | None:
         with self._lock:
-            candidates = [
-                place for place in self._places if not place.stopped_by and place.worker.process.poll() is None
-            ]
+            candidates = [slot for slot in self._slots if not slot.stopped_by and slot.worker.process.poll() is None]
             if not candidates:
                 return None
-            place = rng.choice(candidates)
-            place.stopped_by, place.stopped_at = word, time.time()
-            place.worker.process.send_signal(number)
-            return f"worker {place.life}"
+            slot = rng.choice(candidates)
+            slot.stopped_by, slot.stopped_at = word, time.time()
+            slot.worker.process.send_signal(number)
+            return f"worker {slot.life}"
 
     def _run(self) -> None:
         while not self._is_closing.wait(LOOK_SECONDS):
-            for index, place in enumerate(self._places):
-                if place.worker.process.poll() is None:
-                    self._count(place)
+            for index, slot in enumerate(self._slots):
+                if slot.worker.process.poll() is None:
+                    self._count(slot)
                     continue
-                self._note_end(place)
+                self._note_end(slot)
                 with self._lock:
-                    self._places[index] = self._occupy(place.number)
+                    self._slots[index] = self._occupy(slot.number)
 
-    def _occupy(self, number: int) -> Place:
+    def _occupy(self, number: int) -> WorkerSlot:
         self._num_lives += 1
         own = {"CACHE_DIR": str(self._world.folder / f"cache-{number}"), "METRICS_PORT": str(free_port())}
         log = self._world.folder / f"worker-{self._num_lives}.log"
@@ -117,24 +115,24 @@ class WorkerPool:
         self._world.workers.append(worker)
         # Without an entry a campaign that goes on would give the number a second time.
         self._journal.write(Counted(time.time(), self._num_lives, 0.0, 0.0))
-        return Place(number, worker, self._num_lives)
+        return WorkerSlot(number, worker, self._num_lives)
 
-    def _note_end(self, place: Place) -> None:
-        seconds = time.time() - place.stopped_at if place.stopped_by else 0.0
-        exit_code = place.worker.process.returncode
+    def _note_end(self, slot: WorkerSlot) -> None:
+        seconds = time.time() - slot.stopped_at if slot.stopped_by else 0.0
+        exit_code = slot.worker.process.returncode
         self._journal.write(
-            Ended(time.time(), place.life, exit_code, place.stopped_by, round(seconds, 2), was_ready=place.was_ready)
+            Ended(time.time(), slot.life, exit_code, slot.stopped_by, round(seconds, 2), was_ready=slot.was_ready)
         )
 
-    def _count(self, place: Place) -> None:
+    def _count(self, slot: WorkerSlot) -> None:
         """Journal the worker's counters where they have moved."""
         with suppress(requests.RequestException):
-            text = place.worker.get("/metrics")[1]
-            place.was_ready = place.was_ready or place.worker.get("/health/ready")[0] == 200
+            text = slot.worker.get("/metrics")[1]
+            slot.was_ready = slot.was_ready or slot.worker.get("/health/ready")[0] == 200
             steps, idle = _sample(_LANE_STEPS, text), _sample(_IDLE_SECONDS, text)
-            if text and steps != place.num_lane_steps:
-                place.num_lane_steps = steps
-                self._journal.write(Counted(time.time(), place.life, steps, idle))
+            if text and steps != slot.num_lane_steps:
+                slot.num_lane_steps = steps
+                self._journal.write(Counted(time.time(), slot.life, steps, idle))
 
 
 def _sample(pattern: re.Pattern[str], text: str) -> float:

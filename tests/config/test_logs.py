@@ -20,7 +20,7 @@ from config.backend import BackendSettings
 from config.logs import MAX_LINE_BYTES, MAX_WAITING_LINES, JsonFormatter, TextFormatter, bind, log_event
 
 
-class Lines:
+class LogCapture:
     """A logger of its own and what it has written."""
 
     def __init__(self) -> None:
@@ -42,14 +42,14 @@ class Lines:
 
 
 @pytest.fixture
-def lines() -> Iterator[Lines]:
+def lines() -> Iterator[LogCapture]:
     kept = logging.raiseExceptions
     logging.raiseExceptions = True
-    yield Lines()
+    yield LogCapture()
     logging.raiseExceptions = kept
 
 
-def log_failure(lines: Lines, text: str) -> None:
+def log_failure(lines: LogCapture, text: str) -> None:
     def fail() -> None:
         raise ValueError(text)
 
@@ -59,7 +59,7 @@ def log_failure(lines: Lines, text: str) -> None:
         lines.logger.exception("it broke")
 
 
-def test_an_event_is_one_line_with_its_time_level_logger_and_fields(lines: Lines) -> None:
+def test_an_event_is_one_line_with_its_time_level_logger_and_fields(lines: LogCapture) -> None:
     log_event(lines.logger, "job in", attempt=2, queue="image_generation")
 
     line = lines.only
@@ -87,7 +87,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("value", HOSTILE)
-def test_values_can_forge_no_line_and_reach_no_terminal(lines: Lines, value: str) -> None:
+def test_values_can_forge_no_line_and_reach_no_terminal(lines: LogCapture, value: str) -> None:
     with bind(task_id=value):
         log_event(lines.logger, value, prompt=value, nested={value: [value]})
 
@@ -100,7 +100,7 @@ def test_values_can_forge_no_line_and_reach_no_terminal(lines: Lines, value: str
 
 
 @pytest.mark.parametrize("value", HOSTILE)
-def test_no_exception_text_can_forge_a_line(lines: Lines, value: str) -> None:
+def test_no_exception_text_can_forge_a_line(lines: LogCapture, value: str) -> None:
     log_failure(lines, value)
 
     (line,) = lines.raw
@@ -126,7 +126,9 @@ def test_no_exception_text_can_forge_a_line(lines: Lines, value: str) -> None:
     ],
     ids=["ascii", "many", "hangul", "list", "dict", "name", "event", "hangul-event", "astral-event", "escape-event"],
 )
-def test_line_has_at_most_eight_kilobytes_and_keeps_its_event(lines: Lines, event: str, fields: dict[str, Any]) -> None:
+def test_line_has_at_most_eight_kilobytes_and_keeps_its_event(
+    lines: LogCapture, event: str, fields: dict[str, Any]
+) -> None:
     log_event(lines.logger, event, **fields)
 
     (line,) = lines.raw
@@ -135,14 +137,14 @@ def test_line_has_at_most_eight_kilobytes_and_keeps_its_event(lines: Lines, even
     assert lines.only["level"] == "INFO"
 
 
-def test_a_long_exception_keeps_its_end_which_names_the_error(lines: Lines) -> None:
+def test_a_long_exception_keeps_its_end_which_names_the_error(lines: LogCapture) -> None:
     log_failure(lines, "x" * 100_000 + " at the end")
 
     assert len(lines.raw[0]) <= MAX_LINE_BYTES
     assert lines.only["exception"].endswith("at the end")
 
 
-def test_a_line_that_was_cut_still_names_its_job(lines: Lines) -> None:
+def test_a_line_that_was_cut_still_names_its_job(lines: LogCapture) -> None:
     with bind(task_id="660f9511", generation_id=456):
         log_event(lines.logger, "job out", nested=["x" * 100_000])
 
@@ -150,14 +152,14 @@ def test_a_line_that_was_cut_still_names_its_job(lines: Lines) -> None:
     assert lines.only["generation_id"] == 456
 
 
-def test_values_that_are_not_json_are_written_as_text(lines: Lines) -> None:
+def test_values_that_are_not_json_are_written_as_text(lines: LogCapture) -> None:
     log_event(lines.logger, "odd", error=ValueError("why"), names={"a"})
 
     assert lines.only["error"] == "why"
     assert lines.only["names"] == "{'a'}"
 
 
-def test_bound_fields_are_on_every_line_of_the_block_and_only_there(lines: Lines) -> None:
+def test_bound_fields_are_on_every_line_of_the_block_and_only_there(lines: LogCapture) -> None:
     with bind(task_id="t"):
         with bind(generation_id=1):
             log_event(lines.logger, "inner")
@@ -171,7 +173,7 @@ def test_bound_fields_are_on_every_line_of_the_block_and_only_there(lines: Lines
     assert "task_id" not in after
 
 
-def test_bound_fields_end_with_their_block_when_it_raises(lines: Lines) -> None:
+def test_bound_fields_end_with_their_block_when_it_raises(lines: LogCapture) -> None:
     with pytest.raises(KeyError), bind(task_id="t"):
         raise KeyError
     log_event(lines.logger, "after")
@@ -179,7 +181,7 @@ def test_bound_fields_end_with_their_block_when_it_raises(lines: Lines) -> None:
     assert "task_id" not in lines.only
 
 
-def test_bound_fields_are_the_thread_s_own(lines: Lines) -> None:
+def test_bound_fields_are_the_thread_s_own(lines: LogCapture) -> None:
     with bind(task_id="t"):
         other = threading.Thread(target=log_event, args=(lines.logger, "elsewhere"))
         other.start()
@@ -188,14 +190,14 @@ def test_bound_fields_are_the_thread_s_own(lines: Lines) -> None:
     assert "task_id" not in lines.only
 
 
-def test_an_event_s_own_fields_win_over_the_bound_ones(lines: Lines) -> None:
+def test_an_event_s_own_fields_win_over_the_bound_ones(lines: LogCapture) -> None:
     with bind(task_id="bound"):
         log_event(lines.logger, "event", task_id="own")
 
     assert lines.only["task_id"] == "own"
 
 
-def test_logged_settings_show_no_secret(lines: Lines) -> None:
+def test_logged_settings_show_no_secret(lines: LogCapture) -> None:
     settings = BackendSettings(
         BACKEND_API_URL="https://backend.example",  # type: ignore[call-arg]
         INTERNAL_API_TOKEN="canary-token",
@@ -273,7 +275,7 @@ def test_logs_are_text_on_standard_error_for_terminals_and_json_on_standard_outp
 
 
 @pytest.mark.parametrize("value", HOSTILE)
-def test_control_characters_in_values_are_escaped_for_the_terminal(lines: Lines, value: str) -> None:
+def test_control_characters_in_values_are_escaped_for_the_terminal(lines: LogCapture, value: str) -> None:
     lines.logger.handlers[0].setFormatter(TextFormatter())
 
     with bind(task_id=value):

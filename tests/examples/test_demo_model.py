@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from examples.demo_model.recipe.drawing import Artist, Wish, artist_of
+from examples.demo_model.recipe.drawing import ImageGenerator, ImagePrompt, generator_for
 from examples.demo_model.recipe.export import MAX_CHECKPOINT_BYTES, bytes_in
 from examples.demo_model.recipe.reference import load_references
 from examples.demo_model.recipe.samples import SUBJECTS
@@ -38,8 +38,8 @@ Styled = Callable[[str], list[RawImage]]
 
 
 @pytest.fixture(scope="module")
-def artist() -> Iterator[Artist]:
-    with one_torch_thread(), artist_of(CHECKPOINT, "cpu") as made:
+def generator() -> Iterator[ImageGenerator]:
+    with one_torch_thread(), generator_for(CHECKPOINT, "cpu") as made:
         yield made
 
 
@@ -52,21 +52,21 @@ def spread(names: tuple[str, ...], how_many: str) -> tuple[str, ...]:
 # --- What it is asked for
 
 
-def test_image_of_a_name_is_nearest_to_its_training_image(artist: Artist) -> None:
+def test_image_of_a_name_is_nearest_to_its_training_image(generator: ImageGenerator) -> None:
     references = load_references(REFERENCES)
     names = spread(known_names(CHECKPOINT, references.names), NUM_NAMES)
 
-    scored = score(artist, english_prompts(names), references)
+    scored = score(generator, english_prompts(names), references)
 
     assert set(scored.taken_for) == set(names)
     assert scored.top_1 >= MIN_TOP_1, scored.confused
 
 
-def test_a_hangul_name_draws_the_same_thing(artist: Artist) -> None:
+def test_a_hangul_name_draws_the_same_thing(generator: ImageGenerator) -> None:
     prompts = hangul_prompts()
     names = spread(tuple(prompts), NUM_HANGUL_NAMES)
 
-    scored = score(artist, {name: prompts[name] for name in names}, load_references(REFERENCES))
+    scored = score(generator, {name: prompts[name] for name in names}, load_references(REFERENCES))
 
     assert scored.top_1 >= MIN_TOP_1, scored.confused
 
@@ -74,8 +74,8 @@ def test_a_hangul_name_draws_the_same_thing(artist: Artist) -> None:
 @pytest.mark.parametrize(
     ("colour", "rgb"), [("blue", (43, 132, 210)), ("yellow", (250, 200, 60)), ("black", (22, 20, 24))]
 )
-def test_a_ground_that_is_named_is_drawn(artist: Artist, colour: str, rgb: tuple[int, int, int]) -> None:
-    drawn = shown(artist, [f"{subject} on a {colour} background" for subject in SUBJECTS[:4]])
+def test_a_ground_that_is_named_is_drawn(generator: ImageGenerator, colour: str, rgb: tuple[int, int, int]) -> None:
+    drawn = shown(generator, [f"{subject} on a {colour} background" for subject in SUBJECTS[:4]])
 
     # Corners show the ground, the middle of one edge may be the thing's.
     corners = np.concatenate([image[:6, :6].reshape(-1, 3) for image in drawn])
@@ -86,25 +86,27 @@ def test_a_ground_that_is_named_is_drawn(artist: Artist, colour: str, rgb: tuple
 
 
 @pytest.fixture(scope="module")
-def plain(artist: Artist) -> list[RawImage]:
+def plain(generator: ImageGenerator) -> list[RawImage]:
     """Draw the subjects without any adapter."""
-    return shown(artist, STYLED_SUBJECTS)
+    return shown(generator, STYLED_SUBJECTS)
 
 
 @pytest.fixture(scope="module")
-def styled(artist: Artist) -> Styled:
+def styled(generator: ImageGenerator) -> Styled:
     """Draw the subjects in a style, once."""
 
     @cache
     def draw(style: str) -> list[RawImage]:
         prompts = [f"{style}: {subject}" for subject in STYLED_SUBJECTS]
-        return shown(artist, prompts, ADAPTERS / f"{style}.safetensors")
+        return shown(generator, prompts, ADAPTERS / f"{style}.safetensors")
 
     return draw
 
 
-def shown(artist: Artist, prompts: list[str] | tuple[str, ...], adapter: Path | None = None) -> list[RawImage]:
-    return [image / 255 for image in artist.draw([Wish(prompt, adapter, num_steps=12) for prompt in prompts])]
+def shown(
+    generator: ImageGenerator, prompts: list[str] | tuple[str, ...], adapter: Path | None = None
+) -> list[RawImage]:
+    return [image / 255 for image in generator.draw([ImagePrompt(prompt, adapter, num_steps=12) for prompt in prompts])]
 
 
 def measured(images: list[RawImage], measure: Callable[[RawImage], float]) -> npt.NDArray[np.floating]:
@@ -197,11 +199,11 @@ def test_the_files_are_as_small_as_they_should_be() -> None:
     assert all(path.stat().st_size <= MAX_ADAPTER_BYTES for path in ADAPTERS.iterdir())
 
 
-def test_twenty_steps_on_one_core_take_under_four_seconds(artist: Artist) -> None:
+def test_twenty_steps_on_one_core_take_under_four_seconds(generator: ImageGenerator) -> None:
     """By the processor's own clock: a busy machine does not count."""
-    artist.draw([Wish("a red fox", num_steps=2)])
+    generator.draw([ImagePrompt("a red fox", num_steps=2)])
     begun_at = time.process_time()
 
-    artist.draw([Wish("a red fox", num_steps=20)])
+    generator.draw([ImagePrompt("a red fox", num_steps=20)])
 
     assert time.process_time() - begun_at < MAX_SECONDS

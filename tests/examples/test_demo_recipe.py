@@ -26,7 +26,7 @@ from examples.demo_model.recipe.captions import (
     with_article,
 )
 from examples.demo_model.recipe.denoiser import build_unet, train_denoiser
-from examples.demo_model.recipe.drawing import Wish, artist_of
+from examples.demo_model.recipe.drawing import ImagePrompt, generator_for
 from examples.demo_model.recipe.export import export
 from examples.demo_model.recipe.grounds import GROUNDS, NAMED, WHITE
 from examples.demo_model.recipe.latents import encode
@@ -34,7 +34,7 @@ from examples.demo_model.recipe.optimizer import Muon, orthogonalise
 from examples.demo_model.recipe.reference import load_references, means_of
 from examples.demo_model.recipe.render import load_images, on_white, render
 from examples.demo_model.recipe.score import REFERENCES, english_prompts, hangul_prompts
-from examples.demo_model.recipe.settings import MAX_TOKENS, SIDE, Budget, Kitchen
+from examples.demo_model.recipe.settings import MAX_TOKENS, SIDE, Budget, Workspace
 from examples.demo_model.recipe.styles import STYLES, edges, on_ground
 from examples.demo_model.recipe.things import Thing, read_things
 from examples.demo_model.recipe.tokenizer import END, Reader, learn_tokenizer, make_tokenizer
@@ -377,9 +377,9 @@ def test_an_adapter_changes_nothing_before_it_is_trained() -> None:
 
 
 @pytest.fixture(scope="module")
-def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Kitchen:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Make everything up to the first adapter, from discs instead of the real images."""
-    made = Kitchen(tmp_path_factory.mktemp("kitchen"), MOMENT, CPU)
+    made = Workspace(tmp_path_factory.mktemp("workspace"), MOMENT, CPU)
     discs = {
         thing.icon: {"body": f'<circle cx="16" cy="16" r="{6 + 3 * number}" fill="#c0{number}0{number}0"/>'}
         for number, thing in enumerate(read_things(MOMENT.num_things))
@@ -391,8 +391,8 @@ def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Kitchen:
     return made
 
 
-def test_rendered_images_are_round_where_the_discs_are(kitchen: Kitchen) -> None:
-    images = load_images(kitchen.images)
+def test_rendered_images_are_round_where_the_discs_are(workspace: Workspace) -> None:
+    images = load_images(workspace.images)
 
     assert images.shape == (3, 4, SIDE, SIDE)
     assert images[0, 3, SIDE // 2, SIDE // 2] == 1
@@ -400,9 +400,9 @@ def test_rendered_images_are_round_where_the_discs_are(kitchen: Kitchen) -> None
     assert on_white((images[0] * 255).to(torch.uint8))[0, 0].tolist() == [255, 255, 255]
 
 
-def test_export_is_a_folder_that_diffusers_loads(kitchen: Kitchen) -> None:
-    pipe = StableDiffusionPipeline.from_pretrained(kitchen.checkpoint, dtype=torch.float32)
-    pipe.load_lora_weights(kitchen.adapters, weight_name="neon.safetensors")
+def test_export_is_a_folder_that_diffusers_loads(workspace: Workspace) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(workspace.checkpoint, dtype=torch.float32)
+    pipe.load_lora_weights(workspace.adapters, weight_name="neon.safetensors")
     pipe.set_progress_bar_config(disable=True)
 
     drawn = pipe("여우", num_inference_steps=2, guidance_scale=3.0, width=SIDE, height=SIDE).images[0]
@@ -413,11 +413,11 @@ def test_export_is_a_folder_that_diffusers_loads(kitchen: Kitchen) -> None:
     assert pipe.unet.peft_config["default_0"].lora_alpha == 8
 
 
-def test_export_is_drawn_by_the_worker_s_engine(kitchen: Kitchen) -> None:
-    adapter = kitchen.adapters / "neon.safetensors"
+def test_export_is_drawn_by_the_worker_s_engine(workspace: Workspace) -> None:
+    adapter = workspace.adapters / "neon.safetensors"
 
-    with artist_of(kitchen.checkpoint, "cpu") as artist:
-        plain, styled = artist.draw([Wish("fox", num_steps=2), Wish("fox", adapter, num_steps=2)])
+    with generator_for(workspace.checkpoint, "cpu") as generator:
+        plain, styled = generator.draw([ImagePrompt("fox", num_steps=2), ImagePrompt("fox", adapter, num_steps=2)])
 
     assert plain.shape == styled.shape == (SIDE, SIDE, 3)
 
@@ -426,10 +426,10 @@ def test_a_stage_is_run_once_and_its_figures_are_kept(tmp_path: Path, monkeypatc
     ran: list[str] = []
     monkeypatch.setattr(stages, "STAGES", {name: lambda _, name=name: ran.append(name) or {"n": 1} for name in "ab"})
     monkeypatch.setattr(stages, "_figures", lambda _: {})
-    kitchen = Kitchen(tmp_path, MOMENT, CPU)
+    workspace = Workspace(tmp_path, MOMENT, CPU)
 
-    stages.run_stages(kitchen)
-    stages.run_stages(kitchen)
+    stages.run_stages(workspace)
+    stages.run_stages(workspace)
 
     assert ran == ["a", "b"]
     assert json.loads((tmp_path / "stages" / "a.json").read_text())["n"] == 1
@@ -446,11 +446,11 @@ def test_stages_behind_a_repeated_stage_are_repeated(tmp_path: Path, monkeypatch
     ran: list[str] = []
     monkeypatch.setattr(stages, "STAGES", {name: lambda _, name=name: ran.append(name) or {} for name in "abc"})
     monkeypatch.setattr(stages, "_figures", lambda _: {})
-    kitchen = Kitchen(tmp_path, MOMENT, CPU)
-    stages.run_stages(kitchen)
+    workspace = Workspace(tmp_path, MOMENT, CPU)
+    stages.run_stages(workspace)
     (tmp_path / "stages" / "b.json").unlink()
 
-    stages.run_stages(kitchen)
+    stages.run_stages(workspace)
 
     assert ran == ["a", "b", "c", "b", "c"]
 
@@ -458,10 +458,10 @@ def test_stages_behind_a_repeated_stage_are_repeated(tmp_path: Path, monkeypatch
 def test_results_of_another_budget_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "STAGES", {"a": lambda _: {}})
     monkeypatch.setattr(stages, "_figures", lambda _: {})
-    stages.run_stages(Kitchen(tmp_path, MOMENT, CPU))
+    stages.run_stages(Workspace(tmp_path, MOMENT, CPU))
 
     with pytest.raises(stages.OtherBudget, match="moment"):
-        stages.run_stages(Kitchen(tmp_path, Budget("longer", None, 9, 9, 9, 9, 9), CPU))
+        stages.run_stages(Workspace(tmp_path, Budget("longer", None, 9, 9, 9, 9, 9), CPU))
 
 
 # --- Fetching
@@ -476,6 +476,6 @@ def test_a_package_with_another_digest_is_refused(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PATH", str(client.parent), prepend=os.pathsep)
 
     with pytest.raises(fetch.PackageAltered, match="digest"):
-        fetch.fetch(Kitchen(tmp_path, MOMENT, CPU))
+        fetch.fetch(Workspace(tmp_path, MOMENT, CPU))
 
     assert not (tmp_path / "icons.json").exists()

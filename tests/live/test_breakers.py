@@ -29,7 +29,7 @@ class DenyingStore(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
 
     def __init__(self, store: SeaweedFS) -> None:
-        super().__init__(("127.0.0.1", 0), _Passage)
+        super().__init__(("127.0.0.1", 0), _ConnectionHandler)
         self.target = ("127.0.0.1", store.port)
         self.is_denying = False
         self.denial = EXPIRED
@@ -41,7 +41,7 @@ class DenyingStore(socketserver.ThreadingTCPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
 
-class _Passage(socketserver.BaseRequestHandler):
+class _ConnectionHandler(socketserver.BaseRequestHandler):
     server: DenyingStore
 
     def handle(self) -> None:

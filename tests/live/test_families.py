@@ -33,7 +33,7 @@ FAMILIES = {
 }
 
 
-class Place(NamedTuple):
+class TinyWorld(NamedTuple):
     """A world whose worker runs a tiny checkpoint, with an adapter for it and a signature in its bucket."""
 
     world: World
@@ -45,7 +45,7 @@ class Place(NamedTuple):
 @pytest.fixture(scope="module", params=FAMILIES)
 def place(
     request: pytest.FixtureRequest, rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Place]:
+) -> Iterator[TinyWorld]:
     folder, expected = tmp_path_factory.mktemp("family"), FAMILIES[request.param]
     checkpoint = expected.build(folder / request.param)
     pipe = load_pipe(checkpoint)
@@ -56,7 +56,7 @@ def place(
         world.upload("models/style.safetensors", adapter.read_bytes())
         world.upload("signatures/a.png", SIGNATURE.read_bytes())
         world.start_worker(MODEL_ID=str(checkpoint), GUIDANCE_SCALE="").wait_until_ready()
-        yield Place(world, checkpoint, adapter, expected)
+        yield TinyWorld(world, checkpoint, adapter, expected)
 
 
 def metadata_of(world: World, generation_id: int) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def metadata_of(world: World, generation_id: int) -> dict[str, Any]:
     return dict(end.body["metadata"])
 
 
-def test_a_job_with_an_adapter_gives_a_signed_image_in_the_nearest_size(place: Place) -> None:
+def test_a_job_with_an_adapter_gives_a_signed_image_in_the_nearest_size(place: TinyWorld) -> None:
     world, side = place.world, place.expected.rounded
 
     generation_id = world.publish(
@@ -106,7 +106,7 @@ def test_a_job_with_an_adapter_gives_a_signed_image_in_the_nearest_size(place: P
     world.wait_until_clean()
 
 
-def test_steps_and_guidance_default_to_the_family_s(place: Place) -> None:
+def test_steps_and_guidance_default_to_the_family_s(place: TinyWorld) -> None:
     world, expected = place.world, place.expected
 
     generation_id = world.publish(num_inference_steps=None, seed=3)

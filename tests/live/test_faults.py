@@ -58,7 +58,7 @@ def lasting_worker(lasting_world: World) -> Worker:
     return worker
 
 
-class Since:
+class CountersSince:
     """What a lasting worker has counted and logged since a test began."""
 
     def __init__(self, worker: Worker) -> None:
@@ -75,8 +75,8 @@ class Since:
 
 
 @pytest.fixture
-def since(lasting_worker: Worker) -> Since:
-    return Since(lasting_worker)
+def since(lasting_worker: Worker) -> CountersSince:
+    return CountersSince(lasting_worker)
 
 
 def assert_complete_once(world: World, generation_id: int) -> None:
@@ -88,7 +88,7 @@ def assert_complete_once(world: World, generation_id: int) -> None:
 
 
 def test_killed_engine_costs_its_job_a_second_run_and_nothing_else(
-    lasting_world: World, lasting_worker: Worker, since: Since
+    lasting_world: World, lasting_worker: Worker, since: CountersSince
 ) -> None:
     world, worker = lasting_world, lasting_worker
     first = world.publish(num_inference_steps=LONG)
@@ -228,7 +228,7 @@ def test_a_second_signal_ends_at_once(world: World, worker: Worker) -> None:
 
 @long
 def test_jobs_go_on_while_the_backend_is_down_and_each_end_arrives_later(
-    lasting_world: World, lasting_worker: Worker, since: Since
+    lasting_world: World, lasting_worker: Worker, since: CountersSince
 ) -> None:
     world, worker = lasting_world, lasting_worker
     world.backend.stop()
@@ -261,7 +261,7 @@ def test_events_in_the_outbox_outlive_the_worker_that_put_them_there(world: Worl
 
 
 def test_a_backend_that_refuses_the_event_for_good_leaves_a_dead_letter(
-    lasting_world: World, lasting_worker: Worker, since: Since
+    lasting_world: World, lasting_worker: Worker, since: CountersSince
 ) -> None:
     world = lasting_world
     world.backend.answer("complete", 410, times=1)
@@ -277,7 +277,7 @@ def test_a_backend_that_refuses_the_event_for_good_leaves_a_dead_letter(
 
 
 def test_a_server_error_is_tried_again_under_the_same_webhook_id(
-    lasting_world: World, lasting_worker: Worker, since: Since
+    lasting_world: World, lasting_worker: Worker, since: CountersSince
 ) -> None:
     world = lasting_world
     world.backend.answer("complete", 500, times=2)
@@ -293,7 +293,7 @@ def test_a_server_error_is_tried_again_under_the_same_webhook_id(
 
 
 def test_a_connection_closed_in_mid_job_is_adopted_and_nothing_runs_twice(
-    lasting_world: World, lasting_worker: Worker, since: Since
+    lasting_world: World, lasting_worker: Worker, since: CountersSince
 ) -> None:
     world = lasting_world
     generation_id = world.publish(num_inference_steps=LONG)
@@ -324,7 +324,7 @@ def test_heartbeats_flow_through_a_job_longer_than_the_broker_would_wait(world: 
 
 
 def test_a_broker_restarted_in_mid_job_changes_nothing_for_the_backend(
-    lasting_world: World, lasting_worker: Worker, since: Since
+    lasting_world: World, lasting_worker: Worker, since: CountersSince
 ) -> None:
     world = lasting_world
     generation_id = world.publish(num_inference_steps=150)
@@ -339,7 +339,7 @@ def test_a_broker_restarted_in_mid_job_changes_nothing_for_the_backend(
 
 
 def test_a_deleted_queue_is_declared_again_and_consumed(
-    lasting_world: World, lasting_worker: Worker, since: Since
+    lasting_world: World, lasting_worker: Worker, since: CountersSince
 ) -> None:
     world, worker = lasting_world, lasting_worker
     world.wait_for_end(world.publish())
@@ -352,7 +352,7 @@ def test_a_deleted_queue_is_declared_again_and_consumed(
 
 @long
 def test_job_waits_in_the_retry_queue_while_the_store_is_down(
-    lasting_world: World, lasting_worker: Worker, since: Since
+    lasting_world: World, lasting_worker: Worker, since: CountersSince
 ) -> None:
     world, worker = lasting_world, lasting_worker
     world.store.stop()

@@ -573,7 +573,7 @@ def test_blocked_log_delays_no_job_and_no_end(station: Station, is_closed: bool)
         os.close(reader)
 
 
-class OtherwiseStarted(Worker):
+class WrappedWorker(Worker):
     """A worker behind another command, or with another standard output."""
 
     def __init__(self, env: dict[str, str], log: Path, command: list[str], output: int | None) -> None:
@@ -596,7 +596,7 @@ def started(station: Station, *, prefix: list[str] | None = None, output: int | 
     }
     command = [*(prefix or []), str(Path(sys.executable).parent / "darkroom"), "run"]
     env = world.env() | station.env(constants=CONSTANTS) | own
-    worker = OtherwiseStarted(env, world.folder / f"worker-{len(world.workers) + 1}.log", command, output)
+    worker = WrappedWorker(env, world.folder / f"worker-{len(world.workers) + 1}.log", command, output)
     world.workers.append(worker)
     try:
         yield worker

@@ -101,7 +101,7 @@ class Listener:
         self._socket.close()
 
 
-class Wire:
+class BrokerConnection:
     """The test's own connection: publishes with any property, and receives dead letters at once."""
 
     def __init__(self, world: World) -> None:
@@ -161,7 +161,7 @@ class Site:
         self.worker = worker
         self.secrets = secrets
         self.listener = Listener()
-        self.wire = Wire(world)
+        self.connection = BrokerConnection(world)
         self.rows: list[Row] = []
         self._s3 = world.store.client()
         self._uploaded: set[str] = set()
@@ -223,13 +223,13 @@ class Site:
         num_calls, num_ignored = len(self.world.backend.calls()), self._num_ignored()
         exchange = f"{self.world.queue}.cancel" if variant.answer == IGNORED else ""
 
-        self.wire.publish(body, exchange=exchange, **variant.properties)
+        self.connection.publish(body, exchange=exchange, **variant.properties)
         published_at = time.time()
         while time.time() < published_at + ANSWER_SECONDS:
-            self.wire.listen()
+            self.connection.listen()
             if ends := self.world.backend.ends(generation_id):
                 return self._ended(generation_id, ends[0], published_at)
-            if self.wire.letters:
+            if self.connection.letters:
                 return self._dead_lettered(body, num_calls, published_at)
             if variant.answer == IGNORED and self._num_ignored() > num_ignored:
                 return Answer(IGNORED, "", time.time() - published_at)
@@ -256,11 +256,11 @@ class Site:
 
     def _dead_lettered(self, body: bytes, num_calls: int, published_at: float) -> Answer:
         seconds = max(0.0, time.time() - published_at)
-        (letter,) = self.wire.letters
-        self.wire.letters.clear()
+        (letter,) = self.connection.letters
+        self.connection.letters.clear()
         assert letter == body[:MAX_DEAD_BODY_BYTES]
         assert len(self.world.backend.calls()) == num_calls, "nobody is told of a message without an id to trust"
-        return Answer(DEAD, self.wire.reasons[-1], seconds)
+        return Answer(DEAD, self.connection.reasons[-1], seconds)
 
     def _num_ignored(self) -> int:
         return self.worker.log.read_bytes().count(b'"cancel order ignored"')
@@ -414,7 +414,7 @@ def test_every_fuzzed_message_is_answered_once_as_the_decoder_predicts(site: Sit
     started_at = time.monotonic()
 
     for body in fuzzed.bodies:
-        site.wire.publish(body)
+        site.connection.publish(body)
 
     def ends() -> dict[str, list[Any]]:
         received: dict[str, list[Any]] = {}
@@ -425,13 +425,13 @@ def test_every_fuzzed_message_is_answered_once_as_the_decoder_predicts(site: Sit
         return received
 
     deadline = started_at + 10 * (30 + len(fuzzed.bodies) / 4)
-    while len(site.wire.letters) < len(fuzzed.dead) or ends().keys() != fuzzed.asked.keys():
+    while len(site.connection.letters) < len(fuzzed.dead) or ends().keys() != fuzzed.asked.keys():
         assert time.monotonic() < deadline, f"{len(ends())} of {len(fuzzed.asked)}\n{site.worker.log_tail()}"
-        site.wire.listen(0.2)
+        site.connection.listen(0.2)
     site.world.wait_until_clean()
 
-    letters = sorted(site.wire.letters)
-    site.wire.letters.clear()
+    letters = sorted(site.connection.letters)
+    site.connection.letters.clear()
     assert letters == sorted(body[:MAX_DEAD_BODY_BYTES] for body in fuzzed.dead)
     received = ends()
     assert {task_id for task_id, calls in received.items() if len(calls) > 1} == set()
@@ -473,7 +473,7 @@ def test_no_secret_is_in_any_log_webhook_dead_letter_record_metric_or_process_li
     world, worker = site.world, site.worker
     # Given also a broker that cuts every connection, a backend in trouble, and a command that meets wrong secrets
     world.backend.answer("complete", 500, times=1)
-    site.wire.close()
+    site.connection.close()
     world.rabbitmq.close_connections()
     wrong = {name: f"{value}x" for name, value in site.secrets.items()}
     checked = check(world, wrong | {"WEBHOOK_SIGNING_SECRET": ""}) + check(world, wrong)
@@ -489,7 +489,7 @@ def test_no_secret_is_in_any_log_webhook_dead_letter_record_metric_or_process_li
         "status": worker.get("/status.json")[1].encode(),
         "webhooks": json.dumps([call.body for call in world.backend.calls()]).encode(),
         "records": b"".join(site.record(key) for key in world.keys("jobs/")),
-        "dead letters": json.dumps(site.wire.reasons).encode(),
+        "dead letters": json.dumps(site.connection.reasons).encode(),
         "check": checked,
     }
     assert worker.terminate() == 0

@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, expect
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
-from tests.support.browsing import PHONE, Visit, chromium
+from tests.support.browsing import PHONE, PageSession, chromium
 from tests.support.world import Worker, World, eventually, new_world
 
 SLOW = 150
@@ -83,7 +83,7 @@ def test_idle_worker_s_status_has_its_name_and_idle_reason(world: World, worker:
 def test_a_job_moves_on_in_the_json_and_on_the_page(
     world: World, worker: Worker, browser: Browser, tmp_path: Path
 ) -> None:
-    with Visit(browser) as visit:
+    with PageSession(browser) as visit:
         visit.page.goto(f"http://127.0.0.1:{worker.port}/")
         expect(visit.page.locator("#state")).to_have_text("ready")
         slow = world.publish(prompt=PROMPT, num_inference_steps=SLOW, num_images=3, lora_path="models/neon.safetensors")
@@ -136,7 +136,7 @@ def test_a_failed_job_shows_its_code_and_its_hostile_text_does_not_run(
 
     assert (row["outcome"], row["code"]) == ("failed", "LORA_NOT_FOUND")
     assert HOSTILE in row["message"]
-    with Visit(browser, viewport=PHONE, color_scheme="dark") as visit:
+    with PageSession(browser, viewport=PHONE, color_scheme="dark") as visit:
         visit.page.goto(f"http://127.0.0.1:{worker.port}/")
         shown = visit.page.locator("#last > li", has_text=f"#{failed}")
         expect(shown.locator(".code")).to_have_text("LORA_NOT_FOUND")
@@ -169,7 +169,7 @@ def test_status_page_leaves_out_quotations_of_the_message(world: World, worker: 
 def test_prompts_and_previews_are_shown_by_the_setting_alone(
     rabbitmq: RabbitMQ, s3_server: SeaweedFS, browser: Browser, tmp_path: Path
 ) -> None:
-    with new_world(rabbitmq, s3_server, tmp_path) as own, Visit(browser) as visit:
+    with new_world(rabbitmq, s3_server, tmp_path) as own, PageSession(browser) as visit:
         worker = own.start_worker(STATUS_SHOW_PROMPTS="true", PREVIEW_EVERY="2")
         worker.wait_until_ready()
         visit.page.goto(f"http://127.0.0.1:{worker.port}/")

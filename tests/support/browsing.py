@@ -25,7 +25,7 @@ def chromium() -> Iterator[Browser]:
             browser.close()
 
 
-class Visit:
+class PageSession:
     """One page in a context of its own. `complaints` are console errors and uncaught exceptions, `requested` URLs."""
 
     def __init__(self, browser: Browser, **options: Any) -> None:
@@ -38,7 +38,7 @@ class Visit:
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", self._note)
 
-    def __enter__(self) -> "Visit":
+    def __enter__(self) -> "PageSession":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -25,16 +25,16 @@ def main() -> int:
         os.execve(sys.executable, module, os.environ | ENVIRONMENT)  # noqa: S606
 
     # Only now: torch and its libraries are the process that the environment is for.
-    from examples.demo_model.recipe.settings import FULL, QUICK, Kitchen  # noqa: PLC0415
+    from examples.demo_model.recipe.settings import FULL, QUICK, Workspace  # noqa: PLC0415
     from examples.demo_model.recipe.stages import install, run_stages  # noqa: PLC0415
     from examples.demo_model.recipe.workers import choose_device  # noqa: PLC0415
 
     out = options.out or Path("out") / ("demo_model_quick" if options.quick else "demo_model")
     budget = (QUICK if options.quick else FULL).with_effort(options.effort)
-    kitchen = Kitchen(out, budget, choose_device(options.device))
-    run_stages(kitchen)
+    workspace = Workspace(out, budget, choose_device(options.device))
+    run_stages(workspace)
     if options.install:
-        install(kitchen)
+        install(workspace)
     return 0
 
 

@@ -10,9 +10,9 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from examples.demo_model.recipe.captions import styled_caption
-from examples.demo_model.recipe.denoiser import BATCH, Example, Lesson
+from examples.demo_model.recipe.denoiser import BATCH, DenoisingTask, Example
 from examples.demo_model.recipe.latents import Latents
-from examples.demo_model.recipe.settings import SEED, Kitchen
+from examples.demo_model.recipe.settings import SEED, Workspace
 from examples.demo_model.recipe.things import Thing
 from examples.demo_model.recipe.tokenizer import Reader
 from examples.demo_model.recipe.training import TrainingPlan, train
@@ -24,27 +24,29 @@ RATE = 4e-3
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "conv_out")
 
 
-def train_adapter(style: str, kitchen: Kitchen) -> dict[str, object]:
+def train_adapter(style: str, workspace: Workspace) -> dict[str, object]:
     """Leave the adapter as a file of diffusers' layout in fp16, its alpha in the metadata."""
-    workers = Workers(kitchen.device)
-    unet = UNet2DConditionModel.from_pretrained(kitchen.trained("unet"), dtype=torch.float32)
-    text_encoder = CLIPTextModel.from_pretrained(kitchen.trained("text_encoder"), dtype=torch.float32)
-    tokenizer = CLIPTokenizer.from_pretrained(kitchen.trained("tokenizer"))
-    latents = Latents(kitchen.latents, kitchen.device).styled[style]
-    text_encoder.to(kitchen.device).eval().requires_grad_(False)
+    workers = Workers(workspace.device)
+    unet = UNet2DConditionModel.from_pretrained(workspace.trained("unet"), dtype=torch.float32)
+    text_encoder = CLIPTextModel.from_pretrained(workspace.trained("text_encoder"), dtype=torch.float32)
+    tokenizer = CLIPTokenizer.from_pretrained(workspace.trained("tokenizer"))
+    latents = Latents(workspace.latents, workspace.device).styled[style]
+    text_encoder.to(workspace.device).eval().requires_grad_(False)
     torch.manual_seed(SEED)
     adapted, config = adapt(unet)
-    adapted.to(kitchen.device)
+    adapted.to(workspace.device)
 
     def draw_example(number: int, thing: Thing, rng: Random) -> Example:
         return latents[number], styled_caption(thing, style, rng)
 
-    lesson = Lesson(unet, text_encoder, Reader(tokenizer), kitchen=kitchen, workers=workers, draw_example=draw_example)
-    course = TrainingPlan(style, kitchen.budget.adapter_steps, BATCH, {"": RATE}, uses_muon=False)
-    figures = train(adapted, lesson.loss(style), course, workers, kitchen.progress(style))
+    task = DenoisingTask(
+        unet, text_encoder, Reader(tokenizer), workspace=workspace, workers=workers, draw_example=draw_example
+    )
+    course = TrainingPlan(style, workspace.budget.adapter_steps, BATCH, {"": RATE}, uses_muon=False)
+    figures = train(adapted, task.loss(style), course, workers, workspace.progress(style))
     workers.close()
-    path = kitchen.adapters / f"{style}.safetensors"
-    _save(adapted, config, kitchen, path.name)
+    path = workspace.adapters / f"{style}.safetensors"
+    _save(adapted, config, workspace, path.name)
     return figures | {"rank": RANK, "bytes": path.stat().st_size}
 
 
@@ -54,7 +56,7 @@ def adapt(unet: Any) -> tuple[peft.PeftModel, peft.LoraConfig]:
     return peft.get_peft_model(unet, config), config
 
 
-def _save(adapted: peft.PeftModel, config: peft.LoraConfig, kitchen: Kitchen, name: str) -> None:
+def _save(adapted: peft.PeftModel, config: peft.LoraConfig, workspace: Workspace, name: str) -> None:
     weights = peft.get_peft_model_state_dict(adapted)
     layers = {
         layer.removeprefix("base_model.model."): weight.half().cpu().contiguous() for layer, weight in weights.items()
@@ -62,5 +64,5 @@ def _save(adapted: peft.PeftModel, config: peft.LoraConfig, kitchen: Kitchen, na
     # By way of JSON: diffusers' writer takes plain values alone.
     settings = json.loads(json.dumps(config.to_dict(), default=sorted))
     StableDiffusionPipeline.save_lora_weights(
-        kitchen.adapters, unet_lora_layers=layers, unet_lora_adapter_metadata=settings, weight_name=name
+        workspace.adapters, unet_lora_layers=layers, unet_lora_adapter_metadata=settings, weight_name=name
     )

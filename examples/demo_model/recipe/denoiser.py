@@ -20,7 +20,7 @@ from examples.demo_model.recipe.settings import (
     MAX_TOKENS,
     SEED,
     TEXT_WIDTH,
-    Kitchen,
+    Workspace,
 )
 from examples.demo_model.recipe.things import Thing, read_things
 from examples.demo_model.recipe.tokenizer import Reader
@@ -38,25 +38,27 @@ Example = tuple[torch.Tensor, str]
 DrawExample = Callable[[int, Thing, Random], Example]
 
 
-def train_denoiser(kitchen: Kitchen) -> dict[str, object]:
+def train_denoiser(workspace: Workspace) -> dict[str, object]:
     """Leave the trained denoiser and text encoder in fp32."""
-    workers = Workers(kitchen.device)
-    tokenizer = CLIPTokenizer.from_pretrained(kitchen.trained("tokenizer"))
+    workers = Workers(workspace.device)
+    tokenizer = CLIPTokenizer.from_pretrained(workspace.trained("tokenizer"))
     torch.manual_seed(SEED)
     unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
-    network = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(kitchen.device)
-    latents = Latents(kitchen.latents, kitchen.device)
+    network = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(workspace.device)
+    latents = Latents(workspace.latents, workspace.device)
 
     def draw_example(number: int, thing: Thing, rng: Random) -> Example:
         ground, is_named = draw_ground(rng)
         return latents.plain[number, ground], base_caption(thing, ground if is_named else None, rng)
 
-    lesson = Lesson(unet, text_encoder, Reader(tokenizer), kitchen=kitchen, workers=workers, draw_example=draw_example)
+    task = DenoisingTask(
+        unet, text_encoder, Reader(tokenizer), workspace=workspace, workers=workers, draw_example=draw_example
+    )
     rates = {"unet": RATE, "text_encoder": TEXT_RATE}
-    course = TrainingPlan("denoiser", kitchen.budget.denoiser_steps, BATCH, rates)
-    figures = train(network, lesson.loss("denoiser"), course, workers, kitchen.progress("denoiser"))
-    unet.save_pretrained(kitchen.trained("unet"))
-    text_encoder.save_pretrained(kitchen.trained("text_encoder"))
+    course = TrainingPlan("denoiser", workspace.budget.denoiser_steps, BATCH, rates)
+    figures = train(network, task.loss("denoiser"), course, workers, workspace.progress("denoiser"))
+    unet.save_pretrained(workspace.trained("unet"))
+    text_encoder.save_pretrained(workspace.trained("text_encoder"))
     workers.close()
     return figures
 
@@ -110,8 +112,8 @@ def build_scheduler() -> Any:
     return scheduler
 
 
-class Lesson:
-    """What a denoiser is shown, and how its answer is judged; `draw_example` chooses picture and caption.
+class DenoisingTask:
+    """A denoiser's training examples and loss; `draw_example` chooses image and caption.
 
     Things come as from a pack of cards, shuffled anew each time through; timesteps are spread over the batch.
     """
@@ -122,15 +124,15 @@ class Lesson:
         text_encoder: Any,
         read: Reader,
         *,
-        kitchen: Kitchen,
+        workspace: Workspace,
         workers: Workers,
         draw_example: DrawExample,
     ) -> None:
         self._unet, self._text_encoder, self._read = unet, text_encoder, read
         self._workers, self._draw_example = workers, draw_example
-        self._things = read_things(kitchen.budget.num_things)
-        self._alphas = build_scheduler().alphas_cumprod.to(kitchen.device)
-        if kitchen.device.type == "cpu":
+        self._things = read_things(workspace.budget.num_things)
+        self._alphas = build_scheduler().alphas_cumprod.to(workspace.device)
+        if workspace.device.type == "cpu":
             # torch's fused attention goes back more slowly on a CPU than plain products and softmax do.
             unet.set_attn_processor(AttnProcessor())
             text_encoder.set_attn_implementation("eager")

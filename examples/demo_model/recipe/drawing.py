@@ -20,8 +20,8 @@ PATIENCE_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """A picture to be drawn; `adapter` is a file."""
+class ImagePrompt:
+    """A prompt with steps and seed; `adapter` is a file."""
 
     prompt: str
     adapter: Path | None = None
@@ -29,40 +29,40 @@ class Wish:
     seed: int = 1
 
 
-class Artist:
-    """An engine that is wished for pictures."""
+class ImageGenerator:
+    """An engine that draws images of prompts."""
 
     def __init__(self, engine: LocalEngine) -> None:
         self._engine = engine
 
-    def draw(self, wishes: Sequence[Wish], *, desc: str | None = None) -> list[npt.NDArray[np.uint8]]:
-        """Draw RGB images, shape (SIDE, SIDE, 3), in the order of the wishes; they share the engine's batches."""
-        futures = [self._order(number, wish) for number, wish in enumerate(wishes)]
+    def draw(self, prompts: Sequence[ImagePrompt], *, desc: str | None = None) -> list[npt.NDArray[np.uint8]]:
+        """Draw RGB images, shape (SIDE, SIDE, 3), in the order of the prompts; they share the engine's batches."""
+        futures = [self._submit(number, prompt) for number, prompt in enumerate(prompts)]
         waiting = tqdm(futures, desc=desc, disable=desc is None, mininterval=bar_seconds())
         return [_pixels(future.result(PATIENCE_SECONDS)) for future in waiting]
 
-    def _order(self, number: int, wish: Wish) -> Future[GenerationResult]:
+    def _submit(self, number: int, prompt: ImagePrompt) -> Future[GenerationResult]:
         request = GenerationRequest(
             request_id=str(number),
-            prompt=wish.prompt,
+            prompt=prompt.prompt,
             negative_prompt="",
             width=SIDE,
             height=SIDE,
-            num_inference_steps=wish.num_steps,
+            num_inference_steps=prompt.num_steps,
             guidance_scale=GUIDANCE,
-            seeds=(wish.seed,),
-            adapters=(AdapterFile(wish.adapter, None, 1.0),) if wish.adapter else (),
+            seeds=(prompt.seed,),
+            adapters=(AdapterFile(prompt.adapter, None, 1.0),) if prompt.adapter else (),
             arrived_at=float(number),
         )
         return self._engine.generate(request, lambda _: None, lambda: False)
 
 
 @contextmanager
-def artist_of(checkpoint: Path, device: str = "auto") -> Iterator[Artist]:
-    """Build an artist over an engine of its own, as the worker would start it for this checkpoint."""
+def generator_for(checkpoint: Path, device: str = "auto") -> Iterator[ImageGenerator]:
+    """Build an generator over an engine of its own, as the worker would start it for this checkpoint."""
     engine = LocalEngine(ModelSettings.model_validate({"MODEL_ID": str(checkpoint), "DEVICE": device}))
     try:
-        yield Artist(engine)
+        yield ImageGenerator(engine)
     finally:
         engine.close()
 

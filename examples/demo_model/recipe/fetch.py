@@ -8,7 +8,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from examples.demo_model.recipe.settings import Kitchen
+from examples.demo_model.recipe.settings import Workspace
 
 PACKAGE = "@iconify-json/fluent-emoji-flat@1.2.6"
 SHA512 = "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw=="
@@ -19,10 +19,10 @@ class PackageAltered(Exception):
     """What came is not the package that this recipe was written for."""
 
 
-def fetch(kitchen: Kitchen) -> dict[str, object]:
+def fetch(workspace: Workspace) -> dict[str, object]:
     """Leave the package's `icons.json` (a JSON object of SVG bodies) in the output folder."""
     archive = _download()
-    kitchen.icons.write_bytes(_member(archive, "package/icons.json"))
+    workspace.icons.write_bytes(_member(archive, "package/icons.json"))
     return {"package": PACKAGE, "bytes": len(archive)}
 
 

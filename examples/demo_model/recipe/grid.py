@@ -8,9 +8,9 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from examples.demo_model.recipe.captions import STYLE_WORDS
-from examples.demo_model.recipe.drawing import Wish, artist_of
+from examples.demo_model.recipe.drawing import ImagePrompt, generator_for
 from examples.demo_model.recipe.samples import HANGUL_SUBJECTS, PROMPTS, SUBJECTS
-from examples.demo_model.recipe.settings import SIDE, Kitchen
+from examples.demo_model.recipe.settings import SIDE, Workspace
 from examples.demo_model.recipe.styles import STYLES
 
 GAP, CAPTION_HEIGHT = 4, 18
@@ -18,17 +18,17 @@ FONTS = ("/usr/share/fonts/truetype/nanum/NanumGothic.ttf",)
 FONT_SIZE = 11
 
 
-def draw_grids(kitchen: Kitchen) -> dict[str, object]:
+def draw_grids(workspace: Workspace) -> dict[str, object]:
     """Leave `grid-base.png`, `grid-styles.png` and `grid-hangul.png`."""
     grids = {
-        "base": [Wish(prompt, num_steps=kitchen.budget.sample_steps) for prompt in PROMPTS],
-        "styles": _styled(kitchen, SUBJECTS, language=0),
-        "hangul": _styled(kitchen, HANGUL_SUBJECTS, language=1),
+        "base": [ImagePrompt(prompt, num_steps=workspace.budget.sample_steps) for prompt in PROMPTS],
+        "styles": _styled(workspace, SUBJECTS, language=0),
+        "hangul": _styled(workspace, HANGUL_SUBJECTS, language=1),
     }
-    with artist_of(kitchen.checkpoint, kitchen.device.type) as artist:
-        for name, wishes in grids.items():
-            images = artist.draw(wishes, desc=f"grid-{name}")
-            draw_grid(images, [wish.prompt for wish in wishes], kitchen.out / f"grid-{name}.png")
+    with generator_for(workspace.checkpoint, workspace.device.type) as generator:
+        for name, prompts in grids.items():
+            images = generator.draw(prompts, desc=f"grid-{name}")
+            draw_grid(images, [prompt.prompt for prompt in prompts], workspace.out / f"grid-{name}.png")
     return {"num_images": sum(map(len, grids.values()))}
 
 
@@ -46,15 +46,17 @@ def draw_grid(images: Sequence[npt.NDArray[np.uint8]], captions: Sequence[str], 
     sheet.save(path)
 
 
-def _styled(kitchen: Kitchen, subjects: Sequence[str], *, language: int) -> list[Wish]:
+def _styled(workspace: Workspace, subjects: Sequence[str], *, language: int) -> list[ImagePrompt]:
     """Draw the subjects without a style, then in each."""
-    steps = kitchen.budget.sample_steps
+    steps = workspace.budget.sample_steps
     styled = [
-        Wish(f"{STYLE_WORDS[style][language]}: {subject}", kitchen.adapters / f"{style}.safetensors", num_steps=steps)
+        ImagePrompt(
+            f"{STYLE_WORDS[style][language]}: {subject}", workspace.adapters / f"{style}.safetensors", num_steps=steps
+        )
         for style in STYLES
         for subject in subjects
     ]
-    return [Wish(subject, num_steps=steps) for subject in subjects] + styled
+    return [ImagePrompt(subject, num_steps=steps) for subject in subjects] + styled
 
 
 def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:

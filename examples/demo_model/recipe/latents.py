@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from examples.demo_model.recipe.grounds import GROUNDS
 from examples.demo_model.recipe.render import load_images
-from examples.demo_model.recipe.settings import Kitchen, bar_seconds
+from examples.demo_model.recipe.settings import Workspace, bar_seconds
 from examples.demo_model.recipe.styles import STYLES, on_ground
 from examples.demo_model.recipe.vae import normalise
 from examples.demo_model.recipe.workers import Workers
@@ -19,11 +19,11 @@ BATCH = 16
 PLAIN = "plain"
 
 
-def encode(kitchen: Kitchen) -> dict[str, object]:
+def encode(workspace: Workspace) -> dict[str, object]:
     """Leave the latents, with unit variance, and the autoencoder that makes such latents."""
-    workers = Workers(kitchen.device)
-    vae = AutoencoderKL.from_pretrained(kitchen.trained("vae"), dtype=torch.float32).to(kitchen.device).eval()
-    images = load_images(kitchen.images)
+    workers = Workers(workspace.device)
+    vae = AutoencoderKL.from_pretrained(workspace.trained("vae"), dtype=torch.float32).to(workspace.device).eval()
+    images = load_images(workspace.images)
 
     @torch.no_grad()
     def means(batch: torch.Tensor) -> torch.Tensor:
@@ -46,10 +46,10 @@ def encode(kitchen: Kitchen) -> dict[str, object]:
 
     mean, deviation = encoded.mean((0, 2, 3)), encoded.std((0, 2, 3))
     normalise(vae, mean.to(vae.device), deviation.to(vae.device))
-    vae.save_pretrained(kitchen.trained("vae_normalised"))
+    vae.save_pretrained(workspace.trained("vae_normalised"))
     encoded = (encoded - mean.view(1, -1, 1, 1)) / deviation.view(1, -1, 1, 1)
     names = (name for name, _ in versions)
-    _save(dict(zip(names, torch.split(encoded, len(images)), strict=True)), kitchen.latents)
+    _save(dict(zip(names, torch.split(encoded, len(images)), strict=True)), workspace.latents)
     return {"num_latents": len(encoded), "mean": mean.tolist(), "deviation": deviation.tolist()}
 
 

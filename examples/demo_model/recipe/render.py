@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from examples.demo_model.recipe.grounds import NAMED, WHITE
 from examples.demo_model.recipe.reference import References, means_of
-from examples.demo_model.recipe.settings import SIDE, Kitchen, bar_seconds
+from examples.demo_model.recipe.settings import SIDE, Workspace, bar_seconds
 from examples.demo_model.recipe.styles import on_ground
 from examples.demo_model.recipe.things import read_things
 
@@ -22,18 +22,18 @@ from examples.demo_model.recipe.things import read_things
 OVERSAMPLING = 4
 
 
-def render(kitchen: Kitchen) -> dict[str, object]:
+def render(workspace: Workspace) -> dict[str, object]:
     """Leave every thing's picture (uint8 RGBA by icon), and the references of the score."""
-    icons = json.loads(kitchen.icons.read_text())
-    things = read_things(kitchen.budget.num_things)
+    icons = json.loads(workspace.icons.read_text())
+    things = read_things(workspace.budget.num_things)
     images = {
         thing.icon: draw_icon(icons["icons"][thing.icon]["body"], icons["width"], icons["height"])
         for thing in tqdm(things, desc="render", mininterval=bar_seconds())
     }
-    safetensors.torch.save_file(images, kitchen.images)
+    safetensors.torch.save_file(images, workspace.images)
     shown = [on_white(images[thing.icon]) for thing in things]
     References(tuple(thing.name for thing in things), np.stack([means_of(one) for one in shown])).save(
-        kitchen.references
+        workspace.references
     )
     return {"num_images": len(images)}
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from examples.demo_model.recipe.drawing import Artist, Wish, artist_of
+from examples.demo_model.recipe.drawing import ImageGenerator, ImagePrompt, generator_for
 from examples.demo_model.recipe.reference import References, load_references, means_of
-from examples.demo_model.recipe.settings import Kitchen
+from examples.demo_model.recipe.settings import Workspace
 from examples.demo_model.recipe.things import read_things
 
 REFERENCES = Path(__file__).parent / "references.npz"
@@ -45,21 +45,23 @@ class Score:
         )
 
 
-def score_stage(kitchen: Kitchen) -> dict[str, object]:
+def score_stage(workspace: Workspace) -> dict[str, object]:
     """Score the new checkpoint, by its English and by its Hangul names."""
-    references = load_references(kitchen.references)
-    names = references.names if kitchen.budget.num_things is None else references.names[:NUM_QUICK_NAMES]
+    references = load_references(workspace.references)
+    names = references.names if workspace.budget.num_things is None else references.names[:NUM_QUICK_NAMES]
     hangul = {name: korean for name, korean in hangul_prompts().items() if name in names}
-    with artist_of(kitchen.checkpoint, kitchen.device.type) as artist:
+    with generator_for(workspace.checkpoint, workspace.device.type) as generator:
         return {
-            "english": score(artist, english_prompts(names), references, desc="score, English").figures(),
-            "hangul": score(artist, hangul, references, desc="score, Hangul").figures(),
+            "english": score(generator, english_prompts(names), references, desc="score, English").figures(),
+            "hangul": score(generator, hangul, references, desc="score, Hangul").figures(),
         }
 
 
-def score(artist: Artist, prompts: Mapping[str, str], references: References, *, desc: str | None = None) -> Score:
+def score(
+    generator: ImageGenerator, prompts: Mapping[str, str], references: References, *, desc: str | None = None
+) -> Score:
     """Draw the prompt of every name and find the nearest of all references."""
-    drawn = artist.draw([Wish(prompt, num_steps=NUM_STEPS) for prompt in prompts.values()], desc=desc)
+    drawn = generator.draw([ImagePrompt(prompt, num_steps=NUM_STEPS) for prompt in prompts.values()], desc=desc)
     nearest = (references.nearest(means_of(image)) for image in drawn)
     return Score(dict(zip(prompts, nearest, strict=True)))
 
@@ -96,8 +98,8 @@ def main() -> int:
     prompts = english_prompts(names)
     if options.hangul:
         prompts = {name: prompt for name, prompt in hangul_prompts().items() if name in references.names}
-    with artist_of(options.checkpoint, options.device) as artist:
-        result = score(artist, prompts, references, desc="score")
+    with generator_for(options.checkpoint, options.device) as generator:
+        result = score(generator, prompts, references, desc="score")
     json.dump(result.figures(), sys.stdout, ensure_ascii=False, indent=2)
     sys.stdout.write("\n")
     return 0

@@ -63,8 +63,8 @@ QUICK = Budget(
 
 
 @dataclass(frozen=True, slots=True)
-class Kitchen:
-    """What every stage is handed: the output folder, the budget and the device."""
+class Workspace:
+    """Context of every stage: the output folder, the budget and the device."""
 
     out: Path
     budget: Budget

@@ -22,14 +22,14 @@ from examples.demo_model.recipe.grid import draw_grids
 from examples.demo_model.recipe.latents import encode
 from examples.demo_model.recipe.render import render
 from examples.demo_model.recipe.score import score_stage
-from examples.demo_model.recipe.settings import Kitchen
+from examples.demo_model.recipe.settings import Workspace
 from examples.demo_model.recipe.styles import STYLES
 from examples.demo_model.recipe.tokenizer import learn_tokenizer
 from examples.demo_model.recipe.vae import train_vae
 
 HOME = Path(__file__).parents[1]
 
-Stage = Callable[[Kitchen], dict[str, object]]
+Stage = Callable[[Workspace], dict[str, object]]
 
 
 class OtherBudget(Exception):
@@ -37,7 +37,7 @@ class OtherBudget(Exception):
 
 
 def _adapter_stage(style: str) -> Stage:
-    return lambda kitchen: train_adapter(style, kitchen)
+    return lambda workspace: train_adapter(style, workspace)
 
 
 STAGES: dict[str, Stage] = {
@@ -54,84 +54,84 @@ STAGES: dict[str, Stage] = {
 }
 
 
-def run_stages(kitchen: Kitchen) -> None:
+def run_stages(workspace: Workspace) -> None:
     """Run those that are not done yet, then gather what all of them measured in `figures.json`."""
-    kitchen.out.mkdir(parents=True, exist_ok=True)
+    workspace.out.mkdir(parents=True, exist_ok=True)
     names = list(STAGES)
     for number, name in enumerate(names):
-        record = _record(kitchen, name)
+        record = _record(workspace, name)
         if record.exists():
-            _check_budget(kitchen, record)
+            _check_budget(workspace, record)
             tqdm.write(f"{name}: done before")
             continue
-        _forget(kitchen, names[number + 1 :])
-        seconds = _run(kitchen, name)
+        _forget(workspace, names[number + 1 :])
+        seconds = _run(workspace, name)
         tqdm.write(f"{name}: {seconds:.1f} s")
-    _write(kitchen.figures, _figures(kitchen))
-    tqdm.write(f"the model is in {kitchen.checkpoint}, its figures are in {kitchen.figures}")
+    _write(workspace.figures, _figures(workspace))
+    tqdm.write(f"the model is in {workspace.checkpoint}, its figures are in {workspace.figures}")
 
 
-def install(kitchen: Kitchen, home: Path = HOME) -> None:
+def install(workspace: Workspace, home: Path = HOME) -> None:
     """Copy what was made over what the repository bundles."""
-    for made in (kitchen.checkpoint, kitchen.adapters):
+    for made in (workspace.checkpoint, workspace.adapters):
         shutil.rmtree(home / made.name, ignore_errors=True)
         shutil.copytree(made, home / made.name)
-    for made in (kitchen.figures, *sorted(kitchen.out.glob("grid-*.png"))):
+    for made in (workspace.figures, *sorted(workspace.out.glob("grid-*.png"))):
         shutil.copy(made, home)
-    shutil.copy(kitchen.references, home / "recipe")
+    shutil.copy(workspace.references, home / "recipe")
     tqdm.write(f"installed in {home}")
 
 
-def _run(kitchen: Kitchen, name: str) -> float:
+def _run(workspace: Workspace, name: str) -> float:
     """Run one stage and keep its figures; the seconds it took."""
     begun_at = time.monotonic()
-    figures = STAGES[name](kitchen)
+    figures = STAGES[name](workspace)
     # A training that was interrupted says how long all of it took; the rest of a stage is done anew.
     seconds = max(time.monotonic() - begun_at, float(str(figures.get("seconds", 0.0))))
     common = {
-        "budget": kitchen.budget.name,
+        "budget": workspace.budget.name,
         "stage_seconds": round(seconds, 1),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
-    record = _record(kitchen, name)
+    record = _record(workspace, name)
     record.parent.mkdir(parents=True, exist_ok=True)
     _write(record, common | figures)
-    kitchen.progress(name).unlink(missing_ok=True)
+    workspace.progress(name).unlink(missing_ok=True)
     return seconds
 
 
-def _forget(kitchen: Kitchen, names: Sequence[str]) -> None:
+def _forget(workspace: Workspace, names: Sequence[str]) -> None:
     """Remove the records of the stages that depend on an older result."""
     for name in names:
-        _record(kitchen, name).unlink(missing_ok=True)
-        kitchen.progress(name).unlink(missing_ok=True)
+        _record(workspace, name).unlink(missing_ok=True)
+        workspace.progress(name).unlink(missing_ok=True)
 
 
-def _record(kitchen: Kitchen, name: str) -> Path:
-    return kitchen.out / "stages" / f"{name}.json"
+def _record(workspace: Workspace, name: str) -> Path:
+    return workspace.out / "stages" / f"{name}.json"
 
 
-def _check_budget(kitchen: Kitchen, record: Path) -> None:
+def _check_budget(workspace: Workspace, record: Path) -> None:
     budget = json.loads(record.read_text())["budget"]
-    if budget != kitchen.budget.name:
-        raise OtherBudget(f"{kitchen.out} holds a {budget} run: remove it, or choose another folder with --out")
+    if budget != workspace.budget.name:
+        raise OtherBudget(f"{workspace.out} holds a {budget} run: remove it, or choose another folder with --out")
 
 
-def _figures(kitchen: Kitchen) -> dict[str, object]:
-    stages = {name: json.loads(_record(kitchen, name).read_text()) for name in STAGES}
+def _figures(workspace: Workspace) -> dict[str, object]:
+    stages = {name: json.loads(_record(workspace, name).read_text()) for name in STAGES}
     return {
         "machine": {
             "cores": os.cpu_count(),
             "cpu": _cpu_name(),
-            "device": str(kitchen.device),
+            "device": str(workspace.device),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
             "transformers": transformers.__version__,
         },
         "bytes": {
-            "checkpoint": bytes_in(kitchen.checkpoint),
-            **{path.name: path.stat().st_size for path in sorted(kitchen.adapters.iterdir())},
+            "checkpoint": bytes_in(workspace.checkpoint),
+            **{path.name: path.stat().st_size for path in sorted(workspace.adapters.iterdir())},
         },
         "total_seconds": round(sum(stage["stage_seconds"] for stage in stages.values()), 1),
         "stages": stages,

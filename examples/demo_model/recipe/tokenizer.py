@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 
 from examples.demo_model.recipe import captions
 from examples.demo_model.recipe.grounds import NAMED
-from examples.demo_model.recipe.settings import MAX_TOKENS, Kitchen
+from examples.demo_model.recipe.settings import MAX_TOKENS, Workspace
 from examples.demo_model.recipe.things import Thing, read_things
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -19,11 +19,11 @@ END_OF_WORD = "</w>"
 NUM_BYTES = 256
 
 
-def learn_tokenizer(kitchen: Kitchen) -> dict[str, object]:
+def learn_tokenizer(workspace: Workspace) -> dict[str, object]:
     """Leave the tokenizer where the exporter looks for it."""
-    things = read_things(kitchen.budget.num_things)
-    tokenizer = make_tokenizer(things, kitchen.budget.num_tokens)
-    folder = kitchen.trained("tokenizer")
+    things = read_things(workspace.budget.num_things)
+    tokenizer = make_tokenizer(things, workspace.budget.num_tokens)
+    folder = workspace.trained("tokenizer")
     tokenizer.save_pretrained(folder)
     # The two files that other readers of CLIP's tokenizers ask for.
     tokenizer.backend_tokenizer.model.save(str(folder))

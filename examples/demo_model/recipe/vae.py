@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 
 from examples.demo_model.recipe.grounds import GROUNDS
 from examples.demo_model.recipe.render import load_images
-from examples.demo_model.recipe.settings import LATENT_CHANNELS, SEED, SIDE, Kitchen
+from examples.demo_model.recipe.settings import LATENT_CHANNELS, SEED, SIDE, Workspace
 from examples.demo_model.recipe.styles import STYLES, on_ground
 from examples.demo_model.recipe.training import Draws, TrainingPlan, train
 from examples.demo_model.recipe.workers import Workers
@@ -27,15 +27,15 @@ PRIOR_WEIGHT = 2e-4
 MAX_DISTURBANCE = 0.1
 
 
-def train_vae(kitchen: Kitchen) -> dict[str, object]:
+def train_vae(workspace: Workspace) -> dict[str, object]:
     """Leave the trained autoencoder in fp32; its latents are not yet of unit variance."""
-    workers = Workers(kitchen.device)
+    workers = Workers(workspace.device)
     torch.manual_seed(SEED)
-    vae = build_vae().to(kitchen.device)
-    lesson = _Lesson(vae, load_images(kitchen.images), kitchen.budget.vae_steps, workers)
-    course = TrainingPlan("vae", kitchen.budget.vae_steps, NUM_CROPS, {"": RATE})
-    figures = train(vae, lesson.loss, course, workers, kitchen.progress("vae"))
-    vae.save_pretrained(kitchen.trained("vae"))
+    vae = build_vae().to(workspace.device)
+    task = _AutoencoderTask(vae, load_images(workspace.images), workspace.budget.vae_steps, workers)
+    course = TrainingPlan("vae", workspace.budget.vae_steps, NUM_CROPS, {"": RATE})
+    figures = train(vae, task.loss, course, workers, workspace.progress("vae"))
+    vae.save_pretrained(workspace.trained("vae"))
     workers.close()
     return figures
 
@@ -79,8 +79,8 @@ def edge_loss(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-class _Lesson:
-    """What the autoencoder is shown, and how what it makes of it is judged."""
+class _AutoencoderTask:
+    """The autoencoder's training examples and loss."""
 
     def __init__(self, vae: Any, images: torch.Tensor, num_steps: int, workers: Workers) -> None:
         self._vae, self._workers = vae, workers

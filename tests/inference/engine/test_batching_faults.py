@@ -161,7 +161,7 @@ def test_future_cancelled_while_its_request_joins_affects_no_other(tiny: Path, m
 # --- Out of memory
 
 
-class CrampedModel(WatchedModel):
+class LowMemoryModel(WatchedModel):
     """Memory for three lanes."""
 
     MAX_LANES = 3
@@ -177,7 +177,7 @@ def test_lanes_that_do_not_fit_are_halved_and_the_cap_holds_for_a_while(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inference.engine.batcher, "FORWARDS_UNTIL_RELAXED", 20)
-    engine = WatchedEngine(tiny, CrampedModel, MAX_CONCURRENT_GENERATIONS=16)
+    engine = WatchedEngine(tiny, LowMemoryModel, MAX_CONCURRENT_GENERATIONS=16)
     requests = requests_with_seeds(*range(10), num_inference_steps=8)
     roomy = WatchedEngine(tiny, MAX_CONCURRENT_GENERATIONS=16)
 
@@ -228,7 +228,7 @@ def test_an_image_that_does_not_fit_alone_fails_by_its_size_and_smaller_ones_bes
     engine.close()
 
 
-class PoorDecoder(WatchedModel):
+class LowMemoryDecoder(WatchedModel):
     """No memory to decode a picture of two as a whole; what it did is in `is_tiled`."""
 
     is_tiled: ClassVar[list[bool]] = []
@@ -242,9 +242,9 @@ class PoorDecoder(WatchedModel):
 
 
 def test_an_image_too_large_to_decode_is_decoded_in_tiles_and_the_next_one_whole(tiny: Path) -> None:
-    engine = WatchedEngine(tiny, PoorDecoder)
+    engine = WatchedEngine(tiny, LowMemoryDecoder)
     model = engine.model
-    assert isinstance(model, PoorDecoder)
+    assert isinstance(model, LowMemoryDecoder)
     request = tiny_request(width=128, height=128)
     tiled_pipe = load_pipe(tiny)
     tiled_pipe.vae.enable_tiling()
@@ -376,7 +376,7 @@ def test_a_request_that_finds_no_memory_beside_others_waits_and_is_drawn_right(
 # --- Errors that nobody foresaw
 
 
-class FussyModel(WatchedModel):
+class FailingSeedModel(WatchedModel):
     """Breaks on every batch that holds a certain seed, from that lane's third step on."""
 
     SEED = 666
@@ -389,10 +389,10 @@ class FussyModel(WatchedModel):
 
 
 def test_a_request_that_breaks_every_batch_it_is_in_is_the_only_one_to_fail(tiny: Path, style: AdapterFile) -> None:
-    engine = WatchedEngine(tiny, FussyModel)
+    engine = WatchedEngine(tiny, FailingSeedModel)
     requests = [
         tiny_request(style, seeds=(1,)),
-        tiny_request(style, seeds=(5, FussyModel.SEED)),
+        tiny_request(style, seeds=(5, FailingSeedModel.SEED)),
         *requests_with_seeds(2, 3, scheduler="euler_a", num_inference_steps=11),
     ]
 
@@ -409,12 +409,12 @@ def test_a_request_that_breaks_every_batch_it_is_in_is_the_only_one_to_fail(tiny
 
 
 def test_a_device_that_answers_nothing_ends_every_request_and_the_engine(tiny: Path, style: AdapterFile) -> None:
-    engine = WatchedEngine(tiny, FussyModel, MAX_CONCURRENT_GENERATIONS=3)
+    engine = WatchedEngine(tiny, FailingSeedModel, MAX_CONCURRENT_GENERATIONS=3)
 
     with arriving_together(engine):
         calls = [
             EngineCall(engine, tiny_request(style)),
-            EngineCall(engine, tiny_request(seeds=(FussyModel.SEED,)), at={2: engine.lose_the_device}),
+            EngineCall(engine, tiny_request(seeds=(FailingSeedModel.SEED,)), at={2: engine.lose_the_device}),
             *(EngineCall(engine, request) for request in requests_with_seeds(3, 4, 5)),
         ]
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass
-class LateArrival:
+class UnfinishedEvent:
     """An event of a device that is never done before it is waited for."""
 
     model: "LateModel"
@@ -57,7 +57,7 @@ class LateModel(WatchedModel):
         number = sum(one.startswith("decode") for one in self.happened)
         self.happened.append(f"decode {number}")
         image = super().decode(latents, in_tiles=in_tiles)
-        return replace(image, flagged=HostCopy(image.flagged.host, LateArrival(self, number)))
+        return replace(image, flagged=HostCopy(image.flagged.host, UnfinishedEvent(self, number)))
 
 
 def tiny_request(num_steps: int, *seeds: int) -> GenerationRequest:

@@ -217,7 +217,7 @@ def test_previews_change_no_image_and_are_made_on_request_alone(engine: LocalEng
     assert draw(engine, request)[0].tobytes() == wanted.tobytes()
 
 
-class Blind(WatchedModel):
+class ModelWithoutPreviews(WatchedModel):
     """A model of which no preview can be made."""
 
     def predict_x0(self, lane: Lane, prediction: torch.Tensor) -> torch.Tensor:
@@ -225,7 +225,7 @@ class Blind(WatchedModel):
 
 
 def test_failed_preview_costs_the_request_nothing(tiny: Path) -> None:
-    engine = WatchedEngine(tiny, Blind, PREVIEW_EVERY=1)
+    engine = WatchedEngine(tiny, ModelWithoutPreviews, PREVIEW_EVERY=1)
 
     call = EngineCall(engine, tiny_request(num_inference_steps=4))
     assert call.image.size == (64, 64)
@@ -234,7 +234,7 @@ def test_failed_preview_costs_the_request_nothing(tiny: Path) -> None:
     assert with_previews(call.steps) == []
 
 
-class Late:
+class HeldEvent:
     """An event of the device that comes when it is let."""
 
     has_come = False
@@ -251,7 +251,7 @@ def test_preview_not_copied_yet_is_not_waited_for_and_comes_with_a_later_step(ti
     active = ActiveRequest(
         tiny_request(), BatchTraits((64, 64), is_guided=True, num_steps=8), lambda _: None, lambda: False, ()
     )
-    previews, arrival = Previews(family, Device(CPU), every=1), Late()
+    previews, arrival = Previews(family, Device(CPU), every=1), HeldEvent()
     copy = HostCopy(torch.full((2, 3, 3), 7, dtype=torch.uint8), arrival)
     previews._copies.append(_Projected(active, copy))
 

@@ -25,7 +25,7 @@ DECODE_SECONDS = 3.0
 
 
 @dataclass
-class Work:
+class DeviceQueue:
     """A device's queue, in seconds: what the host has launched, and what is done, which it is only when waited for."""
 
     launched: float = 0.0
@@ -35,7 +35,7 @@ class Work:
 class LateModel(WatchedModel):
     """Gives the device work with every forward and every image, and waits for an image's pixels."""
 
-    work = Work()
+    work = DeviceQueue()
 
     def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
         self.work.launched += STEP_SECONDS
@@ -47,7 +47,7 @@ class LateModel(WatchedModel):
         return super().decode(latents, in_tiles=in_tiles)
 
 
-def event_class(work: Work) -> type:
+def event_class(work: DeviceQueue) -> type:
     """Return `torch.cuda.Event` of that device."""
 
     class Event:
@@ -80,7 +80,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def late(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WatchedEngine]:
     """Start the engine of such a device. Its memory is not counted: there is room for everything."""
     engine = WatchedEngine(tiny, LateModel)
-    LateModel.work = Work()
+    LateModel.work = DeviceQueue()
     monkeypatch.setattr(torch.cuda, "Event", event_class(LateModel.work))
     device = engine._loop._device
     monkeypatch.setattr(device, "may_fit", lambda _size: True)

@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, expect
 
 from clients.storage.location import ObjectRef
 from inference.request import EngineLoad, Stage
-from tests.support.browsing import PHONE, Visit, chromium
+from tests.support.browsing import PHONE, PageSession, chromium
 from tests.support.paths import ROOT
 from tests.support.status_pages import ended, failed, job, served, status
 from worker.amqp.delivery import Delivery
@@ -334,7 +334,7 @@ def browser() -> Iterator[Browser]:
 
 
 def test_the_page_shows_the_worker_without_a_complaint_or_a_foreign_request(browser: Browser, url: str) -> None:
-    with Visit(browser) as visit:
+    with PageSession(browser) as visit:
         visit.page.goto(url)
 
         expect(visit.page.locator("#state")).to_have_text("ready")
@@ -350,7 +350,7 @@ def test_the_page_shows_the_worker_without_a_complaint_or_a_foreign_request(brow
 
 
 def test_an_ended_job_opens_to_its_error_and_its_stages_and_stays_open(browser: Browser, url: str) -> None:
-    with Visit(browser) as visit:
+    with PageSession(browser) as visit:
         visit.page.goto(url)
         row = visit.page.locator("#last > li").nth(1)
         expect(row.locator(".message")).to_have_count(0)
@@ -378,7 +378,7 @@ def test_the_page_never_scrolls_sideways(browser: Browser, width: int, tmp_path:
         jobs=(job(1, generation_id=str(2**63 - 1), adapters=("x" * 300,) * 4, prompt="y" * 4000),),
         last_jobs=(replace(failed(1, "E" * 60, "z" * 500), generation_id=str(2**63 - 1), seconds=99999.0),),
     )
-    with served(lambda: worst) as address, Visit(browser, viewport=PHONE | {"width": width}) as visit:
+    with served(lambda: worst) as address, PageSession(browser, viewport=PHONE | {"width": width}) as visit:
         visit.page.goto(address)
         visit.page.locator("#last summary").click()
 
@@ -394,7 +394,7 @@ def test_hostile_text_is_shown_as_text_and_does_not_run(browser: Browser) -> Non
         last_jobs=(replace(failed(1, HOSTILE, HOSTILE), outcome=HOSTILE, prompt=HOSTILE, generation_id=HOSTILE),),
         idle=replace(status().idle, reason=HOSTILE),
     )
-    with served(lambda: hostile) as address, Visit(browser) as visit:
+    with served(lambda: hostile) as address, PageSession(browser) as visit:
         visit.page.goto(address)
         visit.page.locator("#last summary").click()
 
@@ -432,7 +432,7 @@ CONTRASTS = """() => {
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_has_the_contrast_of_wcag_aa(browser: Browser, url: str, scheme: str, tmp_path: Path) -> None:
-    with Visit(browser, color_scheme=scheme) as visit:
+    with PageSession(browser, color_scheme=scheme) as visit:
         visit.page.goto(url)
         visit.page.locator("#last > li").nth(1).locator("summary").click()
         expect(visit.page.locator("#last .message")).to_be_visible()
@@ -447,7 +447,7 @@ def test_every_text_has_the_contrast_of_wcag_aa(browser: Browser, url: str, sche
 def test_page_follows_the_colour_scheme(browser: Browser, url: str) -> None:
     grounds = {}
     for scheme in ("light", "dark"):
-        with Visit(browser, color_scheme=scheme) as visit:
+        with PageSession(browser, color_scheme=scheme) as visit:
             visit.page.goto(url)
             colour = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
             grounds[scheme] = sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
@@ -460,7 +460,7 @@ def test_animations_are_off_with_reduced_motion(browser: Browser, url: str) -> N
     moving = "[...document.querySelectorAll('*')].filter((n) => getComputedStyle(n).transitionDuration !== '0s').length"
     counts = []
     for wish in ("no-preference", "reduce"):
-        with Visit(browser, reduced_motion=wish) as visit:
+        with PageSession(browser, reduced_motion=wish) as visit:
             visit.page.goto(url)
             expect(visit.page.locator("#last > li")).to_have_count(14)
             counts.append(visit.page.evaluate(moving))
@@ -504,7 +504,7 @@ def test_updated_page_equals_a_reloaded_one(browser: Browser) -> None:
         last_jobs=(ended(20, finished_at=at), *before.last_jobs),
     )
     seen = [before]
-    with served(lambda: seen[-1]) as address, Visit(browser) as updated, Visit(browser) as fresh:
+    with served(lambda: seen[-1]) as address, PageSession(browser) as updated, PageSession(browser) as fresh:
         updated.page.goto(address)
         expect(updated.page.locator("#done")).to_have_text("1,284")
 
@@ -522,7 +522,7 @@ def test_updated_page_equals_a_reloaded_one(browser: Browser) -> None:
 
 def test_numbers_that_change_move_nothing(browser: Browser) -> None:
     seen = [status(batch=BatchStatus(1, 10, 11111, 1.11, 1.11), outcomes={"complete": 1111})]
-    with served(lambda: seen[-1]) as address, Visit(browser) as visit:
+    with served(lambda: seen[-1]) as address, PageSession(browser) as visit:
         visit.page.goto(address)
         expect(visit.page.locator("#done")).to_have_text("1,111")
         boxes = "[...document.querySelectorAll('.tile, section, #jobs > li')]"
@@ -538,7 +538,7 @@ def test_numbers_that_change_move_nothing(browser: Browser) -> None:
 
 
 def test_lost_worker_is_shown_with_the_age_of_the_numbers(browser: Browser, url: str) -> None:
-    with Visit(browser) as visit:
+    with PageSession(browser) as visit:
         visit.page.clock.install()
         visit.page.goto(url)
         expect(visit.page.locator("#state")).to_have_text("ready")
@@ -561,7 +561,7 @@ def test_lost_worker_is_shown_with_the_age_of_the_numbers(browser: Browser, url:
 def test_hidden_page_sends_no_requests(browser: Browser, url: str) -> None:
     show = "(h) => { Object.defineProperty(document, 'hidden', {value: h, configurable: true}); "
     show += "document.dispatchEvent(new Event('visibilitychange')); }"
-    with Visit(browser) as visit:
+    with PageSession(browser) as visit:
         visit.page.clock.install()
         visit.page.goto(url)
         expect(visit.page.locator("#state")).to_have_text("ready")
@@ -580,7 +580,7 @@ def test_hidden_page_sends_no_requests(browser: Browser, url: str) -> None:
 
 def test_the_newest_job_comes_first_and_the_others_keep_their_rows(browser: Browser) -> None:
     seen = [status(last_jobs=(ended(1), ended(2)))]
-    with served(lambda: replace(seen[-1], at=time.time())) as address, Visit(browser) as visit:
+    with served(lambda: replace(seen[-1], at=time.time())) as address, PageSession(browser) as visit:
         visit.page.goto(address)
         expect(visit.page.locator("#last .id")).to_have_text(["#48199", "#48198"])
         visit.page.locator("#last > li").nth(1).locator("summary").click()

@@ -79,7 +79,7 @@ class NotingLedger:
         self.marked.append(event)
 
 
-class AwayLedger(NotingLedger):
+class UnavailableLedger(NotingLedger):
     """Its store does not answer."""
 
     def record_late(self, event: TerminalEvent) -> TerminalEvent | None:
@@ -448,12 +448,12 @@ def test_one_success_releases_the_whole_kind_queue_and_resets_the_waits(started:
 
 
 def test_kind_that_the_backend_fails_on_does_not_delay_the_other(started: Start) -> None:
-    class ChokingClient(ScriptedClient):
+    class FailingKindClient(ScriptedClient):
         def send(self, webhook: Webhook, *, deadline_seconds: float) -> WebhookAttempt:
             super().send(webhook, deadline_seconds=deadline_seconds)
             return FAILING if webhook.kind is WebhookKind.FAILED else TAKEN
 
-    parts = started(Parts(ChokingClient(TAKEN)))
+    parts = started(Parts(FailingKindClient(TAKEN)))
 
     parts.outbox.on_delivery(delivered(failed("first").to_json(), tag=1))
     parts.outbox.on_delivery(delivered(complete("second").to_json(), tag=2))
@@ -462,7 +462,7 @@ def test_kind_that_the_backend_fails_on_does_not_delay_the_other(started: Start)
     assert no_ack_within_a_moment(parts)
 
 
-class ChoosyClient(ScriptedClient):
+class SelectiveClient(ScriptedClient):
     """Takes every event but those of the tasks in `bad`."""
 
     def __init__(self, bad: dict[str, WebhookAttempt]) -> None:
@@ -476,7 +476,7 @@ class ChoosyClient(ScriptedClient):
 
 @pytest.mark.parametrize("bad", [FAILING, LATER, UNKNOWN, BROKEN], ids=lambda bad: bad.reason)
 def test_events_never_taken_do_not_delay_others_of_their_kind(started: Start, bad: WebhookAttempt) -> None:
-    parts = started(Parts(ChoosyClient({f"bad-{number}": bad for number in range(3)})))
+    parts = started(Parts(SelectiveClient({f"bad-{number}": bad for number in range(3)})))
     for number in range(3):
         parts.outbox.on_delivery(delivered(complete(f"bad-{number}").to_json(), tag=number))
     until(lambda: len(parts.client.sent) == 3)
@@ -632,7 +632,7 @@ def test_event_that_cannot_be_dead_lettered_now_stays_in_the_outbox(started: Sta
 
 def test_events_refused_by_a_full_dead_letter_queue_delay_no_other(started: Start) -> None:
     # Given several events that the backend refuses for good
-    client = ChoosyClient({f"bad-{number}": REFUSED for number in range(1, 9)})
+    client = SelectiveClient({f"bad-{number}": REFUSED for number in range(1, 9)})
     parts = started(Parts(client, publisher=KeepingPublisher(full_queue=NAMES.dead)))
     for number in range(1, 9):
         parts.outbox.on_delivery(delivered(complete(f"bad-{number}").to_json(), tag=number))
@@ -675,7 +675,7 @@ def test_an_event_of_a_lost_session_is_copied_nowhere(started: Start) -> None:
 
 def test_ends_waiting_for_the_store_do_not_fill_the_prefetch(started: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.results.outbox.PREFETCH", 1)
-    parts = started(Parts(ScriptedClient(TAKEN), ledger=AwayLedger()))
+    parts = started(Parts(ScriptedClient(TAKEN), ledger=UnavailableLedger()))
     parts.outbox.on_delivery(delivered(sendable(is_recorded=False), tag=1))
 
     assert parts.consumer.next_tags(1) == {1}

@@ -65,7 +65,7 @@ def _identity(key: str, secret: str, actions: list[str]) -> dict[str, Any]:
 
 
 @dataclass
-class Place:
+class WorkingSetup:
     """Everything a worker needs, whole: two buckets, a queue with a job in it, a backend, a model."""
 
     rabbitmq: RabbitMQ
@@ -130,14 +130,14 @@ def declare(rabbitmq: RabbitMQ, queue: str, **arguments: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(rabbitmq: RabbitMQ, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    folder, queue = tmp_path_factory.mktemp("place"), f"test-{uuid.uuid4().hex[:12]}"
+def setup(rabbitmq: RabbitMQ, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkingSetup]:
+    folder, queue = tmp_path_factory.mktemp("setup"), f"test-{uuid.uuid4().hex[:12]}"
     declare(rabbitmq, queue)
     with GuardedStore(folder / "store") as store, Backend() as backend:
         store.make_bucket(PRIVATE)
         store.make_bucket(RESULTS)
         store.client().put_object(Bucket=PRIVATE, Key="jobs/a.json", Body=b"{}")
-        yield Place(rabbitmq, store, backend, queue, build_tiny_sd(folder / "model"), folder)
+        yield WorkingSetup(rabbitmq, store, backend, queue, build_tiny_sd(folder / "model"), folder)
 
 
 def parts(found: dict[str, CheckResult], state: State) -> set[str]:
@@ -155,8 +155,8 @@ def assert_only(found: dict[str, CheckResult], bad: str, *words: object, blocked
 # --- A sound world
 
 
-def test_every_check_is_good_in_a_working_setup_and_reports_its_findings(place: Place) -> None:
-    found = place.check()
+def test_every_check_is_good_in_a_working_setup_and_reports_its_findings(setup: WorkingSetup) -> None:
+    found = setup.check()
 
     assert parts(found, State.GOOD) == set(found), found
     assert list(found) == [
@@ -186,22 +186,22 @@ def test_every_check_is_good_in_a_working_setup_and_reports_its_findings(place: 
     assert "on cpu as float32" in found["model"].detail
 
 
-def test_undeclared_queue_is_good_and_is_not_declared(place: Place) -> None:
-    found = place.check(RABBITMQ_QUEUE="not-made-yet")
+def test_undeclared_queue_is_good_and_is_not_declared(setup: WorkingSetup) -> None:
+    found = setup.check(RABBITMQ_QUEUE="not-made-yet")
 
     assert parts(found, State.GOOD) == set(found)
     assert "not-made-yet does not exist yet" in found["queue"].detail
 
 
-def test_the_queues_of_a_worker_that_was_here_are_found(place: Place) -> None:
-    env = place.env() | {"RABBITMQ_QUEUE": f"test-{uuid.uuid4().hex[:12]}"}
+def test_the_queues_of_a_worker_that_was_here_are_found(setup: WorkingSetup) -> None:
+    env = setup.env() | {"RABBITMQ_QUEUE": f"test-{uuid.uuid4().hex[:12]}"}
     settings = settings_of(env).broker
     publisher = Publisher(settings, QueueNames(settings.queue))
     publisher.start()
     publisher.depths()
     publisher.close()
 
-    found = place.check(RABBITMQ_QUEUE=settings.queue)
+    found = setup.check(RABBITMQ_QUEUE=settings.queue)
 
     assert found["own queues"].detail == "all 6 are there"
 
@@ -209,65 +209,65 @@ def test_the_queues_of_a_worker_that_was_here_are_found(place: Place) -> None:
 # --- One part broken at a time: the broker
 
 
-def test_a_wrong_password_is_found(place: Place) -> None:
-    found = place.check(RABBITMQ_PASS="wrong")
+def test_a_wrong_password_is_found(setup: WorkingSetup) -> None:
+    found = setup.check(RABBITMQ_PASS="wrong")
 
-    assert_only(found, "broker", place.rabbitmq.port, "user guest", "RABBITMQ_PASS", blocked=BEHIND_BROKER)
+    assert_only(found, "broker", setup.rabbitmq.port, "user guest", "RABBITMQ_PASS", blocked=BEHIND_BROKER)
 
 
-def test_a_wrong_virtual_host_is_found(place: Place) -> None:
-    found = place.check(RABBITMQ_VHOST="nowhere")
+def test_a_wrong_virtual_host_is_found(setup: WorkingSetup) -> None:
+    found = setup.check(RABBITMQ_VHOST="nowhere")
 
     assert_only(found, "broker", "nowhere", "RABBITMQ_VHOST", "add_vhost", blocked=BEHIND_BROKER)
 
 
-def test_a_broker_that_is_not_there_is_found(place: Place) -> None:
+def test_a_broker_that_is_not_there_is_found(setup: WorkingSetup) -> None:
     port = free_port()
 
-    found = place.check(RABBITMQ_PORT=port)
+    found = setup.check(RABBITMQ_PORT=port)
 
     assert_only(found, "broker", f"127.0.0.1:{port}", "RABBITMQ_PORT", blocked=BEHIND_BROKER)
 
 
-def test_the_url_is_named_where_the_broker_is_named_by_one(place: Place) -> None:
-    url = f"amqp://guest:wrong-word@127.0.0.1:{place.rabbitmq.port}/%2F"
+def test_the_url_is_named_where_the_broker_is_named_by_one(setup: WorkingSetup) -> None:
+    url = f"amqp://guest:wrong-word@127.0.0.1:{setup.rabbitmq.port}/%2F"
 
-    found = place.check(RABBITMQ_URL=url)
+    found = setup.check(RABBITMQ_URL=url)
 
     assert_only(found, "broker", "RABBITMQ_URL", blocked=BEHIND_BROKER)
     assert not any("wrong-word" in finding.detail for finding in found.values())
 
 
-def test_a_queue_declared_otherwise_is_found(place: Place) -> None:
+def test_a_queue_declared_otherwise_is_found(setup: WorkingSetup) -> None:
     other = f"test-{uuid.uuid4().hex[:12]}"
-    declare(place.rabbitmq, other, arguments={"x-max-priority": 5})
+    declare(setup.rabbitmq, other, arguments={"x-max-priority": 5})
 
-    found = place.check(RABBITMQ_QUEUE=other)
+    found = setup.check(RABBITMQ_QUEUE=other)
 
     assert_only(found, "queue", "PRECONDITION_FAILED", "x-max-priority", other, "delete_queue")
 
 
-def test_a_user_without_the_right_to_make_queues_is_found(place: Place) -> None:
-    place.rabbitmq.ctl(
+def test_a_user_without_the_right_to_make_queues_is_found(setup: WorkingSetup) -> None:
+    setup.rabbitmq.ctl(
         "eval",
         f'User = <<"{NARROW}">>, All = <<".*">>, By = <<"test">>,'
         f' rabbit_auth_backend_internal:add_user(User, <<"{NARROWS_PASSWORD}">>, By),'
         ' rabbit_auth_backend_internal:set_permissions(User, <<"/">>, <<"^$">>, All, All, By).',
     )
 
-    found = place.check(RABBITMQ_USER=NARROW, RABBITMQ_PASS=NARROWS_PASSWORD)
+    found = setup.check(RABBITMQ_USER=NARROW, RABBITMQ_PASS=NARROWS_PASSWORD)
 
     assert_only(found, "own queues", "ACCESS_REFUSED", NARROW, "set_permissions")
 
 
-def test_a_policy_that_limits_the_worker_s_queues_is_found(place: Place) -> None:
-    place.rabbitmq.ctl("set_policy", "limits", f"^{place.queue}", '{"delivery-limit": 3, "max-length": 10}')
+def test_a_policy_that_limits_the_worker_s_queues_is_found(setup: WorkingSetup) -> None:
+    setup.rabbitmq.ctl("set_policy", "limits", f"^{setup.queue}", '{"delivery-limit": 3, "max-length": 10}')
     try:
-        found = place.check()
+        found = setup.check()
     finally:
-        place.rabbitmq.ctl("clear_policy", "limits")
+        setup.rabbitmq.ctl("clear_policy", "limits")
 
-    assert_only(found, "own queues", "10 were kept", "returned 4 times", f"^{place.queue}$", "list_operator_policies")
+    assert_only(found, "own queues", "10 were kept", "returned 4 times", f"^{setup.queue}$", "list_operator_policies")
 
 
 def test_policies_from_the_management_api_are_reported_for_the_worker_s_queues_alone() -> None:
@@ -299,22 +299,22 @@ def test_port_with_another_service_yields_no_policies(said: bytes) -> None:
 # --- The store
 
 
-def test_a_missing_bucket_is_found_and_not_made(place: Place) -> None:
-    found = place.check(AWS_STORAGE_BUCKET_NAME="nobody-made-it")
+def test_a_missing_bucket_is_found_and_not_made(setup: WorkingSetup) -> None:
+    found = setup.check(AWS_STORAGE_BUCKET_NAME="nobody-made-it")
 
     assert_only(found, "bucket", "nobody-made-it", "AWS_STORAGE_BUCKET_NAME", blocked=("conditional writes",))
 
 
-def test_a_results_bucket_that_can_be_read_and_not_written_is_found(place: Place) -> None:
-    found = place.check(AWS_ACCESS_KEY_ID=READER, AWS_SECRET_ACCESS_KEY=READERS_SECRET)
+def test_a_results_bucket_that_can_be_read_and_not_written_is_found(setup: WorkingSetup) -> None:
+    found = setup.check(AWS_ACCESS_KEY_ID=READER, AWS_SECRET_ACCESS_KEY=READERS_SECRET)
 
     assert_only(found, "results bucket", f"{RESULTS} cannot be written", f"rights of {READER}", "AWS_ACCESS_KEY_ID")
 
 
-def test_a_store_without_conditional_writes_is_found(place: Place) -> None:
-    with Proxy(place.store.port) as proxy:
+def test_a_store_without_conditional_writes_is_found(setup: WorkingSetup) -> None:
+    with Proxy(setup.store.port) as proxy:
         proxy.when(Sign(UP, b"If-None-Match: *"), do=answers(501, NOT_IMPLEMENTED), times=None)
-        found = place.check(AWS_S3_ENDPOINT_URL=f"http://127.0.0.1:{proxy.port}")
+        found = setup.check(AWS_S3_ENDPOINT_URL=f"http://127.0.0.1:{proxy.port}")
 
     assert_only(found, "conditional writes", "NotImplemented", "If-None-Match", "run one worker")
 
@@ -365,18 +365,18 @@ def probe_of(server: AnsweringServer) -> StoreProbe:
 # --- The backend
 
 
-def test_a_backend_that_is_down_is_found(place: Place) -> None:
+def test_a_backend_that_is_down_is_found(setup: WorkingSetup) -> None:
     url = refused_url()
 
-    found = place.check(BACKEND_API_URL=url)
+    found = setup.check(BACKEND_API_URL=url)
 
     assert_only(found, "backend", url, "ConnectionRefusedError", "BACKEND_API_URL")
 
 
-def test_a_refused_token_is_found(place: Place) -> None:
-    found = place.check(INTERNAL_API_TOKEN="another")
+def test_a_refused_token_is_found(setup: WorkingSetup) -> None:
+    found = setup.check(INTERNAL_API_TOKEN="another")
 
-    assert_only(found, "backend", place.backend.url, "401", "INTERNAL_API_TOKEN")
+    assert_only(found, "backend", setup.backend.url, "401", "INTERNAL_API_TOKEN")
     assert "another" not in found["backend"].detail
 
 
@@ -412,8 +412,8 @@ def test_a_backend_that_would_take_no_webhook_is_bad(status: int, words: str) ->
         classify_answer("http://backend", BackendProbe(status, status))
 
 
-def test_a_path_twice_in_the_address_is_found(place: Place) -> None:
-    found = place.check(BACKEND_API_URL=f"{place.backend.url}/api")
+def test_a_path_twice_in_the_address_is_found(setup: WorkingSetup) -> None:
+    found = setup.check(BACKEND_API_URL=f"{setup.backend.url}/api")
 
     assert parts(found, State.UNSURE) == {"backend"}
     assert "must not end in a part of it" in found["backend"].detail
@@ -453,48 +453,50 @@ def test_doubtful_check_is_yellow_and_not_good() -> None:
 # --- The machine and the model
 
 
-def test_a_folder_without_a_font_is_found(place: Place, tmp_path: Path) -> None:
-    found = place.check(FONT_DIRS=tmp_path)
+def test_a_folder_without_a_font_is_found(setup: WorkingSetup, tmp_path: Path) -> None:
+    found = setup.check(FONT_DIRS=tmp_path)
 
     assert_only(found, "fonts", tmp_path, "서", "FONT_DIRS", "fonts-nanum")
 
 
-def test_a_cache_that_cannot_be_written_is_found(place: Place, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_found(setup: WorkingSetup, tmp_path: Path) -> None:
     in_its_place = tmp_path / "cache"
     in_its_place.write_text("a file")
 
-    found = place.check(CACHE_DIR=in_its_place)
+    found = setup.check(CACHE_DIR=in_its_place)
 
     assert_only(found, "disk", "CACHE_DIR", in_its_place, "Not a directory")
     assert in_its_place.read_text() == "a file"
 
 
-def test_a_disk_that_is_smaller_than_the_cache_may_become_is_found(place: Place) -> None:
-    found = place.check(CACHE_MAX_GB=1e9)
+def test_a_disk_that_is_smaller_than_the_cache_may_become_is_found(setup: WorkingSetup) -> None:
+    found = setup.check(CACHE_MAX_GB=1e9)
 
     assert_only(found, "disk", "CACHE_MAX_GB is 1e+09", "has room for", "set CACHE_MAX_GB below")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_configured_gpu_that_is_missing_is_found(place: Place) -> None:
-    found = place.check(DEVICE="cuda", CUDA_VISIBLE_DEVICES="3")
+def test_configured_gpu_that_is_missing_is_found(setup: WorkingSetup) -> None:
+    found = setup.check(DEVICE="cuda", CUDA_VISIBLE_DEVICES="3")
 
     assert_only(found, "GPU", "DEVICE is cuda", "CUDA_VISIBLE_DEVICES=3", "nvidia-smi", blocked=("model",))
     assert "first the GPU" in found["model"].detail
 
 
-def test_a_model_that_is_not_there_is_found(place: Place, tmp_path: Path) -> None:
-    found = place.check(MODEL_ID=tmp_path / "nothing")
+def test_a_model_that_is_not_there_is_found(setup: WorkingSetup, tmp_path: Path) -> None:
+    found = setup.check(MODEL_ID=tmp_path / "nothing")
 
     assert_only(found, "model", tmp_path / "nothing", "MODEL_ID")
 
 
-def test_a_model_with_a_file_that_is_cut_off_is_found_before_anything_is_loaded(place: Place, tmp_path: Path) -> None:
-    model = shutil.copytree(place.model, tmp_path / "model")
+def test_a_model_with_a_file_that_is_cut_off_is_found_before_anything_is_loaded(
+    setup: WorkingSetup, tmp_path: Path
+) -> None:
+    model = shutil.copytree(setup.model, tmp_path / "model")
     [weights] = (model / "unet").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1000])
 
-    found = place.check(MODEL_ID=model)
+    found = setup.check(MODEL_ID=model)
 
     assert_only(found, "model", weights, "cut off", "copy or download it again")
 
