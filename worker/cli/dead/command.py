@@ -87,7 +87,8 @@ def purge_letters(settings: Settings, target: str | None, reason: str, *, is_sur
     with _browse_letters(settings) as (browser, letters):
         chosen = choose(letters, target, reason)
         if is_sure:
-            _ack_all(browser, chosen)
+            for letter in chosen:
+                browser.ack(letter.message)
     if not chosen:
         typer.echo(_none_chosen(letters))
         return
@@ -97,7 +98,8 @@ def purge_letters(settings: Settings, target: str | None, reason: str, *, is_sur
         # Nothing was held at the prompt: the broker would have requeued it after half an hour.
         with _browse_letters(settings) as (browser, letters):
             still_there = _find_again(chosen, letters)
-            _ack_all(browser, still_there)
+            for letter in still_there:
+                browser.ack(letter.message)
         if len(still_there) < len(chosen):
             typer.echo(f"{_count_letters(len(chosen) - len(still_there))} had gone meanwhile")
         chosen = still_there
@@ -112,11 +114,6 @@ def _browse_letters(settings: Settings) -> Iterator[tuple[QueueBrowser, list[Dea
         if len(taken) == MAX_LETTERS:
             typer.echo(f"only {MAX_LETTERS} letters were looked at; there may be more", err=True)
         yield browser, read_letters(taken, rules_from(settings.model, settings.store, settings.images))
-
-
-def _ack_all(browser: QueueBrowser, letters: list[DeadLetter]) -> None:
-    for letter in letters:
-        browser.ack(letter.message)
 
 
 def _find_again(chosen: list[DeadLetter], letters: list[DeadLetter]) -> list[DeadLetter]:
