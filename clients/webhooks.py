@@ -107,7 +107,8 @@ class WebhookClient:
 
     def send(self, webhook: Webhook, *, deadline_seconds: float = DEADLINE_SECONDS) -> WebhookAttempt:
         """Make exactly one HTTP attempt, over within `deadline_seconds`; network and HTTP errors become its result."""
-        route, payload, timestamp = ROUTES[webhook.kind], webhook.payload, int(self._now())
+        route, payload = ROUTES[webhook.kind], webhook.payload
+        timestamp = int(self._now())
         headers = {
             "Content-Type": "application/json",
             "webhook-id": webhook.webhook_id,

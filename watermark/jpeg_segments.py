@@ -18,9 +18,11 @@ def drop_broken_segments(content: bytes) -> bytes:
         length = -1 if kind == 0xFF else int.from_bytes(content[at + 2 : at + 4], "big")
         segment = content[at : at + 2 + length]
         body = segment[2 + LENGTH_BYTES :]
-        name, whole_bytes = WHOLE.get(kind, (b"", 0))
-        is_truncated = body.startswith(name.rstrip(b"\0")) and len(body) < whole_bytes
-        if not is_truncated and kind not in (PROFILE, PHOTOSHOP):
+        is_kept = kind not in (PROFILE, PHOTOSHOP)
+        if kind in WHOLE:
+            name, whole_bytes = WHOLE[kind]
+            is_kept = len(body) >= whole_bytes or not body.startswith(name.rstrip(b"\0"))
+        if is_kept:
             kept.append(segment)
         at += 2 + length
     return b"".join([*kept, content[at:]])

@@ -49,7 +49,7 @@ class ControlNetCache(Generic[T]):
                 if missing > 0 and not entry.num_users and other not in self._reserved:
                     going.append(other)
                     missing -= entry.num_bytes
-            # None is evicted where that would not suffice.
+            # Nothing is evicted where that would not suffice.
             if missing > 0:
                 return None
             for other in going:

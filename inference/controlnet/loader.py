@@ -82,7 +82,7 @@ class ControlNets:
             raise EngineFault(f"{found.subject} could not be loaded: {one_line(error)}") from error
         if self._copy_stream is not None:
             self._copy_stream.synchronize()
-            # Or the parameters' memory might be given away while a step that was launched before still reads it.
+            # Or the parameters' memory might be given away while a step on the default stream still reads it.
             for parameter in net.parameters():
                 parameter.data.record_stream(torch.cuda.default_stream(self._device))
         return net.eval().requires_grad_(False)

@@ -56,7 +56,7 @@ def _forward(
             latents,
             inputs.times[rows],
             [inputs.captions[number] for number in numbers],
-            # Later ControlNets read a mask and a second image, which are zeros without inpainting.
+            # [channels, 1, height, width]. Later ControlNets read a mask and a second image, zeros without inpainting.
             [functional.pad(one.image, (0, 0) * 3 + (0, num_channels - len(one.image))) for one in guides],
             # Its dtype decides that of the layers after it.
             conditioning_scale=upload([guide.scale for guide in guides]).to(latents[0].dtype).view(-1, 1, 1),

@@ -45,8 +45,9 @@ def find_projection(vae: Any, unscaled: Callable[[torch.Tensor], torch.Tensor], 
     `unscaled` converts latents [1, channels, height, width] from the sampler's scale to the VAE's, by channel.
     """
     started_at = time.monotonic()
-    random = torch.Generator().manual_seed(0)
-    coarse = (torch.randn(NUM_IMAGES, 3, grain, grain, generator=random) for grain in GRAINS)
+    generator = torch.Generator().manual_seed(0)
+    # Random images [number, 3, height, width] from -1 to 1, of coarse and fine grain.
+    coarse = (torch.randn(NUM_IMAGES, 3, grain, grain, generator=generator) for grain in GRAINS)
     fields = torch.stack([interpolate(one, size=(PIXELS, PIXELS), mode="bicubic") for one in coarse])
     images = torch.tanh(CONTRAST * fields.sum(0) / len(GRAINS) ** 0.5)
     encoded = vae.encode(images.to(device, vae.dtype), return_dict=False)[0].mode().cpu()

@@ -29,8 +29,9 @@ ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 class LowRank:
     """The low-rank change of one layer's weight: b @ a, for a Conv2d over flattened kernels.
 
-    a: [rank, in] or [rank, in, height, width]; b: [out, rank] or [out, rank, 1, 1]; both of one floating dtype, finite.
-    A Linear's may have kernels of one pixel, and a 1x1 convolution's none: it is the same matrix.
+    a: [rank, in] or [rank, in, height, width]; b: [out, rank] or [out, rank, 1, 1]. Both are finite and of one floating
+    dtype once they are `scaled`. A Linear's may have kernels of one pixel, and a 1x1 convolution's none: it is the same
+    matrix.
     """
 
     a: torch.Tensor
@@ -52,7 +53,10 @@ class LowRank:
         return folded
 
     def split(self, names: Sequence[str]) -> dict[str, "LowRank"]:
-        """Split a fused layer by `names`: its parts share A, and each has an equal share of the rows of B."""
+        """Split a fused layer by `names`: its parts share A, and each has an equal share of the rows of B.
+
+        AdapterInvalid where the rows cannot be shared equally.
+        """
         if self.b.shape[0] % len(names):
             raise AdapterInvalid(f"a layer of {self.b.shape[0]} outputs cannot be {' and '.join(names)} in one")
         return {name: LowRank(self.a, b) for name, b in zip(names, self.b.chunk(len(names)), strict=True)}
@@ -141,9 +145,10 @@ def _alphas_by_stem(tensors: Mapping[str, torch.Tensor], names: SortedNames, nam
     for bare, name in names.alphas.items():
         candidates = {bare, f"{bare}_lora", *(bare.removesuffix(infix) for infix in ALPHA_INFIXES)}
         owners = [stem for stem in candidates if stem in names.halves]
-        is_alone = not owners and not (
-            any(bare.startswith(f"{stem}.") for stem in names.halves) or naming.layer_name(bare) in layers
-        )
+        is_alone = False
+        if not owners:
+            is_inside = any(bare.startswith(f"{stem}.") for stem in names.halves)
+            is_alone = not is_inside and naming.layer_name(bare) not in layers
         if tensors[name].numel() != 1 or (not is_alone and (len(owners) != 1 or owners[0] in alphas)):
             raise AdapterInvalid(f"{shown(name)} is not the one number of one layer")
         alpha = checked_alpha(float(tensors[name].item()))

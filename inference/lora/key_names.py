@@ -87,7 +87,8 @@ class KeyNaming:
         """Map each stem in a file to the pipeline's name of its layer, "unet.down_blocks.0…to_q".
 
         A fused layer keeps its name (see `parts_of`), and is left out where the file also holds its parts. Raises
-        AdapterIncompatible for names of another family, AdapterInvalid where two stems name one layer.
+        AdapterIncompatible for names of another family, AdapterInvalid where two stems name one layer, or a fused
+        layer is in part also apart.
         """
         names = {stem: self.layer_name(stem) for stem in stems}
         present = set(names.values())

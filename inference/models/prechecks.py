@@ -50,8 +50,8 @@ def precheck_model(settings: ModelSettings) -> ModelPrecheck:
     family = FAMILIES[checkpoint.pipeline_class]
     path = checkpoint.path / "unet" / "config.json"
     # Empty where the UNet's config is not on this machine.
-    is_here = issubclass(family, UNetFamily) and checkpoint.where is not Location.FILE and path.is_file()
-    unet = read_json(path) if is_here else {}
+    has_config = issubclass(family, UNetFamily) and checkpoint.where is not Location.FILE and path.is_file()
+    unet = read_json(path) if has_config else {}
     is_inpainting = "in_channels" in unet and unet["in_channels"] != unet.get("out_channels", 4)
     match checkpoint.pipeline_class:
         case "StableDiffusionPipeline":

@@ -32,7 +32,7 @@ class StableDiffusionXL(UNetFamily):
         }
         super().__init__(pipeline, models, sdxl(pipeline.unet.config), device=device, memory=memory)
         if pipeline.vae.config.force_upcast:
-            # Though it decodes in bfloat16 then: as its pipelines do.
+            # Though it decodes in bfloat16: as diffusers' pipelines do.
             self._encoding_dtype = torch.float32
         self._prompts = LongPromptEncoder(
             [pipeline.tokenizer, pipeline.tokenizer_2], [pipeline.text_encoder, pipeline.text_encoder_2], device

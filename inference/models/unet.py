@@ -111,11 +111,7 @@ class UNetFamily(Family):
         if config.in_channels != latent_channels:
             return f"its in_channels is {config.in_channels}, the VAE's latents have {latent_channels}"
         for name in SHARED_WITH_CONTROLNETS:
-            # Tuples come back from JSON as lists.
-            wanted, found = (
-                tuple(value) if isinstance(value, list) else value
-                for value in (getattr(self._pipeline.unet.config, name), getattr(config, name))
-            )
+            wanted, found = _plain(getattr(self._pipeline.unet.config, name)), _plain(getattr(config, name))
             if wanted != found:
                 return f"its {name} is {found}, the UNet's is {wanted}"
         return None
@@ -151,6 +147,11 @@ class UNetFamily(Family):
         drawn = torch.cat((negative + scales * (positive - negative), unguided)).unbind()
         by_lane = {id(lane): prediction for lane, prediction in zip(ordered, drawn, strict=True)}
         return [by_lane[id(lane)] for lane in lanes]
+
+
+def _plain(value: Any) -> Any:
+    # Tuples come back from JSON as lists.
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _stacked(tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -87,8 +87,10 @@ class OwnTokensAttnProcessor:
         if freqs_cis is not None:
             query, key = _rotated(query, freqs_cis), _rotated(key, freqs_cis)
         lengths = self._lengths.find(self._streams, *query.shape[:2])
-        if attention_mask is None or lengths is None:
-            attended = _sdpa(query, key, value, None if attention_mask is None else attention_mask[:, None, None])
+        if attention_mask is None:
+            attended = _sdpa(query, key, value)
+        elif lengths is None:
+            attended = _sdpa(query, key, value, attention_mask[:, None, None])
         elif min(lengths) == query.shape[1]:
             attended = _sdpa(query, key, value)
         else:

@@ -31,6 +31,7 @@ def match_template(composite: Image.Image, product: Image.Image, size: tuple[int
     if not len(rows):
         return None
 
+    # Evenly sampled: about NUM_SAMPLES pixels.
     every = max(1, len(rows) // NUM_SAMPLES)
     rows, columns = rows[::every], columns[::every]
     colours = pixels[rows, columns, :3].astype(np.int16)

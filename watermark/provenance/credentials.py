@@ -35,8 +35,9 @@ class Credentials:
 
 def read_credentials(certificate: Path, private_key: Path) -> Credentials:
     """Read both files. Raises `SettingsError`, one sentence that names the setting, where they cannot sign."""
+    content = _read("C2PA_CERTIFICATE", certificate)
     try:
-        chain = x509.load_pem_x509_certificates(_read("C2PA_CERTIFICATE", certificate))
+        chain = x509.load_pem_x509_certificates(content)
     except ValueError as error:
         raise SettingsError(f"C2PA_CERTIFICATE: {certificate} holds no chain of certificates in PEM") from error
     key = _load_key(private_key)

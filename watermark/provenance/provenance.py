@@ -140,10 +140,12 @@ def _parameters(provenance: Provenance, prompts: Prompts) -> str:
         "Adapters": ", ".join(provenance.adapters),
         "Version": provenance.creator_tool,
     }
-    for name, value in pairs.items():
-        if _ENDS_A_PAIR.search(value):
-            pairs[name] = json.dumps(value, ensure_ascii=False)
-    line = ", ".join(f"{name}: {value}" for name, value in pairs.items() if value)
+    quoted = {
+        name: json.dumps(value, ensure_ascii=False) if _ENDS_A_PAIR.search(value) else value
+        for name, value in pairs.items()
+        if value
+    }
+    line = ", ".join(f"{name}: {value}" for name, value in quoted.items())
     return f"{prompts.text}\n{line}"
 
 

@@ -30,7 +30,8 @@ COMPLEX_BLOCKS = (
 )
 MARKS = frozenset({"Mn", "Mc", "Me"})
 RIGHT_TO_LEFT = frozenset({"R", "AL"})
-# Scripts that a font must declare by an OpenType tag, old or new: its bare letters would be unreadable.
+# Scripts that a font must declare by an OpenType tag, old or new: its bare letters would be unreadable. The ranges are
+# disjoint.
 SHAPED_SCRIPTS = (
     ((0x0600, 0x06FF), ("arab",)),
     ((0x0700, 0x074F), ("syrc",)),

@@ -85,7 +85,7 @@ def wrap(
     if fitting is None:
         return None
     row = _Row(fitting, measure)
-    starts = [0]
+    starts = [0]  # of each line, and the end
     while starts[-1] < len(row):
         starts.append(row.reach(starts[-1], width))
     if evenly and len(starts) > 2:

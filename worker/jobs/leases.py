@@ -132,8 +132,8 @@ class LeaseKeeper:
         """Put the jobs on lease whose deliveries the broker's timeout would end, and renew the notes of the others."""
         for run in self._runs.all():
             with self._keeping(run):
-                is_on_lease = self._leases.take_or_renew(run)
-                for delivery in self._runs.detach_deliveries(run) if is_on_lease else ():
+                deliveries = self._runs.detach_deliveries(run) if self._leases.take_or_renew(run) else []
+                for delivery in deliveries:
                     self._settler.settle(delivery, Disposition.ACK)
 
     def note_all(self) -> None:
@@ -148,7 +148,8 @@ class LeaseKeeper:
 
     @contextmanager
     def _keeping(self, run: Run) -> Iterator[None]:
-        """Give up the lease after the block where the run is over by then. A failure in the block is only logged."""
+        """Give up the lease after the block where the run is over by then; log the block's `PublishFailed` and
+        `StorageError`."""
         try:
             yield
             if run.lease_ends_at and run.task_id not in self._runs:

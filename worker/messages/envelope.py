@@ -62,8 +62,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def identify(message: Mapping[str, Any], body: bytes) -> Identity:
-    """Return the ids of the message, its UUID in the canonical form. Raises `Undecodable` without a valid
-    `generation_id`."""
+    """Return the ids of the message: its UUID in the canonical form, or one derived from the body.
+
+    Raises `Undecodable` without a valid `generation_id`.
+    """
     fields = message.get("data")
     generation_id = fields.get("generation_id") if isinstance(fields, dict) else None
     if generation_id in (None, ""):
@@ -144,11 +146,12 @@ class _OutlineReader:
             self._object(is_data=True)
         elif name in (_READ_IN_DATA if is_data else _READ_AT_TOP):
             self._skip_blanks()
-            began_at = self._at
+            value_at = self._at
             self._skip_value()
-            value = self._body[began_at : self._at] if self._at - began_at <= MAX_SCALAR_BYTES else b"null"
+            is_nested = self._body[value_at : value_at + 1] in (b"{", b"[")
             # A nested or long value is no id.
-            self._keep(b"null" if value.startswith((b"{", b"[")) else value)
+            is_id = not is_nested and self._at - value_at <= MAX_SCALAR_BYTES
+            self._keep(self._body[value_at : self._at] if is_id else b"null")
         else:
             self._skip_value()
             self._keep(b"null")

@@ -55,8 +55,9 @@ def _check_ambiguous(url: str, found: BackendProbe) -> None:
     """Raise `CheckUnsure` for an answer that both a wrong and a right address may give."""
     status, path = found.status, ROUTES[WebhookKind.COMPLETE].path
     follow_up_status = found.follow_up_status or 0
-    # After a 404 this is the answer to OPTIONS: these statuses mean that the route exists.
-    if status == NOT_FOUND and not (200 <= follow_up_status < 300 or follow_up_status == NOT_ALLOWED):
+    # After a 404 this is the answer to OPTIONS.
+    is_route = 200 <= follow_up_status < 300 or follow_up_status == NOT_ALLOWED
+    if status == NOT_FOUND and not is_route:
         raise CheckUnsure(
             f"{url} answers 404 at {path}, as it would to every end where BACKEND_API_URL has a wrong path. "
             "That path is added to it, so it must not end in a part of it, like /api. A server whose routes take "

@@ -54,7 +54,8 @@ def run_checks(checks: Iterable[Check], on_begin: Callable[[str], None] = lambda
         try:
             state, detail = State.GOOD, check.run()
         except CheckFailed as error:
-            state, detail = State.UNSURE if isinstance(error, CheckUnsure) else State.BAD, str(error)
+            state = State.UNSURE if isinstance(error, CheckUnsure) else State.BAD
+            detail = str(error)
         except Exception as error:
             # A part's boundary: a bug in one check must not hide the parts behind it.
             logger.debug("a check failed unforeseen", exc_info=error)

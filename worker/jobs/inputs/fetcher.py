@@ -69,7 +69,7 @@ class Fetcher:
             raise JobFailed(ErrorCode.INVALID_INPUT, str(error)) from error
         references = self._references(job)
         adapters = tuple(self.adapter(adapter, pinned) for adapter in job.adapters)
-        return JobInputs(signature, headlines, references, adapters)
+        return JobInputs(signature=signature, headlines=headlines, references=references, adapters=adapters)
 
     def _references(self, job: Job) -> References:
         """Fetch the reference images, each resized before the next is decoded: a dozen jobs hold theirs to the end."""
