@@ -36,7 +36,7 @@ class BrokerProbe:
         """Connect with the user, the password and the virtual host."""
         with self._connected():
             user, vhost = self._error_messages.user, self._error_messages.vhost
-            return f"connected to {self._place} as {user}, virtual host {vhost}"
+            return f"connected to {self._error_messages.place} as {user}, virtual host {vhost}"
 
     def queue(self) -> str:
         """Compare the declaration of the job queue with that of backends."""
@@ -52,7 +52,7 @@ class BrokerProbe:
             except pika.exceptions.ChannelClosedByBroker as error:
                 if error.reply_code == ACCESS_REFUSED:
                     return f"{name} is there; how it is declared is told only to users who may declare it"
-                raise CheckFailed(self._why_refused(name, error)) from error
+                raise CheckFailed(self._error_messages.queue_refused(name, error)) from error
         depth = f"{found.message_count} wait in it, for {found.consumer_count} consumers"
         return f"{name} is durable without arguments, as backends declare it; {depth}"
 
@@ -82,7 +82,7 @@ class BrokerProbe:
                 channel.basic_publish("", made, b"", mandatory=True)
                 channel.basic_get(made, auto_ack=True)
         except pika.exceptions.ChannelClosedByBroker as error:
-            raise CheckFailed(self._why_refused(f"{self._names.jobs}.*", error)) from error
+            raise CheckFailed(self._error_messages.queue_refused(f"{self._names.jobs}.*", error)) from error
 
     def _check_limits(self, connection: _Connection) -> None:
         limits: list[str] = []
@@ -112,7 +112,7 @@ class BrokerProbe:
         except pika.exceptions.ChannelClosedByBroker as error:
             if error.reply_code == NOT_FOUND:
                 return None
-            raise CheckFailed(self._why_refused(name, error)) from error
+            raise CheckFailed(self._error_messages.queue_refused(name, error)) from error
 
     @contextmanager
     def _connected(self) -> Iterator[_Connection]:
@@ -126,13 +126,8 @@ class BrokerProbe:
         try:
             yield connection
         except LOST as error:
-            raise CheckFailed(f"{self._place} closed the connection: {describe(error)}. Look at its log") from error
+            raise CheckFailed(
+                f"{self._error_messages.place} closed the connection: {describe(error)}. Look at its log"
+            ) from error
         finally:
             close_connection(connection)
-
-    def _why_refused(self, name: str, error: Any) -> str:
-        return self._error_messages.queue_refused(name, error)
-
-    @property
-    def _place(self) -> str:
-        return self._error_messages.place

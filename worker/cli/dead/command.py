@@ -17,10 +17,11 @@ from worker.cli.dead.letters import DeadLetter, LetterKind, choose, read_letters
 from worker.cli.dead.replay import NotReplayable, plan_replay
 from worker.cli.dead.view import as_json, as_table, as_text
 from worker.cli.exits import CommandFailed
-from worker.cli.outbox import print_summary
+from worker.cli.outbox import find_waiting
 from worker.cli.terminal import escape_for_terminal
 from worker.messages.decoder import rules_from
 from worker.results.ledger import Ledger
+from worker.results.outbox_snapshots import summarize
 
 # At 64 kB each, the most that a letter without a job has, they take 640 MB.
 MAX_LETTERS = 10_000
@@ -39,7 +40,8 @@ def list_letters(settings: Settings, *, reason: str, as_lines: bool) -> None:
     else:
         typer.echo(_none_chosen(letters))
     # What waits in the outbox is not dead yet, but may be tomorrow.
-    print_summary(settings)
+    if waiting := find_waiting(settings):
+        typer.echo(escape_for_terminal(f"{summarize(waiting)}. `darkroom outbox list` shows them"))
 
 
 def show_letters(settings: Settings, target: str) -> None:
@@ -86,8 +88,8 @@ def purge_letters(settings: Settings, target: str | None, reason: str, *, is_sur
     """Delete letters: only those that the user has just been shown."""
     with _browse_letters(settings) as (browser, letters):
         chosen = choose(letters, target, reason)
-        if is_sure:
-            _ack_all(browser, chosen)
+        for letter in chosen if is_sure else ():
+            browser.ack(letter.message)
     if not chosen:
         typer.echo(_none_chosen(letters))
         return
@@ -97,7 +99,8 @@ def purge_letters(settings: Settings, target: str | None, reason: str, *, is_sur
         # Nothing was held at the prompt: the broker would have requeued it after half an hour.
         with _browse_letters(settings) as (browser, letters):
             still_there = _find_again(chosen, letters)
-            _ack_all(browser, still_there)
+            for letter in still_there:
+                browser.ack(letter.message)
         if len(still_there) < len(chosen):
             typer.echo(f"{_count_letters(len(chosen) - len(still_there))} had gone meanwhile")
         chosen = still_there
@@ -112,11 +115,6 @@ def _browse_letters(settings: Settings) -> Iterator[tuple[QueueBrowser, list[Dea
         if len(taken) == MAX_LETTERS:
             typer.echo(f"only {MAX_LETTERS} letters were looked at; there may be more", err=True)
         yield browser, read_letters(taken, rules_from(settings.model, settings.store, settings.images))
-
-
-def _ack_all(browser: QueueBrowser, letters: list[DeadLetter]) -> None:
-    for letter in letters:
-        browser.ack(letter.message)
 
 
 def _find_again(chosen: list[DeadLetter], letters: list[DeadLetter]) -> list[DeadLetter]:
