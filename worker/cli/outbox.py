@@ -40,13 +40,6 @@ def list_waiting(settings: Settings, *, as_lines: bool) -> None:
         typer.echo("no end waits for the backend")
 
 
-def print_summary(settings: Settings) -> None:
-    """Print one line on what waits, where anything does."""
-    waiting = find_waiting(settings)
-    if waiting:
-        typer.echo(escape_for_terminal(f"{summarize(waiting)}. `darkroom outbox list` shows them"))
-
-
 def find_waiting(settings: Settings) -> list[UndeliveredEvent]:
     """Return the events ready in the outbox, and those that workers noted as taken from it; the oldest first.
 

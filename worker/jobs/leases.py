@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 from clients.storage.client import Storage
@@ -119,30 +120,30 @@ class Leases:
         return ObjectRef(self._bucket, f"jobs/{task_id}.lease")
 
 
+@dataclass(frozen=True, slots=True)
 class LeaseKeeper:
     """Takes and renews the leases of the jobs that run here. Any thread may call it."""
 
-    def __init__(self, leases: Leases, runs: Runs, settler: Settler, ledger: Ledger) -> None:
-        self._leases = leases
-        self._runs = runs
-        self._settler = settler
-        self._ledger = ledger
+    leases: Leases
+    runs: Runs
+    settler: Settler
+    ledger: Ledger
 
     def take_or_renew_all(self) -> None:
         """Put the jobs on lease whose deliveries the broker's timeout would end, and renew the notes of the others."""
-        for run in self._runs.all():
+        for run in self.runs.all():
             with self._keeping(run):
-                deliveries = self._runs.detach_deliveries(run) if self._leases.take_or_renew(run) else []
+                deliveries = self.runs.detach_deliveries(run) if self.leases.take_or_renew(run) else []
                 for delivery in deliveries:
-                    self._settler.settle(delivery, Disposition.ACK)
+                    self.settler.settle(delivery, Disposition.ACK)
 
     def note_all(self) -> None:
         """Note on all jobs that they run here, and cancel those that another worker has ended in the time that this one
         was frozen or cut off."""
-        for run in self._runs.all():
+        for run in self.runs.all():
             with self._keeping(run):
-                self._leases.note(run)
-                if self._ledger.find(run.task_id) is not None:
+                self.leases.note(run)
+                if self.ledger.find(run.task_id) is not None:
                     # The end of a cancelled run gives way to the one that is recorded.
                     run.cancel()
 
@@ -152,8 +153,8 @@ class LeaseKeeper:
         `StorageError`."""
         try:
             yield
-            if run.lease_ends_at and run.task_id not in self._runs:
-                self._leases.give_up(run)
+            if run.lease_ends_at and run.task_id not in self.runs:
+                self.leases.give_up(run)
         except (PublishFailed, StorageError) as error:
             # Another worker may then run the job too; the ledger still lets only one end count.
             log_event(logger, "lease not taken", logging.WARNING, task_id=run.task_id, reason=str(error))

@@ -7,6 +7,7 @@ from PIL import Image
 from inference.request import RawImage
 from watermark.geometry import Rect
 from watermark.product.masks import restore_masked
+from watermark.resizing import fit
 from watermark.signature import Signature, SignedImage, sign, signature_rect
 from watermark.text.headline import Headline, draw_headlines
 from worker.jobs.inputs.references import References, mask_at
@@ -31,7 +32,7 @@ def postprocess(
     if references.mask is not None and references.init is not None:
         # Byte for byte, which no model reproduces.
         kept = mask_at(references.mask, image.size, job.fit).point(BLACK_FOR_WHITE)
-        image = restore_masked(image, references.init_at(image.size, job.fit), kept)
+        image = restore_masked(image, fit(references.init, image.size, job.fit), kept)
     if headlines:
         place = signature_rect(image.size, signature, job.signature_style)
         image = draw_headlines(image, headlines, avoid=keep_off if place is None else (*keep_off, place))

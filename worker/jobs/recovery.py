@@ -37,13 +37,14 @@ class CrashCounter:
 
     def num_crashes(self, delivery: Delivery) -> int:
         """Record a delivery; return the message's recoveries without those that this worker may have caused."""
+        key = hashlib.sha256(delivery.body).digest()
         with self._lock:
-            seen = self._seen.setdefault(_key(delivery), _Seen(delivery.session, delivery.num_recoveries))
+            seen = self._seen.setdefault(key, _Seen(delivery.session, delivery.num_recoveries))
             if seen.session < delivery.session:
                 seen.session, seen.num_returns = delivery.session, seen.num_returns + 1
             num_new = max(0, delivery.num_recoveries - seen.num_crashes)
             seen.num_crashes = delivery.num_recoveries - min(num_new, seen.num_returns)
-            self._seen.move_to_end(_key(delivery))
+            self._seen.move_to_end(key)
             if len(self._seen) > MAX_REMEMBERED:
                 self._seen.popitem(last=False)
             return seen.num_crashes
@@ -89,10 +90,6 @@ class SuspectIsolation:
 def is_suspect(delivery: Delivery) -> bool:
     """Return whether the job may be a poison job."""
     return delivery.num_recoveries >= SUSPECT_CRASHES
-
-
-def _key(delivery: Delivery) -> bytes:
-    return hashlib.sha256(delivery.body).digest()
 
 
 def _tag(delivery: Delivery) -> tuple[int, int, int]:

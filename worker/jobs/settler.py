@@ -33,11 +33,11 @@ class Settler:
         self._names = names
         self._isolation = isolation
         self._is_draining = is_draining
-        self._source: Consumer | None = None
+        self._consumer: Consumer
 
     def start(self, consumer: Consumer) -> None:
         """Set the consumer that deliveries come from and are settled with."""
-        self._source = consumer
+        self._consumer = consumer
 
     def holds(self, delivery: Delivery) -> bool:
         """Return whether the delivery can still be settled: its session is not lost."""
@@ -105,8 +105,3 @@ class Settler:
             sleep=tenacity.sleep_using_event(self._is_draining),
             reraise=True,
         )(publish)
-
-    @property
-    def _consumer(self) -> Consumer:
-        assert self._source is not None, "deliveries come from a consumer"  # noqa: S101
-        return self._source

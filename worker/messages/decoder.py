@@ -124,7 +124,8 @@ def _build(wire: WireData, message: Mapping[str, Any], identity: Identity, rules
     parameters = wire.parameters or WireParameters()
     style = wire.signature_config or WireSignatureConfig()
     made = styled_of(wire, rules, reject)
-    seed = _first(parameters.seed, wire.seed)
+    # 32 bits: a backend in JavaScript must be able to read the seed in the webhook.
+    derived_seed = int.from_bytes(hashlib.sha256(identity.task_id.encode()).digest()[:4], "big")
     return Job(
         task_id=identity.task_id,
         generation_id=identity.generation_id,
@@ -133,7 +134,7 @@ def _build(wire: WireData, message: Mapping[str, Any], identity: Identity, rules
         adapters=_adapters(wire, rules, reject) or adapters_of(made, rules, reject),
         size=_size(_first(parameters.width, wire.width), _first(parameters.height, wire.height), reject),
         aspect=_aspect(wire.aspect_ratio, reject),
-        seed=_derived_seed(identity.task_id) if seed is None else seed,
+        seed=_first(parameters.seed, wire.seed, derived_seed),
         num_images=wire.num_images or 1,
         num_inference_steps=_first(parameters.steps, wire.num_inference_steps, made.steps, rules.default_steps),
         guidance_scale=_first(parameters.cfg_scale, wire.guidance_scale, made.guidance_scale, rules.default_guidance),
@@ -202,11 +203,6 @@ def _aspect(text: str | None, reject: Rejection) -> tuple[int, int] | None:
             return width, height
     known = f"1:1, 2:2, 1:2, 2:1 or another W:H of at most {MAX_ASPECT:.0f} to 1"
     raise reject("UNSUPPORTED_ASPECT_RATIO", f"aspect_ratio {quoted(text)} is not supported; use {known}")
-
-
-def _derived_seed(task_id: str) -> int:
-    # 32 bits: a backend in JavaScript must be able to read the seed in the webhook.
-    return int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:4], "big")
 
 
 def _timestamp(given: Any) -> datetime | None:

@@ -82,7 +82,7 @@ def product_of(wire: WireData, rules: JobRules, reject: Rejection) -> JobProduct
         cutout_ref=cutout,
         background_ref=background,
         composite_ref=composite,
-        layout=Layout(layout.scale, _position(layout.position)),
+        layout=Layout(layout.scale, None if layout.position == AUTO else Position(layout.position)),
         shadow=product.shadow,
         refine_strength=product.refine_strength,
     )
@@ -104,7 +104,7 @@ def overlay_of(wire: WireTextOverlay) -> TextOverlay:
         stroke=Stroke(wire.stroke.width, _colour(wire.stroke.color)) if wire.stroke else None,
         shadow=wire.shadow,
         box=Box(_colour(wire.box.color), wire.box.opacity) if wire.box else None,
-        position=_position(wire.position),
+        position=None if wire.position == AUTO else Position(wire.position),
     )
 
 
@@ -119,7 +119,3 @@ def _required_ref(field: str, text: str | None, kind: Kind, rules: JobRules, rej
 
 def _colour(text: str) -> str | None:
     return None if text == AUTO else text
-
-
-def _position(text: str) -> Position | None:
-    return None if text == AUTO else Position(text)

@@ -1,7 +1,6 @@
 """Static files of the status page, and the security headers they are served with."""
 
 from dataclasses import dataclass
-from importlib.resources import files
 
 # Nothing is loaded from another origin, and no text of a job's message can become script or style.
 POLICY = "; ".join(
@@ -23,6 +22,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+# File name and content type, by URL path.
 NAMES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/style.css": ("style.css", "text/css; charset=utf-8"),
@@ -37,9 +37,3 @@ class StaticFile:
 
     content: bytes
     content_type: str
-
-
-def load_page() -> dict[str, StaticFile]:
-    """Return every file of the page by URL path; read once, so that an update cannot mix two versions."""
-    folder = files("worker.monitoring") / "page"
-    return {path: StaticFile((folder / name).read_bytes(), kind) for path, (name, kind) in NAMES.items()}

@@ -3,13 +3,14 @@
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler
+from importlib.resources import files
 from types import MappingProxyType
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from worker.monitoring.assets import HEADERS, StaticFile, load_page
+from worker.monitoring.assets import HEADERS, NAMES, StaticFile
 from worker.monitoring.bounded_server import BoundedServer
 from worker.monitoring.status import PREVIEW_FOLDER, Status
 from worker.progress.previews import JPEG
@@ -30,12 +31,14 @@ class HealthServer:
         read_status: Callable[[], Status],
         read_preview: Callable[[str], bytes | None],
     ) -> None:
+        folder = files("worker.monitoring") / "page"
         given = {
             "registry": registry,
             "why_not_ready": staticmethod(why_not_ready),
             "read_status": staticmethod(read_status),
             "read_preview": staticmethod(read_preview),
-            "page": load_page(),
+            # Read once, so that an update cannot mix two versions.
+            "page": {path: StaticFile((folder / name).read_bytes(), kind) for path, (name, kind) in NAMES.items()},
         }
         handler = type("Handler", (_Handler,), given)
         self._server = BoundedServer(("0.0.0.0", port), handler)

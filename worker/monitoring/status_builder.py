@@ -109,10 +109,18 @@ class StatusBuilder:
             cache=CacheStatus(int(snapshot.value("adapter_cache_bytes")), self.max_cache_bytes),
             gpu=_gpu(snapshot),
             queues=self._queues(snapshot),
-            webhooks=self._webhooks(snapshot),
+            # The broker counts ready messages only: those that this worker holds are added.
+            webhooks=WebhooksStatus(
+                int(snapshot.value("outbox_events") + snapshot.value("queue_messages", self.names.outbox)),
+                self.notifier.failing,
+            ),
             outcomes={outcome: int(count) for outcome, count in snapshot.by_label("jobs_total").items()},
             engine_restarts=int(snapshot.value("engine_restarts_total")),
-            idle=self._idle(snapshot),
+            idle=IdleStatus(
+                self.idle.reason,
+                round(self.idle.denoising_seconds, 1),
+                {reason: round(spent, 1) for reason, spent in snapshot.by_label("idle_seconds_total").items()},
+            ),
             last_jobs=self.history.newest_first(),
         )
 
@@ -151,15 +159,6 @@ class StatusBuilder:
             QueueStatus(name, "jobs" if name == self.names.jobs else name.removeprefix(prefix), int(depth))
             for name, depth in snapshot.by_label("queue_messages").items()
         )
-
-    def _webhooks(self, snapshot: MetricsSnapshot) -> WebhooksStatus:
-        # The broker counts ready messages only: those that this worker holds are added.
-        num_waiting = snapshot.value("outbox_events") + snapshot.value("queue_messages", self.names.outbox)
-        return WebhooksStatus(int(num_waiting), self.notifier.failing)
-
-    def _idle(self, snapshot: MetricsSnapshot) -> IdleStatus:
-        seconds = {reason: round(spent, 1) for reason, spent in snapshot.by_label("idle_seconds_total").items()}
-        return IdleStatus(self.idle.reason, round(self.idle.denoising_seconds, 1), seconds)
 
 
 def _gpu(snapshot: MetricsSnapshot) -> GpuStatus | None:

@@ -18,7 +18,6 @@ from watermark.resizing import fit
 from worker.errors import ErrorCode, JobFailed
 from worker.jobs.engine_client import GeneratedImages, ProgressSpan
 from worker.jobs.runs import Phase
-from worker.messages.job import JobProduct
 from worker.product.cutter import Cutter
 from worker.product.inputs import ProductInputs
 from worker.product.stage_store import ProductStage, StoredStage
@@ -69,7 +68,7 @@ class ProductComposer:
         in it. Raises `JobFailed`, and what the context, the cutter and the stages raise."""
         cutout = self._cutout()
         image, at = self._composite(cutout)
-        if self._product.refine_strength > 0:
+        if self.inputs.product.refine_strength > 0:
             if at is None:
                 raise JobFailed(
                     ErrorCode.IMAGE_INVALID,
@@ -106,10 +105,10 @@ class ProductComposer:
             if stored is not None and stored.is_changed:
                 composite = self._fitted(stored.image)
                 return composite, self._place_in(composite, cutout)
-            at = place_product(background, cutout.size, self._product.layout)
+            at = place_product(background, cutout.size, self.inputs.product.layout)
             if stored is not None:
                 return self._fitted(stored.image), at
-            composite = compose(background, cutout, at, shadow=self._product.shadow)
+            composite = compose(background, cutout, at, shadow=self.inputs.product.shadow)
             self.stages.save(ProductStage.COMPOSITE, composite)
             return composite, at
 
@@ -122,7 +121,8 @@ class ProductComposer:
             self.scheduler = stored.metadata.get(SCHEDULER, self.scheduler)
             return self._fitted(stored.image)
         self.background_steps = self.request.num_inference_steps
-        background = self._generated(self.request, ProgressSpan(0, self.background_steps, self._num_steps))
+        num_steps = self.background_steps + self._refining_steps
+        background = self._generated(self.request, ProgressSpan(0, self.background_steps, num_steps))
         with self.context.stage(Phase.STORE):
             self.stages.save(ProductStage.BACKGROUND, background, {SCHEDULER: self.scheduler})
         return background
@@ -138,7 +138,8 @@ class ProductComposer:
             request_id=f"{self.request.request_id}:refine",
             source=Source(composite.tobytes(), self._strength, repaint_mask(mask).tobytes()),
         )
-        refined = self._generated(request, ProgressSpan(self.background_steps, self._refining_steps, self._num_steps))
+        num_steps = self.background_steps + self._refining_steps
+        refined = self._generated(request, ProgressSpan(self.background_steps, self._refining_steps, num_steps))
         with self.context.stage(Phase.COMPOSE):
             refined = restore_masked(refined, composite, mask)
             self.stages.save(ProductStage.REFINED, refined)
@@ -146,7 +147,8 @@ class ProductComposer:
 
     def _place_in(self, composite: Image.Image, cutout: Image.Image) -> Rect | None:
         """Return the product's rectangle in a composite that a person made or changed."""
-        return match_template(composite, cutout, fitted_size(composite.size, cutout.size, self._product.layout.scale))
+        scale = self.inputs.product.layout.scale
+        return match_template(composite, cutout, fitted_size(composite.size, cutout.size, scale))
 
     def _generated(self, request: GenerationRequest, span: ProgressSpan) -> Image.Image:
         result = self.context.generate(request, span)
@@ -166,18 +168,11 @@ class ProductComposer:
             yield
 
     @property
-    def _product(self) -> JobProduct:
-        return self.inputs.product
-
-    @property
     def _strength(self) -> float:
         """The job's `refine_strength`, raised so that at least one step is taken."""
-        return min(1.0, max(self._product.refine_strength, 1 / self.request.num_inference_steps + ROUNDING_MARGIN))
+        one_step = 1 / self.request.num_inference_steps + ROUNDING_MARGIN
+        return min(1.0, max(self.inputs.product.refine_strength, one_step))
 
     @property
     def _refining_steps(self) -> int:
-        return int(self.request.num_inference_steps * self._strength) if self._product.refine_strength > 0 else 0
-
-    @property
-    def _num_steps(self) -> int:
-        return self.background_steps + self._refining_steps
+        return int(self.request.num_inference_steps * self._strength) if self.inputs.product.refine_strength > 0 else 0

@@ -1,6 +1,5 @@
 """Cut products out by rembg, in a process for each image."""
 
-import importlib.util
 import io
 import os
 import subprocess
@@ -113,8 +112,3 @@ class Cutter:
                 raise_if_unwanted()
                 if time.monotonic() > ends_at:
                     raise CuttingFailed(f"no answer within {self._deadline_seconds} s") from None
-
-
-def is_installed() -> bool:
-    """Return whether the libraries of the extra `cutout` are installed."""
-    return all(importlib.util.find_spec(library) is not None for library in ("rembg", "onnxruntime"))

@@ -41,7 +41,7 @@ class ProductInputs:
         return References(original=self.proportions)
 
     def list_in(self, stage_store: StageStore) -> None:
-        """List the stages that the job brings."""
+        """List the stages that the job brings, whose images are not copied."""
         product = self.product
         for stage, ref in (
             (ProductStage.CUTOUT, product.cutout_ref),
@@ -49,7 +49,7 @@ class ProductInputs:
             (ProductStage.COMPOSITE, product.composite_ref),
         ):
             if ref is not None:
-                stage_store.list_input(stage, ref)
+                stage_store.uris[stage] = ref.uri
 
     def at(self, size: tuple[int, int]) -> Self:
         """Return a copy with background and composite resized to `size`."""

@@ -81,10 +81,6 @@ class StageStore:
         self.store.put(ref, png, task_id=self.job.task_id, metadata={**metadata, "stage": stage.value})
         self.uris[stage] = ref.uri
 
-    def list_input(self, stage: ProductStage, ref: ObjectRef) -> None:
-        """List an image that the job brings for the stage, which is not copied."""
-        self.uris[stage] = ref.uri
-
     def _ref(self, stage: ProductStage) -> ObjectRef:
         return ObjectRef(self.bucket, f"stages/gen-{self.job.generation_id}/{stage}.png")
 

@@ -48,7 +48,7 @@ class JobProgress(Source[Webhook]):
         if report.step_index == 0:
             self._denoised_seconds = 0.0  # the first start, or a restart after a crash of the engine
         else:
-            self._reporter.record_step(report.seconds)
+            self._reporter.recent_steps.add(report.seconds)
         self._denoised_seconds += report.seconds
         self._previews.on_step(report)
         percent = 100 * report.step_index / report.num_steps
@@ -105,7 +105,7 @@ class ProgressReporter:
         self._client = client
         self._previewer = previewer
         self._metrics = metrics
-        self._recent_steps = RecentMean()
+        self.recent_steps = RecentMean()
         self.milestones = milestones
         self.step_seconds = 0.0
         self.queue = LatestWins[JobProgress, Webhook](
@@ -131,14 +131,10 @@ class ProgressReporter:
         known = self.step_seconds or step_seconds
         self.step_seconds = known + NEWEST_WEIGHT * (step_seconds - known)
 
-    def record_step(self, seconds: float) -> None:
-        """Average one step of any job into `recent_step_seconds`."""
-        self._recent_steps.add(seconds)
-
     @property
     def recent_step_seconds(self) -> float:
         """Recent mean step time of all jobs, finished or not; before the first step, the estimate."""
-        return self._recent_steps.value or self.step_seconds
+        return self.recent_steps.value or self.step_seconds
 
     def _send(self, progress: JobProgress, webhook: Webhook) -> None:
         if progress.may_have_ended:

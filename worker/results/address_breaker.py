@@ -40,27 +40,25 @@ def explain_status(status: int) -> str:
 
 
 class AddressBreaker:
-    """Open once `REFUSALS_TO_OPEN` different events were rejected in a row, until one is accepted. Thread-safe."""
+    """Open once `REFUSALS_TO_OPEN` different events were rejected in a row, until one is accepted. Thread-safe.
+
+    While it is open, a rejection concerns the address and not the event.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._refused: set[str] = set()
-        self._is_open = False
+        self.is_open = False
         self._opened_at = 0.0
         self._status = 0
-
-    @property
-    def is_open(self) -> bool:
-        """Whether a rejection concerns the address and not the event."""
-        return self._is_open
 
     @property
     def reason(self) -> str:
         """Why the worker takes no jobs; empty while it takes them."""
         with self._lock:
             is_resting = (self._clock() - self._opened_at) % (REST_SECONDS + TRIAL_SECONDS) < REST_SECONDS
-            if not self._is_open or not is_resting:
+            if not self.is_open or not is_resting:
                 return ""
             answers = f"HTTP {self._status} to {len(self._refused)} ends in a row, none taken"
             return f"the backend refuses this worker: {answers}; {explain_status(self._status)}"
@@ -69,20 +67,20 @@ class AddressBreaker:
         """Count an event that the backend answered with `status`."""
         with self._lock:
             is_new = webhook_id not in self._refused
-            was_open = self._is_open
+            was_open = self.is_open
             self._refused.add(webhook_id)
             self._status = status
-            self._is_open = was_open or len(self._refused) >= REFUSALS_TO_OPEN
-            if is_new and self._is_open:
+            self.is_open = was_open or len(self._refused) >= REFUSALS_TO_OPEN
+            if is_new and self.is_open:
                 # A repeated rejection must not postpone the next trial.
                 self._opened_at = self._clock()
-        if self._is_open and not was_open:
+        if self.is_open and not was_open:
             log_event(logger, "breaker open", logging.ERROR, part="the backend", reason=self.reason)
 
     def accept(self) -> None:
         """Close: the backend accepted an event."""
         with self._lock:
-            was_open, self._is_open = self._is_open, False
+            was_open, self.is_open = self.is_open, False
             self._refused.clear()
         if was_open:
             log_event(logger, "breaker closed", part="the backend")

@@ -88,29 +88,29 @@ def format_minute(epoch_seconds: float) -> str:
         return ""
 
 
+@dataclass(frozen=True, slots=True)
 class SnapshotStore:
     """The objects `.darkroom/outbox/{worker}.json` in the private bucket. Thread-safe; methods raise `StorageError`."""
 
-    def __init__(self, storage: Storage, bucket: str) -> None:
-        self._storage = storage
-        self._bucket = bucket
+    storage: Storage
+    bucket: str
 
     def write(self, worker: str, waiting: Sequence[UndeliveredEvent]) -> None:
         """Replace the worker's snapshot."""
         snapshot = {"at": time.time(), "waiting": [dataclasses.asdict(one) for one in waiting]}
-        self._storage.put(self._ref(worker), json.dumps(snapshot).encode(), content_type=CONTENT_TYPE)
+        self.storage.put(self._ref(worker), json.dumps(snapshot).encode(), content_type=CONTENT_TYPE)
 
     def delete(self, worker: str) -> None:
         """Delete the worker's snapshot."""
-        self._storage.delete(self._ref(worker))
+        self.storage.delete(self._ref(worker))
 
     def read_all(self) -> list[UndeliveredEvent]:
         """Return the events of all recent snapshots. An unreadable snapshot is left out, and logged."""
         found: list[UndeliveredEvent] = []
-        for snapshot in self._storage.list_objects(self._bucket, FOLDER):
+        for snapshot in self.storage.list_objects(self.bucket, FOLDER):
             if time.time() - snapshot.modified_at.timestamp() >= MAX_SNAPSHOT_AGE_SECONDS:
                 continue
-            content = self._storage.read(ObjectRef(self._bucket, snapshot.key), max_bytes=MAX_SNAPSHOT_BYTES)
+            content = self.storage.read(ObjectRef(self.bucket, snapshot.key), max_bytes=MAX_SNAPSHOT_BYTES)
             try:
                 found += [UndeliveredEvent.from_fields(fields) for fields in json.loads(content)["waiting"]]
             except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -118,7 +118,7 @@ class SnapshotStore:
         return found
 
     def _ref(self, worker: str) -> ObjectRef:
-        return ObjectRef(self._bucket, f"{FOLDER}{worker}{SUFFIX}")
+        return ObjectRef(self.bucket, f"{FOLDER}{worker}{SUFFIX}")
 
 
 class SnapshotWriter:

@@ -288,8 +288,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/results/address_breaker.py",
-                "self._is_open = was_open or len(self._refused) >= REFUSALS_TO_OPEN",
-                "self._is_open = False",
+                "self.is_open = was_open or len(self._refused) >= REFUSALS_TO_OPEN",
+                "self.is_open = False",
             ),
         ),
         also=(

@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 
-from clients.gpu import GpuMonitor, GpuUsage
+from clients.gpu import GpuMonitor
 from config.model import ModelSettings
 from config.store import StoreSettings
 from inference.checkpoints.checkpoint import identify
@@ -67,16 +67,16 @@ def check_memory(settings: ModelSettings) -> str:
         controlnets = find_controlnets(settings.controlnet_sources)
     except EngineStartFailed:
         needed = None
+    free = free_host_bytes() if gpu is None else gpu.memory_total_bytes - gpu.memory_used_bytes
     if needed is None:
-        return f"{_free(gpu) / GB:.1f} GB are free; what the weights take is known once they are here and whole"
+        return f"{free / GB:.1f} GB are free; what the weights take is known once they are here and whole"
 
     weights = f"{sum(needed.values()) / GB:.2f} GB of weights at {8 * bytes_each} bits"
     kept = most_bytes(controlnets, bytes_each, settings.controlnet_max_bytes)
     if kept:
         weights += f", with {kept / GB:.2f} GB kept for ControlNets"
-    free = _free(gpu) - kept
     compare = _in_host if gpu is None else _on_gpu
-    return compare(weights, needed, free, settings.adapter_max_bytes)
+    return compare(weights, needed, free - kept, settings.adapter_max_bytes)
 
 
 def _in_host(weights: str, needed: Mapping[str, int], free: int, chosen: int | None) -> str:
@@ -101,7 +101,3 @@ def _on_gpu(weights: str, needed: Mapping[str, int], free: int, chosen: int | No
 def _with_adapters(chosen: int | None, needed: Mapping[str, int], free: int, residence: Placement) -> str:
     most = most_adapter_bytes(chosen, needed, free, residence)
     return f", with up to {most / GB:.1f} GB for adapters (ADAPTER_MEMORY_GB)"
-
-
-def _free(gpu: GpuUsage | None) -> int:
-    return free_host_bytes() if gpu is None else gpu.memory_total_bytes - gpu.memory_used_bytes

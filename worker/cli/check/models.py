@@ -1,5 +1,6 @@
 """Check the models: the image model, the slowest of the checks, and the one that cuts products out."""
 
+import importlib.util
 import time
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ from inference.process.engine_process import EngineProcess, wait_until_ready
 from inference.request import ModelFacts
 from worker.cli.check.checks import CheckFailed
 from worker.errors import CuttingFailed, JobFailed
-from worker.product.cutter import Cutter, is_installed
+from worker.product.cutter import Cutter
 
 SIDE_PX = 256
 
@@ -54,7 +55,8 @@ def check_cutout(settings: ImageSettings) -> str:
     model = settings.cutout_model
     if model is None:
         return "no CUTOUT_MODEL: products need alpha of their own"
-    if not is_installed():
+    # The libraries of the extra `cutout`.
+    if not all(importlib.util.find_spec(library) for library in ("rembg", "onnxruntime")):
         raise CheckFailed("CUTOUT_MODEL is set, but rembg is not installed: pip install 'darkroom[cutout]'")
     image = Image.new("RGBA", (SIDE_PX, SIDE_PX), "white")
     ImageDraw.Draw(image).ellipse((64, 64, 192, 192), fill=(120, 40, 30))

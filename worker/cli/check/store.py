@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 
 from clients.storage.client import Storage
@@ -19,16 +20,16 @@ PROBE_FOLDER = ".darkroom/"
 CONTENT_TYPE = "application/json"
 
 
+@dataclass(frozen=True)
 class StoreProbe:
     """Checks of the store. What is written is removed. Each returns what was seen or raises `CheckFailed`."""
 
-    def __init__(self, settings: StoreSettings) -> None:
-        self._settings = settings
+    settings: StoreSettings
 
     def answer(self) -> str:
         """Check that the store answers, and compare its clock with ours."""
         try:
-            ahead = self._storage.clock_skew_seconds(self._settings.bucket)
+            ahead = self._storage.clock_skew_seconds(self.settings.bucket)
         except StorageError as error:
             raise CheckFailed(f"{error}: is {self._place} running? look at AWS_S3_ENDPOINT_URL") from error
         if ahead is None:
@@ -41,15 +42,15 @@ class StoreProbe:
 
     def bucket(self) -> str:
         """List, write, read and clean the private bucket."""
-        return self._try(self._settings.bucket, "jobs/", "AWS_STORAGE_BUCKET_NAME")
+        return self._try(self.settings.bucket, "jobs/", "AWS_STORAGE_BUCKET_NAME")
 
     def results_bucket(self) -> str:
         """List, write, read and clean the bucket of the results."""
-        return self._try(self._settings.results_bucket, "generations/", "AWS_RESULTS_BUCKET_NAME")
+        return self._try(self.settings.results_bucket, "generations/", "AWS_RESULTS_BUCKET_NAME")
 
     def conditional_writes(self) -> str:
         """Check that If-None-Match prevents an overwrite. The ledger depends on it."""
-        probe = ObjectRef(self._settings.bucket, f"{PROBE_FOLDER}check-{uuid.uuid4()}")
+        probe = ObjectRef(self.settings.bucket, f"{PROBE_FOLDER}check-{uuid.uuid4()}")
         danger = "two workers could end one job twice. Update the store, or run one worker on this bucket"
         try:
             # First: some stores create a missing bucket when its owner writes to it.
@@ -103,15 +104,15 @@ class StoreProbe:
             case BucketNotFound():
                 return f"Make the bucket, or look at {setting} and AWS_S3_REGION_NAME"
             case AccessDenied():
-                key = self._settings.access_key_id or "the instance's role"
+                key = self.settings.access_key_id or "the instance's role"
                 return f"Look at AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and at the rights of {key} on the bucket"
             case _:
                 return "Look at AWS_S3_ENDPOINT_URL and at the store's log"
 
     @property
     def _place(self) -> str:
-        return self._settings.endpoint_url or f"AWS in {self._settings.region}"
+        return self.settings.endpoint_url or f"AWS in {self.settings.region}"
 
     @cached_property
     def _storage(self) -> Storage:
-        return Storage(self._settings)
+        return Storage(self.settings)

@@ -17,10 +17,11 @@ from worker.cli.dead.letters import DeadLetter, LetterKind, choose, read_letters
 from worker.cli.dead.replay import NotReplayable, plan_replay
 from worker.cli.dead.view import as_json, as_table, as_text
 from worker.cli.exits import CommandFailed
-from worker.cli.outbox import print_summary
+from worker.cli.outbox import find_waiting
 from worker.cli.terminal import escape_for_terminal
 from worker.messages.decoder import rules_from
 from worker.results.ledger import Ledger
+from worker.results.outbox_snapshots import summarize
 
 # At 64 kB each, the most that a letter without a job has, they take 640 MB.
 MAX_LETTERS = 10_000
@@ -39,7 +40,8 @@ def list_letters(settings: Settings, *, reason: str, as_lines: bool) -> None:
     else:
         typer.echo(_none_chosen(letters))
     # What waits in the outbox is not dead yet, but may be tomorrow.
-    print_summary(settings)
+    if waiting := find_waiting(settings):
+        typer.echo(escape_for_terminal(f"{summarize(waiting)}. `darkroom outbox list` shows them"))
 
 
 def show_letters(settings: Settings, target: str) -> None:

@@ -4,6 +4,7 @@ import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -11,7 +12,7 @@ from rich.measure import Measurement
 from rich.text import Text
 
 from worker.cli.report.rows import Stretch
-from worker.cli.report.stages import STAGES, UNACCOUNTED, UNACCOUNTED_STYLE, style_of
+from worker.cli.report.stages import STAGES, UNACCOUNTED, style_of
 from worker.cli.terminal import escape_for_terminal
 
 MIN_CELLS = 1
@@ -57,19 +58,19 @@ class Axis:
         return span.offset + min(moment, span.end) - span.begin
 
 
+@dataclass(frozen=True, slots=True)
 class Bar:
     """A bar as a rich renderable, as wide as its column."""
 
-    def __init__(self, stretches: Sequence[Stretch], axis: Axis) -> None:
-        self._stretches = stretches
-        self._axis = axis
+    stretches: Sequence[Stretch]
+    axis: Axis
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement(MIN_CELLS, options.max_width)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         bar = Text(no_wrap=True)
-        for stage in cells(self._stretches, self._axis, options.max_width):
+        for stage in cells(self.stretches, self.axis, options.max_width):
             bar.append_text(_cell(stage, console))
         yield bar
 
@@ -102,7 +103,7 @@ def legend(stages: Iterable[str], console: Console) -> Text:
 def _cell(stage: str, console: Console) -> Text:
     if not stage:
         return Text(" ")
-    look = style_of(stage) if stage != UNACCOUNTED else UNACCOUNTED_STYLE
+    look = style_of(stage)
     if console.color_system is None or console.no_color:
         return Text(look.letter)
     return Text(BLOCK, look.colour)

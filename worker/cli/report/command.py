@@ -15,7 +15,7 @@ from clients.storage.client import Storage
 from clients.storage.errors import ObjectDamaged, ObjectTooLarge
 from config.store import StoreSettings
 from worker.cli.report.bars import Axis, Bar, legend
-from worker.cli.report.rows import Row, row_of, summarise, unreadable
+from worker.cli.report.rows import Row, row_of, summarise
 from worker.cli.terminal import escape_for_terminal
 from worker.results.ledger import LONG_AGO, Entry, Ledger, key_of
 
@@ -29,7 +29,10 @@ MIN_IDLE_SECONDS = 1.0
 def report(settings: StoreSettings, *, last: int, since: timedelta | None, as_lines: bool, console: Console) -> None:
     """Print the jobs that ended last, in the order they began. Raises `StorageError`."""
     ledger = Ledger(Storage(settings), settings.bucket)
-    rows = read_rows(ledger, last, LONG_AGO if since is None else datetime.now(UTC) - since)
+    newest = ledger.newest(last, since=LONG_AGO if since is None else datetime.now(UTC) - since)
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        found = pool.map(lambda entry: _read(ledger, entry), newest)
+    rows = sorted((row for row in found if row is not None), key=lambda row: row.began_at)
     if as_lines:
         for row in rows:
             typer.echo(json.dumps(row.as_object()))
@@ -37,13 +40,6 @@ def report(settings: StoreSettings, *, last: int, since: timedelta | None, as_li
         print_rows(rows, console)
     else:
         console.print("no job has ended" + ("" if since is None else " since then") + f" in bucket {settings.bucket}")
-
-
-def read_rows(ledger: Ledger, last: int, since: datetime) -> list[Row]:
-    """Return the rows of the newest records, in the order the jobs began."""
-    with ThreadPoolExecutor(NUM_READERS) as pool:
-        found = pool.map(lambda entry: _read(ledger, entry), ledger.newest(last, since=since))
-    return sorted((row for row in found if row is not None), key=lambda row: row.began_at)
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
@@ -99,5 +95,5 @@ def _read(ledger: Ledger, entry: Entry) -> Row | None:
     try:
         event = ledger.find(entry.task_id)
     except (ObjectDamaged, ObjectTooLarge):
-        return unreadable(entry)
+        return Row(entry.task_id, entry.modified_at.timestamp(), "unreadable")
     return None if event is None else row_of(entry, event)

@@ -86,11 +86,6 @@ class Row:
         }
 
 
-def unreadable(entry: Entry) -> Row:
-    """Return the row of a record that cannot be decoded."""
-    return Row(entry.task_id, entry.modified_at.timestamp(), "unreadable")
-
-
 def row_of(entry: Entry, event: TerminalEvent) -> Row:
     """Return the row of a record; times that are no numbers are left out."""
     return Row(

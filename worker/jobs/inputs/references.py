@@ -46,17 +46,12 @@ class References:
             original=self.proportions,
         )
 
-    def init_at(self, size: tuple[int, int], how: Fit) -> Image.Image:
-        """Return the init image at the generated size."""
-        assert self.init is not None, "asked for where there is one"  # noqa: S101
-        return fit(self.init, size, how)
-
     def source_for(self, job: Job, size: tuple[int, int]) -> Source | None:
         """Return the engine's source image and mask; None for text to image."""
         if self.init is None or job.source is None:
             return None
         mask = None if self.mask is None else mask_at(self.mask, size, job.fit).tobytes()
-        return Source(self.init_at(size, job.fit).tobytes(), job.source.strength, mask)
+        return Source(fit(self.init, size, job.fit).tobytes(), job.source.strength, mask)
 
     def control_for(self, job: Job, size: tuple[int, int]) -> Control | None:
         """Return the engine's control; None without one."""

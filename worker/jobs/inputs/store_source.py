@@ -82,20 +82,16 @@ class StoreSource:
         except AccessDenied as error:
             raise JobFailed(ErrorCode.INPUT_FORBIDDEN, f"the store does not let this worker read {ref}") from error
         except BucketNotFound as error:
-            if ref.bucket in self._own_buckets:
+            if ref.bucket in (self.private_bucket, self.results_bucket):
                 raise
             raise ObjectNotFound(str(error)) from error
 
     def _check_exists(self, bucket: str) -> None:
         """Raise `BucketNotFound` where one of the worker's own buckets is missing. Another one is its job's affair."""
-        if bucket in self._own_buckets:
+        if bucket in (self.private_bucket, self.results_bucket):
             # A key may read objects without the right to look at their bucket.
             with suppress(AccessDenied):
                 self.storage.check_bucket(bucket)
-
-    @property
-    def _own_buckets(self) -> tuple[str, ...]:
-        return self.private_bucket, self.results_bucket or self.private_bucket
 
 
 def _by_any_spelling(ref: ObjectRef, fetch: Callable[[ObjectRef], Made]) -> Made:
