@@ -28,19 +28,15 @@ class DeadlineTimer:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.was_sent = False
+        self.is_expired = False
         self._lock = threading.Lock()
-        self._is_expired = False
         self._duplicates: dict[int, socket.socket] = {}
         self._timer = threading.Timer(max(seconds, 0.0), self.expire)
         self._timer.daemon = True
         self._timer.start()
 
-    @property
-    def is_expired(self) -> bool:
-        return self._is_expired
-
     def raise_if_expired(self) -> None:
-        if self._is_expired:
+        if self.is_expired:
             raise DeadlineExpired(f"not done within {self.seconds:g} s")
 
     def guard(self, sock: socket.socket, *, is_new: bool) -> None:
@@ -54,8 +50,9 @@ class DeadlineTimer:
             self._duplicates[descriptor] = duplicate = socket.fromfd(descriptor, sock.family, sock.type)
             if stale is not None:
                 stale.close()
-            if self._is_expired:
-                _shut(duplicate)
+            if self.is_expired:
+                with suppress(OSError):  # the peer has closed it already
+                    duplicate.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._timer.cancel()
@@ -67,9 +64,10 @@ class DeadlineTimer:
     def expire(self) -> None:
         """End the block's calls now; later ones end at once."""
         with self._lock:
-            self._is_expired = True
+            self.is_expired = True
             for duplicate in self._duplicates.values():
-                _shut(duplicate)
+                with suppress(OSError):
+                    duplicate.shutdown(socket.SHUT_RDWR)
 
 
 class _Current(threading.local):
@@ -142,14 +140,8 @@ class Guarded:
 
 def guarded_pools(http: Any, https: Any) -> dict[str, Any]:
     """Return urllib3's `pool_classes_by_scheme`: subclasses of `http` and `https` with guarded connections."""
-    return {"http": _guarded_pool(http), "https": _guarded_pool(https)}
-
-
-def _guarded_pool(pool: Any) -> Any:
-    connection = type(f"Guarded{pool.ConnectionCls.__name__}", (Guarded, pool.ConnectionCls), {})
-    return type(f"Guarded{pool.__name__}", (pool,), {"ConnectionCls": connection})
-
-
-def _shut(sock: socket.socket) -> None:
-    with suppress(OSError):  # the peer has closed it already
-        sock.shutdown(socket.SHUT_RDWR)
+    guarded: dict[str, Any] = {}
+    for scheme, pool in (("http", http), ("https", https)):
+        connection = type(f"Guarded{pool.ConnectionCls.__name__}", (Guarded, pool.ConnectionCls), {})
+        guarded[scheme] = type(f"Guarded{pool.__name__}", (pool,), {"ConnectionCls": connection})
+    return guarded

@@ -53,7 +53,7 @@ class FinalResponse(http.client.HTTPResponse):
 
     def is_interim_next(self) -> bool:
         """Read one status line; return True where it was an interim response's, whose head is skipped then."""
-        self.fp.begin_response()
+        self.fp.is_at_status = True
         status_line: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
         if status_line[1] == SWITCHING_PROTOCOLS:
             # No request has an `Upgrade`, so what follows cannot be parsed.
@@ -85,20 +85,17 @@ class _Head:
 
     def __init__(self, content: Any) -> None:
         self.content = content
-        self._is_at_status = True
+        self.is_at_status = True
         self._num_bytes = 0
-
-    def begin_response(self) -> None:
-        self._is_at_status = True
 
     def readline(self, max_bytes: int) -> bytes:
         line: bytes = self.content.readline(max_bytes)
         self._num_bytes += len(line)
         if self._num_bytes > MAX_HEAD_BYTES:
             raise http.client.HTTPException(f"more than {MAX_HEAD_BYTES} bytes of headers")
-        if not line.endswith(b"\n") and len(line) < max_bytes and not (self._is_at_status and not line):
+        if not line.endswith(b"\n") and len(line) < max_bytes and not (self.is_at_status and not line):
             raise IncompleteHead("the connection ended inside the head of an answer")
-        self._is_at_status = False
+        self.is_at_status = False
         return line
 
     def flush(self) -> None:

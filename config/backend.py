@@ -26,11 +26,7 @@ class BackendSettings(Section):
     )
 
     _split = field_validator("progress_milestones", mode="before")(split_commas)
-
-    @field_validator("base_url")
-    @classmethod
-    def _is_http_url(cls, url: str) -> str:
-        return check_http_url(url)
+    _is_http_url = field_validator("base_url")(check_http_url)
 
     @field_validator("token")
     @classmethod

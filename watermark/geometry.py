@@ -18,10 +18,6 @@ class Rect(NamedTuple):
     def size(self) -> tuple[int, int]:
         return self.right - self.left, self.bottom - self.top
 
-    def moved(self, across: int, down: int) -> "Rect":
-        """Return this rectangle moved by px to the right and down."""
-        return Rect(self.left + across, self.top + down, self.right + across, self.bottom + down)
-
     def overlaps(self, other: "Rect") -> bool:
         """Return whether the two share a pixel."""
         return max(self.left, other.left) < min(self.right, other.right) and max(self.top, other.top) < min(

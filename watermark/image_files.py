@@ -12,7 +12,7 @@ from PIL import Image, JpegImagePlugin, TiffImagePlugin
 from watermark.jpeg_segments import drop_broken_segments
 from watermark.png_chunks import SIGNATURE as PNG_SIGNATURE
 from watermark.png_chunks import strip_png
-from watermark.samples import is_supported
+from watermark.samples import SUPPORTED_MODES
 
 MAX_FILE_PX = 250_000_000
 FORMATS = ("PNG", "WEBP", "GIF", "BMP", "TIFF")  # and JPEG, which is opened without its factory
@@ -143,7 +143,7 @@ def _refusal(image: Image.Image) -> str:
             return "holds several pages; send one"
     elif getattr(image, "is_animated", False):
         return "is an animation or holds several pictures; send a still one"
-    if not is_supported(image.mode):
+    if image.mode not in SUPPORTED_MODES and not image.mode.startswith("I;16"):
         return f"has samples of a kind that is not read (Pillow's mode {image.mode}); 1 to 16 bits without a sign are"
     return ""
 

@@ -5,12 +5,8 @@ from PIL import Image
 
 # The plain mode that each other Pillow mode is converted to; 16 bits are scaled, 32 are refused.
 EXPANDED = {"1": "L", "YCbCr": "RGB", "RGBX": "RGB", "RGBa": "RGBA", "La": "LA", "PA": "RGBA"}
-PLAIN_MODES = frozenset({"RGB", "RGBA", "L", "LA", "CMYK", "LAB"})
-
-
-def is_supported(mode: str) -> bool:
-    """Return whether `to_8_bits` takes images of Pillow's `mode`."""
-    return mode in PLAIN_MODES | EXPANDED.keys() | {"P"} or mode.startswith("I;16")
+# The modes that `to_8_bits` takes, beside those of 16 bits, which begin with I;16.
+SUPPORTED_MODES = frozenset({"RGB", "RGBA", "L", "LA", "CMYK", "LAB", "P", *EXPANDED})
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:

@@ -10,7 +10,7 @@ import zlib
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple, TypeAlias, assert_never, final
+from typing import TypeAlias, assert_never, final
 
 import numpy as np
 from PIL import Image
@@ -170,44 +170,28 @@ def signature_rect(size: tuple[int, int], signature: Signature, style: Signature
 
 def _render_mark(size: tuple[int, int], signature: Signature, style: SignatureStyle) -> Image.Image | None:
     """Render the signature, premultiplied, at its size for an image of `size`."""
+    # The image without its margins.
+    margin = round(min(size) * style.margin)
+    width, height = size[0] - 2 * margin, size[1] - 2 * margin
+    wanted_width = min(round(WIDTH_FRACTIONS[style.size] * size[0]), width)
     match signature:
         case ImageSignature(image):
-            room = _room(size, style)
-            scale = min(room.wanted_width / image.width, room.height / image.height)
+            scale = min(wanted_width / image.width, height / image.height)
             fitted = max(1, math.floor(image.width * scale + 0.5)), max(1, math.floor(image.height * scale + 0.5))
             # Premultiplied, or the colour hidden in transparent pixels bleeds into the edges.
             return image.convert("RGBa").resize(fitted, Image.Resampling.LANCZOS)
         case TextSignature():
-            room = _room(size, style)
-            fit = room.wanted_width, min(room.height, round(room.wanted_width * TEXT_HEIGHT_PER_WIDTH))
-            return draw_text(signature.text, signature.font, fit=fit, limit=(room.width, room.height))
+            fit = wanted_width, min(height, round(wanted_width * TEXT_HEIGHT_PER_WIDTH))
+            return draw_text(signature.text, signature.font, fit=fit, limit=(width, height))
         case Unsigned():
             return None
         case _:
             assert_never(signature)
 
 
-class _Room(NamedTuple):
-    """The space for a mark, in px: the requested width, and the image without its margins."""
-
-    wanted_width: int
-    width: int
-    height: int
-
-
-def _room(size: tuple[int, int], style: SignatureStyle) -> _Room:
-    margin = _margin_px(size, style)
-    width, height = size[0] - 2 * margin, size[1] - 2 * margin
-    return _Room(min(round(WIDTH_FRACTIONS[style.size] * size[0]), width), width, height)
-
-
 def _corner(size: tuple[int, int], mark: Image.Image, style: SignatureStyle) -> tuple[int, int]:
     """Return left and top px of the mark in an image of `size`."""
     across, down = style.position.fractions
-    margin = _margin_px(size, style)
+    margin = round(min(size) * style.margin)
     free_width, free_height = size[0] - 2 * margin - mark.width, size[1] - 2 * margin - mark.height
     return margin + round(free_width * across), margin + round(free_height * down)
-
-
-def _margin_px(size: tuple[int, int], style: SignatureStyle) -> int:
-    return round(min(size) * style.margin)

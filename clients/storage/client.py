@@ -2,6 +2,7 @@
 
 import logging
 import random
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -24,7 +25,7 @@ from clients.storage.errors import (
     WriteConflict,
     translate_errors,
 )
-from clients.storage.location import ObjectRef, aws_url
+from clients.storage.location import ObjectRef
 from clients.storage.objects import ListedObject, ObjectMetadata, ObjectStat, stat_of
 from clients.storage.transport import s3_client
 from clients.storage.upload import ObjectContent, put_object
@@ -36,6 +37,7 @@ CALL_DEADLINE_SECONDS = 60.0
 MAX_WRITE_TRIES = 4
 # The most keys that S3 returns in one page of a listing.
 PAGE_KEYS = 1000
+_HOST_LABEL = re.compile(r"[a-z0-9-]{1,63}")
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +190,10 @@ class Storage:
             return f"{self._settings.result_url_base}/{key}"
         if self._settings.endpoint_url is not None:
             return f"{self._settings.endpoint_url}/{ref.bucket}/{key}"
-        return aws_url(ref.bucket, key, self._settings.region)
+        host = f"s3.{self._settings.region}.amazonaws.com"
+        # AWS's certificate covers one label before `s3`: other bucket names go into the path.
+        is_label = _HOST_LABEL.fullmatch(ref.bucket) is not None
+        return f"https://{ref.bucket}.{host}/{key}" if is_label else f"https://{host}/{ref.bucket}/{key}"
 
     def _holds(self, ref: ObjectRef, body: bytes) -> bool:
         """Return whether the store has `body` under the key; raise `StorageUnavailable` where it has nothing."""

@@ -24,19 +24,15 @@ class DigestCheck:
     def verify(self, response: Mapping[str, Any], md5: str) -> None:
         """Raise `ObjectDamaged` where `md5`, of the body of the response to a GET, is not the object's."""
         stated = _stated_md5s(response)
-        if stated:
-            self._raise_unless(md5 in stated, md5, stated[0])
-            return
-        etag = etag_of(response).removeprefix(WEAK)
-        # Under KMS or a customer's key the ETag looks like an MD5 and is none; under plain AES256 it is one.
-        is_opaque = response.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in response
-        is_md5 = not is_opaque and _PLAIN_MD5.fullmatch(etag) is not None
-        # Damage on the way is not the same twice; the store's own bytes are, and then its ETag is no MD5.
-        is_right = not is_md5 or md5 == etag or md5 in self._refused
-        self._refused.add(md5)
-        self._raise_unless(is_right, md5, etag)
-
-    def _raise_unless(self, is_right: bool, md5: str, expected: str) -> None:
+        expected = stated[0] if stated else etag_of(response).removeprefix(WEAK)
+        is_right = md5 in stated
+        if not stated:
+            # Under KMS or a customer's key the ETag looks like an MD5 and is none; under plain AES256 it is one.
+            is_opaque = response.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in response
+            is_md5 = not is_opaque and _PLAIN_MD5.fullmatch(expected) is not None
+            # Damage on the way is not the same twice; the store's own bytes are, and then its ETag is no MD5.
+            is_right = not is_md5 or md5 == expected or md5 in self._refused
+            self._refused.add(md5)
         if not is_right:
             raise ObjectDamaged(f"{self._ref}: its MD5 is {md5}, not {expected}")
 

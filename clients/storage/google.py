@@ -50,7 +50,11 @@ class GoogleXmlApi:
             name.lower(): value if isinstance(value, str) else value.decode("latin-1")
             for name, value in request.headers.items()
         }
-        translated = _translate_headers(headers, request.method, _read_body(request.body))
+        content = request.body or b""
+        if not isinstance(content, bytes):
+            content = content.read()
+            request.body.seek(0)
+        translated = _translate_headers(headers, request.method, content)
         translated["host"] = urlsplit(request.url).netloc
         translated["authorization"] = self._authorization(request, translated)
         for name in list(request.headers.keys()):
@@ -110,11 +114,3 @@ def _translate_headers(headers: Mapping[str, str], method: str, content: bytes) 
         del kept["if-match"]
         kept[IF_GENERATION] = generation[1]
     return kept
-
-
-def _read_body(body: Any) -> bytes:
-    if body is None or isinstance(body, bytes):
-        return body or b""
-    content: bytes = body.read()
-    body.seek(0)
-    return content

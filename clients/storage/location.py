@@ -14,7 +14,6 @@ MAX_KEY_BYTES = 1024
 MAX_TEXT_CHARS = 4096
 MAX_SHOWN_CHARS = 120
 
-_HOST_LABEL = re.compile(r"[a-z0-9-]{1,63}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:")
 _ENCODED_ESCAPE = re.compile(r"%(2e|2f|5c)", re.IGNORECASE)
@@ -66,10 +65,6 @@ class ObjectRef:
     def parent(self) -> "ObjectRef":
         """The folder of the object, with its slash; for a top-level object its bucket, with an empty key."""
         return ObjectRef(self.bucket, self.key[: len(self.key) - len(self.name)])
-
-    @property
-    def is_folder(self) -> bool:
-        return self.key.endswith("/")
 
     def child(self, name: str) -> "ObjectRef":
         """Return the object `name` inside this folder, with or without a trailing slash in the folder's key."""
@@ -167,14 +162,6 @@ def _on_aws(host: str, path: str, region: str) -> _Parts | None:
         if host.endswith("." + aws):
             return _Parts(host.removesuffix("." + aws), path)
     return None
-
-
-def aws_url(bucket: str, encoded_key: str, region: str) -> str:
-    """Return AWS's https form of an object."""
-    host = f"s3.{region}.amazonaws.com"
-    # AWS's certificate covers one label before `s3`: other bucket names go into the path.
-    is_label = _HOST_LABEL.fullmatch(bucket) is not None
-    return f"https://{bucket}.{host}/{encoded_key}" if is_label else f"https://{host}/{bucket}/{encoded_key}"
 
 
 def is_google_host(host: str) -> bool:

@@ -16,11 +16,11 @@ from PIL import Image
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
-from tests.support.images.products import bottle
+from tests.support.images.products import bottle, protected_part
 from tests.support.models.onnx_files import write_dark_finder
 from tests.support.servers.certificates import Chain, make_chain
 from tests.support.world import Worker, World, eventually, new_world
-from watermark.product.masks import erode, product_mask
+from watermark.product.masks import product_mask
 from watermark.product.placement import Layout, place_product
 
 PROMPT = "a beach"
@@ -120,7 +120,7 @@ def test_product_job_draws_and_stores_all_its_stages(world: World, worker: Worke
 
     background, composite, cutout = (stage(world, job, name) for name in ("background", "composite", "cutout"))
     at = place_product(background, cutout.size, Layout(0.6, None))
-    inside = np.asarray(erode(product_mask(composite.size, cutout, at))) > 0
+    inside = protected_part(product_mask(composite.size, cutout, at))
     refined = pixels(stage(world, job, "refined"))
     assert inside.sum() > 100
     assert (refined[inside] == pixels(composite)[inside]).all()

@@ -29,21 +29,12 @@ def repaint_mask(mask: Image.Image) -> Image.Image:
     return _image(_eroded(np.asarray(mask) == 0, DISTANCE_PX))
 
 
-def erode(mask: Image.Image) -> Image.Image:
-    """Return the part of the product's mask in which no pixel changes."""
-    return _image(_eroded(np.asarray(mask) > 0, 2 * _radius(mask)))
-
-
 def restore_masked(refined: Image.Image, composite: Image.Image, mask: Image.Image) -> Image.Image:
     """Restore `composite` in `refined` under `mask`: exact inside the eroded mask, blended towards its outline."""
-    radius = _radius(mask)
+    radius = max(1, round(SOFT_EDGE * min(mask.size)))
     core = _image(_eroded(np.asarray(mask) > 0, radius))
     # The blur is constant inside the eroded mask, and outside the mask.
     return Image.composite(composite, refined, core.filter(ImageFilter.BoxBlur(radius)))
-
-
-def _radius(mask: Image.Image) -> int:
-    return max(1, round(SOFT_EDGE * min(mask.size)))
 
 
 def _eroded(inside: _Mask, radius: int) -> _Mask:

@@ -5,7 +5,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from watermark.text.overlay import Box, TextOverlay
+from watermark.text.overlay import TextOverlay
 
 Colour: TypeAlias = tuple[int, int, int]
 
@@ -42,21 +42,19 @@ def choose_colours(under: NDArray[np.uint8], overlay: TextOverlay) -> Colours:
     mean contrast on a panel of the opposite colour and the least sufficient opacity. A contrasting outline replaces the
     panel. A requested colour is used as it is.
     """
+    least = round(overlay.box.opacity * 255) if overlay.box else 0
     if overlay.colour is not None:
-        text = parse_colour(overlay.colour)
-        return _colours(text, overlay, _base_opacity(overlay.box))
+        return _colours(parse_colour(overlay.colour), overlay, least)
 
     found = []
     for text in (WHITE, BLACK):
-        least = _base_opacity(overlay.box)
+        colours = _colours(text, overlay, least)
         opacity = (
-            least
-            if _has_contrasting_outline(text, overlay)
-            else _required_opacity(under, text, _panel_colour(text, overlay.box), least)
+            least if _has_contrasting_outline(text, overlay) else _required_opacity(under, text, colours.panel, least)
         )
         if opacity is not None:
-            shown = contrast_ratios(under, text, _panel_colour(text, overlay.box), least)
-            found.append((opacity > least, -float(np.log(shown).mean()), _colours(text, overlay, opacity)))
+            shown = contrast_ratios(under, text, colours.panel, least)
+            found.append((opacity > least, -float(np.log(shown).mean()), colours._replace(opacity=opacity)))
     return min(found)[2]
 
 
@@ -86,16 +84,14 @@ def opposite(colour: Colour) -> Colour:
 
 
 def _colours(text: Colour, overlay: TextOverlay, opacity: int) -> Colours:
-    named = overlay.stroke.colour if overlay.stroke else None
-    return Colours(text, parse_colour(named) if named else opposite(text), _panel_colour(text, overlay.box), opacity)
-
-
-def _panel_colour(text: Colour, box: Box | None) -> Colour:
-    return parse_colour(box.colour) if box and box.colour else opposite(text)
-
-
-def _base_opacity(box: Box | None) -> int:
-    return round(box.opacity * 255) if box else 0
+    """Return the colours for letters of `text`: those that `overlay` requests, else the opposite of the letters'."""
+    stroke, box = overlay.stroke, overlay.box
+    return Colours(
+        text,
+        stroke=parse_colour(stroke.colour) if stroke and stroke.colour else opposite(text),
+        panel=parse_colour(box.colour) if box and box.colour else opposite(text),
+        opacity=opacity,
+    )
 
 
 def _has_contrasting_outline(text: Colour, overlay: TextOverlay) -> bool:
@@ -118,12 +114,11 @@ def _required_opacity(under: NDArray[np.uint8], text: Colour, panel: Colour, lea
     low, high = least, 255
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if _is_readable(worst, text, panel, middle) else (middle, high)
-    return next(opacity for opacity in range(high, 256) if opacity == 255 or _is_readable(under, text, panel, opacity))
-
-
-def _is_readable(under: NDArray[np.uint8], text: Colour, panel: Colour, opacity: int) -> bool:
-    return bool(contrast_ratios(under, text, panel, opacity).min() >= AIMED_CONTRAST)
+        is_readable = contrast_ratios(worst, text, panel, middle).min() >= AIMED_CONTRAST
+        low, high = (low, middle) if is_readable else (middle, high)
+    while high < 255 and contrast_ratios(under, text, panel, high).min() < AIMED_CONTRAST:
+        high += 1
+    return high
 
 
 def _contrast(one: Colour, other: Colour) -> float:

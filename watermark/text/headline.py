@@ -99,16 +99,12 @@ def _lay_out(
             across, down = headline.overlay.position.fractions
             left = room.left + round((room.size[0] - block.size[0]) * across)
             top = room.top + round((room.size[1] - block.size[1]) * down)
-            place = Rect(0, 0, *block.size).moved(left, top)
+            place = Rect(left, top, left + block.size[0], top + block.size[1])
         else:
             block, place = _find_quiet_place(image, setter, room, avoid)
         avoid = (*avoid, place)
         found[number] = headline, block, place
     return [found[number] for number in range(len(headlines))]
-
-
-def _grow(rect: Rect, by: int) -> Rect:
-    return Rect(rect.left - by, rect.top - by, rect.right + by, rect.bottom + by)
 
 
 def _find_quiet_place(
@@ -120,7 +116,7 @@ def _find_quiet_place(
         if not any(place.overlaps(other) for other in avoid):
             break
     energy = gradient_energy(image, place)
-    if setter.is_size_automatic and share == SCALES[0] and energy > BUSY_GREY_LEVELS:
+    if setter.overlay.size is None and share == SCALES[0] and energy > BUSY_GREY_LEVELS:
         smaller, elsewhere = _place_at_scale(image, setter, room, avoid, SCALES[1])
         if gradient_energy(image, elsewhere) < MAX_ENERGY_RATIO * energy:
             return smaller, elsewhere
@@ -131,15 +127,17 @@ def _place_at_scale(
     image: Image.Image, setter: Typesetter, room: Rect, avoid: tuple[Rect, ...], share: float
 ) -> tuple[Block, Rect]:
     block = setter.typeset(image.size, room.size, share)
+    width, height = block.size
     around = round(QUIET_MARGIN * block.font_px)
     left, top = quietest_region(
         image,
-        _grow(Rect(0, 0, *block.size), around).size,
-        within=_grow(room, around),
+        (width + 2 * around, height + 2 * around),
+        within=Rect(room.left - around, room.top - around, room.right + around, room.bottom + around),
         avoid=avoid,
         towards=DEFAULT_TARGET,
     )
-    return block, Rect(0, 0, *block.size).moved(left + around, top + around)
+    left, top = left + around, top + around
+    return block, Rect(left, top, left + width, top + height)
 
 
 def _paint(image: Image.Image, overlay: TextOverlay, block: Block, place: Rect) -> None:

@@ -53,13 +53,11 @@ class Typeface:
 
     def matches(self, key: str) -> bool:
         """Return whether `key` names this face, by its full name or by family and style."""
-        styles = {self.style, "Regular"} if self.is_regular else {self.style}
+        # "Regular" also where the foundry calls it Book or Roman.
+        is_regular = self.weight == REGULAR_WEIGHT and not self.is_italic
+        styles = {self.style, "Regular"} if is_regular else {self.style}
         names = {*self.full_names, *(f"{family} {style}" for family in self.families for style in styles)}
         return key in map(_normalize, names)
-
-    @property
-    def is_regular(self) -> bool:
-        return self.weight == REGULAR_WEIGHT and not self.is_italic
 
 
 def choose_typeface(text: str, family: str | None, font_dirs: tuple[Path, ...]) -> Typeface:
@@ -73,7 +71,7 @@ def choose_typeface(text: str, family: str | None, font_dirs: tuple[Path, ...]) 
     if family is None:
         return _find_covering(text, font_dirs)
     face = _find_by_name(family, font_dirs)
-    if missing := _missing(text, face) or _blank(text, face):
+    if missing := _missing(text, face):
         raise FontMissing(f"the font {family} ({face.path.name}) cannot write {format_code_points(missing)}")
     return face
 
@@ -86,15 +84,14 @@ def list_typefaces(font_dirs: tuple[Path, ...]) -> tuple[Typeface, ...]:
 
 
 def _find_covering(text: str, font_dirs: tuple[Path, ...]) -> Typeface:
-    preferred = PREFERRED_FAMILIES[detect_script(text)]
-
-    def preference(face: Typeface) -> tuple[int, bool, int]:
-        rank = preferred.index(face.family) if face.family in preferred else len(preferred)
-        return rank, face.is_italic, abs(face.weight - BOLD_WEIGHT)
-
+    ranks = {family: rank for rank, family in enumerate(PREFERRED_FAMILIES[detect_script(text)])}
+    faces = sorted(
+        list_typefaces(font_dirs),
+        key=lambda face: (ranks.get(face.family, len(ranks)), face.is_italic, abs(face.weight - BOLD_WEIGHT)),
+    )
     nearest = required_code_points(text)
-    for face in sorted(list_typefaces(font_dirs), key=preference):
-        missing = _missing(text, face) or _blank(text, face)
+    for face in faces:
+        missing = _missing(text, face)
         if not missing:
             return face
         nearest = min(nearest, missing, key=len)
@@ -115,14 +112,12 @@ def _find_by_name(name: str, font_dirs: tuple[Path, ...]) -> Typeface:
 
 
 def _missing(text: str, face: Typeface) -> frozenset[int]:
-    return missing_glyphs(face.path, required_code_points(text), face.index)
-
-
-def _blank(text: str, face: Typeface) -> frozenset[int]:
-    """Return characters that the font has but draws blank, as NanumSquare does U+D7A3."""
-    return frozenset(
-        one for one in required_code_points(text) - FILLERS if not is_visible(chr(one), face.path, face.index)
-    )
+    """Return the characters without a glyph, else those that the font draws blank, as NanumSquare does U+D7A3."""
+    wanted = required_code_points(text)
+    missing = missing_glyphs(face.path, wanted, face.index)
+    if missing:
+        return missing
+    return frozenset(one for one in wanted - FILLERS if not is_visible(chr(one), face.path, face.index))
 
 
 def _normalize(name: str) -> str:

@@ -50,18 +50,13 @@ class Typesetter:
     """Typesets one headline; measures its words once for all sizes."""
 
     def __init__(self, overlay: TextOverlay, lines: tuple[str, ...], typeface: Typeface) -> None:
-        self._overlay = overlay
+        self.overlay = overlay
         self._lines = lines
         self._typeface = typeface
         self._reference = self._font(REFERENCE_PX)
         self._pitch = sum(self._reference.getmetrics()) / REFERENCE_PX
         self._widths: dict[str, float] = {}
         self._inks: dict[str, Ink] = {}
-
-    @property
-    def is_size_automatic(self) -> bool:
-        """Whether the overlay leaves the font size to the typesetter."""
-        return self._overlay.size is None
 
     def typeset(self, image: tuple[int, int], room: tuple[int, int], share: float = 1.0) -> Block:
         """Typeset for an image of (width, height), all of it inside `room`.
@@ -74,14 +69,14 @@ class Typesetter:
             if block is not None:
                 # Broken only between phrases where that makes it not much smaller or longer.
                 font_px = int(block.font.size)
-                min_px = font_px if self._overlay.size else math.ceil(font_px * PHRASE_SHRINK)
+                min_px = font_px if self.overlay.size else math.ceil(font_px * PHRASE_SHRINK)
                 max_lines = min(limits.max_lines, len(block.lines) + 1)
                 return self._fit(_Constraints(*limits[:2], max_lines, Breaking.PHRASES, min_px, font_px)) or block
         return self._scale_down(room)
 
     def _candidates(self, image: tuple[int, int], room: tuple[int, int], share: float) -> tuple[_Constraints, ...]:
         mean_side = math.sqrt(image[0] * image[1])
-        size, any_lines = self._overlay.size, len("".join(self._lines)) + len(self._lines)
+        size, any_lines = self.overlay.size, len("".join(self._lines)) + len(self._lines)
         wanted = LARGEST_FRACTION * mean_side if size is None else size * image[1]
         if share < 1:
             # A share of the fitted size: where width is the limit, a smaller height alone changes nothing.
@@ -155,12 +150,12 @@ class Typesetter:
         return Block(self._font(font_px), tuple(lines), self._stroke(font_px), padding, scale)
 
     def _stroke(self, font_px: int) -> int:
-        stroke = self._overlay.stroke
+        stroke = self.overlay.stroke
         return max(1, round(stroke.width * font_px)) if stroke and stroke.width else 0
 
     def _padding(self, font_px: int) -> tuple[int, int]:
-        shadow = SHADOW_OFFSET + BLUR_REACH * SHADOW_BLUR if self._overlay.shadow else 0.0
-        across, down = (max(pad if self._overlay.box else 0.0, shadow) for pad in BOX_PADDING)
+        shadow = SHADOW_OFFSET + BLUR_REACH * SHADOW_BLUR if self.overlay.shadow else 0.0
+        across, down = (max(pad if self.overlay.box else 0.0, shadow) for pad in BOX_PADDING)
         return math.ceil(across * font_px), math.ceil(down * font_px)
 
     def _font(self, font_px: int) -> ImageFont.FreeTypeFont:

@@ -68,10 +68,10 @@ def test_a_bucket_that_the_settings_take_may_be_named_by_jobs(bucket: str) -> No
 def test_a_trailing_slash_names_a_folder() -> None:
     folder = parse("s3://media/models/style-1/")
 
-    assert folder.is_folder
+    assert folder.key.endswith("/")
     assert folder.child("adapter_config.json") == parse("models/style-1/adapter_config.json")
     assert ObjectRef("media", "models/style-1").child("a") == folder.child("a")
-    assert not parse(KEY).is_folder
+    assert not parse(KEY).key.endswith("/")
 
 
 def test_a_key_outside_https_is_taken_as_it_is() -> None:

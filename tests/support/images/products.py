@@ -1,7 +1,10 @@
 """A bottle with alpha, and backgrounds of which one side is busy."""
 
 import numpy as np
-from PIL import Image, ImageDraw
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter
+
+from watermark.product.masks import SOFT_EDGE
 
 GREEN, CREAM = (30, 110, 70, 255), (240, 235, 220, 255)
 
@@ -35,3 +38,9 @@ def scene(size: tuple[int, int], *, busy: str = "left") -> Image.Image:
     if busy == "left":
         image.paste(Image.fromarray(sand.astype(np.uint8)).crop((width // 2, 0, width, height)), (width // 2, 0))
     return image
+
+
+def protected_part(mask: Image.Image) -> NDArray[np.bool_]:
+    """Return where no pixel of a product may change: inside its mask without the blend at the outline."""
+    radius = 2 * max(1, round(SOFT_EDGE * min(mask.size)))
+    return np.asarray(mask.filter(ImageFilter.MinFilter(2 * radius + 1))) > 0

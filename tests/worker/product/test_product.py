@@ -13,14 +13,14 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from config.images import ImageSettings
 from config.section import SettingsError, load_section
-from tests.support.images.products import bottle, scene
+from tests.support.images.products import bottle, protected_part, scene
 from tests.support.models.onnx_files import write_dark_finder
 from tests.support.paths import ROOT
 from tests.support.world import eventually, shadow_modules
 from watermark.geometry import Position, Rect
 from watermark.product.compositing import compose
 from watermark.product.cutout import MAX_SIDE_PX, CutoutFailed, has_transparency, trim
-from watermark.product.masks import erode, product_mask, repaint_mask, restore_masked
+from watermark.product.masks import product_mask, repaint_mask, restore_masked
 from watermark.product.placement import Layout, fitted_size, place_product
 from watermark.product.template_match import match_template
 from worker.cli.check.checks import CheckFailed
@@ -300,7 +300,7 @@ def test_a_product_survives_refining_inside_its_eroded_mask_and_the_rest_is_refi
 
     restored = restore_masked(refined, composite, mask)
 
-    inner, outside = np.asarray(erode(mask)) > 0, np.asarray(mask) == 0
+    inner, outside = protected_part(mask), np.asarray(mask) == 0
     assert inner.sum() > 0.5 * (np.asarray(mask) > 0).sum()
     assert (pixels(restored)[inner] == pixels(composite)[inner]).all()
     assert (pixels(restored)[outside] == pixels(refined)[outside]).all()
