@@ -31,7 +31,7 @@ REPLACED = {
     r"class Leg|Leg\(": "ProgressSpan",
     r"class Drawn|Drawn\(": "GeneratedImages",
     r"finishing": "postprocess",
-    r"Labeller|labelling\.py": "ImageEncoder, image_metadata.py",
+    r"Labeller|labeller|labelling\.py": "ImageEncoder, image_encoder, image_metadata.py",
     r"PictureStore|storing\.py": "ImageStore, image_store.py",
     r"IdleWatch": "IdleTimer",
     r"class Inspection|Inspection\(": "QueueBrowser",
@@ -71,6 +71,7 @@ REPLACED = {
     r"Verdict|Readings": "Decision, WebhookResult, MetricsSnapshot",
     r"def wear|def trace|def unrest|unrest\(": ("route_adapters, derive_trajectory, gradient_energy"),
     r"keep_png": "save_png",
+    r"told =": "what it holds: events, a message, fields",
     # In code a picture is an image; pages and messages to people may say picture.
     r"\w+_pictures?|_?pictures?_\w+|\w*(?:[a-z]Picture|Picture[A-Z])\w*|\w*PICTURE\w*": "image",
 }

@@ -731,7 +731,7 @@ CLASSES = (
             ),
             "an adapter over 1 GB": damaged("gigabyte", lambda: bytes(1_000_000_001), "INPUT_TOO_LARGE"),
         },
-        note="the cap is 1 GB; sizes that lie are tested against servers that lie, in test_clients_storage",
+        note="the cap is 1 GB; wrong sizes are tested in tests/clients/storage/test_client.py",
     ),
     HostileClass(
         30,

@@ -1,7 +1,7 @@
 """A worker, its engine, its broker, its store or its backend fails in the middle: every job still ends once.
 
-With the real engine, which takes seconds to start, but for what is no business of it; what has a twin in
-`test_live_faults_*.py`, where the engine is a stand-in, is left to `make faults`.
+With the real engine, which takes seconds to start, where it matters; what has a twin in
+`tests/live/test_faults_*.py`, whose engine runs without torch, is left to `make faults`.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Product jobs on real parts: queue, store, rembg, engine, backend.
 
-What breaks in the middle of one: `test_live_faults_product.py`.
+What breaks in the middle of one: `tests/live/test_faults_product.py`.
 """
 
 import hashlib

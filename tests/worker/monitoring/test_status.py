@@ -418,15 +418,15 @@ CONTRASTS = """() => {
     }
     return [255, 255, 255];
   };
-  const told = [];
+  const found = [];
   for (const node of document.querySelectorAll("body *")) {
     const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
     if (!own || !node.checkVisibility()) continue;
     const [light, dark] = [luminance(parse(getComputedStyle(node).color).slice(0, 3)), luminance(ground(node))]
       .sort((a, b) => b - a);
-    told.push([(light + 0.05) / (dark + 0.05), `${node.className || node.tagName}: ${node.textContent.slice(0, 40)}`]);
+    found.push([(light + 0.05) / (dark + 0.05), `${node.className || node.tagName}: ${node.textContent.slice(0, 40)}`]);
   }
-  return told;
+  return found;
 }"""
 
 
