@@ -19,14 +19,15 @@ from config.images import ImageSettings
 from config.model import ModelSettings
 from config.redacting import quoted
 from config.store import StoreSettings
+from inference.checkpoints.weight_files import PICKLE_SUFFIXES
 from watermark.resizing import Fit
 from watermark.signature import SignatureStyle
 from worker.messages.envelope import MAX_BODY_BYTES, identify, oversized_rejection, parse
 from worker.messages.ignoring import ignored_in
 from worker.messages.job import MAX_ASPECT, Job, JobAdapter, JobRejected, Undecodable
 from worker.messages.kinds import control_of, kind_of, overlay_of, overlays_in, product_of, source_of
-from worker.messages.presets import adapters_of, presets_in_force, styled_of
-from worker.messages.rules import Identity, JobRules, Rejection, is_pickle, located, shown_value
+from worker.messages.presets import Styled, presets_in_force, styled_of
+from worker.messages.rules import Identity, JobRules, Rejection, located, shown_value
 from worker.messages.schema import (
     ASPECT,
     MAX_ADAPTERS,
@@ -131,7 +132,7 @@ def _build(wire: WireData, message: Mapping[str, Any], identity: Identity, rules
         generation_id=identity.generation_id,
         prompt=made.prompt,
         negative_prompt=made.negative_prompt,
-        adapters=_adapters(wire, rules, reject) or adapters_of(made, rules, reject),
+        adapters=_adapters(wire, made, rules, reject),
         size=_size(_first(parameters.width, wire.width), _first(parameters.height, wire.height), reject),
         aspect=_aspect(wire.aspect_ratio, reject),
         seed=_first(parameters.seed, wire.seed, derived_seed),
@@ -163,7 +164,8 @@ def _first(*candidates: Any) -> Any:
     return next((candidate for candidate in candidates if candidate is not None), None)
 
 
-def _adapters(wire: WireData, rules: JobRules, reject: Rejection) -> tuple[JobAdapter, ...]:
+def _adapters(wire: WireData, made: Styled, rules: JobRules, reject: Rejection) -> tuple[JobAdapter, ...]:
+    """Return the adapters that the job names; where it names none, that of its presets."""
     named = [(lora.path, lora.scale) for lora in wire.loras or ()]
     if wire.lora_path:
         named.insert(0, (wire.lora_path, _first(wire.lora_scale, 1.0)))
@@ -171,13 +173,16 @@ def _adapters(wire: WireData, rules: JobRules, reject: Rejection) -> tuple[JobAd
         raise reject(
             "INVALID_INPUT", f"the job names {len(named)} adapters; at most {MAX_ADAPTERS} apply to one picture"
         )
+    if not named and made.adapter is not None:
+        ref = located("the preset's adapter", made.adapter.path, rules, reject)
+        return () if ref is None else (JobAdapter(ref, made.adapter.scale),)
 
     adapters = []
     for path, scale in named:
         ref = located("lora_path", path, rules, reject)
         if ref is None:
             raise reject("INVALID_INPUT", "data.loras: path is empty: name a .safetensors object or a folder")
-        if is_pickle(ref):
+        if ref.key.lower().endswith(PICKLE_SUFFIXES):
             raise reject(
                 "LORA_UNSAFE_FORMAT", f"lora_path {shown_location(path)} may hold a pickle; only .safetensors is read"
             )

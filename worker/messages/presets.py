@@ -14,8 +14,8 @@ from config.presets.catalog import Preset, PresetAdapter, Presets, PresetsInvali
 from config.presets.preset_file import PresetFile
 from config.redacting import quoted
 from config.section import SettingsError
-from worker.messages.job import JobAdapter
-from worker.messages.rules import MAX_REASON_CHARS, JobRules, Rejection, is_pickle, located
+from inference.checkpoints.weight_files import PICKLE_SUFFIXES
+from worker.messages.rules import MAX_REASON_CHARS, JobRules, Rejection
 from worker.messages.schema import MAX_PROMPT_CHARS, WireData
 
 
@@ -47,7 +47,7 @@ def presets_in_force(images: ImageSettings | None, locate: Callable[[str], Objec
                 ref = locate(adapter.path)
             except LocationForbidden as error:
                 raise PresetsInvalid(f"the adapter of {place}: {error}") from error
-            if is_pickle(ref):
+            if ref.key.lower().endswith(PICKLE_SUFFIXES):
                 raise PresetsInvalid(f"the adapter of {place}: {ref} may hold a pickle; only .safetensors is read")
 
     try:
@@ -91,14 +91,6 @@ def styled_of(wire: WireData, rules: JobRules, reject: Rejection) -> Styled:
     _check_length("prompt", prompt, made.prompt, reject)
     _check_length("negative_prompt", negative_prompt, made.negative_prompt, reject)
     return made
-
-
-def adapters_of(made: Styled, rules: JobRules, reject: Rejection) -> tuple[JobAdapter, ...]:
-    """Return the presets' adapter, for a job that names none itself."""
-    if made.adapter is None:
-        return ()
-    ref = located("the preset's adapter", made.adapter.path, rules, reject)
-    return () if ref is None else (JobAdapter(ref, made.adapter.scale),)
 
 
 def _known(field: str, name: str | None, presets: Mapping[str, Preset], reject: Rejection) -> Preset | None:
