@@ -19,7 +19,6 @@ from config.images import ImageSettings
 from config.model import ModelSettings
 from config.redacting import quoted
 from config.store import StoreSettings
-from inference.checkpoints.weight_files import PICKLE_SUFFIXES
 from watermark.resizing import Fit
 from watermark.signature import SignatureStyle
 from worker.messages.envelope import MAX_BODY_BYTES, identify, oversized_rejection, parse
@@ -27,7 +26,7 @@ from worker.messages.ignoring import ignored_in
 from worker.messages.job import MAX_ASPECT, Job, JobAdapter, JobRejected, Undecodable
 from worker.messages.kinds import control_of, kind_of, overlay_of, overlays_in, product_of, source_of
 from worker.messages.presets import Styled, presets_in_force, styled_of
-from worker.messages.rules import Identity, JobRules, Rejection, located, shown_value
+from worker.messages.rules import Identity, JobRules, Rejection, is_pickle, located, shown_value
 from worker.messages.schema import (
     ASPECT,
     MAX_ADAPTERS,
@@ -182,7 +181,7 @@ def _adapters(wire: WireData, made: Styled, rules: JobRules, reject: Rejection) 
         ref = located("lora_path", path, rules, reject)
         if ref is None:
             raise reject("INVALID_INPUT", "data.loras: path is empty: name a .safetensors object or a folder")
-        if ref.key.lower().endswith(PICKLE_SUFFIXES):
+        if is_pickle(ref):
             raise reject(
                 "LORA_UNSAFE_FORMAT", f"lora_path {shown_location(path)} may hold a pickle; only .safetensors is read"
             )

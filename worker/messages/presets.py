@@ -14,8 +14,7 @@ from config.presets.catalog import Preset, PresetAdapter, Presets, PresetsInvali
 from config.presets.preset_file import PresetFile
 from config.redacting import quoted
 from config.section import SettingsError
-from inference.checkpoints.weight_files import PICKLE_SUFFIXES
-from worker.messages.rules import MAX_REASON_CHARS, JobRules, Rejection
+from worker.messages.rules import MAX_REASON_CHARS, JobRules, Rejection, is_pickle
 from worker.messages.schema import MAX_PROMPT_CHARS, WireData
 
 
@@ -47,7 +46,7 @@ def presets_in_force(images: ImageSettings | None, locate: Callable[[str], Objec
                 ref = locate(adapter.path)
             except LocationForbidden as error:
                 raise PresetsInvalid(f"the adapter of {place}: {error}") from error
-            if ref.key.lower().endswith(PICKLE_SUFFIXES):
+            if is_pickle(ref):
                 raise PresetsInvalid(f"the adapter of {place}: {ref} may hold a pickle; only .safetensors is read")
 
     try:

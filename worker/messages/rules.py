@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from clients.storage.location import LocationForbidden, ObjectRef
 from config.presets.catalog import Presets, builtin_presets
 from config.redacting import quoted, redacted
+from inference.checkpoints.weight_files import PICKLE_SUFFIXES
 from worker.messages.generation_id import GenerationId
 from worker.messages.job import JobRejected
 
@@ -57,3 +58,8 @@ def shown_value(value: Any) -> str:
     if isinstance(value, list | dict):
         return f"a {'list' if isinstance(value, list) else 'JSON object'}"
     return f"{value!r:.40}"
+
+
+def is_pickle(ref: ObjectRef) -> bool:
+    """Return whether the object's name ends as pickles do, in any case."""
+    return ref.key.lower().endswith(PICKLE_SUFFIXES)
