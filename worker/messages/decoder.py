@@ -25,7 +25,7 @@ from worker.messages.envelope import MAX_BODY_BYTES, identify, oversized_rejecti
 from worker.messages.ignoring import ignored_in
 from worker.messages.job import MAX_ASPECT, Job, JobAdapter, JobRejected, Undecodable
 from worker.messages.kinds import control_of, kind_of, overlay_of, overlays_in, product_of, source_of
-from worker.messages.presets import adapters_of, presets_in_force, styled_of
+from worker.messages.presets import Styled, presets_in_force, styled_of
 from worker.messages.rules import Identity, JobRules, Rejection, is_pickle, located, shown_value
 from worker.messages.schema import (
     ASPECT,
@@ -131,7 +131,7 @@ def _build(wire: WireData, message: Mapping[str, Any], identity: Identity, rules
         generation_id=identity.generation_id,
         prompt=made.prompt,
         negative_prompt=made.negative_prompt,
-        adapters=_adapters(wire, rules, reject) or adapters_of(made, rules, reject),
+        adapters=_adapters(wire, made, rules, reject),
         size=_size(_first(parameters.width, wire.width), _first(parameters.height, wire.height), reject),
         aspect=_aspect(wire.aspect_ratio, reject),
         seed=_first(parameters.seed, wire.seed, derived_seed),
@@ -163,7 +163,8 @@ def _first(*candidates: Any) -> Any:
     return next((candidate for candidate in candidates if candidate is not None), None)
 
 
-def _adapters(wire: WireData, rules: JobRules, reject: Rejection) -> tuple[JobAdapter, ...]:
+def _adapters(wire: WireData, made: Styled, rules: JobRules, reject: Rejection) -> tuple[JobAdapter, ...]:
+    """Return the adapters that the job names; where it names none, that of its presets."""
     named = [(lora.path, lora.scale) for lora in wire.loras or ()]
     if wire.lora_path:
         named.insert(0, (wire.lora_path, _first(wire.lora_scale, 1.0)))
@@ -171,6 +172,9 @@ def _adapters(wire: WireData, rules: JobRules, reject: Rejection) -> tuple[JobAd
         raise reject(
             "INVALID_INPUT", f"the job names {len(named)} adapters; at most {MAX_ADAPTERS} apply to one picture"
         )
+    if not named and made.adapter is not None:
+        ref = located("the preset's adapter", made.adapter.path, rules, reject)
+        return () if ref is None else (JobAdapter(ref, made.adapter.scale),)
 
     adapters = []
     for path, scale in named:

@@ -14,8 +14,7 @@ from config.presets.catalog import Preset, PresetAdapter, Presets, PresetsInvali
 from config.presets.preset_file import PresetFile
 from config.redacting import quoted
 from config.section import SettingsError
-from worker.messages.job import JobAdapter
-from worker.messages.rules import MAX_REASON_CHARS, JobRules, Rejection, is_pickle, located
+from worker.messages.rules import MAX_REASON_CHARS, JobRules, Rejection, is_pickle
 from worker.messages.schema import MAX_PROMPT_CHARS, WireData
 
 
@@ -91,14 +90,6 @@ def styled_of(wire: WireData, rules: JobRules, reject: Rejection) -> Styled:
     _check_length("prompt", prompt, made.prompt, reject)
     _check_length("negative_prompt", negative_prompt, made.negative_prompt, reject)
     return made
-
-
-def adapters_of(made: Styled, rules: JobRules, reject: Rejection) -> tuple[JobAdapter, ...]:
-    """Return the presets' adapter, for a job that names none itself."""
-    if made.adapter is None:
-        return ()
-    ref = located("the preset's adapter", made.adapter.path, rules, reject)
-    return () if ref is None else (JobAdapter(ref, made.adapter.scale),)
 
 
 def _known(field: str, name: str | None, presets: Mapping[str, Preset], reject: Rejection) -> Preset | None:

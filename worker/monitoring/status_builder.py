@@ -144,7 +144,8 @@ class StatusBuilder:
             base_size=facts.base_size,
             load_seconds=facts.load_seconds,
             step_seconds=facts.step_seconds,
-            recent_step_seconds=self.progress.recent_step_seconds,
+            # Before the first step, the estimate.
+            recent_step_seconds=self.progress.recent_steps.value or self.progress.step_seconds,
         )
 
     def _batch(self, snapshot: MetricsSnapshot) -> BatchStatus:

@@ -105,7 +105,7 @@ class ProgressReporter:
         self._client = client
         self._previewer = previewer
         self._metrics = metrics
-        self.recent_steps = RecentMean()
+        self.recent_steps = RecentMean()  # of all jobs, finished or not
         self.milestones = milestones
         self.step_seconds = 0.0
         self.queue = LatestWins[JobProgress, Webhook](
@@ -130,11 +130,6 @@ class ProgressReporter:
         """Average a measured step time into the estimate that jobs start with."""
         known = self.step_seconds or step_seconds
         self.step_seconds = known + NEWEST_WEIGHT * (step_seconds - known)
-
-    @property
-    def recent_step_seconds(self) -> float:
-        """Recent mean step time of all jobs, finished or not; before the first step, the estimate."""
-        return self.recent_steps.value or self.step_seconds
 
     def _send(self, progress: JobProgress, webhook: Webhook) -> None:
         if progress.may_have_ended:

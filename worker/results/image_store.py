@@ -55,10 +55,6 @@ class _File:
     metadata: Mapping[str, str]
 
     @property
-    def task_id(self) -> str:
-        return self.metadata[TASK_ID]
-
-    @property
     def options(self) -> dict[str, Any]:
         """Arguments of every write, conditional or not."""
         return {"content_type": PNG, "metadata": self.metadata, "cache_control": CACHE_CONTROL}
@@ -110,7 +106,7 @@ class ImageStore:
                 continue
             # After the read: an end that is recorded later comes with an image that is stored later, whose ETag is not
             # the one in the condition.
-            self.check_open(file.task_id)
+            self.check_open(file.metadata[TASK_ID])
             if self._overwrite(file, found):
                 return
         raise WriteConflict(f"{file.ref}: written by others {MAX_ROUNDS} times meanwhile")
@@ -120,7 +116,7 @@ class ImageStore:
 
         The files of two runs differ in their creation time alone, and the stored one may have been reported.
         """
-        if found.metadata.get(TASK_ID) != file.task_id:
+        if found.metadata.get(TASK_ID) != file.metadata[TASK_ID]:
             return False
         if found.metadata.get(SHA256) == file.metadata[SHA256]:
             return True
@@ -144,7 +140,7 @@ class ImageStore:
         if not self._retry(write):
             return False
         other = found.metadata.get(TASK_ID, "")
-        if other != file.task_id:
+        if other != file.metadata[TASK_ID]:
             log_event(logger, "another task's picture replaced", logging.WARNING, key=file.ref.key, other_task_id=other)
         return True
 

@@ -127,7 +127,7 @@ class KindQueue:
 
     def _send(self) -> None:
         while not self._pool.is_closing:
-            parked = self._pool.take_next(self._notifier.last_accepted_at(self._kind))
+            parked = self._pool.take_next(self._notifier.accepted_at[self._kind])
             if parked is None:
                 continue
             with bind(task_id=parked.event.task_id, generation_id=parked.event.generation_id):

@@ -85,17 +85,14 @@ class Notifier:
         self._is_draining = is_draining
         # Kinds that were just parked: the next event of such a kind gets one attempt, not ten seconds of them.
         self._failing: set[WebhookKind] = set()
-        self._taken_at = dict.fromkeys(WebhookKind, -math.inf)
+        # When the backend last accepted an event of each kind, by `time.monotonic()`.
+        self.accepted_at = dict.fromkeys(WebhookKind, -math.inf)
         self.address_breaker = AddressBreaker()
 
     @property
     def failing(self) -> tuple[str, ...]:
         """The kinds of webhooks whose last delivery failed."""
         return tuple(sorted(kind.value for kind in self._failing.copy()))
-
-    def last_accepted_at(self, kind: WebhookKind) -> float:
-        """Return when the backend last accepted an event of the kind, by `time.monotonic()`."""
-        return self._taken_at[kind]
 
     def notify(self, event: TerminalEvent) -> NotifyResult:
         """Deliver `event`, park it, or dead-letter it. Raises `PublishFailed` where none was possible."""
@@ -147,7 +144,7 @@ class Notifier:
             self._metrics.webhooks_ambiguous.inc()
         if attempt.result is WebhookResult.DELIVERED:
             self._failing.discard(event.kind)
-            self._taken_at[event.kind] = time.monotonic()
+            self.accepted_at[event.kind] = time.monotonic()
             self.address_breaker.accept()
         elif attempt.status in ADDRESS_STATUSES:
             self.address_breaker.refuse(event.webhook.webhook_id, cast(int, attempt.status))

@@ -75,19 +75,21 @@ def check_memory(settings: ModelSettings) -> str:
     kept = most_bytes(controlnets, bytes_each, settings.controlnet_max_bytes)
     if kept:
         weights += f", with {kept / GB:.2f} GB kept for ControlNets"
-    compare = _in_host if gpu is None else _on_gpu
-    return compare(weights, needed, free - kept, settings.adapter_max_bytes)
+    free, chosen = free - kept, settings.adapter_max_bytes
+    seen, placement = (_in_host if gpu is None else _on_gpu)(weights, needed, free, chosen)
+    most = most_adapter_bytes(chosen, needed, free, placement)
+    return f"{seen}, with up to {most / GB:.1f} GB for adapters (ADAPTER_MEMORY_GB)"
 
 
-def _in_host(weights: str, needed: Mapping[str, int], free: int, chosen: int | None) -> str:
+def _in_host(weights: str, needed: Mapping[str, int], free: int, chosen: int | None) -> tuple[str, Placement]:
     seen = f"{weights}, {free / GB:.1f} GB of the host's are free"
     if sum(needed.values()) + (chosen or 0) > free:
         remedy = "free memory, raise the container's limit, or name a smaller MODEL_ID"
         raise CheckFailed(f"{seen}: the machine would swap or kill the worker; {remedy}")
-    return f"{seen}: they fit{_with_adapters(chosen, needed, free, Placement.RESIDENT)}"
+    return f"{seen}: they fit", Placement.RESIDENT
 
 
-def _on_gpu(weights: str, needed: Mapping[str, int], free: int, chosen: int | None) -> str:
+def _on_gpu(weights: str, needed: Mapping[str, int], free: int, chosen: int | None) -> tuple[str, Placement]:
     try:
         residence = plan(needed, free, chosen)
     except EngineStartFailed as error:
@@ -95,9 +97,4 @@ def _on_gpu(weights: str, needed: Mapping[str, int], free: int, chosen: int | No
     is_resident = residence is Placement.RESIDENT
     lives = "the model stays on the GPU" if is_resident else "its parts take turns on the GPU, which is slower"
     seen = f"{weights} and {RESERVE_BYTES / GB:.1f} GB for a picture, {free / GB:.1f} GB of the GPU's are free"
-    return f"{seen}: {lives}{_with_adapters(chosen, needed, free, residence)}"
-
-
-def _with_adapters(chosen: int | None, needed: Mapping[str, int], free: int, residence: Placement) -> str:
-    most = most_adapter_bytes(chosen, needed, free, residence)
-    return f", with up to {most / GB:.1f} GB for adapters (ADAPTER_MEMORY_GB)"
+    return f"{seen}: {lives}", residence

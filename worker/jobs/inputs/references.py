@@ -15,7 +15,7 @@ from worker.messages.job import Job, Kind, Preprocess, resolve_size
 MASK_TOLERANCE = 0.02
 # What is greyer than this is kept.
 MASK_THRESHOLD = 128
-WHITE = 255
+BLACK_OR_WHITE = [255 if value >= MASK_THRESHOLD else 0 for value in range(256)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def check_mask(mask: Image.Image, size: tuple[int, int]) -> None:
     if not 1 - MASK_TOLERANCE <= difference <= 1 + MASK_TOLERANCE:
         reason = f"the mask is {mask.width}x{mask.height} px and the picture {size[0]}x{size[1]}"
         raise JobFailed(ErrorCode.IMAGE_INVALID, f"mask_path: {reason}: both must have the same proportions")
-    if mask.point(_black_or_white).getbbox() is None:
+    if mask.point(BLACK_OR_WHITE).getbbox() is None:
         raise JobFailed(
             ErrorCode.IMAGE_INVALID, "mask_path: nothing in the mask is white, so nothing would be repainted"
         )
@@ -122,8 +122,4 @@ def check_mask(mask: Image.Image, size: tuple[int, int]) -> None:
 
 def mask_at(mask: Image.Image, size: tuple[int, int], how: Fit) -> Image.Image:
     """Return the mask at the generated size, thresholded to black and white."""
-    return fit(mask, size, how).point(_black_or_white)
-
-
-def _black_or_white(value: int) -> int:
-    return WHITE if value >= MASK_THRESHOLD else 0
+    return fit(mask, size, how).point(BLACK_OR_WHITE)

@@ -29,9 +29,10 @@ class SlowFetchLimit:
     def waiting_for(self, ref: ObjectRef) -> Iterator[None]:
         """Limit the fetch of `ref` inside. Raises `SlowFetchRefused` where it is slow and every slot is taken: at
         once where it is slow for other jobs already."""
+        reason = f"{ref}: does not come within {SLOW_AFTER_SECONDS:g} s, and other jobs need the place"
         with self._lock:
             if self._slow[ref] and self._slow.total() >= self._num_slow:
-                raise _given_up(ref)
+                raise SlowFetchRefused(reason)
         has_slow_place = False
 
         def may_go_on() -> bool:
@@ -48,13 +49,9 @@ class SlowFetchLimit:
                     yield
                 except StorageUnavailable as error:
                     if cut.is_over:
-                        raise _given_up(ref) from error
+                        raise SlowFetchRefused(reason) from error
                     raise
         finally:
             if has_slow_place:
                 with self._lock:
                     self._slow -= Counter([ref])  # an object that is slow for no job is dropped
-
-
-def _given_up(ref: ObjectRef) -> SlowFetchRefused:
-    return SlowFetchRefused(f"{ref}: does not come within {SLOW_AFTER_SECONDS:g} s, and other jobs need the place")
