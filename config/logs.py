@@ -59,7 +59,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "event": record.getMessage(),
         }
-        line |= _fields_of(record)
+        line |= _bound.get() | getattr(record, "fields", {})
         if record.exc_info:
             # Before it is cut: half a URL does not look like one.
             line["exception"] = redacted(self.formatException(record.exc_info))[-MAX_VALUE_CHARS:]
@@ -80,8 +80,9 @@ class TextFormatter(logging.Formatter):
         level = "" if record.levelno == logging.INFO else f"{record.levelname} "
         event = _escape(_shorten(record.getMessage()))
         line = f"{moment} {level}{event}"
-        if fields := " ".join(f"{_escape(name)}={_format_value(value)}" for name, value in _fields_of(record).items()):
-            line += f"  {fields}"
+        fields = _bound.get() | getattr(record, "fields", {})
+        if fields:
+            line += "  " + " ".join(f"{_escape(name)}={_format_value(value)}" for name, value in fields.items())
         if record.exc_info:
             trace = redacted(self.formatException(record.exc_info))[-MAX_VALUE_CHARS:]
             line += "".join(f"\n    {_escape(one)}" for one in trace.splitlines())
@@ -160,10 +161,6 @@ def configure_logging(level: str, log_format: LogFormat = "auto") -> None:
     logging.captureWarnings(True)
     # A closed or full stdout must not print a traceback for every line; the job goes on.
     logging.raiseExceptions = False
-
-
-def _fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    return _bound.get() | getattr(record, "fields", {})
 
 
 def _format_value(value: Any) -> str:

@@ -54,11 +54,6 @@ class Preset(_Entry):
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
     adapter: PresetAdapter | None = None
 
-    def fill_template(self, prompt: str) -> str:
-        """Return the template with `prompt` inserted. Only the template is searched: a prompt's own braces are text."""
-        before, _, after = self.positive.partition(PLACEHOLDER)
-        return f"{before}{prompt}{after}"
-
 
 # Not stripped: "a" and "a " must not become one.
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,40}\z", strip_whitespace=False)]

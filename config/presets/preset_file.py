@@ -44,7 +44,8 @@ class PresetFile:
         self._checked_at = clock()
         # Before reading: a change between the two is found at the next check.
         self._stamp = _stamp_of(path)
-        self._presets = self._read()
+        self._presets = load_presets(path)
+        validate(self._presets)
 
     def current(self) -> Presets:
         """Return the presets in the file, or its last valid ones."""
@@ -64,7 +65,9 @@ class PresetFile:
             if stamp == self._stamp:
                 return
             self._stamp = stamp
-            self._presets = self._read()
+            presets = load_presets(self._path)
+            self._validate(presets)
+            self._presets = presets
         except PresetsInvalid as error:
             log_event(logger, "presets kept as they were", logging.WARNING, reason=str(error))
         else:
@@ -72,11 +75,6 @@ class PresetFile:
             log_event(logger, "presets read anew", styles=num_styles, industries=num_industries)
         finally:
             self._check_lock.release()
-
-    def _read(self) -> Presets:
-        presets = load_presets(self._path)
-        self._validate(presets)
-        return presets
 
 
 def _stamp_of(path: Path) -> _Stamp | None:

@@ -13,8 +13,6 @@ SOFT_EDGE = 0.006
 # outline would appear in the cells that the product's own crosses.
 DISTANCE_PX = 8
 
-_Mask = NDArray[np.bool_]
-
 
 def product_mask(size: tuple[int, int], product: Image.Image, place: Rect) -> Image.Image:
     """Return the product's mask, mode L at the image's `size`: 255 on the product, 0 elsewhere."""
@@ -26,25 +24,21 @@ def product_mask(size: tuple[int, int], product: Image.Image, place: Rect) -> Im
 
 def repaint_mask(mask: Image.Image) -> Image.Image:
     """Return the inpainting mask, mode L: white except for the product and `DISTANCE_PX` around it."""
-    return _image(_eroded(np.asarray(mask) == 0, DISTANCE_PX))
+    return _eroded(np.asarray(mask) == 0, DISTANCE_PX)
 
 
 def restore_masked(refined: Image.Image, composite: Image.Image, mask: Image.Image) -> Image.Image:
     """Restore `composite` in `refined` under `mask`: exact inside the eroded mask, blended towards its outline."""
     radius = max(1, round(SOFT_EDGE * min(mask.size)))
-    core = _image(_eroded(np.asarray(mask) > 0, radius))
+    core = _eroded(np.asarray(mask) > 0, radius)
     # The blur is constant inside the eroded mask, and outside the mask.
     return Image.composite(composite, refined, core.filter(ImageFilter.BoxBlur(radius)))
 
 
-def _eroded(inside: _Mask, radius: int) -> _Mask:
-    """Return where the whole square of `radius` is True; the image is extended by its edge pixels."""
+def _eroded(inside: NDArray[np.bool_], radius: int) -> Image.Image:
+    """Return the mask, mode L, of where the whole square of `radius` is True; edge pixels extend the image."""
     for axis in (0, 1):
         padded = np.pad(inside, [(radius, radius) if one == axis else (0, 0) for one in (0, 1)], mode="edge")
         windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * radius + 1, axis=axis)
         inside = np.logical_and.reduce(windows, axis=-1)
-    return inside
-
-
-def _image(mask: _Mask) -> Image.Image:
-    return Image.fromarray(mask.astype(np.uint8) * 255)
+    return Image.fromarray(inside.astype(np.uint8) * 255)

@@ -53,7 +53,7 @@ class Typesetter:
         self.overlay = overlay
         self._lines = lines
         self._typeface = typeface
-        self._reference = self._font(REFERENCE_PX)
+        self._reference = ImageFont.truetype(typeface.path, REFERENCE_PX, index=typeface.index)
         self._pitch = sum(self._reference.getmetrics()) / REFERENCE_PX
         self._widths: dict[str, float] = {}
         self._inks: dict[str, Ink] = {}
@@ -147,7 +147,8 @@ class Typesetter:
     def _block(self, font_px: int, lines: list[str], scale: float = 1.0) -> Block:
         across, down = self._padding(font_px)
         padding = int(across * scale), int(down * scale)
-        return Block(self._font(font_px), tuple(lines), self._stroke(font_px), padding, scale)
+        font = ImageFont.truetype(self._typeface.path, font_px, index=self._typeface.index)
+        return Block(font, tuple(lines), self._stroke(font_px), padding, scale)
 
     def _stroke(self, font_px: int) -> int:
         stroke = self.overlay.stroke
@@ -157,9 +158,6 @@ class Typesetter:
         shadow = SHADOW_OFFSET + BLUR_REACH * SHADOW_BLUR if self.overlay.shadow else 0.0
         across, down = (max(pad if self.overlay.box else 0.0, shadow) for pad in BOX_PADDING)
         return math.ceil(across * font_px), math.ceil(down * font_px)
-
-    def _font(self, font_px: int) -> ImageFont.FreeTypeFont:
-        return ImageFont.truetype(self._typeface.path, font_px, index=self._typeface.index)
 
     def _width(self, text: str) -> float:
         if text not in self._widths:

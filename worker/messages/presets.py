@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from clients.storage.location import LocationForbidden, ObjectRef
 from config.images import ImageSettings
-from config.presets.catalog import Preset, PresetAdapter, Presets, PresetsInvalid, builtin_presets
+from config.presets.catalog import PLACEHOLDER, Preset, PresetAdapter, Presets, PresetsInvalid, builtin_presets
 from config.presets.preset_file import PresetFile
 from config.redacting import quoted
 from config.section import SettingsError
@@ -58,7 +58,8 @@ def presets_in_force(images: ImageSettings | None, locate: Callable[[str], Objec
 def styled(prompt: str, negative_prompt: str, *, style: Preset | None, industry: Preset | None) -> Styled:
     """Apply the presets to a job's prompts; the style's defaults win over the industry's."""
     for preset in (industry, style):
-        prompt = preset.fill_template(prompt) if preset else prompt
+        # Only the template is searched: a prompt's own braces are text.
+        prompt = preset.positive.replace(PLACEHOLDER, prompt) if preset else prompt
     presets = [preset for preset in (style, industry) if preset]
     return Styled(
         prompt=prompt,
