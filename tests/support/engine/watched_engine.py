@@ -68,7 +68,7 @@ class WatchedEngine(LocalEngine):
     def is_prepared(self) -> bool:
         """Is all done that was asked of the preparing thread? To be asked on the engine's thread."""
         asked: list[Future[Any]] = []
-        for active in self._loop.requests:
+        for active in self._loop._requests:
             asked += [active.scheduling, *active.readings.values()]
             asked += self._loop._admission._controls.needs(active) or []
         return all(one.done() for one in asked)
