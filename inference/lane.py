@@ -84,27 +84,54 @@ class ActiveRequest:
     num_ooms: int = 0  # times that there was no memory for it to begin, beside others and alone
     num_ooms_alone: int = 0
     preview: Preview | None = None  # for the next report
-    reported_until: Mark = field(default_factory=Mark)  # the end of the last step that was reported
-    is_begun: bool | None = None  # False: its future was cancelled before it began
     _num_steps_noted: int = 0
     _unreported: deque[tuple[int, Mark]] = field(default_factory=deque)
+    _reported_until: Mark = field(default_factory=Mark)
+    _is_begun: bool | None = None  # False: its future was cancelled before it began
 
     @cached_property
     def lanes(self) -> tuple["Lane", ...]:
         """One lane for each seed."""
         return tuple(Lane(self, number) for number in range(len(self.request.seeds)))
 
+    @property
+    def is_guided(self) -> bool:
+        return self.traits.is_guided
+
+    @property
+    def is_begun(self) -> bool:
+        return bool(self._is_begun)
+
+    @property
+    def is_ended(self) -> bool:
+        return self.future.done()
+
+    @property
+    def is_denoised(self) -> bool:
+        return all(lane.is_denoised for lane in self.lanes)
+
+    @property
+    def is_decoded(self) -> bool:
+        return len(self.images) == len(self.lanes)
+
     def begin(self) -> bool:
         """Make `future.cancel()` ineffective from the first call on; False if the future was cancelled before."""
-        if self.is_begun is None:
-            self.is_begun = self.future.set_running_or_notify_cancel()
-        return self.is_begun
+        if self._is_begun is None:
+            self._is_begun = self.future.set_running_or_notify_cancel()
+        return self._is_begun
 
-    def note_stage(self, name: str, started_at: float | None = None) -> None:
-        """Record a stage that ends now, from `started_at` on, or else from the end of the stage before."""
-        if started_at is None:
-            started_at = self.stages[-1].started_at + self.stages[-1].seconds
+    def note_stage(self, name: str, started_at: float) -> None:
+        """Record a stage that ends now."""
         self.stages.append(Stage(name, started_at, time.monotonic() - started_at))
+
+    @property
+    def last_stage_ended_at(self) -> float:
+        return self.stages[-1].started_at + self.stages[-1].seconds
+
+    def report_begin(self, now: Mark) -> None:
+        """Report step 0."""
+        self._reported_until = now
+        self.on_step(StepReport(0, self.traits.num_steps, 0.0))
 
     def note_steps(self, launched: Mark) -> None:
         """Record the step that all lanes have reached, if it is a new one. The device ends it at `launched`."""
@@ -121,8 +148,8 @@ class ActiveRequest:
         """
         while self._unreported and self._unreported[0][1].is_past:
             num_done, ended = self._unreported.popleft()
-            seconds, preview = ended.seconds_since(self.reported_until), self.preview
-            self.preview, self.reported_until = None, ended
+            seconds, preview = ended.seconds_since(self._reported_until), self.preview
+            self.preview, self._reported_until = None, ended
             self.on_step(StepReport(num_done, self.traits.num_steps, seconds, preview))
 
     def result(self) -> GenerationResult:
@@ -154,7 +181,7 @@ class Lane:
 
     @property
     def num_rows(self) -> int:
-        return 2 if self.owner.traits.is_guided else 1
+        return 2 if self.owner.is_guided else 1
 
     @property
     def arrived_at(self) -> float:
@@ -171,12 +198,9 @@ class Lane:
     def guide(self) -> Guide | None:
         """The control of the next step; None where the request has none, or not at this step."""
         guide, sampler = self.owner.guide, self.sampler
-        if guide is None or sampler is None:
+        if guide is None or sampler is None or not guide.is_active(sampler.step_index, sampler.num_steps):
             return None
-        index, num_steps = sampler.step_index, sampler.num_steps
-        # The rule of diffusers' `controlnet_keep`.
-        is_active = index / num_steps >= guide.start and (index + 1) / num_steps <= guide.end
-        return guide if is_active else None
+        return guide
 
     @property
     def is_denoised(self) -> bool:

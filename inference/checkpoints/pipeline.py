@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from inference.checkpoints.checkpoint import COMPONENTS, INDEX, Checkpoint, Location
 from inference.checkpoints.config_repair import check_counts, fill_in
 from inference.checkpoints.hub import download_pipeline, one_line
-from inference.checkpoints.safety_checker import CHECKER, EXTRACTOR, add_checker
+from inference.checkpoints.safety_checker import CHECKER, EXTRACTOR, add_checker, find_checker
 from inference.checkpoints.single_files import split
 from inference.checkpoints.weight_files import (
     PREFERRED_VARIANT,
@@ -155,5 +155,5 @@ def _count_parameters(checkpoint: Checkpoint) -> dict[str, int]:
         return {name: count_parameters(shapes) for name, shapes in parts.items()}
     files = dict(_weights(checkpoint).files)
     if checkpoint.has_checker:
-        files |= find_weights(checkpoint.path, (CHECKER,)).files
+        files |= find_checker(checkpoint.path).files
     return {name: sum(count_parameters(read_shapes(path)) for path in paths) for name, paths in files.items()}

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from inference.checkpoints.weight_files import find_weights
+from inference.checkpoints.weight_files import Weights, find_weights
 from inference.errors import EngineStartFailed, RequestFailed
 
 if TYPE_CHECKING:
@@ -52,14 +52,18 @@ def require_checker(subject: str, pipeline_class: str, index: Mapping[str, Any] 
     raise EngineStartFailed(f"SAFETY_CHECKER is on, but {subject} {lack}: {remedy}, or set it to off")
 
 
+def find_checker(folder: Path) -> Weights:
+    """Find the checker's weight files in a diffusers folder."""
+    return find_weights(folder, (CHECKER,))
+
+
 def add_checker(pipeline: Any, folder: Path, dtype: "torch.dtype") -> None:
     """Load the checker as one of the pipeline's models."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker  # noqa: PLC0415
     from transformers import CLIPImageProcessor  # noqa: PLC0415
 
-    variant = find_weights(folder, (CHECKER,)).variant
     checker = StableDiffusionSafetyChecker.from_pretrained(
-        folder / CHECKER, dtype=dtype, use_safetensors=True, variant=variant, local_files_only=True
+        folder / CHECKER, dtype=dtype, use_safetensors=True, variant=find_checker(folder).variant, local_files_only=True
     )
     # By the class and not by the index: older ones name a class that transformers has no more.
     extractor = CLIPImageProcessor.from_pretrained(folder / EXTRACTOR, local_files_only=True)

@@ -26,6 +26,10 @@ class Guide:
     start: float
     end: float
 
+    def is_active(self, step_index: int, num_steps: int) -> bool:
+        """Return whether it guides this step, by the rule of diffusers' `controlnet_keep`."""
+        return step_index / num_steps >= self.start and (step_index + 1) / num_steps <= self.end
+
 
 def group_rows(guides: Mapping[int, Guide], key: Callable[[int, Guide], Hashable]) -> list[list[int]]:
     """Group the rows, by number, that share a ControlNet's forward: those of one `key`."""

@@ -18,6 +18,10 @@ class DecodedImage:
     height: int
     width: int
 
+    @property
+    def has_arrived(self) -> bool:
+        return self.flagged.has_arrived
+
     def wait(self) -> NDArray[np.uint8] | None:
         """Return the pixels; None where the decoder's values are not all finite."""
         host = self.flagged.wait()

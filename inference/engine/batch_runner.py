@@ -50,14 +50,14 @@ class BatchRunner:
         """Fail only the requests whose lanes fail alone: one lane's error fails a whole batch."""
         predictions: dict[Lane, torch.Tensor] = {}
         for lane in batch:
-            if lane.owner.future.done():
+            if lane.owner.is_ended:
                 continue
             guarded = self._forward([lane])
             if guarded.result is None:
                 self._fail(lane.owner, guarded.error)
             else:
                 (predictions[lane],) = guarded.result
-        survivors = {lane: prediction for lane, prediction in predictions.items() if not lane.owner.future.done()}
+        survivors = {lane: prediction for lane, prediction in predictions.items() if not lane.owner.is_ended}
         return list(survivors), list(survivors.values())
 
     def _forward(self, batch: list[Lane]) -> Guarded[list[torch.Tensor]]:

@@ -81,7 +81,7 @@ class Conditioner:
 
 def _prompts(active: ActiveRequest) -> tuple[Prompt, ...]:
     positive, negative = Prompt(active.request.prompt), active.request.negative_prompt
-    return (positive, Prompt(negative, is_left_out=not negative)) if active.traits.is_guided else (positive,)
+    return (positive, Prompt(negative, is_left_out=not negative)) if active.is_guided else (positive,)
 
 
 def _num_bytes(embedding: Embedding) -> int:

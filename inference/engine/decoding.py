@@ -25,7 +25,11 @@ class Decoder:
     def __init__(self, model: Family, device: Device) -> None:
         self._model = model
         self._device = device
-        self.in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[_InFlight] = deque()
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._in_flight)
 
     def begin(self, lane: Lane) -> Exception | None:
         """Launch the lane's decoding, in tiles where memory ends; return the error where it cannot be launched."""
@@ -36,16 +40,16 @@ class Decoder:
             self._device.note_too_large(latents.numel())
             guarded = self._device.guard(lambda: self._model.decode(latents, in_tiles=True))
         if guarded.result is not None:
-            self.in_flight.append(_InFlight(lane, guarded.result))
+            self._in_flight.append(_InFlight(lane, guarded.result))
         return guarded.error
 
     def is_due(self, *, num_left: int) -> bool:
         """Return whether the oldest image has arrived or more than `num_left` are in flight."""
-        return len(self.in_flight) > num_left or bool(self.in_flight and self.in_flight[0].image.flagged.has_arrived)
+        return len(self._in_flight) > num_left or (self.is_busy and self._in_flight[0].image.has_arrived)
 
     def end_oldest(self) -> tuple[Lane, Guarded[RawImage]]:
         """Wait for the oldest image; return its lane, and the image or its error."""
-        lane, image = self.in_flight.popleft()
+        lane, image = self._in_flight.popleft()
 
         def wait() -> RawImage:
             pixels = image.wait()
@@ -58,4 +62,4 @@ class Decoder:
 
     def drop(self, active: ActiveRequest) -> None:
         """Drop the request's images in flight."""
-        self.in_flight = deque(one for one in self.in_flight if one.lane.owner is not active)
+        self._in_flight = deque(one for one in self._in_flight if one.lane.owner is not active)

@@ -121,7 +121,7 @@ class LocalEngine:
     def _run(self) -> None:
         try:
             with torch.inference_mode():
-                while not (self._is_closing and not self._loop.requests and self._inbox.empty()):
+                while not (self._is_closing and self._loop.is_empty and self._inbox.empty()):
                     self._turn()
         except Exception as error:
             # The thread's boundary. After an unforeseen error, or one of the device, no state here is certain.
@@ -138,12 +138,11 @@ class LocalEngine:
         """Add the new requests, waiting for one while there is no work, and take a step."""
         if not self._loop.has_work and not self._is_closing:
             # Requests that wait for their adapters may be cancelled at any time.
-            self._add_next(timeout_seconds=POLL_SECONDS if self._loop.requests else None)
+            self._add_next(timeout_seconds=None if self._loop.is_empty else POLL_SECONDS)
         while not self._inbox.empty():
             self._add_next(timeout_seconds=0.0)
         if self._is_closing:
-            for active in self._loop.requests:
-                active.future.cancel()  # has no effect on those that have begun
+            self._loop.withdraw_waiting()
         self._on_load_report(self._loop.step())
 
     def _add_next(self, timeout_seconds: float | None) -> None:

@@ -35,10 +35,13 @@ class Previews:
         projection = self._projection
         if projection is None or not self._is_due(lane):
             return
-        guarded = self._device.guard(lambda: copy_to_host(projection(self._model.predict_x0(lane, prediction))))
+
+        def begin_copy() -> None:
+            rgb = projection(self._model.predict_x0(lane, prediction))
+            self._copies.append(_Projected(lane.owner, copy_to_host(rgb)))
+
         # A preview that does not fit the memory is left out; the request goes on.
-        if guarded.result is not None:
-            self._copies.append(_Projected(lane.owner, guarded.result))
+        self._device.guard(begin_copy)
 
     def deliver(self) -> None:
         """Give the previews that have arrived to their requests, for the next reports. Never blocks."""

@@ -17,7 +17,7 @@ from inference.lane import ActiveRequest, Lane, owners_of
 from inference.lora.adapter_key import AdapterKey
 from inference.models.base import Family
 from inference.models.inputs import sampler_of
-from inference.request import EngineLoad, GenerationResult, StepReport
+from inference.request import EngineLoad, GenerationResult
 
 
 class StepLoop:
@@ -42,17 +42,21 @@ class StepLoop:
         self._runner = BatchRunner(model, self._device, self._batcher, self._fail)
         self._previews = Previews(model, self._device, preview_every)
         self._decoder = Decoder(model, self._device)
-        self.requests: list[ActiveRequest] = []
+        self._requests: list[ActiveRequest] = []
         self._denoised: list[Lane] = []
         self._step_seconds = 0.0
         self._was_busy = False
         self._is_encoding = False
 
     @property
+    def is_empty(self) -> bool:
+        return not self._requests
+
+    @property
     def has_work(self) -> bool:
         """False while every request here waits to be prepared: a step would do nothing."""
         # Where lanes have just left, those that waited for their places claim once more.
-        is_decoding = bool(self._denoised or self._decoder.in_flight)
+        is_decoding = bool(self._denoised) or self._decoder.is_busy
         return is_decoding or bool(self._batcher.active or (self._was_busy and self._batcher.waiting))
 
     def prepare(self, active: ActiveRequest) -> None:
@@ -62,7 +66,7 @@ class StepLoop:
 
     def add(self, active: ActiveRequest) -> None:
         """Add a request that was given to `prepare`."""
-        self.requests.append(active)
+        self._requests.append(active)
         for lane in active.lanes:
             self._batcher.add(lane)
 
@@ -85,9 +89,14 @@ class StepLoop:
             slots_free=slots.num_free,
         )
 
+    def withdraw_waiting(self) -> None:
+        """Cancel every request that has not begun."""
+        for active in self._requests:
+            active.future.cancel()
+
     def fail_all(self, error: EngineError) -> None:
         """End every request with `error`."""
-        for active in tuple(self.requests):
+        for active in tuple(self._requests):
             self._end(active, error)
 
     def forget(self, key: AdapterKey) -> None:
@@ -100,7 +109,7 @@ class StepLoop:
     # Admit: cancelled requests leave, waiting ones join while there are lanes and slots.
 
     def _admit(self) -> None:
-        for active in tuple(self.requests):
+        for active in tuple(self._requests):
             if active.future.cancelled() or active.is_cancelled():
                 self._end(active, RequestCancelled("cancelled by the caller"))
         self._admission.read_ahead(owners_of(self._batcher.waiting))
@@ -115,7 +124,7 @@ class StepLoop:
     def _claim(self, lane: Lane) -> Claim:
         """Return whether the lane may join now. A request's first lane claims all that its other lanes need too."""
         active = lane.owner
-        if active.future.done():
+        if active.is_ended:
             return Claim.WITHDRAWN
         if self._oom.must_run_alone(active):
             return Claim.NO_SLOT
@@ -143,8 +152,7 @@ class StepLoop:
         error = self._device.guard(lambda: self._admission.condition(requests)).error
         if error is None:
             for active in requests:
-                active.reported_until = self._device.mark()
-                active.on_step(StepReport(0, active.traits.num_steps, 0.0))
+                active.report_begin(self._device.mark())
         elif len(requests) > 1:
             for active in requests:
                 self._condition([active])
@@ -171,7 +179,7 @@ class StepLoop:
         for active in owners_of(batch):
             active.note_steps(launched)
         self._device.keep_pace(launched)
-        for active in self.requests:
+        for active in self._requests:
             active.report_steps()
 
     # Finish: denoised lanes leave the batch and are decoded, as many as a step's time allows.
@@ -182,8 +190,8 @@ class StepLoop:
             self._batcher.remove(lane)
         self._denoised += leaving
         for active in owners_of(leaving):
-            if all(lane.is_denoised for lane in active.lanes):
-                active.note_stage("denoise")
+            if active.is_denoised:
+                active.note_stage("denoise", active.last_stage_ended_at)
         # Those that were launched in the turn before. This turn's forward is queued behind them: the device has work.
         self._end_decoded(num_left=0)
         # The rest are decoded for no longer than a step takes, and one image more.
@@ -205,8 +213,8 @@ class StepLoop:
                 self._fail(active, guarded.error)
                 continue
             active.images[lane.number] = guarded.result
-            if len(active.images) == len(active.lanes):
-                active.note_stage("decode")
+            if active.is_decoded:
+                active.note_stage("decode", active.last_stage_ended_at)
                 self._end(active, active.result())
 
     def _fail(self, active: ActiveRequest, error: Exception | None) -> None:
@@ -222,7 +230,7 @@ class StepLoop:
 
     def _end(self, active: ActiveRequest, outcome: GenerationResult | Exception) -> None:
         """Remove the request, free what it held, and resolve its future unless that was cancelled."""
-        self.requests.remove(active)
+        self._requests.remove(active)
         for lane in active.lanes:
             self._batcher.remove(lane)
             if lane in self._denoised:

@@ -37,14 +37,18 @@ class WarmUp:
 
     def measure_step(self) -> float:
         """Draw one image and return the seconds of a step, without the slow first one. Raises `RequestFailed`."""
-        reports: list[StepReport] = []
-        active = self._request(1, reports.append)
+        seconds: list[float] = []
+
+        def on_step(report: StepReport) -> None:
+            seconds.append(report.seconds)
+
+        active = self._request(1, on_step, lambda: False)
         self._enqueue(active)
         error = active.future.exception()
         # The content of an image without a prompt does not matter.
         if error is not None and not (isinstance(error, RequestFailed) and error.code == safety.CODE):
             raise error
-        return min(report.seconds for report in reports[2:])
+        return min(seconds[2:])
 
     def load_kernels(self, max_lanes: int) -> None:
         """Take one step in batches of `ROWS` rows, without adapters and with one of zeros.

@@ -52,8 +52,8 @@ def find_projection(vae: Any, unscaled: Callable[[torch.Tensor], torch.Tensor], 
     images = torch.tanh(CONTRAST * fields.sum(0) / len(GRAINS) ** 0.5)
     encoded = vae.encode(images.to(device, vae.dtype), return_dict=False)[0].mode().cpu()
     colours = interpolate(images, size=encoded.shape[-2:], mode="area")
-    # Colours [n, 3] on latents [n, channels], in 64 bits; `explained` is the share of the colours' variance.
-    inputs, targets = (one.permute(0, 2, 3, 1).flatten(0, 2).double() for one in (encoded, colours))
+    # Colours [n, 3] on latents [n, channels]; `explained` is the share of the colours' variance.
+    inputs, targets = _pixels_of(encoded), _pixels_of(colours)
     with_one = torch.cat((inputs, inputs.new_ones(len(inputs), 1)), dim=1)
     found = torch.linalg.lstsq(with_one, targets).solution
     weights, bias = found[:-1].T, found[-1]
@@ -64,3 +64,8 @@ def find_projection(vae: Any, unscaled: Callable[[torch.Tensor], torch.Tensor], 
     scale = unscaled(torch.ones(1, encoded.shape[1], 1, 1)).double().flatten() - shift
     log_event(logger, "previews fitted", seconds=round(time.monotonic() - started_at, 2), explained=round(explained, 3))
     return Projection((weights * scale).float().to(device), (bias + weights @ shift).float().to(device))
+
+
+def _pixels_of(images: torch.Tensor) -> torch.Tensor:
+    """Reshape [number, channels, height, width] to [pixels, channels] in 64 bits."""
+    return images.permute(0, 2, 3, 1).flatten(0, 2).double()
