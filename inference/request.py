@@ -119,8 +119,11 @@ class EngineLoad:
     slots_idle: int
     slots_free: int
 
-
-NO_LOAD = EngineLoad(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0)
+    @property
+    def emptied(self) -> "EngineLoad":
+        """The load without a lane, with all slots free."""
+        num_slots = self.slots_active + self.slots_idle + self.slots_free
+        return EngineLoad(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=num_slots)
 
 
 @dataclass(frozen=True, slots=True)

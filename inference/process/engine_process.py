@@ -8,18 +8,16 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
 from enum import Enum, auto
 
 from config.logs import LogFormat, log_event
 from config.model import ModelSettings
 from inference.errors import EngineClosed, EngineCrashed, EngineFault, EngineHung
 from inference.process.child_handle import ChildHandle
-from inference.process.health import MAX_CONSECUTIVE_CRASHES, MAX_CONSECUTIVE_FAULTS, MIN_HANG_SECONDS, ChildHealth
+from inference.process.health import MIN_HANG_SECONDS, ChildHealth
 from inference.process.pending import Pending, PendingRequests
-from inference.process.protocol import Failed, Finished, FromChild, Generate, Ready, Start, StartFailed, Stepped
+from inference.process.protocol import Failed, Finished, FromChild, Ready, Start, StartFailed, Stepped
 from inference.request import (
-    NO_LOAD,
     EngineLoad,
     GenerationRequest,
     GenerationResult,
@@ -118,7 +116,7 @@ class EngineProcess:
     def _run(self) -> None:
         try:
             while not self._is_closing and self.state is not EngineState.FAILED:
-                if self._health.crashes_in_a_row >= MAX_CONSECUTIVE_CRASHES:
+                if self._health.is_hopeless:
                     self._give_up(f"the engine crashed {self._health.crashes_in_a_row} times in a row")
                 else:
                     self._run_child()
@@ -147,7 +145,7 @@ class EngineProcess:
             child.send(Start(self._settings, self._log_level, self._log_format))
             end = self._serve(child)
         finally:
-            is_at_rest = self.state is EngineState.READY and not self._requests.quarantine.inside
+            is_at_rest = self.state is EngineState.READY and not self._requests.inside
             child.end(is_idle=is_at_rest and end is _End.CLOSED)
             self.pid = None
 
@@ -170,7 +168,7 @@ class EngineProcess:
                         return _End.CRASHED
                     self._health.note_sign()
                     self._handle(message)
-                if len(self._health.faulted) >= MAX_CONSECUTIVE_FAULTS:
+                if self._health.is_sick:
                     log_event(logger, "engine sick", logging.ERROR)
                     return _End.SICK
                 self._requests.take_new()
@@ -198,19 +196,18 @@ class EngineProcess:
                 self._requests.pop(request_id).finish(result)
             case Failed(request_id, error):
                 if isinstance(error, EngineFault):
-                    self._health.faulted.add(request_id)
+                    self._health.note_fault(request_id)
                 self._requests.pop(request_id).fail(error)
 
     def _dispatch(self, child: ChildHandle) -> None:
         if self.state is not EngineState.READY:
             return
-        if not self._requests.quarantine.inside:
+        if not self._requests.inside:
             self._health.note_sign()  # an idle child sends nothing
-        for pending in self._requests.quarantine.next_to_send():
-            child.send(Generate(pending.request))
+        self._requests.send_next(child)
 
     def _is_hung(self) -> bool:
-        inside = [pending.request for pending in self._requests.quarantine.inside]
+        inside = [pending.request for pending in self._requests.inside]
         if not inside or self.facts is None or not self._health.is_hung(inside, self.facts):
             return False
         log_event(logger, "engine hung", logging.ERROR, silent_seconds=round(self._health.silent_seconds, 1))
@@ -219,23 +216,20 @@ class EngineProcess:
     def _on_crash(self, end: _End, exit_code: int) -> None:
         self._health.note_crash()
         self._on_restart()
-        load = self._engine_load
-        if load is not None:
-            # Without a lane, with all slots free.
-            num_slots = load.slots_active + load.slots_idle + load.slots_free
-            self._on_load_report(replace(NO_LOAD, slots_free=num_slots))
+        if self._engine_load is not None:
+            self._on_load_report(self._engine_load.emptied)
         log_event(
             logger,
             "engine crashed",
             logging.ERROR,
             exit_code=exit_code,
             in_a_row=self._health.crashes_in_a_row,
-            num_inside=len(self._requests.quarantine.inside),
+            num_inside=len(self._requests.inside),
         )
         if end is _End.SICK:
-            self._requests.quarantine.on_restart()
+            self._requests.on_restart()
             return
-        poison = self._requests.quarantine.on_crash(is_killed=end is _End.CRASHED and exit_code == -signal.SIGKILL)
+        poison = self._requests.on_crash(is_killed=end is _End.CRASHED and exit_code == -signal.SIGKILL)
         if poison is None:
             return
         again = "again and again while it ran alone"

@@ -24,21 +24,27 @@ class ChildHealth:
         self._min_hang_seconds = min_hang_seconds
         self._clock = clock
         self._last_sign_at = clock()
-        self.faulted: set[str] = set()  # requests in a row that ended with an unforeseen error, by their ids
+        self._faulted: set[str] = set()
         self.crashes_in_a_row = 0
 
     @property
     def silent_seconds(self) -> float:
         return self._clock() - self._last_sign_at
 
+    @property
+    def is_sick(self) -> bool:
+        return len(self._faulted) >= MAX_CONSECUTIVE_FAULTS
+
+    @property
+    def is_hopeless(self) -> bool:
+        return self.crashes_in_a_row >= MAX_CONSECUTIVE_CRASHES
+
     def is_hung(self, inside: Iterable[GenerationRequest], facts: ModelFacts) -> bool:
         """Return whether the child is silent for longer than a step of all requests, and their loading, could take."""
         requests = list(inside)
-        # An upper bound for a step of each request in turn, from the step measured at base size.
-        areas = [len(one.seeds) * max(1.0, one.width * one.height / facts.base_size**2) for one in requests]
-        steps_seconds = MAX_STEP_FACTOR * facts.step_seconds * sum(areas)
         loading_seconds = MAX_LOADING_SECONDS if any(one.control for one in requests) else 0.0
-        return self.silent_seconds > max(self._min_hang_seconds, steps_seconds) + loading_seconds
+        longest_seconds = max(self._min_hang_seconds, longest_step_seconds(requests, facts))
+        return self.silent_seconds > longest_seconds + loading_seconds
 
     def note_sign(self) -> None:
         """Restart the measure of silence: the child sent a message, or is idle."""
@@ -46,8 +52,17 @@ class ChildHealth:
 
     def note_finished(self) -> None:
         self.crashes_in_a_row = 0
-        self.faulted.clear()
+        self._faulted.clear()
+
+    def note_fault(self, request_id: str) -> None:
+        self._faulted.add(request_id)
 
     def note_crash(self) -> None:
         self.crashes_in_a_row += 1
-        self.faulted.clear()
+        self._faulted.clear()
+
+
+def longest_step_seconds(requests: Iterable[GenerationRequest], facts: ModelFacts) -> float:
+    """Return an upper bound for a step of each request in turn, from the step measured at base size."""
+    areas = ((len(one.seeds), one.width * one.height / facts.base_size**2) for one in requests)
+    return sum(MAX_STEP_FACTOR * facts.step_seconds * num_lanes * max(1.0, area) for num_lanes, area in areas)

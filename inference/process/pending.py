@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from inference.errors import EngineClosed, RequestCancelled
 from inference.process.child_handle import ChildHandle
-from inference.process.protocol import Cancel
+from inference.process.protocol import Cancel, Generate
 from inference.process.quarantine import Quarantine
 from inference.request import GenerationRequest, GenerationResult, IsCancelled, OnStep, StepReport
 
@@ -52,13 +52,18 @@ class Pending:
 
 
 class PendingRequests:
-    """Owner of every unanswered request. `add` and `refuse` are thread-safe; the owner thread alone uses the rest."""
+    """Owner of every unanswered request. `add` and `refuse` are thread-safe; the owner thread alone calls the rest."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._new: list[Pending] = []
         self._refusal: str | None = None
-        self.quarantine: Quarantine[Pending] = Quarantine()
+        self._quarantine: Quarantine[Pending] = Quarantine()
+
+    @property
+    def inside(self) -> tuple[Pending, ...]:
+        """The requests that the child has."""
+        return self._quarantine.inside
 
     def add(self, pending: Pending) -> None:
         """Queue a request; raise `EngineClosed` after `refuse`."""
@@ -77,34 +82,47 @@ class PendingRequests:
         with self._lock:
             new, self._new = self._new, []
         for pending in new:
-            self.quarantine.add(pending)
+            self._quarantine.add(pending)
 
     def pass_on_cancels(self, child: ChildHandle) -> None:
         """End the cancelled requests that the child does not have, and cancel those that it has."""
-        for pending in self.quarantine.outside:
+        for pending in self._quarantine.outside:
             if pending.is_unwanted:
-                self.quarantine.remove(pending)
+                self._quarantine.remove(pending)
                 pending.fail(RequestCancelled("cancelled while it waited"))
-        for pending in self.quarantine.inside:
+        for pending in self.inside:
             if not pending.is_cancel_sent and pending.is_unwanted:
                 pending.is_cancel_sent = True
                 child.send(Cancel(pending.request_id))
 
+    def send_next(self, child: ChildHandle) -> None:
+        """Send the requests that may be in the child together."""
+        for pending in self._quarantine.next_to_send():
+            child.send(Generate(pending.request))
+
     def report(self, request_id: str, report: StepReport) -> None:
         """Pass a step report on, unless the request was cancelled before it began."""
-        pending = self.quarantine.find(request_id)
+        pending = self._quarantine.find(request_id)
         if pending is not None and pending.begin():
             pending.on_step(report)
 
     def pop(self, request_id: str) -> Pending:
         """Remove and return the request that the child has answered."""
-        pending = self.quarantine.find(request_id)
+        pending = self._quarantine.find(request_id)
         assert pending is not None, "the child answered a request that was not sent to it"  # noqa: S101
-        self.quarantine.remove(pending)
+        self._quarantine.remove(pending)
         return pending
+
+    def on_crash(self, *, is_killed: bool) -> Pending | None:
+        """See `Quarantine.on_crash`."""
+        return self._quarantine.on_crash(is_killed=is_killed)
+
+    def on_restart(self) -> None:
+        """See `Quarantine.on_restart`."""
+        self._quarantine.on_restart()
 
     def fail_all(self, reason: str) -> None:
         """End every request with `EngineClosed`."""
         self.take_new()
-        for pending in (*self.quarantine.inside, *self.quarantine.outside):
+        for pending in (*self.inside, *self._quarantine.outside):
             pending.fail(EngineClosed(reason))

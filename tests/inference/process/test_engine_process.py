@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-import inference.process.engine_process
+import inference.process.health
 from config.model import ModelSettings
 from inference.errors import EngineClosed, EngineCrashed, EngineFault, EngineHung, RequestCancelled, RequestFailed
 from inference.process.child import EXIT_BROKEN
@@ -547,7 +547,7 @@ def test_an_engine_that_crashes_again_and_again_gives_up(fake: Fake) -> None:
 
 
 def test_only_a_finished_request_resets_the_crash_count(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference.process.engine_process, "MAX_CONSECUTIVE_CRASHES", 3)
+    monkeypatch.setattr(inference.process.health, "MAX_CONSECUTIVE_CRASHES", 3)
     for prompt in ("poison@1", "", "poison@1", "fail@1"):
         fake.ask(f"{len(fake.futures)}", prompt)
         fake.outcomes()
@@ -703,7 +703,7 @@ def test_closing_waits_for_no_image_that_a_child_does_not_read(new_fake: Callabl
     assert fake.engine.pid is not None
     os.kill(fake.engine.pid, signal.SIGSTOP)
     fake.ask("a", source=Source(bytes(IMAGE_BYTES), 1.0))
-    eventually(lambda: fake.engine._requests.quarantine.inside)
+    eventually(lambda: fake.engine._requests.inside)
 
     threading.Thread(target=fake.engine.close, daemon=True).start()
 
