@@ -1,8 +1,9 @@
 """A total deadline for HTTP calls: urllib3's timeouts restart with every byte, so a slow stream never reaches them.
 
-`deadline` sets the end for every request that its thread sends inside the block; connections that mix in `Guarded`
-report their sockets to it, and a timer shuts those down when the time is over. The blocked read then ends at once.
-Guarded connections also read responses as `clients.responses` does, so that no interim one is taken for the final one.
+`deadline` sets the end for every request that its thread sends inside the block; connections that mix in
+`DeadlineConnection` report their sockets to it, and a timer shuts those down when the time is over. The blocked read
+then ends at once. Such connections also read responses as `clients.responses` does, so that no interim one is taken for
+the final one.
 """
 
 import socket
@@ -98,7 +99,7 @@ def current_timer() -> DeadlineTimer | None:
     return _current.timer
 
 
-class Guarded:
+class DeadlineConnection:
     """Mixin, first among the bases, for urllib3 connections: reports each socket to the current timer, and reads whole
     answers, after `Expect: 100-continue` too."""
 
@@ -142,6 +143,6 @@ def guarded_pools(http: Any, https: Any) -> dict[str, Any]:
     """Return urllib3's `pool_classes_by_scheme`: subclasses of `http` and `https` with guarded connections."""
     guarded: dict[str, Any] = {}
     for scheme, pool in (("http", http), ("https", https)):
-        connection = type(f"Guarded{pool.ConnectionCls.__name__}", (Guarded, pool.ConnectionCls), {})
-        guarded[scheme] = type(f"Guarded{pool.__name__}", (pool,), {"ConnectionCls": connection})
+        connection = type(f"Deadline{pool.ConnectionCls.__name__}", (DeadlineConnection, pool.ConnectionCls), {})
+        guarded[scheme] = type(f"Deadline{pool.__name__}", (pool,), {"ConnectionCls": connection})
     return guarded

@@ -1,4 +1,4 @@
-"""Client of the backend's webhooks: one call makes one HTTP attempt and classifies it; callers decide on retries."""
+"""Client of the backend's webhooks: one call makes one HTTP attempt and classifies it. `worker.results` retries."""
 
 import json
 import re

@@ -1,4 +1,7 @@
-"""The engine: requests in, images out. The supervisor imports only modules that do not import torch."""
+"""The engine: batched denoising of many requests on one resident model.
+
+The supervisor imports only modules that do not import torch.
+"""
 
 import os
 

@@ -87,7 +87,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """The request's first image as denoised so far, at the size of its latents; `rgb` as in `Picture`."""
+    """The request's first image as denoised so far, at the size of its latents; `rgb` as in `RawImage`."""
 
     width: int
     height: int

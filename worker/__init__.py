@@ -1,1 +1,1 @@
-"""The supervisor: broker in, outcome out. It never imports torch."""
+"""The supervisor: consumes jobs from RabbitMQ, runs them, reports their ends. It never imports torch."""

@@ -1,4 +1,4 @@
-"""The Prometheus metrics, by the names of the contract, in a registry of their own."""
+"""The Prometheus metrics, by the names in docs/operating.md, in a registry of their own."""
 
 import time
 from collections.abc import Callable

@@ -10,7 +10,7 @@ from rich.console import Console
 from config.broker import BrokerSettings
 from worker.amqp.publisher import PublishFailed, broadcast
 from worker.amqp.topology import QueueNames
-from worker.messages.generation_id import RIGHT, is_generation_id
+from worker.messages.generation_id import ID_RULE, is_generation_id
 
 # As a program writes one: 007 is text.
 NUMBER = re.compile(r"[1-9][0-9]{0,18}")
@@ -37,7 +37,7 @@ def orders_of(text: str, *, is_task: bool = False, is_generation: bool = False) 
     if not is_task and is_generation_id(generation_id):
         orders.append({"generation_id": generation_id})
     if not orders:
-        raise InvalidId(f"{text!r:.60} is neither a task id (a UUID) nor a generation id ({RIGHT})")
+        raise InvalidId(f"{text!r:.60} is neither a task id (a UUID) nor a generation id ({ID_RULE})")
     return orders
 
 

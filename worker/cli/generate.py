@@ -29,7 +29,7 @@ from worker.errors import CuttingFailed, JobFailed
 from worker.jobs.engine_client import GeneratedImages, ProgressSpan
 from worker.jobs.handler import request_of
 from worker.jobs.inputs.fetcher import Fetcher, JobInputs
-from worker.jobs.inputs.references import References, check_can
+from worker.jobs.inputs.references import References, check_supported
 from worker.jobs.postprocess import postprocess
 from worker.jobs.runs import Phase
 from worker.messages.decoder import decode
@@ -108,7 +108,7 @@ def _planned(fields: dict[str, Any], out: Path, model_id: str | None) -> _Plan:
         cutter=cutter,
     )
     foreseen = precheck_model(plan.settings)
-    check_can(job, foreseen)
+    check_supported(job, foreseen)
     foreseen.check(job.scheduler, plan.inputs.adapters)
     return plan
 
@@ -136,7 +136,7 @@ def _draw(plan: _Plan, console: Console) -> None:
 
 def _generate(engine: LocalEngine, plan: _Plan, console: Console) -> GeneratedImages:
     try:
-        check_can(plan.job, engine.facts)
+        check_supported(plan.job, engine.facts)
         request = request_of(plan.job, plan.inputs.adapters, engine.facts, plan.references)
         with Progress(console=console) as bars:
             context = _LocalContext(engine, bars, bars.add_task("denoising"))

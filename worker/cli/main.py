@@ -23,7 +23,7 @@ from config.store import StoreSettings
 from worker.cli.dead.group import dead
 from worker.cli.exits import console, exit_on_failure, or_exit, settings_or_exit, whole_settings
 from worker.cli.options import GenerateOptions, fields_of, with_generate_options
-from worker.messages.generation_id import RIGHT, is_generation_id
+from worker.messages.generation_id import ID_RULE, is_generation_id
 from worker.supervisor import ExitCode, Supervisor
 
 app = typer.Typer(
@@ -67,11 +67,12 @@ def run() -> None:
     try:
         supervisor = or_exit(partial(Supervisor, settings))
     except OSError as error:
-        from worker.cli.check.port import why_no_port  # noqa: PLC0415
+        from worker.cli.check.port import explain_bind_error  # noqa: PLC0415
 
         # An error of a file names it.
-        is_port = error.filename is None
-        why = why_no_port(settings.service.metrics_port, error) if is_port else f"CACHE_DIR cannot be used: {error}"
+        why = f"CACHE_DIR cannot be used: {error}"
+        if error.filename is None:
+            why = explain_bind_error(settings.service.metrics_port, error)
         console.print("[bold red]Not started:[/]", end=" ")
         console.print(why, markup=False, highlight=False, soft_wrap=True)
         sys.exit(ExitCode.SETTINGS)
@@ -108,7 +109,7 @@ def submit(
 
     given = int(generation_id) if re.fullmatch(r"[0-9]{1,19}", generation_id) else generation_id
     if not is_generation_id(given):
-        raise typer.BadParameter(f"{quoted(generation_id)} is not {RIGHT}", param_hint="--generation-id")
+        raise typer.BadParameter(f"{quoted(generation_id)} is not {ID_RULE}", param_hint="--generation-id")
     fields = {"generation_id": given, **fields_of(options)}
     sys.exit(0 if submit_and_follow(settings_or_exit(), fields, timeout_seconds=timeout, console=console) else 1)
 

@@ -13,7 +13,7 @@ from worker.jobs.disposition import MAX_RECOVERIES
 from worker.jobs.engine_client import GeneratedImages
 from worker.jobs.generation import Generation, Generations
 from worker.jobs.inputs.fetcher import Fetcher, JobInputs
-from worker.jobs.inputs.references import NO_REFERENCES, References, check_can, drawing_size
+from worker.jobs.inputs.references import NO_REFERENCES, References, check_supported, output_size
 from worker.jobs.postprocess import postprocess
 from worker.jobs.runs import Phase, Run
 from worker.messages.generation_id import image_key
@@ -69,7 +69,7 @@ class JobHandler:
 
     def _do(self, run: Run) -> TerminalEvent:
         job = _job_of(run)
-        check_can(job, self.facts)
+        check_supported(job, self.facts)
         if self.cancellations.covers(job):
             run.cancel()
         with ExitStack() as pinned:
@@ -179,7 +179,7 @@ def request_of(
     arrived_at: float = 0.0,
 ) -> GenerationRequest:
     """Return the engine's request for a job whose adapters are on the local disk."""
-    size = drawing_size(job, facts, references.proportions)
+    size = output_size(job, facts, references.proportions)
     return GenerationRequest(
         request_id=job.task_id,
         prompt=job.prompt,

@@ -70,7 +70,7 @@ class History:
             task_id=run.task_id,
             outcome=outcome,
             code=code if _CODE.fullmatch(code) else "",
-            message=presentable(code, message, may_quote=self._shows_prompts),
+            message=public_message(code, message, may_quote=self._shows_prompts),
             finished_at=self._clock(),
             seconds=run.seconds,
             stages=stages,
@@ -88,7 +88,7 @@ class History:
             return tuple(reversed(self._ended))
 
 
-def presentable(code: str, message: str, *, may_quote: bool) -> str:
+def public_message(code: str, message: str, *, may_quote: bool) -> str:
     """Return what a page without a password may show of an error: the text before the first quotation, unless it
     `may_quote`.
 

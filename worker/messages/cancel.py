@@ -5,7 +5,7 @@ import uuid
 from dataclasses import dataclass
 
 from config.redacting import quoted
-from worker.messages.generation_id import RIGHT, GenerationId, is_generation_id, is_same
+from worker.messages.generation_id import ID_RULE, GenerationId, is_generation_id, is_same
 from worker.messages.job import Undecodable
 
 MAX_BODY_BYTES = 4096
@@ -40,4 +40,4 @@ def decode_cancel(body: bytes) -> CancelOrder:
             raise Undecodable(f"task_id {quoted(task_id)} is no UUID") from error
     if is_generation_id(generation_id):
         return CancelOrder(None, generation_id)
-    raise Undecodable(f"a cancel order names a task_id (a UUID) or a generation_id ({RIGHT})")
+    raise Undecodable(f"a cancel order names a task_id (a UUID) or a generation_id ({ID_RULE})")

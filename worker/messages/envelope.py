@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from worker.messages.generation_id import RIGHT, is_generation_id
+from worker.messages.generation_id import ID_RULE, is_generation_id
 from worker.messages.job import JobRejected, Undecodable
 from worker.messages.rules import MAX_REASON_CHARS, Identity, Rejection, shown_value
 
@@ -71,7 +71,7 @@ def identify(message: Mapping[str, Any], body: bytes) -> Identity:
     if generation_id in (None, ""):
         generation_id = message.get("generation_id")
     if not is_generation_id(generation_id):
-        raise Undecodable(f"generation_id is {shown_value(generation_id)}; it must be {RIGHT}")
+        raise Undecodable(f"generation_id is {shown_value(generation_id)}; it must be {ID_RULE}")
 
     task_id = message.get("task_id")
     if isinstance(task_id, str) and len(task_id) <= 64:

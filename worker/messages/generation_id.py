@@ -7,7 +7,7 @@ GenerationId = int | str
 
 MAX_NUMBER = 2**63 - 1
 TEXT = r"[A-Za-z0-9._-]{1,128}"
-RIGHT = "a whole number from 1 to 2^63-1, or text of 1 to 128 letters, digits, dots, underscores and dashes"
+ID_RULE = "a whole number from 1 to 2^63-1, or text of 1 to 128 letters, digits, dots, underscores and dashes"
 
 _TEXT = re.compile(TEXT)
 _UUID = r"[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}"
@@ -17,7 +17,7 @@ _PLAIN_AND_NUMBER = re.compile(rf"(?:[0-9]+|{_UUID})-[0-9]+")
 
 
 def is_generation_id(given: Any) -> TypeGuard[GenerationId]:
-    """Return True where `given`, a JSON value, is a valid id, as `RIGHT` describes."""
+    """Return True where `given`, a JSON value, is a valid id, as `ID_RULE` describes."""
     if isinstance(given, str):
         return _TEXT.fullmatch(given) is not None
     # Not isinstance: True is an int.

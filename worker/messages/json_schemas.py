@@ -87,7 +87,7 @@ def schema_of(name: str) -> dict[str, Any]:
     made = TypeAdapter(MODELS[name]).json_schema(schema_generator=_Generator)
     inlined: dict[str, Any] = _inlined(made, made.pop("$defs", {}))
     if name == "job":
-        inlined["properties"]["data"] = _with_gaps(inlined["properties"]["data"])
+        inlined["properties"]["data"] = _allow_null(inlined["properties"]["data"])
     return {"$schema": DIALECT, "title": name.capitalize()} | inlined
 
 
@@ -130,21 +130,21 @@ def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
     }
 
 
-def _with_gaps(node: Any) -> Any:
+def _allow_null(node: Any) -> Any:
     """Return `node` with null and "" allowed for every optional field, at every depth, and null in every list."""
     if isinstance(node, list):
-        return [_with_gaps(item) for item in node]
+        return [_allow_null(item) for item in node]
     if not isinstance(node, dict):
         return node
-    node = {key: _with_gaps(value) for key, value in node.items()}
+    node = {key: _allow_null(value) for key, value in node.items()}
     for name in set(node.get("properties", ())) - set(node.get("required", ())):
-        node["properties"][name] = _or_nothing(node["properties"][name])
+        node["properties"][name] = _nullable(node["properties"][name])
     if isinstance(node.get("items"), dict):
         node["items"] |= {"type": [node["items"]["type"], "null"]}
     return node
 
 
-def _or_nothing(node: dict[str, Any]) -> dict[str, Any]:
+def _nullable(node: dict[str, Any]) -> dict[str, Any]:
     """Extend `node` by null and ""."""
     if "anyOf" in node:
         others = [choice for choice in node["anyOf"] if choice != {"type": "null"}]

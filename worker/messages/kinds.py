@@ -1,4 +1,4 @@
-"""Decode what goes beyond text to image: reference pictures, control, product, headlines."""
+"""Decode the fields beyond text to image: init image, mask, control, product, headlines."""
 
 from clients.storage.location import ObjectRef
 from watermark.geometry import Position

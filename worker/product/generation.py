@@ -9,7 +9,7 @@ from PIL import Image
 from inference.request import GenerationRequest, GenerationResult, ModelFacts
 from worker.jobs.engine_client import EngineClient, GeneratedImages, ProgressSpan
 from worker.jobs.inputs.fetcher import Fetcher, JobInputs
-from worker.jobs.inputs.references import References, drawing_size
+from worker.jobs.inputs.references import References, output_size
 from worker.jobs.runs import Phase, Run
 from worker.messages.job import Job
 from worker.product.composer import ProductComposer
@@ -35,7 +35,7 @@ class ProductGenerator:
         """Fetch the images that the job brings, fitted to its size; blocks. Raises `JobFailed`."""
         assert job.product is not None, "a job of kind product has one"  # noqa: S101
         inputs = load_inputs(job.product, job.fit, self.fetcher.image)
-        inputs = inputs.at(drawing_size(job, self.facts, inputs.proportions))
+        inputs = inputs.at(output_size(job, self.facts, inputs.proportions))
         stage_store = StageStore(self.store, self.private_bucket, job)
         return ProductGeneration(self.engine_client, self.cutter, inputs, stage_store)
 

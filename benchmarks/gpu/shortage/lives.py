@@ -82,7 +82,7 @@ class Lives:
 
 
 class _Forked:
-    """An engine's process forked from this one, with as much of `subprocess.Popen` as `Child` uses."""
+    """An engine's process forked from this one, with as much of `subprocess.Popen` as `ChildHandle` uses."""
 
     def __init__(self) -> None:
         self._ours, theirs = socket.socketpair()

@@ -20,7 +20,7 @@ from config.store import StoreSettings
 from tests.support.servers.clients_servers import AnsweringServer, answer, refused_url
 from worker.cli.main import app
 from worker.cli.report.bars import Axis, Bar, cells, legend
-from worker.cli.report.rows import Row, Stretch, row_of, summarise
+from worker.cli.report.rows import Row, StageInterval, row_of, summarise
 from worker.cli.report.stages import STAGES, UNACCOUNTED
 from worker.errors import ErrorCode
 from worker.results.ledger import Entry, Ledger
@@ -69,7 +69,7 @@ def test_a_complete_job_s_row_has_its_stages_on_the_clock() -> None:
         1,
         True,
     )
-    assert made.stretches[2] == Stretch("denoise", BEGAN_AT + 2.0, 7.0)
+    assert made.intervals[2] == StageInterval("denoise", BEGAN_AT + 2.0, 7.0)
     assert (made.began_at, made.seconds) == (BEGAN_AT, 10.0)
 
 
@@ -77,7 +77,7 @@ def test_unaccounted_time_of_a_failed_job_is_shown_as_the_rest() -> None:
     made = row(failed(7))
 
     assert (made.outcome, made.error_code, made.attempt) == ("failed", "GPU_OOM", 3)
-    assert made.stretches[-1] == Stretch(UNACCOUNTED, BEGAN_AT + 2.0, 4.0)
+    assert made.intervals[-1] == StageInterval(UNACCOUNTED, BEGAN_AT + 2.0, 4.0)
     assert made.seconds == 6.0
 
 
@@ -98,7 +98,7 @@ def test_a_record_of_an_older_worker_is_read_and_has_no_bar() -> None:
 
     made = row(TerminalEvent.from_json(json.dumps(fields).encode()))
 
-    assert made.stretches == ()
+    assert made.intervals == ()
     assert (made.outcome, made.attempt, made.began_at) == ("failed", 1, NOW.timestamp())
     assert made.as_object()["seconds"] is None
 
@@ -127,7 +127,7 @@ def test_a_complete_record_from_before_the_end_was_noted_ends_with_its_last_stag
 def test_invalid_times_give_a_row_without_a_bar(fields: dict[str, Any]) -> None:
     made = row(complete(7, **fields) if "began_at" not in fields else replace(complete(7), **fields))
 
-    assert made.stretches == ()
+    assert made.intervals == ()
     assert made.outcome == "complete"
 
 
@@ -150,9 +150,9 @@ def test_idle_stretches_are_cut_out_of_the_axis() -> None:
 
 
 def test_each_cell_shows_the_stage_that_takes_the_most_of_it() -> None:
-    stretches = [Stretch("fetch", 0.0, 2.6), Stretch("denoise", 2.6, 5.4), Stretch("store", 8.0, 2.0)]
+    intervals = [StageInterval("fetch", 0.0, 2.6), StageInterval("denoise", 2.6, 5.4), StageInterval("store", 8.0, 2.0)]
 
-    drawn = cells(stretches, Axis([(0.0, 10.0)]), 10)
+    drawn = cells(intervals, Axis([(0.0, 10.0)]), 10)
 
     assert drawn == ["fetch"] * 3 + ["denoise"] * 5 + ["store"] * 2
 
@@ -161,21 +161,25 @@ def test_a_job_that_is_shorter_than_a_cell_has_one_all_the_same() -> None:
     axis = Axis([(0.0, 1000.0)])
 
     for moment in (0.0, 555.5, 999.999, 1000.0):
-        assert [stage for stage in cells([Stretch("sign", moment, 0.0)], axis, 10) if stage] == ["sign"]
+        assert [stage for stage in cells([StageInterval("sign", moment, 0.0)], axis, 10) if stage] == ["sign"]
 
 
 def test_bar_without_time_is_empty() -> None:
     assert cells([], Axis([]), 4) == [""] * 4
-    assert cells([Stretch("sign", 5.0, 0.0)], Axis([(5.0, 5.0)]), 4) == [""] * 4
+    assert cells([StageInterval("sign", 5.0, 0.0)], Axis([(5.0, 5.0)]), 4) == [""] * 4
 
 
 @pytest.mark.parametrize(("has_colours", "expected"), [(True, "█" * 10), (False, "lff######p")])
 def test_bar_is_coloured_or_lettered_without_colours(has_colours: bool, expected: str) -> None:
     console = Console(width=10, force_terminal=has_colours, color_system="truecolor" if has_colours else None)
-    stretches = [Stretch("ledger", 0.0, 1.0), Stretch("fetch", 1.0, 2.0), Stretch("denoise", 3.0, 6.0)]
+    intervals = [
+        StageInterval("ledger", 0.0, 1.0),
+        StageInterval("fetch", 1.0, 2.0),
+        StageInterval("denoise", 3.0, 6.0),
+    ]
 
     with console.capture() as captured:
-        console.print(Bar([*stretches, Stretch("store", 9.0, 1.0)], Axis([(0.0, 10.0)])))
+        console.print(Bar([*intervals, StageInterval("store", 9.0, 1.0)], Axis([(0.0, 10.0)])))
 
     text = captured.get()
     assert ("\x1b[" in text) is has_colours

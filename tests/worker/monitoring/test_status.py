@@ -20,7 +20,7 @@ from tests.support.browsing import PHONE, PageSession, chromium
 from tests.support.paths import ROOT
 from tests.support.status_pages import ended, failed, job, served, status
 from worker.amqp.delivery import Delivery
-from worker.jobs.history import MAX_ENDED, History, presentable
+from worker.jobs.history import MAX_ENDED, History, public_message
 from worker.jobs.runs import DenoiseProgress, Phase, Run
 from worker.messages.decoder import decode
 from worker.messages.job import JobRejected
@@ -181,12 +181,12 @@ def test_an_error_that_quotes_the_message_ends_before_the_quotation(fields: dict
     rejected = rejection_of(**fields)
     assert "heron" in str(rejected)
 
-    shown = presentable(rejected.code, str(rejected), may_quote=False)
+    shown = public_message(rejected.code, str(rejected), may_quote=False)
 
     assert "heron" not in shown
     assert shown.endswith("…")
     assert len(shown) > 10
-    assert "heron" in presentable(rejected.code, str(rejected), may_quote=True)
+    assert "heron" in public_message(rejected.code, str(rejected), may_quote=True)
 
 
 @pytest.mark.parametrize(
@@ -201,13 +201,13 @@ def test_an_error_that_quotes_the_message_ends_before_the_quotation(fields: dict
     ],
 )
 def test_library_messages_stay_in_the_log_whatever_the_setting(code: str, text: str, shown: str) -> None:
-    assert presentable(code, text, may_quote=False) == presentable(code, text, may_quote=True) == shown
+    assert public_message(code, text, may_quote=False) == public_message(code, text, may_quote=True) == shown
 
 
 def test_an_error_in_our_own_words_is_shown_whole() -> None:
     text = "a picture of 2048x2048 does not fit the GPU's memory, even alone: ask for a smaller one"
 
-    assert presentable("GPU_OOM", text, may_quote=False) == text
+    assert public_message("GPU_OOM", text, may_quote=False) == text
 
 
 def test_not_ready_reason_leaves_out_the_refused_object() -> None:

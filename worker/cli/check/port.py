@@ -30,11 +30,11 @@ def check_port(port: int) -> str:
             return (
                 f"{port} is served by the worker {worker}, which runs already: another needs a METRICS_PORT of its own"
             )
-        raise CheckFailed(why_no_port(port, error)) from error
+        raise CheckFailed(explain_bind_error(port, error)) from error
     return f"{port} is free; the status page will be at http://localhost:{port}/"
 
 
-def why_no_port(port: int, error: OSError) -> str:
+def explain_bind_error(port: int, error: OSError) -> str:
     """Explain why the port cannot be used, and what to do; `error` is what binding it raised."""
     if error.errno == errno.EADDRINUSE:
         worker = _worker_at(port)

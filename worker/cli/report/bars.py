@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
 from rich.text import Text
 
-from worker.cli.report.rows import Stretch
+from worker.cli.report.rows import StageInterval
 from worker.cli.report.stages import STAGES, UNACCOUNTED, style_of
 from worker.cli.terminal import escape_for_terminal
 
@@ -62,7 +62,7 @@ class Axis:
 class Bar:
     """A bar as a rich renderable, as wide as its column."""
 
-    stretches: Sequence[Stretch]
+    intervals: Sequence[StageInterval]
     axis: Axis
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
@@ -70,22 +70,22 @@ class Bar:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         bar = Text(no_wrap=True)
-        for stage in cells(self.stretches, self.axis, options.max_width):
+        for stage in cells(self.intervals, self.axis, options.max_width):
             bar.append_text(_cell(stage, console))
         yield bar
 
 
-def cells(stretches: Sequence[Stretch], axis: Axis, width: int) -> list[str]:
+def cells(intervals: Sequence[StageInterval], axis: Axis, width: int) -> list[str]:
     """Return the stage with the most time in each cell, "" for none. A job has at least one cell."""
     cell_seconds = axis.seconds / width
-    if not stretches or cell_seconds <= 0:
+    if not intervals or cell_seconds <= 0:
         return ["" for _ in range(width)]
     taken: list[dict[str, float]] = [defaultdict(float) for _ in range(width)]
-    for stretch in stretches:
-        begin, end = (axis.place(moment) / cell_seconds for moment in (stretch.began_at, stretch.ended_at))
+    for interval in intervals:
+        begin, end = (axis.place(moment) / cell_seconds for moment in (interval.began_at, interval.ended_at))
         first = min(int(begin), width - 1)
         for number in range(first, min(max(first + 1, math.ceil(end)), width)):
-            taken[number][stretch.stage] += min(end, number + 1) - max(begin, number)
+            taken[number][interval.stage] += min(end, number + 1) - max(begin, number)
     return [max(stages, key=lambda name: stages[name]) if stages else "" for stages in taken]
 
 

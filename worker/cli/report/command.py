@@ -44,7 +44,7 @@ def report(settings: StoreSettings, *, last: int, since: timedelta | None, as_li
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
     """Print the timeline with its legend, and the stages' share of the time."""
-    axis = Axis((row.began_at, row.ended_at) for row in rows if row.stretches)
+    axis = Axis((row.began_at, row.ended_at) for row in rows if row.intervals)
     table = Table(box=None, expand=True, pad_edge=False)
     for header in ("began", "job", "seconds", "outcome", "try", "told", "worker"):
         table.add_column(header, no_wrap=True, justify="right" if header == "seconds" else "left")
@@ -56,12 +56,12 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
         table.add_row(
             moment.strftime(clock),
             "" if row.generation_id is None else str(row.generation_id),
-            f"{row.seconds:.2f}" if row.stretches else "",
+            f"{row.seconds:.2f}" if row.intervals else "",
             Text(escape_for_terminal(row.end), OUTCOME_STYLES.get(row.outcome, "")),
             str(row.attempt) if row.is_readable else "",
             ("yes" if row.is_delivered else "no") if row.is_readable else "",
             Text(escape_for_terminal(row.worker[-MAX_WORKER_CHARS:])),
-            Bar(row.stretches, axis),
+            Bar(row.intervals, axis),
         )
     console.print(table)
     _print_summary(rows, axis, console)

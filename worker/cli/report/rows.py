@@ -12,13 +12,13 @@ from worker.messages.generation_id import GenerationId
 from worker.results.ledger import Entry
 from worker.results.terminal_event import TerminalEvent
 
-# The record is built between the last stage and its time: shorter than this it is no stretch of its own.
+# The record is built between the last stage and its time: shorter than this it is no interval of its own.
 MIN_REST_SECONDS = 0.05
 # Epoch seconds of the year 2242: a later time is damaged, as is NaN.
 MAX_MOMENT = float(1 << 33)
 
 
-class Stretch(NamedTuple):
+class StageInterval(NamedTuple):
     """A stage of a job, from `began_at` in epoch seconds."""
 
     stage: str
@@ -34,7 +34,7 @@ class Stretch(NamedTuple):
 class Row:
     """One job. `outcome` is complete, failed, cancelled or, of a record that cannot be read, unreadable.
 
-    `stretches` are empty where the record has no times, as those of older workers.
+    `intervals` are empty where the record has no times, as those of older workers.
     """
 
     task_id: str
@@ -45,7 +45,7 @@ class Row:
     worker: str = ""
     attempt: int = 1
     is_delivered: bool = False
-    stretches: tuple[Stretch, ...] = ()
+    intervals: tuple[StageInterval, ...] = ()
 
     @property
     def is_readable(self) -> bool:
@@ -59,11 +59,11 @@ class Row:
     @property
     def began_at(self) -> float:
         """Start of the first stage, else the time the record was written."""
-        return self.stretches[0].began_at if self.stretches else self.modified_at
+        return self.intervals[0].began_at if self.intervals else self.modified_at
 
     @property
     def ended_at(self) -> float:
-        return max((stretch.ended_at for stretch in self.stretches), default=self.modified_at)
+        return max((interval.ended_at for interval in self.intervals), default=self.modified_at)
 
     @property
     def seconds(self) -> float:
@@ -80,9 +80,9 @@ class Row:
             "worker": self.worker,
             "is_delivered": self.is_delivered,
             "recorded_at": self.modified_at,
-            "began_at": self.began_at if self.stretches else None,
-            "seconds": round(self.seconds, 4) if self.stretches else None,
-            "stages": [(one.stage, round(one.began_at - self.began_at, 4), one.seconds) for one in self.stretches],
+            "began_at": self.began_at if self.intervals else None,
+            "seconds": round(self.seconds, 4) if self.intervals else None,
+            "stages": [(one.stage, round(one.began_at - self.began_at, 4), one.seconds) for one in self.intervals],
         }
 
 
@@ -97,18 +97,20 @@ def row_of(entry: Entry, event: TerminalEvent) -> Row:
         worker=str(event.worker),
         attempt=event.attempt if isinstance(event.attempt, int) else 1,
         is_delivered=event.is_delivered is True,
-        stretches=_stretches(event),
+        intervals=_intervals(event),
     )
 
 
-def _stretches(event: TerminalEvent) -> tuple[Stretch, ...]:
+def _intervals(event: TerminalEvent) -> tuple[StageInterval, ...]:
     if not event.began_at:
         return ()
     try:
-        found = [Stretch(str(name), event.began_at + start, float(seconds)) for name, start, seconds in event.stages]
-        reached = max((stretch.ended_at for stretch in found), default=event.began_at)
+        found = [
+            StageInterval(str(name), event.began_at + start, float(seconds)) for name, start, seconds in event.stages
+        ]
+        reached = max((interval.ended_at for interval in found), default=event.began_at)
         if event.ended_at - reached > MIN_REST_SECONDS:
-            found.append(Stretch(UNACCOUNTED, reached, event.ended_at - reached))
+            found.append(StageInterval(UNACCOUNTED, reached, event.ended_at - reached))
     except (TypeError, ValueError, OverflowError):
         return ()
     is_sound = all(0 <= one.seconds < MAX_MOMENT and 0 < one.began_at < MAX_MOMENT for one in found)
@@ -130,8 +132,8 @@ def summarise(rows: Sequence[Row]) -> list[StageSummary]:
     by_stage: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         seconds: dict[str, float] = defaultdict(float)
-        for stretch in row.stretches:
-            seconds[stretch.stage] += stretch.seconds
+        for interval in row.intervals:
+            seconds[interval.stage] += interval.seconds
         for stage, taken in seconds.items():
             by_stage[stage].append(taken)
     total = sum(map(sum, by_stage.values())) or 1.0

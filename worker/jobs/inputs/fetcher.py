@@ -19,7 +19,7 @@ from watermark.signature import ImageSignature, Signature, TextSignature, Unsign
 from watermark.text.headline import Headline, prepare_headlines
 from worker.errors import ErrorCode, JobFailed
 from worker.jobs.inputs.peft_folders import PEFT_CONFIG, PEFT_PICKLE, PEFT_WEIGHTS, WANTS_CONFIG, is_named_by_peft
-from worker.jobs.inputs.references import NO_REFERENCES, References, check_mask, drawing_size
+from worker.jobs.inputs.references import NO_REFERENCES, References, check_mask, output_size
 from worker.jobs.inputs.source import FetchedFile, ObjectSource
 from worker.messages.job import Job, JobAdapter
 
@@ -29,7 +29,7 @@ MAX_CONFIG_BYTES = 64_000
 MAX_SIGNATURE_BYTES = 10_000_000
 MAX_IMAGE_BYTES = 50_000_000
 # A folder whose config changed while its weights were fetched is fetched again, so often.
-MAX_FOLDER_LOOKS = 3
+MAX_FOLDER_READS = 3
 
 SAFETENSORS = ".safetensors"
 
@@ -77,7 +77,7 @@ class Fetcher:
         def at_size(references: References) -> References:
             if self.facts is None:
                 return references
-            return references.at(drawing_size(job, self.facts, references.proportions), job.fit)
+            return references.at(output_size(job, self.facts, references.proportions), job.fit)
 
         def with_mask(mask: Image.Image) -> References:
             check_mask(mask, found.proportions or mask.size)
@@ -173,7 +173,7 @@ class Fetcher:
     ) -> AdapterFile:
         """Both files of a PEFT folder, of one moment: a publisher may be replacing them one after the other."""
         config = fetch_config()
-        for _ in range(MAX_FOLDER_LOOKS):
+        for _ in range(MAX_FOLDER_READS):
             weights = fetch_weights()
             before, config = config, fetch_config()
             if config == before:

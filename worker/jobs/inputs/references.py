@@ -71,12 +71,12 @@ class References:
 NO_REFERENCES = References()
 
 
-def drawing_size(job: Job, facts: ModelFacts, reference: tuple[int, int] | None) -> tuple[int, int]:
+def output_size(job: Job, facts: ModelFacts, reference: tuple[int, int] | None) -> tuple[int, int]:
     """Return width and height in px of the job's images; `reference` sets the ratio where the job names no size."""
     return resolve_size(job, base_size=facts.base_size, size_multiple=facts.size_multiple, reference=reference)
 
 
-class Abilities(Protocol):
+class ModelCapabilities(Protocol):
     """What a model can do, loaded or not: its name, its kinds of request, and the ControlNets one may name."""
 
     @property
@@ -89,7 +89,7 @@ class Abilities(Protocol):
     def controls(self) -> tuple[str, ...]: ...
 
 
-def check_can(job: Job, facts: Abilities) -> None:
+def check_supported(job: Job, facts: ModelCapabilities) -> None:
     """Raise `JobFailed` for a kind or a ControlNet that the model lacks; runs before anything is fetched."""
     needed = {job.kind}
     if job.product is not None:

@@ -1,4 +1,4 @@
-"""Seam between a job's inputs and where their objects are."""
+"""`ObjectSource`: the interface that reads the objects a job names."""
 
 from contextlib import ExitStack
 from pathlib import Path

@@ -69,7 +69,7 @@ class StoreSource:
         worker itself, which waits for its own buckets and its rights."""
         try:
             with self.places.waiting_for(ref):
-                return _by_any_spelling(ref, fetch)
+                return _try_key_variants(ref, fetch)
         except ObjectNotFound:
             self.is_draining.wait(NOT_FOUND_RETRY_SECONDS)
             self.gate.retry_while_denied(lambda: self._check_exists(ref.bucket))
@@ -78,7 +78,7 @@ class StoreSource:
             self.gate.retry_while_denied(lambda: self._check_exists(ref.bucket))
         try:
             with self.places.waiting_for(ref):
-                return _by_any_spelling(ref, fetch)
+                return _try_key_variants(ref, fetch)
         except AccessDenied as error:
             raise JobFailed(ErrorCode.INPUT_FORBIDDEN, f"the store does not let this worker read {ref}") from error
         except BucketNotFound as error:
@@ -94,7 +94,7 @@ class StoreSource:
                 self.storage.check_bucket(bucket)
 
 
-def _by_any_spelling(ref: ObjectRef, fetch: Callable[[ObjectRef], Made]) -> Made:
+def _try_key_variants(ref: ObjectRef, fetch: Callable[[ObjectRef], Made]) -> Made:
     """Fetch `ref` as it is named, else by another spelling of its key."""
     first, *others = key_variants(ref)
     try:

@@ -10,7 +10,7 @@ from examples.parts.ports import free_port
 from tests.support.servers.clients_servers import AnsweringServer, answer
 from tests.support.status_pages import served, status
 from worker.cli.check.checks import CheckFailed
-from worker.cli.check.port import check_port, why_no_port
+from worker.cli.check.port import check_port, explain_bind_error
 
 
 def test_free_port_is_good_and_the_status_page_s_address_is_shown() -> None:
@@ -46,5 +46,5 @@ def test_a_port_with_another_server_is_in_use_by_no_worker(body: bytes) -> None:
 
 
 def test_privileged_port_is_refused_with_the_first_unprivileged_one() -> None:
-    assert "from 1024 on" in why_no_port(80, OSError(errno.EACCES, "Permission denied"))
-    assert "cannot be used (Cannot assign" in why_no_port(80, OSError(errno.EADDRNOTAVAIL, "Cannot assign"))
+    assert "from 1024 on" in explain_bind_error(80, OSError(errno.EACCES, "Permission denied"))
+    assert "cannot be used (Cannot assign" in explain_bind_error(80, OSError(errno.EADDRNOTAVAIL, "Cannot assign"))

@@ -24,7 +24,7 @@ from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate
 from worker.errors import JobFailed
 from worker.jobs.handler import request_of
 from worker.jobs.inputs.fetcher import Fetcher
-from worker.jobs.inputs.references import References, check_can, check_mask, drawing_size
+from worker.jobs.inputs.references import References, check_mask, check_supported, output_size
 from worker.jobs.inputs.store_source import StoreSource
 from worker.messages.job import JobControl, JobSource, Kind, Preprocess, resolve_size
 from worker.messages.rules import JobRules
@@ -270,7 +270,7 @@ def test_references_are_reduced_to_the_drawing_s_size_and_keep_their_proportions
         found = fetcher.fetch_inputs(job, pinned).references
 
     assert found.proportions == (1201, 801)
-    size = drawing_size(job, FACTS, found.proportions)
+    size = output_size(job, FACTS, found.proportions)
     assert [one.size for one in (found.init, found.mask, found.control) if one] == [size] * 3
     assert request_of(job, (), FACTS, found).source == References(
         noise(1201, 801), Image.new("L", (9, 6), 255)
@@ -320,19 +320,19 @@ def test_unsupported_kind_is_refused_with_the_supported_ones(
     rules: JobRules, fields: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(JobFailed, match=words) as refusal:
-        check_can(job_of(rules, **fields), FACTS)
+        check_supported(job_of(rules, **fields), FACTS)
 
     assert refusal.value.code == "UNSUPPORTED_BY_MODEL"
 
 
 def test_supported_kind_is_accepted(rules: JobRules) -> None:
-    check_can(job_of(rules), FACTS)
-    check_can(job_of(rules, kind="image2image", **INIT), FACTS)
-    check_can(job_of(rules, control={"image_path": "e", "model": "edges"}), FACTS)
+    check_supported(job_of(rules), FACTS)
+    check_supported(job_of(rules, kind="image2image", **INIT), FACTS)
+    check_supported(job_of(rules, control={"image_path": "e", "model": "edges"}), FACTS)
 
 
 def test_control_is_refused_by_a_worker_without_controlnets(rules: JobRules) -> None:
     job = job_of(rules, control={"image_path": "e", "model": "edges"})
 
     with pytest.raises(JobFailed, match="this worker has no ControlNets"):
-        check_can(job, replace(FACTS, controls=()))
+        check_supported(job, replace(FACTS, controls=()))
