@@ -296,8 +296,11 @@ def test_object_that_never_arrives_blocks_half_of_the_lanes_and_other_jobs_are_d
     good = station.publish(lora_path=adapter(station, "good"))
 
     assert station.world.wait_for_end(good.generation_id).kind == "complete"
-    # Those that hold on do so for minutes.
+    # Places were given up for it: those that hold on do so for minutes.
     assert sum(len(station.world.backend.ends(job.generation_id)) for job in hung) < NUM_PLACES
+    hung_ids = {job.task_id for job in hung}
+    reasons = [event["reason"] for event in worker.events("job broke off") if event["task_id"] in hung_ids]
+    assert [reason for reason in reasons if "other jobs need the place" not in reason] == []
     station.store.pass_on()
     station.store.reset()
     for job in hung:

@@ -377,8 +377,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/jobs/disposition.py",
-                'return _retry(attempt, ErrorCode.STORAGE_UNAVAILABLE, f"the object store failed',
-                "return Decision(Disposition.ACK, ErrorCode.STORAGE_UNAVAILABLE, str(error))",
+                "return _retry(attempt, ErrorCode.STORAGE_UNAVAILABLE, ",
+                "return Decision(Disposition.ACK, ErrorCode.STORAGE_UNAVAILABLE, ",
             ),
         ),
     ),
