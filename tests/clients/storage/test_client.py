@@ -140,6 +140,23 @@ def test_object_replaced_after_head_is_not_read(storage: Storage, ref: ObjectRef
         storage.download(ref, tmp_path / "file", stat=stat, max_bytes=100, deadline_seconds=5)
 
 
+def test_object_replaced_or_deleted_after_head_is_not_overwritten(storage: Storage, ref: ObjectRef) -> None:
+    storage.put(ref, b"before", content_type="text/plain")
+    before = storage.read_metadata(ref).etag
+    storage.put(ref, b"after!", content_type="text/plain")
+    after = storage.read_metadata(ref).etag
+
+    assert not storage.put_if_unchanged(ref, b"late", etag=before, content_type="text/plain")
+    assert storage.read(ref, max_bytes=10) == b"after!"
+    assert storage.put_if_unchanged(ref, b"new", etag=after, content_type="text/plain")
+    assert storage.read(ref, max_bytes=10) == b"new"
+
+    storage.delete(ref)
+    assert not storage.put_if_unchanged(ref, b"late", etag=after, content_type="text/plain")
+    with pytest.raises(ObjectNotFound):
+        storage.head(ref)
+
+
 def test_too_large_an_object_is_refused(storage: Storage, ref: ObjectRef, tmp_path: Path) -> None:
     storage.put(ref, BODY, content_type="text/plain")
 

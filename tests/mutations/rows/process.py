@@ -253,8 +253,10 @@ ROWS: tuple[Row, ...] = (
         "B19",
         "it was frozen in the middle of replacing an earlier picture",
         "the store takes the write only over the very picture that was looked at",
-        tests=(f"{THAWS}[in_the_replacement]",),
+        tests=("tests/clients/storage/test_client.py::test_object_replaced_or_deleted_after_head_is_not_overwritten",),
         without=(Mutation("clients/storage/client.py", '{"IfMatch": etag}', '{"IfMatch": "*"}'),),
+        # A worker that was frozen for longer than a call may take has its connection shut before the store can decide.
+        also=(f"{THAWS}[in_the_replacement]",),
     ),
     Row(
         "B20",
