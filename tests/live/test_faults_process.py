@@ -483,7 +483,8 @@ def mounted(folder: Path, options: str) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", folder], check=True)
+        # Lazily: where the test failed, a worker may still have its cache there.
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @long

@@ -58,7 +58,8 @@ def apply(mutation: Mutation, root: Path) -> None:
 def check(row: Row) -> RowResult:
     """Run the row's tests without its mechanism."""
     started_at = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix=f"darkroom-{row.name}-") as name:
+    # A worker that a failed test left behind may still write there.
+    with tempfile.TemporaryDirectory(prefix=f"darkroom-{row.name}-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         copy_tree(folder)
         for mutation in row.without:
