@@ -80,7 +80,8 @@ def test_generation_id_is_returned_as_it_was_sent(world: World, worker: Worker, 
     assert end.body["result_url"].endswith(f"/generations/gen-{given_id}.png")
     assert world.keys(f"generations/gen-{given_id}.png") == [f"generations/gen-{given_id}.png"]
     assert record_of(world, end)["generation_id"] == given_id
-    assert [line["generation_id"] for line in worker.events("job out")][-1] == given_id
+    # The line is written behind the webhook.
+    eventually(lambda: [one["generation_id"] for one in worker.events("job out")][-1:] == [given_id], worker.log_tail)
 
 
 def test_images_of_ids_that_end_in_a_number_have_keys_of_their_own(world: World) -> None:
