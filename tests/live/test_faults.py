@@ -318,6 +318,7 @@ def test_heartbeats_flow_through_a_job_longer_than_the_broker_would_wait(world: 
     assert_complete_once(world, generation_id)
 
     # Then the connection was never lost
+    eventually(lambda: len(worker.events("job out")) == 1, worker.log_tail)  # behind the ack
     assert worker.events("job out")[0]["stages"]["denoise"] > 6
     assert len(worker.events("consuming")) == 1
     assert worker.events("broker connection lost") == []

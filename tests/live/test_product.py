@@ -134,6 +134,8 @@ def test_product_job_draws_and_stores_all_its_stages(world: World, worker: Worke
     assert {one["total_steps"] for one in percentages} == {STEPS + STEPS // 2}
     shown = [one["progress_percent"] for one in percentages]
     assert shown == sorted(set(shown))
+    ids = [str(job)]
+    eventually(lambda: [str(one["generation_id"]) for one in worker.events("job out")][-1:] == ids, worker.log_tail)
     assert len(worker.events("job out")[-1]["stages"]) >= 8
 
     trust = c2pa.Context.from_dict({"trust": {"trust_anchors": chain.anchor}})
