@@ -30,7 +30,8 @@ def test_a_port_that_a_worker_serves_already_is_good_and_the_worker_is_named() -
         assert f"served by the worker {status().worker.name}" in check_port(port)
 
 
-def test_a_port_in_use_is_bad_and_names_the_process_that_has_it() -> None:
+def test_a_port_in_use_is_bad_and_names_the_process_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.cli.check.port.ANSWER_SECONDS", 0.1)  # nothing ever answers
     with socket.create_server(("0.0.0.0", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(CheckFailed, match=rf"METRICS_PORT {port} is in use by process {os.getpid()} \(.+\)"):
