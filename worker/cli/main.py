@@ -6,7 +6,6 @@ import re
 import sys
 from datetime import timedelta
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +24,7 @@ from worker.cli.exits import console, exit_on_failure, or_exit, settings_or_exit
 from worker.cli.options import GenerateOptions, fields_of, with_generate_options
 from worker.messages.generation_id import ID_RULE, is_generation_id
 from worker.supervisor import ExitCode, Supervisor
+from worker.version import darkroom_version
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,7 +46,7 @@ def main() -> None:
 
 def _print_version(is_requested: bool) -> None:
     if is_requested:
-        typer.echo(f"darkroom {version('darkroom')}")
+        typer.echo(f"darkroom {darkroom_version()}")
         raise typer.Exit
 
 
