@@ -140,6 +140,21 @@ def test_allowed_buckets_default_to_the_configured_ones(environment: pytest.Monk
     assert load_settings().store.allowed_buckets == {"media", "pictures"}
 
 
+def test_result_addresses_are_plain_unless_seconds_are_given(environment: pytest.MonkeyPatch) -> None:
+    assert load_settings().store.presigned_seconds is None
+
+    environment.setenv("RESULT_URL_MODE", "presigned:604800")
+
+    assert load_settings().store.presigned_seconds == 604800
+
+
+@pytest.mark.parametrize("directives", ["no-cache", "public, max-age=31536000,immutable", 'private="x-a, b", max-age=1'])
+def test_cache_control_of_any_directives_is_accepted(environment: pytest.MonkeyPatch, directives: str) -> None:
+    environment.setenv("RESULT_CACHE_CONTROL", directives)
+
+    assert load_settings().store.result_cache_control == directives
+
+
 def test_the_broker_url_is_built_of_its_parts_with_every_special_sign_escaped(environment: pytest.MonkeyPatch) -> None:
     parts = {"HOST": "broker", "PORT": "5673", "USER": "a b", "PASS": "p@ss/w:rd", "VHOST": "/jobs"}
     set_all(environment, {f"RABBITMQ_{name}": value for name, value in parts.items()})
@@ -201,6 +216,12 @@ def test_problems_of_all_sections_are_reported_together(environment: pytest.Monk
         ("AWS_S3_ENDPOINT_URL", "minio:9000", "http://"),
         ("AWS_S3_ENDPOINT_URL", "http://minio:99999", ""),
         ("RESULT_URL_BASE", "ftp://cdn.example", "http://"),
+        ("RESULT_URL_MODE", "presigned", "plain or presigned:SECONDS, like presigned:3600"),
+        ("RESULT_URL_MODE", "presigned:1h", "presigned:SECONDS"),
+        ("RESULT_URL_MODE", "presigned:0", "presigned:1 to presigned:604800"),
+        ("RESULT_URL_MODE", "presigned:604801", "valid for more than seven days"),
+        ("RESULT_CACHE_CONTROL", "public max-age=60", "commas, like public, max-age=31536000"),
+        ("RESULT_CACHE_CONTROL", "public,\nX-Evil: 1", "commas"),
         ("CACHE_MAX_GB", "0", "0"),
         ("CACHE_MAX_GB", "nan", ""),
         ("CACHE_MAX_GB", "inf", "finite"),

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from clients.storage.errors import StorageError
 from clients.webhooks import Webhook, WebhookClient, WebhookKind, WebhookResult
@@ -68,6 +69,12 @@ class JobProgress(Source[Webhook]):
         done = report.step_index
         step_seconds = self._denoised_seconds / done if done else self._reporter.step_seconds
         return step_seconds * (report.num_steps - done)
+
+    def with_valid_urls(self, webhook: Webhook) -> Webhook:
+        """Return the webhook with its preview's address valid from now on. Raises `StorageError`."""
+        if "preview_url" not in webhook.body:
+            return webhook
+        return replace(webhook, body={**webhook.body, "preview_url": self._previews.current_url()})
 
     def close(self) -> None:
         """Drop what is unsent and wait for a call in flight: nothing of this job is sent after this returns."""
@@ -139,6 +146,11 @@ class ProgressReporter:
                 log_event(logger, "progress not sent", logging.WARNING, task_id=progress.task_id, reason=str(error))
             if progress.may_have_ended:  # or the store does not answer
                 return
+        try:
+            webhook = progress.with_valid_urls(webhook)
+        except StorageError as error:
+            log_event(logger, "progress not sent", logging.WARNING, task_id=progress.task_id, reason=str(error))
+            return
         attempt = self._client.send(webhook, deadline_seconds=CALL_DEADLINE_SECONDS)
         self._metrics.webhooks.labels(webhook.kind.value, attempt.result.name.lower()).inc()
         if attempt.result is not WebhookResult.DELIVERED:
