@@ -39,6 +39,10 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": CANARY,
     "INTERNAL_API_TOKEN": CANARY,
     "WEBHOOK_SIGNING_SECRET": CANARY,
+    "WEBHOOK_URL": f"https://hooks.example/{CANARY}?code={CANARY}",
+    "WEBHOOK_PROGRESS_URL": f"/progress?code={CANARY}",
+    "WEBHOOK_COMPLETE_URL": f"/complete?code={CANARY}",
+    "WEBHOOK_FAILED_URL": f"/failed?code={CANARY}",
 }
 FIELDS: dict[str, tuple[str, str, FieldInfo]] = {
     str(field.validation_alias): (section, name, field)
@@ -148,7 +152,9 @@ def test_result_addresses_are_plain_unless_seconds_are_given(environment: pytest
     assert load_settings().store.presigned_seconds == 604800
 
 
-@pytest.mark.parametrize("directives", ["no-cache", "public, max-age=31536000,immutable", 'private="x-a, b", max-age=1'])
+@pytest.mark.parametrize(
+    "directives", ["no-cache", "public, max-age=31536000,immutable", 'private="x-a, b", max-age=1']
+)
 def test_cache_control_of_any_directives_is_accepted(environment: pytest.MonkeyPatch, directives: str) -> None:
     environment.setenv("RESULT_CACHE_CONTROL", directives)
 
@@ -232,6 +238,13 @@ def test_problems_of_all_sections_are_reported_together(environment: pytest.Monk
         ("BACKEND_API_URL", "http://backend/?a=1", "query"),
         ("INTERNAL_API_TOKEN", "token\n", "newline"),
         ("WEBHOOK_SIGNING_SECRET", "whsec_***", "base64"),
+        ("WEBHOOK_URL", "backend/hook", "a path that begins with a slash"),
+        ("WEBHOOK_URL", "//evil.example/hook", "a path that begins with a slash"),
+        ("WEBHOOK_URL", "/hook\r\nX: y", "ASCII"),
+        ("WEBHOOK_COMPLETE_URL", "https://user:pw@backend/hook", "user"),
+        ("WEBHOOK_FAILED_URL", "ftp://backend/hook", "http://"),
+        ("WEBHOOK_PROGRESS_URL", "/hook#end", "fragment"),
+        ("WEBHOOK_PROGRESS_METHOD", "PUT", "PATCH or POST"),
         ("PROGRESS_MILESTONES", "0,half", "integer"),
         ("PROGRESS_MILESTONES", "50,25", "rise"),
         ("PROGRESS_MILESTONES", "0,100", "below 100"),
@@ -335,6 +348,8 @@ WRONG_SECRETS = [
     ("INTERNAL_API_TOKEN", f"{CANARY}\n"),
     ("INTERNAL_API_TOKEN", f"{CANARY} {CANARY}"),
     ("WEBHOOK_SIGNING_SECRET", f"whsec_{CANARY}!!"),
+    ("WEBHOOK_URL", f"https://hooks.example/{CANARY}#{CANARY}"),
+    ("WEBHOOK_URL", f"hooks.example/{CANARY}"),
     ("BACKEND_API_URL", f"https://user:{CANARY}@backend.example"),
     ("BACKEND_API_URL", f"https://user:{CANARY}\u2100@backend.example"),
     ("AWS_S3_ENDPOINT_URL", f"https://user:{CANARY}@minio.example"),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from clients.storage.errors import StorageError
-from clients.webhooks import Webhook, WebhookClient, WebhookKind, WebhookResult
+from clients.webhooks import NO_SUCH_METHOD_STATUSES, Webhook, WebhookClient, WebhookKind, WebhookResult
 from config.logs import log_event
 from inference.request import StepReport
 from worker.messages.generation_id import GenerationId
@@ -115,6 +115,7 @@ class ProgressReporter:
         self.recent_steps = RecentMean()  # of all jobs, finished or not
         self.milestones = milestones
         self.step_seconds = 0.0
+        self._has_warned = False
         self.queue = LatestWins[JobProgress, Webhook](
             "progress", self._send, handle_seconds=CALL_DEADLINE_SECONDS, on_freeze=JobProgress.on_freeze
         )
@@ -154,4 +155,8 @@ class ProgressReporter:
         attempt = self._client.send(webhook, deadline_seconds=CALL_DEADLINE_SECONDS)
         self._metrics.webhooks.labels(webhook.kind.value, attempt.result.name.lower()).inc()
         if attempt.result is not WebhookResult.DELIVERED:
-            log_event(logger, "progress not taken", logging.DEBUG, reason=attempt.reason)
+            # None will be taken, and nothing else would say so: once.
+            is_worth_a_warning = attempt.status in NO_SUCH_METHOD_STATUSES and not self._has_warned
+            self._has_warned = self._has_warned or is_worth_a_warning
+            level = logging.WARNING if is_worth_a_warning else logging.DEBUG
+            log_event(logger, "progress not taken", level, reason=attempt.reason)

@@ -151,7 +151,7 @@ class Notifier:
             self.accepted_at[event.kind] = time.monotonic()
             self.address_breaker.accept()
         elif attempt.status in ADDRESS_STATUSES:
-            self.address_breaker.refuse(event.webhook.webhook_id, cast(int, attempt.status))
+            self.address_breaker.refuse(event.webhook.webhook_id, cast(int, attempt.status), attempt.setting)
             return replace(attempt, result=WebhookResult.RETRY) if self.address_breaker.is_open else attempt
         return attempt
 
