@@ -9,21 +9,22 @@ DEMO_PACKAGES := rabbitmq-server fonts-nanum fonts-dejavu-core
 DEMO_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/share/fonts/truetype/nanum
 # Debian splits venv off its Python; other Pythons bring it along.
 DEMO_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo python3-venv)
-TEST_PACKAGES := prometheus chromium libimage-exiftool-perl fonts-vlgothic fonts-wqy-microhei libfribidi0
-TEST_MARKS := /usr/bin/promtool /usr/bin/chromium /usr/bin/exiftool \
+# Ubuntu's is a snap: tests with a browser take playwright's own there, or are skipped.
+CHROMIUM := $(shell . /etc/os-release; [ "$$ID" = ubuntu ] || echo chromium)
+TEST_PACKAGES := prometheus $(CHROMIUM) libimage-exiftool-perl fonts-vlgothic fonts-wqy-microhei libfribidi0
+TEST_MARKS := /usr/bin/promtool $(CHROMIUM:%=/usr/bin/%) /usr/bin/exiftool \
 	/usr/share/fonts/truetype/vlgothic /usr/share/fonts/truetype/wqy /usr/share/doc/libfribidi0
 # RUNLEVEL=1 keeps Debian from starting a broker and a Prometheus of its own: demo and tests run private ones.
 APT_INSTALL := $(SUDO) env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 # A file's tests share its world, so a file stays with one process; conftest.py sorts the files.
 SHARED_OUT := -n 3 --dist loadfile --no-loadscope-reorder
-RABBITMQ4_ROOT ?= $(CURDIR)/out/rabbitmq4
 PYTHON312 ?= python3.12
 OUT ?= out/gpu
 REHEARSAL := $(CURDIR)/out/gpu-rehearsal
 MACHINE_PYTHON ?= $(REHEARSAL)/machine/bin/python
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo styles overlays house quick test check coverage outage leaks field faults rabbitmq4 mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
+.PHONY: help install demo styles overlays house quick test check coverage outage leaks field faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -101,16 +102,12 @@ faults: install ## Every fault on the way to broker, store and backend, and in t
 	OMP_NUM_THREADS=1 FAULTS_LONG=1 $(BIN)/pytest tests/faults/test_proxy.py tests/live/test_faults.py tests/live/test_faults_*.py \
 		tests/live/test_leases.py tests/live/test_batching.py tests/inference/process/test_engine_process.py tests/campaigns/test_campaigns.py
 
-# RABBITMQ4_ROOT may be any root folder with another RabbitMQ in it; DEBIAN_MIRROR is for where debootstrap's own is not reached.
-rabbitmq4: install $(RABBITMQ4_ROOT)/.installed ## As root: what a broker counts and drops, on the RabbitMQ 4 of Debian 13 in a chroot
-	OMP_NUM_THREADS=1 FAULTS_LONG=1 RABBITMQ_ROOT=$(RABBITMQ4_ROOT) $(BIN)/pytest tests/live/test_returns.py tests/worker/cli/test_dead_letters.py
-
-$(RABBITMQ4_ROOT)/.installed:
+# DEBIAN_MIRROR and UBUNTU_MIRROR are for where their own archives are not reached. MATRIX_MOUNTS (here:there, comma-separated)
+# are shown to each root: a /etc/pip.conf, a mirror's certificates. MACHINES names some of them, FRESH=1 makes all anew.
+matrix: install ## As root: the demo and the tests of broker, faults and campaigns on Debian 13, Ubuntu 24.04 and RabbitMQ 4.3
 	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends debootstrap >/dev/null
-	rm -rf $(RABBITMQ4_ROOT)
-	mkdir -p $(dir $(RABBITMQ4_ROOT))
-	$(SUDO) debootstrap --variant=minbase --include=rabbitmq-server trixie $(RABBITMQ4_ROOT) $(DEBIAN_MIRROR) >/dev/null
-	touch $@
+	$(SUDO) env PATH="$$PATH" DEBIAN_MIRROR="$(DEBIAN_MIRROR)" UBUNTU_MIRROR="$(UBUNTU_MIRROR)" MATRIX_MOUNTS="$(MATRIX_MOUNTS)" \
+		PYTHON312="$(PYTHON312)" $(BIN)/python -m tests.matrix $(if $(FRESH),--fresh) $(MACHINES)
 
 mutations: install ## Take the mechanism behind each row of the fault matrix out of a copy, and see its tests fail
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutations
