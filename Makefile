@@ -24,7 +24,7 @@ REHEARSAL := $(CURDIR)/out/gpu-rehearsal
 MACHINE_PYTHON ?= $(REHEARSAL)/machine/bin/python
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo styles overlays house quick test check coverage outage leaks field faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
+.PHONY: help install demo styles overlays wheel house quick test check coverage outage leaks field faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -65,6 +65,11 @@ styles: install ## Eight things, plain and in each style, drawn by a real worker
 
 overlays: install ## Sheets of headlines: places, scripts, grounds and dresses, for the eye; they land in out/overlays
 	$(BIN)/python -m examples.overlays out/overlays
+
+wheel: ## Build the wheel, with the demo's model in it, into dist/
+	rm -rf build dist
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 check: install ## Style and types
 	$(BIN)/ruff check $(CODE)
@@ -168,4 +173,4 @@ demo-model: install ## Make the demo model anew from its pictures, into out/demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m examples.demo_model.recipe --out out/demo_model $(if $(INSTALL),--install)
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) node_modules .whl out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) node_modules .whl out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
