@@ -24,7 +24,7 @@ REHEARSAL := $(CURDIR)/out/gpu-rehearsal
 MACHINE_PYTHON ?= $(REHEARSAL)/machine/bin/python
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo styles overlays house quick test check coverage outage leaks field faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
+.PHONY: help install demo styles overlays house docs quick test check coverage outage leaks field faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -65,6 +65,11 @@ styles: install ## Eight things, plain and in each style, drawn by a real worker
 
 overlays: install ## Sheets of headlines: places, scripts, grounds and dresses, for the eye; they land in out/overlays
 	$(BIN)/python -m examples.overlays out/overlays
+
+# mkdocs-material's notice of its successor is not about these pages.
+docs: install node_modules/.package-lock.json ## Build the site of docs/ into out/docs; a link that leads nowhere fails it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open out/docs/index.html"
 
 check: install ## Style and types
 	$(BIN)/ruff check $(CODE)
