@@ -24,7 +24,7 @@ REHEARSAL := $(CURDIR)/out/gpu-rehearsal
 MACHINE_PYTHON ?= $(REHEARSAL)/machine/bin/python
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo styles overlays wheel house quick test check coverage outage leaks field faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
+.PHONY: help install demo styles overlays wheel house docs quick test check coverage outage leaks field faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -70,6 +70,11 @@ wheel: ## Build the wheel, with the demo's model in it, into dist/
 	rm -rf build dist
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+# mkdocs-material's notice of its successor is not about these pages.
+docs: install node_modules/.package-lock.json ## Build the site of docs/ into out/docs; a link that leads nowhere fails it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open out/docs/index.html"
 
 check: install ## Style and types
 	$(BIN)/ruff check $(CODE)
