@@ -5,7 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from enum import Enum, StrEnum, auto
 from http.cookiejar import DefaultCookiePolicy
@@ -56,11 +56,15 @@ ROUTES: dict[WebhookKind, _Route] = {
 
 @dataclass(frozen=True)
 class Webhook:
-    """One event. `webhook_id` stays the same over all attempts; `body` must be JSON without NaN, else `ValueError`."""
+    """One event. `webhook_id` stays the same over all attempts; `body` must be JSON without NaN, else `ValueError`.
+
+    `trace_headers` tell the backend which trace the call belongs to.
+    """
 
     kind: WebhookKind
     webhook_id: str
     body: Mapping[str, Any]
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not _VISIBLE_ASCII.fullmatch(self.webhook_id):
@@ -107,9 +111,13 @@ class WebhookClient:
 
     def send(self, webhook: Webhook, *, deadline_seconds: float = DEADLINE_SECONDS) -> WebhookAttempt:
         """Make exactly one HTTP attempt, over within `deadline_seconds`; network and HTTP errors become its result."""
+        return self.send_request(self.request_for(webhook), deadline_seconds=deadline_seconds)
+
+    def request_for(self, webhook: Webhook) -> requests.Request:
+        """Return the webhook's request, signed for this moment where webhooks are signed."""
         route, payload = ROUTES[webhook.kind], webhook.payload
         timestamp = int(self._now())
-        headers = {
+        headers = dict(webhook.trace_headers) | {
             "Content-Type": "application/json",
             "webhook-id": webhook.webhook_id,
             "webhook-timestamp": str(timestamp),
@@ -118,8 +126,7 @@ class WebhookClient:
             signature = sign_payload(self._signing_key, webhook.webhook_id, timestamp, payload)
             headers["webhook-signature"] = signature
         url = self._settings.base_url + route.path
-        request = requests.Request(route.method, url, data=payload, headers=headers)
-        return self.send_request(request, deadline_seconds=deadline_seconds)
+        return requests.Request(route.method, url, data=payload, headers=headers)
 
     def send_request(self, request: requests.Request, *, deadline_seconds: float = DEADLINE_SECONDS) -> WebhookAttempt:
         """Make one HTTP attempt with any request, over this client's sessions."""

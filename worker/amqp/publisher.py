@@ -26,6 +26,7 @@ from worker.amqp.delivery import (
 )
 from worker.amqp.error_messages import ErrorMessages
 from worker.amqp.topology import QueueNames, ensure_fanout, ensure_queues
+from worker.tracing.context import NO_TRACE, TraceContext
 
 QUEUE_FULL = pika.exceptions.NackError
 
@@ -68,6 +69,7 @@ class Publisher:
         due: float | None = None,
         is_leased: bool = False,
         num_crashes: int = 0,
+        trace: TraceContext = NO_TRACE,
     ) -> None:
         """Publish and return once the broker has confirmed the message on disk; raise `PublishFailed` otherwise."""
         headers: dict[str, Any] = {} if attempt is None else {ATTEMPT_HEADER: attempt}
@@ -81,6 +83,7 @@ class Publisher:
             headers[LEASE_HEADER] = 1
         if num_crashes:
             headers[CRASHES_HEADER] = num_crashes
+        headers |= trace.headers
         self._call(partial(self._publish, queue_name, body, headers))
 
     def depths(self) -> dict[str, int]:

@@ -69,6 +69,7 @@ class Settler:
                 attempt=delivery.attempt,
                 is_leased=delivery.is_leased,
                 num_crashes=delivery.num_recoveries,
+                trace=delivery.trace,
             ),
         )
 
@@ -85,7 +86,9 @@ class Settler:
     def dead_letter(self, delivery: Delivery, reason: str) -> None:
         """Replace what is no job by a dead letter."""
         body = delivery.body[:MAX_DEAD_BODY_BYTES]
-        self._publish_then_ack(delivery, lambda: self._notifier.dead_letter(body, f"not a job: {reason}"))
+        self._publish_then_ack(
+            delivery, lambda: self._notifier.dead_letter(body, f"not a job: {reason}", trace=delivery.trace)
+        )
 
     def _publish_then_ack(self, delivery: Delivery, publish: Callable[[], None]) -> None:
         """Ack once a copy is confirmed; release the delivery where the worker stops before that."""

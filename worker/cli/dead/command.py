@@ -22,6 +22,7 @@ from worker.cli.terminal import escape_for_terminal
 from worker.messages.decoder import rules_from
 from worker.results.ledger import Ledger
 from worker.results.outbox_snapshots import summarize
+from worker.tracing.context import TraceContext
 
 # At 64 kB each, the most that a letter without a job has, they take 640 MB.
 MAX_LETTERS = 10_000
@@ -70,7 +71,8 @@ def replay_letters(settings: Settings, target: str | None, reason: str) -> None:
                 if replay.kind is LetterKind.EVENT:
                     publisher.publish(names.outbox, replay.body, since=time.time())
                 else:
-                    publisher.publish(names.jobs, replay.body)
+                    trace = TraceContext.from_headers(letter.message.headers)
+                    publisher.publish(names.jobs, replay.body, trace=trace)
                 typer.echo(f"letter {letter.number}: {replay.effect}")
                 browser.ack(letter.message)
                 num_replayed += 1
