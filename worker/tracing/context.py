@@ -8,7 +8,7 @@ from typing import Any, Self
 TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
 # Section 3.2 of the recommendation: ff and ids of zeros are invalid, and versions after 00 may add to the end.
 _IDS = r"(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
-_PARENT = re.compile(rf"00-{_IDS}|(?!00|ff)[0-9a-f]{{2}}-{_IDS}(?:-[!-~]{{0,64}})?")
+_PARENT = re.compile(rf"00-{_IDS}|(?!00|ff)[0-9a-f]{{2}}-{_IDS}(?:-[!-~]{{1,64}})?")
 _STATE = re.compile(r"[ -~]{1,512}")  # section 3.3.1.5: 512 characters at least are passed on
 
 

@@ -18,6 +18,7 @@ from worker.cli.check.machine import check_disk, check_gpu, check_memory
 from worker.cli.check.models import Load, check_cutout, check_model, load_in_own_process
 from worker.cli.check.port import check_port
 from worker.cli.check.store import StoreProbe
+from worker.cli.check.tracing import tracing_checks
 from worker.cli.terminal import escape_for_terminal
 
 STYLES = {State.GOOD: "green", State.BAD: "bold red", State.BLOCKED: "yellow", State.UNSURE: "yellow"}
@@ -55,6 +56,7 @@ def every_part(settings: Settings, load: Load = load_in_own_process) -> tuple[Ch
         Check("conditional writes", store.conditional_writes, ("bucket",)),
         Check("presets", partial(check_presets, settings), ("bucket",)),
         Check("backend", partial(check_backend, settings.backend)),
+        *tracing_checks(),
         Check("port", partial(check_port, settings.service.metrics_port)),
         Check("fonts", partial(check_fonts, settings.service.font_dirs)),
         Check("shaping", check_shaping),
