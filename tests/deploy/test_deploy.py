@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from config.broker import BrokerSettings
 from config.model import ModelSettings
 from config.service import ServiceSettings
 from config.settings import SECTIONS
+from examples.demo import gallery
 from examples.parts.ports import free_port
 from examples.parts.processes import ServerProcess
 from examples.parts.seaweedfs import SOCKET_FOLDER
@@ -82,23 +84,43 @@ def test_compose_file_fits_the_specification() -> None:
     assert set(PyCompose.from_json(text).to_spec().services) == set(services())
 
 
-def test_both_workers_get_every_setting_but_those_that_the_image_or_docker_decide() -> None:
-    for name, elsewhere in (("worker", {"DEVICE"}), ("worker-cpu", {"DEVICE"})):
-        given = set(services()[name]["environment"])
+@pytest.mark.parametrize("name", ["worker", "worker-cpu"])
+def test_every_setting_of_a_worker_can_be_set_in_the_file_beside_compose(name: str) -> None:
+    """What `environment` holds wins over `env_file`: it has to be taken from that file, or be decided on purpose."""
+    [file] = services()[name]["env_file"]
+    own = yaml.safe_load(compose_text())["x-worker"]["environment"]
+    fixed = {variable for variable, value in own.items() if f"${{{variable}:" not in value}
 
-        # Docker gives the GPU; one address is enough; an empty CUDA_VISIBLE_DEVICES would hide every GPU.
-        assert given == set(SETTINGS) - {"CUDA_VISIBLE_DEVICES", "RABBITMQ_URL"} - elsewhere
+    assert (file["path"], file["required"]) == (".env", False)
+    assert services()[name]["environment"].keys() == own.keys() <= SETTINGS.keys() | {"GRAFANA_ADMIN_PASSWORD"}
+    assert fixed == {"CACHE_DIR", "METRICS_PORT", "GRAFANA_ADMIN_PASSWORD"}
 
 
 def test_compose_requirements_are_in_its_example_and_nothing_else() -> None:
     insisted = {name for name, kind, _ in VARIABLE.findall(compose_text()) if kind == ":?"}
-    used = {name for name, _, _ in VARIABLE.findall(compose_text())}
+    known = {*SETTINGS, "HF_TOKEN", "COMPOSE_PROFILES", "GRAFANA_ADMIN_PASSWORD"}
 
     assert insisted - set(example_variables()) == set()
-    assert set(example_variables()) - {"COMPOSE_PROFILES"} - used == set()
+    assert set(example_variables()) - known == set()
     assert insisted >= REQUIRED
     profiles = {profile for service in services().values() for profile in service.get("profiles", ())}
-    assert example_variables()["COMPOSE_PROFILES"] in profiles == {"gpu", "cpu"}
+    assert example_variables()["COMPOSE_PROFILES"] in profiles == {"gpu", "cpu", "demo"}
+
+
+def test_demo_has_every_value_it_needs_and_none_of_an_operator_s_settings() -> None:
+    lines = (DEPLOY / "demo.env").read_text().splitlines()
+    given = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    insisted = {name for name, kind, _ in VARIABLE.findall(compose_text()) if kind == ":?"}
+
+    assert insisted <= {name for name, value in given.items() if value}
+    assert given["COMPOSE_PROFILES"] == "demo"
+    assert given["COMPOSE_PROJECT_NAME"] != compose()["name"]
+    assert services()["worker-demo"]["env_file"] == []
+    assert given["BACKEND_API_URL"] == f"http://demo-backend:{gallery.PORT}"
+    assert services()["demo-backend"]["ports"] == [f"127.0.0.1:{gallery.PORT}:{gallery.PORT}"]
+    for name in ("demo-backend", "demo-publisher"):
+        *_, module = services()[name]["entrypoint"]
+        assert find_spec(module) is not None
 
 
 def test_the_example_holds_no_secret() -> None:
