@@ -156,11 +156,12 @@ class Run:
 
 
 class Runs:
-    """Registry of the runs by task id, one for each task. Thread-safe."""
+    """Registry of the runs by task id, one for each task. Thread-safe. `num_begun` counts all that ever were."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._runs: dict[str, Run] = {}
+        self.num_begun = 0
 
     def attach_or_start(self, decoded: Job | JobRejected, delivery: Delivery) -> Run | None:
         """Return a new run for the job, or None where the task has one: the delivery is then attached to it.
@@ -176,6 +177,7 @@ class Runs:
                 return None
             run = Run(decoded.task_id, decoded.generation_id, decoded, [delivery])
             self._runs[decoded.task_id] = run
+            self.num_begun += 1
             return run
 
     def has_copy_of(self, task_id: str, delivery: Delivery) -> bool:
