@@ -6,6 +6,7 @@ Its buckets are private, its readers reach the store by another name than it doe
 import json
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -39,7 +40,7 @@ def station(rabbitmq: RabbitMQ, store: PolicyStore, tmp_path_factory: pytest.Tem
         made.world.bucket = "media"
         own = {name: text for name, text in store.env_of("worker").items() if name != "AWS_S3_ENDPOINT_URL"}
         made.start_worker(
-            constants={"worker.results.outbox_snapshots:WRITE_SECONDS": 0.2},
+            constants={"worker.results.outbox_snapshots:SNAPSHOT_SECONDS": 0.2},
             RESULT_URL_MODE=f"presigned:{VALID_SECONDS}",
             RESULT_URL_BASE=f"http://localhost:{store.port}/pictures",
             RESULT_CACHE_CONTROL=CACHE_CONTROL,
@@ -71,7 +72,7 @@ def assert_opens(url: str) -> None:
 
 def signed_at(url: str) -> float:
     moment = parse_qs(urlsplit(url).query)["X-Amz-Date"][0]
-    return time.mktime(time.strptime(f"{moment} UTC", "%Y%m%dT%H%M%SZ %Z")) - time.timezone
+    return datetime.strptime(moment, "%Y%m%dT%H%M%S%z").timestamp()
 
 
 def assert_secret_is_kept(station: Station, job: Job, end: Call) -> None:
@@ -103,6 +104,7 @@ def test_event_parked_for_longer_than_an_address_lasts_is_sent_with_one_that_ope
     try:
         job = station.publish()
         eventually(lambda: sum(world.queues().get(".outbox", ())) == 1, world.workers[0].log_tail)
+        eventually(lambda: world.keys(".darkroom/outbox/") != [], world.workers[0].log_tail)
         station.set_clock(0)
     finally:
         station.backend.listen()
@@ -115,7 +117,7 @@ def test_event_parked_for_longer_than_an_address_lasts_is_sent_with_one_that_ope
 
 
 def test_worker_needs_no_other_rights_than_the_documented_ones(station: Station) -> None:
-    """Everything that a worker writes and reads: an adapter elsewhere, a product's stages, a lease, a note, a record."""
+    """Have it read and write everything: an adapter elsewhere, a product's stages, a lease, a note, a record."""
     world, client = station.world, station.world.store.client()
     client.put_object(Bucket="styles", Key="models/a.safetensors", Body=b"weights")
     cutout = world.upload("uploads/cut.png", png_of(bottle()))
