@@ -5,7 +5,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 
 from clients.gpu import GpuMonitor
 from clients.storage.cache import DownloadCache
@@ -51,6 +50,7 @@ from worker.results.outbox import PREFETCH as OUTBOX_PREFETCH
 from worker.results.outbox import Outbox
 from worker.results.outbox_snapshots import SnapshotStore, SnapshotWriter
 from worker.results.result_urls import ResultUrls
+from worker.version import darkroom_version
 
 # Deliveries beyond the jobs that can be denoised, so that their adapters are fetched while others denoise.
 EXTRA_PREFETCH = 2
@@ -148,7 +148,7 @@ class Parts:
     def _status_builder(self, settings: Settings) -> StatusBuilder:
         return StatusBuilder(
             name=self.name,
-            version=version("darkroom"),
+            version=darkroom_version(),
             began_at=time.time(),
             names=self.names,
             metrics=self.metrics,

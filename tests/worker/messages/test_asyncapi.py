@@ -11,6 +11,7 @@ import pytest
 from clients.webhooks import DEFAULT_ROUTES, Webhook, WebhookClient, WebhookKind
 from config.backend import BackendSettings
 from tests.support.contract_schemas import DOCS, assert_webhook_fits, document, examples, header_validator
+from tests.support.pages.asyncapi import PAGE, render
 from tests.support.paths import ROOT
 from tests.support.servers.clients_servers import AnsweringServer, answer
 from tests.support.world import NODE
@@ -31,6 +32,10 @@ def parser_says(path: Path) -> dict[str, Any]:
 
 def serious(said: dict[str, Any]) -> list[dict[str, Any]]:
     return [problem for problem in said["problems"] if problem["severity"] <= WARNING]
+
+
+def test_page_for_people_is_the_one_that_the_document_makes() -> None:
+    assert PAGE.read_text(encoding="utf-8") == render(), "run python -m tests.support.pages.asyncapi"
 
 
 def test_the_official_parser_finds_no_error_and_no_warning() -> None:

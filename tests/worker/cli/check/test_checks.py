@@ -181,6 +181,7 @@ def test_every_check_is_good_in_a_working_setup_and_reports_its_findings(setup: 
         "memory",
         "model",
     ]
+    assert f": RabbitMQ {setup.rabbitmq.ctl('version').strip()}" in found["broker"].detail
     assert "1 wait in it, for 0 consumers" in found["queue"].detail
     assert "6 of 6 do not exist yet" in found["own queues"].detail
     assert "takes the token, and answers 401 without it" in found["backend"].detail
