@@ -18,13 +18,14 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 
-# The dependencies, with those of cut-outs, as a file of their own: as long as they stay the same, so do the large layers below,
-# whatever else changes in pyproject.toml.
+# The dependencies, with those of the engine and of cut-outs, as a file of their own: as long as they stay the same, so do
+# the large layers below, whatever else changes in pyproject.toml.
 FROM base AS requirements
 WORKDIR /build
 COPY pyproject.toml ./
 RUN python3 -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-    print(*project['dependencies'], *project['optional-dependencies']['cutout'], sep='\n')" > requirements.txt
+    extras = project['optional-dependencies']; \
+    print(*project['dependencies'], *extras['engine'], *extras['cutout'], sep='\n')" > requirements.txt
 
 
 FROM base AS build
@@ -65,7 +66,7 @@ RUN /opt/python/bin/pip install --no-deps --target /opt/darkroom .
 
 
 FROM base AS runtime
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0.dev0
 ARG REVISION=""
 LABEL org.opencontainers.image.title="Darkroom" \
       org.opencontainers.image.description="Headless image generation worker" \

@@ -5,7 +5,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 
 from clients.gpu import GpuMonitor
 from clients.storage.cache import DownloadCache
@@ -50,6 +49,8 @@ from worker.results.notifier import Notifier
 from worker.results.outbox import PREFETCH as OUTBOX_PREFETCH
 from worker.results.outbox import Outbox
 from worker.results.outbox_snapshots import SnapshotStore, SnapshotWriter
+from worker.results.result_urls import ResultUrls
+from worker.version import darkroom_version
 
 # Deliveries beyond the jobs that can be denoised, so that their adapters are fetched while others denoise.
 EXTRA_PREFETCH = 2
@@ -100,6 +101,7 @@ class Parts:
         self.backend_breaker = Breaker("the backend", BACKEND_THRESHOLD)
         self.notifier = Notifier(
             client=self.webhooks,
+            urls=ResultUrls(self.storage, settings.store.results_bucket),
             ledger=self.ledger,
             publisher=self.publisher,
             names=self.names,
@@ -148,7 +150,7 @@ class Parts:
     def _status_builder(self, settings: Settings) -> StatusBuilder:
         return StatusBuilder(
             name=self.name,
-            version=version("darkroom"),
+            version=darkroom_version(),
             began_at=time.time(),
             names=self.names,
             metrics=self.metrics,
@@ -220,7 +222,7 @@ class Parts:
         )
         fetcher = Fetcher(source, settings.service.font_dirs, facts)
         engine_client = EngineClient(self.engine, self.is_draining)
-        store = ImageStore(self.storage, self.gate, self.ledger.find)
+        store = ImageStore(self.storage, self.gate, self.ledger.find, settings.store.result_cache_control)
         cutter = Cutter(settings.images.cutout_model)
         product = ProductGenerator(fetcher, facts, engine_client, store, cutter, settings.store.bucket)
         return JobHandler(

@@ -84,7 +84,7 @@ def test_every_package_that_the_worker_needs_is_one_that_is_copied() -> None:
     assert {pattern.rstrip("*") for pattern in found} - WORKER_PACKAGES == {"examples"}
 
 
-def test_image_dependencies_are_those_of_the_project_and_of_cutouts() -> None:
+def test_image_dependencies_are_those_of_the_worker_its_engine_and_cutouts() -> None:
     [command] = [text for text in arguments("RUN") if "tomllib" in text]
 
     made = subprocess.run(
@@ -97,7 +97,9 @@ def test_image_dependencies_are_those_of_the_project_and_of_cutouts() -> None:
     )
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert made.stdout.splitlines() == [*project["dependencies"], *project["optional-dependencies"]["cutout"]]
+    extras = project["optional-dependencies"]
+    assert made.stdout.splitlines() == [*project["dependencies"], *extras["engine"], *extras["cutout"]]
+    assert f"ARG VERSION={project['version']}\n" in TEXT
 
 
 def test_image_variables_are_settings_or_of_known_programs() -> None:

@@ -1,7 +1,7 @@
 """What the broker counts when messages come back, and at which it drops them: nothing of ours is lost by it.
 
-RabbitMQ 4 has a limit of 20 on every quorum queue; here a policy sets one, so that 3.10 drops as well. `make rabbitmq4`
-runs this file, in its long form, on a RabbitMQ 4.
+RabbitMQ 4 has a limit of 20 on every quorum queue; here a policy sets one, so that 3.10 drops as well. `make matrix`
+runs this file, in its long form, on RabbitMQ 4.
 """
 
 import json
