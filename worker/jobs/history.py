@@ -68,7 +68,7 @@ class History:
     prompt, no address and no thumbnail."""
 
     def __init__(self, *, shows_prompts: bool, clock: Callable[[], float] = time.time) -> None:
-        self._shows_prompts = shows_prompts
+        self.shows_prompts = shows_prompts
         self._clock = clock
         self._lock = threading.Lock()
         self._ended: deque[_Entry] = deque(maxlen=MAX_ENDED)
@@ -82,13 +82,13 @@ class History:
         if run.progress is not None:
             num_steps = run.progress.num_steps
         # A job that failed or is to run again has no image to show, even if one was finished.
-        thumbnail = run.thumbnail if self._shows_prompts and outcome is Outcome.COMPLETE else None
+        thumbnail = run.thumbnail if self.shows_prompts and outcome is Outcome.COMPLETE else None
         ended = EndedJob(
             generation_id=str(run.generation_id),
             task_id=run.task_id,
             outcome=outcome,
             code=code if _CODE.fullmatch(code) else "",
-            message=public_message(code, message, may_quote=self._shows_prompts),
+            message=public_message(code, message, may_quote=self.shows_prompts),
             finished_at=self._clock(),
             seconds=run.seconds,
             stages=stages,
@@ -96,8 +96,8 @@ class History:
             num_images=job.num_images if job else 0,
             attempt=run.attempt,
             waited_seconds=run.waited_seconds,
-            prompt=job.prompt if job and self._shows_prompts else None,
-            result_urls=result_urls if self._shows_prompts else (),
+            prompt=job.prompt if job and self.shows_prompts else None,
+            result_urls=result_urls if self.shows_prompts else (),
             thumbnail=f"{THUMBNAIL_FOLDER}{run.task_id}.jpg" if thumbnail else None,
         )
         self.last_hour.add_job(outcome, ended.seconds, ended.waited_seconds)

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class RunOutcome:
     """How a run ended and how its deliveries are settled. `code` and `message` say why the job failed, `webhook`
-    what the notifier did, `result_urls` where the images are. The code of a recorded end may be unknown to
+    what the notifier did, `result_urls` what the status page may link to. The code of a recorded end may be unknown to
     `ErrorCode`: another version wrote it."""
 
     disposition: Disposition
@@ -174,7 +174,8 @@ class JobRunner:
 
             self.settler.publish_until_confirmed(notify)
         code, message = (str(event.body.get(name, "")) for name in ("error_code", "error_message"))
-        return RunOutcome(disposition, event.outcome, code, webhook, message, event.result_urls)
+        urls = self.notifier.urls.addresses_of(event) if self.history.shows_prompts else ()
+        return RunOutcome(disposition, event.outcome, code, webhook, message, urls)
 
     def _log_start(self, run: Run) -> None:
         job, first = run.decoded, run.first

@@ -48,14 +48,6 @@ class TerminalEvent:
         is_cancelled = self.body.get("error_code") == ErrorCode.CANCELLED
         return Outcome.CANCELLED if is_cancelled else Outcome(self.kind.value)
 
-    @property
-    def result_urls(self) -> tuple[str, ...]:
-        """The addresses of the images, as the webhook has them; empty of a failed job."""
-        metadata = self.body.get("metadata")
-        several = metadata.get("result_urls") if isinstance(metadata, dict) else None
-        urls = several if isinstance(several, list) else [self.body.get("result_url")]
-        return tuple(url for url in urls if isinstance(url, str))
-
     def to_json(self) -> bytes:
         """Encode the record."""
         fields = {name: getattr(self, name) for name in self.__slots__} | {"kind": self.kind.value}
