@@ -66,6 +66,7 @@ SLOW_FILES = (
     "live/test_faults_broker",
     "live/test_faults_store",
     "worker/monitoring/test_prometheus",
+    "live/test_status",
     "live/test_sharing",
     "live/test_cancelling",
     "live/test_breakers",
