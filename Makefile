@@ -3,15 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+# Where no GPU is, torch's own index of wheels without CUDA's gigabytes; `TORCH_INDEX_URL=` asks no index but pip's.
+TORCH_INDEX_URL ?= $(if $(wildcard /dev/nvidiactl /dev/dxg),,https://download.pytorch.org/whl/cpu)
+DEMO_PACKAGES := rabbitmq-server fonts-nanum fonts-dejavu-core
+DEMO_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/share/fonts/truetype/nanum
+# Debian splits venv off its Python; other Pythons bring it along.
+DEMO_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo python3-venv)
 # Ubuntu's is a snap: tests with a browser take playwright's own there, or are skipped.
 CHROMIUM := $(shell . /etc/os-release; [ "$$ID" = ubuntu ] || echo chromium)
-APT_PACKAGES := rabbitmq-server prometheus $(CHROMIUM) libimage-exiftool-perl fonts-nanum fonts-dejavu-core fonts-vlgothic fonts-wqy-microhei \
-	libfribidi0
-# Debian splits venv off its Python; other Pythons bring it along.
-APT_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo python3-venv)
-APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/bin/promtool $(CHROMIUM:%=/usr/bin/%) /usr/bin/exiftool \
-	/usr/share/fonts/truetype/nanum /usr/share/fonts/truetype/vlgothic /usr/share/fonts/truetype/wqy \
-	/usr/share/doc/libfribidi0
+TEST_PACKAGES := prometheus $(CHROMIUM) libimage-exiftool-perl fonts-vlgothic fonts-wqy-microhei libfribidi0
+TEST_MARKS := /usr/bin/promtool $(CHROMIUM:%=/usr/bin/%) /usr/bin/exiftool \
+	/usr/share/fonts/truetype/vlgothic /usr/share/fonts/truetype/wqy /usr/share/doc/libfribidi0
+# RUNLEVEL=1 keeps Debian from starting a broker and a Prometheus of its own: demo and tests run private ones.
+APT_INSTALL := $(SUDO) env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 # A file's tests share its world, so a file stays with one process; conftest.py sorts the files.
 SHARED_OUT := -n 3 --dist loadfile --no-loadscope-reorder
 PYTHON312 ?= python3.12
@@ -20,7 +24,7 @@ REHEARSAL := $(CURDIR)/out/gpu-rehearsal
 MACHINE_PYTHON ?= $(REHEARSAL)/machine/bin/python
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo styles overlays house quick test check coverage outage leaks field faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
+.PHONY: help install demo styles overlays house docs quick test check coverage outage leaks field faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -29,23 +33,31 @@ help: ## List these targets
 install: $(VENV)/.installed ## Make .venv and install what the demo and the tests need
 
 # torch goes first and alone: where no GPU is, any later chance to choose would bring gigabytes of CUDA.
-$(VENV)/.installed: pyproject.toml constraints.txt | $(APT_MARKS)
+$(VENV)/.demo: pyproject.toml constraints.txt | $(DEMO_MARKS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt \
+		$$($(BIN)/python tests/support/torch_index.py "$(TORCH_INDEX_URL)") torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.demo | $(TEST_MARKS)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# RUNLEVEL=1 keeps Debian from starting a broker and a Prometheus of its own: demo and tests run private ones.
-$(APT_MARKS) &:
+$(DEMO_MARKS) &:
 	$(SUDO) apt-get update -qq
-	$(SUDO) env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(APT_PACKAGES) >/dev/null
+	$(APT_INSTALL) $(DEMO_PACKAGES) >/dev/null
+
+$(TEST_MARKS) &:
+	$(SUDO) apt-get update -qq
+	$(APT_INSTALL) $(TEST_PACKAGES) >/dev/null
 
 # The Node that a dev dependency brings: Debian's npm would bring hundreds of packages of its own.
 node_modules/.package-lock.json: package.json package-lock.json | install
 	PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --ignore-scripts --no-audit --no-fund --silent
 	touch $@
 
-demo: install ## Run sixteen jobs for real on this machine; pictures and timeline land in out/
+demo: $(VENV)/.demo ## Run sixteen jobs for real on this machine; pictures and timeline land in out/
 	HF_HUB_OFFLINE=1 $(BIN)/darkroom demo --out out
 
 styles: install ## Eight things, plain and in each style, drawn by a real worker; the sheet lands in out/styles
@@ -53,6 +65,11 @@ styles: install ## Eight things, plain and in each style, drawn by a real worker
 
 overlays: install ## Sheets of headlines: places, scripts, grounds and dresses, for the eye; they land in out/overlays
 	$(BIN)/python -m examples.overlays out/overlays
+
+# mkdocs-material's notice of its successor is not about these pages.
+docs: install node_modules/.package-lock.json ## Build the site of docs/ into out/docs; a link that leads nowhere fails it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open out/docs/index.html"
 
 check: install ## Style and types
 	$(BIN)/ruff check $(CODE)

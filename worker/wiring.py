@@ -49,6 +49,7 @@ from worker.results.notifier import Notifier
 from worker.results.outbox import PREFETCH as OUTBOX_PREFETCH
 from worker.results.outbox import Outbox
 from worker.results.outbox_snapshots import SnapshotStore, SnapshotWriter
+from worker.results.result_urls import ResultUrls
 from worker.version import darkroom_version
 
 # Deliveries beyond the jobs that can be denoised, so that their adapters are fetched while others denoise.
@@ -100,6 +101,7 @@ class Parts:
         self.backend_breaker = Breaker("the backend", BACKEND_THRESHOLD)
         self.notifier = Notifier(
             client=self.webhooks,
+            urls=ResultUrls(self.storage, settings.store.results_bucket),
             ledger=self.ledger,
             publisher=self.publisher,
             names=self.names,
@@ -218,7 +220,7 @@ class Parts:
         )
         fetcher = Fetcher(source, settings.service.font_dirs, facts)
         engine_client = EngineClient(self.engine, self.is_draining)
-        store = ImageStore(self.storage, self.gate, self.ledger.find)
+        store = ImageStore(self.storage, self.gate, self.ledger.find, settings.store.result_cache_control)
         cutter = Cutter(settings.images.cutout_model)
         product = ProductGenerator(fetcher, facts, engine_client, store, cutter, settings.store.bucket)
         return JobHandler(
