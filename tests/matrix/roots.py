@@ -55,7 +55,8 @@ def make_root(machine: Machine, root: Path, run: Run) -> None:
     options = ["--components=main,universe", f"--keyring={fetch_ubuntu_keyring(root.parent, run)}"] if is_ubuntu else []
     script = UBUNTU_SCRIPT if is_ubuntu else DEBIAN_SCRIPT
     run(["debootstrap", "--variant=minbase", *options, machine.suite, str(root), machine.mirror, script])
-    shutil.copy("/etc/resolv.conf", root / "etc" / "resolv.conf")
+    for name in ("hosts", "resolv.conf"):  # debootstrap writes no hosts, and not every release knows localhost without
+        shutil.copy(f"/etc/{name}", root / "etc" / name)
     run(enter(root, f"apt-get update -qq; {APT_INSTALL} {' '.join(machine.packages)}"))
 
 
