@@ -48,6 +48,7 @@ from worker.results.notifier import Notifier
 from worker.results.outbox import PREFETCH as OUTBOX_PREFETCH
 from worker.results.outbox import Outbox
 from worker.results.outbox_snapshots import SnapshotStore, SnapshotWriter
+from worker.results.result_urls import ResultUrls
 from worker.tracing.switch import open_tracing, read_variables
 from worker.version import darkroom_version
 
@@ -102,6 +103,7 @@ class Parts:
         self.backend_breaker = Breaker("the backend", BACKEND_THRESHOLD)
         self.notifier = Notifier(
             client=self.webhooks,
+            urls=ResultUrls(self.storage, settings.store.results_bucket),
             ledger=self.ledger,
             publisher=self.publisher,
             names=self.names,
@@ -131,7 +133,7 @@ class Parts:
             self.metrics.registry,
             self.readiness.why_not,
             status.build,
-            status.read_preview,
+            status.read_image,
         )
         self.gauges = GaugePoller(
             self.metrics,
@@ -139,6 +141,8 @@ class Parts:
             outbox=self.outbox,
             publisher=self.publisher,
             gpu=GpuMonitor(settings.model.visible_gpu),
+            last_hour=self.history.last_hour,
+            jobs_queue=self.names.jobs,
             is_connected=lambda: self.readiness.is_connected,
             is_draining=self.is_draining,
         )
@@ -221,7 +225,7 @@ class Parts:
         )
         fetcher = Fetcher(source, settings.service.font_dirs, facts)
         engine_client = EngineClient(self.engine, self.is_draining)
-        store = ImageStore(self.storage, self.gate, self.ledger.find)
+        store = ImageStore(self.storage, self.gate, self.ledger.find, settings.store.result_cache_control)
         cutter = Cutter(settings.images.cutout_model)
         product = ProductGenerator(fetcher, facts, engine_client, store, cutter, settings.store.bucket)
         return JobHandler(
@@ -236,6 +240,7 @@ class Parts:
             worker=self.name,
             cancellations=self.cancellations,
             gate=self.gate,
+            makes_thumbnails=settings.service.status_show_prompts,
         )
 
     def consumer(self, dispatcher: Dispatcher, *, not_before: float) -> Consumer:

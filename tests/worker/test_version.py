@@ -38,3 +38,11 @@ def test_contract_carries_the_version_that_comes_next() -> None:
     contract = yaml.safe_load((ROOT / "docs" / "asyncapi.yaml").read_text())
 
     assert re.sub(r"\.dev\d+$", "", PROJECT["version"]) == contract["info"]["version"]
+
+
+def test_changes_that_are_not_released_are_listed_above_those_that_are() -> None:
+    _, unreleased, first = re.split(r"^## .*\n", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+
+    assert unreleased.strip().startswith("- ")
+    # What is added at the end of the file is added to a version that is out.
+    assert first.rstrip().endswith("private real servers; a demo model that draws on two CPU cores.")

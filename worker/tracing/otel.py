@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -143,16 +144,16 @@ class TracedWebhookClient(WebhookClient):
 
     def send(self, webhook: Webhook, *, deadline_seconds: float = DEADLINE_SECONDS) -> WebhookAttempt:
         """Make exactly one HTTP attempt, in a span."""
-        request = self.request_for(webhook)
+        route = self._routes[webhook.kind]
         span = self._tracer.start_span(
-            request.method,
+            route.method,
             _w3c.extract(webhook.trace_headers),
             SpanKind.CLIENT,
-            _request_attributes(request.method, request.url) | {"darkroom.webhook.kind": webhook.kind.value},
+            _request_attributes(route.method, route.url) | {"darkroom.webhook.kind": webhook.kind.value},
         )
         try:
-            request.headers.update(_trace_of(span).headers)
-            attempt = self.send_request(request, deadline_seconds=deadline_seconds)
+            traced = replace(webhook, trace_headers=_trace_of(span).headers)
+            attempt = super().send(traced, deadline_seconds=deadline_seconds)
             _set_answer(span, attempt)
             return attempt
         finally:
