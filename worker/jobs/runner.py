@@ -111,9 +111,12 @@ class JobRunner:
             case Disposition.RELEASE:
                 return RunOutcome(Disposition.RELEASE, Outcome.RELEASED)
             case Disposition.RETRY:
-                queue, body = self.names.retry(decision.delay_seconds), run.first.body
+                body, origin = run.first.body, run.first.origin
+                queue = self.names.retry(decision.delay_seconds, origin.queue)
                 self.settler.publish_until_confirmed(
-                    lambda: self.publisher.publish(queue, body, attempt=run.attempt + 1, reason=decision.message)
+                    lambda: self.publisher.publish(
+                        queue, body, attempt=run.attempt + 1, reason=decision.message, origin=origin
+                    )
                 )
                 return RunOutcome(Disposition.RETRY, Outcome.RETRIED, decision.code or "", message=decision.message)
             case _:
@@ -156,8 +159,10 @@ class JobRunner:
         )
 
     def _dead_letter(self, run: Run, reason: str) -> None:
-        body = run.first.body
-        self.settler.publish_until_confirmed(lambda: self.notifier.dead_letter(body, reason, attempt=run.attempt))
+        body, origin = run.first.body, run.first.origin
+        self.settler.publish_until_confirmed(
+            lambda: self.notifier.dead_letter(body, reason, attempt=run.attempt, origin=origin)
+        )
 
     def _notify(self, run: Run, event: TerminalEvent, disposition: Disposition, unrecorded: str = "") -> RunOutcome:
         """Send the event or park it in the outbox. `unrecorded` is the reason why the store has no record of it."""

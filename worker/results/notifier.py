@@ -13,6 +13,7 @@ import tenacity
 
 from clients.webhooks import WebhookAttempt, WebhookClient, WebhookKind, WebhookResult
 from config.logs import log_event
+from worker.amqp.delivery import NO_ORIGIN, Origin
 from worker.amqp.publisher import Publisher
 from worker.amqp.topology import QueueNames
 from worker.breakers import Breaker
@@ -157,9 +158,16 @@ class Notifier:
             return age_seconds > MAX_AGE_SECONDS
         return is_permanent_failure(attempt, age_seconds)
 
-    def dead_letter(self, body: bytes, reason: str, *, attempt: int | None = None) -> None:
+    def dead_letter(
+        self,
+        body: bytes,
+        reason: str,
+        *,
+        attempt: int | None = None,
+        origin: Origin = NO_ORIGIN,
+    ) -> None:
         """Publish a confirmed copy of an event or a job to the dead letters. Raises `PublishFailed`."""
-        self._publisher.publish(self._names.dead, body, attempt=attempt, reason=reason)
+        self._publisher.publish(self._names.dead, body, attempt=attempt, reason=reason, origin=origin)
         log_event(logger, "dead letter", logging.ERROR, reason=reason)
 
     def _send_with_retries(self, event: TerminalEvent, attempts: list[WebhookAttempt]) -> WebhookAttempt:

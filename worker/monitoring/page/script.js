@@ -216,16 +216,16 @@ function makeDoing({ kind, said }) {
 
 function showTiles({ batch, queues, webhooks, outcomes, engine_restarts: restarts, model }) {
   const count = (name) => outcomes[name] ?? 0;
-  const ready = (role) => queues.find((queue) => queue.role === role)?.num_messages;
-  const retries = queues.filter((queue) => queue.role.startsWith("retry."));
-  const numRetries = retries.reduce((sum, queue) => sum + queue.num_messages, 0);
+  const total = (some) => some.reduce((sum, queue) => sum + queue.num_messages, 0);
+  const jobs = queues.filter((queue) => queue.role === "jobs");
+  const numRetries = total(queues.filter((queue) => queue.role.startsWith("retry.")));
 
   $("lanes").replaceChildren(whole.format(batch.num_lanes), make("span", "", ` of ${whole.format(batch.max_lanes)}`));
   const step = model && model.recent_step_seconds > 0 ? `${span(model.recent_step_seconds)} a step` : "";
   text($("lanes-more"), step || "no step measured yet");
   text($("batch"), batch.mean.toFixed(2));
   text($("batch-more"), batch.recent ? `${batch.recent.toFixed(2)} lately` : "no forward lately");
-  text($("queue"), ready("jobs") === undefined ? "–" : whole.format(ready("jobs")));
+  text($("queue"), jobs.length ? whole.format(total(jobs)) : "–");
   text($("queue-more"), numRetries ? `${plural(numRetries, "waits", "wait")} for another try` : "waiting jobs");
   text($("done"), whole.format(count("complete")));
   text($("done-more"), `${plural(batch.num_steps, "forward", "forwards")}`);
