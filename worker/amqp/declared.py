@@ -16,7 +16,7 @@ from worker.amqp.topology import PRECONDITION_FAILED
 Value = str | int | bool
 MAX_ARGUMENTS = 20
 REFUSAL = re.compile(
-    r"inequivalent arg '([^']+)' for queue .* but current is (?:the value )?'([^']*)'(?: of type '(\w+)')?"
+    r"inequivalent arg '([^']+)' for queue .* but current is (?:the value )?'(.*?)'(?: of type '(\w+)')?$"
 )
 # Not arguments, but what a queue is declared as; each differs from a queue that backends declare.
 PROPERTIES = ("durable", "auto_delete", "exclusive")

@@ -1,4 +1,4 @@
-"""How a queue of jobs was declared is read from the broker's refusals, and a worker says what it cannot take jobs from."""
+"""How a queue of jobs was declared is read from refusals, and a worker says what it cannot take jobs from."""
 
 import uuid
 from collections.abc import Iterator
