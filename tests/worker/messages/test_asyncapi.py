@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from clients.webhooks import ROUTES, Webhook, WebhookClient, WebhookKind
+from clients.webhooks import DEFAULT_ROUTES, Webhook, WebhookClient, WebhookKind
 from config.backend import BackendSettings
 from tests.support.contract_schemas import DOCS, assert_webhook_fits, document, examples, header_validator
+from tests.support.pages.asyncapi import PAGE, render
 from tests.support.paths import ROOT
 from tests.support.servers.clients_servers import AnsweringServer, answer
 from tests.support.world import NODE
@@ -33,11 +34,15 @@ def serious(said: dict[str, Any]) -> list[dict[str, Any]]:
     return [problem for problem in said["problems"] if problem["severity"] <= WARNING]
 
 
+def test_page_for_people_is_the_one_that_the_document_makes() -> None:
+    assert PAGE.read_text(encoding="utf-8") == render(), "run python -m tests.support.pages.asyncapi"
+
+
 def test_the_official_parser_finds_no_error_and_no_warning() -> None:
     said = parser_says(DOCS / "asyncapi.yaml")
 
     assert serious(said) == []
-    paths = [route.path for route in ROUTES.values()]
+    paths = [path for _, path in DEFAULT_ROUTES.values()]
     assert said["channels"] == [NAMES.jobs, NAMES.cancel_exchange, *paths]
 
 
@@ -58,7 +63,7 @@ def test_each_webhook_has_its_method_and_its_path(kind: WebhookKind) -> None:
     channel = document()["channels"][operation["channel"]["$ref"].rpartition("/")[2]]
 
     assert operation["action"] == "send"
-    assert (operation["bindings"]["http"]["method"], channel["address"]) == ROUTES[kind]
+    assert (operation["bindings"]["http"]["method"], channel["address"]) == DEFAULT_ROUTES[kind]
 
 
 def test_queue_and_exchange_are_declared_as_the_worker_declares_them() -> None:
