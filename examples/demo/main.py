@@ -30,6 +30,7 @@ QUEUE = "image_generation"
 # Nothing heard of any job: a slow machine may take long over all of them.
 SILENCE_SECONDS = 180.0
 STOP_SECONDS = 30.0
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 def run_demo(out: Path, jobs: Sequence[DemoJob] = JOBS, draw_sheet: Sheet = draw_contact_sheet) -> int:
@@ -38,8 +39,9 @@ def run_demo(out: Path, jobs: Sequence[DemoJob] = JOBS, draw_sheet: Sheet = draw
     Nothing that it starts outlives it: SIGTERM and a closed terminal end it as Ctrl-C does, in order, and where it is
     killed its servers and the worker end with it.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _exit_once)
+    for number in ENDING_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _exit_once)
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     with ExitStack() as stack:
@@ -66,7 +68,7 @@ def run_demo(out: Path, jobs: Sequence[DemoJob] = JOBS, draw_sheet: Sheet = draw
 
 def _exit_once(number: int, _: object) -> NoReturn:
     # What is being stopped in order is not interrupted by a second signal.
-    for one in (signal.SIGTERM, signal.SIGHUP):
+    for one in ENDING_SIGNALS:
         signal.signal(one, signal.SIG_IGN)
     sys.exit(128 + number)
 
