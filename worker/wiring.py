@@ -131,7 +131,7 @@ class Parts:
             self.metrics.registry,
             self.readiness.why_not,
             status.build,
-            status.read_preview,
+            status.read_image,
         )
         self.gauges = GaugePoller(
             self.metrics,
@@ -139,6 +139,8 @@ class Parts:
             outbox=self.outbox,
             publisher=self.publisher,
             gpu=GpuMonitor(settings.model.visible_gpu),
+            last_hour=self.history.last_hour,
+            jobs_queue=self.names.jobs,
             is_connected=lambda: self.readiness.is_connected,
             is_draining=self.is_draining,
         )
@@ -235,6 +237,7 @@ class Parts:
             worker=self.name,
             cancellations=self.cancellations,
             gate=self.gate,
+            makes_thumbnails=settings.service.status_show_prompts,
         )
 
     def consumer(self, dispatcher: Dispatcher, *, not_before: float) -> Consumer:

@@ -37,10 +37,10 @@ HANG_SECONDS = 300.0
 class Worker:
     """A `darkroom run` in a process of its own, with its log in a file."""
 
-    def __init__(self, env: dict[str, str], log: Path) -> None:
+    def __init__(self, env: dict[str, str], log: Path, *options: str) -> None:
         self.port = int(env["METRICS_PORT"])
         self.log = log
-        command = [str(Path(sys.executable).parent / "darkroom"), "run"]
+        command = [str(Path(sys.executable).parent / "darkroom"), "run", *options]
         with log.open("wb") as sink:
             self.process = subprocess.Popen(command, env=env, cwd=log.parent, stdout=sink, stderr=sink)
 
@@ -117,11 +117,11 @@ class World:
             | {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
         )
 
-    def start_worker(self, **env: str) -> Worker:
-        """Start a worker; `wait_until_ready` is the caller's."""
+    def start_worker(self, *options: str, **env: str) -> Worker:
+        """Start a worker, with these options of `darkroom run`; `wait_until_ready` is the caller's."""
         number = len(self.workers) + 1
         own = {"CACHE_DIR": str(self.folder / f"cache-{number}"), "METRICS_PORT": str(free_port())}
-        worker = Worker(self.env() | own | env, self.folder / f"worker-{number}.log")
+        worker = Worker(self.env() | own | env, self.folder / f"worker-{number}.log", *options)
         self.workers.append(worker)
         return worker
 

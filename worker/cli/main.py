@@ -30,6 +30,7 @@ from worker.cli.exits import (
     whole_settings,
 )
 from worker.cli.options import GenerateOptions, fields_of, with_generate_options
+from worker.idle_countdown import IdleCountdown
 from worker.messages.generation_id import ID_RULE, is_generation_id
 from worker.supervisor import ExitCode, Supervisor
 from worker.version import darkroom_version
@@ -68,13 +69,19 @@ def _options(
 
 
 @app.command()
-def run() -> None:
+def run(
+    exit_when_idle: Annotated[
+        int | None,
+        typer.Option(metavar="SECONDS", min=1, help="End with code 0 after so many seconds without a job"),
+    ] = None,
+) -> None:
     """Work: take jobs from RabbitMQ until SIGTERM. Settings come from the environment and .env."""
     exit_over(engine_needs())
     settings = or_exit(whole_settings)
     configure_logging(settings.service.log_level, settings.service.log_format)
+    countdown = None if exit_when_idle is None else IdleCountdown(exit_when_idle)
     try:
-        supervisor = or_exit(partial(Supervisor, settings))
+        supervisor = or_exit(partial(Supervisor, settings, countdown=countdown))
     except OSError as error:
         from worker.cli.check.port import explain_bind_error  # noqa: PLC0415
 

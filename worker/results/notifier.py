@@ -80,7 +80,7 @@ class Notifier:
     ) -> None:
         """Create a notifier that reports to `breaker` whether the backend accepts our token."""
         self._client = client
-        self._urls = urls
+        self.urls = urls
         self._breaker = breaker
         self._ledger = ledger
         self._publisher = publisher
@@ -157,7 +157,7 @@ class Notifier:
 
     def _send(self, event: TerminalEvent) -> WebhookAttempt:
         try:
-            webhook = self._urls.webhook_of(event)
+            webhook = self.urls.webhook_of(event)
         except StorageError as error:
             return WebhookAttempt(WebhookResult.RETRY, None, None, f"no address can be signed: {error}", False)
         return self._client.send(webhook, deadline_seconds=CALL_DEADLINE_SECONDS)

@@ -206,13 +206,13 @@ def test_progress_names_the_preview_once_it_is_stored_and_never_waits_for_it(
 # --- The status page
 
 
-def test_http_server_serves_the_preview_of_its_job_alone() -> None:
-    task_id = "660f9511-f3ac-52e5-b827-557766551111"
+def test_http_server_serves_the_image_of_its_job_alone() -> None:
+    path = "status/preview/660f9511-f3ac-52e5-b827-557766551111.jpg"
     jpeg = encode(Preview(8, 8, bytes(192)))
 
-    with served(status, {task_id: jpeg}.get) as address:
-        found = requests.get(f"{address}status/preview/{task_id}.jpg?step=5", timeout=120)
-        missing = [requests.get(address + path, timeout=120) for path in ("status/preview/x.jpg", f"{task_id}.jpg")]
+    with served(status, {path: jpeg}.get) as address:
+        found = requests.get(f"{address}{path}?step=5", timeout=120)
+        missing = [requests.get(address + path, timeout=120) for path in ("status/preview/x.jpg", "x.jpg")]
 
     assert (found.status_code, found.headers["Content-Type"], found.content) == (200, "image/jpeg", jpeg)
     assert found.headers["Cache-Control"] == "no-store"
