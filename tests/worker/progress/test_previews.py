@@ -197,7 +197,7 @@ def test_progress_names_the_preview_once_it_is_stored_and_never_waits_for_it(
     # Where none can be, this progress is dropped like any that is not taken.
     store.is_broken = True
     track.on_step(StepReport(11, 20, 0.1))
-    wait_until(lambda: "no key to sign with" in caplog.text)
+    wait_until(lambda: "progress not sent" in caplog.text)
     track.close()
     reporter.close()
     assert backend.calls.empty()
