@@ -11,14 +11,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
-import pika
 from rich.console import Console
 
 from examples.demo.bars import JobBars
 from examples.demo.contact_sheet import Sheet, draw_contact_sheet
-from examples.demo.jobs import JOBS, DemoJob, message
-from examples.demo.references import draw_references
-from examples.demo.signatures import draw_signatures
+from examples.demo.jobs import JOBS, DemoJob
+from examples.demo.publish import MODEL, publish, upload
 from examples.demo.timeline import draw_timeline
 from examples.parts.backend import Backend
 from examples.parts.processes import ServerProcess
@@ -27,7 +25,6 @@ from examples.parts.seaweedfs import SeaweedFS
 from inference.process.child_handle import path_variables
 from worker.results.terminal_event import TerminalEvent
 
-MODEL = Path(__file__).parent.parent / "demo_model"
 BUCKET = "media"
 QUEUE = "image_generation"
 # Nothing heard of any job: a slow machine may take long over all of them.
@@ -51,12 +48,12 @@ def run_demo(out: Path, jobs: Sequence[DemoJob] = JOBS, draw_sheet: Sheet = draw
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="darkroom-")))
         rabbitmq, store = _start_parts(stack, folder, console)
         store.make_bucket(BUCKET)
-        _upload(store.client(), folder)
+        upload(store.client(), BUCKET, folder)
         bars = JobBars(jobs, console)
         backend = stack.enter_context(Backend(on_call=bars.on_call))
         worker = _start_worker(rabbitmq, store, backend, folder, out / "worker.log")
         stack.callback(worker.kill)
-        _publish(rabbitmq, jobs)
+        publish(rabbitmq.url, QUEUE, jobs, BUCKET)
         console.print(f"{len(jobs)} jobs published; the worker is loading the model")
         with bars:
             num_done = _wait(backend, worker, jobs)
@@ -88,15 +85,6 @@ def _start_parts(stack: ExitStack, folder: Path, console: Console) -> tuple[Rabb
     return rabbitmq, store
 
 
-def _upload(client: Any, folder: Path) -> None:
-    for adapter in sorted((MODEL / "adapters").glob("*.safetensors")):
-        client.upload_file(str(adapter), BUCKET, f"models/{adapter.name}")
-    for path in draw_signatures(folder).values():
-        client.upload_file(str(path), BUCKET, f"signatures/{path.name}")
-    for path in draw_references(folder).values():
-        client.upload_file(str(path), BUCKET, f"uploads/{path.name}")
-
-
 def _start_worker(rabbitmq: RabbitMQ, store: SeaweedFS, backend: Backend, folder: Path, log: Path) -> ServerProcess:
     """Start `darkroom run` as an operator starts it: configured by its environment.
 
@@ -117,16 +105,6 @@ def _start_worker(rabbitmq: RabbitMQ, store: SeaweedFS, backend: Backend, folder
     }
     log.unlink(missing_ok=True)
     return ServerProcess([sys.executable, "-m", "worker", "run"], env=environment, log=log, cwd=folder)
-
-
-def _publish(rabbitmq: RabbitMQ, jobs: Sequence[DemoJob]) -> None:
-    """Publish as the backends in the field do: a durable queue without arguments, persistent messages."""
-    connection = pika.BlockingConnection(pika.URLParameters(rabbitmq.url))
-    channel = connection.channel()
-    channel.queue_declare(QUEUE, durable=True)
-    for job in jobs:
-        channel.basic_publish("", QUEUE, message(job, BUCKET), pika.BasicProperties(delivery_mode=2))
-    connection.close()
 
 
 def _wait(backend: Backend, worker: ServerProcess, jobs: Sequence[DemoJob]) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from clients.storage.client import Storage
+from clients.storage.errors import StorageError
 from clients.storage.location import ObjectRef
 from clients.webhooks import Webhook, WebhookKind
 from worker.messages.generation_id import image_key
@@ -35,6 +36,18 @@ class ResultUrls:
             urls = [self._url(event, number) for number in range(1, num_images + 1)]
             body["metadata"] = {**metadata, "result_urls": urls}
         return replace(webhook, body=body)
+
+    def addresses_of(self, event: TerminalEvent) -> tuple[str, ...]:
+        """Return the addresses in the event's webhook, valid from now on; none of a failed job, or if none can be
+        signed."""
+        try:
+            body = self.webhook_of(event).body
+        except StorageError:
+            return ()
+        metadata = body.get("metadata")
+        several = metadata.get("result_urls") if isinstance(metadata, Mapping) else None
+        addresses = several if isinstance(several, list) else [body.get("result_url")]
+        return tuple(address for address in addresses if isinstance(address, str))
 
     def _url(self, event: TerminalEvent, number: int) -> str:
         return self.storage.result_url(ObjectRef(self.bucket, image_key(event.generation_id, number)))

@@ -51,6 +51,8 @@ class SlowStore:
         return f"https://pictures/{ref.key}"
 
     def result_url(self, ref: ObjectRef) -> str:
+        if self.is_broken:
+            raise StorageUnavailable("no key to sign with")
         return f"{self.public_url(ref)}?signed={next(self.signatures)}"
 
 
@@ -170,10 +172,10 @@ def test_failing_store_costs_a_log_line_alone(
 
 
 def test_progress_names_the_preview_once_it_is_stored_and_never_waits_for_it(
-    previewer: Previewer, store: SlowStore
+    previewer: Previewer, store: SlowStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend = Listener()
-    reporter = ProgressReporter(backend, previewer, (25, 50), Metrics())  # type: ignore[arg-type]
+    reporter = ProgressReporter(backend, previewer, (25, 50, 55), Metrics())  # type: ignore[arg-type]
     reporter.start()
     track = reporter.follow("task", 456)
     store.is_free.clear()
@@ -191,20 +193,26 @@ def test_progress_names_the_preview_once_it_is_stored_and_never_waits_for_it(
     # Its address is made valid as it is sent: a webhook may have waited.
     track.on_step(StepReport(10, 20, 0.1))
     assert backend.next()["preview_url"] == "https://pictures/previews/gen-456.jpg?signed=1"
+
+    # Where none can be, this progress is dropped like any that is not taken.
+    store.is_broken = True
+    track.on_step(StepReport(11, 20, 0.1))
+    wait_until(lambda: "progress not sent" in caplog.text)
     track.close()
     reporter.close()
+    assert backend.calls.empty()
 
 
 # --- The status page
 
 
-def test_http_server_serves_the_preview_of_its_job_alone() -> None:
-    task_id = "660f9511-f3ac-52e5-b827-557766551111"
+def test_http_server_serves_the_image_of_its_job_alone() -> None:
+    path = "status/preview/660f9511-f3ac-52e5-b827-557766551111.jpg"
     jpeg = encode(Preview(8, 8, bytes(192)))
 
-    with served(status, {task_id: jpeg}.get) as address:
-        found = requests.get(f"{address}status/preview/{task_id}.jpg?step=5", timeout=120)
-        missing = [requests.get(address + path, timeout=120) for path in ("status/preview/x.jpg", f"{task_id}.jpg")]
+    with served(status, {path: jpeg}.get) as address:
+        found = requests.get(f"{address}{path}?step=5", timeout=120)
+        missing = [requests.get(address + path, timeout=120) for path in ("status/preview/x.jpg", "x.jpg")]
 
     assert (found.status_code, found.headers["Content-Type"], found.content) == (200, "image/jpeg", jpeg)
     assert found.headers["Cache-Control"] == "no-store"

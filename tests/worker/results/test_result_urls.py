@@ -78,3 +78,21 @@ def test_metadata_that_no_worker_wrote_stay_as_they_are(metadata: object) -> Non
     webhook = urls("presigned:3600").webhook_of(complete(metadata=metadata))
 
     assert webhook.body["metadata"] == metadata
+
+
+@pytest.mark.parametrize(
+    ("event", "shown"),
+    [
+        (complete(), [f"{RECORDED}.png"]),
+        (complete(metadata={"result_urls": [f"{RECORDED}.png", 7]}), [f"{RECORDED}.png"]),
+        (failed_event(task_id="task", generation_id=7, code=ErrorCode.GPU_OOM, message="", retry_count=0), []),
+    ],
+)
+def test_addresses_are_those_of_the_webhook(event: TerminalEvent, shown: list[str]) -> None:
+    assert list(urls("plain").addresses_of(event)) == shown
+
+
+def test_addresses_of_several_images_are_presigned_as_in_the_webhook() -> None:
+    event = complete(metadata={"seed": 1, "result_urls": [f"{RECORDED}.png", f"{RECORDED}-2.png"]})
+
+    assert paths(*urls("presigned:3600").addresses_of(event)) == [f"{RECORDED}.png", f"{RECORDED}-2.png"]
