@@ -3,25 +3,30 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
-APT_PACKAGES := rabbitmq-server prometheus chromium libimage-exiftool-perl fonts-nanum fonts-dejavu-core fonts-vlgothic fonts-wqy-microhei \
-	libfribidi0
+# Where no GPU is, torch's own index of wheels without CUDA's gigabytes; `TORCH_INDEX_URL=` asks no index but pip's.
+TORCH_INDEX_URL ?= $(if $(wildcard /dev/nvidiactl /dev/dxg),,https://download.pytorch.org/whl/cpu)
+DEMO_PACKAGES := rabbitmq-server fonts-nanum fonts-dejavu-core
+DEMO_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/share/fonts/truetype/nanum
 # Debian splits venv off its Python; other Pythons bring it along.
-APT_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo python3-venv)
+DEMO_PACKAGES += $(shell $(PYTHON) -c 'import ensurepip' 2>/dev/null || echo python3-venv)
+# Ubuntu's is a snap: tests with a browser take playwright's own there, or are skipped.
+CHROMIUM := $(shell . /etc/os-release; [ "$$ID" = ubuntu ] || echo chromium)
+TEST_PACKAGES := prometheus $(CHROMIUM) libimage-exiftool-perl fonts-vlgothic fonts-wqy-microhei libfribidi0
+TEST_MARKS := /usr/bin/promtool $(CHROMIUM:%=/usr/bin/%) /usr/bin/exiftool \
+	/usr/share/fonts/truetype/vlgothic /usr/share/fonts/truetype/wqy /usr/share/doc/libfribidi0
+# RUNLEVEL=1 keeps Debian from starting a broker and a Prometheus of its own: demo and tests run private ones.
+APT_INSTALL := $(SUDO) env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 LANGUAGE_PACKAGES := php-cli php-amqplib ruby ruby-bunny golang-go golang-github-rabbitmq-amqp091-go-dev default-jdk-headless \
 	librabbitmq-client-java libjackson2-databind-java
-APT_MARKS := /usr/lib/rabbitmq/bin/rabbitmq-server /usr/bin/promtool /usr/bin/chromium /usr/bin/exiftool \
-	/usr/share/fonts/truetype/nanum /usr/share/fonts/truetype/vlgothic /usr/share/fonts/truetype/wqy \
-	/usr/share/doc/libfribidi0
 # A file's tests share its world, so a file stays with one process; conftest.py sorts the files.
 SHARED_OUT := -n 3 --dist loadfile --no-loadscope-reorder
-RABBITMQ4_ROOT ?= $(CURDIR)/out/rabbitmq4
 PYTHON312 ?= python3.12
 OUT ?= out/gpu
 REHEARSAL := $(CURDIR)/out/gpu-rehearsal
 MACHINE_PYTHON ?= $(REHEARSAL)/machine/bin/python
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo styles overlays house docs quick test check coverage outage leaks field languages faults rabbitmq4 mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
+.PHONY: help install demo styles overlays wheel house docs quick test check coverage outage leaks field languages faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -30,23 +35,31 @@ help: ## List these targets
 install: $(VENV)/.installed ## Make .venv and install what the demo and the tests need
 
 # torch goes first and alone: where no GPU is, any later chance to choose would bring gigabytes of CUDA.
-$(VENV)/.installed: pyproject.toml constraints.txt | $(APT_MARKS)
+$(VENV)/.demo: pyproject.toml constraints.txt | $(DEMO_MARKS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt \
+		$$($(BIN)/python tests/support/torch_index.py "$(TORCH_INDEX_URL)") torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.demo | $(TEST_MARKS)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# RUNLEVEL=1 keeps Debian from starting a broker and a Prometheus of its own: demo and tests run private ones.
-$(APT_MARKS) &:
+$(DEMO_MARKS) &:
 	$(SUDO) apt-get update -qq
-	$(SUDO) env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(APT_PACKAGES) >/dev/null
+	$(APT_INSTALL) $(DEMO_PACKAGES) >/dev/null
+
+$(TEST_MARKS) &:
+	$(SUDO) apt-get update -qq
+	$(APT_INSTALL) $(TEST_PACKAGES) >/dev/null
 
 # The Node that a dev dependency brings: Debian's npm would bring hundreds of packages of its own.
 node_modules/.package-lock.json: package.json package-lock.json | install
 	PATH="$(CURDIR)/$(BIN):$$PATH" npm ci --ignore-scripts --no-audit --no-fund --silent
 	touch $@
 
-demo: install ## Run sixteen jobs for real on this machine; pictures and timeline land in out/
+demo: $(VENV)/.demo ## Run sixteen jobs for real on this machine; pictures and timeline land in out/
 	HF_HUB_OFFLINE=1 $(BIN)/darkroom demo --out out
 
 styles: install ## Eight things, plain and in each style, drawn by a real worker; the sheet lands in out/styles
@@ -54,6 +67,11 @@ styles: install ## Eight things, plain and in each style, drawn by a real worker
 
 overlays: install ## Sheets of headlines: places, scripts, grounds and dresses, for the eye; they land in out/overlays
 	$(BIN)/python -m examples.overlays out/overlays
+
+wheel: ## Build the wheel, with the demo's model in it, into dist/
+	rm -rf build dist
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 # mkdocs-material's notice of its successor is not about these pages.
 docs: install node_modules/.package-lock.json ## Build the site of docs/ into out/docs; a link that leads nowhere fails it
@@ -100,16 +118,12 @@ faults: install ## Every fault on the way to broker, store and backend, and in t
 	OMP_NUM_THREADS=1 FAULTS_LONG=1 $(BIN)/pytest tests/faults/test_proxy.py tests/live/test_faults.py tests/live/test_faults_*.py \
 		tests/live/test_leases.py tests/live/test_batching.py tests/inference/process/test_engine_process.py tests/campaigns/test_campaigns.py
 
-# RABBITMQ4_ROOT may be any root folder with another RabbitMQ in it; DEBIAN_MIRROR is for where debootstrap's own is not reached.
-rabbitmq4: install $(RABBITMQ4_ROOT)/.installed ## As root: what a broker counts and drops, on the RabbitMQ 4 of Debian 13 in a chroot
-	OMP_NUM_THREADS=1 FAULTS_LONG=1 RABBITMQ_ROOT=$(RABBITMQ4_ROOT) $(BIN)/pytest tests/live/test_returns.py tests/worker/cli/test_dead_letters.py
-
-$(RABBITMQ4_ROOT)/.installed:
+# DEBIAN_MIRROR and UBUNTU_MIRROR are for where their own archives are not reached. MATRIX_MOUNTS (here:there, comma-separated)
+# are shown to each root: a /etc/pip.conf, a file for /etc/apt/apt.conf.d, certificates. MACHINES names some of them, FRESH=1 makes all anew.
+matrix: install ## As root: the demo and the tests of broker, faults and campaigns on Debian 13, Ubuntu 24.04 and RabbitMQ 4.3
 	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends debootstrap >/dev/null
-	rm -rf $(RABBITMQ4_ROOT)
-	mkdir -p $(dir $(RABBITMQ4_ROOT))
-	$(SUDO) debootstrap --variant=minbase --include=rabbitmq-server trixie $(RABBITMQ4_ROOT) $(DEBIAN_MIRROR) >/dev/null
-	touch $@
+	$(SUDO) env PATH="$$PATH" DEBIAN_MIRROR="$(DEBIAN_MIRROR)" UBUNTU_MIRROR="$(UBUNTU_MIRROR)" MATRIX_MOUNTS="$(MATRIX_MOUNTS)" \
+		TORCH_INDEX_URL="$(TORCH_INDEX_URL)" PYTHON312="$(PYTHON312)" $(BIN)/python -m tests.matrix $(if $(FRESH),--fresh) $(MACHINES)
 
 mutations: install ## Take the mechanism behind each row of the fault matrix out of a copy, and see its tests fail
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutations
@@ -170,4 +184,4 @@ demo-model: install ## Make the demo model anew from its pictures, into out/demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m examples.demo_model.recipe --out out/demo_model $(if $(INSTALL),--install)
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) node_modules .whl out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) node_modules .whl out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import requests
 
-from clients.webhooks import ROUTES, WebhookClient, WebhookKind
+from clients.webhooks import Route, WebhookClient
 from config.backend import BackendSettings
 
 NOT_FOUND = 404
@@ -27,9 +28,9 @@ class BackendProbe(NamedTuple):
     follow_up_status: int | None = None
 
 
-def probe_backend(settings: BackendSettings) -> BackendProbe:
-    """Send the probe requests; raise `BackendUnreachable` where no answer comes."""
-    client, url = WebhookClient(settings), settings.base_url + ROUTES[WebhookKind.COMPLETE].path
+def probe_backend(settings: BackendSettings, route: Route) -> BackendProbe:
+    """Send the probe requests to the route's address; raise `BackendUnreachable` where no answer comes."""
+    client, url = WebhookClient(settings), route.url
 
     def status_of(method: str, url: str, headers: Mapping[str, str | None]) -> int:
         attempt = client.send_request(requests.Request(method, url, headers=headers))
@@ -43,5 +44,7 @@ def probe_backend(settings: BackendSettings) -> BackendProbe:
     if status == NOT_FOUND:
         follow_up_status = status_of("OPTIONS", url, {})
     elif 200 <= status < 300:
-        follow_up_status = status_of("GET", f"{url}/darkroom-check", {})
+        parts = urlsplit(url)
+        below = parts._replace(path=f"{parts.path.rstrip('/')}/darkroom-check").geturl()
+        follow_up_status = status_of("GET", below, {})
     return BackendProbe(status, unauthenticated_status, follow_up_status)

@@ -5,7 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from enum import Enum, StrEnum, auto
 from http.cookiejar import DefaultCookiePolicy
@@ -28,6 +28,9 @@ MAX_RETRY_AFTER_SECONDS = 3600.0
 
 # 401 and 403 are a token being rotated, 404 a generation not committed yet: all may be well in a minute.
 RETRY_STATUSES = frozenset({401, 403, 404, 408, 425, 429})
+NO_SUCH_METHOD_STATUSES = frozenset({405, 501})
+
+DEFAULT_SETTING = "BACKEND_API_URL"
 
 _VISIBLE_ASCII = re.compile(r"[\x21-\x7e]+")
 _POOLS = guarded_pools(HTTPConnectionPool, HTTPSConnectionPool)
@@ -42,16 +45,39 @@ class WebhookKind(StrEnum):
     FAILED = "failed"
 
 
-class _Route(NamedTuple):
+class Route(NamedTuple):
+    """How webhooks of one kind are sent. `setting` is the variable that says where; a shared address, which takes every
+    kind, finds the kind as `type` in the body."""
+
     method: str
-    path: str
+    url: str
+    setting: str
+    is_shared: bool
 
 
-ROUTES: dict[WebhookKind, _Route] = {
-    WebhookKind.PROGRESS: _Route("PATCH", "/api/webhooks/inference/progress"),
-    WebhookKind.COMPLETE: _Route("POST", "/api/webhooks/inference/complete"),
-    WebhookKind.FAILED: _Route("POST", "/api/webhooks/inference/failed"),
+DEFAULT_ROUTES: dict[WebhookKind, tuple[str, str]] = {
+    WebhookKind.PROGRESS: ("PATCH", "/api/webhooks/inference/progress"),
+    WebhookKind.COMPLETE: ("POST", "/api/webhooks/inference/complete"),
+    WebhookKind.FAILED: ("POST", "/api/webhooks/inference/failed"),
 }
+
+
+def route_of(settings: BackendSettings, kind: WebhookKind) -> Route:
+    """Return the kind's route: by its own setting, else to the shared address, else by its default path."""
+    own = {
+        WebhookKind.PROGRESS: settings.progress_url,
+        WebhookKind.COMPLETE: settings.complete_url,
+        WebhookKind.FAILED: settings.failed_url,
+    }[kind]
+    method, path = DEFAULT_ROUTES[kind]
+    is_shared = own is None and settings.webhook_url is not None
+    if kind is WebhookKind.PROGRESS:
+        method = settings.progress_method or ("POST" if is_shared else method)
+    if own is not None:
+        return Route(method, settings.address_of(own), f"WEBHOOK_{kind.name}_URL", is_shared)
+    if settings.webhook_url is not None:
+        return Route(method, settings.address_of(settings.webhook_url), "WEBHOOK_URL", is_shared)
+    return Route(method, settings.base_url + path, DEFAULT_SETTING, is_shared)
 
 
 @dataclass(frozen=True)
@@ -86,6 +112,7 @@ class WebhookAttempt:
     """One attempt's result. `reason` is short and holds no secret.
 
     `status` is None where no response came. `is_ambiguous`: the backend may have acted on it, without a response.
+    `setting` is the variable that says where it went.
     """
 
     result: WebhookResult
@@ -93,6 +120,7 @@ class WebhookAttempt:
     retry_after_seconds: float | None
     reason: str
     is_ambiguous: bool
+    setting: str = DEFAULT_SETTING
 
 
 class WebhookClient:
@@ -100,6 +128,7 @@ class WebhookClient:
 
     def __init__(self, settings: BackendSettings, *, now: Callable[[], float] = time.time) -> None:
         self._settings = settings
+        self._routes = {kind: route_of(settings, kind) for kind in WebhookKind}
         self._now = now
         secret = settings.signing_secret
         self._signing_key = None if secret is None else signing_key(secret.get_secret_value())
@@ -107,7 +136,10 @@ class WebhookClient:
 
     def send(self, webhook: Webhook, *, deadline_seconds: float = DEADLINE_SECONDS) -> WebhookAttempt:
         """Make exactly one HTTP attempt, over within `deadline_seconds`; network and HTTP errors become its result."""
-        route, payload = ROUTES[webhook.kind], webhook.payload
+        route = self._routes[webhook.kind]
+        if route.is_shared:
+            webhook = replace(webhook, body={"type": webhook.kind.value, **webhook.body})
+        payload = webhook.payload
         timestamp = int(self._now())
         headers = {
             "Content-Type": "application/json",
@@ -117,9 +149,9 @@ class WebhookClient:
         if self._signing_key is not None:
             signature = sign_payload(self._signing_key, webhook.webhook_id, timestamp, payload)
             headers["webhook-signature"] = signature
-        url = self._settings.base_url + route.path
-        request = requests.Request(route.method, url, data=payload, headers=headers)
-        return self.send_request(request, deadline_seconds=deadline_seconds)
+        request = requests.Request(route.method, route.url, data=payload, headers=headers)
+        attempt = self.send_request(request, deadline_seconds=deadline_seconds)
+        return replace(attempt, reason=_with_advice(attempt, route), setting=route.setting)
 
     def send_request(self, request: requests.Request, *, deadline_seconds: float = DEADLINE_SECONDS) -> WebhookAttempt:
         """Make one HTTP attempt with any request, over this client's sessions."""
@@ -154,10 +186,16 @@ def classify(status: int, headers: Mapping[str, str], now: float) -> WebhookAtte
     if status in RETRY_STATUSES or status >= 500:
         wait = _retry_after_seconds(headers.get("Retry-After"), now)
         return WebhookAttempt(WebhookResult.RETRY, status, wait, f"HTTP {status}", False)
-    if 300 <= status < 400:
-        reason = f"HTTP {status}: a redirect, which is never followed; set BACKEND_API_URL to the final address"
-        return WebhookAttempt(WebhookResult.REJECTED, status, None, reason, False)
     return WebhookAttempt(WebhookResult.REJECTED, status, None, f"HTTP {status}", False)
+
+
+def _with_advice(attempt: WebhookAttempt, route: Route) -> str:
+    """Return the attempt's reason, with what to set where a status shows a wrong setting."""
+    if attempt.status is not None and 300 <= attempt.status < 400:
+        return f"{attempt.reason}: a redirect, which is never followed; set {route.setting} to the final address"
+    if attempt.status in NO_SUCH_METHOD_STATUSES and route.method == "PATCH":
+        return f"{attempt.reason} to PATCH: set WEBHOOK_PROGRESS_METHOD=POST where a gateway passes no PATCH"
+    return attempt.reason
 
 
 def _new_session(token: str) -> requests.Session:
@@ -172,7 +210,8 @@ def _new_session(token: str) -> requests.Session:
         }
     )
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-    adapter = HTTPAdapter(pool_connections=1, pool_maxsize=1, max_retries=0)
+    # The kinds may have hosts of their own.
+    adapter = HTTPAdapter(pool_connections=len(WebhookKind), pool_maxsize=1, max_retries=0)
     adapter.poolmanager.pool_classes_by_scheme = _POOLS
     session.mount("http://", adapter)
     session.mount("https://", adapter)

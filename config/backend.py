@@ -3,12 +3,12 @@
 import base64
 import binascii
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import NoDecode
 
-from config.section import Section, check_http_url, split_commas
+from config.section import Section, check_address, check_http_url, split_commas
 
 
 class BackendSettings(Section):
@@ -21,12 +21,46 @@ class BackendSettings(Section):
         validation_alias="WEBHOOK_SIGNING_SECRET",
         description="Standard Webhooks secret (`whsec_…`); set, every webhook is signed",
     )
+    webhook_url: SecretStr | None = Field(
+        None,
+        validation_alias="WEBHOOK_URL",
+        description="One address for all webhooks: a URL, or a path on BACKEND_API_URL. Each body then has a `type`",
+    )
+    progress_url: SecretStr | None = Field(
+        None,
+        validation_alias="WEBHOOK_PROGRESS_URL",
+        description="Address of progress alone: a URL, or a path on BACKEND_API_URL",
+    )
+    complete_url: SecretStr | None = Field(
+        None, validation_alias="WEBHOOK_COMPLETE_URL", description="The same for jobs that are complete"
+    )
+    failed_url: SecretStr | None = Field(
+        None, validation_alias="WEBHOOK_FAILED_URL", description="The same for jobs that failed or were cancelled"
+    )
+    progress_method: Literal["PATCH", "POST"] | None = Field(
+        None,
+        validation_alias="WEBHOOK_PROGRESS_METHOD",
+        description="`PATCH` or `POST`, for a gateway that passes no PATCH; unset is PATCH, to WEBHOOK_URL POST",
+    )
     progress_milestones: Annotated[tuple[int, ...], NoDecode] = Field(
         (0, 25, 50, 75, 90), validation_alias="PROGRESS_MILESTONES", description="Percentages reported, comma-separated"
     )
 
     _split = field_validator("progress_milestones", mode="before")(split_commas)
     _is_http_url = field_validator("base_url")(check_http_url)
+
+    # Secret, as gateways have keys in the query or the path.
+    @field_validator("webhook_url", "progress_url", "complete_url", "failed_url")
+    @classmethod
+    def _is_address(cls, address: SecretStr | None) -> SecretStr | None:
+        if address is not None:
+            check_address(address.get_secret_value())
+        return address
+
+    def address_of(self, address: SecretStr) -> str:
+        """Return the URL of one of the addresses; never log it whole."""
+        text = address.get_secret_value()
+        return self.base_url + text if text.startswith("/") else text
 
     @field_validator("token")
     @classmethod

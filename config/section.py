@@ -97,6 +97,18 @@ def check_http_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def check_address(address: str) -> None:
+    """Raise `ValueError`, without quoting it, where `address` is neither a URL nor a path; it may have a query."""
+    if address.startswith("/") and not address.startswith("//"):
+        # Appended to a host, which a user before an @ or a port would change; a space would end the request line.
+        address = f"http://host{address}"
+    parts = split_url(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname or not re.fullmatch(r"[\x21-\x7e]+", address):
+        raise ValueError("must be an http:// or https:// URL of ASCII characters, or a path that begins with a slash")
+    if parts.username or parts.password or parts.fragment:
+        raise ValueError("must not carry a user, a password or a fragment")
+
+
 def split_url(url: str) -> SplitResult:
     """Return the parts of `url`; raise a `ValueError` that quotes nothing of it."""
     # urlsplit's own messages may quote user and password.

@@ -1,5 +1,6 @@
 """Settings of the S3 store, its buckets and the download cache."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,14 @@ from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import NoDecode
 
 from config.section import Section, check_bucket_name, check_http_url, split_commas
+
+PLAIN = "plain"
+PRESIGNED = re.compile(r"presigned:([0-9]{1,9})")
+MAX_PRESIGNED_SECONDS = 604_800
+# RFC 9111 5.2: tokens, each with an argument or none, which is a token or a quoted string.
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # noqa: S105 - RFC 9110's word for a word
+_DIRECTIVE = rf'{_TOKEN}(?:=(?:{_TOKEN}|"[\x20\x21\x23-\x5b\x5d-\x7e]*"))?'
+CACHE_CONTROL = re.compile(rf"{_DIRECTIVE}(?:[ \t]*,[ \t]*{_DIRECTIVE})*")
 
 
 class StoreSettings(Section):
@@ -35,6 +44,16 @@ class StoreSettings(Section):
     result_url_base: str | None = Field(
         None, validation_alias="RESULT_URL_BASE", description="Public URL in front of the key in `result_url`"
     )
+    result_url_mode: str = Field(
+        "plain",
+        validation_alias="RESULT_URL_MODE",
+        description="`plain`, or `presigned:SECONDS`: a private bucket's pictures open for so long",
+    )
+    result_cache_control: str = Field(
+        "no-cache",
+        validation_alias="RESULT_CACHE_CONTROL",
+        description="`Cache-Control` of stored pictures; one that is drawn again has the key it had",
+    )
     cache_dir: Path = Field(
         Path("~/.cache/darkroom"), validation_alias="CACHE_DIR", description="Folder of downloaded adapters"
     )
@@ -59,6 +78,24 @@ class StoreSettings(Section):
     def _is_http_url(cls, url: str | None) -> str | None:
         return None if url is None else check_http_url(url)
 
+    @field_validator("result_url_mode")
+    @classmethod
+    def _is_url_mode(cls, mode: str) -> str:
+        found = PRESIGNED.fullmatch(mode)
+        if mode != PLAIN and found is None:
+            raise ValueError("must be plain or presigned:SECONDS, like presigned:3600")
+        if found is not None and not 1 <= int(found[1]) <= MAX_PRESIGNED_SECONDS:
+            limit = f"presigned:1 to presigned:{MAX_PRESIGNED_SECONDS}"
+            raise ValueError(f"must be {limit}: no signature of S3's is valid for more than seven days")
+        return mode
+
+    @field_validator("result_cache_control")
+    @classmethod
+    def _is_cache_control(cls, directives: str) -> str:
+        if not CACHE_CONTROL.fullmatch(directives):
+            raise ValueError("must be directives separated by commas, like public, max-age=31536000, immutable")
+        return directives
+
     # On the field, not on the model: pydantic runs model validators only once all fields are valid.
     @field_validator("secret_access_key")
     @classmethod
@@ -70,6 +107,11 @@ class StoreSettings(Section):
     @property
     def results_bucket(self) -> str:
         return self.results_bucket_name or self.bucket
+
+    @property
+    def presigned_seconds(self) -> int | None:
+        """Validity of presigned result addresses; None where they are plain."""
+        return None if self.result_url_mode == PLAIN else int(self.result_url_mode.partition(":")[2])
 
     @property
     def allowed_buckets(self) -> frozenset[str]:

@@ -31,7 +31,6 @@ HERE = Path(__file__).parent
 
 # The longest files first, so that the test processes end at about the same time.
 SLOW_FILES = (
-    "live/test_status",
     "worker/cli/test_commands",
     "benchmarks/test_gpu_command",
     "live/test_faults",
@@ -57,7 +56,7 @@ SLOW_FILES = (
     "live/test_outage",
     "inference/checkpoints/test_safety_checker",
     "watermark/test_overlay",
-    "worker/monitoring/test_status",
+    "worker/monitoring/test_status_page",
     "live/test_hostile",
     "examples/test_examples",
     "live/test_faults_process",
@@ -67,6 +66,7 @@ SLOW_FILES = (
     "live/test_faults_broker",
     "live/test_faults_store",
     "worker/monitoring/test_prometheus",
+    "live/test_status",
     "live/test_sharing",
     "live/test_cancelling",
     "live/test_breakers",

@@ -29,6 +29,9 @@ PNG_COMPRESS_TYPE = zlib.Z_RLE
 # No chroma subsampling, which blurs the edges of a coloured signature.
 JPEG_QUALITY = 95
 JPEG_SUBSAMPLING = "4:4:4"
+THUMBNAIL_QUALITY = 80
+# Shrinks by whole factors first, as fast as no filter at all, and filters the rest: Pillow's own choice for thumbnails.
+THUMBNAIL_REDUCING_GAP = 2.0
 
 MAX_MARGIN = 0.25
 
@@ -133,6 +136,15 @@ class SignedImage:
         """Encode as a JPEG, with no metadata but the packet `xmp`."""
         content = io.BytesIO()
         self._pixels.save(content, "JPEG", quality=JPEG_QUALITY, subsampling=JPEG_SUBSAMPLING, xmp=xmp)
+        return content.getvalue()
+
+    def encode_thumbnail(self, longest_side: int) -> bytes:
+        """Encode a small copy as a JPEG without metadata, at most `longest_side` pixels wide and high."""
+        factor = min(1.0, longest_side / max(self.width, self.height))
+        size = (max(1, round(factor * self.width)), max(1, round(factor * self.height)))
+        content = io.BytesIO()
+        small = self._pixels.resize(size, Image.Resampling.BICUBIC, reducing_gap=THUMBNAIL_REDUCING_GAP)
+        small.save(content, "JPEG", quality=THUMBNAIL_QUALITY)
         return content.getvalue()
 
 

@@ -16,6 +16,7 @@ from inference.process.engine_process import EngineState
 from inference.request import ModelFacts
 from worker.amqp.connection import ConnectionProbe, probe_connection
 from worker.amqp.consumer import Consumer
+from worker.idle_countdown import IdleCountdown
 from worker.jobs.dispatcher import Dispatcher
 from worker.monitoring.idle import idle_reason
 from worker.wiring import Parts
@@ -44,8 +45,10 @@ class ExitCode(IntEnum):
 class Supervisor:
     """Owner of the worker's life cycle. `run` blocks on the main thread, the only one that receives signals."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, countdown: IdleCountdown | None = None) -> None:
+        """Build the parts. The worker ends by itself when the `countdown` is over, without one by a signal only."""
         self._settings = settings
+        self._countdown = countdown
         self._num_signals = 0
         self._has_bug = False
         self._probe = ConnectionProbe()
@@ -107,8 +110,24 @@ class Supervisor:
             if self._consumer is None and engine.facts is not None:
                 self._start_consuming(engine.facts)
             self._tick()
+            if self._is_countdown_over():
+                return ExitCode.OK
             time.sleep(TICK_SECONDS)
         return ExitCode.OK
+
+    def _is_countdown_over(self) -> bool:
+        parts = self._parts
+        if self._countdown is None or self._dispatcher is None:
+            return False
+        is_over = self._countdown.is_over(
+            is_consuming=not parts.readiness.why_not(),
+            is_at_work=bool(parts.runs.all() or parts.outbox.held()),
+            has_tasks=self._dispatcher.has_tasks,
+            num_runs=parts.runs.num_begun,
+        )
+        if is_over:
+            log_event(logger, "idle", seconds=self._countdown.seconds)
+        return is_over
 
     def _start_consuming(self, facts: ModelFacts) -> None:
         """Start to take jobs. Only now: a worker that cannot load its model must leave the queue to those that can."""

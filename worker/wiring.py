@@ -5,7 +5,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 
 from clients.gpu import GpuMonitor
 from clients.storage.cache import DownloadCache
@@ -50,6 +49,8 @@ from worker.results.notifier import Notifier
 from worker.results.outbox import PREFETCH as OUTBOX_PREFETCH
 from worker.results.outbox import Outbox
 from worker.results.outbox_snapshots import SnapshotStore, SnapshotWriter
+from worker.results.result_urls import ResultUrls
+from worker.version import darkroom_version
 
 # Deliveries beyond the jobs that can be denoised, so that their adapters are fetched while others denoise.
 EXTRA_PREFETCH = 2
@@ -100,6 +101,7 @@ class Parts:
         self.backend_breaker = Breaker("the backend", BACKEND_THRESHOLD)
         self.notifier = Notifier(
             client=self.webhooks,
+            urls=ResultUrls(self.storage, settings.store.results_bucket),
             ledger=self.ledger,
             publisher=self.publisher,
             names=self.names,
@@ -129,7 +131,7 @@ class Parts:
             self.metrics.registry,
             self.readiness.why_not,
             status.build,
-            status.read_preview,
+            status.read_image,
         )
         self.gauges = GaugePoller(
             self.metrics,
@@ -137,6 +139,8 @@ class Parts:
             outbox=self.outbox,
             publisher=self.publisher,
             gpu=GpuMonitor(settings.model.visible_gpu),
+            last_hour=self.history.last_hour,
+            jobs_queue=self.names.jobs,
             is_connected=lambda: self.readiness.is_connected,
             is_draining=self.is_draining,
         )
@@ -146,7 +150,7 @@ class Parts:
     def _status_builder(self, settings: Settings) -> StatusBuilder:
         return StatusBuilder(
             name=self.name,
-            version=version("darkroom"),
+            version=darkroom_version(),
             began_at=time.time(),
             names=self.names,
             metrics=self.metrics,
@@ -218,7 +222,7 @@ class Parts:
         )
         fetcher = Fetcher(source, settings.service.font_dirs, facts)
         engine_client = EngineClient(self.engine, self.is_draining)
-        store = ImageStore(self.storage, self.gate, self.ledger.find)
+        store = ImageStore(self.storage, self.gate, self.ledger.find, settings.store.result_cache_control)
         cutter = Cutter(settings.images.cutout_model)
         product = ProductGenerator(fetcher, facts, engine_client, store, cutter, settings.store.bucket)
         return JobHandler(
@@ -233,6 +237,7 @@ class Parts:
             worker=self.name,
             cancellations=self.cancellations,
             gate=self.gate,
+            makes_thumbnails=settings.service.status_show_prompts,
         )
 
     def consumer(self, dispatcher: Dispatcher, *, not_before: float) -> Consumer:

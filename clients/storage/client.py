@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, NoCredentialsError
 
 from clients.deadline import deadline
 from clients.storage.download import download_object
@@ -25,8 +25,10 @@ from clients.storage.errors import (
     WriteConflict,
     translate_errors,
 )
+from clients.storage.google import LOCATION
 from clients.storage.location import ObjectRef
 from clients.storage.objects import ListedObject, ObjectMetadata, ObjectStat, stat_of
+from clients.storage.presigning import GOOGLE, SigningKey, presigned_url
 from clients.storage.transport import s3_client
 from clients.storage.upload import ObjectContent, put_object
 from config.logs import log_event
@@ -47,7 +49,7 @@ class Storage:
 
     def __init__(self, settings: StoreSettings) -> None:
         self._settings = settings
-        self._client = s3_client(settings)
+        self._client, self._credentials, self._google = s3_client(settings)
 
     def check_bucket(self, bucket: str) -> None:
         """Raise `BucketNotFound`, `AccessDenied` or `StorageUnavailable` where `bucket` cannot be used."""
@@ -184,7 +186,7 @@ class Storage:
             self._client.delete_object(Bucket=ref.bucket, Key=ref.key)
 
     def public_url(self, ref: ObjectRef) -> str:
-        """Return the URL for readers: under `RESULT_URL_BASE`, or the endpoint's or AWS's https form."""
+        """Return the plain URL: under `RESULT_URL_BASE`, or the endpoint's or AWS's https form."""
         key = quote(ref.key)
         if self._settings.result_url_base is not None:
             return f"{self._settings.result_url_base}/{key}"
@@ -194,6 +196,33 @@ class Storage:
         # AWS's certificate covers one label before `s3`: other bucket names go into the path.
         is_label = _HOST_LABEL.fullmatch(ref.bucket) is not None
         return f"https://{ref.bucket}.{host}/{key}" if is_label else f"https://{host}/{ref.bucket}/{key}"
+
+    @property
+    def is_presigning(self) -> bool:
+        """Whether `result_url` is another one at every call."""
+        return self._settings.presigned_seconds is not None
+
+    def result_url(self, ref: ObjectRef, *, at: float | None = None) -> str:
+        """Return the URL for readers, as `RESULT_URL_MODE` says: the plain one, or the plain one presigned now.
+
+        A presigned one is a secret while it is valid. `at` is Unix time in place of now. Raises `StorageError` where
+        there are no credentials to sign with.
+        """
+        url, seconds = self.public_url(ref), self._settings.presigned_seconds
+        if seconds is None:
+            return url
+        with translate_errors(ref):
+            key = self._signing_key()
+        at = time.time() if at is None else at
+        if self._google is not None and self._google.is_google:
+            return presigned_url(url, key, seconds=seconds, at=at, region=LOCATION, dialect=GOOGLE)
+        return presigned_url(url, key, seconds=seconds, at=at, region=self._settings.region)
+
+    def _signing_key(self) -> SigningKey:
+        """Return the current access key, which of a role changes every few hours."""
+        if self._credentials is None:
+            raise NoCredentialsError
+        return SigningKey(*self._credentials.get_frozen_credentials()[:3])
 
     def _holds(self, ref: ObjectRef, body: bytes) -> bool:
         """Return whether the store has `body` under the key; raise `StorageUnavailable` where it has nothing."""

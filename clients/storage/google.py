@@ -7,18 +7,17 @@ GOOG4-HMAC-SHA256, can carry `x-goog-if-generation-match: 0`, which is Google's 
 
 import base64
 import hashlib
-import hmac
 import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from clients.storage.location import is_google_host
+from clients.storage.presigning import GOOGLE as DIALECT
+from clients.storage.presigning import canonical_request
 
-ALGORITHM = "GOOG4-HMAC-SHA256"
 # Valid for buckets of every location.
 LOCATION = "auto"
-SERVICE, REQUEST_TYPE = "storage", "goog4_request"
 AMAZON, GOOGLE = "x-amz-", "x-goog-"
 META = "meta-"
 GENERATION, IF_GENERATION = "x-goog-generation", "x-goog-if-generation-match"
@@ -40,11 +39,11 @@ class GoogleXmlApi:
     def __init__(self, endpoint_url: str | None, access_key_id: str, secret: str) -> None:
         self._access_key_id = access_key_id
         self._secret = secret
-        self._is_google = bool(endpoint_url and is_google_host(urlsplit(endpoint_url).hostname or ""))
+        self.is_google = bool(endpoint_url and is_google_host(urlsplit(endpoint_url).hostname or ""))
 
     def translate_request(self, request: Any) -> None:
         """Replace the headers of a request that botocore has signed by Google's, signed anew. Its `Date` stays."""
-        if not self._is_google:
+        if not self.is_google:
             return
         headers = {
             name.lower(): value if isinstance(value, str) else value.decode("latin-1")
@@ -68,7 +67,7 @@ class GoogleXmlApi:
         An object's generation takes the ETag's place: Google conditions writes on that alone, not on `If-Match`.
         """
         google = [name for name in response.headers if name.lower().startswith(GOOGLE_HEADERS)]
-        self._is_google = self._is_google or bool(google)
+        self.is_google = self.is_google or bool(google)
         if GENERATION in response.headers:
             response.headers["ETag"] = f'"g{response.headers[GENERATION]}"'
         for name in google:
@@ -78,25 +77,11 @@ class GoogleXmlApi:
     def _authorization(self, request: Any, headers: Mapping[str, str]) -> str:
         signed = {name: value for name, value in headers.items() if name in SIGNED or name.startswith(GOOGLE)}
         moment = headers["x-goog-date"]
-        scope = f"{moment[:8]}/{LOCATION}/{SERVICE}/{REQUEST_TYPE}"
-        hashed = hashlib.sha256(canonical_request(request.method, request.url, signed).encode()).hexdigest()
-        key = f"GOOG4{self._secret}".encode()
-        for part in scope.split("/"):
-            key = hmac.digest(key, part.encode(), "sha256")
-        signature = hmac.digest(key, "\n".join((ALGORITHM, moment, scope, hashed)).encode(), "sha256").hex()
+        canonical = canonical_request(request.method, request.url, signed, headers["x-goog-content-sha256"])
+        signature = DIALECT.signature(self._secret, canonical, moment=moment, region=LOCATION)
+        credential = f"{self._access_key_id}/{DIALECT.scope(moment, LOCATION)}"
         names = ";".join(sorted(signed))
-        return f"{ALGORITHM} Credential={self._access_key_id}/{scope},SignedHeaders={names},Signature={signature}"
-
-
-def canonical_request(method: str, url: str, signed: Mapping[str, str]) -> str:
-    """Return the canonical request of Google's V4 signing process, as its documentation defines it."""
-    parts = urlsplit(url)
-    parameters = sorted(part if "=" in part else f"{part}=" for part in parts.query.split("&") if part)
-    headers = [f"{name}:{' '.join(signed[name].split())}" for name in sorted(signed)]
-    payload_hash = signed["x-goog-content-sha256"]
-    return "\n".join(
-        (method, parts.path or "/", "&".join(parameters), *headers, "", ";".join(sorted(signed)), payload_hash)
-    )
+        return f"{DIALECT.algorithm} Credential={credential},SignedHeaders={names},Signature={signature}"
 
 
 def _translate_headers(headers: Mapping[str, str], method: str, content: bytes) -> dict[str, str]:

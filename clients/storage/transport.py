@@ -1,7 +1,7 @@
 """The boto3 client underneath `Storage`: every default that matters is explicit, and calls end by their deadline."""
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import boto3
 from botocore.awsrequest import AWSHTTPConnectionPool, AWSHTTPSConnectionPool
@@ -20,12 +20,21 @@ MAX_ATTEMPTS = 4
 MAX_CONNECTIONS = 32
 
 
-def s3_client(settings: StoreSettings) -> Any:
-    """Return a thread-safe boto3 client of the configured store. Proxies and endpoints of the environment are ignored.
+class S3Client(NamedTuple):
+    """The thread-safe boto3 client, botocore's credentials (None where there are none), and the Google translation."""
+
+    client: Any
+    credentials: Any
+    google: GoogleXmlApi | None
+
+
+def s3_client(settings: StoreSettings) -> S3Client:
+    """Return the client of the configured store. Proxies and endpoints of the environment are ignored.
 
     The Google translation is for a store that may turn out to be Google's; only its HMAC keys can sign for it.
     """
-    key_id, secret = settings.access_key_id, settings.secret_access_key
+    key_id = settings.access_key_id
+    secret = None if settings.secret_access_key is None else settings.secret_access_key.get_secret_value()
     options: dict[str, Any] = {
         "signature_version": "s3v4",
         "retries": {"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},
@@ -36,20 +45,14 @@ def s3_client(settings: StoreSettings) -> Any:
         "ignore_configured_endpoint_urls": True,
         "user_agent_extra": "darkroom",
     }
-    client = boto3.session.Session().client(
-        "s3",
-        region_name=settings.region,
-        endpoint_url=settings.endpoint_url,
-        aws_access_key_id=key_id,
-        aws_secret_access_key=None if secret is None else secret.get_secret_value(),
-        config=Config(**options),
+    session = boto3.session.Session(key_id, secret)
+    client = session.client(
+        "s3", region_name=settings.region, endpoint_url=settings.endpoint_url, config=Config(**options)
     )
-    google = None
-    if key_id is not None and secret is not None:
-        google = GoogleXmlApi(settings.endpoint_url, key_id, secret.get_secret_value())
+    google = None if key_id is None or secret is None else GoogleXmlApi(settings.endpoint_url, key_id, secret)
     # A handler of `before-send` that returns a response replaces botocore's own transport.
     client.meta.events.register("before-send.s3", _Transport(google).send)
-    return client
+    return S3Client(client, session.get_credentials(), google)
 
 
 class _Transport:

@@ -44,6 +44,11 @@ class ServerProcess:
         return self._server.pid
 
     @property
+    def exit_code(self) -> int | None:
+        """None while the server runs; a negative number is the signal that ended it."""
+        return self._server.poll()
+
+    @property
     def is_running(self) -> bool:
         return self._server.poll() is None
 

@@ -27,6 +27,7 @@ from clients.webhooks import (
     WebhookKind,
     WebhookResult,
     classify,
+    route_of,
 )
 from config.backend import BackendSettings
 from tests.support.servers.clients_servers import (
@@ -47,12 +48,17 @@ NOW = 1_800_000_000.0
 DONE = Webhook(WebhookKind.COMPLETE, "660f9511:complete", {"generation_id": 456, "result_url": "https://한"})
 
 
-def settings_of(url: str, *, secret: str | None = None) -> BackendSettings:
+def settings_of(url: str, *, secret: str | None = None, **others: str) -> BackendSettings:
     return BackendSettings(
         BACKEND_API_URL=url,  # type: ignore[call-arg]
         INTERNAL_API_TOKEN=TOKEN,
         WEBHOOK_SIGNING_SECRET=None if secret is None else SecretStr(secret),
+        **others,  # type: ignore[arg-type]
     )
+
+
+def probe(settings: BackendSettings) -> BackendProbe:
+    return probe_backend(settings, route_of(settings, WebhookKind.COMPLETE))
 
 
 def client_of(url: str, *, secret: str | None = None) -> WebhookClient:
@@ -76,6 +82,76 @@ def test_each_kind_has_its_method_and_path(kind: WebhookKind, line: bytes) -> No
         client_of(f"{server.url}/base").send(Webhook(kind, "id", {}))
 
     assert server.requests[0].split(b"\r\n")[0] == line
+
+
+# --- Addresses by settings
+
+
+@pytest.mark.parametrize("address", ["/hooks/darkroom?code=a%20b", "{url}/hooks/darkroom?code=a%20b"])
+def test_one_address_takes_every_kind_and_finds_it_in_the_signed_body(address: str) -> None:
+    key = b"0123456789abcdef01234567"
+    secret = "whsec_" + base64.b64encode(key).decode()
+    with AnsweringServer([answer(200)] * 3) as server:
+        settings = settings_of(server.url, secret=secret, WEBHOOK_URL=address.format(url=server.url))
+        for kind in WebhookKind:
+            WebhookClient(settings, now=lambda: NOW).send(Webhook(kind, kind.value, {"generation_id": 456}))
+
+    for kind, request in zip(WebhookKind, server.requests, strict=True):
+        assert request.split(b"\r\n")[0] == b"POST /hooks/darkroom?code=a%20b HTTP/1.1"
+        assert json.loads(body_of(request)) == {"type": kind.value, "generation_id": 456}
+        signed = f"{kind.value}.1800000000.".encode() + body_of(request)
+        expected = base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()
+        assert header(request, "webhook-signature") == f"v1,{expected}"
+
+
+def test_a_kind_s_own_address_comes_before_the_shared_one_and_its_body_has_no_type() -> None:
+    with AnsweringServer([answer(200)] * 2) as own, AnsweringServer([answer(200)]) as shared:
+        settings = settings_of("http://never.invalid", WEBHOOK_URL=shared.url, WEBHOOK_FAILED_URL=f"{own.url}/refunds")
+        client = WebhookClient(settings)
+        attempts = [client.send(Webhook(kind, kind.value, {})) for kind in (WebhookKind.FAILED, WebhookKind.COMPLETE)]
+
+    assert [attempt.setting for attempt in attempts] == ["WEBHOOK_FAILED_URL", "WEBHOOK_URL"]
+    assert own.requests[0].split(b"\r\n")[0] == b"POST /refunds HTTP/1.1"
+    assert (json.loads(body_of(own.requests[0])), json.loads(body_of(shared.requests[0]))) == ({}, {"type": "complete"})
+    assert header(own.requests[0], "Authorization") == f"Bearer {TOKEN}"
+
+
+@pytest.mark.parametrize(
+    ("others", "method"),
+    [
+        ({}, "PATCH"),
+        ({"WEBHOOK_PROGRESS_METHOD": "POST"}, "POST"),
+        ({"WEBHOOK_PROGRESS_URL": "/progress"}, "PATCH"),
+        ({"WEBHOOK_URL": "/hook"}, "POST"),
+        ({"WEBHOOK_URL": "/hook", "WEBHOOK_PROGRESS_METHOD": "PATCH"}, "PATCH"),
+        ({"WEBHOOK_URL": "/hook", "WEBHOOK_PROGRESS_URL": "/progress"}, "PATCH"),
+    ],
+)
+def test_progress_is_patched_unless_told_otherwise_or_to_a_shared_address(others: dict[str, str], method: str) -> None:
+    settings = settings_of("https://backend.example", **others)
+
+    assert route_of(settings, WebhookKind.PROGRESS).method == method
+    assert {route_of(settings, kind).method for kind in (WebhookKind.COMPLETE, WebhookKind.FAILED)} == {"POST"}
+
+
+@pytest.mark.parametrize("status", [405, 501])
+def test_refused_patch_is_answered_with_the_setting_for_post(status: int) -> None:
+    with AnsweringServer([answer(status)] * 2) as server:
+        patched = client_of(server.url).send(Webhook(WebhookKind.PROGRESS, "id", {}))
+        posted = send(server)
+
+    assert "WEBHOOK_PROGRESS_METHOD=POST" in patched.reason
+    assert posted.reason == f"HTTP {status}"
+
+
+def test_redirect_names_the_setting_of_its_address() -> None:
+    with AnsweringServer([answer(301)]) as server:
+        settings = settings_of("http://never.invalid", WEBHOOK_COMPLETE_URL=f"{server.url}/hook?code=secret-key-1234")
+        attempt = WebhookClient(settings).send(DONE)
+
+    assert (
+        attempt.reason == "HTTP 301: a redirect, which is never followed; set WEBHOOK_COMPLETE_URL to the final address"
+    )
 
 
 def test_the_bytes_of_a_webhook_do_not_depend_on_the_order_of_its_keys() -> None:
@@ -331,12 +407,12 @@ def test_connection_closed_by_the_backend_is_replaced() -> None:
 
 def test_probe_gets_the_path_with_and_without_the_token_and_sends_no_webhook() -> None:
     with AnsweringServer([answer(405), answer(401)]) as server:
-        assert probe_backend(settings_of(server.url)) == BackendProbe(status=405, unauthenticated_status=401)
+        assert probe(settings_of(server.url)) == BackendProbe(status=405, unauthenticated_status=401)
     assert all(request.startswith(b"GET /api/webhooks/inference/complete HTTP/1.1") for request in server.requests)
     assert [header(request, "Authorization") for request in server.requests] == [f"Bearer {TOKEN}", None]
 
     with pytest.raises(BackendUnreachable, match="ConnectionRefusedError"):
-        probe_backend(settings_of(refused_url()))
+        probe(settings_of(refused_url()))
 
 
 @pytest.mark.parametrize(
@@ -348,7 +424,7 @@ def test_probe_gets_the_path_with_and_without_the_token_and_sends_no_webhook() -
 )
 def test_probe_sends_another_request_after_an_ambiguous_answer(status: int, line: bytes) -> None:
     with AnsweringServer([answer(status), answer(status), answer(501)]) as server:
-        assert probe_backend(settings_of(server.url)) == BackendProbe(status, status, 501)
+        assert probe(settings_of(server.url)) == BackendProbe(status, status, 501)
 
     assert server.requests[2].split(b"\r\n")[0] == line
     assert all(body_of(request) == b"" for request in server.requests)

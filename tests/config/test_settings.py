@@ -39,6 +39,10 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": CANARY,
     "INTERNAL_API_TOKEN": CANARY,
     "WEBHOOK_SIGNING_SECRET": CANARY,
+    "WEBHOOK_URL": f"https://hooks.example/{CANARY}?code={CANARY}",
+    "WEBHOOK_PROGRESS_URL": f"/progress?code={CANARY}",
+    "WEBHOOK_COMPLETE_URL": f"/complete?code={CANARY}",
+    "WEBHOOK_FAILED_URL": f"/failed?code={CANARY}",
 }
 FIELDS: dict[str, tuple[str, str, FieldInfo]] = {
     str(field.validation_alias): (section, name, field)
@@ -140,6 +144,23 @@ def test_allowed_buckets_default_to_the_configured_ones(environment: pytest.Monk
     assert load_settings().store.allowed_buckets == {"media", "pictures"}
 
 
+def test_result_addresses_are_plain_unless_seconds_are_given(environment: pytest.MonkeyPatch) -> None:
+    assert load_settings().store.presigned_seconds is None
+
+    environment.setenv("RESULT_URL_MODE", "presigned:604800")
+
+    assert load_settings().store.presigned_seconds == 604800
+
+
+@pytest.mark.parametrize(
+    "directives", ["no-cache", "public, max-age=31536000,immutable", 'private="x-a, b", max-age=1']
+)
+def test_cache_control_of_any_directives_is_accepted(environment: pytest.MonkeyPatch, directives: str) -> None:
+    environment.setenv("RESULT_CACHE_CONTROL", directives)
+
+    assert load_settings().store.result_cache_control == directives
+
+
 def test_the_broker_url_is_built_of_its_parts_with_every_special_sign_escaped(environment: pytest.MonkeyPatch) -> None:
     parts = {"HOST": "broker", "PORT": "5673", "USER": "a b", "PASS": "p@ss/w:rd", "VHOST": "/jobs"}
     set_all(environment, {f"RABBITMQ_{name}": value for name, value in parts.items()})
@@ -201,6 +222,12 @@ def test_problems_of_all_sections_are_reported_together(environment: pytest.Monk
         ("AWS_S3_ENDPOINT_URL", "minio:9000", "http://"),
         ("AWS_S3_ENDPOINT_URL", "http://minio:99999", ""),
         ("RESULT_URL_BASE", "ftp://cdn.example", "http://"),
+        ("RESULT_URL_MODE", "presigned", "plain or presigned:SECONDS, like presigned:3600"),
+        ("RESULT_URL_MODE", "presigned:1h", "presigned:SECONDS"),
+        ("RESULT_URL_MODE", "presigned:0", "presigned:1 to presigned:604800"),
+        ("RESULT_URL_MODE", "presigned:604801", "valid for more than seven days"),
+        ("RESULT_CACHE_CONTROL", "public max-age=60", "commas, like public, max-age=31536000"),
+        ("RESULT_CACHE_CONTROL", "public,\nX-Evil: 1", "commas"),
         ("CACHE_MAX_GB", "0", "0"),
         ("CACHE_MAX_GB", "nan", ""),
         ("CACHE_MAX_GB", "inf", "finite"),
@@ -211,6 +238,13 @@ def test_problems_of_all_sections_are_reported_together(environment: pytest.Monk
         ("BACKEND_API_URL", "http://backend/?a=1", "query"),
         ("INTERNAL_API_TOKEN", "token\n", "newline"),
         ("WEBHOOK_SIGNING_SECRET", "whsec_***", "base64"),
+        ("WEBHOOK_URL", "backend/hook", "a path that begins with a slash"),
+        ("WEBHOOK_URL", "//evil.example/hook", "a path that begins with a slash"),
+        ("WEBHOOK_URL", "/hook\r\nX: y", "ASCII"),
+        ("WEBHOOK_COMPLETE_URL", "https://user:pw@backend/hook", "user"),
+        ("WEBHOOK_FAILED_URL", "ftp://backend/hook", "http://"),
+        ("WEBHOOK_PROGRESS_URL", "/hook#end", "fragment"),
+        ("WEBHOOK_PROGRESS_METHOD", "PUT", "PATCH or POST"),
         ("PROGRESS_MILESTONES", "0,half", "integer"),
         ("PROGRESS_MILESTONES", "50,25", "rise"),
         ("PROGRESS_MILESTONES", "0,100", "below 100"),
@@ -314,6 +348,8 @@ WRONG_SECRETS = [
     ("INTERNAL_API_TOKEN", f"{CANARY}\n"),
     ("INTERNAL_API_TOKEN", f"{CANARY} {CANARY}"),
     ("WEBHOOK_SIGNING_SECRET", f"whsec_{CANARY}!!"),
+    ("WEBHOOK_URL", f"https://hooks.example/{CANARY}#{CANARY}"),
+    ("WEBHOOK_URL", f"hooks.example/{CANARY}"),
     ("BACKEND_API_URL", f"https://user:{CANARY}@backend.example"),
     ("BACKEND_API_URL", f"https://user:{CANARY}\u2100@backend.example"),
     ("AWS_S3_ENDPOINT_URL", f"https://user:{CANARY}@minio.example"),

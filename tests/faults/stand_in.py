@@ -1,8 +1,8 @@
 """The engine's process without torch, for whole workers: up in a fraction of a second, and it waits on command.
 
 A prompt's `hold@3` stops the engine when that request's step 3 begins, until the file `go-<task id>` appears beside the
-journal; the words of `tests.support.engine.fake_child` are obeyed as well. Images are noise from the seed:
-of the requested size, and as large a PNG as there can be.
+journal, or `go-<task id>-3` where the prompt has several; the words of `tests.support.engine.fake_child` are obeyed as
+well. Images are noise from the seed: of the requested size, and as large a PNG as there can be.
 """
 
 import random
@@ -24,7 +24,8 @@ class StandIn(FakeEngine):
 
     def _hold(self, active: ActiveRequest) -> None:
         self._note("held", active.request)
-        while not self._journal.with_name(f"go-{active.request.request_id}").exists():
+        names = (f"go-{active.request.request_id}", f"go-{active.request.request_id}-{active.step_index}")
+        while not any(self._journal.with_name(name).exists() for name in names):
             time.sleep(POLL_SECONDS)
 
     def _end(self, active: ActiveRequest, error: Exception | None) -> None:

@@ -18,7 +18,7 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.support.paths import ROOT
 
-BASE, SUITE = "docker.io/library/debian:bookworm-slim", "bookworm"
+BASE, SUITE = "docker.io/library/debian:trixie-slim", "trixie"
 TAG = "darkroom:cpu"
 MODEL = ROOT / "examples" / "demo_model" / "checkpoint"
 MODEL_INSIDE = "/models/demo"

@@ -129,7 +129,7 @@ def is_given_back(channel: Any, queue: str) -> bool:
     """Return whether a message was ready and is given back, as one that a killed worker had."""
     method, _, _ = channel.basic_get(queue)
     if method is not None:
-        channel.basic_nack(method.delivery_tag, requeue=True)
+        channel.basic_reject(method.delivery_tag, requeue=True)  # RabbitMQ 4.3 does not count a nack
     return method is not None
 
 

@@ -1,10 +1,12 @@
-"""The status of a whole worker, by its JSON and by its page in a real Chromium, while jobs come, run, fail and end."""
+"""The status of whole workers, by its JSON and by its page in a real Chromium, while jobs come, run, fail and end.
+
+The workers' engine runs without torch: it holds a job in the middle of its steps for as long as the page is looked at.
+"""
 
 import json
 import re
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +15,13 @@ from playwright.sync_api import Browser, expect
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
+from tests.faults.station import start_light_worker
 from tests.support.browsing import PHONE, PageSession, chromium
 from tests.support.world import Worker, World, eventually, new_world
 
-SLOW = 150
-PROMPT = "a red fox under seven moons"
+NUM_STEPS = 8
+HELD = "hold@4"  # a prompt: three steps are done and reported
+PROMPT = f"a red fox under seven moons {HELD}"
 SECRET = "nobody shall read this"
 HOSTILE = "<script>document.title=1</script><img src=x onerror=document.title=1>"
 STAGES = ["ledger", "fetch", "wait", "adapt", "encode", "denoise", "decode", "sign", "store", "record", "notify"]
@@ -26,7 +30,7 @@ STAGES = ["ledger", "fetch", "wait", "adapt", "encode", "denoise", "decode", "si
 @pytest.fixture(scope="module")
 def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with new_world(rabbitmq, s3_server, tmp_path_factory.mktemp("world")) as made:
-        made.start_worker(MAX_CONCURRENT_GENERATIONS="3").wait_until_ready()
+        start_light_worker(made, MAX_CONCURRENT_GENERATIONS="3")
         made.upload_demo_adapter("neon")
         yield made
 
@@ -42,13 +46,12 @@ def browser() -> Iterator[Browser]:
         yield running
 
 
+def address_of(worker: Worker) -> str:
+    return f"http://127.0.0.1:{worker.port}/"
+
+
 def read_status(worker: Worker) -> dict[str, Any]:
     return json.loads(worker.get("/status.json")[1])  # type: ignore[no-any-return]
-
-
-def at_work(worker: Worker, generation_id: int) -> dict[str, Any]:
-    """Return the row of a job at work; empty while there is none."""
-    return next((job for job in read_status(worker)["jobs"] if job["generation_id"] == str(generation_id)), {})
 
 
 def wait_for_row(worker: Worker, generation_id: int) -> dict[str, Any]:
@@ -61,73 +64,78 @@ def wait_for_row(worker: Worker, generation_id: int) -> dict[str, Any]:
     return rows()[0]
 
 
+def publish_held(world: World, prompt: str = PROMPT, **fields: Any) -> tuple[int, str]:
+    """Publish a job that the engine holds in its fourth step; return its generation and its task."""
+    task_id = str(uuid.uuid4())
+    return world.publish(task_id=task_id, prompt=prompt, num_inference_steps=NUM_STEPS, **fields), task_id
+
+
+def release(world: World, held: str) -> None:
+    """Have the engine go on with a task, or, by its id and a step, until it is held again."""
+    (world.folder / f"go-{held}").touch()
+
+
 def test_idle_worker_s_status_has_its_name_and_idle_reason(world: World, worker: Worker) -> None:
     eventually(lambda: read_status(worker)["idle"]["reason"] == "no_jobs" and bool(read_status(worker)["queues"]))
 
     status = read_status(worker)
 
+    assert status["headline"] == "Waiting for jobs"
     assert status["worker"]["name"].endswith(f":{worker.process.pid}")
     assert status["worker"]["why_not_ready"] == ""
-    assert (status["model"]["model"], status["model"]["device"], status["model"]["dtype"]) == (
-        "checkpoint",
-        "cpu",
-        "float32",
-    )
+    assert (status["model"]["model"], status["model"]["device"], status["model"]["dtype"]) == ("fake", "cpu", "float32")
     assert status["batch"]["max_lanes"] == 3
     assert status["jobs"] == []
     assert {queue["role"] for queue in status["queues"]} >= {"jobs", "outbox", "dead", "recover"}
     assert {queue["name"] for queue in status["queues"]} >= {world.queue, f"{world.queue}.dead"}
+    assert status["last_hour"]["waiting"][-1] == 0
     assert status["idle"]["seconds"]["engine_starting"] > 0
 
 
-def test_a_job_moves_on_in_the_json_and_on_the_page(
-    world: World, worker: Worker, browser: Browser, tmp_path: Path
-) -> None:
+def test_a_job_moves_on_in_the_json_and_on_the_page(world: World, worker: Worker, browser: Browser) -> None:
     with PageSession(browser) as visit:
-        visit.page.goto(f"http://127.0.0.1:{worker.port}/")
-        expect(visit.page.locator("#state")).to_have_text("ready")
-        slow = world.publish(prompt=PROMPT, num_inference_steps=SLOW, num_images=3, lora_path="models/neon.safetensors")
+        visit.page.goto(address_of(worker))
+        expect(visit.page.locator("#headline")).to_have_text("Waiting for jobs")
+        held, task_id = publish_held(world, num_images=2, lora_path="models/neon.safetensors")
 
-        # When it is being denoised, then its steps are told and grow
-        eventually(lambda: at_work(worker, slow).get("step_index", 0) > 0, worker.log_tail)
-        first = at_work(worker, slow)
-        assert (first["phase"], first["num_steps"], first["num_images"]) == ("denoise", SLOW, 3)
-        assert first["adapters"] == ["models/neon.safetensors"]
-        eventually(lambda: at_work(worker, slow).get("step_index", 0) > first["step_index"], worker.log_tail)
+        # While it is being denoised, the page shows it without having been loaded again
+        bar = visit.page.get_by_role("progressbar", name=f"Job {held}")
+        expect(bar).to_have_attribute("aria-valuetext", f"denoising, step 3 of {NUM_STEPS}")
+        expect(visit.page.locator("#headline")).to_have_text("Drawing 1 image")
+        (row,) = read_status(worker)["jobs"]
+        assert (row["phase"], row["step_index"], row["num_steps"], row["num_images"]) == ("denoise", 3, NUM_STEPS, 2)
+        assert row["adapters"] == ["models/neon.safetensors"]
 
-        # And the page shows the same, without having been loaded again
-        bar = visit.page.get_by_role("progressbar", name=f"Job {slow}")
-        expect(bar).to_have_attribute("aria-valuetext", re.compile(rf"denoising, step \d+ of {SLOW}"))
-        seen = int(bar.get_attribute("aria-valuenow") or 0)
-        visit.page.screenshot(path=tmp_path / "at-work.png", full_page=True)
-        expect(visit.page.locator("#lanes")).to_have_text("3 of 3")
-        expect(visit.page.locator("#idle-answer")).to_have_text(re.compile("It is not"))
-        expect(bar).not_to_have_attribute("aria-valuenow", str(seen))
+        # And once it has ended it is the newest of the last jobs, with every stage, and no image
+        release(world, task_id)
+        assert world.wait_for_end(held).kind == "complete"
+        ended = visit.page.locator("#last > li").first
+        expect(ended.locator(".id")).to_have_text(f"#{held}")
+        expect(ended.locator(".pill")).to_have_text("complete")
+        ended.locator("summary").click()
+        expect(ended.locator(".stages li")).to_have_text([re.compile(f"^{stage}") for stage in STAGES])
+        expect(visit.page.locator("#headline")).to_have_text("Waiting for jobs")
+        assert visit.page.locator("main img").count() == 0
         assert PROMPT not in visit.text
-
-        # And once it has ended it is the newest of the last jobs, with every stage
-        assert world.wait_for_end(slow).kind == "complete"
-        row = visit.page.locator("#last > li").first
-        expect(row.locator(".id")).to_have_text(f"#{slow}")
-        expect(row.locator(".pill")).to_have_text("complete")
-        row.locator("summary").click()
-        expect(row.locator(".stages li")).to_have_text([re.compile(f"^{stage}") for stage in STAGES])
         assert visit.complaints == []
-        assert visit.origins == {f"http://127.0.0.1:{worker.port}/"}
+        assert visit.origins == {address_of(worker)}
 
-    ended = wait_for_row(worker, slow)
-    assert [stage["name"] for stage in ended["stages"]] == STAGES
-    assert (ended["outcome"], ended["num_steps"], ended["prompt"]) == ("complete", SLOW, None)
+    row = wait_for_row(worker, held)
+    assert [stage["name"] for stage in row["stages"]] == STAGES
+    assert (row["outcome"], row["num_steps"], row["prompt"], row["result_urls"]) == ("complete", NUM_STEPS, None, [])
+    assert worker.get(f"/status/thumbnail/{task_id}.jpg")[0] == 404
     status = read_status(worker)
-    assert status["outcomes"]["complete"] >= 1
-    assert status["batch"]["mean"] == pytest.approx(3, abs=0.5)
+    assert status["outcomes"]["complete"] == 1
+    assert sum(status["last_hour"]["complete"]) == 1
+    assert status["last_hour"]["seconds_p50"] == row["seconds"]
+    assert status["batch"]["mean"] == 1
     assert status["idle"]["denoising_seconds"] > 0
     assert PROMPT not in json.dumps(status)
     assert "generations/" not in json.dumps(status)
 
 
 def test_a_failed_job_shows_its_code_and_its_hostile_text_does_not_run(
-    world: World, worker: Worker, browser: Browser, tmp_path: Path
+    world: World, worker: Worker, browser: Browser
 ) -> None:
     failed = world.publish(lora_path=f"models/{HOSTILE}.safetensors")
     assert world.wait_for_end(failed).body["error_code"] == "LORA_NOT_FOUND"
@@ -137,12 +145,12 @@ def test_a_failed_job_shows_its_code_and_its_hostile_text_does_not_run(
     assert (row["outcome"], row["code"]) == ("failed", "LORA_NOT_FOUND")
     assert HOSTILE in row["message"]
     with PageSession(browser, viewport=PHONE, color_scheme="dark") as visit:
-        visit.page.goto(f"http://127.0.0.1:{worker.port}/")
-        shown = visit.page.locator("#last > li", has_text=f"#{failed}")
+        visit.page.goto(f"{address_of(worker)}#generation={failed}")
+        shown = visit.page.locator("#last > li")
+        expect(shown.locator(".id")).to_have_text([f"#{failed}"])
         expect(shown.locator(".code")).to_have_text("LORA_NOT_FOUND")
         shown.locator("summary").click()
         expect(shown.locator(".message")).to_contain_text(HOSTILE)
-        visit.page.screenshot(path=tmp_path / "failed-phone.png", full_page=True)
         assert visit.page.locator("main script, main img").count() == 0
         assert not visit.scrolls_sideways()
         assert "Darkroom" in visit.page.title()
@@ -166,34 +174,42 @@ def test_status_page_leaves_out_quotations_of_the_message(world: World, worker: 
     assert SECRET not in worker.get("/status.json")[1]
 
 
-def test_prompts_and_previews_are_shown_by_the_setting_alone(
-    rabbitmq: RabbitMQ, s3_server: SeaweedFS, browser: Browser, tmp_path: Path
+def test_prompts_and_images_are_shown_by_the_setting_alone(
+    rabbitmq: RabbitMQ, s3_server: SeaweedFS, browser: Browser, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    with new_world(rabbitmq, s3_server, tmp_path) as own, PageSession(browser) as visit:
-        worker = own.start_worker(STATUS_SHOW_PROMPTS="true", PREVIEW_EVERY="2")
-        worker.wait_until_ready()
-        visit.page.goto(f"http://127.0.0.1:{worker.port}/")
-        generation_id = own.publish(prompt=PROMPT, task_id=str(uuid.uuid4()), num_inference_steps=100)
+    folder = tmp_path_factory.mktemp("shown")
+    with new_world(rabbitmq, s3_server, folder) as own, PageSession(browser) as visit:
+        worker = start_light_worker(own, STATUS_SHOW_PROMPTS="true", PREVIEW_EVERY="2")
+        visit.page.goto(address_of(worker))
+        prompt = f"{PROMPT} hold@6"
+        held, task_id = publish_held(own, prompt)
+        key = f"previews/gen-{held}.jpg"
 
-        # While the job is at work its newest preview is on the page, of its shape and from the worker itself
-        preview = visit.page.get_by_role("img", name=f"Preview of job {generation_id}")
+        # While the job is at work its newest preview is on the page
+        preview = visit.page.get_by_role("img", name=f"Preview of job {held}")
         expect(preview).to_have_js_property("naturalWidth", 64)
-        first = preview.get_attribute("src")
-        visit.page.screenshot(path=tmp_path / "preview.png", full_page=True)
-        expect(preview).not_to_have_attribute("src", str(first))
-        assert visit.origins == {f"http://127.0.0.1:{worker.port}/"}
+        expect(preview).to_have_attribute("src", f"status/preview/{task_id}.jpg?step=2")
+        eventually(lambda: own.keys(key) == [key], worker.log_tail)
+        release(own, f"{task_id}-4")
+        expect(preview).to_have_attribute("src", f"status/preview/{task_id}.jpg?step=4")
 
         # And the backend is told where it is in the bucket
-        assert own.wait_for_end(generation_id).kind == "complete"
-        urls = [call.body.get("preview_url") for call in own.backend.calls("progress", generation_id)]
-        key = f"previews/gen-{generation_id}.jpg"
-        assert urls[-1] == f"{own.store.endpoint_url}/{own.bucket}/{key}"
+        url = f"{own.store.endpoint_url}/{own.bucket}/{key}"
+        eventually(lambda: url in [call.body.get("preview_url") for call in own.backend.calls("progress", held)])
+        release(own, task_id)
+        body = own.wait_for_end(held).body
         stored = own.store.client().get_object(Bucket=own.bucket, Key=key)
         assert (stored["ContentType"], stored["CacheControl"]) == ("image/jpeg", "no-store")
         image = Image.open(stored["Body"])
         assert (image.format, image.size) == ("JPEG", (64, 64))
 
-        assert wait_for_row(worker, generation_id)["prompt"] == PROMPT
+        # And once it has ended there is its image, a link to the address that the backend got
+        row = wait_for_row(worker, held)
+        assert (row["prompt"], row["result_urls"]) == (prompt, [body["result_url"]])
+        expect(visit.page.get_by_role("img", name=f"Image of job {held}")).to_have_js_property("naturalWidth", 96)
+        expect(visit.page.locator("#last .thumbnail")).to_have_attribute("href", body["result_url"])
         visit.page.locator("#last summary").click()
         expect(visit.page.locator("#last .facts")).to_contain_text(PROMPT)
         expect(preview).to_have_count(0)
+        assert visit.complaints == []
+        assert visit.origins == {address_of(worker)}

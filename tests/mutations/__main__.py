@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from xml.etree import ElementTree
 
 from tests.mutations.row import Mutation, Row
 from tests.mutations.rows import ROWS
-from tests.support.paths import ROOT
+from tests.support.paths import copy_checkout
 
 
 class RowResult(NamedTuple):
@@ -30,20 +29,6 @@ class RowResult(NamedTuple):
     @property
     def is_caught(self) -> bool:
         return not self.missed
-
-
-def copy_tree(folder: Path) -> None:
-    """Copy what git has or would have of this checkout."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    ).stdout
-    for name in filter(None, listed.decode().split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
 
 
 def apply(mutation: Mutation, root: Path) -> None:
@@ -61,7 +46,7 @@ def check(row: Row) -> RowResult:
     # A worker that a failed test left behind may still write there.
     with tempfile.TemporaryDirectory(prefix=f"darkroom-{row.name}-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        copy_tree(folder)
+        copy_checkout(folder)
         for mutation in row.without:
             apply(mutation, folder)
         report = folder / "report.xml"

@@ -9,6 +9,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from worker.jobs.history import EndedJob, StageTime
+from worker.last_hour import HourSummary
 from worker.monitoring.http_server import HealthServer
 from worker.monitoring.status import (
     BatchStatus,
@@ -64,7 +65,10 @@ def ended(number: int, **changes: Any) -> EndedJob:
         num_steps=30,
         num_images=1,
         attempt=1,
+        waited_seconds=3.2,
         prompt=None,
+        result_urls=(),
+        thumbnail=None,
     )
     return replace(made, **changes)
 
@@ -74,12 +78,30 @@ def failed(number: int, code: str, message: str) -> EndedJob:
     return ended(number, outcome="failed", code=code, message=message, stages=stages, seconds=2.264, num_steps=None)
 
 
+def hour(**changes: Any) -> HourSummary:
+    """Build the last hour of a worker that has been busier lately."""
+    complete = tuple(8 + minute // 6 + minute * 7 % 5 for minute in range(60))
+    made = HourSummary(
+        jobs_per_minute=19.4,
+        seconds_p50=7.61,
+        seconds_p95=10.2,
+        waited_p50=3.2,
+        waited_p95=41.0,
+        complete=complete,
+        failed=tuple(int(minute % 17 == 3) for minute in range(60)),
+        seconds=tuple(None if minute == 20 else 6 + minute * 3 % 7 / 2 for minute in range(60)),
+        waiting=tuple(max(0, minute - 30 + minute * 11 % 9) for minute in range(60)),
+    )
+    return replace(made, **changes)
+
+
 def status(**changes: Any) -> Status:
     """Build the status of a busy worker."""
     queue = "image_generation"
     depths = {"": 14, "recover": 0, "outbox": 2, "dead": 1, "retry.30": 1, "retry.300": 0, "lease": 0}
     made = Status(
         at=time.time(),
+        headline="Drawing 5 images",
         worker=WorkerStatus("gpu-7f6c9:17", "0.1.0", time.time() - 5400, 5400.0, ""),
         model=ModelStatus("stable-diffusion-v1-5", "sd", "cuda:0", "bfloat16", 512, 4.2, 0.031, 0.207),
         jobs=(*(job(number) for number in range(1, 6)), job(6, phase="fetch", step_index=0, num_steps=0)),
@@ -98,6 +120,7 @@ def status(**changes: Any) -> Status:
             3890.0,
             {"no_jobs": 1120.0, "fetching": 140.0, "encoding": 60.0, "decoding": 95.0, "engine_starting": 30.0},
         ),
+        last_hour=hour(),
         last_jobs=(
             ended(0),
             failed(1, "LORA_NOT_FOUND", "the adapter s3://media/models/style-9.safetensors does not exist"),
@@ -111,9 +134,9 @@ def status(**changes: Any) -> Status:
 
 
 @contextmanager
-def served(read: Callable[[], Status], read_preview: Callable[[str], bytes | None] = lambda _: None) -> Iterator[str]:
-    """Serve the page of a worker with the status of `read` and its previews by their task; yield its address."""
-    server = HealthServer(0, CollectorRegistry(), lambda: "", read, read_preview)
+def served(read: Callable[[], Status], read_image: Callable[[str], bytes | None] = lambda _: None) -> Iterator[str]:
+    """Serve the page of a worker with the status of `read` and its images by their relative URL; yield its address."""
+    server = HealthServer(0, CollectorRegistry(), lambda: "", read, read_image)
     server.start()
     try:
         yield f"http://127.0.0.1:{server.port}/"

@@ -37,10 +37,10 @@ HANG_SECONDS = 300.0
 class Worker:
     """A `darkroom run` in a process of its own, with its log in a file."""
 
-    def __init__(self, env: dict[str, str], log: Path) -> None:
+    def __init__(self, env: dict[str, str], log: Path, *options: str) -> None:
         self.port = int(env["METRICS_PORT"])
         self.log = log
-        command = [str(Path(sys.executable).parent / "darkroom"), "run"]
+        command = [str(Path(sys.executable).parent / "darkroom"), "run", *options]
         with log.open("wb") as sink:
             self.process = subprocess.Popen(command, env=env, cwd=log.parent, stdout=sink, stderr=sink)
 
@@ -117,17 +117,24 @@ class World:
             | {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
         )
 
-    def start_worker(self, **env: str) -> Worker:
-        """Start a worker; `wait_until_ready` is the caller's."""
+    def start_worker(self, *options: str, **env: str) -> Worker:
+        """Start a worker, with these options of `darkroom run`; `wait_until_ready` is the caller's."""
         number = len(self.workers) + 1
         own = {"CACHE_DIR": str(self.folder / f"cache-{number}"), "METRICS_PORT": str(free_port())}
-        worker = Worker(self.env() | own | env, self.folder / f"worker-{number}.log")
+        worker = Worker(self.env() | own | env, self.folder / f"worker-{number}.log", *options)
         self.workers.append(worker)
         return worker
 
     def stop(self) -> None:
         for worker in self.workers:
             worker.kill()
+
+    def delete_queues(self) -> None:
+        """Delete the queues: a broker that has hundreds of quorum queues is busy with their ticks alone."""
+        with self._connection() as connection:
+            channel = connection.channel()
+            for name in self.queues():
+                channel.queue_delete(f"{self.queue}{name}")
 
     def publish(self, *, task_id: str | None = None, **fields: Any) -> int:
         """Publish a job with these `data` fields; its generation id."""
@@ -143,12 +150,11 @@ class World:
 
     def publish_raw(self, *bodies: bytes, properties: Any = pika.BasicProperties(delivery_mode=2)) -> None:  # noqa: B008
         """Publish as the backends in the field do: declare the queue durable without arguments, publish persistent."""
-        connection = pika.BlockingConnection(pika.URLParameters(self.rabbitmq.url))
-        channel = connection.channel()
-        channel.queue_declare(self.queue, durable=True)
-        for body in bodies:
-            channel.basic_publish("", self.queue, body, properties)
-        connection.close()
+        with self._connection() as connection:
+            channel = connection.channel()
+            channel.queue_declare(self.queue, durable=True)
+            for body in bodies:
+                channel.basic_publish("", self.queue, body, properties)
 
     def wait_for_end(self, generation_id: Any) -> Call:
         try:
@@ -193,15 +199,17 @@ class World:
 
     def dead_letters(self) -> list[tuple[bytes, str]]:
         """Take the body and the reason of every dead letter."""
-        connection = pika.BlockingConnection(pika.URLParameters(self.rabbitmq.url))
-        channel = connection.channel()
         letters = []
-        while True:
-            method, properties, body = channel.basic_get(f"{self.queue}.dead", auto_ack=True)
-            if method is None:
-                connection.close()
-                return letters
-            letters.append((body, properties.headers["x-darkroom-reason"]))
+        with self._connection() as connection:
+            channel = connection.channel()
+            while True:
+                method, properties, body = channel.basic_get(f"{self.queue}.dead", auto_ack=True)
+                if method is None:
+                    return letters
+                letters.append((body, properties.headers["x-darkroom-reason"]))
+
+    def _connection(self) -> pika.BlockingConnection:
+        return pika.BlockingConnection(pika.URLParameters(self.rabbitmq.url))
 
     def upload(self, key: str, content: bytes) -> str:
         self.store.client().put_object(Bucket=self.bucket, Key=key, Body=content)
@@ -228,7 +236,7 @@ class World:
 
 @contextmanager
 def new_world(rabbitmq: RabbitMQ, store: SeaweedFS, folder: Path) -> Iterator[World]:
-    """Make a world with fresh names and its own backend; its workers are killed at the end."""
+    """Make a world with fresh names and its own backend; at the end its workers are killed and its queues deleted."""
     bucket = f"test-{uuid.uuid4().hex[:12]}"
     store.make_bucket(bucket)
     with Backend() as backend:
@@ -237,6 +245,7 @@ def new_world(rabbitmq: RabbitMQ, store: SeaweedFS, folder: Path) -> Iterator[Wo
             yield world
         finally:
             world.stop()
+            world.delete_queues()
 
 
 def eventually(

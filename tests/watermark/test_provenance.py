@@ -472,7 +472,7 @@ def test_a_worker_that_cannot_sign_does_not_start(tmp_path: Path) -> None:
     )
 
     assert ended.returncode == 2
-    assert re.search(r"C2PA_CERTIFICATE: .*expired on", ended.stderr.replace("\n", " "))
+    assert re.search(r"C2PA_CERTIFICATE: .*expired\s+on", ended.stderr, re.DOTALL)
     assert "Traceback" not in ended.stderr
 
 

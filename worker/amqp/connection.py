@@ -49,6 +49,11 @@ def connect(settings: BrokerSettings, name: str) -> Connection:
     return pika.BlockingConnection(parameters, _impl_class=TolerantConnection)
 
 
+def server_properties(connection: Connection) -> dict[str, Any]:
+    """Return what the broker said of itself as the connection was opened: its product, its version …"""
+    return connection._impl.server_properties or {}  # a blocking connection shows only the capabilities among them
+
+
 def close_connection(connection: Connection) -> None:
     """Close the connection where it is open; never raises for one that is lost."""
     if connection is None or not connection.is_open:

@@ -1,7 +1,7 @@
 """End a command on an error: one sentence on standard error, and an exit code."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
@@ -59,6 +59,15 @@ def or_exit(load: Callable[[], Loaded]) -> Loaded:
         for line in (problems, *others):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         console.print("docs/settings.md lists every setting; .env.example is a file to begin with.")
+        sys.exit(ExitCode.SETTINGS)
+
+
+def exit_over(needs: Sequence[str]) -> None:
+    """Print each sentence on what this machine is missing for a command, and exit with the code for settings."""
+    for need in needs:
+        console.print("[bold red]Not started:[/]", end=" ")
+        console.print(need, markup=False, highlight=False, soft_wrap=True)
+    if needs:
         sys.exit(ExitCode.SETTINGS)
 
 

@@ -6,7 +6,6 @@ import re
 import sys
 from datetime import timedelta
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -20,11 +19,21 @@ from config.redacting import quoted
 from config.section import load_section
 from config.service import ServiceSettings
 from config.store import StoreSettings
+from inference.libraries import engine_needs
 from worker.cli.dead.group import dead
-from worker.cli.exits import console, exit_on_failure, or_exit, settings_or_exit, whole_settings
+from worker.cli.exits import (
+    console,
+    exit_on_failure,
+    exit_over,
+    or_exit,
+    settings_or_exit,
+    whole_settings,
+)
 from worker.cli.options import GenerateOptions, fields_of, with_generate_options
+from worker.idle_countdown import IdleCountdown
 from worker.messages.generation_id import ID_RULE, is_generation_id
 from worker.supervisor import ExitCode, Supervisor
+from worker.version import darkroom_version
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,7 +55,7 @@ def main() -> None:
 
 def _print_version(is_requested: bool) -> None:
     if is_requested:
-        typer.echo(f"darkroom {version('darkroom')}")
+        typer.echo(f"darkroom {darkroom_version()}")
         raise typer.Exit
 
 
@@ -60,12 +69,19 @@ def _options(
 
 
 @app.command()
-def run() -> None:
+def run(
+    exit_when_idle: Annotated[
+        int | None,
+        typer.Option(metavar="SECONDS", min=1, help="End with code 0 after so many seconds without a job"),
+    ] = None,
+) -> None:
     """Work: take jobs from RabbitMQ until SIGTERM. Settings come from the environment and .env."""
+    exit_over(engine_needs())
     settings = or_exit(whole_settings)
     configure_logging(settings.service.log_level, settings.service.log_format)
+    countdown = None if exit_when_idle is None else IdleCountdown(exit_when_idle)
     try:
-        supervisor = or_exit(partial(Supervisor, settings))
+        supervisor = or_exit(partial(Supervisor, settings, countdown=countdown))
     except OSError as error:
         from worker.cli.check.port import explain_bind_error  # noqa: PLC0415
 
@@ -174,6 +190,7 @@ def generate(
 
     Adapters and pictures are files of this machine. Without a seed it is 0.
     """
+    exit_over(engine_needs())
     from worker.cli.generate import draw  # noqa: PLC0415 - brings torch into this process, as no other command does
 
     fields = {"seed": 0, **fields_of(options)}
@@ -217,6 +234,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder of the contact sheet and the timeline")] = Path("out"),
 ) -> None:
     """Run everything for real on this machine: a broker, a bucket, a backend, a worker and sixteen jobs."""
-    from examples.demo.main import run_demo  # noqa: PLC0415
+    from examples.demo.needs import missing_needs  # noqa: PLC0415
+
+    exit_over(missing_needs())
+    from examples.demo.main import run_demo  # noqa: PLC0415 - brings libraries of the extra `demo`
 
     sys.exit(run_demo(out))

@@ -27,6 +27,7 @@ from worker.messages.envelope import MESSAGE_TYPE
 from worker.messages.job import JobRejected
 from worker.outcome import Outcome
 from worker.results.ledger import Ledger, key_of
+from worker.results.result_urls import ResultUrls
 from worker.results.terminal_event import TerminalEvent
 
 POLL_SECONDS = 0.5
@@ -51,9 +52,10 @@ def submit_and_follow(
         publisher.start()
         publisher.publish(names.jobs, body)
         console.print(f"published as task {task_id}", highlight=False)
-        ledger = Ledger(Storage(settings.store), settings.store.bucket)
+        storage = Storage(settings.store)
+        ledger = Ledger(storage, settings.store.bucket)
         event = _Follower(task_id, ledger, publisher, names, console).follow(timeout_seconds)
-        return event is not None and _report(event, console)
+        return event is not None and _report(event, ResultUrls(storage, settings.store.results_bucket), console)
     except (JobRejected, PublishFailed, StorageError) as error:
         console.print("[bold red]Not done:[/]", end=" ")
         console.print(str(error), markup=False, highlight=False)
@@ -125,7 +127,7 @@ class _Follower:
             self.console.print(Text(line), soft_wrap=True)
 
 
-def _report(event: TerminalEvent, console: Console) -> bool:
+def _report(event: TerminalEvent, urls: ResultUrls, console: Console) -> bool:
     """Print the end of the job; True where it is complete."""
     if event.outcome is Outcome.CANCELLED:
         console.print("[yellow]cancelled[/]")
@@ -139,5 +141,5 @@ def _report(event: TerminalEvent, console: Console) -> bool:
     for name, start, seconds in event.stages:
         console.print(f"  {name:8} {seconds:8.3f} s, from {start:.3f} s", highlight=False)
     # On standard output, where a script looks for it.
-    typer.echo(event.body["result_url"])
+    typer.echo(urls.webhook_of(event).body["result_url"])
     return True

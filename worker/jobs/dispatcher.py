@@ -67,6 +67,13 @@ class Dispatcher:
         self._on_bug = on_bug
         self._threads = ThreadPoolExecutor(num_threads + NUM_SPARE_THREADS, thread_name_prefix="job")
         self._crashes = CrashCounter()
+        self._num_tasks = 0
+        self._tasks_lock = threading.Lock()
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether a job thread has work: a run, or a delivery that is being passed on."""
+        return self._num_tasks > 0
 
     def release_waiting(self) -> None:
         """Release every job that is not being denoised yet."""
@@ -167,7 +174,12 @@ class Dispatcher:
             self._submit(self._lease_keeper.note_all)
 
     def _submit(self, work: Callable[..., None], *args: object) -> None:
+        self._count_tasks(1)
         self._threads.submit(self._do, work, *args)
+
+    def _count_tasks(self, change: int) -> None:
+        with self._tasks_lock:
+            self._num_tasks += change
 
     def _do(self, work: Callable[..., None], *args: object) -> None:
         """Call `work` and report its errors: the pool keeps an exception in a future that is never read."""
@@ -176,6 +188,8 @@ class Dispatcher:
         except Exception:
             logger.exception("a job thread failed; its delivery stays with the broker")
             self._on_bug()
+        finally:
+            self._count_tasks(-1)
 
     def _dead_letter(self, delivery: Delivery, reason: str) -> None:
         self._settler.dead_letter(delivery, reason)

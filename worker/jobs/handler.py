@@ -26,6 +26,9 @@ from worker.results.image_store import IMAGE_PATIENCE_SECONDS, AlreadyEnded, Ima
 from worker.results.ledger import Ledger
 from worker.results.terminal_event import TerminalEvent
 
+# Shown at half of it on the status page, sharp on a dense screen.
+THUMBNAIL_PIXELS = 96
+
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
@@ -38,7 +41,7 @@ class StoredImage:
 @dataclass(frozen=True, slots=True)
 class JobHandler:
     """Handles jobs of every kind; one for all. `handle` blocks and runs on the job's own thread. `worker` is this
-    worker's name in the records."""
+    worker's name in the records. With `makes_thumbnails` a run keeps a small copy of its first image."""
 
     ledger: Ledger
     fetcher: Fetcher
@@ -51,6 +54,7 @@ class JobHandler:
     worker: str
     cancellations: Cancellations
     gate: StoreGate
+    makes_thumbnails: bool = False
 
     def handle(self, run: Run) -> TerminalEvent:
         """Run the job unless the ledger has its end; return that end, recorded.
@@ -91,6 +95,8 @@ class JobHandler:
                 )
                 for image in images.result.images
             ]
+            if self.makes_thumbnails:
+                run.thumbnail = signed[0].encode_thumbnail(THUMBNAIL_PIXELS)
         with run.stage(Phase.STORE):
             files = [
                 self.encoder.encode(image, provenance_of(job, images.result, generated, model=self.facts.model))

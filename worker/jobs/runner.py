@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from clients.storage.errors import StorageError
 from config.logs import bind, log_event
@@ -32,13 +31,15 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class RunOutcome:
     """How a run ended and how its deliveries are settled. `code` and `message` say why the job failed, `webhook`
-    what the notifier did. The code of a recorded end may be unknown to `ErrorCode`: another version wrote it."""
+    what the notifier did, `result_urls` what the status page may link to. The code of a recorded end may be unknown to
+    `ErrorCode`: another version wrote it."""
 
     disposition: Disposition
     outcome: Outcome
     code: str = ""
     webhook: str = ""
     message: str = ""
+    result_urls: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,14 +174,13 @@ class JobRunner:
 
             self.settler.publish_until_confirmed(notify)
         code, message = (str(event.body.get(name, "")) for name in ("error_code", "error_message"))
-        return RunOutcome(disposition, event.outcome, code, webhook, message)
+        urls = self.notifier.urls.addresses_of(event) if self.history.shows_prompts else ()
+        return RunOutcome(disposition, event.outcome, code, webhook, message, urls)
 
     def _log_start(self, run: Run) -> None:
         job, first = run.decoded, run.first
-        # A time without a zone may be hours off, which a histogram and its alerts would take for waiting.
-        if isinstance(job, Job) and job.created_at is not None and job.created_at.tzinfo is not None:
-            waited_seconds = (datetime.now(UTC) - job.created_at).total_seconds()
-            self.metrics.queue_wait_seconds.observe(max(0.0, waited_seconds))
+        if run.waited_seconds is not None:
+            self.metrics.queue_wait_seconds.observe(run.waited_seconds)
         log_event(logger, "job in", attempt=run.attempt, queue=first.queue, num_deliveries=first.num_deliveries)
         if isinstance(job, Job) and job.ignored:
             self.metrics.ignored_fields.inc(len(job.ignored))
@@ -195,7 +195,9 @@ class JobRunner:
         total = run.seconds
         self.metrics.jobs.labels(outcome.outcome).inc()
         self.metrics.job_seconds.observe(total)
-        self.history.add(run, outcome.outcome, code=outcome.code, message=outcome.message)
+        self.history.add(
+            run, outcome.outcome, code=outcome.code, message=outcome.message, result_urls=outcome.result_urls
+        )
         log_event(
             logger,
             "job out",

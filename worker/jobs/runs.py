@@ -51,6 +51,7 @@ class Run:
     `decoded` is the job, or the rejection that it will fail with, and came by `first`. `deliveries` grows when the
     broker delivers the same task again (a lost connection, a double click), and is empty while the job is on lease;
     all of them are settled together. `started_unix` is in epoch seconds, `started_monotonic` is `time.monotonic()`.
+    `thumbnail` is a JPEG of the first finished image, where the status page may show it.
     """
 
     task_id: str
@@ -65,6 +66,7 @@ class Run:
     progress: DenoiseProgress | None = None
     future: Future[GenerationResult] | None = None
     is_cancelled: bool = False
+    thumbnail: bytes | None = None
     lease_ends_at: float = 0.0
     _entered: list[tuple[Phase, float]] = field(default_factory=list, init=False)
 
@@ -97,6 +99,15 @@ class Run:
     def seconds(self) -> float:
         """Seconds since the job was delivered here, of which the stages account for most."""
         return round(time.monotonic() - self.started_monotonic, 3)
+
+    @property
+    def waited_seconds(self) -> float | None:
+        """Seconds from the job's `created_at` to its delivery; None without one."""
+        job = self.decoded
+        # A time without a zone may be hours off, which a histogram and its alerts would take for waiting.
+        if not isinstance(job, Job) or job.created_at is None or job.created_at.tzinfo is None:
+            return None
+        return max(0.0, self.started_unix - job.created_at.timestamp())
 
     @property
     def num_recoveries(self) -> int:
@@ -156,11 +167,12 @@ class Run:
 
 
 class Runs:
-    """Registry of the runs by task id, one for each task. Thread-safe."""
+    """Registry of the runs by task id, one for each task. Thread-safe. `num_begun` counts all that ever were."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._runs: dict[str, Run] = {}
+        self.num_begun = 0
 
     def attach_or_start(self, decoded: Job | JobRejected, delivery: Delivery) -> Run | None:
         """Return a new run for the job, or None where the task has one: the delivery is then attached to it.
@@ -176,6 +188,7 @@ class Runs:
                 return None
             run = Run(decoded.task_id, decoded.generation_id, decoded, [delivery])
             self._runs[decoded.task_id] = run
+            self.num_begun += 1
             return run
 
     def has_copy_of(self, task_id: str, delivery: Delivery) -> bool:

@@ -1,6 +1,6 @@
 """The bodies of the three webhooks as types, from which `json_schemas.py` writes the published schemas."""
 
-from typing import Annotated, NotRequired
+from typing import Annotated, Literal, NotRequired
 
 from pydantic import Field, WithJsonSchema
 from typing_extensions import TypedDict  # pydantic reads typing's own only from Python 3.12 on
@@ -16,6 +16,7 @@ _GenerationId = Annotated[
     Field(description="The job's own, as it came: a number or text"),
 ]
 _Seed = Annotated[int, Field(ge=0, le=MAX_INT64)]
+_TYPE = Field(description="Where WEBHOOK_URL has one address take all webhooks")
 _Url = Annotated[str, Field(min_length=1)]
 
 
@@ -34,6 +35,7 @@ class ProgressBody(TypedDict):
     """Body of the progress webhook. Lossy: the newest replaces older ones, each at most once and in order, none behind
     the end."""
 
+    type: NotRequired[Annotated[Literal["progress"], _TYPE]]
     generation_id: _GenerationId
     progress: ProgressNumbers
     preview_url: NotRequired[Annotated[str, Field(min_length=1, description="A small JPEG of how far the picture is")]]
@@ -68,6 +70,7 @@ class ImageMetadata(TypedDict):
 class CompleteBody(TypedDict):
     """Body of the complete webhook: the pictures are stored."""
 
+    type: NotRequired[Annotated[Literal["complete"], _TYPE]]
     generation_id: _GenerationId
     result_url: Annotated[str, Field(min_length=1, description="Of the picture, of several the first")]
     metadata: ImageMetadata
@@ -76,6 +79,7 @@ class CompleteBody(TypedDict):
 class FailedBody(TypedDict):
     """Body of the failed webhook: there will be no picture."""
 
+    type: NotRequired[Annotated[Literal["failed"], _TYPE]]
     generation_id: _GenerationId
     error_message: Annotated[str, Field(description="One sentence for people")]
     error_code: _ErrorCode

@@ -8,6 +8,7 @@ from clients.gpu import GpuMonitor
 from clients.storage.cache import DownloadCache
 from config.logs import log_event
 from worker.amqp.publisher import Publisher, PublishFailed
+from worker.last_hour import LastHour
 from worker.metrics import Metrics
 from worker.results.outbox import Outbox
 
@@ -30,6 +31,8 @@ class GaugePoller:
         outbox: Outbox,
         publisher: Publisher,
         gpu: GpuMonitor,
+        last_hour: LastHour,
+        jobs_queue: str,
         is_connected: Callable[[], bool],
         is_draining: threading.Event,
     ) -> None:
@@ -38,6 +41,8 @@ class GaugePoller:
         self._outbox = outbox
         self._publisher = publisher
         self._gpu = gpu
+        self._last_hour = last_hour
+        self._jobs_queue = jobs_queue
         self._is_connected = is_connected
         self._is_draining = is_draining
 
@@ -62,3 +67,5 @@ class GaugePoller:
             else:
                 for name, depth in depths.items():
                     self._metrics.queue_messages.labels(name).set(depth)
+                if self._jobs_queue in depths:
+                    self._last_hour.note_waiting(depths[self._jobs_queue])

@@ -1,4 +1,4 @@
-"""HTTP server of health, metrics and the status page with its files and previews; 404 for everything else."""
+"""HTTP server of health, metrics and the status page with its files and images; 404 for everything else."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from worker.monitoring.assets import HEADERS, NAMES, StaticFile
 from worker.monitoring.bounded_server import BoundedServer
-from worker.monitoring.status import PREVIEW_FOLDER, Status
+from worker.monitoring.status import Status
 from worker.progress.previews import JPEG
 
 ADDRESSES = "/ (the status page), /status.json, /health/live, /health/ready and /metrics"
@@ -29,14 +29,14 @@ class HealthServer:
         registry: CollectorRegistry,
         why_not_ready: Callable[[], str],
         read_status: Callable[[], Status],
-        read_preview: Callable[[str], bytes | None],
+        read_image: Callable[[str], bytes | None],
     ) -> None:
         folder = files("worker.monitoring") / "page"
         given = {
             "registry": registry,
             "why_not_ready": staticmethod(why_not_ready),
             "read_status": staticmethod(read_status),
-            "read_preview": staticmethod(read_preview),
+            "read_image": staticmethod(read_image),
             # Read once, so that an update cannot mix two versions.
             "page": {path: StaticFile((folder / name).read_bytes(), kind) for path, (name, kind) in NAMES.items()},
         }
@@ -63,7 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
     registry: CollectorRegistry
     why_not_ready: Callable[[], str]
     read_status: Callable[[], Status]
-    read_preview: Callable[[str], bytes | None]
+    read_image: Callable[[str], bytes | None]
     page: Mapping[str, StaticFile]
 
     def do_GET(self) -> None:
@@ -79,14 +79,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(200, type(self).read_status().to_json().encode(), "application/json", HEADERS)
             case path if path in self.page:
                 self._answer(200, self.page[path].content, self.page[path].content_type, HEADERS)
-            case path if (jpeg := self._preview(path)) is not None:
+            case path if (jpeg := type(self).read_image(path.removeprefix("/"))) is not None:
                 self._answer(200, jpeg, JPEG, HEADERS)
             case _:
                 self._answer(404, f"there are {ADDRESSES}\n".encode())
-
-    def _preview(self, path: str) -> bytes | None:
-        folder, name = f"/{PREVIEW_FOLDER}", path.removesuffix(".jpg")
-        return type(self).read_preview(name.removeprefix(folder)) if name.startswith(folder) else None
 
     def do_HEAD(self) -> None:
         self.do_GET()

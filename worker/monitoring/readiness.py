@@ -9,6 +9,9 @@ from worker.breakers import Breaker
 from worker.results.address_breaker import AddressBreaker
 from worker.results.image_metadata import ImageEncoder
 
+STOPPING = "stopping"
+ENGINE_LOADING = "the engine is loading the model"
+
 
 @dataclass(slots=True)
 class Readiness:
@@ -33,9 +36,9 @@ class Readiness:
     def why_not(self) -> str:
         """Return the reason why the worker takes no jobs; empty where it takes them."""
         if self.is_stopping():
-            return "stopping"
+            return STOPPING
         if self.engine.state is not EngineState.READY:
-            return "the engine is loading the model"
+            return ENGINE_LOADING
         if not self.is_connected:
             return "the broker is not connected"
         return self.refusal

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from worker.jobs.history import EndedJob
 from worker.jobs.runs import Run
+from worker.last_hour import HourSummary
 from worker.messages.job import Job
 from worker.progress.previews import ShownPreview
 
@@ -128,6 +129,7 @@ class Status:
     """The whole status, `at` in epoch seconds. Running jobs are sorted oldest first, ended ones newest first."""
 
     at: float
+    headline: str
     worker: WorkerStatus
     model: ModelStatus | None
     jobs: tuple[JobStatus, ...]
@@ -140,6 +142,7 @@ class Status:
     outcomes: Mapping[str, int]
     engine_restarts: int
     idle: IdleStatus
+    last_hour: HourSummary
     last_jobs: tuple[EndedJob, ...]
 
     def to_json(self) -> str:

@@ -9,11 +9,13 @@ from prometheus_client import CollectorRegistry
 
 from inference.request import ModelFacts
 from worker.amqp.topology import QueueNames
-from worker.jobs.history import History
+from worker.jobs.history import THUMBNAIL_FOLDER, History
 from worker.jobs.runs import Run
 from worker.metrics import Metrics
+from worker.monitoring.headline import headline
 from worker.monitoring.idle import IdleTimer
 from worker.monitoring.status import (
+    PREVIEW_FOLDER,
     BatchStatus,
     CacheStatus,
     GpuStatus,
@@ -90,21 +92,30 @@ class StatusBuilder:
         at, now = time.time(), time.monotonic()
         snapshot = MetricsSnapshot.of(self.metrics.registry)
         runs = sorted(self.runs(), key=lambda run: run.started_monotonic)
+        batch, why_not_ready = self._batch(snapshot), strip_details(self.why_not_ready())
+        num_restarts, idle_reason = int(snapshot.value("engine_restarts_total")), self.idle.reason
         return Status(
             at=at,
+            headline=headline(
+                why_not_ready=why_not_ready,
+                idle_reason=idle_reason,
+                num_lanes=batch.num_lanes,
+                num_jobs=len(runs),
+                num_restarts=num_restarts,
+            ),
             worker=WorkerStatus(
                 name=self.name,
                 version=self.version,
                 started_at=self.began_at,
                 uptime_seconds=round(at - self.began_at, 1),
-                why_not_ready=strip_details(self.why_not_ready()),
+                why_not_ready=why_not_ready,
             ),
             model=self._model(),
             jobs=tuple(
                 job_status(run, now, shows_prompts=self.shows_prompts, preview=self.previewer.latest(run.task_id))
                 for run in runs
             ),
-            batch=self._batch(snapshot),
+            batch=batch,
             slots=SlotsStatus(**{state: int(snapshot.value("adapter_slots", state)) for state in SLOT_STATES}),
             cache=CacheStatus(int(snapshot.value("adapter_cache_bytes")), self.max_cache_bytes),
             gpu=_gpu(snapshot),
@@ -115,21 +126,27 @@ class StatusBuilder:
                 self.notifier.failing,
             ),
             outcomes={outcome: int(count) for outcome, count in snapshot.by_label("jobs_total").items()},
-            engine_restarts=int(snapshot.value("engine_restarts_total")),
+            engine_restarts=num_restarts,
             idle=IdleStatus(
-                self.idle.reason,
+                idle_reason,
                 round(self.idle.denoising_seconds, 1),
                 {reason: round(spent, 1) for reason, spent in snapshot.by_label("idle_seconds_total").items()},
             ),
+            last_hour=self.history.last_hour.summary(),
             last_jobs=self.history.newest_first(),
         )
 
-    def read_preview(self, task_id: str) -> bytes | None:
-        """Return the newest preview of a running job, a JPEG; None where there is none, or none may be shown.
+    def read_image(self, path: str) -> bytes | None:
+        """Return the JPEG at a relative URL: the newest preview of a running job, or an ended one's thumbnail.
 
-        It shows what the prompt says, so the rule for prompts holds for it too.
+        None where there is none, or none may be shown: it shows what the prompt says, so the rule for prompts holds.
         """
-        shown = self.previewer.latest(task_id) if self.shows_prompts else None
+        name = path.removesuffix(".jpg")
+        if not self.shows_prompts or name == path:
+            return None
+        if name.startswith(THUMBNAIL_FOLDER):
+            return self.history.thumbnail(name.removeprefix(THUMBNAIL_FOLDER))
+        shown = self.previewer.latest(name.removeprefix(PREVIEW_FOLDER)) if name.startswith(PREVIEW_FOLDER) else None
         return shown.jpeg if shown else None
 
     def _model(self) -> ModelStatus | None:

@@ -44,7 +44,7 @@ class _Reported(NamedTuple):
 class JobPreviews(Source[_Reported]):
     """One job's previews. `on_step` runs on the engine's owner thread and only takes a lock.
 
-    `url` is where they are stored, None before the first is.
+    `url` is where they are stored, plain; None before the first is.
     """
 
     def __init__(self, previewer: "Previewer", task_id: str, ref: ObjectRef) -> None:
@@ -60,6 +60,10 @@ class JobPreviews(Source[_Reported]):
         if report.preview is not None:
             self._previewer.queue.offer(self, [_Reported(report.step_index, report.preview)])
 
+    def current_url(self) -> str:
+        """Return the address for readers, valid from now on. Raises `StorageError`."""
+        return self._previewer.storage.result_url(self.ref)
+
     def close(self) -> None:
         """Drop what is not stored and wait for what is being stored.
 
@@ -72,7 +76,7 @@ class Previewer:
     """Encodes and stores previews on a thread of their own, so that no denoising step waits for it."""
 
     def __init__(self, storage: Storage, bucket: str) -> None:
-        self._storage = storage
+        self.storage = storage
         self._bucket = bucket
         self._lock = threading.Lock()
         self._by_task: dict[str, JobPreviews] = {}
@@ -109,7 +113,7 @@ class Previewer:
     def _store(self, previews: JobPreviews, reported: _Reported) -> None:
         previews.shown = ShownPreview(reported.step_index, encode(reported.preview))
         try:
-            self._storage.put(
+            self.storage.put(
                 previews.ref,
                 previews.shown.jpeg,
                 content_type=JPEG,
@@ -119,7 +123,7 @@ class Previewer:
         except StorageError as error:
             log_event(logger, "preview not stored", logging.WARNING, task_id=previews.task_id, reason=str(error))
         else:
-            previews.url = self._storage.public_url(previews.ref)
+            previews.url = self.storage.public_url(previews.ref)
 
 
 def encode(preview: Preview) -> bytes:

@@ -3,9 +3,10 @@
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from clients.storage.errors import StorageError
-from clients.webhooks import Webhook, WebhookClient, WebhookKind, WebhookResult
+from clients.webhooks import NO_SUCH_METHOD_STATUSES, Webhook, WebhookClient, WebhookKind, WebhookResult
 from config.logs import log_event
 from inference.request import StepReport
 from worker.messages.generation_id import GenerationId
@@ -69,6 +70,12 @@ class JobProgress(Source[Webhook]):
         step_seconds = self._denoised_seconds / done if done else self._reporter.step_seconds
         return step_seconds * (report.num_steps - done)
 
+    def with_valid_urls(self, webhook: Webhook) -> Webhook:
+        """Return the webhook with its preview's address valid from now on. Raises `StorageError`."""
+        if "preview_url" not in webhook.body:
+            return webhook
+        return replace(webhook, body={**webhook.body, "preview_url": self._previews.current_url()})
+
     def close(self) -> None:
         """Drop what is unsent and wait for a call in flight: nothing of this job is sent after this returns."""
         self._previews.close()
@@ -108,6 +115,7 @@ class ProgressReporter:
         self.recent_steps = RecentMean()  # of all jobs, finished or not
         self.milestones = milestones
         self.step_seconds = 0.0
+        self._has_warned = False
         self.queue = LatestWins[JobProgress, Webhook](
             "progress", self._send, handle_seconds=CALL_DEADLINE_SECONDS, on_freeze=JobProgress.on_freeze
         )
@@ -139,7 +147,16 @@ class ProgressReporter:
                 log_event(logger, "progress not sent", logging.WARNING, task_id=progress.task_id, reason=str(error))
             if progress.may_have_ended:  # or the store does not answer
                 return
+        try:
+            webhook = progress.with_valid_urls(webhook)
+        except StorageError as error:
+            log_event(logger, "progress not sent", logging.WARNING, task_id=progress.task_id, reason=str(error))
+            return
         attempt = self._client.send(webhook, deadline_seconds=CALL_DEADLINE_SECONDS)
         self._metrics.webhooks.labels(webhook.kind.value, attempt.result.name.lower()).inc()
         if attempt.result is not WebhookResult.DELIVERED:
-            log_event(logger, "progress not taken", logging.DEBUG, reason=attempt.reason)
+            # None will be taken, and nothing else would say so: once.
+            is_worth_a_warning = attempt.status in NO_SUCH_METHOD_STATUSES and not self._has_warned
+            self._has_warned = self._has_warned or is_worth_a_warning
+            level = logging.WARNING if is_worth_a_warning else logging.DEBUG
+            log_event(logger, "progress not taken", level, reason=attempt.reason)

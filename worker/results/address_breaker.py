@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from clients.webhooks import DEFAULT_SETTING
 from config.logs import log_event
 
 logger = logging.getLogger(__name__)
@@ -22,21 +23,24 @@ TRIAL_SECONDS = 30.0
 
 MEANINGS = {
     400: "Django answers so to a host that its ALLOWED_HOSTS does not name",
-    404: "/api/webhooks/inference/… is added to BACKEND_API_URL: is a part of that path in it already?",
-    405: "another service than the backend may listen there, or BACKEND_API_URL has a wrong path",
-    410: "the address was given up: look at BACKEND_API_URL",
-    421: "the server does not serve this host: look at BACKEND_API_URL",
-    426: "the server wants another protocol: should BACKEND_API_URL begin with https?",
+    404: "there is nothing at that address: look at the path in {setting}",
+    405: "another service than the backend may listen there, or {setting} has a wrong path",
+    410: "the address was given up: look at {setting}",
+    421: "the server does not serve this host: look at {setting}",
+    426: "the server wants another protocol: should {setting} begin with https?",
 }
+PATH_TWICE = "/api/webhooks/inference/… is added to BACKEND_API_URL: is a part of that path in it already?"
 # Statuses that a wrong address may answer to every request. 409, 413 and 422 concern one event.
 ADDRESS_STATUSES = frozenset({*MEANINGS, *range(300, 400), 402, 406, 415, 451})
 
 
-def explain_status(status: int) -> str:
-    """Return what to check where a backend answers `status` to every request."""
+def explain_status(status: int, setting: str = DEFAULT_SETTING) -> str:
+    """Return what to check where a backend answers `status` to every request; `setting` says where it is."""
     if 300 <= status < 400:
-        return "a redirect is never followed: set BACKEND_API_URL to the final address"
-    return MEANINGS.get(status, "look at BACKEND_API_URL and at the backend's log")
+        return f"a redirect is never followed: set {setting} to the final address"
+    if status == 404 and setting == DEFAULT_SETTING:
+        return PATH_TWICE
+    return MEANINGS.get(status, "look at {setting} and at the backend's log").format(setting=setting)
 
 
 class AddressBreaker:
@@ -52,6 +56,7 @@ class AddressBreaker:
         self.is_open = False
         self._opened_at = 0.0
         self._status = 0
+        self._setting = DEFAULT_SETTING
 
     @property
     def reason(self) -> str:
@@ -61,15 +66,15 @@ class AddressBreaker:
             if not self.is_open or not is_resting:
                 return ""
             answers = f"HTTP {self._status} to {len(self._refused)} ends in a row, none taken"
-            return f"the backend refuses this worker: {answers}; {explain_status(self._status)}"
+            return f"the backend refuses this worker: {answers}; {explain_status(self._status, self._setting)}"
 
-    def refuse(self, webhook_id: str, status: int) -> None:
-        """Count an event that the backend answered with `status`."""
+    def refuse(self, webhook_id: str, status: int, setting: str = DEFAULT_SETTING) -> None:
+        """Count an event that the backend answered with `status`, at the address that `setting` names."""
         with self._lock:
             is_new = webhook_id not in self._refused
             was_open = self.is_open
             self._refused.add(webhook_id)
-            self._status = status
+            self._status, self._setting = status, setting
             self.is_open = was_open or len(self._refused) >= REFUSALS_TO_OPEN
             if is_new and self.is_open:
                 # A repeated rejection must not postpone the next trial.

@@ -3,8 +3,6 @@
 import logging
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from config.images import ImageSettings
@@ -14,13 +12,13 @@ from watermark.image_format import ImageFormat
 from watermark.provenance.provenance import Prompts, Provenance, SourceType, build_png_text, build_xmp
 from watermark.signature import SignedImage
 from worker.messages.job import Job, Kind
+from worker.version import darkroom_version
 
 if TYPE_CHECKING:
     from watermark.provenance.c2pa import ManifestSigner
 
 logger = logging.getLogger(__name__)
 
-_version_of = cache(version)
 
 SOFTWARE = "Darkroom"
 # Operators renew certificates.
@@ -83,7 +81,7 @@ def provenance_of(job: Job, result: GenerationResult, image: RawImage, *, model:
     keys = [adapter.ref.shown_key for adapter in job.adapters]
     return Provenance(
         software=SOFTWARE,
-        version=_version_of("darkroom"),
+        version=darkroom_version(),
         model=model,
         created_at=datetime.now(UTC),
         kind=job.kind,

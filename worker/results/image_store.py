@@ -27,10 +27,6 @@ MAX_ROUNDS = 8
 MAX_IMAGE_BYTES = 50_000_000
 
 PNG = "image/png"
-# A repeated generation has the same key, so caches must revalidate. Without this header Google's public objects are
-# cached for an hour, and others as long as a client likes.
-CACHE_CONTROL = "no-cache"
-
 # Keys of the object's metadata.
 TASK_ID, SHA256 = "task-id", "sha256"
 NO_METADATA: Mapping[str, str] = MappingProxyType({})
@@ -53,11 +49,12 @@ class _File:
     ref: ObjectRef
     png: bytes
     metadata: Mapping[str, str]
+    cache_control: str
 
     @property
     def options(self) -> dict[str, Any]:
         """Arguments of every write, conditional or not."""
-        return {"content_type": PNG, "metadata": self.metadata, "cache_control": CACHE_CONTROL}
+        return {"content_type": PNG, "metadata": self.metadata, "cache_control": self.cache_control}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +64,23 @@ class ImageStore:
     The key is the generation's, so several tasks, and several runs of one task, write the same one. An image that was
     reported must not change without a new terminal event: only the very object that was read is overwritten, and only
     by a task that had no recorded end after that read. `end_of` returns a task's recorded end.
+
+    `cache_control`: a repeated generation has the same key, so by default caches must revalidate. Without this header
+    Google's public objects are cached for an hour, and others as long as a client likes.
     """
 
     storage: Storage
     gate: StoreGate
     end_of: Callable[[str], TerminalEvent | None] = lambda _task_id: None
+    cache_control: str = "no-cache"
 
     def put(self, ref: ObjectRef, png: bytes, *, task_id: str, metadata: Mapping[str, str] = NO_METADATA) -> str:
-        """Write one image and return its URL. Another task's image is replaced, with a warning in the log.
+        """Write one image and return its plain URL. Another task's image is replaced, with a warning in the log.
 
         The object's metadata are the task, the image's SHA-256 and `metadata`, which is ASCII. Raises `AlreadyEnded`.
         """
-        file = _File(ref, png, {**metadata, TASK_ID: task_id, SHA256: hashlib.sha256(png).hexdigest()})
+        described = {**metadata, TASK_ID: task_id, SHA256: hashlib.sha256(png).hexdigest()}
+        file = _File(ref, png, described, self.cache_control)
         try:
             self._put_conditionally(file)
         except NotSupported:  # by a store without conditional writes, which only overwrites

@@ -11,6 +11,7 @@ from typing import cast
 
 import tenacity
 
+from clients.storage.errors import StorageError
 from clients.webhooks import WebhookAttempt, WebhookClient, WebhookKind, WebhookResult
 from config.logs import log_event
 from worker.amqp.publisher import Publisher
@@ -19,6 +20,7 @@ from worker.breakers import Breaker
 from worker.metrics import Metrics
 from worker.results.address_breaker import ADDRESS_STATUSES, AddressBreaker
 from worker.results.ledger import Ledger
+from worker.results.result_urls import ResultUrls
 from worker.results.terminal_event import TerminalEvent
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ class Notifier:
         self,
         *,
         client: WebhookClient,
+        urls: ResultUrls,
         ledger: Ledger,
         publisher: Publisher,
         names: QueueNames,
@@ -77,6 +80,7 @@ class Notifier:
     ) -> None:
         """Create a notifier that reports to `breaker` whether the backend accepts our token."""
         self._client = client
+        self.urls = urls
         self._breaker = breaker
         self._ledger = ledger
         self._publisher = publisher
@@ -134,7 +138,7 @@ class Notifier:
 
         A status that rejects the event is a retry where the address breaker is open: the backend rejects every event.
         """
-        attempt = self._client.send(event.webhook, deadline_seconds=CALL_DEADLINE_SECONDS)
+        attempt = self._send(event)
         self._metrics.webhooks.labels(event.kind.value, attempt.result.name.lower()).inc()
         if attempt.status in REFUSING_STATUSES:
             self._breaker.refuse(attempt.reason, of=event.webhook.webhook_id)
@@ -147,9 +151,16 @@ class Notifier:
             self.accepted_at[event.kind] = time.monotonic()
             self.address_breaker.accept()
         elif attempt.status in ADDRESS_STATUSES:
-            self.address_breaker.refuse(event.webhook.webhook_id, cast(int, attempt.status))
+            self.address_breaker.refuse(event.webhook.webhook_id, cast(int, attempt.status), attempt.setting)
             return replace(attempt, result=WebhookResult.RETRY) if self.address_breaker.is_open else attempt
         return attempt
+
+    def _send(self, event: TerminalEvent) -> WebhookAttempt:
+        try:
+            webhook = self.urls.webhook_of(event)
+        except StorageError as error:
+            return WebhookAttempt(WebhookResult.RETRY, None, None, f"no address can be signed: {error}", False)
+        return self._client.send(webhook, deadline_seconds=CALL_DEADLINE_SECONDS)
 
     def is_permanent_failure(self, attempt: WebhookAttempt, age_seconds: float) -> bool:
         """Return whether an event of that age is to be dead-lettered after `attempt`, given the address breaker."""

@@ -25,11 +25,13 @@ from inference.request import (
     ModelFacts,
     OnLoadReport,
     OnStep,
+    Preview,
     RawImage,
     StepReport,
 )
 
 BASE_SIZE = 128
+PREVIEW_SIZE = BASE_SIZE // 8
 STEP_SECONDS = 0.01
 TURN_SECONDS = 0.005
 PAUSE_SECONDS = 1.5
@@ -46,12 +48,15 @@ class ActiveRequest:
     is_cancelled: IsCancelled
     future: Future[GenerationResult] = field(default_factory=Future)
     step_index: int = 0
+    preview_every: int = 0
 
     def has_verb(self, verb: str) -> bool:
         return f"{verb}@{self.step_index}" in self.request.prompt.split()
 
     def report(self) -> None:
-        self.on_step(StepReport(self.step_index, self.request.num_inference_steps, TURN_SECONDS))
+        is_due = self.preview_every and self.step_index and self.step_index % self.preview_every == 0
+        preview = Preview(PREVIEW_SIZE, PREVIEW_SIZE, bytes(3 * PREVIEW_SIZE**2)) if is_due else None
+        self.on_step(StepReport(self.step_index, self.request.num_inference_steps, TURN_SECONDS, preview))
 
 
 class FakeEngine:
@@ -62,6 +67,7 @@ class FakeEngine:
         if not self._journal.parent.is_dir():
             raise EngineStartFailed(f"no folder for {self._journal}")
         self._num_lanes = settings.max_concurrent_generations
+        self._preview_every = settings.preview_every
         self._on_load_report = on_load_report
         self._changed = threading.Condition()
         self._waiting: list[ActiveRequest] = []
@@ -90,7 +96,7 @@ class FakeEngine:
         self._note("generate", request)
         if "refuse" in request.prompt.split():
             raise FileNotFoundError("no adapter there")
-        active = ActiveRequest(request, on_step, is_cancelled)
+        active = ActiveRequest(request, on_step, is_cancelled, preview_every=self._preview_every)
         with self._changed:
             self._waiting.append(active)
             self._changed.notify()

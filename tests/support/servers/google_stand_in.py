@@ -3,6 +3,7 @@
 - Requests in AWS's signature and `x-amz-` headers are taken, but `If-None-Match` does not condition a write of them.
 - A request with headers of both dialects is refused (400 ExcessHeaderValues).
 - A request signed as GOOG4-HMAC-SHA256 is verified, from the documentation of the V4 signing process.
+- A signed URL, with the signature in its query, is verified in the same way.
 - `x-goog-if-generation-match` conditions a request on the object's generation, 0 on a free key (412
   PreconditionFailed). `If-Match` conditions reads alone.
 - Every answer has `x-guploader-uploadid`; objects have `x-goog-generation` and `x-goog-hash`.
@@ -14,7 +15,9 @@ import hashlib
 import hmac
 import socket
 import threading
+import time
 from dataclasses import dataclass
+from datetime import datetime
 from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 from xml.sax.saxutils import escape
@@ -35,7 +38,11 @@ class Request(NamedTuple):
 
     @property
     def is_google(self) -> bool:
-        return self.headers["authorization"].startswith("GOOG4-HMAC-SHA256 ")
+        return self.headers.get("authorization", "").startswith("GOOG4-HMAC-SHA256 ")
+
+    @property
+    def is_anonymous(self) -> bool:
+        return "authorization" not in self.headers
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,8 @@ class GoogleStandIn(Server):
             name.startswith("x-goog-") for name in request.headers
         ):
             return _refusal(400, "ExcessHeaderValues")
+        if request.is_anonymous and not is_url_signed(request, SECRET):
+            return _refusal(403, "SignatureDoesNotMatch")
         if request.is_google and not is_signed(request, SECRET):
             return _refusal(403, "SignatureDoesNotMatch")
         if request.is_google and any(name.startswith(NOT_TRANSLATED) for name in request.headers):
@@ -199,11 +208,29 @@ def is_signed(request: Request, secret: str) -> bool:
     listed = "&".join(sorted(query.split("&"))) if query else ""
     lines = [request.method, path, listed, *(f"{name}:{request.headers[name]}" for name in names), ""]
     canonical = "\n".join([*lines, ";".join(names), payload])
-    date, location, service, kind = scope.split("/")
+    wanted = _signature(canonical, scope, request.headers["x-goog-date"], secret)
+    return scope.endswith("/storage/goog4_request") and hmac.compare_digest(wanted, fields["Signature"])
+
+
+def is_url_signed(request: Request, secret: str) -> bool:
+    """Return whether the request's query has the documented signature, over the host alone, and is not expired."""
+    path, _, query = request.target.partition("?")
+    parameters = dict(parse_qsl(query))
+    if not {"X-Goog-Signature", "X-Goog-Date", "X-Goog-Expires", "X-Goog-Credential"} <= parameters.keys():
+        return False
+    signed = "&".join(sorted(part for part in query.split("&") if not part.startswith("X-Goog-Signature=")))
+    host = request.headers["host"]
+    canonical = "\n".join([request.method, path, signed, f"host:{host}", "", "host", "UNSIGNED-PAYLOAD"])
+    scope, date = parameters["X-Goog-Credential"].split("/", 1)[1], parameters["X-Goog-Date"]
+    wanted = _signature(canonical, scope, date, secret)
+    began_at = datetime.strptime(date, "%Y%m%dT%H%M%S%z").timestamp()
+    is_valid = began_at - 900 < time.time() < began_at + int(parameters["X-Goog-Expires"])
+    return is_valid and hmac.compare_digest(wanted, parameters["X-Goog-Signature"])
+
+
+def _signature(canonical: str, scope: str, moment: str, secret: str) -> str:
     key = b"GOOG4" + secret.encode()
-    for part in (date, location, service, kind):
+    for part in scope.split("/"):
         key = hmac.new(key, part.encode(), hashlib.sha256).digest()
-    to_sign = f"GOOG4-HMAC-SHA256\n{request.headers['x-goog-date']}\n{scope}\n"
-    to_sign += hashlib.sha256(canonical.encode()).hexdigest()
-    wanted = hmac.new(key, to_sign.encode(), hashlib.sha256).hexdigest()
-    return (service, kind) == ("storage", "goog4_request") and hmac.compare_digest(wanted, fields["Signature"])
+    to_sign = f"GOOG4-HMAC-SHA256\n{moment}\n{scope}\n" + hashlib.sha256(canonical.encode()).hexdigest()
+    return hmac.new(key, to_sign.encode(), hashlib.sha256).hexdigest()

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from typer.testing import CliRunner
 from tests.support.servers.clients_servers import refused_url
 from worker.cli.cancel import InvalidId, orders_of
 from worker.cli.main import app
+from worker.version import darkroom_version
 
 TASK_ID = "660f9511-f3ac-52e5-b827-557766551111"
 
@@ -23,7 +23,7 @@ def typed(*arguments: str, **env: str) -> tuple[int, str]:
 
 
 def test_the_version_is_that_of_the_package() -> None:
-    assert typed("--version") == (0, f"darkroom {version('darkroom')}\n")
+    assert typed("--version") == (0, f"darkroom {darkroom_version()}\n")
 
 
 @pytest.mark.parametrize("command", [[], ["run"], ["generate"], ["cancel"], ["dead"], ["dead", "list"]])
@@ -40,7 +40,7 @@ def test_the_package_is_run_as_the_command_is() -> None:
 
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
-    assert ended.stdout == f"darkroom {version('darkroom')}\n"
+    assert ended.stdout == f"darkroom {darkroom_version()}\n"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -174,7 +174,9 @@ def broker_metrics(rabbitmq: RabbitMQ) -> Iterator[int]:
 
     port = free_port()
     address = f'[{{ip,"127.0.0.1"}},{{port,{port}}}]'
-    use_plugins("rabbitmq_prometheus", f"application:set_env(rabbitmq_prometheus,tcp_config,{address}),")
+    # Persistent: what the application's own file says would replace it when the plugin is loaded.
+    setting = f"application:set_env(rabbitmq_prometheus,tcp_config,{address},[{{persistent,true}}]),"
+    use_plugins("rabbitmq_prometheus", setting)
     yield port
     use_plugins("")
 

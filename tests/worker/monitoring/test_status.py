@@ -1,24 +1,25 @@
-"""The fields of the status, what it leaves out, and the page that shows it in a real Chromium."""
+"""The fields of the status, what it leaves out, and how it is served."""
 
 import itertools
 import json
-import re
+import random
 import time
 import tomllib
 from collections.abc import Iterator
-from dataclasses import fields, replace
-from pathlib import Path
+from dataclasses import fields
+from datetime import UTC, datetime
+from io import BytesIO
 from typing import Any
 
 import pytest
 import requests
-from playwright.sync_api import Browser, expect
+from PIL import Image
 
 from clients.storage.location import ObjectRef
 from inference.request import EngineLoad, Stage
-from tests.support.browsing import PHONE, PageSession, chromium
 from tests.support.paths import ROOT
-from tests.support.status_pages import ended, failed, job, served, status
+from tests.support.status_pages import served, status
+from watermark.signature import SignatureStyle, SignedImage, Unsigned, sign
 from worker.amqp.delivery import Delivery
 from worker.jobs.history import MAX_ENDED, History, public_message
 from worker.jobs.runs import DenoiseProgress, Phase, Run
@@ -28,14 +29,7 @@ from worker.messages.rules import JobRules
 from worker.metrics import Metrics
 from worker.monitoring.assets import NAMES
 from worker.monitoring.idle import IdleTimer
-from worker.monitoring.status import (
-    BatchStatus,
-    IdleStatus,
-    SlotsStatus,
-    WorkerStatus,
-    job_status,
-    strip_details,
-)
+from worker.monitoring.status import job_status, strip_details
 from worker.monitoring.status_builder import MetricsSnapshot, StatusBuilder
 from worker.outcome import Outcome
 from worker.progress.previews import Previewer, ShownPreview
@@ -43,7 +37,7 @@ from worker.progress.previews import Previewer, ShownPreview
 TASK_ID = "660f9511-f3ac-52e5-b827-557766551111"
 PROMPT = "a heron at dawn"
 RULES = JobRules(None, None, locate=lambda text: ObjectRef("media", text))
-HOSTILE = "<script>document.title = 'run'</script><img src=x onerror=\"document.title = 'run'\">"
+THUMBNAIL = b"a JPEG of a finished image"
 
 
 def message(**fields: Any) -> bytes:
@@ -63,6 +57,11 @@ def rejection_of(**fields: Any) -> JobRejected:
     with pytest.raises(JobRejected) as caught:
         decode(message(**fields), RULES)
     return caught.value
+
+
+def builder(**parts: Any) -> StatusBuilder:
+    """Build a status builder that has these parts alone."""
+    return StatusBuilder(**dict.fromkeys((field.name for field in fields(StatusBuilder)), None) | parts)  # type: ignore[arg-type]
 
 
 # --- A job at work
@@ -95,11 +94,11 @@ def test_status_builder_serves_previews_only_where_prompts_are_shown(
 ) -> None:
     previewer = Previewer(storage=None, bucket="results")  # type: ignore[arg-type]
     previewer.follow(TASK_ID, 456).shown = ShownPreview(12, b"a JPEG")
-    parts: dict[str, Any] = dict.fromkeys(field.name for field in fields(StatusBuilder))
-    board = StatusBuilder(**parts | {"previewer": previewer, "shows_prompts": shows_prompts})
+    board = builder(previewer=previewer, shows_prompts=shows_prompts)
 
-    assert board.read_preview(TASK_ID) == found
-    assert board.read_preview("another") is None
+    assert board.read_image(f"status/preview/{TASK_ID}.jpg") == found
+    assert board.read_image("status/preview/another.jpg") is None
+    assert board.read_image(f"status/preview/{TASK_ID}") is None
 
 
 def test_a_generation_id_that_javascript_would_round_is_text() -> None:
@@ -153,6 +152,107 @@ def test_a_prompt_enters_the_history_only_by_the_setting() -> None:
 
     assert PROMPT not in repr(quiet.newest_first())
     assert open_hearted.newest_first()[0].prompt == PROMPT
+
+
+def test_addresses_and_thumbnails_enter_the_history_only_by_the_setting() -> None:
+    quiet, open_hearted = History(shows_prompts=False), History(shows_prompts=True)
+    url = "https://media.example.com/generations/gen-1.png?X-Amz-Signature=secret"
+    run = run_of()
+    run.thumbnail = THUMBNAIL
+
+    for history in (quiet, open_hearted):
+        history.add(run, Outcome.COMPLETE, code="", message="", result_urls=(url,))
+
+    (hidden,), (shown,) = quiet.newest_first(), open_hearted.newest_first()
+    assert (hidden.result_urls, hidden.thumbnail, quiet.thumbnail(TASK_ID)) == ((), None, None)
+    assert (shown.result_urls, shown.thumbnail) == ((url,), f"status/thumbnail/{TASK_ID}.jpg")
+    assert open_hearted.thumbnail(TASK_ID) == THUMBNAIL
+    assert builder(history=open_hearted, shows_prompts=True).read_image(str(shown.thumbnail)) == THUMBNAIL
+    assert builder(history=open_hearted, shows_prompts=True).read_image("status/thumbnail/another.jpg") is None
+    assert builder(history=open_hearted, shows_prompts=False).read_image(str(shown.thumbnail)) is None
+
+
+@pytest.mark.parametrize("outcome", sorted(set(Outcome) - {Outcome.COMPLETE}))
+def test_image_of_a_job_that_did_not_complete_is_not_shown(outcome: Outcome) -> None:
+    history = History(shows_prompts=True)
+    run = run_of()
+    run.thumbnail = THUMBNAIL  # finished, and then not stored
+
+    history.add(run, outcome, code="STORAGE_UNAVAILABLE", message="")
+
+    assert (history.newest_first()[0].thumbnail, history.thumbnail(TASK_ID)) == (None, None)
+
+
+def test_thumbnail_of_an_end_without_one_is_that_of_the_run_that_drew_it() -> None:
+    history = History(shows_prompts=True)
+    drawn = run_of()
+    drawn.thumbnail = THUMBNAIL
+
+    for run in (drawn, run_of()):  # delivered again: the end is read from the ledger
+        history.add(run, Outcome.COMPLETE, code="", message="")
+
+    assert [one.thumbnail is None for one in history.newest_first()] == [True, False]
+    assert history.thumbnail(TASK_ID) == THUMBNAIL
+
+
+def test_thumbnails_are_forgotten_with_their_jobs() -> None:
+    history = History(shows_prompts=True)
+
+    for number in range(MAX_ENDED + 1):
+        run = run_of()
+        run.task_id, run.thumbnail = str(number), THUMBNAIL
+        history.add(run, Outcome.COMPLETE, code="", message="")
+
+    assert history.thumbnail("0") is None
+    assert history.thumbnail("1") == THUMBNAIL
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [((128, 128), (96, 96)), ((1024, 512), (96, 48)), ((8, 1024), (1, 96)), ((40, 20), (40, 20))]
+)
+def test_thumbnail_is_a_small_jpeg_of_the_image_s_shape(size: tuple[int, int], shown: tuple[int, int]) -> None:
+    thumbnail = Image.open(BytesIO(signed(Image.new("RGB", size, "teal")).encode_thumbnail(96)))
+
+    assert (thumbnail.format, thumbnail.size) == ("JPEG", shown)
+    assert thumbnail.getpixel((0, 0)) == pytest.approx((0, 128, 128), abs=3)
+
+
+def test_thumbnail_of_noise_is_still_small() -> None:
+    noise = Image.frombytes("RGB", (96, 96), random.Random(7).randbytes(3 * 96 * 96))
+
+    assert len(signed(noise).encode_thumbnail(96)) < 10_000
+
+
+def signed(image: Image.Image) -> SignedImage:
+    return sign(image, Unsigned(), SignatureStyle())
+
+
+def test_history_feeds_the_last_hour() -> None:
+    history = History(shows_prompts=False)
+
+    history.add(run_of(), Outcome.COMPLETE, code="", message="")
+    history.add(run_of(), Outcome.FAILED, code="GPU_OOM", message="")
+
+    hour = history.last_hour.summary()
+    assert (sum(hour.complete), sum(hour.failed), hour.waited_p50) == (1, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("created_at", "waited"),
+    [
+        ("2025-01-20T11:30:00Z", 12.5),
+        ("2025-01-20T12:30:00+01:00", 12.5),
+        ("2025-01-20T11:30:00", None),
+        ("2025-01-20T11:31:00Z", 0.0),
+        (None, None),
+    ],
+)
+def test_job_has_waited_from_its_creation_to_its_delivery(created_at: str | None, waited: float | None) -> None:
+    body = json.dumps(json.loads(message()) | {"created_at": created_at}).encode()
+    run = Run(TASK_ID, 456, decode(body, RULES), [delivered(body)])
+    run.started_unix = datetime(2025, 1, 20, 11, 30, 12, 500_000, UTC).timestamp()
+
+    assert run.waited_seconds == waited
 
 
 def test_message_of_pika_about_a_released_job_is_not_a_code() -> None:
@@ -322,270 +422,3 @@ def test_every_file_of_the_page_is_served_and_packaged() -> None:
         path.name for path in (ROOT / "worker" / "monitoring" / "page").iterdir()
     }
     assert project["tool"]["setuptools"]["package-data"]["worker.monitoring"] == ["page/*"]
-
-
-# --- In a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as running:
-        yield running
-
-
-def test_the_page_shows_the_worker_without_a_complaint_or_a_foreign_request(browser: Browser, url: str) -> None:
-    with PageSession(browser) as visit:
-        visit.page.goto(url)
-
-        expect(visit.page.locator("#state")).to_have_text("ready")
-        expect(visit.page.locator("#lanes")).to_have_text("5 of 10")
-        expect(visit.page.locator("#idle-answer")).to_have_text("It is not: 5 lanes are being denoised.")
-        expect(visit.page.locator("#jobs > li")).to_have_count(6)
-        bar = visit.page.get_by_role("progressbar", name="Job 48213")
-        expect(bar).to_have_attribute("aria-valuenow", "40")
-        expect(visit.page.get_by_role("img", name="5 in use, 7 loaded, 4 free")).to_be_visible()
-        expect(visit.page.get_by_role("row", name="image_generation.dead 1")).to_be_visible()
-        assert visit.complaints == []
-        assert visit.origins == {url}
-
-
-def test_an_ended_job_opens_to_its_error_and_its_stages_and_stays_open(browser: Browser, url: str) -> None:
-    with PageSession(browser) as visit:
-        visit.page.goto(url)
-        row = visit.page.locator("#last > li").nth(1)
-        expect(row.locator(".message")).to_have_count(0)
-
-        row.locator("summary").click()
-
-        expect(row.locator(".code")).to_have_text("LORA_NOT_FOUND")
-        expect(row.locator(".message")).to_have_text(re.compile("does not exist"))
-        expect(row.locator(".stages li")).to_have_text(["ledger14 ms", "fetch2.20 s", "record20 ms", "notify30 ms"])
-        with visit.page.expect_response("**/status.json"):
-            pass
-        with visit.page.expect_response("**/status.json"):
-            pass
-        expect(row.locator(".message")).to_be_visible()
-
-
-@pytest.mark.parametrize("width", [320, 360, 620, 621, 1000, 1001, 1280])
-def test_the_page_never_scrolls_sideways(browser: Browser, width: int, tmp_path: Path) -> None:
-    worst = status(
-        worker=WorkerStatus(
-            "a-host-of-a-very-long-name-in-some-cluster-7f6c9d8b5-x2x2x:17", "0.1.0", 0.0, 1e7, "y" * 80
-        ),
-        batch=BatchStatus(256, 256, 10**9, 255.99, 255.99),
-        slots=SlotsStatus(1000, 20, 4),
-        jobs=(job(1, generation_id=str(2**63 - 1), adapters=("x" * 300,) * 4, prompt="y" * 4000),),
-        last_jobs=(replace(failed(1, "E" * 60, "z" * 500), generation_id=str(2**63 - 1), seconds=99999.0),),
-    )
-    with served(lambda: worst) as address, PageSession(browser, viewport=PHONE | {"width": width}) as visit:
-        visit.page.goto(address)
-        visit.page.locator("#last summary").click()
-
-        expect(visit.page.locator("#last .message")).to_be_visible()
-        visit.page.screenshot(path=tmp_path / f"{width}.png", full_page=True)
-        assert not visit.scrolls_sideways()
-
-
-def test_hostile_text_is_shown_as_text_and_does_not_run(browser: Browser) -> None:
-    hostile = status(
-        worker=WorkerStatus(HOSTILE, HOSTILE, 0.0, 1.0, HOSTILE),
-        jobs=(job(1, adapters=(HOSTILE,), phase=HOSTILE, prompt=HOSTILE, generation_id=HOSTILE),),
-        last_jobs=(replace(failed(1, HOSTILE, HOSTILE), outcome=HOSTILE, prompt=HOSTILE, generation_id=HOSTILE),),
-        idle=replace(status().idle, reason=HOSTILE),
-    )
-    with served(lambda: hostile) as address, PageSession(browser) as visit:
-        visit.page.goto(address)
-        visit.page.locator("#last summary").click()
-
-        expect(visit.page.locator("#last .message")).to_have_text(HOSTILE)
-        expect(visit.page.locator("#jobs .prompt")).to_have_text(HOSTILE)
-        assert visit.page.locator("main script, main img").count() == 0
-        assert visit.page.title() == "Not ready · Darkroom"
-        assert visit.complaints == []
-        assert visit.origins == {address}
-
-
-CONTRASTS = """() => {
-  const linear = (c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
-  const luminance = (rgb) => rgb.map((c) => linear(c / 255))
-    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-  const parse = (color) => color.match(/[\\d.]+/g).map(Number);
-  const ground = (node) => {
-    for (let one = node; one; one = one.parentElement) {
-      const [r, g, b, alpha = 1] = parse(getComputedStyle(one).backgroundColor);
-      if (alpha > 0) return [r, g, b];
-    }
-    return [255, 255, 255];
-  };
-  const found = [];
-  for (const node of document.querySelectorAll("body *")) {
-    const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
-    if (!own || !node.checkVisibility()) continue;
-    const [light, dark] = [luminance(parse(getComputedStyle(node).color).slice(0, 3)), luminance(ground(node))]
-      .sort((a, b) => b - a);
-    found.push([(light + 0.05) / (dark + 0.05), `${node.className || node.tagName}: ${node.textContent.slice(0, 40)}`]);
-  }
-  return found;
-}"""
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_text_has_the_contrast_of_wcag_aa(browser: Browser, url: str, scheme: str, tmp_path: Path) -> None:
-    with PageSession(browser, color_scheme=scheme) as visit:
-        visit.page.goto(url)
-        visit.page.locator("#last > li").nth(1).locator("summary").click()
-        expect(visit.page.locator("#last .message")).to_be_visible()
-
-        contrasts = visit.page.evaluate(CONTRASTS)
-
-        visit.page.screenshot(path=tmp_path / f"{scheme}.png", full_page=True)
-        assert len(contrasts) > 100
-        assert [one for one in contrasts if one[0] < 4.5] == []
-
-
-def test_page_follows_the_colour_scheme(browser: Browser, url: str) -> None:
-    grounds = {}
-    for scheme in ("light", "dark"):
-        with PageSession(browser, color_scheme=scheme) as visit:
-            visit.page.goto(url)
-            colour = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
-            grounds[scheme] = sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
-
-    assert grounds["dark"] < 40
-    assert grounds["light"] > 215
-
-
-def test_animations_are_off_with_reduced_motion(browser: Browser, url: str) -> None:
-    moving = "[...document.querySelectorAll('*')].filter((n) => getComputedStyle(n).transitionDuration !== '0s').length"
-    counts = []
-    for wish in ("no-preference", "reduce"):
-        with PageSession(browser, reduced_motion=wish) as visit:
-            visit.page.goto(url)
-            expect(visit.page.locator("#last > li")).to_have_count(14)
-            counts.append(visit.page.evaluate(moving))
-
-    assert counts[0] > 0
-    assert counts[1] == 0
-
-
-# What of the page a person sees or hears, by element; the age of the numbers is of the moment it is looked at.
-SHOWN = """() => [...document.querySelectorAll("main, main *, header *, title")].map((node) => [
-  node.tagName, node.id, node.className,
-  [...node.childNodes].filter((one) => one.nodeType === 3).map((one) => one.textContent).join("|"),
-  ["aria-label", "aria-valuenow", "aria-valuetext", "data-state", "data-outcome", "data-task", "style", "src"]
-    .map((name) => node.getAttribute(name)),
-  node.hidden,
-].join(" # "))"""
-
-
-def test_updated_page_equals_a_reloaded_one(browser: Browser) -> None:
-    at = time.time()
-    before = status(at=at)
-    after = status(
-        at=at + 60,
-        worker=replace(before.worker, uptime_seconds=9000.0, why_not_ready="stopping"),
-        model=replace(before.model, load_seconds=9.9, step_seconds=0.5, recent_step_seconds=7.7),
-        jobs=tuple(
-            replace(one, step_index=29, seconds=99.0, seconds_left=1.0, attempt=2, phase="denoise")
-            for one in before.jobs[1:]
-        ),
-        batch=BatchStatus(9, 10, 99999, 9.99, 8.88),
-        slots=SlotsStatus(active=9, idle=5, free=2),
-        cache=replace(before.cache, size_bytes=16_000_000_000),
-        gpu=replace(before.gpu, memory_used_bytes=20_000_000_000, utilization_ratio=0.11),
-        queues=tuple(replace(one, num_messages=one.num_messages + 7) for one in before.queues),
-        webhooks=replace(before.webhooks, num_waiting=0, failing=()),
-        outcomes={"complete": 2222, "failed": 33, "cancelled": 5, "retried": 44},
-        engine_restarts=6,
-        idle=IdleStatus(
-            "decoding", 100.0, {"no_jobs": 200.0, "decoding": 300.0, "broker_down": 400.0, "refused": 500.0}
-        ),
-        last_jobs=(ended(20, finished_at=at), *before.last_jobs),
-    )
-    seen = [before]
-    with served(lambda: seen[-1]) as address, PageSession(browser) as updated, PageSession(browser) as fresh:
-        updated.page.goto(address)
-        expect(updated.page.locator("#done")).to_have_text("1,284")
-
-        seen.append(after)
-
-        for visit in (updated, fresh):
-            if visit is fresh:
-                visit.page.goto(address)
-            expect(visit.page.locator("#done")).to_have_text("2,222")
-        shown = fresh.page.evaluate(SHOWN)
-        assert len(shown) > 200
-        assert updated.page.evaluate(SHOWN) == shown
-        expect(updated.page.locator("#idle-legend li").first).to_have_text("denoising 6.7 %1 min 40 s")
-
-
-def test_numbers_that_change_move_nothing(browser: Browser) -> None:
-    seen = [status(batch=BatchStatus(1, 10, 11111, 1.11, 1.11), outcomes={"complete": 1111})]
-    with served(lambda: seen[-1]) as address, PageSession(browser) as visit:
-        visit.page.goto(address)
-        expect(visit.page.locator("#done")).to_have_text("1,111")
-        boxes = "[...document.querySelectorAll('.tile, section, #jobs > li')]"
-        places = f"{boxes}.map((node) => node.getBoundingClientRect().toJSON())"
-        before = visit.page.evaluate(places)
-
-        moved = tuple(replace(one, step_index=one.step_index + 1, seconds=one.seconds + 1) for one in seen[0].jobs)
-        batch = BatchStatus(8, 10, 88888, 8.88, 8.88)
-        seen.append(replace(seen[0], jobs=moved, batch=batch, outcomes={"complete": 8888}))
-
-        expect(visit.page.locator("#done")).to_have_text("8,888")
-        assert visit.page.evaluate(places) == before
-
-
-def test_lost_worker_is_shown_with_the_age_of_the_numbers(browser: Browser, url: str) -> None:
-    with PageSession(browser) as visit:
-        visit.page.clock.install()
-        visit.page.goto(url)
-        expect(visit.page.locator("#state")).to_have_text("ready")
-        expect(visit.page.locator("#stale")).to_be_hidden()
-
-        visit.page.route("**/status.json", lambda route: route.abort())
-        visit.page.clock.run_for(90_000)
-
-        expect(visit.page.get_by_role("alert")).to_contain_text(
-            re.compile(r"cannot be reached\. These numbers are 1 min \d+ s old")
-        )
-        expect(visit.page.locator("#state")).to_have_text("not reached")
-
-        visit.page.unroute("**/status.json")
-        visit.page.clock.run_for(3_000)
-        expect(visit.page.locator("#stale")).to_be_hidden()
-        expect(visit.page.locator("#state")).to_have_text("ready")
-
-
-def test_hidden_page_sends_no_requests(browser: Browser, url: str) -> None:
-    show = "(h) => { Object.defineProperty(document, 'hidden', {value: h, configurable: true}); "
-    show += "document.dispatchEvent(new Event('visibilitychange')); }"
-    with PageSession(browser) as visit:
-        visit.page.clock.install()
-        visit.page.goto(url)
-        expect(visit.page.locator("#state")).to_have_text("ready")
-
-        visit.page.evaluate(show, True)
-        visit.page.clock.run_for(2_000)
-        visit.page.wait_for_load_state("networkidle")
-        num_before = len(visit.requested)
-        visit.page.clock.run_for(60_000)
-        assert len(visit.requested) == num_before
-
-        with visit.page.expect_response("**/status.json"):
-            visit.page.evaluate(show, False)
-        expect(visit.page.locator("#stale")).to_be_hidden()
-
-
-def test_the_newest_job_comes_first_and_the_others_keep_their_rows(browser: Browser) -> None:
-    seen = [status(last_jobs=(ended(1), ended(2)))]
-    with served(lambda: replace(seen[-1], at=time.time())) as address, PageSession(browser) as visit:
-        visit.page.goto(address)
-        expect(visit.page.locator("#last .id")).to_have_text(["#48199", "#48198"])
-        visit.page.locator("#last > li").nth(1).locator("summary").click()
-
-        seen.append(status(last_jobs=(ended(0), *seen[0].last_jobs)))
-
-        expect(visit.page.locator("#last .id")).to_have_text(["#48200", "#48199", "#48198"])
-        expect(visit.page.locator("#last > li").nth(2).locator(".stages")).to_be_visible()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from itertools import count
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ class SlowStore:
         self.is_broken = False
         self.begun: queue.Queue[tuple[str, bytes]] = queue.Queue()
         self.written: list[tuple[str, bytes]] = []
+        self.signatures = count(1)
 
     def put(
         self, ref: ObjectRef, body: bytes, *, content_type: str, cache_control: str, deadline_seconds: float
@@ -47,6 +49,9 @@ class SlowStore:
 
     def public_url(self, ref: ObjectRef) -> str:
         return f"https://pictures/{ref.key}"
+
+    def result_url(self, ref: ObjectRef) -> str:
+        return f"{self.public_url(ref)}?signed={next(self.signatures)}"
 
 
 class Listener:
@@ -183,8 +188,9 @@ def test_progress_names_the_preview_once_it_is_stored_and_never_waits_for_it(
     store.is_free.set()
     wait_until(lambda: track._previews.url)
 
+    # Its address is made valid as it is sent: a webhook may have waited.
     track.on_step(StepReport(10, 20, 0.1))
-    assert backend.next()["preview_url"] == "https://pictures/previews/gen-456.jpg"
+    assert backend.next()["preview_url"] == "https://pictures/previews/gen-456.jpg?signed=1"
     track.close()
     reporter.close()
 
@@ -192,13 +198,13 @@ def test_progress_names_the_preview_once_it_is_stored_and_never_waits_for_it(
 # --- The status page
 
 
-def test_http_server_serves_the_preview_of_its_job_alone() -> None:
-    task_id = "660f9511-f3ac-52e5-b827-557766551111"
+def test_http_server_serves_the_image_of_its_job_alone() -> None:
+    path = "status/preview/660f9511-f3ac-52e5-b827-557766551111.jpg"
     jpeg = encode(Preview(8, 8, bytes(192)))
 
-    with served(status, {task_id: jpeg}.get) as address:
-        found = requests.get(f"{address}status/preview/{task_id}.jpg?step=5", timeout=120)
-        missing = [requests.get(address + path, timeout=120) for path in ("status/preview/x.jpg", f"{task_id}.jpg")]
+    with served(status, {path: jpeg}.get) as address:
+        found = requests.get(f"{address}{path}?step=5", timeout=120)
+        missing = [requests.get(address + path, timeout=120) for path in ("status/preview/x.jpg", "x.jpg")]
 
     assert (found.status_code, found.headers["Content-Type"], found.content) == (200, "image/jpeg", jpeg)
     assert found.headers["Cache-Control"] == "no-store"

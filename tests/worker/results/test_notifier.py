@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from clients.storage.client import Storage
 from clients.storage.errors import StorageUnavailable
 from clients.webhooks import Webhook, WebhookAttempt, WebhookKind, WebhookResult
+from config.store import StoreSettings
 from tests.support.world import HANG_SECONDS
 from worker.amqp.delivery import Delivery
 from worker.amqp.publisher import PublishFailed
@@ -21,10 +23,12 @@ from worker.errors import ErrorCode
 from worker.metrics import Metrics
 from worker.results.notifier import MAX_AGE_SECONDS, Notifier
 from worker.results.outbox import Outbox
+from worker.results.result_urls import ResultUrls
 from worker.results.terminal_event import TerminalEvent, failed_event
 
 NAMES = QueueNames("image_generation")
 A_MOMENT_SECONDS = 0.15
+PLAIN_STORE = Storage(StoreSettings(AWS_STORAGE_BUCKET_NAME="media"))  # type: ignore[call-arg]
 
 TAKEN = WebhookAttempt(WebhookResult.DELIVERED, 200, None, "HTTP 200", is_ambiguous=False)
 FAILING = WebhookAttempt(WebhookResult.RETRY, 500, None, "HTTP 500", is_ambiguous=False)
@@ -153,6 +157,7 @@ class Parts:
     def __post_init__(self) -> None:
         self.notifier = Notifier(
             client=self.client,  # type: ignore[arg-type]
+            urls=ResultUrls(PLAIN_STORE, "media"),
             ledger=self.ledger,  # type: ignore[arg-type]
             publisher=self.publisher,  # type: ignore[arg-type]
             names=NAMES,

@@ -10,9 +10,10 @@ import pika.exceptions
 
 from clients.management import effective_policies
 from config.broker import BrokerSettings
-from worker.amqp.connection import LOST, close_connection, connect
+from worker.amqp.connection import LOST, close_connection, connect, server_properties
 from worker.amqp.error_messages import ACCESS_REFUSED, ErrorMessages, describe
 from worker.amqp.topology import NOT_FOUND, QueueNames
+from worker.cli.check.broker_versions import describe_broker
 from worker.cli.check.checks import CheckFailed
 from worker.cli.check.policies import limits_found_by_trying, limits_in
 
@@ -34,9 +35,10 @@ class BrokerProbe:
 
     def connection(self) -> str:
         """Connect with the user, the password and the virtual host."""
-        with self._connected():
+        with self._connected() as connection:
             user, vhost = self._error_messages.user, self._error_messages.vhost
-            return f"connected to {self._error_messages.place} as {user}, virtual host {vhost}"
+            place = f"{self._error_messages.place} as {user}, virtual host {vhost}"
+            return f"connected to {place}: {describe_broker(server_properties(connection))}"
 
     def queue(self) -> str:
         """Compare the declaration of the job queue with that of backends."""

@@ -16,12 +16,17 @@ class CheckUnsure(CheckFailed):
     """The part may be usable or not; the message says what was seen, and what each case would mean."""
 
 
+class NotTried(Exception):
+    """The part is not of this machine; the message says why."""
+
+
 class State(StrEnum):
     """The state of a part."""
 
     GOOD = "good"
     BAD = "bad"
     UNSURE = "unsure"  # a good part and a bad one would look the same
+    NOT_TRIED = "not tried"
     BLOCKED = "blocked"  # it fails, and so does a part that it depends on: that one first
 
 
@@ -53,6 +58,9 @@ def run_checks(checks: Iterable[Check], on_begin: Callable[[str], None] = lambda
         on_begin(check.part)
         try:
             state, detail = State.GOOD, check.run()
+        except NotTried as reason:
+            yield CheckResult(check.part, State.NOT_TRIED, str(reason))
+            continue
         except CheckFailed as error:
             state = State.UNSURE if isinstance(error, CheckUnsure) else State.BAD
             detail = str(error)

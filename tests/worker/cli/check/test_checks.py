@@ -17,6 +17,7 @@ import torch
 
 from clients.backend_probe import BackendProbe
 from clients.management import effective_policies
+from config.backend import BackendSettings
 from config.model import ModelSettings
 from config.settings import SECTIONS, Settings
 from config.store import StoreSettings
@@ -33,7 +34,7 @@ from tests.support.servers.clients_servers import AnsweringServer, answer, refus
 from tests.support.world import eventually
 from worker.amqp.publisher import Publisher
 from worker.amqp.topology import QueueNames
-from worker.cli.check.backend import classify_answer
+from worker.cli.check.backend import check_backend, classify_answer
 from worker.cli.check.checks import Check, CheckFailed, CheckResult, CheckUnsure, State, run_checks
 from worker.cli.check.command import every_part
 from worker.cli.check.policies import limits_in
@@ -166,6 +167,7 @@ def test_every_check_is_good_in_a_working_setup_and_reports_its_findings(setup: 
         "store",
         "bucket",
         "results bucket",
+        "result address",
         "conditional writes",
         "presets",
         "backend",
@@ -179,9 +181,11 @@ def test_every_check_is_good_in_a_working_setup_and_reports_its_findings(setup: 
         "memory",
         "model",
     ]
+    assert f": RabbitMQ {setup.rabbitmq.ctl('version').strip()}" in found["broker"].detail
     assert "1 wait in it, for 0 consumers" in found["queue"].detail
     assert "6 of 6 do not exist yet" in found["own queues"].detail
     assert "takes the token, and answers 401 without it" in found["backend"].detail
+    assert "does not open without credentials (HTTP 403): RESULT_URL_MODE=presigned" in found["result address"].detail
     assert "they fit" in found["memory"].detail
     assert "on cpu as float32" in found["model"].detail
 
@@ -308,7 +312,8 @@ def test_a_missing_bucket_is_found_and_not_made(setup: WorkingSetup) -> None:
 def test_a_results_bucket_that_can_be_read_and_not_written_is_found(setup: WorkingSetup) -> None:
     found = setup.check(AWS_ACCESS_KEY_ID=READER, AWS_SECRET_ACCESS_KEY=READERS_SECRET)
 
-    assert_only(found, "results bucket", f"{RESULTS} cannot be written", f"rights of {READER}", "AWS_ACCESS_KEY_ID")
+    words = (f"{RESULTS} cannot be written", f"rights of {READER}: it needs s3:PutObject", "AWS_ACCESS_KEY_ID")
+    assert_only(found, "results bucket", *words, blocked=("result address",))
 
 
 def test_a_store_without_conditional_writes_is_found(setup: WorkingSetup) -> None:
@@ -346,7 +351,7 @@ def test_a_clock_within_the_bounds_is_no_fault() -> None:
 
 def test_an_object_that_cannot_be_removed_is_named() -> None:
     sound = answer(200, ETag='"a"')
-    said = r"private cannot be cleaned.* s3://private/jobs/check-\S+ stays: remove it"
+    said = r"private cannot be cleaned.* s3://private/jobs/check-\S+\.lease stays: remove it"
     answers_in_turn = [sound, sound, answer(200, b"{}", ETag='"a"'), answer(403)]
     with AnsweringServer(answers_in_turn) as server, pytest.raises(CheckFailed, match=said):
         probe_of(server).bucket()
@@ -417,6 +422,41 @@ def test_a_path_twice_in_the_address_is_found(setup: WorkingSetup) -> None:
 
     assert parts(found, State.UNSURE) == {"backend"}
     assert "must not end in a part of it" in found["backend"].detail
+
+
+def backend_settings(url: str, **others: str) -> BackendSettings:
+    return BackendSettings(BACKEND_API_URL=url, INTERNAL_API_TOKEN="token", **others)  # type: ignore[call-arg, arg-type]
+
+
+def test_every_address_that_a_setting_names_is_tried_and_named_without_its_query() -> None:
+    with AnsweringServer([answer(405), answer(401)] * 2) as shared, AnsweringServer([answer(405), answer(401)]) as own:
+        settings = backend_settings(
+            "http://never.invalid",
+            WEBHOOK_URL=f"{shared.url}/hook?code=a-secret",
+            WEBHOOK_FAILED_URL=f"{own.url}/refund",
+        )
+
+        said = check_backend(settings)
+
+    assert f"{shared.url}/hook… takes the token" in said
+    assert f"{own.url}/refund takes the token" in said
+    assert "a-secret" not in said
+    assert [len(server.requests) for server in (shared, own)] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("answers_in_turn", "error", "words"),
+    [
+        ([answer(404)] * 3, CheckUnsure, "where WEBHOOK_COMPLETE_URL has a wrong path"),
+        ([answer(200)] * 3, CheckUnsure, "WEBHOOK_COMPLETE_URL must name the one"),
+        ([answer(426)] * 2, CheckFailed, "should WEBHOOK_COMPLETE_URL begin with https"),
+    ],
+)
+def test_an_address_that_takes_no_webhook_is_told_by_its_own_setting(
+    answers_in_turn: list[bytes], error: type[Exception], words: str
+) -> None:
+    with AnsweringServer(answers_in_turn) as server, pytest.raises(error, match=words):
+        check_backend(backend_settings("http://never.invalid", WEBHOOK_COMPLETE_URL=f"{server.url}/hook"))
 
 
 @pytest.mark.parametrize(
