@@ -1,11 +1,12 @@
 # The worker alone: no tests, no examples, no model.
 #
 #   docker build -t darkroom:cuda .                # the last target, with the CUDA wheels of torch that Linux gets
-#   docker build -t darkroom:cpu --target cpu --build-arg TORCH_INDEX_URL=<index of torch's CPU wheels> .
+#   docker build -t darkroom:cpu --target cpu .
+#   docker build -t darkroom:demo --target demo .  # the CPU's, with the demo's model and jobs
 #
 # Weights lie on the volume /models and downloaded adapters on /cache; neither is part of the image.
 
-FROM debian:bookworm-slim AS base
+FROM debian:trixie-slim AS base
 ENV LANG=C.UTF-8 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
@@ -43,11 +44,11 @@ COPY --from=requirements /build/requirements.txt ./
 RUN /opt/python/bin/pip install --constraint constraints.txt --requirement requirements.txt
 
 
-# Without an index of its own this target takes the same wheels of torch as the other: it works, gigabytes larger.
-# There is no default, because which index may be used is the builder's to know. torch goes first and alone, so that
-# nothing that needs it can bring another build of it.
+# torch's own index has the wheels without CUDA; where it cannot be reached, or with "", this target takes the same as
+# the other: it works, gigabytes larger. torch goes first and alone, so that nothing that needs it can bring another
+# build of it.
 FROM build AS packages-cpu
-ARG TORCH_INDEX_URL=""
+ARG TORCH_INDEX_URL="https://download.pytorch.org/whl/cpu"
 RUN /opt/python/bin/pip install --constraint constraints.txt \
         ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} torch
 COPY --from=requirements /build/requirements.txt ./
@@ -103,6 +104,13 @@ FROM runtime AS cpu
 ENV DEVICE=cpu
 COPY --from=packages-cpu /opt/python /opt/python
 COPY --from=code /opt/darkroom /opt/darkroom
+
+
+# For `deploy/compose.yaml --profile demo`: 16 MB of model, the demo's jobs, and the small backend that shows them.
+FROM cpu AS demo
+ENV MODEL_ID=/opt/darkroom/examples/demo_model/checkpoint \
+    HF_HUB_OFFLINE=1
+COPY examples /opt/darkroom/examples
 
 
 # CUDA's libraries are wheels, so the driver is all that the host must give: `compute` for CUDA, `utility` for NVML.

@@ -16,6 +16,8 @@ TEST_MARKS := /usr/bin/promtool $(CHROMIUM:%=/usr/bin/%) /usr/bin/exiftool \
 	/usr/share/fonts/truetype/vlgothic /usr/share/fonts/truetype/wqy /usr/share/doc/libfribidi0
 # RUNLEVEL=1 keeps Debian from starting a broker and a Prometheus of its own: demo and tests run private ones.
 APT_INSTALL := $(SUDO) env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
+LANGUAGE_PACKAGES := php-cli php-amqplib ruby ruby-bunny golang-go golang-github-rabbitmq-amqp091-go-dev default-jdk-headless \
+	librabbitmq-client-java libjackson2-databind-java
 # A file's tests share its world, so a file stays with one process; conftest.py sorts the files.
 SHARED_OUT := -n 3 --dist loadfile --no-loadscope-reorder
 PYTHON312 ?= python3.12
@@ -24,7 +26,7 @@ REHEARSAL := $(CURDIR)/out/gpu-rehearsal
 MACHINE_PYTHON ?= $(REHEARSAL)/machine/bin/python
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo styles overlays house docs quick test check coverage outage leaks field faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
+.PHONY: help install demo styles overlays wheel house docs quick test check coverage outage leaks field languages faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -66,6 +68,11 @@ styles: install ## Eight things, plain and in each style, drawn by a real worker
 overlays: install ## Sheets of headlines: places, scripts, grounds and dresses, for the eye; they land in out/overlays
 	$(BIN)/python -m examples.overlays out/overlays
 
+wheel: ## Build the wheel, with the demo's model in it, into dist/
+	rm -rf build dist
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
 # mkdocs-material's notice of its successor is not about these pages.
 docs: install node_modules/.package-lock.json ## Build the site of docs/ into out/docs; a link that leads nowhere fails it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
@@ -103,16 +110,20 @@ leaks: install ## The long form of another: 300 jobs with 40 adapters in 8 slots
 field: install ## The backend that the worker was made for: its messages, its trainer's folders, its answers and faults
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/live/test_field.py
 
+languages: install node_modules/.package-lock.json ## The publishers in PHP, Ruby, Go and Java: installs the four by apt and runs them against a real RabbitMQ
+	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(LANGUAGE_PACKAGES) >/dev/null
+	$(BIN)/pytest tests/examples/test_publishers.py
+
 faults: install ## Every fault on the way to broker, store and backend, and in the process: those too that take long
 	OMP_NUM_THREADS=1 FAULTS_LONG=1 $(BIN)/pytest tests/faults/test_proxy.py tests/live/test_faults.py tests/live/test_faults_*.py \
 		tests/live/test_leases.py tests/live/test_batching.py tests/inference/process/test_engine_process.py tests/campaigns/test_campaigns.py
 
 # DEBIAN_MIRROR and UBUNTU_MIRROR are for where their own archives are not reached. MATRIX_MOUNTS (here:there, comma-separated)
-# are shown to each root: a /etc/pip.conf, a mirror's certificates. MACHINES names some of them, FRESH=1 makes all anew.
+# are shown to each root: a /etc/pip.conf, a file for /etc/apt/apt.conf.d, certificates. MACHINES names some of them, FRESH=1 makes all anew.
 matrix: install ## As root: the demo and the tests of broker, faults and campaigns on Debian 13, Ubuntu 24.04 and RabbitMQ 4.3
 	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends debootstrap >/dev/null
 	$(SUDO) env PATH="$$PATH" DEBIAN_MIRROR="$(DEBIAN_MIRROR)" UBUNTU_MIRROR="$(UBUNTU_MIRROR)" MATRIX_MOUNTS="$(MATRIX_MOUNTS)" \
-		PYTHON312="$(PYTHON312)" $(BIN)/python -m tests.matrix $(if $(FRESH),--fresh) $(MACHINES)
+		TORCH_INDEX_URL="$(TORCH_INDEX_URL)" PYTHON312="$(PYTHON312)" $(BIN)/python -m tests.matrix $(if $(FRESH),--fresh) $(MACHINES)
 
 mutations: install ## Take the mechanism behind each row of the fault matrix out of a copy, and see its tests fail
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutations
@@ -164,13 +175,14 @@ $(REHEARSAL)/machine/.installed: benchmarks/gpu/machine.txt
 	touch $@
 
 # IMAGE_MOUNTS (host:container, comma-separated) are shown to the build's steps: a /etc/pip.conf, a mirror's certificates.
-image: install ## As root: build the image for CPUs without an engine, in chroots, then run `darkroom check` in it
+image: install ## As root: build the image without an engine, in chroots, then run `darkroom check` in it (TARGET=cpu, cuda or demo)
 	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends buildah debootstrap >/dev/null
-	$(SUDO) env PATH="$$PATH" IMAGE_MOUNTS="$(IMAGE_MOUNTS)" $(BIN)/python -m tests.image
+	$(SUDO) env PATH="$$PATH" IMAGE_MOUNTS="$(IMAGE_MOUNTS)" TORCH_INDEX_URL="$(TORCH_INDEX_URL)" \
+		$(BIN)/python -m tests.image $(or $(TARGET),cpu)
 
 # It goes on where it was interrupted. INSTALL=1 copies the result over the bundled model.
 demo-model: install ## Make the demo model anew from its pictures, into out/demo_model
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m examples.demo_model.recipe --out out/demo_model $(if $(INSTALL),--install)
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) node_modules .whl out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) node_modules .whl out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

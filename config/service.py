@@ -23,8 +23,8 @@ class ServiceSettings(Section):
     status_show_prompts: bool = Field(
         False,
         validation_alias="STATUS_SHOW_PROMPTS",
-        description="Show prompts, finished images with their addresses, and errors that may quote a prompt, on the status "
-        "page, which has no password",
+        description="Show prompts, finished images with their addresses, and errors that may quote a prompt, on the "
+        "status page, which has no password",
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", validation_alias="LOG_LEVEL", description="DEBUG, INFO, WARNING or ERROR"

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +43,7 @@ ORDER = (
     "worker.results",
     "worker.messages",
     "worker.amqp",
+    "worker.tracing",
     "worker",
     "inference.process",
     "inference.engine",
@@ -256,6 +258,25 @@ def test_the_supervisor_loads_no_torch() -> None:
     assert loaded & TORCH == set()
     # For those alone who have a certificate
     assert loaded & {"c2pa", "cryptography"} == set()
+    # For those alone who trace
+    assert "opentelemetry" not in loaded
+
+
+def test_opentelemetry_is_imported_where_it_is_known_to_be_there() -> None:
+    assert importers_of("opentelemetry") == {"worker.tracing.otel", "worker.tracing.exporting"}
+
+
+def test_no_child_is_started_with_the_working_directory_on_its_path() -> None:
+    """A user's config.py or worker.py there would be imported in place of ours."""
+    files = [path for package in (*PACKAGES, "examples") for path in (ROOT / package).rglob("*.py")]
+    ours = {path.relative_to(ROOT): path.read_text() for path in files}
+    # It starts itself anew, from where it was started.
+    starters = {path for path, text in ours.items() if '"-m"' in text} - {
+        Path("examples/demo_model/recipe/__main__.py")
+    }
+
+    assert Path("inference/process/child_handle.py") in starters
+    assert {path for path in starters if "path_variables()" not in ours[path]} == set()
 
 
 def test_every_module_has_a_docstring() -> None:

@@ -16,6 +16,7 @@ from inference.process.engine_process import EngineState
 from inference.request import ModelFacts
 from worker.amqp.connection import ConnectionProbe, probe_connection
 from worker.amqp.consumer import Consumer
+from worker.idle_countdown import IdleCountdown
 from worker.jobs.dispatcher import Dispatcher
 from worker.monitoring.idle import idle_reason
 from worker.wiring import Parts
@@ -44,8 +45,10 @@ class ExitCode(IntEnum):
 class Supervisor:
     """Owner of the worker's life cycle. `run` blocks on the main thread, the only one that receives signals."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, countdown: IdleCountdown | None = None) -> None:
+        """Build the parts. The worker ends by itself when the `countdown` is over, without one by a signal only."""
         self._settings = settings
+        self._countdown = countdown
         self._num_signals = 0
         self._has_bug = False
         self._probe = ConnectionProbe()
@@ -107,12 +110,29 @@ class Supervisor:
             if self._consumer is None and engine.facts is not None:
                 self._start_consuming(engine.facts)
             self._tick()
+            if self._is_countdown_over():
+                return ExitCode.OK
             time.sleep(TICK_SECONDS)
         return ExitCode.OK
+
+    def _is_countdown_over(self) -> bool:
+        parts = self._parts
+        if self._countdown is None or self._dispatcher is None:
+            return False
+        is_over = self._countdown.is_over(
+            is_consuming=not parts.readiness.why_not(),
+            is_at_work=bool(parts.runs.all() or parts.outbox.held()),
+            has_tasks=self._dispatcher.has_tasks,
+            num_runs=parts.runs.num_begun,
+        )
+        if is_over:
+            log_event(logger, "idle", seconds=self._countdown.seconds)
+        return is_over
 
     def _start_consuming(self, facts: ModelFacts) -> None:
         """Start to take jobs. Only now: a worker that cannot load its model must leave the queue to those that can."""
         self._parts.progress.update_estimate(facts.step_seconds)
+        self._parts.metrics.set_build(model=self._settings.model.model_id, family=facts.family)
         self._dispatcher = self._parts.dispatcher(facts, self._note_bug)
         self._consumer = self._parts.consumer(self._dispatcher, not_before=self._probe.retry_at)
         self._consumer.start()
@@ -138,11 +158,7 @@ class Supervisor:
     def _stop(self, code: ExitCode) -> None:
         """Take no more jobs, let running ones end within the grace period, release the rest, close all parts."""
         parts, started_at = self._parts, time.monotonic()
-        # Ends the process even if store or broker hang: unsettled deliveries go back to the broker.
-        seconds = max(MIN_STOP_SECONDS, self._settings.service.shutdown_grace_seconds)
-        guard = threading.Timer(seconds, os._exit, (int(code),))
-        guard.daemon = True
-        guard.start()
+        end_process_after(max(MIN_STOP_SECONDS, self._settings.service.shutdown_grace_seconds), code)
         log_event(logger, "stopping", exit_code=int(code), num_runs=len(parts.runs.all()))
         if self._consumer is not None:
             self._consumer.stop_consuming()
@@ -158,6 +174,7 @@ class Supervisor:
             parts.outbox.close()
             self._consumer.close()
         parts.publisher.close()
+        parts.tracing.close()
         parts.health.close()
         log_event(logger, "stopped", seconds=round(time.monotonic() - started_at, 2))
 
@@ -167,3 +184,14 @@ class Supervisor:
             dispatcher.release_waiting()
             self._tick()
             time.sleep(TICK_SECONDS)
+
+
+def end_process_after(seconds: float, code: ExitCode) -> None:
+    """End the process even if store or broker hang by then: unsettled deliveries go back to the broker."""
+    guard = threading.Timer(seconds, os._exit, (int(code),))
+    guard.daemon = True
+    try:
+        guard.start()
+    except RuntimeError:
+        # No memory for a thread, or no process id: nothing closes in order then, and what runs would go on taking jobs.
+        os._exit(int(code))

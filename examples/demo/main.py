@@ -11,14 +11,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
-import pika
 from rich.console import Console
 
 from examples.demo.bars import JobBars
 from examples.demo.contact_sheet import Sheet, draw_contact_sheet
-from examples.demo.jobs import JOBS, DemoJob, message
-from examples.demo.references import draw_references
-from examples.demo.signatures import draw_signatures
+from examples.demo.jobs import JOBS, DemoJob
+from examples.demo.publish import MODEL, publish, upload
 from examples.demo.timeline import draw_timeline
 from examples.parts.backend import Backend
 from examples.parts.processes import ServerProcess
@@ -27,12 +25,12 @@ from examples.parts.seaweedfs import SeaweedFS
 from inference.process.child_handle import path_variables
 from worker.results.terminal_event import TerminalEvent
 
-MODEL = Path(__file__).parent.parent / "demo_model"
 BUCKET = "media"
 QUEUE = "image_generation"
 # Nothing heard of any job: a slow machine may take long over all of them.
 SILENCE_SECONDS = 180.0
 STOP_SECONDS = 30.0
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 def run_demo(out: Path, jobs: Sequence[DemoJob] = JOBS, draw_sheet: Sheet = draw_contact_sheet) -> int:
@@ -41,20 +39,21 @@ def run_demo(out: Path, jobs: Sequence[DemoJob] = JOBS, draw_sheet: Sheet = draw
     Nothing that it starts outlives it: SIGTERM and a closed terminal end it as Ctrl-C does, in order, and where it is
     killed its servers and the worker end with it.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _exit_once)
+    for number in ENDING_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _exit_once)
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="darkroom-")))
         rabbitmq, store = _start_parts(stack, folder, console)
         store.make_bucket(BUCKET)
-        _upload(store.client(), folder)
+        upload(store.client(), BUCKET, folder)
         bars = JobBars(jobs, console)
         backend = stack.enter_context(Backend(on_call=bars.on_call))
         worker = _start_worker(rabbitmq, store, backend, folder, out / "worker.log")
         stack.callback(worker.kill)
-        _publish(rabbitmq, jobs)
+        publish(rabbitmq.url, QUEUE, jobs, BUCKET)
         console.print(f"{len(jobs)} jobs published; the worker is loading the model")
         with bars:
             num_done = _wait(backend, worker, jobs)
@@ -69,7 +68,7 @@ def run_demo(out: Path, jobs: Sequence[DemoJob] = JOBS, draw_sheet: Sheet = draw
 
 def _exit_once(number: int, _: object) -> NoReturn:
     # What is being stopped in order is not interrupted by a second signal.
-    for one in (signal.SIGTERM, signal.SIGHUP):
+    for one in ENDING_SIGNALS:
         signal.signal(one, signal.SIG_IGN)
     sys.exit(128 + number)
 
@@ -84,15 +83,6 @@ def _start_parts(stack: ExitStack, folder: Path, console: Console) -> tuple[Rabb
             start.result()
     console.print(f"RabbitMQ and SeaweedFS are up after {time.monotonic() - started_at:.1f} s")
     return rabbitmq, store
-
-
-def _upload(client: Any, folder: Path) -> None:
-    for adapter in sorted((MODEL / "adapters").glob("*.safetensors")):
-        client.upload_file(str(adapter), BUCKET, f"models/{adapter.name}")
-    for path in draw_signatures(folder).values():
-        client.upload_file(str(path), BUCKET, f"signatures/{path.name}")
-    for path in draw_references(folder).values():
-        client.upload_file(str(path), BUCKET, f"uploads/{path.name}")
 
 
 def _start_worker(rabbitmq: RabbitMQ, store: SeaweedFS, backend: Backend, folder: Path, log: Path) -> ServerProcess:
@@ -115,16 +105,6 @@ def _start_worker(rabbitmq: RabbitMQ, store: SeaweedFS, backend: Backend, folder
     }
     log.unlink(missing_ok=True)
     return ServerProcess([sys.executable, "-m", "worker", "run"], env=environment, log=log, cwd=folder)
-
-
-def _publish(rabbitmq: RabbitMQ, jobs: Sequence[DemoJob]) -> None:
-    """Publish as the backends in the field do: a durable queue without arguments, persistent messages."""
-    connection = pika.BlockingConnection(pika.URLParameters(rabbitmq.url))
-    channel = connection.channel()
-    channel.queue_declare(QUEUE, durable=True)
-    for job in jobs:
-        channel.basic_publish("", QUEUE, message(job, BUCKET), pika.BasicProperties(delivery_mode=2))
-    connection.close()
 
 
 def _wait(backend: Backend, worker: ServerProcess, jobs: Sequence[DemoJob]) -> int:

@@ -1,7 +1,7 @@
 // Publish a job: `node publisher.mjs GENERATION_ID PROMPT ['{"seed": 7, …}']`. Prints its task id.
 //
 // Needs amqplib. Reads the worker's own variables: RABBITMQ_URL, or RABBITMQ_HOST, _PORT, _USER, _PASS and _VHOST;
-// RABBITMQ_QUEUE. The third argument are more fields of `data`, as docs/asyncapi.yaml lists them.
+// RABBITMQ_QUEUE. The third argument are more fields of `data`, as docs/fields.md lists them.
 
 import { randomUUID } from 'node:crypto';
 import amqplib from 'amqplib';
@@ -28,6 +28,7 @@ async function publish(message) {
     channel.sendToQueue(queue, Buffer.from(JSON.stringify(message)), {
       contentType: 'application/json',
       persistent: true,
+      messageId: message.task_id,
       mandatory: true, // a message that reaches no queue comes back instead of vanishing
     });
     await channel.waitForConfirms();

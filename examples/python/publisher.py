@@ -1,7 +1,7 @@
 """Publish a job: `python publisher.py GENERATION_ID PROMPT ['{"seed": 7, …}']`. Prints its task id.
 
 Needs pika. Reads the worker's own variables: RABBITMQ_URL, or RABBITMQ_HOST, _PORT, _USER, _PASS and _VHOST;
-RABBITMQ_QUEUE. The third argument are more fields of `data`, as docs/asyncapi.yaml lists them.
+RABBITMQ_QUEUE. The third argument are more fields of `data`, as docs/fields.md lists them.
 """
 
 import json
@@ -42,7 +42,11 @@ def publish(message: dict[str, Any]) -> None:
             exchange="",
             routing_key=QUEUE,
             body=json.dumps(message).encode(),
-            properties=pika.BasicProperties(content_type="application/json", delivery_mode=2),  # persistent
+            properties=pika.BasicProperties(
+                content_type="application/json",
+                delivery_mode=pika.DeliveryMode.Persistent,
+                message_id=message["task_id"],
+            ),
             mandatory=True,  # a message that reaches no queue raises instead of vanishing
         )
 

@@ -316,7 +316,8 @@ def test_a_closed_standard_output_does_not_end_the_job() -> None:
     ended = python(
         "import logging, os, sys; from config.logs import configure_logging; configure_logging('INFO')\n"
         "reader, writer = os.pipe(); os.dup2(writer, 1); os.close(writer); os.close(reader)\n"
-        "logging.getLogger('ours').info('lost'); print('the job went on', end='', file=sys.stderr, flush=True); os._exit(0)\n"
+        "logging.getLogger('ours').info('lost')\n"
+        "print('the job went on', end='', file=sys.stderr, flush=True); os._exit(0)\n"
     )
 
     assert (ended.returncode, ended.stderr) == (0, "the job went on")

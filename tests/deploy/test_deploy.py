@@ -5,7 +5,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ from config.broker import BrokerSettings
 from config.model import ModelSettings
 from config.service import ServiceSettings
 from config.settings import SECTIONS
+from examples.demo import gallery
 from examples.parts.ports import free_port
 from examples.parts.processes import ServerProcess
 from examples.parts.seaweedfs import SOCKET_FOLDER
+from tests.support import prometheus_rule
 from tests.support.paths import ROOT
 from tests.support.promql import DEPLOY, PROMETHEUS, alert_rules
 from worker.amqp.topology import QueueNames
@@ -37,8 +41,10 @@ GRACE_SECONDS = ServiceSettings.model_fields["shutdown_grace_seconds"].default
 NAMES = QueueNames(BrokerSettings.model_fields["queue"].default)
 CUSTOM_KINDS = {
     "ScaledObject": keda.ScaledObject,
+    "ScaledJob": keda.ScaledJob,
     "TriggerAuthentication": keda.TriggerAuthentication,
     "PodMonitor": prometheus_operator.PodMonitor,
+    "PrometheusRule": prometheus_operator.PrometheusRule,
 }
 HEALTH_PATHS = re.findall(r'case "([^"]+)"', (ROOT / "worker" / "monitoring" / "http_server.py").read_text())
 VARIABLE = re.compile(r"\$\{(\w+)(:[-?])?([^}]*)\}")
@@ -78,23 +84,43 @@ def test_compose_file_fits_the_specification() -> None:
     assert set(PyCompose.from_json(text).to_spec().services) == set(services())
 
 
-def test_both_workers_get_every_setting_but_those_that_the_image_or_docker_decide() -> None:
-    for name, elsewhere in (("worker", {"DEVICE"}), ("worker-cpu", {"DEVICE"})):
-        given = set(services()[name]["environment"])
+@pytest.mark.parametrize("name", ["worker", "worker-cpu"])
+def test_every_setting_of_a_worker_can_be_set_in_the_file_beside_compose(name: str) -> None:
+    """What `environment` holds wins over `env_file`: it has to be taken from that file, or be decided on purpose."""
+    [file] = services()[name]["env_file"]
+    own = yaml.safe_load(compose_text())["x-worker"]["environment"]
+    fixed = {variable for variable, value in own.items() if f"${{{variable}:" not in value}
 
-        # Docker gives the GPU; one address is enough; an empty CUDA_VISIBLE_DEVICES would hide every GPU.
-        assert given == set(SETTINGS) - {"CUDA_VISIBLE_DEVICES", "RABBITMQ_URL"} - elsewhere
+    assert (file["path"], file["required"]) == (".env", False)
+    assert services()[name]["environment"].keys() == own.keys() <= SETTINGS.keys() | {"GRAFANA_ADMIN_PASSWORD"}
+    assert fixed == {"CACHE_DIR", "METRICS_PORT", "GRAFANA_ADMIN_PASSWORD"}
 
 
 def test_compose_requirements_are_in_its_example_and_nothing_else() -> None:
     insisted = {name for name, kind, _ in VARIABLE.findall(compose_text()) if kind == ":?"}
-    used = {name for name, _, _ in VARIABLE.findall(compose_text())}
+    known = {*SETTINGS, "HF_TOKEN", "COMPOSE_PROFILES", "GRAFANA_ADMIN_PASSWORD"}
 
     assert insisted - set(example_variables()) == set()
-    assert set(example_variables()) - {"COMPOSE_PROFILES"} - used == set()
+    assert set(example_variables()) - known == set()
     assert insisted >= REQUIRED
     profiles = {profile for service in services().values() for profile in service.get("profiles", ())}
-    assert example_variables()["COMPOSE_PROFILES"] in profiles == {"gpu", "cpu"}
+    assert example_variables()["COMPOSE_PROFILES"] in profiles == {"gpu", "cpu", "demo"}
+
+
+def test_demo_has_every_value_it_needs_and_none_of_an_operator_s_settings() -> None:
+    lines = (DEPLOY / "demo.env").read_text().splitlines()
+    given = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    insisted = {name for name, kind, _ in VARIABLE.findall(compose_text()) if kind == ":?"}
+
+    assert insisted <= {name for name, value in given.items() if value}
+    assert given["COMPOSE_PROFILES"] == "demo"
+    assert given["COMPOSE_PROJECT_NAME"] != compose()["name"]
+    assert services()["worker-demo"]["env_file"] == []
+    assert given["BACKEND_API_URL"] == f"http://demo-backend:{gallery.PORT}"
+    assert services()["demo-backend"]["ports"] == [f"127.0.0.1:{gallery.PORT}:{gallery.PORT}"]
+    for name in ("demo-backend", "demo-publisher"):
+        *_, module = services()[name]["entrypoint"]
+        assert find_spec(module) is not None
 
 
 def test_the_example_holds_no_secret() -> None:
@@ -248,6 +274,14 @@ def configured() -> dict[str, str]:
     return manifests()["ConfigMap", "darkroom"]["data"] | manifests()["Secret", "darkroom"]["stringData"]  # type: ignore[no-any-return]
 
 
+def custom_object(given: Any) -> Any:
+    """Return the object without what its model cannot read: the quantities of a Job's pod."""
+    given = deepcopy(given)
+    if given["kind"] == "ScaledJob":
+        del given["spec"]["jobTargetRef"]["template"]["spec"]["containers"][0]["resources"]
+    return given
+
+
 @pytest.mark.parametrize("key", [key for key in manifests() if key[0] not in (*CUSTOM_KINDS, "Kustomization")])
 def test_every_object_of_kubernetes_is_right_by_its_schema(key: tuple[str, str]) -> None:
     kubernetes_validate.validate(manifests()[key], kubernetes_validate.latest_version(), strict=True)
@@ -257,15 +291,18 @@ def test_every_object_of_kubernetes_is_right_by_its_schema(key: tuple[str, str])
 def test_every_object_of_keda_and_prometheus_is_right_by_its_schema_and_has_no_field_beyond_it(
     key: tuple[str, str],
 ) -> None:
-    read = CUSTOM_KINDS[key[0]].model_validate(manifests()[key])
+    given = custom_object(manifests()[key])
+
+    read = CUSTOM_KINDS[key[0]].model_validate(given)
 
     # Unknown fields are dropped in reading, so they would be missing here.
-    assert read.model_dump(by_alias=True, exclude_unset=True, mode="json") == manifests()[key]
+    assert read.model_dump(by_alias=True, exclude_unset=True, mode="json") == given
 
 
-def test_the_kustomization_has_every_file_but_the_example_of_the_secret() -> None:
+def test_the_kustomization_has_every_file_but_the_examples() -> None:
     folder = DEPLOY / "kubernetes"
-    others = {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml", "secret.example.yaml"}
+    examples = {path.name for path in folder.glob("*.example.yaml")}
+    others = {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml"} - examples
 
     assert set(manifests()["Kustomization", ""]["resources"]) == others
     assert manifests()["Kustomization", ""]["images"][0]["name"] == container()["image"]
@@ -317,8 +354,9 @@ def test_a_pod_runs_as_the_images_user_may_write_only_its_volumes_and_has_one_gp
     assert container()["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
-def test_keda_counts_the_queues_that_need_a_worker_by_what_a_worker_takes() -> None:
-    spec = manifests()["ScaledObject", "darkroom"]["spec"]
+@pytest.mark.parametrize("kind", ["ScaledObject", "ScaledJob"])
+def test_keda_counts_the_queues_that_need_a_worker_by_what_a_worker_takes(kind: str) -> None:
+    spec = manifests()[kind, "darkroom"]["spec"]
     values = {trigger["metadata"]["queueName"]: int(trigger["metadata"]["value"]) for trigger in spec["triggers"]}
     num_taken = ModelSettings.model_fields["max_concurrent_generations"].default + EXTRA_PREFETCH
 
@@ -326,8 +364,45 @@ def test_keda_counts_the_queues_that_need_a_worker_by_what_a_worker_takes() -> N
     assert set(values) == {NAMES.jobs, NAMES.recover, NAMES.outbox}
     assert values[NAMES.jobs] == values[NAMES.recover] == 2 * num_taken
     assert {trigger["metadata"]["protocol"] for trigger in spec["triggers"]} == {"http"}
+
+
+def test_keda_owns_the_number_of_the_deployment_s_pods() -> None:
+    spec = manifests()["ScaledObject", "darkroom"]["spec"]
+
     assert ("Deployment", spec["scaleTargetRef"]["name"]) in manifests()
     assert "replicas" not in manifests()["Deployment", "darkroom"]["spec"]
+
+
+def test_pod_of_the_scaled_job_is_that_of_the_deployment_but_ends_when_it_is_idle() -> None:
+    spec = deepcopy(manifests()["ScaledJob", "darkroom"]["spec"]["jobTargetRef"]["template"]["spec"])
+    [only] = spec["containers"]
+    command, option, seconds = only.pop("args")
+
+    assert (command, option) == ("run", "--exit-when-idle")
+    assert int(seconds) > 0
+    assert spec.pop("restartPolicy") == "Never"
+    assert spec == pod()
+
+
+def test_alerts_of_kubernetes_and_of_the_chart_are_those_of_prometheus() -> None:
+    assert prometheus_rule.MANIFEST.read_text() == prometheus_rule.manifest()
+    assert prometheus_rule.CHART_FILE.read_text() == prometheus_rule.alerts()
+    assert yaml.safe_load(prometheus_rule.manifest())["spec"] == {
+        "groups": yaml.safe_load((PROMETHEUS / "alerts.yaml").read_text())["groups"]
+    }
+
+
+def test_service_leads_to_the_port_of_the_pods_and_the_account_has_no_token() -> None:
+    service = manifests()["Service", "darkroom"]["spec"]
+    labels = manifests()["Deployment", "darkroom"]["spec"]["template"]["metadata"]["labels"]
+
+    assert service["selector"].items() <= labels.items()
+    assert [(port["port"], port["targetPort"]) for port in service["ports"]] == [
+        (PORT, container()["ports"][0]["name"])
+    ]
+    assert ("ServiceAccount", pod()["serviceAccountName"]) in manifests()
+    account = manifests()["ServiceAccount", pod()["serviceAccountName"]]
+    assert (account["automountServiceAccountToken"], pod()["automountServiceAccountToken"]) == (False, False)
 
 
 def test_keda_finds_its_address_in_a_secret_that_the_example_has() -> None:

@@ -26,7 +26,7 @@ INSTRUCTIONS = [
 WORKER_PACKAGES = {"worker", "inference", "watermark", "clients", "config"}
 SETTINGS = {str(field.validation_alias) for section in SECTIONS.values() for field in section.model_fields.values()}
 OTHERS_VARIABLES = {
-    *("LANG", "PATH", "HF_HOME", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES"),
+    *("LANG", "PATH", "HF_HOME", "HF_HUB_OFFLINE", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES"),
     *("PYTHONUNBUFFERED", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PIP_NO_CACHE_DIR", "PIP_DISABLE_PIP_VERSION_CHECK"),
 }
 
@@ -52,12 +52,12 @@ def test_linter_finds_nothing_in_the_dockerfile() -> None:
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 
-def test_the_last_target_is_cuda_and_cpu_is_another() -> None:
+def test_the_last_target_is_cuda_and_cpu_and_demo_are_others() -> None:
     stages = re.findall(r"^FROM (\S+) AS (\S+)$", TEXT, re.MULTILINE)
 
     assert stages[-1] == ("runtime", "cuda")
-    assert ("runtime", "cpu") in stages
-    assert {base for base, _ in stages} <= {name for _, name in stages} | {"debian:bookworm-slim"}
+    assert {("runtime", "cpu"), ("cpu", "demo")} < set(stages)
+    assert {base for base, _ in stages} <= {name for _, name in stages} | {"debian:trixie-slim"}
 
 
 def test_image_runs_the_worker_unprivileged_and_stops_it_by_sigterm() -> None:
@@ -68,11 +68,15 @@ def test_image_runs_the_worker_unprivileged_and_stops_it_by_sigterm() -> None:
     assert "--gid 10001" in TEXT
 
 
-def test_image_holds_the_worker_s_packages_and_nothing_else_of_the_project() -> None:
+def test_image_holds_the_worker_s_packages_and_the_demo_s_the_examples_besides() -> None:
     copied = [text.split() for text in arguments("COPY") if not text.startswith("--from")]
     sources = {source for *found, _ in copied for source in found}
+    [demo] = re.findall(r"^FROM cpu AS demo$(.+?)^FROM ", TEXT, re.MULTILINE | re.DOTALL)
 
-    assert sources == WORKER_PACKAGES | {"pyproject.toml", "constraints.txt", "README.md", "LICENSE"}
+    assert sources - WORKER_PACKAGES == {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "examples"}
+    assert sources > WORKER_PACKAGES
+    assert re.findall(r"^COPY (\S+) ", TEXT, re.MULTILINE).count("examples") == 1
+    assert "COPY examples " in demo
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert next(line for line in ignored if line and line[0] not in "#!") == "*"
     assert {line[1:] for line in ignored if line.startswith("!")} == sources
@@ -102,12 +106,16 @@ def test_image_dependencies_are_those_of_the_worker_its_engine_and_cutouts() -> 
     assert f"ARG VERSION={project['version']}\n" in TEXT
 
 
+def test_demo_s_model_is_among_the_examples() -> None:
+    assert Path(environment()["MODEL_ID"].replace("/opt/darkroom", str(ROOT))).is_dir()
+
+
 def test_image_variables_are_settings_or_of_known_programs() -> None:
     assert set(environment()) <= SETTINGS | OTHERS_VARIABLES
 
 
-def test_image_names_no_server_but_itself() -> None:
-    assert set(re.findall(r"https?://([^:/'\"]+)", TEXT)) == {"127.0.0.1"}
+def test_image_names_no_server_but_itself_and_torch_s_index() -> None:
+    assert set(re.findall(r"https?://([^:/'\"]+)", TEXT)) == {"127.0.0.1", "download.pytorch.org"}
 
 
 def test_the_exposed_port_is_the_one_the_worker_takes() -> None:

@@ -1,6 +1,5 @@
-"""The examples for backends: receivers that accept no forgery and act once, publishers that lose nothing."""
+"""The examples for backends: receivers that accept no forgery and act once, alone and around a worker."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -10,22 +9,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pika
 import pytest
 import requests
 
 from clients.webhook_signature import sign_payload, signing_key
 from clients.webhooks import Webhook, WebhookKind, WebhookResult
-from config.model import ModelSettings
-from config.store import StoreSettings
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import start_light_worker
-from tests.support.contract_schemas import examples, validator_of
-from tests.support.example_programs import PUBLISHERS, RECEIVERS, SECRET, TOKEN, Receiver, run_publisher
+from tests.support.contract_schemas import examples
+from tests.support.example_programs import RECEIVERS, SECRET, TOKEN, Receiver, run_publisher
 from tests.support.paths import ROOT
 from tests.support.world import HANG_SECONDS, World, eventually, new_world
-from worker.messages.decoder import decode, rules_from
 
 BODIES = {name: payload for name, _, payload in examples()}
 URL = BODIES["complete"]["result_url"]
@@ -67,6 +62,15 @@ def test_webhook_delivered_three_times_has_one_effect(receiver: Receiver, genera
 
     assert [attempt.result for attempt in attempts] == [WebhookResult.DELIVERED] * 3
     assert receiver.effects(generation_id) == [(kind, EFFECTS[kind])]
+
+
+def test_one_address_takes_every_kind(receiver: Receiver, generation_id: int) -> None:
+    client = receiver.client(WEBHOOK_URL="/hooks/darkroom")
+
+    attempts = [client.send(webhook_of(kind, generation_id)) for kind in EFFECTS]
+
+    assert [attempt.result for attempt in attempts] == [WebhookResult.DELIVERED] * len(EFFECTS)
+    assert receiver.effects(generation_id) == [*EFFECTS.items()]
 
 
 def test_webhook_delivered_at_once_on_many_connections_has_one_effect(receiver: Receiver, generation_id: int) -> None:
@@ -191,28 +195,7 @@ def test_one_right_signature_among_several_is_enough(receiver: Receiver, generat
     assert receiver.effects(generation_id) == [("complete", URL)]
 
 
-# --- Publishers alone
-
-
-@pytest.mark.parametrize("language", PUBLISHERS)
-def test_a_publisher_leaves_a_persistent_job_in_a_durable_queue_without_arguments(
-    language: str, rabbitmq: RabbitMQ, queue_name: str
-) -> None:
-    env = rabbitmq.env() | {"RABBITMQ_QUEUE": queue_name}
-
-    task_id = run_publisher(language, env, 456, "서울의 밤", num_inference_steps=4)
-
-    connection = pika.BlockingConnection(pika.URLParameters(rabbitmq.url))
-    channel = connection.channel()
-    channel.queue_declare(queue_name, durable=True)  # any other declaration would have been refused
-    _, properties, body = channel.basic_get(queue_name, auto_ack=True)
-    connection.close()
-    validator_of("job").validate(json.loads(body))
-    job = decode(body, rules_from(ModelSettings(), StoreSettings(AWS_STORAGE_BUCKET_NAME="media")))  # type: ignore[call-arg]
-    assert (job.task_id, job.generation_id, job.prompt) == (task_id, 456, "서울의 밤")
-    assert job.num_inference_steps == 4
-    assert job.created_at is not None
-    assert (properties.delivery_mode, properties.content_type) == (2, "application/json")
+# --- The parts
 
 
 def test_demo_parts_run_until_interrupted_and_print_their_addresses(tmp_path: Path) -> None:
@@ -258,7 +241,7 @@ def url_of(world: World, generation_id: int) -> str:
     return f"{world.store.endpoint_url}/{world.bucket}/generations/gen-{generation_id}.png"
 
 
-@pytest.mark.parametrize("language", PUBLISHERS)
+@pytest.mark.parametrize("language", RECEIVERS)
 def test_a_published_job_is_followed_to_its_one_end(world: World, receiver: Receiver, language: str) -> None:
     number = uuid.uuid4().int % 2**31
     receiver.expect(number)
@@ -275,7 +258,7 @@ def test_a_published_job_is_followed_to_its_one_end(world: World, receiver: Rece
     assert world.image(number).size == (128, 128)
 
 
-@pytest.mark.parametrize("language", PUBLISHERS)
+@pytest.mark.parametrize("language", RECEIVERS)
 def test_failure_is_delivered_once_with_its_code(world: World, receiver: Receiver, language: str) -> None:
     number = uuid.uuid4().int % 2**31
     receiver.expect(number)

@@ -13,6 +13,8 @@ from tests.matrix.machines import UBUNTU, Machine
 Run = Callable[[Sequence[str]], object]
 
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
+# What a person may set for `make install`.
+HANDED_DOWN = ("TORCH_INDEX_URL",)
 # Mounts and processes end with the first process in here, and that one with us, whatever ends us.
 NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
 ENTER = """
@@ -53,7 +55,8 @@ def make_root(machine: Machine, root: Path, run: Run) -> None:
     options = ["--components=main,universe", f"--keyring={fetch_ubuntu_keyring(root.parent, run)}"] if is_ubuntu else []
     script = UBUNTU_SCRIPT if is_ubuntu else DEBIAN_SCRIPT
     run(["debootstrap", "--variant=minbase", *options, machine.suite, str(root), machine.mirror, script])
-    shutil.copy("/etc/resolv.conf", root / "etc" / "resolv.conf")
+    for name in ("hosts", "resolv.conf"):  # debootstrap writes no hosts, and not every release knows localhost without
+        shutil.copy(f"/etc/{name}", root / "etc" / name)
     run(enter(root, f"apt-get update -qq; {APT_INSTALL} {' '.join(machine.packages)}"))
 
 
@@ -72,5 +75,6 @@ def fetch_ubuntu_keyring(folder: Path, run: Run) -> Path:
 def enter(root: Path, command: str) -> list[str]:
     """Build the argument list that runs a shell's command in the root, which sees `MATRIX_MOUNTS` (here:there, …)."""
     mounts = filter(None, os.environ.get("MATRIX_MOUNTS", "").split(","))
-    environment = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
+    handed_down = {name: os.environ[name] for name in HANDED_DOWN if name in os.environ}
+    environment = [f"{name}={value}" for name, value in (ENVIRONMENT | handed_down).items()]
     return ["env", "-i", *environment, *NAMESPACES, "/bin/sh", "-ec", ENTER, "enter", str(root), command, *mounts]

@@ -76,7 +76,10 @@ class MachineRun:
             try:
                 act(log)
                 is_done = True
-            except (subprocess.SubprocessError, OSError, ValueError) as error:
+            except subprocess.CalledProcessError as error:
+                print(f"exit code {error.returncode}", file=log)
+                is_done = False
+            except (subprocess.TimeoutExpired, OSError, ValueError) as error:
                 print(f"{type(error).__name__}: {error}", file=log)
                 is_done = False
         text = log_file.read_text(errors="replace")

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import pytest
 import requests
 
 from clients.webhooks import WebhookClient
@@ -19,9 +21,39 @@ TOKEN = "internal-token"
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 STATES = {"progress", "complete", "failed"}
 
+EXAMPLES = ROOT / "examples"
+JARS = ("amqp-client", "slf4j-api", "jackson-core", "jackson-databind", "jackson-annotations")
+
+
+class Publisher(NamedTuple):
+    """How a publisher is run. `needs` are the files that Debian's packages of its language bring."""
+
+    command: list[str]
+    source: Path
+    needs: tuple[str, ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()
+
+
 PUBLISHERS = {
-    "python": [sys.executable, str(ROOT / "examples/python/publisher.py")],
-    "node": [NODE, str(ROOT / "examples/node/publisher.mjs")],
+    "python": Publisher([sys.executable], EXAMPLES / "python/publisher.py"),
+    "node": Publisher([NODE], EXAMPLES / "node/publisher.mjs"),
+    "php": Publisher(["php"], EXAMPLES / "php/publisher.php", ("/usr/share/php/PhpAmqpLib/autoload.php",)),
+    "ruby": Publisher(
+        ["ruby", "-W0"],
+        EXAMPLES / "ruby/publisher.rb",
+        ("/usr/share/rubygems-integration/all/specifications/bunny-*.gemspec",),
+    ),
+    "go": Publisher(
+        ["go", "run"],
+        EXAMPLES / "go/publisher.go",
+        ("/usr/share/gocode/src/github.com/rabbitmq/amqp091-go/go.mod",),
+        (("GO111MODULE", "off"), ("GOPATH", "/usr/share/gocode")),
+    ),
+    "java": Publisher(
+        ["java", "-cp", ":".join(f"/usr/share/java/{jar}.jar" for jar in JARS)],
+        EXAMPLES / "java/Publisher.java",
+        tuple(f"/usr/share/java/{jar}.jar" for jar in JARS),
+    ),
 }
 RECEIVERS = {
     "python": [sys.executable, str(ROOT / "examples/python/receiver.py")],
@@ -84,9 +116,26 @@ class Receiver:
             return False
 
 
-def run_publisher(language: str, env: dict[str, str], generation_id: int, prompt: str, **fields: Any) -> str:
+def skip_unless_installed(language: str) -> None:
+    """Skip a test where the language or its RabbitMQ client is not on this machine."""
+    publisher = PUBLISHERS[language]
+    missing = [pattern for pattern in publisher.needs if not list(Path("/").glob(pattern.lstrip("/")))]
+    if missing or shutil.which(publisher.command[0]) is None:
+        pytest.skip(f"{language} or its client is not installed here; `make languages` installs and runs it")
+
+
+def start_publisher(
+    language: str, env: dict[str, str], *arguments: str, source: Path | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """Run a publisher, or a changed copy of its source, to its end."""
+    publisher = PUBLISHERS[language]
+    command = [*publisher.command, str(source or publisher.source), *arguments]
+    variables = os.environ | dict(publisher.variables) | env
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
+
+
+def run_publisher(language: str, env: dict[str, str], generation_id: int | str, prompt: str, **fields: Any) -> str:
     """Publish a job with these fields of `data`; the task id that was printed."""
-    command = [*PUBLISHERS[language], str(generation_id), prompt, *([json.dumps(fields)] if fields else [])]
-    ended = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=120, check=False)
+    ended = start_publisher(language, env, str(generation_id), prompt, *([json.dumps(fields)] if fields else []))
     assert ended.returncode == 0, ended.stderr
     return ended.stdout.strip()

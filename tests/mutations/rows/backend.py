@@ -3,6 +3,7 @@
 from tests.mutations.row import Mutation, Row
 
 FILE = "tests/live/test_faults_backend.py"
+RESULTS = "tests/live/test_results.py"
 REAL_ENGINE = "tests/live/test_faults.py"
 ANSWERS = "tests/clients/test_responses.py"
 CLIENT = "tests/clients/test_webhooks.py"
@@ -310,5 +311,22 @@ ROWS: tuple[Row, ...] = (
             ),
         ),
         also=(f"{PACING}::test_backend_that_fails_all_is_tried_with_a_few_events_each_half_minute",),
+    ),
+    Row(
+        name="D23",
+        fault="it is down for longer than a presigned address of the parked event's picture lasts",
+        answer="the address is signed as the event is sent, and opens",
+        tests=(f"{RESULTS}::test_event_parked_for_longer_than_an_address_lasts_is_sent_with_one_that_opens",),
+        without=(
+            Mutation(
+                "worker/results/image_store.py",
+                "return self.storage.public_url(ref)",
+                "return self.storage.result_url(ref)",
+            ),
+            Mutation("worker/results/notifier.py", "webhook = self._urls.webhook_of(event)", "webhook = event.webhook"),
+        ),
+        also=(
+            "tests/worker/results/test_result_urls.py::test_every_image_of_the_event_is_presigned_and_the_event_is_not_changed",
+        ),
     ),
 )

@@ -19,7 +19,9 @@ from worker.cli.check.files import check_certificate, check_fonts, check_presets
 from worker.cli.check.machine import check_disk, check_gpu, check_memory
 from worker.cli.check.models import Load, check_cutout, check_model, load_in_own_process
 from worker.cli.check.port import check_port
+from worker.cli.check.result_address import check_result_address
 from worker.cli.check.store import StoreProbe
+from worker.cli.check.tracing import tracing_checks
 from worker.cli.terminal import escape_for_terminal
 
 STYLES = {
@@ -61,8 +63,9 @@ def every_part(settings: Settings, load: Load = load_in_own_process) -> tuple[Ch
 
 
 def _of_the_services(settings: Settings) -> tuple[Check, ...]:
-    broker, store = BrokerProbe(settings.broker), StoreProbe(settings.store)
+    broker, store = BrokerProbe(settings.broker), StoreProbe(settings.store, settings.model.preview_every > 0)
     is_one_bucket = settings.store.results_bucket == settings.store.bucket
+    own_buckets = {settings.store.bucket, settings.store.results_bucket}
     return (
         Check("broker", broker.connection),
         Check("queue", broker.queue, ("broker",)),
@@ -70,9 +73,16 @@ def _of_the_services(settings: Settings) -> tuple[Check, ...]:
         Check("store", store.answer),
         Check("bucket", store.bucket, ("store",)),
         Check("results bucket", store.results_bucket, ("store", "bucket") if is_one_bucket else ("store",)),
+        *(
+            [Check("input buckets", store.input_buckets, ("store",))]
+            if settings.store.allowed_buckets - own_buckets
+            else []
+        ),
+        Check("result address", partial(check_result_address, settings.store), ("results bucket",)),
         Check("conditional writes", store.conditional_writes, ("bucket",)),
         Check("presets", partial(check_presets, settings), ("bucket",)),
         Check("backend", partial(check_backend, settings.backend)),
+        *tracing_checks(),
     )
 
 

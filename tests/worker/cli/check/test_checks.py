@@ -167,6 +167,7 @@ def test_every_check_is_good_in_a_working_setup_and_reports_its_findings(setup: 
         "store",
         "bucket",
         "results bucket",
+        "result address",
         "conditional writes",
         "presets",
         "backend",
@@ -184,6 +185,7 @@ def test_every_check_is_good_in_a_working_setup_and_reports_its_findings(setup: 
     assert "1 wait in it, for 0 consumers" in found["queue"].detail
     assert "6 of 6 do not exist yet" in found["own queues"].detail
     assert "takes the token, and answers 401 without it" in found["backend"].detail
+    assert "does not open without credentials (HTTP 403): RESULT_URL_MODE=presigned" in found["result address"].detail
     assert "they fit" in found["memory"].detail
     assert "on cpu as float32" in found["model"].detail
 
@@ -242,11 +244,42 @@ def test_the_url_is_named_where_the_broker_is_named_by_one(setup: WorkingSetup) 
 
 def test_a_queue_declared_otherwise_is_found(setup: WorkingSetup) -> None:
     other = f"test-{uuid.uuid4().hex[:12]}"
-    declare(setup.rabbitmq, other, arguments={"x-max-priority": 5})
+    declare(setup.rabbitmq, other, auto_delete=True)
 
     found = setup.check(RABBITMQ_QUEUE=other)
 
-    assert_only(found, "queue", "PRECONDITION_FAILED", "x-max-priority", other, "delete_queue")
+    assert_only(found, "queue", "auto_delete is true", other, "delete_queue")
+
+
+def test_queues_with_arguments_of_their_own_are_good_and_shown(setup: WorkingSetup) -> None:
+    plain = f"test-{uuid.uuid4().hex[:12]}"
+    quorum = {"x-queue-type": "quorum", "x-delivery-limit": 5, "x-dead-letter-exchange": "given-up"}
+    declare(setup.rabbitmq, plain, arguments={"x-max-priority": 5, "x-message-ttl": 60_000})
+    declare(setup.rabbitmq, f"{plain}.express", arguments=quorum)
+
+    found = setup.check(RABBITMQ_QUEUE=plain, RABBITMQ_QUEUES=f"{plain}.express:3,{plain}:1")
+
+    assert parts(found, State.GOOD) == set(found)
+    plainly, express = found["queue"].detail.split(f"{plain}.express is")
+    assert "x-max-priority: 5, x-message-ttl: 60000" in plainly
+    for said in ("x-dead-letter-exchange: given-up", "x-delivery-limit: 5", "x-queue-type: quorum"):
+        assert said in express
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"x-queue-type": "stream"}, "is a stream"),
+        ({"x-max-priority": 5, "x-single-active-consumer": True}, "one worker gets every job"),
+    ],
+)
+def test_queues_that_give_no_job_to_several_workers_are_found(
+    setup: WorkingSetup, arguments: dict[str, Any], said: str
+) -> None:
+    other = f"test-{uuid.uuid4().hex[:12]}"
+    declare(setup.rabbitmq, other, arguments=arguments)
+
+    assert_only(setup.check(RABBITMQ_QUEUE=other), "queue", other, said)
 
 
 def test_a_user_without_the_right_to_make_queues_is_found(setup: WorkingSetup) -> None:
@@ -310,7 +343,8 @@ def test_a_missing_bucket_is_found_and_not_made(setup: WorkingSetup) -> None:
 def test_a_results_bucket_that_can_be_read_and_not_written_is_found(setup: WorkingSetup) -> None:
     found = setup.check(AWS_ACCESS_KEY_ID=READER, AWS_SECRET_ACCESS_KEY=READERS_SECRET)
 
-    assert_only(found, "results bucket", f"{RESULTS} cannot be written", f"rights of {READER}", "AWS_ACCESS_KEY_ID")
+    words = (f"{RESULTS} cannot be written", f"rights of {READER}: it needs s3:PutObject", "AWS_ACCESS_KEY_ID")
+    assert_only(found, "results bucket", *words, blocked=("result address",))
 
 
 def test_a_store_without_conditional_writes_is_found(setup: WorkingSetup) -> None:
@@ -348,7 +382,7 @@ def test_a_clock_within_the_bounds_is_no_fault() -> None:
 
 def test_an_object_that_cannot_be_removed_is_named() -> None:
     sound = answer(200, ETag='"a"')
-    said = r"private cannot be cleaned.* s3://private/jobs/check-\S+ stays: remove it"
+    said = r"private cannot be cleaned.* s3://private/jobs/check-\S+\.lease stays: remove it"
     answers_in_turn = [sound, sound, answer(200, b"{}", ETag='"a"'), answer(403)]
     with AnsweringServer(answers_in_turn) as server, pytest.raises(CheckFailed, match=said):
         probe_of(server).bucket()
