@@ -12,7 +12,7 @@ from clients.storage.client import Storage
 from config.settings import Settings
 from inference.process.engine_process import EngineProcess
 from inference.request import ModelFacts
-from worker.amqp.consumer import Broadcast, Consumer, Subscription
+from worker.amqp.consumer import Broadcast, Consumer, Subscription, WeightedSubscription
 from worker.amqp.publisher import Publisher
 from worker.amqp.topology import QueueNames
 from worker.breakers import BACKEND_THRESHOLD, STORE_THRESHOLD, Breaker, StoreGate
@@ -94,7 +94,7 @@ class Parts:
 
     def _build_deliveries(self, settings: Settings) -> None:
         """Build what acks a delivery, and what keeps messages and ends safe before that."""
-        self.names = QueueNames(settings.broker.queue, settings.broker.consumer_timeout_seconds)
+        self.names = QueueNames.of(settings.broker)
         self.publisher = Publisher(settings.broker, self.names)
         self.leases = Leases(
             self.storage, settings.store.bucket, self.publisher, self.names, settings.broker.consumer_timeout_seconds
@@ -142,7 +142,7 @@ class Parts:
             publisher=self.publisher,
             gpu=GpuMonitor(settings.model.visible_gpu),
             last_hour=self.history.last_hour,
-            jobs_queue=self.names.jobs,
+            job_queues=self.names.job_queues,
             is_connected=lambda: self.readiness.is_connected,
             is_draining=self.is_draining,
         )
@@ -204,7 +204,8 @@ class Parts:
             isolation=self.isolation,
             names=self.names,
             metrics=self.metrics,
-            num_threads=self.num_jobs + self.num_recovered,
+            # Of each queue one message more may be started when the worker stops, see `Intake`.
+            num_threads=self.num_jobs + self.num_recovered + len(self.names.others),
             is_draining=self.is_draining,
             cancellations=self.cancellations,
             leases=self.leases,
@@ -245,15 +246,22 @@ class Parts:
 
     def consumer(self, dispatcher: Dispatcher, *, not_before: float) -> Consumer:
         """Build the consumer of jobs, outbox and cancel orders, and connect it to what settles their deliveries."""
+        queues = self.settings.broker.consumed
+        subscriptions = [
+            Subscription(self.names.recover, self.num_recovered, dispatcher.on_delivery),
+            Subscription(self.names.outbox, OUTBOX_PREFETCH, self.outbox.on_delivery, is_work=False),
+        ]
+        weighted = None
+        if len(queues) > 1:
+            weighted = WeightedSubscription(queues, self.num_jobs, dispatcher.on_delivery)
+        else:
+            subscriptions.insert(0, Subscription(self.names.jobs, self.num_jobs, dispatcher.on_delivery))
         consumer = Consumer(
             self.settings.broker,
             self.names,
-            [
-                Subscription(self.names.jobs, self.num_jobs, dispatcher.on_delivery),
-                Subscription(self.names.recover, self.num_recovered, dispatcher.on_delivery),
-                Subscription(self.names.outbox, OUTBOX_PREFETCH, self.outbox.on_delivery, is_work=False),
-            ],
+            subscriptions,
             Broadcast(self.names.cancel_exchange, dispatcher.on_cancel),
+            weighted=weighted,
             on_lost=dispatcher.on_lost,
             not_before=not_before,
         )

@@ -95,7 +95,7 @@ class Dispatcher:
             return
 
         # A message that was delivered before may be what killed a worker: it moves to where deliveries are counted.
-        is_recovered = delivery.is_redelivered and delivery.queue == self._names.jobs
+        is_recovered = delivery.is_redelivered and delivery.queue in self._names.job_queues
         if is_recovered and decoded.task_id not in self._runs:
             self._submit(self._settler.move, delivery, self._names.recover)
         elif delivery.queue == self._names.recover:
@@ -205,7 +205,9 @@ class Dispatcher:
             num_crashes, trace = lease.num_crashes, delivery.trace
             self._settler.replace_by(
                 delivery,
-                lambda: self._leases.keep_copy(delivery.body, delivery.attempt, num_crashes=num_crashes, trace=trace),
+                lambda: self._leases.keep_copy(
+                    delivery.body, delivery.attempt, num_crashes=num_crashes, origin=delivery.origin, trace=trace
+                ),
             )
             return
         if delivery.is_leased and lease is not None:

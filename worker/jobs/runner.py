@@ -120,12 +120,15 @@ class JobRunner:
             case Disposition.RELEASE:
                 return RunOutcome(Disposition.RELEASE, Outcome.RELEASED)
             case Disposition.RETRY:
+                body, origin = run.first.body, run.first.origin
+                queue = self.names.retry(decision.delay_seconds, origin.queue)
                 self.settler.publish_until_confirmed(
                     lambda: self.publisher.publish(
-                        self.names.retry(decision.delay_seconds),
-                        run.first.body,
+                        queue,
+                        body,
                         attempt=run.attempt + 1,
                         reason=decision.message,
+                        origin=origin,
                         trace=run.copies_trace,
                     )
                 )
@@ -171,9 +174,9 @@ class JobRunner:
         )
 
     def _dead_letter(self, run: Run, reason: str) -> None:
-        body, trace = run.first.body, run.copies_trace
+        body, origin, trace = run.first.body, run.first.origin, run.copies_trace
         self.settler.publish_until_confirmed(
-            lambda: self.notifier.dead_letter(body, reason, attempt=run.attempt, trace=trace)
+            lambda: self.notifier.dead_letter(body, reason, attempt=run.attempt, origin=origin, trace=trace)
         )
 
     def _notify(self, run: Run, event: TerminalEvent, disposition: Disposition, unrecorded: str = "") -> RunOutcome:

@@ -176,9 +176,8 @@ class StatusBuilder:
         return BatchStatus(num_lanes, self.max_lanes, num_steps, round(mean, 3), round(self.metrics.recent_batch, 3))
 
     def _queues(self, snapshot: MetricsSnapshot) -> tuple[QueueStatus, ...]:
-        prefix = f"{self.names.jobs}."
         return tuple(
-            QueueStatus(name, "jobs" if name == self.names.jobs else name.removeprefix(prefix), int(depth))
+            QueueStatus(name, self.names.role(name), int(depth))
             for name, depth in snapshot.by_label("queue_messages").items()
         )
 
