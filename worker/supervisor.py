@@ -132,6 +132,7 @@ class Supervisor:
     def _start_consuming(self, facts: ModelFacts) -> None:
         """Start to take jobs. Only now: a worker that cannot load its model must leave the queue to those that can."""
         self._parts.progress.update_estimate(facts.step_seconds)
+        self._parts.metrics.set_build(model=self._settings.model.model_id, family=facts.family)
         self._dispatcher = self._parts.dispatcher(facts, self._note_bug)
         self._consumer = self._parts.consumer(self._dispatcher, not_before=self._probe.retry_at)
         self._consumer.start()
@@ -173,6 +174,7 @@ class Supervisor:
             parts.outbox.close()
             self._consumer.close()
         parts.publisher.close()
+        parts.tracing.close()
         parts.health.close()
         log_event(logger, "stopped", seconds=round(time.monotonic() - started_at, 2))
 
