@@ -178,9 +178,10 @@ $(REHEARSAL)/machine/.installed: benchmarks/gpu/machine.txt
 	touch $@
 
 # IMAGE_MOUNTS (host:container, comma-separated) are shown to the build's steps: a /etc/pip.conf, a mirror's certificates.
-image: install ## As root: build the image for CPUs without an engine, in chroots, then run `darkroom check` in it
+image: install ## As root: build the image without an engine, in chroots, then run `darkroom check` in it (TARGET=cpu, cuda or demo)
 	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends buildah debootstrap >/dev/null
-	$(SUDO) env PATH="$$PATH" IMAGE_MOUNTS="$(IMAGE_MOUNTS)" $(BIN)/python -m tests.image
+	$(SUDO) env PATH="$$PATH" IMAGE_MOUNTS="$(IMAGE_MOUNTS)" TORCH_INDEX_URL="$(TORCH_INDEX_URL)" \
+		$(BIN)/python -m tests.image $(or $(TARGET),cpu)
 
 # It goes on where it was interrupted. INSTALL=1 copies the result over the bundled model.
 demo-model: install ## Make the demo model anew from its pictures, into out/demo_model

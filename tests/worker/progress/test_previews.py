@@ -51,6 +51,8 @@ class SlowStore:
         return f"https://pictures/{ref.key}"
 
     def result_url(self, ref: ObjectRef) -> str:
+        if self.is_broken:
+            raise StorageUnavailable("no key to sign with")
         return f"{self.public_url(ref)}?signed={next(self.signatures)}"
 
 
@@ -170,10 +172,10 @@ def test_failing_store_costs_a_log_line_alone(
 
 
 def test_progress_names_the_preview_once_it_is_stored_and_never_waits_for_it(
-    previewer: Previewer, store: SlowStore
+    previewer: Previewer, store: SlowStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend = Listener()
-    reporter = ProgressReporter(backend, previewer, (25, 50), Metrics())  # type: ignore[arg-type]
+    reporter = ProgressReporter(backend, previewer, (25, 50, 55), Metrics())  # type: ignore[arg-type]
     reporter.start()
     track = reporter.follow("task", 456)
     store.is_free.clear()
@@ -191,8 +193,14 @@ def test_progress_names_the_preview_once_it_is_stored_and_never_waits_for_it(
     # Its address is made valid as it is sent: a webhook may have waited.
     track.on_step(StepReport(10, 20, 0.1))
     assert backend.next()["preview_url"] == "https://pictures/previews/gen-456.jpg?signed=1"
+
+    # Where none can be, this progress is dropped like any that is not taken.
+    store.is_broken = True
+    track.on_step(StepReport(11, 20, 0.1))
+    wait_until(lambda: "progress not sent" in caplog.text)
     track.close()
     reporter.close()
+    assert backend.calls.empty()
 
 
 # --- The status page
