@@ -73,7 +73,8 @@ def take_end(webhook_id: str, body: dict[str, Any]) -> None:
         database.execute("CREATE TABLE IF NOT EXISTS webhooks (id TEXT PRIMARY KEY)")
         noted = database.execute("INSERT INTO webhooks VALUES (?) ON CONFLICT DO NOTHING", (webhook_id,))
         if noted.rowcount == 1:
-            print("ended", body["generation_id"], body.get("error_code", "complete"), flush=True)
+            # One text: Celery logs each part of a print by itself.
+            print(f"ended {body['generation_id']} {body.get('error_code', 'complete')}", flush=True)
 
 
 if __name__ == "__main__":
