@@ -10,7 +10,7 @@ import pytest
 from clients.webhooks import WebhookKind
 from inference.errors import EngineCrashed, EngineFault
 from tests.worker.jobs.test_runs import asked_for, delivered
-from tests.worker.results.test_notifier import TAKEN, AckingConsumer, KeepingPublisher, ScriptedClient
+from tests.worker.results.test_notifier import PLAIN_STORE, TAKEN, AckingConsumer, KeepingPublisher, ScriptedClient
 from worker.amqp.topology import QueueNames
 from worker.breakers import Breaker, StoreGate
 from worker.errors import ErrorCode
@@ -22,6 +22,7 @@ from worker.jobs.runs import Run, Runs
 from worker.jobs.settler import Settler
 from worker.metrics import Metrics
 from worker.results.notifier import Notifier
+from worker.results.result_urls import ResultUrls
 from worker.results.terminal_event import TerminalEvent, failed_event
 from worker.tracing.context import NO_TRACE, TraceContext
 from worker.tracing.tracing import JobAttempt, JobSpan, Tracing
@@ -53,6 +54,7 @@ class Rig:
             names=NAMES,
             metrics=Metrics(),
             breaker=Breaker("the backend", 5),
+            urls=ResultUrls(PLAIN_STORE, "media"),
             is_draining=is_draining,
         )
         self.settler = Settler(publisher, self.notifier, NAMES, SuspectIsolation(), is_draining)
