@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 # By the names under which they are imported: those without which no model is loaded.
 REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "compel", "huggingface_hub", "safetensors")
+NUM_NAMED = 2
 
 
 def missing_libraries() -> list[str]:
@@ -16,4 +17,5 @@ def engine_needs() -> list[str]:
     missing = missing_libraries()
     if not missing:
         return []
-    return [f"the engine is not installed here ({', '.join(missing)}): pip install 'darkroom-worker[engine]'"]
+    names = ", ".join(missing[:NUM_NAMED]) + (" …" if len(missing) > NUM_NAMED else "")
+    return [f"the engine is not installed here ({names}): pip install 'darkroom-worker[engine]'"]
