@@ -9,7 +9,6 @@ from collections.abc import Callable
 from clients.gpu import GpuMonitor
 from clients.storage.cache import DownloadCache
 from clients.storage.client import Storage
-from clients.webhooks import WebhookClient
 from config.settings import Settings
 from inference.process.engine_process import EngineProcess
 from inference.request import ModelFacts
@@ -50,6 +49,7 @@ from worker.results.outbox import PREFETCH as OUTBOX_PREFETCH
 from worker.results.outbox import Outbox
 from worker.results.outbox_snapshots import SnapshotStore, SnapshotWriter
 from worker.results.result_urls import ResultUrls
+from worker.tracing.switch import open_tracing, read_variables
 from worker.version import darkroom_version
 
 # Deliveries beyond the jobs that can be denoised, so that their adapters are fetched while others denoise.
@@ -68,6 +68,8 @@ class Parts:
         self.is_draining = threading.Event()
         self.rules = rules_from(settings.model, settings.store, settings.images)
         self.metrics = Metrics()
+        self.metrics.set_build(model=settings.model.model_id)
+        self.tracing = open_tracing(read_variables(), worker=self.name)
         self.runs = Runs()
         self.cancellations = Cancellations()
         self.encoder = ImageEncoder(settings.images)
@@ -97,7 +99,7 @@ class Parts:
         self.leases = Leases(
             self.storage, settings.store.bucket, self.publisher, self.names, settings.broker.consumer_timeout_seconds
         )
-        self.webhooks = WebhookClient(settings.backend)
+        self.webhooks = self.tracing.webhook_client(settings.backend)
         self.backend_breaker = Breaker("the backend", BACKEND_THRESHOLD)
         self.notifier = Notifier(
             client=self.webhooks,
@@ -192,6 +194,7 @@ class Parts:
             gate=self.gate,
             leases=self.leases,
             history=self.history,
+            tracing=self.tracing,
         )
         return Dispatcher(
             rules=self.rules,

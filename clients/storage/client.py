@@ -215,7 +215,7 @@ class Storage:
             key = self._signing_key()
         at = time.time() if at is None else at
         if self._google is not None and self._google.is_google:
-            return presigned_url(url, key, seconds=seconds, at=at, region=LOCATION, dialect=GOOGLE)
+            return presigned_url(url, key, seconds=seconds, at=at, region=LOCATION, names=GOOGLE)
         return presigned_url(url, key, seconds=seconds, at=at, region=self._settings.region)
 
     def _signing_key(self) -> SigningKey:

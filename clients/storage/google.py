@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from clients.storage.location import is_google_host
-from clients.storage.presigning import GOOGLE as DIALECT
+from clients.storage.presigning import GOOGLE as NAMES
 from clients.storage.presigning import canonical_request
 
 # Valid for buckets of every location.
@@ -78,10 +78,10 @@ class GoogleXmlApi:
         signed = {name: value for name, value in headers.items() if name in SIGNED or name.startswith(GOOGLE)}
         moment = headers["x-goog-date"]
         canonical = canonical_request(request.method, request.url, signed, headers["x-goog-content-sha256"])
-        signature = DIALECT.signature(self._secret, canonical, moment=moment, region=LOCATION)
-        credential = f"{self._access_key_id}/{DIALECT.scope(moment, LOCATION)}"
+        signature = NAMES.signature(self._secret, canonical, moment=moment, region=LOCATION)
+        credential = f"{self._access_key_id}/{NAMES.scope(moment, LOCATION)}"
         names = ";".join(sorted(signed))
-        return f"{DIALECT.algorithm} Credential={credential},SignedHeaders={names},Signature={signature}"
+        return f"{NAMES.algorithm} Credential={credential},SignedHeaders={names},Signature={signature}"
 
 
 def _translate_headers(headers: Mapping[str, str], method: str, content: bytes) -> dict[str, str]:

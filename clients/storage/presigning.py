@@ -15,7 +15,7 @@ UNSIGNED = "UNSIGNED-PAYLOAD"
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
-class Dialect(NamedTuple):
+class SigningNames(NamedTuple):
     """The names in a process: its algorithm, and those of its query parameters, its keys and its scope."""
 
     algorithm: str
@@ -37,8 +37,8 @@ class Dialect(NamedTuple):
         return hmac.digest(key, "\n".join((self.algorithm, moment, scope, hashed)).encode(), "sha256").hex()
 
 
-AWS = Dialect("AWS4-HMAC-SHA256", "X-Amz-", "AWS4", "s3", "aws4_request")
-GOOGLE = Dialect("GOOG4-HMAC-SHA256", "X-Goog-", "GOOG4", "storage", "goog4_request")
+AWS = SigningNames("AWS4-HMAC-SHA256", "X-Amz-", "AWS4", "s3", "aws4_request")
+GOOGLE = SigningNames("GOOG4-HMAC-SHA256", "X-Goog-", "GOOG4", "storage", "goog4_request")
 
 
 class SigningKey(NamedTuple):
@@ -59,7 +59,7 @@ def canonical_request(method: str, url: str, signed: Mapping[str, str], payload_
     )
 
 
-def presigned_url(url: str, key: SigningKey, *, seconds: int, at: float, region: str, dialect: Dialect = AWS) -> str:
+def presigned_url(url: str, key: SigningKey, *, seconds: int, at: float, region: str, names: SigningNames = AWS) -> str:
     """Return `url`, percent-encoded and without a query, with one that lets anybody GET it.
 
     It opens for `seconds` from `at` on, Unix time. The signature covers host and path: a reader must send both as they
@@ -67,18 +67,18 @@ def presigned_url(url: str, key: SigningKey, *, seconds: int, at: float, region:
     """
     moment = datetime.fromtimestamp(at, UTC).strftime("%Y%m%dT%H%M%SZ")
     parameters = {
-        "Algorithm": dialect.algorithm,
-        "Credential": f"{key.key_id}/{dialect.scope(moment, region)}",
+        "Algorithm": names.algorithm,
+        "Credential": f"{key.key_id}/{names.scope(moment, region)}",
         "Date": moment,
         "Expires": str(seconds),
         "SignedHeaders": "host",
     }
     if key.session_token is not None:
         parameters["Security-Token"] = key.session_token
-    query = "&".join(f"{dialect.parameter}{name}={quote(text, safe='')}" for name, text in parameters.items())
+    query = "&".join(f"{names.parameter}{name}={quote(text, safe='')}" for name, text in parameters.items())
     canonical = canonical_request("GET", f"{url}?{query}", {"host": _host_header(url)}, UNSIGNED)
-    signature = dialect.signature(key.secret, canonical, moment=moment, region=region)
-    return f"{url}?{query}&{dialect.parameter}Signature={signature}"
+    signature = names.signature(key.secret, canonical, moment=moment, region=region)
+    return f"{url}?{query}&{names.parameter}Signature={signature}"
 
 
 def _host_header(url: str) -> str:

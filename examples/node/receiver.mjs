@@ -89,8 +89,17 @@ app.put('/generations/:id', (request, response) => {
   response.json({ success: true });
 });
 const webhook = [express.raw({ type: 'application/json', limit: '1mb' }), verify];
-app.patch('/api/webhooks/inference/progress', webhook, take('progress', (body) => `${body.progress.progress_percent} %`));
-app.post('/api/webhooks/inference/complete', webhook, take('complete', (body) => body.result_url));
-app.post('/api/webhooks/inference/failed', webhook, take('failed', (body) => body.error_code));
+const handlers = {
+  progress: take('progress', (body) => `${body.progress.progress_percent} %`),
+  complete: take('complete', (body) => body.result_url),
+  failed: take('failed', (body) => body.error_code),
+};
+app.patch('/api/webhooks/inference/progress', webhook, handlers.progress);
+app.post('/api/webhooks/inference/complete', webhook, handlers.complete);
+app.post('/api/webhooks/inference/failed', webhook, handlers.failed);
+// For a worker with WEBHOOK_URL=/hooks/darkroom: every webhook, its kind in the signed body.
+app.post('/hooks/darkroom', webhook, (request, response) => {
+  handlers[JSON.parse(request.body).type](request, response);
+});
 
 app.listen(Number(env.PORT || 8000), env.HOST || '127.0.0.1');

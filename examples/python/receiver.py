@@ -98,6 +98,13 @@ async def failed(webhook: Verified) -> dict[str, bool]:
     return act_once(webhook, "failed", webhook.body["error_code"])
 
 
+@app.post("/hooks/darkroom")
+async def any_kind(webhook: Verified) -> dict[str, bool]:
+    """Take every webhook, where the worker has WEBHOOK_URL=/hooks/darkroom: its kind is in the signed body."""
+    take = {"progress": progress, "complete": complete, "failed": failed}[webhook.body["type"]]
+    return await take(webhook)
+
+
 @app.put("/generations/{generation_id}", dependencies=[Depends(check_token)])
 async def expect(generation_id: str) -> dict[str, bool]:
     """Record a generation, as an application does in the transaction after which it publishes the job."""

@@ -64,6 +64,15 @@ def test_webhook_delivered_three_times_has_one_effect(receiver: Receiver, genera
     assert receiver.effects(generation_id) == [(kind, EFFECTS[kind])]
 
 
+def test_one_address_takes_every_kind(receiver: Receiver, generation_id: int) -> None:
+    client = receiver.client(WEBHOOK_URL="/hooks/darkroom")
+
+    attempts = [client.send(webhook_of(kind, generation_id)) for kind in EFFECTS]
+
+    assert [attempt.result for attempt in attempts] == [WebhookResult.DELIVERED] * len(EFFECTS)
+    assert receiver.effects(generation_id) == [*EFFECTS.items()]
+
+
 def test_webhook_delivered_at_once_on_many_connections_has_one_effect(receiver: Receiver, generation_id: int) -> None:
     webhook = webhook_of("complete", generation_id)
 

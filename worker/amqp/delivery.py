@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from worker.amqp.topology import QueueNames
+from worker.tracing.context import NO_TRACE, TraceContext
 
 ATTEMPT_HEADER = "x-darkroom-attempt"
 REASON_HEADER = "x-darkroom-reason"
@@ -40,7 +41,8 @@ class Delivery:
     `since` is when it was parked and `due` when it is to be sent next, in epoch seconds; `reason` is why it was parked;
     `received_at` is `time.monotonic()`. `is_leased`: the copy of a job that may still be running on some worker.
     `num_deliveries` is the broker's count of earlier deliveries of this copy that were returned, `num_crashes` our
-    header's count of workers killed while they held earlier copies. Both are 0 outside our own queues.
+    header's count of workers killed while they held earlier copies. Both are 0 outside our own queues. `trace` is the
+    publisher's.
     """
 
     body: bytes
@@ -57,6 +59,7 @@ class Delivery:
     due: float = 0.0
     reason: str = ""
     num_crashes: int = 0
+    trace: TraceContext = NO_TRACE
     origin: Origin = NO_ORIGIN
 
     @property
@@ -91,6 +94,7 @@ def delivery_of(
         due=float(whole_number(headers.get(DUE_HEADER), default=0)),
         reason=str(headers.get(REASON_HEADER, ""))[:MAX_REASON_CHARS],
         num_crashes=whole_number(counts.get(CRASHES_HEADER), default=0),
+        trace=TraceContext.from_headers(headers),
         origin=Origin(came_by, properties.priority),
     )
 

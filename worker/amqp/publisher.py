@@ -29,6 +29,7 @@ from worker.amqp.delivery import (
 )
 from worker.amqp.error_messages import ErrorMessages
 from worker.amqp.topology import QueueNames, ensure_fanout, ensure_queues
+from worker.tracing.context import NO_TRACE, TraceContext
 
 QUEUE_FULL = pika.exceptions.NackError
 
@@ -71,6 +72,7 @@ class Publisher:
         due: float | None = None,
         is_leased: bool = False,
         num_crashes: int = 0,
+        trace: TraceContext = NO_TRACE,
         origin: Origin = NO_ORIGIN,
     ) -> None:
         """Publish and return once the broker has confirmed the message on disk; raise `PublishFailed` otherwise."""
@@ -87,6 +89,7 @@ class Publisher:
             headers[CRASHES_HEADER] = num_crashes
         if origin.queue and origin.queue != self._names.jobs:
             headers[QUEUE_HEADER] = origin.queue
+        headers |= trace.headers
         self._call(partial(self._publish, queue_name, body, headers, origin.priority))
 
     def depths(self) -> dict[str, int]:

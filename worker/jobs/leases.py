@@ -24,6 +24,7 @@ from worker.jobs.runs import Run, Runs
 from worker.jobs.settler import Settler
 from worker.results.ledger import Ledger
 from worker.strict_json import is_number, strict_json
+from worker.tracing.context import TraceContext
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,10 @@ class Leases:
             return False
         self.note(run)
         if is_due:
-            self.keep_copy(run.first.body, run.attempt, num_crashes=run.num_recoveries, origin=run.first.origin)
+            first, num_crashes = run.first, run.num_recoveries
+            self.keep_copy(
+                first.body, run.attempt, num_crashes=num_crashes, origin=first.origin, trace=run.copies_trace
+            )
             log_event(logger, "on lease", task_id=run.task_id, generation_id=run.generation_id)
         return is_due
 
@@ -95,10 +99,16 @@ class Leases:
         note = json.dumps({"until": run.lease_ends_at, "num_crashes": run.num_recoveries}).encode()
         self._storage.put(self._ref(run.task_id), note, content_type=CONTENT_TYPE)
 
-    def keep_copy(self, body: bytes, attempt: int, *, num_crashes: int, origin: Origin) -> None:
+    def keep_copy(self, body: bytes, attempt: int, *, num_crashes: int, origin: Origin, trace: TraceContext) -> None:
         """Put a confirmed copy of the job into the lease queue. Raises `PublishFailed`."""
         self._publisher.publish(
-            self._names.lease, body, attempt=attempt, is_leased=True, num_crashes=num_crashes, origin=origin
+            self._names.lease,
+            body,
+            attempt=attempt,
+            is_leased=True,
+            num_crashes=num_crashes,
+            origin=origin,
+            trace=trace,
         )
 
     def find(self, task_id: str) -> Lease | None:

@@ -72,6 +72,7 @@ class Settler:
                 attempt=delivery.attempt,
                 is_leased=delivery.is_leased,
                 num_crashes=delivery.num_recoveries,
+                trace=delivery.trace,
                 origin=delivery.origin,
             ),
         )
@@ -90,7 +91,10 @@ class Settler:
         """Replace what is no job by a dead letter."""
         body = delivery.body[:MAX_DEAD_BODY_BYTES]
         self._publish_then_ack(
-            delivery, lambda: self._notifier.dead_letter(body, f"not a job: {reason}", origin=delivery.origin)
+            delivery,
+            lambda: self._notifier.dead_letter(
+                body, f"not a job: {reason}", origin=delivery.origin, trace=delivery.trace
+            ),
         )
 
     def _publish_then_ack(self, delivery: Delivery, publish: Callable[[], None]) -> None:

@@ -62,8 +62,12 @@ class MetricsSnapshot:
         return self.values.get((name, *labels), 0.0)
 
     def by_label(self, name: str) -> dict[str, float]:
-        """Return every sample of a metric with one label, by that label."""
-        return {key[1]: value for key, value in self.values.items() if key[0] == name and len(key) == 2}
+        """Return every sample of a metric by its first label, summed over the others."""
+        sums: dict[str, float] = {}
+        for key, value in self.values.items():
+            if key[0] == name and len(key) > 1:
+                sums[key[1]] = sums.get(key[1], 0.0) + value
+        return sums
 
 
 @dataclass(frozen=True, slots=True)

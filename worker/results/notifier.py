@@ -23,6 +23,7 @@ from worker.results.address_breaker import ADDRESS_STATUSES, AddressBreaker
 from worker.results.ledger import Ledger
 from worker.results.result_urls import ResultUrls
 from worker.results.terminal_event import TerminalEvent
+from worker.tracing.context import NO_TRACE, TraceContext
 
 logger = logging.getLogger(__name__)
 
@@ -176,9 +177,13 @@ class Notifier:
         *,
         attempt: int | None = None,
         origin: Origin = NO_ORIGIN,
+        trace: TraceContext = NO_TRACE,
     ) -> None:
-        """Publish a confirmed copy of an event or a job to the dead letters. Raises `PublishFailed`."""
-        self._publisher.publish(self._names.dead, body, attempt=attempt, reason=reason, origin=origin)
+        """Publish a confirmed copy of an event or a job to the dead letters. Raises `PublishFailed`.
+
+        An event has its trace in its body, a job in the headers.
+        """
+        self._publisher.publish(self._names.dead, body, attempt=attempt, reason=reason, origin=origin, trace=trace)
         log_event(logger, "dead letter", logging.ERROR, reason=reason)
 
     def _send_with_retries(self, event: TerminalEvent, attempts: list[WebhookAttempt]) -> WebhookAttempt:

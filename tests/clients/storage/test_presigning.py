@@ -170,7 +170,7 @@ def test_google_s_dialect_differs_in_its_names_alone() -> None:
     url = "https://storage.googleapis.com/style_media/a"
     key = SigningKey(KEY_ID, SECRET)
 
-    google = presigned_url(url, key, seconds=60, at=AWS_EXAMPLE_AT, region="auto", dialect=GOOGLE)
+    google = presigned_url(url, key, seconds=60, at=AWS_EXAMPLE_AT, region="auto", names=GOOGLE)
     aws = presigned_url(url, key, seconds=60, at=AWS_EXAMPLE_AT, region="auto")
 
     names = [name.removeprefix("X-Goog-") for name, _ in parse_qsl(urlsplit(google).query)]

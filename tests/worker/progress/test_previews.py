@@ -21,7 +21,7 @@ from inference.request import Preview, StepReport
 from tests.support.status_pages import served, status
 from tests.support.world import HANG_SECONDS
 from worker.metrics import Metrics
-from worker.progress.previews import Previewer, encode
+from worker.progress.previews import NUM_KEPT, Previewer, ShownPreview, encode
 from worker.progress.reporter import ProgressReporter
 
 
@@ -51,6 +51,8 @@ class SlowStore:
         return f"https://pictures/{ref.key}"
 
     def result_url(self, ref: ObjectRef) -> str:
+        if self.is_broken:
+            raise StorageUnavailable("no key to sign with")
         return f"{self.public_url(ref)}?signed={next(self.signatures)}"
 
 
@@ -146,7 +148,23 @@ def test_preview_is_not_written_after_the_end(previewer: Previewer, store: SlowS
     assert [key for key, _ in store.written] == [
         f"s3://results/previews/gen-{generation_id}.jpg" for generation_id in (456, 457)
     ]
-    assert previewer.latest("task") is None
+    shown = previewer.latest("task")
+    assert shown is not None
+    assert shown.step_index == 5
+
+
+def test_previews_are_kept_of_the_jobs_that_were_over_last(previewer: Previewer, store: SlowStore) -> None:
+    for number in range(NUM_KEPT + 2):
+        track = previewer.follow(str(number), number + 1)
+        track.on_step(reported(5, 50))
+        wait_until(lambda: len(store.written) == number + 1)  # noqa: B023 - called at once
+        track.close()
+        if number == 1:  # the same task once more, at work to the end
+            previewer.follow("0", 1).shown = ShownPreview(7, b"of another attempt")
+
+    assert previewer.latest("0") == ShownPreview(7, b"of another attempt")
+    assert previewer.latest("1") is None
+    assert previewer.latest("2") is not None
 
 
 def test_failing_store_costs_a_log_line_alone(
@@ -170,10 +188,10 @@ def test_failing_store_costs_a_log_line_alone(
 
 
 def test_progress_names_the_preview_once_it_is_stored_and_never_waits_for_it(
-    previewer: Previewer, store: SlowStore
+    previewer: Previewer, store: SlowStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend = Listener()
-    reporter = ProgressReporter(backend, previewer, (25, 50), Metrics())  # type: ignore[arg-type]
+    reporter = ProgressReporter(backend, previewer, (25, 50, 55), Metrics())  # type: ignore[arg-type]
     reporter.start()
     track = reporter.follow("task", 456)
     store.is_free.clear()
@@ -191,8 +209,14 @@ def test_progress_names_the_preview_once_it_is_stored_and_never_waits_for_it(
     # Its address is made valid as it is sent: a webhook may have waited.
     track.on_step(StepReport(10, 20, 0.1))
     assert backend.next()["preview_url"] == "https://pictures/previews/gen-456.jpg?signed=1"
+
+    # Where none can be, this progress is dropped like any that is not taken.
+    store.is_broken = True
+    track.on_step(StepReport(11, 20, 0.1))
+    wait_until(lambda: "progress not sent" in caplog.text)
     track.close()
     reporter.close()
+    assert backend.calls.empty()
 
 
 # --- The status page

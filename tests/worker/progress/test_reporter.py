@@ -299,3 +299,18 @@ def test_reporter_without_milestones_sends_nothing(backend: SlowBackend, metrics
     silent.close()
 
     assert backend.ended == []
+
+
+def test_method_that_no_progress_passes_with_is_warned_of_once(
+    reporter: ProgressReporter, backend: SlowBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend.answer = WebhookAttempt(WebhookResult.REJECTED, 405, None, "HTTP 405 to PATCH: set …", is_ambiguous=False)
+    track = reporter.follow("task", 456)
+
+    for step_index in (0, 5, 10):
+        step(track, step_index)
+        backend.next()
+    track.close()
+
+    warned = [record for record in caplog.records if record.getMessage() == "progress not taken"]
+    assert [record.fields["reason"] for record in warned] == ["HTTP 405 to PATCH: set …"]  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """Pictures of one generation, written by several tasks and several runs, in a real store."""
 
+import dataclasses
 import threading
 import uuid
 from io import BytesIO
@@ -10,6 +11,7 @@ from PIL import Image, PngImagePlugin
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
 from config.store import StoreSettings
+from examples.parts.seaweedfs import SeaweedFS
 from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate
 from worker.errors import ErrorCode
 from worker.results.image_store import AlreadyEnded, ImageStore
@@ -114,3 +116,18 @@ def test_another_run_s_image_of_the_task_is_replaced_where_it_shows_something_el
     key.put(png("blue"))
 
     assert key.shown == png("blue")
+
+
+@pytest.mark.parametrize("is_taken", [False, True], ids=["new", "overwritten"])
+def test_image_is_a_png_with_the_cache_control_of_the_settings(
+    key: SharedKey, s3_server: SeaweedFS, is_taken: bool
+) -> None:
+    directives = "public, max-age=31536000, immutable"
+    store = dataclasses.replace(key.store, cache_control=directives)
+    if is_taken:
+        key.write(OTHER, png("red"))
+
+    store.put(key.ref, png("blue"), task_id=TASK)
+
+    found = s3_server.client().head_object(Bucket=key.ref.bucket, Key=key.ref.key)
+    assert (found["ContentType"], found["CacheControl"]) == ("image/png", directives)

@@ -3,18 +3,17 @@
 import uuid
 from contextlib import suppress
 
-import requests
-
+from clients.anonymous_reader import read_anonymously
 from clients.storage.client import Storage
 from clients.storage.errors import StorageError
 from clients.storage.location import ObjectRef
 from config.store import StoreSettings
 from worker.cli.check.checks import CheckFailed, CheckUnsure
 
-TIMEOUT_SECONDS = 10.0
 # Among the results, as a policy for readers may have their folder alone.
 PROBE_PREFIX = "generations/check-"
 CONTENT = b"a result"
+OK = 200
 
 
 def check_result_address(settings: StoreSettings) -> str:
@@ -59,12 +58,9 @@ def _describe_plain(url: str, seen: str | None) -> str:
 
 def _open(url: str) -> str | None:
     """GET the address; return "" where it has the probe's content, else what it has; None without an answer."""
-    with requests.Session() as session:
-        session.trust_env = False
-        try:
-            answer = session.get(url, timeout=TIMEOUT_SECONDS, allow_redirects=False)
-        except requests.RequestException:
-            return None
-    if answer.status_code != requests.codes.ok:
-        return f"HTTP {answer.status_code}"
+    answer = read_anonymously(url, max_bytes=len(CONTENT) + 1)
+    if answer is None:
+        return None
+    if answer.status != OK:
+        return f"HTTP {answer.status}"
     return "" if answer.content == CONTENT else "another content"

@@ -23,6 +23,7 @@ from worker.cli.terminal import escape_for_terminal
 from worker.messages.decoder import rules_from
 from worker.results.ledger import Ledger
 from worker.results.outbox_snapshots import summarize
+from worker.tracing.context import TraceContext
 
 # At 64 kB each, the most that a letter without a job has, they take 640 MB.
 MAX_LETTERS = 10_000
@@ -72,7 +73,9 @@ def replay_letters(settings: Settings, target: str | None, reason: str) -> None:
                     publisher.publish(names.outbox, replay.body, since=time.time())
                 else:
                     queue = names.known(letter.origin.queue)
-                    publisher.publish(queue, replay.body, origin=Origin(queue, letter.origin.priority))
+                    origin = Origin(queue, letter.origin.priority)
+                    trace = TraceContext.from_headers(letter.message.headers)
+                    publisher.publish(queue, replay.body, origin=origin, trace=trace)
                 typer.echo(f"letter {letter.number}: {replay.effect}")
                 browser.ack(letter.message)
                 num_replayed += 1
