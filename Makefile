@@ -26,7 +26,7 @@ REHEARSAL := $(CURDIR)/out/gpu-rehearsal
 MACHINE_PYTHON ?= $(REHEARSAL)/machine/bin/python
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo styles overlays wheel house docs quick test check coverage outage leaks field languages faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
+.PHONY: help install demo styles overlays wheel house docs screenshots quick test check coverage outage leaks field languages faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -77,6 +77,9 @@ wheel: ## Build the wheel, with the demo's model in it, into dist/
 docs: install node_modules/.package-lock.json ## Build the site of docs/ into out/docs; a link that leads nowhere fails it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "open out/docs/index.html"
+
+screenshots: install ## Take the pictures of the status page in docs/, of a real worker at work
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.support.pages.screenshots
 
 check: install ## Style and types
 	$(BIN)/ruff check $(CODE)
@@ -175,9 +178,10 @@ $(REHEARSAL)/machine/.installed: benchmarks/gpu/machine.txt
 	touch $@
 
 # IMAGE_MOUNTS (host:container, comma-separated) are shown to the build's steps: a /etc/pip.conf, a mirror's certificates.
-image: install ## As root: build the image for CPUs without an engine, in chroots, then run `darkroom check` in it
+image: install ## As root: build the image without an engine, in chroots, then run `darkroom check` in it (TARGET=cpu, cuda or demo)
 	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends buildah debootstrap >/dev/null
-	$(SUDO) env PATH="$$PATH" IMAGE_MOUNTS="$(IMAGE_MOUNTS)" $(BIN)/python -m tests.image
+	$(SUDO) env PATH="$$PATH" IMAGE_MOUNTS="$(IMAGE_MOUNTS)" TORCH_INDEX_URL="$(TORCH_INDEX_URL)" \
+		$(BIN)/python -m tests.image $(or $(TARGET),cpu)
 
 # It goes on where it was interrupted. INSTALL=1 copies the result over the bundled model.
 demo-model: install ## Make the demo model anew from its pictures, into out/demo_model

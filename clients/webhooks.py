@@ -5,7 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from enum import Enum, StrEnum, auto
 from http.cookiejar import DefaultCookiePolicy
@@ -82,11 +82,15 @@ def route_of(settings: BackendSettings, kind: WebhookKind) -> Route:
 
 @dataclass(frozen=True)
 class Webhook:
-    """One event. `webhook_id` stays the same over all attempts; `body` must be JSON without NaN, else `ValueError`."""
+    """One event. `webhook_id` stays the same over all attempts; `body` must be JSON without NaN, else `ValueError`.
+
+    `trace_headers` tell the backend which trace the call belongs to.
+    """
 
     kind: WebhookKind
     webhook_id: str
     body: Mapping[str, Any]
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not _VISIBLE_ASCII.fullmatch(self.webhook_id):
@@ -141,7 +145,7 @@ class WebhookClient:
             webhook = replace(webhook, body={"type": webhook.kind.value, **webhook.body})
         payload = webhook.payload
         timestamp = int(self._now())
-        headers = {
+        headers = dict(webhook.trace_headers) | {
             "Content-Type": "application/json",
             "webhook-id": webhook.webhook_id,
             "webhook-timestamp": str(timestamp),

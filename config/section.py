@@ -59,8 +59,8 @@ def load_section(section: type[S]) -> S:
         raise SettingsError(f"a file that a setting names cannot be used: {error.strerror}") from error
 
 
-def nonempty_variables(section: type[Section] = Section) -> set[str]:
-    """Return the names of all non-empty variables in the environment and in the section's file.
+def nonempty_variables(section: type[Section] = Section) -> dict[str, str]:
+    """Return all non-empty variables of the environment and of the section's file by name; the environment wins.
 
     Raises `SettingsError` where the file cannot be read.
     """
@@ -70,7 +70,7 @@ def nonempty_variables(section: type[Section] = Section) -> set[str]:
     except (UnicodeDecodeError, OSError) as error:
         raise SettingsError(f"{ENV_FILE} cannot be read as UTF-8: {error}") from error
     pairs = {**in_file, **os.environ}
-    return {name for name, value in pairs.items() if value}
+    return {name: value for name, value in pairs.items() if value}
 
 
 def split_commas(value: object) -> object:

@@ -43,6 +43,7 @@ ORDER = (
     "worker.results",
     "worker.messages",
     "worker.amqp",
+    "worker.tracing",
     "worker",
     "inference.process",
     "inference.engine",
@@ -257,6 +258,12 @@ def test_the_supervisor_loads_no_torch() -> None:
     assert loaded & TORCH == set()
     # For those alone who have a certificate
     assert loaded & {"c2pa", "cryptography"} == set()
+    # For those alone who trace
+    assert "opentelemetry" not in loaded
+
+
+def test_opentelemetry_is_imported_where_it_is_known_to_be_there() -> None:
+    assert importers_of("opentelemetry") == {"worker.tracing.otel", "worker.tracing.exporting"}
 
 
 def test_no_child_is_started_with_the_working_directory_on_its_path() -> None:

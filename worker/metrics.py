@@ -3,11 +3,14 @@
 import time
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 
+from config.redacting import redacted
 from inference.request import EngineLoad
+from worker.errors import ErrorCode
 from worker.outcome import Outcome
 from worker.recent_mean import RecentMean
+from worker.version import darkroom_version
 
 # A _created series beside each counter doubles what Prometheus stores, and no query of ours uses it.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -15,6 +18,19 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 JOB_BUCKETS = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
 STAGE_BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300)
 WAIT_BUCKETS = (0.1, 1, 5, 15, 60, 300, 900, 3600, 14400)
+# Every code that an outcome may have; of others "", which Prometheus takes for a label that is not there.
+OTHER_CODE = "OTHER"
+CODES: dict[Outcome, tuple[str, ...]] = {
+    Outcome.FAILED: (*(code for code in ErrorCode if code is not ErrorCode.CANCELLED), OTHER_CODE),
+    Outcome.CANCELLED: (ErrorCode.CANCELLED,),
+    Outcome.RETRIED: (
+        ErrorCode.STORAGE_UNAVAILABLE,
+        ErrorCode.ENGINE_ERROR,
+        ErrorCode.GPU_OOM,
+        ErrorCode.INTERNAL_ERROR,
+        OTHER_CODE,
+    ),
+}
 # Without lanes for this long, there is no recent batch size.
 STALE_SECONDS = 60.0
 
@@ -25,7 +41,8 @@ class Metrics:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = CollectorRegistry()
         self.ready = self._gauge("ready", "1 while jobs are taken, as /health/ready says")
-        self.jobs = self._counter("jobs", "Jobs by how they ended", "outcome")
+        self.build = Info("darkroom_build", "Version of the worker, and its model", registry=self.registry)
+        self.jobs = self._counter("jobs", "Jobs by how they ended, and why they failed", "outcome", "code")
         self.job_seconds = self._histogram("job_seconds", "From delivery to settling", JOB_BUCKETS)
         self.stage_seconds = self._histogram("stage_seconds", "Time in each stage of a job", STAGE_BUCKETS, "stage")
         self.queue_wait_seconds = self._histogram(
@@ -48,10 +65,20 @@ class Metrics:
         self.idle_seconds = self._counter("idle_seconds", "Time without denoising, by reason", "reason")
         # At 0 from the start: Prometheus sees no increase in a counter that appears with its first job.
         for outcome in Outcome:
-            self.jobs.labels(outcome)
+            for code in CODES.get(outcome, ("",)):
+                self.jobs.labels(outcome, code)
         # Prometheus has `rate` for it.
         self._recent_batch = RecentMean(clock)
         self._set_gauges(EngineLoad(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0))
+
+    def set_build(self, *, model: str, family: str = "") -> None:
+        """Set what runs here; `family` is known once the model is loaded."""
+        self.build.info({"version": darkroom_version(), "family": family, "model": redacted(model)})
+
+    def count_job(self, outcome: Outcome, code: str = "") -> None:
+        """Count an end. Its code may be of a record that another version wrote: an unknown one is not a label."""
+        known = CODES.get(outcome, ("",))
+        self.jobs.labels(outcome, code if code in known else known[-1]).inc()
 
     def note_engine_load(self, engine_load: EngineLoad) -> None:
         """Count the forward of one engine loop iteration, if it had one, and set the gauges of the engine's load."""

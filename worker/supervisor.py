@@ -132,6 +132,7 @@ class Supervisor:
     def _start_consuming(self, facts: ModelFacts) -> None:
         """Start to take jobs. Only now: a worker that cannot load its model must leave the queue to those that can."""
         self._parts.progress.update_estimate(facts.step_seconds)
+        self._parts.metrics.set_build(model=self._settings.model.model_id, family=facts.family)
         self._dispatcher = self._parts.dispatcher(facts, self._note_bug)
         self._consumer = self._parts.consumer(self._dispatcher, not_before=self._probe.retry_at)
         self._consumer.start()
@@ -157,11 +158,7 @@ class Supervisor:
     def _stop(self, code: ExitCode) -> None:
         """Take no more jobs, let running ones end within the grace period, release the rest, close all parts."""
         parts, started_at = self._parts, time.monotonic()
-        # Ends the process even if store or broker hang: unsettled deliveries go back to the broker.
-        seconds = max(MIN_STOP_SECONDS, self._settings.service.shutdown_grace_seconds)
-        guard = threading.Timer(seconds, os._exit, (int(code),))
-        guard.daemon = True
-        guard.start()
+        end_process_after(max(MIN_STOP_SECONDS, self._settings.service.shutdown_grace_seconds), code)
         log_event(logger, "stopping", exit_code=int(code), num_runs=len(parts.runs.all()))
         if self._consumer is not None:
             self._consumer.stop_consuming()
@@ -177,6 +174,7 @@ class Supervisor:
             parts.outbox.close()
             self._consumer.close()
         parts.publisher.close()
+        parts.tracing.close()
         parts.health.close()
         log_event(logger, "stopped", seconds=round(time.monotonic() - started_at, 2))
 
@@ -186,3 +184,14 @@ class Supervisor:
             dispatcher.release_waiting()
             self._tick()
             time.sleep(TICK_SECONDS)
+
+
+def end_process_after(seconds: float, code: ExitCode) -> None:
+    """End the process even if store or broker hang by then: unsettled deliveries go back to the broker."""
+    guard = threading.Timer(seconds, os._exit, (int(code),))
+    guard.daemon = True
+    try:
+        guard.start()
+    except RuntimeError:
+        # No memory for a thread, or no process id: nothing closes in order then, and what runs would go on taking jobs.
+        os._exit(int(code))

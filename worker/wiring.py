@@ -9,11 +9,10 @@ from collections.abc import Callable
 from clients.gpu import GpuMonitor
 from clients.storage.cache import DownloadCache
 from clients.storage.client import Storage
-from clients.webhooks import WebhookClient
 from config.settings import Settings
 from inference.process.engine_process import EngineProcess
 from inference.request import ModelFacts
-from worker.amqp.consumer import Broadcast, Consumer, Subscription
+from worker.amqp.consumer import Broadcast, Consumer, Subscription, WeightedSubscription
 from worker.amqp.publisher import Publisher
 from worker.amqp.topology import QueueNames
 from worker.breakers import BACKEND_THRESHOLD, STORE_THRESHOLD, Breaker, StoreGate
@@ -50,6 +49,7 @@ from worker.results.outbox import PREFETCH as OUTBOX_PREFETCH
 from worker.results.outbox import Outbox
 from worker.results.outbox_snapshots import SnapshotStore, SnapshotWriter
 from worker.results.result_urls import ResultUrls
+from worker.tracing.switch import open_tracing, read_variables
 from worker.version import darkroom_version
 
 # Deliveries beyond the jobs that can be denoised, so that their adapters are fetched while others denoise.
@@ -68,6 +68,8 @@ class Parts:
         self.is_draining = threading.Event()
         self.rules = rules_from(settings.model, settings.store, settings.images)
         self.metrics = Metrics()
+        self.metrics.set_build(model=settings.model.model_id)
+        self.tracing = open_tracing(read_variables(), worker=self.name)
         self.runs = Runs()
         self.cancellations = Cancellations()
         self.encoder = ImageEncoder(settings.images)
@@ -92,12 +94,12 @@ class Parts:
 
     def _build_deliveries(self, settings: Settings) -> None:
         """Build what acks a delivery, and what keeps messages and ends safe before that."""
-        self.names = QueueNames(settings.broker.queue, settings.broker.consumer_timeout_seconds)
+        self.names = QueueNames.of(settings.broker)
         self.publisher = Publisher(settings.broker, self.names)
         self.leases = Leases(
             self.storage, settings.store.bucket, self.publisher, self.names, settings.broker.consumer_timeout_seconds
         )
-        self.webhooks = WebhookClient(settings.backend)
+        self.webhooks = self.tracing.webhook_client(settings.backend)
         self.backend_breaker = Breaker("the backend", BACKEND_THRESHOLD)
         self.notifier = Notifier(
             client=self.webhooks,
@@ -140,7 +142,7 @@ class Parts:
             publisher=self.publisher,
             gpu=GpuMonitor(settings.model.visible_gpu),
             last_hour=self.history.last_hour,
-            jobs_queue=self.names.jobs,
+            job_queues=self.names.job_queues,
             is_connected=lambda: self.readiness.is_connected,
             is_draining=self.is_draining,
         )
@@ -192,6 +194,7 @@ class Parts:
             gate=self.gate,
             leases=self.leases,
             history=self.history,
+            tracing=self.tracing,
         )
         return Dispatcher(
             rules=self.rules,
@@ -201,7 +204,8 @@ class Parts:
             isolation=self.isolation,
             names=self.names,
             metrics=self.metrics,
-            num_threads=self.num_jobs + self.num_recovered,
+            # Of each queue one message more may be started when the worker stops, see `Intake`.
+            num_threads=self.num_jobs + self.num_recovered + len(self.names.others),
             is_draining=self.is_draining,
             cancellations=self.cancellations,
             leases=self.leases,
@@ -242,15 +246,22 @@ class Parts:
 
     def consumer(self, dispatcher: Dispatcher, *, not_before: float) -> Consumer:
         """Build the consumer of jobs, outbox and cancel orders, and connect it to what settles their deliveries."""
+        queues = self.settings.broker.consumed
+        subscriptions = [
+            Subscription(self.names.recover, self.num_recovered, dispatcher.on_delivery),
+            Subscription(self.names.outbox, OUTBOX_PREFETCH, self.outbox.on_delivery, is_work=False),
+        ]
+        weighted = None
+        if len(queues) > 1:
+            weighted = WeightedSubscription(queues, self.num_jobs, dispatcher.on_delivery)
+        else:
+            subscriptions.insert(0, Subscription(self.names.jobs, self.num_jobs, dispatcher.on_delivery))
         consumer = Consumer(
             self.settings.broker,
             self.names,
-            [
-                Subscription(self.names.jobs, self.num_jobs, dispatcher.on_delivery),
-                Subscription(self.names.recover, self.num_recovered, dispatcher.on_delivery),
-                Subscription(self.names.outbox, OUTBOX_PREFETCH, self.outbox.on_delivery, is_work=False),
-            ],
+            subscriptions,
             Broadcast(self.names.cancel_exchange, dispatcher.on_cancel),
+            weighted=weighted,
             on_lost=dispatcher.on_lost,
             not_before=not_before,
         )

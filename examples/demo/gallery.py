@@ -31,14 +31,14 @@ div {{ display: inline-block; width: 160px; margin: 8px; vertical-align: top }} 
 
 
 class Gallery(ThreadingHTTPServer):
-    """The server. `read_picture` returns the file of a generation that is complete."""
+    """The server. `read_image` returns the file of a generation that is complete."""
 
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], token: str, read_picture: Callable[[str], bytes]) -> None:
+    def __init__(self, address: tuple[str, int], token: str, read_image: Callable[[str], bytes]) -> None:
         super().__init__(address, _Handler)
         self._authorization = f"Bearer {token}".encode()
-        self.read_picture = read_picture
+        self.read_image = read_image
         self._lock = threading.Lock()
         self._states = dict.fromkeys(PROMPTS, "waiting")
 
@@ -47,13 +47,15 @@ class Gallery(ThreadingHTTPServer):
 
     def take(self, kind: str, body: dict[str, Any]) -> None:
         """Note what a webhook says. To note an end a second time changes nothing."""
-        says = {
-            "progress": lambda: f"{body['progress']['progress_percent']} %",
-            "complete": lambda: "complete",
-            "failed": lambda: f"failed: {body['error_code']}",
-        }
+        match kind:
+            case "progress":
+                state = f"{body['progress']['progress_percent']} %"
+            case "failed":
+                state = f"failed: {body['error_code']}"
+            case _:
+                state = "complete"
         with self._lock:
-            self._states[str(body["generation_id"])] = says[kind]()
+            self._states[str(body["generation_id"])] = state
 
     def is_complete(self, generation_id: str) -> bool:
         return self._states.get(generation_id) == "complete"
@@ -82,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/":
             self._answer(200, self.server.page().encode(), "text/html; charset=utf-8")
         elif self.server.is_complete(generation_id):
-            self._answer(200, self.server.read_picture(generation_id), "image/png")
+            self._answer(200, self.server.read_image(generation_id), "image/png")
         else:
             self._answer(404, b"not here", "text/plain")
 
@@ -114,12 +116,12 @@ def main() -> None:
     store, backend = load_section(StoreSettings), load_section(BackendSettings)
     client = store_client(store)
 
-    def read_picture(generation_id: str) -> bytes:
+    def read_image(generation_id: str) -> bytes:
         key = f"generations/gen-{generation_id}.png"
         return client.get_object(Bucket=store.results_bucket, Key=key)["Body"].read()  # type: ignore[no-any-return]
 
     typer.echo(f"the pictures: http://localhost:{PORT}/")
-    Gallery(("", PORT), backend.token.get_secret_value(), read_picture).serve_forever()
+    Gallery(("", PORT), backend.token.get_secret_value(), read_image).serve_forever()
 
 
 if __name__ == "__main__":

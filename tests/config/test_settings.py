@@ -91,6 +91,7 @@ def test_the_defaults_are_those_of_the_contract(environment: pytest.MonkeyPatch)
     settings = load_settings()
 
     assert settings.broker.queue == "image_generation"
+    assert settings.broker.consumed == (("image_generation", 1),)
     assert settings.model.model_id == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert (settings.model.device, settings.model.dtype) == ("auto", "auto")
     assert settings.model.max_concurrent_generations == 10
@@ -99,6 +100,12 @@ def test_the_defaults_are_those_of_the_contract(environment: pytest.MonkeyPatch)
     assert settings.model.guidance_scale is None
     assert settings.service.metrics_port == 9464
     assert settings.backend.progress_milestones == (0, 25, 50, 75, 90)
+
+
+def test_several_queues_are_read_with_their_weights(environment: pytest.MonkeyPatch) -> None:
+    set_all(environment, {"RABBITMQ_QUEUE": "plain", "RABBITMQ_QUEUES": "plain.express:3, plain:1"})
+
+    assert load_settings().broker.consumed == (("plain.express", 3), ("plain", 1))
 
 
 def test_the_required_variables_are_exactly_these() -> None:
@@ -214,6 +221,13 @@ def test_problems_of_all_sections_are_reported_together(environment: pytest.Monk
         ("RABBITMQ_PORT", "x", "integer"),
         ("RABBITMQ_PORT", "0", "1"),
         ("RABBITMQ_QUEUE", "a b", "A-Za-z0-9"),
+        ("RABBITMQ_QUEUES", "express,image_generation:1", "'express' is no queue with its weight, like express:3"),
+        ("RABBITMQ_QUEUES", "express:0,image_generation:1", "an integer from 1 to 100"),
+        ("RABBITMQ_QUEUES", "express:101,image_generation:1", "an integer from 1 to 100"),
+        ("RABBITMQ_QUEUES", "two words:3,image_generation:1", "dashes and underscores"),
+        ("RABBITMQ_QUEUES", "image_generation:3,image_generation:1", "has image_generation twice"),
+        ("RABBITMQ_QUEUES", "image_generation.dead:3,image_generation:1", "a queue of the worker's own"),
+        ("RABBITMQ_QUEUES", "express:3,ordinary:1", "must hold image_generation"),
         ("AWS_STORAGE_BUCKET_NAME", "my bucket", "underscores"),
         ("AWS_RESULTS_BUCKET_NAME", "arn:aws:s3:::media", "arn:aws:s3:::media"),
         ("ALLOWED_BUCKETS", "media,styles/neon", "styles/neon"),

@@ -33,7 +33,7 @@ def page(url: str) -> str:
     return requests.get(url, timeout=60).text
 
 
-def test_page_shows_progress_and_then_the_picture(url: str) -> None:
+def test_page_shows_progress_and_then_the_image(url: str) -> None:
     assert f"0 of {len(JOBS)} pictures" in page(url)
     tell(url, "PATCH", "progress", generation_id=FIRST, progress={"progress_percent": 25})
     assert "25 %" in page(url)

@@ -47,6 +47,8 @@ from worker.metrics import Metrics
 from worker.results.ledger import Ledger
 from worker.results.notifier import Notifier
 from worker.results.terminal_event import TerminalEvent
+from worker.tracing.context import NO_TRACE, TraceContext
+from worker.tracing.tracing import Tracing
 
 BATCH = 500
 PREFETCH = 200
@@ -82,8 +84,10 @@ class FakeHandlers:
             self.ends[event.task_id, str(event.body.get("error_code", event.kind.value))] += 1
         return "delivered"
 
-    def dead_letter(self, body: bytes, reason: str, *, attempt: int | None = None) -> None:
-        self.publisher.publish(self.names.dead, body, attempt=attempt, reason=reason)
+    def dead_letter(
+        self, body: bytes, reason: str, *, attempt: int | None = None, trace: TraceContext = NO_TRACE
+    ) -> None:
+        self.publisher.publish(self.names.dead, body, attempt=attempt, reason=reason, trace=trace)
         with self._lock:
             self.dead[body] += 1
 
@@ -213,6 +217,7 @@ class Bench:
             gate=StoreGate(Breaker("the store", 1), is_draining),
             leases=nothing,
             history=History(shows_prompts=False),
+            tracing=Tracing(),
         )
         return Dispatcher(
             rules=RULES,

@@ -1,8 +1,9 @@
-"""`make image`: build the Dockerfile without a Docker engine, then run `darkroom check` in what comes out of it.
+"""`make image`: build a target of the Dockerfile without a Docker engine, and run `darkroom check` in what comes out.
 
 Debian's buildah takes each step in a chroot, on a base that debootstrap makes: neither an engine nor a registry of
 images is needed, but root is. `IMAGE_MOUNTS` (host:container, comma-separated) are shown to the steps read-only: a
-/etc/pip.conf, say, or the certificates of a mirror.
+/etc/pip.conf, say, or the certificates of a mirror. The target `cuda` takes 25 GB of the disk while it is made, and its
+check is of the CPU where there is no GPU.
 """
 
 import os
@@ -19,7 +20,6 @@ from examples.parts.seaweedfs import SeaweedFS
 from tests.support.paths import ROOT
 
 BASE, SUITE = "docker.io/library/debian:trixie-slim", "trixie"
-TAG = "darkroom:cpu"
 MODEL = ROOT / "examples" / "demo_model" / "checkpoint"
 MODEL_INSIDE = "/models/demo"
 BUCKET = "media"
@@ -27,12 +27,16 @@ BUCKET = "media"
 CHROOT = ("--isolation", "chroot", "--network", "host")
 
 
-def main() -> int:
+def main(target: str) -> int:
+    tag = f"darkroom:{target}"
     if not _said("buildah", "images", "--quiet", "--filter", f"reference={BASE}"):
         make_base()
     mounts = [f"--volume={mount}:ro" for mount in os.environ.get("IMAGE_MOUNTS", "").split(",") if mount]
-    _run("buildah", "build", *CHROOT, "--format=docker", "--layers", "--target=cpu", f"--tag={TAG}", *mounts, str(ROOT))
-    return check()
+    index = os.environ.get("TORCH_INDEX_URL")
+    arguments = [] if index is None else [f"--build-arg=TORCH_INDEX_URL={index}"]
+    options = ["--format=docker", "--layers", f"--target={target}", f"--tag={tag}", *arguments, *mounts]
+    _run("buildah", "build", *CHROOT, *options, str(ROOT))
+    return check(tag)
 
 
 def make_base() -> None:
@@ -44,14 +48,14 @@ def make_base() -> None:
             _run("buildah", "commit", "--quiet", container, BASE)
 
 
-def check() -> int:
+def check(tag: str) -> int:
     """Run `darkroom check` as the image's own user, beside private real parts; return the exit code."""
     with (
         tempfile.TemporaryDirectory(prefix="darkroom-") as folder,
         RabbitMQ(Path(folder) / "rabbitmq") as rabbitmq,
         SeaweedFS(Path(folder) / "seaweedfs") as store,
         Backend() as backend,
-        _container(TAG) as container,
+        _container(tag) as container,
     ):
         store.make_bucket(BUCKET)
         settings = rabbitmq.env() | store.env(BUCKET) | backend.env()
@@ -80,4 +84,4 @@ def _said(*command: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

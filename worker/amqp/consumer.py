@@ -15,7 +15,7 @@ from typing import Any
 
 import pika.exceptions
 
-from config.broker import BrokerSettings
+from config.broker import BrokerSettings, QueueWeight
 from config.logs import log_event
 from worker.amqp.connection import (
     CLOSE_SECONDS,
@@ -28,8 +28,11 @@ from worker.amqp.connection import (
     close_connection,
     connect,
 )
+from worker.amqp.declared import check_usable, declared_arguments, single_consumer_warning
 from worker.amqp.delivery import Delivery, delivery_of
-from worker.amqp.error_messages import ErrorMessages
+from worker.amqp.error_messages import ErrorMessages, QueueUnusable
+from worker.amqp.fair_share import FairShare
+from worker.amqp.intake import Intake, Message
 from worker.amqp.topology import QueueNames, ensure_fanout, ensure_queues
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,15 @@ class Subscription:
     prefetch: int
     on_delivery: Callable[[Delivery], None]
     is_work: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedSubscription:
+    """Queues of work to consume by weight, at most `places` messages unsettled at once. `on_delivery` as above."""
+
+    queues: tuple[QueueWeight, ...]
+    places: int
+    on_delivery: Callable[[Delivery], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +83,7 @@ class Consumer:
         broadcast: Broadcast,
         on_lost: Callable[[], None] = lambda: None,
         *,
+        weighted: WeightedSubscription | None = None,
         not_before: float = 0.0,
     ) -> None:
         """Create a consumer that does not connect `not_before` a time of `time.monotonic()`.
@@ -84,6 +97,9 @@ class Consumer:
         self._subscriptions = subscriptions
         self._broadcast = broadcast
         self._on_lost = on_lost
+        self._weighted = weighted
+        self._share = FairShare(weighted.queues if weighted else ())
+        self._intake: Intake | None = None
         self._not_before = not_before
         self._connection: Connection = None
         self._channels: dict[int, Channel] = {}
@@ -141,6 +157,8 @@ class Consumer:
         channel = self._channels.get(delivery.channel_number)
         if delivery.session == self._session and channel is not None and channel.is_open:
             getattr(channel, verb)(delivery.tag, **options)
+            if self._intake is not None and delivery.channel_number == self._intake.channel_number:
+                self._intake.settled(delivery.tag)
 
     def _run(self) -> None:
         backoff = Backoff()
@@ -155,7 +173,7 @@ class Consumer:
                 reason = self._error_messages.session_ended(error, is_connected=self._connection is not None)
                 log_event(logger, "broker connection lost", logging.WARNING, reason=reason)
                 self._drop()
-                refused = REFUSED_BACKOFF_SECONDS if isinstance(error, REFUSED) else 0.0
+                refused = REFUSED_BACKOFF_SECONDS if isinstance(error, (*REFUSED, QueueUnusable)) else 0.0
                 backoff.sleep(lambda: self._is_closing, at_least_seconds=refused)
         self._drop()
 
@@ -164,6 +182,7 @@ class Consumer:
         self._session += 1
         self._is_cancelled_by_broker = False
         ensure_queues(self._connection, self._names)
+        self._check_job_queues()
         ensure_fanout(self._connection, self._broadcast.exchange)
         channel = self._watched_channel()
         # A queue exclusive to this connection: a broadcast is for the workers connected now.
@@ -177,8 +196,33 @@ class Consumer:
             channel.basic_qos(prefetch_count=subscription.prefetch)
             self._subscribed[channel] = subscription
             self._consume_on(channel, subscription)
+        if self._weighted is not None:
+            self._open_intake(self._weighted)
         self.is_connected = True
-        log_event(logger, "consuming", queue=self._names.jobs, session=self._session)
+        log_event(logger, "consuming", queue=", ".join(self._names.job_queues), session=self._session)
+
+    def _check_job_queues(self) -> None:
+        for name in self._names.job_queues:
+            try:
+                arguments = declared_arguments(self._connection, name)
+            except pika.exceptions.ChannelClosedByBroker:
+                continue  # the user may not declare it, and sees its arguments nowhere
+            check_usable(name, arguments)
+            if warning := single_consumer_warning(name, arguments):
+                if self._weighted is not None:
+                    raise QueueUnusable(f"{warning}; jobs cannot be taken from it by weight at all")
+                log_event(logger, "queue not as it should be", logging.WARNING, reason=warning)
+
+    def _open_intake(self, weighted: WeightedSubscription) -> None:
+        channel = self._watched_channel()
+        subscriptions = {name: Subscription(name, 1, weighted.on_delivery) for name, _ in weighted.queues}
+
+        def start(message: Message) -> None:
+            self._on_message(subscriptions[message.queue], channel, message.method, message.properties, message.body)
+
+        self._intake = Intake(channel, self._share, weighted.places, start)
+        if self._is_draining or self._is_paused:
+            self._intake.stop()
 
     def _watched_channel(self) -> Channel:
         """Open a channel; the session is lost when the broker closes it or cancels its consumer."""
@@ -200,6 +244,11 @@ class Consumer:
                 self._consume_on(channel, subscription)
             elif self._is_paused:
                 channel.basic_cancel(self._tags.pop(channel))
+        if self._intake is not None and not self._is_draining:
+            if self._is_paused:
+                self._intake.stop()
+            else:
+                self._intake.resume()
 
     def _on_cancelled(self, _frame: Any) -> None:
         # The queue was deleted or moved: pika keeps a consumer that gets no more deliveries.
@@ -225,6 +274,8 @@ class Consumer:
             # process_data_events does not raise when only a channel was closed.
             if self._is_cancelled_by_broker or not all(channel.is_open for channel in self._channels.values()):
                 raise _SessionLost("the broker closed a channel or cancelled a consumer")
+            if self._intake is not None:
+                self._intake.fill()
         self._connection.process_data_events(time_limit=0)
 
     def _cancel_consumers(self) -> None:
@@ -232,6 +283,8 @@ class Consumer:
             if channel.is_open:
                 channel.basic_cancel(tag)
         self._tags.clear()
+        if self._intake is not None:
+            self._intake.stop()
 
     def _drop(self) -> None:
         if self.is_connected and not self._is_closing:
@@ -240,5 +293,6 @@ class Consumer:
         self._channels.clear()
         self._tags.clear()
         self._subscribed.clear()
+        self._intake = None
         connection, self._connection = self._connection, None
         close_connection(connection)

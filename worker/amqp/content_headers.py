@@ -63,7 +63,8 @@ class Properties(pika.spec.BasicProperties):  # type: ignore[misc]
     A subclass, since pika asserts that type on returned messages; all of its behaviour is replaced.
 
     `headers` holds text, integers, floats, `Decimal`, `datetime`, bytes, None, and lists and dicts of them. Of fields
-    with the same name the first counts, as for the broker. `timestamp` is the property: whatever number was given.
+    with the same name the first counts, as for the broker. `timestamp` and `priority` are the properties: whatever
+    numbers were given.
     """
 
     def __init__(self, encoded: bytes) -> None:
@@ -79,6 +80,8 @@ class Properties(pika.spec.BasicProperties):  # type: ignore[misc]
         self._fields = _fields_of(self._parts.get(_BASIC.FLAG_HEADERS, b"")[4:])
         stamp = self._parts.get(_BASIC.FLAG_TIMESTAMP)
         self.timestamp: int | None = None if stamp is None else int.from_bytes(stamp)
+        octet = self._parts.get(_BASIC.FLAG_PRIORITY)
+        self.priority: int | None = None if octet is None else octet[0]
 
     @property
     def headers(self) -> Mapping[str, Any]:

@@ -3,9 +3,10 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from worker.amqp.topology import QueueNames
+from worker.tracing.context import NO_TRACE, TraceContext
 
 ATTEMPT_HEADER = "x-darkroom-attempt"
 REASON_HEADER = "x-darkroom-reason"
@@ -13,8 +14,24 @@ SINCE_HEADER = "x-darkroom-since"
 DUE_HEADER = "x-darkroom-due"
 LEASE_HEADER = "x-darkroom-lease"
 CRASHES_HEADER = "x-darkroom-crashes"
+QUEUE_HEADER = "x-darkroom-queue"
 COUNT_HEADER = "x-delivery-count"
 MAX_REASON_CHARS = 500
+MAX_QUEUE_CHARS = 100
+
+
+class Origin(NamedTuple):
+    """The queue that a job was published to, empty where it is not known, and the priority that it was given.
+
+    Every copy of the message carries both: a retry returns to that queue, and is not overtaken there by what it had
+    passed.
+    """
+
+    queue: str = ""
+    priority: int | None = None
+
+
+NO_ORIGIN = Origin()
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +41,8 @@ class Delivery:
     `since` is when it was parked and `due` when it is to be sent next, in epoch seconds; `reason` is why it was parked;
     `received_at` is `time.monotonic()`. `is_leased`: the copy of a job that may still be running on some worker.
     `num_deliveries` is the broker's count of earlier deliveries of this copy that were returned, `num_crashes` our
-    header's count of workers killed while they held earlier copies. Both are 0 outside our own queues.
+    header's count of workers killed while they held earlier copies. Both are 0 outside our own queues. `trace` is the
+    publisher's.
     """
 
     body: bytes
@@ -41,6 +59,8 @@ class Delivery:
     due: float = 0.0
     reason: str = ""
     num_crashes: int = 0
+    trace: TraceContext = NO_TRACE
+    origin: Origin = NO_ORIGIN
 
     @property
     def num_recoveries(self) -> int:
@@ -53,8 +73,11 @@ def delivery_of(
 ) -> Delivery:
     """Build the delivery from what pika passes to a consumer of `queue`."""
     headers, now = properties.headers, int(time.time())
-    # Neither we nor the broker write counts in the jobs' classic queue: there they could only be a publisher's own.
-    counts: Mapping[str, Any] = headers if queue != names.jobs else {}
+    # In a queue of jobs our headers could only be a publisher's own. The broker's count is right there, where it is a
+    # quorum queue, and of no use: what was returned moves to `recover`.
+    is_published = queue in names.job_queues
+    counts: Mapping[str, Any] = {} if is_published else headers
+    came_by = queue if is_published else str(headers.get(QUEUE_HEADER, ""))[:MAX_QUEUE_CHARS]
     return Delivery(
         body=body,
         queue=queue,
@@ -71,6 +94,8 @@ def delivery_of(
         due=float(whole_number(headers.get(DUE_HEADER), default=0)),
         reason=str(headers.get(REASON_HEADER, ""))[:MAX_REASON_CHARS],
         num_crashes=whole_number(counts.get(CRASHES_HEADER), default=0),
+        trace=TraceContext.from_headers(headers),
+        origin=Origin(came_by, properties.priority),
     )
 
 

@@ -13,6 +13,10 @@ ACCESS_REFUSED, PRECONDITION_FAILED = 403, 406
 MAX_SHOWN_CHARS = 300
 
 
+class QueueUnusable(Exception):
+    """No worker can take jobs from the queue as it is declared; the message says why and what to do."""
+
+
 def describe(error: BaseException) -> str:
     """Return the error's type and text, redacted and cut: pika's texts are long and may carry hosts."""
     return redacted(f"{type(error).__name__}: {error}".removesuffix(": "))[:MAX_SHOWN_CHARS]
@@ -41,18 +45,25 @@ class ErrorMessages:
         """Explain why queue `name` is unusable, from pika's `ChannelClosedByBroker`."""
         said = f"{name}: {error.reply_text}"
         if error.reply_code == PRECONDITION_FAILED:
-            return (
-                f"{said}. Backends declare it durable without arguments and are refused: let it run empty and delete it"
-                f" (rabbitmqctl -p {self.vhost} delete_queue {name}); limits belong into a policy"
-            )
+            return self.queue_declared_otherwise(said)
         if error.reply_code == ACCESS_REFUSED:
             return f"{said}. Give the user the right: {self._grant}"
         return f"{said}. Look at who uses it, or at RABBITMQ_QUEUE"
+
+    def queue_declared_otherwise(self, said: str) -> str:
+        """Explain what to do about a queue that no backend can declare; `said` begins with its name."""
+        name = said.partition(":")[0]
+        return (
+            f"{said}. Backends declare it durable without arguments and are refused: let it run empty and delete it"
+            f" (rabbitmqctl -p {self.vhost} delete_queue {name}); limits belong into a policy"
+        )
 
     def session_ended(self, error: BaseException, *, is_connected: bool) -> str:
         """Explain why a session ended, or could not begin."""
         if not is_connected:
             return self.connection_failed(error)
+        if isinstance(error, QueueUnusable):
+            return str(error)
         is_right = isinstance(error, pika.exceptions.ChannelClosedByBroker) and error.reply_code == ACCESS_REFUSED
         return self.queue_refused(self.settings.queue, error) if is_right else describe(error)
 

@@ -21,11 +21,15 @@ from worker.amqp.delivery import (
     DUE_HEADER,
     LEASE_HEADER,
     MAX_REASON_CHARS,
+    NO_ORIGIN,
+    QUEUE_HEADER,
     REASON_HEADER,
     SINCE_HEADER,
+    Origin,
 )
 from worker.amqp.error_messages import ErrorMessages
 from worker.amqp.topology import QueueNames, ensure_fanout, ensure_queues
+from worker.tracing.context import NO_TRACE, TraceContext
 
 QUEUE_FULL = pika.exceptions.NackError
 
@@ -68,6 +72,8 @@ class Publisher:
         due: float | None = None,
         is_leased: bool = False,
         num_crashes: int = 0,
+        trace: TraceContext = NO_TRACE,
+        origin: Origin = NO_ORIGIN,
     ) -> None:
         """Publish and return once the broker has confirmed the message on disk; raise `PublishFailed` otherwise."""
         headers: dict[str, Any] = {} if attempt is None else {ATTEMPT_HEADER: attempt}
@@ -81,7 +87,10 @@ class Publisher:
             headers[LEASE_HEADER] = 1
         if num_crashes:
             headers[CRASHES_HEADER] = num_crashes
-        self._call(partial(self._publish, queue_name, body, headers))
+        if origin.queue and origin.queue != self._names.jobs:
+            headers[QUEUE_HEADER] = origin.queue
+        headers |= trace.headers
+        self._call(partial(self._publish, queue_name, body, headers, origin.priority))
 
     def depths(self) -> dict[str, int]:
         """Return the number of ready messages by queue. Raises `PublishFailed`."""
@@ -92,10 +101,11 @@ class Publisher:
 
         return self._call(count)
 
-    def num_consumers(self) -> int:
-        """Return the number of consumers of the jobs' queue: one for each worker that takes jobs."""
+    def num_workers(self) -> int:
+        """Return the number of workers that take jobs: each consumes `recover` then, and by weight a queue of jobs only
+        while that is empty."""
         return self._call(
-            lambda: int(self._channel.queue_declare(self._names.jobs, passive=True).method.consumer_count)
+            lambda: int(self._channel.queue_declare(self._names.recover, passive=True).method.consumer_count)
         )
 
     def _call(self, work: Callable[[], Result]) -> Result:
@@ -123,9 +133,13 @@ class Publisher:
                 self._drop()
                 future.set_exception(PublishFailed(reason))
 
-    def _publish(self, queue_name: str, body: bytes, headers: dict[str, Any]) -> None:
+    def _publish(self, queue_name: str, body: bytes, headers: dict[str, Any], priority: int | None) -> None:
         properties = pika.BasicProperties(
-            delivery_mode=2, content_type="application/json", headers=headers, timestamp=int(time.time())
+            delivery_mode=2,
+            content_type="application/json",
+            headers=headers,
+            timestamp=int(time.time()),
+            priority=priority,
         )
         send = partial(self._channel.basic_publish, "", queue_name, body, properties, mandatory=True)
         try:

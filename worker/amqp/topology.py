@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import pika.exceptions
 
+from config.broker import BrokerSettings
 from worker.amqp.connection import Connection
 
 NOT_FOUND, PRECONDITION_FAILED = 404, 406  # AMQP's reply codes
@@ -24,10 +25,28 @@ _QUORUM = {"x-queue-type": "quorum", "x-delivery-limit": DELIVERY_LIMIT, "x-over
 
 @dataclass(frozen=True, slots=True)
 class QueueNames:
-    """Names and arguments of the queues. The backend also declares `jobs`, durable without arguments: so must we."""
+    """Names and arguments of the queues. The backend also declares `jobs`, durable without arguments: so must we.
+
+    `others` are further queues of jobs (`RABBITMQ_QUEUES`). Each has retry queues of its own, since a message returns
+    from one by a fixed routing key. All else is shared and named after `jobs`: copies there carry their jobs' queue in
+    a header, so that workers with one of the queues or all of them may work side by side, and an operator has one
+    place for dead letters, for parked ends and for cancel orders.
+    """
 
     jobs: str
     consumer_timeout_seconds: float = 1800.0
+    others: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, settings: BrokerSettings) -> Self:
+        """Return the names that follow from the settings."""
+        others = tuple(queue.name for queue in settings.consumed if queue.name != settings.queue)
+        return cls(settings.queue, settings.consumer_timeout_seconds, others)
+
+    @property
+    def job_queues(self) -> tuple[str, ...]:
+        """Every queue that publishers put jobs into."""
+        return (self.jobs, *self.others)
 
     @property
     def recover(self) -> str:
@@ -54,9 +73,23 @@ class QueueNames:
         """Fanout exchange of cancel messages: every worker receives each of them."""
         return f"{self.jobs}.cancel"
 
-    def retry(self, delay_seconds: int) -> str:
-        """Return the name of the queue where a job waits `delay_seconds` before it returns to `jobs`."""
-        return f"{self.jobs}.retry.{delay_seconds}"
+    def retry(self, delay_seconds: int, jobs: str = "") -> str:
+        """Return the name of the queue where a job waits `delay_seconds` before it returns to the queue `jobs`.
+
+        A queue that these settings do not name has no consumer that is known of: its jobs return to `self.jobs`.
+        """
+        return f"{self.known(jobs)}.retry.{delay_seconds}"
+
+    def known(self, jobs: str) -> str:
+        """Return the queue of jobs by that name, or `self.jobs` where these settings name no such queue."""
+        return jobs if jobs in self.others else self.jobs
+
+    def role(self, name: str) -> str:
+        """Return what a queue of `everything` is for: `jobs`, or what its name ends in, like `dead` and `retry.30`."""
+        if name in self.job_queues:
+            return "jobs"
+        prefixes = [f"{jobs}." for jobs in self.job_queues if name.startswith(f"{jobs}.")]
+        return name.removeprefix(max(prefixes, key=len, default=""))
 
     @property
     def arguments(self) -> dict[str, dict[str, Any]]:
@@ -64,10 +97,14 @@ class QueueNames:
         # Messages that a policy's limits (`delivery-limit`, `message-ttl`) would drop become dead letters instead.
         held = _QUORUM | self._dead_lettering(to=self.dead)
         own: dict[str, dict[str, Any]] = {self.recover: held, self.outbox: held, self.dead: _QUORUM}
-        waits = {self.retry(delay): self._waiting(delay, then=self.jobs) for delay in RETRY_DELAYS_SECONDS}
+        waits = {
+            self.retry(delay, jobs): self._waiting(delay, then=jobs)
+            for jobs in self.job_queues
+            for delay in RETRY_DELAYS_SECONDS
+        }
         copy_seconds = min(MAX_COPY_SECONDS, self.consumer_timeout_seconds * COPY_SHARE)
         leases = {self.lease: self._waiting(copy_seconds, then=self.recover)}
-        return {self.jobs: {}} | own | waits | leases
+        return {jobs: {} for jobs in self.job_queues} | own | waits | leases
 
     @property
     def everything(self) -> tuple[str, ...]:

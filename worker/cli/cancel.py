@@ -43,7 +43,7 @@ def orders_of(text: str, *, is_task: bool = False, is_generation: bool = False) 
 
 def cancel(settings: BrokerSettings, orders: list[dict[str, str | int]], console: Console) -> bool:
     """Broadcast the orders to all workers and print what was sent; False where no worker received them."""
-    exchange = QueueNames(settings.queue).cancel_exchange
+    exchange = QueueNames.of(settings).cancel_exchange
     try:
         is_received = broadcast(settings, exchange, [json.dumps(order).encode() for order in orders])
     except PublishFailed as error:

@@ -20,6 +20,7 @@ from config.section import load_section
 from config.service import ServiceSettings
 from config.store import StoreSettings
 from inference.libraries import engine_needs
+from worker.amqp.delivery import Origin
 from worker.cli.dead.group import dead
 from worker.cli.exits import (
     console,
@@ -115,6 +116,10 @@ def submit(
     options: GenerateOptions,
     generation_id: Annotated[str, typer.Option(help="Id of the generation at the backend, a number or text")],
     timeout: Annotated[float, typer.Option(help="Seconds to follow the job")] = 600.0,
+    queue: Annotated[str, typer.Option(help="One of RABBITMQ_QUEUES; default RABBITMQ_QUEUE")] = "",
+    priority: Annotated[
+        int | None, typer.Option(help="Priority of the message, where the queue sorts by it", min=0, max=255)
+    ] = None,
 ) -> None:
     """Publish a job and follow it until it ends: the address of its picture goes to standard output.
 
@@ -126,8 +131,19 @@ def submit(
     given = int(generation_id) if re.fullmatch(r"[0-9]{1,19}", generation_id) else generation_id
     if not is_generation_id(given):
         raise typer.BadParameter(f"{quoted(generation_id)} is not {ID_RULE}", param_hint="--generation-id")
+    settings = settings_or_exit()
+    queues = [one.name for one in settings.broker.consumed]
+    if queue and queue not in queues:
+        raise typer.BadParameter(f"{quoted(queue)} is not one of {', '.join(queues)}", param_hint="--queue")
     fields = {"generation_id": given, **fields_of(options)}
-    sys.exit(0 if submit_and_follow(settings_or_exit(), fields, timeout_seconds=timeout, console=console) else 1)
+    is_complete = submit_and_follow(
+        settings,
+        fields,
+        origin=Origin(queue or settings.broker.queue, priority),
+        timeout_seconds=timeout,
+        console=console,
+    )
+    sys.exit(0 if is_complete else 1)
 
 
 @app.command()

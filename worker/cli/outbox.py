@@ -46,7 +46,7 @@ def find_waiting(settings: Settings) -> list[UndeliveredEvent]:
     Raises `PublishFailed` and `QueueBusy`. Where the store does not answer, a warning is printed and only the queue is
     read.
     """
-    with QueueBrowser(settings.broker, QueueNames(settings.broker.queue).outbox) as browser:
+    with QueueBrowser(settings.broker, QueueNames.of(settings.broker).outbox) as browser:
         ready = [_decode_waiting(message) for message in browser.fetch(MAX_LISTED)]
     try:
         noted = SnapshotStore(Storage(settings.store), settings.store.bucket).read_all()

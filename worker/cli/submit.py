@@ -20,6 +20,7 @@ from clients.storage.client import Storage
 from clients.storage.errors import StorageError, StorageUnavailable
 from clients.webhooks import WebhookKind
 from config.settings import Settings
+from worker.amqp.delivery import Origin
 from worker.amqp.publisher import Publisher, PublishFailed
 from worker.amqp.topology import RETRY_DELAYS_SECONDS, QueueNames
 from worker.messages.decoder import decode, rules_from
@@ -34,9 +35,17 @@ POLL_SECONDS = 0.5
 
 
 def submit_and_follow(
-    settings: Settings, fields: Mapping[str, Any], *, timeout_seconds: float, console: Console
+    settings: Settings,
+    fields: Mapping[str, Any],
+    *,
+    origin: Origin,
+    timeout_seconds: float,
+    console: Console,
 ) -> bool:
-    """Publish a job with these `data` fields and wait for its end; True where it is complete."""
+    """Publish a job with these `data` fields and wait for its end; True where it is complete.
+
+    `origin.queue` is one of the settings' queues of jobs.
+    """
     task_id = str(uuid.uuid4())
     message = {
         "task_id": task_id,
@@ -45,16 +54,16 @@ def submit_and_follow(
         "created_at": datetime.now(UTC).isoformat(),
     }
     body = json.dumps(message).encode()
-    names = QueueNames(settings.broker.queue)
+    names = QueueNames.of(settings.broker)
     publisher = Publisher(settings.broker, names)
     try:
         decode(body, rules_from(settings.model, settings.store, settings.images))
         publisher.start()
-        publisher.publish(names.jobs, body)
+        publisher.publish(origin.queue, body, origin=origin)
         console.print(f"published as task {task_id}", highlight=False)
         storage = Storage(settings.store)
         ledger = Ledger(storage, settings.store.bucket)
-        event = _Follower(task_id, ledger, publisher, names, console).follow(timeout_seconds)
+        event = _Follower(task_id, ledger, publisher, names, origin.queue, console).follow(timeout_seconds)
         return event is not None and _report(event, ResultUrls(storage, settings.store.results_bucket), console)
     except (JobRejected, PublishFailed, StorageError) as error:
         console.print("[bold red]Not done:[/]", end=" ")
@@ -72,6 +81,7 @@ class _Follower:
     ledger: Ledger
     publisher: Publisher
     names: QueueNames
+    queue: str
     console: Console
 
     def follow(self, timeout_seconds: float) -> TerminalEvent | None:
@@ -104,15 +114,15 @@ class _Follower:
 
     def _describe_queues(self) -> str:
         try:
-            depths, num_workers = self.publisher.depths(), self.publisher.num_consumers()
+            depths, num_workers = self.publisher.depths(), self.publisher.num_workers()
         except PublishFailed:
             return "the broker does not answer"
         if num_workers == 0:
-            return f"no worker takes jobs from {self.names.jobs}: is one running?"
+            return f"no worker takes jobs from {self.queue}: is one running?"
         workers = "1 worker" if num_workers == 1 else f"{num_workers} workers"
-        if depths[self.names.jobs]:
-            return f"{depths[self.names.jobs]} wait in the queue for {workers}"
-        num_again = sum(depths[self.names.retry(delay)] for delay in set(RETRY_DELAYS_SECONDS))
+        if depths[self.queue]:
+            return f"{depths[self.queue]} wait in the queue for {workers}"
+        num_again = sum(depths[self.names.retry(delay, self.queue)] for delay in set(RETRY_DELAYS_SECONDS))
         again = f", or it is among the {num_again} that wait for another try" if num_again else ""
         return f"the queue is empty: the job is with one of {workers}{again}"
 

@@ -95,7 +95,7 @@ class Dispatcher:
             return
 
         # A message that was delivered before may be what killed a worker: it moves to where deliveries are counted.
-        is_recovered = delivery.is_redelivered and delivery.queue == self._names.jobs
+        is_recovered = delivery.is_redelivered and delivery.queue in self._names.job_queues
         if is_recovered and decoded.task_id not in self._runs:
             self._submit(self._settler.move, delivery, self._names.recover)
         elif delivery.queue == self._names.recover:
@@ -131,7 +131,7 @@ class Dispatcher:
             self._start_under_own_id(decoded, delivery, error)
             return
         if run is None:
-            self._metrics.jobs.labels(Outcome.ADOPTED).inc()
+            self._metrics.count_job(Outcome.ADOPTED)
             log_event(logger, "delivery adopted", task_id=decoded.task_id, is_redelivered=delivery.is_redelivered)
         else:
             self._submit(self._runner.run, run, partial(self._start_under_own_id, decoded))
@@ -193,7 +193,7 @@ class Dispatcher:
 
     def _dead_letter(self, delivery: Delivery, reason: str) -> None:
         self._settler.dead_letter(delivery, reason)
-        self._metrics.jobs.labels(Outcome.UNDECODABLE).inc()
+        self._metrics.count_job(Outcome.UNDECODABLE)
 
     def _start_unless_leased(self, decoded: Job | JobRejected, delivery: Delivery) -> None:
         """Start the job, unless another worker holds its lease: then the message goes back to the lease queue."""
@@ -202,10 +202,12 @@ class Dispatcher:
         if not (delivery.is_leased or (lease and lease.is_held) or self._is_draining.wait(LEASE_RECHECK_SECONDS)):
             lease = self._find_lease(decoded)
         if lease is not None and lease.is_held:
-            num_crashes = lease.num_crashes
+            num_crashes, trace = lease.num_crashes, delivery.trace
             self._settler.replace_by(
                 delivery,
-                lambda: self._leases.keep_copy(delivery.body, delivery.attempt, num_crashes=num_crashes),
+                lambda: self._leases.keep_copy(
+                    delivery.body, delivery.attempt, num_crashes=num_crashes, origin=delivery.origin, trace=trace
+                ),
             )
             return
         if delivery.is_leased and lease is not None:

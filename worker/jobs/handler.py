@@ -112,7 +112,7 @@ class JobHandler:
 
     def _generate(self, run: Run, job: Job, inputs: JobInputs, generation: Generation) -> GeneratedImages:
         request = request_of(job, inputs.adapters, self.facts, generation.references, arrived_at=run.started_monotonic)
-        track = self.progress.follow(job.task_id, job.generation_id)
+        track = self.progress.follow(job.task_id, job.generation_id, run.trace)
         try:
             return generation.generate(run, request, track)
         finally:
@@ -173,6 +173,8 @@ class JobHandler:
             attempt=run.attempt,
             ended_at=run.now,
             fingerprint=run.fingerprint,
+            traceparent=run.trace.traceparent,
+            tracestate=run.trace.tracestate,
         )
 
 

@@ -24,6 +24,7 @@ from worker.outcome import Outcome
 from worker.results.ledger import Ledger, RecordUnreadable
 from worker.results.notifier import Notifier
 from worker.results.terminal_event import TerminalEvent, failed_event
+from worker.tracing.tracing import AttemptEnd, JobAttempt, Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -57,15 +58,19 @@ class JobRunner:
     gate: StoreGate
     leases: Leases
     history: History
+    tracing: Tracing
 
     def run(self, run: Run, restart: Callable[[Delivery, TaskIdTaken], None]) -> None:
         """Run the job and settle its deliveries; blocks. Where the task id turns out to be another generation's,
         `restart` gets each delivery instead; a run on lease has none, its copy comes back for it."""
-        with bind(task_id=run.task_id, generation_id=run.generation_id):
+        span = self.tracing.begin(_attempt_at(run))
+        run.trace = span.trace
+        with bind(task_id=run.task_id, generation_id=run.generation_id, **span.log_fields):
             self._log_start(run)
             try:
                 outcome = self._do(run)
             except TaskIdTaken as error:
+                span.end(AttemptEnd(run.timeline(), Outcome.RELEASED))
                 for delivery in self._finish(run):
                     restart(delivery, error)
                 return
@@ -73,8 +78,11 @@ class JobRunner:
                 # No copy is confirmed, so the broker keeps the message; the ledger prevents a second effect.
                 log_event(logger, "job broke off", logging.WARNING, code="", reason=str(error))
                 outcome = RunOutcome(Disposition.RELEASE, Outcome.RELEASED)
-            for delivery in self._finish(run):
-                self.settler.settle_uncounted(delivery, outcome.disposition)
+            with span.settling():
+                for delivery in self._finish(run):
+                    self.settler.settle_uncounted(delivery, outcome.disposition)
+            num_steps = run.progress.step_index if run.progress else 0
+            span.end(AttemptEnd(run.timeline(), outcome.outcome, outcome.code, num_steps))
             self._log_end(run, outcome)
 
     def _finish(self, run: Run) -> list[Delivery]:
@@ -112,9 +120,17 @@ class JobRunner:
             case Disposition.RELEASE:
                 return RunOutcome(Disposition.RELEASE, Outcome.RELEASED)
             case Disposition.RETRY:
-                queue, body = self.names.retry(decision.delay_seconds), run.first.body
+                body, origin = run.first.body, run.first.origin
+                queue = self.names.retry(decision.delay_seconds, origin.queue)
                 self.settler.publish_until_confirmed(
-                    lambda: self.publisher.publish(queue, body, attempt=run.attempt + 1, reason=decision.message)
+                    lambda: self.publisher.publish(
+                        queue,
+                        body,
+                        attempt=run.attempt + 1,
+                        reason=decision.message,
+                        origin=origin,
+                        trace=run.copies_trace,
+                    )
                 )
                 return RunOutcome(Disposition.RETRY, Outcome.RETRIED, decision.code or "", message=decision.message)
             case _:
@@ -154,11 +170,14 @@ class JobRunner:
             stages=run.timeline(),
             ended_at=run.now,
             fingerprint=run.fingerprint,
+            trace=run.trace,
         )
 
     def _dead_letter(self, run: Run, reason: str) -> None:
-        body = run.first.body
-        self.settler.publish_until_confirmed(lambda: self.notifier.dead_letter(body, reason, attempt=run.attempt))
+        body, origin, trace = run.first.body, run.first.origin, run.copies_trace
+        self.settler.publish_until_confirmed(
+            lambda: self.notifier.dead_letter(body, reason, attempt=run.attempt, origin=origin, trace=trace)
+        )
 
     def _notify(self, run: Run, event: TerminalEvent, disposition: Disposition, unrecorded: str = "") -> RunOutcome:
         """Send the event or park it in the outbox. `unrecorded` is the reason why the store has no record of it."""
@@ -193,7 +212,7 @@ class JobRunner:
         for name, took in seconds.items():
             self.metrics.stage_seconds.labels(name).observe(took)
         total = run.seconds
-        self.metrics.jobs.labels(outcome.outcome).inc()
+        self.metrics.count_job(outcome.outcome, outcome.code)
         self.metrics.job_seconds.observe(total)
         self.history.add(
             run, outcome.outcome, code=outcome.code, message=outcome.message, result_urls=outcome.result_urls
@@ -209,3 +228,16 @@ class JobRunner:
             seconds=total,
             stages=seconds,
         )
+
+
+def _attempt_at(run: Run) -> JobAttempt:
+    return JobAttempt(
+        queue=run.first.queue,
+        task_id=run.task_id,
+        generation_id=run.generation_id,
+        number=run.attempt,
+        message_bytes=len(run.first.body),
+        trace=run.first.trace,
+        began_at=run.started_unix,
+        now=lambda: run.now,
+    )

@@ -15,6 +15,7 @@ from worker.jobs.disposition import MAX_ATTEMPTS
 from worker.messages.generation_id import GenerationId
 from worker.messages.identity import check_same, fingerprint
 from worker.messages.job import Job, JobRejected
+from worker.tracing.context import TraceContext
 
 
 class Phase(StrEnum):
@@ -51,7 +52,8 @@ class Run:
     `decoded` is the job, or the rejection that it will fail with, and came by `first`. `deliveries` grows when the
     broker delivers the same task again (a lost connection, a double click), and is empty while the job is on lease;
     all of them are settled together. `started_unix` is in epoch seconds, `started_monotonic` is `time.monotonic()`.
-    `thumbnail` is a JPEG of the first finished image, where the status page may show it.
+    `thumbnail` is a JPEG of the first finished image, where the status page may show it. `trace` is
+    what the job's webhooks and copies are told.
     """
 
     task_id: str
@@ -68,10 +70,12 @@ class Run:
     is_cancelled: bool = False
     thumbnail: bytes | None = None
     lease_ends_at: float = 0.0
+    trace: TraceContext = field(init=False)
     _entered: list[tuple[Phase, float]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self.first = self.deliveries[0]
+        self.trace = self.first.trace
 
     def cancel(self) -> None:
         """Cancel the job as its backend requested: a waiting one before it starts, a running one at its next step."""
@@ -89,6 +93,11 @@ class Run:
     def fingerprint(self) -> str:
         """Fingerprint of the message, see `worker.messages.identity`."""
         return fingerprint(self.first.body)
+
+    @property
+    def copies_trace(self) -> TraceContext:
+        """What a copy of the message is told: the publisher's context, so that attempts are siblings, else ours."""
+        return self.first.trace or self.trace
 
     @property
     def now(self) -> float:

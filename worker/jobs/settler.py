@@ -52,9 +52,12 @@ class Settler:
             self._consumer.ack(delivery)
 
     def settle_uncounted(self, delivery: Delivery, disposition: Disposition) -> None:
-        """Settle the delivery; a released one of `recover` is replaced by a copy instead of requeued."""
-        if disposition is Disposition.RELEASE and delivery.queue == self._names.recover:
-            # The broker counts a requeue, and the job would be given up after so many deployments.
+        """Settle the delivery; a released one is replaced by a copy in `recover` instead of requeued.
+
+        A quorum queue counts a requeue, and the job would be given up after so many deployments. A queue with a time to
+        live or a full one of limited length drops what is requeued; and no worker sees the limits that policies set.
+        """
+        if disposition is Disposition.RELEASE:
             self.move(replace(delivery, is_leased=False), self._names.recover)
         else:
             self.settle(delivery, disposition)
@@ -69,6 +72,8 @@ class Settler:
                 attempt=delivery.attempt,
                 is_leased=delivery.is_leased,
                 num_crashes=delivery.num_recoveries,
+                trace=delivery.trace,
+                origin=delivery.origin,
             ),
         )
 
@@ -85,7 +90,12 @@ class Settler:
     def dead_letter(self, delivery: Delivery, reason: str) -> None:
         """Replace what is no job by a dead letter."""
         body = delivery.body[:MAX_DEAD_BODY_BYTES]
-        self._publish_then_ack(delivery, lambda: self._notifier.dead_letter(body, f"not a job: {reason}"))
+        self._publish_then_ack(
+            delivery,
+            lambda: self._notifier.dead_letter(
+                body, f"not a job: {reason}", origin=delivery.origin, trace=delivery.trace
+            ),
+        )
 
     def _publish_then_ack(self, delivery: Delivery, publish: Callable[[], None]) -> None:
         """Ack once a copy is confirmed; release the delivery where the worker stops before that."""

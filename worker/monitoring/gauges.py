@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from clients.gpu import GpuMonitor
 from clients.storage.cache import DownloadCache
@@ -32,7 +32,7 @@ class GaugePoller:
         publisher: Publisher,
         gpu: GpuMonitor,
         last_hour: LastHour,
-        jobs_queue: str,
+        job_queues: Collection[str],
         is_connected: Callable[[], bool],
         is_draining: threading.Event,
     ) -> None:
@@ -42,7 +42,7 @@ class GaugePoller:
         self._publisher = publisher
         self._gpu = gpu
         self._last_hour = last_hour
-        self._jobs_queue = jobs_queue
+        self._job_queues = job_queues
         self._is_connected = is_connected
         self._is_draining = is_draining
 
@@ -67,5 +67,5 @@ class GaugePoller:
             else:
                 for name, depth in depths.items():
                     self._metrics.queue_messages.labels(name).set(depth)
-                if self._jobs_queue in depths:
-                    self._last_hour.note_waiting(depths[self._jobs_queue])
+                if depths:
+                    self._last_hour.note_waiting(sum(depths[name] for name in self._job_queues))

@@ -62,8 +62,12 @@ class MetricsSnapshot:
         return self.values.get((name, *labels), 0.0)
 
     def by_label(self, name: str) -> dict[str, float]:
-        """Return every sample of a metric with one label, by that label."""
-        return {key[1]: value for key, value in self.values.items() if key[0] == name and len(key) == 2}
+        """Return every sample of a metric by its first label, summed over the others."""
+        sums: dict[str, float] = {}
+        for key, value in self.values.items():
+            if key[0] == name and len(key) > 1:
+                sums[key[1]] = sums.get(key[1], 0.0) + value
+        return sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +176,8 @@ class StatusBuilder:
         return BatchStatus(num_lanes, self.max_lanes, num_steps, round(mean, 3), round(self.metrics.recent_batch, 3))
 
     def _queues(self, snapshot: MetricsSnapshot) -> tuple[QueueStatus, ...]:
-        prefix = f"{self.names.jobs}."
         return tuple(
-            QueueStatus(name, "jobs" if name == self.names.jobs else name.removeprefix(prefix), int(depth))
+            QueueStatus(name, self.names.role(name), int(depth))
             for name, depth in snapshot.by_label("queue_messages").items()
         )
 

@@ -16,6 +16,7 @@ from worker.progress.latest_wins import LatestWins, Source
 from worker.progress.previews import JobPreviews, Previewer
 from worker.recent_mean import RecentMean
 from worker.results.terminal_event import TerminalEvent
+from worker.tracing.context import NO_TRACE, TraceContext
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +34,15 @@ class JobProgress(Source[Webhook]):
     """One job's progress. `on_step` runs on the engine's owner thread and only takes a lock."""
 
     def __init__(
-        self, reporter: "ProgressReporter", previews: JobPreviews, task_id: str, generation_id: GenerationId
+        self,
+        reporter: "ProgressReporter",
+        previews: JobPreviews,
+        task_id: str,
+        generation_id: GenerationId,
+        trace: TraceContext,
     ) -> None:
         super().__init__()
+        self._trace = trace
         self._reporter = reporter
         self._previews = previews
         self.task_id = task_id
@@ -93,7 +100,7 @@ class JobProgress(Source[Webhook]):
         }
         if self._previews.url is not None:
             body["preview_url"] = self._previews.url
-        return Webhook(WebhookKind.PROGRESS, f"{self.task_id}:progress:{milestone}", body)
+        return Webhook(WebhookKind.PROGRESS, f"{self.task_id}:progress:{milestone}", body, self._trace.headers)
 
 
 class ProgressReporter:
@@ -128,9 +135,9 @@ class ProgressReporter:
         """Drop what is unsent and end the thread."""
         self.queue.close()
 
-    def follow(self, task_id: str, generation_id: GenerationId) -> JobProgress:
+    def follow(self, task_id: str, generation_id: GenerationId, trace: TraceContext = NO_TRACE) -> JobProgress:
         """Return the progress of a job that begins."""
-        progress = JobProgress(self, self._previewer.follow(task_id, generation_id), task_id, generation_id)
+        progress = JobProgress(self, self._previewer.follow(task_id, generation_id), task_id, generation_id, trace)
         self.queue.add(progress)
         return progress
 

@@ -14,6 +14,7 @@ import tenacity
 from clients.storage.errors import StorageError
 from clients.webhooks import WebhookAttempt, WebhookClient, WebhookKind, WebhookResult
 from config.logs import log_event
+from worker.amqp.delivery import NO_ORIGIN, Origin
 from worker.amqp.publisher import Publisher
 from worker.amqp.topology import QueueNames
 from worker.breakers import Breaker
@@ -22,6 +23,7 @@ from worker.results.address_breaker import ADDRESS_STATUSES, AddressBreaker
 from worker.results.ledger import Ledger
 from worker.results.result_urls import ResultUrls
 from worker.results.terminal_event import TerminalEvent
+from worker.tracing.context import NO_TRACE, TraceContext
 
 logger = logging.getLogger(__name__)
 
@@ -168,9 +170,20 @@ class Notifier:
             return age_seconds > MAX_AGE_SECONDS
         return is_permanent_failure(attempt, age_seconds)
 
-    def dead_letter(self, body: bytes, reason: str, *, attempt: int | None = None) -> None:
-        """Publish a confirmed copy of an event or a job to the dead letters. Raises `PublishFailed`."""
-        self._publisher.publish(self._names.dead, body, attempt=attempt, reason=reason)
+    def dead_letter(
+        self,
+        body: bytes,
+        reason: str,
+        *,
+        attempt: int | None = None,
+        origin: Origin = NO_ORIGIN,
+        trace: TraceContext = NO_TRACE,
+    ) -> None:
+        """Publish a confirmed copy of an event or a job to the dead letters. Raises `PublishFailed`.
+
+        An event has its trace in its body, a job in the headers.
+        """
+        self._publisher.publish(self._names.dead, body, attempt=attempt, reason=reason, origin=origin, trace=trace)
         log_event(logger, "dead letter", logging.ERROR, reason=reason)
 
     def _send_with_retries(self, event: TerminalEvent, attempts: list[WebhookAttempt]) -> WebhookAttempt:

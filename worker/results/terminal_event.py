@@ -12,6 +12,7 @@ from worker.messages.generation_id import GenerationId, is_generation_id
 from worker.messages.webhook_bodies import FailedBody
 from worker.outcome import Outcome
 from worker.strict_json import is_number, strict_json
+from worker.tracing.context import NO_TRACE, TRACEPARENT, TRACESTATE, TraceContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,8 @@ class TerminalEvent:
     `began_at` and `ended_at` (epoch seconds: delivered to the worker, ready to be recorded), `stages` (name, seconds
     since `began_at`, seconds) and `attempt` say where the time went; they stay in the record. `fingerprint` is that of
     the message it answers, see `worker.messages.identity`. `is_recorded` is False only in the outbox, before its record
-    is stored: until then it must not be sent. One that was written before a field existed has its default.
+    is stored: until then it must not be sent. `traceparent` and `tracestate` are the job's trace context, which the
+    webhook passes on. One that was written before a field existed has its default.
     """
 
     task_id: str
@@ -36,11 +38,17 @@ class TerminalEvent:
     ended_at: float = 0.0
     fingerprint: str = ""
     is_recorded: bool = True
+    traceparent: str = ""
+    tracestate: str = ""
 
     @property
     def webhook(self) -> Webhook:
         """The webhook. Its id never changes, so a backend can deduplicate."""
-        return Webhook(kind=self.kind, webhook_id=f"{self.task_id}:{self.kind.value}", body=self.body)
+        # Read again: a record is in a bucket that others may write to.
+        trace = TraceContext.from_headers({TRACEPARENT: self.traceparent, TRACESTATE: self.tracestate})
+        return Webhook(
+            kind=self.kind, webhook_id=f"{self.task_id}:{self.kind.value}", body=self.body, trace_headers=trace.headers
+        )
 
     @property
     def outcome(self) -> Outcome:
@@ -82,7 +90,9 @@ def _check_types(event: TerminalEvent) -> None:
         event.body.get("generation_id") == event.generation_id
         and all(is_number(value) for value in (event.began_at, event.ended_at))
         and all(isinstance(name, str) and is_number(at) and is_number(took) for name, at, took in event.stages)
-        and all(isinstance(text, str) for text in (event.worker, event.fingerprint))
+        and all(
+            isinstance(text, str) for text in (event.worker, event.fingerprint, event.traceparent, event.tracestate)
+        )
         and all(isinstance(flag, bool) for flag in (event.is_delivered, event.is_recorded))
         and type(event.attempt) is int
     )
@@ -102,6 +112,7 @@ def failed_event(
     stages: tuple[tuple[str, float, float], ...] = (),
     ended_at: float = 0.0,
     fingerprint: str = "",
+    trace: TraceContext = NO_TRACE,
 ) -> TerminalEvent:
     """Build the event of a failed job."""
     body: FailedBody = {
@@ -121,4 +132,6 @@ def failed_event(
         attempt=retry_count + 1,
         ended_at=ended_at,
         fingerprint=fingerprint,
+        traceparent=trace.traceparent,
+        tracestate=trace.tracestate,
     )

@@ -7,6 +7,8 @@ LOST = f"{FILE}::test_a_connection_lost_in_mid_job_is_adopted_and_no_tag_of_the_
 RESTARTED = f"{FILE}::test_a_broker_restarted_in_mid_job_has_kept_every_message_and_nothing_is_drawn_twice"
 REAL_ENGINE = "tests/live/test_faults.py"
 RETURNS = "tests/live/test_returns.py"
+QUEUES = "tests/live/test_queues.py"
+INTAKE = "tests/worker/amqp/test_intake.py"
 
 ADOPTING = Mutation("worker/jobs/runs.py", "            if known is not None:\n", "            if False:\n")
 
@@ -132,7 +134,7 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/amqp/consumer.py",
-                "refused = REFUSED_BACKOFF_SECONDS if isinstance(error, REFUSED) else 0.0",
+                "refused = REFUSED_BACKOFF_SECONDS if isinstance(error, (*REFUSED, QueueUnusable)) else 0.0",
                 "refused = 0.0",
             ),
         ),
@@ -271,8 +273,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/jobs/settler.py",
-                "if disposition is Disposition.RELEASE and delivery.queue",
-                "if False and delivery.queue",
+                "        if disposition is Disposition.RELEASE:\n            self.move(",
+                "        if False:\n            self.move(",
             ),
         ),
     ),
@@ -345,6 +347,73 @@ ROWS: tuple[Row, ...] = (
         ),
         also=(
             "tests/worker/amqp/test_content_headers.py::test_a_copy_has_all_properties_byte_by_byte_but_the_user_and_what_is_left_out",
+        ),
+    ),
+    Row(
+        name="A28",
+        fault="workers are stopped in mid job, whose queue has a time to live, a length or a delivery limit",
+        answer="what they give back is a confirmed copy in .recover, which no limit of that queue drops or counts",
+        tests=(
+            f"{QUEUES}::test_deployments_in_mid_job_lose_it_in_no_queue_and_count_in_none[classic]",
+            f"{QUEUES}::test_a_deployment_while_the_queue_is_full_loses_no_job_in_hand[classic]",
+        ),
+        without=(
+            Mutation(
+                "worker/jobs/settler.py",
+                "if disposition is Disposition.RELEASE:\n            self.move(",
+                "if False:\n            self.move(",
+            ),
+        ),
+        also=(
+            f"{QUEUES}::test_deployments_in_mid_job_lose_it_in_no_queue_and_count_in_none[quorum]",
+            f"{QUEUES}::test_a_killed_worker_s_job_survives_a_delivery_limit_of_one",
+        ),
+    ),
+    Row(
+        name="A29",
+        fault="express and ordinary jobs wait in two queues of one worker, more of them than it can draw",
+        answer="each queue has its weight's share of the starts; none is starved, and no place stays empty",
+        tests=(
+            f"{INTAKE}::test_starts_are_by_weight_even_where_all_places_become_free_at_once[classic]",
+            "tests/worker/amqp/test_fair_share.py::test_starts_are_by_weight_and_interleaved",
+        ),
+        without=(
+            Mutation(
+                "worker/amqp/fair_share.py",
+                "self._now + Fraction(1, self._weights[name])",
+                "self._now + Fraction(1, 1)",
+            ),
+        ),
+        also=(
+            "tests/benchmarks/test_queues.py::test_express_jobs_have_three_of_four_starts_and_ordinary_ones_the_fourth",
+            f"{INTAKE}::test_an_empty_queue_s_places_go_to_the_other_and_its_first_message_is_the_next_to_start",
+        ),
+    ),
+    Row(
+        name="A30",
+        fault="many jobs come at once to queues that were empty, and the worker takes them by weight",
+        answer="it holds as many as it has places and at most one more of each queue; the rest is there for others",
+        tests=(f"{INTAKE}::test_messages_that_come_to_empty_queues_are_taken_at_once_while_there_are_places[classic]",),
+        without=(
+            Mutation(
+                "worker/amqp/intake.py",
+                "self._channel.basic_cancel(self._consumers.pop(queue))",
+                "self._consumers.pop(queue)",
+            ),
+        ),
+    ),
+    Row(
+        name="A31",
+        fault="a job of the second queue loses its worker and then meets trouble, again and again",
+        answer="each retry returns to its own queue with its priority, and its dead letter knows both",
+        tests=(
+            f"{QUEUES}::test_a_job_returns_to_the_queue_it_came_from_with_its_priority_also_behind_a_killed_worker",
+        ),
+        without=(
+            Mutation(
+                "worker/amqp/topology.py", "return jobs if jobs in self.others else self.jobs", "return self.jobs"
+            ),
+            Mutation("worker/amqp/publisher.py", "            priority=priority,\n", ""),
         ),
     ),
 )

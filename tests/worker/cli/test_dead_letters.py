@@ -27,7 +27,7 @@ from tests.faults.station import start_light_worker
 from tests.hostile.raw_properties import FROM_THE_FIELD, Raw, field, headers, long
 from tests.support.world import World, eventually, new_world
 from tests.worker.cli.test_commands import darkroom
-from worker.amqp.delivery import Delivery
+from worker.amqp.delivery import NO_ORIGIN, Delivery, Origin
 from worker.amqp.publisher import Publisher
 from worker.amqp.queue_browser import MAX_DELIVERIES, QueueBrowser
 from worker.amqp.topology import QueueNames
@@ -63,12 +63,14 @@ class Operator:
         assert done.exit_code == 0, done.output
         return [json.loads(line) for line in done.stdout.splitlines()]
 
-    def add_letters(self, *bodies: bytes, reason: str = "ENGINE_CRASHED: it died twice") -> None:
+    def add_letters(
+        self, *bodies: bytes, reason: str = "ENGINE_CRASHED: it died twice", origin: Origin = NO_ORIGIN
+    ) -> None:
         """Publish dead letters as a worker does."""
         publisher = Publisher(self.broker, self.names)
         publisher.start()
         for body in bodies:
-            publisher.publish(self.names.dead, body, reason=reason)
+            publisher.publish(self.names.dead, body, reason=reason, origin=origin)
         publisher.close()
 
     def take(self, queue_name: str) -> list[tuple[Any, bytes]]:
@@ -294,6 +296,20 @@ def test_a_job_goes_back_as_a_new_task_of_the_same_generation(operator: Operator
     assert message["data"] == json.loads(job(prompt_tags=["sunset"]))["data"]
     assert (properties.headers or {}, properties.delivery_mode) == ({}, 2)  # a first attempt, without a reason
     operator.wait_for(dead=0)
+
+
+def test_a_job_goes_back_to_the_queue_that_it_came_from_with_its_priority(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    express = f"{operator.names.jobs}.express"
+    monkeypatch.setenv("RABBITMQ_QUEUES", f"{express}:3,{operator.names.jobs}:1")
+    operator.add_letters(job(), origin=Origin(express, 7))
+
+    done = operator.types("replay", 1)
+
+    assert done.exit_code == 0, done.output
+    [(properties, _)] = operator.take(express)
+    assert properties.priority == 7
 
 
 def test_a_replay_repeated_is_the_same_task_until_that_one_has_ended(operator: Operator) -> None:

@@ -70,7 +70,7 @@ def test_both_commands_take_the_same_options_beside_their_own() -> None:
     names = {name: {option.name for option in commands[name].params} for name in ("generate", "submit")}
     both = {field.name for field in fields(GenerateOptions)}
 
-    assert names["submit"] - both == {"generation_id", "timeout"}
+    assert names["submit"] - both == {"generation_id", "priority", "queue", "timeout"}
     assert names["generate"] - both == {"out", "model"}
     assert both <= names["submit"] & names["generate"]
 

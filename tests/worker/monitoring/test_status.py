@@ -21,6 +21,7 @@ from tests.support.paths import ROOT
 from tests.support.status_pages import served, status
 from watermark.signature import SignatureStyle, SignedImage, Unsigned, sign
 from worker.amqp.delivery import Delivery
+from worker.errors import ErrorCode
 from worker.jobs.history import MAX_ENDED, History, public_message
 from worker.jobs.runs import DenoiseProgress, Phase, Run
 from worker.messages.decoder import decode
@@ -321,13 +322,16 @@ def test_not_ready_reason_leaves_out_the_refused_object() -> None:
 
 def test_snapshot_equals_the_exported_metrics() -> None:
     metrics = Metrics()
-    metrics.jobs.labels("complete").inc(3)
+    for _ in range(3):
+        metrics.count_job(Outcome.COMPLETE)
+    for code in (ErrorCode.GPU_OOM, ErrorCode.JOB_TIMEOUT):
+        metrics.count_job(Outcome.FAILED, code)
     for num_batched in (4, 2):
         metrics.note_engine_load(EngineLoad(num_batched, 3, slots_active=2, slots_idle=1, slots_free=5))
 
     readings = MetricsSnapshot.of(metrics.registry)
 
-    assert readings.by_label("jobs_total") == dict.fromkeys(Outcome, 0.0) | {"complete": 3.0}
+    assert readings.by_label("jobs_total") == dict.fromkeys(Outcome, 0.0) | {"complete": 3.0, "failed": 2.0}
     assert (readings.value("denoise_steps_total"), readings.value("denoise_lane_steps_total")) == (2.0, 6.0)
     assert readings.by_label("adapter_slots") == {"active": 2.0, "idle": 1.0, "free": 5.0}
     assert readings.value("queue_messages", "nowhere") == 0.0

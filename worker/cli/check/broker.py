@@ -11,7 +11,13 @@ import pika.exceptions
 from clients.management import effective_policies
 from config.broker import BrokerSettings
 from worker.amqp.connection import LOST, close_connection, connect, server_properties
-from worker.amqp.error_messages import ACCESS_REFUSED, ErrorMessages, describe
+from worker.amqp.declared import (
+    PROPERTIES,
+    check_usable,
+    declared_arguments,
+    single_consumer_warning,
+)
+from worker.amqp.error_messages import ACCESS_REFUSED, ErrorMessages, QueueUnusable, describe
 from worker.amqp.topology import NOT_FOUND, QueueNames
 from worker.cli.check.broker_versions import describe_broker
 from worker.cli.check.checks import CheckFailed
@@ -30,7 +36,7 @@ class BrokerProbe:
     def __init__(self, settings: BrokerSettings) -> None:
         self._settings = settings
         self._error_messages = ErrorMessages(settings)
-        self._names = QueueNames(settings.queue)
+        self._names = QueueNames.of(settings)
         self._is_refused = False
 
     def connection(self) -> str:
@@ -41,29 +47,40 @@ class BrokerProbe:
             return f"connected to {place}: {describe_broker(server_properties(connection))}"
 
     def queue(self) -> str:
-        """Compare the declaration of the job queue with that of backends."""
-        name = self._names.jobs
+        """Look at how each queue of jobs is declared."""
         with self._connected() as connection:
-            found = self._declare_passively(connection, name)
-            if found is None:
-                return f"{name} does not exist yet: the first to come makes it"
-            try:
-                # Only where the queue exists: otherwise this would create it.
-                with connection.channel() as channel:
-                    channel.queue_declare(name, durable=True)
-            except pika.exceptions.ChannelClosedByBroker as error:
-                if error.reply_code == ACCESS_REFUSED:
-                    return f"{name} is there; how it is declared is told only to users who may declare it"
-                raise CheckFailed(self._error_messages.queue_refused(name, error)) from error
+            return "; ".join(self._describe_queue(connection, name) for name in self._names.job_queues)
+
+    def _describe_queue(self, connection: _Connection, name: str) -> str:
+        found = self._declare_passively(connection, name)
+        if found is None:
+            return f"{name} does not exist yet: the first to come makes it"
+        try:
+            # Only where the queue exists: otherwise this would create it.
+            arguments = declared_arguments(connection, name)
+            check_usable(name, arguments)
+        except pika.exceptions.ChannelClosedByBroker as error:
+            if error.reply_code == ACCESS_REFUSED:
+                return f"{name} is there; how it is declared is told only to users who may declare it"
+            raise CheckFailed(self._error_messages.queue_refused(name, error)) from error
+        except QueueUnusable as error:
+            raise CheckFailed(str(error)) from error
+        if warning := single_consumer_warning(name, arguments):
+            raise CheckFailed(warning)
+        if wrong := [f"{one} is {arguments[one]}" for one in PROPERTIES if one in arguments]:
+            raise CheckFailed(self._error_messages.queue_declared_otherwise(f"{name}: {wrong[0]}"))
         depth = f"{found.message_count} wait in it, for {found.consumer_count} consumers"
-        return f"{name} is durable without arguments, as backends declare it; {depth}"
+        if not arguments:
+            return f"{name} is durable without arguments, as backends declare it; {depth}"
+        shown = ", ".join(f"{key}: {value}" for key, value in sorted(arguments.items()))
+        return f"{name} is durable with {shown}, which who declares it must give too; {depth}"
 
     def own_queues(self) -> str:
         """Check that the worker's own queues exist or may be declared, and that no policy limits them.
 
         Missing ones stay missing: permissions and limits are tried on queues with other names.
         """
-        own = [name for name in self._names.everything if name != self._names.jobs]
+        own = [name for name in self._names.everything if name not in self._names.job_queues]
         with self._connected() as connection:
             missing = [name for name in own if self._declare_passively(connection, name) is None]
             # Server-named, as the queue on which each worker receives cancel orders.

@@ -21,6 +21,7 @@ from worker.cli.check.models import Load, check_cutout, check_model, load_in_own
 from worker.cli.check.port import check_port
 from worker.cli.check.result_address import check_result_address
 from worker.cli.check.store import StoreProbe
+from worker.cli.check.tracing import tracing_checks
 from worker.cli.terminal import escape_for_terminal
 
 STYLES = {
@@ -81,6 +82,7 @@ def _of_the_services(settings: Settings) -> tuple[Check, ...]:
         Check("conditional writes", store.conditional_writes, ("bucket",)),
         Check("presets", partial(check_presets, settings), ("bucket",)),
         Check("backend", partial(check_backend, settings.backend)),
+        *tracing_checks(),
     )
 
 

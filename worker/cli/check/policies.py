@@ -25,7 +25,7 @@ _Channel = Any  # pika has no type hints
 def limits_in(definitions: Mapping[str, Mapping[str, Any]], names: QueueNames) -> list[str]:
     """Return the limits on our own queues in the definitions by queue, one sentence each. Pure."""
     sentences = []
-    for name in sorted(set(names.everything) - {names.jobs}):
+    for name in sorted(set(names.everything) - set(names.job_queues)):
         definition = definitions.get(name, {})
         found = ", ".join(f"{limit}: {definition[limit]}" for limit in LIMITS if limit in definition)
         sentences += [f"{name} has {found}"] if found else []

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from clients.storage.client import Storage
 from config.settings import Settings
+from worker.amqp.delivery import Origin
 from worker.amqp.publisher import Publisher
 from worker.amqp.queue_browser import QueueBrowser
 from worker.amqp.topology import QueueNames
@@ -22,6 +23,7 @@ from worker.cli.terminal import escape_for_terminal
 from worker.messages.decoder import rules_from
 from worker.results.ledger import Ledger
 from worker.results.outbox_snapshots import summarize
+from worker.tracing.context import TraceContext
 
 # At 64 kB each, the most that a letter without a job has, they take 640 MB.
 MAX_LETTERS = 10_000
@@ -53,7 +55,7 @@ def show_letters(settings: Settings, target: str) -> None:
 
 def replay_letters(settings: Settings, target: str | None, reason: str) -> None:
     """Publish the letters again. Each is acked once its copy is confirmed; one that cannot be replayed stays."""
-    names = QueueNames(settings.broker.queue)
+    names = QueueNames.of(settings.broker)
     ledger = Ledger(Storage(settings.store), settings.store.bucket)
     publisher = Publisher(settings.broker, names)
     publisher.start()
@@ -70,7 +72,10 @@ def replay_letters(settings: Settings, target: str | None, reason: str) -> None:
                 if replay.kind is LetterKind.EVENT:
                     publisher.publish(names.outbox, replay.body, since=time.time())
                 else:
-                    publisher.publish(names.jobs, replay.body)
+                    queue = names.known(letter.origin.queue)
+                    origin = Origin(queue, letter.origin.priority)
+                    trace = TraceContext.from_headers(letter.message.headers)
+                    publisher.publish(queue, replay.body, origin=origin, trace=trace)
                 typer.echo(f"letter {letter.number}: {replay.effect}")
                 browser.ack(letter.message)
                 num_replayed += 1
@@ -111,7 +116,7 @@ def purge_letters(settings: Settings, target: str | None, reason: str, *, is_sur
 @contextmanager
 def _browse_letters(settings: Settings) -> Iterator[tuple[QueueBrowser, list[DeadLetter]]]:
     """Hold the dead letters unacked until the block ends; what it has not acked is requeued in its place."""
-    with QueueBrowser(settings.broker, QueueNames(settings.broker.queue).dead) as browser:
+    with QueueBrowser(settings.broker, QueueNames.of(settings.broker).dead) as browser:
         taken = browser.fetch(MAX_LETTERS)
         if len(taken) == MAX_LETTERS:
             typer.echo(f"only {MAX_LETTERS} letters were looked at; there may be more", err=True)

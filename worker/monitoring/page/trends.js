@@ -18,8 +18,8 @@ export function showTrends({ last_hour: hour, queues }) {
   text($("took-more"), hour.seconds_p95 === null ? "no job in the last hour" : `p95 ${span(hour.seconds_p95)}`);
   chart("took", "Mean time of a job", hour.seconds, span);
 
-  const ready = queues.find((queue) => queue.role === "jobs")?.num_messages;
-  text($("queue"), orDash(ready ?? null, (count) => whole.format(count)));
+  const ready = queues.filter((queue) => queue.role === "jobs").map((queue) => queue.num_messages);
+  text($("queue"), orDash(ready.length ? sum(ready) : null, (count) => whole.format(count)));
   text($("queue-more"), hour.waited_p50 === null ? "in the jobs’ queue" : `waited ${rough(hour.waited_p50)}, p95 ${rough(hour.waited_p95)}`);
   chart("queue", "Waiting jobs", hour.waiting, (count) => whole.format(count));
 }

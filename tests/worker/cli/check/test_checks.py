@@ -244,11 +244,42 @@ def test_the_url_is_named_where_the_broker_is_named_by_one(setup: WorkingSetup) 
 
 def test_a_queue_declared_otherwise_is_found(setup: WorkingSetup) -> None:
     other = f"test-{uuid.uuid4().hex[:12]}"
-    declare(setup.rabbitmq, other, arguments={"x-max-priority": 5})
+    declare(setup.rabbitmq, other, auto_delete=True)
 
     found = setup.check(RABBITMQ_QUEUE=other)
 
-    assert_only(found, "queue", "PRECONDITION_FAILED", "x-max-priority", other, "delete_queue")
+    assert_only(found, "queue", "auto_delete is true", other, "delete_queue")
+
+
+def test_queues_with_arguments_of_their_own_are_good_and_shown(setup: WorkingSetup) -> None:
+    plain = f"test-{uuid.uuid4().hex[:12]}"
+    quorum = {"x-queue-type": "quorum", "x-delivery-limit": 5, "x-dead-letter-exchange": "given-up"}
+    declare(setup.rabbitmq, plain, arguments={"x-max-priority": 5, "x-message-ttl": 60_000})
+    declare(setup.rabbitmq, f"{plain}.express", arguments=quorum)
+
+    found = setup.check(RABBITMQ_QUEUE=plain, RABBITMQ_QUEUES=f"{plain}.express:3,{plain}:1")
+
+    assert parts(found, State.GOOD) == set(found)
+    plainly, express = found["queue"].detail.split(f"{plain}.express is")
+    assert "x-max-priority: 5, x-message-ttl: 60000" in plainly
+    for said in ("x-dead-letter-exchange: given-up", "x-delivery-limit: 5", "x-queue-type: quorum"):
+        assert said in express
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"x-queue-type": "stream"}, "is a stream"),
+        ({"x-max-priority": 5, "x-single-active-consumer": True}, "one worker gets every job"),
+    ],
+)
+def test_queues_that_give_no_job_to_several_workers_are_found(
+    setup: WorkingSetup, arguments: dict[str, Any], said: str
+) -> None:
+    other = f"test-{uuid.uuid4().hex[:12]}"
+    declare(setup.rabbitmq, other, arguments=arguments)
+
+    assert_only(setup.check(RABBITMQ_QUEUE=other), "queue", other, said)
 
 
 def test_a_user_without_the_right_to_make_queues_is_found(setup: WorkingSetup) -> None:

@@ -1,0 +1,63 @@
+"""What follows from several queues of jobs: the worker's own queues, and what a delivery is known to come from."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pika
+import pytest
+
+from worker.amqp.content_headers import Properties
+from worker.amqp.delivery import CRASHES_HEADER, QUEUE_HEADER, Delivery, Origin, delivery_of
+from worker.amqp.topology import RETRY_DELAYS_SECONDS, QueueNames
+
+ONE, TWO = QueueNames("jobs"), QueueNames("jobs", others=("jobs.express",))
+
+
+def test_each_queue_of_jobs_has_retry_queues_that_lead_back_to_it_and_all_else_is_shared() -> None:
+    added = set(TWO.everything) - set(ONE.everything)
+
+    assert added == {"jobs.express", *(f"jobs.express.retry.{delay}" for delay in RETRY_DELAYS_SECONDS)}
+    for jobs in TWO.job_queues:
+        assert TWO.arguments[jobs] == {}
+        for delay in RETRY_DELAYS_SECONDS:
+            assert TWO.arguments[TWO.retry(delay, jobs)]["x-dead-letter-routing-key"] == jobs
+
+
+def test_a_job_of_a_queue_that_these_settings_do_not_name_is_tried_again_in_the_one_that_they_do() -> None:
+    assert ONE.retry(30, "jobs.express") == "jobs.retry.30"
+    assert TWO.retry(30, "") == "jobs.retry.30"
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("jobs", "jobs"),
+        ("jobs.express", "jobs"),
+        ("jobs.dead", "dead"),
+        ("jobs.retry.30", "retry.30"),
+        ("jobs.express.retry.30", "retry.30"),
+    ],
+)
+def test_a_queue_s_role_is_the_same_whichever_queue_it_belongs_to(name: str, role: str) -> None:
+    assert TWO.role(name) == role
+
+
+def delivered(queue: str, priority: int | None = None, **headers: Any) -> Delivery:
+    encoded = b"".join(pika.BasicProperties(headers=headers, priority=priority).encode())
+    method = SimpleNamespace(redelivered=False, delivery_tag=1)
+    return delivery_of(method, Properties(encoded), b"", queue=queue, names=TWO, session=1, channel_number=1)
+
+
+def test_a_delivery_knows_the_queue_and_the_priority_that_it_was_published_with() -> None:
+    assert delivered("jobs.express", 9).origin == Origin("jobs.express", 9)
+    assert delivered("jobs").origin == Origin("jobs", None)
+
+
+def test_a_copy_s_origin_is_its_header_and_that_of_a_publisher_counts_for_nothing() -> None:
+    claims = {QUEUE_HEADER: "jobs.express", CRASHES_HEADER: 5}
+
+    copy = delivered("jobs.recover", 3, **claims)
+    assert (copy.origin, copy.num_crashes) == (Origin("jobs.express", 3), 5)
+    for queue in TWO.job_queues:
+        forged = delivered(queue, **claims)
+        assert (forged.origin, forged.num_crashes) == (Origin(queue, None), 0)

@@ -1,0 +1,66 @@
+"""The arguments that a queue of jobs was declared with, read from how the broker refuses other declarations.
+
+AMQP does not tell them. A refusal names the first argument that differs and its value, so declaring again with what is
+known by then finds the next one.
+"""
+
+import re
+from collections.abc import Mapping
+
+import pika.exceptions
+
+from worker.amqp.connection import Connection
+from worker.amqp.error_messages import QueueUnusable
+from worker.amqp.topology import PRECONDITION_FAILED
+
+Value = str | int | bool
+MAX_ARGUMENTS = 20
+REFUSAL = re.compile(
+    r"inequivalent arg '([^']+)' for queue .* but current is (?:the value )?'(.*?)'(?: of type '(\w+)')?$"
+)
+# Not arguments, but what a queue is declared as; each differs from a queue that backends declare.
+PROPERTIES = ("durable", "auto_delete", "exclusive")
+
+
+def declared_arguments(connection: Connection, name: str) -> dict[str, Value]:
+    """Return the arguments of an existing queue; ends with one of `PROPERTIES` where that differs from a durable queue.
+
+    Raises pika's `ChannelClosedByBroker` where the user may not declare it. The default queue type is left out.
+    """
+    known: dict[str, Value] = {}
+    while len(known) < MAX_ARGUMENTS and not known.keys() & set(PROPERTIES):
+        try:
+            with connection.channel() as channel:
+                channel.queue_declare(name, durable=True, arguments=dict(known))
+                break
+        except pika.exceptions.ChannelClosedByBroker as error:
+            found = REFUSAL.search(error.reply_text)
+            if error.reply_code != PRECONDITION_FAILED or found is None or found[1] in known:
+                raise
+            known[found[1]] = _value(found[2], found[3])
+    return known
+
+
+def check_usable(name: str, arguments: Mapping[str, Value]) -> None:
+    """Raise `QueueUnusable` for a stream."""
+    if arguments.get("x-queue-type") == "stream":
+        raise QueueUnusable(
+            f"{name} is a stream, which keeps every job for all readers and takes none back: declare it as a classic or"
+            " a quorum queue"
+        )
+
+
+def single_consumer_warning(name: str, arguments: Mapping[str, Value]) -> str:
+    """Return a sentence where only one of several workers would get jobs, else nothing."""
+    if arguments.get("x-single-active-consumer") is not True:
+        return ""
+    return (
+        f"{name} has x-single-active-consumer: one worker gets every job, and the others none until it is gone; declare"
+        " it without, and keep the order of jobs, where it matters, in the backend"
+    )
+
+
+def _value(text: str, kind: str | None) -> Value:
+    if kind == "bool":
+        return text == "true"
+    return int(text) if kind not in (None, "longstr") and text.isdecimal() else text
