@@ -26,7 +26,7 @@ REHEARSAL := $(CURDIR)/out/gpu-rehearsal
 MACHINE_PYTHON ?= $(REHEARSAL)/machine/bin/python
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo styles overlays wheel house docs quick test check coverage outage leaks field languages faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
+.PHONY: help install demo styles overlays wheel house docs screenshots quick test check coverage outage leaks field languages faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -77,6 +77,9 @@ wheel: ## Build the wheel, with the demo's model in it, into dist/
 docs: install node_modules/.package-lock.json ## Build the site of docs/ into out/docs; a link that leads nowhere fails it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "open out/docs/index.html"
+
+screenshots: install ## Take the pictures of the status page in docs/, of a real worker at work
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.support.pages.screenshots
 
 check: install ## Style and types
 	$(BIN)/ruff check $(CODE)

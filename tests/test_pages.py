@@ -10,6 +10,7 @@ from tests.support.architecture import DOCUMENT, render, with_files
 from tests.support.house import PACKAGES
 from tests.support.paths import ROOT
 
+README_COLUMNS = 110
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(path for folder in ("docs", "deploy", "examples") for path in (ROOT / folder).rglob("*.md"))]
 )
@@ -46,3 +47,9 @@ def test_the_architecture_lists_every_folder_and_file_as_their_docstrings_descri
 
 def test_every_line_of_the_list_has_a_description() -> None:
     assert [line for line in render().splitlines() if line.endswith(("`", "** "))] == []
+
+
+def test_no_line_of_the_readme_is_longer_than_110_columns() -> None:
+    long = [line for line in (ROOT / "README.md").read_text().splitlines() if len(line) > README_COLUMNS]
+
+    assert long == []

@@ -47,13 +47,15 @@ class Gallery(ThreadingHTTPServer):
 
     def take(self, kind: str, body: dict[str, Any]) -> None:
         """Note what a webhook says. To note an end a second time changes nothing."""
-        says = {
-            "progress": lambda: f"{body['progress']['progress_percent']} %",
-            "complete": lambda: "complete",
-            "failed": lambda: f"failed: {body['error_code']}",
-        }
+        match kind:
+            case "progress":
+                state = f"{body['progress']['progress_percent']} %"
+            case "failed":
+                state = f"failed: {body['error_code']}"
+            case _:
+                state = "complete"
         with self._lock:
-            self._states[str(body["generation_id"])] = says[kind]()
+            self._states[str(body["generation_id"])] = state
 
     def is_complete(self, generation_id: str) -> bool:
         return self._states.get(generation_id) == "complete"

@@ -24,7 +24,7 @@ def runs(begun: list[str], names: list[str]) -> bool:
     [
         # The worker and its engine are the last that are started.
         (signal.SIGKILL, -signal.SIGKILL, ["beam", "epmd", "python", "python", "weed"]),
-        (signal.SIGTERM, 128 + signal.SIGTERM, ["weed"]),
+        # As of a terminal that is closed; SIGTERM has the same handler.
         (signal.SIGHUP, 128 + signal.SIGHUP, ["weed"]),
     ],
 )

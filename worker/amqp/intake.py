@@ -62,8 +62,8 @@ class Intake:
             self._channel.basic_cancel(self._consumers.pop(queue))
         empty = set(self._consumers)
         while not self._is_stopped and len(self._started) < self._places:
-            queue = next((name for name in self._share.order() if name not in empty), None)
-            if queue is None:
+            queue = next((name for name in self._share.order() if name not in empty), "")
+            if not queue:
                 self._wait_for_first(empty)
                 return
             message = self._arrived.pop(queue, None) or self._get(queue)

@@ -104,6 +104,7 @@ EXAMPLES: dict[tuple[str, str], Any] = {
     ("job", "data.style"): "anime",
     ("job", "data.industry"): "cafe",
     ("job", "data.prompt_tags"): ["sunset", "mountains"],
+    **{(kind, "type"): kind for kind in ("progress", "complete", "failed")},
     ("progress", "progress.current_step"): 25,
     ("progress", "progress.total_steps"): 50,
     ("progress", "progress.progress_percent"): 50,

@@ -34,7 +34,7 @@ def check_backend(settings: BackendSettings) -> str:
 
 def _routes(settings: BackendSettings) -> list[Route]:
     """Return one route for each address that a setting names. The three default ones stand for each other."""
-    by_address = {}
+    by_address: dict[str, Route] = {}
     for kind in (WebhookKind.COMPLETE, WebhookKind.FAILED, WebhookKind.PROGRESS):
         route = route_of(settings, kind)
         by_address.setdefault(DEFAULT_SETTING if route.setting == DEFAULT_SETTING else route.url, route)

@@ -1,0 +1,1 @@
+"""A Django app that sells pictures: charges once, publishes what was committed, refunds once."""
