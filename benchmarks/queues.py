@@ -52,7 +52,7 @@ def main() -> None:
         folder = Path(name)
         with SeaweedFS(folder / "seaweedfs") as store:
             rounds = {}
-            for label, chosen in (("one queue", None), (f"two queues, {arguments.weight}:1", weights)):
+            for label, chosen in (("one queue", None), (f"two, {arguments.weight}:1", weights)):
                 (folder / label).mkdir()
                 with new_world(rabbitmq, store, folder / label) as world:
                     rounds[label] = start_order(world, classes, weights=chosen)
@@ -154,7 +154,7 @@ def _print_table(summaries: dict[str, dict[str, dict[str, Any]]]) -> None:
             waits = (f"{value:.2f}" for value in one["wait_seconds"].values())
             turns = (f"{one[name]:.0f}" for name in ("median_turn", "last_turn", "longest_gap_turns"))
             table.add_row(label, kind, str(one["jobs"]), *waits, *turns)
-    Console().print(table)
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":

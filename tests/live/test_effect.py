@@ -24,8 +24,9 @@ from worker.results.notifier import FRESH_SECONDS
 # A guard against a hang, no measure of anything.
 NUM_TRIES = 3
 STORE_PAUSE_SECONDS = 1.0
-# Five of a job's eight large images, and stacks for the threads that are started beside them.
-SPARE_BYTES = 74_000_000
+# For what a worker takes besides: threads, connections, small pictures.
+SPARE_BYTES = 60_000_000
+STACK_BYTES = 2_000_000
 CONSTANTS = {
     "worker.amqp.topology:RETRY_DELAYS_SECONDS": [1, 1],
     "worker.jobs.disposition:MAX_ATTEMPTS": NUM_TRIES,
@@ -61,7 +62,13 @@ def worker(station: Station) -> Worker:
 
 
 def start_worker(station: Station) -> Worker:
-    return station.start_worker(constants=CONSTANTS)
+    """Start a worker with small stacks: where its address space is limited, each thread's counts in full."""
+    usual = resource.getrlimit(resource.RLIMIT_STACK)
+    resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, usual[1]))
+    try:
+        return station.start_worker(constants=CONSTANTS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_STACK, usual)
 
 
 def wait_for_end(station: Station, job: Job) -> Any:

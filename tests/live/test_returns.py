@@ -100,10 +100,12 @@ def lose_connections(world: World, worker: Worker) -> None:
     num_lost = len(worker.events("broker connection lost"))
 
     def is_back() -> bool:
-        if len(worker.events("broker connection lost")) == num_lost:
+        lost = worker.events("broker connection lost")
+        if len(lost) == num_lost:
             world.rabbitmq.close_connections()  # again, perhaps: one that is just being opened is missed
             return False
-        return len(worker.events("consuming")) > len(worker.events("broker connection lost"))
+        # Not by their number: a connection may be lost before it consumes, by an error of the broker's own.
+        return any(line["time"] > lost[-1]["time"] for line in worker.events("consuming"))
 
     eventually(is_back, worker.log_tail)
 

@@ -8,7 +8,8 @@ from typing import Protocol
 from examples.parts.installation import ROOT_VARIABLE
 from tests.matrix.machines import INSTALL, Machine
 from tests.matrix.roots import NAMESPACES, Run, enter, make_root
-from tests.support.paths import ROOT, copy_checkout
+from tests.support.checkout import copy_checkout
+from tests.support.paths import ROOT
 
 PYTHON312 = os.environ.get("PYTHON312") or "python3.12"
 CHECKOUT = "darkroom"

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 from tests.mutations.row import Mutation, Row
 from tests.mutations.rows import ROWS
-from tests.support.paths import copy_checkout
+from tests.support.checkout import copy_checkout
 
 
 class RowResult(NamedTuple):

@@ -1,23 +1,7 @@
-"""Folders that tests refer to, and a copy of the checkout."""
+"""Folders that tests refer to."""
 
-import shutil
-import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SIGNATURE = ROOT / "tests" / "files" / "signature.png"
 DEMO_MODEL = ROOT / "examples" / "demo_model"
-
-
-def copy_checkout(folder: Path) -> None:
-    """Copy what git has or would have of this checkout."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    ).stdout
-    for name in filter(None, listed.decode().split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections import deque
 from io import BytesIO
 from typing import NamedTuple
 
@@ -25,6 +26,9 @@ JPEG_QUALITY = 80
 LONGEST_SIDE_PIXELS = 256
 MAX_ENLARGEMENT = 4
 STORE_DEADLINE_SECONDS = 5.0
+# Jobs that are over whose newest preview is kept: until they are signed, stored and told it is all there is to see, and
+# a page that was told of it asks for it a moment later.
+NUM_KEPT = 16
 
 
 class ShownPreview(NamedTuple):
@@ -80,6 +84,7 @@ class Previewer:
         self._bucket = bucket
         self._lock = threading.Lock()
         self._by_task: dict[str, JobPreviews] = {}
+        self._retired: deque[JobPreviews] = deque()
         self.queue = LatestWins[JobPreviews, _Reported]("previews", self._store, handle_seconds=STORE_DEADLINE_SECONDS)
 
     def start(self) -> None:
@@ -98,16 +103,19 @@ class Previewer:
         return previews
 
     def latest(self, task_id: str) -> ShownPreview | None:
-        """Return the newest preview of a running job, stored or not."""
+        """Return the newest preview of a job that runs or was just over, stored or not."""
         with self._lock:
             previews = self._by_task.get(task_id)
         return previews.shown if previews else None
 
     def retire(self, previews: JobPreviews) -> None:
-        """Forget the job's previews and wait for the one being stored."""
+        """Wait for the job's preview being stored, and forget those of jobs that have long been over."""
         with self._lock:
-            if self._by_task.get(previews.task_id) is previews:
-                del self._by_task[previews.task_id]
+            self._retired.append(previews)
+            if len(self._retired) > NUM_KEPT:
+                oldest = self._retired.popleft()
+                if self._by_task.get(oldest.task_id) is oldest:
+                    del self._by_task[oldest.task_id]
         self.queue.retire(previews)
 
     def _store(self, previews: JobPreviews, reported: _Reported) -> None:

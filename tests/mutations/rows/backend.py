@@ -323,7 +323,7 @@ ROWS: tuple[Row, ...] = (
                 "return self.storage.public_url(ref)",
                 "return self.storage.result_url(ref)",
             ),
-            Mutation("worker/results/notifier.py", "webhook = self._urls.webhook_of(event)", "webhook = event.webhook"),
+            Mutation("worker/results/notifier.py", "webhook = self.urls.webhook_of(event)", "webhook = event.webhook"),
         ),
         also=(
             "tests/worker/results/test_result_urls.py::test_every_image_of_the_event_is_presigned_and_the_event_is_not_changed",

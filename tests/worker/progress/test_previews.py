@@ -21,7 +21,7 @@ from inference.request import Preview, StepReport
 from tests.support.status_pages import served, status
 from tests.support.world import HANG_SECONDS
 from worker.metrics import Metrics
-from worker.progress.previews import Previewer, encode
+from worker.progress.previews import NUM_KEPT, Previewer, ShownPreview, encode
 from worker.progress.reporter import ProgressReporter
 
 
@@ -148,7 +148,23 @@ def test_preview_is_not_written_after_the_end(previewer: Previewer, store: SlowS
     assert [key for key, _ in store.written] == [
         f"s3://results/previews/gen-{generation_id}.jpg" for generation_id in (456, 457)
     ]
-    assert previewer.latest("task") is None
+    shown = previewer.latest("task")
+    assert shown is not None
+    assert shown.step_index == 5
+
+
+def test_previews_are_kept_of_the_jobs_that_were_over_last(previewer: Previewer, store: SlowStore) -> None:
+    for number in range(NUM_KEPT + 2):
+        track = previewer.follow(str(number), number + 1)
+        track.on_step(reported(5, 50))
+        wait_until(lambda: len(store.written) == number + 1)  # noqa: B023 - called at once
+        track.close()
+        if number == 1:  # the same task once more, at work to the end
+            previewer.follow("0", 1).shown = ShownPreview(7, b"of another attempt")
+
+    assert previewer.latest("0") == ShownPreview(7, b"of another attempt")
+    assert previewer.latest("1") is None
+    assert previewer.latest("2") is not None
 
 
 def test_failing_store_costs_a_log_line_alone(

@@ -135,7 +135,7 @@ function showModel({ model }) {
     ["device", `${model.device}, ${model.dtype}`],
     ["loaded in", span(model.load_seconds)],
     ["step alone", span(model.step_seconds)],
-    ["step of late", model.recent_step_seconds > 0 ? span(model.recent_step_seconds) : "–"],
+    ["step lately", model.recent_step_seconds > 0 ? span(model.recent_step_seconds) : "–"],
   ];
   facts($("model"), pairs);
 }

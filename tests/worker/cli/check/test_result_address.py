@@ -66,6 +66,8 @@ def test_presigned_address_that_only_readers_reach_is_unsure(s3_server: SeaweedF
         said_of(s3_server, bucket, RESULT_URL_MODE="presigned:60", RESULT_URL_BASE=refused_url())
 
 
-def test_store_that_takes_no_probe_is_bad(s3_server: SeaweedFS) -> None:
-    with pytest.raises(CheckFailed, match="no address can be tried: s3://no-such-bucket"):
-        check_result_address(settings_of(s3_server, "no-such-bucket"))
+def test_store_that_takes_no_probe_is_bad(s3_server: SeaweedFS, bucket: str) -> None:
+    wrong = s3_server.env(bucket) | {"AWS_SECRET_ACCESS_KEY": "wrong"}
+
+    with pytest.raises(CheckFailed, match=f"no address can be tried: s3://{bucket}"):
+        check_result_address(StoreSettings(**wrong))  # type: ignore[arg-type]
