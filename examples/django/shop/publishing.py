@@ -10,7 +10,7 @@ from django.db import transaction
 from django.db.models import F
 from django.utils import timezone
 
-from gallery.models import Account, Generation, OutboxMessage
+from shop.models import Account, Generation, OutboxMessage
 
 PRICE = 10
 QUEUE = os.environ.get("RABBITMQ_QUEUE", "image_generation")

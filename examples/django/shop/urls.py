@@ -2,7 +2,7 @@
 
 from django.urls import path
 
-from gallery import webhooks
+from shop import webhooks
 
 urlpatterns = [
     path("api/webhooks/inference/progress", webhooks.progress),

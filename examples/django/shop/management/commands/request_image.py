@@ -4,8 +4,8 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandParser
 
-from gallery.models import Account
-from gallery.publishing import request_image
+from shop.models import Account
+from shop.publishing import request_image
 
 FIRST_BALANCE = 100
 
