@@ -19,14 +19,14 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 
-# The dependencies, with those of the engine and of cut-outs, as a file of their own: as long as they stay the same, so do
-# the large layers below, whatever else changes in pyproject.toml.
+# The dependencies, with those of the engine, of cut-outs and of tracing, as a file of their own: as long as they stay the
+# same, so do the large layers below, whatever else changes in pyproject.toml.
 FROM base AS requirements
 WORKDIR /build
 COPY pyproject.toml ./
 RUN python3 -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
     extras = project['optional-dependencies']; \
-    print(*project['dependencies'], *extras['engine'], *extras['cutout'], sep='\n')" > requirements.txt
+    print(*project['dependencies'], *extras['engine'], *extras['cutout'], *extras['tracing'], sep='\n')" > requirements.txt
 
 
 FROM base AS build

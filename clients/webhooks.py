@@ -98,7 +98,7 @@ class Webhook:
 
     @property
     def payload(self) -> bytes:
-        """The body as sent and signed: the same bytes at every attempt."""
+        """The body as sent and signed: the same bytes for the same body."""
         # Sorted: an event that comes back from the ledger or the outbox has its keys in another order.
         return json.dumps(dict(self.body), separators=(",", ":"), allow_nan=False, sort_keys=True).encode()
 

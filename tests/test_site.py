@@ -12,12 +12,12 @@ from tests.support.browsing import PageSession, chromium
 from tests.support.paths import ROOT
 
 BUILD = [sys.executable, "-m", "mkdocs", "build", "--strict"]
-# A word that a reader types, and a page that answers; any where none is named.
+# A word that a reader types, and a page that answers.
 LOOKED_FOR = {
     "generation_id": "messages.html",
     "GCS": "google-cloud-storage.html",
     "refund": "messages.html",
-    "priority": "",
+    "priority": "rabbitmq.html",
 }
 
 

@@ -88,7 +88,7 @@ def test_every_package_that_the_worker_needs_is_one_that_is_copied() -> None:
     assert {pattern.rstrip("*") for pattern in found} - WORKER_PACKAGES == {"examples"}
 
 
-def test_image_dependencies_are_those_of_the_worker_its_engine_and_cutouts() -> None:
+def test_image_dependencies_are_those_of_the_worker_its_engine_cutouts_and_tracing() -> None:
     [command] = [text for text in arguments("RUN") if "tomllib" in text]
 
     made = subprocess.run(
@@ -102,7 +102,8 @@ def test_image_dependencies_are_those_of_the_worker_its_engine_and_cutouts() -> 
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    assert made.stdout.splitlines() == [*project["dependencies"], *extras["engine"], *extras["cutout"]]
+    wanted = [*project["dependencies"], *extras["engine"], *extras["cutout"], *extras["tracing"]]
+    assert made.stdout.splitlines() == wanted
     assert f"ARG VERSION={project['version']}\n" in TEXT
 
 

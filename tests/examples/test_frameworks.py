@@ -49,7 +49,7 @@ class Shop:
     """The Django example, with a database of its own."""
 
     def __init__(self, folder: Path, rabbitmq: RabbitMQ, queue: str) -> None:
-        self.database = folder / "pictures.sqlite3"
+        self.database = folder / "gallery.sqlite3"
         self._log = folder / "server.log"
         self._env = os.environ | rabbitmq.env()
         self._env |= {"RABBITMQ_QUEUE": queue, "DATABASE": str(self.database), "PYTHONWARNINGS": "ignore"}
@@ -100,9 +100,9 @@ def shop(tmp_path: Path, rabbitmq: RabbitMQ, queue_name: str) -> Shop:
 def test_django_publishes_what_it_charged_for_once_the_broker_is_back(
     shop: Shop, rabbitmq: RabbitMQ, queue_name: str
 ) -> None:
-    generation_id = shop.manage("request_picture", "1", "서울의 밤", RABBITMQ_PORT=str(free_port()))
+    generation_id = shop.manage("request_image", "1", "서울의 밤", RABBITMQ_PORT=str(free_port()))
     assert next_job(rabbitmq, queue_name) is None
-    assert shop.select("SELECT balance FROM pictures_account") == [(BALANCE - PRICE,)]
+    assert shop.select("SELECT balance FROM gallery_account") == [(BALANCE - PRICE,)]
 
     assert shop.manage("publish_outbox") == "1 published"
     assert shop.manage("publish_outbox") == "0 published"
@@ -114,7 +114,7 @@ def test_django_publishes_what_it_charged_for_once_the_broker_is_back(
 
 
 def test_django_refunds_once_for_three_deliveries(shop: Shop, rabbitmq: RabbitMQ, queue_name: str) -> None:
-    generation_id = shop.manage("request_picture", "1", "a red fox")
+    generation_id = shop.manage("request_image", "1", "a red fox")
     job = next_job(rabbitmq, queue_name)
     assert job is not None
     webhook = Webhook(
@@ -131,8 +131,8 @@ def test_django_refunds_once_for_three_deliveries(shop: Shop, rabbitmq: RabbitMQ
         attempts = [client.send(webhook) for _ in range(3)]
 
     assert [attempt.result for attempt in attempts] == [WebhookResult.DELIVERED] * 3
-    assert shop.select("SELECT balance FROM pictures_account") == [(BALANCE,)]
-    assert shop.select("SELECT state, detail FROM pictures_generation") == [("failed", "CANCELLED")]
+    assert shop.select("SELECT balance FROM gallery_account") == [(BALANCE,)]
+    assert shop.select("SELECT state, detail FROM gallery_generation") == [("failed", "CANCELLED")]
 
 
 # --- Celery

@@ -84,11 +84,11 @@ def uri_of(path: PurePosixPath) -> str:
     """Return the place on the site of a file or folder of the repository."""
     if path.is_relative_to(DOCS) and (ROOT / path).is_file():
         return str(path.relative_to(DOCS))
-    if (ROOT / path).is_dir():
-        return str(SOURCE / path / ("README.md" if (ROOT / path / "README.md").exists() else "index.md"))
     # A name that begins with a dot would be left out.
-    name = path.name.lstrip(".") + ("" if path.suffix in {".md", *IMAGES} else ".md")
-    return str(SOURCE / path.parent / name)
+    shown = SOURCE.joinpath(*(part.lstrip(".") for part in path.parts))
+    if (ROOT / path).is_dir():
+        return str(shown / ("README.md" if (ROOT / path / "README.md").exists() else "index.md"))
+    return str(shown) + ("" if path.suffix in {".md", *IMAGES} else ".md")
 
 
 def copy_of(path: PurePosixPath, config: MkDocsConfig) -> File:

@@ -33,7 +33,7 @@ def test_a_collector_at_another_path_is_bad_and_its_answer_is_named(monkeypatch:
         result = row()
 
     assert result.state is State.BAD
-    assert f"{collector.url}/otlp takes no traces: Failed to export spans batch code: 404" in result.detail
+    assert f"{collector.url}/otlp takes no traces: Failed to export" in result.detail
 
 
 def test_a_collector_that_is_not_there_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:

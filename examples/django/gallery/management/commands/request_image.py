@@ -1,11 +1,11 @@
-"""`python manage.py request_picture ACCOUNT PROMPT`: what a view does when its user asks for a picture."""
+"""`python manage.py request_image ACCOUNT PROMPT`: what a view does when its user asks for a picture."""
 
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandParser
 
-from pictures.models import Account
-from pictures.publishing import request_picture
+from gallery.models import Account
+from gallery.publishing import request_image
 
 FIRST_BALANCE = 100
 
@@ -19,4 +19,4 @@ class Command(BaseCommand):
 
     def handle(self, *_: Any, account: int, prompt: str, **__: Any) -> None:
         Account.objects.get_or_create(pk=account, defaults={"balance": FIRST_BALANCE})
-        self.stdout.write(str(request_picture(account, prompt).id))
+        self.stdout.write(str(request_image(account, prompt).id))

@@ -14,7 +14,7 @@ from django.db.models import F
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.views.decorators.csrf import csrf_exempt
 
-from pictures.models import Account, Generation, SeenWebhook
+from gallery.models import Account, Generation, SeenWebhook
 
 TOKEN = os.environ.get("INTERNAL_API_TOKEN", "")
 SECRET = os.environ.get("WEBHOOK_SIGNING_SECRET", "")

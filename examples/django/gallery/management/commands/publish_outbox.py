@@ -4,7 +4,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand
 
-from pictures.publishing import publish_outbox
+from gallery.publishing import publish_outbox
 
 
 class Command(BaseCommand):

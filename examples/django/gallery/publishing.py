@@ -10,13 +10,13 @@ from django.db import transaction
 from django.db.models import F
 from django.utils import timezone
 
-from pictures.models import Account, Generation, OutboxMessage
+from gallery.models import Account, Generation, OutboxMessage
 
 PRICE = 10
 QUEUE = os.environ.get("RABBITMQ_QUEUE", "image_generation")
 
 
-def request_picture(account_id: int, prompt: str, **fields: Any) -> Generation:
+def request_image(account_id: int, prompt: str, **fields: Any) -> Generation:
     """Charge for a picture and order it. Raises `ValueError` where the account has too little."""
     with transaction.atomic():
         if not Account.objects.filter(pk=account_id, balance__gte=PRICE).update(balance=F("balance") - PRICE):

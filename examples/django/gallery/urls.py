@@ -2,7 +2,7 @@
 
 from django.urls import path
 
-from pictures import webhooks
+from gallery import webhooks
 
 urlpatterns = [
     path("api/webhooks/inference/progress", webhooks.progress),
