@@ -35,6 +35,10 @@ Ask(Ask).
 """
 
 
+# Of a quorum queue that was declared a moment ago RabbitMQ 4 has no counts yet.
+UNKNOWN = -1
+
+
 class QueueDepth(NamedTuple):
     """Messages of one queue: waiting, and delivered but not settled."""
 
@@ -65,7 +69,8 @@ class ErlangConsole:
         found = {}
         for line in self._ask("queues"):
             name, ready, unacknowledged = line.rsplit(" ", 2)
-            found[name] = QueueDepth(int(ready), int(unacknowledged))
+            counts = (int(count) if count.isdecimal() else UNKNOWN for count in (ready, unacknowledged))
+            found[name] = QueueDepth(*counts)
         return found
 
     def close_connections(self) -> None:
