@@ -241,9 +241,9 @@ def test_check_finds_every_part_good_and_names_those_that_are_not(world: World, 
     bad = darkroom("check", env=env | wrong, folder=tmp_path)
 
     assert good.returncode == 0, good.stdout
-    assert [row["state"] for row in map(json.loads, good.stdout.splitlines())] == ["good"] * 18
+    assert [row["state"] for row in map(json.loads, good.stdout.splitlines())] == ["good"] * 19
     counts = [bad.stdout.count(f" {state} ") for state in ("bad", "blocked", "good")]
-    assert (bad.returncode, counts) == (1, [4, 4, 10]), bad.stdout
+    assert (bad.returncode, counts) == (1, [4, 5, 10]), bad.stdout
     assert all(word in bad.stdout for word in ("RABBITMQ_PASS", "nobody", "model_index.json", "INTERNAL_API_TOKEN"))
 
 
