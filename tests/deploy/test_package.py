@@ -156,6 +156,6 @@ def test_the_demo_says_what_it_is_missing_before_it_starts_anything(site: Path, 
     packages, broker = done.stdout.splitlines()
     assert done.returncode == 2
     assert packages.startswith("Not started: Python packages are missing (torch, ")
-    assert packages.endswith("): install the extra `demo`, in a checkout by pip install '.[demo]'")
+    assert packages.endswith("matplotlib): install the extra `demo`, in a checkout by pip install '.[demo]'")
     assert "apt-get install rabbitmq-server" in broker
     assert list(tmp_path.iterdir()) == []
