@@ -366,6 +366,25 @@ def test_keda_counts_the_queues_that_need_a_worker_by_what_a_worker_takes(kind: 
     assert {trigger["metadata"]["protocol"] for trigger in spec["triggers"]} == {"http"}
 
 
+def test_the_scaled_job_finds_all_it_refers_to_where_it_stands_instead_of_the_files_it_names() -> None:
+    folder, example = DEPLOY / "kubernetes", "scaledjob.example.yaml"
+    comment = (folder / example).read_text().split("apiVersion", 1)[0]
+    replaced = set(re.findall(r"\w+\.yaml", comment))
+    resources = manifests()["Kustomization", ""]["resources"]
+    files = [name for name in resources if name not in replaced] + [example]
+    objects = [one for name in files for one in yaml.safe_load_all((folder / name).read_text())]
+    names = {(one["kind"], one["metadata"]["name"]) for one in objects}
+    [scaled] = [one["spec"] for one in objects if one["kind"] in ("ScaledJob", "ScaledObject")]
+    job_pod = scaled["jobTargetRef"]["template"]["spec"]
+
+    assert replaced == {"deployment.yaml", "scaledobject.yaml", "poddisruptionbudget.yaml"} <= set(resources)
+    assert {("TriggerAuthentication", trigger["authenticationRef"]["name"]) for trigger in scaled["triggers"]} <= names
+    assert ("ServiceAccount", job_pod["serviceAccountName"]) in names
+    assert ("ConfigMap", job_pod["containers"][0]["envFrom"][0]["configMapRef"]["name"]) in names
+    claims = [volume["persistentVolumeClaim"] for volume in job_pod["volumes"] if "persistentVolumeClaim" in volume]
+    assert {("PersistentVolumeClaim", claim["claimName"]) for claim in claims} <= names
+
+
 def test_keda_owns_the_number_of_the_deployment_s_pods() -> None:
     spec = manifests()["ScaledObject", "darkroom"]["spec"]
 
