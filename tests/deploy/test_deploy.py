@@ -309,7 +309,7 @@ def test_the_kustomization_has_every_file_but_the_examples() -> None:
 
 
 def test_pod_has_the_required_variables_and_no_unknown_one() -> None:
-    assert set(configured()) <= set(SETTINGS)
+    assert set(configured()) <= {*SETTINGS, "HF_TOKEN"}
     assert set(configured()) >= REQUIRED
     sources = [next(iter(source.values()))["name"] for source in container()["envFrom"]]
     assert sources == ["darkroom", "darkroom"]

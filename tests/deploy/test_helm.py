@@ -1,5 +1,6 @@
 """The Helm chart, rendered by Helm's own library: right by the schemas, and the same as the manifests beside it."""
 
+import re
 import tomllib
 from functools import cache
 from typing import Any
@@ -96,6 +97,14 @@ def test_mode_without_keda_has_a_number_of_replicas_and_needs_none_of_its_kinds(
     assert objects("none")["Deployment", "darkroom"]["spec"]["replicas"] == 1
     assert "replicas" not in objects("scaledObject")["Deployment", "darkroom"]["spec"]
     assert {kind for kind, _ in objects("none")} & {"ScaledObject", "ScaledJob", "TriggerAuthentication"} == set()
+
+
+def test_the_example_of_the_secret_has_what_the_values_promise() -> None:
+    text = (CHART / "values.yaml").read_text()
+    [promise] = re.findall(r"^# A Secret with (.+?)\nexistingSecret", text, re.MULTILINE | re.DOTALL)
+    promised = set(re.findall(r"[A-Z]+_[A-Z_]+", promise))
+
+    assert promised == set(manifests()["Secret", "darkroom"]["stringData"])
 
 
 def test_values_reach_the_settings_and_are_known() -> None:
