@@ -447,7 +447,19 @@ def test_the_pods_are_scraped_under_the_name_the_alerts_know() -> None:
 # --- All of them
 
 
-def test_the_alert_for_missing_consumers_names_the_queues_that_need_some() -> None:
-    [pattern] = {found for rule in alert_rules() for found in re.findall(r'queue=~"(image[^"]+)"', rule["expr"])}
+def test_the_alert_for_missing_consumers_names_the_queues_that_need_some_and_the_one_that_all_workers_consume() -> None:
+    [rule] = [rule["expr"] for rule in alert_rules() if rule["alert"] == "DarkroomNoConsumer"]
+    [needing] = re.findall(r'queue=~"([^"]+)"', rule)
 
-    assert [name for name in NAMES.everything if re.fullmatch(pattern, name)] == [NAMES.jobs, NAMES.recover]
+    assert [name for name in NAMES.everything if re.fullmatch(needing, name)] == [NAMES.jobs, NAMES.recover]
+    assert re.findall(r'consumers\{queue="([^"]+)"', rule) == [NAMES.recover]
+
+
+def test_the_documented_pattern_for_several_queues_matches_each_of_them_and_none_of_the_worker_s_but_recover() -> None:
+    names = QueueNames(NAMES.jobs, others=("express",))
+    [section] = re.findall(
+        r"^### DarkroomNoConsumer\n(.+?)^###", (ROOT / "docs" / "operating.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    [pattern] = re.findall(r'queue=~"([^"]+)"', section)
+
+    assert {name for name in names.everything if re.fullmatch(pattern, name)} == {*names.job_queues, names.recover}
