@@ -12,6 +12,7 @@ import yaml
 from tests.deploy.test_deploy import CUSTOM_KINDS, SETTINGS, custom_object, manifests
 from tests.support.helm import CHART, helm
 from tests.support.paths import ROOT
+from worker.amqp.topology import QueueNames
 
 pytest.importorskip("helm_python", reason="Helm's library is there for x86-64 alone")
 
@@ -76,6 +77,40 @@ def test_chart_is_scaled_as_the_manifests_are(mode: str, kind: str) -> None:
     assert {name: made[name] for name in others} == {name: wanted[name] for name in others}
     authentication = ("TriggerAuthentication", "darkroom")
     assert objects(mode)[authentication]["spec"] == manifests()[authentication]["spec"]
+
+
+@pytest.mark.parametrize("mode", ["scaledObject", "scaledJob"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"scaling": {"queues": ["image_generation", "express"]}},
+        {"scaling": {}, "settings": {"RABBITMQ_QUEUES": "express:3, image_generation:1"}},
+    ],
+    ids=["named", "of the settings"],
+)
+def test_each_queue_of_jobs_calls_for_workers_and_the_shared_ones_once(values: dict[str, Any], mode: str) -> None:
+    made = helm(values | {"scaling": values["scaling"] | {"mode": mode}})
+    [scaled] = [one for one in yaml.safe_load_all(made["rendered"]["darkroom/templates/scaling.yaml"]) if one]
+    triggers = [trigger["metadata"] for trigger in scaled["spec"]["triggers"]]
+    names = QueueNames("image_generation", others=("express",))
+
+    assert [kind for kind in CUSTOM_KINDS if kind.lower() == mode.lower()] == [scaled["kind"]]
+    assert sorted((trigger["queueName"], trigger["value"]) for trigger in triggers) == sorted(
+        [*((name, "24") for name in (*names.job_queues, names.recover)), (names.outbox, "100000")]
+    )
+    assert CUSTOM_KINDS[scaled["kind"]].model_validate(custom_object(scaled))
+
+
+def test_queue_that_no_worker_could_have_is_refused() -> None:
+    assert "/scaling/queues/0" in helm({"scaling": {"queues": ["express:3"]}})["error"]
+
+
+def test_notes_say_what_a_check_beside_a_worker_costs() -> None:
+    notes = {mode: helm({"scaling": {"mode": mode}})["rendered"]["darkroom/templates/NOTES.txt"] for mode in MODES}
+
+    for mode, text in notes.items():
+        assert ("darkroom check" in text) == ("second time" in text) == (mode != "scaledJob")
+        assert "/health/ready" in text
 
 
 def test_other_objects_are_those_of_the_manifests_with_the_release_s_labels() -> None:
