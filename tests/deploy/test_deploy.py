@@ -30,6 +30,7 @@ from tests.support import prometheus_rule
 from tests.support.paths import ROOT
 from tests.support.promql import DEPLOY, PROMETHEUS, alert_rules
 from worker.amqp.topology import QueueNames
+from worker.cli.check.broker_versions import TESTED
 from worker.wiring import EXTRA_PREFETCH
 
 SETTINGS = {
@@ -157,6 +158,12 @@ def test_prometheus_scrapes_the_workers_and_the_broker() -> None:
         assert services()[name]["environment"]["METRICS_PORT"] == str(PORT)
     assert jobs["rabbitmq"]["static_configs"] == [{"targets": ["rabbitmq:15692"]}]
     assert "rabbitmq_prometheus" in (DEPLOY / "rabbitmq" / "enabled_plugins").read_text()
+
+
+def test_the_broker_is_the_newest_that_the_tests_run_on() -> None:
+    major, minor = TESTED[-1]
+
+    assert services()["rabbitmq"]["image"] == f"rabbitmq:{major}.{minor}-management"
 
 
 def test_every_file_and_volume_that_is_mounted_exists() -> None:
