@@ -24,7 +24,10 @@ INSTANCE = {"app.kubernetes.io/instance": "darkroom"}
 @cache
 def objects(mode: str) -> dict[tuple[str, str], Any]:
     """Render the release `darkroom` with a scaling mode; map its objects by kind and name."""
-    rendered = helm({"scaling": {"mode": mode}})["rendered"]
+    return loaded(helm({"scaling": {"mode": mode}})["rendered"])
+
+
+def loaded(rendered: dict[str, str]) -> dict[tuple[str, str], Any]:
     texts = [text for name, text in rendered.items() if not name.endswith(".txt")]
     found = [one for text in texts for one in yaml.safe_load_all(text) if one]
     return {(one["kind"], one["metadata"]["name"]): one for one in found}
@@ -167,3 +170,26 @@ def test_chart_names_the_version_of_the_worker() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
     assert yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"] == version
+
+
+def test_documented_values_for_two_nodes_with_two_gpus_each_render_what_the_section_says() -> None:
+    text = (ROOT / "docs" / "operating.md").read_text()
+    [section] = re.findall(r"^## Kubernetes, two nodes with two GPUs each\n(.+?)^## ", text, re.MULTILINE | re.DOTALL)
+    [given] = re.findall(r"^```yaml\n(.+?)^```", section, re.MULTILINE | re.DOTALL)
+    values = yaml.safe_load(given)
+    made = helm(values)
+    assert "error" not in made, made["error"]
+    assert made["lint"]["errors"] == []
+    specs = {key: one.get("spec") for key, one in loaded(made["rendered"]).items()}
+    scaled, claim = specs["ScaledJob", "darkroom"], specs["PersistentVolumeClaim", "darkroom-models"]
+    [container] = scaled["jobTargetRef"]["template"]["spec"]["containers"]
+
+    assert set(values["settings"]) <= set(SETTINGS)
+    assert scaled["maxReplicaCount"] == 2 * 2
+    assert container["args"] == ["run", "--exit-when-idle", str(values["scaling"]["idleSeconds"])]
+    assert container["image"] == "registry.example.com/darkroom:cuda"
+    assert container["resources"] == values["resources"]
+    assert (claim["storageClassName"], claim["accessModes"]) == ("nfs", ["ReadWriteMany"])
+    assert {kind for kind, _ in specs} & {"PodMonitor", "PrometheusRule", "Deployment"} == set()
+    chart = CHART.relative_to(ROOT)
+    assert f"helm install darkroom {chart} --namespace images --values two-nodes.yaml" in section
