@@ -15,16 +15,18 @@ DUE_HEADER = "x-darkroom-due"
 LEASE_HEADER = "x-darkroom-lease"
 CRASHES_HEADER = "x-darkroom-crashes"
 QUEUE_HEADER = "x-darkroom-queue"
+PRIORITY_HEADER = "x-darkroom-priority"
 COUNT_HEADER = "x-delivery-count"
 MAX_REASON_CHARS = 500
 MAX_QUEUE_CHARS = 100
+MAX_PRIORITY = 255  # an octet
 
 
 class Origin(NamedTuple):
     """The queue that a job was published to, empty where it is not known, and the priority that it was given.
 
-    Every copy of the message carries both: a retry returns to that queue, and is not overtaken there by what it had
-    passed.
+    Every copy of the message carries both. In a queue where messages wait for their time to be over the priority is a
+    header alone: RabbitMQ 4 expires only what it would deliver next, and an urgent message would hold up the others.
     """
 
     queue: str = ""
@@ -95,8 +97,17 @@ def delivery_of(
         reason=str(headers.get(REASON_HEADER, ""))[:MAX_REASON_CHARS],
         num_crashes=whole_number(counts.get(CRASHES_HEADER), default=0),
         trace=TraceContext.from_headers(headers),
-        origin=Origin(came_by, properties.priority),
+        origin=Origin(came_by, priority_of(properties)),
     )
+
+
+def priority_of(properties: Any) -> int | None:
+    """Return the priority that a message or the one that it is a copy of was published with."""
+    if properties.priority is not None:
+        return int(properties.priority)
+    # Also in a queue of jobs, where a retried job has it: a publisher's own gives what the property would.
+    carried = whole_number(properties.headers.get(PRIORITY_HEADER), default=MAX_PRIORITY + 1)
+    return carried if carried <= MAX_PRIORITY else None
 
 
 def whole_number(given: Any, *, default: int) -> int:
