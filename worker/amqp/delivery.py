@@ -41,7 +41,8 @@ class Delivery:
     """One message under one delivery tag of one session.
 
     `since` is when it was parked and `due` when it is to be sent next, in epoch seconds; `reason` is why it was parked;
-    `received_at` is `time.monotonic()`. `is_leased`: the copy of a job that may still be running on some worker.
+    `received_at` is when it came, by `time.monotonic()`: the broker's consumer timeout runs from then on. `is_leased`:
+    the copy of a job that may still be running on some worker.
     `num_deliveries` is the broker's count of earlier deliveries of this copy that were returned, `num_crashes` our
     header's count of workers killed while they held earlier copies. Both are 0 outside our own queues. `trace` is the
     publisher's.
@@ -71,9 +72,17 @@ class Delivery:
 
 
 def delivery_of(
-    method: Any, properties: Any, body: bytes, *, queue: str, names: QueueNames, session: int, channel_number: int
+    method: Any,
+    properties: Any,
+    body: bytes,
+    *,
+    queue: str,
+    names: QueueNames,
+    session: int,
+    channel_number: int,
+    received_at: float | None = None,
 ) -> Delivery:
-    """Build the delivery from what pika passes to a consumer of `queue`."""
+    """Build the delivery from what pika passes to a consumer of `queue`, now unless it was `received_at` earlier."""
     headers, now = properties.headers, int(time.time())
     # In a queue of jobs our headers could only be a publisher's own. The broker's count is right there, where it is a
     # quorum queue, and of no use: what was returned moves to `recover`.
@@ -90,7 +99,7 @@ def delivery_of(
         session=session,
         tag=method.delivery_tag,
         channel_number=channel_number,
-        received_at=time.monotonic(),
+        received_at=time.monotonic() if received_at is None else received_at,
         # In the jobs' queue the header could only be a publisher's own.
         is_leased=queue == names.recover and LEASE_HEADER in headers,
         due=float(whole_number(headers.get(DUE_HEADER), default=0)),
