@@ -15,17 +15,18 @@ class IdleCountdown:
         self.seconds = seconds
         self._clock = clock
         self._since: float | None = None
-        self._num_runs = 0
+        self._num_taken = 0
 
-    def is_over(self, *, is_consuming: bool, is_at_work: bool, has_tasks: bool, num_runs: int) -> bool:
+    def is_over(self, *, is_consuming: bool, is_at_work: bool, has_tasks: bool, num_taken: int) -> bool:
         """Return whether the worker has consumed for that long without work, and has none in hand now.
 
         `is_at_work`: it runs a job or holds an end that the backend has not accepted. `has_tasks`: a delivery is being
-        passed on, which is not work of its own: the countdown goes on, and ends after it. `num_runs` counts the runs
-        begun, for those that come and go between two ticks.
+        passed on, which is not work of its own: the countdown goes on, and ends after it. `num_taken` counts the
+        runs begun, for those that come and go between two ticks, and what was taken from the queues of jobs, since jobs
+        may wait behind what is none.
         """
-        if not is_consuming or is_at_work or num_runs != self._num_runs:
-            self._num_runs = num_runs
+        if not is_consuming or is_at_work or num_taken != self._num_taken:
+            self._num_taken = num_taken
             self._since = None
             return False
         if self._since is None:

@@ -123,7 +123,7 @@ class Supervisor:
             is_consuming=not parts.readiness.why_not(),
             is_at_work=bool(parts.runs.all() or parts.outbox.held()),
             has_tasks=self._dispatcher.has_tasks,
-            num_runs=parts.runs.num_begun,
+            num_taken=parts.runs.num_begun + self._dispatcher.num_taken,
         )
         if is_over:
             log_event(logger, "idle", seconds=self._countdown.seconds)

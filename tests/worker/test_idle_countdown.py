@@ -6,7 +6,7 @@ import pytest
 
 from worker.idle_countdown import IdleCountdown
 
-IDLE = {"is_consuming": True, "is_at_work": False, "has_tasks": False, "num_runs": 0}
+IDLE = {"is_consuming": True, "is_at_work": False, "has_tasks": False, "num_taken": 0}
 
 
 class Clock:
@@ -49,13 +49,13 @@ def test_countdown_begins_anew_after_work_and_where_no_jobs_are_taken(
     assert [at(countdown, clock, seconds) for seconds in (71, 130, 131)] == [False, False, True]
 
 
-def test_countdown_begins_anew_after_a_run_that_no_tick_has_seen(countdown: IdleCountdown, clock: Clock) -> None:
+def test_countdown_begins_anew_after_what_was_taken_between_two_ticks(countdown: IdleCountdown, clock: Clock) -> None:
     at(countdown, clock, 0)
 
-    assert not at(countdown, clock, 59, num_runs=1)
-    assert not at(countdown, clock, 61, num_runs=1)
-    assert not at(countdown, clock, 120, num_runs=1)
-    assert at(countdown, clock, 121, num_runs=1)
+    assert not at(countdown, clock, 59, num_taken=1)
+    assert not at(countdown, clock, 61, num_taken=1)
+    assert not at(countdown, clock, 120, num_taken=1)
+    assert at(countdown, clock, 121, num_taken=1)
 
 
 def test_countdown_waits_for_a_delivery_that_is_passed_on_and_goes_on_meanwhile(

@@ -218,7 +218,8 @@ class Consumer:
         subscriptions = {name: Subscription(name, 1, weighted.on_delivery) for name, _ in weighted.queues}
 
         def start(message: Message) -> None:
-            self._on_message(subscriptions[message.queue], channel, message.method, message.properties, message.body)
+            queue, method, properties, body, received_at = message
+            self._on_message(subscriptions[queue], channel, method, properties, body, received_at=received_at)
 
         self._intake = Intake(channel, self._share, weighted.places, start)
         if self._is_draining or self._is_paused:
@@ -255,7 +256,14 @@ class Consumer:
         self._is_cancelled_by_broker = True
 
     def _on_message(
-        self, subscription: Subscription, channel: Channel, method: Any, properties: Any, body: bytes
+        self,
+        subscription: Subscription,
+        channel: Channel,
+        method: Any,
+        properties: Any,
+        body: bytes,
+        *,
+        received_at: float | None = None,
     ) -> None:
         delivery = delivery_of(
             method,
@@ -265,6 +273,7 @@ class Consumer:
             names=self._names,
             session=self._session,
             channel_number=channel.channel_number,
+            received_at=received_at,
         )
         subscription.on_delivery(delivery)
 

@@ -15,16 +15,18 @@ DUE_HEADER = "x-darkroom-due"
 LEASE_HEADER = "x-darkroom-lease"
 CRASHES_HEADER = "x-darkroom-crashes"
 QUEUE_HEADER = "x-darkroom-queue"
+PRIORITY_HEADER = "x-darkroom-priority"
 COUNT_HEADER = "x-delivery-count"
 MAX_REASON_CHARS = 500
 MAX_QUEUE_CHARS = 100
+MAX_PRIORITY = 255  # an octet
 
 
 class Origin(NamedTuple):
     """The queue that a job was published to, empty where it is not known, and the priority that it was given.
 
-    Every copy of the message carries both: a retry returns to that queue, and is not overtaken there by what it had
-    passed.
+    Every copy of the message carries both. In a queue where messages wait for their time to be over the priority is a
+    header alone: RabbitMQ 4 expires only what it would deliver next, and an urgent message would hold up the others.
     """
 
     queue: str = ""
@@ -39,7 +41,8 @@ class Delivery:
     """One message under one delivery tag of one session.
 
     `since` is when it was parked and `due` when it is to be sent next, in epoch seconds; `reason` is why it was parked;
-    `received_at` is `time.monotonic()`. `is_leased`: the copy of a job that may still be running on some worker.
+    `received_at` is when it came, by `time.monotonic()`: the broker's consumer timeout runs from then on. `is_leased`:
+    the copy of a job that may still be running on some worker.
     `num_deliveries` is the broker's count of earlier deliveries of this copy that were returned, `num_crashes` our
     header's count of workers killed while they held earlier copies. Both are 0 outside our own queues. `trace` is the
     publisher's.
@@ -69,9 +72,17 @@ class Delivery:
 
 
 def delivery_of(
-    method: Any, properties: Any, body: bytes, *, queue: str, names: QueueNames, session: int, channel_number: int
+    method: Any,
+    properties: Any,
+    body: bytes,
+    *,
+    queue: str,
+    names: QueueNames,
+    session: int,
+    channel_number: int,
+    received_at: float | None = None,
 ) -> Delivery:
-    """Build the delivery from what pika passes to a consumer of `queue`."""
+    """Build the delivery from what pika passes to a consumer of `queue`, now unless it was `received_at` earlier."""
     headers, now = properties.headers, int(time.time())
     # In a queue of jobs our headers could only be a publisher's own. The broker's count is right there, where it is a
     # quorum queue, and of no use: what was returned moves to `recover`.
@@ -88,15 +99,24 @@ def delivery_of(
         session=session,
         tag=method.delivery_tag,
         channel_number=channel_number,
-        received_at=time.monotonic(),
+        received_at=time.monotonic() if received_at is None else received_at,
         # In the jobs' queue the header could only be a publisher's own.
         is_leased=queue == names.recover and LEASE_HEADER in headers,
         due=float(whole_number(headers.get(DUE_HEADER), default=0)),
         reason=str(headers.get(REASON_HEADER, ""))[:MAX_REASON_CHARS],
         num_crashes=whole_number(counts.get(CRASHES_HEADER), default=0),
         trace=TraceContext.from_headers(headers),
-        origin=Origin(came_by, properties.priority),
+        origin=Origin(came_by, priority_of(properties)),
     )
+
+
+def priority_of(properties: Any) -> int | None:
+    """Return the priority that a message or the one that it is a copy of was published with."""
+    if properties.priority is not None:
+        return int(properties.priority)
+    # Also in a queue of jobs, where a retried job has it: a publisher's own gives what the property would.
+    carried = whole_number(properties.headers.get(PRIORITY_HEADER), default=MAX_PRIORITY + 1)
+    return carried if carried <= MAX_PRIORITY else None
 
 
 def whole_number(given: Any, *, default: int) -> int:

@@ -14,6 +14,7 @@ comes just while the last place is taken waits for the next, which is free withi
 broker sorts by count up to the moment of the start.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,12 +23,16 @@ from worker.amqp.fair_share import FairShare
 
 
 class Message(NamedTuple):
-    """A message as pika passes it on: `method` is of a delivery or of the answer to a get."""
+    """A message as pika passes it on: `method` is of a delivery or of the answer to a get.
+
+    `received_at` is when it came, by `time.monotonic()`.
+    """
 
     queue: str
     method: Any
     properties: Any
     body: bytes
+    received_at: float
 
 
 class Intake:
@@ -93,7 +98,7 @@ class Intake:
 
     def _get(self, queue: str) -> Message | None:
         method, properties, body = self._channel.basic_get(queue)
-        return None if method is None else Message(queue, method, properties, body)
+        return None if method is None else Message(queue, method, properties, body, time.monotonic())
 
     def _wait_for_first(self, empty: set[str]) -> None:
         for queue in empty - self._consumers.keys():
@@ -101,6 +106,6 @@ class Intake:
 
     def _on_message_of(self, queue: str) -> Callable[..., None]:
         def keep(_channel: Channel, method: Any, properties: Any, body: bytes) -> None:
-            self._arrived[queue] = Message(queue, method, properties, body)
+            self._arrived[queue] = Message(queue, method, properties, body, time.monotonic())
 
         return keep

@@ -22,6 +22,7 @@ from worker.amqp.delivery import (
     LEASE_HEADER,
     MAX_REASON_CHARS,
     NO_ORIGIN,
+    PRIORITY_HEADER,
     QUEUE_HEADER,
     REASON_HEADER,
     SINCE_HEADER,
@@ -89,8 +90,11 @@ class Publisher:
             headers[CRASHES_HEADER] = num_crashes
         if origin.queue and origin.queue != self._names.jobs:
             headers[QUEUE_HEADER] = origin.queue
+        priority = origin.priority
+        if priority is not None and self._names.is_waiting(queue_name):
+            headers[PRIORITY_HEADER], priority = priority, None
         headers |= trace.headers
-        self._call(partial(self._publish, queue_name, body, headers, origin.priority))
+        self._call(partial(self._publish, queue_name, body, headers, priority))
 
     def depths(self) -> dict[str, int]:
         """Return the number of ready messages by queue. Raises `PublishFailed`."""

@@ -111,6 +111,10 @@ class QueueNames:
         """Names of all queues."""
         return tuple(self.arguments)
 
+    def is_waiting(self, name: str) -> bool:
+        """Return whether messages stay in the queue until their time to live is over."""
+        return "x-message-ttl" in self.arguments.get(name, {})
+
     def _waiting(self, delay_seconds: float, *, then: str) -> dict[str, Any]:
         return _QUORUM | {"x-message-ttl": int(delay_seconds * 1000)} | self._dead_lettering(to=then)
 

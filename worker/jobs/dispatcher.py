@@ -34,7 +34,7 @@ LEASE_RECHECK_SECONDS = 1.0
 
 class Dispatcher:
     """Owner of the job threads. The consuming thread calls the `on_…` methods, which never block: all that waits for
-    the broker, the store or the engine runs on job threads."""
+    the broker, the store or the engine runs on job threads. `num_taken` counts the deliveries from queues of jobs."""
 
     def __init__(
         self,
@@ -68,6 +68,7 @@ class Dispatcher:
         self._threads = ThreadPoolExecutor(num_threads + NUM_SPARE_THREADS, thread_name_prefix="job")
         self._crashes = CrashCounter()
         self._num_tasks = 0
+        self.num_taken = 0
         self._tasks_lock = threading.Lock()
 
     @property
@@ -88,6 +89,8 @@ class Dispatcher:
     def on_delivery(self, delivery: Delivery) -> None:
         """Attach to a running job, move to `recover`, dead-letter, or start a job. Never blocks, as the consuming
         thread also sends heartbeats."""
+        is_from_jobs = delivery.queue in self._names.job_queues
+        self.num_taken += is_from_jobs
         try:
             decoded = decode_any(delivery.body, self._rules)
         except Undecodable as error:
@@ -95,7 +98,7 @@ class Dispatcher:
             return
 
         # A message that was delivered before may be what killed a worker: it moves to where deliveries are counted.
-        is_recovered = delivery.is_redelivered and delivery.queue in self._names.job_queues
+        is_recovered = delivery.is_redelivered and is_from_jobs
         if is_recovered and decoded.task_id not in self._runs:
             self._submit(self._settler.move, delivery, self._names.recover)
         elif delivery.queue == self._names.recover:

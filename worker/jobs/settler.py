@@ -107,11 +107,14 @@ class Settler:
             self.settle(delivery, Disposition.ACK)
 
     def publish_until_confirmed(self, publish: Callable[[], None]) -> None:
-        """Call `publish` until the broker confirms it. Raises `PublishFailed` only once the worker is stopping."""
+        """Call `publish` until the broker confirms it. Raises `PublishFailed` only once the worker is stopping.
+
+        A stopping worker calls it twice: where the connection had died unseen, the second call opens another.
+        """
         tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(PublishFailed),
             wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),
-            stop=tenacity.stop_when_event_set(self._is_draining),
+            stop=tenacity.stop_all(tenacity.stop_after_attempt(2), tenacity.stop_when_event_set(self._is_draining)),
             sleep=tenacity.sleep_using_event(self._is_draining),
             reraise=True,
         )(publish)

@@ -405,7 +405,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         name="A31",
         fault="a job of the second queue loses its worker and then meets trouble, again and again",
-        answer="each retry returns to its own queue with its priority, and its dead letter knows both",
+        answer="each retry returns to its own queue, and its dead letter knows that and its priority",
         tests=(
             f"{QUEUES}::test_a_job_returns_to_the_queue_it_came_from_with_its_priority_also_behind_a_killed_worker",
         ),
@@ -414,6 +414,9 @@ ROWS: tuple[Row, ...] = (
                 "worker/amqp/topology.py", "return jobs if jobs in self.others else self.jobs", "return self.jobs"
             ),
             Mutation("worker/amqp/publisher.py", "            priority=priority,\n", ""),
+            Mutation(
+                "worker/amqp/publisher.py", "headers[PRIORITY_HEADER], priority = priority, None", "priority = None"
+            ),
         ),
     ),
 )

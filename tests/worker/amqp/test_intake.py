@@ -1,9 +1,11 @@
 """Several queues by weight, on the real broker: what is taken, in which order, and how much is held."""
 
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pika
@@ -14,6 +16,8 @@ from examples.parts.rabbitmq import RabbitMQ
 from tests.support.world import eventually
 from worker.amqp.consumer import Broadcast, Consumer, WeightedSubscription
 from worker.amqp.delivery import Delivery
+from worker.amqp.fair_share import FairShare
+from worker.amqp.intake import Intake, Message
 from worker.amqp.topology import QueueNames
 
 PLACES = 4
@@ -206,3 +210,46 @@ def test_within_a_queue_priorities_count_up_to_the_start(rabbitmq: RabbitMQ) -> 
     assert last.origin == (taker.ordinary, 9)
     taker.consumer.close()
     taker.connection.close()
+
+
+class EmptyChannel:
+    """A channel to queues that are empty until `deliver`."""
+
+    channel_number = 1
+
+    def __init__(self) -> None:
+        self._consumers: dict[str, Any] = {}
+
+    def basic_qos(self, *, prefetch_count: int) -> None:
+        """Deliver as the test says."""
+
+    def basic_get(self, _queue: str) -> tuple[None, None, None]:
+        return None, None, None
+
+    def basic_consume(self, queue: str, on_message: Any) -> str:
+        self._consumers[queue] = on_message
+        return queue
+
+    def basic_cancel(self, _tag: str) -> None:
+        """Deliver as the test says."""
+
+    def deliver(self, queue: str, tag: int) -> None:
+        self._consumers[queue](self, SimpleNamespace(delivery_tag=tag), None, b"")
+
+
+def test_a_message_that_waits_for_a_place_came_when_it_was_delivered() -> None:
+    """A lease is taken by that time: the broker's consumer timeout does not wait for the place."""
+    channel, started = EmptyChannel(), list[Message]()
+    share = FairShare((QueueWeight("express", 3), QueueWeight("ordinary", 1)))
+    intake = Intake(channel, share, 1, started.append)
+    intake.fill()
+    channel.deliver("express", 1)
+    channel.deliver("ordinary", 2)
+    delivered_at = time.monotonic()
+
+    intake.fill()
+    intake.settled(1)
+    intake.fill()
+
+    assert [message.queue for message in started] == ["express", "ordinary"]
+    assert all(message.received_at <= delivered_at for message in started)

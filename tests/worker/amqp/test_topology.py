@@ -7,7 +7,7 @@ import pika
 import pytest
 
 from worker.amqp.content_headers import Properties
-from worker.amqp.delivery import CRASHES_HEADER, QUEUE_HEADER, Delivery, Origin, delivery_of
+from worker.amqp.delivery import CRASHES_HEADER, PRIORITY_HEADER, QUEUE_HEADER, Delivery, Origin, delivery_of
 from worker.amqp.topology import RETRY_DELAYS_SECONDS, QueueNames
 
 ONE, TWO = QueueNames("jobs"), QueueNames("jobs", others=("jobs.express",))
@@ -51,6 +51,21 @@ def delivered(queue: str, priority: int | None = None, **headers: Any) -> Delive
 def test_a_delivery_knows_the_queue_and_the_priority_that_it_was_published_with() -> None:
     assert delivered("jobs.express", 9).origin == Origin("jobs.express", 9)
     assert delivered("jobs").origin == Origin("jobs", None)
+
+
+@pytest.mark.parametrize(("carried", "priority"), [(7, 7), (0, 0), (255, 255), (256, None), (-1, None), ("9", None)])
+def test_a_copy_that_waited_has_its_priority_in_a_header(carried: Any, priority: int | None) -> None:
+    for queue in ("jobs", "jobs.recover"):
+        assert delivered(queue, **{PRIORITY_HEADER: carried}).origin.priority == priority
+    assert delivered("jobs.recover", 3, **{PRIORITY_HEADER: carried}).origin.priority == 3
+
+
+def test_a_queue_is_waiting_where_messages_leave_it_by_the_clock() -> None:
+    waiting = {name for name in TWO.everything if TWO.is_waiting(name)}
+
+    retries = {TWO.retry(delay, jobs) for jobs in TWO.job_queues for delay in RETRY_DELAYS_SECONDS}
+    assert waiting == {"jobs.lease", *retries}
+    assert not TWO.is_waiting("another's")
 
 
 def test_a_copy_s_origin_is_its_header_and_that_of_a_publisher_counts_for_nothing() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
 
-from worker.amqp.delivery import ATTEMPT_HEADER, QUEUE_HEADER, REASON_HEADER, Origin, whole_number
+from worker.amqp.delivery import ATTEMPT_HEADER, QUEUE_HEADER, REASON_HEADER, Origin, priority_of, whole_number
 from worker.amqp.queue_browser import BrowsedMessage
 from worker.cli.exits import CommandFailed
 from worker.messages.decoder import decode_any
@@ -72,7 +72,7 @@ class DeadLetter:
     @property
     def origin(self) -> Origin:
         """Where its job was published to, and with which priority."""
-        return Origin(str(self.message.headers.get(QUEUE_HEADER, "")), self.message.properties.priority)
+        return Origin(str(self.message.headers.get(QUEUE_HEADER, "")), priority_of(self.message.properties))
 
     @property
     def died_at(self) -> datetime | None:
