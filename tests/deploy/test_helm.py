@@ -87,7 +87,7 @@ def test_chart_is_scaled_as_the_manifests_are(mode: str, kind: str) -> None:
     "values",
     [
         {"scaling": {"queues": ["image_generation", "express"]}},
-        {"scaling": {}, "settings": {"RABBITMQ_QUEUES": "express:3, image_generation:1"}},
+        {"scaling": {}, "settings": {"RABBITMQ_QUEUES": "express:3, image_generation:1,"}},
     ],
     ids=["named", "of the settings"],
 )

@@ -30,7 +30,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $queues = append $queues (splitList ":" . | first | trim) -}}
 {{- end -}}
 {{- end -}}
-{{- $queues | toJson -}}
+{{- compact $queues | toJson -}}
 {{- end -}}
 
 {{/* KEDA's triggers: the queues that need a worker. Over HTTP messages at work count too. */}}
