@@ -29,6 +29,7 @@ from inference.errors import RequestCancelled
 from tests.hostile.fuzzing import RULES, SEED
 from tests.hostile.raw_properties import Raw, damaged_properties, fuzzed_properties
 from worker.amqp.consumer import Broadcast, Consumer, Subscription
+from worker.amqp.delivery import NO_ORIGIN, Origin
 from worker.amqp.publisher import Publisher
 from worker.amqp.queue_browser import QueueBrowser
 from worker.amqp.topology import QueueNames
@@ -85,9 +86,15 @@ class FakeHandlers:
         return "delivered"
 
     def dead_letter(
-        self, body: bytes, reason: str, *, attempt: int | None = None, trace: TraceContext = NO_TRACE
+        self,
+        body: bytes,
+        reason: str,
+        *,
+        attempt: int | None = None,
+        origin: Origin = NO_ORIGIN,
+        trace: TraceContext = NO_TRACE,
     ) -> None:
-        self.publisher.publish(self.names.dead, body, attempt=attempt, reason=reason, trace=trace)
+        self.publisher.publish(self.names.dead, body, attempt=attempt, reason=reason, origin=origin, trace=trace)
         with self._lock:
             self.dead[body] += 1
 

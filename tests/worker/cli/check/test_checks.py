@@ -128,6 +128,8 @@ def declare(rabbitmq: RabbitMQ, queue: str, **arguments: Any) -> None:
     channel.queue_declare(queue, durable=True, **arguments)
     channel.basic_publish("", queue, b"a job", pika.BasicProperties(delivery_mode=2))
     connection.close()
+    # A quorum queue and a stream count their messages a moment later.
+    eventually(lambda: queue in rabbitmq.queues() and rabbitmq.queues()[queue].ready == 1)
 
 
 @pytest.fixture(scope="module")
