@@ -92,7 +92,7 @@ class ModelSettings(Section):
     safety_checker: bool = Field(
         False,
         validation_alias="SAFETY_CHECKER",
-        description="`on` fails jobs whose pictures the checkpoint's own safety checker flags",
+        description="`True` fails jobs whose pictures the checkpoint's own safety checker flags",
     )
 
     _split = field_validator("controlnets", mode="before")(split_commas)

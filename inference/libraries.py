@@ -18,4 +18,5 @@ def engine_needs() -> list[str]:
     if not missing:
         return []
     names = ", ".join(missing[:NUM_NAMED]) + (" …" if len(missing) > NUM_NAMED else "")
-    return [f"the engine is not installed here ({names}): pip install 'darkroom-worker[engine]'"]
+    cure = "install the extra `engine`, in a checkout by pip install '.[engine]'"
+    return [f"the engine is not installed here ({names}): {cure}"]

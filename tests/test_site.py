@@ -1,5 +1,6 @@
 """The site of docs/: it builds without a broken link, finds what readers look for, and needs nothing from elsewhere."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -68,6 +69,15 @@ def test_a_nested_list_stays_nested(site: Path) -> None:
 def test_files_outside_of_docs_are_on_the_site(site: Path) -> None:
     assert "amqplib" in (site / "source" / "examples" / "node" / "publisher.mjs.html").read_text()
     assert (site / "source" / "examples" / "index.html").is_file()
+
+
+def test_the_changelog_is_on_the_site_and_not_in_its_search(site: Path) -> None:
+    index = json.loads((site / "search" / "search_index.json").read_text())
+
+    found = {entry["location"].partition("#")[0] for entry in index["docs"]}
+    assert (site / "source" / "CHANGELOG.html").is_file()
+    assert "source/CHANGELOG.html" not in found
+    assert "source/CONTRIBUTING.html" in found
 
 
 @pytest.mark.parametrize("link", ["nowhere.md", "messages.md#nowhere", "../examples/nowhere.py", "/messages.md"])

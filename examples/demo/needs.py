@@ -19,7 +19,8 @@ def missing_needs() -> list[str]:
     """Return a sentence for each thing that is missing: what it is, and what to install."""
     needs = []
     if missing := missing_packages():
-        needs.append(f"Python packages are missing ({', '.join(missing)}): pip install 'darkroom-worker[demo]'")
+        cure = "install the extra `demo`, in a checkout by pip install '.[demo]'"
+        needs.append(f"Python packages are missing ({', '.join(missing)}): {cure}")
     try:
         Installation().script("rabbitmq-server")
         Installation().epmd()

@@ -30,6 +30,7 @@ from tests.support import prometheus_rule
 from tests.support.paths import ROOT
 from tests.support.promql import DEPLOY, PROMETHEUS, alert_rules
 from worker.amqp.topology import QueueNames
+from worker.cli.check.broker_versions import TESTED
 from worker.wiring import EXTRA_PREFETCH
 
 SETTINGS = {
@@ -157,6 +158,12 @@ def test_prometheus_scrapes_the_workers_and_the_broker() -> None:
         assert services()[name]["environment"]["METRICS_PORT"] == str(PORT)
     assert jobs["rabbitmq"]["static_configs"] == [{"targets": ["rabbitmq:15692"]}]
     assert "rabbitmq_prometheus" in (DEPLOY / "rabbitmq" / "enabled_plugins").read_text()
+
+
+def test_the_broker_is_the_newest_that_the_tests_run_on() -> None:
+    major, minor = TESTED[-1]
+
+    assert services()["rabbitmq"]["image"] == f"rabbitmq:{major}.{minor}-management"
 
 
 def test_every_file_and_volume_that_is_mounted_exists() -> None:
@@ -309,7 +316,7 @@ def test_the_kustomization_has_every_file_but_the_examples() -> None:
 
 
 def test_pod_has_the_required_variables_and_no_unknown_one() -> None:
-    assert set(configured()) <= set(SETTINGS)
+    assert set(configured()) <= {*SETTINGS, "HF_TOKEN"}
     assert set(configured()) >= REQUIRED
     sources = [next(iter(source.values()))["name"] for source in container()["envFrom"]]
     assert sources == ["darkroom", "darkroom"]
@@ -364,6 +371,25 @@ def test_keda_counts_the_queues_that_need_a_worker_by_what_a_worker_takes(kind: 
     assert set(values) == {NAMES.jobs, NAMES.recover, NAMES.outbox}
     assert values[NAMES.jobs] == values[NAMES.recover] == 2 * num_taken
     assert {trigger["metadata"]["protocol"] for trigger in spec["triggers"]} == {"http"}
+
+
+def test_the_scaled_job_finds_all_it_refers_to_where_it_stands_instead_of_the_files_it_names() -> None:
+    folder, example = DEPLOY / "kubernetes", "scaledjob.example.yaml"
+    comment = (folder / example).read_text().split("apiVersion", 1)[0]
+    replaced = set(re.findall(r"\w+\.yaml", comment))
+    resources = manifests()["Kustomization", ""]["resources"]
+    files = [name for name in resources if name not in replaced] + [example]
+    objects = [one for name in files for one in yaml.safe_load_all((folder / name).read_text())]
+    names = {(one["kind"], one["metadata"]["name"]) for one in objects}
+    [scaled] = [one["spec"] for one in objects if one["kind"] in ("ScaledJob", "ScaledObject")]
+    job_pod = scaled["jobTargetRef"]["template"]["spec"]
+
+    assert replaced == {"deployment.yaml", "scaledobject.yaml", "poddisruptionbudget.yaml"} <= set(resources)
+    assert {("TriggerAuthentication", trigger["authenticationRef"]["name"]) for trigger in scaled["triggers"]} <= names
+    assert ("ServiceAccount", job_pod["serviceAccountName"]) in names
+    assert ("ConfigMap", job_pod["containers"][0]["envFrom"][0]["configMapRef"]["name"]) in names
+    claims = [volume["persistentVolumeClaim"] for volume in job_pod["volumes"] if "persistentVolumeClaim" in volume]
+    assert {("PersistentVolumeClaim", claim["claimName"]) for claim in claims} <= names
 
 
 def test_keda_owns_the_number_of_the_deployment_s_pods() -> None:
@@ -428,7 +454,19 @@ def test_the_pods_are_scraped_under_the_name_the_alerts_know() -> None:
 # --- All of them
 
 
-def test_the_alert_for_missing_consumers_names_the_queues_that_need_some() -> None:
-    [pattern] = {found for rule in alert_rules() for found in re.findall(r'queue=~"(image[^"]+)"', rule["expr"])}
+def test_the_alert_for_missing_consumers_names_the_queues_that_need_some_and_the_one_that_all_workers_consume() -> None:
+    [rule] = [rule["expr"] for rule in alert_rules() if rule["alert"] == "DarkroomNoConsumer"]
+    [needing] = re.findall(r'queue=~"([^"]+)"', rule)
 
-    assert [name for name in NAMES.everything if re.fullmatch(pattern, name)] == [NAMES.jobs, NAMES.recover]
+    assert [name for name in NAMES.everything if re.fullmatch(needing, name)] == [NAMES.jobs, NAMES.recover]
+    assert re.findall(r'consumers\{queue="([^"]+)"', rule) == [NAMES.recover]
+
+
+def test_the_documented_pattern_for_several_queues_matches_each_of_them_and_none_of_the_worker_s_but_recover() -> None:
+    names = QueueNames(NAMES.jobs, others=("express",))
+    [section] = re.findall(
+        r"^### DarkroomNoConsumer\n(.+?)^###", (ROOT / "docs" / "operating.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    [pattern] = re.findall(r'queue=~"([^"]+)"', section)
+
+    assert {name for name in names.everything if re.fullmatch(pattern, name)} == {*names.job_queues, names.recover}

@@ -1,5 +1,6 @@
 """The Helm chart, rendered by Helm's own library: right by the schemas, and the same as the manifests beside it."""
 
+import re
 import tomllib
 from functools import cache
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 from tests.deploy.test_deploy import CUSTOM_KINDS, SETTINGS, custom_object, manifests
 from tests.support.helm import CHART, helm
 from tests.support.paths import ROOT
+from worker.amqp.topology import QueueNames
 
 pytest.importorskip("helm_python", reason="Helm's library is there for x86-64 alone")
 
@@ -22,7 +24,10 @@ INSTANCE = {"app.kubernetes.io/instance": "darkroom"}
 @cache
 def objects(mode: str) -> dict[tuple[str, str], Any]:
     """Render the release `darkroom` with a scaling mode; map its objects by kind and name."""
-    rendered = helm({"scaling": {"mode": mode}})["rendered"]
+    return loaded(helm({"scaling": {"mode": mode}})["rendered"])
+
+
+def loaded(rendered: dict[str, str]) -> dict[tuple[str, str], Any]:
     texts = [text for name, text in rendered.items() if not name.endswith(".txt")]
     found = [one for text in texts for one in yaml.safe_load_all(text) if one]
     return {(one["kind"], one["metadata"]["name"]): one for one in found}
@@ -77,6 +82,40 @@ def test_chart_is_scaled_as_the_manifests_are(mode: str, kind: str) -> None:
     assert objects(mode)[authentication]["spec"] == manifests()[authentication]["spec"]
 
 
+@pytest.mark.parametrize("mode", ["scaledObject", "scaledJob"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"scaling": {"queues": ["image_generation", "express"]}},
+        {"scaling": {}, "settings": {"RABBITMQ_QUEUES": "express:3, image_generation:1,"}},
+    ],
+    ids=["named", "of the settings"],
+)
+def test_each_queue_of_jobs_calls_for_workers_and_the_shared_ones_once(values: dict[str, Any], mode: str) -> None:
+    made = helm(values | {"scaling": values["scaling"] | {"mode": mode}})
+    [scaled] = [one for one in yaml.safe_load_all(made["rendered"]["darkroom/templates/scaling.yaml"]) if one]
+    triggers = [trigger["metadata"] for trigger in scaled["spec"]["triggers"]]
+    names = QueueNames("image_generation", others=("express",))
+
+    assert [kind for kind in CUSTOM_KINDS if kind.lower() == mode.lower()] == [scaled["kind"]]
+    assert sorted((trigger["queueName"], trigger["value"]) for trigger in triggers) == sorted(
+        [*((name, "24") for name in (*names.job_queues, names.recover)), (names.outbox, "100000")]
+    )
+    assert CUSTOM_KINDS[scaled["kind"]].model_validate(custom_object(scaled))
+
+
+def test_queue_that_no_worker_could_have_is_refused() -> None:
+    assert "/scaling/queues/0" in helm({"scaling": {"queues": ["express:3"]}})["error"]
+
+
+def test_notes_say_what_a_check_beside_a_worker_costs() -> None:
+    notes = {mode: helm({"scaling": {"mode": mode}})["rendered"]["darkroom/templates/NOTES.txt"] for mode in MODES}
+
+    for mode, text in notes.items():
+        assert ("darkroom check" in text) == ("second time" in text) == (mode != "scaledJob")
+        assert "/health/ready" in text
+
+
 def test_other_objects_are_those_of_the_manifests_with_the_release_s_labels() -> None:
     made = objects("scaledObject")
 
@@ -96,6 +135,14 @@ def test_mode_without_keda_has_a_number_of_replicas_and_needs_none_of_its_kinds(
     assert objects("none")["Deployment", "darkroom"]["spec"]["replicas"] == 1
     assert "replicas" not in objects("scaledObject")["Deployment", "darkroom"]["spec"]
     assert {kind for kind, _ in objects("none")} & {"ScaledObject", "ScaledJob", "TriggerAuthentication"} == set()
+
+
+def test_the_example_of_the_secret_has_what_the_values_promise() -> None:
+    text = (CHART / "values.yaml").read_text()
+    [promise] = re.findall(r"^# A Secret with (.+?)\nexistingSecret", text, re.MULTILINE | re.DOTALL)
+    promised = set(re.findall(r"[A-Z]+_[A-Z_]+", promise))
+
+    assert promised == set(manifests()["Secret", "darkroom"]["stringData"])
 
 
 def test_values_reach_the_settings_and_are_known() -> None:
@@ -123,3 +170,26 @@ def test_chart_names_the_version_of_the_worker() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
     assert yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"] == version
+
+
+def test_documented_values_for_two_nodes_with_two_gpus_each_render_what_the_section_says() -> None:
+    text = (ROOT / "docs" / "operating.md").read_text()
+    [section] = re.findall(r"^## Kubernetes, two nodes with two GPUs each\n(.+?)^## ", text, re.MULTILINE | re.DOTALL)
+    [given] = re.findall(r"^```yaml\n(.+?)^```", section, re.MULTILINE | re.DOTALL)
+    values = yaml.safe_load(given)
+    made = helm(values)
+    assert "error" not in made, made["error"]
+    assert made["lint"]["errors"] == []
+    specs = {key: one.get("spec") for key, one in loaded(made["rendered"]).items()}
+    scaled, claim = specs["ScaledJob", "darkroom"], specs["PersistentVolumeClaim", "darkroom-models"]
+    [container] = scaled["jobTargetRef"]["template"]["spec"]["containers"]
+
+    assert set(values["settings"]) <= set(SETTINGS)
+    assert scaled["maxReplicaCount"] == 2 * 2
+    assert container["args"] == ["run", "--exit-when-idle", str(values["scaling"]["idleSeconds"])]
+    assert container["image"] == "registry.example.com/darkroom:cuda"
+    assert container["resources"] == values["resources"]
+    assert (claim["storageClassName"], claim["accessModes"]) == ("nfs", ["ReadWriteMany"])
+    assert {kind for kind, _ in specs} & {"PodMonitor", "PrometheusRule", "Deployment"} == set()
+    chart = CHART.relative_to(ROOT)
+    assert f"helm install darkroom {chart} --namespace images --values two-nodes.yaml" in section

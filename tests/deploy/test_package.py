@@ -135,7 +135,7 @@ def test_check_without_the_engine_tries_the_services_and_says_what_it_did_not_tr
     assert {part for part, row in rows.items() if row["state"] == "not tried"} == MACHINE
     assert {row["state"] for part, row in rows.items() if part not in MACHINE} == {"good"}
     assert "the engine is not installed here (torch, " in rows["model"]["detail"]
-    assert "pip install 'darkroom-worker[engine]'" in rows["model"]["detail"]
+    assert "install the extra `engine`, in a checkout by pip install '.[engine]'" in rows["model"]["detail"]
 
 
 @pytest.mark.parametrize("words", [["run"], ["generate", "a fox", "-o", "fox.png"]])
@@ -146,7 +146,7 @@ def test_a_command_that_draws_says_in_one_sentence_that_the_engine_is_missing(
 
     assert done.returncode == 2
     assert done.stdout.startswith("Not started: the engine is not installed here (torch, ")
-    assert done.stdout.endswith("): pip install 'darkroom-worker[engine]'\n")
+    assert done.stdout.endswith("): install the extra `engine`, in a checkout by pip install '.[engine]'\n")
     assert done.stdout.count("\n") == 1
 
 
@@ -156,6 +156,6 @@ def test_the_demo_says_what_it_is_missing_before_it_starts_anything(site: Path, 
     packages, broker = done.stdout.splitlines()
     assert done.returncode == 2
     assert packages.startswith("Not started: Python packages are missing (torch, ")
-    assert packages.endswith("matplotlib): pip install 'darkroom-worker[demo]'")
+    assert packages.endswith("matplotlib): install the extra `demo`, in a checkout by pip install '.[demo]'")
     assert "apt-get install rabbitmq-server" in broker
     assert list(tmp_path.iterdir()) == []

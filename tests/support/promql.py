@@ -18,7 +18,7 @@ PROMETHEUS = DEPLOY / "prometheus"
 VARIABLES = {"$job": ".*", "$instance": ".*", "$__rate_interval": "5m"}
 # Labels that a scrape adds, and the buckets' own.
 SCRAPE_LABELS = frozenset({"job", "instance"})
-SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",), "info": ("_info",)}
 
 _SELECTOR = re.compile(r"\b(darkroom_\w+)\s*(?:\{([^}]*)\})?")
 _MATCHER = re.compile(r'(\w+)\s*(?:=~|!~|!=|=)\s*"')
@@ -58,13 +58,16 @@ def alert_rules() -> list[dict[str, Any]]:
 
 def samples() -> dict[str, frozenset[str]]:
     """Return every sample a worker may expose, with its own labels."""
+    metrics = Metrics()
+    metrics.set_build(model="any")  # the labels of an `Info` are those of its values
     found = {}
-    for collector in vars(Metrics()).values():
-        if not hasattr(collector, "describe") or not hasattr(collector, "_labelnames"):
+    for collector in vars(metrics).values():
+        if not hasattr(collector, "collect") or not hasattr(collector, "_labelnames"):
             continue
-        [family] = collector.describe()
+        [family] = collector.collect()
+        values = {label for sample in family.samples for label in sample.labels} if family.type == "info" else set()
         for suffix in SUFFIXES[family.type]:
-            own = set(collector._labelnames) | ({"le"} if suffix == "_bucket" else set())
+            own = {*collector._labelnames, *values} | ({"le"} if suffix == "_bucket" else set())
             found[family.name + suffix] = frozenset(own)
     return found
 

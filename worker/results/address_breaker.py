@@ -1,4 +1,4 @@
-"""The circuit breaker for a wrong backend address, which rejects every event whatever is in it.
+"""The circuit breaker for wrong backend addresses, which reject every event whatever is in it.
 
 A single event that is answered 400 or 404 is a dead letter. Several in a row, with none accepted between, mean a host
 that Django's ALLOWED_HOSTS lacks, a path twice in the address, or a redirect: the results of more jobs would be lost.
@@ -44,48 +44,62 @@ def explain_status(status: int, setting: str = DEFAULT_SETTING) -> str:
 
 
 class AddressBreaker:
-    """Open once `REFUSALS_TO_OPEN` different events were rejected in a row, until one is accepted. Thread-safe.
+    """Open at an address once it rejected `REFUSALS_TO_OPEN` different events in a row, until it accepts one.
 
-    While it is open, a rejection concerns the address and not the event.
+    Thread-safe. Addresses are known by the settings that name them. While the breaker is open at one, a rejection there
+    concerns the address and not the event; what another accepts is no evidence on it.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._refused: set[str] = set()
-        self.is_open = False
-        self._opened_at = 0.0
-        self._status = 0
-        self._setting = DEFAULT_SETTING
+        self._refused: dict[str, set[str]] = {}
+        self._statuses: dict[str, int] = {}
+        # One for all addresses: with a rhythm each, two that are open might never have a trial together.
+        self._resting_since = 0.0
 
     @property
     def reason(self) -> str:
         """Why the worker takes no jobs; empty while it takes them."""
         with self._lock:
-            is_resting = (self._clock() - self._opened_at) % (REST_SECONDS + TRIAL_SECONDS) < REST_SECONDS
-            if not self.is_open or not is_resting:
+            is_resting = (self._clock() - self._resting_since) % (REST_SECONDS + TRIAL_SECONDS) < REST_SECONDS
+            open_at = [setting for setting in self._refused if self._is_open(setting)]
+            if not open_at or not is_resting:
                 return ""
-            answers = f"HTTP {self._status} to {len(self._refused)} ends in a row, none taken"
-            return f"the backend refuses this worker: {answers}; {explain_status(self._status, self._setting)}"
+            return f"the backend refuses this worker: {'; '.join(map(self._explain, open_at))}"
+
+    def is_open(self, setting: str = DEFAULT_SETTING) -> bool:
+        """Return whether the breaker is open at the address that `setting` names."""
+        with self._lock:
+            return self._is_open(setting)
 
     def refuse(self, webhook_id: str, status: int, setting: str = DEFAULT_SETTING) -> None:
         """Count an event that the backend answered with `status`, at the address that `setting` names."""
         with self._lock:
-            is_new = webhook_id not in self._refused
-            was_open = self.is_open
-            self._refused.add(webhook_id)
-            self._status, self._setting = status, setting
-            self.is_open = was_open or len(self._refused) >= REFUSALS_TO_OPEN
-            if is_new and self.is_open:
+            was_open = self._is_open(setting)
+            refused = self._refused.setdefault(setting, set())
+            is_new = webhook_id not in refused
+            refused.add(webhook_id)
+            self._statuses[setting] = status
+            is_open = self._is_open(setting)
+            if is_new and is_open:
                 # A repeated rejection must not postpone the next trial.
-                self._opened_at = self._clock()
-        if self.is_open and not was_open:
+                self._resting_since = self._clock()
+        if is_open and not was_open:
             log_event(logger, "breaker open", logging.ERROR, part="the backend", reason=self.reason)
 
-    def accept(self) -> None:
-        """Close: the backend accepted an event."""
+    def accept(self, setting: str = DEFAULT_SETTING) -> None:
+        """Close at the address that `setting` names: it accepted an event."""
         with self._lock:
-            was_open, self.is_open = self.is_open, False
-            self._refused.clear()
+            was_open = self._is_open(setting)
+            self._refused.pop(setting, None)
         if was_open:
-            log_event(logger, "breaker closed", part="the backend")
+            log_event(logger, "breaker closed", part="the backend", setting=setting)
+
+    def _is_open(self, setting: str) -> bool:
+        return len(self._refused.get(setting, ())) >= REFUSALS_TO_OPEN
+
+    def _explain(self, setting: str) -> str:
+        status = self._statuses[setting]
+        answers = f"HTTP {status} to {len(self._refused[setting])} ends in a row at {setting}, none taken"
+        return f"{answers}; {explain_status(status, setting)}"

@@ -138,7 +138,7 @@ class Notifier:
     def send_once(self, event: TerminalEvent) -> WebhookAttempt:
         """Send the webhook once; count the attempt and report it to the breakers.
 
-        A status that rejects the event is a retry where the address breaker is open: the backend rejects every event.
+        A status that rejects the event is a retry while its address rejects every event: the breaker is open at it.
         """
         attempt = self._send(event)
         self._metrics.webhooks.labels(event.kind.value, attempt.result.name.lower()).inc()
@@ -151,10 +151,11 @@ class Notifier:
         if attempt.result is WebhookResult.DELIVERED:
             self._failing.discard(event.kind)
             self.accepted_at[event.kind] = time.monotonic()
-            self.address_breaker.accept()
+            self.address_breaker.accept(attempt.setting)
         elif attempt.status in ADDRESS_STATUSES:
             self.address_breaker.refuse(event.webhook.webhook_id, cast(int, attempt.status), attempt.setting)
-            return replace(attempt, result=WebhookResult.RETRY) if self.address_breaker.is_open else attempt
+            if self.address_breaker.is_open(attempt.setting):
+                return replace(attempt, result=WebhookResult.RETRY)
         return attempt
 
     def _send(self, event: TerminalEvent) -> WebhookAttempt:
@@ -166,7 +167,7 @@ class Notifier:
 
     def is_permanent_failure(self, attempt: WebhookAttempt, age_seconds: float) -> bool:
         """Return whether an event of that age is to be dead-lettered after `attempt`, given the address breaker."""
-        if attempt.status == 404 and self.address_breaker.is_open:
+        if attempt.status == 404 and self.address_breaker.is_open(attempt.setting):
             return age_seconds > MAX_AGE_SECONDS
         return is_permanent_failure(attempt, age_seconds)
 

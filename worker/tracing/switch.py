@@ -15,7 +15,7 @@ PREFIX = "OTEL_"
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 HTTP = "http/protobuf"
-INSTALL = "pip install 'darkroom-worker[tracing]'"
+INSTALL = "install the extra `tracing`, in a checkout by pip install '.[tracing]'"
 
 
 class TracingUnavailable(Exception):

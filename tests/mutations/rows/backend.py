@@ -289,8 +289,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/results/address_breaker.py",
-                "self.is_open = was_open or len(self._refused) >= REFUSALS_TO_OPEN",
-                "self.is_open = False",
+                "return len(self._refused.get(setting, ())) >= REFUSALS_TO_OPEN",
+                "return False",
             ),
         ),
         also=(
@@ -328,5 +328,19 @@ ROWS: tuple[Row, ...] = (
         also=(
             "tests/worker/results/test_result_urls.py::test_every_image_of_the_event_is_presigned_and_the_event_is_not_changed",
         ),
+    ),
+    Row(
+        name="D24",
+        fault="the address of its own that one kind has is wrong, and the other kind's is right",
+        answer="what the right one takes closes nothing: not ready, with the setting, and no end more is a dead letter",
+        tests=(
+            f"{REFUSALS}::"
+            "test_address_that_refuses_every_end_opens_the_breaker_while_another_address_accepts_its_own[405]",
+            f"{REFUSALS}::test_parked_end_is_no_dead_letter_after_another_address_accepted_an_end",
+        ),
+        without=(
+            Mutation("worker/results/address_breaker.py", "self._refused.pop(setting, None)", "self._refused.clear()"),
+        ),
+        also=(f"{REFUSALS}::test_two_addresses_that_refuse_every_end_are_both_named_and_share_their_trials",),
     ),
 )

@@ -22,6 +22,8 @@ NESTED_ITEM = re.compile(rf"^( +)(?={ITEM})", re.MULTILINE)
 # The search of a page that is opened as a file needs it in place of a web worker; material would load it from a CDN.
 SHIM = ROOT / "node_modules" / "iframe-worker" / "shim" / "index.js"
 SHIM_URI = "assets/iframe-worker.js"
+# It names everything, and would be found before the page that says it.
+CHANGELOG = str(SOURCE / "CHANGELOG.md")
 IMAGES = {".png", ".jpg", ".svg"}
 # What a folder's page links to; folders in it and weights it only names.
 SHOWN = {".md", ".py", ".mjs", ".php", ".rb", ".go", ".java", ".json", ".yaml", ".toml", ".txt", ".sh"}
@@ -51,6 +53,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Point links at the site's copies, and write lists as Python-Markdown wants them."""
+    if page.file.src_uri == CHANGELOG:
+        page.meta["search"] = {"exclude": True}
     parts = FENCE.split(markdown)
     parts[::2] = [with_lists(with_links(page.file.src_uri, part)) for part in parts[::2]]
     return "".join(parts)

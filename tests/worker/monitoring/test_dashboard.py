@@ -131,7 +131,9 @@ def test_alert_rules_fire_as_their_unit_tests_expect() -> None:
 
 
 @pytest.mark.parametrize("rule", alert_rules(), ids=lambda rule: rule["alert"])
-def test_every_alert_has_a_unit_test_that_fires_it_one_that_does_not_and_a_section(rule: dict[str, object]) -> None:
+def test_every_alert_has_a_unit_test_that_fires_it_one_that_does_not_a_section_and_a_row(
+    rule: dict[str, object],
+) -> None:
     stories = yaml.safe_load((PROMETHEUS / "alerts_test.yaml").read_text())["tests"]
     # What a story expects of the alert in the end; before that one waits for its time.
     ends = [
@@ -144,8 +146,11 @@ def test_every_alert_has_a_unit_test_that_fires_it_one_that_does_not_and_a_secti
     notes: dict[str, str] = rule["annotations"]  # type: ignore[assignment]
     assert set(notes) == {"summary", "description", "runbook"}
     path, anchor = notes["runbook"].split("#")
-    headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(), re.MULTILINE)
+    page = (ROOT / path).read_text()
+    headings = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
     assert anchor in {heading.lower().replace(" ", "-") for heading in headings}
+    answer = "pages" if rule["labels"]["severity"] == "critical" else "waits"  # type: ignore[index]
+    assert f"\n| [{rule['alert']}](#{anchor}) | {answer} | " in page
 
 
 def test_the_documentation_has_a_line_for_every_metric_and_every_idle_reason() -> None:

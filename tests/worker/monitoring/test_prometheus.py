@@ -5,6 +5,7 @@ The worker has an engine without torch: all that is scraped is the supervisor's.
 
 import json
 import math
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import start_light_worker
 from tests.support.promql import PROMETHEUS, alert_rules, dashboard_queries
 from tests.support.world import HANG_SECONDS, World, eventually, new_world
+from worker.amqp.topology import QueueNames
 
 NUM_JOBS = 2
 # A machine without a GPU shows nothing of one.
@@ -191,25 +193,30 @@ def test_the_broker_shows_each_queues_messages_and_consumers_as_the_alert_asks_f
         if job["job_name"] == "rabbitmq"
     ]
 
-    # When three jobs wait and nobody consumes
+    # When three jobs wait that nobody consumes, and a worker consumes `recover`
+    names = QueueNames(queue_name)
     connection = pika.BlockingConnection(pika.URLParameters(rabbitmq.url))
     channel = connection.channel()
-    channel.queue_declare(queue_name, durable=True)
+    for name in (names.jobs, names.dead, names.recover):
+        channel.queue_declare(name, durable=True, arguments=names.arguments[name])
     for _ in range(3):
         channel.basic_publish("", queue_name, b"{}")
-    connection.close()
+    channel.basic_consume(names.recover, lambda *_: None)
 
-    # Then the two samples of the alert say so, with the labels they are joined by
-    def shown() -> dict[str, float]:
+    # Then the two samples of the alert say so, with the label they are joined by
+    def shown() -> dict[tuple[str, str], float]:
+        connection.process_data_events()
         url = f"http://127.0.0.1:{broker_metrics}{job['metrics_path']}"
         lines = requests.get(url, params=job["params"], timeout=120).text.splitlines()
-        wanted = f'{{vhost="/",queue="{queue_name}"}}'
-        return {line.split(wanted)[0]: float(line.split()[-1]) for line in lines if wanted in line}
+        samples = [re.fullmatch(r'(\w+){vhost="/",queue="(.+)"} (\S+)', line) for line in lines]
+        return {(found[2], found[1]): float(found[3]) for found in samples if found}
 
     eventually(
         lambda: (
-            shown().get("rabbitmq_detailed_queue_messages_ready") == 3
-            and shown().get("rabbitmq_detailed_queue_consumers") == 0
+            shown().get((names.jobs, "rabbitmq_detailed_queue_messages_ready")) == 3
+            and shown().get((names.jobs, "rabbitmq_detailed_queue_consumers")) == 0
+            and shown().get((names.recover, "rabbitmq_detailed_queue_consumers")) == 1
         ),
         lambda: str(shown()),
     )
+    connection.close()

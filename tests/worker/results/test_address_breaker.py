@@ -1,9 +1,11 @@
 """Ends refused in a row: a wrong address, which costs no more pictures; a single one is its own event's refusal."""
 
+from dataclasses import replace
+
 import pytest
 
-from clients.webhooks import WebhookAttempt, WebhookResult
-from tests.worker.results.test_notifier import FAILING, NAMES, TAKEN, Parts, ScriptedClient, complete
+from clients.webhooks import Webhook, WebhookAttempt, WebhookKind, WebhookResult
+from tests.worker.results.test_notifier import FAILING, NAMES, TAKEN, Parts, ScriptedClient, complete, failed
 from tests.worker.test_breakers import Clock
 from worker.results.address_breaker import (
     ADDRESS_STATUSES,
@@ -15,6 +17,16 @@ from worker.results.address_breaker import (
 from worker.results.notifier import MAX_AGE_SECONDS
 
 MANY = 2 * REFUSALS_TO_OPEN
+UNKNOWN = WebhookAttempt(WebhookResult.RETRY, 404, None, "HTTP 404", is_ambiguous=False)
+
+
+class ClientOfTwoAddresses(ScriptedClient):
+    """Answers its script to `complete`, and accepts every `failed`, at an address of each kind's own."""
+
+    def send(self, webhook: Webhook, *, deadline_seconds: float) -> WebhookAttempt:
+        if webhook.kind is WebhookKind.FAILED:
+            return replace(TAKEN, setting="WEBHOOK_FAILED_URL")
+        return replace(super().send(webhook, deadline_seconds=deadline_seconds), setting="WEBHOOK_COMPLETE_URL")
 
 
 def refused(status: int) -> WebhookAttempt:
@@ -37,15 +49,14 @@ def test_ends_refused_in_a_row_open_the_breaker_and_stop_dead_lettering(status: 
 
 
 def test_generation_unknown_for_minutes_is_not_dead_lettered_where_all_are_unknown() -> None:
-    unknown = WebhookAttempt(WebhookResult.RETRY, 404, None, "HTTP 404", is_ambiguous=False)
-    parts = Parts(ScriptedClient(unknown))
-    assert parts.notifier.is_permanent_failure(unknown, 61)
+    parts = Parts(ScriptedClient(UNKNOWN))
+    assert parts.notifier.is_permanent_failure(UNKNOWN, 61)
 
     notify_many(parts)
 
     assert "BACKEND_API_URL" in parts.notifier.address_breaker.reason
-    assert not parts.notifier.is_permanent_failure(unknown, 3600)
-    assert parts.notifier.is_permanent_failure(unknown, MAX_AGE_SECONDS + 1)
+    assert not parts.notifier.is_permanent_failure(UNKNOWN, 3600)
+    assert parts.notifier.is_permanent_failure(UNKNOWN, MAX_AGE_SECONDS + 1)
 
 
 def test_accepted_end_resets_the_count() -> None:
@@ -58,8 +69,7 @@ def test_accepted_end_resets_the_count() -> None:
 
 
 def test_end_refused_repeatedly_counts_once() -> None:
-    unknown = WebhookAttempt(WebhookResult.RETRY, 404, None, "HTTP 404", is_ambiguous=False)
-    parts = Parts(ScriptedClient(unknown))
+    parts = Parts(ScriptedClient(UNKNOWN))
 
     for _ in range(MANY):
         parts.notifier.send_once(complete("same"))
@@ -80,7 +90,7 @@ def test_errors_between_refusals_neither_count_nor_reset_the_count() -> None:
 
     notify_many(parts, 4 * MANY)
 
-    assert parts.notifier.address_breaker.is_open
+    assert parts.notifier.address_breaker.is_open()
 
 
 def test_the_breaker_closes_with_the_first_end_that_is_taken() -> None:
@@ -106,7 +116,7 @@ def test_jobs_are_consumed_for_a_moment_at_intervals_while_the_breaker_is_open()
     assert breaker.reason
     clock.now += 2
     assert breaker.reason == ""
-    assert breaker.is_open
+    assert breaker.is_open()
 
     # And it ends by itself, or with the next one refused
     clock.now += TRIAL_SECONDS
@@ -115,6 +125,52 @@ def test_jobs_are_consumed_for_a_moment_at_intervals_while_the_breaker_is_open()
     assert breaker.reason == ""
     breaker.refuse("another:complete", 404)
     assert breaker.reason
+
+
+@pytest.mark.parametrize("status", [405, 410])
+def test_address_that_refuses_every_end_opens_the_breaker_while_another_address_accepts_its_own(status: int) -> None:
+    parts = Parts(ClientOfTwoAddresses(refused(status)))
+
+    ends = []
+    for number in range(MANY):
+        ends += notify_many(parts, number + 1)[number:]
+        assert parts.notifier.notify(failed(f"other-{number}")) == "delivered"
+
+    assert ends == ["refused"] * (REFUSALS_TO_OPEN - 1) + ["parked"] * (MANY - REFUSALS_TO_OPEN + 1)
+    assert f"HTTP {status} to {MANY} ends in a row at WEBHOOK_COMPLETE_URL" in parts.notifier.address_breaker.reason
+    parts.client.script = [TAKEN]
+    assert parts.notifier.notify(complete()) == "delivered"
+    assert parts.notifier.address_breaker.reason == ""
+
+
+def test_parked_end_is_no_dead_letter_after_another_address_accepted_an_end() -> None:
+    parts = Parts(ClientOfTwoAddresses(UNKNOWN))
+    notify_many(parts)
+
+    parts.notifier.notify(failed())
+
+    unknown = parts.notifier.send_once(complete())
+    assert not parts.notifier.is_permanent_failure(unknown, 3600)
+    # At an address that accepts ends it is the event that is unknown.
+    assert parts.notifier.is_permanent_failure(replace(UNKNOWN, setting="WEBHOOK_FAILED_URL"), 3600)
+
+
+def test_two_addresses_that_refuse_every_end_are_both_named_and_share_their_trials() -> None:
+    clock = Clock()
+    breaker = AddressBreaker(clock)
+    for setting in ("WEBHOOK_COMPLETE_URL", "WEBHOOK_FAILED_URL"):
+        clock.now += REST_SECONDS / 2
+        for number in range(REFUSALS_TO_OPEN):
+            breaker.refuse(f"task-{number}:event", 410, setting)
+
+    assert "look at WEBHOOK_COMPLETE_URL" in breaker.reason
+    assert "look at WEBHOOK_FAILED_URL" in breaker.reason
+    clock.now += REST_SECONDS
+    assert breaker.reason == ""
+    clock.now += TRIAL_SECONDS
+    breaker.accept("WEBHOOK_FAILED_URL")
+    assert "WEBHOOK_COMPLETE_URL" in breaker.reason
+    assert "WEBHOOK_FAILED_URL" not in breaker.reason
 
 
 def test_refused_token_does_not_count_as_a_wrong_address() -> None:

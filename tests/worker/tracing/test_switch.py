@@ -75,7 +75,7 @@ def test_a_worker_without_the_extra_says_what_to_install() -> None:
 
     assert ended.stdout == "Tracing\n"
     assert "is set, but OpenTelemetry is not installed" in ended.stderr
-    assert "pip install 'darkroom-worker[tracing]'" in ended.stderr
+    assert "install the extra `tracing`, in a checkout by pip install '.[tracing]'" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 

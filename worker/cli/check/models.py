@@ -57,7 +57,8 @@ def check_cutout(settings: ImageSettings) -> str:
         return "no CUTOUT_MODEL: products need alpha of their own"
     # The libraries of the extra `cutout`.
     if not all(importlib.util.find_spec(library) for library in ("rembg", "onnxruntime")):
-        raise CheckFailed("CUTOUT_MODEL is set, but rembg is not installed: pip install 'darkroom-worker[cutout]'")
+        cure = "install the extra `cutout`, in a checkout by pip install '.[cutout]'"
+        raise CheckFailed(f"CUTOUT_MODEL is set, but rembg is not installed: {cure}")
     image = Image.new("RGBA", (SIDE_PX, SIDE_PX), "white")
     ImageDraw.Draw(image).ellipse((64, 64, 192, 192), fill=(120, 40, 30))
     began_at = time.monotonic()

@@ -22,18 +22,34 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{ .Values.settings.RABBITMQ_QUEUE | default "image_generation" }}
 {{- end -}}
 
+{{/* The queues of jobs, as a JSON list: `scaling.queues`, or what the settings name. */}}
+{{- define "darkroom.queues" -}}
+{{- $queues := .Values.scaling.queues -}}
+{{- if not $queues -}}
+{{- range splitList "," (.Values.settings.RABBITMQ_QUEUES | default (include "darkroom.queue" .)) -}}
+{{- $queues = append $queues (splitList ":" . | first | trim) -}}
+{{- end -}}
+{{- end -}}
+{{- compact $queues | toJson -}}
+{{- end -}}
+
 {{/* KEDA's triggers: the queues that need a worker. Over HTTP messages at work count too. */}}
 {{- define "darkroom.triggers" -}}
-{{- $root := . -}}
-{{- range $suffix, $value := dict "" .Values.scaling.messagesPerWorker ".recover" .Values.scaling.messagesPerWorker ".outbox" 100000 }}
+{{- $name := include "darkroom.name" . -}}
+{{- $own := include "darkroom.queue" . -}}
+{{- $messages := dict (printf "%s.recover" $own) .Values.scaling.messagesPerWorker (printf "%s.outbox" $own) 100000 -}}
+{{- range include "darkroom.queues" . | fromJsonArray -}}
+{{- $_ := set $messages . $.Values.scaling.messagesPerWorker -}}
+{{- end -}}
+{{- range $queue, $value := $messages }}
 - type: rabbitmq
   metadata:
     protocol: http
     mode: QueueLength
-    queueName: {{ include "darkroom.queue" $root }}{{ $suffix }}
+    queueName: {{ $queue }}
     value: {{ $value | toString | quote }}
   authenticationRef:
-    name: {{ include "darkroom.name" $root }}
+    name: {{ $name }}
 {{- end }}
 {{- end -}}
 
