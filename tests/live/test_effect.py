@@ -86,15 +86,15 @@ def events_of(worker: Worker, name: str, job: Job) -> list[dict[str, Any]]:
 # --- A worker is frozen while others do its job and a newer one
 
 
-def in_a_step(station: Station, worker: Worker, _job: Job) -> None:
-    worker.process.send_signal(signal.SIGSTOP)
+def in_a_step(_station: Station, worker: Worker, _job: Job) -> None:
+    freeze_now(worker)
 
 
 def before_the_image(station: Station, worker: Worker, job: Job) -> None:
     """Freeze before the image: its request is lost, and made anew once the worker resumes."""
 
     def freeze(link: Link) -> None:
-        worker.process.send_signal(signal.SIGSTOP)
+        freeze_now(worker)
         link.reset()
 
     station.store.when(station.put_of_image(job), do=freeze)
@@ -120,12 +120,21 @@ def behind_the_record(station: Station, worker: Worker, job: Job) -> None:
 
 
 def freezes(worker: Worker) -> Callable[[Link], None]:
-    return lambda _link: worker.process.send_signal(signal.SIGSTOP)
+    return lambda _link: freeze_now(worker)
+
+
+def freeze_now(worker: Worker) -> None:
+    """Return once no thread of the worker runs: the signal only queues the stop."""
+    worker.process.send_signal(signal.SIGSTOP)
+    eventually(partial(is_frozen, worker), worker.log_tail)
 
 
 def is_frozen(worker: Worker) -> bool:
-    status = Path(f"/proc/{worker.process.pid}/stat").read_text()
-    return status.rpartition(")")[2].split()[0] == "T"
+    threads = Path(f"/proc/{worker.process.pid}/task").glob("*/stat")
+    try:
+        return all(status.read_text().rpartition(")")[2].split()[0] == "T" for status in threads)
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # a thread ended meanwhile
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ class FairShare:
 
     Each queue has a virtual time, at which its next message is due; starting one moves it on by 1 / weight. The queue
     that is due first is next, of several the one of the largest weight. So, among queues that have messages, the starts
-    of each are its share of the weights, to within one message of each other queue, and a queue of weight w waits for
-    no more than W / w starts, W the sum of all weights. A queue that was empty is due now rather than when it would
-    have been: it gets its share from its first message on, and nothing for the time in which it wanted none.
+    of each are its share of the weights, to within one message of each other queue. A queue of weight w has one of any
+    W / w starts and one more for each other queue, W the sum of all weights: with 3 and 1, one of five. A queue that
+    was empty is due now rather than when it would have been: it gets its share from its first message on, and nothing
+    for the time in which it wanted none.
     """
 
     def __init__(self, queues: Sequence[QueueWeight]) -> None:

@@ -352,7 +352,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         name="A28",
         fault="workers are stopped in mid job, whose queue has a time to live, a length or a delivery limit",
-        answer="what they give back is a confirmed copy in .recover, which no limit of that queue drops or counts",
+        answer="a copy in .recover, where the broker confirms it, takes its place: no limit drops or counts it",
         tests=(
             f"{QUEUES}::test_deployments_in_mid_job_lose_it_in_no_queue_and_count_in_none[classic]",
             f"{QUEUES}::test_a_deployment_while_the_queue_is_full_loses_no_job_in_hand[classic]",

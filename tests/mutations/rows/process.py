@@ -260,8 +260,8 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "B20",
-        "it was frozen between the record and the webhook",
-        "it looks whether the end was reported since: one call",
+        "it was frozen between the record and the webhook, before it last looked at the record",
+        "it looks whether the end was reported since: one call; frozen behind that look, it repeats the webhook-id",
         tests=(f"{THAWS}[behind_the_record]",),
         without=(Mutation("worker/results/notifier.py", "(bool(attempts) or is_old)", "bool(attempts)"),),
     ),
