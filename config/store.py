@@ -27,6 +27,9 @@ class StoreSettings(Section):
     secret_access_key: SecretStr | None = Field(
         None, validation_alias="AWS_SECRET_ACCESS_KEY", description="Secret of the access key"
     )
+    session_token: SecretStr | None = Field(
+        None, validation_alias="AWS_SESSION_TOKEN", description="Session token of a temporary access key, sent with it"
+    )
     bucket: str = Field(
         validation_alias="AWS_STORAGE_BUCKET_NAME",
         description="Private bucket: adapters, signatures, job records, products' stages",

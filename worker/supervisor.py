@@ -54,6 +54,8 @@ class Supervisor:
         self._probe = ConnectionProbe()
         self._dispatcher: Dispatcher | None = None
         self._consumer: Consumer | None = None
+        self._is_drained = threading.Event()
+        self._lease_thread = threading.Thread(target=self._renew_leases, name="leases", daemon=True)
         self._parts = Parts(settings, is_stopping=lambda: bool(self._num_signals) or self._parts.is_draining.is_set())
 
     def run(self) -> ExitCode:
@@ -136,10 +138,11 @@ class Supervisor:
         self._dispatcher = self._parts.dispatcher(facts, self._note_bug)
         self._consumer = self._parts.consumer(self._dispatcher, not_before=self._probe.retry_at)
         self._consumer.start()
-        threading.Thread(target=self._renew_leases, name="leases", daemon=True).start()
+        self._lease_thread.start()
 
     def _renew_leases(self) -> None:
-        while not self._parts.is_draining.wait(self._parts.leases.renew_every):
+        """Keep the leases until the last run is over: one that ran out in a long drain would count as a crash."""
+        while not self._is_drained.wait(self._parts.leases.renew_every):
             self._parts.lease_keeper.take_or_renew_all()
 
     def _tick(self) -> None:
@@ -168,6 +171,9 @@ class Supervisor:
         parts.engine.close()
         if self._dispatcher is not None:
             self._dispatcher.close()
+            self._is_drained.set()
+            # A note that it is just writing is given up after that: one left behind would count as a crash.
+            self._lease_thread.join(MIN_STOP_SECONDS)
         parts.progress.close()
         parts.previewer.close()
         if self._consumer is not None:

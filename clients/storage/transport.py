@@ -45,7 +45,9 @@ def s3_client(settings: StoreSettings) -> S3Client:
         "ignore_configured_endpoint_urls": True,
         "user_agent_extra": "darkroom",
     }
-    session = boto3.session.Session(key_id, secret)
+    # boto3 reads no token from the environment beside a key that it is given.
+    token = settings.session_token.get_secret_value() if key_id and settings.session_token else None
+    session = boto3.session.Session(key_id, secret, token)
     client = session.client(
         "s3", region_name=settings.region, endpoint_url=settings.endpoint_url, config=Config(**options)
     )

@@ -72,7 +72,6 @@ def test_near_name_is_named_with_the_setting_it_means(name: str, meant: str) -> 
         "RABBITMQ_PORT_5672_TCP_ADDR",
         "AWS_PROFILE",
         "AWS_DEFAULT_REGION",
-        "AWS_SESSION_TOKEN",
         "AWS_ROLE_ARN",
         "AWS_CONFIG_FILE",
         "AWS_CA_BUNDLE",

@@ -1,6 +1,7 @@
 """Jobs longer than the broker waits for an ack: one run, one end, and another worker's where theirs is gone."""
 
 import json
+import signal
 import time
 import uuid
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import long, start_light_worker
-from tests.support.world import World, new_world
+from tests.support.world import HANG_SECONDS, World, eventually, new_world
 from worker.amqp.delivery import LEASE_HEADER
 from worker.messages.identity import own_task_id
 
@@ -55,6 +56,32 @@ def test_a_job_longer_than_the_broker_waits_runs_once_beside_another_worker(worl
     assert len(world.backend.calls("complete", generation_id)) == 1
     assert sum(worker.metric("darkroom_denoise_lane_steps_total") for worker in workers) == LONG_LANE_STEPS
     assert not any(worker.events("broker connection lost") for worker in workers)
+
+
+def test_lease_is_kept_while_a_worker_that_stops_waits_for_its_job(world: World) -> None:
+    """One that ran out would count as a crash, and have the job drawn by another worker beside this one."""
+    task_id, folder = str(uuid.uuid4()), str(world.folder)
+    timeout = str(CONSUMER_TIMEOUT_SECONDS)
+    worker = start_light_worker(
+        world, RABBITMQ_CONSUMER_TIMEOUT_SECONDS=timeout, SHUTDOWN_GRACE_SECONDS="40", FAULTS_FOLDER=folder
+    )
+    generation_id = world.publish(task_id=task_id, prompt="hold@3")
+    eventually(lambda: bool(worker.events("on lease")), worker.log_tail)
+
+    worker.process.send_signal(signal.SIGTERM)
+    eventually(lambda: bool(worker.events("stopping")), worker.log_tail)
+    key, stopped_at = f"jobs/{task_id}.lease", time.time()
+    eventually(lambda: noted_until(world, key) > stopped_at + CONSUMER_TIMEOUT_SECONDS / 2, worker.log_tail)
+    (world.folder / f"go-{task_id}").touch()
+
+    assert worker.process.wait(HANG_SECONDS) == 0
+    assert world.wait_for_end(generation_id).kind == "complete"
+    assert world.keys(key) == []
+
+
+def noted_until(world: World, key: str) -> float:
+    note = world.store.client().get_object(Bucket=world.bucket, Key=key)["Body"].read()
+    return float(json.loads(note)["until"])
 
 
 def test_a_copy_waits_while_its_job_is_at_work_elsewhere_and_is_done_once_that_worker_is_gone(world: World) -> None:

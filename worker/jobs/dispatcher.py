@@ -70,6 +70,8 @@ class Dispatcher:
         self._num_tasks = 0
         self.num_taken = 0
         self._tasks_lock = threading.Lock()
+        self._closing = threading.Lock()
+        self._is_closed = False
 
     @property
     def has_tasks(self) -> bool:
@@ -84,6 +86,8 @@ class Dispatcher:
 
     def close(self) -> None:
         """Wait for the job threads to end."""
+        with self._closing:
+            self._is_closed = True
         self._threads.shutdown(wait=True)
 
     def on_delivery(self, delivery: Delivery) -> None:
@@ -173,8 +177,9 @@ class Dispatcher:
 
     def on_lost(self) -> None:
         """Note on all running jobs that they run here: the broker may now deliver them to other workers."""
-        if not self._is_draining.is_set():
-            self._submit(self._lease_keeper.note_all)
+        with self._closing:
+            if not self._is_closed:
+                self._submit(self._lease_keeper.note_all)
 
     def _submit(self, work: Callable[..., None], *args: object) -> None:
         self._count_tasks(1)

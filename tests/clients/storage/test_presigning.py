@@ -13,6 +13,7 @@ from clients.storage.client import Storage
 from clients.storage.errors import AccessDenied
 from clients.storage.location import ObjectRef
 from clients.storage.presigning import GOOGLE, SigningKey, presigned_url
+from clients.storage.transport import s3_client
 from config.store import StoreSettings
 from examples.parts.seaweedfs import SeaweedFS
 from tests.support.servers.google_stand_in import KEY_ID, SECRET, GoogleStandIn
@@ -140,6 +141,23 @@ def test_plain_url_has_no_query(store_settings: StoreSettings, ref: ObjectRef) -
 
     assert not storage.is_presigning
     assert storage.result_url(ref) == storage.public_url(ref)
+
+
+def test_session_token_of_the_settings_is_signed_and_sent(tmp_path: Path) -> None:
+    settings = StoreSettings(
+        AWS_STORAGE_BUCKET_NAME="media",  # type: ignore[call-arg]
+        AWS_ACCESS_KEY_ID=KEY_ID,
+        AWS_SECRET_ACCESS_KEY=SECRET,  # type: ignore[arg-type]
+        AWS_SESSION_TOKEN="a/token+==",  # type: ignore[arg-type]
+        RESULT_URL_MODE="presigned:60",
+        CACHE_DIR=tmp_path,
+    )
+
+    url = Storage(settings).result_url(ObjectRef("media", "a"))
+    sent = s3_client(settings).client.generate_presigned_url("get_object", {"Bucket": "media", "Key": "a"})
+
+    for each in (url, sent):
+        assert dict(parse_qsl(urlsplit(each).query))["X-Amz-Security-Token"] == "a/token+=="
 
 
 # --- Google

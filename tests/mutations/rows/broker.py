@@ -419,4 +419,17 @@ ROWS: tuple[Row, ...] = (
             ),
         ),
     ),
+    Row(
+        name="A32",
+        fault="a worker is told to stop, and its job on lease goes on for longer than a note holds",
+        answer="the note is renewed until the drain is over: no crash is counted, and no other worker draws the job",
+        tests=("tests/live/test_leases.py::test_lease_is_kept_while_a_worker_that_stops_waits_for_its_job",),
+        without=(
+            Mutation(
+                "worker/supervisor.py",
+                "while not self._is_drained.wait(self._parts.leases.renew_every):",
+                "while not self._parts.is_draining.wait(self._parts.leases.renew_every):",
+            ),
+        ),
+    ),
 )
