@@ -12,8 +12,9 @@ from clients.storage.client import Storage
 from config.settings import Settings
 from inference.process.engine_process import EngineProcess
 from inference.request import ModelFacts
-from worker.amqp.consumer import Broadcast, Consumer, Subscription, WeightedSubscription
+from worker.amqp.consumer import Consumer
 from worker.amqp.publisher import Publisher
+from worker.amqp.subscriptions import Broadcast, Subscription, WeightedSubscription
 from worker.amqp.topology import QueueNames
 from worker.breakers import BACKEND_THRESHOLD, STORE_THRESHOLD, Breaker, StoreGate
 from worker.jobs.cancellations import Cancellations

@@ -28,10 +28,11 @@ from examples.parts.rabbitmq import RabbitMQ
 from inference.errors import RequestCancelled
 from tests.hostile.fuzzing import RULES, SEED
 from tests.hostile.raw_properties import Raw, damaged_properties, fuzzed_properties
-from worker.amqp.consumer import Broadcast, Consumer, Subscription
+from worker.amqp.consumer import Consumer
 from worker.amqp.delivery import NO_ORIGIN, Origin
 from worker.amqp.publisher import Publisher
 from worker.amqp.queue_browser import QueueBrowser
+from worker.amqp.subscriptions import Broadcast, Subscription
 from worker.amqp.topology import QueueNames
 from worker.breakers import Breaker, StoreGate
 from worker.cli.dead.letters import read_letters

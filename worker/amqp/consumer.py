@@ -9,13 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pika.exceptions
 
-from config.broker import BrokerSettings, QueueWeight
+from config.broker import BrokerSettings
 from config.logs import log_event
 from worker.amqp.connection import (
     CLOSE_SECONDS,
@@ -33,39 +32,10 @@ from worker.amqp.delivery import Delivery, delivery_of
 from worker.amqp.error_messages import ErrorMessages, QueueUnusable
 from worker.amqp.fair_share import FairShare
 from worker.amqp.intake import Intake, Message
+from worker.amqp.subscriptions import Broadcast, Subscription, WeightedSubscription
 from worker.amqp.topology import QueueNames, ensure_fanout, ensure_queues
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Subscription:
-    """A queue to consume. `on_delivery` runs on the consuming thread: it must return at once and never raise.
-
-    `is_work`: deliveries stop while the consumer is paused.
-    """
-
-    queue: str
-    prefetch: int
-    on_delivery: Callable[[Delivery], None]
-    is_work: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class WeightedSubscription:
-    """Queues of work to consume by weight, at most `places` messages unsettled at once. `on_delivery` as above."""
-
-    queues: tuple[QueueWeight, ...]
-    places: int
-    on_delivery: Callable[[Delivery], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Broadcast:
-    """A fanout `exchange` whose every message is passed to `on_message` while connected, on the consuming thread."""
-
-    exchange: str
-    on_message: Callable[[bytes], None]
 
 
 class _SessionLost(Exception):

@@ -35,9 +35,10 @@ from tests.hostile.raw_properties import (
 )
 from tests.support.world import HANG_SECONDS, eventually
 from worker.amqp.connection import connect
-from worker.amqp.consumer import Broadcast, Consumer, Subscription
+from worker.amqp.consumer import Consumer
 from worker.amqp.content_headers import MAX_DEPTH, Properties
 from worker.amqp.delivery import Delivery
+from worker.amqp.subscriptions import Broadcast, Subscription
 from worker.amqp.topology import QueueNames
 
 NUM_FUZZED = 3000

@@ -10,8 +10,9 @@ import pytest
 from config.broker import BrokerSettings, QueueWeight
 from examples.parts.rabbitmq import RabbitMQ
 from tests.support.world import eventually
-from worker.amqp.consumer import Broadcast, Consumer, Subscription, WeightedSubscription
+from worker.amqp.consumer import Consumer
 from worker.amqp.declared import declared_arguments
+from worker.amqp.subscriptions import Broadcast, Subscription, WeightedSubscription
 from worker.amqp.topology import QueueNames
 
 SINGLE = {"x-single-active-consumer": True}

@@ -14,10 +14,11 @@ import pytest
 from config.broker import BrokerSettings, QueueWeight
 from examples.parts.rabbitmq import RabbitMQ
 from tests.support.world import eventually
-from worker.amqp.consumer import Broadcast, Consumer, WeightedSubscription
+from worker.amqp.consumer import Consumer
 from worker.amqp.delivery import Delivery
 from worker.amqp.fair_share import FairShare
 from worker.amqp.intake import Intake, Message
+from worker.amqp.subscriptions import Broadcast, WeightedSubscription
 from worker.amqp.topology import QueueNames
 
 PLACES = 4
