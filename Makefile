@@ -18,8 +18,9 @@ TEST_MARKS := /usr/bin/promtool $(CHROMIUM:%=/usr/bin/%) /usr/bin/exiftool \
 APT_INSTALL := $(SUDO) env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
 LANGUAGE_PACKAGES := php-cli php-amqplib ruby ruby-bunny golang-go golang-github-rabbitmq-amqp091-go-dev default-jdk-headless \
 	librabbitmq-client-java libjackson2-databind-java
-# A file's tests share its world, so a file stays with one process; conftest.py sorts the files.
-SHARED_OUT := -n 3 --dist loadfile --no-loadscope-reorder
+# A file's tests share its world, so a file stays with one process; conftest.py sorts the files. More processes than
+# cores: tests wait for servers half of the time.
+SHARED_OUT := -n 4 --dist loadfile --no-loadscope-reorder
 PYTHON312 ?= python3.12
 OUT ?= out/gpu
 REHEARSAL := $(CURDIR)/out/gpu-rehearsal
