@@ -256,14 +256,14 @@ def test_a_queue_declared_otherwise_is_found(setup: WorkingSetup) -> None:
 def test_queues_with_arguments_of_their_own_are_good_and_shown(setup: WorkingSetup) -> None:
     plain = f"test-{uuid.uuid4().hex[:12]}"
     quorum = {"x-queue-type": "quorum", "x-delivery-limit": 5, "x-dead-letter-exchange": "given-up"}
-    declare(setup.rabbitmq, plain, arguments={"x-max-priority": 5, "x-message-ttl": 60_000})
+    declare(setup.rabbitmq, plain, arguments={"x-max-priority": 5, "x-message-ttl": 86_400_000})
     declare(setup.rabbitmq, f"{plain}.express", arguments=quorum)
 
     found = setup.check(RABBITMQ_QUEUE=plain, RABBITMQ_QUEUES=f"{plain}.express:3,{plain}:1")
 
     assert parts(found, State.GOOD) == set(found)
     plainly, express = found["queue"].detail.split(f"{plain}.express is")
-    assert "x-max-priority: 5, x-message-ttl: 60000" in plainly
+    assert "x-max-priority: 5, x-message-ttl: 86400000" in plainly
     for said in ("x-dead-letter-exchange: given-up", "x-delivery-limit: 5", "x-queue-type: quorum"):
         assert said in express
 
