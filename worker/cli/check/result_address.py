@@ -24,6 +24,8 @@ def check_result_address(settings: StoreSettings) -> str:
     storage, probe = Storage(settings), ObjectRef(settings.results_bucket, f"{PROBE_PREFIX}{uuid.uuid4()}")
     plain = storage.public_url(probe).replace(probe.key, "generations/…")
     try:
+        # First: some stores create a missing bucket when its owner writes to it.
+        storage.check_bucket(probe.bucket)
         storage.put(probe, CONTENT, content_type="text/plain")
         url = storage.result_url(probe)
         is_temporary = "-Security-Token=" in url
