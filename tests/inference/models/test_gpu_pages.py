@@ -14,7 +14,7 @@ from tests.support.paths import ROOT
 BYTES_EACH = 2
 # What a card is sold as, less what its driver takes.
 GIB, DRIVER_BYTES = 1024**3, 500_000_000
-ROW = re.compile(r"^\| (\d+) GB \| (.*?) \| (.*?) \|$", re.MULTILINE)
+ROW = re.compile(r"^\| (\d+) GB(?: \(.*?\))? \| (.*?) \| (.*?) \|$", re.MULTILINE)
 PLACED = {"does not start": None, "parts take turns": Placement.OFFLOADED, "stays": Placement.RESIDENT}
 
 
