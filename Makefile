@@ -27,7 +27,7 @@ REHEARSAL := $(CURDIR)/out/gpu-rehearsal
 MACHINE_PYTHON ?= $(REHEARSAL)/machine/bin/python
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo styles overlays wheel house docs screenshots quick test check coverage outage leaks field languages faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
+.PHONY: help install demo styles overlays wheel house docs screenshots quick test long check coverage outage leaks field languages faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -97,6 +97,9 @@ quick: install ## Every test that needs no server, no model and no other program
 test: check node_modules/.package-lock.json ## Everything, on a real broker, a real object store and real models
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SHARED_OUT)
 
+long: install node_modules/.package-lock.json ## Everything, with the tests that take long, and those of every fault
+	OMP_NUM_THREADS=1 LONG=1 $(BIN)/pytest $(SHARED_OUT)
+
 # Killed processes say nothing of what they ran, so the figures are a little low.
 coverage: install node_modules/.package-lock.json ## Which branches the tests take, in workers and engines too; the pages land in out/coverage
 	rm -f .coverage .coverage.*
@@ -119,7 +122,7 @@ languages: install node_modules/.package-lock.json ## The publishers in PHP, Rub
 	$(BIN)/pytest tests/examples/test_publishers.py
 
 faults: install ## Every fault on the way to broker, store and backend, and in the process: those too that take long
-	OMP_NUM_THREADS=1 FAULTS_LONG=1 $(BIN)/pytest tests/faults/test_proxy.py tests/live/test_faults.py tests/live/test_faults_*.py \
+	OMP_NUM_THREADS=1 LONG=1 $(BIN)/pytest tests/faults/test_proxy.py tests/live/test_faults.py tests/live/test_faults_*.py \
 		tests/live/test_leases.py tests/live/test_batching.py tests/inference/process/test_engine_process.py tests/campaigns/test_campaigns.py
 
 # DEBIAN_MIRROR and UBUNTU_MIRROR are for where their own archives are not reached. MATRIX_MOUNTS (here:there, comma-separated)

@@ -18,7 +18,8 @@ from tests.campaigns.chaos import FaultSchedule
 from tests.campaigns.figures import Limits, checks
 from tests.campaigns.plans import Campaign
 from tests.campaigns.running import run
-from tests.faults.station import QUICK_RETRIES, long
+from tests.faults.station import QUICK_RETRIES
+from tests.support.long import long
 
 
 def short(campaign: Campaign, *schedules: FaultSchedule, **fields: Any) -> Campaign:

@@ -1,7 +1,4 @@
-"""A world whose workers reach broker, store and backend through proxies, and draw with an engine that waits on command.
-
-`FAULTS_LONG=1` (`make faults`) adds the tests that take long.
-"""
+"""A world whose workers reach broker, store and backend through proxies, with an engine that waits on command."""
 
 import hashlib
 import json
@@ -15,7 +12,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
 from PIL import Image
 
 from examples.parts.backend import WEBHOOKS
@@ -32,8 +28,6 @@ HEARTBEAT_SECONDS = 2
 # Where a test has to wait for it, the retry queue has this pause; a queue's name tells it.
 RETRY_SECONDS = 1
 QUICK_RETRIES = {"worker.amqp.topology:RETRY_DELAYS_SECONDS": [RETRY_SECONDS] * 4}
-
-long = pytest.mark.skipif("FAULTS_LONG" not in os.environ, reason="long: `make faults` runs it")
 
 
 class Job(NamedTuple):

@@ -11,9 +11,9 @@ import pytest
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
-from tests.faults.station import long
 from tests.support.engine.engine_requests import request_of
 from tests.support.images.parity import MIN_PSNR_DB, demo_adapter, psnr, solo
+from tests.support.long import long
 from tests.support.paths import DEMO_MODEL, ROOT
 from tests.support.world import Worker, World, eventually, new_world
 

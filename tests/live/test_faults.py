@@ -18,7 +18,8 @@ import pytest
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
-from tests.faults.station import long, stand_in_env, start_light_worker
+from tests.faults.station import stand_in_env, start_light_worker
+from tests.support.long import long
 from tests.support.world import HANG_SECONDS, Worker, World, eventually, new_world
 from worker.amqp.topology import QueueNames
 from worker.jobs.disposition import MAX_RECOVERIES

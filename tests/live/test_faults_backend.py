@@ -14,7 +14,8 @@ from config.backend import BackendSettings
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.proxy import DOWN, UP, Link, Sign
-from tests.faults.station import DONE, POST_OF_COMPLETE, Job, Station, answers, long, new_station
+from tests.faults.station import DONE, POST_OF_COMPLETE, Job, Station, answers, new_station
+from tests.support.long import long
 from tests.support.servers.clients_servers import AnsweringServer, Server, answer
 from tests.support.world import Worker, eventually
 from worker.results.address_breaker import REFUSALS_TO_OPEN

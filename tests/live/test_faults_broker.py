@@ -15,8 +15,9 @@ import pytest
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.proxy import DOWN, UP, Link, Proxy, Sign
-from tests.faults.station import HEARTBEAT_SECONDS, Job, Station, long, new_station
+from tests.faults.station import HEARTBEAT_SECONDS, Job, Station, new_station
 from tests.hostile.raw_properties import FROM_THE_FIELD, Raw
+from tests.support.long import long
 from tests.support.world import Worker, eventually
 from worker.amqp.connection import BLOCKED_TIMEOUT_SECONDS
 

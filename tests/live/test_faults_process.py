@@ -27,10 +27,10 @@ from tests.faults.station import (
     Job,
     Station,
     kills,
-    long,
     new_station,
     start_light_worker,
 )
+from tests.support.long import long
 from tests.support.paths import DEMO_MODEL
 from tests.support.world import HANG_SECONDS, Worker, eventually, new_world, shadow_modules
 from worker.jobs.disposition import MAX_RECOVERIES

@@ -9,7 +9,8 @@ import pytest
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.proxy import DOWN, UP, Link, Proxy, Sign
-from tests.faults.station import DONE, Job, Station, answers, long, new_station
+from tests.faults.station import DONE, Job, Station, answers, new_station
+from tests.support.long import long
 from tests.support.world import HANG_SECONDS, Worker, eventually
 
 CONSTANTS = {

@@ -12,7 +12,8 @@ import pytest
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
-from tests.faults.station import long, start_light_worker
+from tests.faults.station import start_light_worker
+from tests.support.long import long
 from tests.support.world import HANG_SECONDS, World, eventually, new_world
 from worker.amqp.delivery import LEASE_HEADER
 from worker.messages.identity import own_task_id

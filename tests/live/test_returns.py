@@ -5,7 +5,6 @@ runs this file, in its long form, on RabbitMQ 4.
 """
 
 import json
-import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -20,7 +19,8 @@ import pytest
 from config.broker import BrokerSettings
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
-from tests.faults.station import Job, long, start_light_worker
+from tests.faults.station import Job, start_light_worker
+from tests.support.long import IS_LONG, long
 from tests.support.world import Worker, World, eventually, new_world
 from worker.amqp.delivery import CRASHES_HEADER, LEASE_HEADER
 from worker.amqp.queue_browser import QueueBrowser
@@ -28,7 +28,6 @@ from worker.amqp.topology import DELIVERY_LIMIT, QueueNames, declare_queue
 from worker.cli.dead.letters import DeadLetter
 from worker.jobs.recovery import SUSPECT_CRASHES
 
-IS_LONG = "FAULTS_LONG" in os.environ
 # RabbitMQ 4's, and a lower one that a policy may set.
 BROKERS_LIMIT = 20 if IS_LONG else 6
 NUM_LOSSES = 40 if IS_LONG else BROKERS_LIMIT + 2

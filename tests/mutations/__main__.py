@@ -54,7 +54,7 @@ def check(row: Row) -> RowResult:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *options, *row.tests],
             cwd=folder,
-            env=os.environ | {"FAULTS_LONG": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)},
+            env=os.environ | {"LONG": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)},
             capture_output=True,
             text=True,
             check=False,

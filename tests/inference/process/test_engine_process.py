@@ -25,9 +25,9 @@ from inference.process.child_handle import ChildHandle
 from inference.process.engine_process import EngineProcess, EngineState, wait_until_ready
 from inference.process.health import MAX_CONSECUTIVE_CRASHES, MAX_CONSECUTIVE_FAULTS, ChildHealth
 from inference.request import Control, EngineLoad, GenerationResult, Source, StepReport
-from tests.faults.station import long
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.fake_child import EXIT_POISONED, NUM_SLOTS
+from tests.support.long import long
 from tests.support.paths import DEMO_MODEL, ROOT
 from tests.support.world import HANG_SECONDS, eventually
 from worker.metrics import Metrics
