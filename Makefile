@@ -25,6 +25,8 @@ PYTHON312 ?= python3.12
 OUT ?= out/gpu
 REHEARSAL := $(CURDIR)/out/gpu-rehearsal
 MACHINE_PYTHON ?= $(REHEARSAL)/machine/bin/python
+# Hundreds of processes are started; without it (images of Python set it) each would compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 CODE := worker inference watermark clients config examples tests benchmarks
 
 .PHONY: help install demo styles overlays wheel house docs screenshots quick test long check coverage outage leaks field languages faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
