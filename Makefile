@@ -117,11 +117,11 @@ coverage: install node_modules/.package-lock.json ## Which branches the tests ta
 outage: install ## The long form of one test: the backend is down for two minutes
 	OMP_NUM_THREADS=1 OUTAGE_SECONDS=120 $(BIN)/pytest tests/live/test_outage.py
 
-leaks: install ## The long form of another: 300 jobs with 40 adapters in 8 slots, memory and pictures looked at
-	OMP_NUM_THREADS=1 LEAK_JOBS=300 $(BIN)/pytest tests/live/test_leaks.py --log-cli-level=WARNING
+leaks: install ## Another that takes long: 300 jobs with 40 adapters in 8 slots, memory and pictures looked at
+	OMP_NUM_THREADS=1 LONG=1 LEAK_JOBS=300 $(BIN)/pytest tests/live/test_leaks.py --log-cli-level=WARNING
 
 field: install ## The backend that the worker was made for: its messages, its trainer's folders, its answers and faults
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/live/test_field.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 FIELD_STYLES=10 $(BIN)/pytest tests/live/test_field.py
 
 languages: install node_modules/.package-lock.json ## The publishers in PHP, Ruby, Go and Java: installs the four by apt and runs them against a real RabbitMQ
 	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(LANGUAGE_PACKAGES) >/dev/null
@@ -129,7 +129,7 @@ languages: install node_modules/.package-lock.json ## The publishers in PHP, Rub
 
 faults: install ## Every fault on the way to broker, store and backend, and in the process: those too that take long
 	OMP_NUM_THREADS=1 LONG=1 $(BIN)/pytest tests/faults/test_proxy.py tests/live/test_faults.py tests/live/test_faults_*.py \
-		tests/live/test_leases.py tests/live/test_batching.py tests/inference/process/test_engine_process.py tests/campaigns/test_campaigns.py
+		tests/live/test_leases.py tests/live/drawing/test_batching.py tests/inference/process/test_engine_process.py tests/campaigns/test_campaigns.py
 
 # DEBIAN_MIRROR and UBUNTU_MIRROR are for where their own archives are not reached. MATRIX_MOUNTS (here:there, comma-separated)
 # are shown to each root: a /etc/pip.conf, a file for /etc/apt/apt.conf.d, certificates. MACHINES names some of them, FRESH=1 makes all anew.

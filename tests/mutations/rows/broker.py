@@ -190,7 +190,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{FILE}::test_the_same_job_five_times_on_two_workers_has_one_end",),
         without=(Mutation("worker/jobs/handler.py", "        if end is None:\n", "        if True:\n"),),
         also=(
-            "tests/live/test_jobs.py::test_the_same_message_five_times_is_one_job",
+            "tests/live/drawing/test_jobs.py::test_the_same_message_five_times_is_one_job",
             f"{REAL_ENGINE}::test_a_record_in_the_ledger_wins_over_a_second_worker",
         ),
     ),
