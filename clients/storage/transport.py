@@ -4,9 +4,11 @@ import os
 from typing import Any, NamedTuple
 
 import boto3
+import botocore.session
 from botocore.awsrequest import AWSHTTPConnectionPool, AWSHTTPSConnectionPool
 from botocore.config import Config
 from botocore.httpsession import URLLib3Session
+from botocore.loaders import Loader
 
 from clients.deadline import current_timer, guarded_pools
 from clients.storage.google import GoogleXmlApi
@@ -18,6 +20,8 @@ READ_TIMEOUT_SECONDS = 10.0
 MAX_ATTEMPTS = 4
 # One for each job's thread, or threads close connections and repeat the TLS handshake.
 MAX_CONNECTIONS = 32
+# botocore's descriptions of S3, which each session of its own would read again: a tenth of a second.
+DESCRIPTIONS = Loader()
 
 
 class S3Client(NamedTuple):
@@ -47,7 +51,9 @@ def s3_client(settings: StoreSettings) -> S3Client:
     }
     # boto3 reads no token from the environment beside a key that it is given.
     token = settings.session_token.get_secret_value() if key_id and settings.session_token else None
-    session = boto3.session.Session(key_id, secret, token)
+    core = botocore.session.get_session()
+    core.register_component("data_loader", DESCRIPTIONS)
+    session = boto3.session.Session(key_id, secret, token, botocore_session=core)
     client = session.client(
         "s3", region_name=settings.region, endpoint_url=settings.endpoint_url, config=Config(**options)
     )

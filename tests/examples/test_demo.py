@@ -1,17 +1,54 @@
-"""`darkroom demo`, ended from outside: nothing of what it started stays behind."""
+"""`darkroom demo`: it draws what it promises, and ended from outside it leaves nothing behind."""
 
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from examples.demo.jobs import JOBS
+from examples.demo.main import ENDING_SIGNALS, run_demo
 from tests.examples.test_parts import processes_below
+from tests.support.long import long
 from tests.support.world import eventually, shadow_modules
 
 DARKROOM = Path(sys.executable).with_name("darkroom")
+
+
+@pytest.fixture
+def _signals_as_before() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_signals_as_before")
+def test_the_demo_draws_every_kind_of_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the fewest steps, and without another process's imports; the long form is as a user types it."""
+    assert run_demo(tmp_path / "out", [replace(job, steps=2) for job in JOBS]) == 0
+    assert_drawn(tmp_path / "out", capsys.readouterr().out)
+
+
+@long
+def test_the_demo_runs_to_its_end_and_draws_what_it_promises(tmp_path: Path) -> None:
+    env = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    done = subprocess.run([DARKROOM, "demo", "--out", "out"], env=env, cwd=tmp_path, capture_output=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert_drawn(tmp_path / "out", done.stdout.decode())
+
+
+def assert_drawn(out: Path, said: str) -> None:
+    assert "16 of 16 jobs complete" in said
+    for name in ("contact-sheet.png", "timeline.png"):
+        assert Image.open(out / name).width > 800
 
 
 def runs(begun: list[str], names: list[str]) -> bool:

@@ -8,10 +8,10 @@ from examples.parts.rabbitmq import RabbitMQ
 from tests.hostile.fuzzed_deliveries import run
 from tests.hostile.fuzzing import Tally, adapter_target, fuzz, pure_targets
 
-NUM_MESSAGES = 3000
-NUM_OTHERS = 1500
-NUM_ADAPTERS = 150
-NUM_DELIVERIES = 1000
+NUM_MESSAGES = 1000
+NUM_OTHERS = 500
+NUM_ADAPTERS = 50
+NUM_DELIVERIES = 300
 # A hostile input is refused in milliseconds; what it aims at takes minutes or gigabytes.
 MAX_SECONDS = 20.0
 MAX_GROWTH_MB = 200.0

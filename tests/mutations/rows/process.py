@@ -455,7 +455,7 @@ ROWS: tuple[Row, ...] = (
         "its children find their own modules, as it does: the working directory is not on their path",
         tests=(
             f"{LIVE}test_a_worker_started_in_a_folder_of_modules_with_its_own_names_draws",
-            "tests/worker/product/test_product.py::test_working_folder_with_modules_of_our_names_does_not_disturb_the_cutter",
+            "tests/worker/product/test_product.py::test_invalid_model_is_retried_and_reported_in_a_folder_of_modules_with_our_names",
         ),
         without=(
             Mutation("inference/process/child_handle.py", 'variables = {"PYTHONSAFEPATH": "1"}', "variables = {}"),

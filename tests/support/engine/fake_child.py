@@ -1,7 +1,8 @@
 """The engine's process without torch: the real child around an engine that obeys what it reads in the prompt.
 
 Words of a prompt like `poison@3` act when that request's step 3 begins; `refuse` makes `generate` raise.
-`MODEL_ID` is the path of a journal of the engine's calls and events: lines of process id, event and request id.
+`MODEL_ID` is the path of a journal of the engine's calls and events, or of a folder for it: lines of process id, event
+and request id.
 """
 
 import os
@@ -64,6 +65,8 @@ class FakeEngine:
 
     def __init__(self, settings: ModelSettings, on_load_report: OnLoadReport) -> None:
         self._journal = Path(settings.model_id)
+        if self._journal.is_dir():
+            self._journal /= "journal"
         if not self._journal.parent.is_dir():
             raise EngineStartFailed(f"no folder for {self._journal}")
         self._num_lanes = settings.max_concurrent_generations

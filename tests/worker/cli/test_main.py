@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,20 @@ def test_the_package_is_run_as_the_command_is() -> None:
     assert ended.stdout == f"darkroom {darkroom_version()}\n"
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_each_shell_is_given_a_script_and_completions(shell: str) -> None:
+def asked_of_a_process(**variables: str) -> str:
     env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     darkroom = str(Path(sys.executable).parent / "darkroom")
+    return subprocess.run(
+        [darkroom], env=env | variables, capture_output=True, text=True, timeout=120, check=False
+    ).stdout
 
-    def asked(**variables: str) -> str:
-        ended = subprocess.run(
-            [darkroom], env=env | variables, capture_output=True, text=True, timeout=120, check=False
-        )
-        return ended.stdout
 
+def asked_here(**variables: str) -> str:
+    return CliRunner().invoke(app, [], env=variables, prog_name="darkroom").stdout
+
+
+@pytest.mark.parametrize(("shell", "asked"), [("bash", asked_of_a_process), ("zsh", asked_here), ("fish", asked_here)])
+def test_each_shell_is_given_a_script_and_completions(shell: str, asked: Callable[..., str]) -> None:
     script = asked(_DARKROOM_COMPLETE=f"source_{shell}")
     typed_so_far = {"COMP_WORDS": "darkroom can", "COMP_CWORD": "1"} if shell == "bash" else {}
     others = {"_TYPER_COMPLETE_ARGS": "darkroom can", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}

@@ -20,6 +20,7 @@ from tests.support.world import eventually, shadow_modules
 from watermark.geometry import Position, Rect
 from watermark.product.compositing import compose
 from watermark.product.cutout import MAX_SIDE_PX, CutoutFailed, has_transparency, trim
+from watermark.product.cutout import check_cutout as is_cut_out
 from watermark.product.masks import product_mask, repaint_mask, restore_masked
 from watermark.product.placement import Layout, fitted_size, place_product
 from watermark.product.template_match import match_template
@@ -115,32 +116,29 @@ def test_isnet_model_gets_its_own_input_size(tmp_path: Path) -> None:
     assert abs(cut.width - 160) <= 8
 
 
-def test_image_without_a_detected_product_is_refused(model: Path) -> None:
-    with pytest.raises(JobFailed, match=r"product\.image_path: no product") as caught:
-        Cutter(model).cut(Image.new("RGBA", (90, 90), "white"), FIELD, wanted)
-
-    assert caught.value.code == "IMAGE_INVALID"
-
-
-def test_invalid_model_file_is_retried_and_logged(tmp_path: Path) -> None:
-    broken = tmp_path / "broken.onnx"
-    broken.write_bytes(b"no model")
-
-    with pytest.raises(CuttingFailed, match="INVALID_PROTOBUF") as failed:
-        Cutter(broken).cut(photo(), FIELD, wanted)
-
-    assert decide(failed.value, attempt=1).disposition is Disposition.RETRY
-    assert "cutting the product out failed 5 times" in decide(failed.value, attempt=5).message
+@pytest.mark.parametrize(
+    ("mask", "said"), [("#ffffff00", "no product was found in it"), ("#ffffffff", "nothing was found around")]
+)
+def test_image_without_a_detected_product_or_background_is_refused(mask: str, said: str) -> None:
+    with pytest.raises(CutoutFailed, match=said):
+        is_cut_out(Image.new("RGBA", (90, 90), mask))
 
 
-def test_working_folder_with_modules_of_our_names_does_not_disturb_the_cutter(
+def test_invalid_model_is_retried_and_reported_in_a_folder_of_modules_with_our_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In a working folder whose modules have our names, which do not disturb the cutter."""
     shadow_modules(tmp_path)
     monkeypatch.chdir(tmp_path)
 
-    with pytest.raises(CuttingFailed, match="INVALID_PROTOBUF"):
-        Cutter(tmp_path / "json.py").cut(photo(), FIELD, wanted)
+    with pytest.raises(CheckFailed, match="CUTOUT_MODEL") as checked:
+        check_cutout(ImageSettings.model_validate({"CUTOUT_MODEL": str(tmp_path / "json.py")}))
+
+    failed = checked.value.__cause__
+    assert isinstance(failed, CuttingFailed)
+    assert "INVALID_PROTOBUF" in str(failed)
+    assert decide(failed, attempt=1).disposition is Disposition.RETRY
+    assert "cutting the product out failed 5 times" in decide(failed, attempt=5).message
 
 
 def test_hanging_cutter_ends_at_its_deadline(tmp_path: Path) -> None:
@@ -148,8 +146,8 @@ def test_hanging_cutter_ends_at_its_deadline(tmp_path: Path) -> None:
     os.mkfifo(fifo)  # whoever opens it to read waits for a writer
     began_at = time.monotonic()
 
-    with pytest.raises(CuttingFailed, match="within 3 s"):
-        Cutter(fifo, deadline_seconds=3).cut(photo(), FIELD, wanted)
+    with pytest.raises(CuttingFailed, match="within 1 s"):
+        Cutter(fifo, deadline_seconds=1).cut(photo(), FIELD, wanted)
 
     assert time.monotonic() - began_at < 120
 
@@ -186,14 +184,9 @@ def test_missing_cutout_model_is_a_settings_error(monkeypatch: pytest.MonkeyPatc
         load_section(ImageSettings)
 
 
-def test_check_runs_the_cutout_model(model: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken.onnx"
-    broken.write_bytes(b"no model")
-
+def test_check_runs_the_cutout_model(model: Path) -> None:
     assert "cuts out, in" in check_cutout(ImageSettings.model_validate({"CUTOUT_MODEL": str(model)}))
     assert "alpha of their own" in check_cutout(ImageSettings.model_validate({}))
-    with pytest.raises(CheckFailed, match="CUTOUT_MODEL"):
-        check_cutout(ImageSettings.model_validate({"CUTOUT_MODEL": str(broken)}))
 
 
 # Placing
