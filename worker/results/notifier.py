@@ -23,7 +23,6 @@ from worker.results.address_breaker import ADDRESS_STATUSES, AddressBreaker
 from worker.results.ledger import Ledger
 from worker.results.result_urls import ResultUrls
 from worker.results.terminal_event import TerminalEvent
-from worker.tracing.context import NO_TRACE, TraceContext
 
 logger = logging.getLogger(__name__)
 
@@ -171,20 +170,9 @@ class Notifier:
             return age_seconds > MAX_AGE_SECONDS
         return is_permanent_failure(attempt, age_seconds)
 
-    def dead_letter(
-        self,
-        body: bytes,
-        reason: str,
-        *,
-        attempt: int | None = None,
-        origin: Origin = NO_ORIGIN,
-        trace: TraceContext = NO_TRACE,
-    ) -> None:
-        """Publish a confirmed copy of an event or a job to the dead letters. Raises `PublishFailed`.
-
-        An event has its trace in its body, a job in the headers.
-        """
-        self._publisher.publish(self._names.dead, body, attempt=attempt, reason=reason, origin=origin, trace=trace)
+    def dead_letter(self, body: bytes, reason: str, *, attempt: int | None = None, origin: Origin = NO_ORIGIN) -> None:
+        """Publish a confirmed copy of an event, or of a job with its origin, to `dead`. Raises `PublishFailed`."""
+        self._publisher.publish(self._names.dead, body, attempt=attempt, reason=reason, origin=origin)
         log_event(logger, "dead letter", logging.ERROR, reason=reason)
 
     def _send_with_retries(self, event: TerminalEvent, attempts: list[WebhookAttempt]) -> WebhookAttempt:
