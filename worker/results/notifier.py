@@ -5,6 +5,7 @@ import math
 import random
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import StrEnum
 from typing import cast
@@ -76,13 +77,13 @@ class Notifier:
         publisher: Publisher,
         names: QueueNames,
         metrics: Metrics,
-        breaker: Breaker,
+        breakers: Mapping[str, Breaker],
         is_draining: threading.Event,
     ) -> None:
-        """Create a notifier that reports to `breaker` whether the backend accepts our token."""
+        """Create a notifier that reports to `breakers`, by the address's setting, whether our token is accepted."""
         self._client = client
         self.urls = urls
-        self._breaker = breaker
+        self._breakers = breakers
         self._ledger = ledger
         self._publisher = publisher
         self._names = names
@@ -142,9 +143,10 @@ class Notifier:
         attempt = self._send(event)
         self._metrics.webhooks.labels(event.kind.value, attempt.result.name.lower()).inc()
         if attempt.status in REFUSING_STATUSES:
-            self._breaker.refuse(attempt.reason, of=event.webhook.webhook_id)
+            reason = f"{attempt.reason} at {attempt.setting}"
+            self._breakers[attempt.setting].refuse(reason, of=event.webhook.webhook_id)
         elif attempt.status is not None:
-            self._breaker.accept()
+            self._breakers[attempt.setting].accept()
         if attempt.is_ambiguous:
             self._metrics.webhooks_ambiguous.inc()
         if attempt.result is WebhookResult.DELIVERED:

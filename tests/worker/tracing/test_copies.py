@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from clients.webhooks import WebhookKind
+from clients.webhooks import DEFAULT_SETTING, WebhookKind
 from inference.errors import EngineCrashed, EngineFault
 from tests.worker.jobs.test_runs import asked_for, delivered
 from tests.worker.results.test_notifier import PLAIN_STORE, TAKEN, AckingConsumer, KeepingPublisher, ScriptedClient
@@ -58,7 +58,7 @@ class Rig:
             publisher=publisher,
             names=NAMES,
             metrics=Metrics(),
-            breaker=Breaker("the backend", 5),
+            breakers={DEFAULT_SETTING: Breaker("the backend", 5)},
             urls=ResultUrls(PLAIN_STORE, "media"),
             is_draining=is_draining,
         )
