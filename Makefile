@@ -25,9 +25,11 @@ PYTHON312 ?= python3.12
 OUT ?= out/gpu
 REHEARSAL := $(CURDIR)/out/gpu-rehearsal
 MACHINE_PYTHON ?= $(REHEARSAL)/machine/bin/python
+# Hundreds of processes are started; without it (images of Python set it) each would compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo styles overlays wheel house docs screenshots quick test long check coverage outage leaks field languages faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
+.PHONY: help install demo styles overlays wheel house docs screenshots quick test suite long check coverage outage leaks field languages faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -94,7 +96,11 @@ house: install ## The shape of the source beside its goals: sizes, one-caller he
 quick: install ## Every test that needs no server, no model and no other program, in under a minute
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quick -q -n 2 --dist loadfile --no-loadscope-reorder
 
-test: check node_modules/.package-lock.json ## Everything, on a real broker, a real object store and real models
+# mypy keeps one core busy and the other idle, so it runs beside the first tests.
+test: install node_modules/.package-lock.json ## Everything, on a real broker, a real object store and real models; and `check`
+	@$(MAKE) --no-print-directory --jobs 2 check suite
+
+suite:
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SHARED_OUT)
 
 long: install node_modules/.package-lock.json ## Everything, with the tests that take long, and those of every fault
