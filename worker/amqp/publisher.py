@@ -30,7 +30,6 @@ from worker.amqp.delivery import (
 )
 from worker.amqp.error_messages import ErrorMessages
 from worker.amqp.topology import QueueNames, ensure_fanout, ensure_queues
-from worker.tracing.context import NO_TRACE, TraceContext
 
 QUEUE_FULL = pika.exceptions.NackError
 
@@ -73,7 +72,6 @@ class Publisher:
         due: float | None = None,
         is_leased: bool = False,
         num_crashes: int = 0,
-        trace: TraceContext = NO_TRACE,
         origin: Origin = NO_ORIGIN,
     ) -> None:
         """Publish and return once the broker has confirmed the message on disk; raise `PublishFailed` otherwise."""
@@ -93,7 +91,7 @@ class Publisher:
         priority = origin.priority
         if priority is not None and self._names.is_waiting(queue_name):
             headers[PRIORITY_HEADER], priority = priority, None
-        headers |= trace.headers
+        headers |= origin.trace.headers
         self._call(partial(self._publish, queue_name, body, headers, priority))
 
     def depths(self) -> dict[str, int]:
