@@ -25,9 +25,11 @@ PYTHON312 ?= python3.12
 OUT ?= out/gpu
 REHEARSAL := $(CURDIR)/out/gpu-rehearsal
 MACHINE_PYTHON ?= $(REHEARSAL)/machine/bin/python
+# Hundreds of processes are started; without it (images of Python set it) each would compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 CODE := worker inference watermark clients config examples tests benchmarks
 
-.PHONY: help install demo styles overlays wheel house docs screenshots quick test long check coverage outage leaks field languages faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
+.PHONY: help install demo styles overlays wheel house docs screenshots quick test suite long check coverage outage leaks field languages faults matrix mutations campaign hostile bench recovery bench-gpu gpu-wheels gpu-rehearsal image demo-model clean
 .DEFAULT_GOAL := help
 
 help: ## List these targets
@@ -94,7 +96,11 @@ house: install ## The shape of the source beside its goals: sizes, one-caller he
 quick: install ## Every test that needs no server, no model and no other program, in under a minute
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quick -q -n 2 --dist loadfile --no-loadscope-reorder
 
-test: check node_modules/.package-lock.json ## Everything, on a real broker, a real object store and real models
+# mypy keeps one core busy and the other idle, so it runs beside the first tests.
+test: install node_modules/.package-lock.json ## Everything, on a real broker, a real object store and real models; and `check`
+	@$(MAKE) --no-print-directory --jobs 2 check suite
+
+suite:
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SHARED_OUT)
 
 long: install node_modules/.package-lock.json ## Everything, with the tests that take long, and those of every fault
@@ -111,11 +117,11 @@ coverage: install node_modules/.package-lock.json ## Which branches the tests ta
 outage: install ## The long form of one test: the backend is down for two minutes
 	OMP_NUM_THREADS=1 OUTAGE_SECONDS=120 $(BIN)/pytest tests/live/test_outage.py
 
-leaks: install ## The long form of another: 300 jobs with 40 adapters in 8 slots, memory and pictures looked at
-	OMP_NUM_THREADS=1 LEAK_JOBS=300 $(BIN)/pytest tests/live/test_leaks.py --log-cli-level=WARNING
+leaks: install ## Another that takes long: 300 jobs with 40 adapters in 8 slots, memory and pictures looked at
+	OMP_NUM_THREADS=1 LONG=1 LEAK_JOBS=300 $(BIN)/pytest tests/live/test_leaks.py --log-cli-level=WARNING
 
 field: install ## The backend that the worker was made for: its messages, its trainer's folders, its answers and faults
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/live/test_field.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 FIELD_STYLES=10 $(BIN)/pytest tests/live/test_field.py
 
 languages: install node_modules/.package-lock.json ## The publishers in PHP, Ruby, Go and Java: installs the four by apt and runs them against a real RabbitMQ
 	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(LANGUAGE_PACKAGES) >/dev/null
@@ -123,7 +129,7 @@ languages: install node_modules/.package-lock.json ## The publishers in PHP, Rub
 
 faults: install ## Every fault on the way to broker, store and backend, and in the process: those too that take long
 	OMP_NUM_THREADS=1 LONG=1 $(BIN)/pytest tests/faults/test_proxy.py tests/live/test_faults.py tests/live/test_faults_*.py \
-		tests/live/test_leases.py tests/live/test_batching.py tests/inference/process/test_engine_process.py tests/campaigns/test_campaigns.py
+		tests/live/test_leases.py tests/live/drawing/test_batching.py tests/inference/process/test_engine_process.py tests/campaigns/test_campaigns.py
 
 # DEBIAN_MIRROR and UBUNTU_MIRROR are for where their own archives are not reached. MATRIX_MOUNTS (here:there, comma-separated)
 # are shown to each root: a /etc/pip.conf, a file for /etc/apt/apt.conf.d, certificates. MACHINES names some of them, FRESH=1 makes all anew.

@@ -10,6 +10,7 @@ from email.utils import parsedate_to_datetime
 from enum import Enum, StrEnum, auto
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import requests
 import urllib3.exceptions
@@ -31,6 +32,7 @@ RETRY_STATUSES = frozenset({401, 403, 404, 408, 425, 429})
 NO_SUCH_METHOD_STATUSES = frozenset({405, 501})
 
 DEFAULT_SETTING = "BACKEND_API_URL"
+PORTS = {"http": 80, "https": 443}
 
 _VISIBLE_ASCII = re.compile(r"[\x21-\x7e]+")
 _POOLS = guarded_pools(HTTPConnectionPool, HTTPSConnectionPool)
@@ -53,6 +55,12 @@ class Route(NamedTuple):
     url: str
     setting: str
     is_shared: bool
+
+    @property
+    def origin(self) -> tuple[str, str, int]:
+        """Scheme, host and port of the address, as in RFC 6454."""
+        parts = urlsplit(self.url)
+        return parts.scheme, parts.hostname or "", parts.port or PORTS[parts.scheme]
 
 
 DEFAULT_ROUTES: dict[WebhookKind, tuple[str, str]] = {

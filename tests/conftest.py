@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 
+import gc
 import re
 import signal
 import uuid
@@ -18,6 +19,8 @@ from config.store import StoreSettings
 from tests.support.quick import is_heavy, starts_a_program, starts_a_server
 
 if TYPE_CHECKING:
+    from xdist.scheduler import LoadFileScheduling
+
     # Each fixture imports its server: the engine's tests run where neither these nor their clients are installed.
     from examples.parts.backend import Backend
     from examples.parts.rabbitmq import RabbitMQ
@@ -29,31 +32,34 @@ KEPT_VARIABLES = {"CUDA_VISIBLE_DEVICES"}
 
 HERE = Path(__file__).parent
 
+# Their files share one worker with a real engine, and so one test process.
+SHARED_FOLDERS = ("tests/live/drawing/",)
+
 # The longest files first, so that the test processes end at about the same time.
 SLOW_FILES = (
     "worker/cli/test_commands",
     "benchmarks/test_gpu_command",
-    "live/test_faults",
-    "live/test_batching",
+    "live/drawing/test_batching",
+    "live/drawing/test_jobs",
+    "live/drawing/test_kinds",
+    "live/drawing/test_product",
     "inference/models/test_families",
-    "live/test_jobs",
     "campaigns/test_campaigns",
     "live/test_leaks",
     "examples/test_demo_model",
     "live/test_families",
-    "live/test_kinds",
     "inference/process/test_engine_process",
     "live/test_effect",
     "live/test_field",
     "live/test_returns",
     "live/test_inputs",
-    "live/test_product",
     "live/test_faults_product",
     "inference/engine/test_kinds",
     "inference/engine/test_controlnets",
     "inference/engine/test_batching",
     "inference/engine/test_batching_faults",
     "live/test_outage",
+    "live/test_faults",
     "inference/checkpoints/test_safety_checker",
     "watermark/test_overlay",
     "worker/monitoring/test_status_page",
@@ -96,6 +102,25 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return (config.getoption("quick") and is_heavy(collection_path)) or None
 
 
+def pytest_collection_finish() -> None:
+    """Collect garbage again, but none of what the modules are made of."""
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config) -> "LoadFileScheduling | None":
+    """Share out whole files, as `--dist loadfile` does, and of some folders all files together."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadFolderScheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            shared = (folder for folder in SHARED_FOLDERS if nodeid.startswith(folder))
+            return next(shared, super()._split_scope(nodeid))
+
+    return LoadFolderScheduling(config) if config.getoption("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Order the files, and under `--quick` leave out what starts servers and programs.
 
@@ -107,6 +132,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     rank = {name: number for number, name in enumerate(SLOW_FILES)}
     items.sort(key=lambda item: rank.get(item.path.relative_to(HERE).with_suffix("").as_posix(), len(rank)))
 
+
+# Each process reads all tests, and a fifth of the time would go into looking through what stays.
+gc.disable()
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from clients.storage.errors import StorageError, StorageUnavailable, StoreRefused
+from clients.webhooks import WebhookKind, route_of
+from config.backend import BackendSettings
 from config.logs import log_event
 from worker.errors import JobReleased
 
@@ -68,6 +70,16 @@ class Breaker:
             self._refused.clear()
         if was_open:
             log_event(logger, "breaker closed", part=self._part)
+
+
+def backend_breakers(settings: BackendSettings) -> dict[str, Breaker]:
+    """Return the breaker of each origin that ends are sent to, by the settings that name its addresses.
+
+    An origin is a protection space (RFC 7235, section 2.2): what one accepts is no evidence on another.
+    """
+    routes = [route_of(settings, kind) for kind in (WebhookKind.COMPLETE, WebhookKind.FAILED)]
+    breakers = {route.origin: Breaker("the backend", BACKEND_THRESHOLD) for route in routes}
+    return {route.setting: breakers[route.origin] for route in routes}
 
 
 class StoreGate:

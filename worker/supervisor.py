@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from contextlib import suppress
-from enum import IntEnum
 from types import FrameType
 
 from config.logs import log_event
@@ -16,6 +15,7 @@ from inference.process.engine_process import EngineState
 from inference.request import ModelFacts
 from worker.amqp.connection import ConnectionProbe, probe_connection
 from worker.amqp.consumer import Consumer
+from worker.exit_code import ExitCode
 from worker.idle_countdown import IdleCountdown
 from worker.jobs.dispatcher import Dispatcher
 from worker.monitoring.idle import idle_reason
@@ -30,16 +30,6 @@ MIN_STOP_SECONDS = 2.0
 # glibc's mallopt(3): once an image's memory was freed, glibc would take the next one's from heaps that it keeps.
 M_MMAP_THRESHOLD = -3
 LARGE_BLOCK_BYTES = 1 << 20
-
-
-class ExitCode(IntEnum):
-    """What the process ends with."""
-
-    OK = 0
-    SETTINGS = 2  # the settings are wrong: see the message
-    BUG = 1  # a thread ended by an unforeseen error
-    ENGINE = 3  # the model cannot be loaded, or the engine crashed too often
-    FORCED = 130  # a second signal
 
 
 class Supervisor:

@@ -16,7 +16,7 @@ from worker.amqp.consumer import Consumer
 from worker.amqp.publisher import Publisher
 from worker.amqp.subscriptions import Broadcast, Subscription, WeightedSubscription
 from worker.amqp.topology import QueueNames
-from worker.breakers import BACKEND_THRESHOLD, STORE_THRESHOLD, Breaker, StoreGate
+from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate, backend_breakers
 from worker.jobs.cancellations import Cancellations
 from worker.jobs.dispatcher import Dispatcher
 from worker.jobs.engine_client import EngineClient
@@ -101,7 +101,7 @@ class Parts:
             self.storage, settings.store.bucket, self.publisher, self.names, settings.broker.consumer_timeout_seconds
         )
         self.webhooks = self.tracing.webhook_client(settings.backend)
-        self.backend_breaker = Breaker("the backend", BACKEND_THRESHOLD)
+        self.backend_breakers = backend_breakers(settings.backend)
         self.notifier = Notifier(
             client=self.webhooks,
             urls=ResultUrls(self.storage, settings.store.results_bucket),
@@ -109,7 +109,7 @@ class Parts:
             publisher=self.publisher,
             names=self.names,
             metrics=self.metrics,
-            breaker=self.backend_breaker,
+            breakers=self.backend_breakers,
             is_draining=self.is_draining,
         )
         self.outbox = Outbox(self.notifier, self.ledger, self.publisher, self.names)
@@ -121,7 +121,7 @@ class Parts:
         """Build what shows the worker to others: readiness, metrics, the status page."""
         self.readiness = Readiness(
             self.engine,
-            (self.store_breaker, self.backend_breaker, self.notifier.address_breaker),
+            (self.store_breaker, *self.backend_breakers.values(), self.notifier.address_breaker),
             self.encoder,
             is_stopping=is_stopping,
         )

@@ -23,6 +23,13 @@ Answer = fun
         case Call(rabbit_networking, local_connections, []) of
             {badrpc, Why} -> io:format("error ~0p~n", [Why]);
             Pids -> Call(rabbit_networking, close_connections, [Pids, "closed from the console"])
+        end;
+    ("evaluate " ++ Text) ->
+        {ok, Tokens, _} = erl_scan:string(Text),
+        {ok, Expressions} = erl_parse:parse_exprs(Tokens),
+        case Call(erl_eval, exprs, [Expressions, []]) of
+            {badrpc, Why} -> io:format("error ~0p~n", [Why]);
+            _ -> ok
         end
 end,
 Ask = fun(Ask) ->
@@ -76,6 +83,10 @@ class ErlangConsole:
     def close_connections(self) -> None:
         """Close every client's connection, as an operator may. Raises `ServerError` as above."""
         list(self._ask("close"))
+
+    def evaluate(self, expression: str) -> None:
+        """Have the node evaluate Erlang, in one line that ends in a dot. Raises `ServerError` where that fails."""
+        list(self._ask(f"evaluate {expression}"))
 
     def _ask(self, question: str) -> Iterator[str]:
         """Evaluate an expression on the node; return the answer's lines."""

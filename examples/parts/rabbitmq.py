@@ -111,6 +111,10 @@ class RabbitMQ(Part):
         """Close every client's connection, as `rabbitmqctl close_all_connections` does, but at once."""
         self._opened_console().close_connections()
 
+    def evaluate(self, expression: str) -> None:
+        """Evaluate Erlang on the node, as `rabbitmqctl eval` does, but at once. Raises `ServerError` where it fails."""
+        self._opened_console().evaluate(expression)
+
     def _opened_console(self) -> ErlangConsole:
         self._running()
         if self._console is None:

@@ -48,7 +48,7 @@ class SeaweedFS(Part):
         self.port = free_port()
         self._other_ports = {flag: free_port() for flag in PORT_FLAGS}
         self._server: ServerProcess | None = None
-        self._own_client: Any = None
+        self._shared_client: Any = None
 
     @property
     def endpoint_url(self) -> str:
@@ -101,10 +101,10 @@ class SeaweedFS(Part):
                 socket.unlink()
 
     def client(self) -> Any:
-        """Return the boto3 S3 client with the server's identity, which is built once."""
-        if self._own_client is None:
-            self._own_client = self._client(num_attempts=4)
-        return self._own_client
+        """Return the boto3 S3 client with the server's identity; threads may share it."""
+        if self._shared_client is None:
+            self._shared_client = self._client(num_attempts=4)
+        return self._shared_client
 
     def make_bucket(self, name: str) -> None:
         self.client().create_bucket(Bucket=name)

@@ -49,7 +49,6 @@ from worker.metrics import Metrics
 from worker.results.ledger import Ledger
 from worker.results.notifier import Notifier
 from worker.results.terminal_event import TerminalEvent
-from worker.tracing.context import NO_TRACE, TraceContext
 from worker.tracing.tracing import Tracing
 
 BATCH = 500
@@ -86,16 +85,8 @@ class FakeHandlers:
             self.ends[event.task_id, str(event.body.get("error_code", event.kind.value))] += 1
         return "delivered"
 
-    def dead_letter(
-        self,
-        body: bytes,
-        reason: str,
-        *,
-        attempt: int | None = None,
-        origin: Origin = NO_ORIGIN,
-        trace: TraceContext = NO_TRACE,
-    ) -> None:
-        self.publisher.publish(self.names.dead, body, attempt=attempt, reason=reason, origin=origin, trace=trace)
+    def dead_letter(self, body: bytes, reason: str, *, attempt: int | None = None, origin: Origin = NO_ORIGIN) -> None:
+        self.publisher.publish(self.names.dead, body, attempt=attempt, reason=reason, origin=origin)
         with self._lock:
             self.dead[body] += 1
 

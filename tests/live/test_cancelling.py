@@ -1,6 +1,6 @@
 """Cancel orders on the fanout exchange, through a whole worker whose engine runs without torch.
 
-With the real engine: `tests/live/test_batching.py`.
+With the real engine: `tests/live/drawing/test_batching.py`.
 """
 
 import json

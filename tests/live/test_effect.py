@@ -52,7 +52,7 @@ def _sound(station: Station) -> None:
 @pytest.fixture
 def worker(station: Station) -> Worker:
     """Return the only worker, as good as new."""
-    alive = [one for one in station.world.workers if one.process.poll() is None]
+    alive = running(station)
     for one in alive[1:]:
         one.kill()
     worker = alive[0] if alive else start_worker(station)
@@ -102,13 +102,13 @@ def before_the_image(station: Station, worker: Worker, job: Job) -> None:
 
 def in_the_image(station: Station, worker: Worker, job: Job) -> None:
     """Freeze in the image: the store has half of it when the worker freezes, and the rest once it resumes."""
-    station.store.when(station.put_of_image(job), do=freezes(worker), after_bytes=300_000)
+    station.store.when(station.put_of_image(job), do=freezes(worker), after_bytes=80_000)
 
 
 def in_the_replacement(station: Station, worker: Worker, job: Job) -> None:
     """Freeze in the replacement of an earlier task's image, after it was checked."""
     station.world.upload(station.object_of(job), b"an earlier one")
-    station.store.when(Sign(UP, b"If-Match: "), do=freezes(worker), after_bytes=300_000)
+    station.store.when(Sign(UP, b"If-Match: "), do=freezes(worker), after_bytes=80_000)
 
 
 def between_two_images(station: Station, worker: Worker, job: Job) -> None:
@@ -137,17 +137,32 @@ def is_frozen(worker: Worker) -> bool:
         return False  # a thread ended meanwhile
 
 
+@pytest.fixture
+def pair(station: Station) -> list[Worker]:
+    """Return two workers, as good as new: those that an earlier test has left, or new ones."""
+    for one in running(station):
+        eventually(lambda one=one: one.get("/health/ready")[0] == 200, one.log_tail)  # type: ignore[misc]
+    while len(running(station)) < 2:
+        start_worker(station)
+    station.world.wait_until_clean()
+    return running(station)
+
+
+def running(station: Station) -> list[Worker]:
+    return [one for one in station.world.workers if one.process.poll() is None]
+
+
 @pytest.mark.parametrize(
     "freeze",
     [in_a_step, before_the_image, in_the_image, in_the_replacement, between_two_images, behind_the_record],
 )
 def test_worker_that_resumes_changes_no_image_and_repeats_no_end(
-    station: Station, worker: Worker, freeze: Callable[[Station, Worker, Job], None]
+    station: Station, pair: list[Worker], freeze: Callable[[Station, Worker, Job], None]
 ) -> None:
     """Another worker has done its job meanwhile, and a newer one of the same generation."""
-    shape = {"num_images": 2, "width": 512, "height": 512}
+    shape = {"num_images": 2, "width": 256, "height": 256}
     old = station.publish_held(**shape)
-    other = start_worker(station)
+    (worker,) = (one for one in pair if events_of(one, "job in", old))
     freeze(station, worker, old)
     station.release(old)
     eventually(partial(is_frozen, worker), worker.log_tail)
@@ -172,7 +187,6 @@ def test_worker_that_resumes_changes_no_image_and_repeats_no_end(
     ]
     assert reported_ids == [old.task_id, new.task_id]
     assert station.world.backend.calls("failed", old.generation_id) == []
-    other.kill()
 
 
 def images_of(station: Station, job: Job) -> list[tuple[str, bytes]]:
@@ -357,7 +371,10 @@ def test_foreign_lease_note_keeps_no_job(station: Station, worker: Worker, conte
     station.world.upload(f"jobs/{task_id}.lease", content)
     job = Job(task_id, station.world.next_generation_id)
     station.world.next_generation_id += 1
-    message = {"task_id": task_id, "data": {"generation_id": job.generation_id, "prompt": "a fox"}}
+    message = {
+        "task_id": task_id,
+        "data": {"generation_id": job.generation_id, "prompt": "a fox", "num_inference_steps": 2},
+    }
     with pika.BlockingConnection(pika.URLParameters(station.world.rabbitmq.url)) as connection:
         connection.channel().basic_publish("", f"{station.world.queue}.recover", json.dumps(message).encode())
 

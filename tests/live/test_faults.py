@@ -1,7 +1,7 @@
 """A worker, its engine, its broker, its store or its backend fails in the middle: every job still ends once.
 
-With the real engine, which takes seconds to start, where it matters; what has a twin in
-`tests/live/test_faults_*.py`, whose engine runs without torch, is left to `make faults`.
+What has a twin in `tests/live/test_faults_*.py`, whose engine runs without torch and holds on command, is shown here
+with the real engine, which takes seconds to start and to draw: that is left to `make faults`.
 """
 
 import json
@@ -18,7 +18,7 @@ import pytest
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
-from tests.faults.station import stand_in_env, start_light_worker
+from tests.faults.station import new_station, start_light_worker
 from tests.support.long import long
 from tests.support.world import HANG_SECONDS, Worker, World, eventually, new_world
 from worker.amqp.topology import QueueNames
@@ -88,6 +88,7 @@ def assert_complete_once(world: World, generation_id: int) -> None:
     assert world.image(generation_id).size == (128, 128)
 
 
+@long
 def test_killed_engine_costs_its_job_a_second_run_and_nothing_else(
     lasting_world: World, lasting_worker: Worker, since: CountersSince
 ) -> None:
@@ -247,6 +248,7 @@ def test_jobs_go_on_while_the_backend_is_down_and_each_end_arrives_later(
     assert since.num_steps == 4 * 8
 
 
+@long
 def test_events_in_the_outbox_outlive_the_worker_that_put_them_there(world: World) -> None:
     worker = start_light_worker(world, constants={"worker.results.notifier:PATIENCE_SECONDS": 1.0})
     world.backend.stop()
@@ -261,6 +263,7 @@ def test_events_in_the_outbox_outlive_the_worker_that_put_them_there(world: Worl
     assert next_worker.metric("darkroom_denoise_lane_steps_total") == 0
 
 
+@long
 def test_a_backend_that_refuses_the_event_for_good_leaves_a_dead_letter(
     lasting_world: World, lasting_worker: Worker, since: CountersSince
 ) -> None:
@@ -277,6 +280,7 @@ def test_a_backend_that_refuses_the_event_for_good_leaves_a_dead_letter(
     assert "410" in reason
 
 
+@long
 def test_a_server_error_is_tried_again_under_the_same_webhook_id(
     lasting_world: World, lasting_worker: Worker, since: CountersSince
 ) -> None:
@@ -293,6 +297,7 @@ def test_a_server_error_is_tried_again_under_the_same_webhook_id(
     world.wait_until_clean()
 
 
+@long
 def test_a_connection_closed_in_mid_job_is_adopted_and_nothing_runs_twice(
     lasting_world: World, lasting_worker: Worker, since: CountersSince
 ) -> None:
@@ -325,6 +330,7 @@ def test_heartbeats_flow_through_a_job_longer_than_the_broker_would_wait(world: 
     assert worker.events("broker connection lost") == []
 
 
+@long
 def test_a_broker_restarted_in_mid_job_changes_nothing_for_the_backend(
     lasting_world: World, lasting_worker: Worker, since: CountersSince
 ) -> None:
@@ -340,6 +346,7 @@ def test_a_broker_restarted_in_mid_job_changes_nothing_for_the_backend(
     assert world.wait_for_end(world.publish()).kind == "complete"
 
 
+@long
 def test_a_deleted_queue_is_declared_again_and_consumed(
     lasting_world: World, lasting_worker: Worker, since: CountersSince
 ) -> None:
@@ -399,14 +406,17 @@ def test_a_model_that_cannot_be_loaded_ends_the_worker_before_it_takes_a_job(wor
     assert world.backend.calls() == []
 
 
-def test_a_broker_that_is_down_at_the_start_is_waited_for(world: World) -> None:
-    world.rabbitmq.stop()
-    try:
-        worker = world.start_worker(**stand_in_env(world.folder / "journal", {}))
+def test_a_broker_that_is_down_at_the_start_is_waited_for(
+    rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path
+) -> None:
+    with new_station(rabbitmq, s3_server, tmp_path) as station:
+        world = station.world
+        station.broker.refuse()
+        worker = world.start_worker(**station.env())
         eventually(lambda: worker.get("/health/live")[0] == 200)
         eventually(lambda: "broker" in worker.get("/health/ready")[1], worker.log_tail)
-    finally:
-        world.rabbitmq.start()
 
-    worker.wait_until_ready()
-    assert_complete_once(world, world.publish())
+        station.broker.listen()
+
+        worker.wait_until_ready()
+        assert_complete_once(world, world.publish())

@@ -33,8 +33,8 @@ from tests.faults.station import (
 from tests.support.long import long
 from tests.support.paths import DEMO_MODEL
 from tests.support.world import HANG_SECONDS, Worker, eventually, new_world, shadow_modules
+from worker.exit_code import ExitCode
 from worker.jobs.disposition import MAX_RECOVERIES
-from worker.supervisor import ExitCode
 
 # The record, written once more to say that the backend has heard.
 MARK = Sign(UP, b'"is_delivered": true')

@@ -32,16 +32,19 @@ def place(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture
-def station(place: Station) -> Iterator[Station]:
-    place.start_worker()
-    yield place
+def station(place: Station) -> Station:
     place.make_sound()
-    place.world.stop()
+    return place
 
 
 @pytest.fixture
 def worker(station: Station) -> Worker:
-    return station.world.workers[-1]
+    """Return the only worker: one that an earlier test has left alive, or a new one."""
+    last = station.world.workers[-1:]
+    worker = last[0] if last and last[0].process.poll() is None else station.start_worker()
+    eventually(lambda: worker.get("/health/ready")[0] == 200, worker.log_tail)
+    station.world.wait_until_clean()
+    return worker
 
 
 def publish_held(station: Station) -> Job:

@@ -25,7 +25,7 @@ from tests.matrix.running import MADE, MachineResult, MachineRun, StepResult
 def main() -> int:
     """Run what was asked for."""
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))  # what runs in a root must not outlive us
-    arguments = _arguments()
+    arguments = read_arguments()
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     results = [
         take_steps(machine, arguments.out.resolve() / machine.name, console, is_fresh=arguments.fresh)
@@ -72,13 +72,20 @@ def cell(step: StepResult) -> str:
     return f"{ended}, {step.seconds / 60:.1f} min"
 
 
-def _arguments() -> argparse.Namespace:
+def read_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; without `given`, that of this process."""
     names = [machine.name for machine in (*MACHINES, PYTHON312)]
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
-    parser.add_argument("machines", nargs="*", choices=names, help="default: all but python-3.12")
+    # argparse of Python 3.11 would compare no name at all with the choices of `nargs="*"`, and refuse it.
+    parser.add_argument(
+        "machines", nargs="*", metavar="MACHINE", help=f"of {', '.join(names)}; default: all but the last"
+    )
     parser.add_argument("--fresh", action="store_true", help="make and run everything anew")
     parser.add_argument("--out", type=Path, default=Path("out/matrix"))
-    return parser.parse_args()
+    arguments = parser.parse_args(given)
+    if unknown := set(arguments.machines) - set(names):
+        parser.error(f"no machine is named {' or '.join(sorted(unknown))}: choose from {', '.join(names)}")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.matrix.__main__ import render
+from tests.matrix.__main__ import read_arguments, render
 from tests.matrix.machines import DEMO, INSTALL, QUICK, Machine, Step
 from tests.matrix.roots import Run
 from tests.matrix.running import MachineResult, MachineRun
@@ -101,3 +101,11 @@ def test_the_table_has_what_pytest_counted_and_the_result_the_tests_that_failed(
     assert all(word in table for word in ("debian-13", "3.13.5", "4.0.5-6", "done, 0.0 min", "-"))
     assert result.steps[-1].failed == ("tests/config/test_logs.py::test_a_line",)
     assert FAILURE in (tmp_path / "quick.log").read_text()
+
+
+def test_machines_are_named_or_all_and_a_wrong_name_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    assert read_arguments([]).machines == []
+    assert read_arguments(["debian-13"]).machines == ["debian-13"]
+    with pytest.raises(SystemExit):
+        read_arguments(["debian-1"])
+    assert "debian-1: choose from debian-13, ubuntu-24.04" in capsys.readouterr().err

@@ -1,11 +1,20 @@
 """Refused credentials: counted, waited out, and never a job's fault."""
 
 import threading
+from typing import Any
 
 import pytest
 
 from clients.storage.errors import AccessDenied, BucketNotFound, ObjectNotFound, StorageUnavailable
-from worker.breakers import BACKEND_THRESHOLD, HALF_OPEN_SECONDS, STORE_THRESHOLD, Breaker, StoreGate
+from config.backend import BackendSettings
+from worker.breakers import (
+    BACKEND_THRESHOLD,
+    HALF_OPEN_SECONDS,
+    STORE_THRESHOLD,
+    Breaker,
+    StoreGate,
+    backend_breakers,
+)
 from worker.errors import JobReleased
 
 
@@ -78,6 +87,25 @@ def test_open_breaker_without_calls_lets_a_new_job_probe() -> None:
     assert breaker.reason == ""
     breaker.refuse("HTTP 403")
     assert breaker.reason
+
+
+@pytest.mark.parametrize(
+    ("addresses", "num_breakers"),
+    [
+        ({}, 1),
+        ({"WEBHOOK_COMPLETE_URL": "https://HOOKS.example/done", "WEBHOOK_FAILED_URL": "https://hooks.example:443/"}, 1),
+        ({"WEBHOOK_COMPLETE_URL": "/done", "WEBHOOK_FAILED_URL": "https://hooks.example/"}, 2),
+        ({"WEBHOOK_COMPLETE_URL": "/done", "WEBHOOK_FAILED_URL": "https://backend.example:8000/"}, 2),
+        ({"WEBHOOK_COMPLETE_URL": "/done", "WEBHOOK_FAILED_URL": "http://backend.example:443/"}, 2),
+    ],
+    ids=["none of their own", "equal", "host", "port", "scheme"],
+)
+def test_addresses_of_the_backend_share_a_breaker_where_they_have_one_origin(
+    addresses: dict[str, Any], num_breakers: int
+) -> None:
+    settings = BackendSettings(BACKEND_API_URL="https://backend.example", INTERNAL_API_TOKEN="token", **addresses)
+
+    assert len(set(backend_breakers(settings).values())) == num_breakers
 
 
 def test_denied_store_call_is_retried_until_done_with_the_breaker_open() -> None:

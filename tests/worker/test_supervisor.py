@@ -6,13 +6,14 @@ import sys
 import pytest
 
 from tests.support.paths import ROOT
-from worker.supervisor import ExitCode
+from worker.exit_code import ExitCode
 
 # What the process has may be used; a thread's stack is more.
 WITHOUT_ROOM = """
 import resource, threading
 from pathlib import Path
-from worker.supervisor import ExitCode, end_process_after
+from worker.exit_code import ExitCode
+from worker.supervisor import end_process_after
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used, used))
 end_process_after(3600.0, ExitCode.ENGINE)
@@ -20,7 +21,8 @@ print("went on")
 """
 WITH_A_THREAD_THAT_HANGS = """
 import threading
-from worker.supervisor import ExitCode, end_process_after
+from worker.exit_code import ExitCode
+from worker.supervisor import end_process_after
 end_process_after(0.1, ExitCode.ENGINE)
 threading.Event().wait()
 """

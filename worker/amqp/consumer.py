@@ -27,11 +27,11 @@ from worker.amqp.connection import (
     close_connection,
     connect,
 )
-from worker.amqp.declared import check_usable, declared_arguments, single_consumer_warning
+from worker.amqp.declared import inspect_declaration
 from worker.amqp.delivery import Delivery, delivery_of
 from worker.amqp.error_messages import ErrorMessages, QueueUnusable
-from worker.amqp.fair_share import FairShare
-from worker.amqp.intake import Intake, Message
+from worker.amqp.intake import Intake
+from worker.amqp.job_queues import JobQueues
 from worker.amqp.subscriptions import Broadcast, Subscription, WeightedSubscription
 from worker.amqp.topology import QueueNames, ensure_fanout, ensure_queues
 
@@ -67,8 +67,7 @@ class Consumer:
         self._subscriptions = subscriptions
         self._broadcast = broadcast
         self._on_lost = on_lost
-        self._weighted = weighted
-        self._share = FairShare(weighted.queues if weighted else ())
+        self._job_queues = JobQueues(names, weighted, self._error_messages) if weighted else None
         self._intake: Intake | None = None
         self._not_before = not_before
         self._connection: Connection = None
@@ -127,8 +126,8 @@ class Consumer:
         channel = self._channels.get(delivery.channel_number)
         if delivery.session == self._session and channel is not None and channel.is_open:
             getattr(channel, verb)(delivery.tag, **options)
-            if self._intake is not None and delivery.channel_number == self._intake.channel_number:
-                self._intake.settled(delivery.tag)
+            if self._intake is not None:
+                self._intake.settled(delivery.channel_number, delivery.tag)
 
     def _run(self) -> None:
         backoff = Backoff()
@@ -151,8 +150,30 @@ class Consumer:
         self._connection = connect(self._settings, "darkroom consumer")
         self._session += 1
         self._is_cancelled_by_broker = False
-        ensure_queues(self._connection, self._names)
-        self._check_job_queues()
+        ensure_queues(self._connection, self._names, self._names.shared)
+        # Before anything is consumed: without a queue of jobs the session ends, and what it holds would be returned.
+        queues = self._open_job_queues()
+        self._open_broadcast()
+        for subscription in self._subscriptions:
+            channel = self._watched_channel()
+            channel.basic_qos(prefetch_count=subscription.prefetch)
+            self._subscribed[channel] = subscription
+            self._consume_on(channel, subscription)
+        self.is_connected = True
+        log_event(logger, "consuming", queue=", ".join(queues), session=self._session)
+
+    def _open_job_queues(self) -> list[str]:
+        """Make the queues of jobs ready to be consumed, and return those that are."""
+        if self._job_queues is not None:
+            is_stopped = self._is_draining or self._is_paused
+            self._intake = self._job_queues.open(self._connection, self._watch, self._on_message, is_stopped=is_stopped)
+            return self._intake.queues
+        ensure_queues(self._connection, self._names, self._names.family(self._names.jobs))
+        if warning := inspect_declaration(self._connection, self._names.jobs):
+            log_event(logger, "queue not as it should be", logging.WARNING, reason=warning)
+        return [self._names.jobs]
+
+    def _open_broadcast(self) -> None:
         ensure_fanout(self._connection, self._broadcast.exchange)
         channel = self._watched_channel()
         # A queue exclusive to this connection: a broadcast is for the workers connected now.
@@ -161,46 +182,16 @@ class Consumer:
         channel.basic_consume(
             queue_name, lambda _channel, _method, _properties, body: self._broadcast.on_message(body), auto_ack=True
         )
-        for subscription in self._subscriptions:
-            channel = self._watched_channel()
-            channel.basic_qos(prefetch_count=subscription.prefetch)
-            self._subscribed[channel] = subscription
-            self._consume_on(channel, subscription)
-        if self._weighted is not None:
-            self._open_intake(self._weighted)
-        self.is_connected = True
-        log_event(logger, "consuming", queue=", ".join(self._names.job_queues), session=self._session)
-
-    def _check_job_queues(self) -> None:
-        for name in self._names.job_queues:
-            try:
-                arguments = declared_arguments(self._connection, name)
-            except pika.exceptions.ChannelClosedByBroker:
-                continue  # the user may not declare it, and sees its arguments nowhere
-            check_usable(name, arguments)
-            if warning := single_consumer_warning(name, arguments):
-                if self._weighted is not None:
-                    raise QueueUnusable(f"{warning}; jobs cannot be taken from it by weight at all")
-                log_event(logger, "queue not as it should be", logging.WARNING, reason=warning)
-
-    def _open_intake(self, weighted: WeightedSubscription) -> None:
-        channel = self._watched_channel()
-        subscriptions = {name: Subscription(name, 1, weighted.on_delivery) for name, _ in weighted.queues}
-
-        def start(message: Message) -> None:
-            queue, method, properties, body, received_at = message
-            self._on_message(subscriptions[queue], channel, method, properties, body, received_at=received_at)
-
-        self._intake = Intake(channel, self._share, weighted.places, start)
-        if self._is_draining or self._is_paused:
-            self._intake.stop()
 
     def _watched_channel(self) -> Channel:
-        """Open a channel; the session is lost when the broker closes it or cancels its consumer."""
         channel = self._connection.channel()
+        self._watch(channel)
+        return channel
+
+    def _watch(self, channel: Channel) -> None:
+        """Have the session be lost when the broker closes the channel or cancels its consumer."""
         channel.add_on_cancel_callback(self._on_cancelled)
         self._channels[channel.channel_number] = channel
-        return channel
 
     def _consume_on(self, channel: Channel, subscription: Subscription) -> None:
         if not self._is_draining and not (self._is_paused and subscription.is_work):
@@ -253,8 +244,8 @@ class Consumer:
             # process_data_events does not raise when only a channel was closed.
             if self._is_cancelled_by_broker or not all(channel.is_open for channel in self._channels.values()):
                 raise _SessionLost("the broker closed a channel or cancelled a consumer")
-            if self._intake is not None:
-                self._intake.fill()
+            if self._job_queues is not None:
+                self._job_queues.fill()
         self._connection.process_data_events(time_limit=0)
 
     def _cancel_consumers(self) -> None:

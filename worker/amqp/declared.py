@@ -1,17 +1,20 @@
-"""The arguments that a queue of jobs was declared with, read from how the broker refuses other declarations.
+"""The arguments that a queue of jobs was declared with, and the user's rights on it, read from the broker's refusals.
 
 AMQP does not tell them. A refusal names the first argument that differs and its value, so declaring again with what is
 known by then finds the next one.
+
+RabbitMQ looks at permissions before arguments: a request with a wrong argument is refused as such (406) to a user who
+has the right, and as forbidden (403) to one who has not. No queue is made by it, and no message taken.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import pika.exceptions
 
-from worker.amqp.connection import Connection
-from worker.amqp.error_messages import QueueUnusable
-from worker.amqp.topology import PRECONDITION_FAILED
+from worker.amqp.connection import Channel, Connection
+from worker.amqp.error_messages import PRECONDITION_FAILED, QueueUnusable
 
 Value = str | int | bool
 MAX_ARGUMENTS = 20
@@ -39,6 +42,41 @@ def declared_arguments(connection: Connection, name: str) -> dict[str, Value]:
                 raise
             known[found[1]] = _value(found[2], found[3])
     return known
+
+
+def inspect_declaration(connection: Connection, name: str) -> str:
+    """Return a warning about how the queue is declared, empty without one; raise `QueueUnusable` for a stream.
+
+    A user who may not declare the queue sees its arguments nowhere, and gets no warning.
+    """
+    try:
+        arguments = declared_arguments(connection, name)
+    except pika.exceptions.ChannelClosedByBroker:
+        return ""
+    check_usable(name, arguments)
+    return single_consumer_warning(name, arguments)
+
+
+def try_to_declare(connection: Connection, name: str) -> None:
+    """Raise pika's `ChannelClosedByBroker` where the user may not declare the missing queue."""
+    with _wrong_request(connection) as channel:
+        channel.queue_declare(name, durable=True, arguments={"x-expires": 0})
+
+
+def try_to_consume(connection: Connection, name: str) -> None:
+    """Raise pika's `ChannelClosedByBroker` where the queue cannot be used or the user may not take from it."""
+    with _wrong_request(connection) as channel:
+        channel.basic_consume(name, lambda *_: None, arguments={"x-priority": "not a number"})
+
+
+@contextmanager
+def _wrong_request(connection: Connection) -> Iterator[Channel]:
+    try:
+        with connection.channel() as channel:
+            yield channel
+    except pika.exceptions.ChannelClosedByBroker as error:
+        if error.reply_code != PRECONDITION_FAILED:
+            raise
 
 
 def check_usable(name: str, arguments: Mapping[str, Value]) -> None:

@@ -23,14 +23,15 @@ MAX_PRIORITY = 255  # an octet
 
 
 class Origin(NamedTuple):
-    """The queue that a job was published to, empty where it is not known, and the priority that it was given.
+    """The queue that a job was published to, empty where it is not known, its priority, and its trace context.
 
-    Every copy of the message carries both. In a queue where messages wait for their time to be over the priority is a
+    Every copy of the message carries them. In a queue where messages wait for their time to be over the priority is a
     header alone: RabbitMQ 4 expires only what it would deliver next, and an urgent message would hold up the others.
     """
 
     queue: str = ""
     priority: int | None = None
+    trace: TraceContext = NO_TRACE
 
 
 NO_ORIGIN = Origin()
@@ -44,8 +45,7 @@ class Delivery:
     `received_at` is when it came, by `time.monotonic()`: the broker's consumer timeout runs from then on. `is_leased`:
     the copy of a job that may still be running on some worker.
     `num_deliveries` is the broker's count of earlier deliveries of this copy that were returned, `num_crashes` our
-    header's count of workers killed while they held earlier copies. Both are 0 outside our own queues. `trace` is the
-    publisher's.
+    header's count of workers killed while they held earlier copies. Both are 0 outside our own queues.
     """
 
     body: bytes
@@ -62,7 +62,6 @@ class Delivery:
     due: float = 0.0
     reason: str = ""
     num_crashes: int = 0
-    trace: TraceContext = NO_TRACE
     origin: Origin = NO_ORIGIN
 
     @property
@@ -105,8 +104,7 @@ def delivery_of(
         due=float(whole_number(headers.get(DUE_HEADER), default=0)),
         reason=str(headers.get(REASON_HEADER, ""))[:MAX_REASON_CHARS],
         num_crashes=whole_number(counts.get(CRASHES_HEADER), default=0),
-        trace=TraceContext.from_headers(headers),
-        origin=Origin(came_by, priority_of(properties)),
+        origin=Origin(came_by, priority_of(properties), TraceContext.from_headers(headers)),
     )
 
 

@@ -1,5 +1,6 @@
 """Error messages about the broker, with host, user and remedy: the same in `check` and `run`."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,8 @@ import pika.exceptions
 from config.broker import BrokerSettings
 from config.redacting import redacted
 
-ACCESS_REFUSED, PRECONDITION_FAILED = 403, 406
+ACCESS_REFUSED, NOT_FOUND, PRECONDITION_FAILED = 403, 404, 406  # AMQP's reply codes
+REFUSED_NAME = re.compile(r"access to (?:queue|exchange) '([^']+)'")
 MAX_SHOWN_CHARS = 300
 
 
@@ -48,6 +50,8 @@ class ErrorMessages:
             return self.queue_declared_otherwise(said)
         if error.reply_code == ACCESS_REFUSED:
             return f"{said}. Give the user the right: {self._grant}"
+        if error.reply_code == NOT_FOUND:
+            return f"{said}. Its jobs wait until the broker has it again; a quorum queue on several nodes outlives one"
         return f"{said}. Look at who uses it, or at RABBITMQ_QUEUE"
 
     def queue_declared_otherwise(self, said: str) -> str:
@@ -64,8 +68,10 @@ class ErrorMessages:
             return self.connection_failed(error)
         if isinstance(error, QueueUnusable):
             return str(error)
-        is_right = isinstance(error, pika.exceptions.ChannelClosedByBroker) and error.reply_code == ACCESS_REFUSED
-        return self.queue_refused(self.settings.queue, error) if is_right else describe(error)
+        if not isinstance(error, pika.exceptions.ChannelClosedByBroker) or error.reply_code != ACCESS_REFUSED:
+            return describe(error)
+        named = REFUSED_NAME.search(error.reply_text)
+        return self.queue_refused(named[1] if named else self.settings.queue, error)
 
     # From the URL, which takes precedence over the single settings.
 

@@ -9,9 +9,11 @@ queue whose turn it is:
 - from a queue that may hold messages by `basic.get`, which also tells that it is empty;
 - from an empty one by a consumer with a prefetch of 1, which is cancelled once it has delivered. No queue is polled.
 
-So the worker holds as many messages as there are places, and one more at most of each queue that was empty: one that
-comes just while the last place is taken waits for the next, which is free within the time of a job. Priorities that the
-broker sorts by count up to the moment of the start.
+So the worker holds as many messages as there are places, and one more at most of each queue that was empty or has just
+joined: one that comes just while the last place is taken waits for the next, which is free within the time of a job.
+Priorities that the broker sorts by count up to the moment of the start.
+
+Each queue has a channel of its own, since RabbitMQ closes the channel on which it refuses something.
 """
 
 import time
@@ -29,6 +31,7 @@ class Message(NamedTuple):
     """
 
     queue: str
+    channel: Channel
     method: Any
     properties: Any
     body: bytes
@@ -36,42 +39,53 @@ class Message(NamedTuple):
 
 
 class Intake:
-    """Owner of a channel that takes the jobs of several queues. For the consuming thread alone.
+    """Takes the jobs of the queues that have joined. For the consuming thread alone.
 
     `start` gets each message that has a place; the place is free again when the message is settled.
     """
 
-    def __init__(self, channel: Channel, share: FairShare, places: int, start: Callable[[Message], None]) -> None:
-        self._channel = channel
+    def __init__(
+        self, share: FairShare, places: int, start: Callable[[Message], None], *, is_stopped: bool = False
+    ) -> None:
         self._share = share
         self._places = places
         self._start = start
-        self._started: set[int] = set()  # delivery tags
+        self._channels: dict[str, Channel] = {}
+        self._started: set[tuple[int, int]] = set()  # numbers of channels and delivery tags
         self._consumers: dict[str, str] = {}  # tags of those that wait for the first message of an empty queue
         self._arrived: dict[str, Message] = {}
-        self._is_stopped = False
-        channel.basic_qos(prefetch_count=1)  # for each consumer
+        self.is_stopped = is_stopped
 
     @property
-    def channel_number(self) -> int:
-        return int(self._channel.channel_number)
+    def queues(self) -> list[str]:
+        """The queues that have joined."""
+        return list(self._channels)
 
-    def settled(self, tag: int) -> None:
+    def join(self, queue: str, channel: Channel) -> None:
+        """Take from this queue too, on a channel for it alone. Raises pika's `ChannelClosedByBroker` where the broker
+        refuses: only a message that is asked for tells whether it does."""
+        channel.basic_qos(prefetch_count=1)  # for each consumer
+        message = None if self.is_stopped else _get(queue, channel)
+        self._channels[queue] = channel
+        if message is not None:
+            self._arrived[queue] = message
+
+    def settled(self, channel_number: int, tag: int) -> None:
         """Free the place of a settled message; `fill` gives it to the next."""
-        self._started.discard(tag)
+        self._started.discard((channel_number, tag))
 
     def fill(self) -> None:
         """Start messages while places are free and any queue has some; where none has, wait for their first."""
         for queue in self._arrived.keys() & self._consumers.keys():
             # Its only message is not settled, so that nothing can arrive in between and be returned.
-            self._channel.basic_cancel(self._consumers.pop(queue))
+            self._channels[queue].basic_cancel(self._consumers.pop(queue))
         empty = set(self._consumers)
-        while not self._is_stopped and len(self._started) < self._places:
-            queue = next((name for name in self._share.order() if name not in empty), "")
+        while not self.is_stopped and len(self._started) < self._places:
+            queue = next((name for name in self._share.order() if name in self._channels and name not in empty), "")
             if not queue:
                 self._wait_for_first(empty)
                 return
-            message = self._arrived.pop(queue, None) or self._get(queue)
+            message = self._arrived.pop(queue, None) or _get(queue, self._channels[queue])
             if message is None:
                 empty.add(queue)
             else:
@@ -80,9 +94,9 @@ class Intake:
 
     def stop(self) -> None:
         """Take no further messages. Those that wait for a place are started, to be given back like the others."""
-        self._is_stopped = True
-        for tag in self._consumers.values():
-            self._channel.basic_cancel(tag)
+        self.is_stopped = True
+        for queue, tag in self._consumers.items():
+            self._channels[queue].basic_cancel(tag)
         self._consumers.clear()
         for message in self._arrived.values():
             self._begin(message)
@@ -90,22 +104,23 @@ class Intake:
 
     def resume(self) -> None:
         """Take messages again, from the next `fill` on."""
-        self._is_stopped = False
+        self.is_stopped = False
 
     def _begin(self, message: Message) -> None:
-        self._started.add(message.method.delivery_tag)
+        self._started.add((message.channel.channel_number, message.method.delivery_tag))
         self._start(message)
-
-    def _get(self, queue: str) -> Message | None:
-        method, properties, body = self._channel.basic_get(queue)
-        return None if method is None else Message(queue, method, properties, body, time.monotonic())
 
     def _wait_for_first(self, empty: set[str]) -> None:
         for queue in empty - self._consumers.keys():
-            self._consumers[queue] = self._channel.basic_consume(queue, self._on_message_of(queue))
+            self._consumers[queue] = self._channels[queue].basic_consume(queue, self._on_message_of(queue))
 
     def _on_message_of(self, queue: str) -> Callable[..., None]:
-        def keep(_channel: Channel, method: Any, properties: Any, body: bytes) -> None:
-            self._arrived[queue] = Message(queue, method, properties, body, time.monotonic())
+        def keep(channel: Channel, method: Any, properties: Any, body: bytes) -> None:
+            self._arrived[queue] = Message(queue, channel, method, properties, body, time.monotonic())
 
         return keep
+
+
+def _get(queue: str, channel: Channel) -> Message | None:
+    method, properties, body = channel.basic_get(queue)
+    return None if method is None else Message(queue, channel, method, properties, body, time.monotonic())

@@ -29,8 +29,7 @@ from worker.amqp.delivery import (
     Origin,
 )
 from worker.amqp.error_messages import ErrorMessages
-from worker.amqp.topology import QueueNames, ensure_fanout, ensure_queues
-from worker.tracing.context import NO_TRACE, TraceContext
+from worker.amqp.topology import QueueNames, ensure_fanout, ensure_queues, inspect_queues
 
 QUEUE_FULL = pika.exceptions.NackError
 
@@ -73,7 +72,6 @@ class Publisher:
         due: float | None = None,
         is_leased: bool = False,
         num_crashes: int = 0,
-        trace: TraceContext = NO_TRACE,
         origin: Origin = NO_ORIGIN,
     ) -> None:
         """Publish and return once the broker has confirmed the message on disk; raise `PublishFailed` otherwise."""
@@ -93,24 +91,22 @@ class Publisher:
         priority = origin.priority
         if priority is not None and self._names.is_waiting(queue_name):
             headers[PRIORITY_HEADER], priority = priority, None
-        headers |= trace.headers
+        headers |= origin.trace.headers
         self._call(partial(self._publish, queue_name, body, headers, priority))
 
     def depths(self) -> dict[str, int]:
-        """Return the number of ready messages by queue. Raises `PublishFailed`."""
+        """Return the number of ready messages by queue, without queues that are missing or cannot be used.
 
-        def count() -> dict[str, int]:
-            declare = partial(self._channel.queue_declare, passive=True)
-            return {name: declare(name).method.message_count for name in self._names.everything}
-
-        return self._call(count)
+        Raises `PublishFailed`.
+        """
+        found = self._call(lambda: inspect_queues(self._connection, self._names.everything))
+        return {name: queue.message_count for name, queue in found.items()}
 
     def num_workers(self) -> int:
         """Return the number of workers that take jobs: each consumes `recover` then, and by weight a queue of jobs only
         while that is empty."""
-        return self._call(
-            lambda: int(self._channel.queue_declare(self._names.recover, passive=True).method.consumer_count)
-        )
+        found = self._call(lambda: inspect_queues(self._connection, [self._names.recover]))
+        return sum(queue.consumer_count for queue in found.values())
 
     def _call(self, work: Callable[[], Result]) -> Result:
         """Run `work` on the thread, with an open channel."""
@@ -149,7 +145,8 @@ class Publisher:
         try:
             send()
         except pika.exceptions.UnroutableError:
-            ensure_queues(self._connection, self._names)  # the queue was deleted
+            # Missing yet, or deleted. No other queue is looked at: one that cannot be used must not stop the rest.
+            ensure_queues(self._connection, self._names, [queue_name])
             send()
 
     def _ensure_channel(self) -> None:
@@ -157,7 +154,6 @@ class Publisher:
             return
         self._drop()
         self._connection = connect(self._settings, "darkroom publisher")
-        ensure_queues(self._connection, self._names)
         self._channel = self._connection.channel()
         self._channel.confirm_delivery()
 

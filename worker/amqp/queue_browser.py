@@ -12,9 +12,8 @@ from config.broker import BrokerSettings
 from worker.amqp.connection import LOST, close_connection, connect
 from worker.amqp.content_headers import Properties
 from worker.amqp.delivery import COUNT_HEADER, whole_number
-from worker.amqp.error_messages import ErrorMessages, describe
+from worker.amqp.error_messages import NOT_FOUND, ErrorMessages, describe
 from worker.amqp.publisher import PublishFailed
-from worker.amqp.topology import NOT_FOUND
 
 # Of a message that is requeued as it is: a policy may set any limit, and not every version shows all that it counts.
 MAX_DELIVERIES = 1

@@ -1,6 +1,7 @@
 """The worker's queues and exchange: names, arguments, declarations."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -8,8 +9,9 @@ import pika.exceptions
 
 from config.broker import BrokerSettings
 from worker.amqp.connection import Connection
+from worker.amqp.error_messages import NOT_FOUND, PRECONDITION_FAILED
 
-NOT_FOUND, PRECONDITION_FAILED = 404, 406  # AMQP's reply codes
+NO_QUEUE = re.compile(r"^NOT_FOUND - no queue '")
 
 # Delays before a retry of a job that did not cause its failure; after the last the job fails. One queue each.
 RETRY_DELAYS_SECONDS = (30, 30, 300, 300)
@@ -91,6 +93,15 @@ class QueueNames:
         prefixes = [f"{jobs}." for jobs in self.job_queues if name.startswith(f"{jobs}.")]
         return name.removeprefix(max(prefixes, key=len, default=""))
 
+    def family(self, jobs: str) -> tuple[str, ...]:
+        """Return a queue of jobs and the queues that its jobs return from."""
+        return (jobs, *dict.fromkeys(self.retry(delay, jobs) for delay in RETRY_DELAYS_SECONDS))
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The worker's own queues for the jobs of all queues."""
+        return (self.recover, self.outbox, self.dead, self.lease)
+
     @property
     def arguments(self) -> dict[str, dict[str, Any]]:
         """Every queue with the arguments to declare it with where it is missing."""
@@ -127,16 +138,42 @@ class QueueNames:
         }
 
 
-def ensure_queues(connection: Connection, names: QueueNames) -> None:
-    """Declare the missing queues and leave the others as they are: only a passive declaration cannot fail on those."""
-    for name, arguments in names.arguments.items():
+def ensure_queues(connection: Connection, names: QueueNames, queues: Iterable[str]) -> None:
+    """Declare the missing ones of `queues` and leave the others as they are: only a passive declaration cannot fail on
+    those. Raises pika's `ChannelClosedByBroker` at the first that cannot be used."""
+    for name in queues:
         try:
             with connection.channel() as channel:
                 channel.queue_declare(name, passive=True)
         except pika.exceptions.ChannelClosedByBroker as error:
             if error.reply_code != NOT_FOUND:
                 raise
-            declare_queue(connection, name, arguments)
+            # Missing, or its node is down: then this is refused, too.
+            declare_queue(connection, name, names.arguments[name])
+
+
+def inspect_queues(connection: Connection, queues: Iterable[str]) -> dict[str, Any]:
+    """Return the answer to a passive declaration by queue, with `message_count` and `consumer_count`.
+
+    Left out are those that are missing or cannot be used.
+    """
+    found: dict[str, Any] = {}
+    channel = connection.channel()
+    for name in queues:
+        try:
+            found[name] = channel.queue_declare(name, passive=True).method
+        except pika.exceptions.ChannelClosedByBroker:
+            channel = connection.channel()
+    channel.close()
+    return found
+
+
+def is_missing(error: Any) -> bool:
+    """Return whether pika's `ChannelClosedByBroker` says that there is no such queue.
+
+    RabbitMQ also answers 404 for one that exists and cannot be used: its node is down, or it has crashed.
+    """
+    return error.reply_code == NOT_FOUND and bool(NO_QUEUE.search(error.reply_text))
 
 
 def declare_queue(connection: Connection, name: str, arguments: Mapping[str, Any]) -> None:

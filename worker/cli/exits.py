@@ -15,8 +15,8 @@ from config.settings import Settings, load_settings, misspelled_names
 from worker.amqp.publisher import PublishFailed
 from worker.amqp.queue_browser import QueueBusy
 from worker.cli.terminal import escape_for_terminal
+from worker.exit_code import ExitCode
 from worker.messages.decoder import rules_from
-from worker.supervisor import ExitCode
 
 console = Console(stderr=True)
 

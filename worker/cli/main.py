@@ -31,9 +31,9 @@ from worker.cli.exits import (
     whole_settings,
 )
 from worker.cli.options import GenerateOptions, fields_of, with_generate_options
+from worker.exit_code import ExitCode
 from worker.idle_countdown import IdleCountdown
 from worker.messages.generation_id import ID_RULE, is_generation_id
-from worker.supervisor import ExitCode, Supervisor
 from worker.version import darkroom_version
 
 app = typer.Typer(
@@ -78,6 +78,8 @@ def run(
 ) -> None:
     """Work: take jobs from RabbitMQ until SIGTERM. Settings come from the environment and .env."""
     exit_over(engine_needs())
+    from worker.supervisor import Supervisor  # noqa: PLC0415 - each command imports only what it needs
+
     settings = or_exit(whole_settings)
     configure_logging(settings.service.log_level, settings.service.log_format)
     countdown = None if exit_when_idle is None else IdleCountdown(exit_when_idle)
@@ -105,7 +107,7 @@ def check(
     What is written to the store is removed; no message is taken and no lasting queue made. Exit code 1 where a part is
     not good.
     """
-    from worker.cli.check.command import check_everything  # noqa: PLC0415 - each command imports only what it needs
+    from worker.cli.check.command import check_everything  # noqa: PLC0415
 
     sys.exit(0 if check_everything(settings_or_exit(), as_lines=as_json, console=Console()) else 1)
 

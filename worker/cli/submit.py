@@ -22,7 +22,7 @@ from clients.webhooks import WebhookKind
 from config.settings import Settings
 from worker.amqp.delivery import Origin
 from worker.amqp.publisher import Publisher, PublishFailed
-from worker.amqp.topology import RETRY_DELAYS_SECONDS, QueueNames
+from worker.amqp.topology import QueueNames
 from worker.messages.decoder import decode, rules_from
 from worker.messages.envelope import MESSAGE_TYPE
 from worker.messages.job import JobRejected
@@ -119,10 +119,12 @@ class _Follower:
             return "the broker does not answer"
         if num_workers == 0:
             return f"no worker takes jobs from {self.queue}: is one running?"
+        if self.queue not in depths:
+            return f"{self.queue} is gone or cannot be used: `darkroom check` says more"
         workers = "1 worker" if num_workers == 1 else f"{num_workers} workers"
         if depths[self.queue]:
             return f"{depths[self.queue]} wait in the queue for {workers}"
-        num_again = sum(depths[self.names.retry(delay, self.queue)] for delay in set(RETRY_DELAYS_SECONDS))
+        num_again = sum(depths.get(name, 0) for name in self.names.family(self.queue)[1:])
         again = f", or it is among the {num_again} that wait for another try" if num_again else ""
         return f"the queue is empty: the job is with one of {workers}{again}"
 

@@ -210,13 +210,8 @@ class Dispatcher:
         if not (delivery.is_leased or (lease and lease.is_held) or self._is_draining.wait(LEASE_RECHECK_SECONDS)):
             lease = self._find_lease(decoded)
         if lease is not None and lease.is_held:
-            num_crashes, trace = lease.num_crashes, delivery.trace
-            self._settler.replace_by(
-                delivery,
-                lambda: self._leases.keep_copy(
-                    delivery.body, delivery.attempt, num_crashes=num_crashes, origin=delivery.origin, trace=trace
-                ),
-            )
+            leased = replace(delivery, is_leased=True, num_crashes=lease.num_crashes, num_deliveries=0)
+            self._settler.move(leased, self._names.lease)
             return
         if delivery.is_leased and lease is not None:
             # A worker that stops in order deletes its note: this one was killed while its copy was in the queue.

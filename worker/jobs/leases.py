@@ -16,7 +16,7 @@ from clients.storage.client import Storage
 from clients.storage.errors import ObjectNotFound, StorageError
 from clients.storage.location import ObjectRef
 from config.logs import log_event
-from worker.amqp.delivery import Origin, whole_number
+from worker.amqp.delivery import whole_number
 from worker.amqp.publisher import Publisher, PublishFailed
 from worker.amqp.topology import QueueNames
 from worker.jobs.disposition import Disposition
@@ -24,7 +24,6 @@ from worker.jobs.runs import Run, Runs
 from worker.jobs.settler import Settler
 from worker.results.ledger import Ledger
 from worker.strict_json import is_number, strict_json
-from worker.tracing.context import TraceContext
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +85,13 @@ class Leases:
             return False
         self.note(run)
         if is_due:
-            first, num_crashes = run.first, run.num_recoveries
-            self.keep_copy(
-                first.body, run.attempt, num_crashes=num_crashes, origin=first.origin, trace=run.copies_trace
+            self._publisher.publish(
+                self._names.lease,
+                run.first.body,
+                attempt=run.attempt,
+                is_leased=True,
+                num_crashes=run.num_recoveries,
+                origin=run.origin,
             )
             log_event(logger, "on lease", task_id=run.task_id, generation_id=run.generation_id)
         return is_due
@@ -98,18 +101,6 @@ class Leases:
         run.lease_ends_at = time.time() + self._valid_for
         note = json.dumps({"until": run.lease_ends_at, "num_crashes": run.num_recoveries}).encode()
         self._storage.put(self._ref(run.task_id), note, content_type=CONTENT_TYPE)
-
-    def keep_copy(self, body: bytes, attempt: int, *, num_crashes: int, origin: Origin, trace: TraceContext) -> None:
-        """Put a confirmed copy of the job into the lease queue. Raises `PublishFailed`."""
-        self._publisher.publish(
-            self._names.lease,
-            body,
-            attempt=attempt,
-            is_leased=True,
-            num_crashes=num_crashes,
-            origin=origin,
-            trace=trace,
-        )
 
     def find(self, task_id: str) -> Lease | None:
         """Return the job's note, expired or not; None also where it cannot be read: the ledger still fences the end."""

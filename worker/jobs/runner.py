@@ -120,16 +120,11 @@ class JobRunner:
             case Disposition.RELEASE:
                 return RunOutcome(Disposition.RELEASE, Outcome.RELEASED)
             case Disposition.RETRY:
-                body, origin = run.first.body, run.first.origin
+                body, origin = run.first.body, run.origin
                 queue = self.names.retry(decision.delay_seconds, origin.queue)
                 self.settler.publish_until_confirmed(
                     lambda: self.publisher.publish(
-                        queue,
-                        body,
-                        attempt=run.attempt + 1,
-                        reason=decision.message,
-                        origin=origin,
-                        trace=run.copies_trace,
+                        queue, body, attempt=run.attempt + 1, reason=decision.message, origin=origin
                     )
                 )
                 return RunOutcome(Disposition.RETRY, Outcome.RETRIED, decision.code or "", message=decision.message)
@@ -174,9 +169,8 @@ class JobRunner:
         )
 
     def _dead_letter(self, run: Run, reason: str) -> None:
-        body, origin, trace = run.first.body, run.first.origin, run.copies_trace
         self.settler.publish_until_confirmed(
-            lambda: self.notifier.dead_letter(body, reason, attempt=run.attempt, origin=origin, trace=trace)
+            lambda: self.notifier.dead_letter(run.first.body, reason, attempt=run.attempt, origin=run.origin)
         )
 
     def _notify(self, run: Run, event: TerminalEvent, disposition: Disposition, unrecorded: str = "") -> RunOutcome:
@@ -237,7 +231,7 @@ def _attempt_at(run: Run) -> JobAttempt:
         generation_id=run.generation_id,
         number=run.attempt,
         message_bytes=len(run.first.body),
-        trace=run.first.trace,
+        trace=run.first.origin.trace,
         began_at=run.started_unix,
         now=lambda: run.now,
     )

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from inference.request import GenerationResult, Stage
-from worker.amqp.delivery import Delivery
+from worker.amqp.delivery import Delivery, Origin
 from worker.jobs.disposition import MAX_ATTEMPTS
 from worker.messages.generation_id import GenerationId
 from worker.messages.identity import check_same, fingerprint
@@ -52,8 +52,8 @@ class Run:
     `decoded` is the job, or the rejection that it will fail with, and came by `first`. `deliveries` grows when the
     broker delivers the same task again (a lost connection, a double click), and is empty while the job is on lease;
     all of them are settled together. `started_unix` is in epoch seconds, `started_monotonic` is `time.monotonic()`.
-    `thumbnail` is a JPEG of the first finished image, where the status page may show it. `trace` is
-    what the job's webhooks and copies are told.
+    `thumbnail` is a JPEG of the first finished image, where the status page may show it. `trace` is what the job's
+    webhooks are told.
     """
 
     task_id: str
@@ -75,7 +75,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.first = self.deliveries[0]
-        self.trace = self.first.trace
+        self.trace = self.first.origin.trace
 
     def cancel(self) -> None:
         """Cancel the job as its backend requested: a waiting one before it starts, a running one at its next step."""
@@ -95,9 +95,10 @@ class Run:
         return fingerprint(self.first.body)
 
     @property
-    def copies_trace(self) -> TraceContext:
-        """What a copy of the message is told: the publisher's context, so that attempts are siblings, else ours."""
-        return self.first.trace or self.trace
+    def origin(self) -> Origin:
+        """Origin for copies of the message: with the publisher's context, so that attempts are siblings, else ours."""
+        origin = self.first.origin
+        return origin._replace(trace=origin.trace or self.trace)
 
     @property
     def now(self) -> float:

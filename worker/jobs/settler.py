@@ -64,26 +64,18 @@ class Settler:
 
     def move(self, delivery: Delivery, queue: str) -> None:
         """Replace the message by a confirmed copy in `queue`, whose delivery count begins at 0."""
-        self.replace_by(
-            delivery,
-            lambda: self._publisher.publish(
-                queue,
-                delivery.body,
-                attempt=delivery.attempt,
-                is_leased=delivery.is_leased,
-                num_crashes=delivery.num_recoveries,
-                trace=delivery.trace,
-                origin=delivery.origin,
-            ),
-        )
-
-    def replace_by(self, delivery: Delivery, publish_copy: Callable[[], None]) -> None:
-        """Replace the message by the copy that `publish_copy` publishes."""
 
         def publish() -> None:
             # The broker has requeued the messages of a lost session: a copy would be a second one.
             if self.holds(delivery):
-                publish_copy()
+                self._publisher.publish(
+                    queue,
+                    delivery.body,
+                    attempt=delivery.attempt,
+                    is_leased=delivery.is_leased,
+                    num_crashes=delivery.num_recoveries,
+                    origin=delivery.origin,
+                )
 
         self._publish_then_ack(delivery, publish)
 
@@ -91,10 +83,7 @@ class Settler:
         """Replace what is no job by a dead letter."""
         body = delivery.body[:MAX_DEAD_BODY_BYTES]
         self._publish_then_ack(
-            delivery,
-            lambda: self._notifier.dead_letter(
-                body, f"not a job: {reason}", origin=delivery.origin, trace=delivery.trace
-            ),
+            delivery, lambda: self._notifier.dead_letter(body, f"not a job: {reason}", origin=delivery.origin)
         )
 
     def _publish_then_ack(self, delivery: Delivery, publish: Callable[[], None]) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 from clients.gpu import GpuMonitor
 from clients.storage.cache import DownloadCache
@@ -45,6 +45,7 @@ class GaugePoller:
         self._job_queues = job_queues
         self._is_connected = is_connected
         self._is_draining = is_draining
+        self._shown: set[str] = set()  # queues
 
     def start(self) -> None:
         threading.Thread(target=self._run, name="gauges", daemon=True).start()
@@ -65,7 +66,14 @@ class GaugePoller:
             except PublishFailed as error:
                 log_event(logger, "queue depths unknown", logging.DEBUG, reason=str(error))
             else:
-                for name, depth in depths.items():
-                    self._metrics.queue_messages.labels(name).set(depth)
                 if depths:
-                    self._last_hour.note_waiting(sum(depths[name] for name in self._job_queues))
+                    self._show(depths)
+
+    def _show(self, depths: Mapping[str, int]) -> None:
+        for name, depth in depths.items():
+            self._metrics.queue_messages.labels(name).set(depth)
+        # Of a queue that cannot be used the last depth would be shown for ever.
+        for name in self._shown - depths.keys():
+            self._metrics.queue_messages.remove(name)
+        self._shown = set(depths)
+        self._last_hour.note_waiting(sum(depths.get(name, 0) for name in self._job_queues))

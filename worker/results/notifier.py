@@ -5,6 +5,7 @@ import math
 import random
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import StrEnum
 from typing import cast
@@ -23,7 +24,6 @@ from worker.results.address_breaker import ADDRESS_STATUSES, AddressBreaker
 from worker.results.ledger import Ledger
 from worker.results.result_urls import ResultUrls
 from worker.results.terminal_event import TerminalEvent
-from worker.tracing.context import NO_TRACE, TraceContext
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +77,13 @@ class Notifier:
         publisher: Publisher,
         names: QueueNames,
         metrics: Metrics,
-        breaker: Breaker,
+        breakers: Mapping[str, Breaker],
         is_draining: threading.Event,
     ) -> None:
-        """Create a notifier that reports to `breaker` whether the backend accepts our token."""
+        """Create a notifier that reports to `breakers`, by the address's setting, whether our token is accepted."""
         self._client = client
         self.urls = urls
-        self._breaker = breaker
+        self._breakers = breakers
         self._ledger = ledger
         self._publisher = publisher
         self._names = names
@@ -143,9 +143,10 @@ class Notifier:
         attempt = self._send(event)
         self._metrics.webhooks.labels(event.kind.value, attempt.result.name.lower()).inc()
         if attempt.status in REFUSING_STATUSES:
-            self._breaker.refuse(attempt.reason, of=event.webhook.webhook_id)
+            reason = f"{attempt.reason} at {attempt.setting}"
+            self._breakers[attempt.setting].refuse(reason, of=event.webhook.webhook_id)
         elif attempt.status is not None:
-            self._breaker.accept()
+            self._breakers[attempt.setting].accept()
         if attempt.is_ambiguous:
             self._metrics.webhooks_ambiguous.inc()
         if attempt.result is WebhookResult.DELIVERED:
@@ -171,20 +172,9 @@ class Notifier:
             return age_seconds > MAX_AGE_SECONDS
         return is_permanent_failure(attempt, age_seconds)
 
-    def dead_letter(
-        self,
-        body: bytes,
-        reason: str,
-        *,
-        attempt: int | None = None,
-        origin: Origin = NO_ORIGIN,
-        trace: TraceContext = NO_TRACE,
-    ) -> None:
-        """Publish a confirmed copy of an event or a job to the dead letters. Raises `PublishFailed`.
-
-        An event has its trace in its body, a job in the headers.
-        """
-        self._publisher.publish(self._names.dead, body, attempt=attempt, reason=reason, origin=origin, trace=trace)
+    def dead_letter(self, body: bytes, reason: str, *, attempt: int | None = None, origin: Origin = NO_ORIGIN) -> None:
+        """Publish a confirmed copy of an event, or of a job with its origin, to `dead`. Raises `PublishFailed`."""
+        self._publisher.publish(self._names.dead, body, attempt=attempt, reason=reason, origin=origin)
         log_event(logger, "dead letter", logging.ERROR, reason=reason)
 
     def _send_with_retries(self, event: TerminalEvent, attempts: list[WebhookAttempt]) -> WebhookAttempt:

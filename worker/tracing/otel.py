@@ -26,7 +26,7 @@ from opentelemetry.trace import (
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from clients.webhooks import DEADLINE_SECONDS, Webhook, WebhookAttempt, WebhookClient, WebhookResult
+from clients.webhooks import DEADLINE_SECONDS, PORTS, Webhook, WebhookAttempt, WebhookClient, WebhookResult
 from config.backend import BackendSettings
 from worker.outcome import Outcome
 from worker.tracing.context import TraceContext
@@ -36,7 +36,6 @@ from worker.version import darkroom_version
 
 # Of the grace period's reserve. A collector that does not answer must not delay the end of a worker longer.
 CLOSE_SECONDS = 3.0
-PORTS = {"http": 80, "https": 443}
 # Ends of an attempt that are errors. A cancelled or released one did what it was asked to.
 ERRORS = frozenset({Outcome.FAILED, Outcome.RETRIED, Outcome.UNDECODABLE})
 

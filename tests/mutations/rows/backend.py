@@ -343,4 +343,26 @@ ROWS: tuple[Row, ...] = (
         ),
         also=(f"{REFUSALS}::test_two_addresses_that_refuse_every_end_are_both_named_and_share_their_trials",),
     ),
+    Row(
+        name="D25",
+        fault="the host of its own that one kind is sent to refuses the token, and the other kind's accepts it",
+        answer="what the other one accepts closes nothing: not ready, with the setting",
+        tests=(
+            f"{REFUSALS}::test_token_that_one_address_refuses_opens_its_breaker_while_another_address_accepts_it",
+            "tests/worker/test_breakers.py::"
+            "test_addresses_of_the_backend_share_a_breaker_where_they_have_one_origin[host]",
+        ),
+        without=(
+            Mutation(
+                "worker/results/notifier.py",
+                "self._breakers[attempt.setting].accept()",
+                "[breaker.accept() for breaker in self._breakers.values()]",
+            ),
+            Mutation(
+                "clients/webhooks.py",
+                'return parts.scheme, parts.hostname or "", parts.port or PORTS[parts.scheme]',
+                'return "", "", 0',
+            ),
+        ),
+    ),
 )

@@ -9,6 +9,10 @@ REAL_ENGINE = "tests/live/test_faults.py"
 RETURNS = "tests/live/test_returns.py"
 QUEUES = "tests/live/test_queues.py"
 INTAKE = "tests/worker/amqp/test_intake.py"
+UNUSABLE = (
+    "tests/worker/amqp/test_job_queues.py"
+    "::test_a_queue_that_cannot_be_used_is_left_out_and_joins_the_session_once_it_can"
+)
 
 ADOPTING = Mutation("worker/jobs/runs.py", "            if known is not None:\n", "            if False:\n")
 
@@ -190,7 +194,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{FILE}::test_the_same_job_five_times_on_two_workers_has_one_end",),
         without=(Mutation("worker/jobs/handler.py", "        if end is None:\n", "        if True:\n"),),
         also=(
-            "tests/live/test_jobs.py::test_the_same_message_five_times_is_one_job",
+            "tests/live/drawing/test_jobs.py::test_the_same_message_five_times_is_one_job",
             f"{REAL_ENGINE}::test_a_record_in_the_ledger_wins_over_a_second_worker",
         ),
     ),
@@ -397,7 +401,7 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/amqp/intake.py",
-                "self._channel.basic_cancel(self._consumers.pop(queue))",
+                "self._channels[queue].basic_cancel(self._consumers.pop(queue))",
                 "self._consumers.pop(queue)",
             ),
         ),
@@ -430,6 +434,23 @@ ROWS: tuple[Row, ...] = (
                 "while not self._is_drained.wait(self._parts.leases.renew_every):",
                 "while not self._parts.is_draining.wait(self._parts.leases.renew_every):",
             ),
+        ),
+    ),
+    Row(
+        name="A33",
+        fault="one of several queues of jobs cannot be used: no permission, crashed, of one consumer",
+        answer="told once; the others' jobs go on, and it joins the session once it can be used",
+        tests=tuple(f"{UNUSABLE}[{how}]" for how in ("forbidden", "missing", "crashed", "single")),
+        without=(
+            Mutation(
+                "worker/amqp/job_queues.py",
+                "        if refusals and not self._intake.queues:\n",
+                "        if refusals:\n",
+            ),
+        ),
+        also=(
+            "tests/worker/amqp/test_publisher.py"
+            "::test_a_queue_of_jobs_that_cannot_be_used_stops_nothing_that_is_published_elsewhere",
         ),
     ),
 )

@@ -47,7 +47,7 @@ ROWS: tuple[Row, ...] = (
         tests=(f"{LIVE}test_a_job_that_ends_the_engine_every_time_fails_alone[poison]",),
         without=(Mutation("inference/process/quarantine.py", "if self._weights[victim] < POISON_WEIGHT:", "if True:"),),
         also=(
-            "tests/live/test_batching.py::test_poison_job_fails_alone_and_the_nine_others_of_its_batch_complete",
+            "tests/live/drawing/test_batching.py::test_poison_job_fails_alone_and_the_nine_others_of_its_batch_complete",
             f"{REAL_ENGINE}test_a_job_that_kills_the_engine_every_time_fails_alone",
             f"{ENGINE}test_poison_among_nine_others_is_found_with_three_processes_and_fails_alone",
         ),
@@ -225,7 +225,7 @@ ROWS: tuple[Row, ...] = (
         "B17",
         "hundreds of jobs with many more adapters than slots",
         "memory stays flat, and no picture shows a trace of the style before it",
-        tests=("tests/live/test_jobs.py::test_a_job_without_an_adapter_shows_no_trace_of_the_style_before_it",),
+        tests=("tests/live/drawing/test_jobs.py::test_a_job_without_an_adapter_shows_no_trace_of_the_style_before_it",),
         without=(
             Mutation(
                 "inference/lora/bank.py",

@@ -188,8 +188,8 @@ ROWS: tuple[Row, ...] = (
         ),
         also=(
             f"{BATCHING}test_another_version_under_the_same_path_is_another_adapter",
-            "tests/live/test_jobs.py::test_five_jobs_of_one_style_read_its_adapter_once_into_one_slot",
-            "tests/live/test_jobs.py::test_an_adapter_replaced_at_its_key_is_read_anew_and_the_one_before_is_not_drawn",
+            "tests/live/drawing/test_jobs.py::test_five_jobs_of_one_style_read_its_adapter_once_into_one_slot",
+            "tests/live/drawing/test_jobs.py::test_an_adapter_replaced_at_its_key_is_read_anew_and_the_one_before_is_not_drawn",
         ),
     ),
     Row(

@@ -214,7 +214,7 @@ def test_within_a_queue_priorities_count_up_to_the_start(rabbitmq: RabbitMQ) -> 
 
 
 class EmptyChannel:
-    """A channel to queues that are empty until `deliver`."""
+    """Stands in for the channels to queues that are empty until `deliver`."""
 
     channel_number = 1
 
@@ -242,14 +242,16 @@ def test_a_message_that_waits_for_a_place_came_when_it_was_delivered() -> None:
     """A lease is taken by that time: the broker's consumer timeout does not wait for the place."""
     channel, started = EmptyChannel(), list[Message]()
     share = FairShare((QueueWeight("express", 3), QueueWeight("ordinary", 1)))
-    intake = Intake(channel, share, 1, started.append)
+    intake = Intake(share, 1, started.append)
+    for queue in ("express", "ordinary"):
+        intake.join(queue, channel)
     intake.fill()
     channel.deliver("express", 1)
     channel.deliver("ordinary", 2)
     delivered_at = time.monotonic()
 
     intake.fill()
-    intake.settled(1)
+    intake.settled(channel.channel_number, 1)
     intake.fill()
 
     assert [message.queue for message in started] == ["express", "ordinary"]

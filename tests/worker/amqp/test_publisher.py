@@ -7,11 +7,12 @@ import pytest
 
 from config.broker import BrokerSettings
 from examples.parts.rabbitmq import RabbitMQ
+from tests.support.unusable_queues import PASSWORD, USER, all_but, permit
 from tests.support.world import eventually
 from worker.amqp.connection import Channel, close_connection, connect
 from worker.amqp.delivery import Delivery, Origin, delivery_of
-from worker.amqp.publisher import Publisher
-from worker.amqp.topology import RETRY_DELAYS_SECONDS, QueueNames
+from worker.amqp.publisher import Publisher, PublishFailed
+from worker.amqp.topology import RETRY_DELAYS_SECONDS, QueueNames, ensure_queues
 
 
 @pytest.fixture
@@ -61,6 +62,7 @@ def test_a_copy_that_waits_is_none_that_the_broker_prefers_and_has_its_priority_
 ) -> None:
     """RabbitMQ 4 looks at the message alone that it would deliver next: as long as urgent copies come, no other would
     leave the queue."""
+    ensure_queues(channel.connection, names, names.shared)
     origin = Origin(names.others[0], 7)
     retry = names.retry(RETRY_DELAYS_SECONDS[0], origin.queue)
 
@@ -77,3 +79,22 @@ def test_a_copy_that_waits_is_none_that_the_broker_prefers_and_has_its_priority_
         publisher.publish(queue, b"{}", origin=recovered.origin)
         preferred, delivery = take(channel, names, queue)
         assert (preferred, delivery.origin) == (7, origin)
+
+
+def test_a_queue_of_jobs_that_cannot_be_used_stops_nothing_that_is_published_elsewhere(
+    rabbitmq: RabbitMQ, settings: BrokerSettings, names: QueueNames
+) -> None:
+    [express] = names.others
+    permit(rabbitmq, all_but(express))
+    user = {"RABBITMQ_USER": USER, "RABBITMQ_PASS": PASSWORD}
+    publisher = Publisher(BrokerSettings(RABBITMQ_HOST=settings.host, RABBITMQ_PORT=settings.port, **user), names)
+    publisher.start()
+
+    # Nothing is there yet, and no other queue is made than those published to
+    assert publisher.num_workers() == 0
+    for queue in (names.dead, names.retry(RETRY_DELAYS_SECONDS[0])):
+        publisher.publish(queue, b"{}")
+        with pytest.raises(PublishFailed, match=f"access to queue '{express}"):
+            publisher.publish(names.retry(RETRY_DELAYS_SECONDS[0], express), b"{}")
+    eventually(lambda: publisher.depths() == {names.dead: 1, names.retry(RETRY_DELAYS_SECONDS[0]): 1})
+    publisher.close()

@@ -4,11 +4,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pika
+import pika.exceptions
 import pytest
 
 from worker.amqp.content_headers import Properties
 from worker.amqp.delivery import CRASHES_HEADER, PRIORITY_HEADER, QUEUE_HEADER, Delivery, Origin, delivery_of
-from worker.amqp.topology import RETRY_DELAYS_SECONDS, QueueNames
+from worker.amqp.topology import RETRY_DELAYS_SECONDS, QueueNames, is_missing
 
 ONE, TWO = QueueNames("jobs"), QueueNames("jobs", others=("jobs.express",))
 
@@ -58,6 +59,20 @@ def test_a_copy_that_waited_has_its_priority_in_a_header(carried: Any, priority:
     for queue in ("jobs", "jobs.recover"):
         assert delivered(queue, **{PRIORITY_HEADER: carried}).origin.priority == priority
     assert delivered("jobs.recover", 3, **{PRIORITY_HEADER: carried}).origin.priority == 3
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "is_so"),
+    [
+        (404, "NOT_FOUND - no queue 'jobs' in vhost '/'", True),
+        (404, "NOT_FOUND - home node 'rabbit@one' of durable queue 'jobs' in vhost '/' is down or inaccessible", False),
+        (404, "NOT_FOUND - queue 'no queue' in vhost '/' has crashed and failed to restart", False),
+        (404, "NOT_FOUND - failed to perform operation on queue 'jobs' in vhost '/' due to timeout", False),
+        (403, "ACCESS_REFUSED - access to queue 'jobs' in vhost '/' refused for user 'me'", False),
+    ],
+)
+def test_a_queue_is_missing_only_where_the_broker_knows_of_none(code: int, said: str, is_so: bool) -> None:
+    assert is_missing(pika.exceptions.ChannelClosedByBroker(code, said)) is is_so
 
 
 def test_a_queue_is_waiting_where_messages_leave_it_by_the_clock() -> None:

@@ -38,6 +38,7 @@ from worker.results.ledger import Ledger
 from worker.results.outbox_snapshots import SnapshotStore, SnapshotWriter
 from worker.results.pacing import ParkedEvent
 from worker.results.terminal_event import TerminalEvent, failed_event
+from worker.tracing.context import TraceContext
 
 TASK_ID = "660f9511-f3ac-52e5-b827-557766551111"
 BROKEN = b"\x89PNG\x00\x1b[31m\xff not JSON"
@@ -299,18 +300,18 @@ def test_a_job_goes_back_as_a_new_task_of_the_same_generation(operator: Operator
     operator.wait_for(dead=0)
 
 
-def test_a_job_goes_back_to_the_queue_that_it_came_from_with_its_priority(
+def test_a_job_goes_back_to_the_queue_that_it_came_from_with_its_priority_and_trace(
     operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    express = f"{operator.names.jobs}.express"
+    express, trace = f"{operator.names.jobs}.express", TraceContext(f"00-{'a' * 32}-{'b' * 16}-01", "congo=t61")
     monkeypatch.setenv("RABBITMQ_QUEUES", f"{express}:3,{operator.names.jobs}:1")
-    operator.add_letters(job(), origin=Origin(express, 7))
+    operator.add_letters(job(), origin=Origin(express, 7, trace))
 
     done = operator.types("replay", 1)
 
     assert done.exit_code == 0, done.output
     [(properties, _)] = operator.take(express)
-    assert properties.priority == 7
+    assert (properties.priority, TraceContext.from_headers(properties.headers)) == (7, trace)
 
 
 def test_a_replay_repeated_is_the_same_task_until_that_one_has_ended(operator: Operator) -> None:

@@ -31,7 +31,31 @@ class NotingConsumer:
         self.settled.append("requeue")
 
 
-def stopping_settler(publisher: Publisher | None, names: QueueNames, consumer: NotingConsumer) -> Settler:
+class CutOff(Publisher):
+    """Loses its connection, unseen, right before its first copy."""
+
+    def __init__(self, rabbitmq: RabbitMQ, names: QueueNames) -> None:
+        super().__init__(BrokerSettings(RABBITMQ_HOST=rabbitmq.host, RABBITMQ_PORT=rabbitmq.port), names)
+        self._rabbitmq, self._has_lost_one = rabbitmq, False
+
+    def publish(self, *where_and_what: Any, **options: Any) -> None:
+        if not self._has_lost_one:
+            self._has_lost_one = True
+            self._rabbitmq.close_connections()
+        super().publish(*where_and_what, **options)
+
+
+class Refused:
+    """Publishes nothing, as the broker is gone."""
+
+    num_calls = 0
+
+    def publish(self, *_where_and_what: Any, **_options: Any) -> None:
+        self.num_calls += 1
+        raise PublishFailed("the broker is gone")
+
+
+def stopping_settler(publisher: Publisher | Refused, names: QueueNames, consumer: NotingConsumer) -> Settler:
     is_draining = threading.Event()
     is_draining.set()
     settler = Settler(cast("Any", publisher), cast("Any", None), names, SuspectIsolation(), is_draining)
@@ -42,18 +66,11 @@ def stopping_settler(publisher: Publisher | None, names: QueueNames, consumer: N
 def test_a_connection_that_died_unseen_costs_a_stopping_worker_no_copy(rabbitmq: RabbitMQ) -> None:
     """What is requeued instead would be dropped by a full queue, and by one with a time to live."""
     names, consumer = QueueNames(f"test-{uuid.uuid4().hex[:12]}"), NotingConsumer()
-    publisher = Publisher(BrokerSettings(RABBITMQ_HOST=rabbitmq.host, RABBITMQ_PORT=rabbitmq.port), names)
+    publisher = CutOff(rabbitmq, names)
     publisher.start()
     publisher.depths()
-    has_died = threading.Event()
 
-    def publish_copy() -> None:
-        if not has_died.is_set():
-            has_died.set()
-            rabbitmq.close_connections()
-        publisher.publish(names.recover, b"{}")
-
-    stopping_settler(publisher, names, consumer).replace_by(delivered(1), publish_copy)
+    stopping_settler(publisher, names, consumer).move(delivered(1), names.recover)
 
     assert consumer.settled == ["ack"]
     eventually(lambda: publisher.depths()[names.recover] == 1)
@@ -61,12 +78,8 @@ def test_a_connection_that_died_unseen_costs_a_stopping_worker_no_copy(rabbitmq:
 
 
 def test_a_broker_that_confirms_nothing_is_asked_twice_by_a_worker_that_stops() -> None:
-    consumer, asked = NotingConsumer(), []
+    consumer, publisher, names = NotingConsumer(), Refused(), QueueNames("jobs")
 
-    def refuse() -> None:
-        asked.append(1)
-        raise PublishFailed("the broker is gone")
+    stopping_settler(publisher, names, consumer).move(delivered(1), names.recover)
 
-    stopping_settler(None, QueueNames("jobs"), consumer).replace_by(delivered(1), refuse)
-
-    assert (consumer.settled, len(asked)) == (["requeue"], 2)
+    assert (consumer.settled, publisher.num_calls) == (["requeue"], 2)

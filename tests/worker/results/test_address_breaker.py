@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from clients.webhooks import Webhook, WebhookAttempt, WebhookKind, WebhookResult
-from tests.worker.results.test_notifier import FAILING, NAMES, TAKEN, Parts, ScriptedClient, complete, failed
+from tests.worker.results.test_notifier import FAILING, FORBIDDEN, NAMES, TAKEN, Parts, ScriptedClient, complete, failed
 from tests.worker.test_breakers import Clock
+from worker.breakers import BACKEND_THRESHOLD
 from worker.results.address_breaker import (
     ADDRESS_STATUSES,
     REFUSALS_TO_OPEN,
@@ -171,6 +172,23 @@ def test_two_addresses_that_refuse_every_end_are_both_named_and_share_their_tria
     breaker.accept("WEBHOOK_FAILED_URL")
     assert "WEBHOOK_COMPLETE_URL" in breaker.reason
     assert "WEBHOOK_FAILED_URL" not in breaker.reason
+
+
+def test_token_that_one_address_refuses_opens_its_breaker_while_another_address_accepts_it() -> None:
+    parts = Parts(ClientOfTwoAddresses(FORBIDDEN))
+
+    for number in range(BACKEND_THRESHOLD):
+        parts.notifier.send_once(complete(f"task-{number}"))
+        parts.notifier.send_once(failed(f"other-{number}"))
+
+    reasons = {setting: breaker.reason for setting, breaker in parts.breakers.items()}
+    assert reasons == {
+        "WEBHOOK_COMPLETE_URL": "the backend refuses this worker: HTTP 403 at WEBHOOK_COMPLETE_URL",
+        "WEBHOOK_FAILED_URL": "",
+    }
+    parts.client.script = [TAKEN]
+    parts.notifier.send_once(complete())
+    assert parts.breakers["WEBHOOK_COMPLETE_URL"].reason == ""
 
 
 def test_refused_token_does_not_count_as_a_wrong_address() -> None:

@@ -4,6 +4,7 @@ import json
 import queue
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from clients.storage.client import Storage
 from clients.storage.errors import StorageUnavailable
-from clients.webhooks import Webhook, WebhookAttempt, WebhookKind, WebhookResult
+from clients.webhooks import DEFAULT_SETTING, Webhook, WebhookAttempt, WebhookKind, WebhookResult
 from config.store import StoreSettings
 from tests.support.world import HANG_SECONDS
 from worker.amqp.delivery import Delivery
@@ -151,7 +152,9 @@ class Parts:
     publisher: KeepingPublisher = field(default_factory=KeepingPublisher)
     consumer: AckingConsumer = field(default_factory=AckingConsumer)
     metrics: Metrics = field(default_factory=Metrics)
-    breaker: Breaker = field(default_factory=lambda: Breaker("the backend", BACKEND_THRESHOLD))
+    breakers: defaultdict[str, Breaker] = field(
+        default_factory=lambda: defaultdict(lambda: Breaker("the backend", BACKEND_THRESHOLD))
+    )
     is_draining: threading.Event = field(default_factory=ImpatientEvent)
 
     def __post_init__(self) -> None:
@@ -162,7 +165,7 @@ class Parts:
             publisher=self.publisher,  # type: ignore[arg-type]
             names=NAMES,
             metrics=self.metrics,
-            breaker=self.breaker,
+            breakers=self.breakers,
             is_draining=self.is_draining,
         )
         self.outbox = Outbox(self.notifier, self.ledger, self.publisher, NAMES)  # type: ignore[arg-type]
@@ -694,11 +697,12 @@ def test_an_end_refused_again_and_again_for_its_token_keeps_no_worker_from_its_j
     parts = Parts(ScriptedClient(FORBIDDEN))
     for _ in range(2 * BACKEND_THRESHOLD):
         parts.notifier.send_once(complete("one"))
-    assert parts.breaker.reason == ""
+    breaker = parts.breakers[DEFAULT_SETTING]
+    assert breaker.reason == ""
 
     for number in range(BACKEND_THRESHOLD):
         parts.notifier.send_once(complete(f"other-{number}"))
-    assert "403" in parts.breaker.reason
+    assert breaker.reason == "the backend refuses this worker: HTTP 403 at BACKEND_API_URL"
 
 
 def test_unreadable_event_that_cannot_be_dead_lettered_is_not_retried_in_a_hot_loop(started: Start) -> None:

@@ -7,10 +7,11 @@ from typing import Any, cast
 
 import pytest
 
-from clients.webhooks import WebhookKind
+from clients.webhooks import DEFAULT_SETTING, WebhookKind
 from inference.errors import EngineCrashed, EngineFault
 from tests.worker.jobs.test_runs import asked_for, delivered
 from tests.worker.results.test_notifier import PLAIN_STORE, TAKEN, AckingConsumer, KeepingPublisher, ScriptedClient
+from worker.amqp.delivery import Delivery, Origin
 from worker.amqp.topology import QueueNames
 from worker.breakers import Breaker, StoreGate
 from worker.errors import ErrorCode
@@ -30,6 +31,10 @@ from worker.tracing.tracing import JobAttempt, JobSpan, Tracing
 NAMES = QueueNames("image_generation")
 PUBLISHERS = TraceContext("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "congo=t61rcWkgMzE")
 OURS = TraceContext("00-0af7651916cd43dd8448eb211c80319c-00f067aa0ba902b7-01")
+
+
+def delivered_in(trace: TraceContext) -> Delivery:
+    return replace(delivered(1), origin=Origin(trace=trace))
 
 
 class NamedSpans(Tracing):
@@ -53,7 +58,7 @@ class Rig:
             publisher=publisher,
             names=NAMES,
             metrics=Metrics(),
-            breaker=Breaker("the backend", 5),
+            breakers={DEFAULT_SETTING: Breaker("the backend", 5)},
             urls=ResultUrls(PLAIN_STORE, "media"),
             is_draining=is_draining,
         )
@@ -100,13 +105,13 @@ class Rig:
         """Keep no note of a lease."""
 
     def run(self, trace: TraceContext) -> None:
-        run = self.runs.attach_or_start(asked_for(), replace(delivered(1), trace=trace))
+        run = self.runs.attach_or_start(asked_for(), delivered_in(trace))
         assert run is not None
         self.runner.run(run, lambda *_: None)
 
     @property
     def copies(self) -> Iterator[tuple[str, TraceContext]]:
-        return ((one.queue, one.headers["trace"]) for one in self.publisher.kept)
+        return ((one.queue, one.headers["origin"].trace) for one in self.publisher.kept)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +130,7 @@ def test_a_retry_and_a_dead_letter_keep_the_publishers_context_else_they_get_the
 
 
 def test_a_moved_message_and_one_that_is_no_job_keep_their_context() -> None:
-    rig, delivery = Rig(), replace(delivered(1), trace=PUBLISHERS)
+    rig, delivery = Rig(), delivered_in(PUBLISHERS)
 
     rig.settler.move(delivery, NAMES.recover)
     rig.settler.dead_letter(delivery, "no JSON")
@@ -136,7 +141,7 @@ def test_a_moved_message_and_one_that_is_no_job_keep_their_context() -> None:
 def test_the_copy_of_a_job_on_lease_keeps_its_context() -> None:
     rig = Rig()
     leases = Leases(cast("Any", rig), "bucket", cast("Any", rig.publisher), NAMES, consumer_timeout_seconds=0.0)
-    run = rig.runs.attach_or_start(asked_for(), replace(delivered(1), trace=PUBLISHERS))
+    run = rig.runs.attach_or_start(asked_for(), delivered_in(PUBLISHERS))
     assert run is not None
 
     assert leases.take_or_renew(run)

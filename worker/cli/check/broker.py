@@ -16,9 +16,11 @@ from worker.amqp.declared import (
     check_usable,
     declared_arguments,
     single_consumer_warning,
+    try_to_consume,
+    try_to_declare,
 )
 from worker.amqp.error_messages import ACCESS_REFUSED, ErrorMessages, QueueUnusable, describe
-from worker.amqp.topology import NOT_FOUND, QueueNames
+from worker.amqp.topology import QueueNames, is_missing
 from worker.cli.check.broker_versions import describe_broker
 from worker.cli.check.checks import CheckFailed
 from worker.cli.check.policies import limits_found_by_trying, limits_in
@@ -47,26 +49,44 @@ class BrokerProbe:
             return f"connected to {place}: {describe_broker(server_properties(connection))}"
 
     def queue(self) -> str:
-        """Look at how each queue of jobs is declared."""
+        """Look at how each queue of jobs is declared, and whether the user may take from it or make it."""
+        good: dict[str, str] = {}
+        bad: dict[str, str] = {}
+        unusable = []
         with self._connected() as connection:
-            return "; ".join(self._describe_queue(connection, name) for name in self._names.job_queues)
+            for name in self._names.job_queues:
+                try:
+                    good[name] = self._describe_queue(connection, name)
+                except CheckFailed as error:
+                    bad[name] = str(error)
+                except QueueUnusable as error:
+                    bad[name] = str(error)
+                    unusable.append(name)
+        if not bad:
+            return "; ".join(good.values())
+        others = [name for name in self._names.job_queues if name not in unusable]
+        meanwhile = f". A worker leaves {', '.join(unusable)} out and takes the jobs of {', '.join(others)}"
+        raise CheckFailed("; ".join(bad.values()) + (meanwhile if unusable and others else ""))
 
     def _describe_queue(self, connection: _Connection, name: str) -> str:
-        found = self._declare_passively(connection, name)
-        if found is None:
-            return f"{name} does not exist yet: the first to come makes it"
+        """Raise `QueueUnusable` where no worker can take from the queue, `CheckFailed` for what else is wrong."""
         try:
-            # Only where the queue exists: otherwise this would create it.
+            with connection.channel() as channel:
+                found = channel.queue_declare(name, passive=True).method
+            try_to_consume(connection, name)
+        except pika.exceptions.ChannelClosedByBroker as error:
+            if not is_missing(error):
+                raise QueueUnusable(self._error_messages.queue_refused(name, error)) from error
+            return self._describe_missing(connection, name)
+        try:
             arguments = declared_arguments(connection, name)
-            check_usable(name, arguments)
         except pika.exceptions.ChannelClosedByBroker as error:
             if error.reply_code == ACCESS_REFUSED:
                 return f"{name} is there; how it is declared is told only to users who may declare it"
-            raise CheckFailed(self._error_messages.queue_refused(name, error)) from error
-        except QueueUnusable as error:
-            raise CheckFailed(str(error)) from error
+            raise QueueUnusable(self._error_messages.queue_refused(name, error)) from error
+        check_usable(name, arguments)
         if warning := single_consumer_warning(name, arguments):
-            raise CheckFailed(warning)
+            raise (QueueUnusable if self._names.others else CheckFailed)(warning)
         if wrong := [f"{one} is {arguments[one]}" for one in PROPERTIES if one in arguments]:
             raise CheckFailed(self._error_messages.queue_declared_otherwise(f"{name}: {wrong[0]}"))
         depth = f"{found.message_count} wait in it, for {found.consumer_count} consumers"
@@ -74,6 +94,13 @@ class BrokerProbe:
             return f"{name} is durable without arguments, as backends declare it; {depth}"
         shown = ", ".join(f"{key}: {value}" for key, value in sorted(arguments.items()))
         return f"{name} is durable with {shown}, which who declares it must give too; {depth}"
+
+    def _describe_missing(self, connection: _Connection, name: str) -> str:
+        try:
+            try_to_declare(connection, name)
+        except pika.exceptions.ChannelClosedByBroker as error:
+            raise QueueUnusable(self._error_messages.queue_refused(name, error)) from error
+        return f"{name} does not exist yet: the first to come makes it"
 
     def own_queues(self) -> str:
         """Check that the worker's own queues exist or may be declared, and that no policy limits them.
@@ -84,15 +111,17 @@ class BrokerProbe:
         with self._connected() as connection:
             missing = [name for name in own if self._declare_passively(connection, name) is None]
             # Server-named, as the queue on which each worker receives cancel orders.
-            self._try_permissions(connection, "")
-            if missing:
-                self._try_permissions(connection, f"{self._names.jobs}.check-{uuid.uuid4().hex[:8]}")
+            self._try_permissions(connection, self._names.jobs, "")
+            for jobs in self._names.job_queues:
+                own_of_jobs = {*self._names.family(jobs), *(self._names.shared if jobs == self._names.jobs else ())}
+                if own_of_jobs & set(missing):
+                    self._try_permissions(connection, jobs, f"{jobs}.check-{uuid.uuid4().hex[:8]}")
             self._check_limits(connection)
         if missing:
             return f"{len(missing)} of {len(own)} do not exist yet; the user may make them"
         return f"all {len(own)} are there"
 
-    def _try_permissions(self, connection: _Connection, name: str) -> None:
+    def _try_permissions(self, connection: _Connection, jobs: str, name: str) -> None:
         """Declare an exclusive queue, publish into it and get that message."""
         try:
             with connection.channel() as channel:
@@ -101,7 +130,7 @@ class BrokerProbe:
                 channel.basic_publish("", made, b"", mandatory=True)
                 channel.basic_get(made, auto_ack=True)
         except pika.exceptions.ChannelClosedByBroker as error:
-            raise CheckFailed(self._error_messages.queue_refused(f"{self._names.jobs}.*", error)) from error
+            raise CheckFailed(self._error_messages.queue_refused(f"{jobs}.*", error)) from error
 
     def _check_limits(self, connection: _Connection) -> None:
         limits: list[str] = []
@@ -129,7 +158,7 @@ class BrokerProbe:
             with connection.channel() as channel:
                 return channel.queue_declare(name, passive=True).method
         except pika.exceptions.ChannelClosedByBroker as error:
-            if error.reply_code == NOT_FOUND:
+            if is_missing(error):
                 return None
             raise CheckFailed(self._error_messages.queue_refused(name, error)) from error
 

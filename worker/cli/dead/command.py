@@ -10,7 +10,6 @@ from rich.console import Console
 
 from clients.storage.client import Storage
 from config.settings import Settings
-from worker.amqp.delivery import Origin
 from worker.amqp.publisher import Publisher
 from worker.amqp.queue_browser import QueueBrowser
 from worker.amqp.topology import QueueNames
@@ -23,7 +22,6 @@ from worker.cli.terminal import escape_for_terminal
 from worker.messages.decoder import rules_from
 from worker.results.ledger import Ledger
 from worker.results.outbox_snapshots import summarize
-from worker.tracing.context import TraceContext
 
 # At 64 kB each, the most that a letter without a job has, they take 640 MB.
 MAX_LETTERS = 10_000
@@ -73,9 +71,7 @@ def replay_letters(settings: Settings, target: str | None, reason: str) -> None:
                     publisher.publish(names.outbox, replay.body, since=time.time())
                 else:
                     queue = names.known(letter.origin.queue)
-                    origin = Origin(queue, letter.origin.priority)
-                    trace = TraceContext.from_headers(letter.message.headers)
-                    publisher.publish(queue, replay.body, origin=origin, trace=trace)
+                    publisher.publish(queue, replay.body, origin=letter.origin._replace(queue=queue))
                 typer.echo(f"letter {letter.number}: {replay.effect}")
                 browser.ack(letter.message)
                 num_replayed += 1

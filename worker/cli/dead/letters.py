@@ -14,6 +14,7 @@ from worker.messages.generation_id import GenerationId
 from worker.messages.job import Job, JobRejected, Undecodable
 from worker.messages.rules import JobRules
 from worker.results.terminal_event import TerminalEvent
+from worker.tracing.context import TraceContext
 
 
 class NoSuchLetter(CommandFailed):
@@ -71,8 +72,9 @@ class DeadLetter:
 
     @property
     def origin(self) -> Origin:
-        """Where its job was published to, and with which priority."""
-        return Origin(str(self.message.headers.get(QUEUE_HEADER, "")), priority_of(self.message.properties))
+        """The origin of its job."""
+        headers, priority = self.message.headers, priority_of(self.message.properties)
+        return Origin(str(headers.get(QUEUE_HEADER, "")), priority, TraceContext.from_headers(headers))
 
     @property
     def died_at(self) -> datetime | None:

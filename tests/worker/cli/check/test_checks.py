@@ -31,10 +31,11 @@ from tests.faults.proxy import UP, Proxy, Sign
 from tests.faults.station import answers
 from tests.support.models.tiny_models import build_tiny_sd
 from tests.support.servers.clients_servers import AnsweringServer, answer, refused_url
+from tests.support.unusable_queues import PASSWORD, USER, all_but, permit, set_state
 from tests.support.world import eventually
-from worker.amqp.publisher import Publisher
-from worker.amqp.topology import QueueNames
+from worker.amqp.topology import QueueNames, ensure_queues
 from worker.cli.check.backend import check_backend, classify_answer
+from worker.cli.check.broker import BrokerProbe
 from worker.cli.check.checks import Check, CheckFailed, CheckResult, CheckUnsure, State, run_checks
 from worker.cli.check.command import every_part
 from worker.cli.check.policies import limits_in
@@ -200,14 +201,11 @@ def test_undeclared_queue_is_good_and_is_not_declared(setup: WorkingSetup) -> No
 
 
 def test_the_queues_of_a_worker_that_was_here_are_found(setup: WorkingSetup) -> None:
-    env = setup.env() | {"RABBITMQ_QUEUE": f"test-{uuid.uuid4().hex[:12]}"}
-    settings = settings_of(env).broker
-    publisher = Publisher(settings, QueueNames(settings.queue))
-    publisher.start()
-    publisher.depths()
-    publisher.close()
+    names = QueueNames(f"test-{uuid.uuid4().hex[:12]}")
+    with pika.BlockingConnection(pika.URLParameters(setup.rabbitmq.url)) as connection:
+        ensure_queues(connection, names, names.everything)
 
-    found = setup.check(RABBITMQ_QUEUE=settings.queue)
+    found = setup.check(RABBITMQ_QUEUE=names.jobs)
 
     assert found["own queues"].detail == "all 6 are there"
 
@@ -295,6 +293,41 @@ def test_a_user_without_the_right_to_make_queues_is_found(setup: WorkingSetup) -
     found = setup.check(RABBITMQ_USER=NARROW, RABBITMQ_PASS=NARROWS_PASSWORD)
 
     assert_only(found, "own queues", "ACCESS_REFUSED", NARROW, "set_permissions")
+
+
+def test_one_of_several_queues_that_cannot_be_used_is_found_and_so_is_what_workers_do(setup: WorkingSetup) -> None:
+    express = f"{setup.queue}.express"
+    declare(setup.rabbitmq, express)
+    env = {"RABBITMQ_QUEUES": f"{express}:3,{setup.queue}:1", "RABBITMQ_USER": USER, "RABBITMQ_PASS": PASSWORD}
+    left_out = f"leaves {express} out and takes the jobs of {setup.queue}"
+    probe = BrokerProbe(settings_of(setup.env() | env).broker)
+
+    permit(setup.rabbitmq, all_but(express))
+    with pytest.raises(CheckFailed, match=f"access to queue '{express}'.*set_permissions.*{left_out}"):
+        probe.queue()
+    with pytest.raises(CheckFailed, match=rf"{express}\.\*: ACCESS_REFUSED.*set_permissions"):
+        probe.own_queues()
+
+    permit(setup.rabbitmq, ".*")
+    set_state(setup.rabbitmq, express, "crashed")
+    with pytest.raises(CheckFailed, match=f"queue '{express}' in vhost '/' has crashed.*{left_out}"):
+        probe.queue()
+
+    set_state(setup.rabbitmq, express, "live")
+    assert probe.queue().count("is durable without arguments") == 2
+    assert setup.rabbitmq.queues()[express] == (1, 0)
+
+
+def test_a_missing_queue_that_the_user_may_not_make_is_found_and_not_made(setup: WorkingSetup) -> None:
+    permit(setup.rabbitmq, "^amq[.].*")
+    missing = f"test-{uuid.uuid4().hex[:12]}"
+    env = {"RABBITMQ_QUEUE": missing, "RABBITMQ_USER": USER, "RABBITMQ_PASS": PASSWORD}
+
+    with pytest.raises(CheckFailed, match=f"access to queue '{missing}' .*set_permissions") as failed:
+        BrokerProbe(settings_of(setup.env() | env).broker).queue()
+
+    assert "leaves" not in str(failed.value)
+    assert missing not in setup.rabbitmq.queues()
 
 
 def test_a_policy_that_limits_the_worker_s_queues_is_found(setup: WorkingSetup) -> None:

@@ -5,8 +5,6 @@ What breaks in the middle of one: `tests/live/test_faults_product.py`.
 
 import hashlib
 import io
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import c2pa
@@ -14,41 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples.parts.rabbitmq import RabbitMQ
-from examples.parts.seaweedfs import SeaweedFS
 from tests.support.images.products import bottle, protected_part
-from tests.support.models.onnx_files import write_dark_finder
-from tests.support.servers.certificates import Chain, make_chain
-from tests.support.world import Worker, World, eventually, new_world
+from tests.support.servers.certificates import Chain
+from tests.support.world import Worker, World, eventually
 from watermark.product.masks import product_mask
 from watermark.product.placement import Layout, place_product
 
 PROMPT = "a beach"
 STEPS = 8
-
-
-@pytest.fixture(scope="module")
-def cutout_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dark_finder(tmp_path_factory.mktemp("onnx") / "dark.onnx")
-
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    return make_chain(tmp_path_factory.mktemp("chain"))
-
-
-@pytest.fixture(scope="module")
-def world(
-    rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory, cutout_model: Path, chain: Chain
-) -> Iterator[World]:
-    with new_world(rabbitmq, s3_server, tmp_path_factory.mktemp("world")) as made:
-        made.start_worker(CUTOUT_MODEL=str(cutout_model), **chain.env()).wait_until_ready()
-        yield made
-
-
-@pytest.fixture
-def worker(world: World) -> Worker:
-    return world.workers[-1]
 
 
 def png_of(image: Image.Image) -> bytes:
@@ -150,7 +121,7 @@ def test_product_job_draws_and_stores_all_its_stages(world: World, worker: Worke
 
 def test_background_changed_in_the_bucket_is_kept_and_nothing_is_drawn(world: World, worker: Worker) -> None:
     bottle_at = world.upload("uploads/cut.png", png_of(bottle()))
-    first = world.publish(kind="product", prompt=PROMPT, product={"image_path": bottle_at})
+    first = world.publish(kind="product", prompt=PROMPT, num_inference_steps=4, product={"image_path": bottle_at})
     stages = metadata_of(world, first)["stages"]
     background = stage(world, first, "background")
     background.paste((250, 10, 10), (0, 0, 30, 30))
