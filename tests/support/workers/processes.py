@@ -23,6 +23,8 @@ TEMPLATE = Path(__file__).with_name("template.py")
 # They decide what a worker's modules are: see tests/faults/site.
 KEY_NAMES = ("PYTHONPATH", "FAULTS_CONSTANTS", "FAULTS_CLOCK")
 
+MAX_TEMPLATES = 4  # each keeps 70 MB
+
 _num_started: Counter[tuple[str, ...]] = Counter()
 _templates: dict[tuple[str, ...], "_Template"] = {}
 
@@ -48,11 +50,19 @@ def start_process(env: dict[str, str], log: Path, *arguments: str) -> Process:
         _num_started[key] += 1
         if _num_started[key] > 1:
             if key not in _templates:
+                _make_room()
                 _templates[key] = _Template(env)
             return _templates[key].fork(env, log, arguments)
     command = [str(Path(sys.executable).parent / "darkroom"), *arguments]
     with log.open("ab") as sink:
         return subprocess.Popen(command, env=env, cwd=log.parent, stdout=sink, stderr=sink)
+
+
+def _make_room() -> None:
+    """End the templates of the longest standing without a living worker, but for a few."""
+    idle = [key for key, template in _templates.items() if not template.has_living_workers()]
+    for key in idle[: max(0, len(_templates) + 1 - MAX_TEMPLATES)]:
+        _templates.pop(key).close()
 
 
 class _Template:
@@ -61,10 +71,12 @@ class _Template:
     def __init__(self, env: dict[str, str]) -> None:
         pipe = subprocess.PIPE
         self._process = subprocess.Popen([sys.executable, "-P", TEMPLATE], env=env, stdin=pipe, stdout=pipe)
-        atexit.register(self._process.kill)
+        atexit.register(self.close)
         self._lock = threading.Lock()
+        self._is_closed = False
         self._heard = b""
         self._started: list[int] = []
+        self._pids: set[int] = set()
         self._codes: dict[int, int] = {}
 
     def fork(self, env: dict[str, str], log: Path, arguments: tuple[str, ...]) -> "_Forked":
@@ -76,6 +88,16 @@ class _Template:
             self.listen(1.0)
         return _Forked(self, self._started.pop())
 
+    def has_living_workers(self) -> bool:
+        self.listen(0.0)
+        return not self._pids <= self._codes.keys()
+
+    def close(self) -> None:
+        """End the process; workers that it has forked go on."""
+        self._is_closed = True
+        self._process.kill()
+        self._process.wait()
+
     def listen(self, seconds: float) -> None:
         """Take in what it tells within that time, or has told."""
         assert self._process.stdout is not None
@@ -83,12 +105,13 @@ class _Template:
             if not select.select([self._process.stdout], [], [], seconds)[0]:
                 return
             heard = os.read(self._process.stdout.fileno(), 4096)
-            assert heard, "the template of the workers has ended"
+            assert heard or self._is_closed, "the template of the workers has ended"
             *lines, self._heard = (self._heard + heard).split(b"\n")
             for told in map(json.loads, lines):
                 if "started" in told:
                     self._codes.pop(told["started"], None)  # of one before that had the same id
                     self._started.append(told["started"])
+                    self._pids.add(told["started"])
                 else:
                     self._codes[told["ended"]] = told["code"]
 
