@@ -17,7 +17,7 @@ from tests.support.servers.style_backend import StyleBackend, train_style
 from tests.support.world import HANG_SECONDS, Worker, World, eventually, new_world
 from worker.results.address_breaker import REFUSALS_TO_OPEN
 
-NUM_STYLES = int(os.environ.get("FIELD_STYLES", "10"))
+NUM_STYLES = int(os.environ.get("FIELD_STYLES", "3"))
 SIGNATURE_KEY = "signatures/서울 아틀리에 #1.png"
 MISSING_STYLE, UNSIGNED_STYLE = 999, 1000
 TAGS = ("수채화", "red fox", "밤 하늘")
@@ -50,7 +50,7 @@ def backend(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="module")
 def worker(world: World, backend: StyleBackend) -> Worker:
-    started = world.start_worker(**backend.env(), INFERENCE_STEPS="8")
+    started = world.start_worker(**backend.env(), INFERENCE_STEPS="4")
     started.wait_until_ready()
     return started
 
@@ -116,7 +116,7 @@ def test_backend_that_crashes_on_failures_refunds_each_once_after_its_repair(
 def test_backend_that_rejects_its_own_host_gets_every_end_once_it_accepts(
     world: World, backend: StyleBackend, worker: Worker, tmp_path: Path
 ) -> None:
-    ordered = [backend.order(style_id, *TAGS) for style_id in range(1, REFUSALS_TO_OPEN + 3)]
+    ordered = [backend.order(number % NUM_STYLES + 1, *TAGS) for number in range(REFUSALS_TO_OPEN + 2)]
     backend.restart(allowed_hosts="api.example.com", is_repaired=True)
     eventually(lambda: worker.get("/health/ready")[0] == 503, worker.log_tail)
     assert "ALLOWED_HOSTS" in worker.get("/health/ready")[1]

@@ -1,6 +1,7 @@
 """Hundreds of jobs with many more adapters than slots: memory stays flat, and no adapter leaks into another's picture.
 
-`make leaks` runs the long form: 300 jobs with 40 adapters.
+`make leaks` runs 300 jobs with 40 adapters. What the adapters of few jobs leave behind in an engine is shown, without a
+look at memory, by `tests/inference/engine/test_batching.py` and `tests/live/drawing/test_jobs.py`.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import pytest
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
+from tests.support.long import long
 from tests.support.models.tiny_models import load_pipe, write_adapter
 from tests.support.paths import DEMO_MODEL
 from tests.support.world import Worker, World, eventually, new_world
@@ -68,6 +70,7 @@ def slots_of(worker: Worker) -> dict[str, float]:
     return {state: worker.metric("darkroom_adapter_slots", state=state) for state in ("active", "idle", "free")}
 
 
+@long
 def test_many_adapters_in_few_slots_leave_no_trace_in_memory_or_images(world: World, adapters: list[str]) -> None:
     worker = world.start_worker(ADAPTER_SLOTS=str(NUM_SLOTS), MAX_CONCURRENT_GENERATIONS=NUM_LANES)
     worker.wait_until_ready()

@@ -77,8 +77,8 @@ def engine(tiny: Path) -> Iterator[WatchedEngine]:
 
 
 def tiny_request(*adapters: AdapterFile, **fields: Any) -> GenerationRequest:
-    """Build a request in the tiny checkpoint's native size."""
-    return request_of(**{"width": 64, "height": 64, "adapters": adapters} | fields)
+    """Build a request of few steps in the tiny checkpoint's native size."""
+    return request_of(**{"width": 64, "height": 64, "num_inference_steps": 4, "adapters": adapters} | fields)
 
 
 def at_scale(file: AdapterFile, scale: float) -> AdapterFile:
@@ -110,23 +110,23 @@ def mixed_requests(adapters: Adapters) -> list[GenerationRequest]:
         return tiny_request(*files, **fields)
 
     return [
-        request(adapters["old"], num_inference_steps=8, guidance_scale=9.0, scheduler="euler_a", seeds=(1,)),
-        request(num_inference_steps=30, guidance_scale=7.5, prompt="no style", negative_prompt="", seeds=(2,)),
+        request(adapters["old"], num_inference_steps=3, guidance_scale=9.0, scheduler="euler_a", seeds=(1,)),
+        request(num_inference_steps=7, guidance_scale=7.5, prompt="no style", negative_prompt="", seeds=(2,)),
         request(
             at_scale(adapters["eight"], 0.7),
             at_scale(adapters["five"], 0.4),
-            num_inference_steps=20,
+            num_inference_steps=5,
             scheduler="ddim",
             negative_prompt="ugly",
             seeds=(3,),
         ),
-        request(at_scale(adapters["text"], 0.8), num_inference_steps=22, guidance_scale=5.0, seeds=(4,)),
-        request(adapters["kohya"], num_inference_steps=18, scheduler="unipc", negative_prompt="dark", seeds=(5,)),
-        request(adapters["folder"], num_inference_steps=25, guidance_scale=1.0, prompt="a blue house", seeds=(6,)),
-        request(adapters["every"], num_inference_steps=16, scheduler="dpm++_karras", guidance_scale=2.0, seeds=(7,)),
-        request(at_scale(adapters["sixty_four"], 0.9), num_inference_steps=12, scheduler="euler", seeds=(8,)),
-        request(adapters["everything"], num_inference_steps=14, guidance_scale=1.0, scheduler="euler_a", seeds=(9,)),
-        request(at_scale(adapters["convolutions"], 1.3), num_inference_steps=40, guidance_scale=4.0, seeds=(10,)),
+        request(at_scale(adapters["text"], 0.8), num_inference_steps=6, guidance_scale=5.0, seeds=(4,)),
+        request(adapters["kohya"], num_inference_steps=5, scheduler="unipc", negative_prompt="dark", seeds=(5,)),
+        request(adapters["folder"], num_inference_steps=6, guidance_scale=1.0, prompt="a blue house", seeds=(6,)),
+        request(adapters["every"], num_inference_steps=4, scheduler="dpm++_karras", guidance_scale=2.0, seeds=(7,)),
+        request(at_scale(adapters["sixty_four"], 0.9), num_inference_steps=3, scheduler="euler", seeds=(8,)),
+        request(adapters["everything"], num_inference_steps=4, guidance_scale=1.0, scheduler="euler_a", seeds=(9,)),
+        request(at_scale(adapters["convolutions"], 1.3), num_inference_steps=8, guidance_scale=4.0, seeds=(10,)),
     ]
 
 
@@ -152,11 +152,15 @@ def test_the_demo_model_s_styles_share_a_batch_at_scales_of_their_own() -> None:
     calls = submit_together(
         engine,
         [
-            request_of(adapters=(demo_adapter("neon"),), prompt="neon: a castle", num_inference_steps=5),
-            request_of(adapters=(demo_adapter("neon", 0.5),), prompt="neon: a castle", num_inference_steps=5),
-            request_of(adapters=(demo_adapter("sepia", -0.7),), guidance_scale=1.0),
-            request_of(adapters=(demo_adapter("blueprint"), demo_adapter("sepia", 0.4)), scheduler="euler_a"),
-            request_of(seeds=(7,), num_inference_steps=6),
+            request_of(adapters=(demo_adapter("neon"),), prompt="neon: a castle", num_inference_steps=3),
+            request_of(adapters=(demo_adapter("neon", 0.5),), prompt="neon: a castle", num_inference_steps=3),
+            request_of(adapters=(demo_adapter("sepia", -0.7),), guidance_scale=1.0, num_inference_steps=3),
+            request_of(
+                adapters=(demo_adapter("blueprint"), demo_adapter("sepia", 0.4)),
+                scheduler="euler_a",
+                num_inference_steps=3,
+            ),
+            request_of(seeds=(7,), num_inference_steps=4),
         ],
     )
 
@@ -173,9 +177,9 @@ def test_a_request_joins_at_the_next_step_and_the_others_images_do_not_change(
     tiny: Path, adapters: Adapters, engine: WatchedEngine
 ) -> None:
     residents = [
-        tiny_request(adapters["old"], num_inference_steps=20, seeds=(1,)),
-        tiny_request(adapters["every"], num_inference_steps=22, seeds=(2,), scheduler="euler_a"),
-        tiny_request(num_inference_steps=24, seeds=(3,), guidance_scale=1.0),
+        tiny_request(adapters["old"], num_inference_steps=8, seeds=(1,)),
+        tiny_request(adapters["every"], num_inference_steps=9, seeds=(2,), scheduler="euler_a"),
+        tiny_request(num_inference_steps=10, seeds=(3,), guidance_scale=1.0),
     ]
     undisturbed = submit_together(engine, residents)
     before = [call.image for call in undisturbed]
@@ -184,7 +188,7 @@ def test_a_request_joins_at_the_next_step_and_the_others_images_do_not_change(
     turn_when_joined: list[int] = []
 
     def come() -> None:
-        newcomer = tiny_request(adapters["everything"], num_inference_steps=9, seeds=(4,))
+        newcomer = tiny_request(adapters["everything"], seeds=(4,))
         newcomers.append(EngineCall(engine, newcomer, at={0: lambda: turn_when_joined.append(len(engine.turns))}))
 
     def be_ready() -> None:
@@ -192,7 +196,7 @@ def test_a_request_joins_at_the_next_step_and_the_others_images_do_not_change(
         turn_when_ready.append(len(engine.turns))
 
     with arriving_together(engine):
-        calls = [EngineCall(engine, residents[0], at={6: come, 7: be_ready})]
+        calls = [EngineCall(engine, residents[0], at={3: come, 4: be_ready})]
         calls += [EngineCall(engine, request) for request in residents[1:]]
 
     after = [call.image for call in calls]
@@ -208,7 +212,7 @@ def test_a_place_that_becomes_free_is_taken_in_the_very_next_turn(tiny: Path, mo
     monkeypatch.setattr("inference.engine.local_engine.POLL_SECONDS", 3600.0)
     engine = WatchedEngine(tiny, MAX_CONCURRENT_GENERATIONS=1)
 
-    calls = [EngineCall(engine, tiny_request(seeds=(seed,))) for seed in range(3)]
+    calls = [EngineCall(engine, tiny_request(seeds=(seed,), num_inference_steps=2)) for seed in range(3)]
 
     assert [call.image.size for call in calls] == [(64, 64)] * 3
     engine.close()
@@ -235,7 +239,7 @@ def test_two_shapes_take_turns_and_neither_spoils_the_other(
     assert all(len(shapes) == 1 for shapes in steps)
     last_wide = max(i for i, shapes in enumerate(steps) if shapes == {(64, 96)})
     first_wide = min(i for i, shapes in enumerate(steps) if shapes == {(64, 96)})
-    assert last_wide - first_wide == 14, "eight turns each, one after the other"
+    assert last_wide - first_wide == 6, "four turns each, one after the other"
 
 
 def test_three_images_in_two_lanes_match_their_seeds_and_every_step_is_reported_once(
@@ -247,14 +251,14 @@ def test_three_images_in_two_lanes_match_their_seeds_and_every_step_is_reported_
 
     call = EngineCall(
         engine,
-        tiny_request(adapters["text"], seeds=(5, 3, 4), num_inference_steps=9),
-        at={9: lambda: forwards_when_reported.append(len(engine.model.batches))},
+        tiny_request(adapters["text"], seeds=(5, 3, 4), num_inference_steps=3),
+        at={3: lambda: forwards_when_reported.append(len(engine.model.batches))},
     )
 
     assert_right(tiny, [call])
-    assert [report.step_index for report in call.steps] == list(range(10))
+    assert [report.step_index for report in call.steps] == list(range(4))
     assert max(len(batch) for batch in engine.model.batches) == 2
-    assert forwards_when_reported == [len(engine.model.batches)] == [18], (
+    assert forwards_when_reported == [len(engine.model.batches)] == [6], (
         "the last step is told when the last lane did it"
     )
     engine.close()
@@ -270,13 +274,13 @@ def test_more_styles_than_slots_are_each_drawn_right_and_never_touch_the_others(
     adapters_of_rows.append([adapters["old"], at_scale(adapters["sixty_four"], 0.5)])
     adapters_of_rows.append([adapters["every"], at_scale(adapters["everything"], 0.5), adapters["text"]])
     requests = [
-        tiny_request(*files, num_inference_steps=5, seeds=(seed,)) for seed, files in enumerate(adapters_of_rows)
+        tiny_request(*files, num_inference_steps=3, seeds=(seed,)) for seed, files in enumerate(adapters_of_rows)
     ]
 
     def controls() -> list[bytes]:
         """Draw alone an image without an adapter, and one whose adapter is evicted in between."""
-        drawn = [EngineCall(engine, tiny_request(*files, seeds=(9,))).image for files in ((), (adapters["every"],))]
-        return [image.tobytes() for image in drawn]
+        controlled = (tiny_request(*files, num_inference_steps=2, seeds=(9,)) for files in ((), (adapters["every"],)))
+        return [EngineCall(engine, request).image.tobytes() for request in controlled]
 
     before = controls()
     first = [EngineCall(engine, request) for request in requests[:7]]
@@ -294,19 +298,19 @@ def test_more_styles_than_slots_are_each_drawn_right_and_never_touch_the_others(
 def test_a_style_that_takes_over_another_s_pages_brings_layers_that_one_lacked(tiny: Path, adapters: Adapters) -> None:
     engine = WatchedEngine(tiny, ADAPTER_SLOTS=4)
     staying = [
-        tiny_request(adapters[name], num_inference_steps=12, seeds=(seed,))
+        tiny_request(adapters[name], num_inference_steps=7, seeds=(seed,))
         for seed, name in enumerate(("old", "five", "eight"))
     ]
-    leaving = tiny_request(adapters["text"], num_inference_steps=8, seeds=(3,))
+    leaving = tiny_request(adapters["text"], num_inference_steps=4, seeds=(3,))
     coming: list[EngineCall] = []
 
     def come() -> None:
         # Its prompts are known, and it takes the only slot and the place in the batch that become free.
-        coming.append(EngineCall(engine, tiny_request(adapters["convolutions"], num_inference_steps=9, seeds=(4,))))
+        coming.append(EngineCall(engine, tiny_request(adapters["convolutions"], seeds=(4,))))
 
     with arriving_together(engine):
         calls = [EngineCall(engine, request) for request in staying]
-        calls.append(EngineCall(engine, leaving, at={4: come, 7: engine.wait_until_prepared}))
+        calls.append(EngineCall(engine, leaving, at={2: come, 3: engine.wait_until_prepared}))
 
     assert_right(tiny, [*calls[2:], *coming])
     engine.close()

@@ -52,8 +52,8 @@ def style(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> AdapterFile:
 
 
 def tiny_request(*adapters: AdapterFile, **fields: Any) -> GenerationRequest:
-    """Build a request in the tiny checkpoint's native size."""
-    return request_of(**{"width": 64, "height": 64, "adapters": adapters} | fields)
+    """Build a request of few steps in the tiny checkpoint's native size."""
+    return request_of(**{"width": 64, "height": 64, "num_inference_steps": 4, "adapters": adapters} | fields)
 
 
 def requests_with_seeds(*seeds: int, **fields: Any) -> list[GenerationRequest]:
@@ -82,12 +82,12 @@ def test_a_cancelled_request_leaves_within_a_turn_and_the_others_are_drawn_right
     with arriving_together(engine):
         calls = [
             EngineCall(engine, tiny_request(style, seeds=(1,))),
-            EngineCall(engine, tiny_request(seeds=(2,)), at={5: cancel}),
-            EngineCall(engine, tiny_request(seeds=(3,), num_inference_steps=12)),
+            EngineCall(engine, tiny_request(seeds=(2,)), at={2: cancel}),
+            EngineCall(engine, tiny_request(seeds=(3,), num_inference_steps=6)),
         ]
 
     assert isinstance(calls[1].error, RequestCancelled)
-    assert calls[1].steps[-1].step_index == 5
+    assert calls[1].steps[-1].step_index == 2
     assert_right(tiny, [calls[0], calls[2]])
     assert [turn.num_batched for turn in engine.turns[cancelled_at[0] :][:2]] == [3, 2]
     engine.close()
@@ -103,8 +103,8 @@ def test_cancelling_takes_all_lanes_of_a_request_and_frees_its_slot(tiny: Path, 
 
     with arriving_together(engine):
         calls = [
-            EngineCall(engine, tiny_request(style, seeds=(1, 2, 3, 4)), at={4: cancel}),
-            EngineCall(engine, tiny_request(seeds=(5,), num_inference_steps=12)),
+            EngineCall(engine, tiny_request(style, seeds=(1, 2, 3, 4)), at={2: cancel}),
+            EngineCall(engine, tiny_request(seeds=(5,), num_inference_steps=6)),
         ]
 
     assert isinstance(calls[0].error, RequestCancelled)
@@ -126,7 +126,7 @@ def test_a_waiting_request_is_cancelled_before_it_begins(tiny: Path, way: str) -
             second.cancel()
 
     with arriving_together(engine):
-        first = EngineCall(engine, tiny_request(seeds=(1,)), at={4: cancel})
+        first = EngineCall(engine, tiny_request(seeds=(1,)), at={2: cancel})
         second, third = (EngineCall(engine, request) for request in requests_with_seeds(2, 3))
 
     assert_right(tiny, [first, third])
@@ -149,7 +149,7 @@ def test_future_cancelled_while_its_request_joins_affects_no_other(tiny: Path, m
     with arriving_together(engine):
         monkeypatch.setattr(slots, "has_room", cancel_and_look)
         cancelled = EngineCall(engine, tiny_request())
-        other = EngineCall(engine, tiny_request(seeds=(2,), num_inference_steps=12))
+        other = EngineCall(engine, tiny_request(seeds=(2,), num_inference_steps=6))
 
     with pytest.raises(CancelledError):
         cancelled.future.result(PATIENCE_SECONDS)
@@ -176,9 +176,9 @@ class LowMemoryModel(WatchedModel):
 def test_lanes_that_do_not_fit_are_halved_and_the_cap_holds_for_a_while(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference.engine.batcher, "FORWARDS_UNTIL_RELAXED", 20)
+    monkeypatch.setattr(inference.engine.batcher, "FORWARDS_UNTIL_RELAXED", 8)
     engine = WatchedEngine(tiny, LowMemoryModel, MAX_CONCURRENT_GENERATIONS=16)
-    requests = requests_with_seeds(*range(10), num_inference_steps=8)
+    requests = requests_with_seeds(*range(10))
     roomy = WatchedEngine(tiny, MAX_CONCURRENT_GENERATIONS=16)
 
     calls = submit_together(engine, requests)
@@ -186,13 +186,13 @@ def test_lanes_that_do_not_fit_are_halved_and_the_cap_holds_for_a_while(
     assert_right(tiny, calls[::4])
     for call, other in zip(calls, submit_together(roomy, requests), strict=True):
         assert psnr(call.image, other.image) >= MIN_PSNR_DB
-        assert [report.step_index for report in call.steps] == list(range(9))
+        assert [report.step_index for report in call.steps] == list(range(5))
     sizes = [len(batch) for batch in engine.model.batches]
     *alone, whole, half, quarter = sizes[:5]
     assert (alone, whole, half, quarter) == ([1, 1], 11, 5, 2), "the usher's last step is the first of all others"
     capped = sizes[4:]
-    assert set(capped[:20]) == {2}
-    assert capped[20] == 3
+    assert set(capped[:8]) == {2}
+    assert capped[8] == 3
     engine.close()
     roomy.close()
 
@@ -245,7 +245,7 @@ def test_an_image_too_large_to_decode_is_decoded_in_tiles_and_the_next_one_whole
     engine = WatchedEngine(tiny, LowMemoryDecoder)
     model = engine.model
     assert isinstance(model, LowMemoryDecoder)
-    request = tiny_request(width=128, height=128)
+    request = tiny_request(width=128, height=128, num_inference_steps=2)
     tiled_pipe = load_pipe(tiny)
     tiled_pipe.vae.enable_tiling()
 
@@ -256,7 +256,7 @@ def test_an_image_too_large_to_decode_is_decoded_in_tiles_and_the_next_one_whole
 
     assert model.is_tiled[-2:] == [True, False]
     assert psnr(tiled, plain(tiled_pipe, request)) >= MIN_PSNR_DB
-    assert psnr(whole, plain(load_pipe(tiny), request)) >= MIN_PSNR_DB
+    assert psnr(whole, solo(tiny, request)) >= MIN_PSNR_DB
     assert psnr(tiled, whole) < MIN_PSNR_DB
     engine.close()
 
@@ -309,7 +309,7 @@ def test_an_adapter_that_finds_no_memory_alone_either_fails_by_its_name_and_the_
     with arriving_together(engine):
         before = EngineCall(engine, tiny_request(seeds=(1,)))
         failed = EngineCall(engine, tiny_request(style, seeds=(2,)))
-        after = [EngineCall(engine, request) for request in requests_with_seeds(3, 4, num_inference_steps=8)]
+        after = [EngineCall(engine, request) for request in requests_with_seeds(3, 4)]
     assert isinstance(failed.error, RequestFailed)
 
     assert failed.error.code == "GPU_OOM"
@@ -393,7 +393,7 @@ def test_a_request_that_breaks_every_batch_it_is_in_is_the_only_one_to_fail(tiny
     requests = [
         tiny_request(style, seeds=(1,)),
         tiny_request(style, seeds=(5, FailingSeedModel.SEED)),
-        *requests_with_seeds(2, 3, scheduler="euler_a", num_inference_steps=11),
+        *requests_with_seeds(2, 3, scheduler="euler_a", num_inference_steps=5),
     ]
 
     calls = submit_together(engine, requests)

@@ -109,7 +109,7 @@ def image_for(request: GenerationRequest) -> Image.Image:
 def controlled_request(model: str = "pose", *adapters: AdapterFile, **fields: Any) -> GenerationRequest:
     """Build a short request in the tiny checkpoints' native size, with a control of these fields."""
     control = {name: fields.pop(name) for name in ("scale", "start", "end") if name in fields}
-    made = request_of(**{"width": 64, "height": 64, "num_inference_steps": 5, "adapters": adapters} | fields)
+    made = request_of(**{"width": 64, "height": 64, "num_inference_steps": 3, "adapters": adapters} | fields)
     image = speckles(len(model), size=(made.width, made.height))
     return replace(made, control=control_of(model, image, **control))
 
@@ -121,9 +121,9 @@ def controlled_request(model: str = "pose", *adapters: AdapterFile, **fields: An
 @pytest.mark.parametrize(
     ("family", "fields"),
     [
-        ("sd", {"scheduler": "euler_a", "width": 96, "start": 0.2}),
-        ("sd", {"scheduler": "heun", "end": 0.5}),
-        ("sdxl", {"negative_prompt": "", "end": 0.8}),
+        ("sd", {"scheduler": "euler_a", "width": 96, "start": 0.2, "num_inference_steps": 4}),
+        ("sd", {"scheduler": "heun", "end": 0.5, "num_inference_steps": 4}),
+        ("sdxl", {"negative_prompt": "", "end": 0.8, "num_inference_steps": 4}),
         ("z_image", {"guidance_scale": 2.0, "scale": 0.75, "width": 48}),
     ],
 )
@@ -175,7 +175,7 @@ def test_lanes_with_two_controls_and_without_share_forwards_and_each_is_right(
         [
             controlled_request("pose", style, seeds=(1,)),
             controlled_request("depth", guidance_scale=1.0, seeds=(2,), scheduler="euler_a"),
-            controlled_request("pose", start=0.4, end=0.8, scale=0.7, seeds=(3,), num_inference_steps=7),
+            controlled_request("pose", start=0.4, end=0.8, scale=0.7, seeds=(3,), num_inference_steps=5),
             replace(controlled_request("pose", style, seeds=(4,)), control=None),
             replace(controlled_request("pose", guidance_scale=1.0, seeds=(5,)), control=None),
         ],
@@ -244,7 +244,7 @@ def test_denoiser_without_a_controlled_lane_gets_no_residuals(models: Models) ->
         given.append("mid_block_additional_residual" in inputs)
 
     handle = engine.model._pipeline.unet.register_forward_pre_hook(note, with_kwargs=True)
-    draw(engine, controlled_request(start=0.4, end=0.8))
+    draw(engine, controlled_request(start=0.4, end=0.8, num_inference_steps=5))
     handle.remove()
 
     assert given == [False, False, True, True, False]
@@ -330,7 +330,7 @@ def test_request_refused_for_another_reason_waits_for_no_room(models: Models) ->
         refused.append(EngineCall(engine, controlled_request("depth", scheduler="none such")))
 
     acts = {1: come, 2: engine.wait_until_prepared, 4: lambda: is_answered.append(refused[0].future.done())}
-    runner = EngineCall(engine, controlled_request("pose"), at=acts)
+    runner = EngineCall(engine, controlled_request("pose", num_inference_steps=5), at=acts)
 
     assert runner.image.size == (64, 64)
     assert is_answered == [True]
@@ -369,7 +369,7 @@ def test_other_lanes_go_on_while_a_controlnet_is_loaded(models: Models) -> None:
         may_load.set()
 
     runner = EngineCall(
-        engine, replace(controlled_request(num_inference_steps=8), control=None), at={2: come, 6: let_load}
+        engine, replace(controlled_request(num_inference_steps=5), control=None), at={1: come, 4: let_load}
     )
 
     assert runner.image.size == (64, 64)

@@ -27,6 +27,7 @@ from inference.process.health import MAX_CONSECUTIVE_CRASHES, MAX_CONSECUTIVE_FA
 from inference.request import Control, EngineLoad, GenerationResult, Source, StepReport
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.fake_child import EXIT_POISONED, NUM_SLOTS
+from tests.support.engine.forked_child import fork_fake
 from tests.support.long import long
 from tests.support.paths import DEMO_MODEL, ROOT
 from tests.support.world import HANG_SECONDS, eventually
@@ -45,7 +46,7 @@ def never() -> bool:
     return False
 
 
-# --- The real child and the demo model
+# --- The real child and the demo model. The short form has it in the workers of `tests/live/drawing`
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,7 @@ def ready_engine(min_hang_seconds: float = 60.0) -> EngineProcess:
     return engine
 
 
+@long
 def test_ready_engine_reports_its_facts(engine: EngineProcess) -> None:
     facts = engine.facts
 
@@ -86,6 +88,7 @@ def test_ready_engine_reports_its_facts(engine: EngineProcess) -> None:
     assert facts.step_seconds > 0
 
 
+@long
 def test_a_request_becomes_its_image_with_its_steps_and_stages(engine: EngineProcess) -> None:
     reports: list[StepReport] = []
 
@@ -97,6 +100,7 @@ def test_a_request_becomes_its_image_with_its_steps_and_stages(engine: EnginePro
     assert all(stage.started_at <= time.monotonic() for stage in result.stages)
 
 
+@long
 def test_a_failure_crosses_the_boundary_with_its_code(engine: EngineProcess) -> None:
     with pytest.raises(RequestFailed, match="dpm") as failure:
         engine.generate(request_of(scheduler="magic"), ignore, never).result()
@@ -104,6 +108,7 @@ def test_a_failure_crosses_the_boundary_with_its_code(engine: EngineProcess) -> 
     assert failure.value.code == "INVALID_INPUT"
 
 
+@long
 def test_a_cancelled_request_ends_within_two_steps_and_the_next_one_runs(engine: EngineProcess) -> None:
     reports: list[StepReport] = []
 
@@ -115,6 +120,7 @@ def test_a_cancelled_request_ends_within_two_steps_and_the_next_one_runs(engine:
     assert len(engine.generate(request_of(), ignore, never).result().images) == 1
 
 
+@long
 def test_a_waiting_request_can_be_withdrawn_and_a_running_one_cannot(engine: EngineProcess) -> None:
     reports: list[StepReport] = []
     all_lanes = tuple(range(ModelSettings().max_concurrent_generations))
@@ -148,6 +154,7 @@ def test_an_engine_that_falls_silent_is_killed_and_the_request_drawn_by_the_next
     engine.close()
 
 
+@long
 def test_closing_ends_a_running_request_and_leaves_no_process(engine: EngineProcess) -> None:
     reports: list[StepReport] = []
     running = engine.generate(request_of(num_inference_steps=150, seeds=(1, 2, 3, 4)), reports.append, never)
@@ -168,7 +175,7 @@ def test_closing_ends_a_running_request_and_leaves_no_process(engine: EngineProc
 
 
 def spawn_fake(settings: ModelSettings) -> ChildHandle:
-    """Start a fake child as the real one is started."""
+    """Start a fake child as the real one is started. Those of most tests are forked, which takes a tenth of the time."""
     return ChildHandle.spawn(settings, module="tests.support.engine.fake_child")
 
 
@@ -235,7 +242,7 @@ def new_fake(tmp_path: Path) -> Iterator[Callable[..., Fake]]:
             on_restart=lambda: restarts.append(None),
             on_load_report=engine_loads.append,
             min_hang_seconds=min_hang_seconds,
-            spawn=spawn_fake,
+            spawn=fork_fake,
         )
         fake = Fake(journal, engine, restarts, engine_loads)
         made.append(fake)

@@ -1,9 +1,13 @@
 """Pictures for tests: the engine's, plain diffusers' own, and how much they differ."""
 
+import copy
+import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -88,24 +92,39 @@ def plain(pipe: Any, request: GenerationRequest, *, seed: int | None = None) -> 
 
 
 def solo(checkpoint: Path, request: GenerationRequest, *, seed: int | None = None) -> Image.Image:
-    """Generate with a fresh plain pipeline that has the request's own adapters alone."""
+    """Generate with a plain pipeline that has the request's own adapters alone."""
     return plain(pipe_with(checkpoint, *request.adapters), request, seed=seed)
 
 
 def pipe_with(checkpoint: Path, *files: AdapterFile, dtype: torch.dtype = torch.float32) -> Any:
-    """Load a fresh plain pipeline with these adapters, as the libraries' users do. A PEFT folder comes alone."""
-    pipe: Any = load_pipe(checkpoint, dtype)
+    """Return a plain pipeline with these adapters, as the libraries' users load it. A PEFT folder comes alone.
+
+    Loaded once for the same checkpoint and the same bytes: all that requests change in it is set anew.
+    """
+    digests = tuple(hashlib.sha256(file.weights.read_bytes()).hexdigest() for file in files)
+    pipe, scheduler = _loaded(checkpoint, tuple(replace(file, scale=1.0) for file in files), digests, dtype)
+    pipe.scheduler = copy.deepcopy(scheduler)
     if any(file.config for file in files):
-        (folder,) = files
-        assert folder.scale == 1.0
-        pipe.unet = PeftModel.from_pretrained(pipe.unet, folder.weights.parent).get_base_model()
-        return pipe
-    names = [f"adapter{number}" for number in range(len(files))]
-    for name, file in zip(names, files, strict=True):
-        pipe.load_lora_weights(file.weights.parent, weight_name=file.weights.name, adapter_name=name)
-    if files:
-        pipe.set_adapters(names, [file.scale for file in files])
+        assert [file.scale for file in files] == [1.0]
+    elif files:
+        pipe.set_adapters(_names(files), [file.scale for file in files])
     return pipe
+
+
+@lru_cache(maxsize=32)
+def _loaded(checkpoint: Path, files: tuple[AdapterFile, ...], _digests: tuple[str, ...], dtype: torch.dtype) -> Any:
+    """Load a pipeline with these adapters, and return it with its own scheduler."""
+    pipe: Any = load_pipe(checkpoint, dtype)
+    for name, file in zip(_names(files), files, strict=True):
+        if file.config:
+            pipe.unet = PeftModel.from_pretrained(pipe.unet, file.weights.parent).get_base_model()
+        else:
+            pipe.load_lora_weights(file.weights.parent, weight_name=file.weights.name, adapter_name=name)
+    return pipe, pipe.scheduler
+
+
+def _names(files: Sequence[AdapterFile]) -> list[str]:
+    return [f"adapter{number}" for number in range(len(files))]
 
 
 def demo_pipe() -> Any:

@@ -64,7 +64,7 @@ REPAINTING = {
 
 
 def alone(checkpoint: Path, request: GenerationRequest, **embeddings: torch.Tensor) -> Image.Image:
-    """Generate the request's first image with a fresh pipeline that has the request's own adapters alone.
+    """Generate the request's first image with a pipeline that has the request's own adapters alone.
 
     `embeddings` take the prompts' place. No negative prompt is None, as a diffusers user leaves it out.
     """
@@ -72,7 +72,7 @@ def alone(checkpoint: Path, request: GenerationRequest, **embeddings: torch.Tens
 
 
 def drawn_by(pipe: Any, request: GenerationRequest, **embeddings: torch.Tensor) -> Image.Image:
-    """Generate it with a fresh pipeline that has the adapters already, in the dtype that it was loaded in."""
+    """Generate it with a pipeline that has the adapters already, in the dtype that it was loaded in."""
     generator = torch.Generator().manual_seed(request.seeds[0])
     arguments: dict[str, Any] = {
         "width": request.width,
