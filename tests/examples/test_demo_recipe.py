@@ -51,9 +51,9 @@ MOMENT = Budget(
     "moment",
     num_things=3,
     num_tokens=700,
-    vae_steps=2,
-    denoiser_steps=2,
-    adapter_steps=2,
+    vae_steps=1,
+    denoiser_steps=1,
+    adapter_steps=1,
     sample_steps=2,
 )
 

@@ -11,7 +11,7 @@ from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import Station, new_station, stand_in_env
 from tests.support.world import HANG_SECONDS, Worker, World, eventually, new_world
 
-NUM_JOBS = 60
+NUM_JOBS = 24
 NUM_WORKERS = 3
 # Several times what an idle worker would have stayed.
 STAYED_SECONDS = 4.0

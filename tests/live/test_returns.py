@@ -37,7 +37,10 @@ CONSTANTS = {
     "worker.results.notifier:PATIENCE_SECONDS": 0.0,
     "worker.results.notifier:DELAYS_SECONDS": (0.2, 0.5),
     "inference.process.health:MIN_HANG_SECONDS": 600.0,
+    "worker.supervisor:GRACE_RESERVE_SECONDS": 1.0,
 }
+# In several tests the same, as workers with the same changes cost the least.
+FEW_RECOVERIES = {"worker.jobs.disposition:MAX_RECOVERIES": 2}
 QUORUM = {"x-queue-type": "quorum"}
 
 
@@ -171,13 +174,10 @@ def outcomes(world: World, job: Job) -> list[str]:
     return [call.kind for call in world.backend.ends(job.generation_id)]
 
 
-@pytest.mark.parametrize("num_deployments", [pytest.param(12, marks=long), 3])
+@pytest.mark.parametrize("num_deployments", [pytest.param(12, marks=long), 4])
 def test_deployments_in_the_middle_of_a_long_job_are_no_crashes(world: World, num_deployments: int) -> None:
     # Given a job that was recovered, held by workers that stop in order, and few crashes until it would be given up
-    constants = {
-        "worker.jobs.disposition:MAX_RECOVERIES": num_deployments - 2,
-        "worker.supervisor:GRACE_RESERVE_SECONDS": 1.0,
-    }
+    constants = {"worker.jobs.disposition:MAX_RECOVERIES": num_deployments - 2}
     job = new_job(1)
     put_into_recover(world, message(job, "hold@3"))
 
@@ -350,7 +350,7 @@ def test_a_job_on_lease_whose_worker_was_killed_has_one_crash_more(world: World)
     world.upload(f"jobs/{job.task_id}.lease", json.dumps(note).encode())
     put_into_recover(world, message(job), **{LEASE_HEADER: 1, CRASHES_HEADER: 2})
 
-    start(world, {"worker.jobs.disposition:MAX_RECOVERIES": 2})
+    start(world, FEW_RECOVERIES)
 
     end = world.wait_for_end(1)
     assert (end.kind, end.body.get("error_code")) == ("failed", "WORKER_CRASHED")
@@ -358,7 +358,7 @@ def test_a_job_on_lease_whose_worker_was_killed_has_one_crash_more(world: World)
 
 def test_crashes_that_a_publisher_claims_count_for_nothing(world: World) -> None:
     job = new_job(1)
-    start(world, {"worker.jobs.disposition:MAX_RECOVERIES": 2})
+    start(world, FEW_RECOVERIES)
     with channel_to(world) as channel:
         forged = pika.BasicProperties(delivery_mode=2, headers={CRASHES_HEADER: 100, "x-delivery-count": 100})
         channel.basic_publish("", world.queue, message(job), forged)

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,6 +23,7 @@ from examples.parts.ports import free_port
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.support.paths import ROOT
+from tests.support.workers.processes import start_process
 
 DEMO_MODEL = ROOT / "examples" / "demo_model"
 # The one that a dev dependency brings, not the Python wrapper of it: that would outlive its own end.
@@ -41,9 +40,7 @@ class Worker:
     def __init__(self, env: dict[str, str], log: Path, *options: str) -> None:
         self.port = int(env["METRICS_PORT"])
         self.log = log
-        command = [str(Path(sys.executable).parent / "darkroom"), "run", *options]
-        with log.open("wb") as sink:
-            self.process = subprocess.Popen(command, env=env, cwd=log.parent, stdout=sink, stderr=sink)
+        self.process = start_process(env, log, "run", *options)
 
     def wait_until_ready(self) -> None:
         eventually(lambda: self.get("/health/ready")[0] == 200, self.log_tail)
@@ -58,7 +55,9 @@ class Worker:
 
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of the samples with these labels; 0 where there are none yet."""
-        families = text_string_to_metric_families(self.get("/metrics")[1])  # type: ignore[no-untyped-call]
+        # The rest, which is much, is not parsed: this is asked in loops.
+        text = "".join(line for line in self.get("/metrics")[1].splitlines(keepends=True) if line.startswith(name))
+        families = text_string_to_metric_families(text)  # type: ignore[no-untyped-call]
         samples = [sample for metric in families for sample in metric.samples if sample.name == name]
         return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
 

@@ -273,7 +273,7 @@ ROWS: tuple[Row, ...] = (
         name="A21",
         fault="workers are stopped in order, one after another, in the middle of a recovered job",
         answer="its copy carries the number of killed workers, which is no higher; the next one draws it",
-        tests=(f"{RETURNS}::test_deployments_in_the_middle_of_a_long_job_are_no_crashes[3]",),
+        tests=(f"{RETURNS}::test_deployments_in_the_middle_of_a_long_job_are_no_crashes[4]",),
         without=(
             Mutation(
                 "worker/jobs/settler.py",
