@@ -11,7 +11,7 @@ import torch
 
 from inference.lora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported, listed, shown
 from inference.lora.files import open_weights, parse_object
-from inference.lora.key_names import DOWN, PEFT_PREFIX, UP, KeyNaming
+from inference.lora.key_names import PEFT_PREFIX, KeyNaming
 from inference.lora.peft_config import MAX_RANK, Scaling, checked_alpha, parse_scaling, read_peft_config
 from inference.lora.tensor_names import SortedNames, sort_names
 
@@ -77,11 +77,6 @@ class Adapter:
     """
 
     layers: Mapping[str, LowRank]
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the weights by PEFT's names, as `pipe.load_lora_weights` takes and applies at scale 1."""
-        downs = {f"{name}{DOWN}": layer.a for name, layer in self.layers.items()}
-        return downs | {f"{name}{UP}": layer.b for name, layer in self.layers.items()}
 
 
 def blank_adapter(models: Mapping[str, torch.nn.Module]) -> Adapter:

@@ -4,13 +4,15 @@ It has no secret, opens no connection, and is killed with the supervisor. A segf
 costs this process alone.
 """
 
+import gc
 import logging
 import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -49,6 +51,21 @@ def _load_local_engine(settings: ModelSettings, on_load_report: OnLoadReport) ->
     return LocalEngine(settings, on_load_report)
 
 
+@contextmanager
+def loading() -> Iterator[None]:
+    """Keep the garbage collector from what is loaded meanwhile, now and later.
+
+    Half a million objects of torch, diffusers and the model stay for good. Going through them took a sixth of the CPU
+    of a start, and 1.7 s in the middle of a step.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def main(load: Callable[[ModelSettings, OnLoadReport], Any] = _load_local_engine) -> None:
     """Load the model, send `Ready` or `StartFailed`, and serve until `Stop` or the end of the pipe."""
     connection: Connection[FromChild, Any] = Connection(int(sys.argv[1]))
@@ -57,7 +74,8 @@ def main(load: Callable[[ModelSettings, OnLoadReport], Any] = _load_local_engine
     configure_logging(start.log_level, start.log_format)
     server = _Server(connection)
     try:
-        engine = load(start.settings, server.on_load_report)
+        with loading():
+            engine = load(start.settings, server.on_load_report)
     except EngineStartFailed as error:
         connection.send(StartFailed(str(error)))
         return

@@ -9,7 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.deploy.test_deploy import CUSTOM_KINDS, SETTINGS, custom_object, manifests
+from tests.deploy.test_deploy import CUSTOM_KINDS, SETTINGS, custom_object, manifests, model_of
 from tests.support.helm import CHART, helm
 from tests.support.paths import ROOT
 from worker.amqp.topology import QueueNames
@@ -51,7 +51,7 @@ def test_every_object_of_the_chart_is_right_by_its_schema(mode: str) -> None:
     for (kind, _), one in objects(mode).items():
         if kind in CUSTOM_KINDS:
             given = custom_object(one)
-            read = CUSTOM_KINDS[kind].model_validate(given)
+            read = model_of(kind).model_validate(given)
             assert read.model_dump(by_alias=True, exclude_unset=True, mode="json") == given
         else:
             kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
@@ -101,7 +101,7 @@ def test_each_queue_of_jobs_calls_for_workers_and_the_shared_ones_once(values: d
     assert sorted((trigger["queueName"], trigger["value"]) for trigger in triggers) == sorted(
         [*((name, "24") for name in (*names.job_queues, names.recover)), (names.outbox, "100000")]
     )
-    assert CUSTOM_KINDS[scaled["kind"]].model_validate(custom_object(scaled))
+    assert model_of(scaled["kind"]).model_validate(custom_object(scaled))
 
 
 def test_queue_that_no_worker_could_have_is_refused() -> None:

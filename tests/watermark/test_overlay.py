@@ -4,6 +4,7 @@ import io
 import json
 import re
 from dataclasses import replace
+from functools import cache
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def test_headline_of_any_options_stays_inside_the_margins(
 
 @pytest.mark.parametrize("size", [(64, 2048), (2048, 64), (64, 64), (9, 9), (1, 1)])
 def test_headline_on_images_of_extreme_shapes_stays_inside_the_margins(size: tuple[int, int]) -> None:
-    for text, wanted in product((TEXTS["Korean"], "W" * 300), (None, 0.5)):
+    for text, wanted in product((TEXTS["Korean"], "W" * 60), (None, 0.5)):
         assert put(grey(*size), TextOverlay(text, size=wanted, shadow=True)).shape == (size[1], size[0], 3)
 
 
@@ -235,6 +236,7 @@ def measured_contrast(image: Image.Image, after: NDArray[np.int16]) -> float:
     return float(np.maximum(ratio, 1 / ratio).min())
 
 
+@cache
 def grounds() -> dict[str, Image.Image]:
     generator = np.random.default_rng(7)
     flat = {f"flat {level}": grey(level=level) for level in (0, 60, 110, 117, 118, 119, 125, 190, 255)}
@@ -252,7 +254,7 @@ def grounds() -> dict[str, Image.Image]:
     }
 
 
-@pytest.mark.parametrize("position", [None, Position.CENTER, Position.BOTTOM_RIGHT])
+@pytest.mark.parametrize("position", [None, Position.CENTER])
 @pytest.mark.parametrize("name", grounds())
 def test_automatic_colour_has_a_contrast_of_at_least_4_5(name: str, position: Position | None) -> None:
     image = grounds()[name]

@@ -16,6 +16,7 @@ from diffusers.utils import convert_state_dict_to_kohya
 from inference.lora.adapter import Adapter, check_fits, read_adapter
 from inference.lora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported
 from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, KeyNaming, sdxl
+from tests.support.models.adapter_changes import assert_same_changes, changes_by_peft, changes_of, product
 from tests.support.models.tiny_adapters import Z_IMAGE_BLOCKS, Z_IMAGE_EVERY_LAYER
 from tests.support.models.tiny_models import (
     build_tiny_sd,
@@ -72,12 +73,7 @@ def read(pipe: Any, path: Path) -> Adapter:
 
 def ours(pipe: Any, path: Path) -> Tensors:
     """Return each layer's change of weight, by the layer's name."""
-    layers = read(pipe, path).layers.items()
-    return {name: product(layer.a.float(), layer.b.float()) for name, layer in layers}
-
-
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return (b.flatten(1) @ a.flatten(1)).view(b.shape[0], *a.shape[1:])
+    return changes_of(read(pipe, path))
 
 
 def theirs(pipe: Any, path: Path) -> Tensors:
@@ -89,24 +85,7 @@ def theirs(pipe: Any, path: Path) -> Tensors:
         peft.PeftModel.from_pretrained(torch.nn.ModuleDict(models_of(adapted)), path)
     else:
         peft.PeftModel.from_pretrained(models_of(adapted)[dialect_of(pipe).models[0]], path)
-    return applied(adapted)
-
-
-def applied(pipe: Any) -> Tensors:
-    changes = {
-        f"{model}.{name}": module.get_delta_weight(next(iter(module.lora_A))).detach()
-        for model, root in models_of(pipe).items()
-        for name, module in root.named_modules()
-        if isinstance(module, peft.tuners.lora.LoraLayer)
-    }
-    # PEFT also prepares layers of a similar name for which the file has nothing.
-    return {name: change for name, change in changes.items() if change.any()}
-
-
-def assert_same(actual: Tensors, expected: Tensors) -> None:
-    assert actual.keys() == expected.keys()
-    for name, change in expected.items():
-        torch.testing.assert_close(actual[name], change, rtol=1e-5, atol=1e-5)
+    return changes_by_peft(models_of(adapted))
 
 
 def save(path: Path, tensors: Tensors) -> Path:
@@ -148,7 +127,7 @@ def test_sdxl_layout_changes_what_the_library_changes(made: dict[str, Any], sdxl
     path = tmp_path / ("folder" if made["layout"] == "peft_folder" else "adapter.safetensors")
     write_adapter(path, sdxl_pipe, **{"text_encoder": True} | made)
     changes = ours(sdxl_pipe, path)
-    assert_same(changes, theirs(sdxl_pipe, path))
+    assert_same_changes(changes, theirs(sdxl_pipe, path))
     assert {name.partition(".")[0] for name in changes} == (
         {"unet"} if made.get("text_encoder") is False else {"unet", "text_encoder", "text_encoder_2"}
     )
@@ -172,7 +151,7 @@ Z_IMAGE_LAYOUTS: dict[str, dict[str, Any]] = {
 def test_z_image_layout_changes_what_the_library_changes(made: dict[str, Any], z_pipe: Any, tmp_path: Path) -> None:
     path = tmp_path / ("folder" if made["layout"] == "peft_folder" else "adapter.safetensors")
     write_adapter(path, z_pipe, **made)
-    assert_same(ours(z_pipe, path), theirs(z_pipe, path))
+    assert_same_changes(ours(z_pipe, path), theirs(z_pipe, path))
 
 
 # --- other writers' names for the same weights -----------------------------------------------------------------------
@@ -255,7 +234,7 @@ def test_z_image_names_of_every_writer_mean_the_same_layers(
     path = save(tmp_path / "a.safetensors", written(layers, stem, halves, alpha))
     scale = 1.0 if alpha is None else alpha / 4
     expected = {f"transformer.{name}": scale * product(a, b) for name, (a, b) in layers.items()}
-    assert_same(ours(z_pipe, path), expected)
+    assert_same_changes(ours(z_pipe, path), expected)
     assert matches_diffusers(z_pipe, path, expected) == is_read_by_diffusers
 
 
@@ -296,7 +275,7 @@ def test_fused_attention_is_three_layers_of_one_a(
     path = save(tmp_path / "a.safetensors", written(layers, stem, halves, 2.0))
     expected = taken_apart(layers, scale=0.5)
     assert "transformer.layers.1.attention.to_v" in expected
-    assert_same(ours(z_pipe, path), expected)
+    assert_same_changes(ours(z_pipe, path), expected)
     assert matches_diffusers(z_pipe, path, expected) == is_read_by_diffusers
 
 
@@ -305,7 +284,7 @@ def test_fused_layers_beside_their_parts_are_copies(z_pipe: Any, tmp_path: Path)
     copies = {bare_out(name): pair for name, pair in fused(layers).items() if name.endswith((".qkv", ".to_out.0"))}
     path = save(tmp_path / "a.safetensors", written(copies | layers, kohya, DOTTED, 2.0))
     expected = {f"transformer.{name}": 0.5 * product(a, b) for name, (a, b) in layers.items()}
-    assert_same(ours(z_pipe, path), expected)
+    assert_same_changes(ours(z_pipe, path), expected)
     assert matches_diffusers(z_pipe, path, expected)
 
 
@@ -333,7 +312,7 @@ def test_z_image_adapter_that_contradicts_itself_is_refused(tensors: Tensors, tm
 
 def matches_diffusers(pipe: Any, path: Path, expected: Tensors) -> bool:
     try:
-        assert_same(theirs(pipe, path), expected)
+        assert_same_changes(theirs(pipe, path), expected)
     except (AssertionError, KeyError, ValueError):
         return False
     return True
@@ -358,7 +337,7 @@ def test_sgm_names_outside_the_blocks_are_read_as_diffusers_reads_them(sdxl_pipe
     names = {f"lora_unet_{theirs}": layers[ours] for theirs, ours in OUTSIDE_BLOCKS.items()}
     path = save(tmp_path / "a.safetensors", written(names, str, LORA_DOWN, 2.0))
     expected = {f"unet.{name}": 0.5 * product(a, b) for name, (a, b) in layers.items()}
-    assert_same(ours(sdxl_pipe, path), expected)
+    assert_same_changes(ours(sdxl_pipe, path), expected)
     assert matches_diffusers(sdxl_pipe, path, expected)
 
 
@@ -374,8 +353,8 @@ def test_kohya_names_with_diffusers_blocks_are_read_as_diffusers_reads_them(sdxl
     assert {name.split("_")[1] for name in tensors} == {"unet", "te1", "te2"}
     path = save(tmp_path / "b.safetensors", tensors)
     changes = ours(sdxl_pipe, path)
-    assert_same(changes, theirs(sdxl_pipe, path))
-    assert_same(changes, ours(sdxl_pipe, original))
+    assert_same_changes(changes, theirs(sdxl_pipe, path))
+    assert_same_changes(changes, ours(sdxl_pipe, original))
 
 
 def test_comfy_names_of_sdxl_are_kohyas_with_dots(sdxl_pipe: Any, tmp_path: Path) -> None:
@@ -391,7 +370,7 @@ def test_comfy_names_of_sdxl_are_kohyas_with_dots(sdxl_pipe: Any, tmp_path: Path
     }
     assert "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.lora_up.weight" in dotted
     assert "diffusion_model.input_blocks.1.0.in_layers.2.lora_down.weight" in dotted
-    assert_same(ours(sdxl_pipe, save(tmp_path / "b.safetensors", dotted)), ours(sdxl_pipe, path))
+    assert_same_changes(ours(sdxl_pipe, save(tmp_path / "b.safetensors", dotted)), ours(sdxl_pipe, path))
 
 
 def test_each_alpha_of_a_text_encoder_counts_for_its_own_layer(sdxl_pipe: Any, tmp_path: Path) -> None:
@@ -404,7 +383,7 @@ def test_each_alpha_of_a_text_encoder_counts_for_its_own_layer(sdxl_pipe: Any, t
         stem = f"lora_te{number}_text_model_encoder_layers_0_self_attn_{projection}_proj"
         tensors |= written({stem: (a, b.T.contiguous())}, str, LORA_DOWN, alpha)
         expected[f"text_encoder{level}encoder.layers.0.self_attn.{projection}_proj"] = alpha / 2 * b.T @ a
-    assert_same(ours(sdxl_pipe, save(tmp_path / "a.safetensors", tensors)), expected)
+    assert_same_changes(ours(sdxl_pipe, save(tmp_path / "a.safetensors", tensors)), expected)
 
 
 def test_text_encoders_are_read_with_and_without_the_level_that_transformers_dropped_from_one(sdxl_pipe: Any) -> None:

@@ -175,7 +175,7 @@ def test_closing_ends_a_running_request_and_leaves_no_process(engine: EngineProc
 
 
 def spawn_fake(settings: ModelSettings) -> ChildHandle:
-    """Start a fake child as the real one is started. Those of most tests are forked, which takes a tenth of the time."""
+    """Start a fake child as the real one is started; those of most tests are forked, which takes a tenth of it."""
     return ChildHandle.spawn(settings, module="tests.support.engine.fake_child")
 
 

@@ -208,7 +208,7 @@ def test_within_a_queue_priorities_count_up_to_the_start(rabbitmq: RabbitMQ) -> 
     for _ in range(PLACES + 1):
         last = taker.settle_oldest()
 
-    assert last.origin == (taker.ordinary, 9)
+    assert (last.origin.queue, last.origin.priority) == (taker.ordinary, 9)
     taker.consumer.close()
     taker.connection.close()
 

@@ -14,7 +14,7 @@ from tests.support.world import eventually
 from worker.amqp.consumer import Consumer
 from worker.amqp.delivery import Delivery
 from worker.amqp.subscriptions import Broadcast, WeightedSubscription
-from worker.amqp.topology import QueueNames
+from worker.amqp.topology import QueueNames, ensure_queues
 
 PLACES = 2
 
@@ -29,7 +29,7 @@ class Taker:
         self.express = f"{self.ordinary}.express"
         self.taken: list[str] = []
         self._in_hand: list[Delivery] = []
-        names = QueueNames(self.ordinary, others=(self.express,))
+        self.names = names = QueueNames(self.ordinary, others=(self.express,))
         self.consumer = Consumer(
             BrokerSettings(
                 RABBITMQ_HOST=rabbitmq.host, RABBITMQ_PORT=rabbitmq.port, RABBITMQ_USER=USER, RABBITMQ_PASS=PASSWORD
@@ -144,6 +144,8 @@ def test_a_pause_and_a_lost_connection_say_nothing_new_of_a_queue_that_is_left_o
     taker: Taker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.amqp.job_queues.RETRY_SECONDS", 0.0)
+    # Given one that is whole, so that nothing but a request for a message is refused
+    taker.with_channel(lambda channel: ensure_queues(channel.connection, taker.names, taker.names.everything))
     forbid(taker, is_unusable=True)
     taker.consumer.start()
     eventually(lambda: taker.consumer.is_connected)
