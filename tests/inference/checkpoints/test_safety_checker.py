@@ -19,6 +19,7 @@ from inference.errors import EngineStartFailed, RequestFailed
 from inference.request import GenerationRequest
 from tests.support.engine.engine_requests import request_of
 from tests.support.images.parity import MIN_PSNR_DB, draw, plain, psnr, settings_of
+from tests.support.long import long
 from tests.support.models.ldm_layout import write_single_file
 from tests.support.models.tiny_models import build_tiny_sd, load_pipe
 from tests.support.models.tiny_safety import EVERYTHING, NOTHING, add_tiny_checker, nearness
@@ -62,7 +63,7 @@ def flagged(checked: Path) -> dict[int, bool]:
 
 
 def tiny_request(*seeds: int) -> GenerationRequest:
-    return request_of(width=64, height=64, num_inference_steps=4, seeds=seeds)
+    return request_of(width=64, height=64, num_inference_steps=2, seeds=seeds)
 
 
 def is_flagged_by(pipe: Any, request: GenerationRequest) -> bool:
@@ -98,6 +99,15 @@ def test_one_flagged_image_of_several_fails_the_request(engine: LocalEngine, fla
         "NSFW_CONTENT",
         "the model's safety checker flagged the picture, which was not stored",
     )
+
+
+def test_engine_starts_with_a_checker_that_flags_every_picture_and_gives_none(unchecked: Path, tmp_path: Path) -> None:
+    """The first picture is the engine's own."""
+    folder = add_tiny_checker(shutil.copytree(unchecked, tmp_path / "tiny-sd"), EVERYTHING)
+    strict = LocalEngine(settings_of(folder, SAFETY_CHECKER="on"))
+
+    assert refusal_of(strict, tiny_request(0, 1)).code == "NSFW_CONTENT"
+    strict.close()
 
 
 def test_disabled_checker_is_not_loaded_and_flags_nothing(checked: Path, flagged: dict[int, bool]) -> None:
@@ -168,6 +178,7 @@ def test_a_checker_that_is_a_pickle_is_refused(checked: Path, tmp_path: Path) ->
 # --- Through a whole worker
 
 
+@long
 def test_a_flagged_job_fails_once_and_nothing_of_it_is_stored(
     rabbitmq: RabbitMQ, s3_server: SeaweedFS, unchecked: Path, tmp_path: Path
 ) -> None:

@@ -15,11 +15,14 @@ from inference.request import Source
 from tests.support.cuda.cuda_stand_ins import why_not
 from tests.support.cuda.fake_cuda import FakeCuda
 from tests.support.cuda.kernel_table import NUM_LANES, count_step
+from tests.support.long import long
 from tests.support.models.full_models import ATTENTION, FAMILIES, FullModel
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
-UNET_FAMILIES = ("sd15", "sdxl")
+# SDXL's UNet has all that the smaller one has.
+NAMES = [pytest.param(name, marks=long if name == "sd15" else ()) for name in FAMILIES]
+UNET_NAMES = [pytest.param("sd15", marks=long), "sdxl"]
 
 
 class Ceiling(NamedTuple):
@@ -96,7 +99,7 @@ def tripled(embedding: Embedding) -> Embedding:
 
 
 @pytest.mark.parametrize("num_lanes", NUM_LANES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_step_launches_no_more_kernels_than_its_ceiling_and_waits_for_nothing(
     model: FullModel, name: str, num_lanes: int
 ) -> None:
@@ -107,7 +110,7 @@ def test_a_step_launches_no_more_kernels_than_its_ceiling_and_waits_for_nothing(
     assert over == {}, f"more than {ceiling}"
 
 
-@pytest.mark.parametrize("name", UNET_FAMILIES)
+@pytest.mark.parametrize("name", UNET_NAMES)
 @pytest.mark.parametrize("scheduler", ["euler_a", "lcm"])
 def test_a_step_of_a_scheduler_that_draws_noise_is_as_short_as_others_and_waits_for_nothing(
     model: FullModel, name: str, scheduler: str
@@ -127,39 +130,39 @@ def test_captions_of_any_length_share_a_step_without_a_mask(model: FullModel, na
     assert step.num_masked_attentions == 0
 
 
-@pytest.mark.parametrize("name", UNET_FAMILIES)
+@pytest.mark.parametrize("name", UNET_NAMES)
 def test_a_step_of_prompts_of_one_and_of_three_chunks_waits_for_nothing(model: FullModel, name: str) -> None:
-    short, long = model.lanes(2)
-    conditioning = long.owner.conditioning
+    one, three = model.lanes(2)
+    conditioning = three.owner.conditioning
     assert conditioning is not None
     assert conditioning.negative is not None
-    long.owner.conditioning = Conditioning(tripled(conditioning.positive), tripled(conditioning.negative))
+    three.owner.conditioning = Conditioning(tripled(conditioning.positive), tripled(conditioning.negative))
 
-    assert stalls_of(model, [short, long]) == []
+    assert stalls_of(model, [one, three]) == []
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "sd15-inpaint"])
+@pytest.mark.parametrize("name", [*NAMES, "sd15-inpaint"])
 def test_inpainting_step_waits_for_nothing(model: FullModel, name: str) -> None:
     lanes = model.lanes(2, source=source_of(model, is_masked=True))
 
     assert stalls_of(model, lanes) == []
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_step_with_a_controlnet_for_one_of_two_lanes_waits_for_nothing(model: FullModel, name: str) -> None:
     lanes = model.lanes(2, [(), *model.mixed(1)], [model.guide()])
 
     assert stalls_of(model, lanes) == []
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_adapter_at_a_scale_of_its_own_makes_no_step_wait(model: FullModel, name: str) -> None:
     lanes = model.lanes(1, [model.adapted(8, ATTENTION, scale=0.7)])
 
     assert stalls_of(model, lanes) == []
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_preview_makes_no_step_wait(model: FullModel, name: str) -> None:
     previews = Previews(model.family, Device(model.family.device), every=1)
     (lane,) = model.lanes(1)
@@ -177,7 +180,7 @@ def test_a_preview_makes_no_step_wait(model: FullModel, name: str) -> None:
 # --- Joining and leaving
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_lanes_that_join_wait_for_no_step_that_is_running(model: FullModel, name: str) -> None:
     fields: Any = {"negative_prompt": "blurry", "prompt": "not encoded before"}
     with model.cuda.counting() as tally:
@@ -187,7 +190,7 @@ def test_lanes_that_join_wait_for_no_step_that_is_running(model: FullModel, name
     assert tally.stalls == []
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_image_is_decoded_without_waiting_for_the_device(model: FullModel, name: str) -> None:
     (lane,) = model.lanes(1)
 

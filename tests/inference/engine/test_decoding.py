@@ -21,8 +21,8 @@ from tests.support.engine.watched_engine import (
     arriving_together,
     submit_together,
 )
-from tests.support.images.parity import MIN_PSNR_DB, plain, psnr
-from tests.support.models.tiny_models import build_tiny_sd, load_pipe
+from tests.support.images.parity import MIN_PSNR_DB, psnr, solo
+from tests.support.models.tiny_models import build_tiny_sd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -84,7 +84,7 @@ def engine(running: WatchedEngine) -> WatchedEngine:
 
 def assert_right(checkpoint: Path, call: EngineCall) -> None:
     for seed, image in zip(call.request.seeds, call.images, strict=True):
-        assert psnr(image, plain(load_pipe(checkpoint), call.request, seed=seed)) >= MIN_PSNR_DB
+        assert psnr(image, solo(checkpoint, call.request, seed=seed)) >= MIN_PSNR_DB
 
 
 def test_decoder_values_become_bytes_and_nan_becomes_no_image() -> None:

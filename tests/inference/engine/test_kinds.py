@@ -166,7 +166,7 @@ def test_an_image_that_is_not_square_is_encoded_upright(models: Models) -> None:
 def test_the_demo_model_restyles_and_repaints_as_plain_diffusers_does() -> None:
     checkpoint = DEMO_MODEL / "checkpoint"
     engine = WatchedEngine(checkpoint)
-    photo = draw(engine, request_of(prompt="a castle", num_inference_steps=6))[0]
+    photo = draw(engine, request_of(prompt="a castle", num_inference_steps=4))[0]
     fields = {"prompt": "neon: a castle", "adapters": (demo_adapter("neon"),), "num_inference_steps": 3}
     restyle = request_of(**fields, source=Source(photo.tobytes(), 0.7))
     repaint = request_of(**fields, source=Source(photo.tobytes(), 1.0, window(128)))

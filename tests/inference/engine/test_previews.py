@@ -159,10 +159,10 @@ def likeness(preview: Preview, image: Image.Image) -> float:
 @pytest.mark.gpu
 def test_previews_look_like_the_image_from_the_second_step_on(demo: LocalEngine) -> None:
     steps: list[StepReport] = []
-    (image,) = draw(demo, request_of(seeds=(3,), num_inference_steps=10), steps)
+    (image,) = draw(demo, request_of(seeds=(3,), num_inference_steps=6), steps)
 
     previews = [report.preview for report in steps if report.preview]
-    assert [(one.width, one.height) for one in previews] == [(16, 16)] * 4
+    assert [(one.width, one.height) for one in previews] == [(16, 16)] * 2
     # The best matrix there is for this VAE, found on the model's own pictures, comes to 0.91 with finished latents.
     assert min(likeness(one, image) for one in previews) > 0.75
 
@@ -170,7 +170,7 @@ def test_previews_look_like_the_image_from_the_second_step_on(demo: LocalEngine)
 @pytest.mark.parametrize("scheduler", ["dpm++", "heun", "euler_a"])
 def test_previews_come_every_n_steps_but_not_with_the_last(engine: LocalEngine, scheduler: str) -> None:
     steps: list[StepReport] = []
-    draw(engine, tiny_request(num_inference_steps=9, scheduler=scheduler), steps)
+    draw(engine, tiny_request(num_inference_steps=7, scheduler=scheduler), steps)
 
     assert with_previews(steps) == [3, 6]
 

@@ -91,7 +91,7 @@ def test_a_batch_in_16_bits_equals_plain_diffusers_that_begins_with_the_same_noi
 
 
 def tiny_request(*adapters: AdapterFile, **fields: Any) -> GenerationRequest:
-    return request_of(**{"width": 64, "height": 64, "num_inference_steps": 4, "adapters": adapters} | fields)
+    return request_of(**{"width": 64, "height": 64, "num_inference_steps": 2, "adapters": adapters} | fields)
 
 
 def by_diffusers(checkpoint: Path, dtype: str, request: GenerationRequest) -> Any:

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from peft import PeftModel
 
 from inference.engine.local_engine import LocalEngine
 from inference.errors import EngineStartFailed, RequestFailed
@@ -17,17 +17,19 @@ from inference.sampling.schedulers import DIFFUSION
 from tests.support.cuda.on_gpu import on_gpu
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import WatchedEngine, WatchedModel
-from tests.support.images.parity import MIN_PSNR_DB, demo_pipe, draw, plain, psnr, settings_of
+from tests.support.images.parity import MIN_PSNR_DB, demo_adapter, draw, psnr, settings_of, solo
 from tests.support.models.tiny_models import Layout, build_tiny_sd, load_pipe, write_adapter
 from tests.support.paths import DEMO_MODEL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+DEMO_CHECKPOINT = DEMO_MODEL / "checkpoint"
+
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[LocalEngine]:
     """Start the engine on the demo model."""
-    made = LocalEngine(settings_of(DEMO_MODEL / "checkpoint"))
+    made = LocalEngine(settings_of(DEMO_CHECKPOINT))
     yield made
     made.close()
 
@@ -48,31 +50,27 @@ def tiny_engine(tiny: Path) -> Iterator[LocalEngine]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_an_image_without_an_adapter_equals_plain_diffusers(engine: LocalEngine, guidance: float) -> None:
-    request = request_of(guidance_scale=guidance)
+    request = request_of(guidance_scale=guidance, num_inference_steps=4)
 
-    assert psnr(draw(engine, request)[0], plain(demo_pipe(), request)) >= MIN_PSNR_DB
+    assert psnr(draw(engine, request)[0], solo(DEMO_CHECKPOINT, request)) >= MIN_PSNR_DB
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", DIFFUSION.makers)
 def test_every_scheduler_gives_the_image_plain_diffusers_gives_with_it(engine: LocalEngine, name: str) -> None:
-    request = request_of(scheduler=name)
+    request = request_of(scheduler=name, num_inference_steps=4)
 
-    assert psnr(draw(engine, request)[0], plain(demo_pipe(), request)) >= MIN_PSNR_DB
+    assert psnr(draw(engine, request)[0], solo(DEMO_CHECKPOINT, request)) >= MIN_PSNR_DB
 
 
 @pytest.mark.parametrize("scale", on_gpu([1.0, 0.5], 0.5))
 def test_an_image_with_a_diffusers_adapter_equals_plain_diffusers(engine: LocalEngine, scale: float) -> None:
-    weights = DEMO_MODEL / "adapters" / "neon.safetensors"
-    request = request_of(prompt="neon: a castle", adapters=(AdapterFile(weights, None, scale),))
-    pipe = demo_pipe()
-    pipe.load_lora_weights(weights.parent, weight_name=weights.name, adapter_name="neon")
-    pipe.set_adapters("neon", scale)
+    request = request_of(prompt="neon: a castle", adapters=(demo_adapter("neon", scale),), num_inference_steps=4)
 
     drawn = draw(engine, request)[0]
 
-    assert psnr(drawn, plain(pipe, request)) >= MIN_PSNR_DB
-    assert psnr(drawn, draw(engine, request_of(prompt="neon: a castle"))[0]) < 25
+    assert psnr(drawn, solo(DEMO_CHECKPOINT, request)) >= MIN_PSNR_DB
+    assert psnr(drawn, draw(engine, replace(request, adapters=()))[0]) < 25
 
 
 @pytest.mark.parametrize("layout", on_gpu(["diffusers_old", "diffusers_new"], "diffusers_new"))
@@ -81,48 +79,38 @@ def test_a_file_with_text_encoder_layers_equals_plain_diffusers(
 ) -> None:
     pipe = load_pipe(tiny)
     weights = write_adapter(tmp_path / "adapter.safetensors", pipe, layout=layout, rank=4, seed=1, text_encoder=True)
-    request = request_of(width=64, height=64, adapters=(AdapterFile(weights, None, 1.0),))
-    pipe.load_lora_weights(weights.parent, weight_name=weights.name)
+    request = request_of(width=64, height=64, num_inference_steps=4, adapters=(AdapterFile(weights, None, 1.0),))
 
     drawn = draw(tiny_engine, request)[0]
 
-    assert psnr(drawn, plain(pipe, request)) >= MIN_PSNR_DB
-    assert psnr(drawn, plain(load_pipe(tiny), request)) < 35
+    assert psnr(drawn, solo(tiny, request)) >= MIN_PSNR_DB
+    assert psnr(drawn, solo(tiny, replace(request, adapters=()))) < 35
 
 
 @pytest.mark.gpu
 def test_a_peft_folder_equals_peft_itself(tiny: Path, tiny_engine: LocalEngine, tmp_path: Path) -> None:
-    pipe = load_pipe(tiny)
-    folder = write_adapter(tmp_path / "peft", pipe, layout="peft_folder", rank=4, alpha=8, seed=2)
+    folder = write_adapter(tmp_path / "peft", load_pipe(tiny), layout="peft_folder", rank=4, alpha=8, seed=2)
     adapter = AdapterFile(folder / "adapter_model.safetensors", folder / "adapter_config.json", 1.0)
-    request = request_of(width=64, height=64, adapters=(adapter,))
-    pipe = load_pipe(tiny)
-    pipe.unet = PeftModel.from_pretrained(pipe.unet, folder).get_base_model()
+    request = request_of(width=64, height=64, num_inference_steps=4, adapters=(adapter,))
 
     drawn = draw(tiny_engine, request)[0]
 
-    assert psnr(drawn, plain(pipe, request)) >= MIN_PSNR_DB
-    assert psnr(drawn, plain(load_pipe(tiny), request)) < 35
+    assert psnr(drawn, solo(tiny, request)) >= MIN_PSNR_DB
+    assert psnr(drawn, solo(tiny, replace(request, adapters=()))) < 35
 
 
 @pytest.mark.gpu
 def test_two_adapters_at_their_scales_equal_plain_diffusers(engine: LocalEngine) -> None:
-    files = [DEMO_MODEL / "adapters" / f"{name}.safetensors" for name in ("neon", "sepia")]
-    request = request_of(adapters=(AdapterFile(files[0], None, 0.7), AdapterFile(files[1], None, 0.4)))
-    pipe = demo_pipe()
-    for file in files:
-        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=file.stem)
-    pipe.set_adapters(["neon", "sepia"], [0.7, 0.4])
+    request = request_of(adapters=(demo_adapter("neon", 0.7), demo_adapter("sepia", 0.4)), num_inference_steps=4)
 
-    assert psnr(draw(engine, request)[0], plain(pipe, request)) >= MIN_PSNR_DB
+    assert psnr(draw(engine, request)[0], solo(DEMO_CHECKPOINT, request)) >= MIN_PSNR_DB
 
 
 def test_image_without_an_adapter_is_the_same_before_and_after_a_styled_one(engine: LocalEngine) -> None:
-    weights = DEMO_MODEL / "adapters" / "blueprint.safetensors"
-    request = request_of()
+    request = request_of(num_inference_steps=3)
 
     before = draw(engine, request)[0]
-    draw(engine, request_of(adapters=(AdapterFile(weights, None, 1.0),)))
+    draw(engine, replace(request, adapters=(demo_adapter("blueprint"),)))
     after = draw(engine, request)[0]
 
     assert before.tobytes() == after.tobytes()
@@ -130,9 +118,10 @@ def test_image_without_an_adapter_is_the_same_before_and_after_a_styled_one(engi
 
 @pytest.mark.gpu
 def test_several_seeds_give_what_each_gives_alone(engine: LocalEngine) -> None:
-    together = draw(engine, request_of(seeds=(1, 2, 3)))
+    request = request_of(seeds=(1, 2, 3), num_inference_steps=3)
+    together = draw(engine, request)
 
-    alone = [draw(engine, request_of(seeds=(seed,)))[0] for seed in (1, 2, 3)]
+    alone = [draw(engine, replace(request, seeds=(seed,)))[0] for seed in request.seeds]
 
     assert all(psnr(one, other) >= MIN_PSNR_DB for one, other in zip(together, alone, strict=True))
     assert psnr(together[0], together[1]) < MIN_PSNR_DB
@@ -141,10 +130,10 @@ def test_several_seeds_give_what_each_gives_alone(engine: LocalEngine) -> None:
 def test_every_step_is_reported_in_order_from_zero(engine: LocalEngine) -> None:
     steps: list[StepReport] = []
 
-    draw(engine, request_of(num_inference_steps=6, seeds=(1, 2)), steps)
+    draw(engine, request_of(num_inference_steps=3, seeds=(1, 2)), steps)
 
-    assert [step.step_index for step in steps] == list(range(7))
-    assert {step.num_steps for step in steps} == {6}
+    assert [step.step_index for step in steps] == list(range(4))
+    assert {step.num_steps for step in steps} == {3}
     assert all(step.seconds > 0 for step in steps[1:])
 
 
@@ -153,14 +142,15 @@ def test_an_adapter_that_does_not_fit_fails_before_any_step_and_leaves_no_trace(
 ) -> None:
     weights = write_adapter(tmp_path / "adapter.safetensors", load_pipe(tiny), layout="diffusers_new", rank=4, seed=3)
     steps: list[StepReport] = []
-    before = draw(engine, request_of())[0]
+    unadapted = request_of(num_inference_steps=2)
+    before = draw(engine, unadapted)[0]
 
     with pytest.raises(RequestFailed) as failure:
-        draw(engine, request_of(adapters=(AdapterFile(weights, None, 1.0),)), steps)
+        draw(engine, replace(unadapted, adapters=(AdapterFile(weights, None, 1.0),)), steps)
 
     assert failure.value.code == "LORA_INCOMPATIBLE"
     assert steps == []
-    assert draw(engine, request_of())[0].tobytes() == before.tobytes()
+    assert draw(engine, unadapted)[0].tobytes() == before.tobytes()
 
 
 def test_image_of_nan_is_never_returned(tiny: Path) -> None:
@@ -226,15 +216,16 @@ def test_a_checkpoint_of_another_family_is_refused_by_its_name(tmp_path: Path) -
 def test_model_weights_have_the_configured_dtype(tiny: Path) -> None:
     engine = LocalEngine(settings_of(tiny, DTYPE="bfloat16"))
 
-    drawn = draw(engine, request_of(width=64, height=64))[0]
+    request = request_of(width=64, height=64, num_inference_steps=4)
+    drawn = draw(engine, request)[0]
 
     pipeline = engine._model._pipeline
     parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
     assert {weight.dtype for part in parts for weight in part.parameters()} == {torch.bfloat16}
     assert engine.facts.dtype == "bfloat16"
-    assert psnr(drawn, plain(load_pipe(tiny), request_of(width=64, height=64))) > 20
+    assert psnr(drawn, solo(tiny, request)) > 20
     engine.close()
 
 
 def test_the_reference_is_the_plain_pipeline() -> None:
-    assert type(demo_pipe()) is StableDiffusionPipeline
+    assert type(load_pipe(DEMO_CHECKPOINT)) is StableDiffusionPipeline

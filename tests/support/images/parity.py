@@ -127,9 +127,5 @@ def _names(files: Sequence[AdapterFile]) -> list[str]:
     return [f"adapter{number}" for number in range(len(files))]
 
 
-def demo_pipe() -> Any:
-    return load_pipe(DEMO_MODEL / "checkpoint")
-
-
 def demo_adapter(name: str, scale: float = 1.0) -> AdapterFile:
     return AdapterFile(DEMO_MODEL / "adapters" / f"{name}.safetensors", None, scale)

@@ -50,6 +50,7 @@ def sample(cls: type[Exception]) -> Exception:
             Decision(Disposition.ACK, ErrorCode.LORA_NOT_FOUND, "no such adapter"),
         ),
         (RequestFailed("GPU_OOM", "too large"), Decision(Disposition.ACK, ErrorCode.GPU_OOM, "too large")),
+        (RequestFailed("NSFW_CONTENT", "flagged"), Decision(Disposition.ACK, ErrorCode.NSFW_CONTENT, "flagged")),
         (RequestCancelled(), Decision(Disposition.ACK, ErrorCode.CANCELLED, "the job was cancelled")),
         (EngineCrashed("twice"), Decision(Disposition.DEAD_LETTER, ErrorCode.ENGINE_CRASHED, "twice")),
         (PoisonJob("11 workers"), Decision(Disposition.DEAD_LETTER, ErrorCode.WORKER_CRASHED, "11 workers")),
