@@ -10,7 +10,7 @@ import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -109,7 +109,7 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config) -> "LoadFileScheduling | None":
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "LoadFileScheduling | None":
     """Share out whole files, as `--dist loadfile` does, and of some folders all files together."""
     from xdist.scheduler import LoadFileScheduling
 
@@ -118,7 +118,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config) -> "LoadFileScheduling | 
             shared = (folder for folder in SHARED_FOLDERS if nodeid.startswith(folder))
             return next(shared, super()._split_scope(nodeid))
 
-    return LoadFolderScheduling(config) if config.getoption("dist") == "loadfile" else None
+    return LoadFolderScheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
