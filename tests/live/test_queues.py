@@ -1,7 +1,7 @@
 """Queues of jobs beside the plain one: several by weight, quorum, with priorities, with limits of their own.
 
 Whatever the backend declares, a job returns to the queue that it came from, and neither a deployment nor a killed
-worker costs it. `make rabbitmq4` runs this file on a RabbitMQ 4.
+worker costs it. `make matrix` runs this file on RabbitMQ 4.
 """
 
 import json
