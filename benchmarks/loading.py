@@ -9,6 +9,8 @@ stays there too but where a whole file is converted at once: its pages and what 
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -87,7 +89,7 @@ def main() -> None:
     """Measure every case, print the table and, last, the line of JSON."""
     arguments = _arguments()
     if arguments.child is not None:
-        print(json.dumps(asdict(_load(*arguments.child))))
+        print(json.dumps(asdict(measure_here(*arguments.child))))
         return
     results = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -147,8 +149,8 @@ def measure(sources: Path, disk: str, shape: str, dtype: str) -> Loading:
     return Loading(**json.loads(ended.stdout.splitlines()[-1]))
 
 
-def _load(source: str, config: str, dtype_name: str, tiny: str) -> Loading:
-    """Load in the child process, after importing and warming the libraries."""
+def measure_here(source: str, config: str, dtype_name: str, tiny: str) -> Loading:
+    """Load in this process, after importing and warming the libraries."""
     dtype = DTYPES[dtype_name]
     _read(load_pipeline(identify(tiny, None), dtype))
 
@@ -157,6 +159,9 @@ def _load(source: str, config: str, dtype_name: str, tiny: str) -> Loading:
     assert weights is not None
     path = Path(source)
     files = [path] if path.is_file() else path.rglob("*.safetensors")
+    gc.collect()
+    # Freed memory that the process still has would be taken again, and a copy in it not be seen.
+    ctypes.CDLL(None).malloc_trim(0)
     before = _memory()
     Path("/proc/self/clear_refs").write_text(RESET_PEAK)
     with _own_peak() as own_peak:

@@ -39,6 +39,8 @@ def run(context: Context) -> None:
     """Run the tests on the device. A verdict without a passed test keeps the stages from measuring speed."""
     assert "tests.support.images.parity" not in sys.modules, "it has read DARKROOM_TEST_DEVICE already"
     os.environ["DARKROOM_TEST_DEVICE"] = context.device.type
+    # On a GPU those are quick that `make test` leaves out.
+    os.environ["LONG"] = "1"
     # Whatever else is installed beside pytest takes time, and may take the stage's alarm.
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.chdir(ROOT)

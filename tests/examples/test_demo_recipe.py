@@ -15,7 +15,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
-from examples.demo_model.recipe import fetch, stages, training
+from examples.demo_model.recipe import adapters, denoiser, fetch, stages, training, vae
 from examples.demo_model.recipe.adapters import adapt, train_adapter
 from examples.demo_model.recipe.captions import (
     STYLE_WORDS,
@@ -378,16 +378,20 @@ def test_an_adapter_changes_nothing_before_it_is_trained() -> None:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """Make everything up to the first adapter, from discs instead of the real images."""
+    """Make everything up to the first adapter, from discs instead of the real images, of small batches."""
     made = Workspace(tmp_path_factory.mktemp("workspace"), MOMENT, CPU)
     discs = {
         thing.icon: {"body": f'<circle cx="16" cy="16" r="{6 + 3 * number}" fill="#c0{number}0{number}0"/>'}
         for number, thing in enumerate(read_things(MOMENT.num_things))
     }
     made.icons.write_text(json.dumps({"icons": discs, "width": 32, "height": 32}))
-    for stage in (render, learn_tokenizer, train_vae, encode, train_denoiser, export):
-        stage(made)
-    train_adapter("neon", made)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vae, "NUM_CROPS", 4)
+        for module in (denoiser, adapters):
+            patch.setattr(module, "BATCH", 4)
+        for stage in (render, learn_tokenizer, train_vae, encode, train_denoiser, export):
+            stage(made)
+        train_adapter("neon", made)
     return made
 
 

@@ -15,14 +15,14 @@ from inference.request import Source
 from tests.support.cuda.cuda_stand_ins import why_not
 from tests.support.cuda.fake_cuda import FakeCuda
 from tests.support.cuda.kernel_table import NUM_LANES, count_step
-from tests.support.long import long
+from tests.support.long import long, long_but
 from tests.support.models.full_models import ATTENTION, FAMILIES, FullModel
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
-# SDXL's UNet has all that the smaller one has.
-NAMES = [pytest.param(name, marks=long if name == "sd15" else ()) for name in FAMILIES]
-UNET_NAMES = [pytest.param("sd15", marks=long), "sdxl"]
+# SDXL's UNet is the same code, and is built in ten seconds.
+NAMES = long_but(FAMILIES, "sd15", "z-image")
+UNET_NAMES = long_but(["sd15", "sdxl"], "sd15")
 
 
 class Ceiling(NamedTuple):
@@ -98,7 +98,7 @@ def tripled(embedding: Embedding) -> Embedding:
 # --- Steps
 
 
-@pytest.mark.parametrize("num_lanes", NUM_LANES)
+@pytest.mark.parametrize("num_lanes", long_but(NUM_LANES, 4))
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_launches_no_more_kernels_than_its_ceiling_and_waits_for_nothing(
     model: FullModel, name: str, num_lanes: int
@@ -111,7 +111,7 @@ def test_a_step_launches_no_more_kernels_than_its_ceiling_and_waits_for_nothing(
 
 
 @pytest.mark.parametrize("name", UNET_NAMES)
-@pytest.mark.parametrize("scheduler", ["euler_a", "lcm"])
+@pytest.mark.parametrize("scheduler", long_but(["euler_a", "lcm"], "lcm"))
 def test_a_step_of_a_scheduler_that_draws_noise_is_as_short_as_others_and_waits_for_nothing(
     model: FullModel, name: str, scheduler: str
 ) -> None:
@@ -141,7 +141,7 @@ def test_a_step_of_prompts_of_one_and_of_three_chunks_waits_for_nothing(model: F
     assert stalls_of(model, [one, three]) == []
 
 
-@pytest.mark.parametrize("name", [*NAMES, "sd15-inpaint"])
+@pytest.mark.parametrize("name", [*NAMES, pytest.param("sd15-inpaint", marks=long)])
 def test_inpainting_step_waits_for_nothing(model: FullModel, name: str) -> None:
     lanes = model.lanes(2, source=source_of(model, is_masked=True))
 

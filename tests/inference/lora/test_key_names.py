@@ -16,6 +16,7 @@ from diffusers.utils import convert_state_dict_to_kohya
 from inference.lora.adapter import Adapter, check_fits, read_adapter
 from inference.lora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported
 from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, KeyNaming, sdxl
+from tests.support.long import IS_LONG, long, long_but
 from tests.support.models.adapter_changes import assert_same_changes, changes_by_peft, changes_of, product
 from tests.support.models.tiny_adapters import Z_IMAGE_BLOCKS, Z_IMAGE_EVERY_LAYER
 from tests.support.models.tiny_models import (
@@ -96,10 +97,10 @@ def save(path: Path, tensors: Tensors) -> Path:
 # --- what diffusers and PEFT write, and kohya's scripts -------------------------------------------------------------
 
 SDXL_LAYOUTS: dict[str, dict[str, Any]] = {
-    "old diffusers names": {"layout": "diffusers_old", "targets": SDXL_LAYERS},
+    "old diffusers names": {"layout": "diffusers_old", "targets": ("to_q", "conv1")},
     "new diffusers names with alphas and patterns in the metadata": {
         "layout": "diffusers_new",
-        "targets": SDXL_LAYERS,
+        "targets": ("to_q", "ff.net.2", "conv1"),
         "alpha": 2,
         "rank_pattern": {"conv1": 2, "fc1": 3},
         "alpha_pattern": {"attn2.to_q": 1, "to_q": 8, "out_proj": 6},
@@ -122,7 +123,10 @@ SDXL_LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("made", SDXL_LAYOUTS.values(), ids=SDXL_LAYOUTS)
+@pytest.mark.parametrize(
+    "made",
+    [pytest.param(made, id=name, marks=long if name == "PEFT folder" else ()) for name, made in SDXL_LAYOUTS.items()],
+)
 def test_sdxl_layout_changes_what_the_library_changes(made: dict[str, Any], sdxl_pipe: Any, tmp_path: Path) -> None:
     path = tmp_path / ("folder" if made["layout"] == "peft_folder" else "adapter.safetensors")
     write_adapter(path, sdxl_pipe, **{"text_encoder": True} | made)
@@ -235,7 +239,8 @@ def test_z_image_names_of_every_writer_mean_the_same_layers(
     scale = 1.0 if alpha is None else alpha / 4
     expected = {f"transformer.{name}": scale * product(a, b) for name, (a, b) in layers.items()}
     assert_same_changes(ours(z_pipe, path), expected)
-    assert matches_diffusers(z_pipe, path, expected) == is_read_by_diffusers
+    if IS_LONG:
+        assert matches_diffusers(z_pipe, path, expected) == is_read_by_diffusers
 
 
 def fused(layers: Pairs) -> Pairs:
@@ -266,7 +271,7 @@ def taken_apart(layers: Pairs, *, scale: float) -> Tensors:
 # diffusers splits the fused layer of kohya's names alone, and drops ComfyUI's.
 @pytest.mark.parametrize(
     ("stem", "halves", "is_read_by_diffusers"),
-    [(kohya, LORA_DOWN, True), (comfy, LORA_DOWN, False), (comfy, LORA_A, False)],
+    [(kohya, LORA_DOWN, True), (comfy, LORA_DOWN, False), pytest.param(comfy, LORA_A, False, marks=long)],
 )
 def test_fused_attention_is_three_layers_of_one_a(
     stem: Callable[[str], str], halves: tuple[str, str], is_read_by_diffusers: bool, z_pipe: Any, tmp_path: Path
@@ -430,8 +435,16 @@ FAMILIES = ("sd_pipe", "sdxl_pipe", "z_pipe")
 LAYOUTS = ("diffusers_old", "diffusers_new", "peft_folder", "kohya")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    long_but(
+        [(family, layout) for family in FAMILIES for layout in LAYOUTS],
+        ("sd_pipe", "diffusers_old"),
+        ("sdxl_pipe", "kohya"),
+        ("z_pipe", "diffusers_new"),
+        ("z_pipe", "peft_folder"),
+    ),
+)
 def test_adapter_of_another_family_is_refused_as_such(
     family: str, layout: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

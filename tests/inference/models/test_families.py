@@ -19,6 +19,7 @@ from tests.support.cuda.on_gpu import on_gpu
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import EngineCall, submit_together
 from tests.support.images.parity import DIFFERENT_DB, MIN_PSNR_DB, TEST_DEVICE, draw, pipe_with, psnr
+from tests.support.long import long, long_but
 from tests.support.models.family_models import FamilyModels
 from tests.support.models.plain_families import DIFFUSION_CHOICES, FLOW_CHOICES, alone, embeddings_by_compel
 from tests.support.models.tiny_adapters import Z_IMAGE_BLOCKS, Z_IMAGE_EVERY_LAYER
@@ -89,14 +90,30 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
 
 def tiny_request(*adapters: AdapterFile, **fields: Any) -> GenerationRequest:
     """Build a short request in the tiny checkpoints' native size."""
-    return request_of(**{"width": 64, "height": 64, "num_inference_steps": 3, "adapters": adapters} | fields)
+    return request_of(**{"width": 64, "height": 64, "num_inference_steps": 2, "adapters": adapters} | fields)
 
 
 # --- Alone
 
 
-@pytest.mark.parametrize("negative_prompt", ["", "blurry"])
-@pytest.mark.parametrize("name", on_gpu(CHECKPOINTS, "sdxl", "z_image"))
+@pytest.mark.parametrize(
+    ("name", "negative_prompt"),
+    on_gpu(
+        long_but(
+            [(name, negative) for name in CHECKPOINTS for negative in ("", "blurry")],
+            ("sd", "blurry"),
+            # It begins with zeros where there is no negative prompt, unless its pipeline says otherwise.
+            ("sdxl", ""),
+            ("sdxl", "blurry"),
+            ("sdxl_without_zeros", ""),
+            ("z_image", "blurry"),
+            ("z_image_dynamic", ""),
+        ),
+        ("sdxl", ""),
+        ("sdxl", "blurry"),
+        ("z_image", "blurry"),
+    ),
+)
 def test_a_guided_image_equals_plain_diffusers(models: Models, name: str, negative_prompt: str) -> None:
     models.assert_equal(name, tiny_request(negative_prompt=negative_prompt))
 
@@ -142,8 +159,9 @@ def test_the_other_families_refuse_z_image_s_settings_of_guidance(models: Models
 @pytest.mark.parametrize("name", ["sd", "sdxl", "z_image"])
 def test_prompts_of_the_tiny_models_change_their_images(models: Models, name: str) -> None:
     """Else none of these tests would see a wrong prompt."""
-    models.assert_matters(name, tiny_request(), prompt="a blue house")
-    models.assert_matters(name, tiny_request(), negative_prompt="")
+    request = tiny_request()
+    models.assert_matters(name, request, prompt="a blue house")
+    models.assert_matters(name, request, negative_prompt="")
 
 
 # --- Schedulers
@@ -152,14 +170,20 @@ def test_prompts_of_the_tiny_models_change_their_images(models: Models, name: st
 @pytest.mark.parametrize(
     ("name", "scheduler"),
     on_gpu(
-        [(name, one) for name, table in SCHEDULERS.items() for one in table],
+        long_but(
+            [(name, one) for name, table in SCHEDULERS.items() for one in table],
+            # SDXL's are of the same code, and its batches below mix them.
+            *[("sd", one) for one in DIFFUSION_CHOICES],
+            *[("z_image", one) for one in FLOW_CHOICES],
+            ("z_image_dynamic", "unipc"),
+        ),
         *[("z_image", one) for one in FLOW_CHOICES],
     ),
 )
 def test_every_scheduler_gives_the_image_plain_diffusers_gives_with_it(
     models: Models, name: str, scheduler: str
 ) -> None:
-    models.assert_equal(name, tiny_request(scheduler=scheduler, num_inference_steps=4))
+    models.assert_equal(name, tiny_request(scheduler=scheduler, num_inference_steps=3))
 
 
 @pytest.mark.parametrize(("name", "default"), [("sd", "dpm++"), ("sdxl", "euler"), ("z_image", "euler")])
@@ -181,7 +205,7 @@ def test_more_steps_than_a_scheduler_can_take_are_refused_and_the_engine_goes_on
         draw(models.engine("sdxl"), tiny_request(scheduler="lcm", num_inference_steps=60))
 
     assert failure.value.code == "INVALID_INPUT"
-    models.assert_equal("sdxl", tiny_request(scheduler="lcm", num_inference_steps=4))
+    models.assert_equal("sdxl", tiny_request(scheduler="lcm"))
 
 
 # --- Many at once
@@ -204,12 +228,17 @@ def sd_batch(models: Models, folder: Path) -> list[GenerationRequest]:
     ]
 
 
+SDXL_ADAPTERS: list[tuple[str, dict[str, Any]]] = [
+    ("few", {"layout": "diffusers_new", "rank": 4, "seed": 1}),
+    ("texts", {"layout": "diffusers_new", "rank": 6, "alpha": 3, "seed": 2, "text_encoder": True, "scale": 0.8}),
+]
+
+
 def sdxl_batch(models: Models, folder: Path) -> list[GenerationRequest]:
     def adapter(name: str, **kind: Any) -> AdapterFile:
         return models.adapter("sdxl", folder / f"{name}.safetensors", **kind)
 
-    few = adapter("few", layout="diffusers_new", rank=4, seed=1)
-    texts = adapter("texts", layout="diffusers_new", rank=6, alpha=3, seed=2, text_encoder=True, scale=0.8)
+    few, texts = (adapter(name, **kind) for name, kind in SDXL_ADAPTERS)
     every = adapter("every", layout="kohya", rank=5, alpha=4, seed=3, targets=EVERY_LAYER, text_encoder=True)
     return [
         tiny_request(few, scheduler="euler_a", seeds=(1,)),
@@ -218,6 +247,17 @@ def sdxl_batch(models: Models, folder: Path) -> list[GenerationRequest]:
         tiny_request(num_inference_steps=5, prompt=LONG[:70], guidance_scale=6.0, negative_prompt="", seeds=(4,)),
         tiny_request(few, replace(every, scale=0.4), num_inference_steps=4, scheduler="unipc", seeds=(5,)),
         tiny_request(negative_prompt="dark and dull", scheduler="heun", seeds=(6,)),
+    ]
+
+
+def four_of_sdxl(models: Models, folder: Path) -> list[GenerationRequest]:
+    """Build the requests of the batch that need the fewest adapters."""
+    few, texts = (models.adapter("sdxl", folder / f"{name}.safetensors", **kind) for name, kind in SDXL_ADAPTERS)
+    return [
+        tiny_request(few, scheduler="euler_a", seeds=(1,)),
+        tiny_request(texts, num_inference_steps=4, negative_prompt="", seeds=(2,)),
+        tiny_request(num_inference_steps=3, prompt=LONG[:70], guidance_scale=1.0, scheduler="dpm++", seeds=(3,)),
+        tiny_request(negative_prompt="dark and dull", scheduler="heun", seeds=(4,)),
     ]
 
 
@@ -260,10 +300,18 @@ def z_image_batch(models: Models, folder: Path) -> list[GenerationRequest]:
 
 @pytest.mark.parametrize(
     ("name", "batch"),
-    on_gpu([("sd", sd_batch), ("sdxl", sdxl_batch), ("z_image", z_image_batch)], ("z_image", z_image_batch)),
-    ids=["sd", "sdxl", "z_image"],
+    on_gpu(
+        # Of Stable Diffusion, `engine/test_batching.py` has one.
+        long_but(
+            [("sd", sd_batch), ("sdxl", sdxl_batch), ("sdxl", four_of_sdxl), ("z_image", z_image_batch)],
+            ("sdxl", four_of_sdxl),
+            ("z_image", z_image_batch),
+        ),
+        ("z_image", z_image_batch),
+    ),
+    ids=["sd", "sdxl", "four of sdxl", "z_image"],
 )
-def test_six_requests_that_share_nothing_give_together_what_each_gives_alone(
+def test_requests_that_share_nothing_give_together_what_each_gives_alone(
     models: Models, tmp_path: Path, name: str, batch: Callable[[Models, Path], list[GenerationRequest]]
 ) -> None:
     engine = models.engine(name)
@@ -297,12 +345,15 @@ def assert_right(checkpoint: Path, calls: list[EngineCall]) -> None:
 @pytest.mark.parametrize(
     ("name", "targets", "layout"),
     on_gpu(
-        [
-            # One of SDXL's by kohya's names is in its batch above.
-            ("sdxl", EVERY_LAYER, "diffusers_new"),
+        # SDXL's batch above has the layers of attention and of the text encoders, and by kohya's names every one.
+        long_but(
+            [
+                ("sdxl", EVERY_LAYER, "diffusers_new"),
+                ("z_image", Z_IMAGE_EVERY_LAYER, "diffusers_new"),
+                ("z_image", Z_IMAGE_EVERY_LAYER, "kohya"),
+            ],
             ("z_image", Z_IMAGE_EVERY_LAYER, "diffusers_new"),
-            ("z_image", Z_IMAGE_EVERY_LAYER, "kohya"),
-        ],
+        ),
         ("sdxl", EVERY_LAYER, "diffusers_new"),
         ("z_image", Z_IMAGE_EVERY_LAYER, "diffusers_new"),
     ),
@@ -320,7 +371,7 @@ def test_an_adapter_of_every_layer_equals_plain_diffusers(
     assert psnr(with_it, without) < DIFFERENT_DB
 
 
-@pytest.mark.parametrize("layout", ["diffusers_new", "kohya"])
+@pytest.mark.parametrize("layout", ["diffusers_new", pytest.param("kohya", marks=long)])
 def test_an_adapter_of_another_family_fails_before_any_step(models: Models, tmp_path: Path, layout: Layout) -> None:
     sd = load_pipe(build_tiny_sd(tmp_path / "sd"))
     weights = write_adapter(tmp_path / "sd.safetensors", sd, layout=layout, text_encoder=True)
@@ -363,7 +414,8 @@ def test_z_image_reads_512_tokens_to_the_last_and_refuses_one_more(models: Model
     models.assert_equal("z_image", request)
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
+# SDXL's embeddings are held against compel's in `test_clip_prompts.py`.
+@pytest.mark.parametrize("name", ["sd", pytest.param("sdxl", marks=long)])
 def test_a_prompt_of_three_hundred_tokens_is_read_to_its_end_as_compel_reads_it(models: Models, name: str) -> None:
     request = tiny_request(prompt=LONG)
 
@@ -376,7 +428,7 @@ def test_a_prompt_of_three_hundred_tokens_is_read_to_its_end_as_compel_reads_it(
     assert psnr(drawn, drawn_other) < SAME_DB
 
 
-@pytest.mark.parametrize("name", on_gpu(["sd", "sdxl"], "sd"))
+@pytest.mark.parametrize("name", on_gpu(long_but(["sd", "sdxl"], "sd"), "sd"))
 def test_lanes_with_long_and_short_prompts_share_forwards_and_each_is_right(models: Models, name: str) -> None:
     engine = models.engine(name)
     requests = [
@@ -384,7 +436,7 @@ def test_lanes_with_long_and_short_prompts_share_forwards_and_each_is_right(mode
         tiny_request(prompt=LONG, guidance_scale=1.0, seeds=(2,)),
         tiny_request(prompt="a hill", negative_prompt=OTHER_END, scheduler="euler_a", seeds=(3,)),
         tiny_request(prompt=LONG[:140], negative_prompt=LONG[:200], seeds=(4,)),
-        tiny_request(prompt="a hill", num_inference_steps=5, seeds=(5,)),
+        tiny_request(prompt="a hill", num_inference_steps=3, seeds=(5,)),
     ]
     start = len(engine.turns)
 
@@ -429,7 +481,7 @@ def guided_lane(model: Family) -> Lane:
     return active.lanes[0]
 
 
-@pytest.mark.parametrize("name", ["sd", "z_image"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "z_image"])
 def test_a_guided_lane_s_input_is_made_once_for_both_of_its_rows(models: Models, name: str) -> None:
     model = models.engine(name).model
     lane = guided_lane(model)
@@ -442,7 +494,7 @@ def test_a_guided_lane_s_input_is_made_once_for_both_of_its_rows(models: Models,
     assert sampler.num_inputs == 1
 
 
-@pytest.mark.parametrize("name", ["sd", "z_image"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "z_image"])
 def test_a_lane_joins_without_waiting_for_the_device(
     models: Models, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

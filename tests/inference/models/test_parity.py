@@ -18,6 +18,7 @@ from tests.support.cuda.on_gpu import on_gpu
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import WatchedEngine, WatchedModel
 from tests.support.images.parity import MIN_PSNR_DB, demo_adapter, draw, psnr, settings_of, solo
+from tests.support.long import long_but
 from tests.support.models.tiny_models import Layout, build_tiny_sd, load_pipe, write_adapter
 from tests.support.paths import DEMO_MODEL
 
@@ -48,22 +49,23 @@ def tiny_engine(tiny: Path) -> Iterator[LocalEngine]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance", long_but([1.0, 3.0], 3.0))
 def test_an_image_without_an_adapter_equals_plain_diffusers(engine: LocalEngine, guidance: float) -> None:
     request = request_of(guidance_scale=guidance, num_inference_steps=4)
 
     assert psnr(draw(engine, request)[0], solo(DEMO_CHECKPOINT, request)) >= MIN_PSNR_DB
 
 
+# Short, another checkpoint takes every one of them in `test_families.py`.
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", DIFFUSION.makers)
+@pytest.mark.parametrize("name", long_but(DIFFUSION.makers, "euler_a"))
 def test_every_scheduler_gives_the_image_plain_diffusers_gives_with_it(engine: LocalEngine, name: str) -> None:
     request = request_of(scheduler=name, num_inference_steps=4)
 
     assert psnr(draw(engine, request)[0], solo(DEMO_CHECKPOINT, request)) >= MIN_PSNR_DB
 
 
-@pytest.mark.parametrize("scale", on_gpu([1.0, 0.5], 0.5))
+@pytest.mark.parametrize("scale", on_gpu(long_but([1.0, 0.5], 0.5), 0.5))
 def test_an_image_with_a_diffusers_adapter_equals_plain_diffusers(engine: LocalEngine, scale: float) -> None:
     request = request_of(prompt="neon: a castle", adapters=(demo_adapter("neon", scale),), num_inference_steps=4)
 
@@ -73,7 +75,9 @@ def test_an_image_with_a_diffusers_adapter_equals_plain_diffusers(engine: LocalE
     assert psnr(drawn, draw(engine, replace(request, adapters=()))[0]) < 25
 
 
-@pytest.mark.parametrize("layout", on_gpu(["diffusers_old", "diffusers_new"], "diffusers_new"))
+@pytest.mark.parametrize(
+    "layout", on_gpu(long_but(["diffusers_old", "diffusers_new"], "diffusers_new"), "diffusers_new")
+)
 def test_a_file_with_text_encoder_layers_equals_plain_diffusers(
     tiny: Path, tiny_engine: LocalEngine, tmp_path: Path, layout: Layout
 ) -> None:
@@ -118,7 +122,7 @@ def test_image_without_an_adapter_is_the_same_before_and_after_a_styled_one(engi
 
 @pytest.mark.gpu
 def test_several_seeds_give_what_each_gives_alone(engine: LocalEngine) -> None:
-    request = request_of(seeds=(1, 2, 3), num_inference_steps=3)
+    request = request_of(seeds=(1, 2, 3), num_inference_steps=2)
     together = draw(engine, request)
 
     alone = [draw(engine, replace(request, seeds=(seed,)))[0] for seed in request.seeds]
@@ -181,12 +185,12 @@ def test_running_out_of_memory_fails_the_request_and_the_next_one_runs(tiny: Pat
     engine = WatchedEngine(tiny, SmallModel)
     SmallModel.is_full = True
     with pytest.raises(RequestFailed) as failure:
-        draw(engine, request_of(width=64, height=64))
+        draw(engine, request_of(width=64, height=64, num_inference_steps=2))
     SmallModel.is_full = False
 
     assert failure.value.code == "GPU_OOM"
     assert "64x64" in str(failure.value)
-    assert draw(engine, request_of(width=64, height=64))[0].size == (64, 64)
+    assert draw(engine, request_of(width=64, height=64, num_inference_steps=2))[0].size == (64, 64)
     engine.close()
 
 

@@ -114,13 +114,19 @@ def pipe_with(checkpoint: Path, *files: AdapterFile, dtype: torch.dtype = torch.
 @lru_cache(maxsize=32)
 def _loaded(checkpoint: Path, files: tuple[AdapterFile, ...], _digests: tuple[str, ...], dtype: torch.dtype) -> Any:
     """Load a pipeline with these adapters, and return it with its own scheduler."""
-    pipe: Any = load_pipe(checkpoint, dtype)
+    pipe: Any = copy.deepcopy(_bare(checkpoint, dtype))
     for name, file in zip(_names(files), files, strict=True):
         if file.config:
             pipe.unet = PeftModel.from_pretrained(pipe.unet, file.weights.parent).get_base_model()
         else:
             pipe.load_lora_weights(file.weights.parent, weight_name=file.weights.name, adapter_name=name)
     return pipe, pipe.scheduler
+
+
+@lru_cache(maxsize=8)
+def _bare(checkpoint: Path, dtype: torch.dtype) -> Any:
+    """Load a pipeline to copy, which is quicker than to load another."""
+    return load_pipe(checkpoint, dtype)
 
 
 def _names(files: Sequence[AdapterFile]) -> list[str]:
