@@ -43,7 +43,9 @@ def assert_nothing_runs_below(folder: Path) -> None:
 def test_a_broker_keeps_its_queues_over_a_restart_and_leaves_no_process_behind(tmp_path: Path) -> None:
     node = RabbitMQ(tmp_path)
     with node:
-        node.evaluate('rabbit_amqqueue:declare({resource, <<"/">>, queue, <<"kept">>}, true, false, [], none, <<"x">>).')
+        node.evaluate(
+            'rabbit_amqqueue:declare({resource, <<"/">>, queue, <<"kept">>}, true, false, [], none, <<"x">>).'
+        )
         # Mnesia writes its log a moment after it answers: a kill at once would be a kill before. Khepri, which newer
         # nodes have instead, has written before it answers.
         node.evaluate("catch mnesia:sync_log().")

@@ -21,7 +21,6 @@ from tests.support.models.tiny_models import build_tiny_sdxl, build_tiny_z_image
 from tests.support.paths import SIGNATURE
 from tests.support.world import World, new_world
 
-
 pytestmark = long
 
 
