@@ -105,7 +105,7 @@ def keyed_png(bits: int, colour_type: int, key: int, other: int, *, side: int = 
         chunks.append((b"PLTE", bytes(255 * (i == other) for i in range(1 << bits) for _ in "rgb")))
     transparency = bytes(255 * (i != key) for i in range(1 << bits)) if colour_type == 3 else b""
     chunks.append((b"tRNS", transparency or struct.pack(">H", key | extra_bits) * channels))
-    chunks += [(b"IDAT", packed(np.array([row] * side), bits)), (b"IEND", b"")]
+    chunks += [(b"IDAT", packed(np.tile(row, (side, 1)), bits)), (b"IEND", b"")]
     return png_chunks(*chunks)
 
 
