@@ -88,8 +88,8 @@ def test_tiff_of_several_pages_is_refused(kinds: tuple[int, ...]) -> None:
 
 def packed(samples: NDArray[np.int64], bits: int) -> bytes:
     """Pack rows of samples [height, width · channels] with PNG's filter byte into bytes."""
-    if bits == 16:
-        rows = [row.astype(">u2").tobytes() for row in samples]
+    if bits >= 8:
+        rows = [row.astype(f">u{bits // 8}").tobytes() for row in samples]
     else:
         spread = (samples[..., None] >> np.arange(bits - 1, -1, -1)) & 1
         rows = [np.packbits(row.astype(np.uint8)).tobytes() for row in spread.reshape(len(samples), -1)]
