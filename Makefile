@@ -121,7 +121,7 @@ leaks: install ## Another that takes long: 300 jobs with 40 adapters in 8 slots,
 	OMP_NUM_THREADS=1 LONG=1 LEAK_JOBS=300 $(BIN)/pytest tests/live/test_leaks.py --log-cli-level=WARNING
 
 field: install ## The backend that the worker was made for: its messages, its trainer's folders, its answers and faults
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 FIELD_STYLES=10 $(BIN)/pytest tests/live/test_field.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 LONG=1 FIELD_STYLES=10 $(BIN)/pytest tests/live/test_field.py
 
 languages: install node_modules/.package-lock.json ## The publishers in PHP, Ruby, Go and Java: installs the four by apt and runs them against a real RabbitMQ
 	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(LANGUAGE_PACKAGES) >/dev/null

@@ -35,17 +35,17 @@ def short(campaign: Campaign, *schedules: FaultSchedule, **fields: Any) -> Campa
 
 
 KILL = short(
-    plans.kill(12, 3, has_real_engine=False),
-    FaultSchedule("kill", chaos.kill_something, (0.2, 1.5), 3),
-    limits=Limits(),  # one repeat of twelve is a large share
+    plans.kill(6, 2, has_real_engine=False),
+    FaultSchedule("kill", chaos.kill_something, (0.2, 1.5), 2),
+    limits=Limits(),  # one repeat of six is a large share
 )
 SIGTERM = short(
     plans.sigterm(30, 6, has_real_engine=False), FaultSchedule("sigterm", chaos.stop_a_worker, (0.3, 2.0), 6)
 )
 NETWORK = short(
-    plans.network(12, 1, num_workers=1, has_real_engine=False),
+    plans.network(6, 1, num_workers=1, has_real_engine=False),
     FaultSchedule("connections closed", chaos.close_connections, (0.5, 2.0), 1),
-    FaultSchedule("connections reset", chaos.reset_connections, (0.2, 1.0), 4),
+    FaultSchedule("connections reset", chaos.reset_connections, (0.2, 1.0), 2),
     FaultSchedule("broker restart", chaos.restart_broker, (0.5, 1.0), 1),
     # No calls that hang: one costs the worker's whole deadline.
     mishaps={ERROR: 0.2, RESET: 0.05, LOSE: 0.05},

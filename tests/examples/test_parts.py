@@ -43,19 +43,19 @@ def assert_nothing_runs_below(folder: Path) -> None:
 def test_a_broker_keeps_its_queues_over_a_restart_and_leaves_no_process_behind(tmp_path: Path) -> None:
     node = RabbitMQ(tmp_path)
     with node:
-        node.ctl(
-            "eval", 'rabbit_amqqueue:declare({resource, <<"/">>, queue, <<"kept">>}, true, false, [], none, <<"x">>).'
+        node.evaluate(
+            'rabbit_amqqueue:declare({resource, <<"/">>, queue, <<"kept">>}, true, false, [], none, <<"x">>).'
         )
         # Mnesia writes its log a moment after it answers: a kill at once would be a kill before. Khepri, which newer
         # nodes have instead, has written before it answers.
-        node.ctl("eval", "catch mnesia:sync_log().")
+        node.evaluate("catch mnesia:sync_log().")
         assert {"beam.smp", "epmd"} <= set(processes_below(tmp_path))
 
         node.kill()
         assert_nothing_runs_below(tmp_path)
         node.start()
 
-        assert "kept" in node.ctl("--quiet", "list_queues", "name")
+        assert "kept" in node.queues()
 
     assert_nothing_runs_below(tmp_path)
     with pytest.raises(ServerError, match="stopped"):

@@ -13,6 +13,7 @@ from config.store import StoreSettings
 from examples.parts.rabbitmq import RabbitMQ
 from tests.support.contract_schemas import validator_of
 from tests.support.example_programs import PUBLISHERS, run_publisher, skip_unless_installed, start_publisher
+from tests.support.long import long
 from worker.messages.decoder import decode, rules_from
 
 # The highest that survives: Node's numbers are doubles.
@@ -31,7 +32,7 @@ def language(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("generation_id", [456, "550e8400-e29b-41d4-a716-446655440000"])
+@pytest.mark.parametrize("generation_id", [pytest.param(456, marks=long), "550e8400-e29b-41d4-a716-446655440000"])
 def test_a_publisher_leaves_a_persistent_job_in_a_durable_queue_without_arguments(
     language: str, rabbitmq: RabbitMQ, queue_name: str, generation_id: int | str
 ) -> None:

@@ -17,6 +17,7 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.proxy import UP, Link, Sign
 from tests.faults.station import DONE, Job, Station, answers, new_station
+from tests.support.long import long
 from tests.support.world import Worker, eventually
 from worker.messages.identity import own_task_id
 from worker.results.notifier import FRESH_SECONDS
@@ -154,7 +155,14 @@ def running(station: Station) -> list[Worker]:
 
 @pytest.mark.parametrize(
     "freeze",
-    [in_a_step, before_the_image, in_the_image, in_the_replacement, between_two_images, behind_the_record],
+    [
+        in_a_step,
+        pytest.param(before_the_image, marks=long),
+        in_the_image,
+        pytest.param(in_the_replacement, marks=long),
+        pytest.param(between_two_images, marks=long),
+        behind_the_record,
+    ],
 )
 def test_worker_that_resumes_changes_no_image_and_repeats_no_end(
     station: Station, pair: list[Worker], freeze: Callable[[Station, Worker, Job], None]

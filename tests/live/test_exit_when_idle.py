@@ -11,10 +11,10 @@ from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import Station, new_station, stand_in_env
 from tests.support.world import HANG_SECONDS, Worker, World, eventually, new_world
 
-NUM_JOBS = 24
-NUM_WORKERS = 3
+NUM_JOBS = 12
+NUM_WORKERS = 2
 # Several times what an idle worker would have stayed.
-STAYED_SECONDS = 4.0
+STAYED_SECONDS = 2.5
 CONSTANTS = {
     "worker.results.notifier:DELAYS_SECONDS": (0.2,),
     "worker.results.notifier:PATIENCE_SECONDS": 0.5,

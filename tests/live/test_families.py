@@ -1,4 +1,8 @@
-"""Jobs of the further families through a whole worker: real broker, store and backend, tiny checkpoints."""
+"""Jobs of the further families through a whole worker: real broker, store and backend, tiny checkpoints.
+
+`make long` runs them: in the short form the engine's own tests draw every family, with the same defaults and adapters,
+and the tests in `tests/live/drawing` hold the rest of a worker, which knows no families, against the demo model.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +20,8 @@ from tests.support.models.plain_families import alone
 from tests.support.models.tiny_models import build_tiny_sdxl, build_tiny_z_image, load_pipe, write_adapter
 from tests.support.paths import SIGNATURE
 from tests.support.world import World, new_world
+
+pytestmark = long
 
 
 class Expected(NamedTuple):
@@ -43,10 +49,7 @@ class TinyWorld(NamedTuple):
     expected: Expected
 
 
-# The short form has the family that is further from the demo model's.
-@pytest.fixture(
-    scope="module", params=[pytest.param("tiny-sdxl", marks=long), pytest.param("tiny-z-image")], ids=FAMILIES
-)
+@pytest.fixture(scope="module", params=FAMILIES)
 def place(
     request: pytest.FixtureRequest, rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TinyWorld]:

@@ -18,6 +18,7 @@ from tests.faults.proxy import DOWN, UP, Link, Proxy, Sign
 from tests.faults.station import HEARTBEAT_SECONDS, Job, Station, new_station
 from tests.hostile.raw_properties import FROM_THE_FIELD, Raw
 from tests.support.long import long
+from tests.support.servers.broker_admin import add_user, policy, wait_for_acks
 from tests.support.world import Worker, eventually
 from worker.amqp.connection import BLOCKED_TIMEOUT_SECONDS
 
@@ -65,17 +66,9 @@ def second(station: Station, worker: Worker) -> Iterator[Worker]:
 @pytest.fixture
 def hurried_broker(rabbitmq: RabbitMQ) -> Iterator[RabbitMQ]:
     """Shorten the broker's wait for an ack, on the channels that are opened from now on."""
-
-    def wait_for_acks(timeout_seconds: float, tick_seconds: float) -> None:
-        rabbitmq.ctl(
-            "eval",
-            f"application:set_env(rabbit,consumer_timeout,{int(timeout_seconds * 1000)}),"
-            f"application:set_env(rabbit,channel_tick_interval,{int(tick_seconds * 1000)}).",
-        )
-
-    wait_for_acks(CONSUMER_TIMEOUT_SECONDS, CONSUMER_TICK_SECONDS)
+    wait_for_acks(rabbitmq, CONSUMER_TIMEOUT_SECONDS, CONSUMER_TICK_SECONDS)
     yield rabbitmq
-    wait_for_acks(1800, 60)
+    wait_for_acks(rabbitmq, 1800, 60)
 
 
 def num_adopted(worker: Worker) -> float:
@@ -278,8 +271,7 @@ def test_a_slow_link_costs_time_and_no_connection(
 
 def unknown_user(rabbitmq: RabbitMQ, name: str) -> tuple[dict[str, str], Callable[[], None]]:
     def make_known() -> None:
-        rabbitmq.ctl("add_user", name, "canary-password")
-        rabbitmq.ctl("set_permissions", name, ".*", ".*", ".*")
+        add_user(rabbitmq, name, "canary-password")
 
     return {"RABBITMQ_USER": name, "RABBITMQ_PASS": "canary-password"}, make_known
 
@@ -362,7 +354,7 @@ def test_in_an_alarm_acks_go_through_and_what_must_be_published_is_not_lost(stat
     acked = station.publish_held()
     failing = station.publish("hold@3 fail@4")
     eventually(lambda: world.queues()[""] == (0, 2), lambda: str(world.queues()))
-    world.rabbitmq.ctl("set_vm_memory_high_watermark", "0.00001")
+    world.rabbitmq.evaluate("vm_memory_monitor:set_vm_memory_high_watermark(0.00001).")
     try:
         # When they end, the one needs no message, and the other is with the broker or has left its own
         station.release(acked)
@@ -375,7 +367,7 @@ def test_in_an_alarm_acks_go_through_and_what_must_be_published_is_not_lost(stat
         time.sleep(BLOCKED_TIMEOUT_SECONDS + 1.0)
         eventually(lambda: world.queues()[""] == (0, 1) or world.queues()[".dead"][0] >= 1)
     finally:
-        world.rabbitmq.ctl("set_vm_memory_high_watermark", "0.4")
+        world.rabbitmq.evaluate("vm_memory_monitor:set_vm_memory_high_watermark(0.4).")
 
     # Then it is there once the alarm is over; twice perhaps, for what is not confirmed is sent again
     eventually(lambda: world.queues()[".dead"][0] >= 1 and world.queues()[""] == (0, 0), worker.log_tail)
@@ -385,14 +377,11 @@ def test_in_an_alarm_acks_go_through_and_what_must_be_published_is_not_lost(stat
 
 def test_policy_that_drops_dead_letters_loses_none_of_ours(station: Station, worker: Worker) -> None:
     world = station.world
-    trap = '{"dead-letter-exchange":"","dead-letter-routing-key":"nowhere","overflow":"reject-publish"}'
-    world.rabbitmq.ctl("set_policy", "trap", f"^{world.queue}", trap)
-    try:
+    trap = {"dead-letter-exchange": "", "dead-letter-routing-key": "nowhere", "overflow": "reject-publish"}
+    with policy(world.rabbitmq, "trap", f"^{world.queue}", trap):
         leave_a_dead_letter(station, b"no job")
         assert [body for body, _ in world.dead_letters()] == [b"no job"]
         station.assert_complete_once(station.publish())
-    finally:
-        world.rabbitmq.ctl("clear_policy", "trap")
 
 
 def test_a_copy_whose_queue_is_gone_finds_it_made_again(station: Station, worker: Worker) -> None:

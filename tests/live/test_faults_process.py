@@ -264,7 +264,7 @@ def test_killed_engine_costs_its_job_a_second_run_and_nothing_else(station: Stat
     assert [line["attempt"] for line in events_of(worker, "job in", job)] == [1]
 
 
-@pytest.mark.parametrize("verb", ["poison", "break"])
+@pytest.mark.parametrize("verb", ["poison", pytest.param("break", marks=long)])
 def test_a_job_that_ends_the_engine_every_time_fails_alone(station: Station, worker: Worker, verb: str) -> None:
     """By a crash, or by a device that answers nothing any more, as after a sticky CUDA error."""
     restarts_before = worker.metric("darkroom_engine_restarts_total")

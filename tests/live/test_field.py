@@ -1,4 +1,8 @@
-"""The worker behind the backend that it was made for: its messages, its trainer's folders, its answers, its faults."""
+"""The worker behind the backend that it was made for: its messages, its trainer's folders, its answers, its faults.
+
+The short form has an engine without torch and folders like the trainer's: that such folders are read and change the
+picture is in the engine's own tests. `make field` trains the styles and draws them.
+"""
 
 import os
 import subprocess
@@ -12,6 +16,9 @@ import pytest
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
+from tests.faults.station import stand_in_env
+from tests.hostile.inputs import peft_config, peft_weights
+from tests.support.long import IS_LONG, long
 from tests.support.paths import DEMO_MODEL, SIGNATURE
 from tests.support.servers.style_backend import StyleBackend, train_style
 from tests.support.world import HANG_SECONDS, Worker, World, eventually, new_world
@@ -31,15 +38,12 @@ def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path_factory: pytest.Tem
 
 @pytest.fixture(scope="module")
 def backend(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StyleBackend]:
-    """Run the backend with its styles trained and uploaded, and one whose weights were deleted since."""
-    from diffusers import UNet2DConditionModel
-
-    unet = UNet2DConditionModel.from_pretrained(DEMO_MODEL / "checkpoint" / "unet")
+    """Run the backend with its styles uploaded, and one whose weights were deleted since."""
     world.upload(SIGNATURE_KEY, SIGNATURE.read_bytes())
     signature_url = f"{world.store.endpoint_url}/{world.bucket}/{quote(SIGNATURE_KEY)}"
     with StyleBackend(world, tmp_path_factory.mktemp("backend")) as running:
-        for style_id in range(1, NUM_STYLES + 1):
-            model_path = train_style(world, unet, style_id, tmp_path_factory.mktemp("style"))
+        leave = leave_trained_styles if IS_LONG else leave_styles
+        for style_id, model_path in enumerate(leave(world, tmp_path_factory), start=1):
             running.add_style(style_id, model_path=model_path, signature_url=signature_url)
         gone = f"gs://{world.bucket}/models/style-{MISSING_STYLE}/adapter_model.safetensors"
         running.add_style(MISSING_STYLE, model_path=gone, signature_url=signature_url)
@@ -48,9 +52,31 @@ def backend(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield running
 
 
+def leave_trained_styles(world: World, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Train the styles as the trainer does; return where they are."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(DEMO_MODEL / "checkpoint" / "unet")
+    return [
+        train_style(world, unet, style_id, tmp_path_factory.mktemp("style")) for style_id in range(1, NUM_STYLES + 1)
+    ]
+
+
+def leave_styles(world: World, _: pytest.TempPathFactory) -> list[str]:
+    """Leave folders with the names of the trainer's."""
+    for style_id in range(1, NUM_STYLES + 1):
+        world.upload(f"models/style-{style_id}/adapter_config.json", peft_config())
+        world.upload(f"models/style-{style_id}/adapter_model.safetensors", peft_weights())
+    return [
+        f"gs://{world.bucket}/models/style-{style_id}/adapter_model.safetensors"
+        for style_id in range(1, NUM_STYLES + 1)
+    ]
+
+
 @pytest.fixture(scope="module")
 def worker(world: World, backend: StyleBackend) -> Worker:
-    started = world.start_worker(**backend.env(), INFERENCE_STEPS="4")
+    stand_in = {} if IS_LONG else stand_in_env(world.folder / "journal", {})
+    started = world.start_worker(**backend.env() | stand_in, INFERENCE_STEPS="4")
     started.wait_until_ready()
     return started
 
@@ -66,7 +92,7 @@ def pixels(world: World, generation_id: int) -> numpy.ndarray:
     return numpy.asarray(world.image(generation_id).convert("RGB"), dtype=float)
 
 
-def test_each_style_that_the_trainer_left_draws_its_own_image(
+def test_each_style_that_the_trainer_left_is_drawn_and_told(
     world: World, backend: StyleBackend, worker: Worker
 ) -> None:
     ordered = [backend.order(style_id, *TAGS) for style_id in range(1, NUM_STYLES + 1)]
@@ -77,10 +103,18 @@ def test_each_style_that_the_trainer_left_draws_its_own_image(
         row = backend.generation(generation_id)
         assert row["result_url"].endswith(f"/generations/gen-{generation_id}.png")
         assert row["progress"]["prompt_tags"] == list(TAGS)
+    world.wait_until_clean()
+
+
+@long
+def test_each_style_changes_the_picture_in_its_own_way(world: World, backend: StyleBackend, worker: Worker) -> None:
+    ordered = [backend.order(style_id, *TAGS, seed=7) for style_id in range(1, NUM_STYLES + 1)]
+
+    wait_for_status(backend, "completed", *ordered, worker=worker)
+
     images = [pixels(world, generation_id) for generation_id in ordered]
     for number, image in enumerate(images[1:]):
         assert abs(image - images[number]).mean() > 1.0
-    world.wait_until_clean()
 
 
 def test_each_ratio_that_the_backend_sells_is_drawn(world: World, backend: StyleBackend, worker: Worker) -> None:

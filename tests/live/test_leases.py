@@ -14,6 +14,7 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import start_light_worker
 from tests.support.long import long
+from tests.support.servers.broker_admin import wait_for_acks
 from tests.support.world import HANG_SECONDS, World, eventually, new_world
 from worker.amqp.delivery import LEASE_HEADER
 from worker.messages.identity import own_task_id
@@ -26,18 +27,10 @@ LONG_LANE_STEPS = 600
 @pytest.fixture
 def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path) -> Iterator[World]:
     """Start a world whose broker waits no more than six seconds for an ack, and checks each second."""
-
-    def wait_for_acks(milliseconds: int, tick: int) -> None:
-        rabbitmq.ctl(
-            "eval",
-            f"application:set_env(rabbit,consumer_timeout,{milliseconds}),"
-            f"application:set_env(rabbit,channel_tick_interval,{tick}).",
-        )
-
-    wait_for_acks(CONSUMER_TIMEOUT_SECONDS * 1000, 1000)
+    wait_for_acks(rabbitmq, CONSUMER_TIMEOUT_SECONDS, 1)
     with new_world(rabbitmq, s3_server, tmp_path) as made:
         yield made
-    wait_for_acks(1_800_000, 60_000)
+    wait_for_acks(rabbitmq, 1800, 60)
 
 
 @long

@@ -1,7 +1,7 @@
 """Queues of jobs beside the plain one: several by weight, quorum, with priorities, with limits of their own.
 
 Whatever the backend declares, a job returns to the queue that it came from, and neither a deployment nor a killed
-worker costs it. `make rabbitmq4` runs this file on a RabbitMQ 4.
+worker costs it. `make matrix` runs this file on RabbitMQ 4.
 """
 
 import json
@@ -17,6 +17,7 @@ import pytest
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import QUICK_RETRIES, RETRY_SECONDS, Job, start_light_worker
+from tests.support.long import long
 from tests.support.world import Worker, World, eventually, new_world
 from worker.amqp.delivery import QUEUE_HEADER
 from worker.jobs.disposition import MAX_ATTEMPTS
@@ -116,7 +117,7 @@ def test_a_job_returns_to_the_queue_it_came_from_with_its_priority_also_behind_a
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param({"x-message-ttl": TTL_MS, "x-max-priority": 10}, id="classic"),
+        pytest.param({"x-message-ttl": TTL_MS, "x-max-priority": 10}, id="classic", marks=long),
         pytest.param(LIMITED | {"x-message-ttl": TTL_MS}, id="quorum"),
     ],
 )
@@ -143,7 +144,7 @@ def test_deployments_in_mid_job_lose_it_in_no_queue_and_count_in_none(world: Wor
     assert len(world.backend.ends(job.generation_id)) == 1
 
 
-@pytest.mark.parametrize("kind", [{}, QUORUM], ids=["classic", "quorum"])
+@pytest.mark.parametrize("kind", [{}, pytest.param(QUORUM, marks=long)], ids=["classic", "quorum"])
 def test_a_deployment_while_the_queue_is_full_loses_no_job_in_hand(world: World, kind: dict[str, str]) -> None:
     """A queue that drops its oldest message at a length would drop what is requeued."""
     declare(world, world.queue, **kind, **{"x-max-length": 1})

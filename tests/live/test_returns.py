@@ -21,6 +21,7 @@ from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
 from tests.faults.station import Job, start_light_worker
 from tests.support.long import IS_LONG, long
+from tests.support.servers.broker_admin import policy
 from tests.support.world import Worker, World, eventually, new_world
 from worker.amqp.delivery import CRASHES_HEADER, LEASE_HEADER
 from worker.amqp.queue_browser import QueueBrowser
@@ -29,7 +30,7 @@ from worker.cli.dead.letters import DeadLetter
 from worker.jobs.recovery import SUSPECT_CRASHES
 
 # RabbitMQ 4's, and a lower one that a policy may set.
-BROKERS_LIMIT = 20 if IS_LONG else 6
+BROKERS_LIMIT = 20 if IS_LONG else 3
 NUM_LOSSES = 40 if IS_LONG else BROKERS_LIMIT + 2
 NUM_LANES = 10
 # Short waits between tries of a webhook, and an engine that may be held for long.
@@ -53,12 +54,8 @@ def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path) -> Iterator[
 @contextmanager
 def limits(world: World, pattern: str, **definition: Any) -> Iterator[None]:
     """Set a policy on the queues whose names end in `pattern`."""
-    name = f"limits-{uuid.uuid4().hex[:8]}"
-    world.rabbitmq.ctl("set_policy", name, f"^{world.queue}{pattern}", json.dumps(definition))
-    try:
+    with policy(world.rabbitmq, f"limits-{uuid.uuid4().hex[:8]}", f"^{world.queue}{pattern}", definition):
         yield
-    finally:
-        world.rabbitmq.ctl("clear_policy", name)
 
 
 @contextmanager
@@ -174,7 +171,7 @@ def outcomes(world: World, job: Job) -> list[str]:
     return [call.kind for call in world.backend.ends(job.generation_id)]
 
 
-@pytest.mark.parametrize("num_deployments", [pytest.param(12, marks=long), 4])
+@pytest.mark.parametrize("num_deployments", [pytest.param(12, marks=long), 3])
 def test_deployments_in_the_middle_of_a_long_job_are_no_crashes(world: World, num_deployments: int) -> None:
     # Given a job that was recovered, held by workers that stop in order, and few crashes until it would be given up
     constants = {"worker.jobs.disposition:MAX_RECOVERIES": num_deployments - 2}
@@ -230,7 +227,7 @@ def test_a_policy_with_every_limit_loses_no_end(world: World) -> None:
         world.publish_raw(*(message(job) for job in jobs))
         eventually(lambda: len(world.keys("generations/")) == len(jobs), worker.log_tail)
         eventually(lambda: bool(worker.events("webhook parked")), worker.log_tail)
-        for _ in range(3):
+        for _ in range(2):
             lose_connections(world, worker)
         world.backend.answer("complete", 200)
 

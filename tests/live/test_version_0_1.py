@@ -5,8 +5,6 @@ the queues' arguments by commit 5eb2cd8, the lease by 5b3b2e0, the stage by ef48
 """
 
 import json
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from typing import Any
 
 import pika
 import pytest
+from typer.testing import CliRunner
 
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
@@ -26,6 +25,7 @@ from tests.faults.station import start_light_worker
 from tests.support.paths import ROOT
 from tests.support.world import World, eventually, new_world
 from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate
+from worker.cli.main import app
 from worker.jobs.leases import Lease
 from worker.messages.decoder import decode
 from worker.messages.rules import JobRules
@@ -102,10 +102,8 @@ def test_worker_ends_what_version_0_1_left(world: World) -> None:
 
 def test_operators_commands_read_what_version_0_1_left(world: World) -> None:
     def rows_of(*words: str) -> list[dict[str, Any]]:
-        command = [str(Path(sys.executable).with_name("darkroom")), *words, "--json"]
-        done = subprocess.run(
-            command, env=world.env(), cwd=world.folder, capture_output=True, text=True, timeout=300, check=True
-        )
+        done = CliRunner().invoke(app, [*words, "--json"], env=world.env())
+        assert done.exit_code == 0, done.output
         return [json.loads(line) for line in done.stdout.splitlines()]
 
     letters = {row["kind"]: row for row in rows_of("dead", "list")}

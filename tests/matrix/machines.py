@@ -23,8 +23,8 @@ QUICK = Step("quick", "make quick")
 BROKER = Step(
     "broker",
     f"LONG=1 {PYTEST} tests/examples/test_parts.py tests/live/test_returns.py tests/live/drawing/test_jobs.py"
-    " tests/live/test_leases.py tests/live/test_cancelling.py tests/worker/amqp tests/worker/cli/check"
-    " tests/worker/cli/test_dead_letters.py tests/worker/monitoring/test_prometheus.py",
+    " tests/live/test_queues.py tests/live/test_leases.py tests/live/test_cancelling.py tests/worker/amqp"
+    " tests/worker/cli/check tests/worker/cli/test_dead_letters.py tests/worker/monitoring/test_prometheus.py",
 )
 FAULTS = Step("faults", f"{PYTEST} tests/faults tests/live/test_faults*.py tests/live/test_effect.py")
 CAMPAIGNS = Step("campaigns", f"{PYTEST} tests/campaigns")

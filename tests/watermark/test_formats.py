@@ -88,8 +88,8 @@ def test_tiff_of_several_pages_is_refused(kinds: tuple[int, ...]) -> None:
 
 def packed(samples: NDArray[np.int64], bits: int) -> bytes:
     """Pack rows of samples [height, width · channels] with PNG's filter byte into bytes."""
-    if bits == 16:
-        rows = [row.astype(">u2").tobytes() for row in samples]
+    if bits >= 8:
+        rows = [row.astype(f">u{bits // 8}").tobytes() for row in samples]
     else:
         spread = (samples[..., None] >> np.arange(bits - 1, -1, -1)) & 1
         rows = [np.packbits(row.astype(np.uint8)).tobytes() for row in spread.reshape(len(samples), -1)]
@@ -105,7 +105,7 @@ def keyed_png(bits: int, colour_type: int, key: int, other: int, *, side: int = 
         chunks.append((b"PLTE", bytes(255 * (i == other) for i in range(1 << bits) for _ in "rgb")))
     transparency = bytes(255 * (i != key) for i in range(1 << bits)) if colour_type == 3 else b""
     chunks.append((b"tRNS", transparency or struct.pack(">H", key | extra_bits) * channels))
-    chunks += [(b"IDAT", packed(np.array([row] * side), bits)), (b"IEND", b"")]
+    chunks += [(b"IDAT", packed(np.tile(row, (side, 1)), bits)), (b"IEND", b"")]
     return png_chunks(*chunks)
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from typer.testing import CliRunner
 
+from tests.support.long import IS_LONG, long
 from tests.support.paths import DEMO_MODEL
 from watermark.errors import FontMissing, OverlayInvalid
 from watermark.geometry import Position, Rect
@@ -32,6 +33,7 @@ from watermark.text.wrapping import Breaking, wrap
 from worker.cli.main import app
 
 FONT_DIRS = (Path("/usr/share/fonts"),)
+EXAMPLES = 30 if IS_LONG else 12
 TEXTS = {
     "English": "Autumn blends, roasted today",
     "Korean": "가을 한정 원두 커피를 지금 만나 보세요",
@@ -78,7 +80,7 @@ dresses = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(text=texts, dress=dresses, size=st.tuples(st.integers(64, 400), st.integers(64, 400)))
 def test_headline_of_any_options_stays_inside_the_margins(
     text: str, dress: dict[str, Any], size: tuple[int, int]
@@ -99,7 +101,7 @@ def test_headline_on_images_of_extreme_shapes_stays_inside_the_margins(size: tup
         assert put(grey(*size), TextOverlay(text, size=wanted, shadow=True)).shape == (size[1], size[0], 3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(text=texts, dress=dresses, room=st.tuples(st.integers(100, 500), st.integers(100, 500)))
 @example(text="x\n" * 150, dress={"stroke": Stroke(0.125, None)}, room=(100, 342))
 def test_no_letter_is_cut_at_the_rim_of_its_block(text: str, dress: dict[str, Any], room: tuple[int, int]) -> None:
@@ -254,7 +256,7 @@ def grounds() -> dict[str, Image.Image]:
     }
 
 
-@pytest.mark.parametrize("position", [None, Position.CENTER])
+@pytest.mark.parametrize("position", [None, pytest.param(Position.CENTER, marks=long)])
 @pytest.mark.parametrize("name", grounds())
 def test_automatic_colour_has_a_contrast_of_at_least_4_5(name: str, position: Position | None) -> None:
     image = grounds()[name]
@@ -263,7 +265,7 @@ def test_automatic_colour_has_a_contrast_of_at_least_4_5(name: str, position: Po
         assert measured_contrast(image, after) >= 4.5
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(colours=st.lists(st.tuples(*[st.integers(0, 255)] * 3), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_automatic_colour_has_that_contrast_on_any_colours(colours: list[tuple[int, int, int]], seed: int) -> None:
     choice = np.random.default_rng(seed).integers(0, len(colours), (25, 25))

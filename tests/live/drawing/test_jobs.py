@@ -372,4 +372,4 @@ def test_the_supervisor_holds_no_torch_and_little_memory(worker: Worker) -> None
 
     assert "libtorch" not in (process / "maps").read_text()
     assert "libtorch" in Path(f"/proc/{worker.engine_pid()}/maps").read_text()
-    assert resident_kb < 180_000  # 157,000 on Python 3.13; torch alone is more
+    assert resident_kb < 230_000  # 183,000 after all jobs of this folder; torch would add as much again

@@ -41,9 +41,9 @@ def take(browser: Browser, worker: Worker, folder: Path) -> None:
     for name, viewport in VIEWS.items():
         with PageSession(browser, viewport=viewport) as session:
             session.page.goto(f"http://127.0.0.1:{worker.port}/")
-            # Thumbnails are loaded once they are near the view.
-            session.page.locator("img").last.scroll_into_view_if_needed()
-            session.page.wait_for_function("[...document.images].every(image => image.naturalWidth > 0)")
+            for image in session.page.locator("img").all():
+                image.scroll_into_view_if_needed()  # thumbnails are loaded once they are near the view
+                image.evaluate("image => image.decode()")
             session.page.screenshot(path=folder / name, full_page=True)
 
 

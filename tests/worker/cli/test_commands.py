@@ -193,7 +193,7 @@ def test_submit_publishes_a_job_and_follows_it_to_its_end_and_report_draws_it(wo
     world.upload_demo_adapter("sepia")
     options = ["--generation-id", 77, "--steps", 8, "--guidance", 3]
 
-    good = darkroom(
+    good = typed(
         "submit", "sepia: an owl", *options, "--lora", "models/sepia.safetensors", env=world.env(), folder=tmp_path
     )
     bad = typed("submit", "an owl", *options, "--lora", "models/no.safetensors", env=world.env(), folder=tmp_path)

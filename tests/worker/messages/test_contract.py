@@ -16,6 +16,7 @@ from jsonschema import Draft7Validator
 from config.model import ModelSettings
 from config.store import StoreSettings
 from tests.support.contract_schemas import DOCS, document, examples, validator_of
+from tests.support.long import IS_LONG
 from tests.support.paths import ROOT
 from tests.worker.messages.test_decoder import (
     DEAD,
@@ -40,6 +41,7 @@ from worker.results.terminal_event import TerminalEvent, failed_event
 
 # What the decoder refuses and no schema can: the rules that look into a location.
 LOCATIONS = {"H21 local paths", "H22 other buckets", "H23 keys", "H24 ARNs", "H27 pickles by name"}
+EXAMPLES = 300 if IS_LONG else 75
 HALF_PAIR = re.compile("[\ud800-\udfff]")
 # 5.0 for 5, fields compared with one another, a ratio's quotient, a key's bytes; and "1:1\n", which only Python's `$`
 # takes for 1:1.
@@ -202,7 +204,7 @@ WRAPPINGS = st.fixed_dictionaries(
 )
 
 
-@bounded(max_examples=200, deadline=1000)
+@bounded(max_examples=EXAMPLES, deadline=1000)
 @given(fields=GOOD_FIELDS, wrapping=WRAPPINGS)
 def test_every_message_that_the_decoder_takes_fits_the_schema(
     rules: JobRules, fields: dict[str, Any], wrapping: dict[str, Any]
@@ -236,7 +238,7 @@ def is_understood(body: bytes) -> bool:
     return True
 
 
-@bounded(max_examples=300, deadline=1000)
+@bounded(max_examples=EXAMPLES, deadline=1000)
 @given(order=ORDERS)
 def test_cancel_order_that_fits_the_schema_is_decoded(order: dict[str, Any]) -> None:
     assume(not isinstance(order.get("generation_id"), float))  # 5.0 for 5

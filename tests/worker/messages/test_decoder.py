@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from clients.storage.location import ObjectRef
 from config.model import ModelSettings
 from config.store import StoreSettings
+from tests.support.long import IS_LONG
 from watermark.geometry import Position
 from watermark.signature import SignatureStyle, Size
 from worker.messages.decoder import decode, rules_from
@@ -32,6 +33,7 @@ SEED = 1_814_994_826
 LORA = "s3://media/models/style-123/lora_weights.safetensors"
 LORA_REF = ObjectRef("media", "models/style-123/lora_weights.safetensors")
 MAX_ANSWER_SECONDS = 10.0
+EXAMPLES = 200 if IS_LONG else 75
 MAX_UINT32 = 2**32 - 1
 
 DEAD = "dead"  # no id to be trusted: nobody is told
@@ -899,7 +901,7 @@ def assert_within_limits(job: Job) -> None:
     assert all(64 <= side <= 2048 for side in resolve_size(job, base_size=512, size_multiple=8))
 
 
-@bounded(max_examples=200, deadline=1000)
+@bounded(max_examples=EXAMPLES, deadline=1000)
 @given(body=BODIES)
 def test_decoding_ends_in_a_job_a_rejection_or_a_dead_letter(rules: JobRules, body: bytes) -> None:
     try:
@@ -910,7 +912,7 @@ def test_decoding_ends_in_a_job_a_rejection_or_a_dead_letter(rules: JobRules, bo
         assert_within_limits(job)
 
 
-@bounded(max_examples=100, deadline=1000)
+@bounded(max_examples=EXAMPLES, deadline=1000)
 @given(fields=KNOWN_FIELDS)
 def test_message_with_an_id_is_answered_whatever_its_fields(rules: JobRules, fields: dict[str, Any]) -> None:
     body = to_bytes({"data": {"prompt": "a", **fields, "generation_id": 456}})

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as bounded
 from hypothesis import strategies as st
 
+from tests.support.long import IS_LONG
 from worker.messages.envelope import MAX_TOKENS, outline_of
 
 MAX_BYTES = 256 * 1024
@@ -93,6 +95,7 @@ JSON = st.recursive(
 FIELDS = st.dictionaries(st.text(max_size=10) | st.sampled_from(["generation_id", "data", "task_id"]), JSON, max_size=5)
 
 
+@bounded(max_examples=100 if IS_LONG else 50)
 @given(FIELDS, FIELDS, st.booleans())
 def test_every_json_object_has_an_outline_that_agrees_with_it(
     top: dict[str, Any], data: dict[str, Any], is_ascii: bool

@@ -172,7 +172,7 @@ def broker_metrics(rabbitmq: RabbitMQ) -> Iterator[int]:
     def use_plugins(names: str, prepare: str = "") -> None:
         plugins = rabbitmq.folder / "plugins"
         plugins.write_text(f"[{names}].\n")
-        rabbitmq.ctl("eval", f'{prepare} rabbit_plugins:ensure("{plugins}").')
+        rabbitmq.evaluate(f'{prepare} rabbit_plugins:ensure("{plugins}").')
 
     port = free_port()
     address = f'[{{ip,"127.0.0.1"}},{{port,{port}}}]'

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from config.images import ImageSettings
 from config.section import SettingsError, load_section
 from tests.support.images.products import bottle, protected_part, scene
+from tests.support.long import long
 from tests.support.models.onnx_files import write_dark_finder
 from tests.support.paths import ROOT
 from tests.support.world import eventually, shadow_modules
@@ -110,6 +111,7 @@ def test_rembg_cuts_out_the_detected_product_and_removes_the_background_from_its
     assert pixels(cut)[edge][:, 1].mean() < 60
 
 
+@long
 def test_isnet_model_gets_its_own_input_size(tmp_path: Path) -> None:
     cut = Cutter(write_dark_finder(tmp_path / "isnet.onnx", side=1024)).cut(photo(), FIELD, wanted)
 
@@ -155,7 +157,10 @@ def test_hanging_cutter_ends_at_its_deadline(tmp_path: Path) -> None:
 def test_cutter_process_ends_with_a_killed_worker(tmp_path: Path) -> None:
     fifo = tmp_path / "never.onnx"
     os.mkfifo(fifo)
-    code = f"import sys; from {__name__} import *; Cutter(Path(sys.argv[1])).cut(photo(), FIELD, wanted)"
+    code = (
+        "import sys; from pathlib import Path; from PIL import Image; from worker.product.cutter import Cutter;"
+        " Cutter(Path(sys.argv[1])).cut(Image.new('RGBA', (9, 9), 'red'), '', lambda: None)"
+    )
     with subprocess.Popen([sys.executable, "-c", code, str(fifo)], cwd=ROOT) as worker:
         killed = psutil.Process(worker.pid)
         eventually(lambda: bool(killed.children()))
@@ -197,9 +202,10 @@ def test_check_runs_the_cutout_model(model: Path) -> None:
 def test_a_product_never_leaves_the_image_and_keeps_its_proportions(
     size: tuple[int, int], position: Position | None
 ) -> None:
+    background = scene(size)
     for scale in (0.05, 0.6, 1.0):
         for product in ((100, 300), (300, 100), (7, 2000)):
-            at = place_product(scene(size), product, Layout(scale, position))
+            at = place_product(background, product, Layout(scale, position))
 
             assert 0 <= at.left < at.right <= size[0]
             assert 0 <= at.top < at.bottom <= size[1]
