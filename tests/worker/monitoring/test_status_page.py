@@ -188,7 +188,8 @@ def test_every_word_opens_its_explanation_by_keyboard_and_mouse(shown: Shown) ->
     expect(tip).to_be_hidden()
 
     page.set_viewport_size(PHONE)  # type: ignore[arg-type]
-    page.get_by_role("button", name="Webhooks parked").click()
+    page.get_by_role("button", name="Webhooks parked").hover()
+    expect(page.locator("#word-parked")).to_be_visible()
     box = page.locator("#word-parked").bounding_box()
     assert box is not None
     assert 0 <= box["x"] <= box["x"] + box["width"] <= PHONE["width"]
