@@ -159,8 +159,7 @@ def test_requests_with_styles_of_their_own_at_once_give_the_images_that_each_giv
     calls = submit_together(engine, made(adapters))
 
     assert_right(tiny, calls)
-    forwards = [turn.num_batched for turn in engine.turns[start:] if turn.num_batched]
-    assert sum(forwards) / len(forwards) >= 4
+    assert max(turn.num_batched for turn in engine.turns[start:]) >= 5
     assert_styled(engine, calls)
 
 
@@ -288,10 +287,9 @@ def test_three_images_in_two_lanes_match_their_seeds_and_every_step_is_reported_
 
 def test_more_styles_than_slots_are_each_drawn_right_and_never_touch_the_others(tiny: Path, adapters: Adapters) -> None:
     engine = WatchedEngine(tiny, ADAPTER_SLOTS=4)
-    names = ["sixty_four", "every", "old", "kohya", "folder", "every", "five"]
+    names = ["old", "kohya", "folder", "text", "every", "kohya"]
     adapters_of_rows = [[at_scale(adapters[name], 1.0 if name == "folder" else 0.9)] for name in names]
-    adapters_of_rows.append([adapters["old"], at_scale(adapters["sixty_four"], 0.5)])
-    adapters_of_rows.append([adapters["every"], at_scale(adapters["kohya"], 0.5), adapters["five"]])
+    adapters_of_rows.append([adapters["eight"], at_scale(adapters["five"], 0.5)])
     requests = [
         tiny_request(*files, num_inference_steps=3, seeds=(seed,)) for seed, files in enumerate(adapters_of_rows)
     ]
