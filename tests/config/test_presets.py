@@ -351,7 +351,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         (b"--- {}\n--- {}", "line 2 is not YAML"),
         (b"styles: {a: [}", "line 1 is not YAML"),
         (b"{[a]: b}", "line 1 is a key that is no text"),
-        (b"[" * 5000, "is nested too deeply"),
+        (b"[" * 1500, "is nested too deeply"),
         (b"styles: \x00", "is not YAML"),
         (b'styles: {a: {positive: "{prompt} \\0"}}', "line 1 has a NUL"),
         (b'styles: {a: {positive: "{prompt} \\ud800"}}', "line 1 has a NUL or half a surrogate"),

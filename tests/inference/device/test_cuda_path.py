@@ -15,7 +15,7 @@ from inference.request import Source
 from tests.support.cuda.cuda_stand_ins import why_not
 from tests.support.cuda.fake_cuda import FakeCuda
 from tests.support.cuda.kernel_table import NUM_LANES, count_step
-from tests.support.long import long, long_but
+from tests.support.long import long_but
 from tests.support.models.full_models import ATTENTION, FAMILIES, FullModel
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -141,7 +141,7 @@ def test_a_step_of_prompts_of_one_and_of_three_chunks_waits_for_nothing(model: F
     assert stalls_of(model, [one, three]) == []
 
 
-@pytest.mark.parametrize("name", [*NAMES, pytest.param("sd15-inpaint", marks=long)])
+@pytest.mark.parametrize("name", long_but([*FAMILIES, "sd15-inpaint"], "sd15"))
 def test_inpainting_step_waits_for_nothing(model: FullModel, name: str) -> None:
     lanes = model.lanes(2, source=source_of(model, is_masked=True))
 

@@ -32,6 +32,7 @@ from tests.support.engine.watched_engine import (
     wait_for,
 )
 from tests.support.images.parity import MIN_PSNR_DB, images_of, plain, psnr, solo
+from tests.support.long import long
 from tests.support.models.tiny_models import EVERY_LAYER, build_tiny_sd, load_pipe, write_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -352,7 +353,7 @@ class ShortModel(FullModel):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-@pytest.mark.parametrize("place", ["pack", "encode", "begin"])
+@pytest.mark.parametrize("place", ["pack", pytest.param("encode", marks=long), "begin"])
 def test_a_request_that_finds_no_memory_beside_others_waits_and_is_drawn_right(
     tiny: Path, style: AdapterFile, place: str
 ) -> None:

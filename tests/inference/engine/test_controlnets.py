@@ -32,6 +32,7 @@ from tests.support.engine.watched_engine import (
     submit_together,
 )
 from tests.support.images.parity import DIFFERENT_DB, MIN_PSNR_DB, draw, psnr, settings_of
+from tests.support.long import long
 from tests.support.models.family_models import FamilyModels
 from tests.support.models.plain_families import alone
 from tests.support.models.tiny_adapters import Z_IMAGE_EVERY_LAYER
@@ -122,9 +123,10 @@ def controlled_request(model: str = "pose", *adapters: AdapterFile, **fields: An
     ("family", "fields"),
     [
         ("sd", {"scheduler": "euler_a", "width": 96, "start": 0.2, "num_inference_steps": 4}),
-        ("sd", {"scheduler": "heun", "end": 0.5, "num_inference_steps": 4}),
-        ("sdxl", {"negative_prompt": "", "end": 0.8, "num_inference_steps": 4}),
-        ("z_image", {"guidance_scale": 2.0, "scale": 0.75, "width": 48}),
+        pytest.param("sd", {"scheduler": "heun", "end": 0.5, "num_inference_steps": 4}, marks=long),
+        # The others' batches below are held against plain diffusers too.
+        pytest.param("sdxl", {"negative_prompt": "", "end": 0.8, "num_inference_steps": 4}, marks=long),
+        pytest.param("z_image", {"guidance_scale": 2.0, "scale": 0.75, "width": 48}, marks=long),
     ],
 )
 def test_a_controlled_image_equals_plain_diffusers(models: Models, family: str, fields: dict[str, Any]) -> None:
@@ -202,7 +204,10 @@ def test_prompts_of_all_lengths_share_forwards_under_a_control(models: Models) -
 
 
 def test_an_sdxl_batch_gives_each_lane_its_own_control(models: Models) -> None:
-    requests = [controlled_request("depth", seeds=(1,), guidance_scale=1.0), controlled_request("pose", seeds=(2,))]
+    requests = [
+        controlled_request("depth", seeds=(1,), guidance_scale=1.0, num_inference_steps=2),
+        controlled_request("pose", seeds=(2,), num_inference_steps=2),
+    ]
 
     calls = submit_together(models.engine("sdxl"), requests)
 
@@ -354,6 +359,7 @@ def test_evicted_controlnet_frees_its_memory(models: Models) -> None:
     engine.close()
 
 
+@long
 def test_other_lanes_go_on_while_a_controlnet_is_loaded(models: Models) -> None:
     engine = SmallEngine(models)
     may_load = threading.Event()

@@ -21,6 +21,7 @@ from tests.support.cuda.on_gpu import on_gpu
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import EngineCall, WatchedEngine, WatchedModel, submit_together
 from tests.support.images.parity import DIFFERENT_DB, MIN_PSNR_DB, demo_adapter, draw, psnr, settings_of
+from tests.support.long import long, long_but
 from tests.support.models.family_models import FamilyModels
 from tests.support.models.ldm_layout import write_single_file
 from tests.support.models.plain_families import FROM_IMAGE as PIPELINES_FROM_IMAGE
@@ -113,7 +114,12 @@ def assert_equal(models: Models, name: str, request: GenerationRequest) -> None:
 
 @pytest.mark.parametrize(
     ("name", "scheduler", "strength"),
-    on_gpu(FROM_IMAGE, ("sd", "euler_a", 1.0), ("sdxl", "unipc", 0.8), ("z_image", "euler", 0.3)),
+    on_gpu(
+        long_but(FROM_IMAGE, *FROM_IMAGE[:3], ("z_image", "euler", 0.3)),
+        ("sd", "euler_a", 1.0),
+        ("sdxl", "unipc", 0.8),
+        ("z_image", "euler", 0.3),
+    ),
 )
 def test_image_to_image_equals_plain_diffusers(models: Models, name: str, scheduler: str, strength: float) -> None:
     assert_equal(models, name, tiny_request(scheduler=scheduler, source=Source(gradients(), strength)))
@@ -122,14 +128,25 @@ def test_image_to_image_equals_plain_diffusers(models: Models, name: str, schedu
 @pytest.mark.parametrize(
     ("name", "scheduler", "strength"),
     on_gpu(
-        REPAINTED, ("sd", "unipc", 0.3), ("sdxl", "lcm", 0.8), ("z_image", "heun", 0.8), ("sd_inpaint", "dpm++", 1.0)
+        long_but(
+            REPAINTED,
+            ("sd", "heun", 0.8),
+            ("sd", "euler_a", 0.8),
+            ("sdxl", "lcm", 0.8),
+            ("z_image", "heun", 0.8),
+            ("sd_inpaint", "dpm++", 1.0),
+        ),
+        ("sd", "unipc", 0.3),
+        ("sdxl", "lcm", 0.8),
+        ("z_image", "heun", 0.8),
+        ("sd_inpaint", "dpm++", 1.0),
     ),
 )
 def test_inpainting_equals_plain_diffusers(models: Models, name: str, scheduler: str, strength: float) -> None:
     assert_equal(models, name, tiny_request(scheduler=scheduler, source=Source(gradients(), strength, window())))
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", long_but(CHECKPOINTS, "sd", "sd_inpaint", "z_image"))
 def test_strength_image_and_mask_show_in_what_the_tiny_models_draw(models: Models, name: str) -> None:
     """Else none of these tests would see a wrong one."""
     engine = models.engine(name)
@@ -163,6 +180,7 @@ def test_an_image_that_is_not_square_is_encoded_upright(models: Models) -> None:
     assert_equal(models, "z_image", tiny_request(**size, source=Source(rgb, 0.8, mask)))
 
 
+@long
 def test_the_demo_model_restyles_and_repaints_as_plain_diffusers_does() -> None:
     checkpoint = DEMO_MODEL / "checkpoint"
     engine = WatchedEngine(checkpoint)
@@ -214,7 +232,7 @@ def encoded_by_us(family: Family) -> torch.Tensor:
     return image.sample(noise)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", long_but([torch.bfloat16, torch.float16], torch.bfloat16), ids=str)
 def test_sdxl_encodes_an_image_in_32_bits_as_its_own_pipelines_do(models: Models, dtype: torch.dtype) -> None:
     checkpoint = models.checkpoint("sdxl")
     family = load_family(settings_of(checkpoint), device=torch.device("cpu"), dtype=dtype)
@@ -239,6 +257,7 @@ class WideNoise(TorchFunctionMode):
         return func(*args, **kwargs | {"dtype": torch.float32}).to(kwargs["dtype"])
 
 
+@long
 def test_sdxl_image_to_image_in_bfloat16_is_near_its_own_pipeline(models: Models) -> None:
     request = tiny_request(scheduler="euler", source=Source(gradients(), 0.6), num_inference_steps=6)
     engine = WatchedEngine(models.checkpoint("sdxl"), DTYPE="bfloat16")
@@ -309,14 +328,14 @@ def eight(folder: Path, pipe: Any) -> list[GenerationRequest]:
         return tiny_request(*adapters, seeds=(seed,), source=source, **fields)
 
     return [
-        request(1, few, num_inference_steps=6, scheduler="euler_a"),
-        request(2, num_inference_steps=8, guidance_scale=1.0),
-        request(3, kohya, strength=0.6, num_inference_steps=10),
-        request(4, few, strength=0.8, num_inference_steps=8, scheduler="euler_a", guidance_scale=1.0),
-        request(5, strength=1.0, num_inference_steps=4, scheduler="heun"),
-        request(6, few, kohya, strength=1.0, mask=window(), num_inference_steps=5),
-        request(7, kohya, strength=0.5, mask=window(), num_inference_steps=10, scheduler="unipc"),
-        request(8, strength=0.9, mask=window(), num_inference_steps=6, scheduler="lcm", guidance_scale=5.0),
+        request(1, few, num_inference_steps=4, scheduler="euler_a"),
+        request(2, num_inference_steps=5, guidance_scale=1.0),
+        request(3, kohya, strength=0.6, num_inference_steps=6),
+        request(4, few, strength=0.8, num_inference_steps=5, scheduler="euler_a", guidance_scale=1.0),
+        request(5, strength=1.0, num_inference_steps=3, scheduler="heun"),
+        request(6, few, kohya, strength=1.0, mask=window(), num_inference_steps=4),
+        request(7, kohya, strength=0.5, mask=window(), num_inference_steps=6, scheduler="unipc"),
+        request(8, strength=0.9, mask=window(), num_inference_steps=4, scheduler="lcm", guidance_scale=5.0),
     ]
 
 
@@ -332,8 +351,8 @@ def test_eight_requests_of_every_kind_share_forwards_and_each_gives_the_image_it
     ratios = [psnr(call.image, alone(models.checkpoint("sd"), call.request)) for call in calls]
     assert min(ratios) >= MIN_PSNR_DB, ratios
     together = [{lane.owner.request.kind for lane in lanes} for lanes in engine.model.batches]
-    assert sum(kinds == set(KINDS) for kinds in together) >= 3
-    assert sum(map(len, engine.model.batches)) / len(engine.model.batches) >= 4
+    assert sum(kinds == set(KINDS) for kinds in together) >= 2
+    assert sum(map(len, engine.model.batches)) / len(engine.model.batches) >= 3
 
 
 class EncodingModel(WatchedModel):

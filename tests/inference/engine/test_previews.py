@@ -23,6 +23,7 @@ from inference.sampling.samplers import predict_x0
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import EngineCall, WatchedEngine, WatchedModel
 from tests.support.images.parity import draw, settings_of
+from tests.support.long import long_but
 from tests.support.models.tiny_models import (
     BETAS,
     build_tiny_sd,
@@ -167,7 +168,7 @@ def test_previews_look_like_the_image_from_the_second_step_on(demo: LocalEngine)
     assert min(likeness(one, image) for one in previews) > 0.75
 
 
-@pytest.mark.parametrize("scheduler", ["dpm++", "heun", "euler_a"])
+@pytest.mark.parametrize("scheduler", long_but(["dpm++", "heun", "euler_a"], "heun"))
 def test_previews_come_every_n_steps_but_not_with_the_last(engine: LocalEngine, scheduler: str) -> None:
     steps: list[StepReport] = []
     draw(engine, tiny_request(num_inference_steps=7, scheduler=scheduler), steps)

@@ -21,6 +21,7 @@ from diffusers import StableDiffusionPipeline
 from inference.lora.adapter import Adapter, LowRank, check_fits, read_adapter
 from inference.lora.errors import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterUnsafe, AdapterUnsupported
 from inference.lora.key_names import STABLE_DIFFUSION
+from tests.support.long import long
 from tests.support.models.adapter_changes import Changes, assert_same_changes, changes_by_peft, changes_of
 from tests.support.models.tiny_models import EVERY_LAYER, build_tiny_sd, load_pipe, write_adapter
 from tests.support.paths import DEMO_MODEL
@@ -113,7 +114,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("made", LAYOUTS.values(), ids=LAYOUTS)
+# Each of them has a twin of more: patterns, or a text encoder.
+PLAIN_LAYOUTS = ("old diffusers names over every layer", "PEFT folder of a UNet", "kohya")
+
+
+@pytest.mark.parametrize(
+    "made", [pytest.param(made, id=name, marks=long if name in PLAIN_LAYOUTS else ()) for name, made in LAYOUTS.items()]
+)
 def test_normal_form_changes_what_the_library_changes(
     made: dict[str, Any], pipe: StableDiffusionPipeline, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,7 @@ def pipe_with(checkpoint: Path, *files: AdapterFile, dtype: torch.dtype = torch.
 
     Loaded once for the same checkpoint and the same bytes: all that requests change in it is set anew.
     """
-    digests = tuple(hashlib.sha256(file.weights.read_bytes()).hexdigest() for file in files)
-    pipe, scheduler = _loaded(checkpoint, tuple(replace(file, scale=1.0) for file in files), digests, dtype)
+    pipe, scheduler = _loaded(checkpoint, tuple(_Adapter(file, _digest_of(file)) for file in files), dtype)
     pipe.scheduler = copy.deepcopy(scheduler)
     if any(file.config for file in files):
         assert [file.scale for file in files] == [1.0]
@@ -111,10 +110,24 @@ def pipe_with(checkpoint: Path, *files: AdapterFile, dtype: torch.dtype = torch.
     return pipe
 
 
+@dataclass(frozen=True)
+class _Adapter:
+    """An adapter that is the same wherever its bytes lie."""
+
+    file: AdapterFile = field(compare=False)
+    digest: str
+
+
+def _digest_of(file: AdapterFile) -> str:
+    content = file.weights.read_bytes() + (file.config.read_bytes() if file.config else b"")
+    return hashlib.sha256(content).hexdigest()
+
+
 @lru_cache(maxsize=32)
-def _loaded(checkpoint: Path, files: tuple[AdapterFile, ...], _digests: tuple[str, ...], dtype: torch.dtype) -> Any:
+def _loaded(checkpoint: Path, adapters: tuple[_Adapter, ...], dtype: torch.dtype) -> Any:
     """Load a pipeline with these adapters, and return it with its own scheduler."""
     pipe: Any = copy.deepcopy(_bare(checkpoint, dtype))
+    files = [adapter.file for adapter in adapters]
     for name, file in zip(_names(files), files, strict=True):
         if file.config:
             pipe.unet = PeftModel.from_pretrained(pipe.unet, file.weights.parent).get_base_model()

@@ -33,6 +33,7 @@ from tests.hostile.raw_properties import (
     properties,
     short,
 )
+from tests.support.long import IS_LONG
 from tests.support.world import HANG_SECONDS, eventually
 from worker.amqp.connection import connect
 from worker.amqp.consumer import Consumer
@@ -41,7 +42,7 @@ from worker.amqp.delivery import Delivery
 from worker.amqp.subscriptions import Broadcast, Subscription
 from worker.amqp.topology import QueueNames
 
-NUM_FUZZED = 3000
+NUM_FUZZED = 3000 if IS_LONG else 1000
 # A text, a truth, negatives, what no double holds exactly, fractions, moments and containers.
 ODD_NUMBERS = (
     (b"S", long(b"3")),

@@ -13,6 +13,7 @@ import pytest
 
 from config.broker import BrokerSettings, QueueWeight
 from examples.parts.rabbitmq import RabbitMQ
+from tests.support.long import long
 from tests.support.world import eventually
 from worker.amqp.consumer import Consumer
 from worker.amqp.delivery import Delivery
@@ -82,7 +83,7 @@ class Taker:
         return sum(ready), sum(unacked)
 
 
-@pytest.fixture(params=[{}, QUORUM], ids=["classic", "quorum"])
+@pytest.fixture(params=[pytest.param({}, id="classic"), pytest.param(QUORUM, id="quorum", marks=long)])
 def taker(rabbitmq: RabbitMQ, request: pytest.FixtureRequest) -> Iterator[Taker]:
     made = Taker(rabbitmq, **request.param)
     yield made

@@ -58,7 +58,7 @@ def asked_here(**variables: str) -> str:
 
 @pytest.mark.parametrize(("shell", "asked"), [("bash", asked_of_a_process), ("zsh", asked_here), ("fish", asked_here)])
 def test_each_shell_is_given_a_script_and_completions(shell: str, asked: Callable[..., str]) -> None:
-    script = asked(_DARKROOM_COMPLETE=f"source_{shell}")
+    script = asked_here(_DARKROOM_COMPLETE=f"source_{shell}")
     typed_so_far = {"COMP_WORDS": "darkroom can", "COMP_CWORD": "1"} if shell == "bash" else {}
     others = {"_TYPER_COMPLETE_ARGS": "darkroom can", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
     completed = asked(_DARKROOM_COMPLETE=f"complete_{shell}", **typed_so_far, **others)

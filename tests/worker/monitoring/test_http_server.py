@@ -20,7 +20,7 @@ from worker.monitoring import bounded_server
 from worker.monitoring.bounded_server import MAX_CONNECTIONS
 from worker.monitoring.http_server import HealthServer
 
-NUM_CLIENTS = 500
+NUM_CLIENTS = 200  # three times what the server lets in
 NUM_PROBES = 30
 # Of the test process and of the server's own: the listening socket, the selector's, the probe's.
 SPARE = 20

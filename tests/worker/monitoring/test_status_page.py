@@ -13,6 +13,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from tests.support.browsing import DESKTOP, PHONE, PageSession, chromium
+from tests.support.long import long
 from tests.support.status_pages import ended, failed, hour, job, served, status
 from worker.jobs.history import EndedJob
 from worker.monitoring.status import BatchStatus, IdleStatus, SlotsStatus, Status, WorkerStatus
@@ -186,11 +187,19 @@ def test_every_word_opens_its_explanation_by_keyboard_and_mouse(shown: Shown) ->
     page.mouse.move(1, 1)
     expect(tip).to_be_hidden()
 
+    page.set_viewport_size(PHONE)  # type: ignore[arg-type]
+    page.get_by_role("button", name="Webhooks parked").hover()
+    expect(page.locator("#word-parked")).to_be_visible()
+    box = page.locator("#word-parked").bounding_box()
+    assert box is not None
+    assert 0 <= box["x"] <= box["x"] + box["width"] <= PHONE["width"]
+
     undescribed = "[...document.querySelectorAll('.term')].filter((one) => !one.popoverTargetElement).length"
     assert page.evaluate(undescribed) == 0
     assert page.locator(".term").count() > 10
 
 
+@long
 def test_word_opens_by_touch_inside_the_window(browser: Browser, shown: Shown) -> None:
     shown.statuses[:] = [status()]
     with PageSession(browser, viewport=PHONE, has_touch=True) as phone:
@@ -493,7 +502,7 @@ WRAPPED = """() => [...document.querySelectorAll(".took, .ago, #took, #idle-lege
   }).map((node) => node.textContent)"""
 
 
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("width", [390, pytest.param(1280, marks=long)])
 def test_durations_do_not_wrap(shown: Shown, width: int) -> None:
     days = dict.fromkeys(("no_jobs", "fetching", "encoding", "decoding"), 86400.0 * 123 + 3600 * 22)
     page = shown.load(

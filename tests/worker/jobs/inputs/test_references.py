@@ -15,6 +15,7 @@ from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
 from config.store import StoreSettings
 from inference.request import Control, ModelFacts, Source
+from tests.support.long import long
 from tests.watermark.test_decoding import noise, png, png_chunks, png_header
 from tests.worker.messages.test_kinds import INIT, MASK, job_of, rules
 from watermark.decoding import ImageMode, decode_image
@@ -88,7 +89,7 @@ def test_camera_image_is_turned_upright() -> None:
     assert upright.getpixel((19, 0)) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+@pytest.mark.parametrize("mode", ["RGB", pytest.param("RGBA", marks=long)])
 def test_an_image_larger_than_is_useful_comes_out_smaller_and_upright(mode: ImageMode) -> None:
     image = Image.new(mode, (4200, 5000), (90, 60, 30))
     image.paste((255, 0, 0), (0, 0, 400, 400))
