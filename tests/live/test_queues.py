@@ -25,10 +25,12 @@ from worker.jobs.disposition import MAX_ATTEMPTS
 QUORUM = {"x-queue-type": "quorum"}
 LIMITED = QUORUM | {"x-delivery-limit": 1, "x-dead-letter-exchange": ""}
 TTL_MS = 1500
-# A held job counts as hanging after this, and a worker that stops keeps its jobs no longer than this.
-CONSTANTS = {
+# A held job counts as hanging after this, a worker that stops keeps its jobs no longer than this, and a job with more
+# crashes is given up. In all tests the same, as workers with the same changes cost the least.
+CONSTANTS = QUICK_RETRIES | {
     "inference.process.health:MIN_HANG_SECONDS": 600.0,
     "worker.supervisor:GRACE_RESERVE_SECONDS": 1.0,
+    "worker.jobs.disposition:MAX_RECOVERIES": 2,
 }
 
 
@@ -65,9 +67,8 @@ def publish(world: World, prompt: str, queue: str, *, priority: int | None = Non
     return job
 
 
-def start(world: World, constants: dict[str, Any] | None = None, **env: str) -> Worker:
-    every = CONSTANTS | QUICK_RETRIES | (constants or {})
-    return start_light_worker(world, constants=every, SHUTDOWN_GRACE_SECONDS="1", **env)
+def start(world: World, **env: str) -> Worker:
+    return start_light_worker(world, constants=CONSTANTS, SHUTDOWN_GRACE_SECONDS="1", **env)
 
 
 def wait_until_held(world: World, job: Job, times: int) -> None:
@@ -124,18 +125,17 @@ def test_a_job_returns_to_the_queue_it_came_from_with_its_priority_also_behind_a
 def test_deployments_in_mid_job_lose_it_in_no_queue_and_count_in_none(world: World, arguments: dict[str, Any]) -> None:
     declare(world, world.queue, **arguments)
     declare(world, f"{world.queue}.as-old", **{"x-message-ttl": TTL_MS})
-    one_crash = {"worker.jobs.disposition:MAX_RECOVERIES": 1}
-    start(world, one_crash)
+    start(world)
     job = publish(world, "hold@3", world.queue, priority=5)
     publish(world, "as old as the job", f"{world.queue}.as-old")
     wait_until_held(world, job, 1)
     wait_for(world, ".as-old", 0)  # so its time in the jobs' queue would be over
 
     # When more workers than crashes are allowed stop in the middle of it
-    for number in (2, 3):
+    for number in (2, 3, 4):
         assert world.workers[-1].terminate() == 0
         wait_for(world, ".recover", 1)
-        start(world, one_crash)
+        start(world)
         wait_until_held(world, job, number)
 
     go_on(world, job)
