@@ -33,15 +33,15 @@ from worker.jobs.recovery import SUSPECT_CRASHES
 BROKERS_LIMIT = 20 if IS_LONG else 3
 NUM_LOSSES = 40 if IS_LONG else BROKERS_LIMIT + 2
 NUM_LANES = 10
-# Short waits between tries of a webhook, and an engine that may be held for long.
+# Short waits between tries of a webhook, an engine that may be held for long, and few crashes until a job is given up.
+# In all tests the same, as workers with the same changes cost the least.
 CONSTANTS = {
     "worker.results.notifier:PATIENCE_SECONDS": 0.0,
     "worker.results.notifier:DELAYS_SECONDS": (0.2, 0.5),
     "inference.process.health:MIN_HANG_SECONDS": 600.0,
     "worker.supervisor:GRACE_RESERVE_SECONDS": 1.0,
+    "worker.jobs.disposition:MAX_RECOVERIES": 4,
 }
-# In several tests the same, as workers with the same changes cost the least.
-FEW_RECOVERIES = {"worker.jobs.disposition:MAX_RECOVERIES": 2}
 QUORUM = {"x-queue-type": "quorum"}
 
 
@@ -90,8 +90,8 @@ def new_job(number: int) -> Job:
     return Job(str(uuid.uuid4()), number)
 
 
-def start(world: World, constants: dict[str, Any] | None = None, **env: str) -> Worker:
-    return start_light_worker(world, constants=CONSTANTS | (constants or {}), FAULTS_FOLDER=str(world.folder), **env)
+def start(world: World, **env: str) -> Worker:
+    return start_light_worker(world, constants=CONSTANTS, FAULTS_FOLDER=str(world.folder), **env)
 
 
 def lose_connections(world: World, worker: Worker) -> None:
@@ -144,8 +144,7 @@ def test_connections_lost_again_and_again_lose_neither_a_parked_event_nor_a_reco
     with limits(world, r"\.(recover|outbox|dead)$", **{"delivery-limit": BROKERS_LIMIT}):
         # Given an end that the backend does not take, and a job that a killed worker left
         world.backend.answer("complete", 500)
-        few = {"worker.jobs.disposition:MAX_RECOVERIES": 3}
-        worker = start(world, few)
+        worker = start(world)
         world.publish_raw(message(parked))
         wait_for(world, outbox=(0, 1))
         put_into_recover(world, message(broken, "hold@3"))
@@ -158,7 +157,7 @@ def test_connections_lost_again_and_again_lose_neither_a_parked_event_nor_a_reco
 
         # And the worker is killed once, then the next one draws the job, and both ends are told
         worker.kill()
-        start(world, few)
+        start(world)
         go_on(world, broken)
         world.backend.answer("complete", 200)
         for job in (parked, broken):
@@ -171,22 +170,21 @@ def outcomes(world: World, job: Job) -> list[str]:
     return [call.kind for call in world.backend.ends(job.generation_id)]
 
 
-@pytest.mark.parametrize("num_deployments", [pytest.param(12, marks=long), 3])
+@pytest.mark.parametrize("num_deployments", [pytest.param(12, marks=long), 5])
 def test_deployments_in_the_middle_of_a_long_job_are_no_crashes(world: World, num_deployments: int) -> None:
-    # Given a job that was recovered, held by workers that stop in order, and few crashes until it would be given up
-    constants = {"worker.jobs.disposition:MAX_RECOVERIES": num_deployments - 2}
+    # Given a job that was recovered, held by more workers that stop in order than it may have crashes
     job = new_job(1)
     put_into_recover(world, message(job, "hold@3"))
 
     for number in range(num_deployments):
-        worker = start(world, constants, SHUTDOWN_GRACE_SECONDS="1")
+        worker = start(world, SHUTDOWN_GRACE_SECONDS="1")
         held = f" held {job.task_id}"
         eventually(lambda: journal(world).count(held) == number + 1, worker.log_tail)  # noqa: B023
         assert worker.terminate() == 0
         wait_for(world, recover=(1, 0))
 
     # Then the next one draws it
-    start(world, constants)
+    start(world)
     go_on(world, job)
     assert_complete(world, job)
 
@@ -343,11 +341,11 @@ def test_a_job_that_several_workers_were_killed_with_is_done_with_no_recovered_o
 def test_a_job_on_lease_whose_worker_was_killed_has_one_crash_more(world: World) -> None:
     """Its message was acked, so that the broker counts nothing: the note that nobody took away tells it."""
     job = new_job(1)
-    note = {"until": time.time() - 60, "num_crashes": 2}
+    note = {"until": time.time() - 60, "num_crashes": 4}
     world.upload(f"jobs/{job.task_id}.lease", json.dumps(note).encode())
-    put_into_recover(world, message(job), **{LEASE_HEADER: 1, CRASHES_HEADER: 2})
+    put_into_recover(world, message(job), **{LEASE_HEADER: 1, CRASHES_HEADER: 4})
 
-    start(world, FEW_RECOVERIES)
+    start(world)
 
     end = world.wait_for_end(1)
     assert (end.kind, end.body.get("error_code")) == ("failed", "WORKER_CRASHED")
@@ -355,7 +353,7 @@ def test_a_job_on_lease_whose_worker_was_killed_has_one_crash_more(world: World)
 
 def test_crashes_that_a_publisher_claims_count_for_nothing(world: World) -> None:
     job = new_job(1)
-    start(world, FEW_RECOVERIES)
+    start(world)
     with channel_to(world) as channel:
         forged = pika.BasicProperties(delivery_mode=2, headers={CRASHES_HEADER: 100, "x-delivery-count": 100})
         channel.basic_publish("", world.queue, message(job), forged)
