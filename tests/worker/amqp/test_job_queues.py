@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pika
+import pika.exceptions
 import pytest
 
 from config.broker import BrokerSettings, QueueWeight
@@ -101,8 +102,15 @@ def crash(taker: Taker, *, is_unusable: bool) -> None:
 
 
 def redeclare(taker: Taker, *, is_unusable: bool) -> None:
-    taker.delete(taker.express)
-    taker.declare(taker.express, **({"x-single-active-consumer": True} if is_unusable else {}))
+    def is_redeclared() -> bool:
+        taker.delete(taker.express)
+        try:
+            taker.declare(taker.express, **({"x-single-active-consumer": True} if is_unusable else {}))
+        except pika.exceptions.ChannelClosedByBroker:
+            return False  # the consumer tries all the time, and asking for the arguments made the missing queue anew
+        return True
+
+    eventually(is_redeclared)
 
 
 @pytest.mark.parametrize(
