@@ -119,14 +119,19 @@ def wait_for(world: World, **depths: tuple[int, int]) -> None:
     eventually(lambda: wanted.items() <= world.queues().items(), lambda: str(world.queues()))
 
 
-def wait_until_in_hand(world: World, *suffixes: str) -> None:
-    """Return once nothing of these queues is ready. After a lost ack a message is in hand beside its copy."""
+def wait_until_replaced(worker: Worker) -> None:
+    """Return once copies of the event and of the job that the last loss returned are here, whose count begins at 0.
 
-    def are_in_hand() -> bool:
-        depths = world.queues()
-        return all(depths[suffix][0] == 0 and depths[suffix][1] >= 1 for suffix in suffixes)
+    To be in hand is not enough: a message that is returned once more before it was replaced is counted twice.
+    """
 
-    eventually(are_in_hand, lambda: str(world.queues()))
+    def are_replaced() -> bool:
+        lost_at = worker.events("broker connection lost")[-1]["time"]
+        adopted = [line["time"] for line in worker.events("delivery adopted") if not line["is_redelivered"]]
+        renewed = [line["time"] for line in worker.events("returned event renewed")]
+        return all(times and times[-1] > lost_at for times in (adopted, renewed))
+
+    eventually(are_replaced, worker.log_tail)
 
 
 def assert_complete(world: World, *jobs: Job) -> None:
@@ -144,7 +149,7 @@ def test_connections_lost_again_and_again_lose_neither_a_parked_event_nor_a_reco
     with limits(world, r"\.(recover|outbox|dead)$", **{"delivery-limit": BROKERS_LIMIT}):
         # Given an end that the backend does not take, and a job that a killed worker left
         world.backend.answer("complete", 500)
-        worker = start(world)
+        worker = start(world, LOG_LEVEL="DEBUG")
         world.publish_raw(message(parked))
         wait_for(world, outbox=(0, 1))
         put_into_recover(world, message(broken, "hold@3"))
@@ -153,7 +158,7 @@ def test_connections_lost_again_and_again_lose_neither_a_parked_event_nor_a_reco
         # When every connection is closed more often than the broker gives a message back
         for _ in range(NUM_LOSSES):
             lose_connections(world, worker)
-            wait_until_in_hand(world, ".recover", ".outbox")
+            wait_until_replaced(worker)
 
         # And the worker is killed once, then the next one draws the job, and both ends are told
         worker.kill()
@@ -202,8 +207,10 @@ def test_an_event_parked_outlives_forty_restarts(world: World) -> None:
         world.backend.answer("complete", 500)
         world.publish_raw(message(job))
         for number in range(NUM_LOSSES):
-            worker = start(world)
+            worker = start(world, LOG_LEVEL="DEBUG")
             wait_for(world, outbox=(0, 1))
+            if number:
+                eventually(lambda: bool(worker.events("returned event renewed")), worker.log_tail)  # noqa: B023
             if number % 4:
                 assert worker.terminate() == 0
             else:

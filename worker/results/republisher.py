@@ -89,5 +89,6 @@ class Republisher:
                 log_event(logger, "returned event not renewed yet", logging.DEBUG, reason=str(error))
                 backoff.sleep(lambda: self._is_closing)
             else:
+                log_event(logger, "returned event renewed", logging.DEBUG)
                 return True
         return False

@@ -69,6 +69,14 @@ def _holder(port: int) -> str:
             sockets |= {f"socket:[{row[9]}]" for row in listening}  # by inode
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has gone, or is another user's
-            if sockets and any(str(file.readlink()) in sockets for file in (process / "fd").iterdir()):
+            if sockets and any(_target(file) in sockets for file in (process / "fd").iterdir()):
                 return f"process {process.name} ({(process / 'comm').read_text().strip()})"
     return ""
+
+
+def _target(file: Path) -> str:
+    """Return what an open file of a process is; empty where it has been closed since it was listed."""
+    try:
+        return str(file.readlink())
+    except OSError:
+        return ""

@@ -46,6 +46,18 @@ def test_a_port_with_another_server_is_in_use_by_no_worker(body: bytes) -> None:
             check_port(port)
 
 
+def test_the_process_that_has_a_port_is_found_though_a_file_before_it_is_closed_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("worker.cli.check.port.ANSWER_SECONDS", 0.1)  # nothing ever answers
+    with socket.socket() as lower, socket.create_server(("0.0.0.0", 0)) as taken:
+        lower.close()  # its number is then that of the folder being listed, which is closed once it has been
+
+        explanation = explain_bind_error(taken.getsockname()[1], OSError(errno.EADDRINUSE, "Address already in use"))
+
+    assert f"is in use by process {os.getpid()} (" in explanation
+
+
 def test_privileged_port_is_refused_with_the_first_unprivileged_one() -> None:
     assert "from 1024 on" in explain_bind_error(80, OSError(errno.EACCES, "Permission denied"))
     assert "cannot be used (Cannot assign" in explain_bind_error(80, OSError(errno.EADDRNOTAVAIL, "Cannot assign"))
