@@ -57,12 +57,13 @@ def runs(begun: list[str], names: list[str]) -> bool:
     return all(sum(name.startswith(one) for name in names) >= begun.count(one) for one in begun)
 
 
+@long
 @pytest.mark.usefixtures("_signals_as_before")
 @pytest.mark.parametrize(
     ("number", "exit_code", "begun"),
     [
         # The worker and its engine are the last that are started.
-        pytest.param(signal.SIGKILL, -signal.SIGKILL, ["beam", "epmd", "python", "python", "weed"], marks=long),
+        (signal.SIGKILL, -signal.SIGKILL, ["beam", "epmd", "python", "python", "weed"]),
         # As of a terminal that is closed; SIGTERM has the same handler.
         (signal.SIGHUP, 128 + signal.SIGHUP, ["weed"]),
     ],

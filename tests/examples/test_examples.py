@@ -1,5 +1,6 @@
 """The examples for backends: receivers that accept no forgery and act once, alone and around a worker."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from clients.webhook_signature import sign_payload, signing_key
 from clients.webhooks import Webhook, WebhookKind, WebhookResult
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
+from tests.examples.test_parts import assert_nothing_runs_below, processes_below
 from tests.faults.station import start_light_worker
 from tests.support.contract_schemas import examples
 from tests.support.example_programs import RECEIVERS, SECRET, TOKEN, Receiver, run_publisher
@@ -201,17 +203,20 @@ def test_one_right_signature_among_several_is_enough(receiver: Receiver, generat
 # --- The parts
 
 
-def test_demo_parts_run_until_interrupted_and_print_their_addresses(tmp_path: Path) -> None:
+def test_demo_parts_run_until_interrupted_print_their_addresses_and_leave_no_process_behind(tmp_path: Path) -> None:
     dotenv = tmp_path / ".env"
     command = [sys.executable, "-m", "examples.parts"]
-    with dotenv.open("wb") as sink, subprocess.Popen(command, cwd=ROOT, stdout=sink) as parts:
+    own = os.environ | {"TMPDIR": str(tmp_path)}
+    with dotenv.open("wb") as sink, subprocess.Popen(command, cwd=ROOT, env=own, stdout=sink) as parts:
         eventually(lambda: "GUIDANCE_SCALE" in dotenv.read_text())
         env = dict(line.split("=", 1) for line in dotenv.read_text().splitlines())
 
         task_id = run_publisher("python", env, 1, "a red fox")
+        assert {"beam.smp", "epmd", "weed"} <= set(processes_below(tmp_path))
         parts.send_signal(signal.SIGINT)
 
         assert parts.wait(HANG_SECONDS) == 0
+    assert_nothing_runs_below(tmp_path)
     assert uuid.UUID(task_id)
     assert Path(env["MODEL_ID"]).is_dir()
     assert signing_key(env["WEBHOOK_SIGNING_SECRET"])

@@ -17,6 +17,7 @@ from examples.parts.backend import Backend
 from examples.parts.processes import ServerError, ServerProcess
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
+from tests.support.long import long
 from tests.support.paths import ROOT
 from tests.support.world import eventually
 
@@ -40,6 +41,7 @@ def assert_nothing_runs_below(folder: Path) -> None:
     eventually(lambda: processes_below(folder) == [], lambda: str(processes_below(folder)))
 
 
+@long
 def test_a_broker_keeps_its_queues_over_a_restart_and_leaves_no_process_behind(tmp_path: Path) -> None:
     node = RabbitMQ(tmp_path)
     with node:

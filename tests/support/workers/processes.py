@@ -1,7 +1,7 @@
 """Start workers' processes; those without torch by forking one that has imported everything.
 
-A worker spends 1.5 s of CPU on imports, and the tests start a hundred of them. In the long form, under coverage and the
-first time with its changes to modules, each is a process from scratch, as in the field.
+A worker spends a second of CPU on imports, and the tests start a hundred of them. In the long form and under coverage
+each is a process from scratch, as in the field, and otherwise the first of each test process.
 """
 
 import atexit
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ KEY_NAMES = ("PYTHONPATH", "FAULTS_CONSTANTS", "FAULTS_CLOCK")
 
 MAX_TEMPLATES = 4  # each keeps 70 MB
 
-_num_started: Counter[tuple[str, ...]] = Counter()
+_num_started = count()
 _templates: dict[tuple[str, ...], "_Template"] = {}
 
 
@@ -46,13 +46,11 @@ def start_process(env: dict[str, str], log: Path, *arguments: str) -> Process:
     log.write_bytes(b"")
     key = tuple(env.get(name, "") for name in KEY_NAMES)
     is_from_scratch = IS_LONG or "FAULTS_HOLD" in env or any(name.startswith("COVERAGE_") for name in env)
-    if "FAULTS_STAND_IN" in env and not is_from_scratch:
-        _num_started[key] += 1
-        if _num_started[key] > 1:
-            if key not in _templates:
-                _make_room()
-                _templates[key] = _Template(env)
-            return _templates[key].fork(env, log, arguments)
+    if "FAULTS_STAND_IN" in env and not is_from_scratch and next(_num_started) > 0:
+        if key not in _templates:
+            _make_room()
+            _templates[key] = _Template(env)
+        return _templates[key].fork(env, log, arguments)
     command = [str(Path(sys.executable).parent / "darkroom"), *arguments]
     with log.open("ab") as sink:
         return subprocess.Popen(command, env=env, cwd=log.parent, stdout=sink, stderr=sink)
