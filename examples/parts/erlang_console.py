@@ -8,16 +8,41 @@ from typing import NamedTuple
 from examples.parts.installation import Installation
 from examples.parts.processes import ServerError
 
+# Evaluated on the node. A quorum queue is asked itself: what RabbitMQ tells of it is counted every five seconds, and a
+# node that counts more often, in a queue that was declared a moment ago, ends that queue's process on a busy machine.
+DEPTHS = """
+lists:map(
+    fun(Queue) ->
+        Name = element(4, amqqueue:get_name(Queue)),
+        case amqqueue:get_type(Queue) of
+            rabbit_quorum_queue ->
+                case catch ra:local_query(amqqueue:get_pid(Queue), fun rabbit_fifo:overview/1) of
+                    {ok, {_, #{num_ready_messages := Ready, num_checked_out := Unacked}}, _} -> {Name, Ready, Unacked};
+                    _ -> {Name, unknown, unknown}
+                end;
+            _ ->
+                case catch rabbit_amqqueue:info(Queue, [messages_ready, messages_unacknowledged]) of
+                    [{_, Ready}, {_, Unacked}] -> {Name, Ready, Unacked};
+                    _ -> {Name, unknown, unknown}
+                end
+        end
+    end,
+    rabbit_amqqueue:list(<<"/">>)).
+"""
 # For every line on standard input: what the node answers, in lines, then "end".
 PROGRAM = """
 Call = fun(Module, Function, Arguments) -> rpc:call('NODE', Module, Function, Arguments, 10000) end,
+Parse = fun(Text) ->
+    {ok, Tokens, _} = erl_scan:string(Text),
+    {ok, Expressions} = erl_parse:parse_exprs(Tokens),
+    Expressions
+end,
+Depths = Parse("DEPTHS"),
 Answer = fun
     ("queues\\n") ->
-        Items = [name, messages_ready, messages_unacknowledged],
-        case Call(rabbit_amqqueue, info_all, [<<"/">>, Items]) of
+        case Call(erl_eval, exprs, [Depths, []]) of
             {badrpc, Why} -> io:format("error ~0p~n", [Why]);
-            Rows -> [io:format("~s ~p ~p~n", [element(4, Name), Ready, Unacked])
-                     || [{name, Name}, {messages_ready, Ready}, {messages_unacknowledged, Unacked}] <- Rows]
+            {value, Rows, _} -> [io:format("~s ~p ~p~n", [Name, Ready, Unacked]) || {Name, Ready, Unacked} <- Rows]
         end;
     ("close\\n") ->
         case Call(rabbit_networking, local_connections, []) of
@@ -25,9 +50,7 @@ Answer = fun
             Pids -> Call(rabbit_networking, close_connections, [Pids, "closed from the console"])
         end;
     ("evaluate " ++ Text) ->
-        {ok, Tokens, _} = erl_scan:string(Text),
-        {ok, Expressions} = erl_parse:parse_exprs(Tokens),
-        case Call(erl_eval, exprs, [Expressions, []]) of
+        case Call(erl_eval, exprs, [Parse(Text), []]) of
             {badrpc, Why} -> io:format("error ~0p~n", [Why]);
             _ -> ok
         end
@@ -39,10 +62,10 @@ Ask = fun(Ask) ->
     end
 end,
 Ask(Ask).
-"""
+""".replace("DEPTHS", DEPTHS.replace('"', '\\"'))
 
 
-# Of a quorum queue that was declared a moment ago RabbitMQ 4 has no counts yet.
+# Of a quorum queue that is being declared or deleted.
 UNKNOWN = -1
 
 

@@ -15,7 +15,6 @@ from examples.parts.processes import ServerError, ServerProcess
 START_SECONDS = 180.0
 STOP_SECONDS = 120.0
 CTL_SECONDS = 180.0
-QUORUM_TICK_MS = 200
 
 AMQP_HEADER = b"AMQP\x00\x00\x09\x01"
 METHOD_FRAME = b"\x01"
@@ -143,9 +142,7 @@ class RabbitMQ(Part):
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.folder / "plugins"),
             "RABBITMQ_CONFIG_FILE": str(self.folder / "rabbitmq"),
             "RABBITMQ_CONF_ENV_FILE": str(self.folder / "rabbitmq-env.conf"),
-            # Quorum queues count their messages at every tick, five seconds apart unless told otherwise.
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}"
-            f" -rabbit quorum_tick_interval {QUORUM_TICK_MS}",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
             # The script then becomes the node by exec, so that a signal to our child reaches the node itself.
             "RUNNING_UNDER_SYSTEMD": "true",
         }

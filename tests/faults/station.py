@@ -144,7 +144,7 @@ class Station:
         """Assert one end, of one webhook id; one whole image; nothing left in any queue. None: any number."""
         world = self.world
         assert world.wait_for_end(job.generation_id).kind == "complete"
-        # A quorum queue's counts come late; behind the mark nobody tells the end again.
+        # Behind the mark nobody tells the end again.
         eventually(lambda: self.is_marked(job), world.workers[-1].log_tail)
         world.wait_until_clean()
         assert len(world.backend.ends(job.generation_id)) == 1

@@ -36,6 +36,8 @@ CONSTANTS = {
     "worker.results.kind_queue:STORE_PAUSE_SECONDS": STORE_PAUSE_SECONDS,
     "clients.storage.client:CALL_DEADLINE_SECONDS": 4.0,
 }
+# Of a job that is held in its third step of eight.
+PERCENT_HELD_AT = 25
 FAILED_RECORD = Sign(UP, b'"kind": "failed"')
 
 
@@ -87,8 +89,15 @@ def events_of(worker: Worker, name: str, job: Job) -> list[dict[str, Any]]:
 # --- A worker is frozen while others do its job and a newer one
 
 
-def in_a_step(_station: Station, worker: Worker, _job: Job) -> None:
+def in_a_step(station: Station, worker: Worker, job: Job) -> None:
+    """Freeze in a step, once its progress has been told: a call under way then could only be told after the end."""
+    eventually(lambda: max(percents_of(station, job), default=0) == PERCENT_HELD_AT, worker.log_tail)
     freeze_now(worker)
+
+
+def percents_of(station: Station, job: Job) -> list[int]:
+    calls = station.world.backend.calls("progress", job.generation_id)
+    return [call.body["progress"]["progress_percent"] for call in calls]
 
 
 def before_the_image(station: Station, worker: Worker, job: Job) -> None:

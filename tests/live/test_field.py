@@ -5,6 +5,7 @@ picture is in the engine's own tests. `make field` trains the styles and draws t
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -150,8 +151,11 @@ def test_backend_that_crashes_on_failures_refunds_each_once_after_its_repair(
 def test_backend_that_rejects_its_own_host_gets_every_end_once_it_accepts(
     world: World, backend: StyleBackend, worker: Worker, tmp_path: Path
 ) -> None:
+    # A worker that finds all of them in the queue: no end is told before the backend rejects it
+    worker.process.send_signal(signal.SIGSTOP)
     ordered = [backend.order(number % NUM_STYLES + 1, *TAGS) for number in range(REFUSALS_TO_OPEN + 2)]
     backend.restart(allowed_hosts="api.example.com", is_repaired=True)
+    worker.process.send_signal(signal.SIGCONT)
     eventually(lambda: worker.get("/health/ready")[0] == 503, worker.log_tail)
     assert "ALLOWED_HOSTS" in worker.get("/health/ready")[1]
 

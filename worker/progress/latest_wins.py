@@ -1,5 +1,6 @@
 """A thread that handles the newest items of many jobs: newer items of a job replace its pending ones."""
 
+import math
 import threading
 import time
 from collections import deque
@@ -7,7 +8,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 CLOSE_SECONDS = 2.0
-# A wait of `PULSE_SECONDS` that took `FREEZE_SECONDS` means that the process was frozen.
+# The thread wakes at least this often. Where it did not for `FREEZE_SECONDS`, the process may have been frozen, or an
+# item took that long.
 PULSE_SECONDS, FREEZE_SECONDS = 0.25, 1.0
 
 Item = TypeVar("Item")
@@ -28,7 +30,8 @@ OneSource = TypeVar("OneSource", bound=Source[Any])
 class LatestWins(Generic[OneSource, Item]):
     """Owner of a thread that calls `handle` for one item at a time, the sources in turn. Thread-safe.
 
-    `handle` takes at most `handle_seconds`. `on_freeze` is called for each open source after the process was frozen.
+    `handle` takes at most `handle_seconds`. `on_freeze` is called for each open source after the process may have been
+    frozen, before the next item is handled.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class LatestWins(Generic[OneSource, Item]):
         self._handle = handle
         self._handle_seconds = handle_seconds
         self._on_freeze = on_freeze
+        self._seen_running_at = math.inf
         self._changed = threading.Condition()
         self._open: set[OneSource] = set()
         self._waiting: deque[OneSource] = deque()
@@ -95,8 +99,10 @@ class LatestWins(Generic[OneSource, Item]):
     def _take(self) -> tuple[OneSource, Item] | None:
         """Take the next item; blocks until there is one. Returns None when closing."""
         with self._changed:
+            self._notice_freeze()
             while not self._waiting and not self._is_closing:
-                self._wait()
+                self._changed.wait(None if self._on_freeze is None else PULSE_SECONDS)
+                self._notice_freeze()
             if self._is_closing:
                 return None
             source = self._waiting.popleft()
@@ -106,12 +112,10 @@ class LatestWins(Generic[OneSource, Item]):
             source.is_handling = True
             return source, item
 
-    def _wait(self) -> None:
-        if self._on_freeze is None:
-            self._changed.wait()
-            return
-        began_at = time.monotonic()
-        self._changed.wait(PULSE_SECONDS)
-        if time.monotonic() - began_at > FREEZE_SECONDS:
+    def _notice_freeze(self) -> None:
+        """Call `on_freeze` where the thread did not run for long: frozen in a wait, in an item or between them."""
+        now = time.monotonic()
+        if self._on_freeze is not None and now - self._seen_running_at > FREEZE_SECONDS:
             for source in self._open:
                 self._on_freeze(source)
+        self._seen_running_at = now

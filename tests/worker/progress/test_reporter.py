@@ -163,6 +163,28 @@ def test_close_waits_for_the_call_in_flight_and_nothing_is_sent_after_it(
     assert nothing_more(reporter, backend)
 
 
+def test_end_told_by_another_worker_while_a_call_lasted_is_looked_up_before_the_next(
+    backend: SlowBackend, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process may have been frozen in that call, and its job been done elsewhere."""
+    monkeypatch.setattr("worker.progress.latest_wins.FREEZE_SECONDS", 0.0)  # every call is that long
+    ends: dict[str, Any] = {}
+    reporter = ProgressReporter(backend, NO_PREVIEWS, MILESTONES, metrics, end_of=ends.get)  # type: ignore[arg-type]
+    reporter.start()
+    try:
+        track = reporter.follow("task", 456)
+        backend.is_free.clear()
+        step(track, 0)
+        assert backend.next_percents(1) == [0]
+        step(track, 5)
+        ends["task"] = "an end"
+        backend.is_free.set()
+
+        assert nothing_more(reporter, backend)
+    finally:
+        reporter.close()
+
+
 def test_closing_one_job_keeps_the_reports_of_others(reporter: ProgressReporter, backend: SlowBackend) -> None:
     first, second = reporter.follow("first", 1), reporter.follow("second", 2)
     step(first, 0)
