@@ -133,7 +133,7 @@ faults: install ## Every fault on the way to broker, store and backend, and in t
 
 # DEBIAN_MIRROR and UBUNTU_MIRROR are for where their own archives are not reached. MATRIX_MOUNTS (here:there, comma-separated)
 # are shown to each root: a /etc/pip.conf, a file for /etc/apt/apt.conf.d, certificates. MACHINES names some of them, FRESH=1 makes all anew.
-matrix: install ## As root: the demo and the tests of broker, faults and campaigns on Debian 13, Ubuntu 24.04 and RabbitMQ 4.3
+matrix: install ## As root: the demo, all tests, and those of the broker in their long form, on Debian 13, Ubuntu 24.04 and RabbitMQ 4.3
 	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends debootstrap >/dev/null
 	$(SUDO) env PATH="$$PATH" DEBIAN_MIRROR="$(DEBIAN_MIRROR)" UBUNTU_MIRROR="$(UBUNTU_MIRROR)" MATRIX_MOUNTS="$(MATRIX_MOUNTS)" \
 		TORCH_INDEX_URL="$(TORCH_INDEX_URL)" PYTHON312="$(PYTHON312)" $(BIN)/python -m tests.matrix $(if $(FRESH),--fresh) $(MACHINES)

@@ -1,4 +1,4 @@
-"""`make matrix`: the demo and the tests of broker, faults and campaigns on the machines that people have.
+"""`make matrix`: the demo, all tests, and those of the broker in their long form, on the machines that people have.
 
 As root. Each step leaves its log and its result below the folder; what is done there is not done again. Prints a table
 for people and, last, a line of JSON; exit code 1 where a step failed.
@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.matrix.machines import MACHINES, PYTHON312, UBUNTU, WHOLE, Machine
+from tests.matrix.machines import MACHINES, OF_A_BROKER, PYTHON312, UBUNTU, WHOLE, Machine
 from tests.matrix.places import place_of
 from tests.matrix.roots import is_reached
 from tests.matrix.running import MADE, MachineResult, MachineRun, StepResult
@@ -57,7 +57,7 @@ def take_steps(machine: Machine, folder: Path, console: Console, *, is_fresh: bo
 
 def render(results: Sequence[MachineResult]) -> Table:
     """Draw a row for each machine and a column for each step."""
-    columns = (MADE, *(step.name for step in WHOLE))
+    columns = dict.fromkeys((MADE, *(step.name for step in (*WHOLE, *OF_A_BROKER))))
     table = Table("machine", "Python", "RabbitMQ", *columns)
     for result in results:
         steps = {step.name: step for step in result.steps}

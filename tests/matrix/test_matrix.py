@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from tests.matrix.__main__ import read_arguments, render
-from tests.matrix.machines import DEMO, INSTALL, QUICK, Machine, Step
+from tests.matrix.machines import DEMO, INSTALL, TEST, Machine, Step
 from tests.matrix.roots import Run
 from tests.matrix.running import MachineResult, MachineRun
 
@@ -52,7 +52,7 @@ def take(tmp_path: Path) -> Take:
 
 
 def test_a_step_that_is_done_is_not_taken_again_and_one_that_failed_is(take: Take, tmp_path: Path) -> None:
-    done, failed = Step("install", "echo once >> installed"), Step("quick", "echo again >> tried; test -e mended")
+    done, failed = Step("install", "echo once >> installed"), Step("test", "echo again >> tried; test -e mended")
 
     first = take(done, failed)
     (tmp_path / "mended").touch()
@@ -76,7 +76,7 @@ def test_a_step_that_was_broken_off_is_taken_again(take: Take, tmp_path: Path) -
 
 @pytest.mark.parametrize(("make", "install"), [("false", "true"), ("true", "false")])
 def test_nothing_is_tried_where_nothing_could_be_installed(take: Take, tmp_path: Path, make: str, install: str) -> None:
-    found = take(Step(INSTALL.name, install), Step(QUICK.name, "touch tried"), make=make)
+    found = take(Step(INSTALL.name, install), Step(TEST.name, "touch tried"), make=make)
 
     assert not found.is_done
     assert not found.steps[-1].is_done
@@ -84,14 +84,14 @@ def test_nothing_is_tried_where_nothing_could_be_installed(take: Take, tmp_path:
 
 
 def test_steps_behind_a_failed_one_are_taken(take: Take, tmp_path: Path) -> None:
-    take(Step(DEMO.name, "false"), Step(QUICK.name, "touch tried"))
+    take(Step(DEMO.name, "false"), Step(TEST.name, "touch tried"))
 
     assert (tmp_path / "tried").exists()
 
 
 def test_the_table_has_what_pytest_counted_and_the_result_the_tests_that_failed(take: Take, tmp_path: Path) -> None:
-    quick = Step(QUICK.name, f"echo '{FAILURE}'; echo '{SUMMARY}'; false")
-    result = take(Step(INSTALL.name, "true"), quick)
+    test = Step(TEST.name, f"echo '{FAILURE}'; echo '{SUMMARY}'; false")
+    result = take(Step(INSTALL.name, "true"), test)
 
     console = Console(file=io.StringIO(), width=200)
     console.print(render([result]))
@@ -100,7 +100,7 @@ def test_the_table_has_what_pytest_counted_and_the_result_the_tests_that_failed(
     assert "1 failed, 3158 passed, 2 skipped, 0.0 min" in table
     assert all(word in table for word in ("debian-13", "3.13.5", "4.0.5-6", "done, 0.0 min", "-"))
     assert result.steps[-1].failed == ("tests/config/test_logs.py::test_a_line",)
-    assert FAILURE in (tmp_path / "quick.log").read_text()
+    assert FAILURE in (tmp_path / "test.log").read_text()
 
 
 def test_machines_are_named_or_all_and_a_wrong_name_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
