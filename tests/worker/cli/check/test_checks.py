@@ -305,7 +305,8 @@ def test_one_of_several_queues_that_cannot_be_used_is_found_and_so_is_what_worke
     permit(setup.rabbitmq, all_but(express))
     with pytest.raises(CheckFailed, match=f"access to queue '{express}'.*set_permissions.*{left_out}"):
         probe.queue()
-    with pytest.raises(CheckFailed, match=rf"{express}\.\*: ACCESS_REFUSED.*set_permissions"):
+    # RabbitMQ 4.3 refuses to look at a queue, those before it to make one
+    with pytest.raises(CheckFailed, match=rf"{express}\.(\*|retry\.\d+): ACCESS_REFUSED.*set_permissions"):
         probe.own_queues()
 
     permit(setup.rabbitmq, ".*")
