@@ -186,7 +186,7 @@ def test_deployments_in_the_middle_of_a_long_job_are_no_crashes(world: World, nu
         held = f" held {job.task_id}"
         eventually(lambda: journal(world).count(held) == number + 1, worker.log_tail)  # noqa: B023
         assert worker.terminate() == 0
-        # One at least: an ack that a busy machine did not send before the worker ended leaves the message beside its copy
+        # One at least: an ack that was not sent before the worker ended leaves the message beside its copy
         eventually(lambda: world.queues()[".recover"][0] >= 1, lambda: str(world.queues()))
 
     # Then the next one draws it
