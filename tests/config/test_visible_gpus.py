@@ -12,6 +12,7 @@ from config.section import SettingsError, load_section
 from config.settings import SECTIONS, Settings
 from config.visible_gpus import HIDDEN, gpu_variables, visible_gpu
 from inference.process.child_handle import ChildHandle
+from tests.support.world import eventually
 from worker.cli.check.machine import check_gpu
 from worker.supervisor import Supervisor
 
@@ -102,8 +103,10 @@ def test_an_empty_list_of_gpus_in_the_file_counts_as_not_set(env_file: Path) -> 
 
 def environment_of_child(settings: ModelSettings) -> dict[str, str]:
     child = ChildHandle.spawn(settings, module="tests.support.engine.fake_child")
+    environ = Path(f"/proc/{child.process.pid}/environ")
     try:
-        pairs = Path(f"/proc/{child.process.pid}/environ").read_bytes().decode().split("\0")
+        eventually(lambda: environ.read_bytes() != b"")  # Popen returns a moment before the kernel has it in place
+        pairs = environ.read_bytes().decode().split("\0")
     finally:
         child.end(is_idle=False)
     return dict(pair.partition("=")[::2] for pair in pairs if pair)
