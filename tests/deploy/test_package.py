@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -39,18 +40,15 @@ MACHINE = {"port", "fonts", "shaping", "certificate", "cut-outs", "disk", "GPU",
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel in a copy of the files that git knows: setuptools leaves folders of its own where it builds."""
+    """Build the wheel in a copy of the source: setuptools leaves folders of its own where it builds."""
     folder = tmp_path_factory.mktemp("wheel")
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
-    for name in listed.stdout.decode().split("\0"):
-        if name.partition("/")[0] in {*PACKAGES, "pyproject.toml", "README.md", "LICENSE"} and (ROOT / name).is_file():
-            (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
-            os.link(ROOT / name, folder / "tree" / name)
+    source = [ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE")]
+    source += [path for name in PACKAGES for path in (ROOT / name).rglob("*") if path.is_file()]
+    for path in source:
+        if "__pycache__" not in path.parts:
+            copy = folder / "tree" / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)  # no link: Debian 13 has /tmp on a file system of its own
     # What pip asks of setuptools, without pip: it takes as long as the build.
     code = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
     subprocess.run(

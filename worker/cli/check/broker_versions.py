@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 RABBITMQ = "RabbitMQ"
 # What `make test` and `make matrix` have run on, with all tests of the broker passed.
-TESTED = ((3, 10), (4, 0))
+TESTED = ((3, 10), (3, 12), (4, 0), (4, 3))
 
 
 def describe_broker(properties: Mapping[str, object]) -> str:

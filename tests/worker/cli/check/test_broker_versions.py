@@ -18,13 +18,12 @@ def test_a_tested_release_is_named_alone_whatever_its_patch(major: int, minor: i
 @pytest.mark.parametrize(
     ("version", "note"),
     [
-        ("3.9.29", "older than what is supported; the tests run on 3.10 and 4.0"),
+        ("3.9.29", "older than what is supported; the tests run on 3.10, 3.12, 4.0 and 4.3"),
         ("2.8.4", "older than what is supported"),
-        ("3.11.0", "; the tests run on 3.10 and 4.0"),
-        ("3.12.1", "; the tests run on 3.10 and 4.0"),
-        ("4.1.4", "newer than the newest that the tests run on, 4.0"),
-        ("4.3.6", "newer than the newest that the tests run on, 4.0"),
-        ("4.10.0", "newer than the newest that the tests run on, 4.0"),
+        ("3.11.0", "; the tests run on 3.10, 3.12, 4.0 and 4.3"),
+        ("4.1.4", "; the tests run on 3.10, 3.12, 4.0 and 4.3"),
+        ("4.4.0", "newer than the newest that the tests run on, 4.3"),
+        ("4.10.0", "newer than the newest that the tests run on, 4.3"),
         ("5.0.1", "newer than the newest"),
     ],
 )
@@ -35,9 +34,9 @@ def test_what_the_tests_have_not_run_on_is_said(version: str, note: str) -> None
 
 @pytest.mark.parametrize("version", ["", "unknown", "v4", 4, b"\xff"])
 def test_a_version_that_cannot_be_read_is_no_failure(version: object) -> None:
-    assert "the tests run on RabbitMQ 3.10 and 4.0 alone" in described(version)
+    assert "the tests run on RabbitMQ 3.10, 3.12, 4.0 and 4.3 alone" in described(version)
 
 
 def test_another_broker_is_named() -> None:
-    assert described("2.4.1", "LavinMQ") == "LavinMQ 2.4.1; the tests run on RabbitMQ 3.10 and 4.0 alone"
+    assert described("2.4.1", "LavinMQ") == "LavinMQ 2.4.1; the tests run on RabbitMQ 3.10, 3.12, 4.0 and 4.3 alone"
     assert describe_broker({}).startswith("a broker of a version that it does not tell; the tests run on RabbitMQ")
