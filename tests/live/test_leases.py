@@ -1,6 +1,7 @@
 """Jobs longer than the broker waits for an ack: one run, one end, and another worker's where theirs is gone."""
 
 import json
+import os
 import signal
 import time
 import uuid
@@ -12,8 +13,9 @@ import pytest
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
-from tests.faults.station import start_light_worker
+from tests.faults.station import SITE, start_light_worker
 from tests.support.long import long
+from tests.support.paths import ROOT
 from tests.support.servers.broker_admin import wait_for_acks
 from tests.support.world import HANG_SECONDS, World, eventually, new_world
 from worker.amqp.delivery import LEASE_HEADER
@@ -35,7 +37,13 @@ def world(rabbitmq: RabbitMQ, s3_server: SeaweedFS, tmp_path: Path) -> Iterator[
 
 @long
 def test_a_job_longer_than_the_broker_waits_runs_once_beside_another_worker(world: World) -> None:
-    env = {"RABBITMQ_CONSUMER_TIMEOUT_SECONDS": str(CONSUMER_TIMEOUT_SECONDS), "MAX_CONCURRENT_GENERATIONS": "1"}
+    env = {
+        "RABBITMQ_CONSUMER_TIMEOUT_SECONDS": str(CONSUMER_TIMEOUT_SECONDS),
+        "MAX_CONCURRENT_GENERATIONS": "1",
+        # A note that holds for as long as the broker waits: a tenth of six seconds is less than a busy machine may lose
+        "PYTHONPATH": f"{SITE}{os.pathsep}{ROOT}",
+        "FAULTS_CONSTANTS": json.dumps({"worker.jobs.leases:VALID_SHARE": 1.0}),
+    }
     workers = [world.start_worker(**env) for _ in range(2)]
     for worker in workers:
         worker.wait_until_ready()

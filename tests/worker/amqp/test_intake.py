@@ -71,6 +71,11 @@ class Taker:
         self.consumer.ack(delivery)
         return delivery
 
+    def num_consumers(self) -> int:
+        """Count those of the two queues that wait for the first message of an empty one."""
+        found = [self.channel.queue_declare(name, passive=True).method for name in self.names.job_queues]
+        return sum(one.consumer_count for one in found)
+
     def wait_for(self, *, ready: int, unacked: int) -> None:
         """Return once the two queues have so many messages together."""
 
@@ -155,8 +160,10 @@ def test_messages_that_come_to_empty_queues_are_taken_at_once_while_there_are_pl
 
 def test_a_pause_takes_nothing_and_the_end_of_it_goes_on_by_weight(taker: Taker) -> None:
     taker.consumer.start()
-    eventually(lambda: taker.consumer.is_connected)
+    eventually(lambda: taker.num_consumers() == 2)
     taker.consumer.pause(is_paused=True)
+    # Until then one message of each queue may still come
+    eventually(lambda: taker.num_consumers() == 0)
     taker.publish(taker.ordinary, 4)
     taker.publish(taker.express, 4)
     taker.wait_for(ready=8, unacked=0)
