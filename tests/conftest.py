@@ -32,7 +32,7 @@ KEPT_VARIABLES = {"CUDA_VISIBLE_DEVICES"}
 
 HERE = Path(__file__).parent
 
-# Their files share what is dear, and so one test process: a worker with a real engine, the classes of Kubernetes.
+# Their files share what is costly, and so one test process: a worker with a real engine, the classes of Kubernetes.
 SHARED_FOLDERS = ("tests/live/drawing/", "tests/deploy/")
 
 # The longest files first, so that the test processes end at about the same time.
