@@ -58,12 +58,13 @@ def submit_and_follow(
     publisher = Publisher(settings.broker, names)
     try:
         decode(body, rules_from(settings.model, settings.store, settings.images))
-        publisher.start()
-        publisher.publish(origin.queue, body, origin=origin)
-        console.print(f"published as task {task_id}", highlight=False)
+        # All that takes time comes before: who presses Ctrl-C once the job is published is told how to cancel it.
         storage = Storage(settings.store)
         ledger = Ledger(storage, settings.store.bucket)
-        event = _Follower(task_id, ledger, publisher, names, origin.queue, console).follow(timeout_seconds)
+        follower = _Follower(task_id, ledger, publisher, names, origin.queue, console)
+        publisher.start()
+        publisher.publish(origin.queue, body, origin=origin)
+        event = follower.follow(timeout_seconds)
         return event is not None and _report(event, ResultUrls(storage, settings.store.results_bucket), console)
     except (JobRejected, PublishFailed, StorageError) as error:
         console.print("[bold red]Not done:[/]", end=" ")
@@ -85,8 +86,9 @@ class _Follower:
     console: Console
 
     def follow(self, timeout_seconds: float) -> TerminalEvent | None:
-        """Return the end of the job; None, after printing why, where it does not come in time."""
+        """Return the end of the published job; None, after printing why, where it does not come in time."""
         try:
+            self.console.print(f"published as task {self.task_id}", highlight=False)
             event = self._wait(timeout_seconds)
         except KeyboardInterrupt:
             self._print_goes_on("No longer followed")

@@ -77,9 +77,12 @@ class Taker:
         return sum(one.consumer_count for one in found)
 
     def wait_for(self, *, ready: int, unacked: int) -> None:
-        """Return once the two queues have so many messages together."""
+        """Return once the two queues have so many messages together, and those that are unacknowledged are in hand."""
 
-        eventually(lambda: self.depths() == (ready, unacked), lambda: str(self.rabbitmq.queues()))
+        def is_so() -> bool:
+            return self.depths() == (ready, unacked) and len(self.in_hand) == unacked
+
+        eventually(is_so, lambda: str(self.rabbitmq.queues()))
 
     def depths(self) -> tuple[int, int]:
         """Count the messages of the two queues together, ready and unacknowledged."""

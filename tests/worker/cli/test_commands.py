@@ -237,7 +237,6 @@ def test_interrupted_submit_leaves_the_job_and_shows_how_to_cancel_it(world: Wor
     assert process.stderr is not None
     published = process.stderr.readline()
 
-    time.sleep(1)  # it is being followed by now, or about to be
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
 
