@@ -14,7 +14,7 @@ from inference.controlnet.guide import Guide
 from inference.device.device import Mark
 from inference.latents.source import EncodedSource
 from inference.lora.adapter_key import AdapterKey, ReadAdapter
-from inference.lora.bank import RowAdapters
+from inference.lora.products.rows import RowAdapters
 from inference.lora.slots import Slot
 from inference.request import (
     GenerationRequest,

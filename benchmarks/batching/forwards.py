@@ -11,7 +11,7 @@ from benchmarks.batching.bench import DEVICE, DTYPE, NUM_JOBS, Bench, Engine, se
 from benchmarks.sets import Job
 from config.model import ModelSettings
 from inference.lane import ActiveRequest, Conditioning, Lane
-from inference.lora.bank import AppliedAdapter
+from inference.lora.products.rows import AppliedAdapter
 from inference.models.base import Family
 from inference.models.inputs import Prompt
 from inference.models.loader import load_family

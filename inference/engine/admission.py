@@ -14,9 +14,9 @@ from inference.engine.preparer import Preparer, ran_out_of_memory
 from inference.errors import RequestFailed
 from inference.lane import ActiveRequest
 from inference.lora.adapter_key import AdapterKey
-from inference.lora.bank import AppliedAdapter
 from inference.lora.errors import AdapterUnsupported
 from inference.lora.layers import PAGE_RANK
+from inference.lora.products.rows import AppliedAdapter
 from inference.lora.slots import Slots
 from inference.models.base import Family
 from inference.request import Stage

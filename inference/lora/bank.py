@@ -1,4 +1,4 @@
-"""The bank of adapters: their pages beside the base weights, and the hooks that apply them to each row of a batch.
+"""The bank of adapters: their pages beside the base weights, and which of them each row of a batch has.
 
 A page holds `PAGE_RANK` ranks of *every* layer that any adapter has touched, so that an adapter of rank r is
 ceil(r / PAGE_RANK) pages, loading one is one copy, and several adapters of one lane are their pages side by side. Page
@@ -7,16 +7,17 @@ ceil(r / PAGE_RANK) pages, loading one is one copy, and several adapters of one 
 The number of pages is fixed. Layers that an adapter is the first to touch get a slab for each kind of them, one tensor
 [pages, width of these layers], and keep it: the bank grows without a copy, and no page is ever moved.
 
-The paging follows S-LoRA (Sheng et al., 2023).
+The paging follows S-LoRA (Sheng et al., 2023). The layers that adapters can change are adapted layers from the bank's
+beginning; what they add is settled before a forward, and again only where its rows change.
 """
 
 import logging
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -24,20 +25,12 @@ from config.logs import log_event
 from inference.lora.adapter import Adapter
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
 from inference.lora.layers import PAGE_RANK, LayerGroup, Slab, by_kind, fill, layer_groups, split, zeros
-from inference.lora.low_rank import LowRankProducts, Route
-from inference.lora.slots import ZERO_PAGE
+from inference.lora.products.adapted_layers import Products, adapt
+from inference.lora.products.low_rank import GatheredWeights, LowRankProducts
+from inference.lora.products.paged_products import find_paged_products
+from inference.lora.products.rows import AppliedAdapter, RowAdapters, Run, find_runs
 
 logger = logging.getLogger(__name__)
-
-
-class AppliedAdapter(NamedTuple):
-    """An adapter applied to one row of a batch: its pages, and its scale."""
-
-    pages: tuple[int, ...]
-    scale: float
-
-
-RowAdapters = tuple[AppliedAdapter, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +45,16 @@ class PackedAdapter:
     groups: frozenset[LayerGroup]
 
 
-@dataclass(slots=True)
-class _Routing:
-    """Adapters per batch row for the next forwards, and the page routes computed from them (None: no adapter)."""
+class _Routed(NamedTuple):
+    """What was routed last: the rows' adapters, and the tokens of the layers that concatenate them."""
 
-    rows: tuple[RowAdapters, ...]
-    by_group: dict[LayerGroup, Route | None] = field(default_factory=dict)
-    by_rows: dict[tuple[RowAdapters, ...], Route | None] = field(default_factory=dict)
+    rows: tuple[RowAdapters, ...] = ()
+    token_counts: Mapping[str, Sequence[int]] = MappingProxyType({})
 
 
 class AdapterBank:
-    """Owner of the pages and of the hooks. `pack` may run on any thread, all else on the engine's alone."""
+    """Owner of the pages and of the layers that read them. `pack` may run on any thread, all else on the engine's
+    alone."""
 
     def __init__(
         self,
@@ -87,9 +79,11 @@ class AdapterBank:
         self._slabs: list[Slab] = []
         self._contents: dict[int, frozenset[LayerGroup]] = {}
         self._written: dict[int, tuple[Slab, ...]] = {}
-        self._routing: _Routing | None = None
-        self._products = LowRankProducts()
+        self._routed = _Routed()
+        self._gathered = GatheredWeights()
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        for group in self._groups:
+            adapt(group, group.modules)
 
     @property
     def num_bytes(self) -> int:
@@ -123,6 +117,9 @@ class AdapterBank:
 
         `torch.OutOfMemoryError`, with nothing written, where the device has no room for a new slab.
         """
+        # The same pages may touch other layers afterwards, by other weights.
+        self._set_products(_Routed(), {})
+        self._gathered.keep(set())
         pages = {slab: self._pages_of(slab) for slab in packed.parts}
         for slab, part in packed.parts.items():
             # Page by page: three times as fast as index_copy_ on a CPU.
@@ -137,8 +134,6 @@ class AdapterBank:
                     self._pages_of(slab)[page].zero_()
             self._written[page] = tuple(pages)
         self._contents[place[0]] = packed.groups
-        # The same pages may touch other layers now.
-        self._routing = None
 
     def touches(self, applied: AppliedAdapter, model: str) -> bool:
         """Return whether the adapter in these pages changes the model of that name."""
@@ -151,64 +146,44 @@ class AdapterBank:
 
         `token_counts`, by layer: tokens of each row in an input [tokens of all rows, in] that concatenates them.
         """
-        self._products.begin_forward(token_counts)
-        wanted = tuple(rows)
-        if not any(wanted):
-            self._routing = None
-        elif self._routing is None or self._routing.rows != wanted:
-            self._routing = _Routing(wanted)
+        wanted = _Routed(tuple(rows), token_counts)
+        if wanted != self._routed:
+            # First: where the device has no memory for them, the last forward's are left as they were.
+            self._set_products(wanted, self._find_products(wanted))
 
-    def _route_in(self, routing: _Routing, group: LayerGroup) -> Route | None:
-        """Return the rows' route in one group, computed once while the rows stay the same.
+    def _set_products(self, routed: _Routed, products: Mapping[LayerGroup, Products]) -> None:
+        for group in self._groups:
+            group.products = products.get(group)
+        self._routed = routed
 
-        It leaves out adapters that do not touch the group: each would cost its rank in zeros, in every row.
-        """
-        if group not in routing.by_group:
-            rows = tuple(
-                tuple(applied for applied in row if group in self._contents[applied.pages[0]]) for row in routing.rows
-            )
-            if rows not in routing.by_rows:
-                routing.by_rows[rows] = self._find_route(rows) if any(rows) else None
-            routing.by_group[group] = routing.by_rows[rows]
-        return routing.by_group[group]
+    def _find_products(self, routed: _Routed) -> Mapping[LayerGroup, Products]:
+        """Return the products in each group that an adapter of the rows touches."""
+        runs = self._runs_by_group(routed.rows)
+        counts = {group: routed.token_counts.get(group.names[0]) for group in runs}
+        if self._device.type == "cuda":
+            return find_paged_products(runs, counts, self._device)
+        self._gathered.keep({(group, run.adapters) for group, own in runs.items() for run in own})
+        return {group: LowRankProducts(group, own, self._gathered.find, counts[group]) for group, own in runs.items()}
 
-    def _find_route(self, rows: tuple[RowAdapters, ...]) -> Route:
-        pages = [[page for applied in row for page in applied.pages] for row in rows]
-        scales = [[applied.scale for applied in row for _ in applied.pages] for row in rows]
-        width = max(map(len, pages))
-        padded_pages = [one + [ZERO_PAGE] * (width - len(one)) for one in pages]
-        padded_scales = [one + [1.0] * (width - len(one)) for one in scales]
-        is_plain = all(scale == 1.0 for one in scales for scale in one)
-        return Route(
-            num_rows=len(rows),
-            index=self._upload(padded_pages, torch.long).flatten(),
-            scales=None if is_plain else self._upload(padded_scales, torch.float32)[:, :, None, None],
-        )
-
-    def _upload(self, values: list[list[Any]], dtype: torch.dtype) -> torch.Tensor:
-        # From pinned memory: any other copy would wait for the step that is running.
-        host = torch.tensor(values, dtype=dtype, pin_memory=self._copy_stream is not None)
-        return host.to(self._device, non_blocking=True)
+    def _runs_by_group(self, rows: Sequence[RowAdapters]) -> dict[LayerGroup, tuple[Run, ...]]:
+        """Return the runs of rows in each group, without the adapters that do not touch it."""
+        contents = {applied: self._contents[applied.pages[0]] for row in rows for applied in row}
+        by_touching: dict[tuple[bool, ...], tuple[Run, ...]] = {}
+        found: dict[LayerGroup, tuple[Run, ...]] = {}
+        for group in frozenset[LayerGroup]().union(*contents.values()):
+            touching = tuple(group in groups for groups in contents.values())
+            if touching not in by_touching:
+                own = [tuple(applied for applied in row if group in contents[applied]) for row in rows]
+                by_touching[touching] = find_runs(own)
+            found[group] = by_touching[touching]
+        return found
 
     def _pages_of(self, slab: Slab) -> torch.Tensor:
         """Return the slab's pages, allocated at the first call."""
         if slab.pages is None:
             slab.allocate(zeros(self.num_pages + 1, slab.width, device=self._device, dtype=self._dtype))
-            for group in slab.groups:
-                self._hook(group)
         assert slab.pages is not None, "it was allocated"  # noqa: S101
         return slab.pages
-
-    def _hook(self, group: LayerGroup) -> None:
-        products = self._products
-        for member, module in enumerate(group.modules):
-            apply = products.add_to_conv if isinstance(module, torch.nn.Conv2d) else products.add_to_linear
-
-            def hook(_module: Any, args: Any, output: Any, apply: Any = apply, member: int = member) -> Any:
-                route = self._routing and self._route_in(self._routing, group)
-                return apply(route, group, member, args[0], output) if route else output
-
-            module.register_forward_hook(hook)
 
     def _to_device(self, staged: torch.Tensor) -> torch.Tensor:
         """Return a copy on the device; `staged` itself where there is no room for one beside the steps."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from inference.lora.adapter import LowRank
+from inference.lora.products.adapted_layers import Products
 
 # Half of this is wasted on average by an adapter whose rank is no multiple of it.
 PAGE_RANK = 8
@@ -37,17 +38,18 @@ class Slab:
         """Use `pages`, all zero, as the slab's memory."""
         self.pages = pages
         for group in self.groups:
-            # Views made once: every gather of every step begins with one.
-            group.a_pages = pages.narrow(1, group.start, group.a_width)
-            group.b_pages = [pages.narrow(1, *group.b_span(member)) for member in range(len(group.names))]
+            # Views made once: every gather begins with one.
+            group.a_pages = group.a_part(pages)
+            group.b_pages = [group.b_part(pages, member) for member in range(len(group.names))]
 
 
 @dataclass(eq=False)
 class LayerGroup:
     """Layers of one input. `start`: offset of its part in its slab's pages, the A of all members, then the B of each.
 
-    `slab` is set once an adapter that touches them is laid out, `a_pages` and `b_pages`, by member, once the slab is
-    allocated.
+    `slab` is set once an adapter that touches them is laid out, `a_pages` [pages, members, PAGE_RANK, in] and `b_pages`
+    [pages, PAGE_RANK, out] of each member once the slab is allocated. `products`: of the running forward's adapters;
+    None where none touches the layers.
     """
 
     names: tuple[str, ...]
@@ -56,6 +58,13 @@ class LayerGroup:
     slab: Slab = field(init=False)
     a_pages: torch.Tensor = field(init=False)
     b_pages: list[torch.Tensor] = field(init=False)
+    products: Products | None = None
+
+    @cached_property
+    def conv(self) -> torch.nn.Conv2d | None:
+        """The convolution that is the group; None for Linear layers."""
+        module = self.modules[0]
+        return module if isinstance(module, torch.nn.Conv2d) else None
 
     @cached_property
     def fan_in(self) -> int:
@@ -78,14 +87,19 @@ class LayerGroup:
         part = pages[:, self.start : self.start + self.a_width]
         return part.view(-1, len(self.names), PAGE_RANK, self.fan_in)
 
-    def b_span(self, member: int) -> tuple[int, int]:
-        """Return offset and length of the member's B in the slab's pages."""
-        return self.start + self.a_width + PAGE_RANK * sum(self.fan_outs[:member]), PAGE_RANK * self.fan_outs[member]
-
     def b_part(self, pages: torch.Tensor, member: int) -> torch.Tensor:
         """Return the member's B in the slab's pages, a view [pages, PAGE_RANK, out]."""
-        start, length = self.b_span(member)
-        return pages[:, start : start + length].view(-1, PAGE_RANK, self.fan_outs[member])
+        start = self.b_start(member)
+        part = pages[:, start : start + PAGE_RANK * self.fan_outs[member]]
+        return part.view(-1, PAGE_RANK, self.fan_outs[member])
+
+    def a_start(self, member: int) -> int:
+        """Return the offset of the member's A in a page, [PAGE_RANK, in]."""
+        return self.start + member * PAGE_RANK * self.fan_in
+
+    def b_start(self, member: int) -> int:
+        """Return the offset of the member's B in a page, [PAGE_RANK, out]."""
+        return self.start + self.a_width + PAGE_RANK * sum(self.fan_outs[:member])
 
 
 def layer_groups(models: Mapping[str, torch.nn.Module]) -> list[LayerGroup]:

@@ -19,8 +19,9 @@ from inference.latents.preview_projection import Projection, find_projection
 from inference.latents.source import EncodedSource, encode
 from inference.lora.adapter import Adapter, blank_adapter, check_fits, read_adapter
 from inference.lora.adapter_memory import AdapterMemory
-from inference.lora.bank import AdapterBank, PackedAdapter, RowAdapters
+from inference.lora.bank import AdapterBank, PackedAdapter
 from inference.lora.key_names import KeyNaming
+from inference.lora.products.rows import RowAdapters
 from inference.models.checks import check_cfg_options, check_control, check_kind, check_source
 from inference.models.inputs import Prompt, sampler_of
 from inference.request import KINDS, GenerationRequest, Source

@@ -10,7 +10,7 @@ from inference.controlnet.unet import Inputs, compute_residuals
 from inference.errors import EngineStartFailed
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import AdapterMemory
-from inference.lora.bank import RowAdapters
+from inference.lora.products.rows import RowAdapters
 from inference.models.base import Family
 from inference.models.clip_prompts import LongPromptEncoder
 from inference.models.inputs import Prompt, embedding_of, guides_of, sampler_of

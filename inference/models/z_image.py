@@ -13,8 +13,8 @@ from inference.controlnet.z_image import Inputs, compute_hints
 from inference.errors import RequestFailed
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
-from inference.lora.bank import RowAdapters
 from inference.lora.key_names import Z_IMAGE
+from inference.lora.products.rows import RowAdapters
 from inference.models.base import Family
 from inference.models.inputs import Prompt, embedding_of, guides_of, sampler_of
 from inference.models.z_image_attention import (

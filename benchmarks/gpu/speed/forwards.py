@@ -11,7 +11,7 @@ from benchmarks.sets import Job
 from inference.engine.conditioner import Conditioner
 from inference.lane import ActiveRequest, Conditioning, Embedding, Lane
 from inference.lora.adapter_key import AdapterKey
-from inference.lora.bank import AppliedAdapter, RowAdapters
+from inference.lora.products.rows import AppliedAdapter, RowAdapters
 from inference.models.base import Family
 
 

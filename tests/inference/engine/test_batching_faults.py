@@ -17,7 +17,8 @@ from inference.engine.out_of_memory import TRIES_ALONE, TRIES_BESIDE_OTHERS
 from inference.errors import EngineClosed, EngineFault, RequestCancelled, RequestFailed
 from inference.lane import Embedding, Lane
 from inference.lora.adapter import Adapter
-from inference.lora.bank import AdapterBank, PackedAdapter, RowAdapters
+from inference.lora.bank import AdapterBank, PackedAdapter
+from inference.lora.products.rows import RowAdapters
 from inference.models.inputs import Prompt
 from inference.request import AdapterFile, GenerationRequest
 from inference.sampling.samplers import Sampler

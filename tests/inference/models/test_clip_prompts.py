@@ -16,7 +16,8 @@ from transformers import CLIPTokenizer
 
 from inference.errors import RequestFailed
 from inference.lora.adapter import Adapter, LowRank
-from inference.lora.bank import AdapterBank, AppliedAdapter
+from inference.lora.bank import AdapterBank
+from inference.lora.products.rows import AppliedAdapter
 from inference.models.clip_prompts import MAX_PASSES, MAX_WEIGHT, Fragment, LongPromptEncoder, num_tokens, parse_weights
 from inference.models.inputs import Prompt
 from inference.models.sdxl import StableDiffusionXL

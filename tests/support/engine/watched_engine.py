@@ -15,7 +15,7 @@ from PIL import Image
 from config.model import ModelSettings
 from inference.engine.local_engine import LocalEngine
 from inference.lane import Embedding, Lane
-from inference.lora.bank import RowAdapters
+from inference.lora.products.rows import RowAdapters
 from inference.models.base import Family
 from inference.models.inputs import Prompt
 from inference.request import EngineLoad, GenerationRequest, GenerationResult, StepReport

@@ -9,7 +9,8 @@ from inference.controlnet.guide import Guide
 from inference.engine.conditioner import Conditioner
 from inference.lane import ActiveRequest, Lane
 from inference.lora.adapter import Adapter, LowRank
-from inference.lora.bank import AppliedAdapter, PackedAdapter, RowAdapters
+from inference.lora.bank import PackedAdapter
+from inference.lora.products.rows import AppliedAdapter, RowAdapters
 from inference.models.base import Family
 from inference.models.inputs import sampler_of
 from inference.models.sdxl import StableDiffusionXL

@@ -1,0 +1,146 @@
+"""The low-rank products on a GPU: one kernel for the layers of one input, over the pages where they lie.
+
+The table of rows and pages is made on the host and copied before a forward: none of its kernels waits for the host, and
+rows without an adapter are in none.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from inference.device.uploads import upload
+from inference.lora.layers import PAGE_RANK, LayerGroup
+from inference.lora.products.low_rank import LowRankProducts, as_tokens, check_rows, gather, is_pointwise
+from inference.lora.products.rows import Run
+
+# Tokens of one program, and the columns of weights that it reads at once. 64 tokens fill a tensor core's tile on every
+# GPU, and a row of a batch has hundreds.
+TILES = {"BLOCK_TOKENS": 64, "BLOCK_IN": 64, "BLOCK_OUT": 64}
+# Programs that keep the largest GPUs busy: where blocks of tokens are fewer, the outputs are split among several.
+BUSY = 132
+
+
+class Table(NamedTuple):
+    """The touched rows of a group on the device: `rows` as the kernel reads them, and their entries' pages and scales.
+
+    `num_tokens`: of the longest row, where the input is [tokens of all rows, in].
+    """
+
+    rows: torch.Tensor
+    pages: torch.Tensor
+    scales: torch.Tensor
+    num_tokens: int | None
+
+
+def find_paged_products(
+    runs: Mapping[LayerGroup, Sequence[Run]],
+    token_counts: Mapping[LayerGroup, Sequence[int] | None],
+    device: torch.device,
+) -> "dict[LayerGroup, PagedProducts]":
+    """Return the products of each group. `torch.OutOfMemoryError` where the device has no room for their tables."""
+    keys = {group: (own, _hashable(token_counts[group])) for group, own in runs.items()}
+    tables = _upload_tables(list(dict.fromkeys(keys.values())), device)
+    return {group: PagedProducts(group, runs[group], token_counts[group], tables[key]) for group, key in keys.items()}
+
+
+class PagedProducts:
+    """The products of the rows' adapters in one group."""
+
+    def __init__(
+        self, group: LayerGroup, runs: Sequence[Run], token_counts: Sequence[int] | None, table: Table
+    ) -> None:
+        """`token_counts`: tokens of each row, where the input is [tokens of all rows, in]."""
+        self._group = group
+        self._num_rows = sum(token_counts) if token_counts else sum(run.num_rows for run in runs)
+        self._table = table
+        # Of convolutions that read neighbours: they run by cuDNN, run by run.
+        self._by_runs = LowRankProducts(group, runs, gather)
+
+    def add(self, x: torch.Tensor, outputs: Sequence[torch.Tensor], first: int) -> None:
+        """Add the products of `x` to the `outputs` of the layers from the one numbered `first` on, in place.
+
+        ValueError where `x` has other rows than the adapters were routed for.
+        """
+        check_rows(x, self._num_rows)
+        conv = self._group.conv
+        if conv is None:
+            self._launch(x, [one.view(-1, one.shape[-1]) for one in outputs], first)
+        elif is_pointwise(conv) and outputs[0].is_contiguous(memory_format=torch.channels_last):
+            self._launch(as_tokens(x), [as_tokens(outputs[0]).view(-1, outputs[0].shape[1])], first)
+        else:
+            self._by_runs.add(x, outputs, first)
+
+    def _launch(self, x: torch.Tensor, outputs: Sequence[torch.Tensor], first: int) -> None:
+        """Add to views [tokens, out]."""
+        # The kernel reads rows one behind another.
+        x = x.contiguous()
+        is_concatenated = self._table.num_tokens is not None
+        tokens_per_row = 1 if is_concatenated else x.shape[1:-1].numel()
+        num_blocks = -(-(self._table.num_tokens or tokens_per_row) // TILES["BLOCK_TOKENS"])
+        num_programs = num_blocks * len(self._table.rows) * len(outputs)
+        num_splits = max(1, min(BUSY // num_programs, max(one.shape[1] for one in outputs) // TILES["BLOCK_OUT"]))
+        slab = self._group.slab.pages
+        assert slab is not None, "an adapter was written"  # noqa: S101
+        starts = [self._group.b_start(first + i) for i in range(len(outputs))]
+        # Pointers and widths of three layers: the last's again where there are fewer.
+        three = [min(i, len(outputs) - 1) for i in range(3)]
+        launch(
+            (num_blocks * len(self._table.rows), len(outputs), num_splits),
+            x,
+            self._table.rows,
+            self._table.pages,
+            self._table.scales,
+            slab,
+            *(outputs[i] for i in three),
+            self._group.a_start(first),
+            *(starts[i] for i in three),
+            x.shape[-1],
+            *(outputs[i].shape[1] for i in three),
+            slab.shape[1],
+            tokens_per_row,
+            num_blocks,
+            num_splits,
+            PAGE_RANK=PAGE_RANK,
+            **TILES,
+        )
+
+
+def launch(grid: tuple[int, int, int], *args: Any, **constants: int) -> None:
+    """Launch the kernel `add_pages` with these arguments."""
+    # Here: where no GPU is, Triton need not be installed.
+    from inference.lora.products.kernels import add_pages  # noqa: PLC0415
+
+    add_pages[grid](*args, **constants)
+
+
+def _upload_tables(
+    keys: Sequence[tuple[Sequence[Run], tuple[int, ...] | None]], device: torch.device
+) -> dict[Any, Table]:
+    """Copy the tables of these runs and token counts to the device, all at once."""
+    rows: list[list[int]] = []
+    pages: list[int] = []
+    scales: list[float] = []
+    spans: list[tuple[int, int]] = []
+    for runs, counts in keys:
+        first = len(rows)
+        for number, adapters in enumerate(adapters for run in runs for adapters in [run.adapters] * run.num_rows):
+            own = [(page, applied.scale) for applied in adapters for page in applied.pages]
+            place = (number, -1) if counts is None else (sum(counts[:number]), counts[number])
+            if own:
+                rows.append([*place, len(pages), len(own)])
+                pages += [page for page, _ in own]
+                scales += [scale for _, scale in own]
+        spans.append((first, len(rows)))
+    numbers = torch.tensor([*(number for row in rows for number in row), *pages], dtype=torch.int32)
+    copied = upload(torch.cat((numbers, torch.tensor(scales, dtype=torch.float32).view(torch.int32))), device)
+    of_rows, of_pages, of_scales = torch.split(copied, [4 * len(rows), len(pages), len(scales)])
+    tables = of_rows.view(-1, 4)
+    return {
+        key: Table(tables[first:last], of_pages, of_scales.view(torch.float32), max(key[1]) if key[1] else None)
+        for key, (first, last) in zip(keys, spans, strict=True)
+    }
+
+
+def _hashable(counts: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if counts is None else tuple(counts)
