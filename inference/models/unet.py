@@ -14,6 +14,7 @@ from inference.lora.bank import RowAdapters
 from inference.models.base import Family
 from inference.models.clip_prompts import LongPromptEncoder
 from inference.models.inputs import Prompt, embedding_of, guides_of, sampler_of
+from inference.models.unet_attention import group_projections
 from inference.request import GenerationRequest
 
 # Entries that a ControlNet's config shares with its UNet's: otherwise their blocks do not match.
@@ -48,6 +49,7 @@ class UNetFamily(Family):
             self.kinds = ("inpaint",)
         self._memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         pipeline.unet.to(memory_format=self._memory_format)
+        group_projections(pipeline.unet)
 
     @property
     def base_size(self) -> int:
@@ -99,6 +101,11 @@ class UNetFamily(Family):
     def _latent_shape(self, request: GenerationRequest) -> tuple[int, int, int]:
         multiple = self.size_multiple
         return self._pipeline.unet.config.out_channels, request.height // multiple, request.width // multiple
+
+    def load_control(self, name: str) -> Any:
+        net = super().load_control(name)
+        group_projections(net)
+        return net
 
     def encode_control(self, image: torch.Tensor) -> torch.Tensor:
         """Return the image unchanged: these ControlNets have an encoder of their own."""
