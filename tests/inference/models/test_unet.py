@@ -1,5 +1,6 @@
-"""The forward of the families with a UNet."""
+"""The forward of the families with a UNet: its attention, and the order of its rows."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,25 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
+from inference.lane import ActiveRequest, Conditioning, Lane
+from inference.lora.bank import AppliedAdapter, RowAdapters
+from inference.models.inputs import Prompt
 from inference.models.unet_attention import GroupedAttnProcessor, group_projections
+from tests.support.engine.engine_requests import request_of
+from tests.support.engine.watched_engine import WatchedEngine
 from tests.support.models.tiny_models import build_tiny_sd, build_tiny_sdxl, load_pipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WatchedEngine]:
+    made = WatchedEngine(build_tiny_sd(tmp_path_factory.mktemp("sd")))
+    yield made
+    made.close()
+
+
+# --- Attention
 
 
 def attentions_of(net: torch.nn.Module) -> list[Attention]:
@@ -65,3 +81,54 @@ def test_attention_of_another_kind_keeps_diffusers_processor(kind: dict[str, Any
     group_projections(attention)
 
     assert type(attention.processor) is AttnProcessor2_0
+
+
+# --- Rows
+
+
+class RecordingBank:
+    """Records the adapters of each forward's rows."""
+
+    def __init__(self) -> None:
+        self.rows: list[RowAdapters] = []
+
+    def route(self, rows: Sequence[RowAdapters]) -> None:
+        self.rows = list(rows)
+
+
+def lane_of(engine: WatchedEngine, seed: int, row: RowAdapters, *, guidance_scale: float) -> Lane:
+    """Prepare a lane that has joined, without its adapters in the bank."""
+    request = request_of(width=64, height=64, guidance_scale=guidance_scale, seeds=(seed,))
+    active = ActiveRequest(request, engine.model.batch_traits(request), lambda _: None, lambda: False, ())
+    prompts = [Prompt(f"a hill and {seed} trees"), Prompt("dark")]
+    active.conditioning = Conditioning(*engine.model.encode(prompts, [(), ()]))
+    active.row = row
+    (lane,) = active.lanes
+    lane.sampler = engine.model.begin(lane)[1]
+    return lane
+
+
+def test_rows_of_the_same_adapters_are_neighbours_and_predictions_are_in_the_order_of_the_lanes(
+    engine: WatchedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (AppliedAdapter((1,), 1.0),), (AppliedAdapter((2,), 0.5),)
+    kinds: list[tuple[RowAdapters, float]] = [
+        (other, 3.0),
+        ((), 1.0),
+        (one, 4.0),
+        ((), 5.0),
+        (other, 1.0),
+        (one, 2.0),
+        (other, 3.0),
+    ]
+    with torch.inference_mode():
+        lanes = [lane_of(engine, seed, row, guidance_scale=scale) for seed, (row, scale) in enumerate(kinds)]
+        bank = RecordingBank()
+        monkeypatch.setattr(engine.model, "bank", bank)
+        together = engine.model.denoise(lanes)
+        rows = bank.rows
+        alone = [engine.model.denoise([lane])[0] for lane in lanes]
+
+    assert rows == [()] * 2 + [one] * 4 + [other] * 4 + [()] + [other]
+    for prediction, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(prediction, expected, atol=1e-5, rtol=1e-5)
