@@ -14,7 +14,8 @@ from inference.errors import EngineStartFailed
 
 # Graphs of one block's code: for each width, with one row and with several, with and without a mask and adapters.
 MAX_GRAPHS = 64
-# Of torch.compile once the blocks are sealed.
+# Of torch.compile: what generates code, and its stance once the blocks are sealed.
+BACKEND = "inductor"
 SEALED_STANCE = "eager_on_recompile"
 ADVICE = (
     "on a CPU it needs a C++ compiler (g++), on a GPU gcc and Python's headers (python3-dev); COMPILE=off needs neither"
@@ -31,7 +32,7 @@ class BlockCompiler:
     def compile(self, denoiser: Any) -> None:
         """Compile the denoiser's blocks at their next forwards, until `seal`: a graph for each kind of batch."""
         # Shapes are symbols from the first forward on, or each new size would be compiled until the second.
-        denoiser.compile_repeated_blocks(fullgraph=True, dynamic=True)
+        denoiser.compile_repeated_blocks(backend=BACKEND, fullgraph=True, dynamic=True)
         self._is_compiling = True
 
     def seal(self) -> None:

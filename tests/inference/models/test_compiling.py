@@ -1,4 +1,7 @@
-"""The denoiser's blocks, compiled by Inductor: the batches that their graphs serve, and those that run eagerly."""
+"""The denoiser's blocks, compiled: the batches that their graphs serve, and those that run eagerly.
+
+Inductor takes minutes to generate the code of the graphs: without `LONG` torch's own operators run them.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,8 +21,8 @@ from inference.request import GenerationRequest
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import EngineCall, WatchedEngine, WatchedModel, submit_together
 from tests.support.images.parity import draw, psnr
-from tests.support.long import long
-from tests.support.models.tiny_models import build_tiny_sd, build_tiny_sdxl, build_tiny_z_image, load_pipe
+from tests.support.long import long_but
+from tests.support.models.tiny_models import build_tiny_sd, build_tiny_sdxl, build_tiny_z_image
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "no_forward_failed")]
 
@@ -28,15 +31,8 @@ SAME_DB = 60.0
 LONG = "a red fox sits on a green hill, under a wide sky, and looks at the sea. " * 2
 
 
-def build_narrow_sd(folder: Path) -> Path:
-    """Write a checkpoint whose UNet has blocks of one width: each graph takes Inductor seconds."""
-    pipe = load_pipe(build_tiny_sd(folder))
-    pipe.unet = narrow_unet()
-    pipe.save_pretrained(folder)
-    return folder
-
-
 def narrow_unet() -> UNet2DConditionModel:
+    """Build a UNet with blocks of one width."""
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),
@@ -50,14 +46,13 @@ def narrow_unet() -> UNet2DConditionModel:
 
 
 BUILDERS: dict[str, Callable[[Path], Path]] = {
-    "narrow": build_narrow_sd,
     "sd": build_tiny_sd,
     "sdxl": build_tiny_sdxl,
     "z_image": build_tiny_z_image,
 }
 # By width: with one row, with several, and with several behind a mask. Z-Image's have three kinds of blocks instead of
 # widths; those of the image alone have no mask in the warm-up of the tiny model.
-NUM_GRAPHS = {"narrow": 3, "sd": 6, "sdxl": 6, "z_image": 8}
+NUM_GRAPHS = {"sd": 6, "sdxl": 6, "z_image": 8}
 
 
 class Pair:
@@ -87,11 +82,15 @@ def num_graphs() -> int:
 
 
 @pytest.fixture(
-    scope="module", params=["narrow", *[pytest.param(name, marks=long) for name in ("sd", "sdxl", "z_image")]]
+    scope="module",
+    params=long_but([f"{name}, {backend}" for backend in ("eager", "inductor") for name in BUILDERS], "sd, eager"),
 )
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Iterator[Pair]:
-    name = request.param
-    made = Pair(name, BUILDERS[name](tmp_path_factory.mktemp(name) / "checkpoint"))
+    name, backend = request.param.split(", ")
+    checkpoint = BUILDERS[name](tmp_path_factory.mktemp(name) / "checkpoint")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiling, "BACKEND", backend)
+        made = Pair(name, checkpoint)
     yield made
     made.close()
 
@@ -158,6 +157,7 @@ def no_graphs() -> None:
 def test_sizes_that_are_equal_in_the_first_batch_may_differ_in_others(
     no_graphs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
     unet, compiler = narrow_unet().eval(), BlockCompiler()
     compiler.compile(unet)
     with torch.inference_mode():
