@@ -63,7 +63,8 @@ class WarmUp:
     def compile_blocks(self, max_lanes: int) -> None:
         """Take one step in every kind of batch that the denoiser's blocks have a graph for.
 
-        One row and several, which torch tells apart; prompts and images of one length and of two, which takes a mask.
+        One row and several, which torch tells apart; prompts and images of one length and of two, which takes a mask;
+        without adapters and with one of zeros.
         """
         unguided, guided = {"guidance_scale": 0.0}, {"guidance_scale": GUIDED}
         long, tall = guided | {"prompt": LONG_PROMPT}, guided | {"height": self._model.base_size + EXTRA_HEIGHT}
@@ -77,8 +78,10 @@ class WarmUp:
         )
         if max_lanes == 1:
             kinds = tuple((fields,) for kind in kinds for fields in kind)
+        blank = self._read_blank()
         for kind in kinds:
             self._take_one_step(kind)
+            self._take_one_step(kind, blank)
 
     def load_kernels(self, max_lanes: int) -> None:
         """Take one step in batches of `ROWS` rows, without adapters and with one of zeros.

@@ -126,11 +126,12 @@ def test_every_kind_of_batch_takes_a_step_before_the_blocks_are_sealed(engine: W
     assert {lane.owner.request.height for batch in batches for lane in batch} == {64, 128}
     together = [lengths_of(batch) for batch in batches]
     assert {77} in together
+    assert {bool(batch[0].owner.row) for batch in batches} == {False, True}
     if max_lanes > 1:
         # Behind a mask
         assert any(len(lengths) == 2 for lengths in together)
     else:
-        assert len(batches) == 7
+        assert forwards_of(engine) == [(1, False), (1, True)] * 7
 
 
 @pytest.fixture(scope="module")
