@@ -10,6 +10,7 @@ import diffusers
 import torch
 import transformers
 
+from config.logs import log_event
 from config.model import ModelSettings
 from inference.engine.step_loop import StepLoop
 from inference.engine.warm_up import WarmUp
@@ -58,10 +59,13 @@ class LocalEngine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
         try:
-            step_seconds = self._warm_up(settings.max_concurrent_generations)
+            step_seconds = self._warm_up(settings)
         except RequestFailed as error:
             self.close()
             raise EngineStartFailed(f"MODEL_ID {settings.model_id!r} cannot draw a picture: {error}") from error
+        except EngineStartFailed:
+            self.close()
+            raise
         self.facts = ModelFacts(
             model=self._model.public_name,
             family=self._model.name,
@@ -97,13 +101,19 @@ class LocalEngine:
     def _load(self, settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> Family:
         return load_family(settings, device=device, dtype=dtype)
 
-    def _warm_up(self, max_lanes: int) -> float:
+    def _warm_up(self, settings: ModelSettings) -> float:
         """Return the seconds of a step."""
         warm_up = WarmUp(self._model, self._enqueue, self._loop.forget)
+        if settings.compile == "blocks":
+            started_at = time.monotonic()
+            self._model.compile_blocks()
+            warm_up.compile_blocks(settings.max_concurrent_generations)
+            self._model.end_compiling()
+            log_event(logger, "denoiser's blocks compiled", seconds=round(time.monotonic() - started_at, 1))
         step_seconds = warm_up.measure_step()
         # On a CPU there is nothing to load: it would only delay the first job.
         if self._model.device.type == "cuda":
-            warm_up.load_kernels(max_lanes)
+            warm_up.load_kernels(settings.max_concurrent_generations)
         return step_seconds
 
     def _enqueue(self, active: ActiveRequest) -> None:

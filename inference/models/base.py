@@ -23,6 +23,7 @@ from inference.lora.bank import AdapterBank, PackedAdapter
 from inference.lora.key_names import KeyNaming
 from inference.lora.products.rows import RowAdapters
 from inference.models.checks import check_cfg_options, check_control, check_kind, check_source
+from inference.models.compiling import BlockCompiler
 from inference.models.inputs import Prompt, sampler_of
 from inference.request import KINDS, GenerationRequest, Source
 from inference.sampling.samplers import Sampler, Samplers, predict_x0
@@ -73,6 +74,7 @@ class Family(ABC):
         # The dtype in which the VAE encodes a source.
         self._encoding_dtype: torch.dtype = pipeline.vae.dtype
         self._attention = AttentionOrder(device)
+        self._blocks = BlockCompiler()
         self.bank = AdapterBank(models, device=device, dtype=pipeline.dtype, memory=memory)
         # A pipeline is loaded without one unless SAFETY_CHECKER is on.
         is_checked = getattr(pipeline, "safety_checker", None) is not None
@@ -123,8 +125,17 @@ class Family(ABC):
 
     def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
         """Run one forward for lanes of one shape. Returns a guided prediction [channels, height, width] each, fp32."""
-        with self._attention.applied():
+        with self._attention.applied(), self._blocks.applied():
             return self._denoise(lanes)
+
+    def compile_blocks(self) -> None:
+        """Compile the denoiser's blocks in the coming forwards; see `BlockCompiler`."""
+        (denoiser,) = (model for name, model in self._models.items() if name not in self.text_encoders)
+        self._blocks.compile(denoiser)
+
+    def end_compiling(self) -> None:
+        """Let the blocks' graphs be those that there are."""
+        self._blocks.seal()
 
     def check(self, request: GenerationRequest) -> None:
         """Raise `RequestFailed` where the request has options that the family does not support."""

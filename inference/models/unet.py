@@ -14,6 +14,7 @@ from inference.lora.products.rows import RowAdapters
 from inference.models.base import Family
 from inference.models.clip_prompts import LongPromptEncoder
 from inference.models.inputs import Prompt, embedding_of, guides_of, sampler_of
+from inference.models.unet_attention import group_projections
 from inference.request import GenerationRequest
 
 # Entries that a ControlNet's config shares with its UNet's: otherwise their blocks do not match.
@@ -48,6 +49,7 @@ class UNetFamily(Family):
             self.kinds = ("inpaint",)
         self._memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         pipeline.unet.to(memory_format=self._memory_format)
+        group_projections(pipeline.unet)
 
     @property
     def base_size(self) -> int:
@@ -100,6 +102,11 @@ class UNetFamily(Family):
         multiple = self.size_multiple
         return self._pipeline.unet.config.out_channels, request.height // multiple, request.width // multiple
 
+    def load_control(self, name: str) -> Any:
+        net = super().load_control(name)
+        group_projections(net)
+        return net
+
     def encode_control(self, image: torch.Tensor) -> torch.Tensor:
         """Return the image unchanged: these ControlNets have an encoder of their own."""
         return self._uploaded(image).to(self._pipeline.unet.dtype)
@@ -117,15 +124,15 @@ class UNetFamily(Family):
         return None
 
     def _denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
-        """Run the forward. Rows: negative prompts of the guided lanes, their prompts, then prompts of the others."""
+        """Run the forward. Rows: negative prompt and prompt of each guided lane, then prompts of the other lanes."""
         unet = self._pipeline.unet
-        guided = [lane for lane in lanes if lane.num_rows == 2]
-        ordered = guided + [lane for lane in lanes if lane.num_rows == 1]
-        rows = guided + ordered
-        embeddings = [embedding_of(lane, is_negative=i < len(guided)) for i, lane in enumerate(rows)]
+        ordered = sorted(lanes, key=_order)
+        rows = [lane for lane in ordered for _ in range(lane.num_rows)]
+        num_guided = len(rows) - len(lanes)
+        embeddings = [embedding_of(lane, is_negative=i < 2 * num_guided and i % 2 == 0) for i, lane in enumerate(rows)]
         tokens, mask = _stacked([embedding.tokens for embedding in embeddings])
-        read = [sampler_of(lane).model_input() for lane in ordered]
-        latents = torch.stack(read[: len(guided)] + read)
+        read = {id(lane): sampler_of(lane).model_input() for lane in ordered}
+        latents = torch.stack([read[id(lane)] for lane in rows])
         inputs = Inputs(
             latents.to(unet.dtype, memory_format=self._memory_format),
             self._upload([sampler_of(lane).timestep for lane in rows]),
@@ -142,11 +149,23 @@ class UNetFamily(Family):
             return_dict=False,
             **compute_residuals(guides_of(rows), inputs, self._upload),
         )[0].float()
-        negative, positive, unguided = predictions.split((len(guided), len(guided), len(lanes) - len(guided)))
-        scales = self._upload([lane.owner.request.guidance_scale for lane in guided]).view(-1, 1, 1, 1)
-        drawn = torch.cat((negative + scales * (positive - negative), unguided)).unbind()
+        drawn = self._guided(predictions, ordered[:num_guided])
         by_lane = {id(lane): prediction for lane, prediction in zip(ordered, drawn, strict=True)}
         return [by_lane[id(lane)] for lane in lanes]
+
+    def _guided(self, predictions: torch.Tensor, guided: Sequence[Lane]) -> list[torch.Tensor]:
+        """Return each lane's prediction, of the predictions by row: the guided lanes' pairs are the first."""
+        pairs, unguided = predictions[: 2 * len(guided)], predictions[2 * len(guided) :]
+        negative, positive = pairs[::2], pairs[1::2]
+        scales = self._upload([lane.owner.request.guidance_scale for lane in guided]).view(-1, 1, 1, 1)
+        return [*(negative + scales * (positive - negative)), *unguided]
+
+
+def _order(lane: Lane) -> tuple[bool, RowAdapters]:
+    """Return a key that sorts guided lanes first, then lanes without adapters, and lanes of the same side by side: the
+    rows that an adapter changes are one slice of a batch.
+    """
+    return lane.num_rows == 1, lane.owner.row
 
 
 def _plain(value: Any) -> Any:

@@ -2,15 +2,22 @@
 
 Rows of a batch differ in length by their captions and image sizes, and diffusers masks the padding of the shorter ones,
 which excludes torch's fastest kernels. The lengths of the rows are known on the host.
+
+A compiled block calls the attention as one operator, `darkroom::attend_within_rows`, which finds the lengths when it
+runs: as Python numbers they would be constants of the graph, and each batch would compile another.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch.nn import functional
+
+from inference.models.unet_attention import by_heads, project
 
 
 class RowTokens(NamedTuple):
@@ -66,6 +73,9 @@ class OwnTokensAttnProcessor:
         """Attend over `streams`, the block's possible inputs. A mask is used only where lengths match none of them."""
         self._lengths = lengths
         self._streams = streams
+        # By which the operator finds this processor.
+        self._number = next(_NUMBERS)
+        _PROCESSORS[self._number] = self
 
     def __call__(
         self,
@@ -77,28 +87,58 @@ class OwnTokensAttnProcessor:
     ) -> torch.Tensor:
         """Attend within `hidden_states` [rows, tokens, width]. diffusers passes arguments by these names."""
         # Whole batches: the adapters' hooks on these layers count the rows.
-        query = _by_heads(attn.to_q(hidden_states), attn.heads)
-        key = _by_heads(attn.to_k(hidden_states), attn.heads)
-        value = _by_heads(attn.to_v(hidden_states), attn.heads)
+        projected = project((attn.to_q, attn.to_k, attn.to_v), hidden_states)
+        query, key, value = (by_heads(one, attn.heads) for one in projected)
         if attn.norm_q is not None:
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
         if freqs_cis is not None:
             query, key = _rotated(query, freqs_cis), _rotated(key, freqs_cis)
-        lengths = self._lengths.find(self._streams, *query.shape[:2])
-        if attention_mask is None:
-            attended = _sdpa(query, key, value)
-        elif lengths is None:
-            attended = _sdpa(query, key, value, attention_mask[:, None, None])
-        elif min(lengths) == query.shape[1]:
-            attended = _sdpa(query, key, value)
+        if torch.compiler.is_compiling():
+            attended: torch.Tensor = torch.ops.darkroom.attend_within_rows(
+                query, key, value, attention_mask, self._number
+            )
         else:
-            attended = _row_by_row(query, key, value, lengths)
+            attended = self.attend(query, key, value, attention_mask)
         attended = attended.flatten(2)
         for layer in attn.to_out:
             attended = layer(attended)
         return attended
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attend, [rows, tokens, heads, width] each. `mask` [rows, tokens] is True at the rows' own tokens."""
+        if mask is None:
+            return _sdpa(query, key, value)
+        lengths = self._lengths.find(self._streams, *query.shape[:2])
+        if lengths is None:
+            return _sdpa(query, key, value, mask[:, None, None])
+        if min(lengths) == query.shape[1]:
+            return _sdpa(query, key, value)
+        return _row_by_row(query, key, value, lengths)
+
+
+_NUMBERS = itertools.count()
+_PROCESSORS: WeakValueDictionary[int, OwnTokensAttnProcessor] = WeakValueDictionary()
+
+
+def _attend_within_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, processor: int
+) -> torch.Tensor:
+    return _PROCESSORS[processor].attend(query, key, value, mask).contiguous()
+
+
+# By hand: `torch.library.custom_op` takes six times as long a call.
+_LIBRARY: Any = torch.library.Library("darkroom", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("attend_within_rows(Tensor query, Tensor key, Tensor value, Tensor? mask, int processor) -> Tensor")
+_LIBRARY.impl("attend_within_rows", _attend_within_rows, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "darkroom::attend_within_rows",
+    lambda query, key, value, mask, processor: torch.empty_like(query, memory_format=torch.contiguous_format),
+    lib=_LIBRARY,
+)
 
 
 def attend_to_own_tokens(transformer: Any, lengths: RowLengths) -> None:
@@ -116,18 +156,23 @@ def attend_to_own_tokens_in_controlnet(net: Any, lengths: RowLengths) -> None:
 
 
 def _set(blocks: Sequence[Any], lengths: RowLengths, streams: Sequence[Stream]) -> None:
+    # One for all of them: with one each, every block would be compiled for itself.
+    processor = OwnTokensAttnProcessor(lengths, streams)
     for block in blocks:
-        block.attention.set_processor(OwnTokensAttnProcessor(lengths, streams))
-
-
-def _by_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    return x.view(*x.shape[:-1], num_heads, -1)
+        block.attention.set_processor(processor)
 
 
 def _rotated(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
     """Apply rotary positions: neighbours in [rows, tokens, heads, width] are rotated as complex numbers, in 32 bits."""
-    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * freqs_cis[:, :, None]).flatten(3).type_as(x)
+    pairs = x.float().reshape(*x.shape[:-1], -1, 2)
+    if torch.compiler.is_compiling():
+        # Written out: there is no generated code for complex numbers.
+        cosine, sine = torch.view_as_real(freqs_cis)[:, :, None].unbind(-1)
+        real, imaginary = pairs.unbind(-1)
+        rotated = torch.stack((real * cosine - imaginary * sine, real * sine + imaginary * cosine), -1)
+    else:
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * freqs_cis[:, :, None])
+    return rotated.flatten(3).type_as(x)
 
 
 def _row_by_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:

@@ -35,12 +35,12 @@ class Ceiling(NamedTuple):
 
 
 CEILINGS = {
-    ("sd15", 1): Ceiling(727, 624, 11),
-    ("sd15", 4): Ceiling(727, 624, 20),
-    ("sd15", 10): Ceiling(727, 624, 38),
-    ("sdxl", 1): Ceiling(1854, 2730, 14),
-    ("sdxl", 4): Ceiling(1854, 2730, 26),
-    ("sdxl", 10): Ceiling(1854, 2730, 50),
+    ("sd15", 1): Ceiling(695, 624, 10),
+    ("sd15", 4): Ceiling(695, 624, 19),
+    ("sd15", 10): Ceiling(695, 624, 37),
+    ("sdxl", 1): Ceiling(1714, 2730, 13),
+    ("sdxl", 4): Ceiling(1714, 2730, 25),
+    ("sdxl", 10): Ceiling(1714, 2730, 49),
     ("z-image", 1): Ceiling(2621, 918, 6),
     ("z-image", 4): Ceiling(2729, 918, 24),
     ("z-image", 10): Ceiling(3309, 918, 60),

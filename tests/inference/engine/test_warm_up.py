@@ -109,6 +109,31 @@ def test_a_cpu_draws_one_image_and_no_batches_before_it_is_ready(tiny: Path) -> 
     assert sum(turn.num_batched for turn in made.turns) == 3
 
 
+def lengths_of(batch: Sequence[Lane]) -> set[int]:
+    """Return the lengths of the batch's prompts, in tokens."""
+    found = [lane.owner.conditioning for lane in batch]
+    return {len(one.positive.tokens) for one in found if one is not None}
+
+
+@pytest.mark.parametrize("max_lanes", [4, 1])
+def test_every_kind_of_batch_takes_a_step_before_the_blocks_are_sealed(engine: WatchedEngine, max_lanes: int) -> None:
+    engine.model.batches.clear()
+
+    warm_up_of(engine).compile_blocks(max_lanes)
+
+    batches = engine.model.batches
+    assert {sum(lane.num_rows for lane in batch) for batch in batches} >= {1, 2}
+    assert {lane.owner.request.height for batch in batches for lane in batch} == {64, 128}
+    together = [lengths_of(batch) for batch in batches]
+    assert {77} in together
+    assert {bool(batch[0].owner.row) for batch in batches} == {False, True}
+    if max_lanes > 1:
+        # Behind a mask
+        assert any(len(lengths) == 2 for lengths in together)
+    else:
+        assert forwards_of(engine) == [(1, False), (1, True)] * 7
+
+
 @pytest.fixture(scope="module")
 def z_image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WatchedEngine]:
     made = WatchedEngine(build_tiny_z_image(tmp_path_factory.mktemp("z_image")), MAX_CONCURRENT_GENERATIONS=2)

@@ -25,6 +25,8 @@ from tests.support.paths import DEMO_MODEL
 
 # What the engines of the tests draw on. The pictures that theirs are held against are drawn on the CPU.
 TEST_DEVICE = os.environ.get("DARKROOM_TEST_DEVICE", "cpu")
+# Whether the engines' blocks are compiled, in tests that do not say so themselves: `blocks` takes minutes.
+TEST_COMPILE = os.environ.get("DARKROOM_TEST_COMPILE", "off")
 # What the design promises of a picture against plain diffusers', fp32 on a CPU.
 MIN_PSNR_DB = 42.0
 # Two pictures further apart than this are two pictures.
@@ -54,7 +56,7 @@ def whole_fp32() -> Iterator[None]:
 
 def settings_of(checkpoint: Path, **variables: Any) -> ModelSettings:
     """Build an engine's settings for a checkpoint on the tests' device, in fp32 unless `DTYPE` says otherwise."""
-    usual = {"MODEL_ID": str(checkpoint), "DEVICE": TEST_DEVICE, "DTYPE": "float32"}
+    usual = {"MODEL_ID": str(checkpoint), "DEVICE": TEST_DEVICE, "DTYPE": "float32", "COMPILE": TEST_COMPILE}
     return ModelSettings.model_validate(usual | variables)
 
 
