@@ -6,10 +6,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.nn import functional
 
-
-def project(layers: tuple[torch.nn.Module, ...], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Apply each layer to `x`."""
-    return tuple(layer(x) for layer in layers)
+from inference.lora.products.adapted_layers import project
 
 
 def by_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -17,7 +17,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch.nn import functional
 
-from inference.models.unet_attention import by_heads, project
+from inference.lora.products.adapted_layers import project
+from inference.models.unet_attention import by_heads
 
 
 class RowTokens(NamedTuple):

@@ -130,16 +130,11 @@ def add_pages(
                 x, a, b, output, pages, scales, num_pages, num_tokens, page_width, fan_in, fan_out, first_out, last_out,
                 16, PAGE_RANK, BLOCK_TOKENS, BLOCK_IN, BLOCK_OUT,
             )  # fmt: skip
-        elif num_pages <= 4:
-            _add_ranks(
-                x, a, b, output, pages, scales, num_pages, num_tokens, page_width, fan_in, fan_out, first_out, last_out,
-                32, PAGE_RANK, BLOCK_TOKENS, BLOCK_IN, BLOCK_OUT,
-            )  # fmt: skip
         else:
-            for page in range(0, num_pages, 8):
+            for page in range(0, num_pages, 4):
                 _add_ranks(
                     x, a, b, output, pages + page, scales + page, num_pages - page, num_tokens, page_width, fan_in,
-                    fan_out, first_out, last_out, 64, PAGE_RANK, BLOCK_TOKENS, BLOCK_IN, BLOCK_OUT,
+                    fan_out, first_out, last_out, 32, PAGE_RANK, BLOCK_TOKENS, BLOCK_IN, BLOCK_OUT,
                 )  # fmt: skip
                 # The next ranks are added to what these have stored.
                 tl.debug_barrier()

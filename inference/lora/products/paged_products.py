@@ -15,8 +15,9 @@ from inference.lora.products.low_rank import LowRankProducts, as_tokens, check_r
 from inference.lora.products.rows import Run
 
 # Tokens of one program, and the columns of weights that it reads at once. 64 tokens fill a tensor core's tile on every
-# GPU, and a row of a batch has hundreds.
+# GPU, and a row of a batch has hundreds. 32 bits are multiplied without tensor cores, in registers alone.
 TILES = {"BLOCK_TOKENS": 64, "BLOCK_IN": 64, "BLOCK_OUT": 64}
+TILES_IN_32_BITS = {"BLOCK_TOKENS": 32, "BLOCK_IN": 32, "BLOCK_OUT": 32}
 # Programs that keep the largest GPUs busy: where blocks of tokens are fewer, the outputs are split among several.
 BUSY = 132
 
@@ -77,9 +78,10 @@ class PagedProducts:
         x = x.contiguous()
         is_concatenated = self._table.num_tokens is not None
         tokens_per_row = 1 if is_concatenated else x.shape[1:-1].numel()
-        num_blocks = -(-(self._table.num_tokens or tokens_per_row) // TILES["BLOCK_TOKENS"])
+        tiles = TILES_IN_32_BITS if x.dtype is torch.float32 else TILES
+        num_blocks = -(-(self._table.num_tokens or tokens_per_row) // tiles["BLOCK_TOKENS"])
         num_programs = num_blocks * len(self._table.rows) * len(outputs)
-        num_splits = max(1, min(BUSY // num_programs, max(one.shape[1] for one in outputs) // TILES["BLOCK_OUT"]))
+        num_splits = max(1, min(BUSY // num_programs, max(one.shape[1] for one in outputs) // tiles["BLOCK_OUT"]))
         slab = self._group.slab.pages
         assert slab is not None, "an adapter was written"  # noqa: S101
         starts = [self._group.b_start(first + i) for i in range(len(outputs))]
@@ -102,7 +104,7 @@ class PagedProducts:
             num_blocks,
             num_splits,
             PAGE_RANK=PAGE_RANK,
-            **TILES,
+            **tiles,
         )
 
 

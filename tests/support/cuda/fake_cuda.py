@@ -14,6 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from inference.lora.products import paged_products
 from tests.support.cuda.cuda_stand_ins import guarded, replaced, replacements
 from tests.support.cuda.operators import (
     is_composed,
@@ -87,6 +88,8 @@ class FakeCuda(FakeTensorMode):
             stack.enter_context(guarded())
             for replacement in replacements(self.note_sync):
                 stack.enter_context(replaced(*replacement))
+            # Triton launches nothing without a driver.
+            stack.enter_context(replaced(paged_products, "launch", self._launched_by_triton))
             stack.enter_context(torch.inference_mode())
             stack.enter_context(self)
             yield
@@ -192,6 +195,13 @@ class FakeCuda(FakeTensorMode):
     def _launch(self, kernels: Sequence[str]) -> None:
         self._launched += kernels
         self._tally.kernels[self._part].update(kernels)
+
+    def _launched_by_triton(self, _grid: tuple[int, ...], *args: Any, **_constants: int) -> None:
+        if any(one.device != DEVICE or not one.is_contiguous() for one in tensors_in(args[:1])):
+            raise RuntimeError("the kernel reads contiguous tensors on the device")
+        if {one.device for one in tensors_in(args)} != {DEVICE}:
+            raise RuntimeError("the kernel was given a tensor that is not on the device")
+        self._launch(("add_pages",))
 
     def _decomposed(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         with self:
