@@ -4,12 +4,18 @@ The table of rows and pages is made on the host and copied before a forward: non
 rows without an adapter are in none.
 """
 
+import os
+import shutil
+import subprocess
+import sysconfig
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from inference.device.uploads import upload
+from inference.errors import EngineStartFailed
 from inference.lora.layers import PAGE_RANK, LayerGroup
 from inference.lora.products.low_rank import LowRankProducts, as_tokens, check_rows, gather, is_pointwise
 from inference.lora.products.rows import Run
@@ -109,11 +115,26 @@ class PagedProducts:
 
 
 def launch(grid: tuple[int, int, int], *args: Any, **constants: int) -> None:
-    """Launch the kernel `add_pages` with these arguments."""
-    # Here: where no GPU is, Triton need not be installed.
-    from inference.lora.products.kernels import add_pages  # noqa: PLC0415
+    """Launch the kernel `add_pages`. EngineStartFailed where what Triton builds it with is missing."""
+    try:
+        # Here: where no GPU is, Triton need not be installed.
+        from inference.lora.products.kernels import add_pages  # noqa: PLC0415
 
-    add_pages[grid](*args, **constants)
+        add_pages[grid](*args, **constants)
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        # Not before: what an earlier start has built, in Triton's cache, needs no compiler.
+        if missing := missing_tools():
+            reason = f"adapters on a GPU need {' and '.join(missing)}, with which Triton builds their kernel"
+            raise EngineStartFailed(f"{reason}: on Debian, apt-get install gcc libc6-dev python3-dev") from error
+        raise
+
+
+def missing_tools() -> list[str]:
+    """Return what this machine lacks of what Triton builds kernels with."""
+    has_compiler = any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang")))
+    has_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    has = {"a C compiler": has_compiler, "Python's headers": has_headers}
+    return [name for name, is_there in has.items() if not is_there]
 
 
 def _upload_tables(

@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 
+from inference.errors import EngineStartFailed
+from inference.lora.products.paged_products import TILES
 from inference.lora.products.rows import AppliedAdapter, Run, find_runs
 from tests.support.long import long_but
 from tests.support.models.low_rank_cases import CPU, Case, Scene, cases
@@ -109,6 +112,19 @@ def test_kernel_compiled_for_a_gpu_keeps_its_values_in_registers(capability: int
     assert usage.spilled_bytes == 0
     # What a block may have on the smallest of these GPUs, without asking for more.
     assert usage.shared_bytes <= 48 * 1024
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel would be launched")
+def test_kernel_that_cannot_be_built_ends_the_start_with_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from inference.lora.products.paged_products import launch
+
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    with pytest.raises(EngineStartFailed, match=r"need a C compiler.* apt-get install gcc libc6-dev python3-dev$"):
+        launch((1, 1, 1), *[torch.zeros(1, dtype=torch.int32)] * 20, PAGE_RANK=8, **TILES)
 
 
 def test_pointwise_convolutions_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:

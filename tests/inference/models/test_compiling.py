@@ -4,12 +4,14 @@ Inductor takes minutes to generate the code of the graphs: without `LONG` torch'
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
@@ -17,11 +19,12 @@ from inference.errors import EngineStartFailed
 from inference.lane import Lane
 from inference.models import compiling
 from inference.models.compiling import BlockCompiler
-from inference.request import GenerationRequest
+from inference.request import AdapterFile, GenerationRequest
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import EngineCall, WatchedEngine, WatchedModel, submit_together
 from tests.support.images.parity import draw, psnr
-from tests.support.long import long_but
+from tests.support.long import long, long_but
+from tests.support.models.tiny_adapters import ATTENTION, write_adapter
 from tests.support.models.tiny_models import build_tiny_sd, build_tiny_sdxl, build_tiny_z_image
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "no_forward_failed")]
@@ -55,10 +58,24 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
 NUM_GRAPHS = {"sd": 6, "sdxl": 6, "z_image": 8}
 
 
+def adapters_of(checkpoint: Path) -> list[AdapterFile]:
+    """Write adapters of three ranks, two of them for more layers than those of attention."""
+    pipe = DiffusionPipeline.from_pretrained(checkpoint)
+    is_unet = hasattr(pipe, "unet")
+    more = ("proj_in", "ff.net.2") if is_unet else ("feed_forward.w1", "feed_forward.w2")
+    files = []
+    for rank, others in ((4, ()), (16, more), (40, more)):
+        path = checkpoint.parent / f"rank{rank}.safetensors"
+        write_adapter(path, pipe, layout="diffusers_new", rank=rank, seed=rank, targets=(*ATTENTION, *others))
+        files.append(AdapterFile(path, None, 0.7))
+    return files
+
+
 class Pair:
-    """Two engines of one checkpoint, the first with compiled blocks."""
+    """Two engines of one checkpoint, the first with compiled blocks; and adapters for it."""
 
     def __init__(self, name: str, checkpoint: Path) -> None:
+        self.adapters = adapters_of(checkpoint)
         torch._dynamo.reset()
         counters.clear()
         self.name = name
@@ -99,9 +116,9 @@ def job(seed: int, **fields: Any) -> GenerationRequest:
     return request_of(**{"width": 64, "height": 64, "num_inference_steps": 3, "seeds": (seed,)} | fields)
 
 
-def batches() -> list[list[GenerationRequest]]:
-    """List batches of every kind, in sizes and lengths that the warm-up did not draw."""
-    return [
+def batches(adapters: Sequence[AdapterFile]) -> list[list[GenerationRequest]]:
+    """List batches of every kind, in sizes and lengths that the warm-up did not draw, most jobs with adapters."""
+    plain = [
         [job(1, guidance_scale=0.0)],
         [job(2, prompt=LONG, guidance_scale=0.0)],
         [job(3)],
@@ -115,6 +132,31 @@ def batches() -> list[list[GenerationRequest]]:
         [job(19, width=80, height=80), job(20, width=80, height=80, negative_prompt=LONG)],
         [job(seed, scheduler=name) for seed, name in enumerate(("euler", "heun", "lcm"), 21)],
     ]
+    return [[replace(one, adapters=chosen(adapters, one.seeds[0])) for one in batch] for batch in plain]
+
+
+def chosen(adapters: Sequence[AdapterFile], number: int) -> tuple[AdapterFile, ...]:
+    """Return none of the adapters, one, or one and the next."""
+    both = adapters[number % len(adapters)], adapters[(number + 1) % len(adapters)]
+    return both[: number % 3]
+
+
+def mixed_batches(adapters: Sequence[AdapterFile]) -> Iterator[list[GenerationRequest]]:
+    """Yield two hundred batches of jobs that differ in all that a job may, by a seed."""
+    random = Random(18)
+    for _ in range(200):
+        yield [
+            job(
+                random.randrange(1000),
+                width=random.choice((64, 80, 96)),
+                height=random.choice((48, 64)),
+                prompt=random.choice(("a red fox", LONG, LONG * 2)),
+                guidance_scale=random.choice((0.0, 5.0)),
+                num_inference_steps=random.choice((1, 2)),
+                adapters=chosen(adapters, random.randrange(9)),
+            )
+            for _ in range(random.randrange(1, 7))
+        ]
 
 
 def test_warm_up_makes_a_graph_of_each_kind_of_batch_without_breaks(pair: Pair) -> None:
@@ -128,8 +170,17 @@ def test_batches_of_any_size_run_compiled_and_give_the_images_of_eager_blocks(
     with monkeypatch.context() as patch:
         # It fails a forward that would run eagerly.
         patch.setattr(compiling, "SEALED_STANCE", "fail_on_recompile")
-        for requests in batches():
+        for requests in batches(pair.adapters):
             pair.assert_equal(requests)
+
+    assert num_graphs() == pair.num_graphs
+
+
+@long
+def test_two_hundred_mixed_batches_make_no_graph(pair: Pair) -> None:
+    for requests in mixed_batches(pair.adapters):
+        for call in submit_together(pair.compiled, requests):
+            assert call.image.size == (call.request.width, call.request.height)
 
     assert num_graphs() == pair.num_graphs
 
