@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-# Page 0 is never allocated and holds zeros: it pads rows with fewer pages than others.
+# Page 0 is never allocated, and holds zeros.
 ZERO_PAGE = 0
 
 

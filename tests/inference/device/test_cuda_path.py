@@ -35,15 +35,15 @@ class Ceiling(NamedTuple):
 
 
 CEILINGS = {
-    ("sd15", 1): Ceiling(695, 624, 10),
-    ("sd15", 4): Ceiling(695, 624, 19),
-    ("sd15", 10): Ceiling(695, 624, 37),
-    ("sdxl", 1): Ceiling(1714, 2730, 13),
-    ("sdxl", 4): Ceiling(1714, 2730, 25),
-    ("sdxl", 10): Ceiling(1714, 2730, 49),
-    ("z-image", 1): Ceiling(2621, 918, 6),
-    ("z-image", 4): Ceiling(2729, 918, 24),
-    ("z-image", 10): Ceiling(3309, 918, 60),
+    ("sd15", 1): Ceiling(695, 112, 10),
+    ("sd15", 4): Ceiling(695, 112, 19),
+    ("sd15", 10): Ceiling(695, 112, 37),
+    ("sdxl", 1): Ceiling(1714, 490, 13),
+    ("sdxl", 4): Ceiling(1714, 490, 25),
+    ("sdxl", 10): Ceiling(1714, 490, 49),
+    ("z-image", 1): Ceiling(2621, 170, 6),
+    ("z-image", 4): Ceiling(2729, 170, 24),
+    ("z-image", 10): Ceiling(3309, 170, 60),
 }
 # Outside the denoiser, of two lanes.
 NOISY_CEILING = 30

@@ -229,8 +229,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "inference/lora/bank.py",
-                "        if not any(wanted):\n            self._routing = None",
-                "        if not any(wanted):\n            pass",
+                "group.products = products.get(group)",
+                "group.products = products.get(group, group.products)",
             ),
         ),
         also=("tests/live/test_leaks.py::test_many_adapters_in_few_slots_leave_no_trace_in_memory_or_images",),

@@ -52,10 +52,10 @@ def usage_of(capability: int, dtype: str) -> Usage:
         assembler = triton.knobs.nvidia.ptxas.path
         arch = f"sm_{capability}a" if capability == 90 else f"sm_{capability}"
         command = [assembler, "-v", f"--gpu-name={arch}", ptx.name, "-o", "/dev/null"]
-        told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    registers = re.search(r"Used (\d+) registers", told)
-    spilled = re.findall(r"(\d+) bytes spill", told)
-    assert registers, told
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    registers = re.search(r"Used (\d+) registers", printed)
+    spilled = re.findall(r"(\d+) bytes spill", printed)
+    assert registers, printed
     return Usage(capability, dtype, int(registers[1]), made.metadata.shared, sum(map(int, spilled)))
 
 
