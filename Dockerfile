@@ -113,9 +113,19 @@ ENV MODEL_ID=/opt/darkroom/examples/demo_model/checkpoint \
 COPY examples /opt/darkroom/examples
 
 
-# CUDA's libraries are wheels, so the driver is all that the host must give: `compute` for CUDA, `utility` for NVML.
+# CUDA's libraries are wheels, so the driver is all that the host must give: `compute` for CUDA, `utility` for NVML. Triton
+# builds what launches the adapters' kernel with gcc and Python's headers, at the first start with a new /cache, and
+# COMPILE=blocks what it compiles.
 FROM runtime AS cuda
 ENV NVIDIA_VISIBLE_DEVICES=all \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    TRITON_CACHE_DIR=/cache/triton \
+    TORCHINDUCTOR_CACHE_DIR=/cache/inductor
+USER root
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ gcc libc6-dev python3-dev \
+    && rm -rf /var/lib/apt/lists/*
+USER 10001:10001
 COPY --from=packages-cuda /opt/python /opt/python
 COPY --from=code /opt/darkroom /opt/darkroom

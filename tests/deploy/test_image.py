@@ -63,9 +63,21 @@ def test_the_last_target_is_cuda_and_cpu_and_demo_are_others() -> None:
 def test_image_runs_the_worker_unprivileged_and_stops_it_by_sigterm() -> None:
     assert [json.loads(text) for text in arguments("ENTRYPOINT") + arguments("CMD")] == [["darkroom"], ["run"]]
     assert arguments("STOPSIGNAL") == ["SIGTERM"]
-    assert arguments("USER") == ["10001:10001"]
+    # As root for the compiler of the CUDA target alone.
+    assert arguments("USER") == ["10001:10001", "root", "10001:10001"]
     assert "--uid 10001" in TEXT
     assert "--gid 10001" in TEXT
+
+
+def test_cuda_image_alone_has_what_builds_kernels_and_keeps_them_on_the_volume() -> None:
+    before, cuda = TEXT.split("FROM runtime AS cuda\n")
+
+    assert all(package in cuda for package in ("gcc", "g++", "libc6-dev", "python3-dev"))
+    assert "python3-dev" not in before
+    assert re.findall(r"(\w+_CACHE_DIR)=(\S+)", cuda) == [
+        ("TRITON_CACHE_DIR", "/cache/triton"),
+        ("TORCHINDUCTOR_CACHE_DIR", "/cache/inductor"),
+    ]
 
 
 def test_image_holds_the_worker_s_packages_and_the_demo_s_the_examples_besides() -> None:
