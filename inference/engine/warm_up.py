@@ -63,8 +63,8 @@ class WarmUp:
     def compile_blocks(self, max_lanes: int) -> None:
         """Take one step in every kind of batch that the denoiser's blocks have a graph for.
 
-        One row and several, which torch tells apart; prompts and images of one length and of two, which takes a mask;
-        without adapters and with one of zeros.
+        One row and several, which torch tells apart; prompts and images of one length and of two, which takes a mask.
+        Without adapters and with one of zeros, for the kernels of those: they have no graphs of their own.
         """
         unguided, guided = {"guidance_scale": 0.0}, {"guidance_scale": GUIDED}
         long, tall = guided | {"prompt": LONG_PROMPT}, guided | {"height": self._model.base_size + EXTRA_HEIGHT}
@@ -108,9 +108,14 @@ class WarmUp:
         """
         reports: list[list[StepReport]] = [[] for _ in kind]
         adapters = () if blank is None else (BLANK,)
+
+        def has_ended_together() -> bool:
+            # One that has failed takes no step.
+            return all(own or one.is_ended for own, one in zip(reports, requests, strict=True))
+
         requests = [
             self._request(
-                own.append, lambda: all(reports), num_inference_steps=NUM_STEPS_CANCELLED, adapters=adapters, **fields
+                own.append, has_ended_together, num_inference_steps=NUM_STEPS_CANCELLED, adapters=adapters, **fields
             )
             for own, fields in zip(reports, kind, strict=True)
         ]

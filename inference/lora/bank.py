@@ -26,8 +26,8 @@ from inference.lora.adapter import Adapter
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
 from inference.lora.layers import PAGE_RANK, LayerGroup, Slab, by_kind, fill, layer_groups, split, zeros
 from inference.lora.products.adapted_layers import Products, adapt
-from inference.lora.products.low_rank import GatheredWeights, LowRankProducts
-from inference.lora.products.paged_products import find_paged_products
+from inference.lora.products.low_rank import GatheredWeights, LowRankProducts, gather
+from inference.lora.products.paged_products import find_paged_products, has_kernel
 from inference.lora.products.rows import AppliedAdapter, RowAdapters, Run, find_runs
 
 logger = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ class AdapterBank:
         self._written: dict[int, tuple[Slab, ...]] = {}
         self._routed = _Routed()
         self._gathered = GatheredWeights()
+        self._has_kernel = has_kernel(device)
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         for group in self._groups:
             adapt(group, group.modules)
@@ -119,7 +120,7 @@ class AdapterBank:
         """
         # The same pages may touch other layers afterwards, by other weights.
         self._set_products(_Routed(), {})
-        self._gathered.keep(set())
+        self._gathered.forget(place)
         pages = {slab: self._pages_of(slab) for slab in packed.parts}
         for slab, part in packed.parts.items():
             # Page by page: three times as fast as index_copy_ on a CPU.
@@ -148,7 +149,7 @@ class AdapterBank:
         """
         wanted = _Routed(tuple(rows), token_counts)
         if wanted != self._routed:
-            # First: where the device has no memory for them, the last forward's are left as they were.
+            # First: where the device has no memory for them, what was routed last stays.
             self._set_products(wanted, self._find_products(wanted))
 
     def _set_products(self, routed: _Routed, products: Mapping[LayerGroup, Products]) -> None:
@@ -160,10 +161,11 @@ class AdapterBank:
         """Return the products in each group that an adapter of the rows touches."""
         runs = self._runs_by_group(routed.rows)
         counts = {group: routed.token_counts.get(group.names[0]) for group in runs}
-        if self._device.type == "cuda":
+        if self._has_kernel:
             return find_paged_products(runs, counts, self._device)
-        self._gathered.keep({(group, run.adapters) for group, own in runs.items() for run in own})
-        return {group: LowRankProducts(group, own, self._gathered.find, counts[group]) for group, own in runs.items()}
+        # Gathered weights would take a GPU's memory, which is planned to the end.
+        find = self._gathered.find if self._device.type == "cpu" else gather
+        return {group: LowRankProducts(group, own, find, counts[group]) for group, own in runs.items()}
 
     def _runs_by_group(self, rows: Sequence[RowAdapters]) -> dict[LayerGroup, tuple[Run, ...]]:
         """Return the runs of rows in each group, without the adapters that do not touch it."""

@@ -13,7 +13,7 @@ from inference.lora.products.adapted_layers import Products
 
 # Half of this is wasted on average by an adapter whose rank is no multiple of it.
 PAGE_RANK = 8
-# Layers of one input, so that one product serves the A of all of them; diffusers' names, then CLIP's.
+# Layers of one input, whose A are one product where the model projects them together; diffusers' names, then CLIP's.
 SELF_ATTENTION = (("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj"))
 CROSS_ATTENTION = (("to_q",), ("to_k", "to_v"))
 # Z-Image's feed-forward: the gated layer and its gate.
@@ -48,7 +48,7 @@ class LayerGroup:
     """Layers of one input. `start`: offset of its part in its slab's pages, the A of all members, then the B of each.
 
     `slab` is set once an adapter that touches them is laid out, `a_pages` [pages, members, PAGE_RANK, in] and `b_pages`
-    [pages, PAGE_RANK, out] of each member once the slab is allocated. `products`: of the running forward's adapters;
+    [pages, PAGE_RANK, out] of each member once the slab is allocated. `products`: of the adapters that are routed;
     None where none touches the layers.
     """
 

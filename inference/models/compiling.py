@@ -12,7 +12,7 @@ from torch.fx.experimental import _config as shapes_config
 from inference.checkpoints.hub import one_line
 from inference.errors import EngineStartFailed
 
-# Graphs of one block's code: for each width, with one row and with several, with and without a mask and adapters.
+# Graphs of one block's code: for each width, with one row and with several, with and without a mask.
 MAX_GRAPHS = 64
 # Of torch.compile: what generates code, and its stance once the blocks are sealed.
 BACKEND = "inductor"
@@ -23,7 +23,7 @@ ADVICE = (
 
 
 class BlockCompiler:
-    """Owner of the compiled blocks. One thread runs them."""
+    """Owner of the compiled blocks. One thread runs them, and one engine of a process has some."""
 
     def __init__(self) -> None:
         self._is_compiling = False
@@ -66,5 +66,7 @@ def _failures_translated() -> Iterator[None]:
     try:
         yield
     except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+        if isinstance(error.__cause__ or getattr(error, "inner_exception", None), torch.OutOfMemoryError):
+            raise torch.OutOfMemoryError(str(error)) from error
         reason = f"COMPILE=blocks: the denoiser's blocks cannot be compiled ({one_line(error)})"
         raise EngineStartFailed(f"{reason}: {ADVICE}") from error

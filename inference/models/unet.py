@@ -162,8 +162,8 @@ class UNetFamily(Family):
 
 
 def _order(lane: Lane) -> tuple[bool, RowAdapters]:
-    """Return a key that sorts guided lanes first, then lanes without adapters, and lanes of the same side by side: the
-    rows that an adapter changes are one slice of a batch.
+    """Return a key that sorts guided lanes first, then lanes without adapters, and lanes of the same side by side, for
+    fewer runs of rows with the same adapters.
     """
     return lane.num_rows == 1, lane.owner.row
 

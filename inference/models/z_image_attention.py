@@ -87,7 +87,7 @@ class OwnTokensAttnProcessor:
         freqs_cis: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend within `hidden_states` [rows, tokens, width]. diffusers passes arguments by these names."""
-        # Whole batches: the adapters' hooks on these layers count the rows.
+        # Whole batches: the adapters of these layers are those of all rows.
         projected = project((attn.to_q, attn.to_k, attn.to_v), hidden_states)
         query, key, value = (by_heads(one, attn.heads) for one in projected)
         if attn.norm_q is not None:

@@ -1,8 +1,8 @@
 """The low-rank products on a CPU: (x Aᵀ) B of each row's own adapters, run by run of rows that have the same.
 
 Rows without an adapter are not touched, and a small rank beside a large one costs what it costs alone. An adapter's
-pages are gathered once for as long as rows have it: on a CPU a gather takes as long as a small product. Convolutions
-that read neighbours come here on a GPU too, and are gathered each time.
+pages are gathered once: on a CPU a gather takes as long as a small product. On a GPU what the kernel does not do comes
+here too, and is gathered each time.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,51 +12,42 @@ import torch
 from torch.nn import functional
 
 from inference.lora.layers import LayerGroup
-from inference.lora.products.rows import RowAdapters, Run
+from inference.lora.products.rows import Run
 
 
 class Weights(NamedTuple):
-    """A run's adapters in one group, side by side: `a` [members, rank, in], `b` [rank, out] of each member, scaled."""
+    """An adapter in one group: `a` [members, rank, in], `b` [rank, out] of each member."""
 
     a: torch.Tensor
     b: tuple[torch.Tensor, ...]
 
 
-FindWeights = Callable[[LayerGroup, RowAdapters], Weights]
+FindWeights = Callable[[LayerGroup, tuple[int, ...]], Weights]
 
 
-def gather(group: LayerGroup, adapters: RowAdapters) -> Weights:
-    """Copy the adapters' A and B out of their pages."""
-    pages = [page for applied in adapters for page in applied.pages]
+def gather(group: LayerGroup, pages: tuple[int, ...]) -> Weights:
+    """Copy an adapter's A and B out of its pages."""
     a = torch.stack([group.a_pages[page] for page in pages], 1).flatten(1, 2)
-    return Weights(a, tuple(_gathered_b(of_member, adapters) for of_member in group.b_pages))
-
-
-def _gathered_b(b_pages: torch.Tensor, adapters: RowAdapters) -> torch.Tensor:
-    parts = [
-        b_pages[page] if applied.scale == 1.0 else b_pages[page] * applied.scale
-        for applied in adapters
-        for page in applied.pages
-    ]
-    return torch.cat(parts)
+    return Weights(a, tuple(torch.cat([of_member[page] for page in pages]) for of_member in group.b_pages))
 
 
 class GatheredWeights:
-    """Owner of the gathered weights of the adapters that rows have now: as many bytes as those take in the bank."""
+    """Owner of the gathered weights of the adapters in slots that rows have had: at most as many bytes as those take in
+    the bank."""
 
     def __init__(self) -> None:
-        self._weights: dict[tuple[LayerGroup, RowAdapters], Weights] = {}
+        self._weights: dict[tuple[LayerGroup, tuple[int, ...]], Weights] = {}
 
-    def find(self, group: LayerGroup, adapters: RowAdapters) -> Weights:
-        """Return the weights, gathered at the first call."""
-        key = group, adapters
+    def find(self, group: LayerGroup, pages: tuple[int, ...]) -> Weights:
+        """Return the weights of the adapter in these pages, gathered at the first call."""
+        key = group, pages
         if key not in self._weights:
-            self._weights[key] = gather(group, adapters)
+            self._weights[key] = gather(group, pages)
         return self._weights[key]
 
-    def keep(self, wanted: set[tuple[LayerGroup, RowAdapters]]) -> None:
-        """Drop all weights but the `wanted`."""
-        for key in self._weights.keys() - wanted:
+    def forget(self, pages: Sequence[int]) -> None:
+        """Drop what was gathered out of these pages, which are written anew."""
+        for key in [key for key in self._weights if not set(key[1]).isdisjoint(pages)]:
             del self._weights[key]
 
 
@@ -96,22 +87,22 @@ class LowRankProducts:
         parts = [torch.split(output, sizes) for output in outputs]
         last = first + len(outputs)
         for run, own, *changed in zip(self._runs, torch.split(x, sizes), *parts, strict=True):
-            if run.adapters:
-                weights = self._find(self._group, run.adapters)
+            for applied in run.adapters:
+                weights = self._find(self._group, applied.pages)
                 # One product for the A of all layers.
                 downs = (own @ weights.a[first:last].flatten(0, 1).mT).chunk(len(outputs), 1)
                 for output, down, b in zip(changed, downs, weights.b[first:last], strict=True):
-                    output.addmm_(down, b)
+                    output.addmm_(down, b, alpha=applied.scale)
 
     def _add_to_images(self, conv: torch.nn.Conv2d, x: torch.Tensor, output: torch.Tensor) -> None:
         sizes = [run.num_rows for run in self._runs]
         for run, own, changed in zip(self._runs, torch.split(x, sizes), torch.split(output, sizes), strict=True):
-            if run.adapters:
-                weights = self._find(self._group, run.adapters)
+            for applied in run.adapters:
+                weights = self._find(self._group, applied.pages)
                 kernels = weights.a[0].view(-1, x.shape[1], *conv.kernel_size)
                 down = functional.conv2d(own, kernels, None, conv.stride, conv.padding, conv.dilation)
                 up = weights.b[0].mT[:, :, None, None]
-                changed.add_(functional.conv2d(down, up))
+                changed.add_(functional.conv2d(down, up), alpha=applied.scale)
 
 
 def _by_run(runs: Sequence[Run], token_counts: Sequence[int]) -> list[int]:

@@ -4,26 +4,30 @@ The table of rows and pages is made on the host and copied before a forward: non
 rows without an adapter are in none.
 """
 
-import os
-import shutil
-import subprocess
-import sysconfig
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from inference.checkpoints.hub import one_line
 from inference.device.uploads import upload
 from inference.errors import EngineStartFailed
 from inference.lora.layers import PAGE_RANK, LayerGroup
 from inference.lora.products.low_rank import LowRankProducts, as_tokens, check_rows, gather, is_pointwise
 from inference.lora.products.rows import Run
 
-# Tokens of one program, and the columns of weights that it reads at once. 64 tokens fill a tensor core's tile on every
-# GPU, and a row of a batch has hundreds. 32 bits are multiplied without tensor cores, in registers alone.
+# Ampere. For GPUs before it Triton compiles the kernel without tensor cores, and its values spill.
+MIN_CAPABILITY = (8, 0)
+# Tokens of one program, and the columns of weights that it reads at once. 64 tokens fill a tensor core's tile, and
+# a row of a batch has hundreds. 32 bits are multiplied without tensor cores, in registers alone.
 TILES = {"BLOCK_TOKENS": 64, "BLOCK_IN": 64, "BLOCK_OUT": 64}
 TILES_IN_32_BITS = {"BLOCK_TOKENS": 32, "BLOCK_IN": 32, "BLOCK_OUT": 32}
+ADVICE = (
+    "Triton needs gcc and Python's headers (on Debian gcc, libc6-dev and python3-dev), and in TRITON_CACHE_DIR a folder"
+    " that is writable and not noexec"
+)
+# The kernel, once it was launched: what fails afterwards is the device, not the build.
+_launched: set[Any] = set()
 # Programs that keep the largest GPUs busy: where blocks of tokens are fewer, the outputs are split among several.
 BUSY = 132
 
@@ -82,6 +86,8 @@ class PagedProducts:
         """Add to views [tokens, out]."""
         # The kernel reads rows one behind another.
         x = x.contiguous()
+        if not all(one.is_contiguous() for one in outputs):
+            raise ValueError("a layer's output is not contiguous: its adapters cannot be added in place")
         is_concatenated = self._table.num_tokens is not None
         tokens_per_row = 1 if is_concatenated else x.shape[1:-1].numel()
         tiles = TILES_IN_32_BITS if x.dtype is torch.float32 else TILES
@@ -114,27 +120,26 @@ class PagedProducts:
         )
 
 
+def has_kernel(device: torch.device) -> bool:
+    """Return whether the device multiplies by the kernel, and not by torch's own products."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
+
+
 def launch(grid: tuple[int, int, int], *args: Any, **constants: int) -> None:
-    """Launch the kernel `add_pages`. EngineStartFailed where what Triton builds it with is missing."""
+    """Launch the kernel `add_pages`. EngineStartFailed where it cannot be built, at the first launch of the process."""
     try:
         # Here: where no GPU is, Triton need not be installed.
         from inference.lora.products.kernels import add_pages  # noqa: PLC0415
 
         add_pages[grid](*args, **constants)
-    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
-        # Not before: what an earlier start has built, in Triton's cache, needs no compiler.
-        if missing := missing_tools():
-            reason = f"adapters on a GPU need {' and '.join(missing)}, with which Triton builds their kernel"
-            raise EngineStartFailed(f"{reason}: on Debian, apt-get install gcc libc6-dev python3-dev") from error
+    except torch.OutOfMemoryError:
         raise
-
-
-def missing_tools() -> list[str]:
-    """Return what this machine lacks of what Triton builds kernels with."""
-    has_compiler = any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang")))
-    has_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
-    has = {"a C compiler": has_compiler, "Python's headers": has_headers}
-    return [name for name, is_there in has.items() if not is_there]
+    except Exception as error:
+        if _launched:
+            raise
+        reason = f"the kernel of the adapters cannot be built ({type(error).__name__}: {one_line(error)})"
+        raise EngineStartFailed(f"{reason}: {ADVICE}") from error
+    _launched.add(add_pages)
 
 
 def _upload_tables(

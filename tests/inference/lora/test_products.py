@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -65,17 +64,19 @@ def test_a_forward_of_other_rows_than_were_routed_is_refused(part: str) -> None:
         scene.draw()
 
 
-def test_weights_are_gathered_once_while_rows_have_them_and_dropped_afterwards() -> None:
+def test_weights_are_gathered_once_whatever_is_routed_between_until_their_pages_are_written() -> None:
     scene = scene_of("attn1")
+    for rows in (scene.rows, [()] * 2, scene.rows):
+        scene.bank.route(rows)
+        scene.draw()
+        gathered = {key: id(one) for key, one in scene.bank._gathered._weights.items()}
+        assert len(gathered) == 1
+
     scene.bank.route(scene.rows)
     scene.draw()
-    gathered = dict(scene.bank._gathered._weights)
 
-    scene.bank.route([*scene.rows, ()])
-
-    assert len(gathered) == 1
-    assert scene.bank._gathered._weights == gathered
-    scene.bank.route([()])
+    assert {key: id(one) for key, one in scene.bank._gathered._weights.items()} == gathered
+    scene.bank._gathered.forget([1])
     assert not scene.bank._gathered._weights
 
 
@@ -115,15 +116,10 @@ def test_kernel_compiled_for_a_gpu_keeps_its_values_in_registers(capability: int
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel would be launched")
-def test_kernel_that_cannot_be_built_ends_the_start_with_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernel_that_cannot_be_built_ends_the_start_with_what_it_takes() -> None:
     from inference.lora.products.paged_products import launch
 
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-
-    with pytest.raises(EngineStartFailed, match=r"need a C compiler.* apt-get install gcc libc6-dev python3-dev$"):
+    with pytest.raises(EngineStartFailed, match=r"cannot be built \(.*\): Triton needs gcc and .*TRITON_CACHE_DIR"):
         launch((1, 1, 1), *[torch.zeros(1, dtype=torch.int32)] * 20, PAGE_RANK=8, **TILES)
 
 
