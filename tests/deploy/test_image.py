@@ -64,7 +64,7 @@ def test_image_runs_the_worker_unprivileged_and_stops_it_by_sigterm() -> None:
     assert [json.loads(text) for text in arguments("ENTRYPOINT") + arguments("CMD")] == [["darkroom"], ["run"]]
     assert arguments("STOPSIGNAL") == ["SIGTERM"]
     # As root for the compiler of the CUDA target alone.
-    assert arguments("USER") == ["10001:10001", "root", "10001:10001"]
+    assert arguments("USER") == ["10001:10001", "0:0", "10001:10001"]
     assert "--uid 10001" in TEXT
     assert "--gid 10001" in TEXT
 
