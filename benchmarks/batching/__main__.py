@@ -26,6 +26,7 @@ from benchmarks.batching.arrivals import measure_joining, measure_poisson
 from benchmarks.batching.bench import NUM_JOBS, Bench, Engine, encode_all, make_bench, spread
 from benchmarks.batching.diffusers_side import draw_by_diffusers, measure_preloaded
 from benchmarks.batching.forwards import measure_adapters, measure_overhead, measure_utilization
+from benchmarks.batching.mixed import measure_mixed, tables
 from benchmarks.models import SIZES
 from benchmarks.sets import psnr_db
 
@@ -43,6 +44,9 @@ def main() -> None:
             )
         if arguments.swap:
             results.append(measure_swap(Path(folder) / "swap", arguments.rounds))
+        if arguments.mixed:
+            bench = make_bench("demo", Path(folder) / "mixed", steps=arguments.steps, rounds=arguments.rounds)
+            results.append(measure_mixed(bench))
     _print_tables(results)
     line = json.dumps({"benchmark": "batching", "device": _device_name(), "jobs": NUM_JOBS, "results": results})
     if arguments.out is not None:
@@ -56,6 +60,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--swap", action="store_true", help="also load adapters into a full-size SD 1.5")
+    parser.add_argument("--mixed", action="store_true", help="also a load of four sizes, by the demo model")
     parser.add_argument("--out", type=Path, help="file for the line of JSON")
     return parser.parse_args()
 
@@ -100,6 +105,9 @@ def _device_name() -> str:
 
 def _print_tables(results: list[dict[str, Any]]) -> None:
     for result in results:
+        if "loads" in result:
+            Console(width=110).print(*tables(result))
+            continue
         table = Table("seconds", "median", "min", "max", title=f"{result['model']}: {result['case']}")
         for name, seconds in result["seconds"].items():
             table.add_row(name, *(f"{seconds[key]:.4f}" for key in ("median", "min", "max")))
