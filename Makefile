@@ -153,7 +153,7 @@ hostile: install ## The long form of more: every hostile input, 2000 fuzzed mess
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.hostile.fuzzed_deliveries
 
 bench: install ## Batching against plain diffusers, what a job costs beyond the bare pipeline, loading, and what previews cost, on the CPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.batching --swap
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.batching --swap --mixed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.overhead
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loading
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.previews

@@ -2,24 +2,27 @@
 
 Only lanes of one size share a forward, so that sizes compete. A job's slowdown is its time from arrival to image over
 that of the same job alone on an idle engine; fairness is Jain's index of all slowdowns (Jain, Chiu and Hawe, 1984): 1
-where all are equal, 1/n where one of n jobs has all of it. Wall time: jobs arrive by the clock.
+where all are equal, 1/n where one of n jobs has all of it. Jobs arrive by process time, for neighbours on the machine
+take none of it: while the engine is idle, that clock is put forward to the next arrival.
 """
 
 import dataclasses
+import itertools
 import math
 import queue
 import random
 import statistics
-import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from rich.table import Table
 
 from benchmarks.batching.bench import NUM_JOBS, Bench, Engine
 from inference.lane import Lane
-from inference.request import GenerationRequest, GenerationResult, StepReport
+from inference.request import EngineLoad, GenerationRequest, GenerationResult, StepReport
 
 STEPS = 8
 JOBS = 120
@@ -56,9 +59,9 @@ class Calibration(NamedTuple):
 
 
 class Arrival(NamedTuple):
-    """A job to submit `after_seconds` from the one before."""
+    """A job that arrives `at` seconds after the start."""
 
-    after_seconds: float
+    at: float
     size: MixedSize
 
 
@@ -90,29 +93,24 @@ def calibrate(bench: Bench, engine: Engine) -> Calibration:
     in_full_batch: dict[str, float] = {}
     for size in SIZES:
         requests = [_request(bench, size, number) for number in range(NUM_JOBS)]
-        _seconds_together(engine, requests)
-        in_full_batch[size.name] = _seconds_together(engine, requests) / NUM_JOBS
-        alone[size.name] = statistics.median(_seconds_together(engine, requests[:1]) for _ in range(ALONE_REPEATS))
+        _seconds_together(bench, engine, requests)
+        in_full_batch[size.name] = _seconds_together(bench, engine, requests) / NUM_JOBS
+        alone[size.name] = statistics.median(
+            _seconds_together(bench, engine, requests[:1]) for _ in range(ALONE_REPEATS)
+        )
     return Calibration(alone, in_full_batch)
 
 
 def measure_load(bench: Bench, engine: Engine, calibration: Calibration, load: float) -> dict[str, Any]:
     """Submit the seeded arrivals at `load` and summarize how long they took, by size and in all."""
     forwards = _record_forwards(engine)
-    ended: queue.SimpleQueue[Finished] = queue.SimpleQueue()
-    started_at = time.perf_counter()
-    futures = []
-    for number, arrival in enumerate(arrivals(random.Random(SEED), JOBS, calibration.rate(load))):
-        time.sleep(arrival.after_seconds)
-        futures.append(_submit(engine, _request(bench, arrival.size, number), arrival.size.name, ended))
-    for future in futures:
-        future.result()
-    seconds = time.perf_counter() - started_at
-    finished = [ended.get() for _ in futures]
+    source = LoadSource(bench, engine, arrivals(random.Random(SEED), JOBS, calibration.rate(load)))
+    finished = source.run()
     slowdowns = [job.seconds / calibration.alone[job.size] for job in finished]
     return {
         "load": load,
-        "jobs_per_second": len(finished) / seconds,
+        "jobs_per_second": len(finished) / source.now,
+        "busy": source.busy_seconds / source.now,
         "mean_lanes": statistics.mean(num_lanes for _, num_lanes in forwards),
         "slowdown": median_and_p95(slowdowns),
         "jain_index": jain_index(slowdowns),
@@ -120,10 +118,80 @@ def measure_load(bench: Bench, engine: Engine, calibration: Calibration, load: f
     }
 
 
+class LoadSource:
+    """Owner of the jobs to come and of their clock. Submits them between the engine's turns, on the engine's thread."""
+
+    def __init__(self, bench: Bench, engine: Engine, to_come: Sequence[Arrival]) -> None:
+        self._bench = bench
+        self._engine = engine
+        self._to_come = deque(to_come)
+        self._num_submitted = 0
+        self._num_running = 0
+        self._ended: queue.SimpleQueue[Finished | BaseException] = queue.SimpleQueue()
+        self._started_at = bench.clock()
+        self._skipped_seconds = 0.0
+
+    @property
+    def busy_seconds(self) -> float:
+        """Process time since the start."""
+        return self._bench.clock() - self._started_at
+
+    @property
+    def now(self) -> float:
+        """Seconds since the start, idle ones included."""
+        return self.busy_seconds + self._skipped_seconds
+
+    def run(self) -> list[Finished]:
+        """Submit all jobs to the idle engine and wait for them."""
+        loop, num_jobs = self._engine.local._loop, len(self._to_come)
+        plain_step = loop.step
+
+        def step() -> EngineLoad:
+            engine_load = plain_step()
+            self._submit_due()
+            return engine_load
+
+        loop.step = step  # type: ignore[method-assign]
+        try:
+            self._submit_next()
+            return [self._next_ended() for _ in range(num_jobs)]
+        finally:
+            loop.step = plain_step  # type: ignore[method-assign]
+
+    def _next_ended(self) -> Finished:
+        ended = self._ended.get()
+        if isinstance(ended, BaseException):
+            raise ended
+        return ended
+
+    def _submit_due(self) -> None:
+        while self._to_come and (self._to_come[0].at <= self.now or not self._num_running):
+            self._submit_next()
+
+    def _submit_next(self) -> None:
+        arrival = self._to_come.popleft()
+        self._skipped_seconds += max(0.0, arrival.at - self.now)
+        reported_at: list[float] = []
+
+        def on_step(_: StepReport) -> None:
+            reported_at.append(self.now)
+
+        def on_done(future: "Future[GenerationResult]") -> None:
+            self._num_running -= 1
+            error = future.exception()
+            longest = max((later - earlier for earlier, later in pairwise(reported_at)), default=0.0)
+            self._ended.put(error or Finished(arrival.size.name, self.now - arrival.at, longest))
+
+        request = _request(self._bench, arrival.size, self._num_submitted)
+        self._num_submitted += 1
+        self._num_running += 1
+        self._engine.local.generate(request, on_step, lambda: False).add_done_callback(on_done)
+
+
 def arrivals(chance: random.Random, num_jobs: int, rate: float) -> list[Arrival]:
-    """Return Poisson arrivals, `rate` a second, each of a size by its share. Equal chances give equal sizes."""
-    shares = [size.share for size in SIZES]
-    return [Arrival(chance.expovariate(1.0) / rate, chance.choices(SIZES, shares)[0]) for _ in range(num_jobs)]
+    """Return Poisson arrivals, `rate` a second, each of a size by its share."""
+    times = itertools.accumulate(chance.expovariate(rate) for _ in range(num_jobs))
+    return [Arrival(at, chance.choices(SIZES, [size.share for size in SIZES])[0]) for at in times]
 
 
 def jain_index(values: Sequence[float]) -> float:
@@ -146,28 +214,11 @@ def _request(bench: Bench, size: MixedSize, number: int) -> GenerationRequest:
     return dataclasses.replace(request, width=size.width, height=size.height)
 
 
-def _seconds_together(engine: Engine, requests: Sequence[GenerationRequest]) -> float:
-    started_at = time.perf_counter()
+def _seconds_together(bench: Bench, engine: Engine, requests: Sequence[GenerationRequest]) -> float:
+    started_at = bench.clock()
     for future in [engine.local.generate(request, lambda _: None, lambda: False) for request in requests]:
         future.result()
-    return time.perf_counter() - started_at
-
-
-def _submit(
-    engine: Engine, request: GenerationRequest, size: str, ended: "queue.SimpleQueue[Finished]"
-) -> "Future[GenerationResult]":
-    submitted_at = time.perf_counter()
-    step_seconds: list[float] = []
-
-    def on_step(report: StepReport) -> None:
-        step_seconds.append(report.seconds)
-
-    def on_done(_: object) -> None:
-        ended.put(Finished(size, time.perf_counter() - submitted_at, max(step_seconds)))
-
-    future = engine.local.generate(request, on_step, lambda: False)
-    future.add_done_callback(on_done)
-    return future
+    return bench.clock() - started_at
 
 
 def _record_forwards(engine: Engine) -> list[tuple[str, int]]:
