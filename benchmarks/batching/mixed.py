@@ -25,9 +25,9 @@ from inference.lane import Lane
 from inference.request import EngineLoad, GenerationRequest, GenerationResult, StepReport
 
 STEPS = 8
-JOBS = 120
+JOBS = 80
 # Of the throughput that full batches of one size each would have.
-LOADS = (0.5, 0.7)
+LOADS = (0.5, 0.7, 0.9)
 ALONE_REPEATS = 3
 SEED = 0
 
