@@ -4,12 +4,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from clients.timer_thread import TIMEOUTS
+
 # A blocked `acquire` cannot be interrupted, so a thread that waits for a lock polls its cutoff.
 LOCK_POLL_SECONDS = 0.2
 
 
 class Cutoff:
-    """Owner of the timer thread that calls `may_go_on` once. See `cutoff`."""
+    """Calls `may_go_on` once, on the thread of all timeouts. See `cutoff`."""
 
     def __init__(self, seconds: float, may_go_on: Callable[[], bool]) -> None:
         self.is_over = False
@@ -17,9 +19,7 @@ class Cutoff:
         self._lock = threading.Lock()
         self._is_closed = False
         self._expire: Callable[[], None] | None = None
-        self._timer = threading.Timer(seconds, self._check)
-        self._timer.daemon = True
-        self._timer.start()
+        self._timeout = TIMEOUTS.call_after(seconds, self._check)
 
     def follow(self, expire: Callable[[], None]) -> None:
         """Call `expire`, which ends the thread's current call, at the cutoff, or now where that is over."""
@@ -29,8 +29,8 @@ class Cutoff:
                 expire()
 
     def close(self) -> None:
-        """Cancel the timer; after the return `may_go_on` is not called any more."""
-        self._timer.cancel()
+        """Cancel the timeout; after the return `may_go_on` is not called any more."""
+        TIMEOUTS.cancel(self._timeout)
         with self._lock:
             self._is_closed = True
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from clients.cutoff import current_cutoff
 from clients.responses import FinalResponse
+from clients.timer_thread import TIMEOUTS
 
 
 class DeadlineExpired(Exception):
@@ -32,9 +33,7 @@ class DeadlineTimer:
         self.is_expired = False
         self._lock = threading.Lock()
         self._duplicates: dict[int, socket.socket] = {}
-        self._timer = threading.Timer(max(seconds, 0.0), self.expire)
-        self._timer.daemon = True
-        self._timer.start()
+        self._timeout = TIMEOUTS.call_after(seconds, self.expire)
 
     def raise_if_expired(self) -> None:
         if self.is_expired:
@@ -56,7 +55,7 @@ class DeadlineTimer:
                     duplicate.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self._timer.cancel()
+        TIMEOUTS.cancel(self._timeout)
         with self._lock:
             for duplicate in self._duplicates.values():
                 duplicate.close()

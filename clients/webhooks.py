@@ -176,10 +176,11 @@ class WebhookClient:
     def _attempt(self, request: requests.Request, timer: DeadlineTimer) -> WebhookAttempt:
         if not hasattr(self._sessions, "session"):
             self._sessions.session = _new_session(self._settings.token.get_secret_value())
+            self._sessions.bare = {}
         session: requests.Session = self._sessions.session
         # No read timeout: it would race with the deadline, which ends pauses and slow streams alike.
         timeout = (min(CONNECT_TIMEOUT_SECONDS, timer.seconds), None)
-        prepared = session.prepare_request(request)
+        prepared = _prepare(request, session, self._sessions.bare)
         # Not by the session, which reads the whole body of a redirect, and raises for a `Location` that it cannot read.
         adapter = session.get_adapter(request.url)
         response = adapter.send(prepared, timeout=timeout, stream=True)
@@ -228,6 +229,21 @@ def _new_session(token: str) -> requests.Session:
     session.mount("http://", adapter)
     session.mount("https://", adapter)
     return session
+
+
+def _prepare(
+    request: requests.Request, session: requests.Session, bare: dict[tuple[str, str], requests.PreparedRequest]
+) -> requests.PreparedRequest:
+    """Return the request with the session's headers, without those that it has as None. `bare` keeps what was prepared
+    for its method and address: checking and merging them again would be a quarter of a call's CPU."""
+    key = (request.method, request.url)
+    if key not in bare:
+        bare[key] = session.prepare_request(requests.Request(*key))
+    prepared = bare[key].copy()
+    headers = {**prepared.headers, **request.headers}
+    prepared.prepare_headers({name: value for name, value in headers.items() if value is not None})
+    prepared.prepare_body(request.data, None)
+    return prepared
 
 
 def _drain_body(response: requests.Response) -> None:

@@ -47,7 +47,8 @@ def s3_client(settings: StoreSettings) -> S3Client:
         "request_checksum_calculation": "when_required",
         "response_checksum_validation": "when_required",
         "ignore_configured_endpoint_urls": True,
-        "user_agent_extra": "darkroom",
+        # Whole: botocore would build its own twice for each call, an eighth of the call's CPU.
+        "user_agent": "darkroom",
     }
     # boto3 reads no token from the environment beside a key that it is given.
     token = settings.session_token.get_secret_value() if key_id and settings.session_token else None

@@ -4,14 +4,17 @@ FAULTS_STAND_IN   set: the engine is `tests.faults.stand_in`
 FAULTS_CONSTANTS  JSON, {"module:NAME": value}: shorter timeouts where no setting has them; a list becomes a tuple
 FAULTS_HOLD       "module:Class.function": each call touches FAULTS_FOLDER/reached and waits for FAULTS_FOLDER/go
 FAULTS_CLOCK      a file with the seconds that `time.time` is wrong by; missing, it is right
+FAULTS_NAMES      set: the kernel knows each thread's name, as from Python 3.14 on
 """
 
+import ctypes
 import importlib.abc
 import importlib.machinery
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -21,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 POLL_SECONDS = 0.01
+PR_SET_NAME = 15
 
 _changes: dict[str, list[Callable[[ModuleType], None]]] = defaultdict(list)
 
@@ -84,6 +88,11 @@ def _bend_clock(path: Path) -> None:
     time.time = lambda: right() + (float(path.read_text()) if path.exists() else 0.0)
 
 
+def _name_this_thread(*_event: Any) -> None:
+    sys.setprofile(None)
+    ctypes.CDLL(None).prctl(PR_SET_NAME, threading.current_thread().name.encode())
+
+
 if "FAULTS_STAND_IN" in os.environ:
     _changes["inference.process.child_handle"].append(_use_stand_in)
 for _place, _value in json.loads(os.environ.get("FAULTS_CONSTANTS", "{}")).items():
@@ -94,4 +103,6 @@ if "FAULTS_HOLD" in os.environ:
     _changes[_module].append(partial(_hold, _name))
 if "FAULTS_CLOCK" in os.environ:
     _bend_clock(Path(os.environ["FAULTS_CLOCK"]))
+if "FAULTS_NAMES" in os.environ:
+    threading.setprofile(_name_this_thread)
 sys.meta_path.insert(0, _Finder())

@@ -91,7 +91,7 @@ ROWS: tuple[Row, ...] = (
         "the store takes the request and never answers, or answers without end",
         "every call has a deadline of its own; the job is tried again later",
         tests=(f"{LIVE}test_dripping_answer_ends_with_the_call",),
-        without=(Mutation("clients/deadline.py", "self._timer.start()", "pass"),),
+        without=(Mutation("clients/deadline.py", "TIMEOUTS.call_after(seconds,", "TIMEOUTS.call_after(3600,"),),
         # Silence is ended by urllib3's own timeout too, after ten seconds a try.
         also=(
             f"{LIVE}test_call_to_a_hanging_store_times_out_and_the_job_is_retried",
