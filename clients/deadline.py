@@ -21,8 +21,38 @@ class DeadlineExpired(Exception):
     """The time of the enclosing `deadline` block is over."""
 
 
+class GuardedSocket:
+    """Duplicate of a connection's socket, by which other threads shut it down. Made with one user, the connection, and
+    closed with its last: a response outlives its connection.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._lock = threading.Lock()
+        self._num_users = 1
+        # A duplicate: TLS detaches the plain socket it wraps, and http.client drops its own before the body. One
+        # for all calls of a connection, which are many.
+        self._duplicate = socket.fromfd(sock.fileno(), sock.family, sock.type)
+
+    def use(self) -> None:
+        """Count one more user."""
+        with self._lock:
+            self._num_users += 1
+
+    def release(self) -> None:
+        """Count one user less."""
+        with self._lock:
+            self._num_users -= 1
+            if self._num_users == 0:
+                self._duplicate.close()
+
+    def shut_down(self) -> None:
+        """End the calls that are blocked in it, and later ones."""
+        with self._lock, suppress(OSError):  # the peer has closed it already
+            self._duplicate.shutdown(socket.SHUT_RDWR)
+
+
 class DeadlineTimer:
-    """Owner of duplicates of the sockets that a thread uses inside a `deadline` block; it shuts them down at the end.
+    """User of the sockets that a thread uses inside a `deadline` block; it shuts them down at the end.
 
     `was_sent`: a byte of a request may have been sent; before that, a failure cannot have had an effect.
     """
@@ -32,42 +62,35 @@ class DeadlineTimer:
         self.was_sent = False
         self.is_expired = False
         self._lock = threading.Lock()
-        self._duplicates: dict[int, socket.socket] = {}
+        self._sockets: set[GuardedSocket] = set()
         self._timeout = TIMEOUTS.call_after(seconds, self.expire)
 
     def raise_if_expired(self) -> None:
         if self.is_expired:
             raise DeadlineExpired(f"not done within {self.seconds:g} s")
 
-    def guard(self, sock: socket.socket, *, is_new: bool) -> None:
-        """Shut `sock` down when the time is over; `is_new`: its descriptor may have been another socket's before."""
-        # A duplicate, because TLS detaches the plain socket it wraps, and http.client drops its own before the body.
-        descriptor = sock.fileno()
+    def guard(self, sock: GuardedSocket) -> None:
+        """Shut `sock` down when the time is over."""
         with self._lock:
-            if descriptor in self._duplicates and not is_new:
-                return
-            stale = self._duplicates.pop(descriptor, None)
-            self._duplicates[descriptor] = duplicate = socket.fromfd(descriptor, sock.family, sock.type)
-            if stale is not None:
-                stale.close()
+            if sock not in self._sockets:
+                sock.use()
+                self._sockets.add(sock)
             if self.is_expired:
-                with suppress(OSError):  # the peer has closed it already
-                    duplicate.shutdown(socket.SHUT_RDWR)
+                sock.shut_down()
 
     def close(self) -> None:
         TIMEOUTS.cancel(self._timeout)
         with self._lock:
-            for duplicate in self._duplicates.values():
-                duplicate.close()
-            self._duplicates.clear()
+            for sock in self._sockets:
+                sock.release()
+            self._sockets.clear()
 
     def expire(self) -> None:
         """End the block's calls now; later ones end at once."""
         with self._lock:
             self.is_expired = True
-            for duplicate in self._duplicates.values():
-                with suppress(OSError):
-                    duplicate.shutdown(socket.SHUT_RDWR)
+            for sock in self._sockets:
+                sock.shut_down()
 
 
 class _Current(threading.local):
@@ -105,21 +128,36 @@ class DeadlineConnection:
     sock: Any
     connect: Any
     response_class: Any = FinalResponse
+    _guarded: GuardedSocket | None = None
 
     def _new_conn(self) -> socket.socket:
         sock: socket.socket = super()._new_conn()  # type: ignore[misc]
-        if _current.timer is not None:
-            # Here and not after `connect`: a TLS handshake may be slow too.
-            _current.timer.guard(sock, is_new=True)
+        self._release()
+        self._guarded = GuardedSocket(sock)
+        # Here and not after `connect`: a TLS handshake may be slow too.
+        self._guard()
         return sock
+
+    def close(self) -> None:
+        super().close()  # type: ignore[misc]
+        self._release()
 
     def send(self, content: Any) -> None:
         if self.sock is None:
             self.connect()
         if _current.timer is not None:
-            _current.timer.guard(self.sock, is_new=False)
+            self._guard()
             _current.timer.was_sent = True
         super().send(content)  # type: ignore[misc]
+
+    def _guard(self) -> None:
+        if _current.timer is not None and self._guarded is not None:
+            _current.timer.guard(self._guarded)
+
+    def _release(self) -> None:
+        if self._guarded is not None:
+            self._guarded.release()
+            self._guarded = None
 
     def _handle_expect_response(self, message_body: Any) -> None:
         """Read the response that came before the body of a request with `Expect: 100-continue`; botocore calls it.

@@ -1,10 +1,13 @@
 """Timeouts that share one thread: `threading.Timer` would start one for each call over HTTP, a tenth of its CPU."""
 
+import logging
 import math
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
@@ -16,7 +19,7 @@ class Timeout:
 
 
 class TimerThread:
-    """Owner of one daemon thread, which makes the calls that are due. Thread-safe; no call may block or raise."""
+    """Owner of one daemon thread, which makes the calls that are due. Thread-safe; no call may block."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -46,7 +49,10 @@ class TimerThread:
     def _run(self) -> None:
         while True:
             for timeout in self._take_due():
-                timeout.call()
+                try:
+                    timeout.call()
+                except Exception:  # the thread's boundary: all other calls depend on it
+                    logger.exception("a timeout's call failed")
 
     def _take_due(self) -> list[Timeout]:
         """Remove and return what is due; blocks until the first may be."""

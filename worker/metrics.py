@@ -69,6 +69,8 @@ class Metrics:
                 self.jobs.labels(outcome, code)
         # Prometheus has `rate` for it.
         self._recent_batch = RecentMean(clock)
+        self._load_gauges = (self.lanes, *(self.adapter_slots.labels(state) for state in ("active", "idle", "free")))
+        self._gauged: tuple[int, ...] = ()
         self._set_gauges(EngineLoad(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0))
 
     def set_build(self, *, model: str, family: str = "") -> None:
@@ -96,10 +98,12 @@ class Metrics:
 
     def _set_gauges(self, engine_load: EngineLoad) -> None:
         self._num_lanes = engine_load.num_lanes
-        self.lanes.set(engine_load.num_lanes)
-        self.adapter_slots.labels("active").set(engine_load.slots_active)
-        self.adapter_slots.labels("idle").set(engine_load.slots_idle)
-        self.adapter_slots.labels("free").set(engine_load.slots_free)
+        values = (engine_load.num_lanes, engine_load.slots_active, engine_load.slots_idle, engine_load.slots_free)
+        if values == self._gauged:
+            return  # as after most steps
+        self._gauged = values
+        for gauge, value in zip(self._load_gauges, values, strict=True):
+            gauge.set(value)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"darkroom_{name}", text, labels, registry=self.registry)

@@ -41,10 +41,13 @@ class ChildHealth:
 
     def is_hung(self, inside: Iterable[GenerationRequest], facts: ModelFacts) -> bool:
         """Return whether the child is silent for longer than a step of all requests, and their loading, could take."""
+        silent_seconds = self.silent_seconds
+        if silent_seconds <= self._min_hang_seconds:
+            return False  # without adding up what its requests could take: this is asked after every message
         requests = list(inside)
         loading_seconds = MAX_LOADING_SECONDS if any(one.control for one in requests) else 0.0
         longest_seconds = max(self._min_hang_seconds, longest_step_seconds(requests, facts))
-        return self.silent_seconds > longest_seconds + loading_seconds
+        return silent_seconds > longest_seconds + loading_seconds
 
     def note_sign(self) -> None:
         """Restart the measure of silence: the child sent a message, or is idle."""

@@ -4,6 +4,8 @@ import queue
 import threading
 import time
 
+import pytest
+
 from clients.timer_thread import TimerThread
 
 # A bound for what hangs, not for what is slow.
@@ -48,6 +50,16 @@ def test_call_set_by_another_is_made() -> None:
     timers.call_after(0.0, lambda: timers.call_after(0.0, made.set))
 
     assert made.wait(HANG_SECONDS)
+
+
+def test_failed_call_is_logged_and_later_ones_are_made(caplog: pytest.LogCaptureFixture) -> None:
+    timers, made = TimerThread(), threading.Event()
+
+    timers.call_after(0.0, lambda: int("none"))
+    timers.call_after(0.01, made.set)
+
+    assert made.wait(HANG_SECONDS)
+    assert "ValueError" in caplog.text
 
 
 def test_timeouts_need_one_thread_and_keep_nothing_that_was_cancelled() -> None:
