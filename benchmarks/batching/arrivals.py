@@ -1,6 +1,7 @@
 """Jobs that arrive while others run: the wait for the first step, and latencies under Poisson arrivals."""
 
 import math
+import queue
 import random
 import statistics
 import threading
@@ -68,16 +69,17 @@ def measure_poisson(bench: Bench, engine: Engine, seconds_for_ten: float) -> dic
     """Measure job latencies under random arrivals at `POISSON_LOAD` of the measured throughput."""
     chance = random.Random(0)
     rate = POISSON_LOAD * NUM_JOBS / seconds_for_ten
-    took: list[float] = []
+    # A queue: a future's result is there before its callbacks have run.
+    took = queue.SimpleQueue[float]()
     futures = []
     for number in range(POISSON_JOBS):
         time.sleep(chance.expovariate(rate))
         submitted_at = time.perf_counter()
         future = engine.submit(bench.jobs[number % NUM_JOBS])
-        future.add_done_callback(lambda _, submitted_at=submitted_at: took.append(time.perf_counter() - submitted_at))
+        future.add_done_callback(lambda _, submitted_at=submitted_at: took.put(time.perf_counter() - submitted_at))
         futures.append(future)
     for future in futures:
         future.result()
-    ordered = sorted(took)
+    ordered = sorted(took.get() for _ in futures)
     p50, p99 = statistics.median(ordered), ordered[math.ceil(0.99 * len(ordered)) - 1]
     return {"jobs": POISSON_JOBS, "load": POISSON_LOAD, "p50": p50, "p99": p99, "p99_over_p50": p99 / p50}

@@ -153,7 +153,7 @@ spec:
     - name: models
       persistentVolumeClaim:
         claimName: {{ .Values.models.existingClaim | default (printf "%s-models" $name) }}
-    # Each pod's own: two workers must not share a cache.
+    # Each pod's own: two workers must not share a cache. A new pod compiles the GPU's kernels anew.
     - name: cache
       emptyDir:
         sizeLimit: {{ .Values.cache.sizeLimit }}
