@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from inference.errors import EngineStartFailed
 from inference.lora.products.paged_products import TILES
 from inference.lora.products.rows import AppliedAdapter, Run, find_runs
-from tests.support.long import long_but
+from tests.support.cuda.interpreted_kernel import NUM_CASES
+from tests.support.long import IS_LONG, long_but
 from tests.support.models.low_rank_cases import CPU, Case, Scene, cases
 from tests.support.paths import ROOT
 
@@ -39,7 +40,7 @@ def test_runs_are_neighbouring_rows_of_the_same_adapters() -> None:
     assert found == (Run(2, ()), Run(2, (FIRST,)), Run(1, (FIRST, SECOND)), Run(1, (FIRST,)), Run(1, ()))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400 if IS_LONG else 100, deadline=None)
 @given(cases(tuple(ERRORS)))
 def test_rows_of_any_ranks_and_layouts_have_their_own_adapters_products(case: Case) -> None:
     scene = Scene(case)
@@ -99,7 +100,7 @@ def run_module(module: str, **environ: str) -> str:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 def test_kernel_gives_the_products_of_each_row_in_triton_s_interpreter() -> None:
-    assert run_module("tests.support.cuda.interpreted_kernel", TRITON_INTERPRET="1") == "60 cases\n"
+    assert run_module("tests.support.cuda.interpreted_kernel", TRITON_INTERPRET="1") == f"{NUM_CASES} cases\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")

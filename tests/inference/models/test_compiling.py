@@ -227,7 +227,16 @@ def test_sizes_that_are_equal_in_the_first_batch_may_differ_in_others(
 # --- What cannot be compiled
 
 
-def test_start_without_a_compiler_says_what_is_missing(no_graphs: None) -> None:
+def failing(_graph: torch.fx.GraphModule, _inputs: Sequence[torch.Tensor]) -> Any:
+    """Generate no code."""
+    raise RuntimeError("no-such-compiler: not found")
+
+
+@pytest.mark.parametrize("backend", long_but(["inductor", failing], failing))
+def test_start_without_a_compiler_says_what_is_missing(
+    no_graphs: None, monkeypatch: pytest.MonkeyPatch, backend: Any
+) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", backend)
     unet = narrow_unet().eval()
     compiler = BlockCompiler()
     compiler.compile(unet)

@@ -9,9 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from inference.lora.products.paged_products import find_paged_products
+from tests.support.long import IS_LONG
 from tests.support.models.low_rank_cases import CPU, Case, Scene, cases
 
-NUM_CASES = 60
+NUM_CASES = 60 if IS_LONG else 12
 # The interpreter knows no bfloat16.
 ERRORS = {torch.float32: 2e-6, torch.float16: 4e-3}
 
