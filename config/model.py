@@ -25,7 +25,7 @@ class ModelSettings(Section):
     config_source: str | None = Field(
         None,
         validation_alias="MODEL_CONFIG",
-        description="Folder or hub id of a single file's configs and tokenizers; unset asks the hub",
+        description="Folder or hub id of what a single file lacks: configs, tokenizers; unset asks the hub",
     )
     cuda_visible_devices: str | None = Field(
         None,

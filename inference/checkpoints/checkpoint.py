@@ -7,7 +7,7 @@ from pathlib import Path
 
 from inference.checkpoints.hub import find_on_hub
 from inference.checkpoints.safety_checker import require_checker
-from inference.checkpoints.single_files import family_of
+from inference.checkpoints.single_files import family_of, split
 from inference.checkpoints.weight_files import (
     PICKLE_SUFFIXES,
     SAFETENSORS,
@@ -44,8 +44,8 @@ class Location(Enum):
 class Checkpoint:
     """A checkpoint of a supported kind.
 
-    `config`: folder or hub id with a single file's configs and tokenizers. Until a hub id `is_fetched`, its weights may
-    be missing. With `has_checker` its safety checker is loaded too.
+    `config`: folder or hub id with a single file's configs and tokenizers, and the weights that it lacks. Until
+    `is_fetched`, a hub id's weights may be missing. With `has_checker` its safety checker is loaded too.
     """
 
     model_id: str
@@ -88,10 +88,19 @@ def identify(model_id: str, config: str | None, *, has_checker: bool = False) ->
 def _identify_file(model_id: str, path: Path, config: str | None) -> Checkpoint:
     if path.suffix != SAFETENSORS:
         raise EngineStartFailed(f"MODEL_ID {model_id!r} is neither a folder nor a {SAFETENSORS} file")
-    found = family_of(read_shapes(path), f"MODEL_ID {model_id!r}")
+    shapes = read_shapes(path)
+    found = family_of(shapes, f"MODEL_ID {model_id!r}")
+    is_whole = all(split(shapes, found).values())
+    if not is_whole and config is None:
+        raise EngineStartFailed(
+            f"MODEL_ID {model_id!r} is a Z-Image transformer without text encoder or VAE: set MODEL_CONFIG to a"
+            " diffusers folder or hub id that has them"
+        )
     if config is not None and (other := _class_in(_find_index(config, "MODEL_CONFIG"))) != found:
         raise EngineStartFailed(f"MODEL_CONFIG {config!r} holds a {other}, but MODEL_ID {model_id!r} is a {found}")
-    return Checkpoint(model_id, found, Location.FILE, path, config)
+    # The rest of a transformer comes from there, and may have to be downloaded.
+    is_fetched = is_whole or Path(config or "").expanduser().is_dir()
+    return Checkpoint(model_id, found, Location.FILE, path, config, is_fetched=is_fetched)
 
 
 def _class_in(index: Path) -> str:

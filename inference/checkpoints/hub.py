@@ -36,8 +36,11 @@ def find_on_hub(repo_id: str, name: str, setting: str) -> Path:
         ) from error
 
 
-def download_pipeline(repo_id: str, *, variant: str | None, unused: Mapping[str, Any]) -> Path:
-    """Download what the pipeline needs, without the `unused` components. Returns its folder in the cache."""
+def download_pipeline(repo_id: str, setting: str, *, variant: str | None, unused: Mapping[str, Any]) -> Path:
+    """Download what the pipeline needs, without the `unused` components. Returns its folder in the cache.
+
+    EngineStartFailed names the `setting`.
+    """
     import diffusers  # noqa: PLC0415
 
     try:
@@ -46,9 +49,9 @@ def download_pipeline(repo_id: str, *, variant: str | None, unused: Mapping[str,
         # The client's transport raises errors of its own, from a library that has changed its name before.
         if "necessary `safetensors` weights" in str(error):
             raise EngineStartFailed(
-                f"MODEL_ID {repo_id!r} has no safetensors weights, and pickles are never opened: convert them"
+                f"{setting} {repo_id!r} has no safetensors weights, and pickles are never opened: convert them"
             ) from error
-        raise EngineStartFailed(f"MODEL_ID {repo_id!r} could not be downloaded: {one_line(error)}") from error
+        raise EngineStartFailed(f"{setting} {repo_id!r} could not be downloaded: {one_line(error)}") from error
 
 
 def one_line(error: Exception) -> str:

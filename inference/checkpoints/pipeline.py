@@ -3,17 +3,19 @@
 Only `load_pipeline` imports torch. Errors that the headers of the files show are raised before gigabytes are read.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inference.checkpoints.checkpoint import COMPONENTS, INDEX, Checkpoint, Location
 from inference.checkpoints.config_repair import check_counts, fill_in
-from inference.checkpoints.hub import download_pipeline, one_line
+from inference.checkpoints.hub import download_pipeline, find_on_hub, one_line
 from inference.checkpoints.safety_checker import CHECKER, EXTRACTOR, add_checker, find_checker
-from inference.checkpoints.single_files import split
+from inference.checkpoints.single_files import Z_IMAGE, split
 from inference.checkpoints.weight_files import (
     PREFERRED_VARIANT,
+    Shapes,
     Weights,
     count_parameters,
     find_weights,
@@ -55,20 +57,32 @@ def download(checkpoint: Checkpoint) -> Checkpoint:
     """
     if checkpoint.is_fetched:
         return checkpoint
+    if checkpoint.where is Location.FILE:
+        return replace(checkpoint, config=str(_download_rest(checkpoint)), is_fetched=True)
     needed = (CHECKER, EXTRACTOR) if checkpoint.has_checker else ()
     unused = {name: value for name, value in UNUSED[checkpoint.pipeline_class].items() if name not in needed}
     try:
-        path = download_pipeline(checkpoint.model_id, variant=None, unused=unused)
+        path = download_pipeline(checkpoint.model_id, "MODEL_ID", variant=None, unused=unused)
         found = replace(checkpoint, path=path, is_fetched=True)
         _weights(found)
     except EngineStartFailed as error:
         # Some repositories have 16-bit files only, under that name.
         try:
-            path = download_pipeline(checkpoint.model_id, variant=PREFERRED_VARIANT, unused=unused)
+            path = download_pipeline(checkpoint.model_id, "MODEL_ID", variant=PREFERRED_VARIANT, unused=unused)
         except EngineStartFailed:
             raise error from None
         found = replace(checkpoint, path=path, is_fetched=True)
     return found
+
+
+def _download_rest(checkpoint: Checkpoint) -> Path:
+    """Download what a single file lacks, from the hub id of MODEL_CONFIG. Returns its folder in the cache."""
+    source, parts = str(checkpoint.config), _parts_in_file(checkpoint)
+    folder = download_pipeline(source, "MODEL_CONFIG", variant=None, unused=dict.fromkeys(parts))
+    for component in parts:
+        # Left out with the weights.
+        find_on_hub(source, f"{component}/config.json", "MODEL_CONFIG")
+    return folder
 
 
 def load_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
@@ -125,6 +139,11 @@ def _load_folder(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
 
 def _load_file(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
     try:
+        if checkpoint.pipeline_class == Z_IMAGE:
+            from inference.checkpoints.z_image_files import load_z_image_file  # noqa: PLC0415 - brings torch
+
+            rest = _weights_of_rest(checkpoint)
+            return load_z_image_file(checkpoint.path, checkpoint.config, dtype, rest and rest.variant)
         return _pipeline_class(checkpoint).from_single_file(
             str(checkpoint.path), config=checkpoint.config, dtype=dtype, **UNUSED[checkpoint.pipeline_class]
         )
@@ -151,9 +170,26 @@ def _weights(checkpoint: Checkpoint) -> Weights:
 def _count_parameters(checkpoint: Checkpoint) -> dict[str, int]:
     """Return the number of parameters in the files of each component."""
     if checkpoint.where is Location.FILE:
-        parts = split(read_shapes(checkpoint.path), checkpoint.pipeline_class)
-        return {name: count_parameters(shapes) for name, shapes in parts.items()}
+        counts = {name: count_parameters(shapes) for name, shapes in _parts_in_file(checkpoint).items()}
+        rest = _weights_of_rest(checkpoint)
+        return counts | ({} if rest is None else _count_in(rest.files))
     files = dict(_weights(checkpoint).files)
     if checkpoint.has_checker:
         files |= find_checker(checkpoint.path).files
+    return _count_in(files)
+
+
+def _count_in(files: Mapping[str, Sequence[Path]]) -> dict[str, int]:
     return {name: sum(count_parameters(read_shapes(path)) for path in paths) for name, paths in files.items()}
+
+
+def _parts_in_file(checkpoint: Checkpoint) -> Mapping[str, Shapes]:
+    """Return the shapes of each component that a single file has."""
+    parts = split(read_shapes(checkpoint.path), checkpoint.pipeline_class)
+    return {name: shapes for name, shapes in parts.items() if shapes}
+
+
+def _weights_of_rest(checkpoint: Checkpoint) -> Weights | None:
+    """Find the weights of the components that a single file lacks; None where it has all."""
+    lacking = [name for name in COMPONENTS[checkpoint.pipeline_class] if name not in _parts_in_file(checkpoint)]
+    return find_weights(Path(checkpoint.config or "").expanduser(), lacking) if lacking else None

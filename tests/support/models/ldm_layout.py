@@ -42,6 +42,12 @@ VAE_NAMES: tuple[Rule, ...] = (
     (r"down_blocks.(\d+).resnets", r"down.\1.block"),
     (r"down_blocks.(\d+).downsamplers.0", r"down.\1.downsample"),
 )
+Z_IMAGE_NAMES: tuple[Rule, ...] = (
+    ("^all_final_layer.2-1", "final_layer"),
+    ("^all_x_embedder.2-1", "x_embedder"),
+    ("attention.to_out.0", "attention.out"),
+    ("attention.norm_([qk])", r"attention.\1_norm"),
+)
 OPEN_CLIP_NAMES: tuple[Rule, ...] = (
     ("^embeddings.position_embedding.weight", "positional_embedding"),
     ("^embeddings.token_embedding", "token_embedding"),
@@ -70,6 +76,17 @@ def write_single_file(path: Path, pipe: Any) -> Path:
     state["betas"] = torch.zeros(1000)
     safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
     return path
+
+
+def z_image_tensors(pipe: Any) -> Tensors:
+    """Return the weights of a Z-Image as ComfyUI saves a checkpoint."""
+    transformer = _renamed(pipe.transformer.state_dict(), Z_IMAGE_NAMES)
+    for name in [name for name in transformer if name.endswith("attention.to_q.weight")]:
+        parts = [transformer.pop(name.replace("to_q", f"to_{letter}")) for letter in "qkv"]
+        transformer[name.replace("to_q", "qkv")] = torch.cat(parts)
+    state = _under("model.diffusion_model", transformer) | _under("vae", _vae(pipe.vae))
+    state |= _under("text_encoders.qwen3_4b.transformer.model", pipe.text_encoder.state_dict())
+    return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
 def _block_rules(config: Mapping[str, Any]) -> Sequence[Rule]:
