@@ -6,13 +6,14 @@ from enum import Enum, auto
 from pathlib import Path
 
 from inference.checkpoints.hub import find_on_hub
+from inference.checkpoints.prediction import Prediction, check_scheduler, prediction_of
 from inference.checkpoints.safety_checker import require_checker
 from inference.checkpoints.single_files import family_of
 from inference.checkpoints.weight_files import (
     PICKLE_SUFFIXES,
     SAFETENSORS,
+    read_header,
     read_json,
-    read_shapes,
 )
 from inference.errors import EngineStartFailed
 
@@ -45,7 +46,7 @@ class Checkpoint:
     """A checkpoint of a supported kind.
 
     `config`: folder or hub id with a single file's configs and tokenizers. Until a hub id `is_fetched`, its weights may
-    be missing. With `has_checker` its safety checker is loaded too.
+    be missing. With `has_checker` its safety checker is loaded too. `prediction`: what a single file says of it.
     """
 
     model_id: str
@@ -55,6 +56,7 @@ class Checkpoint:
     config: str | None = None
     is_fetched: bool = True
     has_checker: bool = False
+    prediction: Prediction = Prediction.UNMARKED
 
     @property
     def public_name(self) -> str:
@@ -77,6 +79,7 @@ def identify(model_id: str, config: str | None, *, has_checker: bool = False) ->
         name = _class_in(folder / INDEX)
         if name not in COMPONENTS:
             raise EngineStartFailed(f"MODEL_ID {model_id!r} holds a {name}; this version runs {', '.join(COMPONENTS)}")
+        check_scheduler(read_json(folder / INDEX), f"MODEL_ID {model_id!r}")
         where = Location.FOLDER if path.is_dir() else Location.HUB
         found = Checkpoint(model_id, name, where, folder, is_fetched=where is Location.FOLDER)
     if has_checker:
@@ -88,10 +91,14 @@ def identify(model_id: str, config: str | None, *, has_checker: bool = False) ->
 def _identify_file(model_id: str, path: Path, config: str | None) -> Checkpoint:
     if path.suffix != SAFETENSORS:
         raise EngineStartFailed(f"MODEL_ID {model_id!r} is neither a folder nor a {SAFETENSORS} file")
-    found = family_of(read_shapes(path), f"MODEL_ID {model_id!r}")
-    if config is not None and (other := _class_in(_find_index(config, "MODEL_CONFIG"))) != found:
-        raise EngineStartFailed(f"MODEL_CONFIG {config!r} holds a {other}, but MODEL_ID {model_id!r} is a {found}")
-    return Checkpoint(model_id, found, Location.FILE, path, config)
+    header, subject = read_header(path), f"MODEL_ID {model_id!r}"
+    found = family_of(header.shapes, subject)
+    if config is not None:
+        index = _find_index(config, "MODEL_CONFIG")
+        if (other := _class_in(index)) != found:
+            raise EngineStartFailed(f"MODEL_CONFIG {config!r} holds a {other}, but {subject} is a {found}")
+        check_scheduler(read_json(index), f"MODEL_CONFIG {config!r}")
+    return Checkpoint(model_id, found, Location.FILE, path, config, prediction=prediction_of(header, subject))
 
 
 def _class_in(index: Path) -> str:

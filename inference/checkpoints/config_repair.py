@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from config.logs import log_event
+from inference.checkpoints.prediction import SCHEDULER_VALUES, Prediction
 from inference.errors import EngineStartFailed
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,16 @@ def fill_in(pipeline: Any, pipeline_class: str, configs: Mapping[str, Mapping[st
             tokenizer = getattr(pipeline, component.replace("text_encoder", "tokenizer"))
             # A tokenizer without a length of its own has one that no machine integer holds.
             tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+
+
+def set_prediction(pipeline: Any, prediction: Prediction) -> None:
+    """Set what a single file says that its UNet predicts: its scheduler's config is another checkpoint's."""
+    import diffusers  # noqa: PLC0415 - brings torch, which the supervisor never imports
+
+    values = SCHEDULER_VALUES[prediction]
+    # Of this class whatever the config's was: others drop the rescaling, and jobs' schedulers are made from it.
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config, **values)
+    log_event(logger, "the file says what its UNet predicts", **values)
 
 
 def check_counts(pipeline: Any, counts: Mapping[str, int], subject: str, *, may_have_more: bool) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inference.checkpoints.checkpoint import COMPONENTS, INDEX, Checkpoint, Location
-from inference.checkpoints.config_repair import check_counts, fill_in
+from inference.checkpoints.config_repair import check_counts, fill_in, set_prediction
 from inference.checkpoints.hub import download_pipeline, one_line
+from inference.checkpoints.prediction import Prediction
 from inference.checkpoints.safety_checker import CHECKER, EXTRACTOR, add_checker, find_checker
 from inference.checkpoints.single_files import split
 from inference.checkpoints.weight_files import (
@@ -83,6 +84,8 @@ def load_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
     subject = f"MODEL_ID {checkpoint.model_id!r}"
     try:
         pipeline = (_load_file if checkpoint.where is Location.FILE else _load_folder)(checkpoint, dtype)
+        if checkpoint.prediction is not Prediction.UNMARKED:
+            set_prediction(pipeline, checkpoint.prediction)
         if checkpoint.has_checker:
             add_checker(pipeline, checkpoint.path, dtype)
     except EngineStartFailed:
