@@ -81,7 +81,7 @@ def test_marks_without_elements_are_read(folder: Path, tmp_path: Path) -> None:
     assert {key: config[key] for key in ZERO_SNR} == ZERO_SNR
 
 
-def test_marked_single_file_draws_what_plain_diffusers_draws_when_told(folder: Path, tmp_path: Path) -> None:
+def test_marked_single_file_draws_what_plain_diffusers_draws_with_that_config(folder: Path, tmp_path: Path) -> None:
     marked = write_single_file(tmp_path / "marked.safetensors", load_pipe(folder), marks=("v_pred", "ztsnr"))
     engine = LocalEngine(settings_of(marked, MODEL_CONFIG=str(folder)))
     plain = load_pipe(folder)
