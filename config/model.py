@@ -80,6 +80,13 @@ class ModelSettings(Section):
         le=50,
         description="Guidance where a job names none; unset is 7.5, for Z-Image 0",
     )
+    guidance_rescale: float = Field(
+        0.0,
+        validation_alias="GUIDANCE_RESCALE",
+        ge=0,
+        le=1,
+        description="Rescaling of guidance where a job names none, for Stable Diffusion and SDXL; 0 is none",
+    )
     controlnets: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         validation_alias="CONTROLNETS",
