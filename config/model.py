@@ -27,6 +27,11 @@ class ModelSettings(Section):
         validation_alias="MODEL_CONFIG",
         description="Folder or hub id of a single file's configs and tokenizers; unset asks the hub",
     )
+    vae_id: str | None = Field(
+        None,
+        validation_alias="VAE_ID",
+        description="Folder, hub id or single `.safetensors` file of a VAE in place of the model's own",
+    )
     cuda_visible_devices: str | None = Field(
         None,
         validation_alias="CUDA_VISIBLE_DEVICES",

@@ -1,11 +1,11 @@
 """Identify a checkpoint by its index or the names of its tensors. Free of torch."""
 
-import re
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from pathlib import Path
 
-from inference.checkpoints.hub import find_on_hub
+from inference.checkpoints.hub import HUB_ID, find_on_hub
+from inference.checkpoints.own_vae import OwnVae, identify_vae
 from inference.checkpoints.prediction import Prediction, check_scheduler, prediction_of
 from inference.checkpoints.safety_checker import require_checker
 from inference.checkpoints.single_files import family_of
@@ -18,7 +18,6 @@ from inference.checkpoints.weight_files import (
 from inference.errors import EngineStartFailed
 
 INDEX = "model_index.json"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 # The components with weights of each kind of pipeline; a safety checker may be added.
 COMPONENTS = {
@@ -46,7 +45,8 @@ class Checkpoint:
     """A checkpoint of a supported kind.
 
     `config`: folder or hub id with a single file's configs and tokenizers. Until a hub id `is_fetched`, its weights may
-    be missing. With `has_checker` its safety checker is loaded too. `prediction`: what a single file says of it.
+    be missing. With `has_checker` its safety checker is loaded too. `prediction`: what a single file says of it. `vae`
+    takes the place of its own.
     """
 
     model_id: str
@@ -57,6 +57,7 @@ class Checkpoint:
     is_fetched: bool = True
     has_checker: bool = False
     prediction: Prediction = Prediction.UNMARKED
+    vae: OwnVae | None = None
 
     @property
     def public_name(self) -> str:
@@ -64,10 +65,10 @@ class Checkpoint:
         return self.model_id if self.where is Location.HUB else self.path.resolve().name.removesuffix(SAFETENSORS)
 
 
-def identify(model_id: str, config: str | None, *, has_checker: bool = False) -> Checkpoint:
-    """Identify MODEL_ID by its index or its tensors' names alone. A hub id costs one small download.
+def identify(model_id: str, config: str | None, *, has_checker: bool = False, vae_id: str | None = None) -> Checkpoint:
+    """Identify MODEL_ID, and VAE_ID, by index, config or tensors' names alone. A hub id costs one small download.
 
-    EngineStartFailed where it is not supported, or lacks the safety checker that `has_checker` requires.
+    EngineStartFailed where one is not supported, or lacks the safety checker that `has_checker` requires.
     """
     path = Path(model_id).expanduser()
     if path.suffix in PICKLE_SUFFIXES:
@@ -85,7 +86,8 @@ def identify(model_id: str, config: str | None, *, has_checker: bool = False) ->
     if has_checker:
         index = None if found.where is Location.FILE else read_json(found.path / INDEX)
         require_checker(f"MODEL_ID {model_id!r}", found.pipeline_class, index)
-    return replace(found, has_checker=has_checker)
+    vae = None if vae_id is None else identify_vae(vae_id, found.pipeline_class)
+    return replace(found, has_checker=has_checker, vae=vae)
 
 
 def _identify_file(model_id: str, path: Path, config: str | None) -> Checkpoint:

@@ -24,17 +24,21 @@ MAX_UNUSED_SHARE = 0.01
 def fill_in(pipeline: Any, pipeline_class: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
     """Set the family's values where a component's config.json lacks them, and the length of CLIP's tokenizers."""
     for component, values in FAMILY_VALUES[pipeline_class].items():
-        config = configs.get(component, values)
-        left_out = {key: value for key, value in values.items() if config.get(key) is None}
-        if left_out:
-            log_event(logger, "a config leaves out values", logging.WARNING, component=component, assumed=left_out)
-            getattr(pipeline, component).register_to_config(**left_out)
+        fill_in_component(getattr(pipeline, component), component, values, configs.get(component, values))
     for component in ("text_encoder", "text_encoder_2"):
         encoder = getattr(pipeline, component, None)
         if encoder is not None and encoder.config.model_type.startswith("clip"):
             tokenizer = getattr(pipeline, component.replace("text_encoder", "tokenizer"))
             # A tokenizer without a length of its own has one that no machine integer holds.
             tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+
+
+def fill_in_component(model: Any, component: str, values: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Set the values that the component's config.json lacks."""
+    left_out = {key: value for key, value in values.items() if config.get(key) is None}
+    if left_out:
+        log_event(logger, "a config leaves out values", logging.WARNING, component=component, assumed=left_out)
+        model.register_to_config(**left_out)
 
 
 def set_prediction(pipeline: Any, prediction: Prediction) -> None:

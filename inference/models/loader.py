@@ -28,7 +28,9 @@ def load_family(settings: ModelSettings, *, device: torch.device, dtype: torch.d
 
     `EngineStartFailed` where it cannot be run.
     """
-    found = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)
+    found = identify(
+        settings.model_id, settings.config_source, has_checker=settings.safety_checker, vae_id=settings.vae_id
+    )
     if settings.guidance_rescale and not issubclass(FAMILIES[found.pipeline_class], UNetFamily):
         reason = f"GUIDANCE_RESCALE is for Stable Diffusion and SDXL, and MODEL_ID {settings.model_id!r} is neither"
         raise EngineStartFailed(f"{reason}: unset it")

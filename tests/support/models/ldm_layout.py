@@ -79,6 +79,13 @@ def write_single_file(
     return path
 
 
+def write_vae_file(path: Path, vae: Any, *, prefix: str = "") -> Path:
+    """Write a VAE alone in the original layout, as it is published, and return `path`."""
+    state = {f"{prefix}{name}": tensor.contiguous() for name, tensor in _vae(vae).items()}
+    safetensors.torch.save_file(state, path)
+    return path
+
+
 def _block_rules(config: Mapping[str, Any]) -> Sequence[Rule]:
     """Return the rules for blocks, which are numbered through: each has its layers and one index more."""
     stride = config["layers_per_block"] + 1
