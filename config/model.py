@@ -27,6 +27,11 @@ class ModelSettings(Section):
         validation_alias="MODEL_CONFIG",
         description="Folder or hub id of what a single file lacks: configs, tokenizers; unset asks the hub",
     )
+    vae_id: str | None = Field(
+        None,
+        validation_alias="VAE_ID",
+        description="Folder, hub id or single `.safetensors` file of a VAE in place of the model's own",
+    )
     cuda_visible_devices: str | None = Field(
         None,
         validation_alias="CUDA_VISIBLE_DEVICES",
@@ -79,6 +84,13 @@ class ModelSettings(Section):
         ge=0,
         le=50,
         description="Guidance where a job names none; unset is 7.5, for Z-Image 0",
+    )
+    guidance_rescale: float = Field(
+        0.0,
+        validation_alias="GUIDANCE_RESCALE",
+        ge=0,
+        le=1,
+        description="Rescaling of guidance where a job names none, for Stable Diffusion and SDXL; 0 is none",
     )
     controlnets: Annotated[tuple[str, ...], NoDecode] = Field(
         (),

@@ -159,6 +159,7 @@ class ActiveRequest:
             scheduler=self.scheduler,
             num_inference_steps=self.request.num_inference_steps,
             guidance_scale=self.request.guidance_scale,
+            guidance_rescale=self.request.guidance_rescale if self.is_guided else 0.0,
             stages=tuple(self.stages),
         )
 

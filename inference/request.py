@@ -57,8 +57,9 @@ class Control:
 class GenerationRequest:
     """The images of one job: one lane for each seed. Sizes in pixels, already multiples of the family's.
 
-    `cfg_normalization` (0: none) and `cfg_truncation` are Z-Image's, as in its pipeline. `arrived_at`
-    (`time.monotonic()`) is the job's arrival: the oldest gets the first free lane.
+    `guidance_rescale` (0: none) is of the families with a UNet, `cfg_normalization` (0: none) and `cfg_truncation` are
+    Z-Image's, as in their pipelines. `arrived_at` (`time.monotonic()`) is the job's arrival: the oldest gets the first
+    free lane.
     """
 
     request_id: str
@@ -73,6 +74,7 @@ class GenerationRequest:
     adapters: tuple[AdapterFile, ...] = ()
     source: Source | None = None
     control: Control | None = None
+    guidance_rescale: float = 0.0
     cfg_normalization: float = 0.0
     cfg_truncation: float = 1.0
     arrived_at: float = 0.0
@@ -157,6 +159,7 @@ class GenerationResult:
     num_inference_steps: int
     guidance_scale: float
     stages: tuple[Stage, ...]
+    guidance_rescale: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,23 +1,23 @@
 """Identify a checkpoint by its index or the names of its tensors. Free of torch."""
 
-import re
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from pathlib import Path
 
-from inference.checkpoints.hub import find_on_hub
+from inference.checkpoints.hub import HUB_ID, find_on_hub
+from inference.checkpoints.own_vae import OwnVae, identify_vae
+from inference.checkpoints.prediction import Prediction, check_scheduler, prediction_of
 from inference.checkpoints.safety_checker import require_checker
 from inference.checkpoints.single_files import family_of, split
 from inference.checkpoints.weight_files import (
     PICKLE_SUFFIXES,
     SAFETENSORS,
+    read_header,
     read_json,
-    read_shapes,
 )
 from inference.errors import EngineStartFailed
 
 INDEX = "model_index.json"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 # The components with weights of each kind of pipeline; a safety checker may be added.
 COMPONENTS = {
@@ -45,7 +45,8 @@ class Checkpoint:
     """A checkpoint of a supported kind.
 
     `config`: folder or hub id with a single file's configs and tokenizers, and the weights that it lacks. Until
-    `is_fetched`, a hub id's weights may be missing. With `has_checker` its safety checker is loaded too.
+    `is_fetched`, a hub id's weights may be missing. With `has_checker` its safety checker is loaded too. `prediction`:
+    what a single file says of it. `vae` takes the place of its own.
     """
 
     model_id: str
@@ -55,6 +56,8 @@ class Checkpoint:
     config: str | None = None
     is_fetched: bool = True
     has_checker: bool = False
+    prediction: Prediction = Prediction.UNMARKED
+    vae: OwnVae | None = None
 
     @property
     def public_name(self) -> str:
@@ -62,10 +65,10 @@ class Checkpoint:
         return self.model_id if self.where is Location.HUB else self.path.resolve().name.removesuffix(SAFETENSORS)
 
 
-def identify(model_id: str, config: str | None, *, has_checker: bool = False) -> Checkpoint:
-    """Identify MODEL_ID by its index or its tensors' names alone. A hub id costs one small download.
+def identify(model_id: str, config: str | None, *, has_checker: bool = False, vae_id: str | None = None) -> Checkpoint:
+    """Identify MODEL_ID, and VAE_ID, by index, config or tensors' names alone. A hub id costs one small download.
 
-    EngineStartFailed where it is not supported, or lacks the safety checker that `has_checker` requires.
+    EngineStartFailed where one is not supported, or lacks the safety checker that `has_checker` requires.
     """
     path = Path(model_id).expanduser()
     if path.suffix in PICKLE_SUFFIXES:
@@ -77,30 +80,36 @@ def identify(model_id: str, config: str | None, *, has_checker: bool = False) ->
         name = _class_in(folder / INDEX)
         if name not in COMPONENTS:
             raise EngineStartFailed(f"MODEL_ID {model_id!r} holds a {name}; this version runs {', '.join(COMPONENTS)}")
+        check_scheduler(read_json(folder / INDEX), f"MODEL_ID {model_id!r}")
         where = Location.FOLDER if path.is_dir() else Location.HUB
         found = Checkpoint(model_id, name, where, folder, is_fetched=where is Location.FOLDER)
     if has_checker:
         index = None if found.where is Location.FILE else read_json(found.path / INDEX)
         require_checker(f"MODEL_ID {model_id!r}", found.pipeline_class, index)
-    return replace(found, has_checker=has_checker)
+    vae = None if vae_id is None else identify_vae(vae_id, found.pipeline_class)
+    return replace(found, has_checker=has_checker, vae=vae)
 
 
 def _identify_file(model_id: str, path: Path, config: str | None) -> Checkpoint:
     if path.suffix != SAFETENSORS:
         raise EngineStartFailed(f"MODEL_ID {model_id!r} is neither a folder nor a {SAFETENSORS} file")
-    shapes = read_shapes(path)
-    found = family_of(shapes, f"MODEL_ID {model_id!r}")
-    is_whole = all(split(shapes, found).values())
-    if not is_whole and config is None:
+    header, subject = read_header(path), f"MODEL_ID {model_id!r}"
+    found = family_of(header.shapes, subject)
+    is_whole = all(split(header.shapes, found).values())
+    if config is not None:
+        index = _find_index(config, "MODEL_CONFIG")
+        if (other := _class_in(index)) != found:
+            raise EngineStartFailed(f"MODEL_CONFIG {config!r} holds a {other}, but {subject} is a {found}")
+        check_scheduler(read_json(index), f"MODEL_CONFIG {config!r}")
+    elif not is_whole:
         raise EngineStartFailed(
-            f"MODEL_ID {model_id!r} is a Z-Image transformer without text encoder or VAE: set MODEL_CONFIG to a"
-            " diffusers folder or hub id that has them"
+            f"{subject} is a Z-Image transformer without text encoder or VAE: set MODEL_CONFIG to a diffusers folder or"
+            " hub id that has them"
         )
-    if config is not None and (other := _class_in(_find_index(config, "MODEL_CONFIG"))) != found:
-        raise EngineStartFailed(f"MODEL_CONFIG {config!r} holds a {other}, but MODEL_ID {model_id!r} is a {found}")
     # The rest of a transformer comes from there, and may have to be downloaded.
     is_fetched = is_whole or Path(config or "").expanduser().is_dir()
-    return Checkpoint(model_id, found, Location.FILE, path, config, is_fetched=is_fetched)
+    prediction = prediction_of(header, subject)
+    return Checkpoint(model_id, found, Location.FILE, path, config, is_fetched=is_fetched, prediction=prediction)
 
 
 def _class_in(index: Path) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from config.logs import log_event
+from inference.checkpoints.prediction import SCHEDULER_VALUES, Prediction
 from inference.errors import EngineStartFailed
 
 logger = logging.getLogger(__name__)
@@ -23,17 +24,31 @@ MAX_UNUSED_SHARE = 0.01
 def fill_in(pipeline: Any, pipeline_class: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
     """Set the family's values where a component's config.json lacks them, and the length of CLIP's tokenizers."""
     for component, values in FAMILY_VALUES[pipeline_class].items():
-        config = configs.get(component, values)
-        left_out = {key: value for key, value in values.items() if config.get(key) is None}
-        if left_out:
-            log_event(logger, "a config leaves out values", logging.WARNING, component=component, assumed=left_out)
-            getattr(pipeline, component).register_to_config(**left_out)
+        fill_in_component(getattr(pipeline, component), component, values, configs.get(component, values))
     for component in ("text_encoder", "text_encoder_2"):
         encoder = getattr(pipeline, component, None)
         if encoder is not None and encoder.config.model_type.startswith("clip"):
             tokenizer = getattr(pipeline, component.replace("text_encoder", "tokenizer"))
             # A tokenizer without a length of its own has one that no machine integer holds.
             tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+
+
+def fill_in_component(model: Any, component: str, values: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Set the values that the component's config.json lacks."""
+    left_out = {key: value for key, value in values.items() if config.get(key) is None}
+    if left_out:
+        log_event(logger, "a config leaves out values", logging.WARNING, component=component, assumed=left_out)
+        model.register_to_config(**left_out)
+
+
+def set_prediction(pipeline: Any, prediction: Prediction) -> None:
+    """Set what a single file says that its UNet predicts: its scheduler's config is another checkpoint's."""
+    import diffusers  # noqa: PLC0415 - brings torch, which the supervisor never imports
+
+    values = SCHEDULER_VALUES[prediction]
+    # Of this class whatever the config's was: others drop the rescaling, and jobs' schedulers are made from it.
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config, **values)
+    log_event(logger, "the file says what its UNet predicts", **values)
 
 
 def check_counts(pipeline: Any, counts: Mapping[str, int], subject: str, *, may_have_more: bool) -> None:

@@ -3,12 +3,14 @@
 The hub's libraries are imported on use: diffusers brings torch, which the supervisor never imports.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from inference.errors import EngineStartFailed
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 MAX_REASON_CHARS = 400
 
 

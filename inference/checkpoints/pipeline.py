@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inference.checkpoints.checkpoint import COMPONENTS, INDEX, Checkpoint, Location
-from inference.checkpoints.config_repair import check_counts, fill_in
+from inference.checkpoints.config_repair import check_counts, fill_in, set_prediction
 from inference.checkpoints.hub import download_pipeline, find_on_hub, one_line
+from inference.checkpoints.own_vae import count_vae_parameters, download_vae, replace_vae
+from inference.checkpoints.prediction import Prediction
 from inference.checkpoints.safety_checker import CHECKER, EXTRACTOR, add_checker, find_checker
 from inference.checkpoints.single_files import Z_IMAGE, split
 from inference.checkpoints.weight_files import (
@@ -43,8 +45,10 @@ def weight_bytes(checkpoint: Checkpoint, bytes_each: int) -> dict[str, int] | No
     """
     try:
         counts = _count_parameters(checkpoint)
+        if checkpoint.vae is not None:
+            counts["vae"] = count_vae_parameters(checkpoint.vae)
     except EngineStartFailed:
-        if checkpoint.is_fetched:
+        if checkpoint.is_fetched and (checkpoint.vae is None or checkpoint.vae.is_fetched):
             raise
         return None
     return {name: count * bytes_each for name, count in counts.items()}
@@ -55,6 +59,8 @@ def download(checkpoint: Checkpoint) -> Checkpoint:
 
     EngineStartFailed where the hub refuses.
     """
+    if checkpoint.vae is not None:
+        checkpoint = replace(checkpoint, vae=download_vae(checkpoint.vae))
     if checkpoint.is_fetched:
         return checkpoint
     if checkpoint.where is Location.FILE:
@@ -97,6 +103,8 @@ def load_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
     subject = f"MODEL_ID {checkpoint.model_id!r}"
     try:
         pipeline = (_load_file if checkpoint.where is Location.FILE else _load_folder)(checkpoint, dtype)
+        if checkpoint.prediction is not Prediction.UNMARKED:
+            set_prediction(pipeline, checkpoint.prediction)
         if checkpoint.has_checker:
             add_checker(pipeline, checkpoint.path, dtype)
     except EngineStartFailed:
@@ -113,6 +121,8 @@ def load_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
     paths = {name: folder / name / "config.json" for name in COMPONENTS[checkpoint.pipeline_class]}
     configs = {name: read_json(path) for name, path in paths.items() if path.is_file()}
     fill_in(pipeline, checkpoint.pipeline_class, configs)
+    if checkpoint.vae is not None:
+        replace_vae(pipeline, checkpoint.vae, checkpoint.pipeline_class, dtype)
     return pipeline
 
 

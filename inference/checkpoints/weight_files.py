@@ -26,6 +26,14 @@ GIT_LFS = b"version "
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+class Header(NamedTuple):
+    """A file's header: the shapes of its floating-point tensors, the names of all, and the text that its writer put."""
+
+    shapes: Shapes
+    names: frozenset[str]
+    metadata: Mapping[str, Any]
+
+
 class Weights(NamedTuple):
     """The files of each component, and the variant to load where a component exists only as that."""
 
@@ -59,6 +67,11 @@ def find_weights(folder: Path, components: Sequence[str]) -> Weights:
 
 def read_shapes(path: Path) -> Shapes:
     """Read the shapes of the file's floating-point tensors by name; EngineStartFailed where the file is not whole."""
+    return read_header(path).shapes
+
+
+def read_header(path: Path) -> Header:
+    """Read the file's header; EngineStartFailed where the file is not whole."""
     with path.open("rb") as file:
         start = file.read(HEADER_LENGTH_BYTES)
         num_bytes = int.from_bytes(start, "little")
@@ -68,14 +81,14 @@ def read_shapes(path: Path) -> Shapes:
         raise EngineStartFailed(f"{path} is a git-lfs pointer and not the weights: run `git lfs pull` where it is")
     try:
         tensors: dict[str, Any] = json.loads(text)
-        tensors.pop("__metadata__", None)
+        metadata = tensors.pop("__metadata__", None)
         needed = HEADER_LENGTH_BYTES + num_bytes + max(one["data_offsets"][1] for one in tensors.values())
         shapes = {name: tuple(one["shape"]) for name, one in tensors.items() if one["dtype"].startswith(("F", "BF"))}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise EngineStartFailed(f"{path} is cut off or no safetensors file: copy or download it again") from error
     if size < needed:
         raise EngineStartFailed(f"{path} is cut off at {size} of {needed} bytes: copy or download it again")
-    return shapes
+    return Header(shapes, frozenset(tensors), metadata if isinstance(metadata, dict) else {})
 
 
 def count_parameters(shapes: Shapes) -> int:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inference.checkpoints.checkpoint import HUB_ID
-from inference.checkpoints.hub import find_on_hub
+from inference.checkpoints.hub import HUB_ID, find_on_hub
 from inference.checkpoints.weight_files import (
     PREFERRED_VARIANT,
     SAFETENSORS,

@@ -15,6 +15,13 @@ def check_cfg_options(request: GenerationRequest, family: str) -> None:
         raise RequestFailed("INVALID_INPUT", reason)
 
 
+def check_guidance_rescale(request: GenerationRequest, family: str) -> None:
+    """Raise `RequestFailed` where the request has a rescaling of guidance, which Z-Image's has none of."""
+    if request.guidance_rescale:
+        reason = f"guidance_rescale belongs to Stable Diffusion and SDXL; this worker runs {family}"
+        raise RequestFailed("INVALID_INPUT", reason)
+
+
 def check_kind(request: GenerationRequest, kinds: Sequence[str]) -> None:
     """Raise `RequestFailed` where the checkpoint supports only other `kinds`."""
     if request.kind not in kinds:

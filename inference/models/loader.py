@@ -13,6 +13,7 @@ from inference.lora.adapter_memory import AdapterMemory
 from inference.models.base import Family
 from inference.models.sdxl import StableDiffusionXL
 from inference.models.stable_diffusion import StableDiffusion
+from inference.models.unet import UNetFamily
 from inference.models.z_image import ZImage
 
 FAMILIES: dict[str, type[StableDiffusion] | type[StableDiffusionXL] | type[ZImage]] = {
@@ -27,7 +28,12 @@ def load_family(settings: ModelSettings, *, device: torch.device, dtype: torch.d
 
     `EngineStartFailed` where it cannot be run.
     """
-    found = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)
+    found = identify(
+        settings.model_id, settings.config_source, has_checker=settings.safety_checker, vae_id=settings.vae_id
+    )
+    if settings.guidance_rescale and not issubclass(FAMILIES[found.pipeline_class], UNetFamily):
+        reason = f"GUIDANCE_RESCALE is for Stable Diffusion and SDXL, and MODEL_ID {settings.model_id!r} is neither"
+        raise EngineStartFailed(f"{reason}: unset it")
     checkpoint = download(found)
     needed = weight_bytes(checkpoint, dtype.itemsize)
     assert needed is not None, "a downloaded checkpoint has its files"  # noqa: S101

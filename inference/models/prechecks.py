@@ -46,7 +46,9 @@ class ModelPrecheck:
 
 def precheck_model(settings: ModelSettings) -> ModelPrecheck:
     """Read the checkpoint's index. `EngineStartFailed` where MODEL_ID is not supported."""
-    checkpoint = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)
+    checkpoint = identify(
+        settings.model_id, settings.config_source, has_checker=settings.safety_checker, vae_id=settings.vae_id
+    )
     family = FAMILIES[checkpoint.pipeline_class]
     path = checkpoint.path / "unet" / "config.json"
     # Empty where the UNet's config is not on this machine.

@@ -157,8 +157,21 @@ class UNetFamily(Family):
         """Return each lane's prediction, of the predictions by row: the guided lanes' pairs are the first."""
         pairs, unguided = predictions[: 2 * len(guided)], predictions[2 * len(guided) :]
         negative, positive = pairs[::2], pairs[1::2]
-        scales = self._upload([lane.owner.request.guidance_scale for lane in guided]).view(-1, 1, 1, 1)
-        return [*(negative + scales * (positive - negative)), *unguided]
+        requests = [lane.owner.request for lane in guided]
+        scales = self._upload([one.guidance_scale for one in requests]).view(-1, 1, 1, 1)
+        drawn = negative + scales * (positive - negative)
+        if any(one.guidance_rescale for one in requests):
+            drawn = _rescaled(drawn, positive, self._upload([one.guidance_rescale for one in requests]))
+        return [*drawn, *unguided]
+
+
+def _rescaled(guided: torch.Tensor, positive: torch.Tensor, rescales: torch.Tensor) -> torch.Tensor:
+    """Move predictions [lanes, channels, height, width] by `rescales` [lanes] to the standard deviation of the
+    prompt's: section 3.4 of Lin et al. 2023. A lane of 0 is unchanged to the bit.
+    """
+    dims, shares = (1, 2, 3), rescales.view(-1, 1, 1, 1)
+    matched = guided * (positive.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
+    return torch.where(shares > 0, shares * matched + (1 - shares) * guided, guided)
 
 
 def _order(lane: Lane) -> tuple[bool, RowAdapters]:

@@ -16,6 +16,7 @@ from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
 from inference.lora.key_names import Z_IMAGE
 from inference.lora.products.rows import RowAdapters
 from inference.models.base import Family
+from inference.models.checks import check_guidance_rescale
 from inference.models.inputs import Prompt, embedding_of, guides_of, sampler_of
 from inference.models.z_image_attention import (
     RowLengths,
@@ -74,7 +75,7 @@ class ZImage(Family):
         return num_steps - int(max(num_steps - num_steps * request.source.strength, 0))
 
     def check(self, request: GenerationRequest) -> None:
-        """Accept every option: this family supports all."""
+        check_guidance_rescale(request, self.name)
 
     def encode(self, prompts: Sequence[Prompt], adapters: Sequence[RowAdapters]) -> list[Embedding]:
         """Return the hidden states before the last layer; adapters do not change the language model."""

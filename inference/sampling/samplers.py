@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 
 from inference.device.uploads import pinned, upload
-from inference.errors import RequestFailed
 from inference.sampling.noise import SuppliedNoise
 from inference.sampling.schedulers import SchedulerTable
 from inference.sampling.source_blend import NO_SOURCE, SourceBlend, SourceLatents
@@ -184,12 +183,7 @@ class Samplers:
         return None if weights is None else upload(weights, device)
 
     def _find_trajectory(self, plan: StepPlan) -> LinearTrajectory:
-        try:
-            found = derive_trajectory(plan, self._scheduler(plan))
-        except IndexError as error:
-            # A bug of diffusers where two timesteps round to one: it starts at the second and runs off the end.
-            steps = f"{plan.num_steps} steps with this checkpoint: ask for other steps"
-            raise RequestFailed("INVALID_INPUT", f"scheduler {plan.scheduler!r} cannot take {steps}") from error
+        found = derive_trajectory(plan, self._scheduler(plan))
         return found if _describes(found, plan, self._scheduler(plan)) else replace(found, weights=None)
 
     def _scheduler(self, plan: StepPlan) -> Any:

@@ -40,6 +40,16 @@ class SchedulerTable:
             raise RequestFailed("INVALID_INPUT", f"scheduler {quoted(name)} is not known; known are {known}")
 
 
+def _heun(config: Any) -> Any:
+    """Return Heun's scheduler with the config's noise levels: its class ignores a rescaling to zero terminal SNR."""
+    if not config.get("rescale_betas_zero_snr"):
+        return diffusers.HeunDiscreteScheduler.from_config(config)
+    # The last is not 0 but what every class that rescales takes for it.
+    alphas_cumprod = diffusers.EulerDiscreteScheduler.from_config(config).alphas_cumprod.numpy().astype(float)
+    betas = 1 - alphas_cumprod / np.concatenate(([1.0], alphas_cumprod[:-1]))
+    return diffusers.HeunDiscreteScheduler.from_config(config, trained_betas=betas.tolist())
+
+
 DIFFUSION = SchedulerTable(
     default="dpm++",
     makers={
@@ -51,7 +61,7 @@ DIFFUSION = SchedulerTable(
         "euler_a": diffusers.EulerAncestralDiscreteScheduler.from_config,
         "ddim": diffusers.DDIMScheduler.from_config,
         "unipc": diffusers.UniPCMultistepScheduler.from_config,
-        "heun": diffusers.HeunDiscreteScheduler.from_config,
+        "heun": _heun,
         "lcm": diffusers.LCMScheduler.from_config,
     },
 )

@@ -19,8 +19,7 @@ from inference.sampling.schedulers import parameters_of, set_timesteps
 class StepPlan:
     """The steps that `scheduler` (None: the default) takes in `num_steps`.
 
-    `shift` as in `set_timesteps`. A lane with a source skips the first `num_skipped`; None, unlike 0, is a lane without
-    one: the schedulers differ in it where two of their timesteps are equal.
+    `shift` as in `set_timesteps`. A lane with a source skips the first `num_skipped`; None is a lane without one.
     """
 
     scheduler: str | None
@@ -35,13 +34,13 @@ class StepPlan:
     def set_up(self, scheduler: Any) -> torch.Tensor:
         """Set up a fresh diffusers scheduler for the plan, and return the timesteps that it will take."""
         set_timesteps(scheduler, self.num_steps, self.shift)
-        times: torch.Tensor = scheduler.timesteps
-        if self.num_skipped is None:
-            return times
-        begin = self.num_skipped * scheduler.order
+        begin = (self.num_skipped or 0) * scheduler.order
         if hasattr(scheduler, "set_begin_index"):
+            # Also for 0. Where the first two timesteps round to one, as Karras' do with zero terminal SNR, diffusers
+            # would begin with the second and run off the end.
             scheduler.set_begin_index(begin)
-        return times[begin:]
+        times: torch.Tensor = scheduler.timesteps[begin:]
+        return times
 
 
 class NoiseLevel(NamedTuple):

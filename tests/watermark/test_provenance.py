@@ -172,6 +172,13 @@ def test_level_full_writes_the_prompts_as_the_web_ui_does() -> None:
     }
 
 
+def test_rescaling_of_guidance_is_written_where_there_was_any() -> None:
+    text = text_of(image_encoder("full").encode(image(), replace(PROVENANCE, guidance_rescale=0.7)))
+
+    assert json.loads(text["Darkroom"])["guidance_rescale"] == 0.7
+    assert "CFG scale: 7.5, CFG Rescale: 0.7, Seed: 42" in text["parameters"]
+
+
 def test_absent_negative_prompt_has_no_line() -> None:
     png = image_encoder("full").encode(image(), replace(PROVENANCE, prompts=Prompts(PROMPT)))
 

@@ -75,6 +75,7 @@ class Provenance:
     adapters: tuple[str, ...] = ()
     artist_name: str | None = None
     prompts: Prompts | None = None
+    guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
         _make_writable(self)
@@ -99,6 +100,7 @@ def build_png_text(provenance: Provenance) -> PngInfo:
         "seed": provenance.seed,
         "steps": provenance.num_inference_steps,
         "guidance_scale": provenance.guidance_scale,
+        **({"guidance_rescale": provenance.guidance_rescale} if provenance.guidance_rescale else {}),
         "scheduler": provenance.scheduler,
         "width": provenance.width,
         "height": provenance.height,
@@ -134,6 +136,8 @@ def _parameters(provenance: Provenance, prompts: Prompts) -> str:
         "Steps": str(provenance.num_inference_steps),
         "Sampler": provenance.scheduler,
         "CFG scale": f"{provenance.guidance_scale:g}",
+        # As A1111's extension of that name writes it.
+        "CFG Rescale": f"{provenance.guidance_rescale:g}" if provenance.guidance_rescale else "",
         "Seed": str(provenance.seed),
         "Size": f"{provenance.width}x{provenance.height}",
         "Model": provenance.model,

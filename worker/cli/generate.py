@@ -90,7 +90,7 @@ def _planned(fields: dict[str, Any], out: Path, model_id: str | None) -> _Plan:
     settings, images = load_section(ModelSettings), load_section(ImageSettings)
     # The fields are decoded as a message's are, with every limit.
     presets = presets_in_force(images, locate=None)
-    rules = JobRules(settings.inference_steps, settings.guidance_scale, local_file, presets)
+    rules = JobRules(settings.inference_steps, settings.guidance_scale, local_file, presets, settings.guidance_rescale)
     job = decode(json.dumps({"data": {"generation_id": 1, **fields}}).encode(), rules)
     outputs = outputs_of(out, job.num_images)
     cutter = Cutter(images.cutout_model)

@@ -33,6 +33,7 @@ class GenerateOptions:
     ] = None
     steps: Annotated[int | None, typer.Option(help="Denoise steps")] = None
     guidance: Annotated[float | None, typer.Option(help="Guidance scale")] = None
+    guidance_rescale: Annotated[float | None, typer.Option(help="Rescaling of guidance, 0 to 1")] = None
     seed: Annotated[int | None, typer.Option(help="Seed of the first picture", min=0)] = None
     images: Annotated[int | None, typer.Option("-n", "--images", help="Number of pictures", min=1, max=8)] = None
     scheduler: Annotated[str | None, typer.Option(help="Scheduler by name")] = None
@@ -104,6 +105,7 @@ def fields_of(options: GenerateOptions) -> dict[str, Any]:
         aspect_ratio=options.aspect,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance,
+        guidance_rescale=options.guidance_rescale,
         seed=options.seed,
         num_images=options.images,
         scheduler=options.scheduler,

@@ -144,6 +144,8 @@ class JobHandler:
             "task_id": job.task_id,
             "seconds": run.seconds,
         }
+        if result.guidance_rescale:
+            metadata["guidance_rescale"] = result.guidance_rescale
         if job.kind is not Kind.TEXT2IMAGE:
             metadata["kind"] = job.kind.value
         if job.style is not None:
@@ -196,6 +198,7 @@ def request_of(
         height=size[1],
         num_inference_steps=job.num_inference_steps or facts.default_steps,
         guidance_scale=facts.default_guidance if job.guidance_scale is None else job.guidance_scale,
+        guidance_rescale=job.guidance_rescale,
         cfg_normalization=job.cfg_normalization,
         cfg_truncation=job.cfg_truncation,
         seeds=job.seeds,

@@ -63,6 +63,7 @@ def rules_from(model: ModelSettings, store: StoreSettings, images: ImageSettings
     return JobRules(
         default_steps=model.inference_steps,
         default_guidance=model.guidance_scale,
+        default_rescale=model.guidance_rescale,
         locate=locate,
         presets=presets_in_force(images, locate),
     )
@@ -138,6 +139,7 @@ def _build(wire: WireData, message: Mapping[str, Any], identity: Identity, rules
         num_images=wire.num_images or 1,
         num_inference_steps=_first(parameters.steps, wire.num_inference_steps, made.steps, rules.default_steps),
         guidance_scale=_first(parameters.cfg_scale, wire.guidance_scale, made.guidance_scale, rules.default_guidance),
+        guidance_rescale=_first(wire.guidance_rescale, rules.default_rescale),
         cfg_normalization=parameters.cfg_normalization or 0.0,
         cfg_truncation=_first(parameters.cfg_truncation, 1.0),
         scheduler=_first(parameters.scheduler, wire.scheduler) or None,

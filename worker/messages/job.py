@@ -126,6 +126,7 @@ class Job:
     style: str | None = None
     industry: str | None = None
     ignored: tuple[str, ...] = ()
+    guidance_rescale: float = 0.0
 
     @property
     def seeds(self) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ class JobRules:
     default_guidance: float | None
     locate: Callable[[str], ObjectRef]
     presets: Callable[[], Presets] = builtin_presets
+    default_rescale: float = 0.0
 
 
 class Identity(NamedTuple):

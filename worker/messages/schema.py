@@ -218,6 +218,11 @@ class WireData(_Wire):
     )
     num_inference_steps: _Steps | None = Field(default=None, description="The worker's default where it is not given")
     guidance_scale: _Guidance | None = Field(default=None, description="The worker's default where it is not given")
+    guidance_rescale: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None,
+        description="How far a guided step is brought back to the prompt's own contrast; not for Z-Image. The worker's "
+        "default where it is not given",
+    )
     width: _Side | None = Field(
         default=None, description="Pixels, together with height; rounded to the model's multiple"
     )

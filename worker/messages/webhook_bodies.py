@@ -47,6 +47,7 @@ class ImageMetadata(TypedDict):
     seed: Annotated[int, Field(ge=0, le=MAX_SEED, description="The job's, or the one derived from task_id")]
     steps: Annotated[int, Field(ge=1)]
     guidance_scale: Annotated[float, Field(ge=0)]
+    guidance_rescale: NotRequired[Annotated[float, Field(gt=0, le=1, description="Where there was any")]]
     prompt_tags: Annotated[list[str], Field(description="The job's own, as they came")]
     width: Annotated[int, Field(ge=1, description="Of the stored picture, pixels")]
     height: Annotated[int, Field(ge=1, description="Of the stored picture, pixels")]

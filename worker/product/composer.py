@@ -78,7 +78,12 @@ class ProductComposer:
             image = self._refined(image, cutout, at)
         raw = RawImage(image.width, image.height, image.tobytes(), self.request.seeds[0])
         result = GenerationResult(
-            (raw,), self.scheduler, self.request.num_inference_steps, self.request.guidance_scale, stages=()
+            (raw,),
+            self.scheduler,
+            self.request.num_inference_steps,
+            self.request.guidance_scale,
+            stages=(),
+            guidance_rescale=self.request.guidance_rescale,
         )
         return GeneratedImages(result, () if at is None else (at,))
 

@@ -90,6 +90,7 @@ def provenance_of(job: Job, result: GenerationResult, image: RawImage, *, model:
         seed=image.seed,
         num_inference_steps=result.num_inference_steps,
         guidance_scale=result.guidance_scale,
+        guidance_rescale=result.guidance_rescale,
         scheduler=result.scheduler,
         width=image.width,
         height=image.height,

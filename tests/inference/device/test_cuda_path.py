@@ -155,6 +155,14 @@ def test_a_step_with_a_controlnet_for_one_of_two_lanes_waits_for_nothing(model: 
     assert stalls_of(model, lanes) == []
 
 
+@pytest.mark.parametrize("name", UNET_NAMES)
+def test_rescaled_guidance_of_one_of_two_lanes_makes_no_step_wait(model: FullModel, name: str) -> None:
+    requests = [model.request(0, guidance_rescale=0.7), model.request(1)]
+    lanes = model.join(requests, [(), ()], [None, None])
+
+    assert stalls_of(model, lanes) == []
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_adapter_at_a_scale_of_its_own_makes_no_step_wait(model: FullModel, name: str) -> None:
     lanes = model.lanes(1, [model.adapted(8, ATTENTION, scale=0.7)])

@@ -61,8 +61,13 @@ OPEN_CLIP_NAMES: tuple[Rule, ...] = (
 )
 
 
-def write_single_file(path: Path, pipe: Any) -> Path:
-    """Write the pipeline's weights in the layout of its family and return `path`."""
+def write_single_file(
+    path: Path, pipe: Any, *, marks: Sequence[str] = (), metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write the pipeline's weights in the layout of its family and return `path`.
+
+    `marks`: names of tensors of one element beside the weights.
+    """
     unet = _renamed(pipe.unet.state_dict(), (*UNET_NAMES, *_block_rules(pipe.unet.config)))
     state = _under("model.diffusion_model", unet) | _under("first_stage_model", _vae(pipe.vae))
     if hasattr(pipe, "text_encoder_2"):
@@ -74,7 +79,16 @@ def write_single_file(path: Path, pipe: Any) -> Path:
         state |= _under("cond_stage_model.transformer.text_model", _text(pipe.text_encoder))
     # What the training code keeps beside the weights.
     state["betas"] = torch.zeros(1000)
-    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    state |= {mark: torch.ones(1) for mark in marks}
+    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
+    safetensors.torch.save_file(contiguous, path, None if metadata is None else dict(metadata))
+    return path
+
+
+def write_vae_file(path: Path, vae: Any, *, prefix: str = "") -> Path:
+    """Write a VAE alone in the original layout, as it is published, and return `path`."""
+    state = {f"{prefix}{name}": tensor.contiguous() for name, tensor in _vae(vae).items()}
+    safetensors.torch.save_file(state, path)
     return path
 
 

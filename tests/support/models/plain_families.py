@@ -81,6 +81,8 @@ def drawn_by(pipe: Any, request: GenerationRequest, **embeddings: torch.Tensor) 
         "guidance_scale": request.guidance_scale,
         "generator": generator,
     }
+    if request.guidance_rescale:
+        arguments["guidance_rescale"] = request.guidance_rescale
     if embeddings:
         arguments |= embeddings
     else:

@@ -28,7 +28,7 @@ from worker.messages.rules import JobRules
 EVERYTHING_PLAIN = (
     *("--negative", "blurry", "--style", "anime", "--industry", "cafe", "--lora", "a.safetensors", "--lora", "b/"),
     *("--scale", "0.5", "--signature", "s.png", "--artist", "서울", "--aspect", "1:2", "--steps", "9", "--seed", "7"),
-    *("--guidance", "0", "-n", "2", "--scheduler", "euler"),
+    *("--guidance", "0", "--guidance-rescale", "0.7", "-n", "2", "--scheduler", "euler"),
 )
 
 
@@ -99,6 +99,7 @@ def test_the_plain_options_reach_the_job(rules: JobRules) -> None:
     assert job.adapters == (JobAdapter(at("a.safetensors"), 0.5), JobAdapter(at("b/"), 0.5))
     assert (job.signature_ref, job.artist_name, job.aspect) == (at("s.png"), "서울", (1, 2))
     assert (job.num_inference_steps, job.guidance_scale, job.seeds, job.scheduler) == (9, 0, (7, 8), "euler")
+    assert job.guidance_rescale == 0.7
     assert job.kind is Kind.TEXT2IMAGE
 
 

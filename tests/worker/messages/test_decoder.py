@@ -223,11 +223,19 @@ def test_fields_set_by_neither_job_nor_settings_default_to_the_family_s(rules: J
 
 
 def test_the_worker_s_defaults_hold_where_a_job_names_nothing(rules: JobRules) -> None:
-    own = JobRules(default_steps=8, default_guidance=0.0, locate=rules.locate)
+    own = JobRules(default_steps=8, default_guidance=0.0, default_rescale=0.7, locate=rules.locate)
 
     job = job_of(own, message())
 
-    assert (job.num_inference_steps, job.guidance_scale) == (8, 0.0)
+    assert (job.num_inference_steps, job.guidance_scale, job.guidance_rescale) == (8, 0.0, 0.7)
+
+
+def test_a_job_s_rescaling_of_guidance_wins_over_the_worker_s(rules: JobRules) -> None:
+    own = JobRules(None, None, default_rescale=0.7, locate=rules.locate)
+
+    assert job_of(own, message(guidance_rescale=0)).guidance_rescale == 0.0
+    assert job_of(rules, message(guidance_rescale=0.2)).guidance_rescale == 0.2
+    assert job_of(rules, message(guidance_rescale=None)).guidance_rescale == 0.0
 
 
 @pytest.mark.parametrize("created_at", [None, "", "yesterday", 5, "x" * 10_000, "\ud800", ["2025-01-20T11:30:00Z"]])
@@ -379,6 +387,7 @@ LIMITS: list[tuple[str, Any, Any]] = [
     ("num_images", [1, 8], [0, 9]),
     ("num_inference_steps", [1, 150], [0, 151]),
     ("guidance_scale", [0, 0.0, 50], [-0.1, 50.1]),
+    ("guidance_rescale", [0, 0.5, 1], [-0.1, 1.1]),
     ("scheduler", ["a" * 100], ["a" * 101]),
     ("artist_name", ["a" * 100], ["a" * 101]),
     ("prompt_tags", [[], ["a" * 200] * 100, ["a"] * 1000, ["", " "], [None], ""], [["a"] * 1001, ["a" * 201], [5]]),

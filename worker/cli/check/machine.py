@@ -62,7 +62,9 @@ def check_memory(settings: ModelSettings) -> str:
     gpu = None if settings.device == "cpu" else GpuMonitor(settings.visible_gpu).read()
     bytes_each = PARAMETER_BYTES.get(settings.dtype, 4 if gpu is None else 2)
     try:
-        found = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)
+        found = identify(
+            settings.model_id, settings.config_source, has_checker=settings.safety_checker, vae_id=settings.vae_id
+        )
         needed = weight_bytes(found, bytes_each)
         controlnets = find_controlnets(settings.controlnet_sources)
     except EngineStartFailed:

@@ -29,7 +29,9 @@ Load = Callable[[ModelSettings], ModelFacts]
 def check_model(settings: ModelSettings, load: Load) -> str:
     """Load the model and time a step. Headers come first: a truncated file is found before gigabytes are read."""
     try:
-        found = identify(settings.model_id, settings.config_source, has_checker=settings.safety_checker)
+        found = identify(
+            settings.model_id, settings.config_source, has_checker=settings.safety_checker, vae_id=settings.vae_id
+        )
         weight_bytes(found, SINGLE_PRECISION_BYTES)
         facts = load(settings)
     except EngineError as error:
