@@ -46,6 +46,12 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", validation_alias="DTYPE", description="`auto` is float32 on a CPU, bfloat16 or float16 on a GPU"
     )
+    weights: Literal["auto", "fp8"] = Field(
+        "auto",
+        validation_alias="WEIGHTS",
+        description="`fp8` keeps linear layers in 8 bits: half of Z-Image's memory, other pictures;"
+        " `auto` has all in DTYPE",
+    )
     compile: Literal["off", "blocks"] = Field(
         "off",
         validation_alias="COMPILE",

@@ -13,6 +13,7 @@ from inference.checkpoints.config_repair import check_counts, fill_in, set_predi
 from inference.checkpoints.hub import download_pipeline, find_on_hub, one_line
 from inference.checkpoints.own_vae import count_vae_parameters, download_vae, replace_vae
 from inference.checkpoints.prediction import Prediction
+from inference.checkpoints.quantization import Storage, bytes_of
 from inference.checkpoints.safety_checker import CHECKER, EXTRACTOR, add_checker, find_checker
 from inference.checkpoints.single_files import Z_IMAGE, split
 from inference.checkpoints.weight_files import (
@@ -38,20 +39,22 @@ UNUSED: dict[str, dict[str, Any]] = {
 }
 
 
-def weight_bytes(checkpoint: Checkpoint, bytes_each: int) -> dict[str, int] | None:
+def weight_bytes(checkpoint: Checkpoint, bytes_each: int, storage: Storage = "auto") -> dict[str, int] | None:
     """Return the bytes of each component's weights in memory, at `bytes_each` a parameter, from the files' headers.
 
-    None for a hub id whose weights are not in the cache yet. EngineStartFailed names a file that is damaged.
+    An estimate of what `storage` keeps in fewer bits. None for a hub id whose weights are not in the cache yet.
+    EngineStartFailed names a file that is damaged.
     """
     try:
-        counts = _count_parameters(checkpoint)
+        shapes = _read_shapes(checkpoint)
+        found = {name: bytes_of(name, own, bytes_each, storage) for name, own in shapes.items()}
         if checkpoint.vae is not None:
-            counts["vae"] = count_vae_parameters(checkpoint.vae)
+            found["vae"] = count_vae_parameters(checkpoint.vae) * bytes_each
     except EngineStartFailed:
         if checkpoint.is_fetched and (checkpoint.vae is None or checkpoint.vae.is_fetched):
             raise
         return None
-    return {name: count * bytes_each for name, count in counts.items()}
+    return found
 
 
 def download(checkpoint: Checkpoint) -> Checkpoint:
@@ -99,7 +102,7 @@ def load_pipeline(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
     """
     checkpoint = download(checkpoint)
     # Reads every header, and so names a damaged file before the libraries fail on it.
-    counts = _count_parameters(checkpoint)
+    counts = {name: count_parameters(shapes) for name, shapes in _read_shapes(checkpoint).items()}
     subject = f"MODEL_ID {checkpoint.model_id!r}"
     try:
         pipeline = (_load_file if checkpoint.where is Location.FILE else _load_folder)(checkpoint, dtype)
@@ -177,20 +180,22 @@ def _weights(checkpoint: Checkpoint) -> Weights:
     return find_weights(checkpoint.path, COMPONENTS[checkpoint.pipeline_class])
 
 
-def _count_parameters(checkpoint: Checkpoint) -> dict[str, int]:
-    """Return the number of parameters in the files of each component."""
+def _read_shapes(checkpoint: Checkpoint) -> dict[str, Shapes]:
+    """Read the shapes in the files of each component."""
     if checkpoint.where is Location.FILE:
-        counts = {name: count_parameters(shapes) for name, shapes in _parts_in_file(checkpoint).items()}
         rest = _weights_of_rest(checkpoint)
-        return counts | ({} if rest is None else _count_in(rest.files))
+        return dict(_parts_in_file(checkpoint)) | ({} if rest is None else _read_all(rest.files))
     files = dict(_weights(checkpoint).files)
     if checkpoint.has_checker:
         files |= find_checker(checkpoint.path).files
-    return _count_in(files)
+    return _read_all(files)
 
 
-def _count_in(files: Mapping[str, Sequence[Path]]) -> dict[str, int]:
-    return {name: sum(count_parameters(read_shapes(path)) for path in paths) for name, paths in files.items()}
+def _read_all(files: Mapping[str, Sequence[Path]]) -> dict[str, Shapes]:
+    return {
+        name: {tensor: shape for path in paths for tensor, shape in read_shapes(path).items()}
+        for name, paths in files.items()
+    }
 
 
 def _parts_in_file(checkpoint: Checkpoint) -> Mapping[str, Shapes]:

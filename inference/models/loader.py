@@ -4,8 +4,9 @@ import torch
 
 from config.model import ModelSettings
 from inference.checkpoints.checkpoint import identify
-from inference.checkpoints.memory_plan import free_bytes, most_adapter_bytes, place, plan_and_warn
+from inference.checkpoints.memory_plan import Placement, free_bytes, most_adapter_bytes, place, plan_and_warn
 from inference.checkpoints.pipeline import download, load_pipeline, weight_bytes
+from inference.checkpoints.quantization import quantize
 from inference.controlnet.files import find_controlnets
 from inference.controlnet.loader import ControlNets
 from inference.errors import EngineStartFailed
@@ -35,12 +36,17 @@ def load_family(settings: ModelSettings, *, device: torch.device, dtype: torch.d
         reason = f"GUIDANCE_RESCALE is for Stable Diffusion and SDXL, and MODEL_ID {settings.model_id!r} is neither"
         raise EngineStartFailed(f"{reason}: unset it")
     checkpoint = download(found)
-    needed = weight_bytes(checkpoint, dtype.itemsize)
+    needed = weight_bytes(checkpoint, dtype.itemsize, settings.weights)
     assert needed is not None, "a downloaded checkpoint has its files"  # noqa: S101
     files = find_controlnets(settings.controlnet_sources)
     controlnets = ControlNets(files, max_bytes=settings.controlnet_max_bytes, device=device, dtype=dtype)
     free, chosen = free_bytes(device) - controlnets.most_bytes, settings.adapter_max_bytes
     placement = plan_and_warn(device.type, needed, free, chosen)
+    if settings.weights == "fp8" and placement is Placement.OFFLOADED:
+        raise EngineStartFailed(
+            "WEIGHTS=fp8: the model does not fit the GPU as a whole, and its parts cannot take turns in float8: free"
+            " memory, use a larger GPU, or unset WEIGHTS"
+        )
     memory = AdapterMemory(
         settings.adapter_slots,
         settings.adapter_max_rank,
@@ -48,6 +54,8 @@ def load_family(settings: ModelSettings, *, device: torch.device, dtype: torch.d
         is_chosen=chosen is not None,
     )
     pipeline = load_pipeline(checkpoint, dtype)
+    if settings.weights == "fp8":
+        quantize(pipeline)
     try:
         place(pipeline, device, placement)
         family = FAMILIES[checkpoint.pipeline_class](pipeline, device=device, memory=memory)

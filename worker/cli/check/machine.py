@@ -65,7 +65,7 @@ def check_memory(settings: ModelSettings) -> str:
         found = identify(
             settings.model_id, settings.config_source, has_checker=settings.safety_checker, vae_id=settings.vae_id
         )
-        needed = weight_bytes(found, bytes_each)
+        needed = weight_bytes(found, bytes_each, settings.weights)
         controlnets = find_controlnets(settings.controlnet_sources)
     except EngineStartFailed:
         needed = None
@@ -74,6 +74,8 @@ def check_memory(settings: ModelSettings) -> str:
         return f"{free / GB:.1f} GB are free; what the weights take is known once they are here and whole"
 
     weights = f"{sum(needed.values()) / GB:.2f} GB of weights at {8 * bytes_each} bits"
+    if settings.weights == "fp8":
+        weights += ", large layers at 8"
     kept = most_bytes(controlnets, bytes_each, settings.controlnet_max_bytes)
     if kept:
         weights += f", with {kept / GB:.2f} GB kept for ControlNets"
