@@ -89,13 +89,16 @@ def test_the_documented_dialect_gives_progress_then_one_complete_and_a_signed_im
 
 
 def test_stored_image_has_its_parameters_and_not_its_prompt(world: World) -> None:
-    generation_id = publish_and_wait(world, prompt="neon: a red fox", lora_path=world.upload_demo_adapter("neon"))
+    generation_id = publish_and_wait(
+        world, prompt="neon: a red fox", lora_path=world.upload_demo_adapter("neon"), guidance_rescale=0.7
+    )
 
     png = world.png(generation_id)
     stored = json.loads(world.image(generation_id).info["Darkroom"])
     metadata = world.backend.ends(generation_id)[0].body["metadata"]
     assert (stored.pop("kind"), stored.pop("adapters")) == ("text2image", ["neon"])
     assert stored == {name: metadata[name] for name in stored}
+    assert stored["guidance_rescale"] == 0.7
     assert b"red fox" not in png
 
 
