@@ -157,8 +157,10 @@ def configure_logging(level: str, log_format: LogFormat = "auto") -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # pika logs hosts and whole connections, also for expected events; worker.amqp.consumer logs every loss itself.
     logging.getLogger("pika").setLevel(logging.CRITICAL)
-    # At each import it misses a name that later versions of torchao do not have, and that nothing here uses.
-    logging.getLogger("diffusers.quantizers.torchao.torchao_quantizer").setLevel(logging.ERROR)
+    # At each import: torchao has kernels that this machine cannot load, and two others mention what is no longer needed
+    # for it. Weights are kept in float8 without either.
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     # Pillow warns of odd signatures by `warnings`, which would print plain lines between ours.
     logging.captureWarnings(True)
     # A closed or full stdout must not print a traceback for every line; the job goes on.
