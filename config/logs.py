@@ -141,6 +141,14 @@ class BackgroundHandler(logging.Handler):
         return "".join(f"{line}\n" for line in lines).encode()
 
 
+def silence_imports() -> None:
+    """Leave out what libraries say when they are imported: torchao of kernels that this machine cannot load, and two
+    others of what they no longer need of it. Weights are kept in float8 without either.
+    """
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def configure_logging(level: str, log_format: LogFormat = "auto") -> None:
     """Install the handlers of `log_format` on the root logger; third parties log from WARNING on."""
     has_text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
@@ -157,10 +165,7 @@ def configure_logging(level: str, log_format: LogFormat = "auto") -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # pika logs hosts and whole connections, also for expected events; worker.amqp.consumer logs every loss itself.
     logging.getLogger("pika").setLevel(logging.CRITICAL)
-    # At each import: torchao has kernels that this machine cannot load, and two others mention what is no longer needed
-    # for it. Weights are kept in float8 without either.
-    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence_imports()
     # Pillow warns of odd signatures by `warnings`, which would print plain lines between ours.
     logging.captureWarnings(True)
     # A closed or full stdout must not print a traceback for every line; the job goes on.

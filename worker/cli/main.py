@@ -14,7 +14,7 @@ from rich.console import Console
 
 from config.broker import BrokerSettings
 from config.images import ImageSettings
-from config.logs import configure_logging
+from config.logs import configure_logging, silence_imports
 from config.redacting import quoted
 from config.section import load_section
 from config.service import ServiceSettings
@@ -51,6 +51,7 @@ def main() -> None:
     """Run the `darkroom` command."""
     # Every failure ends as one sentence; pika would log a traceback before it. `run` sets up its own logs.
     logging.getLogger("pika").setLevel(logging.CRITICAL)
+    silence_imports()
     app()
 
 
