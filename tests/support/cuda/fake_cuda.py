@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from inference.lora.products import paged_products
+from tests.support.cuda import roofline
 from tests.support.cuda.cuda_stand_ins import guarded, replaced, replacements
 from tests.support.cuda.operators import (
     is_composed,
@@ -25,6 +26,7 @@ from tests.support.cuda.operators import (
     outline,
     tensors_in,
 )
+from tests.support.cuda.roofline import Launch
 from tests.support.cuda.tally import Event, Tally
 from tests.support.paths import ROOT
 
@@ -50,11 +52,11 @@ INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, 
 
 
 class CachedEffect(NamedTuple):
-    """Cached effect of an operator on arguments like these: its kernels, and what it returned. A number is the index of
-    the argument that was returned.
+    """Cached effect of an operator on arguments like these: its kernels with their work, and what it returned. A number
+    is the index of the argument that was returned.
     """
 
-    kernels: tuple[str, ...]
+    launches: tuple[Launch, ...]
     made: Any
 
 
@@ -66,7 +68,7 @@ class FakeCuda(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self._pinned = WeakTensorKeyDictionary()
         self._effects: dict[Any, CachedEffect] = {}
-        self._launched: list[str] = []
+        self._launched: list[Launch] = []
         self._tally = Tally()
         self._part = "outside"
         self._is_inside = False  # an operator that torch composes of others
@@ -114,13 +116,15 @@ class FakeCuda(FakeTensorMode):
             self._is_host_fake = False
 
     def watch(self, module: torch.nn.Module, part: str) -> None:
-        """Count the kernels of `module`'s forwards as those of `part`."""
+        """Count the kernels of `module`'s forwards as those of `part`, also inside a module of another part."""
+        before: list[str] = []
 
         def enter(*_: Any) -> None:
+            before.append(self._part)
             self._part = part
 
         def leave(*_: Any) -> None:
-            self._part = "outside"
+            self._part = before.pop()
 
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
@@ -160,7 +164,7 @@ class FakeCuda(FakeTensorMode):
         key = (func, *map(likeness, args), *((name, likeness(value)) for name, value in kwargs.items()))
         effect = self._effects.get(key)
         if effect is not None:
-            self._launch(effect.kernels)
+            self._launch(*effect.launches)
             return self._again(effect.made, args)
         num_events, num_launched = len(self._tally.events), len(self._launched)
         made = self._made(func, types, args, kwargs)
@@ -189,19 +193,19 @@ class FakeCuda(FakeTensorMode):
     def _ran(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         made = self._faked(func, types, args, kwargs)
         if func not in NO_KERNEL and not func.is_view and is_on_device(made, args):
-            self._launch((func.overloadpacket.__name__,))
+            self._launch(roofline.launch_of(func, args, kwargs, made))
         return made
 
-    def _launch(self, kernels: Sequence[str]) -> None:
-        self._launched += kernels
-        self._tally.kernels[self._part].update(kernels)
+    def _launch(self, *launches: Launch) -> None:
+        self._launched += launches
+        self._tally.add(self._part, launches)
 
-    def _launched_by_triton(self, _grid: tuple[int, ...], *args: Any, **_constants: int) -> None:
+    def _launched_by_triton(self, grid: tuple[int, int, int], *args: Any, **constants: int) -> None:
         if any(one.device != DEVICE or not one.is_contiguous() for one in tensors_in(args[:1])):
             raise RuntimeError("the kernel reads contiguous tensors on the device")
         if {one.device for one in tensors_in(args)} != {DEVICE}:
             raise RuntimeError("the kernel was given a tensor that is not on the device")
-        self._launch(("add_pages",))
+        self._launch(roofline.adapters(grid, args, constants["BLOCK_TOKENS"]))
 
     def _decomposed(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         with self:
@@ -244,7 +248,7 @@ class FakeCuda(FakeTensorMode):
         tensors = list(tensors_in((*args, *kwargs.values())))
         if {one.device for one in tensors} != {DEVICE}:
             raise RuntimeError(f"attention over tensors on {sorted({str(one.device) for one in tensors})}")
-        self._launch(("masked_attention" if len(tensors) > 3 else "attention",))
+        self._launch(roofline.attention(args[0], args[1], is_masked=len(tensors) > 3))
         # In the query's memory format, as the kernels leave it.
         return self._faked(aten.empty_like.default, types, args[:1], {})
 

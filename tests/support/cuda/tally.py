@@ -1,7 +1,10 @@
 """Tally of a device's work: kernels launched, copies made, and waits of the host."""
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from tests.support.cuda.roofline import Launch
 
 
 class Event(NamedTuple):
@@ -29,11 +32,17 @@ class Event(NamedTuple):
 
 
 class Tally:
-    """What ran inside `FakeCuda.counting`: kernels by the part that launched them, and events."""
+    """What ran inside `FakeCuda.counting`: kernels and their work by the part that launched them, and events."""
 
     def __init__(self) -> None:
         self.kernels: dict[str, Counter[str]] = defaultdict(Counter)
+        self.launches: dict[str, list[Launch]] = defaultdict(list)
         self.events: list[Event] = []
+
+    def add(self, part: str, launches: Sequence[Launch]) -> None:
+        """Add kernels of a part."""
+        self.kernels[part].update(launch.kernel for launch in launches)
+        self.launches[part] += launches
 
     def num_kernels(self, part: str) -> int:
         return self.kernels[part].total()
