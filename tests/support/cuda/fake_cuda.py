@@ -5,7 +5,6 @@ models cost nothing. Tensors on the CPU stay real, and with them schedulers, gen
 from the device is zeros. `python -m tests.support.cuda.fake_cuda` prints how many kernels a denoise step launches.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -27,8 +26,7 @@ from tests.support.cuda.operators import (
     tensors_in,
 )
 from tests.support.cuda.roofline import Launch
-from tests.support.cuda.tally import Event, Tally
-from tests.support.paths import ROOT
+from tests.support.cuda.tally import Event, Tally, line_at_work
 
 DEVICE = torch.device("cuda:0")
 
@@ -280,22 +278,13 @@ class FakeCuda(FakeTensorMode):
         if not source.numel():
             return  # torch copies nothing
         what = "download" if to_host else "upload"
-        self._tally.events.append(Event(what, _where(), str(tuple(source.shape)), host in self._pinned, is_blocking))
+        self._tally.events.append(
+            Event(what, line_at_work(), str(tuple(source.shape)), host in self._pinned, is_blocking)
+        )
 
     def note_sync(self, name: str) -> None:
         """Record that the host waits for the device."""
-        self._tally.events.append(Event("sync", _where(), name))
-
-
-def _where() -> str:
-    """Return the line of the project's own code that is running, `file:line`."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if name.startswith(f"{ROOT}/inference/"):
-            return f"{name.removeprefix(f'{ROOT}/')}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "outside the engine"
+        self._tally.events.append(Event("sync", line_at_work(), name))
 
 
 if __name__ == "__main__":

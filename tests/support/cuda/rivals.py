@@ -17,7 +17,7 @@ from benchmarks.models import ADAPTERS
 from tests.support.cuda import roofline
 from tests.support.cuda.fake_cuda import DEVICE, FakeCuda
 from tests.support.cuda.roofline import Launch, Part, Work
-from tests.support.models.full_models import FAMILIES, bring
+from tests.support.models.full_models import bring
 from tests.support.models.full_pipelines import build_pipeline
 
 # A call of two steps and one of a step more: their difference is a step.
@@ -61,7 +61,7 @@ class Rival:
         self._pixels = pixels
         self._pipeline = build_pipeline(name)
         self._pipeline.set_progress_bar_config(disable=True)
-        schedulers = FAMILIES[name].schedulers
+        schedulers = self.model.family.schedulers
         _, self._pipeline.scheduler = schedulers.make(None, self._pipeline.scheduler.config)
         # It asks the device, which has no values.
         self._pipeline.scheduler.index_for_timestep = lambda *_: 0

@@ -98,7 +98,11 @@ class Part(NamedTuple):
 
     def less(self, other: "Part", times: int = 1) -> "Part":
         """Return what is left without `other`."""
-        return Part(*(own - times * others for own, others in zip(self, other, strict=True)))
+        return Part(
+            self.full_seconds - times * other.full_seconds,
+            self.wave_seconds - times * other.wave_seconds,
+            self.num_launches - times * other.num_launches,
+        )
 
     def gpu_seconds(self, assumption: Assumption) -> float:
         return self.wave_seconds if assumption.is_in_waves else self.full_seconds
@@ -122,7 +126,6 @@ def launch_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], made: Any)
         work = Work(num_bytes, 2 * made.numel() * args[1][0].numel(), CONVOLUTION_SHARE * PEAK_FLOPS, fill)
         bias = Work(2 * made.nbytes, num_read=made.numel(), num_written=made.numel())
         return Launch(name, (work, bias) if args[2] is not None else (work,))
-    num_written = sum(one.numel() for one in outputs)
     if func in OVERWRITING:
         inputs = inputs[1:]
     elif func in GATHERS:
@@ -130,6 +133,7 @@ def launch_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], made: Any)
     elif func is aten.native_group_norm.default:
         inputs = [*inputs, inputs[0]]  # for its moments, and again
     num_bytes = sum(map(_stored_bytes, (*inputs, *outputs)))
+    num_written = sum(one.numel() for one in outputs)
     return Launch(name, (Work(num_bytes, num_read=sum(map(_num_stored, inputs)), num_written=num_written),))
 
 
@@ -181,9 +185,9 @@ def fused(launches: Iterable[Launch]) -> list[Work]:
     return kernels
 
 
-def flops(launches: Iterable[Launch], *, without: str = "") -> int:
-    """Count the FLOPs of all kernels but the one called `without`."""
-    return sum(work.flops for launch in launches if launch.kernel != without for work in launch.works)
+def flops(launches: Iterable[Launch]) -> int:
+    """Count the FLOPs of all kernels."""
+    return sum(work.flops for work in eager(launches))
 
 
 def _fill(num_rows: int, num_columns: int, num_summed: int) -> float:

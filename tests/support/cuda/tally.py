@@ -1,10 +1,12 @@
 """Tally of a device's work: kernels launched, copies made, and waits of the host."""
 
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tests.support.cuda.roofline import Launch
+from tests.support.paths import ROOT
 
 
 class Event(NamedTuple):
@@ -54,3 +56,14 @@ class Tally:
     @property
     def stalls(self) -> list[str]:
         return [str(event) for event in self.events if event.stalls]
+
+
+def line_at_work() -> str:
+    """Return the line of the project's own code that is running, `file:line`."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(f"{ROOT}/inference/"):
+            return f"{name.removeprefix(f'{ROOT}/')}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "outside the engine"
