@@ -5,7 +5,6 @@ models cost nothing. Tensors on the CPU stay real, and with them schedulers, gen
 from the device is zeros. `python -m tests.support.cuda.fake_cuda` prints how many kernels a denoise step launches.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from inference.lora.products import paged_products
+from tests.support.cuda import roofline
 from tests.support.cuda.cuda_stand_ins import guarded, replaced, replacements
 from tests.support.cuda.operators import (
     is_composed,
@@ -25,8 +25,8 @@ from tests.support.cuda.operators import (
     outline,
     tensors_in,
 )
-from tests.support.cuda.tally import Event, Tally
-from tests.support.paths import ROOT
+from tests.support.cuda.roofline import Launch
+from tests.support.cuda.tally import Event, Tally, line_at_work
 
 DEVICE = torch.device("cuda:0")
 
@@ -50,11 +50,11 @@ INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, 
 
 
 class CachedEffect(NamedTuple):
-    """Cached effect of an operator on arguments like these: its kernels, and what it returned. A number is the index of
-    the argument that was returned.
+    """Cached effect of an operator on arguments like these: its kernels with their work, and what it returned. A number
+    is the index of the argument that was returned.
     """
 
-    kernels: tuple[str, ...]
+    launches: tuple[Launch, ...]
     made: Any
 
 
@@ -66,7 +66,7 @@ class FakeCuda(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self._pinned = WeakTensorKeyDictionary()
         self._effects: dict[Any, CachedEffect] = {}
-        self._launched: list[str] = []
+        self._launched: list[Launch] = []
         self._tally = Tally()
         self._part = "outside"
         self._is_inside = False  # an operator that torch composes of others
@@ -114,13 +114,15 @@ class FakeCuda(FakeTensorMode):
             self._is_host_fake = False
 
     def watch(self, module: torch.nn.Module, part: str) -> None:
-        """Count the kernels of `module`'s forwards as those of `part`."""
+        """Count the kernels of `module`'s forwards as those of `part`, also inside a module of another part."""
+        before: list[str] = []
 
         def enter(*_: Any) -> None:
+            before.append(self._part)
             self._part = part
 
         def leave(*_: Any) -> None:
-            self._part = "outside"
+            self._part = before.pop()
 
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
@@ -160,7 +162,7 @@ class FakeCuda(FakeTensorMode):
         key = (func, *map(likeness, args), *((name, likeness(value)) for name, value in kwargs.items()))
         effect = self._effects.get(key)
         if effect is not None:
-            self._launch(effect.kernels)
+            self._launch(*effect.launches)
             return self._again(effect.made, args)
         num_events, num_launched = len(self._tally.events), len(self._launched)
         made = self._made(func, types, args, kwargs)
@@ -189,19 +191,19 @@ class FakeCuda(FakeTensorMode):
     def _ran(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         made = self._faked(func, types, args, kwargs)
         if func not in NO_KERNEL and not func.is_view and is_on_device(made, args):
-            self._launch((func.overloadpacket.__name__,))
+            self._launch(roofline.launch_of(func, args, kwargs, made))
         return made
 
-    def _launch(self, kernels: Sequence[str]) -> None:
-        self._launched += kernels
-        self._tally.kernels[self._part].update(kernels)
+    def _launch(self, *launches: Launch) -> None:
+        self._launched += launches
+        self._tally.add(self._part, launches)
 
-    def _launched_by_triton(self, _grid: tuple[int, ...], *args: Any, **_constants: int) -> None:
+    def _launched_by_triton(self, grid: tuple[int, int, int], *args: Any, **constants: int) -> None:
         if any(one.device != DEVICE or not one.is_contiguous() for one in tensors_in(args[:1])):
             raise RuntimeError("the kernel reads contiguous tensors on the device")
         if {one.device for one in tensors_in(args)} != {DEVICE}:
             raise RuntimeError("the kernel was given a tensor that is not on the device")
-        self._launch(("add_pages",))
+        self._launch(roofline.adapters(grid, args, constants["BLOCK_TOKENS"]))
 
     def _decomposed(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         with self:
@@ -244,7 +246,7 @@ class FakeCuda(FakeTensorMode):
         tensors = list(tensors_in((*args, *kwargs.values())))
         if {one.device for one in tensors} != {DEVICE}:
             raise RuntimeError(f"attention over tensors on {sorted({str(one.device) for one in tensors})}")
-        self._launch(("masked_attention" if len(tensors) > 3 else "attention",))
+        self._launch(roofline.attention(args[0], args[1], is_masked=len(tensors) > 3))
         # In the query's memory format, as the kernels leave it.
         return self._faked(aten.empty_like.default, types, args[:1], {})
 
@@ -276,22 +278,13 @@ class FakeCuda(FakeTensorMode):
         if not source.numel():
             return  # torch copies nothing
         what = "download" if to_host else "upload"
-        self._tally.events.append(Event(what, _where(), str(tuple(source.shape)), host in self._pinned, is_blocking))
+        self._tally.events.append(
+            Event(what, line_at_work(), str(tuple(source.shape)), host in self._pinned, is_blocking)
+        )
 
     def note_sync(self, name: str) -> None:
         """Record that the host waits for the device."""
-        self._tally.events.append(Event("sync", _where(), name))
-
-
-def _where() -> str:
-    """Return the line of the project's own code that is running, `file:line`."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if name.startswith(f"{ROOT}/inference/"):
-            return f"{name.removeprefix(f'{ROOT}/')}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "outside the engine"
+        self._tally.events.append(Event("sync", line_at_work(), name))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,12 @@
 """Tally of a device's work: kernels launched, copies made, and waits of the host."""
 
+import sys
 from collections import Counter, defaultdict
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from tests.support.cuda.roofline import Launch
+from tests.support.paths import ROOT
 
 
 class Event(NamedTuple):
@@ -29,11 +34,17 @@ class Event(NamedTuple):
 
 
 class Tally:
-    """What ran inside `FakeCuda.counting`: kernels by the part that launched them, and events."""
+    """What ran inside `FakeCuda.counting`: kernels and their work by the part that launched them, and events."""
 
     def __init__(self) -> None:
         self.kernels: dict[str, Counter[str]] = defaultdict(Counter)
+        self.launches: dict[str, list[Launch]] = defaultdict(list)
         self.events: list[Event] = []
+
+    def add(self, part: str, launches: Sequence[Launch]) -> None:
+        """Add kernels of a part."""
+        self.kernels[part].update(launch.kernel for launch in launches)
+        self.launches[part] += launches
 
     def num_kernels(self, part: str) -> int:
         return self.kernels[part].total()
@@ -45,3 +56,14 @@ class Tally:
     @property
     def stalls(self) -> list[str]:
         return [str(event) for event in self.events if event.stalls]
+
+
+def line_at_work() -> str:
+    """Return the line of the project's own code that is running, `file:line`."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(f"{ROOT}/inference/"):
+            return f"{name.removeprefix(f'{ROOT}/')}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "outside the engine"

@@ -64,7 +64,7 @@ class FullModel:
         pipeline = build_pipeline(name)
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
-                _bring(component)
+                bring(component)
         family = FAMILIES[name.removesuffix("-inpaint")]
         self.family: Family = family(pipeline, device=DEVICE)
         self.denoiser = pipeline.transformer if family is ZImage else pipeline.unet
@@ -140,7 +140,7 @@ class FullModel:
     def guide(self) -> Guide:
         """Build a full-size ControlNet for the model, and its control image."""
         net = CONTROLNETS[self.name](self.denoiser)
-        _bring(net)
+        bring(net)
         on_disk: Any = OnDisk(net)
         self.family.controlnets = on_disk
         net = self.family.load_control("full")
@@ -165,7 +165,7 @@ class FullModel:
         return Adapter(layers)
 
 
-def _bring(model: torch.nn.Module) -> None:
+def bring(model: torch.nn.Module) -> None:
     """Move a model of meta tensors to the fake device, in bf16."""
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
