@@ -41,10 +41,11 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", validation_alias="DTYPE", description="`auto` is float32 on a CPU, bfloat16 or float16 on a GPU"
     )
-    compile: Literal["off", "blocks"] = Field(
+    compile: Literal["off", "blocks", "graphs"] = Field(
         "off",
         validation_alias="COMPILE",
-        description="`blocks` compiles the denoiser's blocks before the first job: faster steps, minutes to start",
+        description="`blocks` compiles the denoiser's blocks before the first job: faster steps, minutes to start;"
+        " `graphs` replays its forwards as CUDA graphs too",
     )
     max_concurrent_generations: int = Field(
         10, validation_alias="MAX_CONCURRENT_GENERATIONS", ge=1, le=256, description="Pictures denoised at once"

@@ -123,7 +123,8 @@ def add_pages(
     last_out = tl.minimum(first_out + split, fan_out)
     pages += first_page
     scales += first_page
-    if num_tokens > 0:
+    # A row of a table that stays in place may have no pages.
+    if num_tokens > 0 and num_pages > 0:
         # As few ranks at once as the row has: the tensor cores multiply padding like anything else.
         if num_pages <= 2:
             _add_ranks(

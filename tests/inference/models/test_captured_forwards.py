@@ -1,0 +1,110 @@
+"""Captured forwards of every family: batches that change between replays, and those that run eagerly."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from diffusers import DiffusionPipeline
+
+from inference.lora.products import paged_products
+from inference.request import AdapterFile, GenerationRequest
+from tests.support.cuda.recorded_capture import RecordedCapture
+from tests.support.cuda.reference_kernel import add_pages
+from tests.support.engine.engine_requests import request_of
+from tests.support.engine.watched_engine import WatchedEngine, submit_together
+from tests.support.images.parity import draw, psnr
+from tests.support.long import long_but
+from tests.support.models.tiny_adapters import ATTENTION, write_adapter
+from tests.support.models.tiny_models import build_tiny_sd, build_tiny_sdxl, build_tiny_z_image
+
+pytestmark = [pytest.mark.usefixtures("one_thread", "no_forward_failed")]
+
+BUILDERS: dict[str, Callable[[Path], Path]] = {
+    "sd": build_tiny_sd,
+    "sdxl": build_tiny_sdxl,
+    "z_image": build_tiny_z_image,
+}
+# More rows in one product add up in another order.
+SAME_DB = 60.0
+NUM_BATCHES = 12
+LONG = "a red fox sits on a green hill, under a wide sky, and looks at the sea. " * 2
+
+
+class Pair:
+    """Two engines of one checkpoint, the first with captured forwards; and adapters for it."""
+
+    def __init__(self, name: str, checkpoint: Path) -> None:
+        self.name = name
+        self.capture = RecordedCapture(add_pages)
+        self.adapters = adapters_of(checkpoint)
+        self.captured = WatchedEngine(checkpoint)
+        # As on a GPU: the products of adapters are the kernel's.
+        self.captured.model.bank._has_kernel = True
+        self.captured.model.capture_forwards(self.capture)
+        self.eager = WatchedEngine(checkpoint)
+
+    def close(self) -> None:
+        self.captured.close()
+        self.eager.close()
+
+    def assert_equal(self, requests: Sequence[GenerationRequest]) -> None:
+        """Assert that drawn together by replays, each gives the image that it gives alone without."""
+        calls = submit_together(self.captured, requests)
+        ratios = [psnr(call.image, draw(self.eager, call.request)[0]) for call in calls]
+        assert min(ratios) >= SAME_DB, ratios
+
+
+def adapters_of(checkpoint: Path) -> list[AdapterFile]:
+    """Write adapters of three ranks, two of them for more layers than those of attention."""
+    pipe = DiffusionPipeline.from_pretrained(checkpoint)
+    more = ("ff.net.2",) if hasattr(pipe, "unet") else ("feed_forward.w1", "cap_embedder.1", "all_x_embedder.2-1")
+    files = []
+    for rank, others in ((4, ()), (16, more), (40, more)):
+        path = checkpoint.parent / f"rank{rank}.safetensors"
+        write_adapter(path, pipe, layout="diffusers_new", rank=rank, seed=rank, targets=(*ATTENTION, *others))
+        files.append(AdapterFile(path, None, 0.7))
+    return files
+
+
+@pytest.fixture(scope="module", params=long_but(list(BUILDERS), "sd", "z_image"))
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Iterator[Pair]:
+    made = Pair(request.param, BUILDERS[request.param](tmp_path_factory.mktemp(request.param) / "checkpoint"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paged_products, "launch", made.capture.launch)
+        yield made
+    made.close()
+
+
+def job(seed: int, **fields: Any) -> GenerationRequest:
+    return request_of(**{"width": 64, "height": 64, "num_inference_steps": 6, "seeds": (seed,)} | fields)
+
+
+def mixed_batches(adapters: Sequence[AdapterFile]) -> Iterator[list[GenerationRequest]]:
+    """Yield batches of jobs that differ in adapters, scales, sizes, guidance and steps, so that lanes leave early."""
+    random = Random(18)
+    for number in range(NUM_BATCHES):
+        size = random.choice((64, 64, 80))
+        yield [
+            job(
+                random.randrange(1000),
+                width=size,
+                prompt=random.choice(("a red fox", "a hill")),
+                guidance_scale=random.choice((0.0, 5.0)),
+                num_inference_steps=random.choice((4, 6, 9)),
+                adapters=tuple(
+                    replace(one, scale=random.choice((0.4, 1.0, -0.5)))
+                    for one in random.sample(list(adapters), number % 3)
+                ),
+            )
+            for _ in range(random.randrange(1, 6))
+        ]
+
+
+def test_replays_give_the_images_of_eager_forwards_whatever_changes_between_them(pair: Pair) -> None:
+    for requests in mixed_batches(pair.adapters):
+        pair.assert_equal(requests)
+
+    assert pair.capture.num_replays > pair.capture.num_captures
