@@ -97,7 +97,7 @@ def add_pages(
     [tokens, fan_in] and the outputs [tokens, fan_out] are contiguous; `slab` [pages, page_width] holds the layers' A
     from `a_start` and their B from `b_start` on. `table` [rows, 4]: the row's first token, as a multiple of
     `tokens_per_row`; its tokens, -1 for `tokens_per_row`; the first of its entries in `pages` and `scales`, and their
-    number.
+    number, 0 for a row without adapters.
     """
     entry = table + tl.program_id(0) // blocks_per_row * 4
     first_token = tl.load(entry).to(tl.int64) * tokens_per_row

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from diffusers import DiffusionPipeline
 
+from inference.errors import EngineStartFailed
 from inference.lora.products import paged_products
 from inference.request import AdapterFile, GenerationRequest
 from tests.support.cuda.recorded_capture import RecordedCapture
@@ -37,7 +38,7 @@ class Pair:
     """Two engines of one checkpoint, the first with captured forwards; and adapters for it."""
 
     def __init__(self, name: str, checkpoint: Path) -> None:
-        self.name = name
+        self.name, self.checkpoint = name, checkpoint
         self.capture = RecordedCapture(add_pages)
         self.adapters = adapters_of(checkpoint)
         self.captured = WatchedEngine(checkpoint)
@@ -108,3 +109,44 @@ def test_replays_give_the_images_of_eager_forwards_whatever_changes_between_them
         pair.assert_equal(requests)
 
     assert pair.capture.num_replays > pair.capture.num_captures
+
+
+def num_replays_of(pair: Pair, requests: Sequence[GenerationRequest]) -> int:
+    before = pair.capture.num_replays
+    pair.assert_equal(requests)
+    return pair.capture.num_replays - before
+
+
+def test_prompts_of_different_lengths_run_eagerly(pair: Pair) -> None:
+    # A size that no other test draws, without the usher's.
+    requests = [job(1, height=96), job(2, height=96, prompt=LONG * 2)]
+
+    assert num_replays_of(pair, requests) == 0
+
+
+def test_an_adapter_of_convolutions_that_read_neighbours_runs_eagerly(pair: Pair, tmp_path: Path) -> None:
+    if pair.name == "z_image":
+        pytest.skip("it has none")
+    path = tmp_path / "conv.safetensors"
+    pipe = DiffusionPipeline.from_pretrained(pair.checkpoint)
+    write_adapter(path, pipe, layout="diffusers_new", rank=4, targets=(*ATTENTION, "conv1"))
+
+    assert num_replays_of(pair, [job(1, height=112, adapters=(AdapterFile(path, None, 1.0),))]) == 0
+
+
+# --- The start
+
+
+def test_graphs_need_a_gpu(pair: Pair) -> None:
+    with pytest.raises(EngineStartFailed, match=r"^COMPILE=graphs needs a GPU, .*: set COMPILE=blocks$"):
+        WatchedEngine(pair.checkpoint, COMPILE="graphs", DEVICE="cpu")
+
+
+def test_an_offloaded_model_is_not_captured(pair: Pair) -> None:
+    denoiser = pair.eager.model._denoiser
+    denoiser._hf_hook = object()
+
+    with pytest.raises(EngineStartFailed, match=r"^COMPILE=graphs needs the whole model on the GPU"):
+        pair.eager.model.capture_forwards(RecordedCapture())
+
+    del denoiser._hf_hook

@@ -14,7 +14,7 @@ from tests.support.cuda.operators import tensors_in
 
 aten = torch.ops.aten
 # The host would wait for their results, which no capture allows.
-WAITS = frozenset({aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default})
+WAITS = frozenset({aten.item.default, aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default})
 
 
 class RecordedCapture:
