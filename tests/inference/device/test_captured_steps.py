@@ -67,7 +67,8 @@ def test_a_captured_step_uploads_nothing_waits_for_nothing_and_is_one_launch_bes
     step = model.step(lanes)
 
     assert capture.tally.events == []
-    assert capture.tally.num_kernels("denoiser") >= eager.num_kernels("denoiser") - NUM_LANES
+    # Without what pads captions.
+    assert capture.tally.num_kernels("denoiser") >= 0.95 * eager.num_kernels("denoiser")
     assert capture.num_replays == 1
     assert step.num_kernels("denoiser") == 0
     assert step.num_kernels("outside") <= MOST_LAUNCHES[name]

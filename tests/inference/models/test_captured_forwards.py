@@ -4,18 +4,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 
+from inference.device.forward_graphs import EAGER_RUNS
 from inference.errors import EngineStartFailed
+from inference.lane import Lane
 from inference.lora.products import paged_products
 from inference.request import AdapterFile, GenerationRequest
 from tests.support.cuda.recorded_capture import RecordedCapture
 from tests.support.cuda.reference_kernel import add_pages
 from tests.support.engine.engine_requests import request_of
-from tests.support.engine.watched_engine import WatchedEngine, submit_together
+from tests.support.engine.watched_engine import WatchedEngine, WatchedModel, submit_together
 from tests.support.images.parity import draw, psnr
 from tests.support.long import long_but
 from tests.support.models.tiny_adapters import ATTENTION, write_adapter
@@ -34,6 +37,17 @@ NUM_BATCHES = 12
 LONG = "a red fox sits on a green hill, under a wide sky, and looks at the sea. " * 2
 
 
+class NotingModel(WatchedModel):
+    """Notes the heights of the images in each forward of any engine of it, and whether it ran eagerly."""
+
+    forwards: ClassVar[list[tuple[set[int], bool]]] = []
+
+    def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
+        predictions = super().denoise(lanes)
+        self.forwards.append(({lane.owner.request.height for lane in lanes}, self.ran_eagerly))
+        return predictions
+
+
 class Pair:
     """Two engines of one checkpoint, the first with captured forwards; and adapters for it."""
 
@@ -41,7 +55,7 @@ class Pair:
         self.name, self.checkpoint = name, checkpoint
         self.capture = RecordedCapture(add_pages)
         self.adapters = adapters_of(checkpoint)
-        self.captured = WatchedEngine(checkpoint)
+        self.captured = WatchedEngine(checkpoint, NotingModel)
         # As on a GPU: the products of adapters are the kernel's.
         self.captured.model.bank._has_kernel = True
         self.captured.model.capture_forwards(self.capture)
@@ -111,17 +125,20 @@ def test_replays_give_the_images_of_eager_forwards_whatever_changes_between_them
     assert pair.capture.num_replays > pair.capture.num_captures
 
 
-def num_replays_of(pair: Pair, requests: Sequence[GenerationRequest]) -> int:
-    before = pair.capture.num_replays
+def assert_eager(pair: Pair, requests: Sequence[GenerationRequest]) -> None:
+    """Assert that every forward with one of the requests runs eagerly. No other test draws their height."""
     pair.assert_equal(requests)
-    return pair.capture.num_replays - before
+
+    height = requests[0].height
+    ran_eagerly = [is_eager for heights, is_eager in NotingModel.forwards if height in heights]
+    assert ran_eagerly == [True] * len(ran_eagerly)
+    assert len(ran_eagerly) > EAGER_RUNS + 1
 
 
 def test_prompts_of_different_lengths_run_eagerly(pair: Pair) -> None:
-    # A size that no other test draws, without the usher's.
     requests = [job(1, height=96), job(2, height=96, prompt=LONG * 2)]
 
-    assert num_replays_of(pair, requests) == 0
+    assert_eager(pair, requests)
 
 
 def test_an_adapter_of_convolutions_that_read_neighbours_runs_eagerly(pair: Pair, tmp_path: Path) -> None:
@@ -131,7 +148,7 @@ def test_an_adapter_of_convolutions_that_read_neighbours_runs_eagerly(pair: Pair
     pipe = DiffusionPipeline.from_pretrained(pair.checkpoint)
     write_adapter(path, pipe, layout="diffusers_new", rank=4, targets=(*ATTENTION, "conv1"))
 
-    assert num_replays_of(pair, [job(1, height=112, adapters=(AdapterFile(path, None, 1.0),))]) == 0
+    assert_eager(pair, [job(1, height=112, adapters=(AdapterFile(path, None, 1.0),))])
 
 
 # --- The start
