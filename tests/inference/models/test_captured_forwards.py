@@ -167,3 +167,34 @@ def test_an_offloaded_model_is_not_captured(pair: Pair) -> None:
         pair.eager.model.capture_forwards(RecordedCapture())
 
     del denoiser._hf_hook
+
+
+# --- Out of memory
+
+
+class CrowdedModel(NotingModel):
+    """Finds no memory for several lanes while there are graphs."""
+
+    def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
+        if len(lanes) > 1 and self.num_bytes_of_graphs:
+            self.batches.append(list(lanes))
+            raise torch.OutOfMemoryError("the graphs have it")
+        return super().denoise(lanes)
+
+
+def test_a_step_without_memory_drops_the_graphs_and_keeps_its_lanes(tmp_path: Path) -> None:
+    capture = RecordedCapture()
+    engine = WatchedEngine(build_tiny_sd(tmp_path / "checkpoint"), CrowdedModel)
+    engine.model.capture_forwards(capture)
+    draw(engine, job(1))
+    assert capture.num_captures == 1
+    engine.model.batches.clear()
+
+    calls = submit_together(engine, [job(2), job(3)])
+
+    assert [call.image.size for call in calls] == [(64, 64)] * 2
+    assert capture.num_releases >= 1
+    # The batch that found no memory, and the same once more.
+    tries = [len(batch) for batch in engine.model.batches if len(batch) > 1]
+    assert tries[0] == tries[1]
+    engine.close()
