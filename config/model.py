@@ -52,10 +52,11 @@ class ModelSettings(Section):
         description="`fp8` keeps linear layers in 8 bits: half of Z-Image's memory, other pictures;"
         " `auto` has all in DTYPE",
     )
-    compile: Literal["off", "blocks"] = Field(
+    compile: Literal["off", "blocks", "graphs"] = Field(
         "off",
         validation_alias="COMPILE",
-        description="`blocks` compiles the denoiser's blocks before the first job: faster steps, minutes to start",
+        description="`blocks` compiles the denoiser's blocks before the first job: faster steps, minutes to start;"
+        " `graphs` replays its forwards as CUDA graphs too",
     )
     max_concurrent_generations: int = Field(
         10, validation_alias="MAX_CONCURRENT_GENERATIONS", ge=1, le=256, description="Pictures denoised at once"

@@ -88,8 +88,13 @@ class Device:
         return max(1, int(USABLE_SHARE * (self._free_bytes() - self._reserved_bytes()) / measured.bytes_per_row))
 
     @contextmanager
-    def measured(self, shape: Hashable, num_rows: int) -> Iterator[None]:
-        """Measure the peak memory of a forward of `num_rows`. Reads the allocator's counters: no synchronisation."""
+    def measured(
+        self, shape: Hashable, num_rows: int, is_measurable: Callable[[], bool] = lambda: True
+    ) -> Iterator[None]:
+        """Measure the peak memory of a forward of `num_rows`. Reads the allocator's counters: no synchronisation.
+
+        `is_measurable()`, asked at the end: False where it did not allocate its activations.
+        """
         known = self._measured.get(shape)
         # The more rows, the smaller the share of the memory that a forward takes whatever its rows.
         if not self._is_cuda or (known is not None and num_rows < known.num_rows):
@@ -98,6 +103,8 @@ class Device:
         torch.cuda.reset_peak_memory_stats(self._device)
         before = self._counters().allocated
         yield
+        if not is_measurable():
+            return
         after = self._counters()
         # What another thread loaded during the forward stays, and is not the forward's.
         taken = after.peak - max(before, after.allocated)

@@ -34,6 +34,8 @@ class BatchRunner:
         if not batch:
             return [], []
         guarded = self._forward(batch)
+        if isinstance(guarded.error, torch.OutOfMemoryError) and self._model.drop_graphs():
+            guarded = self._forward(batch)
         while isinstance(guarded.error, torch.OutOfMemoryError) and len(batch) > 1:
             logger.warning("out of memory with %d lanes: trying half of them", len(batch))
             batch = self._batcher.halve(batch)
@@ -62,7 +64,8 @@ class BatchRunner:
 
     def _forward(self, batch: list[Lane]) -> Guarded[list[torch.Tensor]]:
         def forward() -> list[torch.Tensor]:
-            with self._device.measured(batch[0].shape, sum(lane.num_rows for lane in batch)):
+            num_rows = sum(lane.num_rows for lane in batch)
+            with self._device.measured(batch[0].shape, num_rows, lambda: self._model.ran_eagerly):
                 return self._model.denoise(batch)
 
         return self._device.guard(forward)

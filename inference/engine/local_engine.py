@@ -12,6 +12,7 @@ import transformers
 
 from config.logs import log_event
 from config.model import ModelSettings
+from inference.device.forward_graphs import CudaCapture
 from inference.engine.step_loop import StepLoop
 from inference.engine.warm_up import WarmUp
 from inference.errors import EngineClosed, EngineFault, EngineStartFailed, RequestFailed
@@ -40,6 +41,8 @@ class LocalEngine:
         _silence_libraries()
         started_at = time.monotonic()
         device = _choose_device(settings.device)
+        if settings.compile == "graphs" and device.type != "cuda":
+            raise EngineStartFailed("COMPILE=graphs needs a GPU, and this worker draws on the CPU: set COMPILE=blocks")
         dtype = _choose_dtype(settings.dtype, device)
         self._model = self._load(settings, device, dtype)
         self._on_load_report = on_load_report
@@ -104,7 +107,7 @@ class LocalEngine:
     def _warm_up(self, settings: ModelSettings) -> float:
         """Return the seconds of a step."""
         warm_up = WarmUp(self._model, self._enqueue, self._loop.forget)
-        if settings.compile == "blocks":
+        if settings.compile != "off":
             started_at = time.monotonic()
             self._model.compile_blocks()
             warm_up.compile_blocks(settings.max_concurrent_generations)
@@ -114,6 +117,9 @@ class LocalEngine:
         # On a CPU there is nothing to load: it would only delay the first job.
         if self._model.device.type == "cuda":
             warm_up.load_kernels(settings.max_concurrent_generations)
+        if settings.compile == "graphs":
+            # Not before: its forwards load kernels, and are shapes that jobs may never have.
+            self._model.capture_forwards(CudaCapture(self._model.device))
         return step_seconds
 
     def _enqueue(self, active: ActiveRequest) -> None:

@@ -22,11 +22,20 @@ TRIES_ALONE = 3
 class OutOfMemoryPolicy:
     """Decides, and makes room in the batch and in what admission holds ahead. The loop's thread calls it."""
 
-    def __init__(self, batcher: Batcher[Lane], admission: Admission, running: Callable[[], Sequence[Lane]]) -> None:
-        """`running()`: the lanes that hold memory of the device, denoising or to be decoded."""
+    def __init__(
+        self,
+        batcher: Batcher[Lane],
+        admission: Admission,
+        *,
+        running: Callable[[], Sequence[Lane]],
+        drop_graphs: Callable[[], bool],
+    ) -> None:
+        """`running()`: the lanes that hold memory of the device, denoising or to be decoded. `drop_graphs()` frees that
+        of captured forwards, and is False where there are none."""
         self._batcher = batcher
         self._admission = admission
         self._running = running
+        self._drop_graphs = drop_graphs
 
     def must_run_alone(self, active: ActiveRequest) -> bool:
         """Return whether the request has to wait until no other runs: it has used up its tries beside others."""
@@ -36,6 +45,7 @@ class OutOfMemoryPolicy:
         """Return the answer to a claim, of one of `waiting`, that ran out of memory; WITHDRAWN where it must fail."""
         place = waiting.index(active)
         is_freed = self._admission.free_memory(waiting[:place], active, waiting[place + 1 :])
+        is_freed |= self._drop_graphs()
         if place or self._is_beside_others(active):
             self._note(active)
             return Claim.NOT_YET
@@ -48,6 +58,7 @@ class OutOfMemoryPolicy:
         hold; False after any other error."""
         if not isinstance(error, torch.OutOfMemoryError) or not self._is_beside_others(active):
             return False
+        self._drop_graphs()
         self._note(active)
         for lane in self._batcher.active:
             if lane.owner is active and lane.sampler is None:

@@ -35,10 +35,15 @@ class StepLoop:
     ) -> None:
         """`on_ready` is called, on another thread, when a request may join that could not before."""
         self._model = model
-        self._device = Device(model.device, lambda: self._admission.num_bytes_to_come)
+        self._device = Device(model.device, lambda: self._admission.num_bytes_to_come + self._model.num_bytes_of_graphs)
         self._batcher: Batcher[Lane] = Batcher(max_lanes, self._device.max_rows)
         self._admission = Admission(model, num_slots=num_slots, max_rank=max_rank, on_ready=on_ready)
-        self._oom = OutOfMemoryPolicy(self._batcher, self._admission, lambda: [*self._batcher.active, *self._denoised])
+        self._oom = OutOfMemoryPolicy(
+            self._batcher,
+            self._admission,
+            running=lambda: [*self._batcher.active, *self._denoised],
+            drop_graphs=model.drop_graphs,
+        )
         self._runner = BatchRunner(model, self._device, self._batcher, self._fail)
         self._previews = Previews(model, self._device, preview_every)
         self._decoder = Decoder(model, self._device)

@@ -14,7 +14,8 @@ beginning; what they add is settled before a forward, and again only where its r
 import logging
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from config.logs import log_event
+from inference.device.uploads import upload
 from inference.lora.adapter import Adapter
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
 from inference.lora.layers import PAGE_RANK, LayerGroup, Slab, by_kind, fill, layer_groups, split, zeros
@@ -29,6 +31,7 @@ from inference.lora.products.adapted_layers import Products, adapt
 from inference.lora.products.low_rank import GatheredWeights, LowRankProducts, gather
 from inference.lora.products.paged_products import find_paged_products, has_kernel
 from inference.lora.products.rows import AppliedAdapter, RowAdapters, Run, find_runs
+from inference.lora.products.static_table import has_paged_products, static_products, tabulate
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,14 @@ class _Routed(NamedTuple):
 
     rows: tuple[RowAdapters, ...] = ()
     token_counts: Mapping[str, Sequence[int]] = MappingProxyType({})
+
+
+class _Tabulated(NamedTuple):
+    """The table that was made last, of which rows; None where there can be none of these."""
+
+    rows: tuple[RowAdapters, ...] = ()
+    num_rows: int = 0
+    table: torch.Tensor | None = None
 
 
 class AdapterBank:
@@ -80,6 +91,7 @@ class AdapterBank:
         self._contents: dict[int, frozenset[LayerGroup]] = {}
         self._written: dict[int, tuple[Slab, ...]] = {}
         self._routed = _Routed()
+        self._tabulated = _Tabulated()
         self._gathered = GatheredWeights()
         self._has_kernel = has_kernel(device)
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -120,6 +132,7 @@ class AdapterBank:
         """
         # The same pages may touch other layers afterwards, by other weights.
         self._set_products(_Routed(), {})
+        self._tabulated = _Tabulated()
         self._gathered.forget(place)
         pages = {slab: self._pages_of(slab) for slab in packed.parts}
         for slab, part in packed.parts.items():
@@ -151,6 +164,38 @@ class AdapterBank:
         if wanted != self._routed:
             # First: where the device has no memory for them, what was routed last stays.
             self._set_products(wanted, self._find_products(wanted))
+
+    def tabulate(self, rows: Sequence[RowAdapters], num_rows: int) -> torch.Tensor | None:
+        """Return the table, on the device, of the adapters that rows have, for `reading`; it is made of `num_rows`.
+
+        None where no captured forward can have them: without the kernel, and on convolutions that read neighbours.
+        """
+        if (tuple(rows), num_rows) != self._tabulated[:2]:
+            groups = self._tabulated_groups()
+            host = tabulate(groups, self._runs_by_group(rows), num_rows) if self._has_kernel else None
+            table = None if host is None else upload(host, self._device)
+            self._tabulated = _Tabulated(tuple(rows), num_rows, table)
+        return self._tabulated.table
+
+    @contextmanager
+    def reading(self, table: torch.Tensor | None, num_rows: int, concatenated: Collection[str]) -> Iterator[None]:
+        """Apply to a forward inside the adapters that `table` has when its kernels run; without a table none.
+
+        Whatever is routed is not applied, and forgotten. `concatenated`: see `static_products`.
+        """
+        groups = self._tabulated_groups()
+        products = {} if table is None else static_products(groups, table, num_rows, concatenated)
+        self._set_products(_Routed(), products)
+        try:
+            yield
+        finally:
+            self._set_products(_Routed(), {})
+
+    def _tabulated_groups(self) -> list[LayerGroup]:
+        """Return every group that a resident adapter may change by the kernel: not those that a batch's adapters
+        touch, or each mix of adapters would be another graph. Slabs are allocated once, by kinds of layers."""
+        allocated = [slab for slab in tuple(self._slabs) if slab.pages is not None]
+        return [group for slab in allocated for group in slab.groups if has_paged_products(group)]
 
     def _set_products(self, routed: _Routed, products: Mapping[LayerGroup, Products]) -> None:
         for group in self._groups:

@@ -1,7 +1,7 @@
 """The interface of a model family to the engine: embeddings, samplers, forwards of many lanes, decoded images."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +13,9 @@ from inference.checkpoints.safety_checker import SafetyChecker
 from inference.controlnet.loader import ControlNets
 from inference.device.attention import AttentionOrder
 from inference.device.decoded_image import DecodedImage, image_of
+from inference.device.forward_graphs import Capture, ForwardGraphs, ForwardInputs, padded_rows
 from inference.device.uploads import upload
+from inference.errors import EngineStartFailed
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.latents.preview_projection import Projection, find_projection
 from inference.latents.source import EncodedSource, encode
@@ -52,6 +54,8 @@ class Family(ABC):
     is_chunked: ClassVar[bool] = False
     # True where a lane with a mask starts from noise alone at full strength, as in diffusers' inpainting.
     is_hidden_at_full_strength: ClassVar[bool] = True
+    # Layers of the denoiser whose input is [tokens of all rows, in].
+    concatenated_layers: ClassVar[tuple[str, ...]] = ()
     # The class in diffusers of its ControlNets.
     controlnet_class: ClassVar[str]
     # The checkpoint's name for logs and status.
@@ -75,6 +79,10 @@ class Family(ABC):
         self._encoding_dtype: torch.dtype = pipeline.vae.dtype
         self._attention = AttentionOrder(device)
         self._blocks = BlockCompiler()
+        # None unless forwards are captured.
+        self._graphs: ForwardGraphs | None = None
+        # False where the last forward was a graph's: it took no memory for its activations.
+        self.ran_eagerly = True
         self.bank = AdapterBank(models, device=device, dtype=pipeline.dtype, memory=memory)
         # A pipeline is loaded without one unless SAFETY_CHECKER is on.
         is_checked = getattr(pipeline, "safety_checker", None) is not None
@@ -125,17 +133,33 @@ class Family(ABC):
 
     def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
         """Run one forward for lanes of one shape. Returns a guided prediction [channels, height, width] each, fp32."""
+        self.ran_eagerly = True
         with self._attention.applied(), self._blocks.applied():
             return self._denoise(lanes)
 
     def compile_blocks(self) -> None:
         """Compile the denoiser's blocks in the coming forwards; see `BlockCompiler`."""
-        (denoiser,) = (model for name, model in self._models.items() if name not in self.text_encoders)
-        self._blocks.compile(denoiser)
+        self._blocks.compile(self._denoiser)
 
     def end_compiling(self) -> None:
         """Let the blocks' graphs be those that there are."""
         self._blocks.seal()
+
+    def capture_forwards(self, capture: Capture) -> None:
+        """Capture coming forwards as graphs; see `ForwardGraphs`. EngineStartFailed where the model is offloaded."""
+        if hasattr(self._denoiser, "_hf_hook"):
+            remedy = "free memory of the GPU, or set COMPILE=blocks"
+            raise EngineStartFailed(f"COMPILE=graphs needs the whole model on the GPU, which it does not fit: {remedy}")
+        self._graphs = ForwardGraphs(capture)
+
+    @property
+    def num_bytes_of_graphs(self) -> int:
+        """Memory of the device that captured forwards keep although the allocator counts it as free."""
+        return self._graphs.num_bytes if self._graphs else 0
+
+    def drop_graphs(self) -> bool:
+        """Free the memory of captured forwards; False where there were none."""
+        return self._graphs is not None and self._graphs.drop()
 
     def check(self, request: GenerationRequest) -> None:
         """Raise `RequestFailed` where the request has options that the family does not support."""
@@ -220,6 +244,35 @@ class Family(ABC):
         # Channels behind the latents hold no noise.
         latents = sampler.model_input()[: len(prediction)]
         return predict_x0(latents, sampler.timestep, prediction, self._pipeline.scheduler)
+
+    @property
+    def _denoiser(self) -> Any:
+        (denoiser,) = (model for name, model in self._models.items() if name not in self.text_encoders)
+        return denoiser
+
+    def _predict_by_graph(
+        self,
+        predict: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
+        by_row: Mapping[str, torch.Tensor],
+        adapters: Sequence[RowAdapters],
+    ) -> torch.Tensor | None:
+        """Return what `predict` makes of tensors [rows, ...] under these adapters, from a captured forward.
+
+        None where it has to be run eagerly. `predict` depends on the tensors alone, their number of rows and shapes.
+        """
+        if self._graphs is None:
+            return None
+        table = self.bank.tabulate(adapters, padded_rows(len(adapters))) if any(adapters) else None
+        if table is None and any(adapters):
+            return None
+
+        def forward(inputs: ForwardInputs) -> torch.Tensor:
+            with self.bank.reading(inputs.table, inputs.num_rows, self.concatenated_layers):
+                return predict(inputs.by_row)
+
+        predictions = self._graphs.run(forward, ForwardInputs(by_row, table))
+        self.ran_eagerly = predictions is None
+        return predictions
 
     def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
         """Return latents [1, channels, height, width] in the VAE's own scale."""

@@ -1,7 +1,7 @@
 """Base of the families with a UNet: CLIP's prompts in chunks, and forwards of lanes of one size."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,9 @@ SHARED_WITH_CONTROLNETS = (
     "addition_time_embed_dim",
     "projection_class_embeddings_input_dim",
 )
+
+# Inputs of a UNet that it is given together, by diffusers' names.
+ADDED_CONDITIONS = ("text_embeds", "time_ids")
 
 
 class UNetFamily(Family):
@@ -139,19 +142,27 @@ class UNetFamily(Family):
             [embedding.tokens for embedding in embeddings],
             self._added_conditions(rows, embeddings),
         )
-        self.bank.route([lane.owner.row for lane in rows])
-        predictions = unet(
-            inputs.latents,
-            inputs.timesteps,
-            tokens,
-            encoder_attention_mask=None if mask is None else self._uploaded(mask),
-            added_cond_kwargs=inputs.added,
-            return_dict=False,
-            **compute_residuals(guides_of(rows), inputs, self._upload),
-        )[0].float()
-        drawn = self._guided(predictions, ordered[:num_guided])
+        by_row = {"sample": inputs.latents, "timestep": inputs.timesteps, "encoder_hidden_states": tokens}
+        by_row |= inputs.added
+        adapters, guides = [lane.owner.row for lane in rows], guides_of(rows)
+        predictions = None
+        if mask is None and not guides:
+            predictions = self._predict_by_graph(self._predict, by_row, adapters)
+        if predictions is None:
+            self.bank.route(adapters)
+            residuals = compute_residuals(guides, inputs, self._upload)
+            mask = None if mask is None else self._uploaded(mask)
+            predictions = self._predict(by_row, encoder_attention_mask=mask, **residuals)
+        drawn = self._guided(predictions.float(), ordered[:num_guided])
         by_lane = {id(lane): prediction for lane, prediction in zip(ordered, drawn, strict=True)}
         return [by_lane[id(lane)] for lane in lanes]
+
+    def _predict(self, by_row: Mapping[str, torch.Tensor], **others: Any) -> torch.Tensor:
+        """Call the UNet: with its inputs by their names, and with its added conditions, [rows, ...] each."""
+        added = {name: one for name, one in by_row.items() if name in ADDED_CONDITIONS}
+        own = {name: one for name, one in by_row.items() if name not in added}
+        predictions: torch.Tensor = self._pipeline.unet(**own, added_cond_kwargs=added, return_dict=False, **others)[0]
+        return predictions
 
     def _guided(self, predictions: torch.Tensor, guided: Sequence[Lane]) -> list[torch.Tensor]:
         """Return each lane's prediction, of the predictions by row: the guided lanes' pairs are the first."""

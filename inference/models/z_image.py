@@ -1,15 +1,17 @@
 """Z-Image: a language model's hidden states, a transformer over image tokens of any size, a flow."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import ZImageControlNetModel
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
+from torch.nn import functional
 
 from inference.checkpoints.offload import ensure_on_device
 from inference.controlnet.z_image import Inputs, compute_hints
+from inference.device.forward_graphs import Capture
 from inference.errors import RequestFailed
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
@@ -36,6 +38,8 @@ TOKEN_MULTIPLE = 32
 SHARED_WITH_CONTROLNETS = ("dim", "n_heads", "n_kv_heads", "n_refiner_layers")
 # Latent pixels on a side of one token.
 PATCH = 2
+# Layers whose input concatenates all rows: of their images, and of their captions.
+IMAGE_LAYER, CAPTION_LAYER = "transformer.all_x_embedder.2-1", "transformer.cap_embedder.1"
 
 
 class ZImage(Family):
@@ -47,11 +51,14 @@ class ZImage(Family):
     default_steps = 8
     default_guidance = 0.0
     is_hidden_at_full_strength = False
+    concatenated_layers = (IMAGE_LAYER, CAPTION_LAYER)
 
     def __init__(self, pipeline: Any, *, device: torch.device, memory: AdapterMemory = UNLIMITED) -> None:
         super().__init__(pipeline, {"transformer": pipeline.transformer}, Z_IMAGE, device=device, memory=memory)
         self._row_lengths = RowLengths()
         attend_to_own_tokens(pipeline.transformer, self._row_lengths)
+        # [rows, tokens], True at the padding of captions, in forwards that are given padded ones.
+        self._caption_padding: torch.Tensor | None = None
 
     @property
     def base_size(self) -> int:
@@ -114,6 +121,10 @@ class ZImage(Family):
         shown: torch.Tensor = latents[0, :, None].to(self._pipeline.transformer.dtype)
         return shown
 
+    def capture_forwards(self, capture: Capture) -> None:
+        super().capture_forwards(capture)
+        self._pipeline.transformer.cap_embedder.register_forward_hook(self._hide_caption_padding)
+
     def _controlnet_mismatch(self, config: Any) -> str | None:
         ours = self._pipeline.transformer.config
         for name in SHARED_WITH_CONTROLNETS:
@@ -157,15 +168,54 @@ class ZImage(Family):
         def route_adapters(numbers: Sequence[int]) -> None:
             chosen = [tokens[i] for i in numbers]
             self._row_lengths.set(chosen)
-            self.bank.route([rows[i].owner.row for i in numbers], _token_counts(chosen))
+            self.bank.route([adapters[i] for i in numbers], _token_counts(chosen))
 
+        guides, adapters = guides_of(rows), [lane.owner.row for lane in rows]
+        by_graph = None if guides else self._forward_by_graph(inputs, adapters)
+        if by_graph is not None:
+            return list(by_graph)
         ensure_on_device(transformer)  # the ControlNets run layers of it before it is called itself
-        hints = compute_hints(guides_of(rows), inputs, route_adapters, self._upload)
+        hints = compute_hints(guides, inputs, route_adapters, self._upload)
         route_adapters(range(len(rows)))
         predictions: list[torch.Tensor] = transformer(
             inputs.latents, inputs.times, captions, return_dict=False, controlnet_block_samples=hints or None
         )[0]
         return predictions
+
+    def _forward_by_graph(self, inputs: Inputs, adapters: Sequence[RowAdapters]) -> torch.Tensor | None:
+        """Return the predictions of a captured forward; None where there is none, as for rows that differ in length.
+
+        The lengths of rows are numbers of the graph: each mix of them would be another.
+        """
+        longest = {_padded(len(caption)) for caption in inputs.captions}
+        if self._graphs is None or len(longest) > 1 or len({one.shape for one in inputs.latents}) > 1:
+            return None
+        (length,) = longest
+        captions = [functional.pad(one, (0, 0, 0, length - len(one))) for one in inputs.captions]
+        lengths = torch.tensor([len(one) for one in inputs.captions])
+        by_row = {
+            "latents": torch.stack(list(inputs.latents)),
+            "times": inputs.times,
+            "captions": torch.stack(captions),
+            "caption_padding": self._uploaded(torch.arange(length) >= lengths[:, None]),
+        }
+        return self._predict_by_graph(self._predict, by_row, adapters)
+
+    def _predict(self, by_row: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Call the transformer for rows of one size whose captions are padded to one length, [rows, ...] each."""
+        self._caption_padding = by_row["caption_padding"]
+        try:
+            latents, captions = list(by_row["latents"]), list(by_row["captions"])
+            return torch.stack(self._pipeline.transformer(latents, by_row["times"], captions, return_dict=False)[0])
+        finally:
+            self._caption_padding = None
+
+    def _hide_caption_padding(self, *call: Any) -> torch.Tensor | None:
+        """Set the embedded padding of captions to the transformer's own token for it, which it does where it pads."""
+        if self._caption_padding is None:
+            return None
+        embedded: torch.Tensor = call[-1]
+        return torch.where(self._caption_padding.flatten()[:, None], self._pipeline.transformer.cap_pad_token, embedded)
 
     def _num_patches(self, request: GenerationRequest) -> int:
         return (request.height // self.size_multiple) * (request.width // self.size_multiple)
@@ -198,8 +248,8 @@ class ZImage(Family):
 def _token_counts(rows: Sequence[RowTokens]) -> dict[str, list[int]]:
     """Return the tokens of each row, for the layers whose input concatenates all rows."""
     return {
-        "transformer.all_x_embedder.2-1": [row.image for row in rows],
-        "transformer.cap_embedder.1": [row.caption for row in rows],
+        IMAGE_LAYER: [row.image for row in rows],
+        CAPTION_LAYER: [row.caption for row in rows],
     }
 
 

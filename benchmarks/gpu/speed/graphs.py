@@ -7,6 +7,7 @@ import torch
 from benchmarks.gpu.clocks import time_calls
 from benchmarks.gpu.speed.forwards import Forwards
 from benchmarks.gpu.stage import Context, Figures
+from inference.device.forward_graphs import EAGER_RUNS, CudaCapture
 
 WARM_UPS = 3
 
@@ -45,6 +46,36 @@ def measure_graph(context: Context, forwards: Forwards, num_lanes: int) -> Figur
         "graph_host_ms": times.host_ms,
         "largest_difference": difference,
         "is_equal": bool(torch.equal(output, eager)),
+    }
+
+
+def measure_captured_steps(context: Context, forwards: Forwards, num_lanes: int) -> Figures:
+    """Time a step of these lanes with adapters as it is, and with its forward captured by the engine's own graphs."""
+    family = forwards.family
+
+    def step() -> list[torch.Tensor]:
+        return forwards.step(num_lanes, has_adapters=True)
+
+    eager, eager_times = step(), time_calls(context, step)
+    family.capture_forwards(CudaCapture(context.device))
+    try:
+        for _ in range(EAGER_RUNS + 1):
+            step()
+        replayed, times = step(), time_calls(context, step)
+        is_captured, num_bytes = not family.ran_eagerly, family.num_bytes_of_graphs
+    finally:
+        family.drop_graphs()
+        family._graphs = None
+    differences = [float((one - other).abs().max()) for one, other in zip(eager, replayed, strict=True)]
+    return {
+        "is_captured": is_captured,
+        "eager_ms": eager_times.steady_ms,
+        "eager_host_ms": eager_times.host_ms,
+        "graph_ms": times.steady_ms,
+        "graph_host_ms": times.host_ms,
+        "pool_bytes": num_bytes,
+        "largest_difference": max(differences),
+        "is_equal": max(differences) == 0.0,
     }
 
 

@@ -15,12 +15,14 @@ from benchmarks.gpu.models.bench_model import BenchModel, model_of, shared_copy
 from benchmarks.gpu.models.jobs import NUM_JOBS, make_jobs
 from benchmarks.gpu.speed.baselines import Baseline
 from benchmarks.gpu.speed.forwards import Forwards
-from benchmarks.gpu.speed.graphs import measure_graph
+from benchmarks.gpu.speed.graphs import measure_captured_steps, measure_graph
 from benchmarks.gpu.stage import Context, Figures
 from benchmarks.sets import Job
 
 # Lanes of the captured forwards: 2, 8 and 20 rows.
 GRAPH_LANES = (1, 4, 10)
+# Lanes of the engine's steps with captured forwards.
+STEP_LANES = (1, 2, 4, 10)
 
 
 def run(context: Context) -> None:
@@ -52,6 +54,9 @@ class _Toggles:
         for lanes in GRAPH_LANES:
             work = partial(measure_graph, self._context, self._forwards, lanes)
             self._measure(f"{name} CUDA graph of {lanes * self._model.rows_per_lane} rows", work)
+        for lanes in STEP_LANES:
+            work = partial(measure_captured_steps, self._context, self._forwards, lanes)
+            self._measure(f"{name} captured step of {lanes} lanes", work)
 
     def measure_compiled_blocks(self) -> None:
         self._measure(f"{self._model.name} compiled blocks", self._compiled_blocks)

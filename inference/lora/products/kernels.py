@@ -97,7 +97,7 @@ def add_pages(
     [tokens, fan_in] and the outputs [tokens, fan_out] are contiguous; `slab` [pages, page_width] holds the layers' A
     from `a_start` and their B from `b_start` on. `table` [rows, 4]: the row's first token, as a multiple of
     `tokens_per_row`; its tokens, -1 for `tokens_per_row`; the first of its entries in `pages` and `scales`, and their
-    number.
+    number, 0 for a row without adapters.
     """
     entry = table + tl.program_id(0) // blocks_per_row * 4
     first_token = tl.load(entry).to(tl.int64) * tokens_per_row
@@ -123,7 +123,8 @@ def add_pages(
     last_out = tl.minimum(first_out + split, fan_out)
     pages += first_page
     scales += first_page
-    if num_tokens > 0:
+    # A row of a table that stays in place may have no pages.
+    if num_tokens > 0 and num_pages > 0:
         # As few ranks at once as the row has: the tensor cores multiply padding like anything else.
         if num_pages <= 2:
             _add_ranks(

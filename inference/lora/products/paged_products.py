@@ -76,48 +76,51 @@ class PagedProducts:
         check_rows(x, self._num_rows)
         conv = self._group.conv
         if conv is None:
-            self._launch(x, [one.view(-1, one.shape[-1]) for one in outputs], first)
+            launch_over_pages(self._group, self._table, x, [one.view(-1, one.shape[-1]) for one in outputs], first)
         elif is_pointwise(conv) and outputs[0].is_contiguous(memory_format=torch.channels_last):
-            self._launch(as_tokens(x), [as_tokens(outputs[0]).view(-1, outputs[0].shape[1])], first)
+            tokens = as_tokens(outputs[0])
+            launch_over_pages(self._group, self._table, as_tokens(x), [tokens.view(-1, tokens.shape[-1])], first)
         else:
             self._by_runs.add(x, outputs, first)
 
-    def _launch(self, x: torch.Tensor, outputs: Sequence[torch.Tensor], first: int) -> None:
-        """Add to views [tokens, out]."""
-        # The kernel reads rows one behind another.
-        x = x.contiguous()
-        if not all(one.is_contiguous() for one in outputs):
-            raise ValueError("a layer's output is not contiguous: its adapters cannot be added in place")
-        is_concatenated = self._table.num_tokens is not None
-        tokens_per_row = 1 if is_concatenated else x.shape[1:-1].numel()
-        tiles = TILES_IN_32_BITS if x.dtype is torch.float32 else TILES
-        num_blocks = -(-(self._table.num_tokens or tokens_per_row) // tiles["BLOCK_TOKENS"])
-        num_programs = num_blocks * len(self._table.rows) * len(outputs)
-        num_splits = max(1, min(BUSY // num_programs, max(one.shape[1] for one in outputs) // tiles["BLOCK_OUT"]))
-        slab = self._group.slab.pages
-        assert slab is not None, "an adapter was written"  # noqa: S101
-        starts = [self._group.b_start(first + i) for i in range(len(outputs))]
-        # Pointers and widths of three layers: the last's again where there are fewer.
-        three = [min(i, len(outputs) - 1) for i in range(3)]
-        launch(
-            (num_blocks * len(self._table.rows), len(outputs), num_splits),
-            x,
-            self._table.rows,
-            self._table.pages,
-            self._table.scales,
-            slab,
-            *(outputs[i] for i in three),
-            self._group.a_start(first),
-            *(starts[i] for i in three),
-            x.shape[-1],
-            *(outputs[i].shape[1] for i in three),
-            slab.shape[1],
-            tokens_per_row,
-            num_blocks,
-            num_splits,
-            PAGE_RANK=PAGE_RANK,
-            **tiles,
-        )
+
+def launch_over_pages(
+    group: LayerGroup, table: Table, x: torch.Tensor, outputs: Sequence[torch.Tensor], first: int
+) -> None:
+    """Add the products of the rows in `table` to views [tokens, out] of the outputs, by one launch."""
+    # The kernel reads rows one behind another.
+    x = x.contiguous()
+    if not all(one.is_contiguous() for one in outputs):
+        raise ValueError("a layer's output is not contiguous: its adapters cannot be added in place")
+    tokens_per_row = 1 if table.num_tokens is not None else x.shape[1:-1].numel()
+    tiles = TILES_IN_32_BITS if x.dtype is torch.float32 else TILES
+    num_blocks = -(-(table.num_tokens or tokens_per_row) // tiles["BLOCK_TOKENS"])
+    num_programs = num_blocks * len(table.rows) * len(outputs)
+    num_splits = max(1, min(BUSY // num_programs, max(one.shape[1] for one in outputs) // tiles["BLOCK_OUT"]))
+    slab = group.slab.pages
+    assert slab is not None, "an adapter was written"  # noqa: S101
+    starts = [group.b_start(first + i) for i in range(len(outputs))]
+    # Pointers and widths of three layers: the last's again where there are fewer.
+    three = [min(i, len(outputs) - 1) for i in range(3)]
+    launch(
+        (num_blocks * len(table.rows), len(outputs), num_splits),
+        x,
+        table.rows,
+        table.pages,
+        table.scales,
+        slab,
+        *(outputs[i] for i in three),
+        group.a_start(first),
+        *(starts[i] for i in three),
+        x.shape[-1],
+        *(outputs[i].shape[1] for i in three),
+        slab.shape[1],
+        tokens_per_row,
+        num_blocks,
+        num_splits,
+        PAGE_RANK=PAGE_RANK,
+        **tiles,
+    )
 
 
 def has_kernel(device: torch.device) -> bool:

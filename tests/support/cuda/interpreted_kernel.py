@@ -4,11 +4,13 @@ In a process of its own: Triton reads the variable when it is imported, for good
 """
 
 import sys
+from collections.abc import Sequence
 
 import torch
 from hypothesis import HealthCheck, given, settings
 
 from inference.lora.products.paged_products import find_paged_products
+from inference.lora.products.static_table import static_products, tabulate
 from tests.support.long import IS_LONG
 from tests.support.models.low_rank_cases import CPU, Case, Scene, cases
 
@@ -28,10 +30,21 @@ def check(case: Case) -> None:
     for group, products in find_paged_products(runs, counts, CPU).items():
         group.products = products
     with torch.inference_mode():
-        drawn = scene.draw()
+        assert_right(scene, scene.draw(), ERRORS[case.dtype])
+        # Of adapters that leave convolutions alone, as captured forwards take them; images are not in channels_last.
+        paged = {group: own for group, own in runs.items() if group.conv is None}
+        if paged and not case.is_concatenated and case.part not in {"conv", "shortcut"}:
+            table = tabulate(list(paged), paged, len(scene.rows))
+            assert table is not None
+            for group, static in static_products(list(paged), table, len(scene.rows), ()).items():
+                group.products = static
+            assert_right(scene, scene.draw(), ERRORS[case.dtype])
+
+
+def assert_right(scene: Scene, drawn: Sequence[torch.Tensor], most: float) -> None:
     for output, expected in zip(drawn, scene.expected(), strict=True):
         error = (output.double() - expected).abs().max() / expected.abs().max().clamp(min=1)
-        assert error <= ERRORS[case.dtype], float(error)
+        assert error <= most, float(error)
 
 
 if __name__ == "__main__":
