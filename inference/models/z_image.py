@@ -15,14 +15,14 @@ from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
 from inference.lora.key_names import Z_IMAGE
 from inference.lora.products.rows import RowAdapters
-from inference.models.base import Family
-from inference.models.inputs import Prompt, embedding_of, guides_of, sampler_of
-from inference.models.z_image_attention import (
+from inference.models.attention.z_image import (
     RowLengths,
     RowTokens,
     attend_to_own_tokens,
     attend_to_own_tokens_in_controlnet,
 )
+from inference.models.base import Family
+from inference.models.inputs import Prompt, embedding_of, guides_of, sampler_of
 from inference.request import GenerationRequest
 from inference.sampling.samplers import TRAIN_TIMESTEPS
 from inference.sampling.schedulers import FLOW

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from inference.lora.products.adapted_layers import project
-from inference.models.unet_attention import by_heads
+from inference.models.attention.unet import by_heads
 
 
 class RowTokens(NamedTuple):
