@@ -57,8 +57,8 @@ class Control:
 class GenerationRequest:
     """The images of one job: one lane for each seed. Sizes in pixels, already multiples of the family's.
 
-    `cfg_normalization` (0: none) and `cfg_truncation` are Z-Image's, as in its pipeline. `arrived_at`
-    (`time.monotonic()`) is the job's arrival: the oldest gets the first free lane.
+    `cfg_normalization` (0: none) and `cfg_truncation` are Z-Image's, `true_cfg_scale` (1: none) is FLUX.1's, as in
+    their pipelines. `arrived_at` (`time.monotonic()`) is the job's arrival: the oldest gets the first free lane.
     """
 
     request_id: str
@@ -75,6 +75,7 @@ class GenerationRequest:
     control: Control | None = None
     cfg_normalization: float = 0.0
     cfg_truncation: float = 1.0
+    true_cfg_scale: float = 1.0
     arrived_at: float = 0.0
 
     @property

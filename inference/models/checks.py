@@ -15,6 +15,12 @@ def check_cfg_options(request: GenerationRequest, family: str) -> None:
         raise RequestFailed("INVALID_INPUT", reason)
 
 
+def check_true_cfg(request: GenerationRequest, family: str) -> None:
+    """Raise `RequestFailed` where the request has the option of guidance that only FLUX.1 supports."""
+    if request.true_cfg_scale != 1:
+        raise RequestFailed("INVALID_INPUT", f"true_cfg_scale belongs to FLUX.1; this worker runs {family}")
+
+
 def check_kind(request: GenerationRequest, kinds: Sequence[str]) -> None:
     """Raise `RequestFailed` where the checkpoint supports only other `kinds`."""
     if request.kind not in kinds:

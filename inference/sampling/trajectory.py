@@ -19,14 +19,15 @@ from inference.sampling.schedulers import parameters_of, set_timesteps
 class StepPlan:
     """The steps that `scheduler` (None: the default) takes in `num_steps`.
 
-    `shift` as in `set_timesteps`. A lane with a source skips the first `num_skipped`; None, unlike 0, is a lane without
-    one: the schedulers differ in it where two of their timesteps are equal.
+    `shift` and `has_own_sigmas` as in `set_timesteps`. A lane with a source skips the first `num_skipped`; None, unlike
+    0, is a lane without one: the schedulers differ in it where two of their timesteps are equal.
     """
 
     scheduler: str | None
     num_steps: int
     shift: float | None = None
     num_skipped: int | None = None
+    has_own_sigmas: bool = False
 
     def named(self, scheduler: str) -> "StepPlan":
         """Return the plan with this scheduler."""
@@ -34,7 +35,7 @@ class StepPlan:
 
     def set_up(self, scheduler: Any) -> torch.Tensor:
         """Set up a fresh diffusers scheduler for the plan, and return the timesteps that it will take."""
-        set_timesteps(scheduler, self.num_steps, self.shift)
+        set_timesteps(scheduler, self.num_steps, self.shift, has_own_sigmas=self.has_own_sigmas)
         times: torch.Tensor = scheduler.timesteps
         if self.num_skipped is None:
             return times

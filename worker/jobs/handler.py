@@ -198,6 +198,7 @@ def request_of(
         guidance_scale=facts.default_guidance if job.guidance_scale is None else job.guidance_scale,
         cfg_normalization=job.cfg_normalization,
         cfg_truncation=job.cfg_truncation,
+        true_cfg_scale=job.true_cfg_scale,
         seeds=job.seeds,
         scheduler=job.scheduler,
         adapters=adapters,

@@ -140,6 +140,7 @@ def _build(wire: WireData, message: Mapping[str, Any], identity: Identity, rules
         guidance_scale=_first(parameters.cfg_scale, wire.guidance_scale, made.guidance_scale, rules.default_guidance),
         cfg_normalization=parameters.cfg_normalization or 0.0,
         cfg_truncation=_first(parameters.cfg_truncation, 1.0),
+        true_cfg_scale=_first(parameters.true_cfg_scale, 1.0),
         scheduler=_first(parameters.scheduler, wire.scheduler) or None,
         signature_ref=located("signature_path", wire.signature_path, rules, reject),
         artist_name=(wire.artist_name or "").strip() or None,
