@@ -12,16 +12,23 @@ from diffusers import FluxTransformer2DModel
 
 from inference.errors import EngineStartFailed, RequestFailed
 from inference.models.attention.flux import GroupedFluxAttnProcessor
-from inference.request import GenerationRequest
+from inference.request import AdapterFile, GenerationRequest
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import EngineCall, WatchedEngine, submit_together
-from tests.support.images.parity import MIN_PSNR_DB, draw, psnr
-from tests.support.long import long_but
+from tests.support.images.parity import DIFFERENT_DB, MIN_PSNR_DB, draw, psnr
+from tests.support.long import long, long_but
 from tests.support.models.family_models import FamilyModels
+from tests.support.models.flux_adapters import (
+    FLUX_EVERY_LAYER,
+    published_layers,
+    random_pairs,
+    write_pairs,
+    xlabs_layers,
+)
 from tests.support.models.plain_families import FLOW_CHOICES, alone
 from tests.support.models.tiny_controls import write_controlnet
 from tests.support.models.tiny_flux import build_tiny_flux
-from tests.support.models.tiny_models import build_tiny_sd, load_pipe
+from tests.support.models.tiny_models import Layout, build_tiny_sd, load_pipe, write_adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_forward_failed")
 
@@ -34,7 +41,9 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
 SAME_DB = 60.0
 # Both text encoders' tokenizers make a token of every letter: CLIP reads the beginning of it.
 LONG = "a red fox sits on a green hill, under a wide sky, and looks at the sea. " * 3
-TRUE_CFG = {"true_cfg_scale": 3.0, "negative_prompt": "dark and dull"}
+TRUE_CFG: dict[str, Any] = {"true_cfg_scale": 3.0, "negative_prompt": "dark and dull"}
+
+LORA_DOWN = ("lora_down", "lora_up")
 
 
 class Models(FamilyModels):
@@ -161,27 +170,85 @@ def test_prompts_are_read_to_the_last_token_and_one_more_is_refused(
 # --- Many at once
 
 
-def mixed_requests() -> list[GenerationRequest]:
+def mixed_requests(models: Models, folder: Path) -> list[GenerationRequest]:
+    """Build requests that differ in all that lanes may differ in, with adapters of four writers and ranks."""
+    pipe = load_pipe(models.checkpoint("dev"))
+    few = write_adapter(folder / "few.safetensors", pipe, layout="diffusers_new", rank=4, seed=1)
+    every = write_adapter(
+        folder / "every.safetensors",
+        pipe,
+        layout="diffusers_new",
+        rank=5,
+        alpha=3,
+        seed=2,
+        targets=FLUX_EVERY_LAYER,
+        text_encoder=True,
+    )
+    layers, of_xlabs = published_layers(pipe.transformer), xlabs_layers(pipe.transformer)
+    fused = random_pairs(pipe.transformer, layers, rank=9, seed=3)
+    # diffusers splits a single block's first layer at the widths of the published model alone.
+    read = {name: pair for name, pair in fused.items() if "blocks" in name and not name.endswith("linear1")}
+    kohya = write_pairs(
+        folder / "kohya.safetensors", read, lambda name: f"lora_unet_{name.replace('.', '_')}", LORA_DOWN, alpha=6.0
+    )
+    xlabs = write_pairs(
+        folder / "xlabs.safetensors",
+        random_pairs(pipe.transformer, of_xlabs, rank=16, seed=4),
+        str,
+        ("down", "up"),
+    )
     return [
-        tiny_request(seeds=(1,)),
-        tiny_request(seeds=(2,), num_inference_steps=5, scheduler="unipc", **TRUE_CFG),
-        tiny_request(seeds=(3,), num_inference_steps=4, guidance_scale=7.0, prompt=LONG),
+        tiny_request(seeds=(1,), adapters=(AdapterFile(few, None, 1.0),)),
+        tiny_request(
+            seeds=(2,), num_inference_steps=5, scheduler="unipc", adapters=(AdapterFile(every, None, 0.8),), **TRUE_CFG
+        ),
+        tiny_request(
+            seeds=(3,),
+            num_inference_steps=4,
+            guidance_scale=7.0,
+            prompt=LONG,
+            adapters=(AdapterFile(kohya, None, -0.7), AdapterFile(few, None, 0.5)),
+        ),
         tiny_request(seeds=(4,), num_inference_steps=3, scheduler="lcm", negative_prompt="not read"),
-        tiny_request(seeds=(5,), num_inference_steps=3, scheduler="heun", true_cfg_scale=5.0, negative_prompt=LONG),
+        tiny_request(
+            seeds=(5,),
+            num_inference_steps=3,
+            scheduler="heun",
+            true_cfg_scale=5.0,
+            negative_prompt=LONG,
+            adapters=(AdapterFile(xlabs, None, 1.0),),
+        ),
         tiny_request(seeds=(6,), num_inference_steps=4, scheduler="dpm++", guidance_scale=1.0),
     ]
 
 
-@pytest.mark.parametrize("name", long_but(["dev", "schnell"], "dev"))
-def test_requests_that_share_nothing_give_together_what_each_gives_alone(models: Models, name: str) -> None:
-    engine = models.engine(name)
+def test_requests_that_share_nothing_give_together_what_each_gives_alone(models: Models, tmp_path: Path) -> None:
+    engine = models.engine("dev")
     engine.model.batches.clear()
 
-    calls = submit_together(engine, mixed_requests())
+    calls = submit_together(engine, mixed_requests(models, tmp_path))
 
-    assert_right(models.checkpoint(name), calls)
+    assert_right(models.checkpoint("dev"), calls)
     assert max(map(len, engine.model.batches)) >= 6
     assert any(len({lane.num_rows for lane in lanes}) == 2 for lanes in engine.model.batches)
+    for call in calls:
+        if call.request.adapters:
+            unadapted = draw(engine, replace(call.request, adapters=()))[0]
+            assert psnr(call.image, unadapted) < DIFFERENT_DB
+
+
+@pytest.mark.parametrize("layout", ["diffusers_new", pytest.param("peft_folder", marks=long)])
+def test_an_adapter_of_every_layer_equals_plain_diffusers(models: Models, tmp_path: Path, layout: Layout) -> None:
+    pipe = load_pipe(models.checkpoint("schnell"))
+    targets = tuple(name for name in FLUX_EVERY_LAYER if "guidance" not in name)
+    path = write_adapter(tmp_path / "a.safetensors", pipe, layout=layout, rank=6, alpha=4, targets=targets, seed=5)
+    file = AdapterFile(path, None, 1.0)
+    if layout == "peft_folder":
+        file = AdapterFile(path / "adapter_model.safetensors", path / "adapter_config.json", 1.0)
+    request = tiny_request(adapters=(file,), **TRUE_CFG)
+
+    models.assert_equal("schnell", request)
+    assert models.psnr_after("schnell", request, adapters=()) < DIFFERENT_DB
 
 
 def test_images_of_two_sizes_take_turns(models: Models) -> None:
