@@ -24,6 +24,7 @@ COMPONENTS = {
     "StableDiffusionPipeline": ("text_encoder", "unet", "vae"),
     "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2", "unet", "vae"),
     "ZImagePipeline": ("text_encoder", "transformer", "vae"),
+    "FluxPipeline": ("text_encoder", "text_encoder_2", "transformer", "vae"),
 }
 # The same models around a UNet that also reads a mask: the UNet's channels decide that, not the name.
 LOADED_AS = {

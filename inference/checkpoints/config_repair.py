@@ -15,6 +15,8 @@ FAMILY_VALUES: dict[str, dict[str, dict[str, Any]]] = {
     "StableDiffusionPipeline": {"unet": {"sample_size": 64}},
     "StableDiffusionXLPipeline": {"unet": {"sample_size": 128}, "vae": {"scaling_factor": 0.13025}},
     "ZImagePipeline": {"vae": {"scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024}},
+    # Z-Image took its VAE over.
+    "FluxPipeline": {"vae": {"scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024}},
 }
 # Of these, every weight is needed; text encoders are published with heads that are for training.
 DENOISERS = ("unet", "transformer")

@@ -36,7 +36,12 @@ CLASS_NAME = "AutoencoderKL"
 ITSELF = "."
 WHOLE = f"{STEMS[0]}{SAFETENSORS}"
 # Of each kind of pipeline; all shrink an image by 8, with 4 blocks.
-LATENT_CHANNELS = {"StableDiffusionPipeline": 4, "StableDiffusionXLPipeline": 4, "ZImagePipeline": 16}
+LATENT_CHANNELS = {
+    "StableDiffusionPipeline": 4,
+    "StableDiffusionXLPipeline": 4,
+    "ZImagePipeline": 16,
+    "FluxPipeline": 16,
+}
 NUM_BLOCKS = 4
 # The names of both layouts, behind the prefix that a whole checkpoint has.
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")

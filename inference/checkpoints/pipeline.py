@@ -36,6 +36,7 @@ UNUSED: dict[str, dict[str, Any]] = {
     | {"requires_safety_checker": False},
     "StableDiffusionXLPipeline": dict.fromkeys(("feature_extractor", "image_encoder")),
     "ZImagePipeline": {},
+    "FluxPipeline": dict.fromkeys(("feature_extractor", "image_encoder")),
 }
 
 

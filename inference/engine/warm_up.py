@@ -23,8 +23,6 @@ NUM_STEPS_CANCELLED = 50
 # Rows of the forwards on a GPU. Kernels are loaded, and cuBLAS and cuDNN make their plans, at the first forward with a
 # number of rows, while its jobs wait: seconds in all.
 ROWS = (2, 4, 8, 20)
-# Above 1, from which on a UNet's lanes have two rows.
-GUIDED = 5.0
 GREY, WHITE = b"\x80", b"\xff"
 # Two chunks of a CLIP encoder, and within the limit of Z-Image's.
 LONG_PROMPT = " ".join(["a"] * 100)
@@ -66,8 +64,9 @@ class WarmUp:
         One row and several, which torch tells apart; prompts and images of one length and of two, which takes a mask.
         Without adapters and with one of zeros, for the kernels of those: they have no graphs of their own.
         """
-        unguided, guided = {"guidance_scale": 0.0}, {"guidance_scale": GUIDED}
-        long, tall = guided | {"prompt": LONG_PROMPT}, guided | {"height": self._model.base_size + EXTRA_HEIGHT}
+        unguided, guided = {"guidance_scale": 0.0}, self._model.guided_fields
+        long = {**guided, "prompt": LONG_PROMPT}
+        tall = {**guided, "height": self._model.base_size + EXTRA_HEIGHT}
         # Images of two sizes share a forward of Z-Image alone.
         kinds: tuple[tuple[Mapping[str, Any], ...], ...] = (
             (unguided,),

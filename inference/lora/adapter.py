@@ -1,7 +1,7 @@
 """Read LoRA adapter files of all training scripts into one normal form, and check that they fit the model."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -52,14 +52,20 @@ class LowRank:
             raise AdapterInvalid(f"{layer} holds weights that are not finite")
         return folded
 
-    def split(self, names: Sequence[str]) -> dict[str, "LowRank"]:
-        """Split a fused layer by `names`: its parts share A, and each has an equal share of the rows of B.
+    def split(self, shares: Mapping[str, int]) -> dict[str, "LowRank"]:
+        """Split a fused layer by name: its parts share A, and have their shares of the rows of B.
 
-        AdapterInvalid where the rows cannot be shared equally.
+        AdapterInvalid where the rows cannot be shared so.
         """
-        if self.b.shape[0] % len(names):
-            raise AdapterInvalid(f"a layer of {self.b.shape[0]} outputs cannot be {' and '.join(names)} in one")
-        return {name: LowRank(self.a, b) for name, b in zip(names, self.b.chunk(len(names)), strict=True)}
+        rows, rest = divmod(self.b.shape[0], sum(shares.values()))
+        if rest:
+            raise AdapterInvalid(f"a layer of {self.b.shape[0]} outputs cannot be {' and '.join(shares)} in one")
+        parts = torch.split(self.b, [rows * share for share in shares.values()])
+        return {name: LowRank(self.a, b) for name, b in zip(shares, parts, strict=True)}
+
+    def with_halves_swapped(self) -> "LowRank":
+        """Return it with the halves of the rows of B exchanged."""
+        return LowRank(self.a, self.b.roll(self.b.shape[0] // 2, 0))
 
     def fits(self, module: torch.nn.Module | None) -> bool:
         """Return whether `module` is a Linear or Conv2d of the layer's shape."""
@@ -123,7 +129,10 @@ def read_adapter(weights: Path, config: Path | None, naming: KeyNaming) -> Adapt
         alpha = alphas.get(stem, pair.rank)
         # The settings' patterns are about the names in the file.
         scale = scaling.of(stem.removeprefix(PEFT_PREFIX), rank=pair.rank) if scaling else alpha / pair.rank
-        layers |= pair.scaled(scale * _scalar(tensors, names, stem), name).split(naming.parts_of(name))
+        folded = pair.scaled(scale * _scalar(tensors, names, stem), name)
+        if name.endswith(naming.swapped):
+            folded = folded.with_halves_swapped()
+        layers |= folded.split(naming.parts_of(name))
     if not layers:
         raise AdapterInvalid("the adapter holds no weights: all of its layers are of rank 0")
     return Adapter(layers)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from inference.lora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported, listed, shown
+from inference.lora.flux_names import FLUX_FUSED, FLUX_ROOTS, FLUX_SWAPPED, FLUX_WORDS, flux_layer
 from inference.lora.unet_names import UNET_ROOTS, UNET_WORDS, unet_layer
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
@@ -72,7 +73,8 @@ class KeyNaming:
     models: those of the pipeline; names without a model belong to the first.
     roots, words: first parts of its layer names where dots are underscores, and words whose underscores are no dots.
     layer: maps model and dotted name to the pipeline's name of the layer.
-    fused: endings of layers that replace several, with their up weights stacked, or that rename one.
+    fused: endings of layers that replace several, with their up weights stacked in these shares, or that rename one.
+    swapped: endings of layers whose up weights have their halves exchanged in files.
     unapplied: layers in files of this family that are not applied, by their description in a message.
     """
 
@@ -80,7 +82,8 @@ class KeyNaming:
     roots: re.Pattern[str]
     words: re.Pattern[str]
     layer: Callable[[str, str], str]
-    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fused: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    swapped: tuple[str, ...] = ()
     unapplied: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
 
     def layer_names(self, stems: Collection[str]) -> dict[str, str]:
@@ -131,12 +134,12 @@ class KeyNaming:
             model = "text_encoder"
         return Owned(self.models[0] if model in ("", DENOISER) else model, bare)
 
-    def parts_of(self, layer: str) -> tuple[str, ...]:
-        """Return the layers of a fused name, else the name itself. They share A, and split B in this order."""
+    def parts_of(self, layer: str) -> dict[str, int]:
+        """Return the layers of a fused name, else itself, and their shares of the rows of B; they have one A."""
         for ending, parts in self.fused.items():
             if layer.endswith(ending):
-                return tuple(layer.removesuffix(ending) + part for part in parts)
-        return (layer,)
+                return {layer.removesuffix(ending) + part: share for part, share in parts.items()}
+        return {layer: 1}
 
 
 def _without_prefix(name: str) -> Owned | None:
@@ -161,13 +164,17 @@ def _z_image_layer(_model: str, layer: str) -> str:
     return layer
 
 
+def _clip_layer(layer: str) -> str:
+    # transformers 5 has no level "text_model" in a CLIPTextModel any more. Files have it or not.
+    return OLD_ATTENTION.sub(r".\1_proj", layer.removeprefix("text_model."))
+
+
 def _of_stable_diffusion(models: tuple[str, ...], layers_per_block: int) -> KeyNaming:
     def layer_of(model: str, layer: str) -> str:
         if model == "unet":
             return unet_layer(layer, layers_per_block)
-        # transformers 5 has no level "text_model" in a CLIPTextModel any more, but still has it in SDXL's second
-        # encoder, a CLIPTextModelWithProjection. Files have it or not.
-        layer = OLD_ATTENTION.sub(r".\1_proj", layer.removeprefix("text_model."))
+        layer = _clip_layer(layer)
+        # It is SDXL's second encoder, a CLIPTextModelWithProjection.
         return f"text_model.{layer}" if model == "text_encoder_2" and layer.startswith("encoder.") else layer
 
     return KeyNaming(models, UNET_ROOTS, UNET_WORDS, layer_of)
@@ -182,13 +189,23 @@ Z_IMAGE = KeyNaming(
     words=Z_IMAGE_WORDS,
     layer=_z_image_layer,
     fused={
-        ".attention.qkv": (".attention.to_q", ".attention.to_k", ".attention.to_v"),
-        ".attention.out": (".attention.to_out.0",),
+        ".attention.qkv": {".attention.to_q": 1, ".attention.to_k": 1, ".attention.to_v": 1},
+        ".attention.out": {".attention.to_out.0": 1},
     },
     unapplied={
         "layers of the text encoder": re.compile(r"text_encoder\.(?:model\.)?layers\..*", re.DOTALL),
         "w1 and w3 in one, in an order that it does not tell": re.compile(r".*\.feed_forward\.w13", re.DOTALL),
     },
+)
+
+FLUX = KeyNaming(
+    models=("transformer", "text_encoder"),
+    roots=FLUX_ROOTS,
+    words=FLUX_WORDS,
+    layer=lambda model, layer: flux_layer(layer) if model == "transformer" else _clip_layer(layer),
+    fused=FLUX_FUSED,
+    swapped=FLUX_SWAPPED,
+    unapplied={"layers of T5": re.compile(r"text_encoder_[23]\.encoder\.block\..*", re.DOTALL)},
 )
 
 

@@ -13,13 +13,18 @@ from inference.lora.products.adapted_layers import Products
 
 # Half of this is wasted on average by an adapter whose rank is no multiple of it.
 PAGE_RANK = 8
-# Layers of one input, whose A are one product where the model projects them together; diffusers' names, then CLIP's.
-SELF_ATTENTION = (("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj"))
+# Layers of one input, whose A are one product where the model projects them together; diffusers' names, FLUX.1's for
+# text among them, then CLIP's.
+SELF_ATTENTION = (
+    ("to_q", "to_k", "to_v"),
+    ("add_q_proj", "add_k_proj", "add_v_proj"),
+    ("q_proj", "k_proj", "v_proj"),
+)
 CROSS_ATTENTION = (("to_q",), ("to_k", "to_v"))
 # Z-Image's feed-forward: the gated layer and its gate.
 GATED = ("w1", "w3")
 # The modules that attention layers belong to, by diffusers' names and CLIP's.
-ATTENTIONS = frozenset({"attn1", "attn2", "self_attn", "attention"})
+ATTENTIONS = frozenset({"attn", "attn1", "attn2", "self_attn", "attention"})
 
 
 class Slab:

@@ -12,10 +12,11 @@ from inference.lora.errors import AdapterInvalid, AdapterUnsupported, listed, sh
 
 ALPHA, SCALAR = ".alpha", ".scalar"
 
-# In the oldest diffusers files the layer's own name ends in _lora, and stays so in the stem. Before ".weight" PEFT
+# In the oldest diffusers files, and in X-Labs' of FLUX.1, the layer's own name ends in _lora, or in _lora1 and _lora2,
+# and stays so in the stem. Before ".weight" PEFT
 # keeps the adapter's name, which may be any text without a dot; ".lora" is left of a module that wraps the layer.
 WEIGHT = re.compile(
-    r"(?P<stem>.+?)(?:(?:\.lora)?\.lora_(?:linear_layer\.)?|\.lora\.|(?<=_lora)\.)(?P<half>A|B|down|up)"
+    r"(?P<stem>.+?)(?:(?:\.lora)?\.lora_(?:linear_layer\.)?|\.lora\.|(?<=_lora)\.|(?<=_lora[12])\.)(?P<half>A|B|down|up)"
     r"(?:\.(?P<adapter>[^.]+))?\.weight",
     re.DOTALL,
 )

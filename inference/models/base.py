@@ -24,7 +24,7 @@ from inference.lora.adapter_memory import AdapterMemory
 from inference.lora.bank import AdapterBank, PackedAdapter
 from inference.lora.key_names import KeyNaming
 from inference.lora.products.rows import RowAdapters
-from inference.models.checks import check_cfg_options, check_control, check_kind, check_source
+from inference.models.checks import check_cfg_options, check_control, check_kind, check_source, check_true_cfg
 from inference.models.compiling import BlockCompiler
 from inference.models.inputs import Prompt, sampler_of
 from inference.request import KINDS, GenerationRequest, Source
@@ -42,8 +42,10 @@ class Family(ABC):
     name: ClassVar[str]
     schedulers: ClassVar[SchedulerTable]
     # Used where neither job nor settings name any.
-    default_steps: ClassVar[int] = 50
-    default_guidance: ClassVar[float] = 7.5
+    default_steps: int = 50
+    default_guidance: float = 7.5
+    # Fields of a warm-up request whose lanes have two rows.
+    guided_fields: ClassVar[Mapping[str, Any]] = {"guidance_scale": 5.0}
     # The text encoders among the models that adapters change.
     text_encoders: ClassVar[tuple[str, ...]] = ()
     # The kinds of request that the checkpoint supports.
@@ -132,7 +134,7 @@ class Family(ABC):
         return None
 
     def denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
-        """Run one forward for lanes of one shape. Returns a guided prediction [channels, height, width] each, fp32."""
+        """Run one forward for lanes of one shape. Returns a guided prediction of the sampler's shape each, fp32."""
         self.ran_eagerly = True
         with self._attention.applied(), self._blocks.applied():
             return self._denoise(lanes)
@@ -164,6 +166,7 @@ class Family(ABC):
     def check(self, request: GenerationRequest) -> None:
         """Raise `RequestFailed` where the request has options that the family does not support."""
         check_cfg_options(request, self.name)
+        check_true_cfg(request, self.name)
 
     def set_controlnets(self, controlnets: ControlNets) -> None:
         """Set the ControlNets that jobs may name. EngineStartFailed where one was made for another model."""
@@ -212,20 +215,22 @@ class Family(ABC):
             return self._uploaded(torch.randn(self._latent_shape(request), generator=generator))
 
         if request.source is None:
-            return self.samplers.begin(self._step_plan(request), draw(), generator)
+            return self.samplers.begin(self._step_plan(request), self._packed(draw()), generator)
         if lane.owner.source is None:
             lane.owner.source = self._encoded(request, request.source, in_tiles=in_tiles)
         noise, latents = lane.owner.source.begin(draw, self._scaled)
-        return self.samplers.begin(self._step_plan(request), noise, generator, latents)
+        packed = latents.packed(self._packed)
+        return self.samplers.begin(self._step_plan(request), self._packed(noise), generator, packed)
 
     def decode(self, latents: torch.Tensor, *, in_tiles: bool = False) -> DecodedImage:
-        """Launch the decoding of latents [channels, height, width]. Tiles take less memory, and are blended.
+        """Launch the decoding of a sampler's latents. Tiles take less memory, and are blended.
 
         Raises out of memory at once; other errors of the device are raised when the image is waited for.
         """
         vae = self._pipeline.vae
         vae.use_tiling = in_tiles
-        decoded = vae.decode(self._unscaled(latents[None].to(vae.dtype)), return_dict=False)[0][0]
+        unpacked = self._unpacked(latents)[None].to(vae.dtype)
+        decoded = vae.decode(self._unscaled(unpacked), return_dict=False)[0][0]
         return image_of(decoded.float())
 
     def check_image(self, pixels: NDArray[np.uint8]) -> None:
@@ -239,11 +244,19 @@ class Family(ABC):
             return find_projection(self._pipeline.vae, self._unscaled, self.device)
 
     def predict_x0(self, lane: Lane, prediction: torch.Tensor) -> torch.Tensor:
-        """Return the finished latents implied by `prediction`, before the lane takes its step."""
+        """Return the finished latents [channels, height, width] that `prediction` implies, before the lane's step."""
         sampler = sampler_of(lane)
         # Channels behind the latents hold no noise.
         latents = sampler.model_input()[: len(prediction)]
-        return predict_x0(latents, sampler.timestep, prediction, self._pipeline.scheduler)
+        return self._unpacked(predict_x0(latents, sampler.timestep, prediction, self._pipeline.scheduler))
+
+    def _packed(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return latents [channels, height, width] as the sampler has them: schedulers draw noise in that order."""
+        return latents
+
+    def _unpacked(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return a sampler's latents as [channels, height, width]: the inverse."""
+        return latents
 
     @property
     def _denoiser(self) -> Any:

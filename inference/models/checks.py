@@ -16,10 +16,16 @@ def check_cfg_options(request: GenerationRequest, family: str) -> None:
 
 
 def check_guidance_rescale(request: GenerationRequest, family: str) -> None:
-    """Raise `RequestFailed` where the request has a rescaling of guidance, which Z-Image's has none of."""
+    """Raise `RequestFailed` where the request has a rescaling of guidance, which the families with a flow have not."""
     if request.guidance_rescale:
         reason = f"guidance_rescale belongs to Stable Diffusion and SDXL; this worker runs {family}"
         raise RequestFailed("INVALID_INPUT", reason)
+
+
+def check_true_cfg(request: GenerationRequest, family: str) -> None:
+    """Raise `RequestFailed` where the request has the option of guidance that only FLUX.1 supports."""
+    if request.true_cfg_scale != 1:
+        raise RequestFailed("INVALID_INPUT", f"true_cfg_scale belongs to FLUX.1; this worker runs {family}")
 
 
 def check_kind(request: GenerationRequest, kinds: Sequence[str]) -> None:

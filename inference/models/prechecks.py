@@ -13,7 +13,7 @@ from inference.checkpoints.weight_files import read_json
 from inference.errors import RequestFailed
 from inference.lora.adapter import check_rank, read_adapter
 from inference.lora.errors import AdapterError
-from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, KeyNaming, sdxl
+from inference.lora.key_names import FLUX, STABLE_DIFFUSION, Z_IMAGE, KeyNaming, sdxl
 from inference.models.loader import FAMILIES
 from inference.models.unet import UNetFamily
 from inference.request import KINDS, AdapterFile
@@ -60,6 +60,8 @@ def precheck_model(settings: ModelSettings) -> ModelPrecheck:
             naming = STABLE_DIFFUSION
         case "StableDiffusionXLPipeline":
             naming = sdxl(SimpleNamespace(layers_per_block=unet.get("layers_per_block", SDXL_LAYERS_PER_BLOCK)))
+        case "FluxPipeline":
+            naming = FLUX
         case _:
             naming = Z_IMAGE
     return ModelPrecheck(

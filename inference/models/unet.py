@@ -11,10 +11,10 @@ from inference.errors import EngineStartFailed
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import AdapterMemory
 from inference.lora.products.rows import RowAdapters
+from inference.models.attention.unet import group_projections
 from inference.models.base import Family
 from inference.models.clip_prompts import LongPromptEncoder
 from inference.models.inputs import Prompt, embedding_of, guides_of, sampler_of
-from inference.models.unet_attention import group_projections
 from inference.request import GenerationRequest
 
 # Entries that a ControlNet's config shares with its UNet's: otherwise their blocks do not match.

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from diffusers import ZImageControlNetModel
-from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 from torch.nn import functional
 
 from inference.checkpoints.offload import ensure_on_device
@@ -17,15 +16,15 @@ from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
 from inference.lora.key_names import Z_IMAGE
 from inference.lora.products.rows import RowAdapters
-from inference.models.base import Family
-from inference.models.checks import check_guidance_rescale
-from inference.models.inputs import Prompt, embedding_of, guides_of, sampler_of
-from inference.models.z_image_attention import (
+from inference.models.attention.z_image import (
     RowLengths,
     RowTokens,
     attend_to_own_tokens,
     attend_to_own_tokens_in_controlnet,
 )
+from inference.models.checks import check_guidance_rescale, check_true_cfg
+from inference.models.flow import PATCH, FlowFamily
+from inference.models.inputs import Prompt, embedding_of, guides_of, sampler_of
 from inference.request import GenerationRequest
 from inference.sampling.samplers import TRAIN_TIMESTEPS
 from inference.sampling.schedulers import FLOW
@@ -36,13 +35,11 @@ MAX_TOKENS = 512
 TOKEN_MULTIPLE = 32
 # Entries that a ControlNet's config shares with its transformer's.
 SHARED_WITH_CONTROLNETS = ("dim", "n_heads", "n_kv_heads", "n_refiner_layers")
-# Latent pixels on a side of one token.
-PATCH = 2
 # Layers whose input concatenates all rows: of their images, and of their captions.
 IMAGE_LAYER, CAPTION_LAYER = "transformer.all_x_embedder.2-1", "transformer.cap_embedder.1"
 
 
-class ZImage(Family):
+class ZImage(FlowFamily):
     """`ZImagePipeline` checkpoints. Lanes share a forward where their areas are alike, whatever their shapes are."""
 
     name = "z-image"
@@ -50,7 +47,6 @@ class ZImage(Family):
     controlnet_class = "ZImageControlNetModel"
     default_steps = 8
     default_guidance = 0.0
-    is_hidden_at_full_strength = False
     concatenated_layers = (IMAGE_LAYER, CAPTION_LAYER)
 
     def __init__(self, pipeline: Any, *, device: torch.device, memory: AdapterMemory = UNLIMITED) -> None:
@@ -60,29 +56,16 @@ class ZImage(Family):
         # [rows, tokens], True at the padding of captions, in forwards that are given padded ones.
         self._caption_padding: torch.Tensor | None = None
 
-    @property
-    def base_size(self) -> int:
-        return int(self._pipeline.vae.config.sample_size)
-
-    @property
-    def size_multiple(self) -> int:
-        return int(self._pipeline.vae_scale_factor * PATCH)
-
     def batch_traits(self, request: GenerationRequest) -> BatchTraits:
         """Return half-octaves of area, centred at the base size: a forward takes as long as its largest image."""
         base = (self.base_size // self.size_multiple) ** 2
         shape = round(2 * math.log2(self._num_patches(request) / base))
         return BatchTraits(shape, is_guided=request.guidance_scale > 0, num_steps=self.num_steps_of(request))
 
-    def num_steps_of(self, request: GenerationRequest) -> int:
-        """Return the number of steps taken: its pipelines round the skipped steps, the others' the taken ones."""
-        if request.source is None:
-            return request.num_inference_steps
-        num_steps = request.num_inference_steps
-        return num_steps - int(max(num_steps - num_steps * request.source.strength, 0))
-
     def check(self, request: GenerationRequest) -> None:
+        """Accept the options of guidance that the other families refuse."""
         check_guidance_rescale(request, self.name)
+        check_true_cfg(request, self.name)
 
     def encode(self, prompts: Sequence[Prompt], adapters: Sequence[RowAdapters]) -> list[Embedding]:
         """Return the hidden states before the last layer; adapters do not change the language model."""
@@ -217,32 +200,10 @@ class ZImage(Family):
         embedded: torch.Tensor = call[-1]
         return torch.where(self._caption_padding.flatten()[:, None], self._pipeline.transformer.cap_pad_token, embedded)
 
-    def _num_patches(self, request: GenerationRequest) -> int:
-        return (request.height // self.size_multiple) * (request.width // self.size_multiple)
-
     def _latent_shape(self, request: GenerationRequest) -> tuple[int, int, int]:
         multiple = self.size_multiple
         channels = self._pipeline.transformer.config.in_channels
         return channels, PATCH * (request.height // multiple), PATCH * (request.width // multiple)
-
-    def _shift(self, request: GenerationRequest) -> float | None:
-        config = self._pipeline.scheduler.config
-        if not config.use_dynamic_shifting:
-            return None
-        shift: float = calculate_shift(
-            self._num_patches(request),
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        return shift
-
-    def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
-        return super()._unscaled(latents) + float(self._pipeline.vae.config.shift_factor)
-
-    def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
-        return super()._scaled(latents - float(self._pipeline.vae.config.shift_factor))
 
 
 def _token_counts(rows: Sequence[RowTokens]) -> dict[str, list[int]]:

@@ -95,15 +95,16 @@ FLOW = SchedulerTable(
 )
 
 
-def set_timesteps(scheduler: Any, num_steps: int, shift: float | None = None) -> None:
+def set_timesteps(scheduler: Any, num_steps: int, shift: float | None = None, *, has_own_sigmas: bool = False) -> None:
     """Set the timesteps of `num_steps`. `shift` is a flow's `mu` where it depends on the size of the image.
 
     A flow's sigmas are passed as by `ZImagePipeline`, from 1 down to 1 / num_steps, where a scheduler takes them: its
-    default would end elsewhere.
+    default would end elsewhere. With `has_own_sigmas` a diffusion solver takes its default, as by `FluxPipeline`.
     """
     takes = parameters_of(type(scheduler).set_timesteps)
     given: dict[str, Any] = {}
-    is_flow = "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("use_flow_sigmas", False)
+    is_solver = scheduler.config.get("use_flow_sigmas", False)
+    is_flow = "FlowMatch" in type(scheduler).__name__ or (is_solver and not has_own_sigmas)
     if "sigmas" in takes and is_flow:
         # An array: UniPC multiplies it.
         given["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)

@@ -1,6 +1,7 @@
 """Start and inpainting blend of a lane with a source image."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,6 +21,13 @@ class SourceLatents:
     mask: torch.Tensor | None = None
     is_hidden: bool = False
     channels: torch.Tensor | None = None
+
+    def packed(self, pack: Callable[[torch.Tensor], torch.Tensor]) -> "SourceLatents":
+        """Return them as `pack` lays out latents; `channels` are left as they are."""
+        if self.latents is None:
+            return self
+        mask = None if self.mask is None else pack(self.mask.expand_as(self.latents))
+        return replace(self, latents=pack(self.latents), mask=mask)
 
 
 NO_SOURCE = SourceLatents(latents=None)

@@ -19,13 +19,15 @@ from inference.sampling.schedulers import parameters_of, set_timesteps
 class StepPlan:
     """The steps that `scheduler` (None: the default) takes in `num_steps`.
 
-    `shift` as in `set_timesteps`. A lane with a source skips the first `num_skipped`; None is a lane without one.
+    `shift` and `has_own_sigmas` as in `set_timesteps`. A lane with a source skips the first `num_skipped`; None is a
+    lane without one.
     """
 
     scheduler: str | None
     num_steps: int
     shift: float | None = None
     num_skipped: int | None = None
+    has_own_sigmas: bool = False
 
     def named(self, scheduler: str) -> "StepPlan":
         """Return the plan with this scheduler."""
@@ -33,7 +35,7 @@ class StepPlan:
 
     def set_up(self, scheduler: Any) -> torch.Tensor:
         """Set up a fresh diffusers scheduler for the plan, and return the timesteps that it will take."""
-        set_timesteps(scheduler, self.num_steps, self.shift)
+        set_timesteps(scheduler, self.num_steps, self.shift, has_own_sigmas=self.has_own_sigmas)
         begin = (self.num_skipped or 0) * scheduler.order
         if hasattr(scheduler, "set_begin_index"):
             # Also for 0. Where the first two timesteps round to one, as Karras' do with zero terminal SNR, diffusers

@@ -201,6 +201,7 @@ def request_of(
         guidance_rescale=job.guidance_rescale,
         cfg_normalization=job.cfg_normalization,
         cfg_truncation=job.cfg_truncation,
+        true_cfg_scale=job.true_cfg_scale,
         seeds=job.seeds,
         scheduler=job.scheduler,
         adapters=adapters,

@@ -111,6 +111,7 @@ class Job:
     guidance_scale: float | None
     cfg_normalization: float
     cfg_truncation: float
+    true_cfg_scale: float
     scheduler: str | None
     signature_ref: ObjectRef | None
     artist_name: str | None

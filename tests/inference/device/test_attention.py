@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from inference.device.attention import CUDNN_FIRST, AttentionOrder, Hardware
 from inference.lane import Lane
-from inference.models.z_image_attention import (
+from inference.models.attention.z_image import (
     RowLengths,
     RowTokens,
     attend_to_own_tokens,

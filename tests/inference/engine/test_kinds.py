@@ -26,6 +26,7 @@ from tests.support.models.family_models import FamilyModels
 from tests.support.models.ldm_layout import write_single_file
 from tests.support.models.plain_families import FROM_IMAGE as PIPELINES_FROM_IMAGE
 from tests.support.models.plain_families import alone
+from tests.support.models.tiny_flux import build_tiny_flux
 from tests.support.models.tiny_models import (
     build_tiny_sd,
     build_tiny_sd_inpaint,
@@ -45,6 +46,8 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "z_image": build_tiny_z_image,
     "sd_inpaint": build_tiny_sd_inpaint,
     "sdxl_inpaint": build_tiny_sdxl_inpaint,
+    "flux": build_tiny_flux,
+    "schnell": lambda folder: build_tiny_flux(folder, is_schnell=True),
 }
 NUM_STEPS = 4
 # A scheduler of each kind: of several steps, of two forwards to a step, and those that draw noise.
@@ -55,6 +58,12 @@ FROM_IMAGE = [
     ("sdxl", "unipc", 0.8),
     ("z_image", "euler", 0.3),
     ("z_image", "lcm", 1.0),
+    ("flux", "euler", 0.6),
+    ("flux", "unipc", 0.8),
+    ("flux", "dpm++", 0.6),
+    ("flux", "heun", 0.8),
+    ("flux", "lcm", 1.0),
+    ("schnell", "euler", 0.8),
 ]
 REPAINTED = [
     ("sd", "unipc", 0.3),
@@ -68,6 +77,12 @@ REPAINTED = [
     ("sd_inpaint", "euler_a", 0.8),
     ("sd_inpaint", "dpm++", 1.0),
     ("sdxl_inpaint", "euler", 1.0),
+    ("flux", "euler", 0.8),
+    ("flux", "unipc", 0.8),
+    ("flux", "dpm++", 0.6),
+    ("flux", "heun", 0.8),
+    ("flux", "lcm", 1.0),
+    ("schnell", "lcm", 0.8),
 ]
 
 
@@ -115,7 +130,7 @@ def assert_equal(models: Models, name: str, request: GenerationRequest) -> None:
 @pytest.mark.parametrize(
     ("name", "scheduler", "strength"),
     on_gpu(
-        long_but(FROM_IMAGE, *FROM_IMAGE[:3], ("z_image", "euler", 0.3)),
+        long_but(FROM_IMAGE, *FROM_IMAGE[:3], ("z_image", "euler", 0.3), ("flux", "unipc", 0.8), ("flux", "lcm", 1.0)),
         ("sd", "euler_a", 1.0),
         ("sdxl", "unipc", 0.8),
         ("z_image", "euler", 0.3),
@@ -135,6 +150,8 @@ def test_image_to_image_equals_plain_diffusers(models: Models, name: str, schedu
             ("sdxl", "lcm", 0.8),
             ("z_image", "heun", 0.8),
             ("sd_inpaint", "dpm++", 1.0),
+            ("flux", "euler", 0.8),
+            ("flux", "heun", 0.8),
         ),
         ("sd", "unipc", 0.3),
         ("sdxl", "lcm", 0.8),
@@ -146,14 +163,14 @@ def test_inpainting_equals_plain_diffusers(models: Models, name: str, scheduler:
     assert_equal(models, name, tiny_request(scheduler=scheduler, source=Source(gradients(), strength, window())))
 
 
-@pytest.mark.parametrize("name", long_but(CHECKPOINTS, "sd", "sd_inpaint", "z_image"))
+@pytest.mark.parametrize("name", long_but(CHECKPOINTS, "sd", "sd_inpaint", "z_image", "flux"))
 def test_strength_image_and_mask_show_in_what_the_tiny_models_draw(models: Models, name: str) -> None:
     """Else none of these tests would see a wrong one."""
     engine = models.engine(name)
     source = Source(gradients(), 0.8, window())
     request = tiny_request(source=source)
     others = [
-        replace(source, strength=0.5),
+        replace(source, strength=0.25),
         replace(source, rgb=source.rgb[::-1]),
         replace(source, mask=bytes(64 * 64 // 2) + b"\xff" * (64 * 64 // 2)),
     ]
@@ -178,6 +195,7 @@ def test_an_image_that_is_not_square_is_encoded_upright(models: Models) -> None:
 
     assert_equal(models, "sd", tiny_request(**size, source=Source(rgb, 0.8)))
     assert_equal(models, "z_image", tiny_request(**size, source=Source(rgb, 0.8, mask)))
+    assert_equal(models, "flux", tiny_request(**size, true_cfg_scale=2.0, source=Source(rgb, 0.8, mask)))
 
 
 @long
@@ -355,6 +373,28 @@ def test_eight_requests_of_every_kind_share_forwards_and_each_gives_the_image_it
     assert max(map(len, engine.model.batches)) >= 4
 
 
+def test_requests_of_every_kind_share_forwards_of_flux_too(models: Models, tmp_path: Path) -> None:
+    engine, checkpoint = models.engine("flux"), models.checkpoint("flux")
+    weights = write_adapter(tmp_path / "few.safetensors", load_pipe(checkpoint), layout="diffusers_new", rank=4, seed=1)
+    few = AdapterFile(weights, None, 1.0)
+    source, masked = Source(gradients(), 0.7), Source(gradients(), 0.9, window())
+    engine.model.batches.clear()
+
+    calls = submit_together(
+        engine,
+        [
+            tiny_request(few, seeds=(1,), num_inference_steps=5),
+            tiny_request(few, seeds=(2,), source=source, true_cfg_scale=3.0),
+            tiny_request(seeds=(3,), source=masked, true_cfg_scale=2.0, scheduler="lcm"),
+            tiny_request(few, seeds=(4,), source=masked, scheduler="unipc"),
+        ],
+    )
+
+    ratios = [psnr(call.image, alone(checkpoint, call.request)) for call in calls]
+    assert min(ratios) >= MIN_PSNR_DB, ratios
+    assert {lane.owner.request.kind for lane in max(engine.model.batches, key=len)} == set(KINDS)
+
+
 class EncodingModel(WatchedModel):
     """Notes before which of the forwards a picture was encoded, and whose."""
 
@@ -412,7 +452,7 @@ def test_an_image_too_large_to_encode_is_encoded_in_tiles(models: Models) -> Non
 @pytest.mark.parametrize(
     # Of 3.12 steps the families' pipelines take three and four.
     ("name", "strength", "num_steps"),
-    [("sd", 0.39, 3), ("z_image", 0.39, 4)],
+    [("sd", 0.39, 3), ("z_image", 0.39, 4), ("flux", 0.39, 4)],
 )
 def test_reported_steps_are_those_taken(models: Models, name: str, strength: float, num_steps: int) -> None:
     source = Source(gradients(), strength)

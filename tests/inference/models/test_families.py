@@ -23,6 +23,7 @@ from tests.support.long import long, long_but
 from tests.support.models.family_models import FamilyModels
 from tests.support.models.plain_families import DIFFUSION_CHOICES, FLOW_CHOICES, alone, embeddings_by_compel
 from tests.support.models.tiny_adapters import Z_IMAGE_BLOCKS, Z_IMAGE_EVERY_LAYER
+from tests.support.models.tiny_flux import build_tiny_flux
 from tests.support.models.tiny_models import (
     EVERY_LAYER,
     Layout,
@@ -43,6 +44,8 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "sdxl_without_zeros": lambda folder: build_tiny_sdxl(folder, seed=1, force_zeros=False),
     "z_image": build_tiny_z_image,
     "z_image_dynamic": lambda folder: build_tiny_z_image(folder, seed=1, dynamic=True),
+    # Its images are in `test_flux.py`.
+    "flux": build_tiny_flux,
 }
 SCHEDULERS = {
     "sd": DIFFUSION_CHOICES,
@@ -100,7 +103,11 @@ def tiny_request(*adapters: AdapterFile, **fields: Any) -> GenerationRequest:
     ("name", "negative_prompt"),
     on_gpu(
         long_but(
-            [(name, negative) for name in CHECKPOINTS for negative in ("", "blurry")],
+            [
+                (name, negative)
+                for name in ("sd", "sdxl", "sdxl_without_zeros", "z_image", "z_image_dynamic")
+                for negative in ("", "blurry")
+            ],
             ("sd", "blurry"),
             # It begins with zeros where there is no negative prompt, unless its pipeline says otherwise.
             ("sdxl", ""),
@@ -474,14 +481,14 @@ class CountedSampler:
 
 def guided_lane(model: Family) -> Lane:
     """Prepare a lane that has not joined, with its conditioning alone."""
-    request = tiny_request(guidance_scale=4.0, scheduler="euler", num_inference_steps=4)
+    request = tiny_request(scheduler="euler", num_inference_steps=4, **model.guided_fields)
     active = ActiveRequest(request, model.batch_traits(request), lambda _: None, lambda: False, ())
     with torch.inference_mode():
         active.conditioning = Conditioning(*model.encode([Prompt("a hill"), Prompt("dark")], [(), ()]))
     return active.lanes[0]
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "z_image"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "z_image", "flux"])
 def test_a_guided_lane_s_input_is_made_once_for_both_of_its_rows(models: Models, name: str) -> None:
     model = models.engine(name).model
     lane = guided_lane(model)
@@ -494,7 +501,7 @@ def test_a_guided_lane_s_input_is_made_once_for_both_of_its_rows(models: Models,
     assert sampler.num_inputs == 1
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "z_image"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "z_image", "flux"])
 def test_a_lane_joins_without_waiting_for_the_device(
     models: Models, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -211,9 +211,9 @@ def test_configured_gpu_that_is_missing_is_refused_at_the_start(tiny: Path) -> N
 
 
 def test_a_checkpoint_of_another_family_is_refused_by_its_name(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}')
 
-    with pytest.raises(EngineStartFailed, match="FluxPipeline"):
+    with pytest.raises(EngineStartFailed, match="KolorsPipeline"):
         LocalEngine(settings_of(tmp_path))
 
 

@@ -10,8 +10,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from inference.lane import ActiveRequest, Conditioning, Lane
 from inference.lora.bank import AppliedAdapter, RowAdapters
+from inference.models.attention.unet import GroupedAttnProcessor, group_projections
 from inference.models.inputs import Prompt
-from inference.models.unet_attention import GroupedAttnProcessor, group_projections
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import WatchedEngine
 from tests.support.models.tiny_models import build_tiny_sd, build_tiny_sdxl, load_pipe

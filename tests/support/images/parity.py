@@ -132,7 +132,9 @@ def _loaded(checkpoint: Path, adapters: tuple[_Adapter, ...], dtype: torch.dtype
     files = [adapter.file for adapter in adapters]
     for name, file in zip(_names(files), files, strict=True):
         if file.config:
-            pipe.unet = PeftModel.from_pretrained(pipe.unet, file.weights.parent).get_base_model()
+            denoiser = "unet" if hasattr(pipe, "unet") else "transformer"
+            adapted = PeftModel.from_pretrained(getattr(pipe, denoiser), file.weights.parent)
+            setattr(pipe, denoiser, adapted.get_base_model())
         else:
             pipe.load_lora_weights(file.weights.parent, weight_name=file.weights.name, adapter_name=name)
     return pipe, pipe.scheduler

@@ -45,14 +45,17 @@ DEFAULTS = {
     "StableDiffusionPipeline": "dpm++",
     "StableDiffusionXLPipeline": "euler",
     "ZImagePipeline": "euler",
+    "FluxPipeline": "euler",
     "StableDiffusionInpaintPipeline": "dpm++",
     "StableDiffusionXLInpaintPipeline": "euler",
 }
+FLOW_PIPELINES = (diffusers.ZImagePipeline, diffusers.FluxPipeline)
 # The pipelines that begin with a picture, and those that repaint a part of one, by the pipeline that draws from text.
 FROM_IMAGE = {
     "StableDiffusionPipeline": diffusers.StableDiffusionImg2ImgPipeline,
     "StableDiffusionXLPipeline": diffusers.StableDiffusionXLImg2ImgPipeline,
     "ZImagePipeline": diffusers.ZImageImg2ImgPipeline,
+    "FluxPipeline": diffusers.FluxImg2ImgPipeline,
 }
 REPAINTING = {
     "StableDiffusionPipeline": diffusers.StableDiffusionInpaintPipeline,
@@ -60,6 +63,7 @@ REPAINTING = {
     "StableDiffusionXLPipeline": diffusers.StableDiffusionXLInpaintPipeline,
     "StableDiffusionXLInpaintPipeline": diffusers.StableDiffusionXLInpaintPipeline,
     "ZImagePipeline": diffusers.ZImageInpaintPipeline,
+    "FluxPipeline": diffusers.FluxInpaintPipeline,
 }
 
 
@@ -88,7 +92,7 @@ def drawn_by(pipe: Any, request: GenerationRequest, **embeddings: torch.Tensor) 
     else:
         arguments |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt or None}
     name = request.scheduler or DEFAULTS[type(pipe).__name__]
-    is_flow = isinstance(pipe, diffusers.ZImagePipeline)
+    is_flow = isinstance(pipe, FLOW_PIPELINES)
     if pipe.dtype != torch.float32:
         arguments["latents"] = noise_of(pipe, request, generator)
     if request.source is not None:
@@ -99,12 +103,20 @@ def drawn_by(pipe: Any, request: GenerationRequest, **embeddings: torch.Tensor) 
             # They take the picture's size.
             del arguments["width"], arguments["height"]
     if is_flow:
-        arguments |= {"cfg_normalization": request.cfg_normalization, "cfg_truncation": request.cfg_truncation}
+        arguments |= _guidance(pipe, request)
         pipe.scheduler = _flow_scheduler(name, pipe.scheduler.config, generator)
     else:
         choice = DIFFUSION_CHOICES[name]
         pipe.scheduler = choice.scheduler.from_config(pipe.scheduler.config, **choice.changes)
     return pipe(**arguments).images[0]  # type: ignore[no-any-return]
+
+
+def _guidance(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+    """Return the options of guidance that only one family has, and how much FLUX.1 schnell reads of a prompt."""
+    if hasattr(pipe, "text_encoder_2"):
+        max_tokens = 512 if pipe.transformer.config.guidance_embeds else 256
+        return {"true_cfg_scale": request.true_cfg_scale, "max_sequence_length": max_tokens}
+    return {"cfg_normalization": request.cfg_normalization, "cfg_truncation": request.cfg_truncation}
 
 
 def embeddings_by_compel(pipe: Any, request: GenerationRequest) -> dict[str, torch.Tensor]:
@@ -127,7 +139,7 @@ def noise_of(pipe: Any, request: GenerationRequest, generator: torch.Generator) 
     The pipelines with a UNet sample it in their own dtype. Before torch 2.12 the CPU's generator makes other noise of a
     seed in 16 bits than in 32: without this the images are as different as those of two seeds.
     """
-    is_flow = isinstance(pipe, diffusers.ZImagePipeline)
+    is_flow = isinstance(pipe, FLOW_PIPELINES)
     channels = pipe.transformer.in_channels if is_flow else pipe.unet.config.in_channels
     height, width = (side // pipe.vae_scale_factor for side in (request.height, request.width))
     noise = torch.randn((1, channels, height, width), generator=generator)
@@ -138,7 +150,7 @@ def _with_source(pipe: Any, *, scheduler: str, is_masked: bool) -> Any:
     """Put the pipeline's models into the pipeline that takes a source image."""
     made = (REPAINTING if is_masked else FROM_IMAGE)[type(pipe).__name__].from_pipe(pipe, dtype=torch.float32)
     made.set_progress_bar_config(disable=True)
-    if scheduler == "heun" and isinstance(pipe, diffusers.ZImagePipeline):
+    if scheduler == "heun" and isinstance(pipe, FLOW_PIPELINES):
         # It counts two timesteps to a step; the pipeline takes them for as many steps.
         plain = made.get_timesteps
         made.get_timesteps = lambda num_timesteps, *rest: plain((num_timesteps + 1) // 2, *rest)
@@ -182,10 +194,10 @@ def _with_its_own_name(add_noise: Callable[..., torch.Tensor]) -> Callable[..., 
 
 
 def _with_array(set_timesteps: Callable[..., None]) -> Callable[..., None]:
-    """Pass UniPC an array, which it calculates with; the pipeline gives a list."""
+    """Pass UniPC an array, which it calculates with; Z-Image's pipeline gives a list, FLUX.1's from text none."""
 
-    def set_by_array(*, sigmas: list[float], mu: float, device: Any) -> None:
-        set_timesteps(sigmas=np.array(sigmas), mu=mu, device=device)
+    def set_by_array(num_steps: int | None = None, *, sigmas: Any = None, mu: float, device: Any) -> None:
+        set_timesteps(num_steps, sigmas=None if sigmas is None else np.array(sigmas), mu=mu, device=device)
 
     return set_by_array
 
@@ -193,7 +205,7 @@ def _with_array(set_timesteps: Callable[..., None]) -> Callable[..., None]:
 def _with_own_steps(set_timesteps: Callable[..., None], *, takes_mu: bool) -> Callable[..., None]:
     """Drop the noise levels for a scheduler that takes none and spaces its own."""
 
-    def set_by_number(*, sigmas: list[float], mu: float, device: Any) -> None:
-        set_timesteps(len(sigmas), device=device, **({"mu": mu} if takes_mu else {}))
+    def set_by_number(num_steps: int | None = None, *, sigmas: Any = (), mu: float, device: Any) -> None:
+        set_timesteps(num_steps or len(sigmas), device=device, **({"mu": mu} if takes_mu else {}))
 
     return set_by_number

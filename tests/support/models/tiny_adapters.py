@@ -61,7 +61,7 @@ def write_adapter(
     keeps them; "diffusers_old" keeps none of them and must be written at its defaults.
     """
     denoiser = "transformer" if hasattr(pipe, "transformer") else "unet"
-    encoders = [name for name in ("text_encoder", "text_encoder_2") if text_encoder and hasattr(pipe, name)]
+    encoders = [name for name in ("text_encoder", "text_encoder_2") if text_encoder and _is_clip(pipe, name)]
     models = {name: getattr(pipe, name) for name in (denoiser, *encoders)}
     config = peft.LoraConfig(
         r=rank,
@@ -86,6 +86,10 @@ def write_adapter(
     else:
         safetensors.torch.save_file(_diffusers_old(adapted), path)
     return path
+
+
+def _is_clip(pipe: Any, name: str) -> bool:
+    return hasattr(pipe, name) and getattr(pipe, name).config.model_type.startswith("clip")
 
 
 def _randomised(model: torch.nn.Module, config: peft.LoraConfig, *, seed: int, strength: float) -> peft.PeftModel:

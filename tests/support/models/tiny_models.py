@@ -57,6 +57,8 @@ __all__ = [
     "build_tiny_sdxl_inpaint",
     "build_tiny_z_image",
     "byte_tokenizer",
+    "clip_config",
+    "flow_vae",
     "load_pipe",
     "write_adapter",
 ]
@@ -137,7 +139,7 @@ def _build_sd(
                 norm_num_groups=8,
                 use_linear_projection=use_linear_projection,
             ),
-            text_encoder=CLIPTextModel(_clip_config(tokenizer, num_hidden_layers=2, hidden_act=hidden_act)),
+            text_encoder=CLIPTextModel(clip_config(tokenizer, num_hidden_layers=2, hidden_act=hidden_act)),
             tokenizer=tokenizer,
             vae=_vae(),
             scheduler=scheduler,
@@ -171,9 +173,9 @@ def build_tiny_sdxl(
         tokenizer, tokenizer_2 = byte_tokenizer(), byte_tokenizer(pad_token="!")
         pipe = pipeline(
             unet=_sdxl_unet(_in_channels(pipeline)),
-            text_encoder=CLIPTextModel(_clip_config(tokenizer, num_hidden_layers=3)),
+            text_encoder=CLIPTextModel(clip_config(tokenizer, num_hidden_layers=3)),
             text_encoder_2=CLIPTextModelWithProjection(
-                _clip_config(
+                clip_config(
                     tokenizer_2,
                     num_hidden_layers=4,
                     hidden_size=HIDDEN_2,
@@ -227,7 +229,8 @@ def _heed_prompts(unet: UNet2DConditionModel) -> None:
                 weight.mul_(4)
 
 
-def _clip_config(tokenizer: CLIPTokenizer, **sizes: Any) -> CLIPTextConfig:
+def clip_config(tokenizer: CLIPTokenizer, **sizes: Any) -> CLIPTextConfig:
+    """Describe a small CLIP for the tokenizer, with these sizes of its own."""
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     usual = {"hidden_size": HIDDEN, "num_attention_heads": 2, "max_position_embeddings": MAX_TOKENS}
     return CLIPTextConfig(**usual | special | {"vocab_size": len(tokenizer), "intermediate_size": 64} | sizes)
@@ -268,14 +271,7 @@ def build_tiny_z_image(folder: Path, *, seed: int = 0, shift: float = 3.0, dynam
                 )
             ),
             tokenizer=tokenizer,
-            # As Flux's, which Z-Image took over.
-            vae=_vae(
-                latent_channels=16,
-                scaling_factor=0.3611,
-                shift_factor=0.1159,
-                use_quant_conv=False,
-                use_post_quant_conv=False,
-            ),
+            vae=flow_vae(),
             scheduler=FlowMatchEulerDiscreteScheduler(
                 num_train_timesteps=1000, shift=shift, use_dynamic_shifting=dynamic
             ),
@@ -316,6 +312,17 @@ def chat_tokenizer() -> Qwen2Tokenizer:
         extra_special_tokens=["<|im_start|>"],
         chat_template=CHAT_TEMPLATE,
         model_max_length=131072,
+    )
+
+
+def flow_vae() -> AutoencoderKL:
+    """Build a VAE like FLUX.1's, which Z-Image took over."""
+    return _vae(
+        latent_channels=16,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
     )
 
 

@@ -69,6 +69,7 @@ EXAMPLES: dict[tuple[str, str], Any] = {
     ("job", "data.parameters.scheduler"): "euler",
     ("job", "data.parameters.cfg_normalization"): 1.0,
     ("job", "data.parameters.cfg_truncation"): 0.8,
+    ("job", "data.parameters.true_cfg_scale"): 3.0,
     ("job", "data.signature_path"): "s3://media/signatures/a.png",
     ("job", "data.artist_name"): "서울 아틀리에",
     ("job", "data.signature_config.position"): "bottom-right",

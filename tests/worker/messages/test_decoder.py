@@ -113,6 +113,7 @@ EXPECTED = Job(
     guidance_scale=5.5,
     cfg_normalization=0.0,
     cfg_truncation=1.0,
+    true_cfg_scale=1.0,
     scheduler="dpm++",
     signature_ref=ObjectRef("media", "signatures/a.png"),
     artist_name="서울 아틀리에",
@@ -164,6 +165,7 @@ BARE = Job(
     guidance_scale=None,
     cfg_normalization=0.0,
     cfg_truncation=1.0,
+    true_cfg_scale=1.0,
     scheduler=None,
     signature_ref=None,
     artist_name=None,
@@ -210,10 +212,10 @@ def test_several_adapters_keep_their_order_and_scales(rules: JobRules) -> None:
     ]
 
 
-def test_z_image_fields_are_passed_on(rules: JobRules) -> None:
-    job = job_of(rules, message(parameters={"cfg_normalization": 0.7, "cfg_truncation": 0.5}))
+def test_fields_of_one_family_are_passed_on(rules: JobRules) -> None:
+    job = job_of(rules, message(parameters={"cfg_normalization": 0.7, "cfg_truncation": 0.5, "true_cfg_scale": 4}))
 
-    assert (job.cfg_normalization, job.cfg_truncation) == (0.7, 0.5)
+    assert (job.cfg_normalization, job.cfg_truncation, job.true_cfg_scale) == (0.7, 0.5, 4.0)
 
 
 def test_fields_set_by_neither_job_nor_settings_default_to_the_family_s(rules: JobRules) -> None:
@@ -395,6 +397,7 @@ LIMITS: list[tuple[str, Any, Any]] = [
     ("parameters", [{"cfg_scale": 0}, {"cfg_scale": 50}], [{"cfg_scale": -1}, {"cfg_scale": 51}]),
     ("parameters", [{"cfg_normalization": 0}, {"cfg_normalization": 1.5}], [{"cfg_normalization": -1}]),
     ("parameters", [{"cfg_truncation": 0}, {"cfg_truncation": 1}], [{"cfg_truncation": 1.5}]),
+    ("parameters", [{"true_cfg_scale": 1}, {"true_cfg_scale": 50}], [{"true_cfg_scale": 0.5}, {"true_cfg_scale": 51}]),
     (
         "parameters",
         [{"seed": 0}, {"seed": MAX_SEED}, {"seed": "7"}, {"seed": -1}],

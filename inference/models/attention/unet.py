@@ -7,11 +7,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.nn import functional
 
 from inference.lora.products.adapted_layers import project
-
-
-def by_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Return [rows, tokens, width] as [rows, tokens, heads, width]."""
-    return x.view(*x.shape[:-1], num_heads, -1)
+from inference.models.attention.heads import by_heads
 
 
 class GroupedAttnProcessor:

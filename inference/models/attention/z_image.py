@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
-from torch.nn import functional
 
 from inference.lora.products.adapted_layers import project
-from inference.models.unet_attention import by_heads
+from inference.models.attention.heads import attend, by_heads, rotated
 
 
 class RowTokens(NamedTuple):
@@ -95,7 +94,7 @@ class OwnTokensAttnProcessor:
         if attn.norm_k is not None:
             key = attn.norm_k(key)
         if freqs_cis is not None:
-            query, key = _rotated(query, freqs_cis), _rotated(key, freqs_cis)
+            query, key = rotated(query, freqs_cis), rotated(key, freqs_cis)
         if torch.compiler.is_compiling():
             attended: torch.Tensor = torch.ops.darkroom.attend_within_rows(
                 query, key, value, attention_mask, self._number
@@ -112,12 +111,12 @@ class OwnTokensAttnProcessor:
     ) -> torch.Tensor:
         """Attend, [rows, tokens, heads, width] each. `mask` [rows, tokens] is True at the rows' own tokens."""
         if mask is None:
-            return _sdpa(query, key, value)
+            return attend(query, key, value)
         lengths = self._lengths.find(self._streams, *query.shape[:2])
         if lengths is None:
-            return _sdpa(query, key, value, mask[:, None, None])
+            return attend(query, key, value, mask[:, None, None])
         if min(lengths) == query.shape[1]:
-            return _sdpa(query, key, value)
+            return attend(query, key, value)
         return _row_by_row(query, key, value, lengths)
 
 
@@ -163,19 +162,6 @@ def _set(blocks: Sequence[Any], lengths: RowLengths, streams: Sequence[Stream]) 
         block.attention.set_processor(processor)
 
 
-def _rotated(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
-    """Apply rotary positions: neighbours in [rows, tokens, heads, width] are rotated as complex numbers, in 32 bits."""
-    pairs = x.float().reshape(*x.shape[:-1], -1, 2)
-    if torch.compiler.is_compiling():
-        # Written out: there is no generated code for complex numbers.
-        cosine, sine = torch.view_as_real(freqs_cis)[:, :, None].unbind(-1)
-        real, imaginary = pairs.unbind(-1)
-        rotated = torch.stack((real * cosine - imaginary * sine, real * sine + imaginary * cosine), -1)
-    else:
-        rotated = torch.view_as_real(torch.view_as_complex(pairs) * freqs_cis[:, :, None])
-    return rotated.flatten(3).type_as(x)
-
-
 def _row_by_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """Attend row by row, with zeros as padding: it is not read, but must be finite.
 
@@ -188,14 +174,6 @@ def _row_by_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, len
     for row, length in enumerate(lengths):
         # Not `[row : row + 1]`, which would keep the batch's stride.
         own = (one[row, :length][None] for one in (query, key, value))
-        parts += [_sdpa(*own)[0], padding[: longest - length]]
+        parts += [attend(*own)[0], padding[: longest - length]]
     # One kernel for all rows.
     return torch.cat(parts).view(query.shape)
-
-
-def _sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Call torch's attention with [rows, tokens, heads, width] each, which torch orders otherwise."""
-    query, key, value = (one.transpose(1, 2) for one in (query, key, value))
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
