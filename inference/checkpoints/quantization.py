@@ -23,7 +23,7 @@ FLOAT8_BYTES, SCALE_BYTES = 1, 4
 # Where a model's authors name no layers that have to stay as they are.
 DEFAULT_KEPT = ("pos_embed", "patch_embed", "norm", "^proj_in$", "^proj_out$")
 # In the names of a file's tensors: what is no layer's matrix, or one of those that stay.
-KEPT_IN_FILES = re.compile(r"emb|norm|adaLN|proj_(in|out)\.weight$|lm_head")
+KEPT_IN_FILES = re.compile(r"emb|norm|lm_head|^proj_(in|out)\.")
 
 
 def quantize(pipeline: Any) -> None:
