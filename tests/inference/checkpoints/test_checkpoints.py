@@ -19,11 +19,18 @@ from inference.errors import EngineStartFailed
 from tests.support.long import long
 from tests.support.models.hub_cache import write_to_hub_cache
 from tests.support.models.ldm_layout import write_single_file
+from tests.support.models.tiny_flux import build_tiny_flux
 from tests.support.models.tiny_models import build_tiny_sd, build_tiny_sd2, build_tiny_sdxl, build_tiny_z_image
 
-SD, SDXL, Z_IMAGE = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "ZImagePipeline"
-BUILDERS = {"sd": build_tiny_sd, "sd2": build_tiny_sd2, "sdxl": build_tiny_sdxl, "z-image": build_tiny_z_image}
-CLASSES = {"sd": SD, "sd2": SD, "sdxl": SDXL, "z-image": Z_IMAGE}
+SD, SDXL, Z_IMAGE, FLUX = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "ZImagePipeline", "FluxPipeline"
+BUILDERS = {
+    "sd": build_tiny_sd,
+    "sd2": build_tiny_sd2,
+    "sdxl": build_tiny_sdxl,
+    "z-image": build_tiny_z_image,
+    "flux": build_tiny_flux,
+}
+CLASSES = {"sd": SD, "sd2": SD, "sdxl": SDXL, "z-image": Z_IMAGE, "flux": FLUX}
 SINGLE = ("sd", "sd2", "sdxl")
 
 Change = Callable[[Path], None]
@@ -277,7 +284,7 @@ def test_another_family_is_refused_before_anything_is_read(folder: Path, found: 
     message = message_of(folder)
 
     assert str(found) in message
-    assert all(name in message for name in (SD, SDXL, Z_IMAGE))
+    assert all(name in message for name in (SD, SDXL, Z_IMAGE, FLUX))
 
 
 @pytest.mark.parametrize(
@@ -376,6 +383,7 @@ def test_published_layouts_load_and_draw_the_same(folder: Path, wanted: torch.Te
         ("sdxl", "unet", {"sample_size": 128}),
         ("sdxl", "vae", {"scaling_factor": 0.13025}),
         ("z-image", "vae", {"scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024}),
+        ("flux", "vae", {"scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024}),
     ],
 )
 def test_config_field_left_out_gets_the_family_s_value(
@@ -459,6 +467,7 @@ def test_damage_is_named_with_its_file(folder: Path, change: Change, words: tupl
         ("sdxl", without("unet/config.json", "transformer_layers_per_block"), ("unet", "do not belong together")),
         ("sdxl", without("unet/config.json", "addition_embed_type"), ("unet", "do not belong together")),
         ("z-image", without("transformer/config.json", "n_layers"), ("transformer", "do not belong together")),
+        ("flux", without("transformer/config.json", "num_layers"), ("transformer", "do not belong together")),
         ("z-image", without("transformer/config.json", "dim"), ("could not be loaded", "AssertionError")),
     ],
 )

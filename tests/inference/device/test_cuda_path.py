@@ -17,6 +17,7 @@ from tests.support.cuda.fake_cuda import FakeCuda
 from tests.support.cuda.kernel_table import NUM_LANES, count_step
 from tests.support.long import long_but
 from tests.support.models.full_models import ATTENTION, FAMILIES, FullModel
+from tests.support.models.full_pipelines import CONTROLNETS
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
@@ -44,6 +45,9 @@ CEILINGS = {
     ("z-image", 1): Ceiling(2621, 170, 6),
     ("z-image", 4): Ceiling(2729, 170, 24),
     ("z-image", 10): Ceiling(3309, 170, 60),
+    ("flux", 1): Ceiling(3125, 114, 13),
+    ("flux", 4): Ceiling(3163, 114, 22),
+    ("flux", 10): Ceiling(3163, 114, 40),
 }
 # Outside the denoiser, of two lanes.
 NOISY_CEILING = 30
@@ -148,7 +152,7 @@ def test_inpainting_step_waits_for_nothing(model: FullModel, name: str) -> None:
     assert stalls_of(model, lanes) == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", long_but(CONTROLNETS, "sd15", "z-image"))
 def test_a_step_with_a_controlnet_for_one_of_two_lanes_waits_for_nothing(model: FullModel, name: str) -> None:
     lanes = model.lanes(2, [(), *model.mixed(1)], [model.guide()])
 

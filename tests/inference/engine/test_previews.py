@@ -24,12 +24,14 @@ from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import EngineCall, WatchedEngine, WatchedModel
 from tests.support.images.parity import draw, settings_of
 from tests.support.long import long_but
+from tests.support.models.tiny_flux import build_tiny_flux
 from tests.support.models.tiny_models import (
     BETAS,
     build_tiny_sd,
     build_tiny_sd_inpaint,
     build_tiny_sdxl,
     build_tiny_z_image,
+    load_pipe,
 )
 from tests.support.paths import DEMO_MODEL
 
@@ -101,8 +103,8 @@ def with_means(folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     "build",
-    [build_tiny_sd, lambda folder: with_means(build_tiny_sdxl(folder)), build_tiny_z_image],
-    ids=["sd", "sdxl", "z-image"],
+    [build_tiny_sd, lambda folder: with_means(build_tiny_sdxl(folder)), build_tiny_z_image, build_tiny_flux],
+    ids=["sd", "sdxl", "z-image", "flux"],
 )
 def test_each_family_s_projection_reads_latents_in_the_sampler_s_scale(
     build: Callable[[Path], Path], tmp_path: Path
@@ -119,6 +121,25 @@ def test_each_family_s_projection_reads_latents_in_the_sampler_s_scale(
     assert found.shape == (8, 8, 3)
     assert int((found.int() - in_its_own_scale.int()).abs().max()) <= 1
     assert found.float().std() > 1
+
+
+def test_the_first_preview_of_flux_is_its_image_after_one_step_of_one(tmp_path: Path) -> None:
+    checkpoint = build_tiny_flux(tmp_path / "flux")
+    engine = LocalEngine(settings_of(checkpoint, PREVIEW_EVERY=1))
+    steps: list[StepReport] = []
+    draw(engine, request_of(width=64, height=96, num_inference_steps=2), steps)
+    projection = engine._model.find_projection()
+    engine.close()
+
+    pipe = load_pipe(checkpoint)
+    generator = torch.Generator().manual_seed(42)
+    fields = {"width": 64, "height": 96, "num_inference_steps": 1, "guidance_scale": 3.0, "output_type": "latent"}
+    packed = pipe("a red fox", generator=generator, **fields).images
+
+    (preview,) = (step.preview for step in steps if step.preview is not None)
+    expected = projection(pipe._unpack_latents(packed, 96, 64, pipe.vae_scale_factor)[0])
+    shown = np.frombuffer(preview.rgb, np.uint8).reshape(preview.height, preview.width, 3)
+    assert np.abs(shown.astype(int) - expected.numpy().astype(int)).max() <= 1
 
 
 # --- The engine

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel, ZImagePipeline
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
@@ -25,6 +25,7 @@ from tests.support.engine.watched_engine import EngineCall, WatchedEngine, Watch
 from tests.support.images.parity import draw, psnr
 from tests.support.long import long, long_but
 from tests.support.models.tiny_adapters import ATTENTION, write_adapter
+from tests.support.models.tiny_flux import build_tiny_flux
 from tests.support.models.tiny_models import build_tiny_sd, build_tiny_sdxl, build_tiny_z_image
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "no_forward_failed")]
@@ -52,17 +53,19 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "sd": build_tiny_sd,
     "sdxl": build_tiny_sdxl,
     "z_image": build_tiny_z_image,
+    "flux": build_tiny_flux,
 }
 # By width: with one row, with several, and with several behind a mask. Z-Image's have three kinds of blocks instead of
-# widths; those of the image alone have no mask in the warm-up of the tiny model.
-NUM_GRAPHS = {"sd": 6, "sdxl": 6, "z_image": 8}
+# widths; those of the image alone have no mask in the warm-up of the tiny model. FLUX.1's have two kinds and no mask; a
+# single block's input is laid out otherwise behind another one.
+NUM_GRAPHS = {"sd": 6, "sdxl": 6, "z_image": 8, "flux": 6}
 
 
 def adapters_of(checkpoint: Path) -> list[AdapterFile]:
     """Write adapters of three ranks, two of them for more layers than those of attention."""
     pipe = DiffusionPipeline.from_pretrained(checkpoint)
-    is_unet = hasattr(pipe, "unet")
-    more = ("proj_in", "ff.net.2") if is_unet else ("feed_forward.w1", "feed_forward.w2")
+    is_gated = isinstance(pipe, ZImagePipeline)
+    more = ("feed_forward.w1", "feed_forward.w2") if is_gated else ("proj_in", "proj_mlp", "ff.net.2")
     files = []
     for rank, others in ((4, ()), (16, more), (40, more)):
         path = checkpoint.parent / f"rank{rank}.safetensors"

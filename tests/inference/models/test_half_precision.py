@@ -14,6 +14,7 @@ from tests.support.images.parity import images_of, pipe_with, psnr
 from tests.support.long import long_but
 from tests.support.models.family_models import FamilyModels
 from tests.support.models.plain_families import drawn_by, embeddings_by_compel
+from tests.support.models.tiny_flux import build_tiny_flux
 from tests.support.models.tiny_models import (
     build_tiny_sd,
     build_tiny_sdxl,
@@ -37,6 +38,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "sd": build_tiny_sd,
     "sdxl": build_tiny_sdxl,
     "z_image": build_tiny_z_image,
+    "flux": build_tiny_flux,
 }
 
 
@@ -65,6 +67,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
         [(family, dtype) for family in FAMILIES for dtype in ("bfloat16", "float16")],
         ("sd", "bfloat16"),
         ("z_image", "float16"),
+        ("flux", "bfloat16"),
     ),
 )
 def test_a_batch_in_16_bits_equals_plain_diffusers_that_begins_with_the_same_noise(

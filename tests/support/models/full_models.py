@@ -12,6 +12,8 @@ from inference.lora.adapter import Adapter, LowRank
 from inference.lora.bank import PackedAdapter
 from inference.lora.products.rows import AppliedAdapter, RowAdapters
 from inference.models.base import Family
+from inference.models.flow import FlowFamily
+from inference.models.flux import Flux
 from inference.models.inputs import sampler_of
 from inference.models.sdxl import StableDiffusionXL
 from inference.models.stable_diffusion import StableDiffusion
@@ -21,7 +23,12 @@ from tests.support.cuda.fake_cuda import DEVICE, FakeCuda
 from tests.support.cuda.tally import Tally
 from tests.support.models.full_pipelines import CONTROLNETS, build_pipeline
 
-FAMILIES: dict[str, Callable[..., Family]] = {"sd15": StableDiffusion, "sdxl": StableDiffusionXL, "z-image": ZImage}
+FAMILIES: dict[str, Callable[..., Family]] = {
+    "sd15": StableDiffusion,
+    "sdxl": StableDiffusionXL,
+    "z-image": ZImage,
+    "flux": Flux,
+}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 LINEAR = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 # Ranks and layers of ten jobs' adapters: of one page and of many, feed-forward layers in three, one job without any.
@@ -67,7 +74,7 @@ class FullModel:
                 bring(component)
         family = FAMILIES[name.removesuffix("-inpaint")]
         self.family: Family = family(pipeline, device=DEVICE)
-        self.denoiser = pipeline.transformer if family is ZImage else pipeline.unet
+        self.denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
         cuda.watch(self.denoiser, "denoiser")
         self._next_page = 1
         self._conditioner = Conditioner(self.family)
@@ -94,7 +101,7 @@ class FullModel:
 
     def request(self, number: int, **fields: Any) -> GenerationRequest:
         """Build the request of job `number` of a batch, at the model's own size, with these fields changed."""
-        size, is_flow = self.family.base_size, isinstance(self.family, ZImage)
+        size, is_flow = self.family.base_size, isinstance(self.family, FlowFamily)
         defaults: dict[str, Any] = {
             "request_id": str(number),
             "prompt": f"a picture of thing {number}, " + "very " * number + "red",
@@ -156,7 +163,7 @@ class FullModel:
         return tally
 
     def _adapter(self, rank: int, endings: tuple[str, ...]) -> Adapter:
-        root = "transformer" if isinstance(self.family, ZImage) else "unet"
+        root = "transformer" if isinstance(self.family, FlowFamily) else "unet"
         layers = {
             f"{root}.{name}": LowRank(torch.empty(rank, module.in_features), torch.empty(module.out_features, rank))
             for name, module in self.denoiser.named_modules()

@@ -4,15 +4,29 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, StableDiffusionInpaintPipeline, UNet2DConditionModel, ZImageControlNetModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionInpaintPipeline,
+    UNet2DConditionModel,
+    ZImageControlNetModel,
+)
+from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
 from benchmarks.gpu.models.bench_model import model_of
+from tests.support.models.tiny_flux import letter_tokenizer
+from tests.support.models.tiny_models import byte_tokenizer, clip_config
 
 
 def build_pipeline(name: str) -> Any:
     """Build the family's pipeline of meta tensors; for "sd15-inpaint" with a UNet that reads a mask and a masked
     image.
     """
+    if name == "flux":
+        return _flux()
     pipeline = model_of(name.removesuffix("-inpaint"), is_tiny=False).build_without_memory()
     if not name.endswith("-inpaint"):
         return pipeline
@@ -20,6 +34,33 @@ def build_pipeline(name: str) -> Any:
         unet = UNet2DConditionModel.from_config({**pipeline.unet.config, "in_channels": 9})
     parts = {**pipeline.components, "unet": unet}
     return StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+
+
+def _flux() -> Any:
+    """Build the configs of FLUX.1 dev: transformer 11.9 B, T5 4.8 B, CLIP 123 M, VAE 84 M parameters."""
+    tokenizer, tokenizer_2 = byte_tokenizer(), letter_tokenizer()
+    clip = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "vocab_size": 49408}
+    t5 = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    latents = {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    with torch.device("meta"):
+        return FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512),
+                layers_per_block=2,
+                sample_size=1024,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+                **blocks,
+                **latents,
+            ),
+            text_encoder=CLIPTextModel(clip_config(tokenizer, num_hidden_layers=12, **clip)),
+            tokenizer=tokenizer,
+            text_encoder_2=T5EncoderModel(T5Config(**t5, feed_forward_proj="gated-gelu")),
+            tokenizer_2=tokenizer_2,
+            transformer=FluxTransformer2DModel(guidance_embeds=True),
+        )
 
 
 def _unet_controlnet(unet: Any) -> Any:

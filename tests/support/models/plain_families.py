@@ -136,14 +136,15 @@ def embeddings_by_compel(pipe: Any, request: GenerationRequest) -> dict[str, tor
 def noise_of(pipe: Any, request: GenerationRequest, generator: torch.Generator) -> torch.Tensor:
     """Generate the initial noise for a pipeline of 16 bits: sampled in fp32, as the engine samples it in every dtype.
 
-    The pipelines with a UNet sample it in their own dtype. Before torch 2.12 the CPU's generator makes other noise of a
-    seed in 16 bits than in 32: without this the images are as different as those of two seeds.
+    The pipelines with a UNet, and FLUX.1's, sample it in their own dtype. Before torch 2.12 the CPU's generator makes
+    other noise of a seed in 16 bits than in 32: without this the images are as different as those of two seeds.
     """
-    is_flow = isinstance(pipe, FLOW_PIPELINES)
-    channels = pipe.transformer.in_channels if is_flow else pipe.unet.config.in_channels
+    channels = pipe.vae.config.latent_channels
     height, width = (side // pipe.vae_scale_factor for side in (request.height, request.width))
     noise = torch.randn((1, channels, height, width), generator=generator)
-    return noise if is_flow else noise.to(pipe.dtype)
+    if isinstance(pipe, diffusers.FluxPipeline):
+        return pipe._pack_latents(noise, 1, channels, height, width)  # type: ignore[no-any-return]
+    return noise if isinstance(pipe, diffusers.ZImagePipeline) else noise.to(pipe.dtype)
 
 
 def _with_source(pipe: Any, *, scheduler: str, is_masked: bool) -> Any:
