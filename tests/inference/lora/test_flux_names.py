@@ -12,6 +12,7 @@ import torch
 from inference.lora.adapter import check_fits, read_adapter
 from inference.lora.errors import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterUnsupported
 from inference.lora.key_names import FLUX, STABLE_DIFFUSION, Z_IMAGE
+from tests.support.long import long_but
 from tests.support.models.adapter_changes import Changes, assert_same_changes, changes_by_peft, changes_of
 from tests.support.models.flux_adapters import (
     FLUX_EVERY_LAYER,
@@ -113,9 +114,9 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_names_of_every_writer_mean_the_layers_that_diffusers_names(form: Form, pipe: Any, tmp_path: Path) -> None:
-    layers = published_layers(pipe.transformer)
+@pytest.mark.parametrize("name", long_but(FORMS, "kohya", "ComfyUI, A and B", "ai-toolkit", "OneTrainer"))
+def test_names_of_every_writer_mean_the_layers_that_diffusers_names(name: str, pipe: Any, tmp_path: Path) -> None:
+    form, layers = FORMS[name], published_layers(pipe.transformer)
     fused = random_pairs(pipe.transformer, layers, rank=RANK, seed=1)
     scale = 1.0 if form.alpha is None else form.alpha / RANK
     split = by_diffusers_names(pipe.transformer, layers, fused)
@@ -126,8 +127,8 @@ def test_names_of_every_writer_mean_the_layers_that_diffusers_names(form: Form, 
     changes = ours(pipe, path)
 
     assert_same_changes(changes, theirs(pipe, plain))
-    linears = [name for name, one in pipe.transformer.named_modules() if isinstance(one, torch.nn.Linear)]
-    assert changes.keys() == {f"transformer.{name}" for name in linears}
+    linears = [layer for layer, one in pipe.transformer.named_modules() if isinstance(one, torch.nn.Linear)]
+    assert changes.keys() == {f"transformer.{layer}" for layer in linears}
 
 
 def of_attention(pairs: Pairs) -> Pairs:
