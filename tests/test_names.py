@@ -62,7 +62,6 @@ REPLACED = {
     r"_?put_back|protecting\.py": "restore_masked, masks.py",
     r"Workshop": "GenerationContext",
     r"class Making|Making\(": "ProductComposer",
-    r"families/\w*": "inference/models/",
     r"class (?:Verdict|Attempt|Shelf|Held|Letter|Finding|Dialect|Applied|Board|Course|Brought|Child|_Lane)": (
         "Decision, WebhookResult, WebhookAttempt, Guarded, StageStore, ControlNetCache, BrowsedMessage, DeadLetter, "
         "CheckResult, KeyNaming, AppliedAdapter, StatusBuilder, StepPlan, ProductInputs, ChildHandle, "

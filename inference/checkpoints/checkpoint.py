@@ -8,7 +8,7 @@ from inference.checkpoints.hub import HUB_ID, find_on_hub
 from inference.checkpoints.own_vae import OwnVae, identify_vae
 from inference.checkpoints.prediction import Prediction, check_scheduler, prediction_of
 from inference.checkpoints.safety_checker import require_checker
-from inference.checkpoints.single_files import family_of, split
+from inference.checkpoints.single_files.layouts import family_of, split
 from inference.checkpoints.weight_files import (
     PICKLE_SUFFIXES,
     SAFETENSORS,

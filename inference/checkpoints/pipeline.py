@@ -15,7 +15,7 @@ from inference.checkpoints.own_vae import count_vae_parameters, download_vae, re
 from inference.checkpoints.prediction import Prediction
 from inference.checkpoints.quantization import Storage, bytes_of
 from inference.checkpoints.safety_checker import CHECKER, EXTRACTOR, add_checker, find_checker
-from inference.checkpoints.single_files import Z_IMAGE, split
+from inference.checkpoints.single_files.layouts import Z_IMAGE, split
 from inference.checkpoints.weight_files import (
     PREFERRED_VARIANT,
     Shapes,
@@ -154,7 +154,7 @@ def _load_folder(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
 def _load_file(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
     try:
         if checkpoint.pipeline_class == Z_IMAGE:
-            from inference.checkpoints.z_image_files import load_z_image_file  # noqa: PLC0415 - brings torch
+            from inference.checkpoints.single_files.z_image import load_z_image_file  # noqa: PLC0415 - brings torch
 
             rest = _weights_of_rest(checkpoint)
             return load_z_image_file(checkpoint.path, checkpoint.config, dtype, rest and rest.variant)

@@ -11,7 +11,7 @@ import torch
 
 from inference.lora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported, listed, shown
 from inference.lora.files import open_weights, parse_object
-from inference.lora.key_names import PEFT_PREFIX, KeyNaming
+from inference.lora.names.key_names import PEFT_PREFIX, KeyNaming
 from inference.lora.peft_config import MAX_RANK, Scaling, checked_alpha, parse_scaling, read_peft_config
 from inference.lora.tensor_names import SortedNames, sort_names
 

@@ -1,1 +1,1 @@
-"""The model families: one file for each behind the interface in `base.py`."""
+"""The model families behind the interface in `base.py`, and how they are loaded, checked and compiled."""

@@ -1,7 +1,7 @@
 """The interface of a model family to the engine: embeddings, samplers, forwards of many lanes, decoded images."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,9 +22,9 @@ from inference.latents.source import EncodedSource, encode
 from inference.lora.adapter import Adapter, blank_adapter, check_fits, read_adapter
 from inference.lora.adapter_memory import AdapterMemory
 from inference.lora.bank import AdapterBank, PackedAdapter
-from inference.lora.key_names import KeyNaming
+from inference.lora.names.key_names import KeyNaming
 from inference.lora.products.rows import RowAdapters
-from inference.models.checks import check_cfg_options, check_control, check_kind, check_source, check_true_cfg
+from inference.models.checks import check_control, check_kind, check_options, check_source
 from inference.models.compiling import BlockCompiler
 from inference.models.inputs import Prompt, sampler_of
 from inference.request import KINDS, GenerationRequest, Source
@@ -44,6 +44,8 @@ class Family(ABC):
     # Used where neither job nor settings name any.
     default_steps: int = 50
     default_guidance: float = 7.5
+    # Those of `checks.OPTIONS` that a request may set.
+    options: ClassVar[Collection[str]] = ()
     # Fields of a warm-up request whose lanes have two rows.
     guided_fields: ClassVar[Mapping[str, Any]] = {"guidance_scale": 5.0}
     # The text encoders among the models that adapters change.
@@ -67,7 +69,6 @@ class Family(ABC):
         self,
         pipeline: Any,
         models: Mapping[str, torch.nn.Module],
-        naming: KeyNaming,
         *,
         device: torch.device,
         memory: AdapterMemory,
@@ -76,7 +77,6 @@ class Family(ABC):
         self.device = device
         self._pipeline = pipeline
         self._models = models
-        self._naming = naming
         # The dtype in which the VAE encodes a source.
         self._encoding_dtype: torch.dtype = pipeline.vae.dtype
         self._attention = AttentionOrder(device)
@@ -94,6 +94,11 @@ class Family(ABC):
         if device.type == "cuda":
             # Convolutions run on tensor cores without a transpose around each of them.
             pipeline.vae.to(memory_format=torch.channels_last)
+
+    @classmethod
+    @abstractmethod
+    def naming_of(cls, config: Mapping[str, Any]) -> KeyNaming:
+        """Return the names of layers in adapter files, of the denoiser's config, which may be empty before a load."""
 
     @property
     @abstractmethod
@@ -163,11 +168,6 @@ class Family(ABC):
         """Free the memory of captured forwards; False where there were none."""
         return self._graphs is not None and self._graphs.drop()
 
-    def check(self, request: GenerationRequest) -> None:
-        """Raise `RequestFailed` where the request has options that the family does not support."""
-        check_cfg_options(request, self.name)
-        check_true_cfg(request, self.name)
-
     def set_controlnets(self, controlnets: ControlNets) -> None:
         """Set the ControlNets that jobs may name. EngineStartFailed where one was made for another model."""
         controlnets.check(self.controlnet_class, self._controlnet_mismatch)
@@ -179,7 +179,7 @@ class Family(ABC):
 
     def read_adapter(self, weights: Path, config: Path | None) -> Adapter:
         """Read the adapter in a file; an `AdapterError` unless it is whole and every layer fits."""
-        adapter = read_adapter(weights, config, self._naming)
+        adapter = read_adapter(weights, config, self.naming_of(self._denoiser.config))
         check_fits(adapter, self._models)
         return adapter
 
@@ -199,7 +199,7 @@ class Family(ABC):
 
     def prepare(self, request: GenerationRequest) -> None:
         """Check the request, and derive its trajectory ahead of `begin`. Raises `RequestFailed`."""
-        self.check(request)
+        check_options(request, self.options, self.name)
         check_kind(request, self.kinds)
         check_source(request, self.num_steps_of(request))
         check_control(request, self.controlnets.names)

@@ -1,6 +1,7 @@
 """Checks of a request against the loaded model."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 from config.redacting import quoted
 from inference.errors import RequestFailed
@@ -8,24 +9,26 @@ from inference.latents.source import check_size
 from inference.request import GenerationRequest
 
 
-def check_cfg_options(request: GenerationRequest, family: str) -> None:
-    """Raise `RequestFailed` where the request has options of guidance that only Z-Image supports."""
-    if request.cfg_normalization or request.cfg_truncation != 1:
-        reason = f"cfg_normalization and cfg_truncation belong to Z-Image; this worker runs {family}"
-        raise RequestFailed("INVALID_INPUT", reason)
+class Option(NamedTuple):
+    """A field of a request that some families alone have: its value where none is set, and the families' names."""
+
+    unset: Any
+    families: str
 
 
-def check_guidance_rescale(request: GenerationRequest, family: str) -> None:
-    """Raise `RequestFailed` where the request has a rescaling of guidance, which the families with a flow have not."""
-    if request.guidance_rescale:
-        reason = f"guidance_rescale belongs to Stable Diffusion and SDXL; this worker runs {family}"
-        raise RequestFailed("INVALID_INPUT", reason)
+OPTIONS = {
+    "guidance_rescale": Option(0, "Stable Diffusion and SDXL"),
+    "cfg_normalization": Option(0, "Z-Image"),
+    "cfg_truncation": Option(1, "Z-Image"),
+    "true_cfg_scale": Option(1, "FLUX.1"),
+}
 
 
-def check_true_cfg(request: GenerationRequest, family: str) -> None:
-    """Raise `RequestFailed` where the request has the option of guidance that only FLUX.1 supports."""
-    if request.true_cfg_scale != 1:
-        raise RequestFailed("INVALID_INPUT", f"true_cfg_scale belongs to FLUX.1; this worker runs {family}")
+def check_options(request: GenerationRequest, supported: Collection[str], family: str) -> None:
+    """Raise `RequestFailed` where the request sets one of `OPTIONS` that its family does not support."""
+    for name, option in OPTIONS.items():
+        if name not in supported and getattr(request, name) != option.unset:
+            raise RequestFailed("INVALID_INPUT", f"{name} belongs to {option.families}; this worker runs {family}")
 
 
 def check_kind(request: GenerationRequest, kinds: Sequence[str]) -> None:

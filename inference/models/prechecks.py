@@ -5,7 +5,6 @@ The engine checks again. A model is gigabytes; these checks read kilobytes and t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 from config.model import ModelSettings
 from inference.checkpoints.checkpoint import Location, identify
@@ -13,14 +12,11 @@ from inference.checkpoints.weight_files import read_json
 from inference.errors import RequestFailed
 from inference.lora.adapter import check_rank, read_adapter
 from inference.lora.errors import AdapterError
-from inference.lora.key_names import FLUX, STABLE_DIFFUSION, Z_IMAGE, KeyNaming, sdxl
+from inference.lora.names.key_names import KeyNaming
+from inference.models.families.unet import UNetFamily
 from inference.models.loader import FAMILIES
-from inference.models.unet import UNetFamily
 from inference.request import KINDS, AdapterFile
 from inference.sampling.schedulers import SchedulerTable
-
-# Every published SDXL UNet's.
-SDXL_LAYERS_PER_BLOCK = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +51,11 @@ def precheck_model(settings: ModelSettings) -> ModelPrecheck:
     has_config = issubclass(family, UNetFamily) and checkpoint.where is not Location.FILE and path.is_file()
     unet = read_json(path) if has_config else {}
     is_inpainting = "in_channels" in unet and unet["in_channels"] != unet.get("out_channels", 4)
-    match checkpoint.pipeline_class:
-        case "StableDiffusionPipeline":
-            naming = STABLE_DIFFUSION
-        case "StableDiffusionXLPipeline":
-            naming = sdxl(SimpleNamespace(layers_per_block=unet.get("layers_per_block", SDXL_LAYERS_PER_BLOCK)))
-        case "FluxPipeline":
-            naming = FLUX
-        case _:
-            naming = Z_IMAGE
     return ModelPrecheck(
         model=checkpoint.public_name,
         kinds=("inpaint",) if is_inpainting else KINDS,
         controls=tuple(settings.controlnet_sources),
         schedulers=family.schedulers,
-        naming=naming,
+        naming=family.naming_of(unet),
         max_rank=settings.adapter_max_rank,
     )

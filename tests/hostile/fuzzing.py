@@ -442,12 +442,14 @@ class AdapterTarget:
 
     def __init__(self, folder: Path, family: str) -> None:
         # torch takes seconds to import: only where adapters are fuzzed.
-        from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, sdxl
+        from inference.lora.names.key_names import STABLE_DIFFUSION, Z_IMAGE, sdxl
         from tests.support.models.tiny_models import build_tiny_sd, build_tiny_sdxl, build_tiny_z_image, load_pipe
 
         build = {"sd": build_tiny_sd, "sdxl": build_tiny_sdxl, "z-image": build_tiny_z_image}[family]
         pipe = load_pipe(build(folder / family))
-        self._dialect = {"sd": STABLE_DIFFUSION, "z-image": Z_IMAGE}.get(family) or sdxl(pipe.unet.config)
+        self._dialect = {"sd": STABLE_DIFFUSION, "z-image": Z_IMAGE}.get(family) or sdxl(
+            pipe.unet.config.layers_per_block
+        )
         self._modules = {name: getattr(pipe, name) for name in self._dialect.models}
         self._path, self._config = folder / f"{family}.safetensors", folder / f"{family}.json"
         self._files = _adapter_files(folder, pipe, family)

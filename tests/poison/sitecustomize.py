@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-POISONED = "inference.models.unet"
+POISONED = "inference.models.families.unet"
 WORD = "poison"
 
 

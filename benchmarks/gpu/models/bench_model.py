@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.gpu.models.architectures import BUILDERS
 from inference.models.base import Family
-from inference.models.sdxl import StableDiffusionXL
-from inference.models.stable_diffusion import StableDiffusion
-from inference.models.z_image import ZImage
+from inference.models.families.sdxl import StableDiffusionXL
+from inference.models.families.stable_diffusion import StableDiffusion
+from inference.models.families.z_image import ZImage
 
 UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 UNET_LINEAR = (*UNET_ATTENTION, "ff.net.0.proj", "ff.net.2")

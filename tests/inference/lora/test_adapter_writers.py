@@ -17,7 +17,7 @@ import torch
 from inference.lora.adapter import check_fits, read_adapter
 from inference.lora.bank import AdapterBank
 from inference.lora.errors import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterUnsupported
-from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, KeyNaming, sdxl
+from inference.lora.names.key_names import STABLE_DIFFUSION, Z_IMAGE, KeyNaming, sdxl
 from inference.lora.tensor_names import OTHER_METHODS
 from tests.support.models.tiny_models import (
     build_tiny_sd,
@@ -45,7 +45,7 @@ class Model:
     def __init__(self, family: str, folder: Path) -> None:
         self.pipe: Any = load_pipe(BUILDERS[family](folder))
         self.naming: KeyNaming = {"sd": STABLE_DIFFUSION, "sd2": STABLE_DIFFUSION, "z": Z_IMAGE}.get(family) or sdxl(
-            self.pipe.unet.config
+            self.pipe.unet.config.layers_per_block
         )
         self.roots = {name: getattr(self.pipe, name) for name in self.naming.models}
         self.modules = {

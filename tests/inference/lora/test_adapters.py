@@ -20,7 +20,7 @@ from diffusers import StableDiffusionPipeline
 
 from inference.lora.adapter import Adapter, LowRank, check_fits, read_adapter
 from inference.lora.errors import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterUnsafe, AdapterUnsupported
-from inference.lora.key_names import STABLE_DIFFUSION
+from inference.lora.names.key_names import STABLE_DIFFUSION
 from tests.support.long import long
 from tests.support.models.adapter_changes import Changes, assert_same_changes, changes_by_peft, changes_of
 from tests.support.models.tiny_models import EVERY_LAYER, build_tiny_sd, load_pipe, write_adapter

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from inference.lora.adapter import Adapter, LowRank
 from inference.lora.adapter_memory import AdapterMemory
 from inference.lora.bank import AdapterBank, PackedAdapter
-from inference.lora.key_names import DOWN, UP
 from inference.lora.layers import layer_groups
+from inference.lora.names.key_names import DOWN, UP
 from inference.lora.products.rows import AppliedAdapter, RowAdapters
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,7 +11,7 @@ import torch
 
 from inference.lora.adapter import check_fits, read_adapter
 from inference.lora.errors import AdapterError, AdapterIncompatible, AdapterInvalid, AdapterUnsupported
-from inference.lora.key_names import FLUX, STABLE_DIFFUSION, Z_IMAGE
+from inference.lora.names.key_names import FLUX, STABLE_DIFFUSION, Z_IMAGE
 from tests.support.long import long_but
 from tests.support.models.adapter_changes import Changes, assert_same_changes, changes_by_peft, changes_of
 from tests.support.models.flux_adapters import (

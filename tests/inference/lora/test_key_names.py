@@ -15,7 +15,7 @@ from diffusers.utils import convert_state_dict_to_kohya
 
 from inference.lora.adapter import Adapter, check_fits, read_adapter
 from inference.lora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported
-from inference.lora.key_names import STABLE_DIFFUSION, Z_IMAGE, KeyNaming, sdxl
+from inference.lora.names.key_names import STABLE_DIFFUSION, Z_IMAGE, KeyNaming, sdxl
 from tests.support.long import IS_LONG, long, long_but
 from tests.support.models.adapter_changes import assert_same_changes, changes_by_peft, changes_of, product
 from tests.support.models.tiny_adapters import Z_IMAGE_BLOCKS, Z_IMAGE_EVERY_LAYER
@@ -57,7 +57,7 @@ def z_pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def dialect_of(pipe: Any) -> KeyNaming:
     if hasattr(pipe, "transformer"):
         return Z_IMAGE
-    return sdxl(pipe.unet.config) if hasattr(pipe, "text_encoder_2") else STABLE_DIFFUSION
+    return sdxl(pipe.unet.config.layers_per_block) if hasattr(pipe, "text_encoder_2") else STABLE_DIFFUSION
 
 
 def models_of(pipe: Any) -> dict[str, torch.nn.Module]:
@@ -393,10 +393,10 @@ def test_each_alpha_of_a_text_encoder_counts_for_its_own_layer(sdxl_pipe: Any, t
 
 def test_text_encoders_are_read_with_and_without_the_level_that_transformers_dropped_from_one(sdxl_pipe: Any) -> None:
     layer = "encoder.layers.0.mlp.fc1"
-    names = sdxl(sdxl_pipe.unet.config).layer_names(
+    names = sdxl(sdxl_pipe.unet.config.layers_per_block).layer_names(
         [f"text_encoder.{layer}", f"text_encoder_2.{layer}", "text_encoder_2.text_projection"]
     )
-    older = sdxl(sdxl_pipe.unet.config).layer_names(
+    older = sdxl(sdxl_pipe.unet.config.layers_per_block).layer_names(
         [f"text_encoder.text_model.{layer}", f"text_encoder_2.text_model.{layer}"]
     )
     assert list(names.values()) == [*older.values(), "text_encoder_2.text_projection"]
@@ -501,6 +501,6 @@ def test_another_method_is_refused_by_its_name(
 ) -> None:
     tensors = layer(stem) | {f"{stem}.{ending}": torch.ones(1) for ending in endings}
     path = save(tmp_path / "a.safetensors", tensors)
-    for naming in (STABLE_DIFFUSION, sdxl(sdxl_pipe.unet.config), Z_IMAGE):
+    for naming in (STABLE_DIFFUSION, sdxl(sdxl_pipe.unet.config.layers_per_block), Z_IMAGE):
         with pytest.raises(AdapterUnsupported, match=method):
             read_adapter(path, None, naming)

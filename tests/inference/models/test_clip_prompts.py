@@ -18,10 +18,17 @@ from inference.errors import RequestFailed
 from inference.lora.adapter import Adapter, LowRank
 from inference.lora.bank import AdapterBank
 from inference.lora.products.rows import AppliedAdapter
-from inference.models.clip_prompts import MAX_PASSES, MAX_WEIGHT, Fragment, LongPromptEncoder, num_tokens, parse_weights
+from inference.models.families.clip_prompts import (
+    MAX_PASSES,
+    MAX_WEIGHT,
+    Fragment,
+    LongPromptEncoder,
+    num_tokens,
+    parse_weights,
+)
+from inference.models.families.sdxl import StableDiffusionXL
+from inference.models.families.stable_diffusion import StableDiffusion
 from inference.models.inputs import Prompt
-from inference.models.sdxl import StableDiffusionXL
-from inference.models.stable_diffusion import StableDiffusion
 from tests.support.models.tiny_models import build_tiny_sd, build_tiny_sdxl, byte_tokenizer, load_pipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,12 +12,12 @@ from inference.lora.adapter import Adapter, LowRank
 from inference.lora.bank import PackedAdapter
 from inference.lora.products.rows import AppliedAdapter, RowAdapters
 from inference.models.base import Family
-from inference.models.flow import FlowFamily
-from inference.models.flux import Flux
+from inference.models.families.flow import FlowFamily
+from inference.models.families.flux import Flux
+from inference.models.families.sdxl import StableDiffusionXL
+from inference.models.families.stable_diffusion import StableDiffusion
+from inference.models.families.z_image import ZImage
 from inference.models.inputs import sampler_of
-from inference.models.sdxl import StableDiffusionXL
-from inference.models.stable_diffusion import StableDiffusion
-from inference.models.z_image import ZImage
 from inference.request import GenerationRequest
 from tests.support.cuda.fake_cuda import DEVICE, FakeCuda
 from tests.support.cuda.tally import Tally

@@ -9,11 +9,10 @@ import torch
 from inference.errors import EngineStartFailed, RequestFailed
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
-from inference.lora.key_names import FLUX
+from inference.lora.names.key_names import FLUX, KeyNaming
 from inference.lora.products.rows import RowAdapters
 from inference.models.attention.flux import GroupedFluxAttnProcessor, RotaryPositions
-from inference.models.checks import check_cfg_options, check_guidance_rescale
-from inference.models.flow import PATCH, FlowFamily
+from inference.models.families.flow import PATCH, FlowFamily
 from inference.models.inputs import Prompt, embedding_of, sampler_of
 from inference.request import GenerationRequest
 from inference.sampling.samplers import TRAIN_TIMESTEPS
@@ -36,6 +35,7 @@ class Flux(FlowFamily):
     name = "flux"
     schedulers = FLOW
     controlnet_class = "FluxControlNetModel"
+    options = ("true_cfg_scale",)
     default_steps = 28
     default_guidance = 3.5
     text_encoders = ("text_encoder",)
@@ -48,7 +48,7 @@ class Flux(FlowFamily):
             kind = f"a transformer for editing or control ({transformer.config.in_channels} input channels)"
             raise EngineStartFailed(f"MODEL_ID has {kind}; this version runs FLUX.1 dev, Krea-dev and schnell")
         models = {"transformer": transformer, "text_encoder": pipeline.text_encoder}
-        super().__init__(pipeline, models, FLUX, device=device, memory=memory)
+        super().__init__(pipeline, models, device=device, memory=memory)
         self._reads_guidance = bool(transformer.config.guidance_embeds)
         self._max_tokens = MAX_TOKENS
         if not self._reads_guidance:
@@ -60,6 +60,10 @@ class Flux(FlowFamily):
         for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
             block.attn.set_processor(processor)
 
+    @classmethod
+    def naming_of(cls, config: Mapping[str, Any]) -> KeyNaming:
+        return FLUX
+
     def batch_traits(self, request: GenerationRequest) -> BatchTraits:
         return BatchTraits(
             (request.height, request.width),
@@ -67,11 +71,6 @@ class Flux(FlowFamily):
             is_guided=request.true_cfg_scale > 1 and request.negative_prompt != "",
             num_steps=self.num_steps_of(request),
         )
-
-    def check(self, request: GenerationRequest) -> None:
-        """Accept `true_cfg_scale`, which the other families refuse."""
-        check_cfg_options(request, self.name)
-        check_guidance_rescale(request, self.name)
 
     def encode(self, prompts: Sequence[Prompt], adapters: Sequence[RowAdapters]) -> list[Embedding]:
         """Return T5's hidden states, padding included, and CLIP's pooled embedding, which reads a prompt's beginning.

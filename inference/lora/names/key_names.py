@@ -3,11 +3,11 @@
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from inference.lora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported, listed, shown
-from inference.lora.flux_names import FLUX_FUSED, FLUX_ROOTS, FLUX_SWAPPED, FLUX_WORDS, flux_layer
-from inference.lora.unet_names import UNET_ROOTS, UNET_WORDS, unet_layer
+from inference.lora.names.flux_names import FLUX_FUSED, FLUX_ROOTS, FLUX_SWAPPED, FLUX_WORDS, flux_layer
+from inference.lora.names.unet_names import UNET_ROOTS, UNET_WORDS, unet_layer
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 PEFT_PREFIX = "base_model.model."
@@ -209,6 +209,6 @@ FLUX = KeyNaming(
 )
 
 
-def sdxl(unet_config: Any) -> KeyNaming:
-    """Return SDXL's naming; of `unet_config`, `pipe.unet.config`, layers_per_block is read."""
-    return _of_stable_diffusion(("unet", "text_encoder", "text_encoder_2"), unet_config.layers_per_block)
+def sdxl(layers_per_block: int) -> KeyNaming:
+    """Return the naming of an SDXL whose UNet has that many layers a block."""
+    return _of_stable_diffusion(("unet", "text_encoder", "text_encoder_2"), layers_per_block)

@@ -13,7 +13,7 @@ from inference.lora.adapter_memory import AdapterMemory
 from inference.lora.products.rows import RowAdapters
 from inference.models.attention.unet import group_projections
 from inference.models.base import Family
-from inference.models.clip_prompts import LongPromptEncoder
+from inference.models.families.clip_prompts import LongPromptEncoder
 from inference.models.inputs import Prompt, embedding_of, guides_of, sampler_of
 from inference.request import GenerationRequest
 
@@ -35,6 +35,7 @@ class UNetFamily(Family):
     """Stable Diffusion and SDXL. Lanes of one size share a forward, however long their prompts are."""
 
     is_chunked = True
+    options = ("guidance_rescale",)
     controlnet_class = "ControlNetModel"
     _prompts: LongPromptEncoder
 

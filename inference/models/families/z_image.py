@@ -14,7 +14,7 @@ from inference.device.forward_graphs import Capture
 from inference.errors import RequestFailed
 from inference.lane import BatchTraits, Embedding, Lane
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
-from inference.lora.key_names import Z_IMAGE
+from inference.lora.names.key_names import Z_IMAGE, KeyNaming
 from inference.lora.products.rows import RowAdapters
 from inference.models.attention.z_image import (
     RowLengths,
@@ -22,8 +22,7 @@ from inference.models.attention.z_image import (
     attend_to_own_tokens,
     attend_to_own_tokens_in_controlnet,
 )
-from inference.models.checks import check_guidance_rescale, check_true_cfg
-from inference.models.flow import PATCH, FlowFamily
+from inference.models.families.flow import PATCH, FlowFamily
 from inference.models.inputs import Prompt, embedding_of, guides_of, sampler_of
 from inference.request import GenerationRequest
 from inference.sampling.samplers import TRAIN_TIMESTEPS
@@ -47,25 +46,25 @@ class ZImage(FlowFamily):
     controlnet_class = "ZImageControlNetModel"
     default_steps = 8
     default_guidance = 0.0
+    options = ("cfg_normalization", "cfg_truncation")
     concatenated_layers = (IMAGE_LAYER, CAPTION_LAYER)
 
     def __init__(self, pipeline: Any, *, device: torch.device, memory: AdapterMemory = UNLIMITED) -> None:
-        super().__init__(pipeline, {"transformer": pipeline.transformer}, Z_IMAGE, device=device, memory=memory)
+        super().__init__(pipeline, {"transformer": pipeline.transformer}, device=device, memory=memory)
         self._row_lengths = RowLengths()
         attend_to_own_tokens(pipeline.transformer, self._row_lengths)
         # [rows, tokens], True at the padding of captions, in forwards that are given padded ones.
         self._caption_padding: torch.Tensor | None = None
+
+    @classmethod
+    def naming_of(cls, config: Mapping[str, Any]) -> KeyNaming:
+        return Z_IMAGE
 
     def batch_traits(self, request: GenerationRequest) -> BatchTraits:
         """Return half-octaves of area, centred at the base size: a forward takes as long as its largest image."""
         base = (self.base_size // self.size_multiple) ** 2
         shape = round(2 * math.log2(self._num_patches(request) / base))
         return BatchTraits(shape, is_guided=request.guidance_scale > 0, num_steps=self.num_steps_of(request))
-
-    def check(self, request: GenerationRequest) -> None:
-        """Accept the options of guidance that the other families refuse."""
-        check_guidance_rescale(request, self.name)
-        check_true_cfg(request, self.name)
 
     def encode(self, prompts: Sequence[Prompt], adapters: Sequence[RowAdapters]) -> list[Embedding]:
         """Return the hidden states before the last layer; adapters do not change the language model."""

@@ -1,17 +1,20 @@
 """Stable Diffusion XL: two CLIP encoders side by side, a pooled embedding, and the image's size as a condition."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from inference.lane import Embedding, Lane
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
-from inference.lora.key_names import sdxl
-from inference.models.clip_prompts import LongPromptEncoder
+from inference.lora.names.key_names import KeyNaming, sdxl
+from inference.models.families.clip_prompts import LongPromptEncoder
+from inference.models.families.unet import UNetFamily
 from inference.models.inputs import Prompt
-from inference.models.unet import UNetFamily
 from inference.sampling.schedulers import SDXL
+
+# Every published SDXL UNet's.
+LAYERS_PER_BLOCK = 2
 
 
 class StableDiffusionXL(UNetFamily):
@@ -30,7 +33,7 @@ class StableDiffusionXL(UNetFamily):
             "text_encoder": pipeline.text_encoder,
             "text_encoder_2": pipeline.text_encoder_2,
         }
-        super().__init__(pipeline, models, sdxl(pipeline.unet.config), device=device, memory=memory)
+        super().__init__(pipeline, models, device=device, memory=memory)
         if pipeline.vae.config.force_upcast:
             # Though it decodes in bfloat16: as diffusers' pipelines do.
             self._encoding_dtype = torch.float32
@@ -40,6 +43,10 @@ class StableDiffusionXL(UNetFamily):
         # On the device from the start: they are used between steps.
         self._latents_mean = self._find_latents_statistic("latents_mean")
         self._latents_std = self._find_latents_statistic("latents_std")
+
+    @classmethod
+    def naming_of(cls, config: Mapping[str, Any]) -> KeyNaming:
+        return sdxl(config.get("layers_per_block", LAYERS_PER_BLOCK))
 
     def _encode_ordinary(self, prompts: Sequence[Prompt]) -> list[Embedding]:
         """Embed the prompts; a left-out negative prompt as zeros, as most checkpoints were trained."""

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
 from transformers import AutoConfig, Qwen3Model
 
-from inference.checkpoints.single_files import SCALES, Z_IMAGE, Z_IMAGE_PREFIXES, split
+from inference.checkpoints.single_files.layouts import SCALES, Z_IMAGE, Z_IMAGE_PREFIXES, split
 from inference.errors import EngineStartFailed
 
 # Its configs, tokenizer and scheduler are those of every Z-Image that the hub has.

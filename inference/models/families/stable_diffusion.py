@@ -1,16 +1,16 @@
 """Stable Diffusion 1.x and 2.x, with noise or velocity prediction: one CLIP encoder and a UNet."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from inference.lane import Embedding
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
-from inference.lora.key_names import STABLE_DIFFUSION
-from inference.models.clip_prompts import LongPromptEncoder
+from inference.lora.names.key_names import STABLE_DIFFUSION, KeyNaming
+from inference.models.families.clip_prompts import LongPromptEncoder
+from inference.models.families.unet import UNetFamily
 from inference.models.inputs import Prompt
-from inference.models.unet import UNetFamily
 from inference.sampling.schedulers import DIFFUSION
 
 
@@ -23,8 +23,12 @@ class StableDiffusion(UNetFamily):
 
     def __init__(self, pipeline: Any, *, device: torch.device, memory: AdapterMemory = UNLIMITED) -> None:
         models = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-        super().__init__(pipeline, models, STABLE_DIFFUSION, device=device, memory=memory)
+        super().__init__(pipeline, models, device=device, memory=memory)
         self._prompts = LongPromptEncoder([pipeline.tokenizer], [pipeline.text_encoder], device)
+
+    @classmethod
+    def naming_of(cls, config: Mapping[str, Any]) -> KeyNaming:
+        return STABLE_DIFFUSION
 
     def _encode_ordinary(self, prompts: Sequence[Prompt]) -> list[Embedding]:
         encoder = self._pipeline.text_encoder

@@ -1,0 +1,1 @@
+"""Checkpoints in one file, in the layouts of the original training code and of ComfyUI."""

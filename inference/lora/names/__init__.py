@@ -1,0 +1,1 @@
+"""Names of layers in the adapter files of each family."""

@@ -1,0 +1,1 @@
+"""The families: one file for each, and what several of them share."""
