@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -11,6 +12,9 @@ from config.section import Section, split_commas
 from config.visible_gpus import visible_gpu
 
 DEFAULT_MODEL_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+# The name of MODEL_ID's model beside those of MODELS, and the settings that are for it alone.
+DEFAULT_MODEL = "default"
+OF_DEFAULT_MODEL = ("config_source", "vae_id", "controlnets", "inference_steps", "guidance_scale", "guidance_rescale")
 
 
 class ModelSettings(Section):
@@ -26,6 +30,12 @@ class ModelSettings(Section):
         None,
         validation_alias="MODEL_CONFIG",
         description="Folder or hub id of what a single file lacks: configs, tokenizers; unset asks the hub",
+    )
+    models: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        validation_alias="MODELS",
+        description="More models that jobs may name in `model`, comma-separated: `name=folder`, `name=hub id` or"
+        " `name=file`",
     )
     vae_id: str | None = Field(
         None,
@@ -119,7 +129,7 @@ class ModelSettings(Section):
         description="`True` fails jobs whose pictures the checkpoint's own safety checker flags",
     )
 
-    _split = field_validator("controlnets", mode="before")(split_commas)
+    _split = field_validator("controlnets", "models", mode="before")(split_commas)
 
     @classmethod
     def settings_customise_sources(
@@ -145,10 +155,26 @@ class ModelSettings(Section):
     @field_validator("controlnets")
     @classmethod
     def _are_named(cls, controlnets: tuple[str, ...]) -> tuple[str, ...]:
-        names = [one.partition("=")[0] for one in controlnets]
-        if not all(re.fullmatch(r"[\w.-]{1,100}=.+", one) for one in controlnets) or len(set(names)) < len(names):
+        if not _are_pairs(controlnets):
             raise ValueError("must be name=folder or name=owner/hub-id, comma-separated, each name once")
         return controlnets
+
+    @field_validator("models")
+    @classmethod
+    def _are_told_apart(cls, models: tuple[str, ...]) -> tuple[str, ...]:
+        if not _are_pairs(models) or any(one.startswith(f"{DEFAULT_MODEL}=") for one in models):
+            raise ValueError(
+                "must be name=folder, name=owner/hub-id or name=file, comma-separated, each name once;"
+                f" {DEFAULT_MODEL} is the name of MODEL_ID's"
+            )
+        return models
+
+    @field_validator("compile")
+    @classmethod
+    def _has_one_model(cls, compiled: str, found: ValidationInfo) -> str:
+        if compiled == "graphs" and found.data.get("models"):
+            raise ValueError("cannot be graphs with MODELS: a graph's weights must stay where they are; set blocks")
+        return compiled
 
     @field_validator("safety_checker")
     @classmethod
@@ -173,5 +199,24 @@ class ModelSettings(Section):
     @property
     def controlnet_sources(self) -> dict[str, str]:
         """Folder or hub id of each ControlNet by its name."""
-        pairs = (one.partition("=") for one in self.controlnets)
-        return {name: source for name, _, source in pairs}
+        return _sources(self.controlnets)
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names by which a job may ask for a model, the default first."""
+        return DEFAULT_MODEL, *_sources(self.models)
+
+    def of_model(self, name: str) -> "ModelSettings":
+        """Return the settings of one of `model_names` alone: what is set for MODEL_ID is not for the others."""
+        if name == DEFAULT_MODEL:
+            return self.model_copy(update={"models": ()})
+        unset = {field: type(self).model_fields[field].default for field in OF_DEFAULT_MODEL}
+        return self.model_copy(update={**unset, "model_id": _sources(self.models)[name], "models": ()})
+
+
+def _sources(pairs: Iterable[str]) -> dict[str, str]:
+    return {name: source for name, _, source in (one.partition("=") for one in pairs)}
+
+
+def _are_pairs(pairs: Sequence[str]) -> bool:
+    return all(re.fullmatch(r"[\w.-]{1,100}=.+", one) for one in pairs) and len(_sources(pairs)) == len(pairs)

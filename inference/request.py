@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
+
+from config.model import DEFAULT_MODEL
 
 # Kinds of requests, by their source: none, an image, an image and a mask.
 KINDS = ("text2image", "image2image", "inpaint")
@@ -59,7 +61,7 @@ class GenerationRequest:
 
     `guidance_rescale` (0: none) is of the families with a UNet, `cfg_normalization` (0: none) and `cfg_truncation` are
     Z-Image's, `true_cfg_scale` (1: none) is FLUX.1's, as in their pipelines. `arrived_at` (`time.monotonic()`) is the
-    job's arrival: the oldest gets the first free lane.
+    job's arrival: the oldest gets the first free lane. `model` is one of the settings' `model_names`.
     """
 
     request_id: str
@@ -79,6 +81,7 @@ class GenerationRequest:
     cfg_truncation: float = 1.0
     true_cfg_scale: float = 1.0
     arrived_at: float = 0.0
+    model: str = DEFAULT_MODEL
 
     @property
     def kind(self) -> str:
@@ -112,21 +115,42 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelLoad:
+    """One of several models: whether it is on the device, its requests that have not begun, its lanes and slots."""
+
+    name: str
+    is_on_device: bool
+    num_waiting: int
+    num_lanes: int
+    slots_active: int
+    slots_idle: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineLoad:
     """The engine's load after a turn of its loop: `num_batched` lanes shared the turn's forward (0: there was none),
-    `num_lanes` are being denoised now, and the adapter slots by state."""
+    `num_lanes` are being denoised now, and the adapter slots by state.
+
+    Where there are several, `models` has each of them, and `switched_to` is the one that came to the device in the
+    turn.
+    """
 
     num_batched: int
     num_lanes: int
     slots_active: int
     slots_idle: int
     slots_free: int
+    switched_to: str = ""
+    models: tuple[ModelLoad, ...] = ()
 
     @property
     def emptied(self) -> "EngineLoad":
         """The load without a lane, with all slots free."""
         num_slots = self.slots_active + self.slots_idle + self.slots_free
-        return EngineLoad(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=num_slots)
+        emptied = (replace(one, num_waiting=0, num_lanes=0, slots_active=0, slots_idle=0) for one in self.models)
+        return EngineLoad(
+            num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=num_slots, models=tuple(emptied)
+        )
 
 
 @dataclass(frozen=True, slots=True)

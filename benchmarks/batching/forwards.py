@@ -22,7 +22,7 @@ MATMUL_SIDE = 1024
 
 def measure_overhead(bench: Bench, engine: Engine) -> dict[str, Any]:
     """Measure the share of full-batch steps' time spent outside the UNet, without joining and decoding."""
-    unet, loop = engine.local._model._pipeline.unet, engine.local._loop
+    unet, loop = engine.local.default.family._pipeline.unet, engine.local.default.loop
     plain_forward, plain_step = unet.forward, loop.step
     inside: list[float] = []
     steady: list[tuple[float, float]] = []

@@ -143,7 +143,7 @@ class LoadSource:
 
     def run(self) -> list[Finished]:
         """Submit all jobs to the idle engine and wait for them."""
-        loop, num_jobs = self._engine.local._loop, len(self._to_come)
+        loop, num_jobs = self._engine.local.default.loop, len(self._to_come)
         plain_step = loop.step
 
         def step() -> EngineLoad:
@@ -223,7 +223,7 @@ def _seconds_together(bench: Bench, engine: Engine, requests: Sequence[Generatio
 
 def _record_forwards(engine: Engine) -> list[tuple[str, int]]:
     """Record each forward's size and lanes from now on."""
-    model, forwards = engine.local._model, list[tuple[str, int]]()
+    model, forwards = engine.local.default.family, list[tuple[str, int]]()
     plain_denoise = type(model).denoise
 
     def denoise(lanes: Sequence[Lane]) -> Any:

@@ -4,6 +4,8 @@ diffusers' own offload moves out only the model before in the pipeline's order. 
 steps of other requests: with it, all models would end up on the device together.
 """
 
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,27 +13,61 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import send_to_device
 
 
-class DeviceSlot:
-    """Owner of the one model's place on the device. Used by the engine's thread alone.
+class HostedWeights:
+    """Weights of models in host memory, which are copied to the device while the models are there.
 
-    Weights are never written, so the copies in host memory stay valid, and leaving the device costs no copy.
+    Weights are never written, so the originals stay valid, and leaving the device costs no copy. Used by the engine's
+    thread alone.
     """
+
+    def __init__(self, models: Sequence[torch.nn.Module], device: torch.device) -> None:
+        self._models = models
+        self._device = device
+        self._in_host_memory: dict[torch.Tensor, torch.Tensor] = {}
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes that the weights take on the device."""
+        return sum(tensor.nbytes for tensor in set(self._tensors()))
+
+    def enter(self) -> None:
+        """Copy the weights to the device. `torch.OutOfMemoryError`, with none of them there, where they do not fit."""
+        self._in_host_memory = {tensor: tensor.data for tensor in self._tensors()}
+        try:
+            for tensor, host in self._in_host_memory.items():
+                tensor.data = host.to(self._device, copy=True)
+        except torch.OutOfMemoryError:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        """Free the copies on the device."""
+        for tensor, host in self._in_host_memory.items():
+            tensor.data = host
+        self._in_host_memory = {}
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        return (tensor for model in self._models for tensor in (*model.parameters(), *model.buffers()))
+
+
+class DeviceSlot:
+    """Owner of the one model's place on the device. Used by the engine's thread alone."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._taken_by: torch.nn.Module | None = None
-        self._in_host_memory: dict[torch.Tensor, torch.Tensor] = {}
+        self._weights: HostedWeights | None = None
 
     def take(self, model: torch.nn.Module) -> None:
         """Move `model` to the device, and the model before it out."""
         if self._taken_by is model:
             return
-        for tensor, host in self._in_host_memory.items():
-            tensor.data = host
+        if self._weights is not None:
+            self._weights.leave()
+        self._taken_by = None
+        self._weights = HostedWeights((model,), self.device)
+        self._weights.enter()
         self._taken_by = model
-        self._in_host_memory = {tensor: tensor.data for tensor in (*model.parameters(), *model.buffers())}
-        for tensor, host in self._in_host_memory.items():
-            tensor.data = host.to(self.device, copy=True)
 
 
 class _TakesSlot(ModelHook):  # type: ignore[misc]

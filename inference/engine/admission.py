@@ -124,6 +124,11 @@ class Admission:
         self._release(active)
         self._num_ahead = READ_AHEAD
 
+    def evict_adapters(self) -> None:
+        """Free the memory of all adapters; no request uses any."""
+        self.slots.clear()
+        self._model.bank.free()
+
     def close(self) -> None:
         self._preparer.close()
 

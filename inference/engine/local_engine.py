@@ -4,6 +4,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import diffusers
@@ -11,9 +12,12 @@ import torch
 import transformers
 
 from config.logs import log_event
-from config.model import ModelSettings
+from config.model import DEFAULT_MODEL, ModelSettings
+from inference.checkpoints.memory_plan import free_bytes
 from inference.device.forward_graphs import CudaCapture
 from inference.engine.step_loop import StepLoop
+from inference.engine.switching.engine_model import EngineModel
+from inference.engine.switching.switcher import Switcher
 from inference.engine.warm_up import WarmUp
 from inference.errors import EngineClosed, EngineFault, EngineStartFailed, RequestFailed
 from inference.lane import ActiveRequest
@@ -29,68 +33,62 @@ POLL_SECONDS = 0.1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+def room_for_models(device: torch.device) -> int | None:
+    """Return the bytes of the device that models may share; None for a CPU, in whose memory they are anyway."""
+    return None if device.type == "cpu" else free_bytes(device)
+
+
 class LocalEngine:
-    """`Engine` in this process. Owner of the thread that the model's loop runs on."""
+    """`Engine` in this process. Owner of the thread that the models' loops run on."""
 
-    def __init__(self, settings: ModelSettings, on_load_report: OnLoadReport = lambda _: None) -> None:
-        """Load the model and warm it up; raise `EngineStartFailed` with the reason if that fails.
+    def __init__(
+        self,
+        settings: ModelSettings,
+        on_load_report: OnLoadReport = lambda _: None,
+        *,
+        find_room: Callable[[torch.device], int | None] = room_for_models,
+    ) -> None:
+        """Load the models and warm them up; raise `EngineStartFailed` with the reason if that fails.
 
-        `on_load_report` is called on the engine's thread after each turn of its loop. The process was started with
-        `gpu_variables`: it sees the GPU of `cuda:N` as its only one.
+        `on_load_report` is called on the engine's thread after each turn of its loop. `find_room` returns the bytes of
+        the device that several models share. The process was started with `gpu_variables`: it sees the GPU of `cuda:N`
+        as its only one.
         """
         _silence_libraries()
-        started_at = time.monotonic()
         device = _choose_device(settings.device)
         if settings.compile == "graphs" and device.type != "cuda":
             raise EngineStartFailed("COMPILE=graphs needs a GPU, and this worker draws on the CPU: set COMPILE=blocks")
-        dtype = _choose_dtype(settings.dtype, device)
-        self._model = self._load(settings, device, dtype)
+        self._settings = settings
+        self._dtype = _choose_dtype(settings.dtype, device)
+        self._device = device
+        self._room = find_room(device) if settings.models else None
         self._on_load_report = on_load_report
         self._inbox: queue.SimpleQueue[ActiveRequest | None] = queue.SimpleQueue()
         # Every request in the inbox is answered: none may be added after the thread has read it for the last time.
         self._inbox_lock = threading.Lock()
         self._is_closing = False
         self.is_broken = False
-        self._loop = StepLoop(
-            self._model,
-            max_lanes=settings.max_concurrent_generations,
-            num_slots=settings.adapter_slots,
-            max_rank=settings.adapter_max_rank,
-            preview_every=settings.preview_every,
-            on_ready=self._wake,
-        )
+        self._switcher = Switcher(num_bytes=self._room, full_batch=settings.max_concurrent_generations)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        self.facts_by_model: dict[str, ModelFacts] = {}
         try:
-            step_seconds = self._warm_up(settings)
-        except RequestFailed as error:
+            # The default one last: then it is on the device when the first job comes.
+            for name in reversed(settings.model_names):
+                self.default = self._add_model(name, settings.of_model(name))
+        except EngineStartFailed as error:
             self.close()
-            raise EngineStartFailed(f"MODEL_ID {settings.model_id!r} cannot draw a picture: {error}") from error
-        except EngineStartFailed:
-            self.close()
-            raise
-        self.facts = ModelFacts(
-            model=self._model.public_name,
-            family=self._model.name,
-            base_size=self._model.base_size,
-            size_multiple=self._model.size_multiple,
-            default_steps=self._model.default_steps,
-            default_guidance=self._model.default_guidance,
-            schedulers=self._model.samplers.names,
-            device=str(device),
-            dtype=str(dtype).removeprefix("torch."),
-            load_seconds=time.monotonic() - started_at,
-            step_seconds=step_seconds,
-            kinds=self._model.kinds,
-            controls=self._model.controlnets.names,
-        )
+            if name == DEFAULT_MODEL:
+                raise
+            raise EngineStartFailed(f"MODELS {name}: {error}") from error
+        self.facts = self.facts_by_model[DEFAULT_MODEL]
 
     def generate(
         self, request: GenerationRequest, on_step: OnStep, is_cancelled: IsCancelled
     ) -> Future[GenerationResult]:
         """Queue `request`; see `Engine`."""
         keys = tuple(AdapterKey.of(file) for file in request.adapters)
-        active = ActiveRequest(request, self._model.batch_traits(request), on_step, is_cancelled, keys)
+        active = ActiveRequest(request, self._switcher.traits_of(request), on_step, is_cancelled, keys)
         self._enqueue(active)
         return active.future
 
@@ -101,32 +99,76 @@ class LocalEngine:
         self._wake()
         self._thread.join()
 
-    def _load(self, settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> Family:
-        return load_family(settings, device=device, dtype=dtype)
+    def _add_model(self, name: str, settings: ModelSettings) -> EngineModel:
+        """Load a model and warm it up."""
+        started_at = time.monotonic()
+        family = self._load(settings, self._device, self._dtype)
+        loop = StepLoop(
+            family,
+            max_lanes=settings.max_concurrent_generations,
+            num_slots=settings.adapter_slots,
+            max_rank=settings.adapter_max_rank,
+            preview_every=settings.preview_every,
+            on_ready=self._wake,
+        )
+        weights = None if self._room is None else family.hosted_weights()
+        model = EngineModel(name, family, loop, weights, is_on_device=weights is None)
+        self._switcher.add(model)
+        try:
+            step_seconds = self._warm_up(model, settings)
+        except RequestFailed as error:
+            raise EngineStartFailed(f"MODEL_ID {settings.model_id!r} cannot draw a picture: {error}") from error
+        self.facts_by_model[name] = ModelFacts(
+            model=family.public_name,
+            family=family.name,
+            base_size=family.base_size,
+            size_multiple=family.size_multiple,
+            default_steps=family.default_steps,
+            default_guidance=family.default_guidance,
+            schedulers=family.samplers.names,
+            device=str(self._device),
+            dtype=str(self._dtype).removeprefix("torch."),
+            load_seconds=time.monotonic() - started_at,
+            step_seconds=step_seconds,
+            kinds=family.kinds,
+            controls=family.controlnets.names,
+        )
+        return model
 
-    def _warm_up(self, settings: ModelSettings) -> float:
+    def _load(self, settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> Family:
+        return load_family(
+            settings,
+            device=device,
+            dtype=dtype,
+            free=self._room,
+            num_models=len(self._settings.model_names),
+            is_hosted=self._room is not None,
+        )
+
+    def _warm_up(self, model: EngineModel, settings: ModelSettings) -> float:
         """Return the seconds of a step."""
-        warm_up = WarmUp(self._model, self._enqueue, self._loop.forget)
+        family = model.family
+        warm_up = WarmUp(family, self._enqueue, model.loop.forget, name=model.name)
         if settings.compile != "off":
             started_at = time.monotonic()
-            self._model.compile_blocks()
+            family.compile_blocks()
             warm_up.compile_blocks(settings.max_concurrent_generations)
-            self._model.end_compiling()
+            family.end_compiling()
             log_event(logger, "denoiser's blocks compiled", seconds=round(time.monotonic() - started_at, 1))
         step_seconds = warm_up.measure_step()
         # On a CPU there is nothing to load: it would only delay the first job.
-        if self._model.device.type == "cuda":
+        if self._device.type == "cuda":
             warm_up.load_kernels(settings.max_concurrent_generations)
         if settings.compile == "graphs":
             # Not before: its forwards load kernels, and are shapes that jobs may never have.
-            self._model.capture_forwards(CudaCapture(self._model.device))
+            family.capture_forwards(CudaCapture(self._device))
         return step_seconds
 
     def _enqueue(self, active: ActiveRequest) -> None:
         with self._inbox_lock:
             if self._is_closing or self.is_broken:
                 raise EngineClosed("the engine is closed")
-            self._loop.prepare(active)
+            self._switcher.prepare(active)
             self._inbox.put(active)
 
     def _wake(self) -> None:
@@ -137,7 +179,7 @@ class LocalEngine:
     def _run(self) -> None:
         try:
             with torch.inference_mode():
-                while not (self._is_closing and self._loop.is_empty and self._inbox.empty()):
+                while not (self._is_closing and self._switcher.is_empty and self._inbox.empty()):
                     self._turn()
         except Exception as error:
             # The thread's boundary. After an unforeseen error, or one of the device, no state here is certain.
@@ -146,20 +188,20 @@ class LocalEngine:
                 self.is_broken = True
             while not self._inbox.empty():
                 self._add_next(timeout_seconds=0.0)
-            self._loop.fail_all(EngineFault(f"the engine failed: {error}"))
+            self._switcher.fail_all(EngineFault(f"the engine failed: {error}"))
         finally:
-            self._loop.close()
+            self._switcher.close()
 
     def _turn(self) -> None:
         """Add the new requests, waiting for one while there is no work, and take a step."""
-        if not self._loop.has_work and not self._is_closing:
+        if not self._switcher.has_work and not self._is_closing:
             # Requests that wait for their adapters may be cancelled at any time.
-            self._add_next(timeout_seconds=None if self._loop.is_empty else POLL_SECONDS)
+            self._add_next(timeout_seconds=None if self._switcher.is_empty else POLL_SECONDS)
         while not self._inbox.empty():
             self._add_next(timeout_seconds=0.0)
         if self._is_closing:
-            self._loop.withdraw_waiting()
-        self._on_load_report(self._loop.step())
+            self._switcher.withdraw_waiting()
+        self._on_load_report(self._switcher.step())
 
     def _add_next(self, timeout_seconds: float | None) -> None:
         try:
@@ -167,7 +209,7 @@ class LocalEngine:
         except queue.Empty:
             return
         if active is not None:
-            self._loop.add(active)
+            self._switcher.add_request(active)
 
 
 def _choose_device(name: str) -> torch.device:

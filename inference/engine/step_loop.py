@@ -52,6 +52,7 @@ class StepLoop:
         self._step_seconds = 0.0
         self._was_busy = False
         self._is_encoding = False
+        self._may_begin = True
 
     @property
     def is_empty(self) -> bool:
@@ -75,8 +76,22 @@ class StepLoop:
         for lane in active.lanes:
             self._batcher.add(lane)
 
-    def step(self) -> EngineLoad:
-        """Take one turn: lanes join, one batch takes a step, denoised lanes become images."""
+    @property
+    def waiting(self) -> tuple[ActiveRequest, ...]:
+        """The requests that have not begun."""
+        return tuple(one for one in self._requests if not one.is_begun)
+
+    @property
+    def num_begun(self) -> int:
+        """Number of requests that have begun and not ended."""
+        return sum(one.is_begun for one in self._requests)
+
+    def step(self, *, may_begin: bool = True) -> EngineLoad:
+        """Take one turn: lanes join, one batch takes a step, denoised lanes become images.
+
+        Without `may_begin` only requests that have begun go on.
+        """
+        self._may_begin = may_begin
         self._admit()
         self._was_busy = bool(self._batcher.active)
         started_at = time.monotonic()
@@ -85,9 +100,13 @@ class StepLoop:
         if batch:
             self._step_seconds = time.monotonic() - started_at
         self._finish()
+        return self.load(num_batched=len(batch))
+
+    def load(self, *, num_batched: int = 0) -> EngineLoad:
+        """Return the lanes and slots after a turn whose forward had `num_batched` lanes."""
         slots = self._admission.slots
         return EngineLoad(
-            num_batched=len(batch),
+            num_batched=num_batched,
             num_lanes=len(self._batcher.active),
             slots_active=slots.num_active,
             slots_idle=slots.num_idle,
@@ -108,15 +127,28 @@ class StepLoop:
         """Evict an adapter that no request uses, if it is in a slot."""
         self._admission.slots.forget(key)
 
+    def fail(self, active: ActiveRequest, error: EngineError) -> None:
+        """End a request with `error`."""
+        self._end(active, error)
+
+    def evict_adapters(self) -> None:
+        """Free the memory of adapters and captured forwards; no request runs."""
+        self._model.drop_graphs()
+        self._admission.evict_adapters()
+
+    def drop_cancelled(self) -> None:
+        """End the requests that were cancelled."""
+        for active in tuple(self._requests):
+            if active.future.cancelled() or active.is_cancelled():
+                self._end(active, RequestCancelled("cancelled by the caller"))
+
     def close(self) -> None:
         self._admission.close()
 
     # Admit: cancelled requests leave, waiting ones join while there are lanes and slots.
 
     def _admit(self) -> None:
-        for active in tuple(self._requests):
-            if active.future.cancelled() or active.is_cancelled():
-                self._end(active, RequestCancelled("cancelled by the caller"))
+        self.drop_cancelled()
         self._admission.read_ahead(owners_of(self._batcher.waiting))
         self._is_encoding = False
         joined = self._batcher.admit(self._claim)
@@ -135,6 +167,8 @@ class StepLoop:
             return Claim.NO_SLOT
         if active.is_begun:
             return Claim.GRANTED
+        if not self._may_begin:
+            return Claim.NOT_YET
         has_source = active.request.source is not None
         if has_source and self._is_encoding and any(one.sampler is not None for one in self._batcher.active):
             # Encoding an image takes as long as a step: the lanes that are being denoised wait for one at a time.

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from config.model import DEFAULT_MODEL
 from inference.checkpoints import safety_checker as safety
 from inference.errors import RequestCancelled, RequestFailed
 from inference.lane import ActiveRequest
@@ -36,10 +37,17 @@ class WarmUp:
     """Runs warm-up requests through the engine's own loop: cuDNN keeps its plans per thread."""
 
     def __init__(
-        self, model: Family, enqueue: Callable[[ActiveRequest], None], forget: Callable[[AdapterKey], None]
+        self,
+        model: Family,
+        enqueue: Callable[[ActiveRequest], None],
+        forget: Callable[[AdapterKey], None],
+        *,
+        name: str = DEFAULT_MODEL,
     ) -> None:
-        """`enqueue` adds a request to the loop; `forget`, for the loop's thread, evicts an adapter."""
+        """`enqueue` adds a request to the loop; `forget`, for the loop's thread, evicts an adapter. `name` is what
+        requests for the model have."""
         self._model = model
+        self._name = name
         self._enqueue = enqueue
         self._forget = forget
 
@@ -152,6 +160,7 @@ class WarmUp:
             # Jobs that name none: under guidance a lane has two rows.
             "guidance_scale": self._model.default_guidance,
             "seeds": (0,),
+            "model": self._name,
         }
         request = GenerationRequest(**usual | fields)
         if "text2image" not in self._model.kinds:

@@ -85,7 +85,7 @@ class AdapterBank:
         self._places = {name: (group, i) for group in self._groups for i, name in enumerate(group.names)}
         page_bytes = sum(group.width for group in self._groups) * dtype.itemsize
         self.num_pages = memory.num_pages(page_bytes)
-        self._max_bytes = (self.num_pages + 1) * page_bytes
+        self.max_bytes = (self.num_pages + 1) * page_bytes
         self._laying_out = threading.Lock()
         self._slabs: list[Slab] = []
         self._contents: dict[int, frozenset[LayerGroup]] = {}
@@ -106,7 +106,7 @@ class AdapterBank:
     @property
     def num_bytes_to_come(self) -> int:
         """Bytes that pages of layers not touched yet may still allocate."""
-        return self._max_bytes - self.num_bytes
+        return self.max_bytes - self.num_bytes
 
     def pack(self, adapter: Adapter) -> PackedAdapter:
         """Lay the adapter out in pages, with a new slab for layers not seen before."""
@@ -148,6 +148,16 @@ class AdapterBank:
                     self._pages_of(slab)[page].zero_()
             self._written[page] = tuple(pages)
         self._contents[place[0]] = packed.groups
+
+    def free(self) -> None:
+        """Free the memory of all pages, whose adapters are lost."""
+        self._set_products(_Routed(), {})
+        self._tabulated, self._gathered = _Tabulated(), GatheredWeights()
+        self._written.clear()
+        self._contents.clear()
+        with self._laying_out:
+            for slab in self._slabs:
+                slab.free()
 
     def touches(self, applied: AppliedAdapter, model: str) -> bool:
         """Return whether the adapter in these pages changes the model of that name."""

@@ -28,8 +28,8 @@ ATTENTIONS = frozenset({"attn", "attn1", "attn2", "self_attn", "attention"})
 
 
 class Slab:
-    """The pages of layer groups of one kind that one adapter was the first to touch: one tensor [pages, width],
-    allocated once and never moved."""
+    """The pages of layer groups of one kind that one adapter was the first to touch: one tensor [pages, width], which
+    is not moved while there are adapters in it."""
 
     def __init__(self, groups: Sequence["LayerGroup"]) -> None:
         self.groups = tuple(groups)
@@ -46,6 +46,14 @@ class Slab:
             # Views made once: every gather begins with one.
             group.a_pages = group.a_part(pages)
             group.b_pages = [group.b_part(pages, member) for member in range(len(group.names))]
+
+    def free(self) -> None:
+        """Free the slab's memory. What was in its pages is lost, and it may be allocated again."""
+        if self.pages is None:
+            return
+        self.pages = None
+        for group in self.groups:
+            del group.a_pages, group.b_pages
 
 
 @dataclass(eq=False)

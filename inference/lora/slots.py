@@ -73,6 +73,11 @@ class Slots:
         if key in self._slots:
             self.unload(key)
 
+    def clear(self) -> None:
+        """Unload all adapters; none has users."""
+        for key in tuple(self._slots):
+            self.unload(key)
+
     def release(self, key: Hashable) -> None:
         """Remove a user. The adapter stays resident until its pages are needed."""
         self._slots[key].num_users -= 1

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from inference.checkpoints.offload import HostedWeights
 from inference.checkpoints.safety_checker import SafetyChecker
 from inference.controlnet.loader import ControlNets
 from inference.device.attention import AttentionOrder
@@ -143,6 +144,11 @@ class Family(ABC):
         self.ran_eagerly = True
         with self._attention.applied(), self._blocks.applied():
             return self._denoise(lanes)
+
+    def hosted_weights(self) -> HostedWeights:
+        """Return the weights, which are in host memory, for moves to the device and back."""
+        models = [one for one in self._pipeline.components.values() if isinstance(one, torch.nn.Module)]
+        return HostedWeights(models, self.device)
 
     def compile_blocks(self) -> None:
         """Compile the denoiser's blocks in the coming forwards; see `BlockCompiler`."""

@@ -26,10 +26,20 @@ FAMILIES: dict[str, type[StableDiffusion] | type[StableDiffusionXL] | type[ZImag
 }
 
 
-def load_family(settings: ModelSettings, *, device: torch.device, dtype: torch.dtype) -> Family:
+def load_family(
+    settings: ModelSettings,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    free: int | None = None,
+    num_models: int = 1,
+    is_hosted: bool = False,
+) -> Family:
     """Load the model of the settings, resident on `device` or, where it does not fit, offloaded in turns.
 
-    `EngineStartFailed` where it cannot be run.
+    `free` bytes of the device are for it (None: those free now), of which one of `num_models` has its share for
+    adapters. With `is_hosted` it stays in host memory, and fits the device as a whole. `EngineStartFailed` where it
+    cannot be run.
     """
     found = identify(
         settings.model_id, settings.config_source, has_checker=settings.safety_checker, vae_id=settings.vae_id
@@ -42,27 +52,39 @@ def load_family(settings: ModelSettings, *, device: torch.device, dtype: torch.d
     assert needed is not None, "a downloaded checkpoint has its files"  # noqa: S101
     files = find_controlnets(settings.controlnet_sources)
     controlnets = ControlNets(files, max_bytes=settings.controlnet_max_bytes, device=device, dtype=dtype)
-    free, chosen = free_bytes(device) - controlnets.most_bytes, settings.adapter_max_bytes
+    free = (free_bytes(device) if free is None else free) - controlnets.most_bytes
+    chosen = settings.adapter_max_bytes
     placement = plan_and_warn(device.type, needed, free, chosen)
-    if settings.weights == "fp8" and placement is Placement.OFFLOADED:
-        raise EngineStartFailed(
-            "WEIGHTS=fp8: the model does not fit the GPU as a whole, and its parts cannot take turns in float8: free"
-            " memory, use a larger GPU, or unset WEIGHTS"
-        )
+    _check_placement(settings, placement, is_hosted=is_hosted)
     memory = AdapterMemory(
         settings.adapter_slots,
         settings.adapter_max_rank,
-        most_adapter_bytes(chosen, needed, free, placement),
+        most_adapter_bytes(chosen, needed, free, placement) // num_models,
         is_chosen=chosen is not None,
     )
     pipeline = load_pipeline(checkpoint, dtype)
     if settings.weights == "fp8":
         quantize(pipeline)
     try:
-        place(pipeline, device, placement)
+        if not is_hosted:
+            place(pipeline, device, placement)
         family = FAMILIES[checkpoint.pipeline_class](pipeline, device=device, memory=memory)
     except torch.OutOfMemoryError as error:
         raise EngineStartFailed(f"MODEL_ID {settings.model_id!r} does not fit the GPU's memory: {error}") from error
     family.public_name = checkpoint.public_name
     family.set_controlnets(controlnets)
     return family
+
+
+def _check_placement(settings: ModelSettings, placement: Placement, *, is_hosted: bool) -> None:
+    """Raise EngineStartFailed where what the settings ask for needs the model on the device as a whole."""
+    if settings.weights == "fp8" and (is_hosted or placement is Placement.OFFLOADED):
+        cause = "MODELS has several take turns" if is_hosted else "the model does not fit the GPU as a whole"
+        raise EngineStartFailed(
+            f"WEIGHTS=fp8: {cause}, and models cannot be moved in float8: free memory, use a larger GPU, or unset it"
+        )
+    if is_hosted and placement is Placement.OFFLOADED:
+        raise EngineStartFailed(
+            f"MODEL_ID {settings.model_id!r} does not fit the GPU as a whole, and with MODELS whole models take turns:"
+            " name a smaller one, or use a larger GPU"
+        )

@@ -141,7 +141,7 @@ def test_a_waiting_request_is_cancelled_before_it_begins(tiny: Path, way: str) -
 def test_future_cancelled_while_its_request_joins_affects_no_other(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = WatchedEngine(tiny)
     # The last thing asked before the request begins, which nobody else could meet but by chance.
-    slots = engine._loop._admission.slots
+    slots = engine.default.loop._admission.slots
     has_room = slots.has_room
 
     def cancel_and_look(wanted: dict[Hashable, int]) -> bool:

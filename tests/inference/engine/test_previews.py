@@ -128,7 +128,7 @@ def test_the_first_preview_of_flux_is_its_image_after_one_step_of_one(tmp_path: 
     engine = LocalEngine(settings_of(checkpoint, PREVIEW_EVERY=1))
     steps: list[StepReport] = []
     draw(engine, request_of(width=64, height=96, num_inference_steps=2), steps)
-    projection = engine._model.find_projection()
+    projection = engine.default.family.find_projection()
     engine.close()
 
     pipe = load_pipe(checkpoint)

@@ -82,7 +82,7 @@ def late(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WatchedEngine]
     engine = WatchedEngine(tiny, LateModel)
     LateModel.work = DeviceQueue()
     monkeypatch.setattr(torch.cuda, "Event", event_class(LateModel.work))
-    device = engine._loop._device
+    device = engine.default.loop._device
     monkeypatch.setattr(device, "may_fit", lambda _size: True)
     monkeypatch.setattr(device, "_free_bytes", lambda: 1 << 40)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _device: None)
@@ -134,4 +134,4 @@ def test_step_is_reported_when_the_device_ended_it_and_not_at_its_launch(late: W
 
 
 def test_the_warm_up_measures_a_step_by_the_device_s_clock(late: WatchedEngine) -> None:
-    assert WarmUp(late.model, late._enqueue, late._loop.forget).measure_step() == STEP_SECONDS
+    assert WarmUp(late.model, late._enqueue, late.default.loop.forget).measure_step() == STEP_SECONDS

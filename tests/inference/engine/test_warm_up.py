@@ -50,7 +50,7 @@ def engine(tiny: Path) -> Iterator[WatchedEngine]:
 
 
 def warm_up_of(engine: WatchedEngine) -> WarmUp:
-    return WarmUp(engine.model, engine._enqueue, engine._loop.forget)
+    return WarmUp(engine.model, engine._enqueue, engine.default.loop.forget)
 
 
 def forwards_of(engine: WatchedEngine) -> list[tuple[int, bool]]:

@@ -161,7 +161,7 @@ def test_image_of_nan_is_never_returned(tiny: Path) -> None:
     class BrokenEngine(LocalEngine):
         def break_decoder(self) -> None:
             with torch.no_grad():
-                self._model._pipeline.vae.decoder.conv_out.bias.fill_(math.nan)
+                self.default.family._pipeline.vae.decoder.conv_out.bias.fill_(math.nan)
 
     engine = BrokenEngine(settings_of(tiny))
     engine.break_decoder()
@@ -223,7 +223,7 @@ def test_model_weights_have_the_configured_dtype(tiny: Path) -> None:
     request = request_of(width=64, height=64, num_inference_steps=4)
     drawn = draw(engine, request)[0]
 
-    pipeline = engine._model._pipeline
+    pipeline = engine.default.family._pipeline
     parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
     assert {weight.dtype for part in parts for weight in part.parameters()} == {torch.bfloat16}
     assert engine.facts.dtype == "bfloat16"

@@ -476,7 +476,7 @@ def test_crash_that_no_suspect_repeats_alone_fails_no_request(fake: Fake) -> Non
 
 def test_suspect_that_was_alone_by_chance_is_tried_once_more_and_fails_no_other(fake: Fake) -> None:
     fake.ask("P", "poison@3")
-    eventually(lambda: len(fake.restarts) == 1)
+    eventually(lambda: bool(fake.restarts))
     fake.ask("a", arrived_at=-1.0)
 
     assert fake.outcomes() == {"P": EngineCrashed, "a": None}

@@ -34,11 +34,11 @@ class _FusedFamily(Family):
 class _FusedEngine(LocalEngine):
     def fail_device(self) -> None:
         """Read beyond the end of a tensor in a kernel: every call into CUDA fails from then on."""
-        device = self._model.device
+        device = self.default.family.device
         if device.type == "cuda":
             torch.zeros(4, device=device)[torch.full((4,), 99, device=device)].sum().item()
         # The stand-in: a "meta" tensor has a shape and no values.
-        self._loop._device._device = torch.device("meta")
+        self.default.loop._device._device = torch.device("meta")
         raise RuntimeError("the device failed (a stand-in for a device assert)")
 
     def _load(self, settings: ModelSettings, device: torch.device, dtype: torch.dtype) -> Family:

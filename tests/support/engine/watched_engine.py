@@ -68,14 +68,14 @@ class WatchedEngine(LocalEngine):
     def is_prepared(self) -> bool:
         """Is all done that was asked of the preparing thread? To be asked on the engine's thread."""
         asked: list[Future[Any]] = []
-        for active in self._loop._requests:
+        for active in self.default.loop._requests:
             asked += [active.scheduling, *active.readings.values()]
-            asked += self._loop._admission._controls.needs(active) or []
+            asked += self.default.loop._admission._controls.needs(active) or []
         return all(one.done() for one in asked)
 
     def hold_preparing_until(self, is_over: threading.Event) -> None:
         """Keep the preparing thread busy."""
-        self._loop._admission._preparer.submit(lambda: is_over.wait(PATIENCE_SECONDS))
+        self.default.loop._admission._preparer.submit(lambda: is_over.wait(PATIENCE_SECONDS))
 
     def wait_until_prepared(self) -> None:
         """Hold the engine's thread, which is the one to call this."""
@@ -83,7 +83,7 @@ class WatchedEngine(LocalEngine):
 
     def lose_the_device(self) -> None:
         """Lose the device for good: a "meta" tensor has a shape and no values."""
-        self._loop._device._device = torch.device("meta")
+        self.default.loop._device._device = torch.device("meta")
 
 
 class EngineCall:
