@@ -131,8 +131,7 @@ class EngineLoad:
     """The engine's load after a turn of its loop: `num_batched` lanes shared the turn's forward (0: there was none),
     `num_lanes` are being denoised now, and the adapter slots by state.
 
-    Where there are several, `models` has each of them, and `switched_to` is the one that came to the device in the
-    turn.
+    Where there are several, `models` has each of them, and `switching_to` is the one that comes to the device now.
     """
 
     num_batched: int
@@ -140,7 +139,7 @@ class EngineLoad:
     slots_active: int
     slots_idle: int
     slots_free: int
-    switched_to: str = ""
+    switching_to: str = ""
     models: tuple[ModelLoad, ...] = ()
 
     @property
@@ -151,6 +150,9 @@ class EngineLoad:
         return EngineLoad(
             num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=num_slots, models=tuple(emptied)
         )
+
+
+NO_LOAD = EngineLoad(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0)
 
 
 @dataclass(frozen=True, slots=True)

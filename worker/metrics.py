@@ -6,7 +6,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 
 from config.redacting import redacted
-from inference.request import EngineLoad
+from inference.request import EngineLoad, ModelLoad
 from worker.errors import ErrorCode
 from worker.outcome import Outcome
 from worker.recent_mean import RecentMean
@@ -62,6 +62,11 @@ class Metrics:
         self.webhooks_ambiguous = self._counter("webhook_ambiguous", "Attempts whose answer was lost: maybe taken")
         self.ignored_fields = self._counter("ignored_fields", "Fields of jobs that no worker knows")
         self.engine_restarts = self._counter("engine_restarts", "Engine processes started after a crash")
+        self.model_on_device = self._gauge("model_on_device", "1 while the model of MODELS is on the device", "model")
+        self.model_waiting = self._gauge("model_waiting", "Jobs that have not begun, by the model they name", "model")
+        self.model_lanes = self._gauge("model_lanes", "Pictures being denoised by each model", "model")
+        self.model_adapter_slots = self._gauge("model_adapter_slots", "Adapters in each model", "model", "state")
+        self.model_switches = self._counter("model_switches", "Times that the model came to the device", "model")
         self.idle_seconds = self._counter("idle_seconds", "Time without denoising, by reason", "reason")
         # At 0 from the start: Prometheus sees no increase in a counter that appears with its first job.
         for outcome in Outcome:
@@ -71,6 +76,9 @@ class Metrics:
         self._recent_batch = RecentMean(clock)
         self._load_gauges = (self.lanes, *(self.adapter_slots.labels(state) for state in ("active", "idle", "free")))
         self._gauged: tuple[int, ...] = ()
+        self._gauged_models: tuple[ModelLoad, ...] = ()
+        # The model that comes to the device now.
+        self.switching_to = ""
         self._set_gauges(EngineLoad(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0))
 
     def set_build(self, *, model: str, family: str = "") -> None:
@@ -88,7 +96,11 @@ class Metrics:
             self.denoise_steps.inc()
             self.denoise_lane_steps.inc(engine_load.num_batched)
             self._recent_batch.add(engine_load.num_batched)
+        self.switching_to = engine_load.switching_to
+        if self.switching_to:
+            self.model_switches.labels(self.switching_to).inc()
         self._set_gauges(engine_load)
+        self._set_gauges_of_models(engine_load.models)
 
     @property
     def recent_batch(self) -> float:
@@ -104,6 +116,17 @@ class Metrics:
         self._gauged = values
         for gauge, value in zip(self._load_gauges, values, strict=True):
             gauge.set(value)
+
+    def _set_gauges_of_models(self, models: tuple[ModelLoad, ...]) -> None:
+        if models == self._gauged_models:
+            return
+        self._gauged_models = models
+        for model in models:
+            self.model_on_device.labels(model.name).set(model.is_on_device)
+            self.model_waiting.labels(model.name).set(model.num_waiting)
+            self.model_lanes.labels(model.name).set(model.num_lanes)
+            self.model_adapter_slots.labels(model.name, "active").set(model.slots_active)
+            self.model_adapter_slots.labels(model.name, "idle").set(model.slots_idle)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"darkroom_{name}", text, labels, registry=self.registry)

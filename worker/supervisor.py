@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from types import FrameType
 
@@ -100,7 +101,7 @@ class Supervisor:
             if self._has_bug:
                 return ExitCode.BUG
             if self._consumer is None and engine.facts is not None:
-                self._start_consuming(engine.facts)
+                self._start_consuming(engine.facts, engine.facts_by_model)
             self._tick()
             if self._is_countdown_over():
                 return ExitCode.OK
@@ -121,11 +122,11 @@ class Supervisor:
             log_event(logger, "idle", seconds=self._countdown.seconds)
         return is_over
 
-    def _start_consuming(self, facts: ModelFacts) -> None:
+    def _start_consuming(self, facts: ModelFacts, facts_by_model: Mapping[str, ModelFacts]) -> None:
         """Start to take jobs. Only now: a worker that cannot load its model must leave the queue to those that can."""
         self._parts.progress.update_estimate(facts.step_seconds)
         self._parts.metrics.set_build(model=self._settings.model.model_id, family=facts.family)
-        self._dispatcher = self._parts.dispatcher(facts, self._note_bug)
+        self._dispatcher = self._parts.dispatcher(facts_by_model, self._note_bug)
         self._consumer = self._parts.consumer(self._dispatcher, not_before=self._probe.retry_at)
         self._consumer.start()
         self._lease_thread.start()
@@ -145,6 +146,7 @@ class Supervisor:
             is_engine_ready=parts.engine.state is EngineState.READY,
             is_broker_connected=parts.readiness.is_connected,
             is_refused=is_refused,
+            is_switching=bool(parts.metrics.switching_to),
         )
         parts.idle.tick(reason)
 

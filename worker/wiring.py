@@ -4,7 +4,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from clients.gpu import GpuMonitor
 from clients.storage.cache import DownloadCache
@@ -181,8 +181,8 @@ class Parts:
         num_lanes = self.settings.model.max_concurrent_generations
         return max(num_lanes, MIN_RECOVER_PREFETCH)
 
-    def dispatcher(self, facts: ModelFacts, on_bug: Callable[[], None]) -> Dispatcher:
-        """Build the dispatcher of a worker whose model is loaded; `on_bug` is called when a job thread fails."""
+    def dispatcher(self, facts: Mapping[str, ModelFacts], on_bug: Callable[[], None]) -> Dispatcher:
+        """Build the dispatcher of a worker that has these models; `on_bug` is called when a job thread fails."""
         runner = JobRunner(
             handler=self._handler(facts),
             runs=self.runs,
@@ -214,7 +214,7 @@ class Parts:
             on_bug=on_bug,
         )
 
-    def _handler(self, facts: ModelFacts) -> JobHandler:
+    def _handler(self, facts: Mapping[str, ModelFacts]) -> JobHandler:
         settings = self.settings
         source = StoreSource(
             storage=self.storage,

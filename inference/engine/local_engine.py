@@ -68,7 +68,9 @@ class LocalEngine:
         self._inbox_lock = threading.Lock()
         self._is_closing = False
         self.is_broken = False
-        self._switcher = Switcher(num_bytes=self._room, full_batch=settings.max_concurrent_generations)
+        self._switcher = Switcher(
+            num_bytes=self._room, full_batch=settings.max_concurrent_generations, on_load_report=on_load_report
+        )
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
         self.facts_by_model: dict[str, ModelFacts] = {}

@@ -35,14 +35,12 @@ from inference.process.protocol import (
     Stepped,
     Stop,
 )
-from inference.request import EngineLoad, GenerationRequest, GenerationResult, OnLoadReport, StepReport
+from inference.request import NO_LOAD, EngineLoad, GenerationRequest, GenerationResult, OnLoadReport, StepReport
 
 logger = logging.getLogger(__name__)
 
 # The device is beyond recovery in this process (sysexits' EX_SOFTWARE): the next one gets its requests.
 EXIT_BROKEN = 70
-
-NO_LOAD = EngineLoad(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0)
 
 
 def _load_local_engine(settings: ModelSettings, on_load_report: OnLoadReport) -> Any:
@@ -80,7 +78,7 @@ def main(load: Callable[[ModelSettings, OnLoadReport], Any] = _load_local_engine
         connection.send(StartFailed(str(error)))
         return
 
-    connection.send(Ready(engine.facts))
+    connection.send(Ready(engine.facts_by_model))
     server.serve(engine)
     engine.close()
 

@@ -6,12 +6,12 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from enum import Enum, auto
 
 from config.logs import LogFormat, log_event
-from config.model import ModelSettings
+from config.model import DEFAULT_MODEL, ModelSettings
 from inference.errors import EngineClosed, EngineCrashed, EngineFault, EngineHung
 from inference.process.child_handle import ChildHandle
 from inference.process.health import MIN_HANG_SECONDS, ChildHealth
@@ -84,9 +84,14 @@ class EngineProcess:
         # PR_SET_PDEATHSIG follows the spawning *thread*: the child lives as long as this one, not one moment longer.
         self._thread = threading.Thread(target=self._run, name="engine-owner", daemon=True)
         self.state = EngineState.STARTING
-        self.facts: ModelFacts | None = None
+        self.facts_by_model: Mapping[str, ModelFacts] = {}
         self.failure = ""
         self.pid: int | None = None
+
+    @property
+    def facts(self) -> ModelFacts | None:
+        """Facts of the default model; None until it is loaded for the first time."""
+        return self.facts_by_model.get(DEFAULT_MODEL)
 
     def start(self) -> None:
         """Spawn the child and return; `state` turns READY, or FAILED with the reason in `failure`."""
@@ -180,9 +185,10 @@ class EngineProcess:
 
     def _handle(self, message: FromChild) -> None:
         match message:
-            case Ready(facts):
-                self.facts = facts
+            case Ready(facts_by_model):
+                self.facts_by_model = facts_by_model
                 self.state = EngineState.READY
+                facts = facts_by_model[DEFAULT_MODEL]
                 log_event(logger, "engine ready", device=facts.device, dtype=facts.dtype, model=facts.model)
             case StartFailed(reason):
                 self._give_up(reason)
@@ -208,7 +214,7 @@ class EngineProcess:
 
     def _is_hung(self) -> bool:
         inside = [pending.request for pending in self._requests.inside]
-        if not inside or self.facts is None or not self._health.is_hung(inside, self.facts):
+        if not inside or not self._health.is_hung(inside, self.facts_by_model):
             return False
         log_event(logger, "engine hung", logging.ERROR, silent_seconds=round(self._health.silent_seconds, 1))
         return True

@@ -1,7 +1,7 @@
 """Health of the engine's process: hung, sick, or crashed too often. Pure but for the clock."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from inference.request import GenerationRequest, ModelFacts
 
@@ -13,7 +13,8 @@ MAX_CONSECUTIVE_FAULTS = 3
 # Silence after which the engine counts as hung: at least this, and at least what its requests could take.
 MIN_HANG_SECONDS = 60.0
 MAX_STEP_FACTOR = 20.0
-# No step is reported while every request waits for a ControlNet to load: SDXL's 2.5 GB, from a slow network's disk.
+# No step is reported while every request waits for a ControlNet to load: SDXL's 2.5 GB, from a slow network's disk; nor
+# while a model comes to the device, whose weights host memory may not have held any more.
 MAX_LOADING_SECONDS = 240.0
 
 
@@ -39,13 +40,17 @@ class ChildHealth:
     def is_hopeless(self) -> bool:
         return self.crashes_in_a_row >= MAX_CONSECUTIVE_CRASHES
 
-    def is_hung(self, inside: Iterable[GenerationRequest], facts: ModelFacts) -> bool:
-        """Return whether the child is silent for longer than a step of all requests, and their loading, could take."""
+    def is_hung(self, inside: Iterable[GenerationRequest], facts: Mapping[str, ModelFacts]) -> bool:
+        """Return whether the child is silent for longer than a step of all requests, and their loading, could take.
+
+        `facts` of the models by name.
+        """
         silent_seconds = self.silent_seconds
         if silent_seconds <= self._min_hang_seconds:
             return False  # without adding up what its requests could take: this is asked after every message
         requests = list(inside)
-        loading_seconds = MAX_LOADING_SECONDS if any(one.control for one in requests) else 0.0
+        loads = len(facts) > 1 or any(one.control for one in requests)
+        loading_seconds = MAX_LOADING_SECONDS if loads else 0.0
         longest_seconds = max(self._min_hang_seconds, longest_step_seconds(requests, facts))
         return silent_seconds > longest_seconds + loading_seconds
 
@@ -65,7 +70,11 @@ class ChildHealth:
         self._faulted.clear()
 
 
-def longest_step_seconds(requests: Iterable[GenerationRequest], facts: ModelFacts) -> float:
-    """Return an upper bound for a step of each request in turn, from the step measured at base size."""
-    areas = ((len(one.seeds), one.width * one.height / facts.base_size**2) for one in requests)
-    return sum(MAX_STEP_FACTOR * facts.step_seconds * num_lanes * max(1.0, area) for num_lanes, area in areas)
+def longest_step_seconds(requests: Iterable[GenerationRequest], facts: Mapping[str, ModelFacts]) -> float:
+    """Return an upper bound for a step of each request in turn, from the steps measured at base size."""
+    longest = 0.0
+    for one in requests:
+        model = facts[one.model]
+        area = max(1.0, one.width * one.height / model.base_size**2)
+        longest += MAX_STEP_FACTOR * model.step_seconds * len(one.seeds) * area
+    return longest

@@ -1,5 +1,6 @@
 """The messages between the supervisor and the engine's process, one dataclass each, over one socket pair."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from config.logs import LogFormat
@@ -34,7 +35,9 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    facts: ModelFacts
+    """The models are loaded: facts of each by its name."""
+
+    facts: Mapping[str, ModelFacts]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from config.images import ImageSettings
-from config.model import ModelSettings
+from config.model import DEFAULT_MODEL, ModelSettings
 from config.section import SettingsError, load_section
 from config.service import ServiceSettings
 from config.visible_gpus import gpu_variables
@@ -44,13 +44,15 @@ from worker.results.image_metadata import ImageEncoder, provenance_of
 from worker.results.image_store import NO_METADATA
 
 
-def draw(fields: dict[str, Any], out: Path, *, model_id: str | None, console: Console) -> bool:
+def draw(fields: dict[str, Any], out: Path, *, model: str | None, console: Console) -> bool:
     """Draw what the message `fields` ask for into `out`; where it cannot be, say why and return False.
+
+    `model` is one of MODELS, or a folder or hub id.
 
     Adapters and pictures that the fields name are files of this machine.
     """
     try:
-        _draw(_planned(fields, out, model_id), console)
+        _draw(_planned(fields, out, model), console)
     except (
         SettingsError,
         JobRejected,
@@ -85,9 +87,9 @@ class _Plan:
         return self.product.references if self.product else self.inputs.references
 
 
-def _planned(fields: dict[str, Any], out: Path, model_id: str | None) -> _Plan:
+def _planned(fields: dict[str, Any], out: Path, model: str | None) -> _Plan:
     """Find all that can be wrong without the model, which takes minutes to load."""
-    settings, images = load_section(ModelSettings), load_section(ImageSettings)
+    settings, images = _settings_of(model), load_section(ImageSettings)
     # The fields are decoded as a message's are, with every limit.
     presets = presets_in_force(images, locate=None)
     rules = JobRules(settings.inference_steps, settings.guidance_scale, local_file, presets, settings.guidance_rescale)
@@ -100,7 +102,7 @@ def _planned(fields: dict[str, Any], out: Path, model_id: str | None) -> _Plan:
         cutter.check(product.image, "product.image_path")
     plan = _Plan(
         job=job,
-        settings=settings.model_copy(update={"model_id": model_id} if model_id else {}),
+        settings=settings,
         outputs=outputs,
         inputs=fetcher.fetch_inputs(job, ExitStack()),
         product=product,
@@ -111,6 +113,14 @@ def _planned(fields: dict[str, Any], out: Path, model_id: str | None) -> _Plan:
     check_supported(job, foreseen)
     foreseen.check(job.scheduler, plan.inputs.adapters)
     return plan
+
+
+def _settings_of(model: str | None) -> ModelSettings:
+    """Return the settings of the one model that draws."""
+    settings = load_section(ModelSettings)
+    if model is None or model in settings.model_names:
+        return settings.of_model(model or DEFAULT_MODEL)
+    return settings.of_model(DEFAULT_MODEL).model_copy(update={"model_id": model})
 
 
 def _draw(plan: _Plan, console: Console) -> None:

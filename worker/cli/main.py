@@ -4,6 +4,7 @@
 import logging
 import re
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -203,7 +204,6 @@ def generate(
     out: Annotated[
         Path, typer.Option("-o", "--out", help="PNG or JPEG to write; -2, -3 … are added for more pictures")
     ],
-    model: Annotated[str | None, typer.Option(help="Folder or hub id; default MODEL_ID")] = None,
 ) -> None:
     """Draw with the worker's engine, without broker, store or backend.
 
@@ -212,8 +212,8 @@ def generate(
     exit_over(engine_needs())
     from worker.cli.generate import draw  # noqa: PLC0415 - brings torch into this process, as no other command does
 
-    fields = {"seed": 0, **fields_of(options)}
-    sys.exit(0 if draw(fields, out, model_id=model, console=console) else 1)
+    fields = {"seed": 0, **fields_of(replace(options, model=None))}
+    sys.exit(0 if draw(fields, out, model=options.model, console=console) else 1)
 
 
 @app.command()

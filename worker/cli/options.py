@@ -37,6 +37,9 @@ class GenerateOptions:
     seed: Annotated[int | None, typer.Option(help="Seed of the first picture", min=0)] = None
     images: Annotated[int | None, typer.Option("-n", "--images", help="Number of pictures", min=1, max=8)] = None
     scheduler: Annotated[str | None, typer.Option(help="Scheduler by name")] = None
+    model: Annotated[
+        str | None, typer.Option(help="One of the worker's MODELS; for generate also a folder or hub id")
+    ] = None
 
     kind: Annotated[Kind | None, typer.Option(help="Else by the pictures that are given")] = None
     init: Annotated[str | None, typer.Option(help="Picture to begin from")] = None
@@ -109,6 +112,7 @@ def fields_of(options: GenerateOptions) -> dict[str, Any]:
         seed=options.seed,
         num_images=options.images,
         scheduler=options.scheduler,
+        model=options.model,
         kind=_kind(options),
         init_image_path=options.init,
         mask_path=options.mask,

@@ -8,7 +8,7 @@ import json
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -57,7 +57,9 @@ def submit_and_follow(
     names = QueueNames.of(settings.broker)
     publisher = Publisher(settings.broker, names)
     try:
-        decode(body, rules_from(settings.model, settings.store, settings.images))
+        rules = rules_from(settings.model, settings.store, settings.images)
+        # The worker's MODELS, which need not be set here, decide about the model.
+        decode(body, replace(rules, model_names=(*rules.model_names, str(fields.get("model", "")))))
         # All that takes time comes before: who presses Ctrl-C once the job is published is told how to cancel it.
         storage = Storage(settings.store)
         ledger = Ledger(storage, settings.store.bucket)

@@ -1,5 +1,6 @@
 """The handling of a job: consult the ledger, fetch, generate, sign, store, record."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -40,14 +41,17 @@ class StoredImage:
 
 @dataclass(frozen=True, slots=True)
 class JobHandler:
-    """Handles jobs of every kind; one for all. `handle` blocks and runs on the job's own thread. `worker` is this
-    worker's name in the records. With `makes_thumbnails` a run keeps a small copy of its first image."""
+    """Handles jobs of every kind; one for all. `handle` blocks and runs on the job's own thread.
+
+    `facts` are of each model by its name, `worker` is this worker's name in the records. With `makes_thumbnails` a run
+    keeps a small copy of its first image.
+    """
 
     ledger: Ledger
     fetcher: Fetcher
     generations: Generations
     store: ImageStore
-    facts: ModelFacts
+    facts: Mapping[str, ModelFacts]
     progress: ProgressReporter
     encoder: ImageEncoder
     results_bucket: str
@@ -73,7 +77,7 @@ class JobHandler:
 
     def _do(self, run: Run) -> TerminalEvent:
         job = _job_of(run)
-        check_supported(job, self.facts)
+        check_supported(job, self.facts[job.model])
         if self.cancellations.covers(job):
             run.cancel()
         with ExitStack() as pinned:
@@ -99,7 +103,9 @@ class JobHandler:
                 run.thumbnail = signed[0].encode_thumbnail(THUMBNAIL_PIXELS)
         with run.stage(Phase.STORE):
             files = [
-                self.encoder.encode(image, provenance_of(job, images.result, generated, model=self.facts.model))
+                self.encoder.encode(
+                    image, provenance_of(job, images.result, generated, model=self.facts[job.model].model)
+                )
                 for image, generated in zip(signed, images.result.images, strict=True)
             ]
             self.store.check_open(job.task_id)
@@ -111,7 +117,8 @@ class JobHandler:
             )
 
     def _generate(self, run: Run, job: Job, inputs: JobInputs, generation: Generation) -> GeneratedImages:
-        request = request_of(job, inputs.adapters, self.facts, generation.references, arrived_at=run.started_monotonic)
+        facts = self.facts[job.model]
+        request = request_of(job, inputs.adapters, facts, generation.references, arrived_at=run.started_monotonic)
         track = self.progress.follow(job.task_id, job.generation_id, run.trace)
         try:
             return generation.generate(run, request, track)
@@ -139,7 +146,7 @@ class JobHandler:
             "prompt_tags": list(job.prompt_tags),
             "width": result.images[0].width,
             "height": result.images[0].height,
-            "model": self.facts.model,
+            "model": self.facts[job.model].model,
             "scheduler": result.scheduler,
             "task_id": job.task_id,
             "seconds": run.seconds,
@@ -208,6 +215,7 @@ def request_of(
         source=references.source_for(job, size),
         control=references.control_for(job, size),
         arrived_at=arrived_at,
+        model=job.model,
     )
 
 

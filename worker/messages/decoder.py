@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from clients.storage.location import ObjectRef, parse_location, shown_location
 from config.images import ImageSettings
-from config.model import ModelSettings
+from config.model import DEFAULT_MODEL, ModelSettings
 from config.redacting import quoted
 from config.store import StoreSettings
 from watermark.resizing import Fit
@@ -64,6 +64,7 @@ def rules_from(model: ModelSettings, store: StoreSettings, images: ImageSettings
         default_steps=model.inference_steps,
         default_guidance=model.guidance_scale,
         default_rescale=model.guidance_rescale,
+        model_names=model.model_names,
         locate=locate,
         presets=presets_in_force(images, locate),
     )
@@ -93,7 +94,7 @@ def _validate(fields: Any, reject: Rejection) -> WireData:
             "INVALID_PROMPT", f"prompt must have 1 to {MAX_PROMPT_CHARS} characters; it has {len(wire.prompt)}"
         )
     # Also the fields that are only echoed: a database that takes no NUL would refuse the webhook for a day.
-    for name in ("prompt", "negative_prompt", "artist_name", "scheduler", "style", "industry", "prompt_tags"):
+    for name in ("prompt", "negative_prompt", "artist_name", "scheduler", "model", "style", "industry", "prompt_tags"):
         _check_text(name, "".join(getattr(wire, name) or ""), reject)
     for overlay in overlays_in(wire):
         _check_text("text_overlay", overlay.text + (overlay.font or ""), reject)
@@ -125,6 +126,8 @@ def _build(wire: WireData, message: Mapping[str, Any], identity: Identity, rules
     parameters = wire.parameters or WireParameters()
     style = wire.signature_config or WireSignatureConfig()
     made = styled_of(wire, rules, reject)
+    model = _model(wire.model, rules, reject)
+    rules = rules.of_model(model)
     # 32 bits: a backend in JavaScript must be able to read the seed in the webhook.
     derived_seed = int.from_bytes(hashlib.sha256(identity.task_id.encode()).digest()[:4], "big")
     return Job(
@@ -140,6 +143,7 @@ def _build(wire: WireData, message: Mapping[str, Any], identity: Identity, rules
         num_inference_steps=_first(parameters.steps, wire.num_inference_steps, made.steps, rules.default_steps),
         guidance_scale=_first(parameters.cfg_scale, wire.guidance_scale, made.guidance_scale, rules.default_guidance),
         guidance_rescale=_first(wire.guidance_rescale, rules.default_rescale),
+        model=model,
         cfg_normalization=parameters.cfg_normalization or 0.0,
         cfg_truncation=_first(parameters.cfg_truncation, 1.0),
         true_cfg_scale=_first(parameters.true_cfg_scale, 1.0),
@@ -164,6 +168,16 @@ def _build(wire: WireData, message: Mapping[str, Any], identity: Identity, rules
 def _first(*candidates: Any) -> Any:
     """Return the first candidate that is not None; zero counts."""
     return next((candidate for candidate in candidates if candidate is not None), None)
+
+
+def _model(name: str | None, rules: JobRules, reject: Rejection) -> str:
+    """Return the model that the job names, or the default one."""
+    if not name:
+        return DEFAULT_MODEL
+    if name not in rules.model_names:
+        known = ", ".join(rules.model_names)
+        raise reject("UNKNOWN_MODEL", f"model {quoted(name)} is not known: this worker has {known}")
+    return name
 
 
 def _adapters(wire: WireData, made: Styled, rules: JobRules, reject: Rejection) -> tuple[JobAdapter, ...]:

@@ -5,6 +5,7 @@ from datetime import datetime
 from enum import StrEnum
 
 from clients.storage.location import ObjectRef
+from config.model import DEFAULT_MODEL
 from watermark.product.placement import Layout
 from watermark.resizing import Fit
 from watermark.signature import SignatureStyle
@@ -95,7 +96,8 @@ class Job:
     `size` (width, height) wins over `aspect` where it is set; without both a reference picture's proportions hold.
     `seed` is never absent: a null one is derived from `task_id`, so that a repeated run makes the same picture. Steps
     and guidance of None are the family's defaults. `source` is set for image2image and inpaint, `product` for product,
-    and for no other kind. `fit` is for every reference picture. `ignored` names the unknown fields.
+    and for no other kind. `fit` is for every reference picture. `ignored` names the unknown fields. `model` is one of
+    the worker's.
     """
 
     task_id: str
@@ -128,6 +130,7 @@ class Job:
     industry: str | None = None
     ignored: tuple[str, ...] = ()
     guidance_rescale: float = 0.0
+    model: str = DEFAULT_MODEL
 
     @property
     def seeds(self) -> tuple[int, ...]:

@@ -1,10 +1,11 @@
 """The worker's rules for jobs, and the making of rejections."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from clients.storage.location import LocationForbidden, ObjectRef
+from config.model import DEFAULT_MODEL
 from config.presets.catalog import Presets, builtin_presets
 from config.redacting import quoted, redacted
 from inference.checkpoints.weight_files import PICKLE_SUFFIXES
@@ -16,13 +17,20 @@ MAX_REASON_CHARS = 400
 
 @dataclass(frozen=True, slots=True)
 class JobRules:
-    """The settings that concern jobs; None: the model's family has its own default."""
+    """The settings that concern jobs, of the default model; None: the family has its own default."""
 
     default_steps: int | None
     default_guidance: float | None
     locate: Callable[[str], ObjectRef]
     presets: Callable[[], Presets] = builtin_presets
     default_rescale: float = 0.0
+    model_names: tuple[str, ...] = (DEFAULT_MODEL,)
+
+    def of_model(self, name: str) -> "JobRules":
+        """Return the rules for jobs of that model: the settings' defaults are the default model's."""
+        if name == DEFAULT_MODEL:
+            return self
+        return replace(self, default_steps=None, default_guidance=None, default_rescale=0.0)
 
 
 class Identity(NamedTuple):

@@ -229,6 +229,7 @@ class WireData(_Wire):
     )
     height: _Side | None = None
     scheduler: _Text | None = Field(default=None, description="One of the model's family")
+    model: _Text | None = Field(default=None, description="One of the worker's MODELS; else its default model")
     parameters: WireParameters | None = None
     signature_path: _Location | None = Field(default=None, description=_IMAGE)
     artist_name: _Text | None = Field(default=None, description="Written where there is no signature_path")

@@ -18,11 +18,18 @@ REASON_OF_PHASE = {
 
 
 def idle_reason(
-    *, phases: Collection[str], is_engine_ready: bool, is_broker_connected: bool, is_refused: bool
+    *,
+    phases: Collection[str],
+    is_engine_ready: bool,
+    is_broker_connected: bool,
+    is_refused: bool,
+    is_switching: bool = False,
 ) -> str | None:
     """Return None while a denoise step runs, else what the GPU waits for. Pure."""
     if not is_engine_ready:
         return "engine_starting"
+    if is_switching:
+        return "switching_model"
     if "denoise" in phases:
         return None
     for phase, reason in REASON_OF_PHASE.items():

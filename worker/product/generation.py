@@ -25,7 +25,7 @@ class ProductGenerator:
     """Starts the generations of product jobs; one for all of them."""
 
     fetcher: Fetcher
-    facts: ModelFacts
+    facts: Mapping[str, ModelFacts]
     engine_client: EngineClient
     store: ImageStore
     cutter: Cutter
@@ -35,7 +35,7 @@ class ProductGenerator:
         """Fetch the images that the job brings, fitted to its size; blocks. Raises `JobFailed`."""
         assert job.product is not None, "a job of kind product has one"  # noqa: S101
         inputs = load_inputs(job.product, job.fit, self.fetcher.image)
-        inputs = inputs.at(output_size(job, self.facts, inputs.proportions))
+        inputs = inputs.at(output_size(job, self.facts[job.model], inputs.proportions))
         stage_store = StageStore(self.store, self.private_bucket, job)
         return ProductGeneration(self.engine_client, self.cutter, inputs, stage_store)
 

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -11,20 +12,29 @@ from inference.engine.switching.decision import is_due
 from inference.engine.switching.engine_model import EngineModel
 from inference.errors import EngineError, RequestFailed
 from inference.lane import ActiveRequest, BatchTraits
-from inference.request import EngineLoad, GenerationRequest, ModelLoad
+from inference.request import NO_LOAD, EngineLoad, GenerationRequest, ModelLoad, OnLoadReport
 
 logger = logging.getLogger(__name__)
-
-NO_LOAD = EngineLoad(num_batched=0, num_lanes=0, slots_active=0, slots_idle=0, slots_free=0)
 
 
 class Switcher:
     """Owner of the engine's models. The engine's thread calls it."""
 
-    def __init__(self, *, num_bytes: int | None, full_batch: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """`num_bytes` of the device are for models (None: all fit); `full_batch` is the number of lanes."""
+    def __init__(
+        self,
+        *,
+        num_bytes: int | None,
+        full_batch: int,
+        on_load_report: OnLoadReport,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`num_bytes` of the device are for models (None: all fit); `full_batch` is the number of lanes.
+
+        `on_load_report` is called before a switch.
+        """
         self._num_bytes = num_bytes
         self._full_batch = full_batch
+        self._on_load_report = on_load_report
         self._clock = clock
         self._models: dict[str, EngineModel] = {}
         self._closed: frozenset[str] = frozenset()
@@ -57,7 +67,7 @@ class Switcher:
 
     def step(self) -> EngineLoad:
         """Switch where it is due, and have one of the models on the device take a turn of its loop."""
-        switched_to = self._switch_where_due()
+        self._switch_where_due()
         model = self._choose_turn()
         for other in self._models.values():
             if other is not model:
@@ -66,7 +76,7 @@ class Switcher:
             return NO_LOAD
         model.used_at, self._last = self._clock(), model
         load = model.loop.step(may_begin=model.name not in self._closed)
-        return load if len(self._models) == 1 else self._sum(load, switched_to)
+        return load if len(self._models) == 1 else self._sum(load.num_batched)
 
     def withdraw_waiting(self) -> None:
         """Cancel every request that has not begun."""
@@ -88,21 +98,20 @@ class Switcher:
         busy = [model for model in present if not model.loop.is_empty]
         return min(busy or present, key=lambda model: model.used_at, default=None)
 
-    def _switch_where_due(self) -> str:
-        """Let in the model whose request waits longest for it. Returns its name; empty where none came in."""
+    def _switch_where_due(self) -> None:
+        """Let in the model whose request waits longest for it, once those that make way have no request running."""
         self._closed = frozenset()
         waiting = [model for model in self._models.values() if not model.is_on_device and model.loop.waiting]
         if not waiting:
-            return ""
+            return
         coming = min(waiting, key=lambda model: model.standing().oldest_at)
         leaving = self._find_leaving(coming)
         if leaving is None:
-            return ""
-        self._closed = frozenset(model.name for model in leaving)
+            return
         if any(model.loop.num_begun for model in leaving):
-            return ""
-        self._closed = frozenset()
-        return self._switch(coming, leaving)
+            self._closed = frozenset(model.name for model in leaving)
+        else:
+            self._switch(coming, leaving)
 
     def _find_leaving(self, coming: EngineModel) -> list[EngineModel] | None:
         """Return the models that make way: those without requests first, then those used longest ago.
@@ -131,7 +140,8 @@ class Switcher:
                 return None
         return leaving
 
-    def _switch(self, coming: EngineModel, leaving: Sequence[EngineModel]) -> str:
+    def _switch(self, coming: EngineModel, leaving: Sequence[EngineModel]) -> None:
+        self._on_load_report(replace(self._sum(0), switching_to=coming.name))
         started_at = self._clock()
         waited_seconds = started_at - coming.standing().oldest_at
         for model in leaving:
@@ -144,7 +154,7 @@ class Switcher:
             reason = f"the model {coming.name} does not fit the GPU's memory ({error}): end what else runs there"
             for active in coming.loop.waiting:
                 coming.loop.fail(active, RequestFailed("GPU_OOM", reason))
-            return ""
+            return
         coming.switch_seconds = self._clock() - started_at
         log_event(
             logger,
@@ -154,18 +164,16 @@ class Switcher:
             seconds=round(coming.switch_seconds, 3),
             waited_seconds=round(waited_seconds, 1),
         )
-        return coming.name
 
-    def _sum(self, load: EngineLoad, switched_to: str) -> EngineLoad:
-        """Return the load of all models after a turn that one of them took."""
+    def _sum(self, num_batched: int) -> EngineLoad:
+        """Return the load of all models after a turn whose forward had `num_batched` lanes."""
         loads = {model.name: model.loop.load() for model in self._models.values()}
         return EngineLoad(
-            num_batched=load.num_batched,
+            num_batched=num_batched,
             num_lanes=sum(one.num_lanes for one in loads.values()),
             slots_active=sum(one.slots_active for one in loads.values()),
             slots_idle=sum(one.slots_idle for one in loads.values()),
             slots_free=sum(one.slots_free for one in loads.values()),
-            switched_to=switched_to,
             models=tuple(
                 ModelLoad(
                     name=model.name,

@@ -725,11 +725,11 @@ def test_a_request_with_a_control_has_time_to_load_its_controlnet(fake: Fake) ->
     plain, controlled = request_of(), request_of(control=Control("pose", b""))
 
     now[0] = 100.0
-    assert health.is_hung([plain], fake.engine.facts)
-    assert not health.is_hung([plain, controlled], fake.engine.facts)
+    assert health.is_hung([plain], fake.engine.facts_by_model)
+    assert not health.is_hung([plain, controlled], fake.engine.facts_by_model)
 
     now[0] = 1000.0
-    assert health.is_hung([plain, controlled], fake.engine.facts)
+    assert health.is_hung([plain, controlled], fake.engine.facts_by_model)
 
 
 def test_idle_child_is_closed_by_a_message(fake: Fake) -> None:

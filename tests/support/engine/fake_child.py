@@ -76,7 +76,7 @@ class FakeEngine:
         self._waiting: list[ActiveRequest] = []
         self._active: list[ActiveRequest] = []
         self.is_broken = False
-        self.facts = ModelFacts(
+        facts = ModelFacts(
             model="fake",
             family="fake",
             base_size=BASE_SIZE,
@@ -89,6 +89,7 @@ class FakeEngine:
             load_seconds=0.0,
             step_seconds=STEP_SECONDS,
         )
+        self.facts_by_model = dict.fromkeys(settings.model_names, facts)
         self._note("start")
         on_load_report(EngineLoad(1, 1, 0, 0, 0))  # a warm-up: the child must not report it
         threading.Thread(target=self._run, daemon=True).start()

@@ -1,6 +1,6 @@
 """Fetch and check all that a job names before it uses the GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -56,7 +56,7 @@ class Fetcher:
 
     source: ObjectSource
     font_dirs: tuple[Path, ...]
-    facts: ModelFacts | None = None  # without them, reference images keep their size
+    facts: Mapping[str, ModelFacts] | None = None  # of each model; without them, reference images keep their size
 
     def fetch_inputs(self, job: Job, pinned: ExitStack) -> JobInputs:
         """Fetch all that the job names. Adapters stay in the cache until `pinned` closes."""
@@ -77,7 +77,7 @@ class Fetcher:
         def at_size(references: References) -> References:
             if self.facts is None:
                 return references
-            return references.at(output_size(job, self.facts, references.proportions), job.fit)
+            return references.at(output_size(job, self.facts[job.model], references.proportions), job.fit)
 
         def with_mask(mask: Image.Image) -> References:
             check_mask(mask, found.proportions or mask.size)
