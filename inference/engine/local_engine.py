@@ -13,7 +13,7 @@ import transformers
 
 from config.logs import log_event
 from config.model import DEFAULT_MODEL, ModelSettings
-from inference.checkpoints.memory_plan import free_bytes
+from inference.checkpoints.memory_plan import RESERVE_BYTES, free_bytes
 from inference.device.forward_graphs import CudaCapture
 from inference.engine.step_loop import StepLoop
 from inference.engine.switching.engine_model import EngineModel
@@ -69,7 +69,9 @@ class LocalEngine:
         self._is_closing = False
         self.is_broken = False
         self._switcher = Switcher(
-            num_bytes=self._room, full_batch=settings.max_concurrent_generations, on_load_report=on_load_report
+            num_bytes=None if self._room is None else self._room - RESERVE_BYTES,
+            full_batch=settings.max_concurrent_generations,
+            on_load_report=on_load_report,
         )
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()

@@ -53,6 +53,7 @@ class StepLoop:
         self._was_busy = False
         self._is_encoding = False
         self._may_begin = True
+        self.num_begun_ever = 0
 
     @property
     def is_empty(self) -> bool:
@@ -190,6 +191,7 @@ class StepLoop:
             return
         error = self._device.guard(lambda: self._admission.condition(requests)).error
         if error is None:
+            self.num_begun_ever += len(requests)
             for active in requests:
                 active.report_begin(self._device.mark())
         elif len(requests) > 1:

@@ -24,6 +24,7 @@ class EngineModel:
     entered_at: float = 0.0
     used_at: float = 0.0
     switch_seconds: float = 0.0
+    _num_begun_before: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -39,13 +40,14 @@ class EngineModel:
             oldest_at=min((one.request.arrived_at for one in waiting), default=math.inf),
             num_running=self.loop.num_begun,
             entered_at=self.entered_at,
+            has_begun=self.loop.num_begun_ever > self._num_begun_before,
         )
 
     def enter(self, now: float) -> None:
         """Copy the weights to the device. `torch.OutOfMemoryError`, with none of them there, where they do not fit."""
         if self.weights is not None:
             self.weights.enter()
-        self.is_on_device, self.entered_at = True, now
+        self.is_on_device, self.entered_at, self._num_begun_before = True, now, self.loop.num_begun_ever
 
     def leave(self) -> None:
         """Free its memory of the device; no request of it runs."""
