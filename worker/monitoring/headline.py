@@ -4,6 +4,7 @@ from worker.monitoring.readiness import ENGINE_LOADING, STOPPING
 
 # While nothing is being denoised.
 OF_REASON = {
+    "switching_model": "Bringing another model to the GPU",
     "decoding": "Decoding the last images",
     "encoding": "Preparing prompts and adapters",
     "fetching": "Fetching files for the next jobs",

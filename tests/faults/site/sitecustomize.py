@@ -3,6 +3,7 @@
 FAULTS_STAND_IN   set: the engine is `tests.faults.stand_in`
 FAULTS_CONSTANTS  JSON, {"module:NAME": value}: shorter timeouts where no setting has them; a list becomes a tuple
 FAULTS_HOLD       "module:Class.function": each call touches FAULTS_FOLDER/reached and waits for FAULTS_FOLDER/go
+FAULTS_ROOM       bytes of the device that several models share
 FAULTS_CLOCK      a file with the seconds that `time.time` is wrong by; missing, it is right
 FAULTS_NAMES      set: the kernel knows each thread's name, as from Python 3.14 on
 """
@@ -83,6 +84,10 @@ def _hold(path: str, module: ModuleType) -> None:
     setattr(owner, name, held)
 
 
+def _make_small(num_bytes: int, module: ModuleType) -> None:
+    module.LocalEngine.__init__.__kwdefaults__["find_room"] = lambda _device: num_bytes
+
+
 def _bend_clock(path: Path) -> None:
     right = time.time
     time.time = lambda: right() + (float(path.read_text()) if path.exists() else 0.0)
@@ -101,6 +106,8 @@ for _place, _value in json.loads(os.environ.get("FAULTS_CONSTANTS", "{}")).items
 if "FAULTS_HOLD" in os.environ:
     _module, _, _name = os.environ["FAULTS_HOLD"].partition(":")
     _changes[_module].append(partial(_hold, _name))
+if "FAULTS_ROOM" in os.environ:
+    _changes["inference.engine.local_engine"].append(partial(_make_small, int(os.environ["FAULTS_ROOM"])))
 if "FAULTS_CLOCK" in os.environ:
     _bend_clock(Path(os.environ["FAULTS_CLOCK"]))
 if "FAULTS_NAMES" in os.environ:

@@ -1,6 +1,6 @@
 """The options of `generate` and `submit`: the same for both, and what the decoder makes of the fields they become."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,7 +71,7 @@ def test_both_commands_take_the_same_options_beside_their_own() -> None:
     both = {field.name for field in fields(GenerateOptions)}
 
     assert names["submit"] - both == {"generation_id", "priority", "queue", "timeout"}
-    assert names["generate"] - both == {"out", "model"}
+    assert names["generate"] - both == {"out"}
     assert both <= names["submit"] & names["generate"]
 
 
@@ -115,6 +115,11 @@ def test_the_plain_options_reach_the_job(rules: JobRules) -> None:
 )
 def test_the_kind_is_that_of_the_images(rules: JobRules, words: list[str], kind: Kind) -> None:
     assert drawn(rules, *words).kind is kind
+
+
+def test_a_model_reaches_the_job_by_its_name(rules: JobRules) -> None:
+    assert drawn(replace(rules, model_names=("default", "photo")), "--model", "photo").model == "photo"
+    assert drawn(rules).model == "default"
 
 
 def test_an_image_to_begin_from_reaches_the_job(rules: JobRules) -> None:

@@ -279,6 +279,18 @@ def test_an_idle_gpu_has_one_reason(
     assert found == reason
 
 
+def test_a_switch_of_models_is_the_idle_reason_whatever_jobs_do() -> None:
+    found = idle_reason(
+        phases={"denoise", "wait"},
+        is_engine_ready=True,
+        is_broker_connected=True,
+        is_refused=False,
+        is_switching=True,
+    )
+
+    assert found == "switching_model"
+
+
 @pytest.mark.parametrize(
     ("phases", "is_broker_connected", "reason"),
     [(set(), True, "refused"), (set(), False, "broker_down"), ({"fetch"}, True, "fetching"), ({"denoise"}, True, None)],

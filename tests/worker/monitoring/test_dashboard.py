@@ -32,7 +32,7 @@ QUERIES = [
     *((rule["alert"], rule["expr"]) for rule in alert_rules()),
 ]
 IDS = [f"{title}-{number}" for number, (title, _) in enumerate(QUERIES)]
-REASONS = {*REASON_OF_PHASE.values(), "engine_starting", "broker_down", "refused", "no_jobs"}
+REASONS = {*REASON_OF_PHASE.values(), "engine_starting", "switching_model", "broker_down", "refused", "no_jobs"}
 
 
 def promtool(*args: str | Path) -> str:

@@ -6,7 +6,7 @@ import random
 import time
 import tomllib
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from io import BytesIO
 from typing import Any
@@ -16,7 +16,7 @@ import requests
 from PIL import Image
 
 from clients.storage.location import ObjectRef
-from inference.request import EngineLoad, Stage
+from inference.request import EngineLoad, ModelLoad, Stage
 from tests.support.paths import ROOT
 from tests.support.status_pages import served, status
 from watermark.signature import SignatureStyle, SignedImage, Unsigned, sign
@@ -336,6 +336,27 @@ def test_snapshot_equals_the_exported_metrics() -> None:
     assert readings.by_label("adapter_slots") == {"active": 2.0, "idle": 1.0, "free": 5.0}
     assert readings.value("queue_messages", "nowhere") == 0.0
     assert 2.0 < metrics.recent_batch < 4.0
+
+
+def test_several_models_have_gauges_of_their_own_and_switches_are_counted_once() -> None:
+    metrics = Metrics()
+    photo = ModelLoad("photo", is_on_device=True, num_waiting=2, num_lanes=3, slots_active=1, slots_idle=4)
+    default = ModelLoad("default", is_on_device=False, num_waiting=5, num_lanes=0, slots_active=0, slots_idle=0)
+    load = EngineLoad(3, 3, slots_active=1, slots_idle=4, slots_free=3, models=(default, photo))
+
+    metrics.note_engine_load(replace(load, num_batched=0, switching_to="photo"))
+    assert metrics.switching_to == "photo"
+    metrics.note_engine_load(load)
+
+    assert metrics.switching_to == ""
+    readings = MetricsSnapshot.of(metrics.registry)
+    assert readings.by_label("model_on_device") == {"default": 0.0, "photo": 1.0}
+    assert readings.by_label("model_waiting") == {"default": 5.0, "photo": 2.0}
+    assert readings.by_label("model_lanes") == {"default": 0.0, "photo": 3.0}
+    assert readings.by_label("model_adapter_slots") == {"default": 0.0, "photo": 5.0}
+    assert readings.by_label("model_switches_total") == {"photo": 1.0}
+    metrics.note_engine_load(load.emptied)
+    assert MetricsSnapshot.of(metrics.registry).by_label("model_lanes") == {"default": 0.0, "photo": 0.0}
 
 
 def test_the_recent_batch_follows_what_the_mean_has_long_averaged_away() -> None:

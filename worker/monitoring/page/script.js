@@ -20,6 +20,7 @@ const DOINGS = [
   ["encoding", "prepare", "encoding"],
   ["decoding", "decode", "decoding"],
   ["engine_starting", "starting", "engine starting"],
+  ["switching_model", "starting", "switching model"],
   ["broker_down", "down", "broker down"],
   ["refused", "refused", "refused"],
 ];

@@ -19,6 +19,7 @@ from clients.storage.errors import (
 )
 from clients.storage.location import ObjectRef
 from clients.storage.objects import ObjectStat
+from config.model import DEFAULT_MODEL
 from config.store import StoreSettings
 from inference.request import AdapterFile
 from tests.worker.jobs.inputs.test_references import FACTS
@@ -67,7 +68,7 @@ def fetcher_of(storage: Storage, settings: StoreSettings) -> Fetcher:
         is_draining=is_draining,
         gate=StoreGate(Breaker("the store", STORE_THRESHOLD), is_draining),
     )
-    return Fetcher(source, font_dirs=(), facts=FACTS)
+    return Fetcher(source, font_dirs=(), facts={DEFAULT_MODEL: FACTS})
 
 
 def put_style(settings: StoreSettings, text: str) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from clients.storage.cache import DownloadCache
 from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
+from config.model import DEFAULT_MODEL
 from config.store import StoreSettings
 from inference.request import Control, ModelFacts, Source
 from tests.support.long import long
@@ -258,7 +259,7 @@ def test_references_are_reduced_to_the_drawing_s_size_and_keep_their_proportions
         is_draining=is_draining,
         gate=StoreGate(Breaker("the store", STORE_THRESHOLD), is_draining),
     )
-    fetcher = Fetcher(source, font_dirs=(), facts=FACTS)
+    fetcher = Fetcher(source, font_dirs=(), facts={DEFAULT_MODEL: FACTS})
     at = partial(ObjectRef, bucket)
     job = replace(
         job_of(rules),
