@@ -161,6 +161,7 @@ class WarmUp:
             "guidance_scale": self._model.default_guidance,
             "seeds": (0,),
             "model": self._name,
+            "arrived_at": time.monotonic(),
         }
         request = GenerationRequest(**usual | fields)
         if "text2image" not in self._model.kinds:
