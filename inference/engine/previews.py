@@ -7,6 +7,7 @@ import torch
 from inference.device.device import Device
 from inference.device.host_copy import HostCopy, copy_to_host
 from inference.lane import ActiveRequest, Lane
+from inference.latents.preview_projection import Projection
 from inference.models.base import Family
 from inference.models.inputs import sampler_of
 from inference.request import Preview
@@ -27,18 +28,20 @@ class Previews:
         self._model = model
         self._device = device
         self._every = every
-        self._projection = model.find_projection() if every else None
+        self._projection: Projection | None = None
         self._copies: list[_Projected] = []
 
     def project(self, lane: Lane, prediction: torch.Tensor) -> None:
         """Project the lane's image if a preview is due at the step that it is about to take by `prediction`."""
-        projection = self._projection
-        if projection is None or not self._is_due(lane):
+        if not self._every:
             return
 
         def begin_copy() -> None:
-            rgb = projection(self._model.predict_x0(lane, prediction))
-            self._copies.append(_Projected(lane.owner, copy_to_host(rgb)))
+            # With the warm-up: before, the model's VAE may not be on the device.
+            self._projection = self._projection or self._model.find_projection()
+            if self._is_due(lane):
+                rgb = self._projection(self._model.predict_x0(lane, prediction))
+                self._copies.append(_Projected(lane.owner, copy_to_host(rgb)))
 
         # A preview that does not fit the memory is left out; the request goes on.
         self._device.guard(begin_copy)

@@ -15,7 +15,7 @@ from inference.request import Source
 from tests.support.cuda.cuda_stand_ins import why_not
 from tests.support.cuda.fake_cuda import FakeCuda
 from tests.support.cuda.kernel_table import NUM_LANES, count_step
-from tests.support.long import long_but
+from tests.support.long import long, long_but
 from tests.support.models.full_models import ATTENTION, FAMILIES, FullModel
 from tests.support.models.full_pipelines import CONTROLNETS
 
@@ -179,6 +179,10 @@ def test_a_preview_makes_no_step_wait(model: FullModel, name: str) -> None:
     previews = Previews(model.family, Device(model.family.device), every=1)
     (lane,) = model.lanes(1)
     (prediction,) = model.family.denoise([lane])
+    # The first finds the projection, in the warm-up.
+    previews.project(lane, prediction)
+    previews.deliver()
+    lane.owner.preview = None
 
     with model.cuda.counting() as tally:
         previews.project(lane, prediction)
@@ -187,6 +191,20 @@ def test_a_preview_makes_no_step_wait(model: FullModel, name: str) -> None:
 
     assert tally.stalls == []
     assert lane.owner.preview is not None
+
+
+@long
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_whose_weights_come_later_takes_the_same_steps(name: str) -> None:
+    cuda = FakeCuda()
+    with cuda.installed():
+        model = FullModel(cuda, name, is_hosted=True)
+        steps = [model.step(model.lanes(2, [(), *model.mixed(1)], negative_prompt="blurry")) for _ in range(2)]
+        (lane,) = model.lanes(1, source=source_of(model))
+        model.step([lane])
+        model.family.decode(sampler_of(lane).latents)
+
+    assert steps[-1].stalls == []
 
 
 # --- Joining and leaving

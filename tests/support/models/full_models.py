@@ -63,17 +63,20 @@ class OnDisk:
 
 
 class FullModel:
-    """A family at full size, in bf16, whose denoiser's kernels are counted apart."""
+    """A family at full size, in bf16, whose denoiser's kernels are counted apart.
 
-    def __init__(self, cuda: FakeCuda, name: str) -> None:
+    With `is_hosted` its weights come to the device only after it was made, as those of several models do.
+    """
+
+    def __init__(self, cuda: FakeCuda, name: str, *, is_hosted: bool = False) -> None:
         self.name = name
         self.cuda = cuda
         pipeline = build_pipeline(name)
-        for component in pipeline.components.values():
-            if isinstance(component, torch.nn.Module):
-                bring(component)
+        bring_all(pipeline, torch.device("cpu") if is_hosted else DEVICE)
         family = FAMILIES[name.removesuffix("-inpaint")]
         self.family: Family = family(pipeline, device=DEVICE)
+        if is_hosted:
+            bring_all(pipeline, DEVICE)
         self.denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
         cuda.watch(self.denoiser, "denoiser")
         self._next_page = 1
@@ -172,11 +175,18 @@ class FullModel:
         return Adapter(layers)
 
 
-def bring(model: torch.nn.Module) -> None:
-    """Move a model of meta tensors to the fake device, in bf16."""
+def bring_all(pipeline: Any, device: torch.device) -> None:
+    """Move the models of a pipeline."""
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            bring(component, device)
+
+
+def bring(model: torch.nn.Module, device: torch.device = DEVICE) -> None:
+    """Move a model of meta tensors to the fake device, or to its host's memory, in bf16."""
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
         dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
-        return torch.empty(tensor.shape, dtype=dtype, device=DEVICE)
+        return torch.empty(tensor.shape, dtype=dtype, device=device)
 
     model._apply(moved).eval()
