@@ -31,10 +31,21 @@ from inference.sampling.samplers import Sampler
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """A text encoder's output: [tokens, width], and where the family has one a pooled [width]."""
+    """A text encoder's output: [tokens, width], and where the family has them a pooled [width] and a mask [tokens]."""
 
     tokens: torch.Tensor
     pooled: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that it has."""
+        return tuple(part for part in (self.tokens, self.pooled, self.mask) if part is not None)
+
+    def copied(self) -> "Embedding":
+        """Return a copy of its own memory."""
+        pooled, mask = (None if part is None else part.clone() for part in (self.pooled, self.mask))
+        return Embedding(self.tokens.clone(), pooled, mask)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ LATENT_CHANNELS = {
     "StableDiffusionXLPipeline": 4,
     "ZImagePipeline": 16,
     "FluxPipeline": 16,
+    "ChromaPipeline": 16,
 }
 NUM_BLOCKS = 4
 # The names of both layouts, behind the prefix that a whole checkpoint has.

@@ -58,7 +58,7 @@ class Conditioner:
             encoded = self._model.encode([texts[key][0] for key in keys], [texts[key][1] for key in keys])
             for key, one in zip(keys, encoded, strict=True):
                 # Copies: a view would keep the whole pass in memory for one text of it.
-                known[key] = Embedding(one.tokens.clone(), None if one.pooled is None else one.pooled.clone())
+                known[key] = one.copied()
         for key, embedding in known.items():
             if key not in self._cache:
                 self._cache[key] = embedding
@@ -85,5 +85,4 @@ def _prompts(active: ActiveRequest) -> tuple[Prompt, ...]:
 
 
 def _num_bytes(embedding: Embedding) -> int:
-    parts = [embedding.tokens] if embedding.pooled is None else [embedding.tokens, embedding.pooled]
-    return sum(part.numel() * part.element_size() for part in parts)
+    return sum(part.nbytes for part in embedding.parts)

@@ -12,17 +12,21 @@ from inference.controlnet.loader import ControlNets
 from inference.errors import EngineStartFailed
 from inference.lora.adapter_memory import AdapterMemory
 from inference.models.base import Family
+from inference.models.families.chroma import Chroma
 from inference.models.families.flux import Flux
 from inference.models.families.sdxl import StableDiffusionXL
 from inference.models.families.stable_diffusion import StableDiffusion
 from inference.models.families.unet import UNetFamily
 from inference.models.families.z_image import ZImage
 
-FAMILIES: dict[str, type[StableDiffusion] | type[StableDiffusionXL] | type[ZImage] | type[Flux]] = {
+AnyFamily = type[StableDiffusion] | type[StableDiffusionXL] | type[ZImage] | type[Flux] | type[Chroma]
+
+FAMILIES: dict[str, AnyFamily] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "ZImagePipeline": ZImage,
     "FluxPipeline": Flux,
+    "ChromaPipeline": Chroma,
 }
 
 

@@ -73,6 +73,19 @@ FLUX_FUSED = {
 FLUX_SWAPPED = (".norm_out.shift_scale",)
 
 
+# Chroma's own, which takes the place of the layers of time and guidance.
+CHROMA_ROOTS = re.compile(f"{FLUX_ROOTS.pattern}|distilled_guidance_layer_")
+CHROMA_WORDS = re.compile(f"distilled_guidance_layer|in_proj|out_proj|{FLUX_WORDS.pattern}")
+DISTILLED = re.compile(r"(?P<layer>distilled_guidance_layer\.layers\.\d+)\.(?P<side>in|out)_layer")
+
+
+def chroma_layer(layer: str) -> str:
+    """Return diffusers' name of a layer of Chroma's transformer."""
+    if (found := DISTILLED.fullmatch(layer)) is not None:
+        return f"{found['layer']}.linear_{1 if found['side'] == 'in' else 2}"
+    return flux_layer(layer)
+
+
 def flux_layer(layer: str) -> str:
     """Return diffusers' name of a transformer's layer. A fused one keeps one that `FLUX_FUSED` splits."""
     if (found := BLOCK.fullmatch(layer)) is None:

@@ -2,11 +2,20 @@
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from inference.lora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported, listed, shown
-from inference.lora.names.flux_names import FLUX_FUSED, FLUX_ROOTS, FLUX_SWAPPED, FLUX_WORDS, flux_layer
+from inference.lora.names.flux_names import (
+    CHROMA_ROOTS,
+    CHROMA_WORDS,
+    FLUX_FUSED,
+    FLUX_ROOTS,
+    FLUX_SWAPPED,
+    FLUX_WORDS,
+    chroma_layer,
+    flux_layer,
+)
 from inference.lora.names.unet_names import UNET_ROOTS, UNET_WORDS, unet_layer
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
@@ -206,6 +215,16 @@ FLUX = KeyNaming(
     fused=FLUX_FUSED,
     swapped=FLUX_SWAPPED,
     unapplied={"layers of T5": re.compile(r"text_encoder_[23]\.encoder\.block\..*", re.DOTALL)},
+)
+
+# It has no modulations of its own to train, and no CLIP.
+CHROMA = replace(
+    FLUX,
+    models=("transformer",),
+    roots=CHROMA_ROOTS,
+    words=CHROMA_WORDS,
+    layer=lambda _model, layer: chroma_layer(layer),
+    unapplied={"layers of T5": re.compile(r"text_encoder(?:_[23])?\.encoder\.block\..*", re.DOTALL)},
 )
 
 

@@ -25,7 +25,7 @@ class GroupedFluxAttnProcessor:
     ) -> Any:
         """Attend over `hidden_states` [rows, tokens, width], in a double block behind those of the text.
 
-        diffusers passes arguments by these names, never a mask. Returns one output for each input.
+        diffusers passes arguments by these names, the mask for Chroma alone. Returns one output for each input.
         """
         query, key, value = _projected((attn.to_q, attn.to_k, attn.to_v), hidden_states, attn.heads)
         query, key = attn.norm_q(query), attn.norm_k(key)
@@ -37,7 +37,7 @@ class GroupedFluxAttnProcessor:
             value = torch.cat((text_value, value), 1)
         if image_rotary_emb is not None:
             query, key = rotated(query, image_rotary_emb), rotated(key, image_rotary_emb)
-        attended = attend(query, key, value).flatten(2)
+        attended = attend(query, key, value, attention_mask).flatten(2)
         if encoder_hidden_states is None:
             return attended
         text, image = attended.tensor_split((encoder_hidden_states.shape[1],), 1)

@@ -26,6 +26,7 @@ from tests.support.models.family_models import FamilyModels
 from tests.support.models.ldm_layout import write_single_file
 from tests.support.models.plain_families import FROM_IMAGE as PIPELINES_FROM_IMAGE
 from tests.support.models.plain_families import alone
+from tests.support.models.tiny_chroma import build_tiny_chroma
 from tests.support.models.tiny_flux import build_tiny_flux
 from tests.support.models.tiny_models import (
     build_tiny_sd,
@@ -47,6 +48,7 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "sd_inpaint": build_tiny_sd_inpaint,
     "sdxl_inpaint": build_tiny_sdxl_inpaint,
     "flux": build_tiny_flux,
+    "chroma": build_tiny_chroma,
     "schnell": lambda folder: build_tiny_flux(folder, is_schnell=True),
 }
 NUM_STEPS = 4
@@ -64,6 +66,7 @@ FROM_IMAGE = [
     ("flux", "heun", 0.8),
     ("flux", "lcm", 1.0),
     ("schnell", "euler", 0.8),
+    *(("chroma", scheduler, 0.6) for scheduler in ("euler", "unipc", "dpm++", "heun", "lcm")),
 ]
 REPAINTED = [
     ("sd", "unipc", 0.3),
@@ -83,6 +86,7 @@ REPAINTED = [
     ("flux", "heun", 0.8),
     ("flux", "lcm", 1.0),
     ("schnell", "lcm", 0.8),
+    *(("chroma", scheduler, 0.8) for scheduler in ("euler", "unipc", "dpm++", "heun", "lcm")),
 ]
 
 
@@ -130,7 +134,14 @@ def assert_equal(models: Models, name: str, request: GenerationRequest) -> None:
 @pytest.mark.parametrize(
     ("name", "scheduler", "strength"),
     on_gpu(
-        long_but(FROM_IMAGE, *FROM_IMAGE[:3], ("z_image", "euler", 0.3), ("flux", "unipc", 0.8), ("flux", "lcm", 1.0)),
+        long_but(
+            FROM_IMAGE,
+            *FROM_IMAGE[:3],
+            ("z_image", "euler", 0.3),
+            ("flux", "unipc", 0.8),
+            ("flux", "lcm", 1.0),
+            ("chroma", "euler", 0.6),
+        ),
         ("sd", "euler_a", 1.0),
         ("sdxl", "unipc", 0.8),
         ("z_image", "euler", 0.3),
@@ -152,6 +163,7 @@ def test_image_to_image_equals_plain_diffusers(models: Models, name: str, schedu
             ("sd_inpaint", "dpm++", 1.0),
             ("flux", "euler", 0.8),
             ("flux", "heun", 0.8),
+            ("chroma", "euler", 0.8),
         ),
         ("sd", "unipc", 0.3),
         ("sdxl", "lcm", 0.8),

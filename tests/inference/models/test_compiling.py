@@ -25,6 +25,7 @@ from tests.support.engine.watched_engine import EngineCall, WatchedEngine, Watch
 from tests.support.images.parity import draw, psnr
 from tests.support.long import long, long_but
 from tests.support.models.tiny_adapters import ATTENTION, write_adapter
+from tests.support.models.tiny_chroma import build_tiny_chroma
 from tests.support.models.tiny_flux import build_tiny_flux
 from tests.support.models.tiny_models import build_tiny_sd, build_tiny_sdxl, build_tiny_z_image
 
@@ -54,11 +55,12 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "sdxl": build_tiny_sdxl,
     "z_image": build_tiny_z_image,
     "flux": build_tiny_flux,
+    "chroma": build_tiny_chroma,
 }
 # By width: with one row, with several, and with several behind a mask. Z-Image's have three kinds of blocks instead of
 # widths; those of the image alone have no mask in the warm-up of the tiny model. FLUX.1's have two kinds and no mask; a
 # single block's input is laid out otherwise behind another one.
-NUM_GRAPHS = {"sd": 6, "sdxl": 6, "z_image": 8, "flux": 6}
+NUM_GRAPHS = {"sd": 6, "sdxl": 6, "z_image": 8, "flux": 6, "chroma": 6}
 
 
 def adapters_of(checkpoint: Path) -> list[AdapterFile]:

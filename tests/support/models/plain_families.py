@@ -46,16 +46,18 @@ DEFAULTS = {
     "StableDiffusionXLPipeline": "euler",
     "ZImagePipeline": "euler",
     "FluxPipeline": "euler",
+    "ChromaPipeline": "euler",
     "StableDiffusionInpaintPipeline": "dpm++",
     "StableDiffusionXLInpaintPipeline": "euler",
 }
-FLOW_PIPELINES = (diffusers.ZImagePipeline, diffusers.FluxPipeline)
+FLOW_PIPELINES = (diffusers.ZImagePipeline, diffusers.FluxPipeline, diffusers.ChromaPipeline)
 # The pipelines that begin with a picture, and those that repaint a part of one, by the pipeline that draws from text.
 FROM_IMAGE = {
     "StableDiffusionPipeline": diffusers.StableDiffusionImg2ImgPipeline,
     "StableDiffusionXLPipeline": diffusers.StableDiffusionXLImg2ImgPipeline,
     "ZImagePipeline": diffusers.ZImageImg2ImgPipeline,
     "FluxPipeline": diffusers.FluxImg2ImgPipeline,
+    "ChromaPipeline": diffusers.ChromaImg2ImgPipeline,
 }
 REPAINTING = {
     "StableDiffusionPipeline": diffusers.StableDiffusionInpaintPipeline,
@@ -64,6 +66,7 @@ REPAINTING = {
     "StableDiffusionXLInpaintPipeline": diffusers.StableDiffusionXLInpaintPipeline,
     "ZImagePipeline": diffusers.ZImageInpaintPipeline,
     "FluxPipeline": diffusers.FluxInpaintPipeline,
+    "ChromaPipeline": diffusers.ChromaInpaintPipeline,
 }
 
 
@@ -116,6 +119,8 @@ def _guidance(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
     if hasattr(pipe, "text_encoder_2"):
         max_tokens = 512 if pipe.transformer.config.guidance_embeds else 256
         return {"true_cfg_scale": request.true_cfg_scale, "max_sequence_length": max_tokens}
+    if isinstance(pipe.transformer, diffusers.ChromaTransformer2DModel):
+        return {}
     return {"cfg_normalization": request.cfg_normalization, "cfg_truncation": request.cfg_truncation}
 
 
@@ -142,7 +147,7 @@ def noise_of(pipe: Any, request: GenerationRequest, generator: torch.Generator) 
     channels = pipe.vae.config.latent_channels
     height, width = (side // pipe.vae_scale_factor for side in (request.height, request.width))
     noise = torch.randn((1, channels, height, width), generator=generator)
-    if isinstance(pipe, diffusers.FluxPipeline):
+    if isinstance(pipe, diffusers.FluxPipeline | diffusers.ChromaPipeline):
         return pipe._pack_latents(noise, 1, channels, height, width)  # type: ignore[no-any-return]
     return noise if isinstance(pipe, diffusers.ZImagePipeline) else noise.to(pipe.dtype)
 
@@ -151,6 +156,9 @@ def _with_source(pipe: Any, *, scheduler: str, is_masked: bool) -> Any:
     """Put the pipeline's models into the pipeline that takes a source image."""
     made = (REPAINTING if is_masked else FROM_IMAGE)[type(pipe).__name__].from_pipe(pipe, dtype=torch.float32)
     made.set_progress_bar_config(disable=True)
+    if isinstance(made, diffusers.ChromaInpaintPipeline):
+        # It asks for an entry of FLUX.1's config (diffusers 0.42).
+        made.transformer.register_to_config(guidance_embeds=False)
     if scheduler == "heun" and isinstance(pipe, FLOW_PIPELINES):
         # It counts two timesteps to a step; the pipeline takes them for as many steps.
         plain = made.get_timesteps

@@ -32,19 +32,7 @@ def build_tiny_flux(folder: Path, *, seed: int = 0, is_schnell: bool = False) ->
             vae=flow_vae(),
             text_encoder=CLIPTextModel(clip_config(tokenizer, num_hidden_layers=2)),
             tokenizer=tokenizer,
-            text_encoder_2=T5EncoderModel(
-                T5Config(
-                    vocab_size=len(tokenizer_2),
-                    d_model=HIDDEN,
-                    d_kv=8,
-                    d_ff=64,
-                    num_layers=2,
-                    num_heads=4,
-                    feed_forward_proj="gated-gelu",
-                    pad_token_id=tokenizer_2.pad_token_id,
-                    eos_token_id=tokenizer_2.eos_token_id,
-                )
-            ),
+            text_encoder_2=T5EncoderModel(tiny_t5(tokenizer_2)),
             tokenizer_2=tokenizer_2,
             transformer=_transformer(has_guidance=not is_schnell),
         )
@@ -72,6 +60,21 @@ def _transformer(*, has_guidance: bool) -> FluxTransformer2DModel:
             elif name.startswith("time_text_embed") and name.endswith("weight"):
                 weight.mul_(2)
     return transformer
+
+
+def tiny_t5(tokenizer: T5Tokenizer) -> T5Config:
+    """Return the configuration of a tiny T5 with that tokenizer."""
+    return T5Config(
+        vocab_size=len(tokenizer),
+        d_model=HIDDEN,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
 
 
 def letter_tokenizer() -> T5Tokenizer:
