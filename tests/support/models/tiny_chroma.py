@@ -44,6 +44,6 @@ def _transformer() -> ChromaTransformer2DModel:
         for name, weight in transformer.named_parameters():
             if name.endswith(("add_v_proj.weight", "context_embedder.weight")):
                 weight.mul_(4)
-            elif name.startswith("distilled_guidance_layer.out_proj"):
+            elif name.startswith("distilled_guidance_layer.out_proj") or name == "proj_out.weight":
                 weight.mul_(3)
     return transformer
