@@ -61,6 +61,8 @@ class Family(ABC):
     is_hidden_at_full_strength: ClassVar[bool] = True
     # Layers of the denoiser whose input is [tokens of all rows, in].
     concatenated_layers: ClassVar[tuple[str, ...]] = ()
+    # False where the VAE's convolutions are of videos.
+    is_vae_of_images: ClassVar[bool] = True
     # The class in diffusers of its ControlNets.
     controlnet_class: ClassVar[str]
     # The checkpoint's name for logs and status.
@@ -92,7 +94,7 @@ class Family(ABC):
         self.safety_checker = SafetyChecker(pipeline, device) if is_checked else None
         self.samplers = Samplers(self.schedulers, pipeline.scheduler.config)
         self.controlnets = ControlNets({}, max_bytes=0, device=device, dtype=pipeline.dtype)
-        if device.type == "cuda":
+        if device.type == "cuda" and self.is_vae_of_images:
             # Convolutions run on tensor cores without a transpose around each of them.
             pipeline.vae.to(memory_format=torch.channels_last)
 
@@ -233,7 +235,7 @@ class Family(ABC):
 
         Raises out of memory at once; other errors of the device are raised when the image is waited for.
         """
-        vae = self._pipeline.vae
+        vae = self._vae
         vae.use_tiling = in_tiles
         unpacked = self._unpacked(latents)[None].to(vae.dtype)
         decoded = vae.decode(self._unscaled(unpacked), return_dict=False)[0][0]
@@ -247,7 +249,7 @@ class Family(ABC):
     def find_projection(self) -> Projection:
         """Fit the projection of latents to previews on encodings of the VAE."""
         with torch.inference_mode():
-            return find_projection(self._pipeline.vae, self._unscaled, self.device)
+            return find_projection(self._vae, self._unscaled, self.device)
 
     def predict_x0(self, lane: Lane, prediction: torch.Tensor) -> torch.Tensor:
         """Return the finished latents [channels, height, width] that `prediction` implies, before the lane's step."""
@@ -263,6 +265,11 @@ class Family(ABC):
     def _unpacked(self, latents: torch.Tensor) -> torch.Tensor:
         """Return a sampler's latents as [channels, height, width]: the inverse."""
         return latents
+
+    @property
+    def _vae(self) -> Any:
+        """The VAE, with the interface of an `AutoencoderKL`."""
+        return self._pipeline.vae
 
     @property
     def _denoiser(self) -> Any:
@@ -308,7 +315,7 @@ class Family(ABC):
 
     def _encoded(self, request: GenerationRequest, source: Source, *, in_tiles: bool) -> EncodedSource:
         return encode(
-            self._pipeline.vae,
+            self._vae,
             source,
             size=(request.height, request.width),
             is_hidden=self.is_hidden_at_full_strength and source.mask is not None and source.strength >= 1,

@@ -20,7 +20,7 @@ OPTIONS = {
     "guidance_rescale": Option(0, "Stable Diffusion and SDXL"),
     "cfg_normalization": Option(0, "Z-Image"),
     "cfg_truncation": Option(1, "Z-Image"),
-    "true_cfg_scale": Option(1, "FLUX.1"),
+    "true_cfg_scale": Option(1, "FLUX.1 and Qwen-Image"),
 }
 
 

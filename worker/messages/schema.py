@@ -108,7 +108,9 @@ class WireParameters(_Wire):
     scheduler: Annotated[str, Field(max_length=100)] | None = None
     cfg_normalization: Annotated[float, Field(ge=0, le=10)] | None = Field(default=None, description="Z-Image's own")
     cfg_truncation: Annotated[float, Field(ge=0, le=1)] | None = Field(default=None, description="Z-Image's own")
-    true_cfg_scale: Annotated[float, Field(ge=1, le=50)] | None = Field(default=None, description="FLUX.1's own")
+    true_cfg_scale: Annotated[float, Field(ge=1, le=50)] | None = Field(
+        default=None, description="FLUX.1's and Qwen-Image's own"
+    )
 
 
 class WireSignatureConfig(_Wire):

@@ -227,6 +227,17 @@ CHROMA = replace(
     unapplied={"layers of T5": re.compile(r"text_encoder(?:_[23])?\.encoder\.block\..*", re.DOTALL)},
 )
 
+QWEN_IMAGE = KeyNaming(
+    models=("transformer",),
+    roots=re.compile("transformer_blocks_|(?:img|txt)_in|time_text_embed_|norm_out_|proj_out"),
+    words=re.compile(
+        "transformer_blocks|(?:img|txt)_(?:mod|mlp|in)|to_[qkv]|to_out|to_add_out|add_[qkv]_proj|time_text_embed"
+        "|timestep_embedder|linear_[12]|norm_out|proj_out|(?P<dot>_)"
+    ),
+    layer=lambda _model, layer: layer,
+    unapplied={"layers of the text encoder": re.compile(r"text_encoder\.(?:model\.)?.*layers\..*", re.DOTALL)},
+)
+
 
 def sdxl(layers_per_block: int) -> KeyNaming:
     """Return the naming of an SDXL whose UNet has that many layers a block."""

@@ -27,11 +27,11 @@ class GroupedFluxAttnProcessor:
 
         diffusers passes arguments by these names, the mask for Chroma alone. Returns one output for each input.
         """
-        query, key, value = _projected((attn.to_q, attn.to_k, attn.to_v), hidden_states, attn.heads)
+        query, key, value = projected((attn.to_q, attn.to_k, attn.to_v), hidden_states, attn.heads)
         query, key = attn.norm_q(query), attn.norm_k(key)
         if encoder_hidden_states is not None:
             of_text = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            text_query, text_key, text_value = _projected(of_text, encoder_hidden_states, attn.heads)
+            text_query, text_key, text_value = projected(of_text, encoder_hidden_states, attn.heads)
             query = torch.cat((attn.norm_added_q(text_query), query), 1)
             key = torch.cat((attn.norm_added_k(text_key), key), 1)
             value = torch.cat((text_value, value), 1)
@@ -44,7 +44,8 @@ class GroupedFluxAttnProcessor:
         return attn.to_out[0](image.contiguous()), attn.to_add_out(text.contiguous())
 
 
-def _projected(layers: Any, x: torch.Tensor, num_heads: int) -> list[torch.Tensor]:
+def projected(layers: Any, x: torch.Tensor, num_heads: int) -> list[torch.Tensor]:
+    """Return the output of each layer for their one input, split into heads."""
     return [by_heads(one, num_heads) for one in project(layers, x)]
 
 

@@ -1,4 +1,4 @@
-"""Base of the families with FLUX.1's transformer: packed latents, text and image in one sequence."""
+"""Base of the families with packed latents, and of those with FLUX.1's transformer among them."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -21,33 +21,20 @@ NO_IDS = torch.zeros(0, 3)
 
 
 class PackedFamily(FlowFamily):
-    """FLUX.1 and Chroma. Lanes of one size share a forward, whose rotary positions are all of that size.
+    """FLUX.1, Chroma and Qwen-Image. Lanes of one size share a forward, whose rotary positions are all of that size.
 
     The sampler's latents are packed: [height, width, channels of a patch].
     """
-
-    def __init__(
-        self, pipeline: Any, models: Mapping[str, torch.nn.Module], *, device: torch.device, memory: AdapterMemory
-    ) -> None:
-        """Raise EngineStartFailed for transformers that read more than an image's latents."""
-        transformer = pipeline.transformer
-        if transformer.config.in_channels != transformer.out_channels:
-            kind = f"a transformer for editing or control ({transformer.config.in_channels} input channels)"
-            raise EngineStartFailed(f"MODEL_ID has {kind}; this version runs FLUX.1 dev, Krea-dev and schnell")
-        super().__init__(pipeline, models, device=device, memory=memory)
-        self._positions = RotaryPositions(transformer.pos_embed, device)
-        transformer.pos_embed = self._positions
-        processor = GroupedFluxAttnProcessor()
-        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-            block.attn.set_processor(processor)
 
     @abstractmethod
     def _guidance_of(self, request: GenerationRequest) -> float:
         """Return the scale of a request's guidance by two passes; none above 1 has one pass."""
 
     @abstractmethod
-    def _conditions(self, rows: Sequence[Lane], embeddings: Sequence[Embedding], num_image: int) -> dict[str, Any]:
-        """Return the transformer's further inputs, by diffusers' names; the image has `num_image` tokens."""
+    def _predict(
+        self, latents: torch.Tensor, embeddings: Sequence[Embedding], times: torch.Tensor, rows: Sequence[Lane]
+    ) -> torch.Tensor:
+        """Run the forward of latents [rows, height, width, channels]. Returns [rows, tokens, channels]."""
 
     def encode_control(self, image: torch.Tensor) -> torch.Tensor:
         """Return the image unchanged: no ControlNet passes `_controlnet_mismatch`."""
@@ -70,18 +57,8 @@ class PackedFamily(FlowFamily):
         read = {id(lane): sampler_of(lane).model_input() for lane in ordered}
         latents = torch.stack([read[id(lane)] for lane in rows]).to(transformer.dtype)
         times = self._upload([sampler_of(lane).timestep for lane in rows]).to(transformer.dtype) / TRAIN_TIMESTEPS
-        tokens = torch.stack([embedding.tokens for embedding in embeddings])
-        self._positions.set(num_text=tokens.shape[1], height=latents.shape[1], width=latents.shape[2])
         self.bank.route([lane.owner.row for lane in rows])
-        predictions = transformer(
-            latents.flatten(1, 2),
-            tokens,
-            timestep=times,
-            img_ids=NO_IDS,
-            txt_ids=NO_IDS,
-            return_dict=False,
-            **self._conditions(rows, embeddings, latents.shape[1] * latents.shape[2]),
-        )[0]
+        predictions = self._predict(latents, embeddings, times, rows)
         drawn = self._guided(predictions.float().view(latents.shape), ordered[:num_guided])
         by_lane = {id(lane): prediction for lane, prediction in zip(ordered, drawn, strict=True)}
         return [by_lane[id(lane)] for lane in lanes]
@@ -91,7 +68,11 @@ class PackedFamily(FlowFamily):
         pairs, unguided = predictions[: 2 * len(guided)], predictions[2 * len(guided) :]
         negative, positive = pairs[::2], pairs[1::2]
         scales = self._upload([self._guidance_of(lane.owner.request) for lane in guided]).view(-1, 1, 1, 1)
-        return [*(negative + scales * (positive - negative)), *unguided]
+        return [*self._combined(negative, positive, scales), *unguided]
+
+    def _combined(self, negative: torch.Tensor, positive: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Guide predictions [lanes, height, width, channels] by scales [lanes, 1, 1, 1]."""
+        return negative + scales * (positive - negative)
 
     def _latent_shape(self, request: GenerationRequest) -> tuple[int, int, int]:
         channels = self._pipeline.transformer.config.in_channels // PATCH**2
@@ -106,6 +87,46 @@ class PackedFamily(FlowFamily):
         height, width, channels = latents.shape
         patches = latents.reshape(height, width, channels // PATCH**2, PATCH, PATCH)
         return patches.permute(2, 0, 3, 1, 4).reshape(-1, height * PATCH, width * PATCH)
+
+
+class FluxTransformerFamily(PackedFamily):
+    """FLUX.1 and Chroma: text and image in one sequence, of tokens of one number for every prompt."""
+
+    def __init__(
+        self, pipeline: Any, models: Mapping[str, torch.nn.Module], *, device: torch.device, memory: AdapterMemory
+    ) -> None:
+        """Raise EngineStartFailed for transformers that read more than an image's latents."""
+        transformer = pipeline.transformer
+        if transformer.config.in_channels != transformer.out_channels:
+            kind = f"a transformer for editing or control ({transformer.config.in_channels} input channels)"
+            raise EngineStartFailed(f"MODEL_ID has {kind}; this version runs FLUX.1 dev, Krea-dev and schnell")
+        super().__init__(pipeline, models, device=device, memory=memory)
+        self._positions = RotaryPositions(transformer.pos_embed, device)
+        transformer.pos_embed = self._positions
+        processor = GroupedFluxAttnProcessor()
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+            block.attn.set_processor(processor)
+
+    @abstractmethod
+    def _conditions(self, rows: Sequence[Lane], embeddings: Sequence[Embedding], num_image: int) -> dict[str, Any]:
+        """Return the transformer's further inputs, by diffusers' names; the image has `num_image` tokens."""
+
+    def _predict(
+        self, latents: torch.Tensor, embeddings: Sequence[Embedding], times: torch.Tensor, rows: Sequence[Lane]
+    ) -> torch.Tensor:
+        height, width = latents.shape[1:3]
+        tokens = torch.stack([embedding.tokens for embedding in embeddings])
+        self._positions.set(num_text=tokens.shape[1], height=height, width=width)
+        prediction: torch.Tensor = self._pipeline.transformer(
+            latents.flatten(1, 2),
+            tokens,
+            timestep=times,
+            img_ids=NO_IDS,
+            txt_ids=NO_IDS,
+            return_dict=False,
+            **self._conditions(rows, embeddings, height * width),
+        )[0]
+        return prediction
 
 
 def _order(lane: Lane) -> tuple[bool, RowAdapters]:

@@ -22,6 +22,7 @@ from tests.support.models.ldm_layout import write_single_file
 from tests.support.models.tiny_chroma import build_tiny_chroma
 from tests.support.models.tiny_flux import build_tiny_flux
 from tests.support.models.tiny_models import build_tiny_sd, build_tiny_sd2, build_tiny_sdxl, build_tiny_z_image
+from tests.support.models.tiny_qwen_image import build_tiny_qwen_image
 
 SD, SDXL, Z_IMAGE, FLUX = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "ZImagePipeline", "FluxPipeline"
 BUILDERS = {
@@ -31,8 +32,17 @@ BUILDERS = {
     "z-image": build_tiny_z_image,
     "flux": build_tiny_flux,
     "chroma": build_tiny_chroma,
+    "qwen-image": build_tiny_qwen_image,
 }
-CLASSES = {"sd": SD, "sd2": SD, "sdxl": SDXL, "z-image": Z_IMAGE, "flux": FLUX, "chroma": "ChromaPipeline"}
+CLASSES = {
+    "sd": SD,
+    "sd2": SD,
+    "sdxl": SDXL,
+    "z-image": Z_IMAGE,
+    "flux": FLUX,
+    "chroma": "ChromaPipeline",
+    "qwen-image": "QwenImagePipeline",
+}
 SINGLE = ("sd", "sd2", "sdxl")
 
 Change = Callable[[Path], None]

@@ -47,10 +47,16 @@ DEFAULTS = {
     "ZImagePipeline": "euler",
     "FluxPipeline": "euler",
     "ChromaPipeline": "euler",
+    "QwenImagePipeline": "euler",
     "StableDiffusionInpaintPipeline": "dpm++",
     "StableDiffusionXLInpaintPipeline": "euler",
 }
-FLOW_PIPELINES = (diffusers.ZImagePipeline, diffusers.FluxPipeline, diffusers.ChromaPipeline)
+FLOW_PIPELINES = (
+    diffusers.ZImagePipeline,
+    diffusers.FluxPipeline,
+    diffusers.ChromaPipeline,
+    diffusers.QwenImagePipeline,
+)
 # The pipelines that begin with a picture, and those that repaint a part of one, by the pipeline that draws from text.
 FROM_IMAGE = {
     "StableDiffusionPipeline": diffusers.StableDiffusionImg2ImgPipeline,
@@ -58,6 +64,7 @@ FROM_IMAGE = {
     "ZImagePipeline": diffusers.ZImageImg2ImgPipeline,
     "FluxPipeline": diffusers.FluxImg2ImgPipeline,
     "ChromaPipeline": diffusers.ChromaImg2ImgPipeline,
+    "QwenImagePipeline": diffusers.QwenImageImg2ImgPipeline,
 }
 REPAINTING = {
     "StableDiffusionPipeline": diffusers.StableDiffusionInpaintPipeline,
@@ -67,6 +74,7 @@ REPAINTING = {
     "ZImagePipeline": diffusers.ZImageInpaintPipeline,
     "FluxPipeline": diffusers.FluxInpaintPipeline,
     "ChromaPipeline": diffusers.ChromaInpaintPipeline,
+    "QwenImagePipeline": diffusers.QwenImageInpaintPipeline,
 }
 
 
@@ -121,6 +129,12 @@ def _guidance(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
         return {"true_cfg_scale": request.true_cfg_scale, "max_sequence_length": max_tokens}
     if isinstance(pipe.transformer, diffusers.ChromaTransformer2DModel):
         return {}
+    if isinstance(pipe.transformer, diffusers.QwenImageTransformer2DModel):
+        return {
+            "guidance_scale": None,
+            "true_cfg_scale": max(request.true_cfg_scale, request.guidance_scale),
+            "negative_prompt": request.negative_prompt or " ",
+        }
     return {"cfg_normalization": request.cfg_normalization, "cfg_truncation": request.cfg_truncation}
 
 
