@@ -10,17 +10,21 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import send_to_device
 
+from inference.checkpoints.quantization import copied_to, is_quantized
+
 
 class DeviceSlot:
     """Owner of the one model's place on the device. Used by the engine's thread alone.
 
-    Weights are never written, so the copies in host memory stay valid, and leaving the device costs no copy.
+    Weights are never written, so the copies in host memory stay valid, and leaving the device costs no copy. Quantized
+    ones are of several tensors: their modules are given other parameters, where plain ones have other memory.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._taken_by: torch.nn.Module | None = None
         self._in_host_memory: dict[torch.Tensor, torch.Tensor] = {}
+        self._quantized: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
 
     def take(self, model: torch.nn.Module) -> None:
         """Move `model` to the device, and the model before it out."""
@@ -28,10 +32,25 @@ class DeviceSlot:
             return
         for tensor, host in self._in_host_memory.items():
             tensor.data = host
+        for module, name, weight in self._quantized:
+            setattr(module, name, weight)
         self._taken_by = model
-        self._in_host_memory = {tensor: tensor.data for tensor in (*model.parameters(), *model.buffers())}
+        plain = [one for one in model.parameters() if not is_quantized(one)]
+        self._in_host_memory = {tensor: tensor.data for tensor in (*plain, *model.buffers())}
+        self._quantized = _quantized_weights(model)
         for tensor, host in self._in_host_memory.items():
             tensor.data = host.to(self.device, copy=True)
+        for module, name, weight in self._quantized:
+            setattr(module, name, copied_to(weight, self.device))
+
+
+def _quantized_weights(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.nn.Parameter]]:
+    return [
+        (module, name, weight)
+        for module in model.modules()
+        for name, weight in module.named_parameters(recurse=False)
+        if is_quantized(weight)
+    ]
 
 
 class _TakesSlot(ModelHook):  # type: ignore[misc]

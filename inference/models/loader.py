@@ -4,7 +4,7 @@ import torch
 
 from config.model import ModelSettings
 from inference.checkpoints.checkpoint import identify
-from inference.checkpoints.memory_plan import Placement, free_bytes, most_adapter_bytes, place, plan_and_warn
+from inference.checkpoints.memory_plan import free_bytes, most_adapter_bytes, place, plan_and_warn
 from inference.checkpoints.pipeline import download, load_pipeline, weight_bytes
 from inference.checkpoints.quantization import quantize
 from inference.controlnet.files import find_controlnets
@@ -44,11 +44,6 @@ def load_family(settings: ModelSettings, *, device: torch.device, dtype: torch.d
     controlnets = ControlNets(files, max_bytes=settings.controlnet_max_bytes, device=device, dtype=dtype)
     free, chosen = free_bytes(device) - controlnets.most_bytes, settings.adapter_max_bytes
     placement = plan_and_warn(device.type, needed, free, chosen)
-    if settings.weights == "fp8" and placement is Placement.OFFLOADED:
-        raise EngineStartFailed(
-            "WEIGHTS=fp8: the model does not fit the GPU as a whole, and its parts cannot take turns in float8: free"
-            " memory, use a larger GPU, or unset WEIGHTS"
-        )
     memory = AdapterMemory(
         settings.adapter_slots,
         settings.adapter_max_rank,
@@ -56,9 +51,9 @@ def load_family(settings: ModelSettings, *, device: torch.device, dtype: torch.d
         is_chosen=chosen is not None,
     )
     pipeline = load_pipeline(checkpoint, dtype)
-    if settings.weights == "fp8":
-        quantize(pipeline)
     try:
+        if settings.weights != "auto":
+            quantize(pipeline, settings.weights, device)
         place(pipeline, device, placement)
         family = FAMILIES[checkpoint.pipeline_class](pipeline, device=device, memory=memory)
     except torch.OutOfMemoryError as error:
