@@ -5,9 +5,10 @@ A layer's weight is turned back to the model's dtype for each product. Adapters 
 base weight.
 """
 
+import ctypes
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,15 +35,17 @@ KEPT_IN_FILES = re.compile(r"emb|norm|lm_head|^shared\.|^proj_(in|out)\.")
 def quantize(pipeline: Any, storage: Storage, device: "torch.device") -> None:
     """Quantize the linear layers of the denoiser and of large text encoders, in place.
 
-    The models are in host memory, and stay there; `device` computes, where that takes long on a CPU.
+    The models are in host memory, and stay there: each layer is on `device` while it is quantized, as a GPU takes less
+    long.
     """
+    change = _to_float8 if storage == "fp8" else _to_nf4
     for component, model in pipeline.components.items():
         if hasattr(model, "parameters") and _is_quantized(component, sum(one.numel() for one in model.parameters())):
-            is_quantized = partial(_is_large_layer, storage=storage, kept=kept_layers(model))
-            if storage == "fp8":
-                _quantize_to_float8(model, is_quantized)
-            else:
-                _quantize_to_nf4(model, is_quantized, device)
+            is_large_layer = partial(_is_large_layer, storage=storage, kept=kept_layers(model))
+            for name in [name for name, module in model.named_modules() if is_large_layer(module, name)]:
+                parent, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(parent), attribute, change(model.get_submodule(name), device))
+                _return_freed_memory()
 
 
 def kept_layers(model: Any) -> Sequence[str]:
@@ -113,21 +116,19 @@ def _is_large_layer(module: "torch.nn.Module", name: str, *, storage: Storage, k
     return _takes(storage, module.in_features)
 
 
-def _quantize_to_float8(model: Any, is_large_layer: Callable[[Any, str], bool]) -> None:
+def _to_float8(layer: Any, device: "torch.device") -> Any:
+    import torch  # noqa: PLC0415 - `darkroom check` counts without it
     from torchao.quantization import Float8WeightOnlyConfig, quantize_  # noqa: PLC0415 - where nobody asks, no seconds
 
-    quantize_(model, Float8WeightOnlyConfig(), is_large_layer)
+    home = layer.weight.device
+    # Or the whole weight, and what was computed of it, would be kept for a backward pass.
+    with torch.no_grad():
+        layer.to(device)
+        quantize_(layer, Float8WeightOnlyConfig(), lambda *_: True)
+        return layer.to(home)
 
 
-def _quantize_to_nf4(model: Any, is_large_layer: Callable[[Any, str], bool], device: "torch.device") -> None:
-    # One by one, or the weights would be in memory twice.
-    for name in [name for name, module in model.named_modules() if is_large_layer(module, name)]:
-        parent, _, attribute = name.rpartition(".")
-        layer = model.get_submodule(name)
-        setattr(model.get_submodule(parent), attribute, _nf4_layer(layer, device))
-
-
-def _nf4_layer(layer: Any, device: "torch.device") -> Any:
+def _to_nf4(layer: Any, device: "torch.device") -> Any:
     import torch  # noqa: PLC0415 - `darkroom check` counts without it
     from bitsandbytes.nn import Linear4bit, Params4bit  # noqa: PLC0415 - where nobody asks, no seconds
 
@@ -141,3 +142,12 @@ def _nf4_layer(layer: Any, device: "torch.device") -> Any:
     # Or some processors would compute in bfloat16, whatever the dtype, on weights that are packed anew.
     made.support_avx512bf16_for_cpu = False
     return made.train(layer.training)
+
+
+def _return_freed_memory() -> None:
+    """Return what was computed on the way to the system: the C library keeps it between the weights, as much again as
+    they took.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -11,6 +11,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Params4bit
 
+from benchmarks.loading import TRANSFORMER, Case, build, measure_here
 from inference.checkpoints import quantization
 from inference.checkpoints.checkpoint import identify
 from inference.checkpoints.memory_plan import Placement
@@ -211,6 +212,20 @@ def test_checkpoint_takes_less_than_in_sixteen_bits(tmp_path: Path, storage: Sto
     assert {name: less[name] for name in ("text_encoder", "vae")} == {
         name: whole[name] for name in ("text_encoder", "vae")
     }
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_quantizing_makes_no_second_copy(tmp_path: Path, storage: Storage) -> None:
+    case = Case("bfloat16", TRANSFORMER, "bfloat16", storage)
+    source = str(build(tmp_path, "short", [case]) / f"bfloat16 {TRANSFORMER}")
+
+    loading = measure_here(source, source, "bfloat16", str(tmp_path / "tiny"), storage)
+
+    # What one layer takes while it is quantized, and what the libraries keep.
+    allowance_mb = 16
+    assert loading.disk_mb > 40
+    assert loading.memory_mb < 0.6 * loading.disk_mb
+    assert loading.peak_own_mb <= 1.2 * loading.memory_mb + allowance_mb
 
 
 # --- Parts that take turns on the device
