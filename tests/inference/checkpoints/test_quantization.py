@@ -1,6 +1,8 @@
 """Weights in eight and four bits: the images of the weights as they are turned back, and their memory."""
 
+import itertools
 import math
+import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from inference.checkpoints.memory_plan import Placement
 from inference.checkpoints.offload import offload_in_turns
 from inference.checkpoints.pipeline import load_pipeline, weight_bytes
 from inference.checkpoints.quantization import Storage, bytes_of, copied_to, is_quantized, quantize, quantized_bytes
+from inference.checkpoints.weight_files import GB
 from inference.models import compiling, loader
 from inference.request import AdapterFile, GenerationRequest
 from tests.support.engine.engine_requests import request_of
@@ -30,11 +33,13 @@ from tests.support.models.quantized_pipelines import quantized_by_diffusers
 from tests.support.models.tiny_adapters import write_adapter
 from tests.support.models.tiny_flux import build_tiny_flux
 from tests.support.models.tiny_models import HIDDEN, build_tiny_sd, build_tiny_sdxl, build_tiny_z_image
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BUILDERS = {"sd": build_tiny_sd, "sdxl": build_tiny_sdxl, "z_image": build_tiny_z_image, "flux": build_tiny_flux}
 CPU = torch.device("cpu")
+MODELS_PAGE = ROOT / "docs" / "models.md"
 STORAGES: tuple[Storage, ...] = ("fp8", "nf4")
 SAME_DB = 60.0
 # Of a full-size denoiser's memory, between the headers' names and the model's layers.
@@ -92,8 +97,9 @@ def adapter_for(checkpoint: Path, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("name", long_but(BUILDERS, "sd", "z_image"))
+@pytest.mark.parametrize(
+    ("name", "storage"), long_but(itertools.product(BUILDERS, STORAGES), ("sd", "fp8"), ("z_image", "nf4"))
+)
 def test_batch_of_adapters_has_the_images_of_the_weights_turned_back(
     tmp_path: Path, name: str, storage: Storage
 ) -> None:
@@ -164,6 +170,7 @@ def test_large_text_encoders_are_quantized_and_others_are_not(
     assert not [name for name in layers["unet"] if "norm" in name]
 
 
+PUBLISHED = {"Stable Diffusion 1.5": "sd15", "SDXL": "sdxl", "Z-Image": "z-image", "FLUX.1 dev": "flux"}
 FEWEST = {
     "sd15": {"fp8": 0.87, "nf4": 0.8},
     "sdxl": {"fp8": 0.6, "nf4": 0.39},
@@ -173,7 +180,7 @@ FEWEST = {
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("name", FEWEST)
+@pytest.mark.parametrize("name", long_but(FEWEST, "sd15", "flux"))
 def test_memory_is_foretold_by_the_names_in_the_files(name: str, storage: Storage) -> None:
     pipeline = build_pipeline(name)
     component = "transformer" if hasattr(pipeline, "transformer") else "unet"
@@ -187,6 +194,21 @@ def test_memory_is_foretold_by_the_names_in_the_files(name: str, storage: Storag
 
     assert bytes_of(component, shapes, 2, storage) == pytest.approx(exact, rel=ESTIMATE_ERROR)
     assert exact < FEWEST[name][storage] * bytes_of(component, shapes, 2, "auto")
+
+
+@pytest.mark.parametrize("name", long_but(PUBLISHED, "Z-Image", "FLUX.1 dev"))
+def test_the_page_s_table_is_counted_from_the_configs(name: str) -> None:
+    figures = r" ([\d.]+) \|" * 3
+    (row,) = re.findall(rf"^\| {re.escape(name)} \|{figures}$", MODELS_PAGE.read_text(), re.MULTILINE)
+    # Tied weights are in the files once.
+    shapes = {
+        component: {key: tuple(one.shape) for key, one in model.named_parameters()}
+        for component, model in models_of(build_pipeline(PUBLISHED[name])).items()
+    }
+
+    for shown, storage in zip(row, ("auto", *STORAGES), strict=True):
+        num_bytes = sum(bytes_of(component, own, 2, storage) for component, own in shapes.items())
+        assert shown == f"{num_bytes / GB:.1f}"
 
 
 @pytest.mark.parametrize("storage", STORAGES)
