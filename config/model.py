@@ -56,11 +56,11 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", validation_alias="DTYPE", description="`auto` is float32 on a CPU, bfloat16 or float16 on a GPU"
     )
-    weights: Literal["auto", "fp8"] = Field(
+    weights: Literal["auto", "fp8", "nf4"] = Field(
         "auto",
         validation_alias="WEIGHTS",
-        description="`fp8` keeps linear layers in 8 bits: half of Z-Image's memory, other pictures;"
-        " `auto` has all in DTYPE",
+        description="`fp8` keeps linear layers in 8 bits, `nf4` in 4: a half and a third of Z-Image's memory, other"
+        " pictures; `auto` has all in DTYPE",
     )
     compile: Literal["off", "blocks", "graphs"] = Field(
         "off",

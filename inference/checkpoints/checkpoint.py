@@ -67,6 +67,17 @@ class Checkpoint:
         """The hub id, or the last part of a path: the operator's folders are private."""
         return self.model_id if self.where is Location.HUB else self.path.resolve().name.removesuffix(SAFETENSORS)
 
+    @property
+    def is_vae_left_out(self) -> bool:
+        """True where the weights of its own VAE are neither downloaded nor read."""
+        return self.vae is not None and self.where is not Location.FILE
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components whose weights are read."""
+        names = COMPONENTS[self.pipeline_class]
+        return tuple(name for name in names if name != "vae") if self.is_vae_left_out else names
+
 
 def identify(model_id: str, config: str | None, *, has_checker: bool = False, vae_id: str | None = None) -> Checkpoint:
     """Identify MODEL_ID, and VAE_ID, by index, config or tensors' names alone. A hub id costs one small download.

@@ -56,7 +56,7 @@ def plan(needed: Mapping[str, int], free: int, adapter_bytes: int | None = None)
     raise EngineStartFailed(
         f"the model does not fit the GPU: its {largest} takes {needed[largest] / GB:.1f} GB and a picture"
         f" {RESERVE_BYTES / GB:.1f} GB{kept}, {free / GB:.1f} GB are free: {lower}end what else runs there, set"
-        " DTYPE to a 16-bit type, name a smaller MODEL_ID or use a larger GPU"
+        " DTYPE to a 16-bit type or WEIGHTS to nf4, name a smaller MODEL_ID or use a larger GPU"
     )
 
 

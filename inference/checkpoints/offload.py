@@ -12,11 +12,17 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import send_to_device
 
+from inference.checkpoints.quantization import copied_to, is_quantized, num_bytes_of
+
+# A module, and its parameter by name.
+QuantizedWeight = tuple[torch.nn.Module, str, torch.nn.Parameter]
+
 
 class HostedWeights:
     """Weights of models in host memory, which are copied to the device while the models are there.
 
-    Weights are never written, so the originals stay valid, and leaving the device costs no copy. Used by the engine's
+    Weights are never written, so the originals stay valid, and leaving the device costs no copy. Quantized ones are of
+    several tensors: their modules are given other parameters, where plain ones have other memory. Used by the engine's
     thread alone.
     """
 
@@ -24,18 +30,23 @@ class HostedWeights:
         self._models = models
         self._device = device
         self._in_host_memory: dict[torch.Tensor, torch.Tensor] = {}
+        self._quantized: list[QuantizedWeight] = []
 
     @cached_property
     def num_bytes(self) -> int:
         """Bytes that the weights take on the device."""
-        return sum(tensor.nbytes for tensor in set(self._tensors()))
+        quantized = {weight for model in self._models for _, _, weight in _quantized_weights(model)}
+        return sum(tensor.nbytes for tensor in set(self._plain())) + sum(map(num_bytes_of, quantized))
 
     def enter(self) -> None:
         """Copy the weights to the device. `torch.OutOfMemoryError`, with none of them there, where they do not fit."""
-        self._in_host_memory = {tensor: tensor.data for tensor in self._tensors()}
+        self._in_host_memory = {tensor: tensor.data for tensor in self._plain()}
+        self._quantized = [one for model in self._models for one in _quantized_weights(model)]
         try:
             for tensor, host in self._in_host_memory.items():
                 tensor.data = host.to(self._device, copy=True)
+            for module, name, weight in self._quantized:
+                setattr(module, name, copied_to(weight, self._device))
         except torch.OutOfMemoryError:
             self.leave()
             raise
@@ -44,10 +55,14 @@ class HostedWeights:
         """Free the copies on the device."""
         for tensor, host in self._in_host_memory.items():
             tensor.data = host
-        self._in_host_memory = {}
+        for module, name, weight in self._quantized:
+            setattr(module, name, weight)
+        self._in_host_memory, self._quantized = {}, []
 
-    def _tensors(self) -> Iterator[torch.Tensor]:
-        return (tensor for model in self._models for tensor in (*model.parameters(), *model.buffers()))
+    def _plain(self) -> Iterator[torch.Tensor]:
+        for model in self._models:
+            yield from (one for one in model.parameters() if not is_quantized(one))
+            yield from model.buffers()
 
 
 class DeviceSlot:
@@ -68,6 +83,15 @@ class DeviceSlot:
         self._weights = HostedWeights((model,), self.device)
         self._weights.enter()
         self._taken_by = model
+
+
+def _quantized_weights(model: torch.nn.Module) -> list[QuantizedWeight]:
+    return [
+        (module, name, weight)
+        for module in model.modules()
+        for name, weight in module.named_parameters(recurse=False)
+        if is_quantized(weight)
+    ]
 
 
 class _TakesSlot(ModelHook):  # type: ignore[misc]

@@ -30,6 +30,8 @@ from inference.errors import EngineStartFailed
 if TYPE_CHECKING:
     import torch
 
+VAE_CONFIG = "vae/config.json"
+
 # Given as None, they are neither looked for nor loaded, whatever the index says of them.
 UNUSED: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
@@ -73,6 +75,10 @@ def download(checkpoint: Checkpoint) -> Checkpoint:
         return replace(checkpoint, config=str(_download_rest(checkpoint)), is_fetched=True)
     needed = (CHECKER, EXTRACTOR) if checkpoint.has_checker else ()
     unused = {name: value for name, value in UNUSED[checkpoint.pipeline_class].items() if name not in needed}
+    if checkpoint.is_vae_left_out:
+        unused["vae"] = None
+        # Left out with the weights.
+        find_on_hub(checkpoint.model_id, VAE_CONFIG, "MODEL_ID")
     try:
         path = download_pipeline(checkpoint.model_id, "MODEL_ID", variant=None, unused=unused)
         found = replace(checkpoint, path=path, is_fetched=True)
@@ -142,6 +148,8 @@ def _load_folder(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
             raise EngineStartFailed(f"{checkpoint.path / INDEX} names no {name}: copy or download the whole checkpoint")
         if not (checkpoint.path / name).is_dir():
             raise EngineStartFailed(f"{checkpoint.path / name} is missing: copy or download the whole checkpoint")
+    # For its config, by which `replace_vae` reads a single file.
+    stand_in = {"vae": _vae_without_weights(checkpoint.path / VAE_CONFIG)} if checkpoint.is_vae_left_out else {}
     return _pipeline_class(checkpoint).from_pretrained(
         checkpoint.path,
         # Never left to the files: transformers would keep their dtype for the text encoder, diffusers take fp32.
@@ -150,7 +158,16 @@ def _load_folder(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
         variant=_weights(checkpoint).variant,
         local_files_only=True,
         **UNUSED[checkpoint.pipeline_class],
+        **stand_in,
     )
+
+
+def _vae_without_weights(config: Path) -> Any:
+    import torch  # noqa: PLC0415 - the supervisor never imports it
+    from diffusers import AutoencoderKL  # noqa: PLC0415
+
+    with torch.device("meta"):
+        return AutoencoderKL.from_config(read_json(config))
 
 
 def _load_file(checkpoint: Checkpoint, dtype: "torch.dtype") -> Any:
@@ -180,7 +197,7 @@ def _pipeline_class(checkpoint: Checkpoint) -> Any:
 
 
 def _weights(checkpoint: Checkpoint) -> Weights:
-    return find_weights(checkpoint.path, COMPONENTS[checkpoint.pipeline_class])
+    return find_weights(checkpoint.path, checkpoint.components)
 
 
 def _read_shapes(checkpoint: Checkpoint) -> dict[str, Shapes]:

@@ -1,7 +1,7 @@
 """Read LoRA adapter files of all training scripts into one normal form, and check that they fit the model."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -69,9 +69,10 @@ class LowRank:
 
     def fits(self, module: torch.nn.Module | None) -> bool:
         """Return whether `module` is a Linear or Conv2d of the layer's shape."""
-        if not isinstance(module, torch.nn.Linear | torch.nn.Conv2d) or self.b.shape[0] != module.weight.shape[0]:
+        if not isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
             return False
-        return _input_shape(self.a) == _input_shape(module.weight)
+        shape = weight_shape(module)
+        return self.b.shape[0] == shape[0] and _input_shape(self.a.shape) == _input_shape(shape)
 
 
 @dataclass(frozen=True)
@@ -208,9 +209,16 @@ def check_fits(adapter: Adapter, modules: Mapping[str, torch.nn.Module]) -> None
         raise AdapterIncompatible(f"the adapter was made for another model; these layers do not fit: {listed(misfits)}")
 
 
-def _input_shape(weight: torch.Tensor) -> tuple[int, ...]:
-    """Return the input shape of the matrix: [in], and height and width of a kernel larger than one pixel."""
-    return tuple(weight.shape[1:2]) if weight.shape[2:].numel() == 1 else tuple(weight.shape[1:])
+def weight_shape(module: torch.nn.Linear | torch.nn.Conv2d) -> tuple[int, ...]:
+    """Return the shape of the layer's weight, also where four bits of it are packed into a tensor of another shape."""
+    if isinstance(module, torch.nn.Linear):
+        return module.out_features, module.in_features
+    return tuple(module.weight.shape)
+
+
+def _input_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the input shape of a weight: [in], and height and width of a kernel larger than one pixel."""
+    return tuple(shape[1:2]) if math.prod(shape[2:]) == 1 else tuple(shape[1:])
 
 
 def check_rank(adapter: Adapter, max_rank: int) -> None:

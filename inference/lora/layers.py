@@ -1,5 +1,6 @@
 """Layout of the bank's pages: the model's layers, grouped by the input they read, and slabs of their pages."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from inference.lora.adapter import LowRank
+from inference.lora.adapter import LowRank, weight_shape
 from inference.lora.products.adapted_layers import Products
 
 # Half of this is wasted on average by an adapter whose rank is no multiple of it.
@@ -81,11 +82,11 @@ class LayerGroup:
 
     @cached_property
     def fan_in(self) -> int:
-        return int(self.modules[0].weight[0].numel())
+        return math.prod(weight_shape(self.modules[0])[1:])
 
     @cached_property
     def fan_outs(self) -> tuple[int, ...]:
-        return tuple(int(module.weight.shape[0]) for module in self.modules)
+        return tuple(weight_shape(module)[0] for module in self.modules)
 
     @cached_property
     def a_width(self) -> int:

@@ -61,7 +61,11 @@ def load_family(
     free = (free_bytes(device) if free is None else free) - controlnets.most_bytes
     chosen = settings.adapter_max_bytes
     placement = plan_and_warn(device.type, needed, free, chosen)
-    _check_placement(settings, placement, is_hosted=is_hosted)
+    if is_hosted and placement is Placement.OFFLOADED:
+        raise EngineStartFailed(
+            f"MODEL_ID {settings.model_id!r} does not fit the GPU as a whole, and with MODELS whole models take turns:"
+            " set WEIGHTS=nf4, name a smaller one, or use a larger GPU"
+        )
     memory = AdapterMemory(
         settings.adapter_slots,
         settings.adapter_max_rank,
@@ -69,9 +73,9 @@ def load_family(
         is_chosen=chosen is not None,
     )
     pipeline = load_pipeline(checkpoint, dtype)
-    if settings.weights == "fp8":
-        quantize(pipeline)
     try:
+        if settings.weights != "auto":
+            quantize(pipeline, settings.weights, device)
         if not is_hosted:
             place(pipeline, device, placement)
         family = FAMILIES[checkpoint.pipeline_class](pipeline, device=device, memory=memory)
@@ -80,17 +84,3 @@ def load_family(
     family.public_name = checkpoint.public_name
     family.set_controlnets(controlnets)
     return family
-
-
-def _check_placement(settings: ModelSettings, placement: Placement, *, is_hosted: bool) -> None:
-    """Raise EngineStartFailed where what the settings ask for needs the model on the device as a whole."""
-    if settings.weights == "fp8" and (is_hosted or placement is Placement.OFFLOADED):
-        cause = "MODELS has several take turns" if is_hosted else "the model does not fit the GPU as a whole"
-        raise EngineStartFailed(
-            f"WEIGHTS=fp8: {cause}, and models cannot be moved in float8: free memory, use a larger GPU, or unset it"
-        )
-    if is_hosted and placement is Placement.OFFLOADED:
-        raise EngineStartFailed(
-            f"MODEL_ID {settings.model_id!r} does not fit the GPU as a whole, and with MODELS whole models take turns:"
-            " name a smaller one, or use a larger GPU"
-        )

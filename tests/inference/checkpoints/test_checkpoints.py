@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from benchmarks.loading import build, measure_here
+from benchmarks.loading import Case, build, measure_here
 from inference.checkpoints.checkpoint import Location, identify
 from inference.checkpoints.pipeline import download, load_pipeline, weight_bytes
 from inference.errors import EngineStartFailed
@@ -256,7 +256,7 @@ def test_weights_of_the_same_dtype_stay_mapped_from_their_files(
 
 
 def test_converting_weights_makes_no_second_copy(tmp_path: Path) -> None:
-    build(tmp_path, "short", [("float32", "folder", "bfloat16")])
+    build(tmp_path, "short", [Case("float32", "folder", "bfloat16")])
     checkpoint = str(tmp_path / "float32 folder")
 
     loading = measure_here(checkpoint, checkpoint, "bfloat16", str(tmp_path / "tiny"))

@@ -1,6 +1,7 @@
 """What fits is decided by figures alone; models that take turns are on the device one at a time, in any order."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def test_a_model_whose_largest_part_does_not_fit_is_refused_with_the_figures() -
     with pytest.raises(EngineStartFailed) as caught:
         plan(SDXL, SDXL["unet"] + RESERVE_BYTES - 1)
 
-    assert all(word in str(caught.value) for word in ("unet takes 5.1 GB", "2.0 GB", "7.1 GB are free", "DTYPE"))
+    words = ("unet takes 5.1 GB", "2.0 GB", "7.1 GB are free", "DTYPE", "WEIGHTS to nf4")
+    assert all(word in str(caught.value) for word in words)
 
 
 def test_offloading_is_logged_as_one_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -261,3 +263,14 @@ def test_check_predicts_the_engine_s_placement(
         message = check_memory(settings)
         assert "0.00 GB of weights at 16 bits and 2.0 GB for a picture" in message
         assert words in message
+
+
+@pytest.mark.parametrize(
+    ("storage", "bits"), [("auto", ""), ("fp8", ", large layers at 8"), ("nf4", ", large layers at 4")]
+)
+def test_check_names_the_bits_of_the_weights(tmp_path: Path, storage: str, bits: str) -> None:
+    model = {"MODEL_ID": str(build_tiny_sd(tmp_path / "sd")), "DEVICE": "cpu", "DTYPE": "float32"}
+
+    message = check_memory(ModelSettings.model_validate(model | {"WEIGHTS": storage}))
+
+    assert re.search(rf"GB of weights at 32 bits{bits}, \d", message)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiffusionPipeline
 
 from inference.checkpoints.checkpoint import identify
 from inference.checkpoints.pipeline import download, load_pipeline, weight_bytes
@@ -20,6 +20,7 @@ from inference.errors import EngineStartFailed
 from inference.request import GenerationRequest, Source
 from tests.support.engine.engine_requests import request_of
 from tests.support.images.parity import DIFFERENT_DB, MIN_PSNR_DB, draw, psnr, settings_of
+from tests.support.models.hub_cache import write_to_hub_cache
 from tests.support.models.ldm_layout import write_single_file, write_vae_file
 from tests.support.models.plain_families import drawn_by
 from tests.support.models.tiny_models import build_tiny_sd, build_tiny_sdxl, build_tiny_z_image, load_pipe
@@ -251,6 +252,41 @@ def test_hub_id_in_the_cache_is_taken_from_there(
     assert weight_bytes(found, 4) is None
     with pytest.raises(EngineStartFailed, match="VAE_ID 'acme/vae'"):
         download(found)
+
+
+def test_weights_of_the_vae_that_is_replaced_are_not_needed(
+    checkpoint: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = write_to_hub_cache(tmp_path / "hub", "acme/tiny", checkpoint, monkeypatch)
+    (snapshot / "vae" / WEIGHTS).unlink()
+    request = REQUESTS[0]
+
+    found = identify("acme/tiny", None, vae_id=str(vae))
+
+    assert weight_bytes(download(found), 4) == weight_bytes(identify(str(checkpoint), None, vae_id=str(vae)), 4)
+    engines = [LocalEngine(settings_of(one, VAE_ID=str(vae))) for one in (Path("acme/tiny"), checkpoint)]
+    images = [draw(engine, request)[0] for engine in engines]
+    assert images[0] == images[1]
+    for engine in engines:
+        engine.close()
+
+
+def test_the_vae_that_is_replaced_is_not_downloaded(
+    checkpoint: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_to_hub_cache(tmp_path / "hub", "acme/tiny", checkpoint, monkeypatch)
+    asked: list[dict[str, Any]] = []
+
+    def download_offline(_: str, **options: Any) -> Path:
+        asked.append(options)
+        return checkpoint
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download_offline)
+
+    for vae_id in (str(vae), None):
+        download(identify("acme/tiny", None, vae_id=vae_id))
+
+    assert [one.get("vae", "is asked for") for one in asked] == [None, "is asked for"]
 
 
 # --- What is refused

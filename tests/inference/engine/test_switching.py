@@ -24,6 +24,7 @@ from inference.request import AdapterFile, EngineLoad, GenerationRequest, StepRe
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import PATIENCE_SECONDS, wait_for
 from tests.support.images.parity import DIFFERENT_DB, MIN_PSNR_DB, draw, images_of, psnr, settings_of
+from tests.support.long import long_but
 from tests.support.models.plain_families import alone
 from tests.support.models.tiny_models import build_tiny_sd, build_tiny_z_image, load_pipe, write_adapter
 
@@ -36,7 +37,7 @@ NO_REQUESTS = Standing(num_waiting=0, oldest_at=0.0, num_running=0, entered_at=0
 class Models:
     """An engine with two tiny models: the checkpoint of each by its name, and an adapter for it."""
 
-    def __init__(self, folder: Path, *, fit_together: bool = False) -> None:
+    def __init__(self, folder: Path, *, fit_together: bool = False, **settings: Any) -> None:
         self.checkpoints = {
             DEFAULT_MODEL: build_tiny_sd(folder / "sd"),
             "z": build_tiny_z_image(folder / "z"),
@@ -53,6 +54,7 @@ class Models:
             "MAX_CONCURRENT_GENERATIONS": FULL_BATCH,
             "ADAPTER_SLOTS": 4,
             "ADAPTER_MAX_RANK": 8,
+            **settings,
         }
         # The weights of both, and nothing for the adapters of two.
         num_bytes = sum(file.stat().st_size for file in folder.glob("*/*/*.safetensors"))
@@ -176,6 +178,18 @@ def test_what_has_left_the_device_takes_no_memory_of_it(models: Models) -> None:
     assert default.family.bank.num_bytes == 0
     loads = {load.name: load for load in models.loads[-1].models}
     assert (loads[DEFAULT_MODEL].is_on_device, loads["z"].is_on_device) == (False, True)
+
+
+@pytest.mark.parametrize("weights", long_but(["fp8", "nf4"], "fp8"))
+def test_quantized_models_draw_the_same_after_they_came_back(tmp_path: Path, weights: str) -> None:
+    models = Models(tmp_path, WEIGHTS=weights)
+    requests = [models.request(name, 3, adapters=(models.adapters[name],)) for name in (DEFAULT_MODEL, "z")]
+
+    first, again = ([draw(models.engine, one)[0] for one in requests] for _ in range(2))
+    models.engine.close()
+
+    assert [one.tobytes() for one in first] == [one.tobytes() for one in again]
+    assert models.switches == ["z", DEFAULT_MODEL, "z"]
 
 
 def test_a_model_that_finds_no_memory_fails_its_requests_and_no_other(

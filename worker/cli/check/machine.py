@@ -16,6 +16,7 @@ from inference.errors import EngineStartFailed
 from worker.cli.check.checks import CheckFailed
 
 PARAMETER_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+QUANTIZED_BITS = {"fp8": 8, "nf4": 4}
 
 PROBE_BYTES = bytes(4096)
 
@@ -74,8 +75,8 @@ def check_memory(settings: ModelSettings) -> str:
         return f"{free / GB:.1f} GB are free; what the weights take is known once they are here and whole"
 
     weights = f"{sum(needed.values()) / GB:.2f} GB of weights at {8 * bytes_each} bits"
-    if settings.weights == "fp8":
-        weights += ", large layers at 8"
+    if settings.weights != "auto":
+        weights += f", large layers at {QUANTIZED_BITS[settings.weights]}"
     kept = most_bytes(controlnets, bytes_each, settings.controlnet_max_bytes)
     if kept:
         weights += f", with {kept / GB:.2f} GB kept for ControlNets"
