@@ -391,8 +391,8 @@ ROWS: tuple[Row, ...] = (
         without=(
             Mutation(
                 "worker/supervisor.py",
-                "import time\nfrom contextlib",
-                "import time\n\ntime.monotonic = time.time\nfrom contextlib",
+                "import time\nfrom collections.abc",
+                "import time\n\ntime.monotonic = time.time\nfrom collections.abc",
             ),
         ),
     ),
