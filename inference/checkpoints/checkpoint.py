@@ -25,6 +25,7 @@ COMPONENTS = {
     "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2", "unet", "vae"),
     "ZImagePipeline": ("text_encoder", "transformer", "vae"),
     "FluxPipeline": ("text_encoder", "text_encoder_2", "transformer", "vae"),
+    "Flux2KleinPipeline": ("text_encoder", "transformer", "vae"),
 }
 # The same models around a UNet that also reads a mask: the UNet's channels decide that, not the name.
 LOADED_AS = {

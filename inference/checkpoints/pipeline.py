@@ -37,6 +37,7 @@ UNUSED: dict[str, dict[str, Any]] = {
     "StableDiffusionXLPipeline": dict.fromkeys(("feature_extractor", "image_encoder")),
     "ZImagePipeline": {},
     "FluxPipeline": dict.fromkeys(("feature_extractor", "image_encoder")),
+    "Flux2KleinPipeline": {},
 }
 
 

@@ -13,16 +13,18 @@ from inference.errors import EngineStartFailed
 from inference.lora.adapter_memory import AdapterMemory
 from inference.models.base import Family
 from inference.models.families.flux import Flux
+from inference.models.families.flux_2 import Flux2Klein
 from inference.models.families.sdxl import StableDiffusionXL
 from inference.models.families.stable_diffusion import StableDiffusion
 from inference.models.families.unet import UNetFamily
 from inference.models.families.z_image import ZImage
 
-FAMILIES: dict[str, type[StableDiffusion] | type[StableDiffusionXL] | type[ZImage] | type[Flux]] = {
+FAMILIES: dict[str, type[StableDiffusion] | type[StableDiffusionXL] | type[ZImage] | type[Flux] | type[Flux2Klein]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "ZImagePipeline": ZImage,
     "FluxPipeline": Flux,
+    "Flux2KleinPipeline": Flux2Klein,
 }
 
 

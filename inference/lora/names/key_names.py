@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from inference.lora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported, listed, shown
+from inference.lora.names.flux_2_names import FLUX_2_FUSED, FLUX_2_ROOTS, FLUX_2_SWAPPED, FLUX_2_WORDS, flux_2_layer
 from inference.lora.names.flux_names import FLUX_FUSED, FLUX_ROOTS, FLUX_SWAPPED, FLUX_WORDS, flux_layer
 from inference.lora.names.unet_names import UNET_ROOTS, UNET_WORDS, unet_layer
 
@@ -206,6 +207,15 @@ FLUX = KeyNaming(
     fused=FLUX_FUSED,
     swapped=FLUX_SWAPPED,
     unapplied={"layers of T5": re.compile(r"text_encoder_[23]\.encoder\.block\..*", re.DOTALL)},
+)
+
+FLUX_2 = KeyNaming(
+    models=("transformer",),
+    roots=FLUX_2_ROOTS,
+    words=FLUX_2_WORDS,
+    layer=lambda _model, layer: flux_2_layer(layer),
+    fused=FLUX_2_FUSED,
+    swapped=FLUX_2_SWAPPED,
 )
 
 

@@ -20,6 +20,7 @@ from tests.support.long import long
 from tests.support.models.hub_cache import write_to_hub_cache
 from tests.support.models.ldm_layout import write_single_file
 from tests.support.models.tiny_flux import build_tiny_flux
+from tests.support.models.tiny_flux_2 import build_tiny_flux_2
 from tests.support.models.tiny_models import build_tiny_sd, build_tiny_sd2, build_tiny_sdxl, build_tiny_z_image
 
 SD, SDXL, Z_IMAGE, FLUX = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "ZImagePipeline", "FluxPipeline"
@@ -29,8 +30,9 @@ BUILDERS = {
     "sdxl": build_tiny_sdxl,
     "z-image": build_tiny_z_image,
     "flux": build_tiny_flux,
+    "flux-2": build_tiny_flux_2,
 }
-CLASSES = {"sd": SD, "sd2": SD, "sdxl": SDXL, "z-image": Z_IMAGE, "flux": FLUX}
+CLASSES = {"sd": SD, "sd2": SD, "sdxl": SDXL, "z-image": Z_IMAGE, "flux": FLUX, "flux-2": "Flux2KleinPipeline"}
 SINGLE = ("sd", "sd2", "sdxl")
 
 Change = Callable[[Path], None]

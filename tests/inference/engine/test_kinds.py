@@ -16,7 +16,7 @@ from inference.checkpoints.offload import ensure_on_device, offload_in_turns
 from inference.errors import RequestFailed
 from inference.models.base import Family
 from inference.models.loader import load_family
-from inference.request import USUAL_KINDS, AdapterFile, GenerationRequest, Source
+from inference.request import USUAL_KINDS, AdapterFile, GenerationRequest, Reference, Source
 from tests.support.cuda.on_gpu import on_gpu
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import EngineCall, WatchedEngine, WatchedModel, submit_together
@@ -477,12 +477,16 @@ def test_source_of_another_size_is_a_value_error(models: Models, source: Source)
         models.engine("sd").model.prepare(tiny_request(source=source))
 
 
-@pytest.mark.parametrize("source", [None, Source(gradients(), 0.8)], ids=["text2image", "image2image"])
-def test_inpainting_model_refuses_every_other_kind(models: Models, source: Source | None) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"source": Source(gradients(), 0.8)}, {"references": (Reference(64, 64, gradients()),)}],
+    ids=["text2image", "image2image", "edit"],
+)
+def test_inpainting_model_refuses_every_other_kind(models: Models, fields: dict[str, Any]) -> None:
     engine = models.engine("sdxl_inpaint")
 
     with pytest.raises(RequestFailed, match="inpaint and nothing else") as failure:
-        draw(engine, tiny_request(source=source))
+        draw(engine, tiny_request(**fields))
 
     assert failure.value.code == "UNSUPPORTED_BY_MODEL"
     assert engine.facts.kinds == ("inpaint",)

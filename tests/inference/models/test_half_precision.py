@@ -15,6 +15,7 @@ from tests.support.long import long_but
 from tests.support.models.family_models import FamilyModels
 from tests.support.models.plain_families import drawn_by, embeddings_by_compel
 from tests.support.models.tiny_flux import build_tiny_flux
+from tests.support.models.tiny_flux_2 import build_tiny_flux_2
 from tests.support.models.tiny_models import (
     build_tiny_sd,
     build_tiny_sdxl,
@@ -39,6 +40,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "sdxl": build_tiny_sdxl,
     "z_image": build_tiny_z_image,
     "flux": build_tiny_flux,
+    "flux_2": build_tiny_flux_2,
 }
 
 
@@ -68,6 +70,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
         ("sd", "bfloat16"),
         ("z_image", "float16"),
         ("flux", "bfloat16"),
+        ("flux_2", "bfloat16"),
     ),
 )
 def test_a_batch_in_16_bits_equals_plain_diffusers_that_begins_with_the_same_noise(
