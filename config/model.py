@@ -83,14 +83,16 @@ class ModelSettings(Section):
         validation_alias="INFERENCE_STEPS",
         ge=1,
         le=150,
-        description="Denoise steps where a job names none; unset is 50, for Z-Image 8, for FLUX.1 28 (schnell 4), for FLUX.2 klein 50 (distilled 4)",
+        description="Denoise steps where a job names none; unset is 50, for Z-Image 8, for FLUX.1 28 (schnell 4), "
+        "for FLUX.2 klein 50 (distilled 4)",
     )
     guidance_scale: float | None = Field(
         None,
         validation_alias="GUIDANCE_SCALE",
         ge=0,
         le=50,
-        description="Guidance where a job names none; unset is 7.5, for Z-Image 0, for FLUX.1 3.5 (schnell 0), for FLUX.2 klein 4 (distilled 1)",
+        description="Guidance where a job names none; unset is 7.5, for Z-Image 0, for FLUX.1 3.5 (schnell 0), "
+        "for FLUX.2 klein 4 (distilled 1)",
     )
     guidance_rescale: float = Field(
         0.0,

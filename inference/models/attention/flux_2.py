@@ -26,8 +26,10 @@ class Layout(NamedTuple):
     grids: Sequence[tuple[int, int]]
 
 
-class GroupedFlux2AttnProcessor(GroupedFluxAttnProcessor):
-    """diffusers' `Flux2AttnProcessor`, for the double blocks."""
+class GroupedFlux2AttnProcessor:
+    """diffusers' `Flux2AttnProcessor`, of the double blocks: FLUX.1's, by the positions in the first of two tables."""
+
+    _attend = GroupedFluxAttnProcessor()
 
     def __call__(
         self,
@@ -37,9 +39,9 @@ class GroupedFlux2AttnProcessor(GroupedFluxAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: Tables | None = None,
     ) -> Any:
-        """Attend as FLUX.1, by the positions in the first of the tables."""
+        """Attend over `hidden_states` [rows, tokens, width], behind those of the text."""
         places = None if image_rotary_emb is None else image_rotary_emb[0][None]
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, places)
+        return self._attend(attn, hidden_states, encoder_hidden_states, attention_mask, places)
 
 
 class Flux2SingleAttnProcessor:

@@ -166,8 +166,8 @@ class Flux2Klein(FlowFamily):
 
     def _grids(self, request: GenerationRequest) -> tuple[tuple[int, int], ...]:
         """Return height and width, in tokens, of the image and of each reference."""
-        multiple = self.size_multiple
-        return tuple((one.height // multiple, one.width // multiple) for one in (request, *request.references))
+        images: tuple[GenerationRequest | Reference, ...] = (request, *request.references)
+        return tuple((one.height // self.size_multiple, one.width // self.size_multiple) for one in images)
 
     def _encoded_reference(self, reference: Reference, *, in_tiles: bool) -> torch.Tensor:
         """Encode the middle of a reference, to whole tokens [tokens, channels]: the mode of the VAE's distribution."""
@@ -182,7 +182,8 @@ class Flux2Klein(FlowFamily):
         return self._packed(self._scaled(encoded[0]).float()).flatten(0, 1)
 
     def _shift(self, request: GenerationRequest) -> float | None:
-        return compute_empirical_mu(self._num_patches(request), request.num_inference_steps)
+        shift: float = compute_empirical_mu(self._num_patches(request), request.num_inference_steps)
+        return shift
 
     def _step_plan(self, request: GenerationRequest) -> StepPlan:
         return replace(super()._step_plan(request), has_own_sigmas=True)
@@ -199,7 +200,7 @@ class Flux2Klein(FlowFamily):
 
     def _unscaled(self, latents: torch.Tensor) -> torch.Tensor:
         """Return the VAE's latents of normalised patches [1, channels, height, width]."""
-        patches = latents * self._deviation.to(latents.dtype) + self._mean.to(latents.dtype)
+        patches: torch.Tensor = latents * self._deviation.to(latents.dtype) + self._mean.to(latents.dtype)
         _, channels, height, width = patches.shape
         split = patches.view(1, channels // PATCH**2, PATCH, PATCH, height, width).permute(0, 1, 4, 2, 5, 3)
         return split.reshape(1, -1, height * PATCH, width * PATCH)
@@ -209,4 +210,5 @@ class Flux2Klein(FlowFamily):
         channels, height, width = latents.shape
         split = latents.reshape(channels, height // PATCH, PATCH, width // PATCH, PATCH).permute(0, 2, 4, 1, 3)
         patches = split.reshape(1, -1, height // PATCH, width // PATCH)
-        return ((patches - self._mean.to(latents.dtype)) / self._deviation.to(latents.dtype))[0]
+        normalised: torch.Tensor = (patches - self._mean.to(latents.dtype)) / self._deviation.to(latents.dtype)
+        return normalised[0]
