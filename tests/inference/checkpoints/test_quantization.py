@@ -1,5 +1,6 @@
 """Weights in eight bits: the images of the weights as they are turned back, and their memory."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,20 @@ from inference.request import AdapterFile
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import WatchedEngine, submit_together
 from tests.support.images.parity import draw, psnr
-from tests.support.long import long
+from tests.support.long import long, long_but
 from tests.support.models.full_pipelines import build_pipeline
 from tests.support.models.tiny_adapters import write_adapter
+from tests.support.models.tiny_flux_2 import build_tiny_flux_2
 from tests.support.models.tiny_models import build_tiny_sd, build_tiny_sdxl, build_tiny_z_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BUILDERS = {"sd": build_tiny_sd, "sdxl": build_tiny_sdxl, "z_image": build_tiny_z_image}
+BUILDERS: dict[str, Callable[[Path], Path]] = {
+    "sd": build_tiny_sd,
+    "sdxl": build_tiny_sdxl,
+    "z_image": build_tiny_z_image,
+    "flux_2": build_tiny_flux_2,
+}
 SAME_DB = 60.0
 # Of a full-size denoiser's memory, between the headers' names and the model's layers.
 ESTIMATE_ERROR = 0.03
@@ -58,7 +65,7 @@ def turned_back(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", long_but(BUILDERS, "sd", "sdxl", "z_image"))
 def test_batch_of_adapters_has_the_images_of_the_weights_turned_back(tmp_path: Path, name: str) -> None:
     checkpoint = BUILDERS[name](tmp_path / "model")
     adapter = tmp_path / "adapter.safetensors"

@@ -13,6 +13,7 @@ import torch
 from inference.engine.local_engine import LocalEngine
 from inference.errors import EngineStartFailed, RequestFailed
 from inference.models.attention.flux_2 import Flux2SingleAttnProcessor, GroupedFlux2AttnProcessor
+from inference.models.prechecks import precheck_model
 from inference.request import AdapterFile, GenerationRequest, Reference, Source, StepReport
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import EngineCall, WatchedEngine, submit_together
@@ -78,6 +79,7 @@ def test_steps_and_guidance_default_to_those_of_the_checkpoint(models: Models) -
     facts = [models.engine(name).facts for name in ("base", "distilled")]
 
     assert [(one.default_steps, one.default_guidance) for one in facts] == [(50, 4.0), (4, 1.0)]
+    assert precheck_model(settings_of(models.checkpoint("base"))).kinds == ("text2image", "edit")
     assert {(one.family, one.base_size, one.size_multiple, one.kinds) for one in facts} == {
         ("flux2-klein", 64, 16, ("text2image", "edit"))
     }
