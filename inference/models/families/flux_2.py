@@ -34,6 +34,8 @@ from inference.sampling.trajectory import StepPlan
 MAX_TOKENS = 512
 # The layers of Qwen3 whose states the transformer reads, side by side.
 ENCODER_LAYERS = (9, 18, 27)
+# As many are kept: a state is a layer's input, and that of the last one is normalised.
+NUM_ENCODER_LAYERS = ENCODER_LAYERS[-1] + 1
 STEPS_DISTILLED, GUIDANCE_DISTILLED = 4, 1.0
 
 
@@ -54,6 +56,9 @@ class Flux2Klein(FlowFamily):
     def __init__(self, pipeline: Any, *, device: torch.device, memory: AdapterMemory = UNLIMITED) -> None:
         transformer = pipeline.transformer
         super().__init__(pipeline, {"transformer": transformer}, device=device, memory=memory)
+        # A quarter of the language model predicts words, which nothing reads.
+        del pipeline.text_encoder.model.layers[NUM_ENCODER_LAYERS:]
+        pipeline.text_encoder.lm_head = torch.nn.Identity()
         self._is_distilled = bool(pipeline.config.is_distilled)
         if self._is_distilled:
             self.default_steps, self.default_guidance = STEPS_DISTILLED, GUIDANCE_DISTILLED

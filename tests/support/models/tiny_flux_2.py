@@ -13,8 +13,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.support.models.tiny_models import HIDDEN, PIXELS, chat_tokenizer
 
-# The states of the 27th layer are read; those of the last have another scale.
-NUM_ENCODER_LAYERS = 28
+# The states of the 27th layer are the last that are read.
+NUM_ENCODER_LAYERS = 30
 LATENT_CHANNELS = 4
 HEAD_DIM, NUM_HEADS = 16, 4
 
