@@ -102,11 +102,14 @@ class Flux2Klein(FlowFamily):
         if longest > MAX_TOKENS:
             reason = f"the prompt has {longest} tokens with the model's own around it; it reads {MAX_TOKENS}"
             raise RequestFailed("INVALID_PROMPT", f"{reason}: ask with fewer words")
+        # Needed for the states of padding, which the transformer reads too. Of two dimensions, transformers would wait for
+        # the device to see whether it hides anything.
+        is_text = torch.tensor(tokens.attention_mask, dtype=torch.bool)
+        mask = is_text[:, None] & torch.ones(MAX_TOKENS, MAX_TOKENS, dtype=torch.bool).tril()
         ensure_on_device(encoder)  # which is not called itself: its last layer would predict words
         states = encoder.model(
             input_ids=self._uploaded(torch.tensor(tokens.input_ids)),
-            # Needed for the states of padding, which the transformer reads too.
-            attention_mask=self._uploaded(torch.tensor(tokens.attention_mask)),
+            attention_mask=self._uploaded(mask[:, None]),
             output_hidden_states=True,
             use_cache=False,
         ).hidden_states
