@@ -102,8 +102,8 @@ class Flux2Klein(FlowFamily):
         if longest > MAX_TOKENS:
             reason = f"the prompt has {longest} tokens with the model's own around it; it reads {MAX_TOKENS}"
             raise RequestFailed("INVALID_PROMPT", f"{reason}: ask with fewer words")
-        # Needed for the states of padding, which the transformer reads too. Of two dimensions, transformers would wait for
-        # the device to see whether it hides anything.
+        # Needed for the states of padding, which the transformer reads too. With one of two dimensions transformers
+        # would synchronise with the device to see whether it hides anything.
         is_text = torch.tensor(tokens.attention_mask, dtype=torch.bool)
         mask = is_text[:, None] & torch.ones(MAX_TOKENS, MAX_TOKENS, dtype=torch.bool).tril()
         ensure_on_device(encoder)  # which is not called itself: its last layer would predict words
@@ -201,7 +201,7 @@ class Flux2Klein(FlowFamily):
         return self._pipeline.transformer.config.in_channels, height, width
 
     def _packed(self, latents: torch.Tensor) -> torch.Tensor:
-        return latents.permute(1, 2, 0)
+        return latents.permute(1, 2, 0).contiguous()
 
     def _unpacked(self, latents: torch.Tensor) -> torch.Tensor:
         return latents.permute(2, 0, 1)
