@@ -72,7 +72,7 @@ class ActiveRequest:
     """One request in the engine. Owned by the engine's thread; the future alone is shared.
 
     When its first lane joins, it gets `held` (its adapters' slots), `row` (their pages and scales, for the bank),
-    `conditioning`, and where the request has them `guide` (of its control) and `source`.
+    `conditioning`, and where the request has them `guide` (of its control), `source` and `references`, encoded.
     """
 
     request: GenerationRequest
@@ -89,6 +89,7 @@ class ActiveRequest:
     guide: Guide | None = None
     conditioning: Conditioning | None = None
     source: EncodedSource | None = None
+    references: torch.Tensor | None = None
     scheduler: str = ""
     stages: list[Stage] = field(default_factory=list)
     images: dict[int, RawImage] = field(default_factory=dict)

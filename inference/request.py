@@ -8,8 +8,12 @@ from typing import Protocol
 
 from config.model import DEFAULT_MODEL
 
-# Kinds of requests, by their source: none, an image, an image and a mask.
-KINDS = ("text2image", "image2image", "inpaint")
+# Kinds of requests, by their images: none, a source, a source and a mask, references.
+KINDS = ("text2image", "image2image", "inpaint", "edit")
+# Those of every family but where it says otherwise: few models read references.
+USUAL_KINDS = KINDS[:3]
+# The area to which the pipelines that read references shrink larger ones.
+MAX_REFERENCE_PIXELS = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,15 @@ class Control:
 
 
 @dataclass(frozen=True, slots=True)
+class Reference:
+    """An image that the model reads beside the prompt, of up to `MAX_REFERENCE_PIXELS`; `rgb` as in `Source`."""
+
+    width: int
+    height: int
+    rgb: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """The images of one job: one lane for each seed. Sizes in pixels, already multiples of the family's.
 
@@ -76,6 +89,7 @@ class GenerationRequest:
     adapters: tuple[AdapterFile, ...] = ()
     source: Source | None = None
     control: Control | None = None
+    references: tuple[Reference, ...] = ()
     guidance_rescale: float = 0.0
     cfg_normalization: float = 0.0
     cfg_truncation: float = 1.0
@@ -87,7 +101,7 @@ class GenerationRequest:
     def kind(self) -> str:
         """One of `KINDS`."""
         if self.source is None:
-            return "text2image"
+            return "edit" if self.references else "text2image"
         return "image2image" if self.source.mask is None else "inpaint"
 
 
@@ -206,7 +220,7 @@ class ModelFacts:
     dtype: str
     load_seconds: float
     step_seconds: float
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[str, ...] = USUAL_KINDS
     controls: tuple[str, ...] = ()
 
 

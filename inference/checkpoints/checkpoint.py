@@ -27,6 +27,7 @@ COMPONENTS = {
     "FluxPipeline": ("text_encoder", "text_encoder_2", "transformer", "vae"),
     "ChromaPipeline": ("text_encoder", "transformer", "vae"),
     "QwenImagePipeline": ("text_encoder", "transformer", "vae"),
+    "Flux2KleinPipeline": ("text_encoder", "transformer", "vae"),
 }
 # The same models around a UNet that also reads a mask: the UNet's channels decide that, not the name.
 LOADED_AS = {

@@ -77,7 +77,7 @@ def identify_vae(vae_id: str, pipeline_class: str) -> OwnVae:
     EngineStartFailed where it is no VAE for such a pipeline.
     """
     if pipeline_class not in LATENT_CHANNELS:
-        raise EngineStartFailed(f"{SETTING} {vae_id!r}: a {pipeline_class} takes no VAE but its own: unset {SETTING}")
+        raise EngineStartFailed(f"{SETTING} {vae_id!r}: this version takes no VAE for a {pipeline_class}: unset it")
     path = Path(vae_id).expanduser()
     if path.suffix in PICKLE_SUFFIXES:
         raise EngineStartFailed(f"{SETTING} {vae_id!r} is a pickle, which is never opened: convert it to safetensors")

@@ -41,6 +41,7 @@ UNUSED: dict[str, dict[str, Any]] = {
     "FluxPipeline": dict.fromkeys(("feature_extractor", "image_encoder")),
     "QwenImagePipeline": {},
     "ChromaPipeline": dict.fromkeys(("feature_extractor", "image_encoder")),
+    "Flux2KleinPipeline": {},
 }
 
 

@@ -28,7 +28,7 @@ from inference.lora.products.rows import RowAdapters
 from inference.models.checks import check_control, check_kind, check_options, check_source
 from inference.models.compiling import BlockCompiler
 from inference.models.inputs import Prompt, sampler_of
-from inference.request import KINDS, GenerationRequest, Source
+from inference.request import USUAL_KINDS, GenerationRequest, Source
 from inference.sampling.samplers import Sampler, Samplers, predict_x0
 from inference.sampling.schedulers import SchedulerTable
 from inference.sampling.trajectory import StepPlan
@@ -52,7 +52,7 @@ class Family(ABC):
     # The text encoders among the models that adapters change.
     text_encoders: ClassVar[tuple[str, ...]] = ()
     # The kinds of request that the checkpoint supports.
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[str, ...] = USUAL_KINDS
     # True for inpainting checkpoints, whose UNet takes mask and masked image as extra channels.
     _is_inpainting = False
     # True where embeddings are chunks of one length, of which a lane's two rows must have equally many.

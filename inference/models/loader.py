@@ -14,13 +14,22 @@ from inference.lora.adapter_memory import AdapterMemory
 from inference.models.base import Family
 from inference.models.families.chroma import Chroma
 from inference.models.families.flux import Flux
+from inference.models.families.flux_2 import Flux2Klein
 from inference.models.families.qwen_image import QwenImage
 from inference.models.families.sdxl import StableDiffusionXL
 from inference.models.families.stable_diffusion import StableDiffusion
 from inference.models.families.unet import UNetFamily
 from inference.models.families.z_image import ZImage
 
-AnyFamily = type[StableDiffusion] | type[StableDiffusionXL] | type[ZImage] | type[Flux] | type[Chroma] | type[QwenImage]
+AnyFamily = (
+    type[StableDiffusion]
+    | type[StableDiffusionXL]
+    | type[ZImage]
+    | type[Flux]
+    | type[Flux2Klein]
+    | type[Chroma]
+    | type[QwenImage]
+)
 
 FAMILIES: dict[str, AnyFamily] = {
     "StableDiffusionPipeline": StableDiffusion,
@@ -29,6 +38,7 @@ FAMILIES: dict[str, AnyFamily] = {
     "FluxPipeline": Flux,
     "ChromaPipeline": Chroma,
     "QwenImagePipeline": QwenImage,
+    "Flux2KleinPipeline": Flux2Klein,
 }
 
 

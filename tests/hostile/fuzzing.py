@@ -217,6 +217,7 @@ def _more_than_text(rng: random.Random, bucket: str) -> dict[str, Any]:
     kinds: tuple[dict[str, Any], ...] = (
         {"kind": "image2image", **init, "control": control},
         {"kind": "inpaint", **init, "mask_path": path},
+        {"kind": "edit", "references": [{"image_path": path}, {"image_path": "uploads/none.png"}]},
         {"kind": "product", "product": product, "text_overlay": headline},
         {"kind": "text2image", "control": control, "style": "anime"},
         {"text_overlay": [headline, {"text": "cafe", "size": "fit"}], "style": "anime", "industry": "cafe"},

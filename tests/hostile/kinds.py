@@ -30,6 +30,7 @@ from tests.hostile.inputs import (
 INIT: dict[str, Any] = {"kind": "image2image", "init_image_path": "hostile/init.png", "strength": 0.5}
 MASKED = INIT | {"kind": "inpaint", "mask_path": "hostile/mask.png"}
 CONTROL: dict[str, Any] = {"image_path": "hostile/init.png", "model": "edges"}
+EDIT: dict[str, Any] = {"kind": "edit", "references": [{"image_path": "hostile/init.png"}]}
 PRODUCT: dict[str, Any] = {"cutout_path": "hostile/cut.png"}
 GOOD = {"hostile/init.png": image}
 
@@ -39,6 +40,8 @@ def job_naming(field: str, path: str) -> dict[str, Any]:
     outer, _, inner = field.partition(".")
     if outer == "control":
         return {"control": CONTROL | {inner: path}}
+    if outer == "references":
+        return {"kind": "edit", "references": [{inner: path}]}
     if outer == "product":
         return {"kind": "product", "product": PRODUCT | {inner: path}}
     return MASKED | {field: path}
@@ -46,7 +49,7 @@ def job_naming(field: str, path: str) -> dict[str, Any]:
 
 PLACES = (
     *("init_image_path", "mask_path", "control.image_path", "product.image_path", "product.cutout_path"),
-    *("product.background_image_path", "product.composite_path"),
+    *("product.background_image_path", "product.composite_path", "references.image_path"),
 )
 TRICKS = (
     *(f"s3://{OTHER_BUCKET}/a.png", "../../other/secret.png", "file:///etc/passwd", f"http://127.0.0.1:{CANARY}/a.png"),
@@ -194,6 +197,9 @@ KIND_CLASSES = (
             "a font of control characters": headed("a", "FONT_MISSING", font="\u202e\x1b[31m\r\n"),
             "what belongs to another kind": failed("INVALID_INPUT", mask_path="hostile/mask.png"),
             "end before start": failed("INVALID_INPUT", control=CONTROL | {"start": 0.5, "end": 0.5}),
+            "an edit by an image to image": failed("UNSUPPORTED_BY_MODEL", GOOD, **EDIT),
+            "an edit with control": failed("INVALID_INPUT", GOOD, **EDIT, control=CONTROL),
+            "10^4 references": failed("INVALID_INPUT", **EDIT | {"references": EDIT["references"] * 10_000}),
             "a product with control": failed("INVALID_INPUT", kind="product", product=PRODUCT, control=CONTROL),
         },
     ),

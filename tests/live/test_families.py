@@ -5,20 +5,23 @@ and the tests in `tests/live/drawing` hold the rest of a worker, which knows no 
 """
 
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from PIL import Image
 
 from examples.parts.rabbitmq import RabbitMQ
 from examples.parts.seaweedfs import SeaweedFS
-from inference.request import AdapterFile
+from inference.request import AdapterFile, Reference
 from tests.support.engine.engine_requests import request_of
 from tests.support.images.parity import DIFFERENT_DB, MIN_PSNR_DB, psnr
 from tests.support.long import long, long_but
 from tests.support.models.plain_families import alone
 from tests.support.models.tiny_chroma import build_tiny_chroma
 from tests.support.models.tiny_flux import build_tiny_flux
+from tests.support.models.tiny_flux_2 import build_tiny_flux_2
 from tests.support.models.tiny_models import build_tiny_sdxl, build_tiny_z_image, load_pipe, write_adapter
 from tests.support.models.tiny_qwen_image import build_tiny_qwen_image
 from tests.support.paths import SIGNATURE
@@ -35,6 +38,7 @@ class Expected(NamedTuple):
     guidance_scale: float
     # Of 70 pixels, the nearest that it can draw.
     rounded: int
+    edits: bool = False
 
 
 FAMILIES = {
@@ -43,6 +47,7 @@ FAMILIES = {
     "tiny-chroma": Expected(build_tiny_chroma, steps=35, guidance_scale=5.0, rounded=64),
     "tiny-qwen-image": Expected(build_tiny_qwen_image, steps=50, guidance_scale=4.0, rounded=64),
     "tiny-flux": Expected(build_tiny_flux, steps=28, guidance_scale=3.5, rounded=64),
+    "tiny-flux-2": Expected(build_tiny_flux_2, steps=50, guidance_scale=4.0, rounded=64, edits=True),
 }
 
 
@@ -139,6 +144,35 @@ def test_steps_and_guidance_default_to_the_family_s(place: TinyWorld) -> None:
         num_inference_steps=expected.steps,
         guidance_scale=expected.guidance_scale,
         seeds=(3,),
+    )
+    assert psnr(world.image(generation_id), alone(place.checkpoint, request)) >= MIN_PSNR_DB
+    world.wait_until_clean()
+
+
+def test_a_family_draws_an_edit_as_diffusers_does_or_refuses_it(place: TinyWorld) -> None:
+    world = place.world
+    images = [Image.effect_noise(size, 90).convert("RGB") for size in ((64, 64), (80, 100))]
+    for number, image in enumerate(images):
+        content = BytesIO()
+        image.save(content, "PNG")
+        world.upload(f"uploads/{number}.png", content.getvalue())
+
+    references = [{"image_path": f"uploads/{number}.png"} for number in range(len(images))]
+    generation_id = world.publish(kind="edit", references=references, seed=5, num_inference_steps=2, guidance_scale=4.0)
+    end = world.wait_for_end(generation_id)
+
+    if not place.expected.edits:
+        assert (end.kind, end.body["error_code"]) == ("failed", "UNSUPPORTED_BY_MODEL")
+        return
+    assert (end.kind, end.body["metadata"]["kind"]) == ("complete", "edit")
+    request = request_of(
+        negative_prompt="",
+        width=64,
+        height=64,
+        num_inference_steps=2,
+        guidance_scale=4.0,
+        seeds=(5,),
+        references=tuple(Reference(*image.size, image.tobytes()) for image in images),
     )
     assert psnr(world.image(generation_id), alone(place.checkpoint, request)) >= MIN_PSNR_DB
     world.wait_until_clean()

@@ -47,6 +47,8 @@ class GenerateOptions:
     strength: Annotated[float | None, typer.Option(help="How far from the picture: above 0, up to 1")] = None
     fit: Annotated[Fit | None, typer.Option(help="How pictures come to the size of what is drawn; else cover")] = None
 
+    reference: Annotated[list[str] | None, typer.Option(help="Picture that an edit is made from; repeatable")] = None
+
     control: Annotated[str | None, typer.Option(help="Picture that the drawing follows")] = None
     control_model: Annotated[str | None, typer.Option(help="Which of the worker's CONTROLNETS reads it")] = None
     control_scale: Annotated[float | None, typer.Option(help="How strongly it is followed; else 1")] = None
@@ -118,6 +120,7 @@ def fields_of(options: GenerateOptions) -> dict[str, Any]:
         mask_path=options.mask,
         strength=options.strength,
         fit=options.fit,
+        references=[{"image_path": path} for path in options.reference or ()] or None,
         control=_control(options),
         product=_product(options),
         text_overlay=_headlines(options),
@@ -136,6 +139,8 @@ def _kind(options: GenerateOptions) -> Kind | None:
         return Kind.INPAINT
     if options.init is not None:
         return Kind.IMAGE2IMAGE
+    if options.reference:
+        return Kind.EDIT
     images = (options.product, options.cutout, options.background, options.composite)
     return None if images == (None,) * len(images) else Kind.PRODUCT
 

@@ -214,6 +214,7 @@ def request_of(
         adapters=adapters,
         source=references.source_for(job, size),
         control=references.control_for(job, size),
+        references=references.for_edit(),
         arrived_at=arrived_at,
         model=job.model,
     )

@@ -24,7 +24,7 @@ from watermark.signature import SignatureStyle
 from worker.messages.envelope import MAX_BODY_BYTES, identify, oversized_rejection, parse
 from worker.messages.ignoring import ignored_in
 from worker.messages.job import MAX_ASPECT, Job, JobAdapter, JobRejected, Undecodable
-from worker.messages.kinds import control_of, kind_of, overlay_of, overlays_in, product_of, source_of
+from worker.messages.kinds import control_of, kind_of, overlay_of, overlays_in, product_of, references_of, source_of
 from worker.messages.presets import Styled, presets_in_force, styled_of
 from worker.messages.rules import Identity, JobRules, Rejection, is_pickle, located, shown_value
 from worker.messages.schema import (
@@ -155,6 +155,7 @@ def _build(wire: WireData, message: Mapping[str, Any], identity: Identity, rules
         source=source_of(wire, rules, reject),
         control=control_of(wire.control, rules, reject),
         product=product_of(wire, rules, reject),
+        references=references_of(wire, rules, reject),
         fit=wire.fit or Fit.COVER,
         overlays=tuple(overlay_of(one) for one in overlays_in(wire)),
         style=wire.style or None,

@@ -24,6 +24,7 @@ class Kind(StrEnum):
     IMAGE2IMAGE = "image2image"
     INPAINT = "inpaint"
     PRODUCT = "product"
+    EDIT = "edit"
 
 
 class Preprocess(StrEnum):
@@ -96,8 +97,8 @@ class Job:
     `size` (width, height) wins over `aspect` where it is set; without both a reference picture's proportions hold.
     `seed` is never absent: a null one is derived from `task_id`, so that a repeated run makes the same picture. Steps
     and guidance of None are the family's defaults. `source` is set for image2image and inpaint, `product` for product,
-    and for no other kind. `fit` is for every reference picture. `ignored` names the unknown fields. `model` is one of
-    the worker's.
+    `references` for edit, and for no other kind. `fit` is for every reference picture but those of `references`, which
+    keep their shape. `ignored` names the unknown fields. `model` is one of the worker's.
     """
 
     task_id: str
@@ -124,6 +125,7 @@ class Job:
     source: JobSource | None = None
     control: JobControl | None = None
     product: JobProduct | None = None
+    references: tuple[ObjectRef, ...] = ()
     fit: Fit = Fit.COVER
     overlays: tuple[TextOverlay, ...] = ()
     style: str | None = None

@@ -1,4 +1,4 @@
-"""Decode the fields beyond text to image: init image, mask, control, product, headlines."""
+"""Decode the fields beyond text to image: init image, mask, control, product, references, headlines."""
 
 from clients.storage.location import ObjectRef
 from watermark.geometry import Position
@@ -16,7 +16,9 @@ KINDS_OF = {
     "mask_path": {Kind.INPAINT},
     "strength": {Kind.IMAGE2IMAGE, Kind.INPAINT},
     "product": {Kind.PRODUCT},
+    "references": {Kind.EDIT},
 }
+WITHOUT_CONTROL = {Kind.PRODUCT, Kind.EDIT}
 AUTO = "auto"
 
 
@@ -32,8 +34,8 @@ def source_of(wire: WireData, rules: JobRules, reject: Rejection) -> JobSource |
         if getattr(wire, field) and kind not in kinds:
             of = " or ".join(sorted(kinds))
             raise reject("INVALID_INPUT", f"data.{field} belongs to kind {of}, but kind is {kind}")
-    if kind is Kind.PRODUCT and wire.control:
-        raise reject("INVALID_INPUT", "data.control does not go with kind product")
+    if kind in WITHOUT_CONTROL and wire.control:
+        raise reject("INVALID_INPUT", f"data.control does not go with kind {kind}")
     if kind not in DEFAULT_STRENGTH:
         return None
     return JobSource(
@@ -85,6 +87,19 @@ def product_of(wire: WireData, rules: JobRules, reject: Rejection) -> JobProduct
         layout=Layout(layout.scale, None if layout.position == AUTO else Position(layout.position)),
         shadow=product.shadow,
         refine_strength=product.refine_strength,
+    )
+
+
+def references_of(wire: WireData, rules: JobRules, reject: Rejection) -> tuple[ObjectRef, ...]:
+    """Decode the references of an edit; none for other kinds. Raises `JobRejected`."""
+    if kind_of(wire) is not Kind.EDIT:
+        return ()
+    if not wire.references:
+        raise reject("INVALID_INPUT", "kind edit needs data.references: name one to four pictures by their image_path")
+    fields = [f"references.{number}.image_path" for number in range(len(wire.references))]
+    return tuple(
+        _required_ref(field, one.image_path, Kind.EDIT, rules, reject)
+        for field, one in zip(fields, wire.references, strict=True)
     )
 
 

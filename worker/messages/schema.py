@@ -17,6 +17,7 @@ from worker.messages.job import Kind, Preprocess
 MAX_PROMPT_CHARS = 4000
 MAX_LOCATION_CHARS = 2048
 MAX_ADAPTERS = 4
+MAX_REFERENCES = 4
 MAX_IMAGES = 8
 MAX_STEPS = 150
 MIN_SIDE, MAX_SIDE = 64, 2048
@@ -134,6 +135,12 @@ class WireControl(_Wire):
     )
 
 
+class WireReference(_Wire):
+    """One of the pictures that an edit is made from."""
+
+    image_path: _ImageNotEmpty
+
+
 class WireLayout(_Wire):
     """Where the product stands on its background."""
 
@@ -249,6 +256,9 @@ class WireData(_Wire):
     )
     control: WireControl | None = None
     product: WireProduct | None = None
+    references: Annotated[list[WireReference], Field(max_length=MAX_REFERENCES)] | None = Field(
+        default=None, description="edit: the pictures that the prompt is about, in its order; the first sets the ratio"
+    )
     text_overlay: WireTextOverlay | Annotated[list[WireTextOverlay], Field(max_length=MAX_OVERLAYS)] | None = Field(
         default=None, description="One headline or several"
     )

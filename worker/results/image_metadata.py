@@ -29,6 +29,7 @@ SOURCE_TYPES = {
     Kind.IMAGE2IMAGE: SourceType.COMPOSITE,
     Kind.INPAINT: SourceType.COMPOSITE,
     Kind.PRODUCT: SourceType.COMPOSITE,
+    Kind.EDIT: SourceType.COMPOSITE,
 }
 
 

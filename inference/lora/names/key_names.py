@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from inference.lora.errors import AdapterIncompatible, AdapterInvalid, AdapterUnsupported, listed, shown
+from inference.lora.names.flux_2_names import FLUX_2_FUSED, FLUX_2_ROOTS, FLUX_2_SWAPPED, FLUX_2_WORDS, flux_2_layer
 from inference.lora.names.flux_names import (
     CHROMA_ROOTS,
     CHROMA_WORDS,
@@ -236,6 +237,15 @@ QWEN_IMAGE = KeyNaming(
     ),
     layer=lambda _model, layer: layer,
     unapplied={"layers of the text encoder": re.compile(r"text_encoder\.(?:model\.)?.*layers\..*", re.DOTALL)},
+)
+
+FLUX_2 = KeyNaming(
+    models=("transformer",),
+    roots=FLUX_2_ROOTS,
+    words=FLUX_2_WORDS,
+    layer=lambda _model, layer: flux_2_layer(layer),
+    fused=FLUX_2_FUSED,
+    swapped=FLUX_2_SWAPPED,
 )
 
 

@@ -11,7 +11,7 @@ PATCH = 2
 
 
 class FlowFamily(Family):
-    """FLUX.1 and Z-Image: their pipelines agree in the VAE, and in which steps they take."""
+    """FLUX.1, Z-Image and FLUX.2: their pipelines agree in which steps they take, the first two in the VAE too."""
 
     is_hidden_at_full_strength = False
 

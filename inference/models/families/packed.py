@@ -50,7 +50,7 @@ class PackedFamily(FlowFamily):
     def _denoise(self, lanes: Sequence[Lane]) -> list[torch.Tensor]:
         """Run the forward. Rows: negative prompt and prompt of each guided lane, then prompts of the other lanes."""
         transformer = self._pipeline.transformer
-        ordered = sorted(lanes, key=_order)
+        ordered = sorted(lanes, key=sort_key)
         rows = [lane for lane in ordered for _ in range(lane.num_rows)]
         num_guided = len(rows) - len(lanes)
         embeddings = [embedding_of(lane, is_negative=i < 2 * num_guided and i % 2 == 0) for i, lane in enumerate(rows)]
@@ -129,6 +129,6 @@ class FluxTransformerFamily(PackedFamily):
         return prediction
 
 
-def _order(lane: Lane) -> tuple[bool, RowAdapters]:
+def sort_key(lane: Lane) -> tuple[bool, RowAdapters]:
     """Return a key that sorts guided lanes first, then lanes without adapters, for fewer runs of rows with the same."""
     return lane.num_rows == 1, lane.owner.row

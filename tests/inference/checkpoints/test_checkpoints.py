@@ -21,6 +21,7 @@ from tests.support.models.hub_cache import write_to_hub_cache
 from tests.support.models.ldm_layout import write_single_file
 from tests.support.models.tiny_chroma import build_tiny_chroma
 from tests.support.models.tiny_flux import build_tiny_flux
+from tests.support.models.tiny_flux_2 import build_tiny_flux_2
 from tests.support.models.tiny_models import build_tiny_sd, build_tiny_sd2, build_tiny_sdxl, build_tiny_z_image
 from tests.support.models.tiny_qwen_image import build_tiny_qwen_image
 
@@ -32,6 +33,7 @@ BUILDERS = {
     "z-image": build_tiny_z_image,
     "flux": build_tiny_flux,
     "chroma": build_tiny_chroma,
+    "flux-2": build_tiny_flux_2,
     "qwen-image": build_tiny_qwen_image,
 }
 CLASSES = {
@@ -41,6 +43,7 @@ CLASSES = {
     "z-image": Z_IMAGE,
     "flux": FLUX,
     "chroma": "ChromaPipeline",
+    "flux-2": "Flux2KleinPipeline",
     "qwen-image": "QwenImagePipeline",
 }
 SINGLE = ("sd", "sd2", "sdxl")
@@ -156,7 +159,7 @@ def test_folder_is_identified_by_its_index_and_its_memory_by_the_headers(
     )
     assert type(pipe).__name__ == CLASSES[name]
     assert weight_bytes(checkpoint, 2) == {
-        name: sum(parameter.nbytes for parameter in model.parameters())
+        name: 2 * sum({one.data_ptr(): one.numel() for one in model.state_dict().values() if one.ndim}.values())
         for name, model in pipe.components.items()
         if isinstance(model, torch.nn.Module)
     }

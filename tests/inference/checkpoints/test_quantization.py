@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,12 +33,19 @@ from tests.support.models.plain_families import drawn_by
 from tests.support.models.quantized_pipelines import quantized_by_diffusers
 from tests.support.models.tiny_adapters import write_adapter
 from tests.support.models.tiny_flux import build_tiny_flux
+from tests.support.models.tiny_flux_2 import build_tiny_flux_2
 from tests.support.models.tiny_models import HIDDEN, build_tiny_sd, build_tiny_sdxl, build_tiny_z_image
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BUILDERS = {"sd": build_tiny_sd, "sdxl": build_tiny_sdxl, "z_image": build_tiny_z_image, "flux": build_tiny_flux}
+BUILDERS: dict[str, Callable[[Path], Path]] = {
+    "sd": build_tiny_sd,
+    "sdxl": build_tiny_sdxl,
+    "z_image": build_tiny_z_image,
+    "flux": build_tiny_flux,
+    "flux_2": build_tiny_flux_2,
+}
 CPU = torch.device("cpu")
 MODELS_PAGE = ROOT / "docs" / "models.md"
 STORAGES: tuple[Storage, ...] = ("fp8", "nf4")

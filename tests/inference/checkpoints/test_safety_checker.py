@@ -118,7 +118,7 @@ def test_disabled_checker_is_not_loaded_and_flags_nothing(checked: Path, flagged
     unasked.close()
 
     assert drawn.getextrema() != ((0, 0), (0, 0), (0, 0))
-    assert unasked._model.safety_checker is None
+    assert unasked.default.family.safety_checker is None
 
 
 def test_enabled_checker_s_weights_are_counted(checked: Path) -> None:

@@ -16,7 +16,7 @@ from inference.checkpoints.offload import ensure_on_device, offload_in_turns
 from inference.errors import RequestFailed
 from inference.models.base import Family
 from inference.models.loader import load_family
-from inference.request import KINDS, AdapterFile, GenerationRequest, Source
+from inference.request import USUAL_KINDS, AdapterFile, GenerationRequest, Reference, Source
 from tests.support.cuda.on_gpu import on_gpu
 from tests.support.engine.engine_requests import request_of
 from tests.support.engine.watched_engine import EngineCall, WatchedEngine, WatchedModel, submit_together
@@ -381,7 +381,7 @@ def test_eight_requests_of_every_kind_share_forwards_and_each_gives_the_image_it
     ratios = [psnr(call.image, alone(models.checkpoint("sd"), call.request)) for call in calls]
     assert min(ratios) >= MIN_PSNR_DB, ratios
     together = [{lane.owner.request.kind for lane in lanes} for lanes in engine.model.batches]
-    assert sum(kinds == set(KINDS) for kinds in together) >= 2
+    assert sum(kinds == set(USUAL_KINDS) for kinds in together) >= 2
     assert max(map(len, engine.model.batches)) >= 4
 
 
@@ -404,7 +404,7 @@ def test_requests_of_every_kind_share_forwards_of_flux_too(models: Models, tmp_p
 
     ratios = [psnr(call.image, alone(checkpoint, call.request)) for call in calls]
     assert min(ratios) >= MIN_PSNR_DB, ratios
-    assert {lane.owner.request.kind for lane in max(engine.model.batches, key=len)} == set(KINDS)
+    assert {lane.owner.request.kind for lane in max(engine.model.batches, key=len)} == set(USUAL_KINDS)
 
 
 class EncodingModel(WatchedModel):
@@ -489,16 +489,20 @@ def test_source_of_another_size_is_a_value_error(models: Models, source: Source)
         models.engine("sd").model.prepare(tiny_request(source=source))
 
 
-@pytest.mark.parametrize("source", [None, Source(gradients(), 0.8)], ids=["text2image", "image2image"])
-def test_inpainting_model_refuses_every_other_kind(models: Models, source: Source | None) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"source": Source(gradients(), 0.8)}, {"references": (Reference(64, 64, gradients()),)}],
+    ids=["text2image", "image2image", "edit"],
+)
+def test_inpainting_model_refuses_every_other_kind(models: Models, fields: dict[str, Any]) -> None:
     engine = models.engine("sdxl_inpaint")
 
     with pytest.raises(RequestFailed, match="inpaint and nothing else") as failure:
-        draw(engine, tiny_request(source=source))
+        draw(engine, tiny_request(**fields))
 
     assert failure.value.code == "UNSUPPORTED_BY_MODEL"
     assert engine.facts.kinds == ("inpaint",)
-    assert models.engine("sd").facts.kinds == KINDS
+    assert models.engine("sd").facts.kinds == USUAL_KINDS
 
 
 def test_inpainting_single_file_draws_what_its_folder_draws(models: Models, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from tests.support.models.family_models import FamilyModels
 from tests.support.models.plain_families import DIFFUSION_CHOICES, FLOW_CHOICES, alone, embeddings_by_compel
 from tests.support.models.tiny_adapters import Z_IMAGE_BLOCKS, Z_IMAGE_EVERY_LAYER
 from tests.support.models.tiny_flux import build_tiny_flux
+from tests.support.models.tiny_flux_2 import build_tiny_flux_2
 from tests.support.models.tiny_models import (
     EVERY_LAYER,
     Layout,
@@ -46,6 +47,8 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "z_image_dynamic": lambda folder: build_tiny_z_image(folder, seed=1, dynamic=True),
     # Its images are in `test_flux.py`.
     "flux": build_tiny_flux,
+    # In `test_flux_2.py`.
+    "flux_2": build_tiny_flux_2,
 }
 SCHEDULERS = {
     "sd": DIFFUSION_CHOICES,
@@ -488,7 +491,7 @@ def guided_lane(model: Family) -> Lane:
     return active.lanes[0]
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "z_image", "flux"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "z_image", "flux", "flux_2"])
 def test_a_guided_lane_s_input_is_made_once_for_both_of_its_rows(models: Models, name: str) -> None:
     model = models.engine(name).model
     lane = guided_lane(model)
@@ -501,7 +504,7 @@ def test_a_guided_lane_s_input_is_made_once_for_both_of_its_rows(models: Models,
     assert sampler.num_inputs == 1
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "z_image", "flux"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "z_image", "flux", "flux_2"])
 def test_a_lane_joins_without_waiting_for_the_device(
     models: Models, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

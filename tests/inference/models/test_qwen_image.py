@@ -209,7 +209,7 @@ def test_the_scale_of_its_pipeline_takes_the_place_of_guidance_where_a_job_names
 
 
 def test_a_vae_of_the_operator_s_own_is_refused_at_the_start(models: Models) -> None:
-    with pytest.raises(EngineStartFailed, match="takes no VAE but its own: unset VAE_ID"):
+    with pytest.raises(EngineStartFailed, match="takes no VAE for a QwenImagePipeline: unset it"):
         WatchedEngine(models.checkpoint("qwen"), VAE_ID="owner/vae")
 
 

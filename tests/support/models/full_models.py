@@ -14,6 +14,7 @@ from inference.lora.products.rows import AppliedAdapter, RowAdapters
 from inference.models.base import Family
 from inference.models.families.flow import FlowFamily
 from inference.models.families.flux import Flux
+from inference.models.families.flux_2 import Flux2Klein
 from inference.models.families.sdxl import StableDiffusionXL
 from inference.models.families.stable_diffusion import StableDiffusion
 from inference.models.families.z_image import ZImage
@@ -28,9 +29,19 @@ FAMILIES: dict[str, Callable[..., Family]] = {
     "sdxl": StableDiffusionXL,
     "z-image": ZImage,
     "flux": Flux,
+    "klein": Flux2Klein,
 }
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-LINEAR = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+FLUX_2_LINEAR = ("ff.linear_in", "ff.linear_out", "to_qkv_mlp_proj", "attn.to_out")
+LINEAR = (
+    *ATTENTION,
+    *FLUX_2_LINEAR,
+    "ff.net.0.proj",
+    "ff.net.2",
+    "feed_forward.w1",
+    "feed_forward.w2",
+    "feed_forward.w3",
+)
 # Ranks and layers of ten jobs' adapters: of one page and of many, feed-forward layers in three, one job without any.
 # Three different ones, written into pages of their own: packing is what takes long here.
 MIX = (

@@ -6,19 +6,22 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     ControlNetModel,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     StableDiffusionInpaintPipeline,
     UNet2DConditionModel,
     ZImageControlNetModel,
 )
-from transformers import CLIPTextModel, T5Config, T5EncoderModel
+from transformers import CLIPTextModel, Qwen3Config, Qwen3ForCausalLM, T5Config, T5EncoderModel
 
 from benchmarks.gpu.models.bench_model import model_of
 from tests.support.models.tiny_flux import letter_tokenizer
-from tests.support.models.tiny_models import byte_tokenizer, clip_config
+from tests.support.models.tiny_models import byte_tokenizer, chat_tokenizer, clip_config
 
 
 def build_pipeline(name: str) -> Any:
@@ -27,6 +30,8 @@ def build_pipeline(name: str) -> Any:
     """
     if name == "flux":
         return _flux()
+    if name == "klein":
+        return _klein()
     pipeline = model_of(name.removesuffix("-inpaint"), is_tiny=False).build_without_memory()
     if not name.endswith("-inpaint"):
         return pipeline
@@ -60,6 +65,21 @@ def _flux() -> Any:
             text_encoder_2=T5EncoderModel(T5Config(**t5, feed_forward_proj="gated-gelu")),
             tokenizer_2=tokenizer_2,
             transformer=FluxTransformer2DModel(guidance_embeds=True),
+        )
+
+
+def _klein() -> Any:
+    """Build the configs of FLUX.2 klein 4B: transformer 3.9 B, Qwen3 4.0 B, VAE 84 M parameters."""
+    blocks = {"num_layers": 5, "num_single_layers": 20, "attention_head_dim": 128, "num_attention_heads": 24}
+    qwen = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "vocab_size": 151936}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    with torch.device("meta"):
+        return Flux2KleinPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=AutoencoderKLFlux2(block_out_channels=(128, 256, 512, 512)),
+            text_encoder=Qwen3ForCausalLM(Qwen3Config(**qwen, **heads, tie_word_embeddings=True)),
+            tokenizer=chat_tokenizer(),
+            transformer=Flux2Transformer2DModel(**blocks, joint_attention_dim=7680, guidance_embeds=False),
         )
 
 

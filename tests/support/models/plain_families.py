@@ -48,6 +48,7 @@ DEFAULTS = {
     "FluxPipeline": "euler",
     "ChromaPipeline": "euler",
     "QwenImagePipeline": "euler",
+    "Flux2KleinPipeline": "euler",
     "StableDiffusionInpaintPipeline": "dpm++",
     "StableDiffusionXLInpaintPipeline": "euler",
 }
@@ -56,6 +57,7 @@ FLOW_PIPELINES = (
     diffusers.FluxPipeline,
     diffusers.ChromaPipeline,
     diffusers.QwenImagePipeline,
+    diffusers.Flux2KleinPipeline,
 )
 # The pipelines that begin with a picture, and those that repaint a part of one, by the pipeline that draws from text.
 FROM_IMAGE = {
@@ -102,6 +104,13 @@ def drawn_by(pipe: Any, request: GenerationRequest, **embeddings: torch.Tensor) 
         arguments |= embeddings
     else:
         arguments |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt or None}
+    if isinstance(pipe, diffusers.Flux2KleinPipeline):
+        # Its own negative prompt is empty; another comes as its embedding.
+        negative = arguments.pop("negative_prompt", None)
+        if negative and request.guidance_scale > 1 and not pipe.config.is_distilled:
+            arguments["negative_prompt_embeds"] = pipe.encode_prompt(negative)[0]
+    if request.references:
+        arguments["image"] = [Image.frombytes("RGB", (one.width, one.height), one.rgb) for one in request.references]
     name = request.scheduler or DEFAULTS[type(pipe).__name__]
     is_flow = isinstance(pipe, FLOW_PIPELINES)
     if pipe.dtype != torch.float32:
@@ -124,6 +133,8 @@ def drawn_by(pipe: Any, request: GenerationRequest, **embeddings: torch.Tensor) 
 
 def _guidance(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
     """Return the options of guidance that only one family has, and how much FLUX.1 schnell reads of a prompt."""
+    if isinstance(pipe, diffusers.Flux2KleinPipeline):
+        return {}
     if hasattr(pipe, "text_encoder_2"):
         max_tokens = 512 if pipe.transformer.config.guidance_embeds else 256
         return {"true_cfg_scale": request.true_cfg_scale, "max_sequence_length": max_tokens}
@@ -158,6 +169,9 @@ def noise_of(pipe: Any, request: GenerationRequest, generator: torch.Generator) 
     The pipelines with a UNet, and FLUX.1's, sample it in their own dtype. Before torch 2.12 the CPU's generator makes
     other noise of a seed in 16 bits than in 32: without this the images are as different as those of two seeds.
     """
+    if isinstance(pipe, diffusers.Flux2KleinPipeline):
+        channels, (height, width) = pipe.transformer.config.in_channels, (request.height // 16, request.width // 16)
+        return torch.randn((1, channels, height, width), generator=generator)
     channels = pipe.vae.config.latent_channels
     height, width = (side // pipe.vae_scale_factor for side in (request.height, request.width))
     noise = torch.randn((1, channels, height, width), generator=generator)

@@ -6,14 +6,15 @@ Examples are by message and path; those without a message are of several.
 from typing import Any
 
 from worker.messages.job import Kind
-from worker.messages.kinds import KINDS_OF
+from worker.messages.kinds import KINDS_OF, WITHOUT_CONTROL
 
 TASK_ID = "660f9511-f3ac-52e5-b827-557766551111"
 RESULT_URL = "https://media.s3.us-east-1.amazonaws.com/generations/gen-456.png"
 
 KINDS = {name: ", ".join(f"`{kind}`" for kind in Kind if kind in kinds) for name, kinds in KINDS_OF.items()}
-# A product takes no control, and makes one picture.
-KINDS |= dict.fromkeys(("control", "num_images"), ", ".join(f"`{kind}`" for kind in Kind if kind is not Kind.PRODUCT))
+# Beside these: a product takes no control, and makes one picture.
+KINDS["control"] = ", ".join(f"`{kind}`" for kind in Kind if kind not in WITHOUT_CONTROL)
+KINDS["num_images"] = ", ".join(f"`{kind}`" for kind in Kind if kind is not Kind.PRODUCT)
 
 DEFAULTS = {
     "task_id": "made of the message's bytes",
@@ -79,6 +80,7 @@ EXAMPLES: dict[tuple[str, str], Any] = {
     ("job", "data.signature_config.opacity"): 0.7,
     ("job", "data.kind"): "image2image",
     ("job", "data.init_image_path"): "s3://media/uploads/harbour.jpg",
+    ("job", "data.references[].image_path"): "s3://media/uploads/house.png",
     ("job", "data.mask_path"): "s3://media/uploads/house-mask.png",
     ("job", "data.strength"): 0.6,
     ("job", "data.fit"): "contain",

@@ -130,6 +130,7 @@ def test_a_checkpoint_without_weights_is_refused_only_once_it_is_loaded(hollow: 
         (["--lora", "made/foreign.safetensors"], ["made/foreign.safetensors", "another model"]),
         (["--lora", "made/peft"], ["made/peft", "adapter_config.json"]),
         (["--init", "none.png"], ["init_image_path: the picture none.png does not exist"]),
+        (["--reference", "none.png"], ["references.0.image_path: the picture none.png does not exist"]),
         (["--lora", "made/pickle"], ["the adapter made/pickle holds only adapter_model.bin", "may be a pickle"]),
         (["--init", "made"], ["made is a folder"]),
         (["--init", "made/vast.png"], ["init_image_path: made/vast.png has 50000001 bytes, more than 50000000"]),

@@ -108,6 +108,7 @@ def test_the_plain_options_reach_the_job(rules: JobRules) -> None:
     [
         (["--init", "a.png"], Kind.IMAGE2IMAGE),
         (["--init", "a.png", "--mask", "m.png"], Kind.INPAINT),
+        (["--reference", "a.png", "--reference", "b.png"], Kind.EDIT),
         (["--product", "p.png"], Kind.PRODUCT),
         (["--cutout", "c.png", "--composite", "x.png"], Kind.PRODUCT),
         (["--init", "a.png", "--mask", "m.png", "--kind", "inpaint"], Kind.INPAINT),

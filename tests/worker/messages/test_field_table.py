@@ -20,6 +20,7 @@ LEAST: dict[Kind, dict[str, Any]] = {
     Kind.IMAGE2IMAGE: {"init_image_path": "uploads/a.png"},
     Kind.INPAINT: {"init_image_path": "uploads/a.png", "mask_path": "uploads/b.png"},
     Kind.PRODUCT: {"product": {"cutout_path": "uploads/a.png"}},
+    Kind.EDIT: {"references": [{"image_path": "uploads/a.png"}]},
 }
 # What a field cannot be without.
 BESIDE: dict[str, dict[str, Any]] = {
@@ -28,6 +29,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "parameters.width": {"parameters": {"height": 512}},
     "parameters.height": {"parameters": {"width": 512}},
     "loras": {"loras": [{"path": "models/a.safetensors"}]},
+    "references": {"references": [{"image_path": "uploads/a.png"}]},
     "control": {"control": {"image_path": "uploads/a.png", "model": "canny"}},
     "text_overlay": {"text_overlay": {"text": "a"}},
 }

@@ -17,7 +17,7 @@ from worker.messages.decoder import decode, rules_from
 from worker.messages.job import Job, JobControl, JobProduct, JobRejected, JobSource, Kind, Preprocess
 from worker.messages.json_schemas import schema_of
 from worker.messages.rules import JobRules
-from worker.messages.schema import MAX_OVERLAY_CHARS, MAX_OVERLAYS
+from worker.messages.schema import MAX_OVERLAY_CHARS, MAX_OVERLAYS, MAX_REFERENCES
 
 SCHEMA = Draft7Validator(schema_of("job"))
 INIT, MASK = {"init_image_path": "a.png"}, {"mask_path": "m.png"}
@@ -64,6 +64,13 @@ def test_control_goes_with_every_kind_but_product(rules: JobRules) -> None:
     assert job_of(
         rules, kind="image2image", **INIT, control={"image_path": "e.png", "model": "m"}
     ).control == JobControl(ObjectRef("media", "e.png"), "m", 1.0, 0.0, 1.0, Preprocess.NONE)
+
+
+def test_edit_has_its_references_in_order(rules: JobRules) -> None:
+    job = job_of(rules, kind="edit", references=[{"image_path": "s3://media/a.png"}, {"image_path": "b.png"}])
+
+    assert (job.kind, job.source) == (Kind.EDIT, None)
+    assert job.references == (ObjectRef("media", "a.png"), ObjectRef("media", "b.png"))
 
 
 def test_product_has_its_layout_s_place(rules: JobRules) -> None:
@@ -123,6 +130,8 @@ AT_THEIR_LIMITS: list[dict[str, Any]] = [
     {"control": {"image_path": "e", "model": "m", "scale": 0, "start": 0.999, "end": 1}},
     {"kind": "product", "product": {"image_path": "p", "shadow": 1, "refine_strength": 0.6, "layout": {"scale": 1}}},
     {"kind": "product", "product": {"cutout_path": "c", "composite_path": "d"}},
+    {"kind": "edit", "references": [{"image_path": "a"}] * MAX_REFERENCES},
+    {"references": []},
     {"text_overlay": []},
     {"text_overlay": [{"text": "a"}] * MAX_OVERLAYS},
     {"text_overlay": {"text": "a" * MAX_OVERLAY_CHARS, "size": 0.5, "stroke": {"width": 0.2}, "box": {"opacity": 1}}},
@@ -135,7 +144,7 @@ def test_a_value_at_its_limit_is_taken(rules: JobRules, fields: dict[str, Any]) 
     assert job_of(rules, **fields).generation_id == 456
 
 
-CONTROL = {"image_path": "e", "model": "m"}
+CONTROL, REFERENCES = {"image_path": "e", "model": "m"}, [{"image_path": "a"}, {"image_path": "b"}]
 # What is sent, and the field that the refusal names.
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"kind": "video"}, "kind"),
@@ -159,6 +168,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"kind": "product", "product": {"image_path": "p", "refine_strength": 0.7}}, "product.refine_strength"),
     ({"kind": "product", "product": {"image_path": "p", "layout": {"scale": 0}}}, "product.layout.scale"),
     ({"kind": "product", "product": {"image_path": "p", "layout": {"position": "left"}}}, "product.layout.position"),
+    ({"kind": "edit", "references": {"image_path": "a"}}, "references"),
+    ({"kind": "edit", "references": ["a"]}, "references"),
+    ({"kind": "edit", "references": [{"image_path": ""}]}, "references"),
+    ({"kind": "edit", "references": [{"image_path": "a"}] * (MAX_REFERENCES + 1)}, "references"),
     ({"text_overlay": "Sale"}, "text_overlay"),
     ({"text_overlay": {}}, "text_overlay"),
     ({"text_overlay": {"text": ""}}, "text_overlay"),
@@ -205,6 +218,14 @@ UNMATCHED: list[tuple[dict[str, Any], str, str]] = [
     ({"kind": "product", "product": {"image_path": "p", "composite_path": "c"}}, "INVALID_INPUT", "cutout_path"),
     ({"kind": "product", "product": {"image_path": "p"}, "num_images": 2}, "INVALID_INPUT", "num_images"),
     ({"kind": "product", "product": {"image_path": "p"}, "control": CONTROL}, "INVALID_INPUT", "control"),
+    ({"kind": "edit"}, "INVALID_INPUT", "kind edit needs data.references"),
+    ({"kind": "edit", "references": []}, "INVALID_INPUT", "kind edit needs data.references"),
+    ({"references": REFERENCES}, "INVALID_INPUT", "data.references belongs to kind edit, but kind is text2image"),
+    ({"kind": "edit", "references": REFERENCES, **INIT}, "INVALID_INPUT", "init_image_path"),
+    ({"kind": "edit", "references": REFERENCES, **MASK}, "INVALID_INPUT", "mask_path"),
+    ({"kind": "edit", "references": REFERENCES, "strength": 0.5}, "INVALID_INPUT", "strength"),
+    ({"kind": "edit", "references": REFERENCES, "control": CONTROL}, "INVALID_INPUT", "control does not go with kind"),
+    ({"kind": "edit", "references": [{"image_path": "s3://other/a"}]}, "INPUT_FORBIDDEN", "references.0.image_path"),
     ({"control": {**CONTROL, "start": 0.5, "end": 0.5}}, "INVALID_INPUT", "start 0.5 must be before end 0.5"),
     ({"kind": "image2image", "init_image_path": "/etc/passwd"}, "INPUT_FORBIDDEN", "init_image_path"),
     ({"kind": "inpaint", **INIT, "mask_path": "s3://other/m.png"}, "INPUT_FORBIDDEN", "mask_path"),

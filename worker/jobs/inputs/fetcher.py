@@ -19,7 +19,7 @@ from watermark.signature import ImageSignature, Signature, TextSignature, Unsign
 from watermark.text.headline import Headline, prepare_headlines
 from worker.errors import ErrorCode, JobFailed
 from worker.jobs.inputs.peft_folders import PEFT_CONFIG, PEFT_PICKLE, PEFT_WEIGHTS, WANTS_CONFIG, is_named_by_peft
-from worker.jobs.inputs.references import NO_REFERENCES, References, check_mask, output_size
+from worker.jobs.inputs.references import NO_REFERENCES, References, check_mask, output_size, shrunk
 from worker.jobs.inputs.source import FetchedFile, ObjectSource
 from worker.messages.job import Job, JobAdapter
 
@@ -96,7 +96,11 @@ class Fetcher:
                 "RGB",
                 lambda control: at_size(replace(found, control=control)),
             )
-        return found
+        edited = [
+            self._of_image(ref, f"references.{number}.image_path", "RGB", shrunk)
+            for number, ref in enumerate(job.references)
+        ]
+        return replace(found, edited=tuple(edited))
 
     def image(self, ref: ObjectRef, field: str, mode: ImageMode) -> Image.Image:
         """Fetch the image that the job names in `field`, upright; a huge JPEG is decoded at a useful size."""

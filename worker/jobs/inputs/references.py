@@ -1,4 +1,4 @@
-"""Reference images of a job: init, mask and control, and the engine's inputs made from them."""
+"""Reference images of a job: init, mask, control and those of an edit, and the engine's inputs made from them."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -6,7 +6,7 @@ from typing import Protocol
 from PIL import Image
 
 from config.redacting import quoted
-from inference.request import Control, ModelFacts, Source
+from inference.request import MAX_REFERENCE_PIXELS, Control, ModelFacts, Reference, Source
 from watermark.resizing import Fit, fit
 from worker.errors import ErrorCode, JobFailed
 from worker.messages.job import Job, Kind, Preprocess, resolve_size
@@ -15,12 +15,14 @@ from worker.messages.job import Job, Kind, Preprocess, resolve_size
 MASK_TOLERANCE = 0.02
 # What is greyer than this is kept.
 MASK_THRESHOLD = 128
+# FLUX.2's limits of references.
+MIN_SIDE, MAX_REFERENCE_ASPECT = 64, 8
 BLACK_OR_WHITE = [255 if value >= MASK_THRESHOLD else 0 for value in range(256)]
 
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """Decoded images of any size: init and control RGB, mask L.
+    """Decoded images of any size: init and control RGB, mask L. Those of an edit, `edited`, are RGB and shrunk already.
 
     `original`: size of the image that sets the aspect ratio, kept after that image was resized.
     """
@@ -29,11 +31,12 @@ class References:
     mask: Image.Image | None = None
     control: Image.Image | None = None
     original: tuple[int, int] | None = None
+    edited: tuple[Image.Image, ...] = ()
 
     @property
     def proportions(self) -> tuple[int, int] | None:
         """Width and height that set the aspect ratio where the job names no size; None without an image."""
-        shown = self.init or self.control
+        shown = next((image for image in (self.init, self.control, *self.edited) if image), None)
         return self.original or (shown.size if shown else None)
 
     def at(self, size: tuple[int, int], how: Fit) -> "References":
@@ -66,6 +69,10 @@ class References:
             end=asked.end,
             finds_edges=asked.preprocess is Preprocess.CANNY,
         )
+
+    def for_edit(self) -> tuple[Reference, ...]:
+        """Return the engine's references; none unless the job is an edit."""
+        return tuple(Reference(*image.size, image.tobytes()) for image in self.edited)
 
 
 NO_REFERENCES = References()
@@ -118,6 +125,19 @@ def check_mask(mask: Image.Image, size: tuple[int, int]) -> None:
         raise JobFailed(
             ErrorCode.IMAGE_INVALID, "mask_path: nothing in the mask is white, so nothing would be repainted"
         )
+
+
+def shrunk(image: Image.Image) -> Image.Image:
+    """Return an edit's image at no more than `MAX_REFERENCE_PIXELS`, its shape kept. Raises `JobFailed` for a strip."""
+    longest, shortest = max(image.size), min(image.size)
+    if shortest < MIN_SIDE or longest > MAX_REFERENCE_ASPECT * shortest:
+        reason = f"the picture is {image.width}x{image.height} px; an edit reads pictures of {MIN_SIDE} px and more"
+        raise JobFailed(ErrorCode.IMAGE_INVALID, f"{reason} on a side, up to {MAX_REFERENCE_ASPECT} to 1")
+    scale = (MAX_REFERENCE_PIXELS / (image.width * image.height)) ** 0.5
+    if scale >= 1:
+        return image
+    # As diffusers' pipelines, pixel by pixel.
+    return image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.LANCZOS)
 
 
 def mask_at(mask: Image.Image, size: tuple[int, int], how: Fit) -> Image.Image:

@@ -1,5 +1,6 @@
 """The pictures a job brings: read whatever they are, or refused in words that say why; and fitted to what is drawn."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ from clients.storage.client import Storage
 from clients.storage.location import ObjectRef
 from config.model import DEFAULT_MODEL
 from config.store import StoreSettings
-from inference.request import Control, ModelFacts, Source
+from inference.request import Control, ModelFacts, Reference, Source
 from tests.support.long import long
 from tests.watermark.test_decoding import noise, png, png_chunks, png_header
 from tests.worker.messages.test_kinds import INIT, MASK, job_of, rules
@@ -26,7 +27,7 @@ from worker.breakers import STORE_THRESHOLD, Breaker, StoreGate
 from worker.errors import JobFailed
 from worker.jobs.handler import request_of
 from worker.jobs.inputs.fetcher import Fetcher
-from worker.jobs.inputs.references import References, check_mask, check_supported, output_size
+from worker.jobs.inputs.references import References, check_mask, check_supported, output_size, shrunk
 from worker.jobs.inputs.store_source import StoreSource
 from worker.messages.job import JobControl, JobSource, Kind, Preprocess, resolve_size
 from worker.messages.rules import JobRules
@@ -245,20 +246,26 @@ def test_engine_control_has_the_job_s_parameters(rules: JobRules) -> None:
     assert engine_control == Control("edges", noise(64, 64).tobytes(), 0.5, 0.2, 0.7, finds_edges=True)
 
 
-def test_references_are_reduced_to_the_drawing_s_size_and_keep_their_proportions(
-    rules: JobRules, store_settings: StoreSettings, bucket: str
-) -> None:
-    """A dozen jobs with a camera's pictures would take half a gigabyte."""
-    storage, is_draining = Storage(store_settings), Event()
-    for key, image in (("i.png", noise(1201, 801)), ("m.png", Image.new("L", (600, 400), 255)), ("c.png", noise())):
+def source_with(settings: StoreSettings, bucket: str, images: Mapping[str, Image.Image]) -> StoreSource:
+    """Store the images; return where jobs fetch them."""
+    storage, is_draining = Storage(settings), Event()
+    for key, image in images.items():
         storage.put(ObjectRef(bucket, key), png(image), content_type="image/png")
-    source = StoreSource(
+    return StoreSource(
         storage=storage,
-        cache=DownloadCache(storage, store_settings.cache_dir, 10_000_000),
+        cache=DownloadCache(storage, settings.cache_dir, 10_000_000),
         private_bucket=bucket,
         is_draining=is_draining,
         gate=StoreGate(Breaker("the store", STORE_THRESHOLD), is_draining),
     )
+
+
+def test_references_are_reduced_to_the_drawing_s_size_and_keep_their_proportions(
+    rules: JobRules, store_settings: StoreSettings, bucket: str
+) -> None:
+    """A dozen jobs with a camera's pictures would take half a gigabyte."""
+    images = {"i.png": noise(1201, 801), "m.png": Image.new("L", (600, 400), 255), "c.png": noise()}
+    source = source_with(store_settings, bucket, images)
     fetcher = Fetcher(source, font_dirs=(), facts={DEFAULT_MODEL: FACTS})
     at = partial(ObjectRef, bucket)
     job = replace(
@@ -277,6 +284,36 @@ def test_references_are_reduced_to_the_drawing_s_size_and_keep_their_proportions
     assert request_of(job, (), FACTS, found).source == References(
         noise(1201, 801), Image.new("L", (9, 6), 255)
     ).source_for(job, size)
+
+
+def test_edit_s_references_keep_their_shape_up_to_a_megapixel(
+    rules: JobRules, store_settings: StoreSettings, bucket: str
+) -> None:
+    source = source_with(store_settings, bucket, {"a.png": noise(1500, 1000), "b.png": noise(100, 70)})
+    job = replace(
+        job_of(rules),
+        kind=Kind.EDIT,
+        references=(ObjectRef(bucket, "a.png"), ObjectRef(bucket, "b.png")),
+    )
+
+    with ExitStack() as pinned:
+        found = Fetcher(source, font_dirs=(), facts={DEFAULT_MODEL: FACTS}).fetch_inputs(job, pinned).references
+    request = request_of(job, (), FACTS, found)
+
+    large = noise(1500, 1000).resize((1254, 836), Image.Resampling.LANCZOS)
+    assert request.references == (
+        Reference(1254, 836, large.tobytes()),
+        Reference(100, 70, noise(100, 70).tobytes()),
+    )
+    assert (request.kind, request.source, request.width, request.height) == ("edit", None, 624, 416)
+
+
+@pytest.mark.parametrize("size", [(63, 100), (100, 63), (801, 100), (100, 801)])
+def test_strip_or_thumbnail_is_refused_as_a_reference(size: tuple[int, int]) -> None:
+    with pytest.raises(JobFailed, match="64 px and more on a side, up to 8 to 1") as refusal:
+        shrunk(noise(*size))
+
+    assert refusal.value.code == "IMAGE_INVALID"
 
 
 def test_job_without_references_has_none(rules: JobRules) -> None:
@@ -311,6 +348,7 @@ def test_an_image_has_its_reference_s_proportions_unless_the_job_names_some(
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
+        ({"kind": "edit", "references": [{"image_path": "a"}]}, "kind edit: the loaded model tiny can only text2image"),
         ({"kind": "inpaint", **INIT, **MASK}, "the loaded model tiny can only text2image, image2image"),
         (
             {"control": {"image_path": "e", "model": "pose"}},
