@@ -72,7 +72,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
         ("sd", "bfloat16"),
         ("z_image", "float16"),
         ("flux", "bfloat16"),
-        ("chroma", "bfloat16"),
     ),
 )
 def test_a_batch_in_16_bits_equals_plain_diffusers_that_begins_with_the_same_noise(

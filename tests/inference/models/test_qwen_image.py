@@ -81,7 +81,11 @@ def test_steps_and_guidance_default_to_those_of_the_pipeline(models: Models) -> 
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"guidance_scale": 1.0}, {"negative_prompt": ""}, {"prompt": LONG, "width": 112, "height": 48}],
+    long_but(
+        [{}, {"guidance_scale": 1.0}, {"negative_prompt": ""}, {"prompt": LONG, "width": 112, "height": 48}],
+        {},
+        {"negative_prompt": ""},
+    ),
     ids=str,
 )
 def test_an_image_equals_plain_diffusers(models: Models, fields: dict[str, Any]) -> None:
