@@ -83,7 +83,20 @@ def check_memory(settings: ModelSettings) -> str:
     free, chosen = free - kept, settings.adapter_max_bytes
     seen, placement = (_in_host if gpu is None else _on_gpu)(weights, needed, free, chosen)
     most = most_adapter_bytes(chosen, needed, free, placement)
-    return f"{seen}, with up to {most / GB:.1f} GB for adapters (ADAPTER_MEMORY_GB)"
+    return f"{seen}, with up to {most / GB:.1f} GB for adapters (ADAPTER_MEMORY_GB){_others(settings, bytes_each)}"
+
+
+def _others(settings: ModelSettings, bytes_each: int) -> str:
+    """Describe the weights of MODELS, which host memory holds too; empty where there are none, or not yet here."""
+    sizes = []
+    for name in settings.model_names[1:]:
+        try:
+            needed = weight_bytes(identify(settings.of_model(name).model_id, None), bytes_each, settings.weights)
+        except EngineStartFailed:
+            needed = None
+        if needed is not None:
+            sizes.append(f"{name} {sum(needed.values()) / GB:.2f} GB")
+    return f"; of MODELS {', '.join(sizes)}, in turns where they do not fit together" if sizes else ""
 
 
 def _in_host(weights: str, needed: Mapping[str, int], free: int, chosen: int | None) -> tuple[str, Placement]:

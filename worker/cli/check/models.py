@@ -2,12 +2,12 @@
 
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from PIL import Image, ImageDraw
 
 from config.images import ImageSettings
-from config.model import ModelSettings
+from config.model import DEFAULT_MODEL, ModelSettings
 from inference.checkpoints.checkpoint import identify
 from inference.checkpoints.pipeline import weight_bytes
 from inference.errors import EngineError
@@ -22,34 +22,44 @@ SIDE_PX = 256
 LOAD_TIMEOUT_SECONDS = 900.0
 SINGLE_PRECISION_BYTES = 4
 
-# Loads the model, draws with it and lets it go; raises `EngineError`.
-Load = Callable[[ModelSettings], ModelFacts]
+# Loads the models, draws with each and lets them go; returns facts by their names, raises `EngineError`.
+Load = Callable[[ModelSettings], Mapping[str, ModelFacts]]
 
 
 def check_model(settings: ModelSettings, load: Load) -> str:
-    """Load the model and time a step. Headers come first: a truncated file is found before gigabytes are read."""
+    """Load the models and time a step of each. Headers come first: damage is found before gigabytes are read."""
+    models = {name: settings.of_model(name) for name in settings.model_names}
+    places = [f"MODELS {name}={own.model_id}" for name, own in models.items() if name != DEFAULT_MODEL]
+    places.insert(0, f"MODEL_ID {settings.model_id}")
+    for place, own in zip(places, models.values(), strict=True):
+        try:
+            found = identify(own.model_id, own.config_source, has_checker=own.safety_checker, vae_id=own.vae_id)
+            weight_bytes(found, SINGLE_PRECISION_BYTES)
+        except EngineError as error:
+            raise CheckFailed(f"{error}. Look at {place}") from error
     try:
-        found = identify(
-            settings.model_id, settings.config_source, has_checker=settings.safety_checker, vae_id=settings.vae_id
-        )
-        weight_bytes(found, SINGLE_PRECISION_BYTES)
         facts = load(settings)
     except EngineError as error:
-        raise CheckFailed(f"{error}. Look at MODEL_ID {settings.model_id}, DEVICE and DTYPE") from error
+        raise CheckFailed(f"{error}. Look at {', '.join(places)}, DEVICE and DTYPE") from error
+    described = [_describe(facts[DEFAULT_MODEL])]
+    described += [f"{name} is {_describe(facts[name])}" for name in settings.model_names if name != DEFAULT_MODEL]
+    return "; ".join(described)
+
+
+def _describe(facts: ModelFacts) -> str:
     step = f"one step of {facts.base_size}x{facts.base_size} takes {facts.step_seconds:.3f} s"
     return f"{facts.model} on {facts.device} as {facts.dtype}: loaded in {facts.load_seconds:.1f} s, {step}"
 
 
-def load_in_own_process(settings: ModelSettings) -> ModelFacts:
-    """Load the model in a process of its own, as the worker does."""
+def load_in_own_process(settings: ModelSettings) -> Mapping[str, ModelFacts]:
+    """Load the models in a process of their own, as the worker does."""
     engine = EngineProcess(settings, log_level="ERROR", on_restart=lambda: None)
     engine.start()
     try:
         wait_until_ready(engine, LOAD_TIMEOUT_SECONDS)
     finally:
         engine.close()
-    assert engine.facts is not None, "a ready engine has facts"  # noqa: S101
-    return engine.facts
+    return engine.facts_by_model
 
 
 def check_cutout(settings: ImageSettings) -> str:

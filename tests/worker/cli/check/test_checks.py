@@ -5,7 +5,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
 from functools import cache, partial
@@ -117,11 +117,11 @@ def settings_of(env: dict[str, str]) -> Settings:
 
 
 @cache
-def load_here(settings: ModelSettings) -> ModelFacts:
+def load_here(settings: ModelSettings) -> Mapping[str, ModelFacts]:
     """Load the engine as its process does, but in this one; the same settings only once."""
     engine = LocalEngine(settings)
     engine.close()
-    return engine.facts
+    return engine.facts_by_model
 
 
 def declare(rabbitmq: RabbitMQ, queue: str, **arguments: Any) -> None:
@@ -562,6 +562,15 @@ def test_doubtful_check_is_yellow_and_not_good() -> None:
 
 
 # --- The machine and the model
+
+
+def test_several_models_are_tried_each_and_a_bad_one_is_named(setup: WorkingSetup, tmp_path: Path) -> None:
+    found = setup.check(MODELS=f"photo={setup.model}")
+    assert f"; photo is {setup.model.name} on cpu" in found["model"].detail
+    assert "; of MODELS photo 0.01 GB, in turns" in found["memory"].detail
+
+    found = setup.check(MODELS=f"photo={tmp_path / 'nothing'}")
+    assert_only(found, "model", "Look at MODELS photo=", tmp_path / "nothing")
 
 
 def test_a_folder_without_a_font_is_found(setup: WorkingSetup, tmp_path: Path) -> None:
