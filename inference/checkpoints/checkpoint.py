@@ -26,6 +26,7 @@ COMPONENTS = {
     "ZImagePipeline": ("text_encoder", "transformer", "vae"),
     "FluxPipeline": ("text_encoder", "text_encoder_2", "transformer", "vae"),
     "ChromaPipeline": ("text_encoder", "transformer", "vae"),
+    "Krea2Pipeline": ("text_encoder", "transformer", "vae"),
 }
 # The same models around a UNet that also reads a mask: the UNet's channels decide that, not the name.
 LOADED_AS = {

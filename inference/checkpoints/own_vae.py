@@ -35,7 +35,7 @@ CLASS_NAME = "AutoencoderKL"
 # A VAE's folder is one component of a pipeline's.
 ITSELF = "."
 WHOLE = f"{STEMS[0]}{SAFETENSORS}"
-# Of each kind of pipeline; all shrink an image by 8, with 4 blocks.
+# Of each kind of pipeline that takes another VAE; all shrink an image by 8, with 4 blocks.
 LATENT_CHANNELS = {
     "StableDiffusionPipeline": 4,
     "StableDiffusionXLPipeline": 4,
@@ -76,6 +76,8 @@ def identify_vae(vae_id: str, pipeline_class: str) -> OwnVae:
 
     EngineStartFailed where it is no VAE for such a pipeline.
     """
+    if pipeline_class not in LATENT_CHANNELS:
+        raise EngineStartFailed(f"{SETTING} {vae_id!r}: a {pipeline_class} is drawn with its own VAE alone: unset it")
     path = Path(vae_id).expanduser()
     if path.suffix in PICKLE_SUFFIXES:
         raise EngineStartFailed(f"{SETTING} {vae_id!r} is a pickle, which is never opened: convert it to safetensors")

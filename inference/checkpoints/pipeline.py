@@ -38,6 +38,7 @@ UNUSED: dict[str, dict[str, Any]] = {
     "ZImagePipeline": {},
     "FluxPipeline": dict.fromkeys(("feature_extractor", "image_encoder")),
     "ChromaPipeline": dict.fromkeys(("feature_extractor", "image_encoder")),
+    "Krea2Pipeline": {},
 }
 
 

@@ -39,10 +39,13 @@ class Projection:
         return ((colours.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).T.reshape(height, width, 3)
 
 
-def find_projection(vae: Any, unscaled: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> Projection:
+def find_projection(
+    vae: Any, unscaled: Callable[[torch.Tensor], torch.Tensor], device: torch.device, *, has_frames: bool = False
+) -> Projection:
     """Encode known images and regress their colours on their latents; tenths of a second on a GPU.
 
     `unscaled` converts latents [1, channels, height, width] from the sampler's scale to the VAE's, by channel.
+    `has_frames`: the VAE reads an image as the single frame of a video.
     """
     started_at = time.monotonic()
     generator = torch.Generator().manual_seed(0)
@@ -50,7 +53,10 @@ def find_projection(vae: Any, unscaled: Callable[[torch.Tensor], torch.Tensor], 
     coarse = (torch.randn(NUM_IMAGES, 3, grain, grain, generator=generator) for grain in GRAINS)
     fields = torch.stack([interpolate(one, size=(PIXELS, PIXELS), mode="bicubic") for one in coarse])
     images = torch.tanh(CONTRAST * fields.sum(0) / len(GRAINS) ** 0.5)
-    encoded = vae.encode(images.to(device, vae.dtype), return_dict=False)[0].mode().cpu()
+    read = images.to(device, vae.dtype)
+    encoded = vae.encode(read[:, :, None] if has_frames else read, return_dict=False)[0].mode().cpu()
+    if has_frames:
+        encoded = encoded[:, :, 0]
     colours = interpolate(images, size=encoded.shape[-2:], mode="area")
     # Colours [n, 3] on latents [n, channels]; `explained` is the share of the colours' variance.
     inputs, targets = _pixels_of(encoded), _pixels_of(colours)

@@ -63,6 +63,8 @@ class Family(ABC):
     concatenated_layers: ClassVar[tuple[str, ...]] = ()
     # The class in diffusers of its ControlNets.
     controlnet_class: ClassVar[str]
+    # True where the VAE is one of videos, and reads an image as the single frame of one.
+    has_frames: ClassVar[bool] = False
     # The checkpoint's name for logs and status.
     public_name = ""
 
@@ -92,7 +94,7 @@ class Family(ABC):
         self.safety_checker = SafetyChecker(pipeline, device) if is_checked else None
         self.samplers = Samplers(self.schedulers, pipeline.scheduler.config)
         self.controlnets = ControlNets({}, max_bytes=0, device=device, dtype=pipeline.dtype)
-        if device.type == "cuda":
+        if device.type == "cuda" and not self.has_frames:
             # Convolutions run on tensor cores without a transpose around each of them.
             pipeline.vae.to(memory_format=torch.channels_last)
 
@@ -235,9 +237,9 @@ class Family(ABC):
         """
         vae = self._pipeline.vae
         vae.use_tiling = in_tiles
-        unpacked = self._unpacked(latents)[None].to(vae.dtype)
-        decoded = vae.decode(self._unscaled(unpacked), return_dict=False)[0][0]
-        return image_of(decoded.float())
+        unscaled = self._unscaled(self._unpacked(latents)[None].to(vae.dtype))
+        decoded = vae.decode(unscaled[:, :, None] if self.has_frames else unscaled, return_dict=False)[0]
+        return image_of((decoded[0, :, 0] if self.has_frames else decoded[0]).float())
 
     def check_image(self, pixels: NDArray[np.uint8]) -> None:
         """Raise `RequestFailed` where a safety checker is loaded and flags the picture [height, width, 3]."""
@@ -247,7 +249,7 @@ class Family(ABC):
     def find_projection(self) -> Projection:
         """Fit the projection of latents to previews on encodings of the VAE."""
         with torch.inference_mode():
-            return find_projection(self._pipeline.vae, self._unscaled, self.device)
+            return find_projection(self._pipeline.vae, self._unscaled, self.device, has_frames=self.has_frames)
 
     def predict_x0(self, lane: Lane, prediction: torch.Tensor) -> torch.Tensor:
         """Return the finished latents [channels, height, width] that `prediction` implies, before the lane's step."""

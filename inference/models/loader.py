@@ -14,12 +14,13 @@ from inference.lora.adapter_memory import AdapterMemory
 from inference.models.base import Family
 from inference.models.families.chroma import Chroma
 from inference.models.families.flux import Flux
+from inference.models.families.krea2 import Krea2
 from inference.models.families.sdxl import StableDiffusionXL
 from inference.models.families.stable_diffusion import StableDiffusion
 from inference.models.families.unet import UNetFamily
 from inference.models.families.z_image import ZImage
 
-AnyFamily = type[StableDiffusion] | type[StableDiffusionXL] | type[ZImage] | type[Flux] | type[Chroma]
+AnyFamily = type[StableDiffusion] | type[StableDiffusionXL] | type[ZImage] | type[Flux] | type[Chroma] | type[Krea2]
 
 FAMILIES: dict[str, AnyFamily] = {
     "StableDiffusionPipeline": StableDiffusion,
@@ -27,6 +28,7 @@ FAMILIES: dict[str, AnyFamily] = {
     "ZImagePipeline": ZImage,
     "FluxPipeline": Flux,
     "ChromaPipeline": Chroma,
+    "Krea2Pipeline": Krea2,
 }
 
 

@@ -15,7 +15,7 @@ from inference.lora.errors import AdapterError
 from inference.lora.names.key_names import KeyNaming
 from inference.models.families.unet import UNetFamily
 from inference.models.loader import FAMILIES
-from inference.request import KINDS, AdapterFile
+from inference.request import AdapterFile
 from inference.sampling.schedulers import SchedulerTable
 
 
@@ -53,7 +53,7 @@ def precheck_model(settings: ModelSettings) -> ModelPrecheck:
     is_inpainting = "in_channels" in unet and unet["in_channels"] != unet.get("out_channels", 4)
     return ModelPrecheck(
         model=checkpoint.public_name,
-        kinds=("inpaint",) if is_inpainting else KINDS,
+        kinds=("inpaint",) if is_inpainting else family.kinds,
         controls=tuple(settings.controlnet_sources),
         schedulers=family.schedulers,
         naming=family.naming_of(unet),

@@ -16,6 +16,7 @@ from inference.lora.names.flux_names import (
     chroma_layer,
     flux_layer,
 )
+from inference.lora.names.krea2_names import KREA2_ROOTS, KREA2_WORDS, krea2_layer
 from inference.lora.names.unet_names import UNET_ROOTS, UNET_WORDS, unet_layer
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
@@ -225,6 +226,16 @@ CHROMA = replace(
     words=CHROMA_WORDS,
     layer=lambda _model, layer: chroma_layer(layer),
     unapplied={"layers of T5": re.compile(r"text_encoder(?:_[23])?\.encoder\.block\..*", re.DOTALL)},
+)
+
+KREA2 = KeyNaming(
+    models=("transformer",),
+    roots=KREA2_ROOTS,
+    words=KREA2_WORDS,
+    layer=lambda _model, layer: krea2_layer(layer),
+    unapplied={
+        "layers of the text encoder": re.compile(r"text_encoder\.(?:(?:model|language_model)\.)*layers\..*", re.DOTALL)
+    },
 )
 
 

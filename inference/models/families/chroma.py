@@ -10,7 +10,7 @@ from inference.lane import Embedding, Lane
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
 from inference.lora.names.key_names import CHROMA, KeyNaming
 from inference.lora.products.rows import RowAdapters
-from inference.models.families.packed import PackedFamily
+from inference.models.families.packed import FluxTransformerFamily
 from inference.models.inputs import Prompt
 from inference.request import GenerationRequest
 from inference.sampling.schedulers import FLOW
@@ -19,7 +19,7 @@ from inference.sampling.schedulers import FLOW
 MAX_TOKENS = 512
 
 
-class Chroma(PackedFamily):
+class Chroma(FluxTransformerFamily):
     """`ChromaPipeline` checkpoints."""
 
     name = "chroma"

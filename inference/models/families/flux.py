@@ -11,7 +11,7 @@ from inference.lane import Embedding, Lane
 from inference.lora.adapter_memory import UNLIMITED, AdapterMemory
 from inference.lora.names.key_names import FLUX, KeyNaming
 from inference.lora.products.rows import RowAdapters
-from inference.models.families.packed import PackedFamily
+from inference.models.families.packed import FluxTransformerFamily
 from inference.models.inputs import Prompt
 from inference.request import GenerationRequest
 from inference.sampling.schedulers import FLOW
@@ -22,7 +22,7 @@ MAX_TOKENS, MAX_TOKENS_SCHNELL = 512, 256
 STEPS_SCHNELL, GUIDANCE_SCHNELL = 4, 0.0
 
 
-class Flux(PackedFamily):
+class Flux(FluxTransformerFamily):
     """`FluxPipeline` checkpoints: dev, Krea-dev, and schnell, which has no guidance."""
 
     name = "flux"

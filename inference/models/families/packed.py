@@ -1,4 +1,4 @@
-"""Base of the families with FLUX.1's transformer: packed latents, text and image in one sequence."""
+"""Bases of the families with packed latents, text and image in one sequence, FLUX.1's transformer among them."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -21,33 +21,23 @@ NO_IDS = torch.zeros(0, 3)
 
 
 class PackedFamily(FlowFamily):
-    """FLUX.1 and Chroma. Lanes of one size share a forward, whose rotary positions are all of that size.
+    """Lanes of one size share a forward, whose rotary positions are all of that size.
 
     The sampler's latents are packed: [height, width, channels of a patch].
     """
-
-    def __init__(
-        self, pipeline: Any, models: Mapping[str, torch.nn.Module], *, device: torch.device, memory: AdapterMemory
-    ) -> None:
-        """Raise EngineStartFailed for transformers that read more than an image's latents."""
-        transformer = pipeline.transformer
-        if transformer.config.in_channels != transformer.out_channels:
-            kind = f"a transformer for editing or control ({transformer.config.in_channels} input channels)"
-            raise EngineStartFailed(f"MODEL_ID has {kind}; this version runs FLUX.1 dev, Krea-dev and schnell")
-        super().__init__(pipeline, models, device=device, memory=memory)
-        self._positions = RotaryPositions(transformer.pos_embed, device)
-        transformer.pos_embed = self._positions
-        processor = GroupedFluxAttnProcessor()
-        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-            block.attn.set_processor(processor)
 
     @abstractmethod
     def _guidance_of(self, request: GenerationRequest) -> float:
         """Return the scale of a request's guidance by two passes; none above 1 has one pass."""
 
     @abstractmethod
-    def _conditions(self, rows: Sequence[Lane], embeddings: Sequence[Embedding], num_image: int) -> dict[str, Any]:
-        """Return the transformer's further inputs, by diffusers' names; the image has `num_image` tokens."""
+    def _predict(
+        self, latents: torch.Tensor, times: torch.Tensor, rows: Sequence[Lane], embeddings: Sequence[Embedding]
+    ) -> torch.Tensor:
+        """Call the transformer with latents [rows, height, width, channels] and times [rows] from 0 to 1.
+
+        Returns its prediction [rows, tokens, channels].
+        """
 
     def encode_control(self, image: torch.Tensor) -> torch.Tensor:
         """Return the image unchanged: no ControlNet passes `_controlnet_mismatch`."""
@@ -70,18 +60,8 @@ class PackedFamily(FlowFamily):
         read = {id(lane): sampler_of(lane).model_input() for lane in ordered}
         latents = torch.stack([read[id(lane)] for lane in rows]).to(transformer.dtype)
         times = self._upload([sampler_of(lane).timestep for lane in rows]).to(transformer.dtype) / TRAIN_TIMESTEPS
-        tokens = torch.stack([embedding.tokens for embedding in embeddings])
-        self._positions.set(num_text=tokens.shape[1], height=latents.shape[1], width=latents.shape[2])
         self.bank.route([lane.owner.row for lane in rows])
-        predictions = transformer(
-            latents.flatten(1, 2),
-            tokens,
-            timestep=times,
-            img_ids=NO_IDS,
-            txt_ids=NO_IDS,
-            return_dict=False,
-            **self._conditions(rows, embeddings, latents.shape[1] * latents.shape[2]),
-        )[0]
+        predictions = self._predict(latents, times, rows, embeddings)
         drawn = self._guided(predictions.float().view(latents.shape), ordered[:num_guided])
         by_lane = {id(lane): prediction for lane, prediction in zip(ordered, drawn, strict=True)}
         return [by_lane[id(lane)] for lane in lanes]
@@ -106,6 +86,46 @@ class PackedFamily(FlowFamily):
         height, width, channels = latents.shape
         patches = latents.reshape(height, width, channels // PATCH**2, PATCH, PATCH)
         return patches.permute(2, 0, 3, 1, 4).reshape(-1, height * PATCH, width * PATCH)
+
+
+class FluxTransformerFamily(PackedFamily):
+    """FLUX.1 and Chroma."""
+
+    def __init__(
+        self, pipeline: Any, models: Mapping[str, torch.nn.Module], *, device: torch.device, memory: AdapterMemory
+    ) -> None:
+        """Raise EngineStartFailed for transformers that read more than an image's latents."""
+        transformer = pipeline.transformer
+        if transformer.config.in_channels != transformer.out_channels:
+            kind = f"a transformer for editing or control ({transformer.config.in_channels} input channels)"
+            raise EngineStartFailed(f"MODEL_ID has {kind}; this version runs FLUX.1 dev, Krea-dev and schnell")
+        super().__init__(pipeline, models, device=device, memory=memory)
+        self._positions = RotaryPositions(transformer.pos_embed, device)
+        transformer.pos_embed = self._positions
+        processor = GroupedFluxAttnProcessor()
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+            block.attn.set_processor(processor)
+
+    @abstractmethod
+    def _conditions(self, rows: Sequence[Lane], embeddings: Sequence[Embedding], num_image: int) -> dict[str, Any]:
+        """Return the transformer's further inputs, by diffusers' names; the image has `num_image` tokens."""
+
+    def _predict(
+        self, latents: torch.Tensor, times: torch.Tensor, rows: Sequence[Lane], embeddings: Sequence[Embedding]
+    ) -> torch.Tensor:
+        _, height, width, _ = latents.shape
+        tokens = torch.stack([embedding.tokens for embedding in embeddings])
+        self._positions.set(num_text=tokens.shape[1], height=height, width=width)
+        predictions: torch.Tensor = self._pipeline.transformer(
+            latents.flatten(1, 2),
+            tokens,
+            timestep=times,
+            img_ids=NO_IDS,
+            txt_ids=NO_IDS,
+            return_dict=False,
+            **self._conditions(rows, embeddings, height * width),
+        )[0]
+        return predictions
 
 
 def _order(lane: Lane) -> tuple[bool, RowAdapters]:

@@ -27,6 +27,7 @@ from tests.support.long import long, long_but
 from tests.support.models.tiny_adapters import ATTENTION, write_adapter
 from tests.support.models.tiny_chroma import build_tiny_chroma
 from tests.support.models.tiny_flux import build_tiny_flux
+from tests.support.models.tiny_krea2 import build_tiny_krea2
 from tests.support.models.tiny_models import build_tiny_sd, build_tiny_sdxl, build_tiny_z_image
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "no_forward_failed")]
@@ -56,11 +57,12 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "z_image": build_tiny_z_image,
     "flux": build_tiny_flux,
     "chroma": build_tiny_chroma,
+    "krea2": build_tiny_krea2,
 }
 # By width: with one row, with several, and with several behind a mask. Z-Image's have three kinds of blocks instead of
 # widths; those of the image alone have no mask in the warm-up of the tiny model. FLUX.1's have two kinds and no mask; a
 # single block's input is laid out otherwise behind another one.
-NUM_GRAPHS = {"sd": 6, "sdxl": 6, "z_image": 8, "flux": 6, "chroma": 6}
+NUM_GRAPHS = {"sd": 6, "sdxl": 6, "z_image": 8, "flux": 6, "chroma": 6, "krea2": 2}
 
 
 def adapters_of(checkpoint: Path) -> list[AdapterFile]:

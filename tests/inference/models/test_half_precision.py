@@ -16,6 +16,7 @@ from tests.support.models.family_models import FamilyModels
 from tests.support.models.plain_families import drawn_by, embeddings_by_compel
 from tests.support.models.tiny_chroma import build_tiny_chroma
 from tests.support.models.tiny_flux import build_tiny_flux
+from tests.support.models.tiny_krea2 import build_tiny_krea2
 from tests.support.models.tiny_models import (
     build_tiny_sd,
     build_tiny_sdxl,
@@ -41,6 +42,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "z_image": build_tiny_z_image,
     "flux": build_tiny_flux,
     "chroma": build_tiny_chroma,
+    "krea2": build_tiny_krea2,
 }
 
 
@@ -71,6 +73,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
         ("z_image", "float16"),
         ("flux", "bfloat16"),
         ("chroma", "bfloat16"),
+        ("krea2", "bfloat16"),
     ),
 )
 def test_a_batch_in_16_bits_equals_plain_diffusers_that_begins_with_the_same_noise(

@@ -47,10 +47,16 @@ DEFAULTS = {
     "ZImagePipeline": "euler",
     "FluxPipeline": "euler",
     "ChromaPipeline": "euler",
+    "Krea2Pipeline": "euler",
     "StableDiffusionInpaintPipeline": "dpm++",
     "StableDiffusionXLInpaintPipeline": "euler",
 }
-FLOW_PIPELINES = (diffusers.ZImagePipeline, diffusers.FluxPipeline, diffusers.ChromaPipeline)
+FLOW_PIPELINES = (
+    diffusers.ZImagePipeline,
+    diffusers.FluxPipeline,
+    diffusers.ChromaPipeline,
+    diffusers.Krea2Pipeline,
+)
 # The pipelines that begin with a picture, and those that repaint a part of one, by the pipeline that draws from text.
 FROM_IMAGE = {
     "StableDiffusionPipeline": diffusers.StableDiffusionImg2ImgPipeline,
@@ -119,7 +125,7 @@ def _guidance(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
     if hasattr(pipe, "text_encoder_2"):
         max_tokens = 512 if pipe.transformer.config.guidance_embeds else 256
         return {"true_cfg_scale": request.true_cfg_scale, "max_sequence_length": max_tokens}
-    if isinstance(pipe.transformer, diffusers.ChromaTransformer2DModel):
+    if isinstance(pipe.transformer, diffusers.ChromaTransformer2DModel | diffusers.Krea2Transformer2DModel):
         return {}
     return {"cfg_normalization": request.cfg_normalization, "cfg_truncation": request.cfg_truncation}
 
@@ -144,10 +150,11 @@ def noise_of(pipe: Any, request: GenerationRequest, generator: torch.Generator) 
     The pipelines with a UNet, and FLUX.1's, sample it in their own dtype. Before torch 2.12 the CPU's generator makes
     other noise of a seed in 16 bits than in 32: without this the images are as different as those of two seeds.
     """
-    channels = pipe.vae.config.latent_channels
+    is_krea2 = isinstance(pipe, diffusers.Krea2Pipeline)
+    channels = pipe.vae.config.z_dim if is_krea2 else pipe.vae.config.latent_channels
     height, width = (side // pipe.vae_scale_factor for side in (request.height, request.width))
     noise = torch.randn((1, channels, height, width), generator=generator)
-    if isinstance(pipe, diffusers.FluxPipeline | diffusers.ChromaPipeline):
+    if is_krea2 or isinstance(pipe, diffusers.FluxPipeline | diffusers.ChromaPipeline):
         return pipe._pack_latents(noise, 1, channels, height, width)  # type: ignore[no-any-return]
     return noise if isinstance(pipe, diffusers.ZImagePipeline) else noise.to(pipe.dtype)
 
